@@ -1,0 +1,101 @@
+"""A queue between one producer thread and one consumer thread, bounded in bytes, that carries errors both ways.
+
+`queue.Queue` bounds the number of items, and a thread that dies leaves the other waiting for ever. Here whoever
+fails says so, and the other side is woken at once: the consumer gets what was already produced and then
+`ProducerFailed`, the producer gets `QueueCancelled` at its next `put`.
+
+    pytest tests/test_bounded_queue.py
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ProducerFailed(RuntimeError):
+    """The producer stopped with the error in `__cause__`; raised in the consumer."""
+
+
+class QueueCancelled(RuntimeError):
+    """Nobody will take another item; raised in the producer."""
+
+
+class BoundedQueue(Generic[T]):
+    """First in, first out; `put` waits while the queue holds more than `max_bytes`.
+
+    An item larger than `max_bytes` is let through alone, so nothing can wait for room that will never be there.
+    """
+
+    def __init__(self, max_bytes: int, size_of: Callable[[T], int]) -> None:
+        if max_bytes <= 0:
+            raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+        self._max_bytes = max_bytes
+        self._size_of = size_of
+        self._items: deque[tuple[T, int]] = deque()
+        self._bytes = 0
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._cancelled = False
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes waiting now."""
+        return self._bytes
+
+    def put(self, item: T) -> None:
+        """Append `item`, waiting for room. Raises `QueueCancelled` if the consumer has gone."""
+        size = self._size_of(item)
+        with self._changed:
+            self._changed.wait_for(lambda: self._cancelled or not self._items or self._bytes + size <= self._max_bytes)
+            if self._cancelled:
+                raise QueueCancelled("the consumer takes no more items")
+            if self._closed:
+                raise ValueError("put after close")
+            self._items.append((item, size))
+            self._bytes += size
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """The producer is done: the consumer's iteration ends after the last item."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        """The producer is dead: the consumer gets the items already there, then `ProducerFailed` from `error`."""
+        with self._changed:
+            self._failure = error
+            self._closed = True
+            self._changed.notify_all()
+
+    def cancel(self) -> None:
+        """The consumer is gone: drop what is waiting and wake the producer with `QueueCancelled`."""
+        with self._changed:
+            self._cancelled = True
+            self._items.clear()
+            self._bytes = 0
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._items or self._closed or self._cancelled)
+                if self._cancelled:
+                    return
+                if not self._items:
+                    if self._failure is not None:
+                        raise ProducerFailed(str(self._failure)) from self._failure
+                    return
+                item, size = self._items.popleft()
+                self._bytes -= size
+                self._changed.notify_all()
+            yield item

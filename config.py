@@ -1,0 +1,94 @@
+"""`RunConfig`: everything that was asked for, checked at construction. Only `main` sees it.
+
+Rules that need a file, a model or a device are checked where those are opened; here are the rules that the
+values alone can break. `None` means off or "choose for me", never -1 or "".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import RequestError
+
+POSITIONS = ("last", "mean", "all")
+PROBE_BACKENDS = ("auto", "torch", "cuml", "sklearn")
+DTYPES = ("float32", "bfloat16", "float16")
+VIEWS = ("model", "sae", "error")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of `main.py`."""
+
+    model_name: str  # hub id or local folder
+    sae_names: tuple[str, ...]  # each a hub id, a local folder, or release/sae_id of SAE Lens
+    datasets: tuple[str, ...]  # names of Wikidata datasets; empty with dataset_file alone
+    dataset_file: Path | None
+    data_dir: Path | None
+    layers: tuple[int, ...] | None  # None: every layer that the SAE has
+    hookpoint: str | None  # None: what the SAE says of itself
+    positions: str
+    output_directory: Path
+    device1: str  # model and SAE
+    device2: str  # probes
+    batch_size: int | None  # texts in a forward pass; None: chosen from free memory
+    shuffle_select_n: int | None  # rows per dataset at most; None: all
+    probe: str
+    views: tuple[str, ...]
+    dtype: str  # of the model; SAEs and probes compute in float32 or better
+    folds: int
+    repeats: int
+    seed: int
+    queue_gb: float
+    overwrite: bool
+    quiet: bool
+    verbose: bool
+
+    def __post_init__(self) -> None:
+        _one_of("--positions", self.positions, POSITIONS)
+        _one_of("--probe", self.probe, PROBE_BACKENDS)
+        _one_of("--dtype", self.dtype, DTYPES)
+        for view in self.views:
+            _one_of("--views", view, VIEWS)
+        _at_least("--folds", self.folds, 3)  # C for a fold is chosen on the others: two at least
+        _at_least("--repeats", self.repeats, 1)
+        _at_least("--seed", self.seed, 0)
+        if self.batch_size is not None:
+            _at_least("--batch_size", self.batch_size, 1)
+        if self.shuffle_select_n is not None:
+            _at_least("--shuffle_select_n", self.shuffle_select_n, 1)
+        if not self.queue_gb > 0:
+            raise RequestError(f"--queue_gb must be positive, got {self.queue_gb}")
+        if not self.sae_names:
+            raise RequestError("--sae_name is empty: give a hub id, a folder, or several with commas")
+        if len(set(self.sae_names)) < len(self.sae_names):
+            raise RequestError(f"--sae_name names the same SAE twice: {','.join(self.sae_names)}")
+
+
+def parse_layers(spec: str) -> tuple[int, ...] | None:
+    """'0,1,2', '0-11', '0,4-6' -> sorted layers; 'all' -> None. Raises `RequestError` on anything else."""
+    if spec.strip().lower() == "all":
+        return None
+    layers: set[int] = set()
+    for part in spec.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.strip().isdecimal()):
+            raise RequestError(f"--layers {spec!r}: write 0,1,2 or 0-11 or all")
+        stop = int(last) if dash else int(first)
+        if stop < int(first):
+            raise RequestError(f"--layers {spec!r}: {part.strip()} counts down; write it as {stop}-{first}")
+        if stop > 10_000:
+            raise RequestError(f"--layers {spec!r}: no model has a layer {stop}")
+        layers.update(range(int(first), stop + 1))
+    return tuple(sorted(layers))
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RequestError(f"{flag} {value!r} is not one of {', '.join(allowed)}")
+
+
+def _at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise RequestError(f"{flag} must be at least {least}, got {value}")
