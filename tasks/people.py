@@ -1,0 +1,74 @@
+"""Where in a text the person's name is, and the key that says which person it is.
+
+The Wikidata prompts end at the end of a name whose start is not marked. By the project's convention the name
+is the last two words, which groups 'Edward I of England' with 'Eleanor of England': folds by person
+then err on the safe side (two people in one fold, never one person in two).
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_INNER_MARKS = ".-'’\u00ad"  # may stand inside a name; the last is the soft hyphen of words cut in books
+
+# What glues a name to the word before it: 'others.--Marianne', 'If...Andrew', 'Gov.Gina' (but not 'J.K.').
+_JOINT = re.compile(r"--+|\.\.+|(?<=[a-z]{2})\.(?=[A-Z])")
+_POSSESSIVE = re.compile(r"['’]s$", re.IGNORECASE)
+_WORD = re.compile(r"\S+")
+
+
+def last_words(text: str, count: int) -> tuple[int, int] | None:
+    """Characters [start, end) of the last `count` words (fewer if there are no more), None without a word."""
+    words = list(_WORD.finditer(text))[-count:]
+    return (words[0].start(), words[-1].end()) if words else None
+
+
+def name_span(text: str) -> tuple[int, int] | None:
+    """Characters [start, end) of the name that ends `text`: its last two words.
+
+    Whitespace after the name is left out, and so is what is glued to its front: the span of
+    '... Darryl Dawkins,Moses Malone' is 'Moses Malone'. None if the text has no word.
+    """
+    span = last_words(text, 2)
+    if span is None:
+        return None
+    start, end = span
+    first, *rest = text[start:end].split()
+    return (start + first.rfind(_name_part(first)), end) if rest else span
+
+
+def person_key(name: str) -> str:
+    """Key of the person whom `name` (the text of a `name_span`) names.
+
+    Casefolded, without punctuation, accents and a possessive 's: 'J.K. ROWLING’s' and 'JK Rowling' are one.
+    A name of punctuation alone is its own key.
+    """
+    words = _POSSESSIVE.sub("", name.strip()).split()
+    kept = (_letters(word) for word in words)
+    return " ".join(word for word in kept if word) or plain_key(name)
+
+
+def plain_key(name: str) -> str:
+    """Casefolded `name` with single spaces: the key where the source itself names the person."""
+    return " ".join(name.casefold().split())
+
+
+def _letters(word: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", word.casefold())
+    return "".join(char for char in decomposed if char.isalnum())
+
+
+def _name_part(word: str) -> str:
+    """The end of `word` that can be a name: '(Lucy' -> 'Lucy'; `word` itself if nothing of it can."""
+    end = len(word)
+    while end and not _in_name(word[end - 1]):
+        end -= 1
+    start = end
+    while start and _in_name(word[start - 1]):
+        start -= 1
+    return _JOINT.split(word[start:end])[-1].lstrip(_INNER_MARKS) or word
+
+
+def _in_name(char: str) -> bool:
+    return unicodedata.category(char)[0] in "LM" or char in _INNER_MARKS
