@@ -1,0 +1,200 @@
+"""The JSON files of a run: schema, atomic writing, and what may be taken as done.
+
+One file per SAE and dataset. Keys `layer_N` are results; `_run` says how they came about. `_run.key` holds everything
+that changes a number (model, SAE and data by hash, seed, settings): a file is continued only if its key is the
+same, and is refused, never overwritten, if it is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from errors import RequestError
+
+SCHEMA_VERSION = 1
+PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "numpy", "scikit-learn", "sae-probes", "cuml-cu13")
+
+Json = dict[str, Any]
+
+
+@dataclass
+class RecordFile:
+    """The results of one SAE on one dataset, on disk after every `write_layer`."""
+
+    path: Path
+    key: Json  # everything that changes a number
+    run: Json  # the rest of `_run`: config, versions, commit, started
+    layers: dict[int, Json] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)  # what a reader of the numbers must know
+    complete: bool = False
+
+    @classmethod
+    def open(cls, path: Path, key: Json, run: Json, overwrite: bool) -> RecordFile:
+        """A file to fill. Layers found in an earlier file of the same key are kept.
+
+        Raises `RequestError` if the file on disk was made by something else or is no result file.
+        """
+        fresh = cls(path, _plain(key), run)
+        if overwrite or not path.exists():
+            return fresh
+        found = read(path)
+        differs = _differences(found["_run"]["key"], fresh.key)
+        if differs:
+            raise RequestError(f"{path} was made with other settings ({'; '.join(differs)}): --overwrite replaces it")
+        fresh.layers = {int(name.removeprefix("layer_")): value for name, value in found.items() if name != "_run"}
+        fresh.warnings = list(found["_run"]["warnings"])
+        fresh.complete = bool(found["_run"]["complete"])
+        return fresh
+
+    def write(self, layers: Mapping[int, Json], seconds: Mapping[str, float], resources: Json, complete: bool) -> None:
+        """Replace the file in one step by one that holds `layers`; `complete` says that nothing is missing."""
+        self.layers = _plain_layers(layers)
+        self.complete = complete
+        results: Json = {f"layer_{layer}": self.layers[layer] for layer in sorted(self.layers)}
+        run = {
+            "schema_version": SCHEMA_VERSION,
+            **self.run,
+            "key": self.key,
+            "results_sha256": _digest(results),
+            "warnings": self.warnings,
+            "seconds": dict(seconds),
+            "resources": resources,
+            "complete": complete,
+        }
+        write_json(self.path, {**results, "_run": run})
+
+
+def read(path: Path) -> Json:
+    """A result file, checked. Raises `RequestError` if it is none, was cut short, or was edited by hand."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        run = found["_run"]
+        results = {name: value for name, value in found.items() if name != "_run"}
+        known = run["schema_version"] == SCHEMA_VERSION and isinstance(run["key"], dict)
+        layered = all(re.fullmatch(r"layer_\d+", name) and isinstance(value, dict) for name, value in results.items())
+        intact = run["results_sha256"] == _digest(results)
+        _ = run["complete"], run["config"], run["warnings"]
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RequestError(f"{path} is not a result file of this program: --overwrite replaces it") from error
+    if not known or not layered:
+        raise RequestError(f"{path} is not a result file of schema {SCHEMA_VERSION}: --overwrite replaces it")
+    if not intact:
+        raise RequestError(f"{path} was changed after it was written: --overwrite replaces it")
+    return found
+
+
+def write_json(path: Path, content: Json) -> None:
+    """Write beside, sync, and rename: the file is the old one or the new one, never half of either."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder and see that a file can be written there. Raises `RequestError` if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RequestError(f"--output_directory {folder}: cannot write there: {error.strerror}") from error
+
+
+def result_path(folder: Path, model_name: str, dataset_slug: str) -> Path:
+    """`{model}_{dataset}.json` with names made safe."""
+    return folder / f"{slug(model_name)}_{slug(dataset_slug)}.json"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name: letters, digits, `.`, `-`, `_`; never empty, hidden, or over 100 characters.
+
+    A local folder counts by its last part, except a relative owner/name, which reads like the hub id it mirrors.
+    """
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
+    if os.path.isdir(path) and (  # noqa: PTH112 - False, not an error, for a name too long to be a path
+        path.is_absolute() or len(path.parts) != 2 or path.parts[0] in {"..", "assets"}
+    ):
+        name = path.resolve().name
+    safe = re.sub(r"[^A-Za-z0-9.\-]+", "_", name).strip("._") or "unnamed"
+    return safe if len(safe) <= 100 else f"{safe[:83]}_{hashlib.sha256(safe.encode()).hexdigest()[:16]}"
+
+
+def describe_run(config: Json) -> Json:
+    """What `_run` says of the program and the machine."""
+    return {
+        "config": _plain(config),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": _commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """This program's commit, with `+changes` if the working tree differs; None outside a checkout."""
+    home = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(home), *words], capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}+changes" if changed else commit
+
+
+def _differences(old: Json, new: Json) -> list[str]:
+    names = sorted(old.keys() | new.keys())
+    return [
+        f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back, so that what is compared is what was written."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _plain_layers(layers: Mapping[int, Json]) -> dict[int, Json]:
+    return {layer: _plain(layers[layer]) for layer in sorted(layers)}
+
+
+def _digest(results: Json) -> str:
+    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()

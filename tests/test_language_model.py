@@ -1,0 +1,121 @@
+"""The model as a source of activations: the right modules, the right values under padding, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from errors import RequestError
+from language_model import Site, find_module, open_model
+
+
+def load(folder, *sites):
+    return open_model(str(folder)).load(sites, "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(1, 300, (4, 20), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("hookpoint", "path"),
+    [
+        ("resid_post", "gpt_neox.layers.{}"),
+        ("mlp_out", "gpt_neox.layers.{}.mlp"),
+        ("attn_out", "gpt_neox.layers.{}.attention"),
+        ("gpt_neox.layers.<layer>.attention.dense", "gpt_neox.layers.{}.attention.dense"),
+    ],
+)
+def test_activations_equal_a_plain_hook_on_the_whole_model(tiny_model, ids, hookpoint, path):
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    expected = {}
+    for layer in (0, 1):
+        module = whole.get_submodule(path.format(layer))
+        module.register_forward_hook(
+            lambda _m, _i, out, layer=layer: expected.update({layer: out[0] if isinstance(out, tuple) else out})
+        )
+    with torch.no_grad():
+        whole(input_ids=ids)
+    found = load(tiny_model, Site(0, hookpoint), Site(1, hookpoint)).activations(ids)
+    for layer in (0, 1):
+        torch.testing.assert_close(found[Site(layer, hookpoint)], expected[layer], atol=1e-6, rtol=0)
+
+
+def test_last_layer_is_taken_before_the_final_layer_norm(tiny_model, ids):
+    site = Site(2, "resid_post")
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        normed = whole(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+        found = load(tiny_model, site).activations(ids)[site]
+        torch.testing.assert_close(whole.gpt_neox.final_layer_norm(found), normed, atol=1e-5, rtol=0)
+    assert not torch.allclose(found, normed, atol=1e-2)
+
+
+def test_no_layer_beyond_the_last_asked_for_and_no_head(tiny_model):
+    model = load(tiny_model, Site(1, "resid_post"))
+    assert len(model.module.layers) == 2
+    assert not hasattr(model.module, "embed_out")
+
+
+def test_batched_with_padding_equals_one_by_one(tiny_model, ids):
+    sites = [Site(layer, "resid_post") for layer in range(3)]
+    model = load(tiny_model, *sites)
+    lengths = [20, 13, 7, 1]
+    padded = ids.clone()
+    for row, length in enumerate(lengths):
+        padded[row, length:] = 0
+    batched = model.activations(padded)
+    for row, length in enumerate(lengths):
+        alone = model.activations(ids[row : row + 1, :length])
+        for site in sites:
+            torch.testing.assert_close(batched[site][row, :length], alone[site][0], atol=1e-5, rtol=0)
+
+
+def test_hooks_are_removed_also_when_the_forward_pass_fails(tiny_model, ids):
+    model = load(tiny_model, Site(1, "resid_post"))
+    with pytest.raises(IndexError):
+        model.activations(ids + 10_000)
+    model.activations(ids)
+    assert not any(module._forward_hooks for module in model.module.modules())
+
+
+@pytest.mark.parametrize("hookpoint", ["resid_mid", "layers.<layer>.nothing"])
+def test_an_unknown_hookpoint_is_refused(tiny_model, hookpoint):
+    module = load(tiny_model, Site(0, "resid_post")).module
+    with pytest.raises(RequestError, match="hookpoint"):
+        find_module(module, Site(0, hookpoint))
+
+
+def test_fingerprint_follows_the_weights(tiny_model, tmp_path):
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    before = open_model(str(copy)).fingerprint()
+    assert before == open_model(str(tiny_model)).fingerprint()
+    weights = copy / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert open_model(str(copy)).fingerprint() != before
+
+
+def test_broken_models_are_refused_in_one_line(tiny_model, tmp_path):
+    with pytest.raises(RequestError, match="no such folder"):
+        open_model(str(tmp_path / "nowhere"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(RequestError, match=r"no config\.json"):
+        open_model(str(empty))
+    cut = shutil.copytree(tiny_model, tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RequestError, match="weights cannot be read"):
+        load(cut, Site(0, "resid_post"))
+    odd = shutil.copytree(tiny_model, tmp_path / "odd")
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
+    with pytest.raises(RequestError, match="missing or misshapen|cannot be read"):
+        load(odd, Site(0, "resid_post"))
