@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+torch.set_num_threads(1)  # the matrices here are too small to share
+
 N_LAYERS, D_MODEL, D_SAE = 3, 32, 96
 WOMEN = ["Maria", "Anna", "Ruth", "Clara", "Ingrid"]
 MEN = ["Karl", "Otto", "Peter", "Ivan", "José"]

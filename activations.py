@@ -1,0 +1,259 @@
+"""The producer: texts in, rows of activations and of their SAE reconstructions out.
+
+One forward pass serves every site, every SAE and every dataset; each distinct text is run once. Texts are grouped
+into blocks, one for each set of datasets that need them, so the streaming reconstruction sums of a dataset are
+the merged sums of its blocks, and a dataset can be probed as soon as its last block is through.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from datasets_wikidata import ProbeTexts, TokenBatch, TokenisedMentions, batches
+from language_model import LanguageModel, Site
+from progress import Stopwatch
+from reconstruction import ReconstructionSums
+from sae_loader import Sae
+
+log = logging.getLogger(__name__)
+
+CPU_TOKENS = 4096  # padded tokens in a forward pass on the CPU
+
+SaeId = int  # index into the run's list of SAEs
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Which rows of activations the mentions give: one each for `last` and `mean`, one a name token for `all`."""
+
+    positions: str  # last, mean, all
+    start: np.ndarray  # int64 [mentions + 1]; mention m has rows start[m] .. start[m + 1] - 1
+    mention: np.ndarray  # int64 [rows]
+    weight: np.ndarray  # float32 [rows]; a mention's rows weigh 1 together
+
+    @classmethod
+    def build(cls, tokenised: TokenisedMentions, positions: str) -> RowTable:
+        """Rows in the order of the mentions."""
+        length = tokenised.last - tokenised.first + 1
+        count = length if positions == "all" else np.ones_like(length)
+        mention = np.repeat(np.arange(len(count)), count)
+        return cls(positions, np.concatenate([[0], np.cumsum(count)]), mention, (1 / count[mention]).astype(np.float32))
+
+    def __len__(self) -> int:
+        return len(self.mention)
+
+    def of(self, mentions: np.ndarray) -> np.ndarray:
+        """Row ids of the mentions, mention by mention: int64."""
+        if self.positions != "all":
+            return mentions
+        return np.concatenate([np.arange(self.start[m], self.start[m + 1]) for m in mentions])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Texts that the same datasets need."""
+
+    mentions: np.ndarray  # int64
+    datasets: frozenset[int]  # indices into ProbeTexts.datasets
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """The probed rows of one batch at one site, on the model's device."""
+
+    site: Site
+    row_ids: Tensor  # int64 [rows], on the CPU
+    x: Tensor  # float32 [rows, d_in]
+    recons: Mapping[SaeId, Tensor]  # float32 [rows, d_in] each
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that waiting in a queue costs."""
+        return sum(t.numel() * t.element_size() for t in (self.row_ids, self.x, *self.recons.values()))
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """Every row of the block has been put; these are its reconstruction sums."""
+
+    block: Block
+    sums: Mapping[tuple[Site, SaeId], ReconstructionSums]
+    nbytes: int = 0
+
+
+Item = LayerRows | BlockDone  # what the producer puts on the queue
+
+
+def plan_blocks(texts: ProbeTexts, wanted: Sequence[int]) -> list[Block]:
+    """Blocks that cover the datasets `wanted` (indices), those of the first dataset first."""
+    members: dict[int, set[int]] = {}
+    for index in wanted:
+        for probe in texts.datasets[index].probes:
+            for mention in probe.mentions.tolist():
+                members.setdefault(mention, set()).add(index)
+    groups: dict[frozenset[int], list[int]] = {}
+    for mention in sorted(members):
+        groups.setdefault(frozenset(members[mention]), []).append(mention)
+    order = sorted(groups, key=lambda datasets: (min(map(wanted.index, datasets)), sorted(datasets)))
+    return [Block(np.array(groups[datasets], dtype=np.int64), datasets) for datasets in order]
+
+
+class Producer:
+    """Runs the model and the SAEs over blocks of texts and hands the results on, batch by batch."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        saes: Mapping[Site, Mapping[SaeId, Sae]],
+        counts_bos: Mapping[SaeId, bool],  # whether BOS tokens count in an SAE's whole-text figures
+        tokenised: TokenisedMentions,
+        rows: RowTable,
+        batch_size: int | None,  # texts; None: limited by max_tokens alone
+        max_tokens: int,  # padded tokens in a forward pass
+        clock: Stopwatch,
+    ) -> None:
+        self.model, self.saes, self.counts_bos = model, saes, counts_bos
+        self.tokenised, self.rows, self.clock = tokenised, rows, clock
+        self.batch_size, self.max_tokens = batch_size or len(tokenised.ids), max_tokens
+
+    def run(self, blocks: Sequence[Block], put: Callable[[Item], None], on_texts: Callable[[int], None]) -> None:
+        """Put every block's rows and then its sums; call `on_texts(n)` after every n texts."""
+        for block in blocks:
+            sums = {
+                (site, sae_id): self._no_sums(sae) for site, saes in self.saes.items() for sae_id, sae in saes.items()
+            }
+            for batch in self._batches(block):
+                for layer_rows, batch_sums in self._within_memory(batch):
+                    for sae_id, new in batch_sums.items():
+                        sums[layer_rows.site, sae_id] = sums[layer_rows.site, sae_id].merge(new)
+                    with self.clock.stage("queue_wait"):
+                        put(layer_rows)
+                on_texts(len(batch.mentions))
+            put(BlockDone(block, {key: value.to("cpu") for key, value in sums.items()}))
+
+    def _batches(self, block: Block) -> Iterator[TokenBatch]:
+        return batches(self.tokenised, block.mentions, batch_size=self.batch_size, max_tokens=self.max_tokens)
+
+    def _within_memory(self, batch: TokenBatch) -> list[tuple[LayerRows, dict[SaeId, ReconstructionSums]]]:
+        """The batch's results; out of memory, the results of its halves, and smaller batches from then on."""
+        try:
+            return self._process(batch)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error) or len(batch.mentions) == 1:
+                raise
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.batch_size = (len(batch.mentions) + 1) // 2
+        log.warning("out of memory: going on with at most %d texts in a forward pass", self.batch_size)
+        halves = batches(self.tokenised, batch.mentions, batch_size=self.batch_size)
+        return [result for half in halves for result in self._within_memory(half)]
+
+    @torch.inference_mode()
+    def _process(self, batch: TokenBatch) -> list[tuple[LayerRows, dict[SaeId, ReconstructionSums]]]:
+        with self.clock.stage("forward"):
+            activations = self.model.activations(batch.ids)
+        tokens = _TokenIndex.build(batch, self.rows, any(self.counts_bos.values())).to(self.model.device)
+        results = []
+        for site, saes in self.saes.items():
+            with self.clock.stage("sae"):
+                x = activations.pop(site).flatten(0, 1).index_select(0, tokens.real).float()
+                recons, sums = {}, {}
+                for sae_id, sae in saes.items():
+                    recons[sae_id], sums[sae_id] = self._reconstruct(sae, x, tokens, self.counts_bos[sae_id])
+                results.append((LayerRows(site, tokens.row_ids, tokens.rows(x), recons), sums))
+        return results
+
+    def _reconstruct(
+        self, sae: Sae, x: Tensor, tokens: _TokenIndex, counts_bos: bool
+    ) -> tuple[Tensor, ReconstructionSums]:
+        """The probed rows of x̂ and the sums, from one encoding of every token that counts."""
+        if counts_bos or tokens.not_bos is None:
+            probed = tokens.probed
+        else:
+            x, probed = x.index_select(0, tokens.not_bos), tokens.probed_not_bos
+        latents = sae.encode(x)
+        recon = sae.decode(latents)
+        sums = self._no_sums(sae)
+        sums.add_whole(x, recon, latents)
+        sums.add_probed(x.index_select(0, probed), recon.index_select(0, probed), latents.select(probed))
+        return tokens.pool(recon, probed), sums
+
+    def _no_sums(self, sae: Sae) -> ReconstructionSums:
+        return ReconstructionSums(sae.d_in, sae.d_sae, self.model.device)
+
+
+@dataclass(frozen=True)
+class _TokenIndex:
+    """Where the real and the probed tokens of a batch are; made on the CPU, so nothing waits for the device."""
+
+    real: Tensor  # int64 [real]: real tokens in the flattened [texts * tokens]; BOS among them if it counts
+    probed: Tensor  # int64 [probed]: the name tokens among the real ones
+    not_bos: Tensor | None  # int64: the real tokens that are no BOS; None if there is no BOS among them
+    probed_not_bos: Tensor  # int64 [probed]: the name tokens among those
+    offsets: Tensor | None  # int64 [rows]: first name token of each row; None: each name token is a row
+    row_ids: Tensor  # int64 [rows], stays on the CPU
+
+    @classmethod
+    def build(cls, batch: TokenBatch, rows: RowTable, with_bos: bool) -> _TokenIndex:
+        n_texts, width = batch.ids.shape
+        skip = int(batch.has_bos and not with_bos)
+        position = torch.arange(width)
+        real = (position >= skip) & (position < batch.lengths[:, None])  # [texts, width]
+        kept_before = torch.cumsum(batch.lengths - skip, 0) - (batch.lengths - skip)  # real tokens of earlier texts
+        first = batch.last if rows.positions == "last" else batch.first
+        n_probed = batch.last - first + 1
+        starts = torch.cumsum(n_probed, 0) - n_probed
+        text = torch.repeat_interleave(torch.arange(n_texts), n_probed)
+        in_text = first[text] + torch.arange(len(text)) - starts[text]
+        probed = kept_before[text] + in_text - skip
+        bos = batch.has_bos and with_bos
+        not_bos = torch.nonzero(position.expand(n_texts, width)[real] > 0).flatten() if bos else None
+        probed_not_bos = probed - text - 1 if bos else probed
+        offsets = starts if rows.positions == "mean" else None
+        row_ids = torch.from_numpy(rows.of(batch.mentions))
+        return cls(torch.nonzero(real.flatten()).flatten(), probed, not_bos, probed_not_bos, offsets, row_ids)
+
+    def to(self, device: torch.device) -> _TokenIndex:
+        def move(t: Tensor | None) -> Tensor | None:
+            return t if t is None else t.to(device, non_blocking=True)
+
+        real, probed, not_bos, probed_not_bos, offsets = map(
+            move, (self.real, self.probed, self.not_bos, self.probed_not_bos, self.offsets)
+        )
+        return _TokenIndex(real, probed, not_bos, probed_not_bos, offsets, self.row_ids)  # type: ignore[arg-type]
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The probed rows of x [real, d]: [rows, d]."""
+        return self.pool(x, self.probed)
+
+    def pool(self, x: Tensor, probed: Tensor) -> Tensor:
+        """Rows of x at `probed`, or their mean over each name."""
+        if self.offsets is None:
+            return x.index_select(0, probed)
+        return embedding_bag(probed, x, self.offsets, mode="mean")
+
+
+def tokens_in_memory(model: LanguageModel, saes: Mapping[Site, Mapping[SaeId, Sae]]) -> int:
+    """Padded tokens in a forward pass that fit comfortably in the memory that is free now.
+
+    A token costs its activations at every site, one layer's inner activations, and the pre-activations and
+    reconstructions of one SAE. On a CPU more than a few thousand only fall out of the cache.
+    """
+    d_in = max(sae.d_in for site in saes.values() for sae in site.values())
+    d_sae = max(sae.d_sae for site in saes.values() for sae in site.values())
+    per_token = 4 * (d_in * (len(saes) + 24) + 2 * d_sae)
+    if model.device.type != "cuda":
+        return CPU_TOKENS
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return int(min(max(free // 4 // per_token, CPU_TOKENS), 64 * CPU_TOKENS))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""Does an SAE keep what a language model knows? Probes on activations and on their reconstruction, layer by layer.
+
+    python main.py                 # the bundled demo: tiny-pythia, its SAEs, the Wikidata tasks
+    python main.py --help
+
+This file wires the parts together and turns what happens into an exit code: 0 all is on disk, 1 the run failed,
+2 the request was wrong, 130 interrupted. Imports that cost seconds wait until they are needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
+
+from command_line import parse_config
+from config import RunConfig
+from errors import RequestError
+
+if TYPE_CHECKING:
+    from activations import SaeId
+    from datasets_wikidata import ProbeTexts
+    from language_model import LanguageModel, ModelInfo, Site
+    from records import RecordFile
+    from sae_loader import Sae, SaeSource
+
+log = logging.getLogger("delta_selectivity")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that was found to be possible: data, model and SAEs opened, nothing heavy loaded."""
+
+    texts: ProbeTexts
+    info: ModelInfo
+    sources: list[SaeSource]
+    sites: dict[SaeId, list[Site]]  # in order of layers
+    prepend_bos: bool
+
+
+def make_plan(config: RunConfig) -> Plan:
+    """Open everything that was asked for. Raises `RequestError`, before anything heavy is loaded, if it can't be."""
+    from datasets_wikidata import load_probe_texts
+    from language_model import Site, open_model
+    from records import prepare_folder
+    from sae_loader import open_sae
+
+    texts = load_probe_texts(
+        config.datasets,
+        data_dir=config.data_dir,
+        dataset_file=config.dataset_file,
+        shuffle_select_n=config.shuffle_select_n,
+        seed=config.seed,
+    )
+    info = open_model(config.model_name)
+    _refuse_reserved_names(texts)
+    sources = [open_sae(name, config.hookpoint) for name in config.sae_names]
+    sites: dict[SaeId, list[Site]] = {}
+    for sae_id, source in enumerate(sources):
+        if source.d_in != info.d_model:
+            raise RequestError(
+                f"--sae_name {source.name}: its d_in is {source.d_in}, but {config.model_name} has width {info.d_model}"
+            )
+        layers = config.layers if config.layers is not None else source.layers
+        for layer in layers:
+            if layer >= info.n_layers:
+                raise RequestError(f"layer {layer}: {config.model_name} has layers 0 to {info.n_layers - 1}")
+            if layer not in source.layers:
+                has = ",".join(map(str, source.layers))
+                raise RequestError(f"--layers {layer}: {source.name} has SAEs for layers {has} only")
+        sites[sae_id] = [Site(layer, source.hookpoint) for layer in layers]
+    prepare_folder(config.output_directory)
+    return Plan(texts, info, sources, sites, _decide_bos(info, sources))
+
+
+def _refuse_reserved_names(texts: ProbeTexts) -> None:
+    """A probe's name is a key of the layer's record, beside the reconstruction figures."""
+    from reconstruction import Reconstruction
+
+    reserved = {field.name for field in fields(Reconstruction)}
+    for probe in (probe for dataset in texts.datasets for probe in dataset.probes):
+        if probe.name in reserved:
+            raise RequestError(f"a task may not be called {probe.name!r}: that is a figure of the record; rename it")
+
+
+def _decide_bos(info: ModelInfo, sources: Sequence[SaeSource]) -> bool:
+    """Whether texts begin with BOS: as the SAEs were trained; where their format is silent, if the model has one."""
+    wishes = {source.prepend_bos for source in sources} - {None}
+    if len(wishes) > 1:
+        raise RequestError("these SAEs were trained partly with and partly without BOS: measure them in two runs")
+    return bool(wishes.pop()) if wishes else info.has_bos
+
+
+def open_files(config: RunConfig, plan: Plan) -> dict[tuple[SaeId, int], RecordFile]:
+    """A result file for each SAE and dataset. Raises `RequestError` if one on disk was made by something else."""
+    from datasets_wikidata import dataset_fingerprint
+    from records import SCHEMA_VERSION, RecordFile, describe_run, prepare_folder, result_path
+
+    data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
+    model = plan.info.fingerprint()
+    files = {}
+    for sae_id, source in enumerate(plan.sources):
+        folder = config.output_directory / source.slug if len(plan.sources) > 1 else config.output_directory
+        prepare_folder(folder)
+        key = {
+            "schema": SCHEMA_VERSION,
+            "model": model,
+            "sae": source.fingerprint(),
+            "hookpoint": source.hookpoint,
+            "bos": plan.prepend_bos,
+            **{
+                name: getattr(config, name)
+                for name in ("positions", "folds", "repeats", "seed", "probe", "views", "dtype")
+            },
+        }
+        run = describe_run({**asdict(config), "sae": source.name})
+        for index, dataset in enumerate(plan.texts.datasets):
+            path = result_path(folder, config.model_name, dataset.slug)
+            files[sae_id, index] = RecordFile.open(path, {**key, "data": data[index]}, run, config.overwrite)
+    return files
+
+
+def missing_work(plan: Plan, files: dict[tuple[SaeId, int], RecordFile]) -> dict[int, dict[Site, list[SaeId]]]:
+    """Dataset index -> sites in order of layers -> SAEs whose result is not on disk."""
+    missing: dict[int, dict[Site, list[SaeId]]] = {}
+    for (sae_id, index), file in sorted(files.items(), key=lambda item: item[0][::-1]):
+        for site in plan.sites[sae_id]:
+            if site.layer not in file.layers:
+                missing.setdefault(index, {}).setdefault(site, []).append(sae_id)
+    return {index: dict(sorted(sites.items())) for index, sites in missing.items()}
+
+
+def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], RecordFile]) -> None:
+    """Run what is missing, in two threads. Raises whatever stops it; finished layers are on disk by then."""
+    import torch
+
+    from activations import Item, Producer, RowTable, plan_blocks, tokens_in_memory
+    from bounded_queue import BoundedQueue
+    from datasets_wikidata import tokenise
+    from pipeline import Prober, ProbeSettings, Work, run
+    from progress import ProgressBars, Stopwatch
+
+    missing = missing_work(plan, files)
+    if not missing:
+        log.warning("everything asked for is on disk already")
+        return
+    clock, stop = Stopwatch(), threading.Event()
+    with clock.stage("tokenise"):
+        tokenised = tokenise(
+            plan.texts.mentions, plan.info.tokenizer, prepend_bos=plan.prepend_bos, max_length=plan.info.max_length
+        )
+    with clock.stage("load"):
+        model, saes = load_weights(config, plan, missing)
+    rows = RowTable.build(tokenised, config.positions)
+    blocks = plan_blocks(plan.texts, list(missing))
+    queue_bytes = int(config.queue_gb * 1024**3)
+    queue: BoundedQueue[Item] = BoundedQueue(queue_bytes, lambda item: item.nbytes)
+    settings = ProbeSettings(config.folds, config.repeats, config.seed, config.views, torch.device(config.device2))
+    work = Work(plan.texts, rows, plan.info.d_model, files, missing)
+    n_texts = sum(len(block.mentions) for block in blocks)
+    with ProgressBars(n_texts, work.n_probes, queue, config.quiet) as bars:
+        producer = Producer(
+            model, saes, {i: source.counts_bos for i, source in enumerate(plan.sources)}, tokenised, rows,
+            config.batch_size, tokens_in_memory(model, saes), clock,
+        )  # fmt: skip
+        prober = Prober(work, blocks, settings, config.probe, queue_bytes, clock, bars.probes, stop)
+        run(producer, prober, blocks, queue, bars.texts, stop)
+
+
+def load_weights(
+    config: RunConfig, plan: Plan, missing: dict[int, dict[Site, list[SaeId]]]
+) -> tuple[LanguageModel, dict[Site, dict[SaeId, Sae]]]:
+    """The model up to the last layer wanted, and the SAEs that have something to measure, on device1."""
+    wanted = {(site, i) for sites in missing.values() for site, sae_ids in sites.items() for i in sae_ids}
+    saes: dict[Site, dict[SaeId, Sae]] = {}
+    for site, sae_id in sorted(wanted):
+        saes.setdefault(site, {})[sae_id] = plan.sources[sae_id].load(site.layer, config.device1)
+    return plan.info.load(saes.keys(), config.device1, config.dtype), saes
+
+
+def run(argv: Sequence[str]) -> None:
+    """One run. Raises `RequestError` if the request is wrong, anything else if the run fails."""
+    config, list_only = parse_config(argv)
+    logging.getLogger().setLevel(logging.INFO if config.verbose else logging.WARNING)
+    if list_only:
+        from datasets_wikidata import describe_datasets
+
+        print(describe_datasets(config.data_dir))
+        return
+    plan = make_plan(config)
+    files = open_files(config, plan)
+    measure(config, plan, files)
+    if not config.quiet:
+        import report
+
+        print(report.render(report.load(dict.fromkeys(file.path for file in files.values()))))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, and say in one line on stderr what went wrong if something did; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.captureWarnings(True)
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except RequestError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: finished layers are on disk; the same command goes on from there", file=sys.stderr)
+        return 130
+    except Exception as error:
+        traceback.print_exc()
+        print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        print("finished layers are on disk; the same command goes on from there", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Tables from result files.
+
+python report.py results                 # a table per dataset and SAE
+python report.py results --worst_first   # largest losses on top
+python report.py results --resources     # seconds per stage and peak memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import records
+from errors import RequestError
+
+Row = tuple[str, ...]
+
+
+def result_files(folder: Path) -> list[Path]:
+    """Result files in the folder and one level below it (one folder per SAE), in order of name."""
+    return sorted(p for pattern in ("*.json", "*/*.json") for p in folder.glob(pattern) if not p.name.startswith("."))
+
+
+def cells(results: records.Json) -> Iterator[tuple[int, str, records.Json, records.Json]]:
+    """(layer, probe, the layer's figures, the probe's result) in order of layers."""
+    names = (name for name in results if name.startswith("layer_"))
+    for name in sorted(names, key=lambda name: int(name.removeprefix("layer_"))):
+        for probe, result in results[name].items():
+            if isinstance(result, dict):
+                yield int(name.removeprefix("layer_")), probe, results[name], result
+
+
+def selectivity_table(results: records.Json, worst_first: bool = False) -> str:
+    """layer, probe, model_sel, sae_sel, delta_sel with its 95 % interval, FVU and L0."""
+    found = list(cells(results))
+    if worst_first:
+        found.sort(key=lambda cell: cell[3].get("delta_sel", 0.0) if cell[3].get("delta_sel") is not None else 0.0)
+    header = ("layer", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer", "FVU", "L0")
+    return aligned([header, *(_row(*cell) for cell in found)])
+
+
+def _row(layer: int, probe: str, figures: records.Json, result: records.Json) -> Row:
+    if result.get("reason"):
+        return (str(layer), probe, f"({result['reason']})", *[""] * 6)
+    return (
+        str(layer),
+        probe,
+        f"{result['model_sel']:.3f}",
+        f"{result['sae_sel']:.3f}",
+        f"{result['delta_sel']:+.3f}{'*' if (result.get('q_value') or 0) < 0.05 else ' '}",
+        f"{result['ci_low']:+.3f} .. {result['ci_high']:+.3f}",
+        f"{result['transfer_sel']:.3f}",
+        _number(figures["fvu_pos"], ".3f"),
+        _number(figures["l0"], ".1f"),
+    )
+
+
+def summary_table(files: Sequence[tuple[Path, records.Json]]) -> str:
+    """A line per SAE: means over its datasets, layers and probes."""
+    by_sae: dict[str, list[tuple[records.Json, records.Json]]] = {}
+    for _, results in files:
+        name = results["_run"]["config"]["sae"]
+        by_sae.setdefault(name, []).extend((figures, result) for _, _, figures, result in cells(results))
+    rows: list[Row] = [("SAE", "probes x layers", "model_sel", "sae_sel", "delta_sel", "lost (q < 0.05)", "FVU", "L0")]
+    for name, pairs in by_sae.items():
+        measured = [(figures, result) for figures, result in pairs if not result.get("reason")]
+        lost = sum(result["delta_sel"] < 0 and (result.get("q_value") or 0) < 0.05 for _, result in measured)
+        means = [_mean(result[key] for _, result in measured) for key in ("model_sel", "sae_sel", "delta_sel")]
+        rows.append(
+            (
+                records.slug(name),
+                str(len(measured)),
+                _number(means[0], ".3f"),
+                _number(means[1], ".3f"),
+                _number(means[2], "+.3f"),
+                f"{lost} of {len(measured)}",
+                _number(_mean(figures["fvu_pos"] for figures, _ in measured), ".3f"),
+                _number(_mean(figures["l0"] for figures, _ in measured), ".1f"),
+            )
+        )
+    return aligned(rows)
+
+
+def resource_table(files: Sequence[tuple[Path, records.Json]]) -> str:
+    """Seconds per stage and peak memory of the run that wrote the newest of the files.
+
+    `total` is the wall clock; the stages of the two threads overlap, so their seconds add up to more.
+    """
+    run = max(
+        (results["_run"] for _, results in files), key=lambda run: (run["started"], run["seconds"].get("total", 0))
+    )
+    rows: list[Row] = [("stage", "seconds")]
+    rows += [(name, f"{seconds:.1f}") for name, seconds in run["seconds"].items()]
+    rows += [(name, f"{value:.2f}") for name, value in run["resources"].items()]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table whose columns line up in a terminal; the first two columns to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| "
+        + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i < 2 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def render(files: Sequence[tuple[Path, records.Json]], worst_first: bool = False) -> str:
+    """Every table of the files, and the summary over SAEs last, where a terminal leaves the eye."""
+    parts = [f"{path}\n{selectivity_table(results, worst_first)}" for path, results in files]
+    note = (
+        "* q < 0.05 (Benjamini-Hochberg over the layers x probes of the file); delta_sel 0 = preserved, negative = lost"
+    )
+    return "\n\n".join([*parts, note, summary_table(files)])
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def load(paths: Iterable[Path]) -> list[tuple[Path, records.Json]]:
+    """The files, each checked. Raises `RequestError` if there is none, or one is no result file."""
+    files = [(path, records.read(path)) for path in paths]
+    if not files:
+        raise RequestError("no result files found: run main.py first, or name its --output_directory")
+    return files
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables; 2 if there is nothing to print."""
+    parser = argparse.ArgumentParser(description="Tables from the result files of main.py.")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=Path("results"), help="where the files are (%(default)s)"
+    )
+    parser.add_argument("--worst_first", action="store_true", help="largest losses on top, not by layer")
+    parser.add_argument("--summary", action="store_true", help="the line per SAE only")
+    parser.add_argument("--resources", action="store_true", help="seconds per stage and peak memory only")
+    asked: Any = parser.parse_args(argv)
+    try:
+        files = load(result_files(asked.folder))
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if asked.resources:
+        print(resource_table(files))
+    elif asked.summary:
+        print(summary_table(files))
+    else:
+        print(render(files, asked.worst_first))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

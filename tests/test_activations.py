@@ -1,0 +1,161 @@
+"""The producer: every row from the right token, every token counted once, whatever the batching."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import N_LAYERS, people
+
+import activations
+from activations import BlockDone, LayerRows, Producer, RowTable, plan_blocks
+from datasets_wikidata import Dataset, Mention, Probe, ProbeTexts, tokenise
+from language_model import Site, open_model
+from progress import Stopwatch
+from sae_loader import open_sae
+
+SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
+
+
+@pytest.fixture(scope="module")
+def mentions():
+    rows = people(40) + [{"text": f"{row['text']}, who then left.", "group": row["group"]} for row in people(9, seed=5)]
+    texts = list(dict.fromkeys((row["text"], row["group"]) for row in rows))
+    return [Mention(text, text.index(name), text.index(name) + len(name), name) for text, name in texts]
+
+
+@pytest.fixture(scope="module")
+def info(tiny_model):
+    return open_model(str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def model(info):
+    return info.load(SITES, "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def saes(tiny_saes):
+    source = open_sae(str(tiny_saes))
+    return {site: {0: source.load(site.layer, "cpu")} for site in SITES}
+
+
+def everything(mentions):
+    """One dataset that needs every mention."""
+    probe = Probe("p", np.arange(len(mentions)), np.arange(len(mentions)) % 2 == 0)
+    return ProbeTexts(tuple(mentions), np.arange(len(mentions)), (Dataset("p", "p", (probe,)),))
+
+
+def produce(model, saes, info, mentions, positions="last", bos=True, counts_bos=False, batch_size=None, max_tokens=256):
+    """All rows by site and view [rows, d], and the figures by site."""
+    tokenised = tokenise(mentions, info.tokenizer, prepend_bos=bos, max_length=info.max_length)
+    rows = RowTable.build(tokenised, positions)
+    producer = Producer(model, saes, {0: counts_bos}, tokenised, rows, batch_size, max_tokens, Stopwatch())
+    items, texts = [], []
+    producer.run(plan_blocks(everything(mentions), [0]), items.append, texts.append)
+    assert sum(texts) == len(mentions)
+    found = {(site, view): torch.full((len(rows), 32), torch.nan) for site in SITES for view in ("x", "recon")}
+    for item in items:
+        if isinstance(item, LayerRows):
+            found[item.site, "x"][item.row_ids] = item.x
+            found[item.site, "recon"][item.row_ids] = item.recons[0]
+    (done,) = (item for item in items if isinstance(item, BlockDone))
+    return found, {site: sums.figures() for (site, _), sums in done.sums.items()}, tokenised, rows
+
+
+def one_by_one(model, saes, tokenised, site):
+    """Activations and reconstructions of every token, text by text: the plain way."""
+    result = []
+    for ids in tokenised.ids:
+        x = model.activations(torch.from_numpy(ids).long()[None])[site][0]
+        sae = saes[site][0]
+        result.append((x, sae.decode(sae.encode(x))))
+    return result
+
+
+@pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.parametrize("counts_bos", [True, False])
+@pytest.mark.parametrize("positions", ["last", "mean", "all"])
+def test_rows_and_figures_equal_the_plain_way(model, saes, info, mentions, positions, bos, counts_bos):
+    found, figures, tokenised, rows = produce(model, saes, info, mentions, positions, bos, counts_bos)
+    for site in SITES:
+        plain = one_by_one(model, saes, tokenised, site)
+        spans = [range(a, b + 1) for a, b in zip(tokenised.first, tokenised.last, strict=True)]
+        if positions == "last":
+            spans = [span[-1:] for span in spans]
+        for view, which in (("x", 0), ("recon", 1)):
+            tokens = [[pair[which][t] for t in span] for pair, span in zip(plain, spans, strict=True)]
+            if positions == "mean":
+                tokens = [[torch.stack(name).mean(dim=0)] for name in tokens]
+            expected = torch.stack([row for name in tokens for row in name])
+            torch.testing.assert_close(found[site, view], expected, atol=1e-5, rtol=0)
+        start = 1 if bos and not counts_bos else 0
+        x = torch.cat([pair[0][start:] for pair in plain]).double()
+        recon = torch.cat([pair[1][start:] for pair in plain]).double()
+        assert figures[site].n_tokens == len(x)
+        assert figures[site].mse_whole == pytest.approx(float(((x - recon) ** 2).mean()), rel=1e-5)
+        fvu = float(((x - recon) ** 2).sum() / ((x - x.mean(dim=0)) ** 2).sum())
+        assert figures[site].fvu_whole == pytest.approx(fvu, rel=1e-5)
+
+
+@pytest.mark.parametrize("limits", [{"batch_size": 1}, {"batch_size": 7}, {"max_tokens": 40}, {"max_tokens": 10_000}])
+def test_batching_changes_nothing(model, saes, info, mentions, limits):
+    expected, figures, *_ = produce(model, saes, info, mentions)
+    found, again, *_ = produce(model, saes, info, mentions, **limits)
+    for key, rows in expected.items():
+        torch.testing.assert_close(found[key], rows, atol=1e-5, rtol=0)
+    for site in SITES:
+        assert again[site].mse_whole == pytest.approx(figures[site].mse_whole, rel=1e-6)
+        assert again[site].fvu_pos == pytest.approx(figures[site].fvu_pos, rel=1e-6)
+        assert again[site].l0 == figures[site].l0
+
+
+def test_row_weights_add_up_to_one_for_each_mention(info, mentions):
+    tokenised = tokenise(mentions, info.tokenizer, prepend_bos=True, max_length=128)
+    rows = RowTable.build(tokenised, "all")
+    totals = np.bincount(rows.mention, weights=rows.weight)
+    np.testing.assert_allclose(totals, 1, rtol=1e-6)
+    assert len(rows) > len(mentions)
+
+
+def test_out_of_memory_halves_the_batch_and_changes_no_number(model, saes, info, mentions, monkeypatch, caplog):
+    expected, figures, *_ = produce(model, saes, info, mentions)
+    forward = type(model).activations
+
+    def at_most_five(self, ids):
+        if len(ids) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, ids)
+
+    monkeypatch.setattr(type(model), "activations", at_most_five)
+    found, again, *_ = produce(model, saes, info, mentions)
+    for key, rows in expected.items():
+        torch.testing.assert_close(found[key], rows, atol=1e-5, rtol=0)
+    assert again[SITES[0]].n_tokens == figures[SITES[0]].n_tokens
+    assert "out of memory" in caplog.text
+
+
+def test_one_text_too_many_for_memory_is_an_error(model, saes, info, mentions, monkeypatch):
+    def never(self, ids):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(model), "activations", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        produce(model, saes, info, mentions)
+
+
+def test_blocks_cover_what_is_wanted_once_and_the_first_dataset_comes_first():
+    a, b, c = np.array([0, 1, 2, 3]), np.array([2, 3, 4]), np.array([5])
+    datasets = tuple(
+        Dataset(name, name, (Probe(name, mentions, np.zeros(len(mentions), bool)),))
+        for name, mentions in (("a", a), ("b", b), ("c", c))
+    )
+    texts = ProbeTexts(tuple(Mention(str(i), 0, 1, str(i)) for i in range(7)), np.arange(7), datasets)
+    blocks = plan_blocks(texts, [0, 1, 2])
+    assert [sorted(block.datasets) for block in blocks] == [[0], [0, 1], [1], [2]]
+    assert sorted(np.concatenate([block.mentions for block in blocks])) == [0, 1, 2, 3, 4, 5]
+    assert [sorted(block.datasets) for block in plan_blocks(texts, [1])] == [[1]]
+
+
+def test_free_memory_sets_the_batch_on_a_gpu_and_a_constant_on_the_cpu(model, saes):
+    assert activations.tokens_in_memory(model, saes) == activations.CPU_TOKENS

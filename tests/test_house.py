@@ -1,0 +1,76 @@
+"""The rules of the house: data flows one way, and only the command line knows how it was asked for."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_IMPORT = {  # file or folder -> what it may import of the project, besides `errors`
+    "errors": set(),
+    "config": set(),
+    "command_line": {"config", "datasets_wikidata"},
+    "tasks": {"tasks"},
+    "datasets_wikidata": {"tasks"},
+    "sae_formats": {"sae_formats"},
+    "sae_loader": {"sae_formats"},
+    "reconstruction": {"sae_formats", "sae_loader"},
+    "language_model": set(),
+    "bounded_queue": set(),
+    "progress": {"bounded_queue"},
+    "activations": {"datasets_wikidata", "language_model", "progress", "reconstruction", "sae_loader"},
+    "row_store": {"activations", "language_model"},
+    "probe_backends": {"probe_backends", "probes"},
+    "probes": {"probe_backends"},
+    "uncertainty": set(),
+    "selectivity": {"probes", "uncertainty"},
+    "records": set(),
+    "report": {"records"},
+    "pipeline": {"activations", "bounded_queue", "datasets_wikidata", "language_model", "probes", "progress",
+                 "reconstruction", "records", "row_store", "selectivity", "uncertainty"},
+}  # fmt: skip
+
+
+def python_files() -> list[Path]:
+    found = [*ROOT.glob("*.py"), *(p for room in MAY_IMPORT for p in (ROOT / room).glob("**/*.py"))]
+    return sorted(path for path in found if path.name != "main.py")
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_flow_of_the_data(path):
+    assert room(path) in MAY_IMPORT, f"{path.name} has no place in the house yet: give it one above"
+    ours = imported(path) & (MAY_IMPORT.keys() | {"main"})
+    assert ours <= MAY_IMPORT[room(path)] | {"errors"}
+
+
+def test_only_the_command_line_and_main_see_the_run_config():
+    users = {path.name for path in [*python_files(), ROOT / "main.py"] if "RunConfig" in path.read_text("utf-8")}
+    assert users == {"main.py", "command_line.py", "config.py"}
+
+
+def test_the_queue_knows_nothing_of_torch():
+    assert "torch" not in imported(ROOT / "bounded_queue.py")
+
+
+def test_no_library_prints():
+    allowed = {"main.py", "report.py"}
+    for path in python_files():
+        if path.name not in allowed:
+            assert not re.search(r"^\s*print\(", path.read_text("utf-8"), re.MULTILINE), path.name

@@ -1,0 +1,120 @@
+"""The streamed figures against NumPy on the whole matrix, however it is cut."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from reconstruction import Reconstruction, ReconstructionSums
+from sae_loader import SparseRows
+
+D_IN, D_SAE, ROWS = 24, 40, 600
+
+
+def make_codes(rows: int, k: int = 5, seed: int = 1) -> SparseRows:
+    """k entries a row, a third of them zero; latents 30 and above never fire."""
+    rng = torch.Generator().manual_seed(seed)
+    col = torch.rand(rows, 30, generator=rng).topk(k).indices.flatten()
+    value = (3 * torch.rand(rows * k, generator=rng) - 1).relu()
+    return SparseRows(torch.arange(0, rows * k + 1, k), col, value, D_SAE)
+
+
+def make_rows(mean: float, spread: float = 1.0) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    x = mean + spread * torch.randn(ROWS, D_IN, generator=rng)
+    x[:, 3] += 50 * mean  # a dimension with a huge norm
+    return x, x + 0.3 * spread * torch.randn(ROWS, D_IN, generator=rng)
+
+
+def stream(x: Tensor, recon: Tensor, codes: SparseRows, sizes: list[int]) -> Reconstruction:
+    """Every row is a token; every third is probed too."""
+    sums = ReconstructionSums(D_IN, D_SAE, "cpu")
+    for rows in torch.arange(len(x)).split(sizes):
+        sums.add_whole(x[rows], recon[rows], codes.select(rows))
+        probed = rows[rows % 3 == 0]
+        sums.add_probed(x[probed], recon[probed], codes.select(probed))
+    return sums.figures()
+
+
+def whole_matrix(x: np.ndarray, recon: np.ndarray) -> tuple[float, float, float]:
+    """mse, fvu, cosine in float64."""
+    x, recon = x.astype(np.float64), recon.astype(np.float64)
+    error, deviation = (x - recon) ** 2, (x - x.mean(0)) ** 2
+    cosine = (x * recon).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(recon, axis=1)
+    return error.mean(), error.sum() / deviation.sum(), cosine.mean()
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (1e3, 1.0), (-1e3, 1.0), (1.0, 1e-3)])
+@pytest.mark.parametrize("sizes", [[ROWS], [1, ROWS - 1], [7] * 85 + [5], [0, 300, 0, 299, 1]])
+def test_equals_numpy_however_it_is_cut(mean: float, spread: float, sizes: list[int]) -> None:
+    x, recon = make_rows(mean, spread)
+    codes = make_codes(ROWS)
+    figures = stream(x, recon, codes, sizes)
+    value = codes.value.view(ROWS, -1)
+    fired = np.unique(codes.col[codes.value != 0])
+    mse_whole, fvu_whole, _ = whole_matrix(x.numpy(), recon.numpy())
+    mse_pos, fvu_pos, cosine = whole_matrix(x[::3].numpy(), recon[::3].numpy())
+    expected = Reconstruction(
+        mse_pos=mse_pos,
+        mse_whole=mse_whole,
+        fvu_pos=fvu_pos,
+        fvu_whole=fvu_whole,
+        cosine=cosine,
+        l0=(value[::3] != 0).sum(1).double().mean().item(),
+        l1=value[::3].double().sum(1).mean().item(),
+        dead=1 - len(fired) / D_SAE,
+        n_probed=ROWS // 3,
+        n_tokens=ROWS,
+    )
+    assert 10 / D_SAE <= expected.dead < 1  # type: ignore[operator]
+    assert asdict(figures) == pytest.approx(asdict(expected), rel=1e-6)
+
+
+def test_merge_is_the_sum_of_the_parts() -> None:
+    x, recon = make_rows(1e3)
+    codes, whole = make_codes(ROWS), ReconstructionSums(D_IN, D_SAE, "cpu")
+    parts = []
+    for rows in torch.arange(ROWS).split([100, 450, 50]):
+        part = ReconstructionSums(D_IN, D_SAE, "cpu")
+        for sums in (whole, part):
+            sums.add_whole(x[rows], recon[rows], codes.select(rows))
+            sums.add_probed(x[rows], recon[rows], codes.select(rows))
+        parts.append(part)
+    before = asdict(parts[0].figures())
+    merged = parts[0].merge(parts[1]).merge(parts[2].to("cpu")).merge(ReconstructionSums(D_IN, D_SAE, "cpu"))
+    assert asdict(merged.figures()) == pytest.approx(asdict(whole.figures()), rel=1e-12)
+    assert asdict(parts[0].figures()) == before  # a merge makes a new one
+
+
+def test_a_perfect_reconstruction_has_no_error() -> None:
+    x, _ = make_rows(1e3)
+    figures = stream(x, x, make_codes(ROWS), [ROWS])
+    assert (figures.mse_pos, figures.fvu_pos, figures.mse_whole, figures.fvu_whole) == (0, 0, 0, 0)
+    assert figures.cosine == pytest.approx(1)
+
+
+def test_the_mean_as_reconstruction_leaves_all_variance() -> None:
+    x, _ = make_rows(10)
+    assert stream(x, x.double().mean(0).float().expand_as(x), make_codes(ROWS), [ROWS]).fvu_whole == pytest.approx(1)
+
+
+def test_nothing_seen_is_none_and_never_nan() -> None:
+    figures = ReconstructionSums(D_IN, D_SAE, "cpu").figures()
+    assert (figures.n_probed, figures.n_tokens) == (0, 0)
+    assert set(asdict(figures).values()) == {0, None}
+    x = torch.ones(3, D_IN)
+    same = stream(x, x + 1, make_codes(3), [3])
+    assert same.mse_whole == pytest.approx(1)
+    assert (same.fvu_whole, same.fvu_pos) == (None, None)  # no variance to explain
+
+
+def test_half_precision_activations_are_summed_in_float32() -> None:
+    x, recon = make_rows(0.0)
+    codes = make_codes(ROWS)
+    half = stream(x.bfloat16(), recon, codes, [200, 400])
+    expected = stream(x.bfloat16().float(), recon, codes, [ROWS])
+    assert asdict(half) == pytest.approx(asdict(expected), rel=1e-6)

@@ -1,0 +1,569 @@
+"""SAEs against the libraries that write them, then what must hold of any SAE, then what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import sae_formats.hub as hub
+from errors import RequestError
+from sae_formats.hookpoints import HookPoint, parse
+from sae_formats.sae import CHUNK_BYTES
+from sae_formats.topk import exact_topk, two_stage_topk
+from sae_loader import GroupMax, LinearCoder, Sae, SparseRows, Threshold, TopK, open_sae
+
+D_IN, D_SAE, K = 16, 64, 4
+HUB_ID = "EleutherAI/sae-pythia-160m-32k"
+
+
+def dense(codes: SparseRows) -> Tensor:
+    """``[rows, n_cols]``."""
+    rows = torch.arange(codes.n_rows).repeat_interleave(codes.crow.diff())
+    return torch.zeros(codes.n_rows, codes.n_cols).index_put_((rows, codes.col.long()), codes.value)
+
+
+def activations(rows: int = 50, d_in: int = D_IN, seed: int = 0) -> Tensor:
+    """Off centre, as residual streams are."""
+    return 2 * torch.randn(rows, d_in, generator=torch.Generator().manual_seed(seed)) + 0.5
+
+
+def linear_sae(W_enc: Tensor, W_dec: Tensor, selection: Any, k: int | None = None) -> Sae:
+    d_sae, d_in = W_enc.shape
+    coder = LinearCoder(W_enc, torch.zeros(d_sae), W_dec, torch.zeros(d_in), selection)
+    return Sae("made here", 0, "resid_post", d_in, d_sae, k, "topk", coder)
+
+
+def write_sparsify(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A random SAE in sparsify's format, without sparsify."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = torch.Generator().manual_seed(seed)
+    config = {"activation": "topk", "expansion_factor": 4, "num_latents": 0, "k": K, "d_in": D_IN} | changes
+    tensors = {
+        "encoder.weight": torch.randn(D_SAE, D_IN, generator=rng),
+        "encoder.bias": torch.randn(D_SAE, generator=rng),
+        "W_dec": torch.randn(D_SAE, D_IN, generator=rng),
+        "b_dec": torch.randn(D_IN, generator=rng),
+    }
+    (folder / "cfg.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    save_file(tensors, folder / "sae.safetensors")
+    return folder
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+
+
+# --- against the libraries ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["topk", "groupmax"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_agrees_with_sparsify(tmp_path: Path, activation: Any, dtype: torch.dtype) -> None:
+    sparsify = pytest.importorskip("sparsify")
+    config = sparsify.SparseCoderConfig(activation=activation, k=K, expansion_factor=4, multi_topk=True)
+    reference = sparsify.SparseCoder(D_IN, config, dtype=dtype)
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter)
+    reference.save_to_disk(tmp_path / "layers.3.mlp")
+    reference = reference.float()
+
+    source = open_sae(str(tmp_path))
+    assert (source.layers, source.hookpoint, source.d_in) == ((3,), "mlp_out", D_IN)
+    assert (source.prepend_bos, source.counts_bos) == (None, False)
+    sae, x = source.load(3, "cpu"), activations()
+    with torch.no_grad():
+        expected = reference.encode(x)
+        expected_recon = reference.decode(expected.top_acts, expected.top_indices)
+    codes = sae.encode(x)
+    expected_dense = torch.zeros(len(x), D_SAE).scatter_(1, expected.top_indices, expected.top_acts)
+    torch.testing.assert_close(dense(codes), expected_dense, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.decode(codes), expected_recon, rtol=1e-5, atol=1e-5)
+
+
+NORMS = ["none", "constant_norm_rescale", "layer_norm"]
+LENS_CASES = [
+    *[(architecture, norm, True) for architecture in ["standard", "topk", "jumprelu", "gated"] for norm in NORMS],
+    *[(architecture, "none", False) for architecture in ["standard", "topk", "jumprelu", "gated"]],
+    *[(architecture, norm, True) for architecture in ["batchtopk", "matryoshka_batchtopk"] for norm in NORMS[:2]],
+    ("abstopk", "layer_norm", True),
+    ("abstopk", "none", False),
+]
+
+
+def make_lens(architecture: str, **settings: Any) -> Any:
+    """A training SAE of SAE Lens with random parameters."""
+    sae_lens = pytest.importorskip("sae_lens")
+    from sae_lens.registry import get_sae_training_class
+
+    sae_class, config_class = get_sae_training_class(architecture)
+    if "topk" in architecture:
+        settings["k"] = K
+    if architecture == "matryoshka_batchtopk":
+        settings["matryoshka_widths"] = [D_SAE // 2, D_SAE]
+    metadata = sae_lens.saes.sae.SAEMetadata(
+        hook_name="blocks.5.hook_resid_post", model_name="pythia-70m-deduped", prepend_bos=True
+    )
+    torch.manual_seed(0)
+    sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, metadata=metadata, **settings))
+    for name, parameter in sae.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+        if name == "threshold":
+            parameter.data.abs_()
+    if hasattr(sae, "topk_threshold"):
+        sae.topk_threshold += 0.5
+    return sae
+
+
+def assert_agrees(sae: Sae, reference: Any) -> None:
+    x = activations()
+    with torch.no_grad():
+        expected = reference.encode(x)
+        expected_recon = reference.decode(expected)
+    assert 0 < int((expected != 0).sum()) < expected.numel()
+    codes = sae.encode(x)
+    torch.testing.assert_close(dense(codes), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.decode(codes), expected_recon.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "norm", "apply_b_dec"), LENS_CASES)
+def test_agrees_with_sae_lens(tmp_path: Path, architecture: str, norm: str, apply_b_dec: bool) -> None:
+    trained = make_lens(architecture, normalize_activations=norm, apply_b_dec_to_input=apply_b_dec)
+    trained.save_inference_model(tmp_path / "any_name")
+    from sae_lens import SAE
+
+    reference = SAE.load_from_disk(tmp_path / "any_name")
+    source = open_sae(str(tmp_path))
+    assert (source.layers, source.hookpoint, source.d_in) == ((5,), "resid_post", D_IN)
+    assert (source.prepend_bos, source.counts_bos, source.model_name) == (True, True, "pythia-70m-deduped")
+    sae = source.load(5, "cpu")
+    assert_agrees(sae, reference)
+    selected = sae.decode(sae.encode(activations()).select(torch.tensor([7, 3])))  # carries its rows' own norms
+    torch.testing.assert_close(selected, sae.decode(sae.encode(activations()))[[7, 3]])
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated"])
+def test_a_training_checkpoint_is_what_its_inference_model_will_be(tmp_path: Path, architecture: str) -> None:
+    trained = make_lens(architecture)
+    trained.save_model(tmp_path / "checkpoint")
+    trained.save_inference_model(tmp_path / "inference")
+    from sae_lens import SAE
+
+    assert_agrees(open_sae(str(tmp_path / "checkpoint")).load(5, "cpu"), SAE.load_from_disk(tmp_path / "inference"))
+
+
+@pytest.mark.parametrize("architecture", ["standard", "topk", "batchtopk", "jumprelu", "gated"])
+def test_input_scaling_is_folded_from_the_file_beside_it(tmp_path: Path, architecture: str) -> None:
+    trained = make_lens(architecture, normalize_activations="expected_average_only_in")
+    trained.save_model(tmp_path)
+    with pytest.raises(RequestError, match=r"activation_scaler\.json"):
+        open_sae(str(tmp_path))
+    (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 1.7}')
+    trained.fold_activation_norm_scaling_factor(1.7)
+    trained.save_inference_model(tmp_path / "folded")
+    from sae_lens import SAE
+
+    assert_agrees(open_sae(str(tmp_path)).load(5, "cpu"), SAE.load_from_disk(tmp_path / "folded"))
+
+
+def old_config(**changes: Any) -> dict[str, Any]:
+    """As SAE Lens wrote it before version 6."""
+    config = {
+        "architecture": "standard", "d_in": D_IN, "d_sae": D_SAE, "dtype": "torch.float32", "device": "cpu",
+        "model_name": "gpt2-small", "hook_name": "blocks.5.hook_resid_pre", "hook_layer": 5, "prepend_bos": True,
+        "activation_fn_str": "relu", "apply_b_dec_to_input": True, "normalize_activations": "none",
+        "sae_lens_training_version": "3.0.0",
+    }  # fmt: skip
+    return config | changes
+
+
+def write_old_lens(folder: Path, **changes: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cfg.json").write_text(json.dumps(old_config(**changes)))
+    rng = torch.Generator().manual_seed(0)
+    tensors = {"W_enc": torch.randn(D_IN, D_SAE, generator=rng), "W_dec": torch.randn(D_SAE, D_IN, generator=rng)}
+    tensors |= {"b_enc": torch.randn(D_SAE, generator=rng), "b_dec": torch.randn(D_IN, generator=rng)}
+    save_file(tensors, folder / "sae_weights.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}])
+def test_reads_the_flat_config_of_older_versions(tmp_path: Path, changes: dict[str, Any]) -> None:
+    pytest.importorskip("sae_lens")
+    from sae_lens import SAE
+
+    source = open_sae(str(write_old_lens(tmp_path, **changes)))
+    assert (source.layers, source.hookpoint) == ((4,), "resid_post")  # what enters layer 5 leaves layer 4
+    assert source.prepend_bos is True
+    assert_agrees(source.load(4, "cpu"), SAE.load_from_disk(tmp_path))
+
+
+def test_fetches_a_release_through_sae_lens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sae_lens")
+    import sae_lens.loading.pretrained_sae_loaders as loaders
+    from huggingface_hub.utils import EntryNotFoundError
+    from sae_lens import SAE
+
+    folder = write_old_lens(tmp_path / "3-res-sm", hook_name="blocks.3.hook_resid_post")
+
+    def download(repo_id: str, filename: str, **_: Any) -> str:
+        assert repo_id == "ctigges/pythia-70m-deduped__res-sm_processed"
+        if not (tmp_path / filename).exists():
+            raise EntryNotFoundError(filename)
+        return str(tmp_path / filename)
+
+    monkeypatch.setattr(loaders, "hf_hub_download", download)
+    source = open_sae("pythia-70m-deduped-res-sm/blocks.3.hook_resid_post")
+    assert (source.layers, source.hookpoint, source.prepend_bos) == ((3,), "resid_post", True)
+    assert source.slug == "pythia-70m-deduped-res-sm_blocks.3.hook_resid_post"
+    assert len(source.fingerprint()) == 64
+    assert_agrees(source.load(3, "cpu"), SAE.load_from_disk(folder))
+    with pytest.raises(RequestError, match=r"no such id; it has blocks\.0\.hook_resid_pre"):
+        open_sae("pythia-70m-deduped-res-sm/blocks.9.hook_resid_post")
+    monkeypatch.setattr(loaders, "hf_hub_download", lambda **_: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(RequestError, match="could not read its config"):
+        open_sae("pythia-70m-deduped-res-sm/blocks.2.hook_resid_post")
+
+
+# --- what holds of any SAE ---------------------------------------------------------------------------------------
+
+
+def test_identity_is_exact() -> None:
+    eye = torch.eye(D_IN)
+    both = torch.cat([eye, -eye])
+    x = activations() * torch.logspace(-3, 3, D_IN)
+    for selection in (TopK(D_IN), Threshold(torch.zeros(2 * D_IN))):
+        sae = linear_sae(both, both, selection)
+        assert torch.equal(sae.decode(sae.encode(x)), x)
+
+
+@pytest.mark.parametrize(("d_sae", "k"), [(1024, 8), (1024, 64), (64, 64), (100, 7), (4096, 32), (8, 1)])
+def test_topk_finds_the_same_sets_as_torch(d_sae: int, k: int) -> None:
+    pre_acts = torch.randn(200, d_sae)
+    values, indices = exact_topk(pre_acts, k)
+    expected = pre_acts.topk(k, dim=1)
+    assert torch.equal(values.sort(1, descending=True).values, expected.values)
+    assert torch.equal(indices.sort(1).values, expected.indices.sort(1).values)
+
+
+@pytest.mark.parametrize("pre_acts", [
+    torch.randint(0, 3, (100, 64)).float(), -torch.rand(100, 64), torch.zeros(100, 64), torch.zeros(0, 64),
+])  # fmt: skip
+def test_two_stages_survive_ties_and_negatives(pre_acts: Tensor) -> None:
+    values, indices = two_stage_topk(pre_acts, 4)
+    assert torch.equal(values.sort(1, descending=True).values, pre_acts.topk(4, dim=1).values)
+    assert torch.equal(pre_acts.gather(1, indices), values)
+    assert all(len(set(row)) == 4 for row in indices.tolist())
+
+
+def test_a_row_with_nothing_positive_has_no_latents() -> None:
+    sae = linear_sae(-torch.eye(D_IN), torch.eye(D_IN), TopK(3))
+    codes = sae.encode(torch.rand(5, D_IN) + 0.1)
+    assert codes.l0().tolist() == [0.0] * 5
+    assert torch.equal(sae.decode(codes), torch.zeros(5, D_IN))
+
+
+@pytest.mark.parametrize("selection", [TopK(K), GroupMax(K), Threshold(torch.rand(D_SAE))])
+def test_chunks_and_dtypes_change_nothing_that_matters(selection: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    W_enc, W_dec = torch.randn(2, D_SAE, D_IN)
+    sae, x = linear_sae(W_enc, W_dec, selection), activations()
+    whole = sae.encode(x)
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 7 * D_SAE * 4)
+    assert sae.chunk_rows() == 7
+    parts = sae.encode(x)
+    torch.testing.assert_close(dense(parts), dense(whole))
+    torch.testing.assert_close(sae.decode(parts), dense(whole) @ W_dec, rtol=1e-5, atol=1e-5)
+    assert sae.encode(x.double()).value.dtype == torch.float32
+    assert sae.decode(sae.encode(x[:0])).shape == (0, D_IN)
+
+
+def test_sparse_rows_select_concat_and_count() -> None:
+    codes = linear_sae(*torch.randn(2, D_SAE, D_IN), Threshold(torch.ones(D_SAE))).encode(activations())
+    full = dense(codes)
+    assert torch.equal(codes.l0(), (full != 0).sum(1).float())
+    torch.testing.assert_close(codes.l1(), full.abs().sum(1))
+    rows = torch.tensor([4, 4, 0, 49])
+    assert torch.equal(dense(codes.select(rows)), full[rows])
+    mask = torch.arange(50) % 3 == 0
+    assert torch.equal(dense(codes.select(mask)), full[mask])
+    assert codes.select(rows[:0]).n_rows == 0
+    again = SparseRows.concat([codes.select(torch.arange(20)), codes.select(torch.arange(20, 50))])
+    assert torch.equal(again.crow, codes.crow)
+    assert torch.equal(dense(again), full)
+    assert codes.nbytes == 8 * 51 + 12 * codes.col.numel()
+    assert codes.to("cpu").n_rows == 50
+
+
+def test_a_constant_input_does_not_become_nan(tmp_path: Path) -> None:
+    for norm in ("layer_norm", "constant_norm_rescale"):
+        sae = open_sae(str(write_old_lens(tmp_path / norm, normalize_activations=norm))).load(4, "cpu")
+        assert torch.isfinite(sae.decode(sae.encode(torch.zeros(3, D_IN)))).all()
+
+
+# --- names, folders, the Hub -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("layers.5", HookPoint(5, "resid_post")),
+    ("layers.11.mlp", HookPoint(11, "mlp_out")),
+    ("layers.0.attention", HookPoint(0, "attn_out")),
+    ("layers.0.attn", HookPoint(0, "attn_out")),
+    ("gpt_neox.layers.2.mlp.act", HookPoint(2, "gpt_neox.layers.<layer>.mlp.act")),
+    ("transformer.h.7", HookPoint(7, "resid_post")),
+    ("blocks.5.hook_resid_pre", HookPoint(4, "resid_post")),
+    ("blocks.0.hook_resid_pre", HookPoint(0, "blocks.<layer>.hook_resid_pre")),
+    ("blocks.5.hook_mlp_out", HookPoint(5, "mlp_out")),
+    ("layers", None),
+    ("my_sae", None),
+])  # fmt: skip
+def test_hook_points(name: str, expected: HookPoint | None) -> None:
+    assert parse(name) == expected
+
+
+def test_one_folder_with_several_hook_points(tmp_path: Path) -> None:
+    for name in ("layers.0", "layers.10", "layers.2", "layers.0.mlp", "layers.0.mlp.act"):
+        write_sparsify(tmp_path / name)
+    assert open_sae(str(tmp_path)).layers == (0, 2, 10)
+    assert open_sae(str(tmp_path), "mlp_out").layers == (0,)
+    assert open_sae(str(tmp_path), "gpt_neox.layers.<layer>").hookpoint == "resid_post"
+    assert open_sae(str(tmp_path), "gpt_neox.layers.<layer>.mlp").hookpoint == "mlp_out"
+    assert open_sae(str(tmp_path), "gpt_neox.layers.<layer>.mlp.act").hookpoint == "layers.<layer>.mlp.act"
+    with pytest.raises(RequestError, match=r"attn_out.*has SAEs for.*mlp_out, resid_post"):
+        open_sae(str(tmp_path), "attn_out")
+    shutil.rmtree(tmp_path / "layers.0")
+    shutil.rmtree(tmp_path / "layers.2")
+    shutil.rmtree(tmp_path / "layers.10")
+    with pytest.raises(RequestError, match="choose one with --hookpoint"):
+        open_sae(str(tmp_path))
+
+
+def test_ways_to_name_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_sparsify(tmp_path / "EleutherAI" / "sae-x" / "layers.1")
+    (tmp_path / "EleutherAI" / "sae-x" / "config.json").write_text('{"model": "EleutherAI/pythia-14m"}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    slugs = {}
+    for name in ("EleutherAI/sae-x", "EleutherAI/sae-x/", "~/EleutherAI/sae-x", "./EleutherAI/sae-x/layers.1"):
+        source = open_sae(name)
+        assert source.layers == (1,)
+        slugs[name] = source.slug
+    assert set(slugs.values()) == {"EleutherAI_sae-x", "sae-x_layers.1"}
+    assert open_sae("EleutherAI/sae-x").describe()["model_name"] == "EleutherAI/pythia-14m"
+    monkeypatch.chdir(tmp_path / "EleutherAI/sae-x/layers.1")
+    assert open_sae(".").layers == (1,)
+
+
+def test_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
+    write_sparsify(tmp_path / "a" / "layers.1")
+    write_sparsify(tmp_path / "a" / "layers.2")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    first = open_sae(str(tmp_path / "a"))
+    assert open_sae(str(tmp_path / "b")).fingerprint() == first.fingerprint() != first.fingerprint([1])
+    rewrite(tmp_path / "b" / "layers.2" / "sae.safetensors", lambda tensors: tensors["b_dec"].add_(1))
+    assert open_sae(str(tmp_path / "b")).fingerprint([1]) == first.fingerprint([1])
+    assert open_sae(str(tmp_path / "b")).fingerprint() != first.fingerprint()
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache in the Hub's layout that holds two layers, and no network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--EleutherAI--sae-pythia-160m-32k"
+    for layer in (0, 1):
+        write_sparsify(repository / "snapshots" / commit / f"layers.{layer}", seed=layer)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    return tmp_path / "hub"
+
+
+def test_a_cached_repository_needs_no_network(hub_cache: Path) -> None:
+    source = open_sae(f"{HUB_ID}/", cache_dir=hub_cache)
+    assert (source.layers, source.slug, source.name) == ((0, 1), "EleutherAI_sae-pythia-160m-32k", HUB_ID)
+    sae = source.load(1, "cpu")
+    assert sae.name == f"{HUB_ID}/layers.1"
+    assert sae.encode(activations()).l0().max() <= K
+    assert len(source.fingerprint([0])) == 64
+    weights = next(hub_cache.rglob("layers.0/sae.safetensors"))
+    weights.unlink()
+    assert len(open_sae(HUB_ID, cache_dir=hub_cache).fingerprint()) == 64  # repository and commit stand for the files
+    with pytest.raises(RequestError, match=r"sae\.safetensors: no such file"):
+        source.load(0, "cpu")
+
+
+def test_only_the_layers_asked_for_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit, asked = tmp_path / "commit", []
+    write_sparsify(commit / "layers.0")
+    write_sparsify(commit / "layers.1")
+
+    def snapshot_download(name: str, allow_patterns: list[str], cache_dir: Path | None) -> str:
+        asked.extend(allow_patterns)
+        return str(commit)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    source = open_sae("someone/some-sae")
+    assert not any("safetensors" in pattern for pattern in asked)
+    source.load(1, "cpu")
+    assert [pattern for pattern in asked if "safetensors" in pattern] == ["layers.1/sae.safetensors"]
+
+
+def test_offline_the_layers_in_the_cache_are_the_layers(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import IncompleteSnapshotError
+
+    complete = hub.snapshot_download
+
+    def knows_of_more_layers(name: str, allow_patterns: list[str], cache_dir: Path) -> str:
+        snapshot = complete(name, allow_patterns=allow_patterns, cache_dir=cache_dir)
+        if "*/cfg.json" in allow_patterns:
+            raise IncompleteSnapshotError("layers.2/cfg.json is missing", snapshot_path=snapshot)
+        return snapshot
+
+    monkeypatch.setattr(hub, "snapshot_download", knows_of_more_layers)
+    source = open_sae(HUB_ID, cache_dir=hub_cache)
+    assert source.layers == (0, 1)
+    assert source.load(0, "cpu").layer == 0
+
+
+@pytest.mark.parametrize("name", ["", "no/such/folder", "./nothing", "~nobody/sae", "/absent", "a b", "x" * 5000])
+def test_a_name_that_means_nothing(name: str) -> None:
+    with pytest.raises(RequestError, match="no such folder"):
+        open_sae(name)
+
+
+def test_a_repository_that_cannot_be_reached(hub_cache: Path) -> None:
+    with pytest.raises(RequestError, match=r"someone/else: no such local folder, and .* Hugging Face Hub") as caught:
+        open_sae("someone/else", cache_dir=hub_cache)
+    assert "\n" not in str(caught.value)
+
+
+# --- broken files ------------------------------------------------------------------------------------------------
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "sae.safetensors"
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def drop_tensor(folder: Path) -> None:
+    rewrite(folder / "sae.safetensors", lambda tensors: tensors.pop("b_dec"))
+
+
+def transpose_decoder(folder: Path) -> None:
+    rewrite(folder / "sae.safetensors", lambda tensors: tensors.update(W_dec=tensors["W_dec"].T))
+
+
+def write_nan(folder: Path) -> None:
+    rewrite(folder / "sae.safetensors", lambda tensors: tensors["W_dec"][3].fill_(torch.nan))
+
+
+def set_config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "cfg.json"
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+    return change
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (truncate, r"sae\.safetensors: not a whole safetensors file"),
+    (drop_tensor, r"no tensor 'b_dec'; it holds W_dec"),
+    (transpose_decoder, r"W_dec has shape \[16, 64\] \(transposed\?\), but cfg.json says \[64, 16\]"),
+    (lambda folder: (folder / "sae.safetensors").unlink(), r"sae\.safetensors: no such file"),
+    (lambda folder: (folder / "cfg.json").write_text("{not json"), r"cfg\.json: not a readable JSON file"),
+    (lambda folder: (folder / "cfg.json").write_text("[1]"), "a JSON object was expected"),
+    (lambda folder: (folder / "cfg.json").write_text("{}"), "neither a sparsify config"),
+    (lambda folder: (folder / "cfg.json").unlink(), "no SAE here"),
+    (lambda folder: folder.rename(folder.with_name("my_sae")), r"rename it to layers\.5"),
+    (lambda folder: write_sparsify(folder.with_name("h.5")), "two SAEs for layer 5"),
+    (lambda folder: write_sparsify(folder.with_name("layers.6"), d_in=8), "layers.6/sae.safetensors: encoder.weight"),
+    (set_config(d_in=None), "d_in is missing"),
+    (set_config(d_in=32), r"encoder\.weight has shape \[64, 16\]"),
+    (set_config(k=0), "k is 0"),
+    (set_config(k=65), "k 65 does not fit"),
+    (set_config(activation="groupmax", k=7), "groupmax with k 7 does not fit num_latents 64"),
+    (set_config(activation="softmax"), "activation 'softmax'"),
+    (set_config(transcode=True), "transcode is true"),
+    (set_config(skip_connection=True), "skip_connection is true"),
+])  # fmt: skip
+def test_broken_files_are_found_when_opening(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+    damage(write_sparsify(tmp_path / "layers.5"))
+    with pytest.raises(RequestError, match=message) as caught:
+        open_sae(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_values_are_found_when_loading(tmp_path: Path) -> None:
+    write_nan(write_sparsify(tmp_path / "layers.5"))
+    source = open_sae(str(tmp_path))
+    with pytest.raises(RequestError, match=r"sae\.safetensors: W_dec holds NaN"):
+        source.load(5, "cpu")
+    with pytest.raises(RequestError, match=r"layer 4: .* has SAEs for layers 5 only"):
+        source.load(4, "cpu")
+
+
+def test_a_file_or_an_empty_folder_is_no_sae(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RequestError, match="no SAE here"):
+        open_sae(str(tmp_path / "empty"))
+    write_sparsify(tmp_path / "layers.0")
+    with pytest.raises(RequestError, match="this is a file"):
+        open_sae(str(tmp_path / "layers.0" / "sae.safetensors"))
+
+
+def test_missing_settings_have_the_defaults_of_sparsify(tmp_path: Path) -> None:
+    write_sparsify(tmp_path / "layers.0", activation=None, num_latents=D_SAE, expansion_factor=None, new_key=1)
+    sae = open_sae(str(tmp_path)).load(0, "cpu")
+    assert (sae.architecture, sae.d_sae, sae.k) == ("topk", D_SAE, K)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"hook_name": "blocks.5.attn.hook_z"}, "hook_z"),
+    ({"hook_name": "blocks.5.mlp.hook_post"}, "hook_name 'blocks.5.mlp.hook_post'"),
+    ({"hook_name": "blocks.0.hook_resid_pre"}, "hook_name 'blocks.0.hook_resid_pre'"),
+    ({"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
+    ({"normalize_activations": True}, "activation_scaler.json"),
+    ({"architecture": "skip_transcoder"}, "transcoder"),
+    ({"architecture": "temporal"}, "temporal"),
+    ({"activation_fn_str": "tanh-relu"}, "tanh-relu"),
+    ({"architecture": "gated"}, "no tensor 'b_gate'"),
+    ({"architecture": "topk", "k": 100}, "k 100 is more than d_sae 64"),
+    ({"d_sae": 32}, r"W_enc has shape \[16, 64\]"),
+])  # fmt: skip
+def test_what_sae_lens_files_cannot_give(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    write_old_lens(tmp_path, **changes)
+    with pytest.raises(RequestError, match=message) as caught:
+        open_sae(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_that_nobody_knows(tmp_path: Path) -> None:
+    pytest.importorskip("sae_lens")
+    source = open_sae(str(write_old_lens(tmp_path, architecture="novel")))
+    with pytest.raises(RequestError, match="architecture 'novel'"):
+        source.load(4, "cpu")
+
+
+@pytest.mark.parametrize(("changes", "counts"), [
+    ({}, True),
+    ({"prepend_bos": False}, False),
+    ({"exclude_special_tokens": True}, False),
+    ({"exclude_special_tokens": [0]}, False),
+    ({"exclude_special_tokens": False}, True),
+    ({"seqpos_slice": [1, None]}, False),
+    ({"seqpos_slice": [None]}, True),
+])  # fmt: skip
+def test_whether_bos_counts(tmp_path: Path, changes: dict[str, Any], counts: bool) -> None:
+    assert open_sae(str(write_old_lens(tmp_path, **changes))).counts_bos is counts
