@@ -73,6 +73,7 @@ def make_plan(config: RunConfig) -> Plan:
             if layer not in source.layers:
                 has = ",".join(map(str, source.layers))
                 raise RequestError(f"--layers {layer}: {source.name} has SAEs for layers {has} only")
+        source.prepare(layers)
         sites[sae_id] = [Site(layer, source.hookpoint) for layer in layers]
     prepare_folder(config.output_directory)
     return Plan(texts, info, sources, sites, _decide_bos(info, sources))
@@ -99,13 +100,13 @@ def _decide_bos(info: ModelInfo, sources: Sequence[SaeSource]) -> bool:
 def open_files(config: RunConfig, plan: Plan) -> dict[tuple[SaeId, int], RecordFile]:
     """A result file for each SAE and dataset. Raises `RequestError` if one on disk was made by something else."""
     from datasets_wikidata import dataset_fingerprint
-    from records import SCHEMA_VERSION, RecordFile, describe_run, prepare_folder, result_path
+    from records import SCHEMA_VERSION, RecordFile, describe_run, prepare_folder, result_path, slug
 
     data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
     model = plan.info.fingerprint()
     files = {}
     for sae_id, source in enumerate(plan.sources):
-        folder = config.output_directory / source.slug if len(plan.sources) > 1 else config.output_directory
+        folder = config.output_directory / slug(source.name) if len(plan.sources) > 1 else config.output_directory
         prepare_folder(folder)
         key = {
             "schema": SCHEMA_VERSION,
@@ -121,6 +122,8 @@ def open_files(config: RunConfig, plan: Plan) -> dict[tuple[SaeId, int], RecordF
         run = describe_run({**asdict(config), "sae": source.name})
         for index, dataset in enumerate(plan.texts.datasets):
             path = result_path(folder, config.model_name, dataset.slug)
+            if any(file.path == path for file in files.values()):
+                raise RequestError(f"--sae_name: two SAEs would be written to {folder}: measure them in two runs")
             files[sae_id, index] = RecordFile.open(path, {**key, "data": data[index]}, run, config.overwrite)
     return files
 

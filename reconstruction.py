@@ -1,0 +1,189 @@
+"""How well an SAE reconstructs activations: sums and counts that stream, divided once at the end.
+
+    sums = ReconstructionSums(d_in, d_sae, device)
+    sums.add_whole(x, recon, latents)        # every real token of the texts, batch by batch
+    sums.add_probed(x, recon, latents)       # the probed positions
+    sums.figures().fvu_whole
+
+Nothing that adds waits for the device. The definitions are in METRIC.md, section 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Latents(Protocol):
+    """What is needed of sparse codes; ``sae_loader.SparseRows`` has it."""
+
+    @property
+    def col(self) -> Tensor:
+        """Latent numbers ``[nnz]``."""
+        ...
+
+    @property
+    def value(self) -> Tensor:
+        """Latent activations ``[nnz]``, some may be zero."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The figures of one SAE on one set of texts. None: no rows, or no variance to divide by."""
+
+    mse_pos: float | None
+    """Mean over probed rows and d_in of the squared error."""
+    mse_whole: float | None
+    """The same over every token of the texts."""
+    fvu_pos: float | None
+    """Squared error over squared deviation from the mean of all probed rows."""
+    fvu_whole: float | None
+    """The same over every token of the texts."""
+    cosine: float | None
+    """Mean cosine of x and its reconstruction at probed positions."""
+    l0: float | None
+    """Mean number of non-zero latents at probed positions."""
+    l1: float | None
+    """Mean sum of absolute latents at probed positions."""
+    dead: float | None
+    """Share of latents that fired on no token of the texts."""
+    n_probed: int
+    n_tokens: int
+
+
+class ReconstructionSums:
+    """Numerators and denominators of `Reconstruction`, on one device, in float64."""
+
+    def __init__(self, d_in: int, d_sae: int, device: torch.device | str) -> None:
+        self.whole = _ErrorSums.empty(d_in, device)
+        self.probed = _ErrorSums.empty(d_in, device)
+        self.cosine = _zero(device)
+        self.l0 = _zero(device)
+        self.l1 = _zero(device)
+        self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)  # tokens on which each latent fired
+
+    def add_whole(self, x: Tensor, recon: Tensor, latents: Latents) -> None:
+        """Every real token of some texts: x and recon ``[tokens, d_in]``, and the tokens' latents."""
+        self.whole = self.whole.merge(_ErrorSums.of(x, recon))
+        self.fired.index_add_(0, latents.col, (latents.value != 0).to(self.fired.dtype))
+
+    def add_probed(self, x: Tensor, recon: Tensor, latents: Latents) -> None:
+        """Probed positions: x and recon ``[rows, d_in]``, and their latents."""
+        self.probed = self.probed.merge(_ErrorSums.of(x, recon))
+        self.cosine += F.cosine_similarity(x.float(), recon.float(), dim=1).sum(dtype=torch.float64)
+        self.l0 += (latents.value != 0).sum()
+        self.l1 += latents.value.abs().sum(dtype=torch.float64)
+
+    def merge(self, other: ReconstructionSums) -> ReconstructionSums:
+        """The sums over both sets of rows, on this one's device."""
+        merged = ReconstructionSums(self.whole.mean.numel(), self.fired.numel(), self.fired.device)
+        other = other.to(self.fired.device)
+        merged.whole = self.whole.merge(other.whole)
+        merged.probed = self.probed.merge(other.probed)
+        merged.cosine = self.cosine + other.cosine
+        merged.l0 = self.l0 + other.l0
+        merged.l1 = self.l1 + other.l1
+        merged.fired = self.fired + other.fired
+        return merged
+
+    def to(self, device: torch.device | str) -> ReconstructionSums:
+        """The same sums on another device."""
+        moved = ReconstructionSums(self.whole.mean.numel(), self.fired.numel(), device)
+        moved.whole, moved.probed = self.whole.to(device), self.probed.to(device)
+        moved.cosine, moved.l0, moved.l1 = self.cosine.to(device), self.l0.to(device), self.l1.to(device)
+        moved.fired = self.fired.to(device)
+        return moved
+
+    def figures(self) -> Reconstruction:
+        """Divide. This waits for the device."""
+        n_probed, n_tokens = self.probed.n, self.whole.n
+        n_dead = int((self.fired == 0).sum())
+        return Reconstruction(
+            mse_pos=self.probed.mse(),
+            mse_whole=self.whole.mse(),
+            fvu_pos=self.probed.fvu(),
+            fvu_whole=self.whole.fvu(),
+            cosine=_ratio(self.cosine, n_probed),
+            l0=_ratio(self.l0, n_probed),
+            l1=_ratio(self.l1, n_probed),
+            dead=n_dead / self.fired.numel() if n_tokens else None,
+            n_probed=n_probed,
+            n_tokens=n_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class _ErrorSums:
+    """Squared error and squared deviation of n rows; sets of rows merge as in Chan, Golub & LeVeque (1983)."""
+
+    n: int
+    squared_error: Tensor
+    """Summed over rows and d_in. float64 ``[]``."""
+    mean: Tensor
+    """Of x. float64 ``[d_in]``."""
+    deviation: Tensor
+    """Squared distance of x from ``mean``, summed over rows and d_in. float64 ``[]``."""
+
+    @classmethod
+    def empty(cls, d_in: int, device: torch.device | str) -> _ErrorSums:
+        """No rows."""
+        return cls(0, _zero(device), torch.zeros(d_in, dtype=torch.float64, device=device), _zero(device))
+
+    @classmethod
+    def of(cls, x: Tensor, recon: Tensor) -> _ErrorSums:
+        """x and recon ``[rows, d_in]``.
+
+        Residual streams have dimensions whose mean is 1e3 times their spread, so deviations are taken from the
+        float32 mean, which is near enough for the differences to be exact, and corrected for its rounding.
+        """
+        if len(x) == 0:
+            return cls.empty(x.shape[1], x.device)
+        x = x.float()
+        near_mean = x.mean(dim=0)
+        offsets = x - near_mean
+        rounding = offsets.mean(dim=0).double()
+        deviation = _sum_of_squares(offsets) - len(x) * rounding.square().sum()
+        return cls(len(x), _sum_of_squares(x - recon), near_mean.double() + rounding, deviation.clamp(min=0))
+
+    def merge(self, other: _ErrorSums) -> _ErrorSums:
+        """Both sets of rows."""
+        n = self.n + other.n
+        if n == 0:
+            return self
+        apart = other.mean - self.mean
+        return _ErrorSums(
+            n=n,
+            squared_error=self.squared_error + other.squared_error,
+            mean=self.mean + apart * (other.n / n),
+            deviation=self.deviation + other.deviation + apart.square().sum() * (self.n * other.n / n),
+        )
+
+    def to(self, device: torch.device | str) -> _ErrorSums:
+        """The same sums on another device."""
+        return _ErrorSums(self.n, self.squared_error.to(device), self.mean.to(device), self.deviation.to(device))
+
+    def mse(self) -> float | None:
+        """Mean over rows and d_in."""
+        return _ratio(self.squared_error, self.n * self.mean.numel())
+
+    def fvu(self) -> float | None:
+        """Fraction of variance unexplained."""
+        return _ratio(self.squared_error, self.deviation.item())
+
+
+def _sum_of_squares(rows: Tensor) -> Tensor:
+    """Float32 along each row, float64 over the rows: no float64 copy of the matrix."""
+    return torch.linalg.vector_norm(rows, dim=1).double().square().sum()
+
+
+def _zero(device: torch.device | str) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _ratio(numerator: Tensor, denominator: float) -> float | None:
+    return numerator.item() / denominator if denominator else None

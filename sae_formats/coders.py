@@ -1,0 +1,96 @@
+"""What an SAE does between its normalised input and its normalised output: a linear map, a selection, a gather-sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sae_formats.selection import Selection
+from sae_formats.sparse_rows import SparseRows
+
+
+class Coder(Protocol):
+    """Encoder and decoder of one SAE, without input normalisation and without chunking."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are computed in."""
+        ...
+
+    def encode(self, x: Tensor) -> SparseRows:
+        """Codes of ``[rows, d_in]``, in the coder's dtype and on its device."""
+        ...
+
+    def decode(self, codes: SparseRows) -> Tensor:
+        """Reconstruction, float32 ``[rows, d_in]``."""
+        ...
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Coder:
+        """The same coder elsewhere."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearCoder:
+    """z = selection(x W_encᵀ + b_enc), x̂ = Σ_j z_j W_dec[j] + b_dec."""
+
+    W_enc: Tensor
+    """``[d_sae, d_in]``."""
+    b_enc: Tensor
+    """``[d_sae]``; a decoder bias that the format subtracts from the input is folded in (``fold_b_dec``)."""
+    W_dec: Tensor
+    """``[d_sae, d_in]``."""
+    b_dec: Tensor
+    """``[d_in]``."""
+    selection: Selection
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_enc.dtype
+
+    def encode(self, x: Tensor) -> SparseRows:
+        return self.selection(F.linear(x, self.W_enc, self.b_enc))
+
+    def decode(self, codes: SparseRows) -> Tensor:
+        recon = F.embedding_bag(
+            codes.col.to(codes.crow.dtype),
+            self.W_dec,
+            codes.crow,
+            mode="sum",
+            per_sample_weights=codes.value.to(self.dtype),
+            include_last_offset=True,
+        )
+        return recon.float() + self.b_dec.float()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LinearCoder:
+        return LinearCoder(
+            W_enc=self.W_enc.to(device, dtype),
+            b_enc=self.b_enc.to(device, dtype),
+            W_dec=self.W_dec.to(device, dtype),
+            b_dec=self.b_dec.to(device, dtype),
+            selection=self.selection.to(device, dtype),
+        )
+
+
+def fold_b_dec(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """The bias that makes ``x W_encᵀ + bias`` equal ``(x - b_dec) W_encᵀ + b_enc``. ``[d_sae]``.
+
+    In float64, a block of latents at a time: decoder biases carry the activations' mean, which can be 1e3 times
+    their spread, and a float64 copy of a wide encoder would not fit everywhere.
+    """
+    b_dec = b_dec.double()
+    shift = torch.cat([block.double() @ b_dec for block in W_enc.split(4096)])
+    return (b_enc.double() - shift).to(b_enc.dtype)

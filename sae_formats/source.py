@@ -1,0 +1,207 @@
+"""What an SAE name resolves to before weights are loaded: one member a layer, of one hook point."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from errors import RequestError
+from sae_formats.coders import Coder
+from sae_formats.hookpoints import same_place
+from sae_formats.input_norm import InputNorm
+from sae_formats.sae import Sae
+
+
+@dataclass(frozen=True)
+class SaeHeader:
+    """What one SAE's config says."""
+
+    format: str
+    """``sparsify`` or ``sae_lens``."""
+    layer: int
+    hookpoint: str
+    d_in: int
+    d_sae: int
+    k: int | None
+    architecture: str
+    config: dict[str, Any]
+    """The config file, as it is."""
+    prepend_bos: bool | None = None
+    """Whether its training texts began with BOS; None if the format does not say."""
+    counts_bos: bool = False
+    """Whether BOS activations were in its training data."""
+    model_name: str | None = None
+    """The model it was trained on, if it says."""
+
+
+class Member(Protocol):
+    """One SAE that can be loaded."""
+
+    @property
+    def header(self) -> SaeHeader:
+        """Known without its weights."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """A folder or an address, for messages and names."""
+        ...
+
+    def prepare(self) -> None:
+        """Fetch the weights if they are not here, and compare their header with the config."""
+        ...
+
+    def build(self) -> tuple[Coder, InputNorm]:
+        """Load the weights: float32, on the CPU."""
+        ...
+
+    def digest(self) -> str:
+        """sha256 of config and weights."""
+        ...
+
+
+@dataclass(frozen=True)
+class SaeSource:
+    """The SAEs of one hook point under one name."""
+
+    name: str
+    """As typed."""
+    members: tuple[Member, ...]
+    """In order of layers, one a layer."""
+    revision: str | None = None
+    """What stands for the files where they are not all on this machine: repository and commit."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have an SAE."""
+        return tuple(member.header.layer for member in self.members)
+
+    @property
+    def hookpoint(self) -> str:
+        """``resid_post``, ``mlp_out``, ``attn_out``, or a module path with ``<layer>``."""
+        return self._first.hookpoint
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self._first.d_in
+
+    @property
+    def prepend_bos(self) -> bool | None:
+        """Whether training texts began with BOS; None if the format does not say."""
+        return self._first.prepend_bos
+
+    @property
+    def counts_bos(self) -> bool:
+        """Whether BOS activations were in the training data, and so count in the whole-text figures."""
+        return self._first.counts_bos
+
+    @property
+    def model_name(self) -> str | None:
+        """The model it was trained on, if it says."""
+        return self._first.model_name
+
+    @property
+    def _first(self) -> SaeHeader:
+        return self.members[0].header
+
+    def describe(self) -> dict[str, Any]:
+        """What the source says of itself, for a record."""
+        first = self._first
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "format": first.format,
+            "architecture": first.architecture,
+            "hookpoint": first.hookpoint,
+            "layers": list(self.layers),
+            "d_in": first.d_in,
+            "d_sae": first.d_sae,
+            "k": first.k,
+            "model_name": first.model_name,
+            "prepend_bos": first.prepend_bos,
+            "config": first.config,
+        }
+
+    def prepare(self, layers: Sequence[int] | None = None) -> None:
+        """Fetch and check the files of these layers (all), so that a broken one is found before a model is loaded."""
+        for member in self._choose(layers):
+            member.prepare()
+
+    def load(self, layer: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Sae:
+        """The SAE of one layer. Raises `RequestError` if there is none, or if its weights are broken."""
+        (member,) = self._choose([layer])
+        member.prepare()
+        coder, input_norm = member.build()
+        header = member.header
+        return Sae(
+            name=member.where,
+            layer=header.layer,
+            hookpoint=header.hookpoint,
+            d_in=header.d_in,
+            d_sae=header.d_sae,
+            k=header.k,
+            architecture=header.architecture,
+            coder=coder.to(device, dtype),
+            input_norm=input_norm,
+        )
+
+    def fingerprint(self, layers: Sequence[int] | None = None) -> str:
+        """sha256 over configs and weights of these layers, fetched if need be; of all layers by default.
+
+        By default files on the Hub are not fetched: repository and commit stand for them.
+        """
+        if layers is None and self.revision is not None:
+            return hashlib.sha256(f"{self.revision} {self.hookpoint}".encode()).hexdigest()
+        digest = hashlib.sha256()
+        for member in self._choose(layers):
+            digest.update(f"{member.header.layer} {member.digest()}\n".encode())
+        return digest.hexdigest()
+
+    def _choose(self, layers: Sequence[int] | None) -> list[Member]:
+        if layers is None:
+            return list(self.members)
+        by_layer = {member.header.layer: member for member in self.members}
+        for layer in layers:
+            if layer not in by_layer:
+                raise RequestError(f"layer {layer}: {self.name} has SAEs for layers {_listed(self.layers)} only")
+        return [by_layer[layer] for layer in sorted(set(layers))]
+
+
+def assemble(name: str, members: Sequence[Member], hookpoint: str | None, revision: str | None = None) -> SaeSource:
+    """A source from all SAEs found under a name: those of one hook point, one a layer.
+
+    Raises `RequestError` if the hook point is absent or has to be chosen, if two SAEs claim a layer, or if their
+    widths differ.
+    """
+    place = _choose_place(name, [member.header.hookpoint for member in members], hookpoint)
+    chosen = sorted((m for m in members if m.header.hookpoint == place), key=lambda member: member.header.layer)
+    for before, after in itertools.pairwise(chosen):
+        if before.header.layer == after.header.layer:
+            both = f"{before.where} and {after.where}"
+            raise RequestError(f"{name}: two SAEs for layer {before.header.layer}, {both}; name one of them")
+        if before.header.d_in != after.header.d_in:
+            both = f"{before.header.d_in} ({before.where}) and {after.header.d_in} ({after.where})"
+            raise RequestError(f"{name}: SAEs of one model have one d_in, these have {both}")
+    return SaeSource(name, tuple(chosen), revision)
+
+
+def _choose_place(name: str, found: Sequence[str], asked: str | None) -> str:
+    places = sorted(set(found))
+    if asked is not None:
+        matching = [place for place in places if same_place(asked, place)]
+        if not matching:
+            raise RequestError(f"--hookpoint {asked}: {name} has SAEs for {', '.join(places)}")
+        return matching[0]
+    if "resid_post" in places or len(places) == 1:
+        return "resid_post" if "resid_post" in places else places[0]
+    raise RequestError(f"{name}: SAEs for {', '.join(places)}; choose one with --hookpoint")
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))

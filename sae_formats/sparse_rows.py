@@ -1,0 +1,95 @@
+"""Codes of many activations as compressed sparse rows: TopK, JumpReLU and ReLU codes share one type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """The latents of ``rows`` activations, never densified.
+
+    Row ``i`` holds latents ``col[crow[i]:crow[i + 1]]`` with those ``value``s. An entry may be zero (a TopK code of
+    a row with fewer than k positive pre-activations); ``l0`` does not count it.
+    """
+
+    crow: Tensor
+    """Where each row begins, and the end of the last. int64 ``[rows + 1]``."""
+    col: Tensor
+    """Latent numbers. int64 or int32 ``[nnz]``."""
+    value: Tensor
+    """Latent activations. float32 ``[nnz]``."""
+    n_cols: int
+    """d_sae."""
+    scale: Tensor | None = None
+    """What the decoder multiplies each row by, where the SAE normalises its input at run time. ``[rows]``."""
+    shift: Tensor | None = None
+    """What it then adds to each coordinate of the row. ``[rows]``."""
+
+    @property
+    def n_rows(self) -> int:
+        """How many activations are coded here."""
+        return self.crow.numel() - 1
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors, in bytes."""
+        tensors = (self.crow, self.col, self.value, self.scale, self.shift)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def l0(self) -> Tensor:
+        """Number of latents that are not zero, per row. float32 ``[rows]``."""
+        return self._row_sums((self.value != 0).float())
+
+    def l1(self) -> Tensor:
+        """Sum of absolute latents, per row. float32 ``[rows]``."""
+        return self._row_sums(self.value.abs())
+
+    def select(self, rows: Tensor) -> SparseRows:
+        """The rows at these indices (int ``[n]``, any order, repeats allowed) or under this mask (bool ``[rows]``)."""
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero().squeeze(1)
+        rows = rows.to(self.crow.device)
+        counts = self.crow.diff()[rows]
+        crow = F.pad(counts.cumsum(0), (1, 0))
+        within = torch.arange(int(crow[-1]), device=crow.device) - crow[:-1].repeat_interleave(counts)
+        entries = self.crow[rows].repeat_interleave(counts) + within
+        scale = None if self.scale is None else self.scale[rows]
+        shift = None if self.shift is None else self.shift[rows]
+        return SparseRows(crow, self.col[entries], self.value[entries], self.n_cols, scale, shift)
+
+    def to(self, device: torch.device | str) -> SparseRows:
+        """The same codes on another device."""
+        scale = None if self.scale is None else self.scale.to(device)
+        shift = None if self.shift is None else self.shift.to(device)
+        crow, col, value = self.crow.to(device), self.col.to(device), self.value.to(device)
+        return SparseRows(crow, col, value, self.n_cols, scale, shift)
+
+    @staticmethod
+    def concat(parts: Sequence[SparseRows]) -> SparseRows:
+        """Rows of all parts, in order. The parts come from one SAE; at least one part."""
+        if len(parts) == 1:
+            return parts[0]
+        counts = torch.cat([part.crow.diff() for part in parts])
+        return SparseRows(
+            crow=F.pad(counts.cumsum(0), (1, 0)),
+            col=torch.cat([part.col for part in parts]),
+            value=torch.cat([part.value for part in parts]),
+            n_cols=parts[0].n_cols,
+            scale=_concat([part.scale for part in parts]),
+            shift=_concat([part.shift for part in parts]),
+        )
+
+    def _row_sums(self, entries: Tensor) -> Tensor:
+        """Sum over each row's entries, with no wait for the device (``unsafe`` skips a check that would)."""
+        return torch.segment_reduce(entries, "sum", offsets=self.crow, unsafe=True)
+
+
+def _concat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
