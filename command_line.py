@@ -67,8 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--hookpoint", help="resid_post, mlp_out, attn_out, or a module path with <layer> (what the SAE says of itself)"
     )
-    add("--positions", default="last", help=f"{', '.join(POSITIONS)}: last token of the name, mean over the name, all its "
-        "tokens weighted 1/len (%(default)s)")  # fmt: skip
+    add("--positions", default="last", help=f"{', '.join(POSITIONS)}: last token of the name, mean over the name, "
+        "all its tokens weighted 1/len (%(default)s)")  # fmt: skip
     add(
         "--shuffle_select_n", type=int, help="at most this many rows per dataset, drawn by seed, classes balanced (all)"
     )

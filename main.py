@@ -47,9 +47,11 @@ def make_plan(config: RunConfig) -> Plan:
     """Open everything that was asked for. Raises `RequestError`, before anything heavy is loaded, if it can't be."""
     from datasets_wikidata import load_probe_texts
     from language_model import Site, open_model
+    from probes import check_backend
     from records import prepare_folder
     from sae_loader import open_sae
 
+    check_backend(config.probe, config.device2)
     texts = load_probe_texts(
         config.datasets,
         data_dir=config.data_dir,
@@ -104,7 +106,7 @@ def open_files(config: RunConfig, plan: Plan) -> dict[tuple[SaeId, int], RecordF
 
     data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
     model = plan.info.fingerprint()
-    files = {}
+    files: dict[tuple[SaeId, int], RecordFile] = {}
     for sae_id, source in enumerate(plan.sources):
         folder = config.output_directory / slug(source.name) if len(plan.sources) > 1 else config.output_directory
         prepare_folder(folder)
@@ -193,7 +195,7 @@ def run(argv: Sequence[str]) -> None:
     if list_only:
         from datasets_wikidata import describe_datasets
 
-        print(describe_datasets(config.data_dir))
+        print(describe_datasets(config.datasets, data_dir=config.data_dir, dataset_file=config.dataset_file))
         return
     plan = make_plan(config)
     files = open_files(config, plan)

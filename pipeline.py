@@ -10,8 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -237,31 +239,47 @@ def run(
 ) -> None:
     """Run both threads to their end.
 
-    Raises the error of whichever thread failed, or `KeyboardInterrupt` after Ctrl-C, once the layer in work is
-    written. A second Ctrl-C ends the process at once; files are replaced whole, so none is harmed.
+    Raises the error of whichever thread failed, or `KeyboardInterrupt` after Ctrl-C or SIGTERM, once the layer in
+    work is written. A second one ends the process at once; files are replaced whole, so none is harmed.
     """
-    producing = _Worker("producer", lambda: _produce(producer, blocks, queue, on_texts))
-    consuming = _Worker("consumer", lambda: _consume(prober, queue))
-    workers = [producing, consuming]
-    interrupted = False
-    for worker in workers:
-        worker.start()
-    while any(worker.is_alive() for worker in workers):
-        try:
-            for worker in workers:
-                worker.join(timeout=0.1)
-        except KeyboardInterrupt:
-            if interrupted:
-                os._exit(130)
-            interrupted = True
-            log.warning("interrupted: finishing the layer in work; Ctrl-C again to stop now")
-            stop.set()
-            queue.cancel()
+    workers = [
+        _Worker("producer", lambda: _produce(producer, blocks, queue, on_texts)),
+        _Worker("consumer", lambda: _consume(prober, queue)),
+    ]
+    with _interruptible(stop, queue):
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(timeout=0.1)  # a join without end would keep signals waiting
     for worker in workers:
         if worker.error is not None:
             raise worker.error
-    if interrupted:
+    if stop.is_set():
         raise KeyboardInterrupt
+
+
+@contextmanager
+def _interruptible(stop: threading.Event, queue: BoundedQueue[Item]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM set `stop` while inside; a second one ends the process. In the main thread only."""
+
+    def on_signal(_number: int, _frame: object) -> None:
+        if stop.is_set():
+            os._exit(130)
+        log.warning("interrupted: finishing the layer in work; once more to stop now")
+        stop.set()
+        queue.cancel()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    watched = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in watched}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _produce(

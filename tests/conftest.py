@@ -23,13 +23,15 @@ FRAMES = ["The minutes were read by {}", "In 1950 the prize went to {}", "We met
 
 
 def people(n: int, seed: int = 0) -> list[dict[str, str | int]]:
-    """n rows text,label,group: the first name gives the label away."""
+    """n rows text,label,group,start,end: the first name gives the label away."""
     rng = random.Random(seed)
     rows = []
     for i in range(n):
         label = i % 2
         name = f"{rng.choice(WOMEN if label else MEN)} {rng.choice(SURNAMES)}"
-        rows.append({"text": rng.choice(FRAMES).format(name), "label": label, "group": name, "row": i})
+        text = rng.choice(FRAMES).format(name)
+        start = text.index(name)
+        rows.append({"text": text, "label": label, "group": name, "start": start, "end": start + len(name)})
     return rows
 
 
@@ -53,9 +55,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.train_from_iterator([str(row["text"]) for row in people(500)], trainer)
     end = "<|endoftext|>"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end).save_pretrained(
+        folder
+    )
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer.get_vocab()),

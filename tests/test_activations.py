@@ -77,7 +77,7 @@ def one_by_one(model, saes, tokenised, site):
 @pytest.mark.parametrize("counts_bos", [True, False])
 @pytest.mark.parametrize("positions", ["last", "mean", "all"])
 def test_rows_and_figures_equal_the_plain_way(model, saes, info, mentions, positions, bos, counts_bos):
-    found, figures, tokenised, rows = produce(model, saes, info, mentions, positions, bos, counts_bos)
+    found, figures, tokenised, _rows = produce(model, saes, info, mentions, positions, bos, counts_bos)
     for site in SITES:
         plain = one_by_one(model, saes, tokenised, site)
         spans = [range(a, b + 1) for a, b in zip(tokenised.first, tokenised.last, strict=True)]

@@ -18,7 +18,7 @@ LAYER = {"mse_pos": 0.5, "gender": {"model_sel": 0.75, "sae_sel": 0.5, "delta_se
 
 def written(path, key=None, layers=(0,), complete=True):
     file = RecordFile.open(path, key or KEY, RUN, overwrite=False)
-    file.write({layer: LAYER for layer in layers}, {"forward": 1.0}, {"peak_ram_gb": 0.1}, complete)
+    file.write(dict.fromkeys(layers, LAYER), {"forward": 1.0}, {"peak_ram_gb": 0.1}, complete)
     return file
 
 

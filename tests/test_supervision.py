@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import _thread
+import os
+import signal
 import threading
 import time
 import traceback
@@ -103,11 +104,12 @@ def test_an_error_after_the_other_has_ended():
     assert isinstance(run_both(put_many, late), OSError)
 
 
-def test_ctrl_c_stops_both_and_is_passed_on():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_both_and_is_passed_on(number):
     stop = threading.Event()
 
     def consume_until_told(queue):
-        _thread.interrupt_main()
+        os.kill(os.getpid(), number)
         for _ in queue:
             time.sleep(0.01)
 
@@ -115,7 +117,9 @@ def test_ctrl_c_stops_both_and_is_passed_on():
         while True:
             put(0)
 
+    before = signal.getsignal(number)
     queue = BoundedQueue[int](max_bytes=2, size_of=lambda item: 1)
     with pytest.raises(KeyboardInterrupt):
         run(FakeProducer(produce_for_ever), FakeProber(consume_until_told), [], queue, lambda n: None, stop)
     assert stop.is_set()
+    assert signal.getsignal(number) is before

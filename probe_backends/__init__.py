@@ -1,0 +1,1 @@
+"""Solvers of the probes, one a file, behind the door `probes`."""

@@ -1,0 +1,107 @@
+"""What a probe backend is given and what it hands back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ProbeProblem:
+    """Many weighted L2 logistic regressions on the same rows: one for each C, target and split.
+
+    For every (C, target, split) the minimum over w `[d]` and b of
+
+        1/2 |w|^2 + C sum_i v_i log(1 + exp(-y_i f_i)),    f_i = (x_i / scale_split) . w + b,    y_i = +-1
+
+    is asked for, where v is `weight` with each class made to weigh half of the split's total (scikit-learn's
+    ``class_weight="balanced"``). The intercept is not penalised, so centring of x changes nothing.
+
+    Raises ValueError for shapes that do not fit, NaN or Inf in x, a negative weight, or C out of order.
+    """
+
+    x: Tensor  # float32 [rows, d], raw features, any device
+    labels: Tensor  # bool [targets, rows]
+    weight: Tensor  # float [splits, rows]; 0 = held out by that split, else the row's weight
+    scale: Tensor  # float [splits, d]; features are divided by it, 0 (a constant feature) counts as 1
+    cs: tuple[float, ...]  # inverse strengths of regularisation, positive, ascending
+
+    def __post_init__(self) -> None:
+        rows, d = self.x.shape
+        splits = self.weight.shape[0]
+        shapes = (self.labels.shape[1:], self.weight.shape[1:], self.scale.shape)
+        if shapes != ((rows,), (rows,), (splits, d)):
+            raise ValueError(
+                f"x {tuple(self.x.shape)} does not fit labels {tuple(self.labels.shape)}, "
+                f"weight {tuple(self.weight.shape)} and scale {tuple(self.scale.shape)}"
+            )
+        if not bool(torch.isfinite(self.x).all()):
+            raise ValueError("x has NaN or Inf")
+        if not bool((self.weight >= 0).all()):
+            raise ValueError("a weight is negative or NaN")
+        if not self.cs or self.cs[0] <= 0 or any(a >= b for a, b in zip(self.cs, self.cs[1:], strict=False)):
+            raise ValueError(f"C must be positive and ascending, not {self.cs}")
+
+    @property
+    def n_targets(self) -> int:
+        return self.labels.shape[0]
+
+    @property
+    def n_splits(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def divisor(self) -> Tensor:
+        """float64 [splits, d]: `scale` with 1 in place of 0."""
+        scale = self.scale.double()
+        return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+@dataclass(frozen=True)
+class ProbeFits:
+    """The fitted probes: score = x . coef + intercept, positive = the label is predicted."""
+
+    coef: Tensor  # float64 [cs, targets, splits, d], in units of the raw x
+    intercept: Tensor  # float64 [cs, targets, splits]
+    converged: Tensor  # bool [cs, targets, splits]
+    n_iter: Tensor  # int64 [cs, targets, splits]
+
+    @classmethod
+    def empty(cls, problem: ProbeProblem) -> ProbeFits:
+        """Room for the fits of `problem`, on its device."""
+        shape, device = (len(problem.cs), problem.n_targets, problem.n_splits), problem.x.device
+        return cls(
+            coef=torch.zeros(*shape, problem.x.shape[1], dtype=torch.float64, device=device),
+            intercept=torch.zeros(shape, dtype=torch.float64, device=device),
+            converged=torch.zeros(shape, dtype=torch.bool, device=device),
+            n_iter=torch.zeros(shape, dtype=torch.int64, device=device),
+        )
+
+
+class ProbeBackend(Protocol):
+    """A solver of probe problems."""
+
+    @property
+    def name(self) -> str: ...
+
+    def fit(self, problem: ProbeProblem) -> ProbeFits:
+        """All probes of the problem. Fits that did not converge are told in `converged`."""
+        ...
+
+
+def balanced(labels: Tensor, weight: Tensor) -> Tensor:
+    """The weights with each class of `labels` scaled to half of the total; the total stays.
+
+    labels bool and weight float broadcast against each other, the last axis is rows; float64 out.
+    Raises ValueError if a class has no weight.
+    """
+    weight = weight.double()
+    total = weight.sum(-1, keepdim=True)
+    positive = (weight * labels).sum(-1, keepdim=True)
+    negative = (weight * ~labels).sum(-1, keepdim=True)
+    if not bool(((positive > 0) & (negative > 0)).all()):
+        raise ValueError("a class has no rows in a training split: a probe needs both")
+    return weight * torch.where(labels, total / (2 * positive), total / (2 * negative))

@@ -1,0 +1,272 @@
+"""The solvers against scikit-learn, and our side of cuML's contract against a stand-in for it."""
+
+from __future__ import annotations
+
+import sys
+import types
+from importlib.machinery import ModuleSpec
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from errors import RequestError
+from probe_backends.cuml_qn import CumlQn
+from probe_backends.problem import balanced
+from probe_backends.sklearn_reference import SklearnReference
+from probe_backends.torch_lbfgs import TorchLbfgs
+from probes import ProbeProblem, choose_backend, disagreement
+
+CS = (1e-5, 1e-3, 1e-1, 10.0)
+
+
+def problem(rows=300, d=24, noise=1.0, share=0.5, targets=1, weighted=False, cs=CS, seed=0) -> ProbeProblem:
+    """Correlated features of unequal size with a mean, three overlapping splits, labels by a few directions."""
+    random = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(d, d, generator=random) * torch.arange(1, d + 1) ** -0.5
+    x = (torch.randn(rows, d, generator=random) @ mixing + torch.randn(d, generator=random)) * 10
+    signal = x @ torch.randn(d, targets, generator=random)
+    signal = signal / signal.std(dim=0) + noise * torch.randn(rows, targets, generator=random)
+    labels = (signal > signal.quantile(1 - share, dim=0)).T
+    weight = torch.ones(3, rows, dtype=torch.float64)
+    if weighted:
+        weight = (1 / torch.randint(1, 5, (rows,), generator=random).double()).expand(3, rows).clone()
+    for split in range(3):
+        weight[split, split::3] = 0
+    scale = torch.stack([x[row > 0].std(dim=0) for row in weight])
+    return ProbeProblem(x, labels, weight, scale, cs)
+
+
+HARD = {
+    "dense": {},
+    "nearly separable": {"noise": 0.05},
+    "more features than rows": {"rows": 60, "d": 90},
+    "weighted rows": {"weighted": True},
+    "one in twelve": {"share": 1 / 12},
+    "three targets": {"targets": 3, "share": 0.3},
+}
+
+
+@pytest.mark.parametrize("case", HARD.values(), ids=HARD.keys())
+def test_torch_agrees_with_scikit_learn(case):
+    task = problem(**case)
+    ours, reference = TorchLbfgs().fit(task), SklearnReference().fit(task)
+    assert ours.converged.all()
+    assert reference.converged.all()
+    error = (ours.coef - reference.coef).norm(dim=-1) / reference.coef.norm(dim=-1)
+    assert error.max() < 1e-4
+    scores, expected = (
+        torch.einsum("nd,ctsd->ctsn", task.x.double(), fits.coef) + fits.intercept[..., None]
+        for fits in (ours, reference)
+    )
+    assert ((scores - expected).abs().amax(-1) / expected.std(-1)).max() < 1e-4
+
+
+def test_reference_is_scikit_learn_with_balanced_classes():
+    task = problem(share=0.2, cs=(0.3,))
+    train = (task.weight[1] > 0).numpy()
+    scaled, label = (task.x / task.scale[1]).double().numpy()[train], task.labels[0].numpy()[train]
+    direct = LogisticRegression(C=0.3, class_weight="balanced", solver="lbfgs", tol=1e-10, max_iter=10_000)
+    direct.fit(scaled, label)
+    fits = SklearnReference().fit(task)
+    np.testing.assert_allclose(fits.coef[0, 0, 1] * task.scale[1].double(), direct.coef_[0], rtol=1e-4, atol=1e-6)
+    score = task.x[train].double() @ fits.coef[0, 0, 1] + fits.intercept[0, 0, 1]
+    np.testing.assert_allclose(score, direct.decision_function(scaled), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_vanishes_where_float32_features_are_badly_scaled():
+    task = problem(rows=400, d=12, cs=(1e-5, 1.0))
+    task = ProbeProblem(task.x * 1e4 + 3e5, task.labels, task.weight, task.scale * 1e4, task.cs)
+    fits = TorchLbfgs().fit(task)
+    assert fits.converged.all()
+    for i, c in enumerate(task.cs):
+        w = (fits.coef[i, 0, 0] * task.scale[0]).requires_grad_()
+        b = fits.intercept[i, 0, 0].clone().requires_grad_()
+        f = (task.x.double() / task.scale[0].double()) @ w + b
+        loss = torch.nn.functional.softplus(torch.where(task.labels[0], -f, f)) @ balanced(
+            task.labels[0], task.weight[0]
+        )
+        (c * loss + w.square().sum() / 2).backward()
+        assert w.grad is not None
+        assert w.grad.norm() < 1e-4 * w.norm()
+
+
+def test_chunks_of_columns_change_nothing():
+    task = problem(targets=2)
+    whole = TorchLbfgs().fit(task)
+    chunked = TorchLbfgs(max_bytes=8 * 10 * 300 * 2).fit(task)
+    torch.testing.assert_close(chunked.coef, whole.coef, rtol=1e-4, atol=1e-9)
+    assert chunked.converged.all()
+
+
+def test_the_same_problem_gives_the_same_bits():
+    assert torch.equal(TorchLbfgs().fit(problem()).coef, TorchLbfgs().fit(problem()).coef)
+
+
+def test_constant_features_and_a_class_of_one_row():
+    task = problem(rows=120, d=8)
+    x = task.x.clone()
+    x[:, 3] = 7.0
+    scale = task.scale.clone()
+    scale[:, 3] = 0
+    labels = torch.zeros(1, 120, dtype=torch.bool)
+    labels[0, 4] = True
+    weight = torch.ones(1, 120)
+    task = ProbeProblem(x, labels, weight, scale[:1], CS)
+    fits = TorchLbfgs().fit(task)
+    assert fits.converged.all()
+    assert fits.coef[..., 3].abs().max() < 1e-9
+    assert disagreement(TorchLbfgs(), SklearnReference(), task) < 1e-4
+
+
+def test_features_without_any_variation_fit_at_once():
+    task = ProbeProblem(torch.full((30, 4), 2.0), torch.arange(30)[None] < 9, torch.ones(2, 30), torch.zeros(2, 4), CS)
+    fits = TorchLbfgs().fit(task)
+    assert fits.converged.all()
+    assert fits.coef.abs().max() < 1e-9
+    assert (fits.coef.sum(-1) * 2 + fits.intercept).abs().max() < 1e-6  # balanced: no class preferred
+
+
+def test_a_fit_that_was_stopped_says_so():
+    fits = TorchLbfgs(max_iter=2).fit(problem(noise=0.05))
+    assert not fits.converged[-1].any()
+    assert (fits.n_iter[-1] == 2).all()
+
+
+def test_no_targets_are_no_fits():
+    task = problem()
+    none = ProbeProblem(task.x, task.labels[:0], task.weight, task.scale, CS)
+    assert TorchLbfgs().fit(none).coef.shape == (4, 0, 3, 24)
+
+
+def test_impossible_problems_are_refused():
+    good = problem()
+    broken = good.x.clone()
+    broken[5, 2] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        ProbeProblem(broken, good.labels, good.weight, good.scale, CS)
+    with pytest.raises(ValueError, match="ascending"):
+        ProbeProblem(good.x, good.labels, good.weight, good.scale, (1.0, 0.1))
+    with pytest.raises(ValueError, match="negative"):
+        ProbeProblem(good.x, good.labels, -good.weight, good.scale, CS)
+    with pytest.raises(ValueError, match="fit labels"):
+        ProbeProblem(good.x[1:], good.labels, good.weight, good.scale, CS)
+    one_class = ProbeProblem(good.x, torch.ones_like(good.labels), good.weight, good.scale, CS)
+    with pytest.raises(ValueError, match="class"):
+        TorchLbfgs().fit(one_class)
+
+
+class FakeCuml:
+    """cuML's objective by scikit-learn: mean weighted loss + penalty / (C rows); records what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[dict] = []
+        self.output_types: list[str] = []
+
+    def install(self, monkeypatch) -> None:
+        fake = self
+
+        class FakeLogisticRegression:
+            def __init__(self, **settings) -> None:
+                self.settings = settings
+
+            def fit(self, features, labels, sample_weight):
+                fake.given.append({**self.settings, "rows": len(features), "weight": sample_weight.copy()})
+                c = self.settings["C"] * len(features) / sample_weight.sum()
+                probe = LogisticRegression(C=c, tol=1e-9, max_iter=5000).fit(features, labels, sample_weight)
+                self.coef_, self.intercept_, self.n_iter_ = probe.coef_, probe.intercept_, probe.n_iter_
+                return self
+
+        cuml, linear_model, cupy = (types.ModuleType(name) for name in ("cuml", "cuml.linear_model", "cupy"))
+        cuml.set_global_output_type = self.output_types.append
+        linear_model.LogisticRegression = FakeLogisticRegression
+        cupy.from_dlpack = np.from_dlpack
+        for module in (cuml, linear_model, cupy):
+            module.__spec__ = ModuleSpec(module.__name__, loader=None)
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.fixture
+def cuml(monkeypatch) -> FakeCuml:
+    fake = FakeCuml()
+    fake.install(monkeypatch)
+    return fake
+
+
+def test_our_side_of_cumls_contract(cuml):
+    task = problem(weighted=True, share=0.2, cs=(0.01, 1.0))
+    backend = CumlQn(torch.device("cpu"))
+    assert disagreement(backend, SklearnReference(), task) < 1e-3
+    assert cuml.output_types == ["cupy"]
+    first = cuml.given[0]
+    assert first["rows"] == 200  # the rows held out do not travel
+    assert first["weight"].mean() == pytest.approx(1)
+    train = task.weight[0] > 0
+    assert first["C"] == pytest.approx(0.01 * task.weight[0][train].mean())
+    assert first["tol"] == pytest.approx(backend.tolerance / 200)
+    settings = {key: first[key] for key in ("penalty", "fit_intercept", "class_weight", "solver", "max_iter")}
+    assert settings == {
+        "penalty": "l2",
+        "fit_intercept": True,
+        "class_weight": None,
+        "solver": "qn",
+        "max_iter": backend.max_iter,
+    }
+
+
+def test_cumls_settings_are_made_once_in_each_thread(cuml):
+    import threading
+
+    backend, task = CumlQn(torch.device("cpu")), problem(cs=(0.1,))
+    backend.fit(task)
+    backend.fit(task)
+    assert cuml.output_types == ["cupy"]
+    thread = threading.Thread(target=backend.fit, args=(task,))
+    thread.start()
+    thread.join()
+    assert cuml.output_types == ["cupy", "cupy"]
+
+
+def test_cuml_that_stops_early_says_so(cuml):
+    fits = CumlQn(torch.device("cpu"), max_iter=1).fit(problem(cs=(1.0,)))
+    assert not fits.converged.any()
+
+
+@pytest.mark.parametrize(("name", "solver"), [("auto", "torch"), ("torch", "torch"), ("sklearn", "sklearn")])
+def test_choice_on_the_cpu(name, solver):
+    backend, reason = choose_backend(name, "cpu")
+    assert backend.name == solver
+    assert reason
+
+
+def test_choices_that_cannot_be_made(monkeypatch):
+    with pytest.raises(RequestError, match="choose one of auto, torch, cuml, sklearn"):
+        choose_backend("svm", "cpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=r"pip install -r requirements-gpu\.txt"):
+        choose_backend("cuml", "cuda:0")
+    backend, reason = choose_backend("auto", "cuda:0")
+    assert (backend.name, reason) == ("torch", "cuML is not installed")
+
+
+def test_cuml_needs_a_gpu(cuml):
+    with pytest.raises(RequestError, match="not on cpu"):
+        choose_backend("cuml", "cpu")
+    assert choose_backend("cuml", "cuda:0")[0].name == "cuml"
+
+
+@pytest.mark.parametrize(
+    ("difference", "solver", "why"), [(1e-5, "cuml", "agrees"), (0.1, "torch", "differs"), (None, "torch", "failed")]
+)
+def test_auto_takes_cuml_only_if_it_agrees(cuml, monkeypatch, difference, solver, why):
+    def check(backend, reference, task):
+        if difference is None:
+            raise RuntimeError("no driver")
+        return difference
+
+    monkeypatch.setattr("probes.disagreement", check)
+    monkeypatch.setattr("probes._small_problem", lambda device: None)
+    backend, reason = choose_backend("auto", "cuda:0")
+    assert backend.name == solver
+    assert why in reason

@@ -1,0 +1,278 @@
+"""Out-of-fold scores against a plain loop over scikit-learn, then what must hold of any selectivity."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, log_loss
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
+
+from probe_backends.torch_lbfgs import TorchLbfgs
+from selectivity import (
+    DEFAULT_CS,
+    FoldPlan,
+    ProbeResult,
+    Skipped,
+    fit_model,
+    fit_view,
+    grouped_stratified_folds,
+    measure,
+    measure_site,
+    out_of_fold,
+    training_scales,
+)
+
+BACKEND = TorchLbfgs()
+
+
+def world(rows=300, d=10, people=120, targets=1, seed=0):
+    """x [rows, d] in which a few directions tell the labels of the person; noise by row."""
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(0, people, rows)
+    traits = rng.normal(size=(people, targets))
+    labels = (traits[groups] > np.linspace(-0.5, 0.5, targets)).T
+    mixing = rng.normal(size=(d, d)) * np.arange(1, d + 1) ** -0.7
+    hidden = rng.normal(size=(rows, d))
+    hidden[:, :targets] += traits[groups]
+    x = torch.from_numpy((hidden @ mixing * 5 + rng.normal(size=d) * 10).astype(np.float32))
+    return x, labels, groups
+
+
+def damaged(x, share=0.7, seed=1):
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    return x + share * x.std(dim=0) * noise
+
+
+def plan_of(labels, groups, n_repeats=2, seed=0, weights=None) -> FoldPlan:
+    return FoldPlan.build(labels, groups, weights, n_folds=5, n_repeats=n_repeats, seed=seed)
+
+
+def by_scikit_learn(plan, x, scale_from, repeat):
+    """Slowly: scores [rows] of one partition, the C of each fold, and all probes with their scalers; first target."""
+    label, fold = plan.labels[0], plan.folds[repeat]
+    scores = {c: np.empty(len(label)) for c in DEFAULT_CS}
+    probes = {}
+    for k in range(5):
+        train = fold != k
+        scaler = StandardScaler().fit(scale_from[train].double().numpy())
+        scaled = scaler.transform(x.double().numpy())
+        for c in DEFAULT_CS:
+            probe = LogisticRegression(C=c, class_weight="balanced", tol=1e-10, solver="newton-cholesky")
+            probes[k, c] = probe.fit(scaled[train], label[train]), scaler
+            scores[c][~train] = probe.decision_function(scaled[~train])
+    chosen, result = [], np.empty(len(label))
+    for k in range(5):
+        others = fold != k
+        weight = compute_sample_weight("balanced", label[others])
+        p = {c: 1 / (1 + np.exp(-scores[c][others])) for c in DEFAULT_CS}
+        chosen.append(min(DEFAULT_CS, key=lambda c: log_loss(label[others], p[c], sample_weight=weight)))
+        result[~others] = scores[chosen[-1]][~others]
+    return result, chosen, probes
+
+
+def test_everything_agrees_with_a_plain_loop_over_scikit_learn():
+    x, labels, groups = world()
+    recon, plan = damaged(x), plan_of(labels, groups)
+    found = out_of_fold(plan, fit_model(plan, x, BACKEND), recon, BACKEND, error_view=True)
+    accuracies = {"model": [], "sae": [], "error": [], "transfer": []}
+    for repeat in range(2):
+        for v, (name, view) in enumerate({"model": x, "sae": recon, "error": x - recon}.items()):
+            scores, chosen, probes = by_scikit_learn(plan, view, x, repeat)
+            assert list(found.chosen_c[v, 0, repeat]) == chosen
+            np.testing.assert_allclose(found.scores[v, 0, repeat], scores, rtol=1e-4, atol=1e-4 * scores.std())
+            accuracies[name].append(balanced_accuracy_score(labels[0], scores > 0))
+            if name == "model":
+                accuracies["transfer"].append(_transfer(plan, recon, repeat, chosen, probes))
+    result = measure(found)[0]
+    assert isinstance(result, ProbeResult)
+    for name, values in accuracies.items():
+        assert getattr(result, f"{name}_sel") == pytest.approx(np.mean(values), abs=1e-12)
+    assert result.delta_sel == pytest.approx(result.sae_sel - result.model_sel)
+    assert result.transfer_delta == pytest.approx(result.transfer_sel - result.model_sel)
+    assert result.ci_low < result.delta_sel < result.ci_high
+    assert result.converged
+    assert (result.n_rows, result.n_people, result.n_pos) == (300, len(set(groups)), labels.sum())
+
+
+def _transfer(plan, recon, repeat, chosen, probes):
+    scores = np.empty(len(recon))
+    for k, c in enumerate(chosen):
+        probe, scaler = probes[k, c]
+        held_out = plan.folds[repeat] == k
+        scores[held_out] = probe.decision_function(scaler.transform(recon[held_out].double().numpy()))
+    return balanced_accuracy_score(plan.labels[0], scores > 0)
+
+
+def test_targets_together_are_targets_alone():
+    x, labels, groups = world(targets=3)
+    together = plan_of(labels, groups)
+    fit = fit_view(together, x, training_scales(together, x), BACKEND)
+    for t in range(3):
+        alone = FoldPlan(labels[[t]], (0,), {}, together.groups, together.weights, together.folds, 5)
+        single = fit_view(alone, x, training_scales(alone, x), BACKEND)
+        np.testing.assert_array_equal(single.chosen_c[0], fit.chosen_c[t])
+        torch.testing.assert_close(single.scores[0], fit.scores[t], rtol=1e-3, atol=1e-4)
+
+
+def test_an_identity_changes_exactly_nothing():
+    x, labels, groups = world(targets=2)
+    for result in measure_site(plan_of(labels, groups), x, {"identity": x.clone()}, BACKEND)["identity"]:
+        assert (result["delta_sel"], result["transfer_delta"]) == (0, 0)
+        assert (result["ci_low"], result["ci_high"], result["p_value"]) == (0, 0, 1)
+
+
+def test_a_rotation_is_lossless_but_does_not_transfer():
+    x, labels, groups = world(rows=600, people=400)
+    rotation = torch.linalg.qr(torch.randn(10, 10, generator=torch.Generator().manual_seed(3)))[0]
+    whitened = (x - x.mean(dim=0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T)).T)
+    plan = plan_of(labels, groups)
+    result = measure_site(plan, whitened, {"rotated": whitened @ rotation}, BACKEND)["rotated"][0]
+    assert abs(result["delta_sel"]) < 0.01
+    assert result["transfer_delta"] < -0.15
+
+
+def test_a_reconstruction_without_the_concept_is_at_chance():
+    x, labels, groups = world(rows=600, people=500)
+    rng = torch.Generator().manual_seed(0)
+    plan = plan_of(labels, groups)
+    noise = torch.randn(x.shape, generator=rng)
+    result = measure_site(plan, x, {"noise": noise}, BACKEND, error_view=True)["noise"][0]
+    assert result["model_sel"] > 0.65
+    assert abs(result["sae_sel"] - 0.5) < 0.07
+    assert result["p_value"] < 1e-3
+    assert result["error_sel"] > 0.65
+
+
+def test_labels_that_are_random_by_person_score_a_half():
+    found = []
+    for seed in range(12):
+        x, _, groups = world(rows=300, people=60, seed=seed)
+        random = np.random.default_rng(seed).random((3, 60)) < 0.5
+        plan = plan_of(random[:, groups], groups, seed=seed)
+        fit = fit_model(plan, x, BACKEND).fit
+        hits = (fit.scores.numpy() > 0) == plan.labels[:, None]
+        found += [balanced_accuracy_score(y, y == h) for y, hit in zip(plan.labels, hits, strict=True) for h in hit]
+    assert abs(np.mean(found) - 0.5) < 0.02
+
+
+def test_row_weights_count_as_repeated_rows():
+    """A row of weight 2 is that row twice, in the fit and in every number but those that count rows."""
+    x, labels, groups = world()
+    twice = np.concatenate([np.arange(300), np.arange(0, 300, 2)])
+    weights = np.where(np.arange(300) % 2 == 0, 2.0, 1.0)
+    plan = plan_of(labels, groups, weights=weights)
+    copied = FoldPlan(labels[:, twice], (0,), {}, groups[twice], np.ones(len(twice)), plan.folds[:, twice], 5)
+    recon = damaged(x)
+    weighted = measure_site(plan, x, {0: recon}, BACKEND)[0][0]
+    repeated = measure_site(copied, x[twice], {0: recon[twice]}, BACKEND)[0][0]
+    for key in ("model_sel", "sae_sel", "delta_sel", "ci_low", "p_value", "C", "n_people"):
+        assert weighted[key] == pytest.approx(repeated[key], rel=1e-6), key
+
+
+def test_scales_are_those_of_the_training_rows():
+    x, labels, groups = world()
+    x[:, 2] = 0.1
+    plan = plan_of(labels, groups)
+    scale = training_scales(plan, x)
+    for split, held_out in enumerate(plan.held_out):
+        expected = x[torch.from_numpy(~held_out)].double().numpy().std(axis=0)
+        expected[2] = 0
+        np.testing.assert_allclose(scale[split], expected, rtol=1e-9)
+
+
+def test_a_feature_that_moves_only_in_one_person_is_constant_for_the_others():
+    x, labels, groups = world()
+    lone = torch.from_numpy(groups == groups[0])
+    x[:, 4] = torch.where(lone, 1000.0, 0.0)
+    plan = plan_of(labels, groups)
+    scale = training_scales(plan, x)[:, 4]
+    held_out = torch.from_numpy(plan.held_out)[:, lone].all(dim=1)
+    assert (scale[held_out] == 0).all()
+    assert (scale[~held_out] > 0).all()
+    assert fit_model(plan, x, BACKEND).fit.n_unconverged.sum() == 0
+
+
+def test_too_few_people_give_a_reason_in_place_of_numbers():
+    x, labels, groups = world(targets=2)
+    labels = np.stack([labels[0], np.isin(groups, [3, 4])])
+    measured, skipped = measure_site(plan_of(labels, groups), x, {"sae": damaged(x)}, BACKEND)["sae"]
+    assert measured["delta_sel"] is not None
+    assert skipped["reason"] == "the positive class has 2 people, fewer than the 5 folds"
+    assert skipped["delta_sel"] is None
+    assert set(measured) - set(skipped) == set()
+    json.dumps([measured, skipped])
+    alone = plan_of(labels[1:], groups)
+    assert isinstance(alone.skipped[0], Skipped)
+    assert measure_site(alone, x, {"sae": x}, BACKEND)["sae"][0]["reason"]
+
+
+def test_results_follow_the_order_of_the_targets():
+    x, labels, groups = world(targets=2)
+    few = np.isin(groups, [3])
+    plan = plan_of(np.stack([few, labels[1], few, labels[0]]), groups)
+    results = measure(out_of_fold(plan, fit_model(plan, x, BACKEND), x, BACKEND))
+    assert [isinstance(result, Skipped) for result in results] == [True, False, True, False]
+    assert results[1].n_pos == labels[1].sum()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    people=st.integers(10, 80),
+    rows=st.integers(60, 400),
+    targets=st.integers(1, 3),
+    n_folds=st.integers(2, 7),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_no_person_is_in_two_folds(people, rows, targets, n_folds, seed):
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(0, people, rows)
+    folds = grouped_stratified_folds(rng.random((targets, rows)) < 0.3, groups, n_folds, seed)
+    assert folds.dtype == np.int8
+    assert set(folds) <= set(range(n_folds))
+    for person in set(groups):
+        assert len(set(folds[groups == person])) == 1
+
+
+@pytest.mark.parametrize("mentions", [1, 3, 20])
+def test_folds_are_alike_in_size_and_classes(mentions):
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(600), rng.geometric(1 / mentions, 600))
+    labels = (rng.random(600) < 0.2)[groups]
+    labels = labels ^ (rng.random(len(groups)) < 0.05)  # a person may have rows of both classes
+    folds = grouped_stratified_folds(labels, groups, 5, seed=1)
+    for rows in (labels, ~labels):
+        counts = np.bincount(folds[rows], minlength=5)
+        assert counts.max() - counts.min() <= max(2, 0.01 * rows.sum())
+
+
+def test_folds_differ_by_seed_and_only_by_seed():
+    _, labels, groups = world()
+    a, b, c = (grouped_stratified_folds(labels, groups, 5, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).mean() > 0.5
+    plan = plan_of(labels, groups, n_repeats=3)
+    assert (plan.folds[0] != plan.folds[1]).mean() > 0.5
+
+
+def test_two_hundred_thousand_rows_are_split_in_seconds():
+    rng = np.random.default_rng(0)
+    groups, labels = rng.integers(0, 60_000, 200_000), rng.random((3, 200_000)) < 0.4
+    start = time.process_time()
+    folds = grouped_stratified_folds(labels, groups, 5, seed=0)
+    assert time.process_time() - start < 5
+    assert np.ptp(np.bincount(folds)) < 200
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        plan_of(np.zeros((1, 5), dtype=bool), np.arange(6))
+    with pytest.raises(ValueError, match="folds"):
+        FoldPlan.build(np.zeros((1, 5), dtype=bool), np.arange(5), None, n_folds=1, n_repeats=1, seed=0)

@@ -1,0 +1,116 @@
+"""Clustered errors against hand computation, coverage by simulation, q values against SciPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import false_discovery_control, t
+
+from uncertainty import balanced_mean, benjamini_hochberg, clustered_variance, estimate_delta, influence
+
+
+def test_a_small_example_by_hand():
+    labels = np.array([True, True, False, False])
+    change = np.array([[1.0, 0.0, 0.0, 0.0]])  # one positive row won: +1/2 of its class, +1/4 in all
+    psi = influence(change[0], labels)
+    np.testing.assert_allclose(psi, [0.125, -0.125, 0, 0])
+    assert clustered_variance(psi, np.array([0, 1, 2, 3])) == pytest.approx(4 / 3 * 2 * 0.125**2)
+    assert clustered_variance(psi, np.array([0, 0, 2, 3])) == 0  # one person: the two rows cancel
+    estimate = estimate_delta(change, labels, np.arange(4))
+    assert estimate.value == 0.25
+    assert estimate.standard_error == pytest.approx((4 / 3 * 2) ** 0.5 * 0.125)
+    assert estimate.high - estimate.value == pytest.approx(t(3).ppf(0.975) * estimate.standard_error)
+
+
+def test_agrees_with_five_lines_of_numpy():
+    rng = np.random.default_rng(0)
+    labels, groups, weights = rng.random(400) < 0.3, rng.integers(0, 60, 400), rng.random(400)
+    change = rng.integers(-1, 2, (5, 400)).astype(np.float64)
+
+    def value(c):
+        return np.mean([np.average(c[labels == side], weights=weights[labels == side]) for side in (False, True)])
+
+    deltas = [value(c) for c in change]
+    mean, total = change.mean(0), {side: weights[labels == side].sum() for side in (False, True)}
+    centre = {side: np.average(mean[labels == side], weights=weights[labels == side]) for side in (False, True)}
+    psi = [w * (c - centre[side]) / total[side] / 2 for w, c, side in zip(weights, mean, labels, strict=True)]
+    people = [sum(p for p, g in zip(psi, groups, strict=True) if g == person) for person in set(groups)]
+    expected = len(people) / (len(people) - 1) * np.sum(np.square(people)) + np.var(deltas, ddof=1)
+
+    estimate = estimate_delta(change, labels, groups, weights)
+    assert estimate.value == pytest.approx(np.mean(deltas))
+    assert estimate.standard_error == pytest.approx(expected**0.5)
+
+
+def test_equal_weights_are_no_weights():
+    rng = np.random.default_rng(1)
+    labels, values = rng.random(50) < 0.5, rng.random((2, 50))
+    np.testing.assert_allclose(balanced_mean(values, labels), balanced_mean(values, labels, np.full(50, 0.2)))
+
+
+def test_no_change_at_all_is_certain():
+    estimate = estimate_delta(np.zeros((5, 40)), np.arange(40) < 20, np.arange(40))
+    assert (estimate.value, estimate.standard_error, estimate.low, estimate.high) == (0, 0, 0, 0)
+    assert estimate.p_value == 1.0
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match="class"):
+        balanced_mean(np.ones(3), np.ones(3, dtype=bool))
+
+
+def _simulate(rng, people, mentions, truth):
+    """Correctness of two views [rows] with a person's luck and a row's, the SAE's worse by `truth` in recall."""
+    groups = np.repeat(np.arange(people), rng.poisson(mentions - 1, people) + 1)
+    labels = (np.arange(people) % 2 == 0)[groups]
+    luck = rng.normal(size=people)[groups] + rng.normal(size=len(groups))
+    drift = rng.normal(size=people)[groups] + rng.normal(size=len(groups))
+    model = luck > -1
+    flipped = rng.random(len(groups)) < np.where(drift > 0.5, 0.2, 0.02)
+    sae = np.where(flipped, ~model, model)
+    lost = model & (rng.random(len(groups)) < truth)
+    return (sae & ~lost).astype(float) - model, labels, groups
+
+
+def _truth(truth):
+    change, labels, _ = _simulate(np.random.default_rng(99), 400_000, 1, truth)
+    return float(balanced_mean(change, labels))
+
+
+@pytest.mark.parametrize(("people", "mentions"), [(20, 5), (300, 5), (300, 1)])
+def test_intervals_cover_the_truth(people, mentions):
+    rng, truth = np.random.default_rng(2), _truth(0.05)
+    covered = []
+    for _ in range(600):
+        change, labels, groups = _simulate(rng, people, mentions, 0.05)
+        estimate = estimate_delta(change[None], labels, groups)
+        covered.append(estimate.low <= truth <= estimate.high)
+    assert 0.92 <= np.mean(covered) <= 0.985
+
+
+def test_rows_of_one_person_are_not_independent():
+    """A change that is one person's luck: taking rows for persons claims too much."""
+    rng = np.random.default_rng(3)
+    groups = np.repeat(np.arange(100), 8)
+    labels = groups % 2 == 0
+    found = {"person": 0, "row": 0}
+    for _ in range(400):
+        by_person = rng.choice([-1.0, 0.0, 1.0], 100, p=[0.1, 0.8, 0.1])[groups] * (rng.random(800) < 0.7)
+        for name, clusters in (("person", groups), ("row", np.arange(800))):
+            found[name] += estimate_delta(by_person[None], labels, clusters).p_value < 0.05
+    assert found["person"] / 400 < 0.08
+    assert found["row"] / 400 > 0.2
+
+
+def test_benjamini_hochberg_is_scipys():
+    p = np.random.default_rng(4).random(30) ** 3
+    p[3] = p[7]
+    np.testing.assert_allclose(benjamini_hochberg(list(p)), false_discovery_control(p))
+
+
+def test_what_was_not_measured_is_no_test():
+    q = benjamini_hochberg([0.01, None, 0.04])
+    assert q[1] is None
+    assert [q[0], q[2]] == pytest.approx([0.02, 0.04])
+    assert benjamini_hochberg([None]) == [None]
+    assert benjamini_hochberg([]) == []
