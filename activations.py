@@ -91,17 +91,20 @@ class BlockDone:
 Item = LayerRows | BlockDone  # what the producer puts on the queue
 
 
-def plan_blocks(texts: ProbeTexts, wanted: Sequence[int]) -> list[Block]:
-    """Blocks that cover the datasets `wanted` (indices), those of the first dataset first."""
+def plan_blocks(texts: ProbeTexts) -> list[Block]:
+    """Blocks that cover all mentions of the datasets, those of the first dataset first.
+
+    They do not depend on what is already on disk: a resumed run makes the same batches, and so the same numbers.
+    """
     members: dict[int, set[int]] = {}
-    for index in wanted:
-        for probe in texts.datasets[index].probes:
+    for index, dataset in enumerate(texts.datasets):
+        for probe in dataset.probes:
             for mention in probe.mentions.tolist():
                 members.setdefault(mention, set()).add(index)
     groups: dict[frozenset[int], list[int]] = {}
     for mention in sorted(members):
         groups.setdefault(frozenset(members[mention]), []).append(mention)
-    order = sorted(groups, key=lambda datasets: (min(map(wanted.index, datasets)), sorted(datasets)))
+    order = sorted(groups, key=sorted)
     return [Block(np.array(groups[datasets], dtype=np.int64), datasets) for datasets in order]
 
 

@@ -162,7 +162,7 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     with clock.stage("load"):
         model, saes = load_weights(config, plan, missing)
     rows = RowTable.build(tokenised, config.positions)
-    blocks = plan_blocks(plan.texts, list(missing))
+    blocks = [block for block in plan_blocks(plan.texts) if block.datasets & missing.keys()]
     queue_bytes = int(config.queue_gb * 1024**3)
     queue: BoundedQueue[Item] = BoundedQueue(queue_bytes, lambda item: item.nbytes)
     settings = ProbeSettings(config.folds, config.repeats, config.seed, config.views, torch.device(config.device2))

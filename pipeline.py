@@ -99,7 +99,7 @@ class Prober:
                     store.put(item)
                     continue
                 self._done.append(item)
-                for index in sorted(item.block.datasets):
+                for index in sorted(item.block.datasets & self.work.missing.keys()):
                     if self._is_whole(index):
                         self._probe_dataset(index, store, backend)
                 if self.stop.is_set():

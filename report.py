@@ -21,7 +21,9 @@ Row = tuple[str, ...]
 
 
 def result_files(folder: Path) -> list[Path]:
-    """Result files in the folder and one level below it (one folder per SAE), in order of name."""
+    """Result files in the folder and one level below it (one folder per SAE), in order of name; a file is itself."""
+    if folder.is_file():
+        return [folder]
     return sorted(p for pattern in ("*.json", "*/*.json") for p in folder.glob(pattern) if not p.name.startswith("."))
 
 
@@ -142,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the tables; 2 if there is nothing to print."""
     parser = argparse.ArgumentParser(description="Tables from the result files of main.py.")
     parser.add_argument(
-        "folder", type=Path, nargs="?", default=Path("results"), help="where the files are (%(default)s)"
+        "folder", type=Path, nargs="?", default=Path("results"), help="where the files are, or one file (%(default)s)"
     )
     parser.add_argument("--worst_first", action="store_true", help="largest losses on top, not by layer")
     parser.add_argument("--summary", action="store_true", help="the line per SAE only")

@@ -52,7 +52,7 @@ def produce(model, saes, info, mentions, positions="last", bos=True, counts_bos=
     rows = RowTable.build(tokenised, positions)
     producer = Producer(model, saes, {0: counts_bos}, tokenised, rows, batch_size, max_tokens, Stopwatch())
     items, texts = [], []
-    producer.run(plan_blocks(everything(mentions), [0]), items.append, texts.append)
+    producer.run(plan_blocks(everything(mentions)), items.append, texts.append)
     assert sum(texts) == len(mentions)
     found = {(site, view): torch.full((len(rows), 32), torch.nan) for site in SITES for view in ("x", "recon")}
     for item in items:
@@ -144,17 +144,16 @@ def test_one_text_too_many_for_memory_is_an_error(model, saes, info, mentions, m
         produce(model, saes, info, mentions)
 
 
-def test_blocks_cover_what_is_wanted_once_and_the_first_dataset_comes_first():
+def test_blocks_cover_every_probed_mention_once_and_the_first_dataset_comes_first():
     a, b, c = np.array([0, 1, 2, 3]), np.array([2, 3, 4]), np.array([5])
     datasets = tuple(
         Dataset(name, name, (Probe(name, mentions, np.zeros(len(mentions), bool)),))
         for name, mentions in (("a", a), ("b", b), ("c", c))
     )
     texts = ProbeTexts(tuple(Mention(str(i), 0, 1, str(i)) for i in range(7)), np.arange(7), datasets)
-    blocks = plan_blocks(texts, [0, 1, 2])
+    blocks = plan_blocks(texts)
     assert [sorted(block.datasets) for block in blocks] == [[0], [0, 1], [1], [2]]
     assert sorted(np.concatenate([block.mentions for block in blocks])) == [0, 1, 2, 3, 4, 5]
-    assert [sorted(block.datasets) for block in plan_blocks(texts, [1])] == [[1]]
 
 
 def test_free_memory_sets_the_batch_on_a_gpu_and_a_constant_on_the_cpu(model, saes):

@@ -258,3 +258,14 @@ def test_the_report_prints_every_cell_and_the_worst_first_on_request(ask, tmp_pa
     assert report.main([str(tmp_path / "results"), "--resources"]) == 0
     assert "forward" in capsys.readouterr().out
     assert report.main([str(tmp_path / "nothing")]) == 2
+
+
+def test_a_resumed_run_over_datasets_that_share_texts_equals_an_undisturbed_one(ask, tmp_path):
+    data = ("--datasets", "gender,is_alive", "--shuffle_select_n", "60", "--layers", "1")
+    assert ask(data=data, out=tmp_path / "whole") == 0
+    assert ask(data=data) == 0
+    names = [f"pythia-tiny_wikidata_{name}.json" for name in ("gender", "is_alive")]
+    (tmp_path / "results" / names[1]).unlink()
+    assert ask(data=data) == 0
+    for name in names:
+        assert numbers(tmp_path / "results" / name) == numbers(tmp_path / "whole" / name)
