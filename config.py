@@ -13,7 +13,7 @@ from errors import RequestError
 
 POSITIONS = ("last", "mean", "all")
 PROBE_BACKENDS = ("auto", "torch", "cuml", "sklearn")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 VIEWS = ("model", "sae", "error")
 
 
@@ -36,7 +36,7 @@ class RunConfig:
     shuffle_select_n: int | None  # rows per dataset at most; None: all
     probe: str
     views: tuple[str, ...]
-    dtype: str  # of the model; SAEs and probes compute in float32 or better
+    dtype: str  # of the model; SAEs compute in float32, probes in float64
     folds: int
     repeats: int
     seed: int

@@ -48,6 +48,13 @@ class ModelInfo:
         """Whether the tokenizer knows a token that begins a text."""
         return self.tokenizer.bos_token_id is not None
 
+    def choose_dtype(self, asked: str) -> str:
+        """`auto`: bfloat16 for a model that was saved in it, so nothing is lost that was there; else float32."""
+        saved = str(getattr(self.config, "dtype", None)).removeprefix("torch.")
+        if asked != "auto":
+            return asked
+        return "bfloat16" if saved == "bfloat16" else "float32"
+
     def fingerprint(self) -> str:
         """Commit of a hub model; sha256 over the files of a local one. It changes whenever a number could."""
         folder = Path(self.name)

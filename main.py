@@ -116,10 +116,8 @@ def open_files(config: RunConfig, plan: Plan) -> dict[tuple[SaeId, int], RecordF
             "sae": source.fingerprint(),
             "hookpoint": source.hookpoint,
             "bos": plan.prepend_bos,
-            **{
-                name: getattr(config, name)
-                for name in ("positions", "folds", "repeats", "seed", "probe", "views", "dtype")
-            },
+            "dtype": plan.info.choose_dtype(config.dtype),
+            **{name: getattr(config, name) for name in ("positions", "folds", "repeats", "seed", "probe", "views")},
         }
         run = describe_run({**asdict(config), "sae": source.name})
         for index, dataset in enumerate(plan.texts.datasets):
@@ -185,7 +183,7 @@ def load_weights(
     saes: dict[Site, dict[SaeId, Sae]] = {}
     for site, sae_id in sorted(wanted):
         saes.setdefault(site, {})[sae_id] = plan.sources[sae_id].load(site.layer, config.device1)
-    return plan.info.load(saes.keys(), config.device1, config.dtype), saes
+    return plan.info.load(saes.keys(), config.device1, plan.info.choose_dtype(config.dtype)), saes
 
 
 def run(argv: Sequence[str]) -> None:

@@ -119,3 +119,13 @@ def test_broken_models_are_refused_in_one_line(tiny_model, tmp_path):
     (odd / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
     with pytest.raises(RequestError, match=r"missing or misshapen|cannot be read"):
         load(odd, Site(0, "resid_post"))
+
+
+def test_auto_dtype_is_what_was_saved_if_that_is_bfloat16_and_float32_otherwise(tiny_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for saved, chosen in ((torch.bfloat16, "bfloat16"), (torch.float16, "float32"), (torch.float32, "float32")):
+        folder = shutil.copytree(tiny_model, tmp_path / chosen / str(saved))
+        model.to(saved).save_pretrained(folder)
+        info = open_model(str(folder))
+        assert info.choose_dtype("auto") == chosen
+        assert info.choose_dtype("float32") == "float32"
