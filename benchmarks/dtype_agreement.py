@@ -1,0 +1,53 @@
+"""What running the bundled model in bfloat16, as it was saved, does to the results: float32 beside it.
+
+python benchmarks/dtype_agreement.py run   # the demo in float32 (minutes), into a folder beside this file
+python benchmarks/dtype_agreement.py       # the table, from results/ and what `run` kept
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import report  # noqa: E402 - the project is not installed as a package
+
+RESULTS = PROJECT / "results"
+KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
+
+
+def run() -> None:
+    """The demo in float32."""
+    flags = ["--dtype", "float32", "--output_directory", str(KEPT), "--overwrite"]
+    subprocess.run([sys.executable, str(PROJECT / "main.py"), *flags], check=True)
+
+
+def table() -> str:
+    """Per SAE: how far figures of the two runs are apart, beside half the width of the interval of delta_sel."""
+    rows: list[report.Row] = [("SAE", "figure", "mean difference", "mean |difference|", "largest |difference|")]
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        pairs = []
+        for path, results in report.load(report.result_files(folder)):
+            ((_, other),) = report.load([KEPT / folder.name / path.name])
+            pairs += list(zip(report.cells(results), report.cells(other), strict=True))
+        for name in ("model_sel", "sae_sel", "delta_sel"):
+            apart = [a[3][name] - b[3][name] for a, b in pairs]
+            sizes = [abs(value) for value in apart]
+            rows.append((folder.name, name, f"{statistics.fmean(apart):+.4f}", f"{statistics.fmean(sizes):.4f}",
+                         f"{max(sizes):.4f}"))  # fmt: skip
+        half = [(a[3]["ci_high"] - a[3]["ci_low"]) / 2 for a, _ in pairs]
+        rows.append((folder.name, "(half the interval)", "", f"{statistics.fmean(half):.4f}", f"{max(half):.4f}"))
+    return report.aligned(rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["run"], help="run the demo in float32 first")
+    if parser.parse_args().what == "run":
+        run()
+    print(table())

@@ -1,0 +1,76 @@
+"""Does the bundled model know anything? Its model_sel beside that of the same architecture with random weights.
+
+python benchmarks/random_control.py run   # measure the random model (minutes)
+python benchmarks/random_control.py       # the table, from results/ and what `run` kept
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import report  # noqa: E402 - the project is not installed as a package
+
+MODEL = PROJECT / "assets" / "tiny-pythia"
+SAES = PROJECT / "assets" / "tiny-pythia-saes-k8"  # main.py wants an SAE; model_sel does not depend on it
+TRAINED = PROJECT / "results" / SAES.name
+KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
+MIDDLE_LAYER = 4
+
+
+def run() -> None:
+    """Measure the same architecture with freshly drawn weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "tiny-pythia-random"
+        shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("model*"))
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL))
+        model.to(torch.bfloat16).save_pretrained(folder)
+        flags = ["--model_name", str(folder), "--sae_name", str(SAES), "--output_directory", str(KEPT), "--overwrite"]
+        subprocess.run([sys.executable, str(PROJECT / "main.py"), *flags], check=True)
+
+
+def selectivities(folder: Path) -> dict[str, dict[int, tuple[float, int]]]:
+    """probe -> layer -> (model_sel, rows)."""
+    found: dict[str, dict[int, tuple[float, int]]] = {}
+    for _, results in report.load(report.result_files(folder)):
+        for layer, probe, _, cell in report.cells(results):
+            found.setdefault(probe, {})[layer] = (cell["model_sel"], cell["n_rows"])
+    return found
+
+
+def table() -> str:
+    """Per probe: mean over layers and one middle layer, trained and random; last, how many probes gain."""
+    trained, random = selectivities(TRAINED), selectivities(KEPT)
+    rows: list[report.Row] = [
+        ("probe", "rows", "trained, mean", "random, mean", f"trained, layer {MIDDLE_LAYER}", "random")
+    ]
+    gains = 0
+    for probe, layers in sorted(trained.items()):
+        pair = [statistics.fmean(value for value, _ in source[probe].values()) for source in (trained, random)]
+        gains += pair[0] > pair[1]
+        at_middle = [source[probe][MIDDLE_LAYER][0] for source in (trained, random)]
+        rows.append((probe, str(layers[MIDDLE_LAYER][1]), *(f"{value:.3f}" for value in (*pair, *at_middle))))
+    tokens = json.loads((MODEL / "training.json").read_text(encoding="utf-8"))["tokens_seen"] / 1e6
+    verdict = f"Trained on {tokens:.1f} M tokens; it beats random weights on {gains} of {len(trained)} probes (means)."
+    return f"{report.aligned(rows)}\n\n{verdict}"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["run"], help="measure the random model first")
+    if parser.parse_args().what == "run":
+        run()
+    print(table())

@@ -1,0 +1,111 @@
+"""The bundled model, SAEs and results: real, whole, and what the documents say of them."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import main as program
+import report
+from command_line import DEMO_MODEL, DEMO_SAES
+from language_model import Site, open_model
+from sae_loader import open_sae
+
+ROOT = Path(__file__).resolve().parent.parent
+SPARSER, DENSER = DEMO_SAES  # k 8 in sparsify's format, k 32 in SAE Lens's
+TEXT = "The prize went to Marie Curie, who shared it with her husband, the physicist Pierre Curie."
+
+
+@pytest.fixture(scope="module")
+def activations():
+    """Residual stream of a sentence after layer 3, float32 [tokens, d]."""
+    info = open_model(str(DEMO_MODEL))
+    site = Site(3, "resid_post")
+    ids = torch.tensor([[info.tokenizer.bos_token_id, *info.tokenizer(TEXT, add_special_tokens=False)["input_ids"]]])
+    return info.load([site], "cpu", "float32").activations(ids)[site][0, 1:]
+
+
+def test_the_model_predicts_text_better_than_chance():
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(TEXT, add_special_tokens=False)["input_ids"]]])
+    with torch.no_grad():
+        loss = float(model(input_ids=ids, labels=ids).loss)
+    assert loss < 6, "uniform guessing over 8192 tokens would be 9.0"
+
+
+def test_the_sparsify_set_agrees_with_its_own_library(activations):
+    from sparsify import SparseCoder
+
+    theirs = SparseCoder.load_from_disk(SPARSER / "layers.3").float()
+    ours = open_sae(str(SPARSER)).load(3, "cpu")
+    with torch.no_grad():
+        expected = theirs(activations).sae_out
+    torch.testing.assert_close(ours.decode(ours.encode(activations)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_sae_lens_set_agrees_with_its_own_library(activations):
+    from sae_lens import SAE
+
+    source = open_sae(str(DENSER))
+    theirs = SAE.load_from_disk(next(path for path in DENSER.iterdir() if "blocks.3" in path.name)).float()
+    ours = source.load(3, "cpu")
+    with torch.no_grad():
+        expected = theirs.decode(theirs.encode(activations))
+    torch.testing.assert_close(ours.decode(ours.encode(activations)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("folder", "k"), [(SPARSER, 8), (DENSER, 32)])
+def test_the_saes_cover_every_layer_and_fit_their_hook_point(activations, folder, k):
+    source = open_sae(str(folder))
+    assert source.layers == tuple(range(open_model(str(DEMO_MODEL)).n_layers))
+    sae = source.load(3, "cpu")
+    codes = sae.encode(activations)
+    error = (activations - sae.decode(codes)).square().sum()
+    assert error / (activations - activations.mean(dim=0)).square().sum() < 0.6
+    assert float(codes.l0().max()) <= k
+
+
+def test_a_small_real_run(tmp_path):
+    flags = ["--datasets", "gender", "--layers", "2,4", "--shuffle_select_n", "300", "--repeats", "2", "--quiet"]
+    assert program.main([*flags, "--output_directory", str(tmp_path)]) == 0
+    fvu = {}
+    for folder in (SPARSER, DENSER):
+        ((_, results),) = report.load(report.result_files(tmp_path / folder.name))
+        found = list(report.cells(results))
+        assert [layer for layer, *_ in found] == [2, 4]
+        assert all(0.45 < cell["model_sel"] < 1 for *_, cell in found)
+        fvu[folder] = [figures["fvu_pos"] for _, _, figures, _ in found]
+    assert all(sparser > denser for sparser, denser in zip(fvu[SPARSER], fvu[DENSER], strict=True))
+
+
+def test_in_the_kept_results_the_sparser_sae_loses_more_on_most_probes():
+    loss: dict[str, dict[str, list[float]]] = {}
+    for path, results in report.load(report.result_files(ROOT / "results")):
+        for _, probe, _, cell in report.cells(results):
+            loss.setdefault(probe, {}).setdefault(path.parent.name, []).append(cell["delta_sel"])
+    assert len(loss) == 12
+    mean = {probe: {sae: statistics.fmean(deltas) for sae, deltas in by.items()} for probe, by in loss.items()}
+    assert sum(by[SPARSER.name] < by[DENSER.name] for by in mean.values()) > 6
+
+
+def test_the_kept_results_are_of_the_bundled_model_and_saes():
+    model = open_model(str(DEMO_MODEL)).fingerprint()
+    saes = {folder.name: open_sae(str(folder)).fingerprint() for folder in DEMO_SAES}
+    for path, results in report.load(report.result_files(ROOT / "results")):
+        key = results["_run"]["key"]
+        assert (key["model"], key["sae"]) == (model, saes[path.parent.name]), f"{path} is stale: scripts/demo.sh"
+
+
+def test_tables_in_the_documents_are_what_their_commands_print():
+    documents = ["README.md", "assets/tiny-pythia/README.md"]
+    command = [sys.executable, "scripts/update_tables.py", "--check", *documents]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
