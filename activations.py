@@ -8,8 +8,11 @@ the merged sums of its blocks, and a dataset can be probed as soon as its last b
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +21,7 @@ from torch.nn.functional import embedding_bag
 
 from datasets_wikidata import ProbeTexts, TokenBatch, TokenisedMentions, batches
 from language_model import LanguageModel, Site
+from out_of_memory import ERRORS, is_out_of_memory
 from progress import Stopwatch
 from reconstruction import ReconstructionSums
 from sae_loader import Sae
@@ -25,6 +29,8 @@ from sae_loader import Sae
 log = logging.getLogger(__name__)
 
 CPU_TOKENS = 4096  # padded tokens in a forward pass on the CPU
+
+NO_MENTION = torch.iinfo(torch.int64).max  # of `LayerRows.broken`
 
 SaeId = int  # index into the run's list of SAEs
 
@@ -72,6 +78,7 @@ class LayerRows:
     row_ids: Tensor  # int64 [rows], on the CPU
     x: Tensor  # float32 [rows, d_in]
     recons: Mapping[SaeId, Tensor]  # float32 [rows, d_in] each
+    broken: Mapping[SaeId | None, Tensor]  # int64 []: first mention with NaN or Inf in x (None) or x̂, at any token
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +96,9 @@ class BlockDone:
 
 
 Item = LayerRows | BlockDone  # what the producer puts on the queue
+
+
+BatchResults: TypeAlias = list[tuple[LayerRows, dict[SaeId, ReconstructionSums]]]  # site by site
 
 
 def plan_blocks(texts: ProbeTexts) -> list[Block]:
@@ -120,11 +130,13 @@ class Producer:
         rows: RowTable,
         batch_size: int | None,  # texts; None: limited by max_tokens alone
         max_tokens: int,  # padded tokens in a forward pass
+        workers: int,  # forward passes at a time: cores on a CPU, 1 on a GPU
         clock: Stopwatch,
     ) -> None:
         self.model, self.saes, self.counts_bos = model, saes, counts_bos
         self.tokenised, self.rows, self.clock = tokenised, rows, clock
         self.batch_size, self.max_tokens = batch_size or len(tokenised.ids), max_tokens
+        self.workers = workers
 
     def run(self, blocks: Sequence[Block], put: Callable[[Item], None], on_texts: Callable[[int], None]) -> None:
         """Put every block's rows and then its sums; call `on_texts(n)` after every n texts."""
@@ -132,8 +144,8 @@ class Producer:
             sums = {
                 (site, sae_id): self._no_sums(sae) for site, saes in self.saes.items() for sae_id, sae in saes.items()
             }
-            for batch in self._batches(block):
-                for layer_rows, batch_sums in self._within_memory(batch):
+            for batch, results in self._in_order(block):
+                for layer_rows, batch_sums in results:
                     for sae_id, new in batch_sums.items():
                         sums[layer_rows.site, sae_id] = sums[layer_rows.site, sae_id].merge(new)
                     with self.clock.stage("queue_wait"):
@@ -141,25 +153,37 @@ class Producer:
                 on_texts(len(batch.mentions))
             put(BlockDone(block, {key: value.to("cpu") for key, value in sums.items()}))
 
-    def _batches(self, block: Block) -> Iterator[TokenBatch]:
-        return batches(self.tokenised, block.mentions, batch_size=self.batch_size, max_tokens=self.max_tokens)
+    def _in_order(self, block: Block) -> Iterator[tuple[TokenBatch, BatchResults]]:
+        """The block's batches with their results, in order, `workers` of them in work at a time."""
+        waiting: deque[tuple[TokenBatch, Future[BatchResults]]] = deque()
+        todo = batches(self.tokenised, block.mentions, batch_size=self.batch_size, max_tokens=self.max_tokens)
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="forward") as pool:
+            for batch in todo:
+                waiting.append((batch, pool.submit(self._within_memory, batch)))
+                if len(waiting) == self.workers:
+                    batch, result = waiting.popleft()
+                    yield batch, result.result()
+            for batch, result in waiting:
+                yield batch, result.result()
 
-    def _within_memory(self, batch: TokenBatch) -> list[tuple[LayerRows, dict[SaeId, ReconstructionSums]]]:
+    def _within_memory(self, batch: TokenBatch) -> BatchResults:
         """The batch's results; out of memory, the results of its halves, and smaller batches from then on."""
-        try:
-            return self._process(batch)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error) or len(batch.mentions) == 1:
-                raise
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.batch_size = (len(batch.mentions) + 1) // 2
-        log.warning("out of memory: going on with at most %d texts in a forward pass", self.batch_size)
-        halves = batches(self.tokenised, batch.mentions, batch_size=self.batch_size)
-        return [result for half in halves for result in self._within_memory(half)]
+        n = len(batch.mentions)
+        if n <= self.batch_size:  # a batch may be older than what was learnt since
+            try:
+                return self._process(batch)
+            except ERRORS as error:
+                if not is_out_of_memory(error) or n == 1:
+                    raise
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.batch_size = min(self.batch_size, (n + 1) // 2)
+            log.warning("out of memory: going on with at most %d texts in a forward pass", self.batch_size)
+        parts = batches(self.tokenised, batch.mentions, batch_size=self.batch_size)
+        return [result for part in parts for result in self._within_memory(part)]
 
     @torch.inference_mode()
-    def _process(self, batch: TokenBatch) -> list[tuple[LayerRows, dict[SaeId, ReconstructionSums]]]:
+    def _process(self, batch: TokenBatch) -> BatchResults:
         with self.clock.stage("forward"):
             activations = self.model.activations(batch.ids)
         tokens = _TokenIndex.build(batch, self.rows, any(self.counts_bos.values())).to(self.model.device)
@@ -168,25 +192,28 @@ class Producer:
             with self.clock.stage("sae"):
                 x = activations.pop(site).flatten(0, 1).index_select(0, tokens.real).float()
                 recons, sums = {}, {}
+                broken: dict[SaeId | None, Tensor] = {None: _first_broken(x, tokens.mention)}
                 for sae_id, sae in saes.items():
-                    recons[sae_id], sums[sae_id] = self._reconstruct(sae, x, tokens, self.counts_bos[sae_id])
-                results.append((LayerRows(site, tokens.row_ids, tokens.rows(x), recons), sums))
+                    recons[sae_id], broken[sae_id], sums[sae_id] = self._reconstruct(
+                        sae, x, tokens, self.counts_bos[sae_id]
+                    )
+                results.append((LayerRows(site, tokens.row_ids, tokens.rows(x), recons, broken), sums))
         return results
 
     def _reconstruct(
         self, sae: Sae, x: Tensor, tokens: _TokenIndex, counts_bos: bool
-    ) -> tuple[Tensor, ReconstructionSums]:
-        """The probed rows of x̂ and the sums, from one encoding of every token that counts."""
-        if counts_bos or tokens.not_bos is None:
-            probed = tokens.probed
-        else:
-            x, probed = x.index_select(0, tokens.not_bos), tokens.probed_not_bos
+    ) -> tuple[Tensor, Tensor, ReconstructionSums]:
+        """The probed rows of x̂, its first broken mention, and the sums: one encoding of every token that counts."""
+        probed, mention = tokens.probed, tokens.mention
+        if not counts_bos and tokens.not_bos is not None:
+            x, mention = x.index_select(0, tokens.not_bos), mention.index_select(0, tokens.not_bos)
+            probed = tokens.probed_not_bos
         latents = sae.encode(x)
         recon = sae.decode(latents)
         sums = self._no_sums(sae)
         sums.add_whole(x, recon, latents)
         sums.add_probed(x.index_select(0, probed), recon.index_select(0, probed), latents.select(probed))
-        return tokens.pool(recon, probed), sums
+        return tokens.pool(recon, probed), _first_broken(recon, mention), sums
 
     def _no_sums(self, sae: Sae) -> ReconstructionSums:
         return ReconstructionSums(sae.d_in, sae.d_sae, self.model.device)
@@ -197,6 +224,7 @@ class _TokenIndex:
     """Where the real and the probed tokens of a batch are; made on the CPU, so nothing waits for the device."""
 
     real: Tensor  # int64 [real]: real tokens in the flattened [texts * tokens]; BOS among them if it counts
+    mention: Tensor  # int64 [real]: whose token it is
     probed: Tensor  # int64 [probed]: the name tokens among the real ones
     not_bos: Tensor | None  # int64: the real tokens that are no BOS; None if there is no BOS among them
     probed_not_bos: Tensor  # int64 [probed]: the name tokens among those
@@ -221,16 +249,17 @@ class _TokenIndex:
         probed_not_bos = probed - text - 1 if bos else probed
         offsets = starts if rows.positions == "mean" else None
         row_ids = torch.from_numpy(rows.of(batch.mentions))
-        return cls(torch.nonzero(real.flatten()).flatten(), probed, not_bos, probed_not_bos, offsets, row_ids)
+        mention = torch.from_numpy(batch.mentions).repeat_interleave(batch.lengths - skip)
+        return cls(torch.nonzero(real.flatten()).flatten(), mention, probed, not_bos, probed_not_bos, offsets, row_ids)
 
     def to(self, device: torch.device) -> _TokenIndex:
         def move(t: Tensor | None) -> Tensor | None:
             return t if t is None else t.to(device, non_blocking=True)
 
-        real, probed, not_bos, probed_not_bos, offsets = map(
-            move, (self.real, self.probed, self.not_bos, self.probed_not_bos, self.offsets)
+        real, mention, probed, not_bos, probed_not_bos, offsets = map(
+            move, (self.real, self.mention, self.probed, self.not_bos, self.probed_not_bos, self.offsets)
         )
-        return _TokenIndex(real, probed, not_bos, probed_not_bos, offsets, self.row_ids)  # type: ignore[arg-type]
+        return _TokenIndex(real, mention, probed, not_bos, probed_not_bos, offsets, self.row_ids)  # type: ignore[arg-type]
 
     def rows(self, x: Tensor) -> Tensor:
         """The probed rows of x [real, d]: [rows, d]."""
@@ -241,6 +270,15 @@ class _TokenIndex:
         if self.offsets is None:
             return x.index_select(0, probed)
         return embedding_bag(probed, x, self.offsets, mode="mean")
+
+
+def _first_broken(rows: Tensor, mention: Tensor) -> Tensor:
+    """The least of `mention` [rows] whose row of `rows` [rows, d] has NaN or Inf, else `NO_MENTION`; no wait.
+
+    A row's sum is finite unless a member is not: activations near float32's end would be broken too.
+    """
+    none = torch.full_like(mention, NO_MENTION)
+    return torch.where(rows.sum(dim=1).isfinite(), none, mention).amin()
 
 
 def tokens_in_memory(model: LanguageModel, saes: Mapping[Site, Mapping[SaeId, Sae]]) -> int:
@@ -256,7 +294,3 @@ def tokens_in_memory(model: LanguageModel, saes: Mapping[Site, Mapping[SaeId, Sa
         return CPU_TOKENS
     free, _ = torch.cuda.mem_get_info(model.device)
     return int(min(max(free // 4 // per_token, CPU_TOKENS), 64 * CPU_TOKENS))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -79,8 +79,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=5, help="partitions into folds (%(default)s)")
     add("--seed", type=int, default=0, help="of the partitions and of --shuffle_select_n (%(default)s)")
     add("--probe", default="auto", help=f"backend: {', '.join(PROBE_BACKENDS)} (%(default)s)")
-    add("--dtype", default="auto", help=f"of the model, {', '.join(DTYPES)}: auto is bfloat16 for a model saved in it, else "
-        "float32; SAEs compute in float32, probes in float64 (%(default)s)")  # fmt: skip
+    add("--dtype", default="auto", help=f"of the model, {', '.join(DTYPES)}: auto is bfloat16 for a model saved "
+        "in it, else float32; SAEs compute in float32, probes in float64 (%(default)s)")  # fmt: skip
     add = parser.add_argument_group("where to run it, and where it goes").add_argument
     add("--output_directory", type=Path, default=Path("results"), help="(./%(default)s)")
     add("--device1", help="model and SAE (cuda:0 if there is one, else cpu)")
@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         "kept in temporary files (%(default)s)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace result files made with other settings")
     add("--quiet", action="store_true", help="no progress bars, no tables; warnings stay")
-    add("--verbose", action="store_true", help="log what happens")
+    add("--verbose", action="store_true", help="log what happens, and the traceback of a failure")
     return parser
 
 

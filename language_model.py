@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,12 +194,17 @@ def _truncated(config: Any, n_layers: int) -> Any:
 
 @contextlib.contextmanager
 def _capture(modules: dict[Site, nn.Module]) -> Iterator[dict[Site, Tensor]]:
-    """Collect the modules' outputs while inside; the hooks are gone afterwards, whatever happens."""
+    """Collect the modules' outputs while inside; the hooks are gone afterwards, whatever happens.
+
+    Only those of this thread: several may run the model at a time.
+    """
     outputs: dict[Site, Tensor] = {}
+    owner = threading.get_ident()
 
     def keep(site: Site) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            outputs[site] = output[0] if isinstance(output, tuple) else output
+            if threading.get_ident() == owner:
+                outputs[site] = output[0] if isinstance(output, tuple) else output
 
         return hook
 

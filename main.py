@@ -10,11 +10,15 @@ This file wires the parts together and turns what happens into an exit code: 0 a
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
+import signal
 import sys
 import threading
-import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -30,6 +34,10 @@ if TYPE_CHECKING:
     from sae_loader import Sae, SaeSource
 
 log = logging.getLogger("delta_selectivity")
+
+GOES_ON = "finished layers are on disk; the same command goes on from there"
+ERROR_SHOWN = 400  # characters of an error in its line: torch appends its C++ stack
+LINE_SHOWN = 1000  # characters of any line: what a file holds may be quoted in it
 
 
 @dataclass(frozen=True)
@@ -99,10 +107,13 @@ def _decide_bos(info: ModelInfo, sources: Sequence[SaeSource]) -> bool:
     return bool(wishes.pop()) if wishes else info.has_bos
 
 
-def open_files(config: RunConfig, plan: Plan) -> dict[tuple[SaeId, int], RecordFile]:
-    """A result file for each SAE and dataset. Raises `RequestError` if one on disk was made by something else."""
+def open_files(config: RunConfig, plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFile]:
+    """A result file for each SAE and dataset, ours alone until `held` is closed.
+
+    Raises `RequestError` if one on disk was made by something else, or is being written by another run.
+    """
     from datasets_wikidata import dataset_fingerprint
-    from records import SCHEMA_VERSION, RecordFile, describe_run, prepare_folder, result_path, slug
+    from records import SCHEMA_VERSION, RecordFile, describe_run, prepare_folder, reserve, result_path, slug
 
     data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
     model = plan.info.fingerprint()
@@ -124,6 +135,7 @@ def open_files(config: RunConfig, plan: Plan) -> dict[tuple[SaeId, int], RecordF
             path = result_path(folder, config.model_name, dataset.slug)
             if any(file.path == path for file in files.values()):
                 raise RequestError(f"--sae_name: two SAEs would be written to {folder}: measure them in two runs")
+            held.enter_context(reserve(path))
             files[sae_id, index] = RecordFile.open(path, {**key, "data": data[index]}, run, config.overwrite)
     return files
 
@@ -145,7 +157,7 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     from activations import Item, Producer, RowTable, plan_blocks, tokens_in_memory
     from bounded_queue import BoundedQueue
     from datasets_wikidata import tokenise
-    from pipeline import Prober, ProbeSettings, Work, run
+    from pipeline import Prober, ProbeSettings, Work, run, sharing_cores
     from progress import ProgressBars, Stopwatch
 
     missing = missing_work(plan, files)
@@ -164,12 +176,12 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     queue_bytes = int(config.queue_gb * 1024**3)
     queue: BoundedQueue[Item] = BoundedQueue(queue_bytes, lambda item: item.nbytes)
     settings = ProbeSettings(config.folds, config.repeats, config.seed, config.views, torch.device(config.device2))
-    work = Work(plan.texts, rows, plan.info.d_model, files, missing)
+    work = Work(plan.texts, rows, plan.info.d_model, files, missing, [source.name for source in plan.sources])
     n_texts = sum(len(block.mentions) for block in blocks)
-    with ProgressBars(n_texts, work.n_probes, queue, config.quiet) as bars:
+    with ProgressBars(n_texts, work.n_probes, queue, config.quiet) as bars, sharing_cores(config.device1) as workers:
         producer = Producer(
             model, saes, {i: source.counts_bos for i, source in enumerate(plan.sources)}, tokenised, rows,
-            config.batch_size, tokens_in_memory(model, saes), clock,
+            config.batch_size, tokens_in_memory(model, saes), workers, clock,
         )  # fmt: skip
         prober = Prober(work, blocks, settings, config.probe, queue_bytes, clock, bars.probes, stop)
         run(producer, prober, blocks, queue, bars.texts, stop)
@@ -193,33 +205,75 @@ def run(argv: Sequence[str]) -> None:
     if list_only:
         from datasets_wikidata import describe_datasets
 
-        print(describe_datasets(config.datasets, data_dir=config.data_dir, dataset_file=config.dataset_file))
+        show(describe_datasets(config.datasets, data_dir=config.data_dir, dataset_file=config.dataset_file))
         return
     plan = make_plan(config)
-    files = open_files(config, plan)
-    measure(config, plan, files)
+    with ExitStack() as held:
+        files = open_files(config, plan, held)
+        measure(config, plan, files)
     if not config.quiet:
         import report
 
-        print(report.render(report.load(dict.fromkeys(file.path for file in files.values()))))
+        show(report.render(report.load(dict.fromkeys(file.path for file in files.values()))))
+
+
+def show(text: str) -> None:
+    """Print for a reader who may be gone (`| head -1`, a closed terminal): the results are on disk all the same."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell is no failure
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno not in {errno.EPIPE, errno.EIO}:
+            raise
+        with suppress(OSError, ValueError):  # what is left in the buffer must have somewhere to go at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell(line: str) -> None:
+    """One line on stderr, whatever the text; silent if nobody is there."""
+    line = " ".join(line.split())
+    if len(line) > LINE_SHOWN:
+        line = f"{line[:LINE_SHOWN]}..."
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP (a closed terminal) raise `KeyboardInterrupt` too, from the first second on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    watched = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in watched}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and say in one line on stderr what went wrong if something did; returns the exit code."""
+    """Run, and say in one line on stderr what went wrong if something did; returns the exit code.
+
+    `--verbose` logs the traceback of a failure as well, that of the thread where it happened.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.captureWarnings(True)
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        with _ended_like_ctrl_c():
+            run(sys.argv[1:] if argv is None else argv)
     except RequestError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        tell(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        print("interrupted: finished layers are on disk; the same command goes on from there", file=sys.stderr)
+        tell(f"interrupted: {GOES_ON}")
         return 130
     except Exception as error:
-        traceback.print_exc()
-        print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        print("finished layers are on disk; the same command goes on from there", file=sys.stderr)
+        log.info("where it failed", exc_info=error)
+        tell(f"failed: {type(error).__name__}: {str(error)[:ERROR_SHOWN]}; {GOES_ON} (--verbose tells where it failed)")
         return 1
     return 0
 

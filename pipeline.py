@@ -28,12 +28,13 @@ from probes import ProbeBackend, choose_backend
 from progress import Stopwatch
 from reconstruction import Reconstruction, ReconstructionSums
 from records import Json, RecordFile
-from row_store import RowStore
+from row_store import NonFiniteError, RowStore
 from selectivity import FoldPlan, measure_site
 from uncertainty import benjamini_hochberg
 
 log = logging.getLogger(__name__)
 
+TEXT_SHOWN = 60  # characters of a text in an error
 FEW_PEOPLE = 100  # below this, intervals by the normal approximation are not to be trusted
 
 
@@ -57,6 +58,7 @@ class Work:
     d_in: int
     files: Mapping[tuple[SaeId, int], RecordFile]  # (SAE, dataset index) -> its file
     missing: Mapping[int, Mapping[Site, Sequence[SaeId]]]  # dataset index -> sites in order of layers -> SAEs
+    sae_names: Sequence[str]
 
     @property
     def n_probes(self) -> int:
@@ -96,7 +98,7 @@ class Prober:
         with RowStore(order, len(self.work.rows), self.work.d_in, self.settings.device, self.store_bytes) as store:
             for item in queue:
                 if isinstance(item, LayerRows):
-                    store.put(item)
+                    self._keep(item, store)
                     continue
                 self._done.append(item)
                 for index in sorted(item.block.datasets & self.work.missing.keys()):
@@ -104,6 +106,17 @@ class Prober:
                         self._probe_dataset(index, store, backend)
                 if self.stop.is_set():
                     return
+
+    def _keep(self, rows: LayerRows, store: RowStore) -> None:
+        try:
+            store.put(rows)
+        except NonFiniteError as error:
+            text = self.work.texts.mentions[error.mention].text
+            shown = text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}..."
+            what = "the model's activations"
+            if error.sae_id is not None:
+                what = f"the codes or the reconstruction by {self.work.sae_names[error.sae_id]}"
+            raise ArithmeticError(f"layer {error.site.layer}: NaN or Inf in {what} of the text {shown!r}") from error
 
     def _is_whole(self, index: int) -> bool:
         done = [item.block for item in self._done]
@@ -122,7 +135,8 @@ class Prober:
                         results[sae_id].update(measured)
             for sae_id in sae_ids:
                 in_order = {probe.name: results[sae_id][probe.name] for probe in dataset.probes}
-                self._write(index, site, sae_id, in_order, last=site is list(missing)[-1])
+                last = site == [there for there, asked in missing.items() if sae_id in asked][-1]
+                self._write(index, site, sae_id, in_order, last)
             self.on_probes(len(dataset.probes) * len(sae_ids))
 
     def _task_set(self, probes: Sequence[Probe]) -> _TaskSet:
@@ -229,6 +243,24 @@ def peak_memory() -> dict[str, float]:
     return peak
 
 
+@contextmanager
+def sharing_cores(device1: str) -> Iterator[int]:
+    """How many forward passes to run at a time: one on a GPU; on a CPU one a core, and torch uses one thread each.
+
+    Two threads that both split their matrix products over the same cores wait for each other at every barrier: on 2
+    cores a 0.3 s fit took up to 8 s beside a forward pass. Whole batches side by side have no barriers.
+    """
+    cores = torch.get_num_threads()
+    if torch.device(device1).type != "cpu":
+        yield 1
+        return
+    torch.set_num_threads(1)
+    try:
+        yield cores
+    finally:
+        torch.set_num_threads(cores)
+
+
 def run(
     producer: Producer,
     prober: Prober,
@@ -239,8 +271,8 @@ def run(
 ) -> None:
     """Run both threads to their end.
 
-    Raises the error of whichever thread failed, or `KeyboardInterrupt` after Ctrl-C or SIGTERM, once the layer in
-    work is written. A second one ends the process at once; files are replaced whole, so none is harmed.
+    Raises the error of whichever thread failed, or `KeyboardInterrupt` after Ctrl-C, SIGTERM or SIGHUP, once the layer
+    in work is written. A second one ends the process at once; files are replaced whole, so none is harmed.
     """
     workers = [
         _Worker("producer", lambda: _produce(producer, blocks, queue, on_texts)),
@@ -261,7 +293,7 @@ def run(
 
 @contextmanager
 def _interruptible(stop: threading.Event, queue: BoundedQueue[Item]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM set `stop` while inside; a second one ends the process. In the main thread only."""
+    """Ctrl-C, SIGTERM and SIGHUP set `stop` while inside; a second one ends the process. In the main thread only."""
 
     def on_signal(_number: int, _frame: object) -> None:
         if stop.is_set():
@@ -273,7 +305,8 @@ def _interruptible(stop: threading.Event, queue: BoundedQueue[Item]) -> Iterator
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    watched = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    watched = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, on_signal) for number in watched}
     try:
         yield

@@ -13,7 +13,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import RequestError
+from file_lock import Locked, exclusive
 
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "numpy", "scikit-learn", "sae-probes", "cuml-cu13")
@@ -75,16 +77,36 @@ class RecordFile:
         write_json(self.path, {**results, "_run": run})
 
 
+@contextmanager
+def reserve(path: Path) -> Iterator[None]:
+    """The sole right to write `path` while inside; what a killed run left beside it is removed.
+
+    Raises `RequestError` if another run has it.
+    """
+    try:
+        with exclusive(path):
+            _sweep(path.parent, f".{path.name}.*.tmp")
+            yield
+    except Locked as error:
+        raise RequestError(
+            f"{path}: another run is writing it: wait for its end, or give another --output_directory"
+        ) from error
+
+
+def _sweep(folder: Path, pattern: str) -> None:
+    for left_over in folder.glob(pattern):
+        left_over.unlink(missing_ok=True)
+
+
 def read(path: Path) -> Json:
     """A result file, checked. Raises `RequestError` if it is none, was cut short, or was edited by hand."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         run = found["_run"]
         results = {name: value for name, value in found.items() if name != "_run"}
-        known = run["schema_version"] == SCHEMA_VERSION and isinstance(run["key"], dict)
+        known = run["schema_version"] == SCHEMA_VERSION and _is_run(run)
         layered = all(re.fullmatch(r"layer_\d+", name) and isinstance(value, dict) for name, value in results.items())
         intact = run["results_sha256"] == _digest(results)
-        _ = run["complete"], run["config"], run["warnings"]
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -94,6 +116,24 @@ def read(path: Path) -> Json:
     if not intact:
         raise RequestError(f"{path} was changed after it was written: --overwrite replaces it")
     return found
+
+
+def _is_run(run: Json) -> bool:
+    """Whether `_run` holds what its readers rely on."""
+    figures = [*run["seconds"].values(), *run["resources"].values()]
+    return (
+        isinstance(run["key"], dict)
+        and isinstance(run["config"]["sae"], str)
+        and isinstance(run["started"], str)
+        and isinstance(run["complete"], bool)
+        and isinstance(run["warnings"], list)
+        and all(isinstance(line, str) for line in run["warnings"])
+        and all(isinstance(figure, int | float) for figure in figures)
+    )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def write_json(path: Path, content: Json) -> None:
@@ -116,7 +156,7 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}.tmp"
         probe.touch()
-        probe.unlink()
+        _sweep(folder, ".writable.*.tmp")  # its own, and those of killed runs
     except OSError as error:
         raise RequestError(f"--output_directory {folder}: cannot write there: {error.strerror}") from error
 

@@ -46,11 +46,22 @@ def everything(mentions):
     return ProbeTexts(tuple(mentions), np.arange(len(mentions)), (Dataset("p", "p", (probe,)),))
 
 
-def produce(model, saes, info, mentions, positions="last", bos=True, counts_bos=False, batch_size=None, max_tokens=256):
+def produce(
+    model,
+    saes,
+    info,
+    mentions,
+    positions="last",
+    bos=True,
+    counts_bos=False,
+    batch_size=None,
+    max_tokens=256,
+    workers=1,
+):
     """All rows by site and view [rows, d], and the figures by site."""
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=bos, max_length=info.max_length)
     rows = RowTable.build(tokenised, positions)
-    producer = Producer(model, saes, {0: counts_bos}, tokenised, rows, batch_size, max_tokens, Stopwatch())
+    producer = Producer(model, saes, {0: counts_bos}, tokenised, rows, batch_size, max_tokens, workers, Stopwatch())
     items, texts = [], []
     producer.run(plan_blocks(everything(mentions)), items.append, texts.append)
     assert sum(texts) == len(mentions)
@@ -98,7 +109,9 @@ def test_rows_and_figures_equal_the_plain_way(model, saes, info, mentions, posit
         assert figures[site].fvu_whole == pytest.approx(fvu, rel=1e-5)
 
 
-@pytest.mark.parametrize("limits", [{"batch_size": 1}, {"batch_size": 7}, {"max_tokens": 40}, {"max_tokens": 10_000}])
+@pytest.mark.parametrize(
+    "limits", [{"batch_size": 1}, {"batch_size": 7}, {"max_tokens": 40}, {"max_tokens": 10_000}, {"workers": 4}]
+)
 def test_batching_changes_nothing(model, saes, info, mentions, limits):
     expected, figures, *_ = produce(model, saes, info, mentions)
     found, again, *_ = produce(model, saes, info, mentions, **limits)

@@ -238,7 +238,7 @@ def test_nan_in_the_model_fails_the_run_and_names_the_layer(tiny_model, ask, tmp
     weights["gpt_neox.layers.1.mlp.dense_h_to_4h.bias"][0] = float("nan")
     save_file(weights, str(broken / "model.safetensors"), metadata={"format": "pt"})
     assert ask("--model_name", str(broken)) == 1
-    assert "layer 1" in capsys.readouterr().err.strip().splitlines()[-2]
+    assert "layer 1" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_list_datasets_prints_the_table_and_loads_nothing(capsys):

@@ -104,7 +104,7 @@ def test_an_error_after_the_other_has_ended():
     assert isinstance(run_both(put_many, late), OSError)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_stops_both_and_is_passed_on(number):
     stop = threading.Event()
 
