@@ -22,7 +22,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `RequestError` if the file is missing or is not one."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(config, dict):
         raise RequestError(f"{path}: a JSON object was expected, this is a {type(config).__name__}")

@@ -93,10 +93,17 @@ def _read_member(path: Path, model_name: str | None, repository: HubRepository |
     config = read_config(path)
     for sae_format in FORMATS:
         if sae_format.claims(config):
-            header = sae_format.read_header(config, path, model_name)
+            header = _read_header(sae_format, config, path, model_name)
             return FolderMember(path.parent, header, sae_format, repository)
     keys = ", ".join(sorted(config)) or "nothing"
     raise RequestError(f"{path}: neither a sparsify config (num_latents, k) nor one of SAE Lens (d_sae); it has {keys}")
+
+
+def _read_header(sae_format: SaeFormat, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
+    try:
+        return sae_format.read_header(config, path, model_name)
+    except (TypeError, AttributeError, OverflowError) as error:  # a list for a name, a number for a list, ...
+        raise RequestError(f"{path}: a value has the wrong type ({error})") from error
 
 
 def _model_name(root: Path) -> str | None:

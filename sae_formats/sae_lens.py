@@ -32,6 +32,8 @@ BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
 """Training checkpoints of these hold one threshold; as inference models they are saved as ``jumprelu``."""
 NATIVE = ("standard", "topk", "jumprelu", "gated", *BATCH_TOPK)
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
 _OLD_KEYS = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
 
 
@@ -55,6 +57,7 @@ class LensConfig:
     @classmethod
     def parse(cls, config: Mapping[str, Any], path: Path) -> LensConfig:
         """From ``cfg.json`` at ``path``. Raises `RequestError` at what is missing, wrong or cannot be honoured."""
+        _check_types(config, path)
         flat = _flatten(config)
         architecture = _architecture(flat)
         _refuse(flat, architecture, path)
@@ -63,6 +66,8 @@ class LensConfig:
         if k is not None and k > d_sae:
             raise RequestError(f"{path}: k {k} is more than d_sae {d_sae}")
         prepend_bos = flat.get("prepend_bos")
+        if prepend_bos is not None and not isinstance(prepend_bos, bool):
+            raise RequestError(f"{path}: prepend_bos is {prepend_bos!r}; true or false is needed")
         return cls(
             path=path,
             architecture=architecture,
@@ -200,13 +205,20 @@ def _scaling_factor(lens: LensConfig) -> float:
         return 1.0
     path = lens.path.with_name(SCALER)
     factor = read_config(path).get("scaling_factor") if path.is_file() else None
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor > 0:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < FLOAT32_MAX:
         raise RequestError(
             f"{lens.path}: normalize_activations is 'expected_average_only_in', so activations are scaled by one"
             f' number, which is not in the file; put it beside it as {SCALER}: {{"scaling_factor": sqrt(d_in) divided'
             " by the mean norm of the training activations}"
         )
     return float(factor)
+
+
+def _check_types(config: Mapping[str, Any], path: Path) -> None:
+    """The values that others are looked up in or chosen by."""
+    for key, kind in (("metadata", dict), ("activation_fn_kwargs", dict), ("architecture", str)):
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise RequestError(f"{path}: {key} is {config[key]!r}, which is no {kind.__name__}")
 
 
 def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,8 +232,9 @@ def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
         kwargs = flat.get("activation_fn_kwargs") or {}
         if flat.get("activation_fn") == "topk" and "k" in kwargs:
             flat |= {"architecture": "topk", "k": kwargs["k"]}
-    if flat.get("d_sae") is None and isinstance(flat.get("expansion_factor"), int):
-        flat["d_sae"] = flat["expansion_factor"] * flat.get("d_in", 0)
+    factor, d_in = flat.get("expansion_factor"), flat.get("d_in")
+    if flat.get("d_sae") is None and isinstance(factor, int) and isinstance(d_in, int):
+        flat["d_sae"] = factor * d_in
     return flat
 
 

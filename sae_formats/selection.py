@@ -63,7 +63,7 @@ class Threshold:
     """Never negative. ``[d_sae]``."""
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
-        crow, row, col = _where(pre_acts > self.threshold)
+        crow, row, col = _where(_not_at_most(pre_acts, self.threshold))
         return SparseRows(crow, col, pre_acts[row, col].float(), n_cols=pre_acts.shape[1])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Threshold:
@@ -83,7 +83,7 @@ class Gated:
     """``[d_sae]``."""
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
-        crow, row, col = _where(pre_acts > 0)
+        crow, row, col = _where(_not_at_most(pre_acts, 0.0))
         magnitude = (pre_acts[row, col] * self.gain[col] + self.offset[col]).relu()
         return SparseRows(crow, col, magnitude.float(), n_cols=pre_acts.shape[1])
 
@@ -102,6 +102,11 @@ def _fixed_width(values: Tensor, indices: Tensor, n_cols: int) -> SparseRows:
     rows, k = values.shape
     crow = torch.arange(0, rows * k + 1, k, device=values.device)
     return SparseRows(crow, indices.reshape(-1), values.relu().float().reshape(-1), n_cols)
+
+
+def _not_at_most(pre_acts: Tensor, threshold: Tensor | float) -> Tensor:
+    """Where pre-activations are above the threshold, or NaN: dropped, a NaN would be taken for a latent at rest."""
+    return (pre_acts <= threshold).logical_not_()
 
 
 def _where(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

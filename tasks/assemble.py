@@ -13,7 +13,7 @@ import numpy as np
 
 from errors import RequestError
 from tasks.selection import select_rows
-from tasks.types import Dataset, Int64Array, Mention, Probe, ProbeTexts, Row, RowSet, Source
+from tasks.types import BoolArray, Dataset, Int64Array, Mention, Probe, ProbeTexts, Row, RowSet, Source
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +67,17 @@ def _require_two_classes(rows: Sequence[Row], row_set: RowSet, slug: str) -> Non
 
 def _probes(row_set: RowSet, index: _MentionIndex) -> list[Probe]:
     mentions = np.array([index.add(row.mention) for row in row_set.rows], dtype=np.int64)
-    values = np.array([row.value for row in row_set.rows], dtype=object)
-    return [Probe(spec.name, mentions, (values == spec.positive).astype(np.bool_)) for spec in row_set.probes]
+
+    def labels(positive: str) -> BoolArray:  # compared in Python: NumPy drops a string's trailing NUL
+        return np.array([row.value == positive for row in row_set.rows], dtype=np.bool_)
+
+    return [Probe(spec.name, mentions, labels(spec.positive)) for spec in row_set.probes]
 
 
 def _person_ids(mentions: Sequence[Mention]) -> Int64Array:
-    ids: dict[str, int] = {}
-    return np.array([ids.setdefault(mention.person, len(ids)) for mention in mentions], dtype=np.int64)
+    """In order of the keys: folds go by the order of ids, so that of rows and other datasets may not enter it."""
+    ids = {person: rank for rank, person in enumerate(sorted({mention.person for mention in mentions}))}
+    return np.array([ids[mention.person] for mention in mentions], dtype=np.int64)
 
 
 class _MentionIndex:

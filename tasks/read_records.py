@@ -75,8 +75,8 @@ def _read_jsonl(path: Path) -> Table:
             continue
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RequestError(f"--dataset_file {path}, line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits and endless nesting too
+            raise RequestError(f"--dataset_file {path}, line {number}: not JSON ({_one_line(error)})") from error
         if not isinstance(values, dict):
             raise RequestError(f"--dataset_file {path}, line {number}: not a JSON object: {line.strip()[:60]!r}")
         records.append(Record(f"line {number}", values))

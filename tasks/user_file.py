@@ -70,15 +70,14 @@ def _task(record: Record, default: str, where: str) -> str:
     task = record.values["task"]
     if not isinstance(task, str) or not task.strip():
         raise RequestError(f"{where}: task is {task!r}, expected the probe's name")
-    return task.strip()
+    return _spelled(task.strip(), "task", where)
 
 
 def _mention(values: Mapping[str, Any], where: str) -> Mention:
     text = values.get("text")
     if not isinstance(text, str) or not text.strip():
         raise RequestError(f"{where}: text is {text!r}, expected words")
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise RequestError(f"{where}: text holds half of a surrogate pair, which no tokenizer takes: {text!a:.60}")
+    _spelled(text, "text", where)
     start, end = _span(values, text, where)
     group = _missing_as_none(values.get("group"))
     person = plain_key(text[start:end]) if group is None else str(group).strip()
@@ -104,7 +103,7 @@ def _span(values: Mapping[str, Any], text: str, where: str) -> tuple[int, int]:
 def _integer(value: Any, key: str, where: str) -> int:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not number.is_integer():
         raise RequestError(f"{where}: {key} is {value!r}, expected a whole number of characters")
@@ -115,7 +114,14 @@ def _label(value: Any, where: str) -> str:
     present = _missing_as_none(value)
     if present is None:
         raise RequestError(f"{where}: label is missing")
-    return str(present).strip()
+    return _spelled(str(present).strip(), "label", where)
+
+
+def _spelled(value: str, column: str, where: str) -> str:
+    """The value, unless JSON's escapes left half of a surrogate pair in it, which no tokenizer takes and no file."""
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise RequestError(f"{where}: {column} holds half of a surrogate pair: {value!a:.60}")
+    return value
 
 
 def _missing_as_none(value: Any) -> Any:

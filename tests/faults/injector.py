@@ -1,0 +1,106 @@
+"""Makes the n-th call of one kind of function fail, from outside: the program knows nothing of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+
+import file_lock
+import progress
+from bounded_queue import BoundedQueue
+from language_model import LanguageModel, ModelInfo
+from probe_backends.torch_lbfgs import TorchLbfgs
+from reconstruction import ReconstructionSums
+from row_store import RowStore
+from sae_formats.source import SaeSource
+from sae_loader import Sae
+
+FULL_DISK = partial(OSError, 28, "No space left on device")
+FAULT = partial(RuntimeError, "injected fault")
+
+POINTS: dict[str, tuple[Any, str, Callable[[], Exception]]] = {  # kind -> (owner, attribute, error)
+    "open": (pathlib.Path, "open", FULL_DISK),
+    "write": (json, "dump", FULL_DISK),
+    "fsync": (os, "fsync", FULL_DISK),
+    "replace": (pathlib.Path, "replace", FULL_DISK),
+    "touch": (pathlib.Path, "touch", FULL_DISK),
+    "lock": (file_lock, "_acquire", FULL_DISK),
+    "model": (ModelInfo, "load", FAULT),
+    "sae": (SaeSource, "load", FAULT),
+    "forward": (LanguageModel, "activations", FAULT),
+    "encode": (Sae, "encode", FAULT),
+    "decode": (Sae, "decode", FAULT),
+    "sums": (ReconstructionSums, "figures", FAULT),
+    "put": (BoundedQueue, "put", FAULT),
+    "get": (BoundedQueue, "__iter__", FAULT),
+    "close": (BoundedQueue, "close", FAULT),
+    "keep": (RowStore, "put", FAULT),
+    "rows": (RowStore, "get", FAULT),
+    "fit": (TorchLbfgs, "fit", FAULT),
+    "texts": (progress.ProgressBars, "texts", FAULT),
+    "probes": (progress.ProgressBars, "probes", FAULT),
+}
+
+
+@dataclass
+class Injector:
+    """Counts the calls of one kind, in whatever thread, and makes the n-th fail."""
+
+    error: Callable[[], Exception]
+    n: int | None  # None: count only
+    on_fault: Callable[[], None] = lambda: None
+    calls: int = 0
+    hit: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def step(self) -> None:
+        with self.lock:
+            self.calls += 1
+            if self.calls != self.n:
+                return
+            self.hit = True
+        self.on_fault()
+        raise self.error()
+
+
+@contextmanager
+def fault(kind: str, injector: Injector) -> Iterator[None]:
+    """The injector at work on this kind of call."""
+    owner, name, _ = POINTS[kind]
+    original = getattr(owner, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, _wrapped(kind, original, injector))
+        yield
+
+
+def _wrapped(kind: str, original: Callable[..., Any], injector: Injector) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        injector.step()
+        return original(*args, **kwargs)
+
+    def open_for_writing(path: pathlib.Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if "w" in mode:
+            injector.step()
+        return original(path, mode, *args, **kwargs)
+
+    def write_half(content: Any, file: Any, **options: Any) -> None:
+        text = json.dumps(content, **options)
+        file.write(text[: len(text) // 2])
+        injector.step()
+        file.write(text[len(text) // 2 :])
+
+    def iterate(queue: BoundedQueue[Any]) -> Iterator[Any]:
+        for item in original(queue):
+            injector.step()
+            yield item
+
+    return {"open": open_for_writing, "write": write_half, "get": iterate}.get(kind, call)

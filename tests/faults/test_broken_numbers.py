@@ -1,0 +1,145 @@
+"""NaN and Inf: the error says where, and what was finished before stays."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import people, write_csv
+from runs import Request, numbers
+
+from language_model import LanguageModel
+from sae_formats.selection import Gated, Threshold
+from sae_loader import Sae
+
+MARK = "Zebedee"  # the texts with this name break
+
+
+@pytest.fixture
+def ask(tiny_model, tiny_saes, tmp_path):
+    """A task of its own in a file, whose texts have one that will break the numbers."""
+    rows = people(60)
+    rows[30] = {**rows[30], "text": f"{MARK} {'very ' * 30}long {rows[30]['group']}", "start": "", "end": ""}
+    data = write_csv(tmp_path / "women.csv", rows)
+    return Request(tiny_model, (tiny_saes,), data, tmp_path / "out")
+
+
+def breaking(method, where, value):
+    """`method` with `value` put at its result's row or text `where`, in the batch that holds the long text."""
+
+    def broken(self, given):
+        found = method(self, given)
+        return where(self, given, found, value)
+
+    return broken
+
+
+def break_layer_1(self, ids, found, value):
+    """The last token of the longest text, at layer 1."""
+    site = next(site for site in found if site.layer == 1)
+    found[site][0, ids.shape[1] - 1, 3] = value
+    return found
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_an_activation_is_named_with_layer_and_text(ask, monkeypatch, capsys, value):
+    monkeypatch.setattr(LanguageModel, "activations", breaking(LanguageModel.activations, break_layer_1, value))
+    assert ask.run() == 1
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert "layer 1" in told
+    assert "activations" in told
+    assert MARK in told
+    assert len(told) < 400
+    assert numbers(ask.out) == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["encode", "decode"])
+def test_a_code_or_reconstruction_is_named_with_layer_sae_and_text(ask, monkeypatch, capsys, value, part):
+    def break_it(self, given, found, value):
+        if self.layer == 2:
+            (found.value if part == "encode" else found)[0] = value
+        return found
+
+    monkeypatch.setattr(Sae, part, breaking(getattr(Sae, part), break_it, value))
+    assert ask.run() == 1
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert "layer 2" in told
+    assert "sae-tiny" in told
+    assert MARK in told
+
+
+def test_it_is_seen_at_any_token_of_the_text(ask, monkeypatch, capsys):
+    """Not only where a probe looks: the figures over whole texts would be NaN."""
+
+    def early_token(self, ids, found, value):
+        for values in found.values():
+            values[0, 1, 0] = value
+        return found
+
+    monkeypatch.setattr(LanguageModel, "activations", breaking(LanguageModel.activations, early_token, float("nan")))
+    assert ask.run() == 1
+    assert MARK in capsys.readouterr().err
+
+
+def test_datasets_that_were_finished_before_are_kept(ask, monkeypatch, capsys, tmp_path):
+    """The bundled task comes first, the file with the broken text after it."""
+    both = ask.plus("--datasets", "gender", "--shuffle_select_n", "60", "--layers", "1")
+    seen = []
+
+    def second_dataset(self, ids, found, value):
+        seen.append(len(ids))
+        return break_layer_1(self, ids, found, value) if sum(seen) > 60 else found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "activations", breaking(LanguageModel.activations, second_dataset, float("nan")))
+        assert both.run() == 1
+    assert list(numbers(ask.out)) == ["pythia-tiny_wikidata_gender.json"]
+    assert both.run() == 0
+    assert both.into(tmp_path / "whole").run() == 0
+    assert numbers(ask.out) == numbers(tmp_path / "whole")
+
+
+def test_weights_that_are_not_finite_are_refused(ask, tiny_saes, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(tiny_saes, tmp_path / "broken")
+    path = broken / "layers.1" / "sae.safetensors"
+    weights = load_file(str(path))
+    weights["W_dec"][3, 4] = float("inf")
+    save_file(weights, str(path))
+    request = Request(ask.model, (broken,), ask.data, tmp_path / "out")
+    assert request.run() == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert "layers.1" in told
+    assert "W_dec" in told
+
+
+@pytest.mark.parametrize(
+    "selection", [Threshold(torch.zeros(4)), Gated(torch.ones(4), torch.zeros(4))], ids=["threshold", "gated"]
+)
+def test_a_pre_activation_that_is_nan_is_no_silent_zero(selection):
+    codes = selection(torch.tensor([[1.0, torch.nan, -1.0, 0.0]]))
+    assert codes.col.tolist() == [0, 1]
+    assert codes.value.isnan().tolist() == [False, True]
+
+
+def test_the_traceback_is_told_with_verbose_only(ask, monkeypatch, capsys, caplog):
+    def explode(self, ids):
+        raise ZeroDivisionError("in the forward pass")
+
+    monkeypatch.setattr(LanguageModel, "activations", explode)
+    assert ask.run() == 1
+    assert "explode" not in caplog.text
+    assert ask.plus("--verbose").run() == 1
+    assert "in explode" in caplog.text
+    told = capsys.readouterr().err.strip().splitlines()
+    assert all("the same command goes on from there" in line for line in told if line.startswith("failed"))
+
+
+def test_result_files_hold_no_nan(ask):
+    assert ask.run() == 0
+    for path in ask.out.glob("*.json"):
+        json.loads(path.read_text(), parse_constant=pytest.fail)

@@ -1,0 +1,173 @@
+"""A disk that fills, a folder that cannot be written, an input that vanishes: exit 1 or 2, one line, results intact."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import people, write_csv
+from runs import Request, left_over, numbers, substance
+
+from language_model import ModelInfo
+from sae_formats.source import SaeSource
+
+
+@pytest.fixture
+def ask(tiny_model, tiny_saes, tmp_path):
+    return Request(tiny_model, (tiny_saes,), write_csv(tmp_path / "women.csv", people(80)), tmp_path / "out")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk of so many KB in memory; unmounted afterwards."""
+    mounted: list[Path] = []
+
+    def mount(kilobytes: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(folder)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a disk needs root and the right to mount")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=False)
+
+
+def one_line(text: str) -> str:
+    lines = [line for line in text.strip().splitlines() if not line.startswith(("WARNING", "INFO"))]
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def test_a_disk_that_fills_keeps_what_was_finished_and_the_run_goes_on_with_room(ask, small_disk, tmp_path, capsys):
+    assert ask.run() == 0
+    undisturbed = substance(ask.out)
+    disk = small_disk(200)
+    full = ask.into(disk / "out")
+    assert full.plus("--layers", "0").run() == 0
+    before = (disk / "out" / "pythia-tiny_women.json").read_bytes()
+    (disk / "ballast").write_bytes(b"0" * (os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+    capsys.readouterr()
+    assert full.run() in {1, 2}
+    assert "No space left" in one_line(capsys.readouterr().err)
+    assert (disk / "out" / "pythia-tiny_women.json").read_bytes() == before
+    (disk / "ballast").unlink()
+    assert full.run() == 0
+    assert left_over(disk) == []
+    assert numbers(full.out) == numbers(ask.out)
+    assert substance(full.out).keys() == undisturbed.keys()
+
+
+def test_a_disk_that_fills_between_two_layers(ask, small_disk, capsys):
+    disk = small_disk(16)
+    (disk / "ballast").write_bytes(b"0" * 4096)  # room for the first layers and their copies alone
+    full = ask.into(disk / "out")
+    code = full.run()
+    found = numbers(full.out)
+    if code == 0:
+        pytest.skip("pages of this machine are too small to fill so small a disk")
+    assert "No space left" in one_line(capsys.readouterr().err)
+    assert left_over(disk) == []
+    assert ask.run() == 0
+    whole = numbers(ask.out)["pythia-tiny_women.json"]
+    for layer, figures in found.get("pythia-tiny_women.json", {}).items():
+        assert figures["mse_whole"] == whole[layer]["mse_whole"]
+
+
+def test_a_quota_on_the_size_of_files(ask, tmp_path):
+    """The kernel refuses to let a file grow: the write fails in the middle."""
+    assert ask.run() == 0
+    size = (ask.out / "pythia-tiny_women.json").stat().st_size
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 900, size - 900))
+
+    limited = ask.into(tmp_path / "limited")
+    with limited.start(preexec_fn=limit) as process:
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "File too large" in one_line(told)
+    assert left_over(limited.out) == []
+    assert list(numbers(limited.out)["pythia-tiny_women.json"]) == ["layer_0", "layer_1"]
+    assert limited.run() == 0
+    assert substance(limited.out) == substance(ask.out)
+
+
+def test_a_folder_that_is_read_only_is_refused_before_anything_is_loaded(ask, small_disk, monkeypatch, capsys):
+    disk = small_disk(64)
+    if subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True, check=False).returncode:
+        pytest.skip("remounting is not allowed here")
+    monkeypatch.setattr(ModelInfo, "load", lambda *a: pytest.fail("the model was loaded"))
+    assert ask.into(disk / "out").run() == 2
+    assert "Read-only" in one_line(capsys.readouterr().err)
+    assert ask.into(disk).run() == 2
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(ask, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert ask.into(out).run() == 2
+        assert "cannot write" in one_line(capsys.readouterr().err)
+
+
+def test_a_folder_that_becomes_read_only_during_the_run(ask, monkeypatch, capsys):
+    """The kernel remounts no disk that has a file open, so its answers are played."""
+    load, remove = ModelInfo.load, Path.unlink
+
+    def read_only(path, *args, **kwargs):
+        if path.name.startswith("."):
+            raise OSError(30, "Read-only file system", str(path))
+        return remove(path, *args, **kwargs)
+
+    def load_on_read_only(*args):
+        monkeypatch.setattr(Path, "replace", read_only)
+        monkeypatch.setattr(Path, "unlink", read_only)
+        return load(*args)
+
+    monkeypatch.setattr(ModelInfo, "load", load_on_read_only)
+    assert ask.run() == 1
+    assert "Read-only" in one_line(capsys.readouterr().err)
+    monkeypatch.undo()
+    assert ask.run() == 0
+    assert left_over(ask.out) == []
+
+
+@pytest.mark.parametrize("what", ["weights of the SAE", "config of the SAE", "weights of the model", "results folder"])
+def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch, capsys, what):
+    model = shutil.copytree(ask.model, tmp_path / "gone" / "pythia-tiny")
+    sae = shutil.copytree(ask.saes[0], tmp_path / "gone" / "sae-tiny")
+    request = Request(model, (sae,), ask.data, ask.out)
+    assert request.plus("--layers", "0").run() == 0
+    before = (ask.out / "pythia-tiny_women.json").read_bytes()
+    load = SaeSource.load
+
+    def vanish_then_load(*args):
+        victim = {
+            "weights of the SAE": sae / "layers.1" / "sae.safetensors",
+            "config of the SAE": sae / "layers.1" / "cfg.json",
+            "weights of the model": model / "model.safetensors",
+            "results folder": ask.out,
+        }[what]
+        if victim.is_dir():
+            shutil.move(victim, tmp_path / "moved")
+        else:
+            victim.unlink(missing_ok=True)
+        return load(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SaeSource, "load", vanish_then_load)
+        code = request.run()
+    if what == "config of the SAE":
+        assert code == 0, "it was read already"
+        return
+    assert code in {1, 2}
+    one_line(capsys.readouterr().err)
+    kept = tmp_path / "moved" if what == "results folder" else ask.out
+    assert (kept / "pythia-tiny_women.json").read_bytes() == before

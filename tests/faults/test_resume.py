@@ -1,0 +1,157 @@
+"""An interrupted run and its resumption leave what an undisturbed run leaves, byte for byte but for the timings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import people, write_csv, write_sparsify
+from injector import POINTS, Injector, fault
+from runs import Request, files, left_over, numbers, substance
+from safetensors.torch import load_file, save_file
+
+import records
+
+
+@pytest.fixture
+def ask(tiny_model, tiny_saes, tmp_path):
+    """Two SAEs, the second without the last layer, and two datasets that share no text."""
+    data = write_csv(tmp_path / "women.csv", people(80))
+    sparser = write_sparsify(tmp_path / "sae-sparser", layers=[0, 1], k=2)
+    flags = ("--folds", "3", "--repeats", "1", "--datasets", "politics", "--shuffle_select_n", "60")
+    return Request(tiny_model, (tiny_saes, sparser), data, tmp_path / "undisturbed", flags)
+
+
+def stop_at_write(request, n):
+    """Run until the n-th write of a result file, which fails."""
+    injector = Injector(POINTS["replace"][2], n)
+    with fault("replace", injector):
+        assert request.run() == 1
+
+
+def test_interrupted_at_any_write_and_resumed_it_is_the_same_to_the_byte(ask, tmp_path):
+    assert ask.run() == 0
+    undisturbed = substance(ask.out)
+    assert len(undisturbed) == 4
+    assert any(json.loads(text)["_run"]["warnings"] for text in undisturbed.values()), "few people: warned of"
+    assert all(json.loads(text)["_run"]["complete"] for text in undisturbed.values())
+    for n in (2, 7):  # of 2 datasets x (3 + 2) layers
+        again = ask.into(tmp_path / str(n))
+        stop_at_write(again, n)
+        kept = {path: records.read(path) for path in files(again.out)}
+        finished = {path: path.read_bytes() for path, found in kept.items() if found["_run"]["complete"]}
+        assert sum(len(found) - 1 for found in kept.values()) == n - 1
+        assert again.run() == 0
+        assert substance(again.out) == undisturbed
+        assert all(path.read_bytes() == content for path, content in finished.items()), "finished files are untouched"
+        assert left_over(again.out) == []
+
+
+def test_it_may_be_interrupted_again_and_again(ask, tmp_path):
+    assert ask.run() == 0
+    again = ask.into(tmp_path / "again")
+    for _ in range(2):
+        stop_at_write(again, 4)
+    assert again.run() == 0
+    assert substance(again.out) == substance(ask.out)
+
+
+def test_other_layers_are_added_and_nothing_else_is_done(ask, tmp_path):
+    one = Request(ask.model, ask.saes, ask.data, tmp_path / "one", ("--folds", "3", "--repeats", "1"))
+    assert one.plus("--layers", "1").run() == 0
+    first = numbers(one.out)
+    counted = Injector(RuntimeError, n=None)
+    with fault("fit", counted):
+        assert one.plus("--layers", "0,1").run() == 0
+    assert counted.calls == 3, "layer 0: the model's view and that of two SAEs"
+    assert one.into(tmp_path / "two").plus("--layers", "0,1").run() == 0
+    assert numbers(one.out) == numbers(tmp_path / "two")
+    for path, layers in first.items():
+        now = numbers(one.out)[path]["layer_1"]
+        assert without_q(layers["layer_1"]) == without_q(now)
+
+
+def without_q(layer):
+    """A layer's record without what depends on the other layers."""
+    return {
+        name: {key: number for key, number in value.items() if key != "q_value"} if isinstance(value, dict) else value
+        for name, value in layer.items()
+    }
+
+
+def test_every_file_is_complete_though_one_sae_has_fewer_layers(ask):
+    assert ask.run() == 0
+    for path in files(ask.out):
+        assert records.read(path)["_run"]["complete"] is True
+
+
+def change_csv(request, folder):
+    rows = people(80)
+    rows[7]["label"] = 1 - rows[7]["label"]
+    return Request(request.model, request.saes, write_csv(folder / "women.csv", rows), request.out, request.more)
+
+
+def change_tensor(path, name):
+    weights = load_file(str(path))
+    weights[name].view(-1)[5] += 1e-3
+    save_file(weights, str(path), metadata={"format": "pt"})
+
+
+def change_model(request, folder):
+    model = shutil.copytree(request.model, folder / "pythia-tiny")
+    change_tensor(model / "model.safetensors", "gpt_neox.embed_in.weight")
+    return Request(model, request.saes, request.data, request.out, request.more)
+
+
+def change_tokenizer(request, folder):
+    model = shutil.copytree(request.model, folder / "pythia-tiny")
+    path = model / "tokenizer.json"
+    path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    return Request(model, request.saes, request.data, request.out, request.more)
+
+
+def change_sae(request, folder):
+    sae = shutil.copytree(request.saes[0], folder / request.saes[0].name)
+    change_tensor(sae / "layers.2" / "sae.safetensors", "W_dec")
+    return Request(request.model, (sae, request.saes[1]), request.data, request.out, request.more)
+
+
+def change_sae_config(request, folder):
+    sae = shutil.copytree(request.saes[0], folder / request.saes[0].name)
+    path = sae / "layers.0" / "cfg.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "k": 7}))
+    return Request(request.model, (sae, request.saes[1]), request.data, request.out, request.more)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (change_csv, "data"),
+        (change_model, "model"),
+        (change_tokenizer, "model"),
+        (change_sae, "sae"),
+        (change_sae_config, "sae"),
+        (lambda request, folder: request.plus("--seed", "3"), "seed"),
+        (lambda request, folder: request.plus("--folds", "4"), "folds"),
+        (lambda request, folder: request.plus("--positions", "mean"), "positions"),
+        (lambda request, folder: request.plus("--shuffle_select_n", "80"), "data"),
+    ],
+    ids=["csv", "model", "tokenizer", "sae", "sae config", "seed", "folds", "positions", "rows"],
+)
+def test_what_changes_a_number_is_noticed(ask, tmp_path, capsys, change, word):
+    assert ask.plus("--layers", "0").run() == 0
+    before = {path: path.read_bytes() for path in files(ask.out)}
+    (tmp_path / "changed").mkdir()
+    capsys.readouterr()
+    assert change(ask, tmp_path / "changed").run() == 2
+    told = capsys.readouterr().err
+    assert f"{word}: " in told
+    assert "--overwrite" in told
+    assert {path: path.read_bytes() for path in files(ask.out)} == before
+
+
+@pytest.mark.parametrize("flags", [("--batch_size", "5"), ("--queue_gb", "0.5"), ("--verbose",)], ids=lambda f: f[0])
+def test_what_changes_no_number_resumes(ask, flags):
+    stop_at_write(ask, 3)
+    assert ask.plus(*flags).run() == 0

@@ -1,0 +1,177 @@
+"""Ctrl-C at any moment, a terminal that closes, a reader who has enough: one line, the right exit code, no hang."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import random
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from conftest import people, write_csv
+from runs import Request, left_over, numbers
+
+from bounded_queue import BoundedQueue
+from progress import ProgressBars
+
+
+@pytest.fixture
+def ask(tiny_model, tiny_saes, tmp_path):
+    """Three layers; `shown` has bars and tables."""
+    data = write_csv(tmp_path / "women.csv", people(80))
+    return Request(tiny_model, (tiny_saes,), data, tmp_path / "out")
+
+
+class Loud(Request):
+    """A request with bars and tables."""
+
+    @property
+    def argv(self):
+        return [flag for flag in super().argv if flag != "--quiet"]
+
+
+@pytest.fixture
+def loud(ask):
+    return Loud(ask.model, ask.saes, ask.data, ask.out, ask.more)
+
+
+def test_a_reader_who_takes_one_line_changes_nothing(loud):
+    with loud.start() as process:
+        assert "pythia-tiny_women.json" in process.stdout.readline()
+        process.stdout.close()
+        told = process.stderr.read()
+        assert process.wait(60) == 0
+    assert "Traceback" not in told
+    assert "BrokenPipe" not in told
+    assert len(numbers(loud.out)["pythia-tiny_women.json"]) == 3
+
+
+def test_nobody_listens_to_either_stream(loud):
+    read, write = os.pipe()
+    os.close(read)
+    with loud.start(stdout=write, stderr=write) as process:
+        os.close(write)
+        assert process.wait(120) == 0
+    assert len(numbers(loud.out)["pythia-tiny_women.json"]) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", [[1], [2], [0, 1, 2]], ids=str)
+def test_streams_that_were_never_open(loud, closed):
+    def close():
+        for number in closed:
+            os.close(number)
+
+    with loud.start(stdout=None, stderr=None, stdin=None, preexec_fn=close) as process:
+        assert process.wait(120) == 0
+    assert len(numbers(loud.out)["pythia-tiny_women.json"]) == 3
+
+
+@pytest.mark.slow
+def test_a_table_that_cannot_be_stored_is_a_failure_but_the_results_stay(loud):
+    with open("/dev/full", "w") as full, loud.start(stdout=full) as process:  # noqa: PTH123
+        told = process.stderr.read()
+        assert process.wait(120) == 1
+    assert "No space left" in told.splitlines()[-1]
+    assert len(numbers(loud.out)["pythia-tiny_women.json"]) == 3
+
+
+def test_bars_on_a_terminal_that_closes_end_without_a_word(monkeypatch):
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with ProgressBars(10, 10, BoundedQueue(1, lambda item: 1), quiet=False) as bars:
+            bars.texts(1)
+            os.close(read)
+            for _ in range(9):
+                time.sleep(0.02)
+                bars.texts(1)
+                bars.probes(1)
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):
+            stream.close()
+
+
+def test_no_bars_where_there_is_no_stderr(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with ProgressBars(10, 10, BoundedQueue(1, lambda item: 1), quiet=False) as bars:
+        bars.texts(1)
+        bars.probes(1)
+
+
+def interrupt(ask, seconds, number=signal.SIGINT):
+    """Start, wait, send the signal; returns the exit code and what was told."""
+    with ask.start() as process:
+        time.sleep(seconds)
+        process.send_signal(number)
+        try:
+            _, told = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            pytest.fail(f"hangs after {signal.Signals(number).name} at {seconds:.2f} s")
+        return process.returncode, told
+
+
+def check_interrupted(ask, seconds, number, undisturbed):
+    code, told = interrupt(ask, seconds, number)
+    where = f"{signal.Signals(number).name} at {seconds:.2f} s: {told}"
+    if "<module>" in told and ", in main\n" not in told:
+        return  # in the first tenth of a second Python itself is starting: the traceback is its own
+    assert code in {0, 130}, where
+    assert "Traceback" not in told, where
+    if code == 130:
+        assert told.strip().splitlines()[-1].startswith("interrupted: "), where
+    assert left_over(ask.out) == [], where
+    found = numbers(ask.out).get("pythia-tiny_women.json", {})
+    assert found.keys() <= undisturbed.keys()
+    assert ask.run() == 0
+    assert numbers(ask.out)["pythia-tiny_women.json"] == undisturbed, where
+
+
+def how_long(ask, folder):
+    start = time.perf_counter()
+    with ask.into(folder).start() as process:
+        assert process.wait(120) == 0
+    return time.perf_counter() - start, numbers(folder)["pythia-tiny_women.json"]
+
+
+def test_ctrl_c_during_start_up_and_after(ask, tmp_path):
+    whole, undisturbed = how_long(ask, tmp_path / "whole")
+    for i, share in enumerate([0.3, 0.6]):
+        check_interrupted(ask.into(tmp_path / str(i)), share * whole, signal.SIGINT, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name)
+def test_a_signal_at_any_moment(ask, tmp_path, number):
+    whole, undisturbed = how_long(ask, tmp_path / "whole")
+    moments = random.Random(0)
+    for i in range(16):
+        seconds = moments.uniform(min(0.15, whole / 4), whole)
+        check_interrupted(ask.into(tmp_path / str(i)), seconds, number, undisturbed)
+
+
+@pytest.mark.slow
+def test_the_terminal_closes(loud):
+    """The shell is gone: SIGHUP arrives, and every write to the terminal is an error."""
+    ours, theirs = pty.openpty()
+
+    def on_this_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    with loud.start(stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=on_this_terminal) as process:
+        os.close(theirs)
+        deadline = time.monotonic() + 60
+        while b"texts" not in os.read(ours, 1 << 16):
+            assert time.monotonic() < deadline
+        os.close(ours)
+        assert process.wait(60) in {0, 130}
+    assert left_over(loud.out) == []
+    assert loud.run() == 0

@@ -1,0 +1,299 @@
+"""Every reader of the program with a valid file to damage: it gives a valid result or a `RequestError`, nothing else.
+
+python tests/fuzz/readers.py --minutes 10            # each reader for ten minutes
+python tests/fuzz/readers.py --count 100000 --only csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+
+import torch
+from conftest import people, write_csv, write_sparsify
+from mutate import damaged_bytes, damaged_json
+from safetensors.torch import save
+
+import records
+import report
+from datasets_wikidata import dataset_fingerprint, load_probe_texts
+from errors import RequestError
+from sae_loader import open_sae
+
+SLOW = 10.0  # seconds: an input that takes longer is a finding too
+
+
+class Reader(ABC):
+    """One reader, a folder for its files, and how to damage one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @abstractmethod
+    def damage(self, rng: random.Random) -> None:
+        """Write a damaged file."""
+
+    @abstractmethod
+    def read(self) -> None:
+        """Read it; RequestError if it is refused, AssertionError if it should have been."""
+
+
+class SaeReader(Reader):
+    """A folder of one SAE: the config or the weights are damaged."""
+
+    config: dict[str, Any]
+    weights: bytes
+    name = "layers.1"
+    weights_name = "sae.safetensors"
+
+    def restore(self) -> Path:
+        folder = self.folder / self.name
+        folder.mkdir(exist_ok=True)
+        (folder / "cfg.json").write_text(json.dumps(self.config))
+        (folder / self.weights_name).write_bytes(self.weights)
+        return folder
+
+    def read(self) -> None:
+        source = open_sae(str(self.folder))
+        source.fingerprint()
+        sae = source.load(source.layers[0], "cpu")
+        codes = sae.encode(torch.ones(2, sae.d_in))
+        assert sae.decode(codes).shape == (2, sae.d_in)
+
+
+class SparsifyConfig(SaeReader):
+    """sparsify's cfg.json."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        made = write_sparsify(folder, layers=[1], d_in=8) / "layers.1"
+        self.config = json.loads((made / "cfg.json").read_text())
+        self.weights = (made / "sae.safetensors").read_bytes()
+
+    def damage(self, rng: random.Random) -> None:
+        path = self.restore() / "cfg.json"
+        text = json.dumps(self.config).encode()
+        path.write_bytes(damaged_json(self.config, rng) if rng.random() < 0.7 else damaged_bytes(text, rng))
+
+
+class LensConfig(SaeReader):
+    """SAE Lens's cfg.json, of several architectures and two versions."""
+
+    name = "blocks.1.hook_resid_post"
+    weights_name = "sae_weights.safetensors"
+    d_in, d_sae = 8, 16
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        matrix, latents = torch.ones(self.d_in, self.d_sae), torch.zeros(self.d_sae)
+        self.weights = save({"W_enc": matrix, "W_dec": matrix.T.contiguous(), "b_enc": latents.clone(),
+                             "b_dec": torch.zeros(self.d_in), "threshold": latents.clone(), "b_gate": latents.clone(),
+                             "b_mag": latents.clone(), "r_mag": latents.clone()})  # fmt: skip
+        common = {"d_in": self.d_in, "d_sae": self.d_sae, "dtype": "float32", "device": "cpu",
+                  "apply_b_dec_to_input": True, "normalize_activations": "none"}  # fmt: skip
+        metadata = {"sae_lens_version": "6.54.12", "model_name": "pythia", "hook_name": self.name, "prepend_bos": True,
+                    "exclude_special_tokens": False, "seqpos_slice": [None], "context_size": 128}  # fmt: skip
+        old = {**common, "hook_point": self.name, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4},
+               "expansion_factor": 2, "sae_lens_version": "3.20.0", "prepend_bos": True}  # fmt: skip
+        self.configs = [
+            {**common, "architecture": "standard", "metadata": metadata},
+            {**common, "architecture": "topk", "k": 4, "rescale_acts_by_decoder_norm": True, "metadata": metadata},
+            {**common, "architecture": "jumprelu", "metadata": metadata},
+            {**common, "architecture": "gated", "metadata": metadata},
+            {**common, "normalize_activations": "expected_average_only_in", "metadata": metadata},
+            old,
+        ]
+        self.config = self.configs[0]
+
+    def damage(self, rng: random.Random) -> None:
+        config = rng.choice(self.configs)
+        folder = self.restore()
+        text = json.dumps(config).encode()
+        damage = damaged_json(config, rng) if rng.random() < 0.8 else damaged_bytes(text, rng)
+        (folder / "cfg.json").write_bytes(damage)
+        scaler = {"scaling_factor": 2.0}
+        (folder / "activation_scaler.json").write_bytes(
+            damaged_json(scaler, rng) if rng.random() < 0.3 else json.dumps(scaler).encode()
+        )
+
+
+class SafetensorsHeader(SparsifyConfig):
+    """The header of the weights, with a length that fits it or not."""
+
+    def damage(self, rng: random.Random) -> None:
+        path = self.restore() / self.weights_name
+        size = int.from_bytes(self.weights[:8], "little")
+        header, data = self.weights[8 : 8 + size], self.weights[8 + size :]
+        kind = rng.random()
+        if kind < 0.5:
+            header = damaged_json(json.loads(header), rng)
+        elif kind < 0.8:
+            header = damaged_bytes(header, rng)
+        else:
+            data = damaged_bytes(data, rng)
+        length = len(header) if rng.random() < 0.9 else rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(header) + 1])
+        path.write_bytes(length.to_bytes(8, "little") + header + data)
+
+
+class Csv(Reader):
+    """The user's task as CSV."""
+
+    suffix = "csv"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.path = folder / f"task.{self.suffix}"
+        self.rows = people(24)
+
+    def damage(self, rng: random.Random) -> None:
+        self.path.write_bytes(damaged_bytes(write_csv(self.path, self.rows).read_bytes(), rng))
+
+    def read(self) -> None:
+        texts = load_probe_texts(None, dataset_file=self.path)
+        for dataset in texts.datasets:
+            assert len(dataset_fingerprint(texts, dataset)) == 64
+            for probe in dataset.probes:
+                assert 0 < probe.labels.sum() < len(probe.labels)
+                probe.name.encode("utf-8")
+        for mention in texts.mentions:
+            mention.text.encode("utf-8")
+            assert mention.text[mention.start : mention.end].strip()
+
+
+class Jsonl(Csv):
+    """The user's task as JSON lines."""
+
+    suffix = "jsonl"
+
+    def damage(self, rng: random.Random) -> None:
+        lines = [json.dumps(row).encode() for row in self.rows]
+        if rng.random() < 0.7:
+            for _ in range(rng.randint(1, 3)):
+                place = rng.randrange(len(lines))
+                lines[place] = damaged_json(self.rows[place], rng).replace(b"\n", b"")
+            self.path.write_bytes(b"\n".join(lines))
+        else:
+            self.path.write_bytes(damaged_bytes(b"\n".join(lines), rng))
+
+
+class ResultJson(Reader):
+    """A result file: what is accepted has the numbers that were written."""
+
+    key: records.Json = {"schema": records.SCHEMA_VERSION, "model": "abc", "seed": 0, "views": ["model", "sae"]}  # noqa: RUF012
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.path = folder / "m_d.json"
+        self.run = records.describe_run({"sae": "some/sae", "layers": [0, 1]})
+        cell = {"model_sel": 0.75, "sae_sel": 0.5, "delta_sel": -0.25, "ci_low": -0.3, "ci_high": -0.2,
+                "p_value": 0.001, "q_value": 0.002, "transfer_sel": 0.6, "n_people": 300}  # fmt: skip
+        layer = {"mse_pos": 0.5, "fvu_pos": 0.25, "l0": 8.0, "gender": cell, "is_alive": {**cell, "q_value": None}}
+        file = records.RecordFile.open(self.path, self.key, self.run, overwrite=False)
+        file.warnings.append("layer 0 gender: only 30 people: the interval is rough")
+        file.write({0: layer, 1: layer}, {"forward": 1.5}, {"peak_ram_gb": 0.5}, complete=True)
+        self.text = self.path.read_bytes()
+        self.content = json.loads(self.text)
+
+    def damage(self, rng: random.Random) -> None:
+        self.path.write_bytes(damaged_json(self.content, rng) if rng.random() < 0.6 else damaged_bytes(self.text, rng))
+
+    def read(self) -> None:
+        found = records.read(self.path)
+        before, after = ({k: v for k, v in file.items() if k != "_run"} for file in (self.content, found))
+        assert before == after, "damaged numbers were taken for results"
+        report.render([(self.path, found)])
+        report.resource_table([(self.path, found)])
+        records.RecordFile.open(self.path, self.key, self.run, overwrite=False)
+
+
+READERS: dict[str, type[Reader]] = {
+    "sparsify": SparsifyConfig,
+    "sae_lens": LensConfig,
+    "safetensors": SafetensorsHeader,
+    "csv": Csv,
+    "jsonl": Jsonl,
+    "result": ResultJson,
+}
+
+
+@dataclass
+class Tally:
+    """What came of a number of damaged files."""
+
+    accepted: int = 0
+    refused: int = 0
+    slowest: float = 0.0
+    bugs: dict[str, str] = field(default_factory=dict)  # where -> seed and traceback of the first
+
+    @property
+    def count(self) -> int:
+        return self.accepted + self.refused
+
+    def __str__(self) -> str:
+        return (f"{self.count} inputs: {self.accepted} accepted, {self.refused} refused, {len(self.bugs)} bugs, "
+                f"slowest {self.slowest:.2f} s")  # fmt: skip
+
+
+def fuzz(kind: str, folder: Path, count: int | None = None, seconds: float | None = None, first_seed: int = 0) -> Tally:
+    """Damage and read `count` files, or as many as go into the seconds."""
+    reader, tally, begin = READERS[kind](folder), Tally(), time.monotonic()
+    seed = first_seed
+    while (count is None or seed < first_seed + count) and (seconds is None or time.monotonic() < begin + seconds):
+        reader.damage(random.Random(seed))
+        start = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                reader.read()
+            tally.accepted += 1
+        except RequestError:
+            tally.refused += 1
+        except Exception as error:
+            tally.refused += 1
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{type(error).__name__} at {place.filename}:{place.lineno}"
+            tally.bugs.setdefault(where, f"seed {seed}: {''.join(traceback.format_exception(error))[-1500:]}")
+        spent = time.perf_counter() - start
+        tally.slowest = max(tally.slowest, spent)
+        if spent > SLOW:
+            tally.bugs.setdefault("slow", f"seed {seed}: {spent:.1f} s")
+        seed += 1
+    return tally
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int)
+    parser.add_argument("--minutes", type=float, default=10.0, help="for each reader at most (%(default)s)")
+    parser.add_argument("--only", choices=READERS)
+    parser.add_argument("--first_seed", type=int, default=0)
+    asked = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    failed = False
+    for kind in [asked.only] if asked.only else READERS:
+        with tempfile.TemporaryDirectory() as folder:
+            tally = fuzz(kind, Path(folder), asked.count, asked.minutes * 60, asked.first_seed)
+        print(f"{kind}: {tally}", flush=True)
+        for where, what in tally.bugs.items():
+            failed = True
+            print(f"--- {where}\n{what}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

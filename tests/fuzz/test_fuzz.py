@@ -1,0 +1,32 @@
+"""A few hundred damaged files for every reader; `python tests/fuzz/readers.py` tries as many as there is time for."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from readers import READERS, fuzz
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def check(kind, tally):
+    assert not tally.bugs, "\n\n".join(f"{where}\n{what}" for where, what in tally.bugs.items())
+    assert tally.refused > tally.count / 20, f"{kind}: the damage is not damage: {tally}"
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_damaged_file_is_read_rightly_or_refused_in_one_line(kind, tmp_path):
+    check(kind, fuzz(kind, tmp_path, count=300))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", READERS)
+def test_for_ten_minutes(kind, tmp_path):
+    check(kind, fuzz(kind, tmp_path, count=100_000, seconds=600, first_seed=300))

@@ -1,0 +1,100 @@
+"""Runs of the program on the tiny model, in this process or in one of its own, and what they leave on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import main as program
+import records
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMINGS = ("started", "seconds", "resources")  # what may differ between two runs of one request
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of the program."""
+
+    model: Path
+    saes: tuple[Path, ...]
+    data: Path
+    out: Path
+    more: tuple[str, ...] = ("--folds", "3", "--repeats", "1")
+
+    @property
+    def argv(self) -> list[str]:
+        saes = ",".join(map(str, self.saes))
+        names = ["--model_name", self.model, "--sae_name", saes, "--output_directory", self.out]
+        fixed = [*map(str, names), "--device1", "cpu", "--device2", "cpu", "--quiet"]
+        return [*fixed, *(["--dataset_file", str(self.data)] if self.data.name else []), *self.more]
+
+    def into(self, out: Path) -> Request:
+        return replace(self, out=out)
+
+    def plus(self, *flags: str) -> Request:
+        return replace(self, more=(*self.more, *flags))
+
+    def run(self, seconds: float = 120) -> int:
+        """In this process, in a thread that is given so long; returns the exit code."""
+        codes: list[int] = []
+        thread = threading.Thread(target=lambda: codes.append(program.main(self.argv)), daemon=True)
+        thread.start()
+        thread.join(seconds)
+        assert not thread.is_alive(), "the run hangs"
+        assert codes, "the run ended with an exception that main should have told"
+        return codes[0]
+
+    def start(self, **options: Any) -> subprocess.Popen[str]:
+        """In a process of its own, one thread."""
+        asked = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+        command = [sys.executable, str(ROOT / "main.py"), *self.argv]
+        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **asked)
+
+
+def files(folder: Path) -> list[Path]:
+    """Result files below the folder."""
+    return sorted(path for path in folder.glob("**/*.json") if not path.name.startswith("."))
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """Relative path -> layers."""
+    found = {str(path.relative_to(folder)): records.read(path) for path in files(folder)}
+    return {path: {name: value for name, value in file.items() if name != "_run"} for path, file in found.items()}
+
+
+def substance(folder: Path) -> dict[str, str]:
+    """Relative path -> the file's text without timings, commit and the folder's own name."""
+    found = {}
+    for path in files(folder):
+        content = records.read(path)
+        text = path.read_text(encoding="utf-8")
+        assert text == json.dumps(content, indent=2, allow_nan=False) + "\n", "not as the program writes it"
+        for name in (*TIMINGS, "commit"):  # somebody may commit while a long test runs
+            del content["_run"][name]
+        del content["_run"]["config"]["output_directory"]
+        found[str(path.relative_to(folder))] = json.dumps(content, indent=2)
+    return found
+
+
+def left_over(folder: Path) -> list[str]:
+    """Hidden files below the folder."""
+    return sorted(path.name for path in folder.glob("**/.*"))
+
+
+def assert_close(found: Any, expected: Any, relative: float = 1e-5, absolute: float = 1e-6, where: str = "") -> None:
+    """Two trees of numbers: the same names, and every number near the other."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name in expected:
+            assert_close(found[name], expected[name], relative, absolute, f"{where}/{name}")
+    elif isinstance(expected, int | float) and not isinstance(expected, bool):
+        assert abs(found - expected) <= absolute + relative * abs(expected), f"{where}: {found}, not {expected}"
+    else:
+        assert found == expected, where
