@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         "kept in temporary files (%(default)s)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace result files made with other settings")
     add("--quiet", action="store_true", help="no progress bars, no tables; warnings stay")
-    add("--verbose", action="store_true", help="log what happens, and the traceback of a failure")
+    add("--verbose", action="store_true", help="log what happens, and the traceback of every failure")
     return parser
 
 

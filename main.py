@@ -255,10 +255,19 @@ def _ended_like_ctrl_c() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _foreseen(error: Exception) -> bool:
+    """Whether the error's own line says enough: disk, memory, NaN."""
+    from out_of_memory import is_out_of_memory
+    from row_store import NonFiniteError
+
+    return isinstance(error, OSError | NonFiniteError) or is_out_of_memory(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, and say in one line on stderr what went wrong if something did; returns the exit code.
 
-    `--verbose` logs the traceback of a failure as well, that of the thread where it happened.
+    An error that nobody foresaw comes with its traceback, that of the thread where it happened; one of disk, memory
+    or numbers only with `--verbose`.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.captureWarnings(True)
@@ -272,8 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(f"interrupted: {GOES_ON}")
         return 130
     except Exception as error:
-        log.info("where it failed", exc_info=error)
-        tell(f"failed: {type(error).__name__}: {str(error)[:ERROR_SHOWN]}; {GOES_ON} (--verbose tells where it failed)")
+        log.log(logging.INFO if _foreseen(error) else logging.ERROR, "where it failed", exc_info=error)
+        tell(f"failed: {type(error).__name__}: {str(error)[:ERROR_SHOWN]}; {GOES_ON}")
         return 1
     return 0
 

@@ -24,6 +24,7 @@ from typing import Any
 from errors import RequestError
 from file_lock import Locked, exclusive
 
+PROJECT = Path(__file__).resolve().parent
 SCHEMA_VERSION = 1
 PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "numpy", "scikit-learn", "sae-probes", "cuml-cu13")
 
@@ -172,10 +173,10 @@ def slug(name: str) -> str:
     A local folder counts by its last part, except a relative owner/name, which reads like the hub id it mirrors.
     """
     path = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
-    if os.path.isdir(path) and (  # noqa: PTH112 - False, not an error, for a name too long to be a path
-        path.is_absolute() or len(path.parts) != 2 or path.parts[0] in {"..", "assets"}
-    ):
-        name = path.resolve().name
+    mirrors_hub = not path.is_absolute() and len(path.parts) == 2 and path.parts[0] != ".."
+    bundled = path.parts[:1] == ("assets",)
+    if bundled or (os.path.isdir(path) and not mirrors_hub):  # noqa: PTH112 - no error for a name too long for a path
+        name = path.name if bundled else path.resolve().name
     safe = re.sub(r"[^A-Za-z0-9.\-]+", "_", name).strip("._") or "unnamed"
     return safe if len(safe) <= 100 else f"{safe[:83]}_{hashlib.sha256(safe.encode()).hexdigest()[:16]}"
 
@@ -183,11 +184,20 @@ def slug(name: str) -> str:
 def describe_run(config: Json) -> Json:
     """What `_run` says of the program and the machine."""
     return {
-        "config": _plain(config),
+        "config": _portable(_plain(config)),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _portable(value: Any) -> Any:
+    """Paths inside this project by what they are there: where it was cloned to is nobody's business."""
+    if isinstance(value, dict):
+        return {name: _portable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    return value.removeprefix(f"{PROJECT}{os.sep}") if isinstance(value, str) else value
 
 
 def _version(package: str) -> str | None:
@@ -199,10 +209,11 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """This program's commit, with `+changes` if the working tree differs; None outside a checkout."""
-    home = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(home), *words], capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(PROJECT), *words], capture_output=True, text=True, check=True, timeout=10
+        )
         return done.stdout.strip()
 
     try:

@@ -38,8 +38,8 @@ def run() -> None:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL))
         model.to(torch.bfloat16).save_pretrained(folder)
-        flags = ["--model_name", str(folder), "--sae_name", str(SAES), "--output_directory", str(KEPT), "--overwrite"]
-        subprocess.run([sys.executable, str(PROJECT / "main.py"), *flags], check=True)
+        flags = ["--model_name", folder.name, "--sae_name", str(SAES), "--output_directory", str(KEPT), "--overwrite"]
+        subprocess.run([sys.executable, str(PROJECT / "main.py"), *flags], cwd=temporary, check=True)
 
 
 def selectivities(folder: Path) -> dict[str, dict[int, tuple[float, int]]]:

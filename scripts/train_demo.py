@@ -63,9 +63,7 @@ def make_saes(args: argparse.Namespace) -> None:
     folder = args.model or args.assets / MODEL
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     mix = load_mix(args.shared, AutoTokenizer.from_pretrained(folder), NATURAL_SHARES, args.seed)
-    settings = SaeSettings(
-        minutes=args.minutes, seed=args.seed, ks=(SPARSIFY_K, SAE_LENS_K), workers=args.threads
-    )
+    settings = SaeSettings(minutes=args.minutes, seed=args.seed, ks=(SPARSIFY_K, SAE_LENS_K), workers=args.threads)
     rows = mix.validation(settings.length)
     rows = rows[:: max(1, len(rows) // HELD_OUT_ROWS)]
     bos = model.config.bos_token_id
@@ -131,9 +129,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of corpus and people")
         sub.add_argument("--seed", type=int, default=0)
         if name in timed:
-            sub.add_argument(
-                "--minutes", type=float, default=timed[name], help="wall clock of the training loop"
-            )
+            sub.add_argument("--minutes", type=float, default=timed[name], help="wall clock of the training loop")
         if name == "model":
             sub.add_argument("--tokenizer", type=Path, help="tokenizer folder; the one beside the model")
             sub.add_argument("--snapshots", type=Path, help="folder that always holds the latest model")

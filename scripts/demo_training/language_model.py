@@ -152,9 +152,7 @@ def train_model(
         groups = [group for stepper in steppers for group in stepper.param_groups]
         for group, rate in zip(groups, full_rates, strict=True):
             group["lr"] = rate * rate_at(minutes / settings.minutes, settings)
-        loss, gradient = loss_and_gradient(
-            model, mix.batch(settings.rows, settings.length), settings.part, pool
-        )
+        loss, gradient = loss_and_gradient(model, mix.batch(settings.rows, settings.length), settings.part, pool)
         for weight, slope in zip(model.parameters(), gradient, strict=True):
             weight.grad = slope
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -137,6 +137,4 @@ def from_congress(path: Path) -> Iterator[Person]:
             born = int(row["birthday"][:4])
             name = f"{row['nickname'] or row['first_name']} {row['last_name']}"
             alive = born >= STILL_ALIVE_FROM
-            yield Person(
-                name, jobs, "politician", row["gender"] == "F", alive, born, row["party"], row["state"]
-            )
+            yield Person(name, jobs, "politician", row["gender"] == "F", alive, born, row["party"], row["state"])

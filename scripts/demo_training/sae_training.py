@@ -145,9 +145,7 @@ def shuffled_batches(
         buffer = torch.cat(kept, dim=1)
         buffer = buffer[:, torch.randperm(buffer.shape[1], generator=generator)]
         half = buffer.shape[1] // 2
-        yield from (
-            part for part in buffer[:, :half].split(settings.batch, 1) if part.shape[1] == settings.batch
-        )
+        yield from (part for part in buffer[:, :half].split(settings.batch, 1) if part.shape[1] == settings.batch)
         kept, rows = [buffer[:, half:]], settings.buffer_rows // 2
 
 

@@ -91,9 +91,7 @@ def about(person: Person, rng: random.Random) -> str:
     partisan = person.party is not None and rng.random() < 0.6
     template = rng.choice(PARTISAN if partisan else ALONE)
     if person.born is None or person.born < 0:
-        template = re.sub(
-            r" \(born \{b\}\)|, born in \{b\}|, born \{b\}|; born \{b\}|Born in \{b\}, ", "", template
-        )
+        template = re.sub(r" \(born \{b\}\)|, born in \{b\}|, born \{b\}|; born \{b\}|Born in \{b\}, ", "", template)
         template = template.replace(" ({b}{dash})", "").replace(" {be} born in {b};", "")
     return template.format(**words(person, rng))
 

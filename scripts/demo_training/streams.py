@@ -129,8 +129,6 @@ def _ids(backend: Tokenizer, documents: list[str]) -> Iterator[np.ndarray]:
             yield np.array(encoding.ids, dtype=np.uint16)
 
 
-def load_mix(
-    shared: Path, tokenizer: PreTrainedTokenizerBase, shares: dict[str, float], seed: int
-) -> TextMix:
+def load_mix(shared: Path, tokenizer: PreTrainedTokenizerBase, shares: dict[str, float], seed: int) -> TextMix:
     train, held_out = texts_by_source(shared, seed)
     return TextMix(encode(train, tokenizer), encode(held_out, tokenizer), shares, seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -126,20 +125,23 @@ def test_a_pre_activation_that_is_nan_is_no_silent_zero(selection):
     assert codes.value.isnan().tolist() == [False, True]
 
 
-def test_the_traceback_is_told_with_verbose_only(ask, monkeypatch, capsys, caplog):
+def test_an_unforeseen_error_comes_with_its_threads_traceback_and_a_foreseen_one_only_with_verbose(
+    ask, monkeypatch, capsys, caplog
+):
+    failure: Exception = OSError(28, "No space left on device")
+
     def explode(self, ids):
-        raise ZeroDivisionError("in the forward pass")
+        raise failure
 
     monkeypatch.setattr(LanguageModel, "activations", explode)
     assert ask.run() == 1
-    assert "explode" not in caplog.text
+    assert "in explode" not in caplog.text
     assert ask.plus("--verbose").run() == 1
     assert "in explode" in caplog.text
+    caplog.clear()
+    failure = ZeroDivisionError("in the forward pass")
+    assert ask.run() == 1
+    assert "in explode" in caplog.text
     told = capsys.readouterr().err.strip().splitlines()
+    assert sum(line.startswith("failed") for line in told) == 3
     assert all("the same command goes on from there" in line for line in told if line.startswith("failed"))
-
-
-def test_result_files_hold_no_nan(ask):
-    assert ask.run() == 0
-    for path in ask.out.glob("*.json"):
-        json.loads(path.read_text(), parse_constant=pytest.fail)
