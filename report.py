@@ -115,12 +115,12 @@ def aligned(rows: Sequence[Row]) -> str:
 
 
 def render(files: Sequence[tuple[Path, records.Json]], worst_first: bool = False) -> str:
-    """Every table of the files, and the summary over SAEs last, where a terminal leaves the eye."""
-    parts = [f"{path}\n{selectivity_table(results, worst_first)}" for path, results in files]
+    """Every table of the files, and the summary over several last, where a terminal leaves the eye."""
+    parts = [f"{path}\n\n{selectivity_table(results, worst_first)}" for path, results in files]
     note = (
         "* q < 0.05 (Benjamini-Hochberg over the layers x probes of the file); delta_sel 0 = preserved, negative = lost"
     )
-    return "\n\n".join([*parts, note, summary_table(files)])
+    return "\n\n".join([*parts, note, *([summary_table(files)] if len(files) > 1 else [])])
 
 
 def _number(value: float | None, form: str) -> str:

@@ -29,7 +29,7 @@ def run() -> None:
 
 def table() -> str:
     """Per SAE: how far figures of the two runs are apart, beside half the width of the interval of delta_sel."""
-    rows: list[report.Row] = [("SAE", "figure", "mean difference", "mean |difference|", "largest |difference|")]
+    rows: list[report.Row] = [("SAE", "figure", "mean difference", "mean, absolute", "largest, absolute")]
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         pairs = []
         for path, results in report.load(report.result_files(folder)):
