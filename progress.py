@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -47,41 +47,33 @@ class Stopwatch:
 class ProgressBars:
     """One bar for texts and one for probes, with rate, time left and queue depth; silent if `quiet`.
 
-    A bar is a courtesy: a terminal that is gone ends the bars, never the run.
+    A bar is a courtesy: a terminal that is gone ends the drawing, never the run.
     """
 
     def __init__(self, n_texts: int, n_probes: int, queue: BoundedQueue[Any], quiet: bool) -> None:
         self._queue = queue
-        self._bars: list[Any] = []
-        if not quiet and sys.stderr is not None:
-            self._draw(lambda: self._add(n_texts, "text"))
-            self._draw(lambda: self._add(n_probes, "probe"))
+        stream: Any = _Forgiving(sys.stderr)
+        self._texts, self._probes = (
+            tqdm(
+                total=total,
+                desc=f"{unit + 's':6}",
+                unit=unit,
+                position=place,
+                smoothing=0.1,
+                file=stream,
+                disable=quiet,
+            )
+            for place, (total, unit) in enumerate(((n_texts, "text"), (n_probes, "probe")))
+        )
 
     def texts(self, n: int) -> None:
         """`n` more texts went through the model."""
-        self._draw(lambda: self._update(0, n, f"queue {self._queue.nbytes / 1024**2:.0f} MB"))
+        self._texts.set_postfix_str(f"queue {self._queue.nbytes / 1024**2:.0f} MB", refresh=False)
+        self._texts.update(n)
 
     def probes(self, n: int) -> None:
         """`n` more (probe, layer, SAE) results are on disk."""
-        self._draw(lambda: self._update(1, n))
-
-    def _add(self, total: int, unit: str) -> None:
-        self._bars.append(tqdm(total=total, desc=f"{unit + 's':6}", unit=unit, position=len(self._bars), smoothing=0.1))
-
-    def _update(self, place: int, n: int, postfix: str | None = None) -> None:
-        if len(self._bars) < 2:
-            return
-        if postfix is not None:
-            self._bars[place].set_postfix_str(postfix, refresh=False)
-        self._bars[place].update(n)
-
-    def _draw(self, step: Callable[[], None]) -> None:
-        try:
-            step()
-        except OSError:  # EPIPE from a closed pipe, EIO from a closed terminal
-            for bar in self._bars:
-                bar.disable = True  # its `close` writes no more either
-            self._bars = []
+        self._probes.update(n)
 
     def __enter__(self) -> ProgressBars:
         return self
@@ -89,5 +81,28 @@ class ProgressBars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for bar in self._bars:
-            self._draw(bar.close)
+        self._texts.close()
+        self._probes.close()
+
+
+class _Forgiving:
+    """A stream that drops what cannot be written: a closed pipe or terminal, or none at all.
+
+    tqdm must never see the error: it draws under a lock of its own that an exception leaves locked, and the other
+    bar's thread would wait for it for ever.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError, AttributeError):  # closed by the other side, by us, or None
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)  # encoding, isatty, fileno: how wide and how fancy to draw

@@ -1,0 +1,57 @@
+"""Bars that nobody can see any more: no error, and above all no lock left locked."""
+
+from __future__ import annotations
+
+import sys
+import threading
+
+import pytest
+
+from bounded_queue import BoundedQueue
+from progress import ProgressBars, Stopwatch
+
+
+class Gone:
+    """A stream whose reader has left."""
+
+    encoding = "utf-8"
+
+    def __init__(self, error):
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "EIO"), ValueError("closed file")])
+def test_a_stream_that_is_gone_stops_neither_bar_from_either_thread(monkeypatch, error):
+    monkeypatch.setattr(sys, "stderr", Gone(error))
+    queue = BoundedQueue[int](max_bytes=1, size_of=lambda item: 1)
+    with ProgressBars(1000, 1000, queue, quiet=False) as bars:
+        threads = [
+            threading.Thread(target=lambda step=step: [step(1) for _ in range(1000)], daemon=True)
+            for step in (bars.texts, bars.probes)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=10)
+            assert not thread.is_alive(), "waits for a lock that nobody will open"
+
+
+def test_no_stderr_at_all(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with ProgressBars(1, 1, BoundedQueue[int](max_bytes=1, size_of=lambda item: 1), quiet=False) as bars:
+        bars.texts(1)
+
+
+def test_stages_add_up_and_the_wall_clock_comes_last():
+    clock = Stopwatch()
+    for _ in range(2):
+        with clock.stage("forward"):
+            pass
+    assert list(clock.seconds()) == ["forward", "total"]
+    assert clock.seconds()["total"] >= clock.seconds()["forward"]
