@@ -1,7 +1,7 @@
 """What running the bundled model in bfloat16, as it was saved, does to the results: float32 beside it.
 
 python benchmarks/dtype_agreement.py run   # the demo in float32 (minutes), into a folder beside this file
-python benchmarks/dtype_agreement.py       # the table, from results/ and what `run` kept
+python benchmarks/dtype_agreement.py       # the table, from results/demo/ and what `run` kept
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ sys.path.insert(0, str(PROJECT))
 
 import report  # noqa: E402 - the project is not installed as a package
 
-RESULTS = PROJECT / "results"
+RESULTS = PROJECT / "results" / "demo"
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
 
 

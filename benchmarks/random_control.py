@@ -1,7 +1,7 @@
 """Does the bundled model know anything? Its model_sel beside that of the same architecture with random weights.
 
 python benchmarks/random_control.py run   # measure the random model (minutes)
-python benchmarks/random_control.py       # the table, from results/ and what `run` kept
+python benchmarks/random_control.py       # the table, from results/demo/ and what `run` kept
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import report  # noqa: E402 - the project is not installed as a package
 
 MODEL = PROJECT / "assets" / "tiny-pythia"
 SAES = PROJECT / "assets" / "tiny-pythia-saes-k8"  # main.py wants an SAE; model_sel does not depend on it
-TRAINED = PROJECT / "results" / SAES.name
+TRAINED = PROJECT / "results" / "demo" / SAES.name
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
 MIDDLE_LAYER = 4
 

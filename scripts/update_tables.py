@@ -1,6 +1,6 @@
 """Tables in documents, kept equal to what the commands beside them print.
 
-A table stands between `<!-- python report.py results --summary -->` and `<!-- end -->`.
+A table stands between `<!-- python report.py results/demo --summary -->` and `<!-- end -->`.
 
     python scripts/update_tables.py README.md           # run the commands, rewrite the tables
     python scripts/update_tables.py --check README.md   # exit 1 if a table is not what its command prints

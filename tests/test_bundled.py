@@ -88,7 +88,7 @@ def test_a_small_real_run(tmp_path):
 
 def test_in_the_kept_results_the_sparser_sae_loses_more_on_most_probes():
     loss: dict[str, dict[str, list[float]]] = {}
-    for path, results in report.load(report.result_files(ROOT / "results")):
+    for path, results in report.load(report.result_files(ROOT / "results" / "demo")):
         for _, probe, _, cell in report.cells(results):
             loss.setdefault(probe, {}).setdefault(path.parent.name, []).append(cell["delta_sel"])
     assert len(loss) == 12
@@ -99,7 +99,7 @@ def test_in_the_kept_results_the_sparser_sae_loses_more_on_most_probes():
 def test_the_kept_results_are_of_the_bundled_model_and_saes():
     model = open_model(str(DEMO_MODEL)).fingerprint()
     saes = {folder.name: open_sae(str(folder)).fingerprint() for folder in DEMO_SAES}
-    for path, results in report.load(report.result_files(ROOT / "results")):
+    for path, results in report.load(report.result_files(ROOT / "results" / "demo")):
         key = results["_run"]["key"]
         assert (key["model"], key["sae"]) == (model, saes[path.parent.name]), f"{path} is stale: scripts/demo.sh"
 
