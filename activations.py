@@ -128,8 +128,8 @@ class Producer:
         counts_bos: Mapping[SaeId, bool],  # whether BOS tokens count in an SAE's whole-text figures
         tokenised: TokenisedMentions,
         rows: RowTable,
-        batch_size: int | None,  # texts; None: limited by max_tokens alone
-        max_tokens: int,  # padded tokens in a forward pass
+        batch_size: int | None,  # texts in a forward pass; None: limited by max_tokens alone
+        max_tokens: int | None,  # padded tokens in a forward pass; None: limited by batch_size alone
         workers: int,  # forward passes at a time: cores on a CPU, 1 on a GPU
         clock: Stopwatch,
     ) -> None:

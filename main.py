@@ -181,7 +181,7 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     with ProgressBars(n_texts, work.n_probes, queue, config.quiet) as bars, sharing_cores(config.device1) as workers:
         producer = Producer(
             model, saes, {i: source.counts_bos for i, source in enumerate(plan.sources)}, tokenised, rows,
-            config.batch_size, tokens_in_memory(model, saes), workers, clock,
+            config.batch_size, tokens_in_memory(model, saes) if config.batch_size is None else None, workers, clock,
         )  # fmt: skip
         prober = Prober(work, blocks, settings, config.probe, queue_bytes, clock, bars.probes, stop)
         run(producer, prober, blocks, queue, bars.texts, stop)
