@@ -110,7 +110,14 @@ def test_rows_and_figures_equal_the_plain_way(model, saes, info, mentions, posit
 
 
 @pytest.mark.parametrize(
-    "limits", [{"batch_size": 1}, {"batch_size": 7, "max_tokens": None}, {"max_tokens": 40}, {"max_tokens": 10_000}, {"workers": 4}]
+    "limits",
+    [
+        {"batch_size": 1},
+        {"batch_size": 7, "max_tokens": None},
+        {"max_tokens": 40},
+        {"max_tokens": 10_000},
+        {"workers": 4},
+    ],
 )
 def test_batching_changes_nothing(model, saes, info, mentions, limits):
     expected, figures, *_ = produce(model, saes, info, mentions)
