@@ -7,6 +7,7 @@ same, and is refused, never overwritten, if it is not.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -207,6 +208,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache  # the code that runs is the code that was loaded: one look at git, however many files are written
 def _commit() -> str | None:
     """This program's commit, with `+changes` if the working tree differs; None outside a checkout."""
 

@@ -110,24 +110,6 @@ class SaeSource:
     def _first(self) -> SaeHeader:
         return self.members[0].header
 
-    def describe(self) -> dict[str, Any]:
-        """What the source says of itself, for a record."""
-        first = self._first
-        return {
-            "name": self.name,
-            "revision": self.revision,
-            "format": first.format,
-            "architecture": first.architecture,
-            "hookpoint": first.hookpoint,
-            "layers": list(self.layers),
-            "d_in": first.d_in,
-            "d_sae": first.d_sae,
-            "k": first.k,
-            "model_name": first.model_name,
-            "prepend_bos": first.prepend_bos,
-            "config": first.config,
-        }
-
     def prepare(self, layers: Sequence[int] | None = None) -> None:
         """Fetch and check the files of these layers (all), so that a broken one is found before a model is loaded."""
         for member in self._choose(layers):

@@ -355,7 +355,7 @@ def test_ways_to_name_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("EleutherAI/sae-x", "EleutherAI/sae-x/", "~/EleutherAI/sae-x", "./EleutherAI/sae-x/layers.1"):
         assert open_sae(name).layers == (1,)
-    assert open_sae("EleutherAI/sae-x").describe()["model_name"] == "EleutherAI/pythia-14m"
+    assert open_sae("EleutherAI/sae-x").model_name == "EleutherAI/pythia-14m"
     monkeypatch.chdir(tmp_path / "EleutherAI/sae-x/layers.1")
     assert open_sae(".").layers == (1,)
 
