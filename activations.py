@@ -43,6 +43,7 @@ class RowTable:
     start: np.ndarray  # int64 [mentions + 1]; mention m has rows start[m] .. start[m + 1] - 1
     mention: np.ndarray  # int64 [rows]
     weight: np.ndarray  # float32 [rows]; a mention's rows weigh 1 together
+    token: np.ndarray  # int64 [rows], the token type at the row's position; of a mean, the name's last
 
     @classmethod
     def build(cls, tokenised: TokenisedMentions, positions: str) -> RowTable:
@@ -50,7 +51,10 @@ class RowTable:
         length = tokenised.last - tokenised.first + 1
         count = length if positions == "all" else np.ones_like(length)
         mention = np.repeat(np.arange(len(count)), count)
-        return cls(positions, np.concatenate([[0], np.cumsum(count)]), mention, (1 / count[mention]).astype(np.float32))
+        first = tokenised.first if positions == "all" else tokenised.last
+        token = np.concatenate([ids[a : b + 1] for ids, a, b in zip(tokenised.ids, first, tokenised.last, strict=True)])
+        start = np.concatenate([[0], np.cumsum(count)])
+        return cls(positions, start, mention, (1 / count[mention]).astype(np.float32), token.astype(np.int64))
 
     def __len__(self) -> int:
         return len(self.mention)
@@ -287,10 +291,10 @@ def tokens_in_memory(model: LanguageModel, saes: Mapping[Site, Mapping[SaeId, Sa
     A token costs its activations at every site, one layer's inner activations, and the pre-activations and
     reconstructions of one SAE. On a CPU more than a few thousand only fall out of the cache.
     """
-    d_in = max(sae.d_in for site in saes.values() for sae in site.values())
-    d_sae = max(sae.d_sae for site in saes.values() for sae in site.values())
-    per_token = 4 * (d_in * (len(saes) + 24) + 2 * d_sae)
-    if model.device.type != "cuda":
+    every = [sae for site in saes.values() for sae in site.values()]
+    if model.device.type != "cuda" or not every:  # none: activations alone are wanted, for a baseline without an SAE
         return CPU_TOKENS
+    d_in, d_sae = max(sae.d_in for sae in every), max(sae.d_sae for sae in every)
+    per_token = 4 * (d_in * (len(saes) + 24) + 2 * d_sae)
     free, _ = torch.cuda.mem_get_info(model.device)
     return int(min(max(free // 4 // per_token, CPU_TOKENS), 64 * CPU_TOKENS))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from config import DTYPES, POSITIONS, PROBE_BACKENDS, VIEWS, RunConfig, parse_layers
+from config import BASELINES, DTYPES, POSITIONS, PROBE_BACKENDS, VIEWS, RunConfig, parse_layers
 from errors import RequestError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -72,12 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--shuffle_select_n", type=int, help="at most this many rows per dataset, drawn by seed, classes balanced (all)"
     )
-    add("--views", default="model,sae", help=f"views to probe: model and sae always; error adds what the SAE lost "
-        f"({', '.join(VIEWS)})")  # fmt: skip
+    add("--views", default="model,sae", help=f"views to probe: model and sae always; error adds what the SAE lost, "
+        f"latents its codes ({', '.join(VIEWS)})")  # fmt: skip
+    add("--baselines", nargs="?", const="all", default="", help="measure these beside the SAEs, in the folder "
+        f"baselines: {', '.join(BASELINES)}; with commas, or none for all (off)")  # fmt: skip
     add = parser.add_argument_group("how to measure it").add_argument
     add("--folds", type=int, default=5, help="folds of the cross-validation, never splitting a person (%(default)s)")
     add("--repeats", type=int, default=5, help="partitions into folds (%(default)s)")
     add("--seed", type=int, default=0, help="of the partitions and of --shuffle_select_n (%(default)s)")
+    add("--epsilon", type=float, default=0.02, help="a delta_sel whose 90 %% interval lies within +-this counts as "
+        "preserved (%(default)s)")  # fmt: skip
     add("--probe", default="auto", help=f"backend: {', '.join(PROBE_BACKENDS)} (%(default)s)")
     add("--dtype", default="auto", help=f"of the model, {', '.join(DTYPES)}: auto is bfloat16 for a model saved "
         "in it, else float32; SAEs compute in float32, probes in float64 (%(default)s)")  # fmt: skip
@@ -121,7 +125,9 @@ def parse_config(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         batch_size=asked.batch_size,
         shuffle_select_n=asked.shuffle_select_n,
         probe=asked.probe,
-        views=tuple(dict.fromkeys(["model", "sae", *(v.strip() for v in asked.views.split(",") if v.strip())])),
+        views=_parse_views(asked.views),
+        baselines=_parse_baselines(asked.baselines),
+        epsilon=asked.epsilon,
         dtype=asked.dtype,
         folds=asked.folds,
         repeats=asked.repeats,
@@ -132,6 +138,17 @@ def parse_config(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         verbose=asked.verbose,
     )
     return config, asked.list_datasets
+
+
+def _parse_views(spec: str) -> tuple[str, ...]:
+    """Each view once, in the one order that a record knows; model and sae among them."""
+    asked = {"model", "sae", *(view.strip() for view in spec.split(",") if view.strip())}
+    return (*(view for view in VIEWS if view in asked), *sorted(asked.difference(VIEWS)))
+
+
+def _parse_baselines(spec: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in spec.split(",") if name.strip()))
+    return BASELINES if names == ("all",) else names
 
 
 def _choose_devices(device1: str | None, device2: str | None) -> tuple[str, str]:

@@ -14,7 +14,8 @@ from errors import RequestError
 POSITIONS = ("last", "mean", "all")
 PROBE_BACKENDS = ("auto", "torch", "cuml", "sklearn")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-VIEWS = ("model", "sae", "error")
+BASELINES = ("identity", "random", "pca", "mean", "shuffled", "names")
+VIEWS = ("model", "sae", "error", "latents")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class RunConfig:
     shuffle_select_n: int | None  # rows per dataset at most; None: all
     probe: str
     views: tuple[str, ...]
+    baselines: tuple[str, ...]  # kinds of baselines to measure beside the SAEs
+    epsilon: float  # differences of selectivity within +-this count as preserved
     dtype: str  # of the model; SAEs compute in float32, probes in float64
     folds: int
     repeats: int
@@ -51,6 +54,8 @@ class RunConfig:
         _one_of("--dtype", self.dtype, DTYPES)
         for view in self.views:
             _one_of("--views", view, VIEWS)
+        for baseline in self.baselines:
+            _one_of("--baselines", baseline, BASELINES)
         _at_least("--folds", self.folds, 3)  # C for a fold is chosen on the others: two at least
         _at_least("--repeats", self.repeats, 1)
         _at_least("--seed", self.seed, 0)
@@ -58,6 +63,8 @@ class RunConfig:
             _at_least("--batch_size", self.batch_size, 1)
         if self.shuffle_select_n is not None:
             _at_least("--shuffle_select_n", self.shuffle_select_n, 1)
+        if not 0 < self.epsilon < 1:
+            raise RequestError(f"--epsilon must be between 0 and 1, got {self.epsilon}")
         if not self.queue_gb > 0:
             raise RequestError(f"--queue_gb must be positive, got {self.queue_gb}")
         if not self.sae_names:

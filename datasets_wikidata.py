@@ -10,7 +10,7 @@ are the user's (`dataset_file`). To see them:
 from __future__ import annotations
 
 from tasks.batches import TokenBatch, batches
-from tasks.catalogue import DATASET_NAMES, load_probe_texts, parse_dataset_names
+from tasks.catalogue import DATASET_NAMES, load_all_mentions, load_probe_texts, parse_dataset_names
 from tasks.describe import describe_datasets
 from tasks.fingerprint import dataset_fingerprint
 from tasks.tokens import TokenisedMentions, tokenise
@@ -27,6 +27,7 @@ __all__ = [
     "batches",
     "dataset_fingerprint",
     "describe_datasets",
+    "load_all_mentions",
     "load_probe_texts",
     "parse_dataset_names",
     "tokenise",

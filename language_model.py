@@ -89,7 +89,7 @@ class ModelInfo:
         bad = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if bad:
             raise RequestError(f"--model_name {self.name}: {len(bad)} weights are missing or misshapen: {bad[0]} ...")
-        module = module.to(device).eval().requires_grad_(False)
+        module = _in_own_memory(module).to(device).eval().requires_grad_(False)
         hooked = {site: find_module(module, site) for site in sorted(sites)}
         return LanguageModel(module, hooked, torch.device(device))
 
@@ -190,6 +190,13 @@ def _truncated(config: Any, n_layers: int) -> Any:
     text = copy.get_text_config()
     text.num_hidden_layers = n_layers
     return copy
+
+
+def _in_own_memory(module: nn.Module) -> nn.Module:
+    """The module with its weights copied out of the mapped file: what is done to that file now is no matter."""
+    for weight in (*module.parameters(), *module.buffers()):
+        weight.data = weight.data.clone()
+    return module
 
 
 @contextlib.contextmanager

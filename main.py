@@ -10,31 +10,41 @@ This file wires the parts together and turns what happens into an exit code: 0 a
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, which take a tenth of a second
+    import interrupts
+
+    interrupts.leave_at_once()
+
 import errno
 import io
 import logging
 import os
-import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from command_line import parse_config
 from config import RunConfig
 from errors import RequestError
+from interrupts import like_ctrl_c
+from terminal import LineFormatter, one_line
 
 if TYPE_CHECKING:
     from activations import SaeId
-    from datasets_wikidata import ProbeTexts
+    from baselines import Baseline
+    from calibration import SiteSample
+    from datasets_wikidata import Mention, ProbeTexts
     from language_model import LanguageModel, ModelInfo, Site
-    from records import RecordFile
+    from records import Json, RecordFile
     from sae_loader import Sae, SaeSource
 
 log = logging.getLogger("delta_selectivity")
 
+SETTINGS = ("positions", "folds", "repeats", "seed", "probe", "views", "epsilon")  # flags that change a number
 GOES_ON = "finished layers are on disk; the same command goes on from there"
 ERROR_SHOWN = 400  # characters of an error in its line: torch appends its C++ stack
 LINE_SHOWN = 1000  # characters of any line: what a file holds may be quoted in it
@@ -47,8 +57,15 @@ class Plan:
     texts: ProbeTexts
     info: ModelInfo
     sources: list[SaeSource]
-    sites: dict[SaeId, list[Site]]  # in order of layers
+    baselines: list[Baseline]  # counted on from the sources: the first one's id is their number
+    sites: dict[SaeId, list[Site]]  # in order of layers; of sources and baselines
     prepend_bos: bool
+    calibration: list[Mention]  # texts that baselines are fitted to; none if none is
+
+    @property
+    def subjects(self) -> list[SaeSource | Baseline]:
+        """All that is measured, by `SaeId`."""
+        return [*self.sources, *self.baselines]
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -85,8 +102,38 @@ def make_plan(config: RunConfig) -> Plan:
                 raise RequestError(f"--layers {layer}: {source.name} has SAEs for layers {has} only")
         source.prepare(layers)
         sites[sae_id] = [Site(layer, source.hookpoint) for layer in layers]
+    baselines = _plan_baselines(config, sources, sites)
+    sites |= {
+        sae_id: [Site(layer, baseline.hookpoint) for layer in baseline.layers]
+        for sae_id, baseline in enumerate(baselines, len(sources))
+    }
     prepare_folder(config.output_directory)
-    return Plan(texts, info, sources, sites, _decide_bos(info, sources))
+    bos = _decide_bos(info, sources)
+    return Plan(texts, info, sources, baselines, sites, bos, _calibration_mentions(config, baselines))
+
+
+def _plan_baselines(
+    config: RunConfig, sources: Sequence[SaeSource], sites: Mapping[SaeId, Sequence[Site]]
+) -> list[Baseline]:
+    from baselines import Measured, plan_baselines
+    from records import slug
+
+    layers = {sae_id: tuple(site.layer for site in asked) for sae_id, asked in sites.items()}
+    measured = [
+        Measured(slug(source.name), source.hookpoint, source.counts_bos, layers[i]) for i, source in enumerate(sources)
+    ]
+    return plan_baselines(config.baselines, measured)
+
+
+def _calibration_mentions(config: RunConfig, baselines: Sequence[Baseline]) -> list[Mention]:
+    """Texts for the baselines that need some: the same whichever datasets and rows of a source are asked for."""
+    from baselines import CALIBRATED
+    from calibration import draw_mentions
+    from datasets_wikidata import load_all_mentions
+
+    if not any(baseline.kind in CALIBRATED for baseline in baselines):
+        return []
+    return draw_mentions(load_all_mentions(config.datasets, config.data_dir, config.dataset_file), config.seed)
 
 
 def _refuse_reserved_names(texts: ProbeTexts) -> None:
@@ -108,29 +155,26 @@ def _decide_bos(info: ModelInfo, sources: Sequence[SaeSource]) -> bool:
 
 
 def open_files(config: RunConfig, plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFile]:
-    """A result file for each SAE and dataset, ours alone until `held` is closed.
+    """A result file for each SAE or baseline and dataset, ours alone until `held` is closed.
 
     Raises `RequestError` if one on disk was made by something else, or is being written by another run.
     """
     from datasets_wikidata import dataset_fingerprint
-    from records import SCHEMA_VERSION, RecordFile, describe_run, prepare_folder, reserve, result_path, slug
+    from records import SCHEMA_VERSION, RecordFile, describe_run, prepare_folder, reserve, result_path
 
     data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
-    model = plan.info.fingerprint()
+    shared = {
+        "schema": SCHEMA_VERSION,
+        "model": plan.info.fingerprint(),
+        "bos": plan.prepend_bos,
+        "dtype": plan.info.choose_dtype(config.dtype),
+        **{name: getattr(config, name) for name in SETTINGS},
+    }
     files: dict[tuple[SaeId, int], RecordFile] = {}
-    for sae_id, source in enumerate(plan.sources):
-        folder = config.output_directory / slug(source.name) if len(plan.sources) > 1 else config.output_directory
+    for sae_id, (folder, own_key, told) in enumerate(_result_folders(config, plan)):
         prepare_folder(folder)
-        key = {
-            "schema": SCHEMA_VERSION,
-            "model": model,
-            "sae": source.fingerprint(),
-            "hookpoint": source.hookpoint,
-            "bos": plan.prepend_bos,
-            "dtype": plan.info.choose_dtype(config.dtype),
-            **{name: getattr(config, name) for name in ("positions", "folds", "repeats", "seed", "probe", "views")},
-        }
-        run = describe_run({**asdict(config), "sae": source.name})
+        key = {**shared, **own_key}
+        run = describe_run({**asdict(config), **told})
         for index, dataset in enumerate(plan.texts.datasets):
             path = result_path(folder, config.model_name, dataset.slug)
             if any(file.path == path for file in files.values()):
@@ -138,6 +182,21 @@ def open_files(config: RunConfig, plan: Plan, held: ExitStack) -> dict[tuple[Sae
             held.enter_context(reserve(path))
             files[sae_id, index] = RecordFile.open(path, {**key, "data": data[index]}, run, config.overwrite)
     return files
+
+
+def _result_folders(config: RunConfig, plan: Plan) -> Iterator[tuple[Path, Json, Json]]:
+    """By `SaeId`: the folder, what changes these numbers alone, and what `_run.config` says of the SAE or baseline."""
+    from calibration import fingerprint
+    from records import slug
+
+    out, hashes = config.output_directory, [source.fingerprint() for source in plan.sources]
+    for source, own_hash in zip(plan.sources, hashes, strict=True):
+        folder = out / slug(source.name) if len(plan.sources) > 1 else out
+        yield folder, {"sae": own_hash, "hookpoint": source.hookpoint}, {"sae": source.name}
+    for baseline in plan.baselines:
+        of = None if baseline.of is None else hashes[baseline.of]
+        told = {"sae": baseline.name, "baseline": baseline.kind, "baseline_of": baseline.owner}
+        yield out / "baselines" / slug(baseline.slug), baseline.key(of, fingerprint(plan.calibration)), told
 
 
 def missing_work(plan: Plan, files: dict[tuple[SaeId, int], RecordFile]) -> dict[int, dict[Site, list[SaeId]]]:
@@ -157,11 +216,12 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     from activations import Item, Producer, RowTable, plan_blocks, tokens_in_memory
     from bounded_queue import BoundedQueue
     from datasets_wikidata import tokenise
-    from pipeline import Prober, ProbeSettings, Work, run, sharing_cores
+    from pipeline import Prober, ProbeSettings, Work, run, settle, sharing_cores
     from progress import ProgressBars, Stopwatch
 
     missing = missing_work(plan, files)
     if not missing:
+        settle(files)  # in case a run ended just before
         log.warning("everything asked for is on disk already")
         return
     clock, stop = Stopwatch(), threading.Event()
@@ -175,27 +235,56 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     blocks = [block for block in plan_blocks(plan.texts) if block.datasets & missing.keys()]
     queue_bytes = int(config.queue_gb * 1024**3)
     queue: BoundedQueue[Item] = BoundedQueue(queue_bytes, lambda item: item.nbytes)
-    settings = ProbeSettings(config.folds, config.repeats, config.seed, config.views, torch.device(config.device2))
-    work = Work(plan.texts, rows, plan.info.d_model, files, missing, [source.name for source in plan.sources])
+    settings = ProbeSettings(
+        config.folds, config.repeats, config.seed, config.views, config.epsilon, torch.device(config.device2)
+    )
+    work = Work(plan.texts, rows, plan.info.d_model, files, missing, [subject.name for subject in plan.subjects])
     n_texts = sum(len(block.mentions) for block in blocks)
     with ProgressBars(n_texts, work.n_probes, queue, config.quiet) as bars, sharing_cores(config.device1) as workers:
         producer = Producer(
-            model, saes, {i: source.counts_bos for i, source in enumerate(plan.sources)}, tokenised, rows,
+            model, saes, {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}, tokenised, rows,
             config.batch_size, tokens_in_memory(model, saes) if config.batch_size is None else None, workers, clock,
         )  # fmt: skip
         prober = Prober(work, blocks, settings, config.probe, queue_bytes, clock, bars.probes, stop)
         run(producer, prober, blocks, queue, bars.texts, stop)
+    settle(files)
 
 
 def load_weights(
     config: RunConfig, plan: Plan, missing: dict[int, dict[Site, list[SaeId]]]
 ) -> tuple[LanguageModel, dict[Site, dict[SaeId, Sae]]]:
-    """The model up to the last layer wanted, and the SAEs that have something to measure, on device1."""
-    wanted = {(site, i) for sites in missing.values() for site, sae_ids in sites.items() for i in sae_ids}
+    """The model up to the last layer wanted, and the SAEs and baselines that have something to measure, on device1."""
+    from baselines import SiteBuilder
+
+    wanted: dict[Site, set[SaeId]] = {}
+    for sites in missing.values():
+        for site, sae_ids in sites.items():
+            wanted.setdefault(site, set()).update(sae_ids)
+    model = plan.info.load(wanted.keys(), config.device1, plan.info.choose_dtype(config.dtype))
+    samples = _calibrate(config, plan, model)
     saes: dict[Site, dict[SaeId, Sae]] = {}
-    for site, sae_id in sorted(wanted):
-        saes.setdefault(site, {})[sae_id] = plan.sources[sae_id].load(site.layer, config.device1)
-    return plan.info.load(saes.keys(), config.device1, plan.info.choose_dtype(config.dtype)), saes
+    for site, asked in sorted(wanted.items()):
+        baselines = {i: plan.baselines[i - len(plan.sources)] for i in sorted(asked) if i >= len(plan.sources)}
+        own = (asked - baselines.keys()) | {b.of for b in baselines.values() if b.of is not None}
+        loaded = {i: plan.sources[i].load(site.layer, config.device1) for i in sorted(own)}
+        builder = SiteBuilder(site, plan.info.d_model, config.device1, samples.get(site), config.seed)
+        saes[site] = {i: sae for i, sae in loaded.items() if i in asked}
+        for i, baseline in baselines.items():
+            if baseline.reconstructs:
+                saes[site][i] = builder.build(baseline, None if baseline.of is None else loaded[baseline.of])
+    return model, saes
+
+
+def _calibrate(config: RunConfig, plan: Plan, model: LanguageModel) -> dict[Site, SiteSample]:
+    from calibration import calibrate
+    from datasets_wikidata import tokenise
+
+    if not plan.calibration:
+        return {}
+    tokenised = tokenise(
+        plan.calibration, plan.info.tokenizer, prepend_bos=plan.prepend_bos, max_length=plan.info.max_length
+    )
+    return calibrate(model, tokenised, config.positions, config.seed)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -232,27 +321,12 @@ def show(text: str) -> None:
 
 def tell(line: str) -> None:
     """One line on stderr, whatever the text; silent if nobody is there."""
-    line = " ".join(line.split())
+    line = one_line(line)
     if len(line) > LINE_SHOWN:
         line = f"{line[:LINE_SHOWN]}..."
     if sys.stderr is not None:
         with suppress(OSError):
             print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _ended_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM and SIGHUP (a closed terminal) raise `KeyboardInterrupt` too, from the first second on."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    watched = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, signal.default_int_handler) for number in watched}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _foreseen(error: Exception) -> bool:
@@ -269,10 +343,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     An error that nobody foresaw comes with its traceback, that of the thread where it happened; one of disk, memory
     or numbers only with `--verbose`.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(LineFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
     logging.captureWarnings(True)
     try:
-        with _ended_like_ctrl_c():
+        with like_ctrl_c():
             run(sys.argv[1:] if argv is None else argv)
     except RequestError as error:
         tell(f"error: {error}")

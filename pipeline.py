@@ -24,12 +24,14 @@ from activations import Block, BlockDone, Item, LayerRows, Producer, RowTable, S
 from bounded_queue import BoundedQueue, ProducerFailed, QueueCancelled
 from datasets_wikidata import Dataset, Probe, ProbeTexts
 from language_model import Site
+from probe_statistics import ProbeScores
 from probes import ProbeBackend, choose_backend
 from progress import Stopwatch
 from reconstruction import Reconstruction, ReconstructionSums
 from records import Json, RecordFile
 from row_store import NonFiniteError, RowStore
-from selectivity import FoldPlan, measure_site
+from scores import LayerScores, key_digest, path_of, prune, save
+from selectivity import FoldPlan, OutOfFold, as_record, control_plan, fit_model, measure, out_of_fold
 from uncertainty import benjamini_hochberg
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ class ProbeSettings:
     repeats: int
     seed: int
     views: tuple[str, ...]
+    epsilon: float  # differences of selectivity within +-this count as preserved
     device: torch.device
 
 
@@ -128,15 +131,15 @@ class Prober:
         for site, sae_ids in missing.items():
             if self.stop.is_set():
                 return
-            results: dict[SaeId, Json] = {sae_id: {} for sae_id in sae_ids}
-            with self.clock.stage("probes"):
-                for task_set in task_sets:
-                    for sae_id, measured in task_set.measure(site, sae_ids, store, backend, self.settings).items():
-                        results[sae_id].update(measured)
+            found = {sae_id: _Found({}, {}) for sae_id in sae_ids}
+            for task_set in task_sets:
+                with self.clock.stage("probes"):
+                    by_sae = task_set.out_of_fold(site, sae_ids, store, backend, self.settings)
+                with self.clock.stage("statistics"):
+                    for sae_id, scores in by_sae.items():
+                        found[sae_id].add(task_set.names, scores, self.settings.epsilon)
             for sae_id in sae_ids:
-                in_order = {probe.name: results[sae_id][probe.name] for probe in dataset.probes}
-                last = site == [there for there, asked in missing.items() if sae_id in asked][-1]
-                self._write(index, site, sae_id, in_order, last)
+                self._write(index, site, sae_id, found[sae_id].in_order(dataset))
             self.on_probes(len(dataset.probes) * len(sae_ids))
 
     def _task_set(self, probes: Sequence[Probe]) -> _TaskSet:
@@ -145,23 +148,30 @@ class Prober:
         of_row = self.work.rows.mention[row_ids]
         place = np.zeros(len(self.work.texts.mentions), dtype=np.int64)
         place[mentions] = np.arange(len(mentions))
+        weights, asked = self.work.rows.weight[row_ids], self.settings
         plan = FoldPlan.build(
             labels=np.stack([probe.labels[place[of_row]] for probe in probes]),
             groups=self.work.texts.persons[of_row],
-            weights=self.work.rows.weight[row_ids],
-            n_folds=self.settings.folds,
-            n_repeats=self.settings.repeats,
-            seed=self.settings.seed,
+            weights=weights,
+            n_folds=asked.folds,
+            n_repeats=asked.repeats,
+            seed=asked.seed,
         )
-        return _TaskSet([probe.name for probe in probes], torch.from_numpy(row_ids), plan)
+        control = control_plan(self.work.rows.token[row_ids], weights, asked.folds, asked.seed)
+        return _TaskSet([probe.name for probe in probes], torch.from_numpy(row_ids), plan, control)
 
-    def _write(self, index: int, site: Site, sae_id: SaeId, probes: Json, last: bool) -> None:
+    def _write(self, index: int, site: Site, sae_id: SaeId, found: _Found) -> None:
         file = self.work.files[sae_id, index]
         figures = self._figures(index, site, sae_id)
-        _warn(file, f"layer {site.layer}", figures, probes)
-        layers = with_q_values({**file.layers, site.layer: {**asdict(figures), **probes}})
+        _warn(file, f"layer {site.layer}", figures, found.records)
+        layers = {**file.layers, site.layer: {**asdict(figures), **found.records}}
+        family = {i: other.layers for (sae, i), other in self.work.files.items() if sae == sae_id and other.layers}
         with self.clock.stage("write"):
-            file.write(layers, self.clock.seconds(), peak_memory(), complete=last)
+            prune(file.path, layers)
+            save(path_of(file.path, site.layer), LayerScores(site.layer, key_digest(file.key), found.scores))
+            file.q_family = sorted(self.work.files[sae_id, i].path.name for i in family.keys() | {index})
+            file.seconds, file.resources, file.complete = self.clock.seconds(), peak_memory(), False
+            file.write(with_q_values({**family, index: layers})[index])
 
     def _figures(self, index: int, site: Site, sae_id: SaeId) -> Reconstruction:
         parts = [item.sums[site, sae_id] for item in self._done if index in item.block.datasets]
@@ -178,15 +188,41 @@ class _TaskSet:
     names: list[str]
     row_ids: torch.Tensor  # int64 [rows]
     plan: FoldPlan
+    control: FoldPlan | None  # of the control task; None: too few token types
 
-    def measure(
+    def out_of_fold(
         self, site: Site, sae_ids: Sequence[SaeId], store: RowStore, backend: ProbeBackend, settings: ProbeSettings
-    ) -> dict[SaeId, Json]:
-        """Results by SAE and probe name."""
+    ) -> dict[SaeId, OutOfFold]:
+        """Scores by SAE; the model's view and the control task are fitted once."""
         x = store.get(site, None, self.row_ids, settings.device)
-        recons = {sae_id: store.get(site, sae_id, self.row_ids, settings.device) for sae_id in sae_ids}
-        measured = measure_site(self.plan, x, recons, backend, error_view="error" in settings.views)
-        return {sae_id: dict(zip(self.names, results, strict=True)) for sae_id, results in measured.items()}
+        model = fit_model(self.plan, x, backend, control=self.control)
+        found = {}
+        for sae_id in sae_ids:
+            recon = store.get(site, sae_id, self.row_ids, settings.device)
+            latents = None
+            if "latents" in settings.views:
+                latents = store.get_latents(site, sae_id, self.row_ids, settings.device)
+            found[sae_id] = out_of_fold(self.plan, model, recon, backend, "error" in settings.views, latents)
+        return found
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was measured of one SAE in one layer of a dataset."""
+
+    records: Json  # probe -> its record
+    scores: dict[str, ProbeScores]  # probe -> its out-of-fold scores, where there was something to measure
+
+    def add(self, names: Sequence[str], found: OutOfFold, epsilon: float) -> None:
+        """The probes of one task set."""
+        self.records.update(zip(names, map(as_record, measure(found, epsilon)), strict=True))
+        self.scores.update({names[place]: found.probe(t) for t, place in enumerate(found.plan.kept)})
+
+    def in_order(self, dataset: Dataset) -> _Found:
+        """The same in the order of the dataset's probes."""
+        names = [probe.name for probe in dataset.probes]
+        kept = {name: self.scores[name] for name in names if name in self.scores}
+        return _Found({name: self.records[name] for name in names}, kept)
 
 
 def _share_rows(dataset: Dataset) -> list[list[Probe]]:
@@ -197,19 +233,39 @@ def _share_rows(dataset: Dataset) -> list[list[Probe]]:
     return list(groups.values())
 
 
-def with_q_values(layers: Mapping[int, Json]) -> dict[int, Json]:
-    """The layers with `q_value` set: Benjamini-Hochberg over all layers x probes of one file."""
+def with_q_values(family: Mapping[int, Mapping[int, Json]]) -> dict[int, dict[int, Json]]:
+    """dataset -> layer -> record, with `q_value` and `transfer_q_value` set.
+
+    Benjamini-Hochberg over everything measured of one SAE: all datasets of the run x layers x probes.
+    """
+    result = {index: {layer: dict(record) for layer, record in layers.items()} for index, layers in family.items()}
     cells = [
-        (layer, name)
-        for layer in sorted(layers)
-        for name, cell in layers[layer].items()
+        (record, name)
+        for index in sorted(result)
+        for _, record in sorted(result[index].items())
+        for name, cell in record.items()
         if isinstance(cell, dict) and "p_value" in cell
     ]
-    q_values = benjamini_hochberg([layers[layer][name]["p_value"] for layer, name in cells])
-    result = {layer: dict(record) for layer, record in layers.items()}
-    for (layer, name), q_value in zip(cells, q_values, strict=True):
-        result[layer][name] = {**result[layer][name], "q_value": q_value}
+    for prefix in ("", "transfer_"):
+        q_values = benjamini_hochberg([record[name][f"{prefix}p_value"] for record, name in cells])
+        for (record, name), q_value in zip(cells, q_values, strict=True):
+            record[name] = {**record[name], f"{prefix}q_value": q_value}
     return result
+
+
+def settle(files: Mapping[tuple[SaeId, int], RecordFile]) -> None:
+    """Everything asked for is measured: bring all q values up to date with the whole family, and mark files complete.
+
+    No other number changes, and a file that was settled before stays as it is.
+    """
+    for sae_id in sorted({sae_id for sae_id, _ in files}):
+        own = {index: file for (sae, index), file in sorted(files.items()) if sae == sae_id}
+        names = sorted(file.path.name for file in own.values())
+        for index, layers in with_q_values({index: file.layers for index, file in own.items()}).items():
+            file = own[index]
+            if not file.complete or file.layers != layers or file.q_family != names:
+                file.q_family, file.complete = names, True
+                file.write(layers)
 
 
 def _warn(file: RecordFile, where: str, figures: Reconstruction, probes: Json) -> None:

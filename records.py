@@ -24,9 +24,10 @@ from typing import Any
 
 from errors import RequestError
 from file_lock import Locked, exclusive
+from whole_file import replacing, sweep
 
 PROJECT = Path(__file__).resolve().parent
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "numpy", "scikit-learn", "sae-probes", "cuml-cu13")
 
 Json = dict[str, Any]
@@ -34,7 +35,7 @@ Json = dict[str, Any]
 
 @dataclass
 class RecordFile:
-    """The results of one SAE on one dataset, on disk after every `write_layer`."""
+    """The results of one SAE on one dataset, on disk after every `write`."""
 
     path: Path
     key: Json  # everything that changes a number
@@ -42,6 +43,9 @@ class RecordFile:
     layers: dict[int, Json] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # what a reader of the numbers must know
     complete: bool = False
+    seconds: Json = field(default_factory=dict)  # by stage, of the run that wrote the file last
+    resources: Json = field(default_factory=dict)  # likewise
+    q_family: list[str] = field(default_factory=list)  # the files over whose results the q values are
 
     @classmethod
     def open(cls, path: Path, key: Json, run: Json, overwrite: bool) -> RecordFile:
@@ -57,24 +61,26 @@ class RecordFile:
         if differs:
             raise RequestError(f"{path} was made with other settings ({'; '.join(differs)}): --overwrite replaces it")
         fresh.layers = {int(name.removeprefix("layer_")): value for name, value in found.items() if name != "_run"}
-        fresh.warnings = list(found["_run"]["warnings"])
-        fresh.complete = bool(found["_run"]["complete"])
+        run_before = found["_run"]
+        fresh.warnings, fresh.complete = list(run_before["warnings"]), run_before["complete"]
+        fresh.seconds, fresh.resources = run_before["seconds"], run_before["resources"]
+        fresh.q_family = list(run_before["q_family"])
         return fresh
 
-    def write(self, layers: Mapping[int, Json], seconds: Mapping[str, float], resources: Json, complete: bool) -> None:
-        """Replace the file in one step by one that holds `layers`; `complete` says that nothing is missing."""
+    def write(self, layers: Mapping[int, Json]) -> None:
+        """Replace the file in one step by one that holds `layers`, and what the other fields say."""
         self.layers = _plain_layers(layers)
-        self.complete = complete
         results: Json = {f"layer_{layer}": self.layers[layer] for layer in sorted(self.layers)}
         run = {
             "schema_version": SCHEMA_VERSION,
             **self.run,
             "key": self.key,
+            "q_family": self.q_family,
             "results_sha256": _digest(results),
             "warnings": self.warnings,
-            "seconds": dict(seconds),
-            "resources": resources,
-            "complete": complete,
+            "seconds": self.seconds,
+            "resources": self.resources,
+            "complete": self.complete,
         }
         write_json(self.path, {**results, "_run": run})
 
@@ -87,17 +93,12 @@ def reserve(path: Path) -> Iterator[None]:
     """
     try:
         with exclusive(path):
-            _sweep(path.parent, f".{path.name}.*.tmp")
+            sweep(path.parent, path.name)
             yield
     except Locked as error:
         raise RequestError(
             f"{path}: another run is writing it: wait for its end, or give another --output_directory"
         ) from error
-
-
-def _sweep(folder: Path, pattern: str) -> None:
-    for left_over in folder.glob(pattern):
-        left_over.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Json:
@@ -128,8 +129,8 @@ def _is_run(run: Json) -> bool:
         and isinstance(run["config"]["sae"], str)
         and isinstance(run["started"], str)
         and isinstance(run["complete"], bool)
-        and isinstance(run["warnings"], list)
-        and all(isinstance(line, str) for line in run["warnings"])
+        and all(isinstance(run[name], list) for name in ("warnings", "q_family"))
+        and all(isinstance(line, str) for line in [*run["warnings"], *run["q_family"]])
         and all(isinstance(figure, int | float) for figure in figures)
     )
 
@@ -139,17 +140,10 @@ def _refuse_constant(name: str) -> None:
 
 
 def write_json(path: Path, content: Json) -> None:
-    """Write beside, sync, and rename: the file is the old one or the new one, never half of either."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Replace the file in one step."""
+    with replacing(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+        file.write("\n")
 
 
 def prepare_folder(folder: Path) -> None:
@@ -158,7 +152,7 @@ def prepare_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}.tmp"
         probe.touch()
-        _sweep(folder, ".writable.*.tmp")  # its own, and those of killed runs
+        sweep(folder, "writable")  # its own, and those of killed runs
     except OSError as error:
         raise RequestError(f"--output_directory {folder}: cannot write there: {error.strerror}") from error
 

@@ -8,6 +8,7 @@ python report.py results --resources     # seconds per stage and peak memory
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import records
+import sae_level
 from errors import RequestError
+from terminal import one_line, printable
+from uncertainty import Estimate
 
 Row = tuple[str, ...]
 
@@ -62,15 +66,16 @@ def _row(layer: int, probe: str, figures: records.Json, result: records.Json) ->
 
 
 def summary_table(files: Sequence[tuple[Path, records.Json]]) -> str:
-    """A line per SAE: means over its datasets, layers and probes."""
-    by_sae: dict[str, list[tuple[records.Json, records.Json]]] = {}
-    for _, results in files:
-        name = results["_run"]["config"]["sae"]
-        by_sae.setdefault(name, []).extend((figures, result) for _, _, figures, result in cells(results))
-    rows: list[Row] = [("SAE", "probes x layers", "model_sel", "sae_sel", "delta_sel", "lost (q < 0.05)", "FVU", "L0")]
-    for name, pairs in by_sae.items():
-        measured = [(figures, result) for figures, result in pairs if not result.get("reason")]
+    """A line per SAE: means over its datasets, layers and probes; delta_sel with its interval, people drawn once."""
+    rows: list[Row] = [
+        ("SAE", "probes x layers", "model_sel", "sae_sel", "delta_sel", "95 % interval", "lost (q < 0.05)", "preserved",
+         "FVU", "L0")
+    ]  # fmt: skip
+    for name, own in by_sae(files).items():
+        found = [(figures, result) for _, results in own for _, _, figures, result in cells(results)]
+        measured = [(figures, result) for figures, result in found if not result.get("reason")]
         lost = sum(result["delta_sel"] < 0 and (result.get("q_value") or 0) < 0.05 for _, result in measured)
+        preserved = sum(bool(result.get("preserved")) for _, result in measured)
         means = [_mean(result[key] for _, result in measured) for key in ("model_sel", "sae_sel", "delta_sel")]
         rows.append(
             (
@@ -78,13 +83,57 @@ def summary_table(files: Sequence[tuple[Path, records.Json]]) -> str:
                 str(len(measured)),
                 _number(means[0], ".3f"),
                 _number(means[1], ".3f"),
-                _number(means[2], "+.3f"),
+                _number(means[2], "+.4f"),
+                _interval(_mean_delta(own)),
                 f"{lost} of {len(measured)}",
+                f"{preserved} of {len(measured)}",
                 _number(_mean(figures["fvu_pos"] for figures, _ in measured), ".3f"),
                 _number(_mean(figures["l0"] for figures, _ in measured), ".1f"),
             )
         )
     return aligned(rows)
+
+
+def by_sae(files: Sequence[tuple[Path, records.Json]]) -> dict[str, list[tuple[Path, records.Json]]]:
+    """The files of each SAE, by the name that its user typed."""
+    found: dict[str, list[tuple[Path, records.Json]]] = {}
+    for path, results in files:
+        found.setdefault(results["_run"]["config"]["sae"], []).append((path, results))
+    return found
+
+
+def _mean_delta(files: Sequence[tuple[Path, records.Json]]) -> Estimate | None:
+    stored = sae_level.read_cells(files)
+    return sae_level.mean_delta(stored) if stored else None
+
+
+def comparison_table(files: Sequence[tuple[Path, records.Json]]) -> str | None:
+    """SAEs from the best mean delta_sel to the worst, each against the next: paired by row, fold and person.
+
+    None if there are not two SAEs with stored scores.
+    """
+    stored = {name: sae_level.read_cells(own) for name, own in by_sae(files).items()}
+    known = {name: scores for name, scores in stored.items() if scores}
+    means = {name: mean for name, scores in known.items() if (mean := sae_level.mean_delta(scores)) is not None}
+    ranked = sorted(means, key=lambda name: -means[name].value)
+    rows: list[Row] = [("SAE", "compared with", "difference of delta_sel", "95 % interval", "p", "detectable")]
+    for better, worse in itertools.pairwise(ranked):
+        found = sae_level.difference(known[better], known[worse])
+        rows.append(
+            (
+                records.slug(better),
+                records.slug(worse),
+                "-" if found is None else f"{found.value:+.4f}",
+                _interval(found),
+                "-" if found is None else f"{found.p_value:.1e}",
+                "-" if found is None else f"{found.detectable:.4f}",
+            )
+        )
+    return aligned(rows) if len(rows) > 1 else None
+
+
+def _interval(found: Estimate | None) -> str:
+    return "-" if found is None else f"{found.low:+.4f} .. {found.high:+.4f}"
 
 
 def resource_table(files: Sequence[tuple[Path, records.Json]]) -> str:
@@ -102,7 +151,11 @@ def resource_table(files: Sequence[tuple[Path, records.Json]]) -> str:
 
 
 def aligned(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table whose columns line up in a terminal; the first two columns to the left."""
+    """Rows as a Markdown table whose columns line up in a terminal; the first two columns to the left.
+
+    Names come from data: what would break the table or the terminal is escaped.
+    """
+    rows = [tuple(printable(cell).replace("|", "\\|") for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| "
@@ -116,11 +169,17 @@ def aligned(rows: Sequence[Row]) -> str:
 
 def render(files: Sequence[tuple[Path, records.Json]], worst_first: bool = False) -> str:
     """Every table of the files, and the summary over several last, where a terminal leaves the eye."""
-    parts = [f"{path}\n\n{selectivity_table(results, worst_first)}" for path, results in files]
+    parts = [f"{one_line(str(path))}\n\n{selectivity_table(results, worst_first)}" for path, results in files]
     note = (
-        "* q < 0.05 (Benjamini-Hochberg over the layers x probes of the file); delta_sel 0 = preserved, negative = lost"
+        "* q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE); delta_sel 0 = preserved, "
+        "negative = lost; intervals are clustered by person"
     )
-    return "\n\n".join([*parts, note, *([summary_table(files)] if len(files) > 1 else [])])
+    return "\n\n".join([*parts, note, *([overview(files)] if len(files) > 1 else [])])
+
+
+def overview(files: Sequence[tuple[Path, records.Json]]) -> str:
+    """The line per SAE, and the SAEs against each other."""
+    return "\n\n".join(table for table in (summary_table(files), comparison_table(files)) if table)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -147,18 +206,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "folder", type=Path, nargs="?", default=Path("results"), help="where the files are, or one file (%(default)s)"
     )
     parser.add_argument("--worst_first", action="store_true", help="largest losses on top, not by layer")
-    parser.add_argument("--summary", action="store_true", help="the line per SAE only")
+    parser.add_argument("--summary", action="store_true", help="the line per SAE, and SAEs against each other, only")
     parser.add_argument("--resources", action="store_true", help="seconds per stage and peak memory only")
     asked: Any = parser.parse_args(argv)
     try:
         files = load(result_files(asked.folder))
     except RequestError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(one_line(f"error: {error}"), file=sys.stderr)
         return 2
     if asked.resources:
         print(resource_table(files))
     elif asked.summary:
-        print(summary_table(files))
+        print(overview(files))
     else:
         print(render(files, asked.worst_first))
     return 0

@@ -1,22 +1,29 @@
 """Rows of activations by site and view, until their datasets have been probed.
 
-In memory while they are few; beyond the limit in memory-mapped temporary files, slower but whole. The files have no
-names, so that the kernel takes them back whatever ends the process, and all of their room, so that a full disk is an
-error here and not a signal at some later store.
+On the probes' GPU while it has room for them, else in memory; beyond the limit in memory-mapped temporary files,
+slower but whole. The files have no names, so that the kernel takes them back whatever ends the process, and all of
+their room, so that a full disk is an error here and not a signal at some later store.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from activations import NO_MENTION, LayerRows, SaeId
 from language_model import Site
+from out_of_memory import ERRORS, is_out_of_memory, release
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class NonFiniteError(ValueError):
@@ -36,15 +43,16 @@ class RowStore:
         self, views: Iterable[tuple[Site, SaeId | None]], n_rows: int, d: int, device: torch.device, max_bytes: int
     ) -> None:
         views = list(views)
-        self.spilled = False  # whether the rows live in files
-        n_bytes = len(views) * n_rows * d * 4
-        if device.type == "cuda" and n_bytes < torch.cuda.mem_get_info(device)[0] // 2:
-            self._rows = {view: torch.empty(n_rows, d, device=device) for view in views}
-        elif n_bytes <= max_bytes:
-            self._rows = {view: torch.empty(n_rows, d) for view in views}
-        else:
-            self.spilled = True
-            self._rows = {view: _in_file(n_rows, d) for view in views}
+        self._n_rows, self._d = n_rows, d
+        self._in_files = len(views) * n_rows * d * 4 > max_bytes  # where they do not live on the GPU
+        rows = _allocate_on_gpu(len(views), n_rows, d, device) if device.type == "cuda" else None
+        self._on_gpu = rows is not None
+        self._rows = dict(zip(views, rows or [self._on_host() for _ in views], strict=True))
+
+    @property
+    def place(self) -> str:
+        """Where the rows live: gpu, memory or files."""
+        return "gpu" if self._on_gpu else "files" if self._in_files else "memory"
 
     def put(self, rows: LayerRows) -> None:
         """Keep a batch's rows. Raises `NonFiniteError` if NaN or Inf is at any token of its texts."""
@@ -52,13 +60,40 @@ class RowStore:
             mention = int(rows.broken[sae_id])
             if mention != NO_MENTION:
                 raise NonFiniteError(rows.site, sae_id, mention)
-            target = self._rows[rows.site, sae_id]
-            target[rows.row_ids.to(target.device)] = values.to(target.device)
+            self._within_memory(partial(self._keep, rows.site, sae_id, rows.row_ids, values))
+
+    def _keep(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, values: Tensor) -> None:
+        target = self._rows[site, sae_id]
+        target[row_ids.to(target.device)] = values.to(target.device)
 
     def get(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
         """Rows [len(row_ids), d] of x (`sae_id` None) or of an SAE's reconstruction, on `device`."""
+        return self._within_memory(partial(self._pick, site, sae_id, row_ids, device))
+
+    def _pick(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
         source = self._rows[site, sae_id]
         return source.index_select(0, row_ids.to(source.device)).to(device)
+
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """The work's result; where the GPU's memory ran out, with the rows gone from there."""
+        try:
+            return work()
+        except ERRORS as error:
+            if not self._on_gpu or not is_out_of_memory(error):
+                raise
+        self._leave_gpu()
+        return work()
+
+    def _leave_gpu(self) -> None:
+        """Move all rows to the host: of what is on the GPU they alone could be elsewhere."""
+        for view, rows in self._rows.items():
+            self._rows[view] = self._on_host().copy_(rows)
+        self._on_gpu = False
+        release()
+        log.warning("out of memory: the rows collected so far leave the GPU for %s; no number changes", self.place)
+
+    def _on_host(self) -> Tensor:
+        return _in_file(self._n_rows, self._d) if self._in_files else torch.empty(self._n_rows, self._d)
 
     def close(self) -> None:
         """Let go of the rows and of their files."""
@@ -71,6 +106,19 @@ class RowStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _allocate_on_gpu(n: int, n_rows: int, d: int, device: torch.device) -> list[Tensor] | None:
+    """n matrices [n_rows, d] there; None if they would take over half of what is free, or the GPU refuses."""
+    if n * n_rows * d * 4 >= torch.cuda.mem_get_info(device)[0] // 2:
+        return None
+    try:
+        return [torch.empty(n_rows, d, device=device) for _ in range(n)]
+    except ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+    release()
+    return None
 
 
 def _in_file(n_rows: int, d: int) -> Tensor:

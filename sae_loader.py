@@ -15,7 +15,8 @@ import os
 from pathlib import Path
 
 from errors import RequestError
-from sae_formats.coders import LinearCoder
+from sae_formats.coders import Coder, LinearCoder
+from sae_formats.controls import IdentityCoder, ShuffledDecoder, constant, principal_components, random_topk
 from sae_formats.folders import find_members
 from sae_formats.hub import HubRepository, is_repository_name
 from sae_formats.sae import Sae
@@ -23,7 +24,22 @@ from sae_formats.selection import GroupMax, Threshold, TopK
 from sae_formats.source import SaeSource, assemble
 from sae_formats.sparse_rows import SparseRows
 
-__all__ = ["GroupMax", "LinearCoder", "Sae", "SaeSource", "SparseRows", "Threshold", "TopK", "open_sae"]
+__all__ = [
+    "Coder",
+    "GroupMax",
+    "IdentityCoder",
+    "LinearCoder",
+    "Sae",
+    "SaeSource",
+    "ShuffledDecoder",
+    "SparseRows",
+    "Threshold",
+    "TopK",
+    "constant",
+    "open_sae",
+    "principal_components",
+    "random_topk",
+]
 
 
 def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = None) -> SaeSource:

@@ -3,7 +3,7 @@
     plan = FoldPlan.build(labels, groups, weights=None, n_folds=5, n_repeats=5, seed=0)
     model = fit_model(plan, x, backend)                  # once per layer and task set
     for recon in recons_of_several_saes:
-        results = measure(out_of_fold(plan, model, recon, backend))
+        results = measure(out_of_fold(plan, model, recon, backend))   # ProbeResult or Skipped, one a target
 
 Balanced accuracy of out-of-fold predictions, the same folds for every view; delta is the SAE's minus the model's.
 A person is never on both sides of a split, so a label that is random by person scores 1/2 (the control task of
@@ -13,8 +13,8 @@ Hewitt & Liang 2019, arXiv 1909.03368).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from probe_statistics import EPSILON, ProbeScores, Statistics, quantised, statistics
 from probes import ProbeBackend, ProbeProblem
-from uncertainty import balanced_mean, estimate_delta
 
 DEFAULT_CS = tuple(10.0**k for k in range(-5, 2))
-Key = TypeVar("Key")
+VIEWS = ("model", "sae", "transfer", "error", "latents")
+_OPTIONAL = {f"{view}_{score}" for view in ("error", "latent") for score in ("sel", "auc", "bits")}
 
 
 @dataclass(frozen=True)
@@ -164,73 +165,143 @@ class ModelFit:
     scale: Tensor  # float64 [splits, d]
     fit: ViewFit
     cs: tuple[float, ...]
+    control: ProbeScores | None  # of the control task, where it was asked for
 
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Scores of rows by probes that have not seen their person: all that the statistics need."""
+    """Scores of rows by probes that have not seen their person, and how those probes were fitted."""
 
     plan: FoldPlan
-    views: tuple[str, ...]  # "model", "sae", and "error" if asked for
-    scores: NDArray[np.float32]  # [views, targets, repeats, rows]
-    transfer: NDArray[np.float32]  # [targets, repeats, rows]: probes fitted on the model's view, tested on the SAE's
-    chosen_c: NDArray[np.float64]  # [views, targets, repeats, folds]
-    n_unconverged: NDArray[np.int64]  # [views, targets]
-    n_iter: NDArray[np.int64]  # [views, targets]
+    views: tuple[str, ...]  # model, sae, transfer (the model's probes on the SAE's view), error, latents
+    scores: NDArray[np.float16]  # [views, targets, repeats, rows]
+    fits: Mapping[str, FitFacts]  # of the views that probes were fitted on: all but transfer
+    control: ProbeScores | None  # of the control task, where it was asked for
+
+    @property
+    def transfer(self) -> NDArray[np.float16]:
+        """[targets, repeats, rows]: probes fitted on the model's view, tested on the SAE's."""
+        return self.scores[self.views.index("transfer")]
+
+    def probe(self, t: int) -> ProbeScores:
+        """The scores of the t-th target that is measured."""
+        plan = self.plan
+        return ProbeScores(
+            views={view: self.scores[v, t] for v, view in enumerate(self.views)},
+            labels=plan.labels[t],
+            persons=plan.groups,
+            weights=plan.weights,
+            folds=plan.folds,
+            control_scores=None if self.control is None else self.control.views["model"][0],
+            control_labels=None if self.control is None else self.control.labels,
+        )
 
 
 @dataclass(frozen=True)
-class ProbeResult:
-    """One target's selectivities; means over the partitions. `q_value` is the caller's, over all it tests."""
+class FitFacts:
+    """How the probes of one view were fitted."""
 
-    model_sel: float  # balanced accuracy, 1/2 = nothing known
-    sae_sel: float
-    delta_sel: float  # sae_sel - model_sel; 0 = preserved, negative = lost
-    ci_low: float  # 95 % interval of delta_sel
-    ci_high: float
-    p_value: float  # two-sided, of delta_sel = 0
-    transfer_sel: float
-    transfer_delta: float  # transfer_sel - model_sel
-    error_sel: float | None  # None: that view was not asked for
-    n_rows: int
-    n_people: int
-    n_pos: int
-    C: float  # median of the folds' choices for the model's view, and below for the SAE's
-    C_sae: float
-    converged: bool  # all fits of all views
-    n_unconverged: int
-    n_iter: int  # the most that a fit took
+    chosen_c: NDArray[np.float64]  # [targets, repeats, folds]
+    n_unconverged: NDArray[np.int64]  # [targets]
+    n_iter: NDArray[np.int64]  # [targets]
 
 
-def fit_model(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float] = DEFAULT_CS) -> ModelFit:
-    """Probes on the model's activations x `[rows, d]`, with the scaling for all views of these rows."""
+@dataclass(frozen=True)
+class ProbeResult(Statistics):
+    """One target's statistics, and how its probes were fitted."""
+
+    C: float = field(kw_only=True)  # median of the folds' choices for the model's view, and below for the SAE's
+    C_sae: float = field(kw_only=True)
+    converged: bool = field(kw_only=True)  # all fits of all views
+    n_unconverged: int = field(kw_only=True)
+    n_iter: int = field(kw_only=True)  # the most that a fit took
+
+
+def fit_model(
+    plan: FoldPlan,
+    x: Tensor,
+    backend: ProbeBackend,
+    cs: Sequence[float] = DEFAULT_CS,
+    control: FoldPlan | None = None,
+) -> ModelFit:
+    """Probes on the model's activations x `[rows, d]`, with the scaling for all views of these rows.
+
+    With a plan of `control_plan` also the probe of the control task.
+    """
     scale = training_scales(plan, x)
-    return ModelFit(x, scale, fit_view(plan, x, scale, backend, cs), tuple(cs))
+    fit = fit_view(plan, x, scale, backend, cs)
+    return ModelFit(x, scale, fit, tuple(cs), None if control is None else _fit_control(control, x, backend, cs))
+
+
+def control_plan(token_types: ArrayLike, weights: ArrayLike | None, n_folds: int, seed: int) -> FoldPlan | None:
+    """The control task of Hewitt & Liang 2019: a random label for each token type `[rows]`, split by row.
+
+    A probe that does well on it knows its tokens by heart. None if there are too few types or rows for the folds.
+    """
+    types, kind = np.unique(np.asarray(token_types), return_inverse=True)
+    coin = np.random.default_rng(seed).permutation(len(types)) % 2 == 0
+    plan = FoldPlan.build(coin[kind][None], np.arange(len(kind)), weights, n_folds, 1, seed)
+    return plan if plan.kept else None
+
+
+def _fit_control(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float]) -> ProbeScores:
+    scores = fit_view(plan, x, training_scales(plan, x), backend, cs).scores
+    return ProbeScores({"model": _kept(scores)[0]}, plan.labels[0], plan.groups, plan.weights, plan.folds)
 
 
 def out_of_fold(
-    plan: FoldPlan, model: ModelFit, recon: Tensor, backend: ProbeBackend, error_view: bool = False
+    plan: FoldPlan,
+    model: ModelFit,
+    recon: Tensor,
+    backend: ProbeBackend,
+    error_view: bool = False,
+    latents: Tensor | None = None,
 ) -> OutOfFold:
     """The model's view beside an SAE's reconstruction `[rows, d]` of it, and beside what that leaves out.
 
-    A reconstruction equal to x bit by bit shares the model's fit: its delta and transfer are exactly 0.
+    A reconstruction equal to x bit by bit shares the model's fit: its delta and transfer are exactly 0. In place of a
+    reconstruction another view of the rows may be given as a sparse CSR matrix `[rows, any]`: then there is no transfer
+    and no error. `latents` float32 `[rows, d_sae]`, sparse CSR, are the SAE's codes for the view of that name.
     """
-    if torch.equal(recon, model.x):
-        views, transfer = {"model": model.fit, "sae": model.fit}, model.fit.scores
+    fits, scores = {"model": model.fit}, {"model": model.fit.scores}
+    if recon.layout == torch.sparse_csr:
+        fits["sae"] = _fit_sparse(plan, recon, backend, model.cs)
+    elif torch.equal(recon, model.x):
+        fits["sae"] = model.fit
+        scores["transfer"] = model.fit.scores
     else:
-        views = {"model": model.fit, "sae": fit_view(plan, recon, model.scale, backend, model.cs)}
-        transfer = transfer_scores(plan, model.fit, recon)
-    if error_view:
-        views["error"] = fit_view(plan, model.x - recon, model.scale, backend, model.cs)
+        fits["sae"] = fit_view(plan, recon, model.scale, backend, model.cs)
+        scores["transfer"] = transfer_scores(plan, model.fit, recon)
+    if error_view and recon.layout != torch.sparse_csr:
+        fits["error"] = fit_view(plan, model.x - recon, model.scale, backend, model.cs)
+    if latents is not None:
+        fits["latents"] = _fit_sparse(plan, latents, backend, model.cs)
+    scores |= {name: fit.scores for name, fit in fits.items()}
+    views = tuple(view for view in VIEWS if view in scores)
     return OutOfFold(
         plan=plan,
-        views=tuple(views),
-        scores=np.stack([fit.scores.cpu().numpy() for fit in views.values()]),
-        transfer=transfer.cpu().numpy(),
-        chosen_c=np.stack([fit.chosen_c for fit in views.values()]),
-        n_unconverged=np.stack([fit.n_unconverged for fit in views.values()]),
-        n_iter=np.stack([fit.n_iter for fit in views.values()]),
+        views=views,
+        scores=np.stack([_kept(scores[view]) for view in views]),
+        fits={name: FitFacts(fit.chosen_c, fit.n_unconverged, fit.n_iter) for name, fit in fits.items()},
+        control=model.control,
     )
+
+
+def _kept(scores: Tensor) -> NDArray[np.float16]:
+    return quantised(scores.cpu().numpy())
+
+
+def _fit_sparse(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float]) -> ViewFit:
+    """Probes on a sparse CSR matrix `[rows, d]` as it is: scaling rare latents to unit variance ruins their probes."""
+    x = _live_columns(x)
+    one = torch.ones(1, 1, dtype=torch.float64, device=x.device)
+    return fit_view(plan, x, one.expand(len(plan.held_out), x.shape[1]), backend, cs)
+
+
+def _live_columns(x: Tensor) -> Tensor:
+    """A sparse CSR matrix without the columns that hold nothing (one of them if all are so)."""
+    live, place = torch.unique(x.col_indices(), return_inverse=True)
+    return torch.sparse_csr_tensor(x.crow_indices(), place, x.values(), (x.shape[0], max(len(live), 1)))
 
 
 def training_scales(plan: FoldPlan, x: Tensor) -> Tensor:
@@ -250,7 +321,12 @@ def training_scales(plan: FoldPlan, x: Tensor) -> Tensor:
 def fit_view(
     plan: FoldPlan, x: Tensor, scale: Tensor, backend: ProbeBackend, cs: Sequence[float] = DEFAULT_CS
 ) -> ViewFit:
-    """Fit probes on every training split of a view x `[rows, d]`, and choose C for each fold by the other folds."""
+    """Fit probes on every training split of a view x `[rows, d]`, and choose C for each fold by the other folds.
+
+    x may be sparse CSR; scale float64 `[splits, d]` is what its features are divided by.
+    """
+    if not plan.kept:
+        return _no_fit(plan, x)
     labels = torch.from_numpy(plan.labels).to(x.device)
     fits = backend.fit(ProbeProblem(x, labels, plan.training_weight(x.device), scale, tuple(cs)))
     scores = _held_out_scores(plan, x, fits.coef, fits.intercept)
@@ -269,6 +345,14 @@ def fit_view(
     )
 
 
+def _no_fit(plan: FoldPlan, x: Tensor) -> ViewFit:
+    """The fit of no target."""
+    none = np.empty((0, plan.n_repeats, plan.n_folds))
+    coef = torch.empty(0, len(plan.held_out), x.shape[1], dtype=torch.float64, device=x.device)
+    scores = torch.empty(0, *plan.folds.shape, device=x.device)
+    return ViewFit(scores, none, coef, coef[..., 0], none[:, 0, 0].astype(np.int64), none[:, 0, 0].astype(np.int64))
+
+
 def transfer_scores(plan: FoldPlan, fit: ViewFit, x: Tensor) -> Tensor:
     """Scores float32 [targets, repeats, rows] of another view x `[rows, d]` by the fold's own probes of `fit`."""
     return _held_out_scores(plan, x, fit.coef[None], fit.intercept[None])[0].float()
@@ -280,10 +364,16 @@ def _held_out_scores(plan: FoldPlan, x: Tensor, coef: Tensor, intercept: Tensor)
     coef [cs, targets, splits, d], intercept [cs, targets, splits].
     """
     scores = torch.empty(*coef.shape[:2], *plan.folds.shape, dtype=torch.float64, device=x.device)
+    sparse = x.layout == torch.sparse_csr
+    if sparse:
+        x = x.double()
     for split, held_out in enumerate(torch.from_numpy(plan.held_out).to(x.device)):
         rows = torch.nonzero(held_out)[:, 0]
-        found = coef[:, :, split] @ x[rows].double().T + intercept[:, :, split, None]
-        scores[:, :, split // plan.n_folds, rows] = found
+        if sparse:  # [rows, cs * targets]: picking rows of a CSR matrix costs more than scoring all of them
+            found = (x @ coef[:, :, split].flatten(0, 1).T)[rows].T.unflatten(0, coef.shape[:2])
+        else:
+            found = coef[:, :, split] @ x[rows].double().T
+        scores[:, :, split // plan.n_folds, rows] = found + intercept[:, :, split, None]
     return scores
 
 
@@ -306,64 +396,36 @@ def choose_c(plan: FoldPlan, scores: Tensor) -> Tensor:
     return mean.argmin(dim=0)
 
 
-def measure(found: OutOfFold) -> list[ProbeResult | Skipped]:
-    """A result for every target asked for, in their order."""
+def measure(found: OutOfFold, epsilon: float = EPSILON) -> list[ProbeResult | Skipped]:
+    """A result for every target asked for, in their order; differences within +-epsilon count as preserved."""
     plan = found.plan
-    measured = {place: _measure_target(found, t) for t, place in enumerate(plan.kept)}
+    measured = {place: _measure_target(found, t, epsilon) for t, place in enumerate(plan.kept)}
     everything: dict[int, ProbeResult | Skipped] = {**plan.skipped, **measured}
     return [everything[place] for place in sorted(everything)]
 
 
-def _measure_target(found: OutOfFold, t: int) -> ProbeResult:
-    plan, labels = found.plan, found.plan.labels[t]
-    correct = {name: (found.scores[v, t] > 0) == labels for v, name in enumerate(found.views)}  # [repeats, rows]
-    correct["transfer"] = (found.transfer[t] > 0) == labels
-    sel = {name: float(balanced_mean(hits, labels, plan.weights).mean()) for name, hits in correct.items()}
-    change = correct["sae"].astype(np.float64) - correct["model"]
-    delta = estimate_delta(change, labels, plan.groups, plan.weights)
-    typical_c = np.exp(np.median(np.log(found.chosen_c[:, t]), axis=(1, 2)))  # [views]
+def _measure_target(found: OutOfFold, t: int, epsilon: float) -> ProbeResult:
+    known = statistics(found.probe(t), epsilon)
+    n_unconverged = sum(int(fit.n_unconverged[t]) for fit in found.fits.values())
     return ProbeResult(
-        model_sel=sel["model"],
-        sae_sel=sel["sae"],
-        delta_sel=delta.value,
-        ci_low=delta.low,
-        ci_high=delta.high,
-        p_value=delta.p_value,
-        transfer_sel=sel["transfer"],
-        transfer_delta=sel["transfer"] - sel["model"],
-        error_sel=sel.get("error"),
-        n_rows=len(labels),
-        n_people=len(np.unique(plan.groups)),
-        n_pos=int(labels.sum()),
-        C=float(typical_c[found.views.index("model")]),
-        C_sae=float(typical_c[found.views.index("sae")]),
-        converged=not found.n_unconverged[:, t].any(),
-        n_unconverged=int(found.n_unconverged[:, t].sum()),
-        n_iter=int(found.n_iter[:, t].max()),
+        **{name.name: getattr(known, name.name) for name in fields(known)},
+        C=_typical(found.fits["model"].chosen_c[t]),
+        C_sae=_typical(found.fits["sae"].chosen_c[t]),
+        converged=n_unconverged == 0,
+        n_unconverged=n_unconverged,
+        n_iter=max(int(fit.n_iter[t]) for fit in found.fits.values()),
     )
 
 
-def measure_site(
-    plan: FoldPlan, x: Tensor, recons: Mapping[Key, Tensor], backend: ProbeBackend, error_view: bool = False
-) -> dict[Key, list[dict[str, Any]]]:
-    """Every SAE's results at one site as JSON-ready records, one per target; the model's view is fitted once.
-
-    x and recons [rows, d]. A target without numbers has None for them and a `reason`.
-    """
-    if not plan.kept:
-        return {key: [as_record(plan.skipped[t]) for t in sorted(plan.skipped)] for key in recons}
-    model = fit_model(plan, x, backend)
-    return {
-        key: [as_record(result) for result in measure(out_of_fold(plan, model, recon, backend, error_view))]
-        for key, recon in recons.items()
-    }
+def _typical(chosen_c: NDArray[np.float64]) -> float:
+    return float(np.exp(np.median(np.log(chosen_c))))
 
 
 def as_record(result: ProbeResult | Skipped) -> dict[str, Any]:
-    """Plain numbers by the names of `ProbeResult`; `error_sel` only where that view was measured."""
+    """Plain numbers by the names of `ProbeResult`; those of optional views only where they were measured.
+
+    A target without numbers has None for them and a `reason`.
+    """
     if isinstance(result, Skipped):
-        return {**{field.name: None for field in fields(ProbeResult) if field.name != "error_sel"}, **asdict(result)}
-    record = asdict(result)
-    if record["error_sel"] is None:
-        del record["error_sel"]
-    return record
+        return {**{item.name: None for item in fields(ProbeResult) if item.name not in _OPTIONAL}, **asdict(result)}
+    return {name: value for name, value in asdict(result).items() if not (value is None and name in _OPTIONAL)}

@@ -5,6 +5,8 @@ cuML and CuPy are imported at the first fit, in the thread that calls it: their 
 Two things differ from scikit-learn (cuML 26.10, cpp/src/glm/qn): the loss is a mean over rows, so `tol` is divided by
 the number of rows; and the weighted loss is divided by the sum of the weights while the penalty is divided by
 the number of rows, so the weights are handed over with mean 1 and C takes their size.
+
+Sparse features go to torch's solver: `qn` fits one probe at a time and keeps vectors of the length of the latents.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from probe_backends.problem import ProbeFits, ProbeProblem, balanced
+from probe_backends.torch_lbfgs import TorchLbfgs
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class CumlQn:
     tolerance: float = 1e-4  # of the gradient of the summed loss
     max_iter: int = 5000
     name: str = field(default="cuml", init=False)
+    _sparse: TorchLbfgs = field(default_factory=TorchLbfgs, init=False, repr=False, compare=False)
     _thread: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
 
     def setup(self) -> tuple[Any, Any]:
@@ -44,6 +48,8 @@ class CumlQn:
 
     def fit(self, problem: ProbeProblem) -> ProbeFits:
         """All probes of the problem, on its device; the GPU is done with them on return."""
+        if problem.x.is_sparse_csr:
+            return self._sparse.fit(problem)
         linear_model, cupy = self.setup()
         fits = ProbeFits.empty(problem)
         x = problem.x.to(self.device, torch.float64)

@@ -23,7 +23,7 @@ class ProbeProblem:
     Raises ValueError for shapes that do not fit, NaN or Inf in x, a negative weight, or C out of order.
     """
 
-    x: Tensor  # float32 [rows, d], raw features, any device
+    x: Tensor  # float32 [rows, d], raw features, any device; strided, or sparse CSR (a cell's entries are added)
     labels: Tensor  # bool [targets, rows]
     weight: Tensor  # float [splits, rows]; 0 = held out by that split, else the row's weight
     scale: Tensor  # float [splits, d]; features are divided by it, 0 (a constant feature) counts as 1
@@ -38,7 +38,7 @@ class ProbeProblem:
                 f"x {tuple(self.x.shape)} does not fit labels {tuple(self.labels.shape)}, "
                 f"weight {tuple(self.weight.shape)} and scale {tuple(self.scale.shape)}"
             )
-        if not bool(torch.isfinite(self.x).all()):
+        if not bool(torch.isfinite(self.x.values() if self.x.is_sparse_csr else self.x).all()):
             raise ValueError("x has NaN or Inf")
         if not bool((self.weight >= 0).all()):
             raise ValueError("a weight is negative or NaN")

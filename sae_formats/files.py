@@ -57,10 +57,15 @@ def check_shapes(path: Path, expected: Shapes) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file as float32. Raises `RequestError` if one holds a value that is not finite."""
+    """All tensors of a safetensors file as float32, in memory of their own.
+
+    safetensors maps the file: if somebody wrote to it during the run, numbers would change or the process would die.
+    Raises `RequestError` if a tensor holds a value that is not finite.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in names}
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from error
     for name, tensor in tensors.items():

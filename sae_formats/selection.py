@@ -91,6 +91,20 @@ class Gated:
         return Gated(self.gain.to(device, dtype), self.offset.to(device, dtype))
 
 
+@dataclass(frozen=True)
+class Dense:
+    """No selection: every latent fires, with its pre-activation as it is, negative or not."""
+
+    def __call__(self, pre_acts: Tensor) -> SparseRows:
+        rows, d_sae = pre_acts.shape
+        crow = torch.arange(0, rows * d_sae + 1, d_sae, device=pre_acts.device)
+        col = torch.arange(d_sae, device=pre_acts.device).repeat(rows)
+        return SparseRows(crow, col, pre_acts.float().reshape(-1), n_cols=d_sae)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dense:
+        return self
+
+
 def nonzero_codes(dense: Tensor) -> SparseRows:
     """Codes of a small dense matrix ``[rows, d_sae]``: its entries that are not zero."""
     crow, row, col = _where(dense != 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from hashlib import blake2b
 
 import numpy as np
 
@@ -75,9 +76,9 @@ def _probes(row_set: RowSet, index: _MentionIndex) -> list[Probe]:
 
 
 def _person_ids(mentions: Sequence[Mention]) -> Int64Array:
-    """In order of the keys: folds go by the order of ids, so that of rows and other datasets may not enter it."""
-    ids = {person: rank for rank, person in enumerate(sorted({mention.person for mention in mentions}))}
-    return np.array([ids[mention.person] for mention in mentions], dtype=np.int64)
+    """64 bits of each key's hash: one key, one id, whatever other rows, datasets and runs there are."""
+    ids = [int.from_bytes(blake2b(m.person.encode(), digest_size=8).digest(), "little", signed=True) for m in mentions]
+    return np.array(ids, dtype=np.int64)
 
 
 class _MentionIndex:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from errors import RequestError
 from tasks.assemble import assemble
 from tasks.gurnee import load_gurnee
-from tasks.types import ProbeTexts, Source
+from tasks.types import Mention, ProbeTexts, Source
 from tasks.user_file import load_user_file
 from tasks.wikidata import load_wikidata
 
@@ -61,6 +62,20 @@ def load_sources(names: Sequence[str] | None, data_dir: Path | None, dataset_fil
             )
         sources.append(user)
     return sources
+
+
+def load_all_mentions(names: Sequence[str], data_dir: Path | None, dataset_file: Path | None) -> list[Mention]:
+    """Every distinct mention of all datasets of the source that `names` come from; of `dataset_file` without names.
+
+    In an order that depends on neither which of the datasets `names` has nor how many rows are wanted of them.
+    Datasets that cannot be read are passed over: a `data_dir` need not have them all.
+    """
+    sources = [] if names else load_sources((), data_dir, dataset_file)
+    for name in DATASET_NAMES if names else ():
+        with suppress(RequestError):
+            sources += load_sources([name], data_dir, None)
+    rows = (row for source in sources for row_set in source.row_sets for row in row_set.rows)
+    return list({row.mention.identity: row.mention for row in rows}.values())
 
 
 def _resolve(part: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tasks.assemble import distinct_rows
 from tasks.catalogue import DATASET_NAMES, load_sources
 from tasks.types import Source
+from terminal import printable
 
 _HEADER = ("index", "dataset", "probe", "rows as shipped", "distinct rows", "people", "positives")
 _LEFT_COLUMNS = 3  # the words; numbers line up on the right
@@ -21,7 +22,7 @@ def describe_datasets(
     Arguments and errors as for `load_probe_texts`.
     """
     sources = load_sources(names, data_dir, dataset_file)
-    lines = [_HEADER, *(line for source in sources for line in _lines(source))]
+    lines = [_HEADER, *(tuple(map(printable, line)) for source in sources for line in _lines(source))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
     return "\n".join(_format(line, widths) for line in lines)
 

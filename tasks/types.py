@@ -51,7 +51,7 @@ class ProbeTexts:
     """Everything to run through the model once, and every question to ask about it."""
 
     mentions: tuple[Mention, ...]  # each identity once over all datasets
-    persons: Int64Array  # [n_mentions] person id: one key, one id, across datasets
+    persons: Int64Array  # [n_mentions] person id: one key, one id, across datasets and runs
     datasets: tuple[Dataset, ...]
 
 

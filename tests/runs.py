@@ -69,6 +69,17 @@ def numbers(folder: Path) -> dict[str, Any]:
     return {path: {name: value for name, value in file.items() if name != "_run"} for path, file in found.items()}
 
 
+def without_q(layers: dict[str, Any]) -> dict[str, Any]:
+    """Layers without their q values, which rest on all layers of a file and so differ where there are fewer."""
+    return {
+        layer: {
+            name: {k: v for k, v in value.items() if k != "q_value"} if isinstance(value, dict) else value
+            for name, value in record.items()
+        }
+        for layer, record in layers.items()
+    }
+
+
 def substance(folder: Path) -> dict[str, str]:
     """Relative path -> the file's text without timings, commit and the folder's own name."""
     found = {}
@@ -81,6 +92,11 @@ def substance(folder: Path) -> dict[str, str]:
         del content["_run"]["config"]["output_directory"]
         found[str(path.relative_to(folder))] = json.dumps(content, indent=2)
     return found
+
+
+def scores_of(folder: Path) -> dict[str, bytes]:
+    """Relative path -> the stored out-of-fold scores, to the byte."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("**/*.safetensors"))}
 
 
 def left_over(folder: Path) -> list[str]:

@@ -392,6 +392,11 @@ def gurnee_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def same(persons) -> list[int]:
+    """For each row the first row of the same person."""
+    return [persons.tolist().index(person) for person in persons]
+
+
 def test_gurnee_tokens_lose_bos_and_padding_and_keep_the_name(gurnee_dir: Path) -> None:
     texts = dw.load_probe_texts(["gender"], data_dir=gurnee_dir)
     assert [m.token_ids for m in texts.mentions] == [
@@ -402,7 +407,7 @@ def test_gurnee_tokens_lose_bos_and_padding_and_keep_the_name(gurnee_dir: Path) 
     ]
     assert [m.token_span for m in texts.mentions] == [(2, 3), (8, 10), (0, 1), (2, 3)]
     assert [m.person for m in texts.mentions] == ["ada byron", "max born", "max born", "eva peron"]
-    assert texts.persons.tolist() == [0, 2, 2, 1]  # in order of the keys
+    assert same(texts.persons) == [0, 1, 1, 3]
     assert texts.datasets[0].slug == "wikidata_gender"
     assert texts.datasets[0].probes[0].labels.tolist() == [True, False, False, True]
     for m in texts.mentions:
@@ -498,7 +503,7 @@ def test_every_format_of_a_user_file_reads_the_same(tmp_path: Path) -> None:
     for texts in loaded.values():
         assert [d.name for d in texts.datasets] == [d.slug for d in texts.datasets] == ["my_task"]
         assert [m.text[m.start : m.end] for m in texts.mentions] == ["Paris", "Rome", "Lyon"]
-        assert texts.persons.tolist() == [0, 1, 0]
+        assert same(texts.persons) == [0, 1, 0]
         assert texts.datasets[0].probes[0].labels.tolist() == [True, False, True]
     assert len({dw.dataset_fingerprint(texts, texts.datasets[0]) for texts in loaded.values()}) == 1
 
@@ -520,7 +525,7 @@ def test_without_group_and_span_the_last_word_is_probed_and_groups(tmp_path: Pat
     path = write_csv(tmp_path, [("I like PARIS  ", "yes"), ("we left Paris", "yes"), ("we left Rome", "no")])
     texts = dw.load_probe_texts(None, dataset_file=path)
     assert [m.text[m.start : m.end] for m in texts.mentions] == ["PARIS", "Paris", "Rome"]
-    assert texts.persons.tolist() == [0, 0, 1]
+    assert same(texts.persons) == [0, 0, 2]
 
 
 @pytest.mark.parametrize("labels", [("0", "1"), ("false", "true"), ("False", "TRUE"), ("0.0", "1"), ("no", "yes")])

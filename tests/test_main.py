@@ -58,8 +58,11 @@ def test_the_command_of_the_contract_writes_the_promised_files_and_keys(tiny_mod
         "athlete": {"is_athlete", "plays_football", "plays_basketball", "plays_baseball"},
         "is_alive": {"is_alive"},
     }
-    assert {p.name for p in (tmp_path / "results").iterdir()} == {
+    assert {p.name for p in (tmp_path / "results").glob("*.json")} == {
         f"EleutherAI_pythia-160m_wikidata_{name}.json" for name in probes
+    }
+    assert {p.name for p in (tmp_path / "results").iterdir() if p.suffix != ".json"} == {
+        f"EleutherAI_pythia-160m_wikidata_{name}.scores" for name in probes
     }
     for dataset, names in probes.items():
         found = results(tmp_path / "results" / f"EleutherAI_pythia-160m_wikidata_{dataset}.json")

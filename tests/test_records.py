@@ -18,7 +18,9 @@ LAYER = {"mse_pos": 0.5, "gender": {"model_sel": 0.75, "sae_sel": 0.5, "delta_se
 
 def written(path, key=None, layers=(0,), complete=True):
     file = RecordFile.open(path, key or KEY, RUN, overwrite=False)
-    file.write(dict.fromkeys(layers, LAYER), {"forward": 1.0}, {"peak_ram_gb": 0.1}, complete)
+    file.seconds, file.resources, file.complete = {"forward": 1.0}, {"peak_ram_gb": 0.1}, complete
+    file.q_family = [path.name]
+    file.write(dict.fromkeys(layers, LAYER))
     return file
 
 
@@ -82,7 +84,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
-        file.write({0: LAYER, 1: LAYER}, {}, {}, complete=True)
+        file.write({0: LAYER, 1: LAYER})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["m_d.json"]
 
@@ -90,7 +92,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_not_a_number_is_never_written(tmp_path):
     file = RecordFile.open(tmp_path / "m_d.json", KEY, RUN, overwrite=False)
     with pytest.raises(ValueError, match="JSON"):
-        file.write({0: {"mse_pos": float("nan")}}, {}, {}, complete=True)
+        file.write({0: {"mse_pos": float("nan")}})
     assert list(tmp_path.iterdir()) == []
 
 

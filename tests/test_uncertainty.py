@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, t
 
-from uncertainty import balanced_mean, benjamini_hochberg, clustered_variance, estimate_delta, influence
+from uncertainty import (
+    Cell,
+    Estimate,
+    balanced_mean,
+    benjamini_hochberg,
+    clustered_variance,
+    estimate_delta,
+    estimate_mean,
+    influence,
+)
 
 
 def test_a_small_example_by_hand():
@@ -114,3 +123,37 @@ def test_what_was_not_measured_is_no_test():
     assert [q[0], q[2]] == pytest.approx([0.02, 0.04])
     assert benjamini_hochberg([None]) == [None]
     assert benjamini_hochberg([]) == []
+
+
+def test_the_error_of_a_mean_over_cells_is_that_of_one_resampling_of_people_shared_by_all():
+    """Against 4000 bootstrap draws of people; cells of different rows, classes and people."""
+    rng = np.random.default_rng(7)
+    luck = rng.normal(size=400)
+    cells = []
+    for _ in range(6):
+        persons = rng.integers(0, 400, 700)
+        change = (rng.random(700) < 1 / (1 + np.exp(-luck[persons]))).astype(float) - rng.integers(0, 2, 700)
+        cells.append(Cell(change[None], rng.random(700) < 0.3, persons))
+    means = []
+    for _ in range(4000):
+        drawn = np.bincount(rng.integers(0, 400, 400), minlength=400)
+        means.append(np.mean([balanced_mean(c.change, c.labels, drawn[c.persons] + 1e-12) for c in cells]))
+    estimate = estimate_mean(cells)
+    assert estimate.standard_error == pytest.approx(np.std(means), rel=0.06)
+    alone = [estimate_mean([cell]).standard_error for cell in cells]
+    assert estimate.standard_error > 1.15 * np.mean(alone) / 6**0.5, "the cells are not independent"
+
+
+def test_cells_that_do_not_make_a_mean_are_refused():
+    cell = Cell(np.zeros((2, 4)), np.array([True, True, False, False]), np.arange(4))
+    other = Cell(np.zeros((3, 4)), cell.labels, cell.persons)
+    for cells in ([], [cell, other]):
+        with pytest.raises(ValueError, match="repeats"):
+            estimate_mean(cells)
+
+
+def test_equivalence_is_two_one_sided_tests():
+    estimate = Estimate(value=0.005, standard_error=0.006, persons=10_000)
+    assert estimate.within(0.02)
+    assert not estimate.within(0.0145)
+    assert estimate.detectable == pytest.approx((1.96 + 0.8416) * 0.006, rel=1e-3)

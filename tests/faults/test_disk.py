@@ -6,13 +6,14 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 from conftest import people, write_csv
-from runs import Request, left_over, numbers, substance
+from runs import Request, left_over, numbers, substance, without_q
 
-from language_model import ModelInfo
+from language_model import LanguageModel, ModelInfo
 from sae_formats.source import SaeSource
 
 
@@ -65,20 +66,45 @@ def test_a_disk_that_fills_keeps_what_was_finished_and_the_run_goes_on_with_room
     assert substance(full.out).keys() == undisturbed.keys()
 
 
-def test_a_disk_that_fills_between_two_layers(ask, small_disk, capsys):
-    disk = small_disk(16)
-    (disk / "ballast").write_bytes(b"0" * 4096)  # room for the first layers and their copies alone
-    full = ask.into(disk / "out")
-    code = full.run()
-    found = numbers(full.out)
-    if code == 0:
-        pytest.skip("pages of this machine are too small to fill so small a disk")
-    assert "No space left" in one_line(capsys.readouterr().err)
-    assert left_over(disk) == []
+def test_a_disk_that_fills_at_any_byte_of_a_run(ask, small_disk, capsys):
+    """Room for one page more each time, until it is enough: what was finished is whole, and the next run goes on."""
     assert ask.run() == 0
     whole = numbers(ask.out)["pythia-tiny_women.json"]
-    for layer, figures in found.get("pythia-tiny_women.json", {}).items():
-        assert figures["mse_whole"] == whole[layer]["mse_whole"]
+    disk = small_disk(512)
+    page = os.statvfs(disk).f_frsize
+    finished = []
+    for pages in range(100):
+        full = ask.into(disk / "out")
+        ballast = disk / "ballast"
+        ballast.write_bytes(b"0" * (page * (os.statvfs(disk).f_bavail - pages)))
+        capsys.readouterr()
+        code = full.run()
+        if code == 0:
+            break
+        assert code in {1, 2}
+        assert "No space left" in one_line(capsys.readouterr().err)
+        assert left_over(disk) == []
+        found = numbers(full.out).get("pythia-tiny_women.json", {})
+        assert without_q(found) == {layer: figures for layer, figures in without_q(whole).items() if layer in found}
+        finished.append(len(found))
+        ballast.unlink()
+        if len(found) > max(finished[:-1], default=0):  # at each new layer once: the run takes a second
+            assert full.run() == 0
+            assert substance(full.out) == substance(ask.out)
+        shutil.rmtree(full.out, ignore_errors=True)
+    assert {0, 1, 2} <= set(finished), "it filled before, between and after layers"
+
+
+def test_a_disk_too_small_for_the_rows_that_memory_has_no_room_for(ask, small_disk, monkeypatch, capsys):
+    assert ask.plus("--layers", "0").run() == 0
+    before = (ask.out / "pythia-tiny_women.json").read_bytes()
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk(16)))
+    short = ask.plus("--queue_gb", "0.000001")
+    assert short.run() == 1
+    assert "No space left" in one_line(capsys.readouterr().err)
+    assert (ask.out / "pythia-tiny_women.json").read_bytes() == before
+    monkeypatch.undo()
+    assert short.run() == 0
 
 
 def test_a_quota_on_the_size_of_files(ask, tmp_path):
@@ -139,11 +165,16 @@ def test_a_folder_that_becomes_read_only_during_the_run(ask, monkeypatch, capsys
     assert left_over(ask.out) == []
 
 
-@pytest.mark.parametrize("what", ["weights of the SAE", "config of the SAE", "weights of the model", "results folder"])
+VANISHING = ["weights of the SAE", "config of the SAE", "folder of the SAE", "weights of the model",
+             "folder of the model", "the task's file", "results folder"]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", VANISHING)
 def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch, capsys, what):
     model = shutil.copytree(ask.model, tmp_path / "gone" / "pythia-tiny")
     sae = shutil.copytree(ask.saes[0], tmp_path / "gone" / "sae-tiny")
-    request = Request(model, (sae,), ask.data, ask.out)
+    data = Path(shutil.copy(ask.data, tmp_path / "gone"))
+    request = Request(model, (sae,), data, ask.out)
     assert request.plus("--layers", "0").run() == 0
     before = (ask.out / "pythia-tiny_women.json").read_bytes()
     load = SaeSource.load
@@ -152,22 +183,45 @@ def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch,
         victim = {
             "weights of the SAE": sae / "layers.1" / "sae.safetensors",
             "config of the SAE": sae / "layers.1" / "cfg.json",
+            "folder of the SAE": sae,
             "weights of the model": model / "model.safetensors",
+            "folder of the model": model,
+            "the task's file": data,
             "results folder": ask.out,
         }[what]
-        if victim.is_dir():
+        if victim.exists():
             shutil.move(victim, tmp_path / "moved")
-        else:
-            victim.unlink(missing_ok=True)
         return load(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(SaeSource, "load", vanish_then_load)
         code = request.run()
-    if what == "config of the SAE":
+    if what in {"config of the SAE", "the task's file"}:
         assert code == 0, "it was read already"
         return
     assert code in {1, 2}
     one_line(capsys.readouterr().err)
     kept = tmp_path / "moved" if what == "results folder" else ask.out
     assert (kept / "pythia-tiny_women.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [b"", None], ids=["cut off", "overwritten"])
+def test_weights_that_are_written_to_during_the_run_change_nothing(ask, tmp_path, monkeypatch, damage):
+    """They are mapped into memory while they are read: later that would change numbers, or kill the process."""
+    assert ask.run() == 0
+    model = shutil.copytree(ask.model, tmp_path / "copy" / "pythia-tiny")
+    sae = shutil.copytree(ask.saes[0], tmp_path / "copy" / "sae-tiny")
+    forward, calls = LanguageModel.activations, []
+
+    def write_then_run(self, ids):
+        if not calls:
+            for path in (model / "model.safetensors", *sae.glob("*/sae.safetensors")):
+                path.write_bytes(b"\x3f" * path.stat().st_size if damage is None else damage)
+        calls.append(len(ids))
+        return forward(self, ids)
+
+    monkeypatch.setattr(LanguageModel, "activations", write_then_run)
+    again = Request(model, (sae,), ask.data, tmp_path / "again", ask.more)
+    assert again.run() == 0
+    assert numbers(again.out) == numbers(ask.out)
+    assert calls

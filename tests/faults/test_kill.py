@@ -12,6 +12,7 @@ from runs import ROOT, Request, files, left_over, numbers, substance
 
 DEMO = ROOT / "assets" / "tiny-pythia"
 DEMO_SAES = (ROOT / "assets" / "tiny-pythia-saes-k8", ROOT / "assets" / "tiny-pythia-saes-k32")
+EXIT_SECONDS = 0.2  # about as long as a process lives on after its last result
 needs_demo = pytest.mark.skipif(not (DEMO / "config.json").is_file(), reason="the bundled model is not there")
 
 
@@ -26,22 +27,26 @@ def tiny_request(tiny_model, tiny_saes, tmp_path):
 
 @pytest.fixture
 def demo_request(tmp_path):
-    """The bundled demo on some rows of every dataset."""
-    flags = ("--shuffle_select_n", "150", "--repeats", "2")
+    """The bundled model, both of its SAEs and all datasets: two layers of them, on some rows. Twenty writes."""
+    flags = ("--layers", "1,3", "--shuffle_select_n", "100", "--folds", "3", "--repeats", "2")
     return Request(DEMO, DEMO_SAES, Path(), tmp_path / "undisturbed", flags)
 
 
-def first_result(ask, process):
-    """Wait for the first result file, or the end of the process."""
-    while process.poll() is None and not files(ask.out):
-        time.sleep(0.003)
+def n_results(folder):
+    """Layers on disk. Reads every file: each is whole, or this is an error."""
+    return sum(map(len, numbers(folder).values()))
 
 
-def kill_at(ask, seconds, after_first_result):
-    """Start, and kill so long after the start or after the first result; whether it was killed."""
+def wait_for(ask, process, n):
+    """Wait for so many results, or the end of the process."""
+    while process.poll() is None and n_results(ask.out) < n:
+        time.sleep(0.005)
+
+
+def kill_at(ask, n, seconds):
+    """Start, and kill so long after the n-th result (0: after the start); whether it was killed."""
     with ask.start() as process:
-        if after_first_result:
-            first_result(ask, process)
+        wait_for(ask, process, n)
         time.sleep(seconds)
         process.kill()
         return process.wait(60) != 0
@@ -51,33 +56,34 @@ def timed(ask):
     """Seconds from the start to the first result, and from there to the last."""
     start = time.time()
     with ask.start() as process:
-        first_result(ask, process)
+        wait_for(ask, process, 1)
         first = time.time() - start
         assert process.wait(600) == 0
     return first, max(path.stat().st_mtime for path in files(ask.out)) - start - first
 
 
 def check_kills(ask, folder, n, capsys):
-    """Kill and rerun n times; of every three kills one comes at any time, two while results are being written."""
+    """Kill and rerun n times. Of six kills two come at any time, three after the first result, one after the last."""
     before, writing = timed(ask.into(folder / "timed"))
     assert ask.run(600) == 0
-    undisturbed, final = substance(ask.out), numbers(ask.out)
+    undisturbed, everything = substance(ask.out), n_results(ask.out)
+    any_time, after_first, after_last = (0, before + writing), (1, writing), (everything, EXIT_SECONDS)
+    kinds = (any_time, after_first, after_last, any_time, after_first, after_first)
     moments = random.Random(0)
     stages = {"before the first result": 0, "between results": 0, "after the last": 0}
     for i in range(n):
         again = ask.into(folder / str(i))
-        early = i % 3 == 0
-        seconds = moments.uniform(0.05, before + writing) if early else moments.uniform(0, writing)
-        killed = kill_at(again, seconds, after_first_result=not early)
-        found = numbers(again.out)  # reads every file: each is whole
-        done = sum(map(len, found.values()))
-        everything = sum(map(len, final.values()))
+        after, most = kinds[i % len(kinds)]
+        seconds = moments.uniform(0, most)
+        where = f"kill {i}, {seconds:.2f} s after {after} results"
+        killed = kill_at(again, after, seconds)
+        done = n_results(again.out)
         stages[list(stages)[0 if not done else 1 if done < everything else 2]] += 1
-        assert killed or done == everything
-        assert again.run(600) == 0, f"after a kill at {seconds:.2f} s"
-        assert substance(again.out) == undisturbed, f"after a kill at {seconds:.2f} s"
-        assert left_over(again.out) == [], f"after a kill at {seconds:.2f} s"
-        assert len(files(again.out)) == len(final)
+        assert killed or done == everything, where
+        assert again.run(600) == 0, where
+        assert substance(again.out) == undisturbed, where
+        assert left_over(again.out) == [], where
+    assert all(stages.values()) or n < len(kinds), stages
     with capsys.disabled():
         print(f" [{n} of {n} kills in runs of {before + writing:.1f} s survived: {stages}]", end="")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,8 @@ from runs import Request, assert_close, numbers
 import row_store
 from activations import LayerRows
 from language_model import LanguageModel, Site
-from out_of_memory import is_out_of_memory
-from probe_backends import torch_lbfgs
+from out_of_memory import Room, is_out_of_memory
+from probe_backends import lbfgs
 from probe_backends.problem import ProbeProblem
 from probe_backends.torch_lbfgs import TorchLbfgs
 
@@ -37,7 +38,7 @@ def problem(rows=200, d=12, targets=3, splits=5):
 
 def with_room_for(monkeypatch, columns, error):
     """The line search, which holds most temporaries, fails for more columns at a time."""
-    search = torch_lbfgs._line_search
+    search = lbfgs._line_search
     widths = []
 
     def bounded(*args):
@@ -46,7 +47,7 @@ def with_room_for(monkeypatch, columns, error):
             raise error
         return search(*args)
 
-    monkeypatch.setattr(torch_lbfgs, "_line_search", bounded)
+    monkeypatch.setattr(lbfgs, "_line_search", bounded)
     return widths
 
 
@@ -85,6 +86,44 @@ def test_a_real_allocation_that_fails_is_recognised():
     assert is_out_of_memory(caught.value)
 
 
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "python", "cpu"])
+@pytest.mark.parametrize(("n", "room"), [(1, 1), (7, 1), (8, 3), (13, 5), (100, 100), (100, 33)])
+def test_work_in_pieces_covers_everything_once_and_remembers_what_fitted(caplog, n, room, error):
+    done, tried = [], []
+
+    def work(piece):
+        tried.append(piece.stop - piece.start)
+        if tried[-1] > room:
+            raise error
+        done.extend(range(n)[piece])
+
+    known = Room("rows are scored")
+    known.in_pieces(n, 4, work)
+    assert done == list(range(n))
+    assert caplog.text.count("out of memory: rows are scored") == (n > room)
+    del done[:], tried[:]
+    known.in_pieces(n, 4, work)
+    assert done == list(range(n))
+    assert max(tried) <= room
+    largest, tried[:] = max(tried), []
+    known.in_pieces(n, 8, work)
+    assert max(tried) == (n if n <= room else max(1, largest // 2)), "twice the cells a unit: half as many units"
+    assert caplog.text.count("out of memory") == (n > room)
+
+
+def test_work_in_pieces_passes_on_what_is_no_lack_of_memory_or_cannot_be_made_smaller():
+    def fail(piece):
+        raise error
+
+    for error in (MemoryError(), RuntimeError("expected scalar type Double")):
+        with pytest.raises(type(error)):
+            Room("rows are scored").in_pieces(1, 1, fail)
+    calls = []
+    with pytest.raises(RuntimeError, match="scalar type"):
+        Room("rows are scored").in_pieces(8, 1, lambda piece: calls.append(piece) or fail(piece))
+    assert calls == [slice(0, 8)]
+
+
 def test_a_run_short_of_memory_in_both_threads_gives_the_same_numbers(
     tiny_model, tiny_saes, tmp_path, monkeypatch, caplog
 ):
@@ -107,21 +146,99 @@ def test_a_run_short_of_memory_in_both_threads_gives_the_same_numbers(
     assert "probes are fitted" in caplog.text
 
 
-def spilled_store(n_rows=50, d=8):
-    site = Site(0, "resid_post")
-    return site, row_store.RowStore([(site, None), (site, 0)], n_rows, d, torch.device("cpu"), max_bytes=1)
+SITE = Site(0, "resid_post")
+GPU = torch.device("cuda", 0)
+
+
+def store_of(n_rows=50, d=8, device="cpu", max_bytes=1 << 20):
+    return row_store.RowStore([(SITE, None), (SITE, 0)], n_rows, d, torch.device(device), max_bytes)
+
+
+def batch_of(x, recon):
+    none = torch.tensor(row_store.NO_MENTION)
+    return LayerRows(SITE, torch.arange(len(x)), x, {0: recon}, {None: none, 0: none})
 
 
 def test_spilled_rows_come_back_and_their_files_have_no_names(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    site, store = spilled_store()
-    with store:
-        assert store.spilled
+    with store_of(max_bytes=1) as store:
+        assert store.place == "files"
         assert list(tmp_path.iterdir()) == [], "a killed run would leave them behind"
         x, recon = torch.randn(50, 8), torch.randn(50, 8)
-        none = torch.tensor(row_store.NO_MENTION)
-        store.put(LayerRows(site, torch.arange(50), x, {0: recon}, {None: none, 0: none}))
-        assert torch.equal(store.get(site, 0, torch.tensor([3, 1]), torch.device("cpu")), recon[[3, 1]])
+        store.put(batch_of(x, recon))
+        assert torch.equal(store.get(SITE, 0, torch.tensor([3, 1]), torch.device("cpu")), recon[[3, 1]])
+
+
+class PlayedGpu:
+    """A GPU in this machine's memory: it takes so many matrices, and later refuses where it is told to."""
+
+    def __init__(self, monkeypatch, room):
+        self.room, self.asked = room, []
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+        empty = torch.empty
+
+        def allocate(*shape, device=None, **options):
+            if device == GPU:
+                self.asked.append(shape)
+                if len(self.asked) > self.room:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+            return empty(*shape, **options)
+
+        monkeypatch.setattr(torch, "empty", allocate)
+
+
+@pytest.mark.parametrize(("room", "max_bytes", "place"), [(2, 1, "gpu"), (1, 1, "files"), (0, 1 << 20, "memory")])
+def test_rows_live_on_the_gpu_if_it_takes_all_of_them(monkeypatch, room, max_bytes, place):
+    gpu = PlayedGpu(monkeypatch, room)
+    with store_of(device=GPU, max_bytes=max_bytes) as store:
+        assert store.place == place
+        x, recon = torch.randn(50, 8), torch.randn(50, 8)
+        store.put(batch_of(x, recon))
+        assert torch.equal(store.get(SITE, None, torch.tensor([7]), torch.device("cpu")), x[[7]])
+    assert gpu.asked
+
+
+def test_a_gpu_with_little_left_is_not_asked_for_room(monkeypatch):
+    gpu = PlayedGpu(monkeypatch, room=2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 2 * 50 * 8 * 4, 1 << 40))
+    assert store_of(device=GPU).place == "memory"
+    assert gpu.asked == []
+
+
+@pytest.mark.parametrize("method", ["put", "get"])
+@pytest.mark.parametrize("max_bytes", [1, 1 << 20], ids=["files", "memory"])
+def test_rows_leave_a_gpu_whose_memory_runs_out_and_nothing_is_lost(monkeypatch, caplog, method, max_bytes):
+    PlayedGpu(monkeypatch, room=2)
+    x, recon = torch.randn(50, 8), torch.randn(50, 8)
+    part = {"put": "_keep", "get": "_pick"}[method]
+    work, failed = getattr(row_store.RowStore, part), []
+
+    def refuse_once(self, *args):
+        if self.place == "gpu" and (method == "get" or int(args[2][0]) == 30):
+            failed.append(part)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return work(self, *args)
+
+    monkeypatch.setattr(row_store.RowStore, part, refuse_once)
+    with store_of(device=GPU, max_bytes=max_bytes) as store:
+        for rows in (slice(0, 30), slice(30, 50)):
+            batch = batch_of(x[rows], recon[rows])
+            store.put(replace(batch, row_ids=torch.arange(50)[rows]))
+        for sae_id, whole in ((None, x), (0, recon)):
+            assert torch.equal(store.get(SITE, sae_id, torch.arange(50), torch.device("cpu")), whole)
+        assert store.place == ("files" if max_bytes == 1 else "memory")
+    assert failed == [part]
+    assert caplog.text.count("out of memory") == 1
+
+
+def test_rows_that_have_left_the_gpu_have_nowhere_else_to_go(monkeypatch):
+    def refuse(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    PlayedGpu(monkeypatch, room=2)
+    monkeypatch.setattr(row_store.RowStore, "_pick", refuse)
+    with store_of(device=GPU) as store, pytest.raises(torch.OutOfMemoryError):
+        store.get(SITE, None, torch.arange(50), torch.device("cpu"))
 
 
 def test_a_disk_too_small_for_the_rows_is_an_error_at_once(monkeypatch):
@@ -130,7 +247,7 @@ def test_a_disk_too_small_for_the_rows_is_an_error_at_once(monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space"):
-        spilled_store()
+        store_of(max_bytes=1)
 
 
 def test_a_run_that_spills_gives_the_same_numbers(tiny_model, tiny_saes, tmp_path):

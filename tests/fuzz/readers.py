@@ -204,7 +204,8 @@ class ResultJson(Reader):
         layer = {"mse_pos": 0.5, "fvu_pos": 0.25, "l0": 8.0, "gender": cell, "is_alive": {**cell, "q_value": None}}
         file = records.RecordFile.open(self.path, self.key, self.run, overwrite=False)
         file.warnings.append("layer 0 gender: only 30 people: the interval is rough")
-        file.write({0: layer, 1: layer}, {"forward": 1.5}, {"peak_ram_gb": 0.5}, complete=True)
+        file.seconds, file.resources, file.complete = {"forward": 1.5}, {"peak_ram_gb": 0.5}, True
+        file.write({0: layer, 1: layer})
         self.text = self.path.read_bytes()
         self.content = json.loads(self.text)
 

@@ -1,27 +1,55 @@
-"""What may not change a number does not: batch size, order of texts, padding, layer subsets, company.
+"""What may not change a number does not: batch size, order of texts, padding, layer subsets, devices, company.
 
 Selectivities and everything made from them agree to 1e-6 absolutely; reconstruction figures, which are float32 sums
 of squares in another order, to 1e-5 relatively. A score within rounding of 0 could fall on the other side and move a
-selectivity by one row; in these examples none does.
+selectivity by one row; in these examples none does. Devices are what the machine has: on one without a GPU the CPU,
+by both of its names, with one to three forward passes side by side.
 """
 
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, fields
 
 import pytest
+import torch
 from conftest import N_LAYERS, people, write_csv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import Request, assert_close, numbers
+from runs import Request, assert_close, numbers, without_q
 
 FEW = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
-batch_sizes = st.none() | st.integers(1, 90)
-orders = st.none() | st.integers(0, 10**6)
-paddings = st.sampled_from(["", "Much later, and after a very long and tedious war, ", "word " * 90])
-layer_sets = st.sets(st.integers(0, N_LAYERS - 1), min_size=1)
+GPUS = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+DEVICES = [("cpu", "cpu"), ("cpu:0", "cpu"), ("cpu", "cpu:0"),
+           *((a, b) for a in ["cpu", *GPUS] for b in ["cpu", *GPUS] if {a, b} & {*GPUS})]  # fmt: skip
+PADDINGS = ["", "Much later, and after a very long and tedious war, ", "word " * 90]
+
+
+@dataclass(frozen=True)
+class Guise:
+    """Another way to ask for the same numbers."""
+
+    batch_size: int | None
+    order: int | None  # of the rows, by this seed; None: as they were
+    padding: str  # begins the texts of another task in the file, and so fills up the batches; "": no such task
+    layers: frozenset[int]
+    devices: tuple[str, str]  # of the model and of the probes
+    threads: int  # on a CPU: forward passes side by side
+    queue_gb: float  # little: rows are kept in files
+
+
+guises = st.builds(
+    Guise,
+    batch_size=st.none() | st.integers(1, 90),
+    order=st.none() | st.integers(0, 10**6),
+    padding=st.sampled_from(PADDINGS),
+    layers=st.frozensets(st.integers(0, N_LAYERS - 1), min_size=1),
+    devices=st.sampled_from(DEVICES),
+    threads=st.integers(1, 3),
+    queue_gb=st.sampled_from([2.0, 1e-6]),
+)
 
 
 @pytest.fixture(scope="module")
@@ -37,58 +65,64 @@ def expected(ask):
     return numbers(ask.out)["pythia-tiny_women.json"]
 
 
-def without_q(layers):
-    """q values rest on all layers of a file: where there are fewer, they may differ."""
-    return {
-        layer: {
-            name: {k: v for k, v in value.items() if k != "q_value"} if isinstance(value, dict) else value
-            for name, value in record.items()
-        }
-        for layer, record in layers.items()
-    }
-
-
-def variant(ask, folder, batch_size, order, padding, layers):
-    """The same task in another guise: rows shuffled, a long text of another task beside it, fewer layers."""
+def request_for(guise, ask, folder):
     rows = people(80)
-    if order is not None:
-        random.Random(order).shuffle(rows)
-    data = write_csv(folder / "women.csv", rows)
-    flags = ["--layers", ",".join(map(str, sorted(layers)))]
-    flags += [] if batch_size is None else ["--batch_size", str(batch_size)]
-    if padding:  # a longer text in the batch pads the others
-        extra = [{**row, "text": f"{padding}{row['text']}", "start": "", "end": ""} for row in people(8, seed=9)]
-        tasks = [{**row, "task": "women"} for row in rows] + [{**row, "task": "other"} for row in extra]
-        data = write_csv(folder / "women.csv", tasks)
-    return Request(ask.model, ask.saes, data, folder / "out", (*ask.more, *flags))
+    if guise.order is not None:
+        random.Random(guise.order).shuffle(rows)
+    if guise.padding:  # a longer text in the batch pads the others
+        extra = [{**row, "text": f"{guise.padding}{row['text']}", "start": "", "end": ""} for row in people(8, seed=9)]
+        rows = [{**row, "task": "women"} for row in rows] + [{**row, "task": "other"} for row in extra]
+    flags = ["--layers", ",".join(map(str, sorted(guise.layers))), "--queue_gb", f"{guise.queue_gb:f}"]
+    flags += ["--device1", guise.devices[0], "--device2", guise.devices[1]]
+    flags += [] if guise.batch_size is None else ["--batch_size", str(guise.batch_size)]
+    return Request(ask.model, ask.saes, write_csv(folder / "women.csv", rows), folder / "out", (*ask.more, *flags))
 
 
-def check(ask, expected, tmp_path_factory, batch_size, order, padding, layers):
-    request = variant(ask, tmp_path_factory.mktemp("variant"), batch_size, order, padding, layers)
-    assert request.run() == 0
+def check(guise, ask, expected, tmp_path_factory):
+    request = request_for(guise, ask, tmp_path_factory.mktemp("guise"))
+    torch.set_num_threads(guise.threads)
+    try:
+        assert request.run() == 0
+    finally:
+        torch.set_num_threads(1)
     found = without_q(numbers(request.out)["pythia-tiny_women.json"])
-    assert found.keys() == {f"layer_{layer}" for layer in layers}
+    assert found.keys() == {f"layer_{layer}" for layer in guise.layers}
     for layer, record in found.items():
         cell, before = record["women"], without_q(expected)[layer]["women"]
         assert_close(cell, before, relative=0, absolute=1e-6, where=f"{layer}/women")
-        if not padding:  # the figures are over all texts of the file
+        if not guise.padding:  # the figures are over all texts of the file
             figures = {name: value for name, value in record.items() if name != "women"}
             wanted = {name: value for name, value in expected[layer].items() if name != "women"}
             assert_close(figures, wanted, relative=1e-5, absolute=0, where=layer)
 
 
 @FEW
-@given(batch_sizes, orders, paddings, layer_sets)
-def test_the_same_numbers(ask, expected, tmp_path_factory, batch_size, order, padding, layers):
-    check(ask, expected, tmp_path_factory, batch_size, order, padding, layers)
+@given(guises)
+def test_the_same_numbers(ask, expected, tmp_path_factory, guise):
+    check(guise, ask, expected, tmp_path_factory)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@MANY
-@given(batch_sizes, orders, paddings, layer_sets)
-def test_the_same_numbers_in_a_hundred_guises(ask, expected, tmp_path_factory, batch_size, order, padding, layers):
-    check(ask, expected, tmp_path_factory, batch_size, order, padding, layers)
+@pytest.mark.timeout(3600)
+def test_the_same_numbers_in_a_hundred_guises(ask, expected, tmp_path_factory, capsys):
+    tried = []
+
+    @MANY
+    @given(guises)
+    def try_one(guise):
+        check(guise, ask, expected, tmp_path_factory)
+        tried.append(guise)
+
+    try_one()
+    seen = {field.name: len({getattr(guise, field.name) for guise in tried}) for field in fields(Guise)}
+    with capsys.disabled():
+        print(f" [{len(tried)} guises, with so many different: {seen}]", end="")
+    assert seen["batch_size"] > 10
+    assert seen["order"] > 10
+    assert seen["padding"] == len(PADDINGS)
+    assert seen["layers"] == 2**N_LAYERS - 1
+    assert seen["devices"] == len(DEVICES)
+    assert (seen["threads"], seen["queue_gb"]) == (3, 2)
 
 
 def test_a_dataset_has_the_same_numbers_in_company(ask, expected, tmp_path):

@@ -1,0 +1,43 @@
+"""Activations of the bundled model at the tokens that probes read, for the scripts beside this one.
+
+    found = bundled.activations(mentions, layers=[3, 4])    # layer -> float32 [mentions, d]
+
+What `main.py` makes in its producer, without SAEs, queue and threads: the residual stream at the last token of each
+name, BOS first, in the precision that the model was saved in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from activations import CPU_TOKENS
+from datasets_wikidata import Mention, batches, tokenise
+from errors import RequestError
+from language_model import Site, open_model
+
+MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"
+
+
+def activations(mentions: Sequence[Mention], layers: Collection[int], model: Path = MODEL) -> dict[int, Tensor]:
+    """Outputs of `layers` at the last token of each mention's name: layer -> float32 [mentions, d].
+
+    Raises `RequestError` for a layer that the model lacks, and for a model that cannot be read.
+    """
+    info = open_model(str(model))
+    if not all(0 <= layer < info.n_layers for layer in layers):
+        raise RequestError(f"layers {sorted(layers)}: {model.name} has layers 0 to {info.n_layers - 1}")
+    tokenised = tokenise(mentions, info.tokenizer, prepend_bos=info.has_bos, max_length=info.max_length)
+    sites = [Site(layer, "resid_post") for layer in layers]
+    language_model = info.load(sites, "cpu", info.choose_dtype("auto"))
+    found = {site: torch.empty(len(mentions), info.d_model) for site in sites}
+    for batch in batches(tokenised, np.arange(len(mentions)), batch_size=len(mentions), max_tokens=CPU_TOKENS):
+        outputs = language_model.activations(batch.ids)
+        rows, text = torch.from_numpy(batch.mentions), torch.arange(len(batch.mentions))
+        for site in sites:
+            found[site][rows] = outputs[site][text, batch.last].float()
+    return {site.layer: values for site, values in found.items()}

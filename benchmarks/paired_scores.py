@@ -1,0 +1,98 @@
+"""Two SAEs on the same rows and folds: the difference of their scores, its interval, and how many pairs it tells apart.
+
+Every method in a table goes through the same estimator: a score is a mean over probes of what each row gives to it, so
+any two SAEs are compared row by row, clustered by person (`uncertainty.py`); FVU is a ratio of two sums over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from probe_statistics import ProbeScores
+from uncertainty import Cell, Estimate, balanced_mean, clustered_variance, estimate_mean
+
+Floats = NDArray[np.floating]
+Parts = Callable[[ProbeScores, str], Floats]  # `correct`, `bits` or `auc_parts` of probe_statistics
+
+RELIABLE = 1.96 * 2**0.5  # 2.77: two runs of one SAE differ by more than this times their SD once in 20 times
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What a reconstruction leaves, summed in units that may be rows or texts."""
+
+    error: Floats  # [units], squared
+    deviation: Floats  # [units], squared distance from the mean of all rows
+    clusters: NDArray[np.int64]  # [units], the person or the text that each belongs to
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of variance unexplained."""
+        return float(self.error.sum() / self.deviation.sum())
+
+    def of(self, units: NDArray[np.int64]) -> Errors:
+        """Those units, repeats allowed."""
+        return Errors(self.error[units], self.deviation[units], self.clusters[units])
+
+
+@dataclass(frozen=True)
+class PairCount:
+    """How a score orders pairs of which the better one is known."""
+
+    pairs: int
+    right: int  # the better one has the better score
+    sure: int  # right, and the 95 % interval of the difference excludes 0
+    sure_and_wrong: int  # the wrong way round, and the interval excludes 0
+    beyond_noise: int  # right, and by more than single runs of both can show: `RELIABLE` times the SD over runs
+
+    @classmethod
+    def of(cls, gains: Sequence[Sequence[float]], noise: float) -> PairCount:
+        """`gains`: the better one's score less the worse one's, with the interval: (value, low, high) each.
+
+        `noise`: the SD of one SAE's score over runs.
+        """
+        return cls(
+            pairs=len(gains),
+            right=sum(value > 0 for value, _, _ in gains),
+            sure=sum(low > 0 for _, low, _ in gains),
+            sure_and_wrong=sum(high < 0 for _, _, high in gains),
+            beyond_noise=sum(value > RELIABLE * noise for value, _, _ in gains),
+        )
+
+
+def mean_score(probes: Sequence[ProbeScores], view: str, parts: Parts) -> float:
+    """The mean over probes and partitions of a view's score."""
+    return float(np.mean([balanced_mean(parts(p, view), p.labels, p.weights).mean() for p in probes]))
+
+
+def difference(a: Sequence[ProbeScores], b: Sequence[ProbeScores], view: str, parts: Parts) -> Estimate:
+    """The mean over probes of a's score less b's, paired row by row and clustered by person over all probes."""
+    return estimate_mean(
+        [
+            Cell(parts(of_a, view) - parts(of_b, view), of_a.labels, of_a.persons, of_a.weights)
+            for of_a, of_b in zip(a, b, strict=True)
+        ]
+    )
+
+
+def fvu_difference(a: Errors, b: Errors) -> Estimate:
+    """a's FVU less b's on the same rows: the clustered error of a ratio of sums, linearised."""
+    value = a.fvu - b.fvu
+    psi = (a.error - b.error - value * a.deviation) / a.deviation.sum()
+    return Estimate(value, clustered_variance(psi, a.clusters) ** 0.5, len(np.unique(a.clusters)))
+
+
+def noise_of_runs(runs: Mapping[str, Sequence[float]]) -> float:
+    """SD of a score over repeated runs, pooled over SAEs: {SAE: its score in each run}."""
+    return float(np.sqrt(np.mean([np.var(scores, ddof=1) for scores in runs.values()])))
+
+
+def noise_of_differences(runs: Mapping[str, Sequence[float]]) -> float:
+    """SD over runs of the difference of two SAEs that share the run, pooled over all pairs of SAEs."""
+    scores = np.array(list(runs.values()))  # [saes, runs]
+    pairs = [(i, j) for i in range(len(scores)) for j in range(i)]
+    return float(np.sqrt(np.mean([np.var(scores[i] - scores[j], ddof=1) for i, j in pairs])))

@@ -1,0 +1,166 @@
+"""How reliable delta_sel is beside k-sparse probing and FVU: its noise over runs, and which SAEs it tells apart.
+
+python benchmarks/reliability.py run --corpus people_text.jsonl.xz   # trains and measures; goes on where it stopped
+python benchmarks/reliability.py                                     # the tables, from what `run` kept
+python benchmarks/reliability.py --write                             # puts them into docs/reliability.md
+
+Two of the three lenses of "Are Sparse Autoencoder Benchmarks Reliable?" (Chanin 2026, arXiv 2605.18229), on one layer
+of the bundled model; the third, correlation with ground truth, is `benchmarks/ground_truth.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same numbers whatever the number of cores
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(PROJECT), str(PROJECT / "scripts")]  # the project is not installed as a package
+
+import numpy as np  # noqa: E402
+
+from benchmarks import reliability_tables  # noqa: E402
+from benchmarks.k_sparse import KS  # noqa: E402
+from benchmarks.paired_scores import Errors, Parts, difference, fvu_difference, mean_score  # noqa: E402
+from benchmarks.probe_draws import Pool, Task, resampled_people  # noqa: E402
+from benchmarks.reliability_tables import Gain, Pairs, Reliability  # noqa: E402
+from benchmarks.reliability_work import Work, errors_at  # noqa: E402
+from benchmarks.sae_panel import PairSet, Snapshot, noise_panel, pair_sets, panel  # noqa: E402
+from errors import RequestError  # noqa: E402
+from probe_statistics import ProbeScores, auc_parts, bits, correct  # noqa: E402
+
+LAYER = 3  # of 0 to 5; where the demo's SAEs lose most
+RUNS = (1, 2, 3, 4, 5)  # seeds of repeated measurements
+ROWS = 3000  # of a dataset: the program's `--shuffle_select_n`
+FEW_ROWS = 600  # of a dataset: 3000 of all five together
+PANEL = "panel"  # the draw that all SAEs are compared on
+
+METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and what each row gives to it; higher is better
+    "delta_sel": ("sae", correct),
+    "delta_auc": ("sae", auc_parts),
+    "delta_bits": ("sae", bits),
+    "transfer_delta": ("transfer", correct),
+    "transfer_delta in bits": ("transfer", bits),
+    **{f"k-sparse, k = {k}, balanced accuracy": (f"k{k}", correct) for k in KS},
+    **{f"k-sparse, k = {k}, AUC": (f"k{k}", auc_parts) for k in KS},
+}
+FVU_PROBED, FVU_HELD_OUT = "FVU, probed positions", "FVU, held-out text"  # lower is better
+
+Runs = dict[str, dict[str, dict[str, list[float]]]]  # what is drawn anew -> metric -> SAE -> its score in each run
+
+
+def level(probes: Sequence[ProbeScores], metric: str) -> float:
+    """One SAE's score; of the deltas, what is left when the model's own is taken off."""
+    view, parts = METRICS[metric]
+    own = mean_score(probes, view, parts)
+    return own - mean_score(probes, "model", parts) if view in ("sae", "transfer") else own
+
+
+def repeated_draws(pool: Pool) -> Iterator[tuple[str, int, list[Task]]]:
+    """(what is drawn anew, run, its tasks)."""
+    for run in RUNS:
+        yield "folds", run, pool.program_draw(ROWS, 0, run)
+        yield "people and folds", run, pool.bootstrap(ROWS, run)
+        yield "people and folds, 3000 rows in all", run, pool.program_draw(FEW_ROWS, run, run)
+
+
+def repeated_runs(work: Work, pool: Pool, errors: Mapping[str, Mapping[str, Errors]]) -> Runs:
+    """Lens 1: the same SAEs measured again and again."""
+    x, saes, runs = work.probed_activations(pool), noise_panel(), Runs()
+    for kind, run, tasks in repeated_draws(pool):
+        draw = f"{kind.replace(', ', '_').replace(' ', '_')}_{run}"
+        work.probe(draw, tasks, saes, x)
+        for snapshot in saes:
+            probes = work.scores(draw, snapshot)
+            values = {metric: level(probes, metric) for metric in METRICS}
+            for metric, by_sae in errors.items():
+                rows = np.concatenate([task.rows for task in tasks])
+                if metric == FVU_HELD_OUT:
+                    texts = by_sae[snapshot.name].clusters
+                    rows = resampled_people(texts, len(texts), np.random.default_rng(run))
+                    rows = np.arange(len(texts)) if kind == "folds" else rows
+                values[metric] = by_sae[snapshot.name].of(rows).fvu
+            for metric, value in values.items():
+                runs.setdefault(kind, {}).setdefault(metric, {}).setdefault(snapshot.name, []).append(value)
+    return runs
+
+
+def compare(
+    sets: Sequence[PairSet], probes: Mapping[str, list[ProbeScores]], errors: Mapping[str, Mapping[str, Errors]]
+) -> list[Pairs]:
+    """Lens 3: by how much the better SAE of each pair is better, by every score."""
+    found = []
+    for each in sets:
+        gains: dict[str, list[Gain]] = {}
+        for worse, better in each.pairs:
+            for metric, (view, parts) in METRICS.items():
+                gain = difference(probes[better.name], probes[worse.name], view, parts)
+                gains.setdefault(metric, []).append((gain.value, gain.low, gain.high))
+            for metric, by_sae in errors.items():
+                gain = fvu_difference(by_sae[worse.name], by_sae[better.name])
+                gains.setdefault(metric, []).append((gain.value, gain.low, gain.high))
+        names = [(worse.name, better.name) for worse, better in each.pairs]
+        found.append(Pairs(each.kind, each.family, each.change, names, gains))
+    return found
+
+
+def measure(work: Work) -> Reliability:
+    """All stages."""
+    pool, saes = Pool.load(), panel()
+    x, corpus = work.probed_activations(pool), work.corpus_activations()
+    work.train(saes, corpus.train)
+    tasks = pool.program_draw(ROWS, seed=0, fold_seed=0)
+    work.probe(PANEL, tasks, saes, x)
+    persons, texts = pool.texts.persons, corpus.held_out_text.numpy()
+    errors = {
+        FVU_PROBED: {s.name: errors_at(x, work.sae(s), persons) for s in saes},
+        FVU_HELD_OUT: {s.name: errors_at(corpus.held_out, work.sae(s), texts) for s in saes},
+    }
+    runs = repeated_runs(work, pool, errors)
+    rows = np.concatenate([task.rows for task in tasks])
+    on_panel = {**errors, FVU_PROBED: {name: found.of(rows) for name, found in errors[FVU_PROBED].items()}}
+    probes = {snapshot.name: work.scores(PANEL, snapshot) for snapshot in saes}
+    levels = {
+        snapshot.name: {metric: level(probes[snapshot.name], metric) for metric in METRICS}
+        | {metric: by_sae[snapshot.name].fvu for metric, by_sae in on_panel.items()}
+        for snapshot in saes
+    }
+    return Reliability(
+        layer=LAYER,
+        n_rows=int(sum(len(task.rows) for task in tasks)),
+        n_people=len(np.unique(persons[rows])),
+        n_probes=sum(len(task.names) for task in tasks),
+        levels=levels,
+        runs=runs,
+        pairs=compare(pair_sets(), probes, on_panel),
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["run"], help="train and measure first")
+    parser.add_argument("--corpus", type=Path, help="text to train the SAEs on: JSON lines, xz, with `text` and `source`")
+    parser.add_argument("--work_dir", type=Path, default=PROJECT / "results" / "reliability", help="for what it makes")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/reliability.md")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    if args.what == "run":
+        try:
+            reliability_tables.keep(measure(Work(args.work_dir, LAYER, args.corpus)))
+        except RequestError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    found = reliability_tables.kept()
+    print(reliability_tables.tables(found))
+    if args.write:
+        reliability_tables.write(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

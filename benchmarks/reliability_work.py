@@ -1,0 +1,122 @@
+"""The stages of `benchmarks/reliability.py`, each kept in a folder: what is there is not made again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import scores
+from benchmarks import bundled
+from benchmarks.k_sparse import KS, k_sparse_scores
+from benchmarks.paired_scores import Errors
+from benchmarks.probe_draws import Pool, Task
+from benchmarks.sae_families import CorpusActivations, as_sae, corpus_activations, train
+from benchmarks.sae_panel import Snapshot
+from errors import RequestError
+from probe_statistics import ProbeScores, quantised
+from probes import ProbeBackend, choose_backend
+from sae_loader import Sae
+from selectivity import ModelFit, fit_model, out_of_fold
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The folder, and what the first stages need."""
+
+    folder: Path
+    layer: int
+    corpus: Path | None  # None: its activations are there already
+
+    def corpus_activations(self) -> CorpusActivations:
+        """What SAEs are trained on. Raises `RequestError` if they are not there and there is no corpus."""
+        path = self.folder / "corpus.safetensors"
+        if not path.exists():
+            if self.corpus is None:
+                raise RequestError(f"{path} is not there: give --corpus, the text to train SAEs on (JSON lines, xz)")
+            log.info("activations of %s", self.corpus)
+            acts = corpus_activations(bundled.MODEL, self.layer, self.corpus, seed=0)
+            _save(path, {"train": acts.train, "held_out": acts.held_out, "held_out_text": acts.held_out_text})
+        return CorpusActivations(**load_file(path))
+
+    def probed_activations(self, pool: Pool) -> Tensor:
+        """float32 [mentions, d] at the probed positions."""
+        path = self.folder / "probed.safetensors"
+        if not path.exists():
+            log.info("activations of %d mentions", len(pool.texts.mentions))
+            _save(path, {"x": bundled.activations(pool.texts.mentions, [self.layer])[self.layer]})
+        return load_file(path)["x"]
+
+    def train(self, panel: Sequence[Snapshot], acts: Tensor) -> None:
+        """Train what is missing of the panel on acts [tokens, d]."""
+        recipes = {snapshot.recipe.name: snapshot.recipe for snapshot in panel}
+        for recipe in recipes.values():
+            if not self._sae(Snapshot.trained(recipe)).exists():  # the last that a training writes
+                for step, weights in train(recipe, acts):
+                    _save(self._sae(Snapshot(recipe, step)), weights)
+
+    def sae(self, snapshot: Snapshot) -> Sae:
+        return as_sae(snapshot.recipe, load_file(self._sae(snapshot)))
+
+    def probe(self, draw: str, tasks: Sequence[Task], saes: Sequence[Snapshot], x: Tensor) -> None:
+        """Out-of-fold scores of the SAEs on a draw of the rows x [mentions, d]; the model's probes are fitted once."""
+        missing = [snapshot for snapshot in saes if not self._scores(draw, snapshot).exists()]
+        if not missing:
+            return
+        log.info("%s: %d SAEs to probe", draw, len(missing))
+        backend, _ = choose_backend("torch", "cpu")
+        fits = [fit_model(task.plan, x[torch.from_numpy(task.rows)], backend) for task in tasks]
+        for snapshot in missing:
+            sae, found = self.sae(snapshot), dict[str, ProbeScores]()
+            for task, fit in zip(tasks, fits, strict=True):
+                found |= probe_scores(task, fit, sae, backend)
+            path = self._scores(draw, snapshot)
+            path.parent.parent.mkdir(parents=True, exist_ok=True)
+            scores.save(path, scores.LayerScores(self.layer, draw, found))
+
+    def scores(self, draw: str, snapshot: Snapshot) -> list[ProbeScores]:
+        """What `probe` found, probe by probe."""
+        return list(scores.load(self._scores(draw, snapshot)).probes.values())
+
+    def _sae(self, snapshot: Snapshot) -> Path:
+        return self.folder / "saes" / f"{snapshot.name}.safetensors"
+
+    def _scores(self, draw: str, snapshot: Snapshot) -> Path:
+        return self.folder / "scores" / draw / f"{snapshot.name}.safetensors"
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
+    unfinished.replace(path)
+
+
+def probe_scores(task: Task, fit: ModelFit, sae: Sae, backend: ProbeBackend) -> dict[str, ProbeScores]:
+    """Each probe's scores of the views model, sae and transfer, and of `k1`, `k5` and so on: k-sparse probes."""
+    codes = sae.encode(fit.x)
+    found = out_of_fold(task.plan, fit, sae.decode(codes), backend)
+    sparse = quantised(k_sparse_scores(task.plan, codes, KS))  # [ks, targets, repeats, rows]
+    result = {}
+    for t, place in enumerate(task.plan.kept):
+        probe = found.probe(t)
+        views = {**probe.views, **{f"k{k}": sparse[i, t] for i, k in enumerate(KS)}}
+        result[task.names[place]] = ProbeScores(views, probe.labels, probe.persons, probe.weights, probe.folds)
+    return result
+
+
+def errors_at(x: Tensor, sae: Sae, clusters: NDArray[np.int64]) -> Errors:
+    """What the SAE leaves of each row of x [rows, d]; clusters [rows]."""
+    x = x.float()
+    error = (x - sae.decode(sae.encode(x))).double().square().sum(1)
+    deviation = (x.double() - x.double().mean(0)).square().sum(1)
+    return Errors(error.numpy(), deviation.numpy(), clusters)

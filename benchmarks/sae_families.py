@@ -1,0 +1,201 @@
+"""Families of SAEs whose order is known: snapshots of two trainings, close variants, and copies by other seeds.
+
+Every SAE of a panel learns from the same stored activations of one layer. Within a seed, all have the same order of
+batches and, where their widths agree, the same start, so two recipes differ by what their names say and by nothing
+else that could be held equal. The training step is the demo's (`scripts/demo_training/sae_training.py`).
+
+    acts = corpus_activations(model_folder, layer, corpus, seed=0)
+    for step, weights in train(recipe, acts.train): ...
+    sae = as_sae(recipe, weights)
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import lzma
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from demo_training.corpus import Document
+from demo_training.sae_training import SaeSettings, TopKSae, train_step
+from demo_training.streams import TextMix, encode
+from torch import Tensor
+
+from language_model import LanguageModel, Site, open_model
+from sae_formats.coders import LinearCoder, fold_b_dec
+from sae_loader import Sae, Threshold, TopK
+
+log = logging.getLogger(__name__)
+
+Weights = dict[str, Tensor]  # W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], threshold []
+
+LENGTH = 192  # tokens a row of training text, BOS included
+TRAIN_ROWS = 4096  # 0.78 M activations
+ROWS_AT_ONCE = 16
+MAX_CHARACTERS = 4_000_000  # read of each source of the corpus
+HELD_OUT_TEXTS = 400
+CALIBRATION_ROWS = 16_384  # activations that set the threshold of a BatchTopK SAE
+SETTINGS = SaeSettings(minutes=0, batch=1024, dead_after=100_000)  # trained by steps, not by minutes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one SAE is trained."""
+
+    architecture: Literal["topk", "batchtopk"]
+    k: int
+    d_sae: int
+    steps: int
+    seed: int
+    snapshots: tuple[int, ...] = ()
+    """Steps after which it is kept; it is kept at the end in any case."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.architecture}_k{self.k}_w{self.d_sae}_s{self.steps}_seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class CorpusActivations:
+    """One layer's residual stream on a text corpus, without BOS."""
+
+    train: Tensor  # [tokens, d_in], in the model's own dtype
+    held_out: Tensor  # [tokens, d_in]: the beginnings of texts that are not trained on
+    held_out_text: Tensor  # int64 [tokens], the text each belongs to
+
+
+STEPS = 800
+SNAPSHOTS = (13, 20, 32, 50, 80, 127, 201, 318, 505, STEPS)  # evenly spaced in log
+FAMILIES: dict[str, tuple[Literal["topk", "batchtopk"], int, int]] = {  # name -> architecture, k, d_sae
+    "TopK, k 32": ("topk", 32, 1024),
+    "BatchTopK, k 8": ("batchtopk", 8, 1024),
+}
+
+
+def member(family: str, seed: int) -> Recipe:
+    """The family's own recipe. Snapshots are kept of seed 0."""
+    architecture, k, d_sae = FAMILIES[family]
+    return Recipe(architecture, k, d_sae, STEPS, seed, SNAPSHOTS if seed == 0 else ())
+
+
+def close_variants(base: Recipe) -> dict[str, tuple[Recipe, Recipe]]:
+    """What was changed -> (the worse recipe, the better one)."""
+    base = replace(base, snapshots=())
+    return {
+        "k x 7/8": (replace(base, k=base.k * 7 // 8), base),
+        "width x 1.25": (base, replace(base, d_sae=base.d_sae * 5 // 4)),
+        "10 % less training": (replace(base, steps=base.steps * 9 // 10), base),
+    }
+
+
+class BatchTopKSae(TopKSae):
+    """Keeps the k x batch largest pre-activations of a batch (Bussmann et al. 2024, arXiv 2412.06410)."""
+
+    def latents(self, pre: Tensor, k: int) -> Tensor:
+        values, indices = pre.flatten().topk(k * len(pre), sorted=False)
+        return torch.zeros_like(pre).flatten().scatter(0, indices, values).view_as(pre)
+
+
+def corpus_activations(model_folder: Path, layer: int, corpus: Path, seed: int) -> CorpusActivations:
+    """Run the texts of `corpus` (JSON lines, xz: `text`, and `source` if they are of several kinds).
+
+    The kinds have equal shares of the training rows. One document in 100, by hash, is held out.
+    """
+    info = open_model(str(model_folder))
+    site = Site(layer, "resid_post")
+    model = info.load([site], "cpu", info.choose_dtype("auto"))
+    train, held_out = _texts_by_source(corpus, seed)
+    ids = encode(train, info.tokenizer)
+    mix = TextMix(ids, {}, dict.fromkeys(ids, 1.0), seed)
+    bos = info.tokenizer.bos_token_id
+    parts = []
+    for _ in range(TRAIN_ROWS // ROWS_AT_ONCE):
+        rows = mix.batch(ROWS_AT_ONCE, LENGTH)
+        parts.append(model.activations(rows)[site][rows != bos])
+    beginnings = [part[: LENGTH - 1] for part in encode({"": held_out}, info.tokenizer)[""]]
+    kept = [_after_bos(model, site, torch.tensor([bos, *part.tolist()])) for part in beginnings if len(part)]
+    text = torch.repeat_interleave(torch.arange(len(kept)), torch.tensor([len(part) for part in kept]))
+    return CorpusActivations(torch.cat(parts), torch.cat(kept), text)
+
+
+def _texts_by_source(corpus: Path, seed: int) -> tuple[dict[str, list[str]], list[str]]:
+    """Training texts of each source, up to `MAX_CHARACTERS`, and at most `HELD_OUT_TEXTS` others."""
+    with lzma.open(corpus, "rt", encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    random.Random(seed).shuffle(records)
+    train: defaultdict[str, list[str]] = defaultdict(list)
+    held_out: list[str] = []
+    size: defaultdict[str, int] = defaultdict(int)
+    for record in records:
+        source, text = record.get("source", ""), record["text"]
+        if Document(source, "", text).held_out:
+            held_out.append(text)
+        elif size[source] < MAX_CHARACTERS:
+            train[source].append(text)
+            size[source] += len(text)
+    return dict(train), held_out[:HELD_OUT_TEXTS]
+
+
+def _after_bos(model: LanguageModel, site: Site, ids: Tensor) -> Tensor:
+    """[tokens - 1, d_in] for one text's ids [tokens] that begin with BOS."""
+    return model.activations(ids[None])[site][0, 1:]
+
+
+def train(recipe: Recipe, acts: Tensor) -> Iterator[tuple[int, Weights]]:
+    """Train on acts `[tokens, d_in]`; gives (step, weights for raw activations) at every snapshot and at the end."""
+    torch.set_num_threads(1)
+    mean = acts.float().mean(0)
+    scale = torch.stack([(part.float() - mean).square().sum() for part in acts.split(65536)]).sum()
+    scale = (scale / acts.numel()).sqrt()
+    sae_class = TopKSae if recipe.architecture == "topk" else BatchTopKSae
+    start = torch.Generator().manual_seed(recipe.seed)
+    sae = sae_class(0, recipe.k, mean / scale, recipe.d_sae, start)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=SETTINGS.lr, fused=True)
+    batches = _batches(len(acts), SETTINGS.batch, recipe.seed)
+    began, loss = time.monotonic(), float("nan")
+    for step in range(1, recipe.steps + 1):
+        progress = (step - 1) / recipe.steps
+        factor = min(1.0, (progress + 1 / recipe.steps) / SETTINGS.warmup, (1 - progress) / SETTINGS.decay)
+        optimiser.param_groups[0]["lr"] = SETTINGS.lr * factor
+        loss = train_step(sae, optimiser, acts[next(batches)].float() / scale, SETTINGS)
+        if step in recipe.snapshots or step == recipe.steps:
+            weights = sae.unscaled(float(scale))
+            if recipe.architecture == "batchtopk":
+                weights["threshold"] = _threshold(weights, recipe.k, acts[:CALIBRATION_ROWS].float())
+            yield step, weights
+    log.info("%s: %.0f s, loss %.4f", recipe.name, time.monotonic() - began, loss)
+
+
+def _batches(n: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Indices of shuffled batches, epoch after epoch."""
+    order = torch.Generator().manual_seed(seed)
+    while True:
+        yield from (part for part in torch.randperm(n, generator=order).split(size) if len(part) == size)
+
+
+def _pre_acts(weights: Weights, x: Tensor) -> Tensor:
+    return torch.relu((x - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"])
+
+
+def _threshold(weights: Weights, k: int, x: Tensor) -> Tensor:
+    """The pre-activation that k latents a row exceed on average: a BatchTopK SAE is used one row at a time."""
+    pre = _pre_acts(weights, x).flatten()
+    return pre.kthvalue(len(pre) - k * len(x)).values
+
+
+def as_sae(recipe: Recipe, weights: Weights) -> Sae:
+    """The SAE as the rest of the project knows it."""
+    d_sae, d_in = weights["W_enc"].shape
+    bias = fold_b_dec(weights["W_enc"], weights["b_enc"], weights["b_dec"])
+    selection: TopK | Threshold = TopK(recipe.k)
+    if recipe.architecture == "batchtopk":
+        selection = Threshold(weights["threshold"].expand(d_sae))
+    coder = LinearCoder(weights["W_enc"], bias, weights["W_dec"], weights["b_dec"], selection)
+    return Sae(recipe.name, 0, "resid_post", d_in, d_sae, recipe.k, recipe.architecture, coder)

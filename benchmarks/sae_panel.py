@@ -1,0 +1,81 @@
+"""Which SAEs are compared with which: pairs whose better one is known by how they were made."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from benchmarks.sae_families import FAMILIES, SNAPSHOTS, Recipe, close_variants, member
+
+SEEDS = (0, 1, 2)  # of the SAEs' training
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """An SAE after so many steps of its training."""
+
+    recipe: Recipe
+    step: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.recipe.name}_step{self.step}"
+
+    @classmethod
+    def trained(cls, recipe: Recipe) -> Snapshot:
+        """The end of its training."""
+        return cls(recipe, recipe.steps)
+
+
+Pair = tuple[Snapshot, Snapshot]  # the worse one, the better one
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """Pairs of one kind."""
+
+    kind: str  # "snapshots", "close variants", or "close variants, other seeds"
+    family: str
+    change: str  # what tells the two apart
+    pairs: tuple[Pair, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}: {self.family}: {self.change}"
+
+
+def snapshots_of(family: str) -> list[Snapshot]:
+    """From the least trained to the most."""
+    return [Snapshot(member(family, 0), step) for step in SNAPSHOTS]
+
+
+def pair_sets() -> list[PairSet]:
+    """All pairs of a family's snapshots; each close variant beside its original, of the same and of other seeds."""
+    sets = [
+        PairSet("snapshots", family, "training steps", tuple(itertools.combinations(snapshots_of(family), 2)))
+        for family in FAMILIES
+    ]
+    for family in FAMILIES:
+        by_seed = [close_variants(member(family, seed)) for seed in SEEDS]
+        for change in by_seed[0]:
+            worse, better = zip(*(variants[change] for variants in by_seed), strict=True)
+            pairs = {(i, j): (Snapshot.trained(worse[i]), Snapshot.trained(better[j]))
+                     for i, j in itertools.product(range(len(SEEDS)), repeat=2)}  # fmt: skip
+            same = tuple(pair for (i, j), pair in pairs.items() if i == j)
+            other = tuple(pair for (i, j), pair in pairs.items() if i != j)
+            sets.append(PairSet("close variants", family, change, same))
+            sets.append(PairSet("close variants, other seeds", family, change, other))
+    return sets
+
+
+def panel() -> list[Snapshot]:
+    """Every SAE of any pair, once."""
+    found = {snapshot.name: snapshot for each in pair_sets() for pair in each.pairs for snapshot in pair}
+    for family in FAMILIES:  # these say when to keep what; their copies among the variants do not
+        found |= {snapshot.name: snapshot for snapshot in snapshots_of(family)}
+    return list(found.values())
+
+
+def noise_panel() -> list[Snapshot]:
+    """The SAEs that are measured again and again: an early, a middle and the last snapshot of either family."""
+    return [snapshots_of(family)[place] for family in FAMILIES for place in (3, 6, 9)]

@@ -1,0 +1,1 @@
+"""A world whose features are known, SAEs of it from perfect to broken, and what each of them truly keeps."""

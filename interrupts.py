@@ -1,0 +1,44 @@
+"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal) outside of the two threads' work, where `pipeline` has its own way.
+
+A signal that is ignored (`nohup`, a job in the background) stays ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def leave_at_once() -> None:
+    """From now on they end the process with 130: for while Python loads the program, and while it takes it down."""
+    for number in _watched():
+        signal.signal(number, _leave)
+
+
+def _leave(_number: int, _frame: object) -> None:
+    with suppress(OSError):  # nobody is there to read it
+        os.write(2, b"interrupted: no run was going on; the same command starts one, or goes on with what is missing\n")
+    os._exit(130)
+
+
+@contextmanager
+def like_ctrl_c() -> Iterator[None]:
+    """Each of them raises `KeyboardInterrupt` while inside. In the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.default_int_handler) for number in _watched()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watched() -> list[signal.Signals]:
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]

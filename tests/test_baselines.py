@@ -1,0 +1,428 @@
+"""Baselines: each keeps exactly what it should, and a run takes them for SAEs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import D_MODEL, D_SAE, N_LAYERS, people, write_csv, write_sparsify
+from runs import Request, assert_close, files, numbers
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+
+import config
+import main as program
+import records
+from baselines import CALIBRATED, KINDS, OF_AN_SAE, Baseline, Measured, SiteBuilder, bag_of_names, plan_baselines
+from calibration import SiteSample
+from datasets_wikidata import load_all_mentions, load_probe_texts, tokenise
+from language_model import Site, open_model
+from sae_loader import Sae, open_sae
+from selectivity import DEFAULT_CS, FoldPlan
+
+SITE = Site(1, "resid_post")
+DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def sample():
+    """Correlated activations far from the origin, 100 of them probed, and some BOS rows that must not count."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, D_MODEL, generator=generator) * torch.linspace(3, 0.1, D_MODEL)
+    x = x @ torch.linalg.qr(torch.randn(D_MODEL, D_MODEL, generator=generator)).Q + 20
+    bos = torch.arange(600) % 100 == 0
+    return SiteSample(torch.where(bos[:, None], 1e4, x), bos, x[bos.logical_not()][:100])
+
+
+@pytest.fixture(scope="module")
+def sae(tiny_saes):
+    return open_sae(str(tiny_saes)).load(SITE.layer, DEVICE)
+
+
+def planned(kind, counts_bos=False):
+    of = 0 if kind in OF_AN_SAE else None
+    return Baseline(kind, of, "sae" if of == 0 else "resid_post", "resid_post", counts_bos, (1,))
+
+
+def built(kind, sample, sae, seed=0) -> Sae:
+    return SiteBuilder(SITE, D_MODEL, DEVICE, sample, seed).build(planned(kind), sae if kind in OF_AN_SAE else None)
+
+
+def fvu(x, recon):
+    return float((x - recon).square().sum() / (x - x.mean(dim=0)).square().sum())
+
+
+def test_the_config_knows_the_kinds():
+    assert config.BASELINES == KINDS
+
+
+def test_identity_gives_x_back_bit_for_bit(sample):
+    identity = built("identity", None, None)
+    codes = identity.encode(sample.x)
+    assert torch.equal(identity.decode(codes), sample.x)
+    assert torch.equal(codes.l0(), (sample.x != 0).sum(dim=1).float())
+    assert codes.n_cols == identity.d_sae == D_MODEL
+
+
+def test_mean_ablation_gives_the_mean_of_what_counts_and_never_fires(sample):
+    mean = built("mean", sample, None)
+    codes = mean.encode(sample.probed)
+    assert codes.l0().tolist() == [0] * 100
+    expected = sample.counted(False).mean(dim=0).expand(100, -1)
+    torch.testing.assert_close(mean.decode(codes), expected)
+    x = sample.counted(False)
+    assert fvu(x, mean.decode(mean.encode(x))) == pytest.approx(1, abs=1e-5)
+
+
+def test_mean_ablation_lets_nan_through():
+    broken = torch.full((1, D_MODEL), torch.nan)
+    mean = built("mean", SiteSample(torch.zeros(2, D_MODEL), torch.zeros(2, dtype=torch.bool), torch.zeros(1, 2)), None)
+    assert mean.encode(broken).value.isnan().any()
+
+
+def test_pca_is_that_of_scikit_learn_fitted_to_the_same_sample(sample, sae):
+    pca = built("pca", sample, sae)
+    k = round(float(sae.encode(sample.probed).l0().mean()))
+    assert pca.k == pca.d_sae == k
+    x = sample.counted(False)
+    reference = PCA(n_components=k).fit(x.double().numpy())
+    expected = reference.inverse_transform(reference.transform(sample.probed.double().numpy()))
+    codes = pca.encode(sample.probed)
+    np.testing.assert_allclose(pca.decode(codes), expected, rtol=1e-5, atol=1e-5)
+    assert codes.l0().tolist() == [k] * 100
+
+
+def test_pca_of_more_than_all_axes_is_the_identity(sample):
+    dense = replace(built("identity", None, None), name="an SAE with an L0 of d_in")
+    pca = built("pca", sample, dense)
+    assert pca.d_sae == D_MODEL
+    torch.testing.assert_close(pca.decode(pca.encode(sample.probed)), sample.probed, rtol=1e-5, atol=1e-4)
+
+
+def test_random_fires_as_often_as_its_sae_along_unit_directions(sample, sae):
+    random = built("random", sample, sae)
+    l0 = sae.encode(sample.probed).l0().mean()
+    assert random.encode(sample.probed).l0().mean() == round(float(l0))
+    assert (random.d_sae, random.coder.W_enc.shape) == (sae.d_sae, (D_SAE, D_MODEL))
+    torch.testing.assert_close(random.coder.W_enc.norm(dim=1), torch.ones(D_SAE))
+
+
+def test_no_other_gain_of_the_random_decoder_fits_better(sample, sae):
+    random, x = built("random", sample, sae), sample.counted(False)
+    codes = random.encode(x)
+    errors = []
+    for factor in (0.98, 1.0, 1.02):
+        scaled = replace(random, coder=replace(random.coder, W_dec=random.coder.W_dec * factor))
+        errors.append(fvu(x, scaled.decode(codes)))
+    assert min(errors) == errors[1] < 1
+    cosine = torch.nn.functional.cosine_similarity(random.coder.W_dec, random.coder.W_enc)
+    torch.testing.assert_close(cosine, torch.ones(D_SAE), msg="the decoder is the encoder's transpose, scaled")
+
+
+def test_random_differs_by_layer_and_by_seed_alone(sample, sae):
+    def directions(layer, seed):
+        builder = SiteBuilder(Site(layer, "resid_post"), D_MODEL, DEVICE, sample, seed)
+        return builder.build(planned("random"), sae).coder.W_dec
+
+    assert torch.equal(directions(1, 0), directions(1, 0))
+    assert not torch.allclose(directions(1, 0), directions(2, 0))
+    assert not torch.allclose(directions(1, 0), directions(1, 1))
+
+
+def test_the_shuffled_decoder_has_the_same_codes_and_permuted_rows(sample, sae):
+    shuffled = built("shuffled", sample, sae)
+    codes, own = shuffled.encode(sample.probed), sae.encode(sample.probed)
+    assert torch.equal(codes.col, own.col)
+    assert torch.equal(codes.value, own.value)
+    other = shuffled.coder.other
+    assert sorted(other.tolist()) == list(range(D_SAE))
+    permuted = replace(sae, coder=replace(sae.coder, W_dec=sae.coder.W_dec[other]))
+    torch.testing.assert_close(shuffled.decode(codes), permuted.decode(own))
+    assert fvu(sample.probed, shuffled.decode(codes)) > 1.5 * fvu(sample.probed, sae.decode(own))
+
+
+def test_the_shuffled_decoder_leaves_run_time_norms_alone(sample, sae):
+    normed = replace(sae, input_norm="layer_norm")
+    shuffled = built("shuffled", sample, normed)
+    codes = shuffled.encode(sample.probed)
+    assert codes.scale is not None
+    permuted = replace(normed, coder=replace(sae.coder, W_dec=sae.coder.W_dec[shuffled.coder.other]))
+    torch.testing.assert_close(shuffled.decode(codes), permuted.decode(codes))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "names"])
+def test_every_baseline_moves_and_codes_no_rows_at_all(kind, sample, sae):
+    baseline = built(kind, sample, sae).to("cpu")
+    assert baseline.name == planned(kind).name
+    empty = baseline.encode(torch.zeros(0, D_MODEL))
+    assert baseline.decode(empty).shape == (0, D_MODEL)
+    assert baseline.decode(baseline.encode(sample.probed)).dtype == torch.float32
+
+
+def test_baselines_of_no_sae_exist_once_for_each_hook_point():
+    saes = [
+        Measured("a", "resid_post", False, (0, 1)),
+        Measured("b", "resid_post", False, (1, 4)),
+        Measured("c", "mlp_out", False, (2,)),
+        Measured("d", "resid_post", True, (3,)),
+    ]
+    found = plan_baselines(KINDS, saes)
+    assert [b.kind for b in found] == sorted((b.kind for b in found), key=KINDS.index)
+    identities = {b.slug: b.layers for b in found if b.kind == "identity"}
+    assert identities == {
+        "resid_post_identity": (0, 1, 4),
+        "mlp_out_identity": (2,),
+        "resid_post_with_bos_identity": (3,),
+    }
+    assert [(b.slug, b.of, b.layers) for b in found if b.kind == "pca"] == [
+        ("a_pca", 0, (0, 1)),
+        ("b_pca", 1, (1, 4)),
+        ("c_pca", 2, (2,)),
+        ("d_pca", 3, (3,)),
+    ]
+    assert len({b.slug for b in found}) == len({b.name for b in found}) == len(found)
+    assert plan_baselines((), saes) == []
+
+
+def test_a_key_holds_what_changes_the_numbers_and_no_more():
+    for kind in KINDS:
+        key = planned(kind).key("hash", "texts")
+        assert key["baseline"] == kind
+        assert ("calibration" in key) == (kind in CALIBRATED)
+        assert ("counts_bos" in key) == (kind != "names")
+        json.dumps(key)
+
+
+def densely(rows):
+    dense = np.zeros((rows.n_rows, rows.n_cols))
+    for row, (start, stop) in enumerate(pairwise(rows.crow)):
+        dense[row, rows.col[start:stop]] = rows.value[start:stop]
+    return dense
+
+
+def test_the_bag_counts_the_tokens_of_the_name_alone(tiny_model):
+    info = open_model(str(tiny_model))
+    texts = load_all_mentions(("gender",), None, None)[:50]
+    tokenised = tokenise(texts, info.tokenizer, prepend_bos=True, max_length=info.max_length)
+    bag = bag_of_names(tokenised)
+    spans = [ids[a : b + 1] for ids, a, b in zip(tokenised.ids, tokenised.first, tokenised.last, strict=True)]
+    tokens = np.unique(np.concatenate(spans))
+    expected = [[np.count_nonzero(span == token) for token in tokens] for span in spans]
+    assert densely(bag).tolist() == expected
+    assert max(map(max, expected)) > 1, "a token that a name holds twice counts twice"
+
+
+# Runs of the program on the tiny model
+
+
+@pytest.fixture(scope="module")
+def request_(tiny_model, tiny_saes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baselines")
+    data = write_csv(folder / "women.csv", people(240))
+    return Request(tiny_model, (tiny_saes,), data, folder / "none", ("--folds", "3", "--repeats", "2"))
+
+
+@pytest.fixture(scope="module")
+def whole(request_, tmp_path_factory):
+    """A folder with every baseline, measured in one run; the tests only read it."""
+    request = request_.into(tmp_path_factory.mktemp("whole")).plus("--baselines")
+    assert request.run() == 0
+    return request
+
+
+def layers_of(folder, kind):
+    """The records of a baseline in order of layers: (figures and the one probe's result)."""
+    (path,) = (folder / "baselines").glob(f"*_{kind}/*.json")
+    found = records.read(path)
+    assert found["_run"]["complete"]
+    assert found["_run"]["config"]["baseline"] == kind
+    layers = [value for name, value in found.items() if name != "_run"]
+    assert len(layers) == N_LAYERS
+    return [(layer, layer["women"]) for layer in layers]
+
+
+def bytes_of(folder):
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files(folder)}
+
+
+def test_every_baseline_has_its_own_file_and_the_sae_keeps_its_place(whole):
+    found = {str(path.relative_to(whole.out)) for path in files(whole.out)}
+    name = "pythia-tiny_women.json"
+    owners = {kind: "sae-tiny" if kind in OF_AN_SAE else "resid_post" for kind in KINDS}
+    assert found == {name, *(f"baselines/{owner}_{kind}/{name}" for kind, owner in owners.items())}
+
+
+def test_identity_loses_exactly_nothing(whole):
+    for figures, cell in layers_of(whole.out, "identity"):
+        assert figures["mse_pos"] == figures["mse_whole"] == figures["fvu_whole"] == 0
+        assert (cell["delta_sel"], cell["ci_low"], cell["ci_high"], cell["p_value"]) == (0, 0, 0, 1)
+        assert cell["transfer_delta"] == 0
+        assert figures["l0"] == D_MODEL
+
+
+def test_mean_ablation_keeps_nothing(whole):
+    for figures, cell in layers_of(whole.out, "mean"):
+        assert cell["sae_sel"] == 0.5
+        assert figures["fvu_whole"] == pytest.approx(1, abs=1e-3), "here every token is in the calibration sample"
+        assert (figures["l0"], figures["dead"]) == (0, 1)
+
+
+def test_random_and_pca_have_the_l0_of_their_sae(whole):
+    own = numbers(whole.out)["pythia-tiny_women.json"]
+    for kind in ("random", "pca"):
+        for layer, (figures, _) in zip(own.values(), layers_of(whole.out, kind), strict=True):
+            assert figures["l0"] == round(layer["l0"])
+    assert all(figures["fvu_whole"] < 1 for kind in ("random", "pca") for figures, _ in layers_of(whole.out, kind))
+
+
+def test_the_shuffled_decoder_fires_as_its_sae_and_reconstructs_worse(whole):
+    own = numbers(whole.out)["pythia-tiny_women.json"]
+    for layer, (figures, _) in zip(own.values(), layers_of(whole.out, "shuffled"), strict=True):
+        assert {name: figures[name] for name in ("l0", "l1", "dead")} == {
+            name: layer[name] for name in ("l0", "l1", "dead")
+        }
+        assert figures["fvu_whole"] > layer["fvu_whole"]
+
+
+def test_a_baseline_with_a_large_fvu_is_not_suspected_of_a_wrong_hook_point(whole):
+    (path,) = (whole.out / "baselines").glob("*_shuffled/*.json")
+    found = records.read(path)
+    assert found["layer_0"]["fvu_pos"] > 1
+    assert not any("FVU" in line for line in found["_run"]["warnings"])
+
+
+def test_all_baselines_share_the_models_own_probe(whole):
+    own = [layer["women"]["model_sel"] for layer in numbers(whole.out)["pythia-tiny_women.json"].values()]
+    for kind in KINDS:
+        assert [cell["model_sel"] for _, cell in layers_of(whole.out, kind)] == own
+
+
+def test_names_alone_are_what_scikit_learn_makes_of_a_bag_of_their_tokens(whole, tiny_model):
+    texts = load_probe_texts((), dataset_file=whole.data)
+    info = open_model(str(tiny_model))
+    tokenised = tokenise(texts.mentions, info.tokenizer, prepend_bos=info.has_bos, max_length=info.max_length)
+    dense = densely(bag_of_names(tokenised))
+    (probe,) = texts.datasets[0].probes
+    expected = selectivity_by_sklearn(dense[probe.mentions], probe.labels, texts.persons[probe.mentions])
+    cells = [cell for _, cell in layers_of(whole.out, "names")]
+    assert [cell["sae_sel"] for cell in cells] == pytest.approx([expected] * N_LAYERS, abs=1e-9)
+    assert expected > 0.9, "the first name gives the label away"
+    for cell in cells:
+        assert cell["delta_sel"] == pytest.approx(cell["sae_sel"] - cell["model_sel"])
+        assert cell["ci_low"] <= cell["delta_sel"] <= cell["ci_high"]
+        assert cell["transfer_sel"] is None
+
+
+def selectivity_by_sklearn(x, labels, persons):
+    """Balanced accuracy of probes on x, C for each fold by the class-balanced loss on the other folds."""
+    plan = FoldPlan.build(labels[None], persons, None, n_folds=3, n_repeats=2, seed=0)
+    found = []
+    for folds in plan.folds:
+        scores = np.empty((len(DEFAULT_CS), len(x)))
+        for i, c in enumerate(DEFAULT_CS):
+            for fold in range(3):
+                train, test = folds != fold, folds == fold
+                fit = LogisticRegression(C=c, class_weight="balanced", tol=1e-10, max_iter=10_000)
+                scores[i, test] = fit.fit(x[train], labels[train]).decision_function(x[test])
+        loss = np.logaddexp(0, np.where(labels, -scores, scores))
+        correct = np.empty(len(x), dtype=bool)
+        for fold in range(3):
+            other, test = folds != fold, folds == fold
+            by_class = [loss[:, other & (labels == label)].mean(axis=1) for label in (False, True)]
+            best = int(np.argmin(by_class[0] + by_class[1]))
+            correct[test] = (scores[best, test] > 0) == labels[test]
+        found.append((correct[labels].mean() + correct[~labels].mean()) / 2)
+    return np.mean(found)
+
+
+def test_names_have_no_figures_of_reconstruction(whole):
+    for figures, _ in layers_of(whole.out, "names"):
+        assert all(figures[name] is None for name in ("mse_pos", "mse_whole", "fvu_pos", "l0", "l1", "dead", "cosine"))
+
+
+def test_a_finished_run_is_not_done_again(whole, monkeypatch):
+    before = bytes_of(whole.out)
+    monkeypatch.setattr(program, "load_weights", lambda *_: pytest.fail("the model was loaded"))
+    assert whole.run() == 0
+    assert bytes_of(whole.out) == before
+
+
+def test_baselines_leave_the_files_of_an_earlier_run_alone_and_are_measured_alone(
+    request_, whole, tmp_path, monkeypatch
+):
+    request = request_.into(tmp_path)
+    assert request.run() == 0
+    before = bytes_of(tmp_path)
+    loaded, load = [], program.load_weights
+    monkeypatch.setattr(program, "load_weights", lambda *asked: loaded.append(load(*asked)) or loaded[-1])
+    for kinds, expected in (("random", {1}), ("random,names", set()), ("all", {1, 3, 4, 5})):
+        assert request.plus("--baselines", kinds).run() == 0
+        _, saes = loaded[-1]
+        assert [set(of_site) for of_site in saes.values()] == [expected] * N_LAYERS
+    assert {path: content for path, content in bytes_of(tmp_path).items() if path in before} == before
+    assert numbers(tmp_path) == numbers(whole.out)
+
+
+def test_layers_that_are_added_equal_those_of_one_run(request_, whole, tmp_path):
+    request = request_.into(tmp_path).plus("--baselines")
+    assert request.plus("--layers", "1").run() == 0
+    assert request.run() == 0
+    assert numbers(tmp_path) == numbers(whole.out)
+
+
+def test_batch_size_changes_no_number(request_, whole, tmp_path):
+    assert request_.into(tmp_path).plus("--baselines", "--batch_size", "7").run() == 0
+    assert_close(numbers(tmp_path), numbers(whole.out), relative=1e-4, absolute=1e-4)
+
+
+def test_two_saes_have_two_of_each_baseline_that_depends_on_them(request_, whole, tmp_path):
+    other = write_sparsify(tmp_path / "sae-sparser", k=2)
+    request = replace(request_, saes=(*request_.saes, other)).into(tmp_path / "out").plus("--baselines")
+    assert request.run() == 0
+    found = numbers(tmp_path / "out")
+    alone = numbers(whole.out)
+    for path, layers in alone.items():
+        assert found[path if path.startswith("baselines") else f"sae-tiny/{path}"] == layers
+    extra = {path.split("/")[1] for path in found.keys() - alone.keys() if path.startswith("baselines")}
+    assert extra == {"sae-sparser_random", "sae-sparser_pca", "sae-sparser_shuffled"}
+    assert found["baselines/sae-sparser_pca/pythia-tiny_women.json"]["layer_0"]["l0"] == 2
+
+
+def test_other_datasets_may_follow(request_, tmp_path):
+    request = replace(request_, data=Path()).into(tmp_path)
+    few = request.plus("--shuffle_select_n", "60", "--layers", "1", "--baselines", "mean,pca")
+    assert few.plus("--datasets", "gender").run() == 0
+    before = numbers(tmp_path)
+    assert few.plus("--datasets", "gender,is_alive").run() == 0
+    after = numbers(tmp_path)
+    assert len(after) == 2 * len(before)
+    for path, layers in before.items():
+        assert after[path]["layer_1"]["mse_whole"] == layers["layer_1"]["mse_whole"]
+
+
+@pytest.mark.parametrize("positions", ["mean", "all"])
+def test_other_positions(request_, tmp_path, positions):
+    assert request_.into(tmp_path).plus("--positions", positions, "--baselines", "--layers", "1").run() == 0
+    for kind in ("identity", "names"):
+        (path,) = (tmp_path / "baselines").glob(f"*_{kind}/*.json")
+        cell = records.read(path)["layer_1"]["women"]
+        assert cell["delta_sel"] == 0 if kind == "identity" else cell["sae_sel"] > 0.9
+
+
+def test_another_sae_under_the_same_name_is_refused(request_, tmp_path, capsys):
+    first, second = write_sparsify(tmp_path / "a" / "sae"), write_sparsify(tmp_path / "b" / "sae", k=2)
+    request = request_.into(tmp_path / "out").plus("--baselines", "pca", "--layers", "0")
+    assert replace(request, saes=(first,)).run() == 0
+    (tmp_path / "out" / "pythia-tiny_women.json").unlink()
+    assert replace(request, saes=(second,)).run() == 2
+    assert "sae:" in capsys.readouterr().err
+
+
+def test_an_unknown_baseline_is_refused(request_, capsys):
+    assert request_.plus("--baselines", "identity,zero").run() == 2
+    assert "'zero' is not one of identity" in capsys.readouterr().err

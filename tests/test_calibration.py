@@ -1,0 +1,131 @@
+"""The calibration sample: the right tokens of the right texts, whatever else the run does."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import D_MODEL, N_LAYERS, people
+from sklearn.decomposition import PCA
+
+import calibration
+from calibration import SiteSample, calibrate, draw_mentions, fingerprint, principal_axes
+from datasets_wikidata import Mention, load_all_mentions, load_probe_texts, tokenise
+from language_model import Site, open_model
+
+SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
+
+
+@pytest.fixture(scope="module")
+def mentions():
+    rows = people(60) + [{"text": f"{row['text']}, who then left.", "group": row["group"]} for row in people(9, seed=5)]
+    texts = dict.fromkeys((row["text"], row["group"]) for row in rows)
+    return [Mention(text, text.index(name), text.index(name) + len(name), name) for text, name in texts]
+
+
+@pytest.fixture(scope="module")
+def info(tiny_model):
+    return open_model(str(tiny_model))
+
+
+@pytest.fixture(scope="module")
+def model(info):
+    return info.load(SITES, "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def tokenised(mentions, info):
+    return tokenise(mentions, info.tokenizer, prepend_bos=True, max_length=info.max_length)
+
+
+def every_token(model, tokenised, site):
+    """All activations of each text, run alone: a list of [tokens, d]."""
+    return [model.activations(torch.from_numpy(ids).long()[None])[site][0] for ids in tokenised.ids]
+
+
+def test_all_tokens_of_few_texts_are_taken_once_and_bos_is_known(model, tokenised):
+    for site, sample in calibrate(model, tokenised, "last", seed=0).items():
+        texts = every_token(model, tokenised, site)
+        torch.testing.assert_close(sample.counted(True), torch.cat(texts), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(sample.counted(False), torch.cat([text[1:] for text in texts]), rtol=1e-4, atol=1e-5)
+        assert int(sample.bos.sum()) == len(texts)
+
+
+@pytest.mark.parametrize("positions", ["last", "mean", "all"])
+def test_probed_tokens_are_those_of_the_names(model, tokenised, positions):
+    sample = calibrate(model, tokenised, positions, seed=0)[SITES[1]]
+    texts = every_token(model, tokenised, SITES[1])
+    first = tokenised.last if positions == "last" else tokenised.first
+    expected = [text[a : b + 1] for text, a, b in zip(texts, first, tokenised.last, strict=True)]
+    torch.testing.assert_close(sample.probed, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_many_tokens_are_drawn_without_repetition_and_by_seed(model, tokenised, monkeypatch):
+    monkeypatch.setattr(calibration, "N_TOKENS", 50)
+    samples = [calibrate(model, tokenised, "last", seed)[SITES[0]] for seed in (0, 0, 1)]
+    drawn = calibration._draw_tokens(tokenised, 0)
+    assert len(set(zip(drawn.text.tolist(), drawn.place.tolist(), strict=True))) == len(samples[0].x) == 50
+    texts = every_token(model, tokenised, SITES[0])
+    expected = torch.stack([texts[t][p] for t, p in zip(drawn.text, drawn.place, strict=True)])
+    torch.testing.assert_close(samples[0].x, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(samples[0].x, samples[1].x)
+    assert not torch.equal(samples[0].x, samples[2].x)
+
+
+def test_every_token_is_as_likely_to_be_drawn_as_any_other(tokenised, monkeypatch):
+    monkeypatch.setattr(calibration, "N_TOKENS", 200)
+    n_tokens = sum(map(len, tokenised.ids))
+    hits = sum(np.sum(calibration._draw_tokens(tokenised, seed).place == 0) for seed in range(50))
+    expected = 50 * 200 * len(tokenised.ids) / n_tokens
+    assert abs(hits - expected) < 4 * np.sqrt(expected), "tokens of short texts are no likelier than others"
+
+
+def test_a_site_is_the_same_whichever_other_sites_are_asked_for(info, model, tokenised):
+    together = calibrate(model, tokenised, "last", seed=0)[SITES[0]]
+    alone = calibrate(info.load(SITES[:1], "cpu", "float32"), tokenised, "last", seed=0)
+    assert list(alone) == SITES[:1]
+    assert torch.equal(alone[SITES[0]].x, together.x)
+    assert torch.equal(alone[SITES[0]].probed, together.probed)
+
+
+def test_texts_are_drawn_once_each_by_seed(mentions, monkeypatch):
+    assert draw_mentions(mentions, 0) == mentions, "all, in their order, where there are few"
+    monkeypatch.setattr(calibration, "N_TEXTS", 20)
+    drawn = draw_mentions(mentions, 0)
+    assert len({mention.identity for mention in drawn}) == 20
+    assert drawn == draw_mentions(mentions, 0) != draw_mentions(mentions, 1)
+    assert fingerprint(drawn) == fingerprint(list(drawn)) != fingerprint(draw_mentions(mentions, 1))
+
+
+def test_the_texts_to_draw_from_do_not_depend_on_the_datasets_asked_for(people_csv):
+    everything = load_all_mentions(("gender",), None, None)
+    assert everything == load_all_mentions(("is_alive", "politics"), None, people_csv)
+    asked = {mention.identity for mention in load_probe_texts(("gender", "is_alive")).mentions}
+    found = [mention.identity for mention in everything]
+    assert asked < set(found)
+    assert len(found) == len(set(found))
+    own = load_all_mentions((), None, people_csv)
+    assert {m.identity for m in own} == {m.identity for m in load_probe_texts((), dataset_file=people_csv).mentions}
+
+
+def test_nan_is_told_with_its_layer(info, tokenised):
+    broken = info.load(SITES, "cpu", "float32")
+    broken.module.layers[1].mlp.dense_h_to_4h.bias.data[0] = torch.nan
+    with pytest.raises(ArithmeticError, match="layer 1"):
+        calibrate(broken, tokenised, "last", seed=0)
+
+
+def test_principal_axes_are_those_of_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, D_MODEL, generator=generator) * torch.linspace(3, 0.1, D_MODEL) + 100
+    mean, axes = principal_axes(x)
+    reference = PCA().fit(x.double().numpy())
+    np.testing.assert_allclose(mean, reference.mean_, rtol=1e-12)
+    np.testing.assert_allclose((axes.numpy() * reference.components_).sum(axis=1).__abs__(), 1, rtol=1e-9)
+    torch.testing.assert_close(axes @ axes.T, torch.eye(D_MODEL, dtype=torch.float64))
+
+
+def test_bos_is_left_out_of_what_counts():
+    sample = SiteSample(torch.arange(6.0).view(3, 2), torch.tensor([True, False, False]), torch.zeros(1, 2))
+    assert sample.counted(False).tolist() == [[2, 3], [4, 5]]
+    assert len(sample.counted(True)) == 3

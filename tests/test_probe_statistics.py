@@ -1,0 +1,149 @@
+"""Every figure of one probe against scikit-learn, NumPy or simulation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.stats import norm
+from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+from sklearn.utils.class_weight import compute_sample_weight
+
+from probe_statistics import ProbeScores, auc_parts, bits, correct, quantised, statistics
+from uncertainty import balanced_mean, estimate_delta
+
+
+def found_scores(rows=400, repeats=3, damage=1.0, seed=0, people=150, weighted=False) -> ProbeScores:
+    """A model's scores that tell the label, an SAE's that tell it less well; a person's rows have luck in common."""
+    rng = np.random.default_rng(seed)
+    persons = rng.integers(0, people, rows)
+    labels = rng.random(rows) < 0.4
+    luck = rng.normal(size=people)[persons] + rng.normal(size=(repeats, rows)) * 0.3 + rng.normal(size=rows)
+    model = 2.0 * labels - 1 + luck
+    views = {"model": model, "sae": model + damage * rng.normal(size=(repeats, rows)), "transfer": model - 1.5}
+    weights = rng.uniform(0.2, 1, rows) if weighted else np.ones(rows)
+    folds = rng.integers(0, 5, (repeats, rows)).astype(np.int8)
+    kept = {name: quantised(scores.astype(np.float32)) for name, scores in views.items()}
+    return ProbeScores(kept, labels, persons, weights, folds)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_selectivity_auc_and_bits_are_scikit_learns(weighted):
+    found = found_scores(weighted=weighted)
+    result = statistics(found)
+    labels, weights = found.labels, found.weights
+    balanced = weights * compute_sample_weight("balanced", labels)
+    balanced = np.where(labels, weights / weights[labels].sum(), weights / weights[~labels].sum())
+    for view in ("model", "sae", "transfer"):
+        scores = found.views[view].astype(np.float64)
+        accuracy = [balanced_accuracy_score(labels, s > 0, sample_weight=weights) for s in scores]
+        auc = [roc_auc_score(labels, s, sample_weight=weights) for s in scores]
+        loss = [log_loss(labels, 1 / (1 + np.exp(-s)), sample_weight=balanced) for s in scores]
+        assert getattr(result, f"{view}_sel") == pytest.approx(np.mean(accuracy))
+        assert getattr(result, f"{view}_auc") == pytest.approx(np.mean(auc), abs=1e-6)
+        assert getattr(result, f"{view}_bits") == pytest.approx(1 - np.mean(loss) / np.log(2))
+    assert result.delta_sel == pytest.approx(result.sae_sel - result.model_sel)
+    assert result.delta_auc == pytest.approx(result.sae_auc - result.model_auc)
+    assert result.transfer_delta == pytest.approx(result.transfer_sel - result.model_sel)
+    assert result.transfer_sel < result.model_sel
+
+
+def test_ties_count_half_in_the_auc():
+    labels = np.array([True, True, False, False])
+    scores = np.array([[1.0, 0.0, 0.0, -1.0]], dtype=np.float16)
+    found = ProbeScores(
+        {"model": scores, "sae": scores * 0}, labels, np.arange(4), np.ones(4), np.zeros((1, 4), np.int8)
+    )
+    result = statistics(found)
+    assert result.model_auc == 3.5 / 4
+    assert result.sae_auc == 0.5
+
+
+def test_the_auc_varies_as_delong_says():
+    """The structural components of DeLong et al. 1988, one row a person, one partition."""
+    found = found_scores(rows=300, repeats=1)
+    found = replace(found, persons=np.arange(300))
+    x, y = (found.views["model"][0, found.labels == side].astype(float) for side in (True, False))
+    wins = (x[:, None] > y) + 0.5 * (x[:, None] == y)
+    variance = wins.mean(1).var(ddof=1) / len(x) + wins.mean(0).var(ddof=1) / len(y)
+    ours = estimate_delta(auc_parts(found, "model"), found.labels, found.persons)
+    assert ours.value == pytest.approx(wins.mean())
+    assert ours.standard_error == pytest.approx(variance**0.5, rel=0.01)
+
+
+def test_a_row_without_evidence_holds_no_bits():
+    found = found_scores(rows=20, people=20)
+    silent = replace(found, views={**found.views, "sae": np.zeros((3, 20), dtype=np.float16)})
+    np.testing.assert_allclose(bits(silent, "sae"), 0, atol=1e-12)
+    assert correct(silent, "sae").sum() == 3 * (~found.labels).sum()
+
+
+def test_the_share_retained_covers_its_truth():
+    """Model right in 90 % of the rows, the SAE in 80 %: 0.3 / 0.4 of what is above chance is retained."""
+    rng, covered = np.random.default_rng(5), []
+    for _ in range(300):
+        labels = np.arange(400) % 2 == 0
+        hits = {view: rng.random((1, 400)) < rate for view, rate in (("model", 0.9), ("sae", 0.8))}
+        views = {name: np.where(hit == labels, 1, -1).astype(np.float16) for name, hit in hits.items()}
+        found = ProbeScores(views, labels, np.arange(400), np.ones(400), np.zeros((1, 400), np.int8))
+        result = statistics(found)
+        covered.append(result.retained_ci_low <= 0.75 <= result.retained_ci_high)
+    assert 0.92 < np.mean(covered) < 0.98
+
+
+def test_of_a_model_that_knows_next_to_nothing_no_share_is_retained():
+    found = found_scores()
+    coin = quantised(np.random.default_rng(0).normal(size=(3, 400)).astype(np.float32))
+    assert statistics(replace(found, views={**found.views, "model": coin})).retained is None
+    assert statistics(found).retained is not None
+
+
+def test_preserved_means_shown_to_be_near_zero_and_not_merely_not_shown_to_be_lost():
+    small, large = found_scores(rows=60, people=60), found_scores(rows=6000, people=6000, damage=0.02)
+    assert not statistics(small, epsilon=0.02).preserved
+    assert statistics(large, epsilon=0.02).preserved
+    assert not statistics(large, epsilon=1e-5).preserved
+
+
+def test_what_is_said_to_be_detectable_is_detected_four_times_in_five():
+    rng = np.random.default_rng(1)
+    labels = np.arange(2000) % 2 == 0
+
+    def drawn(truth):
+        """Rows that change in both directions, with this mean."""
+        changes = rng.choice([-1.0, 0.0, 1.0], (1, 2000), p=[0.1 - truth / 2, 0.8, 0.1 + truth / 2])
+        return estimate_delta(changes, labels, np.arange(2000))
+
+    detectable = drawn(0.0).detectable
+    assert detectable == pytest.approx((norm.ppf(0.975) + norm.ppf(0.8)) * (0.2 / 2000) ** 0.5, rel=0.1)
+    assert 0.73 < np.mean([drawn(-detectable).p_value < 0.05 for _ in range(400)]) < 0.87
+
+
+def test_scores_keep_their_signs_and_their_order_in_float16():
+    scores = np.array([0.0, 1e-12, -1e-12, 1e-3, -1e-3, 7e4, -1e9, np.float32(3e38)], dtype=np.float32)
+    kept = quantised(scores)
+    assert kept.dtype == np.float16
+    assert np.isfinite(kept).all()
+    np.testing.assert_array_equal(np.sign(kept), np.sign(scores))
+    order = np.sort(scores)
+    assert (np.diff(quantised(order).astype(np.float64)) >= 0).all()
+
+
+def test_a_view_that_was_not_measured_has_no_figures():
+    found = found_scores()
+    views = {name: scores for name, scores in found.views.items() if name != "transfer"}
+    without = statistics(replace(found, views={**views, "latents": found.views["sae"]}))
+    assert without.transfer_sel is without.transfer_delta is without.transfer_p_value is without.transfer_auc is None
+    assert without.error_sel is without.error_auc is None
+    assert without.latent_sel == without.sae_sel
+    assert without.memorisation is None
+
+
+def test_memorisation_is_the_balanced_accuracy_of_the_control_task_above_chance():
+    rng = np.random.default_rng(0)
+    labels = rng.random(400) < 0.5
+    scores = quantised(np.where(rng.random(400) < 0.8, 1, -1).astype(np.float32) * (2 * labels - 1))
+    found = replace(found_scores(), control_scores=scores, control_labels=labels)
+    assert statistics(found).memorisation == pytest.approx(balanced_mean((scores > 0) == labels, labels) - 0.5)
+    assert 0.2 < statistics(found).memorisation < 0.4

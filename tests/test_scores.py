@@ -1,0 +1,139 @@
+"""Stored scores: what comes back is what was written, and the JSON's statistics can be made from it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import people, write_csv, write_sparsify
+from runs import Request, files, numbers
+from safetensors import safe_open
+from test_probe_statistics import found_scores
+
+import records
+import scores
+from errors import RequestError
+from sae_level import difference, mean_delta, read_cells
+from scores import LayerScores, compute, load, save
+
+
+@pytest.fixture
+def stored(tmp_path):
+    path = tmp_path / "m_d.scores" / "layer_3.safetensors"
+    probes = {"gender": found_scores(), "odd / näme\n": found_scores(rows=50, repeats=1, weighted=True)}
+    save(path, LayerScores(3, "a key", probes))
+    return path, probes
+
+
+def test_what_comes_back_is_what_was_written(stored):
+    path, probes = stored
+    found = load(path)
+    assert (found.layer, found.key, list(found.probes)) == (3, "a key", list(probes))
+    for name, probe in probes.items():
+        for view, values in probe.views.items():
+            np.testing.assert_array_equal(found.probes[name].views[view], values)
+        for part in ("labels", "persons", "weights", "folds"):
+            np.testing.assert_array_equal(getattr(found.probes[name], part), getattr(probe, part))
+        assert compute(found)[name] == compute(LayerScores(3, "a key", probes))[name]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_the_file_is_as_documented_and_the_same_each_time(stored, tmp_path):
+    path, probes = stored
+    with safe_open(path, framework="np") as file:
+        assert json.loads(file.metadata()["delta_selectivity"])["probes"] == list(probes)
+        assert file.get_tensor("0.view.sae").dtype == np.float16
+        assert file.get_tensor("0.persons").shape == (400,)
+    for i in range(5):
+        save(tmp_path / f"{i}.scores" / "x", LayerScores(3, "a key", probes))
+        assert (tmp_path / f"{i}.scores" / "x").read_bytes() == path.read_bytes()
+
+
+def test_damage_is_told_in_one_line(stored, tmp_path):
+    path, _ = stored
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-7], whole.replace(b"0.folds", b"0.foldz"), b"{}" + whole):
+        path.write_bytes(damaged)
+        with pytest.raises(RequestError, match="layer_3"):
+            load(path)
+    with pytest.raises(RequestError, match="cannot be read"):
+        load(tmp_path / "absent")
+    good = found_scores(rows=30)
+    bad = {
+        "do not fit": replace(good, labels=good.labels[:9]),
+        "other types": replace(good, views={**good.views, "sae": good.views["sae"].astype(np.float32)}),
+        "finite": replace(good, weights=good.weights * np.nan),
+        "0 and 1": replace(good, labels=good.labels | True),
+        "only": replace(good, views={"model": good.views["model"]}),
+    }
+    for told, probe in bad.items():
+        save(path, LayerScores(3, "a key", {"x": probe}))
+        with pytest.raises(RequestError, match=told):
+            load(path)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tiny_saes, tmp_path_factory):
+    """Two SAEs, two datasets, all views."""
+    folder = tmp_path_factory.mktemp("scores")
+    data = write_csv(folder / "women.csv", people(150))
+    sparser = write_sparsify(folder / "sae-sparser", k=2)
+    flags = ("--folds", "3", "--repeats", "2", "--datasets", "politics", "--shuffle_select_n", "80", "--views", "error")
+    ask = Request(tiny_model, (tiny_saes, sparser), data, folder / "out", flags)
+    assert ask.run() == 0
+    return ask
+
+
+def test_every_statistic_of_the_json_comes_again_from_the_scores(run):
+    for path in files(run.out):
+        found = records.read(path)
+        for name in (name for name in found if name.startswith("layer_")):
+            again = compute(load(scores.path_of(path, int(name.removeprefix("layer_")))))
+            cells = {probe: cell for probe, cell in found[name].items() if isinstance(cell, dict)}
+            assert again.keys() == cells.keys()
+            for probe, statistic in again.items():
+                known = {key: value for key, value in vars(statistic).items() if key in cells[probe]}
+                assert known.keys() >= {"delta_sel", "ci_low", "transfer_p_value", "sae_auc", "model_bits", "error_sel"}
+                assert known == {key: cells[probe][key] for key in known}
+
+
+def test_the_mean_of_an_sae_and_the_difference_of_two(run):
+    cells = {}
+    for folder in sorted(path for path in run.out.iterdir() if path.is_dir()):
+        read = [(path, records.read(path)) for path in files(folder)]
+        cells[folder.name] = read_cells(read)
+        deltas = [cell["delta_sel"] for _, found in read for layer in found for cell in found[layer].values()
+                  if layer != "_run" and isinstance(cell, dict)]  # fmt: skip
+        assert mean_delta(cells[folder.name]).value == pytest.approx(np.mean(deltas))
+        assert len(deltas) == 6
+    a, b = cells.values()
+    paired = difference(a, b)
+    assert paired.value == pytest.approx(mean_delta(a).value - mean_delta(b).value)
+    assert difference(a, a).p_value == 1
+    assert difference(a, {}) is None
+    assert difference(b, a).value == pytest.approx(-paired.value)
+
+
+def test_scores_of_another_run_are_not_taken_for_this_ones(run, tmp_path):
+    path = files(run.out)[0]
+    found = records.read(path)
+    assert read_cells([(path, found)])
+    other = {**found, "_run": {**found["_run"], "key": {**found["_run"]["key"], "seed": 1}}}
+    assert read_cells([(path, other)]) is None
+    assert read_cells([(tmp_path / path.name, found)]) is None
+
+
+def test_q_values_are_over_all_that_was_measured_of_an_sae(run):
+    from scipy.stats import false_discovery_control
+
+    for folder in (path for path in run.out.iterdir() if path.is_dir()):
+        found = numbers(folder).values()
+        cells = [cell for file in found for layer in file.values() for cell in layer.values() if isinstance(cell, dict)]
+        for prefix in ("", "transfer_"):
+            p = [cell[f"{prefix}p_value"] for cell in cells]
+            q = [cell[f"{prefix}q_value"] for cell in cells]
+            np.testing.assert_allclose(q, false_discovery_control(p))
+        names = {path.name for path in files(folder)}
+        assert all(set(records.read(path)["_run"]["q_family"]) == names for path in files(folder))

@@ -1,0 +1,64 @@
+"""What was measured, what was required, and whether it holds: the rows of the validation report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import report
+
+HEADER: report.Row = ("where", "plant", "figure", "measured", "required", "verdict")
+VERDICTS = {True: "pass", False: "FAIL", None: ""}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. `passed` is None for one that is told and not judged."""
+
+    where: str  # the world, or the setting, in which it was measured
+    plant: str
+    figure: str
+    measured: str
+    required: str = ""
+    passed: bool | None = None
+
+
+def judged(
+    where: str,
+    plant: str,
+    figure: str,
+    measured: float,
+    low: float = -math.inf,
+    high: float = math.inf,
+    digits: int = 3,
+) -> Row:
+    """A figure that must lie in [low, high]; NaN lies nowhere."""
+    shown = f"{measured:+.{digits}f}" if "delta" in figure else f"{measured:.{digits}f}"
+    return Row(where, plant, figure, shown, _range(low, high), low <= measured <= high)
+
+
+def told(where: str, plant: str, figure: str, measured: float, digits: int = 3) -> Row:
+    """A figure that nothing is required of."""
+    return Row(where, plant, figure, f"{measured:.{digits}f}")
+
+
+def failures(rows: Sequence[Row]) -> list[Row]:
+    """The rows that do not meet their figure."""
+    return [row for row in rows if row.passed is False]
+
+
+def as_text(rows: Sequence[Row]) -> str:
+    """The rows as a table that reads well on a terminal and is Markdown."""
+    cells = [(row.where, row.plant, row.figure, row.measured, row.required, VERDICTS[row.passed]) for row in rows]
+    return report.aligned([HEADER, *cells])
+
+
+def _range(low: float, high: float) -> str:
+    if low == high:
+        return f"exactly {low:g}"
+    if math.isinf(high):
+        return f">= {low:g}"
+    if math.isinf(low):
+        return f"<= {high:g}"
+    return f"{low:g} to {high:g}"
