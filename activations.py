@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -24,7 +24,7 @@ from language_model import LanguageModel, Site
 from out_of_memory import ERRORS, is_out_of_memory
 from progress import Stopwatch
 from reconstruction import ReconstructionSums
-from sae_loader import Sae
+from sae_loader import Sae, SparseRows
 
 log = logging.getLogger(__name__)
 
@@ -83,11 +83,13 @@ class LayerRows:
     x: Tensor  # float32 [rows, d_in]
     recons: Mapping[SaeId, Tensor]  # float32 [rows, d_in] each
     broken: Mapping[SaeId | None, Tensor]  # int64 []: first mention with NaN or Inf in x (None) or x̂, at any token
+    latents: Mapping[SaeId, SparseRows] = field(default_factory=dict)  # [rows, d_sae], of the SAEs asked for
 
     @property
     def nbytes(self) -> int:
         """Bytes that waiting in a queue costs."""
-        return sum(t.numel() * t.element_size() for t in (self.row_ids, self.x, *self.recons.values()))
+        dense = sum(t.nbytes for t in (self.row_ids, self.x, *self.recons.values()))
+        return dense + sum(codes.nbytes for codes in self.latents.values())
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,10 @@ class Producer:
         max_tokens: int | None,  # padded tokens in a forward pass; None: limited by batch_size alone
         workers: int,  # forward passes at a time: cores on a CPU, 1 on a GPU
         clock: Stopwatch,
+        latents_of: Collection[SaeId] = (),  # the SAEs whose codes are handed on, besides their reconstructions
     ) -> None:
         self.model, self.saes, self.counts_bos = model, saes, counts_bos
+        self.latents_of = latents_of
         self.tokenised, self.rows, self.clock = tokenised, rows, clock
         self.batch_size, self.max_tokens = batch_size or len(tokenised.ids), max_tokens
         self.workers = workers
@@ -195,19 +199,24 @@ class Producer:
         for site, saes in self.saes.items():
             with self.clock.stage("sae"):
                 x = activations.pop(site).flatten(0, 1).index_select(0, tokens.real).float()
-                recons, sums = {}, {}
+                recons, sums, codes = {}, {}, {}
                 broken: dict[SaeId | None, Tensor] = {None: _first_broken(x, tokens.mention)}
                 for sae_id, sae in saes.items():
-                    recons[sae_id], broken[sae_id], sums[sae_id] = self._reconstruct(
+                    recons[sae_id], latents, broken[sae_id], sums[sae_id] = self._reconstruct(
                         sae, x, tokens, self.counts_bos[sae_id]
                     )
-                results.append((LayerRows(site, tokens.row_ids, tokens.rows(x), recons, broken), sums))
+                    if sae_id in self.latents_of:
+                        codes[sae_id] = tokens.pool_codes(latents)
+                results.append((LayerRows(site, tokens.row_ids, tokens.rows(x), recons, broken, codes), sums))
         return results
 
     def _reconstruct(
         self, sae: Sae, x: Tensor, tokens: _TokenIndex, counts_bos: bool
-    ) -> tuple[Tensor, Tensor, ReconstructionSums]:
-        """The probed rows of x̂, its first broken mention, and the sums: one encoding of every token that counts."""
+    ) -> tuple[Tensor, SparseRows, Tensor, ReconstructionSums]:
+        """The probed rows of x̂, the codes of the name tokens, the first broken mention, and the sums.
+
+        One encoding of every token that counts.
+        """
         probed, mention = tokens.probed, tokens.mention
         if not counts_bos and tokens.not_bos is not None:
             x, mention = x.index_select(0, tokens.not_bos), mention.index_select(0, tokens.not_bos)
@@ -216,8 +225,9 @@ class Producer:
         recon = sae.decode(latents)
         sums = self._no_sums(sae)
         sums.add_whole(x, recon, latents)
-        sums.add_probed(x.index_select(0, probed), recon.index_select(0, probed), latents.select(probed))
-        return tokens.pool(recon, probed), _first_broken(recon, mention), sums
+        latents = latents.select(probed)
+        sums.add_probed(x.index_select(0, probed), recon.index_select(0, probed), latents)
+        return tokens.pool(recon, probed), latents, _first_broken(recon, mention), sums
 
     def _no_sums(self, sae: Sae) -> ReconstructionSums:
         return ReconstructionSums(sae.d_in, sae.d_sae, self.model.device)
@@ -274,6 +284,14 @@ class _TokenIndex:
         if self.offsets is None:
             return x.index_select(0, probed)
         return embedding_bag(probed, x, self.offsets, mode="mean")
+
+    def pool_codes(self, latents: SparseRows) -> SparseRows:
+        """Codes of the name tokens, or their mean over each name, as the SAE gives them.
+
+        What the decoder multiplies and adds to undo a normalisation of the input is no part of a code.
+        """
+        latents = replace(latents, scale=None, shift=None)
+        return latents if self.offsets is None else latents.means(self.offsets)
 
 
 def _first_broken(rows: Tensor, mention: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ identity  x̂ = x: what the machinery does to a perfect SAE (nothing: delta_sel 
 random    random unit directions, TopK with the SAE's own L0: what an untrained SAE keeps
 pca       the first k principal components, k the SAE's L0: what the best linear code of that rank keeps
 mean      x̂ = the mean: an SAE that keeps nothing (balanced accuracy 1/2)
-shuffled  the SAE's own codes, decoded by rows of the decoder that belong to other latents: its latents are
-          as good as ever, its reconstruction is worthless
+shuffled  the SAE's own codes, decoded by rows of the decoder that belong to other latents: the latents are as
+          good as ever, the reconstruction points elsewhere (FVU above 1, transfer_sel near 1/2). A probe that
+          is fitted anew may still read it, as it reads any random mixing of few latents into many dimensions
 names     no reconstruction: a bag of the tokens of the person's name. What a probe knows by the name alone;
           -delta_sel is what the model knows beyond it
 ========  ==========================================================================================

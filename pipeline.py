@@ -30,9 +30,9 @@ from progress import Stopwatch
 from reconstruction import Reconstruction, ReconstructionSums
 from records import Json, RecordFile
 from row_store import NonFiniteError, RowStore
+from sae_level import with_q_values
 from scores import LayerScores, key_digest, path_of, prune, save
 from selectivity import FoldPlan, OutOfFold, as_record, control_plan, fit_model, measure, out_of_fold
-from uncertainty import benjamini_hochberg
 
 log = logging.getLogger(__name__)
 
@@ -231,41 +231,6 @@ def _share_rows(dataset: Dataset) -> list[list[Probe]]:
     for probe in dataset.probes:
         groups.setdefault(probe.mentions.tobytes(), []).append(probe)
     return list(groups.values())
-
-
-def with_q_values(family: Mapping[int, Mapping[int, Json]]) -> dict[int, dict[int, Json]]:
-    """dataset -> layer -> record, with `q_value` and `transfer_q_value` set.
-
-    Benjamini-Hochberg over everything measured of one SAE: all datasets of the run x layers x probes.
-    """
-    result = {index: {layer: dict(record) for layer, record in layers.items()} for index, layers in family.items()}
-    cells = [
-        (record, name)
-        for index in sorted(result)
-        for _, record in sorted(result[index].items())
-        for name, cell in record.items()
-        if isinstance(cell, dict) and "p_value" in cell
-    ]
-    for prefix in ("", "transfer_"):
-        q_values = benjamini_hochberg([record[name][f"{prefix}p_value"] for record, name in cells])
-        for (record, name), q_value in zip(cells, q_values, strict=True):
-            record[name] = {**record[name], f"{prefix}q_value": q_value}
-    return result
-
-
-def settle(files: Mapping[tuple[SaeId, int], RecordFile]) -> None:
-    """Everything asked for is measured: bring all q values up to date with the whole family, and mark files complete.
-
-    No other number changes, and a file that was settled before stays as it is.
-    """
-    for sae_id in sorted({sae_id for sae_id, _ in files}):
-        own = {index: file for (sae, index), file in sorted(files.items()) if sae == sae_id}
-        names = sorted(file.path.name for file in own.values())
-        for index, layers in with_q_values({index: file.layers for index, file in own.items()}).items():
-            file = own[index]
-            if not file.complete or file.layers != layers or file.q_family != names:
-                file.q_family, file.complete = names, True
-                file.write(layers)
 
 
 def _warn(file: RecordFile, where: str, figures: Reconstruction, probes: Json) -> None:

@@ -5,7 +5,7 @@
     sums.add_probed(x, recon, latents)       # the probed positions
     sums.figures().fvu_whole
 
-Nothing that adds waits for the device. The definitions are in METRIC.md, section 1.
+Nothing that adds waits for the device. `docs/numbers.md` defines every figure.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ class RecordFile:
     seconds: Json = field(default_factory=dict)  # by stage, of the run that wrote the file last
     resources: Json = field(default_factory=dict)  # likewise
     q_family: list[str] = field(default_factory=list)  # the files over whose results the q values are
+    sae_level: Json = field(default_factory=lambda: {"compared": {}})  # the SAE's mean over them, and beside other SAEs
 
     @classmethod
     def open(cls, path: Path, key: Json, run: Json, overwrite: bool) -> RecordFile:
@@ -64,8 +65,13 @@ class RecordFile:
         run_before = found["_run"]
         fresh.warnings, fresh.complete = list(run_before["warnings"]), run_before["complete"]
         fresh.seconds, fresh.resources = run_before["seconds"], run_before["resources"]
-        fresh.q_family = list(run_before["q_family"])
+        fresh.q_family, fresh.sae_level = list(run_before["q_family"]), run_before["sae_level"]
         return fresh
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is no SAE of the user's but something to compare it with."""
+        return bool(self.run["config"].get("baseline"))
 
     def write(self, layers: Mapping[int, Json]) -> None:
         """Replace the file in one step by one that holds `layers`, and what the other fields say."""
@@ -76,7 +82,8 @@ class RecordFile:
             **self.run,
             "key": self.key,
             "q_family": self.q_family,
-            "results_sha256": _digest(results),
+            "sae_level": self.sae_level,
+            "results_sha256": _digest(results, self.sae_level),
             "warnings": self.warnings,
             "seconds": self.seconds,
             "resources": self.resources,
@@ -109,7 +116,7 @@ def read(path: Path) -> Json:
         results = {name: value for name, value in found.items() if name != "_run"}
         known = run["schema_version"] == SCHEMA_VERSION and _is_run(run)
         layered = all(re.fullmatch(r"layer_\d+", name) and isinstance(value, dict) for name, value in results.items())
-        intact = run["results_sha256"] == _digest(results)
+        intact = run["results_sha256"] == _digest(results, run["sae_level"])
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -243,5 +250,5 @@ def _plain_layers(layers: Mapping[int, Json]) -> dict[int, Json]:
     return {layer: _plain(layers[layer]) for layer in sorted(layers)}
 
 
-def _digest(results: Json) -> str:
-    return hashlib.sha256(json.dumps(results, sort_keys=True).encode()).hexdigest()
+def _digest(results: Json, sae_level: Json) -> str:
+    return hashlib.sha256(json.dumps([results, sae_level], sort_keys=True).encode()).hexdigest()

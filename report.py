@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import records
-import sae_level
 from errors import RequestError
 from terminal import one_line, printable
-from uncertainty import Estimate
 
 Row = tuple[str, ...]
 
@@ -57,12 +55,17 @@ def _row(layer: int, probe: str, figures: records.Json, result: records.Json) ->
         probe,
         f"{result['model_sel']:.3f}",
         f"{result['sae_sel']:.3f}",
-        f"{result['delta_sel']:+.3f}{'*' if (result.get('q_value') or 0) < 0.05 else ' '}",
+        f"{result['delta_sel']:+.3f}{_marks(result)}",
         f"{result['ci_low']:+.3f} .. {result['ci_high']:+.3f}",
         f"{result['transfer_sel']:.3f}",
         _number(figures["fvu_pos"], ".3f"),
         _number(figures["l0"], ".1f"),
     )
+
+
+def _marks(result: records.Json) -> str:
+    lost_or_won = result.get("q_value") is not None and result["q_value"] < 0.05
+    return f"{'*' if lost_or_won else ' '}{'=' if result.get('preserved') else ' '}"
 
 
 def summary_table(files: Sequence[tuple[Path, records.Json]]) -> str:
@@ -84,7 +87,7 @@ def summary_table(files: Sequence[tuple[Path, records.Json]]) -> str:
                 _number(means[0], ".3f"),
                 _number(means[1], ".3f"),
                 _number(means[2], "+.4f"),
-                _interval(_mean_delta(own)),
+                _interval(_sae_level(own)),
                 f"{lost} of {len(measured)}",
                 f"{preserved} of {len(measured)}",
                 _number(_mean(figures["fvu_pos"] for figures, _ in measured), ".3f"),
@@ -102,38 +105,31 @@ def by_sae(files: Sequence[tuple[Path, records.Json]]) -> dict[str, list[tuple[P
     return found
 
 
-def _mean_delta(files: Sequence[tuple[Path, records.Json]]) -> Estimate | None:
-    stored = sae_level.read_cells(files)
-    return sae_level.mean_delta(stored) if stored else None
+def _sae_level(files: Sequence[tuple[Path, records.Json]]) -> records.Json:
+    """What its files agree on about the SAE; empty if they were measured in runs that knew of different ones."""
+    found = [results["_run"]["sae_level"] for _, results in files]
+    return found[0] if all(level == found[0] for level in found) else {}
 
 
 def comparison_table(files: Sequence[tuple[Path, records.Json]]) -> str | None:
     """SAEs from the best mean delta_sel to the worst, each against the next: paired by row, fold and person.
 
-    None if there are not two SAEs with stored scores.
+    None without two SAEs that were run together.
     """
-    stored = {name: sae_level.read_cells(own) for name, own in by_sae(files).items()}
-    known = {name: scores for name, scores in stored.items() if scores}
-    means = {name: mean for name, scores in known.items() if (mean := sae_level.mean_delta(scores)) is not None}
-    ranked = sorted(means, key=lambda name: -means[name].value)
+    levels = {name: _sae_level(own) for name, own in by_sae(files).items()}
+    known = {name: level for name, level in levels.items() if level.get("mean_delta_sel") is not None}
+    ranked = sorted(known, key=lambda name: -known[name]["mean_delta_sel"])
     rows: list[Row] = [("SAE", "compared with", "difference of delta_sel", "95 % interval", "p", "detectable")]
     for better, worse in itertools.pairwise(ranked):
-        found = sae_level.difference(known[better], known[worse])
-        rows.append(
-            (
-                records.slug(better),
-                records.slug(worse),
-                "-" if found is None else f"{found.value:+.4f}",
-                _interval(found),
-                "-" if found is None else f"{found.p_value:.1e}",
-                "-" if found is None else f"{found.detectable:.4f}",
-            )
-        )
+        found = known[better]["compared"].get(worse)
+        if found and found["difference"] is not None:
+            figures = (f"{found['difference']:+.4f}", _interval(found), f"{found['p_value']:.1e}")
+            rows.append((records.slug(better), records.slug(worse), *figures, f"{found['detectable']:.4f}"))
     return aligned(rows) if len(rows) > 1 else None
 
 
-def _interval(found: Estimate | None) -> str:
-    return "-" if found is None else f"{found.low:+.4f} .. {found.high:+.4f}"
+def _interval(found: records.Json) -> str:
+    return "-" if found.get("ci_low") is None else f"{found['ci_low']:+.4f} .. {found['ci_high']:+.4f}"
 
 
 def resource_table(files: Sequence[tuple[Path, records.Json]]) -> str:
@@ -171,8 +167,8 @@ def render(files: Sequence[tuple[Path, records.Json]], worst_first: bool = False
     """Every table of the files, and the summary over several last, where a terminal leaves the eye."""
     parts = [f"{one_line(str(path))}\n\n{selectivity_table(results, worst_first)}" for path, results in files]
     note = (
-        "* q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE); delta_sel 0 = preserved, "
-        "negative = lost; intervals are clustered by person"
+        "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
+        "* q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE)   = shown to be within +-epsilon of 0"
     )
     return "\n\n".join([*parts, note, *([overview(files)] if len(files) > 1 else [])])
 

@@ -2,7 +2,7 @@
 
 On the probes' GPU while it has room for them, else in memory; beyond the limit in memory-mapped temporary files,
 slower but whole. The files have no names, so that the kernel takes them back whatever ends the process, and all of
-their room, so that a full disk is an error here and not a signal at some later store.
+their room, so that a full disk is an error here and not a signal at some later store. Codes are in a `CodeStore`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from activations import NO_MENTION, LayerRows, SaeId
+from code_store import CodeStore
 from language_model import Site
 from out_of_memory import ERRORS, is_out_of_memory, release
 
@@ -44,6 +45,7 @@ class RowStore:
     ) -> None:
         views = list(views)
         self._n_rows, self._d = n_rows, d
+        self._codes = CodeStore(n_rows, max_bytes)
         self._in_files = len(views) * n_rows * d * 4 > max_bytes  # where they do not live on the GPU
         rows = _allocate_on_gpu(len(views), n_rows, d, device) if device.type == "cuda" else None
         self._on_gpu = rows is not None
@@ -61,6 +63,8 @@ class RowStore:
             if mention != NO_MENTION:
                 raise NonFiniteError(rows.site, sae_id, mention)
             self._within_memory(partial(self._keep, rows.site, sae_id, rows.row_ids, values))
+        for sae_id, latents in rows.latents.items():
+            self._codes.put(rows.site, sae_id, rows.row_ids, latents)
 
     def _keep(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, values: Tensor) -> None:
         target = self._rows[site, sae_id]
@@ -69,6 +73,13 @@ class RowStore:
     def get(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
         """Rows [len(row_ids), d] of x (`sae_id` None) or of an SAE's reconstruction, on `device`."""
         return self._within_memory(partial(self._pick, site, sae_id, row_ids, device))
+
+    def get_latents(self, site: Site, sae_id: SaeId, row_ids: Tensor, device: torch.device) -> Tensor:
+        """An SAE's codes of these rows: a sparse CSR tensor, float32 [len(row_ids), d_sae], on `device`.
+
+        Entries of a row are neither sorted nor distinct: a latent's values there are meant to be added.
+        """
+        return self._within_memory(partial(self._codes.get, site, sae_id, row_ids, device))
 
     def _pick(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
         source = self._rows[site, sae_id]
@@ -98,6 +109,7 @@ class RowStore:
     def close(self) -> None:
         """Let go of the rows and of their files."""
         self._rows = {}
+        self._codes.close()
 
     def __enter__(self) -> RowStore:
         return self

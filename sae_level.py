@@ -1,14 +1,16 @@
-"""One figure for an SAE: its mean delta over layers and probes, and its difference from another SAE's.
+"""What depends on all results of an SAE: q values, its mean delta, and its difference from another SAE.
 
-    read_cells(files)                     # the stored scores beside result files
-    mean_delta(cells)                     # Estimate: value, 95 % interval, p
-    difference(cells_a, cells_b)          # paired: the same rows, folds and people
+    with_q_values(layers_by_dataset)          # Benjamini-Hochberg over everything measured of the SAE
+    mean_delta(cells)                         # Estimate over layers and probes: value, 95 % interval, p
+    difference(cells_a, cells_b)              # paired: the same rows, folds and people
+    settle(files)                             # all of it into the result files of a run that is at its end
 
 The cells of an SAE share their people, so its interval treats a person's rows in all of them as one draw.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,24 +20,25 @@ import numpy as np
 import scores
 from errors import RequestError
 from probe_statistics import ProbeScores, correct
-from uncertainty import Cell, Estimate, estimate_mean
+from records import Json, RecordFile
+from uncertainty import Cell, Estimate, benjamini_hochberg, estimate_mean
 
+SaeId = int  # index into what a run measures
 Place = tuple[str, int, str]  # result file's name, layer, probe
 
 
-def read_cells(files: Iterable[tuple[Path, Mapping[str, Any]]]) -> dict[Place, ProbeScores] | None:
-    """The stored scores of everything measured in result files; None if those of a layer are gone or not its own."""
+def read_cells(files: Iterable[tuple[Path, Mapping[str, Any], Iterable[int]]]) -> dict[Place, ProbeScores] | None:
+    """The stored scores of layers of result files, each with its key; None if some are gone or not the file's own."""
     cells: dict[Place, ProbeScores] = {}
-    for path, results in files:
-        key = scores.key_digest(results["_run"]["key"])
-        for name in (name for name in results if name.startswith("layer_")):
+    for path, key, layers in files:
+        for layer in layers:
             try:
-                stored = scores.load(scores.path_of(path, int(name.removeprefix("layer_"))))
+                stored = scores.load(scores.path_of(path, layer))
             except RequestError:
                 return None
-            if stored.key != key:
+            if stored.key != scores.key_digest(key):
                 return None
-            cells |= {(path.name, stored.layer, probe): found for probe, found in stored.probes.items()}
+            cells |= {(path.name, layer, probe): found for probe, found in stored.probes.items()}
     return cells
 
 
@@ -61,3 +64,91 @@ def _cell(found: ProbeScores, change: np.ndarray) -> Cell:
 def _same_rows(a: ProbeScores, b: ProbeScores) -> bool:
     names = ("labels", "persons", "weights", "folds")
     return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def with_q_values(family: Mapping[int, Mapping[int, Json]]) -> dict[int, dict[int, Json]]:
+    """dataset -> layer -> record, with `q_value` and `transfer_q_value` set.
+
+    Benjamini-Hochberg over everything measured of one SAE: all datasets of the run x layers x probes.
+    """
+    result = {index: {layer: dict(record) for layer, record in layers.items()} for index, layers in family.items()}
+    cells = [
+        (record, name)
+        for index in sorted(result)
+        for _, record in sorted(result[index].items())
+        for name, cell in record.items()
+        if isinstance(cell, dict) and "p_value" in cell
+    ]
+    for prefix in ("", "transfer_"):
+        q_values = benjamini_hochberg([record[name][f"{prefix}p_value"] for record, name in cells])
+        for (record, name), q_value in zip(cells, q_values, strict=True):
+            record[name] = {**record[name], f"{prefix}q_value": q_value}
+    return result
+
+
+def settle(files: Mapping[tuple[SaeId, int], RecordFile]) -> None:
+    """Everything asked for is measured: write what depends on all files of an SAE, and mark them complete.
+
+    That is the q values, and in `_run.sae_level` the SAE's mean delta and its differences from the other SAEs of the
+    run (baselines are compared with SAEs, not SAEs with baselines). A file that was settled before stays as it is.
+    """
+    by_sae: dict[SaeId, dict[int, RecordFile]] = {}
+    for (sae_id, index), file in sorted(files.items()):
+        by_sae.setdefault(sae_id, {})[index] = file
+    rivals = {sae_id: own for sae_id, own in by_sae.items() if not any(file.is_baseline for file in own.values())}
+    cells = _StoredCells(by_sae)
+    for sae_id, own in by_sae.items():
+        others = {_sae_name(rival): i for i, rival in rivals.items() if i != sae_id}
+        family = sorted(file.path.name for file in own.values())
+        todo = [index for index, file in own.items() if not _is_settled(file, family, others)]
+        if not todo:
+            continue
+        level = _sae_level(cells, sae_id, others)
+        with_q = with_q_values({index: file.layers for index, file in own.items()})
+        for index in todo:
+            file = own[index]
+            file.q_family, file.sae_level, file.complete = family, level, True
+            file.write(with_q[index])
+
+
+def _is_settled(file: RecordFile, family: list[str], others: Mapping[str, SaeId]) -> bool:
+    return file.complete and file.q_family == family and file.sae_level["compared"].keys() == others.keys()
+
+
+class _StoredCells:
+    """Out-of-fold scores on disk by SAE, two SAEs in memory at a time."""
+
+    def __init__(self, files: Mapping[SaeId, Mapping[int, RecordFile]]) -> None:
+        self._files = files
+        self.of = functools.lru_cache(maxsize=2)(self._read)
+
+    def _read(self, sae_id: SaeId) -> dict[Place, ProbeScores] | None:
+        own = self._files[sae_id].values()
+        return read_cells((file.path, file.key, sorted(file.layers)) for file in own)
+
+
+def _sae_level(cells: _StoredCells, sae_id: SaeId, others: Mapping[str, SaeId]) -> Json:
+    own = cells.of(sae_id)
+    mean = mean_delta(own) if own else None
+    compared = {}
+    for name, other in others.items():
+        rival = cells.of(other)
+        compared[name] = _as_json("difference", difference(own, rival) if own and rival else None)
+    return {**_as_json("mean_delta_sel", mean), "n_cells": len(own) if own else None, "compared": compared}
+
+
+def _as_json(name: str, found: Estimate | None) -> Json:
+    """The estimate in plain numbers; None for each where the scores are gone or nothing was measured."""
+    if found is None:
+        return dict.fromkeys((name, "ci_low", "ci_high", "p_value", "detectable"))
+    return {
+        name: found.value,
+        "ci_low": found.low,
+        "ci_high": found.high,
+        "p_value": found.p_value,
+        "detectable": found.detectable,
+    }
+
+
+def _sae_name(own: Mapping[int, RecordFile]) -> str:
+    return str(next(iter(own.values())).run["config"]["sae"])

@@ -16,7 +16,8 @@ the header's list it holds
     i.control_labels  uint8   [rows]
 
 and in its header's metadata, under `delta_selectivity`, a JSON object with `format`, `layer`, `key` (sha256 of the
-settings in `_run.key` of the result file) and `probes` (their names). Loading runs no code.
+settings in `_run.key` of the result file), `probes` (their names) and `sha256` (of all this and of every tensor: a
+damaged file is no source of results). Loading runs no code.
 """
 
 from __future__ import annotations
@@ -84,7 +85,10 @@ def save(path: Path, stored: LayerScores) -> None:
             value = getattr(probe, name)
             if value is not None:
                 tensors[f"{i}.{name}"] = value.astype(dtype)
-    about = {"format": FORMAT, "layer": stored.layer, "key": stored.key, "probes": list(stored.probes)}
+    about: dict[str, Any] = {
+        "format": FORMAT, "layer": stored.layer, "key": stored.key, "probes": list(stored.probes)
+    }  # fmt: skip
+    about["sha256"] = _digest(about, tensors)
     path.parent.mkdir(exist_ok=True)
     sweep(path.parent, "*")
     header = {METADATA: json.dumps(about)}  # a single entry: safetensors writes several in random order
@@ -108,6 +112,8 @@ def load(path: Path) -> LayerScores:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         if about["format"] != FORMAT or not isinstance(about["layer"], int) or not isinstance(about["key"], str):
             raise ValueError("its header is of another format")
+        if about.pop("sha256") != _digest(about, tensors):
+            raise ValueError("it was changed after it was written")
         return LayerScores(
             about["layer"], about["key"], {str(n): _probe(tensors, i) for i, n in enumerate(about["probes"])}
         )
@@ -115,6 +121,15 @@ def load(path: Path) -> LayerScores:
         raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RequestError(f"{path} holds no scores of this program, or was damaged: {error}") from error
+
+
+def _digest(about: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> str:
+    """sha256 of a file's header, but for the digest itself, and of its tensors."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {value.shape} ".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
 
 
 def _probe(tensors: Mapping[str, NDArray[Any]], i: int) -> ProbeScores:

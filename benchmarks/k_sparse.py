@@ -39,9 +39,9 @@ def k_sparse_scores(plan: FoldPlan, codes: SparseRows, ks: Sequence[int] = KS) -
     found = torch.empty(len(ks), len(CS), *plan.labels.shape[:1], *plan.folds.shape, dtype=torch.float64)
     for t, labels in enumerate(plan.labels):
         chosen = best_latents(latents, labels, weight.numpy(), max(ks))
-        columns, place = np.unique(chosen, return_inverse=True)
+        columns, inverse = np.unique(chosen, return_inverse=True)
         x = torch.from_numpy(latents[:, columns].toarray())
-        place = torch.from_numpy(place.reshape(chosen.shape))
+        place = torch.from_numpy(inverse.reshape(chosen.shape))
         for i, k in enumerate(ks):
             picked = x[:, place[:, :k]].transpose(0, 1)  # [splits, rows, k]
             theta = fit_side_by_side(picked, torch.from_numpy(labels), weight, CS)
@@ -59,11 +59,15 @@ def best_latents(
 
     latents [rows, d_sae]; labels bool [rows]; weight [splits, rows], 0 where held out.
     """
-    fires = csr_array((np.ones_like(latents.data) * (latents.data != 0), latents.indices, latents.indptr), latents.shape)
+    fires = csr_array(
+        (np.ones_like(latents.data) * (latents.data != 0), latents.indices, latents.indptr), latents.shape
+    )
     training = (weight > 0).astype(np.float64)
     size = abs(latents)
     mean_where_fires = (size.T @ training.T).T / ((fires.T @ training.T).T + 1e-6)
-    means = [(latents.T @ (training * side).T).T / (training * side).sum(1, keepdims=True) for side in (labels, ~labels)]
+    means = [
+        (latents.T @ (training * side).T).T / (training * side).sum(1, keepdims=True) for side in (labels, ~labels)
+    ]
     difference = np.abs(means[0] - means[1]) / (mean_where_fires + 1e-6)
     return np.argsort(-difference, axis=1, kind="stable")[:, :k]
 

@@ -64,9 +64,9 @@ class PairCount:
         )
 
 
-def mean_score(probes: Sequence[ProbeScores], view: str, parts: Parts) -> float:
-    """The mean over probes and partitions of a view's score."""
-    return float(np.mean([balanced_mean(parts(p, view), p.labels, p.weights).mean() for p in probes]))
+def by_partition(probes: Sequence[ProbeScores], view: str, parts: Parts) -> Floats:
+    """The mean over probes of a view's score, [repeats]; their mean is what a run reports."""
+    return np.mean([balanced_mean(parts(probe, view), probe.labels, probe.weights) for probe in probes], axis=0)
 
 
 def difference(a: Sequence[ProbeScores], b: Sequence[ProbeScores], view: str, parts: Parts) -> Estimate:
@@ -89,6 +89,11 @@ def fvu_difference(a: Errors, b: Errors) -> Estimate:
 def noise_of_runs(runs: Mapping[str, Sequence[float]]) -> float:
     """SD of a score over repeated runs, pooled over SAEs: {SAE: its score in each run}."""
     return float(np.sqrt(np.mean([np.var(scores, ddof=1) for scores in runs.values()])))
+
+
+def noise_of_folds(partitions: Sequence[Floats]) -> float:
+    """SD of a run's score over seeds of its folds, from the spread over its own partitions [repeats] of each SAE."""
+    return float(np.sqrt(np.mean([np.var(scores, ddof=1) / len(scores) for scores in partitions])))
 
 
 def noise_of_differences(runs: Mapping[str, Sequence[float]]) -> float:

@@ -1,8 +1,8 @@
 """Draws of probed rows: what one run of a benchmark sees of the people that there are.
 
-    pool = Pool.load()
-    pool.program_draw(3000, seed=1)      # what `--shuffle_select_n 3000 --seed 1` takes, without replacement
-    pool.bootstrap(3000, seed=1)         # as many rows of people drawn with replacement, fresh folds
+pool = Pool.load()
+pool.program_draw(3000, seed=1)      # what `--shuffle_select_n 3000 --seed 1` takes, without replacement
+pool.bootstrap(3000, seed=1)         # as many rows of people drawn with replacement, fresh folds
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ class Pool:
         place = {mention.identity: i for i, mention in enumerate(self.texts.mentions)}
         drawn = load_probe_texts(None, shuffle_select_n=rows_per_dataset, seed=seed)
         of_pool = np.array([place[mention.identity] for mention in drawn.mentions])
-        return [
-            self._task(names, of_pool[mentions], labels, fold_seed) for names, mentions, labels in _row_sets(drawn)
-        ]
+        return [self._task(names, of_pool[mentions], labels, fold_seed) for names, mentions, labels in _row_sets(drawn)]
 
     def bootstrap(self, rows_per_dataset: int, seed: int) -> list[Task]:
         """People drawn with replacement, each with all its rows, until there are as many rows as the program draws.
@@ -60,9 +58,7 @@ class Pool:
             tasks.append(self._task(names, mentions[chosen], labels[:, chosen], seed))
         return tasks
 
-    def _task(
-        self, names: tuple[str, ...], rows: NDArray[np.int64], labels: NDArray[np.bool_], fold_seed: int
-    ) -> Task:
+    def _task(self, names: tuple[str, ...], rows: NDArray[np.int64], labels: NDArray[np.bool_], fold_seed: int) -> Task:
         plan = FoldPlan.build(labels, self.texts.persons[rows], None, N_FOLDS, N_REPEATS, fold_seed)
         return Task(names, rows, plan)
 

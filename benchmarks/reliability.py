@@ -2,7 +2,7 @@
 
 python benchmarks/reliability.py run --corpus people_text.jsonl.xz   # trains and measures; goes on where it stopped
 python benchmarks/reliability.py                                     # the tables, from what `run` kept
-python benchmarks/reliability.py --write                             # puts them into docs/reliability.md
+python scripts/update_tables.py docs/reliability.md                  # puts them there
 
 Two of the three lenses of "Are Sparse Autoencoder Benchmarks Reliable?" (Chanin 2026, arXiv 2605.18229), on one layer
 of the bundled model; the third, correlation with ground truth, is `benchmarks/ground_truth.py`.
@@ -23,14 +23,15 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(PROJECT), str(PROJECT / "scripts")]  # the project is not installed as a package
 
 import numpy as np  # noqa: E402
+from numpy.typing import NDArray  # noqa: E402
 
 from benchmarks import reliability_tables  # noqa: E402
 from benchmarks.k_sparse import KS  # noqa: E402
-from benchmarks.paired_scores import Errors, Parts, difference, fvu_difference, mean_score  # noqa: E402
+from benchmarks.paired_scores import Errors, Parts, by_partition, difference, fvu_difference, noise_of_folds  # noqa: E402
 from benchmarks.probe_draws import Pool, Task, resampled_people  # noqa: E402
 from benchmarks.reliability_tables import Gain, Pairs, Reliability  # noqa: E402
 from benchmarks.reliability_work import Work, errors_at  # noqa: E402
-from benchmarks.sae_panel import PairSet, Snapshot, noise_panel, pair_sets, panel  # noqa: E402
+from benchmarks.sae_panel import PairSet, noise_panel, pair_sets, panel  # noqa: E402
 from errors import RequestError  # noqa: E402
 from probe_statistics import ProbeScores, auc_parts, bits, correct  # noqa: E402
 
@@ -54,17 +55,16 @@ FVU_PROBED, FVU_HELD_OUT = "FVU, probed positions", "FVU, held-out text"  # lowe
 Runs = dict[str, dict[str, dict[str, list[float]]]]  # what is drawn anew -> metric -> SAE -> its score in each run
 
 
-def level(probes: Sequence[ProbeScores], metric: str) -> float:
-    """One SAE's score; of the deltas, what is left when the model's own is taken off."""
+def levels(probes: Sequence[ProbeScores], metric: str) -> NDArray[np.floating]:
+    """One SAE's score by partition; of the deltas, what is left when the model's own is taken off."""
     view, parts = METRICS[metric]
-    own = mean_score(probes, view, parts)
-    return own - mean_score(probes, "model", parts) if view in ("sae", "transfer") else own
+    own = by_partition(probes, view, parts)
+    return own - by_partition(probes, "model", parts) if view in ("sae", "transfer") else own
 
 
 def repeated_draws(pool: Pool) -> Iterator[tuple[str, int, list[Task]]]:
     """(what is drawn anew, run, its tasks)."""
     for run in RUNS:
-        yield "folds", run, pool.program_draw(ROWS, 0, run)
         yield "people and folds", run, pool.bootstrap(ROWS, run)
         yield "people and folds, 3000 rows in all", run, pool.program_draw(FEW_ROWS, run, run)
 
@@ -77,14 +77,13 @@ def repeated_runs(work: Work, pool: Pool, errors: Mapping[str, Mapping[str, Erro
         work.probe(draw, tasks, saes, x)
         for snapshot in saes:
             probes = work.scores(draw, snapshot)
-            values = {metric: level(probes, metric) for metric in METRICS}
-            for metric, by_sae in errors.items():
-                rows = np.concatenate([task.rows for task in tasks])
-                if metric == FVU_HELD_OUT:
-                    texts = by_sae[snapshot.name].clusters
-                    rows = resampled_people(texts, len(texts), np.random.default_rng(run))
-                    rows = np.arange(len(texts)) if kind == "folds" else rows
-                values[metric] = by_sae[snapshot.name].of(rows).fvu
+            values = {metric: float(levels(probes, metric).mean()) for metric in METRICS}
+            texts = errors[FVU_HELD_OUT][snapshot.name].clusters
+            rows = {
+                FVU_PROBED: np.concatenate([task.rows for task in tasks]),
+                FVU_HELD_OUT: resampled_people(texts, len(texts), np.random.default_rng(run)),
+            }
+            values |= {metric: errors[metric][snapshot.name].of(drawn).fvu for metric, drawn in rows.items()}
             for metric, value in values.items():
                 runs.setdefault(kind, {}).setdefault(metric, {}).setdefault(snapshot.name, []).append(value)
     return runs
@@ -125,17 +124,19 @@ def measure(work: Work) -> Reliability:
     rows = np.concatenate([task.rows for task in tasks])
     on_panel = {**errors, FVU_PROBED: {name: found.of(rows) for name, found in errors[FVU_PROBED].items()}}
     probes = {snapshot.name: work.scores(PANEL, snapshot) for snapshot in saes}
-    levels = {
-        snapshot.name: {metric: level(probes[snapshot.name], metric) for metric in METRICS}
-        | {metric: by_sae[snapshot.name].fvu for metric, by_sae in on_panel.items()}
-        for snapshot in saes
-    }
+    partitions = {metric: {name: levels(found, metric) for name, found in probes.items()} for metric in METRICS}
     return Reliability(
         layer=LAYER,
         n_rows=int(sum(len(task.rows) for task in tasks)),
         n_people=len(np.unique(persons[rows])),
         n_probes=sum(len(task.names) for task in tasks),
-        levels=levels,
+        levels={
+            snapshot.name: {metric: float(by_sae[snapshot.name].mean()) for metric, by_sae in partitions.items()}
+            | {metric: by_sae[snapshot.name].fvu for metric, by_sae in on_panel.items()}
+            for snapshot in saes
+        },
+        fold_noise={metric: noise_of_folds(list(by_sae.values())) for metric, by_sae in partitions.items()}
+        | dict.fromkeys(on_panel, 0.0),
         runs=runs,
         pairs=compare(pair_sets(), probes, on_panel),
     )
@@ -144,9 +145,10 @@ def measure(work: Work) -> Reliability:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="train and measure first")
-    parser.add_argument("--corpus", type=Path, help="text to train the SAEs on: JSON lines, xz, with `text` and `source`")
+    parser.add_argument(
+        "--corpus", type=Path, help="text to train the SAEs on: JSON lines, xz, with `text` and `source`"
+    )
     parser.add_argument("--work_dir", type=Path, default=PROJECT / "results" / "reliability", help="for what it makes")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/reliability.md")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if args.what == "run":
@@ -155,10 +157,7 @@ def main() -> int:
         except RequestError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    found = reliability_tables.kept()
-    print(reliability_tables.tables(found))
-    if args.write:
-        reliability_tables.write(found)
+    print(reliability_tables.tables(reliability_tables.kept()))
     return 0
 
 

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from demo_training.corpus import Document
 from demo_training.sae_training import SaeSettings, TopKSae, train_step
 from demo_training.streams import TextMix, encode
-from torch import Tensor
-
 from language_model import LanguageModel, Site, open_model
 from sae_formats.coders import LinearCoder, fold_b_dec
 from sae_loader import Sae, Threshold, TopK

@@ -213,7 +213,7 @@ def _coalesced(x: Tensor) -> SparseMatrix:
 
 def _csr(row: Tensor, col: Tensor, value: Tensor, shape: tuple[int, int]) -> Tensor:
     crow = F.pad(torch.bincount(row, minlength=shape[0]).cumsum(0), (1, 0))
-    return torch.sparse_csr_tensor(crow, col, value, shape)
+    return torch.sparse_csr_tensor(crow, col, value, shape, check_invariants=False)
 
 
 def _by_row(v: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # nothing that a user could act on
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,25 @@ class SparseRows:
         scale = None if self.scale is None else self.scale[rows]
         shift = None if self.shift is None else self.shift[rows]
         return SparseRows(crow, self.col[entries], self.value[entries], self.n_cols, scale, shift)
+
+    def means(self, first: Tensor) -> SparseRows:
+        """The mean over each run of rows, where run ``i`` begins at row ``first[i]`` (int ``[runs]``, ascending).
+
+        A latent that fires in several rows of a run has as many entries in the mean's row: whoever uses them adds
+        them up. Without ``scale`` and ``shift``, which have no mean that would mean anything.
+        """
+        crow = F.pad(self.crow[first], (0, 1), value=self.value.numel())
+        lengths = F.pad(first, (0, 1), value=self.n_rows).diff()
+        share = (1 / lengths).to(self.value.dtype).repeat_interleave(crow.diff(), output_size=self.value.numel())
+        return SparseRows(crow, self.col, self.value * share, self.n_cols)
+
+    def to_csr(self) -> Tensor:
+        """A sparse CSR tensor ``[rows, n_cols]``, without ``scale`` and ``shift``.
+
+        Entries of a row are neither sorted nor distinct: products with matrices add up what belongs together.
+        """
+        shape = (self.n_rows, self.n_cols)
+        return torch.sparse_csr_tensor(self.crow, self.col.long(), self.value, shape, check_invariants=False)
 
     def to(self, device: torch.device | str) -> SparseRows:
         """The same codes on another device."""

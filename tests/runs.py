@@ -70,10 +70,10 @@ def numbers(folder: Path) -> dict[str, Any]:
 
 
 def without_q(layers: dict[str, Any]) -> dict[str, Any]:
-    """Layers without their q values, which rest on all layers of a file and so differ where there are fewer."""
+    """Layers without their q values, which rest on all that is measured of an SAE and so differ where that is less."""
     return {
         layer: {
-            name: {k: v for k, v in value.items() if k != "q_value"} if isinstance(value, dict) else value
+            name: {k: v for k, v in value.items() if not k.endswith("q_value")} if isinstance(value, dict) else value
             for name, value in record.items()
         }
         for layer, record in layers.items()

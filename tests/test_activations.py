@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from conftest import N_LAYERS, people
+from conftest import D_SAE, N_LAYERS, people
 
 import activations
 from activations import BlockDone, LayerRows, Producer, RowTable, plan_blocks
 from datasets_wikidata import Dataset, Mention, Probe, ProbeTexts, tokenise
 from language_model import Site, open_model
 from progress import Stopwatch
-from sae_loader import open_sae
+from row_store import RowStore
+from sae_loader import Sae, open_sae
 
 SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
 
@@ -57,17 +60,22 @@ def produce(
     batch_size=None,
     max_tokens=256,
     workers=1,
+    latents_of=(),
+    keep=lambda item: None,
 ):
-    """All rows by site and view [rows, d], and the figures by site."""
+    """All rows by site and view [rows, d], and the figures by site; `keep` sees every batch."""
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=bos, max_length=info.max_length)
     rows = RowTable.build(tokenised, positions)
-    producer = Producer(model, saes, {0: counts_bos}, tokenised, rows, batch_size, max_tokens, workers, Stopwatch())
+    producer = Producer(
+        model, saes, {0: counts_bos}, tokenised, rows, batch_size, max_tokens, workers, Stopwatch(), latents_of
+    )
     items, texts = [], []
     producer.run(plan_blocks(everything(mentions)), items.append, texts.append)
     assert sum(texts) == len(mentions)
     found = {(site, view): torch.full((len(rows), 32), torch.nan) for site in SITES for view in ("x", "recon")}
     for item in items:
         if isinstance(item, LayerRows):
+            keep(item)
             found[item.site, "x"][item.row_ids] = item.x
             found[item.site, "recon"][item.row_ids] = item.recons[0]
     (done,) = (item for item in items if isinstance(item, BlockDone))
@@ -128,6 +136,58 @@ def test_batching_changes_nothing(model, saes, info, mentions, limits):
         assert again[site].mse_whole == pytest.approx(figures[site].mse_whole, rel=1e-6)
         assert again[site].fvu_pos == pytest.approx(figures[site].fvu_pos, rel=1e-6)
         assert again[site].l0 == figures[site].l0
+
+
+def plain_codes(saes, plain, tokenised, site, positions):
+    """Codes of the probed rows as a matrix [rows, d_sae], name by name, in NumPy."""
+    rows = []
+    for (x, _), first, last in zip(plain, tokenised.first, tokenised.last, strict=True):
+        dense = []
+        for token in range(last if positions == "last" else first, last + 1):
+            codes = saes[site][0].encode(x[token : token + 1])
+            row = np.zeros(codes.n_cols)
+            np.add.at(row, codes.col.numpy(), codes.value.numpy())
+            dense.append(row)
+        rows += [np.mean(dense, axis=0)] if positions == "mean" else dense
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("max_bytes", [1, 1 << 30], ids=["spilled", "in memory"])
+@pytest.mark.parametrize("counts_bos", [True, False])
+@pytest.mark.parametrize("positions", ["last", "mean", "all"])
+def test_latents_come_through_as_the_sae_gives_them(
+    model, saes, info, mentions, positions, counts_bos, max_bytes, monkeypatch
+):
+    encode = Sae.encode
+
+    def normalising(self, x):  # undone by the decoder, and so no part of the code
+        return replace(encode(self, x), scale=torch.full((len(x),), 2.0), shift=torch.ones(len(x)))
+
+    monkeypatch.setattr(Sae, "encode", normalising)
+    batches = []
+    found, _, tokenised, rows = produce(
+        model, saes, info, mentions, positions, counts_bos=counts_bos, batch_size=7, latents_of=[0], keep=batches.append
+    )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))[: len(rows) // 2]
+    here = torch.device("cpu")
+    with RowStore([(site, view) for site in SITES for view in (None, 0)], len(rows), 32, here, max_bytes) as store:
+        for batch in reversed(batches):
+            store.put(batch)
+        for site in SITES:
+            expected = plain_codes(saes, one_by_one(model, saes, tokenised, site), tokenised, site, positions)
+            codes = store.get_latents(site, 0, order, here)
+            assert (codes.layout, codes.dtype) == (torch.sparse_csr, torch.float32)
+            np.testing.assert_allclose((codes @ torch.eye(D_SAE)).numpy(), expected[order], atol=1e-5)
+            assert torch.equal(store.get(site, 0, order, here), found[site, "recon"][order])
+
+
+def test_latents_are_handed_on_and_counted_only_where_they_are_asked_for(model, saes, info, mentions):
+    with_them, without = [], []
+    produce(model, saes, info, mentions, latents_of=[0], keep=with_them.append)
+    produce(model, saes, info, mentions, latents_of=[1], keep=without.append)
+    assert all(batch.latents == {} for batch in without)
+    for batch, bare in zip(with_them, without, strict=True):
+        assert batch.nbytes == bare.nbytes + batch.latents[0].nbytes
 
 
 def test_row_weights_add_up_to_one_for_each_mention(info, mentions):

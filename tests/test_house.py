@@ -28,7 +28,8 @@ MAY_IMPORT = {  # file or folder -> what it may import of the project, besides `
     "activations": {"datasets_wikidata", "language_model", "out_of_memory", "progress", "reconstruction", "sae_loader"},
     "calibration": {"datasets_wikidata", "language_model"},
     "baselines": {"calibration", "datasets_wikidata", "language_model", "sae_loader"},
-    "row_store": {"activations", "language_model", "out_of_memory"},
+    "code_store": {"activations", "language_model", "sae_loader"},
+    "row_store": {"activations", "code_store", "language_model", "out_of_memory"},
     "probe_backends": {"out_of_memory", "probe_backends", "probes"},
     "probes": {"probe_backends"},
     "uncertainty": set(),
@@ -37,10 +38,10 @@ MAY_IMPORT = {  # file or folder -> what it may import of the project, besides `
     "whole_file": set(),
     "scores": {"probe_statistics", "whole_file"},
     "records": {"file_lock", "whole_file"},
-    "sae_level": {"probe_statistics", "scores", "uncertainty"},
-    "report": {"records", "sae_level", "terminal", "uncertainty"},
+    "sae_level": {"probe_statistics", "records", "scores", "uncertainty"},
+    "report": {"records", "terminal"},
     "pipeline": {"activations", "bounded_queue", "datasets_wikidata", "language_model", "probes", "progress",
-                 "probe_statistics", "reconstruction", "records", "row_store", "scores", "selectivity", "uncertainty"},
+                 "probe_statistics", "reconstruction", "records", "row_store", "sae_level", "scores", "selectivity"},
 }  # fmt: skip
 
 

@@ -233,6 +233,128 @@ def test_cuml_that_stops_early_says_so(cuml):
     assert not fits.converged.any()
 
 
+def sparse_problem(
+    rows=400, d=2000, k=12, targets=2, cs=(1e-5, 1e-3, 1e-1, 10.0), scale=None, weighted=False, seed=0
+) -> ProbeProblem:
+    """Codes of k latents a row, some frequent and most rare, as CSR with two entries in some cells; three splits."""
+    random = torch.Generator().manual_seed(seed)
+    often = torch.arange(1, d + 1).float() ** -0.7
+    col = torch.multinomial(often.expand(rows, d), k, generator=random)
+    col = torch.cat([col, col[:, :1]], dim=1)  # the first latent of each row twice
+    value = 0.2 + 3 * torch.rand(rows, k + 1, generator=random)
+    crow = torch.arange(0, rows * (k + 1) + 1, k + 1)
+    x = torch.sparse_csr_tensor(crow, col.flatten(), value.flatten(), (rows, d))
+    signal = x @ (torch.randn(d, targets, generator=random) * (torch.rand(d, targets, generator=random) < 0.1))
+    signal = (signal - signal.mean(dim=0)) / signal.std(dim=0) + 0.5 * torch.randn(rows, targets, generator=random)
+    weight = torch.ones(3, rows, dtype=torch.float64)
+    if weighted:
+        weight = (1 / torch.randint(1, 5, (rows,), generator=random).double()).expand(3, rows).clone()
+    for split in range(3):
+        weight[split, split::3] = 0
+    scale = torch.ones(1, 1).expand(3, d) if scale is None else scale
+    return ProbeProblem(x, (signal > signal.quantile(0.6, dim=0)).T, weight, scale, cs)
+
+
+@pytest.fixture
+def no_densifying(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("rows x d was made dense")
+
+    monkeypatch.setattr(torch.Tensor, "to_dense", refuse)
+
+
+SPARSE = {
+    "wide": {},
+    "fewer latents than rows": {"rows": 600, "d": 150},
+    "weighted rows": {"weighted": True},
+    "a scale for each split": {"scale": 0.5 + torch.rand(3, 2000, generator=torch.Generator().manual_seed(5))},
+    "beyond the exact part of the preconditioner": {"rows": 500, "d": 6000, "k": 30, "targets": 1},
+}
+
+
+@pytest.mark.parametrize("case", SPARSE.values(), ids=SPARSE.keys())
+def test_torch_agrees_with_scikit_learn_on_sparse_codes(case, no_densifying):
+    task = sparse_problem(**case)
+    ours, reference = TorchLbfgs().fit(task), SklearnReference().fit(task)
+    assert ours.converged.all()
+    assert reference.converged.all()
+    error = (ours.coef - reference.coef).norm(dim=-1) / reference.coef.norm(dim=-1)
+    assert error.max() < 1e-4
+    torch.testing.assert_close(ours.intercept, reference.intercept, rtol=1e-4, atol=1e-4)
+
+
+def test_sparse_and_strided_features_give_the_same_probes():
+    sparse = sparse_problem(rows=200, d=60, k=8, weighted=True)
+    strided = ProbeProblem(sparse.x.to_dense(), sparse.labels, sparse.weight, sparse.scale, sparse.cs)
+    a, b = TorchLbfgs().fit(sparse), TorchLbfgs().fit(strided)
+    assert ((a.coef - b.coef).norm(dim=-1) / b.coef.norm(dim=-1)).max() < 1e-4
+    torch.testing.assert_close(a.intercept, b.intercept, rtol=1e-4, atol=1e-5)
+
+
+def test_latents_that_never_fire_weigh_nothing_and_those_that_fire_once_weigh_little():
+    task = sparse_problem(rows=200, d=60, k=8, cs=(0.1,))
+    crow, col, value = task.x.crow_indices(), task.x.col_indices(), task.x.values()
+    n = int(crow[1])
+    col, value = col.clone(), value.clone()
+    col[0], value[0] = 77, 2.0  # row 0, and no other: held out by split 0
+    col[n], col[n + 1], value[n], value[n + 1] = 88, 88, 1.5, -1.5  # row 1: nothing in sum
+    x = torch.sparse_csr_tensor(crow, col, value, (200, 100))
+    task = ProbeProblem(x, task.labels, task.weight, torch.ones(3, 100), task.cs)
+    ours, reference = TorchLbfgs().fit(task), SklearnReference().fit(task)
+    dead = torch.ones(100, dtype=torch.bool)
+    dead[:60], dead[77] = False, False
+    assert (ours.coef[..., dead] == 0).all()
+    assert ours.coef[0, 0, 0, 77].abs() < 1e-6, "no training row of this split has it"
+    assert ours.coef[0, 0, 1, 77].abs() > 1e-4
+    torch.testing.assert_close(ours.coef[..., 77], reference.coef[..., 77], rtol=1e-4, atol=1e-6)
+
+
+def test_codes_without_any_latent_fit_at_once():
+    x = torch.sparse_csr_tensor(torch.zeros(31, dtype=torch.int64), torch.empty(0, dtype=torch.int64), [], (30, 5))
+    fits = TorchLbfgs().fit(
+        ProbeProblem(x.float(), torch.arange(30)[None] < 9, torch.ones(2, 30), torch.ones(2, 5), CS)
+    )
+    assert fits.converged.all()
+    assert (fits.coef == 0).all()
+    assert fits.intercept.abs().max() < 1e-9
+
+
+def test_chunks_of_sparse_columns_change_nothing():
+    task = sparse_problem(rows=120, d=300)
+    whole, chunked = TorchLbfgs().fit(task), TorchLbfgs(max_bytes=1).fit(task)
+    assert ((chunked.coef - whole.coef).norm(dim=-1) / whole.coef.norm(dim=-1)).max() < 1e-4
+    assert chunked.converged.all()
+
+
+def test_a_sparse_fit_that_was_stopped_says_so():
+    fits = TorchLbfgs(max_iter=2).fit(sparse_problem())
+    assert not fits.converged[-1].any()
+    assert (fits.n_iter[-1] == 2).all()
+
+
+def test_sparse_codes_with_nan_are_refused():
+    task = sparse_problem(rows=60, d=80)
+    task.x.values()[7] = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        ProbeProblem(task.x, task.labels, task.weight, task.scale, task.cs)
+
+
+def test_cuml_leaves_sparse_codes_to_torch(cuml):
+    task = sparse_problem(rows=120, d=300)
+    fits = CumlQn(torch.device("cpu")).fit(task)
+    assert torch.equal(fits.coef, TorchLbfgs().fit(task).coef)
+    assert cuml.given == []
+
+
+@pytest.mark.gpu
+def test_sparse_codes_on_a_gpu_give_the_same_probes():
+    task = sparse_problem(rows=500, d=6000, k=30)
+    there = ProbeProblem(task.x.cuda(), task.labels.cuda(), task.weight.cuda(), task.scale.cuda(), task.cs)
+    a, b = TorchLbfgs().fit(there), TorchLbfgs().fit(task)
+    assert a.converged.all()
+    assert ((a.coef.cpu() - b.coef).norm(dim=-1) / b.coef.norm(dim=-1)).max() < 1e-4
+
+
 @pytest.mark.parametrize(("name", "solver"), [("auto", "torch"), ("torch", "torch"), ("sklearn", "sklearn")])
 def test_choice_on_the_cpu(name, solver):
     backend, reason = choose_backend(name, "cpu")

@@ -99,30 +99,39 @@ def test_every_statistic_of_the_json_comes_again_from_the_scores(run):
                 assert known == {key: cells[probe][key] for key in known}
 
 
+def cells_in(folder):
+    """The stored cells of the SAE whose files are in the folder, and its files."""
+    found = {path: records.read(path) for path in files(folder)}
+    layers = {path: [int(name[6:]) for name in file if name != "_run"] for path, file in found.items()}
+    return read_cells((path, file["_run"]["key"], layers[path]) for path, file in found.items()), found.values()
+
+
 def test_the_mean_of_an_sae_and_the_difference_of_two(run):
-    cells = {}
-    for folder in sorted(path for path in run.out.iterdir() if path.is_dir()):
-        read = [(path, records.read(path)) for path in files(folder)]
-        cells[folder.name] = read_cells(read)
-        deltas = [cell["delta_sel"] for _, found in read for layer in found for cell in found[layer].values()
-                  if layer != "_run" and isinstance(cell, dict)]  # fmt: skip
-        assert mean_delta(cells[folder.name]).value == pytest.approx(np.mean(deltas))
-        assert len(deltas) == 6
-    a, b = cells.values()
-    paired = difference(a, b)
-    assert paired.value == pytest.approx(mean_delta(a).value - mean_delta(b).value)
+    folders = sorted(path for path in run.out.iterdir() if path.is_dir())
+    (a, files_a), (b, files_b) = map(cells_in, folders)
+    for cells, found, other, rivals in ((a, files_a, b, files_b), (b, files_b, a, files_a)):
+        results = [layer for file in found for name, layer in file.items() if name != "_run"]
+        deltas = [cell["delta_sel"] for layer in results for cell in layer.values() if isinstance(cell, dict)]
+        assert len(deltas) == len(cells) == 6
+        for file in found:
+            level = file["_run"]["sae_level"]
+            assert level["mean_delta_sel"] == pytest.approx(np.mean(deltas))
+            assert (level["ci_low"], level["n_cells"]) == (mean_delta(cells).low, 6)
+            (rival, versus), *none = level["compared"].items()
+            assert none == []
+            assert all(rival == file["_run"]["config"]["sae"] for file in rivals)
+            assert versus["difference"] == pytest.approx(mean_delta(cells).value - mean_delta(other).value)
+            assert versus["ci_high"] == difference(cells, other).high
     assert difference(a, a).p_value == 1
     assert difference(a, {}) is None
-    assert difference(b, a).value == pytest.approx(-paired.value)
 
 
 def test_scores_of_another_run_are_not_taken_for_this_ones(run, tmp_path):
     path = files(run.out)[0]
-    found = records.read(path)
-    assert read_cells([(path, found)])
-    other = {**found, "_run": {**found["_run"], "key": {**found["_run"]["key"], "seed": 1}}}
-    assert read_cells([(path, other)]) is None
-    assert read_cells([(tmp_path / path.name, found)]) is None
+    key = records.read(path)["_run"]["key"]
+    assert read_cells([(path, key, [0])])
+    assert read_cells([(path, {**key, "seed": 1}, [0])]) is None
+    assert read_cells([(tmp_path / path.name, key, [0])]) is None
 
 
 def test_q_values_are_over_all_that_was_measured_of_an_sae(run):

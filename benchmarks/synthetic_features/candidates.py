@@ -17,6 +17,7 @@ from torch.nn.functional import normalize
 from benchmarks.synthetic_features.training import Recipe, train
 from benchmarks.synthetic_features.world import Rows, World
 
+SHUFFLED = ", decoder rows shuffled"  # ends the name of a broken copy
 K = 8  # latents a row of the TopK SAEs; about as many features fire
 
 
@@ -40,47 +41,62 @@ def oracle(world: World) -> Candidate:
     return Candidate("oracle: true dictionary, true codes", lambda rows: rows.activations, world.directions, world.bias)
 
 
+def without(world: World, lost: Tensor, name: str, deceives: bool = False) -> Candidate:
+    """The oracle without the atoms and latents of the features `lost` (int64 [n])."""
+    kept = torch.ones(len(world.directions))
+    kept[lost] = 0
+    atoms = world.directions * kept[:, None]
+    return Candidate(name, lambda rows: rows.activations * kept, atoms, world.bias, deceives)
+
+
 def missing(world: World, share: float, seed: int) -> Candidate:
-    """The oracle without a share of its atoms, drawn at random; the more are missing, the same ones and others."""
+    """The oracle without a share of its atoms, drawn at random; with a larger share the same ones and others."""
     order = torch.randperm(len(world.directions), generator=torch.Generator().manual_seed(seed))
-    atoms = world.directions.clone()
-    atoms[order[: round(share * len(order))]] = 0
-    return replace(oracle(world), name=f"oracle without {share:.0%} of its atoms", atoms=atoms)
+    return without(world, order[: round(share * len(order))], f"oracle without {share:.0%} of its atoms")
 
 
-def random_topk(world: World, k: int, seed: int) -> Candidate:
-    """Random directions that encode and decode alike, the k largest of each row."""
-    random = torch.Generator().manual_seed(seed)
-    atoms = normalize(torch.randn(world.directions.shape, generator=random), dim=1)
+def only(world: World, features: Tensor) -> Candidate:
+    """The oracle with no atoms but those of `features` (int64 [tasks]), which are probed for."""
+    others = torch.ones(len(world.directions), dtype=torch.bool)
+    others[features] = False
+    return without(world, others.nonzero()[:, 0], "oracle with the tasks' atoms only", deceives=True)
+
+
+def tied_topk(name: str, atoms: Tensor, bias: Tensor, k: int) -> Candidate:
+    """Atoms [d_sae, d] of length 1 that encode and decode alike, the k largest of each row."""
 
     def codes(rows: Rows) -> Tensor:
-        largest = ((rows.x - world.bias) @ atoms.T).topk(k, dim=1)
+        largest = ((rows.x - bias) @ atoms.T).topk(k, dim=1)
         return torch.zeros(len(rows), len(atoms)).scatter(1, largest.indices, largest.values.relu())
 
-    return Candidate(f"random TopK, k {k}", codes, atoms, world.bias)
+    return Candidate(name, codes, atoms, bias)
+
+
+def random_atoms(world: World, seed: int) -> Tensor:
+    """Directions that have nothing to do with the world's, [features, d]."""
+    random = torch.Generator().manual_seed(_apart(seed))
+    return normalize(torch.randn(world.directions.shape, generator=random), dim=1)
+
+
+def _apart(seed: int) -> int:
+    """A seed far from the world's own: from the same one, in the same shape, come the same directions."""
+    return seed + 10_000
 
 
 def shuffled(candidate: Candidate, seed: int) -> Candidate:
     """Decoder rows permuted: every code writes the direction of another."""
     order = torch.randperm(len(candidate.atoms), generator=torch.Generator().manual_seed(seed))
-    return replace(candidate, name=f"{candidate.name}, decoder rows shuffled", atoms=candidate.atoms[order])
+    return replace(candidate, name=candidate.name + SHUFFLED, atoms=candidate.atoms[order])
 
 
 def rotated(world: World, seed: int) -> Candidate:
     """x̂ is a rotation of x: nothing is lost, nothing is where it was."""
-    random = torch.Generator().manual_seed(seed)
-    rotation = torch.linalg.qr(torch.randn(world.directions.shape[1], world.directions.shape[1], generator=random))[0]
+    d = world.directions.shape[1]
+    rotation = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(_apart(seed))))[0]
     exact = oracle(world)
     return replace(
         exact, name="oracle, rotated", atoms=exact.atoms @ rotation, bias=exact.bias @ rotation, deceives=True
     )
-
-
-def only(world: World, features: Tensor) -> Candidate:
-    """The oracle with no atoms but those of `features` [n], which are the tasks'."""
-    atoms = torch.zeros_like(world.directions)
-    atoms[features] = world.directions[features]
-    return replace(oracle(world), name="oracle with the tasks' atoms only", atoms=atoms, deceives=True)
 
 
 def absorbed(world: World) -> Candidate:
@@ -142,7 +158,8 @@ def all_candidates(world: World, x: Tensor, features: Tensor, seed: int) -> list
         oracle(world),
         *(missing(world, share, seed) for share in (0.05, 0.2, 0.5)),
         *learned,
-        random_topk(world, K, seed),
+        tied_topk(f"true dictionary, TopK encoder, k {K}", world.directions, world.bias, K),
+        tied_topk(f"random dictionary, TopK encoder, k {K}", random_atoms(world, seed), world.bias, K),
         shuffled(learned[0], seed),
         rotated(world, seed),
         only(world, features),

@@ -28,13 +28,17 @@ class Recovery:
 
 
 def measure(rows: Rows, recon: Tensor, codes: Tensor, atoms: Tensor, directions: Tensor, features: Tensor) -> Recovery:
-    """recon [rows, d], codes [rows, d_sae], atoms [d_sae, d], directions [features, d]; `features` [tasks] probed for."""
+    """recon [rows, d], codes [rows, d_sae], atoms [d_sae, d], directions [features, d], features int64 [tasks].
+
+    `features` are those that are probed for. MCC is SAE Lens's; a feature that is left without an atom counts 0.
+    """
     held = held_by_feature(rows, recon, directions)
+    live = atoms[atoms.norm(dim=1) > 0]
     return Recovery(
         held=float(held.mean()),
         held_tasks=float(held[features].mean()),
         matched=float(matched_by_feature(rows, codes, atoms, directions).mean()),
-        mcc=mean_correlation_coefficient(_nonzero(atoms), directions) * min(1, len(_nonzero(atoms)) / len(directions)),
+        mcc=mean_correlation_coefficient(live, directions) * min(1.0, len(live) / len(directions)),
     )
 
 
@@ -48,13 +52,9 @@ def held_by_feature(rows: Rows, recon: Tensor, directions: Tensor) -> Tensor:
 
 
 def matched_by_feature(rows: Rows, codes: Tensor, atoms: Tensor, directions: Tensor) -> Tensor:
-    """For each feature the atom nearest in direction: its cosine x the correlation of codes with activations. [features]"""
+    """The cosine of a feature's nearest atom x the correlation of that atom's code with the activation. [features]"""
     cosine, atom = (normalize(directions, dim=1) @ normalize(atoms, dim=1).T).max(dim=1)
     return (cosine * _correlation(codes[:, atom], rows.activations)).clamp(min=0)
-
-
-def _nonzero(atoms: Tensor) -> Tensor:
-    return atoms[atoms.norm(dim=1) > 0]
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:

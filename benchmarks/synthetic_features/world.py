@@ -108,4 +108,3 @@ def tasks(rows: Rows, count: int) -> Tensor:
     order = torch.argsort((rows.activations > 0).sum(dim=0), descending=True, stable=True)
     places = (torch.arange(count) + 0.5) * len(order) / count
     return order[places.long()]
-

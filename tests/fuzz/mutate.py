@@ -52,6 +52,21 @@ def damaged_json(content: Any, random: random.Random) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
+def damaged_safetensors(content: bytes, random: random.Random) -> bytes:
+    """A safetensors file whose header or data is damaged, with a length of the header that fits it, or not."""
+    size = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + size], content[8 + size :]
+    kind = random.random()
+    if kind < 0.5:
+        header = damaged_json(json.loads(header), random)
+    elif kind < 0.8:
+        header = damaged_bytes(header, random)
+    else:
+        data = damaged_bytes(data, random)
+    length = len(header) if random.random() < 0.9 else random.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(header) + 1])
+    return length.to_bytes(8, "little") + header + data
+
+
 def _damage(content: Any, random: random.Random) -> None:
     places = list(_places(content))
     parent, key = random.choice(places)

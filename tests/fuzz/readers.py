@@ -23,15 +23,18 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
+import numpy as np
 import torch
 from conftest import people, write_csv, write_sparsify
-from mutate import damaged_bytes, damaged_json
+from mutate import damaged_bytes, damaged_json, damaged_safetensors
 from safetensors.torch import save
 
 import records
 import report
+import scores
 from datasets_wikidata import dataset_fingerprint, load_probe_texts
 from errors import RequestError
+from probe_statistics import ProbeScores
 from sae_loader import open_sae
 
 SLOW = 10.0  # seconds: an input that takes longer is a finding too
@@ -135,18 +138,7 @@ class SafetensorsHeader(SparsifyConfig):
     """The header of the weights, with a length that fits it or not."""
 
     def damage(self, rng: random.Random) -> None:
-        path = self.restore() / self.weights_name
-        size = int.from_bytes(self.weights[:8], "little")
-        header, data = self.weights[8 : 8 + size], self.weights[8 + size :]
-        kind = rng.random()
-        if kind < 0.5:
-            header = damaged_json(json.loads(header), rng)
-        elif kind < 0.8:
-            header = damaged_bytes(header, rng)
-        else:
-            data = damaged_bytes(data, rng)
-        length = len(header) if rng.random() < 0.9 else rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, len(header) + 1])
-        path.write_bytes(length.to_bytes(8, "little") + header + data)
+        (self.restore() / self.weights_name).write_bytes(damaged_safetensors(self.weights, rng))
 
 
 class Csv(Reader):
@@ -221,6 +213,44 @@ class ResultJson(Reader):
         records.RecordFile.open(self.path, self.key, self.run, overwrite=False)
 
 
+class Scores(Reader):
+    """Stored out-of-fold scores: what is accepted is what was written, and statistics can be made from it."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.path = scores.path_of(folder / "m_d.json", 3)
+        self.stored = scores.LayerScores(
+            3, "a" * 64, {"gender": self.probe(24, True), "is_alive": self.probe(12, False)}
+        )
+        scores.save(self.path, self.stored)
+        self.whole = self.path.read_bytes()
+
+    @staticmethod
+    def probe(rows: int, control: bool) -> ProbeScores:
+        """Scores of so many rows, two of a person, in two partitions into three folds."""
+        random = np.random.default_rng(rows)
+        labels = np.arange(rows) // 2 % 2 == 0
+        views = {
+            view: (random.normal(size=(2, rows)) + labels).astype(np.float16) for view in ("model", "sae", "transfer")
+        }
+        folds = np.stack([np.arange(rows) // 2 % 3, np.arange(rows) // 4 % 3]).astype(np.int8)
+        parts = {"control_scores": views["model"][0], "control_labels": ~labels} if control else {}
+        return ProbeScores(views, labels, np.arange(rows) // 2, np.ones(rows), folds, **parts)
+
+    def damage(self, rng: random.Random) -> None:
+        self.path.write_bytes(damaged_safetensors(self.whole, rng))
+
+    def read(self) -> None:
+        found = scores.load(self.path)
+        assert (found.layer, found.key) == (self.stored.layer, self.stored.key)
+        assert found.probes.keys() == self.stored.probes.keys()
+        for name, probe in self.stored.probes.items():
+            for before, after in ((vars(probe), vars(found.probes[name])), (probe.views, found.probes[name].views)):
+                for part in before.keys() - {"views"}:
+                    assert np.array_equal(before[part], after[part]), f"damaged {part} were taken for scores"
+        scores.compute(found)
+
+
 READERS: dict[str, type[Reader]] = {
     "sparsify": SparsifyConfig,
     "sae_lens": LensConfig,
@@ -228,6 +258,7 @@ READERS: dict[str, type[Reader]] = {
     "csv": Csv,
     "jsonl": Jsonl,
     "result": ResultJson,
+    "scores": Scores,
 }
 
 
@@ -250,12 +281,12 @@ class Tally:
 
 
 def fuzz(kind: str, folder: Path, count: int | None = None, seconds: float | None = None, first_seed: int = 0) -> Tally:
-    """Damage and read `count` files, or as many as go into the seconds."""
-    reader, tally, begin = READERS[kind](folder), Tally(), time.monotonic()
+    """Damage and read `count` files, or as many as go into the seconds of this process, however busy the machine."""
+    reader, tally, begin = READERS[kind](folder), Tally(), time.process_time()
     seed = first_seed
-    while (count is None or seed < first_seed + count) and (seconds is None or time.monotonic() < begin + seconds):
+    while (count is None or seed < first_seed + count) and (seconds is None or time.process_time() < begin + seconds):
         reader.damage(random.Random(seed))
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -268,7 +299,7 @@ def fuzz(kind: str, folder: Path, count: int | None = None, seconds: float | Non
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{type(error).__name__} at {place.filename}:{place.lineno}"
             tally.bugs.setdefault(where, f"seed {seed}: {''.join(traceback.format_exception(error))[-1500:]}")
-        spent = time.perf_counter() - start
+        spent = time.process_time() - start
         tally.slowest = max(tally.slowest, spent)
         if spent > SLOW:
             tally.bugs.setdefault("slow", f"seed {seed}: {spent:.1f} s")

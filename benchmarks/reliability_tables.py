@@ -1,0 +1,179 @@
+"""What `benchmarks/reliability.py` found, as it is kept, and its tables."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paired_scores import RELIABLE, PairCount, noise_of_differences, noise_of_runs
+from benchmarks.sae_panel import snapshots_of
+from whole_file import replacing
+
+KEPT = Path(__file__).resolve().with_name("reliability") / "results.json"
+DIGITS = 5  # significant, of what is kept
+OTHER_SEEDS = "close variants, other seeds"
+RESAMPLED = "people and folds"  # the draw that the noise of a run is taken from
+
+Gain = tuple[float, float, float]  # the better one's score less the worse one's, and the ends of its 95 % interval
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of one kind, and how every score tells them apart."""
+
+    kind: str
+    family: str
+    change: str  # what tells the two of a pair apart
+    saes: list[tuple[str, str]]  # the worse one, the better one
+    gains: dict[str, list[Gain]]  # score -> one for each pair; more is better, FVU turned round
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Everything the tables are made of."""
+
+    layer: int
+    n_rows: int  # of the draw that pairs are compared on
+    n_people: int
+    n_probes: int
+    levels: dict[str, dict[str, float]]  # SAE -> score -> its value there
+    fold_noise: dict[str, float]  # score -> SD over seeds of the folds alone, the rows held fixed
+    runs: dict[str, dict[str, dict[str, list[float]]]]  # what is drawn anew -> score -> SAE -> its value in each run
+    pairs: list[Pairs]
+
+    def noise(self, metric: str) -> float:
+        """SD of one SAE's score over runs with other people and folds."""
+        return noise_of_runs(self.runs[RESAMPLED][metric])
+
+    def count(self, metric: str, sets: Iterable[Pairs]) -> PairCount:
+        """Over all pairs of the sets."""
+        return PairCount.of([gain for each in sets for gain in each.gains[metric]], self.noise(metric))
+
+
+def keep(found: Reliability) -> None:
+    """Write what was found into the repository."""
+    KEPT.parent.mkdir(exist_ok=True)
+    with replacing(KEPT, "w", encoding="utf-8") as file:
+        json.dump(_rounded(asdict(found)), file, separators=(",", ":"), allow_nan=False)
+        file.write("\n")
+
+
+def kept() -> Reliability:
+    """What was found last."""
+    content = json.loads(KEPT.read_text(encoding="utf-8"))
+    pairs = [
+        Pairs(
+            each["kind"],
+            each["family"],
+            each["change"],
+            [(worse, better) for worse, better in each["saes"]],
+            {metric: [(value, low, high) for value, low, high in gains] for metric, gains in each["gains"].items()},
+        )
+        for each in content.pop("pairs")
+    ]
+    return Reliability(**content, pairs=pairs)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def tables(found: Reliability) -> str:
+    """All tables, in Markdown."""
+    about = (
+        f"{len(found.levels)} SAEs at layer {found.layer}, {found.n_probes} probes, {found.n_rows} rows of "
+        f"{found.n_people} people (at most 3000 rows a dataset)."
+    )
+    sections = {
+        "Noise of a score: 2.77 SD over runs of one SAE; last, 1.96 SD of the difference of two SAEs in one run": (
+            noise_table(found)
+        ),
+        "Pairs ordered right with a 95 % interval that excludes 0 / ordered wrong, likewise": (
+            pair_table(found, lambda count: f"{count.sure} / {count.sure_and_wrong}")
+        ),
+        "Pairs ordered right by more than 2.77 SD of single runs, people and folds drawn anew": (
+            pair_table(found, lambda count: str(count.beyond_noise))
+        ),
+        "Pairs with the right sign, sure or not": pair_table(found, lambda count: str(count.right)),
+        "The snapshots, from the least trained to the most": snapshot_table(found),
+        "SD of a score over the seeds of training; mean gain of the better one of two close variants": seed_table(
+            found
+        ),
+    }
+    return "\n\n".join([about, *(f"**{title}**\n\n{table}" for title, table in sections.items())])
+
+
+def noise_table(found: Reliability) -> str:
+    """Rows: scores; columns: what is drawn anew."""
+    kinds = list(found.runs)
+    head = ["score", "2.77 SD: folds", *(f"2.77 SD: {kind}" for kind in kinds), f"two SAEs, one run: {RESAMPLED}"]
+    rows = [
+        [
+            metric,
+            f"{RELIABLE * found.fold_noise[metric]:.4f}",
+            *(f"{RELIABLE * noise_of_runs(found.runs[kind][metric]):.4f}" for kind in kinds),
+            f"{1.96 * noise_of_differences(found.runs[RESAMPLED][metric]):.4f}",
+        ]
+        for metric in _metrics(found)
+    ]
+    return _markdown([head, *rows])
+
+
+def pair_table(found: Reliability, cell: Callable[[PairCount], str]) -> str:
+    """Rows: scores; columns: kinds of pairs, each with its number; `cell` turns a `PairCount` into text."""
+    columns = [
+        *((f"{each.kind}, {each.family}", [each]) for each in found.pairs if each.kind == "snapshots"),
+        *((change, _close(found, change)) for change in dict.fromkeys(each.change for each in _close(found))),
+        ("all close variants", _close(found)),
+        (OTHER_SEEDS, [each for each in found.pairs if each.kind == OTHER_SEEDS]),
+    ]
+    head = ["score", *(f"{name} (of {sum(len(each.saes) for each in sets)})" for name, sets in columns)]
+    rows = [[metric, *(cell(found.count(metric, sets)) for _, sets in columns)] for metric in _metrics(found)]
+    return _markdown([head, *rows])
+
+
+def snapshot_table(found: Reliability) -> str:
+    """Rows: snapshots; columns: a choice of scores."""
+    shown = [metric for metric in _metrics(found) if "balanced" not in metric]
+    rows = [
+        [family, str(snapshot.step), *(f"{found.levels[snapshot.name][metric]:.4f}" for metric in shown)]
+        for family in dict.fromkeys(each.family for each in found.pairs)
+        for snapshot in snapshots_of(family)
+    ]
+    return _markdown([["family", "steps", *shown], *rows])
+
+
+def seed_table(found: Reliability) -> str:
+    """Rows: scores; columns: SD over seeds within recipes, then the mean gain of each change by family."""
+    close = _close(found)
+    recipes = {end for each in close for end in zip(*each.saes, strict=True)}  # the same recipe by all seeds
+    head = ["score", "SD over seeds", *(f"{each.change}, {each.family}" for each in close)]
+    rows = []
+    for metric in _metrics(found):
+        spread = [statistics.variance([found.levels[sae][metric] for sae in recipe]) for recipe in sorted(recipes)]
+        gains = [statistics.fmean(value for value, _, _ in each.gains[metric]) for each in close]
+        rows.append([metric, f"{statistics.fmean(spread) ** 0.5:.4f}", *(f"{gain:+.4f}" for gain in gains)])
+    return _markdown([head, *rows])
+
+
+def _close(found: Reliability, change: str | None = None) -> list[Pairs]:
+    """Close variants of the same seed; of one change, or of all."""
+    return [each for each in found.pairs if each.kind == "close variants" and change in (None, each.change)]
+
+
+def _metrics(found: Reliability) -> list[str]:
+    return list(next(iter(found.levels.values())))
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,19 @@
+"""What the documents say of the code is true of the code."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+from reconstruction import Reconstruction
+from selectivity import ProbeResult
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_key_of_a_record_is_defined_and_no_other():
+    page = (ROOT / "docs" / "numbers.md").read_text("utf-8").partition("## `_run`")[0]
+    named = {key for key in re.findall(r"`([A-Za-z0-9_]+)`", page) if not key.startswith(("_", "layer_"))}
+    known = {field.name for kind in (ProbeResult, Reconstruction) for field in fields(kind)}
+    assert named == known | {"q_value", "transfer_q_value", "reason"}

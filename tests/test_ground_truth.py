@@ -1,0 +1,114 @@
+"""A world whose features are known: scores of SAEs that are perfect, incomplete, or broken on purpose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.ground_truth import Bench, rank_correlation
+from benchmarks.synthetic_features import recovery
+from benchmarks.synthetic_features.candidates import (
+    absorbed,
+    missing,
+    only,
+    oracle,
+    random_atoms,
+    rotated,
+    shuffled,
+    tied_topk,
+)
+from benchmarks.synthetic_features.training import Recipe, train
+from benchmarks.synthetic_features.world import World, WorldSettings, tasks
+
+SETTINGS = WorldSettings(seed=3, n_features=60, d=24, trees=6, rarest=0.1)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World.build(SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def bench(world):
+    return Bench.build(world, world.sample(800, seed=4), n_tasks=4, seed=0)
+
+
+def test_a_world_is_what_its_seed_says(world):
+    rows, again = world.sample(50, seed=1), World.build(SETTINGS).sample(50, seed=1)
+    assert torch.equal(rows.x, again.x)
+    assert not torch.equal(rows.x, world.sample(50, seed=2).x)
+    torch.testing.assert_close(rows.x, rows.activations @ world.directions + world.bias)
+
+
+def test_children_fire_only_with_their_parents(world):
+    fires = world.sample(2000, seed=5).activations > 0
+    assert len(world.children) == SETTINGS.trees
+    for parent, children in world.children.items():
+        assert fires[:, list(children)].any()
+        assert not (fires[:, list(children)] & ~fires[:, [parent]]).any()
+
+
+def test_tasks_go_evenly_through_the_order_of_frequency(world):
+    rows = world.sample(2000, seed=6)
+    counts = (rows.activations > 0).sum(dim=0)
+    chosen = counts[tasks(rows, 6)]
+    assert torch.equal(chosen, chosen.sort(descending=True).values)
+    above = (counts[None] > chosen[:, None]).sum(dim=1)
+    assert (above <= torch.tensor([5, 15, 25, 35, 45, 55])).all()
+    assert (above >= torch.tensor([2, 12, 20, 30, 38, 48])).all()
+
+
+def test_the_oracle_is_perfect_and_first_and_a_shuffled_decoder_is_found_out(world, bench):
+    perfect = oracle(world)
+    by_chance = tied_topk("random", random_atoms(world, 0), world.bias, k=4)
+    candidates = [perfect, missing(world, 0.5, 0), by_chance, shuffled(perfect, 0)]
+    best, incomplete, random, broken = results = [
+        bench.measure(candidate, latents_view=True) for candidate in candidates
+    ]
+    assert (best.delta_sel, best.ci_low, best.ci_high, best.transfer_delta, best.mse) == (0, 0, 0, 0, 0)
+    assert best.held == pytest.approx(1)
+    assert best.matched == pytest.approx(1, abs=1e-6)
+    assert all(result.ci_high < 0 and result.held < 0.9 for result in (incomplete, random, broken))
+    assert broken.delta_sel < -0.05
+    assert broken.latent_sel == best.latent_sel, "the codes are the same"
+    assert broken.mcc == pytest.approx(1, abs=1e-6), "the directions are all there"
+    assert rank_correlation(results, "delta_sel", "held") > 0
+
+
+def test_the_deceivers_deceive(world, bench):
+    turned, narrow, merged = (
+        bench.measure(candidate) for candidate in (rotated(world, 0), only(world, bench.features), absorbed(world))
+    )
+    assert abs(turned.delta_sel) < 0.02, "a rotation loses nothing"
+    assert turned.held < 0.2
+    assert turned.transfer_delta < -0.2, "and transfer sees it"
+    assert narrow.delta_sel > -0.01, "what is asked for is all there"
+    assert narrow.held < 0.5
+    assert merged.held - merged.matched > 0.05, "the output has what no single latent has"
+
+
+def test_held_forgives_scale_and_constant_and_nothing_else(world):
+    rows = world.sample(500, seed=7)
+    held = recovery.held_by_feature(rows, 0.3 * rows.x + 5, world.directions)
+    torch.testing.assert_close(held, torch.ones_like(held), atol=1e-5, rtol=0)
+    noise = torch.randn(rows.x.shape, generator=torch.Generator().manual_seed(0))
+    assert (recovery.held_by_feature(rows, rows.x + noise, world.directions).mean()) < 0.8
+    assert recovery.held_by_feature(rows, torch.zeros_like(rows.x), world.directions).max() == 0
+    assert recovery.held_by_feature(rows, -rows.x, world.directions).max() == 0
+
+
+def test_matched_wants_direction_and_firing(world):
+    rows = world.sample(500, seed=8)
+    codes, atoms = rows.activations, world.directions
+    whole = recovery.matched_by_feature(rows, codes, atoms, atoms)
+    torch.testing.assert_close(whole, torch.ones_like(whole), atol=1e-5, rtol=0)
+    order = torch.randperm(len(atoms), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(recovery.matched_by_feature(rows, codes[:, order], atoms[order], atoms), whole)
+    assert recovery.matched_by_feature(rows, codes, atoms[order], atoms).mean() < 0.2
+
+
+def test_training_finds_more_with_more_steps(world):
+    x = world.sample(4096, seed=9).x
+    untrained, trained = (train(Recipe("topk", 60, steps, {"k": 5}), x, seed=0) for steps in (8, 200))
+    errors = [float((sae(x) - x).square().mean()) for sae in (untrained, trained)]
+    assert errors[1] < 0.5 * errors[0]

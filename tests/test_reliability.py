@@ -1,0 +1,198 @@
+"""The reliability benchmark: k-sparse probing against a plain loop, paired differences, draws, and counts of pairs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
+
+from benchmarks import k_sparse
+from benchmarks.paired_scores import (
+    RELIABLE,
+    Errors,
+    PairCount,
+    by_partition,
+    difference,
+    fvu_difference,
+    noise_of_differences,
+    noise_of_folds,
+    noise_of_runs,
+)
+from benchmarks.probe_draws import resampled_people
+from benchmarks.sae_families import Recipe, as_sae, close_variants, member, train
+from benchmarks.sae_panel import pair_sets, panel
+from probe_statistics import ProbeScores, auc_parts, correct
+from sae_loader import SparseRows
+from selectivity import FoldPlan
+
+
+def sparse_rows(dense):
+    return SparseRows(
+        crow=torch.from_numpy(np.concatenate([[0], np.cumsum((dense != 0).sum(1))])),
+        col=torch.from_numpy(np.nonzero(dense)[1]),
+        value=torch.from_numpy(dense[dense != 0]).float(),
+        n_cols=dense.shape[1],
+    )
+
+
+@pytest.fixture(scope="module")
+def world():
+    """300 rows of 100 people, 40 latents of unequal size and rarity; three tell of the labels."""
+    random = np.random.default_rng(0)
+    persons = np.repeat(np.arange(100), 3)
+    labels = random.random((2, 100))[:, persons] > np.array([[0.5], [0.7]])
+    dense = random.exponential(size=(300, 40)) * np.geomspace(0.1, 10, 40)
+    dense[random.random(dense.shape) > np.linspace(0.05, 0.6, 40)] = 0
+    dense[:, 3] = labels[0] * random.exponential(size=300)
+    dense[:, 7] = (labels[1] + 0.2) * (random.random(300) > 0.5)
+    dense[:, 11] = labels[0] * (random.random(300) > 0.8) * 0.01  # rare and small, yet always right
+    dense = dense.astype(np.float32).astype(np.float64)
+    return dense, labels, persons, FoldPlan.build(labels, persons, None, 5, 2, 0)
+
+
+@pytest.mark.parametrize("c", [0.01, 100.0])
+def test_k_sparse_probing_is_what_a_plain_loop_gives(world, monkeypatch, c):
+    dense, labels, _, plan = world
+    monkeypatch.setattr(k_sparse, "CS", (c,))
+    found = k_sparse.k_sparse_scores(plan, sparse_rows(dense), ks=(1, 5))
+    for i, k in enumerate((1, 5)):
+        for t in range(2):
+            for repeat, folds in enumerate(plan.folds):
+                for fold in range(5):
+                    train_rows, test_rows = folds != fold, folds == fold
+                    x, y = dense[train_rows], labels[t, train_rows]
+                    x = x / (np.abs(x).sum(0) / ((x != 0).sum(0) + 1e-6) + 1e-6)  # sae_probes.run_sae_evals
+                    best = np.argsort(-np.abs(x[y].mean(0) - x[~y].mean(0)), kind="stable")[:k]
+                    probe = LogisticRegression(C=c, class_weight="balanced", tol=1e-10, max_iter=10_000)
+                    probe.fit(dense[train_rows][:, best], y)
+                    expected = probe.decision_function(dense[test_rows][:, best])
+                    np.testing.assert_allclose(found[i, t, repeat, test_rows], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_k_sparse_probing_holds_persons_out(world):
+    """A latent for each person says everything about labels that are random by person, if the person was trained on."""
+    _, _, persons, _ = world
+    labels = (np.random.default_rng(1).random(100) > 0.5)[None, persons]
+    plan = FoldPlan.build(labels, persons, None, 5, 5, 0)
+    scores = k_sparse.k_sparse_scores(plan, sparse_rows(np.eye(100)[persons]), ks=(16,))
+    hits = (scores[0, 0] > 0) == labels[0]
+    assert abs(np.mean([hits[:, labels[0] == side].mean() for side in (True, False)]) - 0.5) < 0.1
+
+
+def probe_scores(random, labels, persons, strength):
+    scores = random.normal(size=(5, len(labels))) + strength * (labels - 0.5)
+    folds = np.zeros((5, len(labels)), dtype=np.int8)
+    views = {"model": scores.astype(np.float16), "sae": scores.astype(np.float16)}
+    return ProbeScores(views, labels, persons, np.ones(len(labels)), folds)
+
+
+def test_difference_is_that_of_the_mean_scores():
+    random, persons = np.random.default_rng(0), np.repeat(np.arange(200), 2)
+    labels = [random.random(400) > share for share in (0.4, 0.6)]
+    strong, weak = ([probe_scores(random, y, persons, s) for y in labels] for s in (2.0, 0.5))
+    for parts in (correct, auc_parts):
+        gain = difference(strong, weak, "sae", parts)
+        assert gain.value == pytest.approx(
+            np.mean(by_partition(strong, "sae", parts) - by_partition(weak, "sae", parts))
+        )
+        assert gain.low > 0
+    by_sklearn = [[roc_auc_score(p.labels, row) for row in p.views["sae"]] for p in strong]
+    np.testing.assert_allclose(by_partition(strong, "sae", auc_parts), np.mean(by_sklearn, axis=0))
+    same = difference(strong, strong, "sae", correct)
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+
+
+def test_the_error_of_an_fvu_difference_is_what_resampling_clusters_gives():
+    random = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(150), random.integers(1, 8, 150))
+    deviation = random.exponential(size=len(clusters)) + random.exponential(size=150)[clusters]
+    a = Errors(deviation * random.uniform(0.1, 0.4, len(clusters)), deviation, clusters)
+    b = Errors(deviation * random.uniform(0.1, 0.3, len(clusters)), deviation, clusters)
+    found = fvu_difference(a, b)
+    assert found.value == pytest.approx((a.error.sum() - b.error.sum()) / deviation.sum())
+    rows = [np.flatnonzero(clusters == c) for c in range(150)]
+    resampled = []
+    for _ in range(2000):
+        units = np.concatenate([rows[c] for c in random.integers(150, size=150)])
+        resampled.append(a.of(units).fvu - b.of(units).fvu)
+    assert found.standard_error == pytest.approx(np.std(resampled), rel=0.1)
+
+
+def test_pairs_are_counted_by_sign_interval_and_noise():
+    gains = [(0.03, 0.02, 0.04), (0.01, -0.01, 0.03), (-0.01, -0.03, 0.01), (-0.02, -0.03, -0.01), (0.0, 0.0, 0.0)]
+    assert PairCount.of(gains, noise=0.01) == PairCount(pairs=5, right=2, sure=1, sure_and_wrong=1, beyond_noise=1)
+    assert PairCount.of(gains, noise=0.011).beyond_noise == 0
+
+
+def test_noise_is_pooled_and_what_two_saes_share_cancels_in_their_difference():
+    shared = [0.0, 1.0, 2.0, 3.0, 4.0]  # SD 1.58
+    runs = {"a": shared, "b": [5 + 2 * value for value in shared]}
+    assert noise_of_runs(runs) == pytest.approx(np.sqrt((2.5 + 10) / 2))
+    assert noise_of_differences(runs) == pytest.approx(np.sqrt(2.5))
+    assert noise_of_differences({"a": shared, "b": [5 + value for value in shared]}) == 0
+    assert pytest.approx(2.77, abs=0.005) == RELIABLE
+
+
+def test_noise_of_folds_is_that_of_a_mean_over_partitions():
+    random = np.random.default_rng(0)
+    seeds_by_partitions = random.normal(size=(4000, 5))
+    expected = seeds_by_partitions.mean(axis=1).std()
+    assert noise_of_folds(list(seeds_by_partitions)) == pytest.approx(expected, rel=0.03)
+
+
+def test_people_are_resampled_whole_and_with_replacement():
+    persons = np.array([4, 4, 9, 2, 2, 2])
+    drawn = resampled_people(persons, 600, np.random.default_rng(0))
+    counts = np.bincount(drawn, minlength=6)
+    assert len(drawn) == 600
+    whole = counts[:2], counts[3:]  # rows of one person come together, but for the last person, who may be cut
+    assert all(np.ptp(same) <= 1 for same in whole)
+    assert counts.min() > 50
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_training_gives_snapshots_that_get_better(architecture):
+    random = torch.Generator().manual_seed(0)
+    features = torch.randn(48, 16, generator=random)
+    acts = (torch.rand(8192, 48, generator=random) * (torch.rand(8192, 48, generator=random) < 0.06)) @ features
+    recipe = Recipe(architecture, k=3, d_sae=64, steps=60, seed=0, snapshots=(5, 20))
+    fvu = {}
+    for step, weights in train(recipe, acts):
+        sae = as_sae(recipe, weights)
+        codes = sae.encode(acts)
+        fvu[step] = float((acts - sae.decode(codes)).square().sum() / (acts - acts.mean(0)).square().sum())
+        assert float(codes.l0().mean()) == pytest.approx(3, rel=0.05)
+    assert list(fvu) == [5, 20, 60]
+    assert fvu[60] < fvu[20] < fvu[5]
+
+
+def test_a_seed_repeats_its_training_exactly():
+    acts = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0))
+    recipe = Recipe("topk", k=3, d_sae=32, steps=4, seed=5)
+    (_, once), (_, again) = (next(train(recipe, acts)) for _ in range(2))
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
+def test_close_variants_differ_in_one_thing():
+    base = member("TopK, k 32", 0)
+    sizes = {change: [(r.k, r.d_sae, r.steps) for r in pair] for change, pair in close_variants(base).items()}
+    assert sizes == {
+        "k x 7/8": [(28, 1024, base.steps), (32, 1024, base.steps)],
+        "width x 1.25": [(32, 1024, base.steps), (32, 1280, base.steps)],
+        "10 % less training": [(32, 1024, base.steps * 9 // 10), (32, 1024, base.steps)],
+    }
+
+
+def test_every_sae_of_a_pair_is_in_the_panel_once():
+    names = [snapshot.name for snapshot in panel()]
+    assert len(names) == len(set(names))
+    assert {s.name for each in pair_sets() for pair in each.pairs for s in pair} == set(names)
+    for each in pair_sets():
+        assert all(worse.name != better.name for worse, better in each.pairs)

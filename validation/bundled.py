@@ -1,0 +1,92 @@
+"""The bundled model's activations as a ground for plants, with its own SAEs and people kept apart.
+
+    ground = bundled_ground(rows=1000, apart=800, backend=backend)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks import bundled
+from calibration import principal_axes
+from datasets_wikidata import Probe, ProbeTexts, load_probe_texts
+from probes import ProbeBackend
+from sae_loader import open_sae
+from validation.plants import Bench, Ground
+from validation.world import Rows
+
+LAYER = 3
+DATASETS = ("gender", "is_alive")  # the two that the model knows best
+PLANTED_SIGNAL = 1.0  # half the distance of its class means, in standard deviations along its direction
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SAES = {"k8": ASSETS / "tiny-pythia-saes-k8", "k32": ASSETS / "tiny-pythia-saes-k32"}
+
+
+def bundled_ground(rows: int, apart: int, backend: ProbeBackend, seed: int = 0) -> Ground:
+    """At most `rows` rows of each task on the benches, and `apart` rows of people who are on none of them."""
+    texts = load_probe_texts(DATASETS, seed=seed)
+    probes = [probe for dataset in texts.datasets for probe in dataset.probes]
+    random = np.random.default_rng(seed)
+    order = {probe.name: random.permutation(len(probe.mentions)) for probe in probes}
+    benched = {probe.name: order[probe.name][:rows] for probe in probes}
+    taken = np.concatenate([texts.persons[probe.mentions[benched[probe.name]]] for probe in probes])
+    others = {
+        probe.name: [i for i in order[probe.name][rows:] if texts.persons[probe.mentions[i]] not in taken][:apart]
+        for probe in probes
+    }
+    chosen = [(probe, np.asarray(part[probe.name])) for part in (benched, others) for probe in probes]
+    found = _rows(texts, chosen)
+    return Ground(
+        name=f"bundled, layer {LAYER}",
+        benches=[Bench(each, backend) for each in found[: len(probes)]],
+        apart={probe.name: each for probe, each in zip(probes, found[len(probes) :], strict=True)},
+        saes={name: open_sae(str(folder)).load(LAYER, "cpu") for name, folder in SAES.items()},
+    )
+
+
+def with_planted_trait(ground: Ground, backend: ProbeBackend, seed: int = 0) -> Ground:
+    """The ground with one more task on every bench: a trait that is random by person, planted along one direction.
+
+    The model's own concepts overlap in the world (of these people three women in four are alive, and one man in
+    three), so erasing one rightly moves the others. The planted one is independent of them.
+    """
+    random = np.random.default_rng([seed, 1])
+    everyone = [*(bench.rows for bench in ground.benches), *ground.apart.values()]
+    people = np.unique(np.concatenate([rows.persons for rows in everyone]))
+    coin = random.permutation(len(people)) % 2 == 0
+    mean, axes = principal_axes(torch.cat([rows.x for rows in everyone]))
+    spread = torch.cat([(rows.x - mean) @ axes.T for rows in everyone]).std(dim=0)
+    white = torch.from_numpy(random.normal(size=len(spread)))
+    direction = (white / white.norm() * spread) @ axes  # one standard deviation along a direction across all axes
+
+    def planted(rows: Rows) -> Rows:
+        trait = coin[np.searchsorted(people, rows.persons)]
+        x = rows.x + PLANTED_SIGNAL * torch.from_numpy(np.where(trait, 1, -1))[:, None] * direction
+        task = f"planted beside {rows.tasks[0]}"
+        return Rows(x.float(), np.stack([*rows.labels, trait]), rows.persons, (*rows.tasks, task))
+
+    return Ground(
+        name=f"{ground.name}, a trait planted",
+        benches=[Bench(planted(bench.rows), backend) for bench in ground.benches],
+        apart={(rows := planted(each)).tasks[-1]: rows for each in ground.apart.values()},
+        saes={},
+    )
+
+
+def _rows(texts: ProbeTexts, chosen: list[tuple[Probe, NDArray[np.int64]]]) -> list[Rows]:
+    """Rows of each (probe, places among its mentions); every distinct text goes through the model once."""
+    mentions = np.unique(np.concatenate([probe.mentions[places] for probe, places in chosen]))
+    x = bundled.activations([texts.mentions[m] for m in mentions], [LAYER])[LAYER]
+    return [
+        Rows(
+            x=x[torch.from_numpy(np.searchsorted(mentions, probe.mentions[places]))],
+            labels=probe.labels[places][None],
+            persons=texts.persons[probe.mentions[places]],
+            tasks=(probe.name,),
+        )
+        for probe, places in chosen
+    ]

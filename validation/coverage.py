@@ -1,0 +1,241 @@
+"""Do the intervals cover the truth, and does the test find differences where there are none?
+
+    rates = measure_setting(SETTINGS[0], repeats=500, seed=0, workers=2)
+    rates.covered, rates.false_positives_equal
+
+Every repeat draws new people from a `GaussianWorld`, and three views of them: the model's, a `worse` one with more
+noise, and an `equal` one with as much, drawn anew. A second label is random by person. So in each repeat there is a
+difference to cover (model and worse, on the trait), and two that are not there: model and equal on the trait, and
+model and worse on the random label.
+
+**The truth.** delta_sel estimates what probes fitted on so many people would score on all other people: an
+expectation over the draw of the people and over the partitions. A Gaussian world gives each fitted probe's true
+balanced accuracy in closed form. `Rates.truth` is the mean over all repeats of the true difference of the very probes
+of each repeat; `covered` is the share of intervals that hold it. `covered_own` is the share that hold the true
+difference of their own repeat's probes, which is what to expect of these probes on new people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from multiprocessing import get_context
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from probe_statistics import correct
+from probes import ProbeBackend, ProbeFits, ProbeProblem, choose_backend
+from selectivity import DEFAULT_CS, FoldPlan, ModelFit, OutOfFold, ProbeResult, fit_model, measure, out_of_fold
+from validation.table import Row, judged, told
+from validation.world import GaussianWorld
+
+COVERAGE = (0.93, 0.985)
+FALSE_POSITIVES = 0.069  # of 500, what a test at 0.05 stays below 97.5 % of the time
+NULL_BIAS = 0.005
+LEVEL = 0.05
+TRAIT, RANDOM = 0, 1  # the two targets of a repeat
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A world and its views."""
+
+    name: str
+    world: GaussianWorld  # of one trait
+    model_noise: float = 0.25  # variance in every coordinate of what the model's view, and the equal one, add
+    worse_noise: float = 2.25
+
+
+SETTINGS = (
+    Setting("600 people, weak", GaussianWorld(600, (1, 1), 32, (0.3,))),
+    Setting("600 people, strong", GaussianWorld(600, (1, 1), 32, (1.5,))),
+    Setting("2000 people, weak", GaussianWorld(2000, (1, 1), 32, (0.3,))),
+    Setting("2000 people, strong", GaussianWorld(2000, (1, 1), 32, (1.5,))),
+    Setting("250 people x 5-10, weak", GaussianWorld(250, (5, 10), 32, (0.3,), person_share=0.5)),
+    Setting("250 people x 5-10, strong", GaussianWorld(250, (5, 10), 32, (1.5,), person_share=0.5)),
+)
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """What one draw gave."""
+
+    delta: float  # of the worse view
+    low: float
+    high: float
+    own_truth: float  # the true difference of this repeat's probes, mean over its folds and partitions
+    p_equal: float  # of model and equal view, on the trait
+    p_random: float  # of model and worse view, on the random label
+    by_row_equal: float  # p of McNemar's test in the first partition, as if rows were independent
+    by_row_random: float
+    random_model_sel: float  # balanced accuracy on the random label, after choosing C
+    random_sae_sel: float
+    model_sel: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Shares of the repeats of a setting, and means over them."""
+
+    setting: str
+    repeats: int
+    model_sel: float
+    truth: float
+    mean_delta: float
+    covered: float
+    covered_own: float
+    false_positives_equal: float
+    false_positives_random: float
+    by_row_equal: float
+    by_row_random: float
+    random_sel: float  # of the two views' means the one that is farther from 1/2
+
+    def rows(self) -> list[Row]:
+        """As rows of the table. Requirements are those of 500 repeats, wider by the binomial error where there are fewer."""
+        slack = 2 * max(0.0, 1 / np.sqrt(self.repeats) - 1 / np.sqrt(500))
+        low, high = (edge + sign * slack * np.sqrt(edge * (1 - edge)) for edge, sign in zip(COVERAGE, (-1, 1), strict=True))
+        most = FALSE_POSITIVES + slack * np.sqrt(LEVEL * (1 - LEVEL))
+        bias = NULL_BIAS * np.sqrt(max(1.0, 500 / self.repeats))
+        where = f"{self.setting} ({self.repeats} repeats)"
+        return [
+            told(where, "known truth", f"model_sel; truth {self.truth:+.4f}, mean of estimates {self.mean_delta:+.4f}", self.model_sel),
+            judged(where, "known truth", "95 % intervals that cover it", self.covered, round(low, 3), min(round(high, 3), 1)),
+            told(where, "known truth", "that cover their own probes' truth", self.covered_own),
+            judged(where, "equal views", "false positives", self.false_positives_equal, high=round(most, 3)),
+            told(where, "equal views", "false positives of McNemar's test by row", self.by_row_equal),
+            judged(where, "null labels", "false positives", self.false_positives_random, high=round(most, 3)),
+            told(where, "null labels", "false positives of McNemar's test by row", self.by_row_random),
+            judged(where, "null labels", "mean sel", self.random_sel, round(0.5 - bias, 4), round(0.5 + bias, 4), digits=4),
+        ]
+
+
+@dataclass
+class KeepsFits:
+    """A probe backend that remembers its last fits: the metric itself has no use for the SAE's coefficients."""
+
+    backend: ProbeBackend
+    last: ProbeFits | None = field(default=None, init=False)
+
+    @property
+    def name(self) -> str:
+        return self.backend.name
+
+    def fit(self, problem: ProbeProblem) -> ProbeFits:
+        self.last = self.backend.fit(problem)
+        return self.last
+
+
+def measure_setting(
+    setting: Setting, repeats: int, seed: int, workers: int = 1, on_repeats: Callable[[int], None] = lambda n: None
+) -> Rates:
+    """Draw and measure `repeats` times; the result does not depend on the number of `workers` (processes)."""
+    with _mapping(workers) as mapped:
+        found = []
+        for repeat in mapped(_numbered, [(setting, seed, number) for number in range(repeats)]):
+            found.append(repeat)
+            on_repeats(1)
+    return summarise(setting.name, found)
+
+
+def measure_once(setting: Setting, seed: int, number: int) -> Repeat:
+    """One repeat: deterministic by `seed` and `number`."""
+    random = np.random.default_rng([seed, number])
+    world, backend = setting.world, KeepsFits(choose_backend("torch", "cpu")[0])
+    rows = world.sample(random)
+    coin = random.permutation(world.people) % 2 == 0
+
+    def view(noise: float) -> torch.Tensor:
+        return rows.x + np.float32(np.sqrt(noise)) * torch.from_numpy(world.noise(random, rows.persons).astype(np.float32))
+
+    x, equal, worse = (view(noise) for noise in (setting.model_noise, setting.model_noise, setting.worse_noise))
+    plan = FoldPlan.build(np.stack([rows.labels[0], coin[rows.persons]]), rows.persons, None, 5, 5, number)
+    model = fit_model(plan, x, backend)
+    alike = out_of_fold(plan, model, equal, backend)
+    lost = out_of_fold(plan, model, worse, backend)
+    truth = _true_sel(world, backend, lost, setting.worse_noise) - _true_model_sel(world, model, setting.model_noise)
+    on_equal, (result, on_random) = measure(alike)[TRAIT], measure(lost)
+    assert isinstance(result, ProbeResult) and isinstance(on_random, ProbeResult) and isinstance(on_equal, ProbeResult)
+    return Repeat(
+        delta=result.delta_sel,
+        low=result.ci_low,
+        high=result.ci_high,
+        own_truth=truth,
+        p_equal=on_equal.p_value,
+        p_random=on_random.p_value,
+        by_row_equal=mcnemar(alike, TRAIT),
+        by_row_random=mcnemar(lost, RANDOM),
+        random_model_sel=on_random.model_sel,
+        random_sae_sel=on_random.sae_sel,
+        model_sel=result.model_sel,
+    )
+
+
+def summarise(setting: str, found: list[Repeat]) -> Rates:
+    """Rates over the repeats of a setting."""
+    each = {f.name: np.array([getattr(repeat, f.name) for repeat in found]) for f in fields(Repeat)}
+    truth = float(each["own_truth"].mean())
+
+    def covered(value: NDArray[np.float64] | float) -> float:
+        return float(np.mean((each["low"] <= value) & (value <= each["high"])))
+
+    def rejected(name: str) -> float:
+        return float(np.mean(each[name] < LEVEL))
+
+    return Rates(
+        setting=setting,
+        repeats=len(found),
+        model_sel=float(each["model_sel"].mean()),
+        truth=truth,
+        mean_delta=float(each["delta"].mean()),
+        covered=covered(truth),
+        covered_own=covered(each["own_truth"]),
+        false_positives_equal=rejected("p_equal"),
+        false_positives_random=rejected("p_random"),
+        by_row_equal=rejected("by_row_equal"),
+        by_row_random=rejected("by_row_random"),
+        random_sel=max((float(each[name].mean()) for name in ("random_model_sel", "random_sae_sel")), key=lambda sel: abs(sel - 0.5)),
+    )
+
+
+def mcnemar(found: OutOfFold, t: int) -> float:
+    """p of McNemar's exact test of target t in the first partition: rows that only one of the two views gets right."""
+    scores = found.probe(t)
+    model, sae = (correct(scores, view)[0] > 0 for view in ("model", "sae"))
+    only_model, only_sae = int((model & ~sae).sum()), int((sae & ~model).sum())
+    return float(binomtest(only_sae, only_model + only_sae).pvalue) if only_model + only_sae else 1.0
+
+
+def _true_model_sel(world: GaussianWorld, model: ModelFit, noise: float) -> float:
+    """The true balanced accuracy of the model's probes for the trait, mean over the splits."""
+    coef, intercept = model.fit.coef[TRAIT].numpy(), model.fit.intercept[TRAIT].numpy()
+    return float(world.balanced_accuracy(coef, intercept, noise).mean())
+
+
+def _true_sel(world: GaussianWorld, backend: KeepsFits, found: OutOfFold, noise: float) -> float:
+    """The same of the SAE view's probes, which `backend` has just fitted, at the C that was chosen for each fold."""
+    fits = backend.last
+    assert fits is not None
+    chosen = np.searchsorted(DEFAULT_CS, found.fits["sae"].chosen_c[TRAIT].ravel())
+    split = np.arange(len(chosen))
+    coef, intercept = fits.coef[:, TRAIT].numpy()[chosen, split], fits.intercept[:, TRAIT].numpy()[chosen, split]
+    return float(world.balanced_accuracy(coef, intercept, noise).mean())
+
+
+def _numbered(task: tuple[Setting, int, int]) -> Repeat:
+    return measure_once(*task)
+
+
+@contextmanager
+def _mapping(workers: int) -> Iterator[Callable[..., Iterator[Repeat]]]:
+    """`map` in this process, or over several that use one thread each."""
+    if workers == 1:
+        yield map
+        return
+    context = get_context("spawn")  # a fork of a process that runs torch's threads may hang
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield lambda function, tasks: pool.map(function, tasks, chunksize=5)
