@@ -7,23 +7,37 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def leave_at_once() -> None:
-    """From now on they end the process with 130: for while Python loads the program, and while it takes it down."""
+    """From now on they end the process with 130: for while Python loads the program, and after `main`."""
     for number in _watched():
-        signal.signal(number, _leave)
+        signal.signal(number, _on_signal)
 
 
-def _leave(_number: int, _frame: object) -> None:
+def _on_signal(_number: int, _frame: object) -> None:
     with suppress(OSError):  # nobody is there to read it
         os.write(2, b"interrupted: no run was going on; the same command starts one, or goes on with what is missing\n")
     os._exit(130)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code, now that all is written.
+
+    Python would take a second to take torch down; a signal that came then would kill it, and make a failure of a
+    success.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # nobody is there to read it, or there is no stream
+            stream.flush()
+    os._exit(code)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from errors import RequestError
 
 MLP_NAMES = ("mlp",)
 ATTENTION_NAMES = ("attention", "self_attn", "attn")
+NO_CODE = {"trust_remote_code": False}  # unsaid, transformers would ask on the terminal
 
 
 class Site(NamedTuple):
@@ -79,9 +81,9 @@ class ModelInfo:
         hf_logging.disable_progress_bar()
         try:
             module, report = AutoModel.from_pretrained(
-                self.name, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+                self.name, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **NO_CODE
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
             raise RequestError(f"--model_name {self.name}: weights cannot be read: {_first_line(error)}") from error
         finally:
             hf_logging.set_verbosity(verbosity)
@@ -127,8 +129,8 @@ def open_model(name: str) -> ModelInfo:
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
         raise RequestError(f"--model_name {name!r}: no such folder (and not a hub id of the form owner/name)")
     try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE)
     except Exception as error:  # the hub client and the parsers raise many kinds; all mean that this name is unusable
         raise RequestError(
             f"--model_name {name}: not a local folder, and not to be had from the hub: {_first_line(error)}"

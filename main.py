@@ -15,14 +15,12 @@ if __name__ == "__main__":  # before the imports below, which take a tenth of a 
 
     interrupts.leave_at_once()
 
-import errno
-import io
 import logging
-import os
 import sys
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,24 +28,23 @@ from typing import TYPE_CHECKING
 from command_line import parse_config
 from config import RunConfig
 from errors import RequestError
-from interrupts import like_ctrl_c
-from terminal import LineFormatter, one_line
+from interrupts import leave, like_ctrl_c
+from terminal import LineFormatter, show, tell
 
 if TYPE_CHECKING:
     from activations import SaeId
     from baselines import Baseline
     from calibration import SiteSample
-    from datasets_wikidata import Mention, ProbeTexts
+    from datasets_wikidata import Mention, ProbeTexts, TokenisedMentions
     from language_model import LanguageModel, ModelInfo, Site
     from records import Json, RecordFile
-    from sae_loader import Sae, SaeSource
+    from sae_loader import Sae, SaeSource, SparseRows
 
 log = logging.getLogger("delta_selectivity")
 
 SETTINGS = ("positions", "folds", "repeats", "seed", "probe", "views", "epsilon")  # flags that change a number
 GOES_ON = "finished layers are on disk; the same command goes on from there"
 ERROR_SHOWN = 400  # characters of an error in its line: torch appends its C++ stack
-LINE_SHOWN = 1000  # characters of any line: what a file holds may be quoted in it
 
 
 @dataclass(frozen=True)
@@ -239,16 +236,27 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     settings = ProbeSettings(
         config.folds, config.repeats, config.seed, config.views, config.epsilon, torch.device(config.device2)
     )
-    work = Work(plan.texts, rows, plan.info.d_model, files, missing, [subject.name for subject in plan.subjects])
+    names, codes = [subject.name for subject in plan.subjects], _codes(plan, tokenised)
+    work = Work(plan.texts, rows, plan.info.d_model, files, missing, names, codes)
+    latents_of = range(len(plan.subjects)) if "latents" in config.views else ()
     n_texts = sum(len(block.mentions) for block in blocks)
     with ProgressBars(n_texts, work.n_probes, queue, config.quiet) as bars, sharing_cores(config.device1) as workers:
         producer = Producer(
             model, saes, {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}, tokenised, rows,
             config.batch_size, tokens_in_memory(model, saes) if config.batch_size is None else None, workers, clock,
+            latents_of,
         )  # fmt: skip
         prober = Prober(work, blocks, settings, config.probe, queue_bytes, clock, bars.probes, stop)
         run(producer, prober, blocks, queue, bars.texts, stop)
     settle(files)
+
+
+def _codes(plan: Plan, tokenised: TokenisedMentions) -> dict[SaeId, SparseRows]:
+    """What probes see of each mention for baselines that reconstruct nothing."""
+    from baselines import bag_of_names
+
+    ids = [i for i, baseline in enumerate(plan.baselines, len(plan.sources)) if not baseline.reconstructs]
+    return dict.fromkeys(ids, bag_of_names(tokenised)) if ids else {}
 
 
 def load_weights(
@@ -307,29 +315,6 @@ def run(argv: Sequence[str]) -> None:
         show(report.render(report.load(dict.fromkeys(file.path for file in files.values()))))
 
 
-def show(text: str) -> None:
-    """Print for a reader who may be gone (`| head -1`, a closed terminal): the results are on disk all the same."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell is no failure
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        if error.errno not in {errno.EPIPE, errno.EIO}:
-            raise
-        with suppress(OSError, ValueError):  # what is left in the buffer must have somewhere to go at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def tell(line: str) -> None:
-    """One line on stderr, whatever the text; silent if nobody is there."""
-    line = one_line(line)
-    if len(line) > LINE_SHOWN:
-        line = f"{line[:LINE_SHOWN]}..."
-    if sys.stderr is not None:
-        with suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
-
-
 def _foreseen(error: Exception) -> bool:
     """Whether the error's own line says enough: disk, memory, NaN."""
     from out_of_memory import is_out_of_memory
@@ -348,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     to_stderr.setFormatter(LineFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
     logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:
         with like_ctrl_c():
             run(sys.argv[1:] if argv is None else argv)
@@ -365,4 +351,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,19 @@ from reconstruction import Reconstruction, ReconstructionSums
 from records import Json, RecordFile
 from row_store import NonFiniteError, RowStore
 from sae_level import with_q_values
+from sae_loader import SparseRows
 from scores import LayerScores, key_digest, path_of, prune, save
-from selectivity import FoldPlan, OutOfFold, as_record, control_plan, fit_model, measure, out_of_fold
+from selectivity import (
+    FoldPlan,
+    OutOfFold,
+    ViewFit,
+    as_record,
+    control_plan,
+    fit_model,
+    fit_sparse,
+    measure,
+    out_of_fold,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +73,7 @@ class Work:
     files: Mapping[tuple[SaeId, int], RecordFile]  # (SAE, dataset index) -> its file
     missing: Mapping[int, Mapping[Site, Sequence[SaeId]]]  # dataset index -> sites in order of layers -> SAEs
     sae_names: Sequence[str]
+    codes: Mapping[SaeId, SparseRows]  # of baselines that reconstruct nothing: what a probe sees of each mention
 
     @property
     def n_probes(self) -> int:
@@ -97,7 +109,8 @@ class Prober:
         sites = {site: saes for dataset in self.work.missing.values() for site, saes in dataset.items()}
         views: set[tuple[Site, SaeId | None]] = {(site, None) for site in sites}
         views |= {(s, sae) for dataset in self.work.missing.values() for s, saes in dataset.items() for sae in saes}
-        order = sorted(views, key=lambda view: (view[0], -1 if view[1] is None else view[1]))
+        kept = (view for view in views if view[1] not in self.work.codes)
+        order = sorted(kept, key=lambda view: (view[0], -1 if view[1] is None else view[1]))
         with RowStore(order, len(self.work.rows), self.work.d_in, self.settings.device, self.store_bytes) as store:
             for item in queue:
                 if isinstance(item, LayerRows):
@@ -158,7 +171,8 @@ class Prober:
             seed=asked.seed,
         )
         control = control_plan(self.work.rows.token[row_ids], weights, asked.folds, asked.seed)
-        return _TaskSet([probe.name for probe in probes], torch.from_numpy(row_ids), plan, control)
+        seen = {sae_id: codes.select(torch.from_numpy(of_row)) for sae_id, codes in self.work.codes.items()}
+        return _TaskSet([probe.name for probe in probes], torch.from_numpy(row_ids), plan, control, seen)
 
     def _write(self, index: int, site: Site, sae_id: SaeId, found: _Found) -> None:
         file = self.work.files[sae_id, index]
@@ -174,6 +188,8 @@ class Prober:
             file.write(with_q_values({**family, index: layers})[index])
 
     def _figures(self, index: int, site: Site, sae_id: SaeId) -> Reconstruction:
+        if sae_id in self.work.codes:
+            return ReconstructionSums(self.work.d_in, d_sae=0, device="cpu").figures()  # of no rows
         parts = [item.sums[site, sae_id] for item in self._done if index in item.block.datasets]
         total: ReconstructionSums = parts[0]
         for part in parts[1:]:
@@ -189,6 +205,8 @@ class _TaskSet:
     row_ids: torch.Tensor  # int64 [rows]
     plan: FoldPlan
     control: FoldPlan | None  # of the control task; None: too few token types
+    codes: Mapping[SaeId, SparseRows]  # [rows, any], of baselines that reconstruct nothing
+    _fits: dict[SaeId, ViewFit] = field(default_factory=dict)  # of these: the same in every layer
 
     def out_of_fold(
         self, site: Site, sae_ids: Sequence[SaeId], store: RowStore, backend: ProbeBackend, settings: ProbeSettings
@@ -198,12 +216,20 @@ class _TaskSet:
         model = fit_model(self.plan, x, backend, control=self.control)
         found = {}
         for sae_id in sae_ids:
+            if sae_id in self.codes:
+                found[sae_id] = out_of_fold(self.plan, model, self._fit_codes(sae_id, backend, settings), backend)
+                continue
             recon = store.get(site, sae_id, self.row_ids, settings.device)
             latents = None
             if "latents" in settings.views:
                 latents = store.get_latents(site, sae_id, self.row_ids, settings.device)
             found[sae_id] = out_of_fold(self.plan, model, recon, backend, "error" in settings.views, latents)
         return found
+
+    def _fit_codes(self, sae_id: SaeId, backend: ProbeBackend, settings: ProbeSettings) -> ViewFit:
+        if sae_id not in self._fits:
+            self._fits[sae_id] = fit_sparse(self.plan, self.codes[sae_id].to_csr().to(settings.device), backend)
+        return self._fits[sae_id]
 
 
 @dataclass(frozen=True)
@@ -236,7 +262,7 @@ def _share_rows(dataset: Dataset) -> list[list[Probe]]:
 def _warn(file: RecordFile, where: str, figures: Reconstruction, probes: Json) -> None:
     """Tell, once, what a reader of these numbers must know."""
     found = []
-    if figures.fvu_pos is not None and figures.fvu_pos > 1:
+    if not file.is_baseline and figures.fvu_pos is not None and figures.fvu_pos > 1:
         found.append(
             f"{where}: FVU {figures.fvu_pos:.2f} at the probed positions: the SAE reconstructs worse than the mean "
             "would; does it fit this model, layer and hook point?"
@@ -252,7 +278,8 @@ def _warn(file: RecordFile, where: str, figures: Reconstruction, probes: Json) -
     for line in found:
         if line not in file.warnings:
             file.warnings.append(line)
-            log.warning("%s: %s", file.path.name, line)
+            level = logging.INFO if file.is_baseline else logging.WARNING  # its SAE has told already, or will
+            log.log(level, "%s: %s", file.path.name, line)
 
 
 def peak_memory() -> dict[str, float]:

@@ -170,7 +170,7 @@ def result_path(folder: Path, model_name: str, dataset_slug: str) -> Path:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file name: letters, digits, `.`, `-`, `_`; never empty, hidden, or over 100 characters.
+    """A name as part of a file name: letters, digits, `.`, `-`, `_`, at most 100; never empty, hidden or like a flag.
 
     A local folder counts by its last part, except a relative owner/name, which reads like the hub id it mirrors.
     """
@@ -179,7 +179,7 @@ def slug(name: str) -> str:
     bundled = path.parts[:1] == ("assets",)
     if bundled or (os.path.isdir(path) and not mirrors_hub):  # noqa: PTH112 - no error for a name too long for a path
         name = path.name if bundled else path.resolve().name
-    safe = re.sub(r"[^A-Za-z0-9.\-]+", "_", name).strip("._") or "unnamed"
+    safe = re.sub(r"[^A-Za-z0-9.\-]+", "_", name).lstrip("._-").rstrip("._") or "unnamed"
     return safe if len(safe) <= 100 else f"{safe[:83]}_{hashlib.sha256(safe.encode()).hexdigest()[:16]}"
 
 

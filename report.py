@@ -11,22 +11,26 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import records
 from errors import RequestError
-from terminal import one_line, printable
+from terminal import one_line, printable, show, tell
 
 Row = tuple[str, ...]
 
 
 def result_files(folder: Path) -> list[Path]:
-    """Result files in the folder and one level below it (one folder per SAE), in order of name; a file is itself."""
+    """Result files in the folder and one level below it (one folder per SAE), in order of name; a file is itself.
+
+    Those of baselines follow.
+    """
     if folder.is_file():
         return [folder]
-    return sorted(p for pattern in ("*.json", "*/*.json") for p in folder.glob(pattern) if not p.name.startswith("."))
+    found = [sorted(folder.glob(pattern)) for pattern in ("*.json", "*/*.json", "baselines/*/*.json")]
+    return [path for paths in (sorted(found[0] + found[1]), found[2]) for path in paths if path.name[0] != "."]
 
 
 def cells(results: records.Json) -> Iterator[tuple[int, str, records.Json, records.Json]]:
@@ -57,7 +61,7 @@ def _row(layer: int, probe: str, figures: records.Json, result: records.Json) ->
         f"{result['sae_sel']:.3f}",
         f"{result['delta_sel']:+.3f}{_marks(result)}",
         f"{result['ci_low']:+.3f} .. {result['ci_high']:+.3f}",
-        f"{result['transfer_sel']:.3f}",
+        _number(result["transfer_sel"], ".3f"),
         _number(figures["fvu_pos"], ".3f"),
         _number(figures["l0"], ".1f"),
     )
@@ -69,7 +73,10 @@ def _marks(result: records.Json) -> str:
 
 
 def summary_table(files: Sequence[tuple[Path, records.Json]]) -> str:
-    """A line per SAE: means over its datasets, layers and probes; delta_sel with its interval, people drawn once."""
+    """A line per SAE: means over its datasets, layers and probes; delta_sel with its interval, people drawn once.
+
+    Baselines come beneath the SAEs.
+    """
     rows: list[Row] = [
         ("SAE", "probes x layers", "model_sel", "sae_sel", "delta_sel", "95 % interval", "lost (q < 0.05)", "preserved",
          "FVU", "L0")
@@ -82,7 +89,7 @@ def summary_table(files: Sequence[tuple[Path, records.Json]]) -> str:
         means = [_mean(result[key] for _, result in measured) for key in ("model_sel", "sae_sel", "delta_sel")]
         rows.append(
             (
-                records.slug(name),
+                _label(name, own),
                 str(len(measured)),
                 _number(means[0], ".3f"),
                 _number(means[1], ".3f"),
@@ -98,11 +105,20 @@ def summary_table(files: Sequence[tuple[Path, records.Json]]) -> str:
 
 
 def by_sae(files: Sequence[tuple[Path, records.Json]]) -> dict[str, list[tuple[Path, records.Json]]]:
-    """The files of each SAE, by the name that its user typed."""
+    """The files of each SAE, by the name that its user typed; those of each baseline after them."""
     found: dict[str, list[tuple[Path, records.Json]]] = {}
-    for path, results in files:
+    for path, results in sorted(files, key=lambda file: is_baseline(file[1])):
         found.setdefault(results["_run"]["config"]["sae"], []).append((path, results))
     return found
+
+
+def is_baseline(results: records.Json) -> bool:
+    """Whether these results are no SAE's but something to compare it with."""
+    return bool(results["_run"]["config"].get("baseline"))
+
+
+def _label(name: str, files: Sequence[tuple[Path, records.Json]]) -> str:
+    return name if is_baseline(files[0][1]) else records.slug(name)
 
 
 def _sae_level(files: Sequence[tuple[Path, records.Json]]) -> records.Json:
@@ -114,18 +130,25 @@ def _sae_level(files: Sequence[tuple[Path, records.Json]]) -> records.Json:
 def comparison_table(files: Sequence[tuple[Path, records.Json]]) -> str | None:
     """SAEs from the best mean delta_sel to the worst, each against the next: paired by row, fold and person.
 
-    None without two SAEs that were run together.
+    Beneath them each baseline that belongs to an SAE against that one. None if no two were run together.
     """
-    levels = {name: _sae_level(own) for name, own in by_sae(files).items()}
-    known = {name: level for name, level in levels.items() if level.get("mean_delta_sel") is not None}
-    ranked = sorted(known, key=lambda name: -known[name]["mean_delta_sel"])
+    known = {name: own for name, own in by_sae(files).items() if _sae_level(own).get("mean_delta_sel") is not None}
     rows: list[Row] = [("SAE", "compared with", "difference of delta_sel", "95 % interval", "p", "detectable")]
-    for better, worse in itertools.pairwise(ranked):
-        found = known[better]["compared"].get(worse)
+    for name, other in _pairs(known):
+        found = _sae_level(known[name])["compared"].get(other)
         if found and found["difference"] is not None:
             figures = (f"{found['difference']:+.4f}", _interval(found), f"{found['p_value']:.1e}")
-            rows.append((records.slug(better), records.slug(worse), *figures, f"{found['detectable']:.4f}"))
+            rows.append((_label(name, known[name]), records.slug(other), *figures, f"{found['detectable']:.4f}"))
     return aligned(rows) if len(rows) > 1 else None
+
+
+def _pairs(known: Mapping[str, Sequence[tuple[Path, records.Json]]]) -> Iterator[tuple[str, str]]:
+    """Which names `comparison_table` compares."""
+    saes = [name for name, own in known.items() if not is_baseline(own[0][1])]
+    yield from itertools.pairwise(sorted(saes, key=lambda name: -_sae_level(known[name])["mean_delta_sel"]))
+    for name, own in known.items():
+        owner = own[0][1]["_run"]["config"].get("baseline_of")
+        yield from ((name, sae) for sae in saes if records.slug(sae) == owner)
 
 
 def _interval(found: records.Json) -> str:
@@ -164,11 +187,15 @@ def aligned(rows: Sequence[Row]) -> str:
 
 
 def render(files: Sequence[tuple[Path, records.Json]], worst_first: bool = False) -> str:
-    """Every table of the files, and the summary over several last, where a terminal leaves the eye."""
-    parts = [f"{one_line(str(path))}\n\n{selectivity_table(results, worst_first)}" for path, results in files]
+    """Every table of the files, and the summary over several last, where a terminal leaves the eye.
+
+    Of baselines only the summary, unless there is nothing else.
+    """
+    in_full = [file for file in files if not is_baseline(file[1])] or files
+    parts = [f"{one_line(str(path))}\n\n{selectivity_table(results, worst_first)}" for path, results in in_full]
     note = (
-        "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
-        "* q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE)   = shown to be within +-epsilon of 0"
+        "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n* q < 0.05 (Benjamini-Hochberg "
+        "over all that the run measured of the SAE)   = shown to be within +-epsilon of 0"
     )
     return "\n\n".join([*parts, note, *([overview(files)] if len(files) > 1 else [])])
 
@@ -196,7 +223,7 @@ def load(paths: Iterable[Path]) -> list[tuple[Path, records.Json]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables; 2 if there is nothing to print."""
+    """Print the tables; 2 if there is nothing to print, 1 if it cannot be printed."""
     parser = argparse.ArgumentParser(description="Tables from the result files of main.py.")
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path("results"), help="where the files are, or one file (%(default)s)"
@@ -208,14 +235,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         files = load(result_files(asked.folder))
     except RequestError as error:
-        print(one_line(f"error: {error}"), file=sys.stderr)
+        tell(f"error: {error}")
         return 2
-    if asked.resources:
-        print(resource_table(files))
-    elif asked.summary:
-        print(overview(files))
-    else:
-        print(render(files, asked.worst_first))
+    try:
+        if asked.resources:
+            show(resource_table(files))
+        elif asked.summary:
+            show(overview(files))
+        else:
+            show(render(files, asked.worst_first))
+    except OSError as error:
+        tell(f"failed: {error}")
+        return 1
     return 0
 
 

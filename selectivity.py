@@ -22,11 +22,13 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from out_of_memory import Room
 from probe_statistics import EPSILON, ProbeScores, Statistics, quantised, statistics
 from probes import ProbeBackend, ProbeProblem
 
 DEFAULT_CS = tuple(10.0**k for k in range(-5, 2))
 VIEWS = ("model", "sae", "transfer", "error", "latents")
+_ROOM = Room("targets are scored")
 _OPTIONAL = {f"{view}_{score}" for view in ("error", "latent") for score in ("sel", "auc", "bits")}
 
 
@@ -252,7 +254,7 @@ def _fit_control(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[
 def out_of_fold(
     plan: FoldPlan,
     model: ModelFit,
-    recon: Tensor,
+    recon: Tensor | ViewFit,
     backend: ProbeBackend,
     error_view: bool = False,
     latents: Tensor | None = None,
@@ -260,22 +262,22 @@ def out_of_fold(
     """The model's view beside an SAE's reconstruction `[rows, d]` of it, and beside what that leaves out.
 
     A reconstruction equal to x bit by bit shares the model's fit: its delta and transfer are exactly 0. In place of a
-    reconstruction another view of the rows may be given as a sparse CSR matrix `[rows, any]`: then there is no transfer
-    and no error. `latents` float32 `[rows, d_sae]`, sparse CSR, are the SAE's codes for the view of that name.
+    reconstruction the fit of another view of the rows may be given (`fit_sparse`): then there is no transfer and no
+    error. `latents` float32 `[rows, d_sae]`, sparse CSR, are the SAE's codes for the view of that name.
     """
     fits, scores = {"model": model.fit}, {"model": model.fit.scores}
-    if recon.layout == torch.sparse_csr:
-        fits["sae"] = _fit_sparse(plan, recon, backend, model.cs)
+    if isinstance(recon, ViewFit):
+        fits["sae"] = recon
     elif torch.equal(recon, model.x):
         fits["sae"] = model.fit
         scores["transfer"] = model.fit.scores
     else:
         fits["sae"] = fit_view(plan, recon, model.scale, backend, model.cs)
         scores["transfer"] = transfer_scores(plan, model.fit, recon)
-    if error_view and recon.layout != torch.sparse_csr:
+    if error_view and not isinstance(recon, ViewFit):
         fits["error"] = fit_view(plan, model.x - recon, model.scale, backend, model.cs)
     if latents is not None:
-        fits["latents"] = _fit_sparse(plan, latents, backend, model.cs)
+        fits["latents"] = fit_sparse(plan, latents, backend, model.cs)
     scores |= {name: fit.scores for name, fit in fits.items()}
     views = tuple(view for view in VIEWS if view in scores)
     return OutOfFold(
@@ -291,7 +293,7 @@ def _kept(scores: Tensor) -> NDArray[np.float16]:
     return quantised(scores.cpu().numpy())
 
 
-def _fit_sparse(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float]) -> ViewFit:
+def fit_sparse(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float] = DEFAULT_CS) -> ViewFit:
     """Probes on a sparse CSR matrix `[rows, d]` as it is: scaling rare latents to unit variance ruins their probes."""
     x = _live_columns(x)
     one = torch.ones(1, 1, dtype=torch.float64, device=x.device)
@@ -301,7 +303,8 @@ def _fit_sparse(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[f
 def _live_columns(x: Tensor) -> Tensor:
     """A sparse CSR matrix without the columns that hold nothing (one of them if all are so)."""
     live, place = torch.unique(x.col_indices(), return_inverse=True)
-    return torch.sparse_csr_tensor(x.crow_indices(), place, x.values(), (x.shape[0], max(len(live), 1)))
+    shape = (x.shape[0], max(len(live), 1))
+    return torch.sparse_csr_tensor(x.crow_indices(), place, x.values(), shape, check_invariants=False)
 
 
 def training_scales(plan: FoldPlan, x: Tensor) -> Tensor:
@@ -329,14 +332,21 @@ def fit_view(
         return _no_fit(plan, x)
     labels = torch.from_numpy(plan.labels).to(x.device)
     fits = backend.fit(ProbeProblem(x, labels, plan.training_weight(x.device), scale, tuple(cs)))
-    scores = _held_out_scores(plan, x, fits.coef, fits.intercept)
-    choice = choose_c(plan, scores)  # [targets, repeats, folds]
+    folds = torch.from_numpy(plan.folds.astype(np.int64)).to(x.device)
+    scores = torch.empty(len(labels), *folds.shape, device=x.device)
+    choice = torch.empty(len(labels), plan.n_repeats, plan.n_folds, dtype=torch.int64, device=x.device)
+
+    def choose(part: slice) -> None:
+        found = _held_out_scores(plan, x, fits.coef[:, part], fits.intercept[:, part])
+        choice[part] = choose_c(plan, found, part)
+        by_row = choice[part].gather(2, folds.expand(found.shape[1], -1, -1))  # [targets, repeats, rows]
+        scores[part] = found.gather(0, by_row[None])[0].float()
+
+    _ROOM.in_pieces(len(labels), len(cs) * folds.numel(), choose)
     by_split = choice.flatten(1)[None]  # [1, targets, splits]
     wide = by_split[..., None].expand(-1, -1, -1, x.shape[1])
-    folds = torch.from_numpy(plan.folds.astype(np.int64)).to(x.device)
-    by_row = choice.gather(2, folds.expand(len(labels), -1, -1))  # [targets, repeats, rows]
     return ViewFit(
-        scores=scores.gather(0, by_row[None])[0].float(),
+        scores=scores,
         chosen_c=np.array(cs)[choice.cpu().numpy()],
         coef=fits.coef.gather(0, wide)[0],
         intercept=fits.intercept.gather(0, by_split)[0],
@@ -355,7 +365,13 @@ def _no_fit(plan: FoldPlan, x: Tensor) -> ViewFit:
 
 def transfer_scores(plan: FoldPlan, fit: ViewFit, x: Tensor) -> Tensor:
     """Scores float32 [targets, repeats, rows] of another view x `[rows, d]` by the fold's own probes of `fit`."""
-    return _held_out_scores(plan, x, fit.coef[None], fit.intercept[None])[0].float()
+    scores = torch.empty(len(fit.coef), *plan.folds.shape, device=x.device)
+
+    def score(part: slice) -> None:
+        scores[part] = _held_out_scores(plan, x, fit.coef[None, part], fit.intercept[None, part])[0].float()
+
+    _ROOM.in_pieces(len(scores), plan.folds.size, score)
+    return scores
 
 
 def _held_out_scores(plan: FoldPlan, x: Tensor, coef: Tensor, intercept: Tensor) -> Tensor:
@@ -377,13 +393,13 @@ def _held_out_scores(plan: FoldPlan, x: Tensor, coef: Tensor, intercept: Tensor)
     return scores
 
 
-def choose_c(plan: FoldPlan, scores: Tensor) -> Tensor:
+def choose_c(plan: FoldPlan, scores: Tensor, targets: slice = slice(None)) -> Tensor:
     """The index of C for each fold, int64 [targets, repeats, folds], from scores [cs, targets, repeats, rows].
 
     The fold's own rows have no say: the C with the least class-balanced log loss of the out-of-fold scores of the
-    other folds; the smallest of equals.
+    other folds; the smallest of equals. `targets` are those of the plan that the scores are of.
     """
-    labels = torch.from_numpy(plan.labels).to(scores.device)
+    labels = torch.from_numpy(plan.labels[targets]).to(scores.device)
     weights = torch.from_numpy(plan.weights).to(scores.device)
     member = torch.from_numpy(plan.held_out).to(scores.device).double().unflatten(0, (plan.n_repeats, plan.n_folds))
     loss = softplus(torch.where(labels[:, None], -scores, scores))

@@ -1,4 +1,4 @@
-"""Text from files on its way to a terminal: a name may hold what clears the screen or turns the order of letters.
+"""Text on its way to a terminal that may be gone, with names from files that may hold what clears its screen.
 
 >>> one_line("gen\\x1b[2Jder\\n")
 'gen\\\\x1b[2Jder'
@@ -6,8 +6,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
+import sys
+from contextlib import suppress
 from typing import Any
+
+LINE_SHOWN = 1000  # characters of any line: what a file holds may be quoted in it
 
 
 def printable(text: str) -> str:
@@ -35,3 +42,26 @@ class LineFormatter(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:
         return "\n".join(map(printable, super().formatException(ei).split("\n")))
+
+
+def show(text: str) -> None:
+    """Print for a reader who may be gone (`| head -1`, a closed terminal): the results are on disk all the same."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell is no failure
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if error.errno not in {errno.EPIPE, errno.EIO}:
+            raise
+        with suppress(OSError, ValueError):  # what is left in the buffer must have somewhere to go at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell(line: str) -> None:
+    """One line on stderr, whatever the text; silent if nobody is there."""
+    line = one_line(line)
+    if len(line) > LINE_SHOWN:
+        line = f"{line[:LINE_SHOWN]}..."
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)

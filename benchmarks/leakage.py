@@ -161,7 +161,7 @@ def table(layer: int) -> str:
     kept = json.loads(kept_file(layer).read_text(encoding="utf-8"))["probes"]
     rows: list[report.Row] = [
         ("probe", "people", "rows as shipped", "distinct", "as shipped, by row", "distinct, by row",
-         "distinct, by person", "95 % interval", "worth of the people", "95 % interval")
+         "distinct, by person", "95 % interval", "by row - by person", "95 % interval")
     ]  # fmt: skip
     for probe in kept:
         rows.append(

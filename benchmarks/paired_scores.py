@@ -69,12 +69,15 @@ def by_partition(probes: Sequence[ProbeScores], view: str, parts: Parts) -> Floa
     return np.mean([balanced_mean(parts(probe, view), probe.labels, probe.weights) for probe in probes], axis=0)
 
 
-def difference(a: Sequence[ProbeScores], b: Sequence[ProbeScores], view: str, parts: Parts) -> Estimate:
-    """The mean over probes of a's score less b's, paired row by row and clustered by person over all probes."""
+def difference(a: Sequence[Floats], b: Sequence[Floats], rows: Sequence[ProbeScores]) -> Estimate:
+    """The mean over probes of a's score less b's, paired row by row and clustered by person over all probes.
+
+    a, b: what `Parts` gives for each probe, [repeats, rows] each; rows: the probes themselves, of either SAE.
+    """
     return estimate_mean(
         [
-            Cell(parts(of_a, view) - parts(of_b, view), of_a.labels, of_a.persons, of_a.weights)
-            for of_a, of_b in zip(a, b, strict=True)
+            Cell(of_a - of_b, probe.labels, probe.persons, probe.weights)
+            for of_a, of_b, probe in zip(a, b, rows, strict=True)
         ]
     )
 

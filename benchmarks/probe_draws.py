@@ -50,7 +50,8 @@ class Pool:
 
         The pool stands for the population: runs without replacement would share most of their rows, and agree for it.
         """
-        sizes = [len(task.rows) for task in self.program_draw(rows_per_dataset, seed, seed)]
+        drawn = load_probe_texts(None, shuffle_select_n=rows_per_dataset, seed=seed)
+        sizes = [len(mentions) for _, mentions, _ in _row_sets(drawn)]
         random = np.random.default_rng(seed)
         tasks = []
         for size, (names, mentions, labels) in zip(sizes, _row_sets(self.texts), strict=True):

@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same numbers whatever the number of cores
@@ -29,7 +30,7 @@ from benchmarks import reliability_tables  # noqa: E402
 from benchmarks.k_sparse import KS  # noqa: E402
 from benchmarks.paired_scores import Errors, Parts, by_partition, difference, fvu_difference, noise_of_folds  # noqa: E402
 from benchmarks.probe_draws import Pool, Task, resampled_people  # noqa: E402
-from benchmarks.reliability_tables import Gain, Pairs, Reliability  # noqa: E402
+from benchmarks.reliability_tables import Pairs, Reliability  # noqa: E402
 from benchmarks.reliability_work import Work, errors_at  # noqa: E402
 from benchmarks.sae_panel import PairSet, noise_panel, pair_sets, panel  # noqa: E402
 from errors import RequestError  # noqa: E402
@@ -39,13 +40,13 @@ LAYER = 3  # of 0 to 5; where the demo's SAEs lose most
 RUNS = (1, 2, 3, 4, 5)  # seeds of repeated measurements
 ROWS = 3000  # of a dataset: the program's `--shuffle_select_n`
 FEW_ROWS = 600  # of a dataset: 3000 of all five together
-PANEL = "panel"  # the draw that all SAEs are compared on
 
 METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and what each row gives to it; higher is better
     "delta_sel": ("sae", correct),
     "delta_auc": ("sae", auc_parts),
     "delta_bits": ("sae", bits),
     "transfer_delta": ("transfer", correct),
+    "transfer_delta in AUC": ("transfer", auc_parts),
     "transfer_delta in bits": ("transfer", bits),
     **{f"k-sparse, k = {k}, balanced accuracy": (f"k{k}", correct) for k in KS},
     **{f"k-sparse, k = {k}, AUC": (f"k{k}", auc_parts) for k in KS},
@@ -62,30 +63,40 @@ def levels(probes: Sequence[ProbeScores], metric: str) -> NDArray[np.floating]:
     return own - by_partition(probes, "model", parts) if view in ("sae", "transfer") else own
 
 
-def repeated_draws(pool: Pool) -> Iterator[tuple[str, int, list[Task]]]:
-    """(what is drawn anew, run, its tasks)."""
+@dataclass(frozen=True)
+class Draw:
+    """The rows and folds of one run."""
+
+    kind: str  # what is drawn anew from run to run
+    name: str
+    seed: int
+    tasks: list[Task]
+
+
+def repeated_draws(pool: Pool) -> Iterator[Draw]:
+    """Five runs of each kind."""
     for run in RUNS:
-        yield "people and folds", run, pool.bootstrap(ROWS, run)
-        yield "people and folds, 3000 rows in all", run, pool.program_draw(FEW_ROWS, run, run)
+        yield Draw("people and folds", f"bootstrap_{ROWS}_{run}", run, pool.bootstrap(ROWS, run))
+        few = pool.program_draw(FEW_ROWS, run, run)
+        yield Draw("people and folds, 3000 rows in all", f"draw_{FEW_ROWS}_{run}", run, few)
 
 
 def repeated_runs(work: Work, pool: Pool, errors: Mapping[str, Mapping[str, Errors]]) -> Runs:
     """Lens 1: the same SAEs measured again and again."""
     x, saes, runs = work.probed_activations(pool), noise_panel(), Runs()
-    for kind, run, tasks in repeated_draws(pool):
-        draw = f"{kind.replace(', ', '_').replace(' ', '_')}_{run}"
-        work.probe(draw, tasks, saes, x)
+    for draw in repeated_draws(pool):
+        work.probe(draw.name, draw.tasks, saes, x)
         for snapshot in saes:
-            probes = work.scores(draw, snapshot)
+            probes = work.scores(draw.name, snapshot)
             values = {metric: float(levels(probes, metric).mean()) for metric in METRICS}
             texts = errors[FVU_HELD_OUT][snapshot.name].clusters
             rows = {
-                FVU_PROBED: np.concatenate([task.rows for task in tasks]),
-                FVU_HELD_OUT: resampled_people(texts, len(texts), np.random.default_rng(run)),
+                FVU_PROBED: np.concatenate([task.rows for task in draw.tasks]),
+                FVU_HELD_OUT: resampled_people(texts, len(texts), np.random.default_rng(draw.seed)),
             }
             values |= {metric: errors[metric][snapshot.name].of(drawn).fvu for metric, drawn in rows.items()}
             for metric, value in values.items():
-                runs.setdefault(kind, {}).setdefault(metric, {}).setdefault(snapshot.name, []).append(value)
+                runs.setdefault(draw.kind, {}).setdefault(metric, {}).setdefault(snapshot.name, []).append(value)
     return runs
 
 
@@ -93,18 +104,16 @@ def compare(
     sets: Sequence[PairSet], probes: Mapping[str, list[ProbeScores]], errors: Mapping[str, Mapping[str, Errors]]
 ) -> list[Pairs]:
     """Lens 3: by how much the better SAE of each pair is better, by every score."""
-    found = []
-    for each in sets:
-        gains: dict[str, list[Gain]] = {}
-        for worse, better in each.pairs:
-            for metric, (view, parts) in METRICS.items():
-                gain = difference(probes[better.name], probes[worse.name], view, parts)
-                gains.setdefault(metric, []).append((gain.value, gain.low, gain.high))
-            for metric, by_sae in errors.items():
-                gain = fvu_difference(by_sae[worse.name], by_sae[better.name])
-                gains.setdefault(metric, []).append((gain.value, gain.low, gain.high))
-        names = [(worse.name, better.name) for worse, better in each.pairs]
-        found.append(Pairs(each.kind, each.family, each.change, names, gains))
+    found = [Pairs(each.kind, each.family, each.change, each.names, {}) for each in sets]
+    for metric, (view, parts) in METRICS.items():
+        shares = {name: [parts(probe, view) for probe in of_sae] for name, of_sae in probes.items()}
+        for each in found:
+            gains = [difference(shares[better], shares[worse], probes[better]) for worse, better in each.saes]
+            each.gains[metric] = [(gain.value, gain.low, gain.high) for gain in gains]
+    for metric, by_sae in errors.items():
+        for each in found:
+            gains = [fvu_difference(by_sae[worse], by_sae[better]) for worse, better in each.saes]
+            each.gains[metric] = [(gain.value, gain.low, gain.high) for gain in gains]
     return found
 
 
@@ -114,7 +123,8 @@ def measure(work: Work) -> Reliability:
     x, corpus = work.probed_activations(pool), work.corpus_activations()
     work.train(saes, corpus.train)
     tasks = pool.program_draw(ROWS, seed=0, fold_seed=0)
-    work.probe(PANEL, tasks, saes, x)
+    panel_draw = f"panel_{ROWS}"
+    work.probe(panel_draw, tasks, saes, x)
     persons, texts = pool.texts.persons, corpus.held_out_text.numpy()
     errors = {
         FVU_PROBED: {s.name: errors_at(x, work.sae(s), persons) for s in saes},
@@ -123,7 +133,7 @@ def measure(work: Work) -> Reliability:
     runs = repeated_runs(work, pool, errors)
     rows = np.concatenate([task.rows for task in tasks])
     on_panel = {**errors, FVU_PROBED: {name: found.of(rows) for name, found in errors[FVU_PROBED].items()}}
-    probes = {snapshot.name: work.scores(PANEL, snapshot) for snapshot in saes}
+    probes = {snapshot.name: work.scores(panel_draw, snapshot) for snapshot in saes}
     partitions = {metric: {name: levels(found, metric) for name, found in probes.items()} for metric in METRICS}
     return Reliability(
         layer=LAYER,
@@ -153,7 +163,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if args.what == "run":
         try:
-            reliability_tables.keep(measure(Work(args.work_dir, LAYER, args.corpus)))
+            reliability_tables.keep(measure(Work(args.work_dir / f"layer_{LAYER}", LAYER, args.corpus)))
         except RequestError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -40,8 +40,8 @@ class PairSet:
     pairs: tuple[Pair, ...]
 
     @property
-    def name(self) -> str:
-        return f"{self.kind}: {self.family}: {self.change}"
+    def names(self) -> list[tuple[str, str]]:
+        return [(worse.name, better.name) for worse, better in self.pairs]
 
 
 def snapshots_of(family: str) -> list[Snapshot]:

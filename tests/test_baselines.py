@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 import config
 import main as program
 import records
+import report
 from baselines import CALIBRATED, KINDS, OF_AN_SAE, Baseline, Measured, SiteBuilder, bag_of_names, plan_baselines
 from calibration import SiteSample
 from datasets_wikidata import load_all_mentions, load_probe_texts, tokenise
@@ -345,6 +346,28 @@ def test_names_have_no_figures_of_reconstruction(whole):
         assert all(figures[name] is None for name in ("mse_pos", "mse_whole", "fvu_pos", "l0", "l1", "dead", "cosine"))
 
 
+def test_the_summary_lists_baselines_beneath_their_sae(whole, capsys):
+    assert report.main([str(whole.out), "--summary"]) == 0
+    summary, compared = capsys.readouterr().out.strip().split("\n\n")
+    assert [line.split("|")[1].strip() for line in summary.splitlines()[2:]] == [
+        "sae-tiny",
+        *(f"baseline: {kind} of resid_post" for kind in ("identity", "mean", "names")),
+        *(f"baseline: {kind} of sae-tiny" for kind in ("pca", "random", "shuffled")),
+    ]
+    names = summary.splitlines()[5].split("|")
+    assert [cell.strip() for cell in names[-3:-1]] == ["-", "-"], "no FVU and no L0"
+    pairs = [[cell.strip() for cell in line.split("|")[1:3]] for line in compared.splitlines()[2:]]
+    assert pairs == [[f"baseline: {kind} of sae-tiny", "sae-tiny"] for kind in ("pca", "random", "shuffled")]
+
+
+def test_tables_in_full_are_those_of_the_sae_unless_there_is_none(whole, capsys):
+    assert report.main([str(whole.out)]) == 0
+    in_full = capsys.readouterr().out
+    assert "baselines/" not in in_full
+    assert report.main([str(whole.out / "baselines")]) == 0
+    assert "baselines/resid_post_names/pythia-tiny_women.json" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_not_done_again(whole, monkeypatch):
     before = bytes_of(whole.out)
     monkeypatch.setattr(program, "load_weights", lambda *_: pytest.fail("the model was loaded"))
@@ -408,10 +431,9 @@ def test_other_datasets_may_follow(request_, tmp_path):
 @pytest.mark.parametrize("positions", ["mean", "all"])
 def test_other_positions(request_, tmp_path, positions):
     assert request_.into(tmp_path).plus("--positions", positions, "--baselines", "--layers", "1").run() == 0
-    for kind in ("identity", "names"):
-        (path,) = (tmp_path / "baselines").glob(f"*_{kind}/*.json")
-        cell = records.read(path)["layer_1"]["women"]
-        assert cell["delta_sel"] == 0 if kind == "identity" else cell["sae_sel"] > 0.9
+    assert only_cell(tmp_path, "identity")["delta_sel"] == 0
+    assert only_cell(tmp_path, "mean")["sae_sel"] == pytest.approx(0.5)
+    assert only_cell(tmp_path, "names")["sae_sel"] > 0.9
 
 
 def test_another_sae_under_the_same_name_is_refused(request_, tmp_path, capsys):
@@ -426,3 +448,20 @@ def test_another_sae_under_the_same_name_is_refused(request_, tmp_path, capsys):
 def test_an_unknown_baseline_is_refused(request_, capsys):
     assert request_.plus("--baselines", "identity,zero").run() == 2
     assert "'zero' is not one of identity" in capsys.readouterr().err
+
+
+def test_further_views_are_those_of_each_baseline(request_, tmp_path):
+    asked = ("--layers", "1", "--views", "error,latents", "--baselines")
+    assert request_.into(tmp_path).plus(*asked).run() == 0
+    cells = {kind: only_cell(tmp_path, kind) for kind in KINDS}
+    own = numbers(tmp_path)["pythia-tiny_women.json"]["layer_1"]["women"]
+    assert cells["identity"]["error_sel"] == cells["mean"]["latent_sel"] == 0.5, "there is nothing to see"
+    assert cells["shuffled"]["latent_sel"] == own["latent_sel"], "what a view of the latents cannot tell apart"
+    assert cells["identity"]["latent_sel"] > 0.55
+    assert "error_sel" not in cells["names"]
+    assert "latent_sel" not in cells["names"]
+
+
+def only_cell(folder, kind):
+    (path,) = (folder / "baselines").glob(f"*_{kind}/*.json")
+    return records.read(path)["layer_1"]["women"]

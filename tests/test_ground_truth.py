@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.ground_truth import Bench, rank_correlation
+from benchmarks.ground_truth import rank_correlation
 from benchmarks.synthetic_features import recovery
+from benchmarks.synthetic_features.bench import Bench, difference
 from benchmarks.synthetic_features.candidates import (
     absorbed,
     missing,
@@ -18,7 +19,7 @@ from benchmarks.synthetic_features.candidates import (
     tied_topk,
 )
 from benchmarks.synthetic_features.training import Recipe, train
-from benchmarks.synthetic_features.world import World, WorldSettings, tasks
+from benchmarks.synthetic_features.world import Rows, World, WorldSettings, tasks
 
 SETTINGS = WorldSettings(seed=3, n_features=60, d=24, trees=6, rarest=0.1)
 
@@ -30,7 +31,7 @@ def world():
 
 @pytest.fixture(scope="module")
 def bench(world):
-    return Bench.build(world, world.sample(800, seed=4), n_tasks=4, seed=0)
+    return Bench.build(world, n_truth=2000, n_rows=800, n_tasks=4, seed=0)
 
 
 def test_a_world_is_what_its_seed_says(world):
@@ -58,33 +59,60 @@ def test_tasks_go_evenly_through_the_order_of_frequency(world):
     assert (above >= torch.tensor([2, 12, 20, 30, 38, 48])).all()
 
 
-def test_the_oracle_is_perfect_and_first_and_a_shuffled_decoder_is_found_out(world, bench):
+def test_the_oracle_is_perfect_and_first_and_transfer_finds_a_shuffled_decoder_out(world, bench):
     perfect = oracle(world)
     by_chance = tied_topk("random", random_atoms(world, 0), world.bias, k=4)
     candidates = [perfect, missing(world, 0.5, 0), by_chance, shuffled(perfect, 0)]
-    best, incomplete, random, broken = results = [
-        bench.measure(candidate, latents_view=True) for candidate in candidates
-    ]
+    found = [bench.probe(sae, latents_view=sae.codes is perfect.codes) for sae in candidates]
+    best, incomplete, random, broken = results = [bench.result(*pair) for pair in zip(candidates, found, strict=True)]
+    assert difference(found[3], found[0]).value == pytest.approx(broken.delta_sel)
     assert (best.delta_sel, best.ci_low, best.ci_high, best.transfer_delta, best.mse) == (0, 0, 0, 0, 0)
-    assert best.held == pytest.approx(1)
+    assert (best.kept, best.held) == (1, 1)
     assert best.matched == pytest.approx(1, abs=1e-6)
-    assert all(result.ci_high < 0 and result.held < 0.9 for result in (incomplete, random, broken))
-    assert broken.delta_sel < -0.05
+    assert all(result.ci_high < 0 and result.kept < 0.7 for result in (incomplete, random))
+    assert broken.transfer_delta < -0.2
+    assert broken.held < 0.2
+    assert broken.kept > 0.9, (
+        "perfect codes written in other directions can still be read, by a probe that is fitted anew"
+    )
+    assert abs(broken.delta_sel) < 0.03
     assert broken.latent_sel == best.latent_sel, "the codes are the same"
     assert broken.mcc == pytest.approx(1, abs=1e-6), "the directions are all there"
-    assert rank_correlation(results, "delta_sel", "held") > 0
+    assert rank_correlation(results, "delta_sel", "kept") > 0.5
 
 
 def test_the_deceivers_deceive(world, bench):
-    turned, narrow, merged = (
-        bench.measure(candidate) for candidate in (rotated(world, 0), only(world, bench.features), absorbed(world))
-    )
+    deceivers = rotated(world, 0), only(world, bench.features)
+    turned, narrow = (bench.result(candidate, bench.probe(candidate)) for candidate in deceivers)
     assert abs(turned.delta_sel) < 0.02, "a rotation loses nothing"
-    assert turned.held < 0.2
+    assert turned.kept == pytest.approx(1)
+    assert turned.held < 0.2, "but what is there is elsewhere"
     assert turned.transfer_delta < -0.2, "and transfer sees it"
     assert narrow.delta_sel > -0.01, "what is asked for is all there"
-    assert narrow.held < 0.5
-    assert merged.held - merged.matched > 0.05, "the output has what no single latent has"
+    assert (narrow.kept_tasks, narrow.kept < 0.5) == (pytest.approx(1), True), "and little else"
+
+
+def test_a_parent_absorbed_by_its_child_is_written_by_the_child(world):
+    parent, (child, other, *_) = next(iter(world.children.items()))
+    activations = torch.zeros(3, len(world.directions))
+    activations[:, parent] = 1
+    activations[1, child] = activations[2, [child, other]] = 1
+    merged, rows = absorbed(world), Rows(activations @ world.directions + world.bias, activations)
+    codes = merged.codes(rows)
+    assert codes[:, parent].tolist() == [1, 0, 0], "silent beside a child"
+    recon = merged.reconstruct(codes)
+    torch.testing.assert_close(recon[:2], rows.x[:2])
+    torch.testing.assert_close(recon[2] - rows.x[2], world.directions[parent])  # two children write it twice
+
+
+def test_kept_forgives_every_invertible_map(world):
+    rows = world.sample(500, seed=10)
+    mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
+    kept = recovery.kept_by_feature(rows, rows.x @ mixing + 3)
+    torch.testing.assert_close(kept, torch.ones_like(kept), atol=1e-4, rtol=0)
+    assert recovery.kept_by_feature(rows, torch.ones_like(rows.x)).max() == 0
+    pure = torch.randn(rows.x.shape, generator=torch.Generator().manual_seed(2))
+    assert recovery.kept_by_feature(rows, pure).mean() < 0.02, "adjusted for chance"
 
 
 def test_held_forgives_scale_and_constant_and_nothing_else(world):

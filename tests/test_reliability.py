@@ -98,14 +98,15 @@ def test_difference_is_that_of_the_mean_scores():
     labels = [random.random(400) > share for share in (0.4, 0.6)]
     strong, weak = ([probe_scores(random, y, persons, s) for y in labels] for s in (2.0, 0.5))
     for parts in (correct, auc_parts):
-        gain = difference(strong, weak, "sae", parts)
+        gain = difference(*([parts(p, "sae") for p in probes] for probes in (strong, weak)), strong)
         assert gain.value == pytest.approx(
             np.mean(by_partition(strong, "sae", parts) - by_partition(weak, "sae", parts))
         )
         assert gain.low > 0
     by_sklearn = [[roc_auc_score(p.labels, row) for row in p.views["sae"]] for p in strong]
     np.testing.assert_allclose(by_partition(strong, "sae", auc_parts), np.mean(by_sklearn, axis=0))
-    same = difference(strong, strong, "sae", correct)
+    hits = [correct(p, "sae") for p in strong]
+    same = difference(hits, hits, strong)
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 

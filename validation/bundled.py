@@ -1,10 +1,11 @@
 """The bundled model's activations as a ground for plants, with its own SAEs and people kept apart.
 
-    ground = bundled_ground(rows=1000, apart=800, backend=backend)
+ground = bundled_ground(rows=1000, apart=800, backend=backend)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from sae_loader import open_sae
 from validation.plants import Bench, Ground
 from validation.world import Rows
 
-LAYER = 3
+LAYER = 5
 DATASETS = ("gender", "is_alive")  # the two that the model knows best
+PLANTED = "planted"
 PLANTED_SIGNAL = 1.0  # half the distance of its class means, in standard deviations along its direction
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SAES = {"k8": ASSETS / "tiny-pythia-saes-k8", "k32": ASSETS / "tiny-pythia-saes-k32"}
@@ -34,11 +36,11 @@ def bundled_ground(rows: int, apart: int, backend: ProbeBackend, seed: int = 0) 
     order = {probe.name: random.permutation(len(probe.mentions)) for probe in probes}
     benched = {probe.name: order[probe.name][:rows] for probe in probes}
     taken = np.concatenate([texts.persons[probe.mentions[benched[probe.name]]] for probe in probes])
-    others = {
-        probe.name: [i for i in order[probe.name][rows:] if texts.persons[probe.mentions[i]] not in taken][:apart]
-        for probe in probes
-    }
-    chosen = [(probe, np.asarray(part[probe.name])) for part in (benched, others) for probe in probes]
+    others = {}
+    for probe in probes:
+        left = order[probe.name][rows:]
+        others[probe.name] = left[~np.isin(texts.persons[probe.mentions[left]], taken)][:apart]
+    chosen = [(probe, part[probe.name]) for part in (benched, others) for probe in probes]
     found = _rows(texts, chosen)
     return Ground(
         name=f"bundled, layer {LAYER}",
@@ -66,15 +68,22 @@ def with_planted_trait(ground: Ground, backend: ProbeBackend, seed: int = 0) -> 
     def planted(rows: Rows) -> Rows:
         trait = coin[np.searchsorted(people, rows.persons)]
         x = rows.x + PLANTED_SIGNAL * torch.from_numpy(np.where(trait, 1, -1))[:, None] * direction
-        task = f"planted beside {rows.tasks[0]}"
-        return Rows(x.float(), np.stack([*rows.labels, trait]), rows.persons, (*rows.tasks, task))
+        return Rows(x.float(), np.stack([*rows.labels, trait]), rows.persons, (*rows.tasks, PLANTED))
 
+    aside = [planted(rows) for rows in ground.apart.values()]
     return Ground(
         name=f"{ground.name}, a trait planted",
         benches=[Bench(planted(bench.rows), backend) for bench in ground.benches],
-        apart={(rows := planted(each)).tasks[-1]: rows for each in ground.apart.values()},
+        apart={PLANTED: joined(PLANTED, aside)},
         saes={},
     )
+
+
+def joined(task: str, parts: Sequence[Rows], n: int | None = None) -> Rows:
+    """The first n rows (None: all) of the parts put together, with the one task that they share."""
+    labels = np.concatenate([part.labels[part.tasks.index(task)] for part in parts])[:n]
+    x, persons = torch.cat([part.x for part in parts])[:n], np.concatenate([part.persons for part in parts])[:n]
+    return Rows(x, labels[None], persons, (task,))
 
 
 def _rows(texts: ProbeTexts, chosen: list[tuple[Probe, NDArray[np.int64]]]) -> list[Rows]:

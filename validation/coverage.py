@@ -4,7 +4,8 @@
     rates.covered, rates.false_positives_equal
 
 Every repeat draws new people from a `GaussianWorld`, and three views of them: the model's, a `worse` one with more
-noise, and an `equal` one with as much, drawn anew. A second label is random by person. So in each repeat there is a
+noise, and an `equal` one with as much, drawn anew. Another label is random by person, with folds of its own: stratified
+together with the trait it would inherit what the two share by chance, on both sides of every split. So in each repeat there is a
 difference to cover (model and worse, on the trait), and two that are not there: model and equal on the trait, and
 model and worse on the random label.
 
@@ -30,7 +31,7 @@ from scipy.stats import binomtest
 
 from probe_statistics import correct
 from probes import ProbeBackend, ProbeFits, ProbeProblem, choose_backend
-from selectivity import DEFAULT_CS, FoldPlan, ModelFit, OutOfFold, ProbeResult, fit_model, measure, out_of_fold
+from selectivity import DEFAULT_CS, FoldPlan, ModelFit, OutOfFold, ProbeResult, Skipped, fit_model, measure, out_of_fold
 from validation.table import Row, judged, told
 from validation.world import GaussianWorld
 
@@ -38,7 +39,6 @@ COVERAGE = (0.93, 0.985)
 FALSE_POSITIVES = 0.069  # of 500, what a test at 0.05 stays below 97.5 % of the time
 NULL_BIAS = 0.005
 LEVEL = 0.05
-TRAIT, RANDOM = 0, 1  # the two targets of a repeat
 
 
 @dataclass(frozen=True)
@@ -96,21 +96,37 @@ class Rates:
     random_sel: float  # of the two views' means the one that is farther from 1/2
 
     def rows(self) -> list[Row]:
-        """As rows of the table. Requirements are those of 500 repeats, wider by the binomial error where there are fewer."""
+        """As rows of the table. What is required of 500 repeats is wider by the binomial error where they are fewer."""
         slack = 2 * max(0.0, 1 / np.sqrt(self.repeats) - 1 / np.sqrt(500))
-        low, high = (edge + sign * slack * np.sqrt(edge * (1 - edge)) for edge, sign in zip(COVERAGE, (-1, 1), strict=True))
+        low, high = (
+            edge + sign * slack * np.sqrt(edge * (1 - edge)) for edge, sign in zip(COVERAGE, (-1, 1), strict=True)
+        )
         most = FALSE_POSITIVES + slack * np.sqrt(LEVEL * (1 - LEVEL))
         bias = NULL_BIAS * np.sqrt(max(1.0, 500 / self.repeats))
         where = f"{self.setting} ({self.repeats} repeats)"
         return [
-            told(where, "known truth", f"model_sel; truth {self.truth:+.4f}, mean of estimates {self.mean_delta:+.4f}", self.model_sel),
-            judged(where, "known truth", "95 % intervals that cover it", self.covered, round(low, 3), min(round(high, 3), 1)),
+            told(
+                where,
+                "known truth",
+                f"model_sel; truth {self.truth:+.4f}, mean of estimates {self.mean_delta:+.4f}",
+                self.model_sel,
+            ),
+            judged(
+                where,
+                "known truth",
+                "95 % intervals that cover it",
+                self.covered,
+                round(low, 3),
+                min(round(high, 3), 1),
+            ),
             told(where, "known truth", "that cover their own probes' truth", self.covered_own),
             judged(where, "equal views", "false positives", self.false_positives_equal, high=round(most, 3)),
             told(where, "equal views", "false positives of McNemar's test by row", self.by_row_equal),
             judged(where, "null labels", "false positives", self.false_positives_random, high=round(most, 3)),
             told(where, "null labels", "false positives of McNemar's test by row", self.by_row_random),
-            judged(where, "null labels", "mean sel", self.random_sel, round(0.5 - bias, 4), round(0.5 + bias, 4), digits=4),
+            judged(
+                where, "null labels", "mean sel", self.random_sel, round(0.5 - bias, 4), round(0.5 + bias, 4), digits=4
+            ),
         ]
 
 
@@ -150,27 +166,30 @@ def measure_once(setting: Setting, seed: int, number: int) -> Repeat:
     coin = random.permutation(world.people) % 2 == 0
 
     def view(noise: float) -> torch.Tensor:
-        return rows.x + np.float32(np.sqrt(noise)) * torch.from_numpy(world.noise(random, rows.persons).astype(np.float32))
+        added = np.sqrt(noise) * world.noise(random, rows.persons)
+        return rows.x + torch.from_numpy(added.astype(np.float32))
 
     x, equal, worse = (view(noise) for noise in (setting.model_noise, setting.model_noise, setting.worse_noise))
-    plan = FoldPlan.build(np.stack([rows.labels[0], coin[rows.persons]]), rows.persons, None, 5, 5, number)
+    plan, random_plan = (
+        FoldPlan.build(label[None], rows.persons, None, 5, 5, number) for label in (rows.labels[0], coin[rows.persons])
+    )
+    on_random = out_of_fold(random_plan, fit_model(random_plan, x, backend), worse, backend)
     model = fit_model(plan, x, backend)
-    alike = out_of_fold(plan, model, equal, backend)
+    on_equal = out_of_fold(plan, model, equal, backend)
     lost = out_of_fold(plan, model, worse, backend)
     truth = _true_sel(world, backend, lost, setting.worse_noise) - _true_model_sel(world, model, setting.model_noise)
-    on_equal, (result, on_random) = measure(alike)[TRAIT], measure(lost)
-    assert isinstance(result, ProbeResult) and isinstance(on_random, ProbeResult) and isinstance(on_equal, ProbeResult)
+    result, alike, null = (_only(measure(found)) for found in (lost, on_equal, on_random))
     return Repeat(
         delta=result.delta_sel,
         low=result.ci_low,
         high=result.ci_high,
         own_truth=truth,
-        p_equal=on_equal.p_value,
-        p_random=on_random.p_value,
-        by_row_equal=mcnemar(alike, TRAIT),
-        by_row_random=mcnemar(lost, RANDOM),
-        random_model_sel=on_random.model_sel,
-        random_sae_sel=on_random.sae_sel,
+        p_equal=alike.p_value,
+        p_random=null.p_value,
+        by_row_equal=mcnemar(on_equal),
+        by_row_random=mcnemar(on_random),
+        random_model_sel=null.model_sel,
+        random_sae_sel=null.sae_sel,
         model_sel=result.model_sel,
     )
 
@@ -198,13 +217,16 @@ def summarise(setting: str, found: list[Repeat]) -> Rates:
         false_positives_random=rejected("p_random"),
         by_row_equal=rejected("by_row_equal"),
         by_row_random=rejected("by_row_random"),
-        random_sel=max((float(each[name].mean()) for name in ("random_model_sel", "random_sae_sel")), key=lambda sel: abs(sel - 0.5)),
+        random_sel=max(
+            (float(each[name].mean()) for name in ("random_model_sel", "random_sae_sel")),
+            key=lambda sel: abs(sel - 0.5),
+        ),
     )
 
 
-def mcnemar(found: OutOfFold, t: int) -> float:
-    """p of McNemar's exact test of target t in the first partition: rows that only one of the two views gets right."""
-    scores = found.probe(t)
+def mcnemar(found: OutOfFold) -> float:
+    """p of McNemar's exact test in the first partition: of the rows that only one of the two views gets right."""
+    scores = found.probe(0)
     model, sae = (correct(scores, view)[0] > 0 for view in ("model", "sae"))
     only_model, only_sae = int((model & ~sae).sum()), int((sae & ~model).sum())
     return float(binomtest(only_sae, only_model + only_sae).pvalue) if only_model + only_sae else 1.0
@@ -212,7 +234,7 @@ def mcnemar(found: OutOfFold, t: int) -> float:
 
 def _true_model_sel(world: GaussianWorld, model: ModelFit, noise: float) -> float:
     """The true balanced accuracy of the model's probes for the trait, mean over the splits."""
-    coef, intercept = model.fit.coef[TRAIT].numpy(), model.fit.intercept[TRAIT].numpy()
+    coef, intercept = model.fit.coef[0].numpy(), model.fit.intercept[0].numpy()
     return float(world.balanced_accuracy(coef, intercept, noise).mean())
 
 
@@ -220,10 +242,16 @@ def _true_sel(world: GaussianWorld, backend: KeepsFits, found: OutOfFold, noise:
     """The same of the SAE view's probes, which `backend` has just fitted, at the C that was chosen for each fold."""
     fits = backend.last
     assert fits is not None
-    chosen = np.searchsorted(DEFAULT_CS, found.fits["sae"].chosen_c[TRAIT].ravel())
+    chosen = np.searchsorted(DEFAULT_CS, found.fits["sae"].chosen_c[0].ravel())
     split = np.arange(len(chosen))
-    coef, intercept = fits.coef[:, TRAIT].numpy()[chosen, split], fits.intercept[:, TRAIT].numpy()[chosen, split]
+    coef, intercept = fits.coef[:, 0].numpy()[chosen, split], fits.intercept[:, 0].numpy()[chosen, split]
     return float(world.balanced_accuracy(coef, intercept, noise).mean())
+
+
+def _only(results: list[ProbeResult | Skipped]) -> ProbeResult:
+    (result,) = results
+    assert isinstance(result, ProbeResult), "a world without enough people"
+    return result
 
 
 def _numbered(task: tuple[Setting, int, int]) -> Repeat:

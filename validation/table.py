@@ -35,7 +35,7 @@ def judged(
 ) -> Row:
     """A figure that must lie in [low, high]; NaN lies nowhere."""
     shown = f"{measured:+.{digits}f}" if "delta" in figure else f"{measured:.{digits}f}"
-    return Row(where, plant, figure, shown, _range(low, high), low <= measured <= high)
+    return Row(where, plant, figure, shown, _range(low, high), bool(low <= measured <= high))
 
 
 def told(where: str, plant: str, figure: str, measured: float, digits: int = 3) -> Row:

@@ -76,7 +76,7 @@ class GaussianWorld:
         return np.sqrt(self.person_share) * of_person + np.sqrt(1 - self.person_share) * of_row
 
     def without(self, task: int, x: Tensor) -> Tensor:
-        """x `[rows, d]` with the task's own direction ablated: nothing of the trait is left, nothing else is touched."""
+        """x `[rows, d]` with the task's own direction ablated: the trait is gone, and nothing else is touched."""
         inverse = np.linalg.inv(self.mixing)
         direction = self.means[task] / np.linalg.norm(self.means[task])
         along = x.double().numpy() @ inverse @ direction

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from benchmarks.synthetic_features.result import SHUFFLED
 from benchmarks.synthetic_features.training import Recipe, train
 from benchmarks.synthetic_features.world import Rows, World
 
-SHUFFLED = ", decoder rows shuffled"  # ends the name of a broken copy
 K = 8  # latents a row of the TopK SAEs; about as many features fire
 
 
@@ -154,14 +154,11 @@ def all_candidates(world: World, x: Tensor, features: Tensor, seed: int) -> list
     """Every SAE of the table; x [rows, d] to train on, `features` [tasks] that are probed for."""
     n_features, d = world.directions.shape
     learned = [trained(name, recipe, x, seed) for name, recipe in recipes(n_features, d)]
-    return [
-        oracle(world),
-        *(missing(world, share, seed) for share in (0.05, 0.2, 0.5)),
-        *learned,
-        tied_topk(f"true dictionary, TopK encoder, k {K}", world.directions, world.bias, K),
-        tied_topk(f"random dictionary, TopK encoder, k {K}", random_atoms(world, seed), world.bias, K),
+    broken = [
         shuffled(learned[0], seed),
-        rotated(world, seed),
-        only(world, features),
-        absorbed(world),
+        tied_topk(f"random dictionary, TopK encoder, k {K}", random_atoms(world, seed), world.bias, K),
     ]
+    deceivers = [rotated(world, seed), only(world, features), absorbed(world)]
+    true_atoms = tied_topk(f"true dictionary, TopK encoder, k {K}", world.directions, world.bias, K)
+    incomplete = [missing(world, share, seed) for share in (0.1, 0.25, 0.5)]
+    return [oracle(world), true_atoms, *incomplete, *learned, *broken, *deceivers]

@@ -15,7 +15,11 @@ from typing import Any
 import pytest
 
 import file_lock
+import pipeline
 import progress
+import sae_level
+import scores
+import selectivity
 from bounded_queue import BoundedQueue
 from language_model import LanguageModel, ModelInfo
 from probe_backends.torch_lbfgs import TorchLbfgs
@@ -46,6 +50,12 @@ POINTS: dict[str, tuple[Any, str, Callable[[], Exception]]] = {  # kind -> (owne
     "keep": (RowStore, "put", FAULT),
     "rows": (RowStore, "get", FAULT),
     "fit": (TorchLbfgs, "fit", FAULT),
+    "score": (selectivity, "_held_out_scores", FAULT),
+    "choose": (selectivity, "choose_c", FAULT),
+    "statistics": (selectivity, "statistics", FAULT),
+    "save": (pipeline, "save", FULL_DISK),
+    "load": (scores, "load", FAULT),
+    "settle": (sae_level, "settle", FAULT),
     "texts": (progress.ProgressBars, "texts", FAULT),
     "probes": (progress.ProgressBars, "probes", FAULT),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import people, write_csv, write_sparsify
-from runs import ROOT, Request, files, left_over, numbers, substance
+from runs import ROOT, Request, files, left_over, numbers, scores_of, substance
 
 DEMO = ROOT / "assets" / "tiny-pythia"
 DEMO_SAES = (ROOT / "assets" / "tiny-pythia-saes-k8", ROOT / "assets" / "tiny-pythia-saes-k32")
@@ -66,7 +66,7 @@ def check_kills(ask, folder, n, capsys):
     """Kill and rerun n times. Of six kills two come at any time, three after the first result, one after the last."""
     before, writing = timed(ask.into(folder / "timed"))
     assert ask.run(600) == 0
-    undisturbed, everything = substance(ask.out), n_results(ask.out)
+    undisturbed, everything = (substance(ask.out), scores_of(ask.out)), n_results(ask.out)
     any_time, after_first, after_last = (0, before + writing), (1, writing), (everything, EXIT_SECONDS)
     kinds = (any_time, after_first, after_last, any_time, after_first, after_first)
     moments = random.Random(0)
@@ -81,7 +81,7 @@ def check_kills(ask, folder, n, capsys):
         stages[list(stages)[0 if not done else 1 if done < everything else 2]] += 1
         assert killed or done == everything, where
         assert again.run(600) == 0, where
-        assert substance(again.out) == undisturbed, where
+        assert (substance(again.out), scores_of(again.out)) == undisturbed, where
         assert left_over(again.out) == [], where
     assert all(stages.values()) or n < len(kinds), stages
     with capsys.disabled():

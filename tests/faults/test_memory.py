@@ -7,12 +7,14 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import people, write_csv
 from runs import Request, assert_close, numbers
 
 import row_store
+import selectivity
 from activations import LayerRows
 from language_model import LanguageModel, Site
 from out_of_memory import Room, is_out_of_memory
@@ -66,6 +68,17 @@ def test_fits_are_split_into_columns_that_fit_and_no_number_changes(monkeypatch,
     backend.fit(problem())
     assert sum(width > room for width in widths) == failed, "the size that worked is remembered"
     assert caplog.text.count("out of memory") == 1
+
+
+def test_fits_on_sparse_codes_are_split_too(monkeypatch, caplog):
+    dense = problem()
+    task = replace(dense, x=(dense.x * (dense.x.abs() > dense.x.std(dim=0) / 2)).to_sparse_csr())
+    whole = TorchLbfgs().fit(task)
+    with_room_for(monkeypatch, 4, CPU_ERROR)
+    split = TorchLbfgs().fit(task)
+    torch.testing.assert_close(split.coef, whole.coef, rtol=1e-6, atol=1e-9)
+    assert torch.equal(split.n_iter, whole.n_iter)
+    assert "out of memory" in caplog.text
 
 
 def test_one_column_too_many_is_an_error(monkeypatch):
@@ -144,6 +157,42 @@ def test_a_run_short_of_memory_in_both_threads_gives_the_same_numbers(
     assert "texts in a forward pass" in caplog.text
     assert sum("at most" in line for line in caplog.text.splitlines()) < 10, "the size that worked is remembered"
     assert "probes are fitted" in caplog.text
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["cuda", "python", "cpu"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("step", ["_held_out_scores", "choose_c"])
+def test_targets_are_scored_in_pieces_that_fit_and_no_number_changes(monkeypatch, caplog, step, sparse, error):
+    random = np.random.default_rng(0)
+    labels = random.normal(size=(5, 120)) > 0
+    plan = selectivity.FoldPlan.build(labels, np.arange(120) // 2, None, n_folds=3, n_repeats=2, seed=0)
+    x = torch.from_numpy(random.normal(size=(120, 7)).astype(np.float32)).relu()
+    one = torch.ones(len(plan.held_out), 7, dtype=torch.float64)
+    view = x.to_sparse_csr() if sparse else x
+    backend = TorchLbfgs()
+
+    def scored():
+        fit = selectivity.fit_view(plan, view, one, backend)
+        return fit, selectivity.transfer_scores(plan, fit, view)
+
+    whole, transfer = scored()
+    work, widths = getattr(selectivity, step), []
+
+    def at_most_two(plan, x, *args):
+        widths.append(args[0].shape[1] if step == "_held_out_scores" else x.shape[1])
+        if widths[-1] > 2:
+            raise error
+        return work(plan, x, *args)
+
+    monkeypatch.setattr(selectivity, step, at_most_two)
+    monkeypatch.setattr(selectivity, "_ROOM", Room("targets are scored"))
+    pieces, transfer_in_pieces = scored()
+    assert widths[:3] == [5, 2, 2]
+    torch.testing.assert_close(pieces.scores, whole.scores, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(transfer_in_pieces, transfer, rtol=1e-6, atol=1e-7)
+    assert (pieces.chosen_c == whole.chosen_c).all()
+    torch.testing.assert_close(pieces.coef, whole.coef)
+    assert caplog.text.count("out of memory: targets are scored 2 at a time") == 1
 
 
 SITE = Site(0, "resid_post")

@@ -79,6 +79,21 @@ def test_every_file_is_complete_though_one_sae_has_fewer_layers(ask):
         assert records.read(path)["_run"]["complete"] is True
 
 
+def test_a_run_that_asks_for_less_than_an_interrupted_one_is_complete(ask, tmp_path):
+    one = Request(ask.model, ask.saes[:1], ask.data, tmp_path / "one", ("--folds", "3", "--repeats", "1"))
+    stop_at_write(one, 3)  # scores and results of layer 0 are there
+    (path,) = files(one.out)
+    assert records.read(path)["_run"]["complete"] is False
+    less = one.plus("--layers", "0")
+    assert less.run() == 0
+    assert records.read(path)["_run"]["complete"] is True
+    assert less.into(tmp_path / "less").run() == 0
+    assert substance(one.out) == substance(tmp_path / "less")
+    content = path.read_bytes()
+    assert less.run() == 0
+    assert path.read_bytes() == content, "once complete it is left alone"
+
+
 def change_csv(request, folder):
     rows = people(80)
     rows[7]["label"] = 1 - rows[7]["label"]

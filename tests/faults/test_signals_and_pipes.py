@@ -61,8 +61,25 @@ def test_nobody_listens_to_either_stream(loud):
     os.close(read)
     with loud.start(stdout=write, stderr=write) as process:
         os.close(write)
-        assert process.wait(120) == 0
+        assert process.wait(300) == 0
     assert len(numbers(loud.out)["pythia-tiny_women.json"]) == 3
+
+
+def test_the_tables_again_for_a_reader_who_takes_one_line_and_for_a_full_disk(ask):
+    assert ask.run() == 0
+    command = [sys.executable, "report.py", str(ask.out)]
+    options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    read, write = os.pipe()
+    os.close(read)
+    with subprocess.Popen(command, stdout=write, **options) as process:
+        os.close(write)
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 0
+    with open("/dev/full", "w") as full, subprocess.Popen(command, stdout=full, **options) as process:  # noqa: PTH123
+        told = process.stderr.read()
+        assert process.wait(60) == 1
+    (line,) = told.splitlines()
+    assert "No space left" in line
 
 
 @pytest.mark.slow
@@ -73,7 +90,7 @@ def test_streams_that_were_never_open(loud, closed):
             os.close(number)
 
     with loud.start(stdout=None, stderr=None, stdin=None, preexec_fn=close) as process:
-        assert process.wait(120) == 0
+        assert process.wait(300) == 0
     assert len(numbers(loud.out)["pythia-tiny_women.json"]) == 3
 
 
@@ -81,7 +98,7 @@ def test_streams_that_were_never_open(loud, closed):
 def test_a_table_that_cannot_be_stored_is_a_failure_but_the_results_stay(loud):
     with open("/dev/full", "w") as full, loud.start(stdout=full) as process:  # noqa: PTH123
         told = process.stderr.read()
-        assert process.wait(120) == 1
+        assert process.wait(300) == 1
     assert "No space left" in told.splitlines()[-1]
     assert len(numbers(loud.out)["pythia-tiny_women.json"]) == 3
 
@@ -142,7 +159,7 @@ def check_interrupted(ask, seconds, number, undisturbed):
 def how_long(ask, folder):
     start = time.perf_counter()
     with ask.into(folder).start() as process:
-        assert process.wait(120) == 0
+        assert process.wait(300) == 0
     return time.perf_counter() - start, numbers(folder)["pythia-tiny_women.json"]
 
 
@@ -154,35 +171,36 @@ def test_ctrl_c_during_start_up_and_after(ask, tmp_path):
 
 OUTSIDE_MAIN = """
 import builtins, os, runpy, sys
+sys.path[0] = os.getcwd()
+import interrupts
 number, moment = int(sys.argv[1]), sys.argv[2]
-find, leave = builtins.__import__, sys.exit
+find, leave = builtins.__import__, interrupts.leave
 
 def import_it(name, *rest):
     if name == moment:
         os.kill(os.getpid(), number)
     return find(name, *rest)
 
-def exit_now(code):
-    if moment == "exit":
+def leave_now(code):
+    if moment == "leave":
         os.kill(os.getpid(), number)
     leave(code)
 
-builtins.__import__, sys.exit, sys.argv = import_it, exit_now, ["main.py", "--layers", "nonsense"]
-sys.path[0] = os.getcwd()
+builtins.__import__, interrupts.leave, sys.argv = import_it, leave_now, ["main.py", "--layers", "nonsense"]
 runpy.run_path("main.py", run_name="__main__")
 """
 
 
 @EVERY_SIGNAL
-@pytest.mark.parametrize("moment", ["errno", "command_line", "exit"])
+@pytest.mark.parametrize("moment", ["logging", "command_line", "leave"])
 def test_a_signal_before_and_after_main_is_one_line_too(number, moment):
-    """While the program is being loaded, and while Python takes it down."""
+    """While the program is being loaded, and after `main` has said how it went."""
     command = [sys.executable, "-c", OUTSIDE_MAIN, str(int(number)), moment]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 130, done.stderr
     lines = done.stderr.strip().splitlines()
     assert lines.pop().startswith("interrupted: ")
-    assert lines == [] or (moment == "exit" and lines[0].startswith("error: --layers 'nonsense'")), lines
+    assert lines == [] or (moment == "leave" and lines[0].startswith("error: --layers 'nonsense'")), lines
 
 
 @EVERY_SIGNAL

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import random
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import time
 import traceback
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,15 @@ class ResultJson(Reader):
         file = records.RecordFile.open(self.path, self.key, self.run, overwrite=False)
         file.warnings.append("layer 0 gender: only 30 people: the interval is rough")
         file.seconds, file.resources, file.complete = {"forward": 1.5}, {"peak_ram_gb": 0.5}, True
+        interval = {"ci_low": -0.3, "ci_high": -0.2, "p_value": 0.001}
+        versus = {"difference": 0.02, **interval, "detectable": 0.01}
+        file.q_family = [self.path.name]
+        file.sae_level = {"mean_delta_sel": -0.25, **interval, "compared": {"other/sae": versus}}
         file.write({0: layer, 1: layer})
         self.text = self.path.read_bytes()
         self.content = json.loads(self.text)
+        self.other = json.loads(self.text)
+        self.other["_run"]["config"]["sae"] = "other/sae"
 
     def damage(self, rng: random.Random) -> None:
         self.path.write_bytes(damaged_json(self.content, rng) if rng.random() < 0.6 else damaged_bytes(self.text, rng))
@@ -208,7 +215,9 @@ class ResultJson(Reader):
         found = records.read(self.path)
         before, after = ({k: v for k, v in file.items() if k != "_run"} for file in (self.content, found))
         assert before == after, "damaged numbers were taken for results"
+        assert self.content["_run"]["sae_level"] == found["_run"]["sae_level"], "so were those of the SAE"
         report.render([(self.path, found)])
+        report.render([(self.path, found), (self.path, self.other)])
         report.resource_table([(self.path, found)])
         records.RecordFile.open(self.path, self.key, self.run, overwrite=False)
 
@@ -238,17 +247,40 @@ class Scores(Reader):
         return ProbeScores(views, labels, np.arange(rows) // 2, np.ones(rows), folds, **parts)
 
     def damage(self, rng: random.Random) -> None:
-        self.path.write_bytes(damaged_safetensors(self.whole, rng))
+        self.forged = rng.random() < 0.2
+        if self.forged:
+            scores.save(
+                self.path, replace(self.stored, probes={"gender": self.forge(self.stored.probes["gender"], rng)})
+            )
+        else:
+            self.path.write_bytes(damaged_safetensors(self.whole, rng))
+
+    @staticmethod
+    def forge(probe: ProbeScores, rng: random.Random) -> ProbeScores:
+        """One number of it is odd, and the file's digest right."""
+        part = rng.choice([*sorted(vars(probe).keys() - {"views"}), "model", "sae"])
+        values = np.array(probe.views[part] if part in probe.views else getattr(probe, part))
+        odd = [0, 1, -1, 127, -128] if values.dtype.kind in "bi" else [0, -1, 1e-30, 6e4, math.nan, math.inf, -math.inf]
+        values.flat[rng.randrange(values.size)] = rng.choice(odd)
+        if rng.random() < 0.1:
+            values[...] = rng.choice(odd)
+        return (
+            replace(probe, views={**probe.views, part: values})
+            if part in probe.views
+            else replace(probe, **{part: values})
+        )
 
     def read(self) -> None:
         found = scores.load(self.path)
+        scores.compute(found)
+        if self.forged:
+            return
         assert (found.layer, found.key) == (self.stored.layer, self.stored.key)
         assert found.probes.keys() == self.stored.probes.keys()
         for name, probe in self.stored.probes.items():
             for before, after in ((vars(probe), vars(found.probes[name])), (probe.views, found.probes[name].views)):
                 for part in before.keys() - {"views"}:
                     assert np.array_equal(before[part], after[part]), f"damaged {part} were taken for scores"
-        scores.compute(found)
 
 
 READERS: dict[str, type[Reader]] = {

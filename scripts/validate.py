@@ -1,0 +1,59 @@
+"""Is the metric right? Plants whose effect is known, coverage of the intervals, false positives (METRIC.md, section 3).
+
+    python scripts/validate.py                  # quick: minutes
+    python scripts/validate.py --full --write   # 500 repeats in six settings; keeps the table in docs/validation.md
+
+Prints each row as measured, required, pass or FAIL. Exit code 1 if a row fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: processes share the work, not threads
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from validation import document, suite, table  # noqa: E402 - the project is not installed as a package
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, and with `--write` keep; 1 if a row fails."""
+    asked = _parser().parse_args(argv)
+    scale = suite.FULL if asked.full else suite.QUICK
+    if asked.repeats is not None:
+        scale = replace(scale, repeats=asked.repeats)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    start = time.perf_counter()
+    rows = suite.validate(scale, asked.workers, asked.seed)
+    seconds = time.perf_counter() - start
+    print(table.as_text(rows))
+    failed = table.failures(rows)
+    required = sum(row.passed is not None for row in rows)
+    print(f"\n{len(failed)} of {required} required figures are not met; {seconds:.0f} s")
+    if asked.write:
+        document.write(PROJECT / "docs" / "validation.md", rows, scale, asked.seed, seconds)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--full", action="store_true", help="every setting, all repeats, more rows of the bundled model"
+    )
+    parser.add_argument("--repeats", type=int, help="draws of each setting, in place of the mode's own number")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes for the repeats; all cores")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="keep the table in docs/validation.md")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

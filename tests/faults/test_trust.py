@@ -1,0 +1,108 @@
+"""What a stranger made: files run no code, and names lead nowhere but into the folder of the results."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import people, write_csv
+from runs import Request, files, numbers
+
+
+@pytest.fixture
+def ask(tiny_model, tiny_saes, tmp_path):
+    data = write_csv(tmp_path / "women.csv", people(60))
+    return Request(tiny_model, (tiny_saes,), data, tmp_path / "out").plus("--layers", "0")
+
+
+class Payload:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def copy_of(ask, tmp_path, name="pythia-tiny"):
+    model = shutil.copytree(ask.model, tmp_path / "stranger" / name)
+    return model, Request(model, ask.saes, ask.data, ask.out, ask.more)
+
+
+def one_error(capsys):
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "failed: "))]
+    return told
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_weights_that_are_a_pickle_run_no_code(ask, tmp_path, capsys, write):
+    model, stranger = copy_of(ask, tmp_path)
+    (model / "model.safetensors").unlink()
+    mark = tmp_path / "executed"
+    write({"gpt_neox.embed_in.weight": Payload(mark)}, model / "pytorch_model.bin")
+    assert stranger.run() == 2
+    assert "weights cannot be read" in one_error(capsys)
+    assert not mark.exists()
+
+
+def test_the_payload_would_leave_its_mark(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("what", ["config", "tokenizer"])
+def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(ask, tmp_path, what):
+    model, stranger = copy_of(ask, tmp_path)
+    mark = tmp_path / "executed"
+    (model / "theirs.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Theirs: pass\n")
+    path = model / {"config": "config.json", "tokenizer": "tokenizer_config.json"}[what]
+    content = json.loads(path.read_text())
+    if what == "config":
+        content |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Theirs", "AutoModel": "theirs.Theirs"}}
+    else:
+        content |= {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", "theirs.Theirs"]}}
+    path.write_text(json.dumps(content))
+    with stranger.start(stdin=subprocess.PIPE) as process:
+        shown, told = process.communicate("y\n" * 9, timeout=120)
+    assert not mark.exists()
+    assert "[y/N]" not in shown + told
+    if process.returncode != 0:  # with classes of its own in place of theirs it may do without
+        assert process.returncode == 2
+        assert told.startswith("error: --model_name")
+
+
+HOSTILE = [". .", "-rf", "a\x1b[2J\u202eb\nc", "日本語", "%2e%2e%2f", "CON", "x" * 200, "~root", "$(id)"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_names_of_folders_and_files_stay_inside_the_results_folder(ask, tmp_path, name):
+    model = shutil.copytree(ask.model, tmp_path / "model" / name)
+    saes = tuple(shutil.copytree(ask.saes[0], tmp_path / which / name / which) for which in ("one", "two"))
+    data = write_csv(tmp_path / f"{name}.csv", people(60))
+    before = {path for path in tmp_path.rglob("*") if ask.out not in path.parents}
+    assert Request(model, saes, data, ask.out, ask.more).run() == 0
+    assert {path for path in tmp_path.rglob("*") if ask.out not in path.parents} - before == {ask.out}
+    assert len(files(ask.out)) == 2
+    for path in ask.out.rglob("*"):
+        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", path.name)
+        assert len(path.name) <= 255
+    assert all(set(layers) == {"layer_0"} for layers in numbers(ask.out).values())
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "..", "/", "/etc", "a/../../b", "x" * 5000, "\u202e/x", "a\x00b", "~"]
+)
+@pytest.mark.parametrize("flag", ["--model_name", "--sae_name", "--dataset_file"])
+def test_a_name_that_leads_elsewhere_is_refused_in_one_line(ask, capsys, flag, name):
+    assert ask.plus(flag, name).run() == 2
+    told = one_error(capsys)
+    assert told.startswith("error: ")
+    assert told.isprintable()
+    assert files(ask.out) == []
