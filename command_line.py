@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--views", default="model,sae", help=f"views to probe: model and sae always; error adds what the SAE lost, "
         f"latents its codes ({', '.join(VIEWS)})")  # fmt: skip
     add("--baselines", nargs="?", const="all", default="", help="measure these beside the SAEs, in the folder "
-        f"baselines: {', '.join(BASELINES)}; with commas, or none for all (off)")  # fmt: skip
+        f"baselines: {', '.join(BASELINES)}; name some with commas, or give the flag alone for all (off)")  # fmt: skip
     add = parser.add_argument_group("how to measure it").add_argument
     add("--folds", type=int, default=5, help="folds of the cross-validation, never splitting a person (%(default)s)")
     add("--repeats", type=int, default=5, help="partitions into folds (%(default)s)")

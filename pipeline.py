@@ -170,9 +170,18 @@ class Prober:
             n_repeats=asked.repeats,
             seed=asked.seed,
         )
-        control = control_plan(self.work.rows.token[row_ids], weights, asked.folds, asked.seed)
+        tokens, names = self.work.rows.token[row_ids], self._in_order_of_text(row_ids)
+        control = control_plan(tokens, names, weights, asked.folds, asked.seed)
         seen = {sae_id: codes.select(torch.from_numpy(of_row)) for sae_id, codes in self.work.codes.items()}
         return _TaskSet([probe.name for probe in probes], torch.from_numpy(row_ids), plan, control, seen)
+
+    def _in_order_of_text(self, row_ids: np.ndarray) -> np.ndarray:
+        """A number for each row, int64 [rows], that does not depend on the order in which its texts were given."""
+        mentions = [self.work.texts.mentions[m] for m in self.work.rows.mention[row_ids]]
+        names = [(m.text, m.start, m.end, int(row)) for m, row in zip(mentions, row_ids, strict=True)]
+        rank = np.empty(len(names), dtype=np.int64)
+        rank[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+        return rank
 
     def _write(self, index: int, site: Site, sae_id: SaeId, found: _Found) -> None:
         file = self.work.files[sae_id, index]

@@ -194,8 +194,9 @@ def render(files: Sequence[tuple[Path, records.Json]], worst_first: bool = False
     in_full = [file for file in files if not is_baseline(file[1])] or files
     parts = [f"{one_line(str(path))}\n\n{selectivity_table(results, worst_first)}" for path, results in in_full]
     note = (
-        "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n* q < 0.05 (Benjamini-Hochberg "
-        "over all that the run measured of the SAE)   = shown to be within +-epsilon of 0"
+        "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
+        "* after it: q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE)\n"
+        "= after it: shown to be preserved, the 90 % interval lies within +-epsilon"
     )
     return "\n\n".join([*parts, note, *([overview(files)] if len(files) > 1 else [])])
 

@@ -235,14 +235,17 @@ def fit_model(
     return ModelFit(x, scale, fit, tuple(cs), None if control is None else _fit_control(control, x, backend, cs))
 
 
-def control_plan(token_types: ArrayLike, weights: ArrayLike | None, n_folds: int, seed: int) -> FoldPlan | None:
+def control_plan(
+    token_types: ArrayLike, rows: ArrayLike, weights: ArrayLike | None, n_folds: int, seed: int
+) -> FoldPlan | None:
     """The control task of Hewitt & Liang 2019: a random label for each token type `[rows]`, split by row.
 
-    A probe that does well on it knows its tokens by heart. None if there are too few types or rows for the folds.
+    A probe that does well on it knows its tokens by heart. `rows` int [rows] are the rows' own numbers: whatever order
+    they come in, a row is in the same fold. None if there are too few types or rows for the folds.
     """
     types, kind = np.unique(np.asarray(token_types), return_inverse=True)
     coin = np.random.default_rng(seed).permutation(len(types)) % 2 == 0
-    plan = FoldPlan.build(coin[kind][None], np.arange(len(kind)), weights, n_folds, 1, seed)
+    plan = FoldPlan.build(coin[kind][None], rows, weights, n_folds, 1, seed)
     return plan if plan.kept else None
 
 

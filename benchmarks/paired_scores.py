@@ -16,7 +16,7 @@ from probe_statistics import ProbeScores
 from uncertainty import Cell, Estimate, balanced_mean, clustered_variance, estimate_mean
 
 Floats = NDArray[np.floating]
-Parts = Callable[[ProbeScores, str], Floats]  # `correct`, `bits` or `auc_parts` of probe_statistics
+Parts = Callable[[ProbeScores, str], Floats]  # [repeats, rows] with the score as balanced mean: `correct`, `bits`, ...
 
 RELIABLE = 1.96 * 2**0.5  # 2.77: two runs of one SAE differ by more than this times their SD once in 20 times
 
@@ -62,6 +62,23 @@ class PairCount:
             sure_and_wrong=sum(high < 0 for _, _, high in gains),
             beyond_noise=sum(value > RELIABLE * noise for value, _, _ in gains),
         )
+
+
+def r2_parts(found: ProbeScores, view: str) -> Floats:
+    """Numbers by row whose balanced mean is the R² of a view's scores as a copy of the model's. [repeats, rows]
+
+    1 less the squared difference over the variance of the model's scores, classes balanced. Of the view "transfer" it
+    is the share of what the model's own probes read in x that they still read in x̂. No label is asked, so it has none
+    of the noise of labels. The ratio of sums is linearised, so that the influence of a row is the ratio's.
+    """
+    model, copy = found.views["model"].astype(np.float64), found.views[view].astype(np.float64)
+
+    def mean(values: Floats) -> Floats:
+        return balanced_mean(values, found.labels, found.weights)[:, None]
+
+    variance, error = (model - mean(model)) ** 2, (copy - model) ** 2
+    unexplained = mean(error) / mean(variance)
+    return np.asarray(1 - unexplained - (error - unexplained * variance) / mean(variance))
 
 
 def by_partition(probes: Sequence[ProbeScores], view: str, parts: Parts) -> Floats:

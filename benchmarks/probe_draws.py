@@ -17,6 +17,7 @@ from datasets_wikidata import Probe, ProbeTexts, load_probe_texts
 from selectivity import FoldPlan
 
 N_FOLDS, N_REPEATS = 5, 5
+ENOUGH = 5  # draws for each person there is
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,14 @@ class Pool:
         """People drawn with replacement, each with all its rows, until there are as many rows as the program draws.
 
         The pool stands for the population: runs without replacement would share most of their rows, and agree for it.
+        The people are the same in all tasks, as far as they occur in them.
         """
         drawn = load_probe_texts(None, shuffle_select_n=rows_per_dataset, seed=seed)
         sizes = [len(mentions) for _, mentions, _ in _row_sets(drawn)]
-        random = np.random.default_rng(seed)
+        turns = draw_people(self.texts.persons, np.random.default_rng(seed))
         tasks = []
         for size, (names, mentions, labels) in zip(sizes, _row_sets(self.texts), strict=True):
-            chosen = resampled_people(self.texts.persons[mentions], size, random)
+            chosen = rows_of_people(turns, self.texts.persons[mentions], size)
             tasks.append(self._task(names, mentions[chosen], labels[:, chosen], seed))
         return tasks
 
@@ -64,13 +66,26 @@ class Pool:
         return Task(names, rows, plan)
 
 
-def resampled_people(persons: NDArray[np.int64], n_rows: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """Indices [n_rows] into persons [rows]: all rows of people drawn with replacement, the last one's cut to fit."""
+def draw_people(persons: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
+    """People drawn with replacement, one after the other; more of them than any number of their rows needs."""
+    people = np.unique(persons)
+    return random.choice(people, size=ENOUGH * len(people))
+
+
+def rows_of_people(turns: NDArray[np.int64], persons: NDArray[np.int64], n_rows: int) -> NDArray[np.int64]:
+    """Indices [n_rows] into persons [rows]: all rows of each person in turn, the last one's cut to fit.
+
+    Raises ValueError if the turns end before.
+    """
     order = np.argsort(persons, kind="stable")
-    starts = np.flatnonzero(np.diff(persons[order], prepend=-1))
-    groups = np.split(order, starts[1:])
-    drawn = random.integers(len(groups), size=n_rows)  # a person has at least one row
-    return np.concatenate([groups[i] for i in drawn])[:n_rows]
+    people, starts = np.unique(persons[order], return_index=True)
+    rows = np.split(order, starts[1:])
+    place = np.minimum(np.searchsorted(people, turns), len(people) - 1)
+    drawn = place[people[place] == turns]
+    chosen = np.concatenate([rows[i] for i in drawn])[:n_rows]
+    if len(chosen) < n_rows:
+        raise ValueError(f"{len(turns)} turns gave {len(chosen)} of {n_rows} rows")
+    return chosen
 
 
 def _row_sets(texts: ProbeTexts) -> Iterator[tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.bool_]]]:

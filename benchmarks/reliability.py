@@ -28,9 +28,9 @@ from numpy.typing import NDArray  # noqa: E402
 
 from benchmarks import reliability_tables  # noqa: E402
 from benchmarks.k_sparse import KS  # noqa: E402
-from benchmarks.paired_scores import Errors, Parts, by_partition, difference, fvu_difference, noise_of_folds  # noqa: E402
-from benchmarks.probe_draws import Pool, Task, resampled_people  # noqa: E402
-from benchmarks.reliability_tables import Pairs, Reliability  # noqa: E402
+from benchmarks.paired_scores import Errors, Parts, by_partition, difference, fvu_difference, noise_of_folds, r2_parts  # noqa: E402
+from benchmarks.probe_draws import Pool, Task, draw_people, rows_of_people  # noqa: E402
+from benchmarks.reliability_tables import RESAMPLED, Pairs, Reliability  # noqa: E402
 from benchmarks.reliability_work import Work, errors_at  # noqa: E402
 from benchmarks.sae_panel import PairSet, noise_panel, pair_sets, panel  # noqa: E402
 from errors import RequestError  # noqa: E402
@@ -48,6 +48,7 @@ METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and what each row
     "transfer_delta": ("transfer", correct),
     "transfer_delta in AUC": ("transfer", auc_parts),
     "transfer_delta in bits": ("transfer", bits),
+    "transfer_delta in R²": ("transfer", r2_parts),
     **{f"k-sparse, k = {k}, balanced accuracy": (f"k{k}", correct) for k in KS},
     **{f"k-sparse, k = {k}, AUC": (f"k{k}", auc_parts) for k in KS},
 }
@@ -76,9 +77,9 @@ class Draw:
 def repeated_draws(pool: Pool) -> Iterator[Draw]:
     """Five runs of each kind."""
     for run in RUNS:
-        yield Draw("people and folds", f"bootstrap_{ROWS}_{run}", run, pool.bootstrap(ROWS, run))
-        few = pool.program_draw(FEW_ROWS, run, run)
-        yield Draw("people and folds, 3000 rows in all", f"draw_{FEW_ROWS}_{run}", run, few)
+        yield Draw(RESAMPLED, f"bootstrap_{ROWS}_{run}", run, pool.bootstrap(ROWS, run))
+        for kind, rows in {"the program's draw, folds": ROWS, "the same, 3000 rows in all": FEW_ROWS}.items():
+            yield Draw(kind, f"draw_{rows}_{run}", run, pool.program_draw(rows, run, run))
 
 
 def repeated_runs(work: Work, pool: Pool, errors: Mapping[str, Mapping[str, Errors]]) -> Runs:
@@ -92,7 +93,7 @@ def repeated_runs(work: Work, pool: Pool, errors: Mapping[str, Mapping[str, Erro
             texts = errors[FVU_HELD_OUT][snapshot.name].clusters
             rows = {
                 FVU_PROBED: np.concatenate([task.rows for task in draw.tasks]),
-                FVU_HELD_OUT: resampled_people(texts, len(texts), np.random.default_rng(draw.seed)),
+                FVU_HELD_OUT: rows_of_people(draw_people(texts, np.random.default_rng(draw.seed)), texts, len(texts)),
             }
             values |= {metric: errors[metric][snapshot.name].of(drawn).fvu for metric, drawn in rows.items()}
             for metric, value in values.items():

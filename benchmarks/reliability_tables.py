@@ -16,7 +16,7 @@ from whole_file import replacing
 KEPT = Path(__file__).resolve().with_name("reliability") / "results.json"
 DIGITS = 5  # significant, of what is kept
 OTHER_SEEDS = "close variants, other seeds"
-RESAMPLED = "people and folds"  # the draw that the noise of a run is taken from
+RESAMPLED = "people, folds"  # drawn anew in the runs that the noise of a score is taken from
 
 Gain = tuple[float, float, float]  # the better one's score less the worse one's, and the ends of its 95 % interval
 
@@ -93,13 +93,13 @@ def tables(found: Reliability) -> str:
         f"{found.n_people} people (at most 3000 rows a dataset)."
     )
     sections = {
-        "Noise of a score: 2.77 SD over runs of one SAE; last, 1.96 SD of the difference of two SAEs in one run": (
+        "Noise of a score: 2.77 SD over runs of one SAE; last, 1.96 SD of a difference within runs": (
             noise_table(found)
         ),
         "Pairs ordered right with a 95 % interval that excludes 0 / ordered wrong, likewise": (
             pair_table(found, lambda count: f"{count.sure} / {count.sure_and_wrong}")
         ),
-        "Pairs ordered right by more than 2.77 SD of single runs, people and folds drawn anew": (
+        "Pairs ordered right by more than 2.77 SD over single runs (people, folds)": (
             pair_table(found, lambda count: str(count.beyond_noise))
         ),
         "Pairs with the right sign, sure or not": pair_table(found, lambda count: str(count.right)),
@@ -114,7 +114,7 @@ def tables(found: Reliability) -> str:
 def noise_table(found: Reliability) -> str:
     """Rows: scores; columns: what is drawn anew."""
     kinds = list(found.runs)
-    head = ["score", "2.77 SD: folds", *(f"2.77 SD: {kind}" for kind in kinds), f"two SAEs, one run: {RESAMPLED}"]
+    head = ["score", "2.77 SD: folds", *(f"2.77 SD: {kind}" for kind in kinds), f"1.96 SD of a difference: {RESAMPLED}"]
     rows = [
         [
             metric,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from benchmarks.sae_families import FAMILIES, SNAPSHOTS, Recipe, close_variants, member
 
-SEEDS = (0, 1)  # of the SAEs' training
+SEEDS = (0, 1, 2)  # of the SAEs' training
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import bundled
 from benchmarks.leakage import Rows, compare
+from datasets_wikidata import Mention
+from errors import RequestError
+from language_model import Site, open_model
 from probes import choose_backend
 
 N_PEOPLE, MENTIONS, COPIES, D = 80, 4, 2, 64
@@ -44,3 +48,27 @@ def test_rows_and_people_are_counted(found):
 def test_an_error_by_row_is_too_small(found):
     """Rows of a person are told right or wrong together."""
     assert found.row_standard_error < 0.9 * found.person_standard_error
+
+
+TEXTS = (
+    "The prize went to Marie Curie",
+    "We met Otto Hahn",
+    "In the year 1950 it was the turn of one Bertrand Russell",
+)
+
+
+def test_bundled_activations_are_those_of_the_last_token_of_each_name():
+    found = bundled.activations([Mention(text, text.rindex(" ") + 1, len(text), "") for text in TEXTS], [1, 3])
+    assert {layer: tuple(x.shape) for layer, x in found.items()} == {1: (3, 256), 3: (3, 256)}
+    info = open_model(str(bundled.MODEL))
+    site = Site(3, "resid_post")
+    model = info.load([site], "cpu", info.choose_dtype("auto"))
+    for row, text in zip(found[3], TEXTS, strict=True):
+        ids = [info.tokenizer.bos_token_id, *info.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        alone = model.activations(torch.tensor([ids]))[site][0, -1].float()
+        assert torch.cosine_similarity(row, alone, dim=0) > 0.999
+
+
+def test_a_layer_that_the_bundled_model_lacks_is_refused():
+    with pytest.raises(RequestError, match="layers 0 to 5"):
+        bundled.activations([Mention("Otto Hahn", 0, 9, "")], [6])

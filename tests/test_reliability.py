@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import r2_score, roc_auc_score
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -24,8 +24,9 @@ from benchmarks.paired_scores import (
     noise_of_differences,
     noise_of_folds,
     noise_of_runs,
+    r2_parts,
 )
-from benchmarks.probe_draws import resampled_people
+from benchmarks.probe_draws import draw_people, rows_of_people
 from benchmarks.sae_families import Recipe, as_sae, close_variants, member, train
 from benchmarks.sae_panel import pair_sets, panel
 from probe_statistics import ProbeScores, auc_parts, correct
@@ -110,6 +111,25 @@ def test_difference_is_that_of_the_mean_scores():
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
+def test_r2_is_that_of_the_scores_and_its_error_is_what_resampling_people_gives():
+    random, persons = np.random.default_rng(0), np.repeat(np.arange(150), 2)
+    labels = np.arange(300) % 2 == 0  # equal classes: the balanced mean is the mean
+    found = probe_scores(random, labels, persons, strength=2.0)
+    noise = (0.1 + random.random(150))[persons] * random.normal(size=(5, 300))
+    found.views["transfer"] = (found.views["model"] + noise).astype(np.float16)
+    exact = {view: scores.astype(np.float64) for view, scores in found.views.items()}
+    by_sklearn = [r2_score(exact["model"][r], exact["transfer"][r]) for r in range(5)]
+    np.testing.assert_allclose(by_partition([found], "transfer", r2_parts), by_sklearn, rtol=1e-6)
+    assert r2_parts(found, "model") == pytest.approx(1)
+    spread = []
+    for _ in range(1000):
+        rows = np.concatenate([[2 * p, 2 * p + 1] for p in random.integers(150, size=150)])
+        model, copy = exact["model"][:, rows], exact["transfer"][:, rows]
+        spread.append(np.mean([r2_score(m, c) for m, c in zip(model, copy, strict=True)]))
+    parts = r2_parts(found, "transfer").mean(axis=0, keepdims=True)  # one row of partitions: the people's part alone
+    assert difference([parts], [0 * parts], [found]).standard_error == pytest.approx(np.std(spread), rel=0.1)
+
+
 def test_the_error_of_an_fvu_difference_is_what_resampling_clusters_gives():
     random = np.random.default_rng(0)
     clusters = np.repeat(np.arange(150), random.integers(1, 8, 150))
@@ -150,12 +170,18 @@ def test_noise_of_folds_is_that_of_a_mean_over_partitions():
 
 def test_people_are_resampled_whole_and_with_replacement():
     persons = np.array([4, 4, 9, 2, 2, 2])
-    drawn = resampled_people(persons, 600, np.random.default_rng(0))
-    counts = np.bincount(drawn, minlength=6)
-    assert len(drawn) == 600
-    whole = counts[:2], counts[3:]  # rows of one person come together, but for the last person, who may be cut
-    assert all(np.ptp(same) <= 1 for same in whole)
-    assert counts.min() > 50
+    drawn = rows_of_people(np.array([9, 4, 7, 4, 2, 9]), persons, 8)  # 7 is in no row here
+    assert drawn.tolist() == [2, 0, 1, 0, 1, 3, 4, 5]
+    assert rows_of_people(np.array([2, 2]), persons, 4).tolist() == [3, 4, 5, 3]
+    with pytest.raises(ValueError, match="3 of 4 rows"):
+        rows_of_people(np.array([2]), persons, 4)
+
+
+def test_people_are_drawn_evenly():
+    turns = draw_people(np.repeat(np.arange(500), 3), np.random.default_rng(0))
+    counts = np.bincount(turns, minlength=500)
+    assert counts.sum() == 2500
+    assert counts.var() == pytest.approx(5, rel=0.2)  # Poisson but for the fixed sum
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])

@@ -4,10 +4,10 @@
     rates.covered, rates.false_positives_equal
 
 Every repeat draws new people from a `GaussianWorld`, and three views of them: the model's, a `worse` one with more
-noise, and an `equal` one with as much, drawn anew. Another label is random by person, with folds of its own: stratified
-together with the trait it would inherit what the two share by chance, on both sides of every split. So in each repeat there is a
-difference to cover (model and worse, on the trait), and two that are not there: model and equal on the trait, and
-model and worse on the random label.
+noise, and an `equal` one with as much, drawn anew. Another label is random by person, with folds of its own:
+stratified together with the trait, it would inherit what the two share by chance on both sides of every split. So in
+each repeat there is a difference to cover (model and worse, on the trait), and two that are not there: model and
+equal on the trait, and model and worse on the random label.
 
 **The truth.** delta_sel estimates what probes fitted on so many people would score on all other people: an
 expectation over the draw of the people and over the partitions. A Gaussian world gives each fitted probe's true

@@ -43,8 +43,8 @@ class Scale:
     latent_views: int | None  # tasks and SAEs of the bundled model whose codes are probed; None: all
 
 
-QUICK = Scale("quick", (coverage.SETTINGS[0], coverage.SETTINGS[-1]), 60, 800, None, 1)
-FULL = Scale("full", coverage.SETTINGS, 500, 2000, 1400, None)
+QUICK = Scale("quick", (coverage.SETTINGS[0], coverage.SETTINGS[-1]), 40, 800, None, 1)
+FULL = Scale("full", coverage.SETTINGS, 500, 1200, 2400, None)
 
 
 def validate(scale: Scale, workers: int, seed: int = 0) -> list[Row]:
