@@ -4,7 +4,7 @@
     statistics(found).delta_sel
 
 Nothing here fits a probe, so the statistics of a finished run can be made again from its stored scores (`scores`).
-All intervals are `uncertainty`'s: clustered by person, plus the variance over the partitions into folds.
+All intervals are `uncertainty`'s: clustered by person, plus what the luck of the folds adds.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ class ProbeScores:
     folds: NDArray[np.int8]  # [repeats, rows], the fold that held the row out
     control_scores: NDArray[np.float16] | None = None  # [rows], of probes on `control_labels`, not split by person
     control_labels: NDArray[np.bool_] | None = None  # [rows], random by token type
+
+    @property
+    def n_folds(self) -> int:
+        """Folds of each partition."""
+        return int(self.folds.max()) + 1
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
     """All that the scores say; differences within +-epsilon count as preserved."""
 
     def estimate(values: Floats) -> Estimate:
-        return estimate_delta(values, found.labels, found.persons, found.weights)
+        return estimate_delta(values, found.labels, found.persons, found.weights, found.n_folds)
 
     right = {view: correct(found, view) for view in found.views}
     model, sae = estimate(right["model"] - 0.5), estimate(right["sae"] - 0.5)

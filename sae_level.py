@@ -54,11 +54,11 @@ def difference(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -
 
 
 def _mean(cells: list[Cell]) -> Estimate | None:
-    return estimate_mean(cells) if cells and len({len(cell.change) for cell in cells}) == 1 else None
+    return estimate_mean(cells) if cells else None
 
 
 def _cell(found: ProbeScores, change: np.ndarray) -> Cell:
-    return Cell(change, found.labels, found.persons, found.weights)
+    return Cell(change, found.labels, found.persons, found.weights, found.n_folds)
 
 
 def _same_rows(a: ProbeScores, b: ProbeScores) -> bool:

@@ -15,6 +15,7 @@ from uncertainty import (
     estimate_delta,
     estimate_mean,
     influence,
+    sums_by_person,
 )
 
 
@@ -23,8 +24,9 @@ def test_a_small_example_by_hand():
     change = np.array([[1.0, 0.0, 0.0, 0.0]])  # one positive row won: +1/2 of its class, +1/4 in all
     psi = influence(change[0], labels)
     np.testing.assert_allclose(psi, [0.125, -0.125, 0, 0])
-    assert clustered_variance(psi, np.array([0, 1, 2, 3])) == pytest.approx(4 / 3 * 2 * 0.125**2)
-    assert clustered_variance(psi, np.array([0, 0, 2, 3])) == 0  # one person: the two rows cancel
+    assert clustered_variance(psi, np.arange(4)) == pytest.approx(4 / 3 * 2 * 0.125**2)
+    together = sums_by_person([Cell(change, labels, np.array([0, 0, 2, 3]))])
+    assert not together.any(), "one person: the two rows cancel"
     estimate = estimate_delta(change, labels, np.arange(4))
     assert estimate.value == 0.25
     assert estimate.standard_error == pytest.approx((4 / 3 * 2) ** 0.5 * 0.125)
@@ -40,11 +42,14 @@ def test_agrees_with_five_lines_of_numpy():
         return np.mean([np.average(c[labels == side], weights=weights[labels == side]) for side in (False, True)])
 
     deltas = [value(c) for c in change]
-    mean, total = change.mean(0), {side: weights[labels == side].sum() for side in (False, True)}
-    centre = {side: np.average(mean[labels == side], weights=weights[labels == side]) for side in (False, True)}
-    psi = [w * (c - centre[side]) / total[side] / 2 for w, c, side in zip(weights, mean, labels, strict=True)]
-    people = [sum(p for p, g in zip(psi, groups, strict=True) if g == person) for person in set(groups)]
-    expected = len(people) / (len(people) - 1) * np.sum(np.square(people)) + np.var(deltas, ddof=1)
+    total = {side: weights[labels == side].sum() for side in (False, True)}
+    by_person = []
+    for c in change:
+        centre = {side: np.average(c[labels == side], weights=weights[labels == side]) for side in (False, True)}
+        psi = [w * (v - centre[side]) / total[side] / 2 for w, v, side in zip(weights, c, labels, strict=True)]
+        by_person.append([sum(p for p, g in zip(psi, groups, strict=True) if g == person) for person in set(groups)])
+    people = np.mean(by_person, axis=0)
+    expected = len(people) / (len(people) - 1) * np.sum(np.square(people)) + 4 / 2 * np.var(by_person, 0, ddof=1).sum()
 
     estimate = estimate_delta(change, labels, groups, weights)
     assert estimate.value == pytest.approx(np.mean(deltas))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from probes import ProbeBackend, choose_backend
 from validation import bundled, coverage, plants
@@ -118,8 +117,3 @@ def on_bundled(scale: Scale, backend: ProbeBackend, seed: int) -> list[Row]:
         for task in bench.rows.tasks
     ]
     return [*rows, *plants.seeds(ground.name, together, functools.partial(plants.through, sae), f"SAE {name}", backend)]
-
-
-def one_thread() -> None:
-    """Small matrices are not worth sharing: two threads wait for each other longer than they work."""
-    torch.set_num_threads(1)
