@@ -82,6 +82,11 @@ class Baseline:
         """Whether it is an SAE; the names are not."""
         return self.kind != "names"
 
+    @property
+    def has_latents(self) -> bool:
+        """Whether its codes are sparse latents that a probe may look at; the others' are dense, or none."""
+        return self.kind in {"random", "shuffled"}
+
     def key(self, sae: str | None, calibration: str) -> dict[str, Any]:
         """What changes its numbers, beside the run's settings: fingerprints of its SAE and of the calibration texts."""
         key: dict[str, Any] = {"baseline": self.kind, "hookpoint": self.hookpoint, "sae": sae}

@@ -237,8 +237,8 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
         config.folds, config.repeats, config.seed, config.views, config.epsilon, torch.device(config.device2)
     )
     names, codes = [subject.name for subject in plan.subjects], _codes(plan, tokenised)
-    work = Work(plan.texts, rows, plan.info.d_model, files, missing, names, codes)
-    latents_of = range(len(plan.subjects)) if "latents" in config.views else ()
+    latents_of = _with_latents(plan) if "latents" in config.views else frozenset()
+    work = Work(plan.texts, rows, plan.info.d_model, files, missing, names, codes, latents_of)
     n_texts = sum(len(block.mentions) for block in blocks)
     with ProgressBars(n_texts, work.n_probes, queue, config.quiet) as bars, sharing_cores(config.device1) as workers:
         producer = Producer(
@@ -249,6 +249,12 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
         prober = Prober(work, blocks, settings, config.probe, queue_bytes, clock, bars.probes, stop)
         run(producer, prober, blocks, queue, bars.texts, stop)
     settle(files)
+
+
+def _with_latents(plan: Plan) -> frozenset[SaeId]:
+    """All SAEs, and the baselines that are like them."""
+    alike = {i for i, baseline in enumerate(plan.baselines, len(plan.sources)) if baseline.has_latents}
+    return frozenset({*range(len(plan.sources)), *alike})
 
 
 def _codes(plan: Plan, tokenised: TokenisedMentions) -> dict[SaeId, SparseRows]:

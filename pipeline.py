@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -74,6 +74,7 @@ class Work:
     missing: Mapping[int, Mapping[Site, Sequence[SaeId]]]  # dataset index -> sites in order of layers -> SAEs
     sae_names: Sequence[str]
     codes: Mapping[SaeId, SparseRows]  # of baselines that reconstruct nothing: what a probe sees of each mention
+    latents_of: Set[SaeId]  # whose latents are a view
 
     @property
     def n_probes(self) -> int:
@@ -147,7 +148,7 @@ class Prober:
             found = {sae_id: _Found({}, {}) for sae_id in sae_ids}
             for task_set in task_sets:
                 with self.clock.stage("probes"):
-                    by_sae = task_set.out_of_fold(site, sae_ids, store, backend, self.settings)
+                    by_sae = task_set.out_of_fold(site, sae_ids, self.work.latents_of, store, backend, self.settings)
                 with self.clock.stage("statistics"):
                     for sae_id, scores in by_sae.items():
                         found[sae_id].add(task_set.names, scores, self.settings.epsilon)
@@ -186,7 +187,7 @@ class Prober:
     def _write(self, index: int, site: Site, sae_id: SaeId, found: _Found) -> None:
         file = self.work.files[sae_id, index]
         figures = self._figures(index, site, sae_id)
-        _warn(file, f"layer {site.layer}", figures, found.records)
+        _warn(file, f"layer {site.layer}", figures, found.records, self.settings.repeats)
         layers = {**file.layers, site.layer: {**asdict(figures), **found.records}}
         family = {i: other.layers for (sae, i), other in self.work.files.items() if sae == sae_id and other.layers}
         with self.clock.stage("write"):
@@ -218,7 +219,13 @@ class _TaskSet:
     _fits: dict[SaeId, ViewFit] = field(default_factory=dict)  # of these: the same in every layer
 
     def out_of_fold(
-        self, site: Site, sae_ids: Sequence[SaeId], store: RowStore, backend: ProbeBackend, settings: ProbeSettings
+        self,
+        site: Site,
+        sae_ids: Sequence[SaeId],
+        latents_of: Set[SaeId],
+        store: RowStore,
+        backend: ProbeBackend,
+        settings: ProbeSettings,
     ) -> dict[SaeId, OutOfFold]:
         """Scores by SAE; the model's view and the control task are fitted once."""
         x = store.get(site, None, self.row_ids, settings.device)
@@ -230,7 +237,7 @@ class _TaskSet:
                 continue
             recon = store.get(site, sae_id, self.row_ids, settings.device)
             latents = None
-            if "latents" in settings.views:
+            if sae_id in latents_of:
                 latents = store.get_latents(site, sae_id, self.row_ids, settings.device)
             found[sae_id] = out_of_fold(self.plan, model, recon, backend, "error" in settings.views, latents)
         return found
@@ -268,9 +275,9 @@ def _share_rows(dataset: Dataset) -> list[list[Probe]]:
     return list(groups.values())
 
 
-def _warn(file: RecordFile, where: str, figures: Reconstruction, probes: Json) -> None:
+def _warn(file: RecordFile, where: str, figures: Reconstruction, probes: Json, repeats: int) -> None:
     """Tell, once, what a reader of these numbers must know."""
-    found = []
+    found = ["one partition (--repeats 1): the intervals leave out the luck of the folds"] if repeats == 1 else []
     if not file.is_baseline and figures.fvu_pos is not None and figures.fvu_pos > 1:
         found.append(
             f"{where}: FVU {figures.fvu_pos:.2f} at the probed positions: the SAE reconstructs worse than the mean "

@@ -93,8 +93,8 @@ def rank_correlation(results: Sequence[Result], predictor: str, truth: str) -> f
 def sae_table(results: Sequence[Result]) -> str:
     """A line per SAE: those that hold most first, those built to deceive last."""
     rows: list[report.Row] = [
-        ("SAE", "", "kept", "held", "matched", "MCC", "delta_sel", "95 % interval", "transfer_delta", "latent_sel", "MSE",
-         "FVU", "L0")
+        ("SAE", "", "kept", "held", "matched", "MCC", "delta_sel", "95 % interval", "transfer_delta", "latent_sel",
+         "MSE", "FVU", "L0")
     ]  # fmt: skip
     for r in sorted(results, key=lambda r: (r.deceives, -r.kept)):
         rows.append(

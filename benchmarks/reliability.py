@@ -121,7 +121,7 @@ def compare(
 def measure(work: Work) -> Reliability:
     """All stages."""
     pool, saes = Pool.load(), panel()
-    x, corpus = work.probed_activations(pool), work.corpus_activations()
+    corpus, x = work.corpus_activations(), work.probed_activations(pool)
     work.train(saes, corpus.train)
     tasks = pool.program_draw(ROWS, seed=0, fold_seed=0)
     panel_draw = f"panel_{ROWS}"

@@ -41,8 +41,8 @@ class Work:
         """What SAEs are trained on. Raises `RequestError` if they are not there and there is no corpus."""
         path = self.folder / "corpus.safetensors"
         if not path.exists():
-            if self.corpus is None:
-                raise RequestError(f"{path} is not there: give --corpus, the text to train SAEs on (JSON lines, xz)")
+            if self.corpus is None or not self.corpus.is_file():
+                raise RequestError(f"--corpus {self.corpus}: no such file; it is to be text to train SAEs on")
             log.info("activations of %s", self.corpus)
             acts = corpus_activations(bundled.MODEL, self.layer, self.corpus, seed=0)
             _save(path, {"train": acts.train, "held_out": acts.held_out, "held_out_text": acts.held_out_text})
