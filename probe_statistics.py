@@ -69,6 +69,9 @@ class Statistics:
     transfer_p_value: float | None
     transfer_preserved: bool | None
     transfer_detectable: float | None
+    transfer_r2: float | None  # share of the variance of the model's probes' scores that x̂ gives back to them
+    transfer_r2_ci_low: float | None
+    transfer_r2_ci_high: float | None
     retained: float | None  # (sae_sel - 1/2) / (model_sel - 1/2), where model_ci_low > 0.55
     retained_ci_low: float | None
     retained_ci_high: float | None
@@ -114,6 +117,24 @@ def bits(found: ProbeScores, view: str) -> NDArray[np.float64]:
     return 1 - np.logaddexp(0, np.where(found.labels, -scores, scores)) / np.log(2)
 
 
+def r2_parts(found: ProbeScores, view: str) -> NDArray[np.float64]:
+    """Numbers by row whose balanced mean is the R² of a view's scores as a copy of the model's. [repeats, rows]
+
+    1 less the squared difference over the variance of the model's scores, classes balanced. Of the view "transfer" it
+    is the share of what the model's own probes read in x that they still read in x̂. No label is asked, so it has none
+    of the noise of labels. The ratio of sums is linearised, so that the influence of a row is the ratio's.
+    """
+    model, copy = found.views["model"].astype(np.float64), found.views[view].astype(np.float64)
+
+    def mean(values: Floats) -> Floats:
+        return balanced_mean(values, found.labels, found.weights)[:, None]
+
+    variance, error = (model - mean(model)) ** 2, (copy - model) ** 2
+    spread = np.maximum(mean(variance), np.finfo(np.float64).tiny)  # 0 for a probe that says the same of every row
+    unexplained = mean(error) / spread
+    return np.asarray(1 - unexplained - (error - unexplained * variance) / spread)
+
+
 def auc_parts(found: ProbeScores, view: str) -> NDArray[np.float64]:
     """Numbers by row whose balanced mean is the AUC, and whose influence on it is DeLong's. [repeats, rows]
 
@@ -157,6 +178,7 @@ def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
         **_difference("delta_sel", "", delta, epsilon),
         transfer_sel=_sel(found, right["transfer"]) if "transfer" in right else None,
         **_transfer(estimate(right["transfer"] - right["model"]) if "transfer" in right else None, epsilon),
+        **_transfer_r2(estimate(r2_parts(found, "transfer")) if "transfer" in right else None),
         **_retained(model, sae, right, estimate),
         **_change("auc", {view: auc_parts(found, view) for view in found.views}, estimate),
         **_change("bits", {view: bits(found, view) for view in found.views}, estimate),
@@ -188,6 +210,12 @@ def _transfer(delta: Estimate | None, epsilon: float) -> dict[str, Any]:
     if delta is not None:
         return _difference("transfer_delta", "transfer_", delta, epsilon)
     return dict.fromkeys(_difference("transfer_delta", "transfer_", Estimate(0, 0, 2), epsilon))
+
+
+def _transfer_r2(share: Estimate | None) -> dict[str, Any]:
+    if share is None:
+        return dict.fromkeys(("transfer_r2", "transfer_r2_ci_low", "transfer_r2_ci_high"))
+    return {"transfer_r2": share.value, "transfer_r2_ci_low": share.low, "transfer_r2_ci_high": share.high}
 
 
 def _retained(model: Estimate, sae: Estimate, right: Mapping[str, Floats], estimate: Any) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def summary_table(files: Sequence[tuple[Path, records.Json]]) -> str:
     """
     rows: list[Row] = [
         ("SAE", "probes x layers", "model_sel", "sae_sel", "delta_sel", "95 % interval", "lost (q < 0.05)", "preserved",
-         "FVU", "L0")
+         "transfer_r2", "FVU", "L0")
     ]  # fmt: skip
     for name, own in by_sae(files).items():
         found = [(figures, result) for _, results in own for _, _, figures, result in cells(results)]
@@ -94,9 +94,10 @@ def summary_table(files: Sequence[tuple[Path, records.Json]]) -> str:
                 _number(means[0], ".3f"),
                 _number(means[1], ".3f"),
                 _number(means[2], "+.4f"),
-                _interval(_sae_level(own)),
+                _interval(_sae_level(own), "delta_sel"),
                 f"{lost} of {len(measured)}",
                 f"{preserved} of {len(measured)}",
+                _number(_mean(result["transfer_r2"] for _, result in measured), ".3f"),
                 _number(_mean(figures["fvu_pos"] for figures, _ in measured), ".3f"),
                 _number(_mean(figures["l0"] for figures, _ in measured), ".1f"),
             )
@@ -132,27 +133,39 @@ def comparison_table(files: Sequence[tuple[Path, records.Json]]) -> str | None:
 
     Beneath them each baseline that belongs to an SAE against that one. None if no two were run together.
     """
-    known = {name: own for name, own in by_sae(files).items() if _sae_level(own).get("mean_delta_sel") is not None}
-    rows: list[Row] = [("SAE", "compared with", "difference of delta_sel", "95 % interval", "p", "detectable")]
+    known = {name: own for name, own in by_sae(files).items() if _sae_level(own).get("delta_sel") is not None}
+    scores = ("delta_sel", "transfer_r2")
+    columns = [column for score in scores for column in (f"difference of {score}", "95 % interval", "p")]
+    rows: list[Row] = [("SAE", "compared with", *columns)]
     for name, other in _pairs(known):
         found = _sae_level(known[name])["compared"].get(other)
-        if found and found["difference"] is not None:
-            figures = (f"{found['difference']:+.4f}", _interval(found), f"{found['p_value']:.1e}")
-            rows.append((_label(name, known[name]), records.slug(other), *figures, f"{found['detectable']:.4f}"))
+        if found and found["delta_sel"] is not None:
+            figures = [figure for score in scores for figure in _difference(found, score)]
+            rows.append((_label(name, known[name]), records.slug(other), *figures))
     return aligned(rows) if len(rows) > 1 else None
+
+
+def _difference(found: records.Json, score: str) -> Row:
+    return (
+        _number(found[score], "+.4f"),
+        _interval(found, score),
+        _number(found[f"{score}_p_value"], ".1e"),
+    )
 
 
 def _pairs(known: Mapping[str, Sequence[tuple[Path, records.Json]]]) -> Iterator[tuple[str, str]]:
     """Which names `comparison_table` compares."""
     saes = [name for name, own in known.items() if not is_baseline(own[0][1])]
-    yield from itertools.pairwise(sorted(saes, key=lambda name: -_sae_level(known[name])["mean_delta_sel"]))
+    yield from itertools.pairwise(sorted(saes, key=lambda name: -_sae_level(known[name])["delta_sel"]))
     for name, own in known.items():
         owner = own[0][1]["_run"]["config"].get("baseline_of")
         yield from ((name, sae) for sae in saes if records.slug(sae) == owner)
 
 
-def _interval(found: records.Json) -> str:
-    return "-" if found.get("ci_low") is None else f"{found['ci_low']:+.4f} .. {found['ci_high']:+.4f}"
+def _interval(found: records.Json, score: str) -> str:
+    if found.get(f"{score}_ci_low") is None:
+        return "-"
+    return f"{found[f'{score}_ci_low']:+.4f} .. {found[f'{score}_ci_high']:+.4f}"
 
 
 def resource_table(files: Sequence[tuple[Path, records.Json]]) -> str:

@@ -2,7 +2,7 @@
 
     with_q_values(layers_by_dataset)          # Benjamini-Hochberg over everything measured of the SAE
     mean_delta(cells)                         # Estimate over layers and probes: value, 95 % interval, p
-    difference(cells_a, cells_b)              # paired: the same rows, folds and people
+    difference(cells_a, cells_b)              # paired: the same rows, folds and people; both also for transfer_r2
     settle(files)                             # all of it into the result files of a run that is at its end
 
 The cells of an SAE share their people, so its interval treats a person's rows in all of them as one draw.
@@ -19,7 +19,7 @@ import numpy as np
 
 import scores
 from errors import RequestError
-from probe_statistics import ProbeScores, correct
+from probe_statistics import ProbeScores, correct, r2_parts
 from records import Json, RecordFile
 from uncertainty import Cell, Estimate, benjamini_hochberg, estimate_mean
 
@@ -43,14 +43,28 @@ def read_cells(files: Iterable[tuple[Path, Mapping[str, Any], Iterable[int]]]) -
 
 
 def mean_delta(cells: Mapping[Place, ProbeScores]) -> Estimate | None:
-    """sae_sel - model_sel, averaged over the cells; None if there are none, or their repeats differ."""
+    """sae_sel - model_sel, averaged over the cells; None if there are none."""
     return _mean([_cell(found, correct(found, "sae") - correct(found, "model")) for found in cells.values()])
+
+
+def mean_transfer_r2(cells: Mapping[Place, ProbeScores]) -> Estimate | None:
+    """The share of the variance of the model's probes' scores that comes back, averaged over the cells."""
+    return _mean([_cell(p, r2_parts(p, "transfer")) for p in cells.values() if "transfer" in p.views])
 
 
 def difference(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> Estimate | None:
     """a's sae_sel - b's, averaged over the cells that both have on the same rows and folds; None if none."""
-    shared = [(a[place], b[place]) for place in a if place in b and _same_rows(a[place], b[place])]
-    return _mean([_cell(one, correct(one, "sae") - correct(other, "sae")) for one, other in shared])
+    return _mean([_cell(one, correct(one, "sae") - correct(other, "sae")) for one, other in _shared(a, b)])
+
+
+def difference_in_transfer_r2(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> Estimate | None:
+    """a's transfer_r2 - b's, likewise. Of all scores it tells close SAEs apart best (docs/reliability.md)."""
+    pairs = [(one, other) for one, other in _shared(a, b) if "transfer" in one.views and "transfer" in other.views]
+    return _mean([_cell(one, r2_parts(one, "transfer") - r2_parts(other, "transfer")) for one, other in pairs])
+
+
+def _shared(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> list[tuple[ProbeScores, ProbeScores]]:
+    return [(a[place], b[place]) for place in a if place in b and _same_rows(a[place], b[place])]
 
 
 def _mean(cells: list[Cell]) -> Estimate | None:
@@ -129,25 +143,33 @@ class _StoredCells:
 
 def _sae_level(cells: _StoredCells, sae_id: SaeId, others: Mapping[str, SaeId]) -> Json:
     own = cells.of(sae_id)
-    mean = mean_delta(own) if own else None
     compared = {}
     for name, other in others.items():
         rival = cells.of(other)
-        compared[name] = _as_json("difference", difference(own, rival) if own and rival else None)
-    return {**_as_json("mean_delta_sel", mean), "n_cells": len(own) if own else None, "compared": compared}
+        both = (own, rival) if own and rival else None
+        compared[name] = {
+            **_with_test("delta_sel", difference(*both) if both else None),
+            **_with_test("transfer_r2", difference_in_transfer_r2(*both) if both else None),
+        }
+    return {
+        **_with_test("delta_sel", mean_delta(own) if own else None),
+        **_with_interval("transfer_r2", mean_transfer_r2(own) if own else None),
+        "n_cells": len(own) if own else None,
+        "compared": compared,
+    }
 
 
-def _as_json(name: str, found: Estimate | None) -> Json:
+def _with_interval(name: str, found: Estimate | None) -> Json:
     """The estimate in plain numbers; None for each where the scores are gone or nothing was measured."""
     if found is None:
-        return dict.fromkeys((name, "ci_low", "ci_high", "p_value", "detectable"))
-    return {
-        name: found.value,
-        "ci_low": found.low,
-        "ci_high": found.high,
-        "p_value": found.p_value,
-        "detectable": found.detectable,
-    }
+        return dict.fromkeys((name, f"{name}_ci_low", f"{name}_ci_high"))
+    return {name: found.value, f"{name}_ci_low": found.low, f"{name}_ci_high": found.high}
+
+
+def _with_test(name: str, found: Estimate | None) -> Json:
+    """The same of a difference, with the test that it is 0."""
+    test = {f"{name}_p_value": found and found.p_value, f"{name}_detectable": found and found.detectable}
+    return {**_with_interval(name, found), **test}
 
 
 def _sae_name(own: Mapping[int, RecordFile]) -> str:

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
 N_TRAIN, N_TRUTH, N_ROWS, N_TASKS = 2**16, 2**14, 3000, 24  # rows for training, for the truth, for the probes
 PREDICTORS = ("delta_sel", "transfer_delta", "mse", "fvu", "l0")
-TRUTHS = ("kept", "kept_tasks", "held", "matched", "mcc")
+TRUTHS = ("present", "kept", "kept_tasks", "held", "matched", "mcc")
 
 
 def run(seed: int) -> None:
@@ -93,15 +93,15 @@ def rank_correlation(results: Sequence[Result], predictor: str, truth: str) -> f
 def sae_table(results: Sequence[Result]) -> str:
     """A line per SAE: those that hold most first, those built to deceive last."""
     rows: list[report.Row] = [
-        ("SAE", "", "kept", "held", "matched", "MCC", "delta_sel", "95 % interval", "transfer_delta", "latent_sel",
-         "MSE", "FVU", "L0")
+        ("SAE", "", "present", "kept", "held", "matched", "MCC", "delta_sel", "95 % interval", "transfer_delta",
+         "latent_sel", "MSE", "FVU", "L0")
     ]  # fmt: skip
-    for r in sorted(results, key=lambda r: (r.deceives, -r.kept)):
+    for r in sorted(results, key=lambda r: (r.deceives, -r.present)):
         rows.append(
             (
                 r.name,
                 "deceives" if r.deceives else "",
-                *(f"{value:.3f}" for value in (r.kept, r.held, r.matched, r.mcc)),
+                *(f"{value:.3f}" for value in (r.present, r.kept, r.held, r.matched, r.mcc)),
                 f"{r.delta_sel:+.3f}",
                 f"{r.ci_low:+.3f} .. {r.ci_high:+.3f}",
                 f"{r.transfer_delta:+.3f}",
@@ -118,7 +118,7 @@ def rank_table(by_seed: Mapping[int, Kept]) -> str:
     """Spearman's correlation of every score with every truth in every world; last, the deceivers among the SAEs."""
     rows: list[report.Row] = [("true recovery", "world", "SAEs", *PREDICTORS)]
     rows += [_ranks(truth, f"seed {seed}", kept.honest) for truth in TRUTHS for seed, kept in by_seed.items()]
-    for truth in ("kept", "held"):
+    for truth in ("present", "kept", "held"):
         rows += [_ranks(truth, f"seed {seed}, deceivers too", kept.saes) for seed, kept in by_seed.items()]
     return report.aligned(rows)
 
@@ -134,7 +134,11 @@ def verdict(kept: Kept) -> str:
     whole = next(r for r in kept.saes if r.name == broken.name.removesuffix(SHUFFLED))
     ranked = sorted(kept.honest, key=lambda r: -r.delta_sel)
     lines = [f"{len(ranked)} SAEs that are not built to deceive; first by delta_sel: {ranked[0].name}."]
-    for truth, words in (("kept", "what is kept"), ("held", "what is still where it was")):
+    for truth, words in (
+        ("present", "which features can still be seen"),
+        ("kept", "how much of each"),
+        ("held", "what is still where it was"),
+    ):
         rho = {predictor: rank_correlation(kept.honest, predictor, truth) for predictor in PREDICTORS}
         best = max(PREDICTORS, key=lambda predictor: abs(rho[predictor]))
         told = ", ".join(f"{predictor} {rho[predictor]:+.3f}" for predictor in PREDICTORS)

@@ -64,23 +64,6 @@ class PairCount:
         )
 
 
-def r2_parts(found: ProbeScores, view: str) -> Floats:
-    """Numbers by row whose balanced mean is the R² of a view's scores as a copy of the model's. [repeats, rows]
-
-    1 less the squared difference over the variance of the model's scores, classes balanced. Of the view "transfer" it
-    is the share of what the model's own probes read in x that they still read in x̂. No label is asked, so it has none
-    of the noise of labels. The ratio of sums is linearised, so that the influence of a row is the ratio's.
-    """
-    model, copy = found.views["model"].astype(np.float64), found.views[view].astype(np.float64)
-
-    def mean(values: Floats) -> Floats:
-        return balanced_mean(values, found.labels, found.weights)[:, None]
-
-    variance, error = (model - mean(model)) ** 2, (copy - model) ** 2
-    unexplained = mean(error) / mean(variance)
-    return np.asarray(1 - unexplained - (error - unexplained * variance) / mean(variance))
-
-
 def by_partition(probes: Sequence[ProbeScores], view: str, parts: Parts) -> Floats:
     """The mean over probes of a view's score, [repeats]; their mean is what a run reports."""
     return np.mean([balanced_mean(parts(probe, view), probe.labels, probe.weights) for probe in probes], axis=0)

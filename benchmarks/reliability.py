@@ -28,13 +28,13 @@ from numpy.typing import NDArray  # noqa: E402
 
 from benchmarks import reliability_tables  # noqa: E402
 from benchmarks.k_sparse import KS  # noqa: E402
-from benchmarks.paired_scores import Errors, Parts, by_partition, difference, fvu_difference, noise_of_folds, r2_parts  # noqa: E402
+from benchmarks.paired_scores import Errors, Parts, by_partition, difference, fvu_difference, noise_of_folds  # noqa: E402
 from benchmarks.probe_draws import Pool, Task, draw_people, rows_of_people  # noqa: E402
 from benchmarks.reliability_tables import RESAMPLED, Pairs, Reliability  # noqa: E402
 from benchmarks.reliability_work import Work, errors_at  # noqa: E402
 from benchmarks.sae_panel import PairSet, noise_panel, pair_sets, panel  # noqa: E402
 from errors import RequestError  # noqa: E402
-from probe_statistics import ProbeScores, auc_parts, bits, correct  # noqa: E402
+from probe_statistics import ProbeScores, auc_parts, bits, correct, r2_parts  # noqa: E402
 
 LAYER = 3  # of 0 to 5; where the demo's SAEs lose most
 RUNS = (1, 2, 3, 4, 5)  # seeds of repeated measurements

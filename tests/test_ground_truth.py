@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sklearn.linear_model import LinearRegression
+from sklearn.utils.class_weight import compute_sample_weight
 
 from benchmarks.ground_truth import rank_correlation
 from benchmarks.synthetic_features import recovery
@@ -67,7 +69,7 @@ def test_the_oracle_is_perfect_and_first_and_transfer_finds_a_shuffled_decoder_o
     best, incomplete, random, broken = results = [bench.result(*pair) for pair in zip(candidates, found, strict=True)]
     assert difference(found[3], found[0]).value == pytest.approx(broken.delta_sel)
     assert (best.delta_sel, best.ci_low, best.ci_high, best.transfer_delta, best.mse) == (0, 0, 0, 0, 0)
-    assert (best.kept, best.held) == (1, 1)
+    assert (best.present, best.kept, best.held) == (1, 1, 1)
     assert best.matched == pytest.approx(1, abs=1e-6)
     assert all(result.ci_high < 0 and result.kept < 0.7 for result in (incomplete, random))
     assert broken.transfer_delta < -0.2
@@ -113,6 +115,26 @@ def test_kept_forgives_every_invertible_map(world):
     assert recovery.kept_by_feature(rows, torch.ones_like(rows.x)).max() == 0
     pure = torch.randn(rows.x.shape, generator=torch.Generator().manual_seed(2))
     assert recovery.kept_by_feature(rows, pure).mean() < 0.02, "adjusted for chance"
+
+
+def test_presence_is_the_weighted_least_squares_of_scikit_learn(world):
+    rows = world.sample(2000, seed=10)
+    noise = torch.randn(rows.x.shape, generator=torch.Generator().manual_seed(2))
+    views = {"noisy": rows.x + noise, "x": rows.x}
+    told = {}
+    for name, view in views.items():
+        by_feature = []
+        for there in (rows.activations > 0).T.numpy():
+            weight = compute_sample_weight("balanced", there)
+            r2 = LinearRegression().fit(view, there, sample_weight=weight).score(view, there, sample_weight=weight)
+            freedom = weight.sum() ** 2 / (weight**2).sum() - 1
+            by_feature.append(max(0, 1 - (1 - r2) * freedom / (freedom - view.shape[1])))
+        told[name] = sum(by_feature)
+    assert recovery.present_share(rows, views["noisy"]) == pytest.approx(told["noisy"] / told["x"], rel=1e-4)
+    mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
+    assert recovery.present_share(rows, rows.x @ mixing + 3) == pytest.approx(1, abs=1e-6)
+    assert recovery.present_share(rows, torch.ones_like(rows.x)) == 0
+    assert recovery.present_share(rows, noise) < 0.02
 
 
 def test_held_forgives_scale_and_constant_and_nothing_else(world):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from scipy.stats import norm
-from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, log_loss, r2_score, roc_auc_score
 from sklearn.utils.class_weight import compute_sample_weight
 
 from probe_statistics import ProbeScores, auc_parts, bits, correct, quantised, statistics
@@ -58,6 +58,36 @@ def test_ties_count_half_in_the_auc():
     result = statistics(found)
     assert result.model_auc == 3.5 / 4
     assert result.sae_auc == 0.5
+
+
+def test_transfer_r2_is_scikit_learns_of_the_models_scores_with_the_classes_balanced():
+    found = found_scores(weighted=True)
+    weight = np.where(
+        found.labels, *(found.weights / found.weights[found.labels == side].sum() for side in (True, False))
+    )
+    views = {name: scores.astype(np.float64) for name, scores in found.views.items()}
+    expected = [r2_score(m, t, sample_weight=weight) for m, t in zip(views["model"], views["transfer"], strict=True)]
+    result = statistics(found)
+    assert result.transfer_r2 == pytest.approx(np.mean(expected))
+    assert result.transfer_r2_ci_low < result.transfer_r2 < result.transfer_r2_ci_high
+    same = statistics(replace(found, views={**found.views, "transfer": found.views["model"]}))
+    assert (same.transfer_r2, same.transfer_r2_ci_low, same.transfer_r2_ci_high) == (1, 1, 1)
+    silent = {**found.views, "model": np.zeros_like(found.views["model"])}
+    assert np.isfinite(statistics(replace(found, views={**silent, "transfer": silent["model"]})).transfer_r2)
+
+
+def test_the_interval_of_transfer_r2_covers_its_truth():
+    """The model's scores have variance 1, x̂ adds noise of variance 0.3: R² is 0.7."""
+    rng, covered = np.random.default_rng(3), []
+    for _ in range(400):
+        labels = np.arange(200) % 2 == 0
+        model = rng.normal(size=(1, 200))
+        views = {"model": model, "sae": model, "transfer": model + 0.3**0.5 * rng.normal(size=(1, 200))}
+        kept = {name: quantised(values.astype(np.float32)) for name, values in views.items()}
+        found = ProbeScores(kept, labels, np.arange(200), np.ones(200), np.zeros((1, 200), np.int8))
+        result = statistics(found)
+        covered.append(result.transfer_r2_ci_low <= 0.7 <= result.transfer_r2_ci_high)
+    assert 0.92 < np.mean(covered) < 0.98
 
 
 def test_the_auc_varies_as_delong_says():

@@ -24,12 +24,11 @@ from benchmarks.paired_scores import (
     noise_of_differences,
     noise_of_folds,
     noise_of_runs,
-    r2_parts,
 )
 from benchmarks.probe_draws import draw_people, rows_of_people
 from benchmarks.sae_families import Recipe, as_sae, close_variants, member, train
 from benchmarks.sae_panel import pair_sets, panel
-from probe_statistics import ProbeScores, auc_parts, correct
+from probe_statistics import ProbeScores, auc_parts, correct, r2_parts
 from sae_loader import SparseRows
 from selectivity import FoldPlan
 

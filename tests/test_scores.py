@@ -106,6 +106,10 @@ def cells_in(folder):
     return read_cells((path, file["_run"]["key"], layers[path]) for path, file in found.items()), found.values()
 
 
+def r2(found):
+    return scores.statistics(found).transfer_r2
+
+
 def test_the_mean_of_an_sae_and_the_difference_of_two(run):
     folders = sorted(path for path in run.out.iterdir() if path.is_dir())
     (a, files_a), (b, files_b) = map(cells_in, folders)
@@ -115,13 +119,17 @@ def test_the_mean_of_an_sae_and_the_difference_of_two(run):
         assert len(deltas) == len(cells) == 6
         for file in found:
             level = file["_run"]["sae_level"]
-            assert level["mean_delta_sel"] == pytest.approx(np.mean(deltas))
-            assert (level["ci_low"], level["n_cells"]) == (mean_delta(cells).low, 6)
+            assert level["delta_sel"] == pytest.approx(np.mean(deltas))
+            assert (level["delta_sel_ci_low"], level["n_cells"]) == (mean_delta(cells).low, 6)
             (rival, versus), *none = level["compared"].items()
             assert none == []
             assert all(rival == file["_run"]["config"]["sae"] for file in rivals)
-            assert versus["difference"] == pytest.approx(mean_delta(cells).value - mean_delta(other).value)
-            assert versus["ci_high"] == difference(cells, other).high
+            assert versus["delta_sel"] == pytest.approx(mean_delta(cells).value - mean_delta(other).value)
+            assert versus["delta_sel_ci_high"] == difference(cells, other).high
+            assert level["transfer_r2"] == pytest.approx(np.mean([r2(found) for found in cells.values()]))
+            paired = [r2(cells[place]) - r2(other[place]) for place in cells]
+            assert versus["transfer_r2"] == pytest.approx(np.mean(paired))
+            assert versus["transfer_r2_ci_low"] < versus["transfer_r2"] < versus["transfer_r2_ci_high"]
     assert difference(a, a).p_value == 1
     assert difference(a, {}) is None
 

@@ -21,10 +21,12 @@ from selectivity import (
     FoldPlan,
     ProbeResult,
     Skipped,
+    as_record,
+    control_plan,
     fit_model,
+    fit_sparse,
     fit_view,
     grouped_stratified_folds,
-    as_record,
     measure,
     out_of_fold,
     training_scales,
@@ -70,8 +72,10 @@ def by_scikit_learn(plan, x, scale_from, repeat):
     probes = {}
     for k in range(5):
         train = fold != k
-        scaler = StandardScaler().fit(scale_from[train].double().numpy())
-        scaled = scaler.transform(x.double().numpy())
+        scaler = StandardScaler()
+        scaled = x.double().numpy()
+        if scale_from is not None:
+            scaled = scaler.fit(scale_from[train].double().numpy()).transform(scaled)
         for c in DEFAULT_CS:
             probe = LogisticRegression(C=c, class_weight="balanced", tol=1e-10, solver="newton-cholesky")
             probes[k, c] = probe.fit(scaled[train], label[train]), scaler
@@ -129,6 +133,55 @@ def test_targets_together_are_targets_alone():
         single = fit_view(alone, x, training_scales(alone, x), BACKEND)
         np.testing.assert_array_equal(single.chosen_c[0], fit.chosen_c[t])
         torch.testing.assert_close(single.scores[0], fit.scores[t], rtol=1e-3, atol=1e-4)
+
+
+def test_latents_are_probed_as_they_are_and_agree_with_a_plain_loop():
+    """Against unscaled dense codes, two of whose columns are silent; and what cannot be transferred is not."""
+    x, labels, groups = world()
+    random = torch.Generator().manual_seed(0)
+    dictionary = torch.randn(10, 24, generator=random)
+    codes = torch.relu((x - x.mean(dim=0)) @ dictionary / 50 - 0.5)
+    codes[:, [3, 17]] = 0
+    plan = plan_of(labels, groups)
+    found = out_of_fold(plan, fit_model(plan, x, BACKEND), damaged(x), BACKEND, latents=codes.to_sparse_csr())
+    assert found.views == ("model", "sae", "transfer", "latents")
+    result = measure(found)[0]
+    accuracies = []
+    for repeat in range(2):
+        scores, chosen, _ = by_scikit_learn(plan, codes, None, repeat)  # None: unscaled
+        assert list(found.fits["latents"].chosen_c[0, repeat]) == chosen
+        kept = found.probe(0).views["latents"][repeat]
+        np.testing.assert_allclose(kept, scores, rtol=6e-4, atol=1e-3 * scores.std())
+        accuracies.append(balanced_accuracy_score(labels[0], scores > 0))
+    assert result.latent_sel == pytest.approx(np.mean(accuracies), abs=1e-3)
+    assert "latent_sel" in as_record(result)
+    assert "error_sel" not in as_record(result)
+
+
+def test_another_view_of_the_rows_has_no_transfer():
+    x, labels, groups = world()
+    plan = plan_of(labels, groups)
+    bag = torch.nn.functional.one_hot(torch.from_numpy(groups % 7), 7).float().to_sparse_csr()
+    found = out_of_fold(plan, fit_model(plan, x, BACKEND), fit_sparse(plan, bag, BACKEND), BACKEND, error_view=True)
+    assert found.views == ("model", "sae")
+    record = as_record(measure(found)[0])
+    assert record["transfer_sel"] is record["transfer_delta"] is record["transfer_r2"] is None
+    assert record["delta_sel"] < 0
+
+
+def test_the_control_task_is_learnt_by_heart_where_that_is_possible():
+    x, labels, groups = world(rows=400, d=10)
+    types = np.arange(400) % 40
+    told = torch.nn.functional.one_hot(torch.from_numpy(types), 40).float() * 10  # the token is written in x
+    plan = plan_of(labels, groups)
+    control = control_plan(types, np.arange(400), None, n_folds=5, seed=0)
+    by_view = {}
+    for name, view in {"blind": x, "sighted": torch.cat([x, told], dim=1)}.items():
+        model = fit_model(plan, view, BACKEND, control=control)
+        by_view[name] = measure(out_of_fold(plan, model, view, BACKEND))[0].memorisation
+    assert abs(by_view["blind"]) < 0.08
+    assert by_view["sighted"] > 0.45
+    assert control_plan(np.zeros(400), np.arange(400), None, n_folds=5, seed=0) is None, "one type has one label"
 
 
 def test_an_identity_changes_exactly_nothing():

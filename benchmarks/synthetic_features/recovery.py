@@ -1,8 +1,9 @@
-"""What an SAE truly keeps of the known features, by four definitions, none of which is a probe's.
+"""What an SAE truly keeps of the known features, by five definitions, none of which is a cross-validated probe's.
 
-Two are about what the SAE puts out, as the scores under test are. `kept` asks whether a feature's activation can be
-read off the reconstruction, by the best linear estimate there is: is it still there? `held` asks whether it can be
-read along the feature's own direction: is it still where the model put it? The field's two, `matched` and `mcc`, are
+Three are about what the SAE puts out, as the scores under test are. `present` asks whether a feature's presence can be
+read off the reconstruction by the best linear estimate there is, with presence and absence weighing the same, as the
+tasks do; `kept` asks it of the feature's amount in all rows. `held` asks whether the amount can be read along the
+feature's own direction: is it still where the model put it? The field's two, `matched` and `mcc`, are
 about single latents; they are here to show what a score of the output cannot know.
 """
 
@@ -22,6 +23,7 @@ from benchmarks.synthetic_features.world import Rows
 class Recovery:
     """Means over features; 1 for the oracle, 0 for an SAE that keeps nothing."""
 
+    present: float  # of what the best linear estimate from x tells of which features are there, the share x̂ tells
     kept: float  # of what the best linear estimate from x tells of each feature, the share that the one from x̂ tells
     kept_tasks: float  # the same over the features that are probed for
     held: float  # of what x tells of each feature along its own direction, the share that x̂ tells
@@ -37,12 +39,43 @@ def measure(rows: Rows, recon: Tensor, codes: Tensor, atoms: Tensor, directions:
     kept = kept_by_feature(rows, recon)
     live = atoms[atoms.norm(dim=1) > 0]
     return Recovery(
+        present=present_share(rows, recon),
         kept=float(kept.mean()),
         kept_tasks=float(kept[features].mean()),
         held=float(held_by_feature(rows, recon, directions).mean()),
         matched=float(matched_by_feature(rows, codes, atoms, directions).mean()),
         mcc=mean_correlation_coefficient(live, directions) * min(1.0, len(live) / len(directions)),
     )
+
+
+def present_share(rows: Rows, recon: Tensor) -> float:
+    """R² of each feature's presence regressed on x̂, summed over all features, over the same on x; at most 1.
+
+    Both classes of a feature weigh the same. Summed before it is divided: what x itself does not tell of a feature
+    counts nothing.
+    """
+    there = rows.activations > 0
+    told = [sum(_balanced_explained(view, labels) for labels in there.T) for view in (recon, rows.x)]
+    return min(float(told[0] / told[1]), 1.0)
+
+
+def _balanced_explained(x: Tensor, labels: Tensor) -> float:
+    """R² of regressing labels bool [rows] on x [rows, d], classes weighing the same, adjusted for chance, at least 0.
+
+    0 if a class has no row. Weighted rows count as (sum w)² / (sum w²) rows (Kish).
+    """
+    n_pos = int(labels.sum())
+    if n_pos in (0, len(labels)):
+        return 0.0
+    weight = torch.where(labels, 0.5 / n_pos, 0.5 / (len(labels) - n_pos)).double()
+    x = x.double() - weight @ x.double()
+    y = labels.double() - 0.5
+    inverse = torch.linalg.pinv(x.T @ (x * weight[:, None]), rtol=1e-6, hermitian=True)
+    cross = x.T @ (weight * y)
+    found = float(cross @ inverse @ cross) / 0.25
+    freedom = float(1 / weight.square().sum()) - 1
+    left = freedom - int(torch.linalg.matrix_rank(inverse, hermitian=True))
+    return max(0.0, 1 - (1 - found) * freedom / left) if left > 0 else 0.0
 
 
 def kept_by_feature(rows: Rows, recon: Tensor) -> Tensor:

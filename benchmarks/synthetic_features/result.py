@@ -13,7 +13,8 @@ class Result:
 
     name: str
     deceives: bool  # built so that delta_sel and recovery must disagree; left out of the rank correlations
-    kept: float  # as in `recovery.Recovery`, with the next four
+    present: float  # as in `recovery.Recovery`, with the next five
+    kept: float
     kept_tasks: float
     held: float
     matched: float

@@ -13,8 +13,8 @@ import pytest
 from conftest import people, write_csv
 from runs import Request, left_over, numbers, substance, without_q
 
+import main as program
 from language_model import LanguageModel, ModelInfo
-from sae_formats.source import SaeSource
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch,
     request = Request(model, (sae,), data, ask.out)
     assert request.plus("--layers", "0").run() == 0
     before = (ask.out / "pythia-tiny_women.json").read_bytes()
-    load = SaeSource.load
+    load = program.load_weights
 
     def vanish_then_load(*args):
         victim = {
@@ -194,7 +194,7 @@ def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch,
         return load(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SaeSource, "load", vanish_then_load)
+        patch.setattr(program, "load_weights", vanish_then_load)
         code = request.run()
     if what in {"config of the SAE", "the task's file"}:
         assert code == 0, "it was read already"
