@@ -48,7 +48,7 @@ METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and what each row
     "transfer_delta": ("transfer", correct),
     "transfer_delta in AUC": ("transfer", auc_parts),
     "transfer_delta in bits": ("transfer", bits),
-    "transfer_delta in R²": ("transfer", r2_parts),
+    "transfer_r2": ("transfer", r2_parts),
     **{f"k-sparse, k = {k}, balanced accuracy": (f"k{k}", correct) for k in KS},
     **{f"k-sparse, k = {k}, AUC": (f"k{k}", auc_parts) for k in KS},
 }

@@ -1,4 +1,4 @@
-"""Is the metric right? Plants whose effect is known, coverage of the intervals, false positives (METRIC.md, section 3).
+"""Is the metric right? Plants whose effect is known, coverage of the intervals, false positives.
 
     python scripts/validate.py                  # quick: minutes
     python scripts/validate.py --full --write   # 500 repeats in six settings; keeps the table in docs/validation.md

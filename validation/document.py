@@ -15,9 +15,9 @@ PACKAGES = ("torch", "numpy", "scipy", "concept-erasure")
 TEMPLATE = """\
 # Validation: does the number move when, and only when, the information moves?
 
-Written by `{command}`; nothing here is edited by hand. Every row is a plant: something is done to activations whose
-effect is known beforehand, and the metric must find that effect. A row without a requirement is told and not
-judged.
+Written by `{command}`; nothing here is edited by hand. Every row is a plant:
+something is done to activations whose effect is known beforehand, and the metric must find that effect. A row without a
+requirement is told and not judged.
 
 {verdict}
 

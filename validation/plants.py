@@ -1,4 +1,4 @@
-"""Plants: reconstructions whose effect on a right metric is known before it is measured (METRIC.md, section 3).
+"""Plants: reconstructions whose effect on a right metric is known before it is measured.
 
     ground = Ground("synthetic", [Bench(rows, backend)], apart={...}, saes={...})
     rows = identity(ground) + rotation(ground) + noise_ladder(ground)
@@ -179,7 +179,7 @@ def principal_component_ladder(ground: Ground, ranks: Sequence[int]) -> list[Row
     plant = f"PCA of rank {', '.join(map(str, ranks))}"
     return [
         judged(ground.name, plant, f"steps back beyond their error, of {n_steps}", back, high=0, digits=0),
-        judged(ground.name, plant, "lowest Spearman(rank, delta_sel) of a task", min(climbs), low=0.9),
+        judged(ground.name, plant, "lowest Spearman(rank, delta_sel) of a task", round(min(climbs), 9), low=0.9),
         judged(ground.name, plant, "abs(delta_sel) at full rank", last, high=0.002, digits=4),
     ]
 
