@@ -47,7 +47,7 @@ FULL = Scale("full", coverage.SETTINGS, 500, 1200, 2400, None)
 
 
 def validate(scale: Scale, workers: int, seed: int = 0) -> list[Row]:
-    """All rows of the report: plants by ground, then rates by setting. Deterministic by seed, whatever the `workers`."""
+    """All rows of the report: plants by ground, then rates by setting. Deterministic by seed for any `workers`."""
     rows: list[Row] = []
     for name, part in _parts(scale, workers, seed):
         start = time.perf_counter()
