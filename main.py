@@ -213,7 +213,8 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     from activations import Item, Producer, RowTable, plan_blocks, tokens_in_memory
     from bounded_queue import BoundedQueue
     from datasets_wikidata import tokenise
-    from pipeline import Prober, ProbeSettings, Work, run, sharing_cores
+    from pipeline import run, sharing_cores
+    from prober import Prober, ProbeSettings, Work
     from progress import ProgressBars, Stopwatch
     from sae_level import settle
 

@@ -42,9 +42,10 @@ MAY_IMPORT = {  # file or folder -> what it may import of the project, besides `
     "report": {"records", "terminal"},
     "validation": {"calibration", "datasets_wikidata", "probe_statistics", "probes", "report", "sae_loader",
                    "selectivity", "uncertainty", "validation"},
-    "pipeline": {"activations", "bounded_queue", "datasets_wikidata", "language_model", "probes", "progress",
+    "prober": {"activations", "bounded_queue", "datasets_wikidata", "language_model", "probes", "progress",
                  "probe_statistics", "reconstruction", "records", "row_store", "sae_level",
                  "sae_loader", "scores", "selectivity"},
+    "pipeline": {"activations", "bounded_queue", "prober"},
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import file_lock
-import pipeline
+import prober
 import progress
 import sae_level
 import scores
@@ -53,7 +53,7 @@ POINTS: dict[str, tuple[Any, str, Callable[[], Exception]]] = {  # kind -> (owne
     "score": (selectivity, "_held_out_scores", FAULT),
     "choose": (selectivity, "choose_c", FAULT),
     "statistics": (selectivity, "statistics", FAULT),
-    "save": (pipeline, "save", FULL_DISK),
+    "save": (prober, "save", FULL_DISK),
     "load": (scores, "load", FAULT),
     "settle": (sae_level, "settle", FAULT),
     "texts": (progress.ProgressBars, "texts", FAULT),
