@@ -1,0 +1,107 @@
+"""How far an SAE's own figure, its mean over all layers and probes, moves when it is measured again.
+
+python benchmarks/sae_noise.py run    # the bundled SAEs, five runs of two kinds of draws: a quarter of an hour
+python benchmarks/sae_noise.py        # the table, from what `run` kept
+
+A set of SAEs has one for each layer, and `main.py` reports the mean over them (`_run.sae_level`). Here that figure is
+made five times, each time of other rows and folds; 2.77 standard deviations are what two runs must differ by to be
+told apart in 95 of 100 (docs/reliability.md has the same for a single layer, beside k-sparse probing).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import records  # noqa: E402 - the project is not installed as a package
+import report  # noqa: E402
+from benchmarks import bundled  # noqa: E402
+from benchmarks.paired_scores import RELIABLE, noise_of_runs  # noqa: E402
+from benchmarks.probe_draws import Pool, Task  # noqa: E402
+from probes import choose_backend  # noqa: E402
+from sae_loader import open_sae  # noqa: E402
+from selectivity import fit_model, measure, out_of_fold  # noqa: E402
+
+log = logging.getLogger(__name__)
+
+KEPT = Path(__file__).resolve().with_suffix(".json")
+SAES = ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32")
+RUNS, ROWS = range(1, 6), 3000
+FIGURES = ("delta_sel", "transfer_delta", "transfer_r2")
+Level = dict[str, dict[str, float]]  # SAE -> figure -> its mean over layers and probes
+
+
+def run() -> None:
+    """Measure, and keep the figures."""
+    pool = Pool.load()
+    sources = {name: open_sae(str(bundled.MODEL.parent / name)) for name in SAES}
+    layers = next(iter(sources.values())).layers
+    x = bundled.activations(pool.texts.mentions, layers)
+    recons = {}
+    for layer in layers:
+        for name, source in sources.items():
+            sae = source.load(layer, "cpu")
+            recons[layer, name] = sae.decode(sae.encode(x[layer]))
+    levels: dict[str, list[Level]] = {}
+    for kind, tasks in _draws(pool):
+        levels.setdefault(kind, []).append(_sae_level(tasks, x, recons))
+        log.info("%s: %s", kind, levels[kind][-1])
+    config = {"rows": ROWS, "layers": list(layers), "runs": len(RUNS)}
+    records.write_json(KEPT, {"levels": levels, "_run": records.describe_run(config)})
+
+
+def _draws(pool: Pool) -> Iterator[tuple[str, list[Task]]]:
+    for seed in RUNS:
+        yield "people and folds", pool.bootstrap(ROWS, seed)
+        yield f"--shuffle_select_n {ROWS}, folds", pool.program_draw(ROWS, seed, seed)
+
+
+def _sae_level(tasks: list[Task], x: Mapping[int, Tensor], recons: Mapping[tuple[int, str], Tensor]) -> Level:
+    backend, _ = choose_backend("torch", "cpu")
+    found: dict[str, dict[str, list[float]]] = {name: {figure: [] for figure in FIGURES} for name in SAES}
+    for layer, values in x.items():
+        for task in tasks:
+            rows = torch.from_numpy(task.rows)
+            model = fit_model(task.plan, values[rows], backend)
+            for name in SAES:
+                for result in measure(out_of_fold(task.plan, model, recons[layer, name][rows], backend)):
+                    for figure in FIGURES:
+                        found[name][figure].append(getattr(result, figure))
+    return {name: {figure: float(np.mean(each)) for figure, each in own.items()} for name, own in found.items()}
+
+
+def table(levels: Mapping[str, list[Level]]) -> str:
+    """A line per figure and kind of draw."""
+    rows: list[report.Row] = [
+        ("figure", "drawn anew", *(f"{name}, mean" for name in SAES), "SD of one", "2.77 SD", "SD of the difference",
+         "2.77 SD")
+    ]  # fmt: skip
+    for figure in FIGURES:
+        for kind, runs in levels.items():
+            by_sae = {name: [run[name][figure] for run in runs] for name in SAES}
+            one = noise_of_runs(by_sae)
+            two = noise_of_runs({"difference": [a - b for a, b in zip(*by_sae.values(), strict=True)]})
+            means = (f"{np.mean(values):+.4f}" for values in by_sae.values())
+            noise = (f"{one:.4f}", f"{RELIABLE * one:.4f}", f"{two:.4f}", f"{RELIABLE * two:.4f}")
+            rows.append((figure, kind, *means, *noise))
+    return report.aligned(rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if parser.parse_args().what == "run":
+        run()
+    print(table(json.loads(KEPT.read_text(encoding="utf-8"))["levels"]))
