@@ -18,7 +18,8 @@ from torch import Tensor
 from errors import RequestError
 from sae_formats.coders import Coder
 from sae_formats.input_norm import InputNorm
-from sae_formats.sae_lens import NATIVE, LensConfig, build_native
+from sae_formats.sae_lens_config import NATIVE, LensConfig
+from sae_formats.sae_lens_weights import build_native
 from sae_formats.selection import nonzero_codes
 from sae_formats.source import SaeHeader
 from sae_formats.sparse_rows import SparseRows
