@@ -149,7 +149,7 @@ def _difference(found: records.Json, score: str) -> Row:
     return (
         _number(found[score], "+.4f"),
         _interval(found, score),
-        _number(found[f"{score}_p_value"], ".1e"),
+        "< 1e-99" if found[f"{score}_p_value"] < 1e-99 else f"{found[f'{score}_p_value']:.1e}",
     )
 
 
