@@ -149,8 +149,12 @@ def _difference(found: records.Json, score: str) -> Row:
     return (
         _number(found[score], "+.4f"),
         _interval(found, score),
-        "< 1e-99" if found[f"{score}_p_value"] < 1e-99 else f"{found[f'{score}_p_value']:.1e}",
+        _p_value(found[f"{score}_p_value"]),
     )
+
+
+def _p_value(p: float | None) -> str:
+    return "< 1e-99" if p is not None and p < 1e-99 else _number(p, ".1e")
 
 
 def _pairs(known: Mapping[str, Sequence[tuple[Path, records.Json]]]) -> Iterator[tuple[str, str]]:
