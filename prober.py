@@ -20,6 +20,7 @@ import torch
 from activations import Block, BlockDone, Item, LayerRows, RowTable, SaeId
 from bounded_queue import BoundedQueue
 from datasets_wikidata import Dataset, Probe, ProbeTexts
+from folds import FoldPlan, control_plan
 from language_model import Site
 from probe_statistics import ProbeScores
 from probes import ProbeBackend, choose_backend
@@ -30,17 +31,7 @@ from row_store import NonFiniteError, RowStore
 from sae_level import with_q_values
 from sae_loader import SparseRows
 from scores import LayerScores, key_digest, path_of, prune, save
-from selectivity import (
-    FoldPlan,
-    OutOfFold,
-    ViewFit,
-    as_record,
-    control_plan,
-    fit_model,
-    fit_sparse,
-    measure,
-    out_of_fold,
-)
+from selectivity import OutOfFold, ViewFit, as_record, fit_model, fit_sparse, measure, out_of_fold
 
 log = logging.getLogger(__name__)
 

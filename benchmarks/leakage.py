@@ -26,8 +26,9 @@ sys.path.insert(0, str(PROJECT))
 
 import records  # noqa: E402 - the project is not installed as a package
 import report  # noqa: E402
+from folds import FoldPlan  # noqa: E402
 from probes import ProbeBackend, choose_backend  # noqa: E402
-from selectivity import FoldPlan, fit_model  # noqa: E402
+from selectivity import fit_model  # noqa: E402
 from tasks.assemble import distinct_rows  # noqa: E402
 from tasks.catalogue import load_sources  # noqa: E402
 from tasks.types import RowSet  # noqa: E402

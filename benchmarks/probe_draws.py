@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets_wikidata import Probe, ProbeTexts, load_probe_texts
-from selectivity import FoldPlan
+from folds import FoldPlan
 
 N_FOLDS, N_REPEATS = 5, 5
 ENOUGH = 5  # draws for each person there is

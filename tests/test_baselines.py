@@ -22,9 +22,10 @@ import report
 from baselines import CALIBRATED, KINDS, OF_AN_SAE, Baseline, Measured, SiteBuilder, bag_of_names, plan_baselines
 from calibration import SiteSample
 from datasets_wikidata import load_all_mentions, load_probe_texts, tokenise
+from folds import FoldPlan
 from language_model import Site, open_model
 from sae_loader import Sae, open_sae
-from selectivity import DEFAULT_CS, FoldPlan
+from selectivity import DEFAULT_CS
 
 SITE = Site(1, "resid_post")
 DEVICE = torch.device("cpu")

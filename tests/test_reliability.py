@@ -28,9 +28,9 @@ from benchmarks.paired_scores import (
 from benchmarks.probe_draws import draw_people, rows_of_people
 from benchmarks.sae_families import Recipe, as_sae, close_variants, member, train
 from benchmarks.sae_panel import pair_sets, panel
+from folds import FoldPlan
 from probe_statistics import ProbeScores, auc_parts, correct, r2_parts
 from sae_loader import SparseRows
-from selectivity import FoldPlan
 
 
 def sparse_rows(dense):

@@ -15,18 +15,15 @@ from sklearn.metrics import balanced_accuracy_score, log_loss
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 
+from folds import FoldPlan, Skipped, control_plan, grouped_stratified_folds
 from probe_backends.torch_lbfgs import TorchLbfgs
 from selectivity import (
     DEFAULT_CS,
-    FoldPlan,
     ProbeResult,
-    Skipped,
     as_record,
-    control_plan,
     fit_model,
     fit_sparse,
     fit_view,
-    grouped_stratified_folds,
     measure,
     out_of_fold,
     training_scales,

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import uncertainty
+from folds import FoldPlan
 from probe_backends.torch_lbfgs import TorchLbfgs
-from selectivity import FoldPlan
 from validation import coverage, document, plants, suite, table
 from validation.world import GaussianWorld
 

@@ -29,9 +29,10 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from folds import FoldPlan, Skipped
 from probe_statistics import correct
 from probes import ProbeBackend, ProbeFits, ProbeProblem, choose_backend
-from selectivity import DEFAULT_CS, FoldPlan, ModelFit, OutOfFold, ProbeResult, Skipped, fit_model, measure, out_of_fold
+from selectivity import DEFAULT_CS, ModelFit, OutOfFold, ProbeResult, fit_model, measure, out_of_fold
 from validation.table import Row, judged, told
 from validation.world import GaussianWorld
 

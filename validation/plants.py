@@ -20,10 +20,11 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from calibration import principal_axes
+from folds import FoldPlan
 from probe_statistics import correct
 from probes import ProbeBackend
 from sae_loader import Coder, IdentityCoder, Sae, ShuffledDecoder, principal_components, random_topk
-from selectivity import FoldPlan, OutOfFold, ProbeResult, fit_model, measure, out_of_fold
+from selectivity import OutOfFold, ProbeResult, fit_model, measure, out_of_fold
 from uncertainty import estimate_delta
 from validation.table import Row, judged, told
 from validation.world import Rows

@@ -12,11 +12,12 @@ from benchmarks.synthetic_features.candidates import Candidate
 from benchmarks.synthetic_features.recovery import Recovery
 from benchmarks.synthetic_features.result import Result
 from benchmarks.synthetic_features.world import Rows, World, tasks
+from folds import FoldPlan
 from probe_statistics import correct
 from probes import ProbeBackend, choose_backend
 from reconstruction import ReconstructionSums
 from sae_formats.selection import nonzero_codes
-from selectivity import FoldPlan, ModelFit, OutOfFold, fit_model, out_of_fold
+from selectivity import ModelFit, OutOfFold, fit_model, out_of_fold
 from uncertainty import Cell, Estimate, balanced_mean, estimate_mean
 
 N_FOLDS, N_REPEATS = 5, 2

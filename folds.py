@@ -1,0 +1,147 @@
+"""Who is held out when: partitions of people into folds, stratified by the labels.
+
+    plan = FoldPlan.build(labels, groups, weights=None, n_folds=5, n_repeats=5, seed=0)
+    plan.held_out                               # bool [splits, rows]
+
+A person is never on both sides of a split, so a label that is random by person scores 1/2 (the control task of
+Hewitt & Liang 2019, arXiv 1909.03368).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Why a target has no numbers, and what it would have rested on."""
+
+    reason: str
+    n_rows: int
+    n_people: int
+    n_pos: int
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """Which rows are held out when: R partitions into K folds, shared by all targets and views of a task set.
+
+    Targets on the same rows share partitions that are stratified by all of their labels at once, so that one
+    matrix serves them all. Targets that cannot be measured are in `skipped`, not in `labels`.
+    """
+
+    labels: NDArray[np.bool_]  # [kept targets, rows]
+    kept: tuple[int, ...]  # their places among the targets asked for
+    skipped: Mapping[int, Skipped]
+    groups: NDArray[np.int64]  # [rows], the person
+    weights: NDArray[np.float64]  # [rows]
+    folds: NDArray[np.int8]  # [repeats, rows], the fold that holds the row out
+    n_folds: int
+
+    @classmethod
+    def build(
+        cls, labels: ArrayLike, groups: ArrayLike, weights: ArrayLike | None, n_folds: int, n_repeats: int, seed: int
+    ) -> FoldPlan:
+        """labels bool [targets, rows], groups int [rows], weights [rows] (None: 1 each). Deterministic by seed.
+
+        Raises ValueError for shapes that do not fit, fewer than 2 folds or no repeat.
+        """
+        asked = np.asarray(labels, dtype=bool)
+        people = np.asarray(groups, dtype=np.int64)
+        weight = np.ones(len(people)) if weights is None else np.asarray(weights, dtype=np.float64)
+        if asked.ndim != 2 or asked.shape[1:] != people.shape or weight.shape != people.shape:
+            raise ValueError(f"labels {asked.shape} do not fit groups {people.shape} and weights {weight.shape}")
+        if not 2 <= n_folds <= 127 or n_repeats < 1:
+            raise ValueError(f"2 to 127 folds and 1 repeat or more are needed, not {n_folds} and {n_repeats}")
+        skipped = {t: reason for t, row in enumerate(asked) if (reason := _too_few_people(row, people, n_folds))}
+        kept = tuple(t for t in range(len(asked)) if t not in skipped)
+        folds = np.zeros((n_repeats, len(people)), dtype=np.int8)
+        if kept:
+            seeds = np.random.SeedSequence(seed).generate_state(n_repeats)
+            folds = np.stack([grouped_stratified_folds(asked[list(kept)], people, n_folds, int(s)) for s in seeds])
+        return cls(asked[list(kept)], kept, skipped, people, weight, folds, n_folds)
+
+    @property
+    def n_repeats(self) -> int:
+        return len(self.folds)
+
+    @property
+    def held_out(self) -> NDArray[np.bool_]:
+        """[splits, rows]; split = repeat * n_folds + fold."""
+        return (self.folds[:, None] == np.arange(self.n_folds)[:, None]).reshape(-1, self.folds.shape[1])
+
+    def training_weight(self, device: torch.device) -> Tensor:
+        """float64 [splits, rows], 0 where held out."""
+        return torch.from_numpy(np.where(self.held_out, 0.0, self.weights)).to(device)
+
+
+def _too_few_people(labels: NDArray[np.bool_], groups: NDArray[np.int64], n_folds: int) -> Skipped | None:
+    sides = {"positive": labels, "negative": ~labels}
+    people = {name: len(np.unique(groups[rows])) for name, rows in sides.items()}
+    rarer = min(people, key=lambda name: people[name])
+    if people[rarer] >= n_folds:
+        return None
+    reason = f"the {rarer} class has {people[rarer]} people, fewer than the {n_folds} folds"
+    return Skipped(reason, len(labels), len(np.unique(groups)), int(labels.sum()))
+
+
+def grouped_stratified_folds(labels: ArrayLike, groups: ArrayLike, n_folds: int, seed: int) -> NDArray[np.int8]:
+    """A fold for each row `[rows]` such that no group is in two folds, and sizes and classes are close to equal.
+
+    labels bool [rows] or [targets, rows]. Groups with the same counts of rows and positives are interchangeable:
+    they are dealt evenly at random. The few left over go one by one, the largest first (in powers of 2, at random
+    within), each to the fold that has least of what the group brings. Deterministic by seed.
+    """
+    random = np.random.default_rng(seed)
+    _, person = np.unique(np.asarray(groups), return_inverse=True)
+    counts = _counts_by_person(np.atleast_2d(np.asarray(labels, dtype=bool)), person)
+    _, kind = np.unique(counts, axis=0, return_inverse=True)
+    shuffled = random.permutation(len(counts))
+    by_kind = shuffled[np.argsort(kind.ravel()[shuffled], kind="stable")]
+    n_of_kind = np.bincount(kind.ravel())
+    place = np.arange(len(counts)) - np.repeat(np.cumsum(n_of_kind) - n_of_kind, n_of_kind)
+    dealt = place < np.repeat(n_of_kind - n_of_kind % n_folds, n_of_kind)
+    fold = np.empty(len(counts), dtype=np.int8)
+    fold[by_kind[dealt]] = place[dealt] % n_folds
+    left = random.permutation(by_kind[~dealt])
+    left = left[np.argsort(-np.floor(np.log2(counts[left, 0])), kind="stable")]
+    _deal_greedily(fold, left, counts, random.permutation(n_folds))
+    return fold[person]
+
+
+def _counts_by_person(labels: NDArray[np.bool_], person: NDArray[np.intp]) -> NDArray[np.float64]:
+    """[persons, 1 + targets]: rows, and positives of each target."""
+    return np.stack([np.bincount(person), *(np.bincount(person, weights=row) for row in labels)], axis=1)
+
+
+def _deal_greedily(
+    fold: NDArray[np.int8], left: NDArray[np.intp], counts: NDArray[np.float64], order: NDArray[np.intp]
+) -> None:
+    """Give each person of `left` the fold (ties by `order`) where the squared shares of rows and classes grow least."""
+    cells = np.concatenate([counts, counts[:, :1] - counts[:, 1:]], axis=1)  # rows, positives, negatives
+    cells /= np.maximum(cells.sum(axis=0), 1)
+    filled = np.zeros((len(order), cells.shape[1]))
+    for person in left:
+        least = int(np.argmin(filled @ cells[person]))
+        filled[least] += cells[person]
+        fold[person] = order[least]
+
+
+def control_plan(
+    token_types: ArrayLike, rows: ArrayLike, weights: ArrayLike | None, n_folds: int, seed: int
+) -> FoldPlan | None:
+    """The control task of Hewitt & Liang 2019: a random label for each token type `[rows]`, split by row.
+
+    A probe that does well on it knows its tokens by heart. `rows` int [rows] are the rows' own numbers: whatever order
+    they come in, a row is in the same fold. None if there are too few types or rows for the folds.
+    """
+    types, kind = np.unique(np.asarray(token_types), return_inverse=True)
+    coin = np.random.default_rng(seed).permutation(len(types)) % 2 == 0
+    plan = FoldPlan.build(coin[kind][None], rows, weights, n_folds, 1, seed)
+    return plan if plan.kept else None
