@@ -3,11 +3,13 @@
 python report.py results                 # a table per dataset and SAE
 python report.py results --worst_first   # largest losses on top
 python report.py results --resources     # seconds per stage and peak memory
+python report.py results --csv all.csv   # every number of every probe, a line each, for a spreadsheet or pandas
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import statistics
 import sys
@@ -18,6 +20,7 @@ from typing import Any
 import records
 from errors import RequestError
 from terminal import one_line, printable, show, tell
+from whole_file import replacing
 
 Row = tuple[str, ...]
 
@@ -223,6 +226,32 @@ def overview(files: Sequence[tuple[Path, records.Json]]) -> str:
     return "\n\n".join(table for table in (summary_table(files), comparison_table(files)) if table)
 
 
+def write_csv(files: Sequence[tuple[Path, records.Json]], path: Path) -> None:
+    """A line for each SAE, dataset file, layer and probe, with all figures of the layer and of the probe.
+
+    Names come from data: one that a spreadsheet would take for a formula gets an apostrophe before it. Raises OSError.
+    """
+    lines = []
+    for file, results in files:
+        about = {"sae": results["_run"]["config"]["sae"], "file": file.stem}
+        for layer, probe, figures, result in cells(results):
+            own = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+            lines.append({**about, "layer": layer, "probe": probe, **own, **result})
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    with replacing(path.absolute(), "w", encoding="utf-8") as out:
+        table = csv.writer(out, lineterminator="\n")
+        table.writerow(columns)
+        table.writerows([_plain(line.get(name)) for name in columns] for line in lines)
+
+
+def _plain(value: Any) -> Any:
+    """A cell that is what it looks like, in a spreadsheet too."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
@@ -249,6 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--worst_first", action="store_true", help="largest losses on top, not by layer")
     parser.add_argument("--summary", action="store_true", help="the line per SAE, and SAEs against each other, only")
     parser.add_argument("--resources", action="store_true", help="seconds per stage and peak memory only")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every number to this file in place of tables")
     asked: Any = parser.parse_args(argv)
     try:
         files = load(result_files(asked.folder))
@@ -256,7 +286,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(f"error: {error}")
         return 2
     try:
-        if asked.resources:
+        if asked.csv is not None:
+            write_csv(files, asked.csv)
+        elif asked.resources:
             show(resource_table(files))
         elif asked.summary:
             show(overview(files))

@@ -40,7 +40,7 @@ MAY_IMPORT = {  # file or folder -> what it may import of the project, besides `
     "scores": {"probe_statistics", "whole_file"},
     "records": {"file_lock", "whole_file"},
     "sae_level": {"probe_statistics", "records", "scores", "uncertainty"},
-    "report": {"records", "terminal"},
+    "report": {"records", "terminal", "whole_file"},
     "validation": {"folds", "calibration", "datasets_wikidata", "probe_statistics", "probes", "report", "sae_loader",
                    "selectivity", "uncertainty", "validation"},
     "prober": {"folds", "activations", "bounded_queue", "datasets_wikidata", "language_model", "probes", "progress",
