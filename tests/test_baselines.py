@@ -456,11 +456,10 @@ def test_further_views_are_those_of_each_baseline(request_, tmp_path):
     assert request_.into(tmp_path).plus(*asked).run() == 0
     cells = {kind: only_cell(tmp_path, kind) for kind in KINDS}
     own = numbers(tmp_path)["pythia-tiny_women.json"]["layer_1"]["women"]
-    assert cells["identity"]["error_sel"] == cells["mean"]["latent_sel"] == 0.5, "there is nothing to see"
+    assert cells["identity"]["error_sel"] == 0.5, "there is nothing to see"
     assert cells["shuffled"]["latent_sel"] == own["latent_sel"], "what a view of the latents cannot tell apart"
-    assert cells["identity"]["latent_sel"] > 0.55
+    assert {kind for kind in KINDS if "latent_sel" in cells[kind]} == {"random", "shuffled"}, "the others have none"
     assert "error_sel" not in cells["names"]
-    assert "latent_sel" not in cells["names"]
 
 
 def only_cell(folder, kind):

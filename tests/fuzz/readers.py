@@ -193,15 +193,16 @@ class ResultJson(Reader):
         self.path = folder / "m_d.json"
         self.run = records.describe_run({"sae": "some/sae", "layers": [0, 1]})
         cell = {"model_sel": 0.75, "sae_sel": 0.5, "delta_sel": -0.25, "ci_low": -0.3, "ci_high": -0.2,
-                "p_value": 0.001, "q_value": 0.002, "transfer_sel": 0.6, "n_people": 300}  # fmt: skip
+                "p_value": 0.001, "q_value": 0.002, "transfer_sel": 0.6, "transfer_r2": 0.8,
+                "n_people": 300}  # fmt: skip
         layer = {"mse_pos": 0.5, "fvu_pos": 0.25, "l0": 8.0, "gender": cell, "is_alive": {**cell, "q_value": None}}
         file = records.RecordFile.open(self.path, self.key, self.run, overwrite=False)
         file.warnings.append("layer 0 gender: only 30 people: the interval is rough")
         file.seconds, file.resources, file.complete = {"forward": 1.5}, {"peak_ram_gb": 0.5}, True
-        interval = {"ci_low": -0.3, "ci_high": -0.2, "p_value": 0.001}
-        versus = {"difference": 0.02, **interval, "detectable": 0.01}
+        parts = {"": 0.02, "_ci_low": 0.01, "_ci_high": 0.03, "_p_value": 0.001, "_detectable": 0.01}
+        figures = {f"{score}{part}": value for score in ("delta_sel", "transfer_r2") for part, value in parts.items()}
         file.q_family = [self.path.name]
-        file.sae_level = {"mean_delta_sel": -0.25, **interval, "compared": {"other/sae": versus}}
+        file.sae_level = {**figures, "compared": {"other/sae": figures}}
         file.write({0: layer, 1: layer})
         self.text = self.path.read_bytes()
         self.content = json.loads(self.text)
