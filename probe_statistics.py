@@ -169,30 +169,31 @@ def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
     model, sae = estimate(right["model"] - 0.5), estimate(right["sae"] - 0.5)
     delta = estimate(right["sae"] - right["model"])
     return Statistics(
-        model_sel=_sel(found, right["model"]),
+        model_sel=_mean(found, right["model"]),
         model_ci_low=model.low + 0.5,
         model_ci_high=model.high + 0.5,
-        sae_sel=_sel(found, right["sae"]),
+        sae_sel=_mean(found, right["sae"]),
         sae_ci_low=sae.low + 0.5,
         sae_ci_high=sae.high + 0.5,
         **_difference("delta_sel", "", delta, epsilon),
-        transfer_sel=_sel(found, right["transfer"]) if "transfer" in right else None,
+        transfer_sel=_mean(found, right["transfer"]) if "transfer" in right else None,
         **_transfer(estimate(right["transfer"] - right["model"]) if "transfer" in right else None, epsilon),
         **_transfer_r2(estimate(r2_parts(found, "transfer")) if "transfer" in right else None),
         **_retained(model, sae, right, estimate),
-        **_change("auc", {view: auc_parts(found, view) for view in found.views}, estimate),
-        **_change("bits", {view: bits(found, view) for view in found.views}, estimate),
+        **_change(found, "auc", {view: auc_parts(found, view) for view in found.views}, estimate),
+        **_change(found, "bits", {view: bits(found, view) for view in found.views}, estimate),
         memorisation=_memorisation(found),
         n_rows=len(found.labels),
         n_people=len(np.unique(found.persons)),
         n_pos=int(found.labels.sum()),
-        error_sel=_sel(found, right["error"]) if "error" in right else None,
-        latent_sel=_sel(found, right["latents"]) if "latents" in right else None,
+        error_sel=_mean(found, right["error"]) if "error" in right else None,
+        latent_sel=_mean(found, right["latents"]) if "latents" in right else None,
     )
 
 
-def _sel(found: ProbeScores, right: Floats) -> float:
-    return float(balanced_mean(right, found.labels, found.weights).mean())
+def _mean(found: ProbeScores, values: Floats) -> float:
+    """The balanced mean over rows, and the mean of that over the partitions."""
+    return float(balanced_mean(values, found.labels, found.weights).mean())
 
 
 def _difference(name: str, prefix: str, delta: Estimate, epsilon: float) -> dict[str, Any]:
@@ -231,10 +232,10 @@ def _retained(model: Estimate, sae: Estimate, right: Mapping[str, Floats], estim
     }
 
 
-def _change(score: str, values: Mapping[str, Floats], estimate: Any) -> dict[str, Any]:
+def _change(found: ProbeScores, score: str, values: Mapping[str, Floats], estimate: Any) -> dict[str, Any]:
     """The score by view, and its difference between the SAE and the model with an interval."""
     delta: Estimate = estimate(values["sae"] - values["model"])
-    by_view = {name: estimate(values[name]).value for name in values}
+    by_view = {name: _mean(found, values[name]) for name in values}
     return {
         f"model_{score}": by_view["model"],
         f"sae_{score}": by_view["sae"],

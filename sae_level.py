@@ -31,12 +31,13 @@ def read_cells(files: Iterable[tuple[Path, Mapping[str, Any], Iterable[int]]]) -
     """The stored scores of layers of result files, each with its key; None if some are gone or not the file's own."""
     cells: dict[Place, ProbeScores] = {}
     for path, key, layers in files:
+        digest = scores.key_digest(key)
         for layer in layers:
             try:
                 stored = scores.load(scores.path_of(path, layer))
             except RequestError:
                 return None
-            if stored.key != scores.key_digest(key):
+            if stored.key != digest:
                 return None
             cells |= {(path.name, layer, probe): found for probe, found in stored.probes.items()}
     return cells
@@ -114,11 +115,11 @@ def settle(files: Mapping[tuple[SaeId, int], RecordFile]) -> None:
     for sae_id, own in by_sae.items():
         others = {_sae_name(rival): i for i, rival in rivals.items() if i != sae_id}
         family = sorted(file.path.name for file in own.values())
-        todo = [index for index, file in own.items() if not _is_settled(file, family, others)]
+        with_q = with_q_values({index: file.layers for index, file in own.items()})
+        todo = [i for i, file in own.items() if file.layers != with_q[i] or not _is_settled(file, family, others)]
         if not todo:
             continue
         level = _sae_level(cells, sae_id, others)
-        with_q = with_q_values({index: file.layers for index, file in own.items()})
         for index in todo:
             file = own[index]
             file.q_family, file.sae_level, file.complete = family, level, True
