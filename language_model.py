@@ -1,38 +1,40 @@
 """A causal language model as a source of activations: no LM head, no layer beyond the last one asked for.
 
-`open_model` reads the config and the tokenizer alone, so that a wrong request fails in seconds;
-`ModelInfo.load` brings the weights. Hooks take module outputs, which for GPT-NeoX equal TransformerLens's
-`hook_resid_post` and `hook_mlp_out` without weight processing.
+    info = open_model("EleutherAI/pythia-160m", revision="step1000")    # config and tokenizer alone
+    sites = [Site(3, "resid_post"), Site(3, "z")]
+    info.widths(sites)                                                  # {site: d}, still without weights
+    model = info.load(sites, "cpu", "float32")
+    model.activations(ids)                                              # {site: [texts, tokens, d]}
+
+Any decoder of transformers: hook points by name for the families whose blocks are built as most are, by module path
+for the rest. Values are those of the raw weights, as TransformerLens's hooks give them without weight processing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from errors import RequestError
+from model_hooks.capture import capture
+from model_hooks.checks import check
+from model_hooks.configs import read_sizes, truncated
+from model_hooks.places import HOOKPOINTS, Site, Tap, drop_layers_above, find_tap, layers_needed
+from model_hooks.widths import shape_widths
 
-MLP_NAMES = ("mlp",)
-ATTENTION_NAMES = ("attention", "self_attn", "attn")
-NO_CODE = {"trust_remote_code": False}  # unsaid, transformers would ask on the terminal
+__all__ = ["HOOKPOINTS", "ActivationSource", "LanguageModel", "ModelInfo", "Site", "open_model"]
 
-
-class Site(NamedTuple):
-    """Where activations are taken: the output of one module."""
-
-    layer: int
-    hookpoint: str  # resid_post, mlp_out, attn_out, or a module path with <layer>
+NO_REVISION = "main"  # what transformers calls the only state of a local folder, and a repository's newest
+FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model", ".py"}  # files of a local model
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class ModelInfo:
     """What is known of a model before its weights are read."""
 
     name: str  # as typed
+    revision: str | None  # branch, tag or commit of a hub model, as typed; None: its main branch, or a local folder
+    commit: str | None  # what `revision` meant when the model was opened; None: a local folder
+    trust_remote_code: bool  # whether Python code of the model's repository may run
     config: Any  # transformers.PretrainedConfig
     tokenizer: Any  # transformers.PreTrainedTokenizerFast
     n_layers: int
@@ -60,30 +65,56 @@ class ModelInfo:
 
     def fingerprint(self) -> str:
         """Commit of a hub model; sha256 over the files of a local one. It changes whenever a number could."""
-        folder = Path(self.name)
-        if not os.path.isdir(folder):  # noqa: PTH112
-            return str(getattr(self.config, "_commit_hash", None) or "unknown")
+        if self.commit is not None:
+            return self.commit
         digest = hashlib.sha256()
-        for path in sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".bin"}):
+        for path in sorted(p for p in Path(self.name).iterdir() if p.suffix in FINGERPRINTED):
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
+    def widths(self, sites: Collection[Site]) -> dict[Site, int]:
+        """Width d of what is at each site, without the weights.
+
+        Raises `RequestError`, with the alternatives, if a hook point does not exist or holds no row for each token.
+        """
+        config = truncated(self.config, layers_needed(sites))
+
+        def build() -> nn.Module:
+            # bfloat16: some kernels of mixture-of-experts models know no shapes in float32
+            options = {"dtype": torch.bfloat16, "trust_remote_code": self.trust_remote_code}
+            return _auto_class(config).from_config(config, **options).get_decoder()
+
+        return shape_widths(build, config, sites)
+
     def load(self, sites: Collection[Site], device: str, dtype: str) -> LanguageModel:
-        """Read the weights up to the last layer among `sites`. Raises `RequestError` if weights are missing."""
-        from transformers import AutoModel
+        """Read the weights up to the last layer among `sites`, and check that the sites are what their names say.
+
+        Raises `RequestError` if weights are missing or a check fails (see `model_hooks.checks`).
+        """
+        module = self._read_weights(truncated(self.config, layers_needed(sites)), getattr(torch, dtype))
+        module = _in_own_memory(module.get_decoder()).to(device).eval().requires_grad_(False)
+        taps = {site: find_tap(module, site) for site in sorted(sites)}
+        check(module, taps, torch.device(device))
+        return LanguageModel(module, taps, torch.device(device))
+
+    def _read_weights(self, config: Any, dtype: torch.dtype) -> Any:
         from transformers.utils import logging as hf_logging
 
-        config = _truncated(self.config, max(site.layer for site in sites) + 1)
         verbosity = hf_logging.get_verbosity()
         hf_logging.set_verbosity_error()  # it lists the LM head and the upper layers, left out on purpose
         hf_logging.disable_progress_bar()
         try:
-            module, report = AutoModel.from_pretrained(
-                self.name, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **NO_CODE
+            module, report = _auto_class(config).from_pretrained(
+                self.name,
+                config=config,
+                dtype=dtype,
+                revision=self.commit or NO_REVISION,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
             raise RequestError(f"--model_name {self.name}: weights cannot be read: {_first_line(error)}") from error
         finally:
             hf_logging.set_verbosity(verbosity)
@@ -91,107 +122,110 @@ class ModelInfo:
         bad = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if bad:
             raise RequestError(f"--model_name {self.name}: {len(bad)} weights are missing or misshapen: {bad[0]} ...")
-        module = _in_own_memory(module).to(device).eval().requires_grad_(False)
-        hooked = {site: find_module(module, site) for site in sorted(sites)}
-        return LanguageModel(module, hooked, torch.device(device))
+        return module
+
+
+class ActivationSource(Protocol):
+    """A `LanguageModel`, or what stands for one."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where activations are given."""
+        ...
+
+    def activations(self, ids: Tensor, lengths: Tensor) -> dict[Site, Tensor]:
+        """What is at its sites for right-padded token ids [texts, tokens], of which `lengths` [texts] are real."""
+        ...
+
+    def only(self, sites: Collection[Site]) -> ActivationSource:
+        """The same with some of its sites; `self` is of no more use."""
+        ...
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """The loaded model with the modules whose outputs are wanted."""
+    """The loaded model with the places in it whose values are wanted."""
 
-    module: nn.Module
-    hooked: dict[Site, nn.Module]
+    module: nn.Module  # the decoder without its LM head
+    taps: Mapping[Site, Tap]
     device: torch.device
 
     @torch.inference_mode()
-    def activations(self, ids: Tensor) -> dict[Site, Tensor]:
-        """Outputs of the hooked modules for right-padded token ids [texts, tokens]: site -> [texts, tokens, d].
+    def activations(self, ids: Tensor, lengths: Tensor | None = None) -> dict[Site, Tensor]:
+        """What is at the sites for right-padded token ids [texts, tokens]: site -> [texts, tokens, d of the site].
 
-        No attention mask: attention is causal and padding comes last, so no real token ever sees it. What
-        stands at padded positions is meaningless.
+        `lengths`, how many of them are real, changes nothing. No attention mask: attention is causal and padding comes
+        last, so no real token ever sees it. What stands at padded positions is meaningless.
         """
-        with _capture(self.hooked) as outputs:
+        with capture(self.taps, *ids.shape) as found:
             self.module(input_ids=ids.to(self.device, non_blocking=True), use_cache=False)
-        return outputs
+        return found
+
+    def only(self, sites: Collection[Site]) -> LanguageModel:
+        """This model with some of its sites; layers above the last of them are let go, so `self` is of no more use."""
+        drop_layers_above(self.module, layers_needed(sites))
+        return LanguageModel(self.module, {site: self.taps[site] for site in sites}, self.device)
 
 
-def open_model(name: str) -> ModelInfo:
-    """Config and tokenizer of a hub id or local folder. Raises `RequestError` if either cannot be had."""
-    from transformers import AutoConfig, AutoTokenizer
+def open_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
+    """Config and tokenizer of a hub id or local folder. Raises `RequestError` if either cannot be had.
 
+    Code of the model's own repository runs only if `trust_remote_code`.
+    """
     folder = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
     local = os.path.isdir(folder)  # noqa: PTH112 - False, not an error, for a name too long to be a path
     if local:
         name = str(folder)
         if not (folder / "config.json").is_file():
             raise RequestError(f"--model_name {name}: the folder has no config.json")
+        if revision is not None:
+            raise RequestError(f"--revision {revision}: {name} is a local folder, which has one state only")
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
         raise RequestError(f"--model_name {name!r}: no such folder (and not a hub id of the form owner/name)")
     try:
-        config = AutoConfig.from_pretrained(name, **NO_CODE)
-        tokenizer = AutoTokenizer.from_pretrained(name, **NO_CODE)
+        commit = None if local else _commit(name, revision or NO_REVISION)
+        config, tokenizer = _read_config_and_tokenizer(name, commit, trust_remote_code)
     except Exception as error:  # the hub client and the parsers raise many kinds; all mean that this name is unusable
-        raise RequestError(
-            f"--model_name {name}: not a local folder, and not to be had from the hub: {_first_line(error)}"
-            if not local
-            else f"--model_name {name}: config or tokenizer cannot be read: {_first_line(error)}"
-        ) from error
+        raise RequestError(f"--model_name {name}: {_why_unusable(error, local, revision)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise RequestError(f"--model_name {name}: needs a fast tokenizer (tokenizer.json) to place the name's tokens")
-    text = config.get_text_config()
     try:
-        return ModelInfo(
-            name=name,
-            config=config,
-            tokenizer=tokenizer,
-            n_layers=int(text.num_hidden_layers),
-            d_model=int(text.hidden_size),
-            max_length=int(text.max_position_embeddings),
-        )
-    except AttributeError as error:
+        sizes = read_sizes(config, tokenizer)
+    except (AttributeError, ValueError) as error:
         raise RequestError(f"--model_name {name}: not a decoder-only language model ({error})") from error
+    return ModelInfo(name, revision, commit, trust_remote_code, config, tokenizer, *sizes)
 
 
-def find_module(model: nn.Module, site: Site) -> nn.Module:
-    """The module whose output `site` names, in a model without its LM head.
+def _commit(name: str, revision: str) -> str:
+    """The commit of a hub model that `revision` means now: config, tokenizer and weights are all read at that one."""
+    from transformers.utils import cached_file
 
-    `resid_post` is the whole block, `mlp_out` and `attn_out` its parts; anything else is a module path with
-    `<layer>`, such as `gpt_neox.layers.<layer>.mlp`. Raises `RequestError` if there is no such module.
-    """
-    layer, hookpoint = site
-    if "<layer>" in hookpoint:
-        path = hookpoint.replace("<layer>", str(layer))
-        path = path.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
-        try:
-            return model.get_submodule(path)
-        except AttributeError as error:
-            raise RequestError(f"--hookpoint {hookpoint}: the model has no module {path} ({error})") from error
-    block = _blocks(model)[layer]
-    if hookpoint == "resid_post":
-        return block
-    names = {"mlp_out": MLP_NAMES, "attn_out": ATTENTION_NAMES}.get(hookpoint)
-    if names is None:
-        raise RequestError(f"--hookpoint {hookpoint!r}: use resid_post, mlp_out, attn_out or a path with <layer>")
-    for name in names:
-        if isinstance(part := getattr(block, name, None), nn.Module):
-            return part
-    raise RequestError(f"--hookpoint {hookpoint}: {type(block).__name__} has none of {', '.join(names)}")
+    config = Path(str(cached_file(name, "config.json", revision=revision)))  # .../snapshots/<commit>/config.json
+    return config.parent.name
 
 
-def _blocks(model: nn.Module) -> nn.ModuleList:
-    for name in ("layers", "h"):
-        if isinstance(blocks := getattr(model, name, None), nn.ModuleList):
-            return blocks
-    raise RequestError(f"{type(model).__name__}: no list of layers found; give --hookpoint as a module path")
+def _read_config_and_tokenizer(name: str, commit: str | None, trust: bool) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoTokenizer
+
+    options = {"revision": commit or NO_REVISION, "trust_remote_code": trust}  # unsaid, it would ask on the terminal
+    return AutoConfig.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name, **options)
 
 
-def _truncated(config: Any, n_layers: int) -> Any:
-    """A copy of the config that builds only the first `n_layers` layers."""
-    copy = type(config).from_dict(config.to_dict())
-    text = copy.get_text_config()
-    text.num_hidden_layers = n_layers
-    return copy
+def _why_unusable(error: Exception, local: bool, revision: str | None) -> str:
+    if "trust_remote_code" in str(error):
+        return "it comes with Python code of its own: read it, and allow it with --trust_remote_code"
+    if local:
+        return f"config or tokenizer cannot be read: {_first_line(error)}"
+    at = f" at revision {revision}" if revision else ""
+    return f"not a local folder, and not to be had from the hub{at}: {_first_line(error)}"
+
+
+def _auto_class(config: Any) -> Any:
+    """`AutoModel`, which has no LM head; a repository's own code may know only how to build the model with one."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    own = getattr(config, "auto_map", None) or {}
+    return AutoModelForCausalLM if "AutoModelForCausalLM" in own and "AutoModel" not in own else AutoModel
 
 
 def _in_own_memory(module: nn.Module) -> nn.Module:
@@ -199,32 +233,6 @@ def _in_own_memory(module: nn.Module) -> nn.Module:
     for weight in (*module.parameters(), *module.buffers()):
         weight.data = weight.data.clone()
     return module
-
-
-@contextlib.contextmanager
-def _capture(modules: dict[Site, nn.Module]) -> Iterator[dict[Site, Tensor]]:
-    """Collect the modules' outputs while inside; the hooks are gone afterwards, whatever happens.
-
-    Only those of this thread: several may run the model at a time.
-    """
-    outputs: dict[Site, Tensor] = {}
-    owner = threading.get_ident()
-
-    def keep(site: Site) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            if threading.get_ident() == owner:
-                outputs[site] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    handles = []
-    try:
-        for site, module in modules.items():
-            handles.append(module.register_forward_hook(keep(site)))
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from errors import RequestError
-from language_model import Site, find_module, open_model
+from language_model import Site, open_model
 
 
 def load(folder, *sites):
@@ -23,22 +23,24 @@ def ids():
 
 
 @pytest.mark.parametrize(
-    ("hookpoint", "path"),
+    ("hookpoint", "path", "side"),
     [
-        ("resid_post", "gpt_neox.layers.{}"),
-        ("mlp_out", "gpt_neox.layers.{}.mlp"),
-        ("attn_out", "gpt_neox.layers.{}.attention"),
-        ("gpt_neox.layers.<layer>.attention.dense", "gpt_neox.layers.{}.attention.dense"),
+        ("gpt_neox.layers.<layer>", "gpt_neox.layers.{}", "output"),
+        ("layers.<layer>.attention", "gpt_neox.layers.{}.attention", "output"),
+        ("gpt_neox.layers.<layer>.attention.dense", "gpt_neox.layers.{}.attention.dense", "output"),
+        ("layers.<layer>.attention.dense:in", "gpt_neox.layers.{}.attention.dense", "input"),
+        ("model.layers.<layer>.attention:in", "gpt_neox.layers.{}.attention", "input"),
     ],
 )
-def test_activations_equal_a_plain_hook_on_the_whole_model(tiny_model, ids, hookpoint, path):
+def test_a_path_is_a_plain_hook_on_the_whole_model(tiny_model, ids, hookpoint, path, side):
     whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     expected = {}
     for layer in (0, 1):
-        module = whole.get_submodule(path.format(layer))
-        module.register_forward_hook(
-            lambda _m, _i, out, layer=layer: expected.update({layer: out[0] if isinstance(out, tuple) else out})
-        )
+
+        def hook(_module, args, output, layer=layer):
+            expected[layer] = args[0] if side == "input" else output[0] if isinstance(output, tuple) else output
+
+        whole.get_submodule(path.format(layer)).register_forward_hook(hook)
     with torch.no_grad():
         whole(input_ids=ids)
     found = load(tiny_model, Site(0, hookpoint), Site(1, hookpoint)).activations(ids)
@@ -56,39 +58,12 @@ def test_last_layer_is_taken_before_the_final_layer_norm(tiny_model, ids):
     assert not torch.allclose(found, normed, atol=1e-2)
 
 
-def test_no_layer_beyond_the_last_asked_for_and_no_head(tiny_model):
-    model = load(tiny_model, Site(1, "resid_post"))
-    assert len(model.module.layers) == 2
-    assert not hasattr(model.module, "embed_out")
-
-
-def test_batched_with_padding_equals_one_by_one(tiny_model, ids):
-    sites = [Site(layer, "resid_post") for layer in range(3)]
-    model = load(tiny_model, *sites)
-    lengths = [20, 13, 7, 1]
-    padded = ids.clone()
-    for row, length in enumerate(lengths):
-        padded[row, length:] = 0
-    batched = model.activations(padded)
-    for row, length in enumerate(lengths):
-        alone = model.activations(ids[row : row + 1, :length])
-        for site in sites:
-            torch.testing.assert_close(batched[site][row, :length], alone[site][0], atol=1e-5, rtol=0)
-
-
 def test_hooks_are_removed_also_when_the_forward_pass_fails(tiny_model, ids):
-    model = load(tiny_model, Site(1, "resid_post"))
+    model = load(tiny_model, Site(1, "resid_post"), Site(1, "z"))
     with pytest.raises(IndexError):
         model.activations(ids + 10_000)
     model.activations(ids)
-    assert not any(module._forward_hooks for module in model.module.modules())
-
-
-@pytest.mark.parametrize("hookpoint", ["resid_mid", "layers.<layer>.nothing"])
-def test_an_unknown_hookpoint_is_refused(tiny_model, hookpoint):
-    module = load(tiny_model, Site(0, "resid_post")).module
-    with pytest.raises(RequestError, match="hookpoint"):
-        find_module(module, Site(0, hookpoint))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.module.modules())
 
 
 def test_fingerprint_follows_the_weights(tiny_model, tmp_path):

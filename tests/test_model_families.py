@@ -1,0 +1,173 @@
+"""The same job on every family: the places that names mean, against plain hooks and against TransformerLens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import people, write_csv, write_sparsify
+from families import D_MODEL, FAMILIES, MAX_LENGTH, N_LAYERS, Family
+from runs import Request, files, numbers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from datasets_wikidata import Mention, tokenise
+from language_model import HOOKPOINTS, Site, open_model
+
+PLAIN = [name for name in HOOKPOINTS if not name.endswith("_normalized")]
+LAYERS = (0, 1)
+HAS_BOS_TEMPLATE = {"llama", "gemma", "gemma2", "gemma3_text"}
+
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory) -> Folder:
+    """The saved model of a family, made when it is first asked for."""
+    made: dict[str, Path] = {}
+    root = tmp_path_factory.mktemp("families")
+
+    def of(name: str) -> Path:
+        if name not in made:
+            made[name] = FAMILIES[name].save(root / name, tiny_model, adds_bos=name in HAS_BOS_TEMPLATE)
+        return made[name]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    """[4, 20]: longer than the families' sliding windows."""
+    return torch.randint(1, 300, (4, 20), generator=torch.Generator().manual_seed(1))
+
+
+def every(hookpoints: list[str] | tuple[str, ...]) -> list[Site]:
+    return [Site(layer, hookpoint) for layer in LAYERS for hookpoint in hookpoints]
+
+
+def plain_hooks(model: nn.Module, ids: Tensor) -> dict[tuple[str, str], Tensor]:
+    """What goes into and comes out of every module of the whole model: (path, input or output) -> tensor."""
+    seen: dict[tuple[str, str], Tensor] = {}
+    for path, module in model.named_modules():
+
+        def hook(_module, args, kwargs, output, path=path):
+            seen[path, "input"] = args[0] if args else kwargs.get("hidden_states")
+            seen[path, "output"] = output[0] if isinstance(output, tuple) else output
+
+        module.register_forward_hook(hook, with_kwargs=True)
+    with torch.inference_mode():
+        model(input_ids=ids, use_cache=False)
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_hookpoint_equals_a_plain_hook_on_the_whole_model(family: Family, folder: Folder, ids: Tensor):
+    whole = AutoModelForCausalLM.from_pretrained(folder(family.name), dtype=torch.float32).eval()
+    seen = plain_hooks(whole, ids)
+    found = open_model(str(folder(family.name))).load(every(PLAIN), "cpu", "float32").activations(ids)
+    assert found.keys() == set(every(PLAIN))
+    for site in every(PLAIN):
+        expected = seen[family.place(site.hookpoint, site.layer)].reshape(*ids.shape, -1)
+        torch.testing.assert_close(found[site], expected, atol=1e-6, rtol=0, msg=lambda m, site=site: f"{site}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_what_the_parts_put_out_is_what_the_residual_stream_gains(family: Family, folder: Folder, ids: Tensor):
+    found = open_model(str(folder(family.name))).load(every(PLAIN), "cpu", "float32").activations(ids)
+    for layer in LAYERS:
+        before, attention, mlp, after = (
+            found[Site(layer, name)] for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")
+        )
+        torch.testing.assert_close(before + attention + mlp, after, atol=2e-6 * float(after.abs().max()), rtol=0)
+        assert attention.abs().max() > 0.01 and mlp.abs().max() > 0.01
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_padded_text_has_the_activations_of_the_text_alone(family: Family, folder: Folder, ids: Tensor):
+    model = open_model(str(folder(family.name))).load(every(HOOKPOINTS), "cpu", "float32")
+    padded, lengths = ids.clone(), (20, 13, 7, 1)
+    for row, length in enumerate(lengths):
+        padded[row, length:] = 0  # the pad token of OPT and Gemma among others
+    batched = model.activations(padded)
+    for row, length in enumerate(lengths):
+        for site, alone in model.activations(ids[row : row + 1, :length]).items():
+            scale = max(1.0, float(alone.abs().max()))
+            torch.testing.assert_close(batched[site][row, :length] / scale, alone[0] / scale, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_widths_are_known_before_the_weights(family: Family, folder: Folder, ids: Tensor, monkeypatch):
+    info = open_model(str(folder(family.name)))
+    path = f"{family.block.format('<layer>')}.{family.attention}"
+    sites = [*every(HOOKPOINTS), Site(1, f"{path}:in"), Site(1, f"{path}.{family.projection}:in")]
+    with monkeypatch.context() as patched:
+        patched.setattr(type(info), "_read_weights", lambda *_: pytest.fail("weights were read"))
+        widths = info.widths(sites)
+    assert widths[Site(0, "z")] == family.d_z
+    assert {widths[site] for site in every(HOOKPOINTS) if site.hookpoint != "z"} == {D_MODEL}
+    assert {site: x.shape[-1] for site, x in info.load(sites, "cpu", "float32").activations(ids).items()} == widths
+
+
+def test_widths_of_a_model_that_no_memory_here_would_hold(tiny_model: Path, tmp_path: Path):
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    LlamaConfig(**sizes, num_hidden_layers=800, vocab_size=128256).save_pretrained(tmp_path)
+    sites = [Site(10, "z"), Site(2, "layers.<layer>.mlp.down_proj:in"), Site(10, "layers.<layer>.self_attn.k_proj")]
+    assert list(open_model(str(tmp_path)).widths(sites).values()) == [8192, 28672, 1024]
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_layers_above_are_never_built(family: Family, folder: Folder, monkeypatch):
+    info = open_model(str(folder(family.name)))
+    whole = {name: list(getattr(info.config, name)) for name in family.per_layer}
+    asked = {("resid_post", 0): 1, ("resid_pre", 1): 1, ("resid_pre", 2): 2, ("mlp_out", 1): 2}
+    for (hookpoint, layer), n_layers in asked.items():
+        model = info.load([Site(layer, hookpoint)], "cpu", "float32")
+        blocks = [m for name, m in model.module.named_children() if name in ("layers", "h")]
+        assert [len(block) for block in blocks] == [n_layers]
+        assert model.module.get_output_embeddings() is None
+        for name, values in whole.items():
+            assert list(getattr(model.module.config, name)) == values[:n_layers]
+            assert list(getattr(info.config, name)) == values, "the model's own config was changed"
+    assert info.n_layers == (4 if family.name == "gpt_neo" else N_LAYERS)
+    assert (info.d_model, info.max_length) == (D_MODEL, MAX_LENGTH)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "gemma2", "opt"])
+def test_half_precision_gives_the_whole_model_s_values_in_it(name: str, dtype: str, folder: Folder, ids: Tensor):
+    family = FAMILIES[name]
+    whole = AutoModelForCausalLM.from_pretrained(folder(name), dtype=getattr(torch, dtype)).eval()
+    seen = plain_hooks(whole, ids)
+    found = open_model(str(folder(name))).load(every(HOOKPOINTS), "cpu", dtype).activations(ids)
+    for site in every(PLAIN):
+        assert found[site].dtype == getattr(torch, dtype)
+        expected = seen[family.place(site.hookpoint, site.layer)].reshape(*ids.shape, -1)
+        torch.testing.assert_close(found[site], expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_a_tokenizer_that_adds_bos_itself_does_not_double_it(name: str, folder: Folder):
+    info = open_model(str(folder(name)))
+    text = "We met Maria Lindmann"
+    by_itself = info.tokenizer(text)["input_ids"]
+    assert (by_itself[0] == info.tokenizer.bos_token_id) == (name in HAS_BOS_TEMPLATE)
+    mention = Mention(text=text, start=7, end=len(text), person="maria lindmann")
+    (with_bos,) = tokenise([mention], info.tokenizer, prepend_bos=True, max_length=64).ids
+    (without,) = tokenise([mention], info.tokenizer, prepend_bos=False, max_length=64).ids
+    assert list(with_bos).count(info.tokenizer.bos_token_id) == 1
+    assert list(with_bos[1:]) == list(without) == list(by_itself[name in HAS_BOS_TEMPLATE :])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_the_program_runs_on_the_family(name: str, folder: Folder, tmp_path: Path):
+    data = write_csv(tmp_path / "women.csv", people(120))
+    saes = (write_sparsify(tmp_path / "resid", range(2)), write_sparsify(tmp_path / "mlp", range(2), suffix=".mlp"))
+    request = Request(folder(name), saes, data, tmp_path / "out", ("--folds", "3", "--repeats", "1"))
+    assert request.run() == 0
+    assert len(files(request.out)) == 2
+    for layers in numbers(request.out).values():
+        assert layers.keys() == {"layer_0", "layer_1"}
+        assert all(layer["fvu_pos"] > 0 and "women" in layer for layer in layers.values())
