@@ -30,8 +30,8 @@ class Coder(Protocol):
         """Codes of ``[rows, d_in]``, in the coder's dtype and on its device."""
         ...
 
-    def decode(self, codes: SparseRows) -> Tensor:
-        """Reconstruction, float32 ``[rows, d_in]``."""
+    def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
+        """Reconstruction, float32 ``[rows, d_out]``, given what was encoded too where a skip connection needs it."""
         ...
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Coder:
@@ -48,9 +48,9 @@ class LinearCoder:
     b_enc: Tensor
     """``[d_sae]``; a decoder bias that the format subtracts from the input is folded in (``fold_b_dec``)."""
     W_dec: Tensor
-    """``[d_sae, d_in]``."""
+    """``[d_sae, d_out]``."""
     b_dec: Tensor
-    """``[d_in]``."""
+    """``[d_out]``."""
     selection: Selection
 
     @property
@@ -64,7 +64,7 @@ class LinearCoder:
     def encode(self, x: Tensor) -> SparseRows:
         return self.selection(F.linear(x, self.W_enc, self.b_enc))
 
-    def decode(self, codes: SparseRows) -> Tensor:
+    def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
         recon = F.embedding_bag(
             codes.col.to(codes.crow.dtype),
             self.W_dec,
@@ -83,6 +83,33 @@ class LinearCoder:
             b_dec=self.b_dec.to(device, dtype),
             selection=self.selection.to(device, dtype),
         )
+
+
+@dataclass(frozen=True)
+class SkipCoder:
+    """A coder whose decoder also sees the input: x̂ = what the coder decodes + x W_skipᵀ (arXiv 2501.18823)."""
+
+    coder: Coder
+    W_skip: Tensor
+    """``[d_out, d_in]``."""
+
+    @property
+    def device(self) -> torch.device:
+        return self.coder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.coder.dtype
+
+    def encode(self, x: Tensor) -> SparseRows:
+        return self.coder.encode(x)
+
+    def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
+        assert x is not None, "a skip connection needs the encoder's input: decode(codes, x)"
+        return self.coder.decode(codes, x) + F.linear(x.to(self.device, self.dtype), self.W_skip).float()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SkipCoder:
+        return SkipCoder(self.coder.to(device, dtype), self.W_skip.to(device, dtype))
 
 
 def fold_b_dec(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:

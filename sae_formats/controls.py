@@ -26,7 +26,7 @@ class IdentityCoder:
     def encode(self, x: Tensor) -> SparseRows:
         return Dense()(x)
 
-    def decode(self, codes: SparseRows) -> Tensor:
+    def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
         return codes.value.view(codes.n_rows, self.d_in)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> IdentityCoder:
@@ -56,8 +56,8 @@ class ShuffledDecoder:
     def encode(self, x: Tensor) -> SparseRows:
         return self.coder.encode(x)
 
-    def decode(self, codes: SparseRows) -> Tensor:
-        return self.coder.decode(replace(codes, col=self.other[codes.col.long()]))
+    def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
+        return self.coder.decode(replace(codes, col=self.other[codes.col.long()]), x)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ShuffledDecoder:
         return ShuffledDecoder(self.coder.to(device, dtype), self.other.to(device))

@@ -1,10 +1,13 @@
-"""Reading an SAE's files, and saying in one line what is wrong with them."""
+"""Reading an SAE's files, and saying in one line what is wrong with them.
+
+Weights are in safetensors or, by their suffix, in a file of ``torch.save`` (``torch_file``).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from errors import RequestError
+from sae_formats.torch_file import SUFFIXES, read_torch_file
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names and the shapes that their config promises."""
@@ -20,9 +24,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `RequestError` if the file is missing or is not one."""
+    _check_file(path, "a folder with weights needs its config")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(config, dict):
         raise RequestError(f"{path}: a JSON object was expected, this is a {type(config).__name__}")
@@ -38,39 +43,57 @@ def positive_int(config: Mapping[str, Any], key: str, path: Path) -> int:
     return value
 
 
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a file of weights, from its header alone."""
+    _check_file(path, "the config beside it needs these weights")
+    if path.suffix in SUFFIXES:
+        return {name: tuple(tensor.shape) for name, tensor in read_torch_file(path).items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _truncated(path, error) from error
+
+
 def tensor_names(path: Path) -> set[str]:
-    """What a safetensors file holds, from its header alone."""
-    return set(_read_shapes(path))
+    """What a file of weights holds, from its header alone."""
+    return set(read_shapes(path))
 
 
 def check_shapes(path: Path, expected: Shapes) -> None:
-    """Compare a safetensors file's header with what the config promises. Raises `RequestError` at a difference."""
-    found = _read_shapes(path)
+    """Compare the header of a file of weights with what the config promises. Raises `RequestError` at a difference."""
+    found = read_shapes(path)
     for name, shape in expected.items():
         if name not in found:
             raise RequestError(f"{path}: no tensor {name!r}; it holds {', '.join(sorted(found)) or 'nothing'}")
         if found[name] != shape:
             transposed = " (transposed?)" if len(shape) > 1 and found[name] == shape[::-1] else ""
             raise RequestError(
-                f"{path}: {name} has shape {list(found[name])}{transposed}, but cfg.json says {list(shape)}"
+                f"{path}: {name} has shape {list(found[name])}{transposed}, but its config says {list(shape)}"
             )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file as float32, in memory of their own.
+def check_finite(where: object, name: str, tensor: Tensor) -> None:
+    """Raises `RequestError` if a tensor, found somewhere under a name, holds a value that is not finite."""
+    if not torch.isfinite(tensor).all():
+        raise RequestError(f"{where}: {name} holds NaN or infinity; the file is broken, or its training diverged")
 
-    safetensors maps the file: if somebody wrote to it during the run, numbers would change or the process would die.
+
+def check_values(path: Path) -> None:
+    """Read a file of weights once, one tensor at a time. Raises `RequestError` if a value is not finite."""
+    for name, tensor in _tensors(path):
+        check_finite(path, name, tensor)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file of weights as float32, in memory of their own.
+
+    Files are mapped: if somebody wrote to one during the run, numbers would change or the process would die.
     Raises `RequestError` if a tensor holds a value that is not finite.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in names}
-    except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in _tensors(path)}
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise RequestError(f"{path}: {name} holds NaN or infinity; the file is broken, or its training diverged")
+        check_finite(path, name, tensor)
     return tensors
 
 
@@ -84,15 +107,43 @@ def digest_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    if not path.is_file():
-        raise RequestError(f"{path}: no such file; the config beside it needs these weights")
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and values, whatever their order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as they are stored, mapped from the file."""
+    if path.suffix in SUFFIXES:
+        yield from read_torch_file(path).items()
+        return
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+        raise _truncated(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> RequestError:
+def _check_file(path: Path, why: str) -> None:
+    """Refuse what is no file with something in it that may be read; ``why`` says who wants it."""
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except IsADirectoryError as error:
+        raise RequestError(f"{path}: a folder of this name stands where a file is expected") from error
+    except FileNotFoundError as error:
+        dangling = "a symbolic link to a file that is not there" if path.is_symlink() else "no such file"
+        raise RequestError(f"{path}: {dangling}; {why}") from error
+    except OSError as error:  # no permission, a link to itself, a disk that fails
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
+    if empty:
+        raise RequestError(f"{path}: the file is empty; copy or download it again")
+
+
+def _truncated(path: Path, error: Exception) -> RequestError:
     return RequestError(f"{path}: not a whole safetensors file ({error}); copy or download it again")

@@ -1,13 +1,28 @@
 """Names of the places in a model that SAEs are trained on, in three dialects, and the one this project speaks.
 
-============================  ===========================  ======================
-ours                          sparsify (module paths)      SAE Lens (TransformerLens)
-============================  ===========================  ======================
-layer 5, ``resid_post``       ``layers.5``                 ``blocks.5.hook_resid_post``, ``blocks.6.hook_resid_pre``
-layer 5, ``mlp_out``          ``layers.5.mlp``             ``blocks.5.hook_mlp_out``
-layer 5, ``attn_out``         ``layers.5.attention``       ``blocks.5.hook_attn_out``
-a path with ``<layer>``       ``layers.5.mlp.act``         any other
-============================  ===========================  ======================
+===================  ==================================  ===========================  ==============================
+ours                 what it is, of one layer            module paths (sparsify, HF)  SAE Lens (TransformerLens)
+===================  ==================================  ===========================  ==============================
+``resid_post``       the residual stream after it        ``layers.5``                 ``blocks.5.hook_resid_post``
+``resid_pre``        the residual stream before it       ``layers.5:in``              ``blocks.5.hook_resid_pre``
+``mlp_out``          what the MLP adds to the stream     ``layers.5.mlp``             ``blocks.5.hook_mlp_out``
+``mlp_in``           what the MLP receives               ``layers.5.mlp:in``          ``blocks.5.mlp.hook_in``
+``mlp_normalized``   the same, before the norm's         none                         ``blocks.5.ln2.hook_normalized``
+                     weight and bias
+``attn_out``         what attention adds to the stream   ``layers.5.attention``       ``blocks.5.hook_attn_out``
+``attn_in``          what attention receives             ``layers.5.attention:in``    ``blocks.5.attn.hook_in``
+``attn_normalized``  the same, before the norm's         none                         ``blocks.5.ln1.hook_normalized``
+                     weight and bias
+``z``                the heads' outputs side by side     ``...attention.dense:in``    ``blocks.5.attn.hook_z``
+a path               a module's output, or with ``:in``  ``layers.5.mlp.act``         none
+                     its input
+===================  ==================================  ===========================  ==============================
+
+A path has ``<layer>`` in place of the number. ``hook_normalized`` of a LayerNorm stood behind weight and bias in older
+versions of TransformerLens; of an RMSNorm it never did, and Gemma Scope's transcoders, which SAE Lens lists there, were
+trained on inputs without the gain (arXiv 2408.05147, "Language model technical details"). ``hook_mlp_in`` and
+``hook_resid_mid`` are the stream between attention and the MLP, which no module of every model receives or gives: they
+are not known here.
 """
 
 from __future__ import annotations
@@ -15,17 +30,41 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_LAST_PART = {
+INPUT = ":in"
+"""Appended to a module path: what the module receives, not what it gives."""
+
+_ATTENTION = ("attention", "attn", "self_attn")
+_OUT_PROJECTION = ("dense", "c_proj", "o_proj", "out_proj")
+_AFTER_LAYER = {
     "": "resid_post",
     "hook_resid_post": "resid_post",
+    INPUT: "resid_pre",
+    "hook_resid_pre": "resid_pre",
     "mlp": "mlp_out",
     "hook_mlp_out": "mlp_out",
-    "attention": "attn_out",
-    "attn": "attn_out",
-    "self_attn": "attn_out",
+    "post_feedforward_layernorm": "mlp_out",  # Gemma 2 and 3 normalise what the MLP adds
+    f"mlp{INPUT}": "mlp_in",
+    "mlp.hook_in": "mlp_in",
+    "ln2.hook_normalized": "mlp_normalized",
+    "pre_feedforward_layernorm": "mlp_in",  # of the same models, straight before the MLP
+    **dict.fromkeys(_ATTENTION, "attn_out"),
     "hook_attn_out": "attn_out",
+    **dict.fromkeys((f"{name}{INPUT}" for name in _ATTENTION), "attn_in"),
+    "attn.hook_in": "attn_in",
+    "ln1.hook_normalized": "attn_normalized",
+    **dict.fromkeys((f"{name}.{last}{INPUT}" for name in _ATTENTION for last in _OUT_PROJECTION), "z"),
+    "attn.hook_z": "z",
+    "hook_z": "z",
 }
-_NUMBERED = re.compile(r"(?P<before>(?:[A-Za-z_]\w*\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?:\.(?P<after>.+))?")
+"""What follows the layer's number in a name, and the place it means."""
+
+_PARTS = ("mlp", *_ATTENTION)
+_NORM_AFTER_PARTS = re.compile(r"gemma-?[23]|olmo-?[23]|glm-?4", re.IGNORECASE)
+"""Models that normalise what a part gives before it is added to the stream."""
+_INPUT_OF = {"resid_post": "resid_pre", "mlp_out": "mlp_in", "attn_out": "attn_in"}
+_NUMBERED = re.compile(
+    r"(?P<before>(?:[A-Za-z_]\w*\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?P<after>\.[^:]+)?(?P<input>:in)?"
+)
 
 
 class HookPoint(NamedTuple):
@@ -33,22 +72,27 @@ class HookPoint(NamedTuple):
 
     layer: int
     place: str
-    """``resid_post``, ``mlp_out``, ``attn_out``, or a path with ``<layer>``."""
+    """A name of the table above, or a path with ``<layer>``."""
 
 
-def parse(name: str) -> HookPoint | None:
+def parse(name: str, model_name: str | None = None) -> HookPoint | None:
     """The hook point that a name with a layer number means; None if it is no such name.
 
-    ``hook_resid_pre`` of a layer is ``resid_post`` of the layer before; of layer 0 it is no layer's output.
+    In a model that is known to normalise what its parts give, the output of a part as a module is not what it adds,
+    and stays a path.
     """
     match = _NUMBERED.fullmatch(name)
     if match is None:
         return None
-    layer, after = int(match["layer"]), match["after"] or ""
-    if after == "hook_resid_pre" and layer > 0:
-        return HookPoint(layer - 1, "resid_post")
-    path = f"{match['before']}{match['list']}.<layer>"
-    return HookPoint(layer, _LAST_PART.get(after, f"{path}.{after}"))
+    path = f"{match['before']}{match['list']}.<layer>{match['after'] or ''}{match['input'] or ''}"
+    given = _after_layer(path) in _PARTS and _NORM_AFTER_PARTS.search(model_name or "") is not None
+    return HookPoint(int(match["layer"]), path if given else canonical(path))
+
+
+def canonical(place: str) -> str:
+    """The table's name of a place, whatever the dialect; a path that the table does not list stays as it is."""
+    after = _after_layer(place)
+    return place if after is None else _AFTER_LAYER.get(after, place)
 
 
 def same_place(asked: str, found: str) -> bool:
@@ -56,10 +100,22 @@ def same_place(asked: str, found: str) -> bool:
 
     Paths may differ in what comes before the list of layers: ``gpt_neox.layers.<layer>.mlp`` is ``mlp_out``.
     """
-    return _after_layer(asked) == _after_layer(found)
+    asked, found = canonical(asked), canonical(found)
+    paths = _after_layer(asked), _after_layer(found)
+    return asked == found if None in paths else paths[0] == paths[1]
 
 
-def _after_layer(place: str) -> str:
+def input_of(place: str) -> str:
+    """What the module receives whose output this place is: where a transcoder of that module reads."""
+    return _INPUT_OF.get(place, canonical(f"{place}{INPUT}"))
+
+
+def is_module_path(place: str) -> bool:
+    """Whether a place is a path, and not a name of the table."""
+    return "<layer>" in place
+
+
+def _after_layer(place: str) -> str | None:
+    """What follows ``<layer>``, without the dot between them; None if the place is no path."""
     _, number, after = place.partition("<layer>")
-    after = after.removeprefix(".")
-    return _LAST_PART.get(after, after) if number else place
+    return after.removeprefix(".") if number else None

@@ -13,12 +13,14 @@ from huggingface_hub.errors import HTTPError as HubHTTPError
 
 from errors import RequestError
 
-_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+CONFIGS = ("cfg.json", "sae.json", "config.json")
+
+_NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w-][\w.-]*)?)(?P<below>(/[\w-][\w.-]*)*)")
 
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A repository of which the configs have been fetched."""
+    """A repository of which the configs have been fetched, all or those below one of its folders."""
 
     name: str
     folder: Path
@@ -26,9 +28,11 @@ class HubRepository:
     cache_dir: Path | None
 
     @classmethod
-    def open(cls, name: str, cache_dir: Path | None = None) -> HubRepository:
+    def open(cls, name: str, cache_dir: Path | None = None, below: str = "") -> HubRepository:
         """Fetch the configs. Raises `RequestError` if the name is no repository's or it cannot be reached."""
-        return cls(name, _download(name, ["cfg.json", "*/cfg.json", "config.json"], cache_dir), cache_dir)
+        prefix = f"{below}/" if below else ""
+        patterns = [f"{prefix}{pattern}" for config in CONFIGS for pattern in (config, f"*/{config}")]
+        return cls(name, _download(name, patterns, cache_dir, partly=True), cache_dir)
 
     @property
     def revision(self) -> str:
@@ -38,22 +42,29 @@ class HubRepository:
     def fetch(self, folder: Path, files: Sequence[str]) -> None:
         """Have these files of one folder of the snapshot on disk; files that the repository lacks are passed over."""
         below = folder.relative_to(self.folder)
-        found = _download(self.name, [(below / file).as_posix() for file in files], self.cache_dir)
+        found = _download(self.name, [(below / file).as_posix() for file in files], self.cache_dir, partly=False)
         if found != self.folder:
             raise RequestError(f"{self.name}: it was changed on the Hub in this very minute; run again")
 
 
-def is_repository_name(name: str) -> bool:
-    """Whether the Hub could have a repository of this name; paths with dots, tildes or many slashes are none."""
-    return len(name) <= 96 and _REPOSITORY.fullmatch(name) is not None and not name.startswith(".")
+def split_name(name: str) -> tuple[str, str] | None:
+    """``owner/repository`` and the folder below it that a name such as ``owner/repository/layers.5`` means.
+
+    None if the Hub has no such names: paths with dots and tildes in front, spaces, or nothing between slashes.
+    """
+    match = _NAME.fullmatch(name.rstrip("/"))
+    if match is None or len(match["repository"]) > 96:
+        return None
+    return match["repository"], match["below"].removeprefix("/")
 
 
-def _download(name: str, patterns: list[str], cache_dir: Path | None) -> Path:
+def _download(name: str, patterns: list[str], cache_dir: Path | None, *, partly: bool) -> Path:
+    """The snapshot with the files of these patterns; ``partly``: what the cache has of them is enough offline."""
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, cache_dir=cache_dir))
     except (OSError, HubHTTPError, HFValidationError) as error:
         partial = getattr(error, "snapshot_path", None)  # offline, and only some of the folders are in the cache
-        if partial is not None and patterns[0] == "cfg.json":
+        if partial is not None and partly:
             return Path(partial)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(

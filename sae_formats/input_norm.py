@@ -1,6 +1,9 @@
 """What some SAEs do to an activation before encoding it, and undo after decoding.
 
-The names are SAE Lens's: https://github.com/decoderesearch/SAELens, ``saes/sae.py``.
+``constant_norm_rescale`` and ``layer_norm`` are SAE Lens's (https://github.com/decoderesearch/SAELens,
+``saes/sae.py``). ``centre`` stands for TransformerLens's ``center_writing_weights``: with it the residual stream of a
+LayerNorm model, and whatever is added to it, is what it is without, less its mean over the coordinates
+(``transformer_lens_weights``). ``layer_norm`` needs no ``centre`` before it: it subtracts the same mean itself.
 """
 
 from __future__ import annotations
@@ -10,7 +13,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-InputNorm = Literal["none", "constant_norm_rescale", "layer_norm"]
+RunTimeNorm = Literal["none", "constant_norm_rescale", "layer_norm"]
+"""What a file of SAE Lens may ask for."""
+
+InputNorm = Literal[RunTimeNorm, "centre", "centre, constant_norm_rescale"]
+"""What is done here."""
 
 
 class Normalised(NamedTuple):
@@ -24,16 +31,31 @@ class Normalised(NamedTuple):
     """``[rows]``, or None for 0."""
 
 
+def centred(norm: RunTimeNorm) -> InputNorm:
+    """The same normalisation, of activations that are centred first."""
+    if norm == "none":
+        return "centre"
+    return "centre, constant_norm_rescale" if norm == "constant_norm_rescale" else norm
+
+
 def normalise(x: Tensor, kind: InputNorm) -> Normalised:
     """Normalise each row of float32 ``[rows, d_in]``."""
     if kind == "none":
         return Normalised(x, None, None)
     if kind == "constant_norm_rescale":
-        # Where SAE Lens divides zero by zero, a row of zeros stays zero.
-        norm = x.norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
-        scale = norm / x.shape[1] ** 0.5
-        return Normalised(x / scale.unsqueeze(1), scale, None)
+        return _rescale(x, None)
     mean = x.mean(dim=1)
-    centred = x - mean.unsqueeze(1)
-    std = centred.std(dim=1)
-    return Normalised(centred / (std.unsqueeze(1) + 1e-5), std, mean)
+    x = x - mean.unsqueeze(1)
+    if kind == "centre":
+        return Normalised(x, None, mean)
+    if kind == "centre, constant_norm_rescale":
+        return _rescale(x, mean)
+    std = x.std(dim=1)
+    return Normalised(x / (std.unsqueeze(1) + 1e-5), std, mean)
+
+
+def _rescale(x: Tensor, shift: Tensor | None) -> Normalised:
+    """To norm sqrt(d_in). Where SAE Lens divides zero by zero, a row of zeros stays zero."""
+    norm = x.norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
+    scale = norm / x.shape[1] ** 0.5
+    return Normalised(x / scale.unsqueeze(1), scale, shift)

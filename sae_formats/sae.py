@@ -1,4 +1,4 @@
-"""One sparse autoencoder, whatever format it came from."""
+"""One sparse autoencoder or transcoder, whatever format it came from."""
 
 from __future__ import annotations
 
@@ -17,21 +17,31 @@ CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 
 @dataclass(frozen=True)
 class Sae:
-    """Encodes and reconstructs the activations of one hook point of one layer."""
+    """Encodes activations of one hook point of one layer and reconstructs them; a transcoder, those of another."""
 
     name: str
     """Where it was found: the name its user typed, and the folder below it."""
     layer: int
     hookpoint: str
-    """``resid_post``, ``mlp_out``, ``attn_out``, or a module path with ``<layer>``."""
+    """The place that it reconstructs, by a name of ``hookpoints``."""
     d_in: int
+    """Width of what it reads."""
     d_sae: int
     k: int | None
     """Latents per activation, where the architecture fixes them."""
     architecture: str
-    """``topk``, ``groupmax``, ``standard``, ``jumprelu``, ``gated``, or what SAE Lens calls it."""
+    """``topk``, ``groupmax``, ``standard``, ``jumprelu``, ``gated``, or what SAE Lens calls it; ``topk transcoder``."""
     coder: Coder
     input_norm: InputNorm = "none"
+    input_hookpoint: str | None = None
+    """Where a transcoder reads; None for an autoencoder, which reads what it reconstructs."""
+    width_out: int | None = None
+    """Width of what it writes, if that is not ``d_in``."""
+
+    @property
+    def d_out(self) -> int:
+        """Width of what it writes: of activations at ``hookpoint``."""
+        return self.d_in if self.width_out is None else self.width_out
 
     @property
     def device(self) -> torch.device:
@@ -45,16 +55,22 @@ class Sae:
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseRows:
-        """Codes of activations ``[rows, d_in]``, in chunks of rows that bound the memory."""
+        """Codes of activations ``[rows, d_in]``, in chunks of rows that bound the memory.
+
+        A transcoder's carry no way back from the normalisation: its output is of another place.
+        """
         x, scale, shift = normalise(x.to(self.device, torch.float32), self.input_norm)
         chunks = x.to(self.dtype).split(self.chunk_rows())
         codes = SparseRows.concat([self.coder.encode(chunk) for chunk in chunks])
-        return replace(codes, scale=scale, shift=shift)
+        return codes if self.input_hookpoint is not None else replace(codes, scale=scale, shift=shift)
 
     @torch.no_grad()
-    def decode(self, codes: SparseRows) -> Tensor:
-        """Reconstructions of codes that this SAE's ``encode`` gave. float32 ``[rows, d_in]``."""
-        recon = self.coder.decode(codes)
+    def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
+        """Reconstructions of codes that this SAE's ``encode`` gave of x. float32 ``[rows, d_out]``.
+
+        x ``[rows, d_in]`` is of use only to a decoder with a skip connection, which cannot do without it.
+        """
+        recon = self.coder.decode(codes, x)
         if codes.scale is not None:
             recon = recon * codes.scale.unsqueeze(1)
         if codes.shift is not None:

@@ -12,15 +12,26 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from errors import RequestError
-from sae_formats.files import Shapes, positive_int
-from sae_formats.hookpoints import HookPoint, parse
-from sae_formats.input_norm import InputNorm
+from sae_formats.files import positive_int
+from sae_formats.input_norm import InputNorm, RunTimeNorm, centred
+from sae_formats.sae_lens_places import Places, find_places
 from sae_formats.source import SaeHeader
+from sae_formats.transformer_lens_weights import is_centred
 
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
 """Training checkpoints of these hold one threshold; as inference models they are saved as ``jumprelu``."""
-NATIVE = ("standard", "topk", "jumprelu", "gated", *BATCH_TOPK)
+TRANSCODERS = {
+    "transcoder": "standard transcoder",
+    "skip_transcoder": "standard skip transcoder",
+    "jumprelu_transcoder": "jumprelu transcoder",
+    "jumprelu_skip_transcoder": "jumprelu skip transcoder",
+}
+"""The library's names of these, and ours."""
+NATIVE = ("standard", "topk", "jumprelu", "gated", *BATCH_TOPK, *TRANSCODERS)
 """A linear map and a selection: these need no library."""
+
+FoldedNorm = Literal["expected_average_only_in", "covariance_whitening"]
+"""Normalisations by constants, which are in a file beside the weights until they are folded into them."""
 
 _OLD_KEYS = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
 
@@ -31,14 +42,19 @@ class LensConfig:
 
     path: Path
     architecture: str
+    """As the library calls it."""
     d_in: int
+    d_out: int
     d_sae: int
     k: int | None
     apply_b_dec_to_input: bool
     rescale_acts_by_decoder_norm: bool
-    normalize_activations: InputNorm | Literal["expected_average_only_in"]
-    hook_name: str | None
+    normalize_activations: RunTimeNorm | FoldedNorm
+    places: Places
+    centred: bool
+    """Whether it was trained on activations less their mean over coordinates."""
     model_name: str | None
+    context_size: int | None
     prepend_bos: bool | None
     trained_on_bos: bool
 
@@ -47,82 +63,72 @@ class LensConfig:
         """From ``cfg.json`` at ``path``. Raises `RequestError` at what is missing, wrong or cannot be honoured."""
         _check_types(config, path)
         flat = _flatten(config)
-        architecture = _architecture(flat)
+        architecture = str(flat.get("architecture") or "standard")
         _refuse(flat, architecture, path)
-        k = positive_int(flat, "k", path) if architecture in ("topk", "abstopk") else None
         d_in, d_sae = positive_int(flat, "d_in", path), positive_int(flat, "d_sae", path)
-        if k is not None and k > d_sae:
-            raise RequestError(f"{path}: k {k} is more than d_sae {d_sae}")
-        prepend_bos = flat.get("prepend_bos")
+        prepend_bos, model_name = flat.get("prepend_bos"), flat.get("model_name")
         if prepend_bos is not None and not isinstance(prepend_bos, bool):
             raise RequestError(f"{path}: prepend_bos is {prepend_bos!r}; true or false is needed")
+        places = find_places(flat, path, transcodes=architecture in TRANSCODERS)
+        settings = flat.get("model_from_pretrained_kwargs") or {}
         return cls(
             path=path,
             architecture=architecture,
             d_in=d_in,
+            d_out=positive_int(flat, "d_out", path) if architecture in TRANSCODERS else d_in,
             d_sae=d_sae,
-            k=k,
-            apply_b_dec_to_input=bool(flat.get("apply_b_dec_to_input", True)),
+            k=_k(flat, architecture, d_sae, path),
+            apply_b_dec_to_input=architecture not in TRANSCODERS and bool(flat.get("apply_b_dec_to_input", True)),
             rescale_acts_by_decoder_norm=_rescales(flat, architecture),
             normalize_activations=_normalisation(flat, path),
-            hook_name=flat.get("hook_name"),
-            model_name=flat.get("model_name"),
+            places=places,
+            centred=is_centred(settings, places.hookpoint, places.input_hookpoint, model_name, path),
+            model_name=model_name,
+            context_size=positive_int(flat, "context_size", path) if flat.get("context_size") else None,
             prepend_bos=prepend_bos,
             trained_on_bos=bool(prepend_bos) and not _excludes_bos(flat),
         )
 
-    def shapes(self, names: set[str]) -> Shapes:
-        """Tensors that a native architecture needs, given the names that the file holds."""
-        latents = (self.d_sae,)
-        shapes: dict[str, tuple[int, ...]] = {
-            "W_enc": (self.d_in, self.d_sae),
-            "W_dec": (self.d_sae, self.d_in),
-            "b_dec": (self.d_in,),
-        }
-        if self.architecture == "gated":
-            return shapes | {"b_gate": latents, "b_mag": latents, "r_mag": latents}
-        shapes["b_enc"] = latents
-        if self.architecture in BATCH_TOPK and "threshold" not in names:
-            shapes["topk_threshold"] = ()
-        elif self.architecture == "jumprelu" and "log_threshold" in names:
-            shapes["log_threshold"] = latents
-        elif self.architecture in ("jumprelu", *BATCH_TOPK):
-            shapes["threshold"] = latents
-        return shapes
+    @property
+    def input_norm(self) -> InputNorm:
+        """What is done to activations at run time, given that constants have been folded into the weights."""
+        found = self.normalize_activations
+        norm: RunTimeNorm = "none" if found == "expected_average_only_in" or found == "covariance_whitening" else found
+        return centred(norm) if self.centred else norm
 
     def header(self, config: dict[str, Any]) -> SaeHeader:
         """What the rest of the program needs to know."""
-        hook = self._hook()
         return SaeHeader(
             format="sae_lens",
-            layer=hook.layer,
-            hookpoint=hook.place,
+            layer=self.places.layer,
+            hookpoint=self.places.hookpoint,
             d_in=self.d_in,
             d_sae=self.d_sae,
             k=self.k,
-            architecture=self.architecture,
+            architecture=TRANSCODERS.get(self.architecture, self.architecture),
             config=config,
             prepend_bos=self.prepend_bos,
             counts_bos=self.trained_on_bos,
             model_name=self.model_name,
+            input_hookpoint=self.places.input_hookpoint,
+            width_out=self.d_out,
+            context_size=self.context_size,
         )
-
-    def _hook(self) -> HookPoint:
-        name = self.hook_name or self.path.parent.name
-        hook = parse(name)
-        if hook is None or hook.place.startswith("blocks.<layer>"):
-            raise RequestError(
-                f"{self.path}: hook_name {name!r}; SAEs of the outputs of layers, MLPs and attention can be measured"
-                " (blocks.5.hook_resid_post, hook_mlp_out, hook_attn_out)"
-            )
-        return hook
 
 
 def _check_types(config: Mapping[str, Any], path: Path) -> None:
-    """The values that others are looked up in or chosen by."""
-    for key, kind in (("metadata", dict), ("activation_fn_kwargs", dict), ("architecture", str)):
-        if config.get(key) is not None and not isinstance(config[key], kind):
-            raise RequestError(f"{path}: {key} is {config[key]!r}, which is no {kind.__name__}")
+    """The values that others are looked up in or chosen by, wherever they stand."""
+    metadata = config.get("metadata")
+    for key, kind in (
+        ("metadata", dict),
+        ("activation_fn_kwargs", dict),
+        ("model_from_pretrained_kwargs", dict),
+        ("architecture", str),
+        ("model_name", str),
+    ):
+        for where in (config, metadata if isinstance(metadata, dict) else {}):
+            if where.get(key) is not None and not isinstance(where[key], kind):
+                raise RequestError(f"{path}: {key} is {where[key]!r}, which is no {kind.__name__}")
 
 
 def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,8 +148,13 @@ def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _architecture(flat: Mapping[str, Any]) -> str:
-    return str(flat.get("architecture") or "standard")
+def _k(flat: Mapping[str, Any], architecture: str, d_sae: int, path: Path) -> int | None:
+    if architecture not in ("topk", "abstopk"):
+        return None
+    k = positive_int(flat, "k", path)
+    if k > d_sae:
+        raise RequestError(f"{path}: k {k} is more than d_sae {d_sae}")
+    return k
 
 
 def _rescales(flat: Mapping[str, Any], architecture: str) -> bool:
@@ -153,16 +164,13 @@ def _rescales(flat: Mapping[str, Any], architecture: str) -> bool:
     return bool(flat.get("rescale_acts_by_decoder_norm", architecture in BATCH_TOPK))
 
 
-def _normalisation(flat: Mapping[str, Any], path: Path) -> InputNorm | Literal["expected_average_only_in"]:
+def _normalisation(flat: Mapping[str, Any], path: Path) -> RunTimeNorm | FoldedNorm:
     found = flat.get("normalize_activations") or "none"
-    if found is True or found == "expected_average_only_in":
-        return "expected_average_only_in"
-    kinds: tuple[InputNorm, ...] = get_args(InputNorm)
+    kinds: tuple[RunTimeNorm | FoldedNorm, ...] = (*get_args(RunTimeNorm), *get_args(FoldedNorm))
     for kind in kinds:
-        if found == kind:
+        if found == kind or (found is True and kind == "expected_average_only_in"):
             return kind
-    known = ", ".join([*kinds, "expected_average_only_in"])
-    raise RequestError(f"{path}: normalize_activations {found!r}; {known} can be honoured")
+    raise RequestError(f"{path}: normalize_activations {found!r}; {', '.join(kinds)} can be honoured")
 
 
 def _excludes_bos(flat: Mapping[str, Any]) -> bool:
@@ -177,15 +185,16 @@ def _excludes_bos(flat: Mapping[str, Any]) -> bool:
 
 def _refuse(flat: Mapping[str, Any], architecture: str, path: Path) -> None:
     """What would be measured wrongly without a sign."""
-    hook_out = flat.get("hook_name_out")
-    if "transcoder" in architecture or (hook_out and hook_out != flat.get("hook_name")):
-        raise RequestError(
-            f"{path}: a transcoder ({architecture}) predicts a module's output from its input; give an autoencoder"
-        )
     if architecture == "temporal":
         raise RequestError(f"{path}: a temporal SAE needs whole texts, activations are encoded one by one here")
-    if flat.get("reshape_activations", "none") != "none" or "hook_z" in str(flat.get("hook_name")):
-        raise RequestError(f"{path}: an SAE of attention heads (hook_z); give one of resid_post, mlp_out or attn_out")
+    if architecture in TRANSCODERS and flat.get("apply_b_dec_to_input"):
+        raise RequestError(f"{path}: apply_b_dec_to_input of a {architecture}: b_dec belongs to what it writes")
+    if flat.get("hook_head_index") is not None:
+        raise RequestError(f"{path}: hook_head_index {flat['hook_head_index']}: an SAE of one attention head; give one"
+                           " of all heads (hook_z)")  # fmt: skip
     activation = flat.get("activation_fn") or "relu"
     if architecture == "standard" and activation != "relu":
-        raise RequestError(f"{path}: activation_fn {activation!r}; a standard SAE with relu or topk can be measured")
+        raise RequestError(
+            f"{path}: activation_fn {activation!r}; a standard SAE with relu or topk can be measured (SAE Lens 6 would"
+            " take it for relu without a word)"
+        )

@@ -2,39 +2,97 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from errors import RequestError
-from sae_formats.coders import Coder, LinearCoder, fold_b_dec
-from sae_formats.files import read_config
-from sae_formats.input_norm import InputNorm
-from sae_formats.sae_lens_config import LensConfig
+from sae_formats.coders import Coder, LinearCoder, SkipCoder, fold_b_dec
+from sae_formats.files import Shapes
+from sae_formats.sae_lens_config import BATCH_TOPK, LensConfig
+from sae_formats.sae_lens_scaling import InputScaling, Whitening
 from sae_formats.selection import Gated, Selection, Threshold, TopK
 
-SCALER = "activation_scaler.json"
-"""Written beside a training checkpoint; holds the factor that ``expected_average_only_in`` needs."""
-
-FLOAT32_MAX = torch.finfo(torch.float32).max
+JUMPRELU = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+SKIP = ("skip_transcoder", "jumprelu_skip_transcoder")
 
 
-def build_native(lens: LensConfig, tensors: dict[str, Tensor], scaling_factor: float = 1.0) -> tuple[Coder, InputNorm]:
+@dataclass(frozen=True)
+class _Linear:
+    """Both linear maps, on the way to a coder."""
+
+    W_enc: Tensor
+    """``[d_sae, d_in]``."""
+    b_enc: Tensor
+    """``[d_sae]``; of a gated SAE, the gates'."""
+    W_dec: Tensor
+    """``[d_sae, d_out]``."""
+    b_dec: Tensor
+    """``[d_out]``."""
+
+    def scaled(self, factor: float) -> _Linear:
+        """For inputs that are multiplied by a factor, and outputs that are divided by it."""
+        return _Linear(self.W_enc * factor, self.b_enc, self.W_dec / factor, self.b_dec / factor)
+
+    def rescaled(self) -> _Linear:
+        """With a decoder of unit rows, whose norms have gone into the pre-activations."""
+        norms = self.W_dec.norm(dim=1).clamp(min=1e-8)
+        W_enc, W_dec = self.W_enc * norms.unsqueeze(1), self.W_dec / norms.unsqueeze(1)
+        return replace(self, W_enc=W_enc, b_enc=self.b_enc * norms, W_dec=W_dec)
+
+    def unwhitened(self, whitening: Whitening, *, subtracts_b_dec: bool) -> _Linear:
+        """For inputs before the whitening. In float64: the inverse of small variances is large."""
+        mean, matrix, inverse = (t.double() for t in (whitening.mean, whitening.matrix, whitening.inverse))
+        W_enc, b_enc = self.W_enc.double() @ matrix.T, self.b_enc.double()
+        moved = _Linear(
+            W_enc=W_enc,
+            b_enc=b_enc if subtracts_b_dec else b_enc - W_enc @ mean,  # the new b_dec holds the mean
+            W_dec=self.W_dec.double() @ inverse,
+            b_dec=self.b_dec.double() @ inverse + mean,
+        )
+        return _Linear(moved.W_enc.float(), moved.b_enc.float(), moved.W_dec.float(), moved.b_dec.float())
+
+
+def expected_shapes(lens: LensConfig, names: set[str]) -> Shapes:
+    """Tensors that a native architecture needs, given the names that the file holds."""
+    latents = (lens.d_sae,)
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (lens.d_in, lens.d_sae),
+        "W_dec": (lens.d_sae, lens.d_out),
+        "b_dec": (lens.d_out,),
+    }
+    if lens.architecture == "gated":
+        return shapes | {"b_gate": latents, "b_mag": latents, "r_mag": latents}
+    shapes["b_enc"] = latents
+    if lens.architecture in SKIP:
+        shapes["W_skip"] = (lens.d_out, lens.d_in)
+    if lens.architecture in BATCH_TOPK and "threshold" not in names:
+        shapes["topk_threshold"] = ()
+    elif lens.architecture == "jumprelu" and "log_threshold" in names:
+        shapes["log_threshold"] = latents
+    elif lens.architecture in (*JUMPRELU, *BATCH_TOPK):
+        shapes["threshold"] = latents
+    return shapes
+
+
+def build_native(lens: LensConfig, tensors: dict[str, Tensor], scaling: InputScaling | None = None) -> Coder:
     """A coder from float32 tensors in SAE Lens's names and shapes, everything that can be folded in folded."""
     finetuned = tensors.get("scaling_factor")
     if finetuned is not None and not torch.allclose(finetuned, torch.ones_like(finetuned)):
         raise RequestError(f"{lens.path}: finetuned with a scaling_factor, which SAE Lens 6 cannot apply either")
-    W_enc = tensors["W_enc"].T * scaling_factor
-    W_dec = tensors["W_dec"] / scaling_factor
-    b_dec = tensors["b_dec"] / scaling_factor
+    scaling = scaling or InputScaling()
     b_enc = tensors["b_gate"] if lens.architecture == "gated" else tensors["b_enc"]
+    linear = _Linear(tensors["W_enc"].T, b_enc, tensors["W_dec"], tensors["b_dec"]).scaled(scaling.factor)
     if lens.rescale_acts_by_decoder_norm:
-        norms = W_dec.norm(dim=1).clamp(min=1e-8)
-        W_enc, b_enc, W_dec = W_enc * norms.unsqueeze(1), b_enc * norms, W_dec / norms.unsqueeze(1)
-    selection = _selection(lens, tensors, scaling_factor)
-    bias = fold_b_dec(W_enc, b_enc, b_dec) if lens.apply_b_dec_to_input else b_enc
-    norm = lens.normalize_activations
-    input_norm: InputNorm = "none" if norm == "expected_average_only_in" else norm
-    return LinearCoder(W_enc.contiguous(), bias, W_dec, b_dec, selection), input_norm
+        linear = linear.rescaled()
+    if scaling.whitening is not None:
+        linear = linear.unwhitened(scaling.whitening, subtracts_b_dec=lens.apply_b_dec_to_input)
+    W_enc, bias = linear.W_enc.contiguous(), linear.b_enc
+    if lens.apply_b_dec_to_input:
+        bias = fold_b_dec(W_enc, bias, linear.b_dec)
+    coder: Coder = LinearCoder(W_enc, bias, linear.W_dec, linear.b_dec, _selection(lens, tensors, scaling.factor))
+    return SkipCoder(coder, tensors["W_skip"]) if lens.architecture in SKIP else coder
 
 
 def _selection(lens: LensConfig, tensors: dict[str, Tensor], scaling_factor: float) -> Selection:
@@ -54,18 +112,3 @@ def _selection(lens: LensConfig, tensors: dict[str, Tensor], scaling_factor: flo
         divisor = scaling_factor if lens.rescale_acts_by_decoder_norm else 1.0
         threshold = (tensors["topk_threshold"] / divisor).expand(lens.d_sae).clone()
     return Threshold(threshold.clamp(min=0))
-
-
-def scaling_factor_of(lens: LensConfig) -> float:
-    """The factor of ``expected_average_only_in``, 1 without. Loading from disk, the library would leave it out."""
-    if lens.normalize_activations != "expected_average_only_in":
-        return 1.0
-    path = lens.path.with_name(SCALER)
-    factor = read_config(path).get("scaling_factor") if path.is_file() else None
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < FLOAT32_MAX:
-        raise RequestError(
-            f"{lens.path}: normalize_activations is 'expected_average_only_in', so activations are scaled by one"
-            f' number, which is not in the file; put it beside it as {SCALER}: {{"scaling_factor": sqrt(d_in) divided'
-            " by the mean norm of the training activations}"
-        )
-    return float(factor)

@@ -22,10 +22,12 @@ class SaeHeader:
     """What one SAE's config says."""
 
     format: str
-    """``sparsify`` or ``sae_lens``."""
+    """``sparsify``, ``sae_lens``, ``dictionary_learning``, ``plain`` or ``registered``."""
     layer: int
     hookpoint: str
+    """The place that it reconstructs, which is what is measured."""
     d_in: int
+    """Width of what it reads."""
     d_sae: int
     k: int | None
     architecture: str
@@ -37,6 +39,17 @@ class SaeHeader:
     """Whether BOS activations were in its training data."""
     model_name: str | None = None
     """The model it was trained on, if it says."""
+    input_hookpoint: str | None = None
+    """Where a transcoder reads; None for an autoencoder, which reads what it reconstructs."""
+    width_out: int | None = None
+    """Width of what it writes, if that is not ``d_in``."""
+    context_size: int | None = None
+    """How many tokens its training texts had, if it says."""
+
+    @property
+    def d_out(self) -> int:
+        """Width of what it writes: of activations at ``hookpoint``."""
+        return self.d_in if self.width_out is None else self.width_out
 
 
 class Member(Protocol):
@@ -54,6 +67,10 @@ class Member(Protocol):
 
     def prepare(self) -> None:
         """Fetch the weights if they are not here, and compare their header with the config."""
+        ...
+
+    def check_values(self) -> None:
+        """Read the weights once. Raises `RequestError` if one is not finite."""
         ...
 
     def build(self) -> tuple[Coder, InputNorm]:
@@ -83,13 +100,23 @@ class SaeSource:
 
     @property
     def hookpoint(self) -> str:
-        """``resid_post``, ``mlp_out``, ``attn_out``, or a module path with ``<layer>``."""
+        """The place that the SAEs reconstruct, by a name of ``hookpoints``."""
         return self._first.hookpoint
 
     @property
+    def input_hookpoint(self) -> str | None:
+        """Where transcoders read; None for autoencoders, which read what they reconstruct."""
+        return self._first.input_hookpoint
+
+    @property
     def d_in(self) -> int:
-        """Width of the activations."""
+        """Width of what the SAEs read."""
         return self._first.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of the activations at ``hookpoint``: ``d_in`` for autoencoders."""
+        return self._first.d_out
 
     @property
     def prepend_bos(self) -> bool | None:
@@ -107,6 +134,11 @@ class SaeSource:
         return self._first.model_name
 
     @property
+    def context_size(self) -> int | None:
+        """How many tokens its training texts had, if it says."""
+        return self._first.context_size
+
+    @property
     def _first(self) -> SaeHeader:
         return self.members[0].header
 
@@ -114,6 +146,7 @@ class SaeSource:
         """Fetch and check the files of these layers (all), so that a broken one is found before a model is loaded."""
         for member in self._choose(layers):
             member.prepare()
+            member.check_values()
 
     def load(self, layer: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Sae:
         """The SAE of one layer. Raises `RequestError` if there is none, or if its weights are broken."""
@@ -131,6 +164,8 @@ class SaeSource:
             architecture=header.architecture,
             coder=coder.to(device, dtype),
             input_norm=input_norm,
+            input_hookpoint=header.input_hookpoint,
+            width_out=header.width_out,
         )
 
     def fingerprint(self, layers: Sequence[int] | None = None) -> str:
@@ -158,8 +193,8 @@ class SaeSource:
 def assemble(name: str, members: Sequence[Member], hookpoint: str | None, revision: str | None = None) -> SaeSource:
     """A source from all SAEs found under a name: those of one hook point, one a layer.
 
-    Raises `RequestError` if the hook point is absent or has to be chosen, if two SAEs claim a layer, or if their
-    widths differ.
+    Raises `RequestError` if the hook point is absent or has to be chosen, if two SAEs claim a layer, or if they read
+    different places or widths.
     """
     place = _choose_place(name, [member.header.hookpoint for member in members], hookpoint)
     chosen = sorted((m for m in members if m.header.hookpoint == place), key=lambda member: member.header.layer)
@@ -167,9 +202,11 @@ def assemble(name: str, members: Sequence[Member], hookpoint: str | None, revisi
         if before.header.layer == after.header.layer:
             both = f"{before.where} and {after.where}"
             raise RequestError(f"{name}: two SAEs for layer {before.header.layer}, {both}; name one of them")
-        if before.header.d_in != after.header.d_in:
-            both = f"{before.header.d_in} ({before.where}) and {after.header.d_in} ({after.where})"
-            raise RequestError(f"{name}: SAEs of one model have one d_in, these have {both}")
+        for what in ("d_in", "d_out", "input_hookpoint"):
+            one, other = getattr(before.header, what), getattr(after.header, what)
+            if one != other:
+                both = f"{one} ({before.where}) and {other} ({after.where})"
+                raise RequestError(f"{name}: SAEs of one hook point have one {what}, these have {both}")
     return SaeSource(name, tuple(chosen), revision)
 
 

@@ -2,7 +2,9 @@
 
 Semantics of https://github.com/EleutherAI/sparsify 1.3.3 (``sparse_coder.py``, ``fused_encoder.py``): no input
 normalisation; p = ReLU((x - b_dec) W_encᵀ + b_enc); the k largest p (or the largest of each of k groups);
-x̂ = Σ_j p_j W_dec[j] + b_dec. Config keys that it does not know are ignored, as it ignores them.
+x̂ = Σ_j p_j W_dec[j] + b_dec. With ``transcode`` the folder's module is what is imitated: x is what it receives, x̂ is
+compared with what it gives, and b_dec is not subtracted from x. With ``skip_connection`` x W_skipᵀ is added to x̂.
+Config keys that it does not know are ignored, as it ignores them.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from errors import RequestError
-from sae_formats.coders import LinearCoder, fold_b_dec
-from sae_formats.files import check_shapes, positive_int, read_tensors
-from sae_formats.hookpoints import parse
+from sae_formats.coders import Coder, LinearCoder, SkipCoder, fold_b_dec
+from sae_formats.files import Shapes, check_shapes, positive_int, read_tensors
+from sae_formats.hookpoints import input_of, parse
 from sae_formats.input_norm import InputNorm
-from sae_formats.selection import GroupMax, Selection, TopK
+from sae_formats.selection import GroupMax, TopK
 from sae_formats.source import SaeHeader
 
 WEIGHTS = "sae.safetensors"
@@ -28,7 +30,9 @@ DEFAULTS = {"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k":
 class Sparsify:
     """Reads one folder of this format."""
 
-    files = ("cfg.json", WEIGHTS)
+    def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The config and the weights."""
+        return ("cfg.json", WEIGHTS)
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether a config is of this format: none of SAE Lens's keys, some of its own."""
@@ -36,14 +40,13 @@ class Sparsify:
 
     def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
         """Check a config, found at ``path``. The folder's name says where in the model the SAE belongs."""
-        _refuse_transcoder(config, path)
-        hook = parse(path.parent.name)
+        hook = parse(path.parent.name, model_name)
         if hook is None:
             raise RequestError(
                 f"{path.parent}: the folder's name says where in the model the SAE belongs;"
                 " rename it to layers.5 or layers.5.mlp, say"
             )
-        settings = DEFAULTS | {key: value for key, value in config.items() if value is not None}
+        settings = _with_defaults(config)
         d_in, k = positive_int(settings, "d_in", path), positive_int(settings, "k", path)
         d_sae = settings["num_latents"] or d_in * positive_int(settings, "expansion_factor", path)
         activation = settings["activation"]
@@ -51,28 +54,41 @@ class Sparsify:
             raise RequestError(f"{path}: activation {activation!r}; {' and '.join(SELECTIONS)} are known")
         if not isinstance(d_sae, int) or k > d_sae or (activation == "groupmax" and d_sae % k):
             raise RequestError(f"{path}: {activation} with k {k} does not fit num_latents {d_sae!r}")
-        return SaeHeader("sparsify", hook.layer, hook.place, d_in, d_sae, k, activation, config, model_name=model_name)
+        transcodes = bool(config.get("transcode"))
+        skip, kind = " skip" if config.get("skip_connection") else "", " transcoder" if transcodes else ""
+        return SaeHeader(
+            format="sparsify",
+            layer=hook.layer,
+            hookpoint=hook.place,
+            d_in=d_in,
+            d_sae=d_sae,
+            k=k,
+            architecture=f"{activation}{skip}{kind}",
+            config=config,
+            model_name=model_name,
+            input_hookpoint=input_of(hook.place) if transcodes else None,
+        )
 
     def check(self, folder: Path, header: SaeHeader) -> None:
         """Compare the weights' header with the config."""
-        matrix, latents = (header.d_sae, header.d_in), (header.d_sae,)
-        shapes = {"encoder.weight": matrix, "encoder.bias": latents, "W_dec": matrix, "b_dec": (header.d_in,)}
-        check_shapes(folder / WEIGHTS, shapes)
+        matrix, latents, d_in = (header.d_sae, header.d_in), (header.d_sae,), header.d_in
+        shapes: Shapes = {"encoder.weight": matrix, "encoder.bias": latents, "W_dec": matrix, "b_dec": (d_in,)}
+        skip: Shapes = {"W_skip": (d_in, d_in)} if header.config.get("skip_connection") else {}
+        check_shapes(folder / WEIGHTS, {**shapes, **skip})
 
-    def build(self, folder: Path, header: SaeHeader) -> tuple[LinearCoder, InputNorm]:
+    def build(self, folder: Path, header: SaeHeader) -> tuple[Coder, InputNorm]:
         """Load the weights."""
         tensors = read_tensors(folder / WEIGHTS)
-        W_enc, b_dec = tensors["encoder.weight"], tensors["b_dec"]
-        bias = fold_b_dec(W_enc, tensors["encoder.bias"], b_dec)
+        W_enc, bias, b_dec = tensors["encoder.weight"], tensors["encoder.bias"], tensors["b_dec"]
+        if not header.config.get("transcode"):
+            bias = fold_b_dec(W_enc, bias, b_dec)
         assert header.k is not None
-        selection: Selection = SELECTIONS[header.architecture](header.k)
-        return LinearCoder(W_enc, bias, tensors["W_dec"], b_dec, selection), "none"
+        selection = SELECTIONS[_with_defaults(header.config)["activation"]](header.k)
+        coder: Coder = LinearCoder(W_enc, bias, tensors["W_dec"], b_dec, selection)
+        if header.config.get("skip_connection"):
+            coder = SkipCoder(coder, tensors["W_skip"])
+        return coder, "none"
 
 
-def _refuse_transcoder(config: Mapping[str, Any], path: Path) -> None:
-    for key in ("transcode", "skip_connection"):
-        if config.get(key):
-            raise RequestError(
-                f"{path}: {key} is true. A transcoder predicts a module's output from its input; judged as a"
-                " reconstruction of its input it would be wrong without a sign. Give an autoencoder"
-            )
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    return DEFAULTS | {key: value for key, value in config.items() if value is not None}

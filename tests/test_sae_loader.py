@@ -16,7 +16,7 @@ from torch import Tensor
 
 import sae_formats.hub as hub
 from errors import RequestError
-from sae_formats.hookpoints import HookPoint, parse
+from sae_formats.hookpoints import HookPoint, parse, same_place
 from sae_formats.sae import CHUNK_BYTES
 from sae_formats.topk import exact_topk, two_stage_topk
 from sae_loader import GroupMax, LinearCoder, Sae, SparseRows, Threshold, TopK, open_sae
@@ -92,17 +92,15 @@ def test_agrees_with_sparsify(tmp_path: Path, activation: Any, dtype: torch.dtyp
     torch.testing.assert_close(sae.decode(codes), expected_recon, rtol=1e-5, atol=1e-5)
 
 
-NORMS = ["none", "constant_norm_rescale", "layer_norm"]
-LENS_CASES = [
-    *[(architecture, norm, True) for architecture in ["standard", "topk", "jumprelu", "gated"] for norm in NORMS],
-    *[(architecture, "none", False) for architecture in ["standard", "topk", "jumprelu", "gated"]],
-    *[(architecture, norm, True) for architecture in ["batchtopk", "matryoshka_batchtopk"] for norm in NORMS[:2]],
-    ("abstopk", "layer_norm", True),
-    ("abstopk", "none", False),
+RESCALING = ("topk", "abstopk", "batchtopk", "matryoshka_batchtopk")
+LENS_ARCHITECTURES = [
+    *[(architecture, {}) for architecture in ("standard", "jumprelu", "gated", "matching_pursuit")],
+    *[(name, {"rescale_acts_by_decoder_norm": rescales}) for name in RESCALING for rescales in (False, True)],
 ]
+"""Every architecture that SAE Lens 6.54 trains, and so can write, with and without its rescaling."""
 
 
-def make_lens(architecture: str, **settings: Any) -> Any:
+def make_lens(architecture: str, hook_name: str = "blocks.5.hook_resid_post", **settings: Any) -> Any:
     """A training SAE of SAE Lens with random parameters."""
     sae_lens = pytest.importorskip("sae_lens")
     from sae_lens.registry import get_sae_training_class
@@ -112,8 +110,10 @@ def make_lens(architecture: str, **settings: Any) -> Any:
         settings["k"] = K
     if architecture == "matryoshka_batchtopk":
         settings["matryoshka_widths"] = [D_SAE // 2, D_SAE]
+    if architecture == "matching_pursuit":
+        settings |= {"max_iterations": K, "decoder_init_norm": 1.0}
     metadata = sae_lens.saes.sae.SAEMetadata(
-        hook_name="blocks.5.hook_resid_post", model_name="pythia-70m-deduped", prepend_bos=True
+        hook_name=hook_name, model_name="pythia-70m-deduped", prepend_bos=True, context_size=128
     )
     torch.manual_seed(0)
     sae = sae_class(config_class(d_in=D_IN, d_sae=D_SAE, metadata=metadata, **settings))
@@ -137,9 +137,13 @@ def assert_agrees(sae: Sae, reference: Any) -> None:
     torch.testing.assert_close(sae.decode(codes), expected_recon.detach(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("architecture", "norm", "apply_b_dec"), LENS_CASES)
-def test_agrees_with_sae_lens(tmp_path: Path, architecture: str, norm: str, apply_b_dec: bool) -> None:
-    trained = make_lens(architecture, normalize_activations=norm, apply_b_dec_to_input=apply_b_dec)
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+@pytest.mark.parametrize("norm", ["none", "constant_norm_rescale", "layer_norm"])
+@pytest.mark.parametrize(("architecture", "settings"), LENS_ARCHITECTURES)
+def test_agrees_with_sae_lens(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], norm: str, apply_b_dec: bool
+) -> None:
+    trained = make_lens(architecture, normalize_activations=norm, apply_b_dec_to_input=apply_b_dec, **settings)
     trained.save_inference_model(tmp_path / "any_name")
     from sae_lens import SAE
 
@@ -147,6 +151,7 @@ def test_agrees_with_sae_lens(tmp_path: Path, architecture: str, norm: str, appl
     source = open_sae(str(tmp_path))
     assert (source.layers, source.hookpoint, source.d_in) == ((5,), "resid_post", D_IN)
     assert (source.prepend_bos, source.counts_bos, source.model_name) == (True, True, "pythia-70m-deduped")
+    assert source.context_size == 128
     sae = source.load(5, "cpu")
     assert_agrees(sae, reference)
     selected = sae.decode(sae.encode(activations()).select(torch.tensor([7, 3])))  # carries its rows' own norms
@@ -163,18 +168,71 @@ def test_a_training_checkpoint_is_what_its_inference_model_will_be(tmp_path: Pat
     assert_agrees(open_sae(str(tmp_path / "checkpoint")).load(5, "cpu"), SAE.load_from_disk(tmp_path / "inference"))
 
 
-@pytest.mark.parametrize("architecture", ["standard", "topk", "batchtopk", "jumprelu", "gated"])
-def test_input_scaling_is_folded_from_the_file_beside_it(tmp_path: Path, architecture: str) -> None:
-    trained = make_lens(architecture, normalize_activations="expected_average_only_in")
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+@pytest.mark.parametrize(("architecture", "settings", "norm"), [
+    (architecture, settings, norm)
+    for architecture, settings in LENS_ARCHITECTURES
+    for norm in ("expected_average_only_in", "covariance_whitening")
+    if (architecture, norm) != ("matching_pursuit", "covariance_whitening")  # which the library cannot fold
+])  # fmt: skip
+def test_constants_of_the_input_are_folded_from_the_file_beside_it(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], norm: str, apply_b_dec: bool
+) -> None:
+    trained = make_lens(architecture, normalize_activations=norm, apply_b_dec_to_input=apply_b_dec, **settings)
     trained.save_model(tmp_path)
-    with pytest.raises(RequestError, match=r"activation_scaler\.json"):
+    with pytest.raises(RequestError, match=r"activation_(scaler\.json|whitening\.safetensors)"):
         open_sae(str(tmp_path))
-    (tmp_path / "activation_scaler.json").write_text('{"scaling_factor": 1.7}')
-    trained.fold_activation_norm_scaling_factor(1.7)
+    scaler = fit_scaler(norm)
+    scaler.save(str(tmp_path / "activation_scaler.json"))
+    if scaler.whitening is None:
+        trained.fold_activation_norm_scaling_factor(scaler.scaling_factor)
+    else:
+        whitening = scaler.whitening
+        trained.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse_matrix)
     trained.save_inference_model(tmp_path / "folded")
     from sae_lens import SAE
 
     assert_agrees(open_sae(str(tmp_path)).load(5, "cpu"), SAE.load_from_disk(tmp_path / "folded"))
+
+
+def test_whitening_that_the_library_cannot_fold(tmp_path: Path) -> None:
+    make_lens("matching_pursuit").save_inference_model(tmp_path)
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"normalize_activations": "covariance_whitening"}))
+    fit_scaler("covariance_whitening").save(str(tmp_path / "activation_scaler.json"))
+    with pytest.raises(RequestError, match="covariance_whitening of matching_pursuit"):
+        open_sae(str(tmp_path)).load(5, "cpu")
+
+
+def fit_scaler(norm: str) -> Any:
+    """The library's own statistics of some activations."""
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    scaler = ActivationScaler()
+    batches = iter([activations(200, seed=seed) for seed in range(2)])
+    if norm == "covariance_whitening":
+        scaler.estimate_whitening(D_IN, batches, n_batches_for_norm_estimate=2)
+    else:
+        scaler.estimate_scaling_factor(D_IN, batches, n_batches_for_norm_estimate=2)
+    return scaler
+
+
+@pytest.mark.parametrize("norm", ["none", "layer_norm"])
+@pytest.mark.parametrize("architecture", ["standard", "abstopk"])
+def test_heads_of_attention_lie_side_by_side(tmp_path: Path, architecture: str, norm: str) -> None:
+    settings = {"normalize_activations": norm, "reshape_activations": "hook_z"}
+    make_lens(architecture, "blocks.5.attn.hook_z", **settings).save_inference_model(tmp_path)
+    from sae_lens import SAE
+
+    source, reference, x = open_sae(str(tmp_path)), SAE.load_from_disk(tmp_path), activations()
+    assert (source.hookpoint, source.d_in) == ("z", D_IN)
+    sae = source.load(5, "cpu")
+    codes = sae.encode(x)
+    with torch.no_grad():
+        expected = reference.encode(x.unflatten(1, (4, D_IN // 4)))  # [rows, heads, d_head]
+        expected_recon = reference.decode(expected).flatten(1)
+    torch.testing.assert_close(dense(codes), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.decode(codes), expected_recon, rtol=1e-5, atol=1e-5)
 
 
 def old_config(**changes: Any) -> dict[str, Any]:
@@ -204,9 +262,9 @@ def test_reads_the_flat_config_of_older_versions(tmp_path: Path, changes: dict[s
     from sae_lens import SAE
 
     source = open_sae(str(write_old_lens(tmp_path, **changes)))
-    assert (source.layers, source.hookpoint) == ((4,), "resid_post")  # what enters layer 5 leaves layer 4
+    assert (source.layers, source.hookpoint) == ((5,), "resid_pre")
     assert source.prepend_bos is True
-    assert_agrees(source.load(4, "cpu"), SAE.load_from_disk(tmp_path))
+    assert_agrees(source.load(5, "cpu"), SAE.load_from_disk(tmp_path))
 
 
 def test_fetches_a_release_through_sae_lens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +365,7 @@ def test_sparse_rows_select_concat_and_count() -> None:
 
 def test_a_constant_input_does_not_become_nan(tmp_path: Path) -> None:
     for norm in ("layer_norm", "constant_norm_rescale"):
-        sae = open_sae(str(write_old_lens(tmp_path / norm, normalize_activations=norm))).load(4, "cpu")
+        sae = open_sae(str(write_old_lens(tmp_path / norm, normalize_activations=norm))).load(5, "cpu")
         assert torch.isfinite(sae.decode(sae.encode(torch.zeros(3, D_IN)))).all()
 
 
@@ -321,14 +379,45 @@ def test_a_constant_input_does_not_become_nan(tmp_path: Path) -> None:
     ("layers.0.attn", HookPoint(0, "attn_out")),
     ("gpt_neox.layers.2.mlp.act", HookPoint(2, "gpt_neox.layers.<layer>.mlp.act")),
     ("transformer.h.7", HookPoint(7, "resid_post")),
-    ("blocks.5.hook_resid_pre", HookPoint(4, "resid_post")),
-    ("blocks.0.hook_resid_pre", HookPoint(0, "blocks.<layer>.hook_resid_pre")),
+    ("transformer.h.7:in", HookPoint(7, "resid_pre")),
+    ("layers.3.mlp:in", HookPoint(3, "mlp_in")),
+    ("layers.3.mlp.act:in", HookPoint(3, "layers.<layer>.mlp.act:in")),
+    ("model.layers.3.self_attn:in", HookPoint(3, "attn_in")),
+    ("gpt_neox.layers.3.attention.dense:in", HookPoint(3, "z")),
+    ("transformer.h.3.attn.c_proj:in", HookPoint(3, "z")),
+    ("model.layers.3.self_attn.o_proj:in", HookPoint(3, "z")),
+    ("model.layers.3.pre_feedforward_layernorm", HookPoint(3, "mlp_in")),
+    ("model.layers.3.post_feedforward_layernorm", HookPoint(3, "mlp_out")),
+    ("blocks.5.hook_resid_pre", HookPoint(5, "resid_pre")),
+    ("blocks.0.hook_resid_pre", HookPoint(0, "resid_pre")),
+    ("blocks.5.hook_resid_post", HookPoint(5, "resid_post")),
     ("blocks.5.hook_mlp_out", HookPoint(5, "mlp_out")),
+    ("blocks.5.hook_attn_out", HookPoint(5, "attn_out")),
+    ("blocks.5.attn.hook_z", HookPoint(5, "z")),
+    ("blocks.5.hook_z", HookPoint(5, "z")),
+    ("blocks.5.mlp.hook_in", HookPoint(5, "mlp_in")),
+    ("blocks.5.ln2.hook_normalized", HookPoint(5, "mlp_normalized")),
+    ("blocks.5.ln1.hook_normalized", HookPoint(5, "attn_normalized")),
+    ("blocks.5.hook_mlp_in", HookPoint(5, "blocks.<layer>.hook_mlp_in")),
     ("layers", None),
     ("my_sae", None),
 ])  # fmt: skip
 def test_hook_points(name: str, expected: HookPoint | None) -> None:
     assert parse(name) == expected
+
+
+@pytest.mark.parametrize(("asked", "found", "same"), [
+    ("blocks.<layer>.hook_mlp_out", "mlp_out", True),
+    ("gpt_neox.layers.<layer>.mlp", "blocks.<layer>.hook_mlp_out", True),
+    ("gpt_neox.layers.<layer>:in", "resid_pre", True),
+    ("transformer.h.<layer>.mlp.act", "h.<layer>.mlp.act", True),
+    ("h.<layer>.mlp.act:in", "h.<layer>.mlp.act", False),
+    ("mlp_in", "mlp_out", False),
+    ("resid_pre", "resid_post", False),
+    ("blocks.<layer>.hook_mlp_in", "mlp_in", False),
+])  # fmt: skip
+def test_the_same_place_in_two_dialects(asked: str, found: str, same: bool) -> None:
+    assert same_place(asked, found) is same_place(found, asked) is same
 
 
 def test_one_folder_with_several_hook_points(tmp_path: Path) -> None:
@@ -433,7 +522,7 @@ def test_offline_the_layers_in_the_cache_are_the_layers(hub_cache: Path, monkeyp
     assert source.load(0, "cpu").layer == 0
 
 
-@pytest.mark.parametrize("name", ["", "no/such/folder", "./nothing", "~nobody/sae", "/absent", "a b", "x" * 5000])
+@pytest.mark.parametrize("name", ["", "no//such/folder", "./nothing", "~nobody/sae", "/absent", "a b", "x" * 5000])
 def test_a_name_that_means_nothing(name: str) -> None:
     with pytest.raises(RequestError, match="no such folder"):
         open_sae(name)
@@ -477,7 +566,7 @@ def set_config(**changes: Any) -> Callable[[Path], None]:
 @pytest.mark.parametrize(("damage", "message"), [
     (truncate, r"sae\.safetensors: not a whole safetensors file"),
     (drop_tensor, r"no tensor 'b_dec'; it holds W_dec"),
-    (transpose_decoder, r"W_dec has shape \[16, 64\] \(transposed\?\), but cfg.json says \[64, 16\]"),
+    (transpose_decoder, r"W_dec has shape \[16, 64\] \(transposed\?\), but its config says \[64, 16\]"),
     (lambda folder: (folder / "sae.safetensors").unlink(), r"sae\.safetensors: no such file"),
     (lambda folder: (folder / "cfg.json").write_text("{not json"), r"cfg\.json: not a readable JSON file"),
     (lambda folder: (folder / "cfg.json").write_text("[1]"), "a JSON object was expected"),
@@ -492,8 +581,7 @@ def set_config(**changes: Any) -> Callable[[Path], None]:
     (set_config(k=65), "k 65 does not fit"),
     (set_config(activation="groupmax", k=7), "groupmax with k 7 does not fit num_latents 64"),
     (set_config(activation="softmax"), "activation 'softmax'"),
-    (set_config(transcode=True), "transcode is true"),
-    (set_config(skip_connection=True), "skip_connection is true"),
+    (set_config(skip_connection=True), "no tensor 'W_skip'"),
 ])  # fmt: skip
 def test_broken_files_are_found_when_opening(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(write_sparsify(tmp_path / "layers.5"))
@@ -527,12 +615,14 @@ def test_missing_settings_have_the_defaults_of_sparsify(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"hook_name": "blocks.5.attn.hook_z"}, "hook_z"),
+    ({"hook_name": "blocks.5.attn.hook_z", "hook_head_index": 3}, "one attention head"),
     ({"hook_name": "blocks.5.mlp.hook_post"}, "hook_name 'blocks.5.mlp.hook_post'"),
-    ({"hook_name": "blocks.0.hook_resid_pre"}, "hook_name 'blocks.0.hook_resid_pre'"),
-    ({"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
+    ({"hook_name": "blocks.5.hook_resid_mid"}, "hook_name 'blocks.5.hook_resid_mid'"),
+    ({"hook_name": "hook_embed"}, "hook_name 'hook_embed'"),
+    ({"normalize_activations": "covariance_whitening"}, r"activation_whitening\.safetensors"),
+    ({"normalize_activations": "constant_scalar_rescale"}, "constant_scalar_rescale"),
     ({"normalize_activations": True}, "activation_scaler.json"),
-    ({"architecture": "skip_transcoder"}, "transcoder"),
+    ({"hook_name_out": "blocks.5.hook_mlp_out"}, "its architecture must be one of transcoders"),
     ({"architecture": "temporal"}, "temporal"),
     ({"activation_fn_str": "tanh-relu"}, "tanh-relu"),
     ({"architecture": "gated"}, "no tensor 'b_gate'"),
@@ -550,7 +640,7 @@ def test_an_architecture_that_nobody_knows(tmp_path: Path) -> None:
     pytest.importorskip("sae_lens")
     source = open_sae(str(write_old_lens(tmp_path, architecture="novel")))
     with pytest.raises(RequestError, match="architecture 'novel'"):
-        source.load(4, "cpu")
+        source.load(5, "cpu")
 
 
 @pytest.mark.parametrize(("changes", "counts"), [
