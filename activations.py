@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from datasets_wikidata import ProbeTexts, TokenBatch, TokenisedMentions, batches
-from language_model import LanguageModel, Site
+from language_model import ActivationSource, Site
 from out_of_memory import ERRORS, is_out_of_memory
 from progress import Stopwatch
 from reconstruction import ReconstructionSums
@@ -80,8 +80,8 @@ class LayerRows:
 
     site: Site
     row_ids: Tensor  # int64 [rows], on the CPU
-    x: Tensor  # float32 [rows, d_in]
-    recons: Mapping[SaeId, Tensor]  # float32 [rows, d_in] each
+    x: Tensor  # float32 [rows, d]
+    recons: Mapping[SaeId, Tensor]  # float32 [rows, d] each
     broken: Mapping[SaeId | None, Tensor]  # int64 []: first mention with NaN or Inf in x (None) or x̂, at any token
     latents: Mapping[SaeId, SparseRows] = field(default_factory=dict)  # [rows, d_sae], of the SAEs asked for
 
@@ -129,7 +129,7 @@ class Producer:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: ActivationSource,
         saes: Mapping[Site, Mapping[SaeId, Sae]],
         counts_bos: Mapping[SaeId, bool],  # whether BOS tokens count in an SAE's whole-text figures
         tokenised: TokenisedMentions,
@@ -145,6 +145,8 @@ class Producer:
         self.tokenised, self.rows, self.clock = tokenised, rows, clock
         self.batch_size, self.max_tokens = batch_size or len(tokenised.ids), max_tokens
         self.workers = workers
+        reading = {(site, site.read_by(sae.input_hookpoint)) for site, by_id in saes.items() for sae in by_id.values()}
+        self._also_read = {place for site, place in reading if place != site}  # not of use at their own turn alone
 
     def run(self, blocks: Sequence[Block], put: Callable[[Item], None], on_texts: Callable[[int], None]) -> None:
         """Put every block's rows and then its sums; call `on_texts(n)` after every n texts."""
@@ -193,17 +195,19 @@ class Producer:
     @torch.inference_mode()
     def _process(self, batch: TokenBatch) -> BatchResults:
         with self.clock.stage("forward"):
-            activations = self.model.activations(batch.ids)
+            activations = self.model.activations(batch.ids, batch.lengths)
         tokens = _TokenIndex.build(batch, self.rows, any(self.counts_bos.values())).to(self.model.device)
         results = []
         for site, saes in self.saes.items():
             with self.clock.stage("sae"):
-                x = activations.pop(site).flatten(0, 1).index_select(0, tokens.real).float()
+                x = tokens.real_rows(activations[site] if site in self._also_read else activations.pop(site))
                 recons, sums, codes = {}, {}, {}
                 broken: dict[SaeId | None, Tensor] = {None: _first_broken(x, tokens.mention)}
                 for sae_id, sae in saes.items():
+                    place = site.read_by(sae.input_hookpoint)
+                    read = x if place == site else tokens.real_rows(activations[place])
                     recons[sae_id], latents, broken[sae_id], sums[sae_id] = self._reconstruct(
-                        sae, x, tokens, self.counts_bos[sae_id]
+                        sae, read, x, tokens, self.counts_bos[sae_id]
                     )
                     if sae_id in self.latents_of:
                         codes[sae_id] = tokens.pool_codes(latents)
@@ -211,18 +215,18 @@ class Producer:
         return results
 
     def _reconstruct(
-        self, sae: Sae, x: Tensor, tokens: _TokenIndex, counts_bos: bool
+        self, sae: Sae, read: Tensor, x: Tensor, tokens: _TokenIndex, counts_bos: bool
     ) -> tuple[Tensor, SparseRows, Tensor, ReconstructionSums]:
         """The probed rows of x̂, the codes of the name tokens, the first broken mention, and the sums.
 
-        One encoding of every token that counts.
+        One encoding of every token that counts: of what the SAE reads, which for a transcoder is not x.
         """
         probed, mention = tokens.probed, tokens.mention
         if not counts_bos and tokens.not_bos is not None:
-            x, mention = x.index_select(0, tokens.not_bos), mention.index_select(0, tokens.not_bos)
+            read, x, mention = (rows.index_select(0, tokens.not_bos) for rows in (read, x, mention))
             probed = tokens.probed_not_bos
-        latents = sae.encode(x)
-        recon = sae.decode(latents)
+        latents = sae.encode(read)
+        recon = sae.decode(latents, read)
         sums = self._no_sums(sae)
         sums.add_whole(x, recon, latents)
         latents = latents.select(probed)
@@ -230,7 +234,7 @@ class Producer:
         return tokens.pool(recon, probed), latents, _first_broken(recon, mention), sums
 
     def _no_sums(self, sae: Sae) -> ReconstructionSums:
-        return ReconstructionSums(sae.d_in, sae.d_sae, self.model.device)
+        return ReconstructionSums(sae.d_out, sae.d_sae, self.model.device)
 
 
 @dataclass(frozen=True)
@@ -275,6 +279,10 @@ class _TokenIndex:
         )
         return _TokenIndex(real, mention, probed, not_bos, probed_not_bos, offsets, self.row_ids)  # type: ignore[arg-type]
 
+    def real_rows(self, activations: Tensor) -> Tensor:
+        """Real tokens of [texts, tokens, d], in float32: [real, d]."""
+        return activations.flatten(0, 1).index_select(0, self.real).float()
+
     def rows(self, x: Tensor) -> Tensor:
         """The probed rows of x [real, d]: [rows, d]."""
         return self.pool(x, self.probed)
@@ -303,16 +311,16 @@ def _first_broken(rows: Tensor, mention: Tensor) -> Tensor:
     return torch.where(rows.sum(dim=1).isfinite(), none, mention).amin()
 
 
-def tokens_in_memory(model: LanguageModel, saes: Mapping[Site, Mapping[SaeId, Sae]]) -> int:
+def tokens_in_memory(device: torch.device, saes: Mapping[Site, Mapping[SaeId, Sae]]) -> int:
     """Padded tokens in a forward pass that fit comfortably in the memory that is free now.
 
     A token costs its activations at every site, one layer's inner activations, and the pre-activations and
     reconstructions of one SAE. On a CPU more than a few thousand only fall out of the cache.
     """
     every = [sae for site in saes.values() for sae in site.values()]
-    if model.device.type != "cuda" or not every:  # none: activations alone are wanted, for a baseline without an SAE
+    if device.type != "cuda" or not every:  # none: activations alone are wanted, for a baseline without an SAE
         return CPU_TOKENS
-    d_in, d_sae = max(sae.d_in for sae in every), max(sae.d_sae for sae in every)
-    per_token = 4 * (d_in * (len(saes) + 24) + 2 * d_sae)
-    free, _ = torch.cuda.mem_get_info(model.device)
+    d, d_sae = max(max(sae.d_in, sae.d_out) for sae in every), max(sae.d_sae for sae in every)
+    per_token = 4 * (d * (len(saes) + 24) + 2 * d_sae)
+    free, _ = torch.cuda.mem_get_info(device)
     return int(min(max(free // 4 // per_token, CPU_TOKENS), 64 * CPU_TOKENS))

@@ -19,7 +19,7 @@ rows, `sae_sel` flatters. Means, axes, gain and L0 come from the calibration sam
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,15 +119,17 @@ def plan_baselines(kinds: Collection[str], saes: Sequence[Measured]) -> list[Bas
 class SiteBuilder:
     """Makes the baselines of one site as SAEs; what several of them need is computed once."""
 
-    def __init__(self, site: Site, d_in: int, device: torch.device | str, sample: SiteSample | None, seed: int) -> None:
-        self.site, self.d_in, self.device, self.seed = site, d_in, torch.device(device), seed
-        self._sample = sample  # only the `CALIBRATED` kinds need it
+    def __init__(
+        self, site: Site, d: int, device: torch.device | str, samples: Mapping[Site, SiteSample], seed: int
+    ) -> None:
+        self.site, self.d, self.device, self.seed = site, d, torch.device(device), seed
+        self._samples = samples  # of this site, and where its SAEs read: only the `CALIBRATED` kinds need them
         self._axes = functools.cache(lambda counts_bos: principal_axes(self._x(counts_bos)))
 
     def build(self, baseline: Baseline, sae: Sae | None) -> Sae:
         """The baseline, given the SAE of this site that it belongs to (None where it belongs to none)."""
         if baseline.kind == "identity":
-            return self._sae(baseline, IdentityCoder(self.d_in, self.device), self.d_in)
+            return self._sae(baseline, IdentityCoder(self.d, self.device), self.d)
         if baseline.kind == "mean":
             return self._sae(baseline, constant(self._x(baseline.counts_bos).double().mean(dim=0)), 1)
         assert sae is not None
@@ -158,16 +160,15 @@ class SiteBuilder:
 
     def _sae(self, baseline: Baseline, coder: Coder, d_sae: int, k: int | None = None) -> Sae:
         layer, hookpoint = self.site
-        return Sae(baseline.name, layer, hookpoint, self.d_in, d_sae, k, baseline.kind, coder)
+        return Sae(baseline.name, layer, hookpoint, self.d, d_sae, k, baseline.kind, coder)
 
     def _typical_l0(self, sae: Sae) -> int:
         """The SAE's mean L0 at the probed tokens of the sample, rounded, at least 1."""
-        assert self._sample is not None
-        return max(1, round(float(sae.encode(self._sample.probed).l0().mean())))
+        read = self._samples[self.site.read_by(sae.input_hookpoint)].probed
+        return max(1, round(float(sae.encode(read).l0().mean())))
 
     def _x(self, counts_bos: bool) -> Tensor:
-        assert self._sample is not None
-        return self._sample.counted(counts_bos).to(self.device)
+        return self._samples[self.site].counted(counts_bos).to(self.device)
 
     def _generator(self) -> torch.Generator:
         """The site's own stream, on the CPU: the same draws for every device."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from datasets_wikidata import Mention, TokenBatch, TokenisedMentions, batches
-from language_model import LanguageModel, Site
+from language_model import ActivationSource, Site
 
 N_TEXTS = 256
 N_TOKENS = 4096
@@ -34,9 +34,9 @@ BATCH_TOKENS = 4096  # padded tokens in a forward pass; --batch_size has no say
 class SiteSample:
     """Activations of the calibration texts at one site, float32 on the CPU."""
 
-    x: Tensor  # [tokens, d_in]: tokens drawn from all of the texts, each as likely as any other
+    x: Tensor  # [tokens, d]: tokens drawn from all of the texts, each as likely as any other
     bos: Tensor  # bool [tokens]: which of them begin a text as BOS
-    probed: Tensor  # [probed, d_in]: every token that these texts are probed at
+    probed: Tensor  # [probed, d]: every token that these texts are probed at
 
     def counted(self, counts_bos: bool) -> Tensor:
         """The x that count in an SAE's whole-text figures: BOS among them only if it was trained on BOS."""
@@ -57,12 +57,16 @@ def fingerprint(mentions: Sequence[Mention]) -> str:
     return digest.hexdigest()
 
 
-def calibrate(model: LanguageModel, tokenised: TokenisedMentions, positions: str, seed: int) -> dict[Site, SiteSample]:
+def calibrate(
+    model: ActivationSource, tokenised: TokenisedMentions, positions: str, seed: int, n_tokens: int = N_TOKENS
+) -> dict[Site, SiteSample]:
     """A sample of every site that the model has hooks at; `positions` last, mean or all, as the texts are probed.
+
+    The sites' rows are of the same tokens, at most `n_tokens` of them.
 
     Raises ArithmeticError, naming the layer, if an activation is NaN or Inf.
     """
-    drawn, probed = _draw_tokens(tokenised, seed), _probed_tokens(tokenised, positions)
+    drawn, probed = _draw_tokens(tokenised, seed, n_tokens), _probed_tokens(tokenised, positions)
     wanted = _Tokens(np.concatenate([drawn.text, probed.text]), np.concatenate([drawn.place, probed.place]))
     rows = _activations(model, tokenised, wanted)
     bos = torch.from_numpy((drawn.place == 0) & tokenised.has_bos)
@@ -86,11 +90,11 @@ class _Tokens:
     place: np.ndarray  # int64 [tokens], counted in the text's ids
 
 
-def _draw_tokens(tokenised: TokenisedMentions, seed: int) -> _Tokens:
-    """At most `N_TOKENS` of all tokens, BOS among them."""
+def _draw_tokens(tokenised: TokenisedMentions, seed: int, n_tokens: int) -> _Tokens:
+    """At most `n_tokens` of all tokens, BOS among them."""
     length = np.array([len(ids) for ids in tokenised.ids])
     start = np.cumsum(length) - length
-    chosen = np.sort(np.random.default_rng([seed, len(length)]).permutation(length.sum())[:N_TOKENS])
+    chosen = np.sort(np.random.default_rng([seed, len(length)]).permutation(length.sum())[:n_tokens])
     text = np.searchsorted(start, chosen, side="right") - 1
     return _Tokens(text, chosen - start[text])
 
@@ -103,11 +107,11 @@ def _probed_tokens(tokenised: TokenisedMentions, positions: str) -> _Tokens:
     return _Tokens(text, np.concatenate(spans))
 
 
-def _activations(model: LanguageModel, tokenised: TokenisedMentions, wanted: _Tokens) -> dict[Site, Tensor]:
+def _activations(model: ActivationSource, tokenised: TokenisedMentions, wanted: _Tokens) -> dict[Site, Tensor]:
     """Site -> float32 `[tokens, d]` on the CPU."""
     rows: dict[Site, Tensor] = {}
     for batch, chosen, in_batch in _by_batch(tokenised, wanted):
-        for site, found in model.activations(batch.ids).items():
+        for site, found in model.activations(batch.ids, batch.lengths).items():
             x = found.flatten(0, 1).index_select(0, in_batch.to(found.device)).float().cpu()
             if not bool(torch.isfinite(x).all()):
                 raise ArithmeticError(f"layer {site.layer}: NaN or Inf in the model's activations")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
-from config import BASELINES, DTYPES, POSITIONS, PROBE_BACKENDS, VIEWS, RunConfig, parse_layers
+from config import BASELINES, BOS, DTYPES, POSITIONS, PROBE_BACKENDS, VIEWS, RunConfig, parse_layers
 from errors import RequestError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -23,12 +23,17 @@ examples:
       four layers of Pythia-160M, model on one GPU and probes on the other
   python main.py --dataset_file my_concept.csv
       your own task: columns text and label, optionally group, start, end
+  python main.py inspect --sae_name my_sae --model_name EleutherAI/pythia-160m
+      what an SAE is, and how well it fits each layer and hook point
   python report.py results --worst_first
       the tables again, largest losses on top
 
 exit codes: 0 everything asked for is on disk; 1 the run failed (what finished is on disk, the same command goes on
 from there); 2 the request was wrong; 130 interrupted
 """
+
+
+Task = Literal["measure", "inspect", "list"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,27 +53,36 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("task", nargs="?", choices=("inspect",), help="inspect: print what the SAEs are and how well "
+        "they fit each hook point of the model, and measure nothing")  # fmt: skip
     add = parser.add_argument_group("what to measure").add_argument
     add(
         "--model_name",
         default=str(DEMO_MODEL),
         help="hub id or local folder of a Hugging Face model (the bundled demo)",
     )
-    add("--sae_name", default=None, help="one or several, with commas: hub id, local folder, or release/sae_id of SAE "
-        "Lens; several share one forward pass (the bundled demo's two, with the bundled model)")  # fmt: skip
+    add("--revision", help="branch, tag or commit of a hub model, such as Pythia's step3000 (main)")
+    add("--trust_remote_code", action="store_true", help="run code that comes with the model (off)")
+    add("--sae_name", default=None, help="one or several, with commas: hub id, local folder, release/sae_id of SAE "
+        "Lens, a release alone, or a pattern (folder/*, release/layer_*/width_16k/*); several share one forward pass "
+        "(the bundled demo's two, with the bundled model)")  # fmt: skip
     add("--datasets", default=None, help="indices or names, with commas: 0 gender, 1 occupation, 2 politics, "
         "3 athlete, 4 is_alive (all)")  # fmt: skip
     add("--list_datasets", action="store_true", help="print the datasets with rows, people and class balance, and end")
-    add("--dataset_file", type=Path, help="your own task: CSV, JSONL, Parquet or a `datasets` folder with columns text "
-        "and label, optionally group (never split over folds), start, end (characters to probe), task")  # fmt: skip
+    add("--dataset_file", metavar="FILE|OWNER/NAME", help="your own task: CSV, JSONL, Parquet, a `datasets` folder, or "
+        "a dataset on the Hub (owner/name or owner/name:config) with columns text and label, optionally group (never "
+        "split over folds), start, end (characters to probe), task")  # fmt: skip
+    add("--dataset_split", help="which split of it (train, or the only one)")
+    add("--dataset_columns", default="", metavar="text=X,label=Y,...", help="how it calls the columns (as above)")
     add("--data_dir", type=Path, help="folder with the Wikidata datasets of Gurnee et al. 2023, probed at their own "
         "name positions (the bundled task data)")  # fmt: skip
     add("--layers", default="all", help="0,1,2 or 0-11 or all; every layer that the SAE has (all)")
-    add(
-        "--hookpoint", help="resid_post, mlp_out, attn_out, or a module path with <layer> (what the SAE says of itself)"
-    )
+    add("--hookpoint", help="resid_post, resid_pre, mlp_out, attn_out, mlp_in, attn_in, z, or a module path with "
+        "<layer> (with :in its input), in our or SAE Lens's words (what the SAE says of itself)")  # fmt: skip
     add("--positions", default="last", help=f"{', '.join(POSITIONS)}: last token of the name, mean over the name, "
         "all its tokens weighted 1/len (%(default)s)")  # fmt: skip
+    add("--bos", default="auto", help=f"{', '.join(BOS)}: whether texts begin with BOS, and whether it counts in "
+        "the whole-text figures (as in training; where that is not known, excluded if the model has one)")  # fmt: skip
     add(
         "--shuffle_select_n", type=int, help="at most this many rows per dataset, drawn by seed, classes balanced (all)"
     )
@@ -92,16 +106,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, help="texts in a forward pass (by free memory); halved on out-of-memory")
     add("--queue_gb", type=float, default=2.0, help="memory for rows between the threads; collected rows beyond it are "
         "kept in temporary files (%(default)s)")  # fmt: skip
+    add("--cache_dir", type=Path, help="keep the model's activations there: another SAE on the same texts needs no "
+        "forward pass (not kept)")  # fmt: skip
+    add("--cache_gb", type=float, default=50.0, help="how much of them; what was read longest ago goes (%(default)s)")
     add("--overwrite", action="store_true", help="replace result files made with other settings")
+    add("--force", action="store_true", help="measure an SAE although the check before the run finds that it fits "
+        "another place, normalisation or BOS setting far better")  # fmt: skip
     add("--quiet", action="store_true", help="no progress bars, no tables; warnings stay")
     add("--verbose", action="store_true", help="log what happens, and the traceback of every failure")
     return parser
 
 
-def parse_config(argv: Sequence[str]) -> tuple[RunConfig, bool]:
-    """The command line as a `RunConfig`, and whether only a list of datasets is wanted."""
+def parse_config(argv: Sequence[str]) -> tuple[RunConfig, Task]:
+    """The command line as a `RunConfig`, and what is to be done with it."""
     asked = build_parser().parse_args(argv)
-    from datasets_wikidata import parse_dataset_names
+    task: Task = "inspect" if asked.task == "inspect" else "list" if asked.list_datasets else "measure"
+    from datasets_wikidata import parse_columns, parse_dataset_names
 
     own_file_alone = asked.dataset_file is not None and asked.datasets is None
     sae_names: str | None = asked.sae_name
@@ -112,13 +132,18 @@ def parse_config(argv: Sequence[str]) -> tuple[RunConfig, bool]:
     device1, device2 = _choose_devices(asked.device1, asked.device2)
     config = RunConfig(
         model_name=asked.model_name,
+        revision=asked.revision,
+        trust_remote_code=asked.trust_remote_code,
         sae_names=tuple(name.strip() for name in sae_names.split(",") if name.strip()),
         datasets=() if own_file_alone else parse_dataset_names(asked.datasets or "0,1,2,3,4"),
         dataset_file=asked.dataset_file,
+        dataset_split=asked.dataset_split,
+        dataset_columns=parse_columns(asked.dataset_columns),
         data_dir=asked.data_dir,
         layers=parse_layers(asked.layers),
         hookpoint=asked.hookpoint,
         positions=asked.positions,
+        bos=asked.bos,
         output_directory=asked.output_directory.expanduser(),
         device1=device1,
         device2=device2,
@@ -133,11 +158,14 @@ def parse_config(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         repeats=asked.repeats,
         seed=asked.seed,
         queue_gb=asked.queue_gb,
+        cache_dir=None if asked.cache_dir is None else asked.cache_dir.expanduser(),
+        cache_gb=asked.cache_gb,
         overwrite=asked.overwrite,
+        force=asked.force,
         quiet=asked.quiet,
         verbose=asked.verbose,
     )
-    return config, asked.list_datasets
+    return config, task
 
 
 def _parse_views(spec: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ PROBE_BACKENDS = ("auto", "torch", "cuml", "sklearn")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASELINES = ("identity", "random", "pca", "mean", "shuffled", "names")
 VIEWS = ("model", "sae", "error", "latents")
+BOS = ("auto", "counted", "excluded", "none")
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,18 @@ class RunConfig:
     """One run of `main.py`."""
 
     model_name: str  # hub id or local folder
-    sae_names: tuple[str, ...]  # each a hub id, a local folder, or release/sae_id of SAE Lens
+    revision: str | None  # branch, tag or commit of a hub model
+    trust_remote_code: bool
+    sae_names: tuple[str, ...]  # each a hub id, a local folder, release/sae_id of SAE Lens, or a pattern of those
     datasets: tuple[str, ...]  # names of Wikidata datasets; empty with dataset_file alone
-    dataset_file: Path | None
+    dataset_file: str | None  # a file, a folder, or a dataset on the Hub
+    dataset_split: str | None  # None: train, or the only one
+    dataset_columns: tuple[tuple[str, str], ...]  # (our name, the file's name)
     data_dir: Path | None
     layers: tuple[int, ...] | None  # None: every layer that the SAE has
     hookpoint: str | None  # None: what the SAE says of itself
     positions: str
+    bos: str  # whether texts begin with BOS, and whether it counts in whole-text figures
     output_directory: Path
     device1: str  # model and SAE
     device2: str  # probes
@@ -44,7 +50,10 @@ class RunConfig:
     repeats: int
     seed: int
     queue_gb: float
+    cache_dir: Path | None  # None: activations are not kept
+    cache_gb: float
     overwrite: bool
+    force: bool  # measure SAEs that do not seem to fit
     quiet: bool
     verbose: bool
 
@@ -52,6 +61,7 @@ class RunConfig:
         _one_of("--positions", self.positions, POSITIONS)
         _one_of("--probe", self.probe, PROBE_BACKENDS)
         _one_of("--dtype", self.dtype, DTYPES)
+        _one_of("--bos", self.bos, BOS)
         for view in self.views:
             _one_of("--views", view, VIEWS)
         for baseline in self.baselines:
@@ -67,10 +77,12 @@ class RunConfig:
             raise RequestError(f"--epsilon must be between 0 and 1, got {self.epsilon}")
         if not self.queue_gb > 0:
             raise RequestError(f"--queue_gb must be positive, got {self.queue_gb}")
+        if not self.cache_gb > 0:
+            raise RequestError(f"--cache_gb must be positive, got {self.cache_gb}")
         if not self.sae_names:
             raise RequestError("--sae_name is empty: give a hub id, a folder, or several with commas")
-        if len(set(self.sae_names)) < len(self.sae_names):
-            raise RequestError(f"--sae_name names the same SAE twice: {','.join(self.sae_names)}")
+        if self.dataset_file is None and (self.dataset_split or self.dataset_columns):
+            raise RequestError("--dataset_split and --dataset_columns say how to read --dataset_file, which is missing")
 
 
 def parse_layers(spec: str) -> tuple[int, ...] | None:

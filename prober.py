@@ -57,7 +57,7 @@ class Work:
 
     texts: ProbeTexts
     rows: RowTable
-    d_in: int
+    widths: Mapping[Site, int]  # of the activations
     files: Mapping[tuple[SaeId, int], RecordFile]  # (SAE, dataset index) -> its file
     missing: Mapping[int, Mapping[Site, Sequence[SaeId]]]  # dataset index -> sites in order of layers -> SAEs
     sae_names: Sequence[str]
@@ -100,7 +100,8 @@ class Prober:
         views |= {(s, sae) for dataset in self.work.missing.values() for s, saes in dataset.items() for sae in saes}
         kept = (view for view in views if view[1] not in self.work.codes)
         order = sorted(kept, key=lambda view: (view[0], -1 if view[1] is None else view[1]))
-        with RowStore(order, len(self.work.rows), self.work.d_in, self.settings.device, self.store_bytes) as store:
+        widths = {view: self.work.widths[view[0]] for view in order}
+        with RowStore(widths, len(self.work.rows), self.settings.device, self.store_bytes) as store:
             for item in queue:
                 if isinstance(item, LayerRows):
                     self._keep(item, store)
@@ -187,7 +188,7 @@ class Prober:
 
     def _figures(self, index: int, site: Site, sae_id: SaeId) -> Reconstruction:
         if sae_id in self.work.codes:
-            return ReconstructionSums(self.work.d_in, d_sae=0, device="cpu").figures()  # of no rows
+            return ReconstructionSums(d=0, d_sae=0, device="cpu").figures()  # of no rows
         parts = [item.sums[site, sae_id] for item in self._done if index in item.block.datasets]
         total: ReconstructionSums = parts[0]
         for part in parts[1:]:

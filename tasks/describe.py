@@ -8,6 +8,7 @@ from pathlib import Path
 from tasks.assemble import distinct_rows
 from tasks.catalogue import DATASET_NAMES, load_sources
 from tasks.types import Source
+from tasks.user_data import UserData
 from terminal import printable
 
 _HEADER = ("index", "dataset", "probe", "rows as shipped", "distinct rows", "people", "positives")
@@ -15,13 +16,13 @@ _LEFT_COLUMNS = 3  # the words; numbers line up on the right
 
 
 def describe_datasets(
-    names: Sequence[str] | None = None, *, data_dir: Path | None = None, dataset_file: Path | None = None
+    names: Sequence[str] | None = None, *, data_dir: Path | None = None, user_data: UserData | None = None
 ) -> str:
     """One line per probe: rows before and after duplicates are dropped, people, positives (class balance).
 
     Arguments and errors as for `load_probe_texts`.
     """
-    sources = load_sources(names, data_dir, dataset_file)
+    sources = load_sources(names, data_dir, user_data)
     lines = [_HEADER, *(tuple(map(printable, line)) for source in sources for line in _lines(source))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
     return "\n".join(_format(line, widths) for line in lines)

@@ -1,4 +1,4 @@
-"""Reads a user's table - CSV, JSON lines, Parquet or a `datasets` folder - into plain records.
+"""Reads a user's table - CSV, JSON lines, Parquet, a `datasets` folder or a dataset of the Hub - into plain records.
 
 Every failure is one `RequestError` line that names the file and, where there is one, the line.
 """
@@ -9,129 +9,151 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from errors import RequestError
+from tasks.read_datasets import is_hub_name, read_folder, read_hub
+from tasks.table import Record, Table, chosen_columns, label_names, numbered, one_line
+from tasks.user_data import UserData
 
 
-@dataclass(frozen=True)
-class Record:
-    """One row and where it stands, for error messages: 'line 7' of a text file, 'row 7' of a binary one."""
+def read_table(data: UserData) -> Table:
+    """Read `data` by its suffix (.csv, .jsonl, .parquet), as a folder, or from the Hub; columns by our names.
 
-    where: str
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    """What a file holds."""
-
-    columns: tuple[str, ...]
-    records: tuple[Record, ...]
-
-
-def read_table(path: Path) -> Table:
-    """Read `path` by its suffix (.csv, .jsonl, .parquet) or as a folder saved by `datasets`.
-
-    Raises `RequestError` if there is nothing at `path`, its kind is unknown, or it cannot be read as that kind.
+    What is on disk goes before what is on the Hub. Raises `RequestError` if there is nothing of that name, its kind is
+    unknown, it cannot be read as that kind, or a column or split that was asked for is not there.
     """
-    if os.path.isdir(path):  # noqa: PTH112 - False, not an error, for a name too long to be a path
-        return _read_folder(path)
-    if not os.path.exists(path):  # noqa: PTH110
-        raise RequestError(f"--dataset_file {path}: no such file")
+    table = _read(data)
+    if not table.columns:
+        raise RequestError(f"{data.flag}: is empty: it needs the columns text and label")
+    ours = chosen_columns(data, table.columns)
+    if all(ours[name] == name for name in ours):
+        return table
+    unnamed = [column for column in table.columns if column not in ours.values() and column not in ours]
+    records = tuple(
+        Record(record.where, {name: record.values[column] for name, column in ours.items() if column in record.values})
+        for record in table.records
+    )
+    return Table((*ours, *unnamed), records)
+
+
+def _read(data: UserData) -> Table:
+    name, path = data.path_or_name, Path(data.path_or_name)
+    folder, _, config = name.rpartition(":")
+    if os.path.isdir(name):  # noqa: PTH112 - False, not an error, for a name that is empty or too long to be a path
+        return read_folder(path, None, data)
+    if os.path.exists(name):  # noqa: PTH110
+        return _read_file(path, data)
+    if os.path.isdir(folder):  # noqa: PTH112
+        return read_folder(Path(folder), config, data)
+    if path.suffix.lower() not in _READERS and is_hub_name(name):
+        return read_hub(data)
+    raise RequestError(f"{data.flag}: no such file (and not a dataset of the Hub, owner/name or owner/name:config)")
+
+
+def _read_file(path: Path, data: UserData) -> Table:
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise RequestError(
-            f"--dataset_file {path}: unknown suffix {path.suffix!r}: give {', '.join(_READERS)} or a datasets folder"
+            f"{data.flag}: unknown suffix {path.suffix!r}: give {', '.join(_READERS)}, a datasets folder, "
+            "or a dataset of the Hub"
         )
-    return reader(path)
+    if data.split is not None:
+        raise RequestError(f"{data.flag}: --dataset_split {data.split}: a file has no splits; leave it out")
+    return reader(path, data)
 
 
-def _read_csv(path: Path) -> Table:
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+def _read_csv(path: Path, data: UserData) -> Table:
+    reader = csv.reader(io.StringIO(_read_text(path, data), newline=""), strict=True)
     records: list[Record] = []
     columns: list[str] = []
     line = 1  # where the next record begins: a quoted field may span several
     try:
         for fields in reader:
             if not columns:
-                columns = [field.strip() for field in fields]
+                columns = _header(fields, data)
             elif len(fields) > len(columns):
-                raise RequestError(f"--dataset_file {path}, line {line}: more fields than the header names")
+                raise RequestError(f"{data.flag}, line {line}: more fields than the header names")
             elif fields:
                 records.append(Record(f"line {line}", dict(zip(columns, fields, strict=False))))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise RequestError(f"--dataset_file {path}, line {line}: {error}") from error
+        raise RequestError(f"{data.flag}, line {line}: {error}: is a quote missing, or one too many?") from error
     return Table(tuple(columns), tuple(records))
 
 
-def _read_jsonl(path: Path) -> Table:
+def _header(fields: list[str], data: UserData) -> list[str]:
+    columns = [field.strip() for field in fields]
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise RequestError(f"{data.flag}, line 1: two columns are called {twice[0]!r}: rename one")
+    return columns
+
+
+def _read_jsonl(path: Path, data: UserData) -> Table:
     records = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(_read_text(path, data).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits and endless nesting too
-            raise RequestError(f"--dataset_file {path}, line {number}: not JSON ({_one_line(error)})") from error
+            raise RequestError(f"{data.flag}, line {number}: not JSON ({one_line(error)})") from error
         if not isinstance(values, dict):
-            raise RequestError(f"--dataset_file {path}, line {number}: not a JSON object: {line.strip()[:60]!r}")
+            raise RequestError(f"{data.flag}, line {number}: not a JSON object: {line.strip()[:60]!r}")
         records.append(Record(f"line {number}", values))
     return Table(tuple(dict.fromkeys(key for record in records for key in record.values)), tuple(records))
 
 
-def _read_parquet(path: Path) -> Table:
+def _read_parquet(path: Path, data: UserData) -> Table:
     import pyarrow  # comes with datasets; needed for this format only
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path, partitioning=None)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            wanted = sorted(set(chosen_columns(data, schema.names).values()))
+            rows = file.read(columns=wanted).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise RequestError(f"--dataset_file {path}: not a readable Parquet file ({_one_line(error)})") from error
-    return Table(tuple(table.column_names), _numbered(table.to_pylist()))
+        raise RequestError(f"{data.flag}: not a readable Parquet file ({one_line(error)})") from error
+    if b"huggingface" in (schema.metadata or {}):  # written by datasets, which may know the classes' names
+        rows = _with_class_names(rows, schema, data)
+    return Table(tuple(schema.names), numbered(rows))
 
 
-def _read_folder(path: Path) -> Table:
-    import datasets  # seconds to import, and needed for this format only
+def _with_class_names(rows: list[dict[str, Any]], schema: Any, data: UserData) -> list[dict[str, Any]]:
+    from datasets import Features  # seconds to import, and needed for such files only
 
     try:
-        table = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"--dataset_file {path}: not a folder written by datasets' save_to_disk ({_one_line(error)})"
-        ) from error
-    if isinstance(table, datasets.DatasetDict):
-        raise RequestError(f"--dataset_file {path}: holds splits, name one: {path / next(iter(table), '')}")
-    return Table(tuple(table.column_names), _numbered(table.with_format(None)))
+        names = label_names(Features.from_arrow_schema(schema))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON of a stranger
+        raise RequestError(f"{data.flag}: its description of the columns cannot be read ({one_line(error)})") from error
+    return [{key: names[key](value) if key in names else value for key, value in row.items()} for row in rows]
 
 
-def _numbered(rows: Iterable[Mapping[str, Any]]) -> tuple[Record, ...]:
-    return tuple(Record(f"row {number}", values) for number, values in enumerate(rows, start=1))
-
-
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, data: UserData) -> str:
     try:
-        data = path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
-        raise RequestError(f"--dataset_file {path}: {error.strerror}") from error
+        raise RequestError(f"{data.flag}: {error.strerror}") from error
     try:
-        return data.decode("utf-8-sig")  # spreadsheets put a byte order mark first
+        text = content.decode("utf-8-sig")  # spreadsheets put a byte order mark first
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = content.count(b"\n", 0, error.start) + 1
         raise RequestError(
-            f"--dataset_file {path}, line {line}: not UTF-8 (byte {data[error.start]:#04x}): save it as UTF-8"
+            f"{data.flag}, line {line}: not UTF-8 (byte {content[error.start]:#04x}): save it as UTF-8"
         ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise RequestError(
+            f"{data.flag}, line {line}: a NUL byte, which no text holds: is it UTF-16, or no text at all?"
+        )
+    return text
 
 
-def _one_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-_READERS: dict[str, Callable[[Path], Table]] = {
+_READERS: dict[str, Callable[[Path, UserData], Table]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from tasks.types import Int64Array, Mention
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 _CHUNK = 1024  # texts tokenised at once: offsets are Python tuples, too many to hold for all texts
 
 
@@ -26,6 +29,21 @@ class TokenisedMentions:
     first: Int64Array  # [n_mentions] first token of the name, counted in ids (so shifted by BOS)
     last: Int64Array  # [n_mentions] last token of the name, inclusive
     has_bos: bool
+
+    def take(self, mentions: Int64Array) -> TokenisedMentions:
+        """These mentions alone, in this order."""
+        return TokenisedMentions(
+            tuple(self.ids[m] for m in mentions), self.first[mentions], self.last[mentions], self.has_bos
+        )
+
+    def with_other_bos(self, bos: int, max_length: int) -> TokenisedMentions:
+        """The same texts without BOS if these begin with it, and with it if not: the first token of a full one goes."""
+        if self.has_bos:
+            return TokenisedMentions(tuple(ids[1:] for ids in self.ids), self.first - 1, self.last - 1, False)
+        kept = tuple(ids[len(ids) + 1 - max_length :] if len(ids) >= max_length else ids for ids in self.ids)
+        shift = np.array([1 + len(now) - len(ids) for now, ids in zip(kept, self.ids, strict=True)])
+        ids = tuple(np.concatenate([np.array([bos], dtype=np.int32), now]) for now in kept)
+        return TokenisedMentions(ids, np.maximum(self.first + shift, 1), np.maximum(self.last + shift, 1), True)
 
 
 @dataclass(frozen=True)
@@ -42,19 +60,25 @@ def tokenise(
 ) -> TokenisedMentions:
     """Tokenise `mentions` to at most `max_length` tokens each, BOS included.
 
-    Longer texts lose their left, unless that would cut the name: then they start with it. Tokens after the name
-    are kept where they fit: in a causal model they do not touch it, but they count in mse_whole. The tokenizer adds
-    no special tokens; BOS is prepended here. Pre-tokenised mentions keep their own ids.
+    Longer texts lose their left, unless that would cut the name: then they start with it. A warning says how many.
+    Tokens after the name are kept where they fit: in a causal model they do not touch it, but they count in
+    mse_whole. The tokenizer adds no special tokens; BOS is prepended here. Pre-tokenised mentions keep their own ids.
 
     Raises `RequestError` for a slow tokenizer, one without a BOS to prepend or made for other tokens, and for a
     mention whose name has no token or does not fit.
     """
     bos = _bos(tokenizer) if prepend_bos else []
     room = max_length - len(bos)
-    rows = [
-        _window(tokens, room, mention)
-        for tokens, mention in zip(_all_tokens(mentions, tokenizer), mentions, strict=True)
-    ]
+    rows: list[_Tokens] = []
+    n_cut = 0
+    for tokens, mention in zip(_all_tokens(mentions, tokenizer), mentions, strict=True):
+        rows.append(_window(tokens, room, mention))
+        n_cut += len(tokens.ids) > room
+    if n_cut:
+        logger.warning(
+            "%d of %d texts have more than the model's %d tokens: they lost their beginning, "
+            "or their end if they begin with the name", n_cut, len(rows), max_length,
+        )  # fmt: skip
     return TokenisedMentions(
         ids=tuple(np.array([*bos, *row.ids], dtype=np.int32) for row in rows),
         first=np.array([row.first + len(bos) for row in rows], dtype=np.int64),

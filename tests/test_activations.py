@@ -170,7 +170,8 @@ def test_latents_come_through_as_the_sae_gives_them(
     )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1))[: len(rows) // 2]
     here = torch.device("cpu")
-    with RowStore([(site, view) for site in SITES for view in (None, 0)], len(rows), 32, here, max_bytes) as store:
+    widths = {(site, view): 32 for site in SITES for view in (None, 0)}
+    with RowStore(widths, len(rows), here, max_bytes) as store:
         for batch in reversed(batches):
             store.put(batch)
         for site in SITES:
@@ -202,7 +203,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_number(model, saes, info,
     expected, figures, *_ = produce(model, saes, info, mentions)
     forward = type(model).activations
 
-    def at_most_five(self, ids):
+    def at_most_five(self, ids, lengths=None):
         if len(ids) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, ids)
@@ -216,7 +217,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_number(model, saes, info,
 
 
 def test_one_text_too_many_for_memory_is_an_error(model, saes, info, mentions, monkeypatch):
-    def never(self, ids):
+    def never(self, ids, lengths=None):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(type(model), "activations", never)
@@ -237,4 +238,4 @@ def test_blocks_cover_every_probed_mention_once_and_the_first_dataset_comes_firs
 
 
 def test_free_memory_sets_the_batch_on_a_gpu_and_a_constant_on_the_cpu(model, saes):
-    assert activations.tokens_in_memory(model, saes) == activations.CPU_TOKENS
+    assert activations.tokens_in_memory(model.device, saes) == activations.CPU_TOKENS

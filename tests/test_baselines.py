@@ -21,7 +21,7 @@ import records
 import report
 from baselines import CALIBRATED, KINDS, OF_AN_SAE, Baseline, Measured, SiteBuilder, bag_of_names, plan_baselines
 from calibration import SiteSample
-from datasets_wikidata import load_all_mentions, load_probe_texts, tokenise
+from datasets_wikidata import UserData, load_all_mentions, load_probe_texts, tokenise
 from folds import FoldPlan
 from language_model import Site, open_model
 from sae_loader import Sae, open_sae
@@ -52,7 +52,9 @@ def planned(kind, counts_bos=False):
 
 
 def built(kind, sample, sae, seed=0) -> Sae:
-    return SiteBuilder(SITE, D_MODEL, DEVICE, sample, seed).build(planned(kind), sae if kind in OF_AN_SAE else None)
+    return SiteBuilder(SITE, D_MODEL, DEVICE, {SITE: sample}, seed).build(
+        planned(kind), sae if kind in OF_AN_SAE else None
+    )
 
 
 def fvu(x, recon):
@@ -128,7 +130,7 @@ def test_no_other_gain_of_the_random_decoder_fits_better(sample, sae):
 
 def test_random_differs_by_layer_and_by_seed_alone(sample, sae):
     def directions(layer, seed):
-        builder = SiteBuilder(Site(layer, "resid_post"), D_MODEL, DEVICE, sample, seed)
+        builder = SiteBuilder(Site(layer, "resid_post"), D_MODEL, DEVICE, {Site(layer, "resid_post"): sample}, seed)
         return builder.build(planned("random"), sae).coder.W_dec
 
     assert torch.equal(directions(1, 0), directions(1, 0))
@@ -305,7 +307,7 @@ def test_all_baselines_share_the_models_own_probe(whole):
 
 
 def test_names_alone_are_what_scikit_learn_makes_of_a_bag_of_their_tokens(whole, tiny_model):
-    texts = load_probe_texts((), dataset_file=whole.data)
+    texts = load_probe_texts((), user_data=UserData(str(whole.data)))
     info = open_model(str(tiny_model))
     tokenised = tokenise(texts.mentions, info.tokenizer, prepend_bos=info.has_bos, max_length=info.max_length)
     dense = densely(bag_of_names(tokenised))

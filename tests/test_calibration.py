@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 
 import calibration
 from calibration import SiteSample, calibrate, draw_mentions, fingerprint, principal_axes
-from datasets_wikidata import Mention, load_all_mentions, load_probe_texts, tokenise
+from datasets_wikidata import Mention, UserData, load_all_mentions, load_probe_texts, tokenise
 from language_model import Site, open_model
 
 SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
@@ -60,10 +60,9 @@ def test_probed_tokens_are_those_of_the_names(model, tokenised, positions):
     torch.testing.assert_close(sample.probed, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_many_tokens_are_drawn_without_repetition_and_by_seed(model, tokenised, monkeypatch):
-    monkeypatch.setattr(calibration, "N_TOKENS", 50)
-    samples = [calibrate(model, tokenised, "last", seed)[SITES[0]] for seed in (0, 0, 1)]
-    drawn = calibration._draw_tokens(tokenised, 0)
+def test_many_tokens_are_drawn_without_repetition_and_by_seed(model, tokenised):
+    samples = [calibrate(model, tokenised, "last", seed, 50)[SITES[0]] for seed in (0, 0, 1)]
+    drawn = calibration._draw_tokens(tokenised, 0, 50)
     assert len(set(zip(drawn.text.tolist(), drawn.place.tolist(), strict=True))) == len(samples[0].x) == 50
     texts = every_token(model, tokenised, SITES[0])
     expected = torch.stack([texts[t][p] for t, p in zip(drawn.text, drawn.place, strict=True)])
@@ -72,10 +71,9 @@ def test_many_tokens_are_drawn_without_repetition_and_by_seed(model, tokenised, 
     assert not torch.equal(samples[0].x, samples[2].x)
 
 
-def test_every_token_is_as_likely_to_be_drawn_as_any_other(tokenised, monkeypatch):
-    monkeypatch.setattr(calibration, "N_TOKENS", 200)
+def test_every_token_is_as_likely_to_be_drawn_as_any_other(tokenised):
     n_tokens = sum(map(len, tokenised.ids))
-    hits = sum(np.sum(calibration._draw_tokens(tokenised, seed).place == 0) for seed in range(50))
+    hits = sum(np.sum(calibration._draw_tokens(tokenised, seed, 200).place == 0) for seed in range(50))
     expected = 50 * 200 * len(tokenised.ids) / n_tokens
     assert abs(hits - expected) < 4 * np.sqrt(expected), "tokens of short texts are no likelier than others"
 
@@ -99,13 +97,14 @@ def test_texts_are_drawn_once_each_by_seed(mentions, monkeypatch):
 
 def test_the_texts_to_draw_from_do_not_depend_on_the_datasets_asked_for(people_csv):
     everything = load_all_mentions(("gender",), None, None)
-    assert everything == load_all_mentions(("is_alive", "politics"), None, people_csv)
+    assert everything == load_all_mentions(("is_alive", "politics"), None, UserData(str(people_csv)))
     asked = {mention.identity for mention in load_probe_texts(("gender", "is_alive")).mentions}
     found = [mention.identity for mention in everything]
     assert asked < set(found)
     assert len(found) == len(set(found))
-    own = load_all_mentions((), None, people_csv)
-    assert {m.identity for m in own} == {m.identity for m in load_probe_texts((), dataset_file=people_csv).mentions}
+    user_data = UserData(str(people_csv))
+    own = load_all_mentions((), None, user_data)
+    assert {m.identity for m in own} == {m.identity for m in load_probe_texts((), user_data=user_data).mentions}
 
 
 def test_nan_is_told_with_its_layer(info, tokenised):

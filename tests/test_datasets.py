@@ -261,7 +261,7 @@ def source(*sets: tuple[str, dict[str, int]]) -> Source:
 
 def test_duplicates_are_dropped_and_conflicts_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_csv(tmp_path, [("a b", 0), ("a b", 0), ("c d", 1), ("e f", 1), ("e f", 0), ("g h", 0)])
-    texts = dw.load_probe_texts(None, dataset_file=path)
+    texts = own(path)
     assert [m.text for m in texts.mentions] == ["a b", "c d", "g h"]
     assert texts.datasets[0].probes[0].labels.tolist() == [False, True, False]
     assert "dropped 1 texts with two labels" in caplog.text
@@ -334,7 +334,7 @@ def test_fingerprint_sees_text_span_label_and_person(tmp_path: Path) -> None:
         rows += [{"text": "c", "label": 1, "group": "h", "start": 0, "end": 1}]
         rows += [{"text": "d", "label": 0, "group": "h", "start": 0, "end": 1}]
         path = write_jsonl(tmp_path, rows)
-        texts = dw.load_probe_texts(None, dataset_file=path)
+        texts = own(path)
         return dw.dataset_fingerprint(texts, texts.datasets[0])
 
     same = fingerprint()
@@ -473,6 +473,11 @@ def write_csv(folder: Path, rows: list[tuple[Any, ...]], header: tuple[str, ...]
     return path
 
 
+def own(path: Path, split: str | None = None, columns: str = "") -> dw.ProbeTexts:
+    """What is made of the user's data alone."""
+    return dw.load_probe_texts(None, user_data=dw.UserData(str(path), split, dw.parse_columns(columns)))
+
+
 def write_jsonl(folder: Path, rows: list[dict[str, Any]]) -> Path:
     path = folder / "my_task.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -499,7 +504,7 @@ def user_formats(folder: Path) -> dict[str, Path]:
 
 
 def test_every_format_of_a_user_file_reads_the_same(tmp_path: Path) -> None:
-    loaded = {kind: dw.load_probe_texts(None, dataset_file=path) for kind, path in user_formats(tmp_path).items()}
+    loaded = {kind: own(path) for kind, path in user_formats(tmp_path).items()}
     for texts in loaded.values():
         assert [d.name for d in texts.datasets] == [d.slug for d in texts.datasets] == ["my_task"]
         assert [m.text[m.start : m.end] for m in texts.mentions] == ["Paris", "Rome", "Lyon"]
@@ -510,20 +515,20 @@ def test_every_format_of_a_user_file_reads_the_same(tmp_path: Path) -> None:
 
 def test_user_file_comes_alone_or_with_named_datasets(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, ROWS)
-    texts = dw.load_probe_texts(["politics"], dataset_file=path)
+    texts = dw.load_probe_texts(["politics"], user_data=dw.UserData(str(path)))
     assert [dataset.slug for dataset in texts.datasets] == ["wikidata_politics", "my_task"]
-    assert "\n-      my_task" in dw.describe_datasets(["politics"], dataset_file=path)
+    assert "\n-      my_task" in dw.describe_datasets(["politics"], user_data=dw.UserData(str(path)))
 
 
 def test_user_file_called_like_a_dataset_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, ROWS).rename(tmp_path / "wikidata_politics.jsonl")
     with pytest.raises(RequestError, match="rename the file"):
-        dw.load_probe_texts(["politics"], dataset_file=path)
+        dw.load_probe_texts(["politics"], user_data=dw.UserData(str(path)))
 
 
 def test_without_group_and_span_the_last_word_is_probed_and_groups(tmp_path: Path) -> None:
     path = write_csv(tmp_path, [("I like PARIS  ", "yes"), ("we left Paris", "yes"), ("we left Rome", "no")])
-    texts = dw.load_probe_texts(None, dataset_file=path)
+    texts = own(path)
     assert [m.text[m.start : m.end] for m in texts.mentions] == ["PARIS", "Paris", "Rome"]
     assert same(texts.persons) == [0, 0, 2]
 
@@ -531,14 +536,14 @@ def test_without_group_and_span_the_last_word_is_probed_and_groups(tmp_path: Pat
 @pytest.mark.parametrize("labels", [("0", "1"), ("false", "true"), ("False", "TRUE"), ("0.0", "1"), ("no", "yes")])
 def test_two_labels_are_one_probe(tmp_path: Path, labels: tuple[str, str], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    texts = dw.load_probe_texts(None, dataset_file=write_csv(tmp_path, [("a", labels[1]), ("b", labels[0])]))
+    texts = own(write_csv(tmp_path, [("a", labels[1]), ("b", labels[0])]))
     assert [probe.name for probe in texts.datasets[0].probes] == ["my_task"]
     assert texts.datasets[0].probes[0].labels.tolist() == [True, False]
     assert ("'yes' counts as 1" in caplog.text) == (labels == ("no", "yes"))
 
 
 def test_three_labels_are_three_probes_on_the_same_rows(tmp_path: Path) -> None:
-    texts = dw.load_probe_texts(None, dataset_file=write_csv(tmp_path, [("a", "red"), ("b", "blue"), ("c", 2)]))
+    texts = own(write_csv(tmp_path, [("a", "red"), ("b", "blue"), ("c", 2)]))
     probes = texts.datasets[0].probes
     assert [probe.name for probe in probes] == ["my_task_is_2", "my_task_is_blue", "my_task_is_red"]
     assert [probe.labels.tolist().index(True) for probe in probes] == [2, 1, 0]
@@ -546,7 +551,7 @@ def test_three_labels_are_three_probes_on_the_same_rows(tmp_path: Path) -> None:
 
 def test_a_task_column_makes_several_probes(tmp_path: Path) -> None:
     rows = [("a", 1, "x"), ("b", 0, "x"), ("a", "p", "y"), ("c", "q", "y")]
-    texts = dw.load_probe_texts(None, dataset_file=write_csv(tmp_path, rows, ("text", "label", "task")))
+    texts = own(write_csv(tmp_path, rows, ("text", "label", "task")))
     assert [(p.name, p.mentions.tolist()) for p in texts.datasets[0].probes] == [("x", [0, 1]), ("y", [0, 2])]
 
 
@@ -554,9 +559,9 @@ def test_csv_with_byte_order_mark_and_quoted_newlines(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes('\ufefftext,label\r\n"one\r\ntwo",1\r\n\r\nthree,\r\n'.encode())
     with pytest.raises(RequestError, match="line 5: label is missing"):
-        dw.load_probe_texts(None, dataset_file=path)
+        own(path)
     path.write_bytes('\ufefftext,label\r\n"one\r\ntwo",1\r\n\r\nthree,0\r\n'.encode())
-    assert dw.load_probe_texts(None, dataset_file=path).mentions[0].text == "one\r\ntwo"
+    assert own(path).mentions[0].text == "one\r\ntwo"
 
 
 @pytest.mark.parametrize(
@@ -600,7 +605,7 @@ def test_user_errors_are_one_line_with_the_place(tmp_path: Path, name: str, cont
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(RequestError, match=message) as error:
-        dw.load_probe_texts(None, dataset_file=path)
+        own(path)
     assert "\n" not in str(error.value)
     assert str(error.value).startswith((f"--dataset_file {path}", "t: "))
 
@@ -608,16 +613,15 @@ def test_user_errors_are_one_line_with_the_place(tmp_path: Path, name: str, cont
 def test_continuous_labels_are_told_to_be_the_wrong_column(tmp_path: Path) -> None:
     path = write_csv(tmp_path, [(f"text {i}", i / 7) for i in range(200)])
     with pytest.raises(RequestError, match="200 distinct labels"):
-        dw.load_probe_texts(None, dataset_file=path)
+        own(path)
 
 
 def test_paths_that_are_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no such file"):
-        dw.load_probe_texts(None, dataset_file=tmp_path / "absent.csv")
+        own(tmp_path / "absent.csv")
     with pytest.raises(RequestError, match="not a folder written by datasets"):
-        dw.load_probe_texts(None, dataset_file=tmp_path)
+        own(tmp_path)
     splits = hf_datasets.DatasetDict({"train": hf_datasets.Dataset.from_list(ROWS)})
     splits.save_to_disk(str(tmp_path / "splits"))
-    with pytest.raises(RequestError, match=r"holds splits, name one: .*splits/train"):
-        dw.load_probe_texts(None, dataset_file=tmp_path / "splits")
-    assert dw.load_probe_texts(None, dataset_file=tmp_path / "splits" / "train").datasets[0].name == "train"
+    assert own(tmp_path / "splits").datasets[0].name == "splits"
+    assert own(tmp_path / "splits" / "train").datasets[0].name == "train"

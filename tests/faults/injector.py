@@ -22,6 +22,7 @@ import scores
 import selectivity
 from bounded_queue import BoundedQueue
 from language_model import LanguageModel, ModelInfo
+from preflight import Preflight
 from probe_backends.torch_lbfgs import TorchLbfgs
 from reconstruction import ReconstructionSums
 from row_store import RowStore
@@ -40,6 +41,7 @@ POINTS: dict[str, tuple[Any, str, Callable[[], Exception]]] = {  # kind -> (owne
     "lock": (file_lock, "_acquire", FULL_DISK),
     "model": (ModelInfo, "load", FAULT),
     "sae": (SaeSource, "load", FAULT),
+    "preflight": (Preflight, "examine", FAULT),
     "forward": (LanguageModel, "activations", FAULT),
     "encode": (Sae, "encode", FAULT),
     "decode": (Sae, "decode", FAULT),
@@ -59,6 +61,9 @@ POINTS: dict[str, tuple[Any, str, Callable[[], Exception]]] = {  # kind -> (owne
     "texts": (progress.ProgressBars, "texts", FAULT),
     "probes": (progress.ProgressBars, "probes", FAULT),
 }
+
+
+IN_THE_LOOK_BEFORE = {"forward", "encode", "decode"}  # called there too, dozens of times, which one of them would tell
 
 
 @dataclass
@@ -89,7 +94,13 @@ def fault(kind: str, injector: Injector) -> Iterator[None]:
     original = getattr(owner, name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, _wrapped(kind, original, injector))
+        if kind in IN_THE_LOOK_BEFORE:
+            patch.setattr(Preflight, "sample", _no_look)
         yield
+
+
+def _no_look(*_args: Any) -> None:
+    raise ArithmeticError("nothing to look at")
 
 
 def _wrapped(kind: str, original: Callable[..., Any], injector: Injector) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from conftest import people, write_csv
 from runs import Request, files, numbers
 
 import report
-from datasets_wikidata import describe_datasets
+from datasets_wikidata import UserData, describe_datasets
 from terminal import one_line, printable
 
 HOSTILE = "a\x1b[2J\x1b]0;title\x07|b\n\nlayer_9\r\u202eturned\u2028\x9b1mé"
@@ -66,7 +66,7 @@ def test_a_run_of_a_task_of_a_hostile_name(ask):
 
 
 def test_the_list_of_datasets(ask):
-    listed = describe_datasets((), dataset_file=ask.data)
+    listed = describe_datasets((), user_data=UserData(str(ask.data)))
     assert harmless(listed)
     assert len(listed.splitlines()) == 3
 

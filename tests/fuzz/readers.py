@@ -33,7 +33,7 @@ from safetensors.torch import save
 import records
 import report
 import scores
-from datasets_wikidata import dataset_fingerprint, load_probe_texts
+from datasets_wikidata import UserData, dataset_fingerprint, load_probe_texts
 from errors import RequestError
 from probe_statistics import ProbeScores
 from sae_loader import open_sae
@@ -156,7 +156,7 @@ class Csv(Reader):
         self.path.write_bytes(damaged_bytes(write_csv(self.path, self.rows).read_bytes(), rng))
 
     def read(self) -> None:
-        texts = load_probe_texts(None, dataset_file=self.path)
+        texts = load_probe_texts(None, user_data=UserData(str(self.path)))
         for dataset in texts.datasets:
             assert len(dataset_fingerprint(texts, dataset)) == 64
             for probe in dataset.probes:

@@ -5,6 +5,8 @@ label  0/1, true/false, or strings: of two, the alphabetically later is 1; of mo
 group  rows of one group never fall on both sides of a split; default: the probed characters, casefolded
 start, end  characters [start, end) to probe; default: the text's last word
 task   the probe's name, for several in one file; default: the file's name
+
+Columns that are called otherwise are named by `--dataset_columns`; rows of one text and span count once.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from typing import Any
 
 from errors import RequestError
 from tasks.people import last_words, plain_key
-from tasks.read_records import Record, read_table
+from tasks.read_records import read_table
+from tasks.table import Record
 from tasks.types import Mention, ProbeSpec, Row, RowSet, Source
+from tasks.user_data import REQUIRED, UserData
 
 logger = logging.getLogger(__name__)
 
@@ -26,42 +30,48 @@ MAX_CLASSES = 64  # more distinct labels than this are a wrong column, not a tas
 _BINARY = {"0": "0", "1": "1", "0.0": "0", "1.0": "1", "false": "0", "true": "1"}
 
 
-def load_user_file(path: Path) -> Source:
-    """Read the user's task at `path`; dataset and file are called by the file's stem (a folder by its name).
+def load_user_task(data: UserData) -> Source:
+    """Read the user's task; dataset and file are called by the file's stem, the folder's name, or the Hub's.
 
     Raises `RequestError`, one line with file and line, for anything that cannot be probed as it stands.
     """
-    table = read_table(path)
-    _check_columns(table.columns, path)
+    table = read_table(data)
+    _check_columns(table.columns, data)
     if not table.records:
-        raise RequestError(f"--dataset_file {path}: is empty: it has no rows")
-    name = path.resolve().name if path.is_dir() else path.stem
+        raise RequestError(f"{data.flag}: is empty: it has no rows")
+    name = _name(data)
     by_task: dict[str, list[Row]] = {}
     for record in table.records:
-        where = f"--dataset_file {path}, {record.where}"
+        where = f"{data.flag}, {record.where}"
         by_task.setdefault(_task(record, name, where), []).append(
             Row(_mention(record.values, where), _label(record.values.get("label"), where))
         )
-    row_sets = tuple(_row_set(task, rows, path) for task, rows in by_task.items())
-    _check_probe_names(row_sets, path)
+    row_sets = tuple(_row_set(task, rows, data) for task, rows in by_task.items())
+    _check_probe_names(row_sets, data)
     return Source(name=name, slug=name, row_sets=row_sets)
 
 
-def _check_columns(columns: Sequence[str], path: Path) -> None:
-    if not columns:
-        raise RequestError(f"--dataset_file {path}: is empty: it needs the columns text and label")
-    missing = [column for column in ("text", "label") if column not in columns]
+def _name(data: UserData) -> str:
+    path = Path(data.path_or_name)
+    return path.stem if path.is_file() else path.resolve().name.replace(":", "_")
+
+
+def _check_columns(columns: Sequence[str], data: UserData) -> None:
+    missing = [column for column in REQUIRED if column not in columns]
     if ("start" in columns) != ("end" in columns):
         missing.append("end" if "start" in columns else "start")
     if missing:
-        raise RequestError(f"--dataset_file {path}: missing {_plural('column', missing)}; found {', '.join(columns)}")
+        raise RequestError(
+            f"{data.flag}: missing {_plural('column', missing)}; found {', '.join(columns)}: "
+            f"say which is which with --dataset_columns {missing[0]}=..."
+        )
 
 
-def _check_probe_names(row_sets: Sequence[RowSet], path: Path) -> None:
+def _check_probe_names(row_sets: Sequence[RowSet], data: UserData) -> None:
     names = [probe.name for row_set in row_sets for probe in row_set.probes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise RequestError(f"--dataset_file {path}: two probes would be called {twice[0]!r}: rename a task")
+        raise RequestError(f"{data.flag}: two probes would be called {twice[0]!r}: rename a task")
 
 
 def _task(record: Record, default: str, where: str) -> str:
@@ -80,7 +90,7 @@ def _mention(values: Mapping[str, Any], where: str) -> Mention:
     _spelled(text, "text", where)
     start, end = _span(values, text, where)
     group = _missing_as_none(values.get("group"))
-    person = plain_key(text[start:end]) if group is None else str(group).strip()
+    person = plain_key(text[start:end]) if group is None else _spelled(str(group).strip(), "group", where)
     return Mention(text=text, start=start, end=end, person=person)
 
 
@@ -130,18 +140,16 @@ def _missing_as_none(value: Any) -> Any:
     return None if blank or (isinstance(value, float) and math.isnan(value)) else value
 
 
-def _row_set(task: str, rows: Sequence[Row], path: Path) -> RowSet:
+def _row_set(task: str, rows: Sequence[Row], data: UserData) -> RowSet:
     values = sorted({row.value for row in rows})
     if all(value.lower() in _BINARY for value in values):
         rows = [Row(row.mention, _BINARY[row.value.lower()]) for row in rows]
         values = sorted({row.value for row in rows})
     if len(values) < 2:
-        raise RequestError(
-            f"--dataset_file {path}: every label of {task!r} is {values[0]!r}: a probe needs rows of two classes"
-        )
+        raise RequestError(f"{data.flag}: every label of {task!r} is {values[0]!r}: a probe needs rows of two classes")
     if len(values) > MAX_CLASSES:
         raise RequestError(
-            f"--dataset_file {path}: {task!r} has {len(values)} distinct labels, more than {MAX_CLASSES} probes: "
+            f"{data.flag}: {task!r} has {len(values)} distinct labels, more than {MAX_CLASSES} probes: "
             f"is label the right column? It holds {values[0]!r}, {values[1]!r}"
         )
     return RowSet(tuple(rows), _probe_specs(task, values))

@@ -1,0 +1,217 @@
+"""The cache of activations: no forward pass twice, no number changed, nothing lost whatever happens to its files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import N_LAYERS, people, write_csv, write_sparsify
+from runs import Request, numbers, scores_of
+
+import activation_cache
+from activation_cache import ActivationCache, CachedModel, text_key
+from language_model import LanguageModel, Site, open_model
+
+SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
+CPU = torch.device("cpu")
+WIDTHS = torch.tensor([7, 5, 3])
+
+
+@pytest.fixture
+def forward_passes(monkeypatch):
+    """Texts that went through a model, one number a pass."""
+    counted: list[int] = []
+    plain = LanguageModel.activations
+
+    def counting(self, ids, lengths=None):
+        counted.append(len(ids))
+        return plain(self, ids, lengths)
+
+    monkeypatch.setattr(LanguageModel, "activations", counting)
+    return counted
+
+
+@pytest.fixture
+def request_(tiny_model, tiny_saes, people_csv, tmp_path):
+    return Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "out").plus("--cache_dir", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def other_saes(tmp_path):
+    return write_sparsify(tmp_path / "sae-other", k=4)
+
+
+@pytest.fixture(scope="module")
+def info(tiny_model):
+    return open_model(str(tiny_model))
+
+
+def cached(cache: ActivationCache, info) -> CachedModel:
+    return CachedModel(cache, lambda sites: info.load(sites, "cpu", "float32"), SITES, CPU)
+
+
+def texts(seed: int = 0) -> torch.Tensor:
+    """[3, 7] token ids, right-padded to `WIDTHS`."""
+    ids = torch.randint(1, 300, (3, 7), generator=torch.Generator().manual_seed(seed))
+    return ids * (torch.arange(7) < WIDTHS[:, None])
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.safetensors"))
+
+
+# as it is used
+
+
+def test_another_sae_needs_no_forward_pass_and_no_number_changes(request_, other_saes, forward_passes, tmp_path):
+    assert request_.run() == 0
+    assert sum(forward_passes) > 100
+    forward_passes.clear()
+    second = Request(request_.model, (other_saes,), request_.data, tmp_path / "second", request_.more)
+    assert second.run() == 0
+    assert forward_passes == []
+    plain = Request(request_.model, (other_saes,), request_.data, tmp_path / "plain")
+    assert plain.run() == 0
+    assert numbers(tmp_path / "second") == numbers(tmp_path / "plain")
+    assert scores_of(tmp_path / "second") == scores_of(tmp_path / "plain")
+
+
+def test_a_cold_run_gives_the_numbers_of_a_run_without_a_cache(request_, tmp_path):
+    assert request_.run() == 0
+    assert Request(request_.model, request_.saes, request_.data, tmp_path / "plain").run() == 0
+    assert numbers(request_.out) == numbers(tmp_path / "plain")
+
+
+def test_only_texts_that_are_new_are_run(request_, forward_passes, tmp_path):
+    assert request_.run() == 0
+    forward_passes.clear()
+    rows = people(240)
+    later = [
+        {**row, "text": f"Now {row['text']}", "start": row["start"] + 4, "end": row["end"] + 4} for row in rows[:9]
+    ]
+    more = [*rows, *later]
+    data = write_csv(tmp_path / "more.csv", more)
+    assert Request(request_.model, request_.saes, data, tmp_path / "more", request_.more).run() == 0
+    new = len({row["text"] for row in more} - {row["text"] for row in rows})
+    assert new <= sum(forward_passes) <= 3 * new, "in the run, and in the look before it, with BOS and without"
+
+
+def test_a_broken_shard_is_told_and_run_again(request_, other_saes, forward_passes, tmp_path, caplog):
+    assert request_.run() == 0
+    broken = max(shards(tmp_path / "cache"), key=lambda path: path.stat().st_size)
+    content = bytearray(broken.read_bytes())
+    content[-5] ^= 0xFF
+    broken.write_bytes(content)
+    forward_passes.clear()
+    assert Request(request_.model, (other_saes,), request_.data, tmp_path / "second", request_.more).run() == 0
+    assert forward_passes
+    assert "is broken" in caplog.text
+    assert Request(request_.model, (other_saes,), request_.data, tmp_path / "plain").run() == 0
+    assert numbers(tmp_path / "second") == numbers(tmp_path / "plain")
+
+
+def test_another_dtype_is_another_cache(request_, forward_passes, tmp_path):
+    assert request_.run() == 0
+    forward_passes.clear()
+    assert request_.into(tmp_path / "second").plus("--dtype", "bfloat16").run() == 0
+    assert forward_passes
+
+
+def test_a_folder_that_cannot_be_made_is_refused(request_, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert request_.plus("--cache_dir", str(tmp_path / "file" / "cache")).run() == 2
+    assert "--cache_dir" in capsys.readouterr().err
+
+
+# part by part
+
+
+def test_values_come_back_to_the_bit_whatever_the_batch(tmp_path, info, forward_passes):
+    cache = ActivationCache.open(tmp_path, 1, "m", "float32")
+    first = cached(cache, info).activations(texts(), WIDTHS)
+    again = cached(ActivationCache.open(tmp_path, 1, "m", "float32"), info)
+    forward_passes.clear()
+    alone = again.activations(texts()[1:2, :5], WIDTHS[1:2])
+    turned = again.activations(texts()[[2, 0, 1]], WIDTHS[[2, 0, 1]])
+    assert forward_passes == []
+    assert (again.n_run, again.n_found) == (0, 4)
+    for site in SITES:
+        assert torch.equal(alone[site][0], first[site][1, :5])
+        for row, i in enumerate((2, 0, 1)):
+            n = int(WIDTHS[i])
+            assert torch.equal(turned[site][row, :n], first[site][i, :n])
+
+
+def test_a_text_without_one_of_the_sites_is_run(tmp_path, info, forward_passes):
+    cache = ActivationCache.open(tmp_path, 1, "m", "float32")
+    cached(cache, info).only(SITES[:1]).activations(texts(), WIDTHS)
+    forward_passes.clear()
+    cached(cache, info).activations(texts(), WIDTHS)
+    assert forward_passes == [3]
+
+
+def test_what_was_read_longest_ago_goes_and_what_this_run_wrote_stays(tmp_path, info, monkeypatch):
+    cache = ActivationCache.open(tmp_path, 1, "m", "float32")
+    for seed in range(4):
+        cached(cache, info).activations(texts(seed), WIDTHS)
+    written = {path.name: path.stat().st_size for path in shards(tmp_path)}
+    for age, path in enumerate(sorted(shards(tmp_path), key=lambda path: path.stat().st_mtime)):
+        os.utime(path, (1000 + age, 1000 + age))
+    oldest = min(shards(tmp_path), key=lambda path: path.stat().st_mtime).name
+    room = sum(written.values()) + 10
+    small = ActivationCache.open(tmp_path, room / 1024**3, "m", "float32")
+    cached(small, info).activations(texts(9), WIDTHS)
+    left = {path.name for path in shards(tmp_path)}
+    assert oldest not in left
+    assert len(left) == 4
+    assert len(left - written.keys()) == 1
+
+
+def test_a_full_cache_keeps_no_more_and_says_so(tmp_path, info, caplog):
+    cache = ActivationCache.open(tmp_path, 1e-9, "m", "float32")
+    found = cached(cache, info).activations(texts(), WIDTHS)
+    cached(cache, info).activations(texts(1), WIDTHS)
+    assert found.keys() == set(SITES)
+    assert shards(tmp_path) == []
+    assert caplog.text.count("full at") == 1
+
+
+def test_a_full_disk_is_no_error(tmp_path, info, monkeypatch, caplog):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(activation_cache, "replacing", full)
+    cache = ActivationCache.open(tmp_path, 1, "m", "float32")
+    for seed in range(2):
+        cached(cache, info).activations(texts(seed), WIDTHS)
+    assert caplog.text.count("No space left") == 1
+
+
+def test_writers_at_the_same_time_leave_whole_shards(tmp_path, info, forward_passes):
+    """Four runs that write the same texts and others."""
+    models = [cached(ActivationCache.open(tmp_path, 1, "m", "float32"), info) for _ in range(4)]
+
+    def work(model: CachedModel) -> None:
+        for seed in range(6):
+            model.activations(texts(seed), WIDTHS)
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    forward_passes.clear()
+    reader = cached(ActivationCache.open(tmp_path, 1, "m", "float32"), info)
+    for seed in range(6):
+        reader.activations(texts(seed), WIDTHS)
+    assert forward_passes == []
+    assert len(shards(tmp_path)) == 6
+
+
+def test_a_text_is_its_ids(info):
+    a, b = torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3, 0])
+    assert text_key(a) == text_key(a.clone())
+    assert len({text_key(a), text_key(b), text_key(a.flip(0))}) == 3

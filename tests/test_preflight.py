@@ -1,0 +1,229 @@
+"""The look before the run: every planted mismatch is found and named, and nothing that fits is stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import files
+from safetensors.torch import load_file, save_file
+
+import main as program
+import records
+from calibration import SiteSample, principal_axes
+from command_line import DEMO_MODEL, DEMO_SAES
+from datasets_wikidata import load_probe_texts, tokenise
+from language_model import Site, open_model
+from preflight import PLACES, Preflight, neighbours
+from sae_formats.input_norm import normalise
+from sae_loader import Sae, open_sae, principal_components
+
+LAYERS = range(6)
+
+
+@pytest.fixture(scope="module")
+def info():
+    return open_model(str(DEMO_MODEL))
+
+
+@pytest.fixture(scope="module")
+def check(info):
+    mentions = load_probe_texts(["gender"], shuffle_select_n=200).mentions
+    tokenised = tokenise(mentions, info.tokenizer, prepend_bos=True, max_length=info.max_length)
+    sites = {Site(layer, "resid_post"): info.d_model for layer in LAYERS}
+    model = info.load(neighbours(info, sites, everywhere=True), "cpu", "float32")
+    return Preflight.sample(model, info, tokenised, seed=0)
+
+
+@pytest.fixture(scope="module")
+def saes():
+    """The bundled ones: (name, layer) -> Sae."""
+    return {(path.name, layer): open_sae(str(path)).load(layer, "cpu") for path in DEMO_SAES for layer in LAYERS}
+
+
+def components(x: torch.Tensor, site: Site, k: int) -> Sae:
+    """A code that fits x and nothing else: its first k principal components."""
+    mean, axes = principal_axes(x)
+    d = x.shape[1]
+    return Sae("components", site.layer, site.hookpoint, d, k, None, "pca", principal_components(axes[:k], mean))
+
+
+def test_the_bundled_saes_fit_where_they_say(check, saes):
+    fits = [check.examine(sae, Site(layer, "resid_post"), counts_bos=False) for (_, layer), sae in saes.items()]
+    assert [fit.problem() for fit in fits] == [None] * 12
+    for (name, layer), fit in zip(saes, fits, strict=True):
+        assert 0.05 < fit.fvu < 0.35, (name, layer)
+        assert fit.l0 == pytest.approx(fit.k, rel=0.02)
+
+
+def test_whatever_fits_is_not_stopped(check):
+    """Codes fitted to every place of every layer, of few and of many components: 0 false alarms of 120."""
+    alarms = []
+    for site, sample in check.samples.items():
+        for k in (2, 16, 64, 200):
+            fit = check.examine(components(sample.counted(False), site, k), site, counts_bos=False)
+            alarms += [fit.problem()] if fit.misfits else []
+    assert len(check.samples) * 4 == len(LAYERS) * len(PLACES) * 4 == 120
+    assert alarms == []
+
+
+@pytest.mark.parametrize(("true_layer", "claimed"), [(a, b) for a in LAYERS for b in LAYERS if abs(a - b) == 1])
+def test_an_sae_of_the_layer_before_or_after_is_named(check, saes, true_layer, claimed):
+    sae = replace(saes["tiny-pythia-saes-k32", true_layer], layer=claimed)
+    fit = check.examine(sae, Site(claimed, "resid_post"), counts_bos=False)
+    assert f"better at layer {true_layer}" in fit.problem()
+    assert fit.misfits == (fit.best.fvu < 0.8 * fit.fvu)
+
+
+@pytest.mark.parametrize("place", ["mlp_out", "attn_out", "mlp_in"])
+def test_an_sae_of_another_place_is_named(check, place):
+    x = check.samples[Site(3, place)].counted(False)
+    fit = check.examine(components(x, Site(3, "resid_post"), 64), Site(3, "resid_post"), counts_bos=False)
+    assert fit.misfits
+    assert f"far better at {place}" in fit.problem()
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
+def test_a_forgotten_normalisation_is_named(check, norm):
+    site = Site(2, "resid_post")
+    x = normalise(check.samples[site].counted(False), norm).x
+    fit = check.examine(components(x, site, 64), site, counts_bos=False)
+    assert fit.misfits
+    assert f"normalize_activations: {norm}" in fit.problem()
+
+
+@pytest.mark.parametrize("factor", [1 / 16, 8.0])
+def test_scaled_inputs_are_named_with_the_factor(check, saes, factor):
+    """The SAE that wants its inputs multiplied: biases and decoder bias in its own units."""
+    site, sae = Site(2, "resid_post"), saes["tiny-pythia-saes-k32", 2]
+    scaled = replace(sae.coder, b_enc=sae.coder.b_enc * factor, b_dec=sae.coder.b_dec * factor)
+    fit = check.examine(replace(sae, coder=scaled), site, counts_bos=False)
+    assert fit.misfits
+    assert f"inputs multiplied by {factor:.4g}" in fit.problem()
+
+
+@pytest.mark.parametrize("name", ["W_dec", "W_enc"])
+def test_a_transposed_square_matrix_is_named(check, name):
+    site = Site(4, "resid_post")
+    x = check.samples[site].counted(False)
+    sae = components(x, site, x.shape[1])
+    turned = replace(sae.coder, **{name: getattr(sae.coder, name).T.contiguous()})
+    fit = check.examine(replace(sae, coder=turned), site, counts_bos=False)
+    assert fit.misfits
+    assert f"with {name} transposed" in fit.problem()
+
+
+def test_bos_that_counts_but_was_left_out_of_the_training_is_named(check, saes):
+    """The bundled SAEs were trained on texts with BOS, without the activations at BOS (see their cards)."""
+    problems = [check.examine(sae, Site(layer, "resid_post"), counts_bos=True) for (_, layer), sae in saes.items()]
+    caught = [fit for fit in problems if fit.misfits and "--bos excluded" in fit.problem()]
+    assert len(caught) == len(saes)
+
+
+def test_bos_that_was_trained_on_raises_no_alarm(check):
+    site = Site(3, "resid_post")
+    x = check.samples[site].counted(True)
+    fit = check.examine(components(x, site, 64), site, counts_bos=True)
+    assert not fit.misfits
+
+
+@pytest.mark.parametrize(("has_bos", "fix"), [(True, "--bos none"), (False, "--bos excluded")])
+def test_texts_with_the_wrong_beginning_are_named(has_bos, fix):
+    """Where the first token draws all attention, every later one is elsewhere without it."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(2, 8, 24, generator=generator)
+    x, other = (torch.randn(300, 8, generator=generator) @ rows for rows in directions)
+    bos = torch.zeros(300, dtype=torch.bool)
+    bos[::50] = has_bos
+    site, nobody = Site(0, "resid_post"), torch.zeros(300, dtype=torch.bool)
+    found = Preflight({site: SiteSample(x, bos, x)}, {site: SiteSample(other, nobody, other)})
+    fit = found.examine(components(other, site, 8), site, counts_bos=False)
+    assert fit.misfits
+    assert fix in fit.problem()
+
+
+def test_an_sae_that_fits_nothing_is_not_stopped(check, saes):
+    sae = saes["tiny-pythia-saes-k8", 0]
+    rows = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(0))
+    shuffled = replace(sae, coder=replace(sae.coder, W_dec=sae.coder.W_dec[rows]))
+    fit = check.examine(shuffled, Site(0, "resid_post"), counts_bos=False)
+    assert fit.fvu > 1
+    assert fit.problem() is None
+
+
+def test_too_few_tokens_say_nothing(saes):
+    site = Site(0, "resid_post")
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
+    few = Preflight({site: SiteSample(x, torch.zeros(40, dtype=torch.bool), x)}, {})
+    assert few.examine(saes["tiny-pythia-saes-k8", 0], site, counts_bos=False).problem() is None
+
+
+# as it is used
+
+
+@pytest.fixture
+def mislabelled(tmp_path):
+    """The bundled SAE of layer 5 in the folder of layer 4."""
+    folder = tmp_path / "sae"
+    shutil.copytree(DEMO_SAES[0] / "layers.5", folder / "layers.4")
+    return folder
+
+
+def command(sae, out, *more: str) -> list[str]:
+    small = ["--datasets", "gender", "--shuffle_select_n", "240", "--folds", "3", "--repeats", "1"]
+    where = ["--output_directory", str(out), "--device1", "cpu", "--device2", "cpu", "--quiet"]
+    return ["--sae_name", str(sae), *small, *where, *more]
+
+
+def test_a_misfit_stops_the_run_in_one_line_and_leaves_nothing(mislabelled, tmp_path, capsys):
+    assert program.main(command(mislabelled, tmp_path / "out")) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "fits far better at layer 5" in line
+    assert "--force" in line
+    assert files(tmp_path / "out") == []
+
+
+def test_force_measures_it_and_the_file_says_so(mislabelled, tmp_path):
+    assert program.main(command(mislabelled, tmp_path / "out", "--force")) == 0
+    (path,) = files(tmp_path / "out")
+    assert any("fits far better at layer 5" in line for line in records.read(path)["_run"]["warnings"])
+
+
+def test_a_flag_that_counts_bos_is_part_of_what_the_file_is(tmp_path):
+    """--bos counted on SAEs that never saw it: stopped; forced, the key tells that run from the other."""
+    sae = tmp_path / "sae"
+    shutil.copytree(DEMO_SAES[0] / "layers.1", sae / "layers.1")
+    assert program.main(command(sae, tmp_path / "out", "--bos", "counted")) == 2
+    assert program.main(command(sae, tmp_path / "out", "--bos", "counted", "--force")) == 0
+    assert program.main(command(sae, tmp_path / "out")) == 2, "made with other settings"
+    (path,) = files(tmp_path / "out")
+    assert records.read(path)["_run"]["key"]["counts_bos"] is True
+
+
+def test_inspect_says_what_it_is_and_where_it_fits(mislabelled, capsys):
+    assert program.main(["inspect", "--sae_name", str(mislabelled), "--datasets", "gender", "--device1", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "sparsify, topk, k 8, 256 -> 1024 latents" in shown
+    assert "fits far better at layer 5" in shown
+    (table,) = [part for part in shown.split("FVU at ") if part.startswith("resid_post")]
+    (row,) = [line for line in table.splitlines() if line.startswith("| 4 ")]
+    figures = [cell.strip() for cell in row.split("|")[2:-1]]
+    assert figures[4].endswith("*")
+    assert min(figures, key=lambda figure: float(figure.rstrip("*"))) == figures[5]
+
+
+def test_missing_normalisation_of_a_file_is_found(tmp_path, capsys):
+    """A bundled SAE whose file was rescaled for inputs of norm sqrt(d), without the config that says so."""
+    folder = tmp_path / "sae" / "layers.3"
+    shutil.copytree(DEMO_SAES[0] / "layers.3", folder)
+    tensors, factor = load_file(folder / "sae.safetensors"), 1 / 8
+    tensors["encoder.bias"] *= factor
+    tensors["b_dec"] *= factor
+    save_file(tensors, folder / "sae.safetensors")
+    assert json.loads((folder / "cfg.json").read_text())["d_in"] == 256
+    assert program.main(command(folder.parent, tmp_path / "out")) == 2
+    assert "inputs multiplied by 0.125" in capsys.readouterr().err
