@@ -46,7 +46,7 @@ def _own_place(fits: Sequence[Fit]) -> str:
     rows: list[Cells] = [("layer", "hook point", "tokens", "norm", "FVU", "L0", "promised", "fits better")]
     for fit in fits:
         better = "" if fit.best is None else f"{fit.best.what} (FVU {fit.best.fvu:.3f})"
-        promised = "" if fit.k is None else str(fit.k)
+        promised = "" if fit.promised_l0 is None else f"{fit.promised_l0:g}"
         figures = (str(fit.n_tokens), f"{fit.norm:.1f}", f"{fit.fvu:.3f}", f"{fit.l0:.1f}", promised, better)
         rows.append((str(fit.site.layer), fit.site.hookpoint, *figures))
     return aligned(rows)

@@ -44,6 +44,8 @@ MOST = 0.5
 """Neither unless it explains most of the variance: an SAE that fits nothing fits some places a little less badly."""
 GOOD = 0.01
 """An FVU below this is good enough for nobody to look further."""
+L0_FACTOR = 2
+"""A mean L0 further than this from what the config promises is told."""
 SAME = 1.02
 """Normalisations whose FVUs differ by less than this factor are named together."""
 BOS_ERROR = 3.0
@@ -87,7 +89,7 @@ class Fit:
     n_tokens: int
     fvu: float
     l0: float  # mean latents per token
-    k: int | None  # what its config promises, where it promises something
+    promised_l0: float | None  # by its config, where that says something
     norm: float  # mean Euclidean norm of what it reads
     alternatives: tuple[Alternative, ...]  # the best first; none where it fits as it is
 
@@ -111,8 +113,8 @@ class Fit:
             far = " far" if self.misfits else ""
             here = f"FVU {self.best.fvu:.3g} against {self.best.instead_of:.3g}"
             return f"{where}: fits{far} better {self.best.what} ({here}): {self.best.fix}"
-        if self.k is not None and self.l0 < self.k / 2:
-            return f"{where}: L0 {self.l0:.1f} on average, its config promises {self.k}"
+        if self.promised_l0 is not None and not 1 / L0_FACTOR < self.l0 / self.promised_l0 < L0_FACTOR:
+            return f"{where}: L0 is {self.l0:.1f} on average, its config promises {self.promised_l0:g}"
         return None
 
 
@@ -172,7 +174,7 @@ class Preflight:
             found += _without_bos(sae, site, self.samples)
         l0, norm = float(codes.l0().mean()), float(read.norm(dim=1).mean())
         best_first = tuple(sorted(found, key=lambda alternative: alternative.ratio))
-        return Fit(sae.name, site, len(x), fvu, l0, sae.k, norm, best_first)
+        return Fit(sae.name, site, len(x), fvu, l0, sae.promised_l0, norm, best_first)
 
     def fvu(self, sae: Sae, site: Site) -> float | None:
         """The FVU of an SAE at any site, without BOS; None where widths differ or nothing is known of the site."""

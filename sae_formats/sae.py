@@ -37,6 +37,8 @@ class Sae:
     """Where a transcoder reads; None for an autoencoder, which reads what it reconstructs."""
     width_out: int | None = None
     """Width of what it writes, if that is not ``d_in``."""
+    promised_l0: float | None = None
+    """Latents per activation according to its config, on average if ``k`` does not fix them."""
 
     @property
     def d_out(self) -> int:

@@ -51,6 +51,16 @@ class SaeHeader:
         """Width of what it writes: of activations at ``hookpoint``."""
         return self.d_in if self.width_out is None else self.width_out
 
+    @property
+    def promised_l0(self) -> float | None:
+        """Latents per activation: k, or the mean that its config says the training aimed at or arrived at."""
+        if self.k is not None:
+            return self.k
+        parts = (self.config, self.config.get("metadata"), self.config.get("trainer"))
+        found = (part.get(key) for part in parts if isinstance(part, dict) for key in ("k", "l0", "average_l0"))
+        numbers = (n for n in found if isinstance(n, int | float) and not isinstance(n, bool) and n > 0)
+        return next(numbers, None)
+
 
 class Member(Protocol):
     """One SAE that can be loaded."""
@@ -166,6 +176,7 @@ class SaeSource:
             input_norm=input_norm,
             input_hookpoint=header.input_hookpoint,
             width_out=header.width_out,
+            promised_l0=header.promised_l0,
         )
 
     def fingerprint(self, layers: Sequence[int] | None = None) -> str:

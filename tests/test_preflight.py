@@ -56,7 +56,7 @@ def test_the_bundled_saes_fit_where_they_say(check, saes):
     assert [fit.problem() for fit in fits] == [None] * 12
     for (name, layer), fit in zip(saes, fits, strict=True):
         assert 0.05 < fit.fvu < 0.35, (name, layer)
-        assert fit.l0 == pytest.approx(fit.k, rel=0.02)
+        assert fit.l0 == pytest.approx(fit.promised_l0, rel=0.02)
 
 
 def test_whatever_fits_is_not_stopped(check):
@@ -152,6 +152,16 @@ def test_an_sae_that_fits_nothing_is_not_stopped(check, saes):
     fit = check.examine(shuffled, Site(0, "resid_post"), counts_bos=False)
     assert fit.fvu > 1
     assert fit.problem() is None
+
+
+@pytest.mark.parametrize(("promised", "told"), [(32, False), (10, True), (90, True), (None, False)])
+def test_an_l0_that_is_not_what_the_config_promises_is_told(check, saes, promised, told):
+    """Such as that of a BatchTopK SAE whose threshold was lost: every positive latent fires."""
+    sae = replace(saes["tiny-pythia-saes-k32", 2], promised_l0=promised)
+    fit = check.examine(sae, Site(2, "resid_post"), counts_bos=False)
+    assert not fit.misfits
+    assert (fit.problem() is not None) == told
+    assert fit.problem() is None or "L0 is 32.0 on average" in fit.problem()
 
 
 def test_too_few_tokens_say_nothing(saes):

@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""Builds the five Wikidata tasks afresh: people of a Wikidata dump, at their mentions in a folder of texts.
+
+    python scripts/build_wikidata.py latest-all.json.gz texts/ -o people.parquet
+    lbzip2 -dc latest-all.json.bz2 | python scripts/build_wikidata.py - texts/ -o people.parquet   # all cores unpack
+    python main.py --dataset_file people.parquet
+
+The dump is https://dumps.wikimedia.org/wikidatawiki/entities/latest-all.json.gz, or a part of one. The one packed by
+bzip2 is smaller, but unpacking it takes ten times as long as all else: leave that to a program that uses all cores.
+The texts are .txt or .jsonl with a field `text`, plain or packed (.gz, .bz2, .xz, .zst), in any folders below the one
+given.
+
+Properties and classes are those of Gurnee et al. 2023 (arXiv 2305.01610). A person counts for a task if exactly one of
+its classes is theirs; namesakes who differ count for none. Of each person found, `--per_name` mentions are drawn by
+`--seed`; of each class, the `--per_class` most prominent people are taken (those with statements for the most
+properties), and of two classes the same number. Every text ends with the name. Label 1 is female, Democratic Party,
+alive.
+
+Exit codes: 0 the file is written; 1 the work failed, and nothing is written; 2 the request was wrong, or nobody was
+found; 130 interrupted, and nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+SCRIPTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(path) for path in (SCRIPTS.parent, SCRIPTS) if str(path) not in sys.path]
+
+from tqdm import tqdm  # noqa: E402 - the project is not installed as a package
+
+from errors import RequestError  # noqa: E402
+from interrupts import like_ctrl_c  # noqa: E402
+from terminal import LineFormatter, show, tell  # noqa: E402
+from wikidata_build import classes, dump, entities, mentions, output, selection, texts  # noqa: E402
+from wikidata_build.people import Names, PeopleTable  # noqa: E402
+
+log = logging.getLogger("build_wikidata")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("dump", help="Wikidata's JSON dump: .json, .json.gz, .json.bz2, or - for JSON on stdin")
+    made.add_argument("texts", type=Path, help="folder of texts")
+    made.add_argument("-o", "--output", type=Path, required=True, help=f"file to write: {', '.join(output.SUFFIXES)}")
+    made.add_argument("--context", type=_natural, default=600, help="characters before the name at most (%(default)s: "
+                      "some 127 tokens)")  # fmt: skip
+    made.add_argument("--per_class", type=_natural, default=3000, help="people of a class at most (%(default)s)")
+    made.add_argument(
+        "--min_per_class", type=_natural, default=20, help="leave a class out that has fewer (%(default)s)"
+    )
+    made.add_argument("--per_name", type=_natural, default=1, help="mentions of a person at most (%(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of the draw of mentions (%(default)s)")
+    made.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
+    made.add_argument("--quiet", action="store_true", help="no progress bars, no table; warnings stay")
+    return made
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
+
+
+def build(asked: argparse.Namespace) -> None:
+    """Read the dump, then the texts, then write. Raises `RequestError` if the request is wrong or nobody is found."""
+    output.check_output(asked.output, asked.overwrite)
+    dump.check_dump(asked.dump)
+    files = texts.text_files(asked.texts)
+    names = read_people(asked.dump, asked.quiet)
+    finder = mentions.MentionFinder(names, asked.context, asked.per_name, asked.seed)
+    search_texts(files, finder, asked.quiet)
+    rows, counts = selection.select(names, finder.found, asked.min_per_class, asked.per_class)
+    if not rows:
+        raise RequestError(
+            f"{asked.texts}: mentions {len(finder.found)} of {len(names.hashes)} names, and of no task "
+            f"{asked.min_per_class} people of two classes: give more texts, or more of the dump"
+        )
+    left_out = [f"{count.task} {count.name} ({count.found} found)" for count in counts if not count.rows]
+    if left_out:
+        log.warning("too few people, or of no other class: left out: %s", ", ".join(left_out))
+    output.write(asked.output, rows)
+    if not asked.quiet:
+        show(
+            "\n".join(
+                f"{n.task:10}  {n.name:16}  {n.found:7} found  {n.people:6} people  {n.rows:6} rows" for n in counts
+            )
+        )
+
+
+def read_people(path: str, quiet: bool) -> Names:
+    """All people of the dump whose name can be found. Raises `RequestError` if there are none."""
+    table, tally = PeopleTable(), dump.Tally()
+    with _bar("dump", [] if path == dump.STDIN else [Path(path)], quiet) as bar:
+        for entity in dump.entities(path, tally, bar.update):
+            try:
+                person = entities.person_of(entity)
+                parents = entities.items_of(entity, classes.SUBCLASS_OF)
+                item = entities.item_number(entity) if parents else None
+            except (KeyError, TypeError, ValueError, AttributeError):  # JSON, but no entity
+                tally.malformed += 1
+                continue
+            if person is not None:
+                table.add(person)
+            if item is not None:
+                table.add_subclass(item, parents)
+            bar.set_postfix_str(f"{len(table)} people", refresh=False)
+    if tally.malformed:
+        log.warning("%s: %d of %d lines are no entity: passed over", path, tally.malformed, tally.lines)
+    if tally.ends_early:
+        log.warning("%s: ends early, after %d lines: what there is of it is used", path, tally.lines)
+    if not len(table):
+        raise RequestError(f"{path}: {tally.lines} lines and no person: is it Wikidata's JSON dump, an entity a line?")
+    if not table.knows_subclasses:
+        log.warning("%s: no class of it is below athlete: those of the five sports are the only athletes", path)
+    return table.names()
+
+
+def search_texts(files: list[Path], finder: mentions.MentionFinder, quiet: bool) -> None:
+    """Feed all texts to the finder."""
+    tally = texts.TextTally()
+    with _bar("texts", files, quiet) as bar:
+        for text in texts.texts(files, tally, bar.update):
+            finder.search(text)
+            bar.set_postfix_str(f"{len(finder.found)} people", refresh=False)
+    if tally.malformed:
+        log.warning("%d lines of the texts are no object with a text: passed over", tally.malformed)
+
+
+@contextmanager
+def _bar(name: str, files: Sequence[Path], quiet: bool) -> Iterator[tqdm]:
+    """By bytes of the files as they are, so that compressed ones end at 100 %."""
+    size = sum(path.stat().st_size for path in files) or None
+    with tqdm(total=size, desc=name, unit="B", unit_scale=True, disable=quiet, mininterval=1.0) as bar:
+        yield bar
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build, and say in one line on stderr what went wrong if something did; returns the exit code."""
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(LineFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
+    asked = parser().parse_args(argv)
+    try:
+        with like_ctrl_c():
+            build(asked)
+    except RequestError as error:
+        tell(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        tell("interrupted: nothing is written")
+        return 130
+    except (OSError, MemoryError) as error:
+        tell(f"failed: {type(error).__name__}: {error}; nothing is written")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

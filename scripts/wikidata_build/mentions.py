@@ -1,0 +1,118 @@
+"""Finds the names of millions of people in texts.
+
+Every word with the next one is looked up among the first two words of all names, a text at once; what is found there
+is compared with whole names, the longest first. An automaton of Aho and Corasick would take gigabytes for ten million
+names; here they take 16 bytes each.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+from wikidata_build.entities import MAX_WORDS
+from wikidata_build.people import Int64Array, Names
+
+_WORD = re.compile(r"\w+")
+_NO_TEXT = re.compile("[\0\ufffd\ud800-\udfff]")  # what was no UTF-8, and what no file of ours can hold
+
+
+@dataclass(frozen=True)
+class Context:
+    """A text that ends with a name, and where in it the name begins."""
+
+    text: str
+    start: int
+
+    @property
+    def name(self) -> str:
+        """As the text spells it, on one line."""
+        return " ".join(self.text[self.start :].split())
+
+
+@dataclass
+class Found:
+    """Mentions of one name: a fair draw of at most so many, however many there are."""
+
+    contexts: list[Context] = field(default_factory=list)
+    seen: int = 0
+
+
+class MentionFinder:
+    """Feed it texts; then `found` says which names they mention, and where.
+
+    context: characters before the name at most, from a word's beginning on.
+    per_name: mentions kept of each name, drawn by `seed` from all (Vitter's algorithm R).
+    """
+
+    def __init__(self, names: Names, context: int, per_name: int, seed: int) -> None:
+        self.found: dict[int, Found] = {}  # row in `names` -> mentions
+        self._names, self._context, self._per_name = names, context, per_name
+        self._random = random.Random(seed)
+
+    def search(self, text: str) -> None:
+        """Keep what it mentions."""
+        for row, start, end in self._matches(text):
+            context = _cut(text, start, end, self._context)
+            if not _NO_TEXT.search(context.text):
+                self._keep(self.found.setdefault(row, Found()), context)
+
+    def _matches(self, text: str) -> list[tuple[int, int, int]]:
+        """(row in names, start, end) of every name, from left to right, without overlaps."""
+        flat = text.replace("\n", " ")  # a name may be broken over two lines
+        words = [match.span() for match in _WORD.finditer(flat)]
+        pairs = np.fromiter((hash(flat[a:b]) for (a, _), (_, b) in pairwise(words)), np.int64, max(len(words) - 1, 0))
+        matches = []
+        free_from = 0
+        for i in np.flatnonzero(_among(pairs, self._names.prefixes)).tolist():
+            start = words[i][0]
+            if start < free_from or _joined_before(flat, start):
+                continue
+            ends = [end for _, end in words[i + 1 : i + MAX_WORDS]]
+            hashes = np.array([hash(flat[start:end]) for end in ends], np.int64)
+            for j in np.flatnonzero(_among(hashes, self._names.hashes))[::-1].tolist():
+                if not _joined_after(flat, ends[j]):
+                    free_from = ends[j]
+                    matches.append((int(np.searchsorted(self._names.hashes, hashes[j])), start, free_from))
+                    break
+        return matches
+
+    def _keep(self, found: Found, context: Context) -> None:
+        if context in found.contexts:
+            return
+        found.seen += 1
+        if len(found.contexts) < self._per_name:
+            found.contexts.append(context)
+        elif (place := self._random.randrange(found.seen)) < self._per_name:
+            found.contexts[place] = context
+
+
+def _among(values: Int64Array, ascending: Int64Array) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    """Which of `values` [n] are in `ascending`: bool [n]."""
+    if not len(ascending):
+        return np.zeros(len(values), np.bool_)
+    places = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    return np.asarray(ascending[places] == values)
+
+
+def _joined_before(text: str, start: int) -> bool:
+    """'-Ann Lee' of 'Mary-Ann Lee' is another name."""
+    return start > 1 and text[start - 1] in "-‐‑" and text[start - 2].isalnum()
+
+
+def _joined_after(text: str, end: int) -> bool:
+    """'Ann Lee-' of 'Ann Lee-Smith' is another name."""
+    return text[end : end + 1] in {"-", "‐", "‑"} and text[end + 1 : end + 2].isalnum()
+
+
+def _cut(text: str, start: int, end: int, room: int) -> Context:
+    begin = max(0, start - room)
+    if begin and not text[begin - 1].isspace():  # in the middle of a word
+        begin = next((i for i in range(begin, start) if text[i].isspace()), start)
+    while begin < start and text[begin].isspace():
+        begin += 1
+    return Context(text[begin:end], start - begin)

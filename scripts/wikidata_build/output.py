@@ -1,0 +1,43 @@
+"""The file: JSON lines, CSV or Parquet by its suffix; written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+from errors import RequestError
+from whole_file import replacing
+from wikidata_build.selection import COLUMNS, Row, as_records
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raises `RequestError`, before the long work, if the file could not be written or may not be replaced."""
+    if path.suffix not in SUFFIXES:
+        raise RequestError(f"-o {path}: unknown suffix {path.suffix!r}: give {', '.join(SUFFIXES)}")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise RequestError(f"-o {path}: is there already: give another name, or --overwrite")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise RequestError(f"-o {path}: there is no folder {path.parent} that can be written to")
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    """Replace `path`."""
+    records = as_records(rows)
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        with replacing(path, "wb") as file:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
+        return
+    with replacing(path, "w", encoding="utf-8") as file:
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(records)
+        else:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -1,0 +1,77 @@
+"""A folder of texts: `.txt` and `.jsonl` (with a field `text`), plain or compressed (.gz, .xz, .zst, .bz2)."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from errors import RequestError
+from wikidata_build.compression import READ_ERRORS, SUFFIXES, unpacked
+
+PIECE = 2**20  # characters of a .txt that are one text at most: a file may be of any size
+KINDS = (".txt", ".jsonl")
+
+
+@dataclass
+class TextTally:
+    """What went by."""
+
+    texts: int = 0
+    characters: int = 0
+    malformed: int = 0  # lines of .jsonl that are no object with a text
+
+
+def text_files(folder: Path) -> list[Path]:
+    """All files of the known kinds, in order of path. Raises `RequestError` if there is none."""
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: no such folder: give one with {' or '.join(KINDS)} files")
+    found = [path for path in sorted(folder.rglob("*")) if _kind(path) in KINDS and path.is_file()]
+    if not found:
+        raise RequestError(f"{folder}: holds no {' or '.join(KINDS)} file, plain or as {', '.join(SUFFIXES)}")
+    return found
+
+
+def texts(files: list[Path], tally: TextTally, advance: Callable[[int], object]) -> Iterator[str]:
+    """Every text of every file. advance: told the bytes of the files, as they are, that have gone by.
+
+    Raises `RequestError` if a file is not compressed as its suffix says, or cut short.
+    """
+    for path in files:
+        with path.open("rb") as raw:
+            seen = 0
+            try:
+                for text in _texts_of(path, raw, tally):
+                    tally.texts += 1
+                    tally.characters += len(text)
+                    yield text
+                    seen, before = raw.tell(), seen
+                    advance(seen - before)
+            except READ_ERRORS as error:
+                raise RequestError(f"{path}: cannot be read ({error})") from error
+
+
+def _kind(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix in SUFFIXES else path.suffix
+
+
+def _texts_of(path: Path, raw: IO[bytes], tally: TextTally) -> Iterator[str]:
+    stream = io.TextIOWrapper(unpacked(raw, path.suffix), encoding="utf-8-sig", errors="replace", newline="")
+    if _kind(path) == ".txt":
+        while piece := stream.read(PIECE):
+            yield piece + stream.readline(PIECE)  # to the line's end: no name is torn
+        return
+    for line in stream:
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            text = None
+        if isinstance(text, str):
+            yield text
+        else:
+            tally.malformed += 1

@@ -1,0 +1,342 @@
+"""The user's own data: the Hub's layout, names of columns and classes, splits, and what a run makes of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets as hf
+import pytest
+import test_datasets
+from conftest import people, write_csv
+from runs import Request, files, numbers
+
+import datasets_wikidata as dw
+from errors import RequestError
+from tasks import read_datasets
+from tasks.tokens import tokenise
+from tasks.user_data import COLUMNS
+
+SENTENCES = ["I saw Paris ", "I saw Rome", "Lyon is big"]
+own = test_datasets.own
+
+
+def labelled(
+    sentences: list[str] = SENTENCES, classes: tuple[str, ...] = ("cold", "warm"), numbers: Any = (1, 0, 1)
+) -> hf.Dataset:
+    """Columns as a stranger calls them; the label a number with a name, as datasets of the Hub have it."""
+    features = hf.Features(
+        {"sentence": hf.Value("string"), "class": hf.ClassLabel(names=list(classes)), "author": hf.Value("string")}
+    )
+    authors = [f"a{i % 2}" for i in range(len(sentences))]
+    return hf.Dataset.from_dict({"sentence": sentences, "class": list(numbers), "author": authors}, features=features)
+
+
+TWO_CONFIGS = {"alps": {"train": labelled()}, "sea": {"train": labelled(["x", "y", "z"])}}
+THEIR_COLUMNS = "text=sentence,label=class,group=author"
+
+
+def write_hub_folder(folder: Path, configs: dict[str, dict[str, hf.Dataset]]) -> Path:
+    """Parquet files and a card as `push_to_hub` makes them: config -> split -> rows."""
+    (folder / "data").mkdir(parents=True)
+    card = ["---", "configs:"]
+    for config, splits in configs.items():
+        card += [f"- config_name: {config}", "  data_files:"]
+        for split, rows in splits.items():
+            path = f"data/{config}-{split}-00000-of-00001.parquet"
+            rows.to_parquet(str(folder / path))
+            card += [f"  - split: {split}", f"    path: {path}"]
+    (folder / "README.md").write_text("\n".join([*card, "---", "# A dataset", ""]), encoding="utf-8")
+    return folder
+
+
+# --- names of columns
+
+
+@pytest.mark.parametrize(
+    ("spec", "pairs"),
+    [
+        ("", ()),
+        (" , ", ()),
+        ("text=sentence", (("text", "sentence"),)),
+        (" text = a sentence ,label=class=2", (("text", "a sentence"), ("label", "class=2"))),
+        ("text=s,group=s", (("text", "s"), ("group", "s"))),
+    ],
+)
+def test_columns_are_parsed(spec: str, pairs: tuple[tuple[str, str], ...]) -> None:
+    assert dw.parse_columns(spec) == pairs
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("sentence", "write our name = yours"),
+        ("text=", "write our name = yours"),
+        ("=sentence", "there is no column ''"),
+        ("words=sentence", "there is no column 'words': name text, label, group, start, end, task"),
+        ("text=a,text=b", "text is 'a' already"),
+    ],
+)
+def test_columns_that_are_none_are_refused(spec: str, words: str) -> None:
+    with pytest.raises(RequestError, match=words) as error:
+        dw.parse_columns(spec)
+    assert "\n" not in str(error.value)
+
+
+THEIRS: dict[str, str] = {name: f"their {name}" for name in COLUMNS}
+RENAMED = ",".join(f"{ours}={theirs}" for ours, theirs in THEIRS.items())
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folder"])
+def test_every_column_of_every_format_may_be_called_otherwise(tmp_path: Path, kind: str) -> None:
+    ours = [{**row, "task": "is_french"} for row in test_datasets.ROWS]
+    theirs = [{THEIRS[name]: value for name, value in row.items()} | {"label": "not this"} for row in ours]
+    paths = {}
+    for name, rows in (("ours", ours), ("theirs", theirs)):
+        folder = tmp_path / name
+        folder.mkdir()
+        table = hf.Dataset.from_list(rows)
+        path = folder / (f"task.{kind}" if kind != "folder" else "task")
+        write = {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet, "folder": table.save_to_disk}
+        write[kind](str(path))
+        paths[name] = path
+    expected, found = own(paths["ours"]), own(paths["theirs"], columns=RENAMED)
+    prints = [dw.dataset_fingerprint(texts, texts.datasets[0]) for texts in (expected, found)]
+    assert prints[0] == prints[1]
+    assert [probe.name for probe in found.datasets[0].probes] == ["is_french"]
+
+
+def test_a_column_may_serve_twice(tmp_path: Path) -> None:
+    path = test_datasets.write_csv(tmp_path, [("a Rome", 1), ("a Rome", 1), ("b Rome", 0)])
+    texts = own(path, columns="group=text")
+    assert [mention.person for mention in texts.mentions] == ["a Rome", "b Rome"]
+
+
+def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+    path = test_datasets.write_csv(tmp_path, [("a", 1)], ("words", "kind"))
+    with pytest.raises(RequestError, match=r"text=sentence: there is no column 'sentence'; found words, kind"):
+        own(path, columns="text=sentence,label=kind")
+    with pytest.raises(RequestError, match=r"missing column text; found label, words.* --dataset_columns text="):
+        own(path, columns="label=kind")
+
+
+# --- names of classes
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "hub"])
+def test_classes_have_their_names(tmp_path: Path, kind: str) -> None:
+    rows = labelled([*SENTENCES, "we left Bern", "Graz"], ("cold", "mild", "warm"), (2, 0, 1, 0, 2))
+    path = tmp_path / ("task.parquet" if kind == "parquet" else "task")
+    if kind == "parquet":
+        rows.to_parquet(str(path))
+    elif kind == "saved":
+        rows.save_to_disk(str(path))
+    else:
+        write_hub_folder(path, {"default": {"train": rows}})
+    probes = own(path, columns=THEIR_COLUMNS).datasets[0].probes
+    assert {probe.name: probe.labels.tolist() for probe in probes} == {
+        "task_is_cold": [False, True, False, True, False],
+        "task_is_mild": [False, False, True, False, False],
+        "task_is_warm": [True, False, False, False, True],
+    }
+
+
+@pytest.mark.parametrize("kind", ["parquet", "hub"])
+def test_a_row_whose_label_the_hub_keeps_to_itself_is_missing_one(tmp_path: Path, kind: str) -> None:
+    rows = labelled(numbers=(1, -1, 0))
+    path = tmp_path / ("task.parquet" if kind == "parquet" else "task")
+    if kind == "parquet":
+        rows.to_parquet(str(path))
+    else:
+        write_hub_folder(path, {"default": {"train": rows}})
+    with pytest.raises(RequestError, match="row 2: label is missing"):
+        own(path, columns=THEIR_COLUMNS)
+
+
+# --- the Hub's layout
+
+
+def test_a_folder_as_on_the_hub_reads_like_a_file(tmp_path: Path) -> None:
+    hub = write_hub_folder(tmp_path / "weather", {"default": {"train": labelled(), "test": labelled(["x", "y", "z"])}})
+    texts = own(hub, columns=THEIR_COLUMNS)
+    assert [dataset.slug for dataset in texts.datasets] == ["weather"]
+    assert [m.text for m in texts.mentions] == SENTENCES
+    assert [m.person for m in texts.mentions] == ["a0", "a1", "a0"]
+    assert texts.datasets[0].probes[0].labels.tolist() == [True, False, True]  # of cold and warm the later is 1
+    assert [m.text for m in own(hub, "test", THEIR_COLUMNS).mentions] == ["x", "y", "z"]
+
+
+def test_a_name_on_the_hub_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = write_hub_folder(tmp_path / "weather", TWO_CONFIGS)
+    for function in ("get_dataset_config_names", "get_dataset_split_names", "load_dataset"):
+        real = getattr(hf, function)
+
+        def from_folder(name: str, *args: Any, real: Any = real, **more: Any) -> Any:
+            assert name == "meteo/weather"
+            assert "trust_remote_code" not in more
+            if "cache_dir" in more:
+                more["cache_dir"] = str(tmp_path / "cache")
+            return real(str(hub), *args, **more)
+
+        monkeypatch.setattr(hf, function, from_folder)
+    texts = own("meteo/weather:sea", columns=THEIR_COLUMNS)
+    assert [m.text for m in texts.mentions] == ["x", "y", "z"]
+    assert texts.datasets[0].slug == "weather_sea"
+    with pytest.raises(RequestError, match=r"several configs, name one as meteo/weather:alps: alps, sea"):
+        own("meteo/weather", columns=THEIR_COLUMNS)
+
+
+def test_configs_of_a_local_folder_are_named_like_those_of_the_hub(tmp_path: Path) -> None:
+    hub = write_hub_folder(tmp_path / "weather", TWO_CONFIGS)
+    texts = own(f"{hub}:sea", columns=THEIR_COLUMNS)
+    assert [m.text for m in texts.mentions] == ["x", "y", "z"]
+    assert texts.datasets[0].slug == "weather_sea"
+    with pytest.raises(RequestError, match=r"has several configs.*alps, sea"):
+        own(hub, columns=THEIR_COLUMNS)
+    with pytest.raises(RequestError, match=r"no config 'lake'; found alps, sea"):
+        own(f"{hub}:lake", columns=THEIR_COLUMNS)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_which_split_is_read(tmp_path: Path, saved: bool) -> None:
+    def folder(name: str, splits: dict[str, list[str]]) -> Path:
+        rows = {split: labelled(sentences) for split, sentences in splits.items()}
+        if saved:
+            hf.DatasetDict(rows).save_to_disk(str(tmp_path / name))
+            return tmp_path / name
+        return write_hub_folder(tmp_path / name, {"default": rows})
+
+    one = folder("one", {"validation": ["x", "y", "z"]})
+    assert [m.text for m in own(one, columns=THEIR_COLUMNS).mentions] == ["x", "y", "z"]
+    several = folder("several", {"test": ["x", "y", "z"], "validation": ["u", "v", "w"]})
+    with pytest.raises(RequestError, match=r"no split train, choose one with --dataset_split: test, validation"):
+        own(several, columns=THEIR_COLUMNS)
+    with pytest.raises(RequestError, match=r"--dataset_split dev: there is no such split; found test, validation"):
+        own(several, "dev", THEIR_COLUMNS)
+    assert [m.text for m in own(several, "validation", THEIR_COLUMNS).mentions] == ["u", "v", "w"]
+
+
+def test_a_file_has_no_split(tmp_path: Path) -> None:
+    path = test_datasets.write_csv(tmp_path, [("a", 1), ("b", 0)])
+    with pytest.raises(RequestError, match="--dataset_split train: a file has no splits"):
+        own(path, "train")
+
+
+def test_what_is_on_disk_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(read_datasets, "read_hub", lambda data: pytest.fail("the Hub was asked"))
+    labelled().save_to_disk("owner/name")
+    assert len(own(Path("owner/name"), columns=THEIR_COLUMNS).mentions) == 3
+
+
+def test_reading_a_local_folder_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = write_hub_folder(tmp_path / "weather", {"default": {"train": labelled()}})
+    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    own(hub, columns=THEIR_COLUMNS)
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "tmp"])
+
+
+def test_a_script_that_comes_with_a_dataset_is_not_run(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "README.md").write_text("A dataset.\n")
+    (folder / "theirs.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'executed')!r}).touch()\n")
+    with pytest.raises(RequestError, match="scripts are no longer supported"):
+        own(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **more: Any) -> None:
+        logging.getLogger("huggingface_hub").warning("retrying")
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub\n(LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(hf, "get_dataset_config_names", unreachable)
+    with pytest.raises(RequestError) as error:
+        own("owner/name")
+    assert str(error.value) == (
+        "--dataset_file owner/name: cannot be had as a dataset (Couldn't reach 'owner/name' on the Hub)"
+    )
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "../x", "/x/y", "~/x", "a/b.csv", "x" * 5000 + "/y", "a\0b/c", "ä/b", ""])
+def test_what_is_no_name_on_the_hub_is_not_looked_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "get_dataset_config_names", lambda *a, **k: pytest.fail("the Hub was asked"))
+    with pytest.raises(RequestError) as error:
+        own(name)
+    assert "\n" not in str(error.value)
+
+
+# --- what becomes of the rows
+
+
+def test_spans_and_groups_hold_for_each_of_several_tasks(tmp_path: Path) -> None:
+    rows = [
+        {"text": "Ann met Bob", "label": "f", "group": "Ann", "start": 0, "end": 3, "task": "sex"},
+        {"text": "Ann met Bob", "label": "m", "group": "Bob", "start": 8, "end": 11, "task": "sex"},
+        {"text": "Ann met Bob", "label": 1, "group": "Ann", "start": 0, "end": 3, "task": "tall"},
+        {"text": "Bob", "label": 0, "group": "Bob", "start": 0, "end": 3, "task": "tall"},
+    ]
+    texts = own(test_datasets.write_jsonl(tmp_path, rows))
+    assert [(m.text[m.start : m.end], m.person) for m in texts.mentions] == [
+        ("Ann", "Ann"),
+        ("Bob", "Bob"),
+        ("Bob", "Bob"),
+    ]
+    assert texts.persons[1] == texts.persons[2] != texts.persons[0]
+    sex, tall = texts.datasets[0].probes
+    assert (sex.name, sex.mentions.tolist(), sex.labels.tolist()) == ("sex", [0, 1], [False, True])
+    assert (tall.name, tall.mentions.tolist(), tall.labels.tolist()) == ("tall", [0, 2], [True, False])
+
+
+def test_one_text_in_two_tasks_may_have_two_labels_but_not_in_one(tmp_path: Path, caplog: Any) -> None:
+    rows = [("a", 1, "x"), ("b", 0, "x"), ("a", 0, "y"), ("b", 1, "y"), ("c", 0, "y"), ("c", 1, "y"), ("c", 1, "y")]
+    texts = own(test_datasets.write_csv(tmp_path, rows, ("text", "label", "task")))
+    assert [probe.labels.tolist() for probe in texts.datasets[0].probes] == [[True, False], [False, True]]
+    assert "my_task, y: dropped 1 texts with two labels" in caplog.text
+    assert [m.text for m in texts.mentions] == ["a", "b"]
+
+
+@pytest.fixture
+def ask(tiny_model: Path, tiny_saes: Path, tmp_path: Path) -> Request:
+    return Request(tiny_model, (tiny_saes,), Path(), tmp_path / "out").plus("--layers", "0")
+
+
+def test_a_run_on_a_folder_of_the_hub_is_one_on_its_csv(ask: Request, tmp_path: Path) -> None:
+    rows = people(80)
+    hub = write_hub_folder(tmp_path / "hub" / "women", {"default": {"train": hf.Dataset.from_list(rows)}})
+    for data in (hub, write_csv(tmp_path / "women.csv", rows)):
+        assert ask.into(tmp_path / f"out_{data.suffix}").plus("--dataset_file", str(data)).run() == 0
+    from_hub, from_csv = (numbers(tmp_path / f"out_{suffix}") for suffix in ("", ".csv"))
+    assert from_hub == from_csv
+    assert list(from_hub) == ["pythia-tiny_women.json"]
+
+
+def test_every_class_of_a_multi_class_task_is_a_probe_of_the_run(ask: Request, tmp_path: Path) -> None:
+    rows = [row | {"label": "abc"[i % 3]} for i, row in enumerate(people(90))]
+    assert ask.plus("--dataset_file", str(write_csv(tmp_path / "three.csv", rows))).run() == 0
+    (path,) = files(ask.out)
+    layer = json.loads(path.read_text())["layer_0"]
+    assert {f"three_is_{value}" for value in "abc"} < layer.keys()
+    assert [layer[f"three_is_{value}"]["n_pos"] for value in "abc"] == pytest.approx([30] * 3, abs=9)  # less duplicates
+
+
+def test_texts_that_do_not_fit_into_the_model_are_told(tiny_model: Path, caplog: Any) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = ["we met Ann", "so " * 300 + "Ann", "Ann" + " so" * 300]
+    mentions = [dw.Mention(text, text.index("Ann"), text.index("Ann") + 3, "ann") for text in texts]
+    found = tokenise(mentions, tokenizer, prepend_bos=True, max_length=64)
+    assert [len(ids) for ids in found.ids][1:] == [64, 64]
+    for ids, first, last in zip(found.ids, found.first, found.last, strict=True):
+        assert tokenizer.decode(ids[first : last + 1]).strip() == "Ann"
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("2 of 3 texts have more than the model's 64 tokens")
+    caplog.clear()
+    tokenise(mentions[:1], tokenizer, prepend_bos=True, max_length=64)
+    assert not caplog.records
