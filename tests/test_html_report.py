@@ -1,0 +1,567 @@
+"""The page and the plots: every number of the files, nothing from outside, whatever the names and however many SAEs."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import doctest
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from result_sets import DEMO, write_set
+
+import report
+from reporting import ink, matrix, output
+from reporting.cell_table import COLUMNS
+from reporting.plots import plots_of
+from reporting.study import study_of
+
+ROOT = DEMO.parent.parent
+HOSTILE = '<script>alert(1)</script> & "$x_" \'\x1b[2J\n=1+1'
+VOID = {"input", "meta"}
+
+
+class Node:
+    """An element of the page."""
+
+    def __init__(self, tag, attributes):
+        self.tag, self.attributes, self.children = tag, dict(attributes), []
+
+    def all(self, tag):
+        found = [self] if self.tag == tag else []
+        return found + [node for child in self.children if isinstance(child, Node) for node in child.all(tag)]
+
+    @property
+    def text(self):
+        return "".join(child if isinstance(child, str) else child.text for child in self.children)
+
+
+class Tree(HTMLParser):
+    """Reads a page and takes nothing for granted: every element is closed by its own tag."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.root = Node("root", {})
+        self._open = [self.root]
+        self.feed(text)
+        self.close()
+        assert self._open == [self.root], "an element was left open"
+
+    def handle_starttag(self, tag, attrs):
+        node = Node(tag, attrs)
+        assert len(node.attributes) == len(attrs), "an attribute twice"
+        self._open[-1].children.append(node)
+        if tag not in VOID:
+            self._open.append(node)
+
+    def handle_startendtag(self, tag, attrs):
+        self._open[-1].children.append(Node(tag, attrs))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop().tag == tag.lower()
+
+    def handle_data(self, data):
+        self._open[-1].children.append(data)
+
+
+def study_in(folder):
+    return study_of(report.load(report.result_files(folder)))
+
+
+def page_of(folder, out):
+    assert report.main([str(folder), "-o", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    return text, Tree(text).root
+
+
+def plots_in(folder):
+    return {plot.name: plot for plot in plots_of(study_in(folder))}
+
+
+def lines(plot):
+    return list(csv.DictReader(io.StringIO(plot.csv())))
+
+
+def cell_rows(root):
+    """By (SAE, dataset, probe, layer): the cells of a row of the big table, by column."""
+    (table,) = (table for table in root.all("table") if table.attributes.get("id") == "cells")
+    names = [column.name for column in COLUMNS]
+    rows = [dict(zip(names, row.all("td"), strict=True)) for row in table.all("tbody")[0].all("tr")]
+    return {(*(row[name].text for name in ("SAE", "dataset", "probe")), int(row["layer"].text)): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return page_of(DEMO, tmp_path_factory.mktemp("demo") / "report.html")
+
+
+def test_every_cell_of_the_demo_is_in_the_table_in_full_and_rounded(demo):
+    rows = cell_rows(demo[1])
+    assert len(rows) == 144
+    for sae in study_in(DEMO).saes:
+        for cell in sae.cells:
+            row = rows[sae.label, cell.dataset, cell.probe, cell.layer]
+            for name in ("model_sel", "sae_sel", "delta_sel", "transfer_r2"):
+                assert float(row[name].attributes["data-v"]) == cell.result[name]
+            assert float(row["q"].attributes["data-v"]) == cell.result["q_value"]
+            assert float(row["FVU"].attributes["data-v"]) == cell.figures["fvu_pos"]
+            shown = row["delta_sel"].text.replace("−", "-").replace(" to ", " ").split()
+            exact = [cell.result[name] for name in ("delta_sel", "ci_low", "ci_high")]
+            assert [float(number) for number in shown] == [round(number, 3) for number in exact]
+
+
+def test_the_summary_of_the_demo_has_the_numbers_of_the_files(demo):
+    for _, found in report.load(report.result_files(DEMO)):
+        level = found["_run"]["sae_level"]
+        for score, digits in (("delta_sel", 4), ("transfer_r2", 3)):
+            numbers = [level[score], level[f"{score}_ci_low"], level[f"{score}_ci_high"]]
+            for number in numbers:
+                assert f"{number:.{digits}f}".replace("-", "−") in demo[1].text
+
+
+def test_what_was_run_and_how_is_told(demo):
+    run = report.load(report.result_files(DEMO))[0][1]["_run"]
+    text = demo[1].text
+    for told in (run["commit"], run["started"], run["key"]["dtype"], run["versions"]["torch"], "2 SAEs · 5 datasets"):
+        assert told in text
+    assert "5 partitions into 5 folds by person, seed 0" in text
+    assert "Incomplete" not in text
+
+
+def test_the_page_asks_nothing_of_anybody(demo):
+    text, root = demo
+    addresses = set(re.findall(r"""https?://[^\s"'<>)]+""", text))
+    assert addresses == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, "names, not addresses"
+    assert not [tag for tag in ("link", "img", "iframe", "object", "embed", "base", "form") if
+                any({"src", "href", "data", "action"} & node.attributes.keys() for node in root.all(tag))]  # fmt: skip
+    targets = [node.attributes["href"] for node in root.all("a")]
+    assert all(target.startswith(("#", "data:image/svg+xml", "data:text/csv")) for target in targets)
+    ids = re.findall(r'\sid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    assert {target[1:] for target in targets if target[0] == "#"} <= set(ids)
+
+
+def test_the_page_allows_no_script_but_its_own(demo):
+    (script,) = demo[1].all("script")
+    digest = base64.b64encode(hashlib.sha256(script.text.encode()).digest()).decode()
+    policy = next(node.attributes["content"] for node in demo[1].all("meta") if "http-equiv" in node.attributes)
+    assert policy.startswith("default-src 'none'")
+    assert f"script-src 'sha256-{digest}'" in policy
+
+
+def test_plots_in_the_page_have_titles_text_and_links_to_their_numbers(demo):
+    plots = plots_in(DEMO)
+    figures = {figure.attributes["id"]: figure for figure in demo[1].all("figure")}
+    assert figures.keys() == plots.keys()
+    for name, plot in plots.items():
+        (svg,) = figures[name].all("svg")
+        assert svg.attributes["role"] == "img"
+        assert svg.children[0].text == plot.title
+        assert svg.children[1].text == plot.description
+        links = {link.attributes["download"]: link.attributes["href"] for link in figures[name].all("a")}
+        saved = {file: base64.b64decode(link.partition(",")[2]).decode() for file, link in links.items()}
+        assert saved[f"{name}.csv"] == plot.csv()
+        assert ElementTree.fromstring(saved[f"{name}.svg"]).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+def test_the_page_is_the_same_every_time(demo, tmp_path):
+    assert page_of(DEMO, tmp_path / "again.html")[0] == demo[0]
+
+
+def test_a_heatmap_prints_every_value_and_marks_what_is_not_significant():
+    plot = plots_in(DEMO)["heatmap_wikidata_occupation_tiny-pythia-saes-k32"]
+    tree = ElementTree.fromstring(plot.svg())
+    weights = {
+        text.text: any(weight in text.get("style", "") for weight in ("bold", "700"))
+        for text in tree.iter("{http://www.w3.org/2000/svg}text")
+        if re.fullmatch(r"[+−]\d\.\d{3}( =)?", text.text)
+    }
+    found = [line for line in lines(plot) if round(float(line["delta_sel"]), 3)]
+    assert len(found) >= 25
+    for line in found:
+        assert weights[f"{float(line['delta_sel']):+.3f}".replace("-", "−")] == (float(line["q_value"]) < 0.05)
+    significant = sum(float(line["q_value"]) < 0.05 for line in lines(plot))
+    assert plot.svg().count("fill: url(#h") == len(lines(plot)) - significant > 0
+    assert f"{significant} of 30 cells" in plot.description
+
+
+def test_numbers_on_cells_stand_out_and_the_scale_is_even():
+    def luminance(colour):
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for step in range(-20, 21):
+        colour = matrix.colour_of(step / 20, 1.0)
+        light, dark = sorted((luminance(colour), luminance(matrix.ink_on(colour))), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+    assert luminance(matrix.colour_of(0, 1.0)) > 0.9
+    assert [matrix.scale_end(value) for value in (0.0, 0.04, 0.0401, 0.152)] == pytest.approx([0.04, 0.04, 0.08, 0.16])
+
+
+def test_series_differ_in_more_than_colour():
+    looks = [ink.series(index) for index in range(48)]
+    assert len(set(looks)) == 48
+    assert all(a.colour != b.colour and a.marker != b.marker for a, b in itertools.pairwise(looks))
+
+
+def test_all_plots_as_files_with_the_numbers_of_the_json(tmp_path, capsys):
+    write_set(tmp_path / "in", saes=("a/one", "a/two"), datasets=("gender", "athlete"))
+    assert report.main([str(tmp_path / "in"), "--plots", str(tmp_path / "out" / "plots")]) == 0
+    files = sorted((tmp_path / "out" / "plots").iterdir())
+    study = study_in(tmp_path / "in")
+    plots = {plot.name: plot for plot in plots_of(study)}
+    assert [path.name for path in files] == sorted(f"{n}.{end}" for n in plots for end in ("csv", "png", "svg"))
+    assert f"{len(plots)} in" in capsys.readouterr().out
+    for path in files:
+        content = path.read_bytes()
+        if path.suffix == ".png":
+            assert content.startswith(b"\x89PNG\r\n")
+        elif path.suffix == ".svg":
+            assert ElementTree.fromstring(content).get("role") == "img"
+        else:
+            assert content.decode() == plots[path.stem].csv()
+    by_place = {(s.label, c.dataset, c.probe, c.layer): c.result for s in study.saes for c in s.cells}
+    seen = 0
+    for name, plot in plots.items():
+        for line in lines(plot) if name.startswith("heatmap") else []:
+            result = by_place[line["sae"], line["dataset"], line["probe"], int(line["layer"])]
+            for key in ("delta_sel", "ci_low", "ci_high", "p_value", "q_value"):
+                assert float(line[key]) == result[key]
+            seen += 1
+    assert seen == len(by_place) == 30
+    for line in lines(plots["levels_wikidata_gender_gender_a_one"]):
+        of = "a_one" if line["view"] == "model" else line["sae"]
+        result = by_place[of, line["dataset"], line["probe"], int(line["layer"])]
+        view = line["view"]
+        assert float(line["balanced_accuracy"]) == result[f"{view}_sel"]
+        assert float(line["ci_high"]) == result[f"{view}_ci_high"]
+    pareto = lines(plots["delta_against_fvu"])
+    level = study.saes[0].level
+    assert float(pareto[0]["delta_sel"]) == level["delta_sel"]
+    assert float(pareto[0]["ci_low"]) == level["delta_sel_ci_low"]
+    assert [float(line["difference"]) for line in lines(plots["differences_delta_sel"])] == [
+        level["compared"]["a/two"]["delta_sel"]
+    ]
+
+
+def test_one_sae(tmp_path):
+    folder = write_set(tmp_path / "in")
+    text, root = page_of(folder, tmp_path / "report.html")
+    assert "Against each other" not in text
+    assert len(cell_rows(root)) == 3
+    assert not [name for name in plots_in(folder) if name.startswith(("differences", "rivals"))]
+
+
+def test_twelve_saes(tmp_path):
+    names = [f"EleutherAI/sae-of-a-model-with-a-long-name-{width}k" for width in range(12)]
+    folder = write_set(tmp_path / "in", saes=names)
+    _, root = page_of(folder, tmp_path / "report.html")
+    assert len(cell_rows(root)) == 36
+    plots = plots_in(folder)
+    assert len(lines(plots["rivals_delta_sel"])) == 12 * 11
+    assert len(lines(plots["mean_delta_sel"])) == 12
+    panels = [plot for name, plot in plots.items() if name.startswith("levels")]
+    assert len(panels) == 3, "four SAEs share a panel"
+    assert {line["sae"] for plot in panels for line in lines(plot)} == {"model", *(n.replace("/", "_") for n in names)}
+    assert sum(name.startswith("heatmap") for name in plots) == 12
+
+
+@pytest.mark.parametrize("layers", [[11], range(48)], ids=["one layer", "48 layers"])
+def test_few_and_many_layers(layers, tmp_path):
+    folder = write_set(tmp_path / "in", layers=layers)
+    _, root = page_of(folder, tmp_path / "report.html")
+    assert [layer for *_, layer in cell_rows(root)] == list(layers)
+    svg = plots_in(folder)["heatmap_wikidata_gender_one"].svg()
+    assert all(f">{layer}</text>" in svg for layer in layers)
+
+
+def test_baselines_are_lines_beside_the_saes_that_they_belong_to(tmp_path):
+    baselines = [("mean", "resid_post"), ("random", "a_one"), ("random", "a_two")]
+    folder = write_set(tmp_path / "in", saes=("a/one", "a/two"), baselines=baselines)
+    text, root = page_of(folder, tmp_path / "report.html")
+    assert len(cell_rows(root)) == 15
+    plots = plots_in(folder)
+    for label in ("a_one", "a_two"):
+        plot = plots[f"levels_wikidata_gender_gender_{label}"]
+        assert {line["sae"] for line in lines(plot)} == {"model", label, "mean", "random"}
+    assert "baseline: random of a_two" in text
+    assert [name for name in plots if name.startswith("heatmap")] == [
+        "heatmap_wikidata_gender_a_one", "heatmap_wikidata_gender_a_two"
+    ]  # fmt: skip
+    assert {line["sae"] for line in lines(plots["delta_against_l0"])} >= {"baseline: mean of resid_post"}
+    assert "random</text>" in plots["delta_against_l0"].svg()
+
+
+def test_baselines_alone_are_shown_in_full(tmp_path):
+    folder = write_set(tmp_path / "in", saes=(), baselines=[("mean", "resid_post")])
+    _, root = page_of(folder, tmp_path / "report.html")
+    assert len(cell_rows(root)) == 3
+    assert sum(name.startswith("heatmap") for name in plots_in(folder)) == 1
+
+
+def test_a_probe_without_numbers_shows_its_reason(tmp_path):
+    reason = "only 3 people in <one> class"
+
+    def edit(cells):
+        return {**cells, "rare": {"reason": reason}}
+
+    folder = write_set(tmp_path / "in", edit=edit)
+    _, root = page_of(folder, tmp_path / "report.html")
+    row = cell_rows(root)["one", "wikidata_gender", "rare", 0]
+    assert row["delta_sel"].text == reason
+    assert row["verdict"].text == "not measured"
+    plots = plots_in(folder)
+    assert f"layer 0, rare: not measured ({reason})" in Tree(plots["heatmap_wikidata_gender_one"].svg()).root.text
+    assert not [name for name in plots if name.startswith("levels") and "rare" in name]
+
+
+def test_nothing_measured_at_all_is_still_a_page(tmp_path):
+    folder = write_set(tmp_path / "in", edit=lambda cells: {"rare": {"reason": "too few"}}, sae_level={"compared": {}})
+    _, root = page_of(folder, tmp_path / "report.html")
+    assert len(cell_rows(root)) == 3
+
+
+def without_q(cells):
+    return {name: {key: value for key, value in cell.items() if "q_value" not in key} for name, cell in cells.items()}
+
+
+def test_an_incomplete_run_is_flagged_and_claims_nothing(tmp_path, capsys):
+    folder = write_set(tmp_path / "in", edit=without_q, complete=False, sae_level={"compared": {}})
+    _, root = page_of(folder, tmp_path / "report.html")
+    (notice,) = (node for node in root.all("div") if "notice" in (node.attributes.get("class") or ""))
+    assert "1 of 1 result files are incomplete" in notice.text
+    assert "sae-00/tiny-pythia_wikidata_gender.json" in notice.text
+    assert {row["verdict"].text for row in cell_rows(root).values()} == {"undecided"}
+    assert "0 of 3" in root.text
+    capsys.readouterr()
+    assert report.main([str(folder), "--summary"]) == 0
+    assert capsys.readouterr().out.count("0 of 3") == 2, "no loss counts before there are q values"
+
+
+def test_warnings_of_the_run_are_told_once_with_their_files(tmp_path):
+    folder = write_set(tmp_path / "in", saes=("a/one", "a/two"), warnings=["3 fits <of> layer 2 did not converge"])
+    _, root = page_of(folder, tmp_path / "report.html")
+    (notice,) = (node for node in root.all("div") if "notice" in (node.attributes.get("class") or ""))
+    assert notice.text.startswith("Warning: 3 fits <of> layer 2 did not converge2 files")
+
+
+def test_names_from_data_are_text(tmp_path):
+    folder = write_set(
+        tmp_path / "in", saes=(HOSTILE, "b/two"), edit=lambda cells: {HOSTILE: cells["gender"]}, warnings=[HOSTILE]
+    )
+    text, root = page_of(folder, tmp_path / "report.html")
+    assert len(root.all("script")) == 1
+    shown = HOSTILE.replace("\x1b", "\\x1b").replace("\n", "\\n")
+    assert {probe for _, _, probe, _ in cell_rows(root)} == {shown}
+    assert "\x1b" not in text
+    for plot in plots_in(folder).values():
+        assert ElementTree.fromstring(plot.svg()) is not None
+        assert plot.png().startswith(b"\x89PNG")
+        assert re.fullmatch(r"[A-Za-z0-9._-]+", plot.name)
+        assert not any(cell.startswith("=") for line in lines(plot) for cell in line.values())
+
+
+def test_saes_of_one_short_name_are_told_apart(tmp_path):
+    folder = write_set(tmp_path / "in", saes=("/x/sae", "sae"))
+    labels = [sae.label for sae in study_in(folder).saes]
+    assert len(set(labels)) == 2
+
+
+def test_datasets_of_several_models_are_told_apart(tmp_path):
+    folder = write_set(tmp_path / "in", saes=("a/one", "a/two"))
+    path = report.result_files(folder)[0]
+    content = json.loads(path.read_text())
+    content["_run"]["config"]["model_name"] = "org/other"
+    path.write_text(json.dumps(content))
+    path.rename(path.with_name("org_other_wikidata_gender.json"))
+    datasets = study_in(folder).datasets
+    assert list(datasets) == ["wikidata_gender (org_other)", "wikidata_gender (tiny-pythia)"]
+
+
+def test_a_model_that_was_measured_differently_has_a_curve_of_its_own(tmp_path):
+    def other_seed(cells):
+        return {name: {**cell, "model_sel": cell["model_sel"] + 0.01} for name, cell in cells.items()}
+
+    first, second = write_set(tmp_path / "a", saes=("a/one",)), write_set(tmp_path / "b", ("a/two",), edit=other_seed)
+    files = report.load([*report.result_files(first), *report.result_files(second)])
+    (panel,) = (plot for plot in plots_of(study_of(files)) if plot.name.startswith("levels"))
+    of_model = {line["sae"]: float(line["balanced_accuracy"]) for line in lines(panel) if line["view"] == "model"}
+    assert len(of_model) == 2
+    assert max(of_model.values()) - min(of_model.values()) == pytest.approx(0.01)
+
+
+def test_what_goes_to_files_does_not_go_with_tables(tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        report.main([str(DEMO), "-o", str(tmp_path / "report.html"), "--csv", str(tmp_path / "all.csv")])
+    assert ended.value.code == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_page_that_would_be_too_large_goes_without_links(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(output, "MOST", 1000)
+    text, root = page_of(write_set(tmp_path / "in"), tmp_path / "report.html")
+    assert "data:text/csv" not in text
+    assert root.all("svg")
+    assert not root.all("figcaption")
+    assert "--plots DIR writes them" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [("-o", "absent/report.html"), ("-o", "."), ("--plots", "file/plots")])
+def test_what_cannot_be_written_is_a_wrong_request(flags, tmp_path, monkeypatch, capsys):
+    write_set(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert report.main(["in", *flags]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert flags[1] in told
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_results_and_mixed_schemas_are_wrong_requests(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert report.main([str(tmp_path / "empty"), "-o", str(tmp_path / "r.html")]) == 2
+    assert "no result files found" in capsys.readouterr().err
+    folder = write_set(tmp_path / "in", saes=("a/one", "a/two"))
+    path = report.result_files(folder)[0]
+    content = json.loads(path.read_text())
+    content["_run"]["schema_version"] = 1
+    path.write_text(json.dumps(content))
+    assert report.main([str(folder), "-o", str(tmp_path / "r.html")]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert path.name in told
+    assert "schema" in told
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_tables_do_without_matplotlib():
+    code = "import sys, report; report.main(['results/demo', '--summary']); assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["html", "numbers"])
+def test_the_examples_in_the_code_are_right(name):
+    found = doctest.testmod(importlib.import_module(f"reporting.{name}"))
+    assert found.attempted
+    assert not found.failed
+
+
+SETS = {
+    "1 SAE": {"datasets": ("gender", "occupation")},
+    "12 SAEs": {"saes": [f"EleutherAI/sae-pythia-160m-32k-{n}" for n in range(12)], "layers": range(12)},
+    "baselines": {"saes": ("a/one", "a/two"), "baselines": [("mean", "resid_post"), ("random", "a_one")]},
+}
+
+WORDS_OUTSIDE = """
+    [...document.querySelectorAll("figure svg text")].filter((text) => {
+        const [word, plot] = [text, text.closest("svg")].map((one) => one.getBoundingClientRect());
+        const across = word.left < plot.left - 2 || word.right > plot.right + 2;
+        return across || word.top < plot.top - 2 || word.bottom > plot.bottom + 2;
+    }).map((text) => text.textContent)
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r requirements-dev.txt")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found is None:
+        pytest.skip("no browser: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+def opened(browser, path, width, **options):
+    """The page in a window of this width, and what it asked for and complained of."""
+    page = browser.new_page(viewport={"width": width, "height": 900}, **options)
+    page.asked, page.told = [], []
+    page.on("request", lambda request: page.asked.append(request.url))
+    page.on("console", lambda message: page.told.append(message.text))
+    page.on("pageerror", lambda error: page.told.append(str(error)))
+    page.goto(path.as_uri())
+    return page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("name", SETS)
+def test_a_browser_shows_it_without_a_word_or_a_request(name, width, browser, tmp_path):
+    path = tmp_path / "report.html"
+    page_of(write_set(tmp_path / "in", **SETS[name]), path)
+    page = opened(browser, path, width)
+    assert page.evaluate("document.documentElement.scrollWidth") == width, "no sideways scrolling of the page"
+    shown = page.evaluate("[...document.querySelectorAll('figure svg')].map(svg => svg.getBoundingClientRect().height)")
+    assert min(shown) > 30
+    outside = page.evaluate(WORDS_OUTSIDE)
+    assert outside == [], "every word lies within its plot"
+    assert page.screenshot(full_page=True).startswith(b"\x89PNG")
+    assert page.asked == [path.as_uri()]
+    assert page.told == []
+
+
+@pytest.mark.slow
+def test_the_table_sorts_and_filters(browser, tmp_path):
+    path = tmp_path / "report.html"
+    page_of(write_set(tmp_path / "in", saes=("a/one", "a/two"), datasets=("gender", "occupation")), path)
+    page = opened(browser, path, 1280)
+    column = next(index for index, column in enumerate(COLUMNS) if column.name == "delta_sel")
+    values = f"[...document.querySelectorAll('#cells tbody tr')].map(row => Number(row.cells[{column}].dataset.v))"
+    unsorted = page.evaluate(values)
+    page.click("#cells thead button >> text=delta_sel")
+    assert page.evaluate(values) == sorted(unsorted) != unsorted
+    page.click("#cells thead button >> text=delta_sel")
+    assert page.evaluate(values) == sorted(unsorted, reverse=True)
+    assert page.get_attribute("#cells th[aria-sort=descending]", "scope") == "col"
+    visible = "[...document.querySelectorAll('#cells tbody tr')].filter(row => row.getClientRects().length).length"
+    assert page.evaluate(visible) == len(unsorted) == 36
+    page.select_option("select[data-column='0']", "a_two")
+    assert (page.evaluate(visible), page.inner_text("#count")) == (18, "18 of 36")
+    page.fill("#search", "singer")
+    assert (page.evaluate(visible), page.inner_text("#count")) == (3, "3 of 36")
+    assert page.told == []
+
+
+@pytest.mark.slow
+def test_plots_are_saved_from_the_page(browser, tmp_path):
+    path = tmp_path / "report.html"
+    page_of(write_set(tmp_path / "in"), path)
+    page = opened(browser, path, 1280)
+    name = "heatmap_wikidata_gender_one"
+    for kind, start in (("SVG", b"<svg "), ("PNG", b"\x89PNG"), ("CSV", b"sae,dataset,layer")):
+        with page.expect_download() as download:
+            page.click(f"#{name} figcaption >> text={kind}")
+        saved = download.value
+        assert saved.suggested_filename == f"{name}.{kind.lower()}"
+        assert Path(saved.path()).read_bytes().startswith(start)
+    assert page.asked == [path.as_uri()]
+    assert page.told == []
+
+
+@pytest.mark.slow
+def test_it_is_dark_for_those_who_want_it_and_light_on_paper(browser, tmp_path):
+    path = tmp_path / "report.html"
+    page_of(write_set(tmp_path / "in"), path)
+    page = opened(browser, path, 1280, color_scheme="dark")
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(background) == "rgb(20, 23, 27)"
+    page.emulate_media(media="print")
+    assert page.evaluate(background) == "rgb(255, 255, 255)"
+    assert not page.is_visible("nav")
+    assert page.pdf().startswith(b"%PDF")
