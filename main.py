@@ -76,7 +76,7 @@ def make_plan(config: RunConfig, fetch: bool = True) -> Plan:
     from language_model import Site, open_model
     from probes import check_backend
     from records import prepare_folder
-    from sae_loader import open_sae
+    from sae_loader import expand_names, open_sae
 
     check_backend(config.probe, config.device2)
     texts = load_probe_texts(
@@ -86,15 +86,11 @@ def make_plan(config: RunConfig, fetch: bool = True) -> Plan:
         shuffle_select_n=config.shuffle_select_n,
         seed=config.seed,
     )
-    info = open_model(config.model_name)
+    info = open_model(config.model_name, config.revision, config.trust_remote_code)
     _refuse_reserved_names(texts)
-    sources = [open_sae(name, config.hookpoint) for name in config.sae_names]
+    sources = [open_sae(name, config.hookpoint) for name in expand_names(config.sae_names)]
     sites: dict[SaeId, list[Site]] = {}
     for sae_id, source in enumerate(sources):
-        if source.d_in != info.d_model:
-            raise RequestError(
-                f"--sae_name {source.name}: its d_in is {source.d_in}, but {config.model_name} has width {info.d_model}"
-            )
         layers = config.layers if config.layers is not None else source.layers
         for layer in layers:
             if layer >= info.n_layers:

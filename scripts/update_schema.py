@@ -1,0 +1,222 @@
+"""docs/results.schema.json, made from the dataclasses that result files are written from and from docs/numbers.md.
+
+    python scripts/update_schema.py           # rewrite it
+    python scripts/update_schema.py --check   # exit 1 if it is not what the code says now
+
+Names and types come from `ProbeResult` and `Reconstruction`, what they mean from the page's tables. JSON Schema, draft
+2020-12: https://json-schema.org/draft/2020-12. docs/guide.md shows how to check a file against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from reconstruction import Reconstruction  # noqa: E402 - the project is not installed as a package
+from records import SCHEMA_VERSION  # noqa: E402
+from selectivity import ProbeResult  # noqa: E402
+
+Schema = dict[str, Any]
+
+NUMBERS = PROJECT / "docs" / "numbers.md"
+TARGET = PROJECT / "docs" / "results.schema.json"
+LAYER = "^layer_(0|[1-9][0-9]*)$"
+TYPES = {float: "number", int: "integer", bool: "boolean", NoneType: "null"}
+Q_VALUES = ("q_value", "transfer_q_value")  # there once the run is complete
+COUNTED = ("n_rows", "n_people", "n_pos")  # what a probe that cannot be measured has all the same
+ONLY_FROM_0 = re.compile(r"n_\w+|mse_\w+|fvu_\w+|l0|l1|dead|C|C_sae|(model|sae|transfer|error|latent)_(sel|auc)")
+"""Figures that cannot be negative. None has an upper bound: a share is a sum, which rounding may take beyond 1."""
+
+
+def build() -> Schema:
+    """The schema of a result file."""
+    definition = definitions(NUMBERS.read_text(encoding="utf-8"))
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A result file of Delta Selectivity",
+        "description": "One SAE, or baseline, on one dataset. docs/numbers.md defines the numbers at length.",
+        **_closed({"_run": {"$ref": "#/$defs/run"}}),
+        "patternProperties": {LAYER: {"$ref": "#/$defs/layer"}},
+        "if": {"properties": {"_run": {"properties": {"complete": {"const": True}}}}},
+        "then": {"patternProperties": {LAYER: {"additionalProperties": {"$ref": "#/$defs/settled"}}}},
+        "$defs": {
+            "layer": _layer(definition),
+            "probe": {
+                "description": "One yes/no question at this layer: its numbers, or why there are none.",
+                "if": {"required": ["reason"]},
+                "then": {"$ref": "#/$defs/unmeasured"},
+                "else": {"$ref": "#/$defs/measured"},
+            },
+            "measured": _measured(definition),
+            "unmeasured": _unmeasured(definition),
+            "settled": {
+                "description": "In a complete file every probe has its q values.",
+                "if": {"required": ["delta_sel"]},
+                "then": {"required": list(Q_VALUES)},
+            },
+            "run": _run(),
+            "sae_level": _sae_level(),
+        },
+    }
+
+
+def definitions(page: str) -> dict[str, str]:
+    """Key -> what the tables of docs/numbers.md say in the first row that names it, at best in its first cell."""
+    found: dict[str, str] = {}
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", page, re.MULTILINE)
+    for place in (0, 1):
+        for row in rows:
+            for key in re.findall(r"`(\w+)`", row[place]):
+                found.setdefault(key, row[1] if row[0] == f"`{key}`" else f"{row[0]}: {row[1]}")
+    return found
+
+
+def _layer(definition: dict[str, str]) -> Schema:
+    figures = get_type_hints(Reconstruction)
+    return {
+        "description": "The reconstruction figures of one layer, and a record for each probe by its name.",
+        **_closed({name: _figure(name, kind, definition) for name, kind in figures.items()}),
+        "additionalProperties": {"$ref": "#/$defs/probe"},
+    }
+
+
+def _measured(definition: dict[str, str]) -> Schema:
+    optional = {field.name for field in fields(ProbeResult) if field.default is None}
+    kinds = get_type_hints(ProbeResult) | {Q_VALUES[0]: float, Q_VALUES[1]: float | None}
+    known = {name: _figure(name, kind, definition) for name, kind in kinds.items()}
+    return _closed(known, optional=optional | set(Q_VALUES))
+
+
+def _unmeasured(definition: dict[str, str]) -> Schema:
+    counted = {name: _figure(name, int, definition) for name in COUNTED}
+    optional = {field.name for field in fields(ProbeResult) if field.default is None}
+    null = {name: {"type": "null"} for name in get_type_hints(ProbeResult) if name not in counted.keys() | optional}
+    reason = {"reason": {"type": "string", "description": definition["reason"]}}
+    return _closed({**counted, **reason, **null, **{name: {"type": "null"} for name in Q_VALUES}}, optional=Q_VALUES)
+
+
+def _figure(name: str, kind: Any, definition: dict[str, str]) -> Schema:
+    """A number of the record, as its annotation has it."""
+    known = [TYPES[part] for part in (get_args(kind) or (kind,))]
+    schema: Schema = {"type": known[0] if len(known) == 1 else known}
+    if ONLY_FROM_0.fullmatch(name):
+        schema["minimum"] = 0
+    if name.endswith(("p_value", "q_value")):
+        schema |= {"minimum": 0, "maximum": 1}
+    return {**schema, "description": definition[name]}
+
+
+def _run() -> Schema:
+    seconds = {"type": "object", "additionalProperties": {"type": "number", "minimum": 0}}
+    texts = {"type": "array", "items": {"type": "string"}}
+    return {
+        "description": "How the results came about.",
+        **_closed(
+            {
+                "schema_version": {"const": SCHEMA_VERSION},
+                "config": {
+                    "description": "The flags of the run, by name, and which SAE or baseline this file is of.",
+                    "type": "object",
+                    "required": ["model_name", "sae"],
+                    "properties": {
+                        "model_name": {"type": "string"},
+                        "sae": {"type": "string", "description": "the name as typed, or what tables call the baseline"},
+                        "baseline": {"type": "string", "description": "its kind; absent for an SAE"},
+                        "baseline_of": {"type": "string", "description": "the SAE or hook point that it belongs to"},
+                    },
+                },
+                "versions": {
+                    "description": "Of Python and the packages that matter; null: not installed.",
+                    "type": "object",
+                    "required": ["python"],
+                    "additionalProperties": {"type": ["string", "null"]},
+                },
+                "commit": {
+                    "description": "Of this program, with +changes if its code differed; null outside of a checkout.",
+                    "type": ["string", "null"],
+                },
+                "started": {"type": "string", "format": "date-time"},
+                "key": {
+                    "description": "Everything that changes a number: only a run with the same key continues a file.",
+                    "type": "object",
+                },
+                "q_family": {**texts, "description": "The files over whose results the q values are."},
+                "sae_level": {"$ref": "#/$defs/sae_level"},
+                "results_sha256": {
+                    "description": "Of the layers and sae_level: tells a file that was edited by hand.",
+                    "type": "string",
+                    "pattern": "^[0-9a-f]{64}$",
+                },
+                "warnings": {**texts, "description": "What a reader of the numbers must know."},
+                "seconds": {**seconds, "description": "By stage, of the run that wrote the file last."},
+                "resources": {**seconds, "description": "Likewise: peak memory in GB."},
+                "complete": {"type": "boolean", "description": "Whether everything asked for is there."},
+            }
+        ),
+    }
+
+
+def _sae_level() -> Schema:
+    alone = _tested("delta_sel") | _with_interval("transfer_r2")
+    alone["n_cells"] = {"type": ["integer", "null"], "minimum": 1}
+    compared = {
+        "description": "By name of another SAE of the run: this one's figures minus the other's, paired.",
+        "type": "object",
+        "additionalProperties": _closed(_tested("delta_sel") | _tested("transfer_r2")),
+    }
+    return {
+        "description": "Means over the datasets, layers and probes of the run; null where stored scores were gone, "
+        "absent before the run is at its end.",
+        **_closed({**alone, "compared": compared}, optional=set(alone)),
+        "dependentRequired": {name: sorted(alone) for name in alone},
+    }
+
+
+def _tested(name: str) -> Schema:
+    """A difference with its interval and the test that it is 0."""
+    p_value = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
+    detectable = {"type": ["number", "null"], "minimum": 0}
+    return _with_interval(name) | {f"{name}_p_value": p_value, f"{name}_detectable": detectable}
+
+
+def _with_interval(name: str) -> Schema:
+    return {key: {"type": ["number", "null"]} for key in (name, f"{name}_ci_low", f"{name}_ci_high")}
+
+
+def _closed(properties: Schema, optional: Collection[str] = ()) -> Schema:
+    """An object of these properties and no others; all but the optional ones must be there."""
+    required = [name for name in properties if name not in optional]
+    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+
+
+def as_text(schema: Schema) -> str:
+    """As it lies in docs/."""
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite, or compare with `--check`."""
+    parser = argparse.ArgumentParser(description="Keep docs/results.schema.json equal to what the code writes.")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the file is out of date")
+    check = parser.parse_args(argv).check
+    fresh = as_text(build())
+    if check and TARGET.read_text(encoding="utf-8") != fresh:
+        print("docs/results.schema.json is not what the code says: python scripts/update_schema.py")
+        return 1
+    if not check:
+        TARGET.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

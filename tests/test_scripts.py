@@ -1,0 +1,152 @@
+"""scripts/: one for each model and task, each a thin call of main.py that works from anywhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from command_line import parse_config
+from config import RunConfig
+from datasets_wikidata import DATASET_NAMES
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+ROOT = SCRIPTS.parent
+MODELS = {  # name in the scripts -> model, SAEs, hook point
+    "pythia70": ("EleutherAI/pythia-70m", "EleutherAI/sae-pythia-70m-32k", "resid_post"),
+    "pythia160": ("EleutherAI/pythia-160m", "EleutherAI/sae-pythia-160m-32k", "resid_post"),
+    "pythia410": ("EleutherAI/pythia-410m", "EleutherAI/sae-pythia-410m-65k", "mlp_out"),
+}
+ONE_TASK = {f"compute_{model}_wiki_{task}.sh": (model, task) for model in MODELS for task in DATASET_NAMES}
+SELECT = "select_wikidata.sh"
+
+
+def call(script, *flags, cwd=ROOT, **variables):
+    """Run a script of this checkout, or at a path of its own."""
+    environment = {name: value for name, value in os.environ.items() if name not in {"DEMO", "DRY_RUN"}}
+    environment |= {"OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run([SCRIPTS / script, *flags], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def flags_of(*words, **variables):
+    """What a script would give to main.py."""
+    done = call(*words, DRY_RUN="1", **variables)
+    assert done.returncode == 0, done.stderr
+    python, program_file, *flags = shlex.split(done.stdout)
+    assert (Path(python), Path(program_file)) == (ROOT / ".venv" / "bin" / "python", ROOT / "main.py")
+    return flags
+
+
+def parsed(flags) -> RunConfig:
+    return parse_config(flags)[0]
+
+
+def test_there_is_one_for_each_model_and_task_and_no_other():
+    assert {path.name for path in SCRIPTS.glob("compute_*.sh")} == ONE_TASK.keys()
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
+def test_bash_can_read_it_and_it_stops_at_the_first_error(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    text = path.read_text("utf-8")
+    sourced = {"environment.sh", "evaluate.sh"}
+    assert path.name in sourced or ("set -euo pipefail" in text and os.access(path, os.X_OK))
+
+
+@pytest.mark.parametrize("script", ONE_TASK)
+def test_it_asks_for_its_model_and_task(script):
+    model, task = ONE_TASK[script]
+    config = parsed(flags_of(script))
+    assert (config.model_name, *config.sae_names, config.hookpoint) == MODELS[model]
+    assert (config.datasets, config.layers, config.shuffle_select_n) == ((task,), None, None)
+    assert config.output_directory == ROOT / "results" / model
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_all_tasks_of_a_model_go_into_one_run(model):
+    config = parsed(flags_of(SELECT, model))
+    assert (config.model_name, *config.sae_names, config.hookpoint) == MODELS[model]
+    assert (config.datasets, config.output_directory) == (tuple(DATASET_NAMES), ROOT / "results" / model)
+
+
+def test_flags_are_passed_on_as_they_are_and_win():
+    own = ["--dataset_file", "my people; $(x).csv", "--output_directory", "el sewhere", "--layers", "0-3"]
+    config = parsed(flags_of("compute_pythia160_wiki_gender.sh", *own))
+    assert (config.dataset_file, config.layers) == ("my people; $(x).csv", (0, 1, 2, 3))
+    assert config.output_directory == Path("el sewhere")
+
+
+@pytest.mark.parametrize(("words", "told"), [([], "usage"), (["gpt5"], "gpt5")])
+def test_a_model_that_has_no_scripts_is_a_wrong_request(words, told):
+    done = call(SELECT, *words, DRY_RUN="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_demo_asks_for_the_bundled_model_and_keeps_clear_of_the_kept_results():
+    for script, task in (
+        ("compute_pythia410_wiki_gender.sh", "gender"),
+        ("compute_pythia70_wiki_politics.sh", "politics"),
+    ):
+        config = parsed(flags_of(script, DEMO="1"))
+        assert Path(config.model_name).name == "tiny-pythia"
+        assert (config.datasets, config.hookpoint) == ((task,), None)
+        assert config.output_directory == ROOT / "results" / f"demo_{task}"
+        assert config.shuffle_select_n
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A project with a space in its path: the scripts are copies, all else that they need is this checkout's."""
+    project = tmp_path / "a project"
+    shutil.copytree(SCRIPTS, project / "scripts", ignore=lambda _, names: [n for n in names if not n.endswith(".sh")])
+    for path in (ROOT / "main.py", ROOT / ".venv", *ROOT.glob("requirements*.txt")):
+        (project / path.name).symlink_to(path)
+    return project
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 130])
+def test_the_exit_code_is_that_of_the_program_and_what_it_prints_is_shown_and_logged(elsewhere, tmp_path, code):
+    (elsewhere / ".venv").unlink()
+    (elsewhere / "scripts" / "environment.sh").write_text("")
+    python = elsewhere / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/usr/bin/env bash\necho "${{@: -2}}"\necho err >&2\npwd\nexit {code}\n')
+    python.chmod(0o755)
+    shown = f"--seed 3\nerr\n{tmp_path}\n"
+    log = elsewhere / "logs" / "compute_pythia70_wiki_gender.log"
+    for n_runs in (1, 2):
+        done = call(elsewhere / "scripts" / "compute_pythia70_wiki_gender.sh", "--seed", "3", cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (code, shown), "a relative path among the flags is the caller's"
+        logged = log.read_text("utf-8")
+        assert logged.count(shown) == n_runs, "a log grows"
+        assert len(re.findall(r"^\d{4}-\d\d-\d\dT.*main.py .*--seed 3$", logged, re.MULTILINE)) == n_runs
+
+
+def test_the_demo_runs_from_any_folder_without_a_network(elsewhere, tmp_path):
+    script = elsewhere / "scripts" / "compute_pythia160_wiki_gender.sh"
+    more = ("--layers", "5", "--shuffle_select_n", "60", "--repeats", "1", "--output_directory", "out here")
+    done = call(script, *more, cwd=tmp_path, DEMO="1", HTTPS_PROXY="http://localhost:9")
+    assert done.returncode == 0, done.stdout
+    found = {path.parent.name for path in (tmp_path / "out here").glob("*/tiny-pythia_wikidata_gender.json")}
+    assert found == {"tiny-pythia-saes-k8", "tiny-pythia-saes-k32"}
+    assert "delta_sel" in (elsewhere / "logs" / "compute_pythia160_wiki_gender.log").read_text("utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [["compute_pythia410_wiki_is_alive.sh"], [SELECT, "pythia160"]], ids=lambda words: words[0]
+)
+def test_the_demo_as_it_is_typed(words, elsewhere):
+    done = call(elsewhere / "scripts" / words[0], *words[1:], cwd=elsewhere, DEMO="1")
+    assert done.returncode == 0, done.stdout
+    (out,) = (elsewhere / "results").iterdir()
+    tasks = DATASET_NAMES if words[0] == SELECT else ["is_alive"]
+    assert out.name == f"demo_{'_'.join(tasks)}"
+    assert {path.stem for path in out.glob("*/*.json")} == {f"tiny-pythia_wikidata_{task}" for task in tasks}
