@@ -398,13 +398,22 @@ def _load_fitting(
     if misfits and not config.force:
         more = f" (and {len(misfits) - 1} more of {len(fits)} SAEs misfit)" if len(misfits) > 1 else ""
         raise RequestError(f"{misfits[0].problem()}{more}; --force measures it as it is")
-    for (_, sae_id), fit in fits.items():
-        problem = fit.problem()
+    told = [(sae_id, fit.problem()) for (_, sae_id), fit in fits.items()]
+    told += [(sae_id, _of_another_model(config, source)) for sae_id, source in enumerate(plan.sources)]
+    for sae_id, problem in told:
         if problem is not None:
             log.warning("%s", problem)
             for file in (file for (i, _), file in files.items() if i == sae_id and problem not in file.warnings):
                 file.warnings.append(problem)
     return model.only(needed)
+
+
+def _of_another_model(config: RunConfig, source: SaeSource) -> str | None:
+    """What to tell if an SAE says that it was trained on a model of another name; folders and owners aside."""
+    trained_on, measured = (Path(name or "").name.lower() for name in (source.model_name, config.model_name))
+    if not trained_on or trained_on == measured:
+        return None
+    return f"{source.name} was trained on {source.model_name}, and is measured on {config.model_name}"
 
 
 def _calibrate(config: RunConfig, plan: Plan, model: ActivationSource) -> dict[Site, SiteSample]:
@@ -432,10 +441,12 @@ def inspect(config: RunConfig) -> None:
     mentions = draw_mentions(plan.texts.mentions, config.seed)
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=plan.prepend_bos, max_length=info.max_length)
     check = Preflight.sample(model, info, tokenised, config.seed)
+    bos = "that begin with BOS" if plan.prepend_bos else "without BOS"
+    show(f"{config.model_name} in {info.choose_dtype(config.dtype)}, on some of {len(mentions)} texts {bos}")
     for sae_id, source in enumerate(plan.sources):
         saes = {site: source.load(site.layer, config.device1) for site in plan.sites[sae_id]}
         fits = [check.examine(sae, site, plan.counts_bos[sae_id]) for site, sae in saes.items()]
-        show(render(source, saes, fits, check))
+        show(f"\n{render(source, saes, fits, check)}")
 
 
 def run(argv: Sequence[str]) -> None:
