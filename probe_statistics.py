@@ -43,7 +43,7 @@ class ProbeScores:
         return int(self.folds.max()) + 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Statistics:
     """One probe in one layer. `*_sel` are balanced accuracies (1/2 = nothing known), means over the partitions.
 
@@ -62,32 +62,32 @@ class Statistics:
     p_value: float  # two-sided, of no difference
     preserved: bool  # equivalence: the 90 % interval lies within +-epsilon
     detectable: float  # the smallest true difference that these data would show with 80 % power
-    transfer_sel: float | None  # of the model's probes on the SAE's reconstruction
-    transfer_delta: float | None  # transfer_sel - model_sel
-    transfer_ci_low: float | None  # of transfer_delta, as are the next four
-    transfer_ci_high: float | None
-    transfer_p_value: float | None
-    transfer_preserved: bool | None
-    transfer_detectable: float | None
-    transfer_r2: float | None  # share of the variance of the model's probes' scores that x̂ gives back to them
-    transfer_r2_ci_low: float | None
-    transfer_r2_ci_high: float | None
-    retained: float | None  # (sae_sel - 1/2) / (model_sel - 1/2), where model_ci_low > 0.55
-    retained_ci_low: float | None
-    retained_ci_high: float | None
+    transfer_sel: float | None = None  # of the model's probes on the SAE's reconstruction
+    transfer_delta: float | None = None  # transfer_sel - model_sel
+    transfer_ci_low: float | None = None  # of transfer_delta, as are the next four
+    transfer_ci_high: float | None = None
+    transfer_p_value: float | None = None
+    transfer_preserved: bool | None = None
+    transfer_detectable: float | None = None
+    transfer_r2: float | None = None  # share of the variance of the model's probes' scores that x̂ gives back to them
+    transfer_r2_ci_low: float | None = None
+    transfer_r2_ci_high: float | None = None
+    retained: float | None = None  # (sae_sel - 1/2) / (model_sel - 1/2), where model_ci_low > 0.55
+    retained_ci_low: float | None = None
+    retained_ci_high: float | None = None
     model_auc: float  # area under the ROC curve, ties count half
     sae_auc: float
     delta_auc: float  # sae_auc - model_auc
     delta_auc_ci_low: float
     delta_auc_ci_high: float
-    transfer_auc: float | None
+    transfer_auc: float | None = None
     model_bits: float  # 1 - cross-entropy / ln 2, classes balanced: 0 for a probe that always says one half
     sae_bits: float
     delta_bits: float  # sae_bits - model_bits
     delta_bits_ci_low: float
     delta_bits_ci_high: float
-    transfer_bits: float | None
-    memorisation: float | None  # balanced accuracy on labels random by token type, split by row, minus 1/2
+    transfer_bits: float | None = None
+    memorisation: float | None = None  # balanced accuracy on labels random by token type, split by row, minus 1/2
     n_rows: int
     n_people: int
     n_pos: int
@@ -176,9 +176,7 @@ def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
         sae_ci_low=sae.low + 0.5,
         sae_ci_high=sae.high + 0.5,
         **_difference("delta_sel", "", delta, epsilon),
-        transfer_sel=_mean(found, right["transfer"]) if "transfer" in right else None,
-        **_transfer(estimate(right["transfer"] - right["model"]) if "transfer" in right else None, epsilon),
-        **_transfer_r2(estimate(r2_parts(found, "transfer")) if "transfer" in right else None),
+        **_transfer(found, right, estimate, epsilon),
         **_retained(model, sae, right, estimate),
         **_change(found, "auc", {view: auc_parts(found, view) for view in found.views}, estimate),
         **_change(found, "bits", {view: bits(found, view) for view in found.views}, estimate),
@@ -207,22 +205,24 @@ def _difference(name: str, prefix: str, delta: Estimate, epsilon: float) -> dict
     }
 
 
-def _transfer(delta: Estimate | None, epsilon: float) -> dict[str, Any]:
-    if delta is not None:
-        return _difference("transfer_delta", "transfer_", delta, epsilon)
-    return dict.fromkeys(_difference("transfer_delta", "transfer_", Estimate(0, 0, 2), epsilon))
-
-
-def _transfer_r2(share: Estimate | None) -> dict[str, Any]:
-    if share is None:
-        return dict.fromkeys(("transfer_r2", "transfer_r2_ci_low", "transfer_r2_ci_high"))
-    return {"transfer_r2": share.value, "transfer_r2_ci_low": share.low, "transfer_r2_ci_high": share.high}
+def _transfer(found: ProbeScores, right: Mapping[str, Floats], estimate: Any, epsilon: float) -> dict[str, Any]:
+    """Of the model's probes on x̂; nothing for a view that they were not asked about."""
+    if "transfer" not in right:
+        return {}
+    delta, share = estimate(right["transfer"] - right["model"]), estimate(r2_parts(found, "transfer"))
+    return {
+        "transfer_sel": _mean(found, right["transfer"]),
+        **_difference("transfer_delta", "transfer_", delta, epsilon),
+        "transfer_r2": share.value,
+        "transfer_r2_ci_low": share.low,
+        "transfer_r2_ci_high": share.high,
+    }
 
 
 def _retained(model: Estimate, sae: Estimate, right: Mapping[str, Floats], estimate: Any) -> dict[str, Any]:
     """The share, with its interval by the delta method: the spread of sae - share x model, over model - 1/2."""
     if model.low + 0.5 <= KNOWN:
-        return dict.fromkeys(("retained", "retained_ci_low", "retained_ci_high"))
+        return {}
     share = sae.value / model.value
     spread: Estimate = estimate(((right["sae"] - 0.5) - share * (right["model"] - 0.5)) / model.value)
     return {

@@ -12,7 +12,7 @@ model's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,8 @@ from probes import ProbeBackend, ProbeProblem
 DEFAULT_CS = tuple(10.0**k for k in range(-5, 2))
 VIEWS = ("model", "sae", "transfer", "error", "latents")
 _ROOM = Room("targets are scored")
-_OPTIONAL = {f"{view}_{score}" for view in ("error", "latent") for score in ("sel", "auc", "bits")}
+OPTIONAL = {f"{view}_{score}" for view in ("error", "latent") for score in ("sel", "auc", "bits")}
+"""Keys that a record has only where the view was asked for."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,15 @@ class FitFacts:
     n_iter: NDArray[np.int64]  # [targets]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ProbeResult(Statistics):
     """One target's statistics, and how its probes were fitted."""
 
-    C: float = field(kw_only=True)  # median of the folds' choices for the model's view, and below for the SAE's
-    C_sae: float = field(kw_only=True)
-    converged: bool = field(kw_only=True)  # all fits of all views
-    n_unconverged: int = field(kw_only=True)
-    n_iter: int = field(kw_only=True)  # the most that a fit took
+    C: float  # median of the folds' choices for the model's view, and below for the SAE's
+    C_sae: float
+    converged: bool  # all fits of all views
+    n_unconverged: int
+    n_iter: int  # the most that a fit took
 
 
 def fit_model(
@@ -317,5 +318,5 @@ def as_record(result: ProbeResult | Skipped) -> dict[str, Any]:
     A target without numbers has None for them and a `reason`.
     """
     if isinstance(result, Skipped):
-        return {**{item.name: None for item in fields(ProbeResult) if item.name not in _OPTIONAL}, **asdict(result)}
-    return {name: value for name, value in asdict(result).items() if not (value is None and name in _OPTIONAL)}
+        return {**{item.name: None for item in fields(ProbeResult) if item.name not in OPTIONAL}, **asdict(result)}
+    return {name: value for name, value in asdict(result).items() if not (value is None and name in OPTIONAL)}

@@ -14,7 +14,6 @@ import json
 import re
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -24,7 +23,7 @@ sys.path.insert(0, str(PROJECT))
 
 from reconstruction import Reconstruction  # noqa: E402 - the project is not installed as a package
 from records import SCHEMA_VERSION  # noqa: E402
-from selectivity import ProbeResult  # noqa: E402
+from selectivity import OPTIONAL, ProbeResult  # noqa: E402
 
 Schema = dict[str, Any]
 
@@ -91,16 +90,14 @@ def _layer(definition: dict[str, str]) -> Schema:
 
 
 def _measured(definition: dict[str, str]) -> Schema:
-    optional = {field.name for field in fields(ProbeResult) if field.default is None}
     kinds = get_type_hints(ProbeResult) | {Q_VALUES[0]: float, Q_VALUES[1]: float | None}
     known = {name: _figure(name, kind, definition) for name, kind in kinds.items()}
-    return _closed(known, optional=optional | set(Q_VALUES))
+    return _closed(known, optional=OPTIONAL | set(Q_VALUES))
 
 
 def _unmeasured(definition: dict[str, str]) -> Schema:
     counted = {name: _figure(name, int, definition) for name in COUNTED}
-    optional = {field.name for field in fields(ProbeResult) if field.default is None}
-    null = {name: {"type": "null"} for name in get_type_hints(ProbeResult) if name not in counted.keys() | optional}
+    null = {name: {"type": "null"} for name in get_type_hints(ProbeResult) if name not in counted.keys() | OPTIONAL}
     reason = {"reason": {"type": "string", "description": definition["reason"]}}
     return _closed({**counted, **reason, **null, **{name: {"type": "null"} for name in Q_VALUES}}, optional=Q_VALUES)
 
