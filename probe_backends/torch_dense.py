@@ -1,13 +1,18 @@
 """Strided features for the batched solver: one matrix for all columns, an iteration is two large GEMMs.
 
-Held-out rows have weight 0, so the matrix is the same for all columns. The preconditioner is the inverse of the
-Hessian at the start of a C, averaged over the columns; where columns are few, the Hessian at zero (Böhning 1992's
-bound) shrunk to the mean curvature, since building another costs as much as d / (2 columns) iterations.
+Held-out rows have weight 0, so the matrix is the same for all columns. It is kept once, in float32, centred and
+scaled; products in float64 read x itself, converted a block of rows at a time, which needs no float64 copy.
+
+The preconditioner is the inverse Hessian at zero (Böhning 1992's bound), averaged over the columns and shrunk to their
+mean curvature. A Hessian made anew for each C saved a tenth of the iterations and took as long or longer; one
+eigendecomposition for all C with a curvature of each column's own saved none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,28 +21,33 @@ from probe_backends.lbfgs import Loss, dot
 from probe_backends.problem import ProbeProblem
 
 _TEMPORARIES = 10  # float64 matrices [columns, rows] alive at once
-_GRAM_PAYS = 12  # a Hessian is built anew for each C up to this many features a column
+_BLOCK_ON_CPU, _BLOCK = 2**18, 2**24  # cells of x converted at a time: what a cache holds; elsewhere, few launches
+_ROUGH_PAYS = 2**17  # cells of x from which on a product takes longer than the calls around it
 
 
 @dataclass(frozen=True)
 class DenseDesign:
-    """The features of a problem, centred and in units between the splits' scales."""
+    """The features of a problem."""
 
-    z: Tensor  # float64 [rows, d + 1], the last column is 1
-    unit: Tensor  # float64 [d]; z = (x - centre) / unit
+    x: Tensor  # float32 [rows, d], as given
+    z: Tensor  # float32 [rows, d + 1], (x - centre) / unit; the last column is 1
+    unit: Tensor  # float64 [d], between the splits' scales
     centre: Tensor  # float64 [d]
     divisor: Tensor  # float64 [splits, d]
+    block: Tensor  # float64 [rows of a block, d], where x is converted: fresh memory each time costs more than that
 
     @classmethod
     def build(cls, problem: ProbeProblem) -> DenseDesign:
-        """A float64 copy of the problem's x, on its device."""
-        rows, d = problem.x.shape
-        divisor = problem.divisor.to(problem.x.device)
+        """A float32 copy of the problem's x, on its device."""
+        x = problem.x
+        divisor = problem.divisor.to(x.device)
         unit = divisor.log().mean(dim=0).exp()
-        centre = problem.x.double().mean(dim=0)
-        z = torch.ones(rows, d + 1, dtype=torch.float64, device=problem.x.device)
-        z[:, :d] = (problem.x - centre) / unit
-        return cls(z, unit, centre, divisor)
+        centre = x.mean(dim=0, dtype=torch.float64)
+        z = torch.ones(len(x), x.shape[1] + 1, dtype=torch.float32, device=x.device)
+        for rows in _blocks(x):
+            z[rows, :-1] = ((x[rows] - centre) / unit).float()
+        longest = max((len(x[rows]) for rows in _blocks(x)), default=0)
+        return cls(x, z, unit, centre, divisor, centre.new_empty(longest, x.shape[1]))
 
     @property
     def column_bytes(self) -> int:
@@ -46,40 +56,113 @@ class DenseDesign:
 
     def start(self, n_columns: int) -> Tensor:
         """Theta [columns, d + 1] where the smallest C starts: zeros."""
-        return self.z.new_zeros(n_columns, self.z.shape[1])
+        return torch.zeros(n_columns, self.z.shape[1], dtype=torch.float64, device=self.z.device)
 
     def columns(self, index: Tensor, split: Tensor, loss: Loss) -> DenseColumns:
         """Regressions with these indices, splits (both int64 [columns]) and losses."""
-        ones = torch.ones(len(index), 1, dtype=self.z.dtype, device=self.z.device)
-        penalty = torch.ones(self.z.shape[1], dtype=self.z.dtype, device=self.z.device)
+        penalty = torch.ones(self.z.shape[1], dtype=torch.float64, device=self.z.device)
         penalty[-1] = 0
-        stretch = torch.cat([self.unit / self.divisor[split], ones], dim=1)
-        return DenseColumns(index, loss, self, stretch, penalty)
+        return DenseColumns(
+            index, split, loss, Exact(self.x, self.centre, self.divisor[split], self.block), penalty, self
+        )
 
-    def preconditioners(self, n_columns: int) -> InverseHessians:
-        """For so many columns, along C."""
-        return InverseHessians(self.z, n_columns)
+    def preconditioners(self) -> InverseHessians:
+        """Along C."""
+        return InverseHessians(self.z)
+
+
+class Products(Protocol):
+    """The features of columns, each seen by the scale of its own split, times coefficients and times residuals."""
+
+    def forward(self, theta: Tensor) -> Tensor:
+        """Margins [columns, rows] of theta [columns, d + 1]."""
+        ...
+
+    def backward(self, residual: Tensor) -> Tensor:
+        """[columns, d + 1] from residual [columns, rows]."""
+        ...
+
+    def select(self, chosen: Tensor) -> Products:
+        """Of the columns at int64 `chosen`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Products in float64. They centre x first, so that a constant feature is exactly nothing."""
+
+    x: Tensor  # [rows, d]
+    centre: Tensor  # [d]
+    divisor: Tensor  # [columns, d]
+    block: Tensor  # [rows of a block, d], scratch
+
+    def forward(self, theta: Tensor) -> Tensor:
+        coef = theta[:, :-1] / self.divisor
+        margins = theta.new_empty(len(theta), len(self.x))
+        for rows in _blocks(self.x):
+            margins[:, rows] = coef @ self._centred(rows).T
+        return margins.add_(theta[:, -1:])
+
+    def backward(self, residual: Tensor) -> Tensor:
+        total = residual.new_zeros(len(residual), self.x.shape[1])
+        for rows in _blocks(self.x):
+            total.addmm_(residual[:, rows], self._centred(rows))
+        return torch.cat([total.div_(self.divisor), residual.sum(dim=1, keepdim=True)], dim=1)
+
+    def select(self, chosen: Tensor) -> Exact:
+        return Exact(self.x, self.centre, self.divisor[chosen], self.block)
+
+    def _centred(self, rows: slice) -> Tensor:
+        part = self.x[rows]
+        return self.block[: len(part)].copy_(part).sub_(self.centre)
+
+
+@dataclass(frozen=True)
+class Rough:
+    """Products in float32."""
+
+    z: Tensor  # [rows, d + 1]
+    stretch: Tensor  # [columns, d + 1]; a column's features are z times this
+
+    def forward(self, theta: Tensor) -> Tensor:
+        return (theta * self.stretch) @ self.z.T
+
+    def backward(self, residual: Tensor) -> Tensor:
+        return (residual @ self.z).mul_(self.stretch)
+
+    def select(self, chosen: Tensor) -> Rough:
+        return Rough(self.z, self.stretch[chosen])
 
 
 @dataclass(frozen=True)
 class DenseColumns:
-    """Theta [columns, d + 1] has the intercept last.
-
-    Features are z times `stretch`, so each column sees x by the scale of its own split.
-    """
+    """Theta [columns, d + 1] has the intercept last."""
 
     index: Tensor  # int64 [columns]
+    split: Tensor  # int64 [columns]
     loss: Loss
-    design: DenseDesign
-    stretch: Tensor  # [columns, d + 1]
+    products: Products
     penalty: Tensor  # [d + 1], 1 but 0 for the intercept
+    design: DenseDesign
+
+    def rough(self) -> DenseColumns | None:
+        if self.design.x.numel() < _ROUGH_PAYS:
+            return None
+        stretch = torch.ones(len(self.index), self.design.z.shape[1], device=self.design.z.device)
+        stretch[:, :-1] = self.design.unit / self.design.divisor[self.split]
+        products = Rough(self.design.z, stretch)
+        return DenseColumns(self.index, self.split, self.loss.single(), products, self.penalty.float(), self.design)
+
+    def select(self, chosen: Tensor) -> DenseColumns:
+        parts = self.index[chosen], self.split[chosen], self.loss.select(chosen), self.products.select(chosen)
+        return DenseColumns(*parts, self.penalty, self.design)
 
     def margins(self, theta: Tensor) -> Tensor:
-        return (theta * self.stretch) @ self.design.z.T
+        return self.products.forward(theta)
 
     def gradients(self, theta: Tensor, residual: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        gradient = (residual @ self.design.z).mul_(self.stretch).add_(theta * self.penalty)
-        return gradient, gradient @ inverse
+        gradient = self.products.backward(residual).add_(theta * self.penalty)
+        return gradient, (gradient.float() @ inverse).to(gradient.dtype)
 
     def along(self, theta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         penalised = self.penalty * direction
@@ -89,24 +172,41 @@ class DenseColumns:
         return newton.norm(dim=1), theta[:, :-1].norm(dim=1)
 
     def coefficients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        raw = theta * self.stretch
-        coef = raw[:, :-1] / self.design.unit
-        return coef, raw[:, -1] - coef @ self.design.centre
+        coef = theta[:, :-1] / self.design.divisor[self.split]
+        return coef, theta[:, -1] - coef @ self.design.centre
 
 
 class InverseHessians:
-    """The inverse Hessian [d + 1, d + 1] of the objective for stretch 1, along C."""
+    """The inverse Hessian, float32 [d + 1, d + 1], of the objective for stretch 1, along C."""
 
-    def __init__(self, z: Tensor, n_columns: int) -> None:
+    def __init__(self, z: Tensor) -> None:
         self._z = z
-        self._every_c = z.shape[1] - 1 <= _GRAM_PAYS * n_columns
-        self._known: Tensor | None = None  # the curvature that the Gram matrix was built with
-        self._gram = z
+        self._gram: Tensor | None = None  # z' S z for the first curvature S, and the sum of that
+        self._sum = torch.ones(())
 
     def at(self, c: float, curvature: Tensor) -> Tensor:
         """For C = c, where `curvature` [rows] is the loss's for C = 1, averaged over the columns."""
-        if self._known is None or self._every_c:
-            self._known, self._gram = curvature, self._z.T @ (self._z * curvature[:, None])
-        hessian = self._gram * (c * curvature.sum() / self._known.sum())
+        if self._gram is None:
+            self._gram, self._sum = self._weighted_gram(curvature.float()), curvature.sum()
+        hessian = self._gram * (c * curvature.sum() / self._sum).float()
         hessian.diagonal()[:-1] += 1  # the penalty
-        return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+        rounding = 4 * torch.finfo(torch.float32).eps * len(hessian) ** 0.5 * hessian.diagonal().mean()
+        while True:
+            hessian.diagonal().add_(rounding)
+            factor, failed = torch.linalg.cholesky_ex(hessian)
+            if not bool(failed):
+                return torch.cholesky_inverse(factor)
+            rounding *= 10
+
+    def _weighted_gram(self, curvature: Tensor) -> Tensor:
+        gram = self._z.new_zeros(self._z.shape[1], self._z.shape[1])
+        for rows in _blocks(self._z):
+            gram.addmm_(self._z[rows].T, self._z[rows] * curvature[rows, None])
+        return gram
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """Slices that cover the rows of x."""
+    cells = _BLOCK_ON_CPU if x.device.type == "cpu" else _BLOCK
+    size = max(1, cells // max(x.shape[1], 1))
+    return (slice(start, start + size) for start in range(0, len(x), size))

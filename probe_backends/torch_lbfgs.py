@@ -4,8 +4,7 @@ The columns (target x split) of a problem are solved together by preconditioned 
 starts from its solution at the smaller C. What the columns share, the features and the preconditioner, is a `Design`:
 `torch_dense` or `torch_sparse`.
 
-Float64 throughout: float32 GEMMs gave the same coefficients to 1e-6 for 1.2 to 1.4 times the speed on a CPU, but
-they stall above the tolerance where C is small.
+Float32 alone stalls above the tolerance for some C, so every fit of strided features ends in float64 (`lbfgs`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from out_of_memory import ERRORS, Room, is_out_of_memory
-from probe_backends.lbfgs import Columns, Loss, minimise
+from probe_backends.lbfgs import Columns, Limits, Loss, minimise
 from probe_backends.problem import ProbeFits, ProbeProblem, balanced
 from probe_backends.torch_dense import DenseDesign
 from probe_backends.torch_sparse import SparseDesign
@@ -51,8 +50,8 @@ class Design(Protocol[P]):
         """Regressions with these indices, splits (both int64 [columns]) and losses."""
         ...
 
-    def preconditioners(self, n_columns: int) -> Preconditioners[P]:
-        """For so many columns, along C."""
+    def preconditioners(self) -> Preconditioners[P]:
+        """Along C."""
         ...
 
 
@@ -99,11 +98,12 @@ class TorchLbfgs:
 
     def _fit_chunk(self, cs: tuple[float, ...], parts: _Parts[P], fits: ProbeFits) -> None:
         """Solve the columns for every C, and write them into `fits` in the units of x."""
-        preconditioners = parts.design.preconditioners(parts.n_columns)
+        preconditioners = parts.design.preconditioners()
         for i, c in enumerate(cs):
             preconditioner = preconditioners.at(c, parts.mean_curvature())
             for columns, theta, margins in parts:
-                best = minimise(columns, c, theta, margins, preconditioner, self.tolerance, self.max_iter, self.memory)
+                limits = Limits(self.tolerance, self.max_iter)
+                best = minimise(columns, c, theta, margins, preconditioner, limits, self.memory)
                 parts.keep(best.theta, best.margins)
                 coef, intercept = columns.coefficients(best.theta)
                 fits.coef[i].flatten(0, 1)[columns.index] = coef

@@ -101,8 +101,8 @@ class SparseDesign:
         gain = None if self.gain is None else self.gain[split].T
         return SparseColumns(index, Loss(_by_row(loss.positive), _by_row(loss.weight)), self, gain)
 
-    def preconditioners(self, n_columns: int) -> SparsePreconditioners:
-        """For so many columns, along C."""
+    def preconditioners(self) -> SparsePreconditioners:
+        """Along C."""
         return SparsePreconditioners(self)
 
 
@@ -117,6 +117,14 @@ class SparseColumns:
     loss: Loss
     design: SparseDesign
     gain: Tensor | None  # [live, columns]: each column sees x by the scale of its own split
+
+    def rough(self) -> None:
+        return None
+
+    def select(self, chosen: Tensor) -> SparseColumns:
+        loss = self.loss.select(chosen)
+        gain = None if self.gain is None else self.gain[:, chosen]
+        return SparseColumns(self.index[chosen], Loss(_by_row(loss.positive), _by_row(loss.weight)), self.design, gain)
 
     def margins(self, theta: Tensor) -> Tensor:
         return self._kernel(theta[:, :-1]) + theta[:, -1:]

@@ -11,7 +11,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks import bench_probes
 from errors import RequestError
+from probe_backends import torch_dense
 from probe_backends.cuml_qn import CumlQn
 from probe_backends.problem import balanced
 from probe_backends.sklearn_reference import SklearnReference
@@ -61,6 +63,52 @@ def test_torch_agrees_with_scikit_learn(case):
         for fits in (ours, reference)
     )
     assert ((scores - expected).abs().amax(-1) / expected.std(-1)).max() < 1e-4
+
+
+LARGE = {"rows": 1400, "d": 96}  # float32 goes most of the way
+
+
+@pytest.mark.parametrize("case", [{}, {"noise": 0.05}, {"weighted": True, "share": 0.1}, {"targets": 3}])
+def test_float32_most_of_the_way_ends_where_scikit_learn_does(case):
+    task = problem(**LARGE, **case, cs=(1e-5, 1e-2, 10.0))
+    ours, reference = TorchLbfgs().fit(task), SklearnReference().fit(task)
+    assert ours.converged.all()
+    assert ((ours.coef - reference.coef).norm(dim=-1) / reference.coef.norm(dim=-1)).max() < 1e-4
+
+
+def test_float32_most_of_the_way_changes_no_score(monkeypatch):
+    task, singles = problem(**LARGE, targets=2), []
+    rough = torch_dense.DenseColumns.rough
+    monkeypatch.setattr(torch_dense.DenseColumns, "rough", lambda self: singles.append(rough(self)) or singles[-1])
+    mixed = TorchLbfgs(tolerance=1e-9).fit(task)
+    assert all(columns is not None for columns in singles)
+    monkeypatch.setattr(torch_dense.DenseColumns, "rough", lambda self: None)
+    double = TorchLbfgs(tolerance=1e-9).fit(task)
+    scores = [torch.einsum("nd,ctsd->ctsn", task.x.double(), f.coef) + f.intercept[..., None] for f in (mixed, double)]
+    assert ((scores[0] - scores[1]).abs().amax(-1) / scores[1].std(-1)).max() < 1e-6
+
+
+def test_float32_that_comes_to_nothing_is_done_again_in_float64(monkeypatch):
+    task = problem(**LARGE)
+    expected = TorchLbfgs().fit(task)
+    monkeypatch.setattr(torch_dense.Rough, "backward", lambda self, residual: torch.full_like(self.stretch, torch.nan))
+    fits = TorchLbfgs().fit(task)
+    assert fits.converged.all()
+    assert ((fits.coef - expected.coef).norm(dim=-1) / expected.coef.norm(dim=-1)).max() < 1e-5
+
+
+def test_features_far_from_zero_beside_their_spread_lose_no_accuracy():
+    task = problem(**LARGE, cs=(0.1,))
+    x = task.x + 1e4 * task.x.std(dim=0) * torch.linspace(-1, 1, 96)
+    task = ProbeProblem(x, task.labels, task.weight, task.scale, task.cs)
+    assert disagreement(TorchLbfgs(), SklearnReference(), task) < 1e-4
+
+
+def test_the_benchmark_measures_every_side():
+    line = bench_probes.measure(400, 24, 2, (0.01, 1.0), rounds=1)
+    assert max(line.error, line.cold_error, line.warm_error) < 1e-5
+    assert min(line.ours, line.cold, line.warm, line.newton) > 0
+    assert "| 400 x 24 | 2 x 5 x 2" in bench_probes.table([line])
 
 
 def test_reference_is_scikit_learn_with_balanced_classes():
