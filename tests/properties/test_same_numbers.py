@@ -88,7 +88,8 @@ def check(guise, ask, expected, tmp_path_factory):
     found = without_q(numbers(request.out)["pythia-tiny_women.json"])
     assert found.keys() == {f"layer_{layer}" for layer in guise.layers}
     for layer, record in found.items():
-        cell, before = record["women"], without_q(expected)[layer]["women"]
+        cell, before = dict(record["women"]), dict(without_q(expected)[layer]["women"])
+        assert abs(cell.pop("n_iter") - before.pop("n_iter")) <= 2, "rounding may cost or save the last step"
         assert_close(cell, before, relative=0, absolute=1e-6, where=f"{layer}/women")
         if not guise.padding:  # the figures are over all texts of the file
             figures = {name: value for name, value in record.items() if name != "women"}
