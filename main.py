@@ -320,6 +320,7 @@ def load_weights(
     Raises `RequestError` if an SAE fits something else far better than its site.
     """
     from baselines import SiteBuilder
+    from pipeline import sharing_cores
 
     wanted: dict[Site, set[SaeId]] = {}
     for sites in missing.values():
@@ -332,15 +333,16 @@ def load_weights(
         own = {i for i in asked if i < n_sources} | {b.of for b in baselines if b.of is not None}
         loaded[site] = {i: plan.sources[i].load(site.layer, config.device1) for i in sorted(own)}
     model = _load_fitting(config, plan, loaded, files, tokenised)
-    samples = _calibrate(config, plan, model)
     saes: dict[Site, dict[SaeId, Sae]] = {}
-    for site, asked in sorted(wanted.items()):
-        builder = SiteBuilder(site, plan.widths[site], config.device1, samples, config.seed)
-        saes[site] = {i: sae for i, sae in loaded[site].items() if i in asked}
-        for i in sorted(asked - saes[site].keys()):
-            baseline = plan.baselines[i - n_sources]
-            if baseline.reconstructs:
-                saes[site][i] = builder.build(baseline, None if baseline.of is None else loaded[site][baseline.of])
+    with sharing_cores(config.device1):  # sums by one thread: the same baselines whatever the number of cores
+        samples = _calibrate(config, plan, model)
+        for site, asked in sorted(wanted.items()):
+            builder = SiteBuilder(site, plan.widths[site], config.device1, samples, config.seed)
+            saes[site] = {i: sae for i, sae in loaded[site].items() if i in asked}
+            for i in sorted(asked - saes[site].keys()):
+                baseline = plan.baselines[i - n_sources]
+                if baseline.reconstructs:
+                    saes[site][i] = builder.build(baseline, None if baseline.of is None else loaded[site][baseline.of])
     return model, saes
 
 

@@ -52,7 +52,7 @@ class ProgressBars:
 
     def __init__(self, n_texts: int, n_probes: int, queue: BoundedQueue[Any], quiet: bool) -> None:
         self._queue = queue
-        stream: Any = _Forgiving(sys.stderr)
+        stream: Any = Forgiving(sys.stderr)
         self._texts, self._probes = (
             tqdm(
                 total=total,
@@ -85,7 +85,7 @@ class ProgressBars:
         self._probes.close()
 
 
-class _Forgiving:
+class Forgiving:
     """A stream that drops what cannot be written: a closed pipe or terminal, or none at all.
 
     tqdm must never see the error: it draws under a lock of its own that an exception leaves locked, and the other

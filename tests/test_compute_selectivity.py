@@ -1,0 +1,410 @@
+"""Many workers: the same numbers as one process, whatever happens to the workers and to the merging."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from conftest import people, write_csv, write_sparsify
+from runs import ROOT, Request, left_over, numbers, scores_of
+
+import compute_selectivity
+import main as program
+import records
+import scale.cluster
+from benchmarks import gemma_scope
+from benchmarks.scale_simulation import Task, simulate
+from command_line import parse_config
+from errors import RequestError
+from file_lock import exclusive
+from sae_level import settle
+from scale import estimate, merge, units, worker
+from scale.bar import UnitsBar
+from scale.estimate import Shape
+
+
+@pytest.fixture(scope="module")
+def sparser(tmp_path_factory) -> Path:
+    """A second SAE, which has no layer 0."""
+    return write_sparsify(tmp_path_factory.mktemp("saes") / "sae-sparser", layers=[1, 2], k=2)
+
+
+@pytest.fixture(scope="module")
+def request_(tiny_model, tiny_saes, sparser, tmp_path_factory) -> Request:
+    """Two SAEs on two tasks, with all baselines."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{**row, "task": task} for task in ("women", "others") for row in people(160, seed=len(task))]
+    more = ("--folds", "3", "--repeats", "2", "--baselines", "all", "--positions", "mean")
+    return Request(tiny_model, (tiny_saes, sparser), write_csv(folder / "two.csv", rows), folder / "none", more)
+
+
+@pytest.fixture(scope="module")
+def alone(request_, tmp_path_factory) -> Path:
+    """What main.py makes of the request."""
+    out = tmp_path_factory.mktemp("alone")
+    assert request_.into(out).run() == 0
+    return out
+
+
+def compute(asked: Request, *flags: str) -> int:
+    return program.main([*asked.argv, *flags], compute_selectivity.compute)
+
+
+def start(asked: Request, *flags: str, **options) -> subprocess.Popen[str]:
+    """In processes of their own, one thread each."""
+    command = [sys.executable, str(ROOT / "compute_selectivity.py"), *asked.argv, *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+
+
+def assert_same(found: Path, expected: Path) -> None:
+    assert numbers(found) == numbers(expected)
+    assert scores_of(found) == scores_of(expected)
+    for path in numbers(expected):
+        one, other = (records.read(folder / path)["_run"] for folder in (found, expected))
+        for name in ("key", "q_family", "sae_level", "complete", "results_sha256"):
+            assert one[name] == other[name], (path, name)
+        assert sorted(one["warnings"]) == sorted(other["warnings"])
+    assert left_over(found) == []
+
+
+def folders(out: Path) -> list[Path]:
+    """Of units that are not merged yet."""
+    return sorted((out / units.FOLDER).glob("layers_*"))
+
+
+def wait_for(condition, process: subprocess.Popen[str], seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"the program ended: {process.stderr.read()}"
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Processes that may measure: all of Python's that are not its resource tracker."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in below if "spawn_main" in " ".join(child.cmdline())]
+
+
+CUT = ("--layers_per_unit", "2", "--saes_per_unit", "1")  # (0,1) and (2) of the first SAE, (1) and (2) of the second
+
+
+def test_two_processes_give_what_main_gives_to_the_byte_and_once_only(request_, alone, tmp_path, monkeypatch, caplog):
+    asked = request_.into(tmp_path / "out")
+    assert compute(asked, "--workers", "2", *CUT) == 0
+    assert_same(asked.out, alone)
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == len(set(lines)) > 0, "what units say comes here, each line once"
+    before = {path: path.stat().st_mtime_ns for path in asked.out.glob("**/*.*")}
+    monkeypatch.setattr(scale.cluster, "open_cluster", lambda *a: pytest.fail("workers were started"))
+    assert compute(asked, "--workers", "2", *CUT) == 0
+    assert {path: path.stat().st_mtime_ns for path in asked.out.glob("**/*.*")} == before
+
+
+@pytest.fixture
+def planned(request_, tmp_path):
+    """The request's config, plan, and the units of a way to cut it."""
+    config, _ = parse_config(request_.into(tmp_path / "out").argv)
+    plan = program.make_plan(config, fetch=False)
+    return config, plan, lambda layers, saes: units.plan_units(config, plan, layers, saes)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("saes", [1, 2])
+def test_units_measure_every_part_of_the_request_once(planned, layers, saes):
+    _, plan, cut = planned
+    found = [part for unit in cut(layers, saes) for part in unit.subjects]
+    expected = [(subject, site.layer) for subject, sites in plan.sites.items() for site in sites]
+    assert sorted(found) == sorted(expected)
+    for unit in cut(layers, saes):
+        assert len(unit.layers) <= layers
+        assert len(unit.config.sae_names) <= saes
+        own = {(subject, layer) for subject, layer in unit.subjects if subject < len(plan.sources)}
+        assert {layer for _, layer in own} == set(unit.layers)
+
+
+def test_a_units_name_says_what_it_measures_and_not_how(planned):
+    config, plan, cut = planned
+    names = [unit.id for unit in cut(1, 2)]
+    assert len(set(names)) == len(names)
+    elsewhere = replace(config, output_directory=Path("elsewhere"), batch_size=3, device2="cuda:0")
+    assert [unit.id for unit in units.plan_units(elsewhere, plan, 1, 2)] == names
+    other = units.plan_units(replace(config, seed=1), plan, 1, 2)
+    assert not {unit.id for unit in other} & set(names)
+
+
+def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monkeypatch):
+    """Each attempt gets one write further; a unit whose scores have moved already is no obstacle."""
+    config, plan, cut = planned
+    todo = cut(2, 1)
+    for unit in todo:
+        outcome = worker.run_unit(unit, Path.cwd(), own_device=False)
+        assert outcome.status == "done", outcome
+    calls = {"left": 0}
+
+    def sometimes(function):
+        def call(*args, **kwargs):
+            calls["left"] -= 1
+            if calls["left"] < 0:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(records, "write_json", sometimes(records.write_json))
+    monkeypatch.setattr(merge.os, "replace", sometimes(os.replace))
+    for attempt in range(1, 200):
+        calls["left"] = attempt % 3 + 1
+        try:
+            with ExitStack() as held:
+                files = program.open_files(config, plan, held)
+                for unit in todo:
+                    merge.merge(unit.folder, files)
+                calls["left"] = 1000
+                settle(files)
+                compute_selectivity.clear(todo)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert attempt > 5
+    assert_same(config.output_directory, alone)
+
+
+def test_results_of_something_else_are_not_merged(planned, request_):
+    config, plan, cut = planned
+    unit = cut(1, 1)[0]
+    assert worker.run_unit(unit, Path.cwd(), own_device=False).status == "done"
+    other = replace(config, seed=3)
+    with ExitStack() as held, pytest.raises(RequestError, match="seed: 0 there, 3 now"):
+        merge.merge(unit.folder, program.open_files(other, plan, held))
+
+
+@pytest.mark.slow
+def test_main_goes_on_where_many_workers_stopped_and_the_other_way_round(request_, alone, tmp_path):
+    first, second = request_.into(tmp_path / "first"), request_.into(tmp_path / "second")
+    assert first.plus("--layers", "1").run() == 0
+    assert compute(first, "--workers", "1", "--layers_per_unit", "2") == 0
+    assert_same(first.out, alone)
+    assert compute(second, "--workers", "1", "--layers", "1") == 0
+    assert second.run() == 0
+    assert_same(second.out, alone)
+
+
+@pytest.mark.slow
+def test_killing_a_worker_in_the_middle_loses_no_unit_and_changes_no_number(request_, alone, tmp_path):
+    asked = request_.into(tmp_path / "out")
+    process = start(asked, "--workers", "2", *CUT)
+    wait_for(lambda: any(list(folder.glob("**/*.json")) for folder in folders(asked.out)), process)
+    victims = [child for child in workers_of(process) if child.cpu_times().user > 1]
+    victims[0].kill()
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert_same(asked.out, alone)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(request_, alone, tmp_path):
+    asked = request_.into(tmp_path / "out")
+    process = start(asked, "--workers", "2", *CUT)
+    wait_for(lambda: list(asked.out.glob("**/*.json")), process)
+    below = workers_of(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    said = [line for line in err.splitlines() if not line.startswith("WARNING: ")]
+    assert len(said) == 1, err
+    assert said[0].startswith("interrupted: ")
+    _, alive = psutil.wait_procs(below, timeout=20)
+    assert not alive
+    assert compute(asked, "--workers", "1", *CUT) == 0
+    assert_same(asked.out, alone)
+
+
+@pytest.mark.slow
+def test_a_unit_that_fails_leaves_the_others_to_finish_and_the_same_command_goes_on(planned, request_, alone, capsys):
+    config, _, cut = planned
+    asked = request_.into(config.output_directory)
+    blocked = cut(2, 1)[0].folder
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where a folder belongs")
+    assert compute(asked, "--workers", "1", *CUT) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("failed: UnitsFailed: 1 of 4 units; the first: FileExistsError")
+    assert len(numbers(asked.out)) > 2, "the others' results are there"
+    blocked.unlink()
+    assert compute(asked, "--workers", "1", *CUT) == 0
+    assert_same(asked.out, alone)
+
+
+def test_a_request_that_a_worker_finds_wrong_ends_everything_in_one_line(request_, tiny_saes, tmp_path, capsys):
+    broken = shutil.copytree(tiny_saes, tmp_path / "broken")
+    (broken / "layers.1" / "sae.safetensors").write_bytes(b"nothing")
+    asked = replace(request_.into(tmp_path / "out"), saes=(broken,))
+    assert compute(asked, "--workers", "1") == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1
+    assert "layers.1" in err[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--workers", "many"], "many"),
+        (["--saes_per_unit", "0"], "--saes_per_unit"),
+        (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "--workers 2"),
+        (["--scheduler", "nonsense"], "nonsense"),
+        (["--config", "/no/such.toml"], "/no/such.toml"),
+        (["--layers", "9"], "layer 9"),
+        (["inspect"], "main.py"),
+        (["--no_such_flag"], "no_such_flag"),
+    ],
+)
+def test_a_wrong_request_is_one_line(request_, tmp_path, capsys, flags, words):
+    asked = request_.into(tmp_path / "out")
+    assert compute(asked, *flags) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert len(err) == 1
+    assert words in err[0]
+    assert not list(asked.out.glob("**/*.json"))
+
+
+def test_without_dask_one_line_says_what_to_install(request_, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scale.cluster, "find_spec", lambda name: None)
+    assert compute(request_.into(tmp_path / "out")) == 2
+    assert "requirements-scale.txt" in capsys.readouterr().err
+
+
+def test_workers_share_the_gpus_or_the_cores(planned, monkeypatch):
+    config, _, _ = planned
+    cores = len(os.sched_getaffinity(0))
+    assert compute_selectivity.count_workers(None, config, 100) == (cores, 0)
+    assert compute_selectivity.count_workers(8, config, 3) == (3, 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    on_gpus = replace(config, device1="cuda:0")
+    assert compute_selectivity.count_workers(None, on_gpus, 100) == (4, 4)
+    assert compute_selectivity.count_workers(2, on_gpus, 100) == (2, 2)
+    with pytest.raises(RequestError, match="4 GPUs"):
+        compute_selectivity.count_workers(5, on_gpus, 100)
+
+
+def test_each_worker_is_pinned_to_a_gpu_that_this_process_may_see(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert [scale.cluster._pinned(name)["CUDA_VISIBLE_DEVICES"] for name in (0, 1)] == ["2", "5"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert scale.cluster._pinned(1) == {"CUDA_VISIBLE_DEVICES": "1"}
+
+
+def test_the_plan_prints_every_unit_and_runs_nothing(request_, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(program, "open_files", lambda *a: pytest.fail("it began"))
+    asked = request_.into(tmp_path / "out")
+    assert compute(asked, "--plan", *CUT) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("\n| ") == 4
+    assert "4 units" in shown
+
+
+def test_an_estimate_grows_with_what_is_asked():
+    one = Shape(tokens=1000, rows=10, cells=100, d_model=8, n_layers=2, n_sites=1, sae_sizes=((8, 64, 8),),
+                dtype_bytes=2, vocabulary=50)  # fmt: skip
+    cost = estimate.cost(one, estimate.CPU_CORE)
+    assert cost.sae_bytes == 4 * 2 * 8 * 64
+    assert cost.row_bytes == 4 * 10 * (8 + 8)
+    assert cost.model_bytes == 2 * (2 * 12 * 64 + 50 * 8)
+    deeper, wider = replace(one, n_layers=3), replace(one, sae_sizes=((8, 64, 8), (8, 128, 8)))
+    assert estimate.cost(deeper, estimate.CPU_CORE).seconds > cost.seconds
+    assert estimate.cost(wider, estimate.CPU_CORE).seconds > cost.seconds
+
+
+@pytest.mark.slow
+def test_a_cluster_of_others_does_the_same(request_, alone, tmp_path):
+    """A scheduler and a worker as one starts them by hand; the second run finds the scheduler gone."""
+    asked = request_.into(tmp_path / "out")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    address = f"tcp://127.0.0.1:{free_port()}"
+    commands = [["scheduler", "--host", address, "--no-dashboard"], ["worker", address, "--nthreads", "2"]]
+    others = [subprocess.Popen([sys.executable, "-m", "dask", *words], env=env) for words in commands]
+    try:
+        assert compute(asked, "--scheduler", address, *CUT) == 0
+        assert_same(asked.out, alone)
+    finally:
+        for process in reversed(others):
+            process.terminate()
+            process.wait()
+    assert compute(asked, "--scheduler", address, "--overwrite") == 2
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_a_worker_takes_the_device_that_it_has(planned):
+    _, _, cut = planned
+    unit = cut(1, 1)[0]
+    elsewhere = replace(unit, config=replace(unit.config, device1="cuda:7", device2="cuda:7"))
+    assert worker.run_unit(elsewhere, Path.cwd(), own_device=False).status != "done"
+    assert worker.run_unit(elsewhere, Path.cwd(), own_device=True).status == "done"
+
+
+def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
+    """One that lost the scheduler, and with it the unit, but not its life."""
+    _, _, cut = planned
+    unit = cut(1, 1)[0]
+    looks = []
+    monkeypatch.setattr(worker.time, "sleep", lambda seconds: (looks.append(seconds), other.close()))
+    unit.folder.mkdir(parents=True)
+    with ExitStack() as other:
+        other.enter_context(exclusive(unit.folder / "unit"))
+        assert worker.run_unit(unit, Path.cwd(), own_device=False).status == "done"
+    assert looks == [worker.LOOK_AGAIN]
+
+
+def test_the_bar_counts_probes_and_units(planned, capsys):
+    _, _, cut = planned
+    todo = cut(3, 2)
+    with UnitsBar(todo, quiet=False) as bar:
+        for unit in todo:
+            bar.ended(unit)
+    total = sum(unit.n_probes for unit in todo)
+    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert f"{total}/{total}" in last
+    assert f"{len(todo)} of {len(todo)} units" in last
+
+
+def test_the_simulation_of_three_units_on_two_workers_by_hand():
+    """Two read 10 bytes each at half of 1 byte a second, compute for 5 s, then the third has the pipe for itself."""
+    found = simulate([Task(10, 5)] * 3, n_workers=2, bytes_per_second=1)
+    assert found.seconds == pytest.approx(20 + 5 + 10 + 5)
+    assert found.reading == pytest.approx((2 * 20 + 10) / 80)
+    assert found.computing == pytest.approx(15 / 80)
+
+
+@pytest.mark.parametrize("n_workers", [1, 3, 8])
+def test_a_simulation_keeps_to_the_bounds_of_list_scheduling(n_workers):
+    """Graham 1966: at most the mean load and the longest task, at least either."""
+    seconds = [float(s) for s in np.random.default_rng(0).integers(1, 50, size=40)]
+    found = simulate([Task(0.0, s) for s in seconds], n_workers, bytes_per_second=1.0)
+    assert max(sum(seconds) / n_workers, max(seconds)) <= found.seconds <= sum(seconds) / n_workers + max(seconds)
+    assert found.computing == pytest.approx(sum(seconds) / (n_workers * found.seconds))
+
+
+def test_every_sae_of_gemma_scope_is_in_one_unit():
+    saes = gemma_scope.listed()
+    assert len({(sae.size, sae.base, sae.place) for sae in saes}) == 9
+    found = list(gemma_scope.work(saes))
+    assert sum(n for _, n, _, _ in found) == len(saes) == 2430
