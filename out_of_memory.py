@@ -54,7 +54,8 @@ class Room:
         """So many units fitted. Says so, the first time after some did not."""
         if self._max_cells is not None and not self._told:
             self._told = True
-            log.warning("out of memory: %s %d at a time from now on; numbers stay within the tolerance of a fit", self._what, units)
+            note = "numbers stay within the tolerance of a fit"
+            log.warning("out of memory: %s %d at a time from now on; %s", self._what, units, note)
 
     def in_pieces(self, n: int, cells: int, work: Callable[[slice], None]) -> None:
         """Call `work` on slices that cover range(n), all of it at once as long as memory allows.

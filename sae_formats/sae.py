@@ -13,6 +13,8 @@ from sae_formats.sparse_rows import SparseRows
 
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
 """At most this much memory for the ``[rows, d_sae]`` pre-activations of one chunk; other devices as cuda."""
+LEAST_ROWS = 256
+"""But so many rows at a time, where there are: with 32, reading 32768 latents' weights takes longer than using them."""
 
 
 @dataclass(frozen=True)
@@ -86,4 +88,4 @@ class Sae:
     def chunk_rows(self) -> int:
         """How many rows ``encode`` takes at a time."""
         budget = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cuda"])
-        return max(1, budget // (self.d_sae * self.dtype.itemsize))
+        return max(LEAST_ROWS, budget // (self.d_sae * self.dtype.itemsize))
