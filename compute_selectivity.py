@@ -38,6 +38,7 @@ from interrupts import leave
 from terminal import show
 
 if TYPE_CHECKING:
+    from planning import Plan
     from scale.merge import Files
     from scale.units import Unit
 
@@ -49,7 +50,7 @@ class Job:
     """One request, found to be possible, and its units."""
 
     config: RunConfig
-    plan: program.Plan
+    plan: Plan
     units: list[Unit]
 
 
@@ -94,12 +95,13 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def check(argv: Sequence[str], asked: argparse.Namespace) -> Job:
     """What one request takes, by configs alone. Raises `RequestError` if it is wrong."""
+    from planning import make_plan
     from scale.units import plan_units
 
     config, task = parse_config(argv)
     if task != "measure":
         raise RequestError(f"{task} is not spread over workers: python main.py does that")
-    plan = program.make_plan(config, fetch=False)
+    plan = make_plan(config, fetch=False)
     return Job(config, plan, plan_units(config, plan, asked.layers_per_unit, asked.saes_per_unit))
 
 
@@ -132,10 +134,11 @@ def compute(argv: Sequence[str]) -> None:
 
 def measure(jobs: Sequence[Job], asked: argparse.Namespace, devices_asked: bool) -> list[list[Path]]:
     """Measure what is missing of all jobs, and settle them; the result files of each."""
+    from planning import open_files
     from sae_level import settle
 
     with ExitStack() as held:
-        opened = [(job, program.open_files(job.config, job.plan, held)) for job in jobs]
+        opened = [(job, open_files(job.config, job.plan, held)) for job in jobs]
         todo: list[tuple[Unit, Files]] = []
         for job, files in opened:
             if job.config.overwrite:
@@ -154,7 +157,9 @@ def measure(jobs: Sequence[Job], asked: argparse.Namespace, devices_asked: bool)
 
 def missing_results(job: Job, files: Files) -> set[tuple[int, int]]:
     """(SAE or baseline, layer) of which a dataset's result is not on disk."""
-    missing = program.missing_work(job.plan, dict(files))
+    from planning import missing_work
+
+    missing = missing_work(job.plan, dict(files))
     return {(sae_id, site.layer) for sites in missing.values() for site, ids in sites.items() for sae_id in ids}
 
 

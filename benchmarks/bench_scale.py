@@ -30,6 +30,7 @@ sys.path.insert(0, str(PROJECT))
 
 import main as program  # noqa: E402 - the project is not installed as a package
 from command_line import DEMO_SAES, parse_config  # noqa: E402
+from planning import make_plan, open_files  # noqa: E402
 from records import read, write_json  # noqa: E402
 from report import Row, aligned  # noqa: E402
 from scale.cluster import open_cluster  # noqa: E402
@@ -49,12 +50,12 @@ def measure_rates(folder: Path) -> dict[str, float]:
 
     torch.set_num_threads(1)
     config, _ = parse_config([*CPU, "--layers", "1", "--output_directory", str(folder)])
-    plan = program.make_plan(config, fetch=False)
+    plan = make_plan(config, fetch=False)
     (unit,) = plan_units(config, plan, 1, 8)
     begin = time.perf_counter()
     with ExitStack() as held:
-        own = program.make_plan(unit.config)
-        files = program.open_files(unit.config, own, held)
+        own = make_plan(unit.config)
+        files = open_files(unit.config, own, held)
         opening = time.perf_counter() - begin
         program.measure(unit.config, own, files)
     shape = shape_of(config, plan, unit)
@@ -82,7 +83,7 @@ def measure_processes(folder: Path, n_processes: int, copies: int) -> dict[str, 
     out = folder / f"out_{n_processes}"
     shutil.rmtree(out, ignore_errors=True)
     config, _ = parse_config([*CPU, *SMALL, "--sae_name", ",".join(map(str, saes)), "--output_directory", str(out)])
-    units = plan_units(config, program.make_plan(config, fetch=False), 1, 1)
+    units = plan_units(config, make_plan(config, fetch=False), 1, 1)
     with open_cluster(n_processes, 0, None) as client:
         return _run(client, units)
 

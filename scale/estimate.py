@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from config import RunConfig
-from main import Plan
+from planning import Plan
 from report import Row, aligned
 from scale.units import Unit
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from baselines import Baseline
 from config import RunConfig
-from main import Plan
+from planning import Plan
 
 FOLDER = ".units"  # inside the output directory, while not all is merged
 

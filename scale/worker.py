@@ -26,7 +26,7 @@ from baselines import CALIBRATED
 from errors import RequestError
 from file_lock import Locked, exclusive
 from language_model import Site
-from main import Plan
+from planning import Plan, make_plan, missing_work, open_files
 from scale.units import Unit
 
 ERROR_SHOWN = 400  # characters of an error in its line: torch appends its C++ stack
@@ -79,9 +79,9 @@ def _end_of(unit: Unit) -> Outcome:
 def _measure(unit: Unit) -> None:
     unit.folder.mkdir(parents=True, exist_ok=True)
     with _alone_at(unit.folder), ExitStack() as held:
-        plan = narrowed(program.make_plan(unit.config), unit)
-        files = program.open_files(unit.config, plan, held)
-        if program.missing_work(plan, files):
+        plan = narrowed(make_plan(unit.config), unit)
+        files = open_files(unit.config, plan, held)
+        if missing_work(plan, files):
             program.measure(unit.config, plan, files)
 
 

@@ -16,7 +16,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 import config
-import main as program
+import loading
 import records
 import report
 from baselines import CALIBRATED, KINDS, OF_AN_SAE, Baseline, Measured, SiteBuilder, bag_of_names, plan_baselines
@@ -373,7 +373,7 @@ def test_tables_in_full_are_those_of_the_sae_unless_there_is_none(whole, capsys)
 
 def test_a_finished_run_is_not_done_again(whole, monkeypatch):
     before = bytes_of(whole.out)
-    monkeypatch.setattr(program, "load_weights", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("the model was loaded"))
     assert whole.run() == 0
     assert bytes_of(whole.out) == before
 
@@ -384,8 +384,8 @@ def test_baselines_leave_the_files_of_an_earlier_run_alone_and_are_measured_alon
     request = request_.into(tmp_path)
     assert request.run() == 0
     before = bytes_of(tmp_path)
-    loaded, load = [], program.load_weights
-    monkeypatch.setattr(program, "load_weights", lambda *asked: loaded.append(load(*asked)) or loaded[-1])
+    loaded, load = [], loading.load_weights
+    monkeypatch.setattr(loading, "load_weights", lambda *asked: loaded.append(load(*asked)) or loaded[-1])
     for kinds, expected in (("random", {1}), ("random,names", set()), ("all", {1, 3, 4, 5})):
         assert request.plus("--baselines", kinds).run() == 0
         _, saes = loaded[-1]

@@ -28,6 +28,7 @@ from benchmarks.scale_simulation import Task, simulate
 from command_line import parse_config
 from errors import RequestError
 from file_lock import exclusive
+from planning import make_plan, open_files
 from sae_level import settle
 from scale import estimate, merge, units, worker
 from scale.bar import UnitsBar
@@ -117,7 +118,7 @@ def test_two_processes_give_what_main_gives_to_the_byte_and_once_only(request_, 
 def planned(request_, tmp_path):
     """The request's config, plan, and the units of a way to cut it."""
     config, _ = parse_config(request_.into(tmp_path / "out").argv)
-    plan = program.make_plan(config, fetch=False)
+    plan = make_plan(config, fetch=False)
     return config, plan, lambda layers, saes: units.plan_units(config, plan, layers, saes)
 
 
@@ -169,7 +170,7 @@ def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monk
         calls["left"] = attempt % 3 + 1
         try:
             with ExitStack() as held:
-                files = program.open_files(config, plan, held)
+                files = open_files(config, plan, held)
                 for unit in todo:
                     merge.merge(unit.folder, files)
                 calls["left"] = 1000
@@ -188,7 +189,7 @@ def test_results_of_something_else_are_not_merged(planned, request_):
     assert worker.run_unit(unit, Path.cwd(), own_device=False).status == "done"
     other = replace(config, seed=3)
     with ExitStack() as held, pytest.raises(RequestError, match="seed: 0 there, 3 now"):
-        merge.merge(unit.folder, program.open_files(other, plan, held))
+        merge.merge(unit.folder, open_files(other, plan, held))
 
 
 @pytest.mark.slow

@@ -31,6 +31,10 @@ MAY_IMPORT = {  # file or folder -> what it may import of the project, besides `
     "activation_cache": {"file_lock", "language_model", "whole_file"},
     "preflight": {"calibration", "datasets_wikidata", "language_model", "sae_loader"},
     "inspection": {"calibration", "language_model", "preflight", "report", "sae_loader"},
+    "planning": {"activations", "baselines", "calibration", "config", "datasets_wikidata", "language_model", "probes",
+                 "reconstruction", "records", "sae_loader"},
+    "loading": {"activation_cache", "activations", "baselines", "calibration", "config", "datasets_wikidata",
+                "language_model", "out_of_memory", "pipeline", "planning", "preflight", "records", "sae_loader"},
     "baselines": {"calibration", "datasets_wikidata", "language_model", "sae_loader"},
     "code_store": {"activations", "language_model", "sae_loader"},
     "row_store": {"activations", "code_store", "language_model", "out_of_memory"},
@@ -53,10 +57,10 @@ MAY_IMPORT = {  # file or folder -> what it may import of the project, besides `
                  "sae_loader", "scores", "selectivity"},
     "pipeline": {"activations", "bounded_queue", "prober"},
     "sweep": {"command_line", "records", "report", "reporting", "terminal"},
-    "scale": {"baselines", "config", "file_lock", "language_model", "main", "progress", "records", "report", "sae_level",
-              "scale", "scores"},
-    "compute_selectivity": {"command_line", "config", "interrupts", "main", "report", "sae_level", "scale", "sweep",
-                            "terminal"},
+    "scale": {"baselines", "config", "file_lock", "language_model", "main", "planning", "progress", "records", "report",
+              "sae_level", "scale", "scores"},
+    "compute_selectivity": {"command_line", "config", "interrupts", "main", "planning", "report", "sae_level", "scale",
+                            "sweep", "terminal"},
 }  # fmt: skip
 
 
@@ -88,8 +92,9 @@ def test_imports_follow_the_flow_of_the_data(path):
 
 def test_only_the_command_line_and_main_see_the_run_config():
     users = {path.name for path in [*python_files(), ROOT / "main.py"] if "RunConfig" in path.read_text("utf-8")}
+    parts_of_main = {"command_line.py", "config.py", "planning.py", "loading.py"}
     many_workers = {"compute_selectivity.py", "units.py", "estimate.py"}  # the other program, around main's own code
-    assert users == {"main.py", "command_line.py", "config.py"} | many_workers
+    assert users == {"main.py"} | parts_of_main | many_workers
 
 
 def test_the_queue_knows_nothing_of_torch():
