@@ -14,7 +14,6 @@ from conftest import people, write_csv
 from runs import Request, left_over, numbers, substance, without_q
 
 import loading
-import main as program
 from language_model import LanguageModel, ModelInfo
 
 

@@ -1,0 +1,196 @@
+"""The whole job on the bundled model, one SAE a layer and the Wikidata tasks, beside how it is done today.
+
+python benchmarks/bench_end_to_end.py run --environment ~/sae-probes    # makes the environment there if it is not there
+python benchmarks/bench_end_to_end.py                                   # the table, from what `run` kept
+
+`main.py` is timed whole, from its start to its last file: nine tasks, and three on athletes' sports that the others do
+not do. `sae-probes` 0.4.2 (in an environment of its own, without a hub) and a serial version (`benchmarks/serial.py`)
+would take an hour, so a part of each is timed and scaled up: one of the nine tasks; of the package's hooks the first
+and the last, between which a pass grows by a layer at a time; of the serial version the last layer and one repeat.
+Forward passes grow as rows do, the package's probes as tasks (each has 1024 training rows), the serial version's fits
+as rows and repeats. With --whole the package runs all tasks and hooks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import report  # noqa: E402 - the project is not installed as a package
+from benchmarks import serial  # noqa: E402
+from benchmarks.bundled import MODEL  # noqa: E402
+from benchmarks.timing import answer, parser  # noqa: E402
+from sae_loader import LinearCoder, TopK, open_sae  # noqa: E402
+from tasks.wikidata import load_wikidata  # noqa: E402
+
+SAE = MODEL.parent / "tiny-pythia-saes-k32"
+PACKAGE = "sae-probes==0.4.2"
+DRIVER = Path(__file__).resolve().with_name("sae_probes_driver.py")
+ROWS = {  # of the nine tasks that both measure, as they are shipped
+    "64_wikidata_occupation_isresearcher": 1960,  # the one that is timed
+    "56_wikidatasex_or_gender": 5000,
+    "57_wikidatais_alive": 5000,
+    "58_wikidatapolitical_party": 3000,
+    "59_wikidata_occupation_isjournalist": 2000,
+    "60_wikidata_occupation_isathlete": 2000,
+    "61_wikidata_occupation_isactor": 2000,
+    "62_wikidata_occupation_ispolitician": 2000,
+    "63_wikidata_occupation_issinger": 2000,
+}
+TASK = next(iter(ROWS))
+REPEATS = 5  # main.py's default
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of the whole job on one side."""
+
+    side: str
+    timed: str  # what of it was timed
+    forward: float | None  # model and SAE; None: main.py, whose stages overlap
+    probes: float | None
+    whole: float
+
+    def row(self, ours: float) -> report.Row:
+        parts = ("" if seconds is None else f"{seconds:.0f}" for seconds in (self.forward, self.probes))
+        return (self.side, self.timed, *parts, f"{self.whole:.0f}", f"{self.whole / ours:.1f}x")
+
+
+def measure(environment: Path, whole: bool, cpu_time: bool) -> list[report.Row]:
+    """The table's rows, header first."""
+    ours = time_ours(cpu_time)
+    costs = [ours, *time_package(environment, whole, cpu_time), time_serial(cpu_time)]
+    header = ("", "timed", "forward and SAE, s", "probes, s", "whole job, s", "of ours")
+    return [header, *(cost.row(ours.whole) for cost in costs)]
+
+
+def time_ours(cpu_time: bool) -> Cost:
+    """`main.py`, all layers and tasks, every default."""
+    with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as out:
+        command = [
+            sys.executable,
+            str(PROJECT / "main.py"),
+            "--sae_name",
+            str(SAE),
+            "--output_directory",
+            out,
+            "--quiet",
+        ]
+        clock = _cpu_of_children if cpu_time else time.perf_counter
+        start = clock()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return Cost("main.py", "whole", None, None, clock() - start)
+
+
+def _cpu_of_children() -> float:
+    """CPU seconds of the processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def time_package(environment: Path, whole: bool, cpu_time: bool) -> list[Cost]:
+    """`sae-probes` as its README runs it, and with the activations of all hooks made in one pass beforehand."""
+    python = make_environment(environment)
+    n_layers = _n_layers()
+    layers = [*range(n_layers)] if whole else [0, n_layers - 1]
+    tasks = [*ROWS] if whole else [TASK]
+    clock = ["--cpu_time"] if cpu_time else []
+    one_by_one = _drive(python, layers, tasks, *clock)
+    together = _drive(python, [*range(n_layers)], tasks, "--at_its_best", "--forward_only", *clock)
+    rows = sum(ROWS.values()) / sum(ROWS[task] for task in tasks)
+    probes = statistics.fmean(one_by_one["probes"].values()) * n_layers * len(ROWS) / len(tasks)
+    forward = statistics.fmean(one_by_one["forward"].values()) * n_layers * rows  # linear in the layer
+    at_best = together["forward"]["all"] * rows
+    timed = "whole" if whole else "1 task; first and last hook"
+    timed_best = "whole" if whole else "1 task, all hooks"
+    return [
+        Cost(f"{PACKAGE}, hook by hook", timed, forward, probes, forward + probes),
+        Cost(f"{PACKAGE}, all hooks in one pass", timed_best, at_best, probes, at_best + probes),
+    ]
+
+
+def time_serial(cpu_time: bool) -> Cost:
+    """The last layer and one task in one repeat, scaled up to all layers, tasks and repeats."""
+    n_layers = _n_layers()
+    texts, labels, persons = _researchers()
+    clock = time.process_time if cpu_time else time.perf_counter
+    found = serial.timed(MODEL, _weights(n_layers - 1), n_layers - 1, texts, labels, persons, clock)
+    scale = n_layers * sum(ROWS.values()) / len(texts)
+    forward, probes = found.forward_seconds * scale, found.probe_seconds * scale * REPEATS
+    return Cost("serial version", "1 task, 1 layer, 1 repeat", forward, probes, forward + probes)
+
+
+def make_environment(folder: Path) -> Path:
+    """The interpreter of an environment with the package and our version of torch; made if it is not there."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        wanted = [PACKAGE, f"torch=={torch.__version__.partition('+')[0]}"]
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *wanted], check=True)
+    return python
+
+
+def _drive(python: Path, layers: list[int], tasks: list[str], *flags: str) -> dict[str, dict[str, float]]:
+    where = ["--hooks", ",".join(map(str, layers)), "--tasks", ",".join(tasks)]
+    done = subprocess.run(
+        [str(python), str(DRIVER), str(MODEL), str(SAE), *where, *flags],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    seconds: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return seconds
+
+
+def _n_layers() -> int:
+    return int(json.loads((MODEL / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
+
+
+def _researchers() -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Texts, labels and people of the task that is timed, rows as shipped."""
+    row_sets = load_wikidata("occupation").row_sets
+    (found,) = [row_set for row_set in row_sets if row_set.probes[0].name == "is_researcher"]
+    people = [row.mention.person for row in found.rows]
+    persons = np.unique(people, return_inverse=True)[1]
+    return [row.mention.text for row in found.rows], np.array([row.value == "1" for row in found.rows]), persons
+
+
+def _weights(layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    coder = open_sae(str(SAE)).load(layer, "cpu").coder
+    assert isinstance(coder, LinearCoder) and isinstance(coder.selection, TopK)
+    return coder.W_enc, coder.b_enc, coder.W_dec, coder.b_dec, coder.selection.k
+
+
+def main() -> int:
+    """Compare, or print what was kept."""
+    flags = parser(__doc__)
+    flags.add_argument("--environment", type=Path, help="folder of the package's environment; made if not there")
+    flags.add_argument(
+        "--whole", action="store_true", help="the package on all tasks and hooks: the better part of an hour"
+    )
+    asked = flags.parse_args()
+    if asked.quick or (asked.what == "run" and asked.environment is None):
+        flags.error("run needs --environment, and has no small size")
+    print(answer("bench_end_to_end", asked, lambda: measure(asked.environment, asked.whole, asked.cpu_time)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

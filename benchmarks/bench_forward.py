@@ -1,0 +1,171 @@
+"""The producer beside its floor: the same matrix products on the same cores, with nothing around them.
+
+python benchmarks/bench_forward.py run     # Pythia-70M, 160M and 410M with SAEs of 32,768 latents: minutes
+python benchmarks/bench_forward.py run --cpu_time    # one worker, CPU seconds: where others use the machine too
+python benchmarks/bench_forward.py         # the table, from what `run` kept
+
+Model and SAE are timed apart, as `activations.Producer` runs them: whole batches side by side, one thread each. The
+model's floor leaves out attention, norms and activation functions; the SAE's floor is its encoder in float32, so what
+stands above 100 % was saved by doing less than that (`sae_formats.proposal`). The producer's texts/s are those of the
+model and one SAE on every layer.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import report  # noqa: E402 - the project is not installed as a package
+from activations import Block, Producer, RowTable  # noqa: E402
+from benchmarks.shapes import SHAPES, TINY, Shape  # noqa: E402
+from benchmarks.timing import Clock, answer, at_a_time, in_turn, parser  # noqa: E402
+from datasets_wikidata import TokenisedMentions  # noqa: E402
+from language_model import Site, open_model  # noqa: E402
+from pipeline import sharing_cores  # noqa: E402
+from progress import Stopwatch  # noqa: E402
+
+TOKENS = 128  # of a text, about the median of the Wikidata tasks
+FLOOR_ROWS = 256  # rows of a product in the SAE's floor: the fastest of 32 .. 1024
+HEADER = ("shape", "part", "dtype", "texts/s", "GFLOP/s", "floor, GFLOP/s", "of the floor")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much is run at a time, and where."""
+
+    device: str
+    workers: int  # threads, one batch each
+    texts: int  # of a batch
+    repeats: int
+    clock: Clock = time.perf_counter
+
+    def synchronise(self) -> None:
+        """Wait for what was launched."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+    @property
+    def tokens(self) -> int:
+        """In work at a time."""
+        return self.workers * self.texts * TOKENS
+
+
+def measure(shapes: Sequence[Shape], setting: Setting, dtypes: Sequence[str]) -> list[report.Row]:
+    """The table's rows, header first."""
+    rows: list[report.Row] = [HEADER]
+    for shape in shapes:
+        sae = _sae_seconds(shape, setting)
+        for dtype in dtypes:
+            model = _model_seconds(shape, setting, dtype)
+            rows.append(_row(shape.name, "model", dtype, shape.model_flops, setting, model))
+            per_layer = model["ours"] + shape.n_layers * sae["ours"]
+            texts = setting.workers * setting.texts / per_layer
+            rows.append((shape.name, "producer", dtype, f"{texts:.1f}", "", "", ""))
+        rows.append(_row(shape.name, "SAE, one layer", "float32", shape.sae_flops, setting, sae))
+    return rows
+
+
+def _row(name: str, part: str, dtype: str, flops: int, setting: Setting, seconds: dict[str, float]) -> report.Row:
+    rate, floor = (flops * setting.tokens / seconds[side] / 1e9 for side in ("ours", "floor"))
+    texts = setting.workers * setting.texts / seconds["ours"]
+    share = f"{100 * seconds['floor'] / seconds['ours']:.0f} %"
+    return (name, part, dtype, f"{texts:.1f}", f"{rate:.0f}", f"{floor:.0f}", share)
+
+
+def _model_seconds(shape: Shape, setting: Setting, dtype: str) -> dict[str, float]:
+    """Seconds of one batch a worker: the model with a hook on every layer, and its matrix products alone."""
+    sites = [Site(layer, "resid_post") for layer in range(shape.n_layers)]
+    with shape.model_folder() as folder:
+        model = open_model(str(folder)).load(sites, setting.device, dtype)
+    ids = torch.randint(1, 1000, (setting.texts, TOKENS), generator=torch.Generator().manual_seed(0))
+    weights = [module.weight for module in model.module.modules() if isinstance(module, nn.Linear)]
+    floor = _products(weights, setting.texts * TOKENS, setting.texts * TOKENS)
+    return _beside_floor(at_a_time(lambda: model.activations(ids), setting.workers), floor, setting)
+
+
+def _sae_seconds(shape: Shape, setting: Setting) -> dict[str, float]:
+    """Seconds of one batch a worker: all that the producer does with one site, and the encoder's products alone."""
+    sae, site = shape.sae(0, setting.device), Site(0, "resid_post")
+    n_texts = setting.workers * setting.texts
+    x = torch.randn(setting.texts, TOKENS, shape.d, generator=torch.Generator().manual_seed(1)).to(setting.device)
+    last = np.full(n_texts, TOKENS - 1)
+    tokenised = TokenisedMentions((np.ones(TOKENS, dtype=np.int32),) * n_texts, last, last, has_bos=False)
+    producer = Producer(
+        model=_AtHand({site: x}, x.device),
+        saes={site: {0: sae}},
+        counts_bos={0: True},
+        tokenised=tokenised,
+        rows=RowTable.build(tokenised, "last"),
+        batch_size=setting.texts,
+        max_tokens=None,
+        workers=setting.workers,
+        clock=Stopwatch(),
+    )
+    block = Block(np.arange(n_texts), frozenset({0}))
+    weight = torch.randn(shape.d_sae, shape.d, device=setting.device)
+    rows_at_a_time = FLOOR_ROWS if setting.device == "cpu" else setting.texts * TOKENS
+    floor = _products([weight], setting.texts * TOKENS, rows_at_a_time)
+    return _beside_floor(lambda: producer.run([block], lambda item: None, lambda n: None), floor, setting)
+
+
+def _products(weights: Sequence[Tensor], n_rows: int, rows_at_a_time: int) -> Callable[[], None]:
+    """x Wᵀ for all weights, on x of so many rows, into memory that is there already."""
+    inputs = {w.shape[1]: torch.randn(n_rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
+
+    @torch.inference_mode()
+    def work() -> None:
+        outputs = {w.shape[0]: w.new_empty(rows_at_a_time, w.shape[0]) for w in weights}
+        for weight in weights:
+            for chunk in inputs[weight.shape[1]].split(rows_at_a_time):
+                torch.mm(chunk, weight.T, out=outputs[weight.shape[0]][: len(chunk)])
+
+    return work
+
+
+def _beside_floor(ours: Callable[[], None], floor: Callable[[], None], setting: Setting) -> dict[str, float]:
+    sides = {"ours": ours, "floor": at_a_time(floor, setting.workers)}
+    with sharing_cores(setting.device):
+        return in_turn(sides, setting.repeats, setting.synchronise, setting.clock)
+
+
+@dataclass(frozen=True)
+class _AtHand:
+    """Stands for a model: its activations are there already."""
+
+    found: dict[Site, Tensor]
+    device: torch.device
+
+    def activations(self, ids: Tensor, lengths: Tensor) -> dict[Site, Tensor]:
+        """The same for every batch."""
+        return dict(self.found)
+
+    def only(self, sites: Collection[Site]) -> _AtHand:
+        """All of them."""
+        return self
+
+
+def main() -> int:
+    """Measure on the CPU, or print what was kept."""
+    asked = parser(__doc__).parse_args()
+    texts = 2 if asked.quick else 8
+    if asked.cpu_time:
+        setting = Setting("cpu", 1, texts, asked.repeats, time.process_time)
+    else:
+        setting = Setting("cpu", torch.get_num_threads(), texts, asked.repeats)
+    shapes = (TINY,) if asked.quick else SHAPES
+    print(answer("bench_forward", asked, lambda: measure(shapes, setting, ("float32", "bfloat16"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""How time and memory of `main.py` grow as rows, layers, SAEs and probes double; and a job larger than its memory.
+
+python benchmarks/bench_scaling.py run             # the bundled model on rows of the Wikidata texts: minutes
+python benchmarks/bench_scaling.py                 # the table, from what `run` kept
+python benchmarks/bench_scaling.py --large         # 200,000 rows x 12 layers x 768: an hour or more, 15 GB of disk
+
+Every cell is a run in a process of its own. Seconds are those of its stages, summed over threads, so start-up and the
+loading of weights are left out; memory is the process's peak. The exponent is fitted to the stages that the quantity
+should move: forward passes and SAEs for layers and SAEs, all stages for rows, probes and statistics for probes.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import report  # noqa: E402 - the project is not installed as a package
+from benchmarks import large_job  # noqa: E402
+from benchmarks.bundled import MODEL  # noqa: E402
+from benchmarks.timing import answer, exponent, parser  # noqa: E402
+from datasets_wikidata import load_probe_texts  # noqa: E402
+
+SAE = MODEL.parent / "tiny-pythia-saes-k32"
+STAGES = ("forward", "sae", "probes", "statistics")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request to `main.py`."""
+
+    rows: int
+    layers: int
+    saes: int
+    probes: int  # one for each class of the labels, a class against the rest; two classes are one probe
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a job took."""
+
+    seconds: dict[str, float]  # by stage, summed over threads
+    peak_gb: float
+
+    def of(self, stages: Sequence[str]) -> float:
+        """Seconds of these stages."""
+        return sum(self.seconds[stage] for stage in stages)
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """One quantity, doubled while the others stay."""
+
+    quantity: str
+    base: Job
+    sizes: tuple[int, ...]
+    stages: tuple[str, ...]  # that it should move
+
+    def jobs(self) -> Iterator[tuple[int, Job]]:
+        for size in self.sizes:
+            yield size, Job(**{**vars(self.base), self.quantity: size})
+
+
+def doublings(quick: bool) -> list[Doubling]:
+    """Sizes that take a few minutes in all; or a few seconds."""
+    if quick:
+        return [Doubling("rows", Job(100, 1, 1, 1), (100, 200), STAGES)]
+    return [
+        Doubling("rows", Job(1000, 2, 1, 1), (1000, 2000, 4000), STAGES),
+        Doubling("layers", Job(1000, 1, 1, 1), (1, 2, 4), ("forward", "sae")),
+        Doubling("saes", Job(1000, 1, 1, 1), (1, 2, 4, 8), ("forward", "sae")),
+        Doubling("probes", Job(2000, 1, 1, 4), (4, 8, 16), ("probes", "statistics")),
+    ]
+
+
+def measure(quick: bool) -> list[report.Row]:
+    """The table's rows, header first."""
+    rows: list[report.Row] = [("", "size", *(f"{stage}, s" for stage in STAGES), "peak memory, GB", "exponent", "of")]
+    for doubling in doublings(quick):
+        costs = {size: run_job(job) for size, job in doubling.jobs()}
+        fitted = exponent(list(costs), [cost.of(doubling.stages) for cost in costs.values()])
+        for place, (size, cost) in enumerate(costs.items()):
+            last = place == len(costs) - 1
+            stages = [f"{cost.seconds[stage]:.1f}" for stage in STAGES]
+            found = (f"{fitted:.2f}", " + ".join(doubling.stages)) if last else ("", "")
+            rows.append((doubling.quantity, f"{size:,}", *stages, f"{cost.peak_gb:.2f}", *found))
+    return rows
+
+
+def run_job(job: Job) -> Cost:
+    """Run it in a process of its own."""
+    with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as name:
+        folder = Path(name)
+        write_rows(folder / "rows.csv", job.rows, job.probes)
+        saes = [folder / f"sae{i}" for i in range(job.saes)]
+        for copy in saes:
+            shutil.copytree(SAE, copy)
+        out = folder / "out"
+        command = [
+            sys.executable, str(PROJECT / "main.py"), "--quiet", "--model_name", str(MODEL),
+            "--sae_name", ",".join(map(str, saes)), "--dataset_file", str(folder / "rows.csv"),
+            "--layers", f"0-{job.layers - 1}", "--output_directory", str(out),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        runs = [json.loads(path.read_text(encoding="utf-8"))["_run"] for path in out.rglob("*_rows.json")]
+        last = max(runs, key=lambda run: sum(run["seconds"].get(stage, 0) for stage in STAGES))
+        return Cost({stage: last["seconds"].get(stage, 0.0) for stage in STAGES}, last["resources"]["peak_ram_gb"])
+
+
+def write_rows(path: Path, n_rows: int, n_probes: int) -> None:
+    """A task of the user's own: texts of the Wikidata tasks with labels drawn at random."""
+    mentions = load_probe_texts((), data_dir=None, user_data=None, shuffle_select_n=None, seed=0).mentions
+    random = np.random.default_rng(0)
+    chosen = random.permutation(len(mentions))[:n_rows]
+    labels = random.integers(max(n_probes, 2), size=n_rows)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("text", "label", "group", "start", "end"))
+        for place, label in zip(chosen, labels, strict=True):
+            mention = mentions[place]
+            table.writerow((mention.text, f"class {label}", mention.person, mention.start, mention.end))
+
+
+def main() -> int:
+    """Measure, or print what was kept."""
+    flags = parser(__doc__)
+    flags.add_argument("--large", action="store_true", help="rows that do not fit in memory, in a process of their own")
+    flags.add_argument("--rows", type=int, default=200_000, help="of --large")
+    flags.add_argument("--layers", type=int, default=12, help="of --large")
+    flags.add_argument("--memory_gb", type=float, default=8.0, help="of --large: what it must not exceed")
+    asked = flags.parse_args()
+    if asked.large:
+        found = large_job.run(asked.rows, asked.layers, width=64 if asked.quick else 768)
+        print(report.aligned(large_job.table(found, asked.memory_gb)))
+        return int(found.peak_gb > asked.memory_gb)
+    print(answer("bench_scaling", asked, lambda: measure(asked.quick)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

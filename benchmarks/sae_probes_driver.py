@@ -1,0 +1,92 @@
+"""Runs `sae-probes` 0.4.2 on a local model and SAE, in an environment of its own; prints its seconds as JSON.
+
+    python benchmarks/sae_probes_driver.py MODEL SAE --hooks 0,5 --tasks 64_wikidata_occupation_isresearcher
+
+Nothing of this project is imported: `benchmarks/bench_end_to_end.py` starts it with the interpreter of that
+environment. The package's functions are called as its README calls them; only the model's loading is replaced, by one
+from a folder, since there is no hub. With `--at_its_best` activations of all hooks come from one pass, else hook by
+hook.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+MODEL_NAME = "local"
+LONGEST = 1024  # tokens that the package cuts texts to; rotary positions know no end
+
+
+def loader(folder: str) -> Any:
+    """What stands for `HookedTransformer.from_pretrained_no_processing`: the folder's weights, as they are."""
+    import torch
+    from transformer_lens import HookedTransformer
+    from transformer_lens import loading_from_pretrained as loading
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def load(_name: str, device: str = "cpu", **_: Any) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        config = loading.get_pretrained_model_config(folder, dtype=torch.float32, device=device)
+        config.n_ctx = max(config.n_ctx, LONGEST)
+        hooked = HookedTransformer(config, tokenizer=AutoTokenizer.from_pretrained(folder))
+        hooked.load_and_process_state_dict(
+            loading.get_pretrained_state_dict(folder, config, model),
+            fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False,
+        )  # fmt: skip
+        return hooked
+
+    return load
+
+
+def run(asked: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+    """Seconds: `forward` and `probes`, each by layer; one layer `all` where activations come from one pass."""
+    from sae_lens import SAE
+    from sae_probes import generate_model_activations, run_baseline_evals, run_sae_evals
+    from transformer_lens import HookedTransformer
+
+    HookedTransformer.from_pretrained_no_processing = loader(asked.model)  # type: ignore[method-assign]
+    hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in asked.hooks.split(",")}
+    tasks = asked.tasks.split(",")
+    passes = {"all": list(hooks.values())} if asked.at_its_best else {layer: [hook] for layer, hook in hooks.items()}
+    seconds: dict[str, dict[str, float]] = {"forward": {}, "probes": {}}
+    clock = time.process_time if asked.cpu_time else time.perf_counter
+    for name, together in passes.items():
+        start = clock()
+        generate_model_activations.ensure_dataset_activations(MODEL_NAME, tasks, together, work, device="cpu")
+        seconds["forward"][name] = clock() - start
+    shared: Any = {"model_name": MODEL_NAME, "setting": "normal", "datasets": tasks, "device": "cpu"}
+    for layer, hook in hooks.items() if not asked.forward_only else ():
+        start = clock()
+        shared |= {"hook_name": hook, "results_path": work / "results", "model_cache_path": work}
+        run_baseline_evals(**shared)
+        sae = SAE.load_from_disk(str(Path(asked.sae) / hook), device="cpu")
+        run_sae_evals(sae=sae, reg_type="l1", ks=[1, 16], **shared)
+        seconds["probes"][layer] = clock() - start
+    return seconds
+
+
+def main() -> int:
+    """Everything the package prints goes to stderr."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder of a Hugging Face model that TransformerLens knows")
+    parser.add_argument("sae", help="folder with an SAE Lens folder for each hook")
+    parser.add_argument("--hooks", required=True, help="layers, comma")
+    parser.add_argument("--tasks", required=True, help="names of the package's datasets, comma")
+    parser.add_argument("--at_its_best", action="store_true", help="activations of all hooks in one pass beforehand")
+    parser.add_argument("--forward_only", action="store_true", help="no probes")
+    parser.add_argument("--cpu_time", action="store_true", help="seconds of CPU")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as work, contextlib.redirect_stdout(sys.stderr):
+        seconds = run(asked, Path(work))
+    print(json.dumps(seconds))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

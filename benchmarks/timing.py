@@ -1,0 +1,104 @@
+"""Sides timed in turn, fitted exponents, and tables that a document can show, for the benchmarks beside this file.
+
+seconds = in_turn({"ours": fit, "theirs": their_fit}, repeats=5)     # medians, in seconds
+python benchmarks/bench_forward.py run                               # measures, prints, keeps
+python benchmarks/bench_forward.py                                   # prints what was kept
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import report
+from whole_file import replacing
+
+KEPT = Path(__file__).resolve().parent  # a file for each benchmark
+
+
+Clock = Callable[[], float]
+"""`time.perf_counter`, or where others use the machine too `time.process_time`: seconds of all threads on a core."""
+
+
+def in_turn(
+    sides: Mapping[str, Callable[[], object]],
+    repeats: int,
+    synchronise: Callable[[], object] = lambda: None,
+    clock: Clock = time.perf_counter,
+) -> dict[str, float]:
+    """Median seconds of each side, all of them run in turn, so that what else the machine does falls on all alike.
+
+    Each is run once before, untimed. `synchronise` waits for a device that works on its own.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, work in sides.items():
+            synchronise()
+            start = clock()
+            work()
+            synchronise()
+            if turn > 0:
+                seconds[name].append(clock() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def at_a_time(work: Callable[[], object], workers: int) -> Callable[[], None]:
+    """`work`, done by so many threads at a time, as the producer does its batches."""
+
+    def run() -> None:
+        with ThreadPoolExecutor(workers) as pool:
+            for done in [pool.submit(work) for _ in range(workers)]:
+                done.result()
+
+    return run
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """The least-squares slope of log cost over log size: 1 where cost grows as size does."""
+    x, y = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
+    return statistics.linear_regression(x, y).slope
+
+
+def kept_file(benchmark: str) -> Path:
+    """Where the rows of a benchmark's table are."""
+    return KEPT / f"{benchmark}.json"
+
+
+def keep(benchmark: str, rows: Sequence[report.Row]) -> None:
+    """Write a table's rows, header first, into the repository."""
+    with replacing(kept_file(benchmark), "w", encoding="utf-8") as file:
+        json.dump(rows, file, indent=0, ensure_ascii=False)
+        file.write("\n")
+
+
+def kept(benchmark: str) -> list[report.Row]:
+    """The rows that `keep` wrote last."""
+    return [tuple(row) for row in json.loads(kept_file(benchmark).read_text(encoding="utf-8"))]
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """`run`, `--quick`, `--repeats` and `--cpu_time`, to which a benchmark adds flags of its own."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("what", nargs="?", choices=["run"], help="measure, print and keep; else print what was kept")
+    made.add_argument("--quick", action="store_true", help="tiny sizes, nothing kept: does it run at all?")
+    made.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
+    made.add_argument("--cpu_time", action="store_true", help="seconds of CPU: for a machine that others use too")
+    return made
+
+
+def answer(benchmark: str, asked: argparse.Namespace, measure: Callable[[], list[report.Row]]) -> str:
+    """The table asked for: measured now, or as it was kept."""
+    if asked.what != "run" and not asked.quick:
+        if not kept_file(benchmark).exists():
+            raise SystemExit(f"{benchmark}: nothing was kept yet; measure it with `run`")
+        return report.aligned(kept(benchmark))
+    rows = measure()
+    if not asked.quick:
+        keep(benchmark, rows)
+    return report.aligned(rows)

@@ -1,0 +1,162 @@
+"""The speed benchmarks run, on tiny sizes; what they compare with computes what it says; their arithmetic is right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import bench_end_to_end, bench_gpu, bench_scaling, large_job, serial, timing
+from benchmarks.bundled import MODEL
+from benchmarks.shapes import SHAPES, TINY
+from datasets_wikidata import Mention, tokenise
+from language_model import Site, open_model
+from sae_loader import open_sae
+from tasks.wikidata import _FILES, load_wikidata
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("bench_forward.py", ("--repeats", "1")),
+        pytest.param("bench_scaling.py", (), marks=pytest.mark.slow),
+        ("bench_scaling.py", ("--large", "--rows", "2000", "--layers", "1")),
+    ],
+)
+def test_it_runs_and_prints_a_table(script: str, flags: tuple[str, ...]):
+    done = run(script, "--quick", *flags)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) >= 3
+    assert all(line.startswith("|") for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_cuda_device_a_line_and_exit_2():
+    done = run("bench_gpu.py", "run")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_whole_job_of_the_gpu_benchmark_on_the_cpu():
+    flags = ["--shuffle_select_n", "60", "--datasets", "gender", "--folds", "3", "--repeats", "1"]
+    table = bench_gpu.whole_job(TINY, "cpu", flags)
+    assert {"forward", "sae", "probes", "from start to end"} <= {row[0] for row in table}
+
+
+def test_sides_are_run_in_turn_after_a_run_that_does_not_count():
+    calls: list[str] = []
+    seconds = timing.in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2)
+    assert calls == ["a", "b"] * 3
+    assert set(seconds) == {"a", "b"}
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_the_exponent_of_a_power_is_that_power(power: float):
+    sizes = [1, 2, 4, 8]
+    assert timing.exponent(sizes, [3 * size**power for size in sizes]) == pytest.approx(power)
+
+
+def test_what_is_kept_is_what_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "KEPT", tmp_path)
+    rows = [("what", "seconds"), ("naïve | plain", "1.0")]
+    timing.keep("some", rows)
+    assert timing.kept("some") == rows
+
+
+@pytest.mark.parametrize("shape", [TINY, SHAPES[0]])
+def test_the_operations_of_a_shape_are_those_of_its_weights(shape):
+    with shape.model_folder() as folder:
+        sites = [Site(layer, "resid_post") for layer in range(shape.n_layers)]
+        module = open_model(str(folder)).load(sites, "cpu", "bfloat16").module
+    weights = [each.weight.numel() for each in module.modules() if isinstance(each, nn.Linear)]
+    assert shape.model_flops == 2 * sum(weights)
+
+
+def test_random_saes_on_disk_are_those_in_memory(tmp_path: Path):
+    TINY.write_saes(tmp_path / "saes")
+    x = torch.randn(5, TINY.d, generator=torch.Generator().manual_seed(0))
+    loaded, made = open_sae(str(tmp_path / "saes")).load(1, "cpu"), TINY.sae(1)
+    torch.testing.assert_close(loaded.decode(loaded.encode(x)), made.decode(made.encode(x)))
+
+
+def test_doublings_change_one_quantity_and_double_it():
+    for doubling in bench_scaling.doublings(quick=False):
+        for size, job in doubling.jobs():
+            assert {**vars(doubling.base), doubling.quantity: size} == vars(job)
+        assert all(b == 2 * a for a, b in zip(doubling.sizes, doubling.sizes[1:], strict=False))
+
+
+def test_a_job_larger_than_its_memory_spills(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(large_job, "MAX_BYTES", 1000)
+    found = large_job.run(n_rows=600, n_layers=2, width=8)
+    assert found.stored_gb == pytest.approx(2 * 2 * 600 * 8 * 4 / 1024**3)
+    assert 0 < found.peak_gb < 8
+
+
+def test_the_serial_version_sees_the_activations_and_reconstructions_of_the_program():
+    texts = ["Ada Lovelace met Charles Babbage", "Marie Curie", "a much longer text about Emmy Noether"]
+    x = serial.last_tokens(MODEL, texts, layer=3)
+    ours = torch.stack([alone(text, layer=3) for text in texts])
+    torch.testing.assert_close(x, ours, rtol=1e-4, atol=1e-4)
+    sae = open_sae(str(bench_end_to_end.SAE)).load(3, "cpu")
+    recon = serial.reconstructions(*bench_end_to_end._weights(3), x)
+    torch.testing.assert_close(recon, sae.decode(sae.encode(x)), rtol=1e-4, atol=1e-4)
+
+
+def alone(text: str, layer: int) -> torch.Tensor:
+    info = open_model(str(MODEL))
+    mention = Mention(text, 0, len(text), "somebody")
+    ids = tokenise([mention], info.tokenizer, prepend_bos=True, max_length=info.max_length).ids[0]
+    site = Site(layer, "resid_post")
+    found = info.load([site], "cpu", "float32").activations(torch.tensor(np.array([ids]), dtype=torch.int64))
+    return found[site][0, -1]
+
+
+def test_the_serial_version_finds_a_concept_and_no_other():
+    random = np.random.default_rng(0)
+    labels = random.random(400) < 0.3
+    persons = np.arange(400) // 2
+    x = random.normal(size=(400, 10)).astype(np.float32)
+    assert abs(serial.selectivity(x, x, labels, persons) - 0.5) < 0.08
+    x[:, 3] += 3 * labels
+    assert serial.selectivity(x, x, labels, persons) > 0.85
+
+
+def test_rows_of_the_tasks_are_those_that_are_shipped():
+    shipped = {
+        stem: len(row_set.rows)
+        for name, files in _FILES.items()
+        for stem, row_set in zip(files, load_wikidata(name).row_sets, strict=True)
+    }
+    assert {stem: shipped[stem] for stem in bench_end_to_end.ROWS} == bench_end_to_end.ROWS
+
+
+def test_what_is_left_of_a_part_is_scaled_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Hooks that take 1 .. 6 s of passes on one task, 10 s of probes each: the whole by hand."""
+
+    def drive(python: Path, layers: list[int], tasks: list[str], *flags: str) -> dict[str, dict[str, float]]:
+        if "--at_its_best" in flags:
+            return {"forward": {"all": 6.0}, "probes": {}}
+        return {"forward": {str(n): n + 1.0 for n in layers}, "probes": {str(n): 10.0 for n in layers}}
+
+    monkeypatch.setattr(bench_end_to_end, "_drive", drive)
+    monkeypatch.setattr(bench_end_to_end, "make_environment", lambda folder: folder)
+    each, together = bench_end_to_end.time_package(tmp_path, whole=False, cpu_time=True)
+    rows = sum(bench_end_to_end.ROWS.values()) / bench_end_to_end.ROWS[bench_end_to_end.TASK]
+    assert each.forward == pytest.approx(sum(range(1, 7)) * rows)
+    assert together.forward == pytest.approx(6 * rows)
+    assert each.probes == together.probes == pytest.approx(10 * 6 * 9)
