@@ -37,6 +37,8 @@ from whole_file import replacing, sweep
 log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
+OPEN_SHARDS = 16
+"""Mapped at a time: what was read of a mapping counts as the process's memory until it is closed."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class ActivationCache:
         self._opened = time.time()
         self._lock = threading.Lock()
         self._places: dict[tuple[Site, str], _Place] = {}
-        self._tensors: dict[str, dict[str, Tensor]] = {}  # by shard: those that were read, memory-mapped
+        self._tensors: dict[str, dict[str, Tensor]] = {}  # by shard, memory-mapped: those that were read last
+        self._whole: set[str] = set()  # shards that were found to be what was written
         self._full, self._bytes = False, 0
 
     @classmethod
@@ -101,7 +104,7 @@ class ActivationCache:
             content = save(tensors, header)
             self._make_room(len(content))
             if not self._full:
-                with replacing(path, "wb") as file:
+                with replacing(path, "wb", sync=False) as file:  # its sha256 tells what a power cut would leave
                     file.write(content)
                 self._enter(path)
         except OSError as error:
@@ -113,30 +116,35 @@ class ActivationCache:
         if place is None:
             return None
         with self._lock:
-            if place.shard not in self._tensors:
-                self._read(place.shard)
-            tensors = self._tensors[place.shard]
+            tensors = self._tensors.get(place.shard)
+            if tensors is None:
+                tensors = self._tensors[place.shard] = self._read(place.shard)
+                while len(self._tensors) > OPEN_SHARDS:
+                    self._tensors.pop(next(iter(self._tensors)))
         x = tensors.get(_name(site))
         return None if x is None else x[place.start : place.stop]
 
-    def _read(self, shard: str) -> None:
-        """Map a shard and hold it against its sha256; one that is broken or gone is as if it had never been."""
+    def _read(self, shard: str) -> dict[str, Tensor]:
+        """Map a shard, and the first time hold it against its sha256; one that is broken or gone has nothing."""
         path = self.folder / shard
-        self._tensors[shard] = {}
         try:
+            if shard in self._whole:
+                return load_file(path)
             with safe_open(path, framework="pt") as file:
                 expected = file.metadata()["sha256"]
             tensors = load_file(path)
             if _digest(tensors) != expected:
                 raise ValueError("its content is not what was written")
             os.utime(path)  # read now: the last to go
-            self._tensors[shard] = tensors
         except FileNotFoundError:
-            return  # another process needed the room
+            return {}  # another process needed the room
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             log.warning("--cache_dir: %s is broken (%s): its texts are run again", path, error)
             with suppress(OSError):
                 path.unlink()
+            return {}
+        self._whole.add(shard)
+        return tensors
 
     def _enter(self, path: Path) -> None:
         """Note what a shard holds, by its header alone."""

@@ -14,14 +14,18 @@ from typing import IO, Any
 
 
 @contextmanager
-def replacing(path: Path, mode: str, encoding: str | None = None) -> Iterator[IO[Any]]:
-    """A file beside `path` to write to; synced and renamed to `path` at the end, removed after an error."""
+def replacing(path: Path, mode: str, encoding: str | None = None, sync: bool = True) -> Iterator[IO[Any]]:
+    """A file beside `path` to write to; synced and renamed to `path` at the end, removed after an error.
+
+    sync: wait until the disk has it, so that not even a power cut leaves half a file.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open(mode, encoding=encoding) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
