@@ -103,12 +103,10 @@ class LinearCoder:
 
 
 @dataclass(frozen=True)
-class SkipCoder:
-    """A coder whose decoder also sees the input: x̂ = what the coder decodes + x W_skipᵀ (arXiv 2501.18823)."""
+class OtherDecoder:
+    """A coder's own codes, to be decoded in another way."""
 
     coder: Coder
-    W_skip: Tensor
-    """``[d_out, d_in]``."""
 
     @property
     def device(self) -> torch.device:
@@ -120,6 +118,14 @@ class SkipCoder:
 
     def encode(self, x: Tensor) -> SparseRows:
         return self.coder.encode(x)
+
+
+@dataclass(frozen=True)
+class SkipCoder(OtherDecoder):
+    """A coder whose decoder also sees the input: x̂ = what the coder decodes + x W_skipᵀ (arXiv 2501.18823)."""
+
+    W_skip: Tensor
+    """``[d_out, d_in]``."""
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
         assert x is not None, "a skip connection needs the encoder's input: decode(codes, x)"

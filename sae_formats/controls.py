@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sae_formats.coders import Coder, LinearCoder, fold_b_dec
+from sae_formats.coders import LinearCoder, OtherDecoder, fold_b_dec
 from sae_formats.selection import Dense, Threshold, TopK
 from sae_formats.sparse_rows import SparseRows
 
@@ -34,27 +34,15 @@ class IdentityCoder:
 
 
 @dataclass(frozen=True)
-class ShuffledDecoder:
+class ShuffledDecoder(OtherDecoder):
     """A coder's own codes, decoded by rows of its decoder that belong to other latents; biases stay.
 
     Latent j decodes as latent ``other[j]``: that is a decoder with permuted rows, of whatever architecture, and
     shares its weights.
     """
 
-    coder: Coder
     other: Tensor
     """A permutation of the latents. int64 ``[d_sae]``."""
-
-    @property
-    def device(self) -> torch.device:
-        return self.coder.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.coder.dtype
-
-    def encode(self, x: Tensor) -> SparseRows:
-        return self.coder.encode(x)
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
         return self.coder.decode(replace(codes, col=self.other[codes.col.long()]), x)
