@@ -181,7 +181,12 @@ class ActivationCache:
 
 
 class CachedModel:
-    """A language model that runs only those texts whose activations are not on disk."""
+    """A language model that runs only those texts whose activations are not on disk.
+
+    Texts are batched in one way for the run and in others for the samples drawn before it, and their activations
+    differ in the last bits by the company they were in. So what is for different purposes is kept apart: a run with a
+    cache gives the numbers of one without.
+    """
 
     def __init__(
         self,
@@ -189,17 +194,18 @@ class CachedModel:
         load: Callable[[Collection[Site]], LanguageModel],
         sites: Collection[Site],
         device: torch.device,
+        purpose: str = "preflight",
     ) -> None:
         self.sites, self.device = frozenset(sites), device
         self.n_run = self.n_found = 0  # texts
-        self._cache, self._load = cache, load
+        self._cache, self._load, self._purpose = cache, load, purpose
         self._model: LanguageModel | None = None
         self._lock = threading.Lock()
 
     def activations(self, ids: Tensor, lengths: Tensor) -> dict[Site, Tensor]:
         """As of a `LanguageModel`: site -> [texts, tokens, d]; zeros at padded positions."""
         counts = lengths.tolist()
-        texts = [text_key(row[:n]) for row, n in zip(ids, counts, strict=True)]
+        texts = [text_key(row[:n], self._purpose) for row, n in zip(ids, counts, strict=True)]
         found = self._cache.get(self.sites, texts)
         missing = [i for i, text in enumerate(texts) if text not in found]
         with self._lock:
@@ -216,9 +222,15 @@ class CachedModel:
 
     def only(self, sites: Collection[Site]) -> CachedModel:
         """This model with some of its sites."""
-        fewer = CachedModel(self._cache, self._load, sites, self.device)
+        fewer = CachedModel(self._cache, self._load, sites, self.device, self._purpose)
         fewer._model = None if self._model is None else self._model.only(sites)
         return fewer
+
+    def apart(self, purpose: str) -> CachedModel:
+        """This model for batches of another kind."""
+        own = CachedModel(self._cache, self._load, self.sites, self.device, purpose)
+        own._model = self._model
+        return own
 
     def _loaded(self) -> LanguageModel:
         with self._lock:
@@ -233,9 +245,9 @@ class CachedModel:
         return x.to(self.device, non_blocking=True)
 
 
-def text_key(ids: Tensor) -> str:
-    """A text by its token ids [tokens], BOS among them: 32 hex digits."""
-    return hashlib.blake2b(ids.to(torch.int32).numpy().tobytes(), digest_size=16).hexdigest()
+def text_key(ids: Tensor, purpose: str) -> str:
+    """A text by its token ids [tokens], BOS among them, and what it was run for: 32 hex digits."""
+    return hashlib.blake2b(ids.to(torch.int32).numpy().tobytes(), digest_size=16, person=purpose.encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

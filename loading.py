@@ -58,7 +58,7 @@ def load_weights(
                 baseline = plan.baselines[i - n_sources]
                 if baseline.reconstructs:
                     saes[site][i] = builder.build(baseline, None if baseline.of is None else loaded[site][baseline.of])
-    return model, saes
+    return _apart(model, "run"), saes
 
 
 def codes_of_names(plan: Plan, tokenised: TokenisedMentions) -> dict[SaeId, SparseRows]:
@@ -132,10 +132,15 @@ def _of_another_model(config: RunConfig, source: SaeSource) -> str | None:
     return f"{source.name} was trained on {source.model_name}, and is measured on {config.model_name}"
 
 
+def _apart(model: ActivationSource, purpose: str) -> ActivationSource:
+    """The model, whose cache, if it has one, keeps apart what is run for this purpose."""
+    return model.apart(purpose) if isinstance(model, CachedModel) else model
+
+
 def _calibrate(config: RunConfig, plan: Plan, model: ActivationSource) -> dict[Site, SiteSample]:
     if not plan.calibration:
         return {}
     tokenised = tokenise(
         plan.calibration, plan.info.tokenizer, prepend_bos=plan.prepend_bos, max_length=plan.info.max_length
     )
-    return calibrate(model, tokenised, config.positions, config.seed)
+    return calibrate(_apart(model, "baselines"), tokenised, config.positions, config.seed)
