@@ -197,7 +197,6 @@ class CachedModel:
         purpose: str = "preflight",
     ) -> None:
         self.sites, self.device = frozenset(sites), device
-        self.n_run = self.n_found = 0  # texts
         self._cache, self._load, self._purpose = cache, load, purpose
         self._model: LanguageModel | None = None
         self._lock = threading.Lock()
@@ -208,8 +207,6 @@ class CachedModel:
         texts = [text_key(row[:n], self._purpose) for row, n in zip(ids, counts, strict=True)]
         found = self._cache.get(self.sites, texts)
         missing = [i for i, text in enumerate(texts) if text not in found]
-        with self._lock:
-            self.n_run, self.n_found = self.n_run + len(missing), self.n_found + len(texts) - len(missing)
         if missing:
             width = max(counts[i] for i in missing)
             fresh = self._loaded().activations(ids[missing, :width], lengths[missing])
@@ -227,10 +224,8 @@ class CachedModel:
         return fewer
 
     def apart(self, purpose: str) -> CachedModel:
-        """This model for batches of another kind."""
-        own = CachedModel(self._cache, self._load, self.sites, self.device, purpose)
-        own._model = self._model
-        return own
+        """This model for batches of another kind; it is loaded once for both."""
+        return CachedModel(self._cache, lambda _: self._loaded(), self.sites, self.device, purpose)
 
     def _loaded(self) -> LanguageModel:
         with self._lock:

@@ -222,8 +222,9 @@ def _otherwise(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Altern
         if kind != sae.input_norm
     }
     best = min(by_norm.values())
-    alike = [kind for kind, found in by_norm.items() if found <= SAME * best and "," not in kind]
-    says = " or ".join(SETTINGS.get(kind, f"normalize_activations: {kind}") for kind in alike)
+    alike = [kind for kind, found in by_norm.items() if found <= SAME * best]
+    plainest = [kind for kind in alike if "," not in kind] or alike  # both of two where neither alone will do
+    says = " or ".join(" and ".join(map(_setting, kind.split(", "))) for kind in plainest)
     yield Alternative("with other treatment of its inputs", f"its config should say {says}", best, fvu)
     if sae.input_norm in ("none", "centre") and not transcodes:
         for scale in (*SCALES, sae.d_in**0.5 / float(read.norm(dim=1).mean())):
@@ -235,6 +236,10 @@ def _otherwise(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Altern
             turned = replace(sae.coder, **{name: getattr(sae.coder, name).T.contiguous()})
             what, fix = f"with {name} transposed", f"write {name} the other way round"
             yield Alternative(what, fix, _fvu(x, _reconstruct(replace(sae, coder=turned), read)), fvu)
+
+
+def _setting(norm: str) -> str:
+    return SETTINGS.get(norm, f"normalize_activations: {norm}")
 
 
 def _with_other_bos(sae: Sae, site: Site, both: Preflight, fvu: float) -> Iterator[Alternative]:

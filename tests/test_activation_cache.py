@@ -147,12 +147,24 @@ def test_values_come_back_to_the_bit_whatever_the_batch(tmp_path, info, forward_
     alone = again.activations(texts()[1:2, :5], WIDTHS[1:2])
     turned = again.activations(texts()[[2, 0, 1]], WIDTHS[[2, 0, 1]])
     assert forward_passes == []
-    assert (again.n_run, again.n_found) == (0, 4)
     for site in SITES:
         assert torch.equal(alone[site][0], first[site][1, :5])
         for row, i in enumerate((2, 0, 1)):
             n = int(WIDTHS[i])
             assert torch.equal(turned[site][row, :n], first[site][i, :n])
+
+
+def test_the_model_is_loaded_once_whatever_it_is_run_for(tmp_path, info):
+    loads = []
+
+    def load(sites):
+        loads.append(sites)
+        return info.load(sites, "cpu", "float32")
+
+    model = CachedModel(ActivationCache.open(tmp_path, 1, "m", "float32"), load, SITES, CPU)
+    for purpose in ("baselines", "run"):
+        model.apart(purpose).activations(texts(), WIDTHS)
+    assert len(loads) == 1
 
 
 def test_a_text_without_one_of_the_sites_is_run(tmp_path, info, forward_passes):
