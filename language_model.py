@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,10 @@ from model_hooks.widths import shape_widths
 __all__ = ["HOOKPOINTS", "ActivationSource", "LanguageModel", "ModelInfo", "Site", "open_model"]
 
 NO_REVISION = "main"  # what transformers calls the only state of a local folder, and a repository's newest
+
+# While transformers builds a model it swaps functions of its classes and torch's default dtype, for the whole process:
+# of two threads that do so at once, the second may leave every later model with weights untied or not initialised.
+BUILDING = threading.Lock()
 FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model", ".py"}  # files of a local model
 
 
@@ -84,7 +89,8 @@ class ModelInfo:
         def build() -> nn.Module:
             # bfloat16: some kernels of mixture-of-experts models know no shapes in float32
             options = {"dtype": torch.bfloat16, "trust_remote_code": self.trust_remote_code}
-            return _auto_class(config).from_config(config, **options).get_decoder()
+            with BUILDING:
+                return _auto_class(config).from_config(config, **options).get_decoder()
 
         return shape_widths(build, config, sites)
 
@@ -93,7 +99,8 @@ class ModelInfo:
 
         Raises `RequestError` if weights are missing or a check fails (see `model_hooks.checks`).
         """
-        module = self._read_weights(truncated(self.config, layers_needed(sites)), getattr(torch, dtype))
+        with BUILDING:
+            module = self._read_weights(truncated(self.config, layers_needed(sites)), getattr(torch, dtype))
         module = _in_own_memory(module.get_decoder()).to(device).eval().requires_grad_(False)
         taps = {site: find_tap(module, site) for site in sorted(sites)}
         check(module, taps, torch.device(device))

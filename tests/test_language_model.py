@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from errors import RequestError
 from language_model import Site, open_model
@@ -104,3 +106,23 @@ def test_auto_dtype_is_what_was_saved_if_that_is_bfloat16_and_float32_otherwise(
         info = open_model(str(folder))
         assert info.choose_dtype("auto") == chosen
         assert info.choose_dtype("float32") == "float32"
+
+
+def test_threads_that_load_at_once_leave_transformers_as_it_was(tiny_model, monkeypatch):
+    """It swaps `tie_weights` for an empty function as it builds a model: two that overlap would leave it so."""
+    info = open_model(str(tiny_model))
+    site = Site(0, "resid_post")
+    plain, plain_tie = PreTrainedModel.__dict__["get_init_context"].__func__, PreTrainedModel.tie_weights
+    seen = []
+
+    def slow(cls, *args, **kwargs):
+        seen.append(PreTrainedModel.tie_weights)
+        time.sleep(0.02)
+        return plain(cls, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "get_init_context", classmethod(slow))
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda i: info.load([site], "cpu", "float32") if i % 2 else info.widths([site]), range(12)))
+    assert seen == [plain_tie] * len(seen)
+    assert len(seen) >= 6
+    assert PreTrainedModel.tie_weights is plain_tie
