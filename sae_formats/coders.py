@@ -66,7 +66,7 @@ class LinearCoder:
     def encode(self, x: Tensor) -> SparseRows:
         if self._proposal is None:
             return self.selection(self._pre_acts(x))
-        values, latents = self._proposal.topk(x, self._pre_acts)
+        values, latents = self._proposal.topk(x)
         return fixed_width(values, latents, n_cols=len(self.W_enc))
 
     def _pre_acts(self, x: Tensor) -> Tensor:

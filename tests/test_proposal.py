@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from sae_formats import proposal
 from sae_formats.coders import LinearCoder
 from sae_formats.proposal import Proposal
+from sae_formats.row_kernels import ROUND_BFLOAT16
 from sae_formats.selection import TopK
 from sae_formats.topk import exact_topk
 
@@ -29,17 +30,6 @@ def inputs(centre: torch.Tensor, rows: int = 60) -> torch.Tensor:
     return centre + torch.randn(rows, len(centre), generator=torch.Generator().manual_seed(1))
 
 
-class Plain:
-    """The float32 encoder, and how many rows it was asked for."""
-
-    def __init__(self, W_enc: torch.Tensor, b_enc: torch.Tensor) -> None:
-        self.W_enc, self.b_enc, self.rows = W_enc, b_enc, 0
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.rows += len(x)
-        return linear(x, self.W_enc, self.b_enc)
-
-
 def dense(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     return torch.zeros(len(values), D_SAE).scatter(1, latents, values)
 
@@ -49,30 +39,40 @@ def assert_same(found: tuple[torch.Tensor, torch.Tensor], plain: tuple[torch.Ten
     torch.testing.assert_close(dense(*found), dense(*plain), rtol=0, atol=2e-4)  # what is summed is of the order of 200
 
 
-def test_the_same_latents_without_a_float32_product(encoder):
+def test_the_latents_and_values_are_those_of_float32(encoder):
     W_enc, b_enc, centre = encoder
-    plain, x = Plain(W_enc, b_enc), inputs(centre)
-    found = Proposal.of(W_enc, b_enc, centre, K).topk(x, plain)
-    assert plain.rows == 0
-    assert_same(found, exact_topk(plain(x), K))
+    x = inputs(centre)
+    assert_same(Proposal.of(W_enc, b_enc, centre, K).topk(x), exact_topk(linear(x, W_enc, b_enc), K))
 
 
-def test_rows_that_prove_nothing_are_encoded_in_float32(encoder):
+def test_a_poor_bound_costs_time_and_nothing_else(encoder):
     W_enc, b_enc, centre = encoder
-    plain, x = Plain(W_enc, b_enc), inputs(centre)
-    found = Proposal.of(W_enc, b_enc, torch.zeros(D_IN), K).topk(x, plain)  # the mean is rounded too: a poor bound
-    assert plain.rows == len(x)
-    assert_same(found, exact_topk(plain(x), K))
+    x = inputs(centre)
+    found = Proposal.of(W_enc, b_enc, torch.zeros(D_IN), K).topk(x)  # the mean is rounded too
+    assert_same(found, exact_topk(linear(x, W_enc, b_enc), K))
 
 
-def test_ties_at_the_end_are_no_proof(encoder):
+def test_what_bfloat16_takes_for_equal_is_told_apart(encoder):
+    """Of latents that differ by less than bfloat16 resolves, those at the end of the list among them."""
+    W_enc, b_enc, centre = encoder
+    kind = torch.arange(D_SAE) // 64 * 1e-3  # 64 latents of each of 128 kinds, a thousandth apart
+    W_enc = W_enc[:64].repeat(D_SAE // 64, 1)
+    b_enc = 0.1 * torch.randn(64, generator=torch.Generator().manual_seed(2)).repeat(D_SAE // 64) - W_enc @ centre
+    x = inputs(centre, rows=20)
+    values, latents = Proposal.of(W_enc, b_enc + kind, centre, K).topk(x)
+    exact = (x.double() @ W_enc.double().T + (b_enc + kind).double()).topk(K, dim=1)
+    torch.testing.assert_close(values.sort(1, descending=True).values, exact.values.float(), rtol=0, atol=2e-4)
+    assert (latents.sort(1).values == exact.indices.sort(1).values).double().mean() > 0.95
+
+
+def test_ties_beyond_k_leave_k_different_latents(encoder):
     W_enc, b_enc, centre = encoder
     W_enc, b_enc = W_enc[:64].repeat(D_SAE // 64, 1), b_enc[:64].repeat(D_SAE // 64)  # 128 latents of each kind
-    plain, x = Plain(W_enc, b_enc), inputs(centre, rows=20)
-    values, _ = Proposal.of(W_enc, b_enc, centre, K).topk(x, plain)
+    x = inputs(centre, rows=20)
+    values, latents = Proposal.of(W_enc, b_enc, centre, K).topk(x)
     expected, _ = exact_topk(linear(x, W_enc, b_enc), K)
     torch.testing.assert_close(values.sort(dim=1).values, expected.sort(dim=1).values, rtol=0, atol=2e-4)
-    assert plain.rows > 0
+    assert all(len(set(row)) == K for row in latents.tolist())
 
 
 def test_the_bound_holds_for_every_latent(encoder):
@@ -80,7 +80,7 @@ def test_the_bound_holds_for_every_latent(encoder):
     x = inputs(centre)
     proposed, bound = Proposal.of(W_enc, b_enc, centre, K)._propose(x)
     exact = x.double() @ W_enc.double().T + b_enc.double()
-    off = (proposed.double() - exact).abs() - proposal.ROUND_OUT * proposed.double().abs()
+    off = (proposed.double() - exact).abs() - float(ROUND_BFLOAT16) * proposed.double().abs()
     assert (off <= bound[:, None]).all()
 
 
@@ -88,7 +88,7 @@ def test_nan_stays_nan(encoder):
     W_enc, b_enc, centre = encoder
     x = inputs(centre, rows=3)
     x[1, 5] = torch.nan
-    values, _ = Proposal.of(W_enc, b_enc, centre, K).topk(x, Plain(W_enc, b_enc))
+    values, _ = Proposal.of(W_enc, b_enc, centre, K).topk(x)
     assert values.isnan().any(dim=1).tolist() == [False, True, False]
 
 
@@ -105,7 +105,7 @@ def test_a_coder_gives_the_same_codes_with_and_without(encoder, monkeypatch: pyt
     assert torch.equal(codes[0] != 0, codes[1] != 0)
 
 
-@pytest.mark.parametrize(("d_sae", "k"), [(4096, 8), (8192, 64)])
+@pytest.mark.parametrize(("d_sae", "k"), [(512, 8), (4096, 200)])
 def test_small_or_dense_codes_are_not_worth_it(d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(proposal, "_has_fast_bfloat16", lambda: True)
     assert not proposal.is_worth_it(torch.zeros(d_sae, 4), k)

@@ -9,8 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,7 +22,7 @@ import sae_formats.hub as hub
 from errors import RequestError
 from sae_formats.hookpoints import HookPoint, parse, same_place
 from sae_formats.sae import CHUNK_BYTES
-from sae_formats.topk import exact_topk, two_stage_topk
+from sae_formats.topk import exact_topk
 from sae_loader import GroupMax, LinearCoder, Sae, SparseRows, Threshold, TopK, open_sae
 
 D_IN, D_SAE, K = 16, 64, 4
@@ -306,7 +310,9 @@ def test_identity_is_exact() -> None:
         assert torch.equal(sae.decode(sae.encode(x)), x)
 
 
-@pytest.mark.parametrize(("d_sae", "k"), [(1024, 8), (1024, 64), (64, 64), (100, 7), (4096, 32), (8, 1)])
+@pytest.mark.parametrize(
+    ("d_sae", "k"), [(1024, 8), (1024, 64), (64, 64), (100, 7), (101, 50), (4096, 32), (8, 1), (1, 1)]
+)
 def test_topk_finds_the_same_sets_as_torch(d_sae: int, k: int) -> None:
     pre_acts = torch.randn(200, d_sae)
     values, indices = exact_topk(pre_acts, k)
@@ -317,12 +323,37 @@ def test_topk_finds_the_same_sets_as_torch(d_sae: int, k: int) -> None:
 
 @pytest.mark.parametrize("pre_acts", [
     torch.randint(0, 3, (100, 64)).float(), -torch.rand(100, 64), torch.zeros(100, 64), torch.zeros(0, 64),
+    torch.full((3, 64), -torch.inf), torch.full((3, 64), torch.inf),
+    torch.cat([torch.full((3, 2), torch.inf), torch.randn(3, 60), torch.full((3, 2), -torch.inf)], dim=1),
+    3e38 * torch.randint(-1, 2, (100, 64)), 1e-45 * torch.randint(-2, 3, (100, 64)),
 ])  # fmt: skip
-def test_two_stages_survive_ties_and_negatives(pre_acts: Tensor) -> None:
-    values, indices = two_stage_topk(pre_acts, 4)
+def test_topk_survives_ties_and_extremes(pre_acts: Tensor) -> None:
+    values, indices = exact_topk(pre_acts, 4)
     assert torch.equal(values.sort(1, descending=True).values, pre_acts.topk(4, dim=1).values)
     assert torch.equal(pre_acts.gather(1, indices), values)
     assert all(len(set(row)) == 4 for row in indices.tolist())
+
+
+def test_nan_is_no_latent_at_rest() -> None:
+    pre_acts = torch.randn(3, 64)
+    pre_acts[1, 40] = torch.nan
+    values, indices = exact_topk(pre_acts, 4)
+    assert values.isnan().any(dim=1).tolist() == [False, True, False]
+    assert ((indices >= 0) & (indices < 64)).all()
+
+
+@given(
+    pre_acts=arrays(np.float32, array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.floats(width=32)),
+    data=st.data(),
+)
+def test_topk_finds_the_same_values_as_torch_in_anything(pre_acts: np.ndarray, data: Any) -> None:
+    k = data.draw(st.integers(1, pre_acts.shape[1]))
+    rows = torch.from_numpy(pre_acts)
+    values, indices = exact_topk(rows, k)
+    whole = ~rows.isnan().any(dim=1)
+    assert torch.equal(values[whole].sort(1, descending=True).values, rows[whole].topk(k, dim=1).values)
+    assert torch.equal(rows[whole].gather(1, indices[whole]), values[whole])
+    assert values[~whole].isnan().any(dim=1).all()
 
 
 def test_a_row_with_nothing_positive_has_no_latents() -> None:
