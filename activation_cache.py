@@ -4,39 +4,26 @@
     model = CachedModel(cache, lambda sites: info.load(sites, "cpu", "float32"), sites, torch.device("cpu"))
     model.activations(ids, lengths)            # as of a `LanguageModel`, which is loaded when a text is not on disk
 
-Content-addressed: a text is its token ids, a folder is one model, revision and dtype. A shard is a safetensors file of
-the texts of one forward pass, written whole or not at all, memory-mapped, and checked against its own sha256 when it
-is first read. Several processes may read and write one cache. What was read longest ago goes when room is needed;
-shards of a run that is under way are left to it.
+Content-addressed: a text is its token ids, a folder is one model, revision and dtype, and a shard (`shard_folder`) has
+the texts of one forward pass.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
 import threading
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from errors import RequestError
-from file_lock import Locked, exclusive
 from language_model import LanguageModel, Site
-from whole_file import replacing, sweep
+from shard_folder import BROKEN, ShardFolder
 
-log = logging.getLogger(__name__)
-
-SUFFIX = ".safetensors"
 OPEN_SHARDS = 16
 """Mapped at a time: what was read of a mapping counts as the process's memory until it is closed."""
 
@@ -45,7 +32,7 @@ OPEN_SHARDS = 16
 class _Place:
     """Where a text's activations are in a shard."""
 
-    shard: str  # its file's name
+    shard: str  # its name
     start: int  # first row
     stop: int
 
@@ -53,30 +40,18 @@ class _Place:
 class ActivationCache:
     """The shards of one model, revision and dtype."""
 
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self._limit = folder, limit
-        self._opened = time.time()
+    def __init__(self, shards: ShardFolder) -> None:
+        self._shards = shards
         self._lock = threading.Lock()
         self._places: dict[tuple[Site, str], _Place] = {}
         self._tensors: dict[str, dict[str, Tensor]] = {}  # by shard, memory-mapped: those that were read last
-        self._whole: set[str] = set()  # shards that were found to be what was written
-        self._full, self._bytes = False, 0
 
     @classmethod
     def open(cls, root: Path, limit_gb: float, model: str, dtype: str) -> ActivationCache:
         """The cache of a model (its fingerprint) below `root`. Raises `RequestError` if it cannot be written to."""
-        folder = root / f"{model[:32]}-{dtype}"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder, f"*{SUFFIX}")
-        except OSError as error:
-            raise RequestError(f"--cache_dir {root}: {error.strerror}") from error
-        if not os.access(folder, os.W_OK):
-            raise RequestError(f"--cache_dir {root}: cannot be written to")
-        cache = cls(folder, int(limit_gb * 1024**3))
-        for path in sorted(folder.glob(f"*{SUFFIX}")):
-            cache._enter(path)
-            cache._bytes += path.stat().st_size if path.exists() else 0
+        cache = cls(ShardFolder.open(root, f"{model[:32]}-{dtype}", limit_gb, "activations"))
+        for name in cache._shards.names():
+            cache._enter(name)
         return cache
 
     def get(self, sites: Collection[Site], texts: Sequence[str]) -> dict[str, dict[Site, Tensor]]:
@@ -89,27 +64,17 @@ class ActivationCache:
         return found
 
     def put(self, texts: Sequence[str], activations: Mapping[Site, Tensor], lengths: Sequence[int]) -> None:
-        """Keep [texts, tokens, d] of right-padded texts. A disk that cannot take it is told once, and no error."""
-        if self._full:
+        """Keep [texts, tokens, d] of right-padded texts, as long as there is room."""
+        if self._shards.full:
             return
         stops = np.cumsum(lengths).tolist()
         tensors = {
             _name(site): torch.cat([row[:n] for row, n in zip(x, lengths, strict=True)]).cpu()
             for site, x in activations.items()
         }
-        header = {"texts": json.dumps(list(texts)), "stops": json.dumps(stops), "sha256": _digest(tensors)}
         name = hashlib.sha256(json.dumps([sorted(tensors), list(texts)]).encode()).hexdigest()[:32]
-        path = self.folder / f"{name}{SUFFIX}"
-        try:
-            content = save(tensors, header)
-            self._make_room(len(content))
-            if not self._full:
-                with replacing(path, "wb", sync=False) as file:  # its sha256 tells what a power cut would leave
-                    file.write(content)
-                self._enter(path)
-        except OSError as error:
-            self._full = True
-            log.warning("--cache_dir: %s: activations are not kept from here on", error)
+        if self._shards.write(name, tensors, {"texts": json.dumps(list(texts)), "stops": json.dumps(stops)}):
+            self._enter(name)
 
     def _rows(self, site: Site, text: str) -> Tensor | None:
         place = self._places.get((site, text))
@@ -118,66 +83,27 @@ class ActivationCache:
         with self._lock:
             tensors = self._tensors.get(place.shard)
             if tensors is None:
-                tensors = self._tensors[place.shard] = self._read(place.shard)
+                tensors = self._tensors[place.shard] = self._shards.read(place.shard)
                 while len(self._tensors) > OPEN_SHARDS:
                     self._tensors.pop(next(iter(self._tensors)))
         x = tensors.get(_name(site))
         return None if x is None else x[place.start : place.stop]
 
-    def _read(self, shard: str) -> dict[str, Tensor]:
-        """Map a shard, and the first time hold it against its sha256; one that is broken or gone has nothing."""
-        path = self.folder / shard
-        try:
-            if shard in self._whole:
-                return load_file(path)
-            with safe_open(path, framework="pt") as file:
-                expected = file.metadata()["sha256"]
-            tensors = load_file(path)
-            if _digest(tensors) != expected:
-                raise ValueError("its content is not what was written")
-            os.utime(path)  # read now: the last to go
-        except FileNotFoundError:
-            return {}  # another process needed the room
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            log.warning("--cache_dir: %s is broken (%s): its texts are run again", path, error)
-            with suppress(OSError):
-                path.unlink()
-            return {}
-        self._whole.add(shard)
-        return tensors
-
-    def _enter(self, path: Path) -> None:
+    def _enter(self, shard: str) -> None:
         """Note what a shard holds, by its header alone."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                header, names = file.metadata(), list(file.keys())
-            texts, stops = json.loads(header["texts"]), json.loads(header["stops"])
-            places = [_Place(path.name, a, b) for a, b in zip([0, *stops], stops, strict=False)]
-            entries = {(_site(name), text): place for name in names for text, place in zip(texts, places, strict=True)}
-        except FileNotFoundError:
+        found = self._shards.header(shard)
+        if found is None:
             return
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            log.warning("--cache_dir: %s is broken (%s): its texts are run again", path, error)
+        header, names = found
+        try:
+            texts, stops = json.loads(header["texts"]), json.loads(header["stops"])
+            places = [_Place(shard, a, b) for a, b in zip([0, *stops], stops, strict=False)]
+            entries = {(_site(name), text): place for name in names for text, place in zip(texts, places, strict=True)}
+        except BROKEN as error:
+            self._shards.drop(shard, error)
             return
         with self._lock:
             self._places |= entries
-
-    def _make_room(self, n_bytes: int) -> None:
-        """Remove shards that nobody has read for longest, those of this run excepted; full if that is not enough."""
-        self._bytes += n_bytes
-        if self._bytes <= self._limit:
-            return
-        with suppress(Locked), exclusive(self.folder / "eviction"):  # somebody else is at it: that is room too
-            shards = sorted((stat.st_mtime, stat.st_size, path) for path, stat in _stats(self.folder))
-            self._bytes = sum(size for _, size, _ in shards) + n_bytes  # others may have written, or removed
-            for read, size, path in shards:
-                if self._bytes <= self._limit or read >= self._opened:
-                    break
-                path.unlink(missing_ok=True)
-                self._bytes -= size
-            if self._bytes > self._limit:
-                self._full = True
-                log.warning("--cache_dir: full at %.1f GB: further activations are not kept", self._limit / 1024**3)
 
 
 class CachedModel:
@@ -245,14 +171,6 @@ def text_key(ids: Tensor, purpose: str) -> str:
     return hashlib.blake2b(ids.to(torch.int32).numpy().tobytes(), digest_size=16, person=purpose.encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _name(site: Site) -> str:
     return f"{site.layer} {site.hookpoint}"
 
@@ -260,9 +178,3 @@ def _name(site: Site) -> str:
 def _site(name: str) -> Site:
     layer, _, hookpoint = name.partition(" ")
     return Site(int(layer), hookpoint)
-
-
-def _stats(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in folder.glob(f"*{SUFFIX}"):
-        with suppress(FileNotFoundError):
-            yield path, path.stat()

@@ -106,9 +106,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, help="texts in a forward pass (by free memory); halved on out-of-memory")
     add("--queue_gb", type=float, default=2.0, help="memory for rows between the threads; collected rows beyond it are "
         "kept in temporary files (%(default)s)")  # fmt: skip
-    add("--cache_dir", type=Path, help="keep the model's activations there: another SAE on the same texts needs no "
-        "forward pass (not kept)")  # fmt: skip
-    add("--cache_gb", type=float, default=50.0, help="how much of them; what was read longest ago goes (%(default)s)")
+    add("--cache_dir", type=Path, help="keep the model's activations and the probes fitted on them there: another SAE "
+        "on the same texts needs no forward pass, and no probes but its own (not kept)")  # fmt: skip
+    add("--cache_gb", type=float, default=50.0, help="how much --cache_dir holds in all, of whatever models; what was "
+        "read longest ago goes (%(default)s)")  # fmt: skip
     add("--overwrite", action="store_true", help="replace result files made with other settings")
     add("--force", action="store_true", help="measure an SAE although the check before the run finds that it fits "
         "another place, normalisation or BOS setting far better")  # fmt: skip

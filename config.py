@@ -50,7 +50,7 @@ class RunConfig:
     repeats: int
     seed: int
     queue_gb: float
-    cache_dir: Path | None  # None: activations are not kept
+    cache_dir: Path | None  # None: neither activations nor fits are kept
     cache_gb: float
     overwrite: bool
     force: bool  # measure SAEs that do not seem to fit

@@ -15,6 +15,7 @@ from calibration import SiteSample, calibrate
 from config import RunConfig
 from datasets_wikidata import TokenisedMentions, tokenise
 from errors import RequestError
+from fit_cache import FitCache
 from language_model import ActivationSource, LanguageModel, ModelInfo, Site
 from out_of_memory import ERRORS, is_out_of_memory
 from pipeline import sharing_cores
@@ -22,6 +23,7 @@ from planning import Plan
 from preflight import Preflight, neighbours
 from records import RecordFile
 from sae_loader import Sae, SaeSource, SparseRows
+from selectivity import FitModel, fit_model
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,13 @@ def model_loader(config: RunConfig, info: ModelInfo) -> Callable[[Collection[Sit
         return load
     cache = ActivationCache.open(config.cache_dir, config.cache_gb, info.fingerprint(), dtype)
     return lambda sites: CachedModel(cache, load, sites, torch.device(config.device1))
+
+
+def model_fitter(config: RunConfig) -> FitModel:
+    """What fits the probes of the model's own activations; with a cache, those that are not in it."""
+    if config.cache_dir is None:
+        return fit_model
+    return FitCache.open(config.cache_dir, config.cache_gb).fit_model
 
 
 def _load_fitting(

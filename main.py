@@ -47,7 +47,7 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     from activations import Item, Producer, RowTable, plan_blocks, tokens_in_memory
     from bounded_queue import BoundedQueue
     from datasets_wikidata import tokenise
-    from loading import codes_of_names, load_weights
+    from loading import codes_of_names, load_weights, model_fitter
     from pipeline import run, sharing_cores
     from planning import missing_work
     from prober import Prober, ProbeSettings, Work
@@ -62,15 +62,16 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
         tokenised = tokenise(
             plan.texts.mentions, plan.info.tokenizer, prepend_bos=plan.prepend_bos, max_length=plan.info.max_length
         )
+    settings = ProbeSettings(
+        config.folds, config.repeats, config.seed, config.views, config.epsilon,
+        torch.device(config.device2), model_fitter(config),
+    )  # fmt: skip
     with clock.stage("load"):
         model, saes = load_weights(config, plan, missing, files, tokenised)
     rows = RowTable.build(tokenised, config.positions)
     blocks = [block for block in plan_blocks(plan.texts) if block.datasets & missing.keys()]
     queue_bytes = int(config.queue_gb * 1024**3)
     queue: BoundedQueue[Item] = BoundedQueue(queue_bytes, lambda item: item.nbytes)
-    settings = ProbeSettings(
-        config.folds, config.repeats, config.seed, config.views, config.epsilon, torch.device(config.device2)
-    )
     names, codes = [subject.name for subject in plan.subjects], codes_of_names(plan, tokenised)
     latents_of = plan.with_latents if "latents" in config.views else frozenset()
     work = Work(plan.texts, rows, plan.widths, files, missing, names, codes, latents_of)

@@ -31,7 +31,7 @@ from row_store import NonFiniteError, RowStore
 from sae_level import with_q_values
 from sae_loader import SparseRows
 from scores import LayerScores, key_digest, path_of, prune, save
-from selectivity import OutOfFold, ViewFit, as_record, fit_model, fit_sparse, measure, out_of_fold
+from selectivity import FitModel, OutOfFold, ViewFit, as_record, fit_sparse, measure, out_of_fold
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class ProbeSettings:
     views: tuple[str, ...]
     epsilon: float  # differences of selectivity within +-this count as preserved
     device: torch.device
+    fit_model: FitModel  # fits the model's own view, or has its fit from an earlier run
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class _TaskSet:
     ) -> dict[SaeId, OutOfFold]:
         """Scores by SAE; the model's view and the control task are fitted once."""
         x = store.get(site, None, self.row_ids, settings.device)
-        model = fit_model(self.plan, x, backend, control=self.control)
+        model = settings.fit_model(self.plan, x, backend, control=self.control)
         found = {}
         for sae_id in sae_ids:
             if sae_id in self.codes:

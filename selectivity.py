@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -105,6 +105,19 @@ class ProbeResult(Statistics):
     n_iter: int  # the most that a fit took
 
 
+class FitModel(Protocol):
+    """What gives the model's view its probes: `fit_model`, or a store of what that has given before."""
+
+    def __call__(
+        self,
+        plan: FoldPlan,
+        x: Tensor,
+        backend: ProbeBackend,
+        cs: Sequence[float] = DEFAULT_CS,
+        control: FoldPlan | None = None,
+    ) -> ModelFit: ...
+
+
 def fit_model(
     plan: FoldPlan,
     x: Tensor,
@@ -122,8 +135,12 @@ def fit_model(
 
 
 def _fit_control(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float]) -> ProbeScores:
-    scores = fit_view(plan, x, training_scales(plan, x), backend, cs).scores
-    return ProbeScores({"model": _kept(scores)[0]}, plan.labels[0], plan.groups, plan.weights, plan.folds)
+    return control_scores(plan, _kept(fit_view(plan, x, training_scales(plan, x), backend, cs).scores)[0])
+
+
+def control_scores(plan: FoldPlan, scores: NDArray[np.float16]) -> ProbeScores:
+    """Scores [repeats, rows] of the control task's one probe, with what they are scores of."""
+    return ProbeScores({"model": scores}, plan.labels[0], plan.groups, plan.weights, plan.folds)
 
 
 def out_of_fold(

@@ -7,8 +7,10 @@ with replacing(path, "w", encoding="utf-8") as file:
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +21,7 @@ def replacing(path: Path, mode: str, encoding: str | None = None, sync: bool = T
 
     sync: wait until the disk has it, so that not even a power cut leaves half a file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # ours alone, on whatever machine
     try:
         with temporary.open(mode, encoding=encoding) as file:
             yield file
@@ -31,7 +33,12 @@ def replacing(path: Path, mode: str, encoding: str | None = None, sync: bool = T
         temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path, name: str) -> None:
-    """Remove what killed runs left of `replacing` a file of this name (a glob pattern) in the folder."""
+def sweep(folder: Path, name: str, age: float = 0.0) -> None:
+    """Remove what killed runs left of `replacing` a file of this name (a glob pattern) in the folder.
+
+    age: seconds for which nobody has written to it; where others may be writing now.
+    """
     for left_over in folder.glob(f".{name}.*.tmp"):
-        left_over.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if time.time() - left_over.stat().st_mtime >= age:
+                left_over.unlink()

@@ -11,7 +11,7 @@ import torch
 from conftest import N_LAYERS, people, write_csv, write_sparsify
 from runs import Request, numbers, scores_of
 
-import activation_cache
+import shard_folder
 from activation_cache import ActivationCache, CachedModel, text_key
 from language_model import LanguageModel, Site, open_model
 
@@ -205,7 +205,7 @@ def test_a_full_disk_is_no_error(tmp_path, info, monkeypatch, caplog):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(activation_cache, "replacing", full)
+    monkeypatch.setattr(shard_folder, "replacing", full)
     cache = ActivationCache.open(tmp_path, 1, "m", "float32")
     for seed in range(2):
         cached(cache, info).activations(texts(seed), WIDTHS)

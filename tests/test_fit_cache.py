@@ -1,0 +1,362 @@
+"""The cache of fits: no probe of the model's view twice, no bit changed, and nothing read that would be fitted anew."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import N_LAYERS, people, write_csv, write_sparsify
+from runs import Request, numbers, scores_of
+from test_house import ROOT, imported
+
+import fit_cache
+import shard_folder
+from command_line import parse_config
+from fit_cache import FitCache, program_digest
+from folds import FoldPlan, control_plan
+from planning import make_plan
+from probe_backends.problem import ProbeProblem
+from probe_backends.sklearn_reference import SklearnReference
+from probe_backends.torch_lbfgs import TorchLbfgs
+from scale import units, worker
+from selectivity import ModelFit, fit_model
+
+BACKEND = TorchLbfgs()
+OF_MODEL, OF_SAE = 2 * N_LAYERS, N_LAYERS  # fits of a run: the model's view and the control task; an SAE's view
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """The features of every call of a backend, by digest: how often each was fitted."""
+    counted: Counter[str] = Counter()
+
+    def counting(plain):
+        def fit(self, problem: ProbeProblem):
+            counted[hashlib.sha256(problem.x.numpy().tobytes()).hexdigest()] += 1
+            return plain(self, problem)
+
+        return fit
+
+    for backend in (TorchLbfgs, SklearnReference):
+        monkeypatch.setattr(backend, "fit", counting(backend.fit))
+    return counted
+
+
+@pytest.fixture
+def request_(tiny_model, tiny_saes, people_csv, tmp_path):
+    return Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "out").plus("--cache_dir", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def other_saes(tmp_path):
+    return write_sparsify(tmp_path / "sae-other", k=4)
+
+
+def shards(root: Path) -> list[Path]:
+    return sorted(root.glob("probes/*.safetensors"))
+
+
+# as it is used
+
+
+def test_another_sae_fits_its_own_view_only_and_no_bit_changes(request_, other_saes, fitted, tmp_path, caplog):
+    plain = Request(request_.model, (other_saes,), request_.data, tmp_path / "plain")
+    assert plain.run() == 0
+    assert fitted.total() == OF_MODEL + OF_SAE
+    without_cache = Counter(fitted)
+    fitted.clear()
+    assert request_.run() == 0
+    of_model = fitted & without_cache  # what both SAEs' runs fitted
+    assert of_model.total() == OF_MODEL
+    fitted.clear()
+    caplog.set_level(logging.INFO, "fit_cache")
+    second = Request(request_.model, (other_saes,), request_.data, tmp_path / "second", request_.more)
+    assert second.plus("--verbose").run() == 0
+    assert fitted == without_cache - of_model
+    assert caplog.text.count("are read from") == N_LAYERS
+    assert numbers(tmp_path / "second") == numbers(tmp_path / "plain")
+    assert scores_of(tmp_path / "second") == scores_of(tmp_path / "plain")
+
+
+def test_cold_and_warm_the_bits_are_those_of_a_run_without_a_cache(request_, tmp_path):
+    """All views, and baselines, which share the model's fits with the SAE."""
+    views = ("--views", "model,sae,error,latents", "--baselines", "identity,mean,names")
+    assert request_.plus(*views).run() == 0
+    assert request_.plus(*views).into(tmp_path / "warm").run() == 0
+    plain = Request(request_.model, request_.saes, request_.data, tmp_path / "plain")
+    assert plain.plus(*views).run() == 0
+    assert numbers(request_.out) == numbers(tmp_path / "warm") == numbers(tmp_path / "plain")
+    assert scores_of(request_.out) == scores_of(tmp_path / "warm") == scores_of(tmp_path / "plain")
+
+
+@pytest.mark.parametrize(
+    ("flags", "n_fits"),
+    [
+        (("--epsilon", "0.05"), OF_SAE),
+        (("--seed", "1"), OF_MODEL + OF_SAE),
+        (("--folds", "4"), OF_MODEL + OF_SAE),
+        (("--repeats", "2"), OF_MODEL + OF_SAE),
+        (("--positions", "mean"), OF_MODEL + OF_SAE),
+        (("--probe", "sklearn"), OF_MODEL + OF_SAE),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, tuple) else None,
+)
+def test_what_decides_on_the_fit_makes_another(request_, fitted, tmp_path, flags, n_fits):
+    assert request_.run() == 0
+    fitted.clear()
+    assert request_.plus(*flags).into(tmp_path / "second").run() == 0
+    assert fitted.total() == n_fits
+
+
+def test_other_data_and_a_changed_program_make_another(request_, fitted, tmp_path, monkeypatch):
+    assert request_.run() == 0
+    fitted.clear()
+    data = write_csv(tmp_path / "more.csv", people(200))
+    assert Request(request_.model, request_.saes, data, tmp_path / "more", request_.more).run() == 0
+    assert fitted.total() == OF_MODEL + OF_SAE
+    monkeypatch.setattr(fit_cache, "PROGRAM", "a" * 64)
+    fitted.clear()
+    assert request_.into(tmp_path / "changed").run() == 0
+    assert fitted.total() == OF_MODEL + OF_SAE
+
+
+def test_beside_another_task_a_task_reads_the_same_fits(request_, fitted, tmp_path):
+    """People get other numbers then, which no fit depends on."""
+    assert request_.run() == 0
+    fitted.clear()
+    rows = [{**row, "task": "women"} for row in people(240)]
+    rows += [{**row, "task": "others", "group": f"A. {row['group']}"} for row in people(60, seed=1)]
+    both = replace(request_, data=write_csv(tmp_path / "both.csv", rows)).into(tmp_path / "both")
+    assert both.run() == 0
+    assert fitted.total() == OF_MODEL + 2 * OF_SAE, "of the other task, and of the SAE in both"
+
+
+def test_units_of_many_workers_read_what_main_has_fitted(request_, fitted, tmp_path, monkeypatch):
+    assert request_.run() == 0
+    fitted.clear()
+    monkeypatch.chdir(tmp_path)
+    config, _ = parse_config(request_.into(tmp_path / "units").argv)
+    for unit in units.plan_units(config, make_plan(config), layers_per_unit=1, saes_per_unit=1):
+        assert worker.run_unit(unit, tmp_path, own_device=False).status == "done"
+    assert fitted.total() == OF_SAE
+
+
+def test_a_full_disk_is_no_error(request_, tmp_path, monkeypatch, caplog):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shard_folder, "replacing", full)
+    assert request_.run() == 0
+    assert caplog.text.count("No space left on device: probe fits are not kept") == 1
+    monkeypatch.undo()
+    plain = Request(request_.model, request_.saes, request_.data, tmp_path / "plain")
+    assert plain.run() == 0
+    assert numbers(request_.out) == numbers(tmp_path / "plain")
+
+
+def flipped(path: Path, _other: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0xFF
+    path.write_bytes(content)
+
+
+def cut(path: Path, _other: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def emptied(path: Path, _other: Path) -> None:
+    path.write_bytes(b"")
+
+
+def exchanged(path: Path, other: Path) -> None:
+    shutil.copy(other, path)
+
+
+@pytest.mark.parametrize("damage", [flipped, cut, emptied, exchanged])
+def test_a_broken_fit_is_told_removed_and_fitted_again(request_, fitted, tmp_path, caplog, damage):
+    assert request_.run() == 0
+    whole = {path: path.read_bytes() for path in shards(tmp_path / "cache")}
+    damage(*list(whole)[:2])
+    fitted.clear()
+    assert request_.into(tmp_path / "second").run() == 0
+    assert fitted.total() == OF_SAE + OF_MODEL // N_LAYERS
+    assert caplog.text.count("is broken") == 1
+    assert numbers(request_.out) == numbers(tmp_path / "second")
+    assert scores_of(request_.out) == scores_of(tmp_path / "second")
+    assert {path: path.read_bytes() for path in shards(tmp_path / "cache")} == whole
+
+
+# part by part
+
+
+N, D = 120, 6
+
+
+def task(seed: int = 0, **changes) -> dict:
+    """What `fit_model` is given: two targets of 60 people, with the control task of 30 token types."""
+    random = np.random.default_rng(seed)
+    labels = random.random((2, 60)) < 0.5
+    plan = FoldPlan.build(labels.repeat(2, axis=1), np.arange(N) // 2, random.random(N) + 0.5, 3, 2, seed)
+    control = control_plan(np.arange(N) // 4, np.arange(N), None, 3, seed)
+    x = torch.from_numpy(random.standard_normal((N, D)).astype(np.float32) + labels.repeat(2, axis=1)[:1].T)
+    return {"plan": plan, "x": x, "backend": BACKEND, "cs": (0.1, 1.0), "control": control} | changes
+
+
+def same(one: ModelFit, other: ModelFit) -> bool:
+    """To the bit, with types, shapes and the memory's order."""
+    pairs = [(one.scale, other.scale), *((getattr(one.fit, name), getattr(other.fit, name)) for name in vars(one.fit))]
+    if one.control is not None:
+        assert one.control.persons is not None
+        pairs += [(getattr(one.control, name), getattr(other.control, name)) for name in ("labels", "weights", "folds")]
+        pairs.append((one.control.views["model"], other.control.views["model"]))
+    assert one.cs == other.cs
+    assert (one.control is None) == (other.control is None)
+    tensors = [(torch.as_tensor(a), torch.as_tensor(b)) for a, b in pairs]
+    return all(type(a) is type(b) for a, b in pairs) and all(
+        a.dtype == b.dtype and torch.equal(a, b) and (a.stride() == b.stride() or not a.numel()) for a, b in tensors
+    )
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_what_is_read_is_what_was_fitted(tmp_path, fitted, control):
+    given = task() if control else task(control=None)
+    FitCache.open(tmp_path, 1).fit_model(**given)
+    fitted.clear()
+    found = FitCache.open(tmp_path, 1).fit_model(**given)
+    assert not fitted
+    assert found.x is given["x"]
+    assert same(found, fit_model(**given))
+    aligned = [found.scale, found.fit.coef, found.fit.intercept, found.fit.scores]
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in aligned), "as fresh ones, or products of them round otherwise"
+
+
+def test_of_no_target_there_is_no_fit_to_read(tmp_path):
+    """Too few people: nothing is measured, warm as cold."""
+    nobody = FoldPlan.build(np.ones((1, N)), np.arange(N), None, 3, 1, 0)
+    for _ in range(2):
+        found = FitCache.open(tmp_path, 1).fit_model(**task(plan=nobody))
+        assert same(found, fit_model(**task(plan=nobody)))
+
+
+def changed(name: str, **parts) -> Callable[[dict], dict]:
+    return lambda given: given | {name: replace(given[name], **{k: f(given[name]) for k, f in parts.items()})}
+
+
+def nudged(given: dict) -> dict:
+    x = given["x"].clone()
+    x[5, 3] = torch.nextafter(x[5, 3], torch.tensor(9.0))
+    return given | {"x": x}
+
+
+def other_first(array: np.ndarray) -> np.ndarray:
+    found = array.copy()
+    found[..., 0] = 1 - found[..., 0]
+    return found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nudged,
+        lambda given: given | {"x": given["x"][:, :-1]},
+        lambda given: given | {"x": given["x"].double()},
+        lambda given: given | {"cs": (0.1, 1.5)},
+        lambda given: given | {"control": None},
+        lambda given: given | {"backend": TorchLbfgs(tolerance=1e-5)},
+        lambda given: given | {"backend": SklearnReference()},
+        changed("plan", labels=lambda plan: plan.labels[:1], kept=lambda plan: (0,)),
+        changed("plan", labels=lambda plan: plan.labels[[1, 0]]),
+        changed("plan", weights=lambda plan: other_first(plan.weights)),
+        changed("plan", folds=lambda plan: other_first(plan.folds)),
+        changed("plan", folds=lambda plan: plan.folds[:1]),
+        changed("control", labels=lambda plan: ~plan.labels),
+        changed("control", weights=lambda plan: plan.weights * 2),
+        changed("control", folds=lambda plan: (plan.folds + 1) % 3),
+    ],
+)
+def test_every_input_of_a_fit_makes_another(tmp_path, fitted, change):
+    FitCache.open(tmp_path, 1).fit_model(**task())
+    fitted.clear()
+    given = change(task())
+    found = FitCache.open(tmp_path, 1).fit_model(**given)
+    assert fitted
+    assert same(found, fit_model(**given))
+
+
+def test_who_the_people_are_makes_no_other_fit(tmp_path, fitted):
+    FitCache.open(tmp_path, 1).fit_model(**task())
+    fitted.clear()
+    FitCache.open(tmp_path, 1).fit_model(**changed("plan", groups=lambda plan: plan.groups + 7)(task()))
+    assert not fitted
+
+
+@pytest.mark.parametrize("what", ["threads", "library", "processor"])
+def test_what_computes_makes_another(tmp_path, fitted, monkeypatch, what):
+    """Sums of two threads round otherwise than those of one."""
+    FitCache.open(tmp_path, 1).fit_model(**task())
+    fitted.clear()
+    if what == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    elif what == "library":
+        monkeypatch.setattr(fit_cache, "version", lambda name: "0.1")
+    else:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "Z80")
+    FitCache.open(tmp_path, 1).fit_model(**task())
+    assert fitted
+
+
+def test_the_digest_is_of_selectivity_and_of_all_that_it_imports(tmp_path):
+    seen: set[Path] = set()
+    left = [ROOT / "selectivity.py", ROOT / "fit_cache.py", *(ROOT / "probe_backends").glob("*.py")]
+    storage = {"shard_folder", "file_lock", "whole_file"}  # holds what it is given to its sha256
+    while left:
+        path = left.pop()
+        if path not in seen:
+            seen.add(path)
+            left += [ROOT / f"{name}.py" for name in imported(path) - storage if (ROOT / f"{name}.py").exists()]
+    assert {path for source in fit_cache.SOURCES for path in ROOT.glob(source)} == seen
+    for path in seen:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_text(path.read_text("utf-8"), "utf-8")
+    assert program_digest(tmp_path) == program_digest(ROOT)
+    for path in seen:
+        copy = tmp_path / path.relative_to(ROOT)
+        text = copy.read_text("utf-8")
+        copy.write_text(f"{text}# another\n", "utf-8")
+        assert program_digest(tmp_path) != program_digest(ROOT), path.name
+        copy.write_text(text, "utf-8")
+
+
+def test_writers_at_the_same_time_leave_whole_fits(tmp_path, fitted, caplog):
+    """Four runs that fit the same problems, in different orders."""
+    expected = {seed: fit_model(**task(seed)) for seed in range(6)}
+    caches = [FitCache.open(tmp_path, 1) for _ in range(4)]
+    wrong = []
+
+    def work(start: int, cache: FitCache) -> None:
+        for seed in [*range(start, 6), *range(start)]:
+            if not same(cache.fit_model(**task(seed)), expected[seed]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(i % 2, cache)) for i, cache in enumerate(caches)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(list((tmp_path / "probes").iterdir())) == 6, "a shard each, and nothing unfinished"
+    fitted.clear()
+    for seed in range(6):
+        assert same(FitCache.open(tmp_path, 1).fit_model(**task(seed)), expected[seed])
+    assert not fitted
