@@ -4,24 +4,26 @@ Held-out rows have weight 0, so the matrix is the same for all columns. It is ke
 scaled; products in float64 read x itself, converted a block of rows at a time, which needs no float64 copy.
 
 The preconditioner is the inverse Hessian at zero (Böhning 1992's bound), averaged over the columns and shrunk to their
-mean curvature. A Hessian made anew for each C saved a tenth of the iterations and took as long or longer; one
-eigendecomposition for all C with a curvature of each column's own saved none.
+mean curvature. A Hessian made anew for each C saved a tenth of the iterations and took as long or longer, and so did a
+split's own; one eigendecomposition for all C with a curvature of each column's own saved none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from probe_backends.lbfgs import Loss, dot
+from probe_backends.lbfgs import Loss, Parabola, dot
 from probe_backends.problem import ProbeProblem
 
-_TEMPORARIES = 10  # float64 matrices [columns, rows] alive at once
+_TEMPORARIES = 12  # float64 matrices [columns, rows] alive at once
 _BLOCK_ON_CPU, _BLOCK = 2**18, 2**24  # cells of x converted at a time: what a cache holds; elsewhere, few launches
+_PANEL = 128  # columns of the Gram matrix made at a time, from the diagonal on: the other half is the mirror image
+_FEW = 32  # for fewer columns than one in so many features, solving takes less time than an inverse and its products
 _ROUGH_PAYS = 2**17  # cells of x from which on a product takes longer than the calls around it
 
 
@@ -66,9 +68,9 @@ class DenseDesign:
             index, split, loss, Exact(self.x, self.centre, self.divisor[split], self.block), penalty, self
         )
 
-    def preconditioners(self) -> InverseHessians:
+    def preconditioners(self, n_columns: int) -> InverseHessians:
         """Along C."""
-        return InverseHessians(self.z)
+        return InverseHessians(self.z, inverted=_FEW * n_columns >= self.z.shape[1])
 
 
 class Products(Protocol):
@@ -135,38 +137,63 @@ class Rough:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a parabola starts: its gradients are the one there and the change since."""
+
+    theta: Tensor  # [columns, d + 1]
+    gradient: Tensor  # [columns, d + 1]
+
+    def select(self, chosen: Tensor) -> Origin:
+        return Origin(self.theta[chosen], self.gradient[chosen])
+
+
+@dataclass(frozen=True)
 class DenseColumns:
     """Theta [columns, d + 1] has the intercept last."""
 
     index: Tensor  # int64 [columns]
     split: Tensor  # int64 [columns]
-    loss: Loss
+    loss: Loss | Parabola
     products: Products
     penalty: Tensor  # [d + 1], 1 but 0 for the intercept
     design: DenseDesign
+    origin: Origin | None = None  # where the loss is a parabola
+
+    def times(self, c: float) -> DenseColumns:
+        assert isinstance(self.loss, Loss), "a parabola is of one C"
+        return replace(self, loss=self.loss.times(c))
 
     def rough(self) -> DenseColumns | None:
         if self.design.x.numel() < _ROUGH_PAYS:
             return None
+        assert isinstance(self.loss, Loss), "a parabola is rough already"
         stretch = torch.ones(len(self.index), self.design.z.shape[1], device=self.design.z.device)
         stretch[:, :-1] = self.design.unit / self.design.divisor[self.split]
         products = Rough(self.design.z, stretch)
         return DenseColumns(self.index, self.split, self.loss.single(), products, self.penalty.float(), self.design)
 
+    def near(self, theta: Tensor, margins: Tensor, gradient: Tensor) -> DenseColumns:
+        loss = Parabola(self.loss.curvature(margins.to(theta.dtype)))
+        return replace(self, loss=loss, origin=Origin(theta, gradient))
+
     def select(self, chosen: Tensor) -> DenseColumns:
         parts = self.index[chosen], self.split[chosen], self.loss.select(chosen), self.products.select(chosen)
-        return DenseColumns(*parts, self.penalty, self.design)
+        origin = None if self.origin is None else self.origin.select(chosen)
+        return DenseColumns(*parts, self.penalty, self.design, origin)
 
     def margins(self, theta: Tensor) -> Tensor:
         return self.products.forward(theta)
 
-    def gradients(self, theta: Tensor, residual: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
-        gradient = self.products.backward(residual).add_(theta * self.penalty)
-        return gradient, (gradient.float() @ inverse).to(gradient.dtype)
+    def gradients(self, theta: Tensor, residual: Tensor, preconditioner: InverseHessian) -> tuple[Tensor, Tensor]:
+        gradient = self.products.backward(residual)
+        if self.origin is None:
+            gradient += theta * self.penalty
+        else:
+            gradient += (theta - self.origin.theta) * self.penalty + self.origin.gradient
+        return gradient, preconditioner.times(gradient.float()).to(gradient.dtype)
 
-    def along(self, theta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        penalised = self.penalty * direction
-        return self.margins(direction), dot(penalised, theta), dot(penalised, direction)
+    def along(self, direction: Tensor) -> tuple[Tensor, Tensor]:
+        return self.margins(direction), dot(self.penalty * direction, direction)
 
     def lengths(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
         return newton.norm(dim=1), theta[:, :-1].norm(dim=1)
@@ -176,15 +203,30 @@ class DenseColumns:
         return coef, theta[:, -1] - coef @ self.design.centre
 
 
-class InverseHessians:
-    """The inverse Hessian, float32 [d + 1, d + 1], of the objective for stretch 1, along C."""
+@dataclass(frozen=True)
+class InverseHessian:
+    """Of the objective for stretch 1."""
 
-    def __init__(self, z: Tensor) -> None:
-        self._z = z
+    factor: Tensor  # float32 [d + 1, d + 1], the Hessian's lower Cholesky factor
+    inverse: Tensor | None  # float32 [d + 1, d + 1]; None: solving for few columns takes less time
+
+    def times(self, v: Tensor) -> Tensor:
+        """Times v [columns, d + 1]."""
+        if self.inverse is not None:
+            return v @ self.inverse
+        half = torch.linalg.solve_triangular(self.factor, v.T, upper=False)  # `cholesky_solve` copies the factor
+        return torch.linalg.solve_triangular(self.factor.T, half, upper=True).T
+
+
+class InverseHessians:
+    """Inverse Hessians along C."""
+
+    def __init__(self, z: Tensor, inverted: bool) -> None:
+        self._z, self._inverted = z, inverted
         self._gram: Tensor | None = None  # z' S z for the first curvature S, and the sum of that
         self._sum = torch.ones(())
 
-    def at(self, c: float, curvature: Tensor) -> Tensor:
+    def at(self, c: float, curvature: Tensor) -> InverseHessian:
         """For C = c, where `curvature` [rows] is the loss's for C = 1, averaged over the columns."""
         if self._gram is None:
             self._gram, self._sum = self._weighted_gram(curvature.float()), curvature.sum()
@@ -195,13 +237,16 @@ class InverseHessians:
             hessian.diagonal().add_(rounding)
             factor, failed = torch.linalg.cholesky_ex(hessian)
             if not bool(failed):
-                return torch.cholesky_inverse(factor)
+                return InverseHessian(factor, torch.cholesky_inverse(factor) if self._inverted else None)
             rounding *= 10
 
     def _weighted_gram(self, curvature: Tensor) -> Tensor:
+        """z' diag(curvature) z: its lower triangle, and a little above."""
         gram = self._z.new_zeros(self._z.shape[1], self._z.shape[1])
         for rows in _blocks(self._z):
-            gram.addmm_(self._z[rows].T, self._z[rows] * curvature[rows, None])
+            part, weighted = self._z[rows], self._z[rows] * curvature[rows, None]
+            for start in range(0, len(gram), _PANEL):
+                gram[start:, start : start + _PANEL].addmm_(part[:, start:].T, weighted[:, start : start + _PANEL])
         return gram
 
 

@@ -4,7 +4,7 @@ The columns (target x split) of a problem are solved together by preconditioned 
 starts from its solution at the smaller C. What the columns share, the features and the preconditioner, is a `Design`:
 `torch_dense` or `torch_sparse`.
 
-Float32 alone stalls above the tolerance for some C, so every fit of strided features ends in float64 (`lbfgs`).
+Float32 alone stalls above the tolerance for some C, so every fit of strided features is settled in float64 (`lbfgs`).
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Design(Protocol[P]):
         """Regressions with these indices, splits (both int64 [columns]) and losses."""
         ...
 
-    def preconditioners(self) -> Preconditioners[P]:
-        """Along C."""
+    def preconditioners(self, n_columns: int) -> Preconditioners[P]:
+        """Along C, for so many columns in all."""
         ...
 
 
@@ -98,12 +98,12 @@ class TorchLbfgs:
 
     def _fit_chunk(self, cs: tuple[float, ...], parts: _Parts[P], fits: ProbeFits) -> None:
         """Solve the columns for every C, and write them into `fits` in the units of x."""
-        preconditioners = parts.design.preconditioners()
+        preconditioners = parts.design.preconditioners(parts.n_columns)
         for i, c in enumerate(cs):
             preconditioner = preconditioners.at(c, parts.mean_curvature())
             for columns, theta, margins in parts:
                 limits = Limits(self.tolerance, self.max_iter)
-                best = minimise(columns, c, theta, margins, preconditioner, limits, self.memory)
+                best = minimise(columns.times(c), theta, margins, preconditioner, limits, self.memory)
                 parts.keep(best.theta, best.margins)
                 coef, intercept = columns.coefficients(best.theta)
                 fits.coef[i].flatten(0, 1)[columns.index] = coef
@@ -116,7 +116,8 @@ class _Parts(Generic[P]):
     """Columns that share a preconditioner, in parts that are solved one after the other.
 
     A single part keeps its margins from one C to the next. Of several only theta is kept, the rest is made anew: its
-    memory is what they are split for. Sharing the preconditioner, each column takes the same steps either way.
+    memory is what they are split for. Sharing the preconditioner, each column takes the same steps either way, up to
+    rounding and the tolerance.
     """
 
     def __init__(self, problem: ProbeProblem, design: Design[P], parts: Sequence[Tensor]) -> None:
@@ -142,7 +143,7 @@ class _Parts(Generic[P]):
         """Second derivative of the loss for C = 1 by the margins, averaged over all columns. [rows]"""
         total = torch.zeros(self._problem.x.shape[0], dtype=torch.float64, device=self._device)
         for columns, _, margins in self:
-            total += columns.loss.curvature(margins, 1.0).sum(dim=0)
+            total += columns.loss.curvature(margins).sum(dim=0)
         return total / self.n_columns
 
     def _go_to(self, place: int) -> None:
@@ -150,6 +151,6 @@ class _Parts(Generic[P]):
         index = self._parts[place].to(self._device)
         target, split = index // self._problem.n_splits, index % self._problem.n_splits
         labels = self._problem.labels.to(self._device)[target]
-        loss = Loss(labels.double(), balanced(labels, self._problem.weight.to(self._device)[split]))
+        loss = Loss.of(labels, balanced(labels, self._problem.weight.to(self._device)[split]))
         self._columns = self.design.columns(index, split, loss)
         self._margins = self._columns.margins(self._theta[place])

@@ -16,7 +16,7 @@ gather-sum by `embedding_bag` 2.7 ms; SciPy took 1.5 ms and works on a CPU only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -99,9 +99,9 @@ class SparseDesign:
     def columns(self, index: Tensor, split: Tensor, loss: Loss) -> SparseColumns:
         """Regressions with these indices, splits (both int64 [columns]) and losses."""
         gain = None if self.gain is None else self.gain[split].T
-        return SparseColumns(index, Loss(_by_row(loss.positive), _by_row(loss.weight)), self, gain)
+        return SparseColumns(index, Loss(_by_row(loss.weight), _by_row(loss.pull)), self, gain)
 
-    def preconditioners(self) -> SparsePreconditioners:
+    def preconditioners(self, n_columns: int) -> SparsePreconditioners:
         """Along C."""
         return SparsePreconditioners(self)
 
@@ -118,13 +118,16 @@ class SparseColumns:
     design: SparseDesign
     gain: Tensor | None  # [live, columns]: each column sees x by the scale of its own split
 
+    def times(self, c: float) -> SparseColumns:
+        return replace(self, loss=self.loss.times(c))
+
     def rough(self) -> None:
         return None
 
     def select(self, chosen: Tensor) -> SparseColumns:
         loss = self.loss.select(chosen)
         gain = None if self.gain is None else self.gain[:, chosen]
-        return SparseColumns(self.index[chosen], Loss(_by_row(loss.positive), _by_row(loss.weight)), self.design, gain)
+        return SparseColumns(self.index[chosen], Loss(_by_row(loss.weight), _by_row(loss.pull)), self.design, gain)
 
     def margins(self, theta: Tensor) -> Tensor:
         return self._kernel(theta[:, :-1]) + theta[:, -1:]
@@ -137,9 +140,9 @@ class SparseColumns:
         shift = (slope - solved.sum(dim=1, keepdim=True)) / preconditioner.ones.sum()
         return _beside(gradient, slope), _beside(rest - solved - preconditioner.ones * shift, shift)
 
-    def along(self, theta: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def along(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         kernel = self._kernel(direction[:, :-1])
-        return kernel + direction[:, -1:], dot(theta[:, :-1], kernel), dot(direction[:, :-1], kernel)
+        return kernel + direction[:, -1:], dot(direction[:, :-1], kernel)
 
     def lengths(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
         """The step's in the norm of the Hessian, which is never less than the step's own; the coefficients' own."""

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from benchmarks import bench_probes
 from errors import RequestError
-from probe_backends import torch_dense
+from probe_backends import lbfgs, torch_dense
 from probe_backends.cuml_qn import CumlQn
 from probe_backends.problem import balanced
 from probe_backends.sklearn_reference import SklearnReference
@@ -97,6 +97,49 @@ def test_float32_that_comes_to_nothing_is_done_again_in_float64(monkeypatch):
     assert ((fits.coef - expected.coef).norm(dim=-1) / expected.coef.norm(dim=-1)).max() < 1e-5
 
 
+def test_a_rough_way_that_ends_too_early_is_gone_on_in_float64(monkeypatch):
+    task = problem(**LARGE, targets=2)
+    expected = TorchLbfgs(tolerance=1e-9).fit(task)
+    went, far = [], lbfgs._far
+    monkeypatch.setattr(lbfgs, "_ROUGH", 0.3)
+    monkeypatch.setattr(lbfgs, "_far", lambda *thetas: went.append(far(*thetas)) or went[-1])
+    fits = TorchLbfgs().fit(task)
+    assert sum(map(len, went)) > 0, "some columns left the parabola"
+    assert fits.converged.all()
+    assert ((fits.coef - expected.coef).norm(dim=-1) / expected.coef.norm(dim=-1)).max() < 1e-5
+
+
+@pytest.mark.parametrize("max_iter", [1, 4])
+def test_a_rough_fit_that_was_stopped_says_so(max_iter):
+    fits = TorchLbfgs(max_iter=max_iter).fit(problem(**LARGE, noise=0.05))
+    assert not fits.converged[-1].any()
+    assert (fits.n_iter[-1] == max_iter).all()
+
+
+def test_the_last_step_brings_coefficients_within_the_tolerance():
+    task = problem(**LARGE, targets=4)
+    found, expected = TorchLbfgs().fit(task), TorchLbfgs(tolerance=1e-9).fit(task)
+    error = (found.coef - expected.coef).norm(dim=-1) / expected.coef.norm(dim=-1)
+    assert found.converged.all()
+    assert 1e-9 < error.max() < 5e-6
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_the_preconditioner_is_the_inverse_hessian(inverted):
+    random = torch.Generator().manual_seed(0)
+    z = torch.cat([torch.randn(700, 2 * torch_dense._PANEL + 9, generator=random), torch.ones(700, 1)], dim=1)
+    weight, v = torch.rand(700, generator=random).double(), torch.randn(5, z.shape[1], generator=random)
+    preconditioners = torch_dense.InverseHessians(z, inverted)
+    preconditioners.at(0.1, weight)
+    again = preconditioners.at(0.3, weight / 2)  # the Gram matrix is scaled, not made anew
+    penalty = torch.ones(z.shape[1], dtype=torch.float64)
+    penalty[-1] = 0
+    hessian = 0.15 * z.double().T @ (z.double() * weight[:, None]) + penalty.diag()
+    torch.testing.assert_close(
+        again.times(v).double(), torch.linalg.solve(hessian, v.double().T).T, rtol=1e-3, atol=1e-5
+    )
+
+
 def test_features_far_from_zero_beside_their_spread_lose_no_accuracy():
     task = problem(**LARGE, cs=(0.1,))
     x = task.x + 1e4 * task.x.std(dim=0) * torch.linspace(-1, 1, 96)
@@ -143,7 +186,7 @@ def test_gradient_vanishes_where_float32_features_are_badly_scaled():
 def test_chunks_of_columns_change_nothing():
     task = problem(targets=2)
     whole = TorchLbfgs().fit(task)
-    chunked = TorchLbfgs(max_bytes=8 * 10 * 300 * 2).fit(task)
+    chunked = TorchLbfgs(max_bytes=8 * torch_dense._TEMPORARIES * 300 * 2).fit(task)
     torch.testing.assert_close(chunked.coef, whole.coef, rtol=1e-4, atol=1e-9)
     assert chunked.converged.all()
 
