@@ -94,7 +94,7 @@ class Proposal:
         The latents are those of float32. Values are float32 sums in another order than a matrix product's, and equal to
         1e-6 of what is summed. A row with NaN or Inf in it has NaN for values.
         """
-        from sae_formats.row_kernels import k_largest_of_proposed  # here: Numba takes half a second to import
+        from sae_formats.row_kernels import k_largest_of_proposed  # here: it takes a second to load
 
         x = x.contiguous()
         proposed, off = self._propose(x)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sae_formats.hub as hub
+import sae_formats.topk as topk
 from errors import RequestError
 from sae_formats.hookpoints import HookPoint, parse, same_place
 from sae_formats.sae import CHUNK_BYTES
@@ -313,7 +314,8 @@ def test_identity_is_exact() -> None:
 @pytest.mark.parametrize(
     ("d_sae", "k"), [(1024, 8), (1024, 64), (64, 64), (100, 7), (101, 50), (4096, 32), (8, 1), (1, 1)]
 )
-def test_topk_finds_the_same_sets_as_torch(d_sae: int, k: int) -> None:
+def test_topk_finds_the_same_sets_as_torch(d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "WIDE", 0)
     pre_acts = torch.randn(200, d_sae)
     values, indices = exact_topk(pre_acts, k)
     expected = pre_acts.topk(k, dim=1)
@@ -327,19 +329,21 @@ def test_topk_finds_the_same_sets_as_torch(d_sae: int, k: int) -> None:
     torch.cat([torch.full((3, 2), torch.inf), torch.randn(3, 60), torch.full((3, 2), -torch.inf)], dim=1),
     3e38 * torch.randint(-1, 2, (100, 64)), 1e-45 * torch.randint(-2, 3, (100, 64)),
 ])  # fmt: skip
-def test_topk_survives_ties_and_extremes(pre_acts: Tensor) -> None:
+def test_topk_survives_ties_and_extremes(pre_acts: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(topk, "WIDE", 0)
     values, indices = exact_topk(pre_acts, 4)
     assert torch.equal(values.sort(1, descending=True).values, pre_acts.topk(4, dim=1).values)
     assert torch.equal(pre_acts.gather(1, indices), values)
     assert all(len(set(row)) == 4 for row in indices.tolist())
 
 
-def test_nan_is_no_latent_at_rest() -> None:
-    pre_acts = torch.randn(3, 64)
+@pytest.mark.parametrize("d_sae", [64, 1024])
+def test_nan_is_no_latent_at_rest(d_sae: int) -> None:
+    pre_acts = torch.randn(3, d_sae)
     pre_acts[1, 40] = torch.nan
     values, indices = exact_topk(pre_acts, 4)
     assert values.isnan().any(dim=1).tolist() == [False, True, False]
-    assert ((indices >= 0) & (indices < 64)).all()
+    assert ((indices >= 0) & (indices < d_sae)).all()
 
 
 @given(
@@ -349,7 +353,9 @@ def test_nan_is_no_latent_at_rest() -> None:
 def test_topk_finds_the_same_values_as_torch_in_anything(pre_acts: np.ndarray, data: Any) -> None:
     k = data.draw(st.integers(1, pre_acts.shape[1]))
     rows = torch.from_numpy(pre_acts)
-    values, indices = exact_topk(rows, k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk, "WIDE", 0)
+        values, indices = exact_topk(rows, k)
     whole = ~rows.isnan().any(dim=1)
     assert torch.equal(values[whole].sort(1, descending=True).values, rows[whole].topk(k, dim=1).values)
     assert torch.equal(rows[whole].gather(1, indices[whole]), values[whole])
