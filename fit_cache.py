@@ -1,7 +1,7 @@
 """Probes of the model's own activations on disk, so that a second SAE on the same model needs only its own.
 
     fits = FitCache.open(folder, limit_gb=50)
-    model = fits.fit_model(plan, x, backend, control=control)     # as `selectivity.fit_model`, to the bit
+    model = fits.fit_model(plan, x, backend, control)     # as `selectivity.fit_model`, to the bit
 
 Content-addressed: a shard (`shard_folder`) is named after all that decides the bits of a fit, which are the activations
 and the plans themselves, the solver and its settings, the libraries, the processor and its threads, and the text of the
@@ -10,18 +10,18 @@ program. What is read is therefore what would be fitted; after any change of the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from folds import FoldPlan
+from installed import installed_version
 from probes import ProbeBackend
 from selectivity import DEFAULT_CS, ModelFit, ViewFit, control_scores, fit_model
 from shard_folder import ShardFolder, digest
@@ -30,47 +30,43 @@ log = logging.getLogger(__name__)
 
 FOLDER = "probes"  # below the root, beside those of the models
 HOME = Path(__file__).parent
-SOURCES = ("errors.py", "fit_cache.py", "folds.py", "out_of_memory.py", "probe_backends/*.py", "probe_statistics.py",
-           "probes.py", "selectivity.py", "uncertainty.py")  # fmt: skip
+SOURCES = ("errors.py", "fit_cache.py", "folds.py", "installed.py", "out_of_memory.py", "probe_backends/*.py",
+           "probe_statistics.py", "probes.py", "selectivity.py", "uncertainty.py")  # fmt: skip
 """`selectivity` and all that it imports of the program, the solvers, and how their fits are kept."""
 
 _LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "cuml-cu13")
 
 
 class FitCache:
-    """Fits of the model's view and of its control task, for any model."""
+    """Fits of the model's view and of its control task at `DEFAULT_CS`, for any model, by one text of the program."""
 
-    def __init__(self, shards: ShardFolder) -> None:
-        self._shards = shards
+    def __init__(self, shards: ShardFolder, program: str) -> None:
+        self._shards, self._program = shards, program
 
     @classmethod
     def open(cls, root: Path, limit_gb: float) -> FitCache:
         """The fits below `root`. Raises `RequestError` if it cannot be written to."""
-        return cls(ShardFolder.open(root, FOLDER, limit_gb, "probe fits"))
+        return cls(ShardFolder.open(root, FOLDER, limit_gb, "probe fits"), _running_program())
 
-    def fit_model(
-        self,
-        plan: FoldPlan,
-        x: Tensor,
-        backend: ProbeBackend,
-        cs: Sequence[float] = DEFAULT_CS,
-        control: FoldPlan | None = None,
-    ) -> ModelFit:
+    def fit_model(self, plan: FoldPlan, x: Tensor, backend: ProbeBackend, control: FoldPlan | None = None) -> ModelFit:
         """As `selectivity.fit_model` of x `[rows, d]`, which is asked for what is not here."""
-        name = self._name(plan, x, backend, cs, control)
+        name = self._name(plan, x, backend, control)
         stored = self._shards.read(name)
         if stored:
             log.info("probes of %d rows x %d are read from %s", *x.shape, self._shards.folder / name)
-            return _unpacked(stored, x, cs, control)
-        fit = fit_model(plan, x, backend, cs, control)
+            return _unpacked(stored, x, control)
+        fit = fit_model(plan, x, backend, control, DEFAULT_CS)
         self._shards.write(name, _packed(fit), {})
         return fit
 
-    def _name(
-        self, plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float], control: FoldPlan | None
-    ) -> str:
+    def _name(self, plan: FoldPlan, x: Tensor, backend: ProbeBackend, control: FoldPlan | None) -> str:
         """32 hexadecimal digits. Who the people are and which targets were left out is no matter of the fit."""
-        facts = {"program": PROGRAM, "machine": _machine(x.device), "solver": repr(backend), "cs": repr([*cs])}
+        facts = {
+            "program": self._program,
+            "machine": _machine(x.device),
+            "solver": repr(backend),
+            "cs": repr(DEFAULT_CS),
+        }
         given = {"x": x.cpu()}
         for task, of in (("probes", plan), ("control", control)):
             if of is not None:
@@ -88,21 +84,17 @@ def program_digest(root: Path) -> str:
     return found.hexdigest()
 
 
-PROGRAM = program_digest(HOME)  # at import: the text may change below a long run, what was loaded does not
+@functools.cache  # once a process: the text may change below a long run, what was loaded does not
+def _running_program() -> str:
+    """The digest of the program as it was when this process first opened a cache: before any fit was kept."""
+    return program_digest(HOME)
 
 
 def _machine(device: torch.device) -> str:
     """What computes: another processor, number of threads or library rounds otherwise."""
     cpu = torch.backends.cpu.get_cpu_capability()
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return json.dumps([device.type, chip, torch.get_num_threads(), *map(_version, _LIBRARIES)])
-
-
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
+    return json.dumps([device.type, chip, torch.get_num_threads(), *map(installed_version, _LIBRARIES)])
 
 
 def _packed(fit: ModelFit) -> dict[str, Tensor]:
@@ -114,7 +106,7 @@ def _packed(fit: ModelFit) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _unpacked(stored: dict[str, Tensor], x: Tensor, cs: Sequence[float], control: FoldPlan | None) -> ModelFit:
+def _unpacked(stored: dict[str, Tensor], x: Tensor, control: FoldPlan | None) -> ModelFit:
     """The fit of x again, in memory of its own: mapped files are not aligned, and sums would round otherwise."""
     on_host = {name: tensor.clone() for name, tensor in stored.items()}
     there = {name: tensor.to(x.device) for name, tensor in on_host.items()}
@@ -127,4 +119,4 @@ def _unpacked(stored: dict[str, Tensor], x: Tensor, cs: Sequence[float], control
         n_iter=on_host["n_iter"].numpy(),
     )
     scores = None if control is None else control_scores(control, on_host["control"].numpy())
-    return ModelFit(x, there["scale"], view, tuple(cs), scores)
+    return ModelFit(x, there["scale"], view, DEFAULT_CS, scores)

@@ -58,14 +58,14 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
         log.warning("everything asked for is on disk already")
         return
     clock, stop = Stopwatch(), threading.Event()
-    with clock.stage("tokenise"):
-        tokenised = tokenise(
-            plan.texts.mentions, plan.info.tokenizer, prepend_bos=plan.prepend_bos, max_length=plan.info.max_length
-        )
     settings = ProbeSettings(
         config.folds, config.repeats, config.seed, config.views, config.epsilon,
         torch.device(config.device2), model_fitter(config),
     )  # fmt: skip
+    with clock.stage("tokenise"):
+        tokenised = tokenise(
+            plan.texts.mentions, plan.info.tokenizer, prepend_bos=plan.prepend_bos, max_length=plan.info.max_length
+        )
     with clock.stage("load"):
         model, saes = load_weights(config, plan, missing, files, tokenised)
     rows = RowTable.build(tokenised, config.positions)

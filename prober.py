@@ -219,7 +219,7 @@ class _TaskSet:
     ) -> dict[SaeId, OutOfFold]:
         """Scores by SAE; the model's view and the control task are fitted once."""
         x = store.get(site, None, self.row_ids, settings.device)
-        model = settings.fit_model(self.plan, x, backend, control=self.control)
+        model = settings.fit_model(self.plan, x, backend, self.control)
         found = {}
         for sae_id in sae_ids:
             if sae_id in self.codes:

@@ -18,12 +18,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from errors import RequestError
 from file_lock import Locked, exclusive
+from installed import installed_version
 from whole_file import replacing, sweep
 
 PROJECT = Path(__file__).resolve().parent
@@ -187,7 +187,7 @@ def describe_run(config: Json) -> Json:
     """What `_run` says of the program and the machine."""
     return {
         "config": _portable(_plain(config)),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -200,13 +200,6 @@ def _portable(value: Any) -> Any:
     if isinstance(value, list):
         return [_portable(item) for item in value]
     return value.removeprefix(f"{PROJECT}{os.sep}") if isinstance(value, str) else value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 @functools.cache  # the code that runs is the code that was loaded: one look at git, however many files are written

@@ -11,9 +11,9 @@ model's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,25 +105,16 @@ class ProbeResult(Statistics):
     n_iter: int  # the most that a fit took
 
 
-class FitModel(Protocol):
-    """What gives the model's view its probes: `fit_model`, or a store of what that has given before."""
-
-    def __call__(
-        self,
-        plan: FoldPlan,
-        x: Tensor,
-        backend: ProbeBackend,
-        cs: Sequence[float] = DEFAULT_CS,
-        control: FoldPlan | None = None,
-    ) -> ModelFit: ...
+FitModel = Callable[[FoldPlan, Tensor, ProbeBackend, FoldPlan | None], ModelFit]
+"""What gives the model's view its probes: `fit_model` at `DEFAULT_CS`, or a store of what that has given before."""
 
 
 def fit_model(
     plan: FoldPlan,
     x: Tensor,
     backend: ProbeBackend,
-    cs: Sequence[float] = DEFAULT_CS,
     control: FoldPlan | None = None,
+    cs: Sequence[float] = DEFAULT_CS,
 ) -> ModelFit:
     """Probes on the model's activations x `[rows, d]`, with the scaling for all views of these rows.
 

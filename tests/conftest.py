@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import Request
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
@@ -115,3 +116,15 @@ def tiny_saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def people_csv(tmp_path: Path) -> Path:
     """240 rows about some 100 people; a probe can learn them from the first name."""
     return write_csv(tmp_path / "women.csv", people(240))
+
+
+@pytest.fixture
+def with_cache(tiny_model: Path, tiny_saes: Path, people_csv: Path, tmp_path: Path) -> Request:
+    """A run of the tiny SAEs that keeps in `tmp_path / "cache"` what a later one may read."""
+    return Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "out").plus("--cache_dir", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def other_saes(tmp_path: Path) -> Path:
+    """SAEs of the same layers, k = 4."""
+    return write_sparsify(tmp_path / "sae-other", k=4)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import N_LAYERS, people, write_csv, write_sparsify
+from conftest import N_LAYERS, people, write_csv
 from runs import Request, numbers, scores_of
 
 import shard_folder
@@ -34,16 +34,6 @@ def forward_passes(monkeypatch):
     return counted
 
 
-@pytest.fixture
-def request_(tiny_model, tiny_saes, people_csv, tmp_path):
-    return Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "out").plus("--cache_dir", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def other_saes(tmp_path):
-    return write_sparsify(tmp_path / "sae-other", k=4)
-
-
 @pytest.fixture(scope="module")
 def info(tiny_model):
     return open_model(str(tiny_model))
@@ -66,20 +56,20 @@ def shards(folder: Path) -> list[Path]:
 # as it is used
 
 
-def test_another_sae_needs_no_forward_pass_and_no_number_changes(request_, other_saes, forward_passes, tmp_path):
-    assert request_.run() == 0
+def test_another_sae_needs_no_forward_pass_and_no_number_changes(with_cache, other_saes, forward_passes, tmp_path):
+    assert with_cache.run() == 0
     assert sum(forward_passes) > 100
     forward_passes.clear()
-    second = Request(request_.model, (other_saes,), request_.data, tmp_path / "second", request_.more)
+    second = Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "second", with_cache.more)
     assert second.run() == 0
     assert forward_passes == []
-    plain = Request(request_.model, (other_saes,), request_.data, tmp_path / "plain")
+    plain = Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "plain")
     assert plain.run() == 0
     assert numbers(tmp_path / "second") == numbers(tmp_path / "plain")
     assert scores_of(tmp_path / "second") == scores_of(tmp_path / "plain")
 
 
-def test_cold_and_warm_the_numbers_are_those_of_a_run_without_a_cache(request_, tmp_path, monkeypatch):
+def test_cold_and_warm_the_numbers_are_those_of_a_run_without_a_cache(with_cache, tmp_path, monkeypatch):
     """Though some texts were seen before, in other company, by the look before the run: rounding is another there."""
     plain = LanguageModel.activations
 
@@ -87,16 +77,16 @@ def test_cold_and_warm_the_numbers_are_those_of_a_run_without_a_cache(request_, 
         return {site: x * (1 + 1e-4 * len(ids)) for site, x in plain(self, ids, lengths).items()}
 
     monkeypatch.setattr(LanguageModel, "activations", rounding)
-    cold = request_.plus("--baselines", "pca")
+    cold = with_cache.plus("--baselines", "pca")
     assert cold.run() == 0
     assert cold.into(tmp_path / "warm").run() == 0
-    without = Request(request_.model, request_.saes, request_.data, tmp_path / "plain")
+    without = Request(with_cache.model, with_cache.saes, with_cache.data, tmp_path / "plain")
     assert without.plus("--baselines", "pca").run() == 0
-    assert numbers(request_.out) == numbers(tmp_path / "warm") == numbers(tmp_path / "plain")
+    assert numbers(with_cache.out) == numbers(tmp_path / "warm") == numbers(tmp_path / "plain")
 
 
-def test_only_texts_that_are_new_are_run(request_, forward_passes, tmp_path):
-    assert request_.run() == 0
+def test_only_texts_that_are_new_are_run(with_cache, forward_passes, tmp_path):
+    assert with_cache.run() == 0
     forward_passes.clear()
     rows = people(240)
     later = [
@@ -104,35 +94,35 @@ def test_only_texts_that_are_new_are_run(request_, forward_passes, tmp_path):
     ]
     more = [*rows, *later]
     data = write_csv(tmp_path / "more.csv", more)
-    assert Request(request_.model, request_.saes, data, tmp_path / "more", request_.more).run() == 0
+    assert Request(with_cache.model, with_cache.saes, data, tmp_path / "more", with_cache.more).run() == 0
     new = len({row["text"] for row in more} - {row["text"] for row in rows})
     assert new <= sum(forward_passes) <= 3 * new, "in the run, and in the look before it, with BOS and without"
 
 
-def test_a_broken_shard_is_told_and_run_again(request_, other_saes, forward_passes, tmp_path, caplog):
-    assert request_.run() == 0
+def test_a_broken_shard_is_told_and_run_again(with_cache, other_saes, forward_passes, tmp_path, caplog):
+    assert with_cache.run() == 0
     broken = max(shards(tmp_path / "cache"), key=lambda path: path.stat().st_size)
     content = bytearray(broken.read_bytes())
     content[-5] ^= 0xFF
     broken.write_bytes(content)
     forward_passes.clear()
-    assert Request(request_.model, (other_saes,), request_.data, tmp_path / "second", request_.more).run() == 0
+    assert Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "second", with_cache.more).run() == 0
     assert forward_passes
     assert "is broken" in caplog.text
-    assert Request(request_.model, (other_saes,), request_.data, tmp_path / "plain").run() == 0
+    assert Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "plain").run() == 0
     assert numbers(tmp_path / "second") == numbers(tmp_path / "plain")
 
 
-def test_another_dtype_is_another_cache(request_, forward_passes, tmp_path):
-    assert request_.run() == 0
+def test_another_dtype_is_another_cache(with_cache, forward_passes, tmp_path):
+    assert with_cache.run() == 0
     forward_passes.clear()
-    assert request_.into(tmp_path / "second").plus("--dtype", "bfloat16").run() == 0
+    assert with_cache.into(tmp_path / "second").plus("--dtype", "bfloat16").run() == 0
     assert forward_passes
 
 
-def test_a_folder_that_cannot_be_made_is_refused(request_, tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_is_refused(with_cache, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert request_.plus("--cache_dir", str(tmp_path / "file" / "cache")).run() == 2
+    assert with_cache.plus("--cache_dir", str(tmp_path / "file" / "cache")).run() == 2
     assert "--cache_dir" in capsys.readouterr().err
 
 

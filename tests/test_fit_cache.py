@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
+import runpy
 import shutil
 import threading
 from collections import Counter
@@ -14,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import N_LAYERS, people, write_csv, write_sparsify
+from conftest import N_LAYERS, people, write_csv
 from runs import Request, numbers, scores_of
 from test_house import ROOT, imported
 
 import fit_cache
+import installed
 import shard_folder
 from command_line import parse_config
 from fit_cache import FitCache, program_digest
@@ -52,13 +55,17 @@ def fitted(monkeypatch):
 
 
 @pytest.fixture
-def request_(tiny_model, tiny_saes, people_csv, tmp_path):
-    return Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "out").plus("--cache_dir", str(tmp_path / "cache"))
+def new_process(monkeypatch):
+    """Forget what is taken once a process: the text of the program and the libraries."""
 
+    def forget() -> None:
+        for module, name in ((fit_cache, "_running_program"), (installed, "installed_version")):
+            taken = functools.cache(getattr(module, name).__wrapped__)
+            monkeypatch.setattr(module, name, taken)
+            monkeypatch.setattr(fit_cache, name, taken)
 
-@pytest.fixture
-def other_saes(tmp_path):
-    return write_sparsify(tmp_path / "sae-other", k=4)
+    forget()
+    return forget
 
 
 def shards(root: Path) -> list[Path]:
@@ -68,18 +75,18 @@ def shards(root: Path) -> list[Path]:
 # as it is used
 
 
-def test_another_sae_fits_its_own_view_only_and_no_bit_changes(request_, other_saes, fitted, tmp_path, caplog):
-    plain = Request(request_.model, (other_saes,), request_.data, tmp_path / "plain")
+def test_another_sae_fits_its_own_view_only_and_no_bit_changes(with_cache, other_saes, fitted, tmp_path, caplog):
+    plain = Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "plain")
     assert plain.run() == 0
     assert fitted.total() == OF_MODEL + OF_SAE
     without_cache = Counter(fitted)
     fitted.clear()
-    assert request_.run() == 0
+    assert with_cache.run() == 0
     of_model = fitted & without_cache  # what both SAEs' runs fitted
     assert of_model.total() == OF_MODEL
     fitted.clear()
     caplog.set_level(logging.INFO, "fit_cache")
-    second = Request(request_.model, (other_saes,), request_.data, tmp_path / "second", request_.more)
+    second = Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "second", with_cache.more)
     assert second.plus("--verbose").run() == 0
     assert fitted == without_cache - of_model
     assert caplog.text.count("are read from") == N_LAYERS
@@ -87,15 +94,15 @@ def test_another_sae_fits_its_own_view_only_and_no_bit_changes(request_, other_s
     assert scores_of(tmp_path / "second") == scores_of(tmp_path / "plain")
 
 
-def test_cold_and_warm_the_bits_are_those_of_a_run_without_a_cache(request_, tmp_path):
+def test_cold_and_warm_the_bits_are_those_of_a_run_without_a_cache(with_cache, tmp_path):
     """All views, and baselines, which share the model's fits with the SAE."""
     views = ("--views", "model,sae,error,latents", "--baselines", "identity,mean,names")
-    assert request_.plus(*views).run() == 0
-    assert request_.plus(*views).into(tmp_path / "warm").run() == 0
-    plain = Request(request_.model, request_.saes, request_.data, tmp_path / "plain")
+    assert with_cache.plus(*views).run() == 0
+    assert with_cache.plus(*views).into(tmp_path / "warm").run() == 0
+    plain = Request(with_cache.model, with_cache.saes, with_cache.data, tmp_path / "plain")
     assert plain.plus(*views).run() == 0
-    assert numbers(request_.out) == numbers(tmp_path / "warm") == numbers(tmp_path / "plain")
-    assert scores_of(request_.out) == scores_of(tmp_path / "warm") == scores_of(tmp_path / "plain")
+    assert numbers(with_cache.out) == numbers(tmp_path / "warm") == numbers(tmp_path / "plain")
+    assert scores_of(with_cache.out) == scores_of(tmp_path / "warm") == scores_of(tmp_path / "plain")
 
 
 @pytest.mark.parametrize(
@@ -110,57 +117,58 @@ def test_cold_and_warm_the_bits_are_those_of_a_run_without_a_cache(request_, tmp
     ],
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else None,
 )
-def test_what_decides_on_the_fit_makes_another(request_, fitted, tmp_path, flags, n_fits):
-    assert request_.run() == 0
+def test_what_decides_on_the_fit_makes_another(with_cache, fitted, tmp_path, flags, n_fits):
+    assert with_cache.run() == 0
     fitted.clear()
-    assert request_.plus(*flags).into(tmp_path / "second").run() == 0
+    assert with_cache.plus(*flags).into(tmp_path / "second").run() == 0
     assert fitted.total() == n_fits
 
 
-def test_other_data_and_a_changed_program_make_another(request_, fitted, tmp_path, monkeypatch):
-    assert request_.run() == 0
+def test_other_data_and_a_changed_program_make_another(with_cache, fitted, tmp_path, monkeypatch, new_process):
+    assert with_cache.run() == 0
     fitted.clear()
     data = write_csv(tmp_path / "more.csv", people(200))
-    assert Request(request_.model, request_.saes, data, tmp_path / "more", request_.more).run() == 0
+    assert Request(with_cache.model, with_cache.saes, data, tmp_path / "more", with_cache.more).run() == 0
     assert fitted.total() == OF_MODEL + OF_SAE
-    monkeypatch.setattr(fit_cache, "PROGRAM", "a" * 64)
+    monkeypatch.setattr(fit_cache, "program_digest", lambda root: "a" * 64)
+    new_process()
     fitted.clear()
-    assert request_.into(tmp_path / "changed").run() == 0
+    assert with_cache.into(tmp_path / "changed").run() == 0
     assert fitted.total() == OF_MODEL + OF_SAE
 
 
-def test_beside_another_task_a_task_reads_the_same_fits(request_, fitted, tmp_path):
+def test_beside_another_task_a_task_reads_the_same_fits(with_cache, fitted, tmp_path):
     """People get other numbers then, which no fit depends on."""
-    assert request_.run() == 0
+    assert with_cache.run() == 0
     fitted.clear()
     rows = [{**row, "task": "women"} for row in people(240)]
     rows += [{**row, "task": "others", "group": f"A. {row['group']}"} for row in people(60, seed=1)]
-    both = replace(request_, data=write_csv(tmp_path / "both.csv", rows)).into(tmp_path / "both")
+    both = replace(with_cache, data=write_csv(tmp_path / "both.csv", rows)).into(tmp_path / "both")
     assert both.run() == 0
     assert fitted.total() == OF_MODEL + 2 * OF_SAE, "of the other task, and of the SAE in both"
 
 
-def test_units_of_many_workers_read_what_main_has_fitted(request_, fitted, tmp_path, monkeypatch):
-    assert request_.run() == 0
+def test_units_of_many_workers_read_what_main_has_fitted(with_cache, fitted, tmp_path, monkeypatch):
+    assert with_cache.run() == 0
     fitted.clear()
     monkeypatch.chdir(tmp_path)
-    config, _ = parse_config(request_.into(tmp_path / "units").argv)
+    config, _ = parse_config(with_cache.into(tmp_path / "units").argv)
     for unit in units.plan_units(config, make_plan(config), layers_per_unit=1, saes_per_unit=1):
         assert worker.run_unit(unit, tmp_path, own_device=False).status == "done"
     assert fitted.total() == OF_SAE
 
 
-def test_a_full_disk_is_no_error(request_, tmp_path, monkeypatch, caplog):
+def test_a_full_disk_is_no_error(with_cache, tmp_path, monkeypatch, caplog):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shard_folder, "replacing", full)
-    assert request_.run() == 0
+    assert with_cache.run() == 0
     assert caplog.text.count("No space left on device: probe fits are not kept") == 1
     monkeypatch.undo()
-    plain = Request(request_.model, request_.saes, request_.data, tmp_path / "plain")
+    plain = Request(with_cache.model, with_cache.saes, with_cache.data, tmp_path / "plain")
     assert plain.run() == 0
-    assert numbers(request_.out) == numbers(tmp_path / "plain")
+    assert numbers(with_cache.out) == numbers(tmp_path / "plain")
 
 
 def flipped(path: Path, _other: Path) -> None:
@@ -182,16 +190,16 @@ def exchanged(path: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flipped, cut, emptied, exchanged])
-def test_a_broken_fit_is_told_removed_and_fitted_again(request_, fitted, tmp_path, caplog, damage):
-    assert request_.run() == 0
+def test_a_broken_fit_is_told_removed_and_fitted_again(with_cache, fitted, tmp_path, caplog, damage):
+    assert with_cache.run() == 0
     whole = {path: path.read_bytes() for path in shards(tmp_path / "cache")}
     damage(*list(whole)[:2])
     fitted.clear()
-    assert request_.into(tmp_path / "second").run() == 0
+    assert with_cache.into(tmp_path / "second").run() == 0
     assert fitted.total() == OF_SAE + OF_MODEL // N_LAYERS
     assert caplog.text.count("is broken") == 1
-    assert numbers(request_.out) == numbers(tmp_path / "second")
-    assert scores_of(request_.out) == scores_of(tmp_path / "second")
+    assert numbers(with_cache.out) == numbers(tmp_path / "second")
+    assert scores_of(with_cache.out) == scores_of(tmp_path / "second")
     assert {path: path.read_bytes() for path in shards(tmp_path / "cache")} == whole
 
 
@@ -208,7 +216,7 @@ def task(seed: int = 0, **changes) -> dict:
     plan = FoldPlan.build(labels.repeat(2, axis=1), np.arange(N) // 2, random.random(N) + 0.5, 3, 2, seed)
     control = control_plan(np.arange(N) // 4, np.arange(N), None, 3, seed)
     x = torch.from_numpy(random.standard_normal((N, D)).astype(np.float32) + labels.repeat(2, axis=1)[:1].T)
-    return {"plan": plan, "x": x, "backend": BACKEND, "cs": (0.1, 1.0), "control": control} | changes
+    return {"plan": plan, "x": x, "backend": BACKEND, "control": control} | changes
 
 
 def same(one: ModelFit, other: ModelFit) -> bool:
@@ -269,7 +277,6 @@ def other_first(array: np.ndarray) -> np.ndarray:
         nudged,
         lambda given: given | {"x": given["x"][:, :-1]},
         lambda given: given | {"x": given["x"].double()},
-        lambda given: given | {"cs": (0.1, 1.5)},
         lambda given: given | {"control": None},
         lambda given: given | {"backend": TorchLbfgs(tolerance=1e-5)},
         lambda given: given | {"backend": SklearnReference()},
@@ -299,19 +306,54 @@ def test_who_the_people_are_makes_no_other_fit(tmp_path, fitted):
     assert not fitted
 
 
-@pytest.mark.parametrize("what", ["threads", "library", "processor"])
-def test_what_computes_makes_another(tmp_path, fitted, monkeypatch, what):
+@pytest.mark.parametrize("what", ["threads", "processor"])
+def test_what_computes_makes_another_within_a_run(tmp_path, fitted, monkeypatch, what):
     """Sums of two threads round otherwise than those of one."""
-    FitCache.open(tmp_path, 1).fit_model(**task())
+    cache = FitCache.open(tmp_path, 1)
+    cache.fit_model(**task())
     fitted.clear()
     if what == "threads":
         monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
-    elif what == "library":
-        monkeypatch.setattr(fit_cache, "version", lambda name: "0.1")
     else:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "Z80")
+    cache.fit_model(**task())
+    assert fitted
+
+
+@pytest.mark.parametrize("what", ["program", "library"])
+def test_what_was_loaded_makes_another_from_the_next_process_on(tmp_path, fitted, monkeypatch, new_process, what):
+    """Files may change below a long run, and again in the same process: what computes is what was loaded."""
+    cache = FitCache.open(tmp_path, 1)
+    cache.fit_model(**task())
+    fitted.clear()
+    if what == "program":
+        monkeypatch.setattr(fit_cache, "program_digest", lambda root: "a" * 64)
+    else:
+        monkeypatch.setattr(installed, "version", lambda name: "0.1")
+    cache.fit_model(**task())
+    FitCache.open(tmp_path, 1).fit_model(**task())
+    assert not fitted
+    new_process()
     FitCache.open(tmp_path, 1).fit_model(**task())
     assert fitted
+
+
+def test_the_values_of_c_make_another(tmp_path, fitted, monkeypatch):
+    FitCache.open(tmp_path, 1).fit_model(**task())
+    fitted.clear()
+    monkeypatch.setattr(fit_cache, "DEFAULT_CS", (0.1, 1.0))
+    for _ in range(2):
+        found = FitCache.open(tmp_path, 1).fit_model(**task())
+        assert fitted
+        assert same(found, fit_model(**task(), cs=(0.1, 1.0)))
+
+
+def test_without_a_cache_nobody_reads_the_program(monkeypatch):
+    def refuse(self, *_args):
+        raise AssertionError(f"{self.name} is read")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    runpy.run_path(str(ROOT / "fit_cache.py"))
 
 
 def test_the_digest_is_of_selectivity_and_of_all_that_it_imports(tmp_path):
