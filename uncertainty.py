@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 Floats = NDArray[np.floating]
 
@@ -54,7 +54,7 @@ class Estimate:
         """Two-sided, of no difference."""
         if self.standard_error == 0:
             return 1.0 if self.value == 0 else 0.0
-        return float(2 * stats.t.sf(abs(self.value) / self.standard_error, self.persons - 1))
+        return float(2 * stdtr(self.persons - 1, -abs(self.value) / self.standard_error))
 
     @property
     def detectable(self) -> float:
@@ -67,7 +67,7 @@ class Estimate:
         return -epsilon <= low and high <= epsilon
 
     def _quantile(self, probability: float) -> float:
-        return float(stats.t.ppf(probability, self.persons - 1))
+        return float(stdtrit(self.persons - 1, probability))
 
 
 @dataclass(frozen=True)
