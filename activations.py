@@ -28,7 +28,7 @@ from sae_loader import Sae, SparseRows
 
 log = logging.getLogger(__name__)
 
-CPU_TOKENS = 4096  # padded tokens in a forward pass on the CPU
+CPU_TOKENS = 2048  # padded tokens in a forward pass on the CPU
 
 NO_MENTION = torch.iinfo(torch.int64).max  # of `LayerRows.broken`
 
@@ -323,4 +323,4 @@ def tokens_in_memory(device: torch.device, saes: Mapping[Site, Mapping[SaeId, Sa
     d, d_sae = max(max(sae.d_in, sae.d_out) for sae in every), max(sae.d_sae for sae in every)
     per_token = 4 * (d * (len(saes) + 24) + 2 * d_sae)
     free, _ = torch.cuda.mem_get_info(device)
-    return int(min(max(free // 4 // per_token, CPU_TOKENS), 64 * CPU_TOKENS))
+    return int(min(max(free // 4 // per_token, CPU_TOKENS), 128 * CPU_TOKENS))

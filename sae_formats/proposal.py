@@ -27,14 +27,14 @@ def is_worth_it(W_enc: Tensor, k: int) -> bool:
     ====  =====  ===  =======  ========
     d_in  d_sae    k  float32  proposal
     ====  =====  ===  =======  ========
-     256   1024    8      8.2       7.1
-     256   1024   32      8.8       8.5
-     256   1024  128       11        13
-     512   2048   32       28        19
-     512   8192   32      118        70
-     768  32768   32      766       382
-     768  32768  256     1290       825
-    1024  65536   32     3509      1321
+     256   1024    8      5.9       3.5
+     256   1024   32      6.5       4.7
+     256   1024  128      8.9       8.8
+     512   2048   32       23        14
+     512   8192   32      102        53
+     768  32768   32      768       287
+     768  32768  256      807       429
+    1024  65536   32     2160       725
     ====  =====  ===  =======  ========
     """
     wide = len(W_enc) >= max(1024, 32 * k)
@@ -97,25 +97,17 @@ class Proposal:
         from sae_formats.row_kernels import k_largest_of_proposed  # here: it takes a second to load
 
         x = x.contiguous()
-        proposed, off = self._propose(x)
-        values, latents = x.new_empty(len(x), self.k), torch.empty(len(x), self.k, dtype=torch.int64)
-        given = (_bits(proposed), off.numpy(), x.numpy(), self.W_enc.numpy(), self.b_enc.numpy())
-        k_largest_of_proposed(*given, self.k, values.numpy(), latents.numpy())
-        return values, latents
+        proposed, off = self.propose(x)
+        bits = proposed.view(torch.int16).numpy()  # Numba knows no bfloat16
+        values, latents = k_largest_of_proposed(bits, off, x.numpy(), self.W_enc.numpy(), self.b_enc.numpy(), self.k)
+        return torch.from_numpy(values), torch.from_numpy(latents)
 
-    def _propose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def propose(self, x: Tensor) -> tuple[Tensor, NDArray[np.float32]]:
         """bfloat16 pre-activations ``[rows, d_sae]``, and what they are off by at most before rounding, ``[rows]``."""
         from sae_formats.row_kernels import round_inputs
 
-        y_half, off = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(len(x))
-        sizes = (self.norm, self.rounding, self.offset)
-        round_inputs(x.numpy(), self.centre.numpy(), *sizes, _bits(y_half), off.numpy())
-        return F.linear(y_half, self.W_half, self.b_half), off
-
-
-def _bits(halves: Tensor) -> NDArray[np.uint16]:
-    """The bits of bfloat16 numbers, for Numba, which knows no such type; no copy."""
-    return halves.view(torch.uint16).numpy()
+        halves, off = round_inputs(x.numpy(), self.centre.numpy(), self.norm, self.rounding, self.offset)
+        return F.linear(torch.from_numpy(halves).view(torch.bfloat16), self.W_half, self.b_half), off
 
 
 def _largest_rounding(W: Tensor, W_half: Tensor) -> float:

@@ -3,9 +3,11 @@
 Every kernel works row by row, so a row's result does not depend on its company, and lets other threads run meanwhile.
 A row that holds NaN gets NaN for all of its values.
 
-A row is divided into groups. Where k or more of the groups' maxima reach a threshold, the k largest entries do, and all
-of them are in those groups. The threshold is found by bisection: counting how many of a hundred numbers reach another
-takes some ten instructions.
+A row is divided into groups. Where k or more of the groups' maxima reach a threshold, so do the k largest entries. The
+threshold is found by bisection: counting how many of a hundred numbers reach another takes some ten instructions.
+
+Guesses in bfloat16 are compared as integers, twice as many in an instruction as floats. A number's *key* is the integer
+of its bits, with those below the sign turned over if it is negative: keys are in the order of the numbers.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 GROUPS_PER_K = 4  # with 2 there are more members to look at, with 8 more maxima: either takes longer
 LARGEST_GROUP = 64  # in wide rows looking at a maximum costs less than looking at members
+EIGHT = 8  # bytes in a word of 64 bits
 STEPS = 16  # of a bisection; it may stop anywhere
 ROUND_BFLOAT16 = np.float32(2.0**-8)  # largest relative error of a float32 number that is rounded to bfloat16
 ROUND_SUM = np.float32(2.0**-23)  # of one float32 addition or product, twice: for a guess and what it is compared with
@@ -26,7 +29,9 @@ HALF, ZERO, ONE = np.float32(0.5), np.float32(0), np.float32(1)
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-BFloat16s = NDArray[np.uint16]  # by their bits: the upper half of a float32's
+BFloat16s = NDArray[np.int16]  # by their bits: the upper half of a float32's
+Keys = NDArray[np.int16]
+BELOW_SIGN = np.int16(0x7FFF)
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -48,31 +53,41 @@ def _n_groups(d: int, k: int) -> int:
 
 
 @_compiled()
-def k_largest(rows: Floats, k: int, values: Floats, places: Ints) -> None:
-    """The k largest entries of each row, in no order, with their places.
+def _n_eights(d: int) -> int:
+    """How often eight it takes to hold d."""
+    return (d + EIGHT - 1) // EIGHT
+
+
+@_compiled()
+def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
+    """The k largest entries of each row, in no order, and their places.
 
     Args:
         rows: ``[rows, d]``.
         k: how many, at most d.
-        values: ``[rows, k]``, written.
-        places: ``[rows, k]``, written.
+
+    Returns:
+        values and places, both ``[rows, k]``.
     """
     n, d = rows.shape
+    values, places = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
     maxima, scratch = np.empty(_n_groups(d, k), np.float32), np.empty(d, np.float32)
     found, where = np.empty(d + 1, np.float32), np.empty(d + 1, np.int64)
+    reached, eights = np.zeros(_n_eights(d) * EIGHT, np.uint8), np.empty(_n_eights(d), np.int64)
     for r in range(n):
         row = rows[r]
         if _group_maxima(row, maxima):
             _poison(values[r], places[r])
             continue
-        count = _at_least(row, maxima, _threshold(maxima, k, k // 8), found, where)
+        count = _at_least(row, _threshold(maxima, k, k // 8), reached, eights, where)
+        for q in range(count):
+            found[q] = row[where[q]]
         _take(found, where, count, scratch, values[r], places[r])
+    return values, places
 
 
 @_compiled(fastmath={"reassoc", "contract", "nsz"})
-def round_inputs(
-    x: Floats, centre: Floats, size: float, rounding: float, least: float, halves: BFloat16s, off: Floats
-) -> None:
+def round_inputs(x: Floats, centre: Floats, size: float, rounding: float, least: float) -> tuple[BFloat16s, Floats]:
     """Inputs less their centre in bfloat16, and how far products of them with rounded weights are off at most.
 
     Args:
@@ -81,10 +96,12 @@ def round_inputs(
         size: largest norm of a weight.
         rounding: largest norm of what a weight lost by being rounded.
         least: what products are off by in any case.
-        halves: ``[rows, d_in]``, written.
-        off: ``[rows]``, written: NaN or Inf where x holds that.
+
+    Returns:
+        The rounded inputs ``[rows, d_in]``, and what products are off by ``[rows]``: NaN or Inf where x holds that.
     """
     n, d = x.shape
+    halves, off = np.empty((n, d), np.int16), np.empty(n, np.float32)
     y, rounded = np.empty(d, np.float32), np.empty(d, np.float32)
     bits, rounded_bits = y.view(np.uint32), rounded.view(np.uint32)
     centre_size = np.sqrt((centre * centre).sum())
@@ -93,7 +110,7 @@ def round_inputs(
             y[i] = x[r, i] - centre[i]
         for i in range(d):
             half = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            halves[r, i] = half
+            halves[r, i] = np.int16(half)
             rounded_bits[i] = half << np.uint32(16)
         of_x = of_y = of_rounded = of_loss = ZERO
         for i in range(d):
@@ -103,39 +120,76 @@ def round_inputs(
             of_loss += (y[i] - rounded[i]) * (y[i] - rounded[i])
         summed = (np.sqrt(of_x) + centre_size + np.sqrt(of_y)) * size
         off[r] = np.sqrt(of_loss) * size + np.sqrt(of_rounded) * rounding + least + ROUND_SUM * d * summed
+    return halves, off
 
 
 @_compiled()
 def k_largest_of_proposed(
-    proposed: BFloat16s, off: Floats, x: Floats, weight: Floats, bias: Floats, k: int, values: Floats, places: Ints
-) -> None:
-    """The k largest entries of x weightᵀ + bias in each row, given a guess at it, with their places, in no order.
+    proposed: BFloat16s, off: Floats, x: Floats, weight: Floats, bias: Floats, k: int
+) -> tuple[Floats, Ints]:
+    """The k largest entries of x weightᵀ + bias in each row, given a guess at it, and their places, in no order.
 
     Args:
-        proposed: the guess ``[rows, d]``, off by at most `off` before it was rounded to bfloat16.
+        proposed: the guess ``[rows, d]``, off by at most `off` before it was rounded to bfloat16; without NaN where
+            that is finite.
         off: ``[rows]``.
         x: ``[rows, d_in]``.
         weight: ``[d, d_in]``.
         bias: ``[d]``.
         k: how many, at most d.
-        values: ``[rows, k]``, written: sums in float32.
-        places: ``[rows, k]``, written.
+
+    Returns:
+        values, which are sums in float32, and places, both ``[rows, k]``.
     """
     n, d = proposed.shape
-    maxima, scratch, row = np.empty(_n_groups(d, k), np.float32), np.empty(d, np.float32), np.empty(d, np.float32)
-    found, where, bits = np.empty(d + 1, np.float32), np.empty(d + 1, np.int64), row.view(np.uint32)
+    values, places = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
+    keys, highest = np.empty(d, np.int16), np.empty(_n_groups(d, k), np.int16)
+    maxima, scratch = np.empty(_n_groups(d, k), np.float32), np.empty(d, np.float32)
+    found, where = np.empty(d + 1, np.float32), np.empty(d + 1, np.int64)
+    reached, eights = np.zeros(_n_eights(d) * EIGHT, np.uint8), np.empty(_n_eights(d), np.int64)
     for r in range(n):
-        for place in range(d):
-            bits[place] = np.uint32(proposed[r, place]) << np.uint32(16)
-        least = -np.float32(np.inf)
-        if not _group_maxima(row, maxima) and np.isfinite(off[r]):
+        if np.isfinite(off[r]):
+            _keys(proposed[r], keys)
+            _group_maxima(keys, highest)
+            _numbers(highest, maxima)
             least = _least_that_may_be(_threshold(maxima, k, k // 8), off[r])
-        count = _at_least(row, maxima, least, found, where)
+            count = _at_least(keys, _least_key(least), reached, eights, where)
+        else:  # NaN or Inf in x: so are all of the products
+            count = d
+            where[:d] = np.arange(d)
         _products(x, r, weight, bias, where, count, found)
         if _any_nan(found, count):
             _poison(values[r], places[r])
             continue
         _take(found, where, count, scratch, values[r], places[r])
+    return values, places
+
+
+@_compiled()
+def _keys(halves: BFloat16s, keys: Keys) -> None:
+    for place in range(len(halves)):
+        half = np.int16(halves[place])
+        keys[place] = half ^ ((half >> np.int16(15)) & BELOW_SIGN)
+
+
+@_compiled()
+def _numbers(keys: Keys, numbers: Floats) -> None:
+    """The numbers that have these keys."""
+    bits = numbers.view(np.int32)
+    for q in range(len(keys)):
+        key = np.int32(keys[q])
+        bits[q] = (key ^ ((key >> 31) & BELOW_SIGN)) << 16
+
+
+@_compiled()
+def _least_key(number: np.float32) -> np.int16:
+    """The least key of a bfloat16 number that is at least this one."""
+    held = np.empty(1, np.float32)
+    held[0] = number
+    bits = np.int64(held.view(np.int32)[0])
+    if bits > 0:
+        return np.int16(min(int(bits + 0xFFFF) >> 16, 0x7FFF))
+    return np.int16((bits ^ 0x7FFFFFFF) >> 16 if bits < 0 else -1)  # -1: that of -0
 
 
 @_compiled()
@@ -146,7 +200,7 @@ def _least_that_may_be(proposed: np.float32, off: np.float32) -> np.float32:
 
 
 @_compiled()
-def _group_maxima(row: Floats, maxima: Floats) -> bool:
+def _group_maxima(row: Floats | Keys, maxima: Floats | Keys) -> bool:
     """The row's largest entry at places g, g + groups, ... into maxima[g]; whether the row holds NaN."""
     groups = len(maxima)
     maxima[:] = row[:groups]
@@ -179,15 +233,25 @@ def _threshold(numbers: Floats, k: int, slack: int) -> np.float32:
 
 
 @_compiled()
-def _at_least(row: Floats, maxima: Floats, least: np.float32, found: Floats, where: Ints) -> int:
-    """The entries of the row that reach `least`, their places, and how many; no branch for each, but for each group."""
-    d, groups = len(row), len(maxima)
-    count = 0
-    for g in range(groups):
-        if not maxima[g] < least:  # NaN reaches anything
-            for place in range(g, d, groups):
-                found[count], where[count] = row[place], place
-                count += not row[place] < least
+def _at_least(
+    row: Floats | Keys, least: np.float32 | np.int16, reached: NDArray[np.uint8], eights: Ints, where: Ints
+) -> int:
+    """Into `where` the places of the entries that reach `least`; how many. No branch depends on an entry.
+
+    reached, eights: scratch; eight entries at a time are passed over if none of them does.
+    """
+    for place in range(len(row)):
+        reached[place] = row[place] >= least
+    words = reached.view(np.uint64)
+    some = count = 0
+    for word in range(len(words)):
+        eights[some] = word
+        some += words[word] != 0
+    for q in range(some):
+        first = EIGHT * eights[q]
+        for place in range(first, first + EIGHT):
+            where[count] = place
+            count += reached[place]
     return count
 
 
@@ -261,7 +325,7 @@ def _kth_largest(numbers: Floats, count: int, k: int, scratch: Floats) -> np.flo
 
 
 @_compiled()
-def _any_nan(numbers: Floats, count: int) -> bool:
+def _any_nan(numbers: Floats | Keys, count: int) -> bool:
     n_nan = np.int32(0)
     for q in range(count):
         n_nan += np.int32(numbers[q] != numbers[q])

@@ -17,12 +17,12 @@ def exact_topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     ======  ====  ===========  =======
     d_sae      k   torch.topk  kernels
     ======  ====  ===========  =======
-      1024     8          2.6      0.9
-      1024    32          9.1      1.7
-      1024   128          9.9      4.2
-      4096    32           14      3.9
-     32768    32           54       16
-     32768   256          143       36
+      1024     8          2.6      0.6
+      1024    32          8.9      1.2
+      1024   128          9.9      3.5
+      4096    32           13      1.8
+     32768    32           49      8.6
+     32768   256          139       14
     ======  ====  ===========  =======
 
     Args:
@@ -38,6 +38,5 @@ def exact_topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return values, indices
     from sae_formats.row_kernels import k_largest  # here: it takes a second to load
 
-    values, indices = pre_acts.new_empty(len(pre_acts), k), torch.empty(len(pre_acts), k, dtype=torch.int64)
-    k_largest(pre_acts.numpy(), k, values.numpy(), indices.numpy())
+    values, indices = map(torch.from_numpy, k_largest(pre_acts.numpy(), k))
     return values, indices

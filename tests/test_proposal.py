@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import linear
@@ -9,7 +10,7 @@ from torch.nn.functional import linear
 from sae_formats import proposal
 from sae_formats.coders import LinearCoder
 from sae_formats.proposal import Proposal
-from sae_formats.row_kernels import ROUND_BFLOAT16
+from sae_formats.row_kernels import ROUND_BFLOAT16, k_largest_of_proposed
 from sae_formats.selection import TopK
 from sae_formats.topk import exact_topk
 
@@ -78,10 +79,35 @@ def test_ties_beyond_k_leave_k_different_latents(encoder):
 def test_the_bound_holds_for_every_latent(encoder):
     W_enc, b_enc, centre = encoder
     x = inputs(centre)
-    proposed, bound = Proposal.of(W_enc, b_enc, centre, K)._propose(x)
+    proposed, bound = Proposal.of(W_enc, b_enc, centre, K).propose(x)
     exact = x.double() @ W_enc.double().T + b_enc.double()
     off = (proposed.double() - exact).abs() - float(ROUND_BFLOAT16) * proposed.double().abs()
-    assert (off <= bound[:, None]).all()
+    assert (off <= torch.from_numpy(bound)[:, None]).all()
+
+
+@pytest.mark.parametrize(("d", "k"), [(1, 1), (7, 7), (9, 2), (130, 8), (1000, 32), (1027, 3)])
+@pytest.mark.parametrize("around", [-40.0, 0.0, 40.0])
+def test_a_guess_of_any_sign_and_width_finds_the_largest(d: int, k: int, around: float):
+    generator = np.random.default_rng([d, k])
+    x, weight = (generator.standard_normal(shape).astype(np.float32) for shape in ((50, 5), (d, 5)))
+    bias = (around + generator.choice([0.0, 0.25], d)).astype(np.float32)
+    exact = x.astype(np.float64) @ weight.T + bias
+    off = generator.uniform(0, 0.5, 50).astype(np.float32)
+    guess = torch.from_numpy(exact + generator.uniform(-0.99, 0.99, exact.shape) * off[:, None]).float().bfloat16()
+    values, places = k_largest_of_proposed(guess.view(torch.int16).numpy(), off, x, weight, bias, k)
+    assert (np.sort(places) == np.sort(np.argsort(-exact)[:, :k])).all()
+    np.testing.assert_allclose(values, np.take_along_axis(exact, places, 1), rtol=0, atol=1e-4)
+
+
+def test_guesses_of_zero_and_infinity_are_numbers_like_others():
+    x, off = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
+    weight = np.array([[-1.0], [-0.0], [0.0], [-0.0], [3e38], [-3e38]], np.float32)
+    for guess in ([-1.0, -0.0, 0.0, -0.0, torch.inf, -torch.inf], [-1.0, 0.0, -0.0, 0.0, 3e38, -3e38]):
+        bits = torch.tensor([guess], dtype=torch.bfloat16).view(torch.int16).numpy()
+        for k in range(1, 7):
+            values, places = k_largest_of_proposed(bits, off, x, weight, np.zeros(6, np.float32), k)
+            assert len({*places[0].tolist()}) == k
+            assert sorted(values[0].tolist()) == sorted(weight[:, 0].tolist())[6 - k :]
 
 
 def test_nan_stays_nan(encoder):
