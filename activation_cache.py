@@ -43,7 +43,7 @@ class ActivationCache:
     def __init__(self, shards: ShardFolder) -> None:
         self._shards = shards
         self._lock = threading.Lock()
-        self._places: dict[tuple[Site, str], _Place] = {}
+        self._places: dict[Site, dict[str, _Place]] = {}  # by text
         self._tensors: dict[str, dict[str, Tensor]] = {}  # by shard, memory-mapped: those that were read last
 
     @classmethod
@@ -77,7 +77,7 @@ class ActivationCache:
             self._enter(name)
 
     def _rows(self, site: Site, text: str) -> Tensor | None:
-        place = self._places.get((site, text))
+        place = self._places.get(site, {}).get(text)
         if place is None:
             return None
         with self._lock:
@@ -98,12 +98,14 @@ class ActivationCache:
         try:
             texts, stops = json.loads(header["texts"]), json.loads(header["stops"])
             places = [_Place(shard, a, b) for a, b in zip([0, *stops], stops, strict=False)]
-            entries = {(_site(name), text): place for name in names for text, place in zip(texts, places, strict=True)}
+            entries = dict(zip(texts, places, strict=True))
+            sites = [_site(name) for name in names]
         except BROKEN as error:
             self._shards.drop(shard, error)
             return
         with self._lock:
-            self._places |= entries
+            for site in sites:
+                self._places.setdefault(site, {}).update(entries)
 
 
 class CachedModel:
