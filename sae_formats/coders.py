@@ -90,7 +90,7 @@ class LinearCoder:
             per_sample_weights=codes.value.to(self.dtype),
             include_last_offset=True,
         )
-        return recon.float() + self.b_dec.float()
+        return recon.float().add_(self.b_dec.float())
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LinearCoder:
         return LinearCoder(

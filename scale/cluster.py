@@ -49,7 +49,7 @@ def open_cluster(n_workers: int, gpus: int, scheduler: str | None) -> Iterator[A
         "distributed.worker.profile.enabled": False,
         "distributed.comm.timeouts.connect": f"{WAIT_FOR_WORKERS}s",
     }
-    with dask.config.set(quiet):
+    with dask.config.set(quiet), _environment_kept():
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what a user must know, the outcomes tell
         cluster = None if scheduler is not None else _local(n_workers, gpus)
         try:
@@ -106,6 +106,17 @@ def _threads(share: int) -> dict[str, str]:
     """So many workers share the cores: what each of them may start."""
     threads = str(max(1, len(os.sched_getaffinity(0)) // share))
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
+
+
+@contextmanager
+def _environment_kept() -> Iterator[None]:
+    """Dask leaves what it sets for its workers in our environment, where the next cluster would take it for ours."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _deaf_to_ctrl_c() -> Any:

@@ -302,6 +302,17 @@ def test_workers_share_the_gpus_or_the_cores(planned, monkeypatch):
         compute_selectivity.count_workers(5, on_gpus, 100)
 
 
+def test_every_cluster_has_the_threads_of_its_own_size_and_leaves_the_environment_as_it_was(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = dict(os.environ)
+    for n_workers, threads in ((1, "6"), (2, "3")):
+        with scale.cluster.open_cluster(n_workers, 0, None) as client:
+            client.wait_for_workers(n_workers)
+            assert [*client.run(os.getenv, "OMP_NUM_THREADS").values()] == [threads] * n_workers
+        assert dict(os.environ) == before
+
+
 def test_each_worker_is_pinned_to_a_gpu_that_this_process_may_see(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert [scale.cluster._pinned(name)["CUDA_VISIBLE_DEVICES"] for name in (0, 1)] == ["2", "5"]
