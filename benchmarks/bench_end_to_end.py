@@ -8,7 +8,8 @@ not do. `sae-probes` 0.4.2 (in an environment of its own, without a hub) and a s
 would take an hour, so a part of each is timed and scaled up: one of the nine tasks; of the package's hooks the first
 and the last, between which a pass grows by a layer at a time; of the serial version the last layer and one repeat.
 Forward passes grow as rows do, the package's probes as tasks (each has 1024 training rows), the serial version's fits
-as rows and repeats. With --whole the package runs all tasks and hooks.
+as rows and repeats. With --whole the package runs all tasks and hooks. A round of all sides takes six minutes; the
+table has the medians of --repeats rounds.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,12 +73,28 @@ class Cost:
         return (self.side, self.timed, *parts, f"{self.whole:.0f}", f"{self.whole / ours:.1f}x")
 
 
-def measure(environment: Path, whole: bool, cpu_time: bool) -> list[report.Row]:
-    """The table's rows, header first."""
-    ours = time_ours(cpu_time)
-    costs = [ours, *time_package(environment, whole, cpu_time), time_serial(cpu_time)]
+def measure(environment: Path, whole: bool, cpu_time: bool, repeats: int) -> list[report.Row]:
+    """The table's rows, header first: medians of all sides, run in turn."""
+    rounds = [
+        [time_ours(cpu_time), *time_package(environment, whole, cpu_time), time_serial(cpu_time)]
+        for _ in range(repeats)
+    ]
+    costs = [median(side) for side in zip(*rounds, strict=True)]
     header = ("", "timed", "forward and SAE, s", "probes, s", "whole job, s", "of ours")
-    return [header, *(cost.row(ours.whole) for cost in costs)]
+    return [header, *(cost.row(costs[0].whole) for cost in costs)]
+
+
+def median(costs: Sequence[Cost]) -> Cost:
+    """Of one side in several rounds, part by part."""
+    first, wholes = costs[0], [cost.whole for cost in costs]
+    forward, probes = (_median_of([getattr(cost, part) for cost in costs]) for part in ("forward", "probes"))
+    return Cost(first.side, first.timed, forward, probes, statistics.median(wholes))
+
+
+def _median_of(seconds: Sequence[float | None]) -> float | None:
+    """None for a side without such a part."""
+    found = [value for value in seconds if value is not None]
+    return statistics.median(found) if found else None
 
 
 def time_ours(cpu_time: bool) -> Cost:
@@ -188,7 +206,11 @@ def main() -> int:
     asked = flags.parse_args()
     if asked.quick or (asked.what == "run" and asked.environment is None):
         flags.error("run needs --environment, and has no small size")
-    print(answer("bench_end_to_end", asked, lambda: measure(asked.environment, asked.whole, asked.cpu_time)))
+    print(
+        answer(
+            "bench_end_to_end", asked, lambda: measure(asked.environment, asked.whole, asked.cpu_time, asked.repeats)
+        )
+    )
     return 0
 
 

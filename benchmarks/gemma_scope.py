@@ -32,8 +32,8 @@ RELEASE = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)
 SAE_ID = re.compile(r"(?:layer_(?P<layer>\d+)|embedding)/width_(?P<width>\d+)(?P<unit>[km])/")
 
 GPU = Rates(forward=3.0e14, sae=2.0e13, probe=3.3e9, start=20.0)
-"""Assumed, of an H100: 30 % of its bfloat16 peak for the model, 30 % of its float32 peak for the SAEs; probes in
-float64 at 100 times a core; 20 s to read texts and tokens, build the model and start kernels."""
+"""Assumed, of an H100: 30 % of its bfloat16 peak for the model, 30 % of its float32 peak for the SAEs; probes at
+some fifty times a core of a CPU; 20 s to read texts and tokens, build the model and start kernels."""
 MEMORY = 60e9  # bytes of a GPU of 80 GB that weights and rows may take
 PRICE = 2.50  # dollars a GPU hour
 STORAGE = 2e9  # bytes a second that all workers read together

@@ -29,7 +29,7 @@ class Rates:
     start: float  # seconds that a unit takes before its first text: texts, tokens, configs, weights
 
 
-CPU_CORE = Rates(forward=9.8e10, sae=4.5e10, probe=3.3e7, start=18.0)
+CPU_CORE = Rates(forward=1.06e11, sae=8.3e10, probe=6.5e07, start=4.8)
 """One core of the CPU that docs/scale.md was measured on."""
 
 

@@ -161,3 +161,18 @@ def test_what_is_left_of_a_part_is_scaled_up(monkeypatch: pytest.MonkeyPatch, tm
     assert each.forward == pytest.approx(sum(range(1, 7)) * rows)
     assert together.forward == pytest.approx(6 * rows)
     assert each.probes == together.probes == pytest.approx(10 * 6 * 9)
+
+
+def test_the_table_of_the_whole_job_has_the_medians_of_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Cost = bench_end_to_end.Cost
+    ours = iter([4.0, 100.0, 5.0])
+    monkeypatch.setattr(bench_end_to_end, "time_ours", lambda _: Cost("ours", "whole", None, None, next(ours)))
+    theirs = iter([Cost("theirs", "a part", *seconds) for seconds in ((1, 2, 3), (30, 20, 50), (7, 1, 8))])
+    monkeypatch.setattr(bench_end_to_end, "time_package", lambda *_: [next(theirs)])
+    monkeypatch.setattr(bench_end_to_end, "time_serial", lambda _: Cost("serial", "a part", 9.0, 1.0, 10.0))
+    _, *rows = bench_end_to_end.measure(tmp_path, whole=False, cpu_time=False, repeats=3)
+    assert rows == [
+        ("ours", "whole", "", "", "5", "1.0x"),
+        ("theirs", "a part", "7", "2", "8", "1.6x"),
+        ("serial", "a part", "9", "1", "10", "2.0x"),
+    ]
