@@ -183,7 +183,9 @@ def _numbers(keys: Keys, numbers: Floats) -> None:
 
 @_compiled()
 def _least_key(number: np.float32) -> np.int16:
-    """The least key of a bfloat16 number that is at least this one."""
+    """The least key of a bfloat16 number that is at least this one; of NaN, where Inf met Inf, the least of all."""
+    if np.isnan(number):
+        return np.int16(-0x8000)
     held = np.empty(1, np.float32)
     held[0] = number
     bits = np.int64(held.view(np.int32)[0])
