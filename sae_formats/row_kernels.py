@@ -168,8 +168,7 @@ def k_largest_of_proposed(
 @_compiled()
 def _keys(halves: BFloat16s, keys: Keys) -> None:
     for place in range(len(halves)):
-        half = np.int16(halves[place])
-        keys[place] = half ^ ((half >> np.int16(15)) & BELOW_SIGN)
+        keys[place] = halves[place] ^ ((halves[place] >> np.int16(15)) & BELOW_SIGN)
 
 
 @_compiled()
@@ -183,9 +182,7 @@ def _numbers(keys: Keys, numbers: Floats) -> None:
 
 @_compiled()
 def _least_key(number: np.float32) -> np.int16:
-    """The least key of a bfloat16 number that is at least this one; of NaN, where Inf met Inf, the least of all."""
-    if np.isnan(number):
-        return np.int16(-0x8000)
+    """The least key of a bfloat16 number that is at least this one."""
     held = np.empty(1, np.float32)
     held[0] = number
     bits = np.int64(held.view(np.int32)[0])
@@ -197,6 +194,8 @@ def _least_key(number: np.float32) -> np.int16:
 @_compiled()
 def _least_that_may_be(proposed: np.float32, off: np.float32) -> np.float32:
     """The least proposal of an entry that may be as large as one that is proposed as `proposed`."""
+    if not np.isfinite(proposed):  # a guess of Inf says nothing of how large the entry is
+        return -np.float32(np.inf)
     least = proposed - ROUND_BFLOAT16 * abs(proposed) - 2 * off  # once for either entry
     return least / (ONE + ROUND_BFLOAT16) if least >= ZERO else least / (ONE - ROUND_BFLOAT16)
 
