@@ -26,6 +26,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from errors import RequestError
+from gemm import use_in
+from model_hooks import attention
 from model_hooks.capture import capture
 from model_hooks.checks import check
 from model_hooks.configs import read_sizes, truncated
@@ -101,7 +103,9 @@ class ModelInfo:
         """
         with BUILDING:
             module = self._read_weights(truncated(self.config, layers_needed(sites)), getattr(torch, dtype))
+            attention.use_where_faster(module, torch.device(device))
         module = _in_own_memory(module.get_decoder()).to(device).eval().requires_grad_(False)
+        use_in(module)
         taps = {site: find_tap(module, site) for site in sorted(sites)}
         check(module, taps, torch.device(device))
         return LanguageModel(module, taps, torch.device(device))

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gemm import linear
 from probe_backends.lbfgs import Loss, Parabola, dot
 from probe_backends.problem import ProbeProblem
 
@@ -127,10 +128,10 @@ class Rough:
     stretch: Tensor  # [columns, d + 1]; a column's features are z times this
 
     def forward(self, theta: Tensor) -> Tensor:
-        return (theta * self.stretch) @ self.z.T
+        return linear(theta * self.stretch, self.z)
 
     def backward(self, residual: Tensor) -> Tensor:
-        return (residual @ self.z).mul_(self.stretch)
+        return linear(residual, self.z.T).mul_(self.stretch)
 
     def select(self, chosen: Tensor) -> Rough:
         return Rough(self.z, self.stretch[chosen])
@@ -213,7 +214,7 @@ class InverseHessian:
     def times(self, v: Tensor) -> Tensor:
         """Times v [columns, d + 1]."""
         if self.inverse is not None:
-            return v @ self.inverse
+            return linear(v, self.inverse.T)
         half = torch.linalg.solve_triangular(self.factor, v.T, upper=False)  # `cholesky_solve` copies the factor
         return torch.linalg.solve_triangular(self.factor.T, half, upper=True).T
 
@@ -244,9 +245,11 @@ class InverseHessians:
         """z' diag(curvature) z: its lower triangle, and a little above."""
         gram = self._z.new_zeros(self._z.shape[1], self._z.shape[1])
         for rows in _blocks(self._z):
-            part, weighted = self._z[rows], self._z[rows] * curvature[rows, None]
+            part = self._z[rows].T.contiguous()
+            weighted = part * curvature[rows]
             for start in range(0, len(gram), _PANEL):
-                gram[start:, start : start + _PANEL].addmm_(part[:, start:].T, weighted[:, start : start + _PANEL])
+                panel = slice(start, start + _PANEL)
+                gram[start:, panel] += linear(part[start:], weighted[panel])
         return gram
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemm import linear
 from sae_formats.proposal import Proposal, is_worth_it
 from sae_formats.selection import Selection, TopK, fixed_width
 from sae_formats.sparse_rows import SparseRows
@@ -70,7 +71,7 @@ class LinearCoder:
         return fixed_width(values, latents, n_cols=len(self.W_enc))
 
     def _pre_acts(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.W_enc, self.b_enc)
+        return linear(x, self.W_enc, self.b_enc)
 
     @cached_property
     def _proposal(self) -> Proposal | None:

@@ -10,13 +10,14 @@ taken (`row_kernels`): the latents are those of float32.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from gemm import has_fast_bfloat16
 
 
 def is_worth_it(W_enc: Tensor, k: int) -> bool:
@@ -38,14 +39,7 @@ def is_worth_it(W_enc: Tensor, k: int) -> bool:
     ====  =====  ===  =======  ========
     """
     wide = len(W_enc) >= max(1024, 32 * k)
-    return wide and W_enc.device.type == "cpu" and W_enc.dtype == torch.float32 and _has_fast_bfloat16()
-
-
-@cache
-def _has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones."""
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return wide and W_enc.device.type == "cpu" and W_enc.dtype == torch.float32 and has_fast_bfloat16()
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def test_a_coder_gives_the_same_codes_with_and_without(encoder, monkeypatch: pyt
     x = inputs(centre)
     codes = []
     for fast in (True, False):
-        monkeypatch.setattr(proposal, "_has_fast_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr(proposal, "has_fast_bfloat16", lambda fast=fast: fast)
         coder = LinearCoder(W_enc, b_enc, W_enc, centre, TopK(K))
         assert (coder._proposal is not None) == fast
         codes.append(coder.encode(x).to_csr().to_dense())
@@ -139,7 +139,7 @@ def test_a_coder_gives_the_same_codes_with_and_without(encoder, monkeypatch: pyt
 
 @pytest.mark.parametrize(("d_sae", "k"), [(512, 8), (4096, 200)])
 def test_small_or_dense_codes_are_not_worth_it(d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(proposal, "_has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(proposal, "has_fast_bfloat16", lambda: True)
     assert not proposal.is_worth_it(torch.zeros(d_sae, 4), k)
     assert not proposal.is_worth_it(torch.zeros(32768, 4, dtype=torch.float16), k=8)
     assert proposal.is_worth_it(torch.zeros(32768, 4), k=8)

@@ -1,0 +1,62 @@
+"""Causal attention over short texts in bfloat16 on a CPU: two products and a softmax.
+
+Torch's fused kernel is made for long texts: it never holds the scores of all pairs of tokens. Of a hundred tokens they
+are few, and without its bookkeeping attention takes half the time, a forward pass of the bundled model five sixths
+(`python benchmarks/bench_attention.py`). Scores are rounded to bfloat16 on the way, as in transformers' own eager
+attention. Everything else, longer texts among it, goes to transformers' `sdpa`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemm import has_fast_bfloat16
+
+NAME = "sdpa_or_products"
+"""Of this attention, among transformers' attention functions."""
+SHORT = 384
+"""Tokens up to which products are faster."""
+
+
+def use_where_faster(model: Any, device: torch.device) -> None:
+    """Have a transformers model attend by products, if it would attend by sdpa and that can be slower here."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    fits = device.type == "cpu" and model.dtype == torch.bfloat16 and has_fast_bfloat16()
+    if fits and getattr(model.config, "_attn_implementation", None) == "sdpa":
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Heads' results ``[texts, tokens, heads, d_head]`` for query ``[texts, heads, tokens, d_head]``, key and value.
+
+    What transformers passes besides is for its own function; none of it is set in a plain causal pass.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    n_texts, n_heads, n_tokens, d_head = query.shape
+    causal = attention_mask is None and options.get("is_causal") in (None, True) and getattr(module, "is_causal", True)
+    plain = causal and options.get("position_bias") is None and not options.get("dropout")
+    if not plain or n_tokens > SHORT or key.shape[2] != n_tokens:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    groups = n_heads // key.shape[1]
+    query, key, value = (x.flatten(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    future = query.new_full((n_tokens, n_tokens), -torch.inf).triu_(1)
+    scale = d_head**-0.5 if scaling is None else scaling
+    scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=scale)
+    found = torch.bmm(scores.softmax(dim=-1), value)
+    return found.unflatten(0, (n_texts, n_heads)).transpose(1, 2).contiguous(), None
