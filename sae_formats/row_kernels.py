@@ -3,11 +3,13 @@
 Every kernel works row by row, so a row's result does not depend on its company, and lets other threads run meanwhile.
 A row that holds NaN gets NaN for all of its values.
 
-A row is divided into groups. Where k or more of the groups' maxima reach a threshold, so do the k largest entries. The
-threshold is found by bisection: counting how many of a hundred numbers reach another takes some ten instructions.
+Numbers are compared as integers. A number's *key* is the integer of its bits, with those below the sign turned over if
+it is negative: keys are in the order of the numbers, -0 below 0. Those of bfloat16 have 16 bits, so that an instruction
+compares twice as many as of float32. The k-th largest key is found by bisection: counting how many of a hundred keys
+reach another takes some ten instructions.
 
-Guesses in bfloat16 are compared as integers, twice as many in an instruction as floats. A number's *key* is the integer
-of its bits, with those below the sign turned over if it is negative: keys are in the order of the numbers.
+A row is divided into groups. Where k or more of the groups' maxima reach a threshold, so do the k largest entries, and
+only the groups whose maximum reaches it need be looked at.
 """
 
 from __future__ import annotations
@@ -21,17 +23,18 @@ from numpy.typing import NDArray
 
 GROUPS_PER_K = 4  # with 2 there are more members to look at, with 8 more maxima: either takes longer
 LARGEST_GROUP = 64  # in wide rows looking at a maximum costs less than looking at members
-EIGHT = 8  # bytes in a word of 64 bits
-STEPS = 16  # of a bisection; it may stop anywhere
+EIGHT = np.uint64(8)  # bytes in a word of 64 bits
+STRIP = 64  # so many keys of 32 bits are compared without a remainder that takes an instruction each
+MOST_COUNTED = 2**14  # keys, by a number of 16 bits
 ROUND_BFLOAT16 = np.float32(2.0**-8)  # largest relative error of a float32 number that is rounded to bfloat16
 ROUND_SUM = np.float32(2.0**-23)  # of one float32 addition or product, twice: for a guess and what it is compared with
-HALF, ZERO, ONE = np.float32(0.5), np.float32(0), np.float32(1)
+ZERO, ONE = np.float32(0), np.float32(1)
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+Places = NDArray[np.uint64]  # an index that may be negative takes Numba a comparison more
 BFloat16s = NDArray[np.int16]  # by their bits: the upper half of a float32's
-Keys = NDArray[np.int16]
-BELOW_SIGN = np.int16(0x7FFF)
+Keys = NDArray[np.int16] | NDArray[np.int32]
 
 
 def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -55,7 +58,7 @@ def _n_groups(d: int, k: int) -> int:
 @_compiled()
 def _n_eights(d: int) -> int:
     """How often eight it takes to hold d."""
-    return (d + EIGHT - 1) // EIGHT
+    return (d + 7) // 8
 
 
 @_compiled()
@@ -71,18 +74,21 @@ def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
     """
     n, d = rows.shape
     values, places = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
-    maxima, scratch = np.empty(_n_groups(d, k), np.float32), np.empty(d, np.float32)
-    found, where = np.empty(d + 1, np.float32), np.empty(d + 1, np.int64)
-    reached, eights = np.zeros(_n_eights(d) * EIGHT, np.uint8), np.empty(_n_eights(d), np.int64)
+    keys, highest = np.empty(d, np.int32), np.empty(_n_groups(d, k), np.int32)
+    found, where = np.empty(d + 1, np.float32), np.empty(d + 1, np.uint64)
+    reached, eights = np.zeros(8 * _n_eights(d), np.uint8), np.empty(_n_eights(d) + 1, np.uint64)
+    found_keys, chosen = np.empty(d + STRIP, np.int32), np.empty(d + 1, np.uint64)
     for r in range(n):
         row = rows[r]
-        if _group_maxima(row, maxima):
+        if _any_nan(row, d):
             _poison(values[r], places[r])
             continue
-        count = _at_least(row, _threshold(maxima, k, k // 8), reached, eights, where)
+        _float_keys(row, d, keys)
+        _group_maxima(keys, highest)
+        count = _at_least(keys, np.int32(_threshold(highest, k, k // 8)), reached, eights, where)
         for q in range(count):
             found[q] = row[where[q]]
-        _take(found, where, count, scratch, values[r], places[r])
+        _take(found, where, count, found_keys, chosen, values[r], places[r])
     return values, places
 
 
@@ -144,51 +150,57 @@ def k_largest_of_proposed(
     n, d = proposed.shape
     values, places = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
     keys, highest = np.empty(d, np.int16), np.empty(_n_groups(d, k), np.int16)
-    maxima, scratch = np.empty(_n_groups(d, k), np.float32), np.empty(d, np.float32)
-    found, where = np.empty(d + 1, np.float32), np.empty(d + 1, np.int64)
-    reached, eights = np.zeros(_n_eights(d) * EIGHT, np.uint8), np.empty(_n_eights(d), np.int64)
+    found, where = np.empty(d + 1, np.float32), np.empty(d + 1, np.uint64)
+    reached, eights = np.zeros(8 * _n_eights(d), np.uint8), np.empty(_n_eights(d) + 1, np.uint64)
+    found_keys, chosen = np.empty(d + STRIP, np.int32), np.empty(d + 1, np.uint64)
     for r in range(n):
         if np.isfinite(off[r]):
-            _keys(proposed[r], keys)
+            _bfloat16_keys(proposed[r], keys)
             _group_maxima(keys, highest)
-            _numbers(highest, maxima)
-            least = _least_that_may_be(_threshold(maxima, k, k // 8), off[r])
-            count = _at_least(keys, _least_key(least), reached, eights, where)
+            least = _least_that_may_be(_number(_threshold(highest, k, k // 8)), off[r])
+            count = _at_least(keys, np.int16(_least_key(least)), reached, eights, where)
         else:  # NaN or Inf in x: so are all of the products
-            count = d
-            where[:d] = np.arange(d)
+            count = np.uint64(d)
+            where[:d] = np.arange(d).astype(np.uint64)
         _products(x, r, weight, bias, where, count, found)
         if _any_nan(found, count):
             _poison(values[r], places[r])
             continue
-        _take(found, where, count, scratch, values[r], places[r])
+        _take(found, where, count, found_keys, chosen, values[r], places[r])
     return values, places
 
 
 @_compiled()
-def _keys(halves: BFloat16s, keys: Keys) -> None:
+def _bfloat16_keys(halves: BFloat16s, keys: NDArray[np.int16]) -> None:
     for place in range(len(halves)):
-        keys[place] = halves[place] ^ ((halves[place] >> np.int16(15)) & BELOW_SIGN)
+        keys[place] = halves[place] ^ ((halves[place] >> np.int16(15)) & np.int16(0x7FFF))
 
 
 @_compiled()
-def _numbers(keys: Keys, numbers: Floats) -> None:
-    """The numbers that have these keys."""
+def _float_keys(numbers: Floats, count: int, keys: NDArray[np.int32]) -> None:
+    """Of the first `count`."""
     bits = numbers.view(np.int32)
-    for q in range(len(keys)):
-        key = np.int32(keys[q])
-        bits[q] = (key ^ ((key >> 31) & BELOW_SIGN)) << 16
+    for place in range(count):
+        keys[place] = bits[place] ^ ((bits[place] >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
 @_compiled()
-def _least_key(number: np.float32) -> np.int16:
+def _number(key: int) -> np.float32:
+    """The number whose key in bfloat16 this is."""
+    held = np.empty(1, np.int32)
+    held[0] = (key ^ ((key >> 31) & 0x7FFF)) << 16
+    return held.view(np.float32)[0]
+
+
+@_compiled()
+def _least_key(number: np.float32) -> int:
     """The least key of a bfloat16 number that is at least this one."""
     held = np.empty(1, np.float32)
     held[0] = number
     bits = np.int64(held.view(np.int32)[0])
     if bits > 0:
-        return np.int16(min(int(bits + 0xFFFF) >> 16, 0x7FFF))
-    return np.int16((bits ^ 0x7FFFFFFF) >> 16 if bits < 0 else -1)  # -1: that of -0
+        return min(int(bits + 0xFFFF) >> 16, 0x7FFF)
+    return int(bits ^ 0x7FFFFFFF) >> 16 if bits < 0 else -1  # -1: that of -0
 
 
 @_compiled()
@@ -201,68 +213,79 @@ def _least_that_may_be(proposed: np.float32, off: np.float32) -> np.float32:
 
 
 @_compiled()
-def _group_maxima(row: Floats | Keys, maxima: Floats | Keys) -> bool:
-    """The row's largest entry at places g, g + groups, ... into maxima[g]; whether the row holds NaN."""
-    groups = len(maxima)
-    maxima[:] = row[:groups]
-    for start in range(groups, len(row), groups):
-        part = row[start : start + groups]
+def _group_maxima(keys: Keys, highest: Keys) -> None:
+    """The largest key at places g, g + groups, ... into highest[g]."""
+    groups = len(highest)
+    highest[:] = keys[:groups]
+    for start in range(groups, len(keys), groups):
+        part = keys[start : start + groups]
         for g in range(len(part)):
-            maxima[g] = part[g] if part[g] > maxima[g] else maxima[g]
-    return _any_nan(row, len(row))
+            highest[g] = part[g] if part[g] > highest[g] else highest[g]
 
 
 @_compiled()
-def _threshold(numbers: Floats, k: int, slack: int) -> np.float32:
-    """A number that at least k of the numbers reach, and if it is soon found no more than `slack` others."""
-    low = high = numbers[0]
-    for number in numbers:
-        low = number if number < low else low
-        high = number if number > high else high
-    for _ in range(STEPS):
-        middle = HALF * (low + high)
-        count = np.int32(0)
-        for number in numbers:
-            count += np.int32(number >= middle)
+def _threshold(keys: Keys, k: int, slack: int) -> int:
+    """A key that at least k of the keys reach, and no more than `slack` others unless they equal it."""
+    low = high = keys[0]
+    for q in range(len(keys)):
+        low = keys[q] if keys[q] < low else low
+        high = keys[q] if keys[q] > high else high
+    least, most = int(low), int(high)
+    while least < most:
+        middle = (least + most + 1) >> 1
+        count = _n_at_least(keys, keys.dtype.type(middle))
         if count >= k:
-            low = middle
+            least = middle
             if count <= k + slack:
                 break
         else:
-            high = middle
-    return low
+            most = middle - 1
+    return least
+
+
+@_compiled()
+def _n_at_least(keys: Keys, least: np.int16 | np.int32) -> int:
+    """How many keys reach `least`. Counted in the keys' own width: in a wider one fewer are compared at a time."""
+    number = keys.dtype.type
+    count = 0
+    for start in range(0, len(keys), MOST_COUNTED):
+        part, counted = keys[start : start + MOST_COUNTED], number(0)
+        for q in range(len(part)):
+            counted = number(counted + number(part[q] >= least))
+        count += int(counted)
+    return count
 
 
 @_compiled()
 def _at_least(
-    row: Floats | Keys, least: np.float32 | np.int16, reached: NDArray[np.uint8], eights: Ints, where: Ints
-) -> int:
-    """Into `where` the places of the entries that reach `least`; how many. No branch depends on an entry.
+    keys: Keys, least: np.int16 | np.int32, reached: NDArray[np.uint8], eights: Places, where: Places
+) -> np.uint64:
+    """Into `where` the places of the keys that reach `least`; how many. No branch depends on a key.
 
-    reached, eights: scratch; eight entries at a time are passed over if none of them does.
+    reached, eights: scratch; eight keys at a time are passed over if none of them does.
     """
-    for place in range(len(row)):
-        reached[place] = row[place] >= least
+    for place in range(len(keys)):
+        reached[place] = keys[place] >= least
     words = reached.view(np.uint64)
-    some = count = 0
+    some = count = np.uint64(0)
     for word in range(len(words)):
-        eights[some] = word
-        some += words[word] != 0
+        eights[some] = EIGHT * np.uint64(word)
+        some += np.uint64(words[word] != 0)
     for q in range(some):
-        first = EIGHT * eights[q]
-        for place in range(first, first + EIGHT):
+        for one in range(EIGHT):
+            place = eights[q] + np.uint64(one)
             where[count] = place
-            count += reached[place]
+            count += np.uint64(reached[place])
     return count
 
 
 @_compiled(fastmath={"reassoc", "contract", "nsz"})
-def _products(x: Floats, r: int, weight: Floats, bias: Floats, where: Ints, count: int, found: Floats) -> None:
+def _products(x: Floats, r: int, weight: Floats, bias: Floats, where: Places, count: int, found: Floats) -> None:
     """Row r of x times the weights at the first `count` of `where`, four at a time, plus their biases."""
     d_in = x.shape[1]
     whole = count - count % 4
     for q in range(0, whole, 4):
-        a, b, c, d = np.uint64(where[q]), np.uint64(where[q + 1]), np.uint64(where[q + 2]), np.uint64(where[q + 3])
+        a, b, c, d = where[q], where[q + 1], where[q + 2], where[q + 3]
         sum_a, sum_b, sum_c, sum_d = bias[a], bias[b], bias[c], bias[d]
         for i in range(d_in):
             sum_a += x[r, i] * weight[a, i]
@@ -271,7 +294,7 @@ def _products(x: Floats, r: int, weight: Floats, bias: Floats, where: Ints, coun
             sum_d += x[r, i] * weight[d, i]
         found[q], found[q + 1], found[q + 2], found[q + 3] = sum_a, sum_b, sum_c, sum_d
     for q in range(whole, count):
-        a = np.uint64(where[q])
+        a = where[q]
         sum_a = bias[a]
         for i in range(d_in):
             sum_a += x[r, i] * weight[a, i]
@@ -279,54 +302,39 @@ def _products(x: Floats, r: int, weight: Floats, bias: Floats, where: Ints, coun
 
 
 @_compiled()
-def _take(found: Floats, where: Ints, count: int, scratch: Floats, values: Floats, places: Ints) -> None:
-    """The largest of the first `count` numbers found, as many as `values` has room for."""
+def _take(
+    found: Floats, where: Places, count: int, keys: NDArray[np.int32], chosen: Places, values: Floats, places: Ints
+) -> None:
+    """The largest of the first `count` numbers found, as many as `values` has room for.
+
+    keys, chosen: scratch; STRIP more keys than `count`, one more place than values.
+    """
     k = len(values)
-    least, left = _threshold(found[:count], k, 0), 0
+    _float_keys(found, count, keys)
+    strips = (count + STRIP - 1) // STRIP * STRIP
+    smallest = keys[0]
     for q in range(count):
-        found[left], where[left] = found[q], where[q]
-        left += found[q] >= least
-    room = k  # for numbers that equal the k-th
-    if left > k:
-        least = _kth_largest(found, left, k, scratch)
-        for q in range(left):
-            room -= found[q] > least
-    kept = 0
-    for q in range(left):
-        if found[q] > least or (found[q] == least and room > 0):
-            room -= found[q] == least
-            values[kept], places[kept] = found[q], where[q]
-            kept += 1
+        smallest = keys[q] if keys[q] < smallest else smallest
+    keys[count:strips] = smallest
+    least = np.int32(_threshold(keys[:strips], k, 0))
+    kept = np.uint64(0)
+    if _n_at_least(keys[:count], least) == k:
+        for q in range(count):
+            chosen[kept] = q
+            kept += np.uint64(keys[q] >= least)
+    else:
+        room = k - _n_at_least(keys[:count], least + np.int32(1))  # for keys that equal the k-th
+        for q in range(count):
+            equal = (keys[q] == least) & (room > 0)
+            room -= equal
+            chosen[kept] = q
+            kept += np.uint64((keys[q] > least) | equal)
+    for place in range(k):
+        values[place], places[place] = found[chosen[place]], np.int64(where[chosen[place]])
 
 
 @_compiled()
-def _kth_largest(numbers: Floats, count: int, k: int, scratch: Floats) -> np.float32:
-    """The k-th largest of the first `count` numbers, by Hoare's selection."""
-    scratch[:count] = numbers[:count]
-    first, last = 0, count - 1
-    while first < last:
-        pivot = scratch[(first + last) // 2]
-        i, j = first, last
-        while i <= j:
-            while scratch[i] > pivot:
-                i += 1
-            while scratch[j] < pivot:
-                j -= 1
-            if i <= j:
-                scratch[i], scratch[j] = scratch[j], scratch[i]
-                i += 1
-                j -= 1
-        if k - 1 <= j:
-            last = j
-        elif k - 1 >= i:
-            first = i
-        else:
-            break
-    return scratch[k - 1]
-
-
-@_compiled()
-def _any_nan(numbers: Floats | Keys, count: int) -> bool:
+def _any_nan(numbers: Floats, count: int) -> bool:
     n_nan = np.int32(0)
     for q in range(count):
         n_nan += np.int32(numbers[q] != numbers[q])
