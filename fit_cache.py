@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import gemm
 from folds import FoldPlan
 from installed import installed_version
 from probes import ProbeBackend
@@ -30,8 +31,10 @@ log = logging.getLogger(__name__)
 
 FOLDER = "probes"  # below the root, beside those of the models
 HOME = Path(__file__).parent
-SOURCES = ("errors.py", "fit_cache.py", "folds.py", "installed.py", "out_of_memory.py", "probe_backends/*.py",
-           "probe_statistics.py", "probes.py", "selectivity.py", "uncertainty.py")  # fmt: skip
+SOURCES = (
+    "errors.py", "fit_cache.py", "folds.py", "gemm.py", "installed.py", "out_of_memory.py", "probe_backends/*.py",
+    "probe_statistics.py", "probes.py", "selectivity.py", "uncertainty.py",
+)  # fmt: skip
 """`selectivity` and all that it imports of the program, the solvers, and how their fits are kept."""
 
 _LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "cuml-cu13")
@@ -73,7 +76,7 @@ class FitCache:
                 facts[task] = f"{of.n_folds} folds"
                 arrays = {"labels": of.labels, "weights": of.weights, "folds": of.folds}
                 given |= {f"{task} {part}": torch.from_numpy(array) for part, array in arrays.items()}
-        return digest(facts, given)[:32]
+        return digest(facts, given)
 
 
 def program_digest(root: Path) -> str:
@@ -94,7 +97,8 @@ def _machine(device: torch.device) -> str:
     """What computes: another processor, number of threads or library rounds otherwise."""
     cpu = torch.backends.cpu.get_cpu_capability()
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return json.dumps([device.type, chip, torch.get_num_threads(), *map(installed_version, _LIBRARIES)])
+    threads = torch.get_num_threads()
+    return json.dumps([device.type, chip, threads, gemm.prefers_onednn(), *map(installed_version, _LIBRARIES)])
 
 
 def _packed(fit: ModelFit) -> dict[str, Tensor]:

@@ -4,15 +4,14 @@
     shards.write(name, {"coef": coef}, {"of": "layer 3"})   # name: 32 hexadecimal digits that tell the content
     shards.read(name)                                       # {} if it is not there, or not what was written
 
-A shard is a safetensors file, written whole or not at all, memory-mapped, and checked against its own sha256 when it
-is first read. Several processes may read and write below one root; what all its folders hold counts towards one limit.
-What was read longest ago goes when room is needed; what this run has read or written stays. Nothing that goes wrong
-here is an error of the run: it computes again.
+A shard is a safetensors file, written whole or not at all, memory-mapped, and held against its own checksum when it is
+first read. Several processes may read and write below one root; what all its folders hold counts towards one limit. What
+was read longest ago goes when room is needed; what this run has read or written stays. Nothing that goes wrong here is
+an error of the run: it computes again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -33,6 +33,7 @@ from whole_file import replacing, sweep
 log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
+CHECKSUM = "xxh3_128"  # its key in a shard's header
 BROKEN = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 """What reading a file that is not what was written may raise."""
 
@@ -76,7 +77,7 @@ class ShardFolder:
         return sorted(path.stem for path in self.folder.glob(f"{_NAME}{SUFFIX}"))
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """Map a shard's tensors, and the first time hold them against their sha256; one that is gone has none."""
+        """Map a shard's tensors, and the first time hold them against their checksum; one that is gone has none."""
         path = self._path(name)
         try:
             if name in self._whole:
@@ -84,7 +85,7 @@ class ShardFolder:
             with safe_open(path, framework="pt") as file:
                 header = dict(file.metadata())
             tensors = load_file(path)
-            if header.pop("sha256") != digest({**header, "name": name}, tensors):
+            if header.pop(CHECKSUM) != digest({**header, "name": name}, tensors):
                 raise ValueError("its content is not what was written")
         except FileNotFoundError:
             return {}  # it never was here, or another process needed the room
@@ -117,13 +118,15 @@ class ShardFolder:
         """Keep contiguous tensors on the CPU; whether they were. A disk that cannot take them is told once."""
         if self.full:
             return False
-        content = save(dict(tensors), {**header, "sha256": digest({**header, "name": name}, tensors)})
+        content = save(dict(tensors), {**header, CHECKSUM: digest({**header, "name": name}, tensors)})
         try:
             if not self._has_room(len(content)):
                 self.full = True
                 log.warning("--cache_dir: full at %.1f GB: further %s are not kept", self._limit / 1024**3, self._what)
                 return False
-            with replacing(self._path(name), "wb", sync=False) as file:  # its sha256 tells what a power cut would leave
+            with replacing(
+                self._path(name), "wb", sync=False
+            ) as file:  # its checksum tells what a power cut would leave
                 file.write(content)
         except OSError as error:
             self.full = True
@@ -154,8 +157,11 @@ class ShardFolder:
 
 
 def digest(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (64 hexadecimal digits) of facts and of tensors on the CPU, with their names, types and shapes."""
-    found = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    """XXH3 (32 hexadecimal digits) of facts and of tensors on the CPU, with their names, types and shapes.
+
+    It tells what is damaged or different, at the speed of memory; no forgery of it is hard to make.
+    """
+    found = xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
         if tensor.numel():  # torch has no bytes of nothing

@@ -359,7 +359,7 @@ def test_without_a_cache_nobody_reads_the_program(monkeypatch):
 def test_the_digest_is_of_selectivity_and_of_all_that_it_imports(tmp_path):
     seen: set[Path] = set()
     left = [ROOT / "selectivity.py", ROOT / "fit_cache.py", *(ROOT / "probe_backends").glob("*.py")]
-    storage = {"shard_folder", "file_lock", "whole_file"}  # holds what it is given to its sha256
+    storage = {"shard_folder", "file_lock", "whole_file"}  # holds what it is given to its checksum
     while left:
         path = left.pop()
         if path not in seen:

@@ -31,7 +31,7 @@ MAY_IMPORT = {  # file or folder -> what it may import of the project, besides `
     "activations": {"datasets_wikidata", "language_model", "out_of_memory", "progress", "reconstruction", "sae_loader"},
     "calibration": {"datasets_wikidata", "language_model"},
     "shard_folder": {"file_lock", "whole_file"},
-    "fit_cache": {"folds", "installed", "probes", "selectivity", "shard_folder"},
+    "fit_cache": {"folds", "gemm", "installed", "probes", "selectivity", "shard_folder"},
     "activation_cache": {"language_model", "shard_folder"},
     "preflight": {"calibration", "datasets_wikidata", "language_model", "sae_loader"},
     "inspection": {"calibration", "language_model", "preflight", "report", "sae_loader"},

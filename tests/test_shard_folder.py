@@ -87,7 +87,7 @@ def test_files_of_others_below_the_root_are_left_to_them(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["header", "dtype"])
-def test_the_sha256_is_of_the_header_too(tmp_path, caplog, part):
+def test_the_checksum_is_of_the_header_too(tmp_path, caplog, part):
     """Whose tensors these are, and how their bytes are meant, are as easily damaged as the bytes."""
     shards = opened(tmp_path)
     shards.write(name(1), TENSORS, {"stops": json.dumps([3, 7])})
