@@ -5,9 +5,9 @@
     shards.read(name)                                       # {} if it is not there, or not what was written
 
 A shard is a safetensors file, written whole or not at all, memory-mapped, and held against its own checksum when it is
-first read. Several processes may read and write below one root; what all its folders hold counts towards one limit. What
-was read longest ago goes when room is needed; what this run has read or written stays. Nothing that goes wrong here is
-an error of the run: it computes again.
+first read. Several processes may read and write below one root; what all its folders hold counts towards one limit.
+What was read longest ago goes when room is needed; what this run has read or written stays. Nothing that goes wrong
+here is an error of the run: it computes again.
 """
 
 from __future__ import annotations

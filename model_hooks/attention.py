@@ -19,6 +19,8 @@ NAME = "sdpa_or_products"
 """Of this attention, among transformers' attention functions."""
 SHORT = 384
 """Tokens up to which products are faster."""
+AT_A_TIME = 2**18
+"""Scores: what a cache holds."""
 
 
 def use_where_faster(model: Any, device: torch.device) -> None:
@@ -54,9 +56,15 @@ def attend(
     if not plain or n_tokens > SHORT or key.shape[2] != n_tokens:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     groups = n_heads // key.shape[1]
-    query, key, value = (x.flatten(0, 1) for x in (query, repeat_kv(key, groups), repeat_kv(value, groups)))
+    key, value = repeat_kv(key, groups).transpose(2, 3), repeat_kv(value, groups)
     future = query.new_full((n_tokens, n_tokens), -torch.inf).triu_(1)
     scale = d_head**-0.5 if scaling is None else scaling
-    scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=scale)
-    found = torch.bmm(scores.softmax(dim=-1), value)
-    return found.unflatten(0, (n_texts, n_heads)).transpose(1, 2).contiguous(), None
+    found = query.new_empty(n_texts, n_tokens, n_heads, value.shape[-1])
+    step = max(1, AT_A_TIME // (n_heads * n_tokens**2))
+    for first in range(0, n_texts, step):
+        some = slice(first, first + step)
+        scores = torch.baddbmm(future, query[some].flatten(0, 1), key[some].flatten(0, 1), alpha=scale)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)  # in bfloat16 alone it takes longer
+        heads = torch.bmm(weights, value[some].flatten(0, 1))
+        found[some] = heads.unflatten(0, (-1, n_heads)).transpose(1, 2)
+    return found, None

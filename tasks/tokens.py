@@ -14,11 +14,12 @@ from errors import RequestError
 from tasks.types import Int64Array, Mention
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 1024  # texts tokenised at once: offsets are Python tuples, too many to hold for all texts
+_CHUNK = 1024  # texts tokenised at once: what is known of each token is too much to hold for all texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,28 +112,32 @@ def _tokenise_texts(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerB
             f"the tokenizer {tokenizer.name_or_path!r} is a slow one, which does not say where its tokens stand "
             "in the text: use a model with a fast tokenizer"
         )
-    encoded = tokenizer(
-        [mention.text for mention in mentions],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        verbose=False,  # texts longer than the model are cut here, no need to warn
-    )
-    for mention, ids, offsets in zip(mentions, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        yield _locate(mention, ids, offsets)
+    backend: Tokenizer = tokenizer.backend_tokenizer  # tells where tokens stand without a list of all of them
+    backend.no_truncation()  # texts longer than the model are cut here
+    backend.no_padding()
+    encoded = backend.encode_batch([mention.text for mention in mentions], add_special_tokens=False)
+    for mention, encoding in zip(mentions, encoded, strict=True):
+        yield _locate(mention, encoding)
 
 
-def _locate(mention: Mention, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> _Tokens:
+def _locate(mention: Mention, encoding: Encoding) -> _Tokens:
     """The tokens that share a character with the name.
 
     Overlap, not equal borders: a token may hold the space before the name, and the several tokens of one
     multi-byte character all carry that character's offsets.
     """
-    inside = [i for i, (start, end) in enumerate(offsets) if start < mention.end and end > mention.start]
-    if not inside:
+    spells = (encoding.char_to_token(place) for place in range(mention.start, mention.end))  # the first that holds it
+    first = next((token for token in spells if token is not None), None)
+    if first is None:
         name = mention.text[mention.start : mention.end]
         raise RequestError(f"the tokenizer gives no token for {name!r} in the text {_shorten(mention.text)!r}")
-    return _Tokens(ids, inside[0], inside[-1])
+    last = first
+    for token in range(first + 1, len(encoding)):
+        span = encoding.token_to_chars(token)
+        if span is None or span[0] >= mention.end:
+            break
+        last = token if span[1] > mention.start else last
+    return _Tokens(encoding.ids, first, last)
 
 
 def _own_tokens(mention: Mention, tokenizer: PreTrainedTokenizerBase) -> _Tokens:

@@ -1,0 +1,97 @@
+"""Attention by products over short texts: the same heads, rounded no worse, and only where it is meant to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from language_model import Site, open_model
+from model_hooks import attention
+
+MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"
+ATTENTION = SimpleNamespace(is_causal=True)
+
+
+def heads(n_texts: int, n_tokens: int, n_heads: int = 6, n_key_heads: int = 6, d: int = 16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(n_tokens)
+    shapes = [(n_texts, n, n_tokens, d) for n in (n_heads, n_key_heads, n_key_heads)]
+    return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
+    """In float64: [texts, tokens, heads, d]."""
+    wide = (x.double() for x in (query, key, value))
+    found = scaled_dot_product_attention(*wide, is_causal=True, scale=scaling, enable_gqa=True)
+    return found.transpose(1, 2)
+
+
+def by_sdpa(*args: object, **options: object) -> tuple[Tensor, None]:
+    pytest.fail("not by products")
+
+
+@pytest.mark.parametrize(("n_texts", "n_tokens"), [(1, 1), (3, 7), (13, 150), (2, attention.SHORT)])
+@pytest.mark.parametrize("n_key_heads", [6, 2, 1])
+@pytest.mark.parametrize("scaling", [None, 0.5])
+def test_heads_are_those_of_float64_to_the_rounding_of_bfloat16(n_texts, n_tokens, n_key_heads, scaling, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.sdpa_attention_forward", by_sdpa)
+    given = heads(n_texts, n_tokens, n_key_heads=n_key_heads)
+    found, weights = attention.attend(ATTENTION, *given, None, scaling=scaling, is_causal=None)
+    assert weights is None
+    expected = reference(*given, scaling)
+    assert found.dtype == torch.bfloat16 and found.shape == expected.shape and found.is_contiguous()
+    torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.02)
+    assert float((found.double() - expected).norm() / expected.norm()) < 0.008  # bfloat16's own rounding: 0.002
+
+
+def test_no_token_sees_a_later_one():
+    query, key, value = heads(2, 20)
+    found, _ = attention.attend(ATTENTION, query, key, value, None)
+    key[:, :, 11:], value[:, :, 11:] = 100, 1e4
+    assert torch.equal(attention.attend(ATTENTION, query, key, value, None)[0][:, :11], found[:, :11])
+
+
+@pytest.mark.parametrize("what", ["long", "mask", "not causal", "module not causal", "more keys", "position bias"])
+def test_everything_else_goes_to_transformers(what: str, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    answer = torch.zeros(1), None
+    monkeypatch.setattr(
+        "transformers.integrations.sdpa_attention.sdpa_attention_forward",
+        lambda *args, **options: seen.append((args, options)) or answer,
+    )
+    query, key, value = heads(1, attention.SHORT + 1 if what == "long" else 9)
+    module = SimpleNamespace(is_causal=what != "module not causal")
+    mask = torch.ones(1, 1, 9, 9, dtype=torch.bool) if what == "mask" else None
+    options: dict[str, object] = {"is_causal": False} if what == "not causal" else {}
+    if what == "position bias":
+        options["position_bias"] = torch.zeros(1, 6, 9, 9)
+    if what == "more keys":
+        query = query[:, :, :4]
+    assert attention.attend(module, query, key, value, mask, scaling=0.25, **options) is answer
+    ((args, passed),) = seen
+    assert args == (module, query, key, value, mask)
+    assert passed == {"scaling": 0.25, **options}
+
+
+def test_the_model_is_rounded_about_as_before(monkeypatch: pytest.MonkeyPatch):
+    """Distance from float32 of the bundled model's activations, by products and by sdpa."""
+    ids = torch.randint(1, 8000, (4, 150), generator=torch.Generator().manual_seed(0))
+    site = Site(5, "resid_post")
+    info = open_model(str(MODEL))
+
+    def distance(fast: bool) -> float:
+        monkeypatch.setattr(attention, "has_fast_bfloat16", lambda: fast)
+        model = info.load([site], "cpu", "bfloat16")
+        assert model.module.config._attn_implementation == (attention.NAME if fast else "sdpa")
+        return float((model.activations(ids)[site].float() - exact).norm() / exact.norm())
+
+    plain = info.load([site], "cpu", "float32")
+    assert plain.module.config._attn_implementation == "sdpa"
+    exact = plain.activations(ids)[site]
+    by_products, by_kernel = distance(fast=True), distance(fast=False)
+    assert 0 < by_products < 1.3 * by_kernel < 0.02
+    assert by_products != by_kernel

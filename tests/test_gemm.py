@@ -1,0 +1,74 @@
+"""Products by either library are the same to rounding, whatever the strides; other products stay with torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import gemm
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: request.param)
+    return bool(request.param)
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize("shape", [(1,), (40,), (3, 5), (0,)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_product_is_that_of_float64(either, shape, with_bias):
+    x, weight, bias = drawn(*shape, 65), drawn(130, 65), drawn(130) if with_bias else None
+    expected = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    torch.testing.assert_close(gemm.linear(x, weight, bias).double(), expected, atol=3e-5, rtol=0)
+
+
+def test_strides_are_no_matter(either):
+    x, weight = drawn(65, 400).T, drawn(200, 130)
+    for w in (weight[:65].T, weight.T[:, :65], weight[:65, ::2].T, weight[::2, :65]):
+        torch.testing.assert_close(gemm.linear(x, w).double(), x.double() @ w.double().T, atol=3e-5, rtol=0)
+        torch.testing.assert_close(gemm.linear(x[::3], w).double(), x[::3].double() @ w.double().T, atol=3e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions_are_torch_s_own(either, dtype):
+    x, weight = drawn(9, 65).to(dtype), drawn(130, 65).to(dtype)
+    assert torch.equal(gemm.linear(x, weight), linear(x, weight))
+
+
+def test_nan_stays_in_its_row(either):
+    x = drawn(5, 65)
+    x[3, 7] = torch.nan
+    assert gemm.linear(x, drawn(130, 65)).isnan().all(dim=1).tolist() == [False, False, False, True, False]
+
+
+def test_a_model_s_linear_maps_multiply_by_it(either):
+    class Own(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.Linear(65, 130), nn.Tanh(), Own(130, 20), nn.Linear(20, 20, bias=False))
+    x, parts = drawn(7, 65), list(model)
+    expected = model(x)
+    gemm.use_in(model)
+    assert list(model) == parts and type(model[2]) is Own
+    assert isinstance(model[0], nn.Linear) and type(model[0]).forward is not nn.Linear.forward
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=0)
+    assert {name for name, _ in model.named_parameters()} == {"0.weight", "0.bias", "2.weight", "2.bias", "3.weight"}
+
+
+@pytest.mark.parametrize(("vendor", "onednn"), [("AuthenticAMD", True), ("GenuineIntel", False)])
+def test_intel_s_library_is_left_to_intel_s_processors(vendor, onednn, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    assert gemm.prefers_onednn.__wrapped__() == (onednn and there)
