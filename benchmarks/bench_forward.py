@@ -1,4 +1,5 @@
-"""The producer beside its floor: the same matrix products on the same cores, with nothing around them.
+"""The producer beside its floor: the same matrix products on the same cores, with nothing around them, by whichever
+of two libraries is the faster.
 
 python benchmarks/bench_forward.py run     # Pythia-70M, 160M and 410M with SAEs of 32,768 latents: minutes
 python benchmarks/bench_forward.py run --cpu_time    # one worker, CPU seconds: where others use the machine too
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-import report  # noqa: E402 - the project is not installed as a package
+import gemm  # noqa: E402 - the project is not installed as a package
+import report  # noqa: E402
 from activations import Block, Producer, RowTable  # noqa: E402
 from benchmarks.shapes import SHAPES, TINY, Shape  # noqa: E402
 from benchmarks.timing import Clock, answer, at_a_time, in_turn, parser  # noqa: E402
@@ -36,6 +38,7 @@ from progress import Stopwatch  # noqa: E402
 
 TOKENS = 128  # of a text, about the median of the Wikidata tasks
 FLOOR_ROWS = 256  # rows of a product in the SAE's floor: the fastest of 32 .. 1024
+Multiply = Callable[[Tensor, Tensor, Tensor], None]  # x, weight, memory that the product may be put into
 HEADER = ("shape", "part", "dtype", "texts/s", "GFLOP/s", "floor, GFLOP/s", "of the floor")
 
 
@@ -89,8 +92,8 @@ def _model_seconds(shape: Shape, setting: Setting, dtype: str) -> dict[str, floa
         model = open_model(str(folder)).load(sites, setting.device, dtype)
     ids = torch.randint(1, 1000, (setting.texts, TOKENS), generator=torch.Generator().manual_seed(0))
     weights = [module.weight for module in model.module.modules() if isinstance(module, nn.Linear)]
-    floor = _products(weights, setting.texts * TOKENS, setting.texts * TOKENS)
-    return _beside_floor(at_a_time(lambda: model.activations(ids), setting.workers), floor, setting)
+    n_rows, ours = setting.texts * TOKENS, at_a_time(lambda: model.activations(ids), setting.workers)
+    return _beside_floor(ours, weights, n_rows, n_rows, setting)
 
 
 def _sae_seconds(shape: Shape, setting: Setting) -> dict[str, float]:
@@ -113,13 +116,17 @@ def _sae_seconds(shape: Shape, setting: Setting) -> dict[str, float]:
     )
     block = Block(np.arange(n_texts), frozenset({0}))
     weight = torch.randn(shape.d_sae, shape.d, device=setting.device)
-    rows_at_a_time = FLOOR_ROWS if setting.device == "cpu" else setting.texts * TOKENS
-    floor = _products([weight], setting.texts * TOKENS, rows_at_a_time)
-    return _beside_floor(lambda: producer.run([block], lambda item: None, lambda n: None), floor, setting)
+    n_rows = setting.texts * TOKENS
+    rows_at_a_time = FLOOR_ROWS if setting.device == "cpu" else n_rows
+
+    def ours() -> None:
+        producer.run([block], lambda item: None, lambda n: None)
+
+    return _beside_floor(ours, [weight], n_rows, rows_at_a_time, setting)
 
 
-def _products(weights: Sequence[Tensor], n_rows: int, rows_at_a_time: int) -> Callable[[], None]:
-    """x Wᵀ for all weights, on x of so many rows, into memory that is there already."""
+def _products(weights: Sequence[Tensor], n_rows: int, rows_at_a_time: int, multiply: Multiply) -> Callable[[], None]:
+    """x Wᵀ for all weights, on x of so many rows."""
     inputs = {w.shape[1]: torch.randn(n_rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
 
     @torch.inference_mode()
@@ -127,15 +134,30 @@ def _products(weights: Sequence[Tensor], n_rows: int, rows_at_a_time: int) -> Ca
         outputs = {w.shape[0]: w.new_empty(rows_at_a_time, w.shape[0]) for w in weights}
         for weight in weights:
             for chunk in inputs[weight.shape[1]].split(rows_at_a_time):
-                torch.mm(chunk, weight.T, out=outputs[weight.shape[0]][: len(chunk)])
+                multiply(chunk, weight, outputs[weight.shape[0]][: len(chunk)])
 
     return work
 
 
-def _beside_floor(ours: Callable[[], None], floor: Callable[[], None], setting: Setting) -> dict[str, float]:
-    sides = {"ours": ours, "floor": at_a_time(floor, setting.workers)}
+def _by_torch(x: Tensor, weight: Tensor, there: Tensor) -> None:
+    torch.mm(x, weight.T, out=there)
+
+
+def _by_gemm(x: Tensor, weight: Tensor, _: Tensor) -> None:
+    gemm.linear(x, weight)
+
+
+def _beside_floor(
+    ours: Callable[[], None], weights: Sequence[Tensor], n_rows: int, rows_at_a_time: int, setting: Setting
+) -> dict[str, float]:
+    """Seconds of ours, and of the products by whichever library is faster."""
+    sides = {"ours": ours}
+    for multiply in (_by_torch, _by_gemm):
+        floor = _products(weights, n_rows, rows_at_a_time, multiply)
+        sides[multiply.__name__] = at_a_time(floor, setting.workers)
     with sharing_cores(setting.device):
-        return in_turn(sides, setting.repeats, setting.synchronise, setting.clock)
+        seconds = in_turn(sides, setting.repeats, setting.synchronise, setting.clock)
+    return {"ours": seconds.pop("ours"), "floor": min(seconds.values())}
 
 
 @dataclass(frozen=True)

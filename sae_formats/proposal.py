@@ -23,20 +23,7 @@ from gemm import has_fast_bfloat16
 def is_worth_it(W_enc: Tensor, k: int) -> bool:
     """Whether a proposal saves time: enough latents, few of them chosen, a CPU for it.
 
-    One thread, random weights and inputs, microseconds a row:
-
-    ====  =====  ===  =======  ========
-    d_in  d_sae    k  float32  proposal
-    ====  =====  ===  =======  ========
-     256   1024    8      5.9       3.5
-     256   1024   32      6.5       4.7
-     256   1024  128      8.9       8.8
-     512   2048   32       23        14
-     512   8192   32      102        53
-     768  32768   32      768       287
-     768  32768  256      807       429
-    1024  65536   32     2160       725
-    ====  =====  ===  =======  ========
+    Times: `python benchmarks/bench_kernels.py`.
     """
     wide = len(W_enc) >= max(1024, 32 * k)
     return wide and W_enc.device.type == "cpu" and W_enc.dtype == torch.float32 and has_fast_bfloat16()

@@ -12,18 +12,7 @@ WIDE = 512
 def exact_topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest entries of each row, in no particular order.
 
-    On a CPU, float32, one thread, microseconds a row:
-
-    ======  ====  ===========  =======
-    d_sae      k   torch.topk  kernels
-    ======  ====  ===========  =======
-      1024     8          2.6      0.6
-      1024    32          8.9      1.2
-      1024   128          9.9      3.5
-      4096    32           13      1.8
-     32768    32           49      8.6
-     32768   256          139       14
-    ======  ====  ===========  =======
+    Beside ``torch.topk``: `python benchmarks/bench_kernels.py`.
 
     Args:
         pre_acts: ``[rows, d_sae]``, contiguous.

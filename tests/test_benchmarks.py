@@ -31,6 +31,7 @@ def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
     ("script", "flags"),
     [
         ("bench_forward.py", ("--repeats", "1")),
+        ("bench_kernels.py", ("--repeats", "1")),
         pytest.param("bench_scaling.py", (), marks=pytest.mark.slow),
         pytest.param("bench_cache.py", (), marks=pytest.mark.slow),
         ("bench_scaling.py", ("--large", "--rows", "2000", "--layers", "1")),

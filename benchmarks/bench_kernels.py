@@ -1,0 +1,133 @@
+"""What is done on a CPU in another way than torch would, beside torch's way: microseconds a row, one thread.
+
+python benchmarks/bench_kernels.py run    # two minutes
+python benchmarks/bench_kernels.py        # the table, from what `run` kept
+
+- top k: the k largest of each row (`sae_formats.topk`, against `torch.topk`);
+- TopK encoder: codes of inputs by a proposal in bfloat16 (`sae_formats.proposal`, against a float32 product and top k);
+- attention: of texts in bfloat16, heads x 64 wide (`model_hooks.attention`, against transformers' sdpa); a row is a
+  token;
+- product: x Wᵀ in float32 (`gemm`, against `torch.nn.functional.linear`); equal on CPUs made by Intel.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.nn.functional import linear
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+import gemm  # noqa: E402 - the project is not installed as a package
+import report  # noqa: E402
+from benchmarks.timing import Clock, answer, in_turn, parser  # noqa: E402
+from model_hooks.attention import attend  # noqa: E402
+from sae_formats.proposal import Proposal  # noqa: E402
+from sae_formats.topk import exact_topk  # noqa: E402
+
+HEADER = ("kernel", "size", "torch, us/row", "ours, us/row", "ratio")
+D_HEAD = 64
+ROWS_OF_CELLS = 2**22  # cells of a matrix that is worked on: more rows of narrow ones
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One kernel at one size, both ways."""
+
+    kernel: str
+    size: str
+    n_rows: int
+    torchs: Callable[[], object]
+    ours: Callable[[], object]
+
+    def row(self, repeats: int, clock: Clock) -> report.Row:
+        """Of the table; medians."""
+        seconds = in_turn({"torch": self.torchs, "ours": self.ours}, repeats, clock=clock)
+        theirs, ours = (seconds[side] / self.n_rows * 1e6 for side in ("torch", "ours"))
+        return (self.kernel, self.size, f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.1f}x")
+
+
+def pairs(quick: bool) -> Iterator[Pair]:
+    """All kernels at their sizes."""
+    for d_sae, k in ((1024, 8),) if quick else ((1024, 8), (1024, 32), (1024, 128), (32768, 32), (32768, 256)):
+        yield top_k(d_sae, k)
+    encoders = ((256, 1024, 8), (256, 1024, 32), (512, 8192, 32), (768, 32768, 32), (768, 32768, 256))
+    for d_in, d_sae, k in encoders[:1] if quick else encoders:
+        yield encoder(d_in, d_sae, k)
+    for n_heads, n_tokens in ((4, 30),) if quick else ((4, 30), (4, 150), (4, 380), (12, 30), (12, 150), (12, 380)):
+        yield attention(n_heads, n_tokens)
+    products = ((25, 256, 3345), (40, 768, 5000), (2048, 768, 3072), (256, 768, 32768))
+    for n, d, width in products[:1] if quick else products:
+        yield product(n, d, width)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def top_k(d_sae: int, k: int) -> Pair:
+    rows = drawn(max(ROWS_OF_CELLS // d_sae, 64), d_sae)
+    theirs = partial(torch.topk, rows, k, dim=1, sorted=False)
+    return Pair("top k", f"{d_sae}, k {k}", len(rows), theirs, lambda: exact_topk(rows, k))
+
+
+def encoder(d_in: int, d_sae: int, k: int) -> Pair:
+    """Of random weights and inputs; 256 rows at a time at least, as `sae_formats.sae` does it."""
+    x, weight, bias = drawn(max(2**20 // d_sae, 256), d_in), drawn(d_sae, d_in), torch.zeros(d_sae)
+    proposal = Proposal.of(weight, bias, torch.zeros(d_in), k)
+    return Pair(
+        "TopK encoder",
+        f"{d_in} x {d_sae}, k {k}",
+        len(x),
+        lambda: exact_topk(linear(x, weight, bias), k),
+        lambda: proposal.topk(x),
+    )
+
+
+def attention(n_heads: int, n_tokens: int) -> Pair:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    n_texts = max(2048 // n_tokens, 1)
+    query, key, value = drawn(3, n_texts, n_heads, n_tokens, D_HEAD).bfloat16()
+    module = SimpleNamespace(is_causal=True)
+    theirs, ours = (partial(way, module, query, key, value, None) for way in (sdpa_attention_forward, attend))
+    return Pair("attention", f"{n_heads} heads, {n_tokens} tokens", n_texts * n_tokens, theirs, ours)
+
+
+def product(n_rows: int, d: int, width: int) -> Pair:
+    x, weight = drawn(n_rows, d), drawn(width, d)
+    theirs, ours = (partial(way, x, weight) for way in (linear, gemm.linear))
+    return Pair("product", f"{n_rows} x {d} x {width}", n_rows, theirs, ours)
+
+
+@torch.inference_mode()
+def measure(quick: bool, repeats: int, clock: Clock) -> list[report.Row]:
+    """The table's rows, header first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return [HEADER, *(pair.row(repeats, clock) for pair in pairs(quick))]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def main() -> int:
+    """Measure, or print what was kept."""
+    flags = parser(__doc__)
+    flags.set_defaults(repeats=9)
+    asked = flags.parse_args()
+    clock = time.process_time if asked.cpu_time else time.perf_counter
+    print(answer("bench_kernels", asked, lambda: measure(asked.quick, asked.repeats, clock)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
