@@ -23,6 +23,7 @@ from probe_backends.problem import ProbeProblem
 
 _TEMPORARIES = 12  # float64 matrices [columns, rows] alive at once
 _BLOCK_ON_CPU, _BLOCK = 2**18, 2**24  # cells of x converted at a time: what a cache holds; elsewhere, few launches
+_GRAM_BLOCKS = 4  # times more rows: products of narrow panels want long sums
 _PANEL = 128  # columns of the Gram matrix made at a time, from the diagonal on: the other half is the mirror image
 _FEW = 32  # for fewer columns than one in so many features, solving takes less time than an inverse and its products
 _ROUGH_PAYS = 2**17  # cells of x from which on a product takes longer than the calls around it
@@ -244,7 +245,7 @@ class InverseHessians:
     def _weighted_gram(self, curvature: Tensor) -> Tensor:
         """z' diag(curvature) z: its lower triangle, and a little above."""
         gram = self._z.new_zeros(self._z.shape[1], self._z.shape[1])
-        for rows in _blocks(self._z):
+        for rows in _blocks(self._z, _GRAM_BLOCKS):
             part = self._z[rows].T.contiguous()
             weighted = part * curvature[rows]
             for start in range(0, len(gram), _PANEL):
@@ -253,8 +254,8 @@ class InverseHessians:
         return gram
 
 
-def _blocks(x: Tensor) -> Iterator[slice]:
-    """Slices that cover the rows of x."""
-    cells = _BLOCK_ON_CPU if x.device.type == "cpu" else _BLOCK
+def _blocks(x: Tensor, as_large: int = 1) -> Iterator[slice]:
+    """Slices that cover the rows of x; on a CPU as many times as large as they would be."""
+    cells = as_large * _BLOCK_ON_CPU if x.device.type == "cpu" else _BLOCK
     size = max(1, cells // max(x.shape[1], 1))
     return (slice(start, start + size) for start in range(0, len(x), size))
