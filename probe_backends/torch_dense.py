@@ -46,7 +46,7 @@ class DenseDesign:
         x = problem.x
         divisor = problem.divisor.to(x.device)
         unit = divisor.log().mean(dim=0).exp()
-        centre = x.mean(dim=0, dtype=torch.float64)
+        centre = _mean(x)
         z = torch.ones(len(x), x.shape[1] + 1, dtype=torch.float32, device=x.device)
         for rows in _blocks(x):
             z[rows, :-1] = ((x[rows] - centre) / unit).float()
@@ -252,6 +252,14 @@ class InverseHessians:
                 panel = slice(start, start + _PANEL)
                 gram[start:, panel] += linear(part[start:], weighted[panel])
         return gram
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Over the rows, in float64 without a copy of x in it: [d]."""
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in _blocks(x):
+        total += x[rows].sum(dim=0, dtype=torch.float64)
+    return total / len(x)
 
 
 def _blocks(x: Tensor, as_large: int = 1) -> Iterator[slice]:

@@ -153,4 +153,5 @@ class _Parts(Generic[P]):
         labels = self._problem.labels.to(self._device)[target]
         loss = Loss.of(labels, balanced(labels, self._problem.weight.to(self._device)[split]))
         self._columns = self.design.columns(index, split, loss)
-        self._margins = self._columns.margins(self._theta[place])
+        theta = self._theta[place]
+        self._margins = self._columns.margins(theta) if bool(theta.any()) else torch.zeros_like(loss.weight)
