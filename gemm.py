@@ -4,8 +4,8 @@
     gemm.use_in(module)               # the same for all linear maps of a model
 
 Torch gives float32 products to MKL, which on CPUs of other makers than Intel leaves half of their instructions unused.
-oneDNN, to which torch gives bfloat16, uses them: on an AMD EPYC with AVX-512 it takes half the time for large products,
-a third for those with a few rows (`python benchmarks/bench_gemm.py`). Both add up in float32, in other orders.
+oneDNN, to which torch gives bfloat16, uses them: on an AMD EPYC with AVX-512 it takes half the time
+(`python benchmarks/bench_kernels.py`). Both add up in float32, in other orders.
 """
 
 from __future__ import annotations

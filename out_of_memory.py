@@ -15,7 +15,9 @@ import torch
 log = logging.getLogger(__name__)
 
 ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError)  # to catch, and then to look at with `is_out_of_memory`
-_SIGNS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")  # in a RuntimeError
+_SIGNS = (  # in a RuntimeError; the last is oneDNN's
+    "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive",
+)  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,9 +1,9 @@
 """Causal attention over short texts in bfloat16 on a CPU: two products and a softmax.
 
 Torch's fused kernel is made for long texts: it never holds the scores of all pairs of tokens. Of a hundred tokens they
-are few, and without its bookkeeping attention takes half the time, a forward pass of the bundled model five sixths
-(`python benchmarks/bench_attention.py`). Scores are rounded to bfloat16 on the way, as in transformers' own eager
-attention. Everything else, longer texts among it, goes to transformers' `sdpa`.
+are few, and without its bookkeeping attention takes half the time (`python benchmarks/bench_kernels.py`). Scores are
+rounded to bfloat16 on the way, as in transformers' own eager attention. Everything else, longer texts among it, goes to
+transformers' `sdpa`.
 """
 
 from __future__ import annotations

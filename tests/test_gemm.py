@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import gemm
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
@@ -72,3 +76,30 @@ def test_intel_s_library_is_left_to_intel_s_processors(vendor, onednn, monkeypat
     monkeypatch.setattr(Path, "exists", lambda _: True)
     there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     assert gemm.prefers_onednn.__wrapped__() == (onednn and there)
+
+
+SHORT_OF_MEMORY = """
+import resource, torch, gemm
+from out_of_memory import is_out_of_memory
+gemm.prefers_onednn = lambda: True
+torch.set_num_threads(1)
+x = torch.randn(2000, 2000)
+gemm.linear(x[:64, :64], x[:64, :64])
+failed = 0
+for megabytes in (1, 20, 30, 50):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, -1))
+    for width in (2000, 1999, 1234):
+        try:
+            gemm.linear(x[:, :width], x[:, :width])
+        except RuntimeError as error:
+            failed += 1
+            assert is_out_of_memory(error), error
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+assert failed
+"""
+
+
+def test_memory_that_runs_out_in_a_product_is_told_from_other_errors():
+    done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
