@@ -83,13 +83,13 @@ import resource, torch, gemm
 from out_of_memory import is_out_of_memory
 gemm.prefers_onednn = lambda: True
 torch.set_num_threads(1)
-x = torch.randn(2000, 2000)
+x = torch.randn(3000, 3000)
 gemm.linear(x[:64, :64], x[:64, :64])
 failed = 0
-for megabytes in (1, 20, 30, 50):
+for megabytes in (1, 36, 40, 50, 60):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, -1))
-    for width in (2000, 1999, 1234):
+    for width in (3000, 2000, 1234):
         try:
             gemm.linear(x[:, :width], x[:, :width])
         except RuntimeError as error:
