@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def use_in(module: nn.Module) -> None:
     """Have every linear map in a module, or that it is, multiply by `linear`; the objects stay the same."""
-    for part in module.modules():
+    for part in module.modules() if prefers_onednn() else ():
         if type(part) is nn.Linear:
             part.__class__ = _Linear
 
