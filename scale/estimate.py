@@ -29,7 +29,7 @@ class Rates:
     start: float  # seconds that a unit takes before its first text: texts, tokens, configs, weights
 
 
-CPU_CORE = Rates(forward=1.06e11, sae=8.3e10, probe=6.5e07, start=4.8)
+CPU_CORE = Rates(forward=2.3e11, sae=1.6e11, probe=9.2e07, start=2.6)
 """One core of the CPU that docs/scale.md was measured on."""
 
 
