@@ -25,14 +25,15 @@ AT_A_TIME = 2**18
 
 def use_where_faster(model: Any, device: torch.device) -> None:
     """Have a transformers model attend by products, if it would attend by sdpa and that can be slower here."""
+    fits = device.type == "cpu" and model.dtype == torch.bfloat16 and has_fast_bfloat16()
+    if not fits or getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    fits = device.type == "cpu" and model.dtype == torch.bfloat16 and has_fast_bfloat16()
-    if fits and getattr(model.config, "_attn_implementation", None) == "sdpa":
-        AttentionInterface.register(NAME, attend)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        model.set_attn_implementation(NAME)
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
 
 
 def attend(

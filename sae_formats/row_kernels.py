@@ -8,8 +8,7 @@ it is negative: keys are in the order of the numbers, -0 below 0. Those of bfloa
 compares twice as many as of float32. The k-th largest key is found by bisection: counting how many of a hundred keys
 reach another takes some ten instructions.
 
-A row is divided into groups. Where k or more of the groups' maxima reach a threshold, so do the k largest entries, and
-only the groups whose maximum reaches it need be looked at.
+A row is divided into groups. Where k or more of the groups' maxima reach a threshold, so do the k largest entries.
 """
 
 from __future__ import annotations
