@@ -13,7 +13,7 @@ from tasks.batches import TokenBatch, batches
 from tasks.catalogue import DATASET_NAMES, load_all_mentions, load_probe_texts, parse_dataset_names
 from tasks.describe import describe_datasets
 from tasks.fingerprint import dataset_fingerprint
-from tasks.tokens import TokenisedMentions, tokenise
+from tasks.tokens import TokenisedMentions, tokenise, warn_of_cut
 from tasks.types import Dataset, Mention, Probe, ProbeTexts
 from tasks.user_data import UserData, parse_columns
 
@@ -34,4 +34,5 @@ __all__ = [
     "parse_columns",
     "parse_dataset_names",
     "tokenise",
+    "warn_of_cut",
 ]

@@ -10,8 +10,6 @@ program. What is read is therefore what would be fitted; after any change of the
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import logging
 from dataclasses import fields
@@ -22,7 +20,7 @@ from torch import Tensor
 
 import gemm
 from folds import FoldPlan
-from installed import installed_version
+from installed import installed_version, running_program
 from probes import ProbeBackend
 from selectivity import DEFAULT_CS, ModelFit, ViewFit, control_scores, fit_model
 from shard_folder import ShardFolder, digest
@@ -30,7 +28,6 @@ from shard_folder import ShardFolder, digest
 log = logging.getLogger(__name__)
 
 FOLDER = "probes"  # below the root, beside those of the models
-HOME = Path(__file__).parent
 SOURCES = (
     "errors.py", "fit_cache.py", "folds.py", "gemm.py", "installed.py", "out_of_memory.py", "probe_backends/*.py",
     "probe_statistics.py", "probes.py", "selectivity.py", "uncertainty.py",
@@ -49,7 +46,7 @@ class FitCache:
     @classmethod
     def open(cls, root: Path, limit_gb: float) -> FitCache:
         """The fits below `root`. Raises `RequestError` if it cannot be written to."""
-        return cls(ShardFolder.open(root, FOLDER, limit_gb, "probe fits"), _running_program())
+        return cls(ShardFolder.open(root, FOLDER, limit_gb, "probe fits"), running_program(SOURCES))
 
     def fit_model(self, plan: FoldPlan, x: Tensor, backend: ProbeBackend, control: FoldPlan | None = None) -> ModelFit:
         """As `selectivity.fit_model` of x `[rows, d]`, which is asked for what is not here."""
@@ -77,20 +74,6 @@ class FitCache:
                 arrays = {"labels": of.labels, "weights": of.weights, "folds": of.folds}
                 given |= {f"{task} {part}": torch.from_numpy(array) for part, array in arrays.items()}
         return digest(facts, given)
-
-
-def program_digest(root: Path) -> str:
-    """SHA-256 (64 hexadecimal digits) of the text of the program below `root` that decides on fits."""
-    found = hashlib.sha256()
-    for path in sorted(path for source in SOURCES for path in root.glob(source)):
-        found.update(json.dumps([path.relative_to(root).as_posix(), path.read_text("utf-8")]).encode())
-    return found.hexdigest()
-
-
-@functools.cache  # once a process: the text may change below a long run, what was loaded does not
-def _running_program() -> str:
-    """The digest of the program as it was when this process first opened a cache: before any fit was kept."""
-    return program_digest(HOME)
 
 
 def _machine(device: torch.device) -> str:

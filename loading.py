@@ -13,7 +13,7 @@ from activations import SaeId
 from baselines import SiteBuilder, bag_of_names
 from calibration import SiteSample, calibrate
 from config import RunConfig
-from datasets_wikidata import TokenisedMentions, tokenise
+from datasets_wikidata import TokenisedMentions
 from errors import RequestError
 from fit_cache import FitCache
 from language_model import ActivationSource, LanguageModel, ModelInfo, Site
@@ -104,7 +104,7 @@ def _load_fitting(
     needed = {site: plan.widths[site] for site in saes.keys() | reads}
     load = model_loader(config, plan.info)
     try:
-        model = load(neighbours(plan.info, needed))
+        model = load(neighbours(plan.info.n_layers, needed, plan.find_widths))
         check = Preflight.sample(model, plan.info, tokenised, config.seed)
     except (ArithmeticError, *ERRORS) as error:
         if not (isinstance(error, ArithmeticError) or is_out_of_memory(error)):
@@ -149,7 +149,4 @@ def _apart(model: ActivationSource, purpose: str) -> ActivationSource:
 def _calibrate(config: RunConfig, plan: Plan, model: ActivationSource) -> dict[Site, SiteSample]:
     if not plan.calibration:
         return {}
-    tokenised = tokenise(
-        plan.calibration, plan.info.tokenizer, prepend_bos=plan.prepend_bos, max_length=plan.info.max_length
-    )
-    return calibrate(_apart(model, "baselines"), tokenised, config.positions, config.seed)
+    return calibrate(_apart(model, "baselines"), plan.tokenise(plan.calibration), config.positions, config.seed)

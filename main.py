@@ -46,7 +46,6 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
 
     from activations import Item, Producer, RowTable, plan_blocks, tokens_in_memory
     from bounded_queue import BoundedQueue
-    from datasets_wikidata import tokenise
     from loading import codes_of_names, load_weights, model_fitter
     from pipeline import run, sharing_cores
     from planning import missing_work
@@ -63,9 +62,7 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
         torch.device(config.device2), model_fitter(config),
     )  # fmt: skip
     with clock.stage("tokenise"):
-        tokenised = tokenise(
-            plan.texts.mentions, plan.info.tokenizer, prepend_bos=plan.prepend_bos, max_length=plan.info.max_length
-        )
+        tokenised = plan.tokenise(plan.texts.mentions)
     with clock.stage("load"):
         model, saes = load_weights(config, plan, missing, files, tokenised)
     rows = RowTable.build(tokenised, config.positions)
@@ -89,7 +86,6 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
 def inspect(config: RunConfig) -> None:
     """Print what the SAEs are and how well they fit each hook point of the model. Raises `RequestError`."""
     from calibration import draw_mentions
-    from datasets_wikidata import tokenise
     from inspection import render
     from loading import model_loader
     from planning import make_plan
@@ -97,9 +93,9 @@ def inspect(config: RunConfig) -> None:
 
     plan = make_plan(config)
     info = plan.info
-    model = model_loader(config, info)(neighbours(info, plan.widths, everywhere=True))
+    model = model_loader(config, info)(neighbours(info.n_layers, plan.widths, plan.find_widths, everywhere=True))
     mentions = draw_mentions(plan.texts.mentions, config.seed)
-    tokenised = tokenise(mentions, info.tokenizer, prepend_bos=plan.prepend_bos, max_length=info.max_length)
+    tokenised = plan.tokenise(mentions)
     check = Preflight.sample(model, info, tokenised, config.seed)
     bos = "that begin with BOS" if plan.prepend_bos else "without BOS"
     show(f"{config.model_name} in {info.choose_dtype(config.dtype)}, on some of {len(mentions)} texts {bos}")

@@ -7,7 +7,7 @@ missing_work(plan, files)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,13 +16,22 @@ from activations import SaeId
 from baselines import CALIBRATED, Baseline, Measured, plan_baselines
 from calibration import draw_mentions, fingerprint
 from config import RunConfig
-from datasets_wikidata import Mention, ProbeTexts, UserData, dataset_fingerprint, load_all_mentions, load_probe_texts
+from datasets_wikidata import (
+    Mention,
+    ProbeTexts,
+    TokenisedMentions,
+    UserData,
+    dataset_fingerprint,
+    load_all_mentions,
+    load_probe_texts,
+)
 from errors import RequestError
 from language_model import ModelInfo, Site, open_model
 from probes import check_backend
 from reconstruction import Reconstruction
 from records import SCHEMA_VERSION, Json, RecordFile, describe_run, prepare_folder, reserve, result_path, slug
 from sae_loader import SaeSource, expand_names, open_sae
+from setup_cache import SetupCache
 
 SETTINGS = ("positions", "folds", "repeats", "seed", "probe", "views", "epsilon")  # flags that change a number
 
@@ -40,6 +49,7 @@ class Plan:
     prepend_bos: bool
     counts_bos: list[bool]  # of each subject: whether BOS counts in its whole-text figures
     calibration: list[Mention]  # texts that baselines are fitted to; none if none is
+    setup: SetupCache
 
     @property
     def subjects(self) -> list[SaeSource | Baseline]:
@@ -51,6 +61,14 @@ class Plan:
         """All SAEs, and the baselines that are like them."""
         alike = {i for i, baseline in enumerate(self.baselines, len(self.sources)) if baseline.has_latents}
         return frozenset({*range(len(self.sources)), *alike})
+
+    def find_widths(self, sites: Collection[Site]) -> dict[Site, int]:
+        """The width of each site of the model. Raises `RequestError` as `ModelInfo.widths`."""
+        return self.setup.widths(self.info, sites)
+
+    def tokenise(self, mentions: Sequence[Mention]) -> TokenisedMentions:
+        """Texts as the model is shown them. Raises `RequestError` for a name that has no token or does not fit."""
+        return self.setup.tokens(mentions, self.info, prepend_bos=self.prepend_bos)
 
 
 def make_plan(config: RunConfig, fetch: bool = True) -> Plan:
@@ -79,7 +97,8 @@ def make_plan(config: RunConfig, fetch: bool = True) -> Plan:
                 has = ",".join(map(str, source.layers))
                 raise RequestError(f"--layers {layer}: {source.name} has SAEs for layers {has} only")
         sites[sae_id] = [Site(layer, source.hookpoint) for layer in layers]
-    widths = _check_widths(config, info, sources, sites)
+    setup = SetupCache() if config.cache_dir is None else SetupCache.open(config.cache_dir, config.cache_gb)
+    widths = _check_widths(config, info, setup, sources, sites)
     for sae_id, source in enumerate(sources if fetch else ()):
         source.prepare([site.layer for site in sites[sae_id]])
     prepend_bos, counts_bos = _decide_bos(config.bos, info, sources)
@@ -91,7 +110,7 @@ def make_plan(config: RunConfig, fetch: bool = True) -> Plan:
     }
     prepare_folder(config.output_directory)
     calibration = _calibration_mentions(config, baselines)
-    return Plan(texts, info, sources, baselines, sites, widths, prepend_bos, counts_bos, calibration)
+    return Plan(texts, info, sources, baselines, sites, widths, prepend_bos, counts_bos, calibration, setup)
 
 
 def user_data(config: RunConfig) -> UserData | None:
@@ -101,11 +120,15 @@ def user_data(config: RunConfig) -> UserData | None:
 
 
 def _check_widths(
-    config: RunConfig, info: ModelInfo, sources: Sequence[SaeSource], sites: Mapping[SaeId, Sequence[Site]]
+    config: RunConfig,
+    info: ModelInfo,
+    setup: SetupCache,
+    sources: Sequence[SaeSource],
+    sites: Mapping[SaeId, Sequence[Site]],
 ) -> dict[Site, int]:
     """The width of every site. Raises `RequestError` if there is no such hook point or an SAE has another width."""
     reads = {sae_id: [site.read_by(sources[sae_id].input_hookpoint) for site in sites[sae_id]] for sae_id in sites}
-    widths = info.widths({site for both in (sites, reads) for found in both.values() for site in found})
+    widths = setup.widths(info, {site for both in (sites, reads) for found in both.values() for site in found})
     for sae_id, source in enumerate(sources):
         for what, width, places in (("d_in", source.d_in, reads), ("d_out", source.d_out, sites)):
             for site in places[sae_id]:

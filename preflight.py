@@ -1,6 +1,6 @@
 """Does an SAE fit the place where it is used? A few hundred tokens tell, before the long work.
 
-    model = info.load(neighbours(info, widths), device, dtype)
+    model = info.load(neighbours(info.n_layers, widths, info.widths), device, dtype)
     check = Preflight.sample(model, info, tokenised, seed=0)
     check.examine(sae, site, counts_bos=False).problem()        # one line, or None
 
@@ -13,7 +13,7 @@ measure is the fraction of variance unexplained (FVU) of the same tokens, withou
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import get_args
@@ -118,19 +118,24 @@ class Fit:
         return None
 
 
-def neighbours(info: ModelInfo, widths: Mapping[Site, int], everywhere: bool = False) -> set[Site]:
+def neighbours(
+    n_layers: int,
+    widths: Mapping[Site, int],
+    find_widths: Callable[[Collection[Site]], Mapping[Site, int]],
+    everywhere: bool = False,
+) -> set[Site]:
     """These sites (with their widths), and others that their SAEs might belong to.
 
     The same places of other layers, up to one beyond the last of the sites, and other places of the same layers; on
     demand all places of all layers. None but the sites themselves where the model lacks one of those.
     """
-    reach = info.n_layers if everywhere else min(max(site.layer for site in widths) + 2, info.n_layers)
+    reach = n_layers if everywhere else min(max(site.layer for site in widths) + 2, n_layers)
     tried = {Site(layer, site.hookpoint) for site in widths for layer in range(reach)}
     own_layers = range(reach) if everywhere else {site.layer for site in widths}
     tried |= {Site(layer, place) for layer in own_layers for place in PLACES}
     tried |= {Site(site.layer, NORMALIZED[site.hookpoint]) for site in widths if site.hookpoint in NORMALIZED}
     try:
-        found = info.widths(tried)
+        found = find_widths(tried)
     except RequestError as error:
         log.info("other places are not tried: %s", error)
         return set(widths)

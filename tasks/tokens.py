@@ -30,6 +30,7 @@ class TokenisedMentions:
     first: Int64Array  # [n_mentions] first token of the name, counted in ids (so shifted by BOS)
     last: Int64Array  # [n_mentions] last token of the name, inclusive
     has_bos: bool
+    n_cut: int = 0  # of `tokenise`: texts that lost tokens to the model's length
 
     def take(self, mentions: Int64Array) -> TokenisedMentions:
         """These mentions alone, in this order."""
@@ -75,17 +76,24 @@ def tokenise(
     for tokens, mention in zip(_all_tokens(mentions, tokenizer), mentions, strict=True):
         rows.append(_window(tokens, room, mention))
         n_cut += len(tokens.ids) > room
-    if n_cut:
-        logger.warning(
-            "%d of %d texts have more than the model's %d tokens: they lost their beginning, "
-            "or their end if they begin with the name", n_cut, len(rows), max_length,
-        )  # fmt: skip
-    return TokenisedMentions(
+    tokenised = TokenisedMentions(
         ids=tuple(np.array([*bos, *row.ids], dtype=np.int32) for row in rows),
         first=np.array([row.first + len(bos) for row in rows], dtype=np.int64),
         last=np.array([row.last + len(bos) for row in rows], dtype=np.int64),
         has_bos=prepend_bos,
+        n_cut=n_cut,
     )
+    warn_of_cut(tokenised, max_length)
+    return tokenised
+
+
+def warn_of_cut(tokenised: TokenisedMentions, max_length: int) -> None:
+    """Say how many texts were too long, if any was."""
+    if tokenised.n_cut:
+        logger.warning(
+            "%d of %d texts have more than the model's %d tokens: they lost their beginning, "
+            "or their end if they begin with the name", tokenised.n_cut, len(tokenised.ids), max_length,
+        )  # fmt: skip
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -22,10 +22,12 @@ from test_house import ROOT, imported
 
 import fit_cache
 import installed
+import setup_cache
 import shard_folder
 from command_line import parse_config
-from fit_cache import FitCache, program_digest
+from fit_cache import FitCache
 from folds import FoldPlan, control_plan
+from installed import program_digest
 from planning import make_plan
 from probe_backends.problem import ProbeProblem
 from probe_backends.sklearn_reference import SklearnReference
@@ -59,10 +61,10 @@ def new_process(monkeypatch):
     """Forget what is taken once a process: the text of the program and the libraries."""
 
     def forget() -> None:
-        for module, name in ((fit_cache, "_running_program"), (installed, "installed_version")):
-            taken = functools.cache(getattr(module, name).__wrapped__)
-            monkeypatch.setattr(module, name, taken)
-            monkeypatch.setattr(fit_cache, name, taken)
+        for name in ("running_program", "installed_version"):
+            taken = functools.cache(getattr(installed, name).__wrapped__)
+            for module in (installed, fit_cache, setup_cache):
+                monkeypatch.setattr(module, name, taken)
 
     forget()
     return forget
@@ -130,7 +132,7 @@ def test_other_data_and_a_changed_program_make_another(with_cache, fitted, tmp_p
     data = write_csv(tmp_path / "more.csv", people(200))
     assert Request(with_cache.model, with_cache.saes, data, tmp_path / "more", with_cache.more).run() == 0
     assert fitted.total() == OF_MODEL + OF_SAE
-    monkeypatch.setattr(fit_cache, "program_digest", lambda root: "a" * 64)
+    monkeypatch.setattr(installed, "program_digest", lambda root, sources: "a" * 64)
     new_process()
     fitted.clear()
     assert with_cache.into(tmp_path / "changed").run() == 0
@@ -327,7 +329,7 @@ def test_what_was_loaded_makes_another_from_the_next_process_on(tmp_path, fitted
     cache.fit_model(**task())
     fitted.clear()
     if what == "program":
-        monkeypatch.setattr(fit_cache, "program_digest", lambda root: "a" * 64)
+        monkeypatch.setattr(installed, "program_digest", lambda root, sources: "a" * 64)
     else:
         monkeypatch.setattr(installed, "version", lambda name: "0.1")
     cache.fit_model(**task())
@@ -370,12 +372,12 @@ def test_the_digest_is_of_selectivity_and_of_all_that_it_imports(tmp_path):
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(exist_ok=True)
         copy.write_text(path.read_text("utf-8"), "utf-8")
-    assert program_digest(tmp_path) == program_digest(ROOT)
+    assert program_digest(tmp_path, fit_cache.SOURCES) == program_digest(ROOT, fit_cache.SOURCES)
     for path in seen:
         copy = tmp_path / path.relative_to(ROOT)
         text = copy.read_text("utf-8")
         copy.write_text(f"{text}# another\n", "utf-8")
-        assert program_digest(tmp_path) != program_digest(ROOT), path.name
+        assert program_digest(tmp_path, fit_cache.SOURCES) != program_digest(ROOT, fit_cache.SOURCES), path.name
         copy.write_text(text, "utf-8")
 
 

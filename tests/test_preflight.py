@@ -34,7 +34,7 @@ def check(info):
     mentions = load_probe_texts(["gender"], shuffle_select_n=200).mentions
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=True, max_length=info.max_length)
     sites = {Site(layer, "resid_post"): info.d_model for layer in LAYERS}
-    model = info.load(neighbours(info, sites, everywhere=True), "cpu", "float32")
+    model = info.load(neighbours(info.n_layers, sites, info.widths, everywhere=True), "cpu", "float32")
     return Preflight.sample(model, info, tokenised, seed=0)
 
 

@@ -1,0 +1,99 @@
+"""What a run finds out before its work, on disk: the widths of a model's places, and the tokens of its texts.
+
+    setup = SetupCache.open(folder, limit_gb=50)
+    setup.widths(info, sites)                          # as `info.widths`; the model's code is not even imported
+    setup.tokens(mentions, info, prepend_bos=True)     # as `tokenise`, with its warning
+
+Content-addressed: a shard (`shard_folder`) is named after all that decides what it holds, which are the model's config
+or its tokenizer and the texts, the libraries, and the text of the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datasets_wikidata import Mention, TokenisedMentions, tokenise, warn_of_cut
+from installed import installed_version, running_program
+from language_model import ModelInfo, Site
+from shard_folder import ShardFolder, digest
+
+FOLDER = "setup"  # below the root, beside those of the models
+SOURCES = (
+    "datasets_wikidata.py", "errors.py", "gemm.py", "installed.py", "language_model.py", "model_hooks/*.py",
+    "setup_cache.py", "tasks/*.py", "terminal.py",
+)  # fmt: skip
+"""`language_model` and `datasets_wikidata` with all that they import of the program, and how this is kept."""
+
+_LIBRARIES = ("torch", "transformers", "tokenizers")
+
+
+@dataclass(frozen=True)
+class SetupCache:
+    """What is known of models and texts; nothing, and nothing kept, without shards."""
+
+    shards: ShardFolder | None = None
+
+    @classmethod
+    def open(cls, root: Path, limit_gb: float) -> SetupCache:
+        """What is kept below `root`. Raises `RequestError` if it cannot be written to."""
+        return cls(ShardFolder.open(root, FOLDER, limit_gb, "widths and tokens"))
+
+    def widths(self, info: ModelInfo, sites: Collection[Site]) -> dict[Site, int]:
+        """As `info.widths`. A repository's own code is looked at each time: its config does not tell what it does."""
+        if self.shards is None or info.trust_remote_code:
+            return info.widths(sites)
+        order = sorted(sites)
+        name = _name({"widths of": repr(order), "config": info.config.to_json_string()})
+        stored = self.shards.read(name)
+        if stored:
+            return dict(zip(order, stored["widths"].tolist(), strict=True))
+        found = info.widths(sites)
+        self.shards.write(name, {"widths": torch.tensor([found[site] for site in order])}, {})
+        return found
+
+    def tokens(self, mentions: Sequence[Mention], info: ModelInfo, *, prepend_bos: bool) -> TokenisedMentions:
+        """As `tokenise` by the model's tokenizer, to its greatest length."""
+        if self.shards is None:
+            return tokenise(mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length)
+        bos = info.tokenizer.bos_token_id if prepend_bos else None
+        facts = {
+            "tokenizer": info.tokenizer.backend_tokenizer.to_str(),
+            "length": f"{info.max_length}, {len(info.tokenizer)} tokens, BOS {bos}",
+            "texts": repr([mention.identity for mention in mentions]),
+        }
+        name = _name(facts)
+        stored = self.shards.read(name)
+        if stored:
+            return _unpacked(stored, prepend_bos, info.max_length)
+        found = tokenise(mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length)
+        self.shards.write(name, _packed(found), {})
+        return found
+
+
+def _name(facts: Mapping[str, str]) -> str:
+    """32 hexadecimal digits."""
+    libraries = {library: str(installed_version(library)) for library in _LIBRARIES}
+    return digest({**facts, **libraries, "program": running_program(SOURCES)}, {})
+
+
+def _packed(tokens: TokenisedMentions) -> dict[str, Tensor]:
+    """Its arrays; of its ids one after the other, and where each text's end."""
+    lengths = np.array([len(ids) for ids in tokens.ids], dtype=np.int64)
+    ids = np.concatenate([np.empty(0, dtype=np.int32), *tokens.ids])
+    arrays = {"ids": ids, "stops": lengths.cumsum(), "first": tokens.first, "last": tokens.last}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"cut": torch.tensor(tokens.n_cut)}
+
+
+def _unpacked(stored: Mapping[str, Tensor], has_bos: bool, max_length: int) -> TokenisedMentions:
+    """In memory of its own, which the file on disk does not share."""
+    arrays = {name: tensor.clone().numpy() for name, tensor in stored.items()}
+    ids = tuple(np.split(arrays["ids"], arrays["stops"][:-1]))
+    tokens = TokenisedMentions(ids, arrays["first"], arrays["last"], has_bos, int(arrays["cut"]))
+    warn_of_cut(tokens, max_length)
+    return tokens
