@@ -15,13 +15,16 @@ _INNER_MARKS = ".-'’\u00ad"  # may stand inside a name; the last is the soft h
 # What glues a name to the word before it: 'others.--Marianne', 'If...Andrew', 'Gov.Gina' (but not 'J.K.').
 _JOINT = re.compile(r"--+|\.\.+|(?<=[a-z]{2})\.(?=[A-Z])")
 _POSSESSIVE = re.compile(r"['’]s$", re.IGNORECASE)
-_WORD = re.compile(r"\S+")
 
 
 def last_words(text: str, count: int) -> tuple[int, int] | None:
     """Characters [start, end) of the last `count` words (fewer if there are no more), None without a word."""
-    words = list(_WORD.finditer(text))[-count:]
-    return (words[0].start(), words[-1].end()) if words else None
+    shown = text.rstrip()
+    parts = shown.rsplit(None, count)  # the words, after what precedes them if anything does
+    if not parts:
+        return None
+    before = len(parts[0]) if len(parts) > count else 0
+    return len(shown) - len(shown[before:].lstrip()), len(shown)
 
 
 def name_span(text: str) -> tuple[int, int] | None:
