@@ -2,7 +2,7 @@
 
     cache = ActivationCache.open(folder, limit_gb=50, model=info.fingerprint(), dtype="float32")
     model = CachedModel(cache, lambda sites: info.load(sites, "cpu", "float32"), sites, torch.device("cpu"))
-    model.activations(ids, lengths)            # as of a `LanguageModel`, which is loaded when a text is not on disk
+    model.token_rows(ids, lengths)             # as of a `LanguageModel`, which is loaded when a text is not on disk
 
 Content-addressed: a text is its token ids, a folder is one model, revision and dtype, and a shard (`shard_folder`) has
 the texts of one forward pass.
@@ -63,15 +63,12 @@ class ActivationCache:
                 found[text] = {site: x for site, x in rows.items() if x is not None}
         return found
 
-    def put(self, texts: Sequence[str], activations: Mapping[Site, Tensor], lengths: Sequence[int]) -> None:
-        """Keep [texts, tokens, d] of right-padded texts, as long as there is room."""
+    def put(self, texts: Sequence[str], rows: Mapping[Site, Tensor], lengths: Sequence[int]) -> None:
+        """Keep the rows [tokens, d] of texts, one after the other, as long as there is room."""
         if self._shards.full:
             return
         stops = np.cumsum(lengths).tolist()
-        tensors = {
-            _name(site): torch.cat([row[:n] for row, n in zip(x, lengths, strict=True)]).cpu()
-            for site, x in activations.items()
-        }
+        tensors = {_name(site): x.cpu() for site, x in rows.items()}
         name = hashlib.sha256(json.dumps([sorted(tensors), list(texts)]).encode()).hexdigest()[:32]
         if self._shards.write(name, tensors, {"texts": json.dumps(list(texts)), "stops": json.dumps(stops)}):
             self._enter(name)
@@ -129,21 +126,20 @@ class CachedModel:
         self._model: LanguageModel | None = None
         self._lock = threading.Lock()
 
-    def activations(self, ids: Tensor, lengths: Tensor) -> dict[Site, Tensor]:
-        """As of a `LanguageModel`: site -> [texts, tokens, d]; zeros at padded positions."""
+    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
+        """As of a `LanguageModel`: site -> [rows, d]."""
         counts = lengths.tolist()
         texts = [text_key(row[:n], self._purpose) for row, n in zip(ids, counts, strict=True)]
         found = self._cache.get(self.sites, texts)
         missing = [i for i, text in enumerate(texts) if text not in found]
         if missing:
             width = max(counts[i] for i in missing)
-            fresh = self._loaded().activations(ids[missing, :width], lengths[missing])
+            fresh = self._loaded().token_rows(ids[missing, :width], lengths[missing])
             self._cache.put([texts[i] for i in missing], fresh, [counts[i] for i in missing])
-            if len(missing) == len(texts):
-                return fresh
+            parts = {site: x.split([counts[i] for i in missing]) for site, x in fresh.items()}
             for row, i in enumerate(missing):
-                found[texts[i]] = {site: x[row, : counts[i]] for site, x in fresh.items()}
-        return {site: self._padded([found[text][site] for text in texts], ids.shape[1]) for site in self.sites}
+                found[texts[i]] = {site: of_text[row] for site, of_text in parts.items()}
+        return {site: self._together([found[text][site][skip:] for text in texts]) for site in self.sites}
 
     def only(self, sites: Collection[Site]) -> CachedModel:
         """This model with some of its sites."""
@@ -161,11 +157,10 @@ class CachedModel:
                 self._model = self._load(self.sites)
             return self._model
 
-    def _padded(self, rows: Sequence[Tensor], width: int) -> Tensor:
-        x = torch.zeros(len(rows), width, rows[0].shape[1], dtype=rows[0].dtype)
-        for i, row in enumerate(rows):
-            x[i, : len(row)] = row
-        return x.to(self.device, non_blocking=True)
+    def _together(self, parts: list[Tensor]) -> Tensor:
+        """One after the other, on the device: in one transfer, wherever they are."""
+        here = parts if len({part.device for part in parts}) == 1 else [part.cpu() for part in parts]
+        return torch.cat(here).to(self.device, non_blocking=True)
 
 
 def text_key(ids: Tensor, purpose: str) -> str:

@@ -195,17 +195,18 @@ class Producer:
     @torch.inference_mode()
     def _process(self, batch: TokenBatch) -> BatchResults:
         with self.clock.stage("forward"):
-            activations = self.model.activations(batch.ids, batch.lengths)
-        tokens = _TokenIndex.build(batch, self.rows, any(self.counts_bos.values())).to(self.model.device)
+            skip = int(batch.has_bos and not any(self.counts_bos.values()))
+            activations = self.model.token_rows(batch.ids, batch.lengths, skip)
+        tokens = _TokenIndex.build(batch, self.rows, skip).to(self.model.device)
         results = []
         for site, saes in self.saes.items():
             with self.clock.stage("sae"):
-                x = tokens.real_rows(activations[site] if site in self._also_read else activations.pop(site))
+                x = (activations[site] if site in self._also_read else activations.pop(site)).float()
                 recons, sums, codes = {}, {}, {}
                 broken: dict[SaeId | None, Tensor] = {None: _first_broken(x, tokens.mention)}
                 for sae_id, sae in saes.items():
                     place = site.read_by(sae.input_hookpoint)
-                    read = x if place == site else tokens.real_rows(activations[place])
+                    read = x if place == site else activations[place].float()
                     recons[sae_id], latents, broken[sae_id], sums[sae_id] = self._reconstruct(
                         sae, read, x, tokens, self.counts_bos[sae_id]
                     )
@@ -239,9 +240,8 @@ class Producer:
 
 @dataclass(frozen=True)
 class _TokenIndex:
-    """Where the real and the probed tokens of a batch are; made on the CPU, so nothing waits for the device."""
+    """Where the probed tokens of a batch are among the real ones; made on the CPU, so nothing waits for the device."""
 
-    real: Tensor  # int64 [real]: real tokens in the flattened [texts * tokens]; BOS among them if it counts
     mention: Tensor  # int64 [real]: whose token it is
     probed: Tensor  # int64 [probed]: the name tokens among the real ones
     not_bos: Tensor | None  # int64: the real tokens that are no BOS; None if there is no BOS among them
@@ -250,38 +250,32 @@ class _TokenIndex:
     row_ids: Tensor  # int64 [rows], stays on the CPU
 
     @classmethod
-    def build(cls, batch: TokenBatch, rows: RowTable, with_bos: bool) -> _TokenIndex:
-        n_texts, width = batch.ids.shape
-        skip = int(batch.has_bos and not with_bos)
-        position = torch.arange(width)
-        real = (position >= skip) & (position < batch.lengths[:, None])  # [texts, width]
-        kept_before = torch.cumsum(batch.lengths - skip, 0) - (batch.lengths - skip)  # real tokens of earlier texts
+    def build(cls, batch: TokenBatch, rows: RowTable, skip: int) -> _TokenIndex:
+        """skip: tokens that each text lost at its beginning: the BOS that does not count."""
+        n_texts, kept = len(batch.lengths), batch.lengths - skip
+        kept_before = torch.cumsum(kept, 0) - kept  # real tokens of earlier texts
         first = batch.last if rows.positions == "last" else batch.first
         n_probed = batch.last - first + 1
         starts = torch.cumsum(n_probed, 0) - n_probed
         text = torch.repeat_interleave(torch.arange(n_texts), n_probed)
         in_text = first[text] + torch.arange(len(text)) - starts[text]
         probed = kept_before[text] + in_text - skip
-        bos = batch.has_bos and with_bos
-        not_bos = torch.nonzero(position.expand(n_texts, width)[real] > 0).flatten() if bos else None
+        bos = batch.has_bos and not skip
+        not_bos = _without(kept_before, int(kept.sum())) if bos else None
         probed_not_bos = probed - text - 1 if bos else probed
         offsets = starts if rows.positions == "mean" else None
         row_ids = torch.from_numpy(rows.of(batch.mentions))
-        mention = torch.from_numpy(batch.mentions).repeat_interleave(batch.lengths - skip)
-        return cls(torch.nonzero(real.flatten()).flatten(), mention, probed, not_bos, probed_not_bos, offsets, row_ids)
+        mention = torch.from_numpy(batch.mentions).repeat_interleave(kept)
+        return cls(mention, probed, not_bos, probed_not_bos, offsets, row_ids)
 
     def to(self, device: torch.device) -> _TokenIndex:
         def move(t: Tensor | None) -> Tensor | None:
             return t if t is None else t.to(device, non_blocking=True)
 
-        real, mention, probed, not_bos, probed_not_bos, offsets = map(
-            move, (self.real, self.mention, self.probed, self.not_bos, self.probed_not_bos, self.offsets)
+        mention, probed, not_bos, probed_not_bos, offsets = map(
+            move, (self.mention, self.probed, self.not_bos, self.probed_not_bos, self.offsets)
         )
-        return _TokenIndex(real, mention, probed, not_bos, probed_not_bos, offsets, self.row_ids)  # type: ignore[arg-type]
-
-    def real_rows(self, activations: Tensor) -> Tensor:
-        """Real tokens of [texts, tokens, d], in float32: [real, d]."""
-        return activations.flatten(0, 1).index_select(0, self.real).float()
+        return _TokenIndex(mention, probed, not_bos, probed_not_bos, offsets, self.row_ids)  # type: ignore[arg-type]
 
     def rows(self, x: Tensor) -> Tensor:
         """The probed rows of x [real, d]: [rows, d]."""
@@ -300,6 +294,13 @@ class _TokenIndex:
         """
         latents = replace(latents, scale=None, shift=None)
         return latents if self.offsets is None else latents.means(self.offsets)
+
+
+def _without(places: Tensor, n: int) -> Tensor:
+    """The numbers below n that are none of these: int64."""
+    kept = torch.ones(n, dtype=torch.bool)
+    kept[places] = False
+    return kept.nonzero()[:, 0]
 
 
 def _first_broken(rows: Tensor, mention: Tensor) -> Tensor:

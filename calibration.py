@@ -111,8 +111,8 @@ def _activations(model: ActivationSource, tokenised: TokenisedMentions, wanted: 
     """Site -> float32 `[tokens, d]` on the CPU."""
     rows: dict[Site, Tensor] = {}
     for batch, chosen, in_batch in _by_batch(tokenised, wanted):
-        for site, found in model.activations(batch.ids, batch.lengths).items():
-            x = found.flatten(0, 1).index_select(0, in_batch.to(found.device)).float().cpu()
+        for site, found in model.token_rows(batch.ids, batch.lengths).items():
+            x = found.index_select(0, in_batch.to(found.device)).float().cpu()
             if not bool(torch.isfinite(x).all()):
                 raise ArithmeticError(f"layer {site.layer}: NaN or Inf in the model's activations")
             rows.setdefault(site, x.new_empty(len(wanted.text), x.shape[1]))[chosen] = x
@@ -120,11 +120,11 @@ def _activations(model: ActivationSource, tokenised: TokenisedMentions, wanted: 
 
 
 def _by_batch(tokenised: TokenisedMentions, wanted: _Tokens) -> Iterator[tuple[TokenBatch, Tensor, Tensor]]:
-    """Batches with their part of the wanted tokens: which of them, and where in the flattened `[texts * tokens]`."""
+    """Batches with their part of the wanted tokens: which of them, and where among the batch's tokens."""
     n = len(tokenised.ids)
     for batch in batches(tokenised, np.arange(n), batch_size=n, max_tokens=BATCH_TOKENS):
-        row = np.full(n, -1)
-        row[batch.mentions] = np.arange(len(batch.mentions))
-        chosen = np.flatnonzero(row[wanted.text] >= 0)
-        in_batch = row[wanted.text[chosen]] * batch.ids.shape[1] + wanted.place[chosen]
+        start = np.full(n, -1)
+        start[batch.mentions] = (batch.lengths.cumsum(0) - batch.lengths).numpy()
+        chosen = np.flatnonzero(start[wanted.text] >= 0)
+        in_batch = start[wanted.text[chosen]] + wanted.place[chosen]
         yield batch, torch.from_numpy(chosen), torch.from_numpy(in_batch)

@@ -5,6 +5,7 @@
     info.widths(sites)                                                  # {site: d}, still without weights
     model = info.load(sites, "cpu", "float32")
     model.activations(ids)                                              # {site: [texts, tokens, d]}
+    model.token_rows(ids, lengths)                                      # {site: [real tokens, d]}
 
 Any decoder of transformers: hook points by name for the families whose blocks are built as most are, by module path
 for the rest. Values are those of the raw weights, as TransformerLens's hooks give them without weight processing.
@@ -144,8 +145,11 @@ class ActivationSource(Protocol):
         """Where activations are given."""
         ...
 
-    def activations(self, ids: Tensor, lengths: Tensor) -> dict[Site, Tensor]:
-        """What is at its sites for right-padded token ids [texts, tokens], of which `lengths` [texts] are real."""
+    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
+        """What is at its sites for right-padded token ids [texts, tokens], of which `lengths` [texts] are real.
+
+        Row after row, text by text, without the first `skip` tokens of each: site -> [rows, d of the site].
+        """
         ...
 
     def only(self, sites: Collection[Site]) -> ActivationSource:
@@ -162,15 +166,24 @@ class LanguageModel:
     device: torch.device
 
     @torch.inference_mode()
-    def activations(self, ids: Tensor, lengths: Tensor | None = None) -> dict[Site, Tensor]:
+    def activations(self, ids: Tensor) -> dict[Site, Tensor]:
         """What is at the sites for right-padded token ids [texts, tokens]: site -> [texts, tokens, d of the site].
 
-        `lengths`, how many of them are real, changes nothing. No attention mask: attention is causal and padding comes
-        last, so no real token ever sees it. What stands at padded positions is meaningless.
+        No attention mask: attention is causal and padding comes last, so no real token ever sees it. What stands at
+        padded positions is meaningless.
         """
         with capture(self.taps, *ids.shape) as found:
             self.module(input_ids=ids.to(self.device, non_blocking=True), use_cache=False)
         return found
+
+    @torch.inference_mode()
+    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
+        """The rows of real tokens alone (see `ActivationSource`)."""
+        found = self.activations(ids)
+        position = torch.arange(ids.shape[1])
+        real = (position >= skip) & (position < lengths[:, None])
+        place = real.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # found on the CPU: nothing waits
+        return {site: found.pop(site).flatten(0, 1).index_select(0, place) for site in list(found)}
 
     def only(self, sites: Collection[Site]) -> LanguageModel:
         """This model with some of its sites; layers above the last of them are let go, so `self` is of no more use."""

@@ -91,8 +91,9 @@ def _model_seconds(shape: Shape, setting: Setting, dtype: str) -> dict[str, floa
     with shape.model_folder() as folder:
         model = open_model(str(folder)).load(sites, setting.device, dtype)
     ids = torch.randint(1, 1000, (setting.texts, TOKENS), generator=torch.Generator().manual_seed(0))
+    lengths = torch.full((setting.texts,), TOKENS)
     weights = [module.weight for module in model.module.modules() if isinstance(module, nn.Linear)]
-    n_rows, ours = setting.texts * TOKENS, at_a_time(lambda: model.activations(ids), setting.workers)
+    n_rows, ours = setting.texts * TOKENS, at_a_time(lambda: model.token_rows(ids, lengths), setting.workers)
     return _beside_floor(ours, weights, n_rows, n_rows, setting)
 
 
@@ -100,7 +101,7 @@ def _sae_seconds(shape: Shape, setting: Setting) -> dict[str, float]:
     """Seconds of one batch a worker: all that the producer does with one site, and the encoder's products alone."""
     sae, site = shape.sae(0, setting.device), Site(0, "resid_post")
     n_texts = setting.workers * setting.texts
-    x = torch.randn(setting.texts, TOKENS, shape.d, generator=torch.Generator().manual_seed(1)).to(setting.device)
+    x = torch.randn(setting.texts * TOKENS, shape.d, generator=torch.Generator().manual_seed(1)).to(setting.device)
     last = np.full(n_texts, TOKENS - 1)
     tokenised = TokenisedMentions((np.ones(TOKENS, dtype=np.int32),) * n_texts, last, last, has_bos=False)
     producer = Producer(
@@ -167,7 +168,7 @@ class _AtHand:
     found: dict[Site, Tensor]
     device: torch.device
 
-    def activations(self, ids: Tensor, lengths: Tensor) -> dict[Site, Tensor]:
+    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
         """The same for every batch."""
         return dict(self.found)
 

@@ -26,9 +26,9 @@ def forward_passes(monkeypatch):
     counted: list[int] = []
     plain = LanguageModel.activations
 
-    def counting(self, ids, lengths=None):
+    def counting(self, ids):
         counted.append(len(ids))
-        return plain(self, ids, lengths)
+        return plain(self, ids)
 
     monkeypatch.setattr(LanguageModel, "activations", counting)
     return counted
@@ -73,8 +73,8 @@ def test_cold_and_warm_the_numbers_are_those_of_a_run_without_a_cache(with_cache
     """Though some texts were seen before, in other company, by the look before the run: rounding is another there."""
     plain = LanguageModel.activations
 
-    def rounding(self, ids, lengths=None):
-        return {site: x * (1 + 1e-4 * len(ids)) for site, x in plain(self, ids, lengths).items()}
+    def rounding(self, ids):
+        return {site: x * (1 + 1e-4 * len(ids)) for site, x in plain(self, ids).items()}
 
     monkeypatch.setattr(LanguageModel, "activations", rounding)
     cold = with_cache.plus("--baselines", "pca")
@@ -131,17 +131,18 @@ def test_a_folder_that_cannot_be_made_is_refused(with_cache, tmp_path, capsys):
 
 def test_values_come_back_to_the_bit_whatever_the_batch(tmp_path, info, forward_passes):
     cache = ActivationCache.open(tmp_path, 1, "m", "float32")
-    first = cached(cache, info).activations(texts(), WIDTHS)
+    first = cached(cache, info).token_rows(texts(), WIDTHS)
     again = cached(ActivationCache.open(tmp_path, 1, "m", "float32"), info)
     forward_passes.clear()
-    alone = again.activations(texts()[1:2, :5], WIDTHS[1:2])
-    turned = again.activations(texts()[[2, 0, 1]], WIDTHS[[2, 0, 1]])
+    alone = again.token_rows(texts()[1:2, :5], WIDTHS[1:2])
+    turned = again.token_rows(texts()[[2, 0, 1]], WIDTHS[[2, 0, 1]])
+    shorter = again.token_rows(texts(), WIDTHS, skip=1)
     assert forward_passes == []
     for site in SITES:
-        assert torch.equal(alone[site][0], first[site][1, :5])
-        for row, i in enumerate((2, 0, 1)):
-            n = int(WIDTHS[i])
-            assert torch.equal(turned[site][row, :n], first[site][i, :n])
+        of_text = first[site].split(WIDTHS.tolist())
+        assert torch.equal(alone[site], of_text[1])
+        assert torch.equal(turned[site], torch.cat([of_text[2], of_text[0], of_text[1]]))
+        assert torch.equal(shorter[site], torch.cat([rows[1:] for rows in of_text]))
 
 
 def test_the_model_is_loaded_once_whatever_it_is_run_for(tmp_path, info):
@@ -153,29 +154,29 @@ def test_the_model_is_loaded_once_whatever_it_is_run_for(tmp_path, info):
 
     model = CachedModel(ActivationCache.open(tmp_path, 1, "m", "float32"), load, SITES, CPU)
     for purpose in ("baselines", "run"):
-        model.apart(purpose).activations(texts(), WIDTHS)
+        model.apart(purpose).token_rows(texts(), WIDTHS)
     assert len(loads) == 1
 
 
 def test_a_text_without_one_of_the_sites_is_run(tmp_path, info, forward_passes):
     cache = ActivationCache.open(tmp_path, 1, "m", "float32")
-    cached(cache, info).only(SITES[:1]).activations(texts(), WIDTHS)
+    cached(cache, info).only(SITES[:1]).token_rows(texts(), WIDTHS)
     forward_passes.clear()
-    cached(cache, info).activations(texts(), WIDTHS)
+    cached(cache, info).token_rows(texts(), WIDTHS)
     assert forward_passes == [3]
 
 
 def test_what_was_read_longest_ago_goes_and_what_this_run_wrote_stays(tmp_path, info, monkeypatch):
     cache = ActivationCache.open(tmp_path, 1, "m", "float32")
     for seed in range(4):
-        cached(cache, info).activations(texts(seed), WIDTHS)
+        cached(cache, info).token_rows(texts(seed), WIDTHS)
     written = {path.name: path.stat().st_size for path in shards(tmp_path)}
     for age, path in enumerate(sorted(shards(tmp_path), key=lambda path: path.stat().st_mtime)):
         os.utime(path, (1000 + age, 1000 + age))
     oldest = min(shards(tmp_path), key=lambda path: path.stat().st_mtime).name
     room = sum(written.values()) + 10
     small = ActivationCache.open(tmp_path, room / 1024**3, "m", "float32")
-    cached(small, info).activations(texts(9), WIDTHS)
+    cached(small, info).token_rows(texts(9), WIDTHS)
     left = {path.name for path in shards(tmp_path)}
     assert oldest not in left
     assert len(left) == 4
@@ -184,8 +185,8 @@ def test_what_was_read_longest_ago_goes_and_what_this_run_wrote_stays(tmp_path, 
 
 def test_a_full_cache_keeps_no_more_and_says_so(tmp_path, info, caplog):
     cache = ActivationCache.open(tmp_path, 1e-9, "m", "float32")
-    found = cached(cache, info).activations(texts(), WIDTHS)
-    cached(cache, info).activations(texts(1), WIDTHS)
+    found = cached(cache, info).token_rows(texts(), WIDTHS)
+    cached(cache, info).token_rows(texts(1), WIDTHS)
     assert found.keys() == set(SITES)
     assert shards(tmp_path) == []
     assert caplog.text.count("full at") == 1
@@ -198,7 +199,7 @@ def test_a_full_disk_is_no_error(tmp_path, info, monkeypatch, caplog):
     monkeypatch.setattr(shard_folder, "replacing", full)
     cache = ActivationCache.open(tmp_path, 1, "m", "float32")
     for seed in range(2):
-        cached(cache, info).activations(texts(seed), WIDTHS)
+        cached(cache, info).token_rows(texts(seed), WIDTHS)
     assert caplog.text.count("No space left") == 1
 
 
@@ -208,7 +209,7 @@ def test_writers_at_the_same_time_leave_whole_shards(tmp_path, info, forward_pas
 
     def work(model: CachedModel) -> None:
         for seed in range(6):
-            model.activations(texts(seed), WIDTHS)
+            model.token_rows(texts(seed), WIDTHS)
 
     threads = [threading.Thread(target=work, args=(model,)) for model in models]
     for thread in threads:
@@ -218,7 +219,7 @@ def test_writers_at_the_same_time_leave_whole_shards(tmp_path, info, forward_pas
     forward_passes.clear()
     reader = cached(ActivationCache.open(tmp_path, 1, "m", "float32"), info)
     for seed in range(6):
-        reader.activations(texts(seed), WIDTHS)
+        reader.token_rows(texts(seed), WIDTHS)
     assert forward_passes == []
     assert len(shards(tmp_path)) == 6
 

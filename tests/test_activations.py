@@ -203,7 +203,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_number(model, saes, info,
     expected, figures, *_ = produce(model, saes, info, mentions)
     forward = type(model).activations
 
-    def at_most_five(self, ids, lengths=None):
+    def at_most_five(self, ids):
         if len(ids) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, ids)
@@ -217,7 +217,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_number(model, saes, info,
 
 
 def test_one_text_too_many_for_memory_is_an_error(model, saes, info, mentions, monkeypatch):
-    def never(self, ids, lengths=None):
+    def never(self, ids):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(type(model), "activations", never)

@@ -133,7 +133,7 @@ def test_an_unforeseen_error_comes_with_its_threads_traceback_and_a_foreseen_one
 ):
     failure: Exception = OSError(28, "No space left on device")
 
-    def explode(self, ids, lengths):
+    def explode(self, ids):
         raise failure
 
     monkeypatch.setattr(LanguageModel, "activations", explode)

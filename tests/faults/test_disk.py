@@ -213,7 +213,7 @@ def test_weights_that_are_written_to_during_the_run_change_nothing(ask, tmp_path
     sae = shutil.copytree(ask.saes[0], tmp_path / "copy" / "sae-tiny")
     forward, calls = LanguageModel.activations, []
 
-    def write_then_run(self, ids, lengths=None):
+    def write_then_run(self, ids):
         if not calls:
             for path in (model / "model.safetensors", *sae.glob("*/sae.safetensors")):
                 path.write_bytes(b"\x3f" * path.stat().st_size if damage is None else damage)
