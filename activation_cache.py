@@ -56,12 +56,21 @@ class ActivationCache:
 
     def get(self, sites: Collection[Site], texts: Sequence[str]) -> dict[str, dict[Site, Tensor]]:
         """Those of the texts (by `text_key`) that are here at all of the sites: [tokens, d] at each."""
+        asked = [(site, _name(site), self._places.get(site, {})) for site in sites]
+        shards: dict[str, dict[str, Tensor]] = {}
         found: dict[str, dict[Site, Tensor]] = {}
         for text in texts:
-            rows = {site: self._rows(site, text) for site in sites}
-            if all(x is not None for x in rows.values()):
-                found[text] = {site: x for site, x in rows.items() if x is not None}
-        return found
+            rows = found.setdefault(text, {})
+            for site, name, places in asked:
+                place = places.get(text)
+                if place is None:
+                    continue
+                if place.shard not in shards:
+                    shards[place.shard] = self._tensors_of(place.shard)
+                x = shards[place.shard].get(name)
+                if x is not None:
+                    rows[site] = x[place.start : place.stop]
+        return {text: rows for text, rows in found.items() if len(rows) == len(asked)}
 
     def put(self, texts: Sequence[str], rows: Mapping[Site, Tensor], lengths: Sequence[int]) -> None:
         """Keep the rows [tokens, d] of texts, one after the other, as long as there is room."""
@@ -73,18 +82,17 @@ class ActivationCache:
         if self._shards.write(name, tensors, {"texts": json.dumps(list(texts)), "stops": json.dumps(stops)}):
             self._enter(name)
 
-    def _rows(self, site: Site, text: str) -> Tensor | None:
-        place = self._places.get(site, {}).get(text)
-        if place is None:
-            return None
+    def _tensors_of(self, shard: str) -> dict[str, Tensor]:
+        """Its tensors by name; none if it is broken or gone."""
         with self._lock:
-            tensors = self._tensors.get(place.shard)
-            if tensors is None:
-                tensors = self._tensors[place.shard] = self._shards.read(place.shard)
+            tensors = self._tensors.get(shard)
+        if tensors is None:
+            tensors = self._shards.read(shard)  # two threads may both read it: neither waits for the other
+            with self._lock:
+                self._tensors[shard] = tensors
                 while len(self._tensors) > OPEN_SHARDS:
                     self._tensors.pop(next(iter(self._tensors)))
-        x = tensors.get(_name(site))
-        return None if x is None else x[place.start : place.stop]
+        return tensors
 
     def _enter(self, shard: str) -> None:
         """Note what a shard holds, by its header alone."""
