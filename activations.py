@@ -203,7 +203,7 @@ class Producer:
             with self.clock.stage("sae"):
                 x = (activations[site] if site in self._also_read else activations.pop(site)).float()
                 recons, sums, codes = {}, {}, {}
-                broken: dict[SaeId | None, Tensor] = {None: _first_broken(x, tokens.mention)}
+                broken: dict[SaeId | None, Tensor] = {None: _first_broken(x.sum(dim=1), tokens.mention)}
                 for sae_id, sae in saes.items():
                     place = site.read_by(sae.input_hookpoint)
                     read = x if place == site else activations[place].float()
@@ -229,10 +229,10 @@ class Producer:
         latents = sae.encode(read)
         recon = sae.decode(latents, read)
         sums = self._no_sums(sae)
-        sums.add_whole(x, recon, latents)
+        errors = sums.add_whole(x, recon, latents)
         latents = latents.select(probed)
         sums.add_probed(x.index_select(0, probed), recon.index_select(0, probed), latents)
-        return tokens.pool(recon, probed), latents, _first_broken(recon, mention), sums
+        return tokens.pool(recon, probed), latents, _first_broken(errors, mention), sums
 
     def _no_sums(self, sae: Sae) -> ReconstructionSums:
         return ReconstructionSums(sae.d_out, sae.d_sae, self.model.device)
@@ -303,13 +303,13 @@ def _without(places: Tensor, n: int) -> Tensor:
     return kept.nonzero()[:, 0]
 
 
-def _first_broken(rows: Tensor, mention: Tensor) -> Tensor:
-    """The least of `mention` [rows] whose row of `rows` [rows, d] has NaN or Inf, else `NO_MENTION`; no wait.
+def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:
+    """The least of `mention` [rows] where a sum over the row [rows] is not finite, else `NO_MENTION`; no wait.
 
-    A row's sum is finite unless a member is not: activations near float32's end would be broken too.
+    A sum is finite unless a member is not: activations near float32's end would be broken too.
     """
     none = torch.full_like(mention, NO_MENTION)
-    return torch.where(rows.sum(dim=1).isfinite(), none, mention).amin()
+    return torch.where(sums.isfinite(), none, mention).amin()
 
 
 def tokens_in_memory(device: torch.device, saes: Mapping[Site, Mapping[SaeId, Sae]]) -> int:

@@ -67,14 +67,20 @@ class ReconstructionSums:
         self.l1 = _zero(device)
         self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)  # tokens on which each latent fired
 
-    def add_whole(self, x: Tensor, recon: Tensor, latents: Latents) -> None:
-        """Every real token of some texts: x and recon ``[tokens, d]``, and the tokens' latents."""
-        self.whole = self.whole.merge(_ErrorSums.of(x, recon))
+    def add_whole(self, x: Tensor, recon: Tensor, latents: Latents) -> Tensor:
+        """Every real token of some texts: x and recon ``[tokens, d]``, and the tokens' latents.
+
+        Returns the squared error of each token, float32 ``[tokens]``: not finite where one of the two is not.
+        """
+        new, errors = _ErrorSums.of(x, recon)
+        self.whole = self.whole.merge(new)
         self.fired.index_add_(0, latents.col, (latents.value != 0).to(self.fired.dtype))
+        return errors
 
     def add_probed(self, x: Tensor, recon: Tensor, latents: Latents) -> None:
         """Probed positions: x and recon ``[rows, d]``, and their latents."""
-        self.probed = self.probed.merge(_ErrorSums.of(x, recon))
+        new, _ = _ErrorSums.of(x, recon)
+        self.probed = self.probed.merge(new)
         self.cosine += F.cosine_similarity(x.float(), recon.float(), dim=1).sum(dtype=torch.float64)
         self.l0 += (latents.value != 0).sum()
         self.l1 += latents.value.abs().sum(dtype=torch.float64)
@@ -135,20 +141,17 @@ class _ErrorSums:
         return cls(0, _zero(device), torch.zeros(d, dtype=torch.float64, device=device), _zero(device))
 
     @classmethod
-    def of(cls, x: Tensor, recon: Tensor) -> _ErrorSums:
-        """x and recon ``[rows, d]``.
+    def of(cls, x: Tensor, recon: Tensor) -> tuple[_ErrorSums, Tensor]:
+        """x and recon ``[rows, d]``; also each row's squared error, float32 ``[rows]``.
 
         Residual streams have dimensions whose mean is 1e3 times their spread, so deviations are taken from the
         float32 mean, which is near enough for the differences to be exact, and corrected for its rounding.
         """
+        x, recon = x.float(), recon.float()
         if len(x) == 0:
-            return cls.empty(x.shape[1], x.device)
-        x = x.float()
-        near_mean = x.mean(dim=0)
-        offsets = x - near_mean
-        rounding = offsets.mean(dim=0).double()
-        deviation = _sum_of_squares(offsets) - len(x) * rounding.square().sum()
-        return cls(len(x), _sum_of_squares(x - recon), near_mean.double() + rounding, deviation.clamp(min=0))
+            return cls.empty(x.shape[1], x.device), x.new_empty(0)
+        errors, mean, deviation = _compare_on_cpu(x, recon) if x.device.type == "cpu" else _compare(x, recon)
+        return cls(len(x), errors.sum(dtype=torch.float64), mean, deviation), errors
 
     def merge(self, other: _ErrorSums) -> _ErrorSums:
         """Both sets of rows."""
@@ -176,9 +179,22 @@ class _ErrorSums:
         return _ratio(self.squared_error, self.deviation.item())
 
 
-def _sum_of_squares(rows: Tensor) -> Tensor:
-    """Float32 along each row, float64 over the rows: no float64 copy of the matrix."""
-    return torch.linalg.vector_norm(rows, dim=1).double().square().sum()
+def _compare(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As `error_kernels.compare`. Float32 along each row, float64 over the rows: no float64 copy of the matrix."""
+    near_mean = x.mean(dim=0)
+    offsets = x - near_mean
+    rounding = offsets.mean(dim=0).double()
+    squares = torch.linalg.vector_norm(offsets, dim=1).double().square()
+    deviation = squares.sum() - len(x) * rounding.square().sum()
+    errors = torch.linalg.vector_norm(x - recon, dim=1).square()
+    return errors, near_mean.double() + rounding, deviation.clamp(min=0)
+
+
+def _compare_on_cpu(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    from error_kernels import compare  # here: Numba takes a while to load
+
+    errors, mean, deviation = compare(x.contiguous().numpy(), recon.contiguous().numpy())
+    return torch.from_numpy(errors), torch.from_numpy(mean), torch.tensor(deviation, dtype=torch.float64)
 
 
 def _zero(device: torch.device | str) -> Tensor:

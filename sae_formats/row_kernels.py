@@ -13,12 +13,10 @@ A row is divided into groups. Where k or more of the groups' maxima reach a thre
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from compiled import compiled
 
 GROUPS_PER_K = 4  # with 2 there are more members to look at, with 8 more maxima: either takes longer
 LARGEST_GROUP = 64  # in wide rows looking at a maximum costs less than looking at members
@@ -36,31 +34,19 @@ BFloat16s = NDArray[np.int16]  # by their bits: the upper half of a float32's
 Keys = NDArray[np.int16] | NDArray[np.int32]
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Numba's `njit`, kept on disk where there is a folder for it: beside this file, or the user's cache."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # neither can be written to: compiled anew in every process
-            return njit(nogil=True, **options)(function)
-
-    return decorate
-
-
-@_compiled()
+@compiled()
 def _n_groups(d: int, k: int) -> int:
     """Into how many groups to divide a row of d entries for its k largest: at least k, at most d."""
     return min(d, max(GROUPS_PER_K * k, d // LARGEST_GROUP))
 
 
-@_compiled()
+@compiled()
 def _n_eights(d: int) -> int:
     """How often eight it takes to hold d."""
     return (d + 7) // 8
 
 
-@_compiled()
+@compiled()
 def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
     """The k largest entries of each row, in no order, and their places.
 
@@ -91,7 +77,7 @@ def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
     return values, places
 
 
-@_compiled(fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def round_inputs(x: Floats, centre: Floats, size: float, rounding: float, least: float) -> tuple[BFloat16s, Floats]:
     """Inputs less their centre in bfloat16, and how far products of them with rounded weights are off at most.
 
@@ -128,7 +114,7 @@ def round_inputs(x: Floats, centre: Floats, size: float, rounding: float, least:
     return halves, off
 
 
-@_compiled()
+@compiled()
 def k_largest_of_proposed(
     proposed: BFloat16s, off: Floats, x: Floats, weight: Floats, bias: Floats, k: int
 ) -> tuple[Floats, Ints]:
@@ -169,13 +155,13 @@ def k_largest_of_proposed(
     return values, places
 
 
-@_compiled()
+@compiled()
 def _bfloat16_keys(halves: BFloat16s, keys: NDArray[np.int16]) -> None:
     for place in range(len(halves)):
         keys[place] = halves[place] ^ ((halves[place] >> np.int16(15)) & np.int16(0x7FFF))
 
 
-@_compiled()
+@compiled()
 def _float_keys(numbers: Floats, count: int, keys: NDArray[np.int32]) -> None:
     """Of the first `count`."""
     bits = numbers.view(np.int32)
@@ -183,7 +169,7 @@ def _float_keys(numbers: Floats, count: int, keys: NDArray[np.int32]) -> None:
         keys[place] = bits[place] ^ ((bits[place] >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
-@_compiled()
+@compiled()
 def _number(key: int) -> np.float32:
     """The number whose key in bfloat16 this is."""
     held = np.empty(1, np.int32)
@@ -191,7 +177,7 @@ def _number(key: int) -> np.float32:
     return held.view(np.float32)[0]
 
 
-@_compiled()
+@compiled()
 def _least_key(number: np.float32) -> int:
     """The least key of a bfloat16 number that is at least this one."""
     held = np.empty(1, np.float32)
@@ -202,7 +188,7 @@ def _least_key(number: np.float32) -> int:
     return int(bits ^ 0x7FFFFFFF) >> 16 if bits < 0 else -1  # -1: that of -0
 
 
-@_compiled()
+@compiled()
 def _least_that_may_be(proposed: np.float32, off: np.float32) -> np.float32:
     """The least proposal of an entry that may be as large as one that is proposed as `proposed`."""
     if not np.isfinite(proposed):  # a guess of Inf says nothing of how large the entry is
@@ -211,7 +197,7 @@ def _least_that_may_be(proposed: np.float32, off: np.float32) -> np.float32:
     return least / (ONE + ROUND_BFLOAT16) if least >= ZERO else least / (ONE - ROUND_BFLOAT16)
 
 
-@_compiled()
+@compiled()
 def _group_maxima(keys: Keys, highest: Keys) -> None:
     """The largest key at places g, g + groups, ... into highest[g]."""
     groups = len(highest)
@@ -222,7 +208,7 @@ def _group_maxima(keys: Keys, highest: Keys) -> None:
             highest[g] = part[g] if part[g] > highest[g] else highest[g]
 
 
-@_compiled()
+@compiled()
 def _threshold(keys: Keys, k: int, slack: int) -> int:
     """A key that at least k of the keys reach, and no more than `slack` others unless they equal it."""
     low = high = keys[0]
@@ -242,7 +228,7 @@ def _threshold(keys: Keys, k: int, slack: int) -> int:
     return least
 
 
-@_compiled()
+@compiled()
 def _n_at_least(keys: Keys, least: np.int16 | np.int32) -> int:
     """How many keys reach `least`. Counted in the keys' own width: in a wider one fewer are compared at a time."""
     number = keys.dtype.type
@@ -255,7 +241,7 @@ def _n_at_least(keys: Keys, least: np.int16 | np.int32) -> int:
     return count
 
 
-@_compiled()
+@compiled()
 def _at_least(
     keys: Keys, least: np.int16 | np.int32, reached: NDArray[np.uint8], eights: Places, where: Places
 ) -> np.uint64:
@@ -278,7 +264,7 @@ def _at_least(
     return count
 
 
-@_compiled(fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def _products(x: Floats, r: int, weight: Floats, bias: Floats, where: Places, count: int, found: Floats) -> None:
     """Row r of x times the weights at the first `count` of `where`, four at a time, plus their biases."""
     d_in = x.shape[1]
@@ -300,7 +286,7 @@ def _products(x: Floats, r: int, weight: Floats, bias: Floats, where: Places, co
         found[q] = sum_a
 
 
-@_compiled()
+@compiled()
 def _take(
     found: Floats, where: Places, count: int, keys: NDArray[np.int32], chosen: Places, values: Floats, places: Ints
 ) -> None:
@@ -332,7 +318,7 @@ def _take(
         values[place], places[place] = found[chosen[place]], np.int64(where[chosen[place]])
 
 
-@_compiled()
+@compiled()
 def _any_nan(numbers: Floats, count: int) -> bool:
     n_nan = np.int32(0)
     for q in range(count):
@@ -340,7 +326,7 @@ def _any_nan(numbers: Floats, count: int) -> bool:
     return bool(n_nan > 0)
 
 
-@_compiled()
+@compiled()
 def _poison(values: Floats, places: Ints) -> None:
     """NaN for every value of a row, so that whatever is made of them is NaN."""
     for q in range(len(values)):

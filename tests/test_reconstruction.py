@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reconstruction import Reconstruction, ReconstructionSums
+from reconstruction import Reconstruction, ReconstructionSums, _compare, _compare_on_cpu
 from sae_loader import SparseRows
 
 D_IN, D_SAE, ROWS = 24, 40, 600
@@ -88,6 +88,25 @@ def test_merge_is_the_sum_of_the_parts() -> None:
     merged = parts[0].merge(parts[1]).merge(parts[2].to("cpu")).merge(ReconstructionSums(D_IN, D_SAE, "cpu"))
     assert asdict(merged.figures()) == pytest.approx(asdict(whole.figures()), rel=1e-12)
     assert asdict(parts[0].figures()) == before  # a merge makes a new one
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e3])
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, ROWS])
+def test_on_a_cpu_and_elsewhere_it_is_the_same(mean: float, rows: int) -> None:
+    x, recon = (whole[:rows] for whole in make_rows(mean))
+    for ours, theirs in zip(_compare_on_cpu(x, recon), _compare(x, recon), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_row_with_a_broken_number_has_a_broken_error(value: float, side: int) -> None:
+    both = make_rows(1e3)
+    both[side][70, 5] = value
+    for compare in (_compare, _compare_on_cpu):
+        errors, _, _ = compare(*both)
+        assert (~errors.isfinite()).nonzero().flatten().tolist() == [70]
 
 
 def test_a_perfect_reconstruction_has_no_error() -> None:
