@@ -9,7 +9,7 @@ from numba import njit
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Numba's `njit` without the GIL, kept on disk if there is a folder for it: the file's, or the cache of the user."""
+    """Numba's `njit` without the GIL, kept on disk where it can be: beside the file, or in the user's cache."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
