@@ -9,6 +9,9 @@ compares twice as many as of float32. The k-th largest key is found by bisection
 reach another takes some ten instructions.
 
 A row is divided into groups. Where k or more of the groups' maxima reach a threshold, so do the k largest entries.
+
+What is left of many rows is found before any of it is rescored: the rows of a guess and the weights do not take the
+cache from each other.
 """
 
 from __future__ import annotations
@@ -18,26 +21,26 @@ from numpy.typing import NDArray
 
 from compiled import compiled
 
-GROUPS_PER_K = 4  # with 2 there are more members to look at, with 8 more maxima: either takes longer
+GROUPS_PER_K = 4  # at least: with 2 there are more members to look at, with 8 more maxima: either takes longer
 LARGEST_GROUP = 64  # in wide rows looking at a maximum costs less than looking at members
-EIGHT = np.uint64(8)  # bytes in a word of 64 bits
+EIGHT, LAST_BYTE = np.uint64(8), np.uint64(56)  # bytes in a word of 64 bits; the bits below its last byte
+NUMBERED = np.uint64(0x0001020304050607)  # times a word with a 1 in byte j, its last byte is j
+NONE, NEXT = np.uint64(0), np.uint64(1)
+ROOM = 2**14  # places of rows' largest that are known before they are rescored: they stay in the cache
+LANES = 16  # of 32 bits in the widest registers
+FEW = 32  # of so many numbers the largest are found by comparing each with each
 STRIP = 64  # so many keys of 32 bits are compared without a remainder that takes an instruction each
 MOST_COUNTED = 2**14  # keys, by a number of 16 bits
 ROUND_BFLOAT16 = np.float32(2.0**-8)  # largest relative error of a float32 number that is rounded to bfloat16
 ROUND_SUM = np.float32(2.0**-23)  # of one float32 addition or product, twice: for a guess and what it is compared with
 ZERO, ONE = np.float32(0), np.float32(1)
+LEAST_KEY = np.int32(-(2**31))
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Places = NDArray[np.uint64]  # an index that may be negative takes Numba a comparison more
 BFloat16s = NDArray[np.int16]  # by their bits: the upper half of a float32's
 Keys = NDArray[np.int16] | NDArray[np.int32]
-
-
-@compiled()
-def _n_groups(d: int, k: int) -> int:
-    """Into how many groups to divide a row of d entries for its k largest: at least k, at most d."""
-    return min(d, max(GROUPS_PER_K * k, d // LARGEST_GROUP))
 
 
 @compiled()
@@ -59,8 +62,8 @@ def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
     """
     n, d = rows.shape
     values, places = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
-    keys, highest = np.empty(d, np.int32), np.empty(_n_groups(d, k), np.int32)
-    found, where = np.empty(d + 1, np.float32), np.empty(d + 1, np.uint64)
+    keys, highest = np.empty(d, np.int32), np.empty(d, np.int32)
+    found, where = np.empty(d, np.float32), np.empty(d + 2, np.uint64)
     reached, eights = np.zeros(8 * _n_eights(d), np.uint8), np.empty(_n_eights(d) + 1, np.uint64)
     found_keys, chosen = np.empty(d + STRIP, np.int32), np.empty(d + 1, np.uint64)
     for r in range(n):
@@ -69,8 +72,8 @@ def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
             _poison(values[r], places[r])
             continue
         _float_keys(row, d, keys)
-        _group_maxima(keys, highest)
-        count = _at_least(keys, np.int32(_threshold(highest, k, k // 8)), reached, eights, where)
+        groups = _group_maxima(keys, highest, k)
+        count = _at_least(keys, np.int32(_threshold(highest[:groups], k, k // 8)), reached, eights, where)
         for q in range(count):
             found[q] = row[where[q]]
         _take(found, where, count, found_keys, chosen, values[r], places[r])
@@ -134,24 +137,33 @@ def k_largest_of_proposed(
     """
     n, d = proposed.shape
     values, places = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
-    keys, highest = np.empty(d, np.int16), np.empty(_n_groups(d, k), np.int16)
-    found, where = np.empty(d + 1, np.float32), np.empty(d + 1, np.uint64)
+    keys, highest = np.empty(d, np.int16), np.empty(d, np.int16)
     reached, eights = np.zeros(8 * _n_eights(d), np.uint8), np.empty(_n_eights(d) + 1, np.uint64)
-    found_keys, chosen = np.empty(d + STRIP, np.int32), np.empty(d + 1, np.uint64)
+    found, found_keys, chosen = np.empty(d, np.float32), np.empty(d + STRIP, np.int32), np.empty(d + 1, np.uint64)
+    where, stops = np.empty(max(ROOM, d) + d + 2, np.uint64), np.empty(n, np.int64)
+    first = stop = 0  # the first row that is not rescored yet; the end of what is to be rescored
     for r in range(n):
         if np.isfinite(off[r]):
             _bfloat16_keys(proposed[r], keys)
-            _group_maxima(keys, highest)
-            least = _least_that_may_be(_number(_threshold(highest, k, k // 8)), off[r])
-            count = _at_least(keys, np.int16(_least_key(least)), reached, eights, where)
+            groups = _group_maxima(keys, highest, k)
+            least = _least_that_may_be(_number(_threshold(highest[:groups], k, k // 8)), off[r])
+            stop += int(_at_least(keys, np.int16(_least_key(least)), reached, eights, where[stop:]))
         else:  # NaN or Inf in x: so are all of the products
-            count = np.uint64(d)
-            where[:d] = np.arange(d).astype(np.uint64)
-        _products(x, r, weight, bias, where, count, found)
-        if _any_nan(found, count):
-            _poison(values[r], places[r])
+            where[stop : stop + d] = np.arange(d).astype(np.uint64)
+            stop += d
+        stops[r] = stop
+        if stop < ROOM and r + 1 < n:
             continue
-        _take(found, where, count, found_keys, chosen, values[r], places[r])
+        start = 0
+        for done in range(first, r + 1):
+            count, there = np.uint64(stops[done] - start), where[start : stops[done]]
+            _products(x, done, weight, bias, there, count, found)
+            if _any_nan(found, count):
+                _poison(values[done], places[done])
+            else:
+                _take(found, there, count, found_keys, chosen, values[done], places[done])
+            start = stops[done]
+        first, stop = r + 1, 0
     return values, places
 
 
@@ -198,14 +210,22 @@ def _least_that_may_be(proposed: np.float32, off: np.float32) -> np.float32:
 
 
 @compiled()
-def _group_maxima(keys: Keys, highest: Keys) -> None:
-    """The largest key at places g, g + groups, ... into highest[g]."""
-    groups = len(highest)
-    highest[:] = keys[:groups]
-    for start in range(groups, len(keys), groups):
-        part = keys[start : start + groups]
-        for g in range(len(part)):
-            highest[g] = part[g] if part[g] > highest[g] else highest[g]
+def _group_maxima(keys: Keys, highest: Keys, k: int) -> int:
+    """The largest key of each group into the first of `highest`; how many groups there are, at least k.
+
+    The second half of what is left is held against the first until there are few enough.
+    """
+    groups, enough = len(keys), max(GROUPS_PER_K * k, len(keys) // LARGEST_GROUP)
+    for g in range(groups):
+        highest[g] = keys[g]
+    while groups >= 2 * enough:
+        half = groups // 2
+        for g in range(half):
+            highest[g] = highest[g] if highest[g] > highest[half + g] else highest[half + g]
+        if groups % 2:
+            highest[0] = max(highest[0], highest[groups - 1])
+        groups = half
+    return groups
 
 
 @compiled()
@@ -245,22 +265,32 @@ def _n_at_least(keys: Keys, least: np.int16 | np.int32) -> int:
 def _at_least(
     keys: Keys, least: np.int16 | np.int32, reached: NDArray[np.uint8], eights: Places, where: Places
 ) -> np.uint64:
-    """Into `where` the places of the keys that reach `least`; how many. No branch depends on a key.
+    """Into `where`, which has room for two more, the places of the keys that reach `least`; how many.
 
-    reached, eights: scratch; eight keys at a time are passed over if none of them does.
+    reached, eights: scratch; eight keys at a time are passed over if none of them does. Branches depend on where more
+    than two of eight do, which is rare.
     """
     for place in range(len(keys)):
         reached[place] = keys[place] >= least
     words = reached.view(np.uint64)
-    some = count = np.uint64(0)
+    some = count = NONE
     for word in range(len(words)):
-        eights[some] = EIGHT * np.uint64(word)
-        some += np.uint64(words[word] != 0)
+        eights[some] = np.uint64(word)
+        some += np.uint64(words[word] != NONE)
     for q in range(some):
-        for one in range(EIGHT):
-            place = eights[q] + np.uint64(one)
-            where[count] = place
-            count += np.uint64(reached[place])
+        first, left = EIGHT * eights[q], words[eights[q]]
+        lowest = left & (NONE - left)
+        where[count] = first + ((lowest * NUMBERED) >> LAST_BYTE)
+        left ^= lowest
+        lowest = left & (NONE - left)
+        where[count + NEXT] = first + ((lowest * NUMBERED) >> LAST_BYTE)
+        count += NEXT + np.uint64(left != NONE)
+        left ^= lowest
+        while left != NONE:
+            lowest = left & (NONE - left)
+            where[count] = first + ((lowest * NUMBERED) >> LAST_BYTE)
+            count += NEXT
+            left ^= lowest
     return count
 
 
@@ -296,19 +326,25 @@ def _take(
     """
     k = len(values)
     _float_keys(found, count, keys)
-    strips = (count + STRIP - 1) // STRIP * STRIP
-    smallest = keys[0]
-    for q in range(count):
-        smallest = keys[q] if keys[q] < smallest else smallest
-    keys[count:strips] = smallest
-    least = np.int32(_threshold(keys[:strips], k, 0))
-    kept = np.uint64(0)
-    if _n_at_least(keys[:count], least) == k:
+    kept = NONE
+    if count <= FEW:
+        few = keys[: (count + LANES - 1) // LANES * LANES]
+        few[count:] = LEAST_KEY  # larger than no number
         for q in range(count):
+            larger = np.int32(0)
+            for other in range(len(few)):
+                larger += np.int32(few[other] > few[q])
             chosen[kept] = q
-            kept += np.uint64(keys[q] >= least)
-    else:
+            kept += np.uint64(larger < k)
+    if kept != k:  # too many numbers for that, or the k-th has equals
+        strips = (count + STRIP - 1) // STRIP * STRIP
+        smallest = keys[0]
+        for q in range(count):
+            smallest = keys[q] if keys[q] < smallest else smallest
+        keys[count:strips] = smallest
+        least = np.int32(_threshold(keys[:strips], k, 0))
         room = k - _n_at_least(keys[:count], least + np.int32(1))  # for keys that equal the k-th
+        kept = NONE
         for q in range(count):
             equal = (keys[q] == least) & (room > 0)
             room -= equal

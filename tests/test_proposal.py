@@ -99,6 +99,22 @@ def test_a_guess_of_any_sign_and_width_finds_the_largest(d: int, k: int, around:
     np.testing.assert_allclose(values, np.take_along_axis(exact, places, 1), rtol=0, atol=1e-4)
 
 
+def test_of_more_rows_than_are_held_back_each_has_its_own():
+    generator = np.random.default_rng(5)
+    x, weight = (generator.standard_normal(shape).astype(np.float32) for shape in ((700, 5), (1000, 5)))
+    exact = x.astype(np.float64) @ weight.T
+    off = np.full(700, 0.1, np.float32)
+    guess = torch.from_numpy(exact + generator.uniform(-0.09, 0.09, exact.shape)).float().bfloat16()
+    broken = np.arange(13, 700, 97)
+    x[broken], off[broken] = np.nan, np.nan
+    bits = guess.view(torch.int16).numpy()
+    values, places = k_largest_of_proposed(bits, off, x, weight, np.zeros(1000, np.float32), 32)
+    assert (np.flatnonzero(np.isnan(values).all(axis=1)) == broken).all()
+    whole = np.delete(np.arange(700), broken)
+    assert (np.sort(places[whole]) == np.sort(np.argsort(-exact[whole])[:, :32])).all()
+    np.testing.assert_allclose(values[whole], np.take_along_axis(exact, places, 1)[whole], rtol=0, atol=1e-5)
+
+
 def test_guesses_of_zero_and_infinity_are_numbers_like_others():
     x, off = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
     assert _least_that_may_be(np.float32(np.inf), np.float32(1)) == -np.inf  # no NaN, whose sign would decide
