@@ -8,9 +8,8 @@ the merged sums of its blocks, and a dataset can be probed as soon as its last b
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -25,6 +24,7 @@ from out_of_memory import ERRORS, is_out_of_memory
 from progress import Stopwatch
 from reconstruction import ReconstructionSums
 from sae_loader import Sae, SparseRows
+from side_by_side import in_order
 
 log = logging.getLogger(__name__)
 
@@ -150,31 +150,24 @@ class Producer:
 
     def run(self, blocks: Sequence[Block], put: Callable[[Item], None], on_texts: Callable[[int], None]) -> None:
         """Put every block's rows and then its sums; call `on_texts(n)` after every n texts."""
-        for block in blocks:
-            sums = {
-                (site, sae_id): self._no_sums(sae) for site, saes in self.saes.items() for sae_id, sae in saes.items()
-            }
-            for batch, results in self._in_order(block):
-                for layer_rows, batch_sums in results:
-                    for sae_id, new in batch_sums.items():
-                        sums[layer_rows.site, sae_id] = sums[layer_rows.site, sae_id].merge(new)
-                    with self.clock.stage("queue_wait"):
-                        put(layer_rows)
-                on_texts(len(batch.mentions))
-            put(BlockDone(block, {key: value.to("cpu") for key, value in sums.items()}))
+        every = (batch for block in blocks for batch in self._batches(block.mentions))
+        with closing(in_order(every, self._within_memory, self.workers, "forward")) as found:
+            for block in blocks:
+                sums = {(site, i): self._no_sums(sae) for site, saes in self.saes.items() for i, sae in saes.items()}
+                left = len(block.mentions)
+                while left:
+                    batch, results = next(found)
+                    for layer_rows, batch_sums in results:
+                        for sae_id, new in batch_sums.items():
+                            sums[layer_rows.site, sae_id] = sums[layer_rows.site, sae_id].merge(new)
+                        with self.clock.stage("queue_wait"):
+                            put(layer_rows)
+                    on_texts(len(batch.mentions))
+                    left -= len(batch.mentions)
+                put(BlockDone(block, {key: value.to("cpu") for key, value in sums.items()}))
 
-    def _in_order(self, block: Block) -> Iterator[tuple[TokenBatch, BatchResults]]:
-        """The block's batches with their results, in order, `workers` of them in work at a time."""
-        waiting: deque[tuple[TokenBatch, Future[BatchResults]]] = deque()
-        todo = batches(self.tokenised, block.mentions, batch_size=self.batch_size, max_tokens=self.max_tokens)
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="forward") as pool:
-            for batch in todo:
-                waiting.append((batch, pool.submit(self._within_memory, batch)))
-                if len(waiting) == self.workers:
-                    batch, result = waiting.popleft()
-                    yield batch, result.result()
-            for batch, result in waiting:
-                yield batch, result.result()
+    def _batches(self, mentions: np.ndarray) -> Iterator[TokenBatch]:
+        return batches(self.tokenised, mentions, batch_size=self.batch_size, max_tokens=self.max_tokens)
 
     def _within_memory(self, batch: TokenBatch) -> BatchResults:
         """The batch's results; out of memory, the results of its halves, and smaller batches from then on."""
@@ -189,8 +182,7 @@ class Producer:
                 torch.cuda.empty_cache()
             self.batch_size = min(self.batch_size, (n + 1) // 2)
             log.warning("out of memory: going on with at most %d texts in a forward pass", self.batch_size)
-        parts = batches(self.tokenised, batch.mentions, batch_size=self.batch_size)
-        return [result for part in parts for result in self._within_memory(part)]
+        return [result for part in self._batches(batch.mentions) for result in self._within_memory(part)]
 
     @torch.inference_mode()
     def _process(self, batch: TokenBatch) -> BatchResults:

@@ -79,7 +79,8 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
             model, saes, dict(enumerate(plan.counts_bos)), tokenised, rows,
             config.batch_size, max_tokens, workers, clock, latents_of,
         )  # fmt: skip
-        prober = Prober(work, blocks, settings, config.probe, queue_bytes, clock, bars.probes, stop)
+        at_a_time = workers if config.device2 == "cpu" else 1
+        prober = Prober(work, blocks, settings, config.probe, queue_bytes, at_a_time, clock, bars.probes, stop)
         run(producer, prober, blocks, queue, bars.texts, stop)
 
 

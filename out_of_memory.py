@@ -32,7 +32,7 @@ def release() -> None:
 
 
 class Room:
-    """What was learnt of the memory for one kind of work: how much of it fits at a time. For one thread.
+    """What was learnt of the memory for one kind of work: how much of it fits at a time, in whatever thread.
 
     Work comes in units (columns, rows), each of so many cells; the cells that fit are remembered, so that work with
     other units starts from what is known.
@@ -50,7 +50,8 @@ class Room:
     def halve(self, units: int, cells: int) -> None:
         """So many units did not fit: from now on half as many."""
         release()
-        self._max_cells = units // 2 * max(cells, 1)
+        half = units // 2 * max(cells, 1)
+        self._max_cells = half if self._max_cells is None else min(half, self._max_cells)
 
     def fitted(self, units: int) -> None:
         """So many units fitted. Says so, the first time after some did not."""

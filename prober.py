@@ -12,7 +12,9 @@ import logging
 import resource
 import threading
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -32,6 +34,7 @@ from sae_level import with_q_values
 from sae_loader import SparseRows
 from scores import LayerScores, key_digest, path_of, prune, save
 from selectivity import FitModel, OutOfFold, ViewFit, as_record, fit_sparse, measure, out_of_fold
+from side_by_side import in_order
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +87,14 @@ class Prober:
         settings: ProbeSettings,
         probe: str,  # auto, torch, cuml or sklearn
         store_bytes: int,
+        workers: int,  # layers at a time: cores on a CPU, 1 on a GPU
         clock: Stopwatch,
         on_probes: Callable[[int], None],
         stop: threading.Event,
     ) -> None:
         self.work, self.blocks, self.settings, self.probe = work, blocks, settings, probe
-        self.store_bytes, self.clock, self.on_probes, self.stop = store_bytes, clock, on_probes, stop
+        self.store_bytes, self.workers, self.clock = store_bytes, workers, clock
+        self.on_probes, self.stop = on_probes, stop
         self._done: list[BlockDone] = []
 
     def run(self, queue: BoundedQueue[Item]) -> None:
@@ -132,19 +137,25 @@ class Prober:
     def _probe_dataset(self, index: int, store: RowStore, backend: ProbeBackend) -> None:
         dataset, missing = self.work.texts.datasets[index], self.work.missing[index]
         task_sets = [self._task_set(probes) for probes in _share_rows(dataset)]
-        for site, sae_ids in missing.items():
-            if self.stop.is_set():
-                return
-            found = {sae_id: _Found({}, {}) for sae_id in sae_ids}
+
+        def probe(site: Site) -> dict[SaeId, _Found]:
+            found = {sae_id: _Found({}, {}) for sae_id in missing[site]}
             for task_set in task_sets:
                 with self.clock.stage("probes"):
-                    by_sae = task_set.out_of_fold(site, sae_ids, self.work.latents_of, store, backend, self.settings)
+                    by_sae = task_set.out_of_fold(
+                        site, missing[site], self.work.latents_of, store, backend, self.settings
+                    )
                 with self.clock.stage("statistics"):
                     for sae_id, scores in by_sae.items():
                         found[sae_id].add(task_set.names, scores, self.settings.epsilon)
-            for sae_id in sae_ids:
-                self._write(index, site, sae_id, found[sae_id].in_order(dataset))
-            self.on_probes(len(dataset.probes) * len(sae_ids))
+            return found
+
+        until_stopped = takewhile(lambda _: not self.stop.is_set(), missing)
+        with closing(in_order(until_stopped, probe, self.workers, "probes")) as probed:
+            for site, found in probed:
+                for sae_id, of_sae in found.items():
+                    self._write(index, site, sae_id, of_sae.in_order(dataset))
+                self.on_probes(len(dataset.probes) * len(found))
 
     def _task_set(self, probes: Sequence[Probe]) -> _TaskSet:
         mentions = probes[0].mentions
@@ -207,6 +218,7 @@ class _TaskSet:
     control: FoldPlan | None  # of the control task; None: too few token types
     codes: Mapping[SaeId, SparseRows]  # [rows, any], of baselines that reconstruct nothing
     _fits: dict[SaeId, ViewFit] = field(default_factory=dict)  # of these: the same in every layer
+    _fitting: threading.Lock = field(default_factory=threading.Lock)  # one layer fits them, the others wait for it
 
     def out_of_fold(
         self,
@@ -233,9 +245,10 @@ class _TaskSet:
         return found
 
     def _fit_codes(self, sae_id: SaeId, backend: ProbeBackend, settings: ProbeSettings) -> ViewFit:
-        if sae_id not in self._fits:
-            self._fits[sae_id] = fit_sparse(self.plan, self.codes[sae_id].to_csr().to(settings.device), backend)
-        return self._fits[sae_id]
+        with self._fitting:
+            if sae_id not in self._fits:
+                self._fits[sae_id] = fit_sparse(self.plan, self.codes[sae_id].to_csr().to(settings.device), backend)
+            return self._fits[sae_id]
 
 
 @dataclass(frozen=True)
