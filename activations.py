@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from cores import Cores
 from datasets_wikidata import ProbeTexts, TokenBatch, TokenisedMentions, batches
 from language_model import ActivationSource, Site
 from out_of_memory import ERRORS, is_out_of_memory
 from progress import Stopwatch
 from reconstruction import ReconstructionSums
 from sae_loader import Sae, SparseRows
-from side_by_side import in_order
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Producer:
         rows: RowTable,
         batch_size: int | None,  # texts in a forward pass; None: limited by max_tokens alone
         max_tokens: int | None,  # padded tokens in a forward pass; None: limited by batch_size alone
-        workers: int,  # forward passes at a time: cores on a CPU, 1 on a GPU
+        cores: Cores,  # one forward pass on each; one on a GPU
         clock: Stopwatch,
         latents_of: Collection[SaeId] = (),  # the SAEs whose codes are handed on, besides their reconstructions
     ) -> None:
@@ -144,14 +144,14 @@ class Producer:
         self.latents_of = latents_of
         self.tokenised, self.rows, self.clock = tokenised, rows, clock
         self.batch_size, self.max_tokens = batch_size or len(tokenised.ids), max_tokens
-        self.workers = workers
+        self.cores = cores
         reading = {(site, site.read_by(sae.input_hookpoint)) for site, by_id in saes.items() for sae in by_id.values()}
         self._also_read = {place for site, place in reading if place != site}  # not of use at their own turn alone
 
     def run(self, blocks: Sequence[Block], put: Callable[[Item], None], on_texts: Callable[[int], None]) -> None:
         """Put every block's rows and then its sums; call `on_texts(n)` after every n texts."""
         every = (batch for block in blocks for batch in self._batches(block.mentions))
-        with closing(in_order(every, self._within_memory, self.workers, "forward")) as found:
+        with closing(self.cores.in_order(every, self._within_memory, "forward")) as found:
             for block in blocks:
                 sums = {(site, i): self._no_sums(sae) for site, saes in self.saes.items() for i, sae in saes.items()}
                 left = len(block.mentions)

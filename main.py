@@ -46,6 +46,7 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
 
     from activations import Item, Producer, RowTable, plan_blocks, tokens_in_memory
     from bounded_queue import BoundedQueue
+    from cores import Cores
     from loading import codes_of_names, load_weights, model_fitter
     from pipeline import run, sharing_cores
     from planning import missing_work
@@ -74,13 +75,13 @@ def measure(config: RunConfig, plan: Plan, files: dict[tuple[SaeId, int], Record
     work = Work(plan.texts, rows, plan.widths, files, missing, names, codes, latents_of)
     n_texts = sum(len(block.mentions) for block in blocks)
     max_tokens = tokens_in_memory(model.device, saes) if config.batch_size is None else None
-    with ProgressBars(n_texts, work.n_probes, queue, config.quiet) as bars, sharing_cores(config.device1) as workers:
+    with ProgressBars(n_texts, work.n_probes, queue, config.quiet) as bars, sharing_cores(config.device1) as cores:
         producer = Producer(
             model, saes, dict(enumerate(plan.counts_bos)), tokenised, rows,
-            config.batch_size, max_tokens, workers, clock, latents_of,
+            config.batch_size, max_tokens, cores, clock, latents_of,
         )  # fmt: skip
-        at_a_time = workers if config.device2 == "cpu" else 1
-        prober = Prober(work, blocks, settings, config.probe, queue_bytes, at_a_time, clock, bars.probes, stop)
+        own = cores if config.device1 == config.device2 == "cpu" else Cores(1)
+        prober = Prober(work, blocks, settings, config.probe, queue_bytes, own, clock, bars.probes, stop)
         run(producer, prober, blocks, queue, bars.texts, stop)
 
 

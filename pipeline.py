@@ -19,25 +19,26 @@ import torch
 
 from activations import Block, Item, Producer
 from bounded_queue import BoundedQueue, ProducerFailed, QueueCancelled
+from cores import Cores
 from prober import Prober
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
-def sharing_cores(device1: str) -> Iterator[int]:
-    """How many forward passes to run at a time: one on a GPU; on a CPU one a core, and torch uses one thread each.
+def sharing_cores(device1: str) -> Iterator[Cores]:
+    """What forward passes run on: one at a time on a GPU; on a CPU one a core, and torch uses one thread each.
 
     Two threads that both split their matrix products over the same cores wait for each other at every barrier: on 2
     cores a 0.3 s fit took up to 8 s beside a forward pass. Whole batches side by side have no barriers.
     """
     cores = torch.get_num_threads()
     if torch.device(device1).type != "cpu":
-        yield 1
+        yield Cores(1)
         return
     torch.set_num_threads(1)
     try:
-        yield cores
+        yield Cores(cores)
     finally:
         torch.set_num_threads(cores)
 

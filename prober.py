@@ -21,6 +21,7 @@ import torch
 
 from activations import Block, BlockDone, Item, LayerRows, RowTable, SaeId
 from bounded_queue import BoundedQueue
+from cores import Cores
 from datasets_wikidata import Dataset, Probe, ProbeTexts
 from folds import FoldPlan, control_plan
 from language_model import Site
@@ -34,7 +35,6 @@ from sae_level import with_q_values
 from sae_loader import SparseRows
 from scores import LayerScores, key_digest, path_of, prune, save
 from selectivity import FitModel, OutOfFold, ViewFit, as_record, fit_sparse, measure, out_of_fold
-from side_by_side import in_order
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +87,13 @@ class Prober:
         settings: ProbeSettings,
         probe: str,  # auto, torch, cuml or sklearn
         store_bytes: int,
-        workers: int,  # layers at a time: cores on a CPU, 1 on a GPU
+        cores: Cores,  # one layer on each; one on a GPU
         clock: Stopwatch,
         on_probes: Callable[[int], None],
         stop: threading.Event,
     ) -> None:
         self.work, self.blocks, self.settings, self.probe = work, blocks, settings, probe
-        self.store_bytes, self.workers, self.clock = store_bytes, workers, clock
+        self.store_bytes, self.cores, self.clock = store_bytes, cores, clock
         self.on_probes, self.stop = on_probes, stop
         self._done: list[BlockDone] = []
 
@@ -151,7 +151,7 @@ class Prober:
             return found
 
         until_stopped = takewhile(lambda _: not self.stop.is_set(), missing)
-        with closing(in_order(until_stopped, probe, self.workers, "probes")) as probed:
+        with closing(self.cores.in_order(until_stopped, probe, "probes")) as probed:
             for site, found in probed:
                 for sae_id, of_sae in found.items():
                     self._write(index, site, sae_id, of_sae.in_order(dataset))

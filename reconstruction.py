@@ -155,9 +155,9 @@ class _ErrorSums:
 
     def merge(self, other: _ErrorSums) -> _ErrorSums:
         """Both sets of rows."""
+        if 0 in (self.n, other.n):
+            return self if other.n == 0 else other
         n = self.n + other.n
-        if n == 0:
-            return self
         apart = other.mean - self.mean
         return _ErrorSums(
             n=n,

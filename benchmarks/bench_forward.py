@@ -31,6 +31,7 @@ import report  # noqa: E402
 from activations import Block, Producer, RowTable  # noqa: E402
 from benchmarks.shapes import SHAPES, TINY, Shape  # noqa: E402
 from benchmarks.timing import Clock, answer, at_a_time, in_turn, parser  # noqa: E402
+from cores import Cores  # noqa: E402
 from datasets_wikidata import TokenisedMentions  # noqa: E402
 from language_model import Site, open_model  # noqa: E402
 from pipeline import sharing_cores  # noqa: E402
@@ -112,7 +113,7 @@ def _sae_seconds(shape: Shape, setting: Setting) -> dict[str, float]:
         rows=RowTable.build(tokenised, "last"),
         batch_size=setting.texts,
         max_tokens=None,
-        workers=setting.workers,
+        cores=Cores(setting.workers),
         clock=Stopwatch(),
     )
     block = Block(np.arange(n_texts), frozenset({0}))

@@ -11,7 +11,7 @@ from sae_formats.coders import Coder
 from sae_formats.input_norm import InputNorm, normalise
 from sae_formats.sparse_rows import SparseRows
 
-CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 """At most this much memory for the ``[rows, d_sae]`` pre-activations of one chunk; other devices as cuda."""
 LEAST_ROWS = 256
 """But so many rows at a time, where there are: with 32, reading 32768 latents' weights takes longer than using them."""

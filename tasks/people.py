@@ -58,12 +58,17 @@ def plain_key(name: str) -> str:
 
 
 def _letters(word: str) -> str:
-    decomposed = unicodedata.normalize("NFKD", word.casefold())
+    folded = word.casefold()
+    if folded.isascii() and folded.isalnum():  # as most are
+        return folded
+    decomposed = unicodedata.normalize("NFKD", folded)
     return "".join(char for char in decomposed if char.isalnum())
 
 
 def _name_part(word: str) -> str:
     """The end of `word` that can be a name: '(Lucy' -> 'Lucy'; `word` itself if nothing of it can."""
+    if word.isalpha():  # as most are
+        return word
     end = len(word)
     while end and not _in_name(word[end - 1]):
         end -= 1

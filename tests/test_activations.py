@@ -11,6 +11,7 @@ from conftest import D_SAE, N_LAYERS, people
 
 import activations
 from activations import BlockDone, LayerRows, Producer, RowTable, plan_blocks
+from cores import Cores
 from datasets_wikidata import Dataset, Mention, Probe, ProbeTexts, tokenise
 from language_model import Site, open_model
 from progress import Stopwatch
@@ -59,7 +60,7 @@ def produce(
     counts_bos=False,
     batch_size=None,
     max_tokens=256,
-    workers=1,
+    n_cores=1,
     latents_of=(),
     keep=lambda item: None,
 ):
@@ -67,7 +68,7 @@ def produce(
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=bos, max_length=info.max_length)
     rows = RowTable.build(tokenised, positions)
     producer = Producer(
-        model, saes, {0: counts_bos}, tokenised, rows, batch_size, max_tokens, workers, Stopwatch(), latents_of
+        model, saes, {0: counts_bos}, tokenised, rows, batch_size, max_tokens, Cores(n_cores), Stopwatch(), latents_of
     )
     items, texts = [], []
     producer.run(plan_blocks(everything(mentions)), items.append, texts.append)
@@ -124,7 +125,7 @@ def test_rows_and_figures_equal_the_plain_way(model, saes, info, mentions, posit
         {"batch_size": 7, "max_tokens": None},
         {"max_tokens": 40},
         {"max_tokens": 10_000},
-        {"workers": 4},
+        {"n_cores": 4},
     ],
 )
 def test_batching_changes_nothing(model, saes, info, mentions, limits):

@@ -1,0 +1,78 @@
+"""Threads that share cores: as many compute at a time as there are cores, whatever they are at.
+
+    cores = Cores(2)
+    for batch, activations in cores.in_order(batches, forward, "forward"):    # in one thread
+    for layer, scores in cores.in_order(layers, probe, "probes"):             # in another: still two at a time in all
+
+More threads than cores take each other's cache, and Python's lock from each other at every call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Cores:
+    """n cores: who finds none free waits for its turn, first come, first served."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self._free = n
+        self._lock = threading.Lock()
+        self._turns: deque[threading.Lock] = deque()  # of those that wait: released when it is theirs
+
+    def __enter__(self) -> None:
+        """Take one."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            turn = threading.Lock()
+            turn.acquire()
+            self._turns.append(turn)
+        turn.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        """Hand it to who has waited longest."""
+        with self._lock:
+            if self._turns:
+                self._turns.popleft().release()
+            else:
+                self._free += 1
+
+    def in_order(self, items: Iterable[T], work: Callable[[T], R], name: str) -> Generator[tuple[T, R], None, None]:
+        """Each item with `work(item)`, in order, by threads of this name: one a core, and one item more waits.
+
+        Items are taken when there is room for them: once they end, or the generator is closed, no other work begins.
+        Of one core, the work is done in the caller's own thread. Raises what the work raises.
+        """
+
+        def on_a_core(item: T) -> R:
+            with self:
+                return work(item)
+
+        if self.n == 1:
+            for item in items:
+                yield item, on_a_core(item)
+            return
+        waiting: deque[tuple[T, Future[R]]] = deque()
+        with ThreadPoolExecutor(self.n, thread_name_prefix=name) as pool:
+            try:
+                for item in items:
+                    waiting.append((item, pool.submit(on_a_core, item)))
+                    if len(waiting) > self.n:
+                        item, result = waiting.popleft()
+                        yield item, result.result()
+                while waiting:
+                    item, result = waiting.popleft()
+                    yield item, result.result()
+            finally:
+                for _, result in waiting:  # nobody wants them any more
+                    result.cancel()
