@@ -12,6 +12,8 @@ A row is divided into groups. Where k or more of the groups' maxima reach a thre
 
 What is left of many rows is found before any of it is rescored: the rows of a guess and the weights do not take the
 cache from each other.
+
+Inside a loop over rows nothing is sliced, viewed or made: for Numba each is two atomic operations or an allocation.
 """
 
 from __future__ import annotations
@@ -25,28 +27,19 @@ GROUPS_PER_K = 4  # at least: with 2 there are more members to look at, with 8 m
 LARGEST_GROUP = 64  # in wide rows looking at a maximum costs less than looking at members
 EIGHT, LAST_BYTE = np.uint64(8), np.uint64(56)  # bytes in a word of 64 bits; the bits below its last byte
 NUMBERED = np.uint64(0x0001020304050607)  # times a word with a 1 in byte j, its last byte is j
-NONE, NEXT = np.uint64(0), np.uint64(1)
+NONE, NEXT, FOUR = np.uint64(0), np.uint64(1), np.uint64(4)
 ROOM = 2**14  # places of rows' largest that are known before they are rescored: they stay in the cache
-LANES = 16  # of 32 bits in the widest registers
-FEW = 32  # of so many numbers the largest are found by comparing each with each
-STRIP = 64  # so many keys of 32 bits are compared without a remainder that takes an instruction each
-MOST_COUNTED = 2**14  # keys, by a number of 16 bits
+STRIP = 64  # so many keys are compared in a row of instructions: of any other number it takes a loop and its rest
 ROUND_BFLOAT16 = np.float32(2.0**-8)  # largest relative error of a float32 number that is rounded to bfloat16
 ROUND_SUM = np.float32(2.0**-23)  # of one float32 addition or product, twice: for a guess and what it is compared with
 ZERO, ONE = np.float32(0), np.float32(1)
-LEAST_KEY = np.int32(-(2**31))
+LARGEST_KEY = np.int32(2**31 - 1)
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Places = NDArray[np.uint64]  # an index that may be negative takes Numba a comparison more
 BFloat16s = NDArray[np.int16]  # by their bits: the upper half of a float32's
 Keys = NDArray[np.int16] | NDArray[np.int32]
-
-
-@compiled()
-def _n_eights(d: int) -> int:
-    """How often eight it takes to hold d."""
-    return (d + 7) // 8
 
 
 @compiled()
@@ -61,23 +54,28 @@ def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
         values and places, both ``[rows, k]``.
     """
     n, d = rows.shape
-    values, places = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
-    keys, highest = np.empty(d, np.int32), np.empty(d, np.int32)
+    values, places = np.empty(n * k + 1, np.float32), np.empty(n * k + 1, np.int64)  # `_take` needs one more
+    keys, highest = np.empty(d, np.int32), np.empty(d + STRIP, np.int32)
+    words = np.zeros((d + 7) // 8, np.uint64)
+    reached, eights = words.view(np.uint8), np.empty(len(words) + 1, np.uint64)
     found, where = np.empty(d, np.float32), np.empty(d + 2, np.uint64)
-    reached, eights = np.zeros(8 * _n_eights(d), np.uint8), np.empty(_n_eights(d) + 1, np.uint64)
-    found_keys, chosen = np.empty(d + STRIP, np.int32), np.empty(d + 1, np.uint64)
+    found_bits, found_keys = found.view(np.int32), np.empty(d + STRIP, np.int32)
+    bits = rows.view(np.int32)
     for r in range(n):
-        row = rows[r]
-        if _any_nan(row, d):
-            _poison(values[r], places[r])
+        n_nan = np.int32(0)
+        for q in range(d):
+            n_nan += np.int32(rows[r, q] != rows[r, q])
+            keys[q] = bits[r, q] ^ ((bits[r, q] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        if n_nan > 0:
+            _poison(values, places, r * k, k)
             continue
-        _float_keys(row, d, keys)
-        groups = _group_maxima(keys, highest, k)
-        count = _at_least(keys, np.int32(_threshold(highest[:groups], k, k // 8)), reached, eights, where)
+        strips = _group_maxima(keys, highest, k)
+        least = np.int32(_threshold(highest, strips, k, k // 8))
+        count = _at_least(keys, least, reached, words, eights, where, NONE)
         for q in range(count):
-            found[q] = row[where[q]]
-        _take(found, where, count, found_keys, chosen, values[r], places[r])
-    return values, places
+            found[q] = rows[r, where[q]]
+        _take(found, found_bits, found_keys, where, NONE, count, values, places, r * k, k)
+    return values[:-1].reshape(n, k), places[:-1].reshape(n, k)
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
@@ -136,65 +134,49 @@ def k_largest_of_proposed(
         values, which are sums in float32, and places, both ``[rows, k]``.
     """
     n, d = proposed.shape
-    values, places = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
-    keys, highest = np.empty(d, np.int16), np.empty(d, np.int16)
-    reached, eights = np.zeros(8 * _n_eights(d), np.uint8), np.empty(_n_eights(d) + 1, np.uint64)
-    found, found_keys, chosen = np.empty(d, np.float32), np.empty(d + STRIP, np.int32), np.empty(d + 1, np.uint64)
-    where, stops = np.empty(max(ROOM, d) + d + 2, np.uint64), np.empty(n, np.int64)
-    first = stop = 0  # the first row that is not rescored yet; the end of what is to be rescored
+    values, places = np.empty(n * k + 1, np.float32), np.empty(n * k + 1, np.int64)  # `_take` needs one more
+    keys, highest = np.empty(d, np.int16), np.empty(d + STRIP, np.int16)
+    words = np.zeros((d + 7) // 8, np.uint64)
+    reached, eights = words.view(np.uint8), np.empty(len(words) + 1, np.uint64)
+    found, number = np.empty(d, np.float32), np.empty(1, np.float32)
+    found_bits, found_keys, number_bits = found.view(np.int32), np.empty(d + STRIP, np.int32), number.view(np.int32)
+    where, stops = np.empty(ROOM + d + 2, np.uint64), np.empty(n, np.uint64)
+    first, stop = 0, NONE  # the first row that is not rescored yet; the end of what is to be rescored
     for r in range(n):
         if np.isfinite(off[r]):
-            _bfloat16_keys(proposed[r], keys)
-            groups = _group_maxima(keys, highest, k)
-            least = _least_that_may_be(_number(_threshold(highest[:groups], k, k // 8)), off[r])
-            stop += int(_at_least(keys, np.int16(_least_key(least)), reached, eights, where[stop:]))
+            for q in range(d):
+                keys[q] = proposed[r, q] ^ ((proposed[r, q] >> np.int16(15)) & np.int16(0x7FFF))
+            strips = _group_maxima(keys, highest, k)
+            key = _threshold(highest, strips, k, k // 8)
+            number_bits[0] = (key ^ ((key >> 31) & 0x7FFF)) << 16  # the number whose key that is
+            number[0] = _least_that_may_be(number[0], off[r])
+            stop += _at_least(keys, np.int16(_least_key(number_bits[0])), reached, words, eights, where, stop)
         else:  # NaN or Inf in x: so are all of the products
-            where[stop : stop + d] = np.arange(d).astype(np.uint64)
-            stop += d
+            for q in range(d):
+                where[stop + np.uint64(q)] = np.uint64(q)
+            stop += np.uint64(d)
         stops[r] = stop
         if stop < ROOM and r + 1 < n:
             continue
-        start = 0
+        start = NONE
         for done in range(first, r + 1):
-            count, there = np.uint64(stops[done] - start), where[start : stops[done]]
-            _products(x, done, weight, bias, there, count, found)
-            if _any_nan(found, count):
-                _poison(values[done], places[done])
+            count = stops[done] - start
+            _products(x, done, weight, bias, where, start, count, found)
+            n_nan = np.int32(0)
+            for q in range(count):
+                n_nan += np.int32(found[q] != found[q])
+            if n_nan > 0:
+                _poison(values, places, done * k, k)
             else:
-                _take(found, there, count, found_keys, chosen, values[done], places[done])
+                _take(found, found_bits, found_keys, where, start, count, values, places, done * k, k)
             start = stops[done]
-        first, stop = r + 1, 0
-    return values, places
+        first, stop = r + 1, NONE
+    return values[:-1].reshape(n, k), places[:-1].reshape(n, k)
 
 
 @compiled()
-def _bfloat16_keys(halves: BFloat16s, keys: NDArray[np.int16]) -> None:
-    for place in range(len(halves)):
-        keys[place] = halves[place] ^ ((halves[place] >> np.int16(15)) & np.int16(0x7FFF))
-
-
-@compiled()
-def _float_keys(numbers: Floats, count: int, keys: NDArray[np.int32]) -> None:
-    """Of the first `count`."""
-    bits = numbers.view(np.int32)
-    for place in range(count):
-        keys[place] = bits[place] ^ ((bits[place] >> np.int32(31)) & np.int32(0x7FFFFFFF))
-
-
-@compiled()
-def _number(key: int) -> np.float32:
-    """The number whose key in bfloat16 this is."""
-    held = np.empty(1, np.int32)
-    held[0] = (key ^ ((key >> 31) & 0x7FFF)) << 16
-    return held.view(np.float32)[0]
-
-
-@compiled()
-def _least_key(number: np.float32) -> int:
-    """The least key of a bfloat16 number that is at least this one."""
-    held = np.empty(1, np.float32)
-    held[0] = number
-    bits = np.int64(held.view(np.int32)[0])
+def _least_key(bits: int) -> int:
+    """The least key of a bfloat16 number that is at least the float32 number of these bits."""
     if bits > 0:
         return min(int(bits + 0xFFFF) >> 16, 0x7FFF)
     return int(bits ^ 0x7FFFFFFF) >> 16 if bits < 0 else -1  # -1: that of -0
@@ -211,7 +193,7 @@ def _least_that_may_be(proposed: np.float32, off: np.float32) -> np.float32:
 
 @compiled()
 def _group_maxima(keys: Keys, highest: Keys, k: int) -> int:
-    """The largest key of each group into the first of `highest`; how many groups there are, at least k.
+    """The largest key of each of k or more groups into the first strips of `highest`; how many strips.
 
     The second half of what is left is held against the first until there are few enough.
     """
@@ -225,20 +207,38 @@ def _group_maxima(keys: Keys, highest: Keys, k: int) -> int:
         if groups % 2:
             highest[0] = max(highest[0], highest[groups - 1])
         groups = half
-    return groups
+    smallest = highest[0]
+    for g in range(groups):
+        smallest = highest[g] if highest[g] < smallest else smallest
+    return _filled(highest, groups, smallest)
 
 
 @compiled()
-def _threshold(keys: Keys, k: int, slack: int) -> int:
-    """A key that at least k of the keys reach, and no more than `slack` others unless they equal it."""
+def _filled(keys: Keys, count: int, smallest: np.int16 | np.int32) -> int:
+    """How many strips the first `count` keys take; the smallest is put where there are none."""
+    strips = (count + STRIP - 1) // STRIP
+    for q in range(count, strips * STRIP):
+        keys[q] = smallest
+    return strips
+
+
+@compiled()
+def _threshold(keys: Keys, strips: int, k: int, slack: int) -> int:
+    """What at least k of the keys in the first `strips` reach, and no more than `slack` others unless they equal it."""
     low = high = keys[0]
-    for q in range(len(keys)):
-        low = keys[q] if keys[q] < low else low
-        high = keys[q] if keys[q] > high else high
+    for strip in range(strips):
+        for q in range(strip * STRIP, (strip + 1) * STRIP):
+            low = keys[q] if keys[q] < low else low
+            high = keys[q] if keys[q] > high else high
     least, most = int(low), int(high)
     while least < most:
         middle = (least + most + 1) >> 1
-        count = _n_at_least(keys, keys.dtype.type(middle))
+        count = 0
+        for strip in range(strips):
+            counted = keys.dtype.type(0)  # in the keys' own width: in a wider one fewer are compared at a time
+            for q in range(strip * STRIP, (strip + 1) * STRIP):
+                counted = keys.dtype.type(counted + keys.dtype.type(keys[q] >= keys.dtype.type(middle)))
+            count += int(counted)
         if count >= k:
             least = middle
             if count <= k + slack:
@@ -249,67 +249,63 @@ def _threshold(keys: Keys, k: int, slack: int) -> int:
 
 
 @compiled()
-def _n_at_least(keys: Keys, least: np.int16 | np.int32) -> int:
-    """How many keys reach `least`. Counted in the keys' own width: in a wider one fewer are compared at a time."""
-    number = keys.dtype.type
-    count = 0
-    for start in range(0, len(keys), MOST_COUNTED):
-        part, counted = keys[start : start + MOST_COUNTED], number(0)
-        for q in range(len(part)):
-            counted = number(counted + number(part[q] >= least))
-        count += int(counted)
-    return count
-
-
-@compiled()
 def _at_least(
-    keys: Keys, least: np.int16 | np.int32, reached: NDArray[np.uint8], eights: Places, where: Places
+    keys: Keys,
+    least: np.int16 | np.int32,
+    reached: NDArray[np.uint8],
+    words: Places,
+    eights: Places,
+    where: Places,
+    start: np.uint64,
 ) -> np.uint64:
-    """Into `where`, which has room for two more, the places of the keys that reach `least`; how many.
+    """Into `where`, from `start` on, the places of the keys that reach `least`; how many. It has room for two more.
 
-    reached, eights: scratch; eight keys at a time are passed over if none of them does. Branches depend on where more
-    than two of eight do, which is rare.
+    reached, eights: scratch; words: that of `reached`, eight keys in one, which are passed over if none of them does.
+    Branches depend on where more than two of eight do, which is rare.
     """
     for place in range(len(keys)):
         reached[place] = keys[place] >= least
-    words = reached.view(np.uint64)
-    some = count = NONE
+    some = NONE
     for word in range(len(words)):
         eights[some] = np.uint64(word)
         some += np.uint64(words[word] != NONE)
+    end = start
     for q in range(some):
         first, left = EIGHT * eights[q], words[eights[q]]
         lowest = left & (NONE - left)
-        where[count] = first + ((lowest * NUMBERED) >> LAST_BYTE)
+        where[end] = first + ((lowest * NUMBERED) >> LAST_BYTE)
         left ^= lowest
         lowest = left & (NONE - left)
-        where[count + NEXT] = first + ((lowest * NUMBERED) >> LAST_BYTE)
-        count += NEXT + np.uint64(left != NONE)
+        where[end + NEXT] = first + ((lowest * NUMBERED) >> LAST_BYTE)
+        end += NEXT + np.uint64(left != NONE)
         left ^= lowest
         while left != NONE:
             lowest = left & (NONE - left)
-            where[count] = first + ((lowest * NUMBERED) >> LAST_BYTE)
-            count += NEXT
+            where[end] = first + ((lowest * NUMBERED) >> LAST_BYTE)
+            end += NEXT
             left ^= lowest
-    return count
+    return end - start
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
-def _products(x: Floats, r: int, weight: Floats, bias: Floats, where: Places, count: int, found: Floats) -> None:
-    """Row r of x times the weights at the first `count` of `where`, four at a time, plus their biases."""
+def _products(
+    x: Floats, r: int, weight: Floats, bias: Floats, where: Places, start: np.uint64, count: np.uint64, found: Floats
+) -> None:
+    """Row r of x times the weights at `count` of `where` from `start` on, four at a time, plus their biases."""
     d_in = x.shape[1]
-    whole = count - count % 4
-    for q in range(0, whole, 4):
-        a, b, c, d = where[q], where[q + 1], where[q + 2], where[q + 3]
+    whole = count - count % FOUR
+    for q in range(NONE, whole, FOUR):
+        p = start + q
+        a, b, c, d = where[p], where[p + NEXT], where[p + NEXT + NEXT], where[p + NEXT + NEXT + NEXT]
         sum_a, sum_b, sum_c, sum_d = bias[a], bias[b], bias[c], bias[d]
         for i in range(d_in):
             sum_a += x[r, i] * weight[a, i]
             sum_b += x[r, i] * weight[b, i]
             sum_c += x[r, i] * weight[c, i]
             sum_d += x[r, i] * weight[d, i]
-        found[q], found[q + 1], found[q + 2], found[q + 3] = sum_a, sum_b, sum_c, sum_d
+        found[q], found[q + NEXT], found[q + NEXT + NEXT], found[q + NEXT + NEXT + NEXT] = sum_a, sum_b, sum_c, sum_d
     for q in range(whole, count):
-        a = where[q]
+        a = where[start + q]
         sum_a = bias[a]
         for i in range(d_in):
             sum_a += x[r, i] * weight[a, i]
@@ -318,52 +314,40 @@ def _products(x: Floats, r: int, weight: Floats, bias: Floats, where: Places, co
 
 @compiled()
 def _take(
-    found: Floats, where: Places, count: int, keys: NDArray[np.int32], chosen: Places, values: Floats, places: Ints
+    found: Floats,
+    bits: NDArray[np.int32],
+    keys: NDArray[np.int32],
+    where: Places,
+    start: np.uint64,
+    count: np.uint64,
+    values: Floats,
+    places: Ints,
+    slot: int,
+    k: int,
 ) -> None:
-    """The largest of the first `count` numbers found, as many as `values` has room for.
+    """The k largest of the first `count` numbers found into values and places from `slot` on.
 
-    keys, chosen: scratch; STRIP more keys than `count`, one more place than values.
+    What is in the slot after these is of no more use.
+
+    bits: that of `found`; keys: scratch, STRIP more than `count`; where: of the numbers, from `start` on.
     """
-    k = len(values)
-    _float_keys(found, count, keys)
-    kept = NONE
-    if count <= FEW:
-        few = keys[: (count + LANES - 1) // LANES * LANES]
-        few[count:] = LEAST_KEY  # larger than no number
-        for q in range(count):
-            larger = np.int32(0)
-            for other in range(len(few)):
-                larger += np.int32(few[other] > few[q])
-            chosen[kept] = q
-            kept += np.uint64(larger < k)
-    if kept != k:  # too many numbers for that, or the k-th has equals
-        strips = (count + STRIP - 1) // STRIP * STRIP
-        smallest = keys[0]
-        for q in range(count):
-            smallest = keys[q] if keys[q] < smallest else smallest
-        keys[count:strips] = smallest
-        least = np.int32(_threshold(keys[:strips], k, 0))
-        room = k - _n_at_least(keys[:count], least + np.int32(1))  # for keys that equal the k-th
-        kept = NONE
-        for q in range(count):
-            equal = (keys[q] == least) & (room > 0)
-            room -= equal
-            chosen[kept] = q
-            kept += np.uint64((keys[q] > least) | equal)
-    for place in range(k):
-        values[place], places[place] = found[chosen[place]], np.int64(where[chosen[place]])
-
-
-@compiled()
-def _any_nan(numbers: Floats, count: int) -> bool:
-    n_nan = np.int32(0)
+    smallest = LARGEST_KEY
     for q in range(count):
-        n_nan += np.int32(numbers[q] != numbers[q])
-    return bool(n_nan > 0)
+        keys[q] = bits[q] ^ ((bits[q] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        smallest = keys[q] if keys[q] < smallest else smallest
+    strips = _filled(keys, int(count), smallest)
+    least = np.int32(_threshold(keys, strips, k, 0))
+    free, end = np.uint64(slot), np.uint64(slot + k)
+    for q in range(count):
+        values[free], places[free] = found[q], np.int64(where[start + q])
+        free += np.uint64(keys[q] > least)
+    for q in range(count):  # those that equal the k-th, as long as there is room
+        values[free], places[free] = found[q], np.int64(where[start + q])
+        free += np.uint64((keys[q] == least) & (free < end))
 
 
 @compiled()
-def _poison(values: Floats, places: Ints) -> None:
+def _poison(values: Floats, places: Ints, slot: int, k: int) -> None:
     """NaN for every value of a row, so that whatever is made of them is NaN."""
-    for q in range(len(values)):
-        values[q], places[q] = np.nan, q
+    for q in range(k):
+        values[slot + q], places[slot + q] = np.nan, q
