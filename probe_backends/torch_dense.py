@@ -48,8 +48,10 @@ class DenseDesign:
         unit = divisor.log().mean(dim=0).exp()
         centre = _mean(x)
         z = torch.ones(len(x), x.shape[1] + 1, dtype=torch.float32, device=x.device)
+        near, stretch = centre.float(), unit.reciprocal().float()  # x less `near` is exact wherever rounding would tell
+        left = ((near - centre) / unit).float()
         for rows in _blocks(x):
-            z[rows, :-1] = ((x[rows] - centre) / unit).float()
+            torch.addcmul(left, x[rows] - near, stretch, out=z[rows, :-1])
         longest = max((len(x[rows]) for rows in _blocks(x)), default=0)
         return cls(x, z, unit, centre, divisor, centre.new_empty(longest, x.shape[1]))
 
