@@ -227,7 +227,7 @@ class Producer:
         return tokens.pool(recon, probed), latents, _first_broken(errors, mention), sums
 
     def _no_sums(self, sae: Sae) -> ReconstructionSums:
-        return ReconstructionSums(sae.d_out, sae.d_sae, self.model.device)
+        return ReconstructionSums.empty(sae.d_out, sae.d_sae, self.model.device)
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ class Prober:
 
     def _figures(self, index: int, site: Site, sae_id: SaeId) -> Reconstruction:
         if sae_id in self.work.codes:
-            return ReconstructionSums(d=0, d_sae=0, device="cpu").figures()  # of no rows
+            return ReconstructionSums.empty(d=0, d_sae=0, device="cpu").figures()  # of no rows
         parts = [item.sums[site, sae_id] for item in self._done if index in item.block.datasets]
         total: ReconstructionSums = parts[0]
         for part in parts[1:]:

@@ -1,6 +1,6 @@
 """How well an SAE reconstructs activations: sums and counts that stream, divided once at the end.
 
-    sums = ReconstructionSums(d, d_sae, device)            # d: width of the activations
+    sums = ReconstructionSums.empty(d, d_sae, device)      # d: width of the activations
     sums.add_whole(x, recon, latents)        # every real token of the texts, batch by batch
     sums.add_probed(x, recon, latents)       # the probed positions
     sums.figures().fvu_whole
@@ -56,16 +56,24 @@ class Reconstruction:
     n_tokens: int
 
 
+@dataclass
 class ReconstructionSums:
     """Numerators and denominators of `Reconstruction`, on one device, in float64."""
 
-    def __init__(self, d: int, d_sae: int, device: torch.device | str) -> None:
-        self.whole = _ErrorSums.empty(d, device)
-        self.probed = _ErrorSums.empty(d, device)
-        self.cosine = _zero(device)
-        self.l0 = _zero(device)
-        self.l1 = _zero(device)
-        self.fired = torch.zeros(d_sae, dtype=torch.int64, device=device)  # tokens on which each latent fired
+    whole: _ErrorSums
+    probed: _ErrorSums
+    cosine: Tensor
+    l0: Tensor
+    l1: Tensor
+    fired: Tensor
+    """Tokens on which each latent fired. int64 ``[d_sae]``."""
+
+    @classmethod
+    def empty(cls, d: int, d_sae: int, device: torch.device | str) -> ReconstructionSums:
+        """No rows; d: width of the activations."""
+        fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+        cosine, l0, l1 = _zeros(3, device)
+        return cls(_ErrorSums.empty(d, device), _ErrorSums.empty(d, device), cosine, l0, l1, fired)
 
     def add_whole(self, x: Tensor, recon: Tensor, latents: Latents) -> Tensor:
         """Every real token of some texts: x and recon ``[tokens, d]``, and the tokens' latents.
@@ -81,29 +89,26 @@ class ReconstructionSums:
         """Probed positions: x and recon ``[rows, d]``, and their latents."""
         new, _ = _ErrorSums.of(x, recon)
         self.probed = self.probed.merge(new)
-        self.cosine += F.cosine_similarity(x.float(), recon.float(), dim=1).sum(dtype=torch.float64)
-        self.l0 += (latents.value != 0).sum()
-        self.l1 += latents.value.abs().sum(dtype=torch.float64)
+        self.cosine = self.cosine + F.cosine_similarity(x.float(), recon.float(), dim=1).sum(dtype=torch.float64)
+        self.l0 = self.l0 + (latents.value != 0).sum()
+        self.l1 = self.l1 + latents.value.abs().sum(dtype=torch.float64)
 
     def merge(self, other: ReconstructionSums) -> ReconstructionSums:
         """The sums over both sets of rows, on this one's device."""
-        merged = ReconstructionSums(self.whole.mean.numel(), self.fired.numel(), self.fired.device)
         other = other.to(self.fired.device)
-        merged.whole = self.whole.merge(other.whole)
-        merged.probed = self.probed.merge(other.probed)
-        merged.cosine = self.cosine + other.cosine
-        merged.l0 = self.l0 + other.l0
-        merged.l1 = self.l1 + other.l1
-        merged.fired = self.fired + other.fired
-        return merged
+        return ReconstructionSums(
+            whole=self.whole.merge(other.whole),
+            probed=self.probed.merge(other.probed),
+            cosine=self.cosine + other.cosine,
+            l0=self.l0 + other.l0,
+            l1=self.l1 + other.l1,
+            fired=self.fired + other.fired,
+        )
 
     def to(self, device: torch.device | str) -> ReconstructionSums:
-        """The same sums on another device."""
-        moved = ReconstructionSums(self.whole.mean.numel(), self.fired.numel(), device)
-        moved.whole, moved.probed = self.whole.to(device), self.probed.to(device)
-        moved.cosine, moved.l0, moved.l1 = self.cosine.to(device), self.l0.to(device), self.l1.to(device)
-        moved.fired = self.fired.to(device)
-        return moved
+        """The same sums on another device; these if it is theirs."""
+        moved = (tensor.to(device) for tensor in (self.cosine, self.l0, self.l1, self.fired))
+        return ReconstructionSums(self.whole.to(device), self.probed.to(device), *moved)
 
     def figures(self) -> Reconstruction:
         """Divide. This waits for the device."""
@@ -138,7 +143,8 @@ class _ErrorSums:
     @classmethod
     def empty(cls, d: int, device: torch.device | str) -> _ErrorSums:
         """No rows."""
-        return cls(0, _zero(device), torch.zeros(d, dtype=torch.float64, device=device), _zero(device))
+        error, deviation = _zeros(2, device)
+        return cls(0, error, torch.zeros(d, dtype=torch.float64, device=device), deviation)
 
     @classmethod
     def of(cls, x: Tensor, recon: Tensor) -> tuple[_ErrorSums, Tensor]:
@@ -197,8 +203,8 @@ def _compare_on_cpu(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(errors), torch.from_numpy(mean), torch.tensor(deviation, dtype=torch.float64)
 
 
-def _zero(device: torch.device | str) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device=device)
+def _zeros(n: int, device: torch.device | str) -> tuple[Tensor, ...]:
+    return torch.zeros(n, dtype=torch.float64, device=device).unbind()
 
 
 def _ratio(numerator: Tensor, denominator: float) -> float | None:

@@ -32,7 +32,7 @@ def make_rows(mean: float, spread: float = 1.0) -> tuple[Tensor, Tensor]:
 
 def stream(x: Tensor, recon: Tensor, codes: SparseRows, sizes: list[int]) -> Reconstruction:
     """Every row is a token; every third is probed too."""
-    sums = ReconstructionSums(D_IN, D_SAE, "cpu")
+    sums = ReconstructionSums.empty(D_IN, D_SAE, "cpu")
     for rows in torch.arange(len(x)).split(sizes):
         sums.add_whole(x[rows], recon[rows], codes.select(rows))
         probed = rows[rows % 3 == 0]
@@ -76,16 +76,16 @@ def test_equals_numpy_however_it_is_cut(mean: float, spread: float, sizes: list[
 
 def test_merge_is_the_sum_of_the_parts() -> None:
     x, recon = make_rows(1e3)
-    codes, whole = make_codes(ROWS), ReconstructionSums(D_IN, D_SAE, "cpu")
+    codes, whole = make_codes(ROWS), ReconstructionSums.empty(D_IN, D_SAE, "cpu")
     parts = []
     for rows in torch.arange(ROWS).split([100, 450, 50]):
-        part = ReconstructionSums(D_IN, D_SAE, "cpu")
+        part = ReconstructionSums.empty(D_IN, D_SAE, "cpu")
         for sums in (whole, part):
             sums.add_whole(x[rows], recon[rows], codes.select(rows))
             sums.add_probed(x[rows], recon[rows], codes.select(rows))
         parts.append(part)
     before = asdict(parts[0].figures())
-    merged = parts[0].merge(parts[1]).merge(parts[2].to("cpu")).merge(ReconstructionSums(D_IN, D_SAE, "cpu"))
+    merged = parts[0].merge(parts[1]).merge(parts[2].to("cpu")).merge(ReconstructionSums.empty(D_IN, D_SAE, "cpu"))
     assert asdict(merged.figures()) == pytest.approx(asdict(whole.figures()), rel=1e-12)
     assert asdict(parts[0].figures()) == before  # a merge makes a new one
 
@@ -122,7 +122,7 @@ def test_the_mean_as_reconstruction_leaves_all_variance() -> None:
 
 
 def test_nothing_seen_is_none_and_never_nan() -> None:
-    figures = ReconstructionSums(D_IN, D_SAE, "cpu").figures()
+    figures = ReconstructionSums.empty(D_IN, D_SAE, "cpu").figures()
     assert (figures.n_probed, figures.n_tokens) == (0, 0)
     assert set(asdict(figures).values()) == {0, None}
     x = torch.ones(3, D_IN)

@@ -56,7 +56,7 @@ class Bench:
         codes = candidate.codes(self.rows)
         recon = candidate.reconstruct(codes)
         delta = mean_change(found, "sae")
-        sums = ReconstructionSums(recon.shape[1], codes.shape[1], "cpu")
+        sums = ReconstructionSums.empty(recon.shape[1], codes.shape[1], "cpu")
         sums.add_probed(self.rows.x, recon, nonzero_codes(codes))
         figures = sums.figures()
         assert figures.mse_pos is not None and figures.fvu_pos is not None and figures.l0 is not None
