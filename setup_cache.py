@@ -93,7 +93,7 @@ def _packed(tokens: TokenisedMentions) -> dict[str, Tensor]:
 def _unpacked(stored: Mapping[str, Tensor], has_bos: bool, max_length: int) -> TokenisedMentions:
     """In memory of its own, which the file on disk does not share."""
     arrays = {name: tensor.clone().numpy() for name, tensor in stored.items()}
-    ids = tuple(np.split(arrays["ids"], arrays["stops"][:-1]))
+    ids = tuple(np.split(arrays["ids"], arrays["stops"])[:-1])  # after the last stop there is nothing
     tokens = TokenisedMentions(ids, arrays["first"], arrays["last"], has_bos, int(arrays["cut"]))
     warn_of_cut(tokens, max_length)
     return tokens

@@ -1,0 +1,109 @@
+"""Threads that share cores: never more at work than there are, in order, and nothing begun that nobody wants."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import closing
+
+import pytest
+
+from cores import Cores
+
+
+class Busy:
+    """Work that knows how many are at it."""
+
+    def __init__(self, seconds: float = 0.002) -> None:
+        self.seconds, self.lock = seconds, threading.Lock()
+        self.at_once = self.most = 0
+        self.done: list[int] = []
+
+    def __call__(self, item: int) -> int:
+        with self.lock:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+        time.sleep(self.seconds * (1 + item % 3))
+        with self.lock:
+            self.at_once -= 1
+            self.done.append(item)
+        return item * item
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n_items", [0, 1, 2, 20])
+def test_results_come_in_order_whoever_is_done_first(n: int, n_items: int) -> None:
+    work = Busy()
+    found = list(Cores(n).in_order(range(n_items), work, "test"))
+    assert found == [(i, i * i) for i in range(n_items)]
+    assert work.most == min(n, n_items)
+
+
+def test_two_kinds_of_work_share_the_cores_and_both_get_on() -> None:
+    cores, work, ended = Cores(2), Busy(), []
+
+    def all_of(name: str) -> None:
+        for item, _ in cores.in_order(range(30), work, name):
+            ended.append((name, item))
+
+    threads = [threading.Thread(target=all_of, args=(name,)) for name in ("forward", "probes")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert work.most == 2
+    assert len(ended) == 60
+    last = {name: max(i for i, (of, _) in enumerate(ended) if of == name) for name in ("forward", "probes")}
+    assert abs(last["forward"] - last["probes"]) < 15  # taking turns: neither waits for the end of the other
+
+
+def test_first_come_first_served() -> None:
+    cores, served = Cores(1), []
+
+    def take(i: int) -> None:
+        with cores:
+            served.append(i)
+
+    with cores:
+        threads = [threading.Thread(target=take, args=(i,)) for i in range(5)]
+        for i, thread in enumerate(threads, 1):
+            thread.start()
+            while len(cores._turns) < i:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join(timeout=30)
+    assert served == [0, 1, 2, 3, 4]
+    assert cores._free == 1
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_error_of_the_work_is_the_callers_and_no_core_is_lost(n: int) -> None:
+    cores = Cores(n)
+
+    def work(item: int) -> int:
+        if item == 3:
+            raise ZeroDivisionError(item)
+        return item
+
+    found = []
+    with pytest.raises(ZeroDivisionError):
+        for item, _ in cores.in_order(range(50), work, "test"):
+            found.append(item)
+    assert found == [0, 1, 2]
+    assert cores._free == n
+
+
+def test_who_wants_no_more_has_no_more_begun() -> None:
+    cores, work = Cores(2), Busy()
+    taken = []
+
+    def items():
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    with closing(cores.in_order(items(), work, "test")) as found:
+        assert next(found) == (0, 0)
+    assert len(taken) <= 4
+    assert len(work.done) <= 4
+    assert cores._free == 2

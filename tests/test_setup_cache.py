@@ -1,0 +1,187 @@
+"""What a run finds out before its work is found out once, and is what would be found out anew."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import N_LAYERS
+from runs import Request, numbers
+from test_house import ROOT, imported
+
+import installed
+import setup_cache
+from datasets_wikidata import Mention, tokenise
+from errors import RequestError
+from language_model import ModelInfo, Site, open_model
+from setup_cache import SetupCache
+
+SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
+MENTIONS = [Mention(f"The story of {name}", 13, 13 + len(name), name) for name in ("Ada Lovelace", "Émile Zola", "Bo")]
+
+
+@pytest.fixture(scope="module")
+def info(tiny_model) -> ModelInfo:
+    return open_model(str(tiny_model))
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[str]:
+    """What was found out, not read."""
+    calls: list[str] = []
+    widths, tokens = ModelInfo.widths, setup_cache.tokenise
+
+    def counting_widths(self, sites):
+        calls.append("widths")
+        return widths(self, sites)
+
+    def counting_tokens(*args, **kwargs):
+        calls.append("tokens")
+        return tokens(*args, **kwargs)
+
+    monkeypatch.setattr(ModelInfo, "widths", counting_widths)
+    monkeypatch.setattr(setup_cache, "tokenise", counting_tokens)
+    return calls
+
+
+def same(a, b) -> bool:
+    return (
+        all(np.array_equal(x, y) and x.dtype == y.dtype for x, y in zip(a.ids, b.ids, strict=True))
+        and np.array_equal(a.first, b.first)
+        and np.array_equal(a.last, b.last)
+        and (a.has_bos, a.n_cut) == (b.has_bos, b.n_cut)
+    )
+
+
+def test_a_second_run_finds_out_nothing(with_cache, other_saes, computed, tmp_path):
+    assert with_cache.run() == 0
+    assert set(computed) == {"widths", "tokens"}
+    computed.clear()
+    second = Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "second", with_cache.more)
+    assert second.run() == 0
+    assert computed == []
+    plain = Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "plain")
+    assert plain.run() == 0
+    assert numbers(tmp_path / "second") == numbers(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False])
+def test_what_is_read_is_what_was_found(tmp_path, info, computed, prepend_bos):
+    for _ in range(2):
+        setup = SetupCache.open(tmp_path, 1)
+        assert setup.widths(info, SITES[::-1]) == info.widths(SITES)
+        found = setup.tokens(MENTIONS, info, prepend_bos=prepend_bos)
+        plain = tokenise(MENTIONS, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length)
+        assert same(found, plain)
+    assert computed.count("tokens") == 1
+    assert setup.tokens([], info, prepend_bos=prepend_bos).ids == ()
+    assert setup.tokens([], info, prepend_bos=prepend_bos).ids == ()
+
+
+def test_a_text_that_was_cut_is_told_of_each_time(tmp_path, info, caplog):
+    short = replace(info, max_length=20)
+    long = [Mention("word " * 40 + "Ada Lovelace", 200, 212, "Ada Lovelace")]
+    for _ in range(2):
+        caplog.clear()
+        assert SetupCache.open(tmp_path, 1).tokens(long, short, prepend_bos=False).n_cut == 1
+        assert "1 of 1 texts have more than the model's 20 tokens" in caplog.text
+
+
+CHANGES = {
+    "text": lambda info: ([replace(MENTIONS[0], text="The Story of Ada Lovelace"), *MENTIONS[1:]], info, True),
+    "span": lambda info: ([replace(MENTIONS[0], start=17), *MENTIONS[1:]], info, True),
+    "order": lambda info: (MENTIONS[::-1], info, True),
+    "BOS": lambda info: (MENTIONS, info, False),
+    "length": lambda info: (MENTIONS, replace(info, max_length=info.max_length - 1), True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_texts_and_other_settings_are_found_out(tmp_path, info, computed, change):
+    setup = SetupCache.open(tmp_path, 1)
+    setup.tokens(MENTIONS, info, prepend_bos=True)
+    computed.clear()
+    mentions, info, prepend_bos = CHANGES[change](info)
+    found = setup.tokens(mentions, info, prepend_bos=prepend_bos)
+    assert computed == ["tokens"]
+    assert same(found, tokenise(mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length))
+
+
+def test_who_the_people_are_is_no_matter_of_their_tokens(tmp_path, info, computed):
+    setup = SetupCache.open(tmp_path, 1)
+    setup.tokens(MENTIONS, info, prepend_bos=True)
+    computed.clear()
+    setup.tokens([replace(mention, person="x") for mention in MENTIONS], info, prepend_bos=True)
+    assert computed == []
+
+
+@pytest.mark.parametrize("what", ["program", "library", "vocabulary"])
+def test_what_decides_makes_another(tmp_path, tiny_model, computed, monkeypatch, what):
+    for name in ("running_program", "installed_version"):
+        monkeypatch.setattr(setup_cache, name, functools.cache(getattr(installed, name).__wrapped__))
+    info = open_model(str(tiny_model))
+    setup = SetupCache.open(tmp_path, 1)
+    setup.widths(info, SITES)
+    setup.tokens(MENTIONS, info, prepend_bos=True)
+    computed.clear()
+    if what == "program":
+        monkeypatch.setattr(setup_cache, "running_program", lambda sources: "a" * 64)
+    elif what == "library":
+        monkeypatch.setattr(setup_cache, "installed_version", lambda name: "0.1")
+    else:
+        info.tokenizer.add_tokens(["Lovelace"])
+        info.config.hidden_act = "relu"
+    setup.widths(info, SITES)
+    setup.tokens(MENTIONS, info, prepend_bos=True)
+    assert computed == ["widths", "tokens"]
+
+
+def test_a_place_that_does_not_exist_is_refused_each_time(tmp_path, info, computed):
+    setup = SetupCache.open(tmp_path, 1)
+    for _ in range(2):
+        with pytest.raises(RequestError):
+            setup.widths(info, [Site(0, "no_such_place")])
+    assert computed == ["widths"] * 2
+
+
+def test_code_of_the_models_own_is_looked_at_each_time(tmp_path, info, computed):
+    setup = SetupCache.open(tmp_path, 1)
+    for _ in range(2):
+        setup.widths(replace(info, trust_remote_code=True), SITES)
+    assert computed == ["widths"] * 2
+
+
+def test_a_broken_shard_is_told_and_found_out_again(tmp_path, info, computed, caplog):
+    SetupCache.open(tmp_path, 1).tokens(MENTIONS, info, prepend_bos=True)
+    (shard,) = tmp_path.glob("setup/*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-4])
+    computed.clear()
+    found = SetupCache.open(tmp_path, 1).tokens(MENTIONS, info, prepend_bos=True)
+    assert computed == ["tokens"]
+    assert "broken" in caplog.text
+    assert same(found, tokenise(MENTIONS, info.tokenizer, prepend_bos=True, max_length=info.max_length))
+
+
+def test_the_digest_is_of_all_that_decides():
+    seen, left = set(), [ROOT / "language_model.py", ROOT / "datasets_wikidata.py", ROOT / "setup_cache.py"]
+    storage = {"shard_folder", "file_lock", "whole_file"}  # holds what it is given to its checksum
+    while left:
+        path = left.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for name in imported(path) - storage:
+            left += [file for file in (ROOT / f"{name}.py", *ROOT.glob(f"{name}/*.py")) if file.exists()]
+    ours = {path for source in setup_cache.SOURCES for path in ROOT.glob(source)}
+    assert {path for path in seen if path.name != "__init__.py"} <= ours
+    assert ours - seen <= set(ROOT.glob("*/__init__.py"))
+
+
+def test_without_a_cache_nothing_is_kept(info, computed):
+    setup = SetupCache()
+    for _ in range(2):
+        assert setup.widths(info, SITES) == dict.fromkeys(SITES, info.d_model)
+        setup.tokens(MENTIONS, info, prepend_bos=False)
+    assert computed == ["widths", "tokens"] * 2
