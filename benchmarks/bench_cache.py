@@ -4,17 +4,20 @@ python benchmarks/bench_cache.py run    # the bundled SAEs, one after the other 
 python benchmarks/bench_cache.py        # the table, from what `run` kept
 
 A pair is two runs of `main.py` on all data with a fresh cache, each timed from its start to its end: the first SAE
-cold, then the second warm. Last: how many times as long the cold run of its pair took, and that of the same SAE.
+cold, then the second warm. Both pairs are run in turn, as often as `--repeats` says; figures are medians. Last: how many
+times as long the cold run of its pair took, and that of the same SAE.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +29,13 @@ from benchmarks.timing import answer, parser  # noqa: E402
 
 SAES = ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32")
 QUICK = ["--datasets", "politics", "--layers", "0,1", "--shuffle_select_n", "100", "--repeats", "1"]
+STAGES = ("forward", "sae", "probes")
 HEADER = ("SAE", "cache", "whole job, s", "forward, s", "SAE, s", "probes, s", "cold, its pair", "cold, same SAE")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run of `main.py`."""
+    """One run of `main.py`, or the medians of several."""
 
     sae: str
     warm: bool
@@ -50,21 +54,31 @@ class Run:
         runs = [json.loads(path.read_text(encoding="utf-8"))["_run"]["seconds"] for path in out.glob("*.json")]
         return cls(sae, warm, seconds, max(runs, key=lambda stages: stages["total"]))
 
+    @classmethod
+    def median(cls, runs: Sequence[Run]) -> Run:
+        """Of runs of one SAE, all of them cold or all warm."""
+        stages = {name: statistics.median(run.stages[name] for run in runs) for name in STAGES}
+        return cls(runs[0].sae, runs[0].warm, statistics.median(run.seconds for run in runs), stages)
+
 
 def measure(asked: argparse.Namespace) -> list[report.Row]:
     """Both pairs."""
     flags = QUICK if asked.quick else []
-    runs = []
-    for first, second in (SAES, SAES[::-1]):
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder)
-            runs += [Run.of(sae, place / "cache", place / sae, flags) for sae in (first, second)]
+    measured: list[list[Run]] = []
+    for _ in range(asked.repeats):
+        once = []
+        for first, second in (SAES, SAES[::-1]):
+            with tempfile.TemporaryDirectory() as folder:
+                place = Path(folder)
+                once += [Run.of(sae, place / "cache", place / sae, flags) for sae in (first, second)]
+        measured.append(once)
+    runs = [Run.median(same) for same in zip(*measured, strict=True)]
     cold = {run.sae: run.seconds for run in runs if not run.warm}
     rows: list[report.Row] = [HEADER]
     for run in runs:
         pair = next(sae for sae in SAES if sae != run.sae)
         shares = [f"{cold[sae] / run.seconds:.1f}x" for sae in (pair, run.sae)] if run.warm else ["", ""]
-        stages = [f"{run.stages[stage]:.0f}" for stage in ("forward", "sae", "probes")]
+        stages = [f"{run.stages[stage]:.0f}" for stage in STAGES]
         rows.append((run.sae, "warm" if run.warm else "cold", f"{run.seconds:.0f}", *stages, *shares))
     return rows
 
