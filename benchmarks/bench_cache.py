@@ -4,8 +4,8 @@ python benchmarks/bench_cache.py run    # the bundled SAEs, one after the other 
 python benchmarks/bench_cache.py        # the table, from what `run` kept
 
 A pair is two runs of `main.py` on all data with a fresh cache, each timed from its start to its end: the first SAE
-cold, then the second warm. Both pairs are run in turn, as often as `--repeats` says; figures are medians. Last: how many
-times as long the cold run of its pair took, and that of the same SAE.
+cold, then the second warm. Both pairs are run in turn, as often as `--repeats` says; figures are medians. Last: how
+many times as long the cold run of its pair took, and that of the same SAE.
 """
 
 from __future__ import annotations

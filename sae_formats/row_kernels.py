@@ -198,8 +198,15 @@ def _group_maxima(keys: Keys, highest: Keys, k: int) -> int:
     The second half of what is left is held against the first until there are few enough.
     """
     groups, enough = len(keys), max(GROUPS_PER_K * k, len(keys) // LARGEST_GROUP)
-    for g in range(groups):
-        highest[g] = keys[g]
+    if groups < 2 * enough:
+        for g in range(groups):
+            highest[g] = keys[g]
+    else:
+        for g in range(groups // 2):
+            highest[g] = keys[g] if keys[g] > keys[groups // 2 + g] else keys[groups // 2 + g]
+        if groups % 2:
+            highest[0] = max(highest[0], keys[groups - 1])
+        groups //= 2
     while groups >= 2 * enough:
         half = groups // 2
         for g in range(half):
