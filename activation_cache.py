@@ -144,6 +144,8 @@ class CachedModel:
             width = max(counts[i] for i in missing)
             fresh = self._loaded().token_rows(ids[missing, :width], lengths[missing])
             self._cache.put([texts[i] for i in missing], fresh, [counts[i] for i in missing])
+            if len(missing) == len(texts) and not skip:
+                return fresh
             parts = {site: x.split([counts[i] for i in missing]) for site, x in fresh.items()}
             for row, i in enumerate(missing):
                 found[texts[i]] = {site: of_text[row] for site, of_text in parts.items()}
