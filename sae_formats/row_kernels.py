@@ -3,15 +3,15 @@
 Every kernel works row by row, so a row's result does not depend on its company, and lets other threads run meanwhile.
 A row that holds NaN gets NaN for all of its values.
 
-Numbers are compared as integers. A number's *key* is the integer of its bits, with those below the sign turned over if
-it is negative: keys are in the order of the numbers, -0 below 0. Those of bfloat16 have 16 bits, so that an instruction
-compares twice as many as of float32. The k-th largest key is found by bisection: counting how many of a hundred keys
-reach another takes some ten instructions.
+Numbers are compared as integers, their *keys*. A float32 number's key is the integer of its bits, with those below the
+sign turned over if it is negative: keys are in the order of the numbers, -0 below 0. Those of what an entry may be are
+whole units of a size that makes 16 bits enough, so that an instruction compares twice as many. The k-th largest key is
+found by bisection: counting how many of a hundred keys reach another takes some ten instructions.
 
 A row is divided into groups. Where k or more of the groups' maxima reach a threshold, so do the k largest entries.
 
-What is left of many rows is found before any of it is rescored: the rows of a guess and the weights do not take the
-cache from each other.
+What is left of some rows is found before any of it is rescored: guesses and weights do not take the cache from each
+other.
 
 Inside a loop over rows nothing is sliced, viewed or made: for Numba each is two atomic operations or an allocation.
 """
@@ -28,17 +28,20 @@ LARGEST_GROUP = 64  # in wide rows looking at a maximum costs less than looking 
 EIGHT, LAST_BYTE = np.uint64(8), np.uint64(56)  # bytes in a word of 64 bits; the bits below its last byte
 NUMBERED = np.uint64(0x0001020304050607)  # times a word with a 1 in byte j, its last byte is j
 NONE, NEXT, FOUR = np.uint64(0), np.uint64(1), np.uint64(4)
-ROOM = 2**14  # places of rows' largest that are known before they are rescored: they stay in the cache
+KEYS = 2**15  # of rows whose largest are known before they are rescored: they stay in the cache
 STRIP = 64  # so many keys are compared in a row of instructions: of any other number it takes a loop and its rest
-ROUND_BFLOAT16 = np.float32(2.0**-8)  # largest relative error of a float32 number that is rounded to bfloat16
-ROUND_SUM = np.float32(2.0**-23)  # of one float32 addition or product, twice: for a guess and what it is compared with
-ZERO, ONE = np.float32(0), np.float32(1)
+LARGEST_STEP = np.float32(127)  # what a signed byte holds
+LARGEST_UNITS, LEAST_KEY, MOST_KEY = np.float32(32000), np.int16(-(2**15)), np.int16(2**15 - 1)
+UNITS_OFF = np.float32(1)  # more than float32 rounds in reckoning them, and more than rounding changed before
+ROUND_SUM = np.float32(2.0**-23)  # of one float32 addition or product, twice
+LEAST = np.float32(1e-30)  # that the inverse of which is a number
+ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 LARGEST_KEY = np.int32(2**31 - 1)
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 Places = NDArray[np.uint64]  # an index that may be negative takes Numba a comparison more
-BFloat16s = NDArray[np.int16]  # by their bits: the upper half of a float32's
+Steps = NDArray[np.int32]
 Keys = NDArray[np.int16] | NDArray[np.int32]
 
 
@@ -55,7 +58,7 @@ def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
     """
     n, d = rows.shape
     values, places = np.empty(n * k + 1, np.float32), np.empty(n * k + 1, np.int64)  # `_take` needs one more
-    keys, highest = np.empty(d, np.int32), np.empty(d + STRIP, np.int32)
+    keys, highest = np.empty((1, d), np.int32), np.empty(d + STRIP, np.int32)
     words = np.zeros((d + 7) // 8, np.uint64)
     reached, eights = words.view(np.uint8), np.empty(len(words) + 1, np.uint64)
     found, where = np.empty(d, np.float32), np.empty(d + 2, np.uint64)
@@ -65,148 +68,179 @@ def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
         n_nan = np.int32(0)
         for q in range(d):
             n_nan += np.int32(rows[r, q] != rows[r, q])
-            keys[q] = bits[r, q] ^ ((bits[r, q] >> np.int32(31)) & np.int32(0x7FFFFFFF))
+            keys[0, q] = bits[r, q] ^ ((bits[r, q] >> np.int32(31)) & np.int32(0x7FFFFFFF))
         if n_nan > 0:
             _poison(values, places, r * k, k)
             continue
-        strips = _group_maxima(keys, highest, k)
+        strips = _group_maxima(keys, 0, highest, k)
         least = np.int32(_threshold(highest, strips, k, k // 8))
-        count = _at_least(keys, least, reached, words, eights, where, NONE)
+        count = _between(keys, 0, least, LARGEST_KEY, reached, words, eights, where, NONE)
         for q in range(count):
             found[q] = rows[r, where[q]]
-        _take(found, found_bits, found_keys, where, NONE, count, values, places, r * k, k)
+        _take(found, found_bits, found_keys, where, count, values, places, r * k, k)
     return values[:-1].reshape(n, k), places[:-1].reshape(n, k)
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
-def round_inputs(x: Floats, centre: Floats, size: float, rounding: float, least: float) -> tuple[BFloat16s, Floats]:
-    """Inputs less their centre in bfloat16, and how far products of them with rounded weights are off at most.
+def quantise(x: Floats, centre: Floats, column: Floats, size: float) -> tuple[NDArray[np.int8], Floats]:
+    """Inputs on a grid of 255 steps, each row on its own, and what is to be known of how far off they are.
 
     Args:
         x: ``[rows, d_in]``.
-        centre: ``[d_in]``.
+        centre: what is taken off each row ``[d_in]``.
+        column: what each column is then multiplied by ``[d_in]``.
         size: largest norm of a weight.
-        rounding: largest norm of what a weight lost by being rounded.
-        least: what products are off by in any case.
 
     Returns:
-        The rounded inputs ``[rows, d_in]``, and what products are off by ``[rows]``: NaN or Inf where x holds that.
+        The steps ``[rows, d_in]``; and ``[4, rows]``: a row's step, the norm of what it lost, its norm on the grid, and
+        the size of what is summed in its products. Where x holds NaN or Inf, some of these do.
     """
     n, d = x.shape
-    halves, off = np.empty((n, d), np.int16), np.empty(n, np.float32)
-    y, rounded = np.empty(d, np.float32), np.empty(d, np.float32)
-    bits, rounded_bits = y.view(np.uint32), rounded.view(np.uint32)
+    steps, facts = np.empty((n, d), np.int8), np.empty((4, n), np.float32)
+    y, largest = np.empty(d, np.float32), np.empty(1, np.float32)
+    bits, largest_bits = y.view(np.int32), largest.view(np.int32)
     centre_size = np.sqrt((centre * centre).sum())
     for r in range(n):
+        most = np.int32(0)
         for i in range(d):
-            y[i] = x[r, i] - centre[i]
+            y[i] = (x[r, i] - centre[i]) * column[i]
+            most = max(most, bits[i] & np.int32(0x7FFFFFFF))  # absolute numbers are in the order of their bits
+        largest_bits[0] = most
+        step = largest[0] / LARGEST_STEP
+        per_step = ONE / step if step > ZERO else ZERO
+        of_x = of_grid = of_loss = ZERO
         for i in range(d):
-            half = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            halves[r, i] = np.int16(half)
-            rounded_bits[i] = half << np.uint32(16)
-        of_x = of_y = of_rounded = of_loss = ZERO
-        for i in range(d):
+            rounded = np.rint(y[i] * per_step)
+            steps[r, i] = np.int8(np.int32(rounded))
             of_x += x[r, i] * x[r, i]
-            of_y += y[i] * y[i]
-            of_rounded += rounded[i] * rounded[i]
-            of_loss += (y[i] - rounded[i]) * (y[i] - rounded[i])
-        summed = (np.sqrt(of_x) + centre_size + np.sqrt(of_y)) * size
-        off[r] = np.sqrt(of_loss) * size + np.sqrt(of_rounded) * rounding + least + ROUND_SUM * d * summed
-    return halves, off
+            of_grid += rounded * rounded
+            of_loss += (y[i] - rounded * step) * (y[i] - rounded * step)
+        facts[0, r], facts[1, r], facts[2, r] = step, np.sqrt(of_loss), np.sqrt(of_grid) * step
+        facts[3, r] = (np.sqrt(of_x) + centre_size) * size
+    return steps, facts
 
 
 @compiled()
 def k_largest_of_proposed(
-    proposed: BFloat16s, off: Floats, x: Floats, weight: Floats, bias: Floats, k: int
+    proposed: Steps, inputs: Floats, latents: Floats, x: Floats, weight: Floats, bias: Floats, k: int
 ) -> tuple[Floats, Ints]:
-    """The k largest entries of x weightᵀ + bias in each row, given a guess at it, and their places, in no order.
+    """The k largest entries of x weightᵀ + bias in each row, given products of the rounded, and their places.
+
+    By the rounded, an entry is its product times the steps of its row and its latent, plus the centre's pre-activation.
+    It is off by at most |lost of the row| |latent| + |row on the grid| |lost of the latent|, and by what float32 sums
+    are off: so there is a largest number that it may be. The k of which that is largest are computed. Others are among
+    the k largest only if that reaches the k-th of these; they are computed too.
 
     Args:
-        proposed: the guess ``[rows, d]``, off by at most `off` before it was rounded to bfloat16; without NaN where
-            that is finite.
-        off: ``[rows]``.
+        proposed: products of the steps of rows and latents ``[rows, d]``.
+        inputs: of each row, as from `quantise` ``[4, rows]``.
+        latents: of each latent its step, its pre-activation of the centre, its norm, and that of what it lost
+            ``[4, d]``.
         x: ``[rows, d_in]``.
         weight: ``[d, d_in]``.
         bias: ``[d]``.
         k: how many, at most d.
 
     Returns:
-        values, which are sums in float32, and places, both ``[rows, k]``.
+        values, which are sums in float32, and places, in no order: both ``[rows, k]``.
     """
     n, d = proposed.shape
     values, places = np.empty(n * k + 1, np.float32), np.empty(n * k + 1, np.int64)  # `_take` needs one more
-    keys, highest = np.empty(d, np.int16), np.empty(d + STRIP, np.int16)
+    together = max(1, min(n, KEYS // d))
+    keys, highest = np.empty((together, d), np.int16), np.empty(d + STRIP, np.int16)
     words = np.zeros((d + 7) // 8, np.uint64)
     reached, eights = words.view(np.uint8), np.empty(len(words) + 1, np.uint64)
-    found, number = np.empty(d, np.float32), np.empty(1, np.float32)
-    found_bits, found_keys, number_bits = found.view(np.int32), np.empty(d + STRIP, np.int32), number.view(np.int32)
-    where, stops = np.empty(ROOM + d + 2, np.uint64), np.empty(n, np.uint64)
-    first, stop = 0, NONE  # the first row that is not rescored yet; the end of what is to be rescored
-    for r in range(n):
-        if np.isfinite(off[r]):
-            for q in range(d):
-                keys[q] = proposed[r, q] ^ ((proposed[r, q] >> np.int16(15)) & np.int16(0x7FFF))
-            strips = _group_maxima(keys, highest, k)
-            key = _threshold(highest, strips, k, k // 8)
-            number_bits[0] = (key ^ ((key >> 31) & 0x7FFF)) << 16  # the number whose key that is
-            number[0] = _least_that_may_be(number[0], off[r])
-            stop += _at_least(keys, np.int16(_least_key(number_bits[0])), reached, words, eights, where, stop)
-        else:  # NaN or Inf in x: so are all of the products
-            for q in range(d):
-                where[stop + np.uint64(q)] = np.uint64(q)
-            stop += np.uint64(d)
-        stops[r] = stop
-        if stop < ROOM and r + 1 < n:
-            continue
-        start = NONE
-        for done in range(first, r + 1):
-            count = stops[done] - start
-            _products(x, done, weight, bias, where, start, count, found)
-            n_nan = np.int32(0)
+    first_where, first_found = np.empty(together * d + 2, np.uint64), np.empty(together * d, np.float32)
+    stops, units, sure = np.zeros(together + 1, np.uint64), np.empty(together, np.float32), np.empty(together, np.int16)
+    where, found, found_keys = np.empty(d + 2, np.uint64), np.empty(d, np.float32), np.empty(d + STRIP, np.int32)
+    found_bits, least = found.view(np.int32), np.empty(1, np.float32)
+    least_bits = least.view(np.int32)
+    largest = np.abs(latents[1]).max(), latents[2].max(), latents[3].max()
+    for start in range(0, n, together):
+        rows = min(together, n - start)
+        for g in range(rows):
+            units[g] = _largest_they_may_be(proposed, inputs, latents, largest, start + g, x.shape[1], keys, g)
+            sure[g] = LEAST_KEY
+            if units[g] > ZERO:
+                sure[g] = _threshold(highest, _group_maxima(keys, g, highest, k), k, k // 8)
+            end = stops[g]
+            stops[g + 1] = end + _between(keys, g, sure[g], MOST_KEY, reached, words, eights, first_where, end)
+        for g in range(rows):
+            _products(x, start + g, weight, bias, first_where, stops[g], stops[g + 1], first_found)
+        for g in range(rows):
+            count = stops[g + 1] - stops[g]
             for q in range(count):
-                n_nan += np.int32(found[q] != found[q])
+                where[q], found[q] = first_where[stops[g] + q], first_found[stops[g] + q]
+            kth = _kth_key(found_bits, count, found_keys, k)
+            least_bits[0] = kth ^ ((kth >> np.int32(31)) & np.int32(0x7FFFFFFF))
+            asked = np.int16(np.int32(np.floor(least[0] * units[g])))
+            if asked < sure[g]:
+                below = np.int16(sure[g] - np.int16(1))
+                more = _between(keys, g, asked, below, reached, words, eights, where, count)
+                _products(x, start + g, weight, bias, where, count, count + more, found)
+                count += more
+            n_nan = np.int32(0)
+            if not units[g] > ZERO:
+                for q in range(count):
+                    n_nan += np.int32(found[q] != found[q])
             if n_nan > 0:
-                _poison(values, places, done * k, k)
+                _poison(values, places, (start + g) * k, k)
             else:
-                _take(found, found_bits, found_keys, where, start, count, values, places, done * k, k)
-            start = stops[done]
-        first, stop = r + 1, NONE
+                _take(found, found_bits, found_keys, where, count, values, places, (start + g) * k, k)
     return values[:-1].reshape(n, k), places[:-1].reshape(n, k)
 
 
 @compiled()
-def _least_key(bits: int) -> int:
-    """The least key of a bfloat16 number that is at least the float32 number of these bits."""
-    if bits > 0:
-        return min(int(bits + 0xFFFF) >> 16, 0x7FFF)
-    return int(bits ^ 0x7FFFFFFF) >> 16 if bits < 0 else -1  # -1: that of -0
+def _largest_they_may_be(
+    proposed: Steps,
+    inputs: Floats,
+    latents: Floats,
+    largest: tuple[np.float32, np.float32, np.float32],
+    r: int,
+    d_in: int,
+    keys: NDArray[np.int16],
+    row: int,
+) -> np.float32:
+    """What each entry of row r may be, in units rounded up, into a row of `keys`; how many units a 1 is.
+
+    0 where there is NaN or Inf in x or in a weight: any of them may be anything then.
+
+    largest: of the latents' pre-activations of the centre, norms and losses.
+    """
+    step, loss, size = inputs[0, r], inputs[1, r], inputs[2, r]
+    off = ROUND_SUM * np.float32(d_in // 2 + 2) * (inputs[3, r] + largest[0])
+    most = largest[0] + (size + loss) * largest[1] + TWO * size * largest[2] + off
+    if not np.isfinite(most):
+        for q in range(keys.shape[1]):
+            keys[row, q] = LEAST_KEY
+        return ZERO
+    unit = LARGEST_UNITS / max(most, LEAST)
+    step, loss, size, off = step * unit, loss * unit, size * unit, off * unit + UNITS_OFF
+    for q in range(keys.shape[1]):
+        product = np.float32(proposed[r, q]) * (latents[0, q] * step)
+        most_off = latents[2, q] * loss + latents[3, q] * size + off
+        keys[row, q] = np.int16(np.int32(latents[1, q] * unit + product + most_off))
+    return unit
 
 
 @compiled()
-def _least_that_may_be(proposed: np.float32, off: np.float32) -> np.float32:
-    """The least proposal of an entry that may be as large as one that is proposed as `proposed`."""
-    if not np.isfinite(proposed):  # a guess of Inf says nothing of how large the entry is
-        return -np.float32(np.inf)
-    least = proposed - ROUND_BFLOAT16 * abs(proposed) - 2 * off  # once for either entry
-    return least / (ONE + ROUND_BFLOAT16) if least >= ZERO else least / (ONE - ROUND_BFLOAT16)
-
-
-@compiled()
-def _group_maxima(keys: Keys, highest: Keys, k: int) -> int:
-    """The largest key of each of k or more groups into the first strips of `highest`; how many strips.
+def _group_maxima(keys: Keys, row: int, highest: Keys, k: int) -> int:
+    """The largest key of each of k or more groups of a row into the first strips of `highest`; how many strips.
 
     The second half of what is left is held against the first until there are few enough.
     """
-    groups, enough = len(keys), max(GROUPS_PER_K * k, len(keys) // LARGEST_GROUP)
+    groups = keys.shape[1]
+    enough = max(GROUPS_PER_K * k, groups // LARGEST_GROUP)
     if groups < 2 * enough:
         for g in range(groups):
-            highest[g] = keys[g]
+            highest[g] = keys[row, g]
     else:
-        for g in range(groups // 2):
-            highest[g] = keys[g] if keys[g] > keys[groups // 2 + g] else keys[groups // 2 + g]
+        half = groups // 2
+        for g in range(half):
+            highest[g] = keys[row, g] if keys[row, g] > keys[row, half + g] else keys[row, half + g]
         if groups % 2:
-            highest[0] = max(highest[0], keys[groups - 1])
-        groups //= 2
+            highest[0] = max(highest[0], keys[row, groups - 1])
+        groups = half
     while groups >= 2 * enough:
         half = groups // 2
         for g in range(half):
@@ -256,22 +290,25 @@ def _threshold(keys: Keys, strips: int, k: int, slack: int) -> int:
 
 
 @compiled()
-def _at_least(
+def _between(
     keys: Keys,
+    row: int,
     least: np.int16 | np.int32,
+    most: np.int16 | np.int32,
     reached: NDArray[np.uint8],
     words: Places,
     eights: Places,
     where: Places,
     start: np.uint64,
 ) -> np.uint64:
-    """Into `where`, from `start` on, the places of the keys that reach `least`; how many. It has room for two more.
+    """Into `where`, from `start` on, the places of a row's keys from `least` to `most`; how many.
 
-    reached, eights: scratch; words: that of `reached`, eight keys in one, which are passed over if none of them does.
-    Branches depend on where more than two of eight do, which is rare.
+    where: it has room for two more.
+    reached, eights: scratch; words: that of `reached`, eight keys in one, which are passed over if it is none of them.
+    Branches depend on where more than two of eight are, which is rare.
     """
-    for place in range(len(keys)):
-        reached[place] = keys[place] >= least
+    for place in range(keys.shape[1]):
+        reached[place] = (keys[row, place] >= least) & (keys[row, place] <= most)
     some = NONE
     for word in range(len(words)):
         eights[some] = np.uint64(word)
@@ -296,13 +333,12 @@ def _at_least(
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
 def _products(
-    x: Floats, r: int, weight: Floats, bias: Floats, where: Places, start: np.uint64, count: np.uint64, found: Floats
+    x: Floats, r: int, weight: Floats, bias: Floats, where: Places, start: np.uint64, stop: np.uint64, found: Floats
 ) -> None:
-    """Row r of x times the weights at `count` of `where` from `start` on, four at a time, plus their biases."""
+    """Row r of x times the weights at `where`, start to stop, four at a time, plus their biases, into `found`."""
     d_in = x.shape[1]
-    whole = count - count % FOUR
-    for q in range(NONE, whole, FOUR):
-        p = start + q
+    whole = stop - (stop - start) % FOUR
+    for p in range(start, whole, FOUR):
         a, b, c, d = where[p], where[p + NEXT], where[p + NEXT + NEXT], where[p + NEXT + NEXT + NEXT]
         sum_a, sum_b, sum_c, sum_d = bias[a], bias[b], bias[c], bias[d]
         for i in range(d_in):
@@ -310,13 +346,13 @@ def _products(
             sum_b += x[r, i] * weight[b, i]
             sum_c += x[r, i] * weight[c, i]
             sum_d += x[r, i] * weight[d, i]
-        found[q], found[q + NEXT], found[q + NEXT + NEXT], found[q + NEXT + NEXT + NEXT] = sum_a, sum_b, sum_c, sum_d
-    for q in range(whole, count):
-        a = where[start + q]
+        found[p], found[p + NEXT], found[p + NEXT + NEXT], found[p + NEXT + NEXT + NEXT] = sum_a, sum_b, sum_c, sum_d
+    for p in range(whole, stop):
+        a = where[p]
         sum_a = bias[a]
         for i in range(d_in):
             sum_a += x[r, i] * weight[a, i]
-        found[q] = sum_a
+        found[p] = sum_a
 
 
 @compiled()
@@ -325,7 +361,6 @@ def _take(
     bits: NDArray[np.int32],
     keys: NDArray[np.int32],
     where: Places,
-    start: np.uint64,
     count: np.uint64,
     values: Floats,
     places: Ints,
@@ -336,21 +371,29 @@ def _take(
 
     What is in the slot after these is of no more use.
 
-    bits: that of `found`; keys: scratch, STRIP more than `count`; where: of the numbers, from `start` on.
+    bits: those of `found`; keys: scratch, STRIP more than `count`; where: of the numbers.
     """
+    least = _kth_key(bits, count, keys, k)
+    free, end = np.uint64(slot), np.uint64(slot + k)
+    for q in range(count):
+        values[free], places[free] = found[q], np.int64(where[q])
+        free += np.uint64(keys[q] > least)
+    for q in range(count):  # those that equal the k-th, as long as there is room
+        if free == end:
+            return
+        values[free], places[free] = found[q], np.int64(where[q])
+        free += np.uint64(keys[q] == least)
+
+
+@compiled()
+def _kth_key(bits: NDArray[np.int32], count: np.uint64, keys: NDArray[np.int32], k: int) -> np.int32:
+    """The k-th largest key of the first `count` numbers of these bits; their keys go into `keys`."""
     smallest = LARGEST_KEY
     for q in range(count):
         keys[q] = bits[q] ^ ((bits[q] >> np.int32(31)) & np.int32(0x7FFFFFFF))
         smallest = keys[q] if keys[q] < smallest else smallest
     strips = _filled(keys, int(count), smallest)
-    least = np.int32(_threshold(keys, strips, k, 0))
-    free, end = np.uint64(slot), np.uint64(slot + k)
-    for q in range(count):
-        values[free], places[free] = found[q], np.int64(where[start + q])
-        free += np.uint64(keys[q] > least)
-    for q in range(count):  # those that equal the k-th, as long as there is room
-        values[free], places[free] = found[q], np.int64(where[start + q])
-        free += np.uint64((keys[q] == least) & (free < end))
+    return np.int32(_threshold(keys, strips, k, 0))
 
 
 @compiled()

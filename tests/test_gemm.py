@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,27 @@ assert failed
 def test_memory_that_runs_out_in_a_product_is_told_from_other_errors():
     done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 3), (5, 64, 1027), (300, 256, 512), (0, 8, 8)])
+def test_products_of_bytes_are_exact(shape):
+    n, d, m = shape
+    x, weight = torch.randint(-127, 128, (n, d)), torch.randint(-127, 128, (m, d))
+    found = gemm.byte_products(x.to(torch.int8), weight.to(torch.int8))
+    assert (found == (x @ weight.T).numpy()).all()
+
+
+def test_the_largest_bytes_do_not_overflow():
+    ones = torch.full((2, 2**16), 127, dtype=torch.int8)
+    assert (
+        gemm.byte_products(ones, torch.cat([ones, -ones])) == [2 * [127**2 * 2**16] + 2 * [-(127**2) * 2**16]] * 2
+    ).all()
+
+
+def test_products_of_bytes_are_of_their_own_thread():
+    kinds = [torch.full((4, 8), value, dtype=torch.int8) for value in (1, 2)]
+    mine = gemm.byte_products(kinds[0], kinds[0])
+    with ThreadPoolExecutor(1) as other:
+        theirs = other.submit(gemm.byte_products, kinds[1], kinds[1]).result()
+    assert (mine == 8).all()
+    assert (theirs == 32).all()

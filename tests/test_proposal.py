@@ -1,4 +1,4 @@
-"""Codes by proposal in bfloat16 are the codes of float32: which latents, and their values to rounding."""
+"""Codes by proposal in bytes are the codes of float32: which latents, and their values to rounding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from sae_formats import proposal
 from sae_formats.coders import LinearCoder
 from sae_formats.proposal import Proposal
-from sae_formats.row_kernels import ROUND_BFLOAT16, _least_that_may_be, k_largest_of_proposed
+from sae_formats.row_kernels import KEYS, k_largest_of_proposed, quantise
 from sae_formats.selection import TopK
 from sae_formats.topk import exact_topk
 
@@ -53,8 +53,8 @@ def test_a_poor_bound_costs_time_and_nothing_else(encoder):
     assert_same(found, exact_topk(linear(x, W_enc, b_enc), K))
 
 
-def test_what_bfloat16_takes_for_equal_is_told_apart(encoder):
-    """Of latents that differ by less than bfloat16 resolves, those at the end of the list among them."""
+def test_what_bytes_take_for_equal_is_told_apart(encoder):
+    """Of latents that differ by less than a step, those at the end of the list among them."""
     W_enc, b_enc, centre = encoder
     kind = torch.arange(D_SAE) // 64 * 1e-3  # 64 latents of each of 128 kinds, a thousandth apart
     W_enc = W_enc[:64].repeat(D_SAE // 64, 1)
@@ -76,60 +76,99 @@ def test_ties_beyond_k_leave_k_different_latents(encoder):
     assert all(len(set(row)) == K for row in latents.tolist())
 
 
-def test_the_bound_holds_for_every_latent(encoder):
+def test_no_product_is_farther_off_than_is_said(encoder):
     W_enc, b_enc, centre = encoder
     x = inputs(centre)
-    proposed, bound = Proposal.of(W_enc, b_enc, centre, K).propose(x)
+    made = Proposal.of(W_enc, b_enc, centre, K)
+    steps, of_rows = quantise(x.numpy(), centre.numpy(), made.column.numpy(), made.norm)
+    of_rows, of_latents = torch.from_numpy(of_rows).double()[:, :, None], made.facts.double()
+    products = torch.from_numpy(steps).double() @ made.steps.double().T
+    proposed = products * of_rows[0] * of_latents[0] + of_latents[1]
     exact = x.double() @ W_enc.double().T + b_enc.double()
-    off = (proposed.double() - exact).abs() - float(ROUND_BFLOAT16) * proposed.double().abs()
-    assert (off <= torch.from_numpy(bound)[:, None]).all()
+    off = of_rows[1] * of_latents[2] + of_rows[2] * of_latents[3] + 2.0**-22 * of_rows[3]
+    assert ((proposed - exact).abs() <= off).all()
+    assert 20 * (proposed - exact).square().mean().sqrt() > off.mean(), "a bound that no error comes near costs time"
 
 
+def guess(
+    exact: np.ndarray, centre: np.ndarray, lost_by: str, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Products, and facts of rows and latents by which these may be as far off as they are."""
+    of_rows, of_latents = generator.uniform(0, 0.5, (4, len(exact))), generator.uniform(0.1, 1, (4, len(centre)))
+    of_rows[0], of_latents[0], of_latents[1] = 1e-3, 1e-3, centre
+    if lost_by == "rows":
+        of_latents[2] *= 10  # products of rows and latents without a loss are no larger than their norms allow
+        of_rows[2], of_latents[3] = np.abs(exact - centre).max() / of_latents[2].max(), 0
+        most = np.outer(of_rows[1], of_latents[2])
+    else:
+        of_rows[1], of_rows[2] = 0, 1
+        of_latents[2] += np.abs(exact - centre).max()
+        most = of_latents[3]
+    proposed = (exact - centre + generator.uniform(-0.99, 0.99, exact.shape) * most) / 1e-6
+    return proposed.round().astype(np.int32), of_rows.astype(np.float32), of_latents.astype(np.float32)
+
+
+@pytest.mark.parametrize("lost_by", ["rows", "latents"])
 @pytest.mark.parametrize(("d", "k"), [(1, 1), (7, 7), (9, 2), (130, 8), (1000, 32), (1027, 3)])
 @pytest.mark.parametrize("around", [-40.0, 0.0, 40.0])
-def test_a_guess_of_any_sign_and_width_finds_the_largest(d: int, k: int, around: float):
+def test_a_guess_of_any_sign_and_width_finds_the_largest(d: int, k: int, around: float, lost_by: str):
     generator = np.random.default_rng([d, k])
     x, weight = (generator.standard_normal(shape).astype(np.float32) for shape in ((50, 5), (d, 5)))
     bias = (around + generator.choice([0.0, 0.25], d)).astype(np.float32)
     exact = x.astype(np.float64) @ weight.T + bias
-    off = generator.uniform(0, 0.5, 50).astype(np.float32)
-    guess = torch.from_numpy(exact + generator.uniform(-0.99, 0.99, exact.shape) * off[:, None]).float().bfloat16()
-    values, places = k_largest_of_proposed(guess.view(torch.int16).numpy(), off, x, weight, bias, k)
+    values, places = k_largest_of_proposed(*guess(exact, bias, lost_by, generator), x, weight, bias, k)
     assert (np.sort(places) == np.sort(np.argsort(-exact)[:, :k])).all()
     np.testing.assert_allclose(values, np.take_along_axis(exact, places, 1), rtol=0, atol=1e-4)
 
 
 def test_of_more_rows_than_are_held_back_each_has_its_own():
     generator = np.random.default_rng(5)
-    x, weight = (generator.standard_normal(shape).astype(np.float32) for shape in ((700, 5), (1000, 5)))
+    rows = KEYS // 1000 * 20 + 7
+    x, weight = (generator.standard_normal(shape).astype(np.float32) for shape in ((rows, 5), (1000, 5)))
+    bias = np.zeros(1000, np.float32)
     exact = x.astype(np.float64) @ weight.T
-    off = np.full(700, 0.1, np.float32)
-    guess = torch.from_numpy(exact + generator.uniform(-0.09, 0.09, exact.shape)).float().bfloat16()
-    broken = np.arange(13, 700, 97)
-    x[broken], off[broken] = np.nan, np.nan
-    bits = guess.view(torch.int16).numpy()
-    values, places = k_largest_of_proposed(bits, off, x, weight, np.zeros(1000, np.float32), 32)
+    proposed, of_rows, of_latents = guess(exact, bias, "rows", generator)
+    broken = np.arange(13, rows, 97)
+    x[broken], of_rows[1:, broken] = np.nan, np.nan
+    values, places = k_largest_of_proposed(proposed, of_rows, of_latents, x, weight, bias, 32)
     assert (np.flatnonzero(np.isnan(values).all(axis=1)) == broken).all()
-    whole = np.delete(np.arange(700), broken)
+    whole = np.delete(np.arange(rows), broken)
     assert (np.sort(places[whole]) == np.sort(np.argsort(-exact[whole])[:, :32])).all()
     np.testing.assert_allclose(values[whole], np.take_along_axis(exact, places, 1)[whole], rtol=0, atol=1e-5)
 
 
-def test_guesses_of_zero_and_infinity_are_numbers_like_others():
-    x, off = np.ones((1, 1), np.float32), np.zeros(1, np.float32)
-    assert _least_that_may_be(np.float32(np.inf), np.float32(1)) == -np.inf  # no NaN, whose sign would decide
-    weight = np.array([[-1.0], [-0.0], [0.0], [-0.0], [3e38], [-3e38]], np.float32)
-    for guess in (
-        [-1.0, -0.0, 0.0, -0.0, torch.inf, -torch.inf],
-        [-1.0, 0.0, -0.0, 0.0, 3e38, -3e38],
-        [torch.inf] * 6,
-        [-torch.inf] * 6,
-    ):
-        bits = torch.tensor([guess], dtype=torch.bfloat16).view(torch.int16).numpy()
-        for k in range(1, 7):
-            values, places = k_largest_of_proposed(bits, off, x, weight, np.zeros(6, np.float32), k)
-            assert len({*places[0].tolist()}) == k
-            assert sorted(values[0].tolist()) == sorted(weight[:, 0].tolist())[6 - k :]
+@pytest.mark.parametrize("largest", [0.0, 1e-38, 1.0, 1e30, 3e38, np.inf])
+def test_numbers_of_any_size_are_numbers_like_others(largest: float):
+    """Zeros of either sign, numbers without an inverse, and those whose squares are too large for float32."""
+    x = torch.ones(3, 4)
+    weight = largest * torch.linspace(-1, 1, 600)[:, None].nan_to_num() * torch.tensor([1.0, 0, 0, 0])
+    weight = weight.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    bias = torch.tensor([0.0, -0.0]).repeat(300)
+    expected = torch.sort(weight[:, 0] + bias, descending=True).values
+    for k in (1, 7, 600):
+        values, latents = Proposal.of(weight, bias, torch.zeros(4), k).topk(x)
+        assert all(len(set(row)) == k for row in latents.tolist())
+        if largest < np.inf:
+            assert torch.equal(values.sort(dim=1, descending=True).values, expected[:k].expand(3, k))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_any_number_of_rows_and_columns(rows: int):
+    generator = torch.Generator().manual_seed(7)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 7), (1027, 7), (1027,)))
+    values, latents = Proposal.of(weight, bias, torch.zeros(7), 3).topk(x)
+    expected = exact_topk(linear(x, weight, bias), 3)
+    assert torch.equal(latents.sort(dim=1).values, expected[1].sort(dim=1).values)
+    torch.testing.assert_close(values.sort(dim=1).values, expected[0].sort(dim=1).values)
+
+
+def test_a_column_without_weights_is_no_matter():
+    generator = torch.Generator().manual_seed(8)
+    x, weight = torch.randn(5, 8, generator=generator), torch.randn(600, 8, generator=generator)
+    weight[:, 3], weight[17] = 0, 0
+    x[:, 3] = 1e6
+    found = Proposal.of(weight, torch.zeros(600), torch.zeros(8), 4).topk(x)
+    assert torch.equal(found[1].sort(1).values, (x @ weight.T).topk(4, dim=1).indices.sort(1).values)
 
 
 def test_nan_stays_nan(encoder):
@@ -140,12 +179,26 @@ def test_nan_stays_nan(encoder):
     assert values.isnan().any(dim=1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_no_number_counts_as_in_float32(encoder, broken: float):
+    W_enc, b_enc, centre = encoder
+    W_enc = W_enc.clone()
+    W_enc[77, 5] = broken
+    x = inputs(centre, rows=3)
+    values, latents = Proposal.of(W_enc, b_enc, centre, K).topk(x)
+    pre_acts = linear(x, W_enc, b_enc)
+    if pre_acts.isnan().any():
+        assert values.isnan().all()
+    else:
+        assert torch.equal(latents.sort(1).values, pre_acts.topk(K, dim=1).indices.sort(1).values)
+
+
 def test_a_coder_gives_the_same_codes_with_and_without(encoder, monkeypatch: pytest.MonkeyPatch):
     W_enc, b_enc, centre = encoder
     x = inputs(centre)
     codes = []
     for fast in (True, False):
-        monkeypatch.setattr(proposal, "has_fast_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr(proposal, "has_fast_bytes", lambda fast=fast: fast)
         coder = LinearCoder(W_enc, b_enc, W_enc, centre, TopK(K))
         assert (coder._proposal is not None) == fast
         codes.append(coder.encode(x).to_csr().to_dense())
@@ -153,9 +206,9 @@ def test_a_coder_gives_the_same_codes_with_and_without(encoder, monkeypatch: pyt
     assert torch.equal(codes[0] != 0, codes[1] != 0)
 
 
-@pytest.mark.parametrize(("d_sae", "k"), [(512, 8), (4096, 200)])
+@pytest.mark.parametrize(("d_sae", "k"), [(256, 8), (4096, 200)])
 def test_small_or_dense_codes_are_not_worth_it(d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(proposal, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(proposal, "has_fast_bytes", lambda: True)
     assert not proposal.is_worth_it(torch.zeros(d_sae, 4), k)
     assert not proposal.is_worth_it(torch.zeros(32768, 4, dtype=torch.float16), k=8)
     assert proposal.is_worth_it(torch.zeros(32768, 4), k=8)
