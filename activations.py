@@ -8,6 +8,7 @@ the merged sums of its blocks, and a dataset can be probed as soon as its last b
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -194,37 +195,39 @@ class Producer:
         for site, saes in self.saes.items():
             with self.clock.stage("sae"):
                 x = (activations[site] if site in self._also_read else activations.pop(site)).float()
+                probed = x.index_select(0, tokens.probed)
                 recons, sums, codes = {}, {}, {}
                 broken: dict[SaeId | None, Tensor] = {None: _first_broken(x.sum(dim=1), tokens.mention)}
                 for sae_id, sae in saes.items():
                     place = site.read_by(sae.input_hookpoint)
                     read = x if place == site else activations[place].float()
-                    recons[sae_id], latents, broken[sae_id], sums[sae_id] = self._reconstruct(
-                        sae, read, x, tokens, self.counts_bos[sae_id]
+                    recon, latents, broken[sae_id], sums[sae_id] = self._reconstruct(
+                        sae, read, x, probed, tokens, self.counts_bos[sae_id]
                     )
+                    recons[sae_id] = tokens.pool(recon)
                     if sae_id in self.latents_of:
                         codes[sae_id] = tokens.pool_codes(latents)
-                results.append((LayerRows(site, tokens.row_ids, tokens.rows(x), recons, broken, codes), sums))
+                results.append((LayerRows(site, tokens.row_ids, tokens.pool(probed), recons, broken, codes), sums))
         return results
 
     def _reconstruct(
-        self, sae: Sae, read: Tensor, x: Tensor, tokens: _TokenIndex, counts_bos: bool
+        self, sae: Sae, read: Tensor, x: Tensor, probed: Tensor, tokens: _TokenIndex, counts_bos: bool
     ) -> tuple[Tensor, SparseRows, Tensor, ReconstructionSums]:
-        """The probed rows of x̂, the codes of the name tokens, the first broken mention, and the sums.
+        """x̂ and the codes at the name tokens, where x is `probed`, the first broken mention, and the sums.
 
         One encoding of every token that counts: of what the SAE reads, which for a transcoder is not x.
         """
-        probed, mention = tokens.probed, tokens.mention
+        at, mention = tokens.probed, tokens.mention
         if not counts_bos and tokens.not_bos is not None:
             read, x, mention = (rows.index_select(0, tokens.not_bos) for rows in (read, x, mention))
-            probed = tokens.probed_not_bos
+            at = tokens.probed_not_bos
         latents = sae.encode(read)
         recon = sae.decode(latents, read)
         sums = self._no_sums(sae)
         errors = sums.add_whole(x, recon, latents)
-        latents = latents.select(probed)
-        sums.add_probed(x.index_select(0, probed), recon.index_select(0, probed), latents)
-        return tokens.pool(recon, probed), latents, _first_broken(errors, mention), sums
+        recon, latents = recon.index_select(0, at), latents.select(at)
+        sums.add_probed(probed, recon, latents)
+        return recon, latents, _first_broken(errors, mention), sums
 
     def _no_sums(self, sae: Sae) -> ReconstructionSums:
         return ReconstructionSums.empty(sae.d_out, sae.d_sae, self.model.device)
@@ -269,15 +272,11 @@ class _TokenIndex:
         )
         return _TokenIndex(mention, probed, not_bos, probed_not_bos, offsets, self.row_ids)  # type: ignore[arg-type]
 
-    def rows(self, x: Tensor) -> Tensor:
-        """The probed rows of x [real, d]: [rows, d]."""
-        return self.pool(x, self.probed)
-
-    def pool(self, x: Tensor, probed: Tensor) -> Tensor:
-        """Rows of x at `probed`, or their mean over each name."""
+    def pool(self, probed: Tensor) -> Tensor:
+        """Of rows at the name tokens, the mean over each name if that is a row: ``[rows, d]``."""
         if self.offsets is None:
-            return x.index_select(0, probed)
-        return embedding_bag(probed, x, self.offsets, mode="mean")
+            return probed
+        return embedding_bag(torch.arange(len(probed), device=probed.device), probed, self.offsets, mode="mean")
 
     def pool_codes(self, latents: SparseRows) -> SparseRows:
         """Codes of the name tokens, or their mean over each name, as the SAE gives them.
@@ -296,10 +295,12 @@ def _without(places: Tensor, n: int) -> Tensor:
 
 
 def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:
-    """The least of `mention` [rows] where a sum over the row [rows] is not finite, else `NO_MENTION`; no wait.
+    """The least of `mention` [rows] where a sum over the row [rows] is not finite, else `NO_MENTION`.
 
-    A sum is finite unless a member is not: activations near float32's end would be broken too.
+    A sum is finite unless a member is not: activations near float32's end would be broken too. A GPU is not waited for.
     """
+    if sums.device.type == "cpu" and math.isfinite(sums.sum()):
+        return torch.tensor(NO_MENTION)
     none = torch.full_like(mention, NO_MENTION)
     return torch.where(sums.isfinite(), none, mention).amin()
 

@@ -1,4 +1,4 @@
-"""Squared errors and deviations of rows on a CPU: two passes over them where torch takes eight; compiled by Numba."""
+"""What is summed of reconstructions on a CPU, compiled by Numba: two passes over rows where torch takes eight."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ BLOCK = 64  # rows that are added up in float32, column by column, before they g
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Latents = NDArray[np.int64] | NDArray[np.int32]
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
-def compare(x: Floats, recon: Floats) -> tuple[Floats, Doubles, float]:
+def compare(x: Floats, recon: Floats) -> tuple[Floats, Doubles, Doubles]:
     """How far rows are from their reconstructions, and from each other.
 
     Args:
         x, recon: ``[rows, d]``; at least one row.
 
     Returns:
-        The squared error of each row ``[rows]``, NaN or Inf where one of the two holds that; the mean of x ``[d]``; the
-        squared deviations of x from it, summed over rows and coordinates.
+        The squared error of each row ``[rows]``, NaN or Inf where one of the two holds that; the mean of x ``[d]``; and
+        ``[2]``: the sum of the squared errors, and that of the squared deviations of x from its mean.
     """
     n, d = x.shape
     errors, part = np.empty(n, np.float32), np.empty(d, np.float32)
-    mean = np.zeros(d, np.float64)
+    mean, sums = np.zeros(d, np.float64), np.zeros(2, np.float64)
     for start in range(0, n, BLOCK):
         part[:] = 0
         for r in range(start, min(start + BLOCK, n)):
@@ -35,6 +36,7 @@ def compare(x: Floats, recon: Floats) -> tuple[Floats, Doubles, float]:
                 part[i] += x[r, i]
                 error += (x[r, i] - recon[r, i]) * (x[r, i] - recon[r, i])
             errors[r] = error
+            sums[0] += error
         for i in range(d):
             mean[i] += part[i]
     near_mean = np.empty(d, np.float32)
@@ -57,4 +59,12 @@ def compare(x: Floats, recon: Floats) -> tuple[Floats, Doubles, float]:
         rounding = mean[i] / n
         deviation -= n * rounding * rounding
         mean[i] = near_mean[i] + rounding
-    return errors, mean, max(deviation, 0.0)
+    sums[1] = max(deviation, 0.0)
+    return errors, mean, sums
+
+
+@compiled()
+def count_fired(col: Latents, value: Floats, fired: NDArray[np.int64]) -> None:
+    """Add to each latent's count ``[d_sae]`` its entries that are not zero: latents and values ``[nnz]``."""
+    for q in range(len(col)):
+        fired[col[q]] += np.int64(value[q] != 0)

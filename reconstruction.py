@@ -62,18 +62,16 @@ class ReconstructionSums:
 
     whole: _ErrorSums
     probed: _ErrorSums
-    cosine: Tensor
-    l0: Tensor
-    l1: Tensor
+    others: Tensor
+    """Of probed rows the cosines, the latents that are not zero, and the absolute latents, summed. float64 ``[3]``."""
     fired: Tensor
     """Tokens on which each latent fired. int64 ``[d_sae]``."""
 
     @classmethod
     def empty(cls, d: int, d_sae: int, device: torch.device | str) -> ReconstructionSums:
         """No rows; d: width of the activations."""
-        fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        cosine, l0, l1 = _zeros(3, device)
-        return cls(_ErrorSums.empty(d, device), _ErrorSums.empty(d, device), cosine, l0, l1, fired)
+        fired, others = torch.zeros(d_sae, dtype=torch.int64, device=device), _zeros(3, device)
+        return cls(_ErrorSums.empty(d, device), _ErrorSums.empty(d, device), others, fired)
 
     def add_whole(self, x: Tensor, recon: Tensor, latents: Latents) -> Tensor:
         """Every real token of some texts: x and recon ``[tokens, d]``, and the tokens' latents.
@@ -82,16 +80,16 @@ class ReconstructionSums:
         """
         new, errors = _ErrorSums.of(x, recon)
         self.whole = self.whole.merge(new)
-        self.fired.index_add_(0, latents.col, (latents.value != 0).to(self.fired.dtype))
+        _count_fired(latents, self.fired)
         return errors
 
     def add_probed(self, x: Tensor, recon: Tensor, latents: Latents) -> None:
         """Probed positions: x and recon ``[rows, d]``, and their latents."""
         new, _ = _ErrorSums.of(x, recon)
         self.probed = self.probed.merge(new)
-        self.cosine = self.cosine + F.cosine_similarity(x.float(), recon.float(), dim=1).sum(dtype=torch.float64)
-        self.l0 = self.l0 + (latents.value != 0).sum()
-        self.l1 = self.l1 + latents.value.abs().sum(dtype=torch.float64)
+        cosine = F.cosine_similarity(x.float(), recon.float(), dim=1).sum(dtype=torch.float64)
+        l1 = torch.linalg.vector_norm(latents.value, ord=1, dtype=torch.float64)
+        self.others = self.others + torch.stack([cosine, latents.value.count_nonzero().double(), l1])
 
     def merge(self, other: ReconstructionSums) -> ReconstructionSums:
         """The sums over both sets of rows, on this one's device."""
@@ -99,29 +97,28 @@ class ReconstructionSums:
         return ReconstructionSums(
             whole=self.whole.merge(other.whole),
             probed=self.probed.merge(other.probed),
-            cosine=self.cosine + other.cosine,
-            l0=self.l0 + other.l0,
-            l1=self.l1 + other.l1,
+            others=self.others + other.others,
             fired=self.fired + other.fired,
         )
 
     def to(self, device: torch.device | str) -> ReconstructionSums:
         """The same sums on another device; these if it is theirs."""
-        moved = (tensor.to(device) for tensor in (self.cosine, self.l0, self.l1, self.fired))
-        return ReconstructionSums(self.whole.to(device), self.probed.to(device), *moved)
+        others, fired = self.others.to(device), self.fired.to(device)
+        return ReconstructionSums(self.whole.to(device), self.probed.to(device), others, fired)
 
     def figures(self) -> Reconstruction:
         """Divide. This waits for the device."""
         n_probed, n_tokens = self.probed.n, self.whole.n
         n_dead = int((self.fired == 0).sum())
+        cosine, l0, l1 = self.others.tolist()
         return Reconstruction(
             mse_pos=self.probed.mse(),
             mse_whole=self.whole.mse(),
             fvu_pos=self.probed.fvu(),
             fvu_whole=self.whole.fvu(),
-            cosine=_ratio(self.cosine, n_probed),
-            l0=_ratio(self.l0, n_probed),
-            l1=_ratio(self.l1, n_probed),
+            cosine=_ratio(cosine, n_probed),
+            l0=_ratio(l0, n_probed),
+            l1=_ratio(l1, n_probed),
             dead=n_dead / self.fired.numel() if n_tokens else None,
             n_probed=n_probed,
             n_tokens=n_tokens,
@@ -143,8 +140,8 @@ class _ErrorSums:
     @classmethod
     def empty(cls, d: int, device: torch.device | str) -> _ErrorSums:
         """No rows."""
-        error, deviation = _zeros(2, device)
-        return cls(0, error, torch.zeros(d, dtype=torch.float64, device=device), deviation)
+        zeros = _zeros(1, device)
+        return cls(0, zeros[0], zeros.expand(d), zeros[0])
 
     @classmethod
     def of(cls, x: Tensor, recon: Tensor) -> tuple[_ErrorSums, Tensor]:
@@ -156,8 +153,8 @@ class _ErrorSums:
         x, recon = x.float(), recon.float()
         if len(x) == 0:
             return cls.empty(x.shape[1], x.device), x.new_empty(0)
-        errors, mean, deviation = _compare_on_cpu(x, recon) if x.device.type == "cpu" else _compare(x, recon)
-        return cls(len(x), errors.sum(dtype=torch.float64), mean, deviation), errors
+        errors, *sums = _compare_on_cpu(x, recon) if x.device.type == "cpu" else _compare(x, recon)
+        return cls(len(x), *sums), errors
 
     def merge(self, other: _ErrorSums) -> _ErrorSums:
         """Both sets of rows."""
@@ -178,14 +175,14 @@ class _ErrorSums:
 
     def mse(self) -> float | None:
         """Mean over rows and coordinates."""
-        return _ratio(self.squared_error, self.n * self.mean.numel())
+        return _ratio(self.squared_error.item(), self.n * self.mean.numel())
 
     def fvu(self) -> float | None:
         """Fraction of variance unexplained."""
-        return _ratio(self.squared_error, self.deviation.item())
+        return _ratio(self.squared_error.item(), self.deviation.item())
 
 
-def _compare(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _compare(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `error_kernels.compare`. Float32 along each row, float64 over the rows: no float64 copy of the matrix."""
     near_mean = x.mean(dim=0)
     offsets = x - near_mean
@@ -193,19 +190,30 @@ def _compare(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     squares = torch.linalg.vector_norm(offsets, dim=1).double().square()
     deviation = squares.sum() - len(x) * rounding.square().sum()
     errors = torch.linalg.vector_norm(x - recon, dim=1).square()
-    return errors, near_mean.double() + rounding, deviation.clamp(min=0)
+    return errors, errors.sum(dtype=torch.float64), near_mean.double() + rounding, deviation.clamp(min=0)
 
 
-def _compare_on_cpu(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _compare_on_cpu(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from error_kernels import compare  # here: Numba takes a while to load
 
-    errors, mean, deviation = compare(x.contiguous().numpy(), recon.contiguous().numpy())
-    return torch.from_numpy(errors), torch.from_numpy(mean), torch.tensor(deviation, dtype=torch.float64)
+    errors, mean, sums = compare(x.contiguous().numpy(), recon.contiguous().numpy())
+    squared_error, deviation = torch.from_numpy(sums).unbind()
+    return torch.from_numpy(errors), squared_error, torch.from_numpy(mean), deviation
 
 
-def _zeros(n: int, device: torch.device | str) -> tuple[Tensor, ...]:
-    return torch.zeros(n, dtype=torch.float64, device=device).unbind()
+def _count_fired(latents: Latents, fired: Tensor) -> None:
+    """Add to each latent's count its entries that are not zero."""
+    if fired.device.type == "cpu":
+        from error_kernels import count_fired
+
+        count_fired(latents.col.contiguous().numpy(), latents.value.contiguous().numpy(), fired.numpy())
+    else:
+        fired.index_add_(0, latents.col, (latents.value != 0).to(fired.dtype))
 
 
-def _ratio(numerator: Tensor, denominator: float) -> float | None:
-    return numerator.item() / denominator if denominator else None
+def _zeros(n: int, device: torch.device | str) -> Tensor:
+    return torch.zeros(n, dtype=torch.float64, device=device)
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return numerator / denominator if denominator else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from gemm import byte_products, has_fast_bytes
 
 LARGEST_STEP = 127
 LARGEST_D_IN = 2**16  # sums of so many products of steps are whole numbers of 32 bits
+PRODUCT_BYTES = 2 * 2**20
+LEAST_ROWS = 256
 BLOCK = 4096  # latents at a time, for the memory of their copies
 
 
@@ -75,9 +78,20 @@ class Proposal:
         """
         from sae_formats.row_kernels import k_largest_of_proposed, quantise  # here: they take a while to load
 
-        rows = x.contiguous().numpy()
+        rows, W_enc, b_enc, facts = (t.contiguous().numpy() for t in (x, self.W_enc, self.b_enc, self.facts))
         steps, inputs = quantise(rows, self.centre.numpy(), self.column.numpy(), self.norm)
-        proposed = byte_products(torch.from_numpy(steps), self.steps)
-        weights = self.W_enc.numpy(), self.b_enc.numpy()
-        values, latents = k_largest_of_proposed(proposed, inputs, self.facts.numpy(), rows, *weights, self.k)
-        return torch.from_numpy(values), torch.from_numpy(latents)
+        n, k = len(rows), self.k
+        values, latents = np.empty(n * k + 1, np.float32), np.empty(n * k + 1, np.int64)
+        for start in range(0, n, self.rows_at_once):
+            some = slice(start, start + self.rows_at_once)
+            taken = slice(start * k, min(start + self.rows_at_once, n) * k + 1)
+            proposed = byte_products(torch.from_numpy(steps[some]), self.steps)
+            k_largest_of_proposed(
+                proposed, inputs[some], facts, rows[some], W_enc, b_enc, k, values[taken], latents[taken]
+            )
+        return torch.from_numpy(values[:-1].reshape(n, k)), torch.from_numpy(latents[:-1].reshape(n, k))
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows whose products stay in the cache until they are looked through, but enough for a fast product."""
+        return max(LEAST_ROWS, PRODUCT_BYTES // (4 * len(self.W_enc)))

@@ -92,11 +92,11 @@ def quantise(x: Floats, centre: Floats, column: Floats, size: float) -> tuple[ND
         size: largest norm of a weight.
 
     Returns:
-        The steps ``[rows, d_in]``; and ``[4, rows]``: a row's step, the norm of what it lost, its norm on the grid, and
+        The steps ``[rows, d_in]``; and ``[rows, 4]``: a row's step, the norm of what it lost, its norm on the grid, and
         the size of what is summed in its products. Where x holds NaN or Inf, some of these do.
     """
     n, d = x.shape
-    steps, facts = np.empty((n, d), np.int8), np.empty((4, n), np.float32)
+    steps, facts = np.empty((n, d), np.int8), np.empty((n, 4), np.float32)
     y, largest = np.empty(d, np.float32), np.empty(1, np.float32)
     bits, largest_bits = y.view(np.int32), largest.view(np.int32)
     centre_size = np.sqrt((centre * centre).sum())
@@ -115,15 +115,23 @@ def quantise(x: Floats, centre: Floats, column: Floats, size: float) -> tuple[ND
             of_x += x[r, i] * x[r, i]
             of_grid += rounded * rounded
             of_loss += (y[i] - rounded * step) * (y[i] - rounded * step)
-        facts[0, r], facts[1, r], facts[2, r] = step, np.sqrt(of_loss), np.sqrt(of_grid) * step
-        facts[3, r] = (np.sqrt(of_x) + centre_size) * size
+        facts[r, 0], facts[r, 1], facts[r, 2] = step, np.sqrt(of_loss), np.sqrt(of_grid) * step
+        facts[r, 3] = (np.sqrt(of_x) + centre_size) * size
     return steps, facts
 
 
 @compiled()
 def k_largest_of_proposed(
-    proposed: Steps, inputs: Floats, latents: Floats, x: Floats, weight: Floats, bias: Floats, k: int
-) -> tuple[Floats, Ints]:
+    proposed: Steps,
+    inputs: Floats,
+    latents: Floats,
+    x: Floats,
+    weight: Floats,
+    bias: Floats,
+    k: int,
+    values: Floats,
+    places: Ints,
+) -> None:
     """The k largest entries of x weightᵀ + bias in each row, given products of the rounded, and their places.
 
     By the rounded, an entry is its product times the steps of its row and its latent, plus the centre's pre-activation.
@@ -133,19 +141,17 @@ def k_largest_of_proposed(
 
     Args:
         proposed: products of the steps of rows and latents ``[rows, d]``.
-        inputs: of each row, as from `quantise` ``[4, rows]``.
+        inputs: of each row, as from `quantise` ``[rows, 4]``.
         latents: of each latent its step, its pre-activation of the centre, its norm, and that of what it lost
             ``[4, d]``.
         x: ``[rows, d_in]``.
         weight: ``[d, d_in]``.
         bias: ``[d]``.
         k: how many, at most d.
-
-    Returns:
-        values, which are sums in float32, and places, in no order: both ``[rows, k]``.
+        values: where the values go, which are sums in float32 ``[rows * k + 1]``. The last is scratch.
+        places: where their places go, in the same order, which is none ``[rows * k + 1]``.
     """
     n, d = proposed.shape
-    values, places = np.empty(n * k + 1, np.float32), np.empty(n * k + 1, np.int64)  # `_take` needs one more
     together = max(1, min(n, KEYS // d))
     keys, highest = np.empty((together, d), np.int16), np.empty(d + STRIP, np.int16)
     words = np.zeros((d + 7) // 8, np.uint64)
@@ -187,7 +193,6 @@ def k_largest_of_proposed(
                 _poison(values, places, (start + g) * k, k)
             else:
                 _take(found, found_bits, found_keys, where, count, values, places, (start + g) * k, k)
-    return values[:-1].reshape(n, k), places[:-1].reshape(n, k)
 
 
 @compiled()
@@ -207,8 +212,8 @@ def _largest_they_may_be(
 
     largest: of the latents' pre-activations of the centre, norms and losses.
     """
-    step, loss, size = inputs[0, r], inputs[1, r], inputs[2, r]
-    off = ROUND_SUM * np.float32(d_in // 2 + 2) * (inputs[3, r] + largest[0])
+    step, loss, size = inputs[r, 0], inputs[r, 1], inputs[r, 2]
+    off = ROUND_SUM * np.float32(d_in // 2 + 2) * (inputs[r, 3] + largest[0])
     most = largest[0] + (size + loss) * largest[1] + TWO * size * largest[2] + off
     if not np.isfinite(most):
         for q in range(keys.shape[1]):

@@ -96,9 +96,8 @@ class Dense:
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
         rows, d_sae = pre_acts.shape
-        crow = torch.arange(0, rows * d_sae + 1, d_sae, device=pre_acts.device)
-        col = torch.arange(d_sae, device=pre_acts.device).repeat(rows)
-        return SparseRows(crow, col, pre_acts.float().reshape(-1), n_cols=d_sae)
+        every = torch.arange(d_sae, device=pre_acts.device).expand(rows, -1)
+        return SparseRows.of_width(every, pre_acts.float(), n_cols=d_sae)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dense:
         return self
@@ -111,10 +110,8 @@ def nonzero_codes(dense: Tensor) -> SparseRows:
 
 
 def fixed_width(values: Tensor, indices: Tensor, n_cols: int) -> SparseRows:
-    """Codes with the same number of entries in every row: values and indices ``[rows, k]``."""
-    rows, k = values.shape
-    crow = torch.arange(0, rows * k + 1, k, device=values.device)
-    return SparseRows(crow, indices.reshape(-1), values.relu().float().reshape(-1), n_cols)
+    """Codes of values and their latents ``[rows, k]``, negative ones set to zero."""
+    return SparseRows.of_width(indices, values.relu().float(), n_cols)
 
 
 def _not_at_most(pre_acts: Tensor, threshold: Tensor | float) -> Tensor:

@@ -33,6 +33,8 @@ class SparseRows:
     """What the decoder multiplies each row by, where the SAE normalises its input at run time. ``[rows]``."""
     shift: Tensor | None = None
     """What it then adds to each coordinate of the row. ``[rows]``."""
+    width: int | None = None
+    """Entries of each row, where it is known that all have as many: nothing needs to wait for the device then."""
 
     @property
     def n_rows(self) -> int:
@@ -58,12 +60,15 @@ class SparseRows:
         if rows.dtype == torch.bool:
             rows = rows.nonzero().squeeze(1)
         rows = rows.to(self.crow.device)
+        scale = None if self.scale is None else self.scale[rows]
+        shift = None if self.shift is None else self.shift[rows]
+        if self.width is not None:
+            col, value = (entries.view(-1, self.width).index_select(0, rows) for entries in (self.col, self.value))
+            return SparseRows(*_even(col, value), self.n_cols, scale, shift, self.width)
         counts = self.crow.diff()[rows]
         crow = F.pad(counts.cumsum(0), (1, 0))
         within = torch.arange(int(crow[-1]), device=crow.device) - crow[:-1].repeat_interleave(counts)
         entries = self.crow[rows].repeat_interleave(counts) + within
-        scale = None if self.scale is None else self.scale[rows]
-        shift = None if self.shift is None else self.shift[rows]
         return SparseRows(crow, self.col[entries], self.value[entries], self.n_cols, scale, shift)
 
     def means(self, first: Tensor) -> SparseRows:
@@ -90,7 +95,12 @@ class SparseRows:
         scale = None if self.scale is None else self.scale.to(device)
         shift = None if self.shift is None else self.shift.to(device)
         crow, col, value = self.crow.to(device), self.col.to(device), self.value.to(device)
-        return SparseRows(crow, col, value, self.n_cols, scale, shift)
+        return SparseRows(crow, col, value, self.n_cols, scale, shift, self.width)
+
+    @classmethod
+    def of_width(cls, col: Tensor, value: Tensor, n_cols: int) -> SparseRows:
+        """Codes with the same number of entries in every row: latent numbers and activations ``[rows, width]``."""
+        return cls(*_even(col, value), n_cols, width=col.shape[1])
 
     @staticmethod
     def concat(parts: Sequence[SparseRows]) -> SparseRows:
@@ -105,11 +115,19 @@ class SparseRows:
             n_cols=parts[0].n_cols,
             scale=_concat([part.scale for part in parts]),
             shift=_concat([part.shift for part in parts]),
+            width=parts[0].width if len({part.width for part in parts}) == 1 else None,
         )
 
     def _row_sums(self, entries: Tensor) -> Tensor:
         """Sum over each row's entries, with no wait for the device (``unsafe`` skips a check that would)."""
         return torch.segment_reduce(entries, "sum", offsets=self.crow, unsafe=True)
+
+
+def _even(col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Row starts, columns and values of rows of the same width: ``[rows, width]``."""
+    rows, width = col.shape
+    crow = torch.arange(0, rows * width + 1, width, device=col.device)
+    return crow, col.reshape(-1), value.reshape(-1)
 
 
 def _concat(parts: Sequence[Tensor | None]) -> Tensor | None:

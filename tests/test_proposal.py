@@ -81,7 +81,7 @@ def test_no_product_is_farther_off_than_is_said(encoder):
     x = inputs(centre)
     made = Proposal.of(W_enc, b_enc, centre, K)
     steps, of_rows = quantise(x.numpy(), centre.numpy(), made.column.numpy(), made.norm)
-    of_rows, of_latents = torch.from_numpy(of_rows).double()[:, :, None], made.facts.double()
+    of_rows, of_latents = torch.from_numpy(of_rows.T).double()[:, :, None], made.facts.double()
     products = torch.from_numpy(steps).double() @ made.steps.double().T
     proposed = products * of_rows[0] * of_latents[0] + of_latents[1]
     exact = x.double() @ W_enc.double().T + b_enc.double()
@@ -94,18 +94,25 @@ def guess(
     exact: np.ndarray, centre: np.ndarray, lost_by: str, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Products, and facts of rows and latents by which these may be as far off as they are."""
-    of_rows, of_latents = generator.uniform(0, 0.5, (4, len(exact))), generator.uniform(0.1, 1, (4, len(centre)))
-    of_rows[0], of_latents[0], of_latents[1] = 1e-3, 1e-3, centre
+    of_rows, of_latents = generator.uniform(0, 0.5, (len(exact), 4)), generator.uniform(0.1, 1, (4, len(centre)))
+    of_rows[:, 0], of_latents[0], of_latents[1] = 1e-3, 1e-3, centre
     if lost_by == "rows":
         of_latents[2] *= 10  # products of rows and latents without a loss are no larger than their norms allow
-        of_rows[2], of_latents[3] = np.abs(exact - centre).max() / of_latents[2].max(), 0
-        most = np.outer(of_rows[1], of_latents[2])
+        of_rows[:, 2], of_latents[3] = np.abs(exact - centre).max() / of_latents[2].max(), 0
+        most = np.outer(of_rows[:, 1], of_latents[2])
     else:
-        of_rows[1], of_rows[2] = 0, 1
+        of_rows[:, 1], of_rows[:, 2] = 0, 1
         of_latents[2] += np.abs(exact - centre).max()
         most = of_latents[3]
     proposed = (exact - centre + generator.uniform(-0.99, 0.99, exact.shape) * most) / 1e-6
     return proposed.round().astype(np.int32), of_rows.astype(np.float32), of_latents.astype(np.float32)
+
+
+def k_largest(*of_what: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    n = len(of_what[0])
+    values, places = np.empty(n * k + 1, np.float32), np.empty(n * k + 1, np.int64)
+    k_largest_of_proposed(*of_what, k, values, places)
+    return values[:-1].reshape(n, k), places[:-1].reshape(n, k)
 
 
 @pytest.mark.parametrize("lost_by", ["rows", "latents"])
@@ -116,7 +123,7 @@ def test_a_guess_of_any_sign_and_width_finds_the_largest(d: int, k: int, around:
     x, weight = (generator.standard_normal(shape).astype(np.float32) for shape in ((50, 5), (d, 5)))
     bias = (around + generator.choice([0.0, 0.25], d)).astype(np.float32)
     exact = x.astype(np.float64) @ weight.T + bias
-    values, places = k_largest_of_proposed(*guess(exact, bias, lost_by, generator), x, weight, bias, k)
+    values, places = k_largest(*guess(exact, bias, lost_by, generator), x, weight, bias, k=k)
     assert (np.sort(places) == np.sort(np.argsort(-exact)[:, :k])).all()
     np.testing.assert_allclose(values, np.take_along_axis(exact, places, 1), rtol=0, atol=1e-4)
 
@@ -129,8 +136,8 @@ def test_of_more_rows_than_are_held_back_each_has_its_own():
     exact = x.astype(np.float64) @ weight.T
     proposed, of_rows, of_latents = guess(exact, bias, "rows", generator)
     broken = np.arange(13, rows, 97)
-    x[broken], of_rows[1:, broken] = np.nan, np.nan
-    values, places = k_largest_of_proposed(proposed, of_rows, of_latents, x, weight, bias, 32)
+    x[broken], of_rows[broken, 1:] = np.nan, np.nan
+    values, places = k_largest(proposed, of_rows, of_latents, x, weight, bias, k=32)
     assert (np.flatnonzero(np.isnan(values).all(axis=1)) == broken).all()
     whole = np.delete(np.arange(rows), broken)
     assert (np.sort(places[whole]) == np.sort(np.argsort(-exact[whole])[:, :32])).all()
@@ -152,7 +159,7 @@ def test_numbers_of_any_size_are_numbers_like_others(largest: float):
             assert torch.equal(values.sort(dim=1, descending=True).values, expected[:k].expand(3, k))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5])
+@pytest.mark.parametrize("rows", [0, 1, 5, 700])  # 700: more than at once
 def test_any_number_of_rows_and_columns(rows: int):
     generator = torch.Generator().manual_seed(7)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 7), (1027, 7), (1027,)))
