@@ -1,6 +1,6 @@
 """A causal language model as a source of activations: no LM head, no layer beyond the last one asked for.
 
-    info = open_model("EleutherAI/pythia-160m", revision="step1000")    # config and tokenizer alone
+    info = open_model("EleutherAI/pythia-160m", revision="step1000")    # by config and tokenizer alone
     sites = [Site(3, "resid_post"), Site(3, "z")]
     info.widths(sites)                                                  # {site: d}, still without weights
     model = info.load(sites, "cpu", "float32")
@@ -13,12 +13,9 @@ for the rest. Values are those of the raw weights, as TransformerLens's hooks gi
 
 from __future__ import annotations
 
-import hashlib
-import os
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
 
@@ -33,54 +30,67 @@ from model_hooks.capture import capture
 from model_hooks.checks import check
 from model_hooks.configs import read_sizes, truncated
 from model_hooks.places import HOOKPOINTS, Site, Tap, drop_layers_above, find_tap, layers_needed
+from model_hooks.pretrained import NO_REVISION, Pretrained, first_line
 from model_hooks.widths import shape_widths
 
-__all__ = ["HOOKPOINTS", "ActivationSource", "LanguageModel", "ModelInfo", "Site", "open_model"]
-
-NO_REVISION = "main"  # what transformers calls the only state of a local folder, and a repository's newest
+__all__ = ["HOOKPOINTS", "ActivationSource", "LanguageModel", "ModelInfo", "Pretrained", "Site", "open_model"]
 
 # While transformers builds a model it swaps functions of its classes and torch's default dtype, for the whole process:
 # of two threads that do so at once, the second may leave every later model with weights untied or not initialised.
 BUILDING = threading.Lock()
-FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model", ".py"}  # files of a local model
 
 
 @dataclass(frozen=True)
 class ModelInfo:
     """What is known of a model before its weights are read."""
 
-    name: str  # as typed
-    revision: str | None  # branch, tag or commit of a hub model, as typed; None: its main branch, or a local folder
-    commit: str | None  # what `revision` meant when the model was opened; None: a local folder
-    trust_remote_code: bool  # whether Python code of the model's repository may run
-    config: Any  # transformers.PretrainedConfig
-    tokenizer: Any  # transformers.PreTrainedTokenizerFast
+    files: Pretrained
     n_layers: int
     d_model: int
     max_length: int  # tokens
+    bos_token_id: int | None  # of the token that begins a text, if the tokenizer knows one
+    saved_dtype: str  # of the weights on disk, by the config: "None" if it does not tell
+
+    @classmethod
+    def read(cls, files: Pretrained) -> ModelInfo:
+        """By config and tokenizer. Raises `RequestError` if either cannot be had, or is no decoder's."""
+        config, tokenizer = files.config, files.tokenizer
+        try:
+            sizes = read_sizes(config, tokenizer)
+        except (AttributeError, ValueError) as error:
+            raise RequestError(f"--model_name {files.name}: not a decoder-only language model ({error})") from error
+        dtype = str(getattr(config, "dtype", None)).removeprefix("torch.")
+        return cls(files, *sizes, tokenizer.bos_token_id, dtype)
+
+    @property
+    def name(self) -> str:
+        """As typed."""
+        return self.files.name
+
+    @property
+    def config(self) -> Any:
+        """A transformers.PretrainedConfig."""
+        return self.files.config
+
+    @property
+    def tokenizer(self) -> Any:
+        """A transformers.PreTrainedTokenizerFast."""
+        return self.files.tokenizer
 
     @property
     def has_bos(self) -> bool:
         """Whether the tokenizer knows a token that begins a text."""
-        return self.tokenizer.bos_token_id is not None
+        return self.bos_token_id is not None
 
     def choose_dtype(self, asked: str) -> str:
         """`auto`: bfloat16 for a model that was saved in it, so nothing is lost that was there; else float32."""
-        saved = str(getattr(self.config, "dtype", None)).removeprefix("torch.")
         if asked != "auto":
             return asked
-        return "bfloat16" if saved == "bfloat16" else "float32"
+        return "bfloat16" if self.saved_dtype == "bfloat16" else "float32"
 
     def fingerprint(self) -> str:
-        """Commit of a hub model; sha256 over the files of a local one. It changes whenever a number could."""
-        if self.commit is not None:
-            return self.commit
-        digest = hashlib.sha256()
-        for path in sorted(p for p in Path(self.name).iterdir() if p.suffix in FINGERPRINTED):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        """Of the files, as they were when it was first asked for."""
+        return self.files.fingerprint
 
     def widths(self, sites: Collection[Site]) -> dict[Site, int]:
         """Width d of what is at each site, without the weights.
@@ -91,7 +101,7 @@ class ModelInfo:
 
         def build() -> nn.Module:
             # bfloat16: some kernels of mixture-of-experts models know no shapes in float32
-            options = {"dtype": torch.bfloat16, "trust_remote_code": self.trust_remote_code}
+            options = {"dtype": torch.bfloat16, "trust_remote_code": self.files.trust_remote_code}
             with BUILDING:
                 return _auto_class(config).from_config(config, **options).get_decoder()
 
@@ -122,12 +132,12 @@ class ModelInfo:
                 self.name,
                 config=config,
                 dtype=dtype,
-                revision=self.commit or NO_REVISION,
-                trust_remote_code=self.trust_remote_code,
+                revision=self.files.commit or NO_REVISION,
+                trust_remote_code=self.files.trust_remote_code,
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
-            raise RequestError(f"--model_name {self.name}: weights cannot be read: {_first_line(error)}") from error
+            raise RequestError(f"--model_name {self.name}: weights cannot be read: {first_line(error)}") from error
         finally:
             hf_logging.set_verbosity(verbosity)
             hf_logging.enable_progress_bar()
@@ -192,56 +202,11 @@ class LanguageModel:
 
 
 def open_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
-    """Config and tokenizer of a hub id or local folder. Raises `RequestError` if either cannot be had.
+    """A hub id or local folder, by its config and tokenizer. Raises `RequestError` if either cannot be had.
 
     Code of the model's own repository runs only if `trust_remote_code`.
     """
-    folder = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
-    local = os.path.isdir(folder)  # noqa: PTH112 - False, not an error, for a name too long to be a path
-    if local:
-        name = str(folder)
-        if not (folder / "config.json").is_file():
-            raise RequestError(f"--model_name {name}: the folder has no config.json")
-        if revision is not None:
-            raise RequestError(f"--revision {revision}: {name} is a local folder, which has one state only")
-    elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
-        raise RequestError(f"--model_name {name!r}: no such folder (and not a hub id of the form owner/name)")
-    try:
-        commit = None if local else _commit(name, revision or NO_REVISION)
-        config, tokenizer = _read_config_and_tokenizer(name, commit, trust_remote_code)
-    except Exception as error:  # the hub client and the parsers raise many kinds; all mean that this name is unusable
-        raise RequestError(f"--model_name {name}: {_why_unusable(error, local, revision)}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise RequestError(f"--model_name {name}: needs a fast tokenizer (tokenizer.json) to place the name's tokens")
-    try:
-        sizes = read_sizes(config, tokenizer)
-    except (AttributeError, ValueError) as error:
-        raise RequestError(f"--model_name {name}: not a decoder-only language model ({error})") from error
-    return ModelInfo(name, revision, commit, trust_remote_code, config, tokenizer, *sizes)
-
-
-def _commit(name: str, revision: str) -> str:
-    """The commit of a hub model that `revision` means now: config, tokenizer and weights are all read at that one."""
-    from transformers.utils import cached_file
-
-    config = Path(str(cached_file(name, "config.json", revision=revision)))  # .../snapshots/<commit>/config.json
-    return config.parent.name
-
-
-def _read_config_and_tokenizer(name: str, commit: str | None, trust: bool) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoTokenizer
-
-    options = {"revision": commit or NO_REVISION, "trust_remote_code": trust}  # unsaid, it would ask on the terminal
-    return AutoConfig.from_pretrained(name, **options), AutoTokenizer.from_pretrained(name, **options)
-
-
-def _why_unusable(error: Exception, local: bool, revision: str | None) -> str:
-    if "trust_remote_code" in str(error):
-        return "it comes with Python code of its own: read it, and allow it with --trust_remote_code"
-    if local:
-        return f"config or tokenizer cannot be read: {_first_line(error)}"
-    at = f" at revision {revision}" if revision else ""
-    return f"not a local folder, and not to be had from the hub{at}: {_first_line(error)}"
+    return ModelInfo.read(Pretrained.find(name, revision, trust_remote_code))
 
 
 def _auto_class(config: Any) -> Any:
@@ -257,7 +222,3 @@ def _in_own_memory(module: nn.Module) -> nn.Module:
     for weight in (*module.parameters(), *module.buffers()):
         weight.data = weight.data.clone()
     return module
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -26,7 +26,7 @@ from datasets_wikidata import (
     load_probe_texts,
 )
 from errors import RequestError
-from language_model import ModelInfo, Site, open_model
+from language_model import ModelInfo, Pretrained, Site
 from probes import check_backend
 from reconstruction import Reconstruction
 from records import SCHEMA_VERSION, Json, RecordFile, describe_run, prepare_folder, reserve, result_path, slug
@@ -84,7 +84,9 @@ def make_plan(config: RunConfig, fetch: bool = True) -> Plan:
         shuffle_select_n=config.shuffle_select_n,
         seed=config.seed,
     )
-    info = open_model(config.model_name, config.revision, config.trust_remote_code)
+    files = Pretrained.find(config.model_name, config.revision, config.trust_remote_code)
+    setup = SetupCache() if config.cache_dir is None else SetupCache.open(config.cache_dir, config.cache_gb)
+    info = setup.model(files)
     _refuse_reserved_names(texts)
     sources = [open_sae(name, config.hookpoint) for name in expand_names(config.sae_names)]
     sites: dict[SaeId, list[Site]] = {}
@@ -97,7 +99,6 @@ def make_plan(config: RunConfig, fetch: bool = True) -> Plan:
                 has = ",".join(map(str, source.layers))
                 raise RequestError(f"--layers {layer}: {source.name} has SAEs for layers {has} only")
         sites[sae_id] = [Site(layer, source.hookpoint) for layer in layers]
-    setup = SetupCache() if config.cache_dir is None else SetupCache.open(config.cache_dir, config.cache_gb)
     widths = _check_widths(config, info, setup, sources, sites)
     for sae_id, source in enumerate(sources if fetch else ()):
         source.prepare([site.layer for site in sites[sae_id]])

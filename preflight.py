@@ -160,9 +160,9 @@ class Preflight:
         """Of some of the texts, drawn by seed. Raises ArithmeticError if an activation is NaN or Inf."""
         few = tokenised.take(_draw(tokenised, seed))
         samples = calibrate(model, few, "last", seed, N_TOKENS)
-        if not info.has_bos:
+        if info.bos_token_id is None:
             return cls(samples, {})
-        other = few.with_other_bos(info.tokenizer.bos_token_id, info.max_length)
+        other = few.with_other_bos(info.bos_token_id, info.max_length)
         return cls(samples, calibrate(model, other, "last", seed, N_TOKENS))
 
     def examine(self, sae: Sae, site: Site, counts_bos: bool) -> Fit:

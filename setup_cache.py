@@ -1,17 +1,19 @@
-"""What a run finds out before its work, on disk: the widths of a model's places, and the tokens of its texts.
+"""What a run finds out before its work, on disk: a model's facts, the widths of its places, the tokens of its texts.
 
     setup = SetupCache.open(folder, limit_gb=50)
-    setup.widths(info, sites)                          # as `info.widths`; the model's code is not even imported
+    info = setup.model(Pretrained.find(name))          # as `open_model`; transformers are not even imported
+    setup.widths(info, sites)                          # as `info.widths`
     setup.tokens(mentions, info, prepend_bos=True)     # as `tokenise`, with its warning
 
-Content-addressed: a shard (`shard_folder`) is named after all that decides what it holds, which are the model's config
-or its tokenizer and the texts, the libraries, and the text of the program.
+Content-addressed: a shard (`shard_folder`) is named after all that decides what it holds, which are the model's files
+and the texts, the libraries, and the text of the program.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from datasets_wikidata import Mention, TokenisedMentions, tokenise, warn_of_cut
 from installed import installed_version, running_program
-from language_model import ModelInfo, Site
+from language_model import ModelInfo, Pretrained, Site
 from shard_folder import ShardFolder, digest
 
 FOLDER = "setup"  # below the root, beside those of the models
@@ -44,12 +46,26 @@ class SetupCache:
         """What is kept below `root`. Raises `RequestError` if it cannot be written to."""
         return cls(ShardFolder.open(root, FOLDER, limit_gb, "widths and tokens"))
 
+    def model(self, files: Pretrained) -> ModelInfo:
+        """As `ModelInfo.read`. A repository's own code runs each time: it may look at more than its files."""
+        if self.shards is None or files.trust_remote_code:
+            return ModelInfo.read(files)
+        name = _name({"facts of": files.fingerprint})
+        stored = self.shards.read(name)
+        if stored:
+            return ModelInfo(files, **json.loads(stored["facts"].numpy().tobytes()))
+        info = ModelInfo.read(files)
+        facts = {field.name: getattr(info, field.name) for field in fields(info) if field.name != "files"}
+        content = np.frombuffer(json.dumps(facts).encode(), np.uint8).copy()
+        self.shards.write(name, {"facts": torch.from_numpy(content)}, {})
+        return info
+
     def widths(self, info: ModelInfo, sites: Collection[Site]) -> dict[Site, int]:
         """As `info.widths`. A repository's own code is looked at each time: its config does not tell what it does."""
-        if self.shards is None or info.trust_remote_code:
+        if self.shards is None or info.files.trust_remote_code:
             return info.widths(sites)
         order = sorted(sites)
-        name = _name({"widths of": repr(order), "config": info.config.to_json_string()})
+        name = _name({"widths of": repr(order), "model": info.fingerprint()})
         stored = self.shards.read(name)
         if stored:
             return dict(zip(order, stored["widths"].tolist(), strict=True))
@@ -61,10 +77,9 @@ class SetupCache:
         """As `tokenise` by the model's tokenizer, to its greatest length."""
         if self.shards is None:
             return tokenise(mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length)
-        bos = info.tokenizer.bos_token_id if prepend_bos else None
         facts = {
-            "tokenizer": info.tokenizer.backend_tokenizer.to_str(),
-            "length": f"{info.max_length}, {len(info.tokenizer)} tokens, BOS {bos}",
+            "tokens of": info.fingerprint(),
+            "length": f"{info.max_length}, BOS {info.bos_token_id if prepend_bos else None}",
             "texts": repr([mention.identity for mention in mentions]),
         }
         name = _name(facts)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.errors import HTTPError as HubHTTPError
 
@@ -60,6 +59,8 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 def _download(name: str, patterns: list[str], cache_dir: Path | None, *, partly: bool) -> Path:
     """The snapshot with the files of these patterns; ``partly``: what the cache has of them is enough offline."""
+    from huggingface_hub import snapshot_download  # here: it takes a tenth of a second to load
+
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, cache_dir=cache_dir))
     except (OSError, HubHTTPError, HFValidationError) as error:

@@ -251,7 +251,7 @@ def test_a_repository_s_own_code_runs_on_request_only(odd: Path, ids: Tensor, mo
     torch.testing.assert_close(activations(info, "resid_post", ids), seen[0], atol=1e-6, rtol=0)
     before = info.fingerprint()
     (odd / "modeling_odd.py").write_text(MODELING + "\n")
-    assert info.fingerprint() != before
+    assert open_model(str(odd), trust_remote_code=True).fingerprint() != before
 
 
 def test_a_revision_is_another_model(tiny_model: Path, tmp_path: Path, monkeypatch, ids: Tensor):
@@ -271,7 +271,7 @@ def test_a_revision_is_another_model(tiny_model: Path, tmp_path: Path, monkeypat
     model.save_pretrained(repository / "snapshots" / commits["step1"])
     first, second = open_model("owner/tiny"), open_model("owner/tiny", "step1")
     assert (first.fingerprint(), second.fingerprint()) == tuple(commits.values())
-    assert (first.revision, second.revision) == (None, "step1")
+    assert (first.files.revision, second.files.revision) == (None, "step1")
     (repository / "refs" / "step1").write_text(commits["main"])  # the branch moves on after the model was opened
     torch.testing.assert_close(activations(second, "resid_pre", ids, 0), 2 * activations(first, "resid_pre", ids, 0))
     with pytest.raises(RequestError, match="at revision step2"):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,6 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import sae_formats.hub as hub
 import sae_formats.topk as topk
 from errors import RequestError
 from sae_formats.hookpoints import HookPoint, parse, same_place
@@ -536,7 +536,7 @@ def test_only_the_layers_asked_for_are_downloaded(tmp_path: Path, monkeypatch: p
         asked.extend(allow_patterns)
         return str(commit)
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     source = open_sae("someone/some-sae")
     assert not any("safetensors" in pattern for pattern in asked)
     source.load(1, "cpu")
@@ -546,7 +546,7 @@ def test_only_the_layers_asked_for_are_downloaded(tmp_path: Path, monkeypatch: p
 def test_offline_the_layers_in_the_cache_are_the_layers(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import IncompleteSnapshotError
 
-    complete = hub.snapshot_download
+    complete = huggingface_hub.snapshot_download
 
     def knows_of_more_layers(name: str, allow_patterns: list[str], cache_dir: Path) -> str:
         snapshot = complete(name, allow_patterns=allow_patterns, cache_dir=cache_dir)
@@ -554,7 +554,7 @@ def test_offline_the_layers_in_the_cache_are_the_layers(hub_cache: Path, monkeyp
             raise IncompleteSnapshotError("layers.2/cfg.json is missing", snapshot_path=snapshot)
         return snapshot
 
-    monkeypatch.setattr(hub, "snapshot_download", knows_of_more_layers)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", knows_of_more_layers)
     source = open_sae(HUB_ID, cache_dir=hub_cache)
     assert source.layers == (0, 1)
     assert source.load(0, "cpu").layer == 0

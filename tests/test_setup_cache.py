@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +18,7 @@ import installed
 import setup_cache
 from datasets_wikidata import Mention, tokenise
 from errors import RequestError
-from language_model import ModelInfo, Site, open_model
+from language_model import ModelInfo, Pretrained, Site, open_model
 from setup_cache import SetupCache
 
 SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
@@ -31,7 +34,11 @@ def info(tiny_model) -> ModelInfo:
 def computed(monkeypatch) -> list[str]:
     """What was found out, not read."""
     calls: list[str] = []
-    widths, tokens = ModelInfo.widths, setup_cache.tokenise
+    read, widths, tokens = ModelInfo.read, ModelInfo.widths, setup_cache.tokenise
+
+    def counting_read(files):
+        calls.append("model")
+        return read(files)
 
     def counting_widths(self, sites):
         calls.append("widths")
@@ -41,6 +48,7 @@ def computed(monkeypatch) -> list[str]:
         calls.append("tokens")
         return tokens(*args, **kwargs)
 
+    monkeypatch.setattr(ModelInfo, "read", counting_read)
     monkeypatch.setattr(ModelInfo, "widths", counting_widths)
     monkeypatch.setattr(setup_cache, "tokenise", counting_tokens)
     return calls
@@ -57,7 +65,7 @@ def same(a, b) -> bool:
 
 def test_a_second_run_finds_out_nothing(with_cache, other_saes, computed, tmp_path):
     assert with_cache.run() == 0
-    assert set(computed) == {"widths", "tokens"}
+    assert set(computed) == {"model", "widths", "tokens"}
     computed.clear()
     second = Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "second", with_cache.more)
     assert second.run() == 0
@@ -65,6 +73,20 @@ def test_a_second_run_finds_out_nothing(with_cache, other_saes, computed, tmp_pa
     plain = Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "plain")
     assert plain.run() == 0
     assert numbers(tmp_path / "second") == numbers(tmp_path / "plain")
+
+
+def test_a_second_run_does_not_import_transformers(with_cache, tmp_path):
+    assert with_cache.run() == 0
+    told = "import sys, main; assert main.main(sys.argv[1:]) == 0; print('transformers' in sys.modules)"
+    command = [sys.executable, "-c", told, *with_cache.into(tmp_path / "again").argv]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout.strip() == "False"
+
+
+def test_a_model_is_what_it_was(tmp_path, info, computed):
+    for _ in range(2):
+        assert SetupCache.open(tmp_path, 1).model(Pretrained.find(info.name)) == info
+    assert computed == ["model"]
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False])
@@ -117,25 +139,30 @@ def test_who_the_people_are_is_no_matter_of_their_tokens(tmp_path, info, compute
     assert computed == []
 
 
-@pytest.mark.parametrize("what", ["program", "library", "vocabulary"])
+@pytest.mark.parametrize("what", ["program", "library", "files"])
 def test_what_decides_makes_another(tmp_path, tiny_model, computed, monkeypatch, what):
     for name in ("running_program", "installed_version"):
         monkeypatch.setattr(setup_cache, name, functools.cache(getattr(installed, name).__wrapped__))
-    info = open_model(str(tiny_model))
-    setup = SetupCache.open(tmp_path, 1)
-    setup.widths(info, SITES)
-    setup.tokens(MENTIONS, info, prepend_bos=True)
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    setup = SetupCache.open(tmp_path / "cache", 1)
+
+    def find_out() -> None:
+        info = setup.model(Pretrained.find(str(model)))
+        setup.widths(info, SITES)
+        setup.tokens(MENTIONS, info, prepend_bos=True)
+
+    find_out()
     computed.clear()
     if what == "program":
         monkeypatch.setattr(setup_cache, "running_program", lambda sources: "a" * 64)
     elif what == "library":
         monkeypatch.setattr(setup_cache, "installed_version", lambda name: "0.1")
     else:
-        info.tokenizer.add_tokens(["Lovelace"])
-        info.config.hidden_act = "relu"
-    setup.widths(info, SITES)
-    setup.tokens(MENTIONS, info, prepend_bos=True)
-    assert computed == ["widths", "tokens"]
+        with (model / "tokenizer.json").open("a") as file:
+            file.write("\n")
+    find_out()
+    assert computed == ["model", "widths", "tokens"]
 
 
 def test_a_place_that_does_not_exist_is_refused_each_time(tmp_path, info, computed):
@@ -149,8 +176,8 @@ def test_a_place_that_does_not_exist_is_refused_each_time(tmp_path, info, comput
 def test_code_of_the_models_own_is_looked_at_each_time(tmp_path, info, computed):
     setup = SetupCache.open(tmp_path, 1)
     for _ in range(2):
-        setup.widths(replace(info, trust_remote_code=True), SITES)
-    assert computed == ["widths"] * 2
+        setup.widths(setup.model(Pretrained.find(info.name, trust_remote_code=True)), SITES)
+    assert computed == ["model", "widths"] * 2
 
 
 def test_a_broken_shard_is_told_and_found_out_again(tmp_path, info, computed, caplog):
