@@ -20,6 +20,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from probe_backends.history import History, dot
+
 _SLOPE_LEFT = 0.5  # a step is accepted once the slope along the line is down to this share
 _MAX_TRIALS = 30  # of one line search
 _FLOOR = 1e-12  # a step this small is nothing, whatever the coefficients
@@ -172,7 +174,7 @@ def minimise(
 ) -> Optimum:
     """The optimum of each column, from theta and its margins on; L-BFGS remembers `memory` pairs."""
     start = Optimum(theta, margins, *(torch.zeros(len(theta), dtype=kind, device=theta.device) for kind in _COUNTS))
-    rough, history = columns.rough(), _History(memory)
+    rough, history = columns.rough(), History(memory)
     if rough is None:
         return _exactly(columns, start, preconditioner, limits, history)
     point = _Point.at(rough, theta.float(), margins.float(), preconditioner)
@@ -180,25 +182,25 @@ def minimise(
     found = _descend(rough, point, start.n_iter, preconditioner, to_parabola, history)
     if not bool(found.theta.isfinite().all()):
         start = replace(start, margins=columns.margins(theta))  # a leap at the smaller C has left them behind
-        return _exactly(columns, start, preconditioner, limits, _History(memory))
+        return _exactly(columns, start, preconditioner, limits, History(memory))
     theta = found.theta.double()
     start = replace(found, theta=theta, margins=columns.margins(theta))
     found = _refine(columns, rough, start, preconditioner, limits, history)
     far = _far(found.theta, start.theta)
     if not len(far):
         return found
-    exact = _exactly(columns.select(far), start.select(far), preconditioner, limits, _History(memory))
+    exact = _exactly(columns.select(far), start.select(far), preconditioner, limits, History(memory))
     return found.replaced(far, exact)
 
 
-def _exactly(columns: Columns[P], start: Optimum, preconditioner: P, limits: Limits, history: _History) -> Optimum:
+def _exactly(columns: Columns[P], start: Optimum, preconditioner: P, limits: Limits, history: History) -> Optimum:
     """In the columns' own precision all the way."""
     point = _Point.at(columns, start.theta, start.margins, preconditioner)
     return _descend(columns, point, start.n_iter, preconditioner, limits, history)
 
 
 def _refine(
-    columns: Columns[P], rough: RoughColumns[P], start: Optimum, preconditioner: P, limits: Limits, history: _History
+    columns: Columns[P], rough: RoughColumns[P], start: Optimum, preconditioner: P, limits: Limits, history: History
 ) -> Optimum:
     """The optimum of the parabola that the objective is near `start`: the gradient there is exact."""
     exact = _Point.at(columns, start.theta, start.margins, preconditioner)
@@ -238,7 +240,7 @@ class _Point:
 
 
 def _descend(
-    columns: Columns[P], point: _Point, n_iter: Tensor, preconditioner: P, limits: Limits, history: _History
+    columns: Columns[P], point: _Point, n_iter: Tensor, preconditioner: P, limits: Limits, history: History
 ) -> Optimum:
     """As near to the optimum as the limits allow, from a point after n_iter (int64 [columns]) iterations on."""
     shortest, stale = torch.full_like(point.newton[:, 0], torch.inf), torch.zeros_like(n_iter)
@@ -253,7 +255,11 @@ def _descend(
         n_active = int(active.sum())
         stopped = not n_active or int(n_iter.max()) >= limits.max_iter
         if stopped or 2 * n_active <= len(active):
-            theta = point.theta + history.step(point) * short[:, None] if limits.leap else point.theta
+            theta = (
+                point.theta + history.step(point.gradient, point.newton) * short[:, None]
+                if limits.leap
+                else point.theta
+            )
             here = Optimum(theta, point.margins, ~active, n_iter)
             if stopped:
                 return here
@@ -261,52 +267,12 @@ def _descend(
             rest = columns.select(left), point.select(left), n_iter[left]
             return here.replaced(left, _descend(*rest, preconditioner, limits, history.select(left)))
         n_iter = n_iter + active
-        direction = history.step(point) * active[:, None]
+        direction = history.step(point.gradient, point.newton) * active[:, None]
         step, margins, residual = _line_search(columns, point, direction, active)
         theta = point.theta + step
         gradient, newton = columns.gradients(theta, residual, preconditioner)
         history.push(step, gradient - point.gradient, newton - point.newton)
         point = _Point(theta, margins, residual, gradient, newton)
-
-
-class _History:
-    """L-BFGS's memory of steps s and changes of gradient y, with the preconditioned changes P y beside them.
-
-    P is linear, so keeping P y saves its product: the two-loop recursion only adds vectors.
-    """
-
-    def __init__(self, memory: int) -> None:
-        self.memory = memory
-        self.pairs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # s, y, P y [columns, p]; 1 / s.y [columns, 1]
-        self.gamma: Tensor | float = 1.0  # size of the inverse Hessian relative to P, [columns, 1]
-
-    def select(self, chosen: Tensor) -> _History:
-        """The columns at int64 `chosen`."""
-        part = _History(self.memory)
-        part.pairs = [(s[chosen], y[chosen], py[chosen], rho[chosen]) for s, y, py, rho in self.pairs]
-        part.gamma = self.gamma[chosen] if isinstance(self.gamma, Tensor) else self.gamma
-        return part
-
-    def step(self, point: _Point) -> Tensor:
-        """To the optimum, as far as is known: minus the inverse Hessian's estimate times the gradient, [columns, p]."""
-        q, r, weights = point.gradient, point.newton, []
-        for s, y, py, rho in reversed(self.pairs):
-            a = rho * dot(s, q)
-            weights.append(a)
-            q, r = q - a * y, r - a * py
-        r = self.gamma * r
-        for (s, y, _, rho), a in zip(self.pairs, reversed(weights), strict=True):
-            r = r + s * (a - rho * dot(y, r))
-        return -r
-
-    def push(self, s: Tensor, y: Tensor, py: Tensor) -> None:
-        """Remember a step; columns without positive curvature (those that stand still) keep what they had."""
-        sy, ypy = dot(s, y), dot(y, py)
-        curved = (sy > 0) & (ypy > 0)
-        one = torch.ones_like(sy)
-        rho = torch.where(curved, 1 / torch.where(curved, sy, one), 0 * one)
-        self.gamma = torch.where(curved, sy / torch.where(curved, ypy, one), self.gamma * one)
-        self.pairs = [*self.pairs, (s, y, py, rho)][-self.memory :]
 
 
 def _line_search(
@@ -335,8 +301,3 @@ def _line_search(
         middle = torch.where(high.isinf(), 2 * size, (low + high) / 2)
         size = torch.where(steep, torch.where((newton > low) & (newton < high), newton, middle), size)
     return size * direction, there, residual
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products by column, [columns, 1]."""
-    return (a * b).sum(dim=1, keepdim=True)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from gemm import linear
-from probe_backends.lbfgs import Loss, Parabola, dot
+from probe_backends.history import dot
+from probe_backends.lbfgs import Loss, Parabola
 from probe_backends.problem import ProbeProblem
 
 _TEMPORARIES = 12  # float64 matrices [columns, rows] alive at once

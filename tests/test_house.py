@@ -48,7 +48,7 @@ MAY_IMPORT = {  # file or folder -> what it may import of the project, besides `
     "baselines": {"calibration", "datasets_wikidata", "language_model", "sae_loader"},
     "code_store": {"activations", "language_model", "sae_loader"},
     "row_store": {"activations", "code_store", "language_model", "out_of_memory"},
-    "probe_backends": {"gemm", "out_of_memory", "probe_backends", "probes"},
+    "probe_backends": {"compiled", "gemm", "out_of_memory", "probe_backends", "probes"},
     "probes": {"probe_backends"},
     "uncertainty": set(),
     "probe_statistics": {"uncertainty"},
