@@ -64,6 +64,22 @@ def compare(x: Floats, recon: Floats) -> tuple[Floats, Doubles, Doubles]:
 
 
 @compiled()
+def merge(
+    n: int, mean: Doubles, sums: Doubles, other_n: int, other_mean: Doubles, other_sums: Doubles
+) -> tuple[Doubles, Doubles]:
+    """Mean ``[d]`` and sums ``[2]``, as of `compare`, of both of two sets of so many rows."""
+    new_mean, new_sums = np.empty_like(mean), sums + other_sums
+    share = other_n / (n + other_n)
+    squares = 0.0
+    for i in range(len(mean)):
+        apart = other_mean[i] - mean[i]
+        new_mean[i] = mean[i] + apart * share
+        squares += apart * apart
+    new_sums[1] += squares * n * share
+    return new_mean, new_sums
+
+
+@compiled()
 def count_fired(col: Latents, value: Floats, fired: NDArray[np.int64]) -> None:
     """Add to each latent's count ``[d_sae]`` its entries that are not zero: latents and values ``[nnz]``."""
     for q in range(len(col)):

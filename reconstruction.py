@@ -103,6 +103,8 @@ class ReconstructionSums:
 
     def to(self, device: torch.device | str) -> ReconstructionSums:
         """The same sums on another device; these if it is theirs."""
+        if self.fired.device == torch.device(device):
+            return self
         others, fired = self.others.to(device), self.fired.to(device)
         return ReconstructionSums(self.whole.to(device), self.probed.to(device), others, fired)
 
@@ -130,18 +132,16 @@ class _ErrorSums:
     """Squared error and squared deviation of n rows; sets of rows merge as in Chan, Golub & LeVeque (1983)."""
 
     n: int
-    squared_error: Tensor
-    """Summed over rows and coordinates. float64 ``[]``."""
     mean: Tensor
     """Of x. float64 ``[d]``."""
-    deviation: Tensor
-    """Squared distance of x from ``mean``, summed over rows and coordinates. float64 ``[]``."""
+    sums: Tensor
+    """Squared errors, and squared distances of x from ``mean``, over rows and coordinates. float64 ``[2]``."""
 
     @classmethod
     def empty(cls, d: int, device: torch.device | str) -> _ErrorSums:
         """No rows."""
-        zeros = _zeros(1, device)
-        return cls(0, zeros[0], zeros.expand(d), zeros[0])
+        zeros = _zeros(2, device)
+        return cls(0, zeros[0].expand(d), zeros)
 
     @classmethod
     def of(cls, x: Tensor, recon: Tensor) -> tuple[_ErrorSums, Tensor]:
@@ -153,36 +153,30 @@ class _ErrorSums:
         x, recon = x.float(), recon.float()
         if len(x) == 0:
             return cls.empty(x.shape[1], x.device), x.new_empty(0)
-        errors, *sums = _compare_on_cpu(x, recon) if x.device.type == "cpu" else _compare(x, recon)
-        return cls(len(x), *sums), errors
+        errors, mean, sums = _compare_on_cpu(x, recon) if x.device.type == "cpu" else _compare(x, recon)
+        return cls(len(x), mean, sums), errors
 
     def merge(self, other: _ErrorSums) -> _ErrorSums:
         """Both sets of rows."""
         if 0 in (self.n, other.n):
             return self if other.n == 0 else other
-        n = self.n + other.n
-        apart = other.mean - self.mean
-        return _ErrorSums(
-            n=n,
-            squared_error=self.squared_error + other.squared_error,
-            mean=self.mean + apart * (other.n / n),
-            deviation=self.deviation + other.deviation + apart.square().sum() * (self.n * other.n / n),
-        )
+        merge = _merge_on_cpu if self.mean.device.type == "cpu" else _merge
+        return _ErrorSums(self.n + other.n, *merge(self, other))
 
     def to(self, device: torch.device | str) -> _ErrorSums:
         """The same sums on another device."""
-        return _ErrorSums(self.n, self.squared_error.to(device), self.mean.to(device), self.deviation.to(device))
+        return _ErrorSums(self.n, self.mean.to(device), self.sums.to(device))
 
     def mse(self) -> float | None:
         """Mean over rows and coordinates."""
-        return _ratio(self.squared_error.item(), self.n * self.mean.numel())
+        return _ratio(self.sums[0].item(), self.n * self.mean.numel())
 
     def fvu(self) -> float | None:
         """Fraction of variance unexplained."""
-        return _ratio(self.squared_error.item(), self.deviation.item())
+        return _ratio(*self.sums.tolist())
 
 
-def _compare(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _compare(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `error_kernels.compare`. Float32 along each row, float64 over the rows: no float64 copy of the matrix."""
     near_mean = x.mean(dim=0)
     offsets = x - near_mean
@@ -190,15 +184,31 @@ def _compare(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     squares = torch.linalg.vector_norm(offsets, dim=1).double().square()
     deviation = squares.sum() - len(x) * rounding.square().sum()
     errors = torch.linalg.vector_norm(x - recon, dim=1).square()
-    return errors, errors.sum(dtype=torch.float64), near_mean.double() + rounding, deviation.clamp(min=0)
+    sums = torch.stack([errors.sum(dtype=torch.float64), deviation.clamp(min=0)])
+    return errors, near_mean.double() + rounding, sums
 
 
-def _compare_on_cpu(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _compare_on_cpu(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from error_kernels import compare  # here: Numba takes a while to load
 
-    errors, mean, sums = compare(x.contiguous().numpy(), recon.contiguous().numpy())
-    squared_error, deviation = torch.from_numpy(sums).unbind()
-    return torch.from_numpy(errors), squared_error, torch.from_numpy(mean), deviation
+    errors, mean, sums = map(torch.from_numpy, compare(x.contiguous().numpy(), recon.contiguous().numpy()))
+    return errors, mean, sums
+
+
+def _merge(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]:
+    """As `error_kernels.merge`."""
+    apart, share = theirs.mean - ours.mean, theirs.n / (ours.n + theirs.n)
+    sums = ours.sums + theirs.sums
+    sums[1] += apart.square().sum() * (ours.n * share)
+    return ours.mean + apart * share, sums
+
+
+def _merge_on_cpu(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]:
+    from error_kernels import merge
+
+    both = [(part.n, part.mean.numpy(), part.sums.numpy()) for part in (ours, theirs)]
+    mean, sums = map(torch.from_numpy, merge(*both[0], *both[1]))
+    return mean, sums
 
 
 def _count_fired(latents: Latents, fired: Tensor) -> None:

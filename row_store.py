@@ -70,7 +70,7 @@ class RowStore:
 
     def _keep(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, values: Tensor) -> None:
         target = self._rows[site, sae_id]
-        target[row_ids.to(target.device)] = values.to(target.device)
+        target.index_copy_(0, row_ids.to(target.device), values.to(target.device))
 
     def get(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
         """Rows [len(row_ids), d] of x (`sae_id` None) or of an SAE's reconstruction, on `device`."""

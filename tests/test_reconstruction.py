@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from reconstruction import Reconstruction, ReconstructionSums, _compare, _compare_on_cpu
+from reconstruction import (
+    Reconstruction,
+    ReconstructionSums,
+    _compare,
+    _compare_on_cpu,
+    _ErrorSums,
+    _merge,
+    _merge_on_cpu,
+)
 from sae_loader import SparseRows
 
 D_IN, D_SAE, ROWS = 24, 40, 600
@@ -97,6 +105,9 @@ def test_on_a_cpu_and_elsewhere_it_is_the_same(mean: float, rows: int) -> None:
     for ours, theirs in zip(_compare_on_cpu(x, recon), _compare(x, recon), strict=True):
         assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    parts = [_ErrorSums.of(part, 0.9 * part)[0] for part in (x, x[: rows // 2 + 1] + 1)]
+    for ours, theirs in zip(_merge_on_cpu(*parts), _merge(*parts), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
