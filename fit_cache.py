@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 FOLDER = "probes"  # below the root, beside those of the models
 SOURCES = (
-    "errors.py", "fit_cache.py", "folds.py", "gemm.py", "installed.py", "out_of_memory.py", "probe_backends/*.py",
-    "probe_statistics.py", "probes.py", "selectivity.py", "uncertainty.py",
+    "compiled.py", "errors.py", "fit_cache.py", "folds.py", "gemm.py", "installed.py", "out_of_memory.py",
+    "probe_backends/*.py", "probe_statistics.py", "probes.py", "selectivity.py", "uncertainty.py",
 )  # fmt: skip
 """`selectivity` and all that it imports of the program, the solvers, and how their fits are kept."""
 
-_LIBRARIES = ("torch", "numpy", "scipy", "scikit-learn", "cuml-cu13")
+_LIBRARIES = ("torch", "numpy", "numba", "llvmlite", "scipy", "scikit-learn", "cuml-cu13")
 
 
 class FitCache:

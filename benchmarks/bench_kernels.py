@@ -4,7 +4,7 @@ python benchmarks/bench_kernels.py run    # two minutes
 python benchmarks/bench_kernels.py        # the table, from what `run` kept
 
 - top k: the k largest of each row (`sae_formats.topk`, against `torch.topk`);
-- TopK encoder: codes of inputs by a proposal in bfloat16 (`sae_formats.proposal`, against a float32 product and top k);
+- TopK encoder: codes of inputs by a proposal in bytes (`sae_formats.proposal`, against a float32 product and top k);
 - attention: of texts in bfloat16, heads x 64 wide (`model_hooks.attention`, against transformers' sdpa); a row is a
   token;
 - product: x Wᵀ in float32 (`gemm`, against `torch.nn.functional.linear`); equal on CPUs made by Intel.
