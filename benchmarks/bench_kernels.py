@@ -7,7 +7,8 @@ python benchmarks/bench_kernels.py        # the table, from what `run` kept
 - TopK encoder: codes of inputs by a proposal in bytes (`sae_formats.proposal`, against a float32 product and top k);
 - attention: of texts in bfloat16, heads x 64 wide (`model_hooks.attention`, against transformers' sdpa); a row is a
   token;
-- product: x Wᵀ in float32 (`gemm`, against `torch.nn.functional.linear`); equal on CPUs made by Intel.
+- product: x Wᵀ in float32 (`gemm`, against `torch.nn.functional.linear`); equal on CPUs made by Intel;
+- product, bytes: the same of signed bytes, exactly (`gemm`, against the same numbers in float32).
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def pairs(quick: bool) -> Iterator[Pair]:
     products = ((25, 256, 3345), (40, 768, 5000), (2048, 768, 3072), (256, 768, 32768))
     for n, d, width in products[:1] if quick else products:
         yield product(n, d, width)
+        yield product_of_bytes(n, d, width)
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -106,6 +108,12 @@ def product(n_rows: int, d: int, width: int) -> Pair:
     x, weight = drawn(n_rows, d), drawn(width, d)
     theirs, ours = (partial(way, x, weight) for way in (linear, gemm.linear))
     return Pair("product", f"{n_rows} x {d} x {width}", n_rows, theirs, ours)
+
+
+def product_of_bytes(n_rows: int, d: int, width: int) -> Pair:
+    x, weight = (drawn(*shape).mul(32).clamp(-127, 127).round() for shape in ((n_rows, d), (width, d)))
+    ours = partial(gemm.byte_products, x.to(torch.int8), weight.to(torch.int8))
+    return Pair("product, bytes", f"{n_rows} x {d} x {width}", n_rows, partial(linear, x, weight), ours)
 
 
 @torch.inference_mode()

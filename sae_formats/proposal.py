@@ -1,10 +1,11 @@
-"""TopK codes in a third of the encoder's time: products of bytes propose latents, float32 decides among them.
+"""TopK codes in a part of the encoder's time: products of bytes propose latents, float32 decides among them.
 
-A product of signed bytes is four to five times as fast as one in float32 on CPUs that have instructions for it, and
-exact. What is lost is lost before: with y on a grid of 255 steps as ŷ, and weights w as ŵ, Cauchy-Schwarz gives
-|y·w - ŷ·ŵ| <= ‖y - ŷ‖ ‖w‖ + ‖ŷ‖ ‖w - ŵ‖. So for each latent there is a largest pre-activation that it may have. The k
-for which that is largest are computed in float32, then the others for which it reaches the k-th of these: rarely more
-than 2 k in all. The k largest of what was computed are taken (`row_kernels`): the latents are those of float32.
+A product of signed bytes takes a fraction of one in float32 on CPUs that have instructions for it
+(`python benchmarks/bench_kernels.py`), and is exact. What is lost is lost before: with y on a grid of 255 steps as ŷ,
+and weights w as ŵ, Cauchy-Schwarz gives |y·w - ŷ·ŵ| <= ‖y - ŷ‖ ‖w‖ + ‖ŷ‖ ‖w - ŵ‖. So for each latent there is a largest
+pre-activation that it may have. The k for which that is largest are computed in float32, then the others for which it
+reaches the k-th of these: rarely more than 2 k in all. The k largest of what was computed are taken (`row_kernels`):
+the latents are those of float32.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from gemm import byte_products, has_fast_bytes
 
 LARGEST_STEP = 127
 LARGEST_D_IN = 2**16  # sums of so many products of steps are whole numbers of 32 bits
-PRODUCT_BYTES = 2 * 2**20
-LEAST_ROWS = 256
+PRODUCT_BYTES = 2 * 2**20  # what a core's cache holds
+LEAST_ROWS = 256  # with fewer a product reads the weights longer than it multiplies
 BLOCK = 4096  # latents at a time, for the memory of their copies
 
 
