@@ -29,7 +29,7 @@ class Rates:
     start: float  # seconds that a unit takes before its first text: texts, tokens, configs, weights
 
 
-CPU_CORE = Rates(forward=2.3e11, sae=1.6e11, probe=9.2e07, start=2.6)
+CPU_CORE = Rates(forward=2.3e11, sae=2.2e11, probe=1.1e08, start=2.6)
 """One core of the CPU that docs/scale.md was measured on."""
 
 
