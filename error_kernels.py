@@ -81,6 +81,11 @@ def merge(
 
 @compiled()
 def count_fired(col: Latents, value: Floats, fired: NDArray[np.int64]) -> None:
-    """Add to each latent's count ``[d_sae]`` its entries that are not zero: latents and values ``[nnz]``."""
+    """Add to each latent's count ``[d_sae]`` its entries that are not zero: latents and values ``[nnz]``.
+
+    Raises IndexError for a latent that there is not.
+    """
     for q in range(len(col)):
+        if not 0 <= col[q] < len(fired):
+            raise IndexError("a code names a latent that the SAE does not have")
         fired[col[q]] += np.int64(value[q] != 0)

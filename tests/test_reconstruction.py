@@ -148,3 +148,12 @@ def test_half_precision_activations_are_summed_in_float32() -> None:
     half = stream(x.bfloat16(), recon, codes, [200, 400])
     expected = stream(x.bfloat16().float(), recon, codes, [ROWS])
     assert asdict(half) == pytest.approx(asdict(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("latent", [-1, D_SAE])
+def test_a_latent_that_there_is_not_is_an_error(latent: int) -> None:
+    x, recon = make_rows(0.0)
+    codes = make_codes(ROWS)
+    codes.col[7] = latent
+    with pytest.raises(IndexError):
+        ReconstructionSums.empty(D_IN, D_SAE, "cpu").add_whole(x, recon, codes)
