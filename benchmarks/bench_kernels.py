@@ -60,7 +60,7 @@ def pairs(quick: bool) -> Iterator[Pair]:
     """All kernels at their sizes."""
     for d_sae, k in ((1024, 8),) if quick else ((1024, 8), (1024, 32), (1024, 128), (32768, 32), (32768, 256)):
         yield top_k(d_sae, k)
-    encoders = ((256, 1024, 8), (256, 1024, 32), (512, 8192, 32), (768, 32768, 32), (768, 32768, 256))
+    encoders = ((256, 512, 8), (256, 1024, 8), (256, 1024, 32), (512, 8192, 32), (768, 32768, 32), (768, 32768, 256))
     for d_in, d_sae, k in encoders[:1] if quick else encoders:
         yield encoder(d_in, d_sae, k)
     for n_heads, n_tokens in ((4, 30),) if quick else ((4, 30), (4, 150), (4, 380), (12, 30), (12, 150), (12, 380)):
