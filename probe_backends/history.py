@@ -17,11 +17,9 @@ class History:
     """
 
     memory: int
-    n: int = 0  # steps so far
-    _kept: tuple[Tensor, ...] = ()  # s, y, P y [memory, columns, p]; 1 / s.y [memory, columns]. Step i is at i % memory
-    _gamma: Tensor = field(
-        default_factory=lambda: torch.ones(0)
-    )  # size of the inverse Hessian relative to P, [columns]
+    n: int = 0  # steps so far; step i is at i % memory
+    _kept: tuple[Tensor, ...] = ()  # s, y, P y [memory, columns, p]; 1 / s.y [memory, columns]
+    _gamma: Tensor = field(default_factory=lambda: torch.ones(0))  # the inverse Hessian's size relative to P, [columns]
 
     def select(self, chosen: Tensor) -> History:
         """The columns at int64 `chosen`."""

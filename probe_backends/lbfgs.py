@@ -255,11 +255,9 @@ def _descend(
         n_active = int(active.sum())
         stopped = not n_active or int(n_iter.max()) >= limits.max_iter
         if stopped or 2 * n_active <= len(active):
-            theta = (
-                point.theta + history.step(point.gradient, point.newton) * short[:, None]
-                if limits.leap
-                else point.theta
-            )
+            theta = point.theta
+            if limits.leap:
+                theta = theta + history.step(point.gradient, point.newton) * short[:, None]
             here = Optimum(theta, point.margins, ~active, n_iter)
             if stopped:
                 return here

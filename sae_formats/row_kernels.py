@@ -14,6 +14,8 @@ What is left of some rows is found before any of it is rescored: guesses and wei
 other.
 
 Inside a loop over rows nothing is sliced, viewed or made: for Numba each is two atomic operations or an allocation.
+
+All in one file: what Numba keeps on disk it makes anew when its own file changes, not when one that it calls into does.
 """
 
 from __future__ import annotations
