@@ -21,11 +21,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks.timing import answer, parser
+from delta_selectivity.reporting import tables
 
-import report  # noqa: E402 - the project is not installed as a package
-from benchmarks.timing import answer, parser  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 SAES = ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32")
 QUICK = ["--datasets", "politics", "--layers", "0,1", "--shuffle_select_n", "100", "--repeats", "1"]
@@ -61,7 +60,7 @@ class Run:
         return cls(runs[0].sae, runs[0].warm, statistics.median(run.seconds for run in runs), stages)
 
 
-def measure(asked: argparse.Namespace) -> list[report.Row]:
+def measure(asked: argparse.Namespace) -> list[tables.Row]:
     """Both pairs."""
     flags = QUICK if asked.quick else []
     measured: list[list[Run]] = []
@@ -74,7 +73,7 @@ def measure(asked: argparse.Namespace) -> list[report.Row]:
         measured.append(once)
     runs = [Run.median(same) for same in zip(*measured, strict=True)]
     cold = {run.sae: run.seconds for run in runs if not run.warm}
-    rows: list[report.Row] = [HEADER]
+    rows: list[tables.Row] = [HEADER]
     for run in runs:
         pair = next(sae for sae in SAES if sae != run.sae)
         shares = [f"{cold[sae] / run.seconds:.1f}x" for sae in (pair, run.sae)] if run.warm else ["", ""]

@@ -30,15 +30,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks import serial
+from benchmarks.bundled import MODEL
+from benchmarks.timing import answer, parser
+from delta_selectivity.reporting import tables
+from delta_selectivity.saes import LinearCoder, TopK, open_sae
+from delta_selectivity.tasks.wikidata import load_wikidata
 
-import report  # noqa: E402 - the project is not installed as a package
-from benchmarks import serial  # noqa: E402
-from benchmarks.bundled import MODEL  # noqa: E402
-from benchmarks.timing import answer, parser  # noqa: E402
-from sae_loader import LinearCoder, TopK, open_sae  # noqa: E402
-from tasks.wikidata import load_wikidata  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 SAE = MODEL.parent / "tiny-pythia-saes-k32"
 PACKAGE = "sae-probes==0.4.2"
@@ -68,12 +67,12 @@ class Cost:
     probes: float | None
     whole: float
 
-    def row(self, ours: float) -> report.Row:
+    def row(self, ours: float) -> tables.Row:
         parts = ("" if seconds is None else f"{seconds:.0f}" for seconds in (self.forward, self.probes))
         return (self.side, self.timed, *parts, f"{self.whole:.0f}", f"{self.whole / ours:.1f}x")
 
 
-def measure(environment: Path, whole: bool, cpu_time: bool, repeats: int) -> list[report.Row]:
+def measure(environment: Path, whole: bool, cpu_time: bool, repeats: int) -> list[tables.Row]:
     """The table's rows, header first: medians of all sides, run in turn."""
     rounds = [
         [time_ours(cpu_time), *time_package(environment, whole, cpu_time), time_serial(cpu_time)]

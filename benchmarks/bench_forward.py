@@ -23,19 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks.shapes import SHAPES, TINY, Shape
+from benchmarks.timing import Clock, answer, at_a_time, in_turn, parser
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.reporting import tables
+from delta_selectivity.run.activations import Block, Producer, RowTable
+from delta_selectivity.run.pipeline import sharing_cores
+from delta_selectivity.system import gemm
+from delta_selectivity.system.cores import Cores
+from delta_selectivity.system.stopwatch import Stopwatch
+from delta_selectivity.tasks import TokenisedMentions
 
-import gemm  # noqa: E402 - the project is not installed as a package
-import report  # noqa: E402
-from activations import Block, Producer, RowTable  # noqa: E402
-from benchmarks.shapes import SHAPES, TINY, Shape  # noqa: E402
-from benchmarks.timing import Clock, answer, at_a_time, in_turn, parser  # noqa: E402
-from cores import Cores  # noqa: E402
-from datasets_wikidata import TokenisedMentions  # noqa: E402
-from language_model import Site, open_model  # noqa: E402
-from pipeline import sharing_cores  # noqa: E402
-from progress import Stopwatch  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 TOKENS = 128  # of a text, about the median of the Wikidata tasks
 FLOOR_ROWS = 256  # rows of a product in the SAE's floor: the fastest of 32 .. 1024
@@ -64,9 +63,9 @@ class Setting:
         return self.workers * self.texts * TOKENS
 
 
-def measure(shapes: Sequence[Shape], setting: Setting, dtypes: Sequence[str]) -> list[report.Row]:
+def measure(shapes: Sequence[Shape], setting: Setting, dtypes: Sequence[str]) -> list[tables.Row]:
     """The table's rows, header first."""
-    rows: list[report.Row] = [HEADER]
+    rows: list[tables.Row] = [HEADER]
     for shape in shapes:
         sae = _sae_seconds(shape, setting)
         for dtype in dtypes:
@@ -79,7 +78,7 @@ def measure(shapes: Sequence[Shape], setting: Setting, dtypes: Sequence[str]) ->
     return rows
 
 
-def _row(name: str, part: str, dtype: str, flops: int, setting: Setting, seconds: dict[str, float]) -> report.Row:
+def _row(name: str, part: str, dtype: str, flops: int, setting: Setting, seconds: dict[str, float]) -> tables.Row:
     rate, floor = (flops * setting.tokens / seconds[side] / 1e9 for side in ("ours", "floor"))
     texts = setting.workers * setting.texts / seconds["ours"]
     share = f"{100 * seconds['floor'] / seconds['ours']:.0f} %"

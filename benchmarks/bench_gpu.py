@@ -19,21 +19,20 @@ from pathlib import Path
 
 import torch
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks import bench_forward, timing
+from benchmarks.bundled import MODEL
+from benchmarks.shapes import SHAPES, TINY, Shape
+from delta_selectivity.models.language_model import open_model
+from delta_selectivity.reporting import tables
+from delta_selectivity.tasks import load_probe_texts, tokenise
 
-import report  # noqa: E402 - the project is not installed as a package
-from benchmarks import bench_forward, timing  # noqa: E402
-from benchmarks.bundled import MODEL  # noqa: E402
-from benchmarks.shapes import SHAPES, TINY, Shape  # noqa: E402
-from datasets_wikidata import load_probe_texts, tokenise  # noqa: E402
-from language_model import open_model  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 TEXTS = 256  # in a forward pass
 WHOLE_JOB = SHAPES[1]
 
 
-def whole_job(shape: Shape, device: str, flags: list[str]) -> list[report.Row]:
+def whole_job(shape: Shape, device: str, flags: list[str]) -> list[tables.Row]:
     """Header, the stages of `main.py`, and its wall clock."""
     with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as name, shape.model_folder() as model:
         saes, out = Path(name) / "saes", Path(name) / "out"
@@ -48,7 +47,7 @@ def whole_job(shape: Shape, device: str, flags: list[str]) -> list[report.Row]:
         runs = [json.loads(path.read_text(encoding="utf-8"))["_run"] for path in out.glob("*.json")]
         stages = max((run["seconds"] for run in runs), key=lambda found: found["total"])
     products = teraflops(shape)
-    rows: list[report.Row] = [("whole job", "seconds", "matrix products, TFLOP")]
+    rows: list[tables.Row] = [("whole job", "seconds", "matrix products, TFLOP")]
     rows += [(stage, f"{spent:.1f}", products.get(stage, "")) for stage, spent in stages.items() if stage != "total"]
     return [*rows, ("from start to end", f"{seconds:.1f}", "")]
 
@@ -63,7 +62,7 @@ def teraflops(shape: Shape) -> dict[str, str]:
     return {stage: f"{tokens * each / 1e12:.1f}" for stage, each in flops.items()}
 
 
-def measure(shapes: tuple[Shape, ...], repeats: int) -> list[report.Row]:
+def measure(shapes: tuple[Shape, ...], repeats: int) -> list[tables.Row]:
     """The first table."""
     setting = bench_forward.Setting("cuda:0", workers=1, texts=TEXTS, repeats=repeats)
     return bench_forward.measure(shapes, setting, ("float32", "bfloat16"))

@@ -24,15 +24,14 @@ from types import SimpleNamespace
 import torch
 from torch.nn.functional import linear
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks.timing import Clock, answer, in_turn, parser
+from delta_selectivity.models.attention import attend
+from delta_selectivity.reporting import tables
+from delta_selectivity.saes.proposal import Proposal
+from delta_selectivity.saes.topk import exact_topk
+from delta_selectivity.system import gemm
 
-import gemm  # noqa: E402 - the project is not installed as a package
-import report  # noqa: E402
-from benchmarks.timing import Clock, answer, in_turn, parser  # noqa: E402
-from model_hooks.attention import attend  # noqa: E402
-from sae_formats.proposal import Proposal  # noqa: E402
-from sae_formats.topk import exact_topk  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 HEADER = ("kernel", "size", "torch, us/row", "ours, us/row", "ratio")
 D_HEAD = 64
@@ -49,7 +48,7 @@ class Pair:
     torchs: Callable[[], object]
     ours: Callable[[], object]
 
-    def row(self, repeats: int, clock: Clock) -> report.Row:
+    def row(self, repeats: int, clock: Clock) -> tables.Row:
         """Of the table; medians."""
         seconds = in_turn({"torch": self.torchs, "ours": self.ours}, repeats, clock=clock)
         theirs, ours = (seconds[side] / self.n_rows * 1e6 for side in ("torch", "ours"))
@@ -117,7 +116,7 @@ def product_of_bytes(n_rows: int, d: int, width: int) -> Pair:
 
 
 @torch.inference_mode()
-def measure(quick: bool, repeats: int, clock: Clock) -> list[report.Row]:
+def measure(quick: bool, repeats: int, clock: Clock) -> list[tables.Row]:
     """The table's rows, header first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -34,14 +34,13 @@ from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from delta_selectivity.probing.backends.problem import balanced
+from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
+from delta_selectivity.probing.probes import ProbeProblem
+from delta_selectivity.records import result_file
+from delta_selectivity.reporting import tables
 
-import records  # noqa: E402 - the project is not installed as a package
-import report  # noqa: E402
-from probe_backends.problem import balanced  # noqa: E402
-from probe_backends.torch_lbfgs import TorchLbfgs  # noqa: E402
-from probes import ProbeProblem  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 KEPT = Path(__file__).resolve().with_suffix(".json")
 SIZES, PROBES, FOLDS = ((2000, 128), (5000, 768), (10_000, 1024)), (1, 8, 16), 5
@@ -169,7 +168,7 @@ def _loosest(
 
 def table(lines: Sequence[Line]) -> str:
     """A line per problem; ratios are the other side's time over ours."""
-    rows: list[report.Row] = [
+    rows: list[tables.Row] = [
         ("rows x d", "probes x folds x C", "ours, ms/fit", "error", "lbfgs cold, ms/fit", "error", "ratio",
          "lbfgs warm, ms/fit", "error", "ratio", "newton-cholesky, ms/fit", "ratio")
     ]  # fmt: skip
@@ -180,7 +179,7 @@ def table(lines: Sequence[Line]) -> str:
              f"{line.warm:.0f}", f"{line.warm_error:.0e}", f"{line.warm / line.ours:.0f}x",
              f"{line.newton:.0f}", f"{line.newton / line.ours:.0f}x")
         )  # fmt: skip
-    return report.aligned(rows)
+    return tables.aligned(rows)
 
 
 def run(sizes: Sequence[tuple[int, int]], probes: Sequence[int], rounds: int, clock: Callable[[], float]) -> None:
@@ -190,7 +189,9 @@ def run(sizes: Sequence[tuple[int, int]], probes: Sequence[int], rounds: int, cl
         lines.append(measure(rows, d, n, cs, rounds, clock))
         print(table(lines[-1:]), file=sys.stderr)
         config = {"rounds": rounds, "threads": torch.get_num_threads(), "clock": clock.__name__}
-        records.write_json(KEPT, {"lines": [asdict(line) for line in lines], "_run": records.describe_run(config)})
+        result_file.write_json(
+            KEPT, {"lines": [asdict(line) for line in lines], "_run": result_file.describe_run(config)}
+        )
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:

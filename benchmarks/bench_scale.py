@@ -25,18 +25,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from delta_selectivity.cli.command_line import DEMO_SAES, parse_config
+from delta_selectivity.records.result_file import read, write_json
+from delta_selectivity.reporting.tables import Row, aligned
+from delta_selectivity.run.measure import measure
+from delta_selectivity.run.planning import make_plan, open_files
+from delta_selectivity.scale.cluster import open_cluster
+from delta_selectivity.scale.estimate import CPU_CORE, shape_of
+from delta_selectivity.scale.schedule import outcomes
+from delta_selectivity.scale.units import Unit, plan_units
 
-import main as program  # noqa: E402 - the project is not installed as a package
-from command_line import DEMO_SAES, parse_config  # noqa: E402
-from planning import make_plan, open_files  # noqa: E402
-from records import read, write_json  # noqa: E402
-from report import Row, aligned  # noqa: E402
-from scale.cluster import open_cluster  # noqa: E402
-from scale.estimate import CPU_CORE, shape_of  # noqa: E402
-from scale.schedule import outcomes  # noqa: E402
-from scale.units import Unit, plan_units  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 KEPT = Path(__file__).resolve().with_suffix("") / "measured.json"
 CPU = ["--device1", "cpu", "--device2", "cpu", "--quiet"]
@@ -57,7 +56,7 @@ def measure_rates(folder: Path) -> dict[str, float]:
         own = make_plan(unit.config)
         files = open_files(unit.config, own, held)
         opening = time.perf_counter() - begin
-        program.measure(unit.config, own, files)
+        measure(unit.config, own, files)
     shape = shape_of(config, plan, unit)
     spent = {name: sum(stage_seconds(unit).get(stage, 0.0) for stage in STAGES[name]) for name in STAGES}
     views = shape.n_sites * shape.d_model + sum(d_out for _, _, d_out in shape.sae_sizes)

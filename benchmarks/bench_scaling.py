@@ -23,14 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks import large_job
+from benchmarks.bundled import MODEL
+from benchmarks.timing import answer, exponent, parser
+from delta_selectivity.reporting import tables
+from delta_selectivity.tasks import load_probe_texts
 
-import report  # noqa: E402 - the project is not installed as a package
-from benchmarks import large_job  # noqa: E402
-from benchmarks.bundled import MODEL  # noqa: E402
-from benchmarks.timing import answer, exponent, parser  # noqa: E402
-from datasets_wikidata import load_probe_texts  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 SAE = MODEL.parent / "tiny-pythia-saes-k32"
 STAGES = ("forward", "sae", "probes", "statistics")
@@ -84,9 +83,9 @@ def doublings(quick: bool) -> list[Doubling]:
     ]
 
 
-def measure(quick: bool) -> list[report.Row]:
+def measure(quick: bool) -> list[tables.Row]:
     """The table's rows, header first."""
-    rows: list[report.Row] = [("", "size", *(f"{stage}, s" for stage in STAGES), "peak memory, GB", "exponent", "of")]
+    rows: list[tables.Row] = [("", "size", *(f"{stage}, s" for stage in STAGES), "peak memory, GB", "exponent", "of")]
     for doubling in doublings(quick):
         costs = {size: run_job(job) for size, job in doubling.jobs()}
         fitted = exponent(list(costs), [cost.of(doubling.stages) for cost in costs.values()])
@@ -142,7 +141,7 @@ def main() -> int:
     asked = flags.parse_args()
     if asked.large:
         found = large_job.run(asked.rows, asked.layers, width=64 if asked.quick else 768)
-        print(report.aligned(large_job.table(found, asked.memory_gb)))
+        print(tables.aligned(large_job.table(found, asked.memory_gb)))
         return int(found.peak_gb > asked.memory_gb)
     print(answer("bench_scaling", asked, lambda: measure(asked.quick)))
     return 0

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from activations import CPU_TOKENS
-from datasets_wikidata import Mention, batches, tokenise
-from errors import RequestError
-from language_model import Site, open_model
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.run.activations import CPU_TOKENS
+from delta_selectivity.tasks import Mention, batches, tokenise
 
 MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"
 

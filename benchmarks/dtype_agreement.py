@@ -12,10 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from delta_selectivity.reporting import results as report_files
+from delta_selectivity.reporting import tables
 
-import report  # noqa: E402 - the project is not installed as a package
+PROJECT = Path(__file__).resolve().parent.parent
 
 RESULTS = PROJECT / "results" / "demo"
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
@@ -29,12 +29,12 @@ def run() -> None:
 
 def table() -> str:
     """Per SAE: how far figures of the two runs are apart, beside half the width of the interval of delta_sel."""
-    rows: list[report.Row] = [("SAE", "figure", "mean difference", "mean, absolute", "largest, absolute")]
+    rows: list[tables.Row] = [("SAE", "figure", "mean difference", "mean, absolute", "largest, absolute")]
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         pairs = []
-        for path, results in report.load(report.result_files(folder)):
-            ((_, other),) = report.load([KEPT / folder.name / path.name])
-            pairs += list(zip(report.cells(results), report.cells(other), strict=True))
+        for path, results in report_files.load(report_files.result_files(folder)):
+            ((_, other),) = report_files.load([KEPT / folder.name / path.name])
+            pairs += list(zip(report_files.cells(results), report_files.cells(other), strict=True))
         for name in ("model_sel", "sae_sel", "delta_sel"):
             apart = [a[3][name] - b[3][name] for a, b in pairs]
             sizes = [abs(value) for value in apart]
@@ -42,7 +42,7 @@ def table() -> str:
                          f"{max(sizes):.4f}"))  # fmt: skip
         half = [(a[3]["ci_high"] - a[3]["ci_low"]) / 2 for a, _ in pairs]
         rows.append((folder.name, "(half the interval)", "", f"{statistics.fmean(half):.4f}", f"{max(half):.4f}"))
-    return report.aligned(rows)
+    return tables.aligned(rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,12 +20,11 @@ from pathlib import Path
 
 import yaml
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks.scale_simulation import Task, simulate
+from delta_selectivity.reporting.tables import Row, aligned
+from delta_selectivity.scale.estimate import Rates, Shape, cost
 
-from benchmarks.scale_simulation import Task, simulate  # noqa: E402 - the project is not installed as a package
-from report import Row, aligned  # noqa: E402
-from scale.estimate import Rates, Shape, cost  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 RELEASE = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)$")
 SAE_ID = re.compile(r"(?:layer_(?P<layer>\d+)|embedding)/width_(?P<width>\d+)(?P<unit>[km])/")

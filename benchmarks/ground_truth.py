@@ -12,19 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scipy.stats import spearmanr
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks.synthetic_features.result import SHUFFLED, Result
+from delta_selectivity.records import result_file
+from delta_selectivity.reporting.tables import Row, aligned
 
-import records  # noqa: E402 - the project is not installed as a package
-import report  # noqa: E402
-from benchmarks.synthetic_features.result import SHUFFLED, Result  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +54,9 @@ def run(seed: int) -> None:
     content = {
         "saes": [asdict(result) for result in results],
         "shuffling": {"value": shuffling.value, "low": shuffling.low, "high": shuffling.high},  # shuffled - whole
-        "_run": records.describe_run(config),
+        "_run": result_file.describe_run(config),
     }
-    records.write_json(kept_file(seed), content)
+    result_file.write_json(kept_file(seed), content)
 
 
 def kept_file(seed: int) -> Path:
@@ -92,7 +90,7 @@ def rank_correlation(results: Sequence[Result], predictor: str, truth: str) -> f
 
 def sae_table(results: Sequence[Result]) -> str:
     """A line per SAE: those that hold most first, those built to deceive last."""
-    rows: list[report.Row] = [
+    rows: list[Row] = [
         ("SAE", "", "present", "kept", "held", "matched", "MCC", "delta_sel", "95 % interval", "transfer_delta",
          "latent_sel", "MSE", "FVU", "L0")
     ]  # fmt: skip
@@ -111,19 +109,19 @@ def sae_table(results: Sequence[Result]) -> str:
                 f"{r.l0:.1f}",
             )
         )
-    return report.aligned(rows)
+    return aligned(rows)
 
 
 def rank_table(by_seed: Mapping[int, Kept]) -> str:
     """Spearman's correlation of every score with every truth in every world; last, the deceivers among the SAEs."""
-    rows: list[report.Row] = [("true recovery", "world", "SAEs", *PREDICTORS)]
+    rows: list[Row] = [("true recovery", "world", "SAEs", *PREDICTORS)]
     rows += [_ranks(truth, f"seed {seed}", kept.honest) for truth in TRUTHS for seed, kept in by_seed.items()]
     for truth in ("present", "kept", "held"):
         rows += [_ranks(truth, f"seed {seed}, deceivers too", kept.saes) for seed, kept in by_seed.items()]
-    return report.aligned(rows)
+    return aligned(rows)
 
 
-def _ranks(truth: str, world: str, results: Sequence[Result]) -> report.Row:
+def _ranks(truth: str, world: str, results: Sequence[Result]) -> Row:
     found = (f"{rank_correlation(results, predictor, truth):+.3f}" for predictor in PREDICTORS)
     return (truth.replace("_", ", "), world, str(len(results)), *found)
 

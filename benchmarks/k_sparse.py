@@ -20,10 +20,10 @@ from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from folds import FoldPlan
-from probe_backends.problem import balanced
-from sae_loader import SparseRows
-from selectivity import choose_c
+from delta_selectivity.probing.backends.problem import balanced
+from delta_selectivity.probing.folds import FoldPlan
+from delta_selectivity.probing.selectivity import choose_c
+from delta_selectivity.saes import SparseRows
 
 KS = (1, 5, 16)
 CS = (1e-4, 1e-2, 1.0, 1e2, 1e4)

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import report
-from activations import NO_MENTION, LayerRows, SaeId
-from folds import FoldPlan
-from language_model import Site
-from probes import choose_backend
-from row_store import RowStore
-from selectivity import fit_model, out_of_fold
+from delta_selectivity.models.language_model import Site
+from delta_selectivity.probing.folds import FoldPlan
+from delta_selectivity.probing.probes import choose_backend
+from delta_selectivity.probing.selectivity import fit_model, out_of_fold
+from delta_selectivity.reporting import tables
+from delta_selectivity.run.activations import NO_MENTION, LayerRows, SaeId
+from delta_selectivity.run.row_store import RowStore
 
 BATCH = 4096  # rows
 MAX_BYTES = 2**30  # of rows in memory; --queue_gb
@@ -65,7 +65,7 @@ def run(n_rows: int, n_layers: int, width: int) -> Found:
     return Found(n_rows, n_layers, width, gb if place == "files" else 0.0, stored - start, probed - stored, max(peak))
 
 
-def table(found: Found, allowed_gb: float) -> list[report.Row]:
+def table(found: Found, allowed_gb: float) -> list[tables.Row]:
     """Header and one row."""
     header = ("rows", "layers", "width", "files, GB", "store, s", "probes, s", "peak memory, GB", "allowed, GB")
     sizes = (f"{found.n_rows:,}", str(found.n_layers), str(found.width), f"{found.stored_gb:.1f}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,18 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from delta_selectivity.probing.folds import FoldPlan
+from delta_selectivity.probing.probes import ProbeBackend, choose_backend
+from delta_selectivity.probing.selectivity import fit_model
+from delta_selectivity.probing.uncertainty import Estimate, estimate_delta
+from delta_selectivity.records import result_file
+from delta_selectivity.reporting import tables
+from delta_selectivity.tasks.assemble import distinct_rows
+from delta_selectivity.tasks.catalogue import load_sources
+from delta_selectivity.tasks.types import RowSet
 
-import records  # noqa: E402 - the project is not installed as a package
-import report  # noqa: E402
-from folds import FoldPlan  # noqa: E402
-from probes import ProbeBackend, choose_backend  # noqa: E402
-from selectivity import fit_model  # noqa: E402
-from tasks.assemble import distinct_rows  # noqa: E402
-from tasks.catalogue import load_sources  # noqa: E402
-from tasks.types import RowSet  # noqa: E402
-from uncertainty import Estimate, estimate_delta  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
 DEFAULT_LAYER = 4  # of 0 to 5
@@ -149,8 +147,8 @@ def run(layer: int) -> None:
     found = measure(layer)
     config = {"layer": layer, "folds": N_FOLDS, "repeats": N_REPEATS, "seed": SEED}
     KEPT.mkdir(exist_ok=True)
-    content = {"probes": [asdict(leakage) for leakage in found], "_run": records.describe_run(config)}
-    records.write_json(kept_file(layer), content)
+    content = {"probes": [asdict(leakage) for leakage in found], "_run": result_file.describe_run(config)}
+    result_file.write_json(kept_file(layer), content)
 
 
 def kept_file(layer: int) -> Path:
@@ -160,7 +158,7 @@ def kept_file(layer: int) -> Path:
 def table(layer: int) -> str:
     """A line per probe, and what the table says in a sentence or two."""
     kept = json.loads(kept_file(layer).read_text(encoding="utf-8"))["probes"]
-    rows: list[report.Row] = [
+    rows: list[tables.Row] = [
         ("probe", "people", "rows as shipped", "distinct", "as shipped, by row", "distinct, by row",
          "distinct, by person", "95 % interval", "by row - by person", "95 % interval")
     ]  # fmt: skip
@@ -175,14 +173,14 @@ def table(layer: int) -> str:
                 _interval(probe["persons_share"], "+.3f"),
             )
         )
-    return f"{report.aligned(rows)}\n\n{_verdict(kept)}"
+    return f"{tables.aligned(rows)}\n\n{_verdict(kept)}"
 
 
 def _interval(figure: dict[str, float], form: str) -> str:
     return f"{figure['low']:{form}} .. {figure['high']:{form}}"
 
 
-def _verdict(kept: Sequence[records.Json]) -> str:
+def _verdict(kept: Sequence[result_file.Json]) -> str:
     shipped = [probe["shipped"]["value"] - probe["by_person"]["value"] for probe in kept]
     worst = kept[int(np.argmax(shipped))]["probe"]
     shared = sum(probe["persons_share"]["low"] > 0 for probe in kept)

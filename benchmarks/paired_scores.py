@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from probe_statistics import ProbeScores
-from uncertainty import Cell, Estimate, balanced_mean, clustered_variance, estimate_mean
+from delta_selectivity.probing.probe_statistics import ProbeScores
+from delta_selectivity.probing.uncertainty import Cell, Estimate, balanced_mean, clustered_variance, estimate_mean
 
 Floats = NDArray[np.floating]
 Parts = Callable[[ProbeScores, str], Floats]  # [repeats, rows] with the score as balanced mean: `correct`, `bits`, ...

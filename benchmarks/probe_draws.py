@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets_wikidata import Probe, ProbeTexts, load_probe_texts
-from folds import FoldPlan
+from delta_selectivity.probing.folds import FoldPlan
+from delta_selectivity.tasks import Probe, ProbeTexts, load_probe_texts
 
 N_FOLDS, N_REPEATS = 5, 5
 ENOUGH = 5  # draws for each person there is

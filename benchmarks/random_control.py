@@ -15,10 +15,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from delta_selectivity.reporting import results as report_files
+from delta_selectivity.reporting import tables
 
-import report  # noqa: E402 - the project is not installed as a package
+PROJECT = Path(__file__).resolve().parent.parent
 
 MODEL = PROJECT / "assets" / "tiny-pythia"
 SAES = PROJECT / "assets" / "tiny-pythia-saes-k8"  # main.py wants an SAE; model_sel does not depend on it
@@ -45,8 +45,8 @@ def run() -> None:
 def selectivities(folder: Path) -> dict[str, dict[int, tuple[float, int]]]:
     """probe -> layer -> (model_sel, rows)."""
     found: dict[str, dict[int, tuple[float, int]]] = {}
-    for _, results in report.load(report.result_files(folder)):
-        for layer, probe, _, cell in report.cells(results):
+    for _, results in report_files.load(report_files.result_files(folder)):
+        for layer, probe, _, cell in report_files.cells(results):
             found.setdefault(probe, {})[layer] = (cell["model_sel"], cell["n_rows"])
     return found
 
@@ -54,7 +54,7 @@ def selectivities(folder: Path) -> dict[str, dict[int, tuple[float, int]]]:
 def table() -> str:
     """Per probe: mean over layers and one middle layer, trained and random; last, how many probes gain."""
     trained, random = selectivities(TRAINED), selectivities(KEPT)
-    rows: list[report.Row] = [
+    rows: list[tables.Row] = [
         ("probe", "rows", "trained, mean", "random, mean", f"trained, layer {MIDDLE_LAYER}", "random")
     ]
     gains = 0
@@ -65,7 +65,7 @@ def table() -> str:
         rows.append((probe, str(layers[MIDDLE_LAYER][1]), *(f"{value:.3f}" for value in (*pair, *at_middle))))
     tokens = json.loads((MODEL / "training.json").read_text(encoding="utf-8"))["tokens_seen"] / 1e6
     verdict = f"Trained on {tokens:.1f} M tokens; it beats random weights on {gains} of {len(trained)} probes (means)."
-    return f"{report.aligned(rows)}\n\n{verdict}"
+    return f"{tables.aligned(rows)}\n\n{verdict}"
 
 
 if __name__ == "__main__":

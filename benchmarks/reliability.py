@@ -12,30 +12,27 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same numbers whatever the number of cores
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from benchmarks import reliability_tables
+from benchmarks.k_sparse import KS
+from benchmarks.paired_scores import Errors, Parts, by_partition, difference, fvu_difference, noise_of_folds
+from benchmarks.probe_draws import Pool, Task, draw_people, rows_of_people
+from benchmarks.reliability_tables import RESAMPLED, Pairs, Reliability
+from benchmarks.reliability_work import Work, errors_at
+from benchmarks.sae_panel import PairSet, noise_panel, pair_sets, panel
+from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, bits, correct, r2_parts
 
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(PROJECT), str(PROJECT / "scripts")]  # the project is not installed as a package
-
-import numpy as np  # noqa: E402
-from numpy.typing import NDArray  # noqa: E402
-
-from benchmarks import reliability_tables  # noqa: E402
-from benchmarks.k_sparse import KS  # noqa: E402
-from benchmarks.paired_scores import Errors, Parts, by_partition, difference, fvu_difference, noise_of_folds  # noqa: E402
-from benchmarks.probe_draws import Pool, Task, draw_people, rows_of_people  # noqa: E402
-from benchmarks.reliability_tables import RESAMPLED, Pairs, Reliability  # noqa: E402
-from benchmarks.reliability_work import Work, errors_at  # noqa: E402
-from benchmarks.sae_panel import PairSet, noise_panel, pair_sets, panel  # noqa: E402
-from errors import RequestError  # noqa: E402
-from probe_statistics import ProbeScores, auc_parts, bits, correct, r2_parts  # noqa: E402
-
 LAYER = 3  # of 0 to 5; where the demo's SAEs lose most
 RUNS = (1, 2, 3, 4, 5)  # seeds of repeated measurements
 ROWS = 3000  # of a dataset: the program's `--shuffle_select_n`
@@ -163,6 +160,8 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if args.what == "run":
+        torch.set_num_threads(1)
+        threadpool_limits(1)  # the same numbers whatever the number of cores
         try:
             reliability_tables.keep(measure(Work(args.work_dir / f"layer_{LAYER}", LAYER, args.corpus)))
         except RequestError as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.paired_scores import RELIABLE, PairCount, noise_of_differences, noise_of_runs
 from benchmarks.sae_panel import snapshots_of
-from whole_file import replacing
+from delta_selectivity.system.whole_file import replacing
 
 KEPT = Path(__file__).resolve().with_name("reliability") / "results.json"
 DIGITS = 5  # significant, of what is kept

@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import scores
 from benchmarks import bundled
 from benchmarks.k_sparse import KS, k_sparse_scores
 from benchmarks.paired_scores import Errors
 from benchmarks.probe_draws import Pool, Task
 from benchmarks.sae_families import CorpusActivations, as_sae, corpus_activations, train
 from benchmarks.sae_panel import Snapshot
-from errors import RequestError
-from probe_statistics import ProbeScores, quantised
-from probes import ProbeBackend, choose_backend
-from sae_loader import Sae
-from selectivity import ModelFit, fit_model, out_of_fold
+from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import ProbeScores, quantised
+from delta_selectivity.probing.probes import ProbeBackend, choose_backend
+from delta_selectivity.probing.selectivity import ModelFit, fit_model, out_of_fold
+from delta_selectivity.records import scores
+from delta_selectivity.saes import Sae
 
 log = logging.getLogger(__name__)
 

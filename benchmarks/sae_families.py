@@ -25,12 +25,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from demo_training.corpus import Document
-from demo_training.sae_training import SaeSettings, TopKSae, train_step
-from demo_training.streams import TextMix, encode
-from language_model import LanguageModel, Site, open_model
-from sae_formats.coders import LinearCoder, fold_b_dec
-from sae_loader import Sae, Threshold, TopK
+from delta_selectivity.models.language_model import LanguageModel, Site, open_model
+from delta_selectivity.saes import Sae, Threshold, TopK
+from delta_selectivity.saes.coders import LinearCoder, fold_b_dec
+from scripts.demo_training.corpus import Document
+from scripts.demo_training.sae_training import SaeSettings, TopKSae, train_step
+from scripts.demo_training.streams import TextMix, encode
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,17 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from benchmarks import bundled
+from benchmarks.paired_scores import RELIABLE, noise_of_runs
+from benchmarks.probe_draws import Pool, Task
+from delta_selectivity.probing.probes import choose_backend
+from delta_selectivity.probing.selectivity import fit_model, measure, out_of_fold
+from delta_selectivity.records import result_file
+from delta_selectivity.reporting import tables
+from delta_selectivity.saes import open_sae
 
-import records  # noqa: E402 - the project is not installed as a package
-import report  # noqa: E402
-from benchmarks import bundled  # noqa: E402
-from benchmarks.paired_scores import RELIABLE, noise_of_runs  # noqa: E402
-from benchmarks.probe_draws import Pool, Task  # noqa: E402
-from probes import choose_backend  # noqa: E402
-from sae_loader import open_sae  # noqa: E402
-from selectivity import fit_model, measure, out_of_fold  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +56,7 @@ def run() -> None:
         levels.setdefault(kind, []).append(_sae_level(tasks, x, recons))
         log.info("%s: %s", kind, levels[kind][-1])
     config = {"rows": ROWS, "layers": list(layers), "runs": len(RUNS)}
-    records.write_json(KEPT, {"levels": levels, "_run": records.describe_run(config)})
+    result_file.write_json(KEPT, {"levels": levels, "_run": result_file.describe_run(config)})
 
 
 def _draws(pool: Pool) -> Iterator[tuple[str, list[Task]]]:
@@ -83,7 +81,7 @@ def _sae_level(tasks: list[Task], x: Mapping[int, Tensor], recons: Mapping[tuple
 
 def table(levels: Mapping[str, list[Level]]) -> str:
     """A line per figure and kind of draw."""
-    rows: list[report.Row] = [
+    rows: list[tables.Row] = [
         ("figure", "drawn anew", *(f"{name}, mean" for name in SAES), "SD of one", "2.77 SD", "SD of the difference",
          "2.77 SD")
     ]  # fmt: skip
@@ -95,7 +93,7 @@ def table(levels: Mapping[str, list[Level]]) -> str:
             means = (f"{np.mean(values):+.4f}" for values in by_sae.values())
             noise = (f"{one:.4f}", f"{RELIABLE * one:.4f}", f"{two:.4f}", f"{RELIABLE * two:.4f}")
             rows.append((figure, kind, *means, *noise))
-    return report.aligned(rows)
+    return tables.aligned(rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
 from benchmarks.bundled import MODEL
-from sae_loader import Sae, random_topk
+from delta_selectivity.saes import Sae, random_topk
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 

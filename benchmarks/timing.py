@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import report
-from whole_file import replacing
+from delta_selectivity.reporting import tables
+from delta_selectivity.system.whole_file import replacing
 
 KEPT = Path(__file__).resolve().parent  # a file for each benchmark
 
@@ -70,14 +70,14 @@ def kept_file(benchmark: str) -> Path:
     return KEPT / f"{benchmark}.json"
 
 
-def keep(benchmark: str, rows: Sequence[report.Row]) -> None:
+def keep(benchmark: str, rows: Sequence[tables.Row]) -> None:
     """Write a table's rows, header first, into the repository."""
     with replacing(kept_file(benchmark), "w", encoding="utf-8") as file:
         json.dump(rows, file, indent=0, ensure_ascii=False)
         file.write("\n")
 
 
-def kept(benchmark: str) -> list[report.Row]:
+def kept(benchmark: str) -> list[tables.Row]:
     """The rows that `keep` wrote last."""
     return [tuple(row) for row in json.loads(kept_file(benchmark).read_text(encoding="utf-8"))]
 
@@ -92,13 +92,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def answer(benchmark: str, asked: argparse.Namespace, measure: Callable[[], list[report.Row]]) -> str:
+def answer(benchmark: str, asked: argparse.Namespace, measure: Callable[[], list[tables.Row]]) -> str:
     """The table asked for: measured now, or as it was kept."""
     if asked.what != "run" and not asked.quick:
         if not kept_file(benchmark).exists():
             raise SystemExit(f"{benchmark}: nothing was kept yet; measure it with `run`")
-        return report.aligned(kept(benchmark))
+        return tables.aligned(kept(benchmark))
     rows = measure()
     if not asked.quick:
         keep(benchmark, rows)
-    return report.aligned(rows)
+    return tables.aligned(rows)

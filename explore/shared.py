@@ -9,7 +9,6 @@ Importing it makes the project's modules importable from a notebook, wherever Ju
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,12 +16,11 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import LogLocator, NullLocator
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from delta_selectivity.records import result_file
+from delta_selectivity.reporting import results as report_files
+from delta_selectivity.reporting.ink import COLOURS, MARKERS, MUTED, RULE, STYLE
 
-import records  # noqa: E402 - the project is not installed as a package
-import report  # noqa: E402
-from reporting.ink import COLOURS, MARKERS, MUTED, RULE, STYLE  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 __all__ = [
     "COLOURS",
@@ -57,16 +55,16 @@ def results_table(folder: Path) -> pd.DataFrame:
     docs/numbers.md defines. Raises `RequestError` if there are no results, or a file was edited or cut short.
     """
     lines = []
-    for path, found in report.load(report.result_files(folder)):
+    for path, found in report_files.load(report_files.result_files(folder)):
         config = found["_run"]["config"]
-        model, dataset = records.slug(config["model_name"]), path.stem
+        model, dataset = result_file.slug(config["model_name"]), path.stem
         about = {
-            "sae": records.slug(config["sae"]),
+            "sae": result_file.slug(config["sae"]),
             "baseline": config.get("baseline"),
             "dataset": dataset.removeprefix(f"{model}_").removeprefix("wikidata_"),
             "path": path,
         }
-        for layer, probe, figures, result in report.cells(found):
+        for layer, probe, figures, result in report_files.cells(found):
             of_layer = {name: value for name, value in figures.items() if not isinstance(value, dict)}
             lines.append({**about, "layer": layer, "probe": probe, **of_layer, **result})
     return pd.DataFrame(lines)

@@ -29,16 +29,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tqdm import tqdm
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.system.interrupts import like_ctrl_c
+from delta_selectivity.system.terminal import LineFormatter, show, tell
+from scripts.wikidata_build import classes, dump, entities, mentions, output, selection, texts
+from scripts.wikidata_build.people import Names, PeopleTable
+
 SCRIPTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(path) for path in (SCRIPTS.parent, SCRIPTS) if str(path) not in sys.path]
-
-from tqdm import tqdm  # noqa: E402 - the project is not installed as a package
-
-from errors import RequestError  # noqa: E402
-from interrupts import like_ctrl_c  # noqa: E402
-from terminal import LineFormatter, show, tell  # noqa: E402
-from wikidata_build import classes, dump, entities, mentions, output, selection, texts  # noqa: E402
-from wikidata_build.people import Names, PeopleTable  # noqa: E402
 
 log = logging.getLogger("build_wikidata")
 

@@ -3,6 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install dev -r requirements-dev.txt
+install package --no-deps -e .
 install reference --no-deps --require-hashes -r requirements-reference.txt
 cd "$project"
 "$python" -m ruff check --quiet .

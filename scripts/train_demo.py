@@ -22,12 +22,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the stages spread their work ov
 import torch
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
-from demo_training.cards import model_card, sae_card
-from demo_training.language_model import ModelSettings, train_model
-from demo_training.sae_files import error_in_sae_lens, error_in_sparsify, write_sae_lens, write_sparsify
-from demo_training.sae_training import SaeSettings, residual_stream, train_saes, without_bos
-from demo_training.streams import NATURAL_SHARES, SHARES, load_mix, texts_by_source
-from demo_training.tokenizer import save_tokenizer, train_tokenizer
+from scripts.demo_training.cards import model_card, sae_card
+from scripts.demo_training.language_model import ModelSettings, train_model
+from scripts.demo_training.sae_files import error_in_sae_lens, error_in_sparsify, write_sae_lens, write_sparsify
+from scripts.demo_training.sae_training import SaeSettings, residual_stream, train_saes, without_bos
+from scripts.demo_training.streams import NATURAL_SHARES, SHARES, load_mix, texts_by_source
+from scripts.demo_training.tokenizer import save_tokenizer, train_tokenizer
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 MODEL = "tiny-pythia"

@@ -18,12 +18,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
+from delta_selectivity.probing.selectivity import OPTIONAL, ProbeResult
+from delta_selectivity.records.result_file import SCHEMA_VERSION
+from delta_selectivity.run.reconstruction import Reconstruction
 
-from reconstruction import Reconstruction  # noqa: E402 - the project is not installed as a package
-from records import SCHEMA_VERSION  # noqa: E402
-from selectivity import OPTIONAL, ProbeResult  # noqa: E402
+PROJECT = Path(__file__).resolve().parent.parent
 
 Schema = dict[str, Any]
 

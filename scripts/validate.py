@@ -16,17 +16,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: processes share the work, not threads
-
 PROJECT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(PROJECT))
-
-from validation import document, suite, table  # noqa: E402 - the project is not installed as a package
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and with `--write` keep; 1 if a row fails."""
     asked = _parser().parse_args(argv)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: processes share the work, not threads
+    from validation import document, suite, table
+
     scale = suite.FULL if asked.full else suite.QUICK
     if asked.repeats is not None:
         scale = replace(scale, repeats=asked.repeats)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import report
-from records import RecordFile
+from delta_selectivity.records.result_file import RecordFile
+from delta_selectivity.reporting import results as report_files
 
 DEMO = Path(__file__).resolve().parent.parent / "results" / "demo"
 
 
 def demo_files():
     """(path, results) of the first SAE of the demo, one for each dataset."""
-    return report.load(report.result_files(DEMO / "tiny-pythia-saes-k32"))
+    return report_files.load(report_files.result_files(DEMO / "tiny-pythia-saes-k32"))
 
 
 def write_set(

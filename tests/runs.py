@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import main as program
-import records
+from delta_selectivity.cli import main as program
+from delta_selectivity.records import result_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMINGS = ("started", "seconds", "resources")  # what may differ between two runs of one request
@@ -65,7 +65,7 @@ def files(folder: Path) -> list[Path]:
 
 def numbers(folder: Path) -> dict[str, Any]:
     """Relative path -> layers."""
-    found = {str(path.relative_to(folder)): records.read(path) for path in files(folder)}
+    found = {str(path.relative_to(folder)): result_file.read(path) for path in files(folder)}
     return {path: {name: value for name, value in file.items() if name != "_run"} for path, file in found.items()}
 
 
@@ -84,7 +84,7 @@ def substance(folder: Path) -> dict[str, str]:
     """Relative path -> the file's text without timings, commit and the folder's own name."""
     found = {}
     for path in files(folder):
-        content = records.read(path)
+        content = result_file.read(path)
         text = path.read_text(encoding="utf-8")
         assert text == json.dumps(content, indent=2, allow_nan=False) + "\n", "not as the program writes it"
         for name in (*TIMINGS, "commit"):  # somebody may commit while a long test runs

@@ -11,9 +11,9 @@ import torch
 from conftest import N_LAYERS, people, write_csv
 from runs import Request, numbers, scores_of
 
-import shard_folder
-from activation_cache import ActivationCache, CachedModel, text_key
-from language_model import LanguageModel, Site, open_model
+from delta_selectivity.caches import shard_folder
+from delta_selectivity.caches.activation_cache import ActivationCache, CachedModel, text_key
+from delta_selectivity.models.language_model import LanguageModel, Site, open_model
 
 SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
 CPU = torch.device("cpu")

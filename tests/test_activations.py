@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import D_SAE, N_LAYERS, people
 
-import activations
-from activations import BlockDone, LayerRows, Producer, RowTable, plan_blocks
-from cores import Cores
-from datasets_wikidata import Dataset, Mention, Probe, ProbeTexts, tokenise
-from language_model import Site, open_model
-from progress import Stopwatch
-from row_store import RowStore
-from sae_loader import Sae, open_sae
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.run import activations
+from delta_selectivity.run.activations import BlockDone, LayerRows, Producer, RowTable, plan_blocks
+from delta_selectivity.run.row_store import RowStore
+from delta_selectivity.saes import Sae, open_sae
+from delta_selectivity.system.cores import Cores
+from delta_selectivity.system.stopwatch import Stopwatch
+from delta_selectivity.tasks import Dataset, Mention, Probe, ProbeTexts, tokenise
 
 SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
 

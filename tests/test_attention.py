@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from language_model import Site, open_model
-from model_hooks import attention
+from delta_selectivity.models import attention
+from delta_selectivity.models.language_model import Site, open_model
 
 MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"
 ATTENTION = SimpleNamespace(is_causal=True)

@@ -15,17 +15,26 @@ from runs import Request, assert_close, files, numbers
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
-import config
-import loading
-import records
-import report
-from baselines import CALIBRATED, KINDS, OF_AN_SAE, Baseline, Measured, SiteBuilder, bag_of_names, plan_baselines
-from calibration import SiteSample
-from datasets_wikidata import UserData, load_all_mentions, load_probe_texts, tokenise
-from folds import FoldPlan
-from language_model import Site, open_model
-from sae_loader import Sae, open_sae
-from selectivity import DEFAULT_CS
+from delta_selectivity import config
+from delta_selectivity.cli import report
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.probing.folds import FoldPlan
+from delta_selectivity.probing.selectivity import DEFAULT_CS
+from delta_selectivity.records import result_file
+from delta_selectivity.run import loading
+from delta_selectivity.run.baselines import (
+    CALIBRATED,
+    KINDS,
+    OF_AN_SAE,
+    Baseline,
+    Measured,
+    SiteBuilder,
+    bag_of_names,
+    plan_baselines,
+)
+from delta_selectivity.run.calibration import SiteSample
+from delta_selectivity.saes import Sae, open_sae
+from delta_selectivity.tasks import UserData, load_all_mentions, load_probe_texts, tokenise
 
 SITE = Site(1, "resid_post")
 DEVICE = torch.device("cpu")
@@ -242,7 +251,7 @@ def whole(request_, tmp_path_factory):
 def layers_of(folder, kind):
     """The records of a baseline in order of layers: (figures and the one probe's result)."""
     (path,) = (folder / "baselines").glob(f"*_{kind}/*.json")
-    found = records.read(path)
+    found = result_file.read(path)
     assert found["_run"]["complete"]
     assert found["_run"]["config"]["baseline"] == kind
     layers = [value for name, value in found.items() if name != "_run"]
@@ -295,7 +304,7 @@ def test_the_shuffled_decoder_fires_as_its_sae_and_reconstructs_worse(whole):
 
 def test_a_baseline_with_a_large_fvu_is_not_suspected_of_a_wrong_hook_point(whole):
     (path,) = (whole.out / "baselines").glob("*_shuffled/*.json")
-    found = records.read(path)
+    found = result_file.read(path)
     assert found["layer_0"]["fvu_pos"] > 1
     assert not any("FVU" in line for line in found["_run"]["warnings"])
 
@@ -466,4 +475,4 @@ def test_further_views_are_those_of_each_baseline(request_, tmp_path):
 
 def only_cell(folder, kind):
     (path,) = (folder / "baselines").glob(f"*_{kind}/*.json")
-    return records.read(path)["layer_1"]["women"]
+    return result_file.read(path)["layer_1"]["women"]

@@ -14,10 +14,10 @@ from torch import nn
 from benchmarks import bench_end_to_end, bench_gpu, bench_scaling, large_job, serial, timing
 from benchmarks.bundled import MODEL
 from benchmarks.shapes import SHAPES, TINY
-from datasets_wikidata import Mention, tokenise
-from language_model import Site, open_model
-from sae_loader import open_sae
-from tasks.wikidata import _FILES, load_wikidata
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.saes import open_sae
+from delta_selectivity.tasks import Mention, tokenise
+from delta_selectivity.tasks.wikidata import _FILES, load_wikidata
 
 ROOT = Path(__file__).resolve().parent.parent
 

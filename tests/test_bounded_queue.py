@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from bounded_queue import BoundedQueue, ProducerFailed, QueueCancelled
+from delta_selectivity.run.bounded_queue import BoundedQueue, ProducerFailed, QueueCancelled
 
 
 def in_thread(work):

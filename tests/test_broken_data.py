@@ -146,7 +146,7 @@ def everything_in(folder: Path) -> dict[Path, bytes | None]:
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
 def test_broken_data_is_one_line_exit_2_and_leaves_nothing(ask, tmp_path, capsys, monkeypatch, kind: Broken) -> None:
-    import language_model
+    from delta_selectivity.models import language_model
 
     monkeypatch.setattr(language_model.ModelInfo, "load", lambda *a: pytest.fail("the model was loaded"))
     path = tmp_path / kind.name

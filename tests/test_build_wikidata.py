@@ -24,16 +24,14 @@ import zstandard
 from conftest import FRAMES, MEN, SURNAMES, WOMEN
 from runs import Request, files, numbers
 
+from delta_selectivity import tasks as dw
+from scripts import build_wikidata
+from scripts.wikidata_build import classes as c
+from scripts.wikidata_build import dump, entities, output, selection
+from scripts.wikidata_build.mentions import MentionFinder
+from scripts.wikidata_build.people import Names, PeopleTable
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "scripts"))
-
-import build_wikidata  # noqa: E402
-
-import datasets_wikidata as dw  # noqa: E402
-from wikidata_build import classes as c  # noqa: E402
-from wikidata_build import dump, entities, output, selection  # noqa: E402
-from wikidata_build.mentions import MentionFinder  # noqa: E402
-from wikidata_build.people import Names, PeopleTable  # noqa: E402
 
 FEMALE, MALE, HUMAN, JOURNALIST, ACTOR, SINGER = 6581072, 6581097, 5, 1930187, 33999, 177220
 FOOTBALLER, BASKETBALLER, DEMOCRATS, REPUBLICANS = 937857, 3665646, 29552, 29468

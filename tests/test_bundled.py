@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import main as program
-import report
-from command_line import DEMO_MODEL, DEMO_SAES
-from language_model import Site, open_model
-from sae_loader import open_sae
+from delta_selectivity.cli import main as program
+from delta_selectivity.cli.command_line import DEMO_MODEL, DEMO_SAES
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.reporting import results as report_files
+from delta_selectivity.saes import open_sae
 
 ROOT = Path(__file__).resolve().parent.parent
 SPARSER, DENSER = DEMO_SAES  # k 8 in sparsify's format, k 32 in SAE Lens's
@@ -78,8 +78,8 @@ def test_a_small_real_run(tmp_path):
     assert program.main([*flags, "--output_directory", str(tmp_path)]) == 0
     fvu = {}
     for folder in (SPARSER, DENSER):
-        ((_, results),) = report.load(report.result_files(tmp_path / folder.name))
-        found = list(report.cells(results))
+        ((_, results),) = report_files.load(report_files.result_files(tmp_path / folder.name))
+        found = list(report_files.cells(results))
         assert [layer for layer, *_ in found] == [2, 4]
         assert all(0.45 < cell["model_sel"] < 1 for *_, cell in found)
         fvu[folder] = [figures["fvu_pos"] for _, _, figures, _ in found]
@@ -88,8 +88,8 @@ def test_a_small_real_run(tmp_path):
 
 def test_in_the_kept_results_the_sparser_sae_loses_more_on_most_probes():
     loss: dict[str, dict[str, list[float]]] = {}
-    for path, results in report.load(report.result_files(ROOT / "results" / "demo")):
-        for _, probe, _, cell in report.cells(results):
+    for path, results in report_files.load(report_files.result_files(ROOT / "results" / "demo")):
+        for _, probe, _, cell in report_files.cells(results):
             loss.setdefault(probe, {}).setdefault(path.parent.name, []).append(cell["delta_sel"])
     assert len(loss) == 12
     mean = {probe: {sae: statistics.fmean(deltas) for sae, deltas in by.items()} for probe, by in loss.items()}
@@ -99,7 +99,7 @@ def test_in_the_kept_results_the_sparser_sae_loses_more_on_most_probes():
 def test_the_kept_results_are_of_the_bundled_model_and_saes():
     model = open_model(str(DEMO_MODEL)).fingerprint()
     saes = {folder.name: open_sae(str(folder)).fingerprint() for folder in DEMO_SAES}
-    for path, results in report.load(report.result_files(ROOT / "results" / "demo")):
+    for path, results in report_files.load(report_files.result_files(ROOT / "results" / "demo")):
         key = results["_run"]["key"]
         assert (key["model"], key["sae"]) == (model, saes[path.parent.name]), f"{path} is stale: scripts/demo.sh"
 

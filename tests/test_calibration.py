@@ -8,10 +8,10 @@ import torch
 from conftest import D_MODEL, N_LAYERS, people
 from sklearn.decomposition import PCA
 
-import calibration
-from calibration import SiteSample, calibrate, draw_mentions, fingerprint, principal_axes
-from datasets_wikidata import Mention, UserData, load_all_mentions, load_probe_texts, tokenise
-from language_model import Site, open_model
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.run import calibration
+from delta_selectivity.run.calibration import SiteSample, calibrate, draw_mentions, fingerprint, principal_axes
+from delta_selectivity.tasks import Mention, UserData, load_all_mentions, load_probe_texts, tokenise
 
 SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from code_store import CodeStore
-from language_model import Site
-from sae_loader import SparseRows
+from delta_selectivity.models.language_model import Site
+from delta_selectivity.run.code_store import CodeStore
+from delta_selectivity.saes import SparseRows
 
 SITE, CPU = Site(0, "resid_post"), torch.device("cpu")
 N_ROWS, D_SAE = 60, 70_000

@@ -19,20 +19,19 @@ import pytest
 from conftest import people, write_csv, write_sparsify
 from runs import ROOT, Request, left_over, numbers, scores_of
 
-import compute_selectivity
-import main as program
-import records
-import scale.cluster
 from benchmarks import gemma_scope
 from benchmarks.scale_simulation import Task, simulate
-from command_line import parse_config
-from errors import RequestError
-from file_lock import exclusive
-from planning import make_plan, open_files
-from sae_level import settle
-from scale import estimate, merge, units, worker
-from scale.bar import UnitsBar
-from scale.estimate import Shape
+from delta_selectivity.cli import main as program
+from delta_selectivity.cli import scale
+from delta_selectivity.cli.command_line import parse_config
+from delta_selectivity.errors import RequestError
+from delta_selectivity.records import result_file
+from delta_selectivity.records.sae_level import settle
+from delta_selectivity.run.planning import make_plan, open_files
+from delta_selectivity.scale import estimate, merge, units, worker
+from delta_selectivity.scale.bar import UnitsBar
+from delta_selectivity.scale.estimate import Shape
+from delta_selectivity.system.file_lock import exclusive
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def alone(request_, tmp_path_factory) -> Path:
 
 
 def compute(asked: Request, *flags: str) -> int:
-    return program.main([*asked.argv, *flags], compute_selectivity.compute)
+    return program.main([*asked.argv, *flags], scale.compute)
 
 
 def start(asked: Request, *flags: str, **options) -> subprocess.Popen[str]:
@@ -73,7 +72,7 @@ def assert_same(found: Path, expected: Path) -> None:
     assert numbers(found) == numbers(expected)
     assert scores_of(found) == scores_of(expected)
     for path in numbers(expected):
-        one, other = (records.read(folder / path)["_run"] for folder in (found, expected))
+        one, other = (result_file.read(folder / path)["_run"] for folder in (found, expected))
         for name in ("key", "q_family", "sae_level", "complete", "results_sha256"):
             assert one[name] == other[name], (path, name)
         assert sorted(one["warnings"]) == sorted(other["warnings"])
@@ -164,7 +163,7 @@ def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monk
 
         return call
 
-    monkeypatch.setattr(records, "write_json", sometimes(records.write_json))
+    monkeypatch.setattr(result_file, "write_json", sometimes(result_file.write_json))
     monkeypatch.setattr(merge.os, "replace", sometimes(os.replace))
     for attempt in range(1, 200):
         calls["left"] = attempt % 3 + 1
@@ -175,7 +174,7 @@ def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monk
                     merge.merge(unit.folder, files)
                 calls["left"] = 1000
                 settle(files)
-                compute_selectivity.clear(todo)
+                scale.clear(todo)
             break
         except KeyboardInterrupt:
             continue
@@ -292,14 +291,14 @@ def test_without_dask_one_line_says_what_to_install(request_, tmp_path, capsys, 
 def test_workers_share_the_gpus_or_the_cores(planned, monkeypatch):
     config, _, _ = planned
     cores = len(os.sched_getaffinity(0))
-    assert compute_selectivity.count_workers(None, config, 100) == (cores, 0)
-    assert compute_selectivity.count_workers(8, config, 3) == (3, 0)
+    assert scale.count_workers(None, config, 100) == (cores, 0)
+    assert scale.count_workers(8, config, 3) == (3, 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     on_gpus = replace(config, device1="cuda:0")
-    assert compute_selectivity.count_workers(None, on_gpus, 100) == (4, 4)
-    assert compute_selectivity.count_workers(2, on_gpus, 100) == (2, 2)
+    assert scale.count_workers(None, on_gpus, 100) == (4, 4)
+    assert scale.count_workers(2, on_gpus, 100) == (2, 2)
     with pytest.raises(RequestError, match="4 GPUs"):
-        compute_selectivity.count_workers(5, on_gpus, 100)
+        scale.count_workers(5, on_gpus, 100)
 
 
 def test_every_cluster_has_the_threads_of_its_own_size_and_leaves_the_environment_as_it_was(monkeypatch):

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from cores import Cores
+from delta_selectivity.system.cores import Cores
 
 
 class Busy:

@@ -17,12 +17,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import datasets_wikidata as dw
-from errors import RequestError
-from tasks import wikidata
-from tasks.people import name_span, person_key
-from tasks.selection import select_rows
-from tasks.types import Mention, ProbeSpec, Row, RowSet, Source
+from delta_selectivity import tasks as dw
+from delta_selectivity.errors import RequestError
+from delta_selectivity.tasks import wikidata
+from delta_selectivity.tasks.people import name_span, person_key
+from delta_selectivity.tasks.selection import select_rows
+from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Source
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from reconstruction import Reconstruction
-from selectivity import ProbeResult
+from delta_selectivity.probing.selectivity import ProbeResult
+from delta_selectivity.run.reconstruction import Reconstruction
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,22 +18,20 @@ import pytest
 import torch
 from conftest import N_LAYERS, people, write_csv
 from runs import Request, numbers, scores_of
-from test_house import ROOT, imported
+from test_house import STORAGE, imported, module_file
 
-import fit_cache
-import installed
-import setup_cache
-import shard_folder
-from command_line import parse_config
-from fit_cache import FitCache
-from folds import FoldPlan, control_plan
-from installed import program_digest
-from planning import make_plan
-from probe_backends.problem import ProbeProblem
-from probe_backends.sklearn_reference import SklearnReference
-from probe_backends.torch_lbfgs import TorchLbfgs
-from scale import units, worker
-from selectivity import ModelFit, fit_model
+from delta_selectivity.caches import fit_cache, setup_cache, shard_folder
+from delta_selectivity.caches.fit_cache import FitCache
+from delta_selectivity.cli.command_line import parse_config
+from delta_selectivity.probing.backends.problem import ProbeProblem
+from delta_selectivity.probing.backends.sklearn_reference import SklearnReference
+from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
+from delta_selectivity.probing.folds import FoldPlan, control_plan
+from delta_selectivity.probing.selectivity import ModelFit, fit_model
+from delta_selectivity.run.planning import make_plan
+from delta_selectivity.scale import units, worker
+from delta_selectivity.system import provenance
+from delta_selectivity.system.provenance import HOME, program_digest
 
 BACKEND = TorchLbfgs()
 OF_MODEL, OF_SAE = 2 * N_LAYERS, N_LAYERS  # fits of a run: the model's view and the control task; an SAE's view
@@ -62,8 +60,8 @@ def new_process(monkeypatch):
 
     def forget() -> None:
         for name in ("running_program", "installed_version"):
-            taken = functools.cache(getattr(installed, name).__wrapped__)
-            for module in (installed, fit_cache, setup_cache):
+            taken = functools.cache(getattr(provenance, name).__wrapped__)
+            for module in (provenance, fit_cache, setup_cache):
                 monkeypatch.setattr(module, name, taken)
 
     forget()
@@ -132,7 +130,7 @@ def test_other_data_and_a_changed_program_make_another(with_cache, fitted, tmp_p
     data = write_csv(tmp_path / "more.csv", people(200))
     assert Request(with_cache.model, with_cache.saes, data, tmp_path / "more", with_cache.more).run() == 0
     assert fitted.total() == OF_MODEL + OF_SAE
-    monkeypatch.setattr(installed, "program_digest", lambda root, sources: "a" * 64)
+    monkeypatch.setattr(provenance, "program_digest", lambda root, sources: "a" * 64)
     new_process()
     fitted.clear()
     assert with_cache.into(tmp_path / "changed").run() == 0
@@ -329,9 +327,9 @@ def test_what_was_loaded_makes_another_from_the_next_process_on(tmp_path, fitted
     cache.fit_model(**task())
     fitted.clear()
     if what == "program":
-        monkeypatch.setattr(installed, "program_digest", lambda root, sources: "a" * 64)
+        monkeypatch.setattr(provenance, "program_digest", lambda root, sources: "a" * 64)
     else:
-        monkeypatch.setattr(installed, "version", lambda name: "0.1")
+        monkeypatch.setattr(provenance, "version", lambda name: "0.1")
     cache.fit_model(**task())
     FitCache.open(tmp_path, 1).fit_model(**task())
     assert not fitted
@@ -355,29 +353,28 @@ def test_without_a_cache_nobody_reads_the_program(monkeypatch):
         raise AssertionError(f"{self.name} is read")
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    runpy.run_path(str(ROOT / "fit_cache.py"))
+    runpy.run_path(str(HOME / "caches/fit_cache.py"))
 
 
 def test_the_digest_is_of_selectivity_and_of_all_that_it_imports(tmp_path):
     seen: set[Path] = set()
-    left = [ROOT / "selectivity.py", ROOT / "fit_cache.py", *(ROOT / "probe_backends").glob("*.py")]
-    storage = {"shard_folder", "file_lock", "whole_file"}  # holds what it is given to its checksum
+    left = [HOME / "caches/fit_cache.py", *(HOME / "probing").rglob("*.py")]
     while left:
         path = left.pop()
         if path not in seen:
             seen.add(path)
-            left += [ROOT / f"{name}.py" for name in imported(path) - storage if (ROOT / f"{name}.py").exists()]
-    assert {path for source in fit_cache.SOURCES for path in ROOT.glob(source)} == seen
+            left += [module_file(name) for name in imported(path) - STORAGE]
+    assert {path for source in fit_cache.SOURCES for path in HOME.glob(source)} == seen
     for path in seen:
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(exist_ok=True)
+        copy = tmp_path / path.relative_to(HOME)
+        copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(path.read_text("utf-8"), "utf-8")
-    assert program_digest(tmp_path, fit_cache.SOURCES) == program_digest(ROOT, fit_cache.SOURCES)
+    assert program_digest(tmp_path, fit_cache.SOURCES) == program_digest(HOME, fit_cache.SOURCES)
     for path in seen:
-        copy = tmp_path / path.relative_to(ROOT)
+        copy = tmp_path / path.relative_to(HOME)
         text = copy.read_text("utf-8")
         copy.write_text(f"{text}# another\n", "utf-8")
-        assert program_digest(tmp_path, fit_cache.SOURCES) != program_digest(ROOT, fit_cache.SOURCES), path.name
+        assert program_digest(tmp_path, fit_cache.SOURCES) != program_digest(HOME, fit_cache.SOURCES), path.name
         copy.write_text(text, "utf-8")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-import gemm
+from delta_selectivity.system import gemm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,8 +80,9 @@ def test_intel_s_library_is_left_to_intel_s_processors(vendor, onednn, monkeypat
 
 
 SHORT_OF_MEMORY = """
-import resource, torch, gemm
-from out_of_memory import is_out_of_memory
+import resource, torch
+from delta_selectivity.system import gemm
+from delta_selectivity.system.out_of_memory import is_out_of_memory
 gemm.prefers_onednn = lambda: True
 torch.set_num_threads(1)
 x = torch.randn(3000, 3000)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from probe_backends import history
-from probe_backends.history import History
+from delta_selectivity.probing.backends import history
+from delta_selectivity.probing.backends.history import History
 
 COLUMNS, P, MEMORY = 3, 6, 4
 

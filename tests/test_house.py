@@ -1,4 +1,4 @@
-"""The rules of the house: data flows one way, and only the command line knows how it was asked for."""
+"""The layers of the package: a file imports its own room and those below it."""
 
 from __future__ import annotations
 
@@ -9,110 +9,75 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-MAY_IMPORT = {  # file or folder -> what it may import of the project, besides `errors`
-    "errors": set(),
-    "config": set(),
-    "command_line": {"config", "datasets_wikidata"},
-    "tasks": {"tasks", "terminal"},
-    "datasets_wikidata": {"tasks"},
-    "gemm": set(),
-    "compiled": set(),
-    "error_kernels": {"compiled"},
-    "sae_formats": {"compiled", "gemm", "sae_formats"},
-    "sae_loader": {"sae_formats"},
-    "reconstruction": {"error_kernels", "sae_formats", "sae_loader"},
-    "model_hooks": {"gemm", "model_hooks"},
-    "language_model": {"gemm", "model_hooks"},
-    "bounded_queue": set(),
-    "progress": {"bounded_queue"},
-    "file_lock": set(),
-    "installed": set(),
-    "interrupts": set(),
-    "terminal": set(),
-    "out_of_memory": set(),
-    "cores": set(),
-    "activations": {"datasets_wikidata", "language_model", "out_of_memory", "progress", "reconstruction", "sae_loader",
-                    "cores"},
-    "calibration": {"datasets_wikidata", "language_model"},
-    "shard_folder": {"file_lock", "whole_file"},
-    "fit_cache": {"folds", "gemm", "installed", "probes", "selectivity", "shard_folder"},
-    "setup_cache": {"datasets_wikidata", "installed", "language_model", "shard_folder"},
-    "activation_cache": {"language_model", "shard_folder"},
-    "preflight": {"calibration", "datasets_wikidata", "language_model", "sae_loader"},
-    "inspection": {"calibration", "language_model", "preflight", "report", "sae_loader"},
-    "planning": {"activations", "baselines", "calibration", "config", "datasets_wikidata", "language_model", "probes",
-                 "reconstruction", "records", "sae_loader", "setup_cache"},
-    "loading": {"activation_cache", "activations", "baselines", "calibration", "config", "datasets_wikidata",
-                "fit_cache", "language_model", "out_of_memory", "pipeline", "planning", "preflight", "records",
-                "sae_loader", "selectivity"},
-    "baselines": {"calibration", "datasets_wikidata", "language_model", "sae_loader"},
-    "code_store": {"activations", "language_model", "sae_loader"},
-    "row_store": {"activations", "code_store", "language_model", "out_of_memory"},
-    "probe_backends": {"compiled", "gemm", "out_of_memory", "probe_backends", "probes"},
-    "probes": {"probe_backends"},
-    "uncertainty": set(),
-    "probe_statistics": {"uncertainty"},
-    "folds": set(),
-    "selectivity": {"folds", "out_of_memory", "probe_statistics", "probes"},
-    "whole_file": set(),
-    "scores": {"probe_statistics", "whole_file"},
-    "records": {"file_lock", "installed", "whole_file"},
-    "sae_level": {"probe_statistics", "records", "scores", "uncertainty"},
-    "report": {"records", "reporting", "terminal", "whole_file"},
-    "reporting": {"records", "reporting", "terminal", "whole_file"},
-    "validation": {"folds", "calibration", "datasets_wikidata", "probe_statistics", "probes", "report", "sae_loader",
-                   "selectivity", "uncertainty", "validation"},
-    "prober": {"folds", "activations", "bounded_queue", "datasets_wikidata", "language_model", "probes", "progress",
-                 "probe_statistics", "reconstruction", "records", "row_store", "sae_level",
-                 "sae_loader", "scores", "selectivity", "cores"},
-    "pipeline": {"activations", "bounded_queue", "cores", "prober"},
-    "sweep": {"command_line", "records", "report", "reporting", "terminal"},
-    "scale": {"baselines", "config", "file_lock", "language_model", "main", "planning", "progress", "records", "report",
-              "sae_level", "scale", "scores"},
-    "compute_selectivity": {"command_line", "config", "interrupts", "main", "planning", "report", "sae_level", "scale",
-                            "sweep", "terminal"},
-}  # fmt: skip
+PACKAGE = "delta_selectivity"
+LAYERS = [  # from bottom to top; rooms on one line do not know each other
+    {"errors"},
+    {"settings", "system"},
+    {"tasks", "models", "saes", "probing"},
+    {"records"},
+    {"caches", "reporting"},
+    {"run"},
+    {"scale", "api"},
+    {"cli"},
+]
+STORAGE = {  # holds what it is given to its checksum, and decides no number
+    f"{PACKAGE}.{name}" for name in ("caches.shard_folder", "system.file_lock", "system.whole_file")
+}
+FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 
-def python_files() -> list[Path]:
-    found = [*ROOT.glob("*.py"), *(p for room in MAY_IMPORT for p in (ROOT / room).glob("**/*.py"))]
-    return sorted(path for path in found if path.name != "main.py")
+def room(module: str) -> str:
+    """`delta_selectivity.saes.sae` -> `saes`; the package itself -> ``."""
+    return module.partition(".")[2].partition(".")[0]
 
 
 def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.partition(".")[0])
-    return names
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name for name in below if module_file(name)} or {node.module}
+    return {name for name in names if name.partition(".")[0] == PACKAGE}
 
 
-def room(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def module_file(name: str) -> Path | None:
+    """The file of a module of the package, if there is one."""
+    path = ROOT / name.replace(".", "/")
+    found = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in found if file.is_file()), None)
 
 
-@pytest.mark.parametrize("path", python_files(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_follow_the_flow_of_the_data(path):
-    assert room(path) in MAY_IMPORT, f"{path.name} has no place in the house yet: give it one above"
-    ours = imported(path) & (MAY_IMPORT.keys() | {"main"})
-    assert ours <= MAY_IMPORT[room(path)] | {"errors"}
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
+def test_a_file_imports_its_own_room_and_those_below(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    floor = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+    own = room(module)
+    for other in {room(name) for name in imported(path)} - {own, ""}:
+        assert floor[other] < floor.get(own, len(LAYERS)), f"{module} imports {other}"
 
 
-def test_only_the_command_line_and_main_see_the_run_config():
-    users = {path.name for path in [*python_files(), ROOT / "main.py"] if "RunConfig" in path.read_text("utf-8")}
-    parts_of_main = {"command_line.py", "config.py", "planning.py", "loading.py"}
-    many_workers = {"compute_selectivity.py", "units.py", "estimate.py"}  # the other program, around main's own code
-    assert users == {"main.py"} | parts_of_main | many_workers
+def test_the_package_imports_nothing_beside_it():
+    for path in FILES:
+        text = path.read_text("utf-8")
+        assert not re.search(
+            r"^\s*(from|import) (benchmarks|explore|scripts|tests|validation|main)\b", text, re.MULTILINE
+        )
+
+
+def test_there_are_few_files_at_the_top_and_they_are_short():
+    files = sorted(ROOT.glob("*.py"))
+    assert len(files) <= 8
+    assert all(len(path.read_text("utf-8").splitlines()) <= 40 for path in files)
 
 
 def test_the_queue_knows_nothing_of_torch():
-    assert "torch" not in imported(ROOT / "bounded_queue.py")
+    assert "torch" not in (ROOT / PACKAGE / "run" / "bounded_queue.py").read_text("utf-8")
 
 
 def test_no_library_prints():
-    allowed = {"terminal.py"}
-    for path in python_files():
-        if path.name not in allowed:
+    for path in FILES:
+        if path.name != "terminal.py":
             assert not re.search(r"^\s*print\(", path.read_text("utf-8"), re.MULTILINE), path.name

@@ -21,11 +21,11 @@ from xml.etree import ElementTree
 import pytest
 from result_sets import DEMO, write_set
 
-import report
-from reporting import ink, matrix, output
-from reporting.cell_table import COLUMNS
-from reporting.plots import plots_of
-from reporting.study import study_of
+from delta_selectivity.cli import report
+from delta_selectivity.reporting import ink, matrix, output, results
+from delta_selectivity.reporting.cell_table import COLUMNS
+from delta_selectivity.reporting.plots import plots_of
+from delta_selectivity.reporting.study import study_of
 
 ROOT = DEMO.parent.parent
 HOSTILE = '<script>alert(1)</script> & "$x_" \'\x1b[2J\n=1+1'
@@ -76,7 +76,7 @@ class Tree(HTMLParser):
 
 
 def study_in(folder):
-    return study_of(report.load(report.result_files(folder)))
+    return study_of(results.load(results.result_files(folder)))
 
 
 def page_of(folder, out):
@@ -122,7 +122,7 @@ def test_every_cell_of_the_demo_is_in_the_table_in_full_and_rounded(demo):
 
 
 def test_the_summary_of_the_demo_has_the_numbers_of_the_files(demo):
-    for _, found in report.load(report.result_files(DEMO)):
+    for _, found in results.load(results.result_files(DEMO)):
         level = found["_run"]["sae_level"]
         for score, digits in (("delta_sel", 4), ("transfer_r2", 3)):
             numbers = [level[score], level[f"{score}_ci_low"], level[f"{score}_ci_high"]]
@@ -131,7 +131,7 @@ def test_the_summary_of_the_demo_has_the_numbers_of_the_files(demo):
 
 
 def test_what_was_run_and_how_is_told(demo):
-    run = report.load(report.result_files(DEMO))[0][1]["_run"]
+    run = results.load(results.result_files(DEMO))[0][1]["_run"]
     text = demo[1].text
     for told in (run["commit"], run["started"], run["key"]["dtype"], run["versions"]["torch"], "2 SAEs · 5 datasets"):
         assert told in text
@@ -381,7 +381,7 @@ def test_saes_of_one_short_name_are_told_apart(tmp_path):
 
 def test_datasets_of_several_models_are_told_apart(tmp_path):
     folder = write_set(tmp_path / "in", saes=("a/one", "a/two"))
-    path = report.result_files(folder)[0]
+    path = results.result_files(folder)[0]
     content = json.loads(path.read_text())
     content["_run"]["config"]["model_name"] = "org/other"
     path.write_text(json.dumps(content))
@@ -395,7 +395,7 @@ def test_a_model_that_was_measured_differently_has_a_curve_of_its_own(tmp_path):
         return {name: {**cell, "model_sel": cell["model_sel"] + 0.01} for name, cell in cells.items()}
 
     first, second = write_set(tmp_path / "a", saes=("a/one",)), write_set(tmp_path / "b", ("a/two",), edit=other_seed)
-    files = report.load([*report.result_files(first), *report.result_files(second)])
+    files = results.load([*results.result_files(first), *results.result_files(second)])
     (panel,) = (plot for plot in plots_of(study_of(files)) if plot.name.startswith("levels"))
     of_model = {line["sae"]: float(line["balanced_accuracy"]) for line in lines(panel) if line["view"] == "model"}
     assert len(of_model) == 2
@@ -436,7 +436,7 @@ def test_no_results_and_mixed_schemas_are_wrong_requests(tmp_path, capsys):
     assert report.main([str(tmp_path / "empty"), "-o", str(tmp_path / "r.html")]) == 2
     assert "no result files found" in capsys.readouterr().err
     folder = write_set(tmp_path / "in", saes=("a/one", "a/two"))
-    path = report.result_files(folder)[0]
+    path = results.result_files(folder)[0]
     content = json.loads(path.read_text())
     content["_run"]["schema_version"] = 1
     path.write_text(json.dumps(content))
@@ -449,13 +449,14 @@ def test_no_results_and_mixed_schemas_are_wrong_requests(tmp_path, capsys):
 
 
 def test_tables_do_without_matplotlib():
-    code = "import sys, report; report.main(['results/demo', '--summary']); assert 'matplotlib' not in sys.modules"
+    code = "import sys; from delta_selectivity.cli.report import main; main(['results/demo', '--summary']); "
+    code += "assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("name", ["html", "numbers"])
 def test_the_examples_in_the_code_are_right(name):
-    found = doctest.testmod(importlib.import_module(f"reporting.{name}"))
+    found = doctest.testmod(importlib.import_module(f"delta_selectivity.reporting.{name}"))
     assert found.attempted
     assert not found.failed
 

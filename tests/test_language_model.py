@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from errors import RequestError
-from language_model import Site, open_model
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import Site, open_model
 
 
 def load(folder, *sites):

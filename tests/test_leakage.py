@@ -8,10 +8,10 @@ import torch
 
 from benchmarks import bundled
 from benchmarks.leakage import Rows, compare
-from datasets_wikidata import Mention
-from errors import RequestError
-from language_model import Site, open_model
-from probes import choose_backend
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.probing.probes import choose_backend
+from delta_selectivity.tasks import Mention
 
 N_PEOPLE, MENTIONS, COPIES, D = 80, 4, 2, 64
 

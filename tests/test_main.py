@@ -9,8 +9,8 @@ import pytest
 from conftest import people, write_csv, write_identity, write_sparsify
 from safetensors.torch import load_file, save_file
 
-import main as program
-import report
+from delta_selectivity.cli import main as program
+from delta_selectivity.cli import report
 
 CELL_KEYS = {"model_sel", "sae_sel", "delta_sel", "ci_low", "ci_high", "p_value", "q_value", "transfer_sel", "n_people"}
 LAYER_KEYS = {"mse_pos", "mse_whole", "fvu_pos", "l0", "l1"}
@@ -190,7 +190,7 @@ def test_results_of_other_settings_are_not_touched_without_overwrite(ask, tmp_pa
 def test_a_wrong_request_is_one_line_and_exit_2_before_anything_is_loaded(
     ask, tmp_path, capsys, monkeypatch, flags, words
 ):
-    import language_model
+    from delta_selectivity.models import language_model
 
     monkeypatch.setattr(language_model.ModelInfo, "load", lambda *a: pytest.fail("the model was loaded"))
     data = () if "--datasets" in flags else ("--dataset_file", str(tmp_path / "women.csv"))

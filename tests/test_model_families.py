@@ -13,9 +13,9 @@ from runs import Request, files, numbers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from datasets_wikidata import Mention, tokenise
-from language_model import HOOKPOINTS, Site, open_model
-from model_hooks import attention
+from delta_selectivity.models import attention
+from delta_selectivity.models.language_model import HOOKPOINTS, Site, open_model
+from delta_selectivity.tasks import Mention, tokenise
 
 PLAIN = [name for name in HOOKPOINTS if not name.endswith("_normalized")]
 LAYERS = (0, 1)

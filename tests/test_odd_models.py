@@ -19,9 +19,9 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
-from errors import RequestError
-from language_model import ModelInfo, Site, open_model
-from model_hooks.configs import NO_LIMIT
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.configs import NO_LIMIT
+from delta_selectivity.models.language_model import ModelInfo, Site, open_model
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
 LLAMA = {**TINY, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}

@@ -11,15 +11,15 @@ import torch
 from runs import files
 from safetensors.torch import load_file, save_file
 
-import main as program
-import records
-from calibration import SiteSample, principal_axes
-from command_line import DEMO_MODEL, DEMO_SAES
-from datasets_wikidata import load_probe_texts, tokenise
-from language_model import Site, open_model
-from preflight import PLACES, Preflight, neighbours
-from sae_formats.input_norm import normalise
-from sae_loader import Sae, open_sae, principal_components
+from delta_selectivity.cli import main as program
+from delta_selectivity.cli.command_line import DEMO_MODEL, DEMO_SAES
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.records import result_file
+from delta_selectivity.run.calibration import SiteSample, principal_axes
+from delta_selectivity.run.preflight import PLACES, Preflight, neighbours
+from delta_selectivity.saes import Sae, open_sae, principal_components
+from delta_selectivity.saes.input_norm import normalise
+from delta_selectivity.tasks import load_probe_texts, tokenise
 
 LAYERS = range(6)
 
@@ -200,7 +200,7 @@ def test_a_misfit_stops_the_run_in_one_line_and_leaves_nothing(mislabelled, tmp_
 def test_force_measures_it_and_the_file_says_so(mislabelled, tmp_path):
     assert program.main(command(mislabelled, tmp_path / "out", "--force")) == 0
     (path,) = files(tmp_path / "out")
-    assert any("fits far better at layer 5" in line for line in records.read(path)["_run"]["warnings"])
+    assert any("fits far better at layer 5" in line for line in result_file.read(path)["_run"]["warnings"])
 
 
 def test_a_flag_that_counts_bos_is_part_of_what_the_file_is(tmp_path):
@@ -211,7 +211,7 @@ def test_a_flag_that_counts_bos_is_part_of_what_the_file_is(tmp_path):
     assert program.main(command(sae, tmp_path / "out", "--bos", "counted", "--force")) == 0
     assert program.main(command(sae, tmp_path / "out")) == 2, "made with other settings"
     (path,) = files(tmp_path / "out")
-    assert records.read(path)["_run"]["key"]["counts_bos"] is True
+    assert result_file.read(path)["_run"]["key"]["counts_bos"] is True
 
 
 def test_inspect_says_what_it_is_and_where_it_fits(mislabelled, capsys):

@@ -10,8 +10,8 @@ from scipy.stats import norm
 from sklearn.metrics import balanced_accuracy_score, log_loss, r2_score, roc_auc_score
 from sklearn.utils.class_weight import compute_sample_weight
 
-from probe_statistics import ProbeScores, auc_parts, bits, correct, quantised, statistics
-from uncertainty import balanced_mean, estimate_delta
+from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, bits, correct, quantised, statistics
+from delta_selectivity.probing.uncertainty import balanced_mean, estimate_delta
 
 
 def found_scores(rows=400, repeats=3, damage=1.0, seed=0, people=150, weighted=False) -> ProbeScores:

@@ -12,13 +12,13 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks import bench_probes
-from errors import RequestError
-from probe_backends import lbfgs, torch_dense
-from probe_backends.cuml_qn import CumlQn
-from probe_backends.problem import balanced
-from probe_backends.sklearn_reference import SklearnReference
-from probe_backends.torch_lbfgs import TorchLbfgs
-from probes import ProbeProblem, choose_backend, disagreement
+from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.backends import lbfgs, torch_dense
+from delta_selectivity.probing.backends.cuml_qn import CumlQn
+from delta_selectivity.probing.backends.problem import balanced
+from delta_selectivity.probing.backends.sklearn_reference import SklearnReference
+from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
+from delta_selectivity.probing.probes import ProbeProblem, choose_backend, disagreement
 
 CS = (1e-5, 1e-3, 1e-1, 10.0)
 

@@ -7,8 +7,9 @@ import threading
 
 import pytest
 
-from bounded_queue import BoundedQueue
-from progress import ProgressBars, Stopwatch
+from delta_selectivity.run.bounded_queue import BoundedQueue
+from delta_selectivity.run.progress import ProgressBars
+from delta_selectivity.system.stopwatch import Stopwatch
 
 
 class Gone:

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from sae_formats import proposal
-from sae_formats.coders import LinearCoder
-from sae_formats.proposal import Proposal
-from sae_formats.row_kernels import KEYS, k_largest_of_proposed, quantise
-from sae_formats.selection import TopK
-from sae_formats.topk import exact_topk
+from delta_selectivity.saes import proposal
+from delta_selectivity.saes.coders import LinearCoder
+from delta_selectivity.saes.proposal import Proposal
+from delta_selectivity.saes.row_kernels import KEYS, k_largest_of_proposed, quantise
+from delta_selectivity.saes.selection import TopK
+from delta_selectivity.saes.topk import exact_topk
 
 D_IN, D_SAE, K = 64, 8192, 8
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reconstruction import (
+from delta_selectivity.run.reconstruction import (
     Reconstruction,
     ReconstructionSums,
     _compare,
@@ -18,7 +18,7 @@ from reconstruction import (
     _merge,
     _merge_on_cpu,
 )
-from sae_loader import SparseRows
+from delta_selectivity.saes import SparseRows
 
 D_IN, D_SAE, ROWS = 24, 40, 600
 

@@ -7,12 +7,12 @@ import os
 
 import pytest
 
-import records
-from errors import RequestError
-from records import RecordFile, result_path, slug
+from delta_selectivity.errors import RequestError
+from delta_selectivity.records import result_file
+from delta_selectivity.records.result_file import RecordFile, result_path, slug
 
-KEY = {"schema": records.SCHEMA_VERSION, "model": "abc", "seed": 0, "views": ("model", "sae")}
-RUN = records.describe_run({"sae": "some/sae"})
+KEY = {"schema": result_file.SCHEMA_VERSION, "model": "abc", "seed": 0, "views": ("model", "sae")}
+RUN = result_file.describe_run({"sae": "some/sae"})
 LAYER = {"mse_pos": 0.5, "gender": {"model_sel": 0.75, "sae_sel": 0.5, "delta_sel": -0.25}}
 
 
@@ -132,4 +132,4 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     blocked = tmp_path / "file"
     blocked.touch()
     with pytest.raises(RequestError, match="cannot write"):
-        records.prepare_folder(blocked / "results")
+        result_file.prepare_folder(blocked / "results")

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import r2_score, roc_auc_score
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from benchmarks import k_sparse
 from benchmarks.paired_scores import (
@@ -28,9 +23,9 @@ from benchmarks.paired_scores import (
 from benchmarks.probe_draws import draw_people, rows_of_people
 from benchmarks.sae_families import Recipe, as_sae, close_variants, member, train
 from benchmarks.sae_panel import pair_sets, panel
-from folds import FoldPlan
-from probe_statistics import ProbeScores, auc_parts, correct, r2_parts
-from sae_loader import SparseRows
+from delta_selectivity.probing.folds import FoldPlan
+from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, correct, r2_parts
+from delta_selectivity.saes import SparseRows
 
 
 def sparse_rows(dense):

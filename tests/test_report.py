@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import records
-import report
-from records import RecordFile
+from delta_selectivity.cli import report
+from delta_selectivity.records import result_file
+from delta_selectivity.records.result_file import RecordFile
+from delta_selectivity.reporting import csv_file, results
 
 DEMO = Path(__file__).resolve().parent.parent / "results" / "demo"
 
@@ -18,8 +19,8 @@ def test_every_number_of_every_probe_is_in_the_csv(tmp_path):
     out = tmp_path / "all.csv"
     assert report.main([str(DEMO), "--csv", str(out)]) == 0
     lines = list(csv.DictReader(out.open(encoding="utf-8")))
-    files = report.load(report.result_files(DEMO))
-    expected = [(path, *cell) for path, found in files for cell in report.cells(found)]
+    files = results.load(results.result_files(DEMO))
+    expected = [(path, *cell) for path, found in files for cell in results.cells(found)]
     assert len(lines) == len(expected) == 144
     for line, (path, layer, probe, figures, result) in zip(lines, expected, strict=True):
         assert (line["file"], line["layer"], line["probe"]) == (path.stem, str(layer), probe)
@@ -30,10 +31,10 @@ def test_every_number_of_every_probe_is_in_the_csv(tmp_path):
 
 def test_names_from_data_are_no_formulas(tmp_path):
     path = tmp_path / "m_d.json"
-    file = RecordFile.open(path, {}, records.describe_run({"sae": "@evil"}), overwrite=False)
+    file = RecordFile.open(path, {}, result_file.describe_run({"sae": "@evil"}), overwrite=False)
     cell = {"delta_sel": -0.25, "reason": None}
     file.write({0: {"mse_pos": 0.5, '=HYPERLINK("x")': cell, "a,b\n\x1b[2J": cell, "-1+1": cell}})
-    report.write_csv(report.load([path]), tmp_path / "out.csv")
+    csv_file.write_csv(results.load([path]), tmp_path / "out.csv")
     lines = list(csv.DictReader((tmp_path / "out.csv").open(encoding="utf-8")))
     assert [line["probe"] for line in lines] == ['\'=HYPERLINK("x")', "a,b\\n\\x1b[2J", "'-1+1"]
     assert {line["sae"] for line in lines} == {"'@evil"}

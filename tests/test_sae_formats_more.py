@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from test_sae_loader import D_IN, D_SAE, K, activations, assert_agrees, dense, make_lens
 from torch import Tensor, nn
 
-from errors import RequestError
-from sae_formats.dictionary_learning import CLASSES
-from sae_formats.registered import registered_members
-from sae_loader import Sae, open_sae, register, unregister
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes import Sae, open_sae, register, unregister
+from delta_selectivity.saes.dictionary_learning import CLASSES
+from delta_selectivity.saes.registered import registered_members
 
 # --- dictionary_learning ---------------------------------------------------------------------------------------------
 

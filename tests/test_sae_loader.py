@@ -19,12 +19,12 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import sae_formats.topk as topk
-from errors import RequestError
-from sae_formats.hookpoints import HookPoint, parse, same_place
-from sae_formats.sae import CHUNK_BYTES
-from sae_formats.topk import exact_topk
-from sae_loader import GroupMax, LinearCoder, Sae, SparseRows, Threshold, TopK, open_sae
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes import GroupMax, LinearCoder, Sae, SparseRows, Threshold, TopK, open_sae
+from delta_selectivity.saes import topk as topk
+from delta_selectivity.saes.hookpoints import HookPoint, parse, same_place
+from delta_selectivity.saes.sae import CHUNK_BYTES
+from delta_selectivity.saes.topk import exact_topk
 
 D_IN, D_SAE, K = 16, 64, 4
 HUB_ID = "EleutherAI/sae-pythia-160m-32k"

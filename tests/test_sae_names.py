@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from errors import RequestError
-from sae_formats.names import template
-from sae_loader import expand_names, open_sae
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes import expand_names, open_sae
+from delta_selectivity.saes.names import template
 
 D_IN, D_SAE = 16, 64
 CANONICAL = "gemma-scope-2b-pt-res-canonical"
@@ -120,8 +120,8 @@ def test_a_glob_over_releases(lens: Any, typed: str, found: list[str]) -> None:
 
 def test_every_release_of_the_list_can_be_named_whole(lens: Any) -> None:
     """Whatever a template stands for differs in the layer: opening it can never find two SAEs of one layer."""
-    from sae_formats.names import ids_of, split_release
-    from sae_formats.sae_lens_registry import release_names, sae_ids
+    from delta_selectivity.saes.names import ids_of, split_release
+    from delta_selectivity.saes.sae_lens.registry import release_names, sae_ids
 
     for release in release_names():
         ids = []

@@ -13,9 +13,9 @@ from conftest import people, write_csv
 from jsonschema import Draft202012Validator
 from runs import Request, files
 
-from reconstruction import Reconstruction
+from delta_selectivity.probing.selectivity import ProbeResult
+from delta_selectivity.run.reconstruction import Reconstruction
 from scripts import update_schema
-from selectivity import ProbeResult
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = json.loads((ROOT / "docs" / "results.schema.json").read_text("utf-8"))

@@ -12,11 +12,10 @@ from runs import Request, files, numbers
 from safetensors import safe_open
 from test_probe_statistics import found_scores
 
-import records
-import scores
-from errors import RequestError
-from sae_level import difference, mean_delta, read_cells
-from scores import LayerScores, compute, load, save
+from delta_selectivity.errors import RequestError
+from delta_selectivity.records import result_file, scores
+from delta_selectivity.records.sae_level import difference, mean_delta, read_cells
+from delta_selectivity.records.scores import LayerScores, compute, load, save
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def run(tiny_model, tiny_saes, tmp_path_factory):
 
 def test_every_statistic_of_the_json_comes_again_from_the_scores(run):
     for path in files(run.out):
-        found = records.read(path)
+        found = result_file.read(path)
         for name in (name for name in found if name.startswith("layer_")):
             again = compute(load(scores.path_of(path, int(name.removeprefix("layer_")))))
             cells = {probe: cell for probe, cell in found[name].items() if isinstance(cell, dict)}
@@ -101,7 +100,7 @@ def test_every_statistic_of_the_json_comes_again_from_the_scores(run):
 
 def cells_in(folder):
     """The stored cells of the SAE whose files are in the folder, and its files."""
-    found = {path: records.read(path) for path in files(folder)}
+    found = {path: result_file.read(path) for path in files(folder)}
     layers = {path: [int(name[6:]) for name in file if name != "_run"] for path, file in found.items()}
     return read_cells((path, file["_run"]["key"], layers[path]) for path, file in found.items()), found.values()
 
@@ -136,7 +135,7 @@ def test_the_mean_of_an_sae_and_the_difference_of_two(run):
 
 def test_scores_of_another_run_are_not_taken_for_this_ones(run, tmp_path):
     path = files(run.out)[0]
-    key = records.read(path)["_run"]["key"]
+    key = result_file.read(path)["_run"]["key"]
     assert read_cells([(path, key, [0])])
     assert read_cells([(path, {**key, "seed": 1}, [0])]) is None
     assert read_cells([(tmp_path / path.name, key, [0])]) is None
@@ -153,4 +152,4 @@ def test_q_values_are_over_all_that_was_measured_of_an_sae(run):
             q = [cell[f"{prefix}q_value"] for cell in cells]
             np.testing.assert_allclose(q, false_discovery_control(p))
         names = {path.name for path in files(folder)}
-        assert all(set(records.read(path)["_run"]["q_family"]) == names for path in files(folder))
+        assert all(set(result_file.read(path)["_run"]["q_family"]) == names for path in files(folder))

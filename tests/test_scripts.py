@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from command_line import parse_config
-from config import RunConfig
-from datasets_wikidata import DATASET_NAMES
+from delta_selectivity.cli.command_line import parse_config
+from delta_selectivity.settings import RunConfig
+from delta_selectivity.tasks import DATASET_NAMES
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 ROOT = SCRIPTS.parent

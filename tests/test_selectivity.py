@@ -15,9 +15,9 @@ from sklearn.metrics import balanced_accuracy_score, log_loss
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 
-from folds import FoldPlan, Skipped, control_plan, grouped_stratified_folds
-from probe_backends.torch_lbfgs import TorchLbfgs
-from selectivity import (
+from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
+from delta_selectivity.probing.folds import FoldPlan, Skipped, control_plan, grouped_stratified_folds
+from delta_selectivity.probing.selectivity import (
     DEFAULT_CS,
     ProbeResult,
     as_record,

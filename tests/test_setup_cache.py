@@ -7,19 +7,21 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import N_LAYERS
 from runs import Request, numbers
-from test_house import ROOT, imported
+from test_house import STORAGE, imported, module_file
 
-import installed
-import setup_cache
-from datasets_wikidata import Mention, tokenise
-from errors import RequestError
-from language_model import ModelInfo, Pretrained, Site, open_model
-from setup_cache import SetupCache
+from delta_selectivity.caches import setup_cache
+from delta_selectivity.caches.setup_cache import SetupCache
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site, open_model
+from delta_selectivity.system import provenance
+from delta_selectivity.system.provenance import HOME
+from delta_selectivity.tasks import Mention, tokenise
 
 SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
 MENTIONS = [Mention(f"The story of {name}", 13, 13 + len(name), name) for name in ("Ada Lovelace", "Émile Zola", "Bo")]
@@ -77,9 +79,10 @@ def test_a_second_run_finds_out_nothing(with_cache, other_saes, computed, tmp_pa
 
 def test_a_second_run_does_not_import_transformers(with_cache, tmp_path):
     assert with_cache.run() == 0
-    told = "import sys, main; assert main.main(sys.argv[1:]) == 0; print('transformers' in sys.modules)"
+    told = "import sys; from delta_selectivity.cli.main import main; assert main(sys.argv[1:]) == 0; "
+    told += "print('transformers' in sys.modules)"
     command = [sys.executable, "-c", told, *with_cache.into(tmp_path / "again").argv]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    found = subprocess.run(command, cwd=HOME.parent, capture_output=True, text=True, timeout=120, check=True)
     assert found.stdout.strip() == "False"
 
 
@@ -142,7 +145,7 @@ def test_who_the_people_are_is_no_matter_of_their_tokens(tmp_path, info, compute
 @pytest.mark.parametrize("what", ["program", "library", "files"])
 def test_what_decides_makes_another(tmp_path, tiny_model, computed, monkeypatch, what):
     for name in ("running_program", "installed_version"):
-        monkeypatch.setattr(setup_cache, name, functools.cache(getattr(installed, name).__wrapped__))
+        monkeypatch.setattr(setup_cache, name, functools.cache(getattr(provenance, name).__wrapped__))
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     setup = SetupCache.open(tmp_path / "cache", 1)
@@ -192,18 +195,15 @@ def test_a_broken_shard_is_told_and_found_out_again(tmp_path, info, computed, ca
 
 
 def test_the_digest_is_of_all_that_decides():
-    seen, left = set(), [ROOT / "language_model.py", ROOT / "datasets_wikidata.py", ROOT / "setup_cache.py"]
-    storage = {"shard_folder", "file_lock", "whole_file"}  # holds what it is given to its checksum
+    seen: set[Path] = set()
+    left = [HOME / "caches/setup_cache.py", *(HOME / "models").glob("*.py"), *(HOME / "tasks").glob("*.py")]
     while left:
         path = left.pop()
         if path in seen:
             continue
         seen.add(path)
-        for name in imported(path) - storage:
-            left += [file for file in (ROOT / f"{name}.py", *ROOT.glob(f"{name}/*.py")) if file.exists()]
-    ours = {path for source in setup_cache.SOURCES for path in ROOT.glob(source)}
-    assert {path for path in seen if path.name != "__init__.py"} <= ours
-    assert ours - seen <= set(ROOT.glob("*/__init__.py"))
+        left += [module_file(name) for name in imported(path) - STORAGE]
+    assert {path for source in setup_cache.SOURCES for path in HOME.glob(source)} == seen
 
 
 def test_without_a_cache_nothing_is_kept(info, computed):

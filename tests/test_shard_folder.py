@@ -12,8 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from shard_folder import ShardFolder
-from whole_file import replacing
+from delta_selectivity.caches.shard_folder import ShardFolder
+from delta_selectivity.system.whole_file import replacing
 
 TENSORS = {"coef": torch.arange(1000.0)}
 

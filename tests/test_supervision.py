@@ -10,8 +10,8 @@ import traceback
 
 import pytest
 
-from bounded_queue import BoundedQueue
-from pipeline import run
+from delta_selectivity.run.bounded_queue import BoundedQueue
+from delta_selectivity.run.pipeline import run
 
 
 class FakeProducer:

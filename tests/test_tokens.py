@@ -10,10 +10,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-import datasets_wikidata as dw
-from errors import RequestError
-from tasks.people import name_span
-from tasks.tokens import TokenisedMentions
+from delta_selectivity import tasks as dw
+from delta_selectivity.errors import RequestError
+from delta_selectivity.tasks.people import name_span
+from delta_selectivity.tasks.tokens import TokenisedMentions
 
 BOS = "<|endoftext|>"
 TINY_PYTHIA = Path(__file__).parent.parent / "assets" / "tiny-pythia" / "tokenizer.json"

@@ -12,8 +12,8 @@ from runs import Request
 from safetensors.torch import save_file
 from torch import Tensor
 
-from errors import RequestError
-from sae_loader import Sae, SparseRows, open_sae
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes import Sae, SparseRows, open_sae
 
 D_IN, D_OUT, D_SAE, K = 16, 12, 64, 4
 

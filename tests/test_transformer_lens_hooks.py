@@ -13,7 +13,7 @@ from families import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from language_model import Site, open_model
+from delta_selectivity.models.language_model import Site, open_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 

@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from transformer_lens.pretrained import weight_conversions as convert
 
-from errors import RequestError
-from sae_formats.input_norm import centred, normalise
-from sae_formats.transformer_lens_weights import CHANGES, is_centred
-from sae_loader import open_sae
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes import open_sae
+from delta_selectivity.saes.input_norm import centred, normalise
+from delta_selectivity.saes.sae_lens.transformer_lens_weights import CHANGES, is_centred
 
 transformers = pytest.importorskip("transformers")
 transformer_lens = pytest.importorskip("transformer_lens")
-from transformer_lens.pretrained import weight_conversions as convert  # noqa: E402
 
 LAYER = 1
 IDS = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import false_discovery_control, t
 
-from uncertainty import (
+from delta_selectivity.probing.uncertainty import (
     Cell,
     Estimate,
     balanced_mean,

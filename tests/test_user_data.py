@@ -13,11 +13,11 @@ import test_datasets
 from conftest import people, write_csv
 from runs import Request, files, numbers
 
-import datasets_wikidata as dw
-from errors import RequestError
-from tasks import read_datasets
-from tasks.tokens import tokenise
-from tasks.user_data import COLUMNS
+from delta_selectivity import tasks as dw
+from delta_selectivity.errors import RequestError
+from delta_selectivity.tasks import read_datasets
+from delta_selectivity.tasks.tokens import tokenise
+from delta_selectivity.tasks.user_data import COLUMNS
 
 SENTENCES = ["I saw Paris ", "I saw Rome", "Lyon is big"]
 own = test_datasets.own

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import uncertainty
-from folds import FoldPlan
-from probe_backends.torch_lbfgs import TorchLbfgs
+from delta_selectivity.probing import uncertainty
+from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
+from delta_selectivity.probing.folds import FoldPlan
 from validation import coverage, document, plants, suite, table
 from validation.world import GaussianWorld
 

@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import bundled
-from calibration import principal_axes
-from datasets_wikidata import Probe, ProbeTexts, load_probe_texts
-from probes import ProbeBackend
-from sae_loader import open_sae
+from delta_selectivity.probing.probes import ProbeBackend
+from delta_selectivity.run.calibration import principal_axes
+from delta_selectivity.saes import open_sae
+from delta_selectivity.tasks import Probe, ProbeTexts, load_probe_texts
 from validation.plants import Bench, Ground
 from validation.world import Rows
 

@@ -29,10 +29,18 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from folds import FoldPlan, Skipped
-from probe_statistics import correct
-from probes import ProbeBackend, ProbeFits, ProbeProblem, choose_backend
-from selectivity import DEFAULT_CS, ModelFit, OutOfFold, ProbeResult, fit_model, measure, out_of_fold
+from delta_selectivity.probing.folds import FoldPlan, Skipped
+from delta_selectivity.probing.probe_statistics import correct
+from delta_selectivity.probing.probes import ProbeBackend, ProbeFits, ProbeProblem, choose_backend
+from delta_selectivity.probing.selectivity import (
+    DEFAULT_CS,
+    ModelFit,
+    OutOfFold,
+    ProbeResult,
+    fit_model,
+    measure,
+    out_of_fold,
+)
 from validation.table import Row, judged, told
 from validation.world import GaussianWorld
 

@@ -19,13 +19,13 @@ from concept_erasure import LeaceEraser  # type: ignore[import-untyped]
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from calibration import principal_axes
-from folds import FoldPlan
-from probe_statistics import correct
-from probes import ProbeBackend
-from sae_loader import Coder, IdentityCoder, Sae, ShuffledDecoder, principal_components, random_topk
-from selectivity import OutOfFold, ProbeResult, fit_model, measure, out_of_fold
-from uncertainty import estimate_delta
+from delta_selectivity.probing.folds import FoldPlan
+from delta_selectivity.probing.probe_statistics import correct
+from delta_selectivity.probing.probes import ProbeBackend
+from delta_selectivity.probing.selectivity import OutOfFold, ProbeResult, fit_model, measure, out_of_fold
+from delta_selectivity.probing.uncertainty import estimate_delta
+from delta_selectivity.run.calibration import principal_axes
+from delta_selectivity.saes import Coder, IdentityCoder, Sae, ShuffledDecoder, principal_components, random_topk
 from validation.table import Row, judged, told
 from validation.world import Rows
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from probes import ProbeBackend, choose_backend
+from delta_selectivity.probing.probes import ProbeBackend, choose_backend
 from validation import bundled, coverage, plants
 from validation.table import Row
 from validation.world import GaussianWorld, SparseWorld

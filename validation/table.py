@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import report
+from delta_selectivity.reporting import tables
 
-HEADER: report.Row = ("where", "plant", "figure", "measured", "required", "verdict")
+HEADER: tables.Row = ("where", "plant", "figure", "measured", "required", "verdict")
 VERDICTS = {True: "pass", False: "FAIL", None: ""}
 
 
@@ -51,7 +51,7 @@ def failures(rows: Sequence[Row]) -> list[Row]:
 def as_text(rows: Sequence[Row]) -> str:
     """The rows as a table that reads well on a terminal and is Markdown."""
     cells = [(row.where, row.plant, row.figure, row.measured, row.required, VERDICTS[row.passed]) for row in rows]
-    return report.aligned([HEADER, *cells])
+    return tables.aligned([HEADER, *cells])
 
 
 def _range(low: float, high: float) -> str:

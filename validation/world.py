@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from torch import Tensor
 
-from sae_loader import LinearCoder, Sae, Threshold
+from delta_selectivity.saes import LinearCoder, Sae, Threshold
 
 Floats = NDArray[np.float64]
 

@@ -12,13 +12,13 @@ from benchmarks.synthetic_features.candidates import Candidate
 from benchmarks.synthetic_features.recovery import Recovery
 from benchmarks.synthetic_features.result import Result
 from benchmarks.synthetic_features.world import Rows, World, tasks
-from folds import FoldPlan
-from probe_statistics import correct
-from probes import ProbeBackend, choose_backend
-from reconstruction import ReconstructionSums
-from sae_formats.selection import nonzero_codes
-from selectivity import ModelFit, OutOfFold, fit_model, out_of_fold
-from uncertainty import Cell, Estimate, balanced_mean, estimate_mean
+from delta_selectivity.probing.folds import FoldPlan
+from delta_selectivity.probing.probe_statistics import correct
+from delta_selectivity.probing.probes import ProbeBackend, choose_backend
+from delta_selectivity.probing.selectivity import ModelFit, OutOfFold, fit_model, out_of_fold
+from delta_selectivity.probing.uncertainty import Cell, Estimate, balanced_mean, estimate_mean
+from delta_selectivity.run.reconstruction import ReconstructionSums
+from delta_selectivity.saes.selection import nonzero_codes
 
 N_FOLDS, N_REPEATS = 5, 2
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from errors import RequestError
-from wikidata_build.compression import READ_ERRORS, SUFFIXES, unpacked
+from delta_selectivity.errors import RequestError
+from scripts.wikidata_build.compression import READ_ERRORS, SUFFIXES, unpacked
 
 LONGEST_LINE = 64 * 2**20  # bytes; the longest in real dumps have some 5 MB
 STDIN = "-"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wikidata_build import classes as c
+from scripts.wikidata_build import classes as c
 
 LANGUAGES = ("en", "mul")  # `mul` holds what is the same in most languages; an item may have it in place of `en`
 MIN_NAME_LENGTH = 8  # characters; theirs

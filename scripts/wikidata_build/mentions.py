@@ -14,8 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from wikidata_build.entities import MAX_WORDS
-from wikidata_build.people import Int64Array, Names
+from scripts.wikidata_build.entities import MAX_WORDS
+from scripts.wikidata_build.people import Int64Array, Names
 
 _WORD = re.compile(r"\w+")
 _NO_TEXT = re.compile("[\0\ufffd\ud800-\udfff]")  # what was no UTF-8, and what no file of ours can hold

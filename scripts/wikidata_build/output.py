@@ -7,9 +7,9 @@ import json
 import os
 from pathlib import Path
 
-from errors import RequestError
-from whole_file import replacing
-from wikidata_build.selection import COLUMNS, Row, as_records
+from delta_selectivity.errors import RequestError
+from delta_selectivity.system.whole_file import replacing
+from scripts.wikidata_build.selection import COLUMNS, Row, as_records
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from wikidata_build import classes as c
-from wikidata_build.entities import Person, one_code
+from scripts.wikidata_build import classes as c
+from scripts.wikidata_build.entities import Person, one_code
 
 Int64Array = npt.NDArray[np.int64]
 ByteArray = npt.NDArray[np.uint8]

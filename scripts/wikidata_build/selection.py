@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from wikidata_build import classes as c
-from wikidata_build.mentions import Found
-from wikidata_build.people import Names
+from scripts.wikidata_build import classes as c
+from scripts.wikidata_build.mentions import Found
+from scripts.wikidata_build.people import Names
 
 
 @dataclass(frozen=True)

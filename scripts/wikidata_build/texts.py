@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from errors import RequestError
-from wikidata_build.compression import READ_ERRORS, SUFFIXES, unpacked
+from delta_selectivity.errors import RequestError
+from scripts.wikidata_build.compression import READ_ERRORS, SUFFIXES, unpacked
 
 PIECE = 2**20  # characters of a .txt that are one text at most: a file may be of any size
 KINDS = (".txt", ".jsonl")

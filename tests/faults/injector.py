@@ -14,20 +14,18 @@ from typing import Any
 
 import pytest
 
-import file_lock
-import prober
-import progress
-import sae_level
-import scores
-import selectivity
-from bounded_queue import BoundedQueue
-from language_model import LanguageModel, ModelInfo
-from preflight import Preflight
-from probe_backends.torch_lbfgs import TorchLbfgs
-from reconstruction import ReconstructionSums
-from row_store import RowStore
-from sae_formats.source import SaeSource
-from sae_loader import Sae
+from delta_selectivity.models.language_model import LanguageModel, ModelInfo
+from delta_selectivity.probing import selectivity
+from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
+from delta_selectivity.records import sae_level, scores
+from delta_selectivity.run import prober, progress
+from delta_selectivity.run.bounded_queue import BoundedQueue
+from delta_selectivity.run.preflight import Preflight
+from delta_selectivity.run.reconstruction import ReconstructionSums
+from delta_selectivity.run.row_store import RowStore
+from delta_selectivity.saes import Sae
+from delta_selectivity.saes.source import SaeSource
+from delta_selectivity.system import file_lock
 
 FULL_DISK = partial(OSError, 28, "No space left on device")
 FAULT = partial(RuntimeError, "injected fault")

@@ -9,9 +9,9 @@ import torch
 from conftest import people, write_csv
 from runs import Request, numbers
 
-from language_model import LanguageModel
-from sae_formats.selection import Gated, Threshold
-from sae_loader import Sae
+from delta_selectivity.models.language_model import LanguageModel
+from delta_selectivity.saes import Sae
+from delta_selectivity.saes.selection import Gated, Threshold
 
 MARK = "Zebedee"  # the texts with this name break
 

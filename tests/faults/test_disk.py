@@ -13,8 +13,8 @@ import pytest
 from conftest import people, write_csv
 from runs import Request, left_over, numbers, substance, without_q
 
-import loading
-from language_model import LanguageModel, ModelInfo
+from delta_selectivity.models.language_model import LanguageModel, ModelInfo
+from delta_selectivity.run import loading
 
 
 @pytest.fixture

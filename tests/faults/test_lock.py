@@ -12,15 +12,15 @@ import pytest
 from conftest import people, write_csv
 from runs import ROOT, Request, left_over, substance
 
-from errors import RequestError
-from file_lock import Locked, exclusive
-from records import prepare_folder, reserve
-from report import result_files
+from delta_selectivity.errors import RequestError
+from delta_selectivity.records.result_file import prepare_folder, reserve
+from delta_selectivity.reporting.results import result_files
+from delta_selectivity.system.file_lock import Locked, exclusive
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from file_lock import exclusive
+from delta_selectivity.system.file_lock import exclusive
 with exclusive(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

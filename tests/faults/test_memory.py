@@ -13,14 +13,14 @@ import torch
 from conftest import people, write_csv
 from runs import Request, assert_close, numbers
 
-import row_store
-import selectivity
-from activations import LayerRows
-from language_model import LanguageModel, Site
-from out_of_memory import Room, is_out_of_memory
-from probe_backends import lbfgs
-from probe_backends.problem import ProbeProblem
-from probe_backends.torch_lbfgs import TorchLbfgs
+from delta_selectivity.models.language_model import LanguageModel, Site
+from delta_selectivity.probing import selectivity
+from delta_selectivity.probing.backends import lbfgs
+from delta_selectivity.probing.backends.problem import ProbeProblem
+from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
+from delta_selectivity.run import row_store
+from delta_selectivity.run.activations import LayerRows
+from delta_selectivity.system.out_of_memory import Room, is_out_of_memory
 
 CPU_ERROR = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "

@@ -11,7 +11,7 @@ from injector import POINTS, Injector, fault
 from runs import Request, files, left_over, numbers, scores_of, substance, without_q
 from safetensors.torch import load_file, save_file
 
-import records
+from delta_selectivity.records import result_file
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_interrupted_at_any_write_and_resumed_it_is_the_same_to_the_byte(ask, tm
     for n in (3, 4, 14, 22):  # of 2 datasets x (3 + 2) layers x 2 files, and 4 files settled at the end
         again = ask.into(tmp_path / str(n))
         stop_at_write(again, n)
-        kept = {path: records.read(path) for path in files(again.out)}
+        kept = {path: result_file.read(path) for path in files(again.out)}
         finished = {path: path.read_bytes() for path, found in kept.items() if found["_run"]["complete"]}
         assert sum(len(found) - 1 for found in kept.values()) == min((n - 1) // 2, 10)
         assert len(finished) == max(0, n - 21)
@@ -76,17 +76,17 @@ def test_other_layers_are_added_and_nothing_else_is_done(ask, tmp_path):
 def test_every_file_is_complete_though_one_sae_has_fewer_layers(ask):
     assert ask.run() == 0
     for path in files(ask.out):
-        assert records.read(path)["_run"]["complete"] is True
+        assert result_file.read(path)["_run"]["complete"] is True
 
 
 def test_a_run_that_asks_for_less_than_an_interrupted_one_is_complete(ask, tmp_path):
     one = Request(ask.model, ask.saes[:1], ask.data, tmp_path / "one", ("--folds", "3", "--repeats", "1"))
     stop_at_write(one, 3)  # scores and results of layer 0 are there
     (path,) = files(one.out)
-    assert records.read(path)["_run"]["complete"] is False
+    assert result_file.read(path)["_run"]["complete"] is False
     less = one.plus("--layers", "0")
     assert less.run() == 0
-    assert records.read(path)["_run"]["complete"] is True
+    assert result_file.read(path)["_run"]["complete"] is True
     assert less.into(tmp_path / "less").run() == 0
     assert substance(one.out) == substance(tmp_path / "less")
     content = path.read_bytes()

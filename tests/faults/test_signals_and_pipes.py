@@ -16,8 +16,8 @@ import pytest
 from conftest import people, write_csv
 from runs import ROOT, Request, left_over, numbers
 
-from bounded_queue import BoundedQueue
-from progress import ProgressBars
+from delta_selectivity.run.bounded_queue import BoundedQueue
+from delta_selectivity.run.progress import ProgressBars
 
 PYTHON_STARTS = 1.0  # seconds that a busy machine may need to come to our first line
 EVERY_SIGNAL = pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_ctrl_c_during_start_up_and_after(ask, tmp_path):
 OUTSIDE_MAIN = """
 import builtins, os, runpy, sys
 sys.path[0] = os.getcwd()
-import interrupts
+from delta_selectivity.system import interrupts
 number, moment = int(sys.argv[1]), sys.argv[2]
 find, leave = builtins.__import__, interrupts.leave
 
@@ -192,7 +192,7 @@ runpy.run_path("main.py", run_name="__main__")
 
 
 @EVERY_SIGNAL
-@pytest.mark.parametrize("moment", ["logging", "command_line", "leave"])
+@pytest.mark.parametrize("moment", ["logging", "delta_selectivity.cli.command_line", "leave"])
 def test_a_signal_before_and_after_main_is_one_line_too(number, moment):
     """While the program is being loaded, and after `main` has said how it went."""
     command = [sys.executable, "-c", OUTSIDE_MAIN, str(int(number)), moment]
@@ -210,7 +210,7 @@ def test_a_signal_that_is_ignored_stays_ignored(number):
     def ignore():
         signal.signal(number, signal.SIG_IGN)
 
-    command = [sys.executable, "-c", OUTSIDE_MAIN, str(int(number)), "command_line"]
+    command = [sys.executable, "-c", OUTSIDE_MAIN, str(int(number)), "delta_selectivity.cli.command_line"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60, check=False, preexec_fn=ignore)
     assert done.returncode == 2, done.stderr
 

@@ -10,9 +10,9 @@ import pytest
 from conftest import people, write_csv
 from runs import Request, files, numbers
 
-import report
-from datasets_wikidata import UserData, describe_datasets
-from terminal import one_line, printable
+from delta_selectivity.reporting import results, tables
+from delta_selectivity.system.terminal import one_line, printable
+from delta_selectivity.tasks import UserData, describe_datasets
 
 HOSTILE = "a\x1b[2J\x1b]0;title\x07|b\n\nlayer_9\r\u202eturned\u2028\x9b1mé"
 
@@ -31,7 +31,7 @@ def test_every_character_prints_or_is_escaped():
 
 
 def test_a_table_keeps_its_columns_whatever_the_names():
-    table = report.aligned([("layer", "probe"), ("0", HOSTILE), ("1", "women ")])
+    table = tables.aligned([("layer", "probe"), ("0", HOSTILE), ("1", "women ")])
     head, rule, *rows = table.split("\n")
     assert harmless(table)
     assert len(rows) == 2
@@ -60,7 +60,7 @@ def test_a_run_of_a_task_of_a_hostile_name(ask):
     assert set(numbers(ask.out)["pythia-tiny_women.json"]["layer_0"]) > {HOSTILE, f"few{HOSTILE}"}, (
         "the file has it whole"
     )
-    shown = report.render(report.load(files(ask.out)))
+    shown = tables.render(results.load(files(ask.out)))
     assert harmless(shown)
     assert sum(line.startswith("| 0 ") for line in shown.splitlines()) == 2
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
+if __name__ == "__main__":  # pytest puts it there
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -30,13 +30,12 @@ from conftest import people, write_csv, write_sparsify
 from mutate import damaged_bytes, damaged_json, damaged_safetensors
 from safetensors.torch import save
 
-import records
-import report
-import scores
-from datasets_wikidata import UserData, dataset_fingerprint, load_probe_texts
-from errors import RequestError
-from probe_statistics import ProbeScores
-from sae_loader import open_sae
+from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import ProbeScores
+from delta_selectivity.records import result_file, scores
+from delta_selectivity.reporting import tables
+from delta_selectivity.saes import open_sae
+from delta_selectivity.tasks import UserData, dataset_fingerprint, load_probe_texts
 
 SLOW = 10.0  # seconds: an input that takes longer is a finding too
 
@@ -186,17 +185,17 @@ class Jsonl(Csv):
 class ResultJson(Reader):
     """A result file: what is accepted has the numbers that were written."""
 
-    key: records.Json = {"schema": records.SCHEMA_VERSION, "model": "abc", "seed": 0, "views": ["model", "sae"]}  # noqa: RUF012
+    key: result_file.Json = {"schema": result_file.SCHEMA_VERSION, "model": "abc", "seed": 0, "views": ["model", "sae"]}  # noqa: RUF012
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.path = folder / "m_d.json"
-        self.run = records.describe_run({"sae": "some/sae", "layers": [0, 1]})
+        self.run = result_file.describe_run({"sae": "some/sae", "layers": [0, 1]})
         cell = {"model_sel": 0.75, "sae_sel": 0.5, "delta_sel": -0.25, "ci_low": -0.3, "ci_high": -0.2,
                 "p_value": 0.001, "q_value": 0.002, "transfer_sel": 0.6, "transfer_r2": 0.8,
                 "n_people": 300}  # fmt: skip
         layer = {"mse_pos": 0.5, "fvu_pos": 0.25, "l0": 8.0, "gender": cell, "is_alive": {**cell, "q_value": None}}
-        file = records.RecordFile.open(self.path, self.key, self.run, overwrite=False)
+        file = result_file.RecordFile.open(self.path, self.key, self.run, overwrite=False)
         file.warnings.append("layer 0 gender: only 30 people: the interval is rough")
         file.seconds, file.resources, file.complete = {"forward": 1.5}, {"peak_ram_gb": 0.5}, True
         parts = {"": 0.02, "_ci_low": 0.01, "_ci_high": 0.03, "_p_value": 0.001, "_detectable": 0.01}
@@ -213,14 +212,14 @@ class ResultJson(Reader):
         self.path.write_bytes(damaged_json(self.content, rng) if rng.random() < 0.6 else damaged_bytes(self.text, rng))
 
     def read(self) -> None:
-        found = records.read(self.path)
+        found = result_file.read(self.path)
         before, after = ({k: v for k, v in file.items() if k != "_run"} for file in (self.content, found))
         assert before == after, "damaged numbers were taken for results"
         assert self.content["_run"]["sae_level"] == found["_run"]["sae_level"], "so were those of the SAE"
-        report.render([(self.path, found)])
-        report.render([(self.path, found), (self.path, self.other)])
-        report.resource_table([(self.path, found)])
-        records.RecordFile.open(self.path, self.key, self.run, overwrite=False)
+        tables.render([(self.path, found)])
+        tables.render([(self.path, found), (self.path, self.other)])
+        tables.resource_table([(self.path, found)])
+        result_file.RecordFile.open(self.path, self.key, self.run, overwrite=False)
 
 
 class Scores(Reader):

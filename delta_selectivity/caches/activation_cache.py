@@ -1,0 +1,187 @@
+"""Activations on disk, so that a second SAE on the same model needs no forward pass.
+
+    cache = ActivationCache.open(folder, limit_gb=50, model=info.fingerprint(), dtype="float32")
+    model = CachedModel(cache, lambda sites: info.load(sites, "cpu", "float32"), sites, torch.device("cpu"))
+    model.token_rows(ids, lengths)             # as of a `LanguageModel`, which is loaded when a text is not on disk
+
+Content-addressed: a text is its token ids, a folder is one model, revision and dtype, and a shard (`shard_folder`) has
+the texts of one forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from delta_selectivity.caches.shard_folder import BROKEN, ShardFolder
+from delta_selectivity.models.language_model import LanguageModel, Site
+
+OPEN_SHARDS = 16
+"""Mapped at a time: what was read of a mapping counts as the process's memory until it is closed."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a text's activations are in a shard."""
+
+    shard: str  # its name
+    start: int  # first row
+    stop: int
+
+
+class ActivationCache:
+    """The shards of one model, revision and dtype."""
+
+    def __init__(self, shards: ShardFolder) -> None:
+        self._shards = shards
+        self._lock = threading.Lock()
+        self._places: dict[Site, dict[str, _Place]] = {}  # by text
+        self._tensors: dict[str, dict[str, Tensor]] = {}  # by shard, memory-mapped: those that were read last
+
+    @classmethod
+    def open(cls, root: Path, limit_gb: float, model: str, dtype: str) -> ActivationCache:
+        """The cache of a model (its fingerprint) below `root`. Raises `RequestError` if it cannot be written to."""
+        cache = cls(ShardFolder.open(root, f"{model[:32]}-{dtype}", limit_gb, "activations"))
+        for name in cache._shards.names():
+            cache._enter(name)
+        return cache
+
+    def get(self, sites: Collection[Site], texts: Sequence[str]) -> dict[str, dict[Site, Tensor]]:
+        """Those of the texts (by `text_key`) that are here at all of the sites: [tokens, d] at each."""
+        asked = [(site, _name(site), self._places.get(site, {})) for site in sites]
+        shards: dict[str, dict[str, Tensor]] = {}
+        found: dict[str, dict[Site, Tensor]] = {}
+        for text in texts:
+            rows = found.setdefault(text, {})
+            for site, name, places in asked:
+                place = places.get(text)
+                if place is None:
+                    continue
+                if place.shard not in shards:
+                    shards[place.shard] = self._tensors_of(place.shard)
+                x = shards[place.shard].get(name)
+                if x is not None:
+                    rows[site] = x[place.start : place.stop]
+        return {text: rows for text, rows in found.items() if len(rows) == len(asked)}
+
+    def put(self, texts: Sequence[str], rows: Mapping[Site, Tensor], lengths: Sequence[int]) -> None:
+        """Keep the rows [tokens, d] of texts, one after the other, as long as there is room."""
+        if self._shards.full:
+            return
+        stops = np.cumsum(lengths).tolist()
+        tensors = {_name(site): x.cpu() for site, x in rows.items()}
+        name = hashlib.sha256(json.dumps([sorted(tensors), list(texts)]).encode()).hexdigest()[:32]
+        if self._shards.write(name, tensors, {"texts": json.dumps(list(texts)), "stops": json.dumps(stops)}):
+            self._enter(name)
+
+    def _tensors_of(self, shard: str) -> dict[str, Tensor]:
+        """Its tensors by name; none if it is broken or gone."""
+        with self._lock:
+            tensors = self._tensors.get(shard)
+        if tensors is None:
+            tensors = self._shards.read(shard)  # two threads may both read it: neither waits for the other
+            with self._lock:
+                self._tensors[shard] = tensors
+                while len(self._tensors) > OPEN_SHARDS:
+                    self._tensors.pop(next(iter(self._tensors)))
+        return tensors
+
+    def _enter(self, shard: str) -> None:
+        """Note what a shard holds, by its header alone."""
+        found = self._shards.header(shard)
+        if found is None:
+            return
+        header, names = found
+        try:
+            texts, stops = json.loads(header["texts"]), json.loads(header["stops"])
+            places = [_Place(shard, a, b) for a, b in zip([0, *stops], stops, strict=False)]
+            entries = dict(zip(texts, places, strict=True))
+            sites = [_site(name) for name in names]
+        except BROKEN as error:
+            self._shards.drop(shard, error)
+            return
+        with self._lock:
+            for site in sites:
+                self._places.setdefault(site, {}).update(entries)
+
+
+class CachedModel:
+    """A language model that runs only those texts whose activations are not on disk.
+
+    Texts are batched in one way for the run and in others for the samples drawn before it, and their activations
+    differ in the last bits by the company they were in. So what is for different purposes is kept apart: a run with a
+    cache gives the numbers of one without.
+    """
+
+    def __init__(
+        self,
+        cache: ActivationCache,
+        load: Callable[[Collection[Site]], LanguageModel],
+        sites: Collection[Site],
+        device: torch.device,
+        purpose: str = "preflight",
+    ) -> None:
+        self.sites, self.device = frozenset(sites), device
+        self._cache, self._load, self._purpose = cache, load, purpose
+        self._model: LanguageModel | None = None
+        self._lock = threading.Lock()
+
+    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
+        """As of a `LanguageModel`: site -> [rows, d]."""
+        counts = lengths.tolist()
+        texts = [text_key(row[:n], self._purpose) for row, n in zip(ids, counts, strict=True)]
+        found = self._cache.get(self.sites, texts)
+        missing = [i for i, text in enumerate(texts) if text not in found]
+        if missing:
+            width = max(counts[i] for i in missing)
+            fresh = self._loaded().token_rows(ids[missing, :width], lengths[missing])
+            self._cache.put([texts[i] for i in missing], fresh, [counts[i] for i in missing])
+            if len(missing) == len(texts) and not skip:
+                return fresh
+            parts = {site: x.split([counts[i] for i in missing]) for site, x in fresh.items()}
+            for row, i in enumerate(missing):
+                found[texts[i]] = {site: of_text[row] for site, of_text in parts.items()}
+        return {site: self._together([found[text][site][skip:] for text in texts]) for site in self.sites}
+
+    def only(self, sites: Collection[Site]) -> CachedModel:
+        """This model with some of its sites."""
+        fewer = CachedModel(self._cache, self._load, sites, self.device, self._purpose)
+        fewer._model = None if self._model is None else self._model.only(sites)
+        return fewer
+
+    def apart(self, purpose: str) -> CachedModel:
+        """This model for batches of another kind; it is loaded once for both."""
+        return CachedModel(self._cache, lambda _: self._loaded(), self.sites, self.device, purpose)
+
+    def _loaded(self) -> LanguageModel:
+        with self._lock:
+            if self._model is None:
+                self._model = self._load(self.sites)
+            return self._model
+
+    def _together(self, parts: list[Tensor]) -> Tensor:
+        """One after the other, on the device: in one transfer, wherever they are."""
+        here = parts if len({part.device for part in parts}) == 1 else [part.cpu() for part in parts]
+        return torch.cat(here).to(self.device, non_blocking=True)
+
+
+def text_key(ids: Tensor, purpose: str) -> str:
+    """A text by its token ids [tokens], BOS among them, and what it was run for: 32 hex digits."""
+    return hashlib.blake2b(ids.to(torch.int32).numpy().tobytes(), digest_size=16, person=purpose.encode()).hexdigest()
+
+
+def _name(site: Site) -> str:
+    return f"{site.layer} {site.hookpoint}"
+
+
+def _site(name: str) -> Site:
+    layer, _, hookpoint = name.partition(" ")
+    return Site(int(layer), hookpoint)

@@ -1,0 +1,109 @@
+"""Probes of the model's own activations on disk, so that a second SAE on the same model needs only its own.
+
+    fits = FitCache.open(folder, limit_gb=50)
+    model = fits.fit_model(plan, x, backend, control)     # as `selectivity.fit_model`, to the bit
+
+Content-addressed: a shard (`shard_folder`) is named after all that decides the bits of a fit, which are the activations
+and the plans themselves, the solver and its settings, the libraries, the processor and its threads, and the text of the
+program. What is read is therefore what would be fitted; after any change of these it is fitted again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from delta_selectivity.caches.shard_folder import ShardFolder, digest
+from delta_selectivity.probing.folds import FoldPlan
+from delta_selectivity.probing.probes import ProbeBackend
+from delta_selectivity.probing.selectivity import DEFAULT_CS, ModelFit, ViewFit, control_scores, fit_model
+from delta_selectivity.system import gemm
+from delta_selectivity.system.provenance import installed_version, running_program
+
+log = logging.getLogger(__name__)
+
+FOLDER = "probes"  # below the root, beside those of the models
+SOURCES = (
+    "caches/fit_cache.py", "errors.py", "probing/**/*.py", "system/compiled.py", "system/gemm.py",
+    "system/out_of_memory.py", "system/provenance.py",
+)  # fmt: skip
+"""`selectivity` and all that it imports of the program, the solvers, and how their fits are kept."""
+
+_LIBRARIES = ("torch", "numpy", "numba", "llvmlite", "scipy", "scikit-learn", "cuml-cu13")
+
+
+class FitCache:
+    """Fits of the model's view and of its control task at `DEFAULT_CS`, for any model, by one text of the program."""
+
+    def __init__(self, shards: ShardFolder, program: str) -> None:
+        self._shards, self._program = shards, program
+
+    @classmethod
+    def open(cls, root: Path, limit_gb: float) -> FitCache:
+        """The fits below `root`. Raises `RequestError` if it cannot be written to."""
+        return cls(ShardFolder.open(root, FOLDER, limit_gb, "probe fits"), running_program(SOURCES))
+
+    def fit_model(self, plan: FoldPlan, x: Tensor, backend: ProbeBackend, control: FoldPlan | None = None) -> ModelFit:
+        """As `selectivity.fit_model` of x `[rows, d]`, which is asked for what is not here."""
+        name = self._name(plan, x, backend, control)
+        stored = self._shards.read(name)
+        if stored:
+            log.info("probes of %d rows x %d are read from %s", *x.shape, self._shards.folder / name)
+            return _unpacked(stored, x, control)
+        fit = fit_model(plan, x, backend, control, DEFAULT_CS)
+        self._shards.write(name, _packed(fit), {})
+        return fit
+
+    def _name(self, plan: FoldPlan, x: Tensor, backend: ProbeBackend, control: FoldPlan | None) -> str:
+        """32 hexadecimal digits. Who the people are and which targets were left out is no matter of the fit."""
+        facts = {
+            "program": self._program,
+            "machine": _machine(x.device),
+            "solver": repr(backend),
+            "cs": repr(DEFAULT_CS),
+        }
+        given = {"x": x.cpu()}
+        for task, of in (("probes", plan), ("control", control)):
+            if of is not None:
+                facts[task] = f"{of.n_folds} folds"
+                arrays = {"labels": of.labels, "weights": of.weights, "folds": of.folds}
+                given |= {f"{task} {part}": torch.from_numpy(array) for part, array in arrays.items()}
+        return digest(facts, given)
+
+
+def _machine(device: torch.device) -> str:
+    """What computes: another processor, number of threads or library rounds otherwise."""
+    cpu = torch.backends.cpu.get_cpu_capability()
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    threads = torch.get_num_threads()
+    return json.dumps([device.type, chip, threads, gemm.prefers_onednn(), *map(installed_version, _LIBRARIES)])
+
+
+def _packed(fit: ModelFit) -> dict[str, Tensor]:
+    """All of the fit but x and what it was asked for."""
+    tensors = {"scale": fit.scale}
+    tensors |= {part.name: torch.as_tensor(getattr(fit.fit, part.name)) for part in fields(ViewFit)}
+    if fit.control is not None:
+        tensors["control"] = torch.from_numpy(fit.control.views["model"])
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _unpacked(stored: dict[str, Tensor], x: Tensor, control: FoldPlan | None) -> ModelFit:
+    """The fit of x again, in memory of its own: mapped files are not aligned, and sums would round otherwise."""
+    on_host = {name: tensor.clone() for name, tensor in stored.items()}
+    there = {name: tensor.to(x.device) for name, tensor in on_host.items()}
+    view = ViewFit(
+        scores=there["scores"],
+        chosen_c=on_host["chosen_c"].numpy(),
+        coef=there["coef"],
+        intercept=there["intercept"],
+        n_unconverged=on_host["n_unconverged"].numpy(),
+        n_iter=on_host["n_iter"].numpy(),
+    )
+    scores = None if control is None else control_scores(control, on_host["control"].numpy())
+    return ModelFit(x, there["scale"], view, DEFAULT_CS, scores)

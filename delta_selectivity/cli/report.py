@@ -1,0 +1,88 @@
+"""Tables, plots and a page from result files.
+
+python report.py results                        # a table per dataset and SAE
+python report.py results --worst_first          # largest losses on top
+python report.py results --resources            # seconds per stage and peak memory
+python report.py results --csv all.csv          # every number of every probe, a line each, for a spreadsheet or pandas
+python report.py results -o report.html         # one page with everything, readable without a network
+python report.py results --plots plots          # every plot of that page as PNG and SVG, and its data as CSV
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.reporting.csv_file import write_csv
+from delta_selectivity.reporting.results import File, load, result_files
+from delta_selectivity.reporting.tables import (
+    overview,
+    render,
+    resource_table,
+)
+from delta_selectivity.system.terminal import show, tell
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables, or write what was asked for; 2 if there is nothing to report, 1 if it cannot be printed.
+
+    A page or plots that cannot be written are a wrong request: 2.
+    """
+    asked = _parse(argv)
+    try:
+        files = load(result_files(asked.folder))
+        if asked.output is not None or asked.plots is not None:
+            _write(files, asked.output, asked.plots)
+            return 0
+    except RequestError as error:
+        tell(f"error: {error}")
+        return 2
+    try:
+        _print(files, asked)
+    except OSError as error:
+        tell(f"failed: {error}")
+        return 1
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> Any:
+    parser = argparse.ArgumentParser(description="Tables, plots and a page from the result files of main.py.")
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=Path("results"), help="where the files are, or one file (%(default)s)"
+    )
+    parser.add_argument("--worst_first", action="store_true", help="largest losses on top, not by layer")
+    parser.add_argument("--summary", action="store_true", help="the line per SAE, and SAEs against each other, only")
+    parser.add_argument("--resources", action="store_true", help="seconds per stage and peak memory only")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every number to this file in place of tables")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write one HTML page with tables and plots")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write each plot as PNG and SVG, its data as CSV")
+    asked = parser.parse_args(argv)
+    if (asked.output or asked.plots) and (asked.csv or asked.worst_first or asked.summary or asked.resources):
+        parser.error("-o and --plots write what there is: --csv and the flags of tables go without them")
+    return asked
+
+
+def _print(files: Sequence[File], asked: Any) -> None:
+    if asked.csv is not None:
+        write_csv(files, asked.csv)
+    elif asked.resources:
+        show(resource_table(files))
+    elif asked.summary:
+        show(overview(files))
+    else:
+        show(render(files, asked.worst_first))
+
+
+def _write(files: Sequence[File], page: Path | None, plots: Path | None) -> None:
+    """The page, the plots, or both. Raises `RequestError` if a path cannot be written."""
+    from delta_selectivity.reporting.output import write_page, write_plots  # matplotlib: tables do without it
+    from delta_selectivity.reporting.study import study_of
+
+    study = study_of(files)
+    if page is not None:
+        show(write_page(study, page))
+    if plots is not None:
+        show(write_plots(study, plots))

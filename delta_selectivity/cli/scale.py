@@ -1,0 +1,117 @@
+"""The numbers of main.py by many workers: processes on this machine, one a GPU, or a Dask cluster.
+
+    python compute_selectivity.py --workers 2                       # the bundled demo on two processes
+    python compute_selectivity.py --plan                            # the units, their bytes and seconds; nothing runs
+    python compute_selectivity.py --scheduler tcp://10.0.0.7:8786 --model_name ... --sae_name ...
+    python compute_selectivity.py --config sweep.toml               # many requests, one after another or side by side
+
+All flags of main.py are known here, and mean the same. The request is cut into units (a group of layers and a group of
+SAEs, see `scale.units`), each unit is an ordinary run of main's own code in some worker, and what a unit found is
+merged into the very files that main.py would have written. Either program goes on where the other was stopped. Exit
+codes are those of main.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from delta_selectivity.cli.command_line import build_parser, parse_config
+from delta_selectivity.errors import RequestError
+from delta_selectivity.system.terminal import show
+
+if TYPE_CHECKING:
+    from delta_selectivity.scale.spread import Job
+
+log = logging.getLogger("delta_selectivity")
+
+
+def flags_of_many_workers() -> argparse.ArgumentParser:
+    """The flags that main.py has not."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add = parser.add_argument_group("many workers").add_argument
+    add("--workers", type=int, help="processes on this machine (one a GPU; without GPUs, one a core)")
+    add("--scheduler", metavar="ADDRESS", help="of a running Dask scheduler, such as tcp://10.0.0.7:8786, whose "
+        "workers see this folder and the models under the same paths (processes on this machine)")  # fmt: skip
+    add("--layers_per_unit", type=int, default=1, help="layers that a worker takes at a time (%(default)s)")
+    add("--saes_per_unit", type=int, default=8, help="SAEs that a worker takes at a time: they share the forward pass "
+        "and the probes of the model's own activations (%(default)s)")  # fmt: skip
+    add("--plan", action="store_true", help="print the units with estimated bytes and seconds, and end")
+    add("--config", type=Path, metavar="SWEEP.toml", help="several requests, as docs/scale.md says; further flags "
+        "hold for all of them")  # fmt: skip
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our flags, and main.py's. Raises `RequestError`."""
+    own = flags_of_many_workers()
+    if {"-h", "--help"} & set(argv):
+        argparse.ArgumentParser(
+            prog="compute_selectivity.py",
+            description="The numbers of main.py by many workers.",
+            parents=[build_parser(), own],
+            conflict_handler="resolve",
+        ).parse_args(["--help"])
+    try:
+        asked, others = own.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise RequestError(f"{error} (see --help)") from error
+    for flag in ("workers", "layers_per_unit", "saes_per_unit"):
+        value = getattr(asked, flag)
+        if value is not None and value < 1:
+            raise RequestError(f"--{flag} must be at least 1, got {value}")
+    if asked.scheduler is not None and asked.workers is not None:
+        raise RequestError(f"--workers {asked.workers}: a cluster of its own (--scheduler) has the workers it has")
+    return asked, others
+
+
+def check(argv: Sequence[str], asked: argparse.Namespace) -> Job:
+    """What one request takes, by configs alone. Raises `RequestError` if it is wrong."""
+    from delta_selectivity.run.planning import make_plan
+    from delta_selectivity.scale.spread import Job
+    from delta_selectivity.scale.units import plan_units
+
+    config, task = parse_config(argv)
+    if task != "measure":
+        raise RequestError(f"{task} is not spread over workers: python main.py does that")
+    plan = make_plan(config, fetch=False)
+    return Job(config, plan, plan_units(config, plan, asked.layers_per_unit, asked.saes_per_unit))
+
+
+def compute(argv: Sequence[str]) -> None:
+    """All of it. Raises `RequestError` if a request is wrong, anything else if units failed."""
+    asked, others = parse(argv)
+    sweep = None
+    requests = [others]
+    if asked.config is not None:
+        from delta_selectivity.cli.sweep import Sweep
+
+        sweep = Sweep.read(asked.config)
+        requests = [[*request, *others] for request in sweep.requests]
+    jobs = [check(request, asked) for request in requests]
+    config = jobs[0].config
+    logging.getLogger().setLevel(logging.INFO if config.verbose else logging.WARNING)
+    if asked.plan:
+        from delta_selectivity.scale.estimate import render
+
+        show("\n\n".join(render(job.config, job.plan, job.units) for job in jobs))
+        return
+    from delta_selectivity.scale.spread import measure
+
+    paths = measure(jobs, asked, any(word.startswith("--device") for word in argv))
+    if sweep is not None:
+        sweep.conclude(paths, config.quiet)
+    elif not config.quiet:
+        from delta_selectivity.reporting import results, tables
+
+        show(tables.render(results.load(paths[0])))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit code, as `main.main`."""
+    from delta_selectivity.cli.main import main as guarded
+
+    return guarded(argv, compute)

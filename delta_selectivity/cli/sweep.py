@@ -1,0 +1,159 @@
+"""A sweep file: several requests of one shape, as a TOML file that is checked before the first of them begins.
+
+    output_directory = "results/sweep"         # a folder for each request below it
+    page = "report.html"                       # optional: a page over its results in each of these folders
+
+    [flags]                                    # of every request: main.py's flags without their dashes
+    folds = 5
+    datasets = ["gender", "politics"]          # here a list is one value
+
+    [[grid]]                                   # every combination of these is a request
+    model_name = "assets/tiny-pythia"
+    sae_name = ["assets/tiny-pythia-saes-k8", "assets/tiny-pythia-saes-k32"]     # two values
+    layers = ["0-2", "3-5"]                    # two values, so four requests
+    seed = 0
+
+A value that is itself a list, in a list of `[[grid]]`, is one value too: `sae_name = [["a", "b"], "c"]` measures a and
+b in one request, where they share a forward pass and are compared with each other, and c in another. Several
+`[[grid]]` add up. A request's folder is named after the flags in which requests differ.
+
+    sweep = Sweep.read(Path("sweep.toml"))
+    sweep.requests                             # [["--folds", "5", ..., "--output_directory", "results/sweep/..."], ...]
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.cli.command_line import build_parser
+from delta_selectivity.errors import RequestError
+from delta_selectivity.records.result_file import slug
+from delta_selectivity.system.terminal import show
+
+log = logging.getLogger(__name__)
+
+TOP = ("output_directory", "page", "flags", "grid")
+OWN = ("task", "list_datasets", "output_directory", "overwrite", "quiet", "verbose")  # not of a single request
+SHOWN = 40  # characters of a value in a folder's name
+
+Request = dict[str, Any]  # flag -> its value
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file that was read and found to be one."""
+
+    output_directory: Path
+    page: str | None  # name of an HTML page in the folder of each request
+    requests: tuple[list[str], ...]  # the command line of each, for main.py
+
+    @classmethod
+    def read(cls, path: Path) -> Sweep:
+        """Raises `RequestError` if the file cannot be read, or asks for what is not known."""
+        content = _load(path)
+        _refuse_unknown(path, "", content, TOP)
+        folder, page = content.get("output_directory"), content.get("page")
+        grids = content.get("grid", [])
+        if not isinstance(folder, str) or not isinstance(page, str | None) or page == "":
+            raise RequestError(f"{path}: output_directory must be a path, and page, if given, the name of a file")
+        if not isinstance(grids, list) or not grids or not all(isinstance(grid, dict) for grid in grids):
+            raise RequestError(f"{path}: it needs at least one [[grid]] of flags")
+        flags = content.get("flags", {})
+        if not isinstance(flags, dict):
+            raise RequestError(f"{path}: flags must be a table: [flags]")
+        known = flag_names()
+        for where, table in (("flags", flags), *(("grid", grid) for grid in grids)):
+            _refuse_unknown(path, f"{where}.", table, known)
+        requests = [flags | combination for grid in grids for combination in _combinations(path, grid)]
+        below = Path(folder).expanduser()
+        names = _names(path, requests)
+        argvs = (
+            [*_argv(path, request), "--output_directory", str(below / name)]
+            for request, name in zip(requests, names, strict=True)
+        )
+        return cls(below, page, tuple(argvs))
+
+    def conclude(self, results: Sequence[Sequence[Path]], quiet: bool) -> None:
+        """A summary of each request's result files, and its page if pages are wanted."""
+        from delta_selectivity.reporting import tables
+        from delta_selectivity.reporting.results import load
+
+        for argv, paths in zip(self.requests, results, strict=True):
+            folder, files = Path(argv[-1]), load(paths)
+            if not quiet:
+                show(f"\n## {folder.relative_to(self.output_directory)}\n\n{tables.overview(files)}")
+            if self.page is not None:
+                from delta_selectivity.reporting.output import write_page  # matplotlib: tables do without it
+                from delta_selectivity.reporting.study import study_of
+
+                log.info("%s", write_page(study_of(files), folder / self.page))
+
+
+def flag_names() -> tuple[str, ...]:
+    """The flags of main.py that a request may set."""
+    known = vars(build_parser().parse_known_args([])[0])
+    return tuple(name for name in known if name not in OWN)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RequestError(f"--config {path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RequestError(f"--config {path}: no TOML file: {error}") from error
+
+
+def _refuse_unknown(path: Path, where: str, table: Mapping[str, Any], known: Iterable[str]) -> None:
+    for name in table:
+        if name not in known:
+            raise RequestError(f"{path}: {where}{name} is not known: use {', '.join(known)}")
+
+
+def _combinations(path: Path, grid: Request) -> list[Request]:
+    """Every choice of one value for each flag."""
+    choices = [value if isinstance(value, list) else [value] for value in grid.values()]
+    if empty := [name for name, values in zip(grid, choices, strict=True) if not values]:
+        raise RequestError(f"{path}: grid.{empty[0]} is an empty list: give it a value")
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*choices)]
+
+
+def _names(path: Path, requests: Sequence[Request]) -> list[str]:
+    """A folder's name for each request: the flags in which they differ, with their values."""
+    flags = dict.fromkeys(name for request in requests for name in request)
+    differ = [name for name in flags if any(request.get(name) != requests[0].get(name) for request in requests)]
+    names = [
+        "__".join(f"{name}_{_short(request[name])}" for name in differ if name in request) or "all"
+        for request in requests
+    ]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise RequestError(
+            f"{path}: two requests would be written to {twice[0]}: they differ too little, or are the same"
+        )
+    return names
+
+
+def _short(value: Any) -> str:
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return "_".join(slug(str(part)) for part in parts)[:SHOWN]
+
+
+def _argv(path: Path, request: Request) -> list[str]:
+    """The request as a command line."""
+    words: list[str] = []
+    for name, value in request.items():
+        if isinstance(value, bool):
+            words += [f"--{name}"] if value else []
+        elif isinstance(value, str | int | float):
+            words.append(f"--{name}={value}")
+        elif isinstance(value, list) and all(isinstance(part, str | int) for part in value):
+            words.append(f"--{name}={','.join(map(str, value))}")
+        else:
+            raise RequestError(f"{path}: {name} = {value!r}: give a string, a number, true, false or a list of those")
+    return words

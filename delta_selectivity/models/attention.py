@@ -1,0 +1,71 @@
+"""Causal attention over short texts in bfloat16 on a CPU: two products and a softmax.
+
+Torch's fused kernel is made for long texts: it never holds the scores of all pairs of tokens. Of a hundred tokens they
+are few, and without its bookkeeping attention takes half the time (`python benchmarks/bench_kernels.py`). Scores are
+rounded to bfloat16 on the way, as in transformers' own eager attention. Everything else, longer texts among it, goes to
+transformers' `sdpa`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delta_selectivity.system.gemm import has_fast_bfloat16
+
+NAME = "sdpa_or_products"
+"""Of this attention, among transformers' attention functions."""
+SHORT = 384
+"""Tokens up to which products are faster."""
+AT_A_TIME = 2**18
+"""Scores: what a cache holds."""
+
+
+def use_where_faster(model: Any, device: torch.device) -> None:
+    """Have a transformers model attend by products, if it would attend by sdpa and that can be slower here."""
+    fits = device.type == "cpu" and model.dtype == torch.bfloat16 and has_fast_bfloat16()
+    if not fits or getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Heads' results ``[texts, tokens, heads, d_head]`` for query ``[texts, heads, tokens, d_head]``, key and value.
+
+    What transformers passes besides is for its own function; none of it is set in a plain causal pass.
+    """
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    n_texts, n_heads, n_tokens, d_head = query.shape
+    causal = attention_mask is None and options.get("is_causal") in (None, True) and getattr(module, "is_causal", True)
+    plain = causal and options.get("position_bias") is None and not options.get("dropout")
+    if not plain or n_tokens > SHORT or key.shape[2] != n_tokens:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    groups = n_heads // key.shape[1]
+    key, value = repeat_kv(key, groups).transpose(2, 3), repeat_kv(value, groups)
+    future = query.new_full((n_tokens, n_tokens), -torch.inf).triu_(1)
+    scale = d_head**-0.5 if scaling is None else scaling
+    found = query.new_empty(n_texts, n_tokens, n_heads, value.shape[-1])
+    step = max(1, AT_A_TIME // (n_heads * n_tokens**2))
+    for first in range(0, n_texts, step):
+        some = slice(first, first + step)
+        scores = torch.baddbmm(future, query[some].flatten(0, 1), key[some].flatten(0, 1), alpha=scale)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)  # in bfloat16 alone it takes longer
+        heads = torch.bmm(weights, value[some].flatten(0, 1))
+        found[some] = heads.unflatten(0, (-1, n_heads)).transpose(1, 2)
+    return found, None

@@ -1,0 +1,68 @@
+"""Take what flows through modules while a model runs; hooks are gone afterwards, whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.places import Site, Tap
+
+
+@contextlib.contextmanager
+def capture(taps: Mapping[Site, Tap], n_texts: int, n_tokens: int) -> Iterator[dict[Site, Tensor]]:
+    """Collect `[n_texts, n_tokens, d]` at every tap that the model runs through while inside.
+
+    Only of this thread's passes: several threads may run the model at a time. Raises `RequestError`, out of the
+    forward pass, where a module gives something else than one row a token.
+    """
+    found: dict[Site, Tensor] = {}
+    owner = threading.get_ident()
+
+    def keep(site: Site, tap: Tap, value: Any) -> None:
+        if threading.get_ident() == owner:
+            x = _per_token(site, value, n_texts, n_tokens)
+            found[site] = x.clone() if tap.change is None else tap.change(x)  # Falcon adds to its MLP's output in place
+
+    handles = []
+    try:
+        for site, tap in taps.items():
+            handles.append(_attach(site, tap, keep))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _attach(site: Site, tap: Tap, keep: Any) -> Any:
+    """Hook `keep` to the tap; returns the handle."""
+    if tap.side == "output":
+
+        def after(_module: Any, _args: Any, output: Any) -> None:
+            keep(site, tap, output if isinstance(output, Tensor) else output[0])
+
+        return tap.module.register_forward_hook(after)
+
+    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        named = (kwargs["hidden_states"],) if "hidden_states" in kwargs else tuple(kwargs.values())
+        keep(site, tap, next((value for value in (*args, *named) if isinstance(value, Tensor)), None))
+
+    return tap.module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _per_token(site: Site, value: Any, n_texts: int, n_tokens: int) -> Tensor:
+    """`[n_texts, n_tokens, d]` of what a module takes or gives: heads side by side, flattened texts apart again."""
+    shape = tuple(value.shape) if isinstance(value, Tensor) else None
+    if shape is not None and len(shape) >= 3 and shape[:2] == (n_texts, n_tokens):
+        return value.flatten(2)
+    if shape is not None and len(shape) == 2 and shape[0] == n_texts * n_tokens:
+        return value.unflatten(0, (n_texts, n_tokens))
+    is_what = f"of shape {list(shape)}" if shape is not None else f"a {type(value).__name__}"
+    raise RequestError(
+        f"--hookpoint {site.hookpoint}: what is there is {is_what}, not one row for each of "
+        f"{n_texts} x {n_tokens} tokens"
+    )

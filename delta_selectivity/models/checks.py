@@ -1,0 +1,88 @@
+"""Whether a loaded model's places are what their names say, on a few tokens: wrong ones give numbers that look fine.
+
+Hook points are found by the names that families give their modules. A family may use a name for something else, norm or
+scale what it adds to the residual stream, or look at later tokens. Each check costs one short forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.capture import capture
+from delta_selectivity.models.norms import is_affine_of
+from delta_selectivity.models.places import LAYER, Site, Tap, block_of, find_tap, norm_before
+from delta_selectivity.models.widths import refuse_unused
+
+N_TOKENS = 8
+ADDED = ("attn_out", "mlp_out")
+
+
+def check(decoder: Any, taps: Mapping[Site, Tap], device: torch.device) -> None:
+    """Raises `RequestError` if a site is not computed, sees later tokens, or is not what its name says."""
+    ids = _two_texts(decoder.get_input_embeddings().num_embeddings).to(device)
+    found = _run(decoder, taps, ids)
+    refuse_unused(taps, found)
+    for site, x in found.items():
+        _refuse_lookahead(decoder, site, x)
+    for layer in sorted({site.layer for site in taps if site.hookpoint in ADDED}):
+        _check_sum(decoder, layer, ids)
+    for site in taps:
+        if site.hookpoint.endswith("_normalized") and LAYER not in site.hookpoint:
+            _check_norm(decoder, site, found[site], ids)
+
+
+def _two_texts(vocab_size: int) -> Tensor:
+    """int64 [2, N_TOKENS]: drawn ids, the first half the same in both texts."""
+    ids = torch.randint(vocab_size, (2, N_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids[1, : N_TOKENS // 2] = ids[0, : N_TOKENS // 2]
+    return ids
+
+
+@torch.inference_mode()
+def _run(decoder: nn.Module, taps: Mapping[Site, Tap], ids: Tensor) -> dict[Site, Tensor]:
+    with capture(taps, *ids.shape) as found:
+        decoder(input_ids=ids, use_cache=False)
+    return found
+
+
+def _refuse_lookahead(decoder: nn.Module, site: Site, x: Tensor) -> None:
+    """Two texts with the same beginning have the same activations there, or the model is no causal one."""
+    a, b = x[:, : N_TOKENS // 2].float()
+    apart = (a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    if float(apart.max()) > torch.finfo(x.dtype).eps ** 0.5:
+        raise RequestError(
+            f"{type(decoder).__name__}: layer {site.layer}'s {site.hookpoint} at a token changes with the tokens "
+            "after it: not a causal decoder, so texts cannot be padded and probed"
+        )
+
+
+def _check_sum(decoder: nn.Module, layer: int, ids: Tensor) -> None:
+    """resid_pre + attn_out + mlp_out is resid_post, in parallel and in serial blocks, up to rounding of the sums."""
+    sites = [Site(layer, name) for name in ("resid_pre", *ADDED, "resid_post")]
+    found = _run(decoder, {site: find_tap(decoder, site) for site in sites}, ids)
+    before, attention, mlp, after = (found[site].float() for site in sites)
+    size = before.abs() + attention.abs() + mlp.abs() + after.abs()
+    off = (before + attention + mlp - after).abs()
+    if bool((off > 4 * torch.finfo(found[sites[0]].dtype).eps * size).any()):
+        raise RequestError(
+            f"--hookpoint mlp_out, attn_out: in {type(block_of(decoder, layer)).__name__} resid_pre + attn_out + "
+            f"mlp_out is not resid_post (off by up to {float(off.max()):.3g}): give the place as a module path "
+            f"with {LAYER}"
+        )
+
+
+def _check_norm(decoder: nn.Module, site: Site, normalised: Tensor, ids: Tensor) -> None:
+    """The part reads what the norm puts out, and that is the normalised value times weight plus bias."""
+    part = Site(site.layer, site.hookpoint.replace("normalized", "in"))
+    norm = norm_before(block_of(decoder, site.layer), site.hookpoint)
+    read = _run(decoder, {part: find_tap(decoder, part)}, ids)[part]
+    if not is_affine_of(read, normalised, norm, tolerance=8 * torch.finfo(read.dtype).eps):
+        raise RequestError(
+            f"--hookpoint {site.hookpoint}: {type(norm).__name__} is not a norm, a weight and a bias before "
+            f"{part.hookpoint}: give the place as a module path with {LAYER}"
+        )

@@ -1,0 +1,183 @@
+"""Places in a decoder by name: which module a hook point means, and whether its input or its output.
+
+Families name the same part differently, and some norm what a part puts out before it is added to the residual stream
+(Gemma 2 and 3, OLMo 2, GLM 4). `attn_out` and `mlp_out` are what is added, as in TransformerLens. Names are a
+good guess, no more: `checks` holds the guess against the loaded model's numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.norms import bare_norm
+
+BLOCKS = ("layers", "h", "blocks")
+ATTENTION = ("attention", "self_attn", "attn", "self_attention")
+ATTENTION_PROJECTION = ("dense", "o_proj", "out_proj", "c_proj", "attention.out_proj")  # in the attention module
+ATTENTION_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm")
+MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+MLP_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm", *ATTENTION_NORM)
+"""OPT's `final_layer_norm` is a block's own; blocks with one norm (Phi, GPT-J) give both parts the same input."""
+WRAPPERS = frozenset({"model", "language_model", "transformer", "decoder", "gpt_neox"})
+"""What may stand before the list of blocks in a path: the modules that hold a decoder."""
+
+HOOKPOINTS = (
+    "resid_post", "resid_pre", "mlp_out", "attn_out", "mlp_in", "attn_in", "mlp_normalized", "attn_normalized", "z",
+)  # fmt: skip
+LAYER, INPUT = "<layer>", ":in"
+SHOWN = 24  # modules told as alternatives
+
+
+class Site(NamedTuple):
+    """Where activations are taken."""
+
+    layer: int
+    hookpoint: str
+    """One of `HOOKPOINTS`, or a module path with `<layer>`: its output, or with `:in` appended, its input.
+
+    `resid_pre` and `resid_post` are a block's input and output, `mlp_out` and `attn_out` what its parts add in
+    between, `mlp_in` and `attn_in` what those modules receive, `*_normalized` the same before the norm's weight and
+    bias (TransformerLens's `ln2.hook_normalized`), `z` the heads' results side by side, before the output projection.
+    """
+
+    def read_by(self, input_hookpoint: str | None) -> Site:
+        """Where an SAE that reconstructs this site takes its input: here, but for a transcoder."""
+        return self if input_hookpoint is None else Site(self.layer, input_hookpoint)
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """The input or the output of a module."""
+
+    module: nn.Module
+    side: Literal["input", "output"] = "output"
+    change: Callable[[Tensor], Tensor] | None = None  # what is made of it; None: nothing
+
+
+def layers_needed(sites: Collection[Site]) -> int:
+    """Blocks to build, so that every site is computed. A block's input is the output of the one before."""
+    return max(max(site.layer, 1) if site.hookpoint == "resid_pre" else site.layer + 1 for site in sites)
+
+
+def drop_layers_above(decoder: nn.Module, n_layers: int) -> None:
+    """Leave a decoder its first `n_layers` blocks; all, where it has no list of them."""
+    with contextlib.suppress(RequestError):
+        del _blocks(decoder)[n_layers:]
+
+
+def find_tap(decoder: nn.Module, site: Site) -> Tap:
+    """Where `site` is in a decoder without its LM head. Raises `RequestError` with the alternatives if nowhere."""
+    layer, hookpoint = site
+    if LAYER in hookpoint:
+        return _at_path(decoder, site)
+    if hookpoint not in HOOKPOINTS:
+        raise RequestError(
+            f"--hookpoint {hookpoint!r}: use {', '.join(HOOKPOINTS)}, or a module path with {LAYER} (its output; "
+            f"its input with {INPUT} appended)"
+        )
+    blocks = _blocks(decoder)
+    if hookpoint == "resid_pre" and layer > 0:
+        return Tap(blocks[layer - 1])
+    return _in_block(blocks[layer], hookpoint)
+
+
+def norm_before(block: nn.Module, hookpoint: str) -> nn.Module:
+    """The norm whose output `mlp_normalized` or `attn_normalized` is without weight and bias."""
+    return _part(block, hookpoint, MLP_NORM if hookpoint == "mlp_normalized" else ATTENTION_NORM)
+
+
+def block_of(decoder: nn.Module, layer: int) -> nn.Module:
+    """The whole block of a layer. Raises `RequestError` if the decoder has no list of blocks."""
+    return _blocks(decoder)[layer]
+
+
+def _in_block(block: nn.Module, hookpoint: str) -> Tap:
+    match hookpoint:
+        case "resid_post":
+            return Tap(block)
+        case "resid_pre":
+            return Tap(block, "input")
+        case "attn_in":
+            return Tap(_part(block, hookpoint, ATTENTION), "input")
+        case "mlp_in":
+            return Tap(_part(block, hookpoint, (*MLP, "fc1")), "input")
+        case "attn_out":
+            return Tap(_attention_norm_after(block) or _part(block, hookpoint, ATTENTION))
+        case "mlp_out":
+            return Tap(_part(block, hookpoint, ("post_feedforward_layernorm", "post_mlp_layernorm", *MLP, "fc2")))
+        case "z":
+            attention = _part(block, hookpoint, ATTENTION)
+            return Tap(_part(attention, hookpoint, ATTENTION_PROJECTION), "input")
+    norm = norm_before(block, hookpoint)
+    return Tap(norm, "input", bare_norm(norm))
+
+
+def _attention_norm_after(block: nn.Module) -> nn.Module | None:
+    """The norm between attention and the residual stream; None in most families.
+
+    `post_attention_layernorm` is that only beside a norm after the MLP too. Elsewhere it is the norm before the MLP.
+    """
+    if norm := _get(block, "post_self_attn_layernorm"):
+        return norm
+    return _get(block, "post_attention_layernorm") if _get(block, "post_feedforward_layernorm") else None
+
+
+def _at_path(decoder: nn.Module, site: Site) -> Tap:
+    path, is_input = site.hookpoint.removesuffix(INPUT), site.hookpoint.endswith(INPUT)
+    parts = path.replace(LAYER, str(site.layer)).split(".")
+    wrappers = WRAPPERS | {getattr(decoder, "base_model_prefix", "")}
+    while _get(decoder, ".".join(parts)) is None and parts[0] in wrappers:
+        parts = parts[1:]
+    if (module := _get(decoder, ".".join(parts))) is None:
+        raise RequestError(
+            f"--hookpoint {site.hookpoint}: {type(decoder).__name__} has no such module; it has "
+            f"{_alternatives(decoder, site.layer)}"
+        )
+    return Tap(module, "input" if is_input else "output")
+
+
+def _blocks(decoder: nn.Module) -> nn.ModuleList:
+    for name in BLOCKS:
+        if isinstance(blocks := getattr(decoder, name, None), nn.ModuleList):
+            return blocks
+    raise RequestError(
+        f"{type(decoder).__name__} has no list of layers called {', '.join(BLOCKS)}: give --hookpoint as a module "
+        f"path; it has {_alternatives(decoder, 0)}"
+    )
+
+
+def _alternatives(decoder: nn.Module, layer: int) -> str:
+    """Paths of the outermost list that has this layer, and of what is in it."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > layer:
+            inside = [f"{name}.{LAYER}.{part}" for part in _names(module[layer])]
+            return ", ".join([f"{name}.{LAYER}", *inside][:SHOWN])
+    return ", ".join(_names(decoder)[:SHOWN])
+
+
+def _part(parent: nn.Module, hookpoint: str, names: Sequence[str]) -> nn.Module:
+    """The first of `names` that there is."""
+    for name in names:
+        if (part := _get(parent, name)) is not None:
+            return part
+    raise RequestError(
+        f"--hookpoint {hookpoint}: {type(parent).__name__} has none of {', '.join(names)}: give a module path with "
+        f"{LAYER}; it has {', '.join(_names(parent)[:SHOWN])}"
+    )
+
+
+def _get(parent: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return parent.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _names(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_modules() if name]

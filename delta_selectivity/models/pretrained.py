@@ -1,0 +1,104 @@
+"""Where a pretrained model is, and its config and tokenizer, which are read when they are first asked for.
+
+Reading them imports transformers, which takes half a second: with a cache (`setup_cache`) a run may need neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.errors import RequestError
+
+NO_REVISION = "main"  # what transformers calls the only state of a local folder, and a repository's newest
+
+_FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model", ".py"}  # files of a local model
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A folder on this machine, or a commit of a hub repository."""
+
+    name: str  # as typed
+    revision: str | None  # branch, tag or commit of a hub model, as typed; None: its main branch, or a local folder
+    commit: str | None  # what `revision` meant when the model was found; None: a local folder
+    trust_remote_code: bool  # whether Python code of the model's repository may run
+
+    @classmethod
+    def find(cls, name: str, revision: str | None = None, trust_remote_code: bool = False) -> Pretrained:
+        """A hub id or local folder. Raises `RequestError` if there is none of that name and revision."""
+        folder = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
+        if os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
+            if not (folder / "config.json").is_file():
+                raise RequestError(f"--model_name {folder}: the folder has no config.json")
+            if revision is not None:
+                raise RequestError(f"--revision {revision}: {folder} is a local folder, which has one state only")
+            return cls(str(folder), None, None, trust_remote_code)
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
+            raise RequestError(f"--model_name {name!r}: no such folder (and not a hub id of the form owner/name)")
+        try:
+            commit = _commit(name, revision or NO_REVISION)
+        except Exception as error:  # the hub client raises many kinds; all mean that this name is unusable
+            at = f" at revision {revision}" if revision else ""
+            told = f"not a local folder, and not to be had from the hub{at}: {first_line(error)}"
+            raise RequestError(f"--model_name {name}: {told}") from error
+        return cls(name, revision, commit, trust_remote_code)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Commit of a hub model; sha256 over the files of a local one. It changes whenever a number could."""
+        if self.commit is not None:
+            return self.commit
+        digest = hashlib.sha256()
+        for path in sorted(p for p in Path(self.name).iterdir() if p.suffix in _FINGERPRINTED):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    @property
+    def config(self) -> Any:
+        """A transformers.PretrainedConfig. Raises `RequestError` if it or the tokenizer cannot be had."""
+        return self._config_and_tokenizer[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """A transformers.PreTrainedTokenizerFast. Raises as `config`."""
+        return self._config_and_tokenizer[1]
+
+    @cached_property
+    def _config_and_tokenizer(self) -> tuple[Any, Any]:
+        from transformers import AutoConfig, AutoTokenizer
+
+        options = {
+            "revision": self.commit or NO_REVISION,
+            "trust_remote_code": self.trust_remote_code,  # unsaid, it would ask on the terminal
+        }
+        try:
+            config = AutoConfig.from_pretrained(self.name, **options)
+            tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
+        except Exception as error:  # the parsers raise many kinds; all mean that this model is unusable
+            told = f"config or tokenizer cannot be read: {first_line(error)}"
+            if "trust_remote_code" in str(error):
+                told = "it comes with Python code of its own: read it, and allow it with --trust_remote_code"
+            raise RequestError(f"--model_name {self.name}: {told}") from error
+        if not getattr(tokenizer, "is_fast", False):
+            told = "needs a fast tokenizer (tokenizer.json) to place the name's tokens"
+            raise RequestError(f"--model_name {self.name}: {told}")
+        return config, tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _commit(name: str, revision: str) -> str:
+    """The commit that `revision` means now: config, tokenizer and weights are all read at that one."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name  # .../snapshots/<commit>/

@@ -1,0 +1,272 @@
+"""Strided features for the batched solver: one matrix for all columns, an iteration is two large GEMMs.
+
+Held-out rows have weight 0, so the matrix is the same for all columns. It is kept once, in float32, centred and
+scaled; products in float64 read x itself, converted a block of rows at a time, which needs no float64 copy.
+
+The preconditioner is the inverse Hessian at zero (Böhning 1992's bound), averaged over the columns and shrunk to their
+mean curvature. A Hessian made anew for each C saved a tenth of the iterations and took as long or longer, and so did a
+split's own; one eigendecomposition for all C with a curvature of each column's own saved none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from delta_selectivity.probing.backends.history import dot
+from delta_selectivity.probing.backends.lbfgs import Loss, Parabola
+from delta_selectivity.probing.backends.problem import ProbeProblem
+from delta_selectivity.system.gemm import linear
+
+_TEMPORARIES = 12  # float64 matrices [columns, rows] alive at once
+_BLOCK_ON_CPU, _BLOCK = 2**18, 2**24  # cells of x converted at a time: what a cache holds; elsewhere, few launches
+_GRAM_BLOCKS = 4  # times more rows: products of narrow panels want long sums
+_PANEL = 128  # columns of the Gram matrix made at a time, from the diagonal on: the other half is the mirror image
+_FEW = 32  # for fewer columns than one in so many features, solving takes less time than an inverse and its products
+_ROUGH_PAYS = 2**17  # cells of x from which on a product takes longer than the calls around it
+
+
+@dataclass(frozen=True)
+class DenseDesign:
+    """The features of a problem."""
+
+    x: Tensor  # float32 [rows, d], as given
+    z: Tensor  # float32 [rows, d + 1], (x - centre) / unit; the last column is 1
+    unit: Tensor  # float64 [d], between the splits' scales
+    centre: Tensor  # float64 [d]
+    divisor: Tensor  # float64 [splits, d]
+    block: Tensor  # float64 [rows of a block, d], where x is converted: fresh memory each time costs more than that
+
+    @classmethod
+    def build(cls, problem: ProbeProblem) -> DenseDesign:
+        """A float32 copy of the problem's x, on its device."""
+        x = problem.x
+        divisor = problem.divisor.to(x.device)
+        unit = divisor.log().mean(dim=0).exp()
+        centre = _mean(x)
+        z = torch.ones(len(x), x.shape[1] + 1, dtype=torch.float32, device=x.device)
+        near, stretch = centre.float(), unit.reciprocal().float()  # x less `near` is exact wherever rounding would tell
+        left = ((near - centre) / unit).float()
+        for rows in _blocks(x):
+            torch.addcmul(left, x[rows] - near, stretch, out=z[rows, :-1])
+        longest = max((len(x[rows]) for rows in _blocks(x)), default=0)
+        return cls(x, z, unit, centre, divisor, centre.new_empty(longest, x.shape[1]))
+
+    @property
+    def column_bytes(self) -> int:
+        """Of a column's temporaries."""
+        return 8 * _TEMPORARIES * max(len(self.z), 1)
+
+    def start(self, n_columns: int) -> Tensor:
+        """Theta [columns, d + 1] where the smallest C starts: zeros."""
+        return torch.zeros(n_columns, self.z.shape[1], dtype=torch.float64, device=self.z.device)
+
+    def columns(self, index: Tensor, split: Tensor, loss: Loss) -> DenseColumns:
+        """Regressions with these indices, splits (both int64 [columns]) and losses."""
+        penalty = torch.ones(self.z.shape[1], dtype=torch.float64, device=self.z.device)
+        penalty[-1] = 0
+        return DenseColumns(
+            index, split, loss, Exact(self.x, self.centre, self.divisor[split], self.block), penalty, self
+        )
+
+    def preconditioners(self, n_columns: int) -> InverseHessians:
+        """Along C."""
+        return InverseHessians(self.z, inverted=_FEW * n_columns >= self.z.shape[1])
+
+
+class Products(Protocol):
+    """The features of columns, each seen by the scale of its own split, times coefficients and times residuals."""
+
+    def forward(self, theta: Tensor) -> Tensor:
+        """Margins [columns, rows] of theta [columns, d + 1]."""
+        ...
+
+    def backward(self, residual: Tensor) -> Tensor:
+        """[columns, d + 1] from residual [columns, rows]."""
+        ...
+
+    def select(self, chosen: Tensor) -> Products:
+        """Of the columns at int64 `chosen`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Products in float64. They centre x first, so that a constant feature is exactly nothing."""
+
+    x: Tensor  # [rows, d]
+    centre: Tensor  # [d]
+    divisor: Tensor  # [columns, d]
+    block: Tensor  # [rows of a block, d], scratch
+
+    def forward(self, theta: Tensor) -> Tensor:
+        coef = theta[:, :-1] / self.divisor
+        margins = theta.new_empty(len(theta), len(self.x))
+        for rows in _blocks(self.x):
+            margins[:, rows] = coef @ self._centred(rows).T
+        return margins.add_(theta[:, -1:])
+
+    def backward(self, residual: Tensor) -> Tensor:
+        total = residual.new_zeros(len(residual), self.x.shape[1])
+        for rows in _blocks(self.x):
+            total.addmm_(residual[:, rows], self._centred(rows))
+        return torch.cat([total.div_(self.divisor), residual.sum(dim=1, keepdim=True)], dim=1)
+
+    def select(self, chosen: Tensor) -> Exact:
+        return Exact(self.x, self.centre, self.divisor[chosen], self.block)
+
+    def _centred(self, rows: slice) -> Tensor:
+        part = self.x[rows]
+        return self.block[: len(part)].copy_(part).sub_(self.centre)
+
+
+@dataclass(frozen=True)
+class Rough:
+    """Products in float32."""
+
+    z: Tensor  # [rows, d + 1]
+    stretch: Tensor  # [columns, d + 1]; a column's features are z times this
+
+    def forward(self, theta: Tensor) -> Tensor:
+        return linear(theta * self.stretch, self.z)
+
+    def backward(self, residual: Tensor) -> Tensor:
+        return linear(residual, self.z.T).mul_(self.stretch)
+
+    def select(self, chosen: Tensor) -> Rough:
+        return Rough(self.z, self.stretch[chosen])
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a parabola starts: its gradients are the one there and the change since."""
+
+    theta: Tensor  # [columns, d + 1]
+    gradient: Tensor  # [columns, d + 1]
+
+    def select(self, chosen: Tensor) -> Origin:
+        return Origin(self.theta[chosen], self.gradient[chosen])
+
+
+@dataclass(frozen=True)
+class DenseColumns:
+    """Theta [columns, d + 1] has the intercept last."""
+
+    index: Tensor  # int64 [columns]
+    split: Tensor  # int64 [columns]
+    loss: Loss | Parabola
+    products: Products
+    penalty: Tensor  # [d + 1], 1 but 0 for the intercept
+    design: DenseDesign
+    origin: Origin | None = None  # where the loss is a parabola
+
+    def times(self, c: float) -> DenseColumns:
+        assert isinstance(self.loss, Loss), "a parabola is of one C"
+        return replace(self, loss=self.loss.times(c))
+
+    def rough(self) -> DenseColumns | None:
+        if self.design.x.numel() < _ROUGH_PAYS:
+            return None
+        assert isinstance(self.loss, Loss), "a parabola is rough already"
+        stretch = torch.ones(len(self.index), self.design.z.shape[1], device=self.design.z.device)
+        stretch[:, :-1] = self.design.unit / self.design.divisor[self.split]
+        products = Rough(self.design.z, stretch)
+        return DenseColumns(self.index, self.split, self.loss.single(), products, self.penalty.float(), self.design)
+
+    def near(self, theta: Tensor, margins: Tensor, gradient: Tensor) -> DenseColumns:
+        loss = Parabola(self.loss.curvature(margins.to(theta.dtype)))
+        return replace(self, loss=loss, origin=Origin(theta, gradient))
+
+    def select(self, chosen: Tensor) -> DenseColumns:
+        parts = self.index[chosen], self.split[chosen], self.loss.select(chosen), self.products.select(chosen)
+        origin = None if self.origin is None else self.origin.select(chosen)
+        return DenseColumns(*parts, self.penalty, self.design, origin)
+
+    def margins(self, theta: Tensor) -> Tensor:
+        return self.products.forward(theta)
+
+    def gradients(self, theta: Tensor, residual: Tensor, preconditioner: InverseHessian) -> tuple[Tensor, Tensor]:
+        gradient = self.products.backward(residual)
+        if self.origin is None:
+            gradient += theta * self.penalty
+        else:
+            gradient += (theta - self.origin.theta) * self.penalty + self.origin.gradient
+        return gradient, preconditioner.times(gradient.float()).to(gradient.dtype)
+
+    def along(self, direction: Tensor) -> tuple[Tensor, Tensor]:
+        return self.margins(direction), dot(self.penalty * direction, direction)
+
+    def lengths(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
+        return newton.norm(dim=1), theta[:, :-1].norm(dim=1)
+
+    def coefficients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        coef = theta[:, :-1] / self.design.divisor[self.split]
+        return coef, theta[:, -1] - coef @ self.design.centre
+
+
+@dataclass(frozen=True)
+class InverseHessian:
+    """Of the objective for stretch 1."""
+
+    factor: Tensor  # float32 [d + 1, d + 1], the Hessian's lower Cholesky factor
+    inverse: Tensor | None  # float32 [d + 1, d + 1]; None: solving for few columns takes less time
+
+    def times(self, v: Tensor) -> Tensor:
+        """Times v [columns, d + 1]."""
+        if self.inverse is not None:
+            return linear(v, self.inverse.T)
+        half = torch.linalg.solve_triangular(self.factor, v.T, upper=False)  # `cholesky_solve` copies the factor
+        return torch.linalg.solve_triangular(self.factor.T, half, upper=True).T
+
+
+class InverseHessians:
+    """Inverse Hessians along C."""
+
+    def __init__(self, z: Tensor, inverted: bool) -> None:
+        self._z, self._inverted = z, inverted
+        self._gram: Tensor | None = None  # z' S z for the first curvature S, and the sum of that
+        self._sum = torch.ones(())
+
+    def at(self, c: float, curvature: Tensor) -> InverseHessian:
+        """For C = c, where `curvature` [rows] is the loss's for C = 1, averaged over the columns."""
+        if self._gram is None:
+            self._gram, self._sum = self._weighted_gram(curvature.float()), curvature.sum()
+        hessian = self._gram * (c * curvature.sum() / self._sum).float()
+        hessian.diagonal()[:-1] += 1  # the penalty
+        rounding = 4 * torch.finfo(torch.float32).eps * len(hessian) ** 0.5 * hessian.diagonal().mean()
+        while True:
+            hessian.diagonal().add_(rounding)
+            factor, failed = torch.linalg.cholesky_ex(hessian)
+            if not bool(failed):
+                return InverseHessian(factor, torch.cholesky_inverse(factor) if self._inverted else None)
+            rounding *= 10
+
+    def _weighted_gram(self, curvature: Tensor) -> Tensor:
+        """z' diag(curvature) z: its lower triangle, and a little above."""
+        gram = self._z.new_zeros(self._z.shape[1], self._z.shape[1])
+        for rows in _blocks(self._z, _GRAM_BLOCKS):
+            part = self._z[rows].T.contiguous()
+            weighted = part * curvature[rows]
+            for start in range(0, len(gram), _PANEL):
+                panel = slice(start, start + _PANEL)
+                gram[start:, panel] += linear(part[start:], weighted[panel])
+        return gram
+
+
+def _mean(x: Tensor) -> Tensor:
+    """Over the rows, in float64 without a copy of x in it: [d]."""
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    for rows in _blocks(x):
+        total += x[rows].sum(dim=0, dtype=torch.float64)
+    return total / len(x)
+
+
+def _blocks(x: Tensor, as_large: int = 1) -> Iterator[slice]:
+    """Slices that cover the rows of x; on a CPU as many times as large as they would be."""
+    cells = as_large * _BLOCK_ON_CPU if x.device.type == "cpu" else _BLOCK
+    size = max(1, cells // max(x.shape[1], 1))
+    return (slice(start, start + size) for start in range(0, len(x), size))

@@ -1,0 +1,157 @@
+"""The batched solver of probes, on any device, for strided and for sparse CSR features.
+
+The columns (target x split) of a problem are solved together by preconditioned L-BFGS (`lbfgs`); along C each column
+starts from its solution at the smaller C. What the columns share, the features and the preconditioner, is a `Design`:
+`torch_dense` or `torch_sparse`.
+
+Float32 alone stalls above the tolerance for some C, so every fit of strided features is settled in float64 (`lbfgs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from delta_selectivity.probing.backends.lbfgs import Columns, Limits, Loss, minimise
+from delta_selectivity.probing.backends.problem import ProbeFits, ProbeProblem, balanced
+from delta_selectivity.probing.backends.torch_dense import DenseDesign
+from delta_selectivity.probing.backends.torch_sparse import SparseDesign
+from delta_selectivity.system.out_of_memory import ERRORS, Room, is_out_of_memory
+
+P = TypeVar("P")
+P_co = TypeVar("P_co", covariant=True)
+
+
+class Preconditioners(Protocol[P_co]):
+    """Preconditioners along C."""
+
+    def at(self, c: float, curvature: Tensor) -> P_co:
+        """For C = c, where `curvature` [rows] is the loss's for C = 1, averaged over the columns."""
+        ...
+
+
+class Design(Protocol[P]):
+    """The features that all columns of a problem share."""
+
+    @property
+    def column_bytes(self) -> int:
+        """Of a column's temporaries."""
+        ...
+
+    def start(self, n_columns: int) -> Tensor:
+        """Theta [columns, p] where the smallest C starts: zeros."""
+        ...
+
+    def columns(self, index: Tensor, split: Tensor, loss: Loss) -> Columns[P]:
+        """Regressions with these indices, splits (both int64 [columns]) and losses."""
+        ...
+
+    def preconditioners(self, n_columns: int) -> Preconditioners[P]:
+        """Along C, for so many columns in all."""
+        ...
+
+
+@dataclass(frozen=True)
+class TorchLbfgs:
+    """The batched solver. Deterministic for one machine and number of threads on a CPU."""
+
+    tolerance: float = 1e-6  # of the next (preconditioned) step, relative to the coefficients
+    max_iter: int = 500  # for each C
+    memory: int = 10  # pairs that L-BFGS remembers
+    max_bytes: int = 256 * 2**20  # of the columns' temporaries; columns beyond wait for the next chunk
+    name: str = field(default="torch", init=False)
+    _room: Room = field(
+        default_factory=lambda: Room("probes are fitted"), init=False, repr=False, compare=False
+    )  # a column is a unit, of a cell for each byte
+
+    def fit(self, problem: ProbeProblem) -> ProbeFits:
+        """All probes of the problem; `converged` is False for columns that `max_iter` stopped."""
+        if problem.x.layout == torch.sparse_csr:
+            return self._fit(problem, SparseDesign.build(problem))
+        return self._fit(problem, DenseDesign.build(problem))
+
+    def _fit(self, problem: ProbeProblem, design: Design[P]) -> ProbeFits:
+        fits = ProbeFits.empty(problem)
+        width = max(1, self.max_bytes // design.column_bytes)
+        for index in torch.arange(problem.n_targets * problem.n_splits).split(width):
+            if len(index):
+                self._within_memory(problem, design, index, fits)
+        return fits
+
+    def _within_memory(self, problem: ProbeProblem, design: Design[P], index: Tensor, fits: ProbeFits) -> None:
+        """Solve these columns together; out of memory, in parts of half as many, and in such parts from then on."""
+        while True:
+            size = min(len(index), self._room.units(design.column_bytes))
+            try:
+                self._fit_chunk(problem.cs, _Parts(problem, design, index.split(size)), fits)
+            except ERRORS as error:
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+            else:
+                self._room.fitted(size)
+                return
+            self._room.halve(size, design.column_bytes)
+
+    def _fit_chunk(self, cs: tuple[float, ...], parts: _Parts[P], fits: ProbeFits) -> None:
+        """Solve the columns for every C, and write them into `fits` in the units of x."""
+        preconditioners = parts.design.preconditioners(parts.n_columns)
+        for i, c in enumerate(cs):
+            preconditioner = preconditioners.at(c, parts.mean_curvature())
+            for columns, theta, margins in parts:
+                limits = Limits(self.tolerance, self.max_iter)
+                best = minimise(columns.times(c), theta, margins, preconditioner, limits, self.memory)
+                parts.keep(best.theta, best.margins)
+                coef, intercept = columns.coefficients(best.theta)
+                fits.coef[i].flatten(0, 1)[columns.index] = coef
+                fits.intercept[i].flatten()[columns.index] = intercept
+                fits.converged[i].flatten()[columns.index] = best.converged
+                fits.n_iter[i].flatten()[columns.index] = best.n_iter
+
+
+class _Parts(Generic[P]):
+    """Columns that share a preconditioner, in parts that are solved one after the other.
+
+    A single part keeps its margins from one C to the next. Of several only theta is kept, the rest is made anew: its
+    memory is what they are split for. Sharing the preconditioner, each column takes the same steps either way, up to
+    rounding and the tolerance.
+    """
+
+    def __init__(self, problem: ProbeProblem, design: Design[P], parts: Sequence[Tensor]) -> None:
+        self._problem, self.design, self._parts = problem, design, parts
+        self._device = problem.x.device
+        self.n_columns = sum(map(len, parts))
+        self._theta = [design.start(len(index)) for index in parts]
+        self._go_to(0)
+
+    def __iter__(self) -> Iterator[tuple[Columns[P], Tensor, Tensor]]:
+        """Each part's columns, theta [columns, p] and margins [columns, rows]."""
+        for place in range(len(self._parts)):
+            if place != self._place:
+                del self._columns, self._margins
+                self._go_to(place)
+            yield self._columns, self._theta[place], self._margins
+
+    def keep(self, theta: Tensor, margins: Tensor) -> None:
+        """Where the part last given by iteration stands now."""
+        self._theta[self._place], self._margins = theta, margins
+
+    def mean_curvature(self) -> Tensor:
+        """Second derivative of the loss for C = 1 by the margins, averaged over all columns. [rows]"""
+        total = torch.zeros(self._problem.x.shape[0], dtype=torch.float64, device=self._device)
+        for columns, _, margins in self:
+            total += columns.loss.curvature(margins).sum(dim=0)
+        return total / self.n_columns
+
+    def _go_to(self, place: int) -> None:
+        self._place = place
+        index = self._parts[place].to(self._device)
+        target, split = index // self._problem.n_splits, index % self._problem.n_splits
+        labels = self._problem.labels.to(self._device)[target]
+        loss = Loss.of(labels, balanced(labels, self._problem.weight.to(self._device)[split]))
+        self._columns = self.design.columns(index, split, loss)
+        theta = self._theta[place]
+        self._margins = self._columns.margins(theta) if bool(theta.any()) else torch.zeros_like(loss.weight)

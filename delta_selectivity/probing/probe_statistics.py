@@ -1,0 +1,255 @@
+"""Everything that one probe's out-of-fold scores say: selectivities, differences, intervals, AUC, bits.
+
+    found = ProbeScores({"model": ..., "sae": ..., "transfer": ...}, labels, persons, weights, folds)
+    statistics(found).delta_sel
+
+Nothing here fits a probe, so the statistics of a finished run can be made again from its stored scores (`scores`).
+All intervals are `uncertainty`'s: clustered by person, plus what the luck of the folds adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delta_selectivity.probing.uncertainty import Estimate, balanced_mean, estimate_delta
+
+Floats = NDArray[np.floating]
+
+EPSILON = 0.02  # differences of selectivity within +-this count as preserved
+KNOWN = 0.55  # model_sel's lower bound above which a share of it can be spoken of
+_TINY = np.float16(6e-8)  # the smallest float16
+
+
+@dataclass(frozen=True)
+class ProbeScores:
+    """Scores of rows by probes that have not seen their person; a positive score predicts the label."""
+
+    views: Mapping[str, NDArray[np.float16]]  # model, sae, transfer, error, latents (those there are): [repeats, rows]
+    labels: NDArray[np.bool_]  # [rows]
+    persons: NDArray[np.int64]  # [rows]; the same number is the same person in all datasets
+    weights: NDArray[np.float64]  # [rows]
+    folds: NDArray[np.int8]  # [repeats, rows], the fold that held the row out
+    control_scores: NDArray[np.float16] | None = None  # [rows], of probes on `control_labels`, not split by person
+    control_labels: NDArray[np.bool_] | None = None  # [rows], random by token type
+
+    @property
+    def n_folds(self) -> int:
+        """Folds of each partition."""
+        return int(self.folds.max()) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """One probe in one layer. `*_sel` are balanced accuracies (1/2 = nothing known), means over the partitions.
+
+    `*_ci_low` and `*_ci_high` are 95 % intervals. None: that view was not measured, or the figure has no meaning here.
+    """
+
+    model_sel: float
+    model_ci_low: float
+    model_ci_high: float
+    sae_sel: float
+    sae_ci_low: float
+    sae_ci_high: float
+    delta_sel: float  # sae_sel - model_sel; 0 = preserved, negative = lost
+    ci_low: float  # of delta_sel, as are the next four
+    ci_high: float
+    p_value: float  # two-sided, of no difference
+    preserved: bool  # equivalence: the 90 % interval lies within +-epsilon
+    detectable: float  # the smallest true difference that these data would show with 80 % power
+    transfer_sel: float | None = None  # of the model's probes on the SAE's reconstruction
+    transfer_delta: float | None = None  # transfer_sel - model_sel
+    transfer_ci_low: float | None = None  # of transfer_delta, as are the next four
+    transfer_ci_high: float | None = None
+    transfer_p_value: float | None = None
+    transfer_preserved: bool | None = None
+    transfer_detectable: float | None = None
+    transfer_r2: float | None = None  # share of the variance of the model's probes' scores that x̂ gives back to them
+    transfer_r2_ci_low: float | None = None
+    transfer_r2_ci_high: float | None = None
+    retained: float | None = None  # (sae_sel - 1/2) / (model_sel - 1/2), where model_ci_low > 0.55
+    retained_ci_low: float | None = None
+    retained_ci_high: float | None = None
+    model_auc: float  # area under the ROC curve, ties count half
+    sae_auc: float
+    delta_auc: float  # sae_auc - model_auc
+    delta_auc_ci_low: float
+    delta_auc_ci_high: float
+    transfer_auc: float | None = None
+    model_bits: float  # 1 - cross-entropy / ln 2, classes balanced: 0 for a probe that always says one half
+    sae_bits: float
+    delta_bits: float  # sae_bits - model_bits
+    delta_bits_ci_low: float
+    delta_bits_ci_high: float
+    transfer_bits: float | None = None
+    memorisation: float | None = None  # balanced accuracy on labels random by token type, split by row, minus 1/2
+    n_rows: int
+    n_people: int
+    n_pos: int
+    error_sel: float | None = None  # of probes on x - x̂, what the SAE left behind
+    error_auc: float | None = None
+    error_bits: float | None = None
+    latent_sel: float | None = None  # of probes on the SAE's codes
+    latent_auc: float | None = None
+    latent_bits: float | None = None
+
+
+def quantised(scores: Floats) -> NDArray[np.float16]:
+    """Scores as they are kept: float16 that keeps the sign of every score and overflows to its largest number."""
+    largest = float(np.finfo(np.float16).max)
+    kept = np.clip(scores, -largest, largest).astype(np.float16)
+    return np.where((kept == 0) & (scores != 0), np.copysign(_TINY, scores).astype(np.float16), kept)
+
+
+def correct(found: ProbeScores, view: str) -> NDArray[np.float64]:
+    """1 where the view's probe is right about a row it has not seen, else 0: [repeats, rows]."""
+    return ((found.views[view] > 0) == found.labels).astype(np.float64)
+
+
+def bits(found: ProbeScores, view: str) -> NDArray[np.float64]:
+    """What each row's score tells of its label beyond a coin, in bits: 1 - log loss / ln 2. [repeats, rows]"""
+    scores = found.views[view].astype(np.float64)
+    return 1 - np.logaddexp(0, np.where(found.labels, -scores, scores)) / np.log(2)
+
+
+def r2_parts(found: ProbeScores, view: str) -> NDArray[np.float64]:
+    """Numbers by row whose balanced mean is the R² of a view's scores as a copy of the model's. [repeats, rows]
+
+    1 less the squared difference over the variance of the model's scores, classes balanced. Of the view "transfer" it
+    is the share of what the model's own probes read in x that they still read in x̂. No label is asked, so it has none
+    of the noise of labels. The ratio of sums is linearised, so that the influence of a row is the ratio's.
+    """
+    model, copy = found.views["model"].astype(np.float64), found.views[view].astype(np.float64)
+
+    def mean(values: Floats) -> Floats:
+        return balanced_mean(values, found.labels, found.weights)[:, None]
+
+    variance, error = (model - mean(model)) ** 2, (copy - model) ** 2
+    spread = np.maximum(mean(variance), np.finfo(np.float64).tiny)  # 0 for a probe that says the same of every row
+    unexplained = mean(error) / spread
+    return np.asarray(1 - unexplained - (error - unexplained * variance) / spread)
+
+
+def auc_parts(found: ProbeScores, view: str) -> NDArray[np.float64]:
+    """Numbers by row whose balanced mean is the AUC, and whose influence on it is DeLong's. [repeats, rows]
+
+    A row's placement V is the share of the other class that it is on the right side of (ties count half); AUC is the
+    mean of V over either class. 2 V - AUC has the balanced mean AUC, and varies by row as the AUC's influence function
+    does (DeLong, DeLong & Clarke-Pearson 1988), so that the clustered interval of a mean is that of the AUC.
+    """
+    return np.stack([_auc_parts(scores, found.labels, found.weights) for scores in found.views[view]])
+
+
+def _auc_parts(scores: Floats, labels: NDArray[np.bool_], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    scores = scores.astype(np.float32)  # float16 is sorted many times slower
+    placement = np.empty(len(scores))
+    for label in (False, True):
+        other = labels != label
+        order = np.argsort(scores[other])
+        ranked = scores[other][order]
+        below = np.concatenate([[0.0], np.cumsum(weights[other][order])]) / weights[other].sum()
+        own = scores[labels == label]
+        share = (below[np.searchsorted(ranked, own, "left")] + below[np.searchsorted(ranked, own, "right")]) / 2
+        placement[labels == label] = share if label else 1 - share
+    return 2 * placement - float(balanced_mean(placement, labels, weights))
+
+
+def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
+    """All that the scores say; differences within +-epsilon count as preserved."""
+
+    def estimate(values: Floats) -> Estimate:
+        return estimate_delta(values, found.labels, found.persons, found.weights, found.n_folds)
+
+    right = {view: correct(found, view) for view in found.views}
+    model, sae = estimate(right["model"] - 0.5), estimate(right["sae"] - 0.5)
+    delta = estimate(right["sae"] - right["model"])
+    return Statistics(
+        model_sel=_mean(found, right["model"]),
+        model_ci_low=model.low + 0.5,
+        model_ci_high=model.high + 0.5,
+        sae_sel=_mean(found, right["sae"]),
+        sae_ci_low=sae.low + 0.5,
+        sae_ci_high=sae.high + 0.5,
+        **_difference("delta_sel", "", delta, epsilon),
+        **_transfer(found, right, estimate, epsilon),
+        **_retained(model, sae, right, estimate),
+        **_change(found, "auc", {view: auc_parts(found, view) for view in found.views}, estimate),
+        **_change(found, "bits", {view: bits(found, view) for view in found.views}, estimate),
+        memorisation=_memorisation(found),
+        n_rows=len(found.labels),
+        n_people=len(np.unique(found.persons)),
+        n_pos=int(found.labels.sum()),
+        error_sel=_mean(found, right["error"]) if "error" in right else None,
+        latent_sel=_mean(found, right["latents"]) if "latents" in right else None,
+    )
+
+
+def _mean(found: ProbeScores, values: Floats) -> float:
+    """The balanced mean over rows, and the mean of that over the partitions."""
+    return float(balanced_mean(values, found.labels, found.weights).mean())
+
+
+def _difference(name: str, prefix: str, delta: Estimate, epsilon: float) -> dict[str, Any]:
+    return {
+        name: delta.value,
+        f"{prefix}ci_low": delta.low,
+        f"{prefix}ci_high": delta.high,
+        f"{prefix}p_value": delta.p_value,
+        f"{prefix}preserved": delta.within(epsilon),
+        f"{prefix}detectable": delta.detectable,
+    }
+
+
+def _transfer(found: ProbeScores, right: Mapping[str, Floats], estimate: Any, epsilon: float) -> dict[str, Any]:
+    """Of the model's probes on x̂; nothing for a view that they were not asked about."""
+    if "transfer" not in right:
+        return {}
+    delta, share = estimate(right["transfer"] - right["model"]), estimate(r2_parts(found, "transfer"))
+    return {
+        "transfer_sel": _mean(found, right["transfer"]),
+        **_difference("transfer_delta", "transfer_", delta, epsilon),
+        "transfer_r2": share.value,
+        "transfer_r2_ci_low": share.low,
+        "transfer_r2_ci_high": share.high,
+    }
+
+
+def _retained(model: Estimate, sae: Estimate, right: Mapping[str, Floats], estimate: Any) -> dict[str, Any]:
+    """The share, with its interval by the delta method: the spread of sae - share x model, over model - 1/2."""
+    if model.low + 0.5 <= KNOWN:
+        return {}
+    share = sae.value / model.value
+    spread: Estimate = estimate(((right["sae"] - 0.5) - share * (right["model"] - 0.5)) / model.value)
+    return {
+        "retained": share,
+        "retained_ci_low": share + spread.low - spread.value,
+        "retained_ci_high": share + spread.high - spread.value,
+    }
+
+
+def _change(found: ProbeScores, score: str, values: Mapping[str, Floats], estimate: Any) -> dict[str, Any]:
+    """The score by view, and its difference between the SAE and the model with an interval."""
+    delta: Estimate = estimate(values["sae"] - values["model"])
+    by_view = {name: _mean(found, values[name]) for name in values}
+    return {
+        f"model_{score}": by_view["model"],
+        f"sae_{score}": by_view["sae"],
+        f"delta_{score}": delta.value,
+        f"delta_{score}_ci_low": delta.low,
+        f"delta_{score}_ci_high": delta.high,
+        f"transfer_{score}": by_view.get("transfer"),
+        f"error_{score}": by_view.get("error"),
+        f"latent_{score}": by_view.get("latents"),
+    }
+
+
+def _memorisation(found: ProbeScores) -> float | None:
+    if found.control_scores is None or found.control_labels is None:
+        return None
+    right = (found.control_scores > 0) == found.control_labels
+    return float(balanced_mean(right.astype(np.float64), found.control_labels, found.weights)) - 0.5

@@ -1,0 +1,330 @@
+"""Selectivity: what person-grouped, cross-validated probes read from an activation and from its reconstruction.
+
+    plan = FoldPlan.build(labels, groups, weights=None, n_folds=5, n_repeats=5, seed=0)
+    model = fit_model(plan, x, backend)                  # once per layer and task set
+    for recon in recons_of_several_saes:
+        results = measure(out_of_fold(plan, model, recon, backend))   # ProbeResult or Skipped, one a target
+
+Balanced accuracy of out-of-fold predictions, the same folds (`folds`) for every view; delta is the SAE's minus the
+model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from delta_selectivity.probing.folds import FoldPlan, Skipped
+from delta_selectivity.probing.probe_statistics import EPSILON, ProbeScores, Statistics, quantised, statistics
+from delta_selectivity.probing.probes import ProbeBackend, ProbeProblem
+from delta_selectivity.system.out_of_memory import Room
+
+DEFAULT_CS = tuple(10.0**k for k in range(-5, 2))
+VIEWS = ("model", "sae", "transfer", "error", "latents")
+_ROOM = Room("targets are scored")
+OPTIONAL = {f"{view}_{score}" for view in ("error", "latent") for score in ("sel", "auc", "bits")}
+"""Keys that a record has only where the view was asked for."""
+
+
+@dataclass(frozen=True)
+class ViewFit:
+    """The probes of one view, at the C chosen for each fold, and their scores on the rows they have not seen."""
+
+    scores: Tensor  # float32 [targets, repeats, rows]; positive = the label is predicted
+    chosen_c: NDArray[np.float64]  # [targets, repeats, folds]
+    coef: Tensor  # float64 [targets, splits, d]
+    intercept: Tensor  # float64 [targets, splits]
+    n_unconverged: NDArray[np.int64]  # [targets], of its Cs x splits fits
+    n_iter: NDArray[np.int64]  # [targets], the most that a fit took
+
+
+@dataclass(frozen=True)
+class ModelFit:
+    """The model view: its activations, the scaling that every other view shares, and its probes."""
+
+    x: Tensor  # [rows, d]
+    scale: Tensor  # float64 [splits, d]
+    fit: ViewFit
+    cs: tuple[float, ...]
+    control: ProbeScores | None  # of the control task, where it was asked for
+
+
+@dataclass(frozen=True)
+class OutOfFold:
+    """Scores of rows by probes that have not seen their person, and how those probes were fitted."""
+
+    plan: FoldPlan
+    views: tuple[str, ...]  # model, sae, transfer (the model's probes on the SAE's view), error, latents
+    scores: NDArray[np.float16]  # [views, targets, repeats, rows]
+    fits: Mapping[str, FitFacts]  # of the views that probes were fitted on: all but transfer
+    control: ProbeScores | None  # of the control task, where it was asked for
+
+    @property
+    def transfer(self) -> NDArray[np.float16]:
+        """[targets, repeats, rows]: probes fitted on the model's view, tested on the SAE's."""
+        return self.scores[self.views.index("transfer")]
+
+    def probe(self, t: int) -> ProbeScores:
+        """The scores of the t-th target that is measured."""
+        plan = self.plan
+        return ProbeScores(
+            views={view: self.scores[v, t] for v, view in enumerate(self.views)},
+            labels=plan.labels[t],
+            persons=plan.groups,
+            weights=plan.weights,
+            folds=plan.folds,
+            control_scores=None if self.control is None else self.control.views["model"][0],
+            control_labels=None if self.control is None else self.control.labels,
+        )
+
+
+@dataclass(frozen=True)
+class FitFacts:
+    """How the probes of one view were fitted."""
+
+    chosen_c: NDArray[np.float64]  # [targets, repeats, folds]
+    n_unconverged: NDArray[np.int64]  # [targets]
+    n_iter: NDArray[np.int64]  # [targets]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult(Statistics):
+    """One target's statistics, and how its probes were fitted."""
+
+    C: float  # median of the folds' choices for the model's view, and below for the SAE's
+    C_sae: float
+    converged: bool  # all fits of all views
+    n_unconverged: int
+    n_iter: int  # the most that a fit took
+
+
+FitModel = Callable[[FoldPlan, Tensor, ProbeBackend, FoldPlan | None], ModelFit]
+"""What gives the model's view its probes: `fit_model` at `DEFAULT_CS`, or a store of what that has given before."""
+
+
+def fit_model(
+    plan: FoldPlan,
+    x: Tensor,
+    backend: ProbeBackend,
+    control: FoldPlan | None = None,
+    cs: Sequence[float] = DEFAULT_CS,
+) -> ModelFit:
+    """Probes on the model's activations x `[rows, d]`, with the scaling for all views of these rows.
+
+    With a plan of `folds.control_plan` also the probe of the control task.
+    """
+    scale = training_scales(plan, x)
+    fit = fit_view(plan, x, scale, backend, cs)
+    return ModelFit(x, scale, fit, tuple(cs), None if control is None else _fit_control(control, x, backend, cs))
+
+
+def _fit_control(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float]) -> ProbeScores:
+    return control_scores(plan, _kept(fit_view(plan, x, training_scales(plan, x), backend, cs).scores)[0])
+
+
+def control_scores(plan: FoldPlan, scores: NDArray[np.float16]) -> ProbeScores:
+    """Scores [repeats, rows] of the control task's one probe, with what they are scores of."""
+    return ProbeScores({"model": scores}, plan.labels[0], plan.groups, plan.weights, plan.folds)
+
+
+def out_of_fold(
+    plan: FoldPlan,
+    model: ModelFit,
+    recon: Tensor | ViewFit,
+    backend: ProbeBackend,
+    error_view: bool = False,
+    latents: Tensor | None = None,
+) -> OutOfFold:
+    """The model's view beside an SAE's reconstruction `[rows, d]` of it, and beside what that leaves out.
+
+    A reconstruction equal to x bit by bit shares the model's fit: its delta and transfer are exactly 0. In place of a
+    reconstruction the fit of another view of the rows may be given (`fit_sparse`): then there is no transfer and no
+    error. `latents` float32 `[rows, d_sae]`, sparse CSR, are the SAE's codes for the view of that name.
+    """
+    fits, scores = {"model": model.fit}, {"model": model.fit.scores}
+    if isinstance(recon, ViewFit):
+        fits["sae"] = recon
+    elif torch.equal(recon, model.x):
+        fits["sae"] = model.fit
+        scores["transfer"] = model.fit.scores
+    else:
+        fits["sae"] = fit_view(plan, recon, model.scale, backend, model.cs)
+        scores["transfer"] = transfer_scores(plan, model.fit, recon)
+    if error_view and not isinstance(recon, ViewFit):
+        fits["error"] = fit_view(plan, model.x - recon, model.scale, backend, model.cs)
+    if latents is not None:
+        fits["latents"] = fit_sparse(plan, latents, backend, model.cs)
+    scores |= {name: fit.scores for name, fit in fits.items()}
+    views = tuple(view for view in VIEWS if view in scores)
+    return OutOfFold(
+        plan=plan,
+        views=views,
+        scores=np.stack([_kept(scores[view]) for view in views]),
+        fits={name: FitFacts(fit.chosen_c, fit.n_unconverged, fit.n_iter) for name, fit in fits.items()},
+        control=model.control,
+    )
+
+
+def _kept(scores: Tensor) -> NDArray[np.float16]:
+    return quantised(scores.cpu().numpy())
+
+
+def fit_sparse(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float] = DEFAULT_CS) -> ViewFit:
+    """Probes on a sparse CSR matrix `[rows, d]` as it is: scaling rare latents to unit variance ruins their probes."""
+    x = _live_columns(x)
+    one = torch.ones(1, 1, dtype=torch.float64, device=x.device)
+    return fit_view(plan, x, one.expand(len(plan.held_out), x.shape[1]), backend, cs)
+
+
+def _live_columns(x: Tensor) -> Tensor:
+    """A sparse CSR matrix without the columns that hold nothing (one of them if all are so)."""
+    live, place = torch.unique(x.col_indices(), return_inverse=True)
+    shape = (x.shape[0], max(len(live), 1))
+    return torch.sparse_csr_tensor(x.crow_indices(), place, x.values(), shape, check_invariants=False)
+
+
+def training_scales(plan: FoldPlan, x: Tensor) -> Tensor:
+    """Weighted standard deviations of x `[rows, d]` over each split's training rows, float64 [splits, d].
+
+    0 where a feature is constant there, to the precision of the sums.
+    """
+    weight = plan.training_weight(x.device)
+    centred = x.double() - x.double().mean(dim=0)
+    total = weight.sum(dim=1, keepdim=True)
+    mean, square = weight @ centred / total, weight @ centred.square() / total
+    variance = square - mean.square()
+    rounding = 1e-13 * square + (1e-12 * x.double().mean(dim=0)).square()
+    return torch.where(variance > rounding, variance, torch.zeros_like(variance)).sqrt()
+
+
+def fit_view(
+    plan: FoldPlan, x: Tensor, scale: Tensor, backend: ProbeBackend, cs: Sequence[float] = DEFAULT_CS
+) -> ViewFit:
+    """Fit probes on every training split of a view x `[rows, d]`, and choose C for each fold by the other folds.
+
+    x may be sparse CSR; scale float64 `[splits, d]` is what its features are divided by.
+    """
+    if not plan.kept:
+        return _no_fit(plan, x)
+    labels = torch.from_numpy(plan.labels).to(x.device)
+    fits = backend.fit(ProbeProblem(x, labels, plan.training_weight(x.device), scale, tuple(cs)))
+    folds = torch.from_numpy(plan.folds.astype(np.int64)).to(x.device)
+    scores = torch.empty(len(labels), *folds.shape, device=x.device)
+    choice = torch.empty(len(labels), plan.n_repeats, plan.n_folds, dtype=torch.int64, device=x.device)
+
+    def choose(part: slice) -> None:
+        found = _held_out_scores(plan, x, fits.coef[:, part], fits.intercept[:, part])
+        choice[part] = choose_c(plan, found, part)
+        by_row = choice[part].gather(2, folds.expand(found.shape[1], -1, -1))  # [targets, repeats, rows]
+        scores[part] = found.gather(0, by_row[None])[0].float()
+
+    _ROOM.in_pieces(len(labels), len(cs) * folds.numel(), choose)
+    by_split = choice.flatten(1)[None]  # [1, targets, splits]
+    wide = by_split[..., None].expand(-1, -1, -1, x.shape[1])
+    return ViewFit(
+        scores=scores,
+        chosen_c=np.array(cs)[choice.cpu().numpy()],
+        coef=fits.coef.gather(0, wide)[0],
+        intercept=fits.intercept.gather(0, by_split)[0],
+        n_unconverged=(~fits.converged).sum(dim=(0, 2)).cpu().numpy(),
+        n_iter=fits.n_iter.amax(dim=(0, 2)).cpu().numpy(),
+    )
+
+
+def _no_fit(plan: FoldPlan, x: Tensor) -> ViewFit:
+    """The fit of no target."""
+    none = np.empty((0, plan.n_repeats, plan.n_folds))
+    coef = torch.empty(0, len(plan.held_out), x.shape[1], dtype=torch.float64, device=x.device)
+    scores = torch.empty(0, *plan.folds.shape, device=x.device)
+    return ViewFit(scores, none, coef, coef[..., 0], none[:, 0, 0].astype(np.int64), none[:, 0, 0].astype(np.int64))
+
+
+def transfer_scores(plan: FoldPlan, fit: ViewFit, x: Tensor) -> Tensor:
+    """Scores float32 [targets, repeats, rows] of another view x `[rows, d]` by the fold's own probes of `fit`."""
+    scores = torch.empty(len(fit.coef), *plan.folds.shape, device=x.device)
+
+    def score(part: slice) -> None:
+        scores[part] = _held_out_scores(plan, x, fit.coef[None, part], fit.intercept[None, part])[0].float()
+
+    _ROOM.in_pieces(len(scores), plan.folds.size, score)
+    return scores
+
+
+def _held_out_scores(plan: FoldPlan, x: Tensor, coef: Tensor, intercept: Tensor) -> Tensor:
+    """Scores float64 [cs, targets, repeats, rows], each row's by the split that holds it out.
+
+    coef [cs, targets, splits, d], intercept [cs, targets, splits].
+    """
+    scores = torch.empty(*coef.shape[:2], *plan.folds.shape, dtype=torch.float64, device=x.device)
+    sparse = x.layout == torch.sparse_csr
+    if sparse:
+        x = x.double()
+    for split, held_out in enumerate(torch.from_numpy(plan.held_out).to(x.device)):
+        rows = torch.nonzero(held_out)[:, 0]
+        if sparse:  # [rows, cs * targets]: picking rows of a CSR matrix costs more than scoring all of them
+            found = (x @ coef[:, :, split].flatten(0, 1).T)[rows].T.unflatten(0, coef.shape[:2])
+        else:
+            found = coef[:, :, split] @ x[rows].double().T
+        scores[:, :, split // plan.n_folds, rows] = found + intercept[:, :, split, None]
+    return scores
+
+
+def choose_c(plan: FoldPlan, scores: Tensor, targets: slice = slice(None)) -> Tensor:
+    """The index of C for each fold, int64 [targets, repeats, folds], from scores [cs, targets, repeats, rows].
+
+    The fold's own rows have no say: the C with the least class-balanced log loss of the out-of-fold scores of the
+    other folds; the smallest of equals. `targets` are those of the plan that the scores are of.
+    """
+    labels = torch.from_numpy(plan.labels[targets]).to(scores.device)
+    weights = torch.from_numpy(plan.weights).to(scores.device)
+    member = torch.from_numpy(plan.held_out).to(scores.device).double().unflatten(0, (plan.n_repeats, plan.n_folds))
+    loss = softplus(torch.where(labels[:, None], -scores, scores))
+    mean = torch.zeros(1, dtype=torch.float64, device=scores.device)
+    for label in (False, True):
+        weight = weights * (labels == label)  # [targets, rows]
+        summed = torch.einsum("ctri,ti,rki->ctrk", loss, weight, member)
+        count = torch.einsum("ti,rki->trk", weight, member)
+        mean = mean + (summed.sum(-1, keepdim=True) - summed) / (count.sum(-1, keepdim=True) - count)
+    return mean.argmin(dim=0)
+
+
+def measure(found: OutOfFold, epsilon: float = EPSILON) -> list[ProbeResult | Skipped]:
+    """A result for every target asked for, in their order; differences within +-epsilon count as preserved."""
+    plan = found.plan
+    measured = {place: _measure_target(found, t, epsilon) for t, place in enumerate(plan.kept)}
+    everything: dict[int, ProbeResult | Skipped] = {**plan.skipped, **measured}
+    return [everything[place] for place in sorted(everything)]
+
+
+def _measure_target(found: OutOfFold, t: int, epsilon: float) -> ProbeResult:
+    known = statistics(found.probe(t), epsilon)
+    n_unconverged = sum(int(fit.n_unconverged[t]) for fit in found.fits.values())
+    return ProbeResult(
+        **{name.name: getattr(known, name.name) for name in fields(known)},
+        C=_typical(found.fits["model"].chosen_c[t]),
+        C_sae=_typical(found.fits["sae"].chosen_c[t]),
+        converged=n_unconverged == 0,
+        n_unconverged=n_unconverged,
+        n_iter=max(int(fit.n_iter[t]) for fit in found.fits.values()),
+    )
+
+
+def _typical(chosen_c: NDArray[np.float64]) -> float:
+    return float(np.exp(np.median(np.log(chosen_c))))
+
+
+def as_record(result: ProbeResult | Skipped) -> dict[str, Any]:
+    """Plain numbers by the names of `ProbeResult`; those of optional views only where they were measured.
+
+    A target without numbers has None for them and a `reason`.
+    """
+    if isinstance(result, Skipped):
+        return {**{item.name: None for item in fields(ProbeResult) if item.name not in OPTIONAL}, **asdict(result)}
+    return {name: value for name, value in asdict(result).items() if not (value is None and name in OPTIONAL)}

@@ -1,0 +1,247 @@
+"""The JSON files of a run: schema, atomic writing, and what may be taken as done.
+
+One file per SAE and dataset. Keys `layer_N` are results; `_run` says how they came about. `_run.key` holds everything
+that changes a number (model, SAE and data by hash, seed, settings): a file is continued only if its key is the
+same, and is refused, never overwritten, if it is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.system.file_lock import Locked, exclusive
+from delta_selectivity.system.provenance import installed_version
+from delta_selectivity.system.whole_file import replacing, sweep
+
+PROJECT = Path(__file__).resolve().parents[2]
+SCHEMA_VERSION = 2
+PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "numpy", "scikit-learn", "sae-probes", "cuml-cu13")
+
+Json = dict[str, Any]
+
+
+@dataclass
+class RecordFile:
+    """The results of one SAE on one dataset, on disk after every `write`."""
+
+    path: Path
+    key: Json  # everything that changes a number
+    run: Json  # the rest of `_run`: config, versions, commit, started
+    layers: dict[int, Json] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)  # what a reader of the numbers must know
+    complete: bool = False
+    seconds: Json = field(default_factory=dict)  # by stage, of the run that wrote the file last
+    resources: Json = field(default_factory=dict)  # likewise
+    q_family: list[str] = field(default_factory=list)  # the files over whose results the q values are
+    sae_level: Json = field(default_factory=lambda: {"compared": {}})  # the SAE's mean over them, and beside other SAEs
+
+    @classmethod
+    def open(cls, path: Path, key: Json, run: Json, overwrite: bool) -> RecordFile:
+        """A file to fill. Layers found in an earlier file of the same key are kept.
+
+        Raises `RequestError` if the file on disk was made by something else or is no result file.
+        """
+        fresh = cls(path, _plain(key), run)
+        if overwrite or not path.exists():
+            return fresh
+        found = read(path)
+        differs = _differences(found["_run"]["key"], fresh.key)
+        if differs:
+            raise RequestError(f"{path} was made with other settings ({'; '.join(differs)}): --overwrite replaces it")
+        fresh.layers = {int(name.removeprefix("layer_")): value for name, value in found.items() if name != "_run"}
+        run_before = found["_run"]
+        fresh.warnings, fresh.complete = list(run_before["warnings"]), run_before["complete"]
+        fresh.seconds, fresh.resources = run_before["seconds"], run_before["resources"]
+        fresh.q_family, fresh.sae_level = list(run_before["q_family"]), run_before["sae_level"]
+        return fresh
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is no SAE of the user's but something to compare it with."""
+        return bool(self.run["config"].get("baseline"))
+
+    def write(self, layers: Mapping[int, Json]) -> None:
+        """Replace the file in one step by one that holds `layers`, and what the other fields say."""
+        self.layers = _plain_layers(layers)
+        results: Json = {f"layer_{layer}": self.layers[layer] for layer in sorted(self.layers)}
+        run = {
+            "schema_version": SCHEMA_VERSION,
+            **self.run,
+            "key": self.key,
+            "q_family": self.q_family,
+            "sae_level": self.sae_level,
+            "results_sha256": _digest(results, self.sae_level),
+            "warnings": self.warnings,
+            "seconds": self.seconds,
+            "resources": self.resources,
+            "complete": self.complete,
+        }
+        write_json(self.path, {**results, "_run": run})
+
+
+@contextmanager
+def reserve(path: Path) -> Iterator[None]:
+    """The sole right to write `path` while inside; what a killed run left beside it is removed.
+
+    Raises `RequestError` if another run has it.
+    """
+    try:
+        with exclusive(path):
+            sweep(path.parent, path.name)
+            yield
+    except Locked as error:
+        raise RequestError(
+            f"{path}: another run is writing it: wait for its end, or give another --output_directory"
+        ) from error
+
+
+def read(path: Path) -> Json:
+    """A result file, checked. Raises `RequestError` if it is none, was cut short, or was edited by hand."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        run = found["_run"]
+        results = {name: value for name, value in found.items() if name != "_run"}
+        known = run["schema_version"] == SCHEMA_VERSION and _is_run(run)
+        layered = all(re.fullmatch(r"layer_\d+", name) and isinstance(value, dict) for name, value in results.items())
+        intact = run["results_sha256"] == _digest(results, run["sae_level"])
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RequestError(f"{path} is not a result file of this program: --overwrite replaces it") from error
+    if not known or not layered:
+        raise RequestError(f"{path} is not a result file of schema {SCHEMA_VERSION}: --overwrite replaces it")
+    if not intact:
+        raise RequestError(f"{path} was changed after it was written: --overwrite replaces it")
+    return found
+
+
+def _is_run(run: Json) -> bool:
+    """Whether `_run` holds what its readers rely on."""
+    figures = [*run["seconds"].values(), *run["resources"].values()]
+    return (
+        isinstance(run["key"], dict)
+        and isinstance(run["config"]["sae"], str)
+        and isinstance(run["started"], str)
+        and isinstance(run["complete"], bool)
+        and all(isinstance(run[name], list) for name in ("warnings", "q_family"))
+        and all(isinstance(line, str) for line in [*run["warnings"], *run["q_family"]])
+        and all(isinstance(figure, int | float) for figure in figures)
+    )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def write_json(path: Path, content: Json) -> None:
+    """Replace the file in one step."""
+    with replacing(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, allow_nan=False)
+        file.write("\n")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder and see that a file can be written there. Raises `RequestError` if not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}.tmp"
+        probe.touch()
+        sweep(folder, "writable")  # its own, and those of killed runs
+    except OSError as error:
+        raise RequestError(f"--output_directory {folder}: cannot write there: {error.strerror}") from error
+
+
+def result_path(folder: Path, model_name: str, dataset_slug: str) -> Path:
+    """`{model}_{dataset}.json` with names made safe."""
+    return folder / f"{slug(model_name)}_{slug(dataset_slug)}.json"
+
+
+def slug(name: str) -> str:
+    """A name as part of a file name: letters, digits, `.`, `-`, `_`, at most 100; never empty, hidden or like a flag.
+
+    A local folder counts by its last part, except a relative owner/name, which reads like the hub id it mirrors.
+    """
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
+    mirrors_hub = not path.is_absolute() and len(path.parts) == 2 and path.parts[0] != ".."
+    bundled = path.parts[:1] == ("assets",)
+    if bundled or (os.path.isdir(path) and not mirrors_hub):  # noqa: PTH112 - no error for a name too long for a path
+        name = path.name if bundled else path.resolve().name
+    safe = re.sub(r"[^A-Za-z0-9.\-]+", "_", name).lstrip("._-").rstrip("._") or "unnamed"
+    return safe if len(safe) <= 100 else f"{safe[:83]}_{hashlib.sha256(safe.encode()).hexdigest()[:16]}"
+
+
+def describe_run(config: Json) -> Json:
+    """What `_run` says of the program and the machine."""
+    return {
+        "config": _portable(_plain(config)),
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
+        "commit": _commit(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _portable(value: Any) -> Any:
+    """Paths inside this project by what they are there: where it was cloned to is nobody's business."""
+    if isinstance(value, dict):
+        return {name: _portable(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_portable(item) for item in value]
+    return value.removeprefix(f"{PROJECT}{os.sep}") if isinstance(value, str) else value
+
+
+@functools.cache  # the code that runs is the code that was loaded: one look at git, however many files are written
+def _commit() -> str | None:
+    """This program's commit, with `+changes` if the working tree differs; None outside a checkout."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(PROJECT), *words], capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{commit}+changes" if changed else commit
+
+
+def _differences(old: Json, new: Json) -> list[str]:
+    names = sorted(old.keys() | new.keys())
+    return [
+        f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:12]}…"
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON gives it back, so that what is compared is what was written."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _plain_layers(layers: Mapping[int, Json]) -> dict[int, Json]:
+    return {layer: _plain(layers[layer]) for layer in sorted(layers)}
+
+
+def _digest(results: Json, sae_level: Json) -> str:
+    return hashlib.sha256(json.dumps([results, sae_level], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,177 @@
+"""What depends on all results of an SAE: q values, its mean delta, and its difference from another SAE.
+
+    with_q_values(layers_by_dataset)          # Benjamini-Hochberg over everything measured of the SAE
+    mean_delta(cells)                         # Estimate over layers and probes: value, 95 % interval, p
+    difference(cells_a, cells_b)              # paired: the same rows, folds and people; both also for transfer_r2
+    settle(files)                             # all of it into the result files of a run that is at its end
+
+The cells of an SAE share their people, so its interval treats a person's rows in all of them as one draw.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import ProbeScores, correct, r2_parts
+from delta_selectivity.probing.uncertainty import Cell, Estimate, benjamini_hochberg, estimate_mean
+from delta_selectivity.records import scores
+from delta_selectivity.records.result_file import Json, RecordFile
+
+SaeId = int  # index into what a run measures
+Place = tuple[str, int, str]  # result file's name, layer, probe
+
+
+def read_cells(files: Iterable[tuple[Path, Mapping[str, Any], Iterable[int]]]) -> dict[Place, ProbeScores] | None:
+    """The stored scores of layers of result files, each with its key; None if some are gone or not the file's own."""
+    cells: dict[Place, ProbeScores] = {}
+    for path, key, layers in files:
+        digest = scores.key_digest(key)
+        for layer in layers:
+            try:
+                stored = scores.load(scores.path_of(path, layer))
+            except RequestError:
+                return None
+            if stored.key != digest:
+                return None
+            cells |= {(path.name, layer, probe): found for probe, found in stored.probes.items()}
+    return cells
+
+
+def mean_delta(cells: Mapping[Place, ProbeScores]) -> Estimate | None:
+    """sae_sel - model_sel, averaged over the cells; None if there are none."""
+    return _mean([_cell(found, correct(found, "sae") - correct(found, "model")) for found in cells.values()])
+
+
+def mean_transfer_r2(cells: Mapping[Place, ProbeScores]) -> Estimate | None:
+    """The share of the variance of the model's probes' scores that comes back, averaged over the cells."""
+    return _mean([_cell(p, r2_parts(p, "transfer")) for p in cells.values() if "transfer" in p.views])
+
+
+def difference(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> Estimate | None:
+    """a's sae_sel - b's, averaged over the cells that both have on the same rows and folds; None if none."""
+    return _mean([_cell(one, correct(one, "sae") - correct(other, "sae")) for one, other in _shared(a, b)])
+
+
+def difference_in_transfer_r2(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> Estimate | None:
+    """a's transfer_r2 - b's, likewise. Of all scores it tells close SAEs apart best (docs/reliability.md)."""
+    pairs = [(one, other) for one, other in _shared(a, b) if "transfer" in one.views and "transfer" in other.views]
+    return _mean([_cell(one, r2_parts(one, "transfer") - r2_parts(other, "transfer")) for one, other in pairs])
+
+
+def _shared(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> list[tuple[ProbeScores, ProbeScores]]:
+    return [(a[place], b[place]) for place in a if place in b and _same_rows(a[place], b[place])]
+
+
+def _mean(cells: list[Cell]) -> Estimate | None:
+    return estimate_mean(cells) if cells else None
+
+
+def _cell(found: ProbeScores, change: np.ndarray) -> Cell:
+    return Cell(change, found.labels, found.persons, found.weights, found.n_folds)
+
+
+def _same_rows(a: ProbeScores, b: ProbeScores) -> bool:
+    names = ("labels", "persons", "weights", "folds")
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
+
+
+def with_q_values(family: Mapping[int, Mapping[int, Json]]) -> dict[int, dict[int, Json]]:
+    """dataset -> layer -> record, with `q_value` and `transfer_q_value` set.
+
+    Benjamini-Hochberg over everything measured of one SAE: all datasets of the run x layers x probes.
+    """
+    result = {index: {layer: dict(record) for layer, record in layers.items()} for index, layers in family.items()}
+    cells = [
+        (record, name)
+        for index in sorted(result)
+        for _, record in sorted(result[index].items())
+        for name, cell in record.items()
+        if isinstance(cell, dict) and "p_value" in cell
+    ]
+    for prefix in ("", "transfer_"):
+        q_values = benjamini_hochberg([record[name][f"{prefix}p_value"] for record, name in cells])
+        for (record, name), q_value in zip(cells, q_values, strict=True):
+            record[name] = {**record[name], f"{prefix}q_value": q_value}
+    return result
+
+
+def settle(files: Mapping[tuple[SaeId, int], RecordFile]) -> None:
+    """Everything asked for is measured: write what depends on all files of an SAE, and mark them complete.
+
+    That is the q values, and in `_run.sae_level` the SAE's mean delta and its differences from the other SAEs of the
+    run (baselines are compared with SAEs, not SAEs with baselines). A file that was settled before stays as it is.
+    """
+    by_sae: dict[SaeId, dict[int, RecordFile]] = {}
+    for (sae_id, index), file in sorted(files.items()):
+        by_sae.setdefault(sae_id, {})[index] = file
+    rivals = {sae_id: own for sae_id, own in by_sae.items() if not any(file.is_baseline for file in own.values())}
+    cells = _StoredCells(by_sae)
+    for sae_id, own in by_sae.items():
+        others = {_sae_name(rival): i for i, rival in rivals.items() if i != sae_id}
+        family = sorted(file.path.name for file in own.values())
+        with_q = with_q_values({index: file.layers for index, file in own.items()})
+        todo = [i for i, file in own.items() if file.layers != with_q[i] or not _is_settled(file, family, others)]
+        if not todo:
+            continue
+        level = _sae_level(cells, sae_id, others)
+        for index in todo:
+            file = own[index]
+            file.q_family, file.sae_level, file.complete = family, level, True
+            file.write(with_q[index])
+
+
+def _is_settled(file: RecordFile, family: list[str], others: Mapping[str, SaeId]) -> bool:
+    return file.complete and file.q_family == family and file.sae_level["compared"].keys() == others.keys()
+
+
+class _StoredCells:
+    """Out-of-fold scores on disk by SAE, two SAEs in memory at a time."""
+
+    def __init__(self, files: Mapping[SaeId, Mapping[int, RecordFile]]) -> None:
+        self._files = files
+        self.of = functools.lru_cache(maxsize=2)(self._read)
+
+    def _read(self, sae_id: SaeId) -> dict[Place, ProbeScores] | None:
+        own = self._files[sae_id].values()
+        return read_cells((file.path, file.key, sorted(file.layers)) for file in own)
+
+
+def _sae_level(cells: _StoredCells, sae_id: SaeId, others: Mapping[str, SaeId]) -> Json:
+    own = cells.of(sae_id)
+    compared = {}
+    for name, other in others.items():
+        rival = cells.of(other)
+        both = (own, rival) if own and rival else None
+        compared[name] = {
+            **_with_test("delta_sel", difference(*both) if both else None),
+            **_with_test("transfer_r2", difference_in_transfer_r2(*both) if both else None),
+        }
+    return {
+        **_with_test("delta_sel", mean_delta(own) if own else None),
+        **_with_interval("transfer_r2", mean_transfer_r2(own) if own else None),
+        "n_cells": len(own) if own else None,
+        "compared": compared,
+    }
+
+
+def _with_interval(name: str, found: Estimate | None) -> Json:
+    """The estimate in plain numbers; None for each where the scores are gone or nothing was measured."""
+    if found is None:
+        return dict.fromkeys((name, f"{name}_ci_low", f"{name}_ci_high"))
+    return {name: found.value, f"{name}_ci_low": found.low, f"{name}_ci_high": found.high}
+
+
+def _with_test(name: str, found: Estimate | None) -> Json:
+    """The same of a difference, with the test that it is 0."""
+    test = {f"{name}_p_value": found and found.p_value, f"{name}_detectable": found and found.detectable}
+    return {**_with_interval(name, found), **test}
+
+
+def _sae_name(own: Mapping[int, RecordFile]) -> str:
+    return str(next(iter(own.values())).run["config"]["sae"])

@@ -1,0 +1,46 @@
+"""Files for a spreadsheet or pandas: a line each, every number as the JSON has it."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.reporting.results import File, cells
+from delta_selectivity.system.terminal import printable
+from delta_selectivity.system.whole_file import replacing
+
+
+def write_csv(files: Sequence[File], path: Path) -> None:
+    """A line for each SAE, dataset file, layer and probe, with all figures of the layer and of the probe.
+
+    Names come from data: one that a spreadsheet would take for a formula gets an apostrophe before it. Raises OSError.
+    """
+    lines = []
+    for file, results in files:
+        about = {"sae": results["_run"]["config"]["sae"], "file": file.stem}
+        for layer, probe, figures, result in cells(results):
+            own = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+            lines.append({**about, "layer": layer, "probe": probe, **own, **result})
+    columns = list(dict.fromkeys(name for line in lines for name in line))
+    with replacing(path.absolute(), "w", encoding="utf-8") as out:
+        out.write(csv_text(columns, ([line.get(name) for name in columns] for line in lines)))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A header and a line for each row; nothing for None, numbers in full."""
+    out = io.StringIO()
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow(map(_plain, columns))
+    table.writerows(map(_plain, row) for row in rows)
+    return out.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    """A cell that is what it looks like, in a spreadsheet too."""
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

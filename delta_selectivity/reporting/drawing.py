@@ -1,0 +1,92 @@
+"""A plot: its picture as SVG or PNG, its words, and the numbers in it.
+
+One pixel of the page is one point of matplotlib at 72 dpi, so sizes here are what a reader sees at full size.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from delta_selectivity.reporting.csv_file import csv_text
+from delta_selectivity.reporting.ink import MUTED, STYLE, shortened
+from delta_selectivity.reporting.svg import accessible
+
+DPI = 72
+PNG_DPI = 200  # for slides and paper
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A matplotlib figure, and what its parts say when pointed at."""
+
+    figure: Figure
+    tips: dict[str, str] = field(default_factory=dict)  # gid of an artist -> its text
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture of a report. Drawn when asked for, the same every time."""
+
+    name: str  # of its files, without an ending; no other's in the report
+    title: str
+    description: str  # what it shows, in a sentence or two, for those who do not see it
+    draw: Callable[[], Drawing]
+    columns: tuple[str, ...]  # of the numbers in it
+    rows: tuple[tuple[Any, ...], ...]
+
+    def svg(self) -> str:
+        """A stand-alone SVG document."""
+        drawing, raw = self._saved("svg")
+        return accessible(raw.decode(), self.name, self.title, self.description, drawing.tips)
+
+    def png(self) -> bytes:
+        """The picture on white."""
+        return self._saved("png", dpi=PNG_DPI, facecolor="white")[1]
+
+    def csv(self) -> str:
+        """The numbers in full."""
+        return csv_text(self.columns, self.rows)
+
+    def _saved(self, form: str, **options: Any) -> tuple[Drawing, bytes]:
+        out = io.BytesIO()
+        about = {"Date": None} if form == "svg" else {"Software": None}
+        with _style(self.name):
+            drawing = self.draw()
+            drawing.figure.savefig(out, format=form, metadata=about, **{"transparent": form == "svg", **options})
+        return drawing, out.getvalue()
+
+
+@contextmanager
+def _style(name: str) -> Iterator[None]:
+    """Our look, ids that depend on the plot alone, and no warning of letters that the font lacks: pages have others."""
+    with warnings.catch_warnings(), matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure of this many pixels."""
+    return Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+
+
+def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+    """Axes whose frame has this place and size in pixels, counted from the figure's upper left corner."""
+    full_width, full_height = figure.get_size_inches() * DPI
+    bottom = full_height - top - height
+    return figure.add_axes((left / full_width, bottom / full_height, width / full_width, height / full_height))
+
+
+def entitle(figure: Figure, title: str, beneath: str = "") -> None:
+    """The title in the upper left corner, and a quieter line below it; both shortened to the figure's width."""
+    width, height = figure.get_size_inches() * DPI
+    figure.text(0, 1 - 2 / height, shortened(title, width, 12), va="top", fontsize=12, fontweight="bold")
+    figure.text(0, 1 - 19 / height, shortened(beneath, width, 10), va="top", fontsize=10, color=MUTED)

@@ -1,0 +1,106 @@
+"""delta_sel of one SAE on one dataset: layers downwards, probes across; one scale for the whole report."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
+from delta_selectivity.reporting.ink import MUTED, shortened, text_width
+from delta_selectivity.reporting.matrix import MatrixCell, bare, colour_of, draw_matrix, ink_on, scale_end
+from delta_selectivity.reporting.numbers import signed, span
+from delta_selectivity.reporting.results import is_preserved, is_significant
+from delta_selectivity.reporting.study import Cell, Sae, Study
+
+ROW = 22  # pixels
+COLUMN = 58
+LEFT = 44  # room for the layers' numbers
+LEAST_WIDTH = 190  # room for the name of the SAE
+LABEL = 130  # pixels for the name of a probe
+COLUMNS = (
+    "sae", "dataset", "layer", "probe", "delta_sel", "ci_low", "ci_high", "p_value", "q_value", "preserved", "reason"
+)  # fmt: skip
+
+
+def limit_of(study: Study) -> float:
+    """The end of the colour scale: that of the largest |delta_sel| shown."""
+    largest = max((abs(c.result["delta_sel"]) for sae in study.in_full for c in sae.measured), default=0.0)
+    return scale_end(largest)
+
+
+def heatmap(study: Study, sae: Sae, dataset: str, name: str) -> Plot:
+    """The cells of one SAE on one dataset."""
+    cells = [cell for cell in sae.cells if cell.dataset == dataset]
+    shown = sum(is_significant(cell.result) for cell in cells)
+    title = f"delta_sel of {sae.label} on {dataset}"
+    description = (
+        f"A matrix of layers by probes. {shown} of {len(cells)} cells differ significantly from 0; "
+        "the others are hatched. Red is a loss, blue a gain."
+    )
+    rows = tuple(_row(sae, cell) for cell in cells)
+    draw = partial(_draw, cells, sae.label, dataset, study.datasets[dataset], limit_of(study))
+    return Plot(name, title, description, draw, COLUMNS, rows)
+
+
+def _row(sae: Sae, cell: Cell) -> tuple[object, ...]:
+    return (sae.label, cell.dataset, cell.layer, cell.probe, *(cell.result.get(key) for key in COLUMNS[4:]))
+
+
+def _draw(cells: list[Cell], title: str, dataset: str, probes: list[str], limit: float) -> Drawing:
+    layers = sorted({cell.layer for cell in cells})
+    longest = max(text_width(shortened(probe, LABEL, 10), 10) for probe in probes)
+    flat = longest <= COLUMN
+    head, overhang = (56, 0) if flat else (48 + 0.6 * longest, 0.7 * longest - COLUMN / 2)
+    width = max(LEFT + COLUMN * len(probes) + overhang + 4, LEAST_WIDTH)
+    figure = canvas(width, head + ROW * len(layers) + 4)
+    entitle(figure, title, dataset)
+    axes = axes_at(figure, LEFT, head, COLUMN * len(probes), ROW * len(layers))
+    bare(axes, len(layers), len(probes))
+    _label(axes, layers, probes, flat)
+    matrix = [_cell(cell, layers.index(cell.layer), probes.index(cell.probe)) for cell in cells]
+    return Drawing(figure, draw_matrix(axes, matrix, limit))
+
+
+def _label(axes: Axes, layers: list[int], probes: list[str], flat: bool) -> None:
+    axes.set_yticks([row + 0.5 for row in range(len(layers))], [str(layer) for layer in layers])
+    axes.xaxis.tick_top()
+    turned: dict[str, Any] = {} if flat else {"rotation": 40, "ha": "left", "rotation_mode": "anchor"}
+    names = [shortened(probe, LABEL, 10) for probe in probes]
+    axes.set_xticks([column + 0.5 for column in range(len(probes))], names, fontsize=10, **turned)
+    axes.text(-0.12, -0.25, "layer", ha="right", va="bottom", fontsize=10, color=MUTED)
+
+
+def _cell(cell: Cell, row: int, column: int) -> MatrixCell:
+    where = f"layer {cell.layer}, {cell.probe}"
+    if not cell.measured:
+        return MatrixCell(row, column, None, "none", False, f"{where}: not measured ({cell.result['reason']})")
+    found = cell.result
+    delta = signed(found["delta_sel"])
+    tip = f"{where}: {delta} ({span(found['ci_low'], found['ci_high'])}), {cell.verdict}"
+    text = f"{delta}{' =' if is_preserved(found) else ''}"
+    return MatrixCell(row, column, found["delta_sel"], text, is_significant(found), tip)
+
+
+def scale(study: Study) -> Plot:
+    """What the colours of all heatmaps mean."""
+    limit = limit_of(study)
+    description = f"Red, a loss of {limit:.2f}, over a pale 0 to blue, a gain of {limit:.2f}."
+    steps = tuple((limit * step / 4,) for step in range(-4, 5))
+    return Plot("scale", "Colours of delta_sel", description, partial(_draw_scale, limit), ("delta_sel",), steps)
+
+
+def _draw_scale(limit: float) -> Drawing:
+    figure = canvas(330, 42)
+    axes = axes_at(figure, 2, 2, 326, 20)
+    bare(axes, 1, 9)
+    for step in range(9):
+        value = limit * (step - 4) / 4
+        axes.axvspan(step, step + 1, facecolor=colour_of(value, limit), edgecolor="white", linewidth=0.8)
+        ink = ink_on(colour_of(value, limit))
+        axes.text(step + 0.5, 0.52, signed(value, 2), ha="center", va="center", fontsize=9, color=ink)
+    axes.set(xticks=[], yticks=[])
+    for place, text, side in ((0, "lost", "left"), (4.5, "delta_sel", "center"), (9, "gained", "right")):
+        axes.text(place, 1.8, text, ha=side, va="bottom", fontsize=10)
+    return Drawing(figure)

@@ -1,0 +1,153 @@
+"""What the model knows and what its SAEs keep, layer by layer: model_sel and sae_sel with their 95 % bands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
+from delta_selectivity.reporting.ink import INK, MUTED, series, shortened
+from delta_selectivity.reporting.study import Cell, Sae, Study
+
+WIDTH, HEIGHT = 352, 196  # of a panel without its legend, pixels
+LEGEND_ROW = 17
+TOGETHER = 4  # SAEs in one panel: more bands than that hide each other
+MARKED = 12  # markers on a curve; one a layer would hide the curve of a deep model
+DASHES = {"identity": (1, 1.5), "random": (4, 2), "pca": (6, 2, 1, 2), "mean": (2, 1), "shuffled": (8, 2)}
+OTHER_DASHES = (3, 1, 1, 1, 1, 1)
+COLUMNS = ("dataset", "probe", "layer", "view", "sae", "balanced_accuracy", "ci_low", "ci_high")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a panel."""
+
+    label: str
+    view: str  # whose selectivity: model or sae
+    cells: Mapping[int, Cell]  # by layer
+    look: dict[str, Any]  # colour, marker, ... as matplotlib's `plot` takes them
+    with_band: bool
+
+    @property
+    def points(self) -> list[tuple[int, float, float, float]]:
+        """(layer, selectivity, ends of its interval) in order of layers."""
+        found = [(layer, cell.result) for layer, cell in sorted(self.cells.items())]
+        return [
+            (layer, result[f"{self.view}_sel"], result[f"{self.view}_ci_low"], result[f"{self.view}_ci_high"])
+            for layer, result in found
+        ]
+
+
+def groups(study: Study) -> Iterator[tuple[Sae, ...]]:
+    """The SAEs that share panels: each alone if some have baselines of their own, which are drawn beside it."""
+    owned = any(baseline.belongs_to(sae) for baseline in study.baselines for sae in study.saes)
+    size = 1 if owned else TOGETHER
+    return (study.in_full[start : start + size] for start in range(0, len(study.in_full), size))
+
+
+def panel(study: Study, group: Sequence[Sae], dataset: str, probe: str, name: str) -> Plot | None:
+    """The model and the group's SAEs on one probe; None if nothing was measured."""
+    curves = [curve for curve in _curves(study, group, dataset, probe) if curve.cells]
+    if not curves:
+        return None
+    names = ", ".join(sae.label for sae in group)
+    description = (
+        f"Balanced accuracy by layer of probes for {probe}: the model's activations in the ink of the text, "
+        f"{names} in colour, with bands of 95 % confidence; baselines dashed; 0.5, chance, dotted."
+    )
+    rows = tuple((dataset, probe, layer, c.view, c.label, *values) for c in curves for layer, *values in c.points)
+    draw = partial(_draw, probe, dataset, curves, _limits(study, dataset))
+    return Plot(name, f"model_sel and sae_sel of {probe} by layer ({names})", description, draw, COLUMNS, rows)
+
+
+def _curves(study: Study, group: Sequence[Sae], dataset: str, probe: str) -> Iterator[Curve]:
+    of_model = _model_cells([sae.where(dataset, probe) for sae in group])
+    for number, cells in enumerate(of_model, 1):
+        label = "model" if len(of_model) == 1 else f"model, measured {number} times ({number})"
+        yield Curve(label, "model", cells, {"color": INK, "linewidth": 2}, True)
+    for sae in group:
+        style = series(study.in_full.index(sae))
+        cells = sae.where(dataset, probe)
+        every = max(len(cells) // MARKED, 1)
+        look = {"color": style.colour, "marker": style.marker, "markersize": 5, "markevery": every, "linewidth": 1.6}
+        yield Curve(sae.label, "sae", cells, look, True)
+    for baseline in study.drawn_with(group):
+        look = {"color": MUTED, "dashes": DASHES.get(str(baseline.kind), OTHER_DASHES), "linewidth": 1.2}
+        yield Curve(str(baseline.kind), "sae", baseline.where(dataset, probe), look, False)
+
+
+def _model_cells(found: Sequence[Mapping[int, Cell]]) -> list[dict[int, Cell]]:
+    """The model's cells by layer, once for all SAEs of a run; runs that measured it differently stay apart."""
+    kept: list[dict[int, Cell]] = []
+    for cells in found:
+        alike = (own for own in kept if all(_same(own[layer], cells[layer]) for layer in own.keys() & cells.keys()))
+        same = next(alike, None)
+        if same is None:
+            kept.append(dict(cells))
+        else:
+            same.update({layer: cell for layer, cell in cells.items() if layer not in same})
+    return kept
+
+
+def _same(one: Cell, other: Cell) -> bool:
+    return bool(one.result["model_sel"] == other.result["model_sel"])
+
+
+def _limits(study: Study, dataset: str) -> tuple[float, float]:
+    """Of the vertical axis, the same for all panels of a dataset."""
+    results = [cell.result for sae in study.everything for cell in sae.measured if cell.dataset == dataset]
+    ends = [result[f"{view}_{end}"] for result in results for view in ("model", "sae") for end in ("ci_low", "ci_high")]
+    known = [end for end in ends if end is not None]
+    return math.floor(min([0.5, *known]) * 20) / 20, math.ceil(max([0.6, *known]) * 20) / 20
+
+
+def _draw(probe: str, dataset: str, curves: Sequence[Curve], limits: tuple[float, float]) -> Drawing:
+    baselines = [curve for curve in curves if not curve.with_band]
+    own = [curve for curve in curves if curve.with_band]
+    n_rows = len(own) + math.ceil(len(baselines) / 3)
+    figure = canvas(WIDTH, HEIGHT + LEGEND_ROW * n_rows + 6)
+    entitle(figure, probe, dataset)
+    axes = axes_at(figure, 40, 42, WIDTH - 48, HEIGHT - 78)
+    axes.set(ylim=limits, xlabel="layer")
+    axes.grid(axis="y")
+    axes.axhline(0.5, color=MUTED, linestyle=":", linewidth=1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    tips: dict[str, str] = {}
+    for number, curve in enumerate(curves):
+        tips |= _line(axes, curve, f"curve-{number}")
+    height = figure.get_size_inches()[1] * 72
+    _legend(figure, own, 1, (n_rows - len(own)) * LEGEND_ROW / height)
+    _legend(figure, baselines, 3, 0)
+    return Drawing(figure, tips)
+
+
+def _line(axes: Axes, curve: Curve, gid: str) -> dict[str, str]:
+    layers, values, lows, highs = zip(*curve.points, strict=True)
+    low, high = ([math.nan if end is None else end for end in ends] for ends in (lows, highs))
+    axes.plot(layers, values, gid=gid, **curve.look)
+    if curve.with_band and len(layers) > 1:
+        axes.fill_between(layers, low, high, color=curve.look["color"], alpha=0.16, linewidth=0)
+    elif curve.with_band:
+        axes.vlines(layers, low, high, color=curve.look["color"], linewidth=1.4)
+    if len(layers) == 1 and "marker" not in curve.look:
+        axes.plot(layers, values, "_", color=curve.look["color"], markersize=18)
+    return {gid: curve.label}
+
+
+def _legend(figure: Figure, curves: Sequence[Curve], columns: int, bottom: float) -> None:
+    """Beneath the axes, from the left."""
+    lines = [Line2D([], [], **curve.look) for curve in curves]
+    labels = [shortened(curve.label, (WIDTH - 40) / columns - 30, 10) for curve in curves]
+    if lines:
+        figure.legend(
+            lines, labels, loc="lower left", bbox_to_anchor=(0, bottom), ncols=columns, handlelength=2.6,
+            borderaxespad=0, borderpad=0.2, labelspacing=0.35, columnspacing=1.2,
+        )  # fmt: skip

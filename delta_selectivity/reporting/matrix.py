@@ -1,0 +1,77 @@
+"""A matrix of differences: colour for size and sign, the number in every cell, hatching where nothing was shown.
+
+Colour alone never says anything: what a cell is stands in it, and what is not significant is hatched and not bold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, to_hex, to_rgb
+from matplotlib.patches import Rectangle
+
+from delta_selectivity.reporting.ink import HATCH, NO_VALUE
+
+DIVERGING = "RdBu"  # low, a loss, is red
+
+
+@dataclass(frozen=True)
+class MatrixCell:
+    """One cell."""
+
+    row: int
+    column: int
+    value: float | None  # None: there is no number, and `text` stands alone
+    text: str
+    shown: bool  # that it differs from 0
+    tip: str
+
+
+def scale_end(largest: float) -> float:
+    """The end of a scale that holds this value: a multiple of 0.04, so that its quarters are round."""
+    return 0.04 * max(math.ceil(round(largest / 0.04, 6)), 1)
+
+
+def colour_of(value: float, limit: float) -> str:
+    """On the scale from -limit to limit."""
+    return to_hex(matplotlib.colormaps[DIVERGING](Normalize(-limit, limit)(value)))
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever stands out more on the colour (WCAG relative luminance)."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
+    return "#ffffff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179 else "#000000"
+
+
+def draw_matrix(axes: Axes, cells: Sequence[MatrixCell], limit: float) -> dict[str, str]:
+    """Fill axes whose data are rows downwards and columns; returns the tips of the cells by gid."""
+    tips = {}
+    for number, cell in enumerate(cells):
+        colour = NO_VALUE if cell.value is None else colour_of(cell.value, limit)
+        gid = f"cell-{number}"
+        tips[gid] = cell.tip
+        box = Rectangle((cell.column, cell.row), 1, 1, facecolor=colour, edgecolor="white", linewidth=1, gid=gid)
+        axes.add_patch(box)
+        if cell.value is not None and not cell.shown:
+            axes.add_patch(_hatching(cell.row, cell.column))
+        axes.text(
+            cell.column + 0.5, cell.row + 0.52, cell.text, ha="center", va="center", fontsize=9.5,
+            fontweight="bold" if cell.shown else "normal", color=ink_on(colour), gid=f"{gid}-text",
+        )  # fmt: skip
+        tips[f"{gid}-text"] = cell.tip
+    return tips
+
+
+def _hatching(row: int, column: int) -> Rectangle:
+    return Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor=HATCH, linewidth=0)
+
+
+def bare(axes: Axes, n_rows: int, n_columns: int) -> None:
+    """Matrix coordinates, and no frame."""
+    axes.set(xlim=(0, n_columns), ylim=(n_rows, 0))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)

@@ -1,0 +1,114 @@
+"""SAEs side by side: the mean of each with its interval, and what separates one from another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from matplotlib.axes import Axes
+
+from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
+from delta_selectivity.reporting.ink import INK, MUTED, series, shortened
+from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset
+from delta_selectivity.reporting.study import Sae, Study
+
+WIDTH = 352  # pixels
+NAMES = 150  # of those, for the names on the left
+ROW = 22
+TITLES = {"delta_sel": "Mean delta_sel", "transfer_r2": "Mean transfer_r2"}
+LEVEL_COLUMNS = ("sae", "mean", "ci_low", "ci_high")
+PAIR_COLUMNS = ("sae", "compared_with", "difference", "ci_low", "ci_high", "p_value")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One row: a name, a value, its 95 % interval (None: unknown), and how it is drawn."""
+
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    colour: str
+    marker: str
+    tip: str
+
+
+def means(study: Study, score: str) -> Plot | None:
+    """The mean of a score of every SAE, the best on top, and of the baselines beneath; None if nothing was measured."""
+    rows = [_mean(study, sae, score) for sae in study.everything]
+    known = [row for row in rows if row is not None]
+    if not known:
+        return None
+    n_saes = sum(row is not None for row in rows[: len(study.saes)])
+    known = [*sorted(known[:n_saes], key=lambda row: -row.value), *known[n_saes:]]
+    description = "A dot for each SAE, the best on top, with its 95 % interval; baselines are grey, beneath."
+    data = tuple((row.name, row.value, row.low, row.high) for row in known)
+    draw = partial(_draw, TITLES[score], "over all cells, 95 % interval", known, 0.0 if score == "delta_sel" else 1.0)
+    return Plot(f"mean_{score}", TITLES[score], description, draw, LEVEL_COLUMNS, data)
+
+
+def _mean(study: Study, sae: Sae, score: str) -> Estimate | None:
+    value, low, high = sae.overall(score)
+    if value is None:
+        return None
+    tip = f"{sae.label}: {typeset(number(value, '+.4f' if score == 'delta_sel' else '.4f'))} ({span(low, high, 4)})"
+    if sae.is_baseline:
+        return Estimate(sae.label.removeprefix("baseline: "), value, low, high, MUTED, "o", tip)
+    style = series(study.saes.index(sae))
+    return Estimate(sae.label, value, low, high, style.colour, style.marker, tip)
+
+
+def differences(study: Study, score: str) -> Plot | None:
+    """Each SAE and the next, and each baseline and its SAE, paired; None if no two were run together."""
+    found = [pair for pair in study.neighbours if pair.found[score] is not None]
+    if not found:
+        return None
+    title = f"Paired differences of {score}"
+    rows, data = [], []
+    for pair in found:
+        low, high, p = (pair.found[f"{score}_{key}"] for key in ("ci_low", "ci_high", "p_value"))
+        names = (pair.one.label.removeprefix("baseline: "), pair.other.label)
+        name = " − ".join(shortened(name, (WIDTH - 40) / 2, 10) for name in names)
+        value = pair.found[score]
+        tip = f"{' − '.join(names)}: {signed(value, 4)} ({span(low, high, 4)}), p {probability(p)}"
+        rows.append(Estimate(name, value, low, high, MUTED if pair.one.is_baseline else INK, "D", tip))
+        data.append((pair.one.label, pair.other.label, value, low, high, p))
+    description = (
+        "The first minus the second, on the same rows, folds and people; an interval clear of 0 tells them apart."
+    )
+    draw = partial(_draw, title, "same rows, folds and people; 95 % interval", rows, 0.0, above=True)
+    return Plot(f"differences_{score}", title, description, draw, PAIR_COLUMNS, tuple(data))
+
+
+def _draw(title: str, note: str, rows: Sequence[Estimate], line: float, above: bool = False) -> Drawing:
+    """A row for each estimate; its name to the left of it, or above it where names are long."""
+    pitch, left = (38, 8) if above else (ROW, NAMES)
+    figure = canvas(WIDTH, 50 + pitch * len(rows) + 30)
+    entitle(figure, title, note)
+    axes = axes_at(figure, left, 44, WIDTH - left - 12, pitch * len(rows))
+    axes.set(ylim=(len(rows) - 0.5, -0.5), yticks=[])
+    axes.spines["left"].set_visible(False)
+    axes.axvline(line, color=MUTED, linewidth=1, linestyle=":")
+    axes.grid(axis="x")
+    axes.locator_params(axis="x", nbins=4 if left == NAMES else 6)
+    axes.margins(x=0.08)
+    tips: dict[str, str] = {}
+    for y, row in enumerate(rows):
+        gid = f"row-{y}"
+        place = y + (0.22 if above else 0)
+        if row.low is not None and row.high is not None:
+            axes.plot([row.low, row.high], [place, place], color=row.colour, linewidth=2, gid=f"{gid}-interval")
+        axes.plot(row.value, place, marker=row.marker, color=row.colour, markersize=7, gid=gid)
+        _name(axes, row.name, y, above)
+        tips |= {gid: row.tip, f"{gid}-interval": row.tip}
+    return Drawing(figure, tips)
+
+
+def _name(axes: Axes, name: str, y: int, above: bool) -> None:
+    width = WIDTH - 20 if above else NAMES - 12
+    axes.annotate(
+        shortened(name, width, 10), xy=(0, y - 0.2 if above else y), xycoords=("axes fraction", "data"),
+        xytext=(0 if above else -10, 0), textcoords="offset points", ha="left" if above else "right", va="center",
+        fontsize=10, annotation_clip=False,
+    )  # fmt: skip

@@ -1,0 +1,56 @@
+"""Numbers as text, with the digits that their intervals bear: three for a cell, four for the mean of an SAE.
+
+>>> number(-0.0472, "+.3f"), number(None, ".3f"), p_value(0.0)
+('-0.047', '-', '< 1e-99')
+"""
+
+from __future__ import annotations
+
+from delta_selectivity.records import result_file
+
+
+def number(value: float | None, form: str) -> str:
+    """The number in this form; a dash if there is none."""
+    return "-" if value is None else format(value, form)
+
+
+def interval(found: result_file.Json, score: str, form: str = "+.4f") -> str:
+    """The 95 % interval of a score of `_run.sae_level`; a dash if it has none."""
+    if found.get(f"{score}_ci_low") is None:
+        return "-"
+    return f"{found[f'{score}_ci_low']:{form}} .. {found[f'{score}_ci_high']:{form}}"
+
+
+def p_value(p: float | None) -> str:
+    """A p or q value; none is exactly 0."""
+    return "< 1e-99" if p is not None and p < 1e-99 else number(p, ".1e")
+
+
+def typeset(text: str) -> str:
+    """A number as it is set in print, with a true minus; what rounds to 0 has no sign.
+
+    >>> typeset("-0.047"), typeset("-0.000")
+    ('−0.047', '0.000')
+    """
+    return (
+        text.lstrip("+-") if text[:1] in "+-" and text.strip("+-0.") == "" and text != "-" else text.replace("-", "−")
+    )
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """A difference, typeset."""
+    return typeset(number(value, f"+.{digits}f"))
+
+
+def probability(p: float | None) -> str:
+    """A p or q value, typeset: plain from a thousandth on.
+
+    >>> probability(0.0204), probability(3.1e-8)
+    ('0.020', '3.1e−08')
+    """
+    return number(p, ".3f") if p is not None and p >= 0.001 else typeset(p_value(p))
+
+
+def span(low: float | None, high: float | None, digits: int = 3) -> str:
+    """An interval, typeset; a dash if there is none."""
+    return "–" if low is None or high is None else f"{signed(low, digits)} to {signed(high, digits)}"

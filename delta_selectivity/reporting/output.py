@@ -1,0 +1,50 @@
+"""What is written: the page, and the plots with their numbers as files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.reporting.page import page
+from delta_selectivity.reporting.plots import plots_of
+from delta_selectivity.reporting.study import Study
+from delta_selectivity.system.whole_file import replacing
+
+MOST = 10_000_000  # bytes of a page with links to save its plots; a larger one goes without
+
+
+def write_page(study: Study, path: Path) -> str:
+    """Write the page in one step and say so. Raises `RequestError` if the path cannot be written."""
+    with _told("--output", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
+        plots = plots_of(study)
+        drawn = {plot.name: plot.svg() for plot in plots}
+        text = page(study, plots, drawn, with_links=True)
+        if with_links := len(text.encode()) <= MOST:
+            out.write(text)
+        else:
+            out.write(page(study, plots, drawn, with_links=False))
+    unlinked = "" if with_links else "; too large for links that save its plots: --plots DIR writes them"
+    return f"report: {path} ({path.stat().st_size / 1e6:.1f} MB){unlinked}"
+
+
+def write_plots(study: Study, folder: Path) -> str:
+    """Write every plot as PNG and SVG, and its numbers as CSV. Raises `RequestError` if that fails."""
+    with _told("--plots", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        names = []
+        for plot in plots_of(study):
+            names.append(plot.name)
+            for ending, content in (("svg", plot.svg().encode()), ("png", plot.png()), ("csv", plot.csv().encode())):
+                with replacing(folder / f"{plot.name}.{ending}", "wb") as out:
+                    out.write(content)
+    return f"plots: {len(names)} in {folder}, each as SVG, PNG and CSV"
+
+
+@contextmanager
+def _told(flag: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RequestError(f"{flag} {path}: cannot be written: {error.strerror or error}") from error

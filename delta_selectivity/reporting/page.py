@@ -1,0 +1,129 @@
+"""The report as one HTML page that needs nothing from outside: no network, no server, no second file.
+
+The page's own security policy holds it to that: browsers refuse any request and any script but its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+from delta_selectivity.reporting.cell_table import cell_table
+from delta_selectivity.reporting.drawing import Plot
+from delta_selectivity.reporting.html import Markup, element
+from delta_selectivity.reporting.plots import Plots
+from delta_selectivity.reporting.provenance import facts, file_table, heading, notices, settings, versions
+from delta_selectivity.reporting.study import Study
+from delta_selectivity.reporting.summary import detectable, pair_table, sae_table
+from delta_selectivity.reporting.svg import inline
+
+HERE = Path(__file__).parent
+READING = (
+    ("delta_sel", "Balanced accuracy of a probe on the SAE's reconstruction minus that on the model's activations. "
+     "0: the SAE keeps what the model knows; negative: it loses some. Intervals are 95 %, clustered by person."),
+    ("loss, gain", "delta_sel differs from 0: q < 0.05 after Benjamini-Hochberg over all cells of the SAE. Bold in the "
+     "heatmaps; all other cells are hatched."),
+    ("small loss, small gain, preserved (=)", "Shown to be small: the 90 % interval lies within ± epsilon."),
+    ("undecided", "Neither: these data cannot tell."),
+)  # fmt: skip
+PAIRED = element(
+    "p",
+    "From the best mean to the worst, each SAE and the next: the first minus the second, on the same rows, folds and "
+    "people. The p values are not corrected for the number of pairs.",
+)
+HEATMAPS = element(
+    "p",
+    "For each dataset: delta_sel of every SAE, layers downwards and probes across, in one scale for the whole report; "
+    "then, probe by probe, what the model knows and what the SAEs keep. Hatched: not significant. =: preserved.",
+)
+
+
+def page(study: Study, plots: Plots, drawn: Mapping[str, str], with_links: bool) -> str:
+    """The whole document. `drawn` holds each plot's SVG by name; links to save plots double their bytes."""
+
+    def figures(found: Sequence[Plot]) -> Markup:
+        return element("div", *(_figure(plot, drawn[plot.name], with_links) for plot in found), class_="plots")
+
+    sections = list(_sections(study, plots, figures))
+    links = (element("a", title, href=f"#{name}") for name, title, _ in sections)
+    body = element(
+        "body",
+        element("header", element("h1", "Delta Selectivity"), element("p", heading(study)), facts(study)),
+        *notices(study),
+        element("nav", *links, aria_label="sections"),
+        element("main", *(_section(name, title, parts) for name, title, parts in sections)),
+        element("script", _ours("page.js")),
+    )
+    title = f"Delta Selectivity: {heading(study)}"
+    return f"<!DOCTYPE html>\n{element('html', _head(title), body, lang='en')}\n"
+
+
+def _head(title: str) -> Markup:
+    script = base64.b64encode(hashlib.sha256(_ours("page.js").encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script}'"
+    return element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("title", title),
+        element("style", _ours("page.css")),
+    )
+
+
+def _sections(
+    study: Study, plots: Plots, figures: Callable[[Sequence[Plot]], Markup]
+) -> Iterator[tuple[str, str, list[Markup]]]:
+    """(id, title, content) of each."""
+    pairs = pair_table(study)
+    compared = [element("h3", "Against each other"), PAIRED, pairs] if pairs else []
+    yield "saes", "SAEs", [sae_table(study), _reading(study), *compared, figures(plots.saes)]
+    if plots.trade:
+        yield "pareto", "delta_sel against FVU and L0", [figures(plots.trade)]
+    yield "datasets", "Layer by layer", [HEATMAPS, figures([plots.scale])]
+    for number, dataset in enumerate(study.datasets):
+        yield f"dataset-{number}", dataset, [figures(plots.heatmaps[dataset]), figures(plots.levels[dataset])]
+    yield "all-cells", "All cells", [cell_table(study)]
+    listed = element("summary", f"Result files ({len(study.files)})")
+    files = element("details", listed, file_table(study))
+    yield "run", "How it was run", [settings(study), element("h3", "Versions"), versions(study), files]
+
+
+def _reading(study: Study) -> Markup:
+    terms = (element("div", element("dt", term), element("dd", text)) for term, text in READING)
+    return element(
+        "details", element("summary", "How to read it"), element("dl", *terms), element("p", detectable(study)), open=""
+    )
+
+
+def _section(name: str, title: str, parts: Sequence[Markup]) -> Markup:
+    return element("section", element("h2", title), *parts, id=name)
+
+
+def _figure(plot: Plot, svg: str, with_links: bool) -> Markup:
+    links = [_saving(plot, svg)] if with_links else []
+    return element("figure", Markup(inline(svg)), *links, id=plot.name)
+
+
+def _saving(plot: Plot, svg: str) -> Markup:
+    """Links that save the plot and its numbers; a PNG is drawn from the SVG when asked for."""
+    files = {"SVG": ("svg", "image/svg+xml", svg), "CSV": ("csv", "text/csv;charset=utf-8", plot.csv())}
+    links = [
+        element("a", kind, href=_data(media, text), download=f"{plot.name}.{ending}", title=f"{plot.title}, as {kind}")
+        for kind, (ending, media, text) in files.items()
+    ]
+    png = element("button", "PNG", type="button", data_png=plot.name, title=f"{plot.title}, as PNG")
+    return element("figcaption", links[0], png, links[1])
+
+
+def _data(media: str, text: str) -> str:
+    return f"data:{media};base64,{base64.b64encode(text.encode()).decode()}"
+
+
+@cache
+def _ours(name: str) -> Markup:
+    return Markup((HERE / name).read_text(encoding="utf-8"))

@@ -1,0 +1,160 @@
+"""What fidelity costs: delta_sel against the fraction of variance unexplained, and against the number of latents."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+from delta_selectivity.reporting.drawing import DPI, Drawing, Plot, axes_at, canvas, entitle
+from delta_selectivity.reporting.ink import MUTED, series, shortened
+from delta_selectivity.reporting.numbers import number, signed, span, typeset
+from delta_selectivity.reporting.study import Sae, Study
+
+WIDTH, HEIGHT = 352, 300  # pixels, without the legend
+LEFT = 64  # room for the numbers of the vertical axis
+LEGEND_ROW = 17
+FIGURES = {"fvu_pos": "FVU (fraction of variance unexplained)", "l0": "L0 (latents per row)"}
+DIGITS = {"fvu_pos": ".3f", "l0": ".1f"}
+SPREAD = 8  # from here on, largest over smallest, the horizontal axis is logarithmic
+COLUMNS = ("sae", "layer", "delta_sel", "ci_low", "ci_high")
+
+
+@dataclass(frozen=True)
+class Point:
+    """The mean of an SAE over all cells, or over the probes of one layer."""
+
+    sae: Sae
+    layer: int | None  # None: over all
+    x: float
+    delta: float
+    low: float | None = None  # 95 % interval, known for the mean over all
+    high: float | None = None
+
+
+def pareto(study: Study, key: str) -> Plot | None:
+    """Mean delta_sel against this figure of reconstruction; None if it was not measured."""
+    saes = study.in_full
+    large = [point for sae in saes if (point := _mean(sae, key))]
+    if not large:
+        return None
+    small = [point for sae in saes for point in _by_layer(sae, key)]
+    marks = _reference(study)
+    short = FIGURES[key].partition(" ")[0]
+    description = (
+        f"Mean delta_sel of each SAE against its mean {short}, with 95 % intervals; small: the mean over the probes of "
+        "each layer; dashed: baselines. The better an SAE, the higher; the cheaper, the further left."
+    )
+    data = tuple((p.sae.label, p.layer, p.x, p.delta, p.low, p.high) for p in [*large, *small])
+    reference = tuple(
+        (baseline.label, None, None, baseline.overall("delta_sel")[0], None, None) for baseline in study.baselines
+    )
+    columns = (*COLUMNS[:2], key, *COLUMNS[2:])
+    draw = partial(_draw, study, key, large, small, marks)
+    return Plot(
+        f"delta_against_{short.lower()}", f"delta_sel against {short}", description, draw, columns, data + reference
+    )
+
+
+def _mean(sae: Sae, key: str) -> Point | None:
+    x, (delta, low, high) = sae.mean_figure(key), sae.overall("delta_sel")
+    return None if x is None or delta is None else Point(sae, None, x, delta, low, high)
+
+
+def _by_layer(sae: Sae, key: str) -> list[Point]:
+    layers: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    for cell in sae.measured:
+        if cell.figures[key] is not None:
+            layers[cell.layer].append((cell.figures[key], cell.result["delta_sel"]))
+    return [
+        Point(sae, layer, sum(x for x, _ in found) / len(found), sum(delta for _, delta in found) / len(found))
+        for layer, found in sorted(layers.items())
+    ]
+
+
+def _reference(study: Study) -> dict[str, tuple[float, float]]:
+    """kind of baseline -> least and largest mean delta_sel of its kind; nothing if there are no SAEs to compare."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for baseline in study.baselines if study.saes else ():
+        value = baseline.overall("delta_sel")[0]
+        if value is not None:
+            found[str(baseline.kind)].append(value)
+    return {kind: (min(values), max(values)) for kind, values in found.items()}
+
+
+def _draw(
+    study: Study, key: str, large: Sequence[Point], small: Sequence[Point], marks: dict[str, tuple[float, float]]
+) -> Drawing:
+    figure = canvas(WIDTH, HEIGHT + LEGEND_ROW * len(large) + 6)
+    entitle(
+        figure, f"delta_sel against {FIGURES[key].partition(' ')[0]}", "mean and 95 % interval; small: single layers"
+    )
+    axes = axes_at(figure, LEFT, 44, WIDTH - LEFT - 62, HEIGHT - 90)
+    axes.grid()
+    axes.set(xlabel=FIGURES[key], ylabel="mean delta_sel")
+    axes.axhline(0, color=MUTED, linestyle=":", linewidth=1)
+    _scale(axes, [point.x for point in [*large, *small]])
+    tips: dict[str, str] = {}
+    for index, point in enumerate([*small, *large]):
+        tips |= _point(axes, study, point, key, f"point-{index}")
+    if key == "l0":
+        _frontier(axes, large)
+    _lines(axes, marks)
+    figure.legend(loc="lower left", bbox_to_anchor=(0, 0), borderaxespad=0, borderpad=0.2, labelspacing=0.35)
+    return Drawing(figure, tips)
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    if min(values) > 0 and max(values) >= SPREAD * min(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.margins(x=0.1, y=0.1)
+
+
+def _point(axes: Axes, study: Study, point: Point, key: str, gid: str) -> dict[str, str]:
+    style = series(study.in_full.index(point.sae))
+    where = "mean" if point.layer is None else f"layer {point.layer}"
+    x = number(point.x, DIGITS[key])
+    tip = f"{point.sae.label}, {where}: {signed(point.delta, 4)} at {typeset(x)}"
+    if point.layer is not None:
+        axes.plot(point.x, point.delta, marker=style.marker, color=style.colour, markersize=3.5, alpha=0.5, gid=gid)
+        return {gid: tip}
+    if point.low is not None and point.high is not None:
+        axes.vlines(point.x, point.low, point.high, color=style.colour, linewidth=2)
+        tip = f"{tip} ({span(point.low, point.high, 4)})"
+    axes.plot(
+        point.x, point.delta, marker=style.marker, color=style.colour, markersize=9, gid=gid, linestyle="none",
+        markeredgecolor="white", label=shortened(point.sae.label, WIDTH - 60, 10),
+    )  # fmt: skip
+    return {gid: tip}
+
+
+def _frontier(axes: Axes, points: Sequence[Point]) -> None:
+    """Through the SAEs that no other beats in both: fewer latents and a higher delta_sel."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda point: (point.x, -point.delta)):
+        if not best or point.delta > best[-1].delta:
+            best.append(point)
+    if len(best) > 1:
+        axes.step([p.x for p in best], [p.delta for p in best], where="post", color=MUTED, linewidth=1, zorder=1)
+
+
+def _lines(axes: Axes, marks: dict[str, tuple[float, float]]) -> None:
+    """A dashed line for each kind of baseline, named at the right; a band where there are several of a kind."""
+    for low, high in marks.values():
+        axes.axhspan(low, high, facecolor=MUTED, alpha=0.12, linewidth=0)
+        axes.axhline((low + high) / 2, color=MUTED, linestyle="--", linewidth=1)
+    bottom, top = axes.get_ylim()
+    line = 12 * (top - bottom) / (axes.bbox.height * DPI / axes.figure.dpi)  # the height of a name, in delta_sel
+    below = top + line
+    for kind, (low, high) in sorted(marks.items(), key=lambda mark: -sum(mark[1])):
+        below = min((low + high) / 2, below - line)  # under the name above it, not over it
+        axes.annotate(
+            kind, xy=(1, below), xycoords=("axes fraction", "data"), xytext=(4, 0),
+            textcoords="offset points", va="center", fontsize=9.5, color=MUTED, annotation_clip=False,
+        )  # fmt: skip

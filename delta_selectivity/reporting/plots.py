@@ -1,0 +1,79 @@
+"""All plots of a report, in the order of its page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from delta_selectivity.records import result_file
+from delta_selectivity.reporting.drawing import Plot
+from delta_selectivity.reporting.heatmaps import heatmap, scale
+from delta_selectivity.reporting.levels import groups, panel
+from delta_selectivity.reporting.means import differences, means
+from delta_selectivity.reporting.pareto import FIGURES, pareto
+from delta_selectivity.reporting.rivals import rivals
+from delta_selectivity.reporting.study import Study
+
+
+@dataclass(frozen=True)
+class Plots:
+    """The plots of a study, by the part of the report that they stand in."""
+
+    saes: tuple[Plot, ...]  # side by side
+    trade: tuple[Plot, ...]  # delta_sel against FVU and L0
+    scale: Plot  # the colours of all heatmaps
+    heatmaps: dict[str, tuple[Plot, ...]]  # by dataset
+    levels: dict[str, tuple[Plot, ...]]  # by dataset
+
+    def __iter__(self) -> Iterator[Plot]:
+        yield from (*self.saes, *self.trade, self.scale)
+        for dataset in self.heatmaps:
+            yield from (*self.heatmaps[dataset], *self.levels[dataset])
+
+
+def plots_of(study: Study) -> Plots:
+    """Every plot that the files have the numbers for."""
+    names = _Names()
+    compared = [plot(study, score) for plot in (means, differences) for score in ("delta_sel", "transfer_r2")]
+    trade = [pareto(study, figure) for figure in FIGURES]
+    return Plots(
+        _there([*compared, rivals(study)]),
+        _there(trade),
+        scale(study),
+        {dataset: tuple(_heatmaps(study, dataset, names)) for dataset in study.datasets},
+        {dataset: tuple(_levels(study, dataset, names)) for dataset in study.datasets},
+    )
+
+
+def _there(plots: list[Plot | None]) -> tuple[Plot, ...]:
+    return tuple(plot for plot in plots if plot is not None)
+
+
+def _heatmaps(study: Study, dataset: str, names: _Names) -> Iterator[Plot]:
+    for sae in study.in_full:
+        if any(cell.dataset == dataset for cell in sae.cells):
+            yield heatmap(study, sae, dataset, names.of("heatmap", dataset, sae.label))
+
+
+def _levels(study: Study, dataset: str, names: _Names) -> Iterator[Plot]:
+    for probe in study.datasets[dataset]:
+        for group in groups(study):
+            plot = panel(study, group, dataset, probe, names.of("levels", dataset, probe, group[0].label))
+            if plot is not None:
+                yield plot
+
+
+class _Names:
+    """File names, each given once, whatever the names in the data; alike but for their case counts as the same."""
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+
+    def of(self, *parts: str) -> str:
+        stem = result_file.slug("_".join(parts))
+        name, number = stem, 1
+        while name.casefold() in self._given:
+            number += 1
+            name = f"{stem}-{number}"
+        self._given.add(name.casefold())
+        return name

@@ -1,0 +1,141 @@
+"""What was run and how: the page's facts, its warnings, and every setting with the files it holds for."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from delta_selectivity.records import result_file
+from delta_selectivity.reporting.html import Markup, element, table
+from delta_selectivity.reporting.results import File
+from delta_selectivity.reporting.study import Study, models
+from delta_selectivity.system.terminal import printable
+
+NO_SETTINGS = {"sae", "baseline", "baseline_of", "model", "data", "schema", "output_directory", "quiet", "verbose",
+               "overwrite"}  # fmt: skip # of `_run.config` and `_run.key`: names told elsewhere, hashes, and manners
+
+
+def heading(study: Study) -> str:
+    """What the report is about, in a line."""
+    layers = {cell.layer for sae in study.everything for cell in sae.cells}
+    n_probes = sum(map(len, study.datasets.values()))
+    counts = [
+        (len(study.saes), "SAE"),
+        (len(study.baselines), "baseline"),
+        (len(study.datasets), "dataset"),
+        (n_probes, "probe"),
+        (len(layers), "layer"),
+    ]
+    told = [f"{n} {name}{'' if n == 1 else 's'}" for n, name in counts if n]
+    return " · ".join([*map(printable, sorted(set(models(study.files)))), *told])
+
+
+def facts(study: Study) -> Markup:
+    """The few settings that a reader must know before any number."""
+    runs = [results["_run"] for _, results in study.files]
+    pairs = {
+        "Hook point": _distinct(run["key"].get("hookpoint") for run in runs),
+        "Position": _distinct(run["config"].get("positions") for run in runs),
+        "Cross-validation": _distinct(map(_folds, runs)),
+        "Preserved within": _distinct(f"±{run['config'].get('epsilon')}" for run in runs),
+        "Started": " to ".join(sorted({min(run["started"] for run in runs), max(run["started"] for run in runs)})),
+        "Commit": _distinct((run.get("commit") or "none")[:12] for run in runs),
+    }
+    return _definitions(pairs)
+
+
+def _folds(run: result_file.Json) -> str:
+    config = run["config"]
+    return f"{config.get('repeats')} partitions into {config.get('folds')} folds by person, seed {config.get('seed')}"
+
+
+def notices(study: Study) -> list[Markup]:
+    """What a reader must know of these numbers: runs that have not ended, and what the runs warned of."""
+    found = []
+    if study.incomplete:
+        text = (
+            f"{len(study.incomplete)} of {len(study.files)} result files are incomplete: layers may be missing, and "
+            "without q values nothing in them counts as lost or gained. The same command of main.py goes on."
+        )
+        found.append(_notice("Incomplete", text, [_name(file) for file in study.incomplete]))
+    by_warning: dict[str, list[str]] = defaultdict(list)
+    for file in study.files:
+        for warning in file[1]["_run"]["warnings"]:
+            by_warning[printable(warning)].append(_name(file))
+    return found + [_notice("Warning", warning, names) for warning, names in by_warning.items()]
+
+
+def _notice(kind: str, text: str, names: list[str]) -> Markup:
+    listed = element("ul", *(element("li", name) for name in names))
+    files = element("details", element("summary", f"{len(names)} file{'' if len(names) == 1 else 's'}"), listed)
+    return element("div", element("p", element("b", f"{kind}: "), text), files, class_=f"notice {kind.lower()}")
+
+
+def settings(study: Study) -> Markup:
+    """Every setting; where files differ, each value with how many of them have it."""
+    runs = [results["_run"] for _, results in study.files]
+    asked = [{**run["config"], **run["key"]} for run in runs]
+    names = [name for name in dict.fromkeys(name for one in asked for name in one) if name not in NO_SETTINGS]
+    pairs = {name: _distinct(_told(one[name]) for one in asked if name in one) for name in names}
+    return _definitions(pairs)
+
+
+def versions(study: Study) -> Markup:
+    """Of the program and of what it stands on."""
+    runs = [results["_run"] for _, results in study.files]
+    packages = dict.fromkeys(name for run in runs for name in run.get("versions", {}))
+    found = {name: _distinct(run.get("versions", {}).get(name) or "not installed" for run in runs) for name in packages}
+    commits = _distinct(run.get("commit") or "none" for run in runs)
+    return _definitions({**found, "commit": commits})
+
+
+def file_table(study: Study) -> Markup:
+    """A line for each result file."""
+    head = ("file", "SAE", "rows", "people", "started", "seconds", "complete")
+    return table(head, map(_file_line, study.files))
+
+
+def _file_line(file: File) -> list[str]:
+    run = file[1]["_run"]
+    found = [
+        cell for layer in file[1].values() for cell in layer.values() if isinstance(cell, dict) and "n_rows" in cell
+    ]
+    seconds = run["seconds"].get("total")
+    return [
+        _name(file),
+        printable(run["config"]["sae"]),
+        _extent(cell["n_rows"] for cell in found),
+        _extent(cell["n_people"] for cell in found),
+        run["started"],
+        "–" if seconds is None else f"{seconds:.1f}",
+        "yes" if run["complete"] else "no",
+    ]
+
+
+def _extent(counts: Iterable[int]) -> str:
+    """One count, or from the least to the most."""
+    known = sorted(set(counts))
+    return " to ".join(dict.fromkeys(f"{count:,}" for count in (known[0], known[-1]))) if known else "–"
+
+
+def _name(file: File) -> str:
+    """The file and its folder, which is the SAE's: where the results lie on a disk is nobody's business."""
+    return printable("/".join(file[0].parts[-2:]))
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) else "–" if value is None else json.dumps(value)
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    """The one value of all files, or each with the number of files that have it."""
+    found: dict[str, int] = defaultdict(int)
+    for value in values:
+        found[printable(str(value))] += 1
+    return next(iter(found)) if len(found) == 1 else "; ".join(f"{value} ({n} files)" for value, n in found.items())
+
+
+def _definitions(pairs: dict[str, str]) -> Markup:
+    return element("dl", *(element("div", element("dt", k), element("dd", v)) for k, v in pairs.items()))

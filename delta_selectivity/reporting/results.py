@@ -1,0 +1,97 @@
+"""Result files, and the order in which every table and plot goes through them.
+
+load(result_files(Path("results")))
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.records import result_file
+
+File = tuple[Path, result_file.Json]  # where it lies, and what `result_file.read` found there
+
+
+def result_files(folder: Path) -> list[Path]:
+    """Result files in the folder and one level below it (one folder per SAE), in order of name; a file is itself.
+
+    Those of baselines follow.
+    """
+    if folder.is_file():
+        return [folder]
+    found = [sorted(folder.glob(pattern)) for pattern in ("*.json", "*/*.json", "baselines/*/*.json")]
+    return [path for paths in (sorted(found[0] + found[1]), found[2]) for path in paths if path.name[0] != "."]
+
+
+def load(paths: Iterable[Path]) -> list[File]:
+    """The files, each checked. Raises `RequestError` if there is none, or one is no result file."""
+    files = [(path, result_file.read(path)) for path in paths]
+    if not files:
+        raise RequestError("no result files found: run main.py first, or name its --output_directory")
+    return files
+
+
+def cells(results: result_file.Json) -> Iterator[tuple[int, str, result_file.Json, result_file.Json]]:
+    """(layer, probe, the layer's figures, the probe's result) in order of layers."""
+    names = (name for name in results if name.startswith("layer_"))
+    for name in sorted(names, key=lambda name: int(name.removeprefix("layer_"))):
+        for probe, result in results[name].items():
+            if isinstance(result, dict):
+                yield int(name.removeprefix("layer_")), probe, results[name], result
+
+
+def is_baseline(results: result_file.Json) -> bool:
+    """Whether these results are no SAE's but something to compare it with."""
+    return bool(results["_run"]["config"].get("baseline"))
+
+
+def is_significant(result: result_file.Json) -> bool:
+    """Whether delta_sel differs from 0 after Benjamini-Hochberg; not before the run is complete and has q values."""
+    q_value = result.get("q_value")
+    return q_value is not None and q_value < 0.05
+
+
+def is_preserved(result: result_file.Json) -> bool:
+    """Whether delta_sel was shown to be small."""
+    return bool(result.get("preserved"))
+
+
+def by_sae(files: Sequence[File]) -> dict[str, list[File]]:
+    """The files of each SAE, by the name that its user typed; those of each baseline after them."""
+    found: dict[str, list[File]] = {}
+    for path, results in sorted(files, key=lambda file: is_baseline(file[1])):
+        found.setdefault(results["_run"]["config"]["sae"], []).append((path, results))
+    return found
+
+
+def label(name: str, files: Sequence[File]) -> str:
+    """What to call the SAE or baseline of these files where there is little room."""
+    return name if is_baseline(files[0][1]) else result_file.slug(name)
+
+
+def level_of(files: Sequence[File]) -> result_file.Json:
+    """What its files agree on about the SAE; empty if they were measured in runs that knew of different ones."""
+    found = [results["_run"]["sae_level"] for _, results in files]
+    return found[0] if all(level == found[0] for level in found) else {}
+
+
+def pairs(known: Mapping[str, Sequence[File]]) -> Iterator[tuple[str, str]]:
+    """(SAE, compared with): from the best mean delta_sel to the worst, each and the next.
+
+    Then each baseline that belongs to an SAE, and that one. Every SAE of `known` has a mean delta_sel.
+    """
+    saes = [name for name, own in known.items() if not is_baseline(own[0][1])]
+    yield from itertools.pairwise(sorted(saes, key=lambda name: -level_of(known[name])["delta_sel"]))
+    for name, own in known.items():
+        owner = own[0][1]["_run"]["config"].get("baseline_of")
+        yield from ((name, sae) for sae in saes if result_file.slug(sae) == owner)
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Of the values that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None

@@ -1,0 +1,60 @@
+"""Every SAE against every other of its run: paired differences of delta_sel as a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
+from delta_selectivity.reporting.ink import shortened, text_width
+from delta_selectivity.reporting.matrix import MatrixCell, bare, draw_matrix, scale_end
+from delta_selectivity.reporting.numbers import probability, signed, span
+from delta_selectivity.reporting.study import Comparison, Study
+
+ROW, COLUMN = 22, 58  # pixels
+LEAST = 3  # SAEs; of two, one difference says all
+NAMES = 180
+COLUMNS = ("sae", "compared_with", "difference", "ci_low", "ci_high", "p_value")
+
+
+def rivals(study: Study) -> Plot | None:
+    """Rows minus columns, best mean delta_sel first; None for fewer than three SAEs, or if no two were run together."""
+    order = sorted(study.saes, key=lambda sae: -(sae.overall("delta_sel")[0] or 0.0))
+    found = [pair for one in order for other in order if (pair := study.comparison(one.name, other.name))]
+    if len(order) < LEAST or not found:
+        return None
+    places = {sae.name: place for place, sae in enumerate(order)}
+    cells = [_cell(pair, places) for pair in found]
+    data = tuple((pair.one.label, pair.other.label, *_figures(pair)) for pair in found)
+    description = (
+        "A matrix of SAEs by SAEs in the same order, the best first. A cell is the row's mean delta_sel minus the "
+        "column's, paired; hatched if its 95 % interval holds 0."
+    )
+    draw = partial(_draw, [sae.label for sae in order], cells)
+    return Plot("rivals_delta_sel", "Row minus column: delta_sel", description, draw, COLUMNS, data)
+
+
+def _figures(pair: Comparison) -> tuple[float, ...]:
+    return tuple(pair.found[f"delta_sel{end}"] for end in ("", "_ci_low", "_ci_high", "_p_value"))
+
+
+def _cell(pair: Comparison, places: dict[str, int]) -> MatrixCell:
+    value, low, high, p = _figures(pair)
+    tip = f"{pair.one.label} − {pair.other.label}: {signed(value, 4)} ({span(low, high, 4)}), p {probability(p)}"
+    shown = low > 0 or high < 0
+    return MatrixCell(places[pair.one.name], places[pair.other.name], value, signed(value), shown, tip)
+
+
+def _draw(names: Sequence[str], cells: Sequence[MatrixCell]) -> Drawing:
+    labels = [f"{shortened(name, NAMES - 30, 10)}  {number}" for number, name in enumerate(names, 1)]
+    left = max(text_width(label, 10) for label in labels) + 8
+    figure = canvas(left + COLUMN * len(names) + 4, 62 + ROW * len(names) + 4)
+    entitle(figure, "Row minus column: delta_sel", "same rows, folds and people; hatched: the 95 % interval holds 0")
+    axes = axes_at(figure, left, 62, COLUMN * len(names), ROW * len(names))
+    bare(axes, len(names), len(names))
+    axes.xaxis.tick_top()
+    places = [place + 0.5 for place in range(len(names))]
+    axes.set_xticks(places, [str(number) for number in range(1, len(names) + 1)], fontsize=10)
+    axes.set_yticks(places, labels, fontsize=10)
+    largest = max(abs(cell.value or 0.0) for cell in cells)
+    return Drawing(figure, draw_matrix(axes, cells, scale_end(largest)))

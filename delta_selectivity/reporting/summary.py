@@ -1,0 +1,81 @@
+"""The page's tables of SAEs: a line for each, and each against the next."""
+
+from __future__ import annotations
+
+import statistics
+
+from delta_selectivity.records import result_file
+from delta_selectivity.reporting.html import Markup, element, join, table
+from delta_selectivity.reporting.ink import MUTED, series
+from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset
+from delta_selectivity.reporting.study import Sae, Study
+
+HEAD = (
+    "SAE", "cells", "model_sel", "sae_sel", "mean delta_sel", "detectable", "lost", "preserved", "mean transfer_r2",
+    "FVU", "L0",
+)  # fmt: skip
+PAIR_HEAD = ("SAE", "compared with", "difference of delta_sel", "p", "difference of transfer_r2", "p")
+
+
+def sae_table(study: Study) -> Markup:
+    """A line for each SAE and, beneath, each baseline: means over its cells."""
+    return table(HEAD, (_line(study, sae) for sae in study.everything))
+
+
+def _line(study: Study, sae: Sae) -> list[str]:
+    n_cells = len(sae.measured)
+    delta, low, high = sae.overall("delta_sel")
+    r2, r2_low, r2_high = sae.overall("transfer_r2")
+    return [
+        join([_swatch(study, sae), sae.label]),
+        str(n_cells),
+        number(sae.mean("model_sel"), ".3f"),
+        number(sae.mean("sae_sel"), ".3f"),
+        _estimate(signed(delta, 4), span(low, high, 4)),
+        number(sae.level.get("delta_sel_detectable"), ".4f"),
+        f"{sae.n_lost} of {n_cells}",
+        f"{sae.n_preserved} of {n_cells}",
+        _estimate(typeset(number(r2, ".3f")), _range(r2_low, r2_high)),
+        number(sae.mean_figure("fvu_pos"), ".3f"),
+        number(sae.mean_figure("l0"), ".1f"),
+    ]
+
+
+def _estimate(value: str, interval: str) -> Markup:
+    return join([element("b", value), " ", element("small", interval)])
+
+
+def _range(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"{typeset(f'{low:.3f}')} to {typeset(f'{high:.3f}')}"
+
+
+def _swatch(study: Study, sae: Sae) -> Markup:
+    """The colour that the SAE has in every plot."""
+    colour = MUTED if sae.is_baseline else series(study.saes.index(sae)).colour
+    return element("span", "●", style=f"color:{colour}", class_="swatch", aria_hidden="true")
+
+
+def pair_table(study: Study) -> Markup | None:
+    """Each SAE and the next, each baseline and its SAE; None if no two were run together."""
+    rows = [[pair.one.label, pair.other.label, *_difference(pair.found)] for pair in study.neighbours]
+    return table(PAIR_HEAD, rows) if rows else None
+
+
+def _difference(found: result_file.Json) -> list[str]:
+    cells: list[str] = []
+    for score in ("delta_sel", "transfer_r2"):
+        value, low, high, p = (found[f"{score}{end}"] for end in ("", "_ci_low", "_ci_high", "_p_value"))
+        cells += [_estimate(signed(value, 4), span(low, high, 4)), probability(p)]
+    return cells
+
+
+def detectable(study: Study) -> str:
+    """What one cell could have shown at all, in a sentence; empty if nothing was measured."""
+    found = [cell.result["detectable"] for sae in study.in_full for cell in sae.measured]
+    known = [value for value in found if value is not None]
+    if not known:
+        return ""
+    return (
+        f"A cell shows a true difference of {statistics.median(known):.3f} "
+        f"(median; {min(known):.3f} to {max(known):.3f}) in 80 % of repetitions; smaller ones often go undecided."
+    )

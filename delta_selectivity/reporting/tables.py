@@ -1,0 +1,140 @@
+"""Tables for a terminal, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from delta_selectivity.records import result_file
+from delta_selectivity.reporting.numbers import interval, number, p_value
+from delta_selectivity.reporting.results import File, cells, is_baseline, is_preserved, is_significant
+from delta_selectivity.reporting.study import study_of
+from delta_selectivity.system.terminal import one_line, printable
+
+Row = tuple[str, ...]
+
+
+def selectivity_table(results: result_file.Json, worst_first: bool = False) -> str:
+    """layer, probe, model_sel, sae_sel, delta_sel with its 95 % interval, FVU and L0."""
+    found = list(cells(results))
+    if worst_first:
+        found.sort(key=lambda cell: cell[3].get("delta_sel", 0.0) if cell[3].get("delta_sel") is not None else 0.0)
+    header = ("layer", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer", "FVU", "L0")
+    return aligned([header, *(_row(*cell) for cell in found)])
+
+
+def _row(layer: int, probe: str, figures: result_file.Json, result: result_file.Json) -> Row:
+    if result.get("reason"):
+        return (str(layer), probe, f"({result['reason']})", *[""] * 6)
+    return (
+        str(layer),
+        probe,
+        f"{result['model_sel']:.3f}",
+        f"{result['sae_sel']:.3f}",
+        f"{result['delta_sel']:+.3f}{_marks(result)}",
+        f"{result['ci_low']:+.3f} .. {result['ci_high']:+.3f}",
+        number(result["transfer_sel"], ".3f"),
+        number(figures["fvu_pos"], ".3f"),
+        number(figures["l0"], ".1f"),
+    )
+
+
+def _marks(result: result_file.Json) -> str:
+    return f"{'*' if is_significant(result) else ' '}{'=' if is_preserved(result) else ' '}"
+
+
+def summary_table(files: Sequence[File]) -> str:
+    """A line per SAE: means over its datasets, layers and probes; delta_sel with its interval, people drawn once.
+
+    Baselines come beneath the SAEs.
+    """
+    rows: list[Row] = [
+        ("SAE", "probes x layers", "model_sel", "sae_sel", "delta_sel", "95 % interval", "lost (q < 0.05)", "preserved",
+         "transfer_r2", "FVU", "L0")
+    ]  # fmt: skip
+    for sae in study_of(files).everything:
+        n_cells = len(sae.measured)
+        rows.append(
+            (
+                sae.label,
+                str(n_cells),
+                number(sae.mean("model_sel"), ".3f"),
+                number(sae.mean("sae_sel"), ".3f"),
+                number(sae.overall("delta_sel")[0], "+.4f"),
+                interval(sae.level, "delta_sel"),
+                f"{sae.n_lost} of {n_cells}",
+                f"{sae.n_preserved} of {n_cells}",
+                number(sae.overall("transfer_r2")[0], ".3f"),
+                number(sae.mean_figure("fvu_pos"), ".3f"),
+                number(sae.mean_figure("l0"), ".1f"),
+            )
+        )
+    return aligned(rows)
+
+
+def comparison_table(files: Sequence[File]) -> str | None:
+    """SAEs from the best mean delta_sel to the worst, each against the next: paired by row, fold and person.
+
+    Beneath them each baseline that belongs to an SAE against that one. None if no two were run together.
+    """
+    scores = ("delta_sel", "transfer_r2")
+    columns = [column for score in scores for column in (f"difference of {score}", "95 % interval", "p")]
+    rows: list[Row] = [("SAE", "compared with", *columns)]
+    for pair in study_of(files).neighbours:
+        figures = [figure for score in scores for figure in _difference(pair.found, score)]
+        rows.append((pair.one.label, pair.other.label, *figures))
+    return aligned(rows) if len(rows) > 1 else None
+
+
+def _difference(found: result_file.Json, score: str) -> Row:
+    return (number(found[score], "+.4f"), interval(found, score), p_value(found[f"{score}_p_value"]))
+
+
+def resource_table(files: Sequence[File]) -> str:
+    """Seconds per stage and peak memory of the run that wrote the newest of the files.
+
+    `total` is the wall clock; the stages of the two threads overlap, so their seconds add up to more.
+    """
+    run = max(
+        (results["_run"] for _, results in files), key=lambda run: (run["started"], run["seconds"].get("total", 0))
+    )
+    rows: list[Row] = [("stage", "seconds")]
+    rows += [(name, f"{seconds:.1f}") for name, seconds in run["seconds"].items()]
+    rows += [(name, f"{value:.2f}") for name, value in run["resources"].items()]
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table whose columns line up in a terminal; the first two columns to the left.
+
+    Names come from data: what would break the table or the terminal is escaped.
+    """
+    rows = [tuple(printable(cell).replace("|", "\\|") for cell in row) for row in rows]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| "
+        + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i < 2 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def render(files: Sequence[File], worst_first: bool = False) -> str:
+    """Every table of the files, and the summary over several last, where a terminal leaves the eye.
+
+    Of baselines only the summary, unless there is nothing else.
+    """
+    in_full = [file for file in files if not is_baseline(file[1])] or files
+    parts = [f"{one_line(str(path))}\n\n{selectivity_table(results, worst_first)}" for path, results in in_full]
+    note = (
+        "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
+        "* after it: q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE)\n"
+        "= after it: shown to be preserved, the 90 % interval lies within +-epsilon"
+    )
+    return "\n\n".join([*parts, note, *([overview(files)] if len(files) > 1 else [])])
+
+
+def overview(files: Sequence[File]) -> str:
+    """The line per SAE, and the SAEs against each other."""
+    return "\n\n".join(table for table in (summary_table(files), comparison_table(files)) if table)

@@ -1,0 +1,320 @@
+"""The producer: texts in, rows of activations and of their SAE reconstructions out.
+
+One forward pass serves every site, every SAE and every dataset; each distinct text is run once. Texts are grouped
+into blocks, one for each set of datasets that need them, so the streaming reconstruction sums of a dataset are
+the merged sums of its blocks, and a dataset can be probed as soon as its last block is through.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from delta_selectivity.models.language_model import ActivationSource, Site
+from delta_selectivity.run.reconstruction import ReconstructionSums
+from delta_selectivity.saes import Sae, SparseRows
+from delta_selectivity.system.cores import Cores
+from delta_selectivity.system.out_of_memory import ERRORS, is_out_of_memory
+from delta_selectivity.system.stopwatch import Stopwatch
+from delta_selectivity.tasks import ProbeTexts, TokenBatch, TokenisedMentions, batches
+
+log = logging.getLogger(__name__)
+
+CPU_TOKENS = 2048  # padded tokens in a forward pass on the CPU
+
+NO_MENTION = torch.iinfo(torch.int64).max  # of `LayerRows.broken`
+
+SaeId = int  # index into the run's list of SAEs
+
+
+@dataclass(frozen=True)
+class RowTable:
+    """Which rows of activations the mentions give: one each for `last` and `mean`, one a name token for `all`."""
+
+    positions: str  # last, mean, all
+    start: np.ndarray  # int64 [mentions + 1]; mention m has rows start[m] .. start[m + 1] - 1
+    mention: np.ndarray  # int64 [rows]
+    weight: np.ndarray  # float32 [rows]; a mention's rows weigh 1 together
+    token: np.ndarray  # int64 [rows], the token type at the row's position; of a mean, the name's last
+
+    @classmethod
+    def build(cls, tokenised: TokenisedMentions, positions: str) -> RowTable:
+        """Rows in the order of the mentions."""
+        length = tokenised.last - tokenised.first + 1
+        count = length if positions == "all" else np.ones_like(length)
+        mention = np.repeat(np.arange(len(count)), count)
+        first = tokenised.first if positions == "all" else tokenised.last
+        token = np.concatenate([ids[a : b + 1] for ids, a, b in zip(tokenised.ids, first, tokenised.last, strict=True)])
+        start = np.concatenate([[0], np.cumsum(count)])
+        return cls(positions, start, mention, (1 / count[mention]).astype(np.float32), token.astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.mention)
+
+    def of(self, mentions: np.ndarray) -> np.ndarray:
+        """Row ids of the mentions, mention by mention: int64."""
+        if self.positions != "all":
+            return mentions
+        return np.concatenate([np.arange(self.start[m], self.start[m + 1]) for m in mentions])
+
+
+@dataclass(frozen=True)
+class Block:
+    """Texts that the same datasets need."""
+
+    mentions: np.ndarray  # int64
+    datasets: frozenset[int]  # indices into ProbeTexts.datasets
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """The probed rows of one batch at one site, on the model's device."""
+
+    site: Site
+    row_ids: Tensor  # int64 [rows], on the CPU
+    x: Tensor  # float32 [rows, d]
+    recons: Mapping[SaeId, Tensor]  # float32 [rows, d] each
+    broken: Mapping[SaeId | None, Tensor]  # int64 []: first mention with NaN or Inf in x (None) or x̂, at any token
+    latents: Mapping[SaeId, SparseRows] = field(default_factory=dict)  # [rows, d_sae], of the SAEs asked for
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that waiting in a queue costs."""
+        dense = sum(t.nbytes for t in (self.row_ids, self.x, *self.recons.values()))
+        return dense + sum(codes.nbytes for codes in self.latents.values())
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """Every row of the block has been put; these are its reconstruction sums."""
+
+    block: Block
+    sums: Mapping[tuple[Site, SaeId], ReconstructionSums]
+    nbytes: int = 0
+
+
+Item = LayerRows | BlockDone  # what the producer puts on the queue
+
+
+BatchResults: TypeAlias = list[tuple[LayerRows, dict[SaeId, ReconstructionSums]]]  # site by site
+
+
+def plan_blocks(texts: ProbeTexts) -> list[Block]:
+    """Blocks that cover all mentions of the datasets, those of the first dataset first.
+
+    They do not depend on what is already on disk: a resumed run makes the same batches, and so the same numbers.
+    """
+    members: dict[int, set[int]] = {}
+    for index, dataset in enumerate(texts.datasets):
+        for probe in dataset.probes:
+            for mention in probe.mentions.tolist():
+                members.setdefault(mention, set()).add(index)
+    groups: dict[frozenset[int], list[int]] = {}
+    for mention in sorted(members):
+        groups.setdefault(frozenset(members[mention]), []).append(mention)
+    order = sorted(groups, key=sorted)
+    return [Block(np.array(groups[datasets], dtype=np.int64), datasets) for datasets in order]
+
+
+class Producer:
+    """Runs the model and the SAEs over blocks of texts and hands the results on, batch by batch."""
+
+    def __init__(
+        self,
+        model: ActivationSource,
+        saes: Mapping[Site, Mapping[SaeId, Sae]],
+        counts_bos: Mapping[SaeId, bool],  # whether BOS tokens count in an SAE's whole-text figures
+        tokenised: TokenisedMentions,
+        rows: RowTable,
+        batch_size: int | None,  # texts in a forward pass; None: limited by max_tokens alone
+        max_tokens: int | None,  # padded tokens in a forward pass; None: limited by batch_size alone
+        cores: Cores,  # one forward pass on each; one on a GPU
+        clock: Stopwatch,
+        latents_of: Collection[SaeId] = (),  # the SAEs whose codes are handed on, besides their reconstructions
+    ) -> None:
+        self.model, self.saes, self.counts_bos = model, saes, counts_bos
+        self.latents_of = latents_of
+        self.tokenised, self.rows, self.clock = tokenised, rows, clock
+        self.batch_size, self.max_tokens = batch_size or len(tokenised.ids), max_tokens
+        self.cores = cores
+        reading = {(site, site.read_by(sae.input_hookpoint)) for site, by_id in saes.items() for sae in by_id.values()}
+        self._also_read = {place for site, place in reading if place != site}  # not of use at their own turn alone
+
+    def run(self, blocks: Sequence[Block], put: Callable[[Item], None], on_texts: Callable[[int], None]) -> None:
+        """Put every block's rows and then its sums; call `on_texts(n)` after every n texts."""
+        every = (batch for block in blocks for batch in self._batches(block.mentions))
+        with closing(self.cores.in_order(every, self._within_memory, "forward")) as found:
+            for block in blocks:
+                sums = {(site, i): self._no_sums(sae) for site, saes in self.saes.items() for i, sae in saes.items()}
+                left = len(block.mentions)
+                while left:
+                    batch, results = next(found)
+                    for layer_rows, batch_sums in results:
+                        for sae_id, new in batch_sums.items():
+                            sums[layer_rows.site, sae_id] = sums[layer_rows.site, sae_id].merge(new)
+                        with self.clock.stage("queue_wait"):
+                            put(layer_rows)
+                    on_texts(len(batch.mentions))
+                    left -= len(batch.mentions)
+                put(BlockDone(block, {key: value.to("cpu") for key, value in sums.items()}))
+
+    def _batches(self, mentions: np.ndarray) -> Iterator[TokenBatch]:
+        return batches(self.tokenised, mentions, batch_size=self.batch_size, max_tokens=self.max_tokens)
+
+    def _within_memory(self, batch: TokenBatch) -> BatchResults:
+        """The batch's results; out of memory, the results of its halves, and smaller batches from then on."""
+        n = len(batch.mentions)
+        if n <= self.batch_size:  # a batch may be older than what was learnt since
+            try:
+                return self._process(batch)
+            except ERRORS as error:
+                if not is_out_of_memory(error) or n == 1:
+                    raise
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.batch_size = min(self.batch_size, (n + 1) // 2)
+            log.warning("out of memory: going on with at most %d texts in a forward pass", self.batch_size)
+        return [result for part in self._batches(batch.mentions) for result in self._within_memory(part)]
+
+    @torch.inference_mode()
+    def _process(self, batch: TokenBatch) -> BatchResults:
+        with self.clock.stage("forward"):
+            skip = int(batch.has_bos and not any(self.counts_bos.values()))
+            activations = self.model.token_rows(batch.ids, batch.lengths, skip)
+        tokens = _TokenIndex.build(batch, self.rows, skip).to(self.model.device)
+        results = []
+        for site, saes in self.saes.items():
+            with self.clock.stage("sae"):
+                x = (activations[site] if site in self._also_read else activations.pop(site)).float()
+                probed = x.index_select(0, tokens.probed)
+                recons, sums, codes = {}, {}, {}
+                broken: dict[SaeId | None, Tensor] = {None: _first_broken(x.sum(dim=1), tokens.mention)}
+                for sae_id, sae in saes.items():
+                    place = site.read_by(sae.input_hookpoint)
+                    read = x if place == site else activations[place].float()
+                    recon, latents, broken[sae_id], sums[sae_id] = self._reconstruct(
+                        sae, read, x, probed, tokens, self.counts_bos[sae_id]
+                    )
+                    recons[sae_id] = tokens.pool(recon)
+                    if sae_id in self.latents_of:
+                        codes[sae_id] = tokens.pool_codes(latents)
+                results.append((LayerRows(site, tokens.row_ids, tokens.pool(probed), recons, broken, codes), sums))
+        return results
+
+    def _reconstruct(
+        self, sae: Sae, read: Tensor, x: Tensor, probed: Tensor, tokens: _TokenIndex, counts_bos: bool
+    ) -> tuple[Tensor, SparseRows, Tensor, ReconstructionSums]:
+        """x̂ and the codes at the name tokens, where x is `probed`, the first broken mention, and the sums.
+
+        One encoding of every token that counts: of what the SAE reads, which for a transcoder is not x.
+        """
+        at, mention = tokens.probed, tokens.mention
+        if not counts_bos and tokens.not_bos is not None:
+            read, x, mention = (rows.index_select(0, tokens.not_bos) for rows in (read, x, mention))
+            at = tokens.probed_not_bos
+        latents = sae.encode(read)
+        recon = sae.decode(latents, read)
+        sums = self._no_sums(sae)
+        errors = sums.add_whole(x, recon, latents)
+        recon, latents = recon.index_select(0, at), latents.select(at)
+        sums.add_probed(probed, recon, latents)
+        return recon, latents, _first_broken(errors, mention), sums
+
+    def _no_sums(self, sae: Sae) -> ReconstructionSums:
+        return ReconstructionSums.empty(sae.d_out, sae.d_sae, self.model.device)
+
+
+@dataclass(frozen=True)
+class _TokenIndex:
+    """Where the probed tokens of a batch are among the real ones; made on the CPU, so nothing waits for the device."""
+
+    mention: Tensor  # int64 [real]: whose token it is
+    probed: Tensor  # int64 [probed]: the name tokens among the real ones
+    not_bos: Tensor | None  # int64: the real tokens that are no BOS; None if there is no BOS among them
+    probed_not_bos: Tensor  # int64 [probed]: the name tokens among those
+    offsets: Tensor | None  # int64 [rows]: first name token of each row; None: each name token is a row
+    row_ids: Tensor  # int64 [rows], stays on the CPU
+
+    @classmethod
+    def build(cls, batch: TokenBatch, rows: RowTable, skip: int) -> _TokenIndex:
+        """skip: tokens that each text lost at its beginning: the BOS that does not count."""
+        n_texts, kept = len(batch.lengths), batch.lengths - skip
+        kept_before = torch.cumsum(kept, 0) - kept  # real tokens of earlier texts
+        first = batch.last if rows.positions == "last" else batch.first
+        n_probed = batch.last - first + 1
+        starts = torch.cumsum(n_probed, 0) - n_probed
+        text = torch.repeat_interleave(torch.arange(n_texts), n_probed)
+        in_text = first[text] + torch.arange(len(text)) - starts[text]
+        probed = kept_before[text] + in_text - skip
+        bos = batch.has_bos and not skip
+        not_bos = _without(kept_before, int(kept.sum())) if bos else None
+        probed_not_bos = probed - text - 1 if bos else probed
+        offsets = starts if rows.positions == "mean" else None
+        row_ids = torch.from_numpy(rows.of(batch.mentions))
+        mention = torch.from_numpy(batch.mentions).repeat_interleave(kept)
+        return cls(mention, probed, not_bos, probed_not_bos, offsets, row_ids)
+
+    def to(self, device: torch.device) -> _TokenIndex:
+        def move(t: Tensor | None) -> Tensor | None:
+            return t if t is None else t.to(device, non_blocking=True)
+
+        mention, probed, not_bos, probed_not_bos, offsets = map(
+            move, (self.mention, self.probed, self.not_bos, self.probed_not_bos, self.offsets)
+        )
+        return _TokenIndex(mention, probed, not_bos, probed_not_bos, offsets, self.row_ids)  # type: ignore[arg-type]
+
+    def pool(self, probed: Tensor) -> Tensor:
+        """Of rows at the name tokens, the mean over each name if that is a row: ``[rows, d]``."""
+        if self.offsets is None:
+            return probed
+        return embedding_bag(torch.arange(len(probed), device=probed.device), probed, self.offsets, mode="mean")
+
+    def pool_codes(self, latents: SparseRows) -> SparseRows:
+        """Codes of the name tokens, or their mean over each name, as the SAE gives them.
+
+        What the decoder multiplies and adds to undo a normalisation of the input is no part of a code.
+        """
+        latents = replace(latents, scale=None, shift=None)
+        return latents if self.offsets is None else latents.means(self.offsets)
+
+
+def _without(places: Tensor, n: int) -> Tensor:
+    """The numbers below n that are none of these: int64."""
+    kept = torch.ones(n, dtype=torch.bool)
+    kept[places] = False
+    return kept.nonzero()[:, 0]
+
+
+def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:
+    """The least of `mention` [rows] where a sum over the row [rows] is not finite, else `NO_MENTION`.
+
+    A sum is finite unless a member is not: activations near float32's end would be broken too. A GPU is not waited for.
+    """
+    if sums.device.type == "cpu" and math.isfinite(sums.sum()):
+        return torch.tensor(NO_MENTION)
+    none = torch.full_like(mention, NO_MENTION)
+    return torch.where(sums.isfinite(), none, mention).amin()
+
+
+def tokens_in_memory(device: torch.device, saes: Mapping[Site, Mapping[SaeId, Sae]]) -> int:
+    """Padded tokens in a forward pass that fit comfortably in the memory that is free now.
+
+    A token costs its activations at every site, one layer's inner activations, and the pre-activations and
+    reconstructions of one SAE. On a CPU more than a few thousand only fall out of the cache.
+    """
+    every = [sae for site in saes.values() for sae in site.values()]
+    if device.type != "cuda" or not every:  # none: activations alone are wanted, for a baseline without an SAE
+        return CPU_TOKENS
+    d, d_sae = max(max(sae.d_in, sae.d_out) for sae in every), max(sae.d_sae for sae in every)
+    per_token = 4 * (d * (len(saes) + 24) + 2 * d_sae)
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(min(max(free // 4 // per_token, CPU_TOKENS), 128 * CPU_TOKENS))

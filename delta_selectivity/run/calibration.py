@@ -1,0 +1,130 @@
+"""What the activations of a model look like, from a few hundred texts, before the long work.
+
+    mentions = draw_mentions(all_mentions, seed)                # 256 texts
+    tokenised = tokenise(mentions, tokenizer, ...)
+    samples = calibrate(model, tokenised, "last", seed)         # site -> SiteSample
+    mean, axes = principal_axes(samples[site].counted(False))
+
+The sample is the same whatever the run's batch size, what is on disk, and which layers are missing: what is made
+from it (baselines) has the same numbers in a run that goes on as in one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from delta_selectivity.models.language_model import ActivationSource, Site
+from delta_selectivity.tasks import Mention, TokenBatch, TokenisedMentions, batches
+
+N_TEXTS = 256
+N_TOKENS = 4096
+"""Tokens kept of each site, so that all sites of a large model fit in memory: the mean's own error then adds 1/4096
+to the FVU of mean ablation."""
+BATCH_TOKENS = 4096  # padded tokens in a forward pass; --batch_size has no say
+
+
+@dataclass(frozen=True)
+class SiteSample:
+    """Activations of the calibration texts at one site, float32 on the CPU."""
+
+    x: Tensor  # [tokens, d]: tokens drawn from all of the texts, each as likely as any other
+    bos: Tensor  # bool [tokens]: which of them begin a text as BOS
+    probed: Tensor  # [probed, d]: every token that these texts are probed at
+
+    def counted(self, counts_bos: bool) -> Tensor:
+        """The x that count in an SAE's whole-text figures: BOS among them only if it was trained on BOS."""
+        return self.x if counts_bos else self.x[~self.bos]
+
+
+def draw_mentions(mentions: Sequence[Mention], seed: int) -> list[Mention]:
+    """`N_TEXTS` of the mentions by seed, in their own order; all if there are no more."""
+    chosen = np.random.default_rng(seed).permutation(len(mentions))[:N_TEXTS]
+    return [mentions[i] for i in np.sort(chosen)]
+
+
+def fingerprint(mentions: Sequence[Mention]) -> str:
+    """SHA-256 (64 hex digits) over what decides the sample, besides model, tokenizer and seed."""
+    digest = hashlib.sha256(json.dumps([N_TOKENS, BATCH_TOKENS]).encode())
+    for mention in mentions:
+        digest.update(json.dumps(mention.identity).encode())
+    return digest.hexdigest()
+
+
+def calibrate(
+    model: ActivationSource, tokenised: TokenisedMentions, positions: str, seed: int, n_tokens: int = N_TOKENS
+) -> dict[Site, SiteSample]:
+    """A sample of every site that the model has hooks at; `positions` last, mean or all, as the texts are probed.
+
+    The sites' rows are of the same tokens, at most `n_tokens` of them.
+
+    Raises ArithmeticError, naming the layer, if an activation is NaN or Inf.
+    """
+    drawn, probed = _draw_tokens(tokenised, seed, n_tokens), _probed_tokens(tokenised, positions)
+    wanted = _Tokens(np.concatenate([drawn.text, probed.text]), np.concatenate([drawn.place, probed.place]))
+    rows = _activations(model, tokenised, wanted)
+    bos = torch.from_numpy((drawn.place == 0) & tokenised.has_bos)
+    n = len(drawn.text)
+    return {site: SiteSample(x[:n], bos, x[n:]) for site, x in rows.items()}
+
+
+def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean `[d]` and the orthonormal axes `[d, d]` of x `[rows, d]`, largest variance first; float64."""
+    mean = x.double().mean(dim=0)
+    centred = x.double() - mean
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    return mean, vectors.T.flip(0)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Tokens of texts."""
+
+    text: np.ndarray  # int64 [tokens]
+    place: np.ndarray  # int64 [tokens], counted in the text's ids
+
+
+def _draw_tokens(tokenised: TokenisedMentions, seed: int, n_tokens: int) -> _Tokens:
+    """At most `n_tokens` of all tokens, BOS among them."""
+    length = np.array([len(ids) for ids in tokenised.ids])
+    start = np.cumsum(length) - length
+    chosen = np.sort(np.random.default_rng([seed, len(length)]).permutation(length.sum())[:n_tokens])
+    text = np.searchsorted(start, chosen, side="right") - 1
+    return _Tokens(text, chosen - start[text])
+
+
+def _probed_tokens(tokenised: TokenisedMentions, positions: str) -> _Tokens:
+    """The name's tokens, or its last."""
+    first = tokenised.last if positions == "last" else tokenised.first
+    spans = [np.arange(a, b + 1) for a, b in zip(first, tokenised.last, strict=True)]
+    text = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
+    return _Tokens(text, np.concatenate(spans))
+
+
+def _activations(model: ActivationSource, tokenised: TokenisedMentions, wanted: _Tokens) -> dict[Site, Tensor]:
+    """Site -> float32 `[tokens, d]` on the CPU."""
+    rows: dict[Site, Tensor] = {}
+    for batch, chosen, in_batch in _by_batch(tokenised, wanted):
+        for site, found in model.token_rows(batch.ids, batch.lengths).items():
+            x = found.index_select(0, in_batch.to(found.device)).float().cpu()
+            if not bool(torch.isfinite(x).all()):
+                raise ArithmeticError(f"layer {site.layer}: NaN or Inf in the model's activations")
+            rows.setdefault(site, x.new_empty(len(wanted.text), x.shape[1]))[chosen] = x
+    return rows
+
+
+def _by_batch(tokenised: TokenisedMentions, wanted: _Tokens) -> Iterator[tuple[TokenBatch, Tensor, Tensor]]:
+    """Batches with their part of the wanted tokens: which of them, and where among the batch's tokens."""
+    n = len(tokenised.ids)
+    for batch in batches(tokenised, np.arange(n), batch_size=n, max_tokens=BATCH_TOKENS):
+        start = np.full(n, -1)
+        start[batch.mentions] = (batch.lengths.cumsum(0) - batch.lengths).numpy()
+        chosen = np.flatnonzero(start[wanted.text] >= 0)
+        in_batch = start[wanted.text[chosen]] + wanted.place[chosen]
+        yield batch, torch.from_numpy(chosen), torch.from_numpy(in_batch)

@@ -1,0 +1,64 @@
+"""What SAEs are, and how well they fit each hook point of a model: `python main.py inspect --sae_name ...`.
+
+show(render(source, {site: sae}, {site: fit}, check))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from delta_selectivity.models.language_model import Site
+from delta_selectivity.reporting.tables import aligned
+from delta_selectivity.run.preflight import Fit, Preflight
+from delta_selectivity.saes import Sae, SaeSource
+
+Cells = tuple[str, ...]
+
+
+def render(source: SaeSource, saes: Mapping[Site, Sae], fits: Sequence[Fit], check: Preflight) -> str:
+    """What its files say, how it fits its own place, and the FVU at every place that was looked at."""
+    parts = [_header(source, next(iter(saes.values()))), _own_place(fits)]
+    parts += [line for fit in fits if (line := fit.problem()) is not None]
+    for place in sorted({site.hookpoint for site in check.samples}):
+        table = _everywhere(saes, place, check)
+        if table is not None:
+            parts.append(f"FVU at {place}, by layer of the model (*: the place that it claims)\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def _header(source: SaeSource, first: Sae) -> str:
+    header = source.members[0].header
+    k = "" if first.k is None else f", k {first.k}"
+    reads = "" if source.input_hookpoint is None else f", reads {source.input_hookpoint}"
+    bos = {True: "texts began with BOS", False: "texts had no BOS", None: "its files do not say whether texts had BOS"}
+    lines = [
+        source.name,
+        f"  {header.format}, {first.architecture}{k}, {first.d_in} -> {first.d_sae} latents -> {first.d_out}",
+        f"  {source.hookpoint} of layers {', '.join(map(str, source.layers))}{reads}",
+        f"  inputs: {first.input_norm if first.input_norm != 'none' else 'as they are'}; {bos[source.prepend_bos]}",
+    ]
+    if source.model_name is not None:
+        lines.append(f"  trained on {source.model_name}")
+    return "\n".join(lines)
+
+
+def _own_place(fits: Sequence[Fit]) -> str:
+    rows: list[Cells] = [("layer", "hook point", "tokens", "norm", "FVU", "L0", "promised", "fits better")]
+    for fit in fits:
+        better = "" if fit.best is None else f"{fit.best.what} (FVU {fit.best.fvu:.3f})"
+        promised = "" if fit.promised_l0 is None else f"{fit.promised_l0:g}"
+        figures = (str(fit.n_tokens), f"{fit.norm:.1f}", f"{fit.fvu:.3f}", f"{fit.l0:.1f}", promised, better)
+        rows.append((str(fit.site.layer), fit.site.hookpoint, *figures))
+    return aligned(rows)
+
+
+def _everywhere(saes: Mapping[Site, Sae], place: str, check: Preflight) -> str | None:
+    """A row for each SAE, a column for each layer of the model; None where no SAE's width is that of the place."""
+    columns = sorted(site for site in check.samples if site.hookpoint == place)
+    rows: list[Cells] = [("SAE of layer", *(str(site.layer) for site in columns))]
+    for own, sae in saes.items():
+        found = {site: fvu for site in columns if (fvu := check.fvu(sae, site)) is not None}
+        if found:
+            cells = (f"{found[site]:.2f}{'*' if site == own else ''}" if site in found else "" for site in columns)
+            rows.append((str(own.layer), *cells))
+    return aligned(rows) if len(rows) > 1 else None

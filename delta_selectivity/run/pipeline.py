@@ -1,0 +1,134 @@
+"""The two threads and their supervision.
+
+The producer (device1) puts rows of activations on a bounded queue; the consumer (device2, `prober`) stores them, and as
+soon as the last block of a dataset is through it probes that dataset, while the producer runs the texts of the next
+one. A thread's error ends the run with its own traceback, whichever thread it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from delta_selectivity.run.activations import Block, Item, Producer
+from delta_selectivity.run.bounded_queue import BoundedQueue, ProducerFailed, QueueCancelled
+from delta_selectivity.run.prober import Prober
+from delta_selectivity.system.cores import Cores
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def sharing_cores(device1: str) -> Iterator[Cores]:
+    """What forward passes run on: one at a time on a GPU; on a CPU one a core, and torch uses one thread each.
+
+    Two threads that both split their matrix products over the same cores wait for each other at every barrier: on 2
+    cores a 0.3 s fit took up to 8 s beside a forward pass. Whole batches side by side have no barriers.
+    """
+    cores = torch.get_num_threads()
+    if torch.device(device1).type != "cpu":
+        yield Cores(1)
+        return
+    torch.set_num_threads(1)
+    try:
+        yield Cores(cores)
+    finally:
+        torch.set_num_threads(cores)
+
+
+def run(
+    producer: Producer,
+    prober: Prober,
+    blocks: Sequence[Block],
+    queue: BoundedQueue[Item],
+    on_texts: Callable[[int], None],
+    stop: threading.Event,
+) -> None:
+    """Run both threads to their end.
+
+    Raises the error of whichever thread failed, or `KeyboardInterrupt` after Ctrl-C, SIGTERM or SIGHUP, once the layer
+    in work is written. A second one ends the process at once; files are replaced whole, so none is harmed.
+    """
+    workers = [
+        _Worker("producer", lambda: _produce(producer, blocks, queue, on_texts)),
+        _Worker("consumer", lambda: _consume(prober, queue)),
+    ]
+    with _interruptible(stop, queue):
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            while worker.is_alive():
+                worker.join(timeout=0.1)  # a join without end would keep signals waiting
+    for worker in workers:
+        if worker.error is not None:
+            raise worker.error
+    if stop.is_set():
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _interruptible(stop: threading.Event, queue: BoundedQueue[Item]) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP set `stop` while inside; a second one ends the process. In the main thread only."""
+
+    def on_signal(_number: int, _frame: object) -> None:
+        if stop.is_set():
+            os._exit(130)
+        log.warning("interrupted: finishing the layer in work; once more to stop now")
+        stop.set()
+        queue.cancel()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    watched = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in watched}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _produce(
+    producer: Producer, blocks: Sequence[Block], queue: BoundedQueue[Item], on_texts: Callable[[int], None]
+) -> None:
+    try:
+        producer.run(blocks, queue.put, on_texts)
+        queue.close()
+    except QueueCancelled:
+        return  # the consumer failed or was stopped, and tells why itself
+    except BaseException as error:
+        queue.fail(error)
+        raise
+
+
+def _consume(prober: Prober, queue: BoundedQueue[Item]) -> None:
+    try:
+        prober.run(queue)
+    except ProducerFailed:
+        return  # the producer tells why itself
+    finally:
+        queue.cancel()
+
+
+class _Worker(threading.Thread):
+    """A thread that keeps its error, with its traceback, for the main thread."""
+
+    def __init__(self, name: str, work: Callable[[], Any]) -> None:
+        super().__init__(name=name, daemon=True)
+        self._work = work
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:
+            self.error = error

@@ -1,0 +1,287 @@
+"""Does an SAE fit the place where it is used? A few hundred tokens tell, before the long work.
+
+    model = info.load(neighbours(info.n_layers, widths, info.widths), device, dtype)
+    check = Preflight.sample(model, info, tokenised, seed=0)
+    check.examine(sae, site, counts_bos=False).problem()        # one line, or None
+
+A wrong layer or hook point, a forgotten normalisation, scaled inputs, a transposed decoder, texts without the BOS of
+the training: each gives numbers that look fine and are wrong. So the SAE is tried on what else it could have been
+trained on, and if it explains far more variance there than at the place it claims, that is what it was trained on. The
+measure is the fraction of variance unexplained (FVU) of the same tokens, without BOS.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import ActivationSource, ModelInfo, Site
+from delta_selectivity.run.calibration import SiteSample, calibrate
+from delta_selectivity.saes import InputNorm, LinearCoder, Sae
+from delta_selectivity.tasks import TokenisedMentions
+
+log = logging.getLogger(__name__)
+
+N_TEXTS = 64
+N_TOKENS = 512
+FEW_TOKENS = 100
+"""With fewer, nothing is said: a handful of short texts has too little variance to explain."""
+
+FAR_BETTER = 0.8
+"""An alternative with less than this share of the FVU stops the run."""
+BETTER = 0.95
+"""One with less than this share is told."""
+MOST = 0.5
+"""Neither unless it explains most of the variance: an SAE that fits nothing fits some places a little less badly."""
+GOOD = 0.01
+"""An FVU below this is good enough for nobody to look further."""
+L0_FACTOR = 2
+"""A mean L0 further than this from what the config promises is told."""
+SAME = 1.02
+"""Normalisations whose FVUs differ by less than this factor are named together."""
+BOS_ERROR = 3.0
+"""BOS is one and the same vector in every text: an SAE trained on it has it by heart. One whose squared error there is
+more than this many times that of an ordinary token was trained without it."""
+
+PLACES = ("resid_post", "mlp_out", "attn_out", "mlp_in", "attn_in")
+"""Where else in its layer an SAE might belong."""
+NORMALIZED = {"mlp_in": "mlp_normalized", "attn_in": "attn_normalized"}
+NORMALIZED |= {bare: full for full, bare in NORMALIZED.items()}
+"""What some of those who say that they read after a norm have read: without its weight and bias, or with them."""
+SETTINGS = {
+    "none": "normalize_activations: none",
+    "centre": "model_from_pretrained_kwargs: {center_writing_weights: true}",
+}
+"""What an SAE Lens config says for an input norm, where that is not `normalize_activations` and its name."""
+SCALES = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0, 4.0, 8.0, 16.0, 64.0)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A setting other than the one that the SAE's files and the command line give."""
+
+    what: str  # "at layer 4", "with layer_norm inputs", ...
+    fix: str  # what to do about it
+    fvu: float
+    instead_of: float  # the FVU as things are, on the same tokens
+
+    @property
+    def ratio(self) -> float:
+        """Below 1: it fits better."""
+        return self.fvu / self.instead_of if self.instead_of > 0 else float("inf")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one SAE fits its site."""
+
+    name: str
+    site: Site
+    n_tokens: int
+    fvu: float
+    l0: float  # mean latents per token
+    promised_l0: float | None  # by its config, where that says something
+    norm: float  # mean Euclidean norm of what it reads
+    alternatives: tuple[Alternative, ...]  # the best first; none where it fits as it is
+
+    @property
+    def best(self) -> Alternative | None:
+        """The setting that fits best, if it is better than the one in use and good."""
+        first = self.alternatives[0] if self.alternatives else None
+        return first if first is not None and first.ratio < BETTER and first.fvu < MOST else None
+
+    @property
+    def misfits(self) -> bool:
+        """Whether something else fits so much better that the run should not begin."""
+        return self.n_tokens >= FEW_TOKENS and self.best is not None and self.best.ratio < FAR_BETTER
+
+    def problem(self) -> str | None:
+        """What its user should know before the run, in one line. A bad FVU alone the run itself will tell."""
+        if self.n_tokens < FEW_TOKENS:
+            return None
+        where = f"{self.name}, layer {self.site.layer}, {self.site.hookpoint}"
+        if self.best is not None:
+            far = " far" if self.misfits else ""
+            here = f"FVU {self.best.fvu:.3g} against {self.best.instead_of:.3g}"
+            return f"{where}: fits{far} better {self.best.what} ({here}): {self.best.fix}"
+        if self.promised_l0 is not None and not 1 / L0_FACTOR < self.l0 / self.promised_l0 < L0_FACTOR:
+            return f"{where}: L0 is {self.l0:.1f} on average, its config promises {self.promised_l0:g}"
+        return None
+
+
+def neighbours(
+    n_layers: int,
+    widths: Mapping[Site, int],
+    find_widths: Callable[[Collection[Site]], Mapping[Site, int]],
+    everywhere: bool = False,
+) -> set[Site]:
+    """These sites (with their widths), and others that their SAEs might belong to.
+
+    The same places of other layers, up to one beyond the last of the sites, and other places of the same layers; on
+    demand all places of all layers. None but the sites themselves where the model lacks one of those.
+    """
+    reach = n_layers if everywhere else min(max(site.layer for site in widths) + 2, n_layers)
+    tried = {Site(layer, site.hookpoint) for site in widths for layer in range(reach)}
+    own_layers = range(reach) if everywhere else {site.layer for site in widths}
+    tried |= {Site(layer, place) for layer in own_layers for place in PLACES}
+    tried |= {Site(site.layer, NORMALIZED[site.hookpoint]) for site in widths if site.hookpoint in NORMALIZED}
+    try:
+        found = find_widths(tried)
+    except RequestError as error:
+        log.info("other places are not tried: %s", error)
+        return set(widths)
+    return {site for site in tried if found[site] in set(widths.values())} | widths.keys()
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """Activations of a few texts, and a look at SAEs with them."""
+
+    samples: Mapping[Site, SiteSample]  # of the same tokens at every site
+    other_bos: Mapping[Site, SiteSample]  # of the same texts with BOS if those have none, and without if they have
+
+    @classmethod
+    def sample(
+        cls,
+        model: ActivationSource,
+        info: ModelInfo,
+        tokenised: TokenisedMentions,
+        seed: int,
+    ) -> Preflight:
+        """Of some of the texts, drawn by seed. Raises ArithmeticError if an activation is NaN or Inf."""
+        few = tokenised.take(_draw(tokenised, seed))
+        samples = calibrate(model, few, "last", seed, N_TOKENS)
+        if info.bos_token_id is None:
+            return cls(samples, {})
+        other = few.with_other_bos(info.bos_token_id, info.max_length)
+        return cls(samples, calibrate(model, other, "last", seed, N_TOKENS))
+
+    def examine(self, sae: Sae, site: Site, counts_bos: bool) -> Fit:
+        """Try an SAE at its site and at the others, as it is and otherwise; counts_bos: whether BOS is to count."""
+        read, x = _rows(sae, site.read_by(sae.input_hookpoint), self.samples), _rows(sae, site, self.samples)
+        codes = sae.encode(read)
+        fvu = _fvu(x, sae.decode(codes, read))
+        found: list[Alternative] = []
+        if fvu > GOOD:
+            found += _elsewhere(sae, site, self.samples, fvu)
+            found += _otherwise(sae, read, x, fvu)
+            found += _with_other_bos(sae, site, self, fvu)
+        if counts_bos:
+            found += _without_bos(sae, site, self.samples)
+        l0, norm = float(codes.l0().mean()), float(read.norm(dim=1).mean())
+        best_first = tuple(sorted(found, key=lambda alternative: alternative.ratio))
+        return Fit(sae.name, site, len(x), fvu, l0, sae.promised_l0, norm, best_first)
+
+    def fvu(self, sae: Sae, site: Site) -> float | None:
+        """The FVU of an SAE at any site, without BOS; None where widths differ or nothing is known of the site."""
+        return _fvu_at(sae, site, self.samples)
+
+
+def _draw(tokenised: TokenisedMentions, seed: int) -> npt.NDArray[np.int64]:
+    """Texts by the hash of seed and ids: mostly the same ones when texts are added, so a cache has them already."""
+    drawn = [blake2b(ids.tobytes(), key=str(seed).encode()).digest() for ids in tokenised.ids]
+    return np.array(sorted(range(len(drawn)), key=drawn.__getitem__)[:N_TEXTS], dtype=np.int64)
+
+
+def _fvu_at(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> float | None:
+    read_at = site.read_by(sae.input_hookpoint)
+    if not {site, read_at} <= samples.keys():
+        return None
+    if samples[read_at].x.shape[1] != sae.d_in or samples[site].x.shape[1] != sae.d_out:
+        return None
+    read = _rows(sae, read_at, samples)
+    return _fvu(_rows(sae, site, samples), _reconstruct(sae, read))
+
+
+def _elsewhere(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fvu: float) -> Iterator[Alternative]:
+    """The same place in other layers, and other places in the same: of a transcoder, where else it might read."""
+    for other in samples:
+        if other.hookpoint == site.hookpoint and other != site:
+            what, tried, at = f"layer {other.layer}", sae, other
+        elif other.layer == site.layer and other != site.read_by(sae.input_hookpoint):
+            transcodes = sae.input_hookpoint is not None
+            what, at = other.hookpoint, site if transcodes else other
+            tried = replace(sae, input_hookpoint=other.hookpoint) if transcodes else sae
+        else:
+            continue
+        found = _fvu_at(tried, at, samples)
+        if found is not None:
+            yield Alternative(f"at {what}", f"is that where it belongs, {what}?", found, fvu)
+
+
+def _otherwise(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Alternative]:
+    """Other treatments of the same activations."""
+    transcodes = sae.input_hookpoint is not None
+    by_norm = {
+        kind: _fvu(x, _reconstruct(replace(sae, input_norm=kind), read))
+        for kind in get_args(InputNorm)
+        if kind != sae.input_norm
+    }
+    best = min(by_norm.values())
+    alike = [kind for kind, found in by_norm.items() if found <= SAME * best]
+    plainest = [kind for kind in alike if "," not in kind] or alike  # both of two where neither alone will do
+    says = " or ".join(" and ".join(map(_setting, kind.split(", "))) for kind in plainest)
+    yield Alternative("with other treatment of its inputs", f"its config should say {says}", best, fvu)
+    if sae.input_norm in ("none", "centre") and not transcodes:
+        for scale in (*SCALES, sae.d_in**0.5 / float(read.norm(dim=1).mean())):
+            what = f"with inputs multiplied by {scale:.4g}"
+            fix = "its config should say normalize_activations: 'expected_average_only_in', with this scaling_factor"
+            yield Alternative(what, fix, _fvu(x, _reconstruct(sae, read * scale) / scale), fvu)
+    if isinstance(sae.coder, LinearCoder) and sae.d_in == sae.d_sae and not transcodes:
+        for name in ("W_dec", "W_enc"):
+            turned = replace(sae.coder, **{name: getattr(sae.coder, name).T.contiguous()})
+            what, fix = f"with {name} transposed", f"write {name} the other way round"
+            yield Alternative(what, fix, _fvu(x, _reconstruct(replace(sae, coder=turned), read)), fvu)
+
+
+def _setting(norm: str) -> str:
+    return SETTINGS.get(norm, f"normalize_activations: {norm}")
+
+
+def _with_other_bos(sae: Sae, site: Site, both: Preflight, fvu: float) -> Iterator[Alternative]:
+    found = _fvu_at(sae, site, both.other_bos)
+    if found is None:
+        return
+    if bool(both.samples[site].bos.any()):
+        yield Alternative("on texts without BOS", "--bos none", found, fvu)
+    else:
+        yield Alternative("on texts that begin with BOS", "--bos excluded", found, fvu)
+
+
+def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> Iterator[Alternative]:
+    """BOS tokens that count in its figures although it never learnt them."""
+    sample, read = samples[site], samples[site.read_by(sae.input_hookpoint)]
+    if not bool(sample.bos.any()):
+        return
+    recon = _reconstruct(sae, read.x.to(sae.device))
+    x = sample.x.to(sae.device).double()
+    error, ordinary = (x - recon).square().sum(dim=1), x[~sample.bos]
+    variance = (ordinary - ordinary.mean(dim=0)).square().sum(dim=1).mean()
+    at_bos, elsewhere = (float(error[which].mean() / variance) for which in (sample.bos, ~sample.bos))
+    if at_bos > BOS_ERROR * elsewhere:
+        yield Alternative("if BOS does not count, as in its training", "--bos excluded", elsewhere, at_bos)
+
+
+def _rows(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> Tensor:
+    """Tokens other than BOS, float32 `[tokens, d]` on the SAE's device."""
+    return samples[site].counted(False).to(sae.device)
+
+
+def _reconstruct(sae: Sae, read: Tensor) -> Tensor:
+    return sae.decode(sae.encode(read), read)
+
+
+def _fvu(x: Tensor, recon: Tensor) -> float:
+    """Squared error over squared deviation from the mean; 0 of no variance is 0."""
+    x = x.double()
+    error, total = (x - recon.double()).square().sum(), (x - x.mean(dim=0)).square().sum()
+    return float(error / total.clamp(min=torch.finfo(torch.float64).tiny))

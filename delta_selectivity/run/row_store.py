@@ -1,0 +1,142 @@
+"""Rows of activations by site and view, until their datasets have been probed.
+
+On the probes' GPU while it has room for them, else in memory; beyond the limit in memory-mapped temporary files,
+slower but whole. The files have no names, so that the kernel takes them back whatever ends the process, and all of
+their room, so that a full disk is an error here and not a signal at some later store. Codes are in a `CodeStore`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from delta_selectivity.models.language_model import Site
+from delta_selectivity.run.activations import NO_MENTION, LayerRows, SaeId
+from delta_selectivity.run.code_store import CodeStore
+from delta_selectivity.system.out_of_memory import ERRORS, is_out_of_memory, release
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class NonFiniteError(ValueError):
+    """NaN or Inf where a number belongs."""
+
+    def __init__(self, site: Site, sae_id: SaeId | None, mention: int) -> None:
+        super().__init__(f"NaN or Inf at {site}, SAE {sae_id}, mention {mention}")
+        self.site = site
+        self.sae_id = sae_id  # None: in the activation itself
+        self.mention = mention  # index into ProbeTexts.mentions
+
+
+class RowStore:
+    """float32 matrices [n_rows, d], one for each site's x and for each SAE's reconstruction of it.
+
+    widths: the d of each.
+    """
+
+    def __init__(
+        self, widths: Mapping[tuple[Site, SaeId | None], int], n_rows: int, device: torch.device, max_bytes: int
+    ) -> None:
+        self._codes = CodeStore(n_rows, max_bytes)
+        shapes = {view: (n_rows, d) for view, d in widths.items()}
+        self._in_files = sum(n * d * 4 for n, d in shapes.values()) > max_bytes  # where they do not live on the GPU
+        rows = _allocate_on_gpu(list(shapes.values()), device) if device.type == "cuda" else None
+        self._on_gpu = rows is not None
+        self._rows = dict(zip(shapes, rows or [self._on_host(shape) for shape in shapes.values()], strict=True))
+
+    @property
+    def place(self) -> str:
+        """Where the rows live: gpu, memory or files."""
+        return "gpu" if self._on_gpu else "files" if self._in_files else "memory"
+
+    def put(self, rows: LayerRows) -> None:
+        """Keep a batch's rows. Raises `NonFiniteError` if NaN or Inf is at any token of its texts."""
+        for sae_id, values in ((None, rows.x), *rows.recons.items()):
+            mention = int(rows.broken[sae_id])
+            if mention != NO_MENTION:
+                raise NonFiniteError(rows.site, sae_id, mention)
+            self._within_memory(partial(self._keep, rows.site, sae_id, rows.row_ids, values))
+        for sae_id, latents in rows.latents.items():
+            self._codes.put(rows.site, sae_id, rows.row_ids, latents)
+
+    def _keep(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, values: Tensor) -> None:
+        target = self._rows[site, sae_id]
+        target.index_copy_(0, row_ids.to(target.device), values.to(target.device))
+
+    def get(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
+        """Rows [len(row_ids), d] of x (`sae_id` None) or of an SAE's reconstruction, on `device`."""
+        return self._within_memory(partial(self._pick, site, sae_id, row_ids, device))
+
+    def get_latents(self, site: Site, sae_id: SaeId, row_ids: Tensor, device: torch.device) -> Tensor:
+        """An SAE's codes of these rows: a sparse CSR tensor, float32 [len(row_ids), d_sae], on `device`.
+
+        Entries of a row are neither sorted nor distinct: a latent's values there are meant to be added.
+        """
+        return self._within_memory(partial(self._codes.get, site, sae_id, row_ids, device))
+
+    def _pick(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
+        source = self._rows[site, sae_id]
+        return source.index_select(0, row_ids.to(source.device)).to(device)
+
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """The work's result; where the GPU's memory ran out, with the rows gone from there."""
+        try:
+            return work()
+        except ERRORS as error:
+            if not self._on_gpu or not is_out_of_memory(error):
+                raise
+        self._leave_gpu()
+        return work()
+
+    def _leave_gpu(self) -> None:
+        """Move all rows to the host: of what is on the GPU they alone could be elsewhere."""
+        for view, rows in self._rows.items():
+            self._rows[view] = self._on_host(rows.shape).copy_(rows)
+        self._on_gpu = False
+        release()
+        log.warning("out of memory: the rows collected so far leave the GPU for %s; no number changes", self.place)
+
+    def _on_host(self, shape: tuple[int, ...]) -> Tensor:
+        return _in_file(*shape) if self._in_files else torch.empty(shape)
+
+    def close(self) -> None:
+        """Let go of the rows and of their files."""
+        self._rows = {}
+        self._codes.close()
+
+    def __enter__(self) -> RowStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _allocate_on_gpu(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor] | None:
+    """Matrices of these shapes there; None if they would take over half of what is free, or the GPU refuses."""
+    if sum(n * d * 4 for n, d in shapes) >= torch.cuda.mem_get_info(device)[0] // 2:
+        return None
+    try:
+        return [torch.empty(shape, device=device) for shape in shapes]
+    except ERRORS as error:
+        if not is_out_of_memory(error):
+            raise
+    release()
+    return None
+
+
+def _in_file(n_rows: int, d: int) -> Tensor:
+    """A matrix [n_rows, d] in a temporary file. Raises OSError if the disk has no room for all of it."""
+    with tempfile.NamedTemporaryFile(prefix="delta-selectivity-") as file:
+        os.posix_fallocate(file.fileno(), 0, max(n_rows * d * 4, 1))
+        return torch.from_file(file.name, shared=True, size=n_rows * d).view(n_rows, d)

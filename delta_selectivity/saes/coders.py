@@ -1,0 +1,147 @@
+"""What an SAE does between its normalised input and its normalised output: a linear map, a selection, a gather-sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from delta_selectivity.saes.proposal import Proposal, is_worth_it
+from delta_selectivity.saes.selection import Selection, TopK, fixed_width
+from delta_selectivity.saes.sparse_rows import SparseRows
+from delta_selectivity.system.gemm import linear
+
+
+class Coder(Protocol):
+    """Encoder and decoder of one SAE, without input normalisation and without chunking."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are computed in."""
+        ...
+
+    def encode(self, x: Tensor) -> SparseRows:
+        """Codes of ``[rows, d_in]``, in the coder's dtype and on its device."""
+        ...
+
+    def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
+        """Reconstruction, float32 ``[rows, d_out]``, given what was encoded too where a skip connection needs it."""
+        ...
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Coder:
+        """The same coder elsewhere."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearCoder:
+    """z = selection(x W_encᵀ + b_enc), x̂ = Σ_j z_j W_dec[j] + b_dec."""
+
+    W_enc: Tensor
+    """``[d_sae, d_in]``."""
+    b_enc: Tensor
+    """``[d_sae]``; a decoder bias that the format subtracts from the input is folded in (``fold_b_dec``)."""
+    W_dec: Tensor
+    """``[d_sae, d_out]``."""
+    b_dec: Tensor
+    """``[d_out]``."""
+    selection: Selection
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_enc.dtype
+
+    def encode(self, x: Tensor) -> SparseRows:
+        if self._proposal is None:
+            return self.selection(self._pre_acts(x))
+        values, latents = self._proposal.topk(x)
+        return fixed_width(values, latents, n_cols=len(self.W_enc))
+
+    def _pre_acts(self, x: Tensor) -> Tensor:
+        return linear(x, self.W_enc, self.b_enc)
+
+    @cached_property
+    def _proposal(self) -> Proposal | None:
+        """A faster way to the same codes, where there is one."""
+        if not isinstance(self.selection, TopK) or not is_worth_it(self.W_enc, self.selection.k):
+            return None
+        reads_what_it_writes = self.b_dec.shape[0] == self.W_enc.shape[1]
+        centre = self.b_dec if reads_what_it_writes else self.b_dec.new_zeros(self.W_enc.shape[1])
+        return Proposal.of(self.W_enc, self.b_enc, centre, self.selection.k)
+
+    def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
+        recon = F.embedding_bag(
+            codes.col.to(codes.crow.dtype),
+            self.W_dec,
+            codes.crow,
+            mode="sum",
+            per_sample_weights=codes.value.to(self.dtype),
+            include_last_offset=True,
+        )
+        return recon.float().add_(self.b_dec.float())
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LinearCoder:
+        return LinearCoder(
+            W_enc=self.W_enc.to(device, dtype),
+            b_enc=self.b_enc.to(device, dtype),
+            W_dec=self.W_dec.to(device, dtype),
+            b_dec=self.b_dec.to(device, dtype),
+            selection=self.selection.to(device, dtype),
+        )
+
+
+@dataclass(frozen=True)
+class OtherDecoder:
+    """A coder's own codes, to be decoded in another way."""
+
+    coder: Coder
+
+    @property
+    def device(self) -> torch.device:
+        return self.coder.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.coder.dtype
+
+    def encode(self, x: Tensor) -> SparseRows:
+        return self.coder.encode(x)
+
+
+@dataclass(frozen=True)
+class SkipCoder(OtherDecoder):
+    """A coder whose decoder also sees the input: x̂ = what the coder decodes + x W_skipᵀ (arXiv 2501.18823)."""
+
+    W_skip: Tensor
+    """``[d_out, d_in]``."""
+
+    def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
+        assert x is not None, "a skip connection needs the encoder's input: decode(codes, x)"
+        return self.coder.decode(codes, x) + F.linear(x.to(self.device, self.dtype), self.W_skip).float()
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SkipCoder:
+        return SkipCoder(self.coder.to(device, dtype), self.W_skip.to(device, dtype))
+
+
+def fold_b_dec(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """The bias that makes ``x W_encᵀ + bias`` equal ``(x - b_dec) W_encᵀ + b_enc``. ``[d_sae]``.
+
+    In float64, a block of latents at a time: decoder biases carry the activations' mean, which can be 1e3 times
+    their spread, and a float64 copy of a wide encoder would not fit everywhere.
+    """
+    b_dec = b_dec.double()
+    shift = torch.cat([block.double() @ b_dec for block in W_enc.split(4096)])
+    return (b_enc.double() - shift).to(b_enc.dtype)

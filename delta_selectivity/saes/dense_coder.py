@@ -1,0 +1,75 @@
+"""Somebody else's ``encode`` and ``decode``, which speak of dense codes, behind our interface.
+
+Codes are made sparse as soon as they are returned, and dense again a few rows at a time, for their decoder alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from delta_selectivity.saes.selection import nonzero_codes
+from delta_selectivity.saes.sparse_rows import SparseRows
+
+DENSE_ROWS = 256
+"""Rows that are decoded at a time."""
+
+
+class EncodesDensely(Protocol):
+    """What others call an SAE. Each row stands for itself: batches are cut as memory allows."""
+
+    def encode(self, x: Tensor, /) -> Tensor:
+        """Activations ``[rows, d_in]`` to codes ``[rows, d_sae]``."""
+        ...
+
+    def decode(self, codes: Tensor, /) -> Tensor:
+        """Codes ``[rows, d_sae]`` to reconstructions ``[rows, d_out]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class DenseCoder:
+    """An object with dense ``encode`` and ``decode``. A module moves between devices; anything else stays at home."""
+
+    sae: EncodesDensely
+    d_out: int
+    home: torch.device
+    """Where the object computes."""
+    device: torch.device
+    """Where codes and reconstructions are handed over."""
+    dtype: torch.dtype
+    """What the object computes in."""
+
+    @classmethod
+    def of(cls, sae: EncodesDensely, d_out: int) -> DenseCoder:
+        """Where the object's tensors are and in their dtype; on the CPU and in float32 if it is no module."""
+        tensors: list[Tensor] = [*sae.parameters(), *sae.buffers()] if isinstance(sae, nn.Module) else []
+        weight = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(0))
+        return cls(sae, d_out, weight.device, weight.device, weight.dtype)
+
+    def encode(self, x: Tensor) -> SparseRows:
+        return nonzero_codes(self.sae.encode(x.to(self.home)).to(self.device))
+
+    def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
+        rows = torch.arange(codes.n_rows, device=codes.crow.device).repeat_interleave(codes.crow.diff())
+        recon = torch.empty(codes.n_rows, self.d_out, device=self.device)
+        for start in range(0, codes.n_rows, DENSE_ROWS):
+            stop = min(start + DENSE_ROWS, codes.n_rows)
+            entries = slice(int(codes.crow[start]), int(codes.crow[stop]))
+            dense = torch.zeros(stop - start, codes.n_cols, dtype=self.dtype, device=self.device)
+            dense[rows[entries] - start, codes.col[entries]] = codes.value[entries].to(self.dtype)
+            recon[start:stop] = self.sae.decode(dense.to(self.home))
+        return recon
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> DenseCoder:
+        device, dtype = torch.device(device), dtype or self.dtype
+        if not isinstance(self.sae, nn.Module):
+            return replace(self, device=device)
+        if (device, dtype) == (self.home, self.dtype):
+            return self
+        moved: Any = copy.deepcopy(self.sae).to(device=device, dtype=dtype)
+        return DenseCoder(moved, self.d_out, device, device, dtype)

@@ -1,0 +1,78 @@
+"""Where a dictionary of dictionary_learning belongs: the library only knows a submodule, and people name it freely."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes.hookpoints import HookPoint, canonical, input_of, parse
+
+_PLACES = {
+    "resid": "resid_post", "resid_out": "resid_post", "resid_post": "resid_post", "resid_pre": "resid_pre",
+    "mlp": "mlp_out", "mlp_out": "mlp_out", "mlp_in": "mlp_in",
+    "attn": "attn_out", "attention": "attn_out", "attn_out": "attn_out", "attn_in": "attn_in",
+}  # fmt: skip
+"""Names that people give to submodules, before ``_layer_5``."""
+
+_INPUTS = ("resid_pre", "mlp_in", "attn_in")
+
+_NAMED = re.compile(r"(?P<place>[a-z_]+?)(?:_?layer_?(?P<layer>\d+))?", re.IGNORECASE)
+
+
+def find_places(
+    trainer: Mapping[str, Any], buffer: Mapping[str, Any], path: Path, asked: str | None
+) -> tuple[HookPoint, str | None]:
+    """What an SAE reconstructs, and what it reads if that is another place.
+
+    Args:
+        trainer: the object of that name in the config at ``path``.
+        buffer: likewise; its ``io`` says whether the input of the submodule was taken, its output, or both.
+        path: of the config; the names of the last folders on the way to it count where ``submodule_name`` is missing.
+        asked: ``--hookpoint``, which counts where neither says it.
+
+    Raises:
+        RequestError: nothing says where the SAE belongs, or two things say differently.
+    """
+    layer = trainer.get("layer")
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
+        raise RequestError(f"{path}: trainer.layer is {layer!r}; a number of a layer is needed")
+    hook = _read_name(str(trainer.get("submodule_name")), layer)
+    for folder in reversed(path.parent.parts[-4:]):
+        hook = hook or _read_name(folder, None)
+    if hook is None and asked is not None and layer is not None:
+        hook = HookPoint(layer, canonical(asked))
+        if buffer.get("io") == "in":  # what is asked for is what is reconstructed: the input itself
+            return hook, None
+    if hook is None:
+        raise RequestError(
+            f"{path}: it does not say where in the model the SAE belongs: "
+            + ("name the place with --hookpoint" if layer is not None else "put layer and submodule_name into trainer")
+            + ", or call its folder resid_post_layer_5, say"
+        )
+    if layer is not None and layer != hook.layer:
+        raise RequestError(f"{path}: trainer.layer is {layer}, but submodule_name or folder says {hook.layer}")
+    return _by_io(hook, buffer, path)
+
+
+def _read_name(name: str, layer: int | None) -> HookPoint | None:
+    """``resid_post_layer_5``, ``mlp_out`` of a known layer, ``blocks.5.hook_resid_post``, a path with a number."""
+    match = _NAMED.fullmatch(name)
+    if match is not None and (place := _PLACES.get(match["place"].lower())):
+        number = match["layer"] if match["layer"] is not None else layer
+        return None if number is None else HookPoint(int(number), place)
+    return parse(name)
+
+
+def _by_io(hook: HookPoint, buffer: Mapping[str, Any], path: Path) -> tuple[HookPoint, str | None]:
+    io = buffer.get("io", "out")
+    names_input = hook.place in _INPUTS
+    if io == "out" or (io == "in" and names_input):
+        return hook, None
+    if io == "in":
+        return HookPoint(hook.layer, input_of(hook.place)), None
+    if io == "in_and_out" and not names_input:
+        return hook, input_of(hook.place)
+    raise RequestError(f"{path}: buffer.io is {io!r} at {hook.place}; in, out and in_and_out of a submodule are known")

@@ -1,0 +1,149 @@
+"""Reading an SAE's files, and saying in one line what is wrong with them.
+
+Weights are in safetensors or, by their suffix, in a file of ``torch.save`` (``torch_file``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes.torch_file import SUFFIXES, read_torch_file
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Tensor names and the shapes that their config promises."""
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `RequestError` if the file is missing or is not one."""
+    _check_file(path, "a folder with weights needs its config")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(config, dict):
+        raise RequestError(f"{path}: a JSON object was expected, this is a {type(config).__name__}")
+    return config
+
+
+def positive_int(config: Mapping[str, Any], key: str, path: Path) -> int:
+    """``config[key]``. Raises `RequestError` if it is missing or is not a whole number above zero."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        found = "is missing" if value is None else f"is {value!r}"
+        raise RequestError(f"{path}: {key} {found}; a whole number above 0 is needed")
+    return value
+
+
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a file of weights, from its header alone."""
+    _check_file(path, "the config beside it needs these weights")
+    if path.suffix in SUFFIXES:
+        return {name: tuple(tensor.shape) for name, tensor in read_torch_file(path).items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _truncated(path, error) from error
+
+
+def tensor_names(path: Path) -> set[str]:
+    """What a file of weights holds, from its header alone."""
+    return set(read_shapes(path))
+
+
+def check_shapes(path: Path, expected: Shapes) -> None:
+    """Compare the header of a file of weights with what the config promises. Raises `RequestError` at a difference."""
+    found = read_shapes(path)
+    for name, shape in expected.items():
+        if name not in found:
+            raise RequestError(f"{path}: no tensor {name!r}; it holds {', '.join(sorted(found)) or 'nothing'}")
+        if found[name] != shape:
+            transposed = " (transposed?)" if len(shape) > 1 and found[name] == shape[::-1] else ""
+            raise RequestError(
+                f"{path}: {name} has shape {list(found[name])}{transposed}, but its config says {list(shape)}"
+            )
+
+
+def check_finite(where: object, name: str, tensor: Tensor) -> None:
+    """Raises `RequestError` if a tensor, found somewhere under a name, holds a value that is not finite."""
+    if not torch.isfinite(tensor).all():
+        raise RequestError(f"{where}: {name} holds NaN or infinity; the file is broken, or its training diverged")
+
+
+def check_values(path: Path) -> None:
+    """Read a file of weights once, one tensor at a time. Raises `RequestError` if a value is not finite."""
+    for name, tensor in _tensors(path):
+        check_finite(path, name, tensor)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file of weights as float32, in memory of their own.
+
+    Files are mapped: if somebody wrote to one during the run, numbers would change or the process would die.
+    Raises `RequestError` if a tensor holds a value that is not finite.
+    """
+    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in _tensors(path)}
+    for name, tensor in tensors.items():
+        check_finite(path, name, tensor)
+    return tensors
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """sha256 over names and contents, in this order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.name} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and values, whatever their order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Tensors as they are stored, mapped from the file."""
+    if path.suffix in SUFFIXES:
+        yield from read_torch_file(path).items()
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise _truncated(path, error) from error
+
+
+def _check_file(path: Path, why: str) -> None:
+    """Refuse what is no file with something in it that may be read; ``why`` says who wants it."""
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except IsADirectoryError as error:
+        raise RequestError(f"{path}: a folder of this name stands where a file is expected") from error
+    except FileNotFoundError as error:
+        dangling = "a symbolic link to a file that is not there" if path.is_symlink() else "no such file"
+        raise RequestError(f"{path}: {dangling}; {why}") from error
+    except OSError as error:  # no permission, a link to itself, a disk that fails
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
+    if empty:
+        raise RequestError(f"{path}: the file is empty; copy or download it again")
+
+
+def _truncated(path: Path, error: Exception) -> RequestError:
+    return RequestError(f"{path}: not a whole safetensors file ({error}); copy or download it again")

@@ -1,0 +1,187 @@
+"""A folder of SAEs on disk or on the Hub: which folders below it hold one, and in which format.
+
+The name of its config tells a format: ``cfg.json`` (SAE Lens and sparsify, told apart by its keys), ``sae.json``
+(``plain``), or ``config.json`` beside ``ae.pt`` (dictionary_learning).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes import dictionary_learning, plain
+from delta_selectivity.saes.coders import Coder
+from delta_selectivity.saes.dictionary_learning import DictionaryLearning
+from delta_selectivity.saes.files import check_values, digest_files, read_config
+from delta_selectivity.saes.hub import HubRepository
+from delta_selectivity.saes.input_norm import InputNorm
+from delta_selectivity.saes.plain import Plain
+from delta_selectivity.saes.sae_lens.folder import SaeLens
+from delta_selectivity.saes.source import SaeHeader
+from delta_selectivity.saes.sparsify import Sparsify
+
+DEEPEST = 3
+"""Folders below the one that was named in which SAEs are looked for: ``TopK/resid_post_layer_5/trainer_0``."""
+
+
+class SaeFormat(Protocol):
+    """How one format is read."""
+
+    def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """What its folder holds that is of use; the config first, then the weights."""
+        ...
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether this is one of its configs, given that it has its name."""
+        ...
+
+    def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
+        """Check a config, found at ``path``. Raises `RequestError`."""
+        ...
+
+    def check(self, folder: Path, header: SaeHeader) -> None:
+        """Compare the weights' header with the config. Raises `RequestError`."""
+        ...
+
+    def build(self, folder: Path, header: SaeHeader) -> tuple[Coder, InputNorm]:
+        """Load the weights: float32, on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class FolderMember:
+    """One SAE in a folder, whose weights may still be on the Hub."""
+
+    folder: Path
+    header: SaeHeader
+    format: SaeFormat
+    repository: HubRepository | None
+
+    @property
+    def where(self) -> str:
+        if self.repository is None:
+            return str(self.folder)
+        return "/".join((self.repository.name, *self.folder.relative_to(self.repository.folder).parts))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.format.files(self.header.config)
+
+    def prepare(self) -> None:
+        if self.repository is not None:
+            self.repository.fetch(self.folder, self.files)
+        self.format.check(self.folder, self.header)
+
+    def check_values(self) -> None:
+        for path in (self.folder / name for name in self.files[1:]):
+            if path.suffix != ".json" and path.is_file():
+                check_values(path)
+
+    def build(self) -> tuple[Coder, InputNorm]:
+        return self.format.build(self.folder, self.header)
+
+    def digest(self) -> str:
+        self.prepare()
+        return digest_files(path for name in self.files if (path := self.folder / name).is_file())
+
+
+def find_members(
+    root: Path, name: str, repository: HubRepository | None = None, hookpoint: str | None = None
+) -> list[FolderMember]:
+    """All SAEs in a folder: itself, or those of the folders below it that are the least deep.
+
+    ``hookpoint`` is where they belong if neither a config nor a folder says so. Raises `RequestError` if there is no
+    SAE, or if one of them cannot be read.
+    """
+    configs = _find_configs(root)
+    if not configs:
+        raise RequestError(
+            f"{name}: no SAE here; a folder is expected that holds {', '.join(_formats(None))} and weights, or folders"
+            " such as layers.5 that do"
+        )
+    model_name = _model_name(root)
+    members = [_read_member(path, model_name, repository, hookpoint) for path in configs]
+    if repository is None:
+        for member in members:
+            member.prepare()
+    return members
+
+
+def holds_saes(folder: Path) -> bool:
+    """Whether ``find_members`` would find any SAE here, in whatever state."""
+    return bool(_find_configs(folder))
+
+
+def _formats(hookpoint: str | None) -> dict[str, tuple[SaeFormat, ...]]:
+    """The formats by the name of their config."""
+    return {
+        "cfg.json": (SaeLens(), Sparsify()),
+        plain.CONFIG: (Plain(),),
+        dictionary_learning.CONFIG: (DictionaryLearning(hookpoint),),
+    }
+
+
+def _find_configs(root: Path) -> list[Path]:
+    """Configs in the folder itself, else in the folders directly below it, else one level further down."""
+    level = [root]
+    for _ in range(DEEPEST + 1):
+        configs = [config for folder in level if (config := _config_in(folder)) is not None]
+        if configs:
+            return configs
+        level = [below for folder in level for below in _folders_in(folder)]
+    return []
+
+
+def _config_in(folder: Path) -> Path | None:
+    """The config of the SAE that a folder holds, whatever state it is in; None if it holds none."""
+    for name in ("cfg.json", plain.CONFIG):
+        if os.path.lexists(folder / name):
+            return folder / name
+    config = folder / dictionary_learning.CONFIG  # many other things have a config.json too
+    if os.path.lexists(folder / dictionary_learning.WEIGHTS) or _mentions_dict_class(config):
+        return config
+    return None
+
+
+def _mentions_dict_class(config: Path) -> bool:
+    try:
+        return b'"dict_class"' in config.read_bytes()
+    except OSError:
+        return False
+
+
+def _folders_in(folder: Path) -> Iterator[Path]:
+    try:
+        yield from sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise RequestError(f"{folder}: the folder cannot be read: {error.strerror}") from error
+
+
+def _read_member(
+    path: Path, model_name: str | None, repository: HubRepository | None, hookpoint: str | None
+) -> FolderMember:
+    config = read_config(path)
+    for sae_format in _formats(hookpoint)[path.name]:
+        if sae_format.claims(config):
+            header = _read_header(sae_format, config, path, model_name)
+            return FolderMember(path.parent, header, sae_format, repository)
+    keys = ", ".join(sorted(config)) or "nothing"
+    raise RequestError(f"{path}: neither a sparsify config (num_latents, k) nor one of SAE Lens (d_sae); it has {keys}")
+
+
+def _read_header(sae_format: SaeFormat, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
+    try:
+        return sae_format.read_header(config, path, model_name)
+    except (TypeError, AttributeError, OverflowError) as error:  # a list for a name, a number for a list, ...
+        raise RequestError(f"{path}: a value has the wrong type ({error})") from error
+
+
+def _model_name(root: Path) -> str | None:
+    """The model that sparsify's training run names in ``config.json``, beside the SAEs' folders."""
+    path = root / "config.json"
+    model = read_config(path).get("model") if path.is_file() else None
+    return model if isinstance(model, str) else None

@@ -1,0 +1,54 @@
+"""SAE Lens: folders of ``cfg.json`` and ``sae_weights.safetensors``.
+
+The library itself is not imported for it: that takes 5 s and half a gigabyte. Only architectures that are not a linear
+map and a selection go through it (``sae_lens_library``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.saes.coders import Coder
+from delta_selectivity.saes.files import check_shapes, read_shapes, read_tensors
+from delta_selectivity.saes.input_norm import InputNorm
+from delta_selectivity.saes.sae_lens.config import NATIVE, LensConfig
+from delta_selectivity.saes.sae_lens.library import load_folder
+from delta_selectivity.saes.sae_lens.scaling import SCALER, WHITENING, check_scaling, read_scaling
+from delta_selectivity.saes.sae_lens.weights import build_native, expected_shapes
+from delta_selectivity.saes.source import SaeHeader
+
+WEIGHTS = "sae_weights.safetensors"
+
+
+class SaeLens:
+    """Reads one folder of this format."""
+
+    def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The config, the weights, and what stands beside a training checkpoint."""
+        return ("cfg.json", WEIGHTS, SCALER, WHITENING)
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config is of this format, by keys that sparsify does not write."""
+        return bool({"d_sae", "architecture", "metadata", "hook_name", "hook_point"} & config.keys())
+
+    def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
+        """Check a config, found at ``path``."""
+        return LensConfig.parse(config, path).header(config)
+
+    def check(self, folder: Path, header: SaeHeader) -> None:
+        """Compare the weights' header with the config, and look for what it needs beside it."""
+        lens = LensConfig.parse(header.config, folder / "cfg.json")
+        names = set(read_shapes(folder / WEIGHTS))
+        if lens.architecture in NATIVE:
+            check_shapes(folder / WEIGHTS, expected_shapes(lens, names))
+        check_scaling(lens)
+
+    def build(self, folder: Path, header: SaeHeader) -> tuple[Coder, InputNorm]:
+        """Load the weights."""
+        lens = LensConfig.parse(header.config, folder / "cfg.json")
+        scaling = read_scaling(lens)
+        if lens.architecture in NATIVE:
+            return build_native(lens, read_tensors(folder / WEIGHTS), scaling), lens.input_norm
+        return load_folder(folder, lens, scaling), lens.input_norm

@@ -1,0 +1,82 @@
+"""SAEs that only the SAE Lens library can run or fetch. Importing it takes 5 s, so it happens here, late."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HTTPError as HubHTTPError
+from torch import Tensor
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes.coders import Coder
+from delta_selectivity.saes.dense_coder import DenseCoder
+from delta_selectivity.saes.sae_lens.config import NATIVE, LensConfig
+from delta_selectivity.saes.sae_lens.scaling import InputScaling
+from delta_selectivity.saes.sae_lens.weights import build_native
+
+# It tells people to load a HookedTransformer in a certain way: that is ``transformer_lens_weights``'s to heed.
+warnings.filterwarnings("ignore", message=r"\nThis SAE has non-empty model_from_pretrained_kwargs")
+
+UNREADABLE = (OSError, HubHTTPError, ValueError, KeyError, TypeError)
+"""What the library raises for a config or weights that cannot be had or are not what it expects."""
+
+
+def fetch(release: str, sae_id: str) -> Any:
+    """An SAE of the library's list: float32, on the CPU, with the input scaling of its release folded in."""
+    from sae_lens import SAE
+
+    try:
+        module = SAE.from_pretrained(release, sae_id, device="cpu", dtype="float32")
+    except UNREADABLE as error:
+        raise RequestError(f"{release}/{sae_id}: SAE Lens could not load it ({one_line(error)})") from error
+    if module.cfg.normalize_activations == "expected_average_only_in":
+        raise RequestError(f"{release}/{sae_id}: SAE Lens lists no norm_scaling_factor, which its input needs")
+    return module
+
+
+def load_folder(folder: Path, lens: LensConfig, scaling: InputScaling) -> Coder:
+    """A local SAE of an architecture that only the library knows, with its input scaling folded in."""
+    from sae_lens import SAE
+
+    try:
+        module = SAE.load_from_disk(folder, device="cpu", dtype="float32")
+    except Exception as error:  # the library checks little of what a config holds, and fails where it is used
+        what = f"architecture {lens.architecture!r}: neither this program nor SAE Lens can load it ({one_line(error)})"
+        raise RequestError(f"{folder}: {what}") from error
+    _fold(module, lens, scaling)
+    return as_coder(module, lens)
+
+
+def as_coder(module: Any, lens: LensConfig) -> Coder:
+    """A ``sae_lens.SAE`` whose input scaling is folded in: natively where that is exact and fast, else as it is.
+
+    Its run-time normalisation and reshaping are switched off: those are ours.
+    """
+    if lens.architecture in NATIVE:
+        return build_native(lens, {name: tensor.float() for name, tensor in module.state_dict().items()})
+    module.run_time_activation_norm_fn_in = module.run_time_activation_norm_fn_out = _unchanged
+    module.turn_off_forward_pass_hook_z_reshaping()
+    return DenseCoder.of(module, lens.d_out)
+
+
+def _fold(module: Any, lens: LensConfig, scaling: InputScaling) -> None:
+    """What ``SAE.load_from_disk`` leaves to its caller."""
+    whitening = scaling.whitening
+    if whitening is None:
+        module.fold_activation_norm_scaling_factor(scaling.factor)
+        return
+    try:
+        module.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse)
+    except NotImplementedError as error:
+        raise RequestError(f"{lens.path}: covariance_whitening of {lens.architecture}: {error}") from error
+
+
+def one_line(error: Exception) -> str:
+    """What an exception of the library says, which may be several lines."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,58 @@
+"""Where an SAE of SAE Lens belongs, from ``hook_name``, ``hook_name_out`` and their Hugging Face counterparts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes.hookpoints import INPUT, HookPoint, parse
+
+_KNOWN = "hook_resid_pre, hook_resid_post, hook_mlp_out, hook_attn_out, hook_z, ln1 and ln2.hook_normalized"
+
+
+class Places(NamedTuple):
+    """Of one SAE or transcoder."""
+
+    layer: int
+    hookpoint: str
+    """What it reconstructs."""
+    input_hookpoint: str | None
+    """What a transcoder reads; None for an autoencoder."""
+
+
+def find_places(flat: Mapping[str, Any], path: Path, *, transcodes: bool) -> Places:
+    """From the config at ``path``, flattened; the folder's name stands in for a missing ``hook_name``.
+
+    Raises `RequestError` if a name means no place that can be measured, if an autoencoder names two places, or if a
+    transcoder does not, or crosses layers.
+    """
+    hook = _hook(flat, "hook_name", path)
+    if not transcodes:
+        if flat.get("hook_name_out") not in (None, flat.get("hook_name")):
+            raise RequestError(
+                f"{path}: hook_name_out {flat['hook_name_out']!r} is not hook_name: that is a transcoder, so its"
+                " architecture must be one of transcoders"
+            )
+        return Places(hook.layer, hook.place, None)
+    if not flat.get("hook_name_out"):
+        raise RequestError(f"{path}: no hook_name_out, which says whose output this transcoder imitates")
+    out = _hook(flat, "hook_name_out", path)
+    if out.layer != hook.layer:
+        raise RequestError(
+            f"{path}: it reads layer {hook.layer} and writes to layer {out.layer}; one layer can be measured"
+        )
+    return Places(out.layer, out.place, hook.place)
+
+
+def _hook(flat: Mapping[str, Any], key: str, path: Path) -> HookPoint:
+    """The place of one key: of TransformerLens's name if that is known, else of the module path beside it."""
+    name = str(flat.get(key) or path.parent.name)
+    module = re.sub(r"\.input$", INPUT, str(flat.get(f"hf_{key}") or "")).removesuffix(".output")
+    for candidate in (name, module):
+        hook = parse(candidate, flat.get("model_name"))
+        if hook is not None and not hook.place.startswith("blocks.<layer>"):  # TransformerLens's, and not of the table
+            return hook
+    raise RequestError(f"{path}: {key} {name!r} is no place that can be measured; {_KNOWN} and module paths are")

@@ -1,0 +1,98 @@
+"""SAE Lens's list of pretrained SAEs: which names it has, and how one is fetched by the library's own code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes.coders import Coder
+from delta_selectivity.saes.input_norm import InputNorm
+from delta_selectivity.saes.sae_lens.config import LensConfig
+from delta_selectivity.saes.sae_lens.library import UNREADABLE, as_coder, fetch, one_line
+from delta_selectivity.saes.source import SaeHeader
+
+
+@dataclass(frozen=True)
+class RegistryMember:
+    """One SAE of the list."""
+
+    release: str
+    sae_id: str
+    header: SaeHeader
+
+    @property
+    def where(self) -> str:
+        return f"{self.release}/{self.sae_id}"
+
+    def prepare(self) -> None:
+        _ = self._digest
+
+    def check_values(self) -> None:
+        _ = self._digest
+
+    def build(self) -> tuple[Coder, InputNorm]:
+        module = fetch(self.release, self.sae_id)
+        lens = LensConfig.parse(module.cfg.to_dict(), Path(self.where) / "cfg.json")
+        return as_coder(module, lens), lens.input_norm
+
+    def digest(self) -> str:
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        """Computed as the weights arrive, and kept in their stead: a release has more SAEs than memory can hold."""
+        digest = hashlib.sha256(json.dumps(self.header.config, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(fetch(self.release, self.sae_id).state_dict().items()):
+            if not tensor.isfinite().all():
+                raise RequestError(f"{self.where}: {name} holds NaN or infinity; SAE Lens's list has a broken file")
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@cache
+def release_names() -> tuple[str, ...]:
+    """All releases of the list, found without importing the library, which takes 5 s; none if it is not installed."""
+    package = find_spec("sae_lens")
+    if package is None or not package.submodule_search_locations:
+        return ()
+    registry = Path(package.submodule_search_locations[0]) / "pretrained_saes.yaml"
+    return tuple(re.findall(r"^([^\s:#]+):", registry.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+def sae_ids(release: str) -> list[str]:
+    """What a release of the list holds."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    return list(get_pretrained_saes_directory()[release].saes_map)
+
+
+def find_in_registry(release: str, sae_id: str) -> RegistryMember:
+    """The member of a release. Raises `RequestError` if it lists no such id or its config cannot be had."""
+    from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
+
+    known = sae_ids(release)
+    if sae_id not in known:
+        some = ", ".join(known[:4]) + (f" and {len(known) - 4} more" if len(known) > 4 else "")
+        raise RequestError(f"{release}/{sae_id}: this SAE Lens release has no such id; it has {some}")
+    try:
+        config = load_sae_config_from_huggingface(release, sae_id)
+    except UNREADABLE as error:
+        raise RequestError(f"{release}/{sae_id}: SAE Lens could not read its config ({one_line(error)})") from error
+    lens = LensConfig.parse(config, Path(release) / sae_id / "cfg.json")
+    return RegistryMember(release, sae_id, lens.header(config))
+
+
+def revision_of(members: Sequence[RegistryMember]) -> str:
+    """What stands for their files: the configs, and the version of the library, whose list says what else they are."""
+    configs = [[member.where, member.header.config] for member in members]
+    digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()
+    return f"sae_lens {version('sae_lens')}, configs {digest}"

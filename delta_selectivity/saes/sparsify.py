@@ -1,0 +1,94 @@
+"""EleutherAI's sparsify: folders ``layers.5`` or ``layers.5.mlp`` with ``cfg.json`` and ``sae.safetensors``.
+
+Semantics of https://github.com/EleutherAI/sparsify 1.3.3 (``sparse_coder.py``, ``fused_encoder.py``): no input
+normalisation; p = ReLU((x - b_dec) W_encᵀ + b_enc); the k largest p (or the largest of each of k groups);
+x̂ = Σ_j p_j W_dec[j] + b_dec. With ``transcode`` the folder's module is what is imitated: x is what it receives, x̂ is
+compared with what it gives, and b_dec is not subtracted from x. With ``skip_connection`` x W_skipᵀ is added to x̂.
+Config keys that it does not know are ignored, as it ignores them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes.coders import Coder, LinearCoder, SkipCoder, fold_b_dec
+from delta_selectivity.saes.files import Shapes, check_shapes, positive_int, read_tensors
+from delta_selectivity.saes.hookpoints import input_of, parse
+from delta_selectivity.saes.input_norm import InputNorm
+from delta_selectivity.saes.selection import GroupMax, TopK
+from delta_selectivity.saes.source import SaeHeader
+
+WEIGHTS = "sae.safetensors"
+SELECTIONS: dict[str, type[TopK] | type[GroupMax]] = {"topk": TopK, "groupmax": GroupMax}
+DEFAULTS = {"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k": 32}
+"""sparsify's own, for keys that an older version did not write."""
+
+
+class Sparsify:
+    """Reads one folder of this format."""
+
+    def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The config and the weights."""
+        return ("cfg.json", WEIGHTS)
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config is of this format: none of SAE Lens's keys, some of its own."""
+        return bool({"expansion_factor", "num_latents", "k"} & config.keys())
+
+    def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
+        """Check a config, found at ``path``. The folder's name says where in the model the SAE belongs."""
+        hook = parse(path.parent.name, model_name)
+        if hook is None:
+            raise RequestError(
+                f"{path.parent}: the folder's name says where in the model the SAE belongs;"
+                " rename it to layers.5 or layers.5.mlp, say"
+            )
+        settings = _with_defaults(config)
+        d_in, k = positive_int(settings, "d_in", path), positive_int(settings, "k", path)
+        d_sae = settings["num_latents"] or d_in * positive_int(settings, "expansion_factor", path)
+        activation = settings["activation"]
+        if activation not in SELECTIONS:
+            raise RequestError(f"{path}: activation {activation!r}; {' and '.join(SELECTIONS)} are known")
+        if not isinstance(d_sae, int) or k > d_sae or (activation == "groupmax" and d_sae % k):
+            raise RequestError(f"{path}: {activation} with k {k} does not fit num_latents {d_sae!r}")
+        transcodes = bool(config.get("transcode"))
+        skip, kind = " skip" if config.get("skip_connection") else "", " transcoder" if transcodes else ""
+        return SaeHeader(
+            format="sparsify",
+            layer=hook.layer,
+            hookpoint=hook.place,
+            d_in=d_in,
+            d_sae=d_sae,
+            k=k,
+            architecture=f"{activation}{skip}{kind}",
+            config=config,
+            model_name=model_name,
+            input_hookpoint=input_of(hook.place) if transcodes else None,
+        )
+
+    def check(self, folder: Path, header: SaeHeader) -> None:
+        """Compare the weights' header with the config."""
+        matrix, latents, d_in = (header.d_sae, header.d_in), (header.d_sae,), header.d_in
+        shapes: Shapes = {"encoder.weight": matrix, "encoder.bias": latents, "W_dec": matrix, "b_dec": (d_in,)}
+        skip: Shapes = {"W_skip": (d_in, d_in)} if header.config.get("skip_connection") else {}
+        check_shapes(folder / WEIGHTS, {**shapes, **skip})
+
+    def build(self, folder: Path, header: SaeHeader) -> tuple[Coder, InputNorm]:
+        """Load the weights."""
+        tensors = read_tensors(folder / WEIGHTS)
+        W_enc, bias, b_dec = tensors["encoder.weight"], tensors["encoder.bias"], tensors["b_dec"]
+        if not header.config.get("transcode"):
+            bias = fold_b_dec(W_enc, bias, b_dec)
+        assert header.k is not None
+        selection = SELECTIONS[_with_defaults(header.config)["activation"]](header.k)
+        coder: Coder = LinearCoder(W_enc, bias, tensors["W_dec"], b_dec, selection)
+        if header.config.get("skip_connection"):
+            coder = SkipCoder(coder, tensors["W_skip"])
+        return coder, "none"
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    return DEFAULTS | {key: value for key, value in config.items() if value is not None}

@@ -1,0 +1,38 @@
+"""What a person at the terminal sees while workers work."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+from delta_selectivity.run.progress import Forgiving
+from delta_selectivity.scale.units import Unit
+
+
+class UnitsBar:
+    """One bar for the probes of all workers, with the number of units that ended; silent if `quiet`."""
+
+    def __init__(self, units: Sequence[Unit], quiet: bool) -> None:
+        self._n_units, self._ended = len(units), 0
+        stream: Any = Forgiving(sys.stderr)
+        total = sum(unit.n_probes for unit in units)
+        self._bar = tqdm(total=total, desc="probes", unit="probe", smoothing=0.1, file=stream, disable=quiet)
+        self._bar.set_postfix_str(f"0 of {self._n_units} units")
+
+    def ended(self, unit: Unit) -> None:
+        """One more unit, well or not."""
+        self._ended += 1
+        self._bar.set_postfix_str(f"{self._ended} of {self._n_units} units", refresh=False)
+        self._bar.update(unit.n_probes)
+
+    def __enter__(self) -> UnitsBar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

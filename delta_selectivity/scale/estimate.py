@@ -1,0 +1,129 @@
+"""What units will take, from configs alone: bytes by arithmetic, seconds by the rates that docs/scale.md measured.
+
+    show(render(config, plan, units))
+
+Good to a factor of two or so on a machine like the one measured, which is what a plan is for: whether it is minutes or
+days, and whether a unit fits into memory. Seconds are those of one CPU core, whatever the machine has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from delta_selectivity.reporting.tables import Row, aligned
+from delta_selectivity.run.planning import Plan
+from delta_selectivity.scale.units import Unit
+from delta_selectivity.settings import RunConfig
+
+TOKENS_PER_CHARACTER = 0.28  # of English text, by Pythia's tokenizer and its like
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one worker does in a second."""
+
+    forward: float  # FLOP of the model
+    sae: float  # FLOP of encoding
+    probe: float  # row x dimension x probe x fold, of one view of one site
+    start: float  # seconds that a unit takes before its first text: texts, tokens, configs, weights
+
+
+CPU_CORE = Rates(forward=2.3e11, sae=2.2e11, probe=1.1e08, start=2.6)
+"""One core of the CPU that docs/scale.md was measured on."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a unit."""
+
+    model_bytes: int  # weights up to its last layer
+    sae_bytes: int  # weights of its SAEs, float32
+    row_bytes: int  # collected rows: x, and x̂ of each SAE
+    seconds: float  # on one worker
+
+    @property
+    def total_bytes(self) -> int:
+        """What a worker must hold."""
+        return self.model_bytes + self.sae_bytes + self.row_bytes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of a unit follows from."""
+
+    tokens: int  # of all texts
+    rows: int  # probed positions
+    cells: int  # sum over probes of their rows, times the folds of all partitions
+    d_model: int
+    n_layers: int  # of the model that must run
+    n_sites: int
+    sae_sizes: tuple[tuple[int, int, int], ...]  # d_in, d_sae, d_out of each (SAE, layer)
+    dtype_bytes: int  # of the model's weights
+    vocabulary: int
+
+
+def cost(shape: Shape, rates: Rates) -> Cost:
+    """Bytes and seconds."""
+    layer = 12 * shape.d_model**2  # weights of a layer: attention 4 d², MLP 8 d²
+    forward = 2 * shape.tokens * layer * shape.n_layers / rates.forward
+    encode = sum(2 * shape.tokens * d_in * d_sae for d_in, d_sae, _ in shape.sae_sizes) / rates.sae
+    probed = shape.n_sites * shape.d_model + sum(d_out for _, _, d_out in shape.sae_sizes)  # x once, each x̂
+    return Cost(
+        model_bytes=shape.dtype_bytes * (layer * shape.n_layers + shape.vocabulary * shape.d_model),
+        sae_bytes=4 * sum((d_in + d_out) * d_sae for d_in, d_sae, d_out in shape.sae_sizes),
+        row_bytes=4 * shape.rows * probed,
+        seconds=rates.start + forward + encode + shape.cells * probed / rates.probe,
+    )
+
+
+def shape_of(config: RunConfig, plan: Plan, unit: Unit) -> Shape:
+    """What is known of a unit before anything is loaded; baselines count as the SAE that they are made of."""
+    sizes = {
+        (sae_id, member.header.layer): (member.header.d_in, member.header.d_sae, source.d_out)
+        for sae_id, source in enumerate(plan.sources)
+        for member in source.members
+    }
+    own, widest = [], max(sizes.values())
+    for subject, layer in sorted(unit.subjects):
+        if subject < len(plan.sources):
+            own.append(sizes[subject, layer])
+            continue
+        baseline = plan.baselines[subject - len(plan.sources)]
+        own.append(sizes[baseline.of, layer] if baseline.of is not None else (widest[2], 1, widest[2]))
+    rows = sum(len(probe.mentions) for dataset in plan.texts.datasets for probe in dataset.probes)
+    return Shape(
+        tokens=round(TOKENS_PER_CHARACTER * sum(len(mention.text) for mention in plan.texts.mentions)),
+        rows=len(plan.texts.mentions),
+        cells=rows * config.folds * config.repeats,
+        d_model=plan.info.d_model,
+        n_layers=max(unit.layers) + 1,
+        n_sites=len(unit.layers),
+        sae_sizes=tuple(own),
+        dtype_bytes=4 if plan.info.choose_dtype(config.dtype) == "float32" else 2,
+        vocabulary=len(plan.info.tokenizer),
+    )
+
+
+def render(config: RunConfig, plan: Plan, units: Sequence[Unit]) -> str:
+    """A line a unit, and their sum."""
+    costs = [cost(shape_of(config, plan, unit), CPU_CORE) for unit in units]
+    rows: list[Row] = [("unit", "layers", "SAEs", "results", "model", "SAEs' weights", "rows", "seconds")]
+    for unit, each in zip(units, costs, strict=True):
+        sizes = (each.model_bytes, each.sae_bytes, each.row_bytes)
+        layers = ",".join(map(str, unit.layers))
+        rows.append(
+            (unit.id[-16:], layers, f"{len(unit.config.sae_names)}", f"{unit.n_probes}", *map(megabytes, sizes),
+             f"{each.seconds:.0f}")
+        )  # fmt: skip
+    seconds = sum(each.seconds for each in costs)
+    largest = max(each.total_bytes for each in costs)
+    return (
+        f"{aligned(rows)}\n\n{len(units)} units, {seconds / 3600:.2f} hours of one CPU core; a worker needs about "
+        f"{megabytes(largest)} at most. Estimates (docs/scale.md): a factor of two either way."
+    )
+
+
+def megabytes(n: int) -> str:
+    """Bytes for a reader."""
+    return f"{n / 1e6:.1f} MB" if n < 1e9 else f"{n / 1e9:.1f} GB"

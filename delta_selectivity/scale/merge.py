@@ -1,0 +1,70 @@
+"""The results of units, put where `main` would have put them.
+
+    merge(unit.folder, files)
+
+Scores go first and the file that counts their layer as done after them, as in `prober`, so it can be interrupted
+anywhere and done again. Results that are there already stay.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from delta_selectivity.records.result_file import RecordFile, read
+from delta_selectivity.records.sae_level import SaeId, with_q_values
+from delta_selectivity.records.scores import path_of, prune
+
+Files = Mapping[tuple[SaeId, int], RecordFile]  # (SAE or baseline, dataset index) -> its file
+
+
+def merge(unit_folder: Path, files: Files) -> None:
+    """Take over what a unit has measured into the files of the request, which are open and reserved.
+
+    Raises `RequestError` if it measured something else than was asked for: if an SAE, the model or the data changed
+    on disk since the request was checked.
+    """
+    for path in sorted(unit_folder.glob("**/*.json")):
+        sae_id, index = _place(path, files)
+        final = files[sae_id, index]
+        found = RecordFile.open(path, final.key, final.run, overwrite=False)
+        new = {layer: record for layer, record in found.layers.items() if layer not in final.layers}
+        if not new:
+            continue
+        layers = {**final.layers, **new}
+        prune(final.path, layers)
+        for layer in new:
+            _move(path_of(path, layer), path_of(final.path, layer))
+        family = {i: file.layers for (sae, i), file in files.items() if sae == sae_id and file.layers}
+        final.q_family = sorted(files[sae_id, i].path.name for i in family.keys() | {index})
+        final.warnings += [line for line in found.warnings if line not in final.warnings]
+        final.seconds = _add(final.seconds, found.seconds)
+        final.resources = _larger(final.resources, found.resources)
+        final.complete = False
+        final.write(with_q_values({**family, index: layers})[index])
+
+
+def _place(path: Path, files: Files) -> tuple[SaeId, int]:
+    """Whose results a unit's file holds: those of the SAE or baseline that it names, on the dataset of its name."""
+    sae = read(path)["_run"]["config"]["sae"]
+    (place,) = (
+        place for place, file in files.items() if file.path.name == path.name and file.run["config"]["sae"] == sae
+    )
+    return place
+
+
+def _move(source: Path, target: Path) -> None:
+    """Once and for all: it is no error if an interrupted merge has moved it."""
+    if source.exists() or not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        os.replace(source, target)  # noqa: PTH105
+
+
+def _add(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by stage: those of all units, which is work and not waiting time."""
+    return {name: round(a.get(name, 0.0) + b.get(name, 0.0), 3) for name in {**a, **b}}
+
+
+def _larger(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+    return {name: max(a.get(name, 0.0), b.get(name, 0.0)) for name in {**a, **b}}

@@ -1,0 +1,139 @@
+"""The worker's side: one unit, by `main`'s own code, in whatever process Dask chose.
+
+    outcome = run_unit(unit, home, own_device=False)
+
+What goes wrong is part of the outcome and no exception: Dask would take the unit for one to try again elsewhere. It
+does try again, elsewhere, when a worker is lost; the unit's folder then holds what was finished.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import Site
+from delta_selectivity.run.baselines import CALIBRATED
+from delta_selectivity.run.measure import measure
+from delta_selectivity.run.planning import Plan, make_plan, missing_work, open_files
+from delta_selectivity.scale.units import Unit
+from delta_selectivity.system.file_lock import Locked, exclusive
+
+ERROR_SHOWN = 400  # characters of an error in its line: torch appends its C++ stack
+LOOK_AGAIN = 1.0  # s
+
+_one_at_a_time = threading.Lock()  # a worker of several threads: the number of torch's threads is of the process
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a unit ended."""
+
+    status: Literal["done", "refused", "failed"]  # refused: the request is wrong
+    line: str = ""  # what went wrong
+    trace: str = ""  # where
+    warnings: tuple[str, ...] = ()  # what was said meanwhile
+    process: int = 0  # id of the worker's process; 0: it was lost
+    seconds: float = 0.0  # from the unit's beginning to its end
+
+
+def run_unit(unit: Unit, home: Path, own_device: bool) -> Outcome:
+    """Measure what is missing of a unit.
+
+    Args:
+        unit: what to measure.
+        home: the folder from which its paths are meant.
+        own_device: on this worker's GPU if it has one, else on the CPU; else where the request says.
+    """
+    os.chdir(home)
+    if own_device:
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+        unit = replace(unit, config=replace(unit.config, device1=device, device2=device))
+    with _one_at_a_time, _heard() as warnings:
+        start = time.perf_counter()
+        outcome = _end_of(unit)
+        seconds = time.perf_counter() - start
+        return replace(outcome, warnings=tuple(warnings), process=os.getpid(), seconds=seconds)
+
+
+def _end_of(unit: Unit) -> Outcome:
+    try:
+        _measure(unit)
+    except RequestError as error:
+        return Outcome("refused", str(error))
+    except Exception as error:
+        return Outcome("failed", f"{type(error).__name__}: {str(error)[:ERROR_SHOWN]}", traceback.format_exc())
+    return Outcome("done")
+
+
+def _measure(unit: Unit) -> None:
+    unit.folder.mkdir(parents=True, exist_ok=True)
+    with _alone_at(unit.folder), ExitStack() as held:
+        plan = narrowed(make_plan(unit.config), unit)
+        files = open_files(unit.config, plan, held)
+        if missing_work(plan, files):
+            measure(unit.config, plan, files)
+
+
+def narrowed(plan: Plan, unit: Unit) -> Plan:
+    """The plan with BOS as decided over the whole request, and of baselines of the hook point those of this unit."""
+    n = len(plan.sources)
+    kept = []
+    for baseline in plan.baselines:
+        own = baseline.layers if baseline.of is not None else unit.shared_layers
+        if own:
+            kept.append(replace(baseline, layers=own))
+    of_sources = {sae_id: sites for sae_id, sites in plan.sites.items() if sae_id < n}
+    of_baselines = {
+        sae_id: [Site(layer, baseline.hookpoint) for layer in baseline.layers]
+        for sae_id, baseline in enumerate(kept, n)
+    }
+    return replace(
+        plan,
+        baselines=kept,
+        sites=of_sources | of_baselines,
+        prepend_bos=unit.prepend_bos,
+        counts_bos=[*plan.counts_bos[:n], *(baseline.counts_bos for baseline in kept)],
+        calibration=plan.calibration if any(baseline.kind in CALIBRATED for baseline in kept) else [],
+    )
+
+
+@contextmanager
+def _alone_at(folder: Path) -> Iterator[None]:
+    """Wait until no other process works on the unit: a worker that was given up for lost may still be at it."""
+    while True:
+        try:
+            with exclusive(folder / "unit"):
+                yield
+            return
+        except Locked:
+            time.sleep(LOOK_AGAIN)
+
+
+@contextmanager
+def _heard() -> Iterator[Mapping[str, None]]:
+    """The warnings that are logged while inside, each once, in their order; the terminal is elsewhere."""
+    heard: dict[str, None] = {}
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard[record.getMessage()] = None
+
+    listener = Listener(logging.WARNING)
+    listener.addFilter(lambda record: not record.name.startswith("distributed"))
+    logging.captureWarnings(True)
+    logging.getLogger().addHandler(listener)
+    try:
+        yield heard
+    finally:
+        logging.getLogger().removeHandler(listener)

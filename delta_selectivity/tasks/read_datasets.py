@@ -1,0 +1,140 @@
+"""Tables that the library `datasets` reads: folders of `save_to_disk`, folders in the Hub's layout, and the Hub itself.
+
+Since version 4 it runs no script that comes with a dataset; one that needs its script is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.tasks.table import Table, chosen_columns, label_names, numbered, one_line
+from delta_selectivity.tasks.user_data import UserData
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}(:[\w.+-]+)?", re.ASCII)
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
+_HUB_FILES = ("README.md", "*.csv", "*.json", "*.jsonl", "*.parquet", "data/*.parquet")  # one is in every Hub folder
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` has the form owner/name or owner/name:config."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
+def read_folder(path: Path, config: str | None, data: UserData) -> Table:
+    """A folder that `save_to_disk` wrote, or one laid out as on the Hub. Raises `RequestError` if it is neither."""
+    if config is None and any((path / name).is_file() for name in _SAVED):
+        return _read_saved(path, data)
+    if any(next(path.glob(pattern), None) for pattern in _HUB_FILES):
+        with tempfile.TemporaryDirectory(prefix="dataset_") as cache:  # what was local already needs no second copy
+            return _load(str(path), config, data, cache)
+    raise RequestError(f"{data.flag}: not a folder written by datasets' save_to_disk, nor one in the Hub's layout")
+
+
+def read_hub(data: UserData) -> Table:
+    """A dataset of the Hub by its name; kept where `datasets` keeps its downloads (HF_HOME)."""
+    name, _, config = data.path_or_name.partition(":")
+    return _load(name, config or None, data, None)
+
+
+def _read_saved(path: Path, data: UserData) -> Table:
+    import datasets  # seconds to import, and needed for these folders only
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(
+            f"{data.flag}: not a readable folder of datasets' save_to_disk ({one_line(error)})"
+        ) from error
+    if isinstance(saved, datasets.DatasetDict):
+        return _table(saved[_choose_split(tuple(saved), data)], data)
+    if data.split is not None:
+        raise RequestError(f"{data.flag}: --dataset_split {data.split}: the folder has no splits; leave it out")
+    return _table(saved, data)
+
+
+def _load(name: str, config: str | None, data: UserData, cache: str | None) -> Table:
+    import datasets  # seconds to import, and needed for these only
+
+    try:
+        with _quiet_datasets():
+            config = _choose_config(datasets.get_dataset_config_names(name), config, data)
+            split = _choose_split(datasets.get_dataset_split_names(name, config), data)
+            return _table(datasets.load_dataset(name, config, split=split, cache_dir=cache), data)
+    except (RequestError, MemoryError):
+        raise
+    except Exception as error:  # of its file readers, of YAML, of the Hub's client, of HTTP: they share no base class
+        raise RequestError(f"{data.flag}: {_told(error)}") from error
+
+
+def _told(error: Exception) -> str:
+    """The reason in one line: of a failed build its cause, since its own message says no more than that it failed."""
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.inspect import SplitsNotFoundError
+
+    failed_build = isinstance(error, DatasetGenerationError | SplitsNotFoundError)
+    reason = one_line((error.__cause__ if failed_build else None) or error)
+    return f"cannot be had as a dataset ({reason})"
+
+
+def _choose_config(found: Sequence[str], asked: str | None, data: UserData) -> str | None:
+    if asked is None and len(found) > 1 and "default" not in found:
+        raise RequestError(f"{data.flag}: has several configs, name one as {data.path_or_name}:{found[0]}: "
+                           f"{', '.join(found)}")  # fmt: skip
+    if asked is not None and asked not in found:
+        raise RequestError(f"{data.flag}: there is no config {asked!r}; found {', '.join(found)}")
+    return asked
+
+
+def _choose_split(found: Sequence[str], data: UserData) -> str:
+    """The split asked for, else train, else the only one."""
+    choices = ", ".join(found) or "none"
+    if data.split is not None and data.split not in found:
+        raise RequestError(f"{data.flag}: --dataset_split {data.split}: there is no such split; found {choices}")
+    if data.split is not None:
+        return data.split
+    if "train" not in found and len(found) != 1:
+        raise RequestError(f"{data.flag}: has no split train, choose one with --dataset_split: {choices}")
+    return "train" if "train" in found else found[0]
+
+
+def _table(dataset: Dataset, data: UserData) -> Table:
+    """The columns that are wanted, the others unread (images and sounds among them); classes by their names."""
+    columns = tuple(dataset.column_names)
+    wanted = sorted(set(chosen_columns(data, columns).values()))
+    if not wanted:
+        return Table(columns, ())
+    names = label_names(dataset.features)
+    rows = dataset.select_columns(wanted).with_format(None)
+    return Table(
+        columns,
+        numbered({key: names[key](value) if key in names else value for key, value in row.items()} for row in rows),
+    )
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Without its progress bars, and without what it and the Hub's client log: the error says it all."""
+    import datasets
+
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels, bars = [logger.level for logger in loggers], datasets.is_progress_bar_enabled()
+    try:
+        datasets.disable_progress_bars()
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        if bars:
+            datasets.enable_progress_bars()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

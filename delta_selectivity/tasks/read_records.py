@@ -1,0 +1,160 @@
+"""Reads a user's table - CSV, JSON lines, Parquet, a `datasets` folder or a dataset of the Hub - into plain records.
+
+Every failure is one `RequestError` line that names the file and, where there is one, the line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.tasks.read_datasets import is_hub_name, read_folder, read_hub
+from delta_selectivity.tasks.table import Record, Table, chosen_columns, label_names, numbered, one_line
+from delta_selectivity.tasks.user_data import UserData
+
+
+def read_table(data: UserData) -> Table:
+    """Read `data` by its suffix (.csv, .jsonl, .parquet), as a folder, or from the Hub; columns by our names.
+
+    What is on disk goes before what is on the Hub. Raises `RequestError` if there is nothing of that name, its kind is
+    unknown, it cannot be read as that kind, or a column or split that was asked for is not there.
+    """
+    table = _read(data)
+    if not table.columns:
+        raise RequestError(f"{data.flag}: is empty: it needs the columns text and label")
+    ours = chosen_columns(data, table.columns)
+    if all(ours[name] == name for name in ours):
+        return table
+    unnamed = [column for column in table.columns if column not in ours.values() and column not in ours]
+    records = tuple(
+        Record(record.where, {name: record.values[column] for name, column in ours.items() if column in record.values})
+        for record in table.records
+    )
+    return Table((*ours, *unnamed), records)
+
+
+def _read(data: UserData) -> Table:
+    name, path = data.path_or_name, Path(data.path_or_name)
+    folder, _, config = name.rpartition(":")
+    if os.path.isdir(name):  # noqa: PTH112 - False, not an error, for a name that is empty or too long to be a path
+        return read_folder(path, None, data)
+    if os.path.exists(name):  # noqa: PTH110
+        return _read_file(path, data)
+    if os.path.isdir(folder):  # noqa: PTH112
+        return read_folder(Path(folder), config, data)
+    if path.suffix.lower() not in _READERS and is_hub_name(name):
+        return read_hub(data)
+    raise RequestError(f"{data.flag}: no such file (and not a dataset of the Hub, owner/name or owner/name:config)")
+
+
+def _read_file(path: Path, data: UserData) -> Table:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise RequestError(
+            f"{data.flag}: unknown suffix {path.suffix!r}: give {', '.join(_READERS)}, a datasets folder, "
+            "or a dataset of the Hub"
+        )
+    if data.split is not None:
+        raise RequestError(f"{data.flag}: --dataset_split {data.split}: a file has no splits; leave it out")
+    return reader(path, data)
+
+
+def _read_csv(path: Path, data: UserData) -> Table:
+    reader = csv.reader(io.StringIO(_read_text(path, data), newline=""), strict=True)
+    records: list[Record] = []
+    columns: list[str] = []
+    line = 1  # where the next record begins: a quoted field may span several
+    try:
+        for fields in reader:
+            if not columns:
+                columns = _header(fields, data)
+            elif len(fields) > len(columns):
+                raise RequestError(f"{data.flag}, line {line}: more fields than the header names")
+            elif fields:
+                records.append(Record(f"line {line}", dict(zip(columns, fields, strict=False))))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise RequestError(f"{data.flag}, line {line}: {error}: is a quote missing, or one too many?") from error
+    return Table(tuple(columns), tuple(records))
+
+
+def _header(fields: list[str], data: UserData) -> list[str]:
+    columns = [field.strip() for field in fields]
+    twice = sorted({column for column in columns if columns.count(column) > 1})
+    if twice:
+        raise RequestError(f"{data.flag}, line 1: two columns are called {twice[0]!r}: rename one")
+    return columns
+
+
+def _read_jsonl(path: Path, data: UserData) -> Table:
+    records = []
+    for number, line in enumerate(_read_text(path, data).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits and endless nesting too
+            raise RequestError(f"{data.flag}, line {number}: not JSON ({one_line(error)})") from error
+        if not isinstance(values, dict):
+            raise RequestError(f"{data.flag}, line {number}: not a JSON object: {line.strip()[:60]!r}")
+        records.append(Record(f"line {number}", values))
+    return Table(tuple(dict.fromkeys(key for record in records for key in record.values)), tuple(records))
+
+
+def _read_parquet(path: Path, data: UserData) -> Table:
+    import pyarrow  # comes with datasets; needed for this format only
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            wanted = sorted(set(chosen_columns(data, schema.names).values()))
+            rows = file.read(columns=wanted).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RequestError(f"{data.flag}: not a readable Parquet file ({one_line(error)})") from error
+    if b"huggingface" in (schema.metadata or {}):  # written by datasets, which may know the classes' names
+        rows = _with_class_names(rows, schema, data)
+    return Table(tuple(schema.names), numbered(rows))
+
+
+def _with_class_names(rows: list[dict[str, Any]], schema: Any, data: UserData) -> list[dict[str, Any]]:
+    from datasets import Features  # seconds to import, and needed for such files only
+
+    try:
+        names = label_names(Features.from_arrow_schema(schema))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON of a stranger
+        raise RequestError(f"{data.flag}: its description of the columns cannot be read ({one_line(error)})") from error
+    return [{key: names[key](value) if key in names else value for key, value in row.items()} for row in rows]
+
+
+def _read_text(path: Path, data: UserData) -> str:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{data.flag}: {error.strerror}") from error
+    try:
+        text = content.decode("utf-8-sig")  # spreadsheets put a byte order mark first
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise RequestError(
+            f"{data.flag}, line {line}: not UTF-8 (byte {content[error.start]:#04x}): save it as UTF-8"
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise RequestError(
+            f"{data.flag}, line {line}: a NUL byte, which no text holds: is it UTF-16, or no text at all?"
+        )
+    return text
+
+
+_READERS: dict[str, Callable[[Path, UserData], Table]] = {
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

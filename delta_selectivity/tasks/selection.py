@@ -1,0 +1,82 @@
+"""Which rows `--shuffle_select_n` keeps: shared fairly among row sets, classes balanced, drawn by seed.
+
+Nested: with one seed, the rows kept for n are among those kept for any larger n.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.tasks.types import Int64Array, RowSet, Source
+
+
+def select_rows(source: Source, n: int | None, seed: int) -> Source:
+    """Keep at most `n` rows of `source` over its row sets (None: all), in their own order.
+
+    Raises `RequestError` if `n` leaves a class of some probe without a row.
+    """
+    if n is None:
+        return source
+    shares = _allot([len(row_set.rows) for row_set in source.row_sets], n)
+    if not _leaves_every_class(source, shares):
+        raise RequestError(
+            f"--shuffle_select_n {n} leaves a probe of {source.slug} without one of its classes: "
+            f"ask for at least {_least(source, n)} rows"
+        )
+    kept = tuple(
+        _draw(row_set, share, _generator(seed, source.slug, row_set.name))
+        for row_set, share in zip(source.row_sets, shares, strict=True)
+    )
+    return Source(source.name, source.slug, kept)
+
+
+def _draw(row_set: RowSet, n: int, rng: np.random.Generator) -> RowSet:
+    chosen = _balanced_order([row.value for row in row_set.rows], rng)[:n]
+    return RowSet(tuple(row_set.rows[i] for i in np.sort(chosen)), row_set.probes)
+
+
+def _balanced_order(values: Sequence[str], rng: np.random.Generator) -> Int64Array:
+    """Shuffled row indices [n] that take turns among the classes: every prefix is as balanced as can be."""
+    codes = np.unique(np.asarray(values, dtype=object), return_inverse=True)[1]
+    turn = np.empty(len(codes), dtype=np.int64)
+    for code in range(int(codes.max()) + 1):
+        members = np.flatnonzero(codes == code)
+        turn[members] = rng.permutation(len(members))
+    return np.lexsort((codes, turn)).astype(np.int64)
+
+
+def _allot(available: Sequence[int], n: int) -> list[int]:
+    """Split `n` rows over row sets of these sizes as evenly as the sizes allow; the first get the remainder."""
+    shares = [0] * len(available)
+    while (left := n - sum(shares)) > 0:
+        wanting = [i for i, size in enumerate(available) if shares[i] < size]
+        if not wanting:
+            break
+        if left < len(wanting):
+            step, wanting = 1, wanting[:left]
+        else:
+            step = min(left // len(wanting), *(available[i] - shares[i] for i in wanting))
+        for i in wanting:
+            shares[i] += step
+    return shares
+
+
+def _leaves_every_class(source: Source, shares: Sequence[int]) -> bool:
+    # rows take turns among the classes, so the first turn has a row of each
+    counts = (len({row.value for row in row_set.rows}) for row_set in source.row_sets)
+    return all(share >= classes for share, classes in zip(shares, counts, strict=True))
+
+
+def _least(source: Source, n: int) -> int:
+    sizes = [len(row_set.rows) for row_set in source.row_sets]
+    return next(m for m in itertools.count(n + 1) if _leaves_every_class(source, _allot(sizes, m)))
+
+
+def _generator(seed: int, slug: str, row_set: str) -> np.random.Generator:
+    # its own stream for each row set: what is drawn does not depend on which other datasets are asked for
+    return np.random.default_rng([seed, zlib.crc32(f"{slug}/{row_set}".encode())])

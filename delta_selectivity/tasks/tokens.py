@@ -1,0 +1,173 @@
+"""Texts to token ids, and the characters of a name to the tokens that spell it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.tasks.types import Int64Array, Mention
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 1024  # texts tokenised at once: what is known of each token is too much to hold for all texts
+
+
+@dataclass(frozen=True, eq=False)
+class TokenisedMentions:
+    """Token ids of every mention and where its name stands in them."""
+
+    ids: tuple[npt.NDArray[np.int32], ...]  # per mention [n_tokens], BOS first when has_bos
+    first: Int64Array  # [n_mentions] first token of the name, counted in ids (so shifted by BOS)
+    last: Int64Array  # [n_mentions] last token of the name, inclusive
+    has_bos: bool
+    n_cut: int = 0  # of `tokenise`: texts that lost tokens to the model's length
+
+    def take(self, mentions: Int64Array) -> TokenisedMentions:
+        """These mentions alone, in this order."""
+        return TokenisedMentions(
+            tuple(self.ids[m] for m in mentions), self.first[mentions], self.last[mentions], self.has_bos
+        )
+
+    def with_other_bos(self, bos: int, max_length: int) -> TokenisedMentions:
+        """The same texts without BOS if these begin with it, and with it if not: the first token of a full one goes."""
+        if self.has_bos:
+            return TokenisedMentions(tuple(ids[1:] for ids in self.ids), self.first - 1, self.last - 1, False)
+        kept = tuple(ids[len(ids) + 1 - max_length :] if len(ids) >= max_length else ids for ids in self.ids)
+        shift = np.array([1 + len(now) - len(ids) for now, ids in zip(kept, self.ids, strict=True)])
+        ids = tuple(np.concatenate([np.array([bos], dtype=np.int32), now]) for now in kept)
+        return TokenisedMentions(ids, np.maximum(self.first + shift, 1), np.maximum(self.last + shift, 1), True)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """One mention without BOS: token ids and the name's inclusive span in them."""
+
+    ids: Sequence[int]
+    first: int
+    last: int
+
+
+def tokenise(
+    mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool, max_length: int
+) -> TokenisedMentions:
+    """Tokenise `mentions` to at most `max_length` tokens each, BOS included.
+
+    Longer texts lose their left, unless that would cut the name: then they start with it. A warning says how many.
+    Tokens after the name are kept where they fit: in a causal model they do not touch it, but they count in
+    mse_whole. The tokenizer adds no special tokens; BOS is prepended here. Pre-tokenised mentions keep their own ids.
+
+    Raises `RequestError` for a slow tokenizer, one without a BOS to prepend or made for other tokens, and for a
+    mention whose name has no token or does not fit.
+    """
+    bos = _bos(tokenizer) if prepend_bos else []
+    room = max_length - len(bos)
+    rows: list[_Tokens] = []
+    n_cut = 0
+    for tokens, mention in zip(_all_tokens(mentions, tokenizer), mentions, strict=True):
+        rows.append(_window(tokens, room, mention))
+        n_cut += len(tokens.ids) > room
+    tokenised = TokenisedMentions(
+        ids=tuple(np.array([*bos, *row.ids], dtype=np.int32) for row in rows),
+        first=np.array([row.first + len(bos) for row in rows], dtype=np.int64),
+        last=np.array([row.last + len(bos) for row in rows], dtype=np.int64),
+        has_bos=prepend_bos,
+        n_cut=n_cut,
+    )
+    warn_of_cut(tokenised, max_length)
+    return tokenised
+
+
+def warn_of_cut(tokenised: TokenisedMentions, max_length: int) -> None:
+    """Say how many texts were too long, if any was."""
+    if tokenised.n_cut:
+        logger.warning(
+            "%d of %d texts have more than the model's %d tokens: they lost their beginning, "
+            "or their end if they begin with the name", tokenised.n_cut, len(tokenised.ids), max_length,
+        )  # fmt: skip
+
+
+def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if tokenizer.bos_token_id is None:
+        raise RequestError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no BOS token to prepend: use an SAE trained without BOS"
+        )
+    return [int(tokenizer.bos_token_id)]
+
+
+def _all_tokens(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
+    for begin in range(0, len(mentions), _CHUNK):
+        chunk = mentions[begin : begin + _CHUNK]
+        spelled = _tokenise_texts([mention for mention in chunk if mention.token_ids is None], tokenizer)
+        for mention in chunk:
+            yield next(spelled) if mention.token_ids is None else _own_tokens(mention, tokenizer)
+
+
+def _tokenise_texts(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
+    if not mentions:
+        return
+    if not tokenizer.is_fast:
+        raise RequestError(
+            f"the tokenizer {tokenizer.name_or_path!r} is a slow one, which does not say where its tokens stand "
+            "in the text: use a model with a fast tokenizer"
+        )
+    backend: Tokenizer = tokenizer.backend_tokenizer  # tells where tokens stand without a list of all of them
+    backend.no_truncation()  # texts longer than the model are cut here
+    backend.no_padding()
+    encoded = backend.encode_batch([mention.text for mention in mentions], add_special_tokens=False)
+    for mention, encoding in zip(mentions, encoded, strict=True):
+        yield _locate(mention, encoding)
+
+
+def _locate(mention: Mention, encoding: Encoding) -> _Tokens:
+    """The tokens that share a character with the name.
+
+    Overlap, not equal borders: a token may hold the space before the name, and the several tokens of one
+    multi-byte character all carry that character's offsets.
+    """
+    spells = (encoding.char_to_token(place) for place in range(mention.start, mention.end))  # the first that holds it
+    first = next((token for token in spells if token is not None), None)
+    if first is None:
+        name = mention.text[mention.start : mention.end]
+        raise RequestError(f"the tokenizer gives no token for {name!r} in the text {_shorten(mention.text)!r}")
+    last = first
+    for token in range(first + 1, len(encoding)):
+        span = encoding.token_to_chars(token)
+        if span is None or span[0] >= mention.end:
+            break
+        last = token if span[1] > mention.start else last
+    return _Tokens(encoding.ids, first, last)
+
+
+def _own_tokens(mention: Mention, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+    assert mention.token_ids is not None and mention.token_span is not None
+    if max(mention.token_ids) >= len(tokenizer):
+        raise RequestError(
+            f"token {max(mention.token_ids)} of the text {_shorten(mention.text)!r} is not in the vocabulary of "
+            f"{tokenizer.name_or_path!r} ({len(tokenizer)}): its tokens were made for another tokenizer"
+        )
+    return _Tokens(mention.token_ids, *mention.token_span)
+
+
+def _window(tokens: _Tokens, room: int, mention: Mention) -> _Tokens:
+    """At most `room` of `tokens`: the last ones, or those from the name on if the name would be cut."""
+    length = tokens.last - tokens.first + 1
+    if length > room:
+        raise RequestError(
+            f"the name in the text {_shorten(mention.text)!r} takes {length} tokens and the model has room for {room}"
+        )
+    cut = min(max(len(tokens.ids) - room, 0), tokens.first)
+    return _Tokens(tokens.ids[cut : cut + room], tokens.first - cut, tokens.last - cut)
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else f"...{text[-limit:]}"

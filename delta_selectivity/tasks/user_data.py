@@ -1,0 +1,48 @@
+"""How a user's own task is named on the command line: where it is, which split of it, and what its columns are called.
+
+>>> parse_columns("text=sentence, label=class")
+(('text', 'sentence'), ('label', 'class'))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from delta_selectivity.errors import RequestError
+
+REQUIRED = ("text", "label")
+COLUMNS = (*REQUIRED, "group", "start", "end", "task")
+
+
+@dataclass(frozen=True)
+class UserData:
+    """A table that the user brings."""
+
+    path_or_name: str  # file or folder; else a dataset of the Hub, `owner/name` or `owner/name:config`
+    split: str | None = None  # None: train if it is there, else the only one
+    columns: tuple[
+        tuple[str, str], ...
+    ] = ()  # (our name of a column, theirs); a column not named here is as we call it
+
+    @property
+    def flag(self) -> str:
+        """What every error message about it begins with."""
+        return f"--dataset_file {self.path_or_name}"
+
+
+def parse_columns(spec: str) -> tuple[tuple[str, str], ...]:
+    """'text=sentence,label=class' as (ours, theirs) pairs; '' as none.
+
+    Raises `RequestError` for a pair without `=`, a column that we do not know, or one of ours named twice.
+    """
+    pairs: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in spec.split(","))):
+        ours, equals, theirs = (side.strip() for side in part.partition("="))
+        if not equals or not theirs:
+            raise RequestError(f"--dataset_columns {part!r}: write our name = yours, e.g. text=sentence,label=class")
+        if ours not in COLUMNS:
+            raise RequestError(f"--dataset_columns {part!r}: there is no column {ours!r}: name {', '.join(COLUMNS)}")
+        if ours in pairs:
+            raise RequestError(f"--dataset_columns {part!r}: {ours} is {pairs[ours]!r} already")
+        pairs[ours] = theirs
+    return tuple(pairs.items())

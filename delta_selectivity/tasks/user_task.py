@@ -1,0 +1,167 @@
+"""The user's own task: a table with columns `text` and `label`, and optionally `group`, `start`, `end`, `task`.
+
+text   what the model reads
+label  0/1, true/false, or strings: of two, the alphabetically later is 1; of more, each gets a one-vs-rest probe
+group  rows of one group never fall on both sides of a split; default: the probed characters, casefolded
+start, end  characters [start, end) to probe; default: the text's last word
+task   the probe's name, for several in one file; default: the file's name
+
+Columns that are called otherwise are named by `--dataset_columns`; rows of one text and span count once.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.tasks.people import last_words, plain_key
+from delta_selectivity.tasks.read_records import read_table
+from delta_selectivity.tasks.table import Record
+from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Source
+from delta_selectivity.tasks.user_data import REQUIRED, UserData
+
+logger = logging.getLogger(__name__)
+
+MAX_CLASSES = 64  # more distinct labels than this are a wrong column, not a task
+_BINARY = {"0": "0", "1": "1", "0.0": "0", "1.0": "1", "false": "0", "true": "1"}
+
+
+def load_user_task(data: UserData) -> Source:
+    """Read the user's task; dataset and file are called by the file's stem, the folder's name, or the Hub's.
+
+    Raises `RequestError`, one line with file and line, for anything that cannot be probed as it stands.
+    """
+    table = read_table(data)
+    _check_columns(table.columns, data)
+    if not table.records:
+        raise RequestError(f"{data.flag}: is empty: it has no rows")
+    name = _name(data)
+    by_task: dict[str, list[Row]] = {}
+    for record in table.records:
+        where = f"{data.flag}, {record.where}"
+        by_task.setdefault(_task(record, name, where), []).append(
+            Row(_mention(record.values, where), _label(record.values.get("label"), where))
+        )
+    row_sets = tuple(_row_set(task, rows, data) for task, rows in by_task.items())
+    _check_probe_names(row_sets, data)
+    return Source(name=name, slug=name, row_sets=row_sets)
+
+
+def _name(data: UserData) -> str:
+    path = Path(data.path_or_name)
+    return path.stem if path.is_file() else path.resolve().name.replace(":", "_")
+
+
+def _check_columns(columns: Sequence[str], data: UserData) -> None:
+    missing = [column for column in REQUIRED if column not in columns]
+    if ("start" in columns) != ("end" in columns):
+        missing.append("end" if "start" in columns else "start")
+    if missing:
+        raise RequestError(
+            f"{data.flag}: missing {_plural('column', missing)}; found {', '.join(columns)}: "
+            f"say which is which with --dataset_columns {missing[0]}=..."
+        )
+
+
+def _check_probe_names(row_sets: Sequence[RowSet], data: UserData) -> None:
+    names = [probe.name for row_set in row_sets for probe in row_set.probes]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise RequestError(f"{data.flag}: two probes would be called {twice[0]!r}: rename a task")
+
+
+def _task(record: Record, default: str, where: str) -> str:
+    if "task" not in record.values:
+        return default
+    task = record.values["task"]
+    if not isinstance(task, str) or not task.strip():
+        raise RequestError(f"{where}: task is {task!r}, expected the probe's name")
+    return _spelled(task.strip(), "task", where)
+
+
+def _mention(values: Mapping[str, Any], where: str) -> Mention:
+    text = values.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise RequestError(f"{where}: text is {text!r}, expected words")
+    _spelled(text, "text", where)
+    start, end = _span(values, text, where)
+    group = _missing_as_none(values.get("group"))
+    person = plain_key(text[start:end]) if group is None else _spelled(str(group).strip(), "group", where)
+    return Mention(text=text, start=start, end=end, person=person)
+
+
+def _span(values: Mapping[str, Any], text: str, where: str) -> tuple[int, int]:
+    """Characters [start, end) to probe, without whitespace at either side."""
+    given = [_missing_as_none(values.get(key)) for key in ("start", "end")]
+    span = last_words(text, 1)
+    if given != [None, None]:
+        start, end = (_integer(value, key, where) for key, value in zip(("start", "end"), given, strict=True))
+        if not 0 <= start < end <= len(text):
+            raise RequestError(f"{where}: span {start} to {end} is outside the text's {len(text)} characters")
+        inside = text[start:end]
+        left = start + len(inside) - len(inside.lstrip())
+        span = (left, left + len(inside.strip())) if inside.strip() else None
+    if span is None:
+        raise RequestError(f"{where}: the span to probe is whitespace")
+    return span
+
+
+def _integer(value: Any, key: str, where: str) -> int:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not number.is_integer():
+        raise RequestError(f"{where}: {key} is {value!r}, expected a whole number of characters")
+    return int(number)
+
+
+def _label(value: Any, where: str) -> str:
+    present = _missing_as_none(value)
+    if present is None:
+        raise RequestError(f"{where}: label is missing")
+    return _spelled(str(present).strip(), "label", where)
+
+
+def _spelled(value: str, column: str, where: str) -> str:
+    """The value, unless JSON's escapes left half of a surrogate pair in it, which no tokenizer takes and no file."""
+    if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
+        raise RequestError(f"{where}: {column} holds half of a surrogate pair: {value!a:.60}")
+    return value
+
+
+def _missing_as_none(value: Any) -> Any:
+    """None for what a table holds where a value is missing: None, NaN, or nothing but whitespace."""
+    blank = isinstance(value, str) and not value.strip()
+    return None if blank or (isinstance(value, float) and math.isnan(value)) else value
+
+
+def _row_set(task: str, rows: Sequence[Row], data: UserData) -> RowSet:
+    values = sorted({row.value for row in rows})
+    if all(value.lower() in _BINARY for value in values):
+        rows = [Row(row.mention, _BINARY[row.value.lower()]) for row in rows]
+        values = sorted({row.value for row in rows})
+    if len(values) < 2:
+        raise RequestError(f"{data.flag}: every label of {task!r} is {values[0]!r}: a probe needs rows of two classes")
+    if len(values) > MAX_CLASSES:
+        raise RequestError(
+            f"{data.flag}: {task!r} has {len(values)} distinct labels, more than {MAX_CLASSES} probes: "
+            f"is label the right column? It holds {values[0]!r}, {values[1]!r}"
+        )
+    return RowSet(tuple(rows), _probe_specs(task, values))
+
+
+def _probe_specs(task: str, values: Sequence[str]) -> tuple[ProbeSpec, ...]:
+    if len(values) == 2:
+        if values != ["0", "1"]:
+            logger.info("%s: label %r counts as 1, %r as 0", task, values[1], values[0])
+        return (ProbeSpec(task, values[1]),)
+    return tuple(ProbeSpec(f"{task}_is_{value}", value) for value in values)
+
+
+def _plural(noun: str, items: Sequence[str]) -> str:
+    return f"{noun}{'s' if len(items) > 1 else ''} {', '.join(items)}"

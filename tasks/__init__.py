@@ -1,1 +1,0 @@
-"""What is asked of the model: texts, labels, people and token positions. The door is `datasets_wikidata`."""
