@@ -1,8 +1,21 @@
-"""The one exception that means "the request is wrong": ``main`` prints its line and exits with 2."""
+"""The exception for a wrong request: which field, the value that offends, and what to do about it."""
+
+from __future__ import annotations
+
+import re
+
+FIELD = re.compile(r"`(\w+)`")
+"""How a message marks the name of a parameter or of a field of `Settings`; the command line puts its flag there."""
 
 
 class RequestError(ValueError):
-    """The request is wrong: main prints the line and exits with 2.
+    """The request is wrong.
 
-    The message is a single line that shows the offending value and says what to do about it.
+    The message is a single line. It shows the offending value and says what to do. Fields stand in backticks.
     """
+
+    @property
+    def field(self) -> str | None:
+        """The field that is wrong: the first that the message names. None if it names none."""
+        found = FIELD.search(str(self))
+        return found.group(1) if found else None

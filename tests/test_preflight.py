@@ -119,7 +119,7 @@ def test_a_transposed_square_matrix_is_named(check, name):
 def test_bos_that_counts_but_was_left_out_of_the_training_is_named(check, saes):
     """The bundled SAEs were trained on texts with BOS, without the activations at BOS (see their cards)."""
     problems = [check.examine(sae, Site(layer, "resid_post"), counts_bos=True) for (_, layer), sae in saes.items()]
-    caught = [fit for fit in problems if fit.misfits and "--bos excluded" in fit.problem()]
+    caught = [fit for fit in problems if fit.misfits and "`bos` excluded" in fit.problem()]
     assert len(caught) == len(saes)
 
 
@@ -130,7 +130,7 @@ def test_bos_that_was_trained_on_raises_no_alarm(check):
     assert not fit.misfits
 
 
-@pytest.mark.parametrize(("has_bos", "fix"), [(True, "--bos none"), (False, "--bos excluded")])
+@pytest.mark.parametrize(("has_bos", "fix"), [(True, "`bos` none"), (False, "`bos` excluded")])
 def test_texts_with_the_wrong_beginning_are_named(has_bos, fix):
     """Where the first token draws all attention, every later one is elsewhere without it."""
     generator = torch.Generator().manual_seed(0)

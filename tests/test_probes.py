@@ -478,8 +478,8 @@ def test_auto_takes_cuml_only_if_it_agrees(cuml, monkeypatch, difference, solver
             raise RuntimeError("no driver")
         return difference
 
-    monkeypatch.setattr("probes.disagreement", check)
-    monkeypatch.setattr("probes._small_problem", lambda device: None)
+    monkeypatch.setattr("delta_selectivity.probing.probes.disagreement", check)
+    monkeypatch.setattr("delta_selectivity.probing.probes._small_problem", lambda device: None)
     backend, reason = choose_backend("auto", "cuda:0")
     assert backend.name == solver
     assert why in reason

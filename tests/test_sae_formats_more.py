@@ -167,7 +167,7 @@ def test_the_place_of_a_dictionary(tmp_path: Path, folder: str, said: Any, hookp
 
 def test_a_dictionary_that_does_not_say_where_it_belongs(tmp_path: Path) -> None:
     save_dictionary(tmp_path / "attention" / "mine", linear_state(), "AutoEncoder", submodule_name=None)
-    with pytest.raises(RequestError, match="name the place with --hookpoint"):
+    with pytest.raises(RequestError, match="name the place with `hookpoint`"):
         open_sae(str(tmp_path / "attention"))
     assert open_sae(str(tmp_path / "attention"), hookpoint="mlp_out").hookpoint == "mlp_out"
     for io, place, reads in [("in", "mlp_in", None), ("in_and_out", "mlp_out", "mlp_in")]:

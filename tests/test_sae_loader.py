@@ -375,7 +375,7 @@ def test_chunks_and_dtypes_change_nothing_that_matters(selection: Any, monkeypat
     sae, x = linear_sae(W_enc, W_dec, selection), activations()
     whole = sae.encode(x)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 7 * D_SAE * 4)
-    monkeypatch.setattr("sae_formats.sae.LEAST_ROWS", 1)
+    monkeypatch.setattr("delta_selectivity.saes.sae.LEAST_ROWS", 1)
     assert sae.chunk_rows() == 7
     parts = sae.encode(x)
     torch.testing.assert_close(dense(parts), dense(whole))
@@ -471,7 +471,7 @@ def test_one_folder_with_several_hook_points(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "layers.0")
     shutil.rmtree(tmp_path / "layers.2")
     shutil.rmtree(tmp_path / "layers.10")
-    with pytest.raises(RequestError, match="choose one with --hookpoint"):
+    with pytest.raises(RequestError, match="choose one with `hookpoint`"):
         open_sae(str(tmp_path))
 
 

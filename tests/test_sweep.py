@@ -79,7 +79,7 @@ def test_what_is_no_sweep_is_refused_with_the_reason(read, text, words):
 def test_every_request_is_checked_before_the_first_begins(
     tiny_model, tiny_saes, people_csv, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("planning.open_files", lambda *a: pytest.fail("a request began"))
+    monkeypatch.setattr("delta_selectivity.scale.spread.open_files", lambda *a: pytest.fail("a request began"))
     sweep = tmp_path / "sweep.toml"
     sweep.write_text(f"""
         output_directory = "{tmp_path / "out"}"

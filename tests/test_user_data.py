@@ -118,7 +118,7 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) 
     path = test_datasets.write_csv(tmp_path, [("a", 1)], ("words", "kind"))
     with pytest.raises(RequestError, match=r"text=sentence: there is no column 'sentence'; found words, kind"):
         own(path, columns="text=sentence,label=kind")
-    with pytest.raises(RequestError, match=r"missing column text; found label, words.* --dataset_columns text="):
+    with pytest.raises(RequestError, match=r"missing column text; found label, words.* `columns` text="):
         own(path, columns="label=kind")
 
 
@@ -211,16 +211,16 @@ def test_which_split_is_read(tmp_path: Path, saved: bool) -> None:
     one = folder("one", {"validation": ["x", "y", "z"]})
     assert [m.text for m in own(one, columns=THEIR_COLUMNS).mentions] == ["x", "y", "z"]
     several = folder("several", {"test": ["x", "y", "z"], "validation": ["u", "v", "w"]})
-    with pytest.raises(RequestError, match=r"no split train, choose one with --dataset_split: test, validation"):
+    with pytest.raises(RequestError, match=r"no split train, choose one with `split`: test, validation"):
         own(several, columns=THEIR_COLUMNS)
-    with pytest.raises(RequestError, match=r"--dataset_split dev: there is no such split; found test, validation"):
+    with pytest.raises(RequestError, match=r"`split` dev: there is no such split; found test, validation"):
         own(several, "dev", THEIR_COLUMNS)
     assert [m.text for m in own(several, "validation", THEIR_COLUMNS).mentions] == ["u", "v", "w"]
 
 
 def test_a_file_has_no_split(tmp_path: Path) -> None:
     path = test_datasets.write_csv(tmp_path, [("a", 1), ("b", 0)])
-    with pytest.raises(RequestError, match="--dataset_split train: a file has no splits"):
+    with pytest.raises(RequestError, match="`split` train: a file has no splits"):
         own(path, "train")
 
 
@@ -259,7 +259,7 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RequestError) as error:
         own("owner/name")
     assert str(error.value) == (
-        "--dataset_file owner/name: cannot be had as a dataset (Couldn't reach 'owner/name' on the Hub)"
+        "`dataset_file` owner/name: cannot be had as a dataset (Couldn't reach 'owner/name' on the Hub)"
     )
 
 

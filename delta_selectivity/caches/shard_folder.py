@@ -67,9 +67,9 @@ class ShardFolder:
             os.utime(shards.folder)
             shards._opened = shards.folder.stat().st_mtime
         except OSError as error:
-            raise RequestError(f"--cache_dir {root}: {error.strerror}") from error
+            raise RequestError(f"`cache` {root}: {error.strerror}") from error
         if not os.access(shards.folder, os.W_OK):
-            raise RequestError(f"--cache_dir {root}: cannot be written to")
+            raise RequestError(f"`cache` {root}: cannot be written to")
         return shards
 
     def names(self) -> list[str]:
@@ -110,7 +110,7 @@ class ShardFolder:
 
     def drop(self, name: str, error: Exception) -> None:
         """Tell that a shard is broken, and remove it."""
-        log.warning("--cache_dir: %s is broken (%s): its %s are computed again", self._path(name), error, self._what)
+        log.warning("`cache`: %s is broken (%s): its %s are computed again", self._path(name), error, self._what)
         with suppress(OSError):
             self._path(name).unlink()
 
@@ -122,7 +122,7 @@ class ShardFolder:
         try:
             if not self._has_room(len(content)):
                 self.full = True
-                log.warning("--cache_dir: full at %.1f GB: further %s are not kept", self._limit / 1024**3, self._what)
+                log.warning("`cache`: full at %.1f GB: further %s are not kept", self._limit / 1024**3, self._what)
                 return False
             with replacing(
                 self._path(name), "wb", sync=False
@@ -130,7 +130,7 @@ class ShardFolder:
                 file.write(content)
         except OSError as error:
             self.full = True
-            log.warning("--cache_dir: %s: %s are not kept from here on", error, self._what)
+            log.warning("`cache`: %s: %s are not kept from here on", error, self._what)
             return False
         return True
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from delta_selectivity.cli.command_line import parse_config
+from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.errors import RequestError
 from delta_selectivity.settings import RunConfig
 from delta_selectivity.system.interrupts import like_ctrl_c
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None, job: Callable[[Sequence[str]], None]
     or numbers only with `--verbose`.
     """
     to_stderr = logging.StreamHandler()
-    to_stderr.setFormatter(LineFormatter())
+    to_stderr.setFormatter(LineFormatter(with_flags))
     logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -102,7 +103,7 @@ def main(argv: Sequence[str] | None = None, job: Callable[[Sequence[str]], None]
         with like_ctrl_c():
             (job or run)(sys.argv[1:] if argv is None else argv)
     except RequestError as error:
-        tell(f"error: {error}")
+        tell(with_flags(f"error: {error}"))
         return 2
     except KeyboardInterrupt:
         tell(f"interrupted: {GOES_ON}")

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.csv_file import write_csv
 from delta_selectivity.reporting.results import File, load, result_files
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _write(files, asked.output, asked.plots)
             return 0
     except RequestError as error:
-        tell(f"error: {error}")
+        tell(with_flags(f"error: {error}"))
         return 2
     try:
         _print(files, asked)

@@ -63,6 +63,6 @@ def _per_token(site: Site, value: Any, n_texts: int, n_tokens: int) -> Tensor:
         return value.unflatten(0, (n_texts, n_tokens))
     is_what = f"of shape {list(shape)}" if shape is not None else f"a {type(value).__name__}"
     raise RequestError(
-        f"--hookpoint {site.hookpoint}: what is there is {is_what}, not one row for each of "
+        f"`hookpoint` {site.hookpoint}: what is there is {is_what}, not one row for each of "
         f"{n_texts} x {n_tokens} tokens"
     )

@@ -70,7 +70,7 @@ def _check_sum(decoder: nn.Module, layer: int, ids: Tensor) -> None:
     off = (before + attention + mlp - after).abs()
     if bool((off > 4 * torch.finfo(found[sites[0]].dtype).eps * size).any()):
         raise RequestError(
-            f"--hookpoint mlp_out, attn_out: in {type(block_of(decoder, layer)).__name__} resid_pre + attn_out + "
+            f"`hookpoint` mlp_out, attn_out: in {type(block_of(decoder, layer)).__name__} resid_pre + attn_out + "
             f"mlp_out is not resid_post (off by up to {float(off.max()):.3g}): give the place as a module path "
             f"with {LAYER}"
         )
@@ -83,6 +83,6 @@ def _check_norm(decoder: nn.Module, site: Site, normalised: Tensor, ids: Tensor)
     read = _run(decoder, {part: find_tap(decoder, part)}, ids)[part]
     if not is_affine_of(read, normalised, norm, tolerance=8 * torch.finfo(read.dtype).eps):
         raise RequestError(
-            f"--hookpoint {site.hookpoint}: {type(norm).__name__} is not a norm, a weight and a bias before "
+            f"`hookpoint` {site.hookpoint}: {type(norm).__name__} is not a norm, a weight and a bias before "
             f"{part.hookpoint}: give the place as a module path with {LAYER}"
         )

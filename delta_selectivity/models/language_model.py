@@ -58,7 +58,7 @@ class ModelInfo:
         try:
             sizes = read_sizes(config, tokenizer)
         except (AttributeError, ValueError) as error:
-            raise RequestError(f"--model_name {files.name}: not a decoder-only language model ({error})") from error
+            raise RequestError(f"`model` {files.name}: not a decoder-only language model ({error})") from error
         dtype = str(getattr(config, "dtype", None)).removeprefix("torch.")
         return cls(files, *sizes, tokenizer.bos_token_id, dtype)
 
@@ -137,13 +137,13 @@ class ModelInfo:
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
-            raise RequestError(f"--model_name {self.name}: weights cannot be read: {first_line(error)}") from error
+            raise RequestError(f"`model` {self.name}: weights cannot be read: {first_line(error)}") from error
         finally:
             hf_logging.set_verbosity(verbosity)
             hf_logging.enable_progress_bar()
         bad = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if bad:
-            raise RequestError(f"--model_name {self.name}: {len(bad)} weights are missing or misshapen: {bad[0]} ...")
+            raise RequestError(f"`model` {self.name}: {len(bad)} weights are missing or misshapen: {bad[0]} ...")
         return module
 
 

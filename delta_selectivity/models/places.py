@@ -78,7 +78,7 @@ def find_tap(decoder: nn.Module, site: Site) -> Tap:
         return _at_path(decoder, site)
     if hookpoint not in HOOKPOINTS:
         raise RequestError(
-            f"--hookpoint {hookpoint!r}: use {', '.join(HOOKPOINTS)}, or a module path with {LAYER} (its output; "
+            f"`hookpoint` {hookpoint!r}: use {', '.join(HOOKPOINTS)}, or a module path with {LAYER} (its output; "
             f"its input with {INPUT} appended)"
         )
     blocks = _blocks(decoder)
@@ -136,7 +136,7 @@ def _at_path(decoder: nn.Module, site: Site) -> Tap:
         parts = parts[1:]
     if (module := _get(decoder, ".".join(parts))) is None:
         raise RequestError(
-            f"--hookpoint {site.hookpoint}: {type(decoder).__name__} has no such module; it has "
+            f"`hookpoint` {site.hookpoint}: {type(decoder).__name__} has no such module; it has "
             f"{_alternatives(decoder, site.layer)}"
         )
     return Tap(module, "input" if is_input else "output")
@@ -147,7 +147,7 @@ def _blocks(decoder: nn.Module) -> nn.ModuleList:
         if isinstance(blocks := getattr(decoder, name, None), nn.ModuleList):
             return blocks
     raise RequestError(
-        f"{type(decoder).__name__} has no list of layers called {', '.join(BLOCKS)}: give --hookpoint as a module "
+        f"{type(decoder).__name__} has no list of layers called {', '.join(BLOCKS)}: give `hookpoint` as a module "
         f"path; it has {_alternatives(decoder, 0)}"
     )
 
@@ -167,7 +167,7 @@ def _part(parent: nn.Module, hookpoint: str, names: Sequence[str]) -> nn.Module:
         if (part := _get(parent, name)) is not None:
             return part
     raise RequestError(
-        f"--hookpoint {hookpoint}: {type(parent).__name__} has none of {', '.join(names)}: give a module path with "
+        f"`hookpoint` {hookpoint}: {type(parent).__name__} has none of {', '.join(names)}: give a module path with "
         f"{LAYER}; it has {', '.join(_names(parent)[:SHOWN])}"
     )
 

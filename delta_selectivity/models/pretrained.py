@@ -34,18 +34,18 @@ class Pretrained:
         folder = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
         if os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
             if not (folder / "config.json").is_file():
-                raise RequestError(f"--model_name {folder}: the folder has no config.json")
+                raise RequestError(f"`model` {folder}: the folder has no config.json")
             if revision is not None:
-                raise RequestError(f"--revision {revision}: {folder} is a local folder, which has one state only")
+                raise RequestError(f"`revision` {revision}: {folder} is a local folder, which has one state only")
             return cls(str(folder), None, None, trust_remote_code)
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
-            raise RequestError(f"--model_name {name!r}: no such folder (and not a hub id of the form owner/name)")
+            raise RequestError(f"`model` {name!r}: no such folder (and not a hub id of the form owner/name)")
         try:
             commit = _commit(name, revision or NO_REVISION)
         except Exception as error:  # the hub client raises many kinds; all mean that this name is unusable
             at = f" at revision {revision}" if revision else ""
             told = f"not a local folder, and not to be had from the hub{at}: {first_line(error)}"
-            raise RequestError(f"--model_name {name}: {told}") from error
+            raise RequestError(f"`model` {name}: {told}") from error
         return cls(name, revision, commit, trust_remote_code)
 
     @cached_property
@@ -84,11 +84,11 @@ class Pretrained:
         except Exception as error:  # the parsers raise many kinds; all mean that this model is unusable
             told = f"config or tokenizer cannot be read: {first_line(error)}"
             if "trust_remote_code" in str(error):
-                told = "it comes with Python code of its own: read it, and allow it with --trust_remote_code"
-            raise RequestError(f"--model_name {self.name}: {told}") from error
+                told = "it comes with Python code of its own: read it, and allow it with `trust_remote_code`"
+            raise RequestError(f"`model` {self.name}: {told}") from error
         if not getattr(tokenizer, "is_fast", False):
             told = "needs a fast tokenizer (tokenizer.json) to place the name's tokens"
-            raise RequestError(f"--model_name {self.name}: {told}")
+            raise RequestError(f"`model` {self.name}: {told}")
         return config, tokenizer
 
 

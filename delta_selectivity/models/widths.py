@@ -44,7 +44,7 @@ def refuse_unused(sites: Collection[Site], found: Collection[Site]) -> None:
     for site in sites:
         if site not in found:
             raise RequestError(
-                f"--hookpoint {site.hookpoint}: the model runs without that module in layer {site.layer}"
+                f"`hookpoint` {site.hookpoint}: the model runs without that module in layer {site.layer}"
             )
 
 

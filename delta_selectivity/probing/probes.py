@@ -42,7 +42,7 @@ def choose_backend(name: str, device: torch.device | str) -> tuple[ProbeBackend,
     if name == "cuml":
         return _cuml(device), "asked for"
     if name != "auto":
-        raise RequestError(f"--probe {name}: choose one of {', '.join(BACKENDS)}")
+        raise RequestError(f"`probe` {name}: choose one of {', '.join(BACKENDS)}")
     if device.type != "cuda":
         return TorchLbfgs(), f"the device is {device}"
     return _best_on_cuda(device, TorchLbfgs())
@@ -51,9 +51,9 @@ def choose_backend(name: str, device: torch.device | str) -> tuple[ProbeBackend,
 def check_backend(name: str, device: torch.device | str) -> None:
     """Raise RequestError if `name` cannot be had on `device`; costs nothing, so it can come before all else."""
     if name == "cuml" and importlib.util.find_spec("cuml") is None:
-        raise RequestError("--probe cuml: cuML is not installed; pip install -r requirements-gpu.txt")
+        raise RequestError("`probe` cuml: cuML is not installed; pip install -r requirements-gpu.txt")
     if name == "cuml" and torch.device(device).type != "cuda":
-        raise RequestError(f"--probe cuml: runs on an NVIDIA GPU, not on {device}; use --probe auto")
+        raise RequestError(f"`probe` cuml: runs on an NVIDIA GPU, not on {device}; use `probe` auto")
 
 
 def disagreement(backend: ProbeBackend, reference: ProbeBackend, problem: ProbeProblem) -> float:

@@ -60,7 +60,7 @@ class RecordFile:
         found = read(path)
         differs = _differences(found["_run"]["key"], fresh.key)
         if differs:
-            raise RequestError(f"{path} was made with other settings ({'; '.join(differs)}): --overwrite replaces it")
+            raise RequestError(f"{path} was made with other settings ({'; '.join(differs)}): `overwrite` replaces it")
         fresh.layers = {int(name.removeprefix("layer_")): value for name, value in found.items() if name != "_run"}
         run_before = found["_run"]
         fresh.warnings, fresh.complete = list(run_before["warnings"]), run_before["complete"]
@@ -103,9 +103,7 @@ def reserve(path: Path) -> Iterator[None]:
             sweep(path.parent, path.name)
             yield
     except Locked as error:
-        raise RequestError(
-            f"{path}: another run is writing it: wait for its end, or give another --output_directory"
-        ) from error
+        raise RequestError(f"{path}: another run is writing it: wait for its end, or give another `output`") from error
 
 
 def read(path: Path) -> Json:
@@ -120,11 +118,11 @@ def read(path: Path) -> Json:
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(f"{path} is not a result file of this program: --overwrite replaces it") from error
+        raise RequestError(f"{path} is not a result file of this program: `overwrite` replaces it") from error
     if not known or not layered:
-        raise RequestError(f"{path} is not a result file of schema {SCHEMA_VERSION}: --overwrite replaces it")
+        raise RequestError(f"{path} is not a result file of schema {SCHEMA_VERSION}: `overwrite` replaces it")
     if not intact:
-        raise RequestError(f"{path} was changed after it was written: --overwrite replaces it")
+        raise RequestError(f"{path} was changed after it was written: `overwrite` replaces it")
     return found
 
 
@@ -161,7 +159,7 @@ def prepare_folder(folder: Path) -> None:
         probe.touch()
         sweep(folder, "writable")  # its own, and those of killed runs
     except OSError as error:
-        raise RequestError(f"--output_directory {folder}: cannot write there: {error.strerror}") from error
+        raise RequestError(f"`output` {folder}: cannot write there: {error.strerror}") from error
 
 
 def result_path(folder: Path, model_name: str, dataset_slug: str) -> Path:

@@ -17,7 +17,7 @@ MOST = 10_000_000  # bytes of a page with links to save its plots; a larger one 
 
 def write_page(study: Study, path: Path) -> str:
     """Write the page in one step and say so. Raises `RequestError` if the path cannot be written."""
-    with _told("--output", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
+    with _told("`output`", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
         plots = plots_of(study)
         drawn = {plot.name: plot.svg() for plot in plots}
         text = page(study, plots, drawn, with_links=True)
@@ -25,13 +25,13 @@ def write_page(study: Study, path: Path) -> str:
             out.write(text)
         else:
             out.write(page(study, plots, drawn, with_links=False))
-    unlinked = "" if with_links else "; too large for links that save its plots: --plots DIR writes them"
+    unlinked = "" if with_links else "; too large for links that save its plots: `plots` writes them"
     return f"report: {path} ({path.stat().st_size / 1e6:.1f} MB){unlinked}"
 
 
 def write_plots(study: Study, folder: Path) -> str:
     """Write every plot as PNG and SVG, and its numbers as CSV. Raises `RequestError` if that fails."""
-    with _told("--plots", folder):
+    with _told("`plots`", folder):
         folder.mkdir(parents=True, exist_ok=True)
         names = []
         for plot in plots_of(study):

@@ -31,7 +31,7 @@ def load(paths: Iterable[Path]) -> list[File]:
     """The files, each checked. Raises `RequestError` if there is none, or one is no result file."""
     files = [(path, result_file.read(path)) for path in paths]
     if not files:
-        raise RequestError("no result files found: run main.py first, or name its --output_directory")
+        raise RequestError("no result files found: run the program first, or name its `output`")
     return files
 
 

@@ -27,7 +27,7 @@ N_TEXTS = 256
 N_TOKENS = 4096
 """Tokens kept of each site, so that all sites of a large model fit in memory: the mean's own error then adds 1/4096
 to the FVU of mean ablation."""
-BATCH_TOKENS = 4096  # padded tokens in a forward pass; --batch_size has no say
+BATCH_TOKENS = 4096  # padded tokens in a forward pass; `batch_size` has no say
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What SAEs are, and how well they fit each hook point of a model: `python main.py inspect --sae_name ...`.
+"""What SAEs are, and how well they fit each hook point of a model: `python main.py inspect`.
 
 show(render(source, {site: sae}, {site: fit}, check))
 """

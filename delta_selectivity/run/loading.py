@@ -122,7 +122,7 @@ def _load_fitting(
     misfits = [fit for fit in fits.values() if fit.misfits]
     if misfits and not config.force:
         more = f" (and {len(misfits) - 1} more of {len(fits)} SAEs misfit)" if len(misfits) > 1 else ""
-        raise RequestError(f"{misfits[0].problem()}{more}; --force measures it as it is")
+        raise RequestError(f"{misfits[0].problem()}{more}; `force` measures it as it is")
     told = [(sae_id, fit.problem()) for (_, sae_id), fit in fits.items()]
     told += [(sae_id, _of_another_model(config, source)) for sae_id, source in enumerate(plan.sources)]
     for sae_id, problem in told:

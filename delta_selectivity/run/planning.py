@@ -106,7 +106,7 @@ def make_plan(config: RunConfig, fetch: bool = True) -> Plan:
                 raise RequestError(f"layer {layer}: {config.model_name} has layers 0 to {info.n_layers - 1}")
             if layer not in source.layers:
                 has = ",".join(map(str, source.layers))
-                raise RequestError(f"--layers {layer}: {source.name} has SAEs for layers {has} only")
+                raise RequestError(f"`layers` {layer}: {source.name} has SAEs for layers {has} only")
         sites[sae_id] = [Site(layer, source.hookpoint) for layer in layers]
     widths = _check_widths(config, info, setup, sources, sites)
     for sae_id, source in enumerate(sources if fetch else ()):
@@ -144,7 +144,7 @@ def _check_widths(
             for site in places[sae_id]:
                 if widths[site] != width:
                     raise RequestError(
-                        f"--sae_name {source.name}: its {what} is {width}, but {site.hookpoint} of {config.model_name} "
+                        f"`saes` {source.name}: its {what} is {width}, but {site.hookpoint} of {config.model_name} "
                         f"has width {widths[site]}"
                     )
     return widths
@@ -185,12 +185,12 @@ def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tu
     """
     if asked != "auto":
         if asked != "none" and not info.has_bos:
-            raise RequestError(f"--bos {asked}: {info.name} has no token that begins a text")
+            raise RequestError(f"`bos` {asked}: {info.name} has no token that begins a text")
         return asked != "none", [asked == "counted"] * len(sources)
     wishes = {source.prepend_bos for source in sources} - {None}
     if len(wishes) > 1:
         raise RequestError(
-            "these SAEs were trained partly with and partly without BOS: measure them in two runs, or decide by --bos"
+            "these SAEs were trained partly with and partly without BOS: measure them in two runs, or decide by `bos`"
         )
     return bool(wishes.pop()) if wishes else info.has_bos, [source.counts_bos for source in sources]
 
@@ -216,7 +216,7 @@ def open_files(config: RunConfig, plan: Plan, held: ExitStack) -> dict[tuple[Sae
         for index, dataset in enumerate(plan.texts.datasets):
             path = result_path(folder, config.model_name, dataset.slug)
             if any(file.path == path for file in files.values()):
-                raise RequestError(f"--sae_name: two SAEs would be written to {folder}: measure them in two runs")
+                raise RequestError(f"`saes`: two SAEs would be written to {folder}: measure them in two runs")
             held.enter_context(reserve(path))
             files[sae_id, index] = RecordFile.open(path, {**key, "data": data[index]}, run, config.overwrite)
     return files

@@ -252,9 +252,9 @@ def _with_other_bos(sae: Sae, site: Site, both: Preflight, fvu: float) -> Iterat
     if found is None:
         return
     if bool(both.samples[site].bos.any()):
-        yield Alternative("on texts without BOS", "--bos none", found, fvu)
+        yield Alternative("on texts without BOS", "`bos` none", found, fvu)
     else:
-        yield Alternative("on texts that begin with BOS", "--bos excluded", found, fvu)
+        yield Alternative("on texts that begin with BOS", "`bos` excluded", found, fvu)
 
 
 def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> Iterator[Alternative]:
@@ -268,7 +268,7 @@ def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> It
     variance = (ordinary - ordinary.mean(dim=0)).square().sum(dim=1).mean()
     at_bos, elsewhere = (float(error[which].mean() / variance) for which in (sample.bos, ~sample.bos))
     if at_bos > BOS_ERROR * elsewhere:
-        yield Alternative("if BOS does not count, as in its training", "--bos excluded", elsewhere, at_bos)
+        yield Alternative("if BOS does not count, as in its training", "`bos` excluded", elsewhere, at_bos)
 
 
 def _rows(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> Tensor:

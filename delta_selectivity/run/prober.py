@@ -288,7 +288,7 @@ def _share_rows(dataset: Dataset) -> list[list[Probe]]:
 
 def _warn(file: RecordFile, where: str, figures: Reconstruction, probes: Json, repeats: int) -> None:
     """Tell, once, what a reader of these numbers must know."""
-    found = ["one partition (--repeats 1): the intervals leave out the luck of the folds"] if repeats == 1 else []
+    found = ["one partition (repeats 1): the intervals leave out the luck of the folds"] if repeats == 1 else []
     if not file.is_baseline and figures.fvu_pos is not None and figures.fvu_pos > 1:
         found.append(
             f"{where}: FVU {figures.fvu_pos:.2f} at the probed positions: the SAE reconstructs worse than the mean "

@@ -77,14 +77,14 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
     if name.strip() and os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return assemble(name, find_members(folder, name, hookpoint=hookpoint), hookpoint)
     if os.path.isfile(folder):  # noqa: PTH113 - likewise
-        raise RequestError(f"--sae_name {name}: this is a file; give the folder that holds it")
+        raise RequestError(f"`saes` {name}: this is a file; give the folder that holds it")
     if os.path.islink(folder):  # noqa: PTH114 - likewise
-        raise RequestError(f"--sae_name {name}: a symbolic link that leads nowhere")
+        raise RequestError(f"`saes` {name}: a symbolic link that leads nowhere")
     if (release := split_release(name)) is not None:
         return _open_release(*release, hookpoint)
     hub_name = split_name(name)
     if hub_name is None:
-        raise RequestError(f"--sae_name {name!r}: no such folder (seen from {Path.cwd()}), and no name on the Hub")
+        raise RequestError(f"`saes` {name!r}: no such folder (seen from {Path.cwd()}), and no name on the Hub")
     repository_name, below = hub_name
     repository = HubRepository.open(repository_name, cache_dir, below)
     whole_name = name.rstrip("/")

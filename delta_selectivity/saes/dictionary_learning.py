@@ -97,7 +97,7 @@ class DictionaryLearning:
     """Reads one folder of this format."""
 
     asked: str | None = None
-    """``--hookpoint``, for a config and a folder that do not say where the SAE belongs."""
+    """``hookpoint``, for a config and a folder that do not say where the SAE belongs."""
 
     def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The config, then the weights."""

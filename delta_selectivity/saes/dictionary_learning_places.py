@@ -31,7 +31,7 @@ def find_places(
         trainer: the object of that name in the config at ``path``.
         buffer: likewise; its ``io`` says whether the input of the submodule was taken, its output, or both.
         path: of the config; the names of the last folders on the way to it count where ``submodule_name`` is missing.
-        asked: ``--hookpoint``, which counts where neither says it.
+        asked: ``hookpoint``, which counts where neither says it.
 
     Raises:
         RequestError: nothing says where the SAE belongs, or two things say differently.
@@ -49,7 +49,7 @@ def find_places(
     if hook is None:
         raise RequestError(
             f"{path}: it does not say where in the model the SAE belongs: "
-            + ("name the place with --hookpoint" if layer is not None else "put layer and submodule_name into trainer")
+            + ("name the place with `hookpoint`" if layer is not None else "put layer and submodule_name into trainer")
             + ", or call its folder resid_post_layer_5, say"
         )
     if layer is not None and layer != hook.layer:

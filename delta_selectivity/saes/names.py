@@ -90,7 +90,7 @@ def _match_releases(name: str) -> list[str]:
     if found:
         return found
     example = f"; its ids look like {sae_ids(releases[0])[0]}" if releases else ""
-    raise RequestError(f"--sae_name {name}: no folder of SAEs and no SAE of SAE Lens's list matches{example}")
+    raise RequestError(f"`saes` {name}: no folder of SAEs and no SAE of SAE Lens's list matches{example}")
 
 
 def _templates(release: str, matched: Sequence[str]) -> list[str]:

@@ -1,10 +1,10 @@
 """SAEs that are Python objects: ``register`` gives one a name, and the program measures it under that name.
 
     register("mine", my_sae, layer=5, hookpoint="resid_post", d_in=768)
-    main.main(["--model_name", "EleutherAI/pythia-160m", "--sae_name", "mine"])
+    main.main(["`model`", "EleutherAI/pythia-160m", "`saes`", "mine"])
 
 The object has ``encode(x [rows, d_in]) -> [rows, d_sae]`` and ``decode(codes) -> [rows, d_in]``, both dense, each row
-for itself. A ``torch.nn.Module`` is measured in evaluation mode, in float32 and on ``--device1``, on a copy if it is in
+for itself. A ``torch.nn.Module`` is measured in evaluation mode, in float32 and on ``device1``, on a copy if it is in
 another state; any other object is given tensors on the CPU.
 """
 
@@ -28,7 +28,7 @@ from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.source import SaeHeader
 
 SEPARATORS = frozenset(",*?[]<>")
-"""What ``--sae_name`` gives a meaning of its own."""
+"""What ``saes`` gives a meaning of its own."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def register(
     input_hookpoint: str | None = None,
     d_out: int | None = None,
 ) -> None:
-    """Give an SAE of one layer a name that ``open_sae`` and ``--sae_name`` find, in this process.
+    """Give an SAE of one layer a name that ``open_sae`` and ``saes`` find, in this process.
 
     Call it once for each layer. The same name, layer and hook point again replaces what was there.
 

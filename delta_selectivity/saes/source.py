@@ -226,11 +226,11 @@ def _choose_place(name: str, found: Sequence[str], asked: str | None) -> str:
     if asked is not None:
         matching = [place for place in places if same_place(asked, place)]
         if not matching:
-            raise RequestError(f"--hookpoint {asked}: {name} has SAEs for {', '.join(places)}")
+            raise RequestError(f"`hookpoint` {asked}: {name} has SAEs for {', '.join(places)}")
         return matching[0]
     if "resid_post" in places or len(places) == 1:
         return "resid_post" if "resid_post" in places else places[0]
-    raise RequestError(f"{name}: SAEs for {', '.join(places)}; choose one with --hookpoint")
+    raise RequestError(f"{name}: SAEs for {', '.join(places)}; choose one with `hookpoint`")
 
 
 def _listed(layers: Sequence[int]) -> str:

@@ -71,7 +71,7 @@ def _reach(scheduler: str | None) -> str:
         with Client(scheduler, timeout=10, set_as_default=False) as client:
             n_workers = len(client.scheduler_info(n_workers=-1)["workers"])
     except (OSError, ValueError) as error:
-        raise RequestError(f"--scheduler {scheduler}: no Dask scheduler answers there ({error})") from error
+        raise RequestError(f"`scheduler` {scheduler}: no Dask scheduler answers there ({error})") from error
     if not n_workers:
         log.warning("%s has no workers yet: waiting for some", scheduler)
     return scheduler

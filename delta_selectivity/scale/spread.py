@@ -88,7 +88,7 @@ def count_workers(asked: int | None, config: RunConfig, n_units: int) -> tuple[i
     if config.device1 != "cpu":
         gpus = torch.cuda.device_count()
     if gpus and asked is not None and asked > gpus:
-        raise RequestError(f"--workers {asked}: this machine has {gpus} GPUs, for one worker each")
+        raise RequestError(f"`workers` {asked}: this machine has {gpus} GPUs, for one worker each")
     n_workers = min(asked or gpus or len(os.sched_getaffinity(0)), n_units)
     return n_workers, n_workers if gpus else 0
 

@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -34,11 +35,13 @@ def _escape(char: str) -> str:
 class LineFormatter(logging.Formatter):
     """LEVEL: message, on one line each; tracebacks below it keep their lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, rewrite: Callable[[str], str] = str) -> None:
+        """rewrite: applied to every message."""
         super().__init__("%(levelname)s: %(message)s")
+        self._rewrite = rewrite
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return one_line(super().formatMessage(record))
+        return one_line(self._rewrite(super().formatMessage(record)))
 
     def formatException(self, ei: Any) -> str:
         return "\n".join(map(printable, super().formatException(ei).split("\n")))

@@ -24,7 +24,7 @@ def parse_dataset_names(spec: str) -> tuple[str, ...]:
     """
     parts = [part.strip().lower() for part in spec.split(",") if part.strip()]
     if not parts:
-        raise RequestError(f"--datasets {spec!r} names no dataset: choose from {_choices()}")
+        raise RequestError(f"`tasks` {spec!r} names no dataset: choose from {_choices()}")
     names: list[str] = []
     for part in parts:
         names.extend(DATASET_NAMES if part == "all" else [_resolve(part)])
@@ -47,7 +47,7 @@ def load_probe_texts(
     Raises `RequestError` for anything wrong with the request or the files.
     """
     if shuffle_select_n is not None and shuffle_select_n < 1:
-        raise RequestError(f"--shuffle_select_n must be at least 1, got {shuffle_select_n}")
+        raise RequestError(f"`shuffle_select_n` must be at least 1, got {shuffle_select_n}")
     return assemble(load_sources(names, data_dir, user_data), shuffle_select_n, seed)
 
 
@@ -82,7 +82,7 @@ def _resolve(part: str) -> str:
         return DATASET_NAMES[int(part)]
     if part in DATASET_NAMES:
         return part
-    raise RequestError(f"--datasets: there is no dataset {part!r}: choose from {_choices()}")
+    raise RequestError(f"`tasks`: there is no dataset {part!r}: choose from {_choices()}")
 
 
 def _choices() -> str:

@@ -1,4 +1,4 @@
-"""The table behind `--list_datasets`."""
+"""The table of the tasks there are."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def load_gurnee(name: str, data_dir: Path) -> Source:
     wanted = _PROPERTIES[name]
     if wanted not in folders:
         found = ", ".join(path.name for path in folders.values()) or "no folder of theirs"
-        raise RequestError(f"--data_dir {data_dir}: no {_PREFIX}{wanted}.* for {name}; found {found}")
+        raise RequestError(f"`data_dir` {data_dir}: no {_PREFIX}{wanted}.* for {name}; found {found}")
     row_sets = [_row_set(folders[wanted], _PROBES[wanted])]
     if name == "athlete" and "occupation" in folders:
         general = _row_set(folders["occupation"], _IS_ATHLETE)
@@ -73,12 +73,12 @@ def load_gurnee(name: str, data_dir: Path) -> Source:
 def _folders(data_dir: Path) -> dict[str, Path]:
     """Property -> folder. Raises `RequestError` if one property has two folders."""
     if not data_dir.is_dir():
-        raise RequestError(f"--data_dir {data_dir}: no such folder")
+        raise RequestError(f"`data_dir` {data_dir}: no such folder")
     folders: dict[str, Path] = {}
     for path in sorted(data_dir.glob(f"{_PREFIX}*")):
         key = path.name.removeprefix(_PREFIX).partition(".")[0]
         if path.is_dir() and folders.setdefault(key, path) != path:
-            raise RequestError(f"--data_dir {data_dir}: both {folders[key].name} and {path.name} hold {key}: keep one")
+            raise RequestError(f"`data_dir` {data_dir}: both {folders[key].name} and {path.name} hold {key}: keep one")
     return folders
 
 

@@ -58,7 +58,7 @@ def _read_saved(path: Path, data: UserData) -> Table:
     if isinstance(saved, datasets.DatasetDict):
         return _table(saved[_choose_split(tuple(saved), data)], data)
     if data.split is not None:
-        raise RequestError(f"{data.flag}: --dataset_split {data.split}: the folder has no splits; leave it out")
+        raise RequestError(f"{data.flag}: `split` {data.split}: the folder has no splits; leave it out")
     return _table(saved, data)
 
 
@@ -99,11 +99,11 @@ def _choose_split(found: Sequence[str], data: UserData) -> str:
     """The split asked for, else train, else the only one."""
     choices = ", ".join(found) or "none"
     if data.split is not None and data.split not in found:
-        raise RequestError(f"{data.flag}: --dataset_split {data.split}: there is no such split; found {choices}")
+        raise RequestError(f"{data.flag}: `split` {data.split}: there is no such split; found {choices}")
     if data.split is not None:
         return data.split
     if "train" not in found and len(found) != 1:
-        raise RequestError(f"{data.flag}: has no split train, choose one with --dataset_split: {choices}")
+        raise RequestError(f"{data.flag}: has no split train, choose one with `split`: {choices}")
     return "train" if "train" in found else found[0]
 
 

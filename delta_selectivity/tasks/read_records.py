@@ -61,7 +61,7 @@ def _read_file(path: Path, data: UserData) -> Table:
             "or a dataset of the Hub"
         )
     if data.split is not None:
-        raise RequestError(f"{data.flag}: --dataset_split {data.split}: a file has no splits; leave it out")
+        raise RequestError(f"{data.flag}: `split` {data.split}: a file has no splits; leave it out")
     return reader(path, data)
 
 

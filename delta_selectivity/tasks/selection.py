@@ -1,4 +1,4 @@
-"""Which rows `--shuffle_select_n` keeps: shared fairly among row sets, classes balanced, drawn by seed.
+"""Which rows `shuffle_select_n` keeps: shared fairly among row sets, classes balanced, drawn by seed.
 
 Nested: with one seed, the rows kept for n are among those kept for any larger n.
 """
@@ -25,7 +25,7 @@ def select_rows(source: Source, n: int | None, seed: int) -> Source:
     shares = _allot([len(row_set.rows) for row_set in source.row_sets], n)
     if not _leaves_every_class(source, shares):
         raise RequestError(
-            f"--shuffle_select_n {n} leaves a probe of {source.slug} without one of its classes: "
+            f"`shuffle_select_n` {n} leaves a probe of {source.slug} without one of its classes: "
             f"ask for at least {_least(source, n)} rows"
         )
     kept = tuple(

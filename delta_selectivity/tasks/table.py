@@ -34,14 +34,14 @@ def numbered(rows: Iterable[Mapping[str, Any]]) -> tuple[Record, ...]:
 def chosen_columns(data: UserData, found: Iterable[str]) -> dict[str, str]:
     """Our name -> theirs, of the columns that are there.
 
-    Raises `RequestError` if `--dataset_columns` names one that is not.
+    Raises `RequestError` if `columns` names one that is not.
     """
     there = tuple(found)
     renamed = dict(data.columns)
     for ours, theirs in data.columns:
         if theirs not in there:
             raise RequestError(
-                f"{data.flag}: --dataset_columns {ours}={theirs}: there is no column {theirs!r}; "
+                f"{data.flag}: `columns` {ours}={theirs}: there is no column {theirs!r}; "
                 f"found {', '.join(there) or 'none'}"
             )
     return {ours: renamed.get(ours, ours) for ours in COLUMNS if renamed.get(ours, ours) in there}

@@ -27,7 +27,7 @@ class UserData:
     @property
     def flag(self) -> str:
         """What every error message about it begins with."""
-        return f"--dataset_file {self.path_or_name}"
+        return f"`dataset_file` {self.path_or_name}"
 
 
 def parse_columns(spec: str) -> tuple[tuple[str, str], ...]:
@@ -39,10 +39,10 @@ def parse_columns(spec: str) -> tuple[tuple[str, str], ...]:
     for part in filter(None, (part.strip() for part in spec.split(","))):
         ours, equals, theirs = (side.strip() for side in part.partition("="))
         if not equals or not theirs:
-            raise RequestError(f"--dataset_columns {part!r}: write our name = yours, e.g. text=sentence,label=class")
+            raise RequestError(f"`columns` {part!r}: write our name = yours, e.g. text=sentence,label=class")
         if ours not in COLUMNS:
-            raise RequestError(f"--dataset_columns {part!r}: there is no column {ours!r}: name {', '.join(COLUMNS)}")
+            raise RequestError(f"`columns` {part!r}: there is no column {ours!r}: name {', '.join(COLUMNS)}")
         if ours in pairs:
-            raise RequestError(f"--dataset_columns {part!r}: {ours} is {pairs[ours]!r} already")
+            raise RequestError(f"`columns` {part!r}: {ours} is {pairs[ours]!r} already")
         pairs[ours] = theirs
     return tuple(pairs.items())

@@ -6,7 +6,7 @@ group  rows of one group never fall on both sides of a split; default: the probe
 start, end  characters [start, end) to probe; default: the text's last word
 task   the probe's name, for several in one file; default: the file's name
 
-Columns that are called otherwise are named by `--dataset_columns`; rows of one text and span count once.
+Columns that are called otherwise are named by `columns`; rows of one text and span count once.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _check_columns(columns: Sequence[str], data: UserData) -> None:
     if missing:
         raise RequestError(
             f"{data.flag}: missing {_plural('column', missing)}; found {', '.join(columns)}: "
-            f"say which is which with --dataset_columns {missing[0]}=..."
+            f"say which is which with `columns` {missing[0]}=..."
         )
 
 
