@@ -25,11 +25,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from delta_selectivity.cli.command_line import DEMO_SAES, parse_config
+from delta_selectivity.cli.command_line import DEMO_SAES, parse
 from delta_selectivity.records.result_file import read, write_json
 from delta_selectivity.reporting.tables import Row, aligned
 from delta_selectivity.run.measure import measure
-from delta_selectivity.run.planning import make_plan, open_files
+from delta_selectivity.run.planning import make_plan, missing_cells, open_files
 from delta_selectivity.scale.cluster import open_cluster
 from delta_selectivity.scale.estimate import CPU_CORE, shape_of
 from delta_selectivity.scale.schedule import outcomes
@@ -48,16 +48,15 @@ def measure_rates(folder: Path) -> dict[str, float]:
     import torch
 
     torch.set_num_threads(1)
-    config, _ = parse_config([*CPU, "--layers", "1", "--output_directory", str(folder)])
-    plan = make_plan(config, fetch=False)
-    (unit,) = plan_units(config, plan, 1, 8)
+    plan = make_plan(parse([*CPU, "--layers", "1", "--output_directory", str(folder)]).request, fetch=False)
+    (unit,) = plan_units(plan, 1, 8)
     begin = time.perf_counter()
     with ExitStack() as held:
-        own = make_plan(unit.config)
-        files = open_files(unit.config, own, held)
+        own = make_plan(unit.request)
+        files = open_files(own, held)
         opening = time.perf_counter() - begin
-        measure(unit.config, own, files)
-    shape = shape_of(config, plan, unit)
+        measure(own, files, missing_cells(own, files))
+    shape = shape_of(plan, unit)
     spent = {name: sum(stage_seconds(unit).get(stage, 0.0) for stage in STAGES[name]) for name in STAGES}
     views = shape.n_sites * shape.d_model + sum(d_out for _, _, d_out in shape.sae_sizes)
     return {
@@ -81,8 +80,8 @@ def measure_processes(folder: Path, n_processes: int, copies: int) -> dict[str, 
         shutil.copytree(sae, copied, dirs_exist_ok=True)
     out = folder / f"out_{n_processes}"
     shutil.rmtree(out, ignore_errors=True)
-    config, _ = parse_config([*CPU, *SMALL, "--sae_name", ",".join(map(str, saes)), "--output_directory", str(out)])
-    units = plan_units(config, make_plan(config, fetch=False), 1, 1)
+    asked = parse([*CPU, *SMALL, "--sae_name", ",".join(map(str, saes)), "--output_directory", str(out)])
+    units = plan_units(make_plan(asked.request, fetch=False), 1, 1)
     with open_cluster(n_processes, 0, None) as client:
         return _run(client, units)
 

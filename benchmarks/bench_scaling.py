@@ -119,7 +119,7 @@ def run_job(job: Job) -> Cost:
 
 def write_rows(path: Path, n_rows: int, n_probes: int) -> None:
     """A task of the user's own: texts of the Wikidata tasks with labels drawn at random."""
-    mentions = load_probe_texts((), data_dir=None, user_data=None, shuffle_select_n=None, seed=0).mentions
+    mentions = load_probe_texts().mentions
     random = np.random.default_rng(0)
     chosen = random.permutation(len(mentions))[:n_rows]
     labels = random.integers(max(n_probes, 2), size=n_rows)

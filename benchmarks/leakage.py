@@ -27,7 +27,7 @@ from delta_selectivity.probing.uncertainty import Estimate, estimate_delta
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting import tables
 from delta_selectivity.tasks.assemble import distinct_rows
-from delta_selectivity.tasks.catalogue import load_sources
+from delta_selectivity.tasks.catalogue import load_tasks
 from delta_selectivity.tasks.types import RowSet
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -120,7 +120,7 @@ def measure(layer: int) -> list[Leakage]:
 
     pairs = [
         pair
-        for source in load_sources(None, None, None)
+        for source in load_tasks(None, None)
         for pair in zip(source.row_sets, distinct_rows(source).row_sets, strict=True)
     ]
     places = {row.mention: 0 for shipped, _ in pairs for row in shipped.rows}  # each distinct mention is run once

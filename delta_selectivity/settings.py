@@ -1,13 +1,21 @@
-"""`RunConfig`: everything that was asked for, checked at construction. Only `main` sees it.
+"""`Settings`: every choice of a run, with its default, unit, help and rules, once.
 
-Rules that need a file, a model or a device are checked where those are opened; here are the rules that the
-values alone can break. `None` means off or "choose for me", never -1 or "".
+    Settings(folds=3, views="error,latents")
+
+Flags, `--help`, validation and the table in `docs/settings.md` are made from the fields. Rules that need a file, a
+model or a device are checked where those are opened. `None` means off or "choose for me", never -1 or "".
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import numbers
+import types
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from delta_selectivity.errors import RequestError
 
@@ -20,94 +28,172 @@ BOS = ("auto", "counted", "excluded", "none")
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """One run of `main.py`."""
+class Rule:
+    """What is known of a field beside its default: its help, and which values it takes."""
 
-    model_name: str  # hub id or local folder
-    revision: str | None  # branch, tag or commit of a hub model
-    trust_remote_code: bool
-    sae_names: tuple[str, ...]  # each a hub id, a local folder, release/sae_id of SAE Lens, or a pattern of those
-    datasets: tuple[str, ...]  # names of Wikidata datasets; empty with dataset_file alone
-    dataset_file: str | None  # a file, a folder, or a dataset on the Hub
-    dataset_split: str | None  # None: train, or the only one
-    dataset_columns: tuple[tuple[str, str], ...]  # (our name, the file's name)
-    data_dir: Path | None
-    layers: tuple[int, ...] | None  # None: every layer that the SAE has
-    hookpoint: str | None  # None: what the SAE says of itself
-    positions: str
-    bos: str  # whether texts begin with BOS, and whether it counts in whole-text figures
-    output_directory: Path
-    device1: str  # model and SAE
-    device2: str  # probes
-    batch_size: int | None  # texts in a forward pass; None: chosen from free memory
-    shuffle_select_n: int | None  # rows per dataset at most; None: all
-    probe: str
-    views: tuple[str, ...]
-    baselines: tuple[str, ...]  # kinds of baselines to measure beside the SAEs
-    epsilon: float  # differences of selectivity within +-this count as preserved
-    dtype: str  # of the model; SAEs compute in float32, probes in float64
-    folds: int
-    repeats: int
-    seed: int
-    queue_gb: float
-    cache_dir: Path | None  # None: neither activations nor fits are kept
-    cache_gb: float
-    overwrite: bool
-    force: bool  # measure SAEs that do not seem to fit
-    quiet: bool
-    verbose: bool
+    help: str
+    group: str  # "what", "how" or "where": a heading of `--help` and of the table
+    if_none: str = ""  # what None stands for
+    choices: tuple[str, ...] = ()  # a name, or several of them in a tuple
+    least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    in_key: bool = False  # whether result files made with another value are refused
+
+
+def _setting(default: Any, group: str, help: str, **rule: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"rule": Rule(help, group, **rule)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Choices of a run that are not the model, the SAEs, the tasks, the layers or a place on disk.
+
+    Several names may be given as a tuple or as one string with commas. Raises `RequestError`, which names the field,
+    for a value that it does not take.
+    """
+
+    hookpoint: str | None = _setting(
+        None, "what", "resid_post, resid_pre, mlp_out, attn_out, mlp_in, attn_in, z, or a module path with <layer> "
+        "(with :in its input), in our or SAE Lens's words", if_none="what the SAE says of itself",
+    )  # fmt: skip
+    positions: str = _setting(
+        "last", "what", "last token of the name, mean over the name, or all its tokens weighted 1/len",
+        choices=POSITIONS, in_key=True,
+    )  # fmt: skip
+    bos: str = _setting(
+        "auto", "what", "whether texts begin with BOS, and whether it counts in the whole-text figures; auto: as in "
+        "training, and where that is not known, excluded if the model has one", choices=BOS,
+    )  # fmt: skip
+    shuffle_select_n: int | None = _setting(
+        None, "what", "at most this many rows per dataset, drawn by seed, classes balanced", if_none="all", least=1
+    )
+    views: tuple[str, ...] = _setting(
+        ("model", "sae"), "what", "views to probe: model and sae always; error adds what the SAE lost, latents its "
+        "codes", choices=VIEWS, in_key=True,
+    )  # fmt: skip
+    baselines: tuple[str, ...] = _setting(
+        (), "what", "measure these beside the SAEs, in the folder baselines; all for all of them", choices=BASELINES
+    )
+    revision: str | None = _setting(
+        None, "what", "branch, tag or commit of a hub model, such as Pythia's step3000", if_none="main"
+    )
+    trust_remote_code: bool = _setting(False, "what", "run code that comes with the model")
+    folds: int = _setting(
+        5, "how", "folds of the cross-validation, never splitting a person", least=3, in_key=True
+    )  # C for a fold is chosen on the others: two at least
+    repeats: int = _setting(5, "how", "partitions into folds", least=1, in_key=True)
+    seed: int = _setting(0, "how", "of the partitions and of shuffle_select_n", least=0, in_key=True)
+    epsilon: float = _setting(
+        0.02, "how", "a delta_sel whose 90 % interval lies within +-this counts as preserved", above=0, below=1,
+        in_key=True,
+    )  # fmt: skip
+    probe: str = _setting("auto", "how", "solver of the probes", choices=PROBE_BACKENDS, in_key=True)
+    dtype: str = _setting(
+        "auto", "how", "of the model; auto is bfloat16 for a model saved in it, else float32. SAEs compute in "
+        "float32, probes in float64", choices=DTYPES,
+    )  # fmt: skip
+    batch_size: int | None = _setting(
+        None, "where", "texts in a forward pass; halved when memory runs out", if_none="by free memory", least=1
+    )
+    queue_gb: float = _setting(
+        2.0, "where", "GB of memory for rows between the threads; collected rows beyond it are kept in temporary files",
+        above=0,
+    )  # fmt: skip
+    cache_gb: float = _setting(
+        50.0, "where", "GB that the cache holds in all, of whatever models; what was read longest ago goes", above=0
+    )
+    overwrite: bool = _setting(False, "where", "replace result files made with other settings")
+    force: bool = _setting(
+        False, "where", "measure an SAE although the check before the run finds that it fits another place, "
+        "normalisation or BOS setting far better",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
-        _one_of("`positions`", self.positions, POSITIONS)
-        _one_of("`probe`", self.probe, PROBE_BACKENDS)
-        _one_of("`dtype`", self.dtype, DTYPES)
-        _one_of("`bos`", self.bos, BOS)
-        for view in self.views:
-            _one_of("`views`", view, VIEWS)
-        for baseline in self.baselines:
-            _one_of("`baselines`", baseline, BASELINES)
-        _at_least("`folds`", self.folds, 3)  # C for a fold is chosen on the others: two at least
-        _at_least("`repeats`", self.repeats, 1)
-        _at_least("`seed`", self.seed, 0)
-        if self.batch_size is not None:
-            _at_least("`batch_size`", self.batch_size, 1)
-        if self.shuffle_select_n is not None:
-            _at_least("`shuffle_select_n`", self.shuffle_select_n, 1)
-        if not 0 < self.epsilon < 1:
-            raise RequestError(f"`epsilon` must be between 0 and 1, got {self.epsilon}")
-        if not self.queue_gb > 0:
-            raise RequestError(f"`queue_gb` must be positive, got {self.queue_gb}")
-        if not self.cache_gb > 0:
-            raise RequestError(f"`cache_gb` must be positive, got {self.cache_gb}")
-        if not self.sae_names:
-            raise RequestError("`saes` is empty: give a hub id, a folder, or several with commas")
-        if self.dataset_file is None and (self.dataset_split or self.dataset_columns):
-            raise RequestError("`split` and `columns` say how to read `dataset_file`, which is missing")
+        """Check every field; put names into the order that records know."""
+        for name in ("views", "baselines"):
+            object.__setattr__(self, name, _names(getattr(self, name)))
+        if self.baselines == ("all",):
+            object.__setattr__(self, "baselines", BASELINES)
+        for field, kind, rule in fields():
+            value = getattr(self, field.name)
+            _check(field.name, value, kind, rule)
+            if kind in (int, float) and value is not None:
+                object.__setattr__(self, field.name, kind(value))  # of NumPy's numbers, Python's
+        asked = {"model", "sae", *self.views}
+        object.__setattr__(self, "views", tuple(view for view in VIEWS if view in asked))
 
 
-def parse_layers(spec: str) -> tuple[int, ...] | None:
-    """'0,1,2', '0-11', '0,4-6' -> sorted layers; 'all' -> None. Raises `RequestError` on anything else."""
-    if spec.strip().lower() == "all":
-        return None
-    layers: set[int] = set()
-    for part in spec.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not last.strip().isdecimal()):
-            raise RequestError(f"`layers` {spec!r}: write 0,1,2 or 0-11 or all")
-        stop = int(last) if dash else int(first)
-        if stop < int(first):
-            raise RequestError(f"`layers` {spec!r}: {part.strip()} counts down; write it as {stop}-{first}")
-        if stop > 10_000:
-            raise RequestError(f"`layers` {spec!r}: no model has a layer {stop}")
-        layers.update(range(int(first), stop + 1))
-    return tuple(sorted(layers))
+def fields() -> Iterator[tuple[dataclasses.Field[Any], type, Rule]]:
+    """The fields of `Settings`: each with the type of its values, None aside, and its rule."""
+    hints = typing.get_type_hints(Settings)
+    for field in dataclasses.fields(Settings):
+        hint = hints[field.name]
+        kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType] if _is_union(hint) else [hint]
+        yield field, typing.get_origin(kinds[0]) or kinds[0], field.metadata["rule"]
 
 
-def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise RequestError(f"{flag} {value!r} is not one of {', '.join(allowed)}")
+def default_shown(field: dataclasses.Field[Any], rule: Rule) -> str:
+    """The default for a reader."""
+    if field.default is None:
+        return rule.if_none
+    if isinstance(field.default, bool) or field.default == ():
+        return "off"
+    return ", ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
 
 
-def _at_least(flag: str, value: int, least: int) -> None:
-    if value < least:
-        raise RequestError(f"{flag} must be at least {least}, got {value}")
+def describe() -> str:
+    """Every setting as a Markdown table: name, default, values, meaning."""
+    rows = ["| setting | default | values | meaning |", "|---|---|---|---|"]
+    for field, kind, rule in fields():
+        rows.append(f"| `{field.name}` | {default_shown(field, rule)} | {_values(kind, rule)} | {rule.help} |")
+    return "\n".join(rows)
+
+
+def _values(kind: type, rule: Rule) -> str:
+    if rule.choices:
+        return ("one of " if kind is str else "some of ") + ", ".join(rule.choices)
+    if kind in (int, float):
+        return f"{'whole number' if kind is int else 'number'}{_range(rule)}"
+    return "on, off" if kind is bool else "text"
+
+
+def _range(rule: Rule) -> str:
+    """The bounds in words, with a space before them."""
+    if rule.below < math.inf:
+        return f" between {rule.above:g} and {rule.below:g}"
+    if rule.above > -math.inf:
+        return f" above {rule.above:g}"
+    return f", at least {rule.least:g}" if rule.least > -math.inf else ""
+
+
+def _check(name: str, value: Any, kind: Any, rule: Rule) -> None:
+    if value is None and rule.if_none:
+        return
+    if kind is tuple:
+        for part in value:
+            _check(name, part, str, rule)
+        return
+    abstract: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}  # NumPy's numbers are of these too
+    is_flag = isinstance(value, bool)
+    if is_flag != (kind is bool) or not isinstance(value, abstract.get(kind, kind)):
+        raise RequestError(f"`{name}` must be {_type_in_words(kind)}, got {value!r}")
+    if rule.choices and value not in rule.choices:
+        raise RequestError(f"`{name}` {value!r} is not one of {', '.join(rule.choices)}")
+    if kind in (int, float) and not (rule.least <= value < rule.below and value > rule.above):
+        raise RequestError(f"`{name}` must be{_range(rule).removeprefix(',')}, got {value}")
+
+
+def _type_in_words(kind: type) -> str:
+    return {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[kind]
+
+
+def _names(value: Any) -> Any:
+    """Names from a tuple, a list or a string with commas, each once."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    return tuple(dict.fromkeys(value)) if isinstance(value, list | tuple | set | frozenset) else (value,)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)

@@ -21,7 +21,7 @@ from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.probing.folds import FoldPlan
 from delta_selectivity.probing.selectivity import DEFAULT_CS
 from delta_selectivity.records import result_file
-from delta_selectivity.run import loading
+from delta_selectivity.run import measure
 from delta_selectivity.run.baselines import (
     CALIBRATED,
     KINDS,
@@ -220,7 +220,7 @@ def densely(rows):
 
 def test_the_bag_counts_the_tokens_of_the_name_alone(tiny_model):
     info = open_model(str(tiny_model))
-    texts = load_all_mentions(("gender",), None, None)[:50]
+    texts = load_all_mentions(("gender",), None)[:50]
     tokenised = tokenise(texts, info.tokenizer, prepend_bos=True, max_length=info.max_length)
     bag = bag_of_names(tokenised)
     spans = [ids[a : b + 1] for ids, a, b in zip(tokenised.ids, tokenised.first, tokenised.last, strict=True)]
@@ -316,7 +316,7 @@ def test_all_baselines_share_the_models_own_probe(whole):
 
 
 def test_names_alone_are_what_scikit_learn_makes_of_a_bag_of_their_tokens(whole, tiny_model):
-    texts = load_probe_texts((), user_data=UserData(str(whole.data)))
+    texts = load_probe_texts([UserData(str(whole.data))])
     info = open_model(str(tiny_model))
     tokenised = tokenise(texts.mentions, info.tokenizer, prepend_bos=info.has_bos, max_length=info.max_length)
     dense = densely(bag_of_names(tokenised))
@@ -382,7 +382,7 @@ def test_tables_in_full_are_those_of_the_sae_unless_there_is_none(whole, capsys)
 
 def test_a_finished_run_is_not_done_again(whole, monkeypatch):
     before = bytes_of(whole.out)
-    monkeypatch.setattr(loading, "load_weights", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(measure, "load_weights", lambda *_: pytest.fail("the model was loaded"))
     assert whole.run() == 0
     assert bytes_of(whole.out) == before
 
@@ -393,8 +393,8 @@ def test_baselines_leave_the_files_of_an_earlier_run_alone_and_are_measured_alon
     request = request_.into(tmp_path)
     assert request.run() == 0
     before = bytes_of(tmp_path)
-    loaded, load = [], loading.load_weights
-    monkeypatch.setattr(loading, "load_weights", lambda *asked: loaded.append(load(*asked)) or loaded[-1])
+    loaded, load = [], measure.load_weights
+    monkeypatch.setattr(measure, "load_weights", lambda *asked: loaded.append(load(*asked)) or loaded[-1])
     for kinds, expected in (("random", {1}), ("random,names", set()), ("all", {1, 3, 4, 5})):
         assert request.plus("--baselines", kinds).run() == 0
         _, saes = loaded[-1]

@@ -457,7 +457,7 @@ def test_dataset_file_reads_what_is_built(
     build: Callable[..., int], people: list[dict[str, Any]], tmp_path: Path, suffix: str
 ) -> None:
     assert build([*CLASSES_OF_ITEMS, *people], out=f"people.{suffix}") == 0
-    texts = dw.load_probe_texts(None, user_data=dw.UserData(str(tmp_path / f"people.{suffix}")))
+    texts = dw.load_probe_texts([dw.UserData(str(tmp_path / f"people.{suffix}"))])
     jobs = ("actor", "athlete", "journalist", "politician", "singer")
     assert {probe.name for probe in texts.datasets[0].probes} == {
         "gender", "politics", "is_alive", *(f"occupation_is_{job}" for job in jobs), "athlete",

@@ -23,12 +23,12 @@ from benchmarks import gemma_scope
 from benchmarks.scale_simulation import Task, simulate
 from delta_selectivity.cli import main as program
 from delta_selectivity.cli import scale
-from delta_selectivity.cli.command_line import parse_config
+from delta_selectivity.cli.command_line import parse
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
 from delta_selectivity.records.sae_level import settle
 from delta_selectivity.run.planning import make_plan, open_files
-from delta_selectivity.scale import estimate, merge, units, worker
+from delta_selectivity.scale import cluster, estimate, merge, spread, units, worker
 from delta_selectivity.scale.bar import UnitsBar
 from delta_selectivity.scale.estimate import Shape
 from delta_selectivity.system.file_lock import exclusive
@@ -108,46 +108,52 @@ def test_two_processes_give_what_main_gives_to_the_byte_and_once_only(request_, 
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == len(set(lines)) > 0, "what units say comes here, each line once"
     before = {path: path.stat().st_mtime_ns for path in asked.out.glob("**/*.*")}
-    monkeypatch.setattr(scale.cluster, "open_cluster", lambda *a: pytest.fail("workers were started"))
+    monkeypatch.setattr(cluster, "open_cluster", lambda *a: pytest.fail("workers were started"))
     assert compute(asked, "--workers", "2", *CUT) == 0
     assert {path: path.stat().st_mtime_ns for path in asked.out.glob("**/*.*")} == before
 
 
 @pytest.fixture
 def planned(request_, tmp_path):
-    """The request's config, plan, and the units of a way to cut it."""
-    config, _ = parse_config(request_.into(tmp_path / "out").argv)
-    plan = make_plan(config, fetch=False)
-    return config, plan, lambda layers, saes: units.plan_units(config, plan, layers, saes)
+    """The plan of the request, and the units of a way to cut it."""
+    plan = make_plan(parse(request_.into(tmp_path / "out").argv).request, fetch=False)
+    return plan, lambda layers, saes: units.plan_units(plan, layers, saes)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("saes", [1, 2])
 def test_units_measure_every_part_of_the_request_once(planned, layers, saes):
-    _, plan, cut = planned
+    plan, cut = planned
     found = [part for unit in cut(layers, saes) for part in unit.subjects]
-    expected = [(subject, site.layer) for subject, sites in plan.sites.items() for site in sites]
+    expected = [(i, site.layer) for i, subject in enumerate(plan.subjects) for site in subject.sites]
     assert sorted(found) == sorted(expected)
     for unit in cut(layers, saes):
         assert len(unit.layers) <= layers
-        assert len(unit.config.sae_names) <= saes
-        own = {(subject, layer) for subject, layer in unit.subjects if subject < len(plan.sources)}
+        assert len(unit.request.saes) <= saes
+        own = {(subject, layer) for subject, layer in unit.subjects if subject < len(plan.saes)}
         assert {layer for _, layer in own} == set(unit.layers)
 
 
 def test_a_units_name_says_what_it_measures_and_not_how(planned):
-    config, plan, cut = planned
+    plan, cut = planned
     names = [unit.id for unit in cut(1, 2)]
     assert len(set(names)) == len(names)
-    elsewhere = replace(config, output_directory=Path("elsewhere"), batch_size=3, device2="cuda:0")
-    assert [unit.id for unit in units.plan_units(elsewhere, plan, 1, 2)] == names
-    other = units.plan_units(replace(config, seed=1), plan, 1, 2)
+    settings = plan.request.settings
+    how = {"output": Path("elsewhere"), "device2": "cuda:0", "settings": replace(settings, batch_size=3)}
+    elsewhere = replace(plan, request=replace(plan.request, **how))
+    assert [unit.id for unit in units.plan_units(elsewhere, 1, 2)] == names
+    other = units.plan_units(with_seed(plan, 1), 1, 2)
     assert not {unit.id for unit in other} & set(names)
+
+
+def with_seed(plan, seed):
+    """The plan of the same request with another seed."""
+    return replace(plan, request=replace(plan.request, settings=replace(plan.request.settings, seed=seed)))
 
 
 def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monkeypatch):
     """Each attempt gets one write further; a unit whose scores have moved already is no obstacle."""
-    config, plan, cut = planned
+    plan, cut = planned
     todo = cut(2, 1)
     for unit in todo:
         outcome = worker.run_unit(unit, Path.cwd(), own_device=False)
@@ -169,26 +175,25 @@ def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monk
         calls["left"] = attempt % 3 + 1
         try:
             with ExitStack() as held:
-                files = open_files(config, plan, held)
+                files = open_files(plan, held)
                 for unit in todo:
                     merge.merge(unit.folder, files)
                 calls["left"] = 1000
                 settle(files)
-                scale.clear(todo)
+                spread.clear(todo)
             break
         except KeyboardInterrupt:
             continue
     assert attempt > 5
-    assert_same(config.output_directory, alone)
+    assert_same(plan.request.output, alone)
 
 
 def test_results_of_something_else_are_not_merged(planned, request_):
-    config, plan, cut = planned
+    plan, cut = planned
     unit = cut(1, 1)[0]
     assert worker.run_unit(unit, Path.cwd(), own_device=False).status == "done"
-    other = replace(config, seed=3)
     with ExitStack() as held, pytest.raises(RequestError, match="seed: 0 there, 3 now"):
-        merge.merge(unit.folder, open_files(other, plan, held))
+        merge.merge(unit.folder, open_files(with_seed(plan, 3), held))
 
 
 @pytest.mark.slow
@@ -283,22 +288,20 @@ def test_a_wrong_request_is_one_line(request_, tmp_path, capsys, flags, words):
 
 
 def test_without_dask_one_line_says_what_to_install(request_, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scale.cluster, "find_spec", lambda name: None)
+    monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     assert compute(request_.into(tmp_path / "out")) == 2
     assert "requirements-scale.txt" in capsys.readouterr().err
 
 
-def test_workers_share_the_gpus_or_the_cores(planned, monkeypatch):
-    config, _, _ = planned
+def test_workers_share_the_gpus_or_the_cores(monkeypatch):
     cores = len(os.sched_getaffinity(0))
-    assert scale.count_workers(None, config, 100) == (cores, 0)
-    assert scale.count_workers(8, config, 3) == (3, 0)
+    assert spread.count_workers(None, "cpu", 100) == (cores, 0)
+    assert spread.count_workers(8, "cpu", 3) == (3, 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    on_gpus = replace(config, device1="cuda:0")
-    assert scale.count_workers(None, on_gpus, 100) == (4, 4)
-    assert scale.count_workers(2, on_gpus, 100) == (2, 2)
+    assert spread.count_workers(None, "cuda:0", 100) == (4, 4)
+    assert spread.count_workers(2, "cuda:0", 100) == (2, 2)
     with pytest.raises(RequestError, match="4 GPUs"):
-        scale.count_workers(5, on_gpus, 100)
+        spread.count_workers(5, "cuda:0", 100)
 
 
 def test_every_cluster_has_the_threads_of_its_own_size_and_leaves_the_environment_as_it_was(monkeypatch):
@@ -306,7 +309,7 @@ def test_every_cluster_has_the_threads_of_its_own_size_and_leaves_the_environmen
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
     for n_workers, threads in ((1, "6"), (2, "3")):
-        with scale.cluster.open_cluster(n_workers, 0, None) as client:
+        with cluster.open_cluster(n_workers, 0, None) as client:
             client.wait_for_workers(n_workers)
             assert [*client.run(os.getenv, "OMP_NUM_THREADS").values()] == [threads] * n_workers
         assert dict(os.environ) == before
@@ -314,9 +317,9 @@ def test_every_cluster_has_the_threads_of_its_own_size_and_leaves_the_environmen
 
 def test_each_worker_is_pinned_to_a_gpu_that_this_process_may_see(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert [scale.cluster._pinned(name)["CUDA_VISIBLE_DEVICES"] for name in (0, 1)] == ["2", "5"]
+    assert [cluster._pinned(name)["CUDA_VISIBLE_DEVICES"] for name in (0, 1)] == ["2", "5"]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert scale.cluster._pinned(1) == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert cluster._pinned(1) == {"CUDA_VISIBLE_DEVICES": "1"}
 
 
 def test_the_plan_prints_every_unit_and_runs_nothing(request_, tmp_path, capsys, monkeypatch):
@@ -365,16 +368,16 @@ def free_port() -> int:
 
 
 def test_a_worker_takes_the_device_that_it_has(planned):
-    _, _, cut = planned
+    _, cut = planned
     unit = cut(1, 1)[0]
-    elsewhere = replace(unit, config=replace(unit.config, device1="cuda:7", device2="cuda:7"))
+    elsewhere = replace(unit, request=replace(unit.request, device1="cuda:7", device2="cuda:7"))
     assert worker.run_unit(elsewhere, Path.cwd(), own_device=False).status != "done"
     assert worker.run_unit(elsewhere, Path.cwd(), own_device=True).status == "done"
 
 
 def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
     """One that lost the scheduler, and with it the unit, but not its life."""
-    _, _, cut = planned
+    _, cut = planned
     unit = cut(1, 1)[0]
     looks = []
     monkeypatch.setattr(worker.time, "sleep", lambda seconds: (looks.append(seconds), other.close()))
@@ -386,7 +389,7 @@ def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
 
 
 def test_the_bar_counts_probes_and_units(planned, capsys):
-    _, _, cut = planned
+    _, cut = planned
     todo = cut(3, 2)
     with UnitsBar(todo, quiet=False) as bar:
         for unit in todo:

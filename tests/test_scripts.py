@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from delta_selectivity.cli.command_line import parse_config
-from delta_selectivity.settings import RunConfig
+from delta_selectivity.cli.command_line import parse
+from delta_selectivity.run.request import Request
 from delta_selectivity.tasks import DATASET_NAMES
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -42,8 +42,8 @@ def flags_of(*words, **variables):
     return flags
 
 
-def parsed(flags) -> RunConfig:
-    return parse_config(flags)[0]
+def parsed(flags) -> Request:
+    return parse(flags).request
 
 
 def test_there_is_one_for_each_model_and_task_and_no_other():
@@ -61,24 +61,24 @@ def test_bash_can_read_it_and_it_stops_at_the_first_error(path):
 @pytest.mark.parametrize("script", ONE_TASK)
 def test_it_asks_for_its_model_and_task(script):
     model, task = ONE_TASK[script]
-    config = parsed(flags_of(script))
-    assert (config.model_name, *config.sae_names, config.hookpoint) == MODELS[model]
-    assert (config.datasets, config.layers, config.shuffle_select_n) == ((task,), None, None)
-    assert config.output_directory == ROOT / "results" / model
+    request = parsed(flags_of(script))
+    assert (request.model, *request.saes, request.settings.hookpoint) == MODELS[model]
+    assert (request.tasks, request.layers, request.settings.shuffle_select_n) == ((task,), None, None)
+    assert request.output == ROOT / "results" / model
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_all_tasks_of_a_model_go_into_one_run(model):
-    config = parsed(flags_of(SELECT, model))
-    assert (config.model_name, *config.sae_names, config.hookpoint) == MODELS[model]
-    assert (config.datasets, config.output_directory) == (tuple(DATASET_NAMES), ROOT / "results" / model)
+    request = parsed(flags_of(SELECT, model))
+    assert (request.model, *request.saes, request.settings.hookpoint) == MODELS[model]
+    assert (request.tasks, request.output) == (tuple(DATASET_NAMES), ROOT / "results" / model)
 
 
 def test_flags_are_passed_on_as_they_are_and_win():
     own = ["--dataset_file", "my people; $(x).csv", "--output_directory", "el sewhere", "--layers", "0-3"]
-    config = parsed(flags_of("compute_pythia160_wiki_gender.sh", *own))
-    assert (config.dataset_file, config.layers) == ("my people; $(x).csv", (0, 1, 2, 3))
-    assert config.output_directory == Path("el sewhere")
+    request = parsed(flags_of("compute_pythia160_wiki_gender.sh", *own))
+    assert (request.tasks[-1].path_or_name, request.layers) == ("my people; $(x).csv", (0, 1, 2, 3))
+    assert request.output == Path("el sewhere")
 
 
 @pytest.mark.parametrize(("words", "told"), [([], "usage"), (["gpt5"], "gpt5")])
@@ -94,11 +94,11 @@ def test_the_demo_asks_for_the_bundled_model_and_keeps_clear_of_the_kept_results
         ("compute_pythia410_wiki_gender.sh", "gender"),
         ("compute_pythia70_wiki_politics.sh", "politics"),
     ):
-        config = parsed(flags_of(script, DEMO="1"))
-        assert Path(config.model_name).name == "tiny-pythia"
-        assert (config.datasets, config.hookpoint) == ((task,), None)
-        assert config.output_directory == ROOT / "results" / f"demo_{task}"
-        assert config.shuffle_select_n
+        request = parsed(flags_of(script, DEMO="1"))
+        assert Path(request.model).name == "tiny-pythia"
+        assert (request.tasks, request.settings.hookpoint) == ((task,), None)
+        assert request.output == ROOT / "results" / f"demo_{task}"
+        assert request.settings.shuffle_select_n
 
 
 @pytest.fixture

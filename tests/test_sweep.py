@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from delta_selectivity.cli import main as program
 from delta_selectivity.cli import scale
-from delta_selectivity.cli.command_line import parse_config
+from delta_selectivity.cli.command_line import make_request
 from delta_selectivity.cli.sweep import Sweep
 from delta_selectivity.errors import RequestError
 
@@ -34,24 +36,27 @@ layers = ["0-2", 3]
 
 
 def test_a_grid_is_every_combination_with_a_folder_each(read):
-    requests = [parse_config(argv)[0] for argv in read(GRID).requests]
-    found = [([name[-2:] for name in config.sae_names], config.layers) for config in requests]
+    requests = [make_request(values) for values in read(GRID).requests]
+    found = [([name[-2:] for name in request.saes], request.layers) for request in requests]
     assert found == [(["k8", "32"], (0, 1, 2)), (["k8", "32"], (3,)), (["k8"], (0, 1, 2)), (["k8"], (3,))]
-    assert {(c.folds, c.datasets, len(c.baselines)) for c in requests} == {(3, ("gender", "politics"), 6)}
-    folders = [str(config.output_directory) for config in requests]
+    assert {(r.settings.folds, r.tasks, len(r.settings.baselines)) for r in requests} == {
+        (3, ("gender", "politics"), 6)
+    }
+    folders = [str(request.output) for request in requests]
     assert folders[3] == "out/sae_name_tiny-pythia-saes-k8__layers_3"
     assert len(set(folders)) == 4
 
 
 def test_grids_add_up_and_a_grids_flag_goes_before_that_of_all(read):
     sweep = read('output_directory = "o"\n[flags]\nseed = 1\n[[grid]]\nlayers = "0"\n[[grid]]\nseed = [2, 3]\n')
-    assert [parse_config(argv)[0].seed for argv in sweep.requests] == [1, 2, 3]
-    assert [argv[-1] for argv in sweep.requests] == ["o/seed_1__layers_0", "o/seed_2", "o/seed_3"]
+    requests = [make_request(values) for values in sweep.requests]
+    assert [request.settings.seed for request in requests] == [1, 2, 3]
+    assert [str(request.output) for request in requests] == ["o/seed_1__layers_0", "o/seed_2", "o/seed_3"]
 
 
 def test_a_single_request_has_a_folder_too(read):
     assert read('output_directory = "o"\n[[grid]]\nseed = 5\n').requests == (
-        ["--seed=5", "--output_directory", "o/all"],
+        {"seed": 5, "output_directory": Path("o/all")},
     )
 
 

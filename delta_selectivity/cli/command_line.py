@@ -1,14 +1,21 @@
-"""The command line: the flags of the contract, their help, and the `RunConfig` they make."""
+"""The command line of a run: its flags, their help, and the `Request` they make."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+from delta_selectivity import settings
+from delta_selectivity.cli.flags import flag_of
 from delta_selectivity.errors import RequestError
-from delta_selectivity.settings import BASELINES, BOS, DTYPES, POSITIONS, PROBE_BACKENDS, VIEWS, RunConfig, parse_layers
+from delta_selectivity.settings import Settings
+
+if TYPE_CHECKING:  # they import torch, which takes seconds: --help and a wrong flag do without
+    from delta_selectivity.run.request import Request
+    from delta_selectivity.tasks import TaskName
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 DEMO_MODEL = ASSETS / "tiny-pythia"
@@ -32,8 +39,18 @@ exit codes: 0 everything asked for is on disk; 1 the run failed (what finished i
 from there); 2 the request was wrong; 130 interrupted
 """
 
+HEADINGS = {"what": "what to measure", "how": "how to measure it", "where": "where to run it, and where it goes"}
+TYPES: dict[type, Any] = {int: int, float: float, str: str, tuple: str}  # of a value on the command line
 
-Task = Literal["measure", "inspect", "list"]
+
+@dataclass(frozen=True)
+class Asked:
+    """What one command line asks for."""
+
+    request: Request
+    job: Literal["measure", "inspect", "list"]
+    quiet: bool
+    verbose: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,159 +60,125 @@ class _Parser(argparse.ArgumentParser):
         raise RequestError(f"{message} (see --help)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The contract's flags."""
+def build_parser(prog: str = "main.py") -> argparse.ArgumentParser:
+    """Return the parser of a run: the flags of the request, and one for each field of `Settings`."""
     parser = _Parser(
-        prog="main.py",
+        prog=prog,
         description="Does a Sparse Autoencoder keep what a language model knows? Trains binary probes on the model's "
         "activations and on the SAE's reconstruction of them, layer by layer, and reports the difference.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what is not given is absent
     )
-    parser.add_argument("task", nargs="?", choices=("inspect",), help="inspect: print what the SAEs are and how well "
-        "they fit each hook point of the model, and measure nothing")  # fmt: skip
-    add = parser.add_argument_group("what to measure").add_argument
-    add(
-        "--model_name",
-        default=str(DEMO_MODEL),
-        help="hub id or local folder of a Hugging Face model (the bundled demo)",
+    parser.add_argument(
+        "task",
+        nargs="?",
+        choices=("inspect",),
+        default=None,
+        help="inspect: print what the SAEs are and how well they fit each hook point, and measure nothing",
     )
-    add("--revision", help="branch, tag or commit of a hub model, such as Pythia's step3000 (main)")
-    add("--trust_remote_code", action="store_true", help="run code that comes with the model (off)")
-    add("--sae_name", default=None, help="one or several, with commas: hub id, local folder, release/sae_id of SAE "
-        "Lens, a release alone, or a pattern (folder/*, release/layer_*/width_16k/*); several share one forward pass "
-        "(the bundled demo's two, with the bundled model)")  # fmt: skip
-    add("--datasets", default=None, help="indices or names, with commas: 0 gender, 1 occupation, 2 politics, "
-        "3 athlete, 4 is_alive (all)")  # fmt: skip
+    groups = {name: parser.add_argument_group(heading) for name, heading in HEADINGS.items()}
+    add = groups["what"].add_argument
+    add("--model_name", help="hub id or local folder of a Hugging Face model (the bundled demo)")
+    add("--sae_name", help="one or several, with commas: hub id, local folder, release/sae_id of SAE Lens, a release "
+        "alone, or a pattern (folder/*, release/layer_*/width_16k/*); several share one forward pass (the bundled "
+        "demo's two, with the bundled model)")  # fmt: skip
+    add("--datasets", help="indices or names, with commas: 0 gender, 1 occupation, 2 politics, 3 athlete, 4 is_alive "
+        "(all)")  # fmt: skip
     add("--list_datasets", action="store_true", help="print the datasets with rows, people and class balance, and end")
     add("--dataset_file", metavar="FILE|OWNER/NAME", help="your own task: CSV, JSONL, Parquet, a `datasets` folder, or "
         "a dataset on the Hub (owner/name or owner/name:config) with columns text and label, optionally group (never "
         "split over folds), start, end (characters to probe), task")  # fmt: skip
     add("--dataset_split", help="which split of it (train, or the only one)")
-    add("--dataset_columns", default="", metavar="text=X,label=Y,...", help="how it calls the columns (as above)")
+    add("--dataset_columns", metavar="text=X,label=Y,...", help="how it calls the columns (as above)")
     add("--data_dir", type=Path, help="folder with the Wikidata datasets of Gurnee et al. 2023, probed at their own "
         "name positions (the bundled task data)")  # fmt: skip
-    add("--layers", default="all", help="0,1,2 or 0-11 or all; every layer that the SAE has (all)")
-    add("--hookpoint", help="resid_post, resid_pre, mlp_out, attn_out, mlp_in, attn_in, z, or a module path with "
-        "<layer> (with :in its input), in our or SAE Lens's words (what the SAE says of itself)")  # fmt: skip
-    add("--positions", default="last", help=f"{', '.join(POSITIONS)}: last token of the name, mean over the name, "
-        "all its tokens weighted 1/len (%(default)s)")  # fmt: skip
-    add("--bos", default="auto", help=f"{', '.join(BOS)}: whether texts begin with BOS, and whether it counts in "
-        "the whole-text figures (as in training; where that is not known, excluded if the model has one)")  # fmt: skip
-    add(
-        "--shuffle_select_n", type=int, help="at most this many rows per dataset, drawn by seed, classes balanced (all)"
-    )
-    add("--views", default="model,sae", help=f"views to probe: model and sae always; error adds what the SAE lost, "
-        f"latents its codes ({', '.join(VIEWS)})")  # fmt: skip
-    add("--baselines", nargs="?", const="all", default="", help="measure these beside the SAEs, in the folder "
-        f"baselines: {', '.join(BASELINES)}; name some with commas, or give the flag alone for all (off)")  # fmt: skip
-    add = parser.add_argument_group("how to measure it").add_argument
-    add("--folds", type=int, default=5, help="folds of the cross-validation, never splitting a person (%(default)s)")
-    add("--repeats", type=int, default=5, help="partitions into folds (%(default)s)")
-    add("--seed", type=int, default=0, help="of the partitions and of --shuffle_select_n (%(default)s)")
-    add("--epsilon", type=float, default=0.02, help="a delta_sel whose 90 %% interval lies within +-this counts as "
-        "preserved (%(default)s)")  # fmt: skip
-    add("--probe", default="auto", help=f"backend: {', '.join(PROBE_BACKENDS)} (%(default)s)")
-    add("--dtype", default="auto", help=f"of the model, {', '.join(DTYPES)}: auto is bfloat16 for a model saved "
-        "in it, else float32; SAEs compute in float32, probes in float64 (%(default)s)")  # fmt: skip
-    add = parser.add_argument_group("where to run it, and where it goes").add_argument
-    add("--output_directory", type=Path, default=Path("results"), help="(./%(default)s)")
+    add("--layers", help="0,1,2 or 0-11 or all; every layer that the SAE has (all)")
+    add = groups["where"].add_argument
+    add("--output_directory", type=Path, help="folder of the result files (./results)")
     add("--device1", help="model and SAE (cuda:0 if there is one, else cpu)")
     add("--device2", help="probes (cuda:1 if there is one, else as device1)")
-    add("--batch_size", type=int, help="texts in a forward pass (by free memory); halved on out-of-memory")
-    add("--queue_gb", type=float, default=2.0, help="memory for rows between the threads; collected rows beyond it are "
-        "kept in temporary files (%(default)s)")  # fmt: skip
     add("--cache_dir", type=Path, help="keep the model's activations and the probes fitted on them there: another SAE "
         "on the same texts needs no forward pass, and no probes but its own (not kept)")  # fmt: skip
-    add("--cache_gb", type=float, default=50.0, help="how much --cache_dir holds in all, of whatever models; what was "
-        "read longest ago goes (%(default)s)")  # fmt: skip
-    add("--overwrite", action="store_true", help="replace result files made with other settings")
-    add("--force", action="store_true", help="measure an SAE although the check before the run finds that it fits "
-        "another place, normalisation or BOS setting far better")  # fmt: skip
+    _add_settings(groups)
     add("--quiet", action="store_true", help="no progress bars, no tables; warnings stay")
     add("--verbose", action="store_true", help="log what happens, and the traceback of every failure")
     return parser
 
 
-def parse_config(argv: Sequence[str]) -> tuple[RunConfig, Task]:
-    """The command line as a `RunConfig`, and what is to be done with it."""
-    asked = build_parser().parse_args(argv)
-    task: Task = "inspect" if asked.task == "inspect" else "list" if asked.list_datasets else "measure"
-    from delta_selectivity.tasks import parse_columns, parse_dataset_names
+def _add_settings(groups: Mapping[str, Any]) -> None:
+    """A flag for each field of `Settings`; one that is not given is absent from what is parsed."""
+    for field, kind, rule in settings.fields():
+        options: dict[str, Any] = {}
+        if kind is bool:
+            options["action"] = "store_true"
+        else:
+            options["type"] = TYPES[kind]
+        if field.default == ():
+            options |= {"nargs": "?", "const": "all"}
+        values = f" ({', '.join(rule.choices)})" if rule.choices else ""
+        shown = settings.default_shown(field, rule)
+        options["help"] = f"{rule.help}{values} ({shown})".replace("%", "%%")
+        groups[rule.group].add_argument(flag_of(field.name), **options)
 
-    own_file_alone = asked.dataset_file is not None and asked.datasets is None
-    sae_names: str | None = asked.sae_name
-    if sae_names is None:
-        if asked.model_name != str(DEMO_MODEL):
-            raise RequestError("--model_name without --sae_name: say which SAE to measure")
-        sae_names = ",".join(map(str, DEMO_SAES))
-    device1, device2 = _choose_devices(asked.device1, asked.device2)
-    config = RunConfig(
-        model_name=asked.model_name,
-        revision=asked.revision,
-        trust_remote_code=asked.trust_remote_code,
-        sae_names=tuple(name.strip() for name in sae_names.split(",") if name.strip()),
-        datasets=() if own_file_alone else parse_dataset_names(asked.datasets or "0,1,2,3,4"),
-        dataset_file=asked.dataset_file,
-        dataset_split=asked.dataset_split,
-        dataset_columns=parse_columns(asked.dataset_columns),
-        data_dir=asked.data_dir,
-        layers=parse_layers(asked.layers),
-        hookpoint=asked.hookpoint,
-        positions=asked.positions,
-        bos=asked.bos,
-        output_directory=asked.output_directory.expanduser(),
+
+def parse(argv: Sequence[str]) -> Asked:
+    """Return what a command line asks for. Raises `RequestError`."""
+    values = parse_values(argv)
+    job: Literal["measure", "inspect", "list"] = "inspect" if values.get("task") == "inspect" else "measure"
+    if values.get("list_datasets"):
+        job = "list"
+    return Asked(make_request(values), job, bool(values.get("quiet")), bool(values.get("verbose")))
+
+
+def parse_values(argv: Sequence[str]) -> dict[str, Any]:
+    """Return what is given on a command line, by the names of the flags. Raises `RequestError`."""
+    return {name: value for name, value in vars(build_parser().parse_args(argv)).items() if value is not None}
+
+
+def known_flags() -> tuple[str, ...]:
+    """Return the names of all flags of a run."""
+    return tuple(action.dest for action in build_parser()._actions if action.dest not in ("help", "task"))
+
+
+def make_request(values: Mapping[str, Any]) -> Request:
+    """Return the request that values by the names of the flags make; those left out take their defaults."""
+    from delta_selectivity.run.request import Request, choose_devices, parse_layers
+
+    model, saes = values.get("model_name"), values.get("sae_name")
+    if saes is None:
+        if model is not None and model != str(DEMO_MODEL):
+            raise RequestError("`model` without `saes`: say which SAE to measure")
+        saes = ",".join(map(str, DEMO_SAES))
+    if model is None:
+        if not DEMO_MODEL.is_dir():
+            raise RequestError("`model` is missing: name a model and its SAEs; the bundled demo is in a clone only")
+        model = str(DEMO_MODEL)
+    names = [field.name for field, _, _ in settings.fields()]
+    device1, device2 = choose_devices(values.get("device1"), values.get("device2"))
+    cache, data_dir = values.get("cache_dir"), values.get("data_dir")
+    return Request(
+        model=model,
+        saes=tuple(name.strip() for name in saes.split(",") if name.strip()),
+        tasks=_tasks(values),
+        layers=parse_layers(str(values.get("layers", "all"))),
+        settings=Settings(**{name: values[name] for name in names if name in values}),
+        output=Path(values.get("output_directory") or "results").expanduser(),
         device1=device1,
         device2=device2,
-        batch_size=asked.batch_size,
-        shuffle_select_n=asked.shuffle_select_n,
-        probe=asked.probe,
-        views=_parse_views(asked.views),
-        baselines=_parse_baselines(asked.baselines),
-        epsilon=asked.epsilon,
-        dtype=asked.dtype,
-        folds=asked.folds,
-        repeats=asked.repeats,
-        seed=asked.seed,
-        queue_gb=asked.queue_gb,
-        cache_dir=None if asked.cache_dir is None else asked.cache_dir.expanduser(),
-        cache_gb=asked.cache_gb,
-        overwrite=asked.overwrite,
-        force=asked.force,
-        quiet=asked.quiet,
-        verbose=asked.verbose,
+        cache=None if cache is None else Path(cache).expanduser(),
+        data_dir=None if data_dir is None else Path(data_dir),
     )
-    return config, task
 
 
-def _parse_views(spec: str) -> tuple[str, ...]:
-    """Each view once, in the one order that a record knows; model and sae among them."""
-    asked = {"model", "sae", *(view.strip() for view in spec.split(",") if view.strip())}
-    return (*(view for view in VIEWS if view in asked), *sorted(asked.difference(VIEWS)))
+def _tasks(values: Mapping[str, Any]) -> tuple[TaskName, ...]:
+    """The named datasets, and then the user's own; that alone if it is given without names."""
+    from delta_selectivity.tasks import UserData, parse_columns, parse_dataset_names
 
-
-def _parse_baselines(spec: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in spec.split(",") if name.strip()))
-    return BASELINES if names == ("all",) else names
-
-
-def _choose_devices(device1: str | None, device2: str | None) -> tuple[str, str]:
-    """What was asked for, checked to be there; else what the machine has."""
-    import torch
-
-    n_gpus = torch.cuda.device_count()
-    device1 = device1 or ("cuda:0" if n_gpus else "cpu")
-    device2 = device2 or ("cuda:1" if n_gpus > 1 and device1 != "cuda:1" else device1)
-    for flag, name in (("--device1", device1), ("--device2", device2)):
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise RequestError(f"{flag} {name!r} is no device: use cpu, cuda:0, cuda:1, ...") from error
-        if device.type not in {"cpu", "cuda"}:
-            raise RequestError(f"{flag} {name!r}: only cpu and cuda devices are supported")
-        if device.type == "cuda" and (device.index or 0) >= n_gpus:
-            raise RequestError(
-                f"{flag} {name}: this machine has {n_gpus or 'no'} CUDA device{'s' if n_gpus > 1 else ''}"
-            )
-    return device1, device2
+    named, path = values.get("datasets"), values.get("dataset_file")
+    split, columns = values.get("dataset_split"), parse_columns(values.get("dataset_columns") or "")
+    if path is None and (split or columns):
+        raise RequestError("`split` and `columns` say how to read `dataset_file`, which is missing")
+    own: tuple[TaskName, ...] = () if path is None else (UserData(path, split, columns),)
+    return own if own and named is None else (*parse_dataset_names(str(named or "all")), *own)

@@ -13,12 +13,9 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
-from delta_selectivity.cli.command_line import parse_config
 from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.errors import RequestError
-from delta_selectivity.settings import RunConfig
 from delta_selectivity.system.interrupts import like_ctrl_c
 from delta_selectivity.system.terminal import LineFormatter, show, tell
 
@@ -28,54 +25,28 @@ GOES_ON = "finished layers are on disk; the same command goes on from there"
 ERROR_SHOWN = 400  # characters of an error in its line: torch appends its C++ stack
 
 
-def inspect(config: RunConfig) -> None:
-    """Print what the SAEs are and how well they fit each hook point of the model. Raises `RequestError`."""
-    from delta_selectivity.run.calibration import draw_mentions
-    from delta_selectivity.run.inspection import render
-    from delta_selectivity.run.loading import model_loader
-    from delta_selectivity.run.planning import make_plan
-    from delta_selectivity.run.preflight import Preflight, neighbours
-
-    plan = make_plan(config)
-    info = plan.info
-    model = model_loader(config, info)(neighbours(info.n_layers, plan.widths, plan.find_widths, everywhere=True))
-    mentions = draw_mentions(plan.texts.mentions, config.seed)
-    tokenised = plan.tokenise(mentions)
-    check = Preflight.sample(model, info, tokenised, config.seed)
-    bos = "that begin with BOS" if plan.prepend_bos else "without BOS"
-    show(f"{config.model_name} in {info.choose_dtype(config.dtype)}, on some of {len(mentions)} texts {bos}")
-    for sae_id, source in enumerate(plan.sources):
-        saes = {site: source.load(site.layer, config.device1) for site in plan.sites[sae_id]}
-        fits = [check.examine(sae, site, plan.counts_bos[sae_id]) for site, sae in saes.items()]
-        show(f"\n{render(source, saes, fits, check)}")
-
-
 def run(argv: Sequence[str]) -> None:
     """One run. Raises `RequestError` if the request is wrong, anything else if the run fails."""
-    config, task = parse_config(argv)
-    logging.getLogger().setLevel(logging.INFO if config.verbose else logging.WARNING)
-    if task == "inspect":
-        inspect(config)
-        return
-    if task == "list":
-        from delta_selectivity.run.planning import user_data
+    from delta_selectivity.cli.command_line import parse
+
+    asked = parse(argv)
+    logging.getLogger().setLevel(logging.INFO if asked.verbose else logging.WARNING)
+    if asked.job == "inspect":
+        from delta_selectivity.run.inspection import inspect
+
+        for part in inspect(asked.request):
+            show(part)
+    elif asked.job == "list":
         from delta_selectivity.tasks import describe_datasets
 
-        show(describe_datasets(config.datasets, data_dir=config.data_dir, user_data=user_data(config)))
-        return
-    from delta_selectivity.records.sae_level import settle
-    from delta_selectivity.run.measure import measure
-    from delta_selectivity.run.planning import make_plan, open_files
-
-    plan = make_plan(config)
-    with ExitStack() as held:
-        files = open_files(config, plan, held)
-        measure(config, plan, files)
-        settle(files)  # though nothing was missing: a run may have ended just before
-    if not config.quiet:
+        show(describe_datasets(asked.request.tasks, data_dir=asked.request.data_dir))
+    else:
         from delta_selectivity.reporting import results, tables
+        from delta_selectivity.run.evaluation import run_request
 
-        show(tables.render(results.load(dict.fromkeys(file.path for file in files.values()))))
+        paths = run_request(asked.request, progress=not asked.quiet)
+        if not asked.quiet:
+            show(tables.render(results.load(paths)))
 
 
 def _foreseen(error: Exception) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 from typing import NoReturn
 
 from delta_selectivity.system import interrupts
+from delta_selectivity.system.startup import hold_collector
 
 COMMANDS = {
     "run": "delta_selectivity.cli.main",
@@ -20,7 +20,7 @@ COMMANDS = {
 def start(command: str) -> NoReturn:
     """Run a subcommand with this process's arguments, and end the process."""
     interrupts.leave_at_once()  # before the imports below, which take a tenth of a second
-    gc.disable()  # until all that lasts is loaded (`run.measure`): looking through it is a fifth of the start
+    hold_collector()
     code = importlib.import_module(COMMANDS[command]).main(sys.argv[1:])
     if command == "scale":
         from multiprocessing import util

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from delta_selectivity.cli.command_line import build_parser, parse_config
+from delta_selectivity.cli.command_line import build_parser, make_request, parse_values
+from delta_selectivity.cli.sweep import Sweep
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.terminal import show
 
@@ -68,43 +69,39 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return asked, others
 
 
-def check(argv: Sequence[str], asked: argparse.Namespace) -> Job:
+def check(values: Mapping[str, Any], layers_per_unit: int, saes_per_unit: int) -> Job:
     """What one request takes, by configs alone. Raises `RequestError` if it is wrong."""
     from delta_selectivity.run.planning import make_plan
     from delta_selectivity.scale.spread import Job
     from delta_selectivity.scale.units import plan_units
 
-    config, task = parse_config(argv)
-    if task != "measure":
-        raise RequestError(f"{task} is not spread over workers: python main.py does that")
-    plan = make_plan(config, fetch=False)
-    return Job(config, plan, plan_units(config, plan, asked.layers_per_unit, asked.saes_per_unit))
+    plan = make_plan(make_request(values), fetch=False)
+    return Job(plan, plan_units(plan, layers_per_unit, saes_per_unit))
 
 
 def compute(argv: Sequence[str]) -> None:
     """All of it. Raises `RequestError` if a request is wrong, anything else if units failed."""
     asked, others = parse(argv)
-    sweep = None
-    requests = [others]
-    if asked.config is not None:
-        from delta_selectivity.cli.sweep import Sweep
-
-        sweep = Sweep.read(asked.config)
-        requests = [[*request, *others] for request in sweep.requests]
-    jobs = [check(request, asked) for request in requests]
-    config = jobs[0].config
-    logging.getLogger().setLevel(logging.INFO if config.verbose else logging.WARNING)
+    given = parse_values(others)
+    for job in {"task", "list_datasets"} & given.keys():
+        raise RequestError(f"{given[job] if job == 'task' else job} is not spread over workers: main.py does that")
+    logging.getLogger().setLevel(logging.INFO if given.get("verbose") else logging.WARNING)
+    sweep = None if asked.config is None else Sweep.read(asked.config)
+    requests = [given] if sweep is None else [{**request, **given} for request in sweep.requests]
+    jobs = [check(values, asked.layers_per_unit, asked.saes_per_unit) for values in requests]
     if asked.plan:
         from delta_selectivity.scale.estimate import render
 
-        show("\n\n".join(render(job.config, job.plan, job.units) for job in jobs))
+        show("\n\n".join(render(job.plan, job.units) for job in jobs))
         return
-    from delta_selectivity.scale.spread import measure
+    from delta_selectivity.scale.spread import Workers, measure
 
-    paths = measure(jobs, asked, any(word.startswith("--device") for word in argv))
+    quiet = bool(given.get("quiet"))
+    elsewhere = asked.scheduler is not None and not {"device1", "device2"} & given.keys()
+    paths = measure(jobs, Workers(asked.workers, asked.scheduler, elsewhere, quiet))
     if sweep is not None:
-        sweep.conclude(paths, config.quiet)
-    elif not config.quiet:
+        sweep.conclude(paths, quiet)
+    elif not quiet:
         from delta_selectivity.reporting import results, tables
 
         show(tables.render(results.load(paths[0])))

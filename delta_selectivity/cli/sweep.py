@@ -18,7 +18,7 @@ b in one request, where they share a forward pass and are compared with each oth
 `[[grid]]` add up. A request's folder is named after the flags in which requests differ.
 
     sweep = Sweep.read(Path("sweep.toml"))
-    sweep.requests                             # [["--folds", "5", ..., "--output_directory", "results/sweep/..."], ...]
+    sweep.requests                             # ({"folds": 5, ..., "output_directory": "results/sweep/..."}, ...)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from delta_selectivity.cli.command_line import build_parser
+from delta_selectivity.cli.command_line import known_flags
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records.result_file import slug
 from delta_selectivity.system.terminal import show
@@ -42,7 +42,7 @@ TOP = ("output_directory", "page", "flags", "grid")
 OWN = ("task", "list_datasets", "output_directory", "overwrite", "quiet", "verbose")  # not of a single request
 SHOWN = 40  # characters of a value in a folder's name
 
-Request = dict[str, Any]  # flag -> its value
+Values = dict[str, Any]  # flag -> its value
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Sweep:
 
     output_directory: Path
     page: str | None  # name of an HTML page in the folder of each request
-    requests: tuple[list[str], ...]  # the command line of each, for main.py
+    requests: tuple[Values, ...]  # of each, by the names of the flags
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
@@ -72,20 +72,16 @@ class Sweep:
             _refuse_unknown(path, f"{where}.", table, known)
         requests = [flags | combination for grid in grids for combination in _combinations(path, grid)]
         below = Path(folder).expanduser()
-        names = _names(path, requests)
-        argvs = (
-            [*_argv(path, request), "--output_directory", str(below / name)]
-            for request, name in zip(requests, names, strict=True)
-        )
-        return cls(below, page, tuple(argvs))
+        folders = [{"output_directory": below / name} for name in _names(path, requests)]
+        return cls(below, page, tuple(_values(path, one) | two for one, two in zip(requests, folders, strict=True)))
 
     def conclude(self, results: Sequence[Sequence[Path]], quiet: bool) -> None:
         """A summary of each request's result files, and its page if pages are wanted."""
         from delta_selectivity.reporting import tables
         from delta_selectivity.reporting.results import load
 
-        for argv, paths in zip(self.requests, results, strict=True):
-            folder, files = Path(argv[-1]), load(paths)
+        for request, paths in zip(self.requests, results, strict=True):
+            folder, files = request["output_directory"], load(paths)
             if not quiet:
                 show(f"\n## {folder.relative_to(self.output_directory)}\n\n{tables.overview(files)}")
             if self.page is not None:
@@ -97,8 +93,7 @@ class Sweep:
 
 def flag_names() -> tuple[str, ...]:
     """The flags of main.py that a request may set."""
-    known = vars(build_parser().parse_known_args([])[0])
-    return tuple(name for name in known if name not in OWN)
+    return tuple(name for name in known_flags() if name not in OWN)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -116,7 +111,7 @@ def _refuse_unknown(path: Path, where: str, table: Mapping[str, Any], known: Ite
             raise RequestError(f"{path}: {where}{name} is not known: use {', '.join(known)}")
 
 
-def _combinations(path: Path, grid: Request) -> list[Request]:
+def _combinations(path: Path, grid: Values) -> list[Values]:
     """Every choice of one value for each flag."""
     choices = [value if isinstance(value, list) else [value] for value in grid.values()]
     if empty := [name for name, values in zip(grid, choices, strict=True) if not values]:
@@ -124,7 +119,7 @@ def _combinations(path: Path, grid: Request) -> list[Request]:
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*choices)]
 
 
-def _names(path: Path, requests: Sequence[Request]) -> list[str]:
+def _names(path: Path, requests: Sequence[Values]) -> list[str]:
     """A folder's name for each request: the flags in which they differ, with their values."""
     flags = dict.fromkeys(name for request in requests for name in request)
     differ = [name for name in flags if any(request.get(name) != requests[0].get(name) for request in requests)]
@@ -144,16 +139,13 @@ def _short(value: Any) -> str:
     return "_".join(slug(str(part)) for part in parts)[:SHOWN]
 
 
-def _argv(path: Path, request: Request) -> list[str]:
-    """The request as a command line."""
-    words: list[str] = []
+def _values(path: Path, request: Values) -> Values:
+    """The values as `make_request` takes them: lists as one string with commas. Raises `RequestError` for others."""
+    found: Values = {}
     for name, value in request.items():
-        if isinstance(value, bool):
-            words += [f"--{name}"] if value else []
-        elif isinstance(value, str | int | float):
-            words.append(f"--{name}={value}")
-        elif isinstance(value, list) and all(isinstance(part, str | int) for part in value):
-            words.append(f"--{name}={','.join(map(str, value))}")
-        else:
+        if isinstance(value, list) and all(isinstance(part, str | int) for part in value):
+            value = ",".join(map(str, value))
+        elif not isinstance(value, bool | str | int | float):
             raise RequestError(f"{path}: {name} = {value!r}: give a string, a number, true, false or a list of those")
-    return words
+        found[name] = "all" if name == "baselines" and value is True else value
+    return found

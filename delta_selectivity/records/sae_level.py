@@ -101,6 +101,15 @@ def with_q_values(family: Mapping[int, Mapping[int, Json]]) -> dict[int, dict[in
     return result
 
 
+def without_q_values(layers: Mapping[int, Json]) -> dict[int, Json]:
+    """The layers' records as they were measured: q values follow from all results of an SAE, once all are there."""
+
+    def bare(value: Any) -> Any:
+        return {k: v for k, v in value.items() if not k.endswith("q_value")} if isinstance(value, dict) else value
+
+    return {layer: {name: bare(value) for name, value in record.items()} for layer, record in layers.items()}
+
+
 def settle(files: Mapping[tuple[SaeId, int], RecordFile]) -> None:
     """Everything asked for is measured: write what depends on all files of an SAE, and mark them complete.
 

@@ -60,6 +60,10 @@ class RowTable:
     def __len__(self) -> int:
         return len(self.mention)
 
+    def count(self, mentions: np.ndarray) -> np.ndarray:
+        """How many rows each mention has: int64 [mentions]."""
+        return self.start[mentions + 1] - self.start[mentions]
+
     def of(self, mentions: np.ndarray) -> np.ndarray:
         """Row ids of the mentions, mention by mention: int64."""
         if self.positions != "all":

@@ -1,18 +1,39 @@
 """What SAEs are, and how well they fit each hook point of a model: `python main.py inspect`.
 
-show(render(source, {site: sae}, {site: fit}, check))
+for part in inspect(request):
+    show(part)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from delta_selectivity.models.language_model import Site
 from delta_selectivity.reporting.tables import aligned
-from delta_selectivity.run.preflight import Fit, Preflight
+from delta_selectivity.run.calibration import draw_mentions
+from delta_selectivity.run.loading import model_loader
+from delta_selectivity.run.planning import make_plan
+from delta_selectivity.run.preflight import Fit, Preflight, neighbours
+from delta_selectivity.run.request import Request
 from delta_selectivity.saes import Sae, SaeSource
 
 Cells = tuple[str, ...]
+
+
+def inspect(request: Request) -> Iterator[str]:
+    """Say what each SAE of a request is and how well it fits each hook point of the model. Raises `RequestError`."""
+    plan = make_plan(request)
+    info, seed = plan.info, request.settings.seed
+    model = model_loader(plan)(neighbours(info.n_layers, plan.widths, plan.find_widths, everywhere=True))
+    mentions = draw_mentions(plan.texts.mentions, seed)
+    check = Preflight.sample(model, info, plan.tokenise(mentions), seed)
+    bos = "that begin with BOS" if plan.prepend_bos else "without BOS"
+    yield f"{info.name} in {plan.dtype}, on some of {len(mentions)} texts {bos}"
+    for subject in plan.saes:
+        assert subject.source is not None
+        saes = {site: subject.source.load(site.layer, request.device1) for site in subject.sites}
+        fits = [check.examine(sae, site, subject.counts_bos) for site, sae in saes.items()]
+        yield f"\n{render(subject.source, saes, fits, check)}"
 
 
 def render(source: SaeSource, saes: Mapping[Site, Sae], fits: Sequence[Fit], check: Preflight) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,17 +11,16 @@ import torch
 from delta_selectivity.caches.activation_cache import ActivationCache, CachedModel
 from delta_selectivity.caches.fit_cache import FitCache
 from delta_selectivity.errors import RequestError
-from delta_selectivity.models.language_model import ActivationSource, LanguageModel, ModelInfo, Site
+from delta_selectivity.models.language_model import ActivationSource, LanguageModel, Site
 from delta_selectivity.probing.selectivity import FitModel, fit_model
-from delta_selectivity.records.result_file import RecordFile
 from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.baselines import SiteBuilder, bag_of_names
 from delta_selectivity.run.calibration import SiteSample, calibrate
 from delta_selectivity.run.pipeline import sharing_cores
-from delta_selectivity.run.planning import Plan
+from delta_selectivity.run.planning import Cell, Files, Plan, by_site
 from delta_selectivity.run.preflight import Preflight, neighbours
+from delta_selectivity.run.request import Request
 from delta_selectivity.saes import Sae, SaeSource, SparseRows
-from delta_selectivity.settings import RunConfig
 from delta_selectivity.system.out_of_memory import ERRORS, is_out_of_memory
 from delta_selectivity.tasks import TokenisedMentions
 
@@ -29,83 +28,73 @@ log = logging.getLogger(__name__)
 
 
 def load_weights(
-    config: RunConfig,
-    plan: Plan,
-    missing: dict[int, dict[Site, list[SaeId]]],
-    files: dict[tuple[SaeId, int], RecordFile],
-    tokenised: TokenisedMentions,
+    plan: Plan, cells: Sequence[Cell], files: Files, tokenised: TokenisedMentions
 ) -> tuple[ActivationSource, dict[Site, dict[SaeId, Sae]]]:
     """The model up to the last layer wanted, and the SAEs and baselines that have something to measure, on device1.
 
     Raises `RequestError` if an SAE fits something else far better than its site.
     """
-    wanted: dict[Site, set[SaeId]] = {}
-    for sites in missing.values():
-        for site, sae_ids in sites.items():
-            wanted.setdefault(site, set()).update(sae_ids)
-    n_sources = len(plan.sources)
-    loaded: dict[Site, dict[SaeId, Sae]] = {}
-    for site, asked in sorted(wanted.items()):
-        baselines = [plan.baselines[i - n_sources] for i in asked if i >= n_sources]
-        own = {i for i in asked if i < n_sources} | {b.of for b in baselines if b.of is not None}
-        loaded[site] = {i: plan.sources[i].load(site.layer, config.device1) for i in sorted(own)}
-    model = _load_fitting(config, plan, loaded, files, tokenised)
+    device, wanted = plan.request.device1, by_site(cells)
+    loaded: dict[Site, dict[str, Sae]] = {}
+    for site, ids in wanted.items():
+        sources = {source.name: source for i in ids if (source := plan.subjects[i].source) is not None}
+        loaded[site] = {name: source.load(site.layer, device) for name, source in sources.items()}
+    model = _load_fitting(plan, loaded, files, tokenised)
     saes: dict[Site, dict[SaeId, Sae]] = {}
-    with sharing_cores(config.device1):  # sums by one thread: the same baselines whatever the number of cores
-        samples = _calibrate(config, plan, model)
-        for site, asked in sorted(wanted.items()):
-            builder = SiteBuilder(site, plan.widths[site], config.device1, samples, config.seed)
-            saes[site] = {i: sae for i, sae in loaded[site].items() if i in asked}
-            for i in sorted(asked - saes[site].keys()):
-                baseline = plan.baselines[i - n_sources]
-                if baseline.reconstructs:
-                    saes[site][i] = builder.build(baseline, None if baseline.of is None else loaded[site][baseline.of])
+    with sharing_cores(device):  # sums by one thread: the same baselines whatever the number of cores
+        samples = _calibrate(plan, model)
+        for site, ids in wanted.items():
+            builder = SiteBuilder(site, plan.widths[site], device, samples, plan.request.settings.seed)
+            saes[site] = {}
+            for i in ids:
+                subject = plan.subjects[i]
+                own = None if subject.source is None else loaded[site][subject.source.name]
+                if subject.baseline is None:
+                    assert own is not None
+                    saes[site][i] = own
+                elif subject.reconstructs:
+                    saes[site][i] = builder.build(subject.baseline, own)
     return _apart(model, "run"), saes
 
 
 def codes_of_names(plan: Plan, tokenised: TokenisedMentions) -> dict[SaeId, SparseRows]:
     """What probes see of each mention for baselines that reconstruct nothing."""
-    ids = [i for i, baseline in enumerate(plan.baselines, len(plan.sources)) if not baseline.reconstructs]
+    ids = [i for i, subject in enumerate(plan.subjects) if not subject.reconstructs]
     return dict.fromkeys(ids, bag_of_names(tokenised)) if ids else {}
 
 
-def model_loader(config: RunConfig, info: ModelInfo) -> Callable[[Collection[Site]], ActivationSource]:
+def model_loader(plan: Plan) -> Callable[[Collection[Site]], ActivationSource]:
     """What loads the model with hooks at given sites; with a cache, when a text is not in it."""
-    dtype = info.choose_dtype(config.dtype)
+    request, dtype = plan.request, plan.dtype
 
     def load(sites: Collection[Site]) -> LanguageModel:
-        return info.load(sites, config.device1, dtype)
+        return plan.info.load(sites, request.device1, dtype)
 
-    if config.cache_dir is None:
+    if request.cache is None:
         return load
-    cache = ActivationCache.open(config.cache_dir, config.cache_gb, info.fingerprint(), dtype)
-    return lambda sites: CachedModel(cache, load, sites, torch.device(config.device1))
+    cache = ActivationCache.open(request.cache, request.settings.cache_gb, plan.info.fingerprint(), dtype)
+    return lambda sites: CachedModel(cache, load, sites, torch.device(request.device1))
 
 
-def model_fitter(config: RunConfig) -> FitModel:
+def model_fitter(request: Request) -> FitModel:
     """What fits the probes of the model's own activations; with a cache, those that are not in it."""
-    if config.cache_dir is None:
-        return fit_model
-    return FitCache.open(config.cache_dir, config.cache_gb).fit_model
+    return fit_model if request.cache is None else FitCache.open(request.cache, request.settings.cache_gb).fit_model
 
 
 def _load_fitting(
-    config: RunConfig,
-    plan: Plan,
-    saes: Mapping[Site, Mapping[SaeId, Sae]],
-    files: Mapping[tuple[SaeId, int], RecordFile],
-    tokenised: TokenisedMentions,
+    plan: Plan, loaded: Mapping[Site, Mapping[str, Sae]], files: Files, tokenised: TokenisedMentions
 ) -> ActivationSource:
     """The model, after a look at whether the SAEs fit it. What is to be known of them goes into their files.
 
     Raises `RequestError` if one fits something else far better, unless that is to be measured by force.
     """
-    reads = {site.read_by(sae.input_hookpoint) for site, by_id in saes.items() for sae in by_id.values()}
-    needed = {site: plan.widths[site] for site in saes.keys() | reads}
-    load = model_loader(config, plan.info)
+    seed, force = plan.request.settings.seed, plan.request.settings.force
+    reads = {site.read_by(sae.input_hookpoint) for site, by_name in loaded.items() for sae in by_name.values()}
+    needed = {site: plan.widths[site] for site in loaded.keys() | reads}
+    load = model_loader(plan)
     try:
         model = load(neighbours(plan.info.n_layers, needed, plan.find_widths))
-        check = Preflight.sample(model, plan.info, tokenised, config.seed)
+        check = Preflight.sample(model, plan.info, tokenised, seed)
     except (ArithmeticError, *ERRORS) as error:
         if not (isinstance(error, ArithmeticError) or is_out_of_memory(error)):
             raise
@@ -113,18 +102,19 @@ def _load_fitting(
         return load(needed)
     except RequestError:  # some model does not have what the neighbours' names say
         model = load(needed)
-        check = Preflight.sample(model, plan.info, tokenised, config.seed)
+        check = Preflight.sample(model, plan.info, tokenised, seed)
+    ids = {subject.name: i for i, subject in enumerate(plan.subjects) if subject.baseline is None}
     fits = {
-        (site, sae_id): check.examine(sae, site, plan.counts_bos[sae_id])
-        for site, by_id in saes.items()
-        for sae_id, sae in by_id.items()
+        (site, ids[name]): check.examine(sae, site, plan.subjects[ids[name]].counts_bos)
+        for site, by_name in loaded.items()
+        for name, sae in by_name.items()
     }
     misfits = [fit for fit in fits.values() if fit.misfits]
-    if misfits and not config.force:
+    if misfits and not force:
         more = f" (and {len(misfits) - 1} more of {len(fits)} SAEs misfit)" if len(misfits) > 1 else ""
         raise RequestError(f"{misfits[0].problem()}{more}; `force` measures it as it is")
     told = [(sae_id, fit.problem()) for (_, sae_id), fit in fits.items()]
-    told += [(sae_id, _of_another_model(config, source)) for sae_id, source in enumerate(plan.sources)]
+    told += [(sae_id, _of_another_model(plan, subject.source)) for sae_id, subject in enumerate(plan.saes)]
     for sae_id, problem in told:
         if problem is not None:
             log.warning("%s", problem)
@@ -133,12 +123,13 @@ def _load_fitting(
     return model.only(needed)
 
 
-def _of_another_model(config: RunConfig, source: SaeSource) -> str | None:
+def _of_another_model(plan: Plan, source: SaeSource | None) -> str | None:
     """What to tell if an SAE says that it was trained on a model of another name; folders and owners aside."""
-    trained_on, measured = (Path(name or "").name.lower() for name in (source.model_name, config.model_name))
+    assert source is not None
+    trained_on, measured = (Path(name or "").name.lower() for name in (source.model_name, plan.info.name))
     if not trained_on or trained_on == measured:
         return None
-    return f"{source.name} was trained on {source.model_name}, and is measured on {config.model_name}"
+    return f"{source.name} was trained on {source.model_name}, and is measured on {plan.info.name}"
 
 
 def _apart(model: ActivationSource, purpose: str) -> ActivationSource:
@@ -146,7 +137,8 @@ def _apart(model: ActivationSource, purpose: str) -> ActivationSource:
     return model.apart(purpose) if isinstance(model, CachedModel) else model
 
 
-def _calibrate(config: RunConfig, plan: Plan, model: ActivationSource) -> dict[Site, SiteSample]:
+def _calibrate(plan: Plan, model: ActivationSource) -> dict[Site, SiteSample]:
     if not plan.calibration:
         return {}
-    return calibrate(_apart(model, "baselines"), plan.tokenise(plan.calibration), config.positions, config.seed)
+    asked = plan.request.settings
+    return calibrate(_apart(model, "baselines"), plan.tokenise(plan.calibration), asked.positions, asked.seed)

@@ -1,17 +1,19 @@
 """What a request takes: data, model and SAEs opened, nothing heavy loaded; and the files that it will fill.
 
-plan = make_plan(config)
-files = open_files(config, plan, held)
-missing_work(plan, files)
+plan = make_plan(request)
+files = open_files(plan, held)
+missing_cells(plan, files)
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
+from delta_selectivity import settings
 from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
@@ -30,46 +32,72 @@ from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.baselines import CALIBRATED, Baseline, Measured, plan_baselines
 from delta_selectivity.run.calibration import draw_mentions, fingerprint
 from delta_selectivity.run.reconstruction import Reconstruction
+from delta_selectivity.run.request import Request
 from delta_selectivity.saes import SaeSource, expand_names, open_sae
-from delta_selectivity.settings import RunConfig
 from delta_selectivity.tasks import (
     Mention,
     ProbeTexts,
     TokenisedMentions,
-    UserData,
     dataset_fingerprint,
     load_all_mentions,
     load_probe_texts,
 )
 
-SETTINGS = ("positions", "folds", "repeats", "seed", "probe", "views", "epsilon")  # flags that change a number
+Files = Mapping[tuple[SaeId, int], RecordFile]  # (subject, dataset index) -> its file
+
+
+class Cell(NamedTuple):
+    """One piece of work: the probes of a dataset at a site, for one subject."""
+
+    dataset: int  # index into ProbeTexts.datasets
+    site: Site
+    subject: SaeId  # index into Plan.subjects
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: an SAE, or a baseline of an SAE or of a hook point."""
+
+    name: str
+    folder: Path  # of its result files
+    sites: tuple[Site, ...]  # in order of layers
+    counts_bos: bool  # whether BOS counts in its whole-text figures
+    source: SaeSource | None  # itself; of a baseline, the SAE it is made from, if it is made from one
+    baseline: Baseline | None = None
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether it gives a reconstruction; the names do not."""
+        return self.baseline is None or self.baseline.reconstructs
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether its codes are sparse latents that a probe may look at."""
+        return self.baseline is None or self.baseline.has_latents
 
 
 @dataclass(frozen=True)
 class Plan:
     """A request that was found to be possible: data, model and SAEs opened, nothing heavy loaded."""
 
+    request: Request
     texts: ProbeTexts
     info: ModelInfo
-    sources: list[SaeSource]
-    baselines: list[Baseline]  # counted on from the sources: the first one's id is their number
-    sites: dict[SaeId, list[Site]]  # in order of layers; of sources and baselines
+    subjects: tuple[Subject, ...]  # by `SaeId`: first the SAEs, then the baselines
     widths: dict[Site, int]  # of the activations, also where transcoders read
     prepend_bos: bool
-    counts_bos: list[bool]  # of each subject: whether BOS counts in its whole-text figures
     calibration: list[Mention]  # texts that baselines are fitted to; none if none is
     setup: SetupCache
 
     @property
-    def subjects(self) -> list[SaeSource | Baseline]:
-        """All that is measured, by `SaeId`."""
-        return [*self.sources, *self.baselines]
+    def saes(self) -> list[Subject]:
+        """The subjects that are no baselines."""
+        return [subject for subject in self.subjects if subject.baseline is None]
 
     @property
-    def with_latents(self) -> frozenset[SaeId]:
-        """All SAEs, and the baselines that are like them."""
-        alike = {i for i, baseline in enumerate(self.baselines, len(self.sources)) if baseline.has_latents}
-        return frozenset({*range(len(self.sources)), *alike})
+    def dtype(self) -> str:
+        """Of the model's activations."""
+        return self.info.choose_dtype(self.request.settings.dtype)
 
     def find_widths(self, sites: Collection[Site]) -> dict[Site, int]:
         """The width of each site of the model. Raises `RequestError` as `ModelInfo.widths`."""
@@ -80,102 +108,71 @@ class Plan:
         return self.setup.tokens(mentions, self.info, prepend_bos=self.prepend_bos)
 
 
-def make_plan(config: RunConfig, fetch: bool = True) -> Plan:
+def make_plan(request: Request, fetch: bool = True) -> Plan:
     """Open everything that was asked for. Raises `RequestError`, before anything heavy is loaded, if it can't be.
 
     fetch: also have the SAEs' weights on this machine, and check them; else their configs only.
     """
-    check_backend(config.probe, config.device2)
+    asked = request.settings
+    check_backend(asked.probe, request.device2)
     texts = load_probe_texts(
-        config.datasets,
-        data_dir=config.data_dir,
-        user_data=user_data(config),
-        shuffle_select_n=config.shuffle_select_n,
-        seed=config.seed,
+        request.tasks, data_dir=request.data_dir, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed
     )
-    files = Pretrained.find(config.model_name, config.revision, config.trust_remote_code)
-    setup = SetupCache() if config.cache_dir is None else SetupCache.open(config.cache_dir, config.cache_gb)
+    files = Pretrained.find(request.model, asked.revision, asked.trust_remote_code)
+    setup = SetupCache() if request.cache is None else SetupCache.open(request.cache, asked.cache_gb)
     info = setup.model(files)
     _refuse_reserved_names(texts)
-    sources = [open_sae(name, config.hookpoint) for name in expand_names(config.sae_names)]
-    sites: dict[SaeId, list[Site]] = {}
-    for sae_id, source in enumerate(sources):
-        layers = config.layers if config.layers is not None else source.layers
-        for layer in layers:
-            if layer >= info.n_layers:
-                raise RequestError(f"layer {layer}: {config.model_name} has layers 0 to {info.n_layers - 1}")
-            if layer not in source.layers:
-                has = ",".join(map(str, source.layers))
-                raise RequestError(f"`layers` {layer}: {source.name} has SAEs for layers {has} only")
-        sites[sae_id] = [Site(layer, source.hookpoint) for layer in layers]
-    widths = _check_widths(config, info, setup, sources, sites)
-    for sae_id, source in enumerate(sources if fetch else ()):
-        source.prepare([site.layer for site in sites[sae_id]])
-    prepend_bos, counts_bos = _decide_bos(config.bos, info, sources)
-    baselines = _plan_baselines(config, sources, sites, counts_bos)
-    counts_bos += [baseline.counts_bos for baseline in baselines]
-    sites |= {
-        sae_id: [Site(layer, baseline.hookpoint) for layer in baseline.layers]
-        for sae_id, baseline in enumerate(baselines, len(sources))
-    }
-    prepare_folder(config.output_directory)
-    calibration = _calibration_mentions(config, baselines)
-    return Plan(texts, info, sources, baselines, sites, widths, prepend_bos, counts_bos, calibration, setup)
+    sources = open_sources(request)
+    sites = [_sites(request, info, source) for source in sources]
+    widths = _check_widths(info, setup, sources, sites)
+    for source, own in zip(sources if fetch else (), sites, strict=False):
+        source.prepare([site.layer for site in own])
+    prepend_bos, counts_bos = _decide_bos(asked.bos, info, sources)
+    subjects = _plan_subjects(request, sources, sites, counts_bos)
+    prepare_folder(request.output)
+    calibration: list[Mention] = []
+    if any(subject.baseline is not None and subject.baseline.kind in CALIBRATED for subject in subjects):
+        calibration = draw_mentions(load_all_mentions(request.tasks, request.data_dir), asked.seed)
+    return Plan(request, texts, info, subjects, widths, prepend_bos, calibration, setup)
 
 
-def user_data(config: RunConfig) -> UserData | None:
-    if config.dataset_file is None:
-        return None
-    return UserData(config.dataset_file, config.dataset_split, config.dataset_columns)
+def open_sources(request: Request) -> list[SaeSource]:
+    """The SAEs that the request names or holds. Raises `RequestError` if one cannot be had."""
+    sources: list[SaeSource] = []
+    for sae in request.saes:
+        if isinstance(sae, SaeSource):
+            sources.append(sae)
+        else:
+            sources += [open_sae(name, request.settings.hookpoint) for name in expand_names([sae])]
+    return list({source.name: source for source in sources}.values())
+
+
+def _sites(request: Request, info: ModelInfo, source: SaeSource) -> tuple[Site, ...]:
+    layers = request.layers if request.layers is not None else source.layers
+    for layer in layers:
+        if layer >= info.n_layers:
+            raise RequestError(f"layer {layer}: {request.model} has layers 0 to {info.n_layers - 1}")
+        if layer not in source.layers:
+            has = ",".join(map(str, source.layers))
+            raise RequestError(f"`layers` {layer}: {source.name} has SAEs for layers {has} only")
+    return tuple(Site(layer, source.hookpoint) for layer in layers)
 
 
 def _check_widths(
-    config: RunConfig,
-    info: ModelInfo,
-    setup: SetupCache,
-    sources: Sequence[SaeSource],
-    sites: Mapping[SaeId, Sequence[Site]],
+    info: ModelInfo, setup: SetupCache, sources: Sequence[SaeSource], sites: Sequence[Sequence[Site]]
 ) -> dict[Site, int]:
     """The width of every site. Raises `RequestError` if there is no such hook point or an SAE has another width."""
-    reads = {sae_id: [site.read_by(sources[sae_id].input_hookpoint) for site in sites[sae_id]] for sae_id in sites}
-    widths = setup.widths(info, {site for both in (sites, reads) for found in both.values() for site in found})
-    for sae_id, source in enumerate(sources):
-        for what, width, places in (("d_in", source.d_in, reads), ("d_out", source.d_out, sites)):
-            for site in places[sae_id]:
+    reads = [[site.read_by(source.input_hookpoint) for site in own] for source, own in zip(sources, sites, strict=True)]
+    widths = setup.widths(info, {site for places in (*sites, *reads) for site in places})
+    for source, written, read in zip(sources, sites, reads, strict=True):
+        for what, width, places in (("d_in", source.d_in, read), ("d_out", source.d_out, written)):
+            for site in places:
                 if widths[site] != width:
                     raise RequestError(
-                        f"`saes` {source.name}: its {what} is {width}, but {site.hookpoint} of {config.model_name} "
+                        f"`saes` {source.name}: its {what} is {width}, but {site.hookpoint} of {info.name} "
                         f"has width {widths[site]}"
                     )
     return widths
-
-
-def _plan_baselines(
-    config: RunConfig,
-    sources: Sequence[SaeSource],
-    sites: Mapping[SaeId, Sequence[Site]],
-    counts_bos: Sequence[bool],
-) -> list[Baseline]:
-    layers = {sae_id: tuple(site.layer for site in asked) for sae_id, asked in sites.items()}
-    measured = [
-        Measured(slug(source.name), source.hookpoint, counts_bos[i], layers[i]) for i, source in enumerate(sources)
-    ]
-    return plan_baselines(config.baselines, measured)
-
-
-def _calibration_mentions(config: RunConfig, baselines: Sequence[Baseline]) -> list[Mention]:
-    """Texts for the baselines that need some: the same whichever datasets and rows of a source are asked for."""
-    if not any(baseline.kind in CALIBRATED for baseline in baselines):
-        return []
-    return draw_mentions(load_all_mentions(config.datasets, config.data_dir, user_data(config)), config.seed)
-
-
-def _refuse_reserved_names(texts: ProbeTexts) -> None:
-    """A probe's name is a key of the layer's record, beside the reconstruction figures."""
-    reserved = {field.name for field in fields(Reconstruction)}
-    for probe in (probe for dataset in texts.datasets for probe in dataset.probes):
-        if probe.name in reserved:
-            raise RequestError(f"a task may not be called {probe.name!r}: that is a figure of the record; rename it")
 
 
 def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tuple[bool, list[bool]]:
@@ -195,53 +192,97 @@ def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tu
     return bool(wishes.pop()) if wishes else info.has_bos, [source.counts_bos for source in sources]
 
 
-def open_files(config: RunConfig, plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFile]:
-    """A result file for each SAE or baseline and dataset, ours alone until `held` is closed.
+def _plan_subjects(
+    request: Request, sources: Sequence[SaeSource], sites: Sequence[tuple[Site, ...]], counts_bos: Sequence[bool]
+) -> tuple[Subject, ...]:
+    """The SAEs and then their baselines, each with a folder of its own where there are several."""
+    out = request.output
+    folders = [out / slug(source.name) if len(sources) > 1 else out for source in sources]
+    subjects = [
+        Subject(source.name, folder, own, counts, source)
+        for source, folder, own, counts in zip(sources, folders, sites, counts_bos, strict=True)
+    ]
+    measured = [
+        Measured(slug(subject.name), source.hookpoint, subject.counts_bos, tuple(site.layer for site in subject.sites))
+        for subject, source in zip(subjects, sources, strict=True)
+    ]
+    for baseline in plan_baselines(request.settings.baselines, measured):
+        folder = out / "baselines" / slug(baseline.slug)
+        own = tuple(Site(layer, baseline.hookpoint) for layer in baseline.layers)
+        made_from = None if baseline.of is None else sources[baseline.of]
+        subjects.append(Subject(baseline.name, folder, own, baseline.counts_bos, made_from, baseline))
+    twice = [subject.folder for i, subject in enumerate(subjects) if subject.folder in (s.folder for s in subjects[:i])]
+    if twice:
+        raise RequestError(f"`saes`: two SAEs would be written to {twice[0]}: measure them in two runs")
+    return tuple(subjects)
+
+
+def _refuse_reserved_names(texts: ProbeTexts) -> None:
+    """A probe's name is a key of the layer's record, beside the reconstruction figures."""
+    reserved = {field.name for field in fields(Reconstruction)}
+    for probe in (probe for dataset in texts.datasets for probe in dataset.probes):
+        if probe.name in reserved:
+            raise RequestError(f"a task may not be called {probe.name!r}: that is a figure of the record; rename it")
+
+
+def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFile]:
+    """A result file for each subject and dataset, ours alone until `held` is closed.
 
     Raises `RequestError` if one on disk was made by something else, or is being written by another run.
     """
+    request = plan.request
     data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
     shared = {
         "schema": SCHEMA_VERSION,
         "model": plan.info.fingerprint(),
         "bos": plan.prepend_bos,
-        "dtype": plan.info.choose_dtype(config.dtype),
-        **{name: getattr(config, name) for name in SETTINGS},
+        "dtype": plan.dtype,
+        **{field.name: getattr(request.settings, field.name) for field, _, rule in settings.fields() if rule.in_key},
     }
+    hashes = {subject.name: subject.source.fingerprint() for subject in plan.saes if subject.source is not None}
+    config = request.described()
     files: dict[tuple[SaeId, int], RecordFile] = {}
-    for sae_id, (folder, own_key, told) in enumerate(_result_folders(config, plan)):
-        prepare_folder(folder)
-        key = {**shared, **own_key}
-        run = describe_run({**asdict(config), **told})
+    for sae_id, subject in enumerate(plan.subjects):
+        prepare_folder(subject.folder)
+        own_key, told = _what_is_its_own(plan, subject, hashes)
+        run = describe_run({**config, **told})
         for index, dataset in enumerate(plan.texts.datasets):
-            path = result_path(folder, config.model_name, dataset.slug)
+            path = result_path(subject.folder, request.model, dataset.slug)
             if any(file.path == path for file in files.values()):
-                raise RequestError(f"`saes`: two SAEs would be written to {folder}: measure them in two runs")
+                raise RequestError(f"`tasks`: two would be written to {path}: rename one, or measure them in two runs")
             held.enter_context(reserve(path))
-            files[sae_id, index] = RecordFile.open(path, {**key, "data": data[index]}, run, config.overwrite)
+            key = {**shared, **own_key, "data": data[index]}
+            files[sae_id, index] = RecordFile.open(path, key, run, request.settings.overwrite)
     return files
 
 
-def _result_folders(config: RunConfig, plan: Plan) -> Iterator[tuple[Path, Json, Json]]:
-    """By `SaeId`: the folder, what changes these numbers alone, and what `_run.config` says of the SAE or baseline."""
-    out, hashes = config.output_directory, [source.fingerprint() for source in plan.sources]
-    for source, own_hash, counts_bos in zip(plan.sources, hashes, plan.counts_bos, strict=False):
-        folder = out / slug(source.name) if len(plan.sources) > 1 else out
-        key: Json = {"sae": own_hash, "hookpoint": source.hookpoint}
-        if counts_bos != source.counts_bos:
-            key["counts_bos"] = counts_bos
-        yield folder, key, {"sae": source.name}
-    for baseline in plan.baselines:
-        of = None if baseline.of is None else hashes[baseline.of]
+def _what_is_its_own(plan: Plan, subject: Subject, hashes: Mapping[str, str]) -> tuple[Json, Json]:
+    """What changes the numbers of this subject alone, and what `_run.config` says of it."""
+    source, baseline = subject.source, subject.baseline
+    own_hash = None if source is None else hashes[source.name]
+    if baseline is not None:
         told = {"sae": baseline.name, "baseline": baseline.kind, "baseline_of": baseline.owner}
-        yield out / "baselines" / slug(baseline.slug), baseline.key(of, fingerprint(plan.calibration)), told
+        return baseline.key(own_hash, fingerprint(plan.calibration)), told
+    assert source is not None
+    key: Json = {"sae": own_hash, "hookpoint": source.hookpoint}
+    if subject.counts_bos != source.counts_bos:
+        key["counts_bos"] = subject.counts_bos
+    return key, {"sae": source.name}
 
 
-def missing_work(plan: Plan, files: dict[tuple[SaeId, int], RecordFile]) -> dict[int, dict[Site, list[SaeId]]]:
-    """Dataset index -> sites in order of layers -> SAEs whose result is not on disk."""
-    missing: dict[int, dict[Site, list[SaeId]]] = {}
-    for (sae_id, index), file in sorted(files.items(), key=lambda item: item[0][::-1]):
-        for site in plan.sites[sae_id]:
-            if site.layer not in file.layers:
-                missing.setdefault(index, {}).setdefault(site, []).append(sae_id)
-    return {index: dict(sorted(sites.items())) for index, sites in missing.items()}
+def missing_cells(plan: Plan, files: Files) -> list[Cell]:
+    """What is not on disk: dataset by dataset, site by site in order of layers."""
+    return sorted(
+        Cell(index, site, sae_id)
+        for (sae_id, index), file in files.items()
+        for site in plan.subjects[sae_id].sites
+        if site.layer not in file.layers
+    )
+
+
+def by_site(cells: Iterable[Cell]) -> dict[Site, list[SaeId]]:
+    """Sites in order of layers -> the subjects that have something to measure there, each once."""
+    found: dict[Site, set[SaeId]] = {}
+    for cell in cells:
+        found.setdefault(cell.site, set()).add(cell.subject)
+    return {site: sorted(found[site]) for site in sorted(found)}

@@ -1,6 +1,6 @@
 """What units will take, from configs alone: bytes by arithmetic, seconds by the rates that docs/scale.md measured.
 
-    show(render(config, plan, units))
+    show(render(plan, units))
 
 Good to a factor of two or so on a machine like the one measured, which is what a plan is for: whether it is minutes or
 days, and whether a unit fits into memory. Seconds are those of one CPU core, whatever the machine has.
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from delta_selectivity.reporting.tables import Row, aligned
 from delta_selectivity.run.planning import Plan
 from delta_selectivity.scale.units import Unit
-from delta_selectivity.settings import RunConfig
 
 TOKENS_PER_CHARACTER = 0.28  # of English text, by Pythia's tokenizer and its like
 
@@ -77,43 +76,42 @@ def cost(shape: Shape, rates: Rates) -> Cost:
     )
 
 
-def shape_of(config: RunConfig, plan: Plan, unit: Unit) -> Shape:
+def shape_of(plan: Plan, unit: Unit) -> Shape:
     """What is known of a unit before anything is loaded; baselines count as the SAE that they are made of."""
+    asked = plan.request.settings
     sizes = {
-        (sae_id, member.header.layer): (member.header.d_in, member.header.d_sae, source.d_out)
-        for sae_id, source in enumerate(plan.sources)
-        for member in source.members
+        (sae_id, member.header.layer): (member.header.d_in, member.header.d_sae, member.header.d_out)
+        for sae_id, subject in enumerate(plan.saes)
+        for member in (subject.source.members if subject.source is not None else ())
     }
     own, widest = [], max(sizes.values())
-    for subject, layer in sorted(unit.subjects):
-        if subject < len(plan.sources):
-            own.append(sizes[subject, layer])
-            continue
-        baseline = plan.baselines[subject - len(plan.sources)]
-        own.append(sizes[baseline.of, layer] if baseline.of is not None else (widest[2], 1, widest[2]))
+    for i, layer in sorted(unit.subjects):
+        baseline = plan.subjects[i].baseline
+        sae_id = i if baseline is None else baseline.of
+        own.append((widest[2], 1, widest[2]) if sae_id is None else sizes[sae_id, layer])
     rows = sum(len(probe.mentions) for dataset in plan.texts.datasets for probe in dataset.probes)
     return Shape(
         tokens=round(TOKENS_PER_CHARACTER * sum(len(mention.text) for mention in plan.texts.mentions)),
         rows=len(plan.texts.mentions),
-        cells=rows * config.folds * config.repeats,
+        cells=rows * asked.folds * asked.repeats,
         d_model=plan.info.d_model,
         n_layers=max(unit.layers) + 1,
         n_sites=len(unit.layers),
         sae_sizes=tuple(own),
-        dtype_bytes=4 if plan.info.choose_dtype(config.dtype) == "float32" else 2,
+        dtype_bytes=4 if plan.dtype == "float32" else 2,
         vocabulary=len(plan.info.tokenizer),
     )
 
 
-def render(config: RunConfig, plan: Plan, units: Sequence[Unit]) -> str:
+def render(plan: Plan, units: Sequence[Unit]) -> str:
     """A line a unit, and their sum."""
-    costs = [cost(shape_of(config, plan, unit), CPU_CORE) for unit in units]
+    costs = [cost(shape_of(plan, unit), CPU_CORE) for unit in units]
     rows: list[Row] = [("unit", "layers", "SAEs", "results", "model", "SAEs' weights", "rows", "seconds")]
     for unit, each in zip(units, costs, strict=True):
         sizes = (each.model_bytes, each.sae_bytes, each.row_bytes)
         layers = ",".join(map(str, unit.layers))
         rows.append(
-            (unit.id[-16:], layers, f"{len(unit.config.sae_names)}", f"{unit.n_probes}", *map(megabytes, sizes),
+            (unit.id[-16:], layers, f"{len(unit.request.saes)}", f"{unit.n_probes}", *map(megabytes, sizes),
              f"{each.seconds:.0f}")
         )  # fmt: skip
     seconds = sum(each.seconds for each in costs)

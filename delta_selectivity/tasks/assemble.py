@@ -23,13 +23,13 @@ from delta_selectivity.tasks.types import (
     ProbeTexts,
     Row,
     RowSet,
-    Source,
+    Task,
 )
 
 logger = logging.getLogger(__name__)
 
 
-def assemble(sources: Sequence[Source], shuffle_select_n: int | None, seed: int) -> ProbeTexts:
+def assemble(sources: Sequence[Task], shuffle_select_n: int | None, seed: int) -> ProbeTexts:
     """Deduplicate, draw and index `sources`.
 
     Raises `RequestError` if a probe is left with one class, or `shuffle_select_n` is too small for two.
@@ -43,13 +43,13 @@ def assemble(sources: Sequence[Source], shuffle_select_n: int | None, seed: int)
     return ProbeTexts(tuple(index.mentions), _person_ids(index.mentions), tuple(datasets))
 
 
-def distinct_rows(source: Source) -> Source:
+def distinct_rows(source: Task) -> Task:
     """Every mention once per row set; a mention with two values is dropped, since neither can be trusted.
 
     Raises `RequestError` if that leaves a probe with one class.
     """
     row_sets = tuple(_distinct(row_set, source.slug) for row_set in source.row_sets)
-    return Source(source.name, source.slug, row_sets)
+    return Task(source.name, source.slug, row_sets)
 
 
 def _distinct(row_set: RowSet, slug: str) -> RowSet:

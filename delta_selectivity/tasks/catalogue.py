@@ -1,20 +1,23 @@
-"""Which datasets there are, and which sources a request names."""
+"""Which tasks there are, and how a name becomes a `Task`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.assemble import assemble
 from delta_selectivity.tasks.gurnee import load_gurnee
-from delta_selectivity.tasks.types import Mention, ProbeTexts, Source
-from delta_selectivity.tasks.user_data import UserData
+from delta_selectivity.tasks.types import Mention, ProbeTexts, Task
+from delta_selectivity.tasks.user_data import UserData, check_columns
 from delta_selectivity.tasks.user_task import load_user_task
 from delta_selectivity.tasks.wikidata import load_wikidata
 
 DATASET_NAMES = ("gender", "occupation", "politics", "athlete", "is_alive")  # their order is their index
+
+TaskName = str | UserData | Task
+"""A name of `DATASET_NAMES`, a table of the user's, or a task that is loaded already."""
 
 
 def parse_dataset_names(spec: str) -> tuple[str, ...]:
@@ -31,50 +34,103 @@ def parse_dataset_names(spec: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def name_task(path_or_name: str, split: str | None, columns: Mapping[str, str] | None) -> str | UserData:
+    """What a name means: a Wikidata task, unless it is a path, a name on the Hub, or comes with a split or columns."""
+    if split is None and not columns and path_or_name in DATASET_NAMES:
+        return path_or_name
+    known = Path(path_or_name).expanduser()
+    if not (known.suffix or "/" in path_or_name or known.exists()):
+        names = ", ".join(DATASET_NAMES)
+        raise RequestError(f"`tasks`: there is no task {path_or_name!r}: give a file or one of {names}")
+    return UserData(path_or_name, split, check_columns(columns or {}))
+
+
+def load_task(
+    path_or_name: str,
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_dir: str | Path | None = None,
+) -> Task:
+    """Load one task.
+
+    Args:
+        path_or_name: ``gender``, ``occupation``, ``politics``, ``athlete`` or ``is_alive``; else a CSV, JSONL or
+            Parquet file, a folder of the ``datasets`` library, or a dataset on the Hub (``owner/name`` or
+            ``owner/name:config``) with columns ``text`` and ``label``, optionally ``group``, ``start``, ``end``,
+            ``task``.
+        split: Which split of the user's data to read; by default ``train``, or the only one.
+        columns: The file's names for our columns, such as ``{"text": "sentence"}``.
+        data_dir: Folder with the Wikidata datasets of Gurnee et al. 2023 (arXiv 2305.01610), read in place of the
+            data files of sae-probes.
+
+    Returns:
+        The task with all rows as they are on disk.
+
+    Raises:
+        RequestError: The data cannot be had, or cannot be probed as they stand; one line says which and why.
+
+    Example:
+        >>> load_task("people.csv", columns={"text": "sentence", "label": "is_poet"})  # doctest: +SKIP
+    """
+    return _load(name_task(path_or_name, split, columns), None if data_dir is None else Path(data_dir))
+
+
 def load_probe_texts(
-    names: Sequence[str] | None,
+    tasks: Sequence[TaskName] | None = None,
     *,
     data_dir: Path | None = None,
-    user_data: UserData | None = None,
     shuffle_select_n: int | None = None,
     seed: int = 0,
 ) -> ProbeTexts:
-    """Load the named datasets and the user's own into one deduplicated `ProbeTexts`.
+    """Load tasks (None: all Wikidata tasks) into one deduplicated `ProbeTexts`.
 
-    names: of `DATASET_NAMES`; None or empty: only `user_data` if there is one, else all.
     data_dir: folder with Gurnee et al.'s own folders, used in place of the wheel's files.
-    shuffle_select_n: at most that many rows per dataset, drawn by `seed`.
+    shuffle_select_n: at most that many rows per task, drawn by `seed`.
     Raises `RequestError` for anything wrong with the request or the files.
     """
     if shuffle_select_n is not None and shuffle_select_n < 1:
         raise RequestError(f"`shuffle_select_n` must be at least 1, got {shuffle_select_n}")
-    return assemble(load_sources(names, data_dir, user_data), shuffle_select_n, seed)
+    return assemble(load_tasks(tasks, data_dir), shuffle_select_n, seed)
 
 
-def load_sources(names: Sequence[str] | None, data_dir: Path | None, user_data: UserData | None) -> list[Source]:
-    """The sources as shipped, the user's last. Arguments and errors as for `load_probe_texts`."""
-    chosen = [_resolve(name) for name in names or (() if user_data else DATASET_NAMES)]
-    sources = [load_gurnee(name, data_dir) if data_dir else load_wikidata(name) for name in chosen]
-    if user_data:
-        user = load_user_task(user_data)
-        if any(user.slug in (source.slug, source.name) for source in sources):
-            raise RequestError(f"{user_data.flag}: there is a dataset {user.name!r} already, rename the file")
-        sources.append(user)
-    return sources
+def load_tasks(tasks: Sequence[TaskName] | None, data_dir: Path | None) -> list[Task]:
+    """The tasks as shipped. Arguments and errors as for `load_probe_texts`."""
+    loaded: list[Task] = []
+    for name in DATASET_NAMES if tasks is None else tasks:
+        task = _load(name, data_dir)
+        if any(task.slug in (other.slug, other.name) for other in loaded):
+            raise RequestError(f"{_shown(name)}: there is a dataset {task.name!r} already, rename the file")
+        loaded.append(task)
+    return loaded
 
 
-def load_all_mentions(names: Sequence[str], data_dir: Path | None, user_data: UserData | None) -> list[Mention]:
-    """Every distinct mention of all datasets of the source that `names` come from; of `user_data` without names.
+def load_all_mentions(tasks: Sequence[TaskName], data_dir: Path | None) -> list[Mention]:
+    """Every distinct mention of all Wikidata tasks if one of them is among `tasks`, else of these tasks.
 
-    In an order that depends on neither which of the datasets `names` has nor how many rows are wanted of them.
-    Datasets that cannot be read are passed over: a `data_dir` need not have them all.
+    In an order that depends on neither which of the Wikidata tasks are named nor how many rows are wanted of them.
+    Tasks that cannot be read are passed over: a `data_dir` need not have them all.
     """
-    sources = [] if names else load_sources((), data_dir, user_data)
-    for name in DATASET_NAMES if names else ():
+    named = any(isinstance(task, str) for task in tasks)
+    loaded = [] if named else load_tasks(tasks, data_dir)
+    for name in DATASET_NAMES if named else ():
         with suppress(RequestError):
-            sources += load_sources([name], data_dir, None)
-    rows = (row for source in sources for row_set in source.row_sets for row in row_set.rows)
+            loaded.append(_load(name, data_dir))
+    rows = (row for task in loaded for row_set in task.row_sets for row in row_set.rows)
     return list({row.mention.identity: row.mention for row in rows}.values())
+
+
+def _load(task: TaskName, data_dir: Path | None) -> Task:
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, UserData):
+        return load_user_task(task)
+    name = _resolve(task)
+    return load_gurnee(name, data_dir) if data_dir else load_wikidata(name)
+
+
+def _shown(task: TaskName) -> str:
+    return task.flag if isinstance(task, UserData) else f"`tasks` {task.name if isinstance(task, Task) else task}"
 
 
 def _resolve(part: str) -> str:

@@ -7,28 +7,25 @@ from pathlib import Path
 
 from delta_selectivity.system.terminal import printable
 from delta_selectivity.tasks.assemble import distinct_rows
-from delta_selectivity.tasks.catalogue import DATASET_NAMES, load_sources
-from delta_selectivity.tasks.types import Source
-from delta_selectivity.tasks.user_data import UserData
+from delta_selectivity.tasks.catalogue import DATASET_NAMES, TaskName, load_tasks
+from delta_selectivity.tasks.types import Task
 
 _HEADER = ("index", "dataset", "probe", "rows as shipped", "distinct rows", "people", "positives")
 _LEFT_COLUMNS = 3  # the words; numbers line up on the right
 
 
-def describe_datasets(
-    names: Sequence[str] | None = None, *, data_dir: Path | None = None, user_data: UserData | None = None
-) -> str:
+def describe_datasets(tasks: Sequence[TaskName] | None = None, *, data_dir: Path | None = None) -> str:
     """One line per probe: rows before and after duplicates are dropped, people, positives (class balance).
 
     Arguments and errors as for `load_probe_texts`.
     """
-    sources = load_sources(names, data_dir, user_data)
+    sources = load_tasks(tasks, data_dir)
     lines = [_HEADER, *(tuple(map(printable, line)) for source in sources for line in _lines(source))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
     return "\n".join(_format(line, widths) for line in lines)
 
 
-def _lines(source: Source) -> Iterator[tuple[str, ...]]:
+def _lines(source: Task) -> Iterator[tuple[str, ...]]:
     index = str(DATASET_NAMES.index(source.name)) if source.slug == f"wikidata_{source.name}" else "-"
     for shipped, distinct in zip(source.row_sets, distinct_rows(source).row_sets, strict=True):
         rows = distinct.rows

@@ -14,7 +14,7 @@ from typing import Any
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.people import plain_key
-from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Source
+from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
 _PREFIX = "wikidata_sorted_"
 _BOS = 0
@@ -52,7 +52,7 @@ _PROBES: dict[str, tuple[tuple[str, str], ...]] = {
 _IS_ATHLETE = (("is_athlete", "athlete"),)
 
 
-def load_gurnee(name: str, data_dir: Path) -> Source:
+def load_gurnee(name: str, data_dir: Path) -> Task:
     """Read dataset `name` from its folder below `data_dir`, as shipped.
 
     The athlete dataset also asks `is_athlete` where the occupation folder is there and has that class.
@@ -67,7 +67,7 @@ def load_gurnee(name: str, data_dir: Path) -> Source:
     if name == "athlete" and "occupation" in folders:
         general = _row_set(folders["occupation"], _IS_ATHLETE)
         row_sets = [general, *row_sets] if general.probes else row_sets
-    return Source(name=name, slug=f"wikidata_{name}", row_sets=tuple(row_sets))
+    return Task(name=name, slug=f"wikidata_{name}", row_sets=tuple(row_sets))
 
 
 def _folders(data_dir: Path) -> dict[str, Path]:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.tasks.types import Int64Array, RowSet, Source
+from delta_selectivity.tasks.types import Int64Array, RowSet, Task
 
 
-def select_rows(source: Source, n: int | None, seed: int) -> Source:
+def select_rows(source: Task, n: int | None, seed: int) -> Task:
     """Keep at most `n` rows of `source` over its row sets (None: all), in their own order.
 
     Raises `RequestError` if `n` leaves a class of some probe without a row.
@@ -32,7 +32,7 @@ def select_rows(source: Source, n: int | None, seed: int) -> Source:
         _draw(row_set, share, _generator(seed, source.slug, row_set.name))
         for row_set, share in zip(source.row_sets, shares, strict=True)
     )
-    return Source(source.name, source.slug, kept)
+    return Task(source.name, source.slug, kept)
 
 
 def _draw(row_set: RowSet, n: int, rng: np.random.Generator) -> RowSet:
@@ -66,13 +66,13 @@ def _allot(available: Sequence[int], n: int) -> list[int]:
     return shares
 
 
-def _leaves_every_class(source: Source, shares: Sequence[int]) -> bool:
+def _leaves_every_class(source: Task, shares: Sequence[int]) -> bool:
     # rows take turns among the classes, so the first turn has a row of each
     counts = (len({row.value for row in row_set.rows}) for row_set in source.row_sets)
     return all(share >= classes for share, classes in zip(shares, counts, strict=True))
 
 
-def _least(source: Source, n: int) -> int:
+def _least(source: Task, n: int) -> int:
     sizes = [len(row_set.rows) for row_set in source.row_sets]
     return next(m for m in itertools.count(n + 1) if _leaves_every_class(source, _allot(sizes, m)))
 

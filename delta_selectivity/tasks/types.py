@@ -85,8 +85,8 @@ class RowSet:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A dataset as read, before duplicates are dropped and rows drawn."""
+class Task:
+    """A task as read: its rows and its probes, before duplicates are dropped and rows drawn. One result file each."""
 
     name: str
     slug: str

@@ -1,4 +1,4 @@
-"""How a user's own task is named on the command line: where it is, which split of it, and what its columns are called.
+"""Where a user's own task is: file or name, split, and what its columns are called.
 
 >>> parse_columns("text=sentence, label=class")
 (('text', 'sentence'), ('label', 'class'))
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from delta_selectivity.errors import RequestError
@@ -40,9 +41,15 @@ def parse_columns(spec: str) -> tuple[tuple[str, str], ...]:
         ours, equals, theirs = (side.strip() for side in part.partition("="))
         if not equals or not theirs:
             raise RequestError(f"`columns` {part!r}: write our name = yours, e.g. text=sentence,label=class")
-        if ours not in COLUMNS:
-            raise RequestError(f"`columns` {part!r}: there is no column {ours!r}: name {', '.join(COLUMNS)}")
         if ours in pairs:
             raise RequestError(f"`columns` {part!r}: {ours} is {pairs[ours]!r} already")
         pairs[ours] = theirs
+    return check_columns(pairs)
+
+
+def check_columns(pairs: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """Our column's name -> theirs, as `UserData` keeps it. Raises `RequestError` for a column that we do not know."""
+    for ours, theirs in pairs.items():
+        if ours not in COLUMNS:
+            raise RequestError(f"`columns` {ours}={theirs}: there is no column {ours!r}: name {', '.join(COLUMNS)}")
     return tuple(pairs.items())

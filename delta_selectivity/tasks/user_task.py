@@ -21,7 +21,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.people import last_words, plain_key
 from delta_selectivity.tasks.read_records import read_table
 from delta_selectivity.tasks.table import Record
-from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Source
+from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 from delta_selectivity.tasks.user_data import REQUIRED, UserData
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ MAX_CLASSES = 64  # more distinct labels than this are a wrong column, not a tas
 _BINARY = {"0": "0", "1": "1", "0.0": "0", "1.0": "1", "false": "0", "true": "1"}
 
 
-def load_user_task(data: UserData) -> Source:
+def load_user_task(data: UserData) -> Task:
     """Read the user's task; dataset and file are called by the file's stem, the folder's name, or the Hub's.
 
     Raises `RequestError`, one line with file and line, for anything that cannot be probed as it stands.
@@ -48,7 +48,7 @@ def load_user_task(data: UserData) -> Source:
         )
     row_sets = tuple(_row_set(task, rows, data) for task, rows in by_task.items())
     _check_probe_names(row_sets, data)
-    return Source(name=name, slug=name, row_sets=row_sets)
+    return Task(name=name, slug=name, row_sets=row_sets)
 
 
 def _name(data: UserData) -> str:

@@ -15,7 +15,7 @@ import zstandard
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.people import name_span, person_key
-from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Source
+from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
 DISTRIBUTION = "sae-probes"
 INSTALL_COMMAND = "pip install --no-deps -r requirements-data.txt"
@@ -45,13 +45,13 @@ _FILES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
 }
 
 
-def load_wikidata(name: str) -> Source:
+def load_wikidata(name: str) -> Task:
     """Read dataset `name` as shipped. Raises `RequestError` if the wheel is not installed or not as expected."""
     row_sets = tuple(
         RowSet(rows=_read_rows(stem), probes=tuple(ProbeSpec(*probe) for probe in probes))
         for stem, probes in _FILES[name].items()
     )
-    return Source(name=name, slug=f"wikidata_{name}", row_sets=row_sets)
+    return Task(name=name, slug=f"wikidata_{name}", row_sets=row_sets)
 
 
 def _read_rows(stem: str) -> tuple[Row, ...]:

@@ -18,7 +18,7 @@ from delta_selectivity.models.language_model import LanguageModel, ModelInfo
 from delta_selectivity.probing import selectivity
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
 from delta_selectivity.records import sae_level, scores
-from delta_selectivity.run import prober, progress
+from delta_selectivity.run import cell_result, progress
 from delta_selectivity.run.bounded_queue import BoundedQueue
 from delta_selectivity.run.preflight import Preflight
 from delta_selectivity.run.reconstruction import ReconstructionSums
@@ -53,7 +53,7 @@ POINTS: dict[str, tuple[Any, str, Callable[[], Exception]]] = {  # kind -> (owne
     "score": (selectivity, "_held_out_scores", FAULT),
     "choose": (selectivity, "choose_c", FAULT),
     "statistics": (selectivity, "statistics", FAULT),
-    "save": (prober, "save", FULL_DISK),
+    "save": (cell_result, "save", FULL_DISK),
     "load": (scores, "load", FAULT),
     "settle": (sae_level, "settle", FAULT),
     "texts": (progress.ProgressBars, "texts", FAULT),

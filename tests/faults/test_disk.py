@@ -14,7 +14,7 @@ from conftest import people, write_csv
 from runs import Request, left_over, numbers, substance, without_q
 
 from delta_selectivity.models.language_model import LanguageModel, ModelInfo
-from delta_selectivity.run import loading
+from delta_selectivity.run import measure
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch,
     request = Request(model, (sae,), data, ask.out)
     assert request.plus("--layers", "0").run() == 0
     before = (ask.out / "pythia-tiny_women.json").read_bytes()
-    load = loading.load_weights
+    load = measure.load_weights
 
     def vanish_then_load(*args):
         victim = {
@@ -194,7 +194,7 @@ def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch,
         return load(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "load_weights", vanish_then_load)
+        patch.setattr(measure, "load_weights", vanish_then_load)
         code = request.run()
     if what in {"config of the SAE", "the task's file"}:
         assert code == 0, "it was read already"

@@ -66,7 +66,7 @@ def test_a_run_of_a_task_of_a_hostile_name(ask):
 
 
 def test_the_list_of_datasets(ask):
-    listed = describe_datasets((), user_data=UserData(str(ask.data)))
+    listed = describe_datasets([UserData(str(ask.data))])
     assert harmless(listed)
     assert len(listed.splitlines()) == 3
 

@@ -155,7 +155,7 @@ class Csv(Reader):
         self.path.write_bytes(damaged_bytes(write_csv(self.path, self.rows).read_bytes(), rng))
 
     def read(self) -> None:
-        texts = load_probe_texts(None, user_data=UserData(str(self.path)))
+        texts = load_probe_texts([UserData(str(self.path))])
         for dataset in texts.datasets:
             assert len(dataset_fingerprint(texts, dataset)) == 64
             for probe in dataset.probes:

@@ -1,0 +1,80 @@
+"""What was measured in one cell, and the way from there to a result file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from delta_selectivity.probing.probe_statistics import ProbeScores
+from delta_selectivity.records.result_file import Json, RecordFile
+from delta_selectivity.records.sae_level import without_q_values
+from delta_selectivity.records.scores import LayerScores, key_digest, path_of, prune, save
+from delta_selectivity.run.planning import Cell, Files
+from delta_selectivity.run.reconstruction import Reconstruction
+from delta_selectivity.system.memory import peak_memory
+from delta_selectivity.system.stopwatch import Stopwatch
+
+log = logging.getLogger(__name__)
+
+FEW_PEOPLE = 100  # below this, intervals by the normal approximation are not to be trusted
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """The numbers of one subject, dataset and layer."""
+
+    figures: Reconstruction
+    records: Json  # probe -> its record, in the dataset's order
+    scores: dict[str, ProbeScores]  # probe -> its out-of-fold scores, where there was something to measure
+
+
+Keep = Callable[[Cell, CellResult], None]
+"""What is done with the result of a cell."""
+
+
+def write_to(files: Files, clock: Stopwatch) -> Keep:
+    """Return what puts each result into its file: its scores first, then the record that counts it as done."""
+
+    def write(cell: Cell, found: CellResult) -> None:
+        file, layer = files[cell.subject, cell.dataset], cell.site.layer
+        for line in warnings_of(found, file.is_baseline):
+            _warn(file, f"layer {layer}{line}")
+        if file.key["repeats"] == 1:
+            _warn(file, "one partition (repeats 1): the intervals leave out the luck of the folds")
+        layers = {**without_q_values(file.layers), layer: {**asdict(found.figures), **found.records}}
+        with clock.stage("write"):
+            prune(file.path, layers)
+            save(path_of(file.path, layer), LayerScores(layer, key_digest(file.key), found.scores))
+            file.seconds, file.resources, file.complete = clock.seconds(), peak_memory(), False
+            file.write(layers)
+
+    return write
+
+
+def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
+    """What a reader of these numbers must know; each line goes on from the name of the layer."""
+    lines = []
+    fvu = found.figures.fvu_pos
+    if not is_baseline and fvu is not None and fvu > 1:
+        lines.append(
+            f": FVU {fvu:.2f} at the probed positions: the SAE reconstructs worse than the mean would; "
+            "does it fit this model, layer and hook point?"
+        )
+    for name, result in found.records.items():
+        if result.get("reason"):
+            lines.append(f" {name}: not measured: {result['reason']}")
+            continue
+        if not result["converged"]:
+            lines.append(f" {name}: {result['n_unconverged']} probe fits did not converge")
+        if result["n_people"] < FEW_PEOPLE:
+            lines.append(f" {name}: only {result['n_people']} people: the interval is rough")
+    return lines
+
+
+def _warn(file: RecordFile, line: str) -> None:
+    """Keep a warning with the numbers, and log it once."""
+    if line not in file.warnings:
+        file.warnings.append(line)
+        level = logging.INFO if file.is_baseline else logging.WARNING  # its SAE has said so already, or will
+        log.log(level, "%s: %s", file.path.name, line)

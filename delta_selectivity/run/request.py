@@ -1,0 +1,93 @@
+"""`Request`: everything that a run is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes import SaeSource
+from delta_selectivity.settings import Settings
+from delta_selectivity.tasks import Task, TaskName, UserData
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure, how, and where it goes."""
+
+    model: str  # hub id or local folder
+    saes: tuple[str | SaeSource, ...]  # names as `expand_names` takes them, or SAEs in memory
+    tasks: tuple[TaskName, ...]
+    layers: tuple[int, ...] | None  # None: every layer that the SAE has
+    settings: Settings
+    output: Path
+    device1: str  # model and SAE
+    device2: str  # probes
+    cache: Path | None = None  # None: neither activations nor fits are kept
+    data_dir: Path | None = None  # Gurnee et al.'s folders, in place of the Wikidata tasks' own files
+
+    def __post_init__(self) -> None:
+        if not self.saes:
+            raise RequestError("`saes` is empty: give a hub id, a folder, or several")
+        if not self.tasks:
+            raise RequestError("`tasks` is empty: name at least one")
+
+    def described(self) -> dict[str, Any]:
+        """What `_run.config` of a result file says of the request: plain values by the names of the flags."""
+        files = [task for task in self.tasks if isinstance(task, UserData)]
+        one = files[0] if files else None
+        return {
+            "model_name": self.model,
+            "sae_names": [sae if isinstance(sae, str) else sae.name for sae in self.saes],
+            "datasets": [task.name if isinstance(task, Task) else task for task in self.tasks if task not in files],
+            "dataset_file": None if one is None else one.path_or_name,
+            "dataset_split": None if one is None else one.split,
+            "dataset_columns": () if one is None else one.columns,
+            "data_dir": self.data_dir,
+            "layers": self.layers,
+            "output_directory": self.output,
+            "device1": self.device1,
+            "device2": self.device2,
+            "cache_dir": self.cache,
+            **asdict(self.settings),
+        }
+
+
+def parse_layers(spec: str) -> tuple[int, ...] | None:
+    """'0,1,2', '0-11', '0,4-6' -> sorted layers; 'all' -> None. Raises `RequestError` on anything else."""
+    if spec.strip().lower() == "all":
+        return None
+    layers: set[int] = set()
+    for part in spec.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.strip().isdecimal()):
+            raise RequestError(f"`layers` {spec!r}: write 0,1,2 or 0-11 or all")
+        stop = int(last) if dash else int(first)
+        if stop < int(first):
+            raise RequestError(f"`layers` {spec!r}: {part.strip()} counts down; write it as {stop}-{first}")
+        if stop > 10_000:
+            raise RequestError(f"`layers` {spec!r}: no model has a layer {stop}")
+        layers.update(range(int(first), stop + 1))
+    return tuple(sorted(layers))
+
+
+def choose_devices(device1: str | None, device2: str | None) -> tuple[str, str]:
+    """The devices of model and probes: those asked for, else what the machine has. Raises `RequestError`."""
+    n_gpus = torch.cuda.device_count()
+    device1 = device1 or ("cuda:0" if n_gpus else "cpu")
+    device2 = device2 or ("cuda:1" if n_gpus > 1 and device1 != "cuda:1" else device1)
+    for field, name in (("device1", device1), ("device2", device2)):
+        try:
+            device = torch.device(name)
+        except RuntimeError as error:
+            raise RequestError(f"`{field}` {name!r} is no device: use cpu, cuda:0, cuda:1, ...") from error
+        if device.type not in {"cpu", "cuda"}:
+            raise RequestError(f"`{field}` {name!r}: only cpu and cuda devices are supported")
+        if device.type == "cuda" and (device.index or 0) >= n_gpus:
+            raise RequestError(
+                f"`{field}` {name}: this machine has {n_gpus or 'no'} CUDA device{'s' if n_gpus > 1 else ''}"
+            )
+    return device1, device2

@@ -1,0 +1,120 @@
+"""Probes of a dataset that share their rows, and so their folds and their fits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from delta_selectivity.models.language_model import Site
+from delta_selectivity.probing.folds import FoldPlan, control_plan
+from delta_selectivity.probing.probes import ProbeBackend
+from delta_selectivity.probing.selectivity import FitModel, ModelFit, OutOfFold, ViewFit, fit_sparse, out_of_fold
+from delta_selectivity.run.activations import RowTable, SaeId
+from delta_selectivity.run.row_store import RowStore
+from delta_selectivity.saes import SparseRows
+from delta_selectivity.settings import Settings
+from delta_selectivity.tasks import Dataset, Probe, ProbeTexts
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Probes on the same rows: one partition into folds and one set of fits serve them all."""
+
+    names: tuple[str, ...]  # of the probes
+    row_ids: Tensor  # int64 [rows]
+    plan: FoldPlan
+    control: FoldPlan | None  # of the control task; None: too few token types
+    codes: Mapping[SaeId, SparseRows]  # [rows, any], of baselines that reconstruct nothing
+    kept: dict[Site, ModelFit] | None = None  # fits of the model view, for whoever measures one SAE after another
+    _code_fits: dict[SaeId, ViewFit] = field(default_factory=dict)  # the same in every layer
+    _fitting: threading.Lock = field(default_factory=threading.Lock)  # one layer fits them, the others wait for it
+
+    def out_of_fold(
+        self,
+        site: Site,
+        subject: SaeId,
+        model: ModelFit,
+        store: RowStore,
+        backend: ProbeBackend,
+        views: Sequence[str],  # those that are wanted of this subject
+    ) -> OutOfFold:
+        """Return the scores of one subject beside those of the model view."""
+        if subject in self.codes:
+            return out_of_fold(self.plan, model, self._fit_codes(subject, backend, model.x.device), backend)
+        recon = store.get(site, subject, self.row_ids, model.x.device)
+        latents = store.get_latents(site, subject, self.row_ids, model.x.device) if "latents" in views else None
+        return out_of_fold(self.plan, model, recon, backend, "error" in views, latents)
+
+    def fit_model(
+        self, site: Site, store: RowStore, backend: ProbeBackend, device: torch.device, fit: FitModel
+    ) -> ModelFit:
+        """Fit the model view and the control task at a site, or return the fit that is kept of it."""
+        if self.kept is not None and site in self.kept:
+            return self.kept[site]
+        found = fit(self.plan, store.get(site, None, self.row_ids, device), backend, self.control)
+        if self.kept is not None:
+            self.kept[site] = found
+        return found
+
+    def _fit_codes(self, subject: SaeId, backend: ProbeBackend, device: torch.device) -> ViewFit:
+        with self._fitting:
+            if subject not in self._code_fits:
+                codes = self.codes[subject].to_csr().to(device)
+                self._code_fits[subject] = fit_sparse(self.plan, codes, backend)
+            return self._code_fits[subject]
+
+
+def task_sets(
+    texts: ProbeTexts,
+    dataset: Dataset,
+    rows: RowTable,
+    settings: Settings,
+    codes: Mapping[SaeId, SparseRows],
+    keep: bool = False,
+) -> list[TaskSet]:
+    """Return the task sets of a dataset; keep: its fits of the model view stay in memory."""
+    groups: dict[bytes, list[Probe]] = {}
+    for probe in dataset.probes:
+        groups.setdefault(probe.mentions.tobytes(), []).append(probe)
+    return [_task_set(texts, probes, rows, settings, codes, keep) for probes in groups.values()]
+
+
+def _task_set(
+    texts: ProbeTexts,
+    probes: Sequence[Probe],
+    rows: RowTable,
+    settings: Settings,
+    codes: Mapping[SaeId, SparseRows],
+    keep: bool,
+) -> TaskSet:
+    mentions = probes[0].mentions
+    row_ids = rows.of(mentions)
+    weights = rows.weight[row_ids]
+    plan = FoldPlan.build(
+        labels=np.stack([np.repeat(probe.labels, rows.count(mentions)) for probe in probes]),
+        groups=texts.persons[rows.mention[row_ids]],
+        weights=weights,
+        n_folds=settings.folds,
+        n_repeats=settings.repeats,
+        seed=settings.seed,
+    )
+    order = _in_order_of_text(texts, rows, row_ids)
+    control = control_plan(rows.token[row_ids], order, weights, settings.folds, settings.seed)
+    of_row = torch.from_numpy(rows.mention[row_ids])
+    own_codes = {subject: seen.select(of_row) for subject, seen in codes.items()}
+    names = tuple(probe.name for probe in probes)
+    return TaskSet(names, torch.from_numpy(row_ids), plan, control, own_codes, {} if keep else None)
+
+
+def _in_order_of_text(texts: ProbeTexts, rows: RowTable, row_ids: np.ndarray) -> np.ndarray:
+    """Return a number for each row, int64 [rows], that does not depend on the order in which its texts were given."""
+    mentions = [texts.mentions[m] for m in rows.mention[row_ids]]
+    names = [(m.text, m.start, m.end, int(row)) for m, row in zip(mentions, row_ids, strict=True)]
+    rank = np.empty(len(names), dtype=np.int64)
+    rank[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+    return rank
