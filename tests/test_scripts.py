@@ -106,7 +106,7 @@ def elsewhere(tmp_path):
     """A project with a space in its path: the scripts are copies, all else that they need is this checkout's."""
     project = tmp_path / "a project"
     shutil.copytree(SCRIPTS, project / "scripts", ignore=lambda _, names: [n for n in names if not n.endswith(".sh")])
-    for path in (ROOT / "main.py", ROOT / ".venv", *ROOT.glob("requirements*.txt")):
+    for path in (ROOT / "main.py", ROOT / ".venv", ROOT / "pyproject.toml", *ROOT.glob("requirements*.txt")):
         (project / path.name).symlink_to(path)
     return project
 
