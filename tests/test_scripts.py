@@ -14,6 +14,7 @@ import pytest
 from delta_selectivity.cli.command_line import parse_config
 from delta_selectivity.settings import RunConfig
 from delta_selectivity.tasks import DATASET_NAMES
+from delta_selectivity.tasks.wikidata import load_wikidata
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 ROOT = SCRIPTS.parent
@@ -130,6 +131,7 @@ def test_the_exit_code_is_that_of_the_program_and_what_it_prints_is_shown_and_lo
 
 
 def test_the_demo_runs_from_any_folder_without_a_network(elsewhere, tmp_path):
+    load_wikidata("gender")  # fetches the data files while there is a network, if this test is the first to need them
     script = elsewhere / "scripts" / "compute_pythia160_wiki_gender.sh"
     more = ("--layers", "5", "--shuffle_select_n", "60", "--repeats", "1", "--output_directory", "out here")
     done = call(script, *more, cwd=tmp_path, DEMO="1", HTTPS_PROXY="http://localhost:9")
