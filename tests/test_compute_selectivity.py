@@ -290,7 +290,7 @@ def test_a_wrong_request_is_one_line(request_, tmp_path, capsys, flags, words):
 def test_without_dask_one_line_says_what_to_install(request_, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cluster, "find_spec", lambda name: None)
     assert compute(request_.into(tmp_path / "out")) == 2
-    assert "requirements-scale.txt" in capsys.readouterr().err
+    assert "delta-selectivity[scale]" in capsys.readouterr().err
 
 
 def test_workers_share_the_gpus_or_the_cores(monkeypatch):

@@ -171,7 +171,7 @@ def test_results_of_other_settings_are_not_touched_without_overwrite(ask, tmp_pa
         (["--device2", "tpu"], "tpu"),
         (["--positions", "middle"], "middle"),
         (["--probe", "forest"], "forest"),
-        (["--probe", "cuml"], "requirements-gpu.txt"),
+        (["--probe", "cuml"], "delta-selectivity[gpu]"),
         (["--folds", "1"], "folds"),
         (["--batch_size", "0"], "batch_size"),
         (["--batch_size", "many"], "many"),

@@ -457,7 +457,7 @@ def test_choices_that_cannot_be_made(monkeypatch):
     with pytest.raises(RequestError, match="choose one of auto, torch, cuml, sklearn"):
         choose_backend("svm", "cpu")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RequestError, match=r"pip install -r requirements-gpu\.txt"):
+    with pytest.raises(RequestError, match=r"delta-selectivity\[gpu\]"):
         choose_backend("cuml", "cuda:0")
     backend, reason = choose_backend("auto", "cuda:0")
     assert (backend.name, reason) == ("torch", "cuML is not installed")

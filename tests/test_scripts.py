@@ -14,6 +14,7 @@ import pytest
 from delta_selectivity.cli.command_line import parse
 from delta_selectivity.run.request import Request
 from delta_selectivity.tasks import DATASET_NAMES
+from delta_selectivity.tasks.wikidata import load_wikidata
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 ROOT = SCRIPTS.parent
@@ -106,7 +107,7 @@ def elsewhere(tmp_path):
     """A project with a space in its path: the scripts are copies, all else that they need is this checkout's."""
     project = tmp_path / "a project"
     shutil.copytree(SCRIPTS, project / "scripts", ignore=lambda _, names: [n for n in names if not n.endswith(".sh")])
-    for path in (ROOT / "main.py", ROOT / ".venv", *ROOT.glob("requirements*.txt")):
+    for path in (ROOT / "main.py", ROOT / ".venv", ROOT / "pyproject.toml", *ROOT.glob("requirements*.txt")):
         (project / path.name).symlink_to(path)
     return project
 
@@ -130,6 +131,7 @@ def test_the_exit_code_is_that_of_the_program_and_what_it_prints_is_shown_and_lo
 
 
 def test_the_demo_runs_from_any_folder_without_a_network(elsewhere, tmp_path):
+    load_wikidata("gender")  # fetches the data files while there is a network, if this test is the first to need them
     script = elsewhere / "scripts" / "compute_pythia160_wiki_gender.sh"
     more = ("--layers", "5", "--shuffle_select_n", "60", "--repeats", "1", "--output_directory", "out here")
     done = call(script, *more, cwd=tmp_path, DEMO="1", HTTPS_PROXY="http://localhost:9")

@@ -84,6 +84,6 @@ def _write(files: Sequence[File], page: Path | None, plots: Path | None) -> None
 
     study = study_of(files)
     if page is not None:
-        show(write_page(study, page))
+        show(with_flags(write_page(study, page)))
     if plots is not None:
         show(write_plots(study, plots))

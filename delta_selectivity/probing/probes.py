@@ -51,7 +51,9 @@ def choose_backend(name: str, device: torch.device | str) -> tuple[ProbeBackend,
 def check_backend(name: str, device: torch.device | str) -> None:
     """Raise RequestError if `name` cannot be had on `device`; costs nothing, so it can come before all else."""
     if name == "cuml" and importlib.util.find_spec("cuml") is None:
-        raise RequestError("`probe` cuml: cuML is not installed; pip install -r requirements-gpu.txt")
+        raise RequestError(
+            '`probe` cuml: cuML is missing: pip install "delta-selectivity[gpu]", in a clone pip install -e ".[gpu]"'
+        )
     if name == "cuml" and torch.device(device).type != "cuda":
         raise RequestError(f"`probe` cuml: runs on an NVIDIA GPU, not on {device}; use `probe` auto")
 

