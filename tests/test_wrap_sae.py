@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -35,12 +36,13 @@ from torch import Tensor, nn
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.run import planning
-from delta_selectivity.saes import SaeSource, TopK, load_sae, open_sae, wrap_sae
+from delta_selectivity.saes import SaeSource, Threshold, TopK, load_sae, open_sae, wrap_sae
 from delta_selectivity.saes.coders import LinearCoder, SkipCoder
 from delta_selectivity.saes.dictionary_learning import CLASSES
 
 library = library  # a fixture that pytest finds here by its name
 
+ROOT = Path(__file__).resolve().parent.parent
 HEADER = ("format", "layer", "hookpoint", "d_in", "d_sae", "d_out", "k", "architecture", "input_hookpoint")
 
 
@@ -91,8 +93,10 @@ def measure(source: SaeSource) -> None:
     (layer,) = source.layers
     source.prepare()
     source.fingerprint()
-    sae, x = source.load(layer, "cpu"), activations(rows=300, d_in=source.d_in)
-    sae.decode(sae.encode(x), x)
+    x = activations(rows=300, d_in=source.d_in)
+    for dtype in (torch.float32, torch.bfloat16):
+        sae = source.load(layer, "cpu", dtype)
+        sae.decode(sae.encode(x), x)
 
 
 def assert_unchanged(module: nn.Module, **given: Any) -> None:
@@ -218,6 +222,10 @@ def test_a_subclass_of_sae_lens_with_an_encoder_of_its_own() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
+    class Narrow(StandardSAE):
+        def encode(self, x: Tensor) -> Tensor:
+            return super().encode(x)[:, :5]
+
     config = StandardSAEConfig(D_IN, D_SAE, normalize_activations="layer_norm",
                                metadata=SAEMetadata(hook_name="blocks.1.hook_mlp_out"))  # fmt: skip
     doubled, x = Doubled(config), activations(rows=600)
@@ -229,6 +237,8 @@ def test_a_subclass_of_sae_lens_with_an_encoder_of_its_own() -> None:
     torch.testing.assert_close(dense(sae.encode(x)), codes, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.decode(sae.encode(x)), recon, rtol=1e-5, atol=1e-5)
     assert_unchanged(doubled)
+    with pytest.raises(RequestError, match="`obj` Narrow: encode gives 5 latents, but its cfg says 64"):
+        wrap_sae(Narrow(config))
     assert isinstance(wrap_sae(Silent(config)).load(1, "cpu").coder, LinearCoder), "its codes are the library's"
 
 
@@ -275,6 +285,13 @@ def test_an_object_of_sparsify(tmp_path: Path, config: dict[str, Any], dtype: to
     expected = torch.zeros(len(x), D_SAE).scatter_(1, top.top_indices, top.top_acts)
     torch.testing.assert_close(dense(sae.encode(x)), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.decode(sae.encode(x), x), recon, rtol=1e-5, atol=1e-5)
+
+
+def test_parts_of_models_that_normalise_what_a_part_gives(tmp_path: Path) -> None:
+    write_sparsify(tmp_path / "layers.3.mlp")
+    (tmp_path / "config.json").write_text('{"model": "google/gemma-2-2b"}')
+    source = wrap_sae(make_sparse_coder(), hookpoint="layers.3.mlp", model_name="google/gemma-2-2b")
+    assert source.hookpoint == open_sae(str(tmp_path)).hookpoint == "layers.<layer>.mlp"
 
 
 def test_where_an_object_of_sparsify_belongs() -> None:
@@ -365,6 +382,8 @@ def test_our_own_saes_stay_as_they_are() -> None:
         assert wrap_sae(other, prepend_bos=True, trained_on_bos=True).fingerprint() != before
     W_dec[0, 0] += 1
     assert source.fingerprint() != before
+    never = linear_sae(W_enc, W_dec, Threshold(torch.full((D_SAE,), torch.inf)))
+    assert wrap_sae(never).load(0, "cpu").encode(x).value.numel() == 0
     with pytest.raises(RequestError, match="`layer` 3: the object says 0"):
         wrap_sae(sae, layer=3)
     with pytest.raises(RequestError, match=r"`obj` Sae: .*W_enc holds NaN"):
@@ -587,12 +606,30 @@ class Config:
     d_in: int = D_IN
 
 
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.compile])
+def test_a_module_that_is_compiled_or_trained_in_parallel(wrapper: Callable[[nn.Module], Any]) -> None:
+    coder = make_sparse_coder()
+    source = wrap_sae(wrapper(coder), layer=1)
+    assert (source.name, source.fingerprint()) == ("sparsecoder_layer_1", wrap_sae(coder, layer=1).fingerprint())
+
+
+def test_libraries_are_not_imported_for_objects_of_ones_own() -> None:
+    program = (
+        "import sys, torch; from delta_selectivity.saes import wrap_sae; sae = torch.nn.Linear(4, 8)\n"
+        "sae.encode, sae.decode = sae.forward, lambda codes: codes[:, :4]\n"
+        "wrap_sae(sae, layer=0, d_in=4).load(0, 'cpu').encode(torch.ones(3, 4))\n"
+        "assert not {'sae_lens', 'sparsify', 'dictionary_learning'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("sae", [
     Own(D_IN), Linear(), Linear(d_sae=D_IN), Linear(d_in=D_IN), Anything(activation_dim=D_IN), Anything(cfg=Config()),
 ])  # fmt: skip
 def test_widths_that_need_not_be_given(sae: nn.Module) -> None:
     source = wrap_sae(sae, layer=1)
     assert (source.d_in, source.d_out) == (D_IN, D_IN)
+    assert wrap_sae(sae, layer=1, input_hookpoint="resid_post").input_hookpoint is None
 
 
 def test_a_transcoder_of_ones_own() -> None:
@@ -698,6 +735,8 @@ MADE = {"layer": 1, "d_in": D_IN}
     (Own(D_IN), {"layer": 1, "hookpoint": "blocks.2.hook_mlp_out"}, "`layer` 1: `hookpoint` blocks.2.* is of layer 2"),
     (Own(D_IN), {"layer": 1, "scaling_factor": 2.0}, "`scaling_factor` 2.0: this object does not ask for one"),
     (Own(D_IN), {"layer": 1, "scaling_factor": 0}, "`scaling_factor` is 0; a number above 0"),
+    (Own(D_IN), {"layer": 1, "prepend_bos": "yes"}, "`prepend_bos` is 'yes', which is no bool"),
+    (Own(D_IN), {"layer": 1, "model_name": 3}, "`model_name` is 3, which is no str"),
     (Own(D_IN), {"layer": 1, "version": 2}, "`version` is 2; a string"),
     (Own(D_IN), {"layer": 1, "name": "a,b"}, "`name` is 'a,b'; letters or digits"),
     (Own(D_IN), {"layer": 1, "name": ""}, "`name` is ''"),

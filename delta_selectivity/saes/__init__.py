@@ -85,7 +85,7 @@ def load_sae(
         RequestError: the name means nothing or several SAEs, has none for the layer, or its files are broken.
 
     Example:
-        >>> sae = load_sae("assets/saes/tiny", 3)                               # doctest: +SKIP
+        >>> sae = load_sae("assets/tiny-pythia-saes-k8", 3)                     # doctest: +SKIP
         >>> recon = sae.decode(sae.encode(x), x)                                # doctest: +SKIP
     """
     if not isinstance(name, str):
@@ -117,7 +117,7 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
         name: a local folder (of one SAE, or of one folder a layer); else
             ``release/sae_id`` of SAE Lens, with ``<layer>`` in the id for all layers; else a repository on the Hub,
             or a folder in one (``owner/repository/folder``). Globs and whole releases are for ``expand_names``.
-        hookpoint: the place that is reconstructed, in any dialect of ``sae_formats.hookpoints``, where the name has
+        hookpoint: the place that is reconstructed, in any dialect of ``hookpoints``, where the name has
             SAEs for several; ``resid_post`` by default if it is among them.
         cache_dir: of the Hub, if not the usual one. SAE Lens's releases always use the usual one.
 

@@ -51,7 +51,7 @@ class DenseCoder:
     def of(cls, sae: EncodesDensely, d_out: int) -> DenseCoder:
         """Where the object's tensors are and in their dtype; on the CPU and in float32 if it is no module."""
         tensors: list[Tensor] = [*sae.parameters(), *sae.buffers()] if isinstance(sae, nn.Module) else []
-        weight = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(0))
+        weight = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(0, device="cpu"))
         return cls(sae, d_out, weight.device, weight.device, weight.dtype)
 
     def encode(self, x: Tensor) -> SparseRows:

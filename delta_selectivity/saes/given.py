@@ -14,6 +14,7 @@ from delta_selectivity.saes.hookpoints import HookPoint, canonical, parse, same_
 from delta_selectivity.saes.source import SaeHeader
 
 DEFAULT_PLACE = "resid_post"
+_KINDS = {"prepend_bos": bool, "trained_on_bos": bool, "model_name": str, "architecture": str}
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,17 @@ class Given:
     scaling_factor: float | None = None
 
     def checked(self) -> Given:
-        """The same with plain numbers and our names of places. Raises `RequestError` at a wrong value."""
-        place, reads = _place("hookpoint", self.hookpoint), _place("input_hookpoint", self.input_hookpoint)
+        """Return the same with plain numbers and our names of places. Raises `RequestError` at a wrong value."""
+        for field, kind in _KINDS.items():
+            _check_kind(field, getattr(self, field), kind)
+        place, reads = (self._place(field) for field in ("hookpoint", "input_hookpoint"))
         layer = _whole_number("layer", self.layer, at_least=0)
         if place is not None and place.layer is not None:
             if layer not in (None, place.layer):
                 raise RequestError(f"`layer` {layer}: `hookpoint` {self.hookpoint} is of layer {place.layer}")
             layer = place.layer
+        if reads is not None and same_place(reads.name, DEFAULT_PLACE if place is None else place.name):
+            reads = None  # an autoencoder, which reads what it reconstructs
         return replace(
             self,
             layer=layer,
@@ -54,7 +59,7 @@ class Given:
         )
 
     def hook(self, label: str, default: str | None = DEFAULT_PLACE) -> HookPoint:
-        """Where the SAE belongs if the object does not say. Raises `RequestError` for what is missing.
+        """Return where the SAE belongs if the object does not say. Raises `RequestError` for what is missing.
 
         Args:
             label: what to call the object in messages.
@@ -68,7 +73,7 @@ class Given:
         return HookPoint(self.layer, place)
 
     def complete(self, header: SaeHeader, *, says_bos: bool) -> SaeHeader:
-        """A header with what the object does not say. Raises `RequestError` where it says something else.
+        """Return a header with what the object does not say added. Raises `RequestError` where it says something else.
 
         Args:
             header: what the object says.
@@ -91,9 +96,18 @@ class Given:
         )
 
     def refuse_scaling(self) -> None:
-        """Raises `RequestError` if a scaling factor was given for an object that does not ask for one."""
+        """Raise `RequestError` if a scaling factor was given for an object that does not ask for one."""
         if self.scaling_factor is not None:
             raise RequestError(f"`scaling_factor` {self.scaling_factor}: this object does not ask for one")
+
+    def _place(self, field: str) -> _Place | None:
+        given = getattr(self, field)
+        if given is None:
+            return None
+        if not isinstance(given, str) or not given.strip():
+            raise RequestError(f"`{field}` is {given!r}; the name of a place such as resid_post or mlp_out is needed")
+        hook = parse(given, self.model_name)
+        return _Place(canonical(given), None) if hook is None else _Place(hook.place, hook.layer)
 
     def _k(self, header: SaeHeader) -> int | None:
         if self.k is not None and header.k is None:
@@ -121,13 +135,9 @@ class _Place:
     """None if the place was given without one."""
 
 
-def _place(field: str, given: Any) -> _Place | None:
-    if given is None:
-        return None
-    if not isinstance(given, str) or not given.strip():
-        raise RequestError(f"`{field}` is {given!r}; the name of a place such as resid_post or mlp_out is needed")
-    hook = parse(given)
-    return _Place(canonical(given), None) if hook is None else _Place(hook.place, hook.layer)
+def _check_kind(field: str, given: Any, kind: type) -> None:
+    if given is not None and not isinstance(given, kind):
+        raise RequestError(f"`{field}` is {given!r}, which is no {kind.__name__}")
 
 
 def _whole_number(field: str, given: Any, at_least: int = 1) -> int | None:

@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import Coder
 from delta_selectivity.saes.contents import Contents
@@ -24,6 +26,8 @@ from delta_selectivity.saes.source import SaeHeader, SaeSource
 
 SEPARATORS = frozenset(",*?[]<>")
 """What a list of SAEs gives a meaning of its own."""
+
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,8 @@ def wrap_sae(
         name: shown with the results, without commas and wildcards; the class and the layer, ``topksae_layer_3``, by
             default. SAEs measured together need different names.
         version: stands for the weights of an object without a ``state_dict``, where it is needed: change it when they
-            change. Of other objects it counts beside the weights.
+            change. Of other objects it counts beside the tensors of the ``state_dict``, and has to stand for what that
+            leaves out: tensors in plain attributes, code.
         k: latents per activation, if their number is fixed.
         architecture: shown with the results; by default the name of the class.
         prepend_bos: whether training texts began with BOS; None if unknown.
@@ -118,10 +123,13 @@ def wrap_sae(
             does. The message names the argument.
 
     Example:
-        >>> sae = torch.nn.Module()
-        >>> sae.encode, sae.decode = (lambda x: x.relu()), (lambda codes: codes)
-        >>> wrap_sae(sae, layer=3, d_in=16, version="1").layers
-        (3,)
+        >>> from torch import nn
+        >>> class Linear(nn.Linear):
+        ...     encode = nn.Linear.forward
+        ...     decode = lambda self, codes: codes @ self.weight
+        >>> source = wrap_sae(Linear(16, 64), layer=3, d_in=16)
+        >>> source.name, source.layers, source.d_in
+        ('linear_layer_3', (3,), 16)
     """
     given = Given(
         layer=layer,
@@ -137,6 +145,7 @@ def wrap_sae(
         input_hookpoint=input_hookpoint,
         scaling_factor=scaling_factor,
     ).checked()
+    obj = _unwrapped(obj)
     contents = _contents(obj)
     try:
         header = contents.header(given)
@@ -145,6 +154,13 @@ def wrap_sae(
         raise error if error.field else RequestError(f"`obj` {error}") from error
     member = ObjectMember(_choose_name(name, obj, contents, header), header, contents, version)
     return SaeSource(member.where, (member,))
+
+
+def _unwrapped(obj: Any) -> Any:
+    """The module inside of what ``torch.compile`` and PyTorch's parallel training give."""
+    while (attribute := _WRAPPERS.get(type(obj).__name__)) is not None and isinstance(obj, nn.Module):
+        obj = getattr(obj, attribute)
+    return obj
 
 
 def _contents(obj: Any) -> Contents:

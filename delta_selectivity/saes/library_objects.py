@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from delta_selectivity.errors import RequestError
@@ -138,7 +139,9 @@ class SaeLensObject:
         config["scaling_factor"] = factor = _scaling_factor(lens, given)
         if factor != 1 and not self.unchanged:
             raise RequestError(f"`scaling_factor` {factor}: the {self.label} has methods of its own; it has to scale")
-        if self.unchanged and lens.architecture in NATIVE:
+        if not self.unchanged:
+            self._try_out(lens)
+        elif lens.architecture in NATIVE:
             _check_shapes(self, expected_shapes(lens, set(self.tensors())))
         return given.complete(lens.header(config), says_bos=lens.prepend_bos is not None)
 
@@ -173,6 +176,16 @@ class SaeLensObject:
         config = _as_json(attempt(f"`obj` {self.label}: its config", inference or cfg.to_dict))
         config.pop("device", None)
         return config
+
+    def _try_out(self, lens: LensConfig) -> None:
+        """Encode and decode two rows by the object's own methods. Raises `RequestError` if they do not do it."""
+        coder, what = as_dense_coder(runnable_copy(self.obj, self.label), lens), f"`obj` {self.label}: "
+        rows = torch.ones(2, lens.d_in, device=coder.device)
+        with torch.no_grad():
+            codes = attempt(f"{what}encode of {list(rows.shape)}", coder.encode, rows)
+            if codes.n_cols != lens.d_sae:
+                raise RequestError(f"{what}encode gives {codes.n_cols} latents, but its cfg says {lens.d_sae}")
+            attempt(f"{what}decode", coder.decode, codes)
 
     def _places(self, config: Mapping[str, Any], given: Given) -> Places | None:
         """Where the caller says it belongs; None where the object says it."""

@@ -38,8 +38,10 @@ def tensors_of(obj: Any, label: str) -> dict[str, Tensor]:
     Raises:
         RequestError: the method fails, or a tensor is not a dense one with values.
     """
-    state = attempt(f"`obj` {label}: state_dict()", obj.state_dict) if hasattr(obj, "state_dict") else {}
-    found = {str(name): value for name, value in dict(state).items() if isinstance(value, Tensor)}
+    what = f"`obj` {label}: state_dict"
+    method = attempt(what, getattr, obj, "state_dict", dict)
+    state = attempt(what, lambda: dict(method()))
+    found = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if isinstance(obj, nn.Module):
         found |= {name: buffer for name, buffer in obj.named_buffers() if name not in found}
     for name, tensor in found.items():

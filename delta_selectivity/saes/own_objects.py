@@ -73,7 +73,9 @@ class OwnSae:
         return any(not tensors_of(part, self.label) for part in foreign)
 
     def build(self, header: SaeHeader) -> tuple[Coder, InputNorm]:
-        _check_finite(self.tensors(), self.label)
+        for name, tensor in self.tensors().items():  # infinity may be meant: the threshold of a latent that is off
+            if tensor.isnan().any():
+                raise RequestError(f"`obj` {self.label}: {name.removeprefix('.')} holds NaN")
         return self.sae.coder, self.sae.input_norm
 
 
@@ -126,7 +128,8 @@ class DenseObject:
         parameters: Mapping[str, Tensor] = (
             dict(self.obj.named_parameters()) if isinstance(self.obj, nn.Module) else self.tensors()
         )
-        _check_finite(parameters, self.label)
+        for name, tensor in parameters.items():
+            check_finite(f"`obj` {self.label}", name, tensor)
         return DenseCoder.of(self._runnable(), header.d_out), "none"
 
     def _runnable(self) -> Any:
@@ -166,7 +169,7 @@ class DenseObject:
 
 
 def check_methods(obj: Any) -> None:
-    """Raises `RequestError` if an object has no ``encode`` and ``decode``."""
+    """Raise `RequestError` if an object has no ``encode`` and ``decode``."""
     if isinstance(obj, type):
         raise RequestError(f"`obj` {obj.__name__} is a class: give an object of it")
     name = type(obj).__name__
@@ -204,7 +207,7 @@ def _takes(runs: Any, width: int) -> bool:
 
 def _two_rows(runs: Any, width: int) -> Tensor:
     coder = DenseCoder.of(runs, width)
-    rows = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+    rows = torch.randn(2, width, generator=torch.Generator().manual_seed(0), device="cpu")
     return rows.to(coder.home, coder.dtype)
 
 
@@ -223,11 +226,6 @@ def _run(method: Callable[[Tensor], Any], runs: Any, rows: Tensor, what: str) ->
 def _call(method: Callable[[Tensor], Any], runs: Any, rows: Tensor, what: str) -> Any:
     with torch.no_grad(), contained(runs, DenseCoder.of(runs, 0).home):
         return attempt(f"{what} of {list(rows.shape)}", method, rows)
-
-
-def _check_finite(tensors: Mapping[str, Tensor], label: str) -> None:
-    for name, tensor in tensors.items():
-        check_finite(f"`obj` {label}", name, tensor)
 
 
 def _setting(part: Any) -> Any:
