@@ -1,4 +1,4 @@
-"""dictionary_learning against the library that writes it, plain files against SAE Lens, and objects of one's own."""
+"""dictionary_learning against the library that writes it, and plain files against SAE Lens."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import D_MODEL
-from runs import Request
 from safetensors.torch import save_file
 from test_sae_loader import D_IN, D_SAE, K, activations, assert_agrees, dense, make_lens
-from torch import Tensor, nn
+from torch import Tensor
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.saes import Sae, open_sae, register, unregister
+from delta_selectivity.saes import Sae, open_sae
 from delta_selectivity.saes.dictionary_learning import CLASSES
-from delta_selectivity.saes.registered import registered_members
 
 # --- dictionary_learning ---------------------------------------------------------------------------------------------
 
@@ -371,124 +368,3 @@ def test_a_plain_config_that_is_wrong(tmp_path: Path, changes: dict[str, Any], m
     write_plain(tmp_path, linear_tensors(), **changes)
     with pytest.raises(RequestError, match=message):
         open_sae(str(tmp_path))
-
-
-# --- objects of one's own --------------------------------------------------------------------------------------------
-
-
-class Own(nn.Module):
-    """A ReLU SAE as somebody would write it; noisy in training, as some are."""
-
-    def __init__(self, d_in: int, d_sae: int = D_SAE, seed: int = 0) -> None:
-        super().__init__()
-        rng = torch.Generator().manual_seed(seed)
-        self.W = nn.Parameter(torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=rng), dim=1))
-
-    def encode(self, x: Tensor) -> Tensor:
-        noise = torch.rand_like(x) if self.training else 0
-        return ((x + noise) @ self.W.T - 0.5).relu()
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return codes @ self.W
-
-
-class Bare:
-    """An object that is no module and has no state."""
-
-    def __init__(self, module: Own) -> None:
-        self.module = module.eval()
-
-    def encode(self, x: Tensor) -> Tensor:
-        return self.module.encode(x)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return self.module.decode(codes)
-
-
-@pytest.fixture
-def name() -> Iterator[str]:
-    """A name that is free again afterwards."""
-    yield "mine"
-    unregister("mine")
-
-
-@pytest.mark.parametrize("kind", ["module", "bare object", "function"])
-def test_a_registered_object_gives_its_own_numbers_in_sparse_codes(name: str, kind: str) -> None:
-    module = Own(D_IN).double()
-    sae = {"module": module, "bare object": Bare(Own(D_IN)), "function": lambda: Own(D_IN)}[kind]
-    extra = {"module": {}, "bare object": {"version": "1"}, "function": {"version": "1", "d_sae": D_SAE}}[kind]
-    register(name, sae, layer=5, hookpoint="mlp_out", d_in=D_IN, **extra)
-    source = open_sae(name)
-    assert (source.layers, source.hookpoint, source.d_in) == ((5,), "mlp_out", D_IN)
-    loaded, x = source.load(5, "cpu"), activations(rows=600)
-    reference = Own(D_IN).eval()
-    with torch.no_grad():
-        codes = reference.encode(x)
-        recon = reference.decode(codes)
-    found = loaded.encode(x)
-    assert found.value.numel() == int((codes != 0).sum()) < codes.numel()
-    torch.testing.assert_close(dense(found), codes, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loaded.decode(found), recon, rtol=1e-5, atol=1e-5)
-    assert (module.training, module.W.dtype) == (True, torch.float64), "the user's own object is left as it was"
-
-
-def test_layers_of_one_name_and_what_tells_their_versions_apart(name: str) -> None:
-    for layer in (4, 2):
-        register(name, Own(D_IN, seed=layer), layer=layer, hookpoint="resid_post", d_in=D_IN)
-    assert open_sae(name).layers == (2, 4)
-    before = open_sae(name).fingerprint()
-    register(name, Own(D_IN, seed=2), layer=2, hookpoint="resid_post", d_in=D_IN)
-    assert open_sae(name).fingerprint() == before
-    register(name, Own(D_IN, seed=3), layer=2, hookpoint="resid_post", d_in=D_IN)
-    assert open_sae(name).fingerprint() != before
-    version = {}
-    for said in ("a", "b"):
-        register(name, Bare(Own(D_IN)), layer=2, hookpoint="resid_post", d_in=D_IN, version=said)
-        version[said] = open_sae(name).fingerprint()
-    assert version["a"] != version["b"]
-
-
-def with_nan() -> Own:
-    sae = Own(D_IN)
-    sae.W.data[0, 0] = torch.nan
-    return sae
-
-
-@pytest.mark.parametrize(
-    ("sae", "changes", "message"),
-    [
-        (object(), {}, "an SAE has encode and decode; this object has not"),
-        (Bare(Own(D_IN)), {}, "no state_dict of tensors; say a version"),
-        (lambda: Own(D_IN), {"version": "1"}, "needs d_sae and version"),
-        (Own(D_IN), {"d_in": 7}, r"encode fails on \[2, 7\]: RuntimeError"),
-        (Own(D_IN), {"d_sae": 7}, r"encode gives \[2, 64\] for two rows, not \[2, 7\]"),
-        (Own(D_IN), {"d_out": 7}, r"decode gives \[2, 16\] for two rows, not \[2, 7\]"),
-        (with_nan(), {}, "W holds NaN or infinity"),
-        (Own(D_IN), {"name": "a,b"}, "a name without commas"),
-    ],
-)
-def test_what_cannot_be_registered(name: str, sae: Any, changes: dict[str, Any], message: str) -> None:
-    asked = {"name": name, "layer": 1, "hookpoint": "resid_post", "d_in": D_IN} | changes
-    with pytest.raises(RequestError, match=message):
-        register(asked.pop("name"), sae, **asked)
-    assert not registered_members(name)
-
-
-def test_a_function_that_makes_something_else_is_found_out_before_the_model_is_loaded(name: str) -> None:
-    made = {"version": "1", "d_sae": D_SAE + 1}
-    register(name, lambda: Own(D_IN), layer=1, hookpoint="resid_post", d_in=D_IN, **made)
-    with pytest.raises(RequestError, match=r"mine, registered for layer 1: encode gives \[2, 64\]"):
-        open_sae(name).prepare()
-
-
-def test_the_program_measures_a_registered_object(
-    name: str, tiny_model: Path, people_csv: Path, tmp_path: Path
-) -> None:
-    for layer in (0, 2):
-        register(name, Own(D_MODEL, seed=layer), layer=layer, hookpoint="resid_post", d_in=D_MODEL)
-    asked = Request(tiny_model, (Path(name),), people_csv, tmp_path / "results").plus("--views", "latents")
-    assert asked.run() == 0
-    found = json.loads((tmp_path / "results" / "pythia-tiny_women.json").read_text())
-    assert [key for key in found if key.startswith("layer_")] == ["layer_0", "layer_2"]
-    assert found["layer_0"]["l0"] > 0
-    assert found["_run"]["config"]["sae"] == name

@@ -1,19 +1,22 @@
-"""Any SAE behind one door: ``open_sae`` finds and checks it, ``SaeSource.load`` gives an ``Sae`` for one layer.
+"""SAEs of any format behind one interface: ``load_sae`` opens one by its name, ``wrap_sae`` takes an object.
 
-    source = open_sae("EleutherAI/sae-pythia-160m-32k")     # configs only: layers, hook point, d_in
-    sae = source.load(layer=5, device="cpu")
+    sae = load_sae("EleutherAI/sae-pythia-160m-32k", layer=5)
     codes = sae.encode(x)                                   # [rows, d_in] -> SparseRows
     recon = sae.decode(codes, x)                            # [rows, d_out]; x is for skip connections
+    source = open_sae("EleutherAI/sae-pythia-160m-32k")     # configs only: layers, hook point, d_in
+    source = wrap_sae(my_sae, layer=5)                      # the same of an object in this process
 
 Formats: EleutherAI's sparsify, SAE Lens, dictionary_learning and plain tensors with a ``sae.json``, each in a local
-folder or on the Hub; SAE Lens's own list of releases; and any object in this process, through ``register``. What they
-mean is in ``sae_formats/``.
+folder or on the Hub; SAE Lens's own list of releases; objects of the three libraries, and any object with ``encode``
+and ``decode``.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+import torch
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import Coder, LinearCoder
@@ -26,9 +29,9 @@ from delta_selectivity.saes.controls import (
 )
 from delta_selectivity.saes.folders import find_members
 from delta_selectivity.saes.hub import HubRepository, split_name
+from delta_selectivity.saes.in_memory import wrap_sae
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.names import expand_names, ids_of, split_release
-from delta_selectivity.saes.registered import register, registered_members, unregister
 from delta_selectivity.saes.sae import Sae
 from delta_selectivity.saes.sae_lens.registry import find_in_registry, revision_of
 from delta_selectivity.saes.selection import GroupMax, Threshold, TopK
@@ -49,30 +52,78 @@ __all__ = [
     "TopK",
     "constant",
     "expand_names",
+    "load_sae",
     "open_sae",
     "principal_components",
     "random_topk",
-    "register",
-    "unregister",
+    "wrap_sae",
 ]
+
+
+def load_sae(
+    name: str,
+    layer: int,
+    *,
+    hookpoint: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Sae:
+    """Load the SAE of one layer by its name.
+
+    Args:
+        name: a folder, a repository on the Hub, or ``release/sae_id`` of SAE Lens, as for ``open_sae``; a glob if it
+            stands for one.
+        layer: counted from 0.
+        hookpoint: the place that is reconstructed, where the name has SAEs for several.
+        device: where the weights go and ``encode`` computes.
+        dtype: what the weights are computed in. Codes and reconstructions are float32 all the same.
+
+    Returns:
+        An `Sae`: ``encode(x [rows, d_in])`` gives `SparseRows`, ``decode(codes, x)`` gives ``[rows, d_out]``.
+
+    Raises:
+        RequestError: the name means nothing or several SAEs, has none for the layer, or its files are broken.
+
+    Example:
+        >>> sae = load_sae("assets/tiny-pythia-saes-k8", 3)                     # doctest: +SKIP
+        >>> recon = sae.decode(sae.encode(x), x)                                # doctest: +SKIP
+    """
+    if not isinstance(name, str):
+        raise RequestError(f"`name` is a {type(name).__name__}; load_sae takes names, wrap_sae takes objects")
+    names = expand_names([name])
+    if len(names) > 1:
+        raise RequestError(f"`name` {name} stands for {len(names)} SAEs: {', '.join(names[:3])}, ...; name one of them")
+    source = open_sae(names[0], hookpoint)
+    if layer not in source.layers:
+        has = ", ".join(map(str, source.layers))
+        raise RequestError(f"`layer` {layer}: {source.name} has SAEs for layers {has} only")
+    _check_target(device, dtype)
+    return source.load(layer, device, dtype)
+
+
+def _check_target(device: str | torch.device, dtype: torch.dtype) -> None:
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise RequestError(f"`dtype` is {dtype!r}; torch.float32, torch.bfloat16 or torch.float16 is needed")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
+        raise RequestError(f"`device` {device}: {str(error).splitlines()[0]}") from error
 
 
 def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = None) -> SaeSource:
     """Find the SAEs that a name means and check everything that can be checked without loading weights.
 
     Args:
-        name: what was given to ``register``; else a local folder (of one SAE, or of one folder a layer); else
+        name: a local folder (of one SAE, or of one folder a layer); else
             ``release/sae_id`` of SAE Lens, with ``<layer>`` in the id for all layers; else a repository on the Hub,
             or a folder in one (``owner/repository/folder``). Globs and whole releases are for ``expand_names``.
-        hookpoint: the place that is reconstructed, in any dialect of ``sae_formats.hookpoints``, where the name has
+        hookpoint: the place that is reconstructed, in any dialect of ``hookpoints``, where the name has
             SAEs for several; ``resid_post`` by default if it is among them.
         cache_dir: of the Hub, if not the usual one. SAE Lens's releases always use the usual one.
 
     Raises:
         RequestError: the name means nothing, or what it means cannot be measured; one line says which and why.
     """
-    if registered := registered_members(name):
-        return assemble(name, registered, hookpoint)
     folder = Path(os.path.abspath(os.path.expanduser(name)))  # noqa: PTH100, PTH111 - leaves an unknown ~user as it is
     if name.strip() and os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return assemble(name, find_members(folder, name, hookpoint=hookpoint), hookpoint)

@@ -6,12 +6,15 @@ Codes are made sparse as soon as they are returned, and dense again a few rows a
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.selection import nonzero_codes
 from delta_selectivity.saes.sparse_rows import SparseRows
 
@@ -48,11 +51,13 @@ class DenseCoder:
     def of(cls, sae: EncodesDensely, d_out: int) -> DenseCoder:
         """Where the object's tensors are and in their dtype; on the CPU and in float32 if it is no module."""
         tensors: list[Tensor] = [*sae.parameters(), *sae.buffers()] if isinstance(sae, nn.Module) else []
-        weight = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(0))
+        weight = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(0, device="cpu"))
         return cls(sae, d_out, weight.device, weight.device, weight.dtype)
 
     def encode(self, x: Tensor) -> SparseRows:
-        return nonzero_codes(self.sae.encode(x.to(self.home)).to(self.device))
+        with contained(self.sae, self.home):
+            codes = self.sae.encode(x.to(self.home))
+        return nonzero_codes(codes.to(self.device))
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
         rows = torch.arange(codes.n_rows, device=codes.crow.device).repeat_interleave(codes.crow.diff())
@@ -62,7 +67,8 @@ class DenseCoder:
             entries = slice(int(codes.crow[start]), int(codes.crow[stop]))
             dense = torch.zeros(stop - start, codes.n_cols, dtype=self.dtype, device=self.device)
             dense[rows[entries] - start, codes.col[entries]] = codes.value[entries].to(self.dtype)
-            recon[start:stop] = self.sae.decode(dense.to(self.home))
+            with contained(self.sae, self.home):
+                recon[start:stop] = self.sae.decode(dense.to(self.home))
         return recon
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> DenseCoder:
@@ -73,3 +79,22 @@ class DenseCoder:
             return self
         moved: Any = copy.deepcopy(self.sae).to(device=device, dtype=dtype)
         return DenseCoder(moved, self.d_out, device, device, dtype)
+
+
+@contextmanager
+def contained(sae: EncodesDensely, device: torch.device) -> Iterator[None]:
+    """Run somebody else's code so that it neither ends the process nor moves PyTorch's random number generators.
+
+    What it draws itself is the same at every call. Raises `RequestError` in place of ``SystemExit``.
+    """
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.random.default_generator.manual_seed(0)
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(0)
+        try:
+            yield
+        except SystemExit as error:
+            name = type(sae).__name__
+            raise RequestError(f"`saes`: the {name} exits the process (SystemExit {error.code})") from error

@@ -33,6 +33,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import LinearCoder, fold_b_dec
 from delta_selectivity.saes.dictionary_learning_places import find_places
 from delta_selectivity.saes.files import check_shapes, positive_int, read_tensors
+from delta_selectivity.saes.hookpoints import HookPoint
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.selection import Gated, Selection, Threshold, TopK
 from delta_selectivity.saes.source import SaeHeader
@@ -110,26 +111,9 @@ class DictionaryLearning:
     def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
         """Check a config, found at ``path``."""
         trainer = _trainer(config, path)
-        kind = _dict_class(trainer, path)
-        d_in, d_sae = positive_int(trainer, "activation_dim", path), positive_int(trainer, "dict_size", path)
-        k = positive_int(trainer, "k", path) if kind.architecture == "topk" else None
-        if k is not None and k > d_sae:
-            raise RequestError(f"{path}: k {k} is more than dict_size {d_sae}")
+        _dict_class(trainer, path)  # a class that is not known is the first thing to say
         hook, reads = find_places(trainer, _buffer(config), path, self.asked)
-        name, length = trainer.get("lm_name"), _buffer(config).get("ctx_len")
-        return SaeHeader(
-            format="dictionary_learning",
-            layer=hook.layer,
-            hookpoint=hook.place,
-            d_in=d_in,
-            d_sae=d_sae,
-            k=k,
-            architecture=kind.architecture if reads is None else f"{kind.architecture} transcoder",
-            config=config,
-            model_name=name if isinstance(name, str) else model_name,
-            input_hookpoint=reads,
-            context_size=length if isinstance(length, int) else None,
-        )
+        return make_header(config, path, hook, reads, model_name)
 
     def check(self, folder: Path, header: SaeHeader) -> None:
         """Compare the weights' header with the config."""
@@ -140,19 +124,59 @@ class DictionaryLearning:
 
     def build(self, folder: Path, header: SaeHeader) -> tuple[LinearCoder, InputNorm]:
         """Load the weights."""
-        kind = _dict_class(header.config["trainer"], folder / CONFIG)
-        tensors = read_tensors(folder / WEIGHTS)
-        W_enc, W_dec = tensors[kind.W_enc], tensors[kind.W_dec].T
-        if not kind.linear:
-            W_enc, W_dec = W_enc.T, W_dec.T
-        b_enc, b_dec = tensors[kind.b_enc], tensors[kind.b_dec]
-        if header.config["trainer"]["dict_class"] == "AutoEncoder":
-            norms = W_dec.norm(dim=1)
-            norms = torch.where(norms > 0, norms, 1)  # a latent without a direction stays as it is
-            W_enc, b_enc, W_dec = W_enc * norms.unsqueeze(1), b_enc * norms, W_dec / norms.unsqueeze(1)
-        bias = fold_b_dec(W_enc, b_enc, b_dec) if kind.subtracts_b_dec else b_enc
-        coder = LinearCoder(W_enc.contiguous(), bias, W_dec.contiguous(), b_dec, _selection(header, kind, tensors))
-        return coder, "none"
+        return make_coder(header, read_tensors(folder / WEIGHTS)), "none"
+
+
+def make_header(
+    config: dict[str, Any], path: Path, hook: HookPoint, reads: str | None, model_name: str | None = None
+) -> SaeHeader:
+    """Check a config and combine it with where the SAE belongs.
+
+    Args:
+        config: what ``config.json`` holds.
+        path: where it was found, for messages.
+        hook: the place that is reconstructed.
+        reads: where a transcoder reads; None for an autoencoder.
+        model_name: the model that it was trained on, if the config does not say.
+
+    Raises:
+        RequestError: a setting is missing or wrong.
+    """
+    trainer = _trainer(config, path)
+    kind = _dict_class(trainer, path)
+    d_in, d_sae = positive_int(trainer, "activation_dim", path), positive_int(trainer, "dict_size", path)
+    k = positive_int(trainer, "k", path) if kind.architecture == "topk" else None
+    if k is not None and k > d_sae:
+        raise RequestError(f"{path}: k {k} is more than dict_size {d_sae}")
+    name, length = trainer.get("lm_name"), _buffer(config).get("ctx_len")
+    return SaeHeader(
+        format="dictionary_learning",
+        layer=hook.layer,
+        hookpoint=hook.place,
+        d_in=d_in,
+        d_sae=d_sae,
+        k=k,
+        architecture=kind.architecture if reads is None else f"{kind.architecture} transcoder",
+        config=config,
+        model_name=name if isinstance(name, str) else model_name,
+        input_hookpoint=reads,
+        context_size=length if isinstance(length, int) else None,
+    )
+
+
+def make_coder(header: SaeHeader, tensors: Mapping[str, Tensor]) -> LinearCoder:
+    """Return the coder of float32 tensors in dictionary_learning's names and shapes."""
+    kind = CLASSES[header.config["trainer"]["dict_class"]]
+    W_enc, W_dec = tensors[kind.W_enc], tensors[kind.W_dec].T
+    if not kind.linear:
+        W_enc, W_dec = W_enc.T, W_dec.T
+    b_enc, b_dec = tensors[kind.b_enc], tensors[kind.b_dec]
+    if header.config["trainer"]["dict_class"] == "AutoEncoder":
+        norms = W_dec.norm(dim=1)
+        norms = torch.where(norms > 0, norms, 1)  # a latent without a direction stays as it is
+        W_enc, b_enc, W_dec = W_enc * norms.unsqueeze(1), b_enc * norms, W_dec / norms.unsqueeze(1)
+    bias = fold_b_dec(W_enc, b_enc, b_dec) if kind.subtracts_b_dec else b_enc
+    return LinearCoder(W_enc.contiguous(), bias, W_dec.contiguous(), b_dec, _selection(header, kind, tensors))
 
 
 def _trainer(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

@@ -62,14 +62,21 @@ def tensor_names(path: Path) -> set[str]:
 
 def check_shapes(path: Path, expected: Shapes) -> None:
     """Compare the header of a file of weights with what the config promises. Raises `RequestError` at a difference."""
-    found = read_shapes(path)
+    compare_shapes(path, read_shapes(path), expected)
+
+
+def compare_shapes(where: object, found: Shapes, expected: Shapes) -> None:
+    """Compare the shapes of tensors, found somewhere under a name, with what the config promises.
+
+    Raises `RequestError` at a difference. Tensors that are not expected are passed over.
+    """
     for name, shape in expected.items():
         if name not in found:
-            raise RequestError(f"{path}: no tensor {name!r}; it holds {', '.join(sorted(found)) or 'nothing'}")
+            raise RequestError(f"{where}: no tensor {name!r}; it holds {', '.join(sorted(found)) or 'nothing'}")
         if found[name] != shape:
             transposed = " (transposed?)" if len(shape) > 1 and found[name] == shape[::-1] else ""
             raise RequestError(
-                f"{path}: {name} has shape {list(found[name])}{transposed}, but its config says {list(shape)}"
+                f"{where}: {name} has shape {list(found[name])}{transposed}, but its config says {list(shape)}"
             )
 
 

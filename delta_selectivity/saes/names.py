@@ -20,7 +20,6 @@ from pathlib import Path
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.folders import holds_saes
-from delta_selectivity.saes.registered import registered_members
 from delta_selectivity.saes.sae_lens.registry import release_names, sae_ids
 
 _WILD = re.compile(r"[*?[]")
@@ -67,8 +66,6 @@ def ids_of(release: str, name: str) -> list[str]:
 
 
 def _expand(name: str) -> list[str]:
-    if registered_members(name):
-        return [name]
     local = os.path.expanduser(name)  # noqa: PTH111 - leaves an unknown ~user as it is
     if os.path.isdir(local):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return [name]

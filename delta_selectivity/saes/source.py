@@ -22,7 +22,7 @@ class SaeHeader:
     """What one SAE's config says."""
 
     format: str
-    """``sparsify``, ``sae_lens``, ``dictionary_learning``, ``plain`` or ``registered``."""
+    """``sparsify``, ``sae_lens``, ``dictionary_learning`` or ``plain``; ``object`` for one that no library made."""
     layer: int
     hookpoint: str
     """The place that it reconstructs, which is what is measured."""

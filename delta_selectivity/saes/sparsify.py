@@ -13,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import Coder, LinearCoder, SkipCoder, fold_b_dec
 from delta_selectivity.saes.files import Shapes, check_shapes, positive_int, read_tensors
-from delta_selectivity.saes.hookpoints import input_of, parse
+from delta_selectivity.saes.hookpoints import HookPoint, input_of, parse
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.selection import GroupMax, TopK
 from delta_selectivity.saes.source import SaeHeader
@@ -46,48 +48,73 @@ class Sparsify:
                 f"{path.parent}: the folder's name says where in the model the SAE belongs;"
                 " rename it to layers.5 or layers.5.mlp, say"
             )
-        settings = _with_defaults(config)
-        d_in, k = positive_int(settings, "d_in", path), positive_int(settings, "k", path)
-        d_sae = settings["num_latents"] or d_in * positive_int(settings, "expansion_factor", path)
-        activation = settings["activation"]
-        if activation not in SELECTIONS:
-            raise RequestError(f"{path}: activation {activation!r}; {' and '.join(SELECTIONS)} are known")
-        if not isinstance(d_sae, int) or k > d_sae or (activation == "groupmax" and d_sae % k):
-            raise RequestError(f"{path}: {activation} with k {k} does not fit num_latents {d_sae!r}")
-        transcodes = bool(config.get("transcode"))
-        skip, kind = " skip" if config.get("skip_connection") else "", " transcoder" if transcodes else ""
-        return SaeHeader(
-            format="sparsify",
-            layer=hook.layer,
-            hookpoint=hook.place,
-            d_in=d_in,
-            d_sae=d_sae,
-            k=k,
-            architecture=f"{activation}{skip}{kind}",
-            config=config,
-            model_name=model_name,
-            input_hookpoint=input_of(hook.place) if transcodes else None,
-        )
+        return make_header(config, path, hook, model_name)
 
     def check(self, folder: Path, header: SaeHeader) -> None:
         """Compare the weights' header with the config."""
-        matrix, latents, d_in = (header.d_sae, header.d_in), (header.d_sae,), header.d_in
-        shapes: Shapes = {"encoder.weight": matrix, "encoder.bias": latents, "W_dec": matrix, "b_dec": (d_in,)}
-        skip: Shapes = {"W_skip": (d_in, d_in)} if header.config.get("skip_connection") else {}
-        check_shapes(folder / WEIGHTS, {**shapes, **skip})
+        check_shapes(folder / WEIGHTS, expected_shapes(header))
 
     def build(self, folder: Path, header: SaeHeader) -> tuple[Coder, InputNorm]:
         """Load the weights."""
-        tensors = read_tensors(folder / WEIGHTS)
-        W_enc, bias, b_dec = tensors["encoder.weight"], tensors["encoder.bias"], tensors["b_dec"]
-        if not header.config.get("transcode"):
-            bias = fold_b_dec(W_enc, bias, b_dec)
-        assert header.k is not None
-        selection = SELECTIONS[_with_defaults(header.config)["activation"]](header.k)
-        coder: Coder = LinearCoder(W_enc, bias, tensors["W_dec"], b_dec, selection)
-        if header.config.get("skip_connection"):
-            coder = SkipCoder(coder, tensors["W_skip"])
-        return coder, "none"
+        return make_coder(header, read_tensors(folder / WEIGHTS)), "none"
+
+
+def make_header(
+    config: dict[str, Any], path: Path, hook: HookPoint, model_name: str | None = None, reads: str | None = None
+) -> SaeHeader:
+    """Check a config and combine it with where the SAE belongs.
+
+    Args:
+        config: what ``cfg.json`` holds.
+        path: where it was found, for messages.
+        hook: the place that is reconstructed.
+        model_name: the model that it was trained on, if known.
+        reads: where a transcoder reads; by default the input of the module at ``hook``.
+
+    Raises:
+        RequestError: a setting is missing or wrong.
+    """
+    settings = _with_defaults(config)
+    d_in, k = positive_int(settings, "d_in", path), positive_int(settings, "k", path)
+    d_sae = settings["num_latents"] or d_in * positive_int(settings, "expansion_factor", path)
+    activation = settings["activation"]
+    if activation not in SELECTIONS:
+        raise RequestError(f"{path}: activation {activation!r}; {' and '.join(SELECTIONS)} are known")
+    if not isinstance(d_sae, int) or k > d_sae or (activation == "groupmax" and d_sae % k):
+        raise RequestError(f"{path}: {activation} with k {k} does not fit num_latents {d_sae!r}")
+    transcodes = bool(config.get("transcode"))
+    skip, kind = " skip" if config.get("skip_connection") else "", " transcoder" if transcodes else ""
+    return SaeHeader(
+        format="sparsify",
+        layer=hook.layer,
+        hookpoint=hook.place,
+        d_in=d_in,
+        d_sae=d_sae,
+        k=k,
+        architecture=f"{activation}{skip}{kind}",
+        config=config,
+        model_name=model_name,
+        input_hookpoint=(reads or input_of(hook.place)) if transcodes else None,
+    )
+
+
+def expected_shapes(header: SaeHeader) -> Shapes:
+    """Tensors that the config promises."""
+    matrix, latents, d_in = (header.d_sae, header.d_in), (header.d_sae,), header.d_in
+    shapes: Shapes = {"encoder.weight": matrix, "encoder.bias": latents, "W_dec": matrix, "b_dec": (d_in,)}
+    skip: Shapes = {"W_skip": (d_in, d_in)} if header.config.get("skip_connection") else {}
+    return {**shapes, **skip}
+
+
+def make_coder(header: SaeHeader, tensors: Mapping[str, Tensor]) -> Coder:
+    """Return the coder of float32 tensors in sparsify's names and shapes."""
+    W_enc, bias, b_dec = tensors["encoder.weight"], tensors["encoder.bias"], tensors["b_dec"]
+    if not header.config.get("transcode"):
+        bias = fold_b_dec(W_enc, bias, b_dec)
+    assert header.k is not None
+    selection = SELECTIONS[_with_defaults(header.config)["activation"]](header.k)
+    coder = LinearCoder(W_enc, bias, tensors["W_dec"], b_dec, selection)
+    return SkipCoder(coder, tensors["W_skip"]) if header.config.get("skip_connection") else coder
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,38 @@ def load_folder(folder: Path, lens: LensConfig, scaling: InputScaling) -> Coder:
     try:
         module = SAE.load_from_disk(folder, device="cpu", dtype="float32")
     except Exception as error:  # the library checks little of what a config holds, and fails where it is used
-        what = f"architecture {lens.architecture!r}: neither this program nor SAE Lens can load it ({one_line(error)})"
-        raise RequestError(f"{folder}: {what}") from error
+        raise _unloadable(folder, lens, error) from error
+    _fold(module, lens, scaling)
+    return as_coder(module, lens)
+
+
+def load_state(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], lens: LensConfig, scaling: InputScaling
+) -> Coder:
+    """The same of a config and tensors that are not in a folder. The tensors are copied."""
+    from sae_lens import SAE
+
+    state = {name: tensor.clone() for name, tensor in tensors.items()}
+    try:
+        module = SAE.from_dict({**config, "device": "meta", "dtype": "float32"})  # draws no random weights
+        module.process_state_dict_for_loading(state)
+        module.load_state_dict(state, assign=True)
+        module.to(device="cpu")
+    except Exception as error:  # likewise
+        raise _unloadable(lens.path, lens, error) from error
     _fold(module, lens, scaling)
     return as_coder(module, lens)
 
 
 def as_coder(module: Any, lens: LensConfig) -> Coder:
-    """A ``sae_lens.SAE`` whose input scaling is folded in: natively where that is exact and fast, else as it is.
-
-    Its run-time normalisation and reshaping are switched off: those are ours.
-    """
+    """A ``sae_lens.SAE`` whose input scaling is folded in: natively where that is exact and fast, else as it is."""
     if lens.architecture in NATIVE:
         return build_native(lens, {name: tensor.float() for name, tensor in module.state_dict().items()})
+    return as_dense_coder(module, lens)
+
+
+def as_dense_coder(module: Any, lens: LensConfig) -> Coder:
+    """A ``sae_lens.SAE`` as it is, which is changed: run-time normalisation and reshaping, which are ours, go off."""
     module.run_time_activation_norm_fn_in = module.run_time_activation_norm_fn_out = _unchanged
     module.turn_off_forward_pass_hook_z_reshaping()
     return DenseCoder.of(module, lens.d_out)
@@ -71,6 +91,11 @@ def _fold(module: Any, lens: LensConfig, scaling: InputScaling) -> None:
         module.fold_activation_whitening(whitening.mean, whitening.matrix, whitening.inverse)
     except NotImplementedError as error:
         raise RequestError(f"{lens.path}: covariance_whitening of {lens.architecture}: {error}") from error
+
+
+def _unloadable(where: Path, lens: LensConfig, error: Exception) -> RequestError:
+    what = f"architecture {lens.architecture!r}: neither this program nor SAE Lens can load it ({one_line(error)})"
+    return RequestError(f"{where}: {what}")
 
 
 def one_line(error: Exception) -> str:

@@ -1,0 +1,195 @@
+"""SAEs in memory as sources: ``wrap_sae`` makes of one object what ``open_sae`` makes of a name.
+
+source = wrap_sae(my_sae, layer=5)                  # a torch.nn.Module with encode and decode
+sae = source.load(5, "cpu")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes.coders import Coder
+from delta_selectivity.saes.contents import Contents
+from delta_selectivity.saes.files import digest_tensors
+from delta_selectivity.saes.given import Given
+from delta_selectivity.saes.input_norm import InputNorm
+from delta_selectivity.saes.library_objects import of_a_library
+from delta_selectivity.saes.own_objects import DenseObject, OwnSae, check_methods
+from delta_selectivity.saes.sae import Sae
+from delta_selectivity.saes.source import SaeHeader, SaeSource
+
+SEPARATORS = frozenset(",*?[]<>")
+"""What a list of SAEs gives a meaning of its own."""
+
+_WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
+
+
+@dataclass(frozen=True)
+class ObjectMember:
+    """One object under a name."""
+
+    where: str
+    """The name."""
+    header: SaeHeader
+    contents: Contents
+    version: str | None
+    """What the caller says stands for the weights, instead of them or beside them."""
+
+    def prepare(self) -> None:
+        """There is nothing to fetch."""
+
+    def check_values(self) -> None:
+        self.contents.build(self.header)
+
+    def build(self) -> tuple[Coder, InputNorm]:
+        return self.contents.build(self.header)
+
+    def digest(self) -> str:
+        """Computed of the weights as they are now: trained on, the object is another SAE."""
+        header = self.header
+        said = {
+            "places": [header.hookpoint, header.input_hookpoint],
+            "widths": [header.d_in, header.d_sae, header.d_out],
+            "bos": [header.prepend_bos, header.counts_bos],
+            "config": header.config,
+            "settings": self.contents.settings(),
+            "version": self.version,
+            "weights": digest_tensors(self.contents.tensors()),
+        }
+        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def wrap_sae(
+    obj: Any,
+    *,
+    layer: int | None = None,
+    hookpoint: str | None = None,
+    d_in: int | None = None,
+    name: str | None = None,
+    version: str | None = None,
+    k: int | None = None,
+    architecture: str | None = None,
+    prepend_bos: bool | None = None,
+    trained_on_bos: bool | None = None,
+    model_name: str | None = None,
+    context_size: int | None = None,
+    input_hookpoint: str | None = None,
+    d_out: int | None = None,
+    scaling_factor: float | None = None,
+) -> SaeSource:
+    """Wrap an SAE that is an object in this process, so that it can be measured like one on disk.
+
+    Objects of SAE Lens, sparsify and dictionary_learning are read by the code that reads their files, at its speed,
+    and give the same codes to the bit. Any other object needs ``encode(x [rows, d_in]) -> [rows, d_sae]`` and
+    ``decode(codes [rows, d_sae]) -> [rows, d_out]``, both dense, each row for itself. A ``torch.nn.Module`` is measured
+    in evaluation mode and float32, and is itself never changed; an object that is no module is given tensors on the
+    CPU. Weights are read when the source is loaded or its fingerprint is computed, not here.
+
+    What the object says of itself need not be given, and must not be contradicted.
+
+    Args:
+        obj: the SAE.
+        layer: counted from 0.
+        hookpoint: the place that it reconstructs: ``resid_post`` (the default where the object does not say),
+            ``mlp_out``, ..., a module path with ``<layer>``, or a name with a layer, ``blocks.5.hook_resid_post``.
+        d_in: width of what it reads; found from an attribute ``d_in`` or from the weights of the encoder.
+        name: shown with the results, without commas and wildcards; the class and the layer, ``topksae_layer_3``, by
+            default. SAEs measured together need different names.
+        version: stands for the weights of an object without a ``state_dict``, where it is needed: change it when they
+            change. Of other objects it counts beside the tensors of the ``state_dict``, and has to stand for what that
+            leaves out: tensors in plain attributes, code.
+        k: latents per activation, if their number is fixed.
+        architecture: shown with the results; by default the name of the class.
+        prepend_bos: whether training texts began with BOS; None if unknown.
+        trained_on_bos: whether activations of BOS were in the training data; False if unknown.
+        model_name: the model that it was trained on.
+        context_size: tokens in a training text.
+        input_hookpoint: where a transcoder reads; None for an autoencoder.
+        d_out: width of what a transcoder writes; found by trying.
+        scaling_factor: what activations are multiplied by before they are encoded, for SAEs of SAE Lens with
+            ``normalize_activations="expected_average_only_in"``.
+
+    Returns:
+        A source of one layer, as ``open_sae`` gives.
+
+    Raises:
+        RequestError: something is missing, contradicts the object or itself, or the object does not do what an SAE
+            does. The message names the argument.
+
+    Example:
+        >>> from torch import nn
+        >>> class Linear(nn.Linear):
+        ...     encode = nn.Linear.forward
+        ...     decode = lambda self, codes: codes @ self.weight
+        >>> source = wrap_sae(Linear(16, 64), layer=3, d_in=16)
+        >>> source.name, source.layers, source.d_in
+        ('linear_layer_3', (3,), 16)
+    """
+    given = Given(
+        layer=layer,
+        hookpoint=hookpoint,
+        d_in=d_in,
+        d_out=d_out,
+        k=k,
+        architecture=architecture,
+        prepend_bos=prepend_bos,
+        trained_on_bos=trained_on_bos,
+        model_name=model_name,
+        context_size=context_size,
+        input_hookpoint=input_hookpoint,
+        scaling_factor=scaling_factor,
+    ).checked()
+    obj = _unwrapped(obj)
+    contents = _contents(obj)
+    try:
+        header = contents.header(given)
+        _check_version(contents, version)
+    except RequestError as error:  # a library's reader knows no arguments
+        raise error if error.field else RequestError(f"`obj` {error}") from error
+    member = ObjectMember(_choose_name(name, obj, contents, header), header, contents, version)
+    return SaeSource(member.where, (member,))
+
+
+def _unwrapped(obj: Any) -> Any:
+    """The module inside of what ``torch.compile`` and PyTorch's parallel training give."""
+    while (attribute := _WRAPPERS.get(type(obj).__name__)) is not None and isinstance(obj, nn.Module):
+        obj = getattr(obj, attribute)
+    return obj
+
+
+def _contents(obj: Any) -> Contents:
+    if isinstance(obj, Sae):
+        return OwnSae(obj)
+    check_methods(obj)
+    return of_a_library(obj) or DenseObject(obj)
+
+
+def _check_version(contents: Contents, version: Any) -> None:
+    if version is not None and (not isinstance(version, str) or not version):
+        raise RequestError(f"`version` is {version!r}; a string is needed")
+    if version is None and contents.needs_version:
+        raise RequestError(
+            f"`version` is missing: the {contents.label} has no state_dict of tensors, so a string has to stand for its"
+            " weights: change it when they change"
+        )
+
+
+def _choose_name(name: Any, obj: Any, contents: Contents, header: SaeHeader) -> str:
+    if name is None:
+        own = obj.name if isinstance(obj, Sae) else None
+        return own if own is not None and _is_usable(own) else f"{contents.label.lower()}_layer_{header.layer}"
+    if not isinstance(name, str) or not _is_usable(name):
+        raise RequestError(
+            f"`name` is {name!r}; letters or digits are needed, without any of {' '.join(sorted(SEPARATORS))}"
+        )
+    return name
+
+
+def _is_usable(name: str) -> bool:
+    return name == name.strip() and any(map(str.isalnum, name)) and name.isprintable() and not SEPARATORS & set(name)

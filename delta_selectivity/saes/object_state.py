@@ -1,0 +1,125 @@
+"""What an object in memory computes with: its tensors, its settings, and a copy of it that is safe to run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes.files import check_finite
+
+Result = TypeVar("Result")
+
+_SCALARS = (bool, int, float, str)
+_DEEPEST = 4
+"""Containers in containers in which settings are looked for; some hold themselves."""
+
+
+def attempt(what: str, function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call somebody else's code. Raises `RequestError`, in one line, if it raises anything or exits the process."""
+    try:
+        return function(*arguments)
+    except RequestError:
+        raise
+    except SystemExit as error:
+        raise RequestError(f"{what} exits the process (SystemExit {error.code})") from error
+    except Exception as error:
+        raise RequestError(f"{what} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def tensors_of(obj: Any, label: str) -> dict[str, Tensor]:
+    """Return the tensors of an object's ``state_dict`` and a module's other buffers; none if it has no such method.
+
+    Raises:
+        RequestError: the method fails, or a tensor is not a dense one with values.
+    """
+    what = f"`obj` {label}: state_dict"
+    method = attempt(what, getattr, obj, "state_dict", dict)
+    state = attempt(what, lambda: dict(method()))
+    found = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if isinstance(obj, nn.Module):
+        found |= {name: buffer for name, buffer in obj.named_buffers() if name not in found}
+    for name, tensor in found.items():
+        if tensor.layout != torch.strided or tensor.is_meta:
+            raise RequestError(f"`obj` {label}: {name} is a {'meta' if tensor.is_meta else 'sparse'} tensor")
+    return found
+
+
+def as_float32(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
+    """Return tensors in float32 on the CPU: the same memory where they are so already.
+
+    Raises:
+        RequestError: a value is not finite.
+    """
+    found = {name: tensor.detach().to("cpu", torch.float32) for name, tensor in tensors.items()}
+    for name, tensor in found.items():
+        check_finite(f"`obj` {label}", name, tensor)
+    return found
+
+
+def settings_of(obj: Any) -> list[Any]:
+    """Return what an object holds beside tensors that can change its numbers, as JSON can hold it.
+
+    Classes by name, and numbers, strings and containers of them among the public attributes of the object and, of a
+    module, of the modules in it. Whether a module is in training mode does not count.
+    """
+    parts = obj.named_modules() if isinstance(obj, nn.Module) else [("", obj)]
+    return [[name, type(part).__name__, _plain(getattr(part, "__dict__", {}))] for name, part in parts]
+
+
+def runnable_copy(module: nn.Module, label: str) -> nn.Module:
+    """Return a module in evaluation mode and float32 whose running cannot change the one it was made from.
+
+    Parameters that are float32 already are shared with the original; everything else is copied.
+
+    Raises:
+        RequestError: the module cannot be copied.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    fits = all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
+    memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in _with_history(module)}
+    if fits:
+        memo |= {id(parameter): parameter for parameter in module.parameters()}
+    copied = attempt(f"`obj` {label}: to copy it in evaluation mode", lambda: copy.deepcopy(module, memo).eval())
+    return copied if fits else copied.to(torch.float32)
+
+
+def coder_parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the tensors, scalars and foreign objects that one of our coders is made of, under dotted names."""
+    if is_dataclass(value) and not isinstance(value, type):
+        yield f"{name}.class", type(value).__name__
+        for field in fields(value):
+            yield from coder_parts(getattr(value, field.name), f"{name}.{field.name}")
+    elif isinstance(value, torch.dtype):
+        yield name, str(value)
+    elif not isinstance(value, torch.device):  # a coder on another device is the same coder
+        yield name, value
+
+
+def _with_history(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors that the last training step left in attributes, which ``deepcopy`` refuses."""
+    for part in module.modules():
+        for value in vars(part).values():
+            inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+            yield from (tensor for tensor in inner if isinstance(tensor, Tensor) and not tensor.is_leaf)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """Scalars and containers of them; None for anything else."""
+    if isinstance(value, _SCALARS):
+        return value
+    if depth > _DEEPEST:
+        return None
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(vars(value), depth)
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        public = {str(key): _plain(item, depth + 1) for key, item in value.items() if not str(key).startswith("_")}
+        return {key: item for key, item in public.items() if item is not None and key != "training"}
+    return None
