@@ -119,9 +119,7 @@ def measure(layer: int) -> list[Leakage]:
     from benchmarks.bundled import activations
 
     pairs = [
-        pair
-        for source in load_tasks(None, None)
-        for pair in zip(source.row_sets, distinct_rows(source).row_sets, strict=True)
+        pair for source in load_tasks() for pair in zip(source.row_sets, distinct_rows(source).row_sets, strict=True)
     ]
     places = {row.mention: 0 for shipped, _ in pairs for row in shipped.rows}  # each distinct mention is run once
     places = {mention: place for place, mention in enumerate(places)}

@@ -220,7 +220,7 @@ def densely(rows):
 
 def test_the_bag_counts_the_tokens_of_the_name_alone(tiny_model):
     info = open_model(str(tiny_model))
-    texts = load_all_mentions(("gender",), None)[:50]
+    texts = load_all_mentions(("gender",))[:50]
     tokenised = tokenise(texts, info.tokenizer, prepend_bos=True, max_length=info.max_length)
     bag = bag_of_names(tokenised)
     spans = [ids[a : b + 1] for ids, a, b in zip(tokenised.ids, tokenised.first, tokenised.last, strict=True)]

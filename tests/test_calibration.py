@@ -96,14 +96,14 @@ def test_texts_are_drawn_once_each_by_seed(mentions, monkeypatch):
 
 
 def test_the_texts_to_draw_from_do_not_depend_on_the_datasets_asked_for(people_csv):
-    everything = load_all_mentions(("gender",), None)
-    assert everything == load_all_mentions(("is_alive", "politics", UserData(str(people_csv))), None)
+    everything = load_all_mentions(("gender",))
+    assert everything == load_all_mentions(("is_alive", "politics", UserData(str(people_csv))))
     asked = {mention.identity for mention in load_probe_texts(("gender", "is_alive")).mentions}
     found = [mention.identity for mention in everything]
     assert asked < set(found)
     assert len(found) == len(set(found))
     user_data = UserData(str(people_csv))
-    own = load_all_mentions([user_data], None)
+    own = load_all_mentions([user_data])
     assert {m.identity for m in own} == {m.identity for m in load_probe_texts([user_data]).mentions}
 
 

@@ -381,7 +381,7 @@ def same(persons) -> list[int]:
 
 
 def test_gurnee_tokens_lose_bos_and_padding_and_keep_the_name(gurnee_dir: Path) -> None:
-    texts = dw.load_probe_texts(["gender"], data_dir=gurnee_dir)
+    texts = dw.load_probe_texts([dw.GurneeData(name, gurnee_dir) for name in ["gender"]])
     assert [m.token_ids for m in texts.mentions] == [
         (5, 6, 7, 8),
         tuple(range(39, 50)),
@@ -398,7 +398,7 @@ def test_gurnee_tokens_lose_bos_and_padding_and_keep_the_name(gurnee_dir: Path) 
 
 
 def test_gurnee_occupations_are_one_against_the_rest(gurnee_dir: Path) -> None:
-    texts = dw.load_probe_texts(["occupation", "athlete"], data_dir=gurnee_dir)
+    texts = dw.load_probe_texts([dw.GurneeData(name, gurnee_dir) for name in ["occupation", "athlete"]])
     occupation, athlete = texts.datasets
     assert [probe.name for probe in occupation.probes] == [
         "is_actor",
@@ -418,32 +418,32 @@ def test_gurnee_occupations_are_one_against_the_rest(gurnee_dir: Path) -> None:
 
 def test_gurnee_missing_folder_lists_what_is_there(gurnee_dir: Path) -> None:
     with pytest.raises(RequestError, match=r"wikidata_sorted_political_party.* found .*sex_or_gender\.pyth\.128\.6000"):
-        dw.load_probe_texts(["gender", "politics"], data_dir=gurnee_dir)
+        dw.load_probe_texts([dw.GurneeData(name, gurnee_dir) for name in ["gender", "politics"]])
     with pytest.raises(RequestError, match="no such folder"):
-        dw.load_probe_texts(["gender"], data_dir=gurnee_dir / "nowhere")
+        dw.load_probe_texts([dw.GurneeData(name, gurnee_dir / "nowhere") for name in ["gender"]])
 
 
 def test_gurnee_two_folders_for_one_property_are_refused(gurnee_dir: Path) -> None:
     (gurnee_dir / "wikidata_sorted_sex_or_gender.gpt2.128.6000").mkdir()
     with pytest.raises(RequestError, match="keep one"):
-        dw.load_probe_texts(["gender"], data_dir=gurnee_dir)
+        dw.load_probe_texts([dw.GurneeData(name, gurnee_dir) for name in ["gender"]])
 
 
 def test_gurnee_positions_in_the_padding_are_refused(tmp_path: Path) -> None:
     record = gurnee_record([5, 6], "Ada Byron", 2, 1, "female") | {"surname_index_end": 7}
     write_gurnee(tmp_path / "wikidata_sorted_sex_or_gender.pyth.128.6000", [record])
     with pytest.raises(RequestError, match=r"row 1: the name 'Ada Byron' is at tokens 1 to 7, outside 1 to 2"):
-        dw.load_probe_texts(["gender"], data_dir=tmp_path)
+        dw.load_probe_texts([dw.GurneeData(name, tmp_path) for name in ["gender"]])
 
 
 def test_gurnee_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "wikidata_sorted_is_alive.pyth.128.6000"
     folder.mkdir()
     with pytest.raises(RequestError, match="not a folder written by datasets"):
-        dw.load_probe_texts(["is_alive"], data_dir=tmp_path)
+        dw.load_probe_texts([dw.GurneeData(name, tmp_path) for name in ["is_alive"]])
     hf_datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(str(folder))
     with pytest.raises(RequestError, match="no column 'name'"):
-        dw.load_probe_texts(["is_alive"], data_dir=tmp_path)
+        dw.load_probe_texts([dw.GurneeData(name, tmp_path) for name in ["is_alive"]])
 
 
 # --- the user's own file

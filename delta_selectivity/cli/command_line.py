@@ -157,7 +157,7 @@ def make_request(values: Mapping[str, Any]) -> Request:
         model = str(DEMO_MODEL)
     names = [field.name for field, _, _ in settings.fields()]
     device1, device2 = choose_devices(values.get("device1"), values.get("device2"))
-    cache, data_dir = values.get("cache_dir"), values.get("data_dir")
+    cache = values.get("cache_dir")
     return Request(
         model=model,
         saes=tuple(name.strip() for name in saes.split(",") if name.strip()),
@@ -168,17 +168,19 @@ def make_request(values: Mapping[str, Any]) -> Request:
         device1=device1,
         device2=device2,
         cache=None if cache is None else Path(cache).expanduser(),
-        data_dir=None if data_dir is None else Path(data_dir),
     )
 
 
 def _tasks(values: Mapping[str, Any]) -> tuple[TaskName, ...]:
     """The named datasets, and then the user's own; that alone if it is given without names."""
-    from delta_selectivity.tasks import UserData, parse_columns, parse_dataset_names
+    from delta_selectivity.tasks import UserData, name_task, parse_columns, parse_dataset_names
 
     named, path = values.get("datasets"), values.get("dataset_file")
     split, columns = values.get("dataset_split"), parse_columns(values.get("dataset_columns") or "")
     if path is None and (split or columns):
         raise RequestError("`split` and `columns` say how to read `dataset_file`, which is missing")
     own: tuple[TaskName, ...] = () if path is None else (UserData(path, split, columns),)
-    return own if own and named is None else (*parse_dataset_names(str(named or "all")), *own)
+    if own and named is None:
+        return own
+    data_dir = values.get("data_dir")
+    return (*(name_task(name, data_dir=data_dir) for name in parse_dataset_names(str(named or "all"))), *own)

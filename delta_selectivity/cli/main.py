@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> None:
     elif asked.job == "list":
         from delta_selectivity.tasks import describe_datasets
 
-        show(describe_datasets(asked.request.tasks, data_dir=asked.request.data_dir))
+        show(describe_datasets(asked.request.tasks))
     else:
         from delta_selectivity.reporting import results, tables
         from delta_selectivity.run.evaluation import run_request

@@ -115,9 +115,7 @@ def make_plan(request: Request, fetch: bool = True) -> Plan:
     """
     asked = request.settings
     check_backend(asked.probe, request.device2)
-    texts = load_probe_texts(
-        request.tasks, data_dir=request.data_dir, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed
-    )
+    texts = load_probe_texts(request.tasks, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed)
     files = Pretrained.find(request.model, asked.revision, asked.trust_remote_code)
     setup = SetupCache() if request.cache is None else SetupCache.open(request.cache, asked.cache_gb)
     info = setup.model(files)
@@ -132,19 +130,21 @@ def make_plan(request: Request, fetch: bool = True) -> Plan:
     prepare_folder(request.output)
     calibration: list[Mention] = []
     if any(subject.baseline is not None and subject.baseline.kind in CALIBRATED for subject in subjects):
-        calibration = draw_mentions(load_all_mentions(request.tasks, request.data_dir), asked.seed)
+        calibration = draw_mentions(load_all_mentions(request.tasks), asked.seed)
     return Plan(request, texts, info, subjects, widths, prepend_bos, calibration, setup)
 
 
 def open_sources(request: Request) -> list[SaeSource]:
     """The SAEs that the request names or holds. Raises `RequestError` if one cannot be had."""
-    sources: list[SaeSource] = []
+    found: dict[str, SaeSource] = {}
     for sae in request.saes:
-        if isinstance(sae, SaeSource):
-            sources.append(sae)
-        else:
-            sources += [open_sae(name, request.settings.hookpoint) for name in expand_names([sae])]
-    return list({source.name: source for source in sources}.values())
+        names = [sae] if isinstance(sae, SaeSource) else expand_names([sae])
+        for name in names:
+            source = name if isinstance(name, SaeSource) else open_sae(name, request.settings.hookpoint)
+            before = found.setdefault(source.name, source)
+            if before is not source and isinstance(sae, SaeSource):
+                raise RequestError(f"`saes`: two are called {source.name!r}: give each a name of its own by wrap_sae")
+    return list(found.values())
 
 
 def _sites(request: Request, info: ModelInfo, source: SaeSource) -> tuple[Site, ...]:

@@ -11,7 +11,7 @@ import torch
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes import SaeSource
 from delta_selectivity.settings import Settings
-from delta_selectivity.tasks import Task, TaskName, UserData
+from delta_selectivity.tasks import GurneeData, TaskName, UserData
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Request:
     device1: str  # model and SAE
     device2: str  # probes
     cache: Path | None = None  # None: neither activations nor fits are kept
-    data_dir: Path | None = None  # Gurnee et al.'s folders, in place of the Wikidata tasks' own files
 
     def __post_init__(self) -> None:
         if not self.saes:
@@ -37,16 +36,18 @@ class Request:
 
     def described(self) -> dict[str, Any]:
         """What `_run.config` of a result file says of the request: plain values by the names of the flags."""
-        files = [task for task in self.tasks if isinstance(task, UserData)]
-        one = files[0] if files else None
+        own = next((task for task in self.tasks if isinstance(task, UserData)), UserData(""))
+        folders = [str(task.data_dir) for task in self.tasks if isinstance(task, GurneeData)]
         return {
             "model_name": self.model,
             "sae_names": [sae if isinstance(sae, str) else sae.name for sae in self.saes],
-            "datasets": [task.name if isinstance(task, Task) else task for task in self.tasks if task not in files],
-            "dataset_file": None if one is None else one.path_or_name,
-            "dataset_split": None if one is None else one.split,
-            "dataset_columns": () if one is None else one.columns,
-            "data_dir": self.data_dir,
+            "datasets": [
+                task if isinstance(task, str) else task.name for task in self.tasks if not isinstance(task, UserData)
+            ],
+            "dataset_file": own.path_or_name or None,
+            "dataset_split": own.split,
+            "dataset_columns": own.columns,
+            "data_dir": folders[0] if folders else None,
             "layers": self.layers,
             "output_directory": self.output,
             "device1": self.device1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from delta_selectivity.errors import RequestError
@@ -16,8 +17,17 @@ from delta_selectivity.tasks.wikidata import load_wikidata
 
 DATASET_NAMES = ("gender", "occupation", "politics", "athlete", "is_alive")  # their order is their index
 
-TaskName = str | UserData | Task
-"""A name of `DATASET_NAMES`, a table of the user's, or a task that is loaded already."""
+
+@dataclass(frozen=True)
+class GurneeData:
+    """A Wikidata task in the authors' own folders."""
+
+    name: str  # of `DATASET_NAMES`
+    data_dir: Path
+
+
+TaskName = str | GurneeData | UserData | Task
+"""A name of `DATASET_NAMES`, the same in other files, a table of the user's, or a task that is loaded already."""
 
 
 def parse_dataset_names(spec: str) -> tuple[str, ...]:
@@ -34,19 +44,28 @@ def parse_dataset_names(spec: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def name_task(path_or_name: str, split: str | None, columns: Mapping[str, str] | None) -> str | UserData:
-    """What a name means: a Wikidata task, unless it is a path, a name on the Hub, or comes with a split or columns."""
-    if split is None and not columns and path_or_name in DATASET_NAMES:
-        return path_or_name
-    known = Path(path_or_name).expanduser()
-    if not (known.suffix or "/" in path_or_name or known.exists()):
-        names = ", ".join(DATASET_NAMES)
-        raise RequestError(f"`tasks`: there is no task {path_or_name!r}: give a file or one of {names}")
-    return UserData(path_or_name, split, check_columns(columns or {}))
+def name_task(
+    path_or_name: str | Path,
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    data_dir: str | Path | None = None,
+) -> TaskName:
+    """Return what a name means: a Wikidata task, else the user's table. Arguments and errors as for `load_task`."""
+    name = str(path_or_name)
+    if split is None and not columns and name in DATASET_NAMES:
+        return name if data_dir is None else GurneeData(name, Path(data_dir))
+    if data_dir is not None:
+        raise RequestError(f"`data_dir` {data_dir}: it has Wikidata tasks only, not {name!r}")
+    path = Path(name).expanduser()
+    if not (path.suffix or "/" in name or path.exists()):
+        known = ", ".join(DATASET_NAMES)
+        raise RequestError(f"`tasks`: there is no task {name!r}: give a file or one of {known}")
+    return UserData(name, split, check_columns(columns or {}))
 
 
 def load_task(
-    path_or_name: str,
+    path_or_name: str | Path,
     *,
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
@@ -73,64 +92,62 @@ def load_task(
     Example:
         >>> load_task("people.csv", columns={"text": "sentence", "label": "is_poet"})  # doctest: +SKIP
     """
-    return _load(name_task(path_or_name, split, columns), None if data_dir is None else Path(data_dir))
+    return _load(name_task(path_or_name, split=split, columns=columns, data_dir=data_dir))
 
 
 def load_probe_texts(
-    tasks: Sequence[TaskName] | None = None,
-    *,
-    data_dir: Path | None = None,
-    shuffle_select_n: int | None = None,
-    seed: int = 0,
+    tasks: Sequence[TaskName] | None = None, *, shuffle_select_n: int | None = None, seed: int = 0
 ) -> ProbeTexts:
     """Load tasks (None: all Wikidata tasks) into one deduplicated `ProbeTexts`.
 
-    data_dir: folder with Gurnee et al.'s own folders, used in place of the wheel's files.
     shuffle_select_n: at most that many rows per task, drawn by `seed`.
     Raises `RequestError` for anything wrong with the request or the files.
     """
     if shuffle_select_n is not None and shuffle_select_n < 1:
         raise RequestError(f"`shuffle_select_n` must be at least 1, got {shuffle_select_n}")
-    return assemble(load_tasks(tasks, data_dir), shuffle_select_n, seed)
+    return assemble(load_tasks(tasks), shuffle_select_n, seed)
 
 
-def load_tasks(tasks: Sequence[TaskName] | None, data_dir: Path | None) -> list[Task]:
+def load_tasks(tasks: Sequence[TaskName] | None = None) -> list[Task]:
     """The tasks as shipped. Arguments and errors as for `load_probe_texts`."""
     loaded: list[Task] = []
     for name in DATASET_NAMES if tasks is None else tasks:
-        task = _load(name, data_dir)
+        task = _load(name)
         if any(task.slug in (other.slug, other.name) for other in loaded):
             raise RequestError(f"{_shown(name)}: there is a dataset {task.name!r} already, rename the file")
         loaded.append(task)
     return loaded
 
 
-def load_all_mentions(tasks: Sequence[TaskName], data_dir: Path | None) -> list[Mention]:
+def load_all_mentions(tasks: Sequence[TaskName]) -> list[Mention]:
     """Every distinct mention of all Wikidata tasks if one of them is among `tasks`, else of these tasks.
 
     In an order that depends on neither which of the Wikidata tasks are named nor how many rows are wanted of them.
-    Tasks that cannot be read are passed over: a `data_dir` need not have them all.
+    Tasks that cannot be read are passed over: folders of Gurnee et al. need not have them all.
     """
-    named = any(isinstance(task, str) for task in tasks)
-    loaded = [] if named else load_tasks(tasks, data_dir)
-    for name in DATASET_NAMES if named else ():
+    named = next((task for task in tasks if isinstance(task, str | GurneeData)), None)
+    loaded = [] if named is not None else load_tasks(tasks)
+    for name in DATASET_NAMES if named is not None else ():
         with suppress(RequestError):
-            loaded.append(_load(name, data_dir))
+            loaded.append(_load(GurneeData(name, named.data_dir) if isinstance(named, GurneeData) else name))
     rows = (row for task in loaded for row_set in task.row_sets for row in row_set.rows)
     return list({row.mention.identity: row.mention for row in rows}.values())
 
 
-def _load(task: TaskName, data_dir: Path | None) -> Task:
+def _load(task: TaskName) -> Task:
     if isinstance(task, Task):
         return task
     if isinstance(task, UserData):
         return load_user_task(task)
-    name = _resolve(task)
-    return load_gurnee(name, data_dir) if data_dir else load_wikidata(name)
+    if isinstance(task, GurneeData):
+        return load_gurnee(_resolve(task.name), task.data_dir)
+    return load_wikidata(_resolve(task))
 
 
 def _shown(task: TaskName) -> str:
-    return task.flag if isinstance(task, UserData) else f"`tasks` {task.name if isinstance(task, Task) else task}"
+    if isinstance(task, UserData):
+        return task.flag
+    return f"`tasks` {task if isinstance(task, str) else task.name}"
 
 
 def _resolve(part: str) -> str:

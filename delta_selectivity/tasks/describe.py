@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from delta_selectivity.system.terminal import printable
 from delta_selectivity.tasks.assemble import distinct_rows
@@ -14,12 +13,12 @@ _HEADER = ("index", "dataset", "probe", "rows as shipped", "distinct rows", "peo
 _LEFT_COLUMNS = 3  # the words; numbers line up on the right
 
 
-def describe_datasets(tasks: Sequence[TaskName] | None = None, *, data_dir: Path | None = None) -> str:
+def describe_datasets(tasks: Sequence[TaskName] | None = None) -> str:
     """One line per probe: rows before and after duplicates are dropped, people, positives (class balance).
 
     Arguments and errors as for `load_probe_texts`.
     """
-    sources = load_tasks(tasks, data_dir)
+    sources = load_tasks(tasks)
     lines = [_HEADER, *(tuple(map(printable, line)) for source in sources for line in _lines(source))]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
     return "\n".join(_format(line, widths) for line in lines)
