@@ -127,7 +127,6 @@ def make_plan(request: Request, fetch: bool = True) -> Plan:
         source.prepare([site.layer for site in own])
     prepend_bos, counts_bos = _decide_bos(asked.bos, info, sources)
     subjects = _plan_subjects(request, sources, sites, counts_bos)
-    prepare_folder(request.output)
     calibration: list[Mention] = []
     if any(subject.baseline is not None and subject.baseline.kind in CALIBRATED for subject in subjects):
         calibration = draw_mentions(load_all_mentions(request.tasks), asked.seed)
@@ -231,6 +230,7 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
     Raises `RequestError` if one on disk was made by something else, or is being written by another run.
     """
     request = plan.request
+    prepare_folder(request.output)
     data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
     shared = {
         "schema": SCHEMA_VERSION,
