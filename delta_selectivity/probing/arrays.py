@@ -121,15 +121,11 @@ def _control(targets: Targets, settings: Settings) -> FoldPlan | None:
 
 def _matrix(values: Any, field: str) -> Tensor:
     """Values as a finite float32 matrix ``[rows, d]``. Raises `RequestError` if they are none."""
-    found = values.detach() if isinstance(values, Tensor) else _array(values, field)
-    kind = found.dtype
-    is_real = not (kind.is_complex or kind == torch.bool) if isinstance(kind, torch.dtype) else kind.kind in "fiu"
-    if not is_real or (isinstance(found, Tensor) and found.layout != torch.strided):
-        what = kind if not is_real else found.layout
-        raise RequestError(f"`{field}` is of {what}: a dense array of real numbers is needed")
-    if found.ndim != 2 or 0 in found.shape:
-        raise RequestError(f"`{field}` has shape {list(found.shape)}: [rows, d] is needed, with neither of them 0")
-    matrix = found if isinstance(found, Tensor) else _to_torch(found)
+    matrix = values.detach() if isinstance(values, Tensor) else _to_torch(_array(values, field), field)
+    if matrix.layout != torch.strided or matrix.is_complex() or matrix.dtype == torch.bool:
+        raise RequestError(f"`{field}` is a {matrix.layout} of {matrix.dtype}: a dense array of real numbers is needed")
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise RequestError(f"`{field}` has shape {list(matrix.shape)}: [rows, d] is needed, with neither of them 0")
     if matrix.device.type not in {"cpu", "cuda"}:
         matrix = matrix.cpu()  # other devices lack float64
     matrix = matrix.to(torch.float32)
@@ -140,7 +136,9 @@ def _matrix(values: Any, field: str) -> Tensor:
     return matrix
 
 
-def _to_torch(found: NDArray[Any]) -> Tensor:
+def _to_torch(found: NDArray[Any], field: str) -> Tensor:
+    if found.dtype.kind not in "fiu":
+        raise RequestError(f"`{field}` is of {found.dtype}: real numbers are needed")
     with np.errstate(over="ignore"):  # what becomes infinite is refused
         single = np.ascontiguousarray(found, dtype=np.float32)
     return torch.from_numpy(single if single.flags.writeable else single.copy())
@@ -183,7 +181,7 @@ def _group_ids(groups: Any, n: int) -> NDArray[np.int64]:
     _check_length((len(listed),), n, "groups")
     if all(isinstance(group, str) for group in listed):
         return person_ids(listed)
-    if all(isinstance(group, numbers.Integral) and INT64.min <= group <= INT64.max for group in listed):
+    if all(isinstance(group, numbers.Integral) and INT64.min <= int(group) <= INT64.max for group in listed):
         return np.array(listed, dtype=np.int64)
     known: dict[Any, int] = {}
     for row, group in enumerate(listed):
