@@ -214,7 +214,7 @@ def _matrix(name: str, found: Column, shape: tuple[int, ...] | None = None) -> F
     finite = np.isfinite(matrix).all(axis=1)
     if not finite.all():
         raise Unreadable(f"{name}: row {int(np.argmin(finite))} holds NaN, infinity, or a number beyond float32")
-    return matrix
+    return matrix if matrix.flags.writeable else matrix.copy()  # torch takes no others
 
 
 def _probe(name: str, columns: Mapping[str, Column], column: str, n: int, dataset: str) -> RowProbe:
