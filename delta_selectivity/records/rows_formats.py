@@ -27,6 +27,9 @@ from delta_selectivity.system.person_ids import person_ids
 METADATA = "delta_selectivity"
 MOST_TIMES = 100  # a packed file that unpacks to more than this times its size, and to more than `ALWAYS`, is refused
 ALWAYS = 256 * 2**20
+BATCH = 256
+"""Rows of a Parquet file that are read before its size is looked at. The footer would tell it beforehand, but where
+that is damaged, pyarrow ends the process (a ParquetException in `RowGroupMetaData.column`)."""
 TEXTS = ("texts", "text_of_row")  # written for people, and not read back
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError, RuntimeError, KeyError)
@@ -136,12 +139,16 @@ class Parquet:
             names = pyarrow.parquet.read_schema(path).names
             named = [name for name in names if name == "groups"]  # each name once, however often it is repeated
             with pyarrow.parquet.ParquetFile(path, read_dictionary=named) as file:
-                check_size(_bytes_of(file.metadata), path)
                 schema = file.schema_arrow
                 if len(set(schema.names)) < len(schema.names):
                     raise Unreadable("two of its columns have one name")
                 wanted = [name for name in schema.names if _is_ours(name)]
-                table = file.read(columns=wanted)
+                batches, size = [], 0
+                for batch in file.iter_batches(BATCH, columns=wanted):
+                    batches.append(batch)
+                    size += batch.nbytes
+                    check_size(size, path)
+            table = pyarrow.Table.from_batches(batches, pyarrow.schema([schema.field(name) for name in wanted]))
             about = (schema.metadata or {}).get(METADATA.encode())
             columns = {name: _from_arrow(name, table.column(name)) for name in wanted}
             return Content(columns, None if about is None else about.decode())
@@ -161,7 +168,7 @@ def check_size(needed: int, path: Path) -> None:
     packed = path.stat().st_size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory or needed > max(ALWAYS, MOST_TIMES * packed):
-        raise Unreadable(f"it unpacks to {needed / 2**30:.1f} GiB from {packed / 2**20:.1f} MiB: that is refused")
+        raise Unreadable(f"it unpacks to {needed / 2**20:.0f} MiB or more from {packed / 2**20:.1f}: that is refused")
 
 
 def _packed(texts: Sequence[Text] | None) -> dict[str, Column]:
@@ -214,18 +221,6 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
 def _is_ours(name: str) -> bool:
     plain = ("x", "recon", "reconstruction", "labels", "groups", "weights", "tokens", "order")
     return name in plain or name.startswith(("recon.", "labels.", "rows."))
-
-
-def _bytes_of(metadata: Any) -> int:
-    """What the columns that are read unpack to: repeated values are stored once, so sizes on disk do not say it."""
-    widths = {"BOOLEAN": 1, "INT32": 4, "INT64": 8, "FLOAT": 4, "DOUBLE": 8}
-    total = 0
-    for group in range(metadata.num_row_groups):
-        for index in range(metadata.num_columns):
-            column = metadata.row_group(group).column(index)
-            unpacked = column.num_values * widths.get(column.physical_type, 8)
-            total += max(unpacked, column.total_uncompressed_size)
-    return total
 
 
 def _from_arrow(name: str, found: Any) -> Column:
