@@ -274,3 +274,12 @@ def test_a_parquet_column_of_a_wrong_type_is_refused(column, words, tmp_path, ca
 def test_it_cannot_be_saved_under_another_suffix(tmp_path):
     with pytest.raises(RequestError, match="unknown suffix"):
         save(tmp_path / "rows.csv", made())
+
+
+def test_the_example_in_the_documentation_makes_a_file_that_is_measured(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).resolve().parent.parent / "docs" / "rows_file.md").read_text("utf-8")
+    example = page.partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert probe.main(["rows.npz", "--device2", "cpu", "--repeats", "2"]) == 0
+    assert "reconstruction" in capsys.readouterr().out

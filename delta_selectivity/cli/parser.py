@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import Any, NoReturn
 
 from delta_selectivity.errors import RequestError
+
+
+WIDTH = 100  # of a description in characters: examples below it keep their lines, so argparse wraps neither
 
 
 class Parser(argparse.ArgumentParser):
@@ -14,7 +18,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str, **options: Any) -> None:
         super().__init__(
             prog=prog,
-            description=description,
+            description=textwrap.fill(description, WIDTH),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
