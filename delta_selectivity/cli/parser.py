@@ -8,7 +8,6 @@ from typing import Any, NoReturn
 
 from delta_selectivity.errors import RequestError
 
-
 WIDTH = 100  # of a description in characters: examples below it keep their lines, so argparse wraps neither
 
 
