@@ -41,12 +41,23 @@ def run(argv: Sequence[str]) -> None:
 
         show(describe_datasets(asked.request.tasks))
     else:
-        from delta_selectivity.reporting import results, tables
-        from delta_selectivity.run.evaluation import run_request
+        from delta_selectivity.api.evaluate import evaluate
+        from delta_selectivity.reporting import tables
 
-        paths = run_request(asked.request, progress=not asked.quiet)
+        request = asked.request
+        results = evaluate(
+            request.model,
+            request.saes,
+            request.tasks,
+            layers=request.layers,
+            settings=request.settings,
+            device=(request.device1, request.device2),
+            output=request.output,
+            cache=request.cache,
+            progress=not asked.quiet,
+        )
         if not asked.quiet:
-            show(tables.render(results.load(paths)))
+            show(tables.render(results.files))
 
 
 def _foreseen(error: Exception) -> bool:

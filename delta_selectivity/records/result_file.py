@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from delta_selectivity.errors import RequestError
@@ -164,19 +164,23 @@ def prepare_folder(folder: Path) -> None:
 
 def result_path(folder: Path, model_name: str, dataset_slug: str) -> Path:
     """`{model}_{dataset}.json` with names made safe."""
-    return folder / f"{slug(model_name)}_{slug(dataset_slug)}.json"
+    return folder / f"{model_slug(model_name)}_{slug(dataset_slug)}.json"
+
+
+def model_slug(name: str) -> str:
+    """A model as part of a file name: a hub id has two parts at most, so a longer path counts by its last."""
+    return slug(PurePath(name).name if len(PurePath(name).parts) > 2 else name)
 
 
 def slug(name: str) -> str:
     """A name as part of a file name: letters, digits, `.`, `-`, `_`, at most 100; never empty, hidden or like a flag.
 
-    A local folder counts by its last part, except a relative owner/name, which reads like the hub id it mirrors.
+    It follows from the name alone, whatever lies in the current directory. A path that is absolute or begins with `~`,
+    `.` or `assets` counts by its last part; any other reads like the hub id or release that it may be.
     """
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
-    mirrors_hub = not path.is_absolute() and len(path.parts) == 2 and path.parts[0] != ".."
-    bundled = path.parts[:1] == ("assets",)
-    if bundled or (os.path.isdir(path) and not mirrors_hub):  # noqa: PTH112 - no error for a name too long for a path
-        name = path.name if bundled else path.resolve().name
+    path = PurePath(name)
+    if path.is_absolute() or name.startswith(("~", ".")) or path.parts[:1] == ("assets",):
+        name = path.name if path.name not in ("", "..") else Path(os.path.abspath(name)).name  # noqa: PTH100
     safe = re.sub(r"[^A-Za-z0-9.\-]+", "_", name).lstrip("._-").rstrip("._") or "unnamed"
     return safe if len(safe) <= 100 else f"{safe[:83]}_{hashlib.sha256(safe.encode()).hexdigest()[:16]}"
 
