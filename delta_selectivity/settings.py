@@ -75,6 +75,10 @@ class Settings:
     baselines: tuple[str, ...] = _setting(
         (), "what", "measure these beside the SAEs, in the folder baselines; all for all of them", choices=BASELINES
     )
+    whole_tokens: int | None = _setting(
+        None, "what", "tokens of each dataset, drawn by seed, for the whole-text figures (mse_whole, fvu_whole, dead)",
+        if_none="all", least=1,
+    )  # fmt: skip
     revision: str | None = _setting(
         None, "what", "branch, tag or commit of a hub model, such as Pythia's step3000", if_none="main"
     )

@@ -284,6 +284,26 @@ def test_a_training_goes_on_as_if_it_had_not_been_measured(tiny_model, two_tasks
     assert seen[0]["two/fvu_whole"] != seen[1]["two/fvu_whole"], "weights that were trained on give other numbers"
 
 
+class Drawing(TopK):
+    """An SAE that draws random numbers while it encodes, in whatever thread."""
+
+    def encode(self, x):
+        return super().encode(x + 1e-6 * torch.randn_like(x))
+
+
+def test_random_numbers_are_as_before_though_several_threads_draw_some(tiny_model, two_tasks, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # so many batches at a time
+    evaluator = ds.Evaluator(
+        tiny_model, 1, two_tasks, settings=ds.Settings(folds=3, repeats=1, batch_size=2), device="cpu"
+    )
+    sae = Drawing()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        evaluator(sae)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_autocast_of_the_caller_changes_nothing(evaluator):
     plain = evaluator(TopK())
     with torch.autocast("cpu", torch.bfloat16):
@@ -312,6 +332,41 @@ def test_an_evaluator_tells_what_a_reader_must_know(tiny_model, two_tasks):
     before = list(evaluator.warnings)
     evaluator(TopK())
     assert evaluator.warnings == before
+
+
+# --- a sample of the tokens
+
+
+def test_whole_text_figures_of_a_sample_are_near_those_of_all_tokens_and_the_rest_is_the_same(
+    tiny_model, tiny_saes, two_tasks
+):
+    asked = {"model": tiny_model, "saes": str(tiny_saes), "tasks": two_tasks, "device": "cpu"}
+    whole = ds.evaluate(**asked, settings=FAST).to_frame()
+    n_tokens = int(whole["n_tokens"].iloc[0])
+    few = ds.evaluate(**asked, settings=ds.Settings(folds=3, repeats=2, whole_tokens=n_tokens // 2)).to_frame()
+    assert (few["n_tokens"] > 0.4 * n_tokens).all()
+    assert (few["n_tokens"] < 0.6 * n_tokens).all()
+    np.testing.assert_allclose(few["fvu_whole"], whole["fvu_whole"], rtol=0.05)
+    assert (few["mse_whole"] != whole["mse_whole"]).all()
+    same = ["model_sel", "sae_sel", "delta_sel", "transfer_sel", "n_people", "n_probed"]
+    assert few[same].equals(whole[same])
+    for name in ("mse_pos", "fvu_pos", "cosine", "l0", "l1"):
+        np.testing.assert_allclose(few[name], whole[name], rtol=1e-5)
+
+
+def test_a_sample_is_by_seed_the_same_for_every_sae_and_call(tiny_model, tiny_saes, sparser, two_tasks):
+    settings = ds.Settings(folds=3, repeats=1, whole_tokens=500)
+    one, again = (ds.Evaluator(tiny_model, 1, two_tasks, settings=settings, device="cpu") for _ in range(2))
+    assert one(tiny_saes) == again(tiny_saes)
+    assert one(sparser)["two/n_tokens"] == one(tiny_saes)["two/n_tokens"]
+    other = ds.Settings(folds=3, repeats=1, whole_tokens=500, seed=1)
+    found = ds.Evaluator(tiny_model, 1, two_tasks, settings=other, device="cpu")(tiny_saes)
+    assert found["two/mse_whole"] != one(tiny_saes)["two/mse_whole"]
+
+
+def test_a_sample_of_more_tokens_than_there_are_is_all_of_them(tiny_model, tiny_saes, two_tasks, evaluator):
+    settings = ds.Settings(folds=3, repeats=2, whole_tokens=10**9)
+    assert ds.Evaluator(tiny_model, 1, two_tasks, settings=settings, device="cpu")(tiny_saes) == evaluator(tiny_saes)
 
 
 # --- the package

@@ -20,13 +20,15 @@ from delta_selectivity.probing.probes import check_backend, choose_backend
 from delta_selectivity.probing.selectivity import fit_model
 from delta_selectivity.probing.uncertainty import Estimate
 from delta_selectivity.records.sae_level import mean_delta, mean_transfer_r2
-from delta_selectivity.run.activations import Item, LayerRows, Producer, RowTable, SaeId, plan_blocks, tokens_in_memory
+from delta_selectivity.run.activations import Item, LayerRows, Producer, SaeId, plan_blocks, tokens_in_memory
 from delta_selectivity.run.cell_result import CellResult, warnings_of
 from delta_selectivity.run.pipeline import sharing_cores
 from delta_selectivity.run.planning import Cell
 from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.resident import ResidentModel
 from delta_selectivity.run.row_store import RowStore
+from delta_selectivity.run.rows import RowTable
+from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SaeSource
 from delta_selectivity.saes.hookpoints import canonical
 from delta_selectivity.settings import Settings
@@ -102,6 +104,7 @@ class Evaluator:
             texts.mentions, info.tokenizer, prepend_bos=self._has_bos, max_length=info.max_length
         )
         self._blocks = plan_blocks(texts)
+        self._sample = TokenSample.draw(self._tokenised, texts, settings.whole_tokens, settings.seed)
         loaded = info.load(sites, device1, info.choose_dtype(settings.dtype))
         self._model = ResidentModel(loaded, int(settings.queue_gb * 1024**3))
         self._work = Work(
@@ -183,7 +186,7 @@ class Evaluator:
         max_tokens = tokens_in_memory(self._model.device, saes) if asked.batch_size is None else None
         producer = Producer(
             self._model, saes, counts_bos, self._tokenised, self._work.rows, asked.batch_size, max_tokens, cores,
-            Stopwatch(), self._work.latents_of,
+            Stopwatch(), self._work.latents_of, self._sample,
         )  # fmt: skip
         items: list[Item] = []
         producer.run(self._blocks, items.append, lambda _: None)

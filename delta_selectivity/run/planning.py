@@ -239,6 +239,8 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
         "dtype": plan.dtype,
         **{field.name: getattr(request.settings, field.name) for field, _, rule in settings.fields() if rule.in_key},
     }
+    if request.settings.whole_tokens is not None:  # absent from the files of before, which are of all tokens
+        shared["whole_tokens"] = request.settings.whole_tokens
     hashes = {subject.name: subject.source.fingerprint() for subject in plan.saes if subject.source is not None}
     config = request.described()
     files: dict[tuple[SaeId, int], RecordFile] = {}
