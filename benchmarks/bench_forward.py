@@ -7,7 +7,7 @@ python benchmarks/bench_forward.py         # the table, from what `run` kept
 
 Model and SAE are timed apart, as `activations.Producer` runs them: whole batches side by side, one thread each. The
 model's floor leaves out attention, norms and activation functions; the SAE's floor is its encoder in float32, so what
-stands above 100 % was saved by doing less than that (`sae_formats.proposal`). The producer's texts/s are those of the
+stands above 100 % was saved by doing less than that (`saes.proposal`). The producer's texts/s are those of the
 model and one SAE on every layer.
 """
 

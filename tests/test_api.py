@@ -225,7 +225,9 @@ def check_same(found: dict, expected: dict[str, dict]) -> None:
 
 @pytest.mark.parametrize("settings", [FAST, ds.Settings(folds=3, repeats=1, positions="mean", views="error,latents")])
 def test_an_evaluator_gives_the_numbers_of_evaluate_to_the_bit(tiny_model, tiny_saes, sparser, two_tasks, settings):
-    evaluator = ds.Evaluator(tiny_model, 1, two_tasks, settings=settings, device="cpu")
+    evaluator = ds.Evaluator(
+        tiny_model, 1, two_tasks, settings=settings, device="cpu", whole_tokens=settings.whole_tokens
+    )
     for sae in (tiny_saes, sparser, TopK()):
         whole = ds.evaluate(tiny_model, sae, two_tasks, layers=1, settings=settings, device="cpu")
         ((_, found),) = whole.files
@@ -356,17 +358,22 @@ def test_whole_text_figures_of_a_sample_are_near_those_of_all_tokens_and_the_res
 
 def test_a_sample_is_by_seed_the_same_for_every_sae_and_call(tiny_model, tiny_saes, sparser, two_tasks):
     settings = ds.Settings(folds=3, repeats=1, whole_tokens=500)
-    one, again = (ds.Evaluator(tiny_model, 1, two_tasks, settings=settings, device="cpu") for _ in range(2))
+    one, again = (
+        ds.Evaluator(tiny_model, 1, two_tasks, settings=settings, device="cpu", whole_tokens=settings.whole_tokens)
+        for _ in range(2)
+    )
     assert one(tiny_saes) == again(tiny_saes)
     assert one(sparser)["two/n_tokens"] == one(tiny_saes)["two/n_tokens"]
     other = ds.Settings(folds=3, repeats=1, whole_tokens=500, seed=1)
-    found = ds.Evaluator(tiny_model, 1, two_tasks, settings=other, device="cpu")(tiny_saes)
+    found = ds.Evaluator(tiny_model, 1, two_tasks, settings=other, device="cpu", whole_tokens=500)(tiny_saes)
     assert found["two/mse_whole"] != one(tiny_saes)["two/mse_whole"]
 
 
 def test_a_sample_of_more_tokens_than_there_are_is_all_of_them(tiny_model, tiny_saes, two_tasks, evaluator):
     settings = ds.Settings(folds=3, repeats=2, whole_tokens=10**9)
-    assert ds.Evaluator(tiny_model, 1, two_tasks, settings=settings, device="cpu")(tiny_saes) == evaluator(tiny_saes)
+    assert ds.Evaluator(tiny_model, 1, two_tasks, settings=settings, device="cpu", whole_tokens=settings.whole_tokens)(
+        tiny_saes
+    ) == evaluator(tiny_saes)
 
 
 # --- the package

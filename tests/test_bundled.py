@@ -105,7 +105,7 @@ def test_the_kept_results_are_of_the_bundled_model_and_saes():
 
 
 def test_tables_in_the_documents_are_what_their_commands_print():
-    pages = ("ground_truth", "reliability", "performance", "scale")
+    pages = ("ground_truth", "reliability", "performance", "scale", "settings")
     documents = ["README.md", "assets/tiny-pythia/README.md", *(f"docs/{page}.md" for page in pages)]
     command = [sys.executable, "scripts/update_tables.py", "--check", *documents]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

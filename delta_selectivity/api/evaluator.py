@@ -43,9 +43,9 @@ class Evaluator:
     """Measures SAEs of one layer on the same rows, one call each.
 
     Texts, activations and the model's own probes are made once, at construction, and stay in memory. A call costs an
-    SAE's encoding and its own probes: no disk, no forward pass. It gives the numbers of `evaluate` for the same rows
-    and folds, to the bit on a CPU. It changes nothing about the SAE: its weights, gradients, mode, device and the
-    random state of the process are as before.
+    SAE's encoding and its own probes: no disk, no forward pass. It gives the numbers of `evaluate` for the same rows,
+    folds and ``whole_tokens``, to the bit on a CPU. It changes nothing about the SAE: its weights, gradients, mode,
+    device and the random state of the process are as before.
 
     Activations are kept up to ``settings.queue_gb``; the texts beyond it go through the model at every call.
 
@@ -64,6 +64,7 @@ class Evaluator:
         tasks: Any = WIKIDATA,
         *,
         rows: int | None = None,
+        whole_tokens: int | None = 16_384,
         input_hookpoint: str | None = None,
         settings: Settings = Settings(),  # noqa: B008 - frozen
         device: Devices = "auto",
@@ -76,6 +77,8 @@ class Evaluator:
             tasks: One task or a list, as for `evaluate`.
             rows: At most so many rows of each task, drawn by ``settings.seed``, classes balanced; None: as
                 ``settings.shuffle_select_n`` says.
+            whole_tokens: Tokens of each task, drawn by seed, for ``mse_whole``, ``fvu_whole`` and ``dead``; None: all, as
+                `evaluate` does by default. Everything else is of all rows.
             input_hookpoint: What transcoders read; None for autoencoders, which read what they reconstruct.
             settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``overwrite``,
                 ``force`` and ``cache_gb`` have no effect. Whether an SAE fits is not checked: ``fvu_whole`` tells.
@@ -84,6 +87,7 @@ class Evaluator:
         Raises:
             RequestError: Something asked for cannot be had; ``error.field`` names it.
         """
+        settings = replace(settings, whole_tokens=whole_tokens)
         if rows is not None:
             settings = replace(settings, shuffle_select_n=rows)
         self.settings, self.warnings = settings, list[str]()

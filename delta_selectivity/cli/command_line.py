@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from delta_selectivity import settings
 from delta_selectivity.cli.flags import flag_of
 from delta_selectivity.errors import RequestError
-from delta_selectivity.settings import Settings
+from delta_selectivity.settings import Settings, default_shown
+from delta_selectivity.settings import fields as setting_fields
 
 if TYPE_CHECKING:  # they import torch, which takes seconds: --help and a wrong flag do without
     from delta_selectivity.run.request import Request
@@ -109,7 +109,7 @@ def build_parser(prog: str = "main.py") -> argparse.ArgumentParser:
 
 def _add_settings(groups: Mapping[str, Any]) -> None:
     """A flag for each field of `Settings`; one that is not given is absent from what is parsed."""
-    for field, kind, rule in settings.fields():
+    for field, kind, rule in setting_fields():
         options: dict[str, Any] = {}
         if kind is bool:
             options["action"] = "store_true"
@@ -118,7 +118,7 @@ def _add_settings(groups: Mapping[str, Any]) -> None:
         if field.default == ():
             options |= {"nargs": "?", "const": "all"}
         values = f" ({', '.join(rule.choices)})" if rule.choices else ""
-        shown = settings.default_shown(field, rule)
+        shown = default_shown(field, rule)
         options["help"] = f"{rule.help}{values} ({shown})".replace("%", "%%")
         groups[rule.group].add_argument(flag_of(field.name), **options)
 
@@ -155,7 +155,7 @@ def make_request(values: Mapping[str, Any]) -> Request:
         if not DEMO_MODEL.is_dir():
             raise RequestError("`model` is missing: name a model and its SAEs; the bundled demo is in a clone only")
         model = str(DEMO_MODEL)
-    names = [field.name for field, _, _ in settings.fields()]
+    names = [field.name for field, _, _ in setting_fields()]
     device1, device2 = choose_devices(values.get("device1"), values.get("device2"))
     cache = values.get("cache_dir")
     return Request(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Latents(Protocol):
-    """What is needed of sparse codes; ``sae_loader.SparseRows`` has it."""
+    """What is needed of sparse codes; ``saes.SparseRows`` has it."""
 
     @property
     def col(self) -> Tensor:
