@@ -27,6 +27,9 @@ VIEWS = ("model", "sae", "error", "latents")
 BOS = ("auto", "counted", "excluded", "none")
 
 
+_IN_WORDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+
+
 @dataclass(frozen=True)
 class Rule:
     """What is known of a field beside its default: its help, and which values it takes."""
@@ -133,7 +136,9 @@ def fields() -> Iterator[tuple[dataclasses.Field[Any], type, Rule]]:
     hints = typing.get_type_hints(Settings)
     for field in dataclasses.fields(Settings):
         hint = hints[field.name]
-        kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType] if _is_union(hint) else [hint]
+        kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+        if typing.get_origin(hint) is not types.UnionType:
+            kinds = [hint]
         yield field, typing.get_origin(kinds[0]) or kinds[0], field.metadata["rule"]
 
 
@@ -181,15 +186,11 @@ def _check(name: str, value: Any, kind: Any, rule: Rule) -> None:
     abstract: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}  # NumPy's numbers are of these too
     is_flag = isinstance(value, bool)
     if is_flag != (kind is bool) or not isinstance(value, abstract.get(kind, kind)):
-        raise RequestError(f"`{name}` must be {_type_in_words(kind)}, got {value!r}")
+        raise RequestError(f"`{name}` must be {_IN_WORDS[kind]}, got {value!r}")
     if rule.choices and value not in rule.choices:
         raise RequestError(f"`{name}` {value!r} is not one of {', '.join(rule.choices)}")
     if kind in (int, float) and not (rule.least <= value < rule.below and value > rule.above):
         raise RequestError(f"`{name}` must be{_range(rule).removeprefix(',')}, got {value}")
-
-
-def _type_in_words(kind: type) -> str:
-    return {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[kind]
 
 
 def _names(value: Any) -> Any:
@@ -197,7 +198,3 @@ def _names(value: Any) -> Any:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     return tuple(dict.fromkeys(value)) if isinstance(value, list | tuple | set | frozenset) else (value,)
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)

@@ -77,8 +77,8 @@ class Evaluator:
             tasks: One task or a list, as for `evaluate`.
             rows: At most so many rows of each task, drawn by ``settings.seed``, classes balanced; None: as
                 ``settings.shuffle_select_n`` says.
-            whole_tokens: Tokens of each task, drawn by seed, for ``mse_whole``, ``fvu_whole`` and ``dead``; None: all, as
-                `evaluate` does by default. Everything else is of all rows.
+            whole_tokens: Tokens of each task, drawn by seed, for ``mse_whole``, ``fvu_whole`` and ``dead``; None: all
+                of them, the default of `evaluate`. Everything else is of all rows.
             input_hookpoint: What transcoders read; None for autoencoders, which read what they reconstruct.
             settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``overwrite``,
                 ``force`` and ``cache_gb`` have no effect. Whether an SAE fits is not checked: ``fvu_whole`` tells.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
@@ -152,12 +152,10 @@ class Results:
         named = [sae for sae in known if name in (sae, result_file.slug(sae))]
         if len(named) != 1:
             raise RequestError(f"there is no SAE {name!r} here: {', '.join(known)}")
-        layers = [(path, found["_run"]["key"], _layers(found)) for path, found in known[named[0]]]
-        cells = sae_level.read_cells(layers)
+        cells = sae_level.read_cells(
+            (path, found["_run"]["key"], sorted({layer for layer, *_ in table.cells(found)}))
+            for path, found in known[named[0]]
+        )
         if cells is None:
             raise RequestError(f"{name}: the scores beside its result files are gone: measure it again")
         return cells
-
-
-def _layers(found: dict[str, Any]) -> list[int]:
-    return sorted(int(name.removeprefix("layer_")) for name in found if name.startswith("layer_"))

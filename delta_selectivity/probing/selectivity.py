@@ -121,12 +121,11 @@ def fit_model(
     With a plan of `folds.control_plan` also the probe of the control task.
     """
     scale = training_scales(plan, x)
-    fit = fit_view(plan, x, scale, backend, cs)
-    return ModelFit(x, scale, fit, tuple(cs), None if control is None else _fit_control(control, x, backend, cs))
-
-
-def _fit_control(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float]) -> ProbeScores:
-    return control_scores(plan, _kept(fit_view(plan, x, training_scales(plan, x), backend, cs).scores)[0])
+    fit, known = fit_view(plan, x, scale, backend, cs), None
+    if control is not None:
+        of_control = fit_view(control, x, training_scales(control, x), backend, cs)
+        known = control_scores(control, _kept(of_control.scores)[0])
+    return ModelFit(x, scale, fit, tuple(cs), known)
 
 
 def control_scores(plan: FoldPlan, scores: NDArray[np.float16]) -> ProbeScores:

@@ -75,7 +75,7 @@ class RecordFile:
 
     def write(self, layers: Mapping[int, Json]) -> None:
         """Replace the file in one step by one that holds `layers`, and what the other fields say."""
-        self.layers = _plain_layers(layers)
+        self.layers = {layer: _plain(layers[layer]) for layer in sorted(layers)}
         results: Json = {f"layer_{layer}": self.layers[layer] for layer in sorted(self.layers)}
         run = {
             "schema_version": SCHEMA_VERSION,
@@ -239,10 +239,6 @@ def _short(value: Any) -> str:
 def _plain(value: Any) -> Any:
     """The value as JSON gives it back, so that what is compared is what was written."""
     return json.loads(json.dumps(value, default=str))
-
-
-def _plain_layers(layers: Mapping[int, Json]) -> dict[int, Json]:
-    return {layer: _plain(layers[layer]) for layer in sorted(layers)}
 
 
 def _digest(results: Json, sae_level: Json) -> str:

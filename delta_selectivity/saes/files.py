@@ -55,11 +55,6 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         raise _truncated(path, error) from error
 
 
-def tensor_names(path: Path) -> set[str]:
-    """What a file of weights holds, from its header alone."""
-    return set(read_shapes(path))
-
-
 def check_shapes(path: Path, expected: Shapes) -> None:
     """Compare the header of a file of weights with what the config promises. Raises `RequestError` at a difference."""
     compare_shapes(path, read_shapes(path), expected)
