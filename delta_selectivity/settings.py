@@ -1,4 +1,4 @@
-"""`Settings`: every choice of a run, with its default, unit, help and rules, once.
+"""The class `Settings`: every choice of a run with its default, unit, help and rules.
 
     Settings(folds=3, views="error,latents")
 

@@ -23,6 +23,7 @@ LAYERS = [  # from bottom to top; rooms on one line do not know each other
 STORAGE = {  # holds what it is given to its checksum, and decides no number
     f"{PACKAGE}.{name}" for name in ("caches.shard_folder", "system.file_lock", "system.whole_file")
 }
+NOT_OURS = {"--porcelain", "--quiet", "--retries", "--dest", "--requirement", "--full"}  # of git, pip and scripts
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 
@@ -81,3 +82,22 @@ def test_no_library_prints():
     for path in FILES:
         if path.name != "terminal.py":
             assert not re.search(r"^\s*print\(", path.read_text("utf-8"), re.MULTILINE), path.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
+def test_a_file_opens_with_its_purpose_in_one_sentence(path):
+    purpose = ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    assert purpose, path.name
+    first = purpose.partition("\n")[0]
+    assert first[0].isupper() or first[0] in "`0123456789"
+    assert first.endswith((".", "?")), first
+
+
+def test_no_flag_is_named_outside_the_command_line():
+    for path in FILES:
+        if room(".".join(path.relative_to(ROOT).with_suffix("").parts)) == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                flags = re.findall(r"(?<![\w-])--[a-z][a-z_0-9]{2,}\b", node.value)
+                assert not set(flags) - NOT_OURS, (path.name, flags)

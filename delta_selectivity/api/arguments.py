@@ -1,4 +1,4 @@
-"""What callers may write for a model, SAEs, tasks, layers and devices, and the parts of a request that it makes."""
+"""Turn what callers may write for SAEs, tasks, layers and devices into the parts of a request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`evaluate`: measure SAEs on a model and tasks."""
+"""The function `evaluate`: measure SAEs on a model and tasks."""
 
 from __future__ import annotations
 

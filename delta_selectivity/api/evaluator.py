@@ -1,4 +1,4 @@
-"""`Evaluator`: one model, layer and set of tasks, and one SAE after another."""
+"""The class `Evaluator`: measure one SAE after another on one model, layer and set of tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Results`: what runs have found, as a table."""
+"""The class `Results`: the results of runs as a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does an SAE keep what a language model knows? Probes on activations and on their reconstruction, layer by layer.
+"""The command `run`: measure SAEs layer by layer, and turn what happens into an exit code.
 
     python main.py                 # the bundled demo: tiny-pythia, its SAEs, the Wikidata tasks
     python main.py --help

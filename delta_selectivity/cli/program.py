@@ -1,4 +1,4 @@
-"""How every program starts and ends: signals and memory first, the heavy imports after, an exit code last."""
+"""Start and end of every program: signals and garbage collection first, heavy imports after, an exit code last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is held out when: partitions of people into folds, stratified by the labels.
+"""Partition people into cross-validation folds, stratified by the labels.
 
     plan = FoldPlan.build(labels, groups, weights=None, n_folds=5, n_repeats=5, seed=0)
     plan.held_out                               # bool [splits, rows]

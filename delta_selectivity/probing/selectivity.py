@@ -1,4 +1,4 @@
-"""Selectivity: what person-grouped, cross-validated probes read from an activation and from its reconstruction.
+"""Selectivity of person-grouped, cross-validated probes on activations and on their reconstruction.
 
     plan = FoldPlan.build(labels, groups, weights=None, n_folds=5, n_repeats=5, seed=0)
     model = fit_model(plan, x, backend)                  # once per layer and task set

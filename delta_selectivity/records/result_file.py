@@ -1,4 +1,4 @@
-"""The JSON files of a run: schema, atomic writing, and what may be taken as done.
+"""The JSON result files: schema, atomic writes, and the check that a file may be continued.
 
 One file per SAE and dataset. Keys `layer_N` are results; `_run` says how they came about. `_run.key` holds everything
 that changes a number (model, SAE and data by hash, seed, settings): a file is continued only if its key is the

@@ -1,4 +1,4 @@
-"""What depends on all results of an SAE: q values, its mean delta, and its difference from another SAE.
+"""Figures that need all results of an SAE: q values, its mean delta, its difference from another SAE.
 
     with_q_values(layers_by_dataset)          # Benjamini-Hochberg over everything measured of the SAE
     mean_delta(cells)                         # Estimate over layers and probes: value, 95 % interval, p

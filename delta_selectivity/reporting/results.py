@@ -1,4 +1,4 @@
-"""Result files, and the order in which every table and plot goes through them.
+"""Load result files and iterate over their cells in one order.
 
 load(result_files(Path("results")))
 """

@@ -1,4 +1,4 @@
-"""The producer: texts in, rows of activations and of their SAE reconstructions out.
+"""The producer: run the model and the SAEs over texts, and hand on rows of activations and reconstructions.
 
 One forward pass serves every site, every SAE and every dataset; each distinct text is run once. Texts are grouped
 into blocks, one for each set of datasets that need them, so the streaming reconstruction sums of a dataset are

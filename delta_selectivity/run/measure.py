@@ -1,4 +1,4 @@
-"""A run of a plan: the model, the SAEs and the two threads, put together."""
+"""Measure the cells of a plan in two threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request takes: data, model and SAEs opened, nothing heavy loaded; and the files that it will fill.
+"""Check a request and plan it: open data, model and SAEs without loading anything heavy, and open the result files.
 
 plan = make_plan(request)
 files = open_files(plan, held)

@@ -1,4 +1,4 @@
-"""The consumer: stores rows, and probes a dataset layer by layer as soon as the last of its rows is there.
+"""The consumer: store rows, and probe each dataset layer by layer once all of its rows are there.
 
     prober = Prober(work, blocks, settings, ...)
     prober.run(queue)            # in the thread that `pipeline` gives it

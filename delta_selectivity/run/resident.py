@@ -1,4 +1,4 @@
-"""Activations of the same texts, run once and kept in memory for one SAE after another."""
+"""Activations of the same texts, computed once and kept in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of activations the texts give."""
+"""Map texts to rows of activations."""
 
 from __future__ import annotations
 

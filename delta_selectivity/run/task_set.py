@@ -1,4 +1,4 @@
-"""Probes of a dataset that share their rows, and so their folds and their fits."""
+"""Probes of a dataset that share their rows, folds and fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the probed tokens of a batch are among its real ones, and which tokens an SAE encodes."""
+"""Positions of the probed tokens of a batch, and the tokens that an SAE encodes."""
 
 from __future__ import annotations
 

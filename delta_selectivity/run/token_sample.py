@@ -1,4 +1,4 @@
-"""A seeded sample of the tokens that count in the whole-text figures, the same for every SAE, layer and run.
+"""A seeded sample of the tokens that count in the whole-text figures.
 
     sample = TokenSample.draw(tokenised, texts, n_tokens=65_536, seed=0)
     sample.of(batch, skip=1)           # bool, for each real token of the batch

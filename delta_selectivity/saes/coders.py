@@ -1,4 +1,4 @@
-"""What an SAE does between its normalised input and its normalised output: a linear map, a selection, a gather-sum."""
+"""Encoders and decoders of SAEs, without input normalisation."""
 
 from __future__ import annotations
 

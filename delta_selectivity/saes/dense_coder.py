@@ -1,4 +1,4 @@
-"""Somebody else's ``encode`` and ``decode``, which speak of dense codes, behind our interface.
+"""Wrap foreign ``encode`` and ``decode`` functions that work on dense codes.
 
 Codes are made sparse as soon as they are returned, and dense again a few rows at a time, for their decoder alone.
 """

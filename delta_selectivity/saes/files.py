@@ -1,4 +1,4 @@
-"""Reading an SAE's files, and saying in one line what is wrong with them.
+"""Read an SAE's files; errors say in one line what is wrong.
 
 Weights are in safetensors or, by their suffix, in a file of ``torch.save`` (``torch_file``).
 """

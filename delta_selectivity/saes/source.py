@@ -1,4 +1,4 @@
-"""What an SAE name resolves to before weights are loaded: one member a layer, of one hook point."""
+"""The SAEs behind one name, one per layer, before their weights are loaded."""
 
 from __future__ import annotations
 

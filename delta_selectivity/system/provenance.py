@@ -1,4 +1,4 @@
-"""Which libraries and which program this process runs: result files tell it, and caches are good for no others."""
+"""Package versions and a source hash, recorded as provenance and used in cache keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text on its way to a terminal that may be gone, with names from files that may hold what clears its screen.
+"""Print text from files safely, also to a terminal that is closed.
 
 >>> one_line("gen\\x1b[2Jder\\n")
 'gen\\\\x1b[2Jder'

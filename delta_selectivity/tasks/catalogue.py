@@ -1,4 +1,4 @@
-"""Which tasks there are, and how a name becomes a `Task`."""
+"""The tasks there are, and how a name becomes a `Task`."""
 
 from __future__ import annotations
 
