@@ -25,14 +25,6 @@ LAYERS = [  # from bottom to top; rooms on one line do not know each other
 STORAGE = {  # holds what it is given to its checksum, and decides no number
     f"{PACKAGE}.{name}" for name in ("caches.shard_folder", "system.file_lock", "system.whole_file")
 }
-    "--porcelain",
-    "--untracked",
-    "--quiet",
-    "--retries",
-    "--dest",
-    "--requirement",
-    "--full",
-}  # of git, pip and scripts
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 
