@@ -54,6 +54,13 @@ class Settings:
 
     Several names may be given as a tuple or as one string with commas. Raises `RequestError`, which names the field,
     for a value that it does not take.
+
+    Example:
+        >>> Settings(views="error").views
+        ('model', 'sae', 'error')
+        >>> Settings(folds=1)
+        Traceback (most recent call last):
+        delta_selectivity.errors.RequestError: `folds` must be at least 3, got 1
     """
 
     hookpoint: str | None = _setting(

@@ -60,9 +60,14 @@ def evaluate(
         OSError: A file could not be written. Finished layers are in ``output``.
 
     Example:
-        >>> results = evaluate("EleutherAI/pythia-160m", "EleutherAI/sae-pythia-160m-32k", ["gender"], layers=3)
-        ... # doctest: +SKIP
-        >>> results.to_frame()[["layer", "probe", "delta_sel", "ci_low", "ci_high"]]  # doctest: +SKIP
+        ``model`` is a hub id or folder such as ``"EleutherAI/pythia-160m"``, ``sae`` a name such as
+        ``"EleutherAI/sae-pythia-160m-32k"`` or an object; ``people.csv`` has columns text, label and group.
+
+        >>> results = evaluate(model, sae, "people.csv", layers=1, settings=Settings(folds=3, repeats=2))
+        >>> results.to_frame()[["layer", "probe"]].values.tolist()
+        [[1, 'people']]
+        >>> bool(results.to_frame()["delta_sel"].between(-1, 1).all())
+        True
     """
     wanted = as_layers(layers)
     device1, device2 = as_devices(device)

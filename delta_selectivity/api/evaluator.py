@@ -50,11 +50,10 @@ class Evaluator:
     Activations are kept up to ``settings.queue_gb``; the texts beyond it go through the model at every call.
 
     Example:
-        >>> evaluator = Evaluator("EleutherAI/pythia-160m", layer=6, tasks=["gender"], rows=1000)  # doctest: +SKIP
-        >>> for step, batch in enumerate(batches):  # doctest: +SKIP
-        ...     train(sae, batch)
-        ...     if step % 100 == 0:
-        ...         log(evaluator(sae))
+        >>> evaluator = Evaluator(model, layer=1, tasks="people.csv", rows=200, settings=Settings(folds=3, repeats=2))
+        >>> numbers = evaluator(sae)
+        >>> all(name in numbers for name in ("delta_sel", "transfer_r2", "people/fvu_whole", "people/ci_low"))
+        True
     """
 
     def __init__(

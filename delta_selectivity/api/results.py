@@ -43,6 +43,16 @@ class Results:
     """The results of a run, or of a folder of result files: a row per SAE, task, layer and probe.
 
     They stay on disk and are read when they are asked for; `save` copies them elsewhere.
+
+    Example:
+        >>> results = evaluate(model, [sae, other_sae], "people.csv", layers=1, settings=Settings(folds=3, repeats=2))
+        >>> folder = results.save("kept")
+        >>> results = Results.load("kept")
+        >>> found = results.compare(*results.saes)
+        >>> found.delta_sel.low <= found.delta_sel.value <= found.delta_sel.high
+        True
+        >>> results.report("report.html").name
+        'report.html'
     """
 
     def __init__(self, paths: Sequence[Path], folder: Path, own: TemporaryDirectory[str] | None = None) -> None:
