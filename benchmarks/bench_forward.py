@@ -28,10 +28,9 @@ from benchmarks.timing import Clock, answer, at_a_time, in_turn, parser
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.reporting import tables
 from delta_selectivity.run.activations import Block, Producer
-from delta_selectivity.run.pipeline import sharing_cores
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.system import gemm
-from delta_selectivity.system.cores import Cores
+from delta_selectivity.system.cores import Cores, sharing_cores
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.tasks import TokenisedMentions
 

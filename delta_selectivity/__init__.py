@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from delta_selectivity.api.evaluator import Evaluator
     from delta_selectivity.api.results import Difference, Results
     from delta_selectivity.errors import RequestError
+    from delta_selectivity.probing.arrays import probe_selectivity
     from delta_selectivity.saes import load_sae, wrap_sae
     from delta_selectivity.settings import Settings
     from delta_selectivity.tasks import load_task
@@ -31,6 +32,7 @@ _WHERE = {
     "Difference": "api.results",
     "Results": "api.results",
     "RequestError": "errors",
+    "probe_selectivity": "probing.arrays",
     "load_sae": "saes",
     "wrap_sae": "saes",
     "Settings": "settings",
@@ -47,6 +49,7 @@ __all__ = [
     "evaluate",
     "load_sae",
     "load_task",
+    "probe_selectivity",
     "wrap_sae",
 ]
 

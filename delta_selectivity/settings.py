@@ -25,6 +25,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASELINES = ("identity", "random", "pca", "mean", "shuffled", "names")
 VIEWS = ("model", "sae", "error", "latents")
 BOS = ("auto", "counted", "excluded", "none")
+PROBING = ("folds", "repeats", "seed", "views", "epsilon", "probe")
+"""The fields that count where activations are there already."""
 
 
 _IN_WORDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from runs import Request, numbers
 
 import delta_selectivity as ds
 from delta_selectivity.models.language_model import LanguageModel
+from delta_selectivity.probing.selectivity import ProbeResult
 from delta_selectivity.records import result_file
 
 FAST = ds.Settings(folds=3, repeats=2)
@@ -395,3 +397,14 @@ def test_every_public_name_is_there_and_documented():
     assert ds.__version__[0].isdigit()
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ds.nothing
+
+
+def test_probe_selectivity_of_an_identity_is_exactly_zero():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(300, 6)).astype(np.float32)
+    labels = x[:, 0] + random.normal(size=300) > 0
+    found = ds.probe_selectivity(x, x, labels, np.arange(300), settings=FAST)
+    assert isinstance(found, ProbeResult)
+    assert found.delta_sel == found.transfer_delta == 0
+    assert found.model_sel > 0.6
+    assert asdict(found)["n_people"] == 300

@@ -21,7 +21,6 @@ from runs import ROOT, Request, left_over, numbers, scores_of
 
 from benchmarks import gemma_scope
 from benchmarks.scale_simulation import Task, simulate
-from delta_selectivity.cli import main as program
 from delta_selectivity.cli import scale
 from delta_selectivity.cli.command_line import parse
 from delta_selectivity.errors import RequestError
@@ -58,7 +57,7 @@ def alone(request_, tmp_path_factory) -> Path:
 
 
 def compute(asked: Request, *flags: str) -> int:
-    return program.main([*asked.argv, *flags], scale.compute)
+    return scale.main([*asked.argv, *flags])
 
 
 def start(asked: Request, *flags: str, **options) -> subprocess.Popen[str]:

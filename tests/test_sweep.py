@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from delta_selectivity.cli import main as program
 from delta_selectivity.cli import scale
 from delta_selectivity.cli.command_line import make_request
 from delta_selectivity.cli.sweep import Sweep
@@ -95,7 +94,7 @@ def test_every_request_is_checked_before_the_first_begins(
         [[grid]]
         layers = ["0", "7"]
     """)
-    assert program.main(["--config", str(sweep)], scale.compute) == 2
+    assert scale.main(["--config", str(sweep)]) == 2
     assert "layer 7" in capsys.readouterr().err
 
 
@@ -116,12 +115,12 @@ def test_a_sweep_is_measured_summed_up_and_not_done_again(tiny_model, tiny_saes,
         positions = "mean"
     """)
     argv = ["--config", str(sweep), "--workers", "1"]
-    assert program.main(argv, scale.compute) == 0
+    assert scale.main(argv) == 0
     shown = capsys.readouterr().out
     assert [line for line in shown.splitlines() if line.startswith("## layers")] == ["## layers_0", "## layers_1"]
     assert shown.count("| sae-tiny") == 2, "a line for each request"
     assert all((tmp_path / "out" / name / "page.html").stat().st_size > 1000 for name in ("layers_0", "layers_1"))
     found = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").glob("**/*.json"))
     assert [str(path.parent) for path in found] == ["layers_0", "layers_1"]
-    assert program.main(argv, scale.compute) == 0
+    assert scale.main(argv) == 0
     assert "on disk already" in caplog.text

@@ -22,7 +22,6 @@ from delta_selectivity.probing.uncertainty import Estimate
 from delta_selectivity.records.sae_level import mean_delta, mean_transfer_r2
 from delta_selectivity.run.activations import Item, LayerRows, Producer, SaeId, plan_blocks, tokens_in_memory
 from delta_selectivity.run.cell_result import CellResult, warnings_of
-from delta_selectivity.run.pipeline import sharing_cores
 from delta_selectivity.run.planning import Cell
 from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.resident import ResidentModel
@@ -32,7 +31,7 @@ from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SaeSource
 from delta_selectivity.saes.hookpoints import canonical
 from delta_selectivity.settings import Settings
-from delta_selectivity.system.cores import Cores
+from delta_selectivity.system.cores import Cores, sharing_cores
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.tasks import load_probe_texts, tokenise
 

@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 FOLDER = "probes"  # below the root, beside those of the models
 SOURCES = (
-    "caches/fit_cache.py", "errors.py", "probing/**/*.py", "system/compiled.py", "system/gemm.py",
-    "system/out_of_memory.py", "system/provenance.py",
+    "caches/fit_cache.py", "errors.py", "probing/__init__.py", "probing/backends/*.py", "probing/folds.py",
+    "probing/probe_statistics.py", "probing/probes.py", "probing/selectivity.py", "probing/uncertainty.py",
+    "system/compiled.py", "system/gemm.py", "system/out_of_memory.py", "system/provenance.py",
 )  # fmt: skip
 """`selectivity` and all that it imports of the program, the solvers, and how their fits are kept."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 from delta_selectivity.cli.flags import flag_of
+from delta_selectivity.cli.parser import Parser
+from delta_selectivity.cli.program import typed
 from delta_selectivity.errors import RequestError
 from delta_selectivity.settings import Settings, default_shown
 from delta_selectivity.settings import fields as setting_fields
@@ -23,16 +25,16 @@ DEMO_SAES = (ASSETS / "tiny-pythia-saes-k8", ASSETS / "tiny-pythia-saes-k32")
 
 EXAMPLES = """\
 examples:
-  python main.py
+  {run}
       the bundled demo on the CPU: 5 datasets, all layers, two SAEs; results/ and tables
-  python main.py --model_name EleutherAI/pythia-160m --sae_name EleutherAI/sae-pythia-160m-32k \\
+  {run} --model_name EleutherAI/pythia-160m --sae_name EleutherAI/sae-pythia-160m-32k \\
       --datasets 0,1,2,3,4 --layers 0,1,2,3 --device1 cuda:0 --device2 cuda:1 --batch_size 256
       four layers of Pythia-160M, model on one GPU and probes on the other
-  python main.py --dataset_file my_concept.csv
+  {run} --dataset_file my_concept.csv
       your own task: columns text and label, optionally group, start, end
-  python main.py inspect --sae_name my_sae --model_name EleutherAI/pythia-160m
+  {run} inspect --sae_name my_sae --model_name EleutherAI/pythia-160m
       what an SAE is, and how well it fits each layer and hook point
-  python report.py results --worst_first
+  {report} results --worst_first
       the tables again, largest losses on top
 
 exit codes: 0 everything asked for is on disk; 1 the run failed (what finished is on disk, the same command goes on
@@ -41,6 +43,35 @@ from there); 2 the request was wrong; 130 interrupted
 
 HEADINGS = {"what": "what to measure", "how": "how to measure it", "where": "where to run it, and where it goes"}
 TYPES: dict[type, Any] = {int: int, float: float, str: str, tuple: str}  # of a value on the command line
+
+TASK_FLAGS: dict[str, dict[str, Any]] = {
+    "datasets": {"help": "indices or names, with commas: 0 gender, 1 occupation, 2 politics, 3 athlete, 4 is_alive "
+        "(all)"},
+    "list_datasets": {"action": "store_true", "help": "print the datasets with rows, people and class balance, and "
+        "end"},
+    "dataset_file": {"metavar": "FILE|OWNER/NAME", "help": "your own task: CSV, JSONL, Parquet, a `datasets` folder, "
+        "or a dataset on the Hub (owner/name or owner/name:config) with columns text and label, optionally group "
+        "(never split over folds), start, end (characters to probe), task"},
+    "dataset_split": {"help": "which split of it (train, or the only one)"},
+    "dataset_columns": {"metavar": "text=X,label=Y,...", "help": "how it calls the columns (as above)"},
+    "data_dir": {"type": Path, "help": "folder with the Wikidata datasets of Gurnee et al. 2023, probed at their own "
+        "name positions (the bundled task data)"},
+}  # fmt: skip
+WHAT_FLAGS: dict[str, dict[str, Any]] = {
+    "model_name": {"help": "hub id or local folder of a Hugging Face model (the bundled demo)"},
+    "sae_name": {"help": "one or several, with commas: hub id, local folder, release/sae_id of SAE Lens, a release "
+        "alone, or a pattern (folder/*, release/layer_*/width_16k/*); several share one forward pass (the bundled "
+        "demo's two, with the bundled model)"},
+    **TASK_FLAGS,
+    "layers": {"help": "0,1,2 or 0-11 or all; every layer that the SAE has (all)"},
+}  # fmt: skip
+WHERE_FLAGS: dict[str, dict[str, Any]] = {
+    "output_directory": {"type": Path, "help": "folder of the result files (./results)"},
+    "device1": {"help": "model and SAE (cuda:0 if there is one, else cpu)"},
+    "device2": {"help": "probes (cuda:1 if there is one, else as device1)"},
+    "cache_dir": {"type": Path, "help": "keep the model's activations and the probes fitted on them there: another SAE "
+        "on the same texts needs no forward pass, and no probes but its own (not kept)"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,23 +84,13 @@ class Asked:
     verbose: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a wrong flag, like every other wrong request."""
-
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message} (see --help)")
-
-
 def build_parser(prog: str = "main.py") -> argparse.ArgumentParser:
     """Return the parser of a run: the flags of the request, and one for each field of `Settings`."""
-    parser = _Parser(
-        prog=prog,
-        description="Does a Sparse Autoencoder keep what a language model knows? Trains binary probes on the model's "
+    parser = Parser(
+        prog,
+        "Does a Sparse Autoencoder keep what a language model knows? Trains binary probes on the model's "
         "activations and on the SAE's reconstruction of them, layer by layer, and reports the difference.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,  # what is not given is absent
+        epilog=EXAMPLES.format(run=typed("run", prog), report=typed("report", prog)),
     )
     parser.add_argument(
         "task",
@@ -78,63 +99,58 @@ def build_parser(prog: str = "main.py") -> argparse.ArgumentParser:
         default=None,
         help="inspect: print what the SAEs are and how well they fit each hook point, and measure nothing",
     )
-    groups = {name: parser.add_argument_group(heading) for name, heading in HEADINGS.items()}
-    add = groups["what"].add_argument
-    add("--model_name", help="hub id or local folder of a Hugging Face model (the bundled demo)")
-    add("--sae_name", help="one or several, with commas: hub id, local folder, release/sae_id of SAE Lens, a release "
-        "alone, or a pattern (folder/*, release/layer_*/width_16k/*); several share one forward pass (the bundled "
-        "demo's two, with the bundled model)")  # fmt: skip
-    add("--datasets", help="indices or names, with commas: 0 gender, 1 occupation, 2 politics, 3 athlete, 4 is_alive "
-        "(all)")  # fmt: skip
-    add("--list_datasets", action="store_true", help="print the datasets with rows, people and class balance, and end")
-    add("--dataset_file", metavar="FILE|OWNER/NAME", help="your own task: CSV, JSONL, Parquet, a `datasets` folder, or "
-        "a dataset on the Hub (owner/name or owner/name:config) with columns text and label, optionally group (never "
-        "split over folds), start, end (characters to probe), task")  # fmt: skip
-    add("--dataset_split", help="which split of it (train, or the only one)")
-    add("--dataset_columns", metavar="text=X,label=Y,...", help="how it calls the columns (as above)")
-    add("--data_dir", type=Path, help="folder with the Wikidata datasets of Gurnee et al. 2023, probed at their own "
-        "name positions (the bundled task data)")  # fmt: skip
-    add("--layers", help="0,1,2 or 0-11 or all; every layer that the SAE has (all)")
-    add = groups["where"].add_argument
-    add("--output_directory", type=Path, help="folder of the result files (./results)")
-    add("--device1", help="model and SAE (cuda:0 if there is one, else cpu)")
-    add("--device2", help="probes (cuda:1 if there is one, else as device1)")
-    add("--cache_dir", type=Path, help="keep the model's activations and the probes fitted on them there: another SAE "
-        "on the same texts needs no forward pass, and no probes but its own (not kept)")  # fmt: skip
-    _add_settings(groups)
-    add("--quiet", action="store_true", help="no progress bars, no tables; warnings stay")
-    add("--verbose", action="store_true", help="log what happens, and the traceback of every failure")
+    add_flags(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, no tables; warnings stay")
+    add_verbose(parser)
     return parser
 
 
-def _add_settings(groups: Mapping[str, Any]) -> None:
-    """A flag for each field of `Settings`; one that is not given is absent from what is parsed."""
+def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = (), only: Collection[str] = ()) -> None:
+    """Add the flags of a run to a parser, under their headings: all, without some, or only some."""
+    groups = {name: parser.add_argument_group(heading) for name, heading in HEADINGS.items()}
+    flags = [("what", WHAT_FLAGS), ("where", WHERE_FLAGS)]
+    for group, name, options in (
+        *((group, f"--{name}", options) for group, known in flags for name, options in known.items()),
+        *_settings_flags(),
+    ):
+        plain = name.removeprefix("--")
+        if plain in (only or (plain,)) and plain not in without:
+            groups[group].add_argument(name, **options)
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that every command has."""
+    parser.add_argument("--verbose", action="store_true", help="log what happens, and the traceback of every failure")
+
+
+def _settings_flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Heading, flag and options for each field of `Settings`; one that is not given is absent from what is parsed."""
     for field, kind, rule in setting_fields():
-        options: dict[str, Any] = {}
-        if kind is bool:
-            options["action"] = "store_true"
-        else:
-            options["type"] = TYPES[kind]
+        options: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": TYPES[kind]}
         if field.default == ():
             options |= {"nargs": "?", "const": "all"}
         values = f" ({', '.join(rule.choices)})" if rule.choices else ""
         shown = default_shown(field, rule)
         options["help"] = f"{rule.help}{values} ({shown})".replace("%", "%%")
-        groups[rule.group].add_argument(flag_of(field.name), **options)
+        yield rule.group, flag_of(field.name), options
 
 
-def parse(argv: Sequence[str]) -> Asked:
+def parse(argv: Sequence[str], prog: str = "main.py") -> Asked:
     """Return what a command line asks for. Raises `RequestError`."""
-    values = parse_values(argv)
+    values = parse_values(argv, build_parser(prog))
     job: Literal["measure", "inspect", "list"] = "inspect" if values.get("task") == "inspect" else "measure"
     if values.get("list_datasets"):
         job = "list"
     return Asked(make_request(values), job, bool(values.get("quiet")), bool(values.get("verbose")))
 
 
-def parse_values(argv: Sequence[str]) -> dict[str, Any]:
-    """Return what is given on a command line, by the names of the flags. Raises `RequestError`."""
-    return {name: value for name, value in vars(build_parser().parse_args(argv)).items() if value is not None}
+def parse_values(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
+    """Return what is given on a command line, by the names of the flags. Raises `RequestError`.
+
+    parser: the one of a run by default.
+    """
+    parsed = vars((parser or build_parser()).parse_args(argv))
+    return {name: value for name, value in parsed.items() if value is not None}
 
 
 def known_flags() -> tuple[str, ...]:
@@ -161,7 +177,7 @@ def make_request(values: Mapping[str, Any]) -> Request:
     return Request(
         model=model,
         saes=tuple(name.strip() for name in saes.split(",") if name.strip()),
-        tasks=_tasks(values),
+        tasks=make_tasks(values),
         layers=parse_layers(str(values.get("layers", "all"))),
         settings=Settings(**{name: values[name] for name in names if name in values}),
         output=Path(values.get("output_directory") or "results").expanduser(),
@@ -171,8 +187,8 @@ def make_request(values: Mapping[str, Any]) -> Request:
     )
 
 
-def _tasks(values: Mapping[str, Any]) -> tuple[TaskName, ...]:
-    """The named datasets, and then the user's own; that alone if it is given without names."""
+def make_tasks(values: Mapping[str, Any]) -> tuple[TaskName, ...]:
+    """Return the named datasets, and then the user's own; that alone if it is given without names."""
     from delta_selectivity.tasks import UserData, name_task, parse_columns, parse_dataset_names
 
     named, path = values.get("datasets"), values.get("dataset_file")

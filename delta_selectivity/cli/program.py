@@ -5,18 +5,31 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from delta_selectivity.system import interrupts
 from delta_selectivity.system.startup import hold_collector
-from delta_selectivity.system.terminal import show, tell
+
+CONSOLE = "delta-selectivity"
+
+
+class Command(NamedTuple):
+    """A subcommand of the console command, which is a file at the top of a clone too."""
+
+    module: str  # in `delta_selectivity.cli`; its `main(argv, prog)` gives the exit code
+    file: str
+    help: str
+
 
 COMMANDS = {
-    "run": "delta_selectivity.cli.main",
-    "scale": "delta_selectivity.cli.scale",
-    "report": "delta_selectivity.cli.report",
+    "run": Command("main", "main.py", "measure SAEs: everything from texts to result files and tables"),
+    "tasks": Command("tasks", "datasets_wikidata.py", "list the tasks with rows and class balance; export rows"),
+    "inspect": Command("inspect", "sae_loader.py", "say what an SAE is, and where in a model it fits"),
+    "extract": Command("extract", "activations.py", "write activations and reconstructions of probed rows to a file"),
+    "probe": Command("probe", "probes.py", "measure a file of rows, whoever wrote it"),
+    "scale": Command("scale", "compute_selectivity.py", "measure SAEs by many workers, or many requests at once"),
+    "report": Command("report", "report.py", "print tables, write plots and a page from result files"),
 }
-"""Subcommand -> the module whose `main(argv)` gives the exit code."""
 
 
 def main() -> NoReturn:
@@ -24,22 +37,36 @@ def main() -> NoReturn:
     interrupts.leave_at_once()
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
-        start(command, arguments)
-    subcommands = ", ".join(COMMANDS)
+        start(command, arguments, f"{CONSOLE} {command}")
+    from delta_selectivity.system.terminal import show, tell  # after signals are handled: it takes a while to load
+
     if command in {"-h", "--help"}:
-        show(f"usage: delta-selectivity COMMAND ...\n\ncommands: {subcommands}; each of them knows --help")
+        lines = (f"  {name:8} {known.help}" for name, known in COMMANDS.items())
+        show("\n".join([f"usage: {CONSOLE} COMMAND ...", "", *lines, "", "Each command has its own --help."]))
         interrupts.leave(0)
-    tell(f"error: there is no command {command!r}: choose from {subcommands}")
+    tell(f"error: there is no command {command!r}: choose from {', '.join(COMMANDS)}")
     interrupts.leave(2)
 
 
-def start(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a subcommand with these arguments (None: this process's own), and end the process."""
+def start(command: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
+    """Run a subcommand, and end the process.
+
+    Args:
+        command: A key of `COMMANDS`.
+        arguments: Its arguments; None for those of this process.
+        prog: The program's name in its help; None for that of its file in a clone.
+    """
     interrupts.leave_at_once()  # before the imports below, which take a tenth of a second
     hold_collector()
-    code = importlib.import_module(COMMANDS[command]).main(sys.argv[1:] if arguments is None else arguments)
+    module = importlib.import_module(f"delta_selectivity.cli.{COMMANDS[command].module}")
+    code = module.main(sys.argv[1:] if arguments is None else arguments, prog or COMMANDS[command].file)
     if command == "scale":
         from multiprocessing import util
 
         util._exit_function()  # type: ignore[attr-defined]  # what `leave` leaves out: else a tracker of queues complains
     interrupts.leave(code)
+
+
+def typed(command: str, prog: str) -> str:
+    """Return what to type for a command, in the way in which the program called `prog` was started."""
+    return f"{CONSOLE} {command}" if prog.startswith(f"{CONSOLE} ") else f"python {COMMANDS[command].file}"

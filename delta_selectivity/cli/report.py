@@ -27,12 +27,12 @@ from delta_selectivity.reporting.tables import (
 from delta_selectivity.system.terminal import show, tell
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
     """Print the tables, or write what was asked for; 2 if there is nothing to report, 1 if it cannot be printed.
 
     A page or plots that cannot be written are a wrong request: 2.
     """
-    asked = _parse(argv)
+    asked = _parse(argv, prog)
     try:
         files = load(result_files(asked.folder))
         if asked.output is not None or asked.plots is not None:
@@ -49,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str] | None) -> Any:
-    parser = argparse.ArgumentParser(description="Tables, plots and a page from the result files of main.py.")
+def _parse(argv: Sequence[str] | None, prog: str) -> Any:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Tables, plots and a page from the result files of main.py."
+    )
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path("results"), help="where the files are, or one file (%(default)s)"
     )

@@ -14,20 +14,18 @@ codes are those of main.py.
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delta_selectivity.cli.command_line import build_parser, make_request, parse_values
+from delta_selectivity.cli.guard import GOES_ON, guarded, set_log_level
 from delta_selectivity.cli.sweep import Sweep
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.terminal import show
 
 if TYPE_CHECKING:
     from delta_selectivity.scale.spread import Job
-
-log = logging.getLogger("delta_selectivity")
 
 
 def flags_of_many_workers() -> argparse.ArgumentParser:
@@ -46,12 +44,12 @@ def flags_of_many_workers() -> argparse.ArgumentParser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
     """Our flags, and main.py's. Raises `RequestError`."""
     own = flags_of_many_workers()
     if {"-h", "--help"} & set(argv):
         argparse.ArgumentParser(
-            prog="compute_selectivity.py",
+            prog=prog,
             description="The numbers of main.py by many workers.",
             parents=[build_parser(), own],
             conflict_handler="resolve",
@@ -79,13 +77,13 @@ def check(values: Mapping[str, Any], layers_per_unit: int, saes_per_unit: int) -
     return Job(plan, plan_units(plan, layers_per_unit, saes_per_unit))
 
 
-def compute(argv: Sequence[str]) -> None:
+def compute(argv: Sequence[str], prog: str) -> None:
     """All of it. Raises `RequestError` if a request is wrong, anything else if units failed."""
-    asked, others = parse(argv)
+    asked, others = parse(argv, prog)
     given = parse_values(others)
     for job in {"task", "list_datasets"} & given.keys():
         raise RequestError(f"{given[job] if job == 'task' else job} is not spread over workers: main.py does that")
-    logging.getLogger().setLevel(logging.INFO if given.get("verbose") else logging.WARNING)
+    set_log_level(bool(given.get("verbose")))
     sweep = None if asked.config is None else Sweep.read(asked.config)
     requests = [given] if sweep is None else [{**request, **given} for request in sweep.requests]
     jobs = [check(values, asked.layers_per_unit, asked.saes_per_unit) for values in requests]
@@ -107,8 +105,6 @@ def compute(argv: Sequence[str]) -> None:
         show(tables.render(results.load(paths[0])))
 
 
-def main(argv: Sequence[str]) -> int:
-    """Returns the exit code, as `main.main`."""
-    from delta_selectivity.cli.main import main as guarded
-
-    return guarded(argv, compute)
+def main(argv: Sequence[str], prog: str = "compute_selectivity.py") -> int:
+    """Run the command and return its exit code."""
+    return guarded(argv, lambda arguments: compute(arguments, prog), GOES_ON)

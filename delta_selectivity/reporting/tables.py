@@ -12,6 +12,13 @@ from delta_selectivity.system.terminal import one_line, printable
 
 Row = tuple[str, ...]
 
+NOTE = (
+    "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
+    "* after it: q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE)\n"
+    "= after it: shown to be preserved, the 90 % interval lies within +-epsilon"
+)
+"""What the marks in a table mean."""
+
 
 def selectivity_table(results: result_file.Json, worst_first: bool = False) -> str:
     """layer, probe, model_sel, sae_sel, delta_sel with its 95 % interval, FVU and L0."""
@@ -19,14 +26,27 @@ def selectivity_table(results: result_file.Json, worst_first: bool = False) -> s
     if worst_first:
         found.sort(key=lambda cell: cell[3].get("delta_sel", 0.0) if cell[3].get("delta_sel") is not None else 0.0)
     header = ("layer", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer", "FVU", "L0")
-    return aligned([header, *(_row(*cell) for cell in found)])
+    return aligned([header, *(_row(str(layer), probe, figures, result) for layer, probe, figures, result in found)])
 
 
-def _row(layer: int, probe: str, figures: result_file.Json, result: result_file.Json) -> Row:
+def rows_table(results: result_file.Json) -> str:
+    """A line per SAE and probe of a file of rows: results are SAE -> its figures, and probe -> record."""
+    header = ("SAE", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer", "FVU")
+    found = (
+        (sae, probe, figures, result)
+        for sae, figures in results.items()
+        if sae != "_run"
+        for probe, result in figures.items()
+        if isinstance(result, dict)
+    )
+    return aligned([header, *(_row(*cell)[: len(header)] for cell in found)])
+
+
+def _row(first: str, probe: str, figures: result_file.Json, result: result_file.Json) -> Row:
     if result.get("reason"):
-        return (str(layer), probe, f"({result['reason']})", *[""] * 6)
+        return (first, probe, f"({result['reason']})", *[""] * 6)
     return (
-        str(layer),
+        first,
         probe,
         f"{result['model_sel']:.3f}",
         f"{result['sae_sel']:.3f}",
@@ -34,7 +54,7 @@ def _row(layer: int, probe: str, figures: result_file.Json, result: result_file.
         f"{result['ci_low']:+.3f} .. {result['ci_high']:+.3f}",
         number(result["transfer_sel"], ".3f"),
         number(figures["fvu_pos"], ".3f"),
-        number(figures["l0"], ".1f"),
+        number(figures.get("l0"), ".1f"),
     )
 
 
@@ -127,12 +147,7 @@ def render(files: Sequence[File], worst_first: bool = False) -> str:
     """
     in_full = [file for file in files if not is_baseline(file[1])] or files
     parts = [f"{one_line(str(path))}\n\n{selectivity_table(results, worst_first)}" for path, results in in_full]
-    note = (
-        "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
-        "* after it: q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE)\n"
-        "= after it: shown to be preserved, the 90 % interval lies within +-epsilon"
-    )
-    return "\n\n".join([*parts, note, *([overview(files)] if len(files) > 1 else [])])
+    return "\n\n".join([*parts, NOTE, *([overview(files)] if len(files) > 1 else [])])
 
 
 def overview(files: Sequence[File]) -> str:

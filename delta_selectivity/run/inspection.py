@@ -2,12 +2,14 @@
 
 for part in inspect(request):
     show(part)
+describe(open_sae("my_sae"))             # what its files say; no model is needed
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site
 from delta_selectivity.reporting.tables import aligned
 from delta_selectivity.run.calibration import draw_mentions
@@ -36,6 +38,32 @@ def inspect(request: Request) -> Iterator[str]:
         yield f"\n{render(subject.source, saes, fits, check)}"
 
 
+def describe(source: SaeSource, layers: Sequence[int] | None = None) -> str:
+    """Return what an SAE's files say, without its weights and without a model.
+
+    layers: those to describe; by default all. Raises `RequestError` if it has none for one of them.
+    """
+    by_layer = {member.header.layer: member.header for member in source.members}
+    for layer in layers or ():
+        if layer not in by_layer:
+            has = ", ".join(map(str, source.layers))
+            raise RequestError(f"`layers` {layer}: {source.name} has SAEs for layers {has} only")
+    rows: list[Cells] = [("layer", "architecture", "d_in", "latents", "d_out", "k", "L0 promised", "context")]
+    for layer in source.layers if layers is None else layers:
+        header = by_layer[layer]
+        numbers = (header.d_in, header.d_sae, header.d_out, header.k, header.promised_l0, header.context_size)
+        shown = ("" if number is None else f"{number:g}" for number in numbers)
+        rows.append((str(layer), header.architecture, *shown))
+    lines = [
+        source.name,
+        f"  {source.members[0].header.format}",
+        *_place(source),
+        f"  {_bos(source)}",
+        *_trained(source),
+    ]
+    return "\n".join(lines) + f"\n\n{aligned(rows)}"
+
+
 def render(source: SaeSource, saes: Mapping[Site, Sae], fits: Sequence[Fit], check: Preflight) -> str:
     """What its files say, how it fits its own place, and the FVU at every place that was looked at."""
     parts = [_header(source, next(iter(saes.values()))), _own_place(fits)]
@@ -48,19 +76,31 @@ def render(source: SaeSource, saes: Mapping[Site, Sae], fits: Sequence[Fit], che
 
 
 def _header(source: SaeSource, first: Sae) -> str:
-    header = source.members[0].header
     k = "" if first.k is None else f", k {first.k}"
-    reads = "" if source.input_hookpoint is None else f", reads {source.input_hookpoint}"
-    bos = {True: "texts began with BOS", False: "texts had no BOS", None: "its files do not say whether texts had BOS"}
+    widths = f"{first.d_in} -> {first.d_sae} latents -> {first.d_out}"
+    inputs = first.input_norm if first.input_norm != "none" else "as they are"
     lines = [
         source.name,
-        f"  {header.format}, {first.architecture}{k}, {first.d_in} -> {first.d_sae} latents -> {first.d_out}",
-        f"  {source.hookpoint} of layers {', '.join(map(str, source.layers))}{reads}",
-        f"  inputs: {first.input_norm if first.input_norm != 'none' else 'as they are'}; {bos[source.prepend_bos]}",
+        f"  {source.members[0].header.format}, {first.architecture}{k}, {widths}",
+        *_place(source),
+        f"  inputs: {inputs}; {_bos(source)}",
+        *_trained(source),
     ]
-    if source.model_name is not None:
-        lines.append(f"  trained on {source.model_name}")
     return "\n".join(lines)
+
+
+def _place(source: SaeSource) -> list[str]:
+    reads = "" if source.input_hookpoint is None else f", reads {source.input_hookpoint}"
+    return [f"  {source.hookpoint} of layers {', '.join(map(str, source.layers))}{reads}"]
+
+
+def _bos(source: SaeSource) -> str:
+    told = {True: "texts began with BOS", False: "texts had no BOS", None: "its files do not say whether texts had BOS"}
+    return told[source.prepend_bos]
+
+
+def _trained(source: SaeSource) -> list[str]:
+    return [] if source.model_name is None else [f"  trained on {source.model_name}"]
 
 
 def _own_place(fits: Sequence[Fit]) -> str:

@@ -16,11 +16,11 @@ from delta_selectivity.probing.selectivity import FitModel, fit_model
 from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.baselines import SiteBuilder, bag_of_names
 from delta_selectivity.run.calibration import SiteSample, calibrate
-from delta_selectivity.run.pipeline import sharing_cores
 from delta_selectivity.run.planning import Cell, Files, Plan, by_site
 from delta_selectivity.run.preflight import Preflight, neighbours
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import Sae, SaeSource, SparseRows
+from delta_selectivity.system.cores import sharing_cores
 from delta_selectivity.system.out_of_memory import ERRORS, is_out_of_memory
 from delta_selectivity.tasks import TokenisedMentions
 

@@ -12,13 +12,13 @@ from delta_selectivity.run.activations import Item, Producer, plan_blocks, token
 from delta_selectivity.run.bounded_queue import BoundedQueue
 from delta_selectivity.run.cell_result import write_to
 from delta_selectivity.run.loading import codes_of_names, load_weights, model_fitter
-from delta_selectivity.run.pipeline import run, sharing_cores
+from delta_selectivity.run.pipeline import run
 from delta_selectivity.run.planning import Cell, Files, Plan
 from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.progress import ProgressBars
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_sample import TokenSample
-from delta_selectivity.system.cores import Cores
+from delta_selectivity.system.cores import Cores, sharing_cores
 from delta_selectivity.system.startup import release_collector
 from delta_selectivity.system.stopwatch import Stopwatch
 

@@ -15,32 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from delta_selectivity.run.activations import Block, Item, Producer
 from delta_selectivity.run.bounded_queue import BoundedQueue, ProducerFailed, QueueCancelled
 from delta_selectivity.run.prober import Prober
-from delta_selectivity.system.cores import Cores
 
 log = logging.getLogger(__name__)
-
-
-@contextmanager
-def sharing_cores(device1: str) -> Iterator[Cores]:
-    """What forward passes run on: one at a time on a GPU; on a CPU one a core, and torch uses one thread each.
-
-    Two threads that both split their matrix products over the same cores wait for each other at every barrier: on 2
-    cores a 0.3 s fit took up to 8 s beside a forward pass. Whole batches side by side have no barriers.
-    """
-    cores = torch.get_num_threads()
-    if torch.device(device1).type != "cpu":
-        yield Cores(1)
-        return
-    torch.set_num_threads(1)
-    try:
-        yield Cores(cores)
-    finally:
-        torch.set_num_threads(cores)
 
 
 def run(

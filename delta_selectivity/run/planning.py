@@ -127,7 +127,6 @@ def make_plan(request: Request, fetch: bool = True) -> Plan:
         source.prepare([site.layer for site in own])
     prepend_bos, counts_bos = _decide_bos(asked.bos, info, sources)
     subjects = _plan_subjects(request, sources, sites, counts_bos)
-    prepare_folder(request.output)
     calibration: list[Mention] = []
     if any(subject.baseline is not None and subject.baseline.kind in CALIBRATED for subject in subjects):
         calibration = draw_mentions(load_all_mentions(request.tasks), asked.seed)

@@ -117,12 +117,7 @@ class Prober:
         try:
             store.put(rows)
         except NonFiniteError as error:
-            text = self.work.texts.mentions[error.mention].text
-            shown = text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}..."
-            what = "the model's activations"
-            if error.sae_id is not None:
-                what = f"the codes or the reconstruction by {self.work.names[error.sae_id]}"
-            raise ArithmeticError(f"layer {error.site.layer}: NaN or Inf in {what} of the text {shown!r}") from error
+            raise ArithmeticError(where_broken(error, self.work.texts, self.work.names)) from error
 
     def _is_whole(self, index: int) -> bool:
         done = [item.block for item in self._done]
@@ -173,6 +168,16 @@ class Prober:
         for part in parts[1:]:
             total = total.merge(part)
         return total.figures()
+
+
+def where_broken(error: NonFiniteError, texts: ProbeTexts, names: Sequence[str]) -> str:
+    """Return in which text, layer and subject (by their names) a number is not finite."""
+    text = texts.mentions[error.mention].text
+    shown = text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}..."
+    what = "the model's activations"
+    if error.sae_id is not None:
+        what = f"the codes or the reconstruction by {names[error.sae_id]}"
+    return f"layer {error.site.layer}: NaN or Inf in {what} of the text {shown!r}"
 
 
 def _add(result: CellResult, names: Sequence[str], found: OutOfFold, epsilon: float) -> None:

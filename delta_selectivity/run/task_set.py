@@ -104,7 +104,7 @@ def _task_set(
         n_repeats=settings.repeats,
         seed=settings.seed,
     )
-    order = _in_order_of_text(texts, rows, row_ids)
+    order = in_order_of_text(texts, rows, row_ids)
     control = control_plan(rows.token[row_ids], order, weights, settings.folds, settings.seed)
     of_row = torch.from_numpy(rows.mention[row_ids])
     own_codes = {subject: seen.select(of_row) for subject, seen in codes.items()}
@@ -112,7 +112,7 @@ def _task_set(
     return TaskSet(names, torch.from_numpy(row_ids), plan, control, own_codes, {} if keep else None)
 
 
-def _in_order_of_text(texts: ProbeTexts, rows: RowTable, row_ids: np.ndarray) -> np.ndarray:
+def in_order_of_text(texts: ProbeTexts, rows: RowTable, row_ids: np.ndarray) -> np.ndarray:
     """Return a number for each row, int64 [rows], that does not depend on the order in which its texts were given."""
     mentions = [texts.mentions[m] for m in rows.mention[row_ids]]
     names = [(m.text, m.start, m.end, int(row)) for m, row in zip(mentions, row_ids, strict=True)]

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from hashlib import blake2b
 
 import numpy as np
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.person_ids import person_ids
 from delta_selectivity.tasks.selection import select_rows
 from delta_selectivity.tasks.types import (
     BoolArray,
     Dataset,
-    Int64Array,
     Mention,
     Probe,
     ProbeTexts,
@@ -40,7 +39,7 @@ def assemble(sources: Sequence[Task], shuffle_select_n: int | None, seed: int) -
         drawn = select_rows(distinct_rows(source), shuffle_select_n, seed)
         probes = tuple(probe for row_set in drawn.row_sets for probe in _probes(row_set, index))
         datasets.append(Dataset(drawn.name, drawn.slug, probes))
-    return ProbeTexts(tuple(index.mentions), _person_ids(index.mentions), tuple(datasets))
+    return ProbeTexts(tuple(index.mentions), person_ids(mention.person for mention in index.mentions), tuple(datasets))
 
 
 def distinct_rows(source: Task) -> Task:
@@ -83,12 +82,6 @@ def _probes(row_set: RowSet, index: _MentionIndex) -> list[Probe]:
         return np.array([row.value == positive for row in row_set.rows], dtype=np.bool_)
 
     return [Probe(spec.name, mentions, labels(spec.positive)) for spec in row_set.probes]
-
-
-def _person_ids(mentions: Sequence[Mention]) -> Int64Array:
-    """64 bits of each key's hash: one key, one id, whatever other rows, datasets and runs there are."""
-    ids = [int.from_bytes(blake2b(m.person.encode(), digest_size=8).digest(), "little", signed=True) for m in mentions]
-    return np.array(ids, dtype=np.int64)
 
 
 class _MentionIndex:

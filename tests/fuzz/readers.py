@@ -33,6 +33,8 @@ from safetensors.torch import save
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.records import result_file, scores
+from delta_selectivity.records.rows_file import RowProbe, Rows, load
+from delta_selectivity.records.rows_file import save as save_rows
 from delta_selectivity.reporting import tables
 from delta_selectivity.saes import open_sae
 from delta_selectivity.tasks import UserData, dataset_fingerprint, load_probe_texts
@@ -283,6 +285,48 @@ class Scores(Reader):
                     assert np.array_equal(before[part], after[part]), f"damaged {part} were taken for scores"
 
 
+class RowsFile(Reader):
+    """A file of rows by this program: what is accepted is what was written."""
+
+    suffix = "safetensors"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.path = folder / f"rows.{self.suffix}"
+        x = np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32)
+        labels = np.arange(24) % 2 == 0
+        probes = (RowProbe("a", np.arange(24), labels, "one"), RowProbe("b", np.arange(12)[::-1], labels[:12], "two"))
+        about = {"layer": 3, "saes": {"s": {}, "t": {}}, "settings": {"folds": 3}}
+        self.rows = Rows(x, {"s": x + 1, "t": x * 2}, probes, np.arange(24) // 2, tokens=np.arange(24) % 5, about=about)
+        save_rows(self.path, self.rows)
+        self.whole = self.path.read_bytes()
+
+    def damage(self, rng: random.Random) -> None:
+        self.path.write_bytes(damaged_safetensors(self.whole, rng))
+
+    def read(self) -> None:
+        found = load(self.path)
+        assert np.array_equal(found.x, self.rows.x), "damaged rows were taken for rows"
+        assert found.recons.keys() == self.rows.recons.keys()
+        for one, other in zip(found.probes, self.rows.probes, strict=True):
+            assert np.array_equal(one.rows, other.rows) and np.array_equal(one.labels, other.labels)
+
+
+class RowsNpz(RowsFile):
+    """The same as .npz."""
+
+    suffix = "npz"
+
+    def damage(self, rng: random.Random) -> None:
+        self.path.write_bytes(damaged_bytes(self.whole, rng))
+
+
+class RowsParquet(RowsNpz):
+    """The same as Parquet."""
+
+    suffix = "parquet"
+
+
 READERS: dict[str, type[Reader]] = {
     "sparsify": SparsifyConfig,
     "sae_lens": LensConfig,
@@ -291,6 +335,9 @@ READERS: dict[str, type[Reader]] = {
     "jsonl": Jsonl,
     "result": ResultJson,
     "scores": Scores,
+    "rows": RowsFile,
+    "rows_npz": RowsNpz,
+    "rows_parquet": RowsParquet,
 }
 
 

@@ -1,0 +1,11 @@
+#!/usr/bin/env python3
+"""Print which tasks there are, with rows, people and class balance; write their rows to a file.
+
+python datasets_wikidata.py
+python datasets_wikidata.py --datasets gender --export gender.csv      # `--dataset_file gender.csv` reads it
+"""
+
+if __name__ == "__main__":
+    from delta_selectivity.cli.program import start
+
+    start("tasks")

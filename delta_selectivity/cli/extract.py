@@ -1,0 +1,86 @@
+"""Activations, reconstructions, labels and people of the probed rows of one layer, in one file.
+
+    python activations.py --layers 3 --datasets gender -o rows.safetensors
+    python probes.py rows.safetensors                                      # the numbers of main.py, to the bit
+
+docs/rows_file.md says what is in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from delta_selectivity.cli.command_line import add_flags, add_verbose, make_request, parse_values
+from delta_selectivity.cli.guard import guarded, set_log_level
+from delta_selectivity.cli.parser import Parser
+from delta_selectivity.cli.program import typed
+from delta_selectivity.system.terminal import show
+
+EXAMPLES = """\
+examples:
+  {extract} --layers 3 --datasets gender -o rows.safetensors
+  {probe} rows.safetensors
+      the numbers of this run for layer 3, to the bit:
+  {run} --layers 3 --datasets gender
+
+docs/rows_file.md says what is in the file.
+"""
+
+WITHOUT = ("list_datasets", "output_directory", "device2", "probe", "overwrite")
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    examples = EXAMPLES.format(**{name: typed(name, prog) for name in ("extract", "probe", "run")})
+    parser = Parser(
+        prog,
+        "Write the activations of one layer at the probed positions, each SAE's reconstruction of them, labels and "
+        "people to a file. Flags mean what they mean in a run.",
+        epilog=examples,
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the file: .safetensors, .npz or .parquet"
+    )
+    add_flags(parser, without=WITHOUT)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, no word at the end; warnings stay")
+    add_verbose(parser)
+    return parser
+
+
+def run(argv: Sequence[str], prog: str) -> None:
+    """Write the file. Raises `RequestError` if the request is wrong, anything else if it fails."""
+    values = parse_values(argv, build_parser(prog))
+    set_log_level(bool(values.get("verbose")))
+    path: Path = values["output"].expanduser()
+    from delta_selectivity.run.extraction import extract
+
+    quiet = bool(values.get("quiet"))
+    with _bar(quiet) as on_texts:
+        rows = extract(make_request(values), path, on_texts)
+    if not quiet:
+        show(f"wrote {path}: {len(rows.x)} rows of width {rows.x.shape[1]}, {len(rows.recons)} SAEs")
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """What draws how many texts are through."""
+    from tqdm import tqdm
+
+    from delta_selectivity.run.progress import Forgiving
+
+    with tqdm(desc="texts", unit="text", file=Forgiving(sys.stderr), disable=quiet) as bar:
+
+        def draw(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield draw
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "activations.py") -> int:
+    """Run the command and return its exit code."""
+    return guarded(argv, lambda arguments: run(arguments, prog))

@@ -1,0 +1,65 @@
+"""From what happens in a command to its exit code: 0 done, 1 it failed, 2 the request was wrong, 130 interrupted."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from delta_selectivity.cli.flags import with_flags
+from delta_selectivity.errors import RequestError
+from delta_selectivity.system.interrupts import like_ctrl_c
+from delta_selectivity.system.terminal import LineFormatter, tell
+
+log = logging.getLogger("delta_selectivity")
+
+GOES_ON = "finished layers are on disk; the same command goes on from there"
+NOTHING_WRITTEN = "nothing was written"
+ERROR_SHOWN = 400  # characters of an error in its line: torch appends its C++ stack
+
+
+def guarded(argv: Sequence[str] | None, job: Callable[[Sequence[str]], None], left: str = NOTHING_WRITTEN) -> int:
+    """Do a job with arguments, and say in one line on stderr what went wrong if something did.
+
+    Args:
+        argv: The arguments; None for those of this process.
+        job: Raises `RequestError` if the request is wrong, anything else if the job fails.
+        left: What a job that failed or was interrupted leaves on disk.
+
+    Returns:
+        The exit code. An error that nobody foresaw comes with its traceback, that of the thread where it happened; one
+        of disk, memory or numbers only with `--verbose`.
+    """
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(LineFormatter(with_flags))
+    logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
+    logging.captureWarnings(True)
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+    try:
+        with like_ctrl_c():
+            job(sys.argv[1:] if argv is None else argv)
+    except RequestError as error:
+        tell(with_flags(f"error: {error}"))
+        return 2
+    except KeyboardInterrupt:
+        tell(f"interrupted: {left}")
+        return 130
+    except Exception as error:
+        log.log(logging.INFO if _foreseen(error) else logging.ERROR, "where it failed", exc_info=error)
+        tell(f"failed: {type(error).__name__}: {str(error)[:ERROR_SHOWN]}; {left}")
+        return 1
+    return 0
+
+
+def set_log_level(verbose: bool) -> None:
+    """Log what happens if `verbose`, else warnings alone."""
+    logging.getLogger().setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+def _foreseen(error: Exception) -> bool:
+    """Whether the error's own line says enough: disk, memory, NaN."""
+    from delta_selectivity.run.row_store import NonFiniteError
+    from delta_selectivity.system.out_of_memory import is_out_of_memory
+
+    return isinstance(error, OSError | NonFiniteError) or is_out_of_memory(error)

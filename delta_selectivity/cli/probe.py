@@ -1,0 +1,81 @@
+"""The metric on a file of rows, whoever wrote it.
+
+    python activations.py --layers 3 --datasets gender -o rows.safetensors
+    python probes.py rows.safetensors
+    python probes.py my_vision_model.npz --views error -o results.json
+
+docs/rows_file.md says what must be in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from delta_selectivity.cli.command_line import add_flags, add_verbose, parse_values
+from delta_selectivity.cli.guard import guarded, set_log_level
+from delta_selectivity.cli.parser import Parser
+from delta_selectivity.cli.program import typed
+from delta_selectivity.errors import RequestError
+from delta_selectivity.settings import PROBING
+from delta_selectivity.system.terminal import show
+
+log = logging.getLogger("delta_selectivity")
+
+EXAMPLES = """\
+examples:
+  {extract} --layers 3 --datasets gender -o rows.safetensors
+  {probe} rows.safetensors
+      a row for each SAE and probe
+  {probe} my_vision_model.npz --views error -o results.json
+      a file of your own, and every number as JSON
+
+docs/rows_file.md says what must be in the file.
+"""
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    examples = EXAMPLES.format(**{name: typed(name, prog) for name in ("extract", "probe")})
+    description = "Train probes on the activations in a file of rows and on their reconstructions, and compare them."
+    parser = Parser(prog, f"{description} Settings are the file's, where it has some.", epilog=examples)
+    parser.add_argument("rows", type=Path, metavar="FILE", help="a .safetensors, .npz or .parquet file of rows")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write every number to this file")
+    add_flags(parser, only=(*PROBING, "device2"))
+    parser.add_argument("--quiet", action="store_true", help="no table; warnings stay")
+    add_verbose(parser)
+    return parser
+
+
+def run(argv: Sequence[str], prog: str) -> None:
+    """Measure the file. Raises `RequestError` if the request or the file is wrong, anything else if it fails."""
+    values = parse_values(argv, build_parser(prog))
+    set_log_level(bool(values.get("verbose")))
+    from delta_selectivity.records.result_file import write_json
+    from delta_selectivity.records.rows_file import load
+    from delta_selectivity.reporting.tables import NOTE, rows_table
+    from delta_selectivity.run.probe_rows import probe_rows, settings_of
+    from delta_selectivity.run.request import choose_devices
+
+    output: Path | None = values.get("output")
+    rows = load(values["rows"].expanduser())
+    settings = settings_of(rows, **{name: values[name] for name in PROBING if name in values})
+    _, device = choose_devices(None, values.get("device2"))
+    found = probe_rows(rows, settings, device)
+    for line in found.warnings():
+        log.warning("%s", line)
+    results = found.to_json()
+    if output is not None:
+        try:
+            write_json(output.expanduser(), results)
+        except OSError as error:
+            raise RequestError(f"{output}: cannot be written: {error.strerror or error}") from error
+    if not values.get("quiet"):
+        show(f"{rows_table(results)}\n\n{NOTE}")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "probes.py") -> int:
+    """Run the command and return its exit code."""
+    return guarded(argv, lambda arguments: run(arguments, prog))

@@ -1,0 +1,70 @@
+"""Which tasks there are, and their rows.
+
+python datasets_wikidata.py                                            # a line per probe
+python datasets_wikidata.py --dataset_file my_concept.csv              # what a table of your own comes to
+python datasets_wikidata.py --datasets gender --export gender.csv      # `--dataset_file gender.csv` reads it
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from delta_selectivity.cli.command_line import TASK_FLAGS, add_flags, add_verbose, make_tasks, parse_values
+from delta_selectivity.cli.guard import guarded, set_log_level
+from delta_selectivity.cli.parser import Parser
+from delta_selectivity.cli.program import typed
+from delta_selectivity.errors import RequestError
+from delta_selectivity.system.terminal import show
+
+EXAMPLES = """\
+examples:
+  {tasks}
+      rows, people and class balance of every task
+  {tasks} --datasets gender --export gender.csv
+  {run} --dataset_file gender.csv
+      the rows of a task as a table, and a run on that table: the same texts, labels and people
+"""
+
+DRAWING = ("shuffle_select_n", "seed")
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of this command."""
+    examples = EXAMPLES.format(tasks=typed("tasks", prog), run=typed("run", prog))
+    parser = Parser(prog, "Print which tasks there are, and write their rows to a file.", epilog=examples)
+    add_flags(parser, only=(*TASK_FLAGS, *DRAWING), without=("list_datasets",))
+    parser.add_argument(
+        "--export", type=Path, metavar="FILE", help="write a line per row and probe to this .csv, .jsonl or .parquet "
+        "file, in columns that --dataset_file reads; --shuffle_select_n draws rows for it",
+    )  # fmt: skip
+    add_verbose(parser)
+    return parser
+
+
+def run(argv: Sequence[str], prog: str) -> None:
+    """Print the table, or write rows. Raises `RequestError` if the request is wrong."""
+    values = parse_values(argv, build_parser(prog))
+    set_log_level(bool(values.get("verbose")))
+    path: Path | None = values.get("export")
+    if path is None and (given := [name for name in DRAWING if name in values]):
+        raise RequestError(f"`{given[0]}` draws the rows that `export` writes, which is missing")
+    from delta_selectivity.settings import Settings
+    from delta_selectivity.tasks import describe_datasets, load_probe_texts
+    from delta_selectivity.tasks.export import export_rows
+
+    tasks = make_tasks(values)
+    if path is None:
+        show(describe_datasets(tasks))
+        return
+    asked = Settings(**{name: values[name] for name in DRAWING if name in values})
+    n = export_rows(
+        load_probe_texts(tasks, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed), path.expanduser()
+    )
+    show(f"wrote {path}: {n} rows")
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "datasets_wikidata.py") -> int:
+    """Run the command and return its exit code."""
+    return guarded(argv, lambda arguments: run(arguments, prog))

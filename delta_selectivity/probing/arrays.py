@@ -1,0 +1,208 @@
+"""The metric on arrays: activations of any model, their reconstruction, and what each row is about.
+
+    probe_selectivity(x, x_hat, labels, groups).delta_sel
+
+`measure_rows` is what it shares with files of rows (`records.rows_file`).
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.folds import FoldPlan, Skipped, control_plan
+from delta_selectivity.probing.probes import ProbeBackend, choose_backend
+from delta_selectivity.probing.selectivity import ProbeResult, fit_model, measure, out_of_fold
+from delta_selectivity.settings import Settings
+from delta_selectivity.system.cores import sharing_cores
+from delta_selectivity.system.person_ids import person_ids
+
+INT64 = np.iinfo(np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Binary questions about the same rows: they share their folds and their fits."""
+
+    labels: NDArray[np.bool_]  # [targets, rows]
+    groups: NDArray[np.int64]  # [rows], the person; rows of one are never on both sides of a split
+    weights: NDArray[np.floating[Any]] | None = None  # [rows]; None: 1 each
+    tokens: NDArray[np.int64] | None = None  # [rows], token type, for the control task; None: no memorisation
+    order: NDArray[np.int64] | None = None  # [rows], deals rows to the control task's folds; None: their places
+
+
+def probe_selectivity(
+    x: Any, reconstruction: Any, labels: Any, groups: Any, *, settings: Settings | None = None
+) -> ProbeResult:
+    """Measure how much of what probes read from activations they still read from a reconstruction.
+
+    Inputs are not modified. Values are compared in float32, probes are fitted in float64 on the device of `x` (a CPU
+    for NumPy), by one thread: the numbers do not depend on how many cores there are.
+
+    Args:
+        x: Activations ``[rows, d]``, NumPy or torch, of any float dtype and on any device.
+        reconstruction: What the autoencoder gives back of them, ``[rows, d]``.
+        labels: What is to be known of each row ``[rows]``: bool, or 0 and 1.
+        groups: Who or what each row is about ``[rows]``: integers, strings or other hashable values. Rows of equal
+            groups are never on both sides of a split. Give each row its own only if rows are independent.
+        settings: `folds`, `repeats`, `seed`, `epsilon`, `probe` and, of `views`, ``error`` count here.
+
+    Returns:
+        Selectivities, their differences with intervals, and how the probes were fitted. `memorisation` is None, for it
+        needs token types.
+
+    Raises:
+        RequestError: A shape does not fit, a value is not finite, labels are not binary, or there are too few groups
+            for the folds; the message names the argument.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> labels = rng.random(400) < 0.5
+        >>> x = rng.normal(size=(400, 8)) + labels[:, None]
+        >>> probe_selectivity(x, x, labels, groups=np.arange(400)).delta_sel
+        0.0
+    """
+    asked = settings or Settings()
+    check_views(asked)
+    matrix = _matrix(x, "x")
+    recon = _matrix(reconstruction, "reconstruction").to(matrix.device)
+    if recon.shape != matrix.shape:
+        raise RequestError(f"`reconstruction` has shape {list(recon.shape)}, but `x` has {list(matrix.shape)}")
+    n = len(matrix)
+    targets = Targets(_binary(labels, n)[None], _group_ids(groups, n))
+    with sharing_cores(matrix.device):
+        backend, _ = choose_backend(asked.probe, matrix.device)
+        ((result,),) = measure_rows(matrix, [recon], targets, asked, backend)
+    if isinstance(result, Skipped):
+        raise RequestError(f"`labels` cannot be measured: {result.reason}")
+    return result
+
+
+def measure_rows(
+    x: Tensor, recons: Iterable[Tensor], targets: Targets, settings: Settings, backend: ProbeBackend
+) -> Iterator[list[ProbeResult | Skipped]]:
+    """Measure reconstructions of the same activations: for each, a result for every target in order.
+
+    Args:
+        x: Activations, float32 ``[rows, d]``.
+        recons: Reconstructions of them, each float32 ``[rows, d]`` on the device of `x`.
+        targets: What each row is about.
+        settings: As for `probe_selectivity`.
+        backend: Solver of the probes.
+    """
+    asked = settings
+    plan = FoldPlan.build(targets.labels, targets.groups, targets.weights, asked.folds, asked.repeats, asked.seed)
+    model = fit_model(plan, x, backend, _control(targets, asked))
+    for recon in recons:
+        yield measure(out_of_fold(plan, model, recon, backend, "error" in asked.views), asked.epsilon)
+
+
+def check_views(settings: Settings) -> None:
+    """Raise `RequestError` if latents are to be probed: rows have none."""
+    if "latents" in settings.views:
+        raise RequestError("`views` latents: rows have activations and reconstructions, but no latents")
+
+
+def _control(targets: Targets, settings: Settings) -> FoldPlan | None:
+    if targets.tokens is None:
+        return None
+    order = np.arange(len(targets.tokens)) if targets.order is None else targets.order
+    _, rank = np.unique(order, return_inverse=True)
+    return control_plan(targets.tokens, rank, targets.weights, settings.folds, settings.seed)
+
+
+def _matrix(values: Any, field: str) -> Tensor:
+    """Values as a finite float32 matrix ``[rows, d]``. Raises `RequestError` if they are none."""
+    matrix = values.detach() if isinstance(values, Tensor) else _to_torch(_array(values, field), field)
+    if matrix.layout != torch.strided or matrix.is_complex() or matrix.dtype == torch.bool:
+        raise RequestError(f"`{field}` is a {matrix.layout} of {matrix.dtype}: a dense array of real numbers is needed")
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise RequestError(f"`{field}` has shape {list(matrix.shape)}: [rows, d] is needed, with neither of them 0")
+    if matrix.device.type not in {"cpu", "cuda"}:
+        matrix = matrix.cpu()  # other devices lack float64
+    matrix = matrix.to(torch.float32)
+    finite = torch.isfinite(matrix).all(dim=1)
+    if not bool(finite.all()):
+        row = int((~finite).nonzero()[0, 0])
+        raise RequestError(f"`{field}`: row {row} holds NaN, infinity, or a number beyond float32")
+    return matrix
+
+
+def _to_torch(found: NDArray[Any], field: str) -> Tensor:
+    if found.dtype.kind not in "fiu":
+        raise RequestError(f"`{field}` is of {found.dtype}: real numbers are needed")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        single = np.ascontiguousarray(found, dtype=np.float32)
+    return torch.from_numpy(single if single.flags.writeable else single.copy())
+
+
+def _array(values: Any, field: str) -> NDArray[Any]:
+    if isinstance(values, Tensor):
+        found = values.detach().cpu()
+        values = found.float() if found.is_floating_point() else found
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError) as error:  # rows of different lengths
+        raise RequestError(f"`{field}` is no array: {error}") from error
+
+
+def _binary(labels: Any, n: int) -> NDArray[np.bool_]:
+    found = _array(labels, "labels")
+    _check_length(found.shape, n, "labels")
+    if found.dtype.kind not in "biuf":
+        raise RequestError(f"`labels` are of {found.dtype}: bool, or 0 and 1, are needed")
+    others = found[(found != 0) & (found != 1)]
+    if len(others):
+        raise RequestError(f"`labels` hold {others[0]}: only 0 and 1, or False and True, are labels")
+    return found.astype(bool)
+
+
+def _group_ids(groups: Any, n: int) -> NDArray[np.int64]:
+    """A number for each row's group, int64 [rows]: an integer is its own, a string's is its hash."""
+    if isinstance(groups, Tensor):
+        groups = _array(groups, "groups")
+    if isinstance(groups, np.ndarray):
+        _check_length(groups.shape, n, "groups")
+        if groups.dtype.kind in "biu":
+            return groups.astype(np.int64)  # of uint64 the same bits: equal groups stay equal
+        groups = groups.tolist()
+    try:
+        listed = list(groups)
+    except TypeError as error:
+        raise RequestError(f"`groups` is a {type(groups).__name__}: a value for each row is needed") from error
+    _check_length((len(listed),), n, "groups")
+    if all(isinstance(group, str) for group in listed):
+        return person_ids(listed)
+    if all(isinstance(group, numbers.Integral) and INT64.min <= int(group) <= INT64.max for group in listed):
+        return np.array(listed, dtype=np.int64)
+    known: dict[Any, int] = {}
+    for row, group in enumerate(listed):
+        if _is_missing(group):
+            raise RequestError(f"`groups`: row {row} has {group!r}: say which group it is of")
+        known.setdefault(group, len(known))
+    return np.array([known[group] for group in listed], dtype=np.int64)
+
+
+def _is_missing(group: Any) -> bool:
+    """Whether a value is none, or equal to nothing, itself included. Raises `RequestError` if it has no hash."""
+    try:
+        hash(group)
+    except TypeError as error:
+        raise RequestError(f"`groups`: {group!r:.60} is not hashable: use numbers, strings or tuples") from error
+    try:
+        return group is None or not bool(group == group)
+    except (TypeError, ValueError):  # pandas's NA
+        return True
+
+
+def _check_length(shape: tuple[int, ...], n: int, field: str) -> None:
+    if shape != (n,):
+        raise RequestError(f"`{field}` has shape {list(shape)}, but `x` has {n} rows: [{n}] is needed")

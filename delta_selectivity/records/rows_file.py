@@ -1,0 +1,286 @@
+"""Files of probed rows: activations at one hook point, their reconstructions, labels and people.
+
+    save(Path("rows.safetensors"), rows)
+    load(Path("rows.safetensors")).recons["my_sae"]          # float32 [rows, d]
+
+`docs/rows_file.md` documents the columns. The suffix decides the format: .safetensors, .npz or .parquet, with the same
+columns in each (`rows_formats`). Anybody may write such a file; what it holds is checked here. Loading runs no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.records.rows_formats import FORMATS, Column, Format, Unreadable
+from delta_selectivity.system.person_ids import person_ids
+from delta_selectivity.system.whole_file import replacing, sweep
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+NOT_PROBED = -1  # the label of a row that is not part of a probe, and its place
+
+Json = dict[str, Any]
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RowText:
+    """The text behind a row."""
+
+    text: str
+    start: int  # characters [start, end) are probed
+    end: int
+    person: str  # key of the person
+
+
+@dataclass(frozen=True, eq=False)
+class RowProbe:
+    """One binary question about some of the rows."""
+
+    name: str
+    rows: Ints  # [n], places in the file, in the order in which sums are taken
+    labels: NDArray[np.bool_]  # [n]
+    dataset: str = ""  # probes of one dataset on the same rows share their folds and their fits
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a file of rows holds."""
+
+    x: Floats  # [rows, d], activations
+    recons: Mapping[str, Floats]  # SAE -> [rows, d]
+    probes: tuple[RowProbe, ...]
+    groups: Ints  # [rows], the person
+    weights: NDArray[np.floating[Any]] | None = None  # [rows]
+    tokens: Ints | None = None  # [rows], token type at the row
+    order: Ints | None = None  # [rows], a number that does not depend on the order of the rows in the file
+    texts: Sequence[RowText] | None = None  # [rows]; written, but not read back
+    about: Json = field(default_factory=dict)  # model, layer, hookpoint, saes, settings: what its writer says of it
+
+
+def check_target(path: Path) -> None:
+    """Raise `RequestError` unless a file of rows can be written at a path."""
+    _format(path)
+    if path.is_dir():
+        raise RequestError(f"{path}: cannot be written: this is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def save(path: Path, rows: Rows) -> None:
+    """Write the file in one step. Raises `RequestError` for another suffix, and OSError."""
+    columns = dict(_columns(rows))
+    about = {"format": FORMAT, **rows.about, "datasets": {probe.name: probe.dataset for probe in rows.probes}}
+    about["sha256"] = _digest(about, columns)
+    texts = None if rows.texts is None else [(t.text, t.start, t.end, t.person) for t in rows.texts]
+    sweep(path.parent, path.name)
+    with replacing(path, "wb") as file:
+        _format(path).write(file, columns, json.dumps(about), texts)
+
+
+def load(path: Path) -> Rows:
+    """Read a file of rows, whoever wrote it.
+
+    Raises:
+        RequestError: It is none, was cut short or changed, or what it holds cannot be measured; one line says why.
+    """
+    try:
+        content = _format(path).read(path)
+        about = _read_about(content.about)
+        digest = about.pop("sha256", None)
+        if digest is not None and digest != _digest(about, content.columns):
+            raise Unreadable("it was changed after it was written")
+        return _rows(content.columns, about, path)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Unreadable as error:
+        raise RequestError(f"{path}: {error}") from error
+
+
+def _format(path: Path) -> Format:
+    if path.suffix.lower() not in FORMATS:
+        raise RequestError(f"{path}: unknown suffix {path.suffix!r}: give {', '.join(FORMATS)}")
+    return FORMATS[path.suffix.lower()]
+
+
+def _columns(rows: Rows) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The columns of a file, in order."""
+    n = len(rows.x)
+    yield "x", rows.x
+    yield from ((f"recon.{name}", recon) for name, recon in rows.recons.items())
+    for probe in rows.probes:
+        labels, place = np.full(n, NOT_PROBED, np.int8), np.full(n, NOT_PROBED, np.int64)
+        labels[probe.rows] = probe.labels
+        place[probe.rows] = np.arange(len(probe.rows))
+        yield f"labels.{probe.name}", labels
+        if (np.diff(probe.rows) < 0).any():
+            yield f"rows.{probe.name}", place
+    others = {"groups": rows.groups, "weights": rows.weights, "tokens": rows.tokens, "order": rows.order}
+    yield from ((name, values) for name, values in others.items() if values is not None)
+
+
+def _digest(about: Json, columns: Mapping[str, Column]) -> str:
+    """sha256 of what the metric rests on, the same in every format."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, values in sorted(columns.items()):
+        found = np.ascontiguousarray(values)
+        digest.update(f"{name} {found.dtype} {found.shape} ".encode("utf-8", "surrogatepass"))
+        digest.update(found.data if found.dtype.kind in "fiub" else repr(found.tolist()).encode())
+    return digest.hexdigest()
+
+
+def _read_about(text: str | None) -> Json:
+    """What the file says of itself; nothing if it is somebody else's."""
+    if text is None:
+        return {}
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"its description is no JSON ({error})") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else about
+        raise Unreadable(f"it is of format {found!r:.40}; this program reads format {FORMAT}")
+    for name in ("datasets", "saes", "settings"):
+        if not isinstance(about.get(name, {}), dict):
+            raise Unreadable(f"its description is damaged: {name} is no object")
+    return about
+
+
+def _rows(columns: Mapping[str, Column], about: Json, path: Path) -> Rows:
+    recon_of, labels_of = _named(columns, about, *_RECONS), _named(columns, about, *_LABELS)
+    present = {"x": "x" in columns, "recon": recon_of, "labels": labels_of, "groups": "groups" in columns}
+    if missing := [what for what, found in present.items() if not found]:
+        raise Unreadable(f"{missing[0]} is missing; found {', '.join(columns) or 'nothing'}")
+    x = _matrix("x", columns["x"])
+    n = len(x)
+    known = {*_ALWAYS, *_SOMETIMES, *recon_of.values(), *labels_of.values(), *(f"rows.{name}" for name in labels_of)}
+    if others := [name for name in columns if name not in known]:
+        log.warning("%s: not used: %s", path, ", ".join(others))
+    datasets = about.get("datasets", {})
+    optional = {name: _SOMETIMES[name](name, columns[name], n) for name in _SOMETIMES if name in columns}
+    return Rows(
+        x=x,
+        recons={name: _matrix(column, columns[column], x.shape) for name, column in recon_of.items()},
+        probes=tuple(_probe(name, columns, labels_of[name], n, str(datasets.get(name, ""))) for name in labels_of),
+        groups=_groups(columns["groups"], n),
+        about=about,
+        **optional,
+    )
+
+
+def _named(
+    columns: Mapping[str, Column], about: Json, prefix: str, plain: Mapping[str, str], order: str
+) -> dict[str, str]:
+    """Name -> column, of those with the prefix or a plain name; in the order of an entry of the description.
+
+    Folds are dealt by all labels of a dataset in their order, which safetensors does not keep.
+    """
+    found: dict[str, str] = {}
+    for column in columns:
+        name = column.removeprefix(prefix) if column.startswith(prefix) else plain.get(column)
+        if name is not None and (name in found or not name):
+            raise Unreadable(f"{column} has no name" if not name else f"{found[name]} and {column} are both {name}")
+        if name is not None:
+            found[name] = column
+    told = [name for name in about.get(order, {}) if name in found]
+    return {name: found[name] for name in (*told, *(name for name in found if name not in told))}
+
+
+def _matrix(name: str, found: Column, shape: tuple[int, ...] | None = None) -> Floats:
+    if found.dtype.kind not in "fiu":
+        raise Unreadable(f"{name} is of {found.dtype}: real numbers are needed")
+    if found.ndim != 2 or 0 in found.shape:
+        raise Unreadable(f"{name} has shape {list(found.shape)}: [rows, d] is needed, with neither of them 0")
+    if shape is not None and found.shape != shape:
+        raise Unreadable(f"{name} has shape {list(found.shape)}, but x has {list(shape)}")
+    with np.errstate(over="ignore"):  # what becomes infinite is refused
+        matrix = np.ascontiguousarray(found, dtype=np.float32)
+    finite = np.isfinite(matrix).all(axis=1)
+    if not finite.all():
+        raise Unreadable(f"{name}: row {int(np.argmin(finite))} holds NaN, infinity, or a number beyond float32")
+    return matrix if matrix.flags.writeable else matrix.copy()  # torch takes no others
+
+
+def _probe(name: str, columns: Mapping[str, Column], column: str, n: int, dataset: str) -> RowProbe:
+    labels = columns[column]
+    _check_length(column, labels, n)
+    if labels.dtype.kind not in "biuf":
+        raise Unreadable(
+            f"{column} is of {labels.dtype}: 0, 1, and {NOT_PROBED} for rows that are not probed, are needed"
+        )
+    allowed = (labels == 0) | (labels == 1) | (labels == NOT_PROBED)
+    if not allowed.all():
+        row = int(np.argmin(allowed))
+        raise Unreadable(f"{column}: row {row} is {labels[row]}: only 0, 1 and {NOT_PROBED} (not probed) are labels")
+    rows = np.flatnonzero(labels != NOT_PROBED)
+    if f"rows.{name}" in columns:
+        rows = _in_order(f"rows.{name}", columns[f"rows.{name}"], rows, n)
+    positive = labels[rows] == 1
+    if positive.all() or not positive.any():
+        raise Unreadable(f"{column} has {int(positive.sum())} positives in {len(rows)} rows: both classes are needed")
+    return RowProbe(name, rows, positive, dataset)
+
+
+def _in_order(name: str, found: Column, rows: Ints, n: int) -> Ints:
+    """The rows of a probe in the order of their places."""
+    place = _integers(name, found, n)
+    if not np.array_equal(np.sort(place[rows]), np.arange(len(rows))):
+        raise Unreadable(f"{name}: not the places 0 to {len(rows) - 1} of the rows that are probed, each once")
+    ordered = np.empty_like(rows)
+    ordered[place[rows]] = rows
+    return ordered
+
+
+def _groups(found: Column, n: int) -> Ints:
+    _check_length("groups", found, n)
+    if found.dtype.kind == "U":
+        names, of_row = np.unique(found, return_inverse=True)
+        return person_ids(names.tolist())[of_row]
+    if found.dtype.kind not in "biu":
+        raise Unreadable(f"groups are of {found.dtype}: whole numbers or strings are needed")
+    return found.astype(np.int64)  # of uint64 the same bits: equal groups stay equal
+
+
+def _weights(name: str, found: Column, n: int) -> NDArray[np.floating[Any]]:
+    _check_length(name, found, n)
+    if found.dtype.kind not in "fiu" or not np.isfinite(found).all() or not (found > 0).all():
+        raise Unreadable(f"{name} are not all finite and above 0")
+    return found.astype(np.float64)
+
+
+def _integers(name: str, found: Column, n: int) -> Ints:
+    _check_length(name, found, n)
+    if found.dtype.kind not in "iu":
+        raise Unreadable(f"{name} is of {found.dtype}: whole numbers are needed")
+    return found.astype(np.int64)
+
+
+def _check_length(name: str, found: Column, n: int) -> None:
+    if found.shape != (n,):
+        raise Unreadable(f"{name} has shape {list(found.shape)}, but x has {n} rows: [{n}] is needed")
+
+
+_RECONS = ("recon.", {"recon": "reconstruction", "reconstruction": "reconstruction"}, "saes")
+_LABELS = ("labels.", {"labels": "labels"}, "datasets")
+_ALWAYS = ("x", "groups")
+_SOMETIMES: dict[str, Callable[[str, Column, int], Any]] = {
+    "weights": _weights,
+    "tokens": _integers,
+    "order": _integers,
+}

@@ -1,0 +1,268 @@
+"""Named columns in safetensors, .npz or Parquet: reading and writing, with memory bounded before it is taken.
+
+Columns are NumPy arrays by name. Beside them a JSON text, under `delta_selectivity`, and the texts of the rows: in
+safetensors and .npz a column `texts` (uint8, the distinct ones as JSON) and `text_of_row` (int64), in Parquet the
+columns `text`, `start`, `end` and `person`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from delta_selectivity.system.person_ids import person_ids
+
+METADATA = "delta_selectivity"
+MOST_TIMES = 100  # a packed file that unpacks to more than this times its size, and to more than `ALWAYS`, is refused
+ALWAYS = 256 * 2**20
+BATCH = 256
+"""Rows of a Parquet file that are read before its size is looked at. The footer would tell it beforehand, but where
+that is damaged, pyarrow ends the process (a ParquetException in `RowGroupMetaData.column`)."""
+TEXTS = ("texts", "text_of_row")  # written for people, and not read back
+
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError, RuntimeError, KeyError)
+"""What `zipfile` raises for a damaged archive."""
+
+Column = NDArray[Any]
+Text = tuple[str, int, int, str]  # text, start, end, person
+
+
+class Unreadable(ValueError):
+    """What is wrong with a file, in one line."""
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file holds."""
+
+    columns: Mapping[str, Column]
+    about: str | None  # JSON; None in a file that says nothing of itself
+
+
+class Format(Protocol):
+    """One file format."""
+
+    def write(self, file: IO[bytes], columns: Mapping[str, Column], about: str, texts: Sequence[Text] | None) -> None:
+        """Write columns, what is to be said of them, and the text of each row."""
+        ...
+
+    def read(self, path: Path) -> Content:
+        """Read what was written. Raises `Unreadable` or OSError."""
+        ...
+
+
+class Safetensors:
+    """safetensors; its reader checks the header against the file's size."""
+
+    def write(self, file: IO[bytes], columns: Mapping[str, Column], about: str, texts: Sequence[Text] | None) -> None:
+        from safetensors.numpy import save
+
+        header = {METADATA: about}  # a single entry: safetensors writes several in random order
+        every = {**columns, **_packed(texts)}
+        file.write(save({name: np.ascontiguousarray(values) for name, values in every.items()}, header))
+
+    def read(self, path: Path) -> Content:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:  # NumPy has no bfloat16
+                about = (file.metadata() or {}).get(METADATA)
+                wanted = [name for name in file.keys() if name not in TEXTS]  # noqa: SIM118 - no mapping
+                return Content({name: _plain(file.get_tensor(name)) for name in wanted}, about)
+        except (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
+            raise Unreadable(f"not a whole safetensors file ({_first_line(error)})") from error
+
+
+class Npz:
+    """NumPy's archive: objects are refused, and so is what is larger than its header or than memory."""
+
+    def write(self, file: IO[bytes], columns: Mapping[str, Column], about: str, texts: Sequence[Text] | None) -> None:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for name, values in {**columns, **_packed(texts), METADATA: np.array(about)}.items():
+                entry = zipfile.ZipInfo(f"{name}.npy")  # with a date of its own: the same rows, the same bytes
+                with archive.open(entry, "w", force_zip64=True) as member:
+                    npy.write_array(member, np.ascontiguousarray(values).reshape(values.shape), allow_pickle=False)
+
+    def read(self, path: Path) -> Content:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = [m for m in archive.infolist() if m.filename.removesuffix(".npy") not in TEXTS]
+                names = [member.filename.removesuffix(".npy") for member in members]
+                if len(set(names)) < len(names):
+                    raise Unreadable("two of its arrays have one name")
+                check_size(sum(member.file_size for member in members), path)
+                columns = {name: _member(archive, member) for name, member in zip(names, members, strict=True)}
+        except ZIP_ERRORS as error:
+            raise Unreadable(f"not a whole .npz file ({_first_line(error)})") from error
+        about = columns.pop(METADATA, None)
+        if about is not None and (about.dtype.kind != "U" or about.size != 1):
+            raise Unreadable("its description is no text")
+        return Content(columns, None if about is None else str(about.reshape(-1)[0]))
+
+
+class Parquet:
+    """Parquet; matrices are columns of lists."""
+
+    TEXTS = ("text", "start", "end", "person")
+
+    def write(self, file: IO[bytes], columns: Mapping[str, Column], about: str, texts: Sequence[Text] | None) -> None:
+        import pyarrow  # for this format only
+        import pyarrow.parquet
+
+        arrays: dict[str, Any] = {}
+        for name, values in columns.items():
+            flat = pyarrow.array(np.ascontiguousarray(values).reshape(-1))
+            is_matrix = values.ndim == 2
+            arrays[name] = pyarrow.FixedSizeListArray.from_arrays(flat, values.shape[1]) if is_matrix else flat
+        for place, name in enumerate(self.TEXTS if texts is not None else ()):
+            arrays[name] = pyarrow.array([text[place] for text in texts or ()])
+        table = pyarrow.table(arrays).replace_schema_metadata({METADATA: about})
+        pyarrow.parquet.write_table(table, file, use_dictionary=list(self.TEXTS) if texts is not None else False)
+
+    def read(self, path: Path) -> Content:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            names = pyarrow.parquet.read_schema(path).names
+            named = [name for name in names if name == "groups"]  # each name once, however often it is repeated
+            with pyarrow.parquet.ParquetFile(path, read_dictionary=named) as file:
+                schema = file.schema_arrow
+                if len(set(schema.names)) < len(schema.names):
+                    raise Unreadable("two of its columns have one name")
+                wanted = [name for name in schema.names if _is_ours(name)]
+                batches, size = [], 0
+                for batch in file.iter_batches(BATCH, columns=wanted):
+                    batches.append(batch)
+                    size += batch.nbytes
+                    check_size(size, path)
+            table = pyarrow.Table.from_batches(batches, pyarrow.schema([schema.field(name) for name in wanted]))
+            about = (schema.metadata or {}).get(METADATA.encode())
+            columns = {name: _from_arrow(name, table.column(name)) for name in wanted}
+            return Content(columns, None if about is None else about.decode())
+        except (pyarrow.ArrowException, KeyError, UnicodeDecodeError, OverflowError) as error:
+            raise Unreadable(f"not a readable Parquet file ({_first_line(error)})") from error
+        except OSError as error:  # Arrow's own have no number
+            if error.errno is not None:
+                raise
+            raise Unreadable(f"not a readable Parquet file ({_first_line(error)})") from error
+
+
+FORMATS: dict[str, Format] = {".safetensors": Safetensors(), ".npz": Npz(), ".parquet": Parquet()}
+
+
+def check_size(needed: int, path: Path) -> None:
+    """Raise `Unreadable` if a packed file needs more memory than there is, or far more than its own size."""
+    packed = path.stat().st_size
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory or needed > max(ALWAYS, MOST_TIMES * packed):
+        raise Unreadable(f"it unpacks to {needed / 2**20:.0f} MiB or more from {packed / 2**20:.1f}: that is refused")
+
+
+def _packed(texts: Sequence[Text] | None) -> dict[str, Column]:
+    """The distinct texts as JSON, and which of them each row has."""
+    if texts is None:
+        return {}
+    places: dict[Text, int] = {}
+    of_row = np.array([places.setdefault(text, len(places)) for text in texts], dtype=np.int64)
+    content = json.dumps(list(places), ensure_ascii=False).encode()
+    return {"texts": np.frombuffer(content, dtype=np.uint8), "text_of_row": of_row}
+
+
+def _plain(tensor: Any) -> Column:
+    """A tensor as an array in memory of its own; of dtypes that NumPy has not, as float32."""
+    narrow = tensor.is_floating_point() and tensor.itemsize < 4
+    return np.array((tensor.float() if narrow else tensor).numpy())
+
+
+def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Column:
+    """One array of an archive, whose header and size agree: NumPy would take memory for what the header promises."""
+    name = member.filename
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise Unreadable(f"{name} is packed in a way that NumPy does not use")
+    with archive.open(member) as opened:
+        file: Any = opened  # its type knows no `readinto`
+        try:
+            shape, fortran, dtype = _npy_header(file)
+        except (ValueError, RecursionError) as error:
+            raise Unreadable(f"{name} is no array ({_first_line(error)})") from error
+        if dtype.hasobject or dtype.kind not in "biufU":
+            raise Unreadable(f"{name} is of {dtype}: numbers or strings are needed, and no Python objects")
+        expected, follow = dtype.itemsize * math.prod(shape), member.file_size - file.tell()
+        if expected != follow or expected <= 0:
+            raise Unreadable(f"{name}: its header promises {expected} bytes of values, and {follow} follow")
+        content = bytearray(expected)
+        if file.readinto(content) != expected:
+            raise Unreadable(f"{name} is cut short")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    version = npy.read_magic(file)
+    if version == (1, 0):
+        return npy.read_array_header_1_0(file)
+    if version == (2, 0):
+        return npy.read_array_header_2_0(file)
+    raise ValueError(f"its version is {version[0]}.{version[1]}")
+
+
+def _is_ours(name: str) -> bool:
+    plain = ("x", "recon", "reconstruction", "labels", "groups", "weights", "tokens", "order")
+    return name in plain or name.startswith(("recon.", "labels.", "rows."))
+
+
+def _from_arrow(name: str, found: Any) -> Column:
+    """A column as an array: lists of one length as a matrix, people's names as their ids, int64.
+
+    Raises `Unreadable` for missing values.
+    """
+    from pyarrow import types
+
+    whole = found.combine_chunks()
+    if found.null_count:
+        raise Unreadable(f"{name} has missing values")
+    kind = whole.type
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        values = whole.flatten()
+        n, width = len(whole), len(values) // max(len(whole), 1)
+        if values.null_count:
+            raise Unreadable(f"{name} has missing values")
+        if not types.is_fixed_size_list(kind) and (np.diff(whole.offsets.to_numpy()) != width).any():
+            raise Unreadable(f"{name} has lists of different lengths")
+        return _numbers(name, values).reshape(n, width)
+    if types.is_dictionary(kind):
+        names = whole.dictionary
+        if types.is_integer(names.type):
+            return _numbers(name, whole.dictionary_decode())
+        if not (types.is_string(names.type) or types.is_large_string(names.type)) or names.null_count:
+            raise Unreadable(f"{name} is of {names.type}: whole numbers or strings are needed")
+        return person_ids(names.to_pylist())[whole.indices.to_numpy()]
+    return _numbers(name, whole)
+
+
+def _numbers(name: str, values: Any) -> Column:
+    from pyarrow import types
+
+    kind = values.type
+    if types.is_boolean(kind):
+        return np.asarray(values.to_numpy(zero_copy_only=False))
+    if not (types.is_integer(kind) or types.is_floating(kind)):
+        raise Unreadable(f"{name} is of {kind}: numbers are needed")
+    return np.asarray(values.to_numpy())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

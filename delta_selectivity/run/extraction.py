@@ -1,0 +1,155 @@
+"""The probed rows of one layer into a file: everything of a run but its probes.
+
+    extract(request, Path("rows.safetensors"))
+
+Texts go through the model in the batches of `measure`, so that activations are those of a run to the bit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import Site
+from delta_selectivity.probing.arrays import check_views
+from delta_selectivity.records.result_file import describe_run
+from delta_selectivity.records.rows_file import RowProbe, Rows, RowText, check_target, save
+from delta_selectivity.run.activations import Item, LayerRows, Producer, plan_blocks, tokens_in_memory
+from delta_selectivity.run.loading import load_weights
+from delta_selectivity.run.planning import Cell, Plan, make_plan
+from delta_selectivity.run.prober import where_broken
+from delta_selectivity.run.request import Request
+from delta_selectivity.run.row_store import NonFiniteError, RowStore
+from delta_selectivity.run.rows import RowTable
+from delta_selectivity.run.task_set import in_order_of_text
+from delta_selectivity.system.cores import sharing_cores
+from delta_selectivity.system.startup import release_collector
+from delta_selectivity.system.stopwatch import Stopwatch
+
+HOST = torch.device("cpu")
+
+
+def extract(request: Request, path: Path, on_texts: Callable[[int, int], None] = lambda done, total: None) -> Rows:
+    """Write the probed rows of one layer, and return them.
+
+    Args:
+        request: Names one layer, and SAEs of one hook point; `output` and `device2` are not used.
+        path: A file as `records.rows_file.save` writes it.
+        on_texts: Called with the texts that went through the model and their number.
+
+    Raises:
+        RequestError: The request is wrong, or asks for what such a file does not hold.
+    """
+    if request.layers is None or len(request.layers) != 1:
+        asked = "all" if request.layers is None else ",".join(map(str, request.layers))
+        raise RequestError(f"`layers` {asked}: a file of rows holds one layer: name one")
+    check_views(request.settings)
+    check_target(path)
+    plan = make_plan(request)
+    if nameless := [subject.name for subject in plan.subjects if not subject.reconstructs]:
+        raise RequestError(f"`baselines` {nameless[0]}: gives no reconstruction to write: name the other baselines")
+    sites = {site for subject in plan.subjects for site in subject.sites}
+    if len(sites) > 1:
+        places = ", ".join(sorted(site.hookpoint for site in sites))
+        raise RequestError(f"`saes`: a file of rows holds one hook point, these are of {places}")
+    (site,) = sites
+    rows = _rows(plan, site, on_texts)
+    save(path, rows)
+    return rows
+
+
+def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
+    tokenised = plan.tokenise(plan.texts.mentions)
+    table = RowTable.build(tokenised, plan.request.settings.positions)
+    ids = range(len(plan.subjects))
+    cells = [Cell(index, site, i) for index in range(len(plan.texts.datasets)) for i in ids]
+    model, saes = load_weights(plan, cells, {}, tokenised)
+    release_collector()
+    asked, blocks = plan.request.settings, plan_blocks(plan.texts)
+    total = sum(len(block.mentions) for block in blocks)
+    max_tokens = tokens_in_memory(model.device, saes) if asked.batch_size is None else None
+    counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
+    done: list[int] = []
+
+    def count(n: int) -> None:
+        done.append(n)
+        on_texts(sum(done), total)
+
+    views = [(site, None), *((site, i) for i in ids)]
+    widths = dict.fromkeys(views, plan.widths[site])
+    with RowStore(widths, len(table), HOST, int(asked.queue_gb * 1024**3)) as store:
+        with sharing_cores(plan.request.device1) as cores:
+            producer = Producer(
+                model, saes, counts_bos, tokenised, table, asked.batch_size, max_tokens, cores, Stopwatch()
+            )
+            producer.run(blocks, lambda item: _keep(item, store, plan), count)
+        every = torch.arange(len(table))
+        x, *recons = (store.get(*view, every, HOST).numpy() for view in views)
+    mentions, about = [plan.texts.mentions[m] for m in table.mention], _about(plan, site)
+    return Rows(
+        x=x,
+        recons=dict(zip(about["saes"], recons, strict=True)),
+        probes=tuple(_probes(plan, table)),
+        groups=plan.texts.persons[table.mention],
+        weights=table.weight,
+        tokens=table.token,
+        order=in_order_of_text(plan.texts, table, np.arange(len(table))),
+        texts=[RowText(mention.text, mention.start, mention.end, mention.person) for mention in mentions],
+        about=about,
+    )
+
+
+def _keep(item: Item, store: RowStore, plan: Plan) -> None:
+    if not isinstance(item, LayerRows):
+        return  # the sums of whole texts, of which a file of rows knows nothing
+    try:
+        store.put(item)
+    except NonFiniteError as error:
+        names = [subject.name for subject in plan.subjects]
+        raise ArithmeticError(where_broken(error, plan.texts, names)) from error
+
+
+def _probes(plan: Plan, table: RowTable) -> Sequence[RowProbe]:
+    """The probes of all datasets; one whose name several datasets have is called by its dataset's too."""
+    times = Counter(probe.name for dataset in plan.texts.datasets for probe in dataset.probes)
+    return [
+        RowProbe(
+            name=probe.name if times[probe.name] == 1 else f"{dataset.slug}.{probe.name}",
+            rows=table.of(probe.mentions),
+            labels=np.repeat(probe.labels, table.count(probe.mentions)),
+            dataset=dataset.slug,
+        )
+        for dataset in plan.texts.datasets
+        for probe in dataset.probes
+    ]
+
+
+def _about(plan: Plan, site: Site) -> dict[str, Any]:
+    """What the file says of where its rows come from."""
+    run = describe_run({"model": plan.request.model, "saes": [subject.name for subject in plan.subjects]})
+    saes = {
+        name: {
+            "sha256": None if subject.source is None else subject.source.fingerprint(),
+            "baseline": None if subject.baseline is None else subject.baseline.kind,
+        }
+        for name, subject in zip(run["config"]["saes"], plan.subjects, strict=True)
+    }
+    return {
+        "model": run["config"]["model"],
+        "model_fingerprint": plan.info.fingerprint(),
+        "dtype": plan.dtype,
+        "bos": plan.prepend_bos,
+        "layer": site.layer,
+        "hookpoint": site.hookpoint,
+        "saes": saes,
+        "settings": asdict(plan.request.settings),
+        "versions": run["versions"],
+        "commit": run["commit"],
+    }

@@ -1,0 +1,160 @@
+"""The metric on a file of rows.
+
+found = probe_rows(load(Path("rows.safetensors")), settings, "cpu")
+found["my_sae"].records["gender"]["delta_sel"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.arrays import Targets, check_views, measure_rows
+from delta_selectivity.probing.probes import check_backend, choose_backend
+from delta_selectivity.probing.selectivity import as_record
+from delta_selectivity.records.result_file import Json, describe_run
+from delta_selectivity.records.rows_file import RowProbe, Rows
+from delta_selectivity.records.sae_level import with_q_values
+from delta_selectivity.run.cell_result import CellResult, warnings_of
+from delta_selectivity.run.reconstruction import Reconstruction, ReconstructionSums
+from delta_selectivity.settings import PROBING, Settings
+from delta_selectivity.system.cores import sharing_cores
+
+FIGURES = ("mse_pos", "fvu_pos", "cosine", "n_probed")
+"""What is known of a reconstruction of rows alone."""
+
+
+@dataclass(frozen=True)
+class RowsResult:
+    """What was measured in a file of rows."""
+
+    saes: Mapping[str, CellResult]
+    rows: Rows
+    settings: Settings
+
+    def warnings(self) -> list[str]:
+        """What a reader of the numbers must know, a line each."""
+        saes = self.rows.about.get("saes", {})
+        lines = [
+            f"{name}{line}"
+            for name, found in self.saes.items()
+            for line in warnings_of(found, bool(isinstance(saes.get(name), dict) and saes[name].get("baseline")))
+        ]
+        once = "one partition (repeats 1): the intervals leave out the luck of the folds"
+        return [*lines, once] if self.settings.repeats == 1 else lines
+
+    def to_json(self) -> Json:
+        """Plain numbers: SAE -> its figures, and probe -> record; `_run` says how they came about."""
+        asked = {name: getattr(self.settings, name) for name in PROBING}
+        about = {name: value for name, value in self.rows.about.items() if name not in ("settings", "datasets")}
+        run = {**describe_run({**asked, "rows": about}), "warnings": self.warnings()}
+        return {**{name: _record(found) for name, found in self.saes.items()}, "_run": run}
+
+
+def settings_of(rows: Rows, **others: Any) -> Settings:
+    """Return the settings that a file of rows was written with, some of them replaced; defaults where it has none.
+
+    Raises `RequestError` for values that `Settings` does not take.
+    """
+    stored = rows.about.get("settings", {})
+    return Settings(**{name: stored[name] for name in PROBING if name in stored} | others)
+
+
+def probe_rows(rows: Rows, settings: Settings, device: str) -> RowsResult:
+    """Measure every SAE of a file of rows with every probe.
+
+    Args:
+        rows: What `records.rows_file.load` gives.
+        settings: Those of `PROBING` count.
+        device: Where probes are fitted. On a CPU one set of probes on each core, one thread each, as in a run.
+
+    Raises:
+        RequestError: Latents are asked for, a name has a meaning of its own, or the solver cannot be had.
+    """
+    check_views(settings)
+    check_backend(settings.probe, device)
+    _refuse_reserved_names(rows)
+    names = list(rows.recons)
+    found: dict[str, Json] = {name: {} for name in names}
+    sets = _sets(rows.probes)
+    with sharing_cores(device) as cores:
+        backend, _ = choose_backend(settings.probe, device)
+
+        def probe(together: Sequence[RowProbe]) -> list[list[Json]]:
+            chosen = torch.from_numpy(together[0].rows)
+            x = _pick(rows.x, chosen, device)
+            recons = (_pick(rows.recons[name], chosen, device) for name in names)
+            by_sae = measure_rows(x, recons, _targets(rows, together), settings, backend)
+            return [[as_record(result) for result in results] for results in by_sae]
+
+        with closing(cores.in_order(sets, probe, "probes")) as measured:
+            for together, by_sae in measured:
+                for name, records in zip(names, by_sae, strict=True):
+                    found[name] |= zip((one.name for one in together), records, strict=True)
+    x = torch.from_numpy(rows.x)
+    return RowsResult({name: _result(rows, found[name], x, name) for name in names}, rows, settings)
+
+
+def _sets(probes: Sequence[RowProbe]) -> list[list[RowProbe]]:
+    """Probes of one dataset on the same rows, which a run measures together: so sums have one order in both."""
+    groups: dict[tuple[str, bytes], list[RowProbe]] = {}
+    for probe in probes:
+        groups.setdefault((probe.dataset, probe.rows.tobytes()), []).append(probe)
+    return list(groups.values())
+
+
+def _targets(rows: Rows, together: Sequence[RowProbe]) -> Targets:
+    chosen = together[0].rows
+    labels = np.stack([probe.labels for probe in together])
+    return Targets(
+        labels,
+        rows.groups[chosen],
+        weights=None if rows.weights is None else rows.weights[chosen],
+        tokens=None if rows.tokens is None else rows.tokens[chosen],
+        order=None if rows.order is None else rows.order[chosen],
+    )
+
+
+def _pick(matrix: np.ndarray, rows: Tensor, device: str) -> Tensor:
+    return torch.from_numpy(matrix).index_select(0, rows).to(device)
+
+
+def _result(rows: Rows, records: Json, x: Tensor, name: str) -> CellResult:
+    in_order = {probe.name: records[probe.name] for probe in rows.probes}
+    with_q = with_q_values({0: {0: in_order}})[0][0]
+    return CellResult(_figures(x, torch.from_numpy(rows.recons[name])), with_q, {})
+
+
+@dataclass(frozen=True)
+class _NoLatents:
+    """The codes of rows of which only the reconstruction is known."""
+
+    col: Tensor
+    value: Tensor
+
+
+def _figures(x: Tensor, recon: Tensor) -> Reconstruction:
+    """Of all rows of the file, whichever probes they are part of; nothing is known of codes and whole texts."""
+    sums = ReconstructionSums.empty(x.shape[1], 0, "cpu")
+    sums.add_probed(x, recon, _NoLatents(torch.empty(0, dtype=torch.int64), torch.empty(0)))
+    return replace(sums.figures(), l0=None, l1=None)
+
+
+def _record(found: CellResult) -> Json:
+    return {**{name: getattr(found.figures, name) for name in FIGURES}, **found.records}
+
+
+def _refuse_reserved_names(rows: Rows) -> None:
+    """Names of probes stand beside figures in the results, and names of SAEs beside `_run`."""
+    for probe in rows.probes:
+        if probe.name in FIGURES:
+            raise RequestError(f"a probe may not be called {probe.name!r}: that is a figure of the record; rename it")
+    if "_run" in rows.recons:
+        raise RequestError("an SAE may not be called '_run': rename it")
