@@ -7,7 +7,7 @@ python benchmarks/bench_forward.py         # the table, from what `run` kept
 
 Model and SAE are timed apart, as `activations.Producer` runs them: whole batches side by side, one thread each. The
 model's floor leaves out attention, norms and activation functions; the SAE's floor is its encoder in float32, so what
-stands above 100 % was saved by doing less than that (`sae_formats.proposal`). The producer's texts/s are those of the
+stands above 100 % was saved by doing less than that (`saes.proposal`). The producer's texts/s are those of the
 model and one SAE on every layer.
 """
 
@@ -27,7 +27,8 @@ from benchmarks.shapes import SHAPES, TINY, Shape
 from benchmarks.timing import Clock, answer, at_a_time, in_turn, parser
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.reporting import tables
-from delta_selectivity.run.activations import Block, Producer, RowTable
+from delta_selectivity.run.activations import Block, Producer
+from delta_selectivity.run.rows import RowTable
 from delta_selectivity.system import gemm
 from delta_selectivity.system.cores import Cores, sharing_cores
 from delta_selectivity.system.stopwatch import Stopwatch

@@ -3,9 +3,9 @@
 python benchmarks/bench_kernels.py run    # two minutes
 python benchmarks/bench_kernels.py        # the table, from what `run` kept
 
-- top k: the k largest of each row (`sae_formats.topk`, against `torch.topk`);
-- TopK encoder: codes of inputs by a proposal in bytes (`sae_formats.proposal`, against a float32 product and top k);
-- attention: of texts in bfloat16, heads x 64 wide (`model_hooks.attention`, against transformers' sdpa); a row is a
+- top k: the k largest of each row (`saes.topk`, against `torch.topk`);
+- TopK encoder: codes of inputs by a proposal in bytes (`saes.proposal`, against a float32 product and top k);
+- attention: of texts in bfloat16, heads x 64 wide (`models.attention`, against transformers' sdpa); a row is a
   token;
 - product: x Wᵀ in float32 (`gemm`, against `torch.nn.functional.linear`); equal on CPUs made by Intel;
 - product, bytes: the same of signed bytes, exactly (`gemm`, against the same numbers in float32).
@@ -81,7 +81,7 @@ def top_k(d_sae: int, k: int) -> Pair:
 
 
 def encoder(d_in: int, d_sae: int, k: int) -> Pair:
-    """Of random weights and inputs; 256 rows at a time at least, as `sae_formats.sae` does it."""
+    """Of random weights and inputs; 256 rows at a time at least, as `saes.sae` does it."""
     x, weight, bias = drawn(max(2**20 // d_sae, 256), d_in), drawn(d_sae, d_in), torch.zeros(d_sae)
     proposal = Proposal.of(weight, bias, torch.zeros(d_in), k)
     return Pair(

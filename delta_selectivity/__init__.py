@@ -1,1 +1,70 @@
-"""Does a sparse autoencoder keep what a language model knows? Probes on activations and on their reconstruction."""
+"""Does a sparse autoencoder keep what a language model knows?
+
+Trains binary probes on a language model's activations and on an SAE's reconstruction of them, layer by layer, and
+reports the difference with its uncertainty.
+
+    import delta_selectivity as ds
+
+    results = ds.evaluate("EleutherAI/pythia-160m", "EleutherAI/sae-pythia-160m-32k", ["gender"], layers=[3, 6])
+    results.to_frame()
+
+Names are loaded when they are first used: the import itself takes a few milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from delta_selectivity.api.evaluate import WIKIDATA, evaluate
+    from delta_selectivity.api.evaluator import Evaluator
+    from delta_selectivity.api.results import Difference, Results
+    from delta_selectivity.errors import RequestError
+    from delta_selectivity.probing.arrays import probe_selectivity
+    from delta_selectivity.saes import load_sae, wrap_sae
+    from delta_selectivity.settings import Settings
+    from delta_selectivity.tasks import load_task
+
+_WHERE = {
+    "WIKIDATA": "api.evaluate",
+    "evaluate": "api.evaluate",
+    "Evaluator": "api.evaluator",
+    "Difference": "api.results",
+    "Results": "api.results",
+    "RequestError": "errors",
+    "probe_selectivity": "probing.arrays",
+    "load_sae": "saes",
+    "wrap_sae": "saes",
+    "Settings": "settings",
+    "load_task": "tasks",
+}
+
+__all__ = [
+    "WIKIDATA",
+    "Difference",
+    "Evaluator",
+    "RequestError",
+    "Results",
+    "Settings",
+    "evaluate",
+    "load_sae",
+    "load_task",
+    "probe_selectivity",
+    "wrap_sae",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("delta-selectivity")
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,4 +1,4 @@
-"""The exception for a wrong request: which field, the value that offends, and what to do about it."""
+"""The exception for a wrong request."""
 
 from __future__ import annotations
 

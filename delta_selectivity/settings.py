@@ -1,4 +1,4 @@
-"""`Settings`: every choice of a run, with its default, unit, help and rules, once.
+"""The class `Settings`: every choice of a run with its default, unit, help and rules.
 
     Settings(folds=3, views="error,latents")
 
@@ -29,6 +29,9 @@ PROBING = ("folds", "repeats", "seed", "views", "epsilon", "probe")
 """The fields that count where activations are there already."""
 
 
+_IN_WORDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
+
+
 @dataclass(frozen=True)
 class Rule:
     """What is known of a field beside its default: its help, and which values it takes."""
@@ -53,6 +56,13 @@ class Settings:
 
     Several names may be given as a tuple or as one string with commas. Raises `RequestError`, which names the field,
     for a value that it does not take.
+
+    Example:
+        >>> Settings(views="error").views
+        ('model', 'sae', 'error')
+        >>> Settings(folds=1)
+        Traceback (most recent call last):
+        delta_selectivity.errors.RequestError: `folds` must be at least 3, got 1
     """
 
     hookpoint: str | None = _setting(
@@ -77,6 +87,10 @@ class Settings:
     baselines: tuple[str, ...] = _setting(
         (), "what", "measure these beside the SAEs, in the folder baselines; all for all of them", choices=BASELINES
     )
+    whole_tokens: int | None = _setting(
+        None, "what", "tokens of each dataset, drawn by seed, for the whole-text figures (mse_whole, fvu_whole, dead)",
+        if_none="all", least=1,
+    )  # fmt: skip
     revision: str | None = _setting(
         None, "what", "branch, tag or commit of a hub model, such as Pythia's step3000", if_none="main"
     )
@@ -131,7 +145,9 @@ def fields() -> Iterator[tuple[dataclasses.Field[Any], type, Rule]]:
     hints = typing.get_type_hints(Settings)
     for field in dataclasses.fields(Settings):
         hint = hints[field.name]
-        kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType] if _is_union(hint) else [hint]
+        kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+        if typing.get_origin(hint) is not types.UnionType:
+            kinds = [hint]
         yield field, typing.get_origin(kinds[0]) or kinds[0], field.metadata["rule"]
 
 
@@ -179,15 +195,11 @@ def _check(name: str, value: Any, kind: Any, rule: Rule) -> None:
     abstract: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}  # NumPy's numbers are of these too
     is_flag = isinstance(value, bool)
     if is_flag != (kind is bool) or not isinstance(value, abstract.get(kind, kind)):
-        raise RequestError(f"`{name}` must be {_type_in_words(kind)}, got {value!r}")
+        raise RequestError(f"`{name}` must be {_IN_WORDS[kind]}, got {value!r}")
     if rule.choices and value not in rule.choices:
         raise RequestError(f"`{name}` {value!r} is not one of {', '.join(rule.choices)}")
     if kind in (int, float) and not (rule.least <= value < rule.below and value > rule.above):
         raise RequestError(f"`{name}` must be{_range(rule).removeprefix(',')}, got {value}")
-
-
-def _type_in_words(kind: type) -> str:
-    return {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}[kind]
 
 
 def _names(value: Any) -> Any:
@@ -195,7 +207,3 @@ def _names(value: Any) -> Any:
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     return tuple(dict.fromkeys(value)) if isinstance(value, list | tuple | set | frozenset) else (value,)
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)

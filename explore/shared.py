@@ -54,20 +54,8 @@ def results_table(folder: Path) -> pd.DataFrame:
     Columns: `sae`, `baseline` (its kind; None for an SAE), `dataset`, `path`, `layer`, `probe`, and then every key that
     docs/numbers.md defines. Raises `RequestError` if there are no results, or a file was edited or cut short.
     """
-    lines = []
-    for path, found in report_files.load(report_files.result_files(folder)):
-        config = found["_run"]["config"]
-        model, dataset = result_file.slug(config["model_name"]), path.stem
-        about = {
-            "sae": result_file.slug(config["sae"]),
-            "baseline": config.get("baseline"),
-            "dataset": dataset.removeprefix(f"{model}_").removeprefix("wikidata_"),
-            "path": path,
-        }
-        for layer, probe, figures, result in report_files.cells(found):
-            of_layer = {name: value for name, value in figures.items() if not isinstance(value, dict)}
-            lines.append({**about, "layer": layer, "probe": probe, **of_layer, **result})
-    return pd.DataFrame(lines)
+    lines = report_files.lines(report_files.load(report_files.result_files(folder)))
+    return pd.DataFrame([{**line, "sae": result_file.slug(line["sae"])} for line in lines])
 
 
 def open_grid(n: int, columns: int = 4, width: float = 3.1, height: float = 2.5) -> tuple[plt.Figure, list[plt.Axes]]:

@@ -11,8 +11,9 @@ from conftest import D_SAE, N_LAYERS, people
 
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.run import activations
-from delta_selectivity.run.activations import BlockDone, LayerRows, Producer, RowTable, plan_blocks
+from delta_selectivity.run.activations import BlockDone, LayerRows, Producer, plan_blocks
 from delta_selectivity.run.row_store import RowStore
+from delta_selectivity.run.rows import RowTable
 from delta_selectivity.saes import Sae, open_sae
 from delta_selectivity.system.cores import Cores
 from delta_selectivity.system.stopwatch import Stopwatch

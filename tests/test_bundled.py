@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
+import delta_selectivity as ds
 from delta_selectivity.cli import main as program
-from delta_selectivity.cli.command_line import DEMO_MODEL, DEMO_SAES
+from delta_selectivity.cli.command_line import DEMO_MODEL, DEMO_SAES, parse
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.reporting import results as report_files
+from delta_selectivity.run.planning import make_plan, missing_cells, open_files
 from delta_selectivity.saes import open_sae
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,8 +108,21 @@ def test_the_kept_results_are_of_the_bundled_model_and_saes():
         assert (key["model"], key["sae"]) == (model, saes[path.parent.name]), f"{path} is stale: scripts/demo.sh"
 
 
+def test_results_of_an_earlier_version_load_report_and_are_gone_on_with(tmp_path):
+    """`results/demo` was written before the package was one: nothing in it is refused or measured again."""
+    folder = tmp_path / "demo"
+    shutil.copytree(ROOT / "results" / "demo", folder)
+    plan = make_plan(parse(["--output_directory", str(folder), "--device1", "cpu"]).request)
+    with ExitStack() as held:
+        assert missing_cells(plan, open_files(plan, held)) == []
+    frame = ds.Results.load(folder).to_frame()
+    assert len(frame) == 2 * 6 * 12
+    assert set(frame["dataset"]) == {"gender", "occupation", "politics", "athlete", "is_alive"}
+    assert frame["q_value"].notna().all()
+
+
 def test_tables_in_the_documents_are_what_their_commands_print():
-    pages = ("ground_truth", "reliability", "performance", "scale")
+    pages = ("ground_truth", "reliability", "performance", "scale", "settings")
     documents = ["README.md", "assets/tiny-pythia/README.md", *(f"docs/{page}.md" for page in pages)]
     command = [sys.executable, "scripts/update_tables.py", "--check", *documents]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

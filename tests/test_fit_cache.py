@@ -401,3 +401,10 @@ def test_writers_at_the_same_time_leave_whole_fits(tmp_path, fitted, caplog):
     for seed in range(6):
         assert same(FitCache.open(tmp_path, 1).fit_model(**task(seed)), expected[seed])
     assert not fitted
+
+
+def test_a_pattern_that_matches_no_file_of_the_program_is_an_error(tmp_path):
+    (tmp_path / "solver.py").write_text("")
+    assert program_digest(tmp_path, ["solver.py"])
+    with pytest.raises(FileNotFoundError, match=r"moved\.py"):
+        program_digest(tmp_path, ["solver.py", "moved.py"])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from delta_selectivity.cli.command_line import known_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "delta_selectivity"
 LAYERS = [  # from bottom to top; rooms on one line do not know each other
@@ -81,3 +83,22 @@ def test_no_library_prints():
     for path in FILES:
         if path.name != "terminal.py":
             assert not re.search(r"^\s*print\(", path.read_text("utf-8"), re.MULTILINE), path.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
+def test_a_file_opens_with_its_purpose_in_one_sentence(path):
+    purpose = ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    assert purpose, path.name
+    first = purpose.partition("\n")[0]
+    assert first[0].isupper() or first[0] in "`0123456789"
+    assert first.endswith((".", "?")), first
+
+
+def test_no_flag_is_named_outside_the_command_line():
+    ours = re.compile(rf"(?<![\w-])--({'|'.join(known_flags())})\b")
+    for path in FILES:
+        if room(".".join(path.relative_to(ROOT).with_suffix("").parts)) == "cli":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.isspace():
+                assert path.name == "data_wheel.py" or not ours.search(node.value), (path.name, node.value)

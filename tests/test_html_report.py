@@ -415,7 +415,7 @@ def test_a_page_that_would_be_too_large_goes_without_links(tmp_path, monkeypatch
     assert "data:text/csv" not in text
     assert root.all("svg")
     assert not root.all("figcaption")
-    assert "`plots` writes them" in capsys.readouterr().out
+    assert "--plots writes them" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [("-o", "absent/report.html"), ("-o", "."), ("--plots", "file/plots")])

@@ -9,7 +9,7 @@ import pytest
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
-from delta_selectivity.records.result_file import RecordFile, result_path, slug
+from delta_selectivity.records.result_file import RecordFile, model_slug, result_path, slug
 
 KEY = {"schema": result_file.SCHEMA_VERSION, "model": "abc", "seed": 0, "views": ("model", "sae")}
 RUN = result_file.describe_run({"sae": "some/sae"})
@@ -100,7 +100,7 @@ def test_not_a_number_is_never_written(tmp_path):
     ("name", "expected"),
     [
         ("EleutherAI/pythia-160m", "EleutherAI_pythia-160m"),
-        ("../../etc/passwd", "etc_passwd"),
+        ("../../etc/passwd", "passwd"),
         ("..", "unnamed"),
         ("a b\n*?é", "a_b"),
         (".hidden", "hidden"),
@@ -120,6 +120,19 @@ def test_a_local_folder_is_named_by_its_last_part_and_a_mirror_of_the_hub_by_its
     assert result_path(tmp_path, "EleutherAI/pythia-160m", "wikidata_gender").name == (
         "EleutherAI_pythia-160m_wikidata_gender.json"
     )
+
+
+@pytest.mark.parametrize("name", ["owner/name", "release/layer_1/width_16k", "gpt2", "my_saes", "a/b/c"])
+def test_names_do_not_depend_on_what_lies_in_the_current_directory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = slug(name), model_slug(name)
+    (tmp_path / name).mkdir(parents=True)
+    assert (slug(name), model_slug(name)) == before
+
+
+def test_a_long_relative_path_to_a_model_counts_by_its_last_part():
+    assert model_slug("models/of/mine") == "mine"
+    assert slug("release/layer_1/width_16k") == "release_layer_1_width_16k"
 
 
 def test_long_names_stay_distinct_and_short():

@@ -1,1 +1,1 @@
-"""What runs on the same model share by way of the disk: activations, fits of the model view, its setup."""
+"""Caches on disk that runs on the same model share: activations, fits of the model view, model facts and tokens."""

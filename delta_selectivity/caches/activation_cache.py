@@ -1,4 +1,4 @@
-"""Activations on disk, so that a second SAE on the same model needs no forward pass.
+"""On-disk cache of activations: a second SAE on the same model and texts needs no forward pass.
 
     cache = ActivationCache.open(folder, limit_gb=50, model=info.fingerprint(), dtype="float32")
     model = CachedModel(cache, lambda sites: info.load(sites, "cpu", "float32"), sites, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Probes of the model's own activations on disk, so that a second SAE on the same model needs only its own.
+"""On-disk cache of the probes of the model's own activations: a second SAE needs only its own probes.
 
     fits = FitCache.open(folder, limit_gb=50)
     model = fits.fit_model(plan, x, backend, control)     # as `selectivity.fit_model`, to the bit

@@ -1,4 +1,4 @@
-"""What a run finds out before its work, on disk: a model's facts, the widths of its places, the tokens of its texts.
+"""On-disk cache of model facts, hook point widths and tokenised texts.
 
     setup = SetupCache.open(folder, limit_gb=50)
     info = setup.model(Pretrained.find(name))          # as `open_model`; transformers are not even imported

@@ -1,4 +1,4 @@
-"""Folders of tensors that were dear to compute: files that are whole and checked, in no more room than was granted.
+"""Size-limited on-disk tensor cache: atomic writes, checksums on first read.
 
     shards = ShardFolder.open(root, "probes", limit_gb=50, what="probe fits")
     shards.write(name, {"coef": coef}, {"of": "layer 3"})   # name: 32 hexadecimal digits that tell the content

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from delta_selectivity import settings
 from delta_selectivity.cli.flags import flag_of
 from delta_selectivity.cli.parser import Parser
 from delta_selectivity.cli.program import typed
 from delta_selectivity.errors import RequestError
-from delta_selectivity.settings import Settings
+from delta_selectivity.settings import Settings, default_shown
+from delta_selectivity.settings import fields as setting_fields
 
 if TYPE_CHECKING:  # they import torch, which takes seconds: --help and a wrong flag do without
     from delta_selectivity.run.request import Request
@@ -125,12 +125,12 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
 
 def _settings_flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Heading, flag and options for each field of `Settings`; one that is not given is absent from what is parsed."""
-    for field, kind, rule in settings.fields():
+    for field, kind, rule in setting_fields():
         options: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": TYPES[kind]}
         if field.default == ():
             options |= {"nargs": "?", "const": "all"}
         values = f" ({', '.join(rule.choices)})" if rule.choices else ""
-        shown = settings.default_shown(field, rule)
+        shown = default_shown(field, rule)
         options["help"] = f"{rule.help}{values} ({shown})".replace("%", "%%")
         yield rule.group, flag_of(field.name), options
 
@@ -171,7 +171,7 @@ def make_request(values: Mapping[str, Any]) -> Request:
         if not DEMO_MODEL.is_dir():
             raise RequestError("`model` is missing: name a model and its SAEs; the bundled demo is in a clone only")
         model = str(DEMO_MODEL)
-    names = [field.name for field, _, _ in settings.fields()]
+    names = [field.name for field, _, _ in setting_fields()]
     device1, device2 = choose_devices(values.get("device1"), values.get("device2"))
     cache = values.get("cache_dir")
     return Request(

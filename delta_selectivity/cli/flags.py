@@ -1,4 +1,4 @@
-"""Names of fields as the flags that set them."""
+"""Map field names to command-line flags."""
 
 from __future__ import annotations
 

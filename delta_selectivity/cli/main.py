@@ -1,4 +1,4 @@
-"""Does an SAE keep what a language model knows? Probes on activations and on their reconstruction, layer by layer.
+"""The command `run`: measure SAEs layer by layer, and turn what happens into an exit code.
 
     python main.py                 # the bundled demo: tiny-pythia, its SAEs, the Wikidata tasks
     python main.py --help
@@ -30,12 +30,23 @@ def run(argv: Sequence[str], prog: str) -> None:
 
         show(describe_datasets(asked.request.tasks))
     else:
-        from delta_selectivity.reporting import results, tables
-        from delta_selectivity.run.evaluation import run_request
+        from delta_selectivity.api.evaluate import evaluate
+        from delta_selectivity.reporting import tables
 
-        paths = run_request(asked.request, progress=not asked.quiet)
+        request = asked.request
+        results = evaluate(
+            request.model,
+            request.saes,
+            request.tasks,
+            layers=request.layers,
+            settings=request.settings,
+            device=(request.device1, request.device2),
+            output=request.output,
+            cache=request.cache,
+            progress=not asked.quiet,
+        )
         if not asked.quiet:
-            show(tables.render(results.load(paths)))
+            show(tables.render(results.files))
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "main.py") -> int:

@@ -1,4 +1,4 @@
-"""How every program starts and ends: signals and memory first, the heavy imports after, an exit code last."""
+"""Start and end of every program: signals and garbage collection first, heavy imports after, an exit code last."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import NamedTuple, NoReturn
 
 from delta_selectivity.system import interrupts
 from delta_selectivity.system.startup import hold_collector
-from delta_selectivity.system.terminal import show, tell
 
 CONSOLE = "delta-selectivity"
 
@@ -39,6 +38,8 @@ def main() -> NoReturn:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         start(command, arguments, f"{CONSOLE} {command}")
+    from delta_selectivity.system.terminal import show, tell  # after signals are handled: it takes a while to load
+
     if command in {"-h", "--help"}:
         lines = (f"  {name:8} {known.help}" for name, known in COMMANDS.items())
         show("\n".join([f"usage: {CONSOLE} COMMAND ...", "", *lines, "", "Each command has its own --help."]))

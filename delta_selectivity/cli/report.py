@@ -1,4 +1,4 @@
-"""Tables, plots and a page from result files.
+"""The command `report`: tables, plots and a page from result files.
 
 python report.py results                        # a table per dataset and SAE
 python report.py results --worst_first          # largest losses on top

@@ -1,4 +1,4 @@
-"""The numbers of main.py by many workers: processes on this machine, one a GPU, or a Dask cluster.
+"""The command `scale`: the numbers of main.py by many workers.
 
     python compute_selectivity.py --workers 2                       # the bundled demo on two processes
     python compute_selectivity.py --plan                            # the units, their bytes and seconds; nothing runs

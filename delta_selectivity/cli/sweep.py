@@ -1,4 +1,4 @@
-"""A sweep file: several requests of one shape, as a TOML file that is checked before the first of them begins.
+"""Sweep files: several requests of one shape as a TOML file, checked before the first request starts.
 
     output_directory = "results/sweep"         # a folder for each request below it
     page = "report.html"                       # optional: a page over its results in each of these folders

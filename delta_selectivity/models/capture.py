@@ -1,4 +1,4 @@
-"""Take what flows through modules while a model runs; hooks are gone afterwards, whatever happens."""
+"""Capture the inputs and outputs of modules during a forward pass; hooks are always removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a loaded model's places are what their names say, on a few tokens: wrong ones give numbers that look fine.
+"""Check on a few tokens that the hook points of a loaded model are what their names say.
 
 Hook points are found by the names that families give their modules. A family may use a name for something else, norm or
 scale what it adds to the residual stream, or look at later tokens. Each check costs one short forward pass.

@@ -1,4 +1,4 @@
-"""What a model's config says, in whatever words its family uses, and a copy of it for the first layers alone."""
+"""Read sizes from a model's config, whatever its family calls them, and shorten a config to the first layers."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class ModelInfo:
     def load(self, sites: Collection[Site], device: str, dtype: str) -> LanguageModel:
         """Read the weights up to the last layer among `sites`, and check that the sites are what their names say.
 
-        Raises `RequestError` if weights are missing or a check fails (see `model_hooks.checks`).
+        Raises `RequestError` if weights are missing or a check fails (see `models.checks`).
         """
         with BUILDING:
             module = self._read_weights(truncated(self.config, layers_needed(sites)), getattr(torch, dtype))

@@ -1,4 +1,4 @@
-"""Places in a decoder by name: which module a hook point means, and whether its input or its output.
+"""Map hook point names to modules of a decoder, and to their input or output.
 
 Families name the same part differently, and some norm what a part puts out before it is added to the residual stream
 (Gemma 2 and 3, OLMo 2, GLM 4). `attn_out` and `mlp_out` are what is added, as in TransformerLens. Names are a

@@ -1,4 +1,4 @@
-"""Where a pretrained model is, and its config and tokenizer, which are read when they are first asked for.
+"""Locate a pretrained model; read its config and tokenizer when they are first used.
 
 Reading them imports transformers, which takes half a second: with a cache (`setup_cache`) a run may need neither.
 """

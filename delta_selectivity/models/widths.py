@@ -1,4 +1,4 @@
-"""Widths of places in a model before any weight is read: a forward pass of its shapes alone."""
+"""Find the widths of hook points without weights, by a forward pass on meta tensors."""
 
 from __future__ import annotations
 

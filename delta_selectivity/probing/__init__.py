@@ -1,1 +1,1 @@
-"""The metric: folds, probes, their scores on rows that they have not seen, and what those say."""
+"""The metric: folds, probes, out-of-fold scores and their statistics."""

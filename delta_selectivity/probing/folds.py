@@ -1,4 +1,4 @@
-"""Who is held out when: partitions of people into folds, stratified by the labels.
+"""Partition people into cross-validation folds, stratified by the labels.
 
     plan = FoldPlan.build(labels, groups, weights=None, n_folds=5, n_repeats=5, seed=0)
     plan.held_out                               # bool [splits, rows]
@@ -100,7 +100,9 @@ def grouped_stratified_folds(labels: ArrayLike, groups: ArrayLike, n_folds: int,
     """
     random = np.random.default_rng(seed)
     _, person = np.unique(np.asarray(groups), return_inverse=True)
-    counts = _counts_by_person(np.atleast_2d(np.asarray(labels, dtype=bool)), person)
+    targets = np.atleast_2d(np.asarray(labels, dtype=bool))
+    positives = [np.bincount(person, weights=row) for row in targets]
+    counts = np.stack([np.bincount(person), *positives], axis=1)  # [persons, 1 + targets]: rows first
     _, kind = np.unique(counts, axis=0, return_inverse=True)
     shuffled = random.permutation(len(counts))
     by_kind = shuffled[np.argsort(kind.ravel()[shuffled], kind="stable")]
@@ -113,11 +115,6 @@ def grouped_stratified_folds(labels: ArrayLike, groups: ArrayLike, n_folds: int,
     left = left[np.argsort(-np.floor(np.log2(counts[left, 0])), kind="stable")]
     _deal_greedily(fold, left, counts, random.permutation(n_folds))
     return fold[person]
-
-
-def _counts_by_person(labels: NDArray[np.bool_], person: NDArray[np.intp]) -> NDArray[np.float64]:
-    """[persons, 1 + targets]: rows, and positives of each target."""
-    return np.stack([np.bincount(person), *(np.bincount(person, weights=row) for row in labels)], axis=1)
 
 
 def _deal_greedily(

@@ -1,4 +1,4 @@
-"""Everything that one probe's out-of-fold scores say: selectivities, differences, intervals, AUC, bits.
+"""Statistics of one probe's out-of-fold scores: selectivities, differences, intervals, AUC, bits.
 
     found = ProbeScores({"model": ..., "sae": ..., "transfer": ...}, labels, persons, weights, folds)
     statistics(found).delta_sel

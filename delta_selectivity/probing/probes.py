@@ -4,7 +4,7 @@
     fits = backend.fit(ProbeProblem(x, labels, weight, scale, cs=(0.01, 0.1)))
     scores = x.double() @ fits.coef[0, target, split] + fits.intercept[0, target, split]
 
-The solvers live in `probe_backends`; scikit-learn's is the reference for the others.
+The solvers live in `probing.backends`; scikit-learn's is the reference for the others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Selectivity: what person-grouped, cross-validated probes read from an activation and from its reconstruction.
+"""Selectivity of person-grouped, cross-validated probes on activations and on their reconstruction.
 
     plan = FoldPlan.build(labels, groups, weights=None, n_folds=5, n_repeats=5, seed=0)
     model = fit_model(plan, x, backend)                  # once per layer and task set
@@ -121,12 +121,11 @@ def fit_model(
     With a plan of `folds.control_plan` also the probe of the control task.
     """
     scale = training_scales(plan, x)
-    fit = fit_view(plan, x, scale, backend, cs)
-    return ModelFit(x, scale, fit, tuple(cs), None if control is None else _fit_control(control, x, backend, cs))
-
-
-def _fit_control(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float]) -> ProbeScores:
-    return control_scores(plan, _kept(fit_view(plan, x, training_scales(plan, x), backend, cs).scores)[0])
+    fit, known = fit_view(plan, x, scale, backend, cs), None
+    if control is not None:
+        of_control = fit_view(control, x, training_scales(control, x), backend, cs)
+        known = control_scores(control, _kept(of_control.scores)[0])
+    return ModelFit(x, scale, fit, tuple(cs), known)
 
 
 def control_scores(plan: FoldPlan, scores: NDArray[np.float16]) -> ProbeScores:

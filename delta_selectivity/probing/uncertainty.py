@@ -1,4 +1,4 @@
-"""How sure a difference of selectivities is: person-clustered errors, intervals, p and q values.
+"""Person-clustered standard errors, intervals, p and q values of differences of selectivity.
 
     estimate = estimate_delta(change, labels, persons)    # change [repeats, rows], correct_sae - correct_model
     overall = estimate_mean([Cell(change, labels, persons), ...])    # over layers and probes of the same people

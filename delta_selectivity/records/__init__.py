@@ -1,1 +1,1 @@
-"""What a run leaves on disk: result files, the scores behind them, and what follows from all results of an SAE."""
+"""Files of a run: results, the scores behind them, and the figures that need all results of an SAE."""

@@ -1,4 +1,4 @@
-"""The JSON files of a run: schema, atomic writing, and what may be taken as done.
+"""The JSON result files: schema, atomic writes, and the check that a file may be continued.
 
 One file per SAE and dataset. Keys `layer_N` are results; `_run` says how they came about. `_run.key` holds everything
 that changes a number (model, SAE and data by hash, seed, settings): a file is continued only if its key is the
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from delta_selectivity.errors import RequestError
@@ -75,7 +75,7 @@ class RecordFile:
 
     def write(self, layers: Mapping[int, Json]) -> None:
         """Replace the file in one step by one that holds `layers`, and what the other fields say."""
-        self.layers = _plain_layers(layers)
+        self.layers = {layer: _plain(layers[layer]) for layer in sorted(layers)}
         results: Json = {f"layer_{layer}": self.layers[layer] for layer in sorted(self.layers)}
         run = {
             "schema_version": SCHEMA_VERSION,
@@ -164,19 +164,23 @@ def prepare_folder(folder: Path) -> None:
 
 def result_path(folder: Path, model_name: str, dataset_slug: str) -> Path:
     """`{model}_{dataset}.json` with names made safe."""
-    return folder / f"{slug(model_name)}_{slug(dataset_slug)}.json"
+    return folder / f"{model_slug(model_name)}_{slug(dataset_slug)}.json"
+
+
+def model_slug(name: str) -> str:
+    """A model as part of a file name: a hub id has two parts at most, so a longer path counts by its last."""
+    return slug(PurePath(name).name if len(PurePath(name).parts) > 2 else name)
 
 
 def slug(name: str) -> str:
     """A name as part of a file name: letters, digits, `.`, `-`, `_`, at most 100; never empty, hidden or like a flag.
 
-    A local folder counts by its last part, except a relative owner/name, which reads like the hub id it mirrors.
+    It follows from the name alone, whatever lies in the current directory. A path that is absolute or begins with `~`,
+    `.` or `assets` counts by its last part; any other reads like the hub id or release that it may be.
     """
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
-    mirrors_hub = not path.is_absolute() and len(path.parts) == 2 and path.parts[0] != ".."
-    bundled = path.parts[:1] == ("assets",)
-    if bundled or (os.path.isdir(path) and not mirrors_hub):  # noqa: PTH112 - no error for a name too long for a path
-        name = path.name if bundled else path.resolve().name
+    path = PurePath(name)
+    if path.is_absolute() or name.startswith(("~", ".")) or path.parts[:1] == ("assets",):
+        name = path.name if path.name not in ("", "..") else Path(os.path.abspath(name)).name  # noqa: PTH100
     safe = re.sub(r"[^A-Za-z0-9.\-]+", "_", name).lstrip("._-").rstrip("._") or "unnamed"
     return safe if len(safe) <= 100 else f"{safe[:83]}_{hashlib.sha256(safe.encode()).hexdigest()[:16]}"
 
@@ -235,10 +239,6 @@ def _short(value: Any) -> str:
 def _plain(value: Any) -> Any:
     """The value as JSON gives it back, so that what is compared is what was written."""
     return json.loads(json.dumps(value, default=str))
-
-
-def _plain_layers(layers: Mapping[int, Json]) -> dict[int, Json]:
-    return {layer: _plain(layers[layer]) for layer in sorted(layers)}
 
 
 def _digest(results: Json, sae_level: Json) -> str:

@@ -1,4 +1,4 @@
-"""What depends on all results of an SAE: q values, its mean delta, and its difference from another SAE.
+"""Figures that need all results of an SAE: q values, its mean delta, its difference from another SAE.
 
     with_q_values(layers_by_dataset)          # Benjamini-Hochberg over everything measured of the SAE
     mean_delta(cells)                         # Estimate over layers and probes: value, 95 % interval, p
@@ -122,7 +122,7 @@ def settle(files: Mapping[tuple[SaeId, int], RecordFile]) -> None:
     rivals = {sae_id: own for sae_id, own in by_sae.items() if not any(file.is_baseline for file in own.values())}
     cells = _StoredCells(by_sae)
     for sae_id, own in by_sae.items():
-        others = {_sae_name(rival): i for i, rival in rivals.items() if i != sae_id}
+        others = {next(iter(rival.values())).run["config"]["sae"]: i for i, rival in rivals.items() if i != sae_id}
         family = sorted(file.path.name for file in own.values())
         with_q = with_q_values({index: file.layers for index, file in own.items()})
         todo = [i for i, file in own.items() if file.layers != with_q[i] or not _is_settled(file, family, others)]
@@ -180,7 +180,3 @@ def _with_test(name: str, found: Estimate | None) -> Json:
     """The same of a difference, with the test that it is 0."""
     test = {f"{name}_p_value": found and found.p_value, f"{name}_detectable": found and found.detectable}
     return {**_with_interval(name, found), **test}
-
-
-def _sae_name(own: Mapping[int, RecordFile]) -> str:
-    return str(next(iter(own.values())).run["config"]["sae"])

@@ -1,4 +1,4 @@
-"""Out-of-fold scores on disk, from which every statistic can be made again without fitting a probe.
+"""Out-of-fold scores on disk; every statistic can be recomputed from them without fitting a probe.
 
     stored = load(Path("results/tiny-pythia-saes-k8/tiny-pythia_wikidata_gender.scores/layer_3.safetensors"))
     stored.probes["gender"].views["sae"]        # float16 [repeats, rows]

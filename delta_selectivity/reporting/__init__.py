@@ -1,1 +1,1 @@
-"""Results for people: text tables, a CSV, and one HTML page with its plots; each idea in a file of its own."""
+"""Text tables, CSV, and one HTML page with plots."""

@@ -1,4 +1,4 @@
-"""Every cell as a line of a table that sorts and filters in the page, without a server."""
+"""The page's table of all cells, with sorting and filters that need no server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files for a spreadsheet or pandas: a line each, every number as the JSON has it."""
+"""Results as CSV, one line per probe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plot: its picture as SVG or PNG, its words, and the numbers in it.
+"""A plot with its title, caption and data, as SVG, PNG or CSV.
 
 One pixel of the page is one point of matplotlib at 72 dpi, so sizes here are what a reader sees at full size.
 """

@@ -1,4 +1,4 @@
-"""delta_sel of one SAE on one dataset: layers downwards, probes across; one scale for the whole report."""
+"""Heatmaps of delta_sel by layer and probe, one per SAE and dataset, on one scale."""
 
 from __future__ import annotations
 

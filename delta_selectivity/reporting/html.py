@@ -1,4 +1,4 @@
-"""HTML from Python, with every text escaped: what is not `Markup` is text, whoever wrote it.
+"""Build HTML with every text escaped.
 
 >>> element("td", "a < b", class_="wide")
 '<td class="wide">a &lt; b</td>'

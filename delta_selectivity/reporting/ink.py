@@ -1,4 +1,4 @@
-"""What plots look like: one ink, one paper, and colours that colour-blind readers tell apart.
+"""Colours and styles of plots, readable for colour-blind readers.
 
 Series: Okabe & Ito 2008 (*Color Universal Design*), with a marker each, so that they differ in grey print as well.
 Deltas: ColorBrewer's RdBu, red below 0 (lost) and blue above; 0 is always its pale middle.

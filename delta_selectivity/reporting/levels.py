@@ -1,4 +1,4 @@
-"""What the model knows and what its SAEs keep, layer by layer: model_sel and sae_sel with their 95 % bands."""
+"""Plot model_sel and sae_sel by layer with their 95 % intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A matrix of differences: colour for size and sign, the number in every cell, hatching where nothing was shown.
+"""A matrix of differences: colour for size and sign, the number in every cell, hatching where not significant.
 
 Colour alone never says anything: what a cell is stands in it, and what is not significant is hatched and not bold.
 """

@@ -1,4 +1,4 @@
-"""SAEs side by side: the mean of each with its interval, and what separates one from another."""
+"""Plot the mean of each SAE with its interval, and the differences between SAEs."""
 
 from __future__ import annotations
 

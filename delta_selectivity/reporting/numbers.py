@@ -1,4 +1,4 @@
-"""Numbers as text, with the digits that their intervals bear: three for a cell, four for the mean of an SAE.
+"""Format numbers with the digits that their intervals support.
 
 >>> number(-0.0472, "+.3f"), number(None, ".3f"), p_value(0.0)
 ('-0.047', '-', '< 1e-99')

@@ -1,4 +1,4 @@
-"""What is written: the page, and the plots with their numbers as files."""
+"""Write the page, and the plots with their data."""
 
 from __future__ import annotations
 

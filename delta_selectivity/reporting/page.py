@@ -1,4 +1,4 @@
-"""The report as one HTML page that needs nothing from outside: no network, no server, no second file.
+"""The report as one self-contained HTML page.
 
 The page's own security policy holds it to that: browsers refuse any request and any script but its own.
 """

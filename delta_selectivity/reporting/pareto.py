@@ -1,4 +1,4 @@
-"""What fidelity costs: delta_sel against the fraction of variance unexplained, and against the number of latents."""
+"""Plot delta_sel against FVU and against L0."""
 
 from __future__ import annotations
 

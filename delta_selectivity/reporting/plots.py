@@ -1,4 +1,4 @@
-"""All plots of a report, in the order of its page."""
+"""All plots of a report in page order."""
 
 from __future__ import annotations
 

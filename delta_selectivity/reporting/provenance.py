@@ -1,4 +1,4 @@
-"""What was run and how: the page's facts, its warnings, and every setting with the files it holds for."""
+"""The page's section on what was run: facts, warnings, settings."""
 
 from __future__ import annotations
 

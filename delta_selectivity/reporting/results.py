@@ -1,4 +1,4 @@
-"""Result files, and the order in which every table and plot goes through them.
+"""Load result files and iterate over their cells in one order.
 
 load(result_files(Path("results")))
 """
@@ -9,6 +9,7 @@ import itertools
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
@@ -42,6 +43,19 @@ def cells(results: result_file.Json) -> Iterator[tuple[int, str, result_file.Jso
         for probe, result in results[name].items():
             if isinstance(result, dict):
                 yield int(name.removeprefix("layer_")), probe, results[name], result
+
+
+def lines(files: Iterable[File]) -> list[dict[str, Any]]:
+    """A flat row for each SAE, dataset, layer and probe: who, where, the layer's figures, the probe's numbers."""
+    rows = []
+    for path, found in files:
+        config = found["_run"]["config"]
+        dataset = path.stem.removeprefix(f"{result_file.model_slug(config['model_name'])}_").removeprefix("wikidata_")
+        about = {"path": path, "sae": config["sae"], "baseline": config.get("baseline"), "dataset": dataset}
+        for layer, probe, figures, result in cells(found):
+            own = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+            rows.append({**about, "layer": layer, "probe": probe, **own, **result})
+    return rows
 
 
 def is_baseline(results: result_file.Json) -> bool:

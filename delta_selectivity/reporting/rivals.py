@@ -1,4 +1,4 @@
-"""Every SAE against every other of its run: paired differences of delta_sel as a matrix."""
+"""Plot paired differences of delta_sel between all SAEs of a run as a matrix."""
 
 from __future__ import annotations
 

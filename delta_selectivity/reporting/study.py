@@ -1,4 +1,4 @@
-"""What result files say together: SAEs and baselines, each with the cells that were measured of it.
+"""SAEs and baselines of several result files, each with its cells.
 
 study = study_of(load(result_files(Path("results"))))
 """

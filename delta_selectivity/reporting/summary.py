@@ -1,4 +1,4 @@
-"""The page's tables of SAEs: a line for each, and each against the next."""
+"""The page's tables of SAEs: one line each, and each against the next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""matplotlib's SVG made fit for a page: titles for those who do not see it or who point at a part, no ids that clash.
+"""Adapt matplotlib's SVG to a page: titles, tooltips, unique ids.
 
 accessible(svg, name="heatmap_gender", title="gender", description="...", tips={"tip-0": "layer 0: -0.047"})
 """

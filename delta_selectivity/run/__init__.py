@@ -1,1 +1,1 @@
-"""One run: a request, its plan, the thread that makes activations and the thread that probes them."""
+"""One run: request, plan, producer thread, consumer thread."""

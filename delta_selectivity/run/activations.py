@@ -1,4 +1,4 @@
-"""The producer: texts in, rows of activations and of their SAE reconstructions out.
+"""The producer: run the model and the SAEs over texts, and hand on rows of activations and reconstructions.
 
 One forward pass serves every site, every SAE and every dataset; each distinct text is run once. Texts are grouped
 into blocks, one for each set of datasets that need them, so the streaming reconstruction sums of a dataset are
@@ -11,16 +11,18 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from delta_selectivity.models.language_model import ActivationSource, Site
 from delta_selectivity.run.reconstruction import ReconstructionSums
+from delta_selectivity.run.rows import RowTable
+from delta_selectivity.run.token_index import Encoded, TokenIndex
+from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import Sae, SparseRows
 from delta_selectivity.system.cores import Cores
 from delta_selectivity.system.out_of_memory import ERRORS, is_out_of_memory
@@ -34,41 +36,6 @@ CPU_TOKENS = 2048  # padded tokens in a forward pass on the CPU
 NO_MENTION = torch.iinfo(torch.int64).max  # of `LayerRows.broken`
 
 SaeId = int  # index into the run's list of SAEs
-
-
-@dataclass(frozen=True)
-class RowTable:
-    """Which rows of activations the mentions give: one each for `last` and `mean`, one a name token for `all`."""
-
-    positions: str  # last, mean, all
-    start: np.ndarray  # int64 [mentions + 1]; mention m has rows start[m] .. start[m + 1] - 1
-    mention: np.ndarray  # int64 [rows]
-    weight: np.ndarray  # float32 [rows]; a mention's rows weigh 1 together
-    token: np.ndarray  # int64 [rows], the token type at the row's position; of a mean, the name's last
-
-    @classmethod
-    def build(cls, tokenised: TokenisedMentions, positions: str) -> RowTable:
-        """Rows in the order of the mentions."""
-        length = tokenised.last - tokenised.first + 1
-        count = length if positions == "all" else np.ones_like(length)
-        mention = np.repeat(np.arange(len(count)), count)
-        first = tokenised.first if positions == "all" else tokenised.last
-        token = np.concatenate([ids[a : b + 1] for ids, a, b in zip(tokenised.ids, first, tokenised.last, strict=True)])
-        start = np.concatenate([[0], np.cumsum(count)])
-        return cls(positions, start, mention, (1 / count[mention]).astype(np.float32), token.astype(np.int64))
-
-    def __len__(self) -> int:
-        return len(self.mention)
-
-    def count(self, mentions: np.ndarray) -> np.ndarray:
-        """How many rows each mention has: int64 [mentions]."""
-        return self.start[mentions + 1] - self.start[mentions]
-
-    def of(self, mentions: np.ndarray) -> np.ndarray:
-        """Row ids of the mentions, mention by mention: int64."""
-        if self.positions != "all":
-            return mentions
-        return np.concatenate([np.arange(self.start[m], self.start[m + 1]) for m in mentions])
 
 
 @dataclass(frozen=True)
@@ -144,9 +111,10 @@ class Producer:
         cores: Cores,  # one forward pass on each; one on a GPU
         clock: Stopwatch,
         latents_of: Collection[SaeId] = (),  # the SAEs whose codes are handed on, besides their reconstructions
+        sample: TokenSample | None = None,  # of the tokens that count in whole-text figures; None: all of them
     ) -> None:
         self.model, self.saes, self.counts_bos = model, saes, counts_bos
-        self.latents_of = latents_of
+        self.latents_of, self.sample = latents_of, sample
         self.tokenised, self.rows, self.clock = tokenised, rows, clock
         self.batch_size, self.max_tokens = batch_size or len(tokenised.ids), max_tokens
         self.cores = cores
@@ -194,7 +162,7 @@ class Producer:
         with self.clock.stage("forward"):
             skip = int(batch.has_bos and not any(self.counts_bos.values()))
             activations = self.model.token_rows(batch.ids, batch.lengths, skip)
-        tokens = _TokenIndex.build(batch, self.rows, skip).to(self.model.device)
+        tokens = TokenIndex.build(batch, self.rows, skip, self.sample).to(self.model.device)
         results = []
         for site, saes in self.saes.items():
             with self.clock.stage("sae"):
@@ -205,8 +173,9 @@ class Producer:
                 for sae_id, sae in saes.items():
                     place = site.read_by(sae.input_hookpoint)
                     read = x if place == site else activations[place].float()
+                    encoded = tokens.with_bos if self.counts_bos[sae_id] else tokens.without_bos
                     recon, latents, broken[sae_id], sums[sae_id] = self._reconstruct(
-                        sae, read, x, probed, tokens, self.counts_bos[sae_id]
+                        sae, read, x, probed, tokens.mention, encoded
                     )
                     recons[sae_id] = tokens.pool(recon)
                     if sae_id in self.latents_of:
@@ -215,87 +184,29 @@ class Producer:
         return results
 
     def _reconstruct(
-        self, sae: Sae, read: Tensor, x: Tensor, probed: Tensor, tokens: _TokenIndex, counts_bos: bool
+        self, sae: Sae, read: Tensor, x: Tensor, probed: Tensor, mention: Tensor, encoded: Encoded
     ) -> tuple[Tensor, SparseRows, Tensor, ReconstructionSums]:
         """x̂ and the codes at the name tokens, where x is `probed`, the first broken mention, and the sums.
 
-        One encoding of every token that counts: of what the SAE reads, which for a transcoder is not x.
+        One encoding of every token that is needed: of what the SAE reads, which for a transcoder is not x.
         """
-        at, mention = tokens.probed, tokens.mention
-        if not counts_bos and tokens.not_bos is not None:
-            read, x, mention = (rows.index_select(0, tokens.not_bos) for rows in (read, x, mention))
-            at = tokens.probed_not_bos
+        if encoded.rows is not None:
+            read, x, mention = (rows.index_select(0, encoded.rows) for rows in (read, x, mention))
         latents = sae.encode(read)
         recon = sae.decode(latents, read)
         sums = self._no_sums(sae)
-        errors = sums.add_whole(x, recon, latents)
-        recon, latents = recon.index_select(0, at), latents.select(at)
+        if encoded.whole is None:
+            broken = _first_broken(sums.add_whole(x, recon, latents), mention)
+        else:
+            broken = _first_broken(recon.sum(dim=1), mention)
+            x, whole = x.index_select(0, encoded.whole), recon.index_select(0, encoded.whole)
+            sums.add_whole(x, whole, latents.select(encoded.whole))
+        recon, latents = recon.index_select(0, encoded.probed), latents.select(encoded.probed)
         sums.add_probed(probed, recon, latents)
-        return recon, latents, _first_broken(errors, mention), sums
+        return recon, latents, broken, sums
 
     def _no_sums(self, sae: Sae) -> ReconstructionSums:
         return ReconstructionSums.empty(sae.d_out, sae.d_sae, self.model.device)
-
-
-@dataclass(frozen=True)
-class _TokenIndex:
-    """Where the probed tokens of a batch are among the real ones; made on the CPU, so nothing waits for the device."""
-
-    mention: Tensor  # int64 [real]: whose token it is
-    probed: Tensor  # int64 [probed]: the name tokens among the real ones
-    not_bos: Tensor | None  # int64: the real tokens that are no BOS; None if there is no BOS among them
-    probed_not_bos: Tensor  # int64 [probed]: the name tokens among those
-    offsets: Tensor | None  # int64 [rows]: first name token of each row; None: each name token is a row
-    row_ids: Tensor  # int64 [rows], stays on the CPU
-
-    @classmethod
-    def build(cls, batch: TokenBatch, rows: RowTable, skip: int) -> _TokenIndex:
-        """skip: tokens that each text lost at its beginning: the BOS that does not count."""
-        n_texts, kept = len(batch.lengths), batch.lengths - skip
-        kept_before = torch.cumsum(kept, 0) - kept  # real tokens of earlier texts
-        first = batch.last if rows.positions == "last" else batch.first
-        n_probed = batch.last - first + 1
-        starts = torch.cumsum(n_probed, 0) - n_probed
-        text = torch.repeat_interleave(torch.arange(n_texts), n_probed)
-        in_text = first[text] + torch.arange(len(text)) - starts[text]
-        probed = kept_before[text] + in_text - skip
-        bos = batch.has_bos and not skip
-        not_bos = _without(kept_before, int(kept.sum())) if bos else None
-        probed_not_bos = probed - text - 1 if bos else probed
-        offsets = starts if rows.positions == "mean" else None
-        row_ids = torch.from_numpy(rows.of(batch.mentions))
-        mention = torch.from_numpy(batch.mentions).repeat_interleave(kept)
-        return cls(mention, probed, not_bos, probed_not_bos, offsets, row_ids)
-
-    def to(self, device: torch.device) -> _TokenIndex:
-        def move(t: Tensor | None) -> Tensor | None:
-            return t if t is None else t.to(device, non_blocking=True)
-
-        mention, probed, not_bos, probed_not_bos, offsets = map(
-            move, (self.mention, self.probed, self.not_bos, self.probed_not_bos, self.offsets)
-        )
-        return _TokenIndex(mention, probed, not_bos, probed_not_bos, offsets, self.row_ids)  # type: ignore[arg-type]
-
-    def pool(self, probed: Tensor) -> Tensor:
-        """Of rows at the name tokens, the mean over each name if that is a row: ``[rows, d]``."""
-        if self.offsets is None:
-            return probed
-        return embedding_bag(torch.arange(len(probed), device=probed.device), probed, self.offsets, mode="mean")
-
-    def pool_codes(self, latents: SparseRows) -> SparseRows:
-        """Codes of the name tokens, or their mean over each name, as the SAE gives them.
-
-        What the decoder multiplies and adds to undo a normalisation of the input is no part of a code.
-        """
-        latents = replace(latents, scale=None, shift=None)
-        return latents if self.offsets is None else latents.means(self.offsets)
-
-
-def _without(places: Tensor, n: int) -> Tensor:
-    """The numbers below n that are none of these: int64."""
-    kept = torch.ones(n, dtype=torch.bool)
-    kept[places] = False
-    return kept.nonzero()[:, 0]
 
 
 def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:

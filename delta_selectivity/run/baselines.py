@@ -1,4 +1,4 @@
-"""What an SAE's numbers must be compared with: baselines that are run, stored and reported like any SAE.
+"""Baselines that are run, stored and reported like any SAE.
 
 ========  ==========================================================================================
 identity  x̂ = x: what the machinery does to a perfect SAE (nothing: delta_sel is exactly 0)

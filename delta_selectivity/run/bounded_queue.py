@@ -1,4 +1,4 @@
-"""A queue between one producer thread and one consumer thread, bounded in bytes, that carries errors both ways.
+"""A queue between two threads, bounded in bytes, that passes errors both ways.
 
 `queue.Queue` bounds the number of items, and a thread that dies leaves the other waiting for ever. Here whoever
 fails says so, and the other side is woken at once: the consumer gets what was already produced and then

@@ -1,4 +1,4 @@
-"""What the activations of a model look like, from a few hundred texts, before the long work.
+"""Sample activations of a few hundred texts before a run.
 
     mentions = draw_mentions(all_mentions, seed)                # 256 texts
     tokenised = tokenise(mentions, tokenizer, ...)

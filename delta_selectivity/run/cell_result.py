@@ -1,4 +1,4 @@
-"""What was measured in one cell, and the way from there to a result file."""
+"""The result of one cell, and how it is written to a result file."""
 
 from __future__ import annotations
 

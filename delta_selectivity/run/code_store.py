@@ -1,4 +1,4 @@
-"""SAE codes of probed rows by site and SAE, until their datasets have been probed.
+"""Store SAE codes of probed rows until their datasets are probed.
 
 How many latents fire is not known before they have, so codes are kept batch by batch as they come: in memory while
 they are few; beyond the limit all of them in one temporary file without a name, which the kernel takes back whatever

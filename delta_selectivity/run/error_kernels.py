@@ -1,4 +1,4 @@
-"""What is summed of reconstructions on a CPU, compiled by Numba: two passes over rows where torch takes eight."""
+"""Reconstruction error sums on a CPU, compiled by Numba."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request from its plan to its last file: the engine behind `evaluate` and every command."""
+"""Run a request from its plan to its last result file."""
 
 from __future__ import annotations
 

@@ -21,12 +21,13 @@ from delta_selectivity.models.language_model import Site
 from delta_selectivity.probing.arrays import check_views
 from delta_selectivity.records.result_file import describe_run
 from delta_selectivity.records.rows_file import RowProbe, Rows, RowText, check_target, save
-from delta_selectivity.run.activations import Item, LayerRows, Producer, RowTable, plan_blocks, tokens_in_memory
+from delta_selectivity.run.activations import Item, LayerRows, Producer, plan_blocks, tokens_in_memory
 from delta_selectivity.run.loading import load_weights
 from delta_selectivity.run.planning import Cell, Plan, make_plan
 from delta_selectivity.run.prober import where_broken
 from delta_selectivity.run.request import Request
 from delta_selectivity.run.row_store import NonFiniteError, RowStore
+from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.task_set import in_order_of_text
 from delta_selectivity.system.cores import sharing_cores
 from delta_selectivity.system.startup import release_collector

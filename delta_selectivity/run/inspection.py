@@ -1,4 +1,4 @@
-"""What SAEs are, and how well they fit each hook point of a model: `python main.py inspect`, `python sae_loader.py`.
+"""Describe SAEs, and how well they fit each hook point of a model.
 
 for part in inspect(request):
     show(part)

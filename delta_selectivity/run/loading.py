@@ -1,4 +1,4 @@
-"""From a plan to what computes: the SAEs and baselines, and the model, after a look at whether they fit each other."""
+"""Load the model, the SAEs and the baselines of a plan, and check that they fit each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of a plan: the model, the SAEs and the two threads, put together."""
+"""Measure the cells of a plan in two threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from delta_selectivity.run.activations import Item, Producer, RowTable, plan_blocks, tokens_in_memory
+from delta_selectivity.run.activations import Item, Producer, plan_blocks, tokens_in_memory
 from delta_selectivity.run.bounded_queue import BoundedQueue
 from delta_selectivity.run.cell_result import write_to
 from delta_selectivity.run.loading import codes_of_names, load_weights, model_fitter
@@ -16,6 +16,8 @@ from delta_selectivity.run.pipeline import run
 from delta_selectivity.run.planning import Cell, Files, Plan
 from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.progress import ProgressBars
+from delta_selectivity.run.rows import RowTable
+from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.system.cores import Cores, sharing_cores
 from delta_selectivity.system.startup import release_collector
 from delta_selectivity.system.stopwatch import Stopwatch
@@ -52,8 +54,9 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
     max_tokens = tokens_in_memory(model.device, saes) if asked.batch_size is None else None
     counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
     with ProgressBars(n_texts, work.n_probes, queue, not progress) as bars, sharing_cores(request.device1) as cores:
+        sample = TokenSample.draw(tokenised, plan.texts, asked.whole_tokens, asked.seed)
         producer = Producer(
-            model, saes, counts_bos, tokenised, rows, asked.batch_size, max_tokens, cores, clock, latents_of
+            model, saes, counts_bos, tokenised, rows, asked.batch_size, max_tokens, cores, clock, latents_of, sample
         )
         own = cores if request.device1 == request.device2 == "cpu" else Cores(1)
         prober = Prober(work, blocks, queue_bytes, own, clock, write_to(files, clock), bars.probes, stop)

@@ -1,4 +1,4 @@
-"""The two threads and their supervision.
+"""Start and supervise the producer and the consumer thread.
 
 The producer (device1) puts rows of activations on a bounded queue; the consumer (device2, `prober`) stores them, and as
 soon as the last block of a dataset is through it probes that dataset, while the producer runs the texts of the next

@@ -1,4 +1,4 @@
-"""What a request takes: data, model and SAEs opened, nothing heavy loaded; and the files that it will fill.
+"""Check a request and plan it: open data, model and SAEs without loading anything heavy, and open the result files.
 
 plan = make_plan(request)
 files = open_files(plan, held)
@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from delta_selectivity import settings
 from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
@@ -34,6 +33,7 @@ from delta_selectivity.run.calibration import draw_mentions, fingerprint
 from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import SaeSource, expand_names, open_sae
+from delta_selectivity.settings import fields as setting_fields
 from delta_selectivity.tasks import (
     Mention,
     ProbeTexts,
@@ -230,15 +230,16 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
     Raises `RequestError` if one on disk was made by something else, or is being written by another run.
     """
     request = plan.request
-    prepare_folder(request.output)
     data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
     shared = {
         "schema": SCHEMA_VERSION,
         "model": plan.info.fingerprint(),
         "bos": plan.prepend_bos,
         "dtype": plan.dtype,
-        **{field.name: getattr(request.settings, field.name) for field, _, rule in settings.fields() if rule.in_key},
+        **{field.name: getattr(request.settings, field.name) for field, _, rule in setting_fields() if rule.in_key},
     }
+    if request.settings.whole_tokens is not None:  # absent from the files of before, which are of all tokens
+        shared["whole_tokens"] = request.settings.whole_tokens
     hashes = {subject.name: subject.source.fingerprint() for subject in plan.saes if subject.source is not None}
     config = request.described()
     files: dict[tuple[SaeId, int], RecordFile] = {}

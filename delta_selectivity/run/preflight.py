@@ -1,4 +1,4 @@
-"""Does an SAE fit the place where it is used? A few hundred tokens tell, before the long work.
+"""Check on a few hundred tokens whether an SAE fits the hook point where it is used.
 
     model = info.load(neighbours(info.n_layers, widths, info.widths), device, dtype)
     check = Preflight.sample(model, info, tokenised, seed=0)

@@ -1,4 +1,4 @@
-"""The consumer: stores rows, and probes a dataset layer by layer as soon as the last of its rows is there.
+"""The consumer: store rows, and probe each dataset layer by layer once all of its rows are there.
 
     prober = Prober(work, blocks, settings, ...)
     prober.run(queue)            # in the thread that `pipeline` gives it
@@ -21,11 +21,12 @@ from delta_selectivity.models.language_model import Site
 from delta_selectivity.probing.probes import ProbeBackend, choose_backend
 from delta_selectivity.probing.selectivity import FitModel, OutOfFold, as_record, measure
 from delta_selectivity.records.result_file import Json
-from delta_selectivity.run.activations import Block, BlockDone, Item, LayerRows, RowTable, SaeId
+from delta_selectivity.run.activations import Block, BlockDone, Item, LayerRows, SaeId
 from delta_selectivity.run.cell_result import CellResult, Keep
 from delta_selectivity.run.planning import Cell, by_site
 from delta_selectivity.run.reconstruction import Reconstruction, ReconstructionSums
 from delta_selectivity.run.row_store import NonFiniteError, RowStore
+from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.task_set import TaskSet, task_sets
 from delta_selectivity.saes import SparseRows
 from delta_selectivity.settings import Settings

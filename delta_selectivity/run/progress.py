@@ -1,4 +1,4 @@
-"""What a person at the terminal sees while a run goes on."""
+"""Progress bars of a run."""
 
 from __future__ import annotations
 

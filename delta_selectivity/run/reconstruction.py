@@ -1,4 +1,4 @@
-"""How well an SAE reconstructs activations: sums and counts that stream, divided once at the end.
+"""Streaming reconstruction figures: MSE, FVU, cosine, L0, L1, dead latents.
 
     sums = ReconstructionSums.empty(d, d_sae, device)      # d: width of the activations
     sums.add_whole(x, recon, latents)        # every real token of the texts, batch by batch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 class Latents(Protocol):
-    """What is needed of sparse codes; ``sae_loader.SparseRows`` has it."""
+    """What is needed of sparse codes; ``saes.SparseRows`` has it."""
 
     @property
     def col(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""`Request`: everything that a run is asked for."""
+"""The class `Request`: everything that a run is asked for."""
 
 from __future__ import annotations
 

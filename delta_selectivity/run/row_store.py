@@ -1,4 +1,4 @@
-"""Rows of activations by site and view, until their datasets have been probed.
+"""Store rows of activations and reconstructions until their datasets are probed.
 
 On the probes' GPU while it has room for them, else in memory; beyond the limit in memory-mapped temporary files,
 slower but whole. The files have no names, so that the kernel takes them back whatever ends the process, and all of

@@ -1,4 +1,4 @@
-"""Probes of a dataset that share their rows, and so their folds and their fits."""
+"""Probes of a dataset that share their rows, folds and fits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from delta_selectivity.models.language_model import Site
 from delta_selectivity.probing.folds import FoldPlan, control_plan
 from delta_selectivity.probing.probes import ProbeBackend
 from delta_selectivity.probing.selectivity import FitModel, ModelFit, OutOfFold, ViewFit, fit_sparse, out_of_fold
-from delta_selectivity.run.activations import RowTable, SaeId
+from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.row_store import RowStore
+from delta_selectivity.run.rows import RowTable
 from delta_selectivity.saes import SparseRows
 from delta_selectivity.settings import Settings
 from delta_selectivity.tasks import Dataset, Probe, ProbeTexts

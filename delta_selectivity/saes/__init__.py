@@ -85,8 +85,10 @@ def load_sae(
         RequestError: the name means nothing or several SAEs, has none for the layer, or its files are broken.
 
     Example:
-        >>> sae = load_sae("assets/tiny-pythia-saes-k8", 3)                     # doctest: +SKIP
-        >>> recon = sae.decode(sae.encode(x), x)                                # doctest: +SKIP
+        >>> loaded = load_sae(sae, layer=1)  # a name such as "EleutherAI/sae-pythia-160m-32k"
+        >>> x = torch.randn(4, loaded.d_in)
+        >>> loaded.decode(loaded.encode(x), x).shape == x.shape
+        True
     """
     if not isinstance(name, str):
         raise RequestError(f"`name` is a {type(name).__name__}; load_sae takes names, wrap_sae takes objects")

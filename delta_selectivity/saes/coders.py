@@ -1,4 +1,4 @@
-"""What an SAE does between its normalised input and its normalised output: a linear map, a selection, a gather-sum."""
+"""Encoders and decoders of SAEs, without input normalisation."""
 
 from __future__ import annotations
 
@@ -66,12 +66,9 @@ class LinearCoder:
 
     def encode(self, x: Tensor) -> SparseRows:
         if self._proposal is None:
-            return self.selection(self._pre_acts(x))
+            return self.selection(linear(x, self.W_enc, self.b_enc))
         values, latents = self._proposal.topk(x)
         return fixed_width(values, latents, n_cols=len(self.W_enc))
-
-    def _pre_acts(self, x: Tensor) -> Tensor:
-        return linear(x, self.W_enc, self.b_enc)
 
     @cached_property
     def _proposal(self) -> Proposal | None:

@@ -1,4 +1,4 @@
-"""What wrapping asks of each kind of object that can be an SAE."""
+"""The protocol of objects that can be wrapped as an SAE."""
 
 from __future__ import annotations
 

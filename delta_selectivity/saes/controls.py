@@ -1,4 +1,4 @@
-"""Coders that no training made, for comparison: all is kept, nothing is, or what chance and variance give.
+"""Untrained coders for comparison: identity, constant, random TopK, principal components, shuffled decoder.
 
 Each is what the rest of the program takes for an SAE's; none knows where its mean or its axes come from.
 """

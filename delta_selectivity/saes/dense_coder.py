@@ -1,4 +1,4 @@
-"""Somebody else's ``encode`` and ``decode``, which speak of dense codes, behind our interface.
+"""Wrap foreign ``encode`` and ``decode`` functions that work on dense codes.
 
 Codes are made sparse as soon as they are returned, and dense again a few rows at a time, for their decoder alone.
 """
@@ -6,6 +6,7 @@ Codes are made sparse as soon as they are returned, and dense again a few rows a
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -81,20 +82,50 @@ class DenseCoder:
         return DenseCoder(moved, self.d_out, device, device, dtype)
 
 
+class _Generators:
+    """PyTorch's random number generators, held while somebody else's code runs in one thread or several.
+
+    The first to enter keeps their states and seeds them, the last to leave puts the states back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._states: list[tuple[torch.Generator, Tensor]] = []
+
+    def enter(self, device: torch.device) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside > 1:
+                return
+            generators = [torch.random.default_generator]
+            if device.type == "cuda":
+                generators.append(torch.cuda.default_generators[device.index or 0])
+            self._states = [(generator, generator.get_state()) for generator in generators]
+            for generator in generators:
+                generator.manual_seed(0)
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for generator, state in self._states:
+                    generator.set_state(state)
+
+
+_generators = _Generators()
+
+
 @contextmanager
 def contained(sae: EncodesDensely, device: torch.device) -> Iterator[None]:
     """Run somebody else's code so that it neither ends the process nor moves PyTorch's random number generators.
 
-    What it draws itself is the same at every call. Raises `RequestError` in place of ``SystemExit``.
+    In one thread, what it draws itself is the same at every call. Raises `RequestError` in place of ``SystemExit``.
     """
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=gpus):
-        torch.random.default_generator.manual_seed(0)
-        for gpu in gpus:
-            with torch.cuda.device(gpu):
-                torch.cuda.manual_seed(0)
-        try:
-            yield
-        except SystemExit as error:
-            name = type(sae).__name__
-            raise RequestError(f"`saes`: the {name} exits the process (SystemExit {error.code})") from error
+    _generators.enter(device)
+    try:
+        yield
+    except SystemExit as error:
+        name = type(sae).__name__
+        raise RequestError(f"`saes`: the {name} exits the process (SystemExit {error.code})") from error
+    finally:
+        _generators.leave()

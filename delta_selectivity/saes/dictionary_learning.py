@@ -1,4 +1,4 @@
-"""dictionary_learning: folders of ``config.json`` and ``ae.pt``, such as ``resid_post_layer_5/trainer_0/``.
+"""Folders of dictionary_learning: ``config.json`` and ``ae.pt``, such as ``resid_post_layer_5/trainer_0/``.
 
 Semantics of https://github.com/saprmarks/dictionary_learning 0.1.0 (``dictionary.py``, ``trainers/*.py``), as its
 ``load_dictionary`` gives an SAE to those who use one:

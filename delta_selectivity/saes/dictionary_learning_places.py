@@ -1,4 +1,4 @@
-"""Where a dictionary of dictionary_learning belongs: the library only knows a submodule, and people name it freely."""
+"""Find the layer and hook point of a dictionary of dictionary_learning."""
 
 from __future__ import annotations
 

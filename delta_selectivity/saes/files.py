@@ -1,4 +1,4 @@
-"""Reading an SAE's files, and saying in one line what is wrong with them.
+"""Read an SAE's files; errors say in one line what is wrong.
 
 Weights are in safetensors or, by their suffix, in a file of ``torch.save`` (``torch_file``).
 """
@@ -53,11 +53,6 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise _truncated(path, error) from error
-
-
-def tensor_names(path: Path) -> set[str]:
-    """What a file of weights holds, from its header alone."""
-    return set(read_shapes(path))
 
 
 def check_shapes(path: Path, expected: Shapes) -> None:

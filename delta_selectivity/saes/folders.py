@@ -1,4 +1,4 @@
-"""A folder of SAEs on disk or on the Hub: which folders below it hold one, and in which format.
+"""Find the SAEs in a folder on disk or on the Hub, and their format.
 
 The name of its config tells a format: ``cfg.json`` (SAE Lens and sparsify, told apart by its keys), ``sae.json``
 (``plain``), or ``config.json`` beside ``ae.pt`` (dictionary_learning).

@@ -1,4 +1,4 @@
-"""What a caller says of an SAE in memory, checked by itself and against what the object says."""
+"""Check what a caller says about an SAE in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of the places in a model that SAEs are trained on, in three dialects, and the one this project speaks.
+"""Translate names of hook points between sparsify, SAE Lens and this project.
 
 ===================  ==================================  ===========================  ==============================
 ours                 what it is, of one layer            module paths (sparsify, HF)  SAE Lens (TransformerLens)

@@ -1,4 +1,4 @@
-"""SAEs on the Hugging Face Hub: configs at once, weights when a layer is wanted; the cache if there is no network."""
+"""SAEs on the Hugging Face Hub: configs first, weights when a layer is used, the cache without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What some SAEs do to an activation before encoding it, and undo after decoding.
+"""Input normalisations of SAEs, and their inverses.
 
 ``constant_norm_rescale`` and ``layer_norm`` are SAE Lens's (https://github.com/decoderesearch/SAELens,
 ``saes/sae.py``). ``centre`` stands for TransformerLens's ``center_writing_weights``: with it the residual stream of a

@@ -1,4 +1,4 @@
-"""What the user may type for several SAEs at once, and the names it stands for.
+"""Expand patterns and releases into names of SAEs.
 
     folder/*                                        every folder of SAEs in ``folder``
     gpt2-small-res-jb                               a release of SAE Lens, whole

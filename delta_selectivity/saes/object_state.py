@@ -1,4 +1,4 @@
-"""What an object in memory computes with: its tensors, its settings, and a copy of it that is safe to run."""
+"""Tensors and settings of an object in memory, and a copy that is safe to run."""
 
 from __future__ import annotations
 

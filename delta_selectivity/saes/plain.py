@@ -1,4 +1,4 @@
-"""An SAE of one's own: a folder with ``sae.json`` and a file of named tensors (``plain_config`` lists the keys).
+"""Custom SAEs in a folder of ``sae.json`` and named tensors (``plain_config`` lists the keys).
 
 What it computes is put in SAE Lens's words and built from there, so that a formula stands in one place.
 """

@@ -1,4 +1,4 @@
-"""TopK codes in a part of the encoder's time: products of bytes propose latents, float32 decides among them.
+"""Fast TopK encoding on a CPU: int8 products propose latents, float32 decides.
 
 A product of signed bytes takes a fraction of one in float32 on CPUs that have instructions for it
 (`python benchmarks/bench_kernels.py`), and is exact. What is lost is lost before: with y on a grid of 255 steps as ŷ,

@@ -1,4 +1,4 @@
-"""What a TopK encoder does with each row on a CPU, compiled by Numba: the k largest entries, a guess that is rescored.
+"""Row-wise kernels of TopK encoding on a CPU, compiled by Numba.
 
 Every kernel works row by row, so a row's result does not depend on its company, and lets other threads run meanwhile.
 A row that holds NaN gets NaN for all of its values.

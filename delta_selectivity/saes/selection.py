@@ -1,4 +1,4 @@
-"""From pre-activations to codes: which latents fire, and with what value."""
+"""Activation functions of SAEs: from pre-activations to sparse codes."""
 
 from __future__ import annotations
 

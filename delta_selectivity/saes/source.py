@@ -1,4 +1,4 @@
-"""What an SAE name resolves to before weights are loaded: one member a layer, of one hook point."""
+"""The SAEs behind one name, one per layer, before their weights are loaded."""
 
 from __future__ import annotations
 
@@ -197,7 +197,9 @@ class SaeSource:
         by_layer = {member.header.layer: member for member in self.members}
         for layer in layers:
             if layer not in by_layer:
-                raise RequestError(f"layer {layer}: {self.name} has SAEs for layers {_listed(self.layers)} only")
+                raise RequestError(
+                    f"layer {layer}: {self.name} has SAEs for layers {', '.join(map(str, self.layers))} only"
+                )
         return [by_layer[layer] for layer in sorted(set(layers))]
 
 
@@ -231,7 +233,3 @@ def _choose_place(name: str, found: Sequence[str], asked: str | None) -> str:
     if "resid_post" in places or len(places) == 1:
         return "resid_post" if "resid_post" in places else places[0]
     raise RequestError(f"{name}: SAEs for {', '.join(places)}; choose one with `hookpoint`")
-
-
-def _listed(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))

@@ -1,4 +1,4 @@
-"""Codes of many activations as compressed sparse rows: TopK, JumpReLU and ReLU codes share one type."""
+"""Sparse codes of many activations in CSR layout."""
 
 from __future__ import annotations
 

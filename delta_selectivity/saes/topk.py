@@ -1,4 +1,4 @@
-"""The k largest entries of each row, exactly: of wide ones on a CPU by kernels of our own, else by ``torch.topk``."""
+"""Exact k largest entries of each row."""
 
 from __future__ import annotations
 

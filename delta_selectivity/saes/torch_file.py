@@ -1,4 +1,4 @@
-"""Tensors in a file that ``torch.save`` wrote, read without running any code that the file may hold.
+"""Read tensors from a file of ``torch.save`` without running code.
 
 Such a file is a pickle, and unpickling calls whatever it names. ``weights_only`` builds tensors and plain containers
 and refuses everything else: https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only.

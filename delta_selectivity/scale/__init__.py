@@ -1,1 +1,1 @@
-"""One request spread over many workers: units, the worker's side, clusters, merging, and what it will cost."""
+"""One request over many workers."""

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees while workers work."""
+"""Progress bar of many workers."""
 
 from __future__ import annotations
 

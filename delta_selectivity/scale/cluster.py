@@ -1,4 +1,4 @@
-"""Workers by Dask: processes on this machine, one a GPU or some on the CPU's cores, or a cluster that is there already.
+"""Start Dask workers on this machine, or connect to a cluster.
 
     with open_cluster(n_workers=2, gpus=0, scheduler=None) as client:
         client.submit(...)

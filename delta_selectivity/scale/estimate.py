@@ -1,4 +1,4 @@
-"""What units will take, from configs alone: bytes by arithmetic, seconds by the rates that docs/scale.md measured.
+"""Estimate bytes and seconds of units from configs alone.
 
     show(render(plan, units))
 

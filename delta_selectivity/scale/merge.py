@@ -1,4 +1,4 @@
-"""The results of units, put where `main` would have put them.
+"""Merge the results of units into the result files of the request.
 
     merge(unit.folder, files)
 

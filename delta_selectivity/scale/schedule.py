@@ -1,4 +1,4 @@
-"""Units over workers: all of them given out at once, their outcomes as they come."""
+"""Submit units to workers and collect their outcomes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs over workers: units of what is missing, their outcomes merged as they come, and all files settled."""
+"""Measure requests by many workers, and merge and settle their results."""
 
 from __future__ import annotations
 

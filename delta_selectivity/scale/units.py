@@ -1,4 +1,4 @@
-"""What a request is cut into: units, each the same request for a group of layers and a group of SAEs.
+"""Cut a request into units, each for a group of layers and a group of SAEs.
 
     units = plan_units(plan, layers_per_unit=1, saes_per_unit=8)
 

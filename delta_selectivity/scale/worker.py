@@ -1,4 +1,4 @@
-"""The worker's side: one unit, by `main`'s own code, in whatever process Dask chose.
+"""Measure one unit in a worker process.
 
     outcome = run_unit(unit, home, own_device=False)
 

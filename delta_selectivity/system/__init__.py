@@ -1,1 +1,1 @@
-"""What every room above stands on: files, locks, memory, cores, signals, the terminal, the libraries in use."""
+"""Files, locks, memory, cores, signals, the terminal, and versions of libraries."""

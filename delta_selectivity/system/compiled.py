@@ -1,4 +1,4 @@
-"""Loops that torch has no one operation for, compiled by Numba."""
+"""How loops are compiled by Numba."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads that share cores: as many compute at a time as there are cores, whatever they are at.
+"""Limit the number of threads that compute at a time to the number of cores.
 
     cores = Cores(2)
     for batch, activations in cores.in_order(batches, forward, "forward"):    # in one thread

@@ -1,4 +1,4 @@
-"""One process at a time writes a file: a kernel lock on a hidden file beside it.
+"""Exclusive locks on files.
 
 The kernel lets go when its holder ends, by whatever end, so no lock is ever stale. The lock file holds nothing and
 is removed by its holder; one that a killed run left behind is no obstacle.

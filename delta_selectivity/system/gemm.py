@@ -1,4 +1,4 @@
-"""What a CPU multiplies fast, and float32 matrix products by the library that is fast on it.
+"""Choose the library that multiplies float32 matrices fast on this CPU, and say which other types it multiplies fast.
 
     gemm.linear(x, weight, bias)      # x weightᵀ + bias, as torch.nn.functional.linear
     gemm.use_in(module)               # the same for all linear maps of a model

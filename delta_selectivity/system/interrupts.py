@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP (a closed terminal) outside of the two threads' work, where `pipeline` has its own way.
+"""Handle Ctrl-C, SIGTERM and SIGHUP outside the two threads of a run, which `pipeline` handles itself.
 
 A signal that is ignored (`nohup`, a job in the background) stays ignored.
 """

@@ -1,4 +1,4 @@
-"""Memory that runs out: which errors mean it, and the same work done in smaller pieces.
+"""Recognise out-of-memory errors, and redo the work in smaller pieces.
 
 room = Room("rows are scored")
 room.in_pieces(n_rows, 8 * n_probes, score)  # score(slice(0, n_rows)), or its halves, or theirs

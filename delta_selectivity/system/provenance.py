@@ -1,4 +1,4 @@
-"""Which libraries and which program this process runs: result files tell it, and caches are good for no others."""
+"""Package versions and a source hash, recorded as provenance and used in cache keys."""
 
 from __future__ import annotations
 
@@ -28,8 +28,14 @@ def running_program(sources: tuple[str, ...]) -> str:
 
 
 def program_digest(root: Path, sources: Sequence[str]) -> str:
-    """SHA-256 (64 hexadecimal digits) of the text of the files below `root`."""
+    """SHA-256 (64 hexadecimal digits) of the text of the files below `root`.
+
+    Raises FileNotFoundError for a pattern that matches no file: what it stood for would change unnoticed.
+    """
+    files = {source: list(root.glob(source)) for source in sources}
+    if nothing := [source for source, paths in files.items() if not paths]:
+        raise FileNotFoundError(f"no file of the program is called {nothing[0]}")
     found = hashlib.sha256()
-    for path in sorted({path for source in sources for path in root.glob(source)}):
+    for path in sorted({path for paths in files.values() for path in paths}):
         found.update(json.dumps([path.relative_to(root).as_posix(), path.read_text("utf-8")]).encode())
     return found.hexdigest()

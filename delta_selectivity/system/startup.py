@@ -1,4 +1,4 @@
-"""Garbage collection of a program that loads much: off until what lasts is loaded, then without looking at that again.
+"""Switch garbage collection off while a program loads, and on again without what was loaded.
 
 Looking through what lasts is a fifth of the start. A library leaves its caller's collector alone: only a program that
 called `hold_collector` has it changed.

@@ -1,4 +1,4 @@
-"""Where the seconds of a run went."""
+"""Seconds per stage of a run."""
 
 from __future__ import annotations
 

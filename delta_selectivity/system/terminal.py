@@ -1,4 +1,4 @@
-"""Text on its way to a terminal that may be gone, with names from files that may hold what clears its screen.
+"""Print text from files safely, also to a terminal that is closed.
 
 >>> one_line("gen\\x1b[2Jder\\n")
 'gen\\\\x1b[2Jder'
@@ -20,16 +20,14 @@ LINE_SHOWN = 1000  # characters of any line: what a file holds may be quoted in 
 
 def printable(text: str) -> str:
     """The text with the escapes of what does not print: control and formatting characters, line ends among them."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else _escape(c) for c in text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(text: str) -> str:
     """The printable text on one line, runs of whitespace as one space."""
     return printable(" ".join(text.split()))
-
-
-def _escape(char: str) -> str:
-    return char.encode("unicode_escape").decode()
 
 
 class LineFormatter(logging.Formatter):

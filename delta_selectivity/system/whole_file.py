@@ -1,4 +1,4 @@
-"""Files that are the old one or the new one, never half of either.
+"""Atomic writes: a file is replaced as a whole.
 
 with replacing(path, "w", encoding="utf-8") as file:
     json.dump(content, file)

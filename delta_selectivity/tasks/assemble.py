@@ -1,4 +1,4 @@
-"""From sources to `ProbeTexts`: duplicates out, rows drawn, each distinct mention indexed once.
+"""Drop duplicates, draw rows, and index each distinct mention of several tasks once.
 
 A third of the Wikidata rows are exact duplicates, and 4529 of the distinct prompts recur across files:
 a duplicate on both sides of a split flatters every probe, and running it twice costs a forward pass.

@@ -1,4 +1,4 @@
-"""Tokenised mentions to right-padded batches of similar length."""
+"""Batch tokenised mentions of similar length, right-padded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tasks there are, and how a name becomes a `Task`."""
+"""The tasks there are, and how a name becomes a `Task`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,9 @@ def load_task(
         RequestError: The data cannot be had, or cannot be probed as they stand; one line says which and why.
 
     Example:
-        >>> load_task("people.csv", columns={"text": "sentence", "label": "is_poet"})  # doctest: +SKIP
+        >>> task = load_task("people.csv", columns={"text": "text"})
+        >>> task.name, [probe.name for rows in task.row_sets for probe in rows.probes]
+        ('people', ['people'])
     """
     return _load(name_task(path_or_name, split=split, columns=columns, data_dir=data_dir))
 

@@ -1,4 +1,4 @@
-"""A digest of what a dataset asks, so that a result can be matched with the rows it came from."""
+"""Hash of a dataset's questions, by which results are matched with their rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in a text the person's name is, and the key that says which person it is.
+"""Find a person's name in a text, and the key that identifies the person.
 
 The Wikidata prompts end at the end of a name whose start is not marked. By the project's convention the name
 is the last two words, which groups 'Edward I of England' with 'Eleanor of England': folds by person

@@ -1,4 +1,4 @@
-"""Tables that the library `datasets` reads: folders of `save_to_disk`, folders in the Hub's layout, and the Hub itself.
+"""Read tables with the library `datasets`: folders of `save_to_disk`, folders in the Hub's layout, and the Hub.
 
 Since version 4 it runs no script that comes with a dataset; one that needs its script is refused.
 """

@@ -1,4 +1,4 @@
-"""Reads a user's table - CSV, JSON lines, Parquet, a `datasets` folder or a dataset of the Hub - into plain records.
+"""Read a user's table (CSV, JSON lines, Parquet, a `datasets` folder, the Hub) into plain records.
 
 Every failure is one `RequestError` line that names the file and, where there is one, the line.
 """

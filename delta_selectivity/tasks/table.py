@@ -1,4 +1,4 @@
-"""What every reader of a user's data makes of it: plain records that remember where they stood."""
+"""Plain records of a user's table that remember their line."""
 
 from __future__ import annotations
 

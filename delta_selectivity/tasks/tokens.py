@@ -1,4 +1,4 @@
-"""Texts to token ids, and the characters of a name to the tokens that spell it."""
+"""Tokenise texts, and find the tokens of a name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types that flow out of the data sources, and the raw ones that flow from a source into `assemble`."""
+"""Types of task data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a user's own task is: file or name, split, and what its columns are called.
+"""Where a user's own task is: file or name, split, and names of its columns.
 
 >>> parse_columns("text=sentence, label=class")
 (('text', 'sentence'), ('label', 'class'))

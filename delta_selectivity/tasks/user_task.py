@@ -62,7 +62,7 @@ def _check_columns(columns: Sequence[str], data: UserData) -> None:
         missing.append("end" if "start" in columns else "start")
     if missing:
         raise RequestError(
-            f"{data.flag}: missing {_plural('column', missing)}; found {', '.join(columns)}: "
+            f"{data.flag}: missing column{'s'[: len(missing) - 1]} {', '.join(missing)}; found {', '.join(columns)}: "
             f"say which is which with `columns` {missing[0]}=..."
         )
 
@@ -161,7 +161,3 @@ def _probe_specs(task: str, values: Sequence[str]) -> tuple[ProbeSpec, ...]:
             logger.info("%s: label %r counts as 1, %r as 0", task, values[1], values[0])
         return (ProbeSpec(task, values[1]),)
     return tuple(ProbeSpec(f"{task}_is_{value}", value) for value in values)
-
-
-def _plural(noun: str, items: Sequence[str]) -> str:
-    return f"{noun}{'s' if len(items) > 1 else ''} {', '.join(items)}"

@@ -17,8 +17,8 @@ import pytest
 from delta_selectivity.models.language_model import LanguageModel, ModelInfo
 from delta_selectivity.probing import selectivity
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
-from delta_selectivity.records import sae_level, scores
-from delta_selectivity.run import cell_result, progress
+from delta_selectivity.records import scores
+from delta_selectivity.run import cell_result, evaluation, progress
 from delta_selectivity.run.bounded_queue import BoundedQueue
 from delta_selectivity.run.preflight import Preflight
 from delta_selectivity.run.reconstruction import ReconstructionSums
@@ -55,7 +55,7 @@ POINTS: dict[str, tuple[Any, str, Callable[[], Exception]]] = {  # kind -> (owne
     "statistics": (selectivity, "statistics", FAULT),
     "save": (cell_result, "save", FULL_DISK),
     "load": (scores, "load", FAULT),
-    "settle": (sae_level, "settle", FAULT),
+    "settle": (evaluation, "settle", FAULT),
     "texts": (progress.ProgressBars, "texts", FAULT),
     "probes": (progress.ProgressBars, "probes", FAULT),
 }

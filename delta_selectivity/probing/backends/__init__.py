@@ -1,1 +1,1 @@
-"""Solvers of the probes, one a file, behind the door `probes`."""
+"""Solvers of the probes, one per file; `probing.probes` chooses one."""

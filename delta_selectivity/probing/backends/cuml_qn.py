@@ -1,4 +1,4 @@
-"""cuML's quasi-Newton logistic regression on an NVIDIA GPU, one fit at a time.
+"""Logistic regression by cuML's quasi-Newton solver on an NVIDIA GPU, one fit at a time.
 
 cuML and CuPy are imported at the first fit, in the thread that calls it: their settings and handles are per thread.
 

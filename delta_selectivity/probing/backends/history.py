@@ -1,4 +1,4 @@
-"""What L-BFGS remembers of its last steps, for many columns side by side (Nocedal 1980)."""
+"""The L-BFGS history (Nocedal 1980) of many columns side by side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""L-BFGS's two loops on a CPU, compiled by Numba: one call in place of a hundred operations on a few kilobytes.
+"""The two-loop recursion of L-BFGS on a CPU, compiled by Numba.
 
 The operations took longer to call than to do, and at every call Python's lock goes from thread to thread.
 """

@@ -1,4 +1,4 @@
-"""Preconditioned L-BFGS (Nocedal 1980) for many logistic regressions side by side, whatever their features look like.
+"""Preconditioned L-BFGS (Nocedal 1980) for many logistic regressions side by side.
 
 `minimise` knows the regressions only through `Columns`. Each column's coefficients are a row of theta `[columns, p]`
 and its scores a row of margins `[columns, rows]`. The line search needs no product with the features of its own:

@@ -1,4 +1,4 @@
-"""What a probe backend is given and what it hands back."""
+"""Input and output types of a probe backend."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""SAE Lens: its folders, its list of releases, its architectures and its names for places."""
+"""SAE Lens: folders, releases, architectures and names of hook points."""

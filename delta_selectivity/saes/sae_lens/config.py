@@ -1,4 +1,4 @@
-"""``cfg.json`` of SAE Lens, versions 3 to 6: what an SAE computes, where it belongs, and what cannot be measured.
+"""Parse ``cfg.json`` of SAE Lens, versions 3 to 6.
 
 Semantics of https://github.com/decoderesearch/SAELens 6.54 (``saes/*.py``, ``loading/pretrained_sae_loaders.py``).
 """

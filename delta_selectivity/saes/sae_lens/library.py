@@ -1,4 +1,4 @@
-"""SAEs that only the SAE Lens library can run or fetch. Importing it takes 5 s, so it happens here, late."""
+"""SAEs that only the SAE Lens library can run or fetch; importing it takes 5 s, so it is imported late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where an SAE of SAE Lens belongs, from ``hook_name``, ``hook_name_out`` and their Hugging Face counterparts."""
+"""Find the layer and hook point of an SAE of SAE Lens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAE Lens's list of pretrained SAEs: which names it has, and how one is fetched by the library's own code."""
+"""SAE Lens's list of pretrained SAEs, and how one is fetched."""
 
 from __future__ import annotations
 

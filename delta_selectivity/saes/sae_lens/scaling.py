@@ -1,4 +1,4 @@
-"""Normalisations by constants: SAE Lens keeps them beside a training checkpoint and folds them into the final weights.
+"""Input scalings that SAE Lens keeps beside a training checkpoint.
 
 ``SAE.load_from_disk`` leaves them out of a checkpoint; ``SAE.from_pretrained`` folds a scaling factor from its list.
 """

@@ -1,4 +1,4 @@
-"""SAEs of models whose weights TransformerLens had rewritten: matched where that is exact, refused where it is not.
+"""Match SAEs trained on TransformerLens's processed weights where that is exact; refuse the rest.
 
 ``HookedTransformer`` can rewrite weights so that the logits stay and activations change. SAE Lens loads models without
 (``from_pretrained_no_processing``) except for what a config lists under ``model_from_pretrained_kwargs``; its own list

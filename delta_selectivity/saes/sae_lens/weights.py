@@ -1,4 +1,4 @@
-"""Weights in SAE Lens's names and shapes as a coder, without importing the library."""
+"""Build a coder from SAE Lens's weights without importing the library."""
 
 from __future__ import annotations
 

@@ -1,0 +1,86 @@
+"""The function `evaluate`: measure SAEs on a model and tasks."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.api.arguments import Devices, Layers, as_devices, as_layers, as_path, as_saes, as_tasks
+from delta_selectivity.api.results import Results
+from delta_selectivity.run.evaluation import run_request
+from delta_selectivity.run.request import Request
+from delta_selectivity.settings import Settings
+from delta_selectivity.tasks import DATASET_NAMES
+
+WIKIDATA = DATASET_NAMES
+"""The five Wikidata tasks of Gurnee et al. 2023 (arXiv 2305.01610)."""
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    saes: Any,
+    tasks: Any = WIKIDATA,
+    *,
+    layers: Layers = None,
+    settings: Settings = Settings(),  # noqa: B008 - frozen
+    device: Devices = "auto",
+    output: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Results:
+    """Measure what SAEs keep of what a language model knows.
+
+    Runs the model once over the distinct texts of all tasks, reconstructs the activations with every SAE, and fits
+    L2 logistic regressions on both, in folds that never split a person. `main.py` calls this function.
+
+    Args:
+        model: Hub id or local folder of a decoder of transformers.
+        saes: One SAE or a list. Each is a name (hub id, local folder, ``release/sae_id`` of SAE Lens, or a pattern of
+            those), or an object: an SAE of SAE Lens, sparsify or dictionary_learning as the library makes it, any
+            ``nn.Module`` with ``encode`` and ``decode``, or what `wrap_sae` returns.
+        tasks: One task or a list. Each is one of `WIKIDATA`, a path to a CSV, JSONL or Parquet file, a folder of the
+            ``datasets`` library, a dataset on the Hub, or what `load_task` returns.
+        layers: A layer, several, or a string such as ``"0-11"``; None: every layer that an SAE has. An object that does
+            not know its layer takes the only one given here.
+        settings: All other choices; `Settings` documents them.
+        device: ``"auto"`` (GPUs if there are any), one device, or two: of the model and of the probes.
+        output: Folder of the result files, written after every layer; the same call goes on where an earlier one
+            stopped. None: a temporary folder that lives as long as the results.
+        cache: Folder that keeps the model's activations and its probes for later calls.
+        progress: Whether to draw progress bars on stderr.
+
+    Returns:
+        A row per SAE, task, layer and probe, baselines included.
+
+    Raises:
+        RequestError: Something asked for cannot be had or does not fit; ``error.field`` names it.
+        ArithmeticError: Activations or reconstructions hold NaN or Inf.
+        OSError: A file could not be written. Finished layers are in ``output``.
+
+    Example:
+        ``model`` is a hub id or folder such as ``"EleutherAI/pythia-160m"``, ``sae`` a name such as
+        ``"EleutherAI/sae-pythia-160m-32k"`` or an object; ``people.csv`` has columns text, label and group.
+
+        >>> results = evaluate(model, sae, "people.csv", layers=1, settings=Settings(folds=3, repeats=2))
+        >>> results.to_frame()[["layer", "probe"]].values.tolist()
+        [[1, 'people']]
+        >>> bool(results.to_frame()["delta_sel"].between(-1, 1).all())
+        True
+    """
+    wanted = as_layers(layers)
+    device1, device2 = as_devices(device)
+    own = tempfile.TemporaryDirectory(prefix="delta-selectivity-") if output is None else None
+    request = Request(
+        model=os.fspath(model),
+        saes=as_saes(saes, wanted, settings.hookpoint),
+        tasks=as_tasks(tasks),
+        layers=wanted,
+        settings=settings,
+        output=Path(own.name) if own is not None else Path(output or "").expanduser(),
+        device1=device1,
+        device2=device2,
+        cache=as_path(cache),
+    )
+    return Results(run_request(request, progress), request.output, own)

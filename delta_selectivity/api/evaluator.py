@@ -1,0 +1,255 @@
+"""The class `Evaluator`: measure one SAE after another on one model, layer and set of tasks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from delta_selectivity.api.arguments import Devices, as_devices, as_source, as_tasks
+from delta_selectivity.api.evaluate import WIKIDATA
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.probing.probes import check_backend, choose_backend
+from delta_selectivity.probing.selectivity import fit_model
+from delta_selectivity.probing.uncertainty import Estimate
+from delta_selectivity.records.sae_level import mean_delta, mean_transfer_r2
+from delta_selectivity.run.activations import Item, LayerRows, Producer, SaeId, plan_blocks, tokens_in_memory
+from delta_selectivity.run.cell_result import CellResult, warnings_of
+from delta_selectivity.run.planning import Cell
+from delta_selectivity.run.prober import Prober, Work
+from delta_selectivity.run.resident import ResidentModel
+from delta_selectivity.run.row_store import RowStore
+from delta_selectivity.run.rows import RowTable
+from delta_selectivity.run.token_sample import TokenSample
+from delta_selectivity.saes import SaeSource
+from delta_selectivity.saes.hookpoints import canonical
+from delta_selectivity.settings import Settings
+from delta_selectivity.system.cores import Cores, sharing_cores
+from delta_selectivity.system.stopwatch import Stopwatch
+from delta_selectivity.tasks import load_probe_texts, tokenise
+
+log = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Measures SAEs of one layer on the same rows, one call each.
+
+    Texts, activations and the model's own probes are made once, at construction, and stay in memory. A call costs an
+    SAE's encoding and its own probes: no disk, no forward pass. It gives the numbers of `evaluate` for the same rows,
+    folds and ``whole_tokens``, to the bit on a CPU. It changes nothing about the SAE: its weights, gradients, mode,
+    device and the random state of the process are as before.
+
+    Activations are kept up to ``settings.queue_gb``; the texts beyond it go through the model at every call.
+
+    Example:
+        >>> evaluator = Evaluator(model, layer=1, tasks="people.csv", rows=200, settings=Settings(folds=3, repeats=2))
+        >>> numbers = evaluator(sae)
+        >>> all(name in numbers for name in ("delta_sel", "transfer_r2", "people/fvu_whole", "people/ci_low"))
+        True
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        layer: int,
+        tasks: Any = WIKIDATA,
+        *,
+        rows: int | None = None,
+        whole_tokens: int | None = 16_384,
+        input_hookpoint: str | None = None,
+        settings: Settings = Settings(),  # noqa: B008 - frozen
+        device: Devices = "auto",
+    ) -> None:
+        """Run the model over the texts and fit its probes.
+
+        Args:
+            model: Hub id or local folder of a decoder of transformers.
+            layer: Layer of the SAEs, counted from 0.
+            tasks: One task or a list, as for `evaluate`.
+            rows: At most so many rows of each task, drawn by ``settings.seed``, classes balanced; None: as
+                ``settings.shuffle_select_n`` says.
+            whole_tokens: Tokens of each task, drawn by seed, for ``mse_whole``, ``fvu_whole`` and ``dead``; None: all
+                of them, the default of `evaluate`. Everything else is of all rows.
+            input_hookpoint: What transcoders read; None for autoencoders, which read what they reconstruct.
+            settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``overwrite``,
+                ``force`` and ``cache_gb`` have no effect. Whether an SAE fits is not checked: ``fvu_whole`` tells.
+            device: As for `evaluate`.
+
+        Raises:
+            RequestError: Something asked for cannot be had; ``error.field`` names it.
+        """
+        settings = replace(settings, whole_tokens=whole_tokens)
+        if rows is not None:
+            settings = replace(settings, shuffle_select_n=rows)
+        self.settings, self.warnings = settings, list[str]()
+        device1, device2 = as_devices(device)
+        check_backend(settings.probe, device2)
+        self._site = Site(layer, canonical(settings.hookpoint or "resid_post"))
+        sites = {self._site, self._site.read_by(None if input_hookpoint is None else canonical(input_hookpoint))}
+        texts = load_probe_texts(as_tasks(tasks), shuffle_select_n=settings.shuffle_select_n, seed=settings.seed)
+        info = open_model(os.fspath(model), settings.revision, settings.trust_remote_code)
+        if layer >= info.n_layers:
+            raise RequestError(f"`layer` {layer}: {info.name} has layers 0 to {info.n_layers - 1}")
+        if settings.bos in ("counted", "excluded") and not info.has_bos:
+            raise RequestError(f"`bos` {settings.bos}: {info.name} has no token that begins a text")
+        self._has_bos = info.has_bos if settings.bos == "auto" else settings.bos != "none"
+        self._widths = info.widths(sites)
+        self._device = device1
+        self._tokenised = tokenise(
+            texts.mentions, info.tokenizer, prepend_bos=self._has_bos, max_length=info.max_length
+        )
+        self._blocks = plan_blocks(texts)
+        self._sample = TokenSample.draw(self._tokenised, texts, settings.whole_tokens, settings.seed)
+        loaded = info.load(sites, device1, info.choose_dtype(settings.dtype))
+        self._model = ResidentModel(loaded, int(settings.queue_gb * 1024**3))
+        self._work = Work(
+            texts=texts,
+            rows=RowTable.build(self._tokenised, settings.positions),
+            widths=self._widths,
+            cells=[Cell(index, self._site, 0) for index in range(len(texts.datasets))],
+            names=["the SAE"],
+            codes={},
+            latents_of={0} if "latents" in settings.views else set(),
+            settings=settings,
+            device=torch.device(device2),
+            fit_model=fit_model,
+        )
+        self._sets = {index: self._work.task_sets(index, keep=True) for index in range(len(texts.datasets))}
+        self._prepare()
+
+    def __call__(self, sae: Any) -> dict[str, float]:
+        """Measure one SAE.
+
+        Args:
+            sae: An object as `evaluate` takes it, what `wrap_sae` or `open_sae` returns, or a name.
+
+        Returns:
+            A flat dict of Python floats: ``delta_sel`` and ``transfer_r2``, means over all probes, with ``_ci_low`` and
+            ``_ci_high``; ``TASK/fvu_whole`` and the other reconstruction figures; ``TASK/PROBE/delta_sel``,
+            ``.../ci_low`` and every other number of the probe (``TASK/...`` where the probe has the task's name).
+            True and False are 1.0 and 0.0; what was not measured is absent. `docs/numbers.md` defines every key.
+
+        Raises:
+            RequestError: The SAE is of another layer, place or width, or asks for another BOS setting.
+            ArithmeticError: Its codes or reconstructions hold NaN or Inf.
+        """
+        found = self.measure(sae)
+        cells = {(name, 0, probe): scores for name, result in found.items() for probe, scores in result.scores.items()}
+        flat = {**_interval("delta_sel", mean_delta(cells)), **_interval("transfer_r2", mean_transfer_r2(cells))}
+        for name, result in found.items():
+            flat |= _numbers(name, asdict(result.figures))
+            for probe, record in result.records.items():
+                flat |= _numbers(name if probe == name else f"{name}/{probe}", record)
+        return flat
+
+    def measure(self, sae: Any) -> dict[str, CellResult]:
+        """Measure one SAE; returns task -> its figures, records and out-of-fold scores. Arguments as for a call."""
+        source = self._fitting(sae)
+        with _plainly():
+            return self._measure(source)
+
+    def _measure(self, source: SaeSource) -> dict[str, CellResult]:
+        loaded = source.load(self._site.layer, self._device)
+        counts_bos = source.counts_bos if self.settings.bos == "auto" else self.settings.bos == "counted"
+        found: dict[str, CellResult] = {}
+        datasets = self._work.texts.datasets
+
+        def keep(cell: Cell, result: CellResult) -> None:
+            found[datasets[cell.dataset].name] = result
+
+        with sharing_cores(self._device) as cores:
+            items = self._produce({self._site: {0: loaded}}, {0: counts_bos}, cores)
+            own = cores if self._device == "cpu" and self._work.device.type == "cpu" else Cores(1)
+            prober = Prober(
+                replace(self._work, names=[source.name]), self._blocks, self._store_bytes, own, Stopwatch(), keep,
+                lambda _: None, threading.Event(), self._sets,
+            )  # fmt: skip
+            prober.run(items)
+        for name, result in found.items():
+            self.warnings += [line for line in (f"{name}{w}" for w in warnings_of(result)) if line not in self.warnings]
+        return {dataset.name: found[dataset.name] for dataset in datasets}
+
+    @property
+    def _store_bytes(self) -> int:
+        return int(self.settings.queue_gb * 1024**3)
+
+    def _produce(
+        self, saes: Mapping[Site, Mapping[int, Any]], counts_bos: Mapping[int, bool], cores: Cores
+    ) -> list[Item]:
+        """Rows of the probed positions, and the sums over all tokens."""
+        asked = self.settings
+        max_tokens = tokens_in_memory(self._model.device, saes) if asked.batch_size is None else None
+        producer = Producer(
+            self._model, saes, counts_bos, self._tokenised, self._work.rows, asked.batch_size, max_tokens, cores,
+            Stopwatch(), self._work.latents_of, self._sample,
+        )  # fmt: skip
+        items: list[Item] = []
+        producer.run(self._blocks, items.append, lambda _: None)
+        return items
+
+    def _prepare(self) -> None:
+        """Run the model over every text, and fit the probes of its own activations."""
+        with _plainly(), sharing_cores(self._device) as cores:
+            items = self._produce({self._site: {}}, {}, cores)
+            backend, _ = choose_backend(self.settings.probe, self._work.device)
+            widths: dict[tuple[Site, SaeId | None], int] = {(self._site, None): self._widths[self._site]}
+            with RowStore(widths, len(self._work.rows), self._work.device, self._store_bytes) as store:
+                for item in items:
+                    if isinstance(item, LayerRows):
+                        store.put(item)
+                sets = [task_set for of_dataset in self._sets.values() for task_set in of_dataset]
+
+                def fit(task_set: Any) -> None:
+                    task_set.fit_model(self._site, store, backend, self._work.device, fit_model)
+
+                own = cores if self._device == "cpu" and self._work.device.type == "cpu" else Cores(1)
+                for _ in own.in_order(sets, fit, "probes"):
+                    pass
+
+    def _fitting(self, sae: Any) -> SaeSource:
+        """Return the SAE, found to be of this layer, place and width."""
+        layer, hookpoint = self._site
+        source = as_source(sae, (layer,), hookpoint)
+        if layer not in source.layers or source.hookpoint != hookpoint:
+            layers = ", ".join(map(str, source.layers))
+            raise RequestError(
+                f"`sae` {source.name}: it is of {source.hookpoint}, layer {layers}; this evaluator measures "
+                f"{hookpoint}, layer {layer}"
+            )
+        read = self._site.read_by(source.input_hookpoint)
+        if read not in self._widths:
+            raise RequestError(f"`sae` {source.name}: it reads {read.hookpoint}: give that as `input_hookpoint`")
+        for what, width, place in (("d_in", source.d_in, read), ("d_out", source.d_out, self._site)):
+            if width != self._widths[place]:
+                raise RequestError(
+                    f"`sae` {source.name}: its {what} is {width}, but {place.hookpoint} has width {self._widths[place]}"
+                )
+        if self.settings.bos == "auto" and source.prepend_bos not in (None, self._has_bos):
+            other = "none" if self._has_bos else "excluded"
+            raise RequestError(f"`sae` {source.name}: its training texts had other beginnings: set `bos` to {other!r}")
+        return source
+
+
+def _plainly() -> ExitStack:
+    """No autocast of the caller's changes the numbers."""
+    stack = ExitStack()
+    for kind in ("cpu", "cuda"):
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
+
+
+def _numbers(prefix: str, record: Mapping[str, Any]) -> dict[str, float]:
+    return {f"{prefix}/{name}": float(value) for name, value in record.items() if isinstance(value, bool | int | float)}
+
+
+def _interval(name: str, found: Estimate | None) -> dict[str, float]:
+    if found is None:
+        return {}
+    return {name: found.value, f"{name}_ci_low": found.low, f"{name}_ci_high": found.high}

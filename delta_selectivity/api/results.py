@@ -1,0 +1,171 @@
+"""The class `Results`: the results of runs as a table."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import ProbeScores
+from delta_selectivity.probing.uncertainty import Estimate
+from delta_selectivity.records import result_file, sae_level
+from delta_selectivity.records.scores import folder_of
+from delta_selectivity.reporting import results as table
+from delta_selectivity.reporting.results import File
+from delta_selectivity.system.whole_file import replacing
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two SAEs differ, paired by row, fold and person, over the cells that both have.
+
+    Each `Estimate` has ``value`` (the first SAE's minus the second's), ``low`` and ``high`` (95 % interval),
+    ``p_value`` and ``detectable`` (the smallest difference that these data would show with 80 % power).
+    """
+
+    a: str
+    b: str
+    n_cells: int  # (task, layer, probe)
+    delta_sel: Estimate
+    transfer_r2: Estimate | None  # None: no probe was tested on both reconstructions
+
+
+class Results:
+    """The results of a run, or of a folder of result files: a row per SAE, task, layer and probe.
+
+    They stay on disk and are read when they are asked for; `save` copies them elsewhere.
+
+    Example:
+        >>> results = evaluate(model, [sae, other_sae], "people.csv", layers=1, settings=Settings(folds=3, repeats=2))
+        >>> folder = results.save("kept")
+        >>> results = Results.load("kept")
+        >>> found = results.compare(*results.saes)
+        >>> found.delta_sel.low <= found.delta_sel.value <= found.delta_sel.high
+        True
+        >>> results.report("report.html").name
+        'report.html'
+    """
+
+    def __init__(self, paths: Sequence[Path], folder: Path, own: TemporaryDirectory[str] | None = None) -> None:
+        """Take these result files below `folder`; own: the temporary folder that goes when the results do."""
+        self._paths, self._folder, self._own = tuple(paths), folder, own
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Results:
+        """Return the results in a folder of result files, or in one file.
+
+        Raises:
+            RequestError: There are none, or one is no result file or was changed by hand.
+        """
+        path = Path(folder).expanduser()
+        found = cls(table.result_files(path), path if path.is_dir() else path.parent)
+        assert found.files
+        return found
+
+    @cached_property
+    def files(self) -> list[File]:
+        """The result files, each checked: its path and what it holds."""
+        return table.load(self._paths)
+
+    @property
+    def saes(self) -> list[str]:
+        """Names of the SAEs, and after them of the baselines."""
+        return list(table.by_sae(self.files))
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the numbers must know, each line once."""
+        return list(dict.fromkeys(line for _, found in self.files for line in found["_run"]["warnings"]))
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return a data frame with a row per SAE, task, layer and probe.
+
+        Columns: ``sae``, ``baseline`` (its kind; None for an SAE), ``dataset``, ``layer``, ``probe``, then the figures
+        of the layer (``mse_pos``, ``fvu_whole``, ``l0``, ...) and all that was measured of the probe (``model_sel``,
+        ``sae_sel``, ``delta_sel``, ``ci_low``, ``ci_high``, ``q_value``, ...). ``docs/numbers.md`` defines every one.
+        """
+        import pandas
+
+        return pandas.DataFrame(table.lines(self.files)).drop(columns="path")
+
+    def compare(self, a: str, b: str) -> Difference:
+        """Return the difference between two SAEs, averaged over the tasks, layers and probes that both have.
+
+        Args:
+            a: An SAE, by its name in `saes` or by the name of its folder.
+            b: The SAE to compare it with.
+
+        Raises:
+            RequestError: There is no such SAE, its stored scores are gone, or the two share no rows and folds.
+        """
+        one, other = self._cells(a), self._cells(b)
+        delta = sae_level.difference(one, other)
+        if delta is None:
+            raise RequestError(f"{a} and {b} were not measured on the same rows and folds: they cannot be compared")
+        n_cells = len(one.keys() & other.keys())
+        return Difference(a, b, n_cells, delta, sae_level.difference_in_transfer_r2(one, other))
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Copy the result files and the scores behind them into a folder; returns the folder.
+
+        Raises:
+            RequestError: The folder cannot be written to, or holds other results of the same names.
+        """
+        target = Path(folder).expanduser()
+        places = {path: target / path.relative_to(self._folder) for path in self._paths}
+        for path, place in places.items():
+            if place.exists() and not place.samefile(path) and place.read_bytes() != path.read_bytes():
+                raise RequestError(f"`folder` {target}: {place.name} is there already, with other results")
+        try:
+            for path, place in places.items():
+                if not place.exists():
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    if folder_of(path).is_dir():
+                        shutil.copytree(folder_of(path), folder_of(place), dirs_exist_ok=True)
+                    with replacing(place, "wb") as file:
+                        file.write(path.read_bytes())
+        except OSError as error:
+            raise RequestError(f"`folder` {target}: cannot write there: {error.strerror or error}") from error
+        return target
+
+    def report(self, path: str | os.PathLike[str]) -> Path:
+        """Write one HTML page with tables and plots that needs no network; returns its path.
+
+        Raises:
+            RequestError: The path cannot be written.
+        """
+        from delta_selectivity.reporting.output import write_page  # matplotlib: tables do without it
+        from delta_selectivity.reporting.study import study_of
+
+        page = Path(path).expanduser()
+        write_page(study_of(self.files), page)
+        return page
+
+    def __len__(self) -> int:
+        return sum(1 for _, found in self.files for _ in table.cells(found))
+
+    def __repr__(self) -> str:
+        return f"<Results: {len(self)} rows of {', '.join(self.saes)}>"
+
+    def _cells(self, name: str) -> dict[sae_level.Place, ProbeScores]:
+        """The stored scores of one SAE."""
+        known = table.by_sae(self.files)
+        named = [sae for sae in known if name in (sae, result_file.slug(sae))]
+        if len(named) != 1:
+            raise RequestError(f"there is no SAE {name!r} here: {', '.join(known)}")
+        cells = sae_level.read_cells(
+            (path, found["_run"]["key"], sorted({layer for layer, *_ in table.cells(found)}))
+            for path, found in known[named[0]]
+        )
+        if cells is None:
+            raise RequestError(f"{name}: the scores beside its result files are gone: measure it again")
+        return cells

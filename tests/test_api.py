@@ -1,0 +1,410 @@
+"""The library: the numbers of the program, from Python; SAEs in memory; one evaluator for many SAEs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import D_MODEL, D_SAE, N_LAYERS, people, write_csv, write_sparsify
+from runs import Request, numbers
+
+import delta_selectivity as ds
+from delta_selectivity.models.language_model import LanguageModel
+from delta_selectivity.probing.selectivity import ProbeResult
+from delta_selectivity.records import result_file
+
+FAST = ds.Settings(folds=3, repeats=2)
+
+
+class TopK(torch.nn.Module):
+    """An SAE as people write them."""
+
+    def __init__(self, seed: int = 0, k: int = 8) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.k = k
+        self.W_enc = torch.nn.Parameter(torch.randn(D_MODEL, D_SAE, generator=generator) / D_MODEL**0.5)
+        self.W_dec = torch.nn.Parameter(self.W_enc.detach().T.clone())
+        self.b_dec = torch.nn.Parameter(torch.zeros(D_MODEL))
+
+    def encode(self, x):
+        pre = torch.relu((x - self.b_dec) @ self.W_enc)
+        top = pre.topk(self.k, dim=-1)
+        return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+
+    def decode(self, codes):
+        return codes @ self.W_dec + self.b_dec
+
+
+@pytest.fixture(scope="module")
+def two_tasks(tmp_path_factory):
+    """Two tasks in one file, with probes on different rows."""
+    rows = [{**row, "task": task} for task in ("women", "others") for row in people(160, seed=len(task))]
+    return write_csv(tmp_path_factory.mktemp("data") / "two.csv", rows)
+
+
+@pytest.fixture(scope="module")
+def sparser(tmp_path_factory):
+    return write_sparsify(tmp_path_factory.mktemp("saes") / "sae-sparser", k=2)
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, tiny_saes, sparser, two_tasks):
+    return ds.evaluate(tiny_model, [tiny_saes, sparser], two_tasks, settings=FAST, device="cpu")
+
+
+def flat(record: dict) -> dict:
+    return {name: float(value) for name, value in record.items() if isinstance(value, bool | int | float)}
+
+
+def without_q(record: dict) -> dict:
+    return {name: value for name, value in record.items() if not name.endswith("q_value")}
+
+
+# --- evaluate
+
+
+def test_evaluate_and_the_program_give_the_same_files(results, tiny_model, tiny_saes, sparser, two_tasks, tmp_path):
+    """The same numbers to the bit, and the same keys: either goes on where the other stopped."""
+    asked = Request(tiny_model, (tiny_saes, sparser), two_tasks, tmp_path / "out", ("--folds", "3", "--repeats", "2"))
+    assert asked.run() == 0
+    saved = results.save(tmp_path / "saved")
+    assert numbers(saved) == numbers(asked.out)
+    for path in numbers(saved):
+        one, other = (result_file.read(folder / path)["_run"] for folder in (saved, asked.out))
+        assert (one["key"], one["sae_level"], one["q_family"]) == (other["key"], other["sae_level"], other["q_family"])
+    assert asked.into(saved).run() == 0
+
+
+def test_the_frame_has_a_row_per_sae_dataset_layer_and_probe(results):
+    frame = results.to_frame()
+    assert len(frame) == len(results) == 2 * N_LAYERS * 2
+    assert list(frame.columns[:5]) == ["sae", "baseline", "dataset", "layer", "probe"]
+    assert set(frame["sae"]) == set(results.saes)
+    assert {"delta_sel", "ci_low", "ci_high", "q_value", "fvu_whole", "l0", "n_people"} <= set(frame.columns)
+    assert frame["delta_sel"].notna().all()
+    assert "Results" in repr(results)
+
+
+def test_two_saes_are_compared_as_the_files_say(results):
+    one, other = results.saes
+    found = results.compare(one, other)
+    level = results.files[0][1]["_run"]["sae_level"]["compared"][other]
+    assert found.delta_sel.value == level["delta_sel"]
+    assert (found.delta_sel.low, found.delta_sel.high) == (level["delta_sel_ci_low"], level["delta_sel_ci_high"])
+    assert found.transfer_r2.value == level["transfer_r2"]
+    assert found.n_cells == 2 * N_LAYERS
+    assert results.compare(result_file.slug(other), result_file.slug(one)).delta_sel.value == pytest.approx(
+        -found.delta_sel.value
+    )
+    with pytest.raises(ds.RequestError, match="no SAE 'none'"):
+        results.compare(one, "none")
+
+
+def test_results_are_saved_loaded_and_reported(results, tmp_path):
+    folder = results.save(tmp_path / "kept")
+    loaded = ds.Results.load(folder)
+    order = ["sae", "layer", "probe"]
+    one, other = (found.to_frame().sort_values(order).reset_index(drop=True) for found in (loaded, results))
+    assert one.equals(other)
+    one, other = loaded.saes
+    assert loaded.compare(one, other).delta_sel == results.compare(one, other).delta_sel
+    assert results.save(folder) == folder, "the same results again are no conflict"
+    assert results.report(tmp_path / "page.html").read_text("utf-8").startswith("<!")
+    with pytest.raises(ds.RequestError) as refused:
+        ds.Results.load(tmp_path / "nothing")
+    assert "no result files" in str(refused.value)
+
+
+def test_results_of_something_else_are_not_overwritten_by_save(results, tmp_path):
+    folder = results.save(tmp_path / "kept")
+    victim = sorted(folder.glob("*/*.json"))[0]
+    victim.write_text("{}")
+    with pytest.raises(ds.RequestError, match="with other results"):
+        results.save(folder)
+    assert victim.read_text() == "{}"
+
+
+def test_the_temporary_folder_goes_with_the_results(tiny_model, tiny_saes, two_tasks):
+    found = ds.evaluate(tiny_model, str(tiny_saes), str(two_tasks), layers=0, settings=FAST, device="cpu")
+    folder = found.files[0][0].parent
+    assert folder.is_dir()
+    del found
+    assert not folder.exists()
+
+
+def test_a_module_is_measured_like_the_same_sae_in_a_file(tiny_model, two_tasks, tmp_path):
+    sae = TopK()
+    folder = tmp_path / "file" / "layers.1"
+    folder.mkdir(parents=True)
+    weights = {"encoder.weight": sae.W_enc.detach().T.contiguous(), "encoder.bias": torch.zeros(D_SAE)}
+    weights |= {"W_dec": sae.W_dec.detach().contiguous(), "b_dec": sae.b_dec.detach()}
+    from safetensors.torch import save_file
+
+    save_file(weights, folder / "sae.safetensors")
+    config = {"activation": "topk", "k": 8, "d_in": D_MODEL, "num_latents": D_SAE, "expansion_factor": 3}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    saes = [ds.wrap_sae(sae, layer=1, name="mine"), str(tmp_path / "file")]
+    frame = ds.evaluate(tiny_model, saes, two_tasks, layers=1, settings=FAST, device="cpu").to_frame()
+    mine, file = (frame[frame["sae"] == name].reset_index(drop=True) for name in ("mine", saes[1]))
+    for column in ("delta_sel", "transfer_r2", "fvu_whole", "l0"):
+        np.testing.assert_allclose(mine[column], file[column], atol=0.02 if column == "delta_sel" else 1e-4)
+
+
+def test_a_module_that_does_not_know_its_layer_takes_the_only_one_asked_for(tiny_model, two_tasks):
+    frame = ds.evaluate(tiny_model, TopK(), two_tasks, layers=2, settings=FAST, device="cpu").to_frame()
+    assert set(frame["layer"]) == {2}
+    with pytest.raises(ds.RequestError) as refused:
+        ds.evaluate(tiny_model, TopK(), two_tasks, settings=FAST, device="cpu")
+    assert refused.value.field == "layer"
+
+
+def test_an_sae_that_was_trained_on_is_another_sae(tiny_model, two_tasks, tmp_path):
+    sae = TopK()
+    asked = {"layers": 1, "settings": FAST, "device": "cpu", "output": tmp_path / "out"}
+    ds.evaluate(tiny_model, sae, two_tasks, **asked)
+    with torch.no_grad():
+        sae.W_dec += 0.1
+    with pytest.raises(ds.RequestError, match="made with other settings"):
+        ds.evaluate(tiny_model, sae, two_tasks, **asked)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"tasks": "no_such_task"}, "tasks"),
+        ({"tasks": []}, "tasks"),
+        ({"saes": []}, "saes"),
+        ({"saes": "/no/such/folder"}, "saes"),
+        ({"saes": 3}, None),
+        ({"model": "/no/such/folder"}, "model"),
+        ({"layers": "0-"}, "layers"),
+        ({"layers": [-1]}, "layers"),
+        ({"layers": 1.5}, "layers"),
+        ({"device": "tpu"}, "device1"),
+        ({"device": ("cpu",)}, "device"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_names_its_field(tiny_model, tiny_saes, two_tasks, changes, field):
+    asked = {"model": tiny_model, "saes": tiny_saes, "tasks": two_tasks, "device": "cpu"} | changes
+    with pytest.raises((ds.RequestError, TypeError)) as refused:
+        ds.evaluate(**asked)
+    assert isinstance(refused.value, ds.RequestError)
+    assert "\n" not in str(refused.value)
+    assert "--" not in str(refused.value)
+    assert field is None or refused.value.field == field
+
+
+def test_nothing_is_printed(tiny_model, tiny_saes, two_tasks, capfd):
+    ds.evaluate(tiny_model, tiny_saes, two_tasks, layers=0, settings=FAST, device="cpu")
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert "%|" not in told.err
+
+
+# --- the evaluator
+
+
+@pytest.fixture(scope="module")
+def evaluator(tiny_model, two_tasks):
+    return ds.Evaluator(tiny_model, 1, two_tasks, settings=FAST, device="cpu")
+
+
+def check_same(found: dict, expected: dict[str, dict]) -> None:
+    """Every number of a call, against the layer of a result file."""
+    figures = {name: value for name, value in expected.items() if not isinstance(value, dict)}
+    probes = {name: without_q(value) for name, value in expected.items() if isinstance(value, dict)}
+    wanted = {f"two/{name}": value for name, value in flat(figures).items()}
+    for probe, record in probes.items():
+        wanted |= {f"two/{probe}/{name}": value for name, value in flat(record).items()}
+    assert {name: value for name, value in found.items() if name.startswith("two/")} == wanted
+
+
+@pytest.mark.parametrize("settings", [FAST, ds.Settings(folds=3, repeats=1, positions="mean", views="error,latents")])
+def test_an_evaluator_gives_the_numbers_of_evaluate_to_the_bit(tiny_model, tiny_saes, sparser, two_tasks, settings):
+    evaluator = ds.Evaluator(
+        tiny_model, 1, two_tasks, settings=settings, device="cpu", whole_tokens=settings.whole_tokens
+    )
+    for sae in (tiny_saes, sparser, TopK()):
+        whole = ds.evaluate(tiny_model, sae, two_tasks, layers=1, settings=settings, device="cpu")
+        ((_, found),) = whole.files
+        called = evaluator(sae)
+        check_same(called, found["layer_1"])
+        level = found["_run"]["sae_level"]
+        for name in ("delta_sel", "delta_sel_ci_low", "transfer_r2", "transfer_r2_ci_high"):
+            assert called[name] == level[name]
+
+
+def test_a_call_runs_no_text_and_fits_the_model_once(tiny_model, two_tasks, monkeypatch):
+    from delta_selectivity.api import evaluator as module
+
+    forward, calls, fit, fits = LanguageModel.activations, [], module.fit_model, []
+    monkeypatch.setattr(LanguageModel, "activations", lambda self, ids: calls.append(1) or forward(self, ids))
+    monkeypatch.setattr(module, "fit_model", lambda *asked: fits.append(1) or fit(*asked))
+    evaluator = ds.Evaluator(tiny_model, 1, two_tasks, settings=FAST, device="cpu")
+    assert calls
+    assert len(fits) == 2, "one for each set of rows"
+    calls.clear()
+    first = evaluator(TopK())
+    assert evaluator(TopK()) == first
+    assert not calls
+    assert len(fits) == 2
+
+
+def test_without_room_for_activations_the_numbers_are_the_same(tiny_model, two_tasks, evaluator):
+    small = ds.Evaluator(
+        tiny_model, 1, two_tasks, settings=ds.Settings(folds=3, repeats=2, queue_gb=1e-5), device="cpu"
+    )
+    assert small(TopK()) == evaluator(TopK())
+
+
+def test_a_training_goes_on_as_if_it_had_not_been_measured(tiny_model, two_tasks, evaluator):
+    def train(watched: bool) -> tuple[list[torch.Tensor], torch.Tensor, list[dict]]:
+        torch.manual_seed(3)
+        sae, seen = TopK().train(), []
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
+        for step in range(4):
+            x = torch.randn(64, D_MODEL)
+            loss = (sae.decode(sae.encode(x)) - x).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            if watched and step % 2:
+                gradients = [p.grad.clone() for p in sae.parameters()]
+                seen.append(evaluator(sae))
+                assert sae.training
+                assert all(torch.equal(p.grad, g) for p, g in zip(sae.parameters(), gradients, strict=True))
+            optimizer.step()
+        return [p.detach() for p in sae.parameters()], torch.get_rng_state(), seen
+
+    alone, state, _ = train(watched=False)
+    watched, state_after, seen = train(watched=True)
+    assert all(torch.equal(a, b) for a, b in zip(alone, watched, strict=True))
+    assert torch.equal(state, state_after)
+    assert seen[0]["two/fvu_whole"] != seen[1]["two/fvu_whole"], "weights that were trained on give other numbers"
+
+
+class Drawing(TopK):
+    """An SAE that draws random numbers while it encodes, in whatever thread."""
+
+    def encode(self, x):
+        return super().encode(x + 1e-6 * torch.randn_like(x))
+
+
+def test_random_numbers_are_as_before_though_several_threads_draw_some(tiny_model, two_tasks, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # so many batches at a time
+    evaluator = ds.Evaluator(
+        tiny_model, 1, two_tasks, settings=ds.Settings(folds=3, repeats=1, batch_size=2), device="cpu"
+    )
+    sae = Drawing()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        evaluator(sae)
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_autocast_of_the_caller_changes_nothing(evaluator):
+    plain = evaluator(TopK())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert evaluator(TopK()) == plain
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: ds.wrap_sae(TopK(), layer=2), "layer 2"),
+        (lambda: ds.wrap_sae(TopK(), layer=1, hookpoint="mlp_out"), "mlp_out"),
+        (lambda: torch.nn.Linear(3, 3), "encode"),
+    ],
+)
+def test_an_sae_of_another_place_is_refused_in_one_line(evaluator, make, told):
+    with pytest.raises(ds.RequestError) as refused:
+        evaluator(make())
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_evaluator_tells_what_a_reader_must_know(tiny_model, two_tasks):
+    evaluator = ds.Evaluator(tiny_model, 1, two_tasks, rows=60, settings=FAST, device="cpu")
+    evaluator(TopK())
+    assert any("the interval is rough" in line for line in evaluator.warnings)
+    before = list(evaluator.warnings)
+    evaluator(TopK())
+    assert evaluator.warnings == before
+
+
+# --- a sample of the tokens
+
+
+def test_whole_text_figures_of_a_sample_are_near_those_of_all_tokens_and_the_rest_is_the_same(
+    tiny_model, tiny_saes, two_tasks
+):
+    asked = {"model": tiny_model, "saes": str(tiny_saes), "tasks": two_tasks, "device": "cpu"}
+    whole = ds.evaluate(**asked, settings=FAST).to_frame()
+    n_tokens = int(whole["n_tokens"].iloc[0])
+    few = ds.evaluate(**asked, settings=ds.Settings(folds=3, repeats=2, whole_tokens=n_tokens // 2)).to_frame()
+    assert (few["n_tokens"] > 0.4 * n_tokens).all()
+    assert (few["n_tokens"] < 0.6 * n_tokens).all()
+    np.testing.assert_allclose(few["fvu_whole"], whole["fvu_whole"], rtol=0.05)
+    assert (few["mse_whole"] != whole["mse_whole"]).all()
+    same = ["model_sel", "sae_sel", "delta_sel", "transfer_sel", "n_people", "n_probed"]
+    assert few[same].equals(whole[same])
+    for name in ("mse_pos", "fvu_pos", "cosine", "l0", "l1"):
+        np.testing.assert_allclose(few[name], whole[name], rtol=1e-5)
+
+
+def test_a_sample_is_by_seed_the_same_for_every_sae_and_call(tiny_model, tiny_saes, sparser, two_tasks):
+    settings = ds.Settings(folds=3, repeats=1, whole_tokens=500)
+    one, again = (
+        ds.Evaluator(tiny_model, 1, two_tasks, settings=settings, device="cpu", whole_tokens=settings.whole_tokens)
+        for _ in range(2)
+    )
+    assert one(tiny_saes) == again(tiny_saes)
+    assert one(sparser)["two/n_tokens"] == one(tiny_saes)["two/n_tokens"]
+    other = ds.Settings(folds=3, repeats=1, whole_tokens=500, seed=1)
+    found = ds.Evaluator(tiny_model, 1, two_tasks, settings=other, device="cpu", whole_tokens=500)(tiny_saes)
+    assert found["two/mse_whole"] != one(tiny_saes)["two/mse_whole"]
+
+
+def test_a_sample_of_more_tokens_than_there_are_is_all_of_them(tiny_model, tiny_saes, two_tasks, evaluator):
+    settings = ds.Settings(folds=3, repeats=2, whole_tokens=10**9)
+    assert ds.Evaluator(tiny_model, 1, two_tasks, settings=settings, device="cpu", whole_tokens=settings.whole_tokens)(
+        tiny_saes
+    ) == evaluator(tiny_saes)
+
+
+# --- the package
+
+
+def test_the_import_is_fast_and_light():
+    code = "import sys, time; t = time.perf_counter(); import delta_selectivity; print(time.perf_counter() - t); "
+    code += "print([name for name in ('torch', 'numpy', 'transformers', 'pandas') if name in sys.modules])"
+    told = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    assert min(float(done.stdout.split()[0]) for done in told) < 0.2
+    assert told[0].stdout.splitlines()[1] == "[]"
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in ds.__all__:
+        found = getattr(ds, name)
+        assert found.__doc__, name
+    assert set(ds.__all__) <= set(dir(ds))
+    assert ds.__version__[0].isdigit()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ds.nothing
+
+
+def test_probe_selectivity_of_an_identity_is_exactly_zero():
+    random = np.random.default_rng(0)
+    x = random.normal(size=(300, 6)).astype(np.float32)
+    labels = x[:, 0] + random.normal(size=300) > 0
+    found = ds.probe_selectivity(x, x, labels, np.arange(300), settings=FAST)
+    assert isinstance(found, ProbeResult)
+    assert found.delta_sel == found.transfer_delta == 0
+    assert found.model_sel > 0.6
+    assert asdict(found)["n_people"] == 300
