@@ -64,6 +64,7 @@ def probe_selectivity(
             for the folds; the message names the argument.
 
     Example:
+        >>> import numpy as np
         >>> rng = np.random.default_rng(0)
         >>> labels = rng.random(400) < 0.5
         >>> x = rng.normal(size=(400, 8)) + labels[:, None]
