@@ -14,8 +14,10 @@ from delta_selectivity.system.cores import Cores
 class Busy:
     """Work that knows how many are at it."""
 
-    def __init__(self, seconds: float = 0.002) -> None:
+    def __init__(self, seconds: float = 0.002, meeting: int = 1) -> None:
+        """meeting: so many of the first items wait for each other, however slow the machine is."""
         self.seconds, self.lock = seconds, threading.Lock()
+        self.meeting, self.barrier = meeting, threading.Barrier(meeting)
         self.at_once = self.most = 0
         self.done: list[int] = []
 
@@ -23,6 +25,8 @@ class Busy:
         with self.lock:
             self.at_once += 1
             self.most = max(self.most, self.at_once)
+        if item < self.meeting:
+            self.barrier.wait(timeout=30)
         time.sleep(self.seconds * (1 + item % 3))
         with self.lock:
             self.at_once -= 1
@@ -33,7 +37,7 @@ class Busy:
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("n_items", [0, 1, 2, 20])
 def test_results_come_in_order_whoever_is_done_first(n: int, n_items: int) -> None:
-    work = Busy()
+    work = Busy(meeting=max(min(n, n_items), 1))
     found = list(Cores(n).in_order(range(n_items), work, "test"))
     assert found == [(i, i * i) for i in range(n_items)]
     assert work.most == min(n, n_items)
