@@ -715,7 +715,7 @@ MADE = {"layer": 1, "d_in": D_IN}
     (Own, MADE, "`obj` Own is a class: give an object of it"),
     (Gives(lambda codes: (codes, codes)), MADE, "`d_in` 16: Gives: encode gives a tuple; a dense tensor"),
     (Gives(lambda codes: (codes, codes)), {"layer": 1}, "`obj` Gives: encode gives a tuple"),
-    (Gives(lambda codes: codes[0]), MADE, r"encode gives a tensor of shape \[64\] for 2 rows"),
+    (Gives(lambda codes: codes[0]), MADE, r"encode gives a tensor of shape \[64\]; a dense tensor \[2, width\]"),
     (Gives(lambda codes: codes.to_sparse()), MADE, "gives a sparse tensor"),
     (Gives(raises), MADE, "encode of .* fails: ValueError: one line and another"),
     (Gives(lambda codes: codes, lambda recon: (recon,)), MADE, "`obj` Gives: decode gives a tuple"),

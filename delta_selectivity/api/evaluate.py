@@ -12,12 +12,14 @@ from delta_selectivity.api.results import Results
 from delta_selectivity.run.evaluation import run_request
 from delta_selectivity.run.request import Request
 from delta_selectivity.settings import Settings
+from delta_selectivity.system.torch_modes import default_modes
 from delta_selectivity.tasks import DATASET_NAMES
 
 WIKIDATA = DATASET_NAMES
 """The five Wikidata tasks of Gurnee et al. 2023 (arXiv 2305.01610)."""
 
 
+@default_modes()
 def evaluate(
     model: str | os.PathLike[str],
     saes: Any,

@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -33,6 +32,7 @@ from delta_selectivity.saes.hookpoints import canonical
 from delta_selectivity.settings import Settings
 from delta_selectivity.system.cores import Cores, sharing_cores
 from delta_selectivity.system.stopwatch import Stopwatch
+from delta_selectivity.system.torch_modes import default_modes
 from delta_selectivity.tasks import load_probe_texts, tokenise
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Evaluator:
         True
     """
 
+    @default_modes()
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -149,13 +150,10 @@ class Evaluator:
                 flat |= _numbers(name if probe == name else f"{name}/{probe}", record)
         return flat
 
+    @default_modes()
     def measure(self, sae: Any) -> dict[str, CellResult]:
         """Measure one SAE; returns task -> its figures, records and out-of-fold scores. Arguments as for a call."""
         source = self._fitting(sae)
-        with _plainly():
-            return self._measure(source)
-
-    def _measure(self, source: SaeSource) -> dict[str, CellResult]:
         loaded = source.load(self._site.layer, self._device)
         counts_bos = source.counts_bos if self.settings.bos == "auto" else self.settings.bos == "counted"
         found: dict[str, CellResult] = {}
@@ -196,7 +194,7 @@ class Evaluator:
 
     def _prepare(self) -> None:
         """Run the model over every text, and fit the probes of its own activations."""
-        with _plainly(), sharing_cores(self._device) as cores:
+        with sharing_cores(self._device) as cores:
             items = self._produce({self._site: {}}, {}, cores)
             backend, _ = choose_backend(self.settings.probe, self._work.device)
             widths: dict[tuple[Site, SaeId | None], int] = {(self._site, None): self._widths[self._site]}
@@ -235,14 +233,6 @@ class Evaluator:
             other = "none" if self._has_bos else "excluded"
             raise RequestError(f"`sae` {source.name}: its training texts had other beginnings: set `bos` to {other!r}")
         return source
-
-
-def _plainly() -> ExitStack:
-    """No autocast of the caller's changes the numbers."""
-    stack = ExitStack()
-    for kind in ("cpu", "cuda"):
-        stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack
 
 
 def _numbers(prefix: str, record: Mapping[str, Any]) -> dict[str, float]:
