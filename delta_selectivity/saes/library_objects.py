@@ -53,23 +53,14 @@ def of_a_library(obj: Any) -> Contents | None:
 
 
 @dataclass(frozen=True)
-class SparsifyObject:
-    """A ``SparseCoder``."""
+class _LibraryObject:
+    """An object whose weights are its ``state_dict`` and whose config says the rest."""
 
     obj: Any
 
     @property
     def label(self) -> str:
         return type(self.obj).__name__
-
-    def header(self, given: Given) -> SaeHeader:
-        config = _as_json(asdict(self.obj.cfg) | {"d_in": self.obj.d_in})
-        transcodes = bool(config.get("transcode"))
-        hook = given.hook(self.label, default=None if transcodes else "resid_post")
-        reads = given.input_hookpoint if transcodes else None
-        header = given.complete(sparsify.make_header(config, Path(self.label), hook, reads=reads), says_bos=False)
-        _check_shapes(self, sparsify.expected_shapes(header))
-        return header
 
     def tensors(self) -> dict[str, Tensor]:
         return tensors_of(self.obj, self.label)
@@ -81,20 +72,29 @@ class SparsifyObject:
     def needs_version(self) -> bool:
         return False
 
+
+@dataclass(frozen=True)
+class SparsifyObject(_LibraryObject):
+    """A ``SparseCoder``."""
+
+    def header(self, given: Given) -> SaeHeader:
+        config = _as_json(asdict(self.obj.cfg) | {"d_in": self.obj.d_in})
+        transcodes = bool(config.get("transcode"))
+        hook = given.hook(self.label, default=None if transcodes else "resid_post")
+        reads = given.input_hookpoint if transcodes else None
+        header = given.complete(sparsify.make_header(config, Path(self.label), hook, reads=reads), says_bos=False)
+        _check_shapes(self, sparsify.expected_shapes(header))
+        return header
+
     def build(self, header: SaeHeader) -> tuple[Coder, InputNorm]:
         return sparsify.make_coder(header, as_float32(self.tensors(), self.label)), "none"
 
 
 @dataclass(frozen=True)
-class DictionaryObject:
+class DictionaryObject(_LibraryObject):
     """One of dictionary_learning's classes of dictionaries."""
 
-    obj: Any
     dict_class: str
-
-    @property
-    def label(self) -> str:
-        return type(self.obj).__name__
 
     def header(self, given: Given) -> SaeHeader:
         trainer = {"dict_class": self.dict_class, "activation_dim": self.obj.activation_dim}
@@ -107,31 +107,16 @@ class DictionaryObject:
         _check_shapes(self, kind.shapes(header.d_in, header.d_sae))
         return given.complete(header, says_bos=False)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return tensors_of(self.obj, self.label)
-
-    def settings(self) -> Any:
-        return None
-
-    @property
-    def needs_version(self) -> bool:
-        return False
-
     def build(self, header: SaeHeader) -> tuple[Coder, InputNorm]:
         return dictionary_learning.make_coder(header, as_float32(self.tensors(), self.label)), "none"
 
 
 @dataclass(frozen=True)
-class SaeLensObject:
+class SaeLensObject(_LibraryObject):
     """A ``sae_lens.SAE``, trained or in training."""
 
-    obj: Any
     unchanged: bool
     """Whether its codes are computed by the library's own methods."""
-
-    @property
-    def label(self) -> str:
-        return type(self.obj).__name__
 
     def header(self, given: Given) -> SaeHeader:
         config = self._config()
@@ -155,10 +140,6 @@ class SaeLensObject:
 
     def settings(self) -> Any:
         return None if self.unchanged else settings_of(self.obj)
-
-    @property
-    def needs_version(self) -> bool:
-        return False
 
     def build(self, header: SaeHeader) -> tuple[Coder, InputNorm]:
         lens = self._parse(header.config, Places(header.layer, header.hookpoint, header.input_hookpoint))
