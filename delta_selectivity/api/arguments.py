@@ -2,42 +2,87 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Iterable
-from numbers import Integral
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
-from delta_selectivity.errors import RequestError
+import torch
+
+from delta_selectivity.errors import FIELD, RequestError
 from delta_selectivity.run.request import choose_devices, parse_layers
 from delta_selectivity.saes import SaeSource, open_sae, wrap_sae
+from delta_selectivity.settings import Settings
 from delta_selectivity.tasks import GurneeData, Task, TaskName, UserData, name_task
 
 Layers = int | str | Iterable[int] | None
-Devices = str | tuple[str, str]
+Devices = str | torch.device | tuple[str | torch.device, str | torch.device]
+
+
+@contextmanager
+def naming(**fields: str) -> Iterator[None]:
+    """Name the caller's argument in errors of what is called inside, which has another name for it: theirs -> ours."""
+    try:
+        yield
+    except RequestError as error:
+        told = FIELD.sub(lambda found: f"`{fields.get(found[1], found[1])}`", str(error))
+        if told == str(error):
+            raise
+        raise RequestError(told) from error
+
+
+def as_settings(settings: Any) -> Settings:
+    """Return settings. Raises `RequestError` for anything else."""
+    if not isinstance(settings, Settings):
+        raise RequestError(f"`settings` is a {type(settings).__name__}: give Settings(folds=3, ...)")
+    return settings
+
+
+def as_model(model: Any) -> str:
+    """Return a model's name or folder."""
+    return str(_checked_path(model, "model", "a hub id or a folder"))
 
 
 def as_tasks(tasks: Any) -> tuple[TaskName, ...]:
     """Return one task or several as a request takes them."""
-    several = [tasks] if isinstance(tasks, str | os.PathLike | GurneeData | Task | UserData) else list(tasks)
     known = GurneeData | Task | UserData
-    return tuple(task if isinstance(task, known) else name_task(os.fspath(task)) for task in several)
+    several = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str | bytes | known) else [tasks]
+    if not several:
+        raise RequestError("`tasks` is empty: name at least one")
+    named = (task if isinstance(task, known) else _checked_path(task, "tasks", "a name, a file") for task in several)
+    return tuple(name_task(task) if isinstance(task, str) else task for task in named)
+
+
+def as_layer(layer: Any, field: str = "layer") -> int:
+    """Return a layer, counted from 0: of NumPy's and torch's whole numbers, Python's."""
+    try:
+        found = -1 if isinstance(layer, bool) else operator.index(layer)
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise RequestError(f"`{field}` {layer!r}: give whole numbers from 0")
+    return found
 
 
 def as_layers(layers: Layers) -> tuple[int, ...] | None:
     """Return layers as a request takes them: one, several, or as the command line writes them."""
     if layers is None or isinstance(layers, str):
         return None if layers is None else parse_layers(layers)
-    several = list(layers) if isinstance(layers, Iterable) else [layers]
-    for layer in several:
-        if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0:
-            raise RequestError(f"`layers` {layer!r}: give whole numbers from 0")
-    return tuple(sorted({int(layer) for layer in several}))
+    try:
+        several: list[Any] = list(layers)  # type: ignore[arg-type]
+    except TypeError:  # one, of Python's, NumPy's or torch's numbers
+        several = [layers]
+    if not several:
+        raise RequestError("`layers` is empty: name at least one; None is every layer that an SAE has")
+    return tuple(sorted({as_layer(layer, "layers") for layer in several}))
 
 
 def as_saes(saes: Any, layers: tuple[int, ...] | None, hookpoint: str | None) -> tuple[str | SaeSource, ...]:
     """Return one SAE or several, names and objects, as a request takes them."""
-    several = list(saes) if isinstance(saes, list | tuple) else [saes]
+    several = list(saes) if isinstance(saes, list | tuple | GeneratorType) else [saes]
     return tuple(
         os.fspath(sae) if isinstance(sae, str | os.PathLike) else as_source(sae, layers, hookpoint) for sae in several
     )
@@ -49,26 +94,34 @@ def as_source(sae: Any, layers: tuple[int, ...] | None, hookpoint: str | None) -
         return sae
     if isinstance(sae, str | os.PathLike):
         return open_sae(os.fspath(sae), hookpoint)
-    try:
-        return wrap_sae(sae)
-    except RequestError as error:
-        if error.field not in {"layer", "hookpoint"}:
-            raise RequestError(str(error).replace("`obj`", "`saes`")) from error
-    one = layers[0] if layers is not None and len(layers) == 1 else None
-    return wrap_sae(sae, layer=one, hookpoint=hookpoint)
+    with naming(obj="saes"):
+        try:
+            return wrap_sae(sae)
+        except RequestError as error:
+            if error.field not in {"layer", "hookpoint"}:
+                raise
+        one = layers[0] if layers is not None and len(layers) == 1 else None
+        return wrap_sae(sae, layer=one, hookpoint=hookpoint)
 
 
 def as_devices(device: Devices) -> tuple[str, str]:
     """Return the devices of model and probes. Raises `RequestError` for one that is not there."""
-    if device == "auto":
-        return choose_devices(None, None)
-    if isinstance(device, str):
-        return choose_devices(device, device)
-    if len(device) != 2:
+    several = list(device) if isinstance(device, tuple | list) else [device]
+    names = [str(name) if isinstance(name, str | torch.device) else "" for name in several]
+    if not all(names) or len(names) > 2 or (len(several) < 2 and isinstance(device, tuple | list)):
         raise RequestError(f"`device` {device!r}: give one device, or two: of the model and of the probes")
-    return choose_devices(*device)
+    return choose_devices(None, None) if names == ["auto"] else choose_devices(names[0], names[-1])
 
 
-def as_path(path: str | os.PathLike[str] | None) -> Path | None:
+def as_path(path: Any, field: str) -> Path:
     """Return a path with ``~`` resolved."""
-    return None if path is None else Path(path).expanduser()
+    return Path(_checked_path(path, field, "a path")).expanduser()
+
+
+def _checked_path(value: Any, field: str, needed: str) -> str:
+    """Return a name or path as a string. Raises `RequestError` for what is none, and for an empty one."""
+    if isinstance(value, str | os.PathLike):
+        found = os.fspath(value)
+        if isinstance(found, str) and found and "\0" not in found:
+            return found
+    raise RequestError(f"`{field}` {value!r:.60}: {needed} is needed")

@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 
-from delta_selectivity.api.arguments import Devices, as_devices, as_source, as_tasks
+from delta_selectivity.api.arguments import (
+    Devices,
+    as_devices,
+    as_layer,
+    as_model,
+    as_settings,
+    as_source,
+    as_tasks,
+    naming,
+)
 from delta_selectivity.api.evaluate import WIKIDATA
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site, open_model
@@ -31,6 +40,7 @@ from delta_selectivity.saes import SaeSource
 from delta_selectivity.saes.hookpoints import canonical
 from delta_selectivity.settings import Settings
 from delta_selectivity.system.cores import Cores, sharing_cores
+from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.system.torch_modes import default_modes
 from delta_selectivity.tasks import load_probe_texts, tokenise
@@ -86,16 +96,23 @@ class Evaluator:
         Raises:
             RequestError: Something asked for cannot be had; ``error.field`` names it.
         """
-        settings = replace(settings, whole_tokens=whole_tokens)
+        settings = replace(as_settings(settings), whole_tokens=whole_tokens)
+        drawn = "shuffle_select_n" if rows is None else "rows"
         if rows is not None:
-            settings = replace(settings, shuffle_select_n=rows)
+            with naming(shuffle_select_n=drawn):
+                settings = replace(settings, shuffle_select_n=rows)
+        if not isinstance(input_hookpoint, str | None):
+            raise RequestError(f"`input_hookpoint` {input_hookpoint!r}: a name is needed")
+        layer = as_layer(layer)
         self.settings, self.warnings = settings, list[str]()
-        device1, device2 = as_devices(device)
+        with naming(device1="device", device2="device"):
+            device1, device2 = as_devices(device)
         check_backend(settings.probe, device2)
         self._site = Site(layer, canonical(settings.hookpoint or "resid_post"))
         sites = {self._site, self._site.read_by(None if input_hookpoint is None else canonical(input_hookpoint))}
-        texts = load_probe_texts(as_tasks(tasks), shuffle_select_n=settings.shuffle_select_n, seed=settings.seed)
-        info = open_model(os.fspath(model), settings.revision, settings.trust_remote_code)
+        with naming(dataset_file="tasks", shuffle_select_n=drawn):
+            texts = load_probe_texts(as_tasks(tasks), shuffle_select_n=settings.shuffle_select_n, seed=settings.seed)
+        info = open_model(as_model(model), settings.revision, settings.trust_remote_code)
         if layer >= info.n_layers:
             raise RequestError(f"`layer` {layer}: {info.name} has layers 0 to {info.n_layers - 1}")
         if settings.bos in ("counted", "excluded") and not info.has_bos:
@@ -109,7 +126,7 @@ class Evaluator:
         self._blocks = plan_blocks(texts)
         self._sample = TokenSample.draw(self._tokenised, texts, settings.whole_tokens, settings.seed)
         loaded = info.load(sites, device1, info.choose_dtype(settings.dtype))
-        self._model = ResidentModel(loaded, int(settings.queue_gb * 1024**3))
+        self._model = ResidentModel(loaded, as_bytes(settings.queue_gb))
         self._work = Work(
             texts=texts,
             rows=RowTable.build(self._tokenised, settings.positions),
@@ -153,7 +170,10 @@ class Evaluator:
     @default_modes()
     def measure(self, sae: Any) -> dict[str, CellResult]:
         """Measure one SAE; returns task -> its figures, records and out-of-fold scores. Arguments as for a call."""
-        source = self._fitting(sae)
+        with naming(obj="sae", saes="sae"):
+            return self._measure(self._fitting(sae))
+
+    def _measure(self, source: SaeSource) -> dict[str, CellResult]:
         loaded = source.load(self._site.layer, self._device)
         counts_bos = source.counts_bos if self.settings.bos == "auto" else self.settings.bos == "counted"
         found: dict[str, CellResult] = {}
@@ -176,7 +196,7 @@ class Evaluator:
 
     @property
     def _store_bytes(self) -> int:
-        return int(self.settings.queue_gb * 1024**3)
+        return as_bytes(self.settings.queue_gb)
 
     def _produce(
         self, saes: Mapping[Site, Mapping[int, Any]], counts_bos: Mapping[int, bool], cores: Cores
