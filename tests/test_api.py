@@ -626,6 +626,37 @@ def test_codes_that_are_no_numbers_are_refused_though_the_decoder_ignores_them(t
         ds.evaluate(tiny_model, Padded(), two_tasks, layers=1, settings=FAST, device="cpu")
 
 
+def in_time(work, seconds: float = 60):
+    """The result or error of work that may hang."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        return pool.submit(work).result(seconds)
+    finally:
+        pool.shutdown(wait=False)
+
+
+@pytest.mark.parametrize("size", [1e18, 1e25, 1e30])
+def test_a_reconstruction_that_diverged_is_refused_and_does_not_hang(evaluator, size):
+    """Squares beyond float32 had no Cholesky factor, however much was added to them."""
+
+    class Diverged(TopK):
+        def decode(self, codes):
+            return super().decode(codes) * size
+
+    with pytest.raises(ArithmeticError, match="layer 1"):
+        in_time(lambda: evaluator(Diverged()))
+    x = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
+    with pytest.raises(ArithmeticError, match="too large"):
+        in_time(lambda: ds.probe_selectivity(x, x * 10 * size, x[:, 0] > 0, range(200), settings=FAST))
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-44])
+def test_activations_below_what_float32_holds_are_constant(size):
+    x = (np.random.default_rng(0).normal(size=(200, 6)) * size).astype(np.float32)
+    found = in_time(lambda: ds.probe_selectivity(x, x, x[:, 0] > 0, range(200), settings=FAST))
+    assert found.model_sel == found.sae_sel == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_codes_of_another_dtype_are_taken(evaluator, dtype):
     class Other(TopK):
@@ -726,6 +757,16 @@ def test_a_sample_is_by_seed_the_same_for_every_sae_and_call(tiny_model, tiny_sa
     other = ds.Settings(folds=3, repeats=1, whole_tokens=500, seed=1)
     found = ds.Evaluator(tiny_model, 1, two_tasks, settings=other, device="cpu", whole_tokens=500)(tiny_saes)
     assert found["two/mse_whole"] != one(tiny_saes)["two/mse_whole"]
+
+
+def test_a_sample_has_as_many_tokens_as_asked_for_that_count(tiny_model, two_tasks):
+    """BOS does not: it was counted when the share was chosen, a sixth of the tokens of a short text."""
+    sizes = []
+    for seed in range(20):
+        settings = ds.Settings(folds=3, repeats=1, seed=seed)
+        evaluator = ds.Evaluator(tiny_model, 1, two_tasks, whole_tokens=300, settings=settings, device="cpu")
+        sizes.append(evaluator(TopK())["two/n_tokens"])
+    assert 290 < np.mean(sizes) < 320
 
 
 def test_a_sample_of_more_tokens_than_there_are_is_all_of_them(tiny_model, tiny_saes, two_tasks, evaluator):

@@ -154,6 +154,7 @@ BAD = {
     "label NaN": ({"labels": np.where(np.arange(N) == 5, np.nan, 1.0)}, "row 5 is nan"),
     "groups of fractions": ({"groups": np.arange(N) / 2}, "groups"),
     "weight 0": ({"weights": np.zeros(N)}, "weights"),
+    "weights beyond float32": ({"weights": np.full(N, 1e300)}, "weights"),
     "tokens of fractions": ({"tokens": np.arange(N) / 2}, "tokens"),
     "places twice": ({"rows.labels": np.zeros(N, np.int64)}, "each once"),
     "two of one name": ({"reconstruction": np.ones((N, D), np.float32)}, "are both"),

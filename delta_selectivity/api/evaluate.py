@@ -67,7 +67,7 @@ def evaluate(
 
     Raises:
         RequestError: Something asked for cannot be had or does not fit; ``error.field`` names it.
-        ArithmeticError: Activations or reconstructions hold NaN or Inf.
+        ArithmeticError: Activations, codes or reconstructions hold NaN or Inf, or are too large for probes.
         OSError: A file could not be written. Finished layers are in ``output``.
 
     Example:

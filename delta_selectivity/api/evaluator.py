@@ -156,7 +156,7 @@ class Evaluator:
 
         Raises:
             RequestError: The SAE is of another layer, place or width, or asks for another BOS setting.
-            ArithmeticError: Its codes or reconstructions hold NaN or Inf.
+            ArithmeticError: Its codes or reconstructions hold NaN or Inf, or are too large for probes.
         """
         found = self.measure(sae)
         cells = {(name, 0, probe): scores for name, result in found.items() for probe, scores in result.scores.items()}

@@ -64,6 +64,7 @@ def probe_selectivity(
     Raises:
         RequestError: A shape does not fit, a value is not finite, labels are not binary, or there are too few groups
             for the folds; the message names the argument.
+        ArithmeticError: `reconstruction` is more than some 1e15 times as large as `x` varies.
 
     Example:
         >>> import numpy as np

@@ -192,14 +192,14 @@ def _live_columns(x: Tensor) -> Tensor:
 def training_scales(plan: FoldPlan, x: Tensor) -> Tensor:
     """Weighted standard deviations of x `[rows, d]` over each split's training rows, float64 [splits, d].
 
-    0 where a feature is constant there, to the precision of the sums.
+    0 where a feature is constant there, to the precision of the sums, or has less than a normal float32.
     """
     weight = plan.training_weight(x.device)
     centred = x.double() - x.double().mean(dim=0)
     total = weight.sum(dim=1, keepdim=True)
     mean, square = weight @ centred / total, weight @ centred.square() / total
     variance = square - mean.square()
-    rounding = 1e-13 * square + (1e-12 * x.double().mean(dim=0)).square()
+    rounding = 1e-13 * square + (1e-12 * x.double().mean(dim=0)).square() + torch.finfo(torch.float32).tiny ** 2
     return torch.where(variance > rounding, variance, torch.zeros_like(variance)).sqrt()
 
 

@@ -29,6 +29,7 @@ from delta_selectivity.system.whole_file import replacing, sweep
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+WEIGHTS = (1e-12, 1e12)  # beyond them sums of weighted squares leave float32
 NOT_PROBED = -1  # the label of a row that is not part of a probe, and its place
 
 Json = dict[str, Any]
@@ -150,7 +151,7 @@ def _read_about(text: str | None) -> Json:
     if text is None:
         return {}
     try:
-        about = json.loads(text)
+        about = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"its description is no JSON ({error})") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
@@ -160,6 +161,10 @@ def _read_about(text: str | None) -> Json:
         if not isinstance(about.get(name, {}), dict):
             raise Unreadable(f"its description is damaged: {name} is no object")
     return about
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number there")
 
 
 def _rows(columns: Mapping[str, Column], about: Json, path: Path) -> Rows:
@@ -259,8 +264,9 @@ def _groups(found: Column, n: int) -> Ints:
 
 def _weights(name: str, found: Column, n: int) -> NDArray[np.floating[Any]]:
     _check_length(name, found, n)
-    if found.dtype.kind not in "fiu" or not np.isfinite(found).all() or not (found > 0).all():
-        raise Unreadable(f"{name} are not all finite and above 0")
+    least, most = WEIGHTS
+    if found.dtype.kind not in "fiu" or not ((found >= least) & (found <= most)).all():
+        raise Unreadable(f"{name} are not all numbers between {least:g} and {most:g}")
     return found.astype(np.float64)
 
 

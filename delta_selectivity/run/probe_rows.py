@@ -6,6 +6,7 @@ found["my_sae"].records["gender"]["delta_sel"]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -77,6 +78,7 @@ def probe_rows(rows: Rows, settings: Settings, device: str) -> RowsResult:
 
     Raises:
         RequestError: Latents are asked for, a name has a meaning of its own, or the solver cannot be had.
+        ArithmeticError: A reconstruction is too large for its error or its probes.
     """
     check_views(settings)
     check_backend(settings.probe, device)
@@ -129,7 +131,10 @@ def _pick(matrix: np.ndarray, rows: Tensor, device: str) -> Tensor:
 def _result(rows: Rows, records: Json, x: Tensor, name: str) -> CellResult:
     in_order = {probe.name: records[probe.name] for probe in rows.probes}
     with_q = with_q_values({0: {0: in_order}})[0][0]
-    return CellResult(_figures(x, torch.from_numpy(rows.recons[name])), with_q, {})
+    figures = _figures(x, torch.from_numpy(rows.recons[name]))
+    if figures.mse_pos is not None and not math.isfinite(figures.mse_pos):
+        raise ArithmeticError(f"{name}: its squared error is beyond float32")
+    return CellResult(figures, with_q, {})
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,11 @@ class Prober:
         found = {}
         for subject in subjects:
             views = [view for view in asked if view != "latents" or subject in self.work.latents_of]
-            found[subject] = task_set.out_of_fold(site, subject, model, store, backend, views)
+            try:
+                found[subject] = task_set.out_of_fold(site, subject, model, store, backend, views)
+            except ArithmeticError as error:
+                name = self.work.names[subject]
+                raise ArithmeticError(f"layer {site.layer}: codes or reconstructions by {name}: {error}") from error
         return found
 
     def _nothing(self, index: int, site: Site, subject: SaeId) -> CellResult:

@@ -35,7 +35,7 @@ class TokenSample:
         """Draw so that each dataset has about `n_tokens` or more; None if that takes all of some dataset's tokens."""
         if n_tokens is None:
             return None
-        length = np.array([len(ids) for ids in tokenised.ids], dtype=np.int64)
+        length = np.array([len(ids) - tokenised.has_bos for ids in tokenised.ids], dtype=np.int64)  # BOS may not count
         mentions = [np.unique(np.concatenate([p.mentions for p in dataset.probes])) for dataset in texts.datasets]
         share = n_tokens / min(int(length[of_dataset].sum()) for of_dataset in mentions)
         if share >= 1:

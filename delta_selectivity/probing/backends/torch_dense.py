@@ -243,6 +243,8 @@ class InverseHessians:
             factor, failed = torch.linalg.cholesky_ex(hessian)
             if not bool(failed):
                 return InverseHessian(factor, torch.cholesky_inverse(factor) if self._inverted else None)
+            if not bool(hessian.isfinite().all()):  # then no rounding is enough
+                raise ArithmeticError("too large for probes: their squares, in deviations of x, are beyond float32")
             rounding *= 10
 
     def _weighted_gram(self, curvature: Tensor) -> Tensor:
