@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
@@ -181,12 +184,17 @@ def test_an_sae_that_was_trained_on_is_another_sae(tiny_model, two_tasks, tmp_pa
         ({"tasks": []}, "tasks"),
         ({"saes": []}, "saes"),
         ({"saes": "/no/such/folder"}, "saes"),
-        ({"saes": 3}, None),
+        ({"saes": 3}, "saes"),
         ({"model": "/no/such/folder"}, "model"),
         ({"layers": "0-"}, "layers"),
         ({"layers": [-1]}, "layers"),
         ({"layers": 1.5}, "layers"),
-        ({"device": "tpu"}, "device1"),
+        ({"layers": []}, "layers"),
+        ({"tasks": 0}, "tasks"),
+        ({"settings": {"folds": 5}}, "settings"),
+        ({"model": torch.nn.Linear(3, 3)}, "model"),
+        ({"device": "tpu"}, "device"),
+        ({"device": "cuda:7"}, "device"),
         ({"device": ("cpu",)}, "device"),
     ],
 )
@@ -329,6 +337,53 @@ def test_an_sae_of_another_place_is_refused_in_one_line(evaluator, make, told):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"layer": "1"}, "layer"),
+        ({"layer": [1]}, "layer"),
+        ({"layer": 99}, "layer"),
+        ({"rows": 0}, "rows"),
+        ({"model": torch.nn.Linear(3, 3)}, "model"),
+        ({"settings": None}, "settings"),
+    ],
+)
+def test_a_wrong_argument_of_an_evaluator_names_its_field(tiny_model, two_tasks, changes, field):
+    with pytest.raises(ds.RequestError) as refused:
+        ds.Evaluator(**{"model": tiny_model, "layer": 1, "tasks": two_tasks, "device": "cpu"} | changes)
+    assert refused.value.field == field
+
+
+def test_an_evaluator_that_can_measure_nothing_is_refused_when_it_is_made(tiny_model, tmp_path):
+    few = write_csv(tmp_path / "few.csv", people(8))
+    with pytest.raises(ds.RequestError, match="fewer than the 5 folds"):
+        ds.Evaluator(tiny_model, 1, few, device="cpu")
+
+
+class Unnamed(torch.nn.Module):
+    """An SAE whose attributes show no width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.d = torch.nn.Linear(D_MODEL, D_SAE), torch.nn.Linear(D_SAE, D_MODEL)
+
+    def encode(self, x):
+        return torch.relu(self.e(x))
+
+    def decode(self, codes):
+        return self.d(codes)
+
+
+def test_the_evaluator_knows_the_width_that_an_object_does_not_show(evaluator):
+    assert "delta_sel" in evaluator(Unnamed())
+
+
+def test_what_is_shown_of_the_objects_is_short_and_says_the_result(results, two_tasks, tiny_saes):
+    assert "95 % interval" in repr(results.compare(*results.saes))
+    assert len(repr(ds.load_task(two_tasks))) < 200
+    assert len(repr(ds.load_sae(str(tiny_saes), 1))) < 300
+
+
 def test_an_evaluator_tells_what_a_reader_must_know(tiny_model, two_tasks):
     evaluator = ds.Evaluator(tiny_model, 1, two_tasks, rows=60, settings=FAST, device="cpu")
     evaluator(TopK())
@@ -336,6 +391,156 @@ def test_an_evaluator_tells_what_a_reader_must_know(tiny_model, two_tasks):
     before = list(evaluator.warnings)
     evaluator(TopK())
     assert evaluator.warnings == before
+
+
+# --- somebody else's encode and decode
+
+
+class InPlace(TopK):
+    """An SAE that centres its input where it lies."""
+
+    def encode(self, x):
+        x -= 0.1
+        return super().encode(x)
+
+
+class Copying(TopK):
+    """The same with a copy."""
+
+    def encode(self, x):
+        return super().encode(x - 0.1)
+
+
+@pytest.mark.parametrize("bos", ["counted", "excluded", "none"])
+def test_an_sae_that_changes_its_input_harms_neither_itself_nor_others(tiny_model, two_tasks, bos):
+    evaluator = ds.Evaluator(tiny_model, 1, two_tasks, settings=ds.Settings(folds=3, repeats=1, bos=bos), device="cpu")
+    before = evaluator(TopK())
+    assert evaluator(InPlace()) == evaluator(Copying())
+    assert evaluator(TopK()) == before
+
+
+class Odd(TopK):
+    """An SAE whose methods change what they give of more than two rows, the number that wrap_sae tries."""
+
+    def __init__(self, of_codes=lambda codes: codes, of_recon=lambda recon: recon) -> None:
+        super().__init__()
+        self.of_codes, self.of_recon = of_codes, of_recon
+
+    def encode(self, x):
+        codes = super().encode(x)
+        return codes if len(x) == 2 else self.of_codes(codes)
+
+    def decode(self, codes):
+        recon = super().decode(codes[:, :D_SAE])
+        return recon if len(codes) == 2 else self.of_recon(recon)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Odd(lambda codes: codes[: len(codes) // 2]), "encode of"),
+        (lambda: Odd(lambda codes: codes.repeat(2, 1)), "encode of"),
+        (lambda: Odd(lambda codes: codes.repeat(1, 2)), "encode of"),
+        (lambda: Odd(lambda codes: codes[:, :50]), "encode of"),
+        (lambda: Odd(lambda codes: codes[0]), "encode of"),
+        (lambda: Odd(lambda codes: codes.to_sparse()), "sparse"),
+        (lambda: Odd(lambda codes: None), "NoneType"),
+        (lambda: Odd(of_recon=lambda recon: recon[:1]), "decode of"),
+        (lambda: Odd(of_recon=lambda recon: recon[0]), "decode of"),
+        (lambda: Odd(of_recon=lambda recon: recon.sum()), "decode of"),
+        (lambda: Odd(of_recon=lambda recon: recon.to(torch.complex64)), "complex"),
+    ],
+)
+def test_a_method_that_gives_other_shapes_of_more_rows_is_refused(evaluator, make, told):
+    """PyTorch would have made rows of a single one, and measured that."""
+    with pytest.raises(ds.RequestError) as refused:
+        evaluator(make())
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_codes_that_are_no_numbers_are_refused_though_the_decoder_ignores_them(tiny_model, two_tasks, evaluator, value):
+    class Padded(TopK):
+        def encode(self, x):
+            return torch.cat([super().encode(x), x.new_full((len(x), 1), value)], dim=1)
+
+        def decode(self, codes):
+            return super().decode(codes[:, :-1])
+
+    with pytest.raises(ArithmeticError, match="NaN or Inf in the codes"):
+        evaluator(Padded())
+    with pytest.raises(ArithmeticError, match="NaN or Inf in the codes"):
+        ds.evaluate(tiny_model, Padded(), two_tasks, layers=1, settings=FAST, device="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_codes_of_another_dtype_are_taken(evaluator, dtype):
+    class Other(TopK):
+        def encode(self, x):
+            return super().encode(x).to(dtype)
+
+    assert evaluator(Other())["two/fvu_whole"] == pytest.approx(evaluator(TopK())["two/fvu_whole"], rel=1e-2)
+
+
+# --- what the caller has set, and other threads
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+EVERYTHING = ds.Settings(folds=3, repeats=1, views="error,latents", positions="mean", baselines="all", queue_gb=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        lambda: default_dtype(torch.float64),
+        lambda: default_dtype(torch.float16),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+    ],
+    ids=["float64", "float16", "autocast", "default device", "inference"],
+)
+def test_modes_of_the_caller_change_nothing(tiny_model, two_tasks, mode):
+    """Default dtype float16 also stands for a thread in which transformers makes a model: it sets that for all."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 6)).astype(np.float32)
+    recon, labels, sae = np.round(x), x[:, 0] > 0, TopK()
+
+    def measure() -> list:
+        found = ds.evaluate(tiny_model, sae, two_tasks, layers=1, settings=EVERYTHING, device="cpu").to_frame()
+        evaluator = ds.Evaluator(tiny_model, 1, two_tasks, settings=EVERYTHING, device="cpu")
+        return [found.to_json(double_precision=15), evaluator(sae), ds.probe_selectivity(x, recon, labels, range(200))]
+
+    plain = measure()
+    with mode():
+        assert measure() == plain
+
+
+def test_evaluations_in_two_threads_give_the_numbers_of_one_and_leave_torch_its_threads(tiny_model, two_tasks):
+    def measure() -> str:  # an SAE that is made while transformers makes a model has float32 weights all the same
+        found = ds.evaluate(tiny_model, TopK(), two_tasks, layers=1, settings=EVERYTHING, device="cpu")
+        return found.to_frame().to_json(double_precision=15)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone = measure()
+        with ThreadPoolExecutor(2) as pool:
+            assert [done.result() for done in [pool.submit(measure) for _ in range(4)]] == [alone] * 4
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- a sample of the tokens

@@ -7,8 +7,9 @@ import time
 from contextlib import closing
 
 import pytest
+import torch
 
-from delta_selectivity.system.cores import Cores
+from delta_selectivity.system.cores import Cores, sharing_cores
 
 
 class Busy:
@@ -111,3 +112,36 @@ def test_who_wants_no_more_has_no_more_begun() -> None:
     assert len(taken) <= 4
     assert len(work.done) <= 4
     assert cores._free == 2
+
+
+def test_those_who_share_cores_at_once_keep_torch_at_one_thread_each_until_the_last_leaves():
+    """Two measurements in two threads: whoever ended first gave the other's matrix products several threads again."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    entered, go = threading.Event(), threading.Event()
+    seen = []
+
+    def other() -> None:
+        with sharing_cores("cpu") as cores:
+            seen.append(cores.n)
+            entered.set()
+            go.wait(10)
+            newborn = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+            newborn.start()
+            newborn.join()
+
+    thread = threading.Thread(target=other)
+    try:
+        with sharing_cores("cpu"):
+            thread.start()
+            assert entered.wait(10)
+        assert torch.get_num_threads() == 3
+        go.set()
+        thread.join(10)
+        assert seen == [3, 1], "as many cores as there are, and one thread on each"
+        late = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        late.start()
+        late.join(10)
+        assert seen[-1] == 3
+    finally:
+        torch.set_num_threads(before)

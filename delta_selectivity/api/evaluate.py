@@ -7,17 +7,29 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from delta_selectivity.api.arguments import Devices, Layers, as_devices, as_layers, as_path, as_saes, as_tasks
+from delta_selectivity.api.arguments import (
+    Devices,
+    Layers,
+    as_devices,
+    as_layers,
+    as_model,
+    as_path,
+    as_saes,
+    as_settings,
+    as_tasks,
+)
 from delta_selectivity.api.results import Results
 from delta_selectivity.run.evaluation import run_request
 from delta_selectivity.run.request import Request
 from delta_selectivity.settings import Settings
+from delta_selectivity.system.torch_modes import default_modes
 from delta_selectivity.tasks import DATASET_NAMES
 
 WIKIDATA = DATASET_NAMES
 """The five Wikidata tasks of Gurnee et al. 2023 (arXiv 2305.01610)."""
 
 
+@default_modes()
 def evaluate(
     model: str | os.PathLike[str],
     saes: Any,
@@ -69,11 +81,11 @@ def evaluate(
         >>> bool(results.to_frame()["delta_sel"].between(-1, 1).all())
         True
     """
-    wanted = as_layers(layers)
+    wanted, settings = as_layers(layers), as_settings(settings)
     device1, device2 = as_devices(device)
     own = tempfile.TemporaryDirectory(prefix="delta-selectivity-") if output is None else None
     request = Request(
-        model=os.fspath(model),
+        model=as_model(model),
         saes=as_saes(saes, wanted, settings.hookpoint),
         tasks=as_tasks(tasks),
         layers=wanted,

@@ -6,13 +6,13 @@ import logging
 import os
 import threading
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, replace
+from numbers import Integral
 from typing import Any
 
 import torch
 
-from delta_selectivity.api.arguments import Devices, as_devices, as_source, as_tasks
+from delta_selectivity.api.arguments import Devices, as_devices, as_model, as_settings, as_source, as_tasks
 from delta_selectivity.api.evaluate import WIKIDATA
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site, open_model
@@ -20,20 +20,22 @@ from delta_selectivity.probing.probes import check_backend, choose_backend
 from delta_selectivity.probing.selectivity import fit_model
 from delta_selectivity.probing.uncertainty import Estimate
 from delta_selectivity.records.sae_level import mean_delta, mean_transfer_r2
-from delta_selectivity.run.activations import Item, LayerRows, Producer, SaeId, plan_blocks, tokens_in_memory
+from delta_selectivity.run.activations import Block, Item, LayerRows, Producer, SaeId, plan_blocks, tokens_in_memory
 from delta_selectivity.run.cell_result import CellResult, warnings_of
 from delta_selectivity.run.planning import Cell
 from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.resident import ResidentModel
 from delta_selectivity.run.row_store import RowStore
 from delta_selectivity.run.rows import RowTable
+from delta_selectivity.run.task_set import TaskSet
 from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SaeSource
 from delta_selectivity.saes.hookpoints import canonical
 from delta_selectivity.settings import Settings
 from delta_selectivity.system.cores import Cores, sharing_cores
 from delta_selectivity.system.stopwatch import Stopwatch
-from delta_selectivity.tasks import load_probe_texts, tokenise
+from delta_selectivity.system.torch_modes import default_modes
+from delta_selectivity.tasks import TokenisedMentions, load_probe_texts, tokenise
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,20 @@ class Evaluator:
         True
     """
 
+    settings: Settings
+    warnings: list[str]  # what a reader of the numbers must know, each line once
+    _site: Site
+    _device: str  # of model and SAEs
+    _has_bos: bool
+    _widths: dict[Site, int]
+    _tokenised: TokenisedMentions
+    _blocks: list[Block]
+    _sample: TokenSample | None
+    _model: ResidentModel
+    _work: Work
+    _sets: dict[int, list[TaskSet]]  # by dataset, with the fits of the model view
+
+    @default_modes()
     def __init__(
         self,
         model: str | os.PathLike[str],
@@ -79,22 +95,26 @@ class Evaluator:
                 of them, the default of `evaluate`. Everything else is of all rows.
             input_hookpoint: What transcoders read; None for autoencoders, which read what they reconstruct.
             settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``overwrite``,
-                ``force`` and ``cache_gb`` have no effect. Whether an SAE fits is not checked: ``fvu_whole`` tells.
+                ``force`` and ``cache_gb`` have no effect. Whether an SAE fits its hook point is not checked, as
+                `evaluate` does: a high ``fvu_whole`` shows it, and above 1 at the probed positions is a warning.
             device: As for `evaluate`.
 
         Raises:
             RequestError: Something asked for cannot be had; ``error.field`` names it.
         """
-        settings = replace(settings, whole_tokens=whole_tokens)
+        settings = replace(as_settings(settings), whole_tokens=whole_tokens)
         if rows is not None:
+            _check_rows(rows)
             settings = replace(settings, shuffle_select_n=rows)
-        self.settings, self.warnings = settings, list[str]()
+        if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0:
+            raise RequestError(f"`layer` {layer!r}: give a whole number from 0")
+        self.settings, self.warnings = settings, []
         device1, device2 = as_devices(device)
         check_backend(settings.probe, device2)
         self._site = Site(layer, canonical(settings.hookpoint or "resid_post"))
         sites = {self._site, self._site.read_by(None if input_hookpoint is None else canonical(input_hookpoint))}
         texts = load_probe_texts(as_tasks(tasks), shuffle_select_n=settings.shuffle_select_n, seed=settings.seed)
-        info = open_model(os.fspath(model), settings.revision, settings.trust_remote_code)
+        info = open_model(as_model(model), settings.revision, settings.trust_remote_code)
         if layer >= info.n_layers:
             raise RequestError(f"`layer` {layer}: {info.name} has layers 0 to {info.n_layers - 1}")
         if settings.bos in ("counted", "excluded") and not info.has_bos:
@@ -122,6 +142,10 @@ class Evaluator:
             fit_model=fit_model,
         )
         self._sets = {index: self._work.task_sets(index, keep=True) for index in range(len(texts.datasets))}
+        sets = [task_set for of_dataset in self._sets.values() for task_set in of_dataset]
+        if not any(task_set.plan.kept for task_set in sets):
+            reason = next(iter(sets[0].plan.skipped.values())).reason
+            raise RequestError(f"`tasks`: none of the probes can be measured: {reason}")
         self._prepare()
 
     def __call__(self, sae: Any) -> dict[str, float]:
@@ -149,13 +173,10 @@ class Evaluator:
                 flat |= _numbers(name if probe == name else f"{name}/{probe}", record)
         return flat
 
+    @default_modes()
     def measure(self, sae: Any) -> dict[str, CellResult]:
         """Measure one SAE; returns task -> its figures, records and out-of-fold scores. Arguments as for a call."""
         source = self._fitting(sae)
-        with _plainly():
-            return self._measure(source)
-
-    def _measure(self, source: SaeSource) -> dict[str, CellResult]:
         loaded = source.load(self._site.layer, self._device)
         counts_bos = source.counts_bos if self.settings.bos == "auto" else self.settings.bos == "counted"
         found: dict[str, CellResult] = {}
@@ -173,7 +194,10 @@ class Evaluator:
             )  # fmt: skip
             prober.run(items)
         for name, result in found.items():
-            self.warnings += [line for line in (f"{name}{w}" for w in warnings_of(result)) if line not in self.warnings]
+            for line in (f"{name}{warning}" for warning in warnings_of(result)):
+                if line not in self.warnings:
+                    self.warnings.append(line)
+                    log.warning("%s", line)
         return {dataset.name: found[dataset.name] for dataset in datasets}
 
     @property
@@ -196,7 +220,7 @@ class Evaluator:
 
     def _prepare(self) -> None:
         """Run the model over every text, and fit the probes of its own activations."""
-        with _plainly(), sharing_cores(self._device) as cores:
+        with sharing_cores(self._device) as cores:
             items = self._produce({self._site: {}}, {}, cores)
             backend, _ = choose_backend(self.settings.probe, self._work.device)
             widths: dict[tuple[Site, SaeId | None], int] = {(self._site, None): self._widths[self._site]}
@@ -216,7 +240,8 @@ class Evaluator:
     def _fitting(self, sae: Any) -> SaeSource:
         """Return the SAE, found to be of this layer, place and width."""
         layer, hookpoint = self._site
-        source = as_source(sae, (layer,), hookpoint)
+        reads = next((place for place in self._widths if place != self._site), self._site)
+        source = as_source(sae, (layer,), hookpoint, self._widths[reads], "sae")
         if layer not in source.layers or source.hookpoint != hookpoint:
             layers = ", ".join(map(str, source.layers))
             raise RequestError(
@@ -237,12 +262,9 @@ class Evaluator:
         return source
 
 
-def _plainly() -> ExitStack:
-    """No autocast of the caller's changes the numbers."""
-    stack = ExitStack()
-    for kind in ("cpu", "cuda"):
-        stack.enter_context(torch.autocast(kind, enabled=False))
-    return stack
+def _check_rows(rows: Any) -> None:
+    if isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1:
+        raise RequestError(f"`rows` must be a whole number, at least 1, got {rows!r}")
 
 
 def _numbers(prefix: str, record: Mapping[str, Any]) -> dict[str, float]:

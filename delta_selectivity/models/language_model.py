@@ -100,10 +100,12 @@ class ModelInfo:
         config = truncated(self.config, layers_needed(sites))
 
         def build() -> nn.Module:
-            # bfloat16: some kernels of mixture-of-experts models know no shapes in float32
-            options = {"dtype": torch.bfloat16, "trust_remote_code": self.files.trust_remote_code}
+            # Made in float32, for transformers gives tensors that others make meanwhile the same dtype. Then bfloat16:
+            # some kernels of mixture-of-experts models know no shapes in float32.
+            options = {"dtype": torch.float32, "trust_remote_code": self.files.trust_remote_code}
             with BUILDING:
-                return _auto_class(config).from_config(config, **options).get_decoder()
+                module = _auto_class(config).from_config(config, **options).get_decoder()
+            return _with_weights_of(module, torch.bfloat16)
 
         return shape_widths(build, config, sites)
 
@@ -145,6 +147,15 @@ class ModelInfo:
         if bad:
             raise RequestError(f"`model` {self.name}: {len(bad)} weights are missing or misshapen: {bad[0]} ...")
         return module
+
+
+def _with_weights_of(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module with new parameters: fake tensors, unlike others, cannot be converted where they are."""
+    for part in module.modules():
+        for name, weight in [*part.named_parameters(recurse=False)]:
+            if weight.is_floating_point():
+                setattr(part, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+    return module
 
 
 class ActivationSource(Protocol):

@@ -24,6 +24,7 @@ from delta_selectivity.probing.selectivity import ProbeResult, fit_model, measur
 from delta_selectivity.settings import Settings
 from delta_selectivity.system.cores import sharing_cores
 from delta_selectivity.system.person_ids import person_ids
+from delta_selectivity.system.torch_modes import default_modes
 
 INT64 = np.iinfo(np.int64)
 
@@ -39,6 +40,7 @@ class Targets:
     order: NDArray[np.int64] | None = None  # [rows], deals rows to the control task's folds; None: their places
 
 
+@default_modes()
 def probe_selectivity(
     x: Any, reconstruction: Any, labels: Any, groups: Any, *, settings: Settings | None = None
 ) -> ProbeResult:

@@ -87,9 +87,9 @@ def _best_on_cuda(device: torch.device, torch_backend: ProbeBackend) -> tuple[Pr
 def _small_problem(device: torch.device) -> ProbeProblem:
     """400 rows, 16 features, two splits, unequal classes and weights."""
     random = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 16, generator=random)
-    labels = (x[:, 0] + torch.randn(400, generator=random) > 0.5)[None]
-    weight = 0.5 + torch.rand(2, 400, generator=random)
+    x = torch.randn(400, 16, generator=random, dtype=torch.float32)
+    labels = (x[:, 0] + torch.randn(400, generator=random, dtype=torch.float32) > 0.5)[None]
+    weight = 0.5 + torch.rand(2, 400, generator=random, dtype=torch.float32)
     weight[0, :100] = 0
     weight[1, 300:] = 0
     scale = torch.stack([x[100:].std(dim=0), x[:300].std(dim=0)])

@@ -215,7 +215,7 @@ def fit_view(
     labels = torch.from_numpy(plan.labels).to(x.device)
     fits = backend.fit(ProbeProblem(x, labels, plan.training_weight(x.device), scale, tuple(cs)))
     folds = torch.from_numpy(plan.folds.astype(np.int64)).to(x.device)
-    scores = torch.empty(len(labels), *folds.shape, device=x.device)
+    scores = torch.empty(len(labels), *folds.shape, dtype=torch.float32, device=x.device)
     choice = torch.empty(len(labels), plan.n_repeats, plan.n_folds, dtype=torch.int64, device=x.device)
 
     def choose(part: slice) -> None:
@@ -241,13 +241,13 @@ def _no_fit(plan: FoldPlan, x: Tensor) -> ViewFit:
     """The fit of no target."""
     none = np.empty((0, plan.n_repeats, plan.n_folds))
     coef = torch.empty(0, len(plan.held_out), x.shape[1], dtype=torch.float64, device=x.device)
-    scores = torch.empty(0, *plan.folds.shape, device=x.device)
+    scores = torch.empty(0, *plan.folds.shape, dtype=torch.float32, device=x.device)
     return ViewFit(scores, none, coef, coef[..., 0], none[:, 0, 0].astype(np.int64), none[:, 0, 0].astype(np.int64))
 
 
 def transfer_scores(plan: FoldPlan, fit: ViewFit, x: Tensor) -> Tensor:
     """Scores float32 [targets, repeats, rows] of another view x `[rows, d]` by the fold's own probes of `fit`."""
-    scores = torch.empty(len(fit.coef), *plan.folds.shape, device=x.device)
+    scores = torch.empty(len(fit.coef), *plan.folds.shape, dtype=torch.float32, device=x.device)
 
     def score(part: slice) -> None:
         scores[part] = _held_out_scores(plan, x, fit.coef[None, part], fit.intercept[None, part])[0].float()

@@ -106,7 +106,7 @@ class RowStore:
         log.warning("out of memory: the rows collected so far leave the GPU for %s; no number changes", self.place)
 
     def _on_host(self, shape: tuple[int, ...]) -> Tensor:
-        return _in_file(*shape) if self._in_files else torch.empty(shape)
+        return _in_file(*shape) if self._in_files else torch.empty(shape, dtype=torch.float32)
 
     def close(self) -> None:
         """Let go of the rows and of their files."""
@@ -127,7 +127,7 @@ def _allocate_on_gpu(shapes: Sequence[tuple[int, int]], device: torch.device) ->
     if sum(n * d * 4 for n, d in shapes) >= torch.cuda.mem_get_info(device)[0] // 2:
         return None
     try:
-        return [torch.empty(shape, device=device) for shape in shapes]
+        return [torch.empty(shape, dtype=torch.float32, device=device) for shape in shapes]
     except ERRORS as error:
         if not is_out_of_memory(error):
             raise
@@ -139,4 +139,4 @@ def _in_file(n_rows: int, d: int) -> Tensor:
     """A matrix [n_rows, d] in a temporary file. Raises OSError if the disk has no room for all of it."""
     with tempfile.NamedTemporaryFile(prefix="delta-selectivity-") as file:
         os.posix_fallocate(file.fileno(), 0, max(n_rows * d * 4, 1))
-        return torch.from_file(file.name, shared=True, size=n_rows * d).view(n_rows, d)
+        return torch.from_file(file.name, shared=True, size=n_rows * d, dtype=torch.float32).view(n_rows, d)

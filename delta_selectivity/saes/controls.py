@@ -53,15 +53,15 @@ class ShuffledDecoder(OtherDecoder):
 
 def constant(mean: Tensor) -> LinearCoder:
     """x̂ = mean ``[d_in]``, whatever x: a dictionary of one latent that never fires."""
-    silent = torch.zeros(1, len(mean), device=mean.device)
-    never = Threshold(torch.full((1,), torch.inf, device=mean.device))
+    silent = torch.zeros(1, len(mean), dtype=torch.float32, device=mean.device)
+    never = Threshold(torch.full((1,), torch.inf, dtype=torch.float32, device=mean.device))
     return LinearCoder(silent, silent[:, 0], silent, mean.float(), never)
 
 
 def principal_components(axes: Tensor, mean: Tensor) -> LinearCoder:
     """x̂ = mean + the part of x - mean that lies along orthonormal axes ``[k, d_in]``; codes are the k scores."""
     axes, mean = axes.float(), mean.float()
-    bias = fold_b_dec(axes, torch.zeros(len(axes), device=axes.device), mean)
+    bias = fold_b_dec(axes, torch.zeros(len(axes), dtype=torch.float32, device=axes.device), mean)
     return LinearCoder(axes, bias, axes, mean, Dense())
 
 
@@ -70,8 +70,8 @@ def random_topk(mean: Tensor, d_sae: int, k: int, generator: torch.Generator) ->
 
     Directions are drawn on the CPU, so that every device has the same.
     """
-    directions = torch.randn(d_sae, len(mean), generator=generator)
+    directions = torch.randn(d_sae, len(mean), generator=generator, dtype=torch.float32)
     directions = torch.nn.functional.normalize(directions, dim=1).to(mean.device)
     mean = mean.float()
-    bias = fold_b_dec(directions, torch.zeros(d_sae, device=mean.device), mean)
+    bias = fold_b_dec(directions, torch.zeros(d_sae, dtype=torch.float32, device=mean.device), mean)
     return LinearCoder(directions, bias, directions, mean, TopK(k))

@@ -41,6 +41,8 @@ class DenseCoder:
 
     sae: EncodesDensely
     d_out: int
+    d_sae: int | None
+    """Columns of its codes; None: not known yet."""
     home: torch.device
     """Where the object computes."""
     device: torch.device
@@ -49,28 +51,39 @@ class DenseCoder:
     """What the object computes in."""
 
     @classmethod
-    def of(cls, sae: EncodesDensely, d_out: int) -> DenseCoder:
+    def of(cls, sae: EncodesDensely, d_out: int, d_sae: int | None = None) -> DenseCoder:
         """Where the object's tensors are and in their dtype; on the CPU and in float32 if it is no module."""
         tensors: list[Tensor] = [*sae.parameters(), *sae.buffers()] if isinstance(sae, nn.Module) else []
-        weight = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.zeros(0, device="cpu"))
-        return cls(sae, d_out, weight.device, weight.device, weight.dtype)
+        weight = next(
+            (tensor for tensor in tensors if tensor.is_floating_point()),
+            torch.zeros(0, dtype=torch.float32, device="cpu"),
+        )
+        return cls(sae, d_out, d_sae, weight.device, weight.device, weight.dtype)
 
     def encode(self, x: Tensor) -> SparseRows:
-        with contained(self.sae, self.home):
-            codes = self.sae.encode(x.to(self.home))
-        return nonzero_codes(codes.to(self.device))
+        with contained(self.sae, self.home):  # a copy: it may compute in place, and others read the same x
+            codes = self.sae.encode(x.to(self.home, copy=True))
+        return nonzero_codes(self._checked(codes, "encode", len(x), self.d_sae).to(self.device))
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
         rows = torch.arange(codes.n_rows, device=codes.crow.device).repeat_interleave(codes.crow.diff())
-        recon = torch.empty(codes.n_rows, self.d_out, device=self.device)
+        recon = torch.empty(codes.n_rows, self.d_out, dtype=torch.float32, device=self.device)
         for start in range(0, codes.n_rows, DENSE_ROWS):
             stop = min(start + DENSE_ROWS, codes.n_rows)
             entries = slice(int(codes.crow[start]), int(codes.crow[stop]))
             dense = torch.zeros(stop - start, codes.n_cols, dtype=self.dtype, device=self.device)
             dense[rows[entries] - start, codes.col[entries]] = codes.value[entries].to(self.dtype)
             with contained(self.sae, self.home):
-                recon[start:stop] = self.sae.decode(dense.to(self.home))
+                found = self.sae.decode(dense.to(self.home))
+            recon[start:stop] = self._checked(found, "decode", stop - start, self.d_out)
+        recon[rows[codes.value.isfinite().logical_not_()]] = torch.nan  # though it may ignore those latents
         return recon
+
+    def _checked(self, found: Any, method: str, rows: int, width: int | None) -> Tensor:
+        """Return what a method gave of so many rows. Raises `RequestError` for what is no matrix of that shape."""
+        if problem := misshapen(found, rows, width):
+            raise RequestError(f"`saes` {type(self.sae).__name__}: {method} of {rows} rows gives {problem}")
+        return found
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> DenseCoder:
         device, dtype = torch.device(device), dtype or self.dtype
@@ -79,7 +92,21 @@ class DenseCoder:
         if (device, dtype) == (self.home, self.dtype):
             return self
         moved: Any = copy.deepcopy(self.sae).to(device=device, dtype=dtype)
-        return DenseCoder(moved, self.d_out, device, device, dtype)
+        return DenseCoder(moved, self.d_out, self.d_sae, device, device, dtype)
+
+
+def misshapen(found: Any, rows: int, width: int | None = None) -> str | None:
+    """Say what somebody else's code gave in place of real numbers ``[rows, width]``; None if it gave them."""
+    needed = f"a dense tensor [{rows}, {'width' if width is None else width}] of real numbers is needed"
+    if not isinstance(found, Tensor):
+        return f"a {type(found).__name__}; {needed}"
+    if found.layout != torch.strided:
+        return f"a sparse tensor; {needed}"
+    if found.is_complex():
+        return f"complex numbers; {needed}"
+    if found.dim() != 2 or len(found) != rows or width not in (None, found.shape[1]):
+        return f"a tensor of shape {list(found.shape)}; {needed}"
+    return None
 
 
 class _Generators:

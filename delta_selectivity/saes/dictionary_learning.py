@@ -205,5 +205,5 @@ def _selection(header: SaeHeader, kind: DictClass, tensors: Mapping[str, Tensor]
     if kind.architecture == "gated":
         gain = tensors["r_mag"].exp()
         return Gated(gain, offset=tensors["mag_bias"] - gain * tensors["gate_bias"])
-    threshold = torch.tensor(0.0) if kind.architecture == "standard" else tensors["threshold"]
+    threshold = torch.tensor(0.0, dtype=torch.float32) if kind.architecture == "standard" else tensors["threshold"]
     return Threshold(threshold.clamp(min=0).expand(header.d_sae).clone())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import Coder
-from delta_selectivity.saes.dense_coder import DenseCoder, contained
+from delta_selectivity.saes.dense_coder import DenseCoder, contained, misshapen
 from delta_selectivity.saes.files import check_finite
 from delta_selectivity.saes.given import Given
 from delta_selectivity.saes.input_norm import InputNorm
@@ -95,7 +95,7 @@ class DenseObject:
         runs = self._runnable()
         d_in = self._d_in(given, runs)
         codes = self._encode(runs, d_in, given)
-        recon = _run(runs.decode, runs, codes, f"`obj` {self.label}: decode")
+        recon = _run(runs.decode, runs, codes.to(DenseCoder.of(runs, 0).dtype), f"`obj` {self.label}: decode")
         return SaeHeader(
             format="object",
             layer=hook.layer,
@@ -130,7 +130,7 @@ class DenseObject:
         )
         for name, tensor in parameters.items():
             check_finite(f"`obj` {self.label}", name, tensor)
-        return DenseCoder.of(self._runnable(), header.d_out), "none"
+        return DenseCoder.of(self._runnable(), header.d_out, header.d_sae), "none"
 
     def _runnable(self) -> Any:
         """What is run in place of the object, which must not change."""
@@ -207,19 +207,15 @@ def _takes(runs: Any, width: int) -> bool:
 
 def _two_rows(runs: Any, width: int) -> Tensor:
     coder = DenseCoder.of(runs, width)
-    rows = torch.randn(2, width, generator=torch.Generator().manual_seed(0), device="cpu")
+    rows = torch.randn(2, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     return rows.to(coder.home, coder.dtype)
 
 
 def _run(method: Callable[[Tensor], Any], runs: Any, rows: Tensor, what: str) -> Tensor:
     """Call encode or decode on two rows. Raises `RequestError` if that gives no dense matrix of as many rows."""
     found = _call(method, runs, rows, what)
-    needed = "a dense tensor [rows, width] is needed: put the SAE into a class whose encode and decode give that"
-    if not isinstance(found, Tensor):
-        raise RequestError(f"{what} gives a {type(found).__name__}; {needed}")
-    if found.layout != torch.strided or found.dim() != 2 or len(found) != len(rows):
-        kind = "sparse tensor" if found.layout != torch.strided else f"tensor of shape {list(found.shape)}"
-        raise RequestError(f"{what} gives a {kind} for {len(rows)} rows; {needed}")
+    if problem := misshapen(found, len(rows)):
+        raise RequestError(f"{what} gives {problem}: put the SAE into a class whose encode and decode give that")
     return found
 
 

@@ -69,7 +69,10 @@ class Plain:
         plain = PlainConfig.parse(header.config, folder / CONFIG)
         lens = _as_lens(plain, header)
         turned, stored = _find_turned(plain, lens), read_tensors(plain.weights)
-        tensors = {"b_dec": torch.zeros(header.d_out), "b_enc": torch.zeros(header.d_sae)}  # where they are null
+        tensors = {
+            "b_dec": torch.zeros(header.d_out, dtype=torch.float32),
+            "b_enc": torch.zeros(header.d_sae, dtype=torch.float32),
+        }  # where they are null
         for ours, theirs in plain.names.items():
             if theirs in stored:
                 tensors[ours] = stored[theirs].T if ours in turned else stored[theirs]

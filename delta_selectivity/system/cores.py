@@ -91,12 +91,46 @@ def sharing_cores(device: str | torch.device) -> Iterator[Cores]:
     """
     import torch  # not for those who bring their own number of cores
 
-    cores = torch.get_num_threads()
     if torch.device(device).type != "cpu":
         yield Cores(1)
         return
-    torch.set_num_threads(1)
+    n = _torch_threads.enter()
     try:
-        yield Cores(cores)
+        yield Cores(n)
     finally:
-        torch.set_num_threads(cores)
+        _torch_threads.leave()
+
+
+class _TorchThreads:
+    """Torch's number of threads: 1 while somebody is inside, in whatever thread; after the last, what it was before.
+
+    Torch keeps a number for each thread, one for threads to come and, with MKL, one for all: setting it sets all three.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, 1
+
+    def enter(self) -> int:
+        """Return the number that it was before the first entered."""
+        import torch
+
+        with self._lock:
+            if not self._inside:
+                self._before = torch.get_num_threads()
+            self._inside += 1
+            torch.set_num_threads(1)
+            return self._before
+
+    def leave(self) -> None:
+        import torch
+
+        with self._lock:
+            self._inside -= 1
+            torch.set_num_threads(self._before)
+            if self._inside:  # this thread has its number back; the others still count on 1
+                other = threading.Thread(target=torch.set_num_threads, args=(1,))
+                other.start()
+                other.join()
+
+
+_torch_threads = _TorchThreads()

@@ -172,7 +172,7 @@ class DenseColumns:
         if self.design.x.numel() < _ROUGH_PAYS:
             return None
         assert isinstance(self.loss, Loss), "a parabola is rough already"
-        stretch = torch.ones(len(self.index), self.design.z.shape[1], device=self.design.z.device)
+        stretch = torch.ones(len(self.index), self.design.z.shape[1], dtype=torch.float32, device=self.design.z.device)
         stretch[:, :-1] = self.design.unit / self.design.divisor[self.split]
         products = Rough(self.design.z, stretch)
         return DenseColumns(self.index, self.split, self.loss.single(), products, self.penalty.float(), self.design)

@@ -78,7 +78,7 @@ def as_dense_coder(module: Any, lens: LensConfig) -> Coder:
     """A ``sae_lens.SAE`` as it is, which is changed: run-time normalisation and reshaping, which are ours, go off."""
     module.run_time_activation_norm_fn_in = module.run_time_activation_norm_fn_out = _unchanged
     module.turn_off_forward_pass_hook_z_reshaping()
-    return DenseCoder.of(module, lens.d_out)
+    return DenseCoder.of(module, lens.d_out, lens.d_sae)
 
 
 def _fold(module: Any, lens: LensConfig, scaling: InputScaling) -> None:

@@ -102,7 +102,7 @@ def _selection(lens: LensConfig, tensors: dict[str, Tensor], scaling_factor: flo
     if lens.architecture == "gated":
         gain = tensors["r_mag"].exp()
         return Gated(gain, offset=tensors["b_mag"] - gain * tensors["b_gate"])
-    threshold = torch.zeros(lens.d_sae)
+    threshold = torch.zeros(lens.d_sae, dtype=torch.float32)
     if "threshold" in tensors:
         threshold = tensors["threshold"]
     elif "log_threshold" in tensors:
