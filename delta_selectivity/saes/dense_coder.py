@@ -54,10 +54,8 @@ class DenseCoder:
     def of(cls, sae: EncodesDensely, d_out: int, d_sae: int | None = None) -> DenseCoder:
         """Where the object's tensors are and in their dtype; on the CPU and in float32 if it is no module."""
         tensors: list[Tensor] = [*sae.parameters(), *sae.buffers()] if isinstance(sae, nn.Module) else []
-        weight = next(
-            (tensor for tensor in tensors if tensor.is_floating_point()),
-            torch.zeros(0, dtype=torch.float32, device="cpu"),
-        )
+        weights = (tensor for tensor in tensors if tensor.is_floating_point())
+        weight = next(weights, torch.zeros(0, dtype=torch.float32, device="cpu"))
         return cls(sae, d_out, d_sae, weight.device, weight.device, weight.dtype)
 
     def encode(self, x: Tensor) -> SparseRows:

@@ -69,10 +69,8 @@ class Plain:
         plain = PlainConfig.parse(header.config, folder / CONFIG)
         lens = _as_lens(plain, header)
         turned, stored = _find_turned(plain, lens), read_tensors(plain.weights)
-        tensors = {
-            "b_dec": torch.zeros(header.d_out, dtype=torch.float32),
-            "b_enc": torch.zeros(header.d_sae, dtype=torch.float32),
-        }  # where they are null
+        widths = {"b_dec": header.d_out, "b_enc": header.d_sae}
+        tensors = {name: torch.zeros(n, dtype=torch.float32) for name, n in widths.items()}  # where they are null
         for ours, theirs in plain.names.items():
             if theirs in stored:
                 tensors[ours] = stored[theirs].T if ours in turned else stored[theirs]
