@@ -11,8 +11,13 @@ FIELD = re.compile(r"`(\w+)`")
 class RequestError(ValueError):
     """The request is wrong.
 
-    The message is a single line. It shows the offending value and says what to do. Fields stand in backticks.
+    The message is a single line, whatever it quotes. It shows the offending value and says what to do. Fields stand in
+    backticks.
     """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(part.strip() for part in message.splitlines())
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
     @property
     def field(self) -> str | None:

@@ -135,7 +135,7 @@ class Settings:
             value = getattr(self, field.name)
             _check(field.name, value, kind, rule)
             if kind in (int, float) and value is not None:
-                object.__setattr__(self, field.name, kind(value))  # of NumPy's numbers, Python's
+                object.__setattr__(self, field.name, _as_python(field.name, value, kind))
         asked = {"model", "sae", *self.views}
         object.__setattr__(self, "views", tuple(view for view in VIEWS if view in asked))
 
@@ -202,8 +202,19 @@ def _check(name: str, value: Any, kind: Any, rule: Rule) -> None:
         raise RequestError(f"`{name}` must be{_range(rule).removeprefix(',')}, got {value}")
 
 
+def _as_python(name: str, value: Any, kind: type) -> Any:
+    """Of NumPy's numbers and fractions, Python's."""
+    try:
+        return kind(value)
+    except OverflowError as error:
+        raise RequestError(f"`{name}` is too large for a {kind.__name__}") from error
+
+
 def _names(value: Any) -> Any:
     """Names from a tuple, a list or a string with commas, each once."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
-    return tuple(dict.fromkeys(value)) if isinstance(value, list | tuple | set | frozenset) else (value,)
+    if not isinstance(value, list | tuple | set | frozenset):
+        return (value,)
+    listed = list(value)
+    return tuple(name for i, name in enumerate(listed) if name not in listed[:i])

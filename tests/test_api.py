@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
+import os
+import pickle
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -133,12 +142,108 @@ def test_results_of_something_else_are_not_overwritten_by_save(results, tmp_path
     assert victim.read_text() == "{}"
 
 
+def test_save_brings_back_lost_scores_and_refuses_a_folder_in_a_file_s_place_in_one_line(results, tmp_path):
+    folder = results.save(tmp_path / "kept")
+    for scores in folder.glob("*/*.scores"):
+        shutil.rmtree(scores)
+    one, other = results.saes
+    loaded = ds.Results.load(results.save(folder))
+    assert loaded.compare(one, other).delta_sel == results.compare(one, other).delta_sel
+    place = sorted(folder.glob("*/*.json"))[0].relative_to(folder)
+    (tmp_path / "other" / place).mkdir(parents=True)
+    for wrong in (tmp_path / "other", "a" * 400, "", "a\0b", None):
+        with pytest.raises(ds.RequestError) as refused:
+            results.save(wrong)
+        assert refused.value.field == "folder"
+
+
 def test_the_temporary_folder_goes_with_the_results(tiny_model, tiny_saes, two_tasks):
     found = ds.evaluate(tiny_model, str(tiny_saes), str(two_tasks), layers=0, settings=FAST, device="cpu")
     folder = found.files[0][0].parent
     assert folder.is_dir()
     del found
     assert not folder.exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_temporary_folder_goes_without_a_word_also_after_an_error(tiny_model, two_tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    class Failing(TopK):
+        def decode(self, codes):
+            if len(codes) > 2:
+                raise ZeroDivisionError
+            return super().decode(codes)
+
+    with pytest.raises(ZeroDivisionError):
+        ds.evaluate(tiny_model, Failing(), two_tasks, layers=0, settings=FAST, device="cpu")
+    with pytest.raises(ds.RequestError):
+        ds.evaluate(tiny_model, TopK(), two_tasks, layers=99, settings=FAST, device="cpu")
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+
+
+def test_copies_of_results_keep_the_folder_and_a_pickle_keeps_the_numbers(tiny_model, two_tasks):
+    found = ds.evaluate(tiny_model, TopK(), two_tasks, layers=0, settings=FAST, device="cpu")
+    folder, frame = found.files[0][0].parent, found.to_frame()
+    copies, pickled = [copy.copy(found), copy.deepcopy(found)], pickle.dumps(found)
+    del found
+    gc.collect()
+    for copied in copies:
+        (name,) = copied.saes
+        assert copied.compare(name, name).delta_sel.value == 0
+    del copied, copies
+    gc.collect()
+    assert not folder.exists()
+    assert pickle.loads(pickled).to_frame().equals(frame)
+
+
+def test_a_fork_that_forgets_results_leaves_them_to_their_process(tiny_model, two_tasks):
+    found = ds.evaluate(tiny_model, TopK(), two_tasks, layers=0, settings=FAST, device="cpu")
+    folder = found.files[0][0].parent
+    child = os.fork()
+    if child == 0:
+        try:
+            del found
+            gc.collect()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert folder.is_dir()
+
+
+def test_an_interrupt_of_a_library_s_caller_ends_neither_its_session_nor_its_wait(tiny_model, two_tasks, tmp_path):
+    """Ctrl-C waits for the layer in work; a second one waits no longer, and nothing is written after it."""
+    going_on, handlers = threading.Event(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+
+    class Impatient(TopK):
+        def encode(self, x):
+            if threading.current_thread().name == "producer" and not going_on.is_set():
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.3)
+                going_on.wait(20)
+            return super().encode(x)
+
+    asked = {"layers": 0, "settings": FAST, "device": "cpu", "output": tmp_path}
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ds.evaluate(tiny_model, Impatient(), two_tasks, **asked)
+    assert time.monotonic() - began < 15
+    going_on.set()
+    for thread in threading.enumerate():
+        if thread.name in ("producer", "consumer"):
+            thread.join(20)
+    assert not [thread.name for thread in threading.enumerate() if thread.name in ("producer", "consumer")]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert not list(tmp_path.iterdir()), "no result, no lock"
+    assert len(ds.evaluate(tiny_model, Impatient(), two_tasks, **asked)) == 2
+
+
+def test_nothing_is_left_of_a_call(tiny_model, two_tasks):
+    before = threading.enumerate()
+    ds.evaluate(tiny_model, TopK(), two_tasks, layers=0, settings=FAST, device="cpu")
+    assert not [thread.name for thread in threading.enumerate() if thread not in before]
 
 
 def test_a_module_is_measured_like_the_same_sae_in_a_file(tiny_model, two_tasks, tmp_path):
@@ -195,7 +300,30 @@ def test_an_sae_that_was_trained_on_is_another_sae(tiny_model, two_tasks, tmp_pa
         ({"model": torch.nn.Linear(3, 3)}, "model"),
         ({"device": "tpu"}, "device"),
         ({"device": "cuda:7"}, "device"),
+        ({"layers": True}, "layers"),
+        ({"layers": 99}, "layers"),
+        ({"layers": np.array(99)}, "layers"),
         ({"device": ("cpu",)}, "device"),
+        ({"device": None}, "device"),
+        ({"device": ""}, "device"),
+        ({"device": ("cpu", 3)}, "device"),
+        ({"tasks": None}, "tasks"),
+        ({"tasks": [3]}, "tasks"),
+        ({"tasks": "a" * 300}, "tasks"),
+        ({"tasks": "a\nb"}, "tasks"),
+        ({"saes": None}, "saes"),
+        ({"saes": torch.nn.Linear(2, 2)}, "saes"),
+        ({"model": None}, "model"),
+        ({"model": ""}, "model"),
+        ({"model": "a\nb/c\0"}, "model"),
+        ({"settings": None}, "settings"),
+        ({"settings": {"folds": 3}}, "settings"),
+        ({"settings": ds.Settings(hookpoint="x\ny")}, "hookpoint"),
+        ({"settings": ds.Settings(folds=1000)}, "folds"),
+        ({"output": ""}, "output"),
+        ({"output": 3}, "output"),
+        ({"output": "a\0b"}, "output"),
+        ({"cache": ""}, "cache"),
     ],
 )
 def test_a_wrong_argument_is_one_line_that_names_its_field(tiny_model, tiny_saes, two_tasks, changes, field):
@@ -206,6 +334,81 @@ def test_a_wrong_argument_is_one_line_that_names_its_field(tiny_model, tiny_saes
     assert "\n" not in str(refused.value)
     assert "--" not in str(refused.value)
     assert field is None or refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"layer": -1}, "layer"),
+        ({"layer": True}, "layer"),
+        ({"layer": 1.5}, "layer"),
+        ({"layer": "1"}, "layer"),
+        ({"layer": 99}, "layer"),
+        ({"rows": 0}, "rows"),
+        ({"rows": 1}, "rows"),
+        ({"whole_tokens": 0}, "whole_tokens"),
+        ({"input_hookpoint": 3}, "input_hookpoint"),
+        ({"settings": None}, "settings"),
+        ({"tasks": []}, "tasks"),
+        ({"tasks": "no_such_file.csv"}, "tasks"),
+        ({"device": "tpu"}, "device"),
+        ({"model": None}, "model"),
+    ],
+)
+def test_a_wrong_argument_of_an_evaluator_is_one_line_that_names_it(tiny_model, two_tasks, changes, field):
+    asked = {"model": tiny_model, "layer": 1, "tasks": two_tasks, "device": "cpu"} | changes
+    with pytest.raises(ds.RequestError) as refused:
+        ds.Evaluator(**asked)
+    assert refused.value.field == field
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("sae", [3, "/no/such/folder", TopK, [TopK()], torch.nn.Linear(3, 3)])
+def test_a_wrong_sae_of_a_call_is_named_as_the_argument(evaluator, sae):
+    with pytest.raises(ds.RequestError) as refused:
+        evaluator(sae)
+    assert refused.value.field == "sae"
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"seed": np.arange(1000)}, "seed"),
+        ({"views": np.array(["error"] * 300)}, "views"),
+        ({"views": [["error"]]}, "views"),
+        ({"queue_gb": 10**400}, "queue_gb"),
+        ({"queue_gb": float("nan")}, "queue_gb"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_that_names_it(changes, field):
+    with pytest.raises(ds.RequestError) as refused:
+        ds.Settings(**changes)
+    assert refused.value.field == field
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"queue_gb": 1e-12}, {"queue_gb": 1e300, "cache_gb": 1e305}, {"seed": 10**80, "whole_tokens": 50}]
+)
+def test_settings_of_any_size_are_taken(tiny_model, two_tasks, tmp_path, changes):
+    settings = ds.Settings(folds=3, repeats=1, **changes)
+    asked = {"layers": [np.int64(1)], "settings": settings, "device": torch.device("cpu"), "cache": tmp_path}
+    assert len(ds.evaluate(tiny_model, (sae for sae in [TopK()]), (t for t in [two_tasks]), **asked)) == 2
+    assert ds.Evaluator(tiny_model, np.int64(1), two_tasks, settings=settings, device="cpu")(TopK())
+
+
+def test_a_module_without_weights_yet_is_refused_and_gets_none(evaluator):
+    class Lazy(torch.nn.Module):
+        d_in = D_MODEL
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode, self.decode = torch.nn.LazyLinear(D_SAE), torch.nn.Linear(D_SAE, D_MODEL)
+
+    sae = Lazy()
+    with pytest.raises(ds.RequestError, match="no weights yet"):
+        evaluator(sae)
+    assert torch.nn.parameter.is_lazy(sae.encode.weight)
 
 
 def test_nothing_is_printed(tiny_model, tiny_saes, two_tasks, capfd):

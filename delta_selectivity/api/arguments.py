@@ -2,110 +2,134 @@
 
 from __future__ import annotations
 
+import operator
 import os
-from collections.abc import Iterable
-from numbers import Integral
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
-from delta_selectivity.errors import RequestError
+import torch
+
+from delta_selectivity.errors import FIELD, RequestError
 from delta_selectivity.run.request import choose_devices, parse_layers
 from delta_selectivity.saes import SaeSource, open_sae, wrap_sae
 from delta_selectivity.settings import Settings
 from delta_selectivity.tasks import GurneeData, Task, TaskName, UserData, name_task
 
 Layers = int | str | Iterable[int] | None
-Devices = str | tuple[str, str]
+Devices = str | torch.device | tuple[str | torch.device, str | torch.device]
+
+
+@contextmanager
+def naming(**fields: str) -> Iterator[None]:
+    """Name the caller's argument in errors of what is called inside, which has another name for it: theirs -> ours."""
+    try:
+        yield
+    except RequestError as error:
+        told = FIELD.sub(lambda found: f"`{fields.get(found[1], found[1])}`", str(error))
+        if told == str(error):
+            raise
+        raise RequestError(told) from error
+
+
+def as_settings(settings: Any) -> Settings:
+    """Return settings. Raises `RequestError` for anything else."""
+    if not isinstance(settings, Settings):
+        raise RequestError(f"`settings` is a {type(settings).__name__}: give Settings(folds=3, ...)")
+    return settings
+
+
+def as_model(model: Any) -> str:
+    """Return a model's name or folder."""
+    return str(_checked_path(model, "model", "a hub id or a folder"))
 
 
 def as_tasks(tasks: Any) -> tuple[TaskName, ...]:
     """Return one task or several as a request takes them."""
     known = GurneeData | Task | UserData
-    several = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str | os.PathLike) else [tasks]
-    for task in several:
-        if not isinstance(task, str | os.PathLike | known):
-            raise RequestError(f"`tasks` {task!r}: give a name, a path, or what load_task returns")
-    return tuple(task if isinstance(task, known) else name_task(os.fspath(task)) for task in several)
+    several = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str | bytes | known) else [tasks]
+    if not several:
+        raise RequestError("`tasks` is empty: name at least one")
+    named = (task if isinstance(task, known) else _checked_path(task, "tasks", "a name, a file") for task in several)
+    return tuple(name_task(task) if isinstance(task, str) else task for task in named)
 
 
-def as_model(model: Any) -> str:
-    """Return a model's name as a request takes it."""
-    if not isinstance(model, str | os.PathLike):
-        raise RequestError(f"`model` is a {type(model).__name__}: give a hub id or a folder, not an object")
-    return os.fspath(model)
-
-
-def as_settings(settings: Any) -> Settings:
-    """Return the settings, found to be some."""
-    if not isinstance(settings, Settings):
-        raise RequestError(f"`settings` is a {type(settings).__name__}: give Settings(...)")
-    return settings
+def as_layer(layer: Any, field: str = "layer") -> int:
+    """Return a layer, counted from 0: of NumPy's and torch's whole numbers, Python's."""
+    try:
+        found = -1 if isinstance(layer, bool) else operator.index(layer)
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise RequestError(f"`{field}` {layer!r}: give whole numbers from 0")
+    return found
 
 
 def as_layers(layers: Layers) -> tuple[int, ...] | None:
     """Return layers as a request takes them: one, several, or as the command line writes them."""
     if layers is None or isinstance(layers, str):
         return None if layers is None else parse_layers(layers)
-    several = list(layers) if isinstance(layers, Iterable) else [layers]
+    try:
+        several: list[Any] = list(layers)  # type: ignore[arg-type]
+    except TypeError:  # one, of Python's, NumPy's or torch's numbers
+        several = [layers]
     if not several:
-        raise RequestError("`layers` is empty: name at least one, or None for all")
-    for layer in several:
-        if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0:
-            raise RequestError(f"`layers` {layer!r}: give whole numbers from 0")
-    return tuple(sorted({int(layer) for layer in several}))
+        raise RequestError("`layers` is empty: name at least one; None is every layer that an SAE has")
+    return tuple(sorted({as_layer(layer, "layers") for layer in several}))
 
 
 def as_saes(saes: Any, layers: tuple[int, ...] | None, hookpoint: str | None) -> tuple[str | SaeSource, ...]:
     """Return one SAE or several, names and objects, as a request takes them."""
-    several = list(saes) if isinstance(saes, list | tuple) else [saes]
+    several = list(saes) if isinstance(saes, list | tuple | GeneratorType) else [saes]
     return tuple(
         os.fspath(sae) if isinstance(sae, str | os.PathLike) else as_source(sae, layers, hookpoint) for sae in several
     )
 
 
-def as_source(
-    sae: Any, layers: tuple[int, ...] | None, hookpoint: str | None, d_in: int | None = None, field: str = "saes"
-) -> SaeSource:
+def as_source(sae: Any, layers: tuple[int, ...] | None, hookpoint: str | None, d_in: int | None = None) -> SaeSource:
     """Return a name or an object as an SAE; where it does not say its layer, that of the only one asked for.
 
-    d_in: Width of an object that does not show it. field: The caller's name for the SAE, for errors.
+    d_in: Width of an object that does not show it.
     """
     if isinstance(sae, SaeSource):
         return sae
     if isinstance(sae, str | os.PathLike):
         return open_sae(os.fspath(sae), hookpoint)
-    known: dict[str, Any] = {}
     one = layers[0] if layers is not None and len(layers) == 1 else None
     unsaid = {"layer": one, "hookpoint": hookpoint, "d_in": d_in}
+    known: dict[str, Any] = {}
     while True:  # what the object does not say itself is added when it is asked for
         try:
             return wrap_sae(sae, **known)
         except RequestError as error:
-            if error.field in unsaid and unsaid[error.field] is not None and error.field not in known:
-                known[error.field] = unsaid[error.field]
-                continue
-            hint = ": give one layer, or wrap_sae(sae, layer=...)" if error.field == "layer" else ""
-            raise RequestError(f"{str(error).replace('`obj`', f'`{field}`')}{hint}") from error
+            field = error.field or ""
+            if unsaid.get(field) is None or field in known:
+                hint = ": give one layer, or wrap_sae(sae, layer=...)" if field == "layer" else ""
+                raise RequestError(f"{str(error).replace('`obj`', '`saes`')}{hint}") from error
+            known[field] = unsaid[field]
 
 
 def as_devices(device: Devices) -> tuple[str, str]:
     """Return the devices of model and probes. Raises `RequestError` for one that is not there."""
-    if device == "auto":
-        return choose_devices(None, None)
-    if isinstance(device, str):
-        return _chosen(device, device)
-    if len(device) != 2:
+    several = list(device) if isinstance(device, tuple | list) else [device]
+    names = [str(name) if isinstance(name, str | torch.device) else "" for name in several]
+    if not all(names) or len(names) > 2 or (len(several) < 2 and isinstance(device, tuple | list)):
         raise RequestError(f"`device` {device!r}: give one device, or two: of the model and of the probes")
-    return _chosen(*device)
+    with naming(device1="device", device2="device"):
+        return choose_devices(None, None) if names == ["auto"] else choose_devices(names[0], names[-1])
 
 
-def _chosen(model: str, probes: str) -> tuple[str, str]:
-    try:
-        return choose_devices(model, probes)
-    except RequestError as error:
-        raise RequestError(str(error).replace(f"`{error.field}`", "`device`")) from error
-
-
-def as_path(path: str | os.PathLike[str] | None) -> Path | None:
+def as_path(path: Any, field: str) -> Path:
     """Return a path with ``~`` resolved."""
-    return None if path is None else Path(path).expanduser()
+    return Path(_checked_path(path, field, "a path")).expanduser()
+
+
+def _checked_path(value: Any, field: str, needed: str) -> str:
+    """Return a name or path as a string. Raises `RequestError` for what is none, and for an empty one."""
+    if isinstance(value, str | os.PathLike):
+        found = os.fspath(value)
+        if isinstance(found, str) and found and "\0" not in found:
+            return found
+    raise RequestError(f"`{field}` {value!r:.60}: {needed} is needed")

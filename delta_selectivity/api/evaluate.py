@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from delta_selectivity.api.arguments import (
     as_settings,
     as_tasks,
 )
-from delta_selectivity.api.results import Results
+from delta_selectivity.api.results import Results, TemporaryFolder
 from delta_selectivity.run.evaluation import run_request
 from delta_selectivity.run.request import Request
 from delta_selectivity.settings import Settings
@@ -81,18 +80,18 @@ def evaluate(
         >>> bool(results.to_frame()["delta_sel"].between(-1, 1).all())
         True
     """
-    wanted, settings = as_layers(layers), as_settings(settings)
+    settings, wanted = as_settings(settings), as_layers(layers)
     device1, device2 = as_devices(device)
-    own = tempfile.TemporaryDirectory(prefix="delta-selectivity-") if output is None else None
+    folder = TemporaryFolder() if output is None else as_path(output, "output")
     request = Request(
         model=as_model(model),
         saes=as_saes(saes, wanted, settings.hookpoint),
         tasks=as_tasks(tasks),
         layers=wanted,
         settings=settings,
-        output=Path(own.name) if own is not None else Path(output or "").expanduser(),
+        output=folder if isinstance(folder, Path) else folder.path,
         device1=device1,
         device2=device2,
-        cache=as_path(cache),
+        cache=None if cache is None else as_path(cache, "cache"),
     )
-    return Results(run_request(request, progress), request.output, own)
+    return Results(run_request(request, progress), request.output, None if isinstance(folder, Path) else folder)

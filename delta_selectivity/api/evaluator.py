@@ -7,12 +7,20 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from numbers import Integral
 from typing import Any
 
 import torch
 
-from delta_selectivity.api.arguments import Devices, as_devices, as_model, as_settings, as_source, as_tasks
+from delta_selectivity.api.arguments import (
+    Devices,
+    as_devices,
+    as_layer,
+    as_model,
+    as_settings,
+    as_source,
+    as_tasks,
+    naming,
+)
 from delta_selectivity.api.evaluate import WIKIDATA
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site, open_model
@@ -33,6 +41,7 @@ from delta_selectivity.saes import SaeSource
 from delta_selectivity.saes.hookpoints import canonical
 from delta_selectivity.settings import Settings
 from delta_selectivity.system.cores import Cores, sharing_cores
+from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.system.torch_modes import default_modes
 from delta_selectivity.tasks import TokenisedMentions, load_probe_texts, tokenise
@@ -103,17 +112,20 @@ class Evaluator:
             RequestError: Something asked for cannot be had; ``error.field`` names it.
         """
         settings = replace(as_settings(settings), whole_tokens=whole_tokens)
+        drawn = "shuffle_select_n" if rows is None else "rows"
         if rows is not None:
-            _check_rows(rows)
-            settings = replace(settings, shuffle_select_n=rows)
-        if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0:
-            raise RequestError(f"`layer` {layer!r}: give a whole number from 0")
+            with naming(shuffle_select_n=drawn):
+                settings = replace(settings, shuffle_select_n=rows)
+        if not isinstance(input_hookpoint, str | None):
+            raise RequestError(f"`input_hookpoint` {input_hookpoint!r}: a name is needed")
+        layer = as_layer(layer)
         self.settings, self.warnings = settings, []
         device1, device2 = as_devices(device)
         check_backend(settings.probe, device2)
         self._site = Site(layer, canonical(settings.hookpoint or "resid_post"))
         sites = {self._site, self._site.read_by(None if input_hookpoint is None else canonical(input_hookpoint))}
-        texts = load_probe_texts(as_tasks(tasks), shuffle_select_n=settings.shuffle_select_n, seed=settings.seed)
+        with naming(dataset_file="tasks", shuffle_select_n=drawn):
+            texts = load_probe_texts(as_tasks(tasks), shuffle_select_n=settings.shuffle_select_n, seed=settings.seed)
         info = open_model(as_model(model), settings.revision, settings.trust_remote_code)
         if layer >= info.n_layers:
             raise RequestError(f"`layer` {layer}: {info.name} has layers 0 to {info.n_layers - 1}")
@@ -128,7 +140,7 @@ class Evaluator:
         self._blocks = plan_blocks(texts)
         self._sample = TokenSample.draw(self._tokenised, texts, settings.whole_tokens, settings.seed)
         loaded = info.load(sites, device1, info.choose_dtype(settings.dtype))
-        self._model = ResidentModel(loaded, int(settings.queue_gb * 1024**3))
+        self._model = ResidentModel(loaded, as_bytes(settings.queue_gb))
         self._work = Work(
             texts=texts,
             rows=RowTable.build(self._tokenised, settings.positions),
@@ -176,7 +188,10 @@ class Evaluator:
     @default_modes()
     def measure(self, sae: Any) -> dict[str, CellResult]:
         """Measure one SAE; returns task -> its figures, records and out-of-fold scores. Arguments as for a call."""
-        source = self._fitting(sae)
+        with naming(obj="sae", saes="sae"):
+            return self._measure(self._fitting(sae))
+
+    def _measure(self, source: SaeSource) -> dict[str, CellResult]:
         loaded = source.load(self._site.layer, self._device)
         counts_bos = source.counts_bos if self.settings.bos == "auto" else self.settings.bos == "counted"
         found: dict[str, CellResult] = {}
@@ -202,7 +217,7 @@ class Evaluator:
 
     @property
     def _store_bytes(self) -> int:
-        return int(self.settings.queue_gb * 1024**3)
+        return as_bytes(self.settings.queue_gb)
 
     def _produce(
         self, saes: Mapping[Site, Mapping[int, Any]], counts_bos: Mapping[int, bool], cores: Cores
@@ -241,7 +256,7 @@ class Evaluator:
         """Return the SAE, found to be of this layer, place and width."""
         layer, hookpoint = self._site
         reads = next((place for place in self._widths if place != self._site), self._site)
-        source = as_source(sae, (layer,), hookpoint, self._widths[reads], "sae")
+        source = as_source(sae, (layer,), hookpoint, self._widths[reads])
         if layer not in source.layers or source.hookpoint != hookpoint:
             layers = ", ".join(map(str, source.layers))
             raise RequestError(
@@ -260,11 +275,6 @@ class Evaluator:
             other = "none" if self._has_bos else "excluded"
             raise RequestError(f"`sae` {source.name}: its training texts had other beginnings: set `bos` to {other!r}")
         return source
-
-
-def _check_rows(rows: Any) -> None:
-    if isinstance(rows, bool) or not isinstance(rows, Integral) or rows < 1:
-        raise RequestError(f"`rows` must be a whole number, at least 1, got {rows!r}")
 
 
 def _numbers(prefix: str, record: Mapping[str, Any]) -> dict[str, float]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any
 
+from delta_selectivity.api.arguments import as_path
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.probing.uncertainty import Estimate
@@ -47,6 +49,25 @@ class Difference:
         return "\n".join(lines)
 
 
+class TemporaryFolder:
+    """A folder that goes with the last object that holds it. A copy of that holds the same; a pickle of it, none."""
+
+    def __init__(self) -> None:
+        self.path = Path(mkdtemp(prefix="delta-selectivity-"))
+        weakref.finalize(self, _remove, self.path, os.getpid())
+
+    def __deepcopy__(self, memo: object) -> TemporaryFolder:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # not what a fork of it forgets
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class Results:
     """The results of a run, or of a folder of result files: a row per SAE, task, layer and probe.
 
@@ -63,7 +84,7 @@ class Results:
         'report.html'
     """
 
-    def __init__(self, paths: Sequence[Path], folder: Path, own: TemporaryDirectory[str] | None = None) -> None:
+    def __init__(self, paths: Sequence[Path], folder: Path, own: TemporaryFolder | None = None) -> None:
         """Take these result files below `folder`; own: the temporary folder that goes when the results do."""
         self._paths, self._folder, self._own = tuple(paths), folder, own
 
@@ -74,7 +95,7 @@ class Results:
         Raises:
             RequestError: There are none, or one is no result file or was changed by hand.
         """
-        path = Path(folder).expanduser()
+        path = as_path(folder, "folder")
         found = cls(table.result_files(path), path if path.is_dir() else path.parent)
         assert found.files
         return found
@@ -115,7 +136,7 @@ class Results:
         Raises:
             RequestError: There is no such SAE, its stored scores are gone, or the two share no rows and folds.
         """
-        one, other = self._cells(a), self._cells(b)
+        one, other = self._cells(a, "a"), self._cells(b, "b")
         delta = sae_level.difference(one, other)
         if delta is None:
             raise RequestError(f"{a} and {b} were not measured on the same rows and folds: they cannot be compared")
@@ -128,19 +149,19 @@ class Results:
         Raises:
             RequestError: The folder cannot be written to, or holds other results of the same names.
         """
-        target = Path(folder).expanduser()
+        target = as_path(folder, "folder")
         places = {path: target / path.relative_to(self._folder) for path in self._paths}
-        for path, place in places.items():
-            if place.exists() and not place.samefile(path) and place.read_bytes() != path.read_bytes():
-                raise RequestError(f"`folder` {target}: {place.name} is there already, with other results")
         try:
+            places = {path: place for path, place in places.items() if not (place.exists() and place.samefile(path))}
             for path, place in places.items():
-                if not place.exists():
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    if folder_of(path).is_dir():
-                        shutil.copytree(folder_of(path), folder_of(place), dirs_exist_ok=True)
-                    with replacing(place, "wb") as file:
-                        file.write(path.read_bytes())
+                if place.exists() and place.read_bytes() != path.read_bytes():
+                    raise RequestError(f"`folder` {target}: {place.name} is there already, with other results")
+            for path, place in places.items():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                if folder_of(path).is_dir():
+                    shutil.copytree(folder_of(path), folder_of(place), dirs_exist_ok=True)
+                with replacing(place, "wb") as file:
+                    file.write(path.read_bytes())
         except OSError as error:
             raise RequestError(f"`folder` {target}: cannot write there: {error.strerror or error}") from error
         return target
@@ -154,9 +175,13 @@ class Results:
         from delta_selectivity.reporting.output import write_page  # matplotlib: tables do without it
         from delta_selectivity.reporting.study import study_of
 
-        page = Path(path).expanduser()
+        page = as_path(path, "path")
         write_page(study_of(self.files), page)
         return page
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With what the files hold: their folder may be gone where it is unpickled."""
+        return {**self.__dict__, "files": self.files}
 
     def __len__(self) -> int:
         return sum(1 for _, found in self.files for _ in table.cells(found))
@@ -164,12 +189,12 @@ class Results:
     def __repr__(self) -> str:
         return f"<Results: {len(self)} rows of {', '.join(self.saes)}>"
 
-    def _cells(self, name: str) -> dict[sae_level.Place, ProbeScores]:
+    def _cells(self, name: str, field: str) -> dict[sae_level.Place, ProbeScores]:
         """The stored scores of one SAE."""
         known = table.by_sae(self.files)
         named = [sae for sae in known if name in (sae, result_file.slug(sae))]
         if len(named) != 1:
-            raise RequestError(f"there is no SAE {name!r} here: {', '.join(known)}")
+            raise RequestError(f"`{field}`: there is no SAE {name!r} here: {', '.join(known)}")
         cells = sae_level.read_cells(
             (path, found["_run"]["key"], sorted({layer for layer, *_ in table.cells(found)}))
             for path, found in known[named[0]]

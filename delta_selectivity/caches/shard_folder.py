@@ -28,6 +28,7 @@ from torch import Tensor
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.file_lock import Locked, exclusive
+from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.whole_file import replacing, sweep
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class ShardFolder:
 
         Raises `RequestError` if it cannot be written to.
         """
-        shards = cls(root, name, int(limit_gb * 1024**3), what)
+        shards = cls(root, name, as_bytes(limit_gb), what)
         try:
             shards.folder.mkdir(parents=True, exist_ok=True)
             sweep(shards.folder, f"*{SUFFIX}", _LEFT_OVER)

@@ -17,6 +17,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from delta_selectivity.errors import RequestError
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -58,7 +60,7 @@ class FoldPlan:
         if asked.ndim != 2 or asked.shape[1:] != people.shape or weight.shape != people.shape:
             raise ValueError(f"labels {asked.shape} do not fit groups {people.shape} and weights {weight.shape}")
         if not 2 <= n_folds <= 127 or n_repeats < 1:
-            raise ValueError(f"2 to 127 folds and 1 repeat or more are needed, not {n_folds} and {n_repeats}")
+            raise RequestError(f"`folds` {n_folds}, `repeats` {n_repeats}: 2 to 127 and 1 or more are needed")
         skipped = {t: reason for t, row in enumerate(asked) if (reason := _too_few_people(row, people, n_folds))}
         kept = tuple(t for t in range(len(asked)) if t not in skipped)
         folds = np.zeros((n_repeats, len(people)), dtype=np.int8)

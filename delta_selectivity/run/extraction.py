@@ -30,6 +30,7 @@ from delta_selectivity.run.row_store import NonFiniteError, RowStore
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.task_set import in_order_of_text
 from delta_selectivity.system.cores import sharing_cores
+from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.startup import release_collector
 from delta_selectivity.system.stopwatch import Stopwatch
 
@@ -84,7 +85,7 @@ def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
 
     views = [(site, None), *((site, i) for i in ids)]
     widths = dict.fromkeys(views, plan.widths[site])
-    with RowStore(widths, len(table), HOST, int(asked.queue_gb * 1024**3)) as store:
+    with RowStore(widths, len(table), HOST, as_bytes(asked.queue_gb)) as store:
         with sharing_cores(plan.request.device1) as cores:
             producer = Producer(
                 model, saes, counts_bos, tokenised, table, asked.batch_size, max_tokens, cores, Stopwatch()

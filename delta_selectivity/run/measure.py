@@ -19,6 +19,7 @@ from delta_selectivity.run.progress import ProgressBars
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.system.cores import Cores, sharing_cores
+from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.startup import release_collector
 from delta_selectivity.system.stopwatch import Stopwatch
 
@@ -44,7 +45,7 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
     rows = RowTable.build(tokenised, asked.positions)
     datasets = {cell.dataset for cell in cells}
     blocks = [block for block in plan_blocks(plan.texts) if block.datasets & datasets]
-    queue_bytes = int(asked.queue_gb * 1024**3)
+    queue_bytes = as_bytes(asked.queue_gb)
     queue: BoundedQueue[Item] = BoundedQueue(queue_bytes, lambda item: item.nbytes)
     latents_of = {i for i, subject in enumerate(plan.subjects) if subject.has_latents and "latents" in asked.views}
     names, codes = [subject.name for subject in plan.subjects], codes_of_names(plan, tokenised)

@@ -18,6 +18,7 @@ from typing import Any
 from delta_selectivity.run.activations import Block, Item, Producer
 from delta_selectivity.run.bounded_queue import BoundedQueue, ProducerFailed, QueueCancelled
 from delta_selectivity.run.prober import Prober
+from delta_selectivity.system import interrupts
 
 log = logging.getLogger(__name__)
 
@@ -33,18 +34,20 @@ def run(
     """Run both threads to their end.
 
     Raises the error of whichever thread failed, or `KeyboardInterrupt` after Ctrl-C, SIGTERM or SIGHUP, once the layer
-    in work is written. A second one ends the process at once; files are replaced whole, so none is harmed.
+    in work is written. At a second one it is raised at once, and what the threads still do is lost; one of our programs
+    ends then. Files are replaced whole, so none is harmed.
     """
     workers = [
         _Worker("producer", lambda: _produce(producer, blocks, queue, on_texts)),
         _Worker("consumer", lambda: _consume(prober, queue)),
     ]
-    with _interruptible(stop, queue):
+    with _interruptible(stop, queue, prober):
         for worker in workers:
             worker.start()
         for worker in workers:
-            while worker.is_alive():
-                worker.join(timeout=0.1)  # a join without end would keep signals waiting
+            while not worker.ended.wait(timeout=0.1):
+                pass  # a wait without end would keep signals waiting, and a join that one interrupts counts as done
+            worker.join()
     for worker in workers:
         if worker.error is not None:
             raise worker.error
@@ -53,12 +56,15 @@ def run(
 
 
 @contextmanager
-def _interruptible(stop: threading.Event, queue: BoundedQueue[Item]) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP set `stop` while inside; a second one ends the process. In the main thread only."""
+def _interruptible(stop: threading.Event, queue: BoundedQueue[Item], prober: Prober) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP set `stop` while inside; a second one waits no longer. In the main thread only."""
 
     def on_signal(_number: int, _frame: object) -> None:
         if stop.is_set():
-            os._exit(130)
+            if interrupts.leaves_at_once():
+                os._exit(130)
+            prober.abandon()
+            raise KeyboardInterrupt
         log.warning("interrupted: finishing the layer in work; once more to stop now")
         stop.set()
         queue.cancel()
@@ -66,9 +72,7 @@ def _interruptible(stop: threading.Event, queue: BoundedQueue[Item]) -> Iterator
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    watched = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, on_signal) for number in watched}
+    before = {number: signal.signal(number, on_signal) for number in interrupts.watched()}
     try:
         yield
     finally:
@@ -105,9 +109,12 @@ class _Worker(threading.Thread):
         super().__init__(name=name, daemon=True)
         self._work = work
         self.error: BaseException | None = None
+        self.ended = threading.Event()
 
     def run(self) -> None:
         try:
             self._work()
         except BaseException as error:
             self.error = error
+        finally:
+            self.ended.set()

@@ -150,7 +150,7 @@ def _sites(request: Request, info: ModelInfo, source: SaeSource) -> tuple[Site, 
     layers = request.layers if request.layers is not None else source.layers
     for layer in layers:
         if layer >= info.n_layers:
-            raise RequestError(f"layer {layer}: {request.model} has layers 0 to {info.n_layers - 1}")
+            raise RequestError(f"`layers` {layer}: {request.model} has layers 0 to {info.n_layers - 1}")
         if layer not in source.layers:
             has = ",".join(map(str, source.layers))
             raise RequestError(f"`layers` {layer}: {source.name} has SAEs for layers {has} only")

@@ -26,6 +26,7 @@ from torch import Tensor
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ActivationSource, ModelInfo, Site
 from delta_selectivity.run.calibration import SiteSample, calibrate
+from delta_selectivity.run.token_sample import seed_key
 from delta_selectivity.saes import InputNorm, LinearCoder, Sae
 from delta_selectivity.tasks import TokenisedMentions
 
@@ -188,7 +189,7 @@ class Preflight:
 
 def _draw(tokenised: TokenisedMentions, seed: int) -> npt.NDArray[np.int64]:
     """Texts by the hash of seed and ids: mostly the same ones when texts are added, so a cache has them already."""
-    drawn = [blake2b(ids.tobytes(), key=str(seed).encode()).digest() for ids in tokenised.ids]
+    drawn = [blake2b(ids.tobytes(), key=seed_key(seed)).digest() for ids in tokenised.ids]
     return np.array(sorted(range(len(drawn)), key=drawn.__getitem__)[:N_TEXTS], dtype=np.int64)
 
 

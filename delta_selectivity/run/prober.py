@@ -113,6 +113,10 @@ class Prober:
                 if self.stop.is_set():
                     return
 
+    def abandon(self) -> None:
+        """Hand on no more results: nobody waits, and their files may be somebody else's by the time they are there."""
+        self.keep = _discard
+
     def _store(self, rows: LayerRows, store: RowStore) -> None:
         try:
             store.put(rows)
@@ -178,6 +182,10 @@ def where_broken(error: NonFiniteError, texts: ProbeTexts, names: Sequence[str])
     if error.sae_id is not None:
         what = f"the codes or the reconstruction by {names[error.sae_id]}"
     return f"layer {error.site.layer}: NaN or Inf in {what} of the text {shown!r}"
+
+
+def _discard(_cell: Cell, _found: CellResult) -> None:
+    pass
 
 
 def _add(result: CellResult, names: Sequence[str], found: OutOfFold, epsilon: float) -> None:

@@ -20,28 +20,26 @@ class ProgressBars:
 
     def __init__(self, n_texts: int, n_probes: int, queue: BoundedQueue[Any], quiet: bool) -> None:
         self._queue = queue
+        self._texts = self._probes = None
+        if quiet:
+            return  # a bar that is not drawn has a thread all the same
         stream: Any = Forgiving(sys.stderr)
         self._texts, self._probes = (
-            tqdm(
-                total=total,
-                desc=f"{unit + 's':6}",
-                unit=unit,
-                position=place,
-                smoothing=0.1,
-                file=stream,
-                disable=quiet,
-            )
+            tqdm(total=total, desc=f"{unit + 's':6}", unit=unit, position=place, smoothing=0.1, file=stream)
             for place, (total, unit) in enumerate(((n_texts, "text"), (n_probes, "probe")))
         )
 
     def texts(self, n: int) -> None:
         """`n` more texts went through the model."""
+        if self._texts is None:
+            return
         self._texts.set_postfix_str(f"queue {self._queue.nbytes / 1024**2:.0f} MB", refresh=False)
         self._texts.update(n)
 
     def probes(self, n: int) -> None:
         """`n` more (probe, layer, SAE) results are on disk."""
-        self._probes.update(n)
+        if self._probes is not None:
+            self._probes.update(n)
 
     def __enter__(self) -> ProgressBars:
         return self
@@ -49,8 +47,9 @@ class ProgressBars:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._texts.close()
-        self._probes.close()
+        for bar in (self._texts, self._probes):
+            if bar is not None:
+                bar.close()
 
 
 class Forgiving:

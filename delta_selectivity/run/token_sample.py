@@ -40,7 +40,7 @@ class TokenSample:
         share = n_tokens / min(int(length[of_dataset].sum()) for of_dataset in mentions)
         if share >= 1:
             return None
-        key = str(seed).encode()
+        key = seed_key(seed)
         digests = (blake2b(ids.tobytes(), digest_size=8, key=key).digest() for ids in tokenised.ids)
         hashes = np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.uint64)
         return cls(hashes, np.uint64(share * 2.0**64))
@@ -54,6 +54,11 @@ class TokenSample:
         start = np.repeat(np.cumsum(kept) - kept, kept)
         place = (np.arange(len(start)) - start + skip).astype(np.uint64)
         return torch.from_numpy(_mixed(np.repeat(self.hashes[batch.mentions], kept) + place * _GOLDEN) < self.limit)
+
+
+def seed_key(seed: int) -> bytes:
+    """Return a seed as a key of blake2b, which takes 64 bytes: its last digits."""
+    return str(seed).encode()[-64:]
 
 
 def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

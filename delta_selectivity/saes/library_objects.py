@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +160,8 @@ class SaeLensObject(_LibraryObject):
 
     def _try_out(self, lens: LensConfig) -> None:
         """Encode and decode two rows by the object's own methods. Raises `RequestError` if they do not do it."""
-        coder, what = as_dense_coder(runnable_copy(self.obj, self.label), lens), f"`obj` {self.label}: "
+        what = f"`obj` {self.label}: "
+        coder = replace(as_dense_coder(runnable_copy(self.obj, self.label), lens), d_sae=None)
         rows = torch.ones(2, lens.d_in, dtype=torch.float32, device=coder.device)
         with torch.no_grad():
             codes = attempt(f"{what}encode of {list(rows.shape)}", coder.encode, rows)

@@ -81,6 +81,8 @@ def runnable_copy(module: nn.Module, label: str) -> nn.Module:
         RequestError: the module cannot be copied.
     """
     tensors = [*module.parameters(), *module.buffers()]
+    if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
+        raise RequestError(f"`obj` {label}: it has no weights yet: call it once, as its lazy modules need")
     fits = all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
     memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in _with_history(module)}
     if fits:

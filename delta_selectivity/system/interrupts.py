@@ -15,11 +15,20 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+_leaves = False
+
 
 def leave_at_once() -> None:
     """From now on they end the process with 130: for while Python loads the program, and after `main`."""
-    for number in _watched():
+    global _leaves
+    _leaves = True
+    for number in watched():
         signal.signal(number, _on_signal)
+
+
+def leaves_at_once() -> bool:
+    """Return whether the process is one of our programs, which may end it, and not somebody's session."""
+    return _leaves
 
 
 def _on_signal(_number: int, _frame: object) -> None:
@@ -46,7 +55,7 @@ def like_ctrl_c() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.default_int_handler) for number in _watched()}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in watched()}
     try:
         yield
     finally:
@@ -54,5 +63,6 @@ def like_ctrl_c() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _watched() -> list[signal.Signals]:
-    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+def watched() -> list[signal.Signals]:
+    """Return those of them that are not ignored, and whose handler Python can put back."""
+    return [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]

@@ -1,10 +1,15 @@
-"""Peak memory of the process and of its GPUs."""
+"""Memory: limits on it, and the peak of the process and of its GPUs."""
 
 from __future__ import annotations
 
 import resource
 
 import torch
+
+
+def as_bytes(gigabytes: float) -> int:
+    """Return a limit in bytes: 1 at least, so that something is let through, and no more than a machine counts."""
+    return max(1, int(min(gigabytes, 2.0**32) * 2**30))
 
 
 def peak_memory() -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def name_task(
     if data_dir is not None:
         raise RequestError(f"`data_dir` {data_dir}: it has Wikidata tasks only, not {name!r}")
     path = Path(name).expanduser()
-    if not (path.suffix or "/" in name or path.exists()):
+    if not (path.suffix or "/" in name or os.path.exists(path)):  # noqa: PTH110 - False of a name that is too long
         known = ", ".join(DATASET_NAMES)
         raise RequestError(f"`tasks`: there is no task {name!r}: give a file or one of {known}")
     return UserData(name, split, check_columns(columns or {}))

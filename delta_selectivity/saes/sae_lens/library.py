@@ -74,7 +74,7 @@ def as_coder(module: Any, lens: LensConfig) -> Coder:
     return as_dense_coder(module, lens)
 
 
-def as_dense_coder(module: Any, lens: LensConfig) -> Coder:
+def as_dense_coder(module: Any, lens: LensConfig) -> DenseCoder:
     """A ``sae_lens.SAE`` as it is, which is changed: run-time normalisation and reshaping, which are ours, go off."""
     module.run_time_activation_norm_fn_in = module.run_time_activation_norm_fn_out = _unchanged
     module.turn_off_forward_pass_hook_z_reshaping()
