@@ -289,16 +289,20 @@ def test_an_sae_that_was_trained_on_is_another_sae(tiny_model, two_tasks, tmp_pa
         ({"tasks": []}, "tasks"),
         ({"saes": []}, "saes"),
         ({"saes": "/no/such/folder"}, "saes"),
-        ({"saes": 3}, None),
+        ({"saes": 3}, "saes"),
         ({"model": "/no/such/folder"}, "model"),
         ({"layers": "0-"}, "layers"),
         ({"layers": [-1]}, "layers"),
         ({"layers": 1.5}, "layers"),
         ({"layers": []}, "layers"),
+        ({"tasks": 0}, "tasks"),
+        ({"settings": {"folds": 5}}, "settings"),
+        ({"model": torch.nn.Linear(3, 3)}, "model"),
+        ({"device": "tpu"}, "device"),
+        ({"device": "cuda:7"}, "device"),
         ({"layers": True}, "layers"),
         ({"layers": 99}, "layers"),
         ({"layers": np.array(99)}, "layers"),
-        ({"device": "tpu"}, "device1"),
         ({"device": ("cpu",)}, "device"),
         ({"device": None}, "device"),
         ({"device": ""}, "device"),
@@ -534,6 +538,53 @@ def test_an_sae_of_another_place_is_refused_in_one_line(evaluator, make, told):
         evaluator(make())
     assert told in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"layer": "1"}, "layer"),
+        ({"layer": [1]}, "layer"),
+        ({"layer": 99}, "layer"),
+        ({"rows": 0}, "rows"),
+        ({"model": torch.nn.Linear(3, 3)}, "model"),
+        ({"settings": None}, "settings"),
+    ],
+)
+def test_a_wrong_argument_of_an_evaluator_names_its_field(tiny_model, two_tasks, changes, field):
+    with pytest.raises(ds.RequestError) as refused:
+        ds.Evaluator(**{"model": tiny_model, "layer": 1, "tasks": two_tasks, "device": "cpu"} | changes)
+    assert refused.value.field == field
+
+
+def test_an_evaluator_that_can_measure_nothing_is_refused_when_it_is_made(tiny_model, tmp_path):
+    few = write_csv(tmp_path / "few.csv", people(8))
+    with pytest.raises(ds.RequestError, match="fewer than the 5 folds"):
+        ds.Evaluator(tiny_model, 1, few, device="cpu")
+
+
+class Unnamed(torch.nn.Module):
+    """An SAE whose attributes show no width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.e, self.d = torch.nn.Linear(D_MODEL, D_SAE), torch.nn.Linear(D_SAE, D_MODEL)
+
+    def encode(self, x):
+        return torch.relu(self.e(x))
+
+    def decode(self, codes):
+        return self.d(codes)
+
+
+def test_the_evaluator_knows_the_width_that_an_object_does_not_show(evaluator):
+    assert "delta_sel" in evaluator(Unnamed())
+
+
+def test_what_is_shown_of_the_objects_is_short_and_says_the_result(results, two_tasks, tiny_saes):
+    assert "95 % interval" in repr(results.compare(*results.saes))
+    assert len(repr(ds.load_task(two_tasks))) < 200
+    assert len(repr(ds.load_sae(str(tiny_saes), 1))) < 300
 
 
 def test_an_evaluator_tells_what_a_reader_must_know(tiny_model, two_tasks):

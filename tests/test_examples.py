@@ -52,7 +52,7 @@ def test_the_python_of_the_readme_runs(here, tiny_model, tiny_saes):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     replaced = {
         '"EleutherAI/pythia-160m"': "model", '"EleutherAI/sae-pythia-160m-32k"': "sae", '["gender"]': '["people.csv"]',
-        "[3, 6]": "[0, 1]", "layer=6": "layer=1",
+        "[3, 6]": "[0, 1]", "layer=6": "layer=1", "n=1000": "n=200",
     }  # fmt: skip
     for theirs, ours in replaced.items():
         assert theirs in block

@@ -272,3 +272,19 @@ def test_a_resumed_run_over_datasets_that_share_texts_equals_an_undisturbed_one(
     assert ask(data=data) == 0
     for name in names:
         assert numbers(tmp_path / "results" / name) == numbers(tmp_path / "whole" / name)
+
+
+@pytest.mark.parametrize(
+    ("flag", "meant"), [("--layer", "--layers"), ("--lyers", "--layers"), ("--sae_nam", "--sae_name")]
+)
+def test_a_misspelt_flag_is_named_with_the_one_that_is_meant(capsys, flag, meant):
+    assert program.main([flag, "3"]) == 2
+    assert capsys.readouterr().err == f"error: there is no flag {flag}: did you mean {meant}? (see --help)\n"
+
+
+def test_whoever_only_reads_a_file_is_not_told_to_overwrite_it(tmp_path, capsys):
+    (tmp_path / "page.html").write_text("<p>")
+    assert report.main([str(tmp_path / "page.html")]) == 2
+    told = capsys.readouterr().err
+    assert "not a result file" in told
+    assert "overwrite" not in told

@@ -88,20 +88,27 @@ def as_saes(saes: Any, layers: tuple[int, ...] | None, hookpoint: str | None) ->
     )
 
 
-def as_source(sae: Any, layers: tuple[int, ...] | None, hookpoint: str | None) -> SaeSource:
-    """Return a name or an object as an SAE; where it does not say its layer, that of the only one asked for."""
+def as_source(sae: Any, layers: tuple[int, ...] | None, hookpoint: str | None, d_in: int | None = None) -> SaeSource:
+    """Return a name or an object as an SAE; where it does not say its layer, that of the only one asked for.
+
+    d_in: Width of an object that does not show it.
+    """
     if isinstance(sae, SaeSource):
         return sae
     if isinstance(sae, str | os.PathLike):
         return open_sae(os.fspath(sae), hookpoint)
-    with naming(obj="saes"):
+    one = layers[0] if layers is not None and len(layers) == 1 else None
+    unsaid = {"layer": one, "hookpoint": hookpoint, "d_in": d_in}
+    known: dict[str, Any] = {}
+    while True:  # what the object does not say itself is added when it is asked for
         try:
-            return wrap_sae(sae)
+            return wrap_sae(sae, **known)
         except RequestError as error:
-            if error.field not in {"layer", "hookpoint"}:
-                raise
-        one = layers[0] if layers is not None and len(layers) == 1 else None
-        return wrap_sae(sae, layer=one, hookpoint=hookpoint)
+            field = error.field or ""
+            if unsaid.get(field) is None or field in known:
+                hint = ": give one layer, or wrap_sae(sae, layer=...)" if field == "layer" else ""
+                raise RequestError(f"{str(error).replace('`obj`', '`saes`')}{hint}") from error
+            known[field] = unsaid[field]
 
 
 def as_devices(device: Devices) -> tuple[str, str]:
@@ -110,7 +117,8 @@ def as_devices(device: Devices) -> tuple[str, str]:
     names = [str(name) if isinstance(name, str | torch.device) else "" for name in several]
     if not all(names) or len(names) > 2 or (len(several) < 2 and isinstance(device, tuple | list)):
         raise RequestError(f"`device` {device!r}: give one device, or two: of the model and of the probes")
-    return choose_devices(None, None) if names == ["auto"] else choose_devices(names[0], names[-1])
+    with naming(device1="device", device2="device"):
+        return choose_devices(None, None) if names == ["auto"] else choose_devices(names[0], names[-1])
 
 
 def as_path(path: Any, field: str) -> Path:

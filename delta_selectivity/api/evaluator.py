@@ -28,13 +28,14 @@ from delta_selectivity.probing.probes import check_backend, choose_backend
 from delta_selectivity.probing.selectivity import fit_model
 from delta_selectivity.probing.uncertainty import Estimate
 from delta_selectivity.records.sae_level import mean_delta, mean_transfer_r2
-from delta_selectivity.run.activations import Item, LayerRows, Producer, SaeId, plan_blocks, tokens_in_memory
+from delta_selectivity.run.activations import Block, Item, LayerRows, Producer, SaeId, plan_blocks, tokens_in_memory
 from delta_selectivity.run.cell_result import CellResult, warnings_of
 from delta_selectivity.run.planning import Cell
 from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.resident import ResidentModel
 from delta_selectivity.run.row_store import RowStore
 from delta_selectivity.run.rows import RowTable
+from delta_selectivity.run.task_set import TaskSet
 from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SaeSource
 from delta_selectivity.saes.hookpoints import canonical
@@ -43,7 +44,7 @@ from delta_selectivity.system.cores import Cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.system.torch_modes import default_modes
-from delta_selectivity.tasks import load_probe_texts, tokenise
+from delta_selectivity.tasks import TokenisedMentions, load_probe_texts, tokenise
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,19 @@ class Evaluator:
         >>> all(name in numbers for name in ("delta_sel", "transfer_r2", "people/fvu_whole", "people/ci_low"))
         True
     """
+
+    settings: Settings
+    warnings: list[str]  # what a reader of the numbers must know, each line once
+    _site: Site
+    _device: str  # of model and SAEs
+    _has_bos: bool
+    _widths: dict[Site, int]
+    _tokenised: TokenisedMentions
+    _blocks: list[Block]
+    _sample: TokenSample | None
+    _model: ResidentModel
+    _work: Work
+    _sets: dict[int, list[TaskSet]]  # by dataset, with the fits of the model view
 
     @default_modes()
     def __init__(
@@ -90,7 +104,8 @@ class Evaluator:
                 of them, the default of `evaluate`. Everything else is of all rows.
             input_hookpoint: What transcoders read; None for autoencoders, which read what they reconstruct.
             settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``overwrite``,
-                ``force`` and ``cache_gb`` have no effect. Whether an SAE fits is not checked: ``fvu_whole`` tells.
+                ``force`` and ``cache_gb`` have no effect. Whether an SAE fits its hook point is not checked, as
+                `evaluate` does: a high ``fvu_whole`` shows it, and above 1 at the probed positions is a warning.
             device: As for `evaluate`.
 
         Raises:
@@ -104,9 +119,8 @@ class Evaluator:
         if not isinstance(input_hookpoint, str | None):
             raise RequestError(f"`input_hookpoint` {input_hookpoint!r}: a name is needed")
         layer = as_layer(layer)
-        self.settings, self.warnings = settings, list[str]()
-        with naming(device1="device", device2="device"):
-            device1, device2 = as_devices(device)
+        self.settings, self.warnings = settings, []
+        device1, device2 = as_devices(device)
         check_backend(settings.probe, device2)
         self._site = Site(layer, canonical(settings.hookpoint or "resid_post"))
         sites = {self._site, self._site.read_by(None if input_hookpoint is None else canonical(input_hookpoint))}
@@ -140,6 +154,10 @@ class Evaluator:
             fit_model=fit_model,
         )
         self._sets = {index: self._work.task_sets(index, keep=True) for index in range(len(texts.datasets))}
+        sets = [task_set for of_dataset in self._sets.values() for task_set in of_dataset]
+        if not any(task_set.plan.kept for task_set in sets):
+            reason = next(iter(sets[0].plan.skipped.values())).reason
+            raise RequestError(f"`tasks`: none of the probes can be measured: {reason}")
         self._prepare()
 
     def __call__(self, sae: Any) -> dict[str, float]:
@@ -191,7 +209,10 @@ class Evaluator:
             )  # fmt: skip
             prober.run(items)
         for name, result in found.items():
-            self.warnings += [line for line in (f"{name}{w}" for w in warnings_of(result)) if line not in self.warnings]
+            for line in (f"{name}{warning}" for warning in warnings_of(result)):
+                if line not in self.warnings:
+                    self.warnings.append(line)
+                    log.warning("%s", line)
         return {dataset.name: found[dataset.name] for dataset in datasets}
 
     @property
@@ -234,7 +255,8 @@ class Evaluator:
     def _fitting(self, sae: Any) -> SaeSource:
         """Return the SAE, found to be of this layer, place and width."""
         layer, hookpoint = self._site
-        source = as_source(sae, (layer,), hookpoint)
+        reads = next((place for place in self._widths if place != self._site), self._site)
+        source = as_source(sae, (layer,), hookpoint, self._widths[reads])
         if layer not in source.layers or source.hookpoint != hookpoint:
             layers = ", ".join(map(str, source.layers))
             raise RequestError(

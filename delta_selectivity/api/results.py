@@ -40,6 +40,14 @@ class Difference:
     delta_sel: Estimate
     transfer_r2: Estimate | None  # None: no probe was tested on both reconstructions
 
+    def __repr__(self) -> str:
+        lines = [f"{self.a} - {self.b}, over {self.n_cells} tasks x layers x probes"]
+        for name, found in (("delta_sel", self.delta_sel), ("transfer_r2", self.transfer_r2)):
+            if found is not None:
+                interval = f"95 % interval {found.low:+.4f} .. {found.high:+.4f}, p = {found.p_value:.2g}"
+                lines.append(f"  {name} {found.value:+.4f}, {interval}")
+        return "\n".join(lines)
+
 
 class TemporaryFolder:
     """A folder that goes with the last object that holds it. A copy of that holds the same; a pickle of it, none."""

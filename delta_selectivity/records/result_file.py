@@ -57,7 +57,10 @@ class RecordFile:
         fresh = cls(path, _plain(key), run)
         if overwrite or not path.exists():
             return fresh
-        found = read(path)
+        try:
+            found = read(path)
+        except RequestError as error:
+            raise RequestError(f"{error}: `overwrite` replaces it") from error
         differs = _differences(found["_run"]["key"], fresh.key)
         if differs:
             raise RequestError(f"{path} was made with other settings ({'; '.join(differs)}): `overwrite` replaces it")
@@ -118,11 +121,11 @@ def read(path: Path) -> Json:
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise RequestError(f"{path} is not a result file of this program: `overwrite` replaces it") from error
+        raise RequestError(f"{path} is not a result file of this program") from error
     if not known or not layered:
-        raise RequestError(f"{path} is not a result file of schema {SCHEMA_VERSION}: `overwrite` replaces it")
+        raise RequestError(f"{path} is not a result file of schema {SCHEMA_VERSION}")
     if not intact:
-        raise RequestError(f"{path} was changed after it was written: `overwrite` replaces it")
+        raise RequestError(f"{path} was changed after it was written")
     return found
 
 

@@ -112,7 +112,11 @@ def _load_fitting(
     misfits = [fit for fit in fits.values() if fit.misfits]
     if misfits and not force:
         more = f" (and {len(misfits) - 1} more of {len(fits)} SAEs misfit)" if len(misfits) > 1 else ""
-        raise RequestError(f"{misfits[0].problem()}{more}; `force` measures it as it is")
+        tried = max(site.layer for site in needed) + 1
+        raise RequestError(
+            f"{misfits[0].problem()}{more}; layers up to {tried} were tried, inspect tries all; "
+            "`force` measures it as it is"
+        )
     told = [(sae_id, fit.problem()) for (_, sae_id), fit in fits.items()]
     told += [(sae_id, _of_another_model(plan, subject.source)) for sae_id, subject in enumerate(plan.saes)]
     for sae_id, problem in told:

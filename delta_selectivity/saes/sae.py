@@ -42,6 +42,10 @@ class Sae:
     promised_l0: float | None = None
     """Latents per activation according to its config, on average if ``k`` does not fix them."""
 
+    def __repr__(self) -> str:
+        place = f"{self.hookpoint} of layer {self.layer}"
+        return f"<Sae {self.name}: {self.architecture}, {self.d_in} -> {self.d_sae} latents, {place}>"
+
     @property
     def d_out(self) -> int:
         """Width of what it writes: of activations at ``hookpoint``."""

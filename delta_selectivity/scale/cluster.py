@@ -57,7 +57,7 @@ def open_cluster(n_workers: int, gpus: int, scheduler: str | None) -> Iterator[A
         try:
             with Client(_reach(scheduler) if cluster is None else cluster, set_as_default=False) as client:
                 if cluster is not None:
-                    client.register_plugin(_deaf_to_ctrl_c())
+                    client.register_plugin(_ignore_ctrl_c())
                 yield client
         finally:
             if cluster is not None:
@@ -121,15 +121,15 @@ def _environment_kept() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _deaf_to_ctrl_c() -> Any:
+def _ignore_ctrl_c() -> Any:
     """Ctrl-C goes to every process of the terminal; it is for the one that was started by hand, which ends the rest."""
     from distributed import WorkerPlugin
 
-    class Deaf(WorkerPlugin):
-        name = "deaf to Ctrl-C"
+    class IgnoreSignals(WorkerPlugin):
+        name = "ignore Ctrl-C"
 
         def setup(self, worker: Any) -> None:
             for number in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
 
-    return Deaf()
+    return IgnoreSignals()

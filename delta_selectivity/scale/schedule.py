@@ -38,14 +38,14 @@ def outcomes(client: Any, units: Sequence[Unit], home: Path, own_device: bool) -
         yield unit, outcome
 
 
-class Telling:
+class OutcomeLog:
     """What units say, on this process's terminal, each line once; and whether all went well."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()
         self.failed: list[str] = []
 
-    def hear(self, unit: Unit, outcome: Outcome) -> None:
+    def record(self, unit: Unit, outcome: Outcome) -> None:
         """Log a unit's warnings and its failure. Raises `RequestError` if it found the request wrong."""
         for line in outcome.warnings:
             if line not in self._told:

@@ -18,7 +18,7 @@ from delta_selectivity.run.planning import Files, Plan, missing_cells, open_file
 from delta_selectivity.scale.bar import UnitsBar
 from delta_selectivity.scale.cluster import open_cluster
 from delta_selectivity.scale.merge import merge
-from delta_selectivity.scale.schedule import Telling, outcomes
+from delta_selectivity.scale.schedule import OutcomeLog, outcomes
 from delta_selectivity.scale.units import Unit
 
 log = logging.getLogger(__name__)
@@ -66,18 +66,18 @@ def spread(todo: Sequence[tuple[Unit, Files]], workers: Workers, device: str) ->
     """Have workers measure these units, and merge each as it ends."""
     n_workers, gpus = count_workers(workers.number, device, len(todo))
     files_of = {unit.folder: files for unit, files in todo}
-    units, telling = [unit for unit, _ in todo], Telling()
+    units, outcome_log = [unit for unit, _ in todo], OutcomeLog()
     with (
         open_cluster(n_workers, gpus, workers.scheduler) as client,
         UnitsBar(units, workers.quiet) as bar,
     ):
         for unit, outcome in outcomes(client, units, Path.cwd(), bool(gpus) or workers.own_devices):
-            telling.hear(unit, outcome)
+            outcome_log.record(unit, outcome)
             if outcome.status == "done":
                 merge(unit.folder, files_of[unit.folder])
                 clear([unit])
             bar.ended(unit)
-    telling.conclude(len(units))
+    outcome_log.conclude(len(units))
 
 
 def count_workers(asked: int | None, device: str, n_units: int) -> tuple[int, int]:

@@ -57,7 +57,7 @@ def run_unit(unit: Unit, home: Path, own_device: bool) -> Outcome:
     if own_device:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         unit = replace(unit, request=replace(unit.request, device1=device, device2=device))
-    with _one_at_a_time, _heard() as warnings:
+    with _one_at_a_time, _collect_warnings() as warnings:
         start = time.perf_counter()
         outcome = _end_of(unit)
         seconds = time.perf_counter() - start
@@ -98,7 +98,7 @@ def _alone_at(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _heard() -> Iterator[Mapping[str, None]]:
+def _collect_warnings() -> Iterator[Mapping[str, None]]:
     """The warnings that are logged while inside, each once, in their order; the terminal is elsewhere."""
     heard: dict[str, None] = {}
 

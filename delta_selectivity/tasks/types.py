@@ -91,3 +91,7 @@ class Task:
     name: str
     slug: str
     row_sets: tuple[RowSet, ...]
+
+    def __repr__(self) -> str:
+        probes = [probe.name for row_set in self.row_sets for probe in row_set.probes]
+        return f"<Task {self.name}: {sum(len(row_set.rows) for row_set in self.row_sets)} rows, {', '.join(probes)}>"
