@@ -272,7 +272,7 @@ def test_a_request_that_a_worker_finds_wrong_ends_everything_in_one_line(request
         (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "--workers 2"),
         (["--scheduler", "nonsense"], "nonsense"),
         (["--config", "/no/such.toml"], "/no/such.toml"),
-        (["--layers", "9"], "layer 9"),
+        (["--layers", "9"], "--layers 9"),
         (["inspect"], "main.py"),
         (["--no_such_flag"], "no_such_flag"),
     ],

@@ -95,7 +95,7 @@ def test_every_request_is_checked_before_the_first_begins(
         layers = ["0", "7"]
     """)
     assert scale.main(["--config", str(sweep)]) == 2
-    assert "layer 7" in capsys.readouterr().err
+    assert "--layers 7" in capsys.readouterr().err
 
 
 def test_a_sweep_is_measured_summed_up_and_not_done_again(tiny_model, tiny_saes, people_csv, tmp_path, capsys, caplog):

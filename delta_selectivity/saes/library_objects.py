@@ -165,6 +165,8 @@ class SaeLensObject(_LibraryObject):
         rows = torch.ones(2, lens.d_in, dtype=torch.float32, device=coder.device)
         with torch.no_grad():
             codes = attempt(f"{what}encode of {list(rows.shape)}", coder.encode, rows)
+            if codes.n_cols != lens.d_sae:
+                raise RequestError(f"{what}encode gives {codes.n_cols} latents, but its cfg says {lens.d_sae}")
             attempt(f"{what}decode", coder.decode, codes)
 
     def _places(self, config: Mapping[str, Any], given: Given) -> Places | None:
