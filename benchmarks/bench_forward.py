@@ -111,7 +111,6 @@ def _sae_seconds(shape: Shape, setting: Setting) -> dict[str, float]:
         tokenised=tokenised,
         rows=RowTable.build(tokenised, "last"),
         batch_size=setting.texts,
-        max_tokens=None,
         cores=Cores(setting.workers),
         clock=Stopwatch(),
     )

@@ -69,8 +69,9 @@ def produce(
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=bos, max_length=info.max_length)
     rows = RowTable.build(tokenised, positions)
     producer = Producer(
-        model, saes, {0: counts_bos}, tokenised, rows, batch_size, max_tokens, Cores(n_cores), Stopwatch(), latents_of
-    )
+        model, saes, {0: counts_bos}, tokenised, rows, batch_size, Cores(n_cores), Stopwatch(), latents_of,
+        max_tokens=max_tokens,
+    )  # fmt: skip
     items, texts = [], []
     producer.run(plan_blocks(everything(mentions)), items.append, texts.append)
     assert sum(texts) == len(mentions)

@@ -37,7 +37,7 @@ def two_tasks(tmp_path) -> Path:
 
 @pytest.fixture
 def flags(tiny_model, tiny_saes, two_tasks, other_saes):
-    """What every stage is told."""
+    """Flags that every stage is given."""
     saes = f"{tiny_saes},{other_saes}"
     return ["--model_name", str(tiny_model), "--sae_name", saes, "--dataset_file", str(two_tasks), "--layers", "1",
             "--folds", "3", "--repeats", "2", "--device1", "cpu", "--quiet"]  # fmt: skip

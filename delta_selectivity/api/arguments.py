@@ -24,7 +24,7 @@ Devices = str | torch.device | tuple[str | torch.device, str | torch.device]
 
 @contextmanager
 def naming(**fields: str) -> Iterator[None]:
-    """Name the caller's argument in errors of what is called inside, which has another name for it: theirs -> ours."""
+    """Rename fields in the errors raised inside: the called function's name -> the name of the caller's argument."""
     try:
         yield
     except RequestError as error:
@@ -100,15 +100,17 @@ def as_source(sae: Any, layers: tuple[int, ...] | None, hookpoint: str | None, d
     one = layers[0] if layers is not None and len(layers) == 1 else None
     unsaid = {"layer": one, "hookpoint": hookpoint, "d_in": d_in}
     known: dict[str, Any] = {}
-    while True:  # what the object does not say itself is added when it is asked for
-        try:
-            return wrap_sae(sae, **known)
-        except RequestError as error:
-            field = error.field or ""
-            if unsaid.get(field) is None or field in known:
-                hint = ": give one layer, or wrap_sae(sae, layer=...)" if field == "layer" else ""
-                raise RequestError(f"{str(error).replace('`obj`', '`saes`')}{hint}") from error
-            known[field] = unsaid[field]
+    with naming(obj="saes"):
+        while True:  # what the object does not say itself is added when it is asked for
+            try:
+                return wrap_sae(sae, **known)
+            except RequestError as error:
+                field = error.field or ""
+                if field == "layer" and one is None:
+                    raise RequestError(f"{error}: give one layer, or wrap_sae(sae, layer=...)") from error
+                if unsaid.get(field) is None or field in known:
+                    raise
+                known[field] = unsaid[field]
 
 
 def as_devices(device: Devices) -> tuple[str, str]:

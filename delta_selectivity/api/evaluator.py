@@ -28,8 +28,8 @@ from delta_selectivity.probing.probes import check_backend, choose_backend
 from delta_selectivity.probing.selectivity import fit_model
 from delta_selectivity.probing.uncertainty import Estimate
 from delta_selectivity.records.sae_level import mean_delta, mean_transfer_r2
-from delta_selectivity.run.activations import Block, Item, LayerRows, Producer, SaeId, plan_blocks, tokens_in_memory
-from delta_selectivity.run.cell_result import CellResult, warnings_of
+from delta_selectivity.run.activations import Block, Item, LayerRows, Producer, SaeId, plan_blocks
+from delta_selectivity.run.cell_result import ONE_PARTITION, CellResult, warnings_of
 from delta_selectivity.run.planning import Cell
 from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.resident import ResidentModel
@@ -40,7 +40,7 @@ from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SaeSource
 from delta_selectivity.saes.hookpoints import canonical
 from delta_selectivity.settings import Settings
-from delta_selectivity.system.cores import Cores, sharing_cores
+from delta_selectivity.system.cores import Cores, probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.system.torch_modes import default_modes
@@ -119,7 +119,7 @@ class Evaluator:
         if not isinstance(input_hookpoint, str | None):
             raise RequestError(f"`input_hookpoint` {input_hookpoint!r}: a name is needed")
         layer = as_layer(layer)
-        self.settings, self.warnings = settings, []
+        self.settings, self.warnings = settings, [ONE_PARTITION] if settings.repeats == 1 else []
         device1, device2 = as_devices(device)
         check_backend(settings.probe, device2)
         self._site = Site(layer, canonical(settings.hookpoint or "resid_post"))
@@ -140,7 +140,7 @@ class Evaluator:
         self._blocks = plan_blocks(texts)
         self._sample = TokenSample.draw(self._tokenised, texts, settings.whole_tokens, settings.seed)
         loaded = info.load(sites, device1, info.choose_dtype(settings.dtype))
-        self._model = ResidentModel(loaded, as_bytes(settings.queue_gb))
+        self._model = ResidentModel(loaded, self._store_bytes)
         self._work = Work(
             texts=texts,
             rows=RowTable.build(self._tokenised, settings.positions),
@@ -202,7 +202,7 @@ class Evaluator:
 
         with sharing_cores(self._device) as cores:
             items = self._produce({self._site: {0: loaded}}, {0: counts_bos}, cores)
-            own = cores if self._device == "cpu" and self._work.device.type == "cpu" else Cores(1)
+            own = probing_cores(cores, self._device, self._work.device)
             prober = Prober(
                 replace(self._work, names=[source.name]), self._blocks, self._store_bytes, own, Stopwatch(), keep,
                 lambda _: None, threading.Event(), self._sets,
@@ -223,10 +223,8 @@ class Evaluator:
         self, saes: Mapping[Site, Mapping[int, Any]], counts_bos: Mapping[int, bool], cores: Cores
     ) -> list[Item]:
         """Rows of the probed positions, and the sums over all tokens."""
-        asked = self.settings
-        max_tokens = tokens_in_memory(self._model.device, saes) if asked.batch_size is None else None
         producer = Producer(
-            self._model, saes, counts_bos, self._tokenised, self._work.rows, asked.batch_size, max_tokens, cores,
+            self._model, saes, counts_bos, self._tokenised, self._work.rows, self.settings.batch_size, cores,
             Stopwatch(), self._work.latents_of, self._sample,
         )  # fmt: skip
         items: list[Item] = []
@@ -248,7 +246,7 @@ class Evaluator:
                 def fit(task_set: Any) -> None:
                     task_set.fit_model(self._site, store, backend, self._work.device, fit_model)
 
-                own = cores if self._device == "cpu" and self._work.device.type == "cpu" else Cores(1)
+                own = probing_cores(cores, self._device, self._work.device)
                 for _ in own.in_order(sets, fit, "probes"):
                     pass
 

@@ -28,8 +28,8 @@ def guarded(argv: Sequence[str] | None, job: Callable[[Sequence[str]], None], le
         left: What a job that failed or was interrupted leaves on disk.
 
     Returns:
-        The exit code. An error that nobody foresaw comes with its traceback, that of the thread where it happened; one
-        of disk, memory or numbers only with `--verbose`.
+        The exit code. Unexpected errors are logged with the traceback of their thread; errors of disk, memory or
+        numbers show it with `--verbose` only.
     """
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(LineFormatter(with_flags))

@@ -106,16 +106,18 @@ class Producer:
         counts_bos: Mapping[SaeId, bool],  # whether BOS tokens count in an SAE's whole-text figures
         tokenised: TokenisedMentions,
         rows: RowTable,
-        batch_size: int | None,  # texts in a forward pass; None: limited by max_tokens alone
-        max_tokens: int | None,  # padded tokens in a forward pass; None: limited by batch_size alone
+        batch_size: int | None,  # texts in a forward pass; None: limited by tokens alone
         cores: Cores,  # one forward pass on each; one on a GPU
         clock: Stopwatch,
         latents_of: Collection[SaeId] = (),  # the SAEs whose codes are handed on, besides their reconstructions
         sample: TokenSample | None = None,  # of the tokens that count in whole-text figures; None: all of them
+        max_tokens: int | None = None,  # padded tokens in a forward pass; None: by free memory, if batch_size is None
     ) -> None:
         self.model, self.saes, self.counts_bos = model, saes, counts_bos
         self.latents_of, self.sample = latents_of, sample
         self.tokenised, self.rows, self.clock = tokenised, rows, clock
+        if batch_size is None and max_tokens is None:
+            max_tokens = tokens_in_memory(model.device, saes)
         self.batch_size, self.max_tokens = batch_size or len(tokenised.ids), max_tokens
         self.cores = cores
         reading = {(site, site.read_by(sae.input_hookpoint)) for site, by_id in saes.items() for sae in by_id.values()}

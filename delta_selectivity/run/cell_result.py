@@ -17,6 +17,7 @@ from delta_selectivity.system.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
+ONE_PARTITION = "one partition (repeats 1): the intervals leave out the luck of the folds"
 FEW_PEOPLE = 100  # below this, intervals by the normal approximation are not to be trusted
 
 
@@ -41,7 +42,7 @@ def write_to(files: Files, clock: Stopwatch) -> Keep:
         for line in warnings_of(found, file.is_baseline):
             _warn(file, f"layer {layer}{line}")
         if file.key["repeats"] == 1:
-            _warn(file, "one partition (repeats 1): the intervals leave out the luck of the folds")
+            _warn(file, ONE_PARTITION)
         layers = {**without_q_values(file.layers), layer: {**asdict(found.figures), **found.records}}
         with clock.stage("write"):
             prune(file.path, layers)

@@ -21,7 +21,7 @@ from delta_selectivity.models.language_model import Site
 from delta_selectivity.probing.arrays import check_views
 from delta_selectivity.records.result_file import describe_run
 from delta_selectivity.records.rows_file import RowProbe, Rows, RowText, check_target, save
-from delta_selectivity.run.activations import Item, LayerRows, Producer, plan_blocks, tokens_in_memory
+from delta_selectivity.run.activations import Item, LayerRows, Producer, plan_blocks
 from delta_selectivity.run.loading import load_weights
 from delta_selectivity.run.planning import Cell, Plan, make_plan
 from delta_selectivity.run.prober import where_broken
@@ -75,21 +75,19 @@ def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
     release_collector()
     asked, blocks = plan.request.settings, plan_blocks(plan.texts)
     total = sum(len(block.mentions) for block in blocks)
-    max_tokens = tokens_in_memory(model.device, saes) if asked.batch_size is None else None
     counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
-    done: list[int] = []
+    done = 0
 
     def count(n: int) -> None:
-        done.append(n)
-        on_texts(sum(done), total)
+        nonlocal done
+        done += n
+        on_texts(done, total)
 
     views = [(site, None), *((site, i) for i in ids)]
     widths = dict.fromkeys(views, plan.widths[site])
     with RowStore(widths, len(table), HOST, as_bytes(asked.queue_gb)) as store:
         with sharing_cores(plan.request.device1) as cores:
-            producer = Producer(
-                model, saes, counts_bos, tokenised, table, asked.batch_size, max_tokens, cores, Stopwatch()
-            )
+            producer = Producer(model, saes, counts_bos, tokenised, table, asked.batch_size, cores, Stopwatch())
             producer.run(blocks, lambda item: _keep(item, store, plan), count)
         every = torch.arange(len(table))
         x, *recons = (store.get(*view, every, HOST).numpy() for view in views)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from delta_selectivity.run.activations import Item, Producer, plan_blocks, tokens_in_memory
+from delta_selectivity.run.activations import Item, Producer, plan_blocks
 from delta_selectivity.run.bounded_queue import BoundedQueue
 from delta_selectivity.run.cell_result import write_to
 from delta_selectivity.run.loading import codes_of_names, load_weights, model_fitter
@@ -18,7 +18,7 @@ from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.progress import ProgressBars
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_sample import TokenSample
-from delta_selectivity.system.cores import Cores, sharing_cores
+from delta_selectivity.system.cores import probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.startup import release_collector
 from delta_selectivity.system.stopwatch import Stopwatch
@@ -52,13 +52,12 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
     device2 = torch.device(request.device2)
     work = Work(plan.texts, rows, plan.widths, cells, names, codes, latents_of, asked, device2, fit_model)
     n_texts = sum(len(block.mentions) for block in blocks)
-    max_tokens = tokens_in_memory(model.device, saes) if asked.batch_size is None else None
     counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
     with ProgressBars(n_texts, work.n_probes, queue, not progress) as bars, sharing_cores(request.device1) as cores:
         sample = TokenSample.draw(tokenised, plan.texts, asked.whole_tokens, asked.seed)
         producer = Producer(
-            model, saes, counts_bos, tokenised, rows, asked.batch_size, max_tokens, cores, clock, latents_of, sample
+            model, saes, counts_bos, tokenised, rows, asked.batch_size, cores, clock, latents_of, sample
         )
-        own = cores if request.device1 == request.device2 == "cpu" else Cores(1)
+        own = probing_cores(cores, request.device1, request.device2)
         prober = Prober(work, blocks, queue_bytes, own, clock, write_to(files, clock), bars.probes, stop)
         run(producer, prober, blocks, queue, bars.texts, stop)

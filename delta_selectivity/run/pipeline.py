@@ -45,8 +45,9 @@ def run(
         for worker in workers:
             worker.start()
         for worker in workers:
+            # In short waits, so that signals are handled; an interrupted `join` would count the thread as ended.
             while not worker.ended.wait(timeout=0.1):
-                pass  # a wait without end would keep signals waiting, and a join that one interrupts counts as done
+                continue
             worker.join()
     for worker in workers:
         if worker.error is not None:

@@ -23,7 +23,7 @@ from delta_selectivity.probing.selectivity import as_record
 from delta_selectivity.records.result_file import Json, describe_run
 from delta_selectivity.records.rows_file import RowProbe, Rows
 from delta_selectivity.records.sae_level import with_q_values
-from delta_selectivity.run.cell_result import CellResult, warnings_of
+from delta_selectivity.run.cell_result import ONE_PARTITION, CellResult, warnings_of
 from delta_selectivity.run.reconstruction import Reconstruction, ReconstructionSums
 from delta_selectivity.settings import PROBING, Settings
 from delta_selectivity.system.cores import sharing_cores
@@ -48,8 +48,7 @@ class RowsResult:
             for name, found in self.saes.items()
             for line in warnings_of(found, bool(isinstance(saes.get(name), dict) and saes[name].get("baseline")))
         ]
-        once = "one partition (repeats 1): the intervals leave out the luck of the folds"
-        return [*lines, once] if self.settings.repeats == 1 else lines
+        return [*lines, ONE_PARTITION] if self.settings.repeats == 1 else lines
 
     def to_json(self) -> Json:
         """Plain numbers: SAE -> its figures, and probe -> record; `_run` says how they came about."""

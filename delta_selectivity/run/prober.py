@@ -114,7 +114,7 @@ class Prober:
                     return
 
     def abandon(self) -> None:
-        """Hand on no more results: nobody waits, and their files may be somebody else's by the time they are there."""
+        """Drop all further results: the run has ended, and another run may have taken over its files."""
         self.keep = _discard
 
     def _store(self, rows: LayerRows, store: RowStore) -> None:

@@ -101,6 +101,14 @@ def sharing_cores(device: str | torch.device) -> Iterator[Cores]:
         _torch_threads.leave()
 
 
+def probing_cores(cores: Cores, model_device: str | torch.device, probe_device: str | torch.device) -> Cores:
+    """Cores for the probes beside a model: the model's own if both are on the CPU, else one, for a GPU."""
+    import torch
+
+    both = {torch.device(model_device).type, torch.device(probe_device).type}
+    return cores if both == {"cpu"} else Cores(1)
+
+
 class _TorchThreads:
     """Torch's number of threads: 1 while somebody is inside, in whatever thread; after the last, what it was before.
 
