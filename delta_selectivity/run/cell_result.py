@@ -11,7 +11,7 @@ from delta_selectivity.records.result_file import Json, RecordFile
 from delta_selectivity.records.sae_level import without_q_values
 from delta_selectivity.records.scores import LayerScores, key_digest, path_of, prune, save
 from delta_selectivity.run.planning import Cell, Files
-from delta_selectivity.run.reconstruction import Reconstruction
+from delta_selectivity.run.reconstruction import SINK, Reconstruction
 from delta_selectivity.system.memory import peak_memory
 from delta_selectivity.system.stopwatch import Stopwatch
 
@@ -62,6 +62,9 @@ def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
             f": FVU {fvu:.2f} at the probed positions: the SAE reconstructs worse than the mean would; "
             "does it fit this model, layer and hook point?"
         )
+    whole = found.figures.fvu_whole
+    if not is_baseline and whole is not None and whole > 1:
+        lines.append(f": FVU {whole:.2f} over whole texts: {_without_outliers(found.figures)}")
     for name, result in found.records.items():
         if result.get("reason"):
             lines.append(f" {name}: not measured: {result['reason']}")
@@ -71,6 +74,13 @@ def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
         if result["n_people"] < FEW_PEOPLE:
             lines.append(f" {name}: only {result['n_people']} people: the interval is rough")
     return lines
+
+
+def _without_outliers(figures: Reconstruction) -> str:
+    if not figures.outliers or figures.fvu_ordinary is None:
+        return "the SAE reconstructs worse than the mean would"
+    share = f"{100 * figures.outliers:.2g} % of the tokens, whose norm is above {SINK:g} times the median"
+    return f"{figures.fvu_ordinary:.2f} without {share}"
 
 
 def _warn(file: RecordFile, line: str) -> None:
