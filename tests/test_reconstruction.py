@@ -237,13 +237,8 @@ def sampled(x: Tensor, recon: Tensor, text: np.ndarray, fires: np.ndarray, share
         _, col = fires[some].nonzero()
         crow = torch.from_numpy(np.concatenate([[0], np.cumsum(fires[some].sum(1))]))
         codes = SparseRows(crow, torch.from_numpy(col), torch.ones(len(col)), fires.shape[1])
-        sums.whole[ALL].add(
-            x[some],
-            recon[some],
-            codes,
-            TokenFacts.of(x[some], torch.from_numpy(some), SiteScale.of(x[:500])),
-            len(rows),
-        )
+        tokens = TokenFacts.of(x[some], torch.from_numpy(some), SiteScale(x[:500].mean(dim=0), np.inf))
+        sums.whole[ALL].add(x[some], recon[some], codes, tokens, len(rows))
     return sums.figures()
 
 
