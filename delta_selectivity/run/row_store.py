@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
@@ -151,6 +152,24 @@ def _allocate_on_gpu(shapes: Sequence[tuple[int, int]], device: torch.device) ->
 
 def _in_file(n_rows: int, d: int) -> Tensor:
     """A matrix [n_rows, d] in a temporary file. Raises OSError if the disk has no room for all of it."""
-    with tempfile.NamedTemporaryFile(prefix="delta-selectivity-") as file:
-        os.posix_fallocate(file.fileno(), 0, max(n_rows * d * 4, 1))
-        return torch.from_file(file.name, shared=True, size=n_rows * d, dtype=torch.float32).view(n_rows, d)
+    n_bytes = max(n_rows * d * 4, 1)
+    descriptor, path = tempfile.mkstemp(prefix="delta-selectivity-")
+    try:
+        try:
+            _allocate(descriptor, n_bytes)
+        finally:
+            os.close(descriptor)
+        return torch.from_file(path, shared=True, size=n_rows * d, dtype=torch.float32).view(n_rows, d)
+    finally:
+        with suppress(PermissionError):  # Windows keeps the name of a file in use
+            os.unlink(path)  # noqa: PTH108
+
+
+def _allocate(descriptor: int, n_bytes: int) -> None:
+    """Give a new file all of its room. Raises OSError if the disk lacks it."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, n_bytes)
+        return
+    zeros = bytes(min(n_bytes, 2**24))
+    for start in range(0, n_bytes, len(zeros)):
+        os.write(descriptor, zeros[: n_bytes - start])
