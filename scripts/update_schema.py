@@ -146,6 +146,11 @@ def _run() -> Schema:
                     "type": ["string", "null"],
                 },
                 "started": {"type": "string", "format": "date-time"},
+                "positive_class": {
+                    "description": "By probe: the label that counts as 1, as the task spells it.",
+                    "type": "object",
+                    "additionalProperties": {"type": "string"},
+                },
                 "key": {
                     "description": "Everything that changes a number: only a run with the same key continues a file.",
                     "type": "object",
@@ -161,7 +166,8 @@ def _run() -> Schema:
                 "seconds": {**seconds, "description": "By stage, of the run that wrote the file last."},
                 "resources": {**seconds, "description": "Likewise: peak memory in GB."},
                 "complete": {"type": "boolean", "description": "Whether everything asked for is there."},
-            }
+            },
+            optional=("positive_class",),  # files of before 0.5 lack it
         ),
     }
 

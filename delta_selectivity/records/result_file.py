@@ -39,7 +39,7 @@ class RecordFile:
 
     path: Path
     key: Json  # everything that changes a number
-    run: Json  # the rest of `_run`: config, versions, commit, started
+    run: Json  # the rest of `_run`: config, versions, commit, started, positive_class
     layers: dict[int, Json] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # what a reader of the numbers must know
     complete: bool = False
@@ -140,6 +140,7 @@ def read_key(path: Path) -> Json | None:
 def _is_run(run: Json) -> bool:
     """Whether `_run` holds what its readers rely on."""
     figures = [*run["seconds"].values(), *run["resources"].values()]
+    classes = run.get("positive_class", {})  # absent from files of before 0.5
     return (
         isinstance(run["key"], dict)
         and isinstance(run["config"]["sae"], str)
@@ -148,6 +149,7 @@ def _is_run(run: Json) -> bool:
         and all(isinstance(run[name], list) for name in ("warnings", "q_family"))
         and all(isinstance(line, str) for line in [*run["warnings"], *run["q_family"]])
         and all(isinstance(figure, int | float) for figure in figures)
+        and all(isinstance(text, str) for text in [*classes, *classes.values()])
     )
 
 

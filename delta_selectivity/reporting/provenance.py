@@ -93,7 +93,7 @@ def versions(study: Study) -> Markup:
 
 def file_table(study: Study) -> Markup:
     """A line for each result file."""
-    head = ("file", "SAE", "rows", "people", "started", "seconds", "complete")
+    head = ("file", "SAE", "rows", "people", "positive class", "started", "seconds", "complete")
     return table(head, map(_file_line, study.files))
 
 
@@ -108,10 +108,21 @@ def _file_line(file: File) -> list[str]:
         printable(run["config"]["sae"]),
         _extent(cell["n_rows"] for cell in found),
         _extent(cell["n_people"] for cell in found),
+        _positive_classes(run.get("positive_class", {})),
         run["started"],
         "–" if seconds is None else f"{seconds:.1f}",
         "yes" if run["complete"] else "no",
     ]
+
+
+def _positive_classes(classes: dict[str, str]) -> str:
+    """The label that counts as 1, by probe where there are several; not of a probe that is named after it."""
+    told = [
+        label if len(classes) == 1 else f"{probe}: {label}"
+        for probe, label in classes.items()
+        if len(classes) == 1 or not probe.endswith(f"_is_{label}")
+    ]
+    return printable(", ".join(told)) or "–"
 
 
 def _extent(counts: Iterable[int]) -> str:

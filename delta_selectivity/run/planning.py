@@ -285,7 +285,8 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
                 raise RequestError(f"`tasks`: two would be written to {path}: rename one, or measure them in two runs")
             held.enter_context(reserve(path))
             key = {**shared, **own_key, "data": data[index]}
-            files[sae_id, index] = RecordFile.open(path, key, run, request.settings.overwrite)
+            classes = {"positive_class": {probe.name: probe.positive for probe in dataset.probes}}
+            files[sae_id, index] = RecordFile.open(path, key, {**run, **classes}, request.settings.overwrite)
     return files
 
 
