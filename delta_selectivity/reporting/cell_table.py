@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from delta_selectivity.reporting.html import Markup, element
-from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset
+from delta_selectivity.reporting.numbers import number, people, probability, signed, span, typeset
 from delta_selectivity.reporting.study import Cell, Sae, Study
 
 
@@ -69,7 +69,7 @@ def _values(sae: Sae, cell: Cell) -> list[Shown]:
         (probability(found.get("q_value")), found.get("q_value")),
         (typeset(number(found["transfer_r2"], ".3f")), found["transfer_r2"]),
         *figures,
-        (str(found["n_people"]), found["n_people"]),
+        (people(found), found["n_people"]),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from delta_selectivity.records import result_file
-from delta_selectivity.reporting.numbers import interval, number, p_value
+from delta_selectivity.reporting.numbers import few_effective, interval, number, p_value, people
 from delta_selectivity.reporting.results import File, cells, is_baseline, is_preserved, is_significant
 from delta_selectivity.reporting.study import study_of
 from delta_selectivity.system.terminal import one_line, printable
@@ -14,6 +14,7 @@ Row = tuple[str, ...]
 
 NOTE = (
     "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
+    "[people] after a probe: of unequal size, they tell less than half as much as so many of equal size\n"
     "* after it: q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE)\n"
     "= after it: shown to be preserved, the 90 % interval lies within +-epsilon"
 )
@@ -47,7 +48,7 @@ def _row(first: str, probe: str, figures: result_file.Json, result: result_file.
         return (first, probe, f"({result['reason']})", *[""] * 6)
     return (
         first,
-        probe,
+        f"{probe} [{people(result)} people]" if few_effective(result) else probe,
         f"{result['model_sel']:.3f}",
         f"{result['sae_sel']:.3f}",
         f"{result['delta_sel']:+.3f}{_marks(result)}",
