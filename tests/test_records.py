@@ -102,7 +102,7 @@ def test_not_a_number_is_never_written(tmp_path):
         ("EleutherAI/pythia-160m", "EleutherAI_pythia-160m"),
         ("../../etc/passwd", "passwd"),
         ("..", "unnamed"),
-        ("a b\n*?é", "a_b"),
+        ("a b\n*?é", "a_b_é"),
         (".hidden", "hidden"),
     ],
 )

@@ -14,7 +14,9 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -176,16 +178,58 @@ def model_slug(name: str) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file name: letters, digits, `.`, `-`, `_`, at most 100; never empty, hidden or like a flag.
+    """A name as part of a file name: letters of any script, digits, `.`, `-`, `_`; never empty, hidden or like a flag.
 
-    It follows from the name alone, whatever lies in the current directory. A path that is absolute or begins with `~`,
-    `.` or `assets` counts by its last part; any other reads like the hub id or release that it may be.
+    It follows from the name alone, whatever lies in the current directory, and has at most 100 bytes. A path that is
+    absolute or begins with `~`, `.` or `assets` counts by its last part; any other reads like the hub id or release
+    that it may be.
     """
     path = PurePath(name)
     if path.is_absolute() or name.startswith(("~", ".")) or path.parts[:1] == ("assets",):
         name = path.name if path.name not in ("", "..") else Path(os.path.abspath(name)).name  # noqa: PTH100
-    safe = re.sub(r"[^A-Za-z0-9.\-]+", "_", name).lstrip("._-").rstrip("._") or "unnamed"
-    return safe if len(safe) <= 100 else f"{safe[:83]}_{hashlib.sha256(safe.encode()).hexdigest()[:16]}"
+    return _safe(name)
+
+
+def distinct_slugs(names: Sequence[str]) -> list[str]:
+    """A slug for each of several different names, no two alike, whatever else lies on the disk.
+
+    Paths that end alike are told apart by the parts in which they differ: `x/a/trainer_0` and `x/b/trainer_0` are
+    `a_trainer_0` and `b_trainer_0`.
+    """
+    found = [slug(name) for name in names]
+    for same in (text for text, n in Counter(found).items() if n > 1):
+        alike = [i for i, text in enumerate(found) if text == same]
+        for i, text in zip(alike, _apart([names[i] for i in alike]), strict=True):
+            found[i] = text
+    seen = Counter(found)
+    return [text if seen[text] == 1 else f"{text}_{_hex(name, 8)}" for name, text in zip(names, found, strict=True)]
+
+
+def _apart(names: Sequence[str]) -> list[str]:
+    """The last part of each path, and before it the parts in which they differ, as far from the end as is needed."""
+    paths = [PurePath(os.path.normpath(name)).parts for name in names]
+    longest = max(map(len, paths))
+    depth = next((n for n in range(2, longest) if len({path[-n:] for path in paths}) == len(paths)), longest)
+    differ = [n for n in range(2, depth + 1) if len({path[-n] if n <= len(path) else "" for path in paths}) > 1]
+    return [
+        _safe("_".join([*(path[-n] for n in reversed(differ) if n <= len(path)), path[-1] if path else ""]))
+        for path in paths
+    ]
+
+
+def _safe(name: str) -> str:
+    """The characters of a name that file names may have; those that were lost are in the hash that stands for them."""
+    name = unicodedata.normalize("NFC", name)
+    kept = "".join(c if c in ".-" or unicodedata.category(c)[0] in "LMN" else "_" for c in name)
+    safe = re.sub("_+", "_", kept).lstrip("._-").rstrip("._")
+    if not safe:
+        return f"unnamed_{_hex(name, 8)}"
+    data = safe.encode()
+    return safe if len(data) <= 100 else f"{data[:83].decode(errors='ignore')}_{_hex(safe, 16)}"
+
+
+def _hex(name: str, digits: int) -> str:
+    return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:digits]
 
 
 def describe_run(config: Json) -> Json:
