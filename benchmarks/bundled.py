@@ -33,7 +33,7 @@ def activations(mentions: Sequence[Mention], layers: Collection[int], model: Pat
         raise RequestError(f"layers {sorted(layers)}: {model.name} has layers 0 to {info.n_layers - 1}")
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=info.has_bos, max_length=info.max_length)
     sites = [Site(layer, "resid_post") for layer in layers]
-    language_model = info.load(sites, "cpu", info.choose_dtype("auto"))
+    language_model = info.load(sites, "cpu", info.choose_dtype("auto", "cpu"))
     found = {site: torch.empty(len(mentions), info.d_model) for site in sites}
     for batch in batches(tokenised, np.arange(len(mentions)), batch_size=len(mentions), max_tokens=CPU_TOKENS):
         outputs = language_model.activations(batch.ids)

@@ -110,7 +110,7 @@ def corpus_activations(model_folder: Path, layer: int, corpus: Path, seed: int) 
     """
     info = open_model(str(model_folder))
     site = Site(layer, "resid_post")
-    model = info.load([site], "cpu", info.choose_dtype("auto"))
+    model = info.load([site], "cpu", info.choose_dtype("auto", "cpu"))
     train, held_out = _texts_by_source(corpus, seed)
     ids = encode(train, info.tokenizer)
     mix = TextMix(ids, {}, dict.fromkeys(ids, 1.0), seed)

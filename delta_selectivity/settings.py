@@ -106,8 +106,8 @@ class Settings:
     )  # fmt: skip
     probe: str = _setting("auto", "how", "solver of the probes", choices=PROBE_BACKENDS, in_key=True)
     dtype: str = _setting(
-        "auto", "how", "of the model; auto is bfloat16 for a model saved in it, else float32. SAEs compute in "
-        "float32, probes in float64", choices=DTYPES,
+        "auto", "how", "of the model; auto is bfloat16 for a model saved in it where the device computes in it "
+        "fast, else float32. SAEs compute in float32, probes in float64", choices=DTYPES,
     )  # fmt: skip
     batch_size: int | None = _setting(
         None, "where", "texts in a forward pass; halved when memory runs out", if_none="by free memory", least=1

@@ -71,14 +71,6 @@ def test_a_model_s_linear_maps_multiply_by_it(either):
     assert {name for name, _ in model.named_parameters()} == {"0.weight", "0.bias", "2.weight", "2.bias", "3.weight"}
 
 
-@pytest.mark.parametrize(("vendor", "onednn"), [("AuthenticAMD", True), ("GenuineIntel", False)])
-def test_intel_s_library_is_left_to_intel_s_processors(vendor, onednn, monkeypatch):
-    monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor\t: 0\nvendor_id\t: {vendor}\n")
-    monkeypatch.setattr(Path, "exists", lambda _: True)
-    there = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    assert gemm.prefers_onednn.__wrapped__() == (onednn and there)
-
-
 SHORT_OF_MEMORY = """
 import resource, torch
 from delta_selectivity.system import gemm

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.system import processor
 
 
 def load(folder, *sites):
@@ -98,14 +99,19 @@ def test_broken_models_are_refused_in_one_line(tiny_model, tmp_path):
         load(odd, Site(0, "resid_post"))
 
 
-def test_auto_dtype_is_what_was_saved_if_that_is_bfloat16_and_float32_otherwise(tiny_model, tmp_path):
+def test_auto_dtype_is_what_was_saved_if_that_is_fast_bfloat16_and_float32_otherwise(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(processor, "fast", lambda: {"bfloat16"})
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     for saved, chosen in ((torch.bfloat16, "bfloat16"), (torch.float16, "float32"), (torch.float32, "float32")):
         folder = shutil.copytree(tiny_model, tmp_path / chosen / str(saved))
         model.to(saved).save_pretrained(folder)
         info = open_model(str(folder))
-        assert info.choose_dtype("auto") == chosen
-        assert info.choose_dtype("float32") == "float32"
+        assert info.choose_dtype("auto", "cpu") == chosen
+        assert info.choose_dtype("float32", "cpu") == "float32"
+        with monkeypatch.context() as slow:
+            slow.setattr(processor, "fast", set)
+            assert info.choose_dtype("auto", "cpu") == "float32"
+            assert info.choose_dtype("bfloat16", "cpu") == "bfloat16"
 
 
 def test_threads_that_load_at_once_leave_transformers_as_it_was(tiny_model, monkeypatch):

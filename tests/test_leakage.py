@@ -62,7 +62,7 @@ def test_bundled_activations_are_those_of_the_last_token_of_each_name():
     assert {layer: tuple(x.shape) for layer, x in found.items()} == {1: (3, 256), 3: (3, 256)}
     info = open_model(str(bundled.MODEL))
     site = Site(3, "resid_post")
-    model = info.load([site], "cpu", info.choose_dtype("auto"))
+    model = info.load([site], "cpu", info.choose_dtype("auto", "cpu"))
     for row, text in zip(found[3], TEXTS, strict=True):
         ids = [info.tokenizer.bos_token_id, *info.tokenizer(text, add_special_tokens=False)["input_ids"]]
         alone = model.activations(torch.tensor([ids]))[site][0, -1].float()

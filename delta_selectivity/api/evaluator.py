@@ -139,7 +139,7 @@ class Evaluator:
         )
         self._blocks = plan_blocks(texts)
         self._sample = TokenSample.draw(self._tokenised, texts, settings.whole_tokens, settings.seed)
-        loaded = info.load(sites, device1, info.choose_dtype(settings.dtype))
+        loaded = info.load(sites, device1, info.choose_dtype(settings.dtype, device1))
         self._model = ResidentModel(loaded, self._store_bytes)
         self._work = Work(
             texts=texts,

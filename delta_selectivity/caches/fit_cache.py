@@ -22,7 +22,7 @@ from delta_selectivity.caches.shard_folder import ShardFolder, digest
 from delta_selectivity.probing.folds import FoldPlan
 from delta_selectivity.probing.probes import ProbeBackend
 from delta_selectivity.probing.selectivity import DEFAULT_CS, ModelFit, ViewFit, control_scores, fit_model
-from delta_selectivity.system import gemm
+from delta_selectivity.system.processor import prefers_onednn
 from delta_selectivity.system.provenance import installed_version, running_program
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ FOLDER = "probes"  # below the root, beside those of the models
 SOURCES = (
     "caches/fit_cache.py", "errors.py", "probing/__init__.py", "probing/backends/*.py", "probing/folds.py",
     "probing/probe_statistics.py", "probing/probes.py", "probing/selectivity.py", "probing/uncertainty.py",
-    "system/compiled.py", "system/gemm.py", "system/out_of_memory.py", "system/provenance.py",
+    "system/compiled.py", "system/gemm.py", "system/out_of_memory.py", "system/processor.py", "system/provenance.py",
 )  # fmt: skip
 """`selectivity` and all that it imports of the program, the solvers, and how their fits are kept."""
 
@@ -82,7 +82,7 @@ def _machine(device: torch.device) -> str:
     cpu = torch.backends.cpu.get_cpu_capability()
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     threads = torch.get_num_threads()
-    return json.dumps([device.type, chip, threads, gemm.prefers_onednn(), *map(installed_version, _LIBRARIES)])
+    return json.dumps([device.type, chip, threads, prefers_onednn(), *map(installed_version, _LIBRARIES)])
 
 
 def _packed(fit: ModelFit) -> dict[str, Tensor]:

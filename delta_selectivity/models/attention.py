@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delta_selectivity.system.gemm import has_fast_bfloat16
+from delta_selectivity.system.processor import has_fast_bfloat16
 
 NAME = "sdpa_or_products"
 """Of this attention, among transformers' attention functions."""

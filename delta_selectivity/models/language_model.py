@@ -32,6 +32,7 @@ from delta_selectivity.models.places import HOOKPOINTS, Site, Tap, drop_layers_a
 from delta_selectivity.models.pretrained import NO_REVISION, Pretrained, first_line
 from delta_selectivity.models.widths import shape_widths
 from delta_selectivity.system.gemm import use_in
+from delta_selectivity.system.processor import has_bfloat16
 
 __all__ = ["HOOKPOINTS", "ActivationSource", "LanguageModel", "ModelInfo", "Pretrained", "Site", "open_model"]
 
@@ -82,11 +83,11 @@ class ModelInfo:
         """Whether the tokenizer knows a token that begins a text."""
         return self.bos_token_id is not None
 
-    def choose_dtype(self, asked: str) -> str:
-        """`auto`: bfloat16 for a model that was saved in it, so nothing is lost that was there; else float32."""
+    def choose_dtype(self, asked: str, device: str) -> str:
+        """`auto`: bfloat16 for a model that was saved in it, if the device computes in it; else float32."""
         if asked != "auto":
             return asked
-        return "bfloat16" if self.saved_dtype == "bfloat16" else "float32"
+        return "bfloat16" if self.saved_dtype == "bfloat16" and has_bfloat16(device) else "float32"
 
     def fingerprint(self) -> str:
         """Of the files, as they were when it was first asked for."""

@@ -131,6 +131,14 @@ def read(path: Path) -> Json:
     return found
 
 
+def read_key(path: Path) -> Json | None:
+    """What changes the numbers of a result file; None if there is no such file, or it cannot be read."""
+    try:
+        return read(path)["_run"]["key"] if path.exists() else None
+    except RequestError:
+        return None
+
+
 def _is_run(run: Json) -> bool:
     """Whether `_run` holds what its readers rely on."""
     figures = [*run["seconds"].values(), *run["resources"].values()]
@@ -234,9 +242,12 @@ def _hex(name: str, digits: int) -> str:
 
 def describe_run(config: Json) -> Json:
     """What `_run` says of the program and the machine."""
+    from delta_selectivity.system.processor import describe  # here: it imports torch, and readers of files need none
+
+    packages = {name: installed_version(name) for name in PACKAGES}
     return {
         "config": _portable(_plain(config)),
-        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **packages, "processor": describe()},
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -18,6 +18,7 @@ from delta_selectivity.run.planning import make_plan
 from delta_selectivity.run.preflight import Fit, Preflight, neighbours
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import Sae, SaeSource
+from delta_selectivity.system import processor
 
 Cells = tuple[str, ...]
 
@@ -31,6 +32,7 @@ def inspect(request: Request) -> Iterator[str]:
     check = Preflight.sample(model, info, plan.tokenise(mentions), seed)
     bos = "that begin with BOS" if plan.prepend_bos else "without BOS"
     yield f"{info.name} in {plan.dtype}, on some of {len(mentions)} texts {bos}"
+    yield f"processor: {processor.describe()}"
     for subject in plan.saes:
         assert subject.source is not None
         saes = {site: subject.source.load(site.layer, request.device1) for site in subject.sites}

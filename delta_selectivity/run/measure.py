@@ -18,6 +18,7 @@ from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.progress import ProgressBars
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_sample import TokenSample
+from delta_selectivity.system import processor
 from delta_selectivity.system.cores import probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.startup import release_collector
@@ -36,6 +37,7 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
         return
     request, asked = plan.request, plan.request.settings
     clock, stop = Stopwatch(), threading.Event()
+    log.info("processor: %s", processor.describe())
     fit_model = model_fitter(request)
     with clock.stage("tokenise"):
         tokenised = plan.tokenise(plan.texts.mentions)

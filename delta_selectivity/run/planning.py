@@ -7,6 +7,7 @@ missing_cells(plan, files)
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -23,6 +24,7 @@ from delta_selectivity.records.result_file import (
     RecordFile,
     describe_run,
     prepare_folder,
+    read_key,
     reserve,
     result_path,
     slug,
@@ -42,6 +44,8 @@ from delta_selectivity.tasks import (
     load_all_mentions,
     load_probe_texts,
 )
+
+log = logging.getLogger(__name__)
 
 Files = Mapping[tuple[SaeId, int], RecordFile]  # (subject, dataset index) -> its file
 
@@ -88,16 +92,12 @@ class Plan:
     prepend_bos: bool
     calibration: list[Mention]  # texts that baselines are fitted to; none if none is
     setup: SetupCache
+    dtype: str  # of the model's activations
 
     @property
     def saes(self) -> list[Subject]:
         """The subjects that are no baselines."""
         return [subject for subject in self.subjects if subject.baseline is None]
-
-    @property
-    def dtype(self) -> str:
-        """Of the model's activations."""
-        return self.info.choose_dtype(self.request.settings.dtype)
 
     def find_widths(self, sites: Collection[Site]) -> dict[Site, int]:
         """The width of each site of the model. Raises `RequestError` as `ModelInfo.widths`."""
@@ -130,7 +130,8 @@ def make_plan(request: Request, fetch: bool = True) -> Plan:
     calibration: list[Mention] = []
     if any(subject.baseline is not None and subject.baseline.kind in CALIBRATED for subject in subjects):
         calibration = draw_mentions(load_all_mentions(request.tasks), asked.seed)
-    return Plan(request, texts, info, subjects, widths, prepend_bos, calibration, setup)
+    dtype = _choose_dtype(request, info, subjects, texts)
+    return Plan(request, texts, info, subjects, widths, prepend_bos, calibration, setup, dtype)
 
 
 def open_sources(request: Request) -> list[SaeSource]:
@@ -214,6 +215,27 @@ def _plan_subjects(
     if twice:
         raise RequestError(f"`saes`: two SAEs would be written to {twice[0]}: measure them in two runs")
     return tuple(subjects)
+
+
+def _choose_dtype(request: Request, info: ModelInfo, subjects: Sequence[Subject], texts: ProbeTexts) -> str:
+    """What was asked for; `auto` goes on in what the results that are there already were made in.
+
+    Another machine may choose otherwise, and a folder holds numbers of one dtype.
+    """
+    asked = request.settings
+    chosen = info.choose_dtype(asked.dtype, request.device1)
+    if asked.dtype != "auto" or asked.overwrite or info.saved_dtype != "bfloat16":
+        return chosen
+    paths = [
+        result_path(subject.folder, request.model, dataset.slug) for subject in subjects for dataset in texts.datasets
+    ]
+    keys = [key for path in paths if (key := read_key(path)) is not None and key["model"] == info.fingerprint()]
+    before = {key["dtype"] for key in keys}
+    if len(before) != 1 or before == {chosen}:
+        return chosen
+    (kept,) = before
+    log.warning("the model computes in %s, as in the results in %s; here `auto` is %s", kept, request.output, chosen)
+    return str(kept)
 
 
 def _refuse_reserved_names(texts: ProbeTexts) -> None:

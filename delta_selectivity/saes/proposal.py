@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from delta_selectivity.system.gemm import byte_products, has_fast_bytes
+from delta_selectivity.system.gemm import byte_products
+from delta_selectivity.system.processor import has_fast_bytes
 
 LARGEST_STEP = 127
 LARGEST_D_IN = 2**16  # sums of so many products of steps are whole numbers of 32 bits

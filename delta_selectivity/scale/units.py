@@ -38,6 +38,7 @@ class Unit:
     request: Request  # narrowed to its SAEs and layers, and to a folder of its own
     places: frozenset[tuple[str, Site]]  # (name of an SAE or baseline, site) to measure, on all datasets
     prepend_bos: bool  # as decided over all SAEs of the request
+    dtype: str  # of the model's activations, as decided once: workers may run on other processors
     subjects: frozenset[tuple[SaeId, int]]  # the same as (subject of the whole request, layer)
     n_probes: int  # results that it gives: (probe, layer, SAE or baseline)
 
@@ -45,7 +46,7 @@ class Unit:
     def id(self) -> str:
         """Its layers, and 16 hexadecimal digits of a hash of what it measures."""
         what = {name: value for name, value in self.request.described().items() if name not in _HOW}
-        what |= {"places": sorted(self.places), "prepend_bos": self.prepend_bos}
+        what |= {"places": sorted(self.places), "prepend_bos": self.prepend_bos, "dtype": self.dtype}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
         return f"layers_{'_'.join(map(str, self.layers))}_{digest[:16]}"
 
@@ -105,6 +106,7 @@ def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared:
         request=narrow,
         places=frozenset((plan.subjects[i].name, sites[i, layer]) for i, layer in subjects),
         prepend_bos=plan.prepend_bos,
+        dtype=plan.dtype,
         subjects=frozenset(subjects),
         n_probes=len(subjects) * sum(len(dataset.probes) for dataset in plan.texts.datasets),
     )
