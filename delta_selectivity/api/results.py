@@ -16,7 +16,7 @@ from delta_selectivity.api.arguments import as_path
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.probing.uncertainty import Estimate
-from delta_selectivity.records import result_file, sae_level
+from delta_selectivity.records import sae_level
 from delta_selectivity.records.scores import folder_of
 from delta_selectivity.reporting import results as table
 from delta_selectivity.reporting.results import File
@@ -192,7 +192,7 @@ class Results:
     def _cells(self, name: str, field: str) -> dict[sae_level.Place, ProbeScores]:
         """The stored scores of one SAE."""
         known = table.by_sae(self.files)
-        named = [sae for sae in known if name in (sae, result_file.slug(sae))]
+        named = [sae for sae in known if name in (sae, table.label_in_run(sae, known[sae]))]
         if len(named) != 1:
             raise RequestError(f"`{field}`: there is no SAE {name!r} here: {', '.join(known)}")
         cells = sae_level.read_cells(

@@ -60,8 +60,8 @@ TASK_FLAGS: dict[str, dict[str, Any]] = {
 WHAT_FLAGS: dict[str, dict[str, Any]] = {
     "model_name": {"help": "hub id or local folder of a Hugging Face model (the bundled demo)"},
     "sae_name": {"help": "one or several, with commas: hub id, local folder, release/sae_id of SAE Lens, a release "
-        "alone, or a pattern (folder/*, release/layer_*/width_16k/*); several share one forward pass (the bundled "
-        "demo's two, with the bundled model)"},
+        "alone, or a pattern (folder/*, release/layer_*/width_16k/*); my_name=folder gives it a name, \\, is a comma "
+        "in a path; several share one forward pass (the bundled demo's two, with the bundled model)"},
     **TASK_FLAGS,
     "layers": {"help": "0,1,2 or 0-11 or all; every layer that the SAE has (all)"},
 }  # fmt: skip
@@ -161,12 +161,13 @@ def known_flags() -> tuple[str, ...]:
 def make_request(values: Mapping[str, Any]) -> Request:
     """Return the request that values by the names of the flags make; those left out take their defaults."""
     from delta_selectivity.run.request import Request, choose_devices, parse_layers
+    from delta_selectivity.saes.names import join_names, parse_names
 
     model, saes = values.get("model_name"), values.get("sae_name")
     if saes is None:
         if model is not None and model != str(DEMO_MODEL):
             raise RequestError("`model` without `saes`: say which SAE to measure")
-        saes = ",".join(map(str, DEMO_SAES))
+        saes = join_names(map(str, DEMO_SAES))
     if model is None:
         if not DEMO_MODEL.is_dir():
             raise RequestError("`model` is missing: name a model and its SAEs; the bundled demo is in a clone only")
@@ -176,7 +177,7 @@ def make_request(values: Mapping[str, Any]) -> Request:
     cache = values.get("cache_dir")
     return Request(
         model=model,
-        saes=tuple(name.strip() for name in saes.split(",") if name.strip()),
+        saes=tuple(parse_names(saes)),
         tasks=make_tasks(values),
         layers=parse_layers(str(values.get("layers", "all"))),
         settings=Settings(**{name: values[name] for name in names if name in values}),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.interrupts import like_ctrl_c
-from delta_selectivity.system.terminal import LineFormatter, tell
+from delta_selectivity.system.terminal import NOTE, LineFormatter, tell
 
 log = logging.getLogger("delta_selectivity")
 
@@ -33,7 +33,7 @@ def guarded(argv: Sequence[str] | None, job: Callable[[Sequence[str]], None], le
     """
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(LineFormatter(with_flags))
-    logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
+    logging.basicConfig(level=NOTE, handlers=[to_stderr])
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:
@@ -53,8 +53,8 @@ def guarded(argv: Sequence[str] | None, job: Callable[[Sequence[str]], None], le
 
 
 def set_log_level(verbose: bool) -> None:
-    """Log what happens if `verbose`, else warnings alone."""
-    logging.getLogger().setLevel(logging.INFO if verbose else logging.WARNING)
+    """Log what happens if `verbose`, else notes and warnings alone."""
+    logging.getLogger().setLevel(logging.INFO if verbose else NOTE)
 
 
 def _foreseen(error: Exception) -> bool:

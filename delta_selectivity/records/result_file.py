@@ -24,6 +24,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.records.differences import differences
 from delta_selectivity.system.file_lock import Locked, exclusive
 from delta_selectivity.system.provenance import installed_version
 from delta_selectivity.system.whole_file import replacing, sweep
@@ -56,16 +57,16 @@ class RecordFile:
 
         Raises `RequestError` if the file on disk was made by something else or is no result file.
         """
-        fresh = cls(path, _plain(key), run)
+        fresh = cls(path, as_json(key), run)
         if overwrite or not path.exists():
             return fresh
         try:
             found = read(path)
         except RequestError as error:
             raise RequestError(f"{error}: `overwrite` replaces it") from error
-        differs = _differences(found["_run"]["key"], fresh.key)
-        if differs:
-            raise RequestError(f"{path} was made with other settings ({'; '.join(differs)}): `overwrite` replaces it")
+        if found["_run"]["key"] != fresh.key:
+            differs = "; ".join(differences(found["_run"], {"key": fresh.key, "config": as_json(run["config"])}))
+            raise RequestError(f"{path} was made with other settings ({differs}): `overwrite` replaces it")
         fresh.layers = {int(name.removeprefix("layer_")): value for name, value in found.items() if name != "_run"}
         run_before = found["_run"]
         fresh.warnings, fresh.complete = list(run_before["warnings"]), run_before["complete"]
@@ -80,7 +81,7 @@ class RecordFile:
 
     def write(self, layers: Mapping[int, Json]) -> None:
         """Replace the file in one step by one that holds `layers`, and what the other fields say."""
-        self.layers = {layer: _plain(layers[layer]) for layer in sorted(layers)}
+        self.layers = {layer: as_json(layers[layer]) for layer in sorted(layers)}
         results: Json = {f"layer_{layer}": self.layers[layer] for layer in sorted(self.layers)}
         run = {
             "schema_version": SCHEMA_VERSION,
@@ -246,7 +247,7 @@ def describe_run(config: Json) -> Json:
 
     packages = {name: installed_version(name) for name in PACKAGES}
     return {
-        "config": _portable(_plain(config)),
+        "config": _portable(as_json(config)),
         "versions": {"python": platform.python_version(), **packages, "processor": describe()},
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -280,21 +281,7 @@ def _commit() -> str | None:
     return f"{commit}+changes" if changed else commit
 
 
-def _differences(old: Json, new: Json) -> list[str]:
-    names = sorted(old.keys() | new.keys())
-    return [
-        f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:12]}…"
-
-
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """The value as JSON gives it back, so that what is compared is what was written."""
     return json.loads(json.dumps(value, default=str))
 

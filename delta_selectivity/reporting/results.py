@@ -82,9 +82,12 @@ def by_sae(files: Sequence[File]) -> dict[str, list[File]]:
     return found
 
 
-def label(name: str, files: Sequence[File]) -> str:
-    """What to call the SAE or baseline of these files where there is little room."""
-    return name if is_baseline(files[0][1]) else result_file.slug(name)
+def label_in_run(name: str, files: Sequence[File]) -> str:
+    """What to call the SAE or baseline of these files where there is little room: as the run called it."""
+    if is_baseline(files[0][1]):
+        return name
+    found = files[0][1]["_run"]["config"].get("sae_label")
+    return found if isinstance(found, str) and found else result_file.slug(name)
 
 
 def level_of(files: Sequence[File]) -> result_file.Json:
@@ -102,7 +105,7 @@ def pairs(known: Mapping[str, Sequence[File]]) -> Iterator[tuple[str, str]]:
     yield from itertools.pairwise(sorted(saes, key=lambda name: -level_of(known[name])["delta_sel"]))
     for name, own in known.items():
         owner = own[0][1]["_run"]["config"].get("baseline_of")
-        yield from ((name, sae) for sae in saes if result_file.slug(sae) == owner)
+        yield from ((name, sae) for sae in saes if label_in_run(sae, known[sae]) == owner)
 
 
 def mean(values: Iterable[float | None]) -> float | None:

@@ -23,12 +23,14 @@ from delta_selectivity.records.result_file import (
     Json,
     RecordFile,
     describe_run,
+    distinct_slugs,
     prepare_folder,
     read_key,
     reserve,
     result_path,
     slug,
 )
+from delta_selectivity.records.result_folder import choose_folder
 from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.baselines import CALIBRATED, Baseline, Measured, plan_baselines
 from delta_selectivity.run.calibration import draw_mentions, fingerprint
@@ -63,7 +65,8 @@ class Subject:
     """What is measured: an SAE, or a baseline of an SAE or of a hook point."""
 
     name: str
-    folder: Path  # of its result files
+    label: str  # what tables, folders and files of rows call it: no other of the run is called so
+    folder: Path  # of its result files, unless another SAE's lie there
     sites: tuple[Site, ...]  # in order of layers
     counts_bos: bool  # whether BOS counts in its whole-text figures
     source: SaeSource | None  # itself; of a baseline, the SAE it is made from, if it is made from one
@@ -108,10 +111,11 @@ class Plan:
         return self.setup.tokens(mentions, self.info, prepend_bos=self.prepend_bos)
 
 
-def make_plan(request: Request, fetch: bool = True) -> Plan:
+def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | None = None) -> Plan:
     """Open everything that was asked for. Raises `RequestError`, before anything heavy is loaded, if it can't be.
 
     fetch: also have the SAEs' weights on this machine, and check them; else their configs only.
+    labels: of the SAEs, by their names, where this is a part of a request that has more; else by `distinct_slugs`.
     """
     asked = request.settings
     check_backend(asked.probe, request.device2)
@@ -126,7 +130,9 @@ def make_plan(request: Request, fetch: bool = True) -> Plan:
     for source, own in zip(sources if fetch else (), sites, strict=False):
         source.prepare([site.layer for site in own])
     prepend_bos, counts_bos = _decide_bos(asked.bos, info, sources)
-    subjects = _plan_subjects(request, sources, sites, counts_bos)
+    names = [source.name for source in sources]
+    labels = labels or dict(zip(names, distinct_slugs(names), strict=True))
+    subjects = _plan_subjects(request, sources, [labels[name] for name in names], sites, counts_bos)
     calibration: list[Mention] = []
     if any(subject.baseline is not None and subject.baseline.kind in CALIBRATED for subject in subjects):
         calibration = draw_mentions(load_all_mentions(request.tasks), asked.seed)
@@ -142,8 +148,9 @@ def open_sources(request: Request) -> list[SaeSource]:
         for name in names:
             source = name if isinstance(name, SaeSource) else open_sae(name, request.settings.hookpoint)
             before = found.setdefault(source.name, source)
-            if before is not source and isinstance(sae, SaeSource):
-                raise RequestError(f"`saes`: two are called {source.name!r}: give each a name of its own by wrap_sae")
+            if before is not source and (isinstance(sae, SaeSource) or before.typed != source.typed):
+                how = "by wrap_sae" if isinstance(sae, SaeSource) else "such as my_name=folder"
+                raise RequestError(f"`saes`: two are called {source.name!r}: give each a name of its own {how}")
     return list(found.values())
 
 
@@ -193,27 +200,29 @@ def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tu
 
 
 def _plan_subjects(
-    request: Request, sources: Sequence[SaeSource], sites: Sequence[tuple[Site, ...]], counts_bos: Sequence[bool]
+    request: Request,
+    sources: Sequence[SaeSource],
+    labels: Sequence[str],
+    sites: Sequence[tuple[Site, ...]],
+    counts_bos: Sequence[bool],
 ) -> tuple[Subject, ...]:
     """The SAEs and then their baselines, each with a folder of its own where there are several."""
     out = request.output
-    folders = [out / slug(source.name) if len(sources) > 1 else out for source in sources]
+    folders = [out / label if len(sources) > 1 else out for label in labels]
     subjects = [
-        Subject(source.name, folder, own, counts, source)
-        for source, folder, own, counts in zip(sources, folders, sites, counts_bos, strict=True)
+        Subject(source.name, label, folder, own, counts, source)
+        for source, label, folder, own, counts in zip(sources, labels, folders, sites, counts_bos, strict=True)
     ]
     measured = [
-        Measured(slug(subject.name), source.hookpoint, subject.counts_bos, tuple(site.layer for site in subject.sites))
+        Measured(subject.label, source.hookpoint, subject.counts_bos, tuple(site.layer for site in subject.sites))
         for subject, source in zip(subjects, sources, strict=True)
     ]
     for baseline in plan_baselines(request.settings.baselines, measured):
         folder = out / "baselines" / slug(baseline.slug)
         own = tuple(Site(layer, baseline.hookpoint) for layer in baseline.layers)
         made_from = None if baseline.of is None else sources[baseline.of]
-        subjects.append(Subject(baseline.name, folder, own, baseline.counts_bos, made_from, baseline))
-    twice = [subject.folder for i, subject in enumerate(subjects) if subject.folder in (s.folder for s in subjects[:i])]
-    if twice:
-        raise RequestError(f"`saes`: two SAEs would be written to {twice[0]}: measure them in two runs")
+        name = baseline.name
+        subjects.append(Subject(name, name, folder, own, baseline.counts_bos, made_from, baseline))
     return tuple(subjects)
 
 
@@ -266,15 +275,17 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
     config = request.described()
     files: dict[tuple[SaeId, int], RecordFile] = {}
     for sae_id, subject in enumerate(plan.subjects):
-        prepare_folder(subject.folder)
         own_key, told = _what_is_its_own(plan, subject, hashes)
         run = describe_run({**config, **told})
-        for index, dataset in enumerate(plan.texts.datasets):
-            path = result_path(subject.folder, request.model, dataset.slug)
+        names = [result_path(Path(), request.model, dataset.slug).name for dataset in plan.texts.datasets]
+        keys = [{**shared, **own_key, "data": of_dataset} for of_dataset in data]
+        folder = choose_folder(request.output, subject.folder, run, dict(zip(names, keys, strict=True)))
+        prepare_folder(folder)
+        for index, (name, key) in enumerate(zip(names, keys, strict=True)):
+            path = folder / name
             if any(file.path == path for file in files.values()):
                 raise RequestError(f"`tasks`: two would be written to {path}: rename one, or measure them in two runs")
             held.enter_context(reserve(path))
-            key = {**shared, **own_key, "data": data[index]}
             files[sae_id, index] = RecordFile.open(path, key, run, request.settings.overwrite)
     return files
 
@@ -285,12 +296,14 @@ def _what_is_its_own(plan: Plan, subject: Subject, hashes: Mapping[str, str]) ->
     own_hash = None if source is None else hashes[source.name]
     if baseline is not None:
         told = {"sae": baseline.name, "baseline": baseline.kind, "baseline_of": baseline.owner}
+        if source is not None:
+            told["baseline_of_sae"] = source.name
         return baseline.key(own_hash, fingerprint(plan.calibration)), told
     assert source is not None
     key: Json = {"sae": own_hash, "hookpoint": source.hookpoint}
     if subject.counts_bos != source.counts_bos:
         key["counts_bos"] = subject.counts_bos
-    return key, {"sae": source.name}
+    return key, {"sae": source.name, "sae_label": subject.label}
 
 
 def missing_cells(plan: Plan, files: Files) -> list[Cell]:

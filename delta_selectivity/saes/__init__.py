@@ -14,6 +14,7 @@ and ``decode``.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from delta_selectivity.saes.folders import find_members
 from delta_selectivity.saes.hub import HubRepository, split_name
 from delta_selectivity.saes.in_memory import wrap_sae
 from delta_selectivity.saes.input_norm import InputNorm
-from delta_selectivity.saes.names import expand_names, ids_of, split_release
+from delta_selectivity.saes.names import expand_names, ids_of, join_names, parse_names, split_given, split_release
 from delta_selectivity.saes.sae import Sae
 from delta_selectivity.saes.sae_lens.registry import find_in_registry, revision_of
 from delta_selectivity.saes.selection import GroupMax, Threshold, TopK
@@ -52,8 +53,10 @@ __all__ = [
     "TopK",
     "constant",
     "expand_names",
+    "join_names",
     "load_sae",
     "open_sae",
+    "parse_names",
     "principal_components",
     "random_topk",
     "wrap_sae",
@@ -118,7 +121,8 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
     Args:
         name: a local folder (of one SAE, or of one folder a layer); else
             ``release/sae_id`` of SAE Lens, with ``<layer>`` in the id for all layers; else a repository on the Hub,
-            or a folder in one (``owner/repository/folder``). Globs and whole releases are for ``expand_names``.
+            or a folder in one (``owner/repository/folder``). ``mine=NAME`` gives it another name. Globs and whole
+            releases are for ``expand_names``.
         hookpoint: the place that is reconstructed, in any dialect of ``hookpoints``, where the name has
             SAEs for several; ``resid_post`` by default if it is among them.
         cache_dir: of the Hub, if not the usual one. SAE Lens's releases always use the usual one.
@@ -126,6 +130,9 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
     Raises:
         RequestError: the name means nothing, or what it means cannot be measured; one line says which and why.
     """
+    given, opened = split_given(name)
+    if given is not None:
+        return replace(open_sae(opened, hookpoint, cache_dir), name=given, typed=name)
     folder = Path(os.path.abspath(os.path.expanduser(name)))  # noqa: PTH100, PTH111 - leaves an unknown ~user as it is
     if name.strip() and os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return assemble(name, find_members(folder, name, hookpoint=hookpoint), hookpoint)

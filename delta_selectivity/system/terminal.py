@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+NOTE = 25  # level of a log line that is neither a warning nor a detail: shown by the programs
+logging.addLevelName(NOTE, "NOTE")
 LINE_SHOWN = 1000  # characters of any line: what a file holds may be quoted in it
 
 
