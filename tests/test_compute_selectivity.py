@@ -191,7 +191,7 @@ def test_results_of_something_else_are_not_merged(planned, request_):
     plan, cut = planned
     unit = cut(1, 1)[0]
     assert worker.run_unit(unit, Path.cwd(), own_device=False).status == "done"
-    with ExitStack() as held, pytest.raises(RequestError, match="seed: 0 there, 3 now"):
+    with ExitStack() as held, pytest.raises(RequestError, match="`seed` 0 there, 3 now"):
         merge.merge(unit.folder, open_files(with_seed(plan, 3), held))
 
 

@@ -153,7 +153,7 @@ def test_results_of_other_settings_are_not_touched_without_overwrite(ask, tmp_pa
     path = tmp_path / "results" / "pythia-tiny_women.json"
     before = path.read_bytes()
     assert ask("--seed", "1") == 2
-    assert "seed: 0 there, 1 now" in capsys.readouterr().err
+    assert "--seed 0 there, 1 now" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert ask("--seed", "1", "--overwrite") == 0
     assert path.read_bytes() != before
