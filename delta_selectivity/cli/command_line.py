@@ -49,8 +49,8 @@ TASK_FLAGS: dict[str, dict[str, Any]] = {
         "(all)"},
     "list_datasets": {"action": "store_true", "help": "print the datasets with rows, people and class balance, and "
         "end"},
-    "dataset_file": {"metavar": "FILE|OWNER/NAME", "help": "your own task: CSV, JSONL, Parquet, a `datasets` folder, "
-        "or a dataset on the Hub (owner/name or owner/name:config) with columns text and label, optionally group "
+    "dataset_file": {"metavar": "FILE|OWNER/NAME", "help": "your own task: CSV, TSV, JSON, JSONL, Parquet, a folder "
+        "of `datasets`, or one on the Hub (owner/name or owner/name:config) with columns text and label, optionally group "
         "(never split over folds), start, end (characters to probe), task"},
     "dataset_split": {"help": "which split of it (train, or the only one)"},
     "dataset_columns": {"metavar": "text=X,label=Y,...", "help": "how it calls the columns (as above)"},

@@ -108,7 +108,8 @@ class Plan:
 
     def tokenise(self, mentions: Sequence[Mention]) -> TokenisedMentions:
         """Texts as the model is shown them. Raises `RequestError` for a name that has no token or does not fit."""
-        return self.setup.tokens(mentions, self.info, prepend_bos=self.prepend_bos)
+        last_only = self.request.settings.positions == "last"
+        return self.setup.tokens(mentions, self.info, prepend_bos=self.prepend_bos, last_only=last_only)
 
 
 def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | None = None) -> Plan:

@@ -58,13 +58,19 @@ class _Tokens:
 
 
 def tokenise(
-    mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool, max_length: int
+    mentions: Sequence[Mention],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prepend_bos: bool,
+    max_length: int,
+    last_only: bool = False,
 ) -> TokenisedMentions:
     """Tokenise `mentions` to at most `max_length` tokens each, BOS included.
 
     Longer texts lose their left, unless that would cut the name: then they start with it. A warning says how many.
     Tokens after the name are kept where they fit: in a causal model they do not touch it, but they count in
     mse_whole. The tokenizer adds no special tokens; BOS is prepended here. Pre-tokenised mentions keep their own ids.
+    last_only: of a name that does not fit, its end is enough.
 
     Raises `RequestError` for a slow tokenizer, one without a BOS to prepend or made for other tokens, and for a
     mention whose name has no token or does not fit.
@@ -74,7 +80,7 @@ def tokenise(
     rows: list[_Tokens] = []
     n_cut = 0
     for tokens, mention in zip(_all_tokens(mentions, tokenizer), mentions, strict=True):
-        rows.append(_window(tokens, room, mention))
+        rows.append(_window(tokens, room, mention, last_only))
         n_cut += len(tokens.ids) > room
     tokenised = TokenisedMentions(
         ids=tuple(np.array([*bos, *row.ids], dtype=np.int32) for row in rows),
@@ -158,9 +164,12 @@ def _own_tokens(mention: Mention, tokenizer: PreTrainedTokenizerBase) -> _Tokens
     return _Tokens(mention.token_ids, *mention.token_span)
 
 
-def _window(tokens: _Tokens, room: int, mention: Mention) -> _Tokens:
+def _window(tokens: _Tokens, room: int, mention: Mention, last_only: bool) -> _Tokens:
     """At most `room` of `tokens`: the last ones, or those from the name on if the name would be cut."""
     length = tokens.last - tokens.first + 1
+    if length > room and last_only and room > 0:
+        first = tokens.last + 1 - room
+        return _Tokens(tokens.ids[first : tokens.last + 1], 0, room - 1)
     if length > room:
         raise RequestError(
             f"the name in the text {_shorten(mention.text)!r} takes {length} tokens and the model has room for {room}"
