@@ -17,6 +17,7 @@ from typing import NamedTuple
 from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
+from delta_selectivity.probing.folds import MOST_FOLDS, too_few_people
 from delta_selectivity.probing.probes import check_backend
 from delta_selectivity.records.result_file import (
     SCHEMA_VERSION,
@@ -38,6 +39,7 @@ from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import SaeSource, expand_names, open_sae
 from delta_selectivity.settings import fields as setting_fields
+from delta_selectivity.system.terminal import NOTE
 from delta_selectivity.tasks import (
     Mention,
     ProbeTexts,
@@ -236,15 +238,14 @@ def _choose_dtype(request: Request, info: ModelInfo, subjects: Sequence[Subject]
     chosen = info.choose_dtype(asked.dtype, request.device1)
     if asked.dtype != "auto" or asked.overwrite or info.saved_dtype != "bfloat16":
         return chosen
-    paths = [
-        result_path(subject.folder, request.model, dataset.slug) for subject in subjects for dataset in texts.datasets
-    ]
+    folders = dict.fromkeys([*(subject.folder for subject in subjects), request.output])
+    paths = [result_path(folder, request.model, dataset.slug) for folder in folders for dataset in texts.datasets]
     keys = [key for path in paths if (key := read_key(path)) is not None and key["model"] == info.fingerprint()]
     before = {key["dtype"] for key in keys}
     if len(before) != 1 or before == {chosen}:
         return chosen
     (kept,) = before
-    log.warning("the model computes in %s, as in the results in %s; here `auto` is %s", kept, request.output, chosen)
+    log.log(NOTE, "the model computes in %s, as in the results in %s; here `auto` is %s", kept, request.output, chosen)
     return str(kept)
 
 
@@ -256,12 +257,27 @@ def _refuse_reserved_names(texts: ProbeTexts) -> None:
             raise RequestError(f"a task may not be called {probe.name!r}: that is a figure of the record; rename it")
 
 
+def _refuse_too_few_people(texts: ProbeTexts, n_folds: int) -> None:
+    """Raise `RequestError` if none of the probes can be measured; where some can, the others say why not."""
+    if n_folds > MOST_FOLDS:
+        raise RequestError(f"`folds` {n_folds}: {MOST_FOLDS} at most")
+    probes = [probe for dataset in texts.datasets for probe in dataset.probes]
+    found = {p.name: too_few_people(p.labels, texts.persons[p.mentions], n_folds) for p in probes}
+    reasons = [f"{name}: {skipped.reason}" for name, skipped in found.items() if skipped is not None]
+    if len(reasons) == len(found):
+        raise RequestError(
+            f"`tasks`: none of the probes can be measured ({reasons[0]}): give rows of more people (column group), "
+            "or set fewer `folds`"
+        )
+
+
 def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFile]:
     """A result file for each subject and dataset, ours alone until `held` is closed.
 
     Raises `RequestError` if one on disk was made by something else, or is being written by another run.
     """
     request = plan.request
+    _refuse_too_few_people(plan.texts, request.settings.folds)
     data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
     shared = {
         "schema": SCHEMA_VERSION,

@@ -13,6 +13,7 @@ and ``decode``.
 
 from __future__ import annotations
 
+import difflib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -142,6 +143,7 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
         raise RequestError(f"`saes` {name}: a symbolic link that leads nowhere")
     if (release := split_release(name)) is not None:
         return _open_release(*release, hookpoint)
+    _refuse_misspelt(name, folder)
     hub_name = split_name(name)
     if hub_name is None:
         raise RequestError(f"`saes` {name!r}: no such folder (seen from {Path.cwd()}), and no name on the Hub")
@@ -150,6 +152,24 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
     whole_name = name.rstrip("/")
     members = find_members(repository.folder / below, whole_name, repository, hookpoint)
     return assemble(whole_name, members, hookpoint, f"{repository.revision}/{below}" if below else repository.revision)
+
+
+def _refuse_misspelt(name: str, folder: Path) -> None:
+    """Raise `RequestError` for a path that leads into a folder of this machine, but not to its end.
+
+    What could be the Hub's, an owner and a repository, is left to it: no folder here is called like the owner.
+    """
+    if not name.strip():
+        return
+    there = folder.parent
+    while not there.is_dir() and there != there.parent:
+        there = there.parent
+    part = folder.relative_to(there).parts[0]
+    near = difflib.get_close_matches(part, sorted(path.name for path in there.iterdir() if path.is_dir()), n=1)
+    inside = there not in Path.cwd().parents and there != Path.cwd()
+    if inside or (near and "/" not in name):
+        meant = f": did you mean {there / near[0]}?" if near else ""
+        raise RequestError(f"`saes` {name}: there is no {part} in {there}{meant}")
 
 
 def _open_release(release: str, sae_id: str, hookpoint: str | None) -> SaeSource:

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.terminal import NOTE
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def _reach(scheduler: str | None) -> str:
     except (OSError, ValueError) as error:
         raise RequestError(f"`scheduler` {scheduler}: no Dask scheduler answers there ({error})") from error
     if not n_workers:
-        log.warning("%s has no workers yet: waiting for some", scheduler)
+        log.log(NOTE, "%s has no workers yet: waiting for some", scheduler)
     return scheduler
 
 

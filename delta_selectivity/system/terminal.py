@@ -60,6 +60,13 @@ def show(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def tell_terminal(line: str) -> None:
+    """One line on stderr if that is a terminal: that something goes on is of no use in a log."""
+    with suppress(AttributeError, ValueError):  # no stream, or a closed one
+        if sys.stderr.isatty():
+            tell(line)
+
+
 def tell(line: str) -> None:
     """One line on stderr, whatever the text; silent if nobody is there."""
     line = one_line(line)

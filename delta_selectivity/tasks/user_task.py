@@ -41,9 +41,13 @@ def load_user_task(data: UserData) -> Task:
         raise RequestError(f"{data.flag}: is empty: it has no rows")
     name = _name(data)
     by_task: dict[str, list[Row]] = {}
+    spelled: dict[str, Any] = {}
     for record in table.records:
         where = f"{data.flag}, {record.where}"
-        by_task.setdefault(_task(record, name, where), []).append(
+        task, typed = _task(record, name, where), record.values.get("task")
+        if spelled.setdefault(task, typed) != typed:
+            raise RequestError(f"{where}: task {typed!r} is {spelled[task]!r} but for spaces: write it one way")
+        by_task.setdefault(task, []).append(
             Row(_mention(record.values, where), _label(record.values.get("label"), where))
         )
     row_sets = tuple(_row_set(task, rows, data) for task, rows in by_task.items())
