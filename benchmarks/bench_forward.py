@@ -28,7 +28,9 @@ from benchmarks.timing import Clock, answer, at_a_time, in_turn, parser
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.reporting import tables
 from delta_selectivity.run.activations import Block, Producer
+from delta_selectivity.run.reconstruction import ALL
 from delta_selectivity.run.rows import RowTable
+from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.system import gemm
 from delta_selectivity.system.cores import Cores, sharing_cores
 from delta_selectivity.system.stopwatch import Stopwatch
@@ -113,6 +115,8 @@ def _sae_seconds(shape: Shape, setting: Setting) -> dict[str, float]:
         batch_size=setting.texts,
         cores=Cores(setting.workers),
         clock=Stopwatch(),
+        sample=TokenSample(np.zeros(n_texts, np.uint64), (ALL,)),
+        scales={},
     )
     block = Block(np.arange(n_texts), frozenset({0}))
     weight = torch.randn(shape.d_sae, shape.d, device=setting.device)

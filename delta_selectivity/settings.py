@@ -88,8 +88,8 @@ class Settings:
         (), "what", "measure these beside the SAEs, in the folder baselines; all for all of them", choices=BASELINES
     )
     whole_tokens: int | None = _setting(
-        None, "what", "tokens of each dataset, drawn by seed, for the whole-text figures (mse_whole, fvu_whole, dead)",
-        if_none="all", least=1,
+        65_536, "what", "tokens of each dataset, drawn by seed, for the whole-text figures (mse_whole, fvu_whole, "
+        "dead) and their standard errors; all: every token", if_none="all", least=1,
     )  # fmt: skip
     revision: str | None = _setting(
         None, "what", "branch, tag or commit of a hub model, such as Pythia's step3000", if_none="main"
@@ -133,6 +133,9 @@ class Settings:
             object.__setattr__(self, "baselines", BASELINES)
         for field, kind, rule in fields():
             value = getattr(self, field.name)
+            if field.default is not None and rule.if_none and value == rule.if_none:
+                value = None  # the word for it, where leaving it out means something else
+                object.__setattr__(self, field.name, None)
             _check(field.name, value, kind, rule)
             if kind in (int, float) and value is not None:
                 object.__setattr__(self, field.name, _as_python(field.name, value, kind))

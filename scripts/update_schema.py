@@ -30,9 +30,13 @@ NUMBERS = PROJECT / "docs" / "numbers.md"
 TARGET = PROJECT / "docs" / "results.schema.json"
 LAYER = "^layer_(0|[1-9][0-9]*)$"
 TYPES = {float: "number", int: "integer", bool: "boolean", NoneType: "null"}
+SINCE_0_5 = ("mse_whole_se", "fvu_whole_se", "fvu_ordinary", "outliers", "dead_se", "n_tokens_all")
+"""Figures that files written before lack."""
 Q_VALUES = ("q_value", "transfer_q_value")  # there once the run is complete
 COUNTED = ("n_rows", "n_people", "n_pos")  # what a probe that cannot be measured has all the same
-ONLY_FROM_0 = re.compile(r"n_\w+|mse_\w+|fvu_\w+|l0|l1|dead|C|C_sae|(model|sae|transfer|error|latent)_(sel|auc)")
+ONLY_FROM_0 = re.compile(
+    r"n_\w+|mse_\w+|fvu_\w+|l0|l1|dead|dead_se|outliers|C|C_sae|(model|sae|transfer|error|latent)_(sel|auc)"
+)
 """Figures that cannot be negative. None has an upper bound: a share is a sum, which rounding may take beyond 1."""
 
 
@@ -83,7 +87,7 @@ def _layer(definition: dict[str, str]) -> Schema:
     figures = get_type_hints(Reconstruction)
     return {
         "description": "The reconstruction figures of one layer, and a record for each probe by its name.",
-        **_closed({name: _figure(name, kind, definition) for name, kind in figures.items()}),
+        **_closed({name: _figure(name, kind, definition) for name, kind in figures.items()}, SINCE_0_5),
         "additionalProperties": {"$ref": "#/$defs/probe"},
     }
 

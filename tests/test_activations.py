@@ -14,6 +14,7 @@ from delta_selectivity.run import activations
 from delta_selectivity.run.activations import BlockDone, LayerRows, Producer, plan_blocks
 from delta_selectivity.run.row_store import RowStore
 from delta_selectivity.run.rows import RowTable
+from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import Sae, open_sae
 from delta_selectivity.system.cores import Cores
 from delta_selectivity.system.stopwatch import Stopwatch
@@ -64,13 +65,14 @@ def produce(
     n_cores=1,
     latents_of=(),
     keep=lambda item: None,
+    whole_tokens=None,
 ):
     """All rows by site and view [rows, d], and the figures by site; `keep` sees every batch."""
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=bos, max_length=info.max_length)
     rows = RowTable.build(tokenised, positions)
     producer = Producer(
-        model, saes, {0: counts_bos}, tokenised, rows, batch_size, Cores(n_cores), Stopwatch(), latents_of,
-        max_tokens=max_tokens,
+        model, saes, {0: counts_bos}, tokenised, rows, batch_size, Cores(n_cores), Stopwatch(),
+        TokenSample.draw(tokenised, everything(mentions), whole_tokens, seed=0), {}, latents_of, max_tokens,
     )  # fmt: skip
     items, texts = [], []
     producer.run(plan_blocks(everything(mentions)), items.append, texts.append)
@@ -82,7 +84,12 @@ def produce(
             found[item.site, "x"][item.row_ids] = item.x
             found[item.site, "recon"][item.row_ids] = item.recons[0]
     (done,) = (item for item in items if isinstance(item, BlockDone))
-    return found, {site: sums.figures() for (site, _), sums in done.sums.items()}, tokenised, rows
+    return found, {site: _figures(sums) for (site, _), sums in done.sums.items()}, tokenised, rows
+
+
+def _figures(sums):
+    (limit,) = sums.whole
+    return sums.figures(limit)
 
 
 def one_by_one(model, saes, tokenised, site):

@@ -397,7 +397,7 @@ def test_baselines_leave_the_files_of_an_earlier_run_alone_and_are_measured_alon
     monkeypatch.setattr(measure, "load_weights", lambda *asked: loaded.append(load(*asked)) or loaded[-1])
     for kinds, expected in (("random", {1}), ("random,names", set()), ("all", {1, 3, 4, 5})):
         assert request.plus("--baselines", kinds).run() == 0
-        _, saes = loaded[-1]
+        saes = loaded[-1].saes
         assert [set(of_site) for of_site in saes.values()] == [expected] * N_LAYERS
     assert {path: content for path, content in bytes_of(tmp_path).items() if path in before} == before
     assert numbers(tmp_path) == numbers(whole.out)

@@ -123,7 +123,7 @@ def test_evaluate_and_many_workers_do_the_same(ask, tiny_model, tiny_saes, other
         (["--seed", "3"], "--seed 0 there, 3 now"),
         (["--bos", "none"], "--bos auto there, none now"),
         (["--views", "error"], "--views model,sae there, model,sae,error now"),
-        (["--whole_tokens", "500"], "--whole_tokens all there, 500 now"),
+        (["--epsilon", "0.05"], "--epsilon 0.02 there, 0.05 now"),
         (["--dtype", "bfloat16"], "--dtype auto there, bfloat16 now"),
     ],
 )

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.run.reconstruction import (
+    ALL,
     Reconstruction,
     ReconstructionSums,
+    SiteScale,
+    TokenFacts,
     _compare,
     _compare_on_cpu,
     _ErrorSums,
     _merge,
     _merge_on_cpu,
+    _note_fired,
 )
 from delta_selectivity.saes import SparseRows
 
@@ -38,13 +42,20 @@ def make_rows(mean: float, spread: float = 1.0) -> tuple[Tensor, Tensor]:
     return x, x + 0.3 * spread * torch.randn(ROWS, D_IN, generator=rng)
 
 
-def stream(x: Tensor, recon: Tensor, codes: SparseRows, sizes: list[int]) -> Reconstruction:
+def facts(x: Tensor, rows: Tensor, outlying: Tensor | None = None) -> TokenFacts:
+    """Of tokens with these numbers."""
+    return TokenFacts.of(x[rows], rows, None)._replace(outlying=None if outlying is None else outlying[rows])
+
+
+def stream(
+    x: Tensor, recon: Tensor, codes: SparseRows, sizes: list[int], outlying: Tensor | None = None
+) -> Reconstruction:
     """Every row is a token; every third is probed too."""
     sums = ReconstructionSums.empty(D_IN, D_SAE, "cpu")
     for rows in torch.arange(len(x)).split(sizes):
-        sums.add_whole(x[rows], recon[rows], codes.select(rows))
+        sums.whole[ALL].add(x[rows], recon[rows], codes.select(rows), facts(x, rows, outlying), len(rows))
         probed = rows[rows % 3 == 0]
-        sums.add_probed(x[probed], recon[probed], codes.select(probed))
+        sums.probed.add(x[probed], recon[probed], codes.select(probed))
     return sums.figures()
 
 
@@ -69,14 +80,20 @@ def test_equals_numpy_however_it_is_cut(mean: float, spread: float, sizes: list[
     expected = Reconstruction(
         mse_pos=mse_pos,
         mse_whole=mse_whole,
+        mse_whole_se=0,
         fvu_pos=fvu_pos,
         fvu_whole=fvu_whole,
+        fvu_whole_se=0,
+        fvu_ordinary=fvu_whole,
+        outliers=0,
         cosine=cosine,
         l0=(value[::3] != 0).sum(1).double().mean().item(),
         l1=value[::3].double().sum(1).mean().item(),
         dead=1 - len(fired) / D_SAE,
+        dead_se=0,
         n_probed=ROWS // 3,
         n_tokens=ROWS,
+        n_tokens_all=ROWS,
     )
     assert 10 / D_SAE <= expected.dead < 1  # type: ignore[operator]
     assert asdict(figures) == pytest.approx(asdict(expected), rel=1e-6)
@@ -84,13 +101,14 @@ def test_equals_numpy_however_it_is_cut(mean: float, spread: float, sizes: list[
 
 def test_merge_is_the_sum_of_the_parts() -> None:
     x, recon = make_rows(1e3)
+    outlying = torch.arange(ROWS) % 50 == 7
     codes, whole = make_codes(ROWS), ReconstructionSums.empty(D_IN, D_SAE, "cpu")
     parts = []
     for rows in torch.arange(ROWS).split([100, 450, 50]):
         part = ReconstructionSums.empty(D_IN, D_SAE, "cpu")
         for sums in (whole, part):
-            sums.add_whole(x[rows], recon[rows], codes.select(rows))
-            sums.add_probed(x[rows], recon[rows], codes.select(rows))
+            sums.whole[ALL].add(x[rows], recon[rows], codes.select(rows), facts(x, rows, outlying), 2 * len(rows))
+            sums.probed.add(x[rows], recon[rows], codes.select(rows))
         parts.append(part)
     before = asdict(parts[0].figures())
     merged = parts[0].merge(parts[1]).merge(parts[2].to("cpu")).merge(ReconstructionSums.empty(D_IN, D_SAE, "cpu"))
@@ -102,8 +120,9 @@ def test_merge_is_the_sum_of_the_parts() -> None:
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, ROWS])
 def test_on_a_cpu_and_elsewhere_it_is_the_same(mean: float, rows: int) -> None:
     x, recon = (whole[:rows] for whole in make_rows(mean))
-    for ours, theirs in zip(_compare_on_cpu(x, recon), _compare(x, recon), strict=True):
-        assert ours.dtype == theirs.dtype
+    for chosen in (None, torch.arange(rows) % 4 != 1):
+        ours, theirs = _compare_on_cpu(x, recon, chosen), _compare(x, recon, chosen)
+        assert [one.dtype for one in ours] == [one.dtype for one in theirs]
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     parts = [_ErrorSums.of(part, 0.9 * part)[0] for part in (x, x[: rows // 2 + 1] + 1)]
     for ours, theirs in zip(_merge_on_cpu(*parts), _merge(*parts), strict=True):
@@ -116,7 +135,7 @@ def test_a_row_with_a_broken_number_has_a_broken_error(value: float, side: int) 
     both = make_rows(1e3)
     both[side][70, 5] = value
     for compare in (_compare, _compare_on_cpu):
-        errors, *_ = compare(*both)
+        _, errors, *_ = compare(*both, None)
         assert (~errors.isfinite()).nonzero().flatten().tolist() == [70]
 
 
@@ -136,6 +155,7 @@ def test_nothing_seen_is_none_and_never_nan() -> None:
     figures = ReconstructionSums.empty(D_IN, D_SAE, "cpu").figures()
     assert (figures.n_probed, figures.n_tokens) == (0, 0)
     assert set(asdict(figures).values()) == {0, None}
+    assert (figures.fvu_whole_se, figures.dead, figures.outliers) == (None, None, None)
     x = torch.ones(3, D_IN)
     same = stream(x, x + 1, make_codes(3), [3])
     assert same.mse_whole == pytest.approx(1)
@@ -156,4 +176,85 @@ def test_a_latent_that_there_is_not_is_an_error(latent: int) -> None:
     codes = make_codes(ROWS)
     codes.col[7] = latent
     with pytest.raises(IndexError):
-        ReconstructionSums.empty(D_IN, D_SAE, "cpu").add_whole(x, recon, codes)
+        ReconstructionSums.empty(D_IN, D_SAE, "cpu").whole[ALL].add(x, recon, codes, facts(x, torch.arange(ROWS)), ROWS)
+
+
+def test_firings_are_noted_alike_on_a_cpu_and_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, number = make_codes(ROWS), torch.arange(ROWS) * 2**32
+    here, there = torch.zeros(2, 2, D_SAE, dtype=torch.int64)
+    _note_fired(number, codes, here)
+    dense = torch.zeros(ROWS, D_SAE).scatter_add_(1, codes.col.view(ROWS, -1), codes.value.view(ROWS, -1))
+    assert torch.equal(here, torch.stack([(dense != 0).sum(0), ((dense != 0) * number[:, None]).sum(0)]))
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("meta"))  # only its type is asked
+    _note_fired(number, codes, there)
+    monkeypatch.undo()
+    assert torch.equal(here, there)
+
+
+def test_outliers_are_left_out_of_the_ordinary_and_counted() -> None:
+    """A fiftieth of the tokens are sinks: 100 times as long, and reconstructed badly."""
+    x, recon = make_rows(0.0)
+    sink = torch.arange(ROWS) % 50 == 7
+    x[sink] = 100 + x[sink]
+    recon[sink] = 0
+    figures = stream(x, recon, make_codes(ROWS), [41] * 14 + [26], sink)
+    _, fvu_whole, _ = whole_matrix(x.numpy(), recon.numpy())
+    _, fvu_ordinary, _ = whole_matrix(x[~sink].numpy(), recon[~sink].numpy())
+    assert figures.fvu_whole == pytest.approx(fvu_whole, rel=1e-6)
+    assert figures.fvu_ordinary == pytest.approx(fvu_ordinary, rel=1e-6)
+    assert figures.outliers == 0.02
+    assert fvu_whole > 1 > 2 * fvu_ordinary
+
+
+# --- standard errors of a sample
+
+
+def world(
+    rng: np.random.Generator, lengths: np.ndarray, d_sae: int = 200
+) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+    """Tokens of texts, their errors correlated within a text; a few sinks; latents of all frequencies.
+
+    x and x̂ [tokens, d], the text of each token, and which latents fire [tokens, d_sae].
+    """
+    text = np.repeat(np.arange(len(lengths)), lengths)
+    n = len(text)
+    hard = rng.gamma(4, 0.25, len(lengths))[text] * rng.gamma(4, 0.25, n)
+    x = rng.normal(size=(n, D_IN)) + rng.normal(size=(len(lengths), D_IN))[text] * 0.5
+    sinks = rng.random(n) < 0.01
+    x[sinks] = 20 + rng.normal(size=(sinks.sum(), D_IN))
+    recon = x + 0.4 * np.sqrt(hard)[:, None] * rng.normal(size=(n, D_IN))
+    fires = rng.random((n, d_sae)) < np.geomspace(0.1, 1e-5, d_sae)
+    return torch.from_numpy(x).float(), torch.from_numpy(recon).float(), text, fires
+
+
+def sampled(x: Tensor, recon: Tensor, text: np.ndarray, fires: np.ndarray, share: float, seed: int) -> Reconstruction:
+    """The figures of a sample, batch by batch of some 500 tokens in whole texts."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.random(len(text)) < share
+    sums = ReconstructionSums.empty(D_IN, fires.shape[1], "cpu")
+    for rows in np.split(np.arange(len(text)), np.flatnonzero(np.diff(text // 25)) + 1):
+        some = rows[drawn[rows]]
+        _, col = fires[some].nonzero()
+        crow = torch.from_numpy(np.concatenate([[0], np.cumsum(fires[some].sum(1))]))
+        codes = SparseRows(crow, torch.from_numpy(col), torch.ones(len(col)), fires.shape[1])
+        tokens = TokenFacts.of(x[some], torch.from_numpy(some), SiteScale(x[:500].mean(dim=0), np.inf))
+        sums.whole[ALL].add(x[some], recon[some], codes, tokens, len(rows))
+    return sums.figures()
+
+
+@pytest.mark.parametrize(("n_texts", "length", "share"), [(1500, 20, 0.1), (1500, 20, 0.5), (60, 400, 0.1)])
+def test_intervals_of_a_sample_cover_what_all_tokens_give(n_texts: int, length: int, share: float) -> None:
+    """60 samples: coverage of 95 % intervals within what chance allows, and not much too wide."""
+    rng = np.random.default_rng(n_texts)
+    x, recon, text, fires = world(rng, rng.poisson(length, n_texts) + 1)
+    exact = sampled(x, recon, text, fires, 1.0, 0)
+    assert (exact.n_tokens, exact.fvu_whole_se, exact.mse_whole_se, exact.dead_se) == (len(text), 0, 0, 0)
+    found = [sampled(x, recon, text, fires, share, seed) for seed in range(60)]
+    for name in ("mse_whole", "fvu_whole"):
+        truth = getattr(exact, name)
+        value, se = (np.array([getattr(one, part) for one in found]) for part in (name, f"{name}_se"))
+        assert np.mean(np.abs(value - truth) < 1.96 * se) > 0.85  # 51 of 60: of a true 0.95 that is 1 in 1000
+        assert np.mean(se) < 1.3 * np.std(value - truth)
+    dead, se = (np.array([getattr(one, part) for one in found]) for part in ("dead", "dead_se"))
+    assert np.std(dead) < 1.2 * np.mean(se) < 4 * np.std(dead)
+    assert {one.n_tokens_all for one in found} == {len(text)}

@@ -57,7 +57,7 @@ class Bench:
         recon = candidate.reconstruct(codes)
         delta = mean_change(found, "sae")
         sums = ReconstructionSums.empty(recon.shape[1], codes.shape[1], "cpu")
-        sums.add_probed(self.rows.x, recon, nonzero_codes(codes))
+        sums.probed.add(self.rows.x, recon, nonzero_codes(codes))
         figures = sums.figures()
         assert figures.mse_pos is not None and figures.fvu_pos is not None and figures.l0 is not None
         return Result(

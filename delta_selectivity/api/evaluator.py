@@ -23,7 +23,7 @@ from delta_selectivity.api.arguments import (
 )
 from delta_selectivity.api.evaluate import WIKIDATA
 from delta_selectivity.errors import RequestError
-from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.models.language_model import LanguageModel, ModelInfo, Site, open_model
 from delta_selectivity.probing.probes import check_backend, choose_backend
 from delta_selectivity.probing.selectivity import fit_model
 from delta_selectivity.probing.uncertainty import Estimate
@@ -31,7 +31,9 @@ from delta_selectivity.records.sae_level import mean_delta, mean_transfer_r2
 from delta_selectivity.run.activations import Block, Item, LayerRows, Producer, SaeId, plan_blocks
 from delta_selectivity.run.cell_result import ONE_PARTITION, CellResult, warnings_of
 from delta_selectivity.run.planning import Cell
+from delta_selectivity.run.preflight import Preflight
 from delta_selectivity.run.prober import Prober, Work
+from delta_selectivity.run.reconstruction import SiteScale
 from delta_selectivity.run.resident import ResidentModel
 from delta_selectivity.run.row_store import RowStore
 from delta_selectivity.run.rows import RowTable
@@ -74,7 +76,7 @@ class Evaluator:
     _widths: dict[Site, int]
     _tokenised: TokenisedMentions
     _blocks: list[Block]
-    _sample: TokenSample | None
+    _scales: dict[Site, SiteScale]  # of the activations
     _model: ResidentModel
     _work: Work
     _sets: dict[int, list[TaskSet]]  # by dataset, with the fits of the model view
@@ -100,8 +102,9 @@ class Evaluator:
             tasks: One task or a list, as for `evaluate`.
             rows: At most so many rows of each task, drawn by ``settings.seed``, classes balanced; None: as
                 ``settings.shuffle_select_n`` says.
-            whole_tokens: Tokens of each task, drawn by seed, for ``mse_whole``, ``fvu_whole`` and ``dead``; None: all
-                of them, the default of `evaluate`. Everything else is of all rows.
+            whole_tokens: Tokens of each task, drawn by seed, for ``mse_whole``, ``fvu_whole`` and ``dead``, whose
+                standard errors say how much that leaves open; None: all of them. Everything else is of all
+                rows.
             input_hookpoint: What transcoders read; None for autoencoders, which read what they reconstruct.
             settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``overwrite``,
                 ``force`` and ``cache_gb`` have no effect. Whether an SAE fits its hook point is not checked, as
@@ -138,8 +141,8 @@ class Evaluator:
             texts.mentions, info.tokenizer, prepend_bos=self._has_bos, max_length=info.max_length
         )
         self._blocks = plan_blocks(texts)
-        self._sample = TokenSample.draw(self._tokenised, texts, settings.whole_tokens, settings.seed)
         loaded = info.load(sites, device1, info.choose_dtype(settings.dtype, device1))
+        self._scales = self._find_scales(loaded, info)
         self._model = ResidentModel(loaded, self._store_bytes)
         self._work = Work(
             texts=texts,
@@ -152,6 +155,7 @@ class Evaluator:
             settings=settings,
             device=torch.device(device2),
             fit_model=fit_model,
+            sample=TokenSample.draw(self._tokenised, texts, settings.whole_tokens, settings.seed),
         )
         self._sets = {index: self._work.task_sets(index, keep=True) for index in range(len(texts.datasets))}
         sets = [task_set for of_dataset in self._sets.values() for task_set in of_dataset]
@@ -215,6 +219,13 @@ class Evaluator:
                     log.warning("%s", line)
         return {dataset.name: found[dataset.name] for dataset in datasets}
 
+    def _find_scales(self, model: LanguageModel, info: ModelInfo) -> dict[Site, SiteScale]:
+        try:
+            with sharing_cores(self._device):
+                return Preflight.sample(model, info, self._tokenised, self.settings.seed).scales()
+        except ArithmeticError:  # NaN or Inf in its activations: measuring them says in which text
+            return {}
+
     @property
     def _store_bytes(self) -> int:
         return as_bytes(self.settings.queue_gb)
@@ -225,7 +236,7 @@ class Evaluator:
         """Rows of the probed positions, and the sums over all tokens."""
         producer = Producer(
             self._model, saes, counts_bos, self._tokenised, self._work.rows, self.settings.batch_size, cores,
-            Stopwatch(), self._work.latents_of, self._sample,
+            Stopwatch(), self._work.sample, self._scales, self._work.latents_of,
         )  # fmt: skip
         items: list[Item] = []
         producer.run(self._blocks, items.append, lambda _: None)

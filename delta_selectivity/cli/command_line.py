@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,12 +130,24 @@ def _settings_flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Heading, flag and options for each field of `Settings`; one that is not given is absent from what is parsed."""
     for field, kind, rule in setting_fields():
         options: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": TYPES[kind]}
+        if kind is int and rule.if_none and field.default is not None:
+            options = {"type": _number_or(rule.if_none), "metavar": f"N|{rule.if_none}"}
         if field.default == ():
             options |= {"nargs": "?", "const": "all"}
         values = f" ({', '.join(rule.choices)})" if rule.choices else ""
         shown = default_shown(field, rule)
         options["help"] = f"{rule.help}{values} ({shown})".replace("%", "%%")
         yield rule.group, flag_of(field.name), options
+
+
+def _number_or(word: str) -> Callable[[str], int | str]:
+    """What reads a whole number, or leaves a word as it is."""
+
+    def read(text: str) -> int | str:
+        return text if text == word else int(text)
+
+    read.__name__ = "int"  # argparse tells it by that name
+    return read
 
 
 def parse(argv: Sequence[str], prog: str = "main.py") -> Asked:

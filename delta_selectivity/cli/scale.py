@@ -76,11 +76,11 @@ def parse(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]
 
 def check(values: Mapping[str, Any], layers_per_unit: int, saes_per_unit: int) -> Job:
     """What one request takes, by configs alone. Raises `RequestError` if it is wrong."""
-    from delta_selectivity.run.planning import make_plan
+    from delta_selectivity.run.planning import go_on, make_plan
     from delta_selectivity.scale.spread import Job
     from delta_selectivity.scale.units import plan_units
 
-    plan = make_plan(make_request(values), fetch=False)
+    plan = go_on(make_plan(make_request(values), fetch=False))
     return Job(plan, plan_units(plan, layers_per_unit, saes_per_unit))
 
 

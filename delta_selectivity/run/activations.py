@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.models.language_model import ActivationSource, Site
-from delta_selectivity.run.reconstruction import ReconstructionSums
+from delta_selectivity.run.reconstruction import ReconstructionSums, SiteScale, TokenFacts
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_index import Encoded, TokenIndex
 from delta_selectivity.run.token_sample import TokenSample
@@ -109,12 +109,14 @@ class Producer:
         batch_size: int | None,  # texts in a forward pass; None: limited by tokens alone
         cores: Cores,  # one forward pass on each; one on a GPU
         clock: Stopwatch,
+        sample: TokenSample,  # of the tokens that count in whole-text figures
+        scales: Mapping[Site, SiteScale],  # of the activations, where they are known
         latents_of: Collection[SaeId] = (),  # the SAEs whose codes are handed on, besides their reconstructions
-        sample: TokenSample | None = None,  # of the tokens that count in whole-text figures; None: all of them
         max_tokens: int | None = None,  # padded tokens in a forward pass; None: by free memory, if batch_size is None
     ) -> None:
         self.model, self.saes, self.counts_bos = model, saes, counts_bos
         self.latents_of, self.sample = latents_of, sample
+        self.scales = {site: scale._replace(mean=scale.mean.to(model.device)) for site, scale in scales.items()}
         self.tokenised, self.rows, self.clock = tokenised, rows, clock
         if batch_size is None and max_tokens is None:
             max_tokens = tokens_in_memory(model.device, saes)
@@ -125,13 +127,18 @@ class Producer:
 
     def run(self, blocks: Sequence[Block], put: Callable[[Item], None], on_texts: Callable[[int], None]) -> None:
         """Put every block's rows and then its sums; call `on_texts(n)` after every n texts."""
-        every = (batch for block in blocks for batch in self._batches(block.mentions))
+        limits = {id(block): self.sample.limits_of(block.datasets) for block in blocks}
+        every = ((limits[id(block)], batch) for block in blocks for batch in self._batches(block.mentions))
         with closing(self.cores.in_order(every, self._within_memory, "forward")) as found:
             for block in blocks:
-                sums = {(site, i): self._no_sums(sae) for site, saes in self.saes.items() for i, sae in saes.items()}
+                sums = {
+                    (site, i): self._no_sums(sae, limits[id(block)])
+                    for site, saes in self.saes.items()
+                    for i, sae in saes.items()
+                }
                 left = len(block.mentions)
                 while left:
-                    batch, results = next(found)
+                    (_, batch), results = next(found)
                     for layer_rows, batch_sums in results:
                         for sae_id, new in batch_sums.items():
                             sums[layer_rows.site, sae_id] = sums[layer_rows.site, sae_id].merge(new)
@@ -144,12 +151,13 @@ class Producer:
     def _batches(self, mentions: np.ndarray) -> Iterator[TokenBatch]:
         return batches(self.tokenised, mentions, batch_size=self.batch_size, max_tokens=self.max_tokens)
 
-    def _within_memory(self, batch: TokenBatch) -> BatchResults:
+    def _within_memory(self, limits_and_batch: tuple[tuple[int, ...], TokenBatch]) -> BatchResults:
         """The batch's results; out of memory, the results of its halves, and smaller batches from then on."""
+        limits, batch = limits_and_batch
         n = len(batch.mentions)
         if n <= self.batch_size:  # a batch may be older than what was learnt since
             try:
-                return self._process(batch)
+                return self._process(batch, limits)
             except ERRORS as error:
                 if not is_out_of_memory(error) or n == 1:
                     raise
@@ -157,19 +165,20 @@ class Producer:
                 torch.cuda.empty_cache()
             self.batch_size = min(self.batch_size, (n + 1) // 2)
             log.warning("out of memory: going on with at most %d texts in a forward pass", self.batch_size)
-        return [result for part in self._batches(batch.mentions) for result in self._within_memory(part)]
+        return [result for part in self._batches(batch.mentions) for result in self._within_memory((limits, part))]
 
     @torch.inference_mode()
-    def _process(self, batch: TokenBatch) -> BatchResults:
+    def _process(self, batch: TokenBatch, limits: tuple[int, ...]) -> BatchResults:
         with self.clock.stage("forward"):
             skip = int(batch.has_bos and not any(self.counts_bos.values()))
             activations = self.model.token_rows(batch.ids, batch.lengths, skip)
-        tokens = TokenIndex.build(batch, self.rows, skip, self.sample).to(self.model.device)
+        tokens = TokenIndex.build(batch, self.rows, skip, self.sample, limits).to(self.model.device)
         results = []
         for site, saes in self.saes.items():
             with self.clock.stage("sae"):
                 x = (activations[site] if site in self._also_read else activations.pop(site)).float()
                 probed = x.index_select(0, tokens.probed)
+                facts = TokenFacts.of(x, tokens.number, self.scales.get(site))
                 recons, sums, codes = {}, {}, {}
                 broken: dict[SaeId | None, Tensor] = {None: _first_broken(x.sum(dim=1), tokens.mention)}
                 for sae_id, sae in saes.items():
@@ -177,7 +186,7 @@ class Producer:
                     read = x if place == site else activations[place].float()
                     encoded = tokens.with_bos if self.counts_bos[sae_id] else tokens.without_bos
                     recon, latents, broken[sae_id], sums[sae_id] = self._reconstruct(
-                        sae, read, x, probed, tokens.mention, encoded
+                        sae, read, x, probed, tokens.mention, facts, encoded
                     )
                     recons[sae_id] = tokens.pool(recon)
                     if sae_id in self.latents_of:
@@ -186,7 +195,7 @@ class Producer:
         return results
 
     def _reconstruct(
-        self, sae: Sae, read: Tensor, x: Tensor, probed: Tensor, mention: Tensor, encoded: Encoded
+        self, sae: Sae, read: Tensor, x: Tensor, probed: Tensor, mention: Tensor, facts: TokenFacts, encoded: Encoded
     ) -> tuple[Tensor, SparseRows, Tensor, ReconstructionSums]:
         """x̂ and the codes at the name tokens, where x is `probed`, the first broken mention, and the sums.
 
@@ -194,21 +203,23 @@ class Producer:
         """
         if encoded.rows is not None:
             read, x, mention = (rows.index_select(0, encoded.rows) for rows in (read, x, mention))
+            facts = facts.select(encoded.rows)
         latents = sae.encode(read)
         recon = sae.decode(latents, read)
-        sums = self._no_sums(sae)
-        if encoded.whole is None:
-            broken = _first_broken(sums.add_whole(x, recon, latents), mention)
-        else:
-            broken = _first_broken(recon.sum(dim=1), mention)
-            x, whole = x.index_select(0, encoded.whole), recon.index_select(0, encoded.whole)
-            sums.add_whole(x, whole, latents.select(encoded.whole))
+        sums, errors = self._no_sums(sae, encoded.whole), None
+        for limit, rows in encoded.whole.items():
+            if rows is None:
+                errors = sums.whole[limit].add(x, recon, latents, facts, encoded.n_counted)
+            else:
+                some = (x.index_select(0, rows), recon.index_select(0, rows), latents.select(rows), facts.select(rows))
+                sums.whole[limit].add(*some, encoded.n_counted)
+        broken = _first_broken(recon.sum(dim=1) if errors is None else errors, mention)
         recon, latents = recon.index_select(0, encoded.probed), latents.select(encoded.probed)
-        sums.add_probed(probed, recon, latents)
+        sums.probed.add(probed, recon, latents)
         return recon, latents, broken, sums
 
-    def _no_sums(self, sae: Sae) -> ReconstructionSums:
-        return ReconstructionSums.empty(sae.d_out, sae.d_sae, self.model.device)
+    def _no_sums(self, sae: Sae, limits: Collection[int]) -> ReconstructionSums:
+        return ReconstructionSums.empty(sae.d_out, sae.d_sae, self.model.device, limits)
 
 
 def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from delta_selectivity.records.result_file import Json, RecordFile
 from delta_selectivity.records.sae_level import without_q_values
 from delta_selectivity.records.scores import LayerScores, key_digest, path_of, prune, save
 from delta_selectivity.run.planning import Cell, Files
-from delta_selectivity.run.reconstruction import Reconstruction
+from delta_selectivity.run.reconstruction import SINK, Reconstruction
 from delta_selectivity.system.memory import peak_memory
 from delta_selectivity.system.stopwatch import Stopwatch
 
@@ -56,10 +56,12 @@ def write_to(files: Files, clock: Stopwatch) -> Keep:
 def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
     """What a reader of these numbers must know; each line goes on from the name of the layer."""
     lines = []
-    fvu = found.figures.fvu_pos
-    if not is_baseline and fvu is not None and fvu > 1:
+    figures = found.figures
+    places = (("at the probed positions", figures.fvu_pos), ("over whole texts", figures.fvu_whole))
+    poor = [f"{fvu:.2f} {where}" for where, fvu in places if fvu is not None and fvu > 1]
+    if poor and not is_baseline:
         lines.append(
-            f": FVU {fvu:.2f} at the probed positions: the SAE reconstructs worse than the mean would; "
+            f": FVU {' and '.join(poor)}{_without_outliers(figures)}: the SAE reconstructs worse than the mean would; "
             "does it fit this model, layer and hook point?"
         )
     for name, result in found.records.items():
@@ -71,6 +73,13 @@ def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
         if result["n_people"] < FEW_PEOPLE:
             lines.append(f" {name}: only {result['n_people']} people: the interval is rough")
     return lines
+
+
+def _without_outliers(figures: Reconstruction) -> str:
+    if not figures.outliers or figures.fvu_ordinary is None:
+        return ""
+    share = f"{100 * figures.outliers:.2g} % of the tokens, whose norm is above {SINK:g} times the median"
+    return f" ({figures.fvu_ordinary:.2f} there without {share})"
 
 
 def _warn(file: RecordFile, line: str) -> None:

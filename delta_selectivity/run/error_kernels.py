@@ -15,22 +15,24 @@ Latents = NDArray[np.int64] | NDArray[np.int32]
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
-def compare(x: Floats, recon: Floats) -> tuple[Floats, Doubles, Doubles]:
+def compare(x: Floats, recon: Floats, rows: NDArray[np.int64]) -> tuple[Floats, Doubles, Doubles]:
     """How far rows are from their reconstructions, and from each other.
 
     Args:
-        x, recon: ``[rows, d]``; at least one row.
+        x, recon: ``[all, d]``.
+        rows: those to compare ``[n]``.
 
     Returns:
-        The squared error of each row ``[rows]``, NaN or Inf where one of the two holds that; the mean of x ``[d]``; and
-        ``[2]``: the sum of the squared errors, and that of the squared deviations of x from its mean.
+        The squared error of each row ``[all]``, NaN or Inf where one of the two holds that, 0 if it is not compared;
+        the mean of x ``[d]``; and ``[2]``: the sum of the squared errors, and that of the squared deviations of x from
+        its mean.
     """
-    n, d = x.shape
-    errors, part = np.empty(n, np.float32), np.empty(d, np.float32)
+    n, d = len(rows), x.shape[1]
+    errors, part = np.zeros(len(x), np.float32), np.empty(d, np.float32)
     mean, sums = np.zeros(d, np.float64), np.zeros(2, np.float64)
     for start in range(0, n, BLOCK):
         part[:] = 0
-        for r in range(start, min(start + BLOCK, n)):
+        for r in rows[start : min(start + BLOCK, n)]:
             error = np.float32(0)
             for i in range(d):
                 part[i] += x[r, i]
@@ -41,12 +43,12 @@ def compare(x: Floats, recon: Floats) -> tuple[Floats, Doubles, Doubles]:
             mean[i] += part[i]
     near_mean = np.empty(d, np.float32)
     for i in range(d):
-        near_mean[i] = mean[i] / n
+        near_mean[i] = mean[i] / max(n, 1)
     mean[:] = 0
     deviation = np.float64(0)
     for start in range(0, n, BLOCK):
         part[:] = 0
-        for r in range(start, min(start + BLOCK, n)):
+        for r in rows[start : min(start + BLOCK, n)]:
             squares = np.float32(0)
             for i in range(d):
                 offset = x[r, i] - near_mean[i]
@@ -56,7 +58,7 @@ def compare(x: Floats, recon: Floats) -> tuple[Floats, Doubles, Doubles]:
         for i in range(d):
             mean[i] += part[i]
     for i in range(d):
-        rounding = mean[i] / n
+        rounding = mean[i] / max(n, 1)
         deviation -= n * rounding * rounding
         mean[i] = near_mean[i] + rounding
     sums[1] = max(deviation, 0.0)
@@ -65,7 +67,7 @@ def compare(x: Floats, recon: Floats) -> tuple[Floats, Doubles, Doubles]:
 
 @compiled()
 def merge(
-    n: int, mean: Doubles, sums: Doubles, other_n: int, other_mean: Doubles, other_sums: Doubles
+    n: float, mean: Doubles, sums: Doubles, other_n: float, other_mean: Doubles, other_sums: Doubles
 ) -> tuple[Doubles, Doubles]:
     """Mean ``[d]`` and sums ``[2]``, as of `compare`, of both of two sets of so many rows."""
     new_mean, new_sums = np.empty_like(mean), sums + other_sums
@@ -80,12 +82,22 @@ def merge(
 
 
 @compiled()
-def count_fired(col: Latents, value: Floats, fired: NDArray[np.int64]) -> None:
-    """Add to each latent's count ``[d_sae]`` its entries that are not zero: latents and values ``[nnz]``.
+def note_fired(
+    number: NDArray[np.int64], crow: NDArray[np.int64], col: Latents, value: Floats, fired: NDArray[np.int64]
+) -> None:
+    """Add to each latent's count, and to its sum of the numbers of rows, the rows in which it is not zero.
+
+    Args:
+        number: of each row ``[n]``.
+        crow, col, value: the rows' latents ``[n + 1]``, ``[nnz]``, ``[nnz]``.
+        fired: counts and sums ``[2, d_sae]``.
 
     Raises IndexError for a latent that there is not.
     """
-    for q in range(len(col)):
-        if not 0 <= col[q] < len(fired):
-            raise IndexError("a code names a latent that the SAE does not have")
-        fired[col[q]] += np.int64(value[q] != 0)
+    for r in range(len(number)):
+        for q in range(crow[r], crow[r + 1]):
+            if not 0 <= col[q] < fired.shape[1]:
+                raise IndexError("a code names a latent that the SAE does not have")
+            if value[q] != 0:
+                fired[0, col[q]] += 1
+                fired[1, col[q]] += number[r]

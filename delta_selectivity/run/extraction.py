@@ -29,6 +29,7 @@ from delta_selectivity.run.request import Request
 from delta_selectivity.run.row_store import NonFiniteError, RowStore
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.task_set import in_order_of_text
+from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.system.cores import sharing_cores
 from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.startup import release_collector
@@ -71,7 +72,7 @@ def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
     table = RowTable.build(tokenised, plan.request.settings.positions)
     ids = range(len(plan.subjects))
     cells = [Cell(index, site, i) for index in range(len(plan.texts.datasets)) for i in ids]
-    model, saes = load_weights(plan, cells, {}, tokenised)
+    loaded = load_weights(plan, cells, {}, tokenised)
     release_collector()
     asked, blocks = plan.request.settings, plan_blocks(plan.texts)
     total = sum(len(block.mentions) for block in blocks)
@@ -87,7 +88,11 @@ def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
     widths = dict.fromkeys(views, plan.widths[site])
     with RowStore(widths, len(table), HOST, as_bytes(asked.queue_gb)) as store:
         with sharing_cores(plan.request.device1) as cores:
-            producer = Producer(model, saes, counts_bos, tokenised, table, asked.batch_size, cores, Stopwatch())
+            sample = TokenSample.draw(tokenised, plan.texts, plan.whole_tokens, asked.seed)
+            producer = Producer(
+                loaded.model, loaded.saes, counts_bos, tokenised, table, asked.batch_size, cores, Stopwatch(), sample,
+                loaded.scales,
+            )  # fmt: skip
             producer.run(blocks, lambda item: _keep(item, store, plan), count)
         every = torch.arange(len(table))
         x, *recons = (store.get(*view, every, HOST).numpy() for view in views)

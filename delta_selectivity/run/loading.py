@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -18,6 +19,7 @@ from delta_selectivity.run.baselines import SiteBuilder, bag_of_names
 from delta_selectivity.run.calibration import SiteSample, calibrate
 from delta_selectivity.run.planning import Cell, Files, Plan, by_site
 from delta_selectivity.run.preflight import Preflight, neighbours
+from delta_selectivity.run.reconstruction import SiteScale
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import Sae, SaeSource, SparseRows
 from delta_selectivity.system.cores import sharing_cores
@@ -27,10 +29,16 @@ from delta_selectivity.tasks import TokenisedMentions
 log = logging.getLogger(__name__)
 
 
-def load_weights(
-    plan: Plan, cells: Sequence[Cell], files: Files, tokenised: TokenisedMentions
-) -> tuple[ActivationSource, dict[Site, dict[SaeId, Sae]]]:
-    """The model up to the last layer wanted, and the SAEs and baselines that have something to measure, on device1.
+class Loaded(NamedTuple):
+    """What computes, on device1."""
+
+    model: ActivationSource  # up to the last layer wanted
+    saes: dict[Site, dict[SaeId, Sae]]  # SAEs and baselines that have something to measure
+    scales: dict[Site, SiteScale]  # of the activations; none if some are broken
+
+
+def load_weights(plan: Plan, cells: Sequence[Cell], files: Files, tokenised: TokenisedMentions) -> Loaded:
+    """Load what the cells need.
 
     Raises `RequestError` if an SAE fits something else far better than its site.
     """
@@ -39,7 +47,7 @@ def load_weights(
     for site, ids in wanted.items():
         sources = {source.name: source for i in ids if (source := plan.subjects[i].source) is not None}
         loaded[site] = {name: source.load(site.layer, device) for name, source in sources.items()}
-    model = _load_fitting(plan, loaded, files, tokenised)
+    model, scales = _load_fitting(plan, loaded, files, tokenised)
     saes: dict[Site, dict[SaeId, Sae]] = {}
     with sharing_cores(device):  # sums by one thread: the same baselines whatever the number of cores
         samples = _calibrate(plan, model)
@@ -54,7 +62,7 @@ def load_weights(
                     saes[site][i] = own
                 elif subject.reconstructs:
                     saes[site][i] = builder.build(subject.baseline, own)
-    return _apart(model, "run"), saes
+    return Loaded(_apart(model, "run"), saes, scales)
 
 
 def codes_of_names(plan: Plan, tokenised: TokenisedMentions) -> dict[SaeId, SparseRows]:
@@ -83,8 +91,10 @@ def model_fitter(request: Request) -> FitModel:
 
 def _load_fitting(
     plan: Plan, loaded: Mapping[Site, Mapping[str, Sae]], files: Files, tokenised: TokenisedMentions
-) -> ActivationSource:
-    """The model, after a look at whether the SAEs fit it. What is to be known of them goes into their files.
+) -> tuple[ActivationSource, dict[Site, SiteScale]]:
+    """The model, after a look at whether the SAEs fit it, and the norm limits of its sites.
+
+    What is to be known of the SAEs goes into their files.
 
     Raises `RequestError` if one fits something else far better, unless that is to be measured by force.
     """
@@ -99,7 +109,7 @@ def _load_fitting(
         if not (isinstance(error, ArithmeticError) or is_out_of_memory(error)):
             raise
         log.info("no look at how the SAEs fit: %s", error)  # the run itself will say in which text, or make do
-        return load(needed)
+        return load(needed), {}
     except RequestError:  # some model does not have what the neighbours' names say
         model = load(needed)
         check = Preflight.sample(model, plan.info, tokenised, seed)
@@ -124,7 +134,7 @@ def _load_fitting(
             log.warning("%s", problem)
             for file in (file for (i, _), file in files.items() if i == sae_id and problem not in file.warnings):
                 file.warnings.append(problem)
-    return model.only(needed)
+    return model.only(needed), check.scales()
 
 
 def _of_another_model(plan: Plan, source: SaeSource | None) -> str | None:

@@ -43,7 +43,7 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
     with clock.stage("tokenise"):
         tokenised = plan.tokenise(plan.texts.mentions)
     with clock.stage("load"):
-        model, saes = load_weights(plan, cells, files, tokenised)
+        loaded = load_weights(plan, cells, files, tokenised)
     release_collector()
     rows = RowTable.build(tokenised, asked.positions)
     datasets = {cell.dataset for cell in cells}
@@ -53,13 +53,23 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
     latents_of = {i for i, subject in enumerate(plan.subjects) if subject.has_latents and "latents" in asked.views}
     names, codes = [subject.name for subject in plan.subjects], codes_of_names(plan, tokenised)
     device2 = torch.device(request.device2)
-    work = Work(plan.texts, rows, plan.widths, cells, names, codes, latents_of, asked, device2, fit_model)
+    sample = TokenSample.draw(tokenised, plan.texts, plan.whole_tokens, asked.seed)
+    work = Work(plan.texts, rows, plan.widths, cells, names, codes, latents_of, asked, device2, fit_model, sample)
     n_texts = sum(len(block.mentions) for block in blocks)
     counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
     with ProgressBars(n_texts, work.n_probes, queue, not progress) as bars, sharing_cores(request.device1) as cores:
-        sample = TokenSample.draw(tokenised, plan.texts, asked.whole_tokens, asked.seed)
         producer = Producer(
-            model, saes, counts_bos, tokenised, rows, asked.batch_size, cores, clock, latents_of, sample
+            loaded.model,
+            loaded.saes,
+            counts_bos,
+            tokenised,
+            rows,
+            asked.batch_size,
+            cores,
+            clock,
+            sample,
+            loaded.scales,
+            latents_of,
         )
         own = probing_cores(cores, request.device1, request.device2)
         prober = Prober(work, blocks, queue_bytes, own, clock, write_to(files, clock), bars.probes, stop)

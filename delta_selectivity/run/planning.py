@@ -1,6 +1,6 @@
 """Check a request and plan it: open data, model and SAEs without loading anything heavy, and open the result files.
 
-plan = make_plan(request)
+plan = go_on(make_plan(request))
 files = open_files(plan, held)
 missing_cells(plan, files)
 """
@@ -8,9 +8,9 @@ missing_cells(plan, files)
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,6 +98,7 @@ class Plan:
     calibration: list[Mention]  # texts that baselines are fitted to; none if none is
     setup: SetupCache
     dtype: str  # of the model's activations
+    whole_tokens: int | None  # of each dataset, for whole-text figures; None: all
 
     @property
     def saes(self) -> list[Subject]:
@@ -139,8 +140,40 @@ def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | 
     calibration: list[Mention] = []
     if any(subject.baseline is not None and subject.baseline.kind in CALIBRATED for subject in subjects):
         calibration = draw_mentions(load_all_mentions(request.tasks), asked.seed)
-    dtype = _choose_dtype(request, info, subjects, texts)
-    return Plan(request, texts, info, subjects, widths, prepend_bos, calibration, setup, dtype)
+    dtype = info.choose_dtype(asked.dtype, request.device1)
+    return Plan(request, texts, info, subjects, widths, prepend_bos, calibration, setup, dtype, asked.whole_tokens)
+
+
+def go_on(plan: Plan) -> Plan:
+    """The plan with the choices that the results which are there already were made with.
+
+    What `auto` means differs from one machine to the next, and what was measured exactly need not be sampled: a folder
+    holds numbers of one kind.
+    """
+    asked = plan.request.settings
+    found = (read_key(path) for path in (() if asked.overwrite else _paths(plan)))
+    keys = [key for key in found if key is not None and key["model"] == plan.info.fingerprint()]
+    dtypes, samples = {key["dtype"] for key in keys}, {key.get("whole_tokens") for key in keys}
+    if asked.dtype == "auto" and len(dtypes) == 1 and dtypes != {plan.dtype}:
+        (dtype,) = dtypes
+        log.log(NOTE, "the model computes in %s, as for the results that are there; `auto` is %s", dtype, plan.dtype)
+        plan = replace(plan, dtype=dtype)
+    if len(samples) == 1 and asked.whole_tokens is not None:
+        (whole_tokens,) = samples
+        if whole_tokens is None or whole_tokens > asked.whole_tokens:
+            told = "all" if whole_tokens is None else whole_tokens
+            log.info("`whole_tokens` is %s, as for the results that are there", told)
+            plan = replace(plan, whole_tokens=whole_tokens)
+    return plan
+
+
+def _paths(plan: Plan) -> Iterator[Path]:
+    """The result files of a plan, whether or not they are there."""
+    out = plan.request.output
+    usual = [subject.folder for subject in plan.subjects]
+    for folder in dict.fromkeys([*usual, out, *(out / subject.label for subject in plan.saes)]):
+        for dataset in plan.texts.datasets:
+            yield result_path(folder, plan.request.model, dataset.slug)
 
 
 def open_sources(request: Request) -> list[SaeSource]:
@@ -229,26 +262,6 @@ def _plan_subjects(
     return tuple(subjects)
 
 
-def _choose_dtype(request: Request, info: ModelInfo, subjects: Sequence[Subject], texts: ProbeTexts) -> str:
-    """What was asked for; `auto` goes on in what the results that are there already were made in.
-
-    Another machine may choose otherwise, and a folder holds numbers of one dtype.
-    """
-    asked = request.settings
-    chosen = info.choose_dtype(asked.dtype, request.device1)
-    if asked.dtype != "auto" or asked.overwrite or info.saved_dtype != "bfloat16":
-        return chosen
-    folders = dict.fromkeys([*(subject.folder for subject in subjects), request.output])
-    paths = [result_path(folder, request.model, dataset.slug) for folder in folders for dataset in texts.datasets]
-    keys = [key for path in paths if (key := read_key(path)) is not None and key["model"] == info.fingerprint()]
-    before = {key["dtype"] for key in keys}
-    if len(before) != 1 or before == {chosen}:
-        return chosen
-    (kept,) = before
-    log.log(NOTE, "the model computes in %s, as in the results in %s; here `auto` is %s", kept, request.output, chosen)
-    return str(kept)
-
-
 def _refuse_reserved_names(texts: ProbeTexts) -> None:
     """A probe's name is a key of the layer's record, beside the reconstruction figures."""
     reserved = {field.name for field in fields(Reconstruction)}
@@ -286,8 +299,8 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
         "dtype": plan.dtype,
         **{field.name: getattr(request.settings, field.name) for field, _, rule in setting_fields() if rule.in_key},
     }
-    if request.settings.whole_tokens is not None:  # absent from the files of before, which are of all tokens
-        shared["whole_tokens"] = request.settings.whole_tokens
+    if plan.whole_tokens is not None:  # absent from files of before, which are of all tokens
+        shared["whole_tokens"] = plan.whole_tokens
     hashes = {subject.name: subject.source.fingerprint() for subject in plan.saes if subject.source is not None}
     config = request.described()
     files: dict[tuple[SaeId, int], RecordFile] = {}

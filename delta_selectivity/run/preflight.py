@@ -26,6 +26,7 @@ from torch import Tensor
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ActivationSource, ModelInfo, Site
 from delta_selectivity.run.calibration import SiteSample, calibrate
+from delta_selectivity.run.reconstruction import SiteScale
 from delta_selectivity.run.token_sample import seed_key
 from delta_selectivity.saes import InputNorm, LinearCoder, Sae
 from delta_selectivity.tasks import TokenisedMentions
@@ -165,6 +166,11 @@ class Preflight:
             return cls(samples, {})
         other = few.with_other_bos(info.bos_token_id, info.max_length)
         return cls(samples, calibrate(model, other, "last", seed, N_TOKENS))
+
+    def scales(self) -> dict[Site, SiteScale]:
+        """Where the activations of each site lie."""
+        rows = {site: sample.counted(False) for site, sample in self.samples.items()}
+        return {site: SiteScale.of(x) for site, x in rows.items() if len(x)}
 
     def examine(self, sae: Sae, site: Site, counts_bos: bool) -> Fit:
         """Try an SAE at its site and at the others, as it is and otherwise; counts_bos: whether BOS is to count."""

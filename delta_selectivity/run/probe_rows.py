@@ -143,6 +143,7 @@ def _result(rows: Rows, records: Json, x: Tensor, name: str) -> CellResult:
 class _NoLatents:
     """The codes of rows of which only the reconstruction is known."""
 
+    crow: Tensor
     col: Tensor
     value: Tensor
 
@@ -150,7 +151,8 @@ class _NoLatents:
 def _figures(x: Tensor, recon: Tensor) -> Reconstruction:
     """Of all rows of the file, whichever probes they are part of; nothing is known of codes and whole texts."""
     sums = ReconstructionSums.empty(x.shape[1], 0, "cpu")
-    sums.add_probed(x, recon, _NoLatents(torch.empty(0, dtype=torch.int64), torch.empty(0)))
+    none = torch.empty(0, dtype=torch.int64)
+    sums.probed.add(x, recon, _NoLatents(torch.zeros(len(x) + 1, dtype=torch.int64), none, torch.empty(0)))
     return replace(sums.figures(), l0=None, l1=None)
 
 

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import takewhile
 
 import torch
@@ -28,6 +29,7 @@ from delta_selectivity.run.reconstruction import Reconstruction, ReconstructionS
 from delta_selectivity.run.row_store import NOT_FINITE, NonFiniteError, RowStore
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.task_set import TaskSet, task_sets
+from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SparseRows
 from delta_selectivity.settings import Settings
 from delta_selectivity.system.cores import Cores
@@ -53,6 +55,7 @@ class Work:
     settings: Settings
     device: torch.device  # of the probes
     fit_model: FitModel  # fits the model's own view, or has its fit from an earlier run
+    sample: TokenSample  # of the tokens that count in whole-text figures
 
     @property
     def datasets(self) -> dict[int, dict[Site, list[SaeId]]]:
@@ -171,11 +174,9 @@ class Prober:
     def _figures(self, index: int, site: Site, subject: SaeId) -> Reconstruction:
         if subject in self.work.codes:
             return ReconstructionSums.empty(d=0, d_sae=0, device="cpu").figures()  # of no rows
-        parts = [item.sums[site, subject] for item in self._done if index in item.block.datasets]
-        total: ReconstructionSums = parts[0]
-        for part in parts[1:]:
-            total = total.merge(part)
-        return total.figures()
+        limit = self.work.sample.limits[index]
+        parts = (item.sums[site, subject].only(limit) for item in self._done if index in item.block.datasets)
+        return reduce(ReconstructionSums.merge, parts).figures(limit)
 
 
 def where_broken(error: NonFiniteError, texts: ProbeTexts, names: Sequence[str]) -> str:

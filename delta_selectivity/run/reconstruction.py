@@ -1,25 +1,38 @@
 """Streaming reconstruction figures: MSE, FVU, cosine, L0, L1, dead latents.
 
-    sums = ReconstructionSums.empty(d, d_sae, device)      # d: width of the activations
-    sums.add_whole(x, recon, latents)        # every real token of the texts, batch by batch
-    sums.add_probed(x, recon, latents)       # the probed positions
-    sums.figures().fvu_whole
+    sums = ReconstructionSums.empty(d, d_sae, device)              # d: width of the activations
+    sums.probed.add(x, recon, latents)                             # the probed positions
+    sums.whole[limit].add(x, recon, latents, tokens, n_counted)    # tokens of whole texts, batch by batch
+    sums.figures(limit).fvu_whole
 
 Nothing that adds waits for the device. `docs/numbers.md` defines every figure.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SINK = 10.0
+"""Times the median norm, beyond which a token is an outlier: an attention sink, mostly. Sinks have 50 and more."""
+ALL = 2**64
+"""The limit of a token sample that takes every token (see `token_sample`)."""
+
 
 class Latents(Protocol):
     """What is needed of sparse codes; ``saes.SparseRows`` has it."""
+
+    @property
+    def crow(self) -> Tensor:
+        """Where the latents of each row begin, and the end of the last ``[rows + 1]``."""
+        ...
 
     @property
     def col(self) -> Tensor:
@@ -32,6 +45,47 @@ class Latents(Protocol):
         ...
 
 
+class SiteScale(NamedTuple):
+    """Where the activations of a site lie, by a few hundred tokens."""
+
+    mean: Tensor
+    """float32 ``[d]``."""
+    norm_limit: float
+    """`SINK` times the median of their Euclidean norms."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> SiteScale:
+        """Of x ``[tokens, d]``."""
+        return cls(x.mean(dim=0), SINK * float(torch.linalg.vector_norm(x, dim=1).median()))
+
+
+class TokenFacts(NamedTuple):
+    """What is known of tokens before an SAE is, on the device of their activations."""
+
+    number: Tensor
+    """Tells the token from all others. int64 ``[tokens]``."""
+    distance: Tensor
+    """Squared distance of x from about the mean. float32 ``[tokens]``."""
+    outlying: Tensor | None = None
+    """Whether the norm of x is beyond the limit. bool ``[tokens]``; None: of no token."""
+
+    @classmethod
+    def of(cls, x: Tensor, number: Tensor, scale: SiteScale | None) -> TokenFacts:
+        """Of x ``[tokens, d]``. Without a scale about their own mean, and none is an outlier. No GPU is waited for."""
+        centre = x.mean(dim=0) if scale is None else scale.mean
+        distance = torch.linalg.vector_norm(x - centre, dim=1).square()
+        if scale is None:
+            return cls(number, distance)
+        outlying = torch.linalg.vector_norm(x, dim=1) > scale.norm_limit
+        none = x.device.type == "cpu" and not bool(outlying.any())
+        return cls(number, distance, None if none else outlying)
+
+    def select(self, rows: Tensor) -> TokenFacts:
+        """Those of some of the tokens, int64 ``[n]``."""
+        outlying = None if self.outlying is None else self.outlying.index_select(0, rows)
+        return TokenFacts(self.number.index_select(0, rows), self.distance.index_select(0, rows), outlying)
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """The figures of one SAE on one set of texts. None: no rows, or no variance to divide by."""
@@ -39,11 +93,19 @@ class Reconstruction:
     mse_pos: float | None
     """Mean over probed rows and coordinates of the squared error."""
     mse_whole: float | None
-    """The same over every token of the texts."""
+    """The same over the tokens of whole texts."""
+    mse_whole_se: float | None
+    """Its standard error as an estimate for all tokens of the texts; 0 where all were taken."""
     fvu_pos: float | None
     """Squared error over squared deviation from the mean of all probed rows."""
     fvu_whole: float | None
-    """The same over every token of the texts."""
+    """The same over the tokens of whole texts."""
+    fvu_whole_se: float | None
+    """Its standard error, as of ``mse_whole``."""
+    fvu_ordinary: float | None
+    """``fvu_whole`` without the tokens whose norm is above 10 times the median."""
+    outliers: float | None
+    """Share of those tokens."""
     cosine: float | None
     """Mean cosine of x and its reconstruction at probed positions."""
     l0: float | None
@@ -51,87 +113,173 @@ class Reconstruction:
     l1: float | None
     """Mean sum of absolute latents at probed positions."""
     dead: float | None
-    """Share of latents that fired on no token of the texts."""
+    """Share of latents that fired on none of the ``n_tokens``."""
+    dead_se: float | None
+    """Its standard error from one sample of so many tokens to the next; 0 where all were taken."""
     n_probed: int
     n_tokens: int
+    """Tokens that the whole-text figures are of."""
+    n_tokens_all: int
+    """Tokens that they were drawn from."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class ReconstructionSums:
     """Numerators and denominators of `Reconstruction`, on one device, in float64."""
 
-    whole: _ErrorSums
-    probed: _ErrorSums
-    others: Tensor
-    """Of probed rows the cosines, the latents that are not zero, and the absolute latents, summed. float64 ``[3]``."""
-    fired: Tensor
-    """Tokens on which each latent fired. int64 ``[d_sae]``."""
+    probed: ProbedSums
+    whole: Mapping[int, WholeSums]
+    """By the limit of the token sample that they are of."""
 
     @classmethod
-    def empty(cls, d: int, d_sae: int, device: torch.device | str) -> ReconstructionSums:
+    def empty(
+        cls, d: int, d_sae: int, device: torch.device | str, limits: Collection[int] = (ALL,)
+    ) -> ReconstructionSums:
         """No rows; d: width of the activations."""
-        fired, others = torch.zeros(d_sae, dtype=torch.int64, device=device), _zeros(3, device)
-        return cls(_ErrorSums.empty(d, device), _ErrorSums.empty(d, device), others, fired)
+        return cls(ProbedSums.empty(d, device), {limit: WholeSums.empty(d, d_sae, device) for limit in limits})
 
-    def add_whole(self, x: Tensor, recon: Tensor, latents: Latents) -> Tensor:
-        """Every real token of some texts: x and recon ``[tokens, d]``, and the tokens' latents.
+    def merge(self, other: ReconstructionSums) -> ReconstructionSums:
+        """The sums over both sets of rows, on this one's device. Both are of the same limits."""
+        whole = {limit: sums.merge(other.whole[limit]) for limit, sums in self.whole.items()}
+        return ReconstructionSums(self.probed.merge(other.probed), whole)
 
-        Returns the squared error of each token, float32 ``[tokens]``: not finite where one of the two is not.
-        """
-        new, errors = _ErrorSums.of(x, recon)
-        self.whole = self.whole.merge(new)
-        _count_fired(latents, self.fired)
-        return errors
+    def only(self, limit: int) -> ReconstructionSums:
+        """The same without the other limits."""
+        return ReconstructionSums(self.probed, {limit: self.whole[limit]})
 
-    def add_probed(self, x: Tensor, recon: Tensor, latents: Latents) -> None:
-        """Probed positions: x and recon ``[rows, d]``, and their latents."""
+    def to(self, device: torch.device | str) -> ReconstructionSums:
+        """The same sums on another device."""
+        return ReconstructionSums(
+            self.probed.to(device), {limit: sums.to(device) for limit, sums in self.whole.items()}
+        )
+
+    def figures(self, limit: int = ALL) -> Reconstruction:
+        """Divide. This waits for the device."""
+        probed, whole = self.probed.to("cpu"), self.whole[limit].to("cpu")
+        errors = whole.ordinary.merge(whole.outliers)
+        n_probed, n_tokens = int(probed.errors.n), int(errors.n)
+        mse, fvu = errors.mse(), errors.fvu()
+        mse_se, fvu_se, dead_se = _standard_errors(whole, errors, mse, fvu)
+        cosine, l0, l1 = probed.others.tolist()
+        return Reconstruction(
+            mse_pos=probed.errors.mse(),
+            mse_whole=mse,
+            mse_whole_se=mse_se,
+            fvu_pos=probed.errors.fvu(),
+            fvu_whole=fvu,
+            fvu_whole_se=fvu_se,
+            fvu_ordinary=whole.ordinary.fvu(),
+            outliers=_ratio(float(whole.outliers.n), n_tokens),
+            cosine=_ratio(cosine, n_probed),
+            l0=_ratio(l0, n_probed),
+            l1=_ratio(l1, n_probed),
+            dead=float((whole.fired[0] == 0).double().mean()) if n_tokens else None,
+            dead_se=dead_se,
+            n_probed=n_probed,
+            n_tokens=n_tokens,
+            n_tokens_all=whole.n_all,
+        )
+
+
+@dataclass
+class ProbedSums:
+    """Sums over the probed positions."""
+
+    errors: _ErrorSums
+    others: Tensor
+    """The cosines, the latents that are not zero, and the absolute latents, summed. float64 ``[3]``."""
+
+    @classmethod
+    def empty(cls, d: int, device: torch.device | str) -> ProbedSums:
+        """No rows."""
+        return cls(_ErrorSums.empty(d, device), _zeros(3, device=device))
+
+    def add(self, x: Tensor, recon: Tensor, latents: Latents) -> None:
+        """x and recon ``[rows, d]``, and their latents."""
         new, _ = _ErrorSums.of(x, recon)
-        self.probed = self.probed.merge(new)
+        self.errors = self.errors.merge(new)
         cosine = F.cosine_similarity(x.float(), recon.float(), dim=1).sum(dtype=torch.float64)
         l1 = torch.linalg.vector_norm(latents.value, ord=1, dtype=torch.float64)
         self.others = self.others + torch.stack([cosine, latents.value.count_nonzero().double(), l1])
 
-    def merge(self, other: ReconstructionSums) -> ReconstructionSums:
-        """The sums over both sets of rows, on this one's device."""
+    def merge(self, other: ProbedSums) -> ProbedSums:
+        """Both sets of rows, on this one's device."""
+        other = other.to(self.others.device)
+        return ProbedSums(self.errors.merge(other.errors), self.others + other.others)
+
+    def to(self, device: torch.device | str) -> ProbedSums:
+        """The same sums on another device."""
+        return ProbedSums(self.errors.to(device), self.others.to(device))
+
+
+@dataclass
+class WholeSums:
+    """Sums over tokens of whole texts."""
+
+    ordinary: _ErrorSums
+    outliers: _ErrorSums
+    """Tokens beyond the norm limit."""
+    products: Tensor
+    """Of tokens' squared errors e and distances s: the sums of s, ee, es and ss. float64 ``[4]``."""
+    fired: Tensor
+    """For each latent the tokens on which it fired: how many, and the sum of their numbers. int64 ``[2, d_sae]``.
+
+    Of a latent that fired once the sum is that token's number.
+    """
+    n_all: int
+    """Tokens that these were drawn from."""
+
+    @classmethod
+    def empty(cls, d: int, d_sae: int, device: torch.device | str) -> WholeSums:
+        """No tokens."""
+        errors, none = _ErrorSums.empty(d, device), torch.zeros(2, d_sae, dtype=torch.int64, device=device)
+        return cls(errors, errors, _zeros(4, device=device), none, 0)
+
+    def add(self, x: Tensor, recon: Tensor, latents: Latents, tokens: TokenFacts, n_counted: int) -> Tensor:
+        """Add x and recon ``[tokens, d]`` with their latents, drawn from ``n_counted`` tokens.
+
+        Returns the squared error of each token, float32 ``[tokens]``: not finite where one of the two is not.
+        """
+        if tokens.outlying is None:
+            new, errors = _ErrorSums.of(x, recon)
+        else:
+            new, errors = _ErrorSums.of(x, recon, ~tokens.outlying)
+            far, far_errors = _ErrorSums.of(x, recon, tokens.outlying)
+            self.outliers, errors = self.outliers.merge(far), errors + far_errors
+        self.ordinary = self.ordinary.merge(new)
+        e, s = errors.double(), tokens.distance.double()
+        self.products = self.products + torch.stack([s.sum(), e @ e, e @ s, s @ s])
+        _note_fired(tokens.number, latents, self.fired)
+        self.n_all += n_counted
+        return errors
+
+    def merge(self, other: WholeSums) -> WholeSums:
+        """Both sets of tokens, on this one's device."""
         other = other.to(self.fired.device)
-        return ReconstructionSums(
-            whole=self.whole.merge(other.whole),
-            probed=self.probed.merge(other.probed),
-            others=self.others + other.others,
-            fired=self.fired + other.fired,
+        return WholeSums(
+            self.ordinary.merge(other.ordinary),
+            self.outliers.merge(other.outliers),
+            self.products + other.products,
+            self.fired + other.fired,
+            self.n_all + other.n_all,
         )
 
-    def to(self, device: torch.device | str) -> ReconstructionSums:
+    def to(self, device: torch.device | str) -> WholeSums:
         """The same sums on another device; these if it is theirs."""
         if self.fired.device == torch.device(device):
             return self
-        others, fired = self.others.to(device), self.fired.to(device)
-        return ReconstructionSums(self.whole.to(device), self.probed.to(device), others, fired)
-
-    def figures(self) -> Reconstruction:
-        """Divide. This waits for the device."""
-        n_probed, n_tokens = self.probed.n, self.whole.n
-        n_dead = int((self.fired == 0).sum())
-        cosine, l0, l1 = self.others.tolist()
-        return Reconstruction(
-            mse_pos=self.probed.mse(),
-            mse_whole=self.whole.mse(),
-            fvu_pos=self.probed.fvu(),
-            fvu_whole=self.whole.fvu(),
-            cosine=_ratio(cosine, n_probed),
-            l0=_ratio(l0, n_probed),
-            l1=_ratio(l1, n_probed),
-            dead=n_dead / self.fired.numel() if n_tokens else None,
-            n_probed=n_probed,
-            n_tokens=n_tokens,
-        )
+        return WholeSums(
+            self.ordinary.to(device), self.outliers.to(device), self.products.to(device), self.fired.to(device),
+            self.n_all,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _ErrorSums:
     """Squared error and squared deviation of n rows; sets of rows merge as in Chan, Golub & LeVeque (1983)."""
 
-    n: int
+    n: Tensor
+    """float64 ``[]``."""
     mean: Tensor
     """Of x. float64 ``[d]``."""
     sums: Tensor
@@ -140,12 +288,14 @@ class _ErrorSums:
     @classmethod
     def empty(cls, d: int, device: torch.device | str) -> _ErrorSums:
         """No rows."""
-        zeros = _zeros(2, device)
-        return cls(0, zeros[0].expand(d), zeros)
+        zeros = _zeros(2, device=device)
+        return cls(zeros[0], zeros[0].expand(d), zeros)
 
     @classmethod
-    def of(cls, x: Tensor, recon: Tensor) -> tuple[_ErrorSums, Tensor]:
-        """x and recon ``[rows, d]``; also each row's squared error, float32 ``[rows]``.
+    def of(cls, x: Tensor, recon: Tensor, chosen: Tensor | None = None) -> tuple[_ErrorSums, Tensor]:
+        """x and recon ``[rows, d]``, or the chosen rows of them (bool ``[rows]``).
+
+        Also the squared error of each row, float32 ``[rows]``: 0 for one that was not chosen.
 
         Residual streams have dimensions whose mean is 1e3 times their spread, so deviations are taken from the
         float32 mean, which is near enough for the differences to be exact, and corrected for its rounding.
@@ -153,76 +303,115 @@ class _ErrorSums:
         x, recon = x.float(), recon.float()
         if len(x) == 0:
             return cls.empty(x.shape[1], x.device), x.new_empty(0)
-        errors, mean, sums = _compare_on_cpu(x, recon) if x.device.type == "cpu" else _compare(x, recon)
-        return cls(len(x), mean, sums), errors
+        compare = _compare_on_cpu if x.device.type == "cpu" else _compare
+        n, errors, mean, sums = compare(x, recon, chosen)
+        return cls(n, mean, sums), errors
 
     def merge(self, other: _ErrorSums) -> _ErrorSums:
         """Both sets of rows."""
-        if 0 in (self.n, other.n):
-            return self if other.n == 0 else other
         merge = _merge_on_cpu if self.mean.device.type == "cpu" else _merge
         return _ErrorSums(self.n + other.n, *merge(self, other))
 
     def to(self, device: torch.device | str) -> _ErrorSums:
         """The same sums on another device."""
-        return _ErrorSums(self.n, self.mean.to(device), self.sums.to(device))
+        return _ErrorSums(self.n.to(device), self.mean.to(device), self.sums.to(device))
 
     def mse(self) -> float | None:
         """Mean over rows and coordinates."""
-        return _ratio(self.sums[0].item(), self.n * self.mean.numel())
+        return _ratio(self.sums[0].item(), self.n.item() * self.mean.numel())
 
     def fvu(self) -> float | None:
         """Fraction of variance unexplained."""
         return _ratio(*self.sums.tolist())
 
 
-def _compare(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `error_kernels.compare`. Float32 along each row, float64 over the rows: no float64 copy of the matrix."""
-    near_mean = x.mean(dim=0)
-    offsets = x - near_mean
-    rounding = offsets.mean(dim=0).double()
+def _compare(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Tensor, ...]:
+    """As `_compare_on_cpu`. Float32 along each row, float64 over the rows: no float64 copy of the matrix."""
+    weight = x.new_ones(len(x)) if chosen is None else chosen.to(x.dtype)
+    n = weight.sum(dtype=torch.float64)
+    divisor = n.clamp(min=1)
+    near_mean = (x * weight[:, None]).sum(dim=0) / divisor.float()
+    offsets = (x - near_mean) * weight[:, None]
+    rounding = offsets.sum(dim=0).double() / divisor
     squares = torch.linalg.vector_norm(offsets, dim=1).double().square()
-    deviation = squares.sum() - len(x) * rounding.square().sum()
-    errors = torch.linalg.vector_norm(x - recon, dim=1).square()
+    deviation = squares.sum() - n * rounding.square().sum()
+    errors = torch.linalg.vector_norm(x - recon, dim=1).square() * weight
     sums = torch.stack([errors.sum(dtype=torch.float64), deviation.clamp(min=0)])
-    return errors, near_mean.double() + rounding, sums
+    return n, errors, near_mean.double() + rounding, sums
 
 
-def _compare_on_cpu(x: Tensor, recon: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _compare_on_cpu(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Tensor, ...]:
+    """Number of rows, and what `error_kernels.compare` gives of them."""
     from delta_selectivity.run.error_kernels import compare  # here: Numba takes a while to load
 
-    errors, mean, sums = map(torch.from_numpy, compare(x.contiguous().numpy(), recon.contiguous().numpy()))
-    return errors, mean, sums
+    rows = np.arange(len(x)) if chosen is None else chosen.numpy().nonzero()[0]
+    found = compare(x.contiguous().numpy(), recon.contiguous().numpy(), rows)
+    return (torch.tensor(float(len(rows)), dtype=torch.float64), *map(torch.from_numpy, found))
 
 
 def _merge(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]:
     """As `error_kernels.merge`."""
-    apart, share = theirs.mean - ours.mean, theirs.n / (ours.n + theirs.n)
-    sums = ours.sums + theirs.sums
-    sums[1] += apart.square().sum() * (ours.n * share)
-    return ours.mean + apart * share, sums
+    apart, share = theirs.mean - ours.mean, theirs.n / (ours.n + theirs.n).clamp(min=1)
+    between = apart.square().sum() * (ours.n * share)
+    return ours.mean + apart * share, ours.sums + theirs.sums + torch.stack([torch.zeros_like(between), between])
 
 
 def _merge_on_cpu(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]:
+    if not theirs.n or not ours.n:
+        return (theirs.mean, theirs.sums) if theirs.n else (ours.mean, ours.sums)
     from delta_selectivity.run.error_kernels import merge
 
-    both = [(part.n, part.mean.numpy(), part.sums.numpy()) for part in (ours, theirs)]
+    both = [(part.n.item(), part.mean.numpy(), part.sums.numpy()) for part in (ours, theirs)]
     mean, sums = map(torch.from_numpy, merge(*both[0], *both[1]))
     return mean, sums
 
 
-def _count_fired(latents: Latents, fired: Tensor) -> None:
-    """Add to each latent's count its entries that are not zero."""
+def _note_fired(number: Tensor, latents: Latents, fired: Tensor) -> None:
+    """Add tokens to those on which latents fired."""
     if fired.device.type == "cpu":
-        from delta_selectivity.run.error_kernels import count_fired
+        from delta_selectivity.run.error_kernels import note_fired
 
-        count_fired(latents.col.contiguous().numpy(), latents.value.contiguous().numpy(), fired.numpy())
-    else:
-        fired.index_add_(0, latents.col, (latents.value != 0).to(fired.dtype))
+        given = (number, latents.crow, latents.col, latents.value)
+        note_fired(*(part.contiguous().numpy() for part in given), fired.numpy())
+        return
+    of_entry = number.repeat_interleave(latents.crow.diff(), output_size=len(latents.col))
+    fires = (latents.value != 0).long()
+    fired.index_add_(1, latents.col, torch.stack([fires, fires * of_entry]))
 
 
-def _zeros(n: int, device: torch.device | str) -> Tensor:
-    return torch.zeros(n, dtype=torch.float64, device=device)
+def _standard_errors(
+    whole: WholeSums, errors: _ErrorSums, mse: float | None, fvu: float | None
+) -> tuple[float | None, float | None, float | None]:
+    """Of mse, fvu and the share of dead latents, as estimates of what all tokens would give.
+
+    Ratios by linearisation, the tokens being drawn one by one, with the share that was taken as the finite-population
+    correction (Cochran 1977, 2.11 and 6.4). Dead latents by the jackknife: those that fired on one token alone are dead
+    without it. It is too large rather than too small (Efron & Stein 1981).
+    """
+    n, taken = float(errors.n), 1.0 if not whole.n_all else float(errors.n) / whole.n_all
+    if n < 2:
+        return None, None, None
+    left = 1 - taken
+    distances, ee, es, ss = whole.products.tolist()
+
+    def of_ratio(ratio: float | None, squares: float, denominator: float) -> float | None:
+        """squares: of the residuals, numerator minus ratio times denominator, added up over tokens."""
+        return None if ratio is None else math.sqrt(left * n / (n - 1) * max(squares, 0.0)) / denominator
+
+    width = errors.mean.numel()
+    variance = float(errors.sums[1])
+    scale = variance / distances if distances else 0.0  # distances are from about the mean
+    mse_se = of_ratio(mse, ee - n * ((mse or 0) * width) ** 2, n * width)
+    slope = (fvu or 0) * scale
+    fvu_se = of_ratio(fvu, ee - 2 * slope * es + slope**2 * ss, variance)
+    once = whole.fired[1][whole.fired[0] == 1].numpy()
+    by_token = np.unique_counts(once).counts
+    dead_se = math.sqrt(left * max(np.square(by_token).sum() - len(once) ** 2 / n, 0.0)) / max(whole.fired.shape[1], 1)
+    return mse_se, fvu_se, dead_se
+
+
+def _zeros(*shape: int, device: torch.device | str) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=device)
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

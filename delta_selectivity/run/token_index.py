@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from delta_selectivity.run.reconstruction import ALL
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SparseRows
 from delta_selectivity.tasks import TokenBatch
+
+MOST_TOKENS = 2**32
+"""No text has more."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,8 @@ class Encoded:
 
     rows: Tensor | None  # int64 [encoded], among the real tokens; None: all of them
     probed: Tensor  # int64 [probed]: the name tokens among the encoded ones
-    whole: Tensor | None  # int64: those of the encoded ones that count in the whole-text figures; None: all of them
+    whole: Mapping[int, Tensor | None]  # limit of a sample -> int64: its tokens among them; None: all of them
+    n_counted: int  # tokens that the samples are drawn from
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class TokenIndex:
     """Places of a batch's tokens. Made on the CPU, so that nothing waits for the device."""
 
     mention: Tensor  # int64 [real]: whose token it is
+    number: Tensor  # int64 [real]: of the token, among those of all texts
     probed: Tensor  # int64 [probed]: the name tokens among the real ones
     with_bos: Encoded  # for SAEs in whose figures BOS counts
     without_bos: Encoded  # for the others
@@ -35,8 +44,10 @@ class TokenIndex:
     row_ids: Tensor  # int64 [rows], stays on the CPU
 
     @classmethod
-    def build(cls, batch: TokenBatch, rows: RowTable, skip: int, sample: TokenSample | None) -> TokenIndex:
-        """skip: tokens that each text lost at its beginning: the BOS that does not count."""
+    def build(
+        cls, batch: TokenBatch, rows: RowTable, skip: int, sample: TokenSample, limits: Sequence[int]
+    ) -> TokenIndex:
+        """skip: tokens that each text lost at its beginning: the BOS that does not count; limits: of the sample."""
         n_texts, kept = len(batch.lengths), batch.lengths - skip
         kept_before = torch.cumsum(kept, 0) - kept  # real tokens of earlier texts
         first = batch.last if rows.positions == "last" else batch.first
@@ -45,13 +56,20 @@ class TokenIndex:
         text = torch.repeat_interleave(torch.arange(n_texts), n_probed)
         in_text = first[text] + torch.arange(len(text)) - starts[text]
         probed = kept_before[text] + in_text - skip
+        mention = torch.from_numpy(batch.mentions).repeat_interleave(kept)
+        place = torch.arange(len(mention)) - kept_before.repeat_interleave(kept) + skip
         counted = torch.ones(int(kept.sum()), dtype=torch.bool)
-        drawn = None if sample is None else sample.of(batch, skip)
+        numbers = None if list(limits) == [ALL] else sample.numbers(batch, skip)
+        drawn = {
+            limit: None if limit == ALL or numbers is None else torch.from_numpy(numbers < np.uint64(limit))
+            for limit in limits
+        }
         with_bos = _encoded(counted, drawn, probed)
         if batch.has_bos and not skip:
             counted[kept_before] = False
         return cls(
-            mention=torch.from_numpy(batch.mentions).repeat_interleave(kept),
+            mention=mention,
+            number=place + mention * MOST_TOKENS,
             probed=probed,
             with_bos=with_bos,
             without_bos=_encoded(counted, drawn, probed),
@@ -66,7 +84,7 @@ class TokenIndex:
         moved = {
             field.name: _moved(getattr(self, field.name), device) for field in fields(self) if field.name != "row_ids"
         }
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return replace(self, **moved)
 
     def pool(self, probed: Tensor) -> Tensor:
         """Average the rows at the name tokens over each name, if that is a row: ``[rows, d]``."""
@@ -83,25 +101,30 @@ class TokenIndex:
         return latents if self.offsets is None else latents.means(self.offsets)
 
 
-def _encoded(counted: Tensor, drawn: Tensor | None, probed: Tensor) -> Encoded:
-    """The tokens that count and, of a sample, were drawn; and the probed ones.
+def _encoded(counted: Tensor, drawn: Mapping[int, Tensor | None], probed: Tensor) -> Encoded:
+    """The tokens that count and were drawn by any limit, and the probed ones.
 
-    counted, drawn: bool [real].
+    counted: bool [real]; drawn: limit -> bool [real], None where it takes all.
     """
-    if drawn is None:
-        if bool(counted.all()):
-            return Encoded(None, probed, None)
-        needed, whole = counted, None
-    else:
-        whole = counted & drawn
-        needed = whole.clone()
-        needed[probed] = True
+    n_counted = int(counted.sum())
+    if n_counted == len(counted) and None in drawn.values():
+        return Encoded(None, probed, {limit: _places(some) for limit, some in drawn.items()}, n_counted)
+    taken = {limit: counted if some is None else counted & some for limit, some in drawn.items()}
+    needed = torch.stack([*taken.values()]).any(dim=0)
+    needed[probed] = True
     place = needed.cumsum(0) - 1
-    return Encoded(needed.nonzero()[:, 0], place[probed], None if whole is None else place[whole])
+    places = {limit: None if bool((some == needed).all()) else place[some] for limit, some in taken.items()}
+    return Encoded(needed.nonzero()[:, 0], place[probed], places, n_counted)
 
 
-def _moved(value: Tensor | Encoded | None, device: torch.device) -> Tensor | Encoded | None:
+def _places(some: Tensor | None) -> Tensor | None:
+    return None if some is None else some.nonzero()[:, 0]
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same on a device: a tensor, or what holds some."""
     if isinstance(value, Encoded):
-        parts = (_moved(getattr(value, field.name), device) for field in fields(value))
-        return Encoded(*parts)  # type: ignore[arg-type]
-    return value if value is None else value.to(device, non_blocking=True)
+        return Encoded(*(_moved(getattr(value, field.name), device) for field in fields(value)))
+    if isinstance(value, Mapping):
+        return {name: _moved(part, device) for name, part in value.items()}
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

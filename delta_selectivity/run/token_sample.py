@@ -1,21 +1,23 @@
 """A seeded sample of the tokens that count in the whole-text figures.
 
     sample = TokenSample.draw(tokenised, texts, n_tokens=65_536, seed=0)
-    sample.of(batch, skip=1)           # bool, for each real token of the batch
+    sample.limits[dataset]             # tokens whose number is below it are the dataset's
+    sample.numbers(batch, skip=1)      # of each real token of the batch
 
-In a wide SAE most arithmetic goes into the tokens that only the whole-text figures need.
+In a wide SAE most arithmetic goes into the tokens that only the whole-text figures need. A token's number is a hash of
+its text, its place and the seed: the sample of a dataset is the same for every SAE, whatever is measured beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
+from delta_selectivity.run.reconstruction import ALL
 from delta_selectivity.tasks import ProbeTexts, TokenBatch, TokenisedMentions
 
 _GOLDEN, _MIX1, _MIX2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
@@ -23,37 +25,37 @@ _GOLDEN, _MIX1, _MIX2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1C
 
 @dataclass(frozen=True)
 class TokenSample:
-    """Which tokens were drawn: each by the hash of its text, its place in it and the seed."""
+    """Which tokens were drawn."""
 
-    hashes: npt.NDArray[np.uint64]  # [mentions], of text and seed
-    limit: np.uint64  # a token whose number is below it is drawn
+    hashes: npt.NDArray[np.uint64]
+    """Of each mention's text and the seed."""
+    limits: tuple[int, ...]
+    """Of each dataset: its tokens are those with numbers below it. `ALL`: every token."""
 
     @classmethod
-    def draw(
-        cls, tokenised: TokenisedMentions, texts: ProbeTexts, n_tokens: int | None, seed: int
-    ) -> TokenSample | None:
-        """Draw so that each dataset has about `n_tokens` or more; None if that takes all of some dataset's tokens."""
-        if n_tokens is None:
-            return None
+    def draw(cls, tokenised: TokenisedMentions, texts: ProbeTexts, n_tokens: int | None, seed: int) -> TokenSample:
+        """About `n_tokens` of each dataset's tokens; all of those of a dataset that has no more, or if None."""
         length = np.array([len(ids) - tokenised.has_bos for ids in tokenised.ids], dtype=np.int64)  # BOS may not count
-        mentions = [np.unique(np.concatenate([p.mentions for p in dataset.probes])) for dataset in texts.datasets]
-        share = n_tokens / min(int(length[of_dataset].sum()) for of_dataset in mentions)
-        if share >= 1:
-            return None
+        limits = []
+        for dataset in texts.datasets:
+            mentions = np.unique(np.concatenate([probe.mentions for probe in dataset.probes]))
+            n = int(length[mentions].sum())
+            limits.append(ALL if n_tokens is None or n_tokens >= n else n_tokens * ALL // n)
         key = seed_key(seed)
         digests = (blake2b(ids.tobytes(), digest_size=8, key=key).digest() for ids in tokenised.ids)
         hashes = np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.uint64)
-        return cls(hashes, np.uint64(share * 2.0**64))
+        return cls(hashes, tuple(limits))
 
-    def of(self, batch: TokenBatch, skip: int) -> Tensor:
-        """Return for each real token of a batch, text by text, whether it was drawn: bool [tokens].
+    def limits_of(self, datasets: Iterable[int]) -> tuple[int, ...]:
+        """The limits of some datasets, each once, the lowest first."""
+        return tuple(sorted({self.limits[index] for index in datasets}))
 
-        skip: tokens that each text lost at its beginning.
-        """
+    def numbers(self, batch: TokenBatch, skip: int) -> npt.NDArray[np.uint64]:
+        """The number of each real token of a batch, text by text; skip: tokens that each text lost at its beginning."""
         kept = (batch.lengths - skip).numpy()
         start = np.repeat(np.cumsum(kept) - kept, kept)
         place = (np.arange(len(start)) - start + skip).astype(np.uint64)
-        return torch.from_numpy(_mixed(np.repeat(self.hashes[batch.mentions], kept) + place * _GOLDEN) < self.limit)
+        return _mixed(np.repeat(self.hashes[batch.mentions], kept) + place * _GOLDEN)
 
 
 def seed_key(seed: int) -> bytes:

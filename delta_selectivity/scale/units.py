@@ -40,6 +40,7 @@ class Unit:
     prepend_bos: bool  # as decided over all SAEs of the request
     dtype: str  # of the model's activations, as decided once: workers may run on other processors
     labels: dict[str, str]  # of its SAEs, as decided over all of the request
+    whole_tokens: int | None  # as decided by what is there already
     subjects: frozenset[tuple[SaeId, int]]  # the same as (subject of the whole request, layer)
     n_probes: int  # results that it gives: (probe, layer, SAE or baseline)
 
@@ -47,7 +48,12 @@ class Unit:
     def id(self) -> str:
         """Its layers, and 16 hexadecimal digits of a hash of what it measures."""
         what = {name: value for name, value in self.request.described().items() if name not in _HOW}
-        what |= {"places": sorted(self.places), "prepend_bos": self.prepend_bos, "dtype": self.dtype}
+        what |= {
+            "places": sorted(self.places),
+            "prepend_bos": self.prepend_bos,
+            "dtype": self.dtype,
+            "whole_tokens": self.whole_tokens,
+        }
         digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
         return f"layers_{'_'.join(map(str, self.layers))}_{digest[:16]}"
 
@@ -109,6 +115,7 @@ def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared:
         prepend_bos=plan.prepend_bos,
         dtype=plan.dtype,
         labels={plan.subjects[sae_id].name: plan.subjects[sae_id].label for sae_id in sae_ids},
+        whole_tokens=plan.whole_tokens,
         subjects=frozenset(subjects),
         n_probes=len(subjects) * sum(len(dataset.probes) for dataset in plan.texts.datasets),
     )
