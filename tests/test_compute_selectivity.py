@@ -394,8 +394,8 @@ def test_the_bar_counts_probes_and_units(planned, capsys):
         for unit in todo:
             bar.ended(unit)
     total = sum(unit.n_probes for unit in todo)
-    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
-    assert f"{total}/{total}" in last
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{total} of {total}" in last
     assert f"{len(todo)} of {len(todo)} units" in last
 
 

@@ -9,7 +9,7 @@ from conftest import people, write_csv, write_sparsify
 from runs import Request, files, numbers, scores_of
 
 import delta_selectivity as ds
-from delta_selectivity.cli import extract, probe, scale
+from delta_selectivity.cli import extract, probe, report, scale
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
 from delta_selectivity.records.differences import differences
@@ -188,6 +188,19 @@ def test_saes_whose_last_folder_has_one_name_have_one_name_each_in_every_program
     assert probe.main([str(rows)]) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in names)
+
+
+def test_every_program_has_the_saes_in_the_order_in_which_they_were_asked_for(
+    ask, trainers, tiny_model, people_csv, tmp_path, capsys
+):
+    """Of folders the order is that of the alphabet: b comes before c there."""
+    saes = [f"mine={trainers[2]}", str(trainers[1]), str(trainers[0])]
+    assert ask(*saes) == 0
+    assert ds.Results.load(tmp_path / "out").saes == ["mine", *map(str, trainers[1::-1])]
+    assert report.main([str(tmp_path / "out"), "--summary"]) == 0
+    table = capsys.readouterr().out
+    places = [table.index(f"| {name} ") for name in ("mine", "b_trainer_0", "a_trainer_0")]
+    assert places == sorted(places)
 
 
 def test_workers_know_the_names_of_the_whole_request(ask, trainers, tiny_model, people_csv, tmp_path):

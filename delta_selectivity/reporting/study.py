@@ -21,6 +21,7 @@ from delta_selectivity.reporting.results import (
     label_in_run,
     level_of,
     mean,
+    owner,
     pairs,
 )
 from delta_selectivity.system.terminal import printable
@@ -61,7 +62,7 @@ class Sae:
     own_label: str  # what its run called it
     is_baseline: bool
     kind: str | None  # of a baseline: identity, random, ...
-    owner: str | None  # of a baseline that belongs to an SAE: that one's slug
+    owner: str | None  # of a baseline that belongs to an SAE: that one's name, or in older files its label
     level: result_file.Json  # `_run.sae_level`; empty if its files disagree
     cells: tuple[Cell, ...]  # in order of dataset and layer
 
@@ -99,7 +100,7 @@ class Sae:
 
     def belongs_to(self, sae: Sae) -> bool:
         """Whether this is a baseline of that SAE."""
-        return self.owner is not None and self.owner == sae.own_label
+        return self.owner is not None and self.owner in (sae.name, sae.own_label)
 
     def where(self, dataset: str, probe: str) -> dict[int, Cell]:
         """By layer, the measured cells of one probe."""
@@ -188,7 +189,7 @@ def _sae(name: str, files: Sequence[File], label: str, dataset_of: Callable[[Fil
     )
     baseline = is_baseline(files[0][1])
     called = label_in_run(name, files)
-    return Sae(name, label, called, baseline, config.get("baseline"), config.get("baseline_of"), level_of(files), found)
+    return Sae(name, label, called, baseline, config.get("baseline"), owner(files[0][1]), level_of(files), found)
 
 
 def _labels(own_files: dict[str, list[File]]) -> dict[str, str]:
