@@ -270,8 +270,8 @@ def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> It
     if not bool(sample.bos.any()):
         return
     recon = _reconstruct(sae, read.x.to(sae.device))
-    x = sample.x.to(sae.device).double()
-    error, ordinary = (x - recon).square().sum(dim=1), x[~sample.bos]
+    x = sample.x.double()
+    error, ordinary = (x - recon.cpu()).square().sum(dim=1), x[~sample.bos]
     variance = (ordinary - ordinary.mean(dim=0)).square().sum(dim=1).mean()
     at_bos, elsewhere = (float(error[which].mean() / variance) for which in (sample.bos, ~sample.bos))
     if at_bos > BOS_ERROR * elsewhere:
@@ -289,6 +289,6 @@ def _reconstruct(sae: Sae, read: Tensor) -> Tensor:
 
 def _fvu(x: Tensor, recon: Tensor) -> float:
     """Squared error over squared deviation from the mean; 0 of no variance is 0."""
-    x = x.double()
-    error, total = (x - recon.double()).square().sum(), (x - x.mean(dim=0)).square().sum()
+    x, recon = x.cpu().double(), recon.cpu().double()  # MPS lacks float64
+    error, total = (x - recon).square().sum(), (x - x.mean(dim=0)).square().sum()
     return float(error / total.clamp(min=torch.finfo(torch.float64).tiny))

@@ -243,7 +243,7 @@ class WholeSums:
         if tokens.outlying is None:
             new, errors = _ErrorSums.of(x, recon)
         else:
-            new, errors = _ErrorSums.of(x, recon, ~tokens.outlying)
+            new, errors = _ErrorSums.of(x, recon, tokens.outlying.logical_not())
             far, far_errors = _ErrorSums.of(x, recon, tokens.outlying)
             self.outliers, errors = self.outliers.merge(far), errors + far_errors
         self.ordinary = self.ordinary.merge(new)
