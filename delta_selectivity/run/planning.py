@@ -37,7 +37,7 @@ from delta_selectivity.run.baselines import CALIBRATED, Baseline, Measured, plan
 from delta_selectivity.run.calibration import draw_mentions, fingerprint
 from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.run.request import Request
-from delta_selectivity.saes import SaeSource, expand_names, open_sae
+from delta_selectivity.saes import SaeSource, expand_names, open_sae, same_path
 from delta_selectivity.settings import fields as setting_fields
 from delta_selectivity.system.terminal import NOTE
 from delta_selectivity.tasks import (
@@ -179,12 +179,14 @@ def _paths(plan: Plan) -> Iterator[Path]:
 def open_sources(request: Request) -> list[SaeSource]:
     """The SAEs that the request names or holds. Raises `RequestError` if one cannot be had."""
     found: dict[str, SaeSource] = {}
+    seen: set[str] = set()
     for sae in request.saes:
-        names = [sae] if isinstance(sae, SaeSource) else expand_names([sae])
-        for name in names:
+        for name in [sae] if isinstance(sae, SaeSource) else expand_names([sae]):
+            if isinstance(name, str) and same_path(name) in seen:
+                continue
+            seen.update([same_path(name)] if isinstance(name, str) else [])
             source = name if isinstance(name, SaeSource) else open_sae(name, request.settings.hookpoint)
-            before = found.setdefault(source.name, source)
-            if before is not source and (isinstance(sae, SaeSource) or before.typed != source.typed):
+            if found.setdefault(source.name, source) is not source:
                 how = "by wrap_sae" if isinstance(sae, SaeSource) else "such as my_name=folder"
                 raise RequestError(f"`saes`: two are called {source.name!r}: give each a name of its own {how}")
     return list(found.values())

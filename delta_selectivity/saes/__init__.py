@@ -33,7 +33,15 @@ from delta_selectivity.saes.folders import find_members
 from delta_selectivity.saes.hub import HubRepository, split_name
 from delta_selectivity.saes.in_memory import wrap_sae
 from delta_selectivity.saes.input_norm import InputNorm
-from delta_selectivity.saes.names import expand_names, ids_of, join_names, parse_names, split_given, split_release
+from delta_selectivity.saes.names import (
+    expand_names,
+    ids_of,
+    join_names,
+    parse_names,
+    same_path,
+    split_given,
+    split_release,
+)
 from delta_selectivity.saes.sae import Sae
 from delta_selectivity.saes.sae_lens.registry import find_in_registry, revision_of
 from delta_selectivity.saes.selection import GroupMax, Threshold, TopK
@@ -60,6 +68,7 @@ __all__ = [
     "parse_names",
     "principal_components",
     "random_topk",
+    "same_path",
     "wrap_sae",
 ]
 

@@ -59,8 +59,15 @@ def expand_names(names: Sequence[str]) -> list[str]:
     A folder, a ``release/sae_id``, a template and a repository on the Hub stay as they are. Raises `RequestError` if a
     glob matches nothing.
     """
-    expanded = (found for name in names for found in _expand(name))
-    return list(dict.fromkeys(expanded))
+    found: dict[str, str] = {}
+    for name in (name for typed in names for name in _expand(typed)):
+        found.setdefault(same_path(name), name)
+    return list(found.values())
+
+
+def same_path(name: str) -> str:
+    """What two names of one SAE have in common: a folder is the same with a slash after it."""
+    return os.path.normpath(name)
 
 
 def template(sae_id: str) -> str:
