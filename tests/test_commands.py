@@ -61,6 +61,24 @@ def test_a_wrong_flag_is_one_line_with_the_nearest(command, wrong, meant, capsys
     assert capsys.readouterr().err == f"{line}\n"
 
 
+@pytest.mark.parametrize(
+    ("command", "words", "told"),
+    [
+        ("run", ["--sae_name", "a", "b"], "'b' follows no flag: several values of one are written with commas"),
+        ("run", ["mine.csv"], "'mine.csv' follows no flag"),
+        ("run", ["--sae_name", "a", "inspect", "c"], "'c' follows no flag"),
+        ("report", ["a", "b"], "'b' follows no flag"),
+        ("run", ["--datasets", "mine.csv"], "there is no dataset 'mine.csv'"),
+        ("run", ["--datasets", "mine.csv"], "a table of your own is --dataset_file mine.csv"),
+        ("run", ["--layers"], "argument --layers: expected one argument"),
+    ],
+)
+def test_values_without_a_flag_and_flags_without_a_value(command, words, told, capsys):
+    assert program(command)(words, COMMANDS[command].file) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
+
+
 class Stream(io.StringIO):
     def __init__(self, terminal=False):
         super().__init__()
@@ -182,6 +200,16 @@ def test_python_takes_several_tasks_as_the_command_line_writes_them():
     assert as_tasks("gender") == ("gender",)
     with pytest.raises(RequestError, match="there is no task 'politcs'"):
         as_tasks("gender,politcs")
+
+
+def test_a_page_that_cannot_be_written_is_told_by_its_own_flag(capsys):
+    demo, page = ROOT / "results" / "demo", Path("/proc/nowhere/x.html")
+    assert program("report")([str(demo), "-o", str(page)], "report.py") == 2
+    assert capsys.readouterr().err.startswith(f"error: --output {page}: cannot be written")
+    from delta_selectivity import Results
+
+    with pytest.raises(RequestError, match=f"`path` {page}: cannot be written"):
+        Results.load(demo).report(page)
 
 
 def test_a_path_with_a_comma_is_one_task(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
-from delta_selectivity.api.arguments import as_path
+from delta_selectivity.api.arguments import as_path, naming
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.probing.uncertainty import Estimate
@@ -176,7 +176,8 @@ class Results:
         from delta_selectivity.reporting.study import study_of
 
         page = as_path(path, "path")
-        write_page(study_of(self.files), page)
+        with naming(page="path"):
+            write_page(study_of(self.files), page)
         return page
 
     def __getstate__(self) -> dict[str, Any]:

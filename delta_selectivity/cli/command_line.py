@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from delta_selectivity.cli.flags import flag_of
-from delta_selectivity.cli.parser import Parser, user_path
+from delta_selectivity.cli.parser import STANDS_ALONE, Parser, user_path
 from delta_selectivity.cli.program import typed
 from delta_selectivity.errors import RequestError
 from delta_selectivity.settings import Settings, default_shown
@@ -98,7 +98,8 @@ def build_parser(prog: str = "main.py") -> Parser:
     parser.add_argument(
         "task",
         nargs="?",
-        choices=("inspect",),
+        type=_command,
+        metavar="inspect",
         default=None,
         help="inspect: print what the SAEs are and how well they fit each hook point, and measure nothing",
     )
@@ -106,6 +107,12 @@ def build_parser(prog: str = "main.py") -> Parser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars, no tables; warnings stay")
     add_verbose(parser)
     return parser
+
+
+def _command(word: str) -> str:
+    if word != "inspect":
+        raise argparse.ArgumentTypeError(f"{word!r} {STANDS_ALONE}; the only word of its own is inspect")
+    return word
 
 
 def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = (), only: Collection[str] = ()) -> None:

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.metadata
 import os
+import re
 import textwrap
 import tomllib
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.terminal import show
 
+STANDS_ALONE = "follows no flag: several values of one are written with commas, and spaces in quotes"
 WIDTH = 100  # of a description in characters: examples below it keep their lines, so argparse wraps neither
 
 
@@ -67,4 +69,6 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        if words := re.match("unrecognized arguments: (.*)", message):
+            message = f"{words[1]!r} {STANDS_ALONE}"
         raise RequestError(f"{message} (see --help)")

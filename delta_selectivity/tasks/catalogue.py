@@ -158,7 +158,8 @@ def _resolve(part: str) -> str:
         return DATASET_NAMES[int(part)]
     if part in DATASET_NAMES:
         return part
-    raise RequestError(f"`tasks`: there is no dataset {part!r}: choose from {_choices()}")
+    own = f"; a table of your own is `dataset_file` {part}" if Path(part).suffix or "/" in part else ""
+    raise RequestError(f"`tasks`: there is no dataset {part!r}: choose from {_choices()}{own}")
 
 
 def _choices() -> str:
