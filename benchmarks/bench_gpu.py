@@ -7,8 +7,8 @@ First the machine: whoever has GPUs sends all that `run` prints, and the two fil
 the table of `benchmarks/bench_forward.py`, with batches that fill the card. Then `main.py` on all Wikidata tasks with a
 random model of Pythia-160M's shape and random SAEs of 32,768 latents on every layer: the seconds of its stages as the
 host saw them, with all tokens in the whole-text figures and with a sample, on one card and, where there are two, on
-both; by torch's probes and, where it is installed, by cuML's. Beside them the arithmetic of all tokens' matrix products,
-which the first table's floors are rates of.
+both; by torch's probes and, where it is installed, by cuML's. Beside them the arithmetic of all tokens' products, which
+the first table's floors are rates of.
 """
 
 from __future__ import annotations
