@@ -89,7 +89,11 @@ def test_what_is_kept_is_what_comes_back(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(timing, "KEPT", tmp_path)
     rows = [("what", "seconds"), ("naïve | plain", "1.0")]
     timing.keep("some", rows)
-    assert timing.kept("some") == rows
+    with monkeypatch.context() as other:
+        other.setattr(timing, "machine", lambda: "another machine")
+        timing.keep("some", [*rows, ("more", "2.0")])
+    timing.keep("some", rows)
+    assert timing.kept("some") == {timing.machine(): rows, "another machine": [*rows, ("more", "2.0")]}
 
 
 @pytest.mark.parametrize("shape", [TINY, SHAPES[0]])
