@@ -191,7 +191,7 @@ def test_results_of_something_else_are_not_merged(planned, request_):
     plan, cut = planned
     unit = cut(1, 1)[0]
     assert worker.run_unit(unit, Path.cwd(), own_device=False).status == "done"
-    with ExitStack() as held, pytest.raises(RequestError, match="seed: 0 there, 3 now"):
+    with ExitStack() as held, pytest.raises(RequestError, match="`seed` 0 there, 3 now"):
         merge.merge(unit.folder, open_files(with_seed(plan, 3), held))
 
 
@@ -394,8 +394,8 @@ def test_the_bar_counts_probes_and_units(planned, capsys):
         for unit in todo:
             bar.ended(unit)
     total = sum(unit.n_probes for unit in todo)
-    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
-    assert f"{total}/{total}" in last
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{total} of {total}" in last
     assert f"{len(todo)} of {len(todo)} units" in last
 
 

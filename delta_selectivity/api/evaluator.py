@@ -138,9 +138,13 @@ class Evaluator:
         self._widths = info.widths(sites)
         self._device = device1
         self._tokenised = tokenise(
-            texts.mentions, info.tokenizer, prepend_bos=self._has_bos, max_length=info.max_length,
+            texts.mentions,
+            info.tokenizer,
+            prepend_bos=self._has_bos,
+            max_length=info.max_length,
             n_embeddings=info.n_embeddings,
-        )  # fmt: skip
+            last_only=settings.positions == "last",
+        )
         self._blocks = plan_blocks(texts)
         loaded = info.load(sites, device1, info.choose_dtype(settings.dtype, device1))
         self._scales = self._find_scales(loaded, info)

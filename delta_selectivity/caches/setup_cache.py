@@ -73,28 +73,31 @@ class SetupCache:
         self.shards.write(name, {"widths": torch.tensor([found[site] for site in order])}, {})
         return found
 
-    def tokens(self, mentions: Sequence[Mention], info: ModelInfo, *, prepend_bos: bool) -> TokenisedMentions:
+    def tokens(
+        self, mentions: Sequence[Mention], info: ModelInfo, *, prepend_bos: bool, last_only: bool = False
+    ) -> TokenisedMentions:
         """As `tokenise` by the model's tokenizer, to its greatest length."""
+
+        def fresh() -> TokenisedMentions:
+            return tokenise(
+                mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length,
+                n_embeddings=info.n_embeddings, last_only=last_only,
+            )  # fmt: skip
+
         if self.shards is None:
-            return _tokenise(mentions, info, prepend_bos)
+            return fresh()
         facts = {
             "tokens of": info.fingerprint(),
-            "length": f"{info.max_length}, BOS {info.opening_token_id if prepend_bos else None}",
+            "length": f"{info.max_length}, BOS {info.opening_token_id if prepend_bos else None}, last only {last_only}",
             "texts": repr([mention.identity for mention in mentions]),
         }
         name = _name(facts)
         stored = self.shards.read(name)
         if stored:
             return _unpacked(stored, prepend_bos, info.max_length)
-        found = _tokenise(mentions, info, prepend_bos)
+        found = fresh()
         self.shards.write(name, _packed(found), {})
         return found
-
-
-def _tokenise(mentions: Sequence[Mention], info: ModelInfo, prepend_bos: bool) -> TokenisedMentions:
-    return tokenise(
-        mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length, n_embeddings=info.n_embeddings
-    )
 
 
 def _name(facts: Mapping[str, str]) -> str:

@@ -18,8 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delta_selectivity.cli.command_line import build_parser, make_request, parse_values
-from delta_selectivity.cli.guard import GOES_ON, guarded, set_log_level
+from delta_selectivity.cli.command_line import build_parser, make_request, parse_values, tell_start
+from delta_selectivity.cli.guard import guarded, set_log_level, what_is_left
+from delta_selectivity.cli.parser import user_path
+from delta_selectivity.cli.program import where_it_is
 from delta_selectivity.cli.sweep import Sweep
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.terminal import show
@@ -39,9 +41,14 @@ def flags_of_many_workers() -> argparse.ArgumentParser:
     add("--saes_per_unit", type=int, default=8, help="SAEs that a worker takes at a time: they share the forward pass "
         "and the probes of the model's own activations (%(default)s)")  # fmt: skip
     add("--plan", action="store_true", help="print the units with estimated bytes and seconds, and end")
-    add("--config", type=Path, metavar="SWEEP.toml", help="several requests, as docs/scale.md says; further flags "
+    add("--config", type=user_path, metavar="SWEEP.toml", help="several requests, as docs/scale.md says; further flags "
         "hold for all of them")  # fmt: skip
     return parser
+
+
+def own_flags() -> list[str]:
+    """The same by their names."""
+    return list(flags_of_many_workers()._option_string_actions)
 
 
 def parse(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
@@ -77,13 +84,19 @@ def check(values: Mapping[str, Any], layers_per_unit: int, saes_per_unit: int) -
     return Job(plan, plan_units(plan, layers_per_unit, saes_per_unit))
 
 
-def compute(argv: Sequence[str], prog: str) -> None:
-    """All of it. Raises `RequestError` if a request is wrong, anything else if units failed."""
+def compute(argv: Sequence[str], prog: str, outputs: list[Path]) -> None:
+    """All of it; `outputs` gets the folders of the results.
+
+    Raises `RequestError` if a request is wrong, anything else if units failed.
+    """
     asked, others = parse(argv, prog)
-    given = parse_values(others)
+    parser = build_parser(prog)
+    parser.elsewhere = tuple(own_flags())
+    given = parse_values(others, parser)
     for job in {"task", "list_datasets"} & given.keys():
         raise RequestError(f"{given[job] if job == 'task' else job} is not spread over workers: main.py does that")
     set_log_level(bool(given.get("verbose")))
+    tell_start(given)
     sweep = None if asked.config is None else Sweep.read(asked.config)
     requests = [given] if sweep is None else [{**request, **given} for request in sweep.requests]
     jobs = [check(values, asked.layers_per_unit, asked.saes_per_unit) for values in requests]
@@ -95,6 +108,7 @@ def compute(argv: Sequence[str], prog: str) -> None:
     from delta_selectivity.scale.spread import Workers, measure
 
     quiet = bool(given.get("quiet"))
+    outputs += [job.plan.request.output for job in jobs]
     elsewhere = asked.scheduler is not None and not {"device1", "device2"} & given.keys()
     paths = measure(jobs, Workers(asked.workers, asked.scheduler, elsewhere, quiet))
     if sweep is not None:
@@ -102,9 +116,10 @@ def compute(argv: Sequence[str], prog: str) -> None:
     elif not quiet:
         from delta_selectivity.reporting import results, tables
 
-        show(tables.render(results.load(paths[0])))
+        show(f"{tables.render(results.load(paths[0]))}\n\n{where_it_is(outputs[0], prog)}")
 
 
 def main(argv: Sequence[str], prog: str = "compute_selectivity.py") -> int:
     """Run the command and return its exit code."""
-    return guarded(argv, lambda arguments: compute(arguments, prog), GOES_ON)
+    outputs: list[Path] = []
+    return guarded(argv, lambda arguments: compute(arguments, prog, outputs), lambda: what_is_left(outputs))

@@ -19,6 +19,7 @@ from typing import Any
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.processor import cpu_count
+from delta_selectivity.system.terminal import NOTE
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def _reach(scheduler: str | None) -> str:
     except (OSError, ValueError) as error:
         raise RequestError(f"`scheduler` {scheduler}: no Dask scheduler answers there ({error})") from error
     if not n_workers:
-        log.warning("%s has no workers yet: waiting for some", scheduler)
+        log.log(NOTE, "%s has no workers yet: waiting for some", scheduler)
     return scheduler
 
 

@@ -20,6 +20,7 @@ from delta_selectivity.scale.merge import merge
 from delta_selectivity.scale.schedule import OutcomeLog, outcomes
 from delta_selectivity.scale.units import Unit
 from delta_selectivity.system.processor import cpu_count
+from delta_selectivity.system.terminal import NOTE
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def measure(jobs: Sequence[Job], workers: Workers) -> list[list[Path]]:
         if todo:
             spread(todo, workers, jobs[0].plan.request.device1)
         else:
-            log.warning("everything asked for is on disk already")
+            log.log(NOTE, "everything asked for is on disk already")
         for job, files in opened:
             settle(files)
             clear(job.units)

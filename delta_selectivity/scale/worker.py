@@ -78,7 +78,7 @@ def _measure(unit: Unit) -> None:
     unit.folder.mkdir(parents=True, exist_ok=True)
     with _alone_at(unit.folder), ExitStack() as held:
         decided = {name: getattr(unit, name) for name in ("prepend_bos", "dtype", "whole_tokens")}
-        plan = replace(make_plan(unit.request), **decided)
+        plan = replace(make_plan(unit.request, labels=unit.labels), **decided)
         files = open_files(plan, held)
         cells = missing_cells(plan, files)
         own = [cell for cell in cells if (plan.subjects[cell.subject].name, cell.site) in unit.places]

@@ -36,7 +36,7 @@ def read_folder(path: Path, config: str | None, data: UserData) -> Table:
         return _read_saved(path, data)
     if any(next(path.glob(pattern), None) for pattern in _HUB_FILES):
         with tempfile.TemporaryDirectory(prefix="dataset_") as cache:  # what was local already needs no second copy
-            return _load(str(path), config, data, cache)
+            return _load(str(path.absolute()), config, data, cache)
     raise RequestError(f"{data.flag}: not a folder written by datasets' save_to_disk, nor one in the Hub's layout")
 
 

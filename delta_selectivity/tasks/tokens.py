@@ -65,6 +65,7 @@ def tokenise(
     prepend_bos: bool,
     max_length: int,
     n_embeddings: int | None = None,
+    last_only: bool = False,
 ) -> TokenisedMentions:
     """Tokenise `mentions` to at most `max_length` tokens each, BOS included.
 
@@ -72,6 +73,7 @@ def tokenise(
     Tokens after the name are kept where they fit: in a causal model they do not touch it, but they count in
     mse_whole. The tokenizer adds no special tokens; BOS is prepended here. Of a text that begins with BOS itself, as
     chat templates do, that is taken off: `prepend_bos` alone decides. Pre-tokenised mentions keep their other ids.
+    last_only: of a name that does not fit, its end is enough.
 
     n_embeddings: tokens that the model knows; None: all that the tokenizer has.
 
@@ -88,7 +90,7 @@ def tokenise(
         n_own_bos += tokens is not given
         if n_embeddings is not None:
             _refuse_unknown([*bos, *tokens.ids], n_embeddings, tokenizer, mention)
-        rows.append(_window(tokens, room, mention))
+        rows.append(_window(tokens, room, mention, last_only))
         n_cut += len(tokens.ids) > room
     tokenised = TokenisedMentions(
         ids=tuple(np.array([*bos, *row.ids], dtype=np.int32) for row in rows),
@@ -204,9 +206,12 @@ def _own_tokens(mention: Mention, tokenizer: PreTrainedTokenizerBase) -> _Tokens
     return _Tokens(mention.token_ids, *mention.token_span)
 
 
-def _window(tokens: _Tokens, room: int, mention: Mention) -> _Tokens:
+def _window(tokens: _Tokens, room: int, mention: Mention, last_only: bool) -> _Tokens:
     """At most `room` of `tokens`: the last ones, or those from the name on if the name would be cut."""
     length = tokens.last - tokens.first + 1
+    if length > room and last_only and room > 0:
+        first = tokens.last + 1 - room
+        return _Tokens(tokens.ids[first : tokens.last + 1], 0, room - 1)
     if length > room:
         raise RequestError(
             f"the name in the text {_shorten(mention.text)!r} takes {length} tokens and the model has room for {room}"

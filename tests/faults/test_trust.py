@@ -91,7 +91,7 @@ def test_names_of_folders_and_files_stay_inside_the_results_folder(ask, tmp_path
     assert {path for path in tmp_path.rglob("*") if ask.out not in path.parents} - before == {ask.out}
     assert len(files(ask.out)) == 2
     for path in ask.out.rglob("*"):
-        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", path.name)
+        assert re.fullmatch(r"\w[\w.-]*", path.name)
         assert len(path.name) <= 255
     assert all(set(layers) == {"layer_0"} for layers in numbers(ask.out).values())
 
