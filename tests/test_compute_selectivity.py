@@ -30,6 +30,7 @@ from delta_selectivity.run.planning import make_plan, open_files
 from delta_selectivity.scale import cluster, estimate, merge, spread, units, worker
 from delta_selectivity.scale.bar import UnitsBar
 from delta_selectivity.scale.estimate import Shape
+from delta_selectivity.scale.same_program import own_digest
 from delta_selectivity.system.file_lock import exclusive
 
 
@@ -97,6 +98,11 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in below if "spawn_main" in " ".join(child.cmdline())]
 
 
+def measure_unit(unit, own_device):
+    """As a worker does."""
+    return worker.run_unit(unit, Path.cwd(), own_device, own_digest())
+
+
 CUT = ("--layers_per_unit", "2", "--saes_per_unit", "1")  # (0,1) and (2) of the first SAE, (1) and (2) of the second
 
 
@@ -107,7 +113,7 @@ def test_two_processes_give_what_main_gives_to_the_byte_and_once_only(request_, 
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == len(set(lines)) > 0, "what units say comes here, each line once"
     before = {path: path.stat().st_mtime_ns for path in asked.out.glob("**/*.*")}
-    monkeypatch.setattr(cluster, "open_cluster", lambda *a: pytest.fail("workers were started"))
+    monkeypatch.setattr(spread, "open_cluster", lambda *a: pytest.fail("workers were started"))
     assert compute(asked, "--workers", "2", *CUT) == 0
     assert {path: path.stat().st_mtime_ns for path in asked.out.glob("**/*.*")} == before
 
@@ -155,7 +161,7 @@ def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monk
     plan, cut = planned
     todo = cut(2, 1)
     for unit in todo:
-        outcome = worker.run_unit(unit, Path.cwd(), own_device=False)
+        outcome = measure_unit(unit, own_device=False)
         assert outcome.status == "done", outcome
     calls = {"left": 0}
 
@@ -190,7 +196,7 @@ def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monk
 def test_results_of_something_else_are_not_merged(planned, request_):
     plan, cut = planned
     unit = cut(1, 1)[0]
-    assert worker.run_unit(unit, Path.cwd(), own_device=False).status == "done"
+    assert measure_unit(unit, own_device=False).status == "done"
     with ExitStack() as held, pytest.raises(RequestError, match="seed: 0 there, 3 now"):
         merge.merge(unit.folder, open_files(with_seed(plan, 3), held))
 
@@ -271,6 +277,8 @@ def test_a_request_that_a_worker_finds_wrong_ends_everything_in_one_line(request
         (["--saes_per_unit", "0"], "--saes_per_unit"),
         (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "--workers 2"),
         (["--scheduler", "nonsense"], "nonsense"),
+        (["--scheduler", "tls://127.0.0.1:1"], "--tls_ca_file is needed"),
+        (["--tls_cert", "me.pem"], "--tls_cert is for --scheduler tls://"),
         (["--config", "/no/such.toml"], "/no/such.toml"),
         (["--layers", "9"], "--layers 9"),
         (["inspect"], "main.py"),
@@ -370,8 +378,8 @@ def test_a_worker_takes_the_device_that_it_has(planned):
     _, cut = planned
     unit = cut(1, 1)[0]
     elsewhere = replace(unit, request=replace(unit.request, device1="cuda:7", device2="cuda:7"))
-    assert worker.run_unit(elsewhere, Path.cwd(), own_device=False).status != "done"
-    assert worker.run_unit(elsewhere, Path.cwd(), own_device=True).status == "done"
+    assert measure_unit(elsewhere, own_device=False).status != "done"
+    assert measure_unit(elsewhere, own_device=True).status == "done"
 
 
 def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
@@ -383,8 +391,27 @@ def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
     unit.folder.mkdir(parents=True)
     with ExitStack() as other:
         other.enter_context(exclusive(unit.folder / "unit"))
-        assert worker.run_unit(unit, Path.cwd(), own_device=False).status == "done"
+        assert measure_unit(unit, own_device=False).status == "done"
     assert looks == [worker.LOOK_AGAIN]
+
+
+def test_a_unit_that_another_holds_for_ever_is_given_up_with_its_folder_named(planned, monkeypatch):
+    _, cut = planned
+    unit = cut(1, 1)[0]
+    monkeypatch.setattr(worker, "LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(worker, "LOOKS", 3)
+    unit.folder.mkdir(parents=True)
+    with exclusive(unit.folder / "unit"):
+        outcome = measure_unit(unit, own_device=False)
+    assert outcome.status == "failed"
+    assert str(unit.folder) in outcome.line
+
+
+def test_a_worker_that_runs_another_program_refuses_its_unit(planned):
+    _, cut = planned
+    outcome = worker.run_unit(cut(1, 1)[0], Path.cwd(), False, "0" * 64)
+    assert outcome.status == "refused"
+    assert "runs other source code of delta-selectivity than this process" in outcome.line
 
 
 def test_the_bar_counts_probes_and_units(planned, capsys):

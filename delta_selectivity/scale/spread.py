@@ -16,7 +16,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.records.sae_level import settle
 from delta_selectivity.run.planning import Files, Plan, missing_cells, open_files
 from delta_selectivity.scale.bar import UnitsBar
-from delta_selectivity.scale.cluster import open_cluster
+from delta_selectivity.scale.cluster import Remote, open_cluster
 from delta_selectivity.scale.merge import merge
 from delta_selectivity.scale.schedule import OutcomeLog, outcomes
 from delta_selectivity.scale.units import Unit
@@ -37,7 +37,7 @@ class Workers:
     """The workers that are wanted."""
 
     number: int | None  # processes on this machine; None: one a GPU, or without GPUs one a core
-    scheduler: str | None  # address of a running Dask scheduler; None: processes on this machine
+    scheduler: Remote | None  # a running Dask scheduler; None: processes on this machine
     own_devices: bool  # each takes its own GPU if it has one; else the devices of the request
     quiet: bool
 
