@@ -17,6 +17,7 @@ from distributed import Security
 from delta_selectivity.errors import RequestError
 from delta_selectivity.scale import cluster
 from delta_selectivity.scale.cluster import Remote
+from delta_selectivity.scale.same_program import check
 
 STRANGER = '''
 """Try every port as another user, in every way; prints a line a try: refused, or what was got."""
@@ -133,6 +134,33 @@ def test_a_worker_that_hangs_is_told_in_one_line_and_its_unit_goes_to_another(mo
         assert not psutil.pid_exists(pid)
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert told == [f"worker {victim} has been silent for 5 s: its unit goes to another"]
+
+
+def other_version() -> None:
+    """In a worker: an older package."""
+    from distributed import versions
+
+    versions.get_package_info.__globals__["_version_cached"] = {"delta-selectivity": "0.0.9"}.get
+
+
+def other_source() -> None:
+    """In a worker: the same version with a line changed."""
+    from delta_selectivity.scale import same_program
+
+    same_program.own_digest = lambda: "0" * 64
+
+
+def test_another_program_on_a_worker_is_one_line_before_any_unit_runs():
+    with cluster.open_cluster(2, 0, None) as client:
+        client.wait_for_workers(2)
+        check(client)
+        one, two = client.scheduler_info()["workers"]
+        client.run(other_source, workers=[one])
+        with pytest.raises(RequestError, match=f"worker {one} runs other source code of delta-selectivity"):
+            check(client)
+        client.run(other_version, workers=[two])
+        with pytest.raises(RequestError, match=rf"worker {two} has delta-selectivity 0.0.9, this process delta-sel"):
+            check(client)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -32,6 +33,7 @@ from delta_selectivity.scale.bar import UnitsBar
 from delta_selectivity.scale.estimate import Shape
 from delta_selectivity.scale.same_program import own_digest
 from delta_selectivity.system.file_lock import exclusive
+from delta_selectivity.tasks import data_wheel
 
 
 @pytest.fixture(scope="module")
@@ -245,8 +247,8 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(request_, alone,
 
 @pytest.mark.slow
 def test_a_unit_that_fails_leaves_the_others_to_finish_and_the_same_command_goes_on(planned, request_, alone, capsys):
-    config, _, cut = planned
-    asked = request_.into(config.output_directory)
+    plan, cut = planned
+    asked = request_.into(plan.request.output)
     blocked = cut(2, 1)[0].folder
     blocked.parent.mkdir(parents=True)
     blocked.write_text("a file where a folder belongs")
@@ -350,22 +352,66 @@ def test_an_estimate_grows_with_what_is_asked():
     assert estimate.cost(wider, estimate.CPU_CORE).seconds > cost.seconds
 
 
+def recipes() -> list[str]:
+    """The commands of docs/scale.md for clusters: openssl, scheduler, worker, client, and the Slurm job."""
+    text = (ROOT / "docs" / "scale.md").read_text("utf-8")
+    found = re.findall(r"```bash\n(.*?)```", text[text.index("**Clusters.**") : text.index("## Sweeps")], re.DOTALL)
+    assert len(found) == 5
+    return found
+
+
+@pytest.fixture
+def shell(tmp_path, request_):
+    """Starts a command of the page in a folder of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "SLURM_JOB_ID": "7"}
+    env |= {"PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{env['PATH']}"}
+    env["DELTA_SELECTIVITY_DATA"] = str(data_wheel.fetch().parent)  # which is below the other HOME
+    port, shared = free_port(), tmp_path / "shared" / "keys"
+    shared.mkdir(parents=True)
+
+    def start(command: str, where: str, *flags: str) -> subprocess.Popen[str]:
+        (tmp_path / where).mkdir(exist_ok=True)
+        command = command.replace("/shared/keys", str(shared)).replace("HOST", "127.0.0.1").replace("8786", str(port))
+        words = ["bash", "-c", command, "bash", *flags]
+        return subprocess.Popen(words, env=env, cwd=tmp_path / where, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
 @pytest.mark.slow
-def test_a_cluster_of_others_does_the_same(request_, alone, tmp_path):
-    """A scheduler and a worker as one starts them by hand; the second run finds the scheduler gone."""
-    asked = request_.into(tmp_path / "out")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    address = f"tcp://127.0.0.1:{free_port()}"
-    commands = [["scheduler", "--host", address, "--no-dashboard"], ["worker", address, "--nthreads", "2"]]
-    others = [subprocess.Popen([sys.executable, "-m", "dask", *words], env=env) for words in commands]
+def test_the_page_leads_to_a_cluster_to_the_letter(shell, alone, request_, tmp_path):
+    """Scheduler, worker and client each in a folder of its own, which holds nothing of the program."""
+    make_keys, *servers, client, _ = recipes()
+    assert shell(make_keys, "keys").wait(timeout=60) == 0
+    others = [shell(f"exec env {command}", where) for where, command in zip(("one", "two"), servers, strict=True)]
     try:
-        assert compute(asked, "--scheduler", address, *CUT) == 0
+        asked = request_.into(tmp_path / "out")
+        process = shell(client.replace("...", '"$@"'), "three", *asked.argv, *CUT)
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told
         assert_same(asked.out, alone)
     finally:
-        for process in reversed(others):
-            process.terminate()
-            process.wait()
-    assert compute(asked, "--scheduler", address, "--overwrite") == 2
+        for other in reversed(others):
+            other.terminate()
+            other.communicate(timeout=30)
+    process = shell(client.replace("...", '"$@"'), "three", *asked.argv, *CUT, "--overwrite")
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 2, "the scheduler is gone"
+    assert "no Dask scheduler answers there" in told
+
+
+@pytest.mark.slow
+def test_the_slurm_job_of_the_page_runs_to_the_letter(shell, alone, request_, tmp_path):
+    """With a stand-in for srun, which starts two of the tasks."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\ntrap "kill %1 %2" TERM\n"$@" &\n"$@" &\nwait\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    asked = request_.into(tmp_path / "out")
+    process = shell(recipes()[-1], "job", *asked.argv, *CUT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert_same(asked.out, alone)
+    assert not list(tmp_path.glob("keys.*")), "the key is not kept"
 
 
 def free_port() -> int:

@@ -1,6 +1,6 @@
 """Measure one unit in a worker process.
 
-    outcome = run_unit(unit, home, own_device=False)
+    outcome = run_unit(unit, home, own_device=False, program=own_digest())
 
 What goes wrong is part of the outcome and no exception: Dask would take the unit for one to try again elsewhere. It
 does try again, elsewhere, when a worker is lost; the unit's folder then holds what was finished.
