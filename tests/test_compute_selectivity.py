@@ -195,6 +195,23 @@ def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monk
     assert_same(plan.request.output, alone)
 
 
+def test_stray_files_among_units_are_passed_over_and_a_link_is_refused(planned, request_, tmp_path, capsys):
+    plan, cut = planned
+    unit = cut(3, 2)[0]
+    assert measure_unit(unit, own_device=False).status == "done"
+    (unit.folder / "notes (copy).json").write_text("mine")
+    with ExitStack() as held:
+        opened = open_files(plan, held)
+        merge.merge(unit.folder, opened)
+        assert any(file.layers for file in opened.values())
+    elsewhere = (plan.request.output / units.FOLDER).rename(tmp_path / "elsewhere")
+    (plan.request.output / units.FOLDER).symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    assert compute(request_.into(plan.request.output), "--overwrite") == 2
+    assert ".units is a symbolic link" in capsys.readouterr().err
+    assert sorted(elsewhere.rglob("*")) == before
+
+
 def test_results_of_something_else_are_not_merged(planned, request_):
     plan, cut = planned
     unit = cut(1, 1)[0]

@@ -24,7 +24,7 @@ from typing import Any
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.file_lock import Locked, exclusive
 from delta_selectivity.system.provenance import installed_version
-from delta_selectivity.system.whole_file import replacing, sweep
+from delta_selectivity.system.whole_file import replacing, sweep, temporary_name
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 2
@@ -166,8 +166,7 @@ def prepare_folder(folder: Path) -> None:
     """Make the folder and see that a file can be written there. Raises `RequestError` if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}.tmp"
-        probe.touch()
+        temporary_name(folder / "writable").touch()
         sweep(folder, "writable")  # its own, and those of killed runs
     except OSError as error:
         raise RequestError(f"`output` {folder}: cannot write there: {error.strerror}") from error

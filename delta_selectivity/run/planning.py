@@ -18,6 +18,7 @@ from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
 from delta_selectivity.probing.probes import check_backend
+from delta_selectivity.records import scores
 from delta_selectivity.records.result_file import (
     SCHEMA_VERSION,
     Json,
@@ -36,6 +37,7 @@ from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import SaeSource, expand_names, open_sae
 from delta_selectivity.settings import fields as setting_fields
+from delta_selectivity.system.whole_file import refuse_link
 from delta_selectivity.tasks import (
     Mention,
     ProbeTexts,
@@ -284,6 +286,7 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
             if any(file.path == path for file in files.values()):
                 raise RequestError(f"`tasks`: two would be written to {path}: rename one, or measure them in two runs")
             held.enter_context(reserve(path))
+            refuse_link(scores.folder_of(path))
             key = {**shared, **own_key, "data": data[index]}
             files[sae_id, index] = RecordFile.open(path, key, run, request.settings.overwrite)
     return files

@@ -19,7 +19,8 @@ from delta_selectivity.scale.bar import UnitsBar
 from delta_selectivity.scale.cluster import Remote, open_cluster
 from delta_selectivity.scale.merge import merge
 from delta_selectivity.scale.schedule import OutcomeLog, outcomes
-from delta_selectivity.scale.units import Unit
+from delta_selectivity.scale.units import FOLDER, Unit
+from delta_selectivity.system.whole_file import refuse_link
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def measure(jobs: Sequence[Job], workers: Workers) -> list[list[Path]]:
         opened = [(job, open_files(job.plan, held)) for job in jobs]
         todo: list[tuple[Unit, Files]] = []
         for job, files in opened:
+            refuse_link(job.plan.request.output / FOLDER)
             if job.plan.request.settings.overwrite:
                 clear(job.units)
             missing = {(cell.subject, cell.site.layer) for cell in missing_cells(job.plan, files)}

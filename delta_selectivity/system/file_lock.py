@@ -39,7 +39,7 @@ def exclusive(path: Path) -> Iterator[None]:
 def _acquire(beside: Path) -> int:
     """The locked descriptor of the lock file."""
     while True:
-        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_still(descriptor, beside):
