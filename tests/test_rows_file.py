@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from delta_selectivity.cli import probe
 from delta_selectivity.errors import RequestError
-from delta_selectivity.records import rows_formats
 from delta_selectivity.records.rows_file import RowProbe, Rows, RowText, load, save
+from delta_selectivity.system import unpacked
 from delta_selectivity.system.person_ids import person_ids
 
 SUFFIXES = (".safetensors", ".npz", ".parquet")
@@ -247,7 +247,7 @@ def test_an_array_is_no_larger_than_what_follows_its_header(shape, descr, tmp_pa
 
 
 def test_a_bomb_is_refused_before_it_takes_memory(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rows_formats, "ALWAYS", 2**20)
+    monkeypatch.setattr(unpacked, "ALWAYS", 2**20)
     np.savez_compressed(tmp_path / "a.npz", **foreign(x=np.zeros((2**19, 8), np.float32)))
     assert "unpacks to" in refused(tmp_path / "a.npz", capsys)
     zeros = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.zeros(2**22, np.float32)), 8)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records.rows_formats import FORMATS, Column, Format, Unreadable
 from delta_selectivity.system.person_ids import person_ids
+from delta_selectivity.system.unpacked import TooLarge
 from delta_selectivity.system.whole_file import replacing, sweep
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def load(path: Path) -> Rows:
         return _rows(content.columns, about, path)
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Unreadable as error:
+    except (Unreadable, TooLarge) as error:
         raise RequestError(f"{path}: {error}") from error
 
 

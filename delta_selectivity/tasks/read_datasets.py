@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.unpacked import TooLarge, check_archive
 from delta_selectivity.tasks.table import Table, chosen_columns, label_names, numbered, one_line
 from delta_selectivity.tasks.user_data import UserData
 
@@ -35,9 +36,20 @@ def read_folder(path: Path, config: str | None, data: UserData) -> Table:
     if config is None and any((path / name).is_file() for name in _SAVED):
         return _read_saved(path, data)
     if any(next(path.glob(pattern), None) for pattern in _HUB_FILES):
+        _check_packed(path, data)
         with tempfile.TemporaryDirectory(prefix="dataset_") as cache:  # what was local already needs no second copy
             return _load(str(path), config, data, cache)
     raise RequestError(f"{data.flag}: not a folder written by datasets' save_to_disk, nor one in the Hub's layout")
+
+
+def _check_packed(path: Path, data: UserData) -> None:
+    """Refuse a folder with a file that `datasets` would unpack to a disk full; it unpacks without a limit."""
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            try:
+                check_archive(file)
+            except TooLarge as error:
+                raise RequestError(f"{data.flag}: {file.relative_to(path)}: {error}") from error
 
 
 def read_hub(data: UserData) -> Table:

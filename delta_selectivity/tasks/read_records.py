@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.unpacked import TooLarge, check_size
 from delta_selectivity.tasks.read_datasets import is_hub_name, read_folder, read_hub
 from delta_selectivity.tasks.table import Record, Table, chosen_columns, label_names, numbered, one_line
 from delta_selectivity.tasks.user_data import UserData
+
+_BATCH = 1024  # rows of a Parquet file that are read before its size is looked at
+_ROW = 100  # bytes that a row takes at least, whatever is in it
 
 
 def read_table(data: UserData) -> Table:
@@ -115,7 +119,14 @@ def _read_parquet(path: Path, data: UserData) -> Table:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             wanted = sorted(set(chosen_columns(data, schema.names).values()))
-            rows = file.read(columns=wanted).to_pylist()
+            rows: list[dict[str, Any]] = []
+            size = 0
+            for batch in file.iter_batches(_BATCH, columns=wanted):
+                size += batch.nbytes + batch.num_rows * _ROW
+                check_size(size, path)
+                rows += batch.to_pylist()
+    except TooLarge as error:
+        raise RequestError(f"{data.flag}: {error}") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise RequestError(f"{data.flag}: not a readable Parquet file ({one_line(error)})") from error
     if b"huggingface" in (schema.metadata or {}):  # written by datasets, which may know the classes' names
