@@ -116,7 +116,7 @@ def _sae_seconds(shape: Shape, setting: Setting) -> dict[str, float]:
         cores=Cores(setting.workers),
         clock=Stopwatch(),
         sample=TokenSample(np.zeros(n_texts, np.uint64), (ALL,)),
-        norm_limits={},
+        scales={},
     )
     block = Block(np.arange(n_texts), frozenset({0}))
     weight = torch.randn(shape.d_sae, shape.d, device=setting.device)

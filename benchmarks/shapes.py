@@ -77,11 +77,11 @@ class Shape:
         coder = random_topk(torch.zeros(self.d), self.d_sae, self.k, generator).to(device)
         return Sae(f"random {self.d_sae}", layer, "resid_post", self.d, self.d_sae, self.k, "topk", coder)
 
-    def write_saes(self, folder: Path) -> None:
+    def write_saes(self, folder: Path, seed: int = 0) -> None:
         """One random SAE for each layer in EleutherAI's format."""
         config = {"activation": "topk", "num_latents": self.d_sae, "k": self.k, "d_in": self.d}
         for layer in range(self.n_layers):
-            generator = torch.Generator().manual_seed(layer)
+            generator = torch.Generator().manual_seed(layer + 1000 * seed)
             directions = normalize(torch.randn(self.d_sae, self.d, generator=generator), dim=1)
             place = folder / f"layers.{layer}"
             place.mkdir(parents=True)

@@ -797,6 +797,28 @@ def test_whole_text_figures_of_a_sample_are_near_those_of_all_tokens_and_the_res
         np.testing.assert_allclose(few[name], whole[name], rtol=1e-5)
 
 
+def test_a_sample_of_a_task_is_the_same_in_the_company_of_a_larger_one(tiny_model, tiny_saes, two_tasks, tmp_path):
+    """Their texts overlap: a token may be drawn for one and not for the other."""
+    larger = write_csv(tmp_path / "larger.csv", people(600))
+    asked = {"model": tiny_model, "saes": str(tiny_saes), "device": "cpu", "layers": [1]}
+    asked["settings"] = ds.Settings(folds=3, repeats=1, whole_tokens=800)
+    figures = ["n_tokens", "n_tokens_all", "mse_whole", "mse_whole_se", "fvu_whole", "fvu_whole_se", "dead", "dead_se"]
+
+    def of(tasks):
+        frame = ds.evaluate(**asked, tasks=tasks).to_frame().drop_duplicates("dataset")
+        return frame.set_index("dataset")[figures]
+
+    alone, other, both = of([two_tasks]), of([larger]), of([two_tasks, larger])
+    apart = np.concatenate([alone, other])
+    np.testing.assert_allclose(both.drop(columns="fvu_whole_se"), np.delete(apart, 5, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(
+        both["fvu_whole_se"], apart[:, 5], rtol=0.2
+    )  # about the mean of other texts, of which there are few here
+    assert ((both["n_tokens"] > 700) & (both["n_tokens"] < 900)).all()
+    assert (both["n_tokens"] < 0.6 * both["n_tokens_all"]).all()
+    assert (both[["mse_whole_se", "fvu_whole_se"]] > 0).all(axis=None)
+
+
 def test_a_sample_is_by_seed_the_same_for_every_sae_and_call(tiny_model, tiny_saes, sparser, two_tasks):
     settings = ds.Settings(folds=3, repeats=1, whole_tokens=500)
     one, again = (

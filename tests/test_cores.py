@@ -9,7 +9,14 @@ from contextlib import closing
 import pytest
 import torch
 
+from delta_selectivity.system import processor
 from delta_selectivity.system.cores import Cores, sharing_cores
+
+
+@pytest.fixture(autouse=True)
+def _many_cores(monkeypatch):
+    """As many as torch has threads, whatever this machine has."""
+    monkeypatch.setattr(processor, "cpu_count", lambda: 64)
 
 
 class Busy:

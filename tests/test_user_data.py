@@ -16,6 +16,7 @@ import pytest
 import test_datasets
 import zstandard
 from conftest import people, write_csv
+from datasets.utils.extract import Extractor
 from runs import Request, files, numbers
 
 from delta_selectivity import tasks as dw
@@ -362,7 +363,7 @@ def test_a_packed_file_in_a_folder_is_refused_before_it_fills_the_disk(name, tmp
             archive.writestr("rows.csv", content)
     else:
         path.write_bytes(pack[name](content))
-    monkeypatch.setattr(hf, "load_dataset", lambda *_args, **_more: pytest.fail("it is unpacked"))
+    monkeypatch.setattr(Extractor, "extract", lambda *_args: pytest.fail("it is unpacked"))
     with pytest.raises(RequestError, match=r"rows\.csv: it unpacks to"):
         own(tmp_path)
 

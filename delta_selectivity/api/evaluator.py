@@ -33,6 +33,7 @@ from delta_selectivity.run.cell_result import ONE_PARTITION, CellResult, warning
 from delta_selectivity.run.planning import Cell
 from delta_selectivity.run.preflight import Preflight
 from delta_selectivity.run.prober import Prober, Work
+from delta_selectivity.run.reconstruction import SiteScale
 from delta_selectivity.run.resident import ResidentModel
 from delta_selectivity.run.row_store import RowStore
 from delta_selectivity.run.rows import RowTable
@@ -75,7 +76,7 @@ class Evaluator:
     _widths: dict[Site, int]
     _tokenised: TokenisedMentions
     _blocks: list[Block]
-    _norm_limits: dict[Site, float]  # beyond which tokens are outliers
+    _scales: dict[Site, SiteScale]  # of the activations
     _model: ResidentModel
     _work: Work
     _sets: dict[int, list[TaskSet]]  # by dataset, with the fits of the model view
@@ -141,7 +142,7 @@ class Evaluator:
         )
         self._blocks = plan_blocks(texts)
         loaded = info.load(sites, device1, info.choose_dtype(settings.dtype, device1))
-        self._norm_limits = self._find_norm_limits(loaded, info)
+        self._scales = self._find_scales(loaded, info)
         self._model = ResidentModel(loaded, self._store_bytes)
         self._work = Work(
             texts=texts,
@@ -218,10 +219,10 @@ class Evaluator:
                     log.warning("%s", line)
         return {dataset.name: found[dataset.name] for dataset in datasets}
 
-    def _find_norm_limits(self, model: LanguageModel, info: ModelInfo) -> dict[Site, float]:
+    def _find_scales(self, model: LanguageModel, info: ModelInfo) -> dict[Site, SiteScale]:
         try:
             with sharing_cores(self._device):
-                return Preflight.sample(model, info, self._tokenised, self.settings.seed).norm_limits()
+                return Preflight.sample(model, info, self._tokenised, self.settings.seed).scales()
         except ArithmeticError:  # NaN or Inf in its activations: measuring them says in which text
             return {}
 
@@ -235,7 +236,7 @@ class Evaluator:
         """Rows of the probed positions, and the sums over all tokens."""
         producer = Producer(
             self._model, saes, counts_bos, self._tokenised, self._work.rows, self.settings.batch_size, cores,
-            Stopwatch(), self._work.sample, self._norm_limits, self._work.latents_of,
+            Stopwatch(), self._work.sample, self._scales, self._work.latents_of,
         )  # fmt: skip
         items: list[Item] = []
         producer.run(self._blocks, items.append, lambda _: None)

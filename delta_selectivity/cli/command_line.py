@@ -67,8 +67,8 @@ WHAT_FLAGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 WHERE_FLAGS: dict[str, dict[str, Any]] = {
     "output_directory": {"type": Path, "help": "folder of the result files (./results)"},
-    "device1": {"help": "model and SAE (cuda:0 if there is one, else cpu)"},
-    "device2": {"help": "probes (cuda:1 if there is one, else as device1)"},
+    "device1": {"help": "model and SAE: cpu, cuda:0, ..., mps (cuda:0 if there is one, else cpu)"},
+    "device2": {"help": "probes: cpu, cuda:0, ... (cuda:1 if there is one, else as device1, for mps cpu)"},
     "cache_dir": {"type": Path, "help": "keep the model's activations and the probes fitted on them there: another SAE "
         "on the same texts needs no forward pass, and no probes but its own (not kept)"},
 }  # fmt: skip

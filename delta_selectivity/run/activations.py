@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.models.language_model import ActivationSource, Site
-from delta_selectivity.run.reconstruction import ReconstructionSums, TokenFacts
+from delta_selectivity.run.reconstruction import ReconstructionSums, SiteScale, TokenFacts
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_index import Encoded, TokenIndex
 from delta_selectivity.run.token_sample import TokenSample
@@ -110,12 +110,14 @@ class Producer:
         cores: Cores,  # one forward pass on each; one on a GPU
         clock: Stopwatch,
         sample: TokenSample,  # of the tokens that count in whole-text figures
-        norm_limits: Mapping[Site, float],  # beyond which tokens are outliers, where it is known
+        scales: Mapping[Site, SiteScale],  # of the activations, where they are known
         latents_of: Collection[SaeId] = (),  # the SAEs whose codes are handed on, besides their reconstructions
         max_tokens: int | None = None,  # padded tokens in a forward pass; None: by free memory, if batch_size is None
     ) -> None:
         self.model, self.saes, self.counts_bos = model, saes, counts_bos
-        self.latents_of, self.sample, self.norm_limits = latents_of, sample, norm_limits
+        self.latents_of, self.sample = latents_of, sample
+        self._home = torch.device("cpu") if model.device.type == "mps" else model.device  # of sums: MPS lacks float64
+        self.scales = {site: scale._replace(mean=scale.mean.to(self._home)) for site, scale in scales.items()}
         self.tokenised, self.rows, self.clock = tokenised, rows, clock
         if batch_size is None and max_tokens is None:
             max_tokens = tokens_in_memory(model.device, saes)
@@ -171,18 +173,18 @@ class Producer:
         with self.clock.stage("forward"):
             skip = int(batch.has_bos and not any(self.counts_bos.values()))
             activations = self.model.token_rows(batch.ids, batch.lengths, skip)
-        tokens = TokenIndex.build(batch, self.rows, skip, self.sample, limits).to(self.model.device)
+        tokens = TokenIndex.build(batch, self.rows, skip, self.sample, limits).to(self._home)
         results = []
         for site, saes in self.saes.items():
             with self.clock.stage("sae"):
-                x = (activations[site] if site in self._also_read else activations.pop(site)).float()
+                x = (activations[site] if site in self._also_read else activations.pop(site)).float().to(self._home)
                 probed = x.index_select(0, tokens.probed)
-                facts = TokenFacts(tokens.number, _outlying(x, self.norm_limits.get(site)))
+                facts = TokenFacts.of(x, tokens.number, self.scales.get(site))
                 recons, sums, codes = {}, {}, {}
                 broken: dict[SaeId | None, Tensor] = {None: _first_broken(x.sum(dim=1), tokens.mention)}
                 for sae_id, sae in saes.items():
                     place = site.read_by(sae.input_hookpoint)
-                    read = x if place == site else activations[place].float()
+                    read = x if place == site else activations[place].float().to(self._home)
                     encoded = tokens.with_bos if self.counts_bos[sae_id] else tokens.without_bos
                     recon, latents, broken[sae_id], sums[sae_id] = self._reconstruct(
                         sae, read, x, probed, tokens.mention, facts, encoded
@@ -204,7 +206,7 @@ class Producer:
             read, x, mention = (rows.index_select(0, encoded.rows) for rows in (read, x, mention))
             facts = facts.select(encoded.rows)
         latents = sae.encode(read)
-        recon = sae.decode(latents, read)
+        recon, latents = sae.decode(latents, read).to(self._home), latents.to(self._home)
         sums, errors = self._no_sums(sae, encoded.whole), None
         for limit, rows in encoded.whole.items():
             if rows is None:
@@ -218,15 +220,7 @@ class Producer:
         return recon, latents, broken, sums
 
     def _no_sums(self, sae: Sae, limits: Collection[int]) -> ReconstructionSums:
-        return ReconstructionSums.empty(sae.d_out, sae.d_sae, self.model.device, limits)
-
-
-def _outlying(x: Tensor, limit: float | None) -> Tensor | None:
-    """Whether each row's norm is beyond the limit; None on a CPU if that is so for none. A GPU is not waited for."""
-    if limit is None:
-        return None
-    outlying = torch.linalg.vector_norm(x, dim=1) > limit
-    return outlying if x.device.type != "cpu" or bool(outlying.any()) else None
+        return ReconstructionSums.empty(sae.d_out, sae.d_sae, self._home, limits)
 
 
 def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:

@@ -56,15 +56,14 @@ def write_to(files: Files, clock: Stopwatch) -> Keep:
 def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
     """What a reader of these numbers must know; each line goes on from the name of the layer."""
     lines = []
-    fvu = found.figures.fvu_pos
-    if not is_baseline and fvu is not None and fvu > 1:
+    figures = found.figures
+    places = (("at the probed positions", figures.fvu_pos), ("over whole texts", figures.fvu_whole))
+    poor = [f"{fvu:.2f} {where}" for where, fvu in places if fvu is not None and fvu > 1]
+    if poor and not is_baseline:
         lines.append(
-            f": FVU {fvu:.2f} at the probed positions: the SAE reconstructs worse than the mean would; "
+            f": FVU {' and '.join(poor)}{_without_outliers(figures)}: the SAE reconstructs worse than the mean would; "
             "does it fit this model, layer and hook point?"
         )
-    whole = found.figures.fvu_whole
-    if not is_baseline and whole is not None and whole > 1:
-        lines.append(f": FVU {whole:.2f} over whole texts: {_without_outliers(found.figures)}")
     for name, result in found.records.items():
         if result.get("reason"):
             lines.append(f" {name}: not measured: {result['reason']}")
@@ -78,9 +77,9 @@ def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
 
 def _without_outliers(figures: Reconstruction) -> str:
     if not figures.outliers or figures.fvu_ordinary is None:
-        return "the SAE reconstructs worse than the mean would"
+        return ""
     share = f"{100 * figures.outliers:.2g} % of the tokens, whose norm is above {SINK:g} times the median"
-    return f"{figures.fvu_ordinary:.2f} without {share}"
+    return f" ({figures.fvu_ordinary:.2f} there without {share})"
 
 
 def _warn(file: RecordFile, line: str) -> None:

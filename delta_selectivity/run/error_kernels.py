@@ -15,7 +15,7 @@ Latents = NDArray[np.int64] | NDArray[np.int32]
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
-def compare(x: Floats, recon: Floats, rows: NDArray[np.int64]) -> tuple[Floats, Floats, Doubles, Doubles]:
+def compare(x: Floats, recon: Floats, rows: NDArray[np.int64]) -> tuple[Floats, Doubles, Doubles]:
     """How far rows are from their reconstructions, and from each other.
 
     Args:
@@ -23,12 +23,12 @@ def compare(x: Floats, recon: Floats, rows: NDArray[np.int64]) -> tuple[Floats, 
         rows: those to compare ``[n]``.
 
     Returns:
-        The squared error of each row ``[all]``, NaN or Inf where one of the two holds that; its squared distance from
-        about the mean ``[all]``; both 0 for rows that are not compared; the mean of x ``[d]``; and ``[2]``: the sum of
-        the squared errors, and that of the squared deviations of x from its mean.
+        The squared error of each row ``[all]``, NaN or Inf where one of the two holds that, 0 if it is not compared;
+        the mean of x ``[d]``; and ``[2]``: the sum of the squared errors, and that of the squared deviations of x from
+        its mean.
     """
     n, d = len(rows), x.shape[1]
-    errors, distances, part = np.zeros(len(x), np.float32), np.zeros(len(x), np.float32), np.empty(d, np.float32)
+    errors, part = np.zeros(len(x), np.float32), np.empty(d, np.float32)
     mean, sums = np.zeros(d, np.float64), np.zeros(2, np.float64)
     for start in range(0, n, BLOCK):
         part[:] = 0
@@ -54,7 +54,6 @@ def compare(x: Floats, recon: Floats, rows: NDArray[np.int64]) -> tuple[Floats, 
                 offset = x[r, i] - near_mean[i]
                 part[i] += offset
                 squares += offset * offset
-            distances[r] = squares
             deviation += squares
         for i in range(d):
             mean[i] += part[i]
@@ -63,7 +62,7 @@ def compare(x: Floats, recon: Floats, rows: NDArray[np.int64]) -> tuple[Floats, 
         deviation -= n * rounding * rounding
         mean[i] = near_mean[i] + rounding
     sums[1] = max(deviation, 0.0)
-    return errors, distances, mean, sums
+    return errors, mean, sums
 
 
 @compiled()

@@ -91,7 +91,7 @@ def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
             sample = TokenSample.draw(tokenised, plan.texts, plan.whole_tokens, asked.seed)
             producer = Producer(
                 loaded.model, loaded.saes, counts_bos, tokenised, table, asked.batch_size, cores, Stopwatch(), sample,
-                loaded.norm_limits,
+                loaded.scales,
             )  # fmt: skip
             producer.run(blocks, lambda item: _keep(item, store, plan), count)
         every = torch.arange(len(table))

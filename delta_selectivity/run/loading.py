@@ -19,6 +19,7 @@ from delta_selectivity.run.baselines import SiteBuilder, bag_of_names
 from delta_selectivity.run.calibration import SiteSample, calibrate
 from delta_selectivity.run.planning import Cell, Files, Plan, by_site
 from delta_selectivity.run.preflight import Preflight, neighbours
+from delta_selectivity.run.reconstruction import SiteScale
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import Sae, SaeSource, SparseRows
 from delta_selectivity.system.cores import sharing_cores
@@ -33,7 +34,7 @@ class Loaded(NamedTuple):
 
     model: ActivationSource  # up to the last layer wanted
     saes: dict[Site, dict[SaeId, Sae]]  # SAEs and baselines that have something to measure
-    norm_limits: dict[Site, float]  # beyond which tokens are outliers; of no site if the model's numbers are broken
+    scales: dict[Site, SiteScale]  # of the activations; none if some are broken
 
 
 def load_weights(plan: Plan, cells: Sequence[Cell], files: Files, tokenised: TokenisedMentions) -> Loaded:
@@ -46,7 +47,7 @@ def load_weights(plan: Plan, cells: Sequence[Cell], files: Files, tokenised: Tok
     for site, ids in wanted.items():
         sources = {source.name: source for i in ids if (source := plan.subjects[i].source) is not None}
         loaded[site] = {name: source.load(site.layer, device) for name, source in sources.items()}
-    model, norm_limits = _load_fitting(plan, loaded, files, tokenised)
+    model, scales = _load_fitting(plan, loaded, files, tokenised)
     saes: dict[Site, dict[SaeId, Sae]] = {}
     with sharing_cores(device):  # sums by one thread: the same baselines whatever the number of cores
         samples = _calibrate(plan, model)
@@ -61,7 +62,7 @@ def load_weights(plan: Plan, cells: Sequence[Cell], files: Files, tokenised: Tok
                     saes[site][i] = own
                 elif subject.reconstructs:
                     saes[site][i] = builder.build(subject.baseline, own)
-    return Loaded(_apart(model, "run"), saes, norm_limits)
+    return Loaded(_apart(model, "run"), saes, scales)
 
 
 def codes_of_names(plan: Plan, tokenised: TokenisedMentions) -> dict[SaeId, SparseRows]:
@@ -90,7 +91,7 @@ def model_fitter(request: Request) -> FitModel:
 
 def _load_fitting(
     plan: Plan, loaded: Mapping[Site, Mapping[str, Sae]], files: Files, tokenised: TokenisedMentions
-) -> tuple[ActivationSource, dict[Site, float]]:
+) -> tuple[ActivationSource, dict[Site, SiteScale]]:
     """The model, after a look at whether the SAEs fit it, and the norm limits of its sites.
 
     What is to be known of the SAEs goes into their files.
@@ -133,7 +134,7 @@ def _load_fitting(
             log.warning("%s", problem)
             for file in (file for (i, _), file in files.items() if i == sae_id and problem not in file.warnings):
                 file.warnings.append(problem)
-    return model.only(needed), check.norm_limits()
+    return model.only(needed), check.scales()
 
 
 def _of_another_model(plan: Plan, source: SaeSource | None) -> str | None:

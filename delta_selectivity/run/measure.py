@@ -67,7 +67,7 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
             cores,
             clock,
             sample,
-            loaded.norm_limits,
+            loaded.scales,
             latents_of,
         )
         own = probing_cores(cores, request.device1, request.device2)

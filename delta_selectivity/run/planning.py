@@ -37,6 +37,7 @@ from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import SaeSource, expand_names, open_sae
 from delta_selectivity.settings import fields as setting_fields
+from delta_selectivity.system.processor import check_proc
 from delta_selectivity.system.whole_file import refuse_link
 from delta_selectivity.tasks import (
     Mention,
@@ -117,6 +118,7 @@ def make_plan(request: Request, fetch: bool = True) -> Plan:
     fetch: also have the SAEs' weights on this machine, and check them; else their configs only.
     """
     asked = request.settings
+    check_proc()
     check_backend(asked.probe, request.device2)
     texts = load_probe_texts(request.tasks, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed)
     files = Pretrained.find(request.model, asked.revision, asked.trust_remote_code)

@@ -26,7 +26,7 @@ from torch import Tensor
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ActivationSource, ModelInfo, Site
 from delta_selectivity.run.calibration import SiteSample, calibrate
-from delta_selectivity.run.reconstruction import SINK
+from delta_selectivity.run.reconstruction import SiteScale
 from delta_selectivity.run.token_sample import seed_key
 from delta_selectivity.saes import InputNorm, LinearCoder, Sae
 from delta_selectivity.tasks import TokenisedMentions
@@ -167,10 +167,10 @@ class Preflight:
         other = few.with_other_bos(info.bos_token_id, info.max_length)
         return cls(samples, calibrate(model, other, "last", seed, N_TOKENS))
 
-    def norm_limits(self) -> dict[Site, float]:
-        """The Euclidean norm at each site beyond which a token is an outlier (`reconstruction.SINK`)."""
+    def scales(self) -> dict[Site, SiteScale]:
+        """Where the activations of each site lie."""
         rows = {site: sample.counted(False) for site, sample in self.samples.items()}
-        return {site: SINK * float(x.norm(dim=1).median()) for site, x in rows.items() if len(x)}
+        return {site: SiteScale.of(x) for site, x in rows.items() if len(x)}
 
     def examine(self, sae: Sae, site: Site, counts_bos: bool) -> Fit:
         """Try an SAE at its site and at the others, as it is and otherwise; counts_bos: whether BOS is to count."""
@@ -270,8 +270,8 @@ def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> It
     if not bool(sample.bos.any()):
         return
     recon = _reconstruct(sae, read.x.to(sae.device))
-    x = sample.x.to(sae.device).double()
-    error, ordinary = (x - recon).square().sum(dim=1), x[~sample.bos]
+    x = sample.x.double()
+    error, ordinary = (x - recon.cpu()).square().sum(dim=1), x[~sample.bos]
     variance = (ordinary - ordinary.mean(dim=0)).square().sum(dim=1).mean()
     at_bos, elsewhere = (float(error[which].mean() / variance) for which in (sample.bos, ~sample.bos))
     if at_bos > BOS_ERROR * elsewhere:
@@ -289,6 +289,6 @@ def _reconstruct(sae: Sae, read: Tensor) -> Tensor:
 
 def _fvu(x: Tensor, recon: Tensor) -> float:
     """Squared error over squared deviation from the mean; 0 of no variance is 0."""
-    x = x.double()
-    error, total = (x - recon.double()).square().sum(), (x - x.mean(dim=0)).square().sum()
+    x, recon = x.cpu().double(), recon.cpu().double()  # MPS lacks float64
+    error, total = (x - recon).square().sum(), (x - x.mean(dim=0)).square().sum()
     return float(error / total.clamp(min=torch.finfo(torch.float64).tiny))

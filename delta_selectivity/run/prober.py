@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import takewhile
@@ -121,8 +121,14 @@ class Prober:
         self.keep = _discard
 
     def _store(self, rows: LayerRows, store: RowStore) -> None:
-        try:
+        with self._telling_where():
             store.put(rows)
+
+    @contextmanager
+    def _telling_where(self) -> Iterator[None]:
+        """Name the text, the layer and the subject of a number that is not finite."""
+        try:
+            yield
         except NonFiniteError as error:
             raise ArithmeticError(where_broken(error, self.work.texts, self.work.names)) from error
 
@@ -137,7 +143,7 @@ class Prober:
         def probe(site: Site) -> dict[SaeId, CellResult]:
             found = {subject: self._nothing(index, site, subject) for subject in sites[site]}
             for task_set in sets:
-                with self.clock.stage("probes"):
+                with self.clock.stage("probes"), self._telling_where():
                     by_subject = self._scores(task_set, site, sites[site], store, backend)
                 with self.clock.stage("statistics"):
                     for subject, scores in by_subject.items():

@@ -45,18 +45,45 @@ class Latents(Protocol):
         ...
 
 
+class SiteScale(NamedTuple):
+    """Where the activations of a site lie, by a few hundred tokens."""
+
+    mean: Tensor
+    """float32 ``[d]``."""
+    norm_limit: float
+    """`SINK` times the median of their Euclidean norms."""
+
+    @classmethod
+    def of(cls, x: Tensor) -> SiteScale:
+        """Of x ``[tokens, d]``."""
+        return cls(x.mean(dim=0), SINK * float(torch.linalg.vector_norm(x, dim=1).median()))
+
+
 class TokenFacts(NamedTuple):
-    """What is known of tokens beside their activations, on the device of those."""
+    """What is known of tokens before an SAE is, on the device of their activations."""
 
     number: Tensor
     """Tells the token from all others. int64 ``[tokens]``."""
+    distance: Tensor
+    """Squared distance of x from about the mean. float32 ``[tokens]``."""
     outlying: Tensor | None = None
-    """Whether its norm is beyond `SINK` times the median. bool ``[tokens]``; None: of none."""
+    """Whether the norm of x is beyond the limit. bool ``[tokens]``; None: of no token."""
+
+    @classmethod
+    def of(cls, x: Tensor, number: Tensor, scale: SiteScale | None) -> TokenFacts:
+        """Of x ``[tokens, d]``. Without a scale about their own mean, and none is an outlier. No GPU is waited for."""
+        centre = x.mean(dim=0) if scale is None else scale.mean
+        distance = torch.linalg.vector_norm(x - centre, dim=1).square()
+        if scale is None:
+            return cls(number, distance)
+        outlying = torch.linalg.vector_norm(x, dim=1) > scale.norm_limit
+        none = x.device.type == "cpu" and not bool(outlying.any())
+        return cls(number, distance, None if none else outlying)
 
     def select(self, rows: Tensor) -> TokenFacts:
         """Those of some of the tokens, int64 ``[n]``."""
         outlying = None if self.outlying is None else self.outlying.index_select(0, rows)
-        return TokenFacts(self.number.index_select(0, rows), outlying)
+        return TokenFacts(self.number.index_select(0, rows), self.distance.index_select(0, rows), outlying)
 
 
 @dataclass(frozen=True)
@@ -169,7 +196,7 @@ class ProbedSums:
 
     def add(self, x: Tensor, recon: Tensor, latents: Latents) -> None:
         """x and recon ``[rows, d]``, and their latents."""
-        new, *_ = _ErrorSums.of(x, recon)
+        new, _ = _ErrorSums.of(x, recon)
         self.errors = self.errors.merge(new)
         cosine = F.cosine_similarity(x.float(), recon.float(), dim=1).sum(dtype=torch.float64)
         l1 = torch.linalg.vector_norm(latents.value, ord=1, dtype=torch.float64)
@@ -193,7 +220,7 @@ class WholeSums:
     outliers: _ErrorSums
     """Tokens beyond the norm limit."""
     products: Tensor
-    """Of tokens' squared errors e and squared deviations s: the sums of s, ee, es and ss. float64 ``[4]``."""
+    """Of tokens' squared errors e and distances s: the sums of s, ee, es and ss. float64 ``[4]``."""
     fired: Tensor
     """For each latent the tokens on which it fired: how many, and the sum of their numbers. int64 ``[2, d_sae]``.
 
@@ -214,14 +241,13 @@ class WholeSums:
         Returns the squared error of each token, float32 ``[tokens]``: not finite where one of the two is not.
         """
         if tokens.outlying is None:
-            new, errors, deviations = _ErrorSums.of(x, recon)
+            new, errors = _ErrorSums.of(x, recon)
         else:
-            new, errors, deviations = _ErrorSums.of(x, recon, ~tokens.outlying)
-            far, *of_rows = _ErrorSums.of(x, recon, tokens.outlying)
-            self.outliers = self.outliers.merge(far)
-            errors, deviations = errors + of_rows[0], deviations + of_rows[1]
+            new, errors = _ErrorSums.of(x, recon, tokens.outlying.logical_not())
+            far, far_errors = _ErrorSums.of(x, recon, tokens.outlying)
+            self.outliers, errors = self.outliers.merge(far), errors + far_errors
         self.ordinary = self.ordinary.merge(new)
-        e, s = errors.double(), deviations.double()
+        e, s = errors.double(), tokens.distance.double()
         self.products = self.products + torch.stack([s.sum(), e @ e, e @ s, s @ s])
         _note_fired(tokens.number, latents, self.fired)
         self.n_all += n_counted
@@ -266,21 +292,20 @@ class _ErrorSums:
         return cls(zeros[0], zeros[0].expand(d), zeros)
 
     @classmethod
-    def of(cls, x: Tensor, recon: Tensor, chosen: Tensor | None = None) -> tuple[_ErrorSums, Tensor, Tensor]:
+    def of(cls, x: Tensor, recon: Tensor, chosen: Tensor | None = None) -> tuple[_ErrorSums, Tensor]:
         """x and recon ``[rows, d]``, or the chosen rows of them (bool ``[rows]``).
 
-        Also each row's squared error, and its squared distance from about the mean of x: both float32 ``[rows]``, and 0
-        for a row that was not chosen.
+        Also the squared error of each row, float32 ``[rows]``: 0 for one that was not chosen.
 
         Residual streams have dimensions whose mean is 1e3 times their spread, so deviations are taken from the
         float32 mean, which is near enough for the differences to be exact, and corrected for its rounding.
         """
         x, recon = x.float(), recon.float()
         if len(x) == 0:
-            return cls.empty(x.shape[1], x.device), x.new_empty(0), x.new_empty(0)
+            return cls.empty(x.shape[1], x.device), x.new_empty(0)
         compare = _compare_on_cpu if x.device.type == "cpu" else _compare
-        n, errors, deviations, mean, sums = compare(x, recon, chosen)
-        return cls(n, mean, sums), errors, deviations
+        n, errors, mean, sums = compare(x, recon, chosen)
+        return cls(n, mean, sums), errors
 
     def merge(self, other: _ErrorSums) -> _ErrorSums:
         """Both sets of rows."""
@@ -308,15 +333,15 @@ def _compare(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Tensor, .
     near_mean = (x * weight[:, None]).sum(dim=0) / divisor.float()
     offsets = (x - near_mean) * weight[:, None]
     rounding = offsets.sum(dim=0).double() / divisor
-    deviations = torch.linalg.vector_norm(offsets, dim=1).square()
-    deviation = deviations.sum(dtype=torch.float64) - n * rounding.square().sum()
+    squares = torch.linalg.vector_norm(offsets, dim=1).double().square()
+    deviation = squares.sum() - n * rounding.square().sum()
     errors = torch.linalg.vector_norm(x - recon, dim=1).square() * weight
     sums = torch.stack([errors.sum(dtype=torch.float64), deviation.clamp(min=0)])
-    return n, errors, deviations, near_mean.double() + rounding, sums
+    return n, errors, near_mean.double() + rounding, sums
 
 
 def _compare_on_cpu(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Tensor, ...]:
-    """Number of rows, their errors and deviations, mean of x and sums, as `error_kernels.compare` gives them."""
+    """Number of rows, and what `error_kernels.compare` gives of them."""
     from delta_selectivity.run.error_kernels import compare  # here: Numba takes a while to load
 
     rows = np.arange(len(x)) if chosen is None else chosen.numpy().nonzero()[0]
@@ -375,7 +400,7 @@ def _standard_errors(
 
     width = errors.mean.numel()
     variance = float(errors.sums[1])
-    scale = variance / distances if distances else 0.0  # distances are from the means of batches, not from that of all
+    scale = variance / distances if distances else 0.0  # distances are from about the mean
     mse_se = of_ratio(mse, ee - n * ((mse or 0) * width) ** 2, n * width)
     slope = (fvu or 0) * scale
     fvu_se = of_ratio(fvu, ee - 2 * slope * es + slope**2 * ss, variance)

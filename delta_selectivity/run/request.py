@@ -80,13 +80,19 @@ def choose_devices(device1: str | None, device2: str | None) -> tuple[str, str]:
     n_gpus = torch.cuda.device_count()
     device1 = device1 or ("cuda:0" if n_gpus else "cpu")
     device2 = device2 or ("cuda:1" if n_gpus > 1 and device1 != "cuda:1" else device1)
+    if device2 == device1 and device1.startswith("mps"):
+        device2 = "cpu"  # probes need float64
     for field, name in (("device1", device1), ("device2", device2)):
         try:
             device = torch.device(name)
         except RuntimeError as error:
             raise RequestError(f"`{field}` {name!r} is no device: use cpu, cuda:0, cuda:1, ...") from error
-        if device.type not in {"cpu", "cuda"}:
-            raise RequestError(f"`{field}` {name!r}: only cpu and cuda devices are supported")
+        if device.type not in {"cpu", "cuda", "mps"}:
+            raise RequestError(f"`{field}` {name!r}: only cpu, cuda and mps devices are supported")
+        if device.type == "mps" and field == "device2":
+            raise RequestError(f"`{field}` {name}: probes need float64, which MPS lacks: use cpu")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise RequestError(f"`{field}` {name}: this machine has no MPS device")
         if device.type == "cuda" and (device.index or 0) >= n_gpus:
             raise RequestError(
                 f"`{field}` {name}: this machine has {n_gpus or 'no'} CUDA device{'s' if n_gpus > 1 else ''}"

@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
@@ -47,6 +48,7 @@ class RowStore:
         self, widths: Mapping[tuple[Site, SaeId | None], int], n_rows: int, device: torch.device, max_bytes: int
     ) -> None:
         self._codes = CodeStore(n_rows, max_bytes)
+        self._broken: dict[tuple[Site, SaeId | None], Tensor] = {}  # first mention with NaN or Inf, by view; int64 []
         shapes = {view: (n_rows, d) for view, d in widths.items()}
         self._in_files = sum(n * d * 4 for n, d in shapes.values()) > max_bytes  # where they do not live on the GPU
         rows = _allocate_on_gpu(list(shapes.values()), device) if device.type == "cuda" else None
@@ -59,21 +61,34 @@ class RowStore:
         return "gpu" if self._on_gpu else "files" if self._in_files else "memory"
 
     def put(self, rows: LayerRows) -> None:
-        """Keep a batch's rows. Raises `NonFiniteError` if NaN or Inf is at any token of its texts."""
+        """Keep a batch's rows. A GPU that computes them is not waited for.
+
+        Raises `NonFiniteError` if NaN or Inf is at any token of its texts; of rows from a GPU, `get` does.
+        """
         for sae_id, values in ((None, rows.x), *rows.recons.items()):
-            mention = int(rows.broken[sae_id])
-            if mention != NO_MENTION:
-                raise NonFiniteError(rows.site, sae_id, mention)
+            view, broken = (rows.site, sae_id), rows.broken[sae_id]
+            self._broken[view] = torch.minimum(broken, self._broken.get(view, broken))
+            if broken.device.type == "cpu":
+                self._check(*view)
             self._within_memory(partial(self._keep, rows.site, sae_id, rows.row_ids, values))
         for sae_id, latents in rows.latents.items():
             self._codes.put(rows.site, sae_id, rows.row_ids, latents)
+
+    def _check(self, site: Site, sae_id: SaeId | None) -> None:
+        broken = self._broken.get((site, sae_id))
+        if broken is not None and int(broken) != NO_MENTION:
+            raise NonFiniteError(site, sae_id, int(broken))
 
     def _keep(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, values: Tensor) -> None:
         target = self._rows[site, sae_id]
         target.index_copy_(0, row_ids.to(target.device), values.to(target.device))
 
     def get(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
-        """Rows [len(row_ids), d] of x (`sae_id` None) or of an SAE's reconstruction, on `device`."""
+        """Rows [len(row_ids), d] of x (`sae_id` None) or of an SAE's reconstruction, on `device`.
+
+        Raises `NonFiniteError` as `put`.
+        """
+        self._check(site, sae_id)
         return self._within_memory(partial(self._pick, site, sae_id, row_ids, device))
 
     def get_latents(self, site: Site, sae_id: SaeId, row_ids: Tensor, device: torch.device) -> Tensor:
@@ -137,6 +152,24 @@ def _allocate_on_gpu(shapes: Sequence[tuple[int, int]], device: torch.device) ->
 
 def _in_file(n_rows: int, d: int) -> Tensor:
     """A matrix [n_rows, d] in a temporary file. Raises OSError if the disk has no room for all of it."""
-    with tempfile.NamedTemporaryFile(prefix="delta-selectivity-") as file:
-        os.posix_fallocate(file.fileno(), 0, max(n_rows * d * 4, 1))
-        return torch.from_file(file.name, shared=True, size=n_rows * d, dtype=torch.float32).view(n_rows, d)
+    n_bytes = max(n_rows * d * 4, 1)
+    descriptor, path = tempfile.mkstemp(prefix="delta-selectivity-")
+    try:
+        try:
+            _allocate(descriptor, n_bytes)
+        finally:
+            os.close(descriptor)
+        return torch.from_file(path, shared=True, size=n_rows * d, dtype=torch.float32).view(n_rows, d)
+    finally:
+        with suppress(PermissionError):  # Windows keeps the name of a file in use
+            os.unlink(path)  # noqa: PTH108
+
+
+def _allocate(descriptor: int, n_bytes: int) -> None:
+    """Give a new file all of its room. Raises OSError if the disk lacks it."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, n_bytes)
+        return
+    zeros = bytes(min(n_bytes, 2**24))
+    for start in range(0, n_bytes, len(zeros)):
+        os.write(descriptor, zeros[: n_bytes - start])

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.scale.same_program import check
+from delta_selectivity.system.processor import cpu_count
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ def _pinned(name: int) -> dict[str, str]:
 
 def _threads(share: int) -> dict[str, str]:
     """So many workers share the cores: what each of them may start."""
-    threads = str(max(1, len(os.sched_getaffinity(0)) // share))
+    threads = str(max(1, cpu_count() // share))
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
 
 
@@ -215,7 +216,7 @@ def _ignore_ctrl_c() -> Any:
         name = "ignore Ctrl-C"
 
         def setup(self, worker: Any) -> None:
-            for number in (signal.SIGINT, signal.SIGHUP):
+            for number in (signal.SIGINT, getattr(signal, "SIGHUP", signal.SIGINT)):
                 signal.signal(number, signal.SIG_IGN)
 
     return IgnoreSignals()

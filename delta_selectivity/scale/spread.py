@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -20,6 +19,7 @@ from delta_selectivity.scale.cluster import Remote, open_cluster
 from delta_selectivity.scale.merge import merge
 from delta_selectivity.scale.schedule import OutcomeLog, outcomes
 from delta_selectivity.scale.units import FOLDER, Unit
+from delta_selectivity.system.processor import cpu_count
 from delta_selectivity.system.whole_file import refuse_link
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def count_workers(asked: int | None, device: str, n_units: int) -> tuple[int, in
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if gpus and asked is not None and asked > gpus:
         raise RequestError(f"`workers` {asked}: this machine has {gpus} GPUs, for one worker each")
-    n_workers = min(asked or gpus or len(os.sched_getaffinity(0)), n_units)
+    n_workers = min(asked or gpus or cpu_count(), n_units)
     return n_workers, n_workers if gpus else 0
 
 

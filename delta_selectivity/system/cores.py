@@ -91,12 +91,14 @@ def sharing_cores(device: str | torch.device) -> Iterator[Cores]:
     """
     import torch  # not for those who bring their own number of cores
 
+    from delta_selectivity.system.processor import cpu_count
+
     if torch.device(device).type != "cpu":
         yield Cores(1)
         return
     n = _torch_threads.enter()
     try:
-        yield Cores(n)
+        yield Cores(min(n, cpu_count()))  # torch does not see the quota of a container
     finally:
         _torch_threads.leave()
 

@@ -7,12 +7,16 @@ is removed by its holder; one that a killed run left behind is no obstacle.
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +43,9 @@ def exclusive(path: Path) -> Iterator[None]:
 def _acquire(beside: Path) -> int:
     """The locked descriptor of the lock file."""
     while True:
-        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
             if _is_still(descriptor, beside):
                 return descriptor
         except BlockingIOError as error:
@@ -54,6 +58,19 @@ def _acquire(beside: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its holder removed it between our opening and our locking
+
+
+def _lock(descriptor: int) -> None:
+    """Lock the file, or raise BlockingIOError if another has it."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    import msvcrt
+
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except OSError as error:
+        raise BlockingIOError(errno.EAGAIN, "locked") from error
 
 
 def _is_still(descriptor: int, path: Path) -> bool:

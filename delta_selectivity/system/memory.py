@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import resource
+import sys
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 def as_bytes(gigabytes: float) -> int:
@@ -13,8 +18,11 @@ def as_bytes(gigabytes: float) -> int:
 
 
 def peak_memory() -> dict[str, float]:
-    """Return the peak resident memory of the process and the peak of each CUDA device in use, in GB."""
-    peak = {"peak_ram_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 3)}
+    """Return the peaks of the process's resident memory, where the system tells it, and of its CUDA devices, in GB."""
+    peak = {}
+    if resource is not None:
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        peak["peak_ram_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1024**3, 3)
     if torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):
             peak[f"peak_cuda{device}_gb"] = round(torch.cuda.max_memory_allocated(device) / 1024**3, 3)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -63,11 +64,24 @@ def has_bfloat16(device: str | torch.device) -> bool:
     return kind == "cpu" and has_fast_bfloat16()
 
 
+def check_proc() -> None:
+    """Raises `RequestError` on a Linux without /proc: PyTorch fails there in the middle, with "cpuinfo"."""
+    if sys.platform == "linux" and not Path("/proc/self").is_dir():
+        raise RequestError("/proc is not mounted here, and PyTorch needs it: mount -t proc proc /proc")
+
+
+def cpu_count() -> int:
+    """The cores that this process may use, by its affinity and its container's quota, on any system."""
+    import joblib  # here: it takes a while to load
+
+    return int(joblib.cpu_count())
+
+
 def describe() -> str:
     """Return the processor, what is fast on it and the number of threads, for a reader."""
     names = ", ".join(name for name in FAST if name in fast()) or "float32 by MKL only"
     overruled = f" (by {VARIABLE})" if VARIABLE in os.environ else ""
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), cpu_count())
     return f"{_name()}: {names}{overruled}; {threads} thread{'s' if threads > 1 else ''}"
 
 

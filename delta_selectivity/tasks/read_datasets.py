@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.unpacked import TooLarge, check_archive
@@ -36,20 +36,9 @@ def read_folder(path: Path, config: str | None, data: UserData) -> Table:
     if config is None and any((path / name).is_file() for name in _SAVED):
         return _read_saved(path, data)
     if any(next(path.glob(pattern), None) for pattern in _HUB_FILES):
-        _check_packed(path, data)
         with tempfile.TemporaryDirectory(prefix="dataset_") as cache:  # what was local already needs no second copy
             return _load(str(path), config, data, cache)
     raise RequestError(f"{data.flag}: not a folder written by datasets' save_to_disk, nor one in the Hub's layout")
-
-
-def _check_packed(path: Path, data: UserData) -> None:
-    """Refuse a folder with a file that `datasets` would unpack to a disk full; it unpacks without a limit."""
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            try:
-                check_archive(file)
-            except TooLarge as error:
-                raise RequestError(f"{data.flag}: {file.relative_to(path)}: {error}") from error
 
 
 def read_hub(data: UserData) -> Table:
@@ -78,7 +67,7 @@ def _load(name: str, config: str | None, data: UserData, cache: str | None) -> T
     import datasets  # seconds to import, and needed for these only
 
     try:
-        with _quiet_datasets():
+        with _quiet_datasets(), _bounded_extraction(data):
             config = _choose_config(datasets.get_dataset_config_names(name), config, data)
             split = _choose_split(datasets.get_dataset_split_names(name, config), data)
             return _table(datasets.load_dataset(name, config, split=split, cache_dir=cache), data)
@@ -150,3 +139,24 @@ def _quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _bounded_extraction(data: UserData) -> Iterator[None]:
+    """Packed files are looked through before `datasets` unpacks them, which it does until the disk is full."""
+    from datasets.utils.extract import Extractor
+
+    original = Extractor.extract
+
+    def extract(input_path: Path | str, *more: Any) -> None:
+        try:
+            check_archive(Path(input_path))
+        except TooLarge as error:
+            raise RequestError(f"{data.flag}: {Path(input_path).name}: {error}") from error
+        original(input_path, *more)
+
+    try:
+        Extractor.extract = extract
+        yield
+    finally:
+        Extractor.extract = original

@@ -10,6 +10,7 @@ from conftest import people, write_csv
 from runs import Request, numbers
 
 from delta_selectivity.models.language_model import LanguageModel
+from delta_selectivity.run.row_store import RowStore
 from delta_selectivity.saes import Sae
 from delta_selectivity.saes.selection import Gated, Threshold
 
@@ -82,6 +83,34 @@ def test_it_is_seen_at_any_token_of_the_text(ask, monkeypatch, capsys):
     monkeypatch.setattr(LanguageModel, "activations", breaking(LanguageModel.activations, early_token, float("nan")))
     assert ask.run() == 1
     assert MARK in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["activations", "reconstruction"])
+def test_of_rows_from_a_gpu_it_is_seen_when_they_are_probed(ask, monkeypatch, capsys, part):
+    """Nothing waits for the GPU as rows come in, so nothing looks at them either."""
+    put = RowStore.put
+
+    def as_from_a_gpu(self, rows):
+        with monkeypatch.context() as unseen:
+            unseen.setattr(RowStore, "_check", lambda *_: None)
+            put(self, rows)
+
+    monkeypatch.setattr(RowStore, "put", as_from_a_gpu)
+    if part == "activations":
+        broken = breaking(LanguageModel.activations, break_layer_1, float("nan"))
+        monkeypatch.setattr(LanguageModel, "activations", broken)
+    else:
+
+        def break_it(self, given, found, value):
+            if self.layer == 1:
+                found[0] = value
+            return found
+
+        monkeypatch.setattr(Sae, "decode", breaking(Sae.decode, break_it, float("nan")))
+    assert ask.run() == 1
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert "layer 1" in told and part in told and "of the text" in told
+    assert all("layer_1" not in layers for layers in numbers(ask.out).values())
 
 
 def test_datasets_that_were_finished_before_are_kept(ask, monkeypatch, capsys, tmp_path):

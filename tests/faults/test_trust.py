@@ -78,7 +78,8 @@ def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(ask, tmp_path, 
         assert told.startswith("error: --model_name")
 
 
-HOSTILE = [". .", "-rf", "a\x1b[2J\u202eb\nc", "日本語", "%2e%2e%2f", "CON", "x" * 200, "~root", "$(id)"]
+HOSTILE = [". .", "-rf", "a\x1b[2J\u202eb\nc", "日本語", "%2e%2e%2f", "CON", "x" * 200, "~root", "$(id)",
+           "__proto__", "<img src=x onerror=alert(1)>", "=1+1", "NUL.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
