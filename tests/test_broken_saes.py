@@ -82,6 +82,29 @@ def half(name: str) -> Damage:
     return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
 
 
+def a_pipe(name: str) -> Damage:
+    """Which nobody writes to."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def endless(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+
+    return damage
+
+
+def terabytes(name: str) -> Damage:
+    """A sparse file."""
+    return lambda folder: os.truncate(folder / name, 2**40)
+
+
 def text(name: str, content: str | bytes) -> Damage:
     return lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
@@ -300,6 +323,13 @@ CASES = [
     Case("a folder in place of the config", lens, a_folder("cfg.json"), "cfg.json", "a folder of this name"),
     Case("a config that links to itself", plain, a_link_to_itself("sae.json"), "sae.json", "Too many levels"),
     Case("weights without a config", dictionary, without("config.json"), "config.json", "no such file"),
+    Case("a pipe in place of the config", sparsify, a_pipe("cfg.json"), "cfg.json", "a pipe or a device"),
+    Case("a pipe in place of weights", lens, a_pipe(LENS), LENS, "a pipe or a device"),
+    Case("a config without end", plain, endless("sae.json"), "sae.json", "a pipe or a device"),
+    Case("weights without end", dictionary, endless("ae.pt"), "ae.pt", "a pipe or a device"),
+    Case("a config of a terabyte", sparsify, terabytes("cfg.json"), "cfg.json", "1048576 MiB are no config"),
+    Case("weights of a terabyte", sparsify, terabytes(SAFE), SAFE, "not a whole safetensors file"),
+    Case("a .pt of a terabyte", dictionary, terabytes("ae.pt"), "ae.pt", "not a whole file that torch.save wrote"),
     # what the config says
     Case("a negative k", sparsify, says("cfg.json", k=-8), "cfg.json", "k is -8; a whole number above 0"),
     Case("k larger than d_sae", sparsify, says("cfg.json", k=97), "cfg.json", "k 97 does not fit num_latents 96"),

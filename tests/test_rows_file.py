@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -244,6 +245,11 @@ def test_an_array_is_no_larger_than_what_follows_its_header(shape, descr, tmp_pa
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", header(shape, descr) + bytes(64))
     assert "promises" in refused(tmp_path / "a.npz", capsys)
+
+
+def test_a_file_that_never_ends_is_refused(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.npz")
+    assert "a pipe or a device" in refused(tmp_path / "a.npz", capsys)
 
 
 def test_a_bomb_is_refused_before_it_takes_memory(tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import gzip
 import json
 import logging
 import lzma
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -381,3 +382,21 @@ def test_a_parquet_table_is_refused_before_it_takes_memory(tmp_path, monkeypatch
     rows.to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(RequestError, match="it unpacks to"):
         own(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_table_that_never_ends_is_refused(tmp_path, suffix, make):
+    path = tmp_path / f"a.{suffix}"
+    make(path)
+    with pytest.raises(RequestError, match="a pipe or a device, not a file"):
+        own(path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_table_of_terabytes_is_refused(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.touch()
+    os.truncate(path, 2**40)  # a sparse file: nothing of it is on the disk
+    with pytest.raises(RequestError, match=r"unpacks to|not a readable Parquet file"):
+        own(path)

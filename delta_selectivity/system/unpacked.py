@@ -10,6 +10,7 @@ import bz2
 import gzip
 import lzma
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -25,6 +26,12 @@ _PIECE = 2**20
 
 class TooLarge(ValueError):
     """By how much, in one line."""
+
+
+def is_special(path: Path) -> bool:
+    """Whether it is a pipe, a device or a socket, whose reading may never end. Raises OSError if it is not there."""
+    mode = path.stat().st_mode
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def check_size(needed: int, path: Path) -> None:

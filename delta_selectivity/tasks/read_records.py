@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.system.unpacked import TooLarge, check_size
+from delta_selectivity.system.unpacked import TooLarge, check_size, is_special
 from delta_selectivity.tasks.read_datasets import is_hub_name, read_folder, read_hub
 from delta_selectivity.tasks.table import Record, Table, chosen_columns, label_names, numbered, one_line
 from delta_selectivity.tasks.user_data import UserData
@@ -64,6 +64,8 @@ def _read_file(path: Path, data: UserData) -> Table:
             f"{data.flag}: unknown suffix {path.suffix!r}: give {', '.join(_READERS)}, a datasets folder, "
             "or a dataset of the Hub"
         )
+    if is_special(path):
+        raise RequestError(f"{data.flag}: a pipe or a device, not a file")
     if data.split is not None:
         raise RequestError(f"{data.flag}: `split` {data.split}: a file has no splits; leave it out")
     return reader(path, data)
@@ -146,9 +148,12 @@ def _with_class_names(rows: list[dict[str, Any]], schema: Any, data: UserData) -
 
 def _read_text(path: Path, data: UserData) -> str:
     try:
+        check_size(path.stat().st_size, path)
         content = path.read_bytes()
     except OSError as error:
         raise RequestError(f"{data.flag}: {error.strerror}") from error
+    except TooLarge as error:
+        raise RequestError(f"{data.flag}: {error}") from error
     try:
         text = content.decode("utf-8-sig")  # spreadsheets put a byte order mark first
     except UnicodeDecodeError as error:
