@@ -216,7 +216,7 @@ def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tu
     As the SAEs were trained, unless something else is asked for; where their format is silent, if the model has one.
     """
     if asked != "auto":
-        if asked != "none" and not info.has_bos:
+        if asked != "none" and info.opening_token_id is None:
             raise RequestError(f"`bos` {asked}: {info.name} has no token that begins a text")
         return asked != "none", [asked == "counted"] * len(sources)
     wishes = {source.prepend_bos for source in sources} - {None}
@@ -224,7 +224,10 @@ def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tu
         raise RequestError(
             "these SAEs were trained partly with and partly without BOS: measure them in two runs, or decide by `bos`"
         )
-    return bool(wishes.pop()) if wishes else info.has_bos, [source.counts_bos for source in sources]
+    prepend = bool(wishes.pop()) if wishes else info.has_bos
+    if prepend and not info.has_bos:
+        log.warning("%s has no BOS token: texts begin with EOS, as those of TransformerLens do", info.name)
+    return prepend, [source.counts_bos for source in sources]
 
 
 def _plan_subjects(
