@@ -171,7 +171,12 @@ def _tokenise_texts(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerB
     backend: Tokenizer = tokenizer.backend_tokenizer  # tells where tokens stand without a list of all of them
     backend.no_truncation()  # texts longer than the model are cut here
     backend.no_padding()
-    encoded = backend.encode_batch([mention.text for mention in mentions], add_special_tokens=False)
+    try:
+        encoded = backend.encode_batch([mention.text for mention in mentions], add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+            raise
+        raise RequestError(f"the tokenizer {tokenizer.name_or_path!r} fails on a text ({error})") from error
     for mention, encoding in zip(mentions, encoded, strict=True):
         yield _locate(mention, encoding)
 
