@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import logging
+import lzma
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import datasets as hf
 import pytest
 import test_datasets
+import zstandard
 from conftest import people, write_csv
+from datasets.utils.extract import Extractor
 from runs import Request, files, numbers
 
 from delta_selectivity import tasks as dw
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system import unpacked
 from delta_selectivity.tasks import read_datasets
 from delta_selectivity.tasks.people import last_word
 from delta_selectivity.tasks.tokens import tokenise
@@ -451,3 +459,55 @@ def test_of_a_name_that_does_not_fit_the_end_is_enough_if_only_that_is_probed(ti
     (ids,) = (found := tokenise([mention], tokenizer, prepend_bos=True, max_length=64, last_only=True)).ids
     assert len(ids) == 64 and found.first.tolist() == [1] and found.last.tolist() == [63]
     assert ids[1:].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"][-63:]
+
+
+# --- files that unpack to far more than they are
+
+
+@pytest.mark.parametrize("name", ["gz", "bz2", "xz", "zst", "zip"])
+def test_a_packed_file_in_a_folder_is_refused_before_it_fills_the_disk(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacked, "ALWAYS", 2**20)
+    content = b"text,label\n" + b"0,1\n" * 2**20
+    path = tmp_path / "rows.csv"  # what a file is, its first bytes say
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
+    if name == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("rows.csv", content)
+    else:
+        path.write_bytes(pack[name](content))
+    monkeypatch.setattr(Extractor, "extract", lambda *_args: pytest.fail("it is unpacked"))
+    with pytest.raises(RequestError, match=r"rows\.csv: it unpacks to"):
+        own(tmp_path)
+
+
+def test_small_and_broken_packed_files_are_left_to_their_reader(tmp_path):
+    for pack in (gzip.compress, bz2.compress, lzma.compress, zstandard.compress):
+        for content in (pack(b"rows"), pack(b"rows")[:-4], pack(b"rows")[:5], b"PK\x03\x04", b""):
+            (tmp_path / "a").write_bytes(content)
+            unpacked.check_archive(tmp_path / "a")
+
+
+def test_a_parquet_table_is_refused_before_it_takes_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacked, "ALWAYS", 2**20)
+    rows = hf.Dataset.from_dict({"text": ["a b"] * 2**16, "label": [0, 1] * 2**15})
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(RequestError, match="it unpacks to"):
+        own(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_table_that_never_ends_is_refused(tmp_path, suffix, make):
+    path = tmp_path / f"a.{suffix}"
+    make(path)
+    with pytest.raises(RequestError, match="a pipe or a device, not a file"):
+        own(path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_table_of_terabytes_is_refused(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.touch()
+    os.truncate(path, 2**40)  # a sparse file: nothing of it is on the disk
+    with pytest.raises(RequestError, match=r"unpacks to|not a readable Parquet file"):
+        own(path)

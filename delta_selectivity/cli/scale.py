@@ -2,7 +2,7 @@
 
     python compute_selectivity.py --workers 2                       # the bundled demo on two processes
     python compute_selectivity.py --plan                            # the units, their bytes and seconds; nothing runs
-    python compute_selectivity.py --scheduler tcp://10.0.0.7:8786 --model_name ... --sae_name ...
+    python compute_selectivity.py --scheduler tls://10.0.0.7:8786 --tls_ca_file ca.pem --tls_cert me.pem ...
     python compute_selectivity.py --config sweep.toml               # many requests, one after another or side by side
 
 All flags of main.py are known here, and mean the same. The request is cut into units (a group of layers and a group of
@@ -29,14 +29,20 @@ from delta_selectivity.system.terminal import show
 if TYPE_CHECKING:
     from delta_selectivity.scale.spread import Job
 
+TLS = ("tls_ca_file", "tls_cert", "tls_key")
+
 
 def flags_of_many_workers() -> argparse.ArgumentParser:
     """The flags that main.py has not."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument_group("many workers").add_argument
     add("--workers", type=int, help="processes on this machine (one a GPU; without GPUs, one a core)")
-    add("--scheduler", metavar="ADDRESS", help="of a running Dask scheduler, such as tcp://10.0.0.7:8786, whose "
+    add("--scheduler", metavar="ADDRESS", help="of a running Dask scheduler, such as tls://10.0.0.7:8786, whose "
         "workers see this folder and the models under the same paths (processes on this machine)")  # fmt: skip
+    add("--tls_ca_file", type=Path, metavar="PEM", help="certificate authority of --scheduler tls://...; without these "
+        "three as Dask's own configuration says")  # fmt: skip
+    add("--tls_cert", type=Path, metavar="PEM", help="certificate that the scheduler accepts")
+    add("--tls_key", type=Path, metavar="PEM", help="its key, where the certificate's file does not hold it")
     add("--layers_per_unit", type=int, default=1, help="layers that a worker takes at a time (%(default)s)")
     add("--saes_per_unit", type=int, default=8, help="SAEs that a worker takes at a time: they share the forward pass "
         "and the probes of the model's own activations (%(default)s)")  # fmt: skip
@@ -69,6 +75,8 @@ def parse(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]
         value = getattr(asked, flag)
         if value is not None and value < 1:
             raise RequestError(f"--{flag} must be at least 1, got {value}")
+    if asked.scheduler is None and (alone := [name for name in TLS if getattr(asked, name) is not None]):
+        raise RequestError(f"--{alone[0]} is for --scheduler tls://...; workers on this machine have keys of their own")
     if asked.scheduler is not None and asked.workers is not None:
         raise RequestError(f"--workers {asked.workers}: a cluster of its own (--scheduler) has the workers it has")
     return asked, others
@@ -105,12 +113,14 @@ def compute(argv: Sequence[str], prog: str, outputs: list[Path]) -> None:
 
         show("\n\n".join(render(job.plan, job.units) for job in jobs))
         return
+    from delta_selectivity.scale.cluster import Remote
     from delta_selectivity.scale.spread import Workers, measure
 
     quiet = bool(given.get("quiet"))
     outputs += [job.plan.request.output for job in jobs]
     elsewhere = asked.scheduler is not None and not {"device1", "device2"} & given.keys()
-    paths = measure(jobs, Workers(asked.workers, asked.scheduler, elsewhere, quiet))
+    remote = None if asked.scheduler is None else Remote(asked.scheduler, *(getattr(asked, name) for name in TLS))
+    paths = measure(jobs, Workers(asked.workers, remote, elsewhere, quiet))
     if sweep is not None:
         sweep.conclude(paths, quiet)
     elif not quiet:

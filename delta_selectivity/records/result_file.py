@@ -27,7 +27,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.records.differences import differences
 from delta_selectivity.system.file_lock import Locked, exclusive
 from delta_selectivity.system.provenance import installed_version
-from delta_selectivity.system.whole_file import replacing, sweep
+from delta_selectivity.system.whole_file import replacing, sweep, temporary_name
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 2
@@ -169,8 +169,7 @@ def prepare_folder(folder: Path) -> None:
     """Make the folder and see that a file can be written there. Raises `RequestError` if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}.tmp"
-        probe.touch()
+        temporary_name(folder / "writable").touch()
         sweep(folder, "writable")  # its own, and those of killed runs
     except OSError as error:
         raise RequestError(f"`output` {folder}: cannot write there: {error.strerror}") from error

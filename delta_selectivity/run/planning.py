@@ -19,6 +19,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
 from delta_selectivity.probing.folds import MOST_FOLDS, too_few_people
 from delta_selectivity.probing.probes import check_backend
+from delta_selectivity.records import scores
 from delta_selectivity.records.result_file import (
     SCHEMA_VERSION,
     Json,
@@ -39,7 +40,9 @@ from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import SaeSource, expand_names, open_sae, same_path
 from delta_selectivity.settings import fields as setting_fields
+from delta_selectivity.system.processor import check_proc
 from delta_selectivity.system.terminal import NOTE
+from delta_selectivity.system.whole_file import refuse_link
 from delta_selectivity.tasks import (
     Mention,
     ProbeTexts,
@@ -122,6 +125,7 @@ def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | 
     labels: of the SAEs, by their names, where this is a part of a request that has more; else by `distinct_slugs`.
     """
     asked = request.settings
+    check_proc()
     check_backend(asked.probe, request.device2)
     texts = load_probe_texts(request.tasks, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed)
     files = Pretrained.find(request.model, asked.revision, asked.trust_remote_code)
@@ -226,7 +230,7 @@ def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tu
     As the SAEs were trained, unless something else is asked for; where their format is silent, if the model has one.
     """
     if asked != "auto":
-        if asked != "none" and not info.has_bos:
+        if asked != "none" and info.opening_token_id is None:
             raise RequestError(f"`bos` {asked}: {info.name} has no token that begins a text")
         return asked != "none", [asked == "counted"] * len(sources)
     wishes = {source.prepend_bos for source in sources} - {None}
@@ -234,7 +238,10 @@ def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tu
         raise RequestError(
             "these SAEs were trained partly with and partly without BOS: measure them in two runs, or decide by `bos`"
         )
-    return bool(wishes.pop()) if wishes else info.has_bos, [source.counts_bos for source in sources]
+    prepend = bool(wishes.pop()) if wishes else info.has_bos
+    if prepend and not info.has_bos:
+        log.warning("%s has no BOS token: texts begin with EOS, as those of TransformerLens do", info.name)
+    return prepend, [source.counts_bos for source in sources]
 
 
 def _plan_subjects(
@@ -318,6 +325,7 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
             if any(file.path == path for file in files.values()):
                 raise RequestError(f"`tasks`: two would be written to {path}: rename one, or measure them in two runs")
             held.enter_context(reserve(path))
+            refuse_link(scores.folder_of(path))
             files[sae_id, index] = RecordFile.open(path, key, run, request.settings.overwrite)
     return files
 

@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.unpacked import TooLarge, check_size, is_special
 from delta_selectivity.tasks.read_datasets import is_hub_name, read_folder, read_hub
 from delta_selectivity.tasks.table import Record, Table, chosen_columns, label_names, numbered, one_line
 from delta_selectivity.tasks.user_data import REQUIRED, UserData
+
+_BATCH = 1024  # rows of a Parquet file that are read before its size is looked at
+_ROW = 100  # bytes that a row takes at least, whatever is in it
 
 
 def read_table(data: UserData) -> Table:
@@ -61,6 +65,8 @@ def _read_file(path: Path, data: UserData) -> Table:
             f"{data.flag}: unknown suffix {path.suffix!r}: give {', '.join(_READERS)}, a datasets folder, "
             "or a dataset of the Hub"
         )
+    if is_special(path):
+        raise RequestError(f"{data.flag}: a pipe or a device, not a file")
     if data.split is not None:
         raise RequestError(f"{data.flag}: `split` {data.split}: a file has no splits; leave it out")
     return reader(path, data)
@@ -153,7 +159,14 @@ def _read_parquet(path: Path, data: UserData) -> Table:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             wanted = sorted(set(chosen_columns(data, schema.names).values()))
-            rows = file.read(columns=wanted).to_pylist()
+            rows: list[dict[str, Any]] = []
+            size = 0
+            for batch in file.iter_batches(_BATCH, columns=wanted):
+                size += batch.nbytes + batch.num_rows * _ROW
+                check_size(size, path)
+                rows += batch.to_pylist()
+    except TooLarge as error:
+        raise RequestError(f"{data.flag}: {error}") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise RequestError(f"{data.flag}: not a readable Parquet file ({one_line(error)})") from error
     if b"huggingface" in (schema.metadata or {}):  # written by datasets, which may know the classes' names
@@ -173,9 +186,12 @@ def _with_class_names(rows: list[dict[str, Any]], schema: Any, data: UserData) -
 
 def _read_text(path: Path, data: UserData) -> str:
     try:
+        check_size(path.stat().st_size, path)
         content = path.read_bytes()
     except OSError as error:
         raise RequestError(f"{data.flag}: {error.strerror}") from error
+    except TooLarge as error:
+        raise RequestError(f"{data.flag}: {error}") from error
     try:
         text = content.decode("utf-8-sig")  # spreadsheets put a byte order mark first
     except UnicodeDecodeError as error:
