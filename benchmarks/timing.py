@@ -16,7 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from delta_selectivity.reporting import tables
+from delta_selectivity.system import processor
 from delta_selectivity.system.whole_file import replacing
 
 KEPT = Path(__file__).resolve().parent  # a file for each benchmark
@@ -70,16 +73,25 @@ def kept_file(benchmark: str) -> Path:
     return KEPT / f"{benchmark}.json"
 
 
+def machine() -> str:
+    """This processor, what is fast on it, and the instructions that torch is held to, if it has more."""
+    held = torch.backends.cpu.get_cpu_capability()
+    limited = held == "AVX2" and bool(torch.cpu.get_capabilities().get("avx512_f"))
+    return f"{processor.describe()}{f', held to {held}' if limited else ''}"
+
+
 def keep(benchmark: str, rows: Sequence[tables.Row]) -> None:
-    """Write a table's rows, header first, into the repository."""
+    """Write a table's rows, header first, into the repository: those of this machine anew, of others as they were."""
+    every = kept(benchmark) if kept_file(benchmark).exists() else {}
     with replacing(kept_file(benchmark), "w", encoding="utf-8") as file:
-        json.dump(rows, file, indent=0, ensure_ascii=False)
+        json.dump({**every, machine(): rows}, file, indent=0, ensure_ascii=False)
         file.write("\n")
 
 
-def kept(benchmark: str) -> list[tables.Row]:
-    """The rows that `keep` wrote last."""
-    return [tuple(row) for row in json.loads(kept_file(benchmark).read_text(encoding="utf-8"))]
+def kept(benchmark: str) -> dict[str, list[tables.Row]]:
+    """By machine the rows that `keep` wrote last."""
+    found = json.loads(kept_file(benchmark).read_text(encoding="utf-8"))
+    return {name: [tuple(row) for row in rows] for name, rows in found.items()}
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -93,11 +105,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def answer(benchmark: str, asked: argparse.Namespace, measure: Callable[[], list[tables.Row]]) -> str:
-    """The table asked for: measured now, or as it was kept."""
+    """The table asked for: measured now, or as it was kept, one for each machine."""
     if asked.what != "run" and not asked.quick:
         if not kept_file(benchmark).exists():
             raise SystemExit(f"{benchmark}: nothing was kept yet; measure it with `run`")
-        return tables.aligned(kept(benchmark))
+        return "\n\n".join(f"{name}\n\n{tables.aligned(rows)}" for name, rows in kept(benchmark).items())
     rows = measure()
     if not asked.quick:
         keep(benchmark, rows)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import D_SAE, N_LAYERS, people
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import delta_selectivity as ds
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.run import activations
 from delta_selectivity.run.activations import BlockDone, LayerRows, Producer, plan_blocks
@@ -249,3 +254,40 @@ def test_blocks_cover_every_probed_mention_once_and_the_first_dataset_comes_firs
 
 def test_free_memory_sets_the_batch_on_a_gpu_and_a_constant_on_the_cpu(model, saes):
     assert activations.tokens_in_memory(model.device, saes) == activations.CPU_TOKENS
+
+
+def test_sink_tokens_are_left_out_of_the_ordinary_figure_and_told(tiny_model, tiny_saes, people_csv, tmp_path, caplog):
+    """One token with an embedding 100 times as long: fvu_whole is its own; a plain loop over the texts agrees."""
+    folder = shutil.copytree(tiny_model, tmp_path / "pythia-sinks")
+    sinking = AutoModelForCausalLM.from_pretrained(folder)
+    texts = [row["text"] for row in csv.DictReader(people_csv.open(encoding="utf-8"))]
+    texts = list(dict.fromkeys(texts))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    counts = Counter(token for of_text in ids for token in set(of_text))
+    sink = next(token for token, n in counts.items() if len(texts) // 12 < n < len(texts) // 6)
+    with torch.no_grad():
+        sinking.get_input_embeddings().weight[sink] *= 300
+    sinking.save_pretrained(folder)
+    asked = {"settings": ds.Settings(folds=3, repeats=1, whole_tokens=None), "device": "cpu", "layers": [1]}
+    found = ds.evaluate(folder, str(tiny_saes), str(people_csv), **asked).to_frame().iloc[0]
+
+    sae = open_sae(str(tiny_saes)).load(1, "cpu")
+    rows = []
+    for of_text in ids:
+        with_bos = torch.tensor([[tokenizer.bos_token_id, *of_text]])
+        with torch.no_grad():
+            rows.append(sinking.gpt_neox(with_bos, output_hidden_states=True).hidden_states[2][0, 1:])
+    x = torch.cat(rows)
+    recon = sae.decode(sae.encode(x), x).double()
+    x = x.double()
+    ordinary = x.norm(dim=1) < 10 * x.norm(dim=1).median()
+
+    def fvu(chosen):
+        return float((x - recon)[chosen].square().sum() / (x[chosen] - x[chosen].mean(dim=0)).square().sum())
+
+    assert 0 < 1 - ordinary.double().mean() < 0.2
+    assert found["outliers"] == pytest.approx(float(1 - ordinary.double().mean()), rel=1e-6)
+    assert found["fvu_ordinary"] == pytest.approx(fvu(ordinary), rel=1e-4)
+    assert found["fvu_whole"] == pytest.approx(fvu(torch.ones_like(ordinary)), rel=1e-4)
+    assert "% of the tokens, whose norm is above 10 times the median" in caplog.text

@@ -34,6 +34,7 @@ def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
         ("bench_kernels.py", ("--repeats", "1")),
         pytest.param("bench_scaling.py", (), marks=pytest.mark.slow),
         pytest.param("bench_cache.py", (), marks=pytest.mark.slow),
+        pytest.param("bench_dtype.py", ("--repeats", "1"), marks=pytest.mark.slow),
         pytest.param("bench_whole_tokens.py", ("--repeats", "1"), marks=pytest.mark.slow),
         pytest.param("bench_whole_tokens.py", ("--coverage",), marks=pytest.mark.slow),
         ("bench_scaling.py", ("--large", "--rows", "2000", "--layers", "1")),
@@ -56,9 +57,20 @@ def test_without_a_cuda_device_a_line_and_exit_2():
 
 @pytest.mark.slow
 def test_the_whole_job_of_the_gpu_benchmark_on_the_cpu():
-    flags = ["--shuffle_select_n", "60", "--datasets", "gender", "--folds", "3", "--repeats", "1"]
-    table = bench_gpu.whole_job(TINY, "cpu", flags)
+    flags = ["--shuffle_select_n", "60", "--datasets", "gender", "--folds", "3", "--repeats", "1", "--device1", "cpu"]
+    table = bench_gpu.whole_jobs(TINY, {"all": [*flags, "--whole_tokens", "all"], "sample": flags})
     assert {"forward", "sae", "probes", "from start to end"} <= {row[0] for row in table}
+    assert table[0] == ("stage", "all", "sample", "matrix products of all tokens, TFLOP")
+    assert all(len(row) == 4 for row in table)
+
+
+def test_the_gpu_benchmark_runs_every_way_that_the_machine_has(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert list(bench_gpu.settings()) == ["one card, all tokens, torch", "one card, torch"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(bench_gpu, "find_spec", lambda name: name)
+    assert bench_gpu.settings()["two cards, cuml"] == ["--device1", "cuda:0", "--device2", "cuda:1", "--probe", "cuml"]
+    assert len(bench_gpu.settings()) == 6
 
 
 def test_sides_are_run_in_turn_after_a_run_that_does_not_count():
@@ -78,7 +90,11 @@ def test_what_is_kept_is_what_comes_back(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(timing, "KEPT", tmp_path)
     rows = [("what", "seconds"), ("naïve | plain", "1.0")]
     timing.keep("some", rows)
-    assert timing.kept("some") == rows
+    with monkeypatch.context() as other:
+        other.setattr(timing, "machine", lambda: "another machine")
+        timing.keep("some", [*rows, ("more", "2.0")])
+    timing.keep("some", rows)
+    assert timing.kept("some") == {timing.machine(): rows, "another machine": [*rows, ("more", "2.0")]}
 
 
 @pytest.mark.parametrize("shape", [TINY, SHAPES[0]])

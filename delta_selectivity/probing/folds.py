@@ -23,6 +23,8 @@ from delta_selectivity.probing.uncertainty import effective_people
 LEAST_EFFECTIVE = 6  # people (Kish); the intervals are validated down to here
 LEAST_EFFECTIVE_IN_CLASS = 2
 
+MOST_FOLDS = 127  # their numbers are kept in a byte each
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -64,9 +66,9 @@ class FoldPlan:
         weight = np.ones(len(people)) if weights is None else np.asarray(weights, dtype=np.float64)
         if asked.ndim != 2 or asked.shape[1:] != people.shape or weight.shape != people.shape:
             raise ValueError(f"labels {asked.shape} do not fit groups {people.shape} and weights {weight.shape}")
-        if not 2 <= n_folds <= 127 or n_repeats < 1:
-            raise RequestError(f"`folds` {n_folds}, `repeats` {n_repeats}: 2 to 127 and 1 or more are needed")
-        reasons = {t: _too_few_people(row, people, weight, n_folds) for t, row in enumerate(asked)}
+        if not 2 <= n_folds <= MOST_FOLDS or n_repeats < 1:
+            raise RequestError(f"`folds` {n_folds}, `repeats` {n_repeats}: 2 to {MOST_FOLDS} and 1 or more are needed")
+        reasons = {t: too_few_people(row, people, n_folds, weight) for t, row in enumerate(asked)}
         skipped = {t: reason for t, reason in reasons.items() if reason is not None}
         kept = tuple(t for t in range(len(asked)) if t not in skipped)
         folds = np.zeros((n_repeats, len(people)), dtype=np.int8)
@@ -89,9 +91,11 @@ class FoldPlan:
         return torch.from_numpy(np.where(self.held_out, 0.0, self.weights)).to(device)
 
 
-def _too_few_people(
-    labels: NDArray[np.bool_], groups: NDArray[np.int64], weights: NDArray[np.float64], n_folds: int
+def too_few_people(
+    labels: NDArray[np.bool_], groups: NDArray[np.int64], n_folds: int, weights: NDArray[np.float64] | None = None
 ) -> Skipped | None:
+    """Why a target cannot be measured with so many folds; None if it can."""
+    weights = np.ones(len(groups)) if weights is None else weights
     sides = {"positive": labels, "negative": ~labels}
     people = {name: len(np.unique(groups[rows])) for name, rows in sides.items()}
     rarer = min(people, key=lambda name: people[name])

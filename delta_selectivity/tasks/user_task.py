@@ -4,7 +4,7 @@ text   what the model reads
 label  0/1, true/false, or others: of two numbers the larger is 1, of two words the alphabetically later; of more, each
        gets a one-vs-rest probe. Rows without a label (empty, nan, NA) are left out (`labels`)
 group  rows of one group never fall on both sides of a split (`person_ids`); default: the probed characters, casefolded
-start, end  characters [start, end) to probe; default: the text's last word
+start, end  characters [start, end) to probe; default: the text's last word (`people.last_word`)
 task   the probe's name, for several in one file; default: the file's name
 
 Columns that are called otherwise are named by `columns`; rows of one text and span count once.
@@ -21,7 +21,7 @@ from typing import Any
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.person_ids import group_key
 from delta_selectivity.tasks.labels import is_missing, read_classes
-from delta_selectivity.tasks.people import last_words, plain_key
+from delta_selectivity.tasks.people import last_word, plain_key
 from delta_selectivity.tasks.read_records import read_table
 from delta_selectivity.tasks.table import Record
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
@@ -43,10 +43,14 @@ def load_user_task(data: UserData) -> Task:
         raise RequestError(f"{data.flag}: is empty: it has no rows")
     name = _name(data)
     by_task: dict[str, list[Row]] = {}
+    spelled: dict[str, Any] = {}
     without: list[str] = []
     for record in table.records:
         where = f"{data.flag}, {record.where}"
-        rows, mention = by_task.setdefault(_task(record, name, where), []), _mention(record.values, where)
+        task, typed = _task(record, name, where), record.values.get("task")
+        if spelled.setdefault(task, typed) != typed:
+            raise RequestError(f"{where}: task {typed!r} is {spelled[task]!r} but for spaces: write it one way")
+        rows, mention = by_task.setdefault(task, []), _mention(record.values, where)
         label = record.values.get("label")
         if is_missing(label):
             without.append(record.where)
@@ -108,7 +112,7 @@ def _mention(values: Mapping[str, Any], where: str) -> Mention:
 def _span(values: Mapping[str, Any], text: str, where: str) -> tuple[int, int]:
     """Characters [start, end) to probe, without whitespace at either side."""
     given = [_missing_as_none(values.get(key)) for key in ("start", "end")]
-    span = last_words(text, 1)
+    span = last_word(text)
     if given != [None, None]:
         start, end = (_integer(value, key, where) for key, value in zip(("start", "end"), given, strict=True))
         if not 0 <= start < end <= len(text):
