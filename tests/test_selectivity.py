@@ -343,7 +343,7 @@ def test_shapes_that_do_not_fit_are_refused():
     [
         ((290, *[1] * 10), None, "11 people, but of such unequal size that they tell no more than 1.1 of equal size"),
         ((*[40] * 20, 19, *[1] * 5), None, "one person has most of the positive class"),
-        ((*[10] * 20, *[10] * 20), [1e4] * 10 + [1.0] * 390, "tell no more than 1.1 of equal size would; 6 are needed"),
+        ((*[10] * 20, *[10] * 20), [1e4] * 10 + [1.0] * 390, "tell no more than 1 of equal size would; 6 are needed"),
     ],
 )
 def test_too_few_effective_people_are_a_reason_in_place_of_numbers(sizes, weights, reason):

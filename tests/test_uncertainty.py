@@ -60,8 +60,7 @@ def test_agrees_with_a_plain_loop():
         there = [i for i in range(len(people)) if h[i] > 0]
         v = np.zeros(len(people))
         for i in there:
-            w = weights[own & (groups == people[i])]
-            v[i] = 0.5 + 0.5 * (w @ w) / w.sum() ** 2
+            v[i] = 0.5 + 0.5 / max(1, weights[own & (groups == people[i])].sum())
         total = sum(h[i] ** 2 * v[i] for i in there)
         kish = 1 / sum(h**2)
         for i in there:

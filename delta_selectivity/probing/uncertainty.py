@@ -153,7 +153,8 @@ def _corrected_sums(cells: Sequence[Cell]) -> tuple[NDArray[np.float64], float]:
         design = (cell.labels.tobytes(), cell.persons.tobytes(), weights)
         if design not in known:
             shares = _class_shares(cell.labels, cell.weights)
-            known[design] = [(rows, *_correction(rows, people, n_persons)) for rows in shares]
+            ones = np.ones(len(people)) if cell.weights is None else cell.weights
+            known[design] = [(rows, *_correction(rows, ones * (rows > 0), people, n_persons)) for rows in shares]
         for rows, factor, share, spread in known[design]:
             for repeat, change in enumerate(cell.change.astype(np.float64)):
                 psi = rows * (change - change @ rows)
@@ -163,22 +164,24 @@ def _corrected_sums(cells: Sequence[Cell]) -> tuple[NDArray[np.float64], float]:
     return sums / len(cells), _freedom(share_of / len(cells), spread_of / len(cells))
 
 
-def _correction(rows: Floats, people: NDArray[np.intp], n_persons: int) -> tuple[Floats, Floats, Floats]:
+def _correction(
+    rows: Floats, weights: Floats, people: NDArray[np.intp], n_persons: int
+) -> tuple[Floats, Floats, Floats]:
     """How a class is shared among people, from its rows' shares: factor, share h and spread, each [persons].
 
-    Working model: the means of people are independent, with variance v_e = rho + (1 - rho) / n_e for n_e rows. A large
-    person pulls the class's mean after them, so their squared distance from it is expected to be too small,
-    (1 - 2 h_e) v_e + sum of h^2 v. Divided by that, and multiplied by v_e, a person's own square is unbiased. But where
-    one person has most of the weight it is a single square, which decides about all. So it is averaged with what people
-    have in common, the mean of all people's squares scaled to the weights; that is unbiased, too. With many people
-    their own squares count, whatever the model.
+    Working model: the means of people are independent, with variance v_e = rho + (1 - rho) / n_e, for rows that weigh
+    n_e together (1 at least). A large person pulls the class's mean after them, so their squared distance from it is
+    expected to be too small, (1 - 2 h_e) v_e + sum of h^2 v. Divided by that, and multiplied by v_e, a person's own
+    square is unbiased. But where one person has most of the weight it is a single square, which decides about all. So
+    it is averaged with what people have in common, the mean of all people's squares scaled to the weights; that is
+    unbiased, too. With many people their own squares count, whatever the model.
 
     `factor` multiplies sums of psi; `spread` is the expected size of the result.
     """
-    h, squares = (np.bincount(people, of, n_persons).astype(np.float64) for of in (rows, rows**2))
+    h, n = (np.bincount(people, of, n_persons).astype(np.float64) for of in (rows, weights))
     here = h > 0
     h_here = h[here]
-    v = _ALIKE + (1 - _ALIKE) * squares[here] / h_here**2
+    v = _ALIKE + (1 - _ALIKE) / np.maximum(n[here], 1)
     total = float(h_here**2 @ v)
     expected = v * (1 - 2 * h_here) + total  # of the squared distance from the mean of the class
     expected = np.where(expected > 1e-12 * v, expected, np.nan)  # one person is the class: nothing is known
