@@ -16,6 +16,7 @@ from delta_selectivity.probing.uncertainty import (
     estimate_delta,
     estimate_mean,
 )
+from validation.world import one_large, zipf
 
 
 def test_a_small_example_by_hand():
@@ -221,3 +222,23 @@ def test_equivalence_is_two_one_sided_tests():
     assert estimate.within(0.02)
     assert not estimate.within(0.0145)
     assert estimate.detectable == pytest.approx((1.96 + 0.8416) * 0.006, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(8,) * 12, zipf(12, 100), zipf(50, 300), one_large(12, 100, 0.3), one_large(50, 200, 0.3)],
+    ids=["12 equal", "12 Zipf", "50 Zipf", "12, one large", "50, one large"],
+)
+def test_few_and_unequal_people_are_covered_and_not_called_different(sizes):
+    """The quick version of `python scripts/validate.py --people`, of scores alone: without fitting a probe."""
+    rng, persons = np.random.default_rng(8), np.repeat(np.arange(len(sizes)), sizes)
+    covered, found = [], []
+    for _ in range(500):
+        labels = (rng.permutation(len(sizes)) % 2 == 0)[persons]
+        drift = 0.6 * rng.normal(size=len(sizes))[persons] + 0.8 * rng.normal(size=len(persons))
+        change = (drift > 1).astype(float) - (drift < -1)  # symmetric: no difference in truth
+        estimate = estimate_delta(change[None], labels, persons)
+        covered.append(estimate.low <= 0 <= estimate.high)
+        found.append(estimate.p_value < 0.05)
+    assert 0.93 <= np.mean(covered) <= 0.99
+    assert np.mean(found) <= 0.069

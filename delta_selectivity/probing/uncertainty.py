@@ -23,7 +23,7 @@ Floats = NDArray[np.floating]
 
 
 POWER = 0.8  # of `Estimate.detectable`
-_ALIKE = 0.5  # working correlation of a person's rows; simulated coverage is much the same from 0.3 to 1
+_ALIKE = 0.5  # working correlation of a person's rows: at 0.2 intervals of Zipf-sized people are too narrow
 _PRIOR = 20  # at so many effective people, a person's own square and what all people have in common count alike
 
 
