@@ -58,7 +58,7 @@ class Setting:
     world: GaussianWorld  # of one trait
     model_noise: float = 0.25  # variance in every coordinate of what the model's view, and the equal one, add
     worse_noise: float = 2.25
-    judges_null_sel: bool = True  # not of few people: folds balanced among few push selectivity below 1/2
+    judges_null_sel: bool = True  # of few people it is told alone
 
 
 SETTINGS = (
