@@ -9,6 +9,8 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Sequence
 
+from delta_selectivity.system.terminal import printable
+
 VOID = {"input", "meta"}
 
 
@@ -21,7 +23,7 @@ class Markup(str):
 def element(tag: str, *children: str, **attributes: str | None) -> Markup:
     """An element. A trailing `_` of an attribute's name goes and other `_` become `-`; None leaves it out."""
     told = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
+        f' {name.rstrip("_").replace("_", "-")}="{_escaped(value)}"'
         for name, value in attributes.items()
         if value is not None
     )
@@ -30,7 +32,12 @@ def element(tag: str, *children: str, **attributes: str | None) -> Markup:
 
 def join(children: Iterable[str], between: str = "") -> Markup:
     """One after the other; texts are escaped."""
-    return Markup(between.join(c if isinstance(c, Markup) else html.escape(c) for c in children))
+    return Markup(between.join(c if isinstance(c, Markup) else _escaped(c) for c in children))
+
+
+def _escaped(text: str) -> str:
+    """Names come from data: nothing in them is markup, turns the line around, or is no character at all."""
+    return html.escape(printable(text))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], **attributes: str | None) -> Markup:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from delta_selectivity.records import result_file
+from delta_selectivity.reporting.names import abridged, apart
 from delta_selectivity.reporting.numbers import interval, number, p_value
 from delta_selectivity.reporting.results import File, cells, is_baseline, is_preserved, is_significant
 from delta_selectivity.reporting.study import study_of
 from delta_selectivity.system.terminal import one_line, printable
 
 Row = tuple[str, ...]
+LONGEST = 72  # characters of a name
 
 NOTE = (
     "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
@@ -43,6 +45,7 @@ def rows_table(results: result_file.Json) -> str:
 
 
 def _row(first: str, probe: str, figures: result_file.Json, result: result_file.Json) -> Row:
+    first, probe = (abridged(printable(name), LONGEST) for name in (first, probe))
     if result.get("reason"):
         return (first, probe, f"({result['reason']})", *[""] * 6)
     return (
@@ -71,11 +74,13 @@ def summary_table(files: Sequence[File]) -> str:
         ("SAE", "probes x layers", "model_sel", "sae_sel", "delta_sel", "95 % interval", "lost (q < 0.05)", "preserved",
          "transfer_r2", "FVU", "L0")
     ]  # fmt: skip
-    for sae in study_of(files).everything:
+    study = study_of(files)
+    names = apart([sae.label for sae in study.everything], LONGEST)
+    for sae, name in zip(study.everything, names, strict=True):
         n_cells = len(sae.measured)
         rows.append(
             (
-                sae.label,
+                name,
                 str(n_cells),
                 number(sae.mean("model_sel"), ".3f"),
                 number(sae.mean("sae_sel"), ".3f"),
@@ -99,9 +104,12 @@ def comparison_table(files: Sequence[File]) -> str | None:
     scores = ("delta_sel", "transfer_r2")
     columns = [column for score in scores for column in (f"difference of {score}", "95 % interval", "p")]
     rows: list[Row] = [("SAE", "compared with", *columns)]
-    for pair in study_of(files).neighbours:
+    study = study_of(files)
+    labels = [sae.label for sae in study.everything]
+    names = dict(zip(labels, apart(labels, LONGEST), strict=True))
+    for pair in study.neighbours:
         figures = [figure for score in scores for figure in _difference(pair.found, score)]
-        rows.append((pair.one.label, pair.other.label, *figures))
+        rows.append((names[pair.one.label], names[pair.other.label], *figures))
     return aligned(rows) if len(rows) > 1 else None
 
 
