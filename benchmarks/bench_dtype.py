@@ -1,6 +1,6 @@
 """What `--dtype auto` costs beside each dtype that could have been asked for: the whole job on the bundled model.
 
-python benchmarks/bench_dtype.py run    # one task, all layers, two SAEs: three minutes, half an hour where bfloat16 is slow
+python benchmarks/bench_dtype.py run    # one task, all layers, two SAEs: minutes, half an hour where bfloat16 is slow
 python benchmarks/bench_dtype.py        # the tables, from what `run` kept
 
 Runs of `main.py`, each timed from its start to its end, in turn; figures are medians. Last: how many times as long as

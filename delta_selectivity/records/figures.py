@@ -17,8 +17,8 @@ LARGEST = 1e100  # of any figure; the squares of a bfloat16's numbers reach 1e77
 OF_A_LAYER = ("fvu_pos", "l0")
 """Figures that every layer has; each may be null."""
 OF_A_PROBE = (
-    "model_sel", "model_ci_low", "model_ci_high", "sae_sel", "sae_ci_low", "sae_ci_high", "delta_sel", "ci_low", "ci_high",
-    "n_people",
+    "model_sel", "model_ci_low", "model_ci_high", "sae_sel", "sae_ci_low", "sae_ci_high",
+    "delta_sel", "ci_low", "ci_high", "n_people",
 )  # fmt: skip
 """Numbers that every probe has which has no `reason`."""
 OR_NULL = ("transfer_sel", "transfer_r2", "detectable")

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 KEPT = 5  # characters of a common beginning or end that stay: enough to see a word in
@@ -39,13 +38,19 @@ def apart(names: Sequence[str], room: int) -> list[str]:
 
 def _without_common(names: Sequence[str]) -> list[str]:
     """The names with most of their common beginning and end left out."""
-    begin = _left_out(os.path.commonprefix(names))
+    begin = _left_out(_common(names))
     rest = [name[begin:] for name in names]
-    end = _left_out(os.path.commonprefix([name[::-1] for name in rest]))
+    end = _left_out(_common([name[::-1] for name in rest]))
     found = [name[: len(name) - end] for name in rest]
     return [f"{'…' if begin else ''}{name}{'…' if end else ''}" for name in found]
 
 
-def _left_out(common: str) -> int:
+def _common(names: Sequence[str]) -> int:
+    """How many characters all begin with."""
+    columns = enumerate(zip(*names, strict=False))
+    return next((place for place, column in columns if len(set(column)) > 1), min(map(len, names)))
+
+
+def _left_out(common: int) -> int:
     """How many characters of what is common go; 0 rather than one, in whose place the mark would stand."""
-    return max(len(common) - KEPT, 0) if len(common) > KEPT + 1 else 0
+    return common - KEPT if common > KEPT + 1 else 0
