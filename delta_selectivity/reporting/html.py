@@ -41,10 +41,15 @@ def _escaped(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], **attributes: str | None) -> Markup:
-    """A table that scrolls sideways in a narrow window; the first cell of a row is its header."""
+    """A table whose rows become lists in a narrow window; the first cell of a row is its header."""
     body = (
-        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
+        element(
+            "tr",
+            element("th", row[0], scope="row"),
+            *(element("td", cell, data_head=name) for name, cell in zip(head[1:], row[1:], strict=True)),
+        )
+        for row in rows
     )
     heads = (element("th", name, scope="col") for name in head)
     inner = element("table", element("thead", element("tr", *heads)), element("tbody", *body), **attributes)
-    return element("div", inner, class_="scroll", tabindex="0")
+    return element("div", inner, class_="scroll lists", tabindex="0")

@@ -100,6 +100,12 @@ def is_baseline(results: result_file.Json) -> bool:
     return bool(results["_run"]["config"].get("baseline"))
 
 
+def further_views(found: Iterable[result_file.Json]) -> list[str]:
+    """Balanced accuracies of views that are measured only if asked for, where any of these records has them."""
+    records = list(found)
+    return [name for name in ("error_sel", "latent_sel") if any(name in record for record in records)]
+
+
 def is_significant(result: result_file.Json) -> bool:
     """Whether delta_sel differs from 0 after Benjamini-Hochberg; not before the run is complete and has q values."""
     q_value = result.get("q_value")
