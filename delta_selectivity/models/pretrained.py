@@ -95,7 +95,7 @@ class Pretrained:
             if "trust_remote_code" in str(error):
                 told = "it comes with Python code of its own: read it, and allow it with `trust_remote_code`"
             raise RequestError(f"`model` {self.name}: {told}") from error
-        self._refuse_unread_adapter(options["revision"])
+        self._refuse_unread_adapter(self.commit or NO_REVISION)
         if not getattr(tokenizer, "is_fast", False):
             told = "needs a fast tokenizer (tokenizer.json) to place the name's tokens"
             raise RequestError(f"`model` {self.name}: {told}")
