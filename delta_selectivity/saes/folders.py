@@ -94,7 +94,7 @@ def find_members(
 ) -> list[FolderMember]:
     """All SAEs in a folder: itself, or those of the folders below it that are the least deep.
 
-    ``hookpoint`` is where they belong if neither a config nor a folder says so. Raises `RequestError` if there is no
+    ``hookpoint`` is where they belong if neither a config nor a folder says so in words that are known. Raises `RequestError` if there is no
     SAE, or if one of them cannot be read.
     """
     configs = _find_configs(root)
@@ -119,7 +119,7 @@ def holds_saes(folder: Path) -> bool:
 def _formats(hookpoint: str | None) -> dict[str, tuple[SaeFormat, ...]]:
     """The formats by the name of their config."""
     return {
-        "cfg.json": (SaeLens(), Sparsify()),
+        "cfg.json": (SaeLens(hookpoint), Sparsify()),
         plain.CONFIG: (Plain(),),
         dictionary_learning.CONFIG: (DictionaryLearning(hookpoint),),
     }
