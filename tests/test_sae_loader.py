@@ -85,7 +85,7 @@ def test_agrees_with_sparsify(tmp_path: Path, activation: Any, dtype: torch.dtyp
     reference = reference.float()
 
     source = open_sae(str(tmp_path))
-    assert (source.layers, source.hookpoint, source.d_in) == ((3,), "mlp_out", D_IN)
+    assert (source.layers, source.hookpoint, source.d_in) == ((3,), "layers.<layer>.mlp", D_IN)
     assert (source.prepend_bos, source.counts_bos) == (None, False)
     sae, x = source.load(3, "cpu"), activations()
     with torch.no_grad():
@@ -436,7 +436,7 @@ def test_a_constant_input_does_not_become_nan(tmp_path: Path) -> None:
     ("blocks.5.mlp.hook_in", HookPoint(5, "mlp_in")),
     ("blocks.5.ln2.hook_normalized", HookPoint(5, "mlp_normalized")),
     ("blocks.5.ln1.hook_normalized", HookPoint(5, "attn_normalized")),
-    ("blocks.5.hook_mlp_in", HookPoint(5, "resid_mid")),
+    ("blocks.5.hook_mlp_in", HookPoint(5, "blocks.<layer>.hook_mlp_in")),
     ("blocks.5.hook_resid_mid", HookPoint(5, "resid_mid")),
     ("blocks.5.mlp.hook_post", HookPoint(5, "mlp_post")),
     ("layers", None),
@@ -656,8 +656,7 @@ def test_missing_settings_have_the_defaults_of_sparsify(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"hook_name": "blocks.5.attn.hook_z", "hook_head_index": 3}, "one attention head"),
-    ({"hook_name": "blocks.5.mlp.hook_post"}, "hook_name 'blocks.5.mlp.hook_post'"),
-    ({"hook_name": "blocks.5.hook_resid_mid"}, "hook_name 'blocks.5.hook_resid_mid'"),
+    ({"hook_name": "blocks.5.mlp.hook_pre"}, "hook_name 'blocks.5.mlp.hook_pre' .* as `hookpoint`, such as layers"),
     ({"hook_name": "hook_embed"}, "hook_name 'hook_embed'"),
     ({"normalize_activations": "covariance_whitening"}, r"activation_whitening\.safetensors"),
     ({"normalize_activations": "constant_scalar_rescale"}, "constant_scalar_rescale"),

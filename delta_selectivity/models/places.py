@@ -143,7 +143,7 @@ def _mlp_norm_before(block: nn.Module) -> nn.Module | None:
 
 
 def names_of_modules(decoder: nn.Module) -> dict[str, str]:
-    """Of MLP and attention as modules, `layers.<layer>.mlp`: `mlp_out` if what it gives is added to the stream as it is.
+    """Of MLP and attention, `layers.<layer>.mlp`: `mlp_out` if what the module gives is added to the stream as it is.
 
     Else the path itself: a norm or a multiplier comes between.
     """

@@ -94,8 +94,9 @@ def find_members(
 ) -> list[FolderMember]:
     """All SAEs in a folder: itself, or those of the folders below it that are the least deep.
 
-    ``hookpoint`` is where they belong if neither a config nor a folder says so in words that are known. Raises `RequestError` if there is no
-    SAE, or if one of them cannot be read.
+    ``hookpoint`` is where they belong if neither a config nor a folder says so in known words.
+
+    Raises `RequestError` if there is no SAE, or if one of them cannot be read.
     """
     configs = _find_configs(root)
     if not configs:

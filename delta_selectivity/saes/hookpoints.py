@@ -23,10 +23,11 @@ a path               a module's output, or with ``:in``  ``layers.5.mlp.act``   
 
 A path has ``<layer>`` in place of the number. ``layers.5.mlp`` and ``layers.5.attention`` are what the modules give. In
 most models that is what is added to the stream, ``mlp_out`` and ``attn_out``; Gemma 2 normalises it first. Which it is
-follows from the model (``ModelInfo.name_of``), so they stay paths here. ``hook_normalized`` of a LayerNorm stood behind weight and bias in older
+follows from the model (``names_of_modules``), so they stay paths here.
+``hook_normalized`` of a LayerNorm stood behind weight and bias in older
 versions of TransformerLens; of an RMSNorm it never did, and Gemma Scope's transcoders, which SAE Lens lists there, were
-trained on inputs without the gain (arXiv 2408.05147, "Language model technical details"). ``hook_mlp_in`` is
-``hook_resid_mid`` by another name.
+trained on inputs without the gain (arXiv 2408.05147, "Language model technical details"). SAE Lens says
+``hook_mlp_in``, which is ``hook_resid_mid``, of Gemma Scope 2 transcoders, which read behind the norm: not known here.
 """
 
 from __future__ import annotations
@@ -45,7 +46,6 @@ _AFTER_LAYER = {
     INPUT: "resid_pre",
     "hook_resid_pre": "resid_pre",
     "hook_resid_mid": "resid_mid",
-    "hook_mlp_in": "resid_mid",
     "hook_mlp_out": "mlp_out",
     "post_feedforward_layernorm": "mlp_out",  # Gemma 2 and 3 normalise what the MLP adds
     f"mlp{INPUT}": "mlp_in",

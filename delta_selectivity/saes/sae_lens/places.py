@@ -71,6 +71,6 @@ def _hook(flat: Mapping[str, Any], key: str, path: Path, asked: str | None) -> H
     if asked is not None and layer is not None:
         return HookPoint(int(layer[1]), canonical(asked))
     raise RequestError(
-        f"{path}: {key} {name!r} is no place that can be measured; {_KNOWN} and module paths are: give the module whose "
-        "output it is as `hookpoint`, such as layers.<layer>.mlp.act, or with :in the one that receives it"
+        f"{path}: {key} {name!r} is no place that can be measured; {_KNOWN} and module paths are: give the module "
+        "whose output it is as `hookpoint`, such as layers.<layer>.mlp.act, or with :in the one that receives it"
     )

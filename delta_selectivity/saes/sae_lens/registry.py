@@ -89,8 +89,8 @@ def find_in_registry(release: str, sae_id: str, hookpoint: str | None = None) ->
         raise RequestError(f"{release}/{sae_id}: this SAE Lens release has no such id; it has {some}")
     if _sums_decoders(release, sae_id):
         raise RequestError(
-            f"{release}/{sae_id}: one layer of a cross-layer transcoder, whose decoders for all layers SAE Lens adds up: "
-            "it gives latents and reconstructs no layer, so it cannot be measured"
+            f"{release}/{sae_id}: one layer of a cross-layer transcoder, whose decoders for all layers SAE Lens adds "
+            "up: it gives latents and reconstructs no layer, so it cannot be measured"
         )
     try:
         config = load_sae_config_from_huggingface(release, sae_id)
