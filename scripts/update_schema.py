@@ -131,7 +131,15 @@ def _run() -> Schema:
                     "properties": {
                         "model_name": {"type": "string"},
                         "sae": {"type": "string", "description": "the name as typed, or what tables call the baseline"},
+                        "sae_label": {
+                            "type": "string",
+                            "description": "what tables call it; absent for a baseline",
+                        },
                         "baseline": {"type": "string", "description": "its kind; absent for an SAE"},
+                        "baseline_of_sae": {
+                            "type": "string",
+                            "description": "that SAE as typed; absent if none",
+                        },
                         "baseline_of": {"type": "string", "description": "the SAE or hook point that it belongs to"},
                     },
                 },

@@ -96,18 +96,23 @@ KINDS = {
     "NUL byte": Broken("a.csv", csv_of(ROWS) + b"a\0b,1,g,0,1\n", ", line 42: a NUL byte"),
     "quote never closed": Broken("a.csv", csv_of(ROWS) + b'"we met,1,g,0,2\n', ", line 42: unexpected end of data"),
     "quote in the middle": Broken("a.csv", csv_of(ROWS) + b'"we" met,1,g,0,2\n', ", line 42: ',' expected after '\"'"),
-    "field without end": Broken("a.csv", csv_of(ROWS) + b"x" * 200_000, ", line 42: field larger than field limit"),
+    "field without end": Broken("a.csv", csv_of(ROWS) + b"x" * 200_000, ", line 42: label is missing"),
     "more fields than names": Broken("a.csv", csv_of(ROWS) + b"we, them,1,g,0,2\n", ", line 42: more fields than"),
     "Parquet cut short": Broken("a.parquet", parquet_of(ROWS)[:-40], ": not a readable Parquet file"),
     "Parquet of zeros": Broken("a.parquet", bytes(500), ": not a readable Parquet file"),
     "JSON cut short": Broken("a.jsonl", jsonl_of(*ROWS)[:-9], ", line 40: not JSON"),
     "a list for a row": Broken("a.jsonl", jsonl_of(*ROWS, ["x", 1]), ", line 41: not a JSON object: '[\"x\", 1]'"),
-    "one JSON for all": Broken("a.jsonl", json.dumps(ROWS).encode(), ", line 1: not a JSON object"),
+    "array that is cut short": Broken("a.json", json.dumps(ROWS).encode()[:-1], ": not JSON (Expecting ',' delimiter"),
+    "array of lists": Broken("a.json", json.dumps([*ROWS, [1]]).encode(), ", row 41: not a JSON object: '[1]'"),
+    "one object over several lines": Broken(
+        "a.json", json.dumps({"rows": ROWS}, indent=1).encode(), "an object a line is needed, or one array"
+    ),
+    "another delimiter": Broken("a.csv", csv_of(ROWS).replace(b",", b"|"), "missing columns text, label; found text|"),
     "half of a surrogate pair": Broken("a.jsonl", jsonl_of(*changed(4, text="x \ud83d")), ", line 5: text holds half"),
     "half of a surrogate pair in a group": Broken(
         "a.jsonl", jsonl_of(*changed(4, group="\ud83d")), ", line 5: group holds half"
     ),
-    "suffix that we do not know": Broken("a.xlsx", b"PK", ": unknown suffix '.xlsx': give .csv, .jsonl, .parquet"),
+    "suffix that we do not know": Broken("a.xlsx", b"PK", ": unknown suffix '.xlsx': give .csv, .tsv, .json"),
     "folder of something else": Broken("a", Path.mkdir, ": not a folder written by datasets' save_to_disk"),
     "folder called like a file": Broken("a.csv", Path.mkdir, ": not a folder written by datasets' save_to_disk"),
     "folder of the Hub with half a file": Broken("a", truncated_hub_folder, ": cannot be had as a dataset (Parquet"),

@@ -579,8 +579,8 @@ def test_csv_with_byte_order_mark_and_quoted_newlines(tmp_path: Path) -> None:
         ("t.csv", b"text,label,task\na,1,\n", r"line 2: task is ''"),
         ("t.csv", b"text,label,task\na,x,t\nb,y,t\nc,z,t\na,0,t_is_x\nb,1,t_is_x\n", r"would be called 't_is_x'"),
         ("t.jsonl", b'{"text":"a","label":1}\n{"text"', r"line 2: not JSON"),
-        ("t.jsonl", b"[1]\n", r"line 1: not a JSON object"),
-        ("t.tsv", b"text\tlabel\n", r"unknown suffix '\.tsv': give \.csv, \.jsonl, \.parquet"),
+        ("t.jsonl", b"[1]\n", r"row 1: not a JSON object"),
+        ("t.txt", b"text\tlabel\n", r"unknown suffix '\.txt': give \.csv, \.tsv, \.json, \.jsonl, \.parquet"),
         ("t.parquet", b"PAR0", r"not a readable Parquet file"),
     ],
 )

@@ -12,11 +12,11 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
-from delta_selectivity.api.arguments import as_path
+from delta_selectivity.api.arguments import as_path, naming
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.probing.uncertainty import Estimate
-from delta_selectivity.records import result_file, sae_level
+from delta_selectivity.records import sae_level
 from delta_selectivity.records.scores import folder_of
 from delta_selectivity.reporting import results as table
 from delta_selectivity.reporting.results import File
@@ -176,7 +176,8 @@ class Results:
         from delta_selectivity.reporting.study import study_of
 
         page = as_path(path, "path")
-        write_page(study_of(self.files), page)
+        with naming(page="path"):
+            write_page(study_of(self.files), page)
         return page
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,7 +193,7 @@ class Results:
     def _cells(self, name: str, field: str) -> dict[sae_level.Place, ProbeScores]:
         """The stored scores of one SAE."""
         known = table.by_sae(self.files)
-        named = [sae for sae in known if name in (sae, result_file.slug(sae))]
+        named = [sae for sae in known if name in (sae, table.label_in_run(sae, known[sae]))]
         if len(named) != 1:
             raise RequestError(f"`{field}`: there is no SAE {name!r} here: {', '.join(known)}")
         cells = sae_level.read_cells(

@@ -58,10 +58,10 @@ def run(argv: Sequence[str], prog: str) -> None:
         raise RequestError(f"`{given[0]}` says how to look at a model: name one with `model`")
     from delta_selectivity.run.inspection import describe
     from delta_selectivity.run.request import parse_layers
-    from delta_selectivity.saes import expand_names, open_sae
+    from delta_selectivity.saes import expand_names, open_sae, parse_names
 
     layers = parse_layers(values.get("layers", "all"))
-    names = [name.strip() for name in values["saes"].split(",") if name.strip()]
+    names = parse_names(values["saes"])
     if not names:
         raise RequestError("`saes` is empty: give a hub id, a folder, or several")
     sources = [open_sae(name, values.get("hookpoint")) for name in expand_names(names)]

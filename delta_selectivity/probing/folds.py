@@ -19,6 +19,8 @@ from torch import Tensor
 
 from delta_selectivity.errors import RequestError
 
+MOST_FOLDS = 127  # their numbers are kept in a byte each
+
 
 @dataclass(frozen=True)
 class Skipped:
@@ -59,9 +61,9 @@ class FoldPlan:
         weight = np.ones(len(people)) if weights is None else np.asarray(weights, dtype=np.float64)
         if asked.ndim != 2 or asked.shape[1:] != people.shape or weight.shape != people.shape:
             raise ValueError(f"labels {asked.shape} do not fit groups {people.shape} and weights {weight.shape}")
-        if not 2 <= n_folds <= 127 or n_repeats < 1:
-            raise RequestError(f"`folds` {n_folds}, `repeats` {n_repeats}: 2 to 127 and 1 or more are needed")
-        skipped = {t: reason for t, row in enumerate(asked) if (reason := _too_few_people(row, people, n_folds))}
+        if not 2 <= n_folds <= MOST_FOLDS or n_repeats < 1:
+            raise RequestError(f"`folds` {n_folds}, `repeats` {n_repeats}: 2 to {MOST_FOLDS} and 1 or more are needed")
+        skipped = {t: reason for t, row in enumerate(asked) if (reason := too_few_people(row, people, n_folds))}
         kept = tuple(t for t in range(len(asked)) if t not in skipped)
         folds = np.zeros((n_repeats, len(people)), dtype=np.int8)
         if kept:
@@ -83,7 +85,8 @@ class FoldPlan:
         return torch.from_numpy(np.where(self.held_out, 0.0, self.weights)).to(device)
 
 
-def _too_few_people(labels: NDArray[np.bool_], groups: NDArray[np.int64], n_folds: int) -> Skipped | None:
+def too_few_people(labels: NDArray[np.bool_], groups: NDArray[np.int64], n_folds: int) -> Skipped | None:
+    """Why a target cannot be measured with so many folds; None if it can."""
     sides = {"positive": labels, "negative": ~labels}
     people = {name: len(np.unique(groups[rows])) for name, rows in sides.items()}
     rarer = min(people, key=lambda name: people[name])

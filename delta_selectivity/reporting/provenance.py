@@ -13,8 +13,10 @@ from delta_selectivity.reporting.results import File
 from delta_selectivity.reporting.study import Study, models
 from delta_selectivity.system.terminal import printable
 
-NO_SETTINGS = {"sae", "baseline", "baseline_of", "model", "data", "schema", "output_directory", "quiet", "verbose",
-               "overwrite"}  # fmt: skip # of `_run.config` and `_run.key`: names told elsewhere, hashes, and manners
+NO_SETTINGS = {
+    "sae", "sae_label", "baseline", "baseline_of", "baseline_of_sae", "model", "data", "schema", "output_directory",
+    "quiet", "verbose", "overwrite",
+}  # fmt: skip # of `_run.config` and `_run.key`: names told elsewhere, hashes, and manners
 
 
 def heading(study: Study) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,22 @@ def result_files(folder: Path) -> list[Path]:
 
 
 def load(paths: Iterable[Path]) -> list[File]:
-    """The files, each checked. Raises `RequestError` if there is none, or one is no result file."""
+    """The files, each checked; those of a run's SAEs in the order in which they were asked for.
+
+    Raises `RequestError` if there is none, or one is no result file.
+    """
     files = [(path, result_file.read(path)) for path in paths]
     if not files:
         raise RequestError("no result files found: run the program first, or name its `output`")
-    return files
+    return sorted(files, key=lambda file: (is_baseline(file[1]), _place(file[1])))
+
+
+def _place(results: result_file.Json) -> int:
+    """Of an SAE among those that its run was asked for; 0 where a pattern stands for it."""
+    config = results["_run"]["config"]
+    names, sae = config.get("sae_names"), config["sae"]
+    typed = names if isinstance(names, list) else []
+    return next((i for i, name in enumerate(typed) if str(name) == sae or str(name).startswith(f"{sae}=")), 0)
 
 
 def cells(results: result_file.Json) -> Iterator[tuple[int, str, result_file.Json, result_file.Json]]:
@@ -75,16 +87,35 @@ def is_preserved(result: result_file.Json) -> bool:
 
 
 def by_sae(files: Sequence[File]) -> dict[str, list[File]]:
-    """The files of each SAE, by the name that its user typed; those of each baseline after them."""
+    """The files of each SAE, by the name that its user typed; those of each baseline after them.
+
+    Baselines of SAEs that were called alike in two runs have those SAEs' full names.
+    """
+    configs = [results["_run"]["config"] for _, results in files]
+    owners = {(config["sae"], config["baseline_of_sae"]) for config in configs if "baseline_of_sae" in config}
+    shared = {name for name, n in Counter(name for name, _ in owners).items() if n > 1}
     found: dict[str, list[File]] = {}
     for path, results in sorted(files, key=lambda file: is_baseline(file[1])):
-        found.setdefault(results["_run"]["config"]["sae"], []).append((path, results))
+        config = results["_run"]["config"]
+        made_from = config.get("baseline_of_sae")
+        name = f"{config['sae']} ({made_from})" if made_from and config["sae"] in shared else config["sae"]
+        found.setdefault(name, []).append((path, results))
     return found
 
 
-def label(name: str, files: Sequence[File]) -> str:
-    """What to call the SAE or baseline of these files where there is little room."""
-    return name if is_baseline(files[0][1]) else result_file.slug(name)
+def owner(results: result_file.Json) -> str | None:
+    """The SAE that a baseline is made from, by its name or, in older files, by its label; or a hook point."""
+    config = results["_run"]["config"]
+    found: str | None = config.get("baseline_of_sae") or config.get("baseline_of")
+    return found
+
+
+def label_in_run(name: str, files: Sequence[File]) -> str:
+    """What to call the SAE or baseline of these files where there is little room: as the run called it."""
+    if is_baseline(files[0][1]):
+        return name
+    found = files[0][1]["_run"]["config"].get("sae_label")
+    return found if isinstance(found, str) and found else result_file.slug(name)
 
 
 def level_of(files: Sequence[File]) -> result_file.Json:
@@ -101,8 +132,8 @@ def pairs(known: Mapping[str, Sequence[File]]) -> Iterator[tuple[str, str]]:
     saes = [name for name, own in known.items() if not is_baseline(own[0][1])]
     yield from itertools.pairwise(sorted(saes, key=lambda name: -level_of(known[name])["delta_sel"]))
     for name, own in known.items():
-        owner = own[0][1]["_run"]["config"].get("baseline_of")
-        yield from ((name, sae) for sae in saes if result_file.slug(sae) == owner)
+        made_from = owner(own[0][1])
+        yield from ((name, sae) for sae in saes if made_from in (sae, label_in_run(sae, known[sae])))
 
 
 def mean(values: Iterable[float | None]) -> float | None:

@@ -18,9 +18,10 @@ from delta_selectivity.reporting.results import (
     is_baseline,
     is_preserved,
     is_significant,
-    label,
+    label_in_run,
     level_of,
     mean,
+    owner,
     pairs,
 )
 from delta_selectivity.system.terminal import printable
@@ -58,9 +59,10 @@ class Sae:
 
     name: str  # as its user typed it
     label: str  # shorter, and no other's
+    own_label: str  # what its run called it
     is_baseline: bool
     kind: str | None  # of a baseline: identity, random, ...
-    owner: str | None  # of a baseline that belongs to an SAE: that one's slug
+    owner: str | None  # of a baseline that belongs to an SAE: that one's name, or in older files its label
     level: result_file.Json  # `_run.sae_level`; empty if its files disagree
     cells: tuple[Cell, ...]  # in order of dataset and layer
 
@@ -98,7 +100,7 @@ class Sae:
 
     def belongs_to(self, sae: Sae) -> bool:
         """Whether this is a baseline of that SAE."""
-        return self.owner is not None and self.owner == result_file.slug(sae.name)
+        return self.owner is not None and self.owner in (sae.name, sae.own_label)
 
     def where(self, dataset: str, probe: str) -> dict[int, Cell]:
         """By layer, the measured cells of one probe."""
@@ -186,11 +188,12 @@ def _sae(name: str, files: Sequence[File], label: str, dataset_of: Callable[[Fil
         for layer, probe, figures, result in cells(file[1])
     )
     baseline = is_baseline(files[0][1])
-    return Sae(name, label, baseline, config.get("baseline"), config.get("baseline_of"), level_of(files), found)
+    called = label_in_run(name, files)
+    return Sae(name, label, called, baseline, config.get("baseline"), owner(files[0][1]), level_of(files), found)
 
 
 def _labels(own_files: dict[str, list[File]]) -> dict[str, str]:
-    short = {name: label(name, own) for name, own in own_files.items()}
+    short = {name: label_in_run(name, own) for name, own in own_files.items()}
     seen = Counter(short.values())
     return {name: printable(text if seen[text] == 1 else name) for name, text in short.items()}
 

@@ -97,11 +97,13 @@ class SaeSource:
     """The SAEs of one hook point under one name."""
 
     name: str
-    """As typed."""
+    """As typed, or the name that was given to it there."""
     members: tuple[Member, ...]
     """In order of layers, one a layer."""
     revision: str | None = None
     """What stands for the files where they are not all on this machine: repository and commit."""
+    typed: str | None = None
+    """What ``open_sae`` finds it by; None if that is its name."""
     asked: str | None = None
     """The place that its user gave; None: the one that the SAE says."""
 
@@ -234,7 +236,7 @@ def assemble(name: str, members: Sequence[Member], hookpoint: str | None, revisi
             if one != other:
                 both = f"{one} ({before.where}) and {other} ({after.where})"
                 raise RequestError(f"{name}: SAEs of one hook point have one {what}, these have {both}")
-    return SaeSource(name, tuple(chosen), revision, measured)
+    return SaeSource(name, tuple(chosen), revision, asked=measured)
 
 
 def _choose_place(name: str, found: Sequence[str], asked: str | None) -> str:

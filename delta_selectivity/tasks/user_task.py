@@ -3,7 +3,7 @@
 text   what the model reads
 label  0/1, true/false, or strings: of two, the alphabetically later is 1; of more, each gets a one-vs-rest probe
 group  rows of one group never fall on both sides of a split; default: the probed characters, casefolded
-start, end  characters [start, end) to probe; default: the text's last word
+start, end  characters [start, end) to probe; default: the text's last word (`people.last_word`)
 task   the probe's name, for several in one file; default: the file's name
 
 Columns that are called otherwise are named by `columns`; rows of one text and span count once.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.tasks.people import last_words, plain_key
+from delta_selectivity.tasks.people import last_word, plain_key
 from delta_selectivity.tasks.read_records import read_table
 from delta_selectivity.tasks.table import Record
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
@@ -41,9 +41,13 @@ def load_user_task(data: UserData) -> Task:
         raise RequestError(f"{data.flag}: is empty: it has no rows")
     name = _name(data)
     by_task: dict[str, list[Row]] = {}
+    spelled: dict[str, Any] = {}
     for record in table.records:
         where = f"{data.flag}, {record.where}"
-        by_task.setdefault(_task(record, name, where), []).append(
+        task, typed = _task(record, name, where), record.values.get("task")
+        if spelled.setdefault(task, typed) != typed:
+            raise RequestError(f"{where}: task {typed!r} is {spelled[task]!r} but for spaces: write it one way")
+        by_task.setdefault(task, []).append(
             Row(_mention(record.values, where), _label(record.values.get("label"), where))
         )
     row_sets = tuple(_row_set(task, rows, data) for task, rows in by_task.items())
@@ -97,7 +101,7 @@ def _mention(values: Mapping[str, Any], where: str) -> Mention:
 def _span(values: Mapping[str, Any], text: str, where: str) -> tuple[int, int]:
     """Characters [start, end) to probe, without whitespace at either side."""
     given = [_missing_as_none(values.get(key)) for key in ("start", "end")]
-    span = last_words(text, 1)
+    span = last_word(text)
     if given != [None, None]:
         start, end = (_integer(value, key, where) for key, value in zip(("start", "end"), given, strict=True))
         if not 0 <= start < end <= len(text):
