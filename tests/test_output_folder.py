@@ -14,7 +14,8 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
 from delta_selectivity.records.differences import differences
 from delta_selectivity.records.rows_file import load
-from delta_selectivity.saes.names import expand_names, join_names, parse_names, split_given
+from delta_selectivity.saes.names import expand_names, split_given
+from delta_selectivity.system.comma_lists import join_names, parse_names
 
 FAST = ds.Settings(folds=3, repeats=1)
 MODEL = "EleutherAI_pythia-tiny"

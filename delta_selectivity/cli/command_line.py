@@ -14,6 +14,7 @@ from delta_selectivity.cli.program import typed
 from delta_selectivity.errors import RequestError
 from delta_selectivity.settings import Settings, default_shown
 from delta_selectivity.settings import fields as setting_fields
+from delta_selectivity.system.comma_lists import join_names, parse_names
 from delta_selectivity.system.terminal import tell_terminal
 
 if TYPE_CHECKING:  # they import torch, which takes seconds: --help and a wrong flag do without
@@ -190,7 +191,6 @@ def known_flags() -> tuple[str, ...]:
 def make_request(values: Mapping[str, Any]) -> Request:
     """Return the request that values by the names of the flags make; those left out take their defaults."""
     from delta_selectivity.run.request import Request, choose_devices, parse_layers
-    from delta_selectivity.saes.names import join_names, parse_names
 
     model, saes = values.get("model_name"), values.get("sae_name")
     if saes is None:

@@ -14,6 +14,7 @@ from delta_selectivity.cli.guard import guarded, set_log_level
 from delta_selectivity.cli.parser import Parser
 from delta_selectivity.cli.program import typed
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.comma_lists import parse_names
 from delta_selectivity.system.terminal import show
 
 EXAMPLES = """\
@@ -58,7 +59,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         raise RequestError(f"`{given[0]}` says how to look at a model: name one with `model`")
     from delta_selectivity.run.inspection import describe
     from delta_selectivity.run.request import parse_layers
-    from delta_selectivity.saes import expand_names, open_sae, parse_names
+    from delta_selectivity.saes import expand_names, open_sae
 
     layers = parse_layers(values.get("layers", "all"))
     names = parse_names(values["saes"])

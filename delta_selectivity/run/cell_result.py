@@ -87,4 +87,5 @@ def _warn(file: RecordFile, line: str) -> None:
     if line not in file.warnings:
         file.warnings.append(line)
         level = logging.INFO if file.is_baseline else logging.WARNING  # its SAE has said so already, or will
-        log.log(level, "%s: %s", file.path.name, line)
+        of = file.run["config"].get("sae_label")
+        log.log(level, "%s%s: %s", file.path.name, f" of {of}" if of else "", line)

@@ -8,7 +8,7 @@
 nothing but the layer are one name, a template such as ``release/blocks.<layer>.hook_resid_post``, which stands for
 all its layers. Of a template that a glob matches in part, each SAE is a name of its own.
 
-``mine=runs/topk/trainer_0`` calls the SAE of that folder ``mine``. Commas separate names; ``\\,`` is a comma in one.
+``mine=runs/topk/trainer_0`` calls the SAE of that folder ``mine``.
 """
 
 from __future__ import annotations
@@ -27,17 +27,6 @@ from delta_selectivity.saes.sae_lens.registry import release_names, sae_ids
 _WILD = re.compile(r"[*?[]")
 _LAYER = re.compile(r"(?<![a-z])((?:layer[._]?|blocks\.|^l))\d+")
 """The layer in an id: ``layer_12/width_16k``, ``blocks.5.hook_resid_pre``, ``layer0``, ``l15r_8x``."""
-
-
-def parse_names(spec: str) -> list[str]:
-    """``a,b`` -> the names between the commas; a comma after a backslash is part of a name."""
-    parts = re.split(r"(?<!\\),", spec)
-    return [name for part in parts if (name := part.replace("\\,", ",").strip())]
-
-
-def join_names(names: Iterable[str]) -> str:
-    """Names as ``parse_names`` reads them."""
-    return ",".join(name.replace(",", "\\,") for name in names)
 
 
 def split_given(name: str) -> tuple[str | None, str]:
