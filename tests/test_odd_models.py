@@ -161,7 +161,7 @@ def test_the_text_half_of_a_model_of_images_is_measured(tiny_model: Path, tmp_pa
 @pytest.mark.parametrize(
     ("hookpoint", "told"),
     [
-        ("resid_mid", "use resid_post, resid_pre, mlp_out"),
+        ("resid_middle", "use resid_post, resid_pre, mlp_out"),
         ("layers.<layer>.nothing", r"has no such module; it has layers\.<layer>, .*layers\.<layer>\.mlp"),
         ("vision_tower.layers.<layer>.mlp", "has no such module"),  # what stands before the layers is no ornament
         ("layers.<layer>.mlp.dense_h_to_4h:out", "has no such module"),
@@ -312,3 +312,23 @@ def test_an_sae_with_a_config_is_told_from_a_model_with_a_file_of_that_name(tiny
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "cfg.json").write_text("{}")
     open_model(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "glm4", "granite", "llama"])
+def test_what_a_module_gives_and_what_is_added_are_told_apart_by_the_model(save, ids: Tensor, kind: str):
+    own = {"gemma3_text": {"head_dim": 16}, "glm4": {"head_dim": 8}, "granite": {"residual_multiplier": 0.5}}
+    info = save(kind, **LLAMA, pad_token_id=0, **own.get(kind, {}))
+    names = info.names_of_modules()
+    paths = {"layers.<layer>.mlp": "mlp_out", "layers.<layer>.self_attn": "attn_out"}
+    assert names == (paths if kind == "llama" else {path: path for path in paths})
+    whole, seen = AutoModelForCausalLM.from_pretrained(info.name, dtype=torch.float32).eval(), []
+    whole.model.layers[1].mlp.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    with torch.inference_mode():
+        whole(input_ids=ids)
+    torch.testing.assert_close(activations(info, "layers.<layer>.mlp", ids), seen[0], atol=1e-6, rtol=0)
+
+
+def test_the_stream_between_attention_and_the_mlp_is_refused_where_both_read_the_same(save, ids: Tensor):
+    info = save("gpt_neox", **LLAMA)
+    with pytest.raises(RequestError, match=r"resid_mid: .* resid_pre \+ attn_out is not resid_mid"):
+        activations(info, "resid_mid", ids)

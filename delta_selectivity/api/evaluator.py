@@ -24,6 +24,7 @@ from delta_selectivity.api.arguments import (
 from delta_selectivity.api.evaluate import WIKIDATA
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import LanguageModel, ModelInfo, Site, open_model
+from delta_selectivity.models.places import without_wrappers
 from delta_selectivity.probing.probes import check_backend, choose_backend
 from delta_selectivity.probing.selectivity import fit_model
 from delta_selectivity.probing.uncertainty import Estimate
@@ -135,7 +136,7 @@ class Evaluator:
         if settings.bos in ("counted", "excluded") and info.opening_token_id is None:
             raise RequestError(f"`bos` {settings.bos}: {info.name} has no token that begins a text")
         self._has_bos = info.has_bos if settings.bos == "auto" else settings.bos != "none"
-        self._widths = info.widths(sites)
+        self._widths, self._modules = info.widths(sites), info.names_of_modules()
         self._device = device1
         self._tokenised = tokenise(
             texts.mentions,
@@ -270,7 +271,11 @@ class Evaluator:
         """Return the SAE, found to be of this layer, place and width."""
         layer, hookpoint = self._site
         reads = next((place for place in self._widths if place != self._site), self._site)
-        source = as_source(sae, (layer,), hookpoint, self._widths[reads])
+        is_name = isinstance(sae, str | os.PathLike)
+        source = as_source(sae, (layer,), self.settings.hookpoint if is_name else hookpoint, self._widths[reads])
+        if source.asked is None:
+            own = source.own_hookpoint
+            source = source.at(self._modules.get(without_wrappers(own), own))
         if layer not in source.layers or source.hookpoint != hookpoint:
             layers = ", ".join(map(str, source.layers))
             raise RequestError(
