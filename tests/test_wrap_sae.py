@@ -172,7 +172,7 @@ def test_an_object_of_sae_lens_that_does_not_say_where_it_belongs() -> None:
     assert (wrap_sae(sae, layer=2).layers, wrap_sae(sae, layer=2).hookpoint) == ((2,), "resid_post")
     assert wrap_sae(sae, hookpoint="blocks.4.hook_mlp_out").hookpoint == "mlp_out"
     unknown = make_lens("topk", hook_name="my_layer")
-    with pytest.raises(RequestError, match="`obj` TopKTrainingSAE: hook_name 'my_layer' is no place"):
+    with pytest.raises(RequestError, match="TopKTrainingSAE: hook_name 'my_layer' is no place"):
         wrap_sae(unknown)
     assert wrap_sae(unknown, layer=1, hookpoint="attn_out").hookpoint == "attn_out"
 
