@@ -121,6 +121,15 @@ def test_people_may_have_names(suffix, tmp_path):
     np.testing.assert_array_equal(found.groups, person_ids(names))
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_spellings_of_one_group_are_one_in_files_of_rows(tmp_path, suffix):
+    names = ["7", "7.0", "07", "Zo\u00eb", "Zoe\u0308"] + ["x"] * (N - 5)
+    found = load(written(tmp_path / f"theirs{suffix}", foreign(groups=np.array(names)))).groups.tolist()
+    assert [found.index(person) for person in found[:6]] == [0, 0, 2, 3, 3, 5]
+    whole = load(written(tmp_path / f"whole{suffix}", foreign(groups=np.arange(N) / 1.0)))
+    np.testing.assert_array_equal(whole.groups, np.arange(N))
+
+
 def test_other_floats_lists_and_integers_do_as_well(tmp_path):
     x = np.arange(N * D).reshape(N, D) / 7
     path = written(tmp_path / "a.safetensors", {"groups": np.arange(N)})

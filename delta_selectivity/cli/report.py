@@ -19,7 +19,7 @@ from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.cli.parser import Parser, user_path
 from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.csv_file import write_csv
-from delta_selectivity.reporting.results import File, load, result_files
+from delta_selectivity.reporting.results import File, load_all, result_files
 from delta_selectivity.reporting.tables import (
     overview,
     render,
@@ -31,14 +31,19 @@ from delta_selectivity.system.terminal import show, tell
 def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
     """Print the tables, or write what was asked for; 2 if there is nothing to report, 1 if it cannot be printed.
 
-    A page or plots that cannot be written are a wrong request: 2.
+    A page or plots that cannot be written are a wrong request: 2. So is a file that is no result file: the others are
+    shown all the same.
     """
     try:
         asked = _parse(argv, prog)
-        files = load(result_files(asked.folder))
+        files, refused = load_all(result_files(asked.folder))
+        for error in refused:
+            tell(with_flags(f"error: {error}"))
+        if not files:
+            return 2
         if asked.output is not None or asked.plots is not None:
             _write(files, asked.output, asked.plots)
-            return 0
+            return 2 if refused else 0
     except RequestError as error:
         tell(with_flags(f"error: {error}"))
         return 2
@@ -47,7 +52,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
     except OSError as error:
         tell(f"failed: {error}")
         return 1
-    return 0
+    return 2 if refused else 0
 
 
 def _parse(argv: Sequence[str] | None, prog: str) -> Any:

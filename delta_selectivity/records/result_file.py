@@ -24,6 +24,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.records import figures
 from delta_selectivity.records.differences import differences
 from delta_selectivity.system.file_lock import Locked, exclusive
 from delta_selectivity.system.provenance import installed_version
@@ -34,6 +35,8 @@ SCHEMA_VERSION = 2
 PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "numpy", "scikit-learn", "sae-probes", "cuml-cu13")
 
 Json = dict[str, Any]
+NAMES = ("model_name", "sae_label", "baseline", "baseline_of", "baseline_of_sae")
+"""Texts of `_run.config`, each of which may be absent."""
 
 
 @dataclass
@@ -42,7 +45,7 @@ class RecordFile:
 
     path: Path
     key: Json  # everything that changes a number
-    run: Json  # the rest of `_run`: config, versions, commit, started
+    run: Json  # the rest of `_run`: config, versions, commit, started, positive_class
     layers: dict[int, Json] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # what a reader of the numbers must know
     complete: bool = False
@@ -119,16 +122,18 @@ def read(path: Path) -> Json:
         run = found["_run"]
         results = {name: value for name, value in found.items() if name != "_run"}
         known = run["schema_version"] == SCHEMA_VERSION and _is_run(run)
-        layered = all(re.fullmatch(r"layer_\d+", name) and isinstance(value, dict) for name, value in results.items())
+        wrong = figures.fault(results, run["sae_level"])
         intact = run["results_sha256"] == _digest(results, run["sae_level"])
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{path} is not a result file of this program") from error
-    if not known or not layered:
+    if not known:
         raise RequestError(f"{path} is not a result file of schema {SCHEMA_VERSION}")
     if not intact:
         raise RequestError(f"{path} was changed after it was written")
+    if wrong is not None:
+        raise RequestError(f"{path} is not a result file of this program: {wrong}")
     return found
 
 
@@ -142,15 +147,20 @@ def read_key(path: Path) -> Json | None:
 
 def _is_run(run: Json) -> bool:
     """Whether `_run` holds what its readers rely on."""
-    figures = [*run["seconds"].values(), *run["resources"].values()]
+    measured = [*run["seconds"].values(), *run["resources"].values()]
+    names = [run["config"].get(name) for name in NAMES]
+    classes = run.get("positive_class", {})  # absent from files of before 0.5
+    texts = [run.get("commit"), *run.get("versions", {}).values(), *names]
     return (
         isinstance(run["key"], dict)
         and isinstance(run["config"]["sae"], str)
+        and all(text is None or isinstance(text, str) for text in texts)
         and isinstance(run["started"], str)
         and isinstance(run["complete"], bool)
         and all(isinstance(run[name], list) for name in ("warnings", "q_family"))
         and all(isinstance(line, str) for line in [*run["warnings"], *run["q_family"]])
-        and all(isinstance(figure, int | float) for figure in figures)
+        and all(figures.is_number(figure) for figure in measured)
+        and all(isinstance(text, str) for text in [*classes, *classes.values()])
     )
 
 

@@ -261,6 +261,8 @@ def _groups(found: Column, n: int) -> Ints:
     if found.dtype.kind == "U":
         names, of_row = np.unique(found, return_inverse=True)
         return person_ids(names.tolist())[of_row]
+    if found.dtype.kind == "f" and (np.abs(found) < 2.0**63).all() and (found == np.round(found)).all():
+        return found.astype(np.int64)
     if found.dtype.kind not in "biu":
         raise Unreadable(f"groups are of {found.dtype}: whole numbers or strings are needed")
     return found.astype(np.int64)  # of uint64 the same bits: equal groups stay equal

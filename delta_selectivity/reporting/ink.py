@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from delta_selectivity.reporting.names import abridged
+
 INK = "#1b1f24"  # text and the model's own curve; these three follow the reader's light or dark mode in the page
 MUTED = "#616975"  # axes, notes, baselines
 RULE = "#d6dae0"  # grid lines
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osD^vPX*"
 HATCH = "#4a505880"  # the same in both modes: cells are pale in both
+UNSHOWN = "#f7f7f7"  # a cell whose value is not significant: the pale middle of the scale, whatever the value
 NO_VALUE = "#c9ced6"  # a cell without a number
 FONT = ("DejaVu Sans", "Verdana", "sans-serif")  # the first measures the text; it is wider than what a page may use
 
@@ -64,9 +67,10 @@ def text_width(text: str, size: float = 11) -> float:
 
 
 def shortened(text: str, width: float, size: float = 11) -> str:
-    """The text, with its middle left out if it is wider than this many pixels: beginnings and ends tell SAEs apart."""
-    room = max(int(width / text_width("x", size)), 3)
-    if len(text) <= room:
-        return text
-    head = (room - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (room - 1 - head) :]}"
+    """The text, with its middle left out if it is wider than this many pixels."""
+    return abridged(text, characters(width, size))
+
+
+def characters(width: float, size: float = 11) -> int:
+    """How many fit into this many pixels, at least three."""
+    return max(int(width / text_width("x", size)), 3)

@@ -14,6 +14,7 @@ from typing import Any
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
+from delta_selectivity.records.figures import missing
 
 File = tuple[Path, result_file.Json]  # where it lies, and what `result_file.read` found there
 
@@ -34,10 +35,34 @@ def load(paths: Iterable[Path]) -> list[File]:
 
     Raises `RequestError` if there is none, or one is no result file.
     """
-    files = [(path, result_file.read(path)) for path in paths]
-    if not files:
+    files, refused = load_all(paths)
+    if refused:
+        raise refused[0]
+    return files
+
+
+def load_all(paths: Iterable[Path]) -> tuple[list[File], list[RequestError]]:
+    """The files that are sound, in the order of `load`, and what is wrong with each of the others.
+
+    Raises `RequestError` if there is none of either.
+    """
+    files, refused = [], []
+    for path in paths:
+        try:
+            files.append((path, _checked(path)))
+        except RequestError as error:
+            refused.append(error)
+    if not files and not refused:
         raise RequestError("no result files found: run the program first, or name its `output`")
-    return sorted(files, key=lambda file: (is_baseline(file[1]), _place(file[1])))
+    return sorted(files, key=lambda file: (is_baseline(file[1]), _place(file[1]))), refused
+
+
+def _checked(path: Path) -> result_file.Json:
+    found = result_file.read(path)
+    absent = missing({name: value for name, value in found.items() if name != "_run"})
+    if absent is not None:
+        raise RequestError(f"{path} is not a result file of this program: {absent}")
+    return found
 
 
 def _place(results: result_file.Json) -> int:
@@ -73,6 +98,12 @@ def lines(files: Iterable[File]) -> list[dict[str, Any]]:
 def is_baseline(results: result_file.Json) -> bool:
     """Whether these results are no SAE's but something to compare it with."""
     return bool(results["_run"]["config"].get("baseline"))
+
+
+def further_views(found: Iterable[result_file.Json]) -> list[str]:
+    """Balanced accuracies of views that are measured only if asked for, where any of these records has them."""
+    records = list(found)
+    return [name for name in ("error_sel", "latent_sel") if any(name in record for record in records)]
 
 
 def is_significant(result: result_file.Json) -> bool:

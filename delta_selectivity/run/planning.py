@@ -348,7 +348,8 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
                 raise RequestError(f"`tasks`: two would be written to {path}: rename one, or measure them in two runs")
             held.enter_context(reserve(path))
             refuse_link(scores.folder_of(path))
-            files[sae_id, index] = RecordFile.open(path, key, run, request.settings.overwrite)
+            classes = {"positive_class": {probe.name: probe.positive for probe in plan.texts.datasets[index].probes}}
+            files[sae_id, index] = RecordFile.open(path, key, {**run, **classes}, request.settings.overwrite)
     return files
 
 

@@ -78,8 +78,8 @@ def person_key(name: str) -> str:
 
 
 def plain_key(name: str) -> str:
-    """Casefolded `name` with single spaces: the key where the source itself names the person."""
-    return " ".join(name.casefold().split())
+    """Casefolded `name` with single spaces, in Unicode's form NFKC: the key where the source names the person."""
+    return " ".join(unicodedata.normalize("NFKC", name.casefold()).split())
 
 
 def _letters(word: str) -> str:
