@@ -24,14 +24,13 @@ from delta_selectivity.api.arguments import (
 from delta_selectivity.api.evaluate import WIKIDATA
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import LanguageModel, ModelInfo, Site, open_model
-from delta_selectivity.models.places import without_wrappers
 from delta_selectivity.probing.probes import check_backend, choose_backend
 from delta_selectivity.probing.selectivity import fit_model
 from delta_selectivity.probing.uncertainty import Estimate
 from delta_selectivity.records.sae_level import mean_delta, mean_transfer_r2
 from delta_selectivity.run.activations import Block, Item, LayerRows, Producer, SaeId, plan_blocks
 from delta_selectivity.run.cell_result import ONE_PARTITION, CellResult, warnings_of
-from delta_selectivity.run.planning import Cell
+from delta_selectivity.run.planning import Cell, in_model
 from delta_selectivity.run.preflight import Preflight
 from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.reconstruction import SiteScale
@@ -274,8 +273,7 @@ class Evaluator:
         is_name = isinstance(sae, str | os.PathLike)
         source = as_source(sae, (layer,), self.settings.hookpoint if is_name else hookpoint, self._widths[reads])
         if source.asked is None:
-            own = source.own_hookpoint
-            source = source.at(self._modules.get(without_wrappers(own), own))
+            source = in_model(source, self._modules)
         if layer not in source.layers or source.hookpoint != hookpoint:
             layers = ", ".join(map(str, source.layers))
             raise RequestError(

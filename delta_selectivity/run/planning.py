@@ -17,7 +17,7 @@ from typing import NamedTuple
 from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
-from delta_selectivity.models.places import without_wrappers
+from delta_selectivity.models.places import BLOCKS, without_wrappers
 from delta_selectivity.probing.folds import MOST_FOLDS, too_few_people
 from delta_selectivity.probing.probes import check_backend
 from delta_selectivity.records import scores
@@ -40,7 +40,7 @@ from delta_selectivity.run.calibration import draw_mentions, fingerprint
 from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import SaeSource, expand_names, open_sae, same_path
-from delta_selectivity.saes.hookpoints import same_place
+from delta_selectivity.saes.hookpoints import is_module_path, same_place
 from delta_selectivity.settings import fields as setting_fields
 from delta_selectivity.system.processor import check_proc
 from delta_selectivity.system.terminal import NOTE
@@ -137,7 +137,7 @@ def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | 
     _refuse_reserved_names(texts)
     sources = open_sources(request)
     modules = setup.names_of_modules(info)
-    sources = [_in_model(source, modules) for source in sources]
+    sources = [in_model(source, modules) for source in sources]
     sites = [_sites(request, info, source) for source in sources]
     widths = _check_widths(info, setup, sources, sites)
     for source, own in zip(sources if fetch else (), sites, strict=False):
@@ -203,11 +203,16 @@ def open_sources(request: Request) -> list[SaeSource]:
     return list(found.values())
 
 
-def _in_model(source: SaeSource, modules: Mapping[str, str]) -> SaeSource:
-    """The source with the model's name of its place: what an MLP gives is `mlp_out` only if it is added as it is."""
+def in_model(source: SaeSource, modules: Mapping[str, str]) -> SaeSource:
+    """The source with the model's name of its place: what an MLP gives is `mlp_out` only if it is added as it is.
+
+    modules: of `ModelInfo.names_of_modules`. `layers` and `attention` stand for the model's own names of these.
+    """
     own = source.own_hookpoint
     if source.asked is None:
-        return source.at(modules.get(without_wrappers(own), own))
+        of_model = without_wrappers(own).split(".")[0] in BLOCKS
+        names = (name for path, name in modules.items() if of_model and same_place(path, own) and is_module_path(own))
+        return source.at(next(names, own))
     if not same_place(source.asked, own):
         log.warning("%s says that it is of %s; it is measured at %s, as asked", source.name, own, source.asked)
     return source
