@@ -15,6 +15,7 @@ RULE = "#d6dae0"  # grid lines
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osD^vPX*"
 HATCH = "#4a505880"  # the same in both modes: cells are pale in both
+UNSHOWN = "#f7f7f7"  # a cell whose value is not significant: the pale middle of the scale, whatever the value
 NO_VALUE = "#c9ced6"  # a cell without a number
 FONT = ("DejaVu Sans", "Verdana", "sans-serif")  # the first measures the text; it is wider than what a page may use
 

@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.patches import Rectangle
 
-from delta_selectivity.reporting.ink import HATCH, NO_VALUE
+from delta_selectivity.reporting.ink import HATCH, NO_VALUE, UNSHOWN
 
 DIVERGING = "RdBu"  # low, a loss, is red
+RIM_X, RIM_Y = 0.06, 0.14  # of a cell that is not significant: how much of it keeps its colour
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def draw_matrix(axes: Axes, cells: Sequence[MatrixCell], limit: float) -> dict[s
         box = Rectangle((cell.column, cell.row), 1, 1, facecolor=colour, edgecolor="white", linewidth=1, gid=gid)
         axes.add_patch(box)
         if cell.value is not None and not cell.shown:
-            axes.add_patch(_hatching(cell.row, cell.column))
+            colour = UNSHOWN
+            axes.add_patch(_unshown(cell.row, cell.column))
         axes.text(
             cell.column + 0.5, cell.row + 0.52, cell.text, ha="center", va="center", fontsize=9.5,
             fontweight="bold" if cell.shown else "normal", color=ink_on(colour), gid=f"{gid}-text",
@@ -66,8 +68,11 @@ def draw_matrix(axes: Axes, cells: Sequence[MatrixCell], limit: float) -> dict[s
     return tips
 
 
-def _hatching(row: int, column: int) -> Rectangle:
-    return Rectangle((column, row), 1, 1, fill=False, hatch="////", edgecolor=HATCH, linewidth=0)
+def _unshown(row: int, column: int) -> Rectangle:
+    """A pale, hatched cell inside the coloured one, of which only a rim is left: no size makes noise look solid."""
+    place = (column + RIM_X, row + RIM_Y)
+    width, height = 1 - 2 * RIM_X, 1 - 2 * RIM_Y
+    return Rectangle(place, width, height, facecolor=UNSHOWN, hatch="////", edgecolor=HATCH, linewidth=0)
 
 
 def bare(axes: Axes, n_rows: int, n_columns: int) -> None:
