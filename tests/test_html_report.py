@@ -18,11 +18,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from result_sets import DEMO, write_set
 
 from delta_selectivity.cli import report
-from delta_selectivity.reporting import ink, matrix, output, results
+from delta_selectivity.reporting import drawing, ink, matrix, output, results
 from delta_selectivity.reporting.cell_table import COLUMNS
 from delta_selectivity.reporting.plots import plots_of
 from delta_selectivity.reporting.study import study_of
@@ -210,6 +211,31 @@ def test_numbers_on_cells_stand_out_and_the_scale_is_even():
     assert [matrix.scale_end(value) for value in (0.0, 0.04, 0.0401, 0.152)] == pytest.approx([0.04, 0.04, 0.08, 0.16])
 
 
+def test_noise_is_pale_and_hatched_at_any_size():
+    """Without colour: the pixels between a cell's rim and its number are light, and vary where it is not shown."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = drawing.canvas(400, 80)
+    axes = drawing.axes_at(figure, 0, 0, 400, 80)
+    matrix.bare(axes, 2, 4)
+    values = (-1.0, -0.3, 0.3, 1.0)
+    cells = [
+        matrix.MatrixCell(row, column, value, "", shown, "")
+        for row, shown in enumerate((True, False))
+        for column, value in enumerate(values)
+    ]
+    matrix.draw_matrix(axes, cells, 1.0)
+    agg = FigureCanvasAgg(figure)
+    agg.draw()
+    grey = np.asarray(agg.buffer_rgba())[..., :3].mean(axis=2)
+    for column in range(len(values)):
+        across = slice(column * 100 + 15, column * 100 + 85)
+        solid, hatched = grey[10:30, across], grey[50:70, across]
+        assert solid.std() < 1, "what is significant is plain"
+        assert hatched.std() > 15, "the hatching can be seen"
+        assert hatched.mean() > 200, "and its cell is pale"
+
+
 def test_series_differ_in_more_than_colour():
     looks = [ink.series(index) for index in range(48)]
     assert len(set(looks)) == 48
@@ -384,6 +410,7 @@ def test_datasets_of_several_models_are_told_apart(tmp_path):
     path = results.result_files(folder)[0]
     content = json.loads(path.read_text())
     content["_run"]["config"]["model_name"] = "org/other"
+    content["_run"]["key"]["model"] = "of other weights"
     path.write_text(json.dumps(content))
     path.rename(path.with_name("org_other_wikidata_gender.json"))
     datasets = study_in(folder).datasets

@@ -18,7 +18,8 @@ from typing import Any
 from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.csv_file import write_csv
-from delta_selectivity.reporting.results import File, load, result_files
+from delta_selectivity.reporting.groups import File
+from delta_selectivity.reporting.results import load, result_files
 from delta_selectivity.reporting.tables import (
     overview,
     render,
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
     """
     asked = _parse(argv, prog)
     try:
-        files = load(result_files(asked.folder))
+        files = load(path for folder in asked.folder for path in result_files(folder))
         if asked.output is not None or asked.plots is not None:
             _write(files, asked.output, asked.plots)
             return 0
@@ -54,7 +55,11 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
         prog=prog, description="Tables, plots and a page from the result files of main.py."
     )
     parser.add_argument(
-        "folder", type=Path, nargs="?", default=Path("results"), help="where the files are, or one file (%(default)s)"
+        "folder",
+        type=Path,
+        nargs="*",
+        default=[Path("results")],
+        help="where the files are, or one file; several are put side by side (results)",
     )
     parser.add_argument("--worst_first", action="store_true", help="largest losses on top, not by layer")
     parser.add_argument("--summary", action="store_true", help="the line per SAE, and SAEs against each other, only")
