@@ -86,7 +86,7 @@ def fvu_difference(a: Errors, b: Errors) -> Estimate:
     """a's FVU less b's on the same rows: the clustered error of a ratio of sums, linearised."""
     value = a.fvu - b.fvu
     psi = (a.error - b.error - value * a.deviation) / a.deviation.sum()
-    return Estimate(value, clustered_variance(psi, a.clusters) ** 0.5, len(np.unique(a.clusters)))
+    return Estimate(value, clustered_variance(psi, a.clusters) ** 0.5, len(np.unique(a.clusters)) - 1)
 
 
 def noise_of_runs(runs: Mapping[str, Sequence[float]]) -> float:

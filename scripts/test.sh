@@ -12,4 +12,4 @@ export DELTA_SELECTIVITY_DATA="$data"
 "$python" -m ruff check --quiet .
 "$python" -m ruff format --check --quiet .
 "$python" -m mypy --no-error-summary
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"  # one worker a core; -n 0 for none

@@ -30,10 +30,18 @@ NUMBERS = PROJECT / "docs" / "numbers.md"
 TARGET = PROJECT / "docs" / "results.schema.json"
 LAYER = "^layer_(0|[1-9][0-9]*)$"
 TYPES = {float: "number", int: "integer", bool: "boolean", NoneType: "null"}
-SINCE_0_5 = ("mse_whole_se", "fvu_whole_se", "fvu_ordinary", "outliers", "dead_se", "n_tokens_all")
+SINCE_0_5 = (
+    "mse_whole_se",
+    "fvu_whole_se",
+    "fvu_ordinary",
+    "outliers",
+    "dead_se",
+    "n_tokens_all",
+    "n_people_effective",
+)
 """Figures that files written before lack."""
 Q_VALUES = ("q_value", "transfer_q_value")  # there once the run is complete
-COUNTED = ("n_rows", "n_people", "n_pos")  # what a probe that cannot be measured has all the same
+COUNTED = ("n_rows", "n_people", "n_people_effective", "n_pos")  # what a probe that cannot be measured has all the same
 ONLY_FROM_0 = re.compile(
     r"n_\w+|mse_\w+|fvu_\w+|l0|l1|dead|dead_se|outliers|C|C_sae|(model|sae|transfer|error|latent)_(sel|auc)"
 )
@@ -95,14 +103,17 @@ def _layer(definition: dict[str, str]) -> Schema:
 def _measured(definition: dict[str, str]) -> Schema:
     kinds = get_type_hints(ProbeResult) | {Q_VALUES[0]: float, Q_VALUES[1]: float | None}
     known = {name: _figure(name, kind, definition) for name, kind in kinds.items()}
-    return _closed(known, optional=OPTIONAL | set(Q_VALUES))
+    return _closed(known, optional=OPTIONAL | set(Q_VALUES) | set(SINCE_0_5))
 
 
 def _unmeasured(definition: dict[str, str]) -> Schema:
-    counted = {name: _figure(name, int, definition) for name in COUNTED}
-    null = {name: {"type": "null"} for name in get_type_hints(ProbeResult) if name not in counted.keys() | OPTIONAL}
+    kinds = get_type_hints(ProbeResult)
+    counted = {name: _figure(name, kinds[name], definition) for name in COUNTED}
+    null = {name: {"type": "null"} for name in kinds if name not in counted.keys() | OPTIONAL}
     reason = {"reason": {"type": "string", "description": definition["reason"]}}
-    return _closed({**counted, **reason, **null, **{name: {"type": "null"} for name in Q_VALUES}}, optional=Q_VALUES)
+    return _closed(
+        {**counted, **reason, **null, **{name: {"type": "null"} for name in Q_VALUES}}, optional=Q_VALUES + SINCE_0_5
+    )
 
 
 def _figure(name: str, kind: Any, definition: dict[str, str]) -> Schema:
@@ -131,7 +142,15 @@ def _run() -> Schema:
                     "properties": {
                         "model_name": {"type": "string"},
                         "sae": {"type": "string", "description": "the name as typed, or what tables call the baseline"},
+                        "sae_label": {
+                            "type": "string",
+                            "description": "what tables call it; absent for a baseline",
+                        },
                         "baseline": {"type": "string", "description": "its kind; absent for an SAE"},
+                        "baseline_of_sae": {
+                            "type": "string",
+                            "description": "that SAE as typed; absent if none",
+                        },
                         "baseline_of": {"type": "string", "description": "the SAE or hook point that it belongs to"},
                     },
                 },
@@ -146,6 +165,11 @@ def _run() -> Schema:
                     "type": ["string", "null"],
                 },
                 "started": {"type": "string", "format": "date-time"},
+                "positive_class": {
+                    "description": "By probe: the label that counts as 1, as the task spells it.",
+                    "type": "object",
+                    "additionalProperties": {"type": "string"},
+                },
                 "key": {
                     "description": "Everything that changes a number: only a run with the same key continues a file.",
                     "type": "object",
@@ -161,7 +185,8 @@ def _run() -> Schema:
                 "seconds": {**seconds, "description": "By stage, of the run that wrote the file last."},
                 "resources": {**seconds, "description": "Likewise: peak memory in GB."},
                 "complete": {"type": "boolean", "description": "Whether everything asked for is there."},
-            }
+            },
+            optional=("positive_class",),  # files of before 0.5 lack it
         ),
     }
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 from test_selectivity import by_scikit_learn, damaged, world
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.probing import arrays
 from delta_selectivity.probing.arrays import probe_selectivity
 from delta_selectivity.probing.folds import FoldPlan
 from delta_selectivity.probing.selectivity import ProbeResult
@@ -85,6 +87,26 @@ def test_other_hashables_are_people_if_they_are_equal():
     first = {group: i for i, group in enumerate(dict.fromkeys(GROUPS.tolist()))}
     numbers = np.array([first[group] for group in GROUPS.tolist()])
     assert selectivity(groups=[("person", int(group)) for group in GROUPS]) == selectivity(groups=numbers)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        ["7", "7.0", "07", "Zo\u00eb", "Zoe\u0308", "ZOE\u0308"],
+        ["7", 7.0, "07", "Zo\u00eb", "Zoe\u0308", "ZOE\u0308"],
+        [("a", "7"), ("a", 7.0), ("a", "07"), ("Zo\u00eb",), ("Zoe\u0308",), ("ZOE\u0308",)],
+        pd.Series(["7", "7.0", "07", "Zo\u00eb", "Zoe\u0308", "ZOE\u0308"]),
+    ],
+)
+def test_equal_numbers_are_one_group_and_so_are_the_unicode_forms_of_a_name(groups):
+    same = [list(ids).index(person) for ids in [arrays._group_ids(groups, 6)] for person in ids]
+    assert same == [0, 0, 2, 3, 3, 5]
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, list, pd.Series, torch.tensor])
+def test_groups_of_whole_numbers_are_the_same_whatever_their_type(kind):
+    assert arrays._group_ids(kind([3.0, -1.0, 3.0]), 3).tolist() == [3, -1, 3]
+    assert arrays._group_ids(np.array([3, -1, 3]), 3).tolist() == [3, -1, 3]
 
 
 def test_inputs_are_left_as_they_are():

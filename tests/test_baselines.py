@@ -21,6 +21,8 @@ from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.probing.folds import FoldPlan
 from delta_selectivity.probing.selectivity import DEFAULT_CS
 from delta_selectivity.records import result_file
+from delta_selectivity.reporting.results import load, result_files
+from delta_selectivity.reporting.study import study_of
 from delta_selectivity.run import measure
 from delta_selectivity.run.baselines import (
     CALIBRATED,
@@ -448,13 +450,23 @@ def test_other_positions(request_, tmp_path, positions):
     assert only_cell(tmp_path, "names")["sae_sel"] > 0.9
 
 
-def test_another_sae_under_the_same_name_is_refused(request_, tmp_path, capsys):
+def test_baselines_of_saes_of_one_name_are_kept_apart(request_, tmp_path):
+    """Measured on two days, so that neither run knows of the other's name."""
     first, second = write_sparsify(tmp_path / "a" / "sae"), write_sparsify(tmp_path / "b" / "sae", k=2)
     request = request_.into(tmp_path / "out").plus("--baselines", "pca", "--layers", "0")
     assert replace(request, saes=(first,)).run() == 0
-    (tmp_path / "out" / "pythia-tiny_women.json").unlink()
-    assert replace(request, saes=(second,)).run() == 2
-    assert "sae:" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in files(tmp_path / "out")}
+    assert replace(request, saes=(second,)).run() == 0
+    assert all(path.read_bytes() == content for path, content in before.items())
+    study = study_of(load(result_files(tmp_path / "out")))
+    assert [sae.name for sae in study.saes] == [str(first), str(second)]
+    assert [[b.belongs_to(sae) for sae in study.saes] for b in study.baselines] == [[True, False], [False, True]]
+    assert len({sae.label for sae in study.everything}) == 4
+    assert replace(request, saes=(first,)).run() == 0, "and each goes on where it is"
+    assert len(files(tmp_path / "out")) == 4
+    path = first / "layers.0" / "cfg.json"
+    path.write_text(path.read_text().replace('"k": 8', '"k": 4'))
+    assert replace(request, saes=(first,)).run() == 2, "what changed since is no other SAE"
 
 
 def test_an_unknown_baseline_is_refused(request_, capsys):

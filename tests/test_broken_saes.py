@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +80,29 @@ class Malicious:
 
 def half(name: str) -> Damage:
     return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
+
+
+def a_pipe(name: str) -> Damage:
+    """Which nobody writes to."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return damage
+
+
+def endless(name: str) -> Damage:
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+
+    return damage
+
+
+def terabytes(name: str) -> Damage:
+    """A sparse file."""
+    return lambda folder: os.truncate(folder / name, 2**40)
 
 
 def text(name: str, content: str | bytes) -> Damage:
@@ -167,6 +192,52 @@ def a_list(folder: Path) -> None:
     torch.save([torch.zeros(3)], folder / "mine.pt")
 
 
+def holds(make: Callable[[], Any]) -> Damage:
+    """Tensors beside something else in one ``ae.pt``."""
+
+    def damage(folder: Path) -> None:
+        whole = torch.load(folder / "ae.pt")
+        limit = sys.getrecursionlimit()
+        sys.setrecursionlimit(20_000)  # for pickle, which writes them
+        try:
+            torch.save({**whole, "more": make()}, folder / "ae.pt")
+        finally:
+            sys.setrecursionlimit(limit)
+
+    return damage
+
+
+def in_itself() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    found["again"] = found["and_again"] = found
+    return found
+
+
+def deep() -> dict[str, Any]:
+    """3000 dictionaries in each other."""
+    found: dict[str, Any] = {}
+    for _ in range(3000):
+        found = {"in": found}
+    return found
+
+
+def many_names() -> dict[str, Tensor]:
+    one = torch.zeros(2**20)
+    return {str(i): one for i in range(200)}
+
+
+def packed(folder: Path) -> None:
+    """As no ``torch.save`` writes it: 64 MiB of zeros in 64 KiB."""
+    torch.save({"bias": torch.zeros(2**24)}, folder / "unpacked.pt")
+    with (
+        zipfile.ZipFile(folder / "unpacked.pt") as whole,
+        zipfile.ZipFile(folder / "ae.pt", "w", zipfile.ZIP_DEFLATED) as made,
+    ):
+        for member in whole.infolist():
+            made.writestr(member.filename, whole.read(member), zipfile.ZIP_DEFLATED)
+    (folder / "unpacked.pt").unlink()
+
+
 def a_file_in_its_place(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("an SAE")
@@ -213,6 +284,26 @@ CASES = [
     Case("code in a newer pickle", plain, bare_pickle(protocol=4), "mine.pt", "not a whole file that torch"),
     Case("a pickled module", dictionary, whole_module, "ae.pt", "Linear would have to be called"),
     Case("a list of tensors", plain, a_list, "mine.pt", "holds a list; named tensors are needed"),
+    # what a .pt file may hold beside them
+    Case("a dict in itself", dictionary, holds(in_itself), "ae.pt", "dictionaries in dictionaries without an end"),
+    Case("3000 dicts deep", dictionary, holds(deep), "ae.pt", "dictionaries in dictionaries without an end"),
+    Case("a meta tensor", dictionary, holds(lambda: torch.empty(3, device="meta")), "ae.pt", "without values"),
+    Case(
+        "a quantised tensor",
+        dictionary,
+        holds(lambda: torch.quantize_per_tensor(torch.zeros(3), 0.1, 0, torch.qint8)),
+        "ae.pt",
+        "quantized",
+    ),
+    Case(
+        "a tensor of terabytes",
+        dictionary,
+        holds(lambda: torch.zeros(1).expand(2**20, 2**20)),
+        "ae.pt",
+        "far more than the file holds",
+    ),
+    Case("many names for one tensor", dictionary, holds(many_names), "ae.pt", "far more than the file holds"),
+    Case("a packed .pt file", dictionary, packed, "ae.pt", "not a whole file that torch.save wrote"),
     # tensors
     Case("a tensor is missing", sparsify, tensors(SAFE, dropped("b_dec")), SAFE, "no tensor 'b_dec'; it holds W_dec"),
     Case("a bias is missing", dictionary, tensors("ae.pt", dropped("bias")), "ae.pt", "no tensor 'bias'"),
@@ -232,6 +323,13 @@ CASES = [
     Case("a folder in place of the config", lens, a_folder("cfg.json"), "cfg.json", "a folder of this name"),
     Case("a config that links to itself", plain, a_link_to_itself("sae.json"), "sae.json", "Too many levels"),
     Case("weights without a config", dictionary, without("config.json"), "config.json", "no such file"),
+    Case("a pipe in place of the config", sparsify, a_pipe("cfg.json"), "cfg.json", "a pipe or a device"),
+    Case("a pipe in place of weights", lens, a_pipe(LENS), LENS, "a pipe or a device"),
+    Case("a config without end", plain, endless("sae.json"), "sae.json", "a pipe or a device"),
+    Case("weights without end", dictionary, endless("ae.pt"), "ae.pt", "a pipe or a device"),
+    Case("a config of a terabyte", sparsify, terabytes("cfg.json"), "cfg.json", "1048576 MiB are no config"),
+    Case("weights of a terabyte", sparsify, terabytes(SAFE), SAFE, "not a whole safetensors file"),
+    Case("a .pt of a terabyte", dictionary, terabytes("ae.pt"), "ae.pt", "not a whole file that torch.save wrote"),
     # what the config says
     Case("a negative k", sparsify, says("cfg.json", k=-8), "cfg.json", "k is -8; a whole number above 0"),
     Case("k larger than d_sae", sparsify, says("cfg.json", k=97), "cfg.json", "k 97 does not fit num_latents 96"),
@@ -270,6 +368,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_broken_sae_is_told_in_one_line(
     case: Case,

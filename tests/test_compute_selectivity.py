@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -30,7 +31,9 @@ from delta_selectivity.run.planning import make_plan, open_files
 from delta_selectivity.scale import cluster, estimate, merge, spread, units, worker
 from delta_selectivity.scale.bar import UnitsBar
 from delta_selectivity.scale.estimate import Shape
+from delta_selectivity.scale.same_program import own_digest
 from delta_selectivity.system.file_lock import exclusive
+from delta_selectivity.tasks import data_wheel
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,11 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in below if "spawn_main" in " ".join(child.cmdline())]
 
 
+def measure_unit(unit, own_device):
+    """As a worker does."""
+    return worker.run_unit(unit, Path.cwd(), own_device, own_digest())
+
+
 CUT = ("--layers_per_unit", "2", "--saes_per_unit", "1")  # (0,1) and (2) of the first SAE, (1) and (2) of the second
 
 
@@ -107,7 +115,7 @@ def test_two_processes_give_what_main_gives_to_the_byte_and_once_only(request_, 
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == len(set(lines)) > 0, "what units say comes here, each line once"
     before = {path: path.stat().st_mtime_ns for path in asked.out.glob("**/*.*")}
-    monkeypatch.setattr(cluster, "open_cluster", lambda *a: pytest.fail("workers were started"))
+    monkeypatch.setattr(spread, "open_cluster", lambda *a: pytest.fail("workers were started"))
     assert compute(asked, "--workers", "2", *CUT) == 0
     assert {path: path.stat().st_mtime_ns for path in asked.out.glob("**/*.*")} == before
 
@@ -155,7 +163,7 @@ def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monk
     plan, cut = planned
     todo = cut(2, 1)
     for unit in todo:
-        outcome = worker.run_unit(unit, Path.cwd(), own_device=False)
+        outcome = measure_unit(unit, own_device=False)
         assert outcome.status == "done", outcome
     calls = {"left": 0}
 
@@ -187,11 +195,28 @@ def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monk
     assert_same(plan.request.output, alone)
 
 
+def test_stray_files_among_units_are_passed_over_and_a_link_is_refused(planned, request_, tmp_path, capsys):
+    plan, cut = planned
+    unit = cut(3, 2)[0]
+    assert measure_unit(unit, own_device=False).status == "done"
+    (unit.folder / "notes (copy).json").write_text("mine")
+    with ExitStack() as held:
+        opened = open_files(plan, held)
+        merge.merge(unit.folder, opened)
+        assert any(file.layers for file in opened.values())
+    elsewhere = (plan.request.output / units.FOLDER).rename(tmp_path / "elsewhere")
+    (plan.request.output / units.FOLDER).symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    assert compute(request_.into(plan.request.output), "--overwrite") == 2
+    assert ".units is a symbolic link" in capsys.readouterr().err
+    assert sorted(elsewhere.rglob("*")) == before
+
+
 def test_results_of_something_else_are_not_merged(planned, request_):
     plan, cut = planned
     unit = cut(1, 1)[0]
-    assert worker.run_unit(unit, Path.cwd(), own_device=False).status == "done"
-    with ExitStack() as held, pytest.raises(RequestError, match="seed: 0 there, 3 now"):
+    assert measure_unit(unit, own_device=False).status == "done"
+    with ExitStack() as held, pytest.raises(RequestError, match="`seed` 0 there, 3 now"):
         merge.merge(unit.folder, open_files(with_seed(plan, 3), held))
 
 
@@ -239,8 +264,8 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(request_, alone,
 
 @pytest.mark.slow
 def test_a_unit_that_fails_leaves_the_others_to_finish_and_the_same_command_goes_on(planned, request_, alone, capsys):
-    config, _, cut = planned
-    asked = request_.into(config.output_directory)
+    plan, cut = planned
+    asked = request_.into(plan.request.output)
     blocked = cut(2, 1)[0].folder
     blocked.parent.mkdir(parents=True)
     blocked.write_text("a file where a folder belongs")
@@ -271,6 +296,8 @@ def test_a_request_that_a_worker_finds_wrong_ends_everything_in_one_line(request
         (["--saes_per_unit", "0"], "--saes_per_unit"),
         (["--scheduler", "tcp://127.0.0.1:1", "--workers", "2"], "--workers 2"),
         (["--scheduler", "nonsense"], "nonsense"),
+        (["--scheduler", "tls://127.0.0.1:1"], "--tls_ca_file is needed"),
+        (["--tls_cert", "me.pem"], "--tls_cert is for --scheduler tls://"),
         (["--config", "/no/such.toml"], "/no/such.toml"),
         (["--layers", "9"], "--layers 9"),
         (["inspect"], "main.py"),
@@ -304,7 +331,7 @@ def test_workers_share_the_gpus_or_the_cores(monkeypatch):
 
 
 def test_every_cluster_has_the_threads_of_its_own_size_and_leaves_the_environment_as_it_was(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6))
+    monkeypatch.setattr(cluster, "cpu_count", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
     for n_workers, threads in ((1, "6"), (2, "3")):
@@ -342,22 +369,66 @@ def test_an_estimate_grows_with_what_is_asked():
     assert estimate.cost(wider, estimate.CPU_CORE).seconds > cost.seconds
 
 
+def recipes() -> list[str]:
+    """The commands of docs/scale.md for clusters: openssl, scheduler, worker, client, and the Slurm job."""
+    text = (ROOT / "docs" / "scale.md").read_text("utf-8")
+    found = re.findall(r"```bash\n(.*?)```", text[text.index("**Clusters.**") : text.index("## Sweeps")], re.DOTALL)
+    assert len(found) == 5
+    return found
+
+
+@pytest.fixture
+def shell(tmp_path, request_):
+    """Starts a command of the page in a folder of its own."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "SLURM_JOB_ID": "7"}
+    env |= {"PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{env['PATH']}"}
+    env["DELTA_SELECTIVITY_DATA"] = str(data_wheel.fetch().parent)  # which is below the other HOME
+    port, shared = free_port(), tmp_path / "shared" / "keys"
+    shared.mkdir(parents=True)
+
+    def start(command: str, where: str, *flags: str) -> subprocess.Popen[str]:
+        (tmp_path / where).mkdir(exist_ok=True)
+        command = command.replace("/shared/keys", str(shared)).replace("HOST", "127.0.0.1").replace("8786", str(port))
+        words = ["bash", "-c", command, "bash", *flags]
+        return subprocess.Popen(words, env=env, cwd=tmp_path / where, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
 @pytest.mark.slow
-def test_a_cluster_of_others_does_the_same(request_, alone, tmp_path):
-    """A scheduler and a worker as one starts them by hand; the second run finds the scheduler gone."""
-    asked = request_.into(tmp_path / "out")
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    address = f"tcp://127.0.0.1:{free_port()}"
-    commands = [["scheduler", "--host", address, "--no-dashboard"], ["worker", address, "--nthreads", "2"]]
-    others = [subprocess.Popen([sys.executable, "-m", "dask", *words], env=env) for words in commands]
+def test_the_page_leads_to_a_cluster_to_the_letter(shell, alone, request_, tmp_path):
+    """Scheduler, worker and client each in a folder of its own, which holds nothing of the program."""
+    make_keys, *servers, client, _ = recipes()
+    assert shell(make_keys, "keys").wait(timeout=60) == 0
+    others = [shell(f"exec env {command}", where) for where, command in zip(("one", "two"), servers, strict=True)]
     try:
-        assert compute(asked, "--scheduler", address, *CUT) == 0
+        asked = request_.into(tmp_path / "out")
+        process = shell(client.replace("...", '"$@"'), "three", *asked.argv, *CUT)
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 0, told
         assert_same(asked.out, alone)
     finally:
-        for process in reversed(others):
-            process.terminate()
-            process.wait()
-    assert compute(asked, "--scheduler", address, "--overwrite") == 2
+        for other in reversed(others):
+            other.terminate()
+            other.communicate(timeout=30)
+    process = shell(client.replace("...", '"$@"'), "three", *asked.argv, *CUT, "--overwrite")
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 2, "the scheduler is gone"
+    assert "no Dask scheduler answers there" in told
+
+
+@pytest.mark.slow
+def test_the_slurm_job_of_the_page_runs_to_the_letter(shell, alone, request_, tmp_path):
+    """With a stand-in for srun, which starts two of the tasks."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\ntrap "kill %1 %2" TERM\n"$@" &\n"$@" &\nwait\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    asked = request_.into(tmp_path / "out")
+    process = shell(recipes()[-1], "job", *asked.argv, *CUT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    assert_same(asked.out, alone)
+    assert not list(tmp_path.glob("keys.*")), "the key is not kept"
 
 
 def free_port() -> int:
@@ -370,8 +441,8 @@ def test_a_worker_takes_the_device_that_it_has(planned):
     _, cut = planned
     unit = cut(1, 1)[0]
     elsewhere = replace(unit, request=replace(unit.request, device1="cuda:7", device2="cuda:7"))
-    assert worker.run_unit(elsewhere, Path.cwd(), own_device=False).status != "done"
-    assert worker.run_unit(elsewhere, Path.cwd(), own_device=True).status == "done"
+    assert measure_unit(elsewhere, own_device=False).status != "done"
+    assert measure_unit(elsewhere, own_device=True).status == "done"
 
 
 def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
@@ -383,8 +454,27 @@ def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
     unit.folder.mkdir(parents=True)
     with ExitStack() as other:
         other.enter_context(exclusive(unit.folder / "unit"))
-        assert worker.run_unit(unit, Path.cwd(), own_device=False).status == "done"
+        assert measure_unit(unit, own_device=False).status == "done"
     assert looks == [worker.LOOK_AGAIN]
+
+
+def test_a_unit_that_another_holds_for_ever_is_given_up_with_its_folder_named(planned, monkeypatch):
+    _, cut = planned
+    unit = cut(1, 1)[0]
+    monkeypatch.setattr(worker, "LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(worker, "LOOKS", 3)
+    unit.folder.mkdir(parents=True)
+    with exclusive(unit.folder / "unit"):
+        outcome = measure_unit(unit, own_device=False)
+    assert outcome.status == "failed"
+    assert str(unit.folder) in outcome.line
+
+
+def test_a_worker_that_runs_another_program_refuses_its_unit(planned):
+    _, cut = planned
+    outcome = worker.run_unit(cut(1, 1)[0], Path.cwd(), False, "0" * 64)
+    assert outcome.status == "refused"
+    assert "runs other source code of delta-selectivity than this process" in outcome.line
 
 
 def test_the_bar_counts_probes_and_units(planned, capsys):
@@ -394,8 +484,8 @@ def test_the_bar_counts_probes_and_units(planned, capsys):
         for unit in todo:
             bar.ended(unit)
     total = sum(unit.n_probes for unit in todo)
-    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
-    assert f"{total}/{total}" in last
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{total} of {total}" in last
     assert f"{len(todo)} of {len(todo)} units" in last
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,8 @@ def test_one_person_has_one_id(wikidata_texts: dw.ProbeTexts) -> None:
 def test_table_lists_every_probe_with_its_counts() -> None:
     lines = dw.describe_datasets(["gender", "politics"]).splitlines()
     assert len(lines) == 3
-    assert re.search(r"^0 +gender +gender +5000 +3345 +\d+ +1666 \(50%\)$", lines[1])
-    assert re.search(r"^2 +politics +politics +3000 +1931 +\d+ +965 \(50%\)$", lines[2])
+    assert re.search(r"^0 +gender +gender +5000 +3345 +\d+ +1666 \(50%\) +female$", lines[1])
+    assert re.search(r"^2 +politics +politics +3000 +1931 +\d+ +965 \(50%\) +Democratic Party$", lines[2])
 
 
 # --- people
@@ -525,6 +526,37 @@ def test_two_labels_are_one_probe(tmp_path: Path, labels: tuple[str, str], caplo
     assert ("'yes' counts as 1" in caplog.text) == (labels == ("no", "yes"))
 
 
+SPELLINGS = [
+    1,
+    1.0,
+    "1",
+    "1.0",
+    "01",
+    "1.5",
+    1.5,
+    "Zo\u00eb",
+    "Zoe\u0308",
+    "\uff3aoe\u0308",
+    "ZOE\u0308",
+    "1e3",
+    "1000",
+]
+PEOPLE = [0, 0, 0, 0, 4, 5, 5, 7, 7, 7, 10, 11, 12]  # the first that is the same person
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_equal_numbers_are_one_group_and_so_are_the_unicode_forms_of_a_name(tmp_path: Path, kind: str) -> None:
+    rows = [(f"text {i}", i % 2, group) for i, group in enumerate(SPELLINGS)]
+    header = ("text", "label", "group")
+    dicts = [dict(zip(header, row, strict=True)) for row in rows]
+    path = write_csv(tmp_path, rows, header) if kind == "csv" else write_jsonl(tmp_path, dicts)
+    assert same(own(path).persons) == PEOPLE
+
+
+def test_the_unicode_forms_of_a_probed_name_are_one_person(tmp_path: Path) -> None:
+    assert same(own(write_csv(tmp_path, [("Zo\u00eb", 1), ("oh Zoe\u0308", 0), ("Zoe", 0)])).persons) == [0, 0, 2]
+
+
 def test_three_labels_are_three_probes_on_the_same_rows(tmp_path: Path) -> None:
     texts = own(write_csv(tmp_path, [("a", "red"), ("b", "blue"), ("c", 2)]))
     probes = texts.datasets[0].probes
@@ -538,11 +570,12 @@ def test_a_task_column_makes_several_probes(tmp_path: Path) -> None:
     assert [(p.name, p.mentions.tolist()) for p in texts.datasets[0].probes] == [("x", [0, 1]), ("y", [0, 2])]
 
 
-def test_csv_with_byte_order_mark_and_quoted_newlines(tmp_path: Path) -> None:
+def test_csv_with_byte_order_mark_and_quoted_newlines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes('\ufefftext,label\r\n"one\r\ntwo",1\r\n\r\nthree,\r\n'.encode())
-    with pytest.raises(RequestError, match="line 5: label is missing"):
+    with pytest.raises(RequestError, match="every label of 't' is '1'"):
         own(path)
+    assert "1 of 2 rows have no label and are left out; the first is line 5" in caplog.text
     path.write_bytes('\ufefftext,label\r\n"one\r\ntwo",1\r\n\r\nthree,0\r\n'.encode())
     assert own(path).mentions[0].text == "one\r\ntwo"
 
@@ -558,10 +591,7 @@ def test_csv_with_byte_order_mark_and_quoted_newlines(tmp_path: Path) -> None:
         ("t.csv", b"text,label,start\na,1,0\n", r"missing column end"),
         ("t.csv", b"text,label\na,1\nb,1\n", r"every label of 't' is '1'"),
         ("t.csv", b"text,label\na,1\na,0\nb,1\n", r"'t' has 1 positives in 1 distinct rows"),
-        ("t.csv", b"text,label\na,1\nb,\n", r"line 3: label is missing"),
-        ("t.csv", b"text,label\na,1\nb\n", r"line 3: label is missing"),
-        ("t.jsonl", b'{"text":"a","label":1}\n{"text":"b","label":null}', r"line 2: label is missing"),
-        ("t.jsonl", b'{"text":"a","label":1}\n{"text":"b","label":NaN}', r"line 2: label is missing"),
+        ("t.csv", b"text,label\na,\nb,NA\nc\n", r"no row of 't' has a label"),
         ("t.csv", b"text,label\n  ,1\nb,0\n", r"line 2: text is '  ', expected words"),
         ("t.jsonl", b'{"text":3,"label":1}', r"line 1: text is 3, expected words"),
         ("t.jsonl", b'{"text":"a \\ud83d","label":1}', r"line 1: text holds half of a surrogate pair"),
@@ -579,8 +609,8 @@ def test_csv_with_byte_order_mark_and_quoted_newlines(tmp_path: Path) -> None:
         ("t.csv", b"text,label,task\na,1,\n", r"line 2: task is ''"),
         ("t.csv", b"text,label,task\na,x,t\nb,y,t\nc,z,t\na,0,t_is_x\nb,1,t_is_x\n", r"would be called 't_is_x'"),
         ("t.jsonl", b'{"text":"a","label":1}\n{"text"', r"line 2: not JSON"),
-        ("t.jsonl", b"[1]\n", r"line 1: not a JSON object"),
-        ("t.tsv", b"text\tlabel\n", r"unknown suffix '\.tsv': give \.csv, \.jsonl, \.parquet"),
+        ("t.jsonl", b"[1]\n", r"row 1: not a JSON object"),
+        ("t.txt", b"text\tlabel\n", r"unknown suffix '\.txt': give \.csv, \.tsv, \.json, \.jsonl, \.parquet"),
         ("t.parquet", b"PAR0", r"not a readable Parquet file"),
     ],
 )
@@ -593,10 +623,77 @@ def test_user_errors_are_one_line_with_the_place(tmp_path: Path, name: str, cont
     assert str(error.value).startswith((f"`dataset_file` {path}", "t: "))
 
 
-def test_continuous_labels_are_told_to_be_the_wrong_column(tmp_path: Path) -> None:
-    path = write_csv(tmp_path, [(f"text {i}", i / 7) for i in range(200)])
-    with pytest.raises(RequestError, match="200 distinct labels"):
+@pytest.mark.parametrize("labels", [(0.3, 0.7), (0, 0.5, 1), (1.5, "2"), [i / 7 for i in range(200)]])
+def test_fractions_are_no_classes(tmp_path: Path, labels: Sequence[object]) -> None:
+    path = write_csv(tmp_path, [(f"text {i}", label) for i, label in enumerate(labels)])
+    with pytest.raises(RequestError, match=r"labels of 'my_task' are fractions, such as .*: probes need classes"):
         own(path)
+
+
+def test_words_of_all_kinds_are_told_to_be_the_wrong_column(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="200 distinct labels"):
+        own(write_csv(tmp_path, [(f"text {i}", f"word {i}") for i in range(200)]))
+
+
+@pytest.mark.parametrize(
+    ("labels", "positive"),
+    [
+        (("-1", "+1"), "1"),
+        (("-1", "1"), "1"),
+        ((-1.0, 1.0), "1"),
+        (("2", "10"), "10"),
+        (("0", "1.0"), "1"),
+        (("no", "Yes"), "Yes"),
+        (("Male", "female"), "Male"),
+        (("B", "a"), "B"),
+    ],
+)
+def test_of_two_labels_the_larger_number_or_the_later_word_is_positive(
+    tmp_path: Path, labels: tuple[object, object], positive: str
+) -> None:
+    probe = own(write_csv(tmp_path, [("a", labels[0]), ("b", labels[1])])).datasets[0].probes[0]
+    is_first = positive.casefold() == str(labels[0]).casefold()
+    assert (probe.positive, probe.labels.tolist()) == (positive, [is_first, not is_first])
+
+
+def test_spellings_of_one_word_are_one_class_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = ["yes", "Yes", "no", "YES", "yes", "No"]
+    (probe,) = own(write_csv(tmp_path, [(f"t{i}", label) for i, label in enumerate(labels)])).datasets[0].probes
+    assert (probe.name, probe.positive, probe.labels.tolist()) == (
+        "my_task",
+        "yes",
+        [True, True, False, True, True, False],
+    )
+    assert "labels 'No' and 'no' are one class" in caplog.text
+    assert "labels 'YES' and 'Yes' and 'yes' are one class" in caplog.text
+
+
+def test_three_classes_in_several_spellings_are_three_probes(tmp_path: Path) -> None:
+    labels = ["Zo\u00eb", "Zoe\u0308", "red", "Red", "2", "2.0"]
+    probes = own(write_csv(tmp_path, [(f"t{i}", label) for i, label in enumerate(labels)])).datasets[0].probes
+    assert [probe.labels.tolist() for probe in probes] == [
+        [False, False, False, False, True, True],
+        [False, False, True, True, False, False],
+        [True, True, False, False, False, False],
+    ]
+
+
+@pytest.mark.parametrize("missing", ["", " ", "nan", "NaN", "NA", "N/A", "<NA>", "null", None, float("nan")])
+def test_a_row_without_a_label_is_left_out_and_counted(
+    tmp_path: Path, missing: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"text": "a", "label": "p"}, {"text": "b", "label": missing}, {"text": "c", "label": "q"}]
+    path = tmp_path / "my_task.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    texts = own(path)
+    assert [m.text for m in texts.mentions] == ["a", "c"]
+    assert [probe.positive for probe in texts.datasets[0].probes] == ["q"]
+    assert "1 of 3 rows have no label and are left out; the first is line 2" in caplog.text
+
+
+def test_words_that_only_look_missing_are_classes(tmp_path: Path) -> None:
+    texts = own(write_csv(tmp_path, [("a", "none"), ("b", "some"), ("c", "nano")]))
+    assert len(texts.datasets[0].probes) == 3
 
 
 def test_paths_that_are_no_data_set(tmp_path: Path) -> None:

@@ -17,3 +17,10 @@ def test_every_key_of_a_record_is_defined_and_no_other():
     named = {key for key in re.findall(r"`([A-Za-z0-9_]+)`", page) if not key.startswith(("_", "layer_"))}
     known = {field.name for kind in (ProbeResult, Reconstruction) for field in fields(kind)}
     assert named == known | {"q_value", "transfer_q_value", "reason"}
+
+
+def test_the_tests_that_the_security_page_names_are_there():
+    named = re.findall(r"`((?:faults/|fuzz/)?[a-z_]*(?:\.py)?)`", (ROOT / "SECURITY.md").read_text("utf-8"))
+    tests = {name for name in named if name.startswith(("test_", "faults/", "fuzz/"))}
+    assert len(tests) > 5
+    assert all((ROOT / "tests" / name).exists() for name in tests)

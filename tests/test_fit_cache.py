@@ -30,6 +30,7 @@ from delta_selectivity.probing.folds import FoldPlan, control_plan
 from delta_selectivity.probing.selectivity import ModelFit, fit_model
 from delta_selectivity.run.planning import make_plan
 from delta_selectivity.scale import units, worker
+from delta_selectivity.scale.same_program import own_digest
 from delta_selectivity.system import provenance
 from delta_selectivity.system.provenance import HOME, program_digest
 
@@ -154,7 +155,7 @@ def test_units_of_many_workers_read_what_main_has_fitted(with_cache, fitted, tmp
     monkeypatch.chdir(tmp_path)
     request = parse(with_cache.into(tmp_path / "units").argv).request
     for unit in units.plan_units(make_plan(request), layers_per_unit=1, saes_per_unit=1):
-        assert worker.run_unit(unit, tmp_path, own_device=False).status == "done"
+        assert worker.run_unit(unit, tmp_path, False, own_digest()).status == "done"
     assert fitted.total() == OF_SAE
 
 

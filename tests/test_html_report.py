@@ -18,12 +18,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from result_sets import DEMO, write_set
 
 from delta_selectivity.cli import report
-from delta_selectivity.reporting import drawing, ink, matrix, output, results
+from delta_selectivity.reporting import ink, matrix, output, results
 from delta_selectivity.reporting.cell_table import COLUMNS
 from delta_selectivity.reporting.plots import plots_of
 from delta_selectivity.reporting.study import study_of
@@ -209,31 +208,6 @@ def test_numbers_on_cells_stand_out_and_the_scale_is_even():
         assert (light + 0.05) / (dark + 0.05) >= 4.5
     assert luminance(matrix.colour_of(0, 1.0)) > 0.9
     assert [matrix.scale_end(value) for value in (0.0, 0.04, 0.0401, 0.152)] == pytest.approx([0.04, 0.04, 0.08, 0.16])
-
-
-def test_noise_is_pale_and_hatched_at_any_size():
-    """Without colour: the pixels between a cell's rim and its number are light, and vary where it is not shown."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = drawing.canvas(400, 80)
-    axes = drawing.axes_at(figure, 0, 0, 400, 80)
-    matrix.bare(axes, 2, 4)
-    values = (-1.0, -0.3, 0.3, 1.0)
-    cells = [
-        matrix.MatrixCell(row, column, value, "", shown, "")
-        for row, shown in enumerate((True, False))
-        for column, value in enumerate(values)
-    ]
-    matrix.draw_matrix(axes, cells, 1.0)
-    agg = FigureCanvasAgg(figure)
-    agg.draw()
-    grey = np.asarray(agg.buffer_rgba())[..., :3].mean(axis=2)
-    for column in range(len(values)):
-        across = slice(column * 100 + 15, column * 100 + 85)
-        solid, hatched = grey[10:30, across], grey[50:70, across]
-        assert solid.std() < 1, "what is significant is plain"
-        assert hatched.std() > 15, "the hatching can be seen"
-        assert hatched.mean() > 200, "and its cell is pale"
 
 
 def test_series_differ_in_more_than_colour():
@@ -430,9 +404,7 @@ def test_a_model_that_was_measured_differently_has_a_curve_of_its_own(tmp_path):
 
 
 def test_what_goes_to_files_does_not_go_with_tables(tmp_path):
-    with pytest.raises(SystemExit) as ended:
-        report.main([str(DEMO), "-o", str(tmp_path / "report.html"), "--csv", str(tmp_path / "all.csv")])
-    assert ended.value.code == 2
+    assert report.main([str(DEMO), "-o", str(tmp_path / "report.html"), "--csv", str(tmp_path / "all.csv")]) == 2
     assert not list(tmp_path.iterdir())
 
 
@@ -458,7 +430,7 @@ def test_what_cannot_be_written_is_a_wrong_request(flags, tmp_path, monkeypatch,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_no_results_and_mixed_schemas_are_wrong_requests(tmp_path, capsys):
+def test_no_results_are_a_wrong_request_and_a_file_of_another_schema_is_left_out(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert report.main([str(tmp_path / "empty"), "-o", str(tmp_path / "r.html")]) == 2
     assert "no result files found" in capsys.readouterr().err
@@ -472,7 +444,9 @@ def test_no_results_and_mixed_schemas_are_wrong_requests(tmp_path, capsys):
     assert told.count("\n") == 1
     assert path.name in told
     assert "schema" in told
-    assert not (tmp_path / "r.html").exists()
+    assert set(cell_rows(Tree((tmp_path / "r.html").read_text(encoding="utf-8")).root)) == {
+        ("a_two", "wikidata_gender", "gender", layer) for layer in range(3)
+    }
 
 
 def test_tables_do_without_matplotlib():

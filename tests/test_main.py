@@ -153,7 +153,7 @@ def test_results_of_other_settings_are_not_touched_without_overwrite(ask, tmp_pa
     path = tmp_path / "results" / "pythia-tiny_women.json"
     before = path.read_bytes()
     assert ask("--seed", "1") == 2
-    assert "seed: 0 there, 1 now" in capsys.readouterr().err
+    assert "--seed 0 there, 1 now" in capsys.readouterr().err
     assert path.read_bytes() == before
     assert ask("--seed", "1", "--overwrite") == 0
     assert path.read_bytes() != before
@@ -222,17 +222,31 @@ def test_an_unusable_task_is_refused(ask, tmp_path, capsys, rows, words):
     assert words in capsys.readouterr().err
 
 
-def test_a_class_with_fewer_people_than_folds_gets_a_reason_in_place_of_a_number(ask, tmp_path, caplog):
-    rows = [row for row in people(120) if row["label"] == 0] + [
+def few_people():
+    """Rows of many men, and of two women."""
+    return [row for row in people(120) if row["label"] == 0] + [
         {**row, "group": f"only {i % 2}"} for i, row in enumerate(people(40)) if row["label"] == 1
     ]
-    path = write_csv(tmp_path / "few.csv", rows)
-    assert ask(data=("--dataset_file", str(path))) == 0
+
+
+def test_a_class_with_fewer_people_than_folds_gets_a_reason_in_place_of_a_number(ask, tmp_path, caplog):
+    rows = [{**row, "task": "few"} for row in few_people()] + [{**row, "task": "enough"} for row in people(120)]
+    assert ask(data=("--dataset_file", str(write_csv(tmp_path / "few.csv", rows)))) == 0
     found = results(tmp_path / "results" / "pythia-tiny_few.json")
-    cell = cell_of(found["layer_0"])
+    assert found["layer_0"]["enough"]["delta_sel"] is not None
+    cell = found["layer_0"]["few"]
     assert "people" in cell["reason"]
     assert cell["delta_sel"] is None
     assert any("not measured" in line for line in found["_run"]["warnings"])
+
+
+@pytest.mark.parametrize("rows", [people(4), few_people()], ids=["four rows", "two people"])
+def test_where_no_probe_can_be_measured_the_request_is_wrong(ask, tmp_path, capsys, rows):
+    """Not an empty table and exit code 0."""
+    assert ask(data=("--dataset_file", str(write_csv(tmp_path / "few.csv", rows)))) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "none of the probes can be measured (few: the" in line and "--folds" in line
+    assert not (tmp_path / "results").exists()
 
 
 def test_nan_in_the_model_fails_the_run_and_names_the_layer(tiny_model, ask, tmp_path, capsys):

@@ -278,3 +278,37 @@ def test_a_revision_is_another_model(tiny_model: Path, tmp_path: Path, monkeypat
         open_model("owner/tiny", "step2")
     with pytest.raises(RequestError, match="local folder"):
         open_model(str(tiny_model), "main")
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [("adapter_config.json", "an adapter without its model"), ("m.gguf", "GGUF"), ("cfg.json", "looks like an SAE")],
+)
+def test_a_folder_that_is_no_model_is_called_what_it_looks_like(file, told, tmp_path):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(RequestError, match=told):
+        open_model(str(tmp_path))
+
+
+def test_a_gguf_file_is_called_that(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with pytest.raises(RequestError, match="GGUF files are not read"):
+        open_model(str(tmp_path / "m.gguf"))
+
+
+def test_an_adapter_beside_a_model_is_not_left_out_without_a_word(tiny_model, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    monkeypatch.setattr("transformers.utils.is_peft_available", lambda: False)
+    with pytest.raises(RequestError, match="install peft"):
+        open_model(str(folder))
+
+
+def test_an_sae_with_a_config_is_told_from_a_model_with_a_file_of_that_name(tiny_model, tmp_path):
+    (tmp_path / "config.json").write_text('{"trainer": {}}')
+    (tmp_path / "ae.pt").write_bytes(b"")
+    with pytest.raises(RequestError, match="looks like an SAE"):
+        open_model(str(tmp_path))
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "cfg.json").write_text("{}")
+    open_model(str(folder))

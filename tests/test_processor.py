@@ -76,6 +76,7 @@ def test_the_user_overrules(cpu, monkeypatch):
 
 
 def test_it_is_told_in_one_line(cpu, monkeypatch):
+    monkeypatch.setattr(processor, "cpu_count", lambda: 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     cpu(ZEN4, "AuthenticAMD")
     assert processor.describe() == "A chip: bfloat16, onednn, bytes; 1 thread"

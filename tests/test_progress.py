@@ -17,8 +17,11 @@ class Gone:
 
     encoding = "utf-8"
 
-    def __init__(self, error):
-        self.error = error
+    def __init__(self, error, terminal):
+        self.error, self.terminal = error, terminal
+
+    def isatty(self):
+        return self.terminal
 
     def write(self, text):
         raise self.error
@@ -27,9 +30,10 @@ class Gone:
         raise self.error
 
 
+@pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "EIO"), ValueError("closed file")])
-def test_a_stream_that_is_gone_stops_neither_bar_from_either_thread(monkeypatch, error):
-    monkeypatch.setattr(sys, "stderr", Gone(error))
+def test_a_stream_that_is_gone_stops_neither_bar_from_either_thread(monkeypatch, error, terminal):
+    monkeypatch.setattr(sys, "stderr", Gone(error, terminal))
     queue = BoundedQueue[int](max_bytes=1, size_of=lambda item: 1)
     with ProgressBars(1000, 1000, queue, quiet=False) as bars:
         threads = [

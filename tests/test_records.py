@@ -48,7 +48,7 @@ def test_another_request_is_refused_and_says_what_differs(tmp_path):
     path = tmp_path / "m_d.json"
     written(path)
     before = path.read_bytes()
-    with pytest.raises(RequestError, match=r"seed: 0 there, 1 now.*`overwrite`"):
+    with pytest.raises(RequestError, match=r"`seed` 0 there, 1 now.*`overwrite`"):
         RecordFile.open(path, {**KEY, "seed": 1}, RUN, overwrite=False)
     assert path.read_bytes() == before
     assert RecordFile.open(path, {**KEY, "seed": 1}, RUN, overwrite=True).layers == {}
@@ -102,7 +102,7 @@ def test_not_a_number_is_never_written(tmp_path):
         ("EleutherAI/pythia-160m", "EleutherAI_pythia-160m"),
         ("../../etc/passwd", "passwd"),
         ("..", "unnamed"),
-        ("a b\n*?é", "a_b"),
+        ("a b\n*?é", "a_b_é"),
         (".hidden", "hidden"),
     ],
 )

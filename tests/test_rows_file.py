@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,8 @@ from safetensors.torch import save_file
 
 from delta_selectivity.cli import probe
 from delta_selectivity.errors import RequestError
-from delta_selectivity.records import rows_formats
 from delta_selectivity.records.rows_file import RowProbe, Rows, RowText, load, save
+from delta_selectivity.system import unpacked
 from delta_selectivity.system.person_ids import person_ids
 
 SUFFIXES = (".safetensors", ".npz", ".parquet")
@@ -118,6 +119,15 @@ def test_people_may_have_names(suffix, tmp_path):
     names = [f"person {i // 3}" for i in range(N)]
     found = load(written(tmp_path / f"theirs{suffix}", foreign(groups=np.array(names))))
     np.testing.assert_array_equal(found.groups, person_ids(names))
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_spellings_of_one_group_are_one_in_files_of_rows(tmp_path, suffix):
+    names = ["7", "7.0", "07", "Zo\u00eb", "Zoe\u0308"] + ["x"] * (N - 5)
+    found = load(written(tmp_path / f"theirs{suffix}", foreign(groups=np.array(names)))).groups.tolist()
+    assert [found.index(person) for person in found[:6]] == [0, 0, 2, 3, 3, 5]
+    whole = load(written(tmp_path / f"whole{suffix}", foreign(groups=np.arange(N) / 1.0)))
+    np.testing.assert_array_equal(whole.groups, np.arange(N))
 
 
 def test_other_floats_lists_and_integers_do_as_well(tmp_path):
@@ -246,8 +256,13 @@ def test_an_array_is_no_larger_than_what_follows_its_header(shape, descr, tmp_pa
     assert "promises" in refused(tmp_path / "a.npz", capsys)
 
 
+def test_a_file_that_never_ends_is_refused(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.npz")
+    assert "a pipe or a device" in refused(tmp_path / "a.npz", capsys)
+
+
 def test_a_bomb_is_refused_before_it_takes_memory(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(rows_formats, "ALWAYS", 2**20)
+    monkeypatch.setattr(unpacked, "ALWAYS", 2**20)
     np.savez_compressed(tmp_path / "a.npz", **foreign(x=np.zeros((2**19, 8), np.float32)))
     assert "unpacks to" in refused(tmp_path / "a.npz", capsys)
     zeros = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.zeros(2**22, np.float32)), 8)

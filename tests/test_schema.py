@@ -87,6 +87,8 @@ def test_a_fresh_run_follows_it_with_all_views_baselines_and_a_probe_without_num
     assert {"reason" in cell for cell in cells} == {True, False}
     assert any("latent_sel" in cell and "error_sel" in cell for cell in cells)
     assert [faults(content) for content in found] == [[]] * len(found)
+    assert all(content["_run"]["positive_class"] == {"women": "1", "few": "1"} for content in found)
+    assert all(cell["n_people_effective"] <= cell["n_people"] for cell in cells)
 
 
 def test_a_run_that_goes_on_follows_it_without_q_values_and_one_that_ended_does_not():

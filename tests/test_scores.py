@@ -55,6 +55,62 @@ def test_the_file_is_as_documented_and_the_same_each_time(stored, tmp_path):
         assert (tmp_path / f"{i}.scores" / "x").read_bytes() == path.read_bytes()
 
 
+STRAY = [
+    "layer_0 (copy).safetensors", "layer_.safetensors", "layer_00.safetensors", "layer_-1.safetensors",
+    "layer_٣.safetensors", f"layer_{'9' * 200}.safetensors", "layer_1.safetensors.bak", ".notes.mine.tmp",
+    ".layer_1.safetensors.tmp", "notes.txt",
+]  # fmt: skip
+
+
+def test_only_what_this_program_wrote_is_removed(tmp_path):
+    result, outside = tmp_path / "m_d.json", tmp_path / "outside"
+    outside.write_text("mine")
+    folder = scores.folder_of(result)
+    for layer in (0, 1, 2):
+        save(scores.path_of(result, layer), LayerScores(layer, "a key", {"gender": found_scores()}))
+    (folder / "layer_5.safetensors").symlink_to(outside)
+    (folder / "layer_6.safetensors").mkdir()
+    for name in STRAY:
+        (folder / name).write_text("mine")
+    scores.prune(result, {1})
+    save(scores.path_of(result, 3), LayerScores(3, "a key", {"gender": found_scores()}))
+    kept = {"layer_1.safetensors", "layer_3.safetensors", "layer_5.safetensors", "layer_6.safetensors", *STRAY}
+    assert {path.name for path in folder.iterdir()} == kept
+    assert outside.read_text() == "mine"
+
+
+def test_a_folder_of_scores_that_is_a_link_is_refused(tmp_path):
+    result, elsewhere = tmp_path / "m_d.json", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "layer_0.safetensors").write_text("mine")
+    scores.folder_of(result).symlink_to(elsewhere)
+    with pytest.raises(RequestError, match=r"m_d\.scores is a symbolic link"):
+        scores.prune(result, {1})
+    with pytest.raises(RequestError, match=r"m_d\.scores is a symbolic link"):
+        save(scores.path_of(result, 1), LayerScores(1, "a key", {"gender": found_scores()}))
+    assert [path.name for path in elsewhere.iterdir()] == ["layer_0.safetensors"]
+
+
+def test_a_run_refuses_the_link_before_it_measures_and_passes_over_stray_files(
+    tiny_model, tiny_saes, people_csv, tmp_path, capsys
+):
+    asked = Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "out").plus("--layers", "0", "--overwrite")
+    assert asked.run() == 0
+    (result,) = files(asked.out)
+    stray = scores.folder_of(result) / "layer_0 (copy).safetensors"
+    stray.write_text("mine")
+    assert asked.run() == 0
+    assert stray.read_text() == "mine"
+    moved = scores.folder_of(result).rename(tmp_path / "elsewhere")
+    scores.folder_of(result).symlink_to(moved)
+    before = {path: path.stat() for path in moved.iterdir()}
+    capsys.readouterr()
+    assert asked.run() == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "is a symbolic link" in line
+    assert {path: path.stat() for path in moved.iterdir()} == before
+
+
 def test_damage_is_told_in_one_line(stored, tmp_path):
     path, _ = stored
     whole = path.read_bytes()

@@ -28,6 +28,7 @@ from delta_selectivity.probing.selectivity import (
     out_of_fold,
     training_scales,
 )
+from delta_selectivity.probing.uncertainty import effective_people
 
 BACKEND = TorchLbfgs()
 
@@ -335,3 +336,24 @@ def test_shapes_that_do_not_fit_are_refused():
         plan_of(np.zeros((1, 5), dtype=bool), np.arange(6))
     with pytest.raises(ValueError, match="folds"):
         FoldPlan.build(np.zeros((1, 5), dtype=bool), np.arange(5), None, n_folds=1, n_repeats=1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "reason"),
+    [
+        ((290, *[1] * 10), None, "11 people, but of such unequal size that they tell no more than 1.1 of equal size"),
+        ((*[40] * 20, 19, *[1] * 5), None, "one person has most of the positive class"),
+        ((*[10] * 20, *[10] * 20), [1e4] * 10 + [1.0] * 390, "tell no more than 1 of equal size would; 6 are needed"),
+    ],
+)
+def test_too_few_effective_people_are_a_reason_in_place_of_numbers(sizes, weights, reason):
+    persons = np.repeat(np.arange(len(sizes)), sizes)
+    labels = persons >= 20 if len(sizes) > 20 else persons % 2 == 0
+    plan = FoldPlan.build(labels[None], persons, weights, n_folds=5, n_repeats=1, seed=0)
+    assert plan.kept == ()
+    skipped = as_record(plan.skipped[0])
+    assert reason in skipped["reason"]
+    assert skipped["delta_sel"] is None
+    assert skipped["n_people_effective"] == pytest.approx(
+        effective_people(persons, None if weights is None else np.array(weights))
+    )

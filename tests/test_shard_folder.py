@@ -70,6 +70,30 @@ def test_what_this_run_has_read_stays_and_the_cache_is_full(tmp_path, caplog):
     assert caplog.text.count("full at") == 1
 
 
+def test_files_dated_in_the_future_are_the_first_to_go(tmp_path):
+    """The clock was set back since they were written."""
+    size = written(tmp_path, "a", 1, 2, 3)
+    ahead = time.time() + 10**6
+    os.utime(tmp_path / "a" / f"{name(2)}.safetensors", (ahead, ahead))
+    shards = opened(tmp_path, "a", 3 * size + 10)
+    assert shards.write(name(4), TENSORS, {})
+    assert there(tmp_path) == {("a", 1), ("a", 3), ("a", 4)}
+
+
+def test_the_clock_may_be_set_back_during_a_run(tmp_path):
+    """What this run has written stays, whatever its date; what others have left goes."""
+    size = written(tmp_path, "a", 1, 2)
+    shards = opened(tmp_path, "a", 3 * size + 10)
+    assert shards.write(name(3), TENSORS, {})
+    for i in (1, 2, 3):
+        ahead = time.time() + 10**6 + i
+        os.utime(tmp_path / "a" / f"{name(i)}.safetensors", (ahead, ahead))
+    assert shards.write(name(4), TENSORS, {})
+    assert shards.write(name(5), TENSORS, {})
+    assert not shards.write(name(6), TENSORS, {}), "there is nothing left that may go"
+    assert there(tmp_path) == {("a", 3), ("a", 4), ("a", 5)}
+
+
 def test_files_of_others_below_the_root_are_left_to_them(tmp_path):
     strangers = [
         tmp_path / "model" / "model.safetensors",

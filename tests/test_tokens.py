@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import people, write_csv
+from runs import Request, numbers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from delta_selectivity import tasks as dw
 from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import ModelInfo, open_model
+from delta_selectivity.run.planning import _decide_bos
 from delta_selectivity.tasks.people import name_span
 from delta_selectivity.tasks.tokens import TokenisedMentions
 
@@ -159,6 +167,45 @@ def _deaf() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"h": 0}, [])))
 
 
+@pytest.mark.parametrize("n_own", [0, 1, 2])
+@pytest.mark.parametrize("prepend", [True, False])
+def test_texts_that_begin_with_bos_have_one_or_none_as_asked(tokenizer, caplog, n_own: int, prepend: bool) -> None:
+    """Chat templates and exported texts bring their own; it is no part of the text."""
+    plain = mention("Ada Byron wrote it")
+    own = dw.Mention(n_own * BOS + plain.text, plain.start + n_own * len(BOS), plain.end + n_own * len(BOS), "p")
+    found = dw.tokenise([own, plain], tokenizer, prepend_bos=prepend, max_length=64)
+    assert found.ids[0].tolist() == found.ids[1].tolist()
+    assert found.first[0] == found.first[1] and found.last[0] == found.last[1]
+    told = "they have one, not two" if prepend else "it is left out"
+    assert (f"1 of 2 texts begin with BOS themselves: {told}" in caplog.text) == (n_own > 0)
+
+
+def test_a_name_at_bos_itself_keeps_it(tokenizer) -> None:
+    m = dw.Mention(f"{BOS}Ada", 0, len(BOS), "p")
+    assert dw.tokenise([m], tokenizer, prepend_bos=True, max_length=64).ids[0][:2].tolist() == [0, 0]
+
+
+def test_eos_stands_in_front_where_there_is_no_bos(tokenizer) -> None:
+    """As TransformerLens has it: the SAEs of Qwen in SAE Lens were trained so."""
+    qwen = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=BOS)
+    assert qwen.bos_token_id is None
+    found = dw.tokenise([mention("Ada Byron")], qwen, prepend_bos=True, max_length=64)
+    assert (
+        found.ids[0].tolist()
+        == dw.tokenise([mention("Ada Byron")], tokenizer, prepend_bos=True, max_length=64).ids[0].tolist()
+    )
+
+
+def test_a_token_that_the_model_lacks_is_told_with_its_text(tokenizer) -> None:
+    m = mention("Ada Byron")
+    ids = dw.tokenise([m], tokenizer, prepend_bos=False, max_length=64).ids[0].tolist()
+    most = max(ids)
+    dw.tokenise([m], tokenizer, prepend_bos=False, max_length=64, n_embeddings=most + 1)
+    token = tokenizer.convert_ids_to_tokens(most)
+    with pytest.raises(RequestError, match=re.escape(f"token {most} ({token!r}) in the text 'Ada Byron'")):
+        dw.tokenise([m], tokenizer, prepend_bos=False, max_length=64, n_embeddings=most)
+
+
 def test_bos_that_the_tokenizer_lacks_is_refused() -> None:
     with pytest.raises(RequestError, match="no BOS token"):
         dw.tokenise([mention("hello")], _deaf(), prepend_bos=True, max_length=8)
@@ -236,3 +283,37 @@ def test_batches_of_nothing_are_none() -> None:
     assert list(dw.batches(tokenised([3]), np.array([], dtype=np.int64), batch_size=4)) == []
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         next(dw.batches(tokenised([3]), np.arange(1), batch_size=0))
+
+
+def test_an_sae_that_was_trained_with_bos_is_measured_with_eos_where_the_model_has_no_bos(
+    tiny_model, tiny_saes, people_csv, tmp_path, capsys, caplog
+):
+    folder = shutil.copytree(tiny_model, tmp_path / "EleutherAI" / "pythia-nobos")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": None}))
+    assert not open_model(str(folder)).has_bos
+    sources = [SimpleNamespace(prepend_bos=wish, counts_bos=False) for wish in (True, None)]
+    assert _decide_bos("auto", open_model(str(folder)), sources) == (True, [False, False])
+    assert _decide_bos("auto", open_model(str(folder)), sources[1:]) == (False, [False])
+    assert "has no BOS token: texts begin with EOS" in caplog.text
+    with_eos = Request(folder, (tiny_saes,), people_csv, tmp_path / "eos").plus("--bos", "excluded", "--layers", "1")
+    with_bos = Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "bos").plus("--layers", "1")
+    assert with_eos.run() == with_bos.run() == 0  # the same token stands for both in this tokenizer
+    (found,), (expected,) = numbers(with_eos.out).values(), numbers(with_bos.out).values()
+    assert found == expected
+
+
+def test_tokens_that_were_added_without_the_model_are_found_before_it_runs(
+    tiny_model, tiny_saes, tmp_path, capsys, monkeypatch
+):
+    folder = shutil.copytree(tiny_model, tmp_path / "EleutherAI" / "pythia-extended")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    tokenizer.add_tokens(["Zebedee"])
+    tokenizer.save_pretrained(folder)
+    rows = people(60)
+    rows[7] = {**rows[7], "text": f"Zebedee met {rows[7]['group']}", "start": "", "end": ""}
+    request = Request(folder, (tiny_saes,), write_csv(tmp_path / "women.csv", rows), tmp_path / "out")
+    monkeypatch.setattr(ModelInfo, "load", lambda *_: pytest.fail("the model was loaded"))
+    assert request.run() == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert "'Zebedee'" in told and "Zebedee met" in told and "--model_name" in told

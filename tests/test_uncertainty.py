@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import false_discovery_control, t
+from scipy.stats import false_discovery_control, t, ttest_ind
 
 from delta_selectivity.probing.uncertainty import (
     Cell,
@@ -12,48 +12,108 @@ from delta_selectivity.probing.uncertainty import (
     balanced_mean,
     benjamini_hochberg,
     clustered_variance,
+    effective_people,
     estimate_delta,
     estimate_mean,
-    influence,
-    sums_by_person,
 )
+from validation.world import one_large, zipf
 
 
 def test_a_small_example_by_hand():
-    labels = np.array([True, True, False, False])
-    change = np.array([[1.0, 0.0, 0.0, 0.0]])  # one positive row won: +1/2 of its class, +1/4 in all
-    psi = influence(change[0], labels)
-    np.testing.assert_allclose(psi, [0.125, -0.125, 0, 0])
-    assert clustered_variance(psi, np.arange(4)) == pytest.approx(4 / 3 * 2 * 0.125**2)
-    together = sums_by_person([Cell(change, labels, np.array([0, 0, 2, 3]))])
-    assert not together.any(), "one person: the two rows cancel"
-    estimate = estimate_delta(change, labels, np.arange(4))
-    assert estimate.value == 0.25
-    assert estimate.standard_error == pytest.approx((4 / 3 * 2) ** 0.5 * 0.125)
-    assert estimate.high - estimate.value == pytest.approx(t(3).ppf(0.975) * estimate.standard_error)
+    labels = np.array([True, True, True, False, False, False])
+    change = np.array([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])  # one positive row won: +1/3 of its class, +1/6 in all
+    estimate = estimate_delta(change, labels, np.arange(6))
+    assert estimate.value == pytest.approx(1 / 6)
+    of_class_mean = 1 / 3 / 3  # the sample variance of 1, 0, 0 by the number of people
+    assert estimate.standard_error == pytest.approx((of_class_mean / 4) ** 0.5)
+    assert estimate.high - estimate.value == pytest.approx(t(4).ppf(0.975) * estimate.standard_error)
+    together = estimate_delta(change, labels, np.array([0, 1, 1, 2, 3, 4]))
+    assert together.degrees_of_freedom < 3
 
 
-def test_agrees_with_five_lines_of_numpy():
+def test_equal_people_have_the_errors_of_welch():
+    """SciPy's unequal-variance test on the people's means: as many people in either class, so many rows each."""
     rng = np.random.default_rng(0)
-    labels, groups, weights = rng.random(400) < 0.3, rng.integers(0, 60, 400), rng.random(400)
+    persons = np.repeat(np.arange(24), 4)
+    labels, change = persons % 2 == 0, rng.normal(size=96) + rng.normal(size=24)[persons]
+    estimate = estimate_delta(change[None], labels, persons)
+    means = change.reshape(24, 4).mean(axis=1)
+    # our mean of the classes' means is half the difference of one class and the other's negative
+    result = ttest_ind(means[::2], -means[1::2], equal_var=True)
+    assert estimate.value / estimate.standard_error == pytest.approx(result.statistic)
+    assert estimate.p_value == pytest.approx(result.pvalue)
+
+
+def test_agrees_with_a_plain_loop():
+    rng = np.random.default_rng(0)
+    labels, groups, weights = (
+        rng.random(400) < 0.3,
+        rng.integers(0, 60, 400) // rng.integers(1, 6, 400),
+        rng.random(400),
+    )
     change = rng.integers(-1, 2, (5, 400)).astype(np.float64)
-
-    def value(c):
-        return np.mean([np.average(c[labels == side], weights=weights[labels == side]) for side in (False, True)])
-
-    deltas = [value(c) for c in change]
-    total = {side: weights[labels == side].sum() for side in (False, True)}
-    by_person = []
-    for c in change:
-        centre = {side: np.average(c[labels == side], weights=weights[labels == side]) for side in (False, True)}
-        psi = [w * (v - centre[side]) / total[side] / 2 for w, v, side in zip(weights, c, labels, strict=True)]
-        by_person.append([sum(p for p, g in zip(psi, groups, strict=True) if g == person) for person in set(groups)])
-    people = np.mean(by_person, axis=0)
-    expected = len(people) / (len(people) - 1) * np.sum(np.square(people)) + 4 / 2 * np.var(by_person, 0, ddof=1).sum()
+    people = sorted(set(groups.tolist()))
+    sums = np.zeros((5, len(people)))
+    spread, share = np.zeros(len(people)), np.zeros(len(people))
+    for side in (False, True):
+        own = labels == side
+        h = np.array([weights[own & (groups == e)].sum() for e in people]) / weights[own].sum()
+        there = [i for i in range(len(people)) if h[i] > 0]
+        v = np.zeros(len(people))
+        for i in there:
+            v[i] = 0.5 + 0.5 / max(1, weights[own & (groups == people[i])].sum())
+        total = sum(h[i] ** 2 * v[i] for i in there)
+        kish = 1 / sum(h**2)
+        for i in there:
+            mine = own & (groups == people[i])
+            by_all = total / (len(there) * h[i] ** 2)
+            wanted = kish / (kish + 20) * v[i] + 20 / (kish + 20) * by_all
+            factor = np.sqrt(wanted / ((1 - 2 * h[i]) * v[i] + total))
+            for r, c in enumerate(change):
+                mean = np.average(c[own], weights=weights[own])
+                sums[r, i] += factor * weights[mine] @ (c[mine] - mean) / weights[own].sum() / 2
+            spread[i] += h[i] * np.sqrt(wanted) / 2
+            share[i] += h[i] / 2
+    expected = np.sum(sums.mean(axis=0) ** 2) + 4 / 2 * np.var(sums, axis=0, ddof=1).sum()
+    freedom = min(np.sum(spread**2) ** 2 / np.sum(spread**4), 1 / np.sum(share**2)) - 2
 
     estimate = estimate_delta(change, labels, groups, weights)
-    assert estimate.value == pytest.approx(np.mean(deltas))
     assert estimate.standard_error == pytest.approx(expected**0.5)
+    assert estimate.degrees_of_freedom == pytest.approx(freedom)
+    several = estimate_mean([Cell(change, labels, groups, weights)] * 3)
+    assert (several.standard_error, several.degrees_of_freedom) == pytest.approx((expected**0.5, freedom))
+
+
+def test_many_equal_people_have_the_errors_of_liang_and_zeger():
+    """Sums of people's psi, squared, with no correction: what large samples need."""
+    rng = np.random.default_rng(5)
+    persons = np.repeat(np.arange(2000), 3)
+    labels, change = persons % 2 == 0, rng.integers(-1, 2, 6000).astype(np.float64)
+    psi = np.where(labels, change - change[labels].mean(), change - change[~labels].mean()) / 6000
+    assert estimate_delta(change[None], labels, persons).standard_error == pytest.approx(
+        clustered_variance(psi, persons) ** 0.5, rel=1e-3
+    )
+
+
+def test_both_parts_of_the_correction_are_unbiased_where_a_person_is_large():
+    """The expected square of the standard error is the variance of the mean, under the working model."""
+    rng = np.random.default_rng(6)
+    sizes = np.array([40, *[5] * 12, 30, *[2] * 9])
+    persons = np.repeat(np.arange(len(sizes)), sizes)
+    labels = persons < 13
+    found = []
+    for _ in range(3000):
+        change = rng.normal(size=len(persons)) + rng.normal(size=len(sizes))[persons]  # correlation 1/2
+        estimate = estimate_delta(change[None], labels, persons)
+        found.append((estimate.value, estimate.standard_error**2))
+    values, squares = np.array(found).T
+    assert squares.mean() == pytest.approx(values.var(), rel=0.1)
+
+
+def test_effective_people_are_kishs():
+    assert effective_people(np.repeat(np.arange(11), [290, *[1] * 10])) == pytest.approx(300**2 / (290**2 + 10))
+    assert effective_people(np.arange(8) // 2) == 4
+    assert effective_people(np.array([0, 0, 1]), np.array([0.5, 0.5, 1.0])) == 2
 
 
 def test_equal_weights_are_no_weights():
@@ -158,7 +218,27 @@ def test_cells_that_do_not_make_a_mean_are_refused():
 
 
 def test_equivalence_is_two_one_sided_tests():
-    estimate = Estimate(value=0.005, standard_error=0.006, persons=10_000)
+    estimate = Estimate(value=0.005, standard_error=0.006, degrees_of_freedom=10_000)
     assert estimate.within(0.02)
     assert not estimate.within(0.0145)
     assert estimate.detectable == pytest.approx((1.96 + 0.8416) * 0.006, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(8,) * 12, zipf(12, 100), zipf(50, 300), one_large(12, 100, 0.3), one_large(50, 200, 0.3)],
+    ids=["12 equal", "12 Zipf", "50 Zipf", "12, one large", "50, one large"],
+)
+def test_few_and_unequal_people_are_covered_and_not_called_different(sizes):
+    """The quick version of `python scripts/validate.py --people`, of scores alone: without fitting a probe."""
+    rng, persons = np.random.default_rng(8), np.repeat(np.arange(len(sizes)), sizes)
+    covered, found = [], []
+    for _ in range(500):
+        labels = (rng.permutation(len(sizes)) % 2 == 0)[persons]
+        drift = 0.6 * rng.normal(size=len(sizes))[persons] + 0.8 * rng.normal(size=len(persons))
+        change = (drift > 1).astype(float) - (drift < -1)  # symmetric: no difference in truth
+        estimate = estimate_delta(change[None], labels, persons)
+        covered.append(estimate.low <= 0 <= estimate.high)
+        found.append(estimate.p_value < 0.05)
+    assert 0.93 <= np.mean(covered) <= 0.995, "beside one large person intervals are rather too wide than too narrow"
+    assert np.mean(found) <= 0.069

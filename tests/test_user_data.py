@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import logging
+import lzma
+import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import datasets as hf
 import pytest
 import test_datasets
+import zstandard
 from conftest import people, write_csv
+from datasets.utils.extract import Extractor
 from runs import Request, files, numbers
 
 from delta_selectivity import tasks as dw
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system import unpacked
 from delta_selectivity.tasks import read_datasets
+from delta_selectivity.tasks.people import last_word
 from delta_selectivity.tasks.tokens import tokenise
 from delta_selectivity.tasks.user_data import COLUMNS
 
@@ -144,15 +153,17 @@ def test_classes_have_their_names(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "hub"])
-def test_a_row_whose_label_the_hub_keeps_to_itself_is_missing_one(tmp_path: Path, kind: str) -> None:
+def test_a_row_whose_label_the_hub_keeps_to_itself_is_left_out_and_told(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = labelled(numbers=(1, -1, 0))
     path = tmp_path / ("task.parquet" if kind == "parquet" else "task")
     if kind == "parquet":
         rows.to_parquet(str(path))
     else:
         write_hub_folder(path, {"default": {"train": rows}})
-    with pytest.raises(RequestError, match="row 2: label is missing"):
-        own(path, columns=THEIR_COLUMNS)
+    assert len(own(path, columns=THEIR_COLUMNS).mentions) == 2
+    assert "1 of 3 rows have no label and are left out; the first is row 2" in caplog.text
 
 
 # --- the Hub's layout
@@ -340,3 +351,165 @@ def test_texts_that_do_not_fit_into_the_model_are_told(tiny_model: Path, caplog:
     caplog.clear()
     tokenise(mentions[:1], tokenizer, prepend_bos=True, max_length=64)
     assert not caplog.records
+
+
+# --- spreadsheets and scripts of every kind
+
+
+def seen(path: Path, columns: str = "") -> set[tuple[str, str, bool]]:
+    """(text, what is probed of it, label) of the only probe."""
+    texts = own(path, columns=columns)
+    ((probe,),) = (dataset.probes for dataset in texts.datasets)
+    found = ((texts.mentions[m], bool(label)) for m, label in zip(probe.mentions, probe.labels, strict=True))
+    return {(m.text, m.text[m.start : m.end], label) for m, label in found}
+
+
+PLAIN = {("I saw Paris", "Paris", True), ("I saw Rome; twice", "twice", False), ("Lyon, is big", "big", True)}
+
+
+def delimited(delimiter: str, names: tuple[str, str] = ("text", "label")) -> str:
+    rows = [names, *((text, str(int(label))) for text, _, label in sorted(PLAIN))]
+    return "".join(delimiter.join(f'"{cell}"' for cell in row) + "\r\n" for row in rows)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_commas_semicolons_and_tabs_are_told_apart(tmp_path: Path, name: str, delimiter: str) -> None:
+    path = tmp_path / name
+    path.write_text(delimited(delimiter), encoding="utf-8-sig", newline="")
+    assert seen(path) == PLAIN
+    path.write_text(delimited(delimiter, ("sentence, long", "class;of")), encoding="utf-8", newline="")
+    with pytest.raises(RequestError, match="missing columns text, label"):
+        own(path)
+    path.write_text(delimited(delimiter, ("sentence", "class")), encoding="utf-8", newline="")
+    assert seen(path, "text=sentence,label=class") == PLAIN
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_a_table(tmp_path: Path, name: str, indent: int | None) -> None:
+    path = tmp_path / name
+    path.write_text(json.dumps([{"text": text, "label": label} for text, _, label in PLAIN], indent=indent))
+    assert seen(path) == PLAIN
+    path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, _, label in PLAIN))
+    assert seen(path) == PLAIN
+
+
+def test_a_cell_may_be_as_long_as_it_likes(tmp_path: Path) -> None:
+    long = "word " * 60_000 + "Paris"
+    path = write_csv(tmp_path / "a.csv", [{"text": long, "label": 1}, {"text": "I saw Rome", "label": 0}])
+    assert seen(path) == {(long, "Paris", True), ("I saw Rome", "Rome", False)}
+
+
+def test_the_tilde_is_the_home_folder_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_csv(tmp_path / "mine.csv", [{"text": t, "label": int(label)} for t, _, label in PLAIN])
+    assert seen(Path("~/mine.csv")) == PLAIN
+    assert dw.load_task("~/mine.csv").name == "mine"
+    asked = dw.name_task("gender", data_dir="~/folders")
+    assert isinstance(asked, dw.GurneeData) and asked.data_dir == tmp_path / "folders"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("我喜欢这部电影", "影"),
+        ("我喜欢这部电影。", "影。"),
+        ("好 看", "看"),
+        ("私はテレビ", "テレビ"),
+        ("彼女は東京タワー。", "タワー。"),
+        ("ฉันรักแมว", "ว"),
+        ("ภาพนี้", "นี้"),
+        ("我爱New York", "York"),
+        ("我爱Paris", "Paris"),
+        ("。。。", "。。。"),
+        ("안녕하세요 세계", "세계"),
+        ("Привет, мир!", "мир!"),
+        ("naïve café", "café"),
+        ("看" * 5000, "看"),
+    ],
+)
+def test_the_last_word_of_a_script_without_spaces_is_a_segment_of_unicode(text: str, word: str) -> None:
+    start, end = last_word(text) or (0, 0)
+    assert text[start:end] == word
+
+
+def test_long_texts_without_spaces_are_measured_at_their_last_token(
+    tiny_model: Path, tiny_saes: Path, tmp_path: Path
+) -> None:
+    """Byte by byte, each has 900 tokens, and the model room for 128."""
+    rows = [
+        {"text": f"{chr(0x4E00 + i)}{'我喜欢' * 100}{'好' if i % 2 else '坏'}", "label": i % 2, "group": i}
+        for i in range(40)
+    ]
+    path = write_csv(tmp_path / "电影.csv", rows)
+    request = Request(tiny_model, (tiny_saes,), path, tmp_path / "out").plus("--layers", "1")
+    assert request.run() == 0
+    (file,) = files(tmp_path / "out")
+    assert file.name == "pythia-tiny_电影.json"
+    assert numbers(tmp_path / "out")[file.name]["layer_1"]["电影"]["n_rows"] == 40
+
+
+def test_of_a_name_that_does_not_fit_the_end_is_enough_if_only_that_is_probed(tiny_model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    text = "看" * 100
+    mention = dw.Mention(text, 0, 100, "x")
+    with pytest.raises(RequestError, match="the name in the text"):
+        tokenise([mention], tokenizer, prepend_bos=True, max_length=64)
+    (ids,) = (found := tokenise([mention], tokenizer, prepend_bos=True, max_length=64, last_only=True)).ids
+    assert len(ids) == 64 and found.first.tolist() == [1] and found.last.tolist() == [63]
+    assert ids[1:].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"][-63:]
+
+
+# --- files that unpack to far more than they are
+
+
+@pytest.mark.parametrize("name", ["gz", "bz2", "xz", "zst", "zip"])
+def test_a_packed_file_in_a_folder_is_refused_before_it_fills_the_disk(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacked, "ALWAYS", 2**20)
+    content = b"text,label\n" + b"0,1\n" * 2**20
+    path = tmp_path / "rows.csv"  # what a file is, its first bytes say
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
+    if name == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("rows.csv", content)
+    else:
+        path.write_bytes(pack[name](content))
+    monkeypatch.setattr(Extractor, "extract", lambda *_args: pytest.fail("it is unpacked"))
+    with pytest.raises(RequestError, match=r"rows\.csv: it unpacks to"):
+        own(tmp_path)
+
+
+def test_small_and_broken_packed_files_are_left_to_their_reader(tmp_path):
+    for pack in (gzip.compress, bz2.compress, lzma.compress, zstandard.compress):
+        for content in (pack(b"rows"), pack(b"rows")[:-4], pack(b"rows")[:5], b"PK\x03\x04", b""):
+            (tmp_path / "a").write_bytes(content)
+            unpacked.check_archive(tmp_path / "a")
+
+
+def test_a_parquet_table_is_refused_before_it_takes_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacked, "ALWAYS", 2**20)
+    rows = hf.Dataset.from_dict({"text": ["a b"] * 2**16, "label": [0, 1] * 2**15})
+    rows.to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(RequestError, match="it unpacks to"):
+        own(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_table_that_never_ends_is_refused(tmp_path, suffix, make):
+    path = tmp_path / f"a.{suffix}"
+    make(path)
+    with pytest.raises(RequestError, match="a pipe or a device, not a file"):
+        own(path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_table_of_terabytes_is_refused(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.touch()
+    os.truncate(path, 2**40)  # a sparse file: nothing of it is on the disk
+    with pytest.raises(RequestError, match=r"unpacks to|not a readable Parquet file"):
+        own(path)

@@ -180,3 +180,16 @@ def test_the_exit_code_and_the_document_tell_of_failures(script, monkeypatch, tm
     assert table.as_text([row]) in written
     assert f"**{1 - code} of 1 required figures are met.**" in written
     assert document.TRUTH in written
+
+
+def test_the_rows_of_some_settings_take_the_place_of_those_the_document_has(tmp_path):
+    path = tmp_path / "validation.md"
+    scale = replace(suite.PEOPLE, settings=(SMALL,))
+    old, other = table.judged("small (9 repeats)", "p", "f", 2.0, high=1), table.judged("else", "p", "f", 0.5, high=1)
+    document.write(path, [old, other], scale, 0, 1.0)
+    assert "**1 of 2 required figures are met.**" in path.read_text("utf-8")
+    new = table.judged("small (7 repeats)", "p", "f", 0.0, high=1)
+    document.replace_settings(path, [new], scale, 0, 1.0)
+    text = path.read_text("utf-8")
+    assert table.read(text) == [other, new]
+    assert "**2 of 2 required figures are met.**" in text

@@ -42,7 +42,7 @@ from delta_selectivity.probing.selectivity import (
     out_of_fold,
 )
 from validation.table import Row, judged, told
-from validation.world import GaussianWorld
+from validation.world import GaussianWorld, one_large, zipf
 
 COVERAGE = (0.93, 0.985)
 FALSE_POSITIVES = 0.069  # of 500, what a test at 0.05 stays below 97.5 % of the time
@@ -58,6 +58,7 @@ class Setting:
     world: GaussianWorld  # of one trait
     model_noise: float = 0.25  # variance in every coordinate of what the model's view, and the equal one, add
     worse_noise: float = 2.25
+    judges_null_sel: bool = True  # of few people it is told alone
 
 
 SETTINGS = (
@@ -67,6 +68,22 @@ SETTINGS = (
     Setting("2000 people, strong", GaussianWorld(2000, (1, 1), 32, (1.5,))),
     Setting("250 people x 5-10, weak", GaussianWorld(250, (5, 10), 32, (0.3,), person_share=0.5)),
     Setting("250 people x 5-10, strong", GaussianWorld(250, (5, 10), 32, (1.5,), person_share=0.5)),
+)
+
+
+def _few(name: str, sizes: tuple[int, ...], signal: float = 1.0) -> Setting:
+    world = GaussianWorld(len(sizes), (1, 1), 16, (signal,), person_share=0.5, sizes=sizes)
+    return Setting(name, world, judges_null_sel=False)
+
+
+FEW_OR_UNEQUAL = (
+    _few("12 people x 8", (8,) * 12),
+    _few("20 people x 5", (5,) * 20),
+    _few("50 people x 4", (4,) * 50),
+    _few("12 people, Zipf", zipf(12, 100)),
+    _few("50 people, Zipf", zipf(50, 300)),
+    _few("12 people, one of 30 %", one_large(12, 100, 0.3)),
+    _few("50 people, one of 30 %", one_large(50, 200, 0.3)),
 )
 
 
@@ -85,6 +102,9 @@ class Repeat:
     random_model_sel: float  # balanced accuracy on the random label, after choosing C
     random_sae_sel: float
     model_sel: float
+    model_low: float
+    model_high: float
+    own_model_truth: float  # the true model_sel of this repeat's probes
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,8 @@ class Rates:
     by_row_equal: float
     by_row_random: float
     random_sel: float  # of the two views' means the one that is farther from 1/2
+    covered_model: float  # shares of the intervals of model_sel that hold its truth
+    judges_null_sel: bool = True
 
     def rows(self) -> list[Row]:
         """As rows of the table. What is required of 500 repeats is wider by the binomial error where they are fewer."""
@@ -129,11 +151,14 @@ class Rates:
                 min(round(high, 3), 1),
             ),
             told(where, "known truth", "that cover their own probes' truth", self.covered_own),
+            told(where, "known truth", "95 % intervals of model_sel that cover its truth", self.covered_model),
             judged(where, "equal views", "false positives", self.false_positives_equal, high=round(most, 3)),
             told(where, "equal views", "false positives of McNemar's test by row", self.by_row_equal),
             judged(where, "null labels", "false positives", self.false_positives_random, high=round(most, 3)),
             told(where, "null labels", "false positives of McNemar's test by row", self.by_row_random),
-            judged(
+            told(where, "null labels", "mean sel", self.random_sel, digits=4)
+            if not self.judges_null_sel
+            else judged(
                 where, "null labels", "mean sel", self.random_sel, round(0.5 - bias, 4), round(0.5 + bias, 4), digits=4
             ),
         ]
@@ -164,7 +189,7 @@ def measure_setting(
         for repeat in mapped(_numbered, [(setting, seed, number) for number in range(repeats)]):
             found.append(repeat)
             on_repeats(1)
-    return summarise(setting.name, found)
+    return summarise(setting, found)
 
 
 def measure_once(setting: Setting, seed: int, number: int) -> Repeat:
@@ -186,7 +211,8 @@ def measure_once(setting: Setting, seed: int, number: int) -> Repeat:
     model = fit_model(plan, x, backend)
     on_equal = out_of_fold(plan, model, equal, backend)
     lost = out_of_fold(plan, model, worse, backend)
-    truth = _true_sel(world, backend, lost, setting.worse_noise) - _true_model_sel(world, model, setting.model_noise)
+    model_truth = _true_model_sel(world, model, setting.model_noise)
+    truth = _true_sel(world, backend, lost, setting.worse_noise) - model_truth
     result, alike, null = (_only(measure(found)) for found in (lost, on_equal, on_random))
     return Repeat(
         delta=result.delta_sel,
@@ -200,13 +226,16 @@ def measure_once(setting: Setting, seed: int, number: int) -> Repeat:
         random_model_sel=null.model_sel,
         random_sae_sel=null.sae_sel,
         model_sel=result.model_sel,
+        model_low=result.model_ci_low,
+        model_high=result.model_ci_high,
+        own_model_truth=model_truth,
     )
 
 
-def summarise(setting: str, found: list[Repeat]) -> Rates:
+def summarise(setting: Setting, found: list[Repeat]) -> Rates:
     """Rates over the repeats of a setting."""
     each = {f.name: np.array([getattr(repeat, f.name) for repeat in found]) for f in fields(Repeat)}
-    truth = float(each["own_truth"].mean())
+    truth, model_truth = (float(each[name].mean()) for name in ("own_truth", "own_model_truth"))
 
     def covered(value: NDArray[np.float64] | float) -> float:
         return float(np.mean((each["low"] <= value) & (value <= each["high"])))
@@ -215,7 +244,7 @@ def summarise(setting: str, found: list[Repeat]) -> Rates:
         return float(np.mean(each[name] < LEVEL))
 
     return Rates(
-        setting=setting,
+        setting=setting.name,
         repeats=len(found),
         model_sel=float(each["model_sel"].mean()),
         truth=truth,
@@ -230,6 +259,8 @@ def summarise(setting: str, found: list[Repeat]) -> Rates:
             (float(each[name].mean()) for name in ("random_model_sel", "random_sae_sel")),
             key=lambda sel: abs(sel - 0.5),
         ),
+        covered_model=float(np.mean((each["model_low"] <= model_truth) & (model_truth <= each["model_high"]))),
+        judges_null_sel=setting.judges_null_sel,
     )
 
 

@@ -40,10 +40,12 @@ class Scale:
     bundled_rows: int  # of each task
     bundled_apart: int | None  # rows of each task to fit erasers on; None: the bundled model's concepts are not erased
     latent_views: int | None  # tasks and SAEs of the bundled model whose codes are probed; None: all
+    plants: bool = True  # or the settings alone
 
 
 QUICK = Scale("quick", (coverage.SETTINGS[0], coverage.SETTINGS[-1]), 40, 800, None, 1)
-FULL = Scale("full", coverage.SETTINGS, 500, 1200, 2400, None)
+FULL = Scale("full", (*coverage.SETTINGS, *coverage.FEW_OR_UNEQUAL), 500, 1200, 2400, None)
+PEOPLE = Scale("people", coverage.FEW_OR_UNEQUAL, 200, 0, None, None, plants=False)
 
 
 def validate(scale: Scale, workers: int, seed: int = 0) -> list[Row]:
@@ -58,9 +60,10 @@ def validate(scale: Scale, workers: int, seed: int = 0) -> list[Row]:
 
 def _parts(scale: Scale, workers: int, seed: int) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
     backend, _ = choose_backend("torch", "cpu")
-    yield "synthetic world", functools.partial(on_synthetic, backend, seed)
-    yield "sparse world", functools.partial(on_sparse, backend, seed)
-    yield "bundled model", functools.partial(on_bundled, scale, backend, seed)
+    if scale.plants:
+        yield "synthetic world", functools.partial(on_synthetic, backend, seed)
+        yield "sparse world", functools.partial(on_sparse, backend, seed)
+        yield "bundled model", functools.partial(on_bundled, scale, backend, seed)
     for setting in scale.settings:
         measure = functools.partial(coverage.measure_setting, setting, scale.repeats, seed, workers)
         yield setting.name, lambda measure=measure: measure().rows()  # type: ignore[misc]

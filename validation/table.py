@@ -62,3 +62,14 @@ def _range(low: float, high: float) -> str:
     if math.isinf(low):
         return f"<= {high:g}"
     return f"{low:g} to {high:g}"
+
+
+def read(text: str) -> list[Row]:
+    """The rows of a table that `as_text` made, wherever it stands in a text."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    verdicts = {shown: passed for passed, shown in VERDICTS.items()}
+    return [
+        Row(where, plant, figure, measured, required, verdicts[verdict])
+        for where, plant, figure, measured, required, verdict in cells
+    ]

@@ -47,6 +47,7 @@ class GaussianWorld:
     person_share: float = 0.0
     decay: float = 0.0
     seed: int = 0  # of the directions, which all samples share
+    sizes: tuple[int, ...] | None = None  # rows of each person, in place of `mentions`
 
     @property
     def mixing(self) -> Floats:
@@ -60,9 +61,8 @@ class GaussianWorld:
 
     def sample(self, random: np.random.Generator) -> Rows:
         """New people. Half of them have each trait, independently of the others."""
-        persons = np.repeat(
-            np.arange(self.people), random.integers(self.mentions[0], self.mentions[1] + 1, self.people)
-        )
+        drawn = random.integers(self.mentions[0], self.mentions[1] + 1, self.people)
+        persons = np.repeat(np.arange(self.people), drawn if self.sizes is None else self.sizes)
         traits = np.stack([random.permutation(self.people) % 2 == 0 for _ in self.signal])
         labels = traits[:, persons]
         white = np.where(labels, 1, -1).T @ self.means + self.noise(random, persons)
@@ -143,6 +143,18 @@ class SparseWorld:
         crowd = np.random.default_rng([self.seed, 1]).normal(size=(self.features, self.d - self.n_tasks))
         loud = crowd / np.linalg.norm(crowd, axis=1, keepdims=True) @ basis[self.n_tasks :]
         return loud, basis[: self.n_tasks]
+
+
+def zipf(people: int, rows: int) -> tuple[int, ...]:
+    """Rows of people whose sizes fall like 1 / rank, `rows` in all but for rounding."""
+    shares = 1 / np.arange(1, people + 1)
+    return tuple(np.maximum(1, np.round(rows * shares / shares.sum())).astype(int).tolist())
+
+
+def one_large(people: int, rows: int, share: float) -> tuple[int, ...]:
+    """Rows of people of whom one has this share of all, the others equally many."""
+    others = max(1, round(rows * (1 - share) / (people - 1)))
+    return (round(others * (people - 1) * share / (1 - share)), *[others] * (people - 1))
 
 
 def _orthonormal(d: int, seed: list[int]) -> Floats:

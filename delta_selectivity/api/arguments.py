@@ -49,6 +49,8 @@ def as_model(model: Any) -> str:
 def as_tasks(tasks: Any) -> tuple[TaskName, ...]:
     """Return one task or several as a request takes them."""
     known = GurneeData | Task | UserData
+    if isinstance(tasks, str) and "," in tasks and not os.path.exists(os.path.expanduser(tasks)):  # noqa: PTH110, PTH111
+        tasks = [name.strip() for name in tasks.split(",") if name.strip()]  # as the command line writes several
     several = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str | bytes | known) else [tasks]
     if not several:
         raise RequestError("`tasks` is empty: name at least one")

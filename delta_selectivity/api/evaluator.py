@@ -132,13 +132,18 @@ class Evaluator:
         info = open_model(as_model(model), settings.revision, settings.trust_remote_code)
         if layer >= info.n_layers:
             raise RequestError(f"`layer` {layer}: {info.name} has layers 0 to {info.n_layers - 1}")
-        if settings.bos in ("counted", "excluded") and not info.has_bos:
+        if settings.bos in ("counted", "excluded") and info.opening_token_id is None:
             raise RequestError(f"`bos` {settings.bos}: {info.name} has no token that begins a text")
         self._has_bos = info.has_bos if settings.bos == "auto" else settings.bos != "none"
         self._widths = info.widths(sites)
         self._device = device1
         self._tokenised = tokenise(
-            texts.mentions, info.tokenizer, prepend_bos=self._has_bos, max_length=info.max_length
+            texts.mentions,
+            info.tokenizer,
+            prepend_bos=self._has_bos,
+            max_length=info.max_length,
+            n_embeddings=info.n_embeddings,
+            last_only=settings.positions == "last",
         )
         self._blocks = plan_blocks(texts)
         loaded = info.load(sites, device1, info.choose_dtype(settings.dtype, device1))

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
-from delta_selectivity.api.arguments import as_path
+from delta_selectivity.api.arguments import as_path, naming
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.probing.uncertainty import Estimate
@@ -179,7 +179,8 @@ class Results:
         from delta_selectivity.reporting.study import study_of
 
         page = as_path(path, "path")
-        write_page(study_of(self.files), page)
+        with naming(page="path"):
+            write_page(study_of(self.files), page)
         return page
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,7 +196,7 @@ class Results:
     def _name(self, name: str, field: str) -> str:
         """The SAE of this name or folder, by its name in `saes`."""
         known = table.by_sae(self.files)
-        named = [sae for sae in known if name in (sae, table.label(sae, known[sae]))]
+        named = [sae for sae in known if name in (sae, table.label_in_run(sae, known[sae]))]
         if len(named) != 1:
             raise RequestError(f"`{field}`: there is no SAE {name!r} here: {', '.join(known)}")
         return named[0]

@@ -23,12 +23,12 @@ from torch import Tensor
 from delta_selectivity.caches.shard_folder import ShardFolder, digest
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
 from delta_selectivity.system.provenance import installed_version, running_program
-from delta_selectivity.tasks import Mention, TokenisedMentions, tokenise, warn_of_cut
+from delta_selectivity.tasks import Mention, TokenisedMentions, tokenise, warn_of_changes
 
 FOLDER = "setup"  # below the root, beside those of the models
 SOURCES = (
     "caches/setup_cache.py", "errors.py", "models/*.py", "system/gemm.py", "system/person_ids.py",
-    "system/processor.py", "system/provenance.py", "system/terminal.py", "tasks/*.py",
+    "system/processor.py", "system/provenance.py", "system/terminal.py", "system/unpacked.py", "tasks/*.py",
 )  # fmt: skip
 """`language_model` and `datasets_wikidata` with all that they import of the program, and how this is kept."""
 
@@ -73,20 +73,29 @@ class SetupCache:
         self.shards.write(name, {"widths": torch.tensor([found[site] for site in order])}, {})
         return found
 
-    def tokens(self, mentions: Sequence[Mention], info: ModelInfo, *, prepend_bos: bool) -> TokenisedMentions:
+    def tokens(
+        self, mentions: Sequence[Mention], info: ModelInfo, *, prepend_bos: bool, last_only: bool = False
+    ) -> TokenisedMentions:
         """As `tokenise` by the model's tokenizer, to its greatest length."""
+
+        def fresh() -> TokenisedMentions:
+            return tokenise(
+                mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length,
+                n_embeddings=info.n_embeddings, last_only=last_only,
+            )  # fmt: skip
+
         if self.shards is None:
-            return tokenise(mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length)
+            return fresh()
         facts = {
             "tokens of": info.fingerprint(),
-            "length": f"{info.max_length}, BOS {info.bos_token_id if prepend_bos else None}",
+            "length": f"{info.max_length}, BOS {info.opening_token_id if prepend_bos else None}, last only {last_only}",
             "texts": repr([mention.identity for mention in mentions]),
         }
         name = _name(facts)
         stored = self.shards.read(name)
         if stored:
             return _unpacked(stored, prepend_bos, info.max_length)
-        found = tokenise(mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length)
+        found = fresh()
         self.shards.write(name, _packed(found), {})
         return found
 
@@ -102,13 +111,15 @@ def _packed(tokens: TokenisedMentions) -> dict[str, Tensor]:
     lengths = np.array([len(ids) for ids in tokens.ids], dtype=np.int64)
     ids = np.concatenate([np.empty(0, dtype=np.int32), *tokens.ids])
     arrays = {"ids": ids, "stops": lengths.cumsum(), "first": tokens.first, "last": tokens.last}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"cut": torch.tensor(tokens.n_cut)}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {
+        "changed": torch.tensor([tokens.n_cut, tokens.n_own_bos])
+    }
 
 
 def _unpacked(stored: Mapping[str, Tensor], has_bos: bool, max_length: int) -> TokenisedMentions:
     """In memory of its own, which the file on disk does not share."""
     arrays = {name: tensor.clone().numpy() for name, tensor in stored.items()}
     ids = tuple(np.split(arrays["ids"], arrays["stops"])[:-1])  # after the last stop there is nothing
-    tokens = TokenisedMentions(ids, arrays["first"], arrays["last"], has_bos, int(arrays["cut"]))
-    warn_of_cut(tokens, max_length)
+    tokens = TokenisedMentions(ids, arrays["first"], arrays["last"], has_bos, *arrays["changed"].tolist())
+    warn_of_changes(tokens, max_length)
     return tokens

@@ -6,7 +6,8 @@
 
 A shard is a safetensors file, written whole or not at all, memory-mapped, and held against its own checksum when it is
 first read. Several processes may read and write below one root; what all its folders hold counts towards one limit.
-What was read longest ago goes when room is needed; what this run has read or written stays. Nothing that goes wrong
+What was read longest ago goes when room is needed, files dated in the future first; what this run has read or written
+stays, by its name, and what others have since this run began. Nothing that goes wrong
 here is an error of the run: it computes again.
 """
 
@@ -51,6 +52,7 @@ class ShardFolder:
         self.full = False  # whether nothing more is kept
         self._root, self._limit, self._what = root, limit, what
         self._opened = 0.0  # by the clock of the file system
+        self._own: set[Path] = set()  # what this run has read or written
         self._granted = 0  # bytes that may be written before another look at what is there
         self._whole: set[str] = set()  # names of shards that were found to be what was written
         self._lock = threading.Lock()
@@ -65,13 +67,17 @@ class ShardFolder:
         try:
             shards.folder.mkdir(parents=True, exist_ok=True)
             sweep(shards.folder, f"*{SUFFIX}", _LEFT_OVER)
-            os.utime(shards.folder)
-            shards._opened = shards.folder.stat().st_mtime
+            shards._opened = shards._now()
         except OSError as error:
             raise RequestError(f"`cache` {root}: {error.strerror}") from error
         if not os.access(shards.folder, os.W_OK):
             raise RequestError(f"`cache` {root}: cannot be written to")
         return shards
+
+    def _now(self) -> float:
+        """By the clock of the file system."""
+        os.utime(self.folder)
+        return self.folder.stat().st_mtime
 
     def names(self) -> list[str]:
         """Of all shards that are here now."""
@@ -80,6 +86,7 @@ class ShardFolder:
     def read(self, name: str) -> dict[str, Tensor]:
         """Map a shard's tensors, and the first time hold them against their checksum; one that is gone has none."""
         path = self._path(name)
+        self._own.add(path)
         try:
             if name in self._whole:
                 return load_file(path)
@@ -120,6 +127,7 @@ class ShardFolder:
         if self.full:
             return False
         content = save(dict(tensors), {**header, CHECKSUM: digest({**header, "name": name}, tensors)})
+        self._own.add(self._path(name))
         try:
             if not self._has_room(len(content)):
                 self.full = True
@@ -145,10 +153,12 @@ class ShardFolder:
             if self._granted >= 0:
                 return True
             with suppress(Locked), exclusive(self._root / "eviction"):  # else somebody is at it: that is room too
-                shards = sorted((stat.st_mtime, stat.st_size, path) for path, stat in _stats(self._root))
-                left = self._limit - n_bytes - sum(size for _, size, _ in shards)
-                for read, size, path in shards:
-                    if left >= 0 or read >= self._opened:
+                found = [(stat.st_mtime, stat.st_size, path) for path, stat in _stats(self._root)]
+                now = self._now()
+                left = self._limit - n_bytes - sum(size for _, size, _ in found)
+                old = [shard for shard in found if not self._opened <= shard[0] <= now and shard[2] not in self._own]
+                for _, size, path in sorted(old, key=lambda shard: (shard[0] <= now, shard[0])):
+                    if left >= 0:
                         break
                     path.unlink(missing_ok=True)
                     left += size

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from delta_selectivity.cli.flags import flag_of
-from delta_selectivity.cli.parser import Parser
+from delta_selectivity.cli.parser import STANDS_ALONE, Parser, user_path
 from delta_selectivity.cli.program import typed
 from delta_selectivity.errors import RequestError
 from delta_selectivity.settings import Settings, default_shown
 from delta_selectivity.settings import fields as setting_fields
+from delta_selectivity.system.comma_lists import join_names, parse_names
+from delta_selectivity.system.terminal import tell_terminal
 
 if TYPE_CHECKING:  # they import torch, which takes seconds: --help and a wrong flag do without
     from delta_selectivity.run.request import Request
@@ -44,33 +46,35 @@ from there); 2 the request was wrong; 130 interrupted
 HEADINGS = {"what": "what to measure", "how": "how to measure it", "where": "where to run it, and where it goes"}
 TYPES: dict[type, Any] = {int: int, float: float, str: str, tuple: str}  # of a value on the command line
 
+NO_VALUES = ("help", "version", "task")  # of the parser's arguments: those that set nothing of a request
+
 TASK_FLAGS: dict[str, dict[str, Any]] = {
     "datasets": {"help": "indices or names, with commas: 0 gender, 1 occupation, 2 politics, 3 athlete, 4 is_alive "
         "(all)"},
     "list_datasets": {"action": "store_true", "help": "print the datasets with rows, people and class balance, and "
         "end"},
-    "dataset_file": {"metavar": "FILE|OWNER/NAME", "help": "your own task: CSV, JSONL, Parquet, a `datasets` folder, "
-        "or a dataset on the Hub (owner/name or owner/name:config) with columns text and label, optionally group "
-        "(never split over folds), start, end (characters to probe), task"},
+    "dataset_file": {"metavar": "FILE|OWNER/NAME", "help": "your own task: CSV, TSV, JSON, JSONL, Parquet, a folder "
+        "of `datasets`, or one on the Hub (owner/name or owner/name:config) with columns text and label, and if wanted "
+        "group (never split over folds), start, end (characters to probe), task"},
     "dataset_split": {"help": "which split of it (train, or the only one)"},
     "dataset_columns": {"metavar": "text=X,label=Y,...", "help": "how it calls the columns (as above)"},
-    "data_dir": {"type": Path, "help": "folder with the Wikidata datasets of Gurnee et al. 2023, probed at their own "
-        "name positions (the bundled task data)"},
+    "data_dir": {"type": user_path, "help": "folder with the Wikidata datasets of Gurnee et al. 2023, probed at "
+        "their own name positions (the bundled task data)"},
 }  # fmt: skip
 WHAT_FLAGS: dict[str, dict[str, Any]] = {
     "model_name": {"help": "hub id or local folder of a Hugging Face model (the bundled demo)"},
     "sae_name": {"help": "one or several, with commas: hub id, local folder, release/sae_id of SAE Lens, a release "
-        "alone, or a pattern (folder/*, release/layer_*/width_16k/*); several share one forward pass (the bundled "
-        "demo's two, with the bundled model)"},
+        "alone, or a pattern (folder/*, release/layer_*/width_16k/*); my_name=folder gives it a name, \\, is a comma "
+        "in a path; several share one forward pass (the bundled demo's two, with the bundled model)"},
     **TASK_FLAGS,
     "layers": {"help": "0,1,2 or 0-11 or all; every layer that the SAE has (all)"},
 }  # fmt: skip
 WHERE_FLAGS: dict[str, dict[str, Any]] = {
-    "output_directory": {"type": Path, "help": "folder of the result files (./results)"},
+    "output_directory": {"type": user_path, "help": "folder of the result files (./results)"},
     "device1": {"help": "model and SAE: cpu, cuda:0, ..., mps (cuda:0 if there is one, else cpu)"},
     "device2": {"help": "probes: cpu, cuda:0, ... (cuda:1 if there is one, else as device1, for mps cpu)"},
-    "cache_dir": {"type": Path, "help": "keep the model's activations and the probes fitted on them there: another SAE "
-        "on the same texts needs no forward pass, and no probes but its own (not kept)"},
+    "cache_dir": {"type": user_path, "help": "keep the model's activations and the probes fitted on them there: "
+        "another SAE on the same texts needs no forward pass, and no probes but its own (not kept)"},
 }  # fmt: skip
 
 
@@ -84,7 +88,7 @@ class Asked:
     verbose: bool
 
 
-def build_parser(prog: str = "main.py") -> argparse.ArgumentParser:
+def build_parser(prog: str = "main.py") -> Parser:
     """Return the parser of a run: the flags of the request, and one for each field of `Settings`."""
     parser = Parser(
         prog,
@@ -95,7 +99,8 @@ def build_parser(prog: str = "main.py") -> argparse.ArgumentParser:
     parser.add_argument(
         "task",
         nargs="?",
-        choices=("inspect",),
+        type=_command,
+        metavar="inspect",
         default=None,
         help="inspect: print what the SAEs are and how well they fit each hook point, and measure nothing",
     )
@@ -103,6 +108,12 @@ def build_parser(prog: str = "main.py") -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bars, no tables; warnings stay")
     add_verbose(parser)
     return parser
+
+
+def _command(word: str) -> str:
+    if word != "inspect":
+        raise argparse.ArgumentTypeError(f"{word!r} {STANDS_ALONE}; the only word of its own is inspect")
+    return word
 
 
 def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = (), only: Collection[str] = ()) -> None:
@@ -150,10 +161,17 @@ def _number_or(word: str) -> Callable[[str], int | str]:
 def parse(argv: Sequence[str], prog: str = "main.py") -> Asked:
     """Return what a command line asks for. Raises `RequestError`."""
     values = parse_values(argv, build_parser(prog))
+    tell_start(values)
     job: Literal["measure", "inspect", "list"] = "inspect" if values.get("task") == "inspect" else "measure"
     if values.get("list_datasets"):
         job = "list"
     return Asked(make_request(values), job, bool(values.get("quiet")), bool(values.get("verbose")))
+
+
+def tell_start(values: Mapping[str, Any]) -> None:
+    """Say on a terminal that something happens: libraries, texts and configs take up to half a minute."""
+    if not values.get("quiet"):
+        tell_terminal("loading libraries, texts and configs")
 
 
 def parse_values(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
@@ -167,7 +185,7 @@ def parse_values(argv: Sequence[str], parser: argparse.ArgumentParser | None = N
 
 def known_flags() -> tuple[str, ...]:
     """Return the names of all flags of a run."""
-    return tuple(action.dest for action in build_parser()._actions if action.dest not in ("help", "task"))
+    return tuple(action.dest for action in build_parser()._actions if action.dest not in NO_VALUES)
 
 
 def make_request(values: Mapping[str, Any]) -> Request:
@@ -178,7 +196,7 @@ def make_request(values: Mapping[str, Any]) -> Request:
     if saes is None:
         if model is not None and model != str(DEMO_MODEL):
             raise RequestError("`model` without `saes`: say which SAE to measure")
-        saes = ",".join(map(str, DEMO_SAES))
+        saes = join_names(map(str, DEMO_SAES))
     if model is None:
         if not DEMO_MODEL.is_dir():
             raise RequestError("`model` is missing: name a model and its SAEs; the bundled demo is in a clone only")
@@ -188,7 +206,7 @@ def make_request(values: Mapping[str, Any]) -> Request:
     cache = values.get("cache_dir")
     return Request(
         model=model,
-        saes=tuple(name.strip() for name in saes.split(",") if name.strip()),
+        saes=tuple(parse_names(saes)),
         tasks=make_tasks(values),
         layers=parse_layers(str(values.get("layers", "all"))),
         settings=Settings(**{name: values[name] for name in names if name in values}),

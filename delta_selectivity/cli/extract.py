@@ -9,14 +9,13 @@ docs/rows_file.md says what is in the file.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from delta_selectivity.cli.command_line import add_flags, add_verbose, make_request, parse_values
+from delta_selectivity.cli.command_line import add_flags, add_verbose, make_request, parse_values, tell_start
 from delta_selectivity.cli.guard import guarded, set_log_level
-from delta_selectivity.cli.parser import Parser
+from delta_selectivity.cli.parser import Parser, user_path
 from delta_selectivity.cli.program import typed
 from delta_selectivity.system.terminal import show
 
@@ -43,7 +42,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         epilog=examples,
     )
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="the file: .safetensors, .npz or .parquet"
+        "-o", "--output", type=user_path, required=True, metavar="FILE", help="the file: .safetensors, .npz or .parquet"
     )
     add_flags(parser, without=WITHOUT)
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no word at the end; warnings stay")
@@ -55,7 +54,8 @@ def run(argv: Sequence[str], prog: str) -> None:
     """Write the file. Raises `RequestError` if the request is wrong, anything else if it fails."""
     values = parse_values(argv, build_parser(prog))
     set_log_level(bool(values.get("verbose")))
-    path: Path = values["output"].expanduser()
+    tell_start(values)
+    path: Path = values["output"]
     from delta_selectivity.run.extraction import extract
 
     quiet = bool(values.get("quiet"))
@@ -68,11 +68,9 @@ def run(argv: Sequence[str], prog: str) -> None:
 @contextmanager
 def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """What draws how many texts are through."""
-    from tqdm import tqdm
+    from delta_selectivity.system.bars import open_bar
 
-    from delta_selectivity.run.progress import Forgiving
-
-    with tqdm(desc="texts", unit="text", file=Forgiving(sys.stderr), disable=quiet) as bar:
+    with open_bar(None, "texts", "text", quiet=quiet) as bar:
 
         def draw(done: int, total: int) -> None:
             bar.total = total

@@ -12,6 +12,7 @@ OTHER_NAMES = {
     "cache": "cache_dir",
     "split": "dataset_split",
     "columns": "dataset_columns",
+    "page": "output",
 }
 """Fields whose flags have another name; every other flag is called as its field."""
 

@@ -6,11 +6,12 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.interrupts import like_ctrl_c
-from delta_selectivity.system.terminal import LineFormatter, tell
+from delta_selectivity.system.terminal import NOTE, LineFormatter, tell
 
 log = logging.getLogger("delta_selectivity")
 
@@ -19,13 +20,23 @@ NOTHING_WRITTEN = "nothing was written"
 ERROR_SHOWN = 400  # characters of an error in its line: torch appends its C++ stack
 
 
-def guarded(argv: Sequence[str] | None, job: Callable[[Sequence[str]], None], left: str = NOTHING_WRITTEN) -> int:
+def what_is_left(outputs: Sequence[Path]) -> str:
+    """What a run that failed or was interrupted leaves on disk."""
+    gone = [folder for folder in outputs if not folder.is_dir()]
+    return f"the folder {gone[0]} is gone, with all that was in it" if gone else GOES_ON
+
+
+def guarded(
+    argv: Sequence[str] | None,
+    job: Callable[[Sequence[str]], None],
+    left: Callable[[], str] = lambda: NOTHING_WRITTEN,
+) -> int:
     """Do a job with arguments, and say in one line on stderr what went wrong if something did.
 
     Args:
         argv: The arguments; None for those of this process.
         job: Raises `RequestError` if the request is wrong, anything else if the job fails.
-        left: What a job that failed or was interrupted leaves on disk.
+        left: Says what a job that failed or was interrupted leaves on disk.
 
     Returns:
         The exit code. Unexpected errors are logged with the traceback of their thread; errors of disk, memory or
@@ -33,7 +44,7 @@ def guarded(argv: Sequence[str] | None, job: Callable[[Sequence[str]], None], le
     """
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(LineFormatter(with_flags))
-    logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
+    logging.basicConfig(level=NOTE, handlers=[to_stderr])
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:
@@ -43,18 +54,18 @@ def guarded(argv: Sequence[str] | None, job: Callable[[Sequence[str]], None], le
         tell(with_flags(f"error: {error}"))
         return 2
     except KeyboardInterrupt:
-        tell(f"interrupted: {left}")
+        tell(f"interrupted: {left()}")
         return 130
     except Exception as error:
         log.log(logging.INFO if _foreseen(error) else logging.ERROR, "where it failed", exc_info=error)
-        tell(f"failed: {type(error).__name__}: {str(error)[:ERROR_SHOWN]}; {left}")
+        tell(f"failed: {type(error).__name__}: {str(error)[:ERROR_SHOWN]}; {left()}")
         return 1
     return 0
 
 
 def set_log_level(verbose: bool) -> None:
-    """Log what happens if `verbose`, else warnings alone."""
-    logging.getLogger().setLevel(logging.INFO if verbose else logging.WARNING)
+    """Log what happens if `verbose`, else notes and warnings alone."""
+    logging.getLogger().setLevel(logging.INFO if verbose else NOTE)
 
 
 def _foreseen(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from delta_selectivity.cli.guard import guarded, set_log_level
 from delta_selectivity.cli.parser import Parser
 from delta_selectivity.cli.program import typed
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.comma_lists import parse_names
 from delta_selectivity.system.terminal import show
 
 EXAMPLES = """\
@@ -61,7 +62,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     from delta_selectivity.saes import expand_names, open_sae
 
     layers = parse_layers(values.get("layers", "all"))
-    names = [name.strip() for name in values["saes"].split(",") if name.strip()]
+    names = parse_names(values["saes"])
     if not names:
         raise RequestError("`saes` is empty: give a hub id, a folder, or several")
     sources = [open_sae(name, values.get("hookpoint")) for name in expand_names(names)]

@@ -9,13 +9,15 @@ Imports that cost seconds wait until they are needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from delta_selectivity.cli.guard import GOES_ON, guarded, set_log_level
+from delta_selectivity.cli.guard import guarded, set_log_level, what_is_left
+from delta_selectivity.cli.program import where_it_is
 from delta_selectivity.system.terminal import show
 
 
-def run(argv: Sequence[str], prog: str) -> None:
-    """One run. Raises `RequestError` if the request is wrong, anything else if the run fails."""
+def run(argv: Sequence[str], prog: str, outputs: list[Path]) -> None:
+    """One run; `outputs` gets its folder. Raises `RequestError` if it is wrong, anything else if it fails."""
     from delta_selectivity.cli.command_line import parse
 
     asked = parse(argv, prog)
@@ -34,6 +36,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         from delta_selectivity.reporting import tables
 
         request = asked.request
+        outputs.append(request.output)
         results = evaluate(
             request.model,
             request.saes,
@@ -46,9 +49,10 @@ def run(argv: Sequence[str], prog: str) -> None:
             progress=not asked.quiet,
         )
         if not asked.quiet:
-            show(tables.render(results.files))
+            show(f"{tables.render(results.files)}\n\n{where_it_is(request.output, prog)}")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "main.py") -> int:
     """Run the command and return its exit code."""
-    return guarded(argv, lambda arguments: run(arguments, prog), GOES_ON)
+    outputs: list[Path] = []
+    return guarded(argv, lambda arguments: run(arguments, prog, outputs), lambda: what_is_left(outputs))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from delta_selectivity.cli.command_line import add_flags, add_verbose, parse_values
 from delta_selectivity.cli.guard import guarded, set_log_level
-from delta_selectivity.cli.parser import Parser
+from delta_selectivity.cli.parser import Parser, user_path
 from delta_selectivity.cli.program import typed
 from delta_selectivity.errors import RequestError
 from delta_selectivity.settings import PROBING
@@ -41,8 +41,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     examples = EXAMPLES.format(**{name: typed(name, prog) for name in ("extract", "probe")})
     description = "Train probes on the activations in a file of rows and on their reconstructions, and compare them."
     parser = Parser(prog, f"{description} Settings are the file's, where it has some.", epilog=examples)
-    parser.add_argument("rows", type=Path, metavar="FILE", help="a .safetensors, .npz or .parquet file of rows")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write every number to this file")
+    parser.add_argument("rows", type=user_path, metavar="FILE", help="a .safetensors, .npz or .parquet file of rows")
+    parser.add_argument(
+        "-o", "--output", type=user_path, metavar="FILE", help="write every number to this .json or .csv file"
+    )
     add_flags(parser, only=(*PROBING, "device2"))
     parser.add_argument("--quiet", action="store_true", help="no table; warnings stay")
     add_verbose(parser)
@@ -55,12 +57,15 @@ def run(argv: Sequence[str], prog: str) -> None:
     set_log_level(bool(values.get("verbose")))
     from delta_selectivity.records.result_file import write_json
     from delta_selectivity.records.rows_file import load
+    from delta_selectivity.reporting.csv_file import write_rows_csv
     from delta_selectivity.reporting.tables import NOTE, rows_table
     from delta_selectivity.run.probe_rows import probe_rows, settings_of
     from delta_selectivity.run.request import choose_devices
 
     output: Path | None = values.get("output")
-    rows = load(values["rows"].expanduser())
+    if output is not None and output.suffix.lower() not in (".json", ".csv"):
+        raise RequestError(f"--output {output}: give a .json or a .csv file")
+    rows = load(values["rows"])
     settings = settings_of(rows, **{name: values[name] for name in PROBING if name in values})
     _, device = choose_devices(None, values.get("device2"))
     found = probe_rows(rows, settings, device)
@@ -69,7 +74,10 @@ def run(argv: Sequence[str], prog: str) -> None:
     results = found.to_json()
     if output is not None:
         try:
-            write_json(output.expanduser(), results)
+            if output.suffix.lower() == ".csv":
+                write_rows_csv(output, results)
+            else:
+                write_json(output, results)
         except OSError as error:
             raise RequestError(f"{output}: cannot be written: {error.strerror or error}") from error
     if not values.get("quiet"):

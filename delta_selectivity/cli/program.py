@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from delta_selectivity.system import interrupts
@@ -44,6 +46,11 @@ def main() -> NoReturn:
         lines = (f"  {name:8} {known.help}" for name, known in COMMANDS.items())
         show("\n".join([f"usage: {CONSOLE} COMMAND ...", "", *lines, "", "Each command has its own --help."]))
         interrupts.leave(0)
+    if command == "--version":
+        from delta_selectivity.cli.parser import version
+
+        show(f"{CONSOLE} {version()}")
+        interrupts.leave(0)
     tell(f"error: there is no command {command!r}: choose from {', '.join(COMMANDS)}")
     interrupts.leave(2)
 
@@ -65,6 +72,11 @@ def start(command: str, arguments: Sequence[str] | None = None, prog: str | None
 
         util._exit_function()  # type: ignore[attr-defined]  # what `leave` leaves out: else a tracker of queues complains
     interrupts.leave(code)
+
+
+def where_it_is(output: Path, prog: str) -> str:
+    """Return what a run ends with: where its results are, and how to see them."""
+    return f"results in {output}; as a page: {typed('report', prog)} {shlex.quote(str(output))} -o report.html"
 
 
 def typed(command: str, prog: str) -> str:

@@ -10,16 +10,17 @@ python report.py results --plots plots          # every plot of that page as PNG
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from delta_selectivity.cli.flags import with_flags
+from delta_selectivity.cli.parser import Parser, user_path
 from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.csv_file import write_csv
 from delta_selectivity.reporting.groups import File
-from delta_selectivity.reporting.results import load, result_files
+from delta_selectivity.reporting.results import load_all, result_files
 from delta_selectivity.reporting.tables import (
     overview,
     render,
@@ -31,14 +32,19 @@ from delta_selectivity.system.terminal import show, tell
 def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
     """Print the tables, or write what was asked for; 2 if there is nothing to report, 1 if it cannot be printed.
 
-    A page or plots that cannot be written are a wrong request: 2.
+    A page or plots that cannot be written are a wrong request: 2. So is a file that is no result file: the others are
+    shown all the same.
     """
-    asked = _parse(argv, prog)
     try:
-        files = load(path for folder in asked.folder for path in result_files(folder))
+        asked = _parse(argv, prog)
+        files, refused = load_all(path for folder in asked.folder for path in result_files(folder))
+        for error in refused:
+            tell(with_flags(f"error: {error}"))
+        if not files:
+            return 2
         if asked.output is not None or asked.plots is not None:
             _write(files, asked.output, asked.plots)
-            return 0
+            return 2 if refused else 0
     except RequestError as error:
         tell(with_flags(f"error: {error}"))
         return 2
@@ -47,27 +53,23 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
     except OSError as error:
         tell(f"failed: {error}")
         return 1
-    return 0
+    return 2 if refused else 0
 
 
 def _parse(argv: Sequence[str] | None, prog: str) -> Any:
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Tables, plots and a page from the result files of main.py."
-    )
+    parser = Parser(prog, "Tables, plots and a page from the result files of main.py.", argument_default=None)
+    path: dict[str, Any] = {"type": user_path, "metavar": "FILE"}
     parser.add_argument(
-        "folder",
-        type=Path,
-        nargs="*",
-        default=[Path("results")],
+        "folder", **{**path, "metavar": "folder"}, nargs="*", default=[Path("results")],
         help="where the files are, or one file; several are put side by side (results)",
-    )
+    )  # fmt: skip
     parser.add_argument("--worst_first", action="store_true", help="largest losses on top, not by layer")
     parser.add_argument("--summary", action="store_true", help="the line per SAE, and SAEs against each other, only")
     parser.add_argument("--resources", action="store_true", help="seconds per stage and peak memory only")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every number to this file in place of tables")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write one HTML page with tables and plots")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write each plot as PNG and SVG, its data as CSV")
-    asked = parser.parse_args(argv)
+    parser.add_argument("--csv", **path, help="write every number to this file in place of tables")
+    parser.add_argument("-o", "--output", **path, help="write one HTML page with tables and plots")
+    parser.add_argument("--plots", **{**path, "metavar": "DIR"}, help="write each plot as PNG and SVG, its data as CSV")
+    asked = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if (asked.output or asked.plots) and (asked.csv or asked.worst_first or asked.summary or asked.resources):
         parser.error("-o and --plots write what there is: --csv and the flags of tables go without them")
     return asked

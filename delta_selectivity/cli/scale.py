@@ -2,7 +2,7 @@
 
     python compute_selectivity.py --workers 2                       # the bundled demo on two processes
     python compute_selectivity.py --plan                            # the units, their bytes and seconds; nothing runs
-    python compute_selectivity.py --scheduler tcp://10.0.0.7:8786 --model_name ... --sae_name ...
+    python compute_selectivity.py --scheduler tls://10.0.0.7:8786 --tls_ca_file ca.pem --tls_cert me.pem ...
     python compute_selectivity.py --config sweep.toml               # many requests, one after another or side by side
 
 All flags of main.py are known here, and mean the same. The request is cut into units (a group of layers and a group of
@@ -18,8 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delta_selectivity.cli.command_line import build_parser, make_request, parse_values
-from delta_selectivity.cli.guard import GOES_ON, guarded, set_log_level
+from delta_selectivity.cli.command_line import build_parser, make_request, parse_values, tell_start
+from delta_selectivity.cli.guard import guarded, set_log_level, what_is_left
+from delta_selectivity.cli.parser import user_path
+from delta_selectivity.cli.program import where_it_is
 from delta_selectivity.cli.sweep import Sweep
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.terminal import show
@@ -27,21 +29,32 @@ from delta_selectivity.system.terminal import show
 if TYPE_CHECKING:
     from delta_selectivity.scale.spread import Job
 
+TLS = ("tls_ca_file", "tls_cert", "tls_key")
+
 
 def flags_of_many_workers() -> argparse.ArgumentParser:
     """The flags that main.py has not."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument_group("many workers").add_argument
     add("--workers", type=int, help="processes on this machine (one a GPU; without GPUs, one a core)")
-    add("--scheduler", metavar="ADDRESS", help="of a running Dask scheduler, such as tcp://10.0.0.7:8786, whose "
+    add("--scheduler", metavar="ADDRESS", help="of a running Dask scheduler, such as tls://10.0.0.7:8786, whose "
         "workers see this folder and the models under the same paths (processes on this machine)")  # fmt: skip
+    add("--tls_ca_file", type=Path, metavar="PEM", help="certificate authority of --scheduler tls://...; without these "
+        "three as Dask's own configuration says")  # fmt: skip
+    add("--tls_cert", type=Path, metavar="PEM", help="certificate that the scheduler accepts")
+    add("--tls_key", type=Path, metavar="PEM", help="its key, where the certificate's file does not hold it")
     add("--layers_per_unit", type=int, default=1, help="layers that a worker takes at a time (%(default)s)")
     add("--saes_per_unit", type=int, default=8, help="SAEs that a worker takes at a time: they share the forward pass "
         "and the probes of the model's own activations (%(default)s)")  # fmt: skip
     add("--plan", action="store_true", help="print the units with estimated bytes and seconds, and end")
-    add("--config", type=Path, metavar="SWEEP.toml", help="several requests, as docs/scale.md says; further flags "
+    add("--config", type=user_path, metavar="SWEEP.toml", help="several requests, as docs/scale.md says; further flags "
         "hold for all of them")  # fmt: skip
     return parser
+
+
+def own_flags() -> list[str]:
+    """The same by their names."""
+    return list(flags_of_many_workers()._option_string_actions)
 
 
 def parse(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
@@ -62,6 +75,8 @@ def parse(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]
         value = getattr(asked, flag)
         if value is not None and value < 1:
             raise RequestError(f"--{flag} must be at least 1, got {value}")
+    if asked.scheduler is None and (alone := [name for name in TLS if getattr(asked, name) is not None]):
+        raise RequestError(f"--{alone[0]} is for --scheduler tls://...; workers on this machine have keys of their own")
     if asked.scheduler is not None and asked.workers is not None:
         raise RequestError(f"--workers {asked.workers}: a cluster of its own (--scheduler) has the workers it has")
     return asked, others
@@ -77,13 +92,19 @@ def check(values: Mapping[str, Any], layers_per_unit: int, saes_per_unit: int) -
     return Job(plan, plan_units(plan, layers_per_unit, saes_per_unit))
 
 
-def compute(argv: Sequence[str], prog: str) -> None:
-    """All of it. Raises `RequestError` if a request is wrong, anything else if units failed."""
+def compute(argv: Sequence[str], prog: str, outputs: list[Path]) -> None:
+    """All of it; `outputs` gets the folders of the results.
+
+    Raises `RequestError` if a request is wrong, anything else if units failed.
+    """
     asked, others = parse(argv, prog)
-    given = parse_values(others)
+    parser = build_parser(prog)
+    parser.elsewhere = tuple(own_flags())
+    given = parse_values(others, parser)
     for job in {"task", "list_datasets"} & given.keys():
         raise RequestError(f"{given[job] if job == 'task' else job} is not spread over workers: main.py does that")
     set_log_level(bool(given.get("verbose")))
+    tell_start(given)
     sweep = None if asked.config is None else Sweep.read(asked.config)
     requests = [given] if sweep is None else [{**request, **given} for request in sweep.requests]
     jobs = [check(values, asked.layers_per_unit, asked.saes_per_unit) for values in requests]
@@ -92,19 +113,23 @@ def compute(argv: Sequence[str], prog: str) -> None:
 
         show("\n\n".join(render(job.plan, job.units) for job in jobs))
         return
+    from delta_selectivity.scale.cluster import Remote
     from delta_selectivity.scale.spread import Workers, measure
 
     quiet = bool(given.get("quiet"))
+    outputs += [job.plan.request.output for job in jobs]
     elsewhere = asked.scheduler is not None and not {"device1", "device2"} & given.keys()
-    paths = measure(jobs, Workers(asked.workers, asked.scheduler, elsewhere, quiet))
+    remote = None if asked.scheduler is None else Remote(asked.scheduler, *(getattr(asked, name) for name in TLS))
+    paths = measure(jobs, Workers(asked.workers, remote, elsewhere, quiet))
     if sweep is not None:
         sweep.conclude(paths, quiet)
     elif not quiet:
         from delta_selectivity.reporting import results, tables
 
-        show(tables.render(results.load(paths[0])))
+        show(f"{tables.render(results.load(paths[0]))}\n\n{where_it_is(outputs[0], prog)}")
 
 
 def main(argv: Sequence[str], prog: str = "compute_selectivity.py") -> int:
     """Run the command and return its exit code."""
-    return guarded(argv, lambda arguments: compute(arguments, prog), GOES_ON)
+    outputs: list[Path] = []
+    return guarded(argv, lambda arguments: compute(arguments, prog, outputs), lambda: what_is_left(outputs))

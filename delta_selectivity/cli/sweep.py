@@ -34,6 +34,7 @@ from typing import Any
 from delta_selectivity.cli.command_line import known_flags
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records.result_file import slug
+from delta_selectivity.system.comma_lists import join_names
 from delta_selectivity.system.terminal import show
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def _values(path: Path, request: Values) -> Values:
     found: Values = {}
     for name, value in request.items():
         if isinstance(value, list) and all(isinstance(part, str | int) for part in value):
-            value = ",".join(map(str, value))
+            value = (join_names if name == "sae_name" else ",".join)(map(str, value))
         elif not isinstance(value, bool | str | int | float):
             raise RequestError(f"{path}: {name} = {value!r}: give a string, a number, true, false or a list of those")
         found[name] = "all" if name == "baselines" and value is True else value

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from delta_selectivity.cli.command_line import TASK_FLAGS, add_flags, add_verbose, make_tasks, parse_values
 from delta_selectivity.cli.guard import guarded, set_log_level
-from delta_selectivity.cli.parser import Parser
+from delta_selectivity.cli.parser import Parser, user_path
 from delta_selectivity.cli.program import typed
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.terminal import show
@@ -36,8 +36,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = Parser(prog, "Print which tasks there are, and write their rows to a file.", epilog=examples)
     add_flags(parser, only=(*TASK_FLAGS, *DRAWING), without=("list_datasets",))
     parser.add_argument(
-        "--export", type=Path, metavar="FILE", help="write a line per row and probe to this .csv, .jsonl or .parquet "
-        "file, in columns that --dataset_file reads; --shuffle_select_n draws rows for it",
+        "--export", type=user_path, metavar="FILE", help="write a line per row and probe to this .csv, .jsonl or "
+        ".parquet file, in columns that --dataset_file reads; --shuffle_select_n draws rows for it",
     )  # fmt: skip
     add_verbose(parser)
     return parser
@@ -59,9 +59,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         show(describe_datasets(tasks))
         return
     asked = Settings(**{name: values[name] for name in DRAWING if name in values})
-    n = export_rows(
-        load_probe_texts(tasks, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed), path.expanduser()
-    )
+    n = export_rows(load_probe_texts(tasks, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed), path)
     show(f"wrote {path}: {n} rows")
 
 

@@ -49,7 +49,9 @@ class ModelInfo:
     n_layers: int
     d_model: int
     max_length: int  # tokens
+    n_embeddings: int | None  # tokens that it knows, by the config; None: it does not tell
     bos_token_id: int | None  # of the token that begins a text, if the tokenizer knows one
+    eos_token_id: int | None
     saved_dtype: str  # of the weights on disk, by the config: "None" if it does not tell
 
     @classmethod
@@ -61,7 +63,8 @@ class ModelInfo:
         except (AttributeError, ValueError) as error:
             raise RequestError(f"`model` {files.name}: not a decoder-only language model ({error})") from error
         dtype = str(getattr(config, "dtype", None)).removeprefix("torch.")
-        return cls(files, *sizes, tokenizer.bos_token_id, dtype)
+        n_embeddings = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+        return cls(files, *sizes, n_embeddings, tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
 
     @property
     def name(self) -> str:
@@ -82,6 +85,11 @@ class ModelInfo:
     def has_bos(self) -> bool:
         """Whether the tokenizer knows a token that begins a text."""
         return self.bos_token_id is not None
+
+    @property
+    def opening_token_id(self) -> int | None:
+        """Of BOS, and where the tokenizer has none of EOS, which TransformerLens puts in front of texts then."""
+        return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
     def choose_dtype(self, asked: str, device: str) -> str:
         """`auto`: bfloat16 for a model that was saved in it, if the device computes in it; else float32."""

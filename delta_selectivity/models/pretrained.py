@@ -18,6 +18,11 @@ NO_REVISION = "main"  # what transformers calls the only state of a local folder
 
 _FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model", ".py"}  # files of a local model
 
+ADAPTER = "an adapter without its model: merge the two (`merge_and_unload` of peft), save that and give its folder"
+GGUF = "GGUF files are not read: give the folder or hub id of the same model in safetensors"
+SAE = "looks like an SAE, not a language model: are `model` and `sae` exchanged?"
+SAE_FILES = ("cfg.json", "sae.safetensors", "sae_weights.safetensors", "ae.pt")
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -34,10 +39,14 @@ class Pretrained:
         folder = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
         if os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
             if not (folder / "config.json").is_file():
-                raise RequestError(f"`model` {folder}: the folder has no config.json")
+                raise RequestError(f"`model` {folder}: {_what_else(folder)}")
+            if _looks_like_sae(folder) and b'"model_type"' not in (folder / "config.json").read_bytes():
+                raise RequestError(f"`model` {folder}: {SAE}")
             if revision is not None:
                 raise RequestError(f"`revision` {revision}: {folder} is a local folder, which has one state only")
             return cls(str(folder), None, None, trust_remote_code)
+        if name.lower().endswith(".gguf"):
+            raise RequestError(f"`model` {name}: {GGUF}")
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
             raise RequestError(f"`model` {name!r}: no such folder (and not a hub id of the form owner/name)")
         try:
@@ -86,15 +95,43 @@ class Pretrained:
             if "trust_remote_code" in str(error):
                 told = "it comes with Python code of its own: read it, and allow it with `trust_remote_code`"
             raise RequestError(f"`model` {self.name}: {told}") from error
+        self._refuse_unread_adapter(self.commit or NO_REVISION)
         if not getattr(tokenizer, "is_fast", False):
             told = "needs a fast tokenizer (tokenizer.json) to place the name's tokens"
             raise RequestError(f"`model` {self.name}: {told}")
         return config, tokenizer
 
+    def _refuse_unread_adapter(self, revision: str) -> None:
+        """Without peft, transformers loads a model and leaves the adapter beside it out without a word."""
+        from transformers.utils import is_peft_available
+        from transformers.utils.peft_utils import find_adapter_config_file
+
+        if not is_peft_available() and find_adapter_config_file(self.name, revision=revision) is not None:
+            told = (
+                "an adapter (adapter_config.json) lies beside the model, and peft, which applies it, is not installed"
+            )
+            raise RequestError(
+                f"`model` {self.name}: {told}: install peft, or move the adapter away to measure without it"
+            )
+
 
 def first_line(error: BaseException) -> str:
     """What an error says, short enough for a line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _what_else(folder: Path) -> str:
+    """What a folder without config.json looks like."""
+    if (folder / "adapter_config.json").is_file():
+        return ADAPTER
+    if any(path.suffix.lower() == ".gguf" for path in folder.iterdir()):
+        return GGUF
+    return SAE if _looks_like_sae(folder) else "the folder has no config.json"
+
+
+def _looks_like_sae(folder: Path) -> bool:
+    """Files that the formats of SAEs have, and a model's folder has not."""
+    return any((folder / name).is_file() for name in SAE_FILES)
 
 
 def _commit(name: str, revision: str) -> str:

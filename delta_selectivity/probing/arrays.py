@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from delta_selectivity.probing.probes import ProbeBackend, choose_backend
 from delta_selectivity.probing.selectivity import ProbeResult, fit_model, measure, out_of_fold
 from delta_selectivity.settings import Settings
 from delta_selectivity.system.cores import sharing_cores
-from delta_selectivity.system.person_ids import person_ids
+from delta_selectivity.system.person_ids import group_key, person_ids
 from delta_selectivity.system.torch_modes import default_modes
 
 INT64 = np.iinfo(np.int64)
@@ -54,7 +55,8 @@ def probe_selectivity(
         reconstruction: What the autoencoder gives back of them, ``[rows, d]``.
         labels: What is to be known of each row ``[rows]``: bool, or 0 and 1.
         groups: Who or what each row is about ``[rows]``: integers, strings or other hashable values. Rows of equal
-            groups are never on both sides of a split. Give each row its own only if rows are independent.
+            groups are never on both sides of a split; 1, 1.0 and "1" are equal, and so are the Unicode forms of a name
+            (`system.person_ids`). Give each row its own only if rows are independent.
         settings: `folds`, `repeats`, `seed`, `epsilon`, `probe` and, of `views`, ``error`` count here.
 
     Returns:
@@ -170,7 +172,7 @@ def _binary(labels: Any, n: int) -> NDArray[np.bool_]:
 
 
 def _group_ids(groups: Any, n: int) -> NDArray[np.int64]:
-    """A number for each row's group, int64 [rows]: an integer is its own, a string's is its hash."""
+    """A number for each row's group, int64 [rows]: an integer is its own, any other value's is the hash of its key."""
     if isinstance(groups, Tensor):
         groups = _array(groups, "groups")
     if isinstance(groups, np.ndarray):
@@ -183,16 +185,26 @@ def _group_ids(groups: Any, n: int) -> NDArray[np.int64]:
     except TypeError as error:
         raise RequestError(f"`groups` is a {type(groups).__name__}: a value for each row is needed") from error
     _check_length((len(listed),), n, "groups")
-    if all(isinstance(group, str) for group in listed):
-        return person_ids(listed)
-    if all(isinstance(group, numbers.Integral) and INT64.min <= int(group) <= INT64.max for group in listed):
-        return np.array(listed, dtype=np.int64)
-    known: dict[Any, int] = {}
     for row, group in enumerate(listed):
         if _is_missing(group):
             raise RequestError(f"`groups`: row {row} has {group!r}: say which group it is of")
-        known.setdefault(group, len(known))
-    return np.array([known[group] for group in listed], dtype=np.int64)
+    if all(isinstance(group, numbers.Real) and _is_int64(group) for group in listed):
+        return np.array([int(group) for group in listed], dtype=np.int64)
+    if all(isinstance(group, str | numbers.Number) for group in listed):
+        return person_ids(listed)
+    known: dict[Any, int] = {}
+    return np.array([known.setdefault(_key(group), len(known)) for group in listed], dtype=np.int64)
+
+
+def _is_int64(value: Any) -> bool:
+    return math.isfinite(value) and value == int(value) and INT64.min <= int(value) <= INT64.max
+
+
+def _key(group: Any) -> Any:
+    """What is equal for equal groups: of a tuple, its items' keys."""
+    if isinstance(group, tuple):
+        return tuple(_key(item) for item in group)
+    return group_key(group) if isinstance(group, str | numbers.Number) else group
 
 
 def _is_missing(group: Any) -> bool:

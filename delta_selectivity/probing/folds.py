@@ -18,6 +18,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.uncertainty import effective_people
+
+LEAST_EFFECTIVE = 6  # people (Kish); the intervals are validated down to here
+LEAST_EFFECTIVE_IN_CLASS = 2
+
+MOST_FOLDS = 127  # their numbers are kept in a byte each
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Skipped:
     reason: str
     n_rows: int
     n_people: int
+    n_people_effective: float
     n_pos: int
 
 
@@ -59,9 +66,10 @@ class FoldPlan:
         weight = np.ones(len(people)) if weights is None else np.asarray(weights, dtype=np.float64)
         if asked.ndim != 2 or asked.shape[1:] != people.shape or weight.shape != people.shape:
             raise ValueError(f"labels {asked.shape} do not fit groups {people.shape} and weights {weight.shape}")
-        if not 2 <= n_folds <= 127 or n_repeats < 1:
-            raise RequestError(f"`folds` {n_folds}, `repeats` {n_repeats}: 2 to 127 and 1 or more are needed")
-        skipped = {t: reason for t, row in enumerate(asked) if (reason := _too_few_people(row, people, n_folds))}
+        if not 2 <= n_folds <= MOST_FOLDS or n_repeats < 1:
+            raise RequestError(f"`folds` {n_folds}, `repeats` {n_repeats}: 2 to {MOST_FOLDS} and 1 or more are needed")
+        reasons = {t: too_few_people(row, people, n_folds, weight) for t, row in enumerate(asked)}
+        skipped = {t: reason for t, reason in reasons.items() if reason is not None}
         kept = tuple(t for t in range(len(asked)) if t not in skipped)
         folds = np.zeros((n_repeats, len(people)), dtype=np.int8)
         if kept:
@@ -83,14 +91,34 @@ class FoldPlan:
         return torch.from_numpy(np.where(self.held_out, 0.0, self.weights)).to(device)
 
 
-def _too_few_people(labels: NDArray[np.bool_], groups: NDArray[np.int64], n_folds: int) -> Skipped | None:
+def too_few_people(
+    labels: NDArray[np.bool_], groups: NDArray[np.int64], n_folds: int, weights: NDArray[np.float64] | None = None
+) -> Skipped | None:
+    """Why a target cannot be measured with so many folds; None if it can."""
+    weights = np.ones(len(groups)) if weights is None else weights
     sides = {"positive": labels, "negative": ~labels}
     people = {name: len(np.unique(groups[rows])) for name, rows in sides.items()}
     rarer = min(people, key=lambda name: people[name])
-    if people[rarer] >= n_folds:
+    effective = effective_people(groups, weights) if len(groups) else 0.0
+    reason = None
+    if people[rarer] < n_folds:
+        reason = f"the {rarer} class has {people[rarer]} people, fewer than the {n_folds} folds"
+    elif effective < LEAST_EFFECTIVE:
+        reason = (
+            f"{len(np.unique(groups))} people, but of such unequal size that they tell no more than "
+            f"{effective:.2g} of equal size would; {LEAST_EFFECTIVE} are needed"
+        )
+    else:
+        by_class = {name: effective_people(groups[rows], weights[rows]) for name, rows in sides.items()}
+        least = min(by_class, key=lambda name: by_class[name])
+        if by_class[least] < LEAST_EFFECTIVE_IN_CLASS:
+            reason = (
+                f"one person has most of the {least} class: its {people[least]} people tell no more than "
+                f"{by_class[least]:.2g} of equal size would; {LEAST_EFFECTIVE_IN_CLASS} are needed"
+            )
+    if reason is None:
         return None
-    reason = f"the {rarer} class has {people[rarer]} people, fewer than the {n_folds} folds"
-    return Skipped(reason, len(labels), len(np.unique(groups)), int(labels.sum()))
+    return Skipped(reason, len(labels), len(np.unique(groups)), effective, int(labels.sum()))
 
 
 def grouped_stratified_folds(labels: ArrayLike, groups: ArrayLike, n_folds: int, seed: int) -> NDArray[np.int8]:

@@ -4,7 +4,8 @@
     statistics(found).delta_sel
 
 Nothing here fits a probe, so the statistics of a finished run can be made again from its stored scores (`scores`).
-All intervals are `uncertainty`'s: clustered by person, plus what the luck of the folds adds.
+All intervals are `uncertainty`'s: clustered by person, corrected for few or unequal people, plus what the luck of the
+folds adds.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from delta_selectivity.probing.uncertainty import Estimate, balanced_mean, estimate_delta
+from delta_selectivity.probing.uncertainty import Estimate, balanced_mean, effective_people, estimate_delta
 
 Floats = NDArray[np.floating]
 
@@ -90,6 +91,7 @@ class Statistics:
     memorisation: float | None = None  # balanced accuracy on labels random by token type, split by row, minus 1/2
     n_rows: int
     n_people: int
+    n_people_effective: float  # people of equal size that would tell as much
     n_pos: int
     error_sel: float | None = None  # of probes on x - x̂, what the SAE left behind
     error_auc: float | None = None
@@ -183,6 +185,7 @@ def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
         memorisation=_memorisation(found),
         n_rows=len(found.labels),
         n_people=len(np.unique(found.persons)),
+        n_people_effective=effective_people(found.persons, found.weights),
         n_pos=int(found.labels.sum()),
         error_sel=_mean(found, right["error"]) if "error" in right else None,
         latent_sel=_mean(found, right["latents"]) if "latents" in right else None,

@@ -14,7 +14,9 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,15 +24,19 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.records import figures
+from delta_selectivity.records.differences import differences
 from delta_selectivity.system.file_lock import Locked, exclusive
 from delta_selectivity.system.provenance import installed_version
-from delta_selectivity.system.whole_file import replacing, sweep
+from delta_selectivity.system.whole_file import replacing, sweep, temporary_name
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 2
 PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "numpy", "scikit-learn", "sae-probes", "cuml-cu13")
 
 Json = dict[str, Any]
+NAMES = ("model_name", "sae_label", "baseline", "baseline_of", "baseline_of_sae")
+"""Texts of `_run.config`, each of which may be absent."""
 
 
 @dataclass
@@ -39,7 +45,7 @@ class RecordFile:
 
     path: Path
     key: Json  # everything that changes a number
-    run: Json  # the rest of `_run`: config, versions, commit, started
+    run: Json  # the rest of `_run`: config, versions, commit, started, positive_class
     layers: dict[int, Json] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # what a reader of the numbers must know
     complete: bool = False
@@ -54,16 +60,16 @@ class RecordFile:
 
         Raises `RequestError` if the file on disk was made by something else or is no result file.
         """
-        fresh = cls(path, _plain(key), run)
+        fresh = cls(path, as_json(key), run)
         if overwrite or not path.exists():
             return fresh
         try:
             found = read(path)
         except RequestError as error:
             raise RequestError(f"{error}: `overwrite` replaces it") from error
-        differs = _differences(found["_run"]["key"], fresh.key)
-        if differs:
-            raise RequestError(f"{path} was made with other settings ({'; '.join(differs)}): `overwrite` replaces it")
+        if found["_run"]["key"] != fresh.key:
+            differs = "; ".join(differences(found["_run"], {"key": fresh.key, "config": as_json(run["config"])}))
+            raise RequestError(f"{path} was made with other settings ({differs}): `overwrite` replaces it")
         fresh.layers = {int(name.removeprefix("layer_")): value for name, value in found.items() if name != "_run"}
         run_before = found["_run"]
         fresh.warnings, fresh.complete = list(run_before["warnings"]), run_before["complete"]
@@ -78,7 +84,7 @@ class RecordFile:
 
     def write(self, layers: Mapping[int, Json]) -> None:
         """Replace the file in one step by one that holds `layers`, and what the other fields say."""
-        self.layers = {layer: _plain(layers[layer]) for layer in sorted(layers)}
+        self.layers = {layer: as_json(layers[layer]) for layer in sorted(layers)}
         results: Json = {f"layer_{layer}": self.layers[layer] for layer in sorted(self.layers)}
         run = {
             "schema_version": SCHEMA_VERSION,
@@ -116,16 +122,18 @@ def read(path: Path) -> Json:
         run = found["_run"]
         results = {name: value for name, value in found.items() if name != "_run"}
         known = run["schema_version"] == SCHEMA_VERSION and _is_run(run)
-        layered = all(re.fullmatch(r"layer_\d+", name) and isinstance(value, dict) for name, value in results.items())
+        wrong = figures.fault(results, run["sae_level"])
         intact = run["results_sha256"] == _digest(results, run["sae_level"])
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{path} is not a result file of this program") from error
-    if not known or not layered:
+    if not known:
         raise RequestError(f"{path} is not a result file of schema {SCHEMA_VERSION}")
     if not intact:
         raise RequestError(f"{path} was changed after it was written")
+    if wrong is not None:
+        raise RequestError(f"{path} is not a result file of this program: {wrong}")
     return found
 
 
@@ -139,15 +147,20 @@ def read_key(path: Path) -> Json | None:
 
 def _is_run(run: Json) -> bool:
     """Whether `_run` holds what its readers rely on."""
-    figures = [*run["seconds"].values(), *run["resources"].values()]
+    measured = [*run["seconds"].values(), *run["resources"].values()]
+    names = [run["config"].get(name) for name in NAMES]
+    classes = run.get("positive_class", {})  # absent from files of before 0.5
+    texts = [run.get("commit"), *run.get("versions", {}).values(), *names]
     return (
         isinstance(run["key"], dict)
         and isinstance(run["config"]["sae"], str)
+        and all(text is None or isinstance(text, str) for text in texts)
         and isinstance(run["started"], str)
         and isinstance(run["complete"], bool)
         and all(isinstance(run[name], list) for name in ("warnings", "q_family"))
         and all(isinstance(line, str) for line in [*run["warnings"], *run["q_family"]])
-        and all(isinstance(figure, int | float) for figure in figures)
+        and all(figures.is_number(figure) for figure in measured)
+        and all(isinstance(text, str) for text in [*classes, *classes.values()])
     )
 
 
@@ -166,8 +179,7 @@ def prepare_folder(folder: Path) -> None:
     """Make the folder and see that a file can be written there. Raises `RequestError` if not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}.tmp"
-        probe.touch()
+        temporary_name(folder / "writable").touch()
         sweep(folder, "writable")  # its own, and those of killed runs
     except OSError as error:
         raise RequestError(f"`output` {folder}: cannot write there: {error.strerror}") from error
@@ -184,16 +196,58 @@ def model_slug(name: str) -> str:
 
 
 def slug(name: str) -> str:
-    """A name as part of a file name: letters, digits, `.`, `-`, `_`, at most 100; never empty, hidden or like a flag.
+    """A name as part of a file name: letters of any script, digits, `.`, `-`, `_`; never empty, hidden or like a flag.
 
-    It follows from the name alone, whatever lies in the current directory. A path that is absolute or begins with `~`,
-    `.` or `assets` counts by its last part; any other reads like the hub id or release that it may be.
+    It follows from the name alone, whatever lies in the current directory, and has at most 100 bytes. A path that is
+    absolute or begins with `~`, `.` or `assets` counts by its last part; any other reads like the hub id or release
+    that it may be.
     """
     path = PurePath(name)
     if path.is_absolute() or name.startswith(("~", ".")) or path.parts[:1] == ("assets",):
         name = path.name if path.name not in ("", "..") else Path(os.path.abspath(name)).name  # noqa: PTH100
-    safe = re.sub(r"[^A-Za-z0-9.\-]+", "_", name).lstrip("._-").rstrip("._") or "unnamed"
-    return safe if len(safe) <= 100 else f"{safe[:83]}_{hashlib.sha256(safe.encode()).hexdigest()[:16]}"
+    return _safe(name)
+
+
+def distinct_slugs(names: Sequence[str]) -> list[str]:
+    """A slug for each of several different names, no two alike, whatever else lies on the disk.
+
+    Paths that end alike are told apart by the parts in which they differ: `x/a/trainer_0` and `x/b/trainer_0` are
+    `a_trainer_0` and `b_trainer_0`.
+    """
+    found = [slug(name) for name in names]
+    for same in (text for text, n in Counter(found).items() if n > 1):
+        alike = [i for i, text in enumerate(found) if text == same]
+        for i, text in zip(alike, _apart([names[i] for i in alike]), strict=True):
+            found[i] = text
+    seen = Counter(found)
+    return [text if seen[text] == 1 else f"{text}_{_hex(name, 8)}" for name, text in zip(names, found, strict=True)]
+
+
+def _apart(names: Sequence[str]) -> list[str]:
+    """The last part of each path, and before it the parts in which they differ, as far from the end as is needed."""
+    paths = [PurePath(os.path.normpath(name)).parts for name in names]
+    longest = max(map(len, paths))
+    depth = next((n for n in range(2, longest) if len({path[-n:] for path in paths}) == len(paths)), longest)
+    differ = [n for n in range(2, depth + 1) if len({path[-n] if n <= len(path) else "" for path in paths}) > 1]
+    return [
+        _safe("_".join([*(path[-n] for n in reversed(differ) if n <= len(path)), path[-1] if path else ""]))
+        for path in paths
+    ]
+
+
+def _safe(name: str) -> str:
+    """The characters of a name that file names may have; those that were lost are in the hash that stands for them."""
+    name = unicodedata.normalize("NFC", name)
+    kept = "".join(c if c in ".-" or unicodedata.category(c)[0] in "LMN" else "_" for c in name)
+    safe = re.sub("_+", "_", kept).lstrip("._-").rstrip("._")
+    if not safe:
+        return f"unnamed_{_hex(name, 8)}"
+    data = safe.encode()
+    return safe if len(data) <= 100 else f"{data[:83].decode(errors='ignore')}_{_hex(safe, 16)}"
+
+
+def _hex(name: str, digits: int) -> str:
+    return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:digits]
 
 
 def describe_run(config: Json) -> Json:
@@ -202,7 +256,7 @@ def describe_run(config: Json) -> Json:
 
     packages = {name: installed_version(name) for name in PACKAGES}
     return {
-        "config": _portable(_plain(config)),
+        "config": _portable(as_json(config)),
         "versions": {"python": platform.python_version(), **packages, "processor": describe()},
         "commit": _commit(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -236,21 +290,7 @@ def _commit() -> str | None:
     return f"{commit}+changes" if changed else commit
 
 
-def _differences(old: Json, new: Json) -> list[str]:
-    names = sorted(old.keys() | new.keys())
-    return [
-        f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:12]}…"
-
-
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """The value as JSON gives it back, so that what is compared is what was written."""
     return json.loads(json.dumps(value, default=str))
 

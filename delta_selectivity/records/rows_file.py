@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records.rows_formats import FORMATS, Column, Format, Unreadable
 from delta_selectivity.system.person_ids import person_ids
+from delta_selectivity.system.unpacked import TooLarge, is_special
 from delta_selectivity.system.whole_file import replacing, sweep
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,10 @@ def load(path: Path) -> Rows:
         RequestError: It is none, was cut short or changed, or what it holds cannot be measured; one line says why.
     """
     try:
-        content = _format(path).read(path)
+        file_format = _format(path)
+        if is_special(path):
+            raise Unreadable("a pipe or a device, not a file")
+        content = file_format.read(path)
         about = _read_about(content.about)
         digest = about.pop("sha256", None)
         if digest is not None and digest != _digest(about, content.columns):
@@ -110,7 +114,7 @@ def load(path: Path) -> Rows:
         return _rows(content.columns, about, path)
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except Unreadable as error:
+    except (Unreadable, TooLarge) as error:
         raise RequestError(f"{path}: {error}") from error
 
 
@@ -257,6 +261,8 @@ def _groups(found: Column, n: int) -> Ints:
     if found.dtype.kind == "U":
         names, of_row = np.unique(found, return_inverse=True)
         return person_ids(names.tolist())[of_row]
+    if found.dtype.kind == "f" and (np.abs(found) < 2.0**63).all() and (found == np.round(found)).all():
+        return found.astype(np.int64)
     if found.dtype.kind not in "biu":
         raise Unreadable(f"groups are of {found.dtype}: whole numbers or strings are needed")
     return found.astype(np.int64)  # of uint64 the same bits: equal groups stay equal

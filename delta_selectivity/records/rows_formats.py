@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 import zipfile
 import zlib
@@ -23,10 +22,9 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from delta_selectivity.system.person_ids import person_ids
+from delta_selectivity.system.unpacked import check_size
 
 METADATA = "delta_selectivity"
-MOST_TIMES = 100  # a packed file that unpacks to more than this times its size, and to more than `ALWAYS`, is refused
-ALWAYS = 256 * 2**20
 BATCH = 256
 """Rows of a Parquet file that are read before its size is looked at. The footer would tell it beforehand, but where
 that is damaged, pyarrow ends the process (a ParquetException in `RowGroupMetaData.column`)."""
@@ -161,14 +159,6 @@ class Parquet:
 
 
 FORMATS: dict[str, Format] = {".safetensors": Safetensors(), ".npz": Npz(), ".parquet": Parquet()}
-
-
-def check_size(needed: int, path: Path) -> None:
-    """Raise `Unreadable` if a packed file needs more memory than there is, or far more than its own size."""
-    packed = path.stat().st_size
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory or needed > max(ALWAYS, MOST_TIMES * packed):
-        raise Unreadable(f"it unpacks to {needed / 2**20:.0f} MiB or more from {packed / 2**20:.1f}: that is refused")
 
 
 def _packed(texts: Sequence[Text] | None) -> dict[str, Column]:

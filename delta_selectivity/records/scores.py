@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,12 @@ from safetensors.numpy import save as to_bytes
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import EPSILON, ProbeScores, Statistics, statistics
-from delta_selectivity.system.whole_file import replacing, sweep
+from delta_selectivity.system.whole_file import refuse_link, replacing, sweep
 
 FORMAT = 1
 METADATA = "delta_selectivity"
 
+_OWN_NAME = re.compile(r"layer_(0|[1-9][0-9]{0,5})\.safetensors")
 _DTYPES = {
     "labels": np.uint8,
     "persons": np.int64,
@@ -77,7 +79,7 @@ def key_digest(key: Mapping[str, Any]) -> str:
 
 
 def save(path: Path, stored: LayerScores) -> None:
-    """Write the file in one step, its folder too. Raises OSError."""
+    """Write the file in one step, its folder too. Raises OSError, or `RequestError` if the folder is a link."""
     tensors: dict[str, NDArray[Any]] = {}
     for i, probe in enumerate(stored.probes.values()):
         tensors |= {f"{i}.view.{view}": scores for view, scores in probe.views.items()}
@@ -89,8 +91,9 @@ def save(path: Path, stored: LayerScores) -> None:
         "format": FORMAT, "layer": stored.layer, "key": stored.key, "probes": list(stored.probes)
     }  # fmt: skip
     about["sha256"] = _digest(about, tensors)
+    refuse_link(path.parent)
     path.parent.mkdir(exist_ok=True)
-    sweep(path.parent, "*")
+    sweep(path.parent, "layer_*.safetensors")
     header = {METADATA: json.dumps(about)}  # a single entry: safetensors writes several in random order
     content = to_bytes({name: np.ascontiguousarray(value) for name, value in tensors.items()}, header)
     with replacing(path, "wb") as file:
@@ -98,9 +101,14 @@ def save(path: Path, stored: LayerScores) -> None:
 
 
 def prune(result_file: Path, layers: Container[int]) -> None:
-    """Remove the scores of all but these layers: an earlier result file's, that this one replaces."""
+    """Remove the scores of all but these layers: an earlier result file's, that this one replaces.
+
+    What has another name, or is no file, is not ours and stays. Raises `RequestError` if the folder is a link.
+    """
+    refuse_link(folder_of(result_file))
     for path in folder_of(result_file).glob("layer_*.safetensors"):
-        if int(path.stem.removeprefix("layer_")) not in layers:
+        own = _OWN_NAME.fullmatch(path.name)
+        if own and int(own[1]) not in layers and path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 
 

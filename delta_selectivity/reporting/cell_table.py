@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from delta_selectivity.reporting.html import Markup, element
-from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset
+from delta_selectivity.reporting.names import apart
+from delta_selectivity.reporting.numbers import number, people, probability, signed, span, typeset
+from delta_selectivity.reporting.results import further_views
 from delta_selectivity.reporting.study import Cell, Sae, Study
 
 
@@ -35,15 +37,24 @@ COLUMNS = (
     Column("L0", narrow=False),
     Column("people", "descending", narrow=False),
 )
+NAME = 26  # characters of the name of an SAE
 FILTERS = {"SAE": 0, "dataset": 1, "probe": 2, "verdict": 5}  # what can be chosen from, and its column
 Shown = tuple[str | Markup, Any]  # of a cell: what is read, and what is sorted by (a number, or the text)
 
 
 def cell_table(study: Study) -> Markup:
     """The controls and the table."""
-    rows = [_values(sae, cell) for sae in study.everything for cell in sae.cells]
-    head = element("thead", element("tr", *(_head(column) for column in COLUMNS)))
-    body = element("tbody", *(_row(values) for values in rows))
+    views = further_views(cell.result for sae in study.everything for cell in sae.cells)
+    labels = [sae.label for sae in study.everything]
+    names = dict(zip(labels, apart(labels, NAME), strict=True))
+    rows = [
+        [(names[sae.label], sae.label), *_values(sae, cell)[1:], *_views(cell, views)]
+        for sae in study.everything
+        for cell in sae.cells
+    ]
+    columns = [*COLUMNS, *(Column(view, "descending", narrow=False) for view in views)]
+    head = element("thead", element("tr", *map(_head, columns)))
+    body = element("tbody", *(_row(columns, values) for values in rows))
     table = element("table", head, body, id="cells")
     return element("div", _controls(rows), element("div", table, class_="scroll tall", tabindex="0"))
 
@@ -69,8 +80,12 @@ def _values(sae: Sae, cell: Cell) -> list[Shown]:
         (probability(found.get("q_value")), found.get("q_value")),
         (typeset(number(found["transfer_r2"], ".3f")), found["transfer_r2"]),
         *figures,
-        (str(found["n_people"]), found["n_people"]),
+        (people(found), found["n_people"]),
     ]
+
+
+def _views(cell: Cell, views: Sequence[str]) -> list[Shown]:
+    return [(number(cell.result.get(view), ".3f"), cell.result.get(view)) for view in views]
 
 
 def _delta(cell: Cell) -> Markup:
@@ -83,12 +98,12 @@ def _head(column: Column) -> Markup:
     return element("th", button, scope="col", aria_sort="none", class_=_class(column))
 
 
-def _row(values: Sequence[Shown]) -> Markup:
+def _row(columns: Sequence[Column], values: Sequence[Shown]) -> Markup:
     return element(
         "tr",
         *(
             element("td", shown, data_v="" if key is None else str(key), class_=_class(column))
-            for column, (shown, key) in zip(COLUMNS, values, strict=True)
+            for column, (shown, key) in zip(columns, values, strict=True)
         ),
     )
 

@@ -8,10 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from delta_selectivity.records.result_file import Json
 from delta_selectivity.reporting.groups import File, model_names
 from delta_selectivity.reporting.results import about_file, cells
 from delta_selectivity.system.terminal import printable
 from delta_selectivity.system.whole_file import replacing
+
+FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+"""What a cell begins with that a spreadsheet takes for a formula: some read full-width signs as well."""
 
 
 def write_csv(files: Sequence[File], path: Path) -> None:
@@ -24,9 +28,29 @@ def write_csv(files: Sequence[File], path: Path) -> None:
     for file, results in files:
         about, settings = about_file((file, results), models)
         for layer, probe, figures, result in cells(results):
-            own = {name: value for name, value in figures.items() if not isinstance(value, dict)}
             where = {**about, "file": file.stem, "layer": layer, "probe": probe}
-            lines.append({**where, **settings, **own, **result})
+            lines.append({**where, **settings, **_numbers(figures), **result})
+    _write(lines, path)
+
+
+def write_rows_csv(path: Path, results: Json) -> None:
+    """A line for each SAE and probe of a file of rows: SAE -> its figures, and probe -> record. Raises OSError."""
+    lines = [
+        {"sae": sae, "probe": probe, **_numbers(figures), **result}
+        for sae, figures in results.items()
+        if sae != "_run"
+        for probe, result in figures.items()
+        if isinstance(result, dict)
+    ]
+    _write(lines, path)
+
+
+def _numbers(figures: Json) -> Json:
+    """The figures of a layer, without its probes."""
+    return {name: value for name, value in figures.items() if not isinstance(value, dict)}
+
+
+def _write(lines: Sequence[Json], path: Path) -> None:
     columns = list(dict.fromkeys(name for line in lines for name in line))
     with replacing(path.absolute(), "w", encoding="utf-8") as out:
         out.write(csv_text(columns, ([line.get(name) for name in columns] for line in lines)))
@@ -46,4 +70,4 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = printable(value)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+    return f"'{text}" if text.lstrip().startswith(FORMULA) else text

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
 from delta_selectivity.reporting.ink import MUTED, shortened, text_width
 from delta_selectivity.reporting.matrix import MatrixCell, bare, colour_of, draw_matrix, ink_on, scale_end
+from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import signed, span
 from delta_selectivity.reporting.results import is_preserved, is_significant
 from delta_selectivity.reporting.study import Cell, Sae, Study
@@ -18,6 +19,7 @@ ROW = 22  # pixels
 COLUMN = 58
 LEFT = 44  # room for the layers' numbers
 LEAST_WIDTH = 190  # room for the name of the SAE
+TITLE = 25  # characters of the name of an SAE that fit there
 LABEL = 130  # pixels for the name of a probe
 COLUMNS = (
     "sae", "dataset", "layer", "probe", "delta_sel", "ci_low", "ci_high", "p_value", "q_value", "preserved", "reason"
@@ -40,7 +42,9 @@ def heatmap(study: Study, sae: Sae, dataset: str, name: str) -> Plot:
         "the others are hatched. Red is a loss, blue a gain."
     )
     rows = tuple(_row(sae, cell) for cell in cells)
-    draw = partial(_draw, cells, sae.label, dataset, study.datasets[dataset], limit_of(study))
+    labels = [one.label for one in study.everything]
+    called = apart(labels, TITLE)[labels.index(sae.label)]
+    draw = partial(_draw, cells, called, dataset, study.datasets[dataset], limit_of(study))
     return Plot(name, title, description, draw, COLUMNS, rows)
 
 

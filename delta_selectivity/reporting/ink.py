@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from delta_selectivity.reporting.names import abridged
+
 INK = "#1b1f24"  # text and the model's own curve; these three follow the reader's light or dark mode in the page
 MUTED = "#616975"  # axes, notes, baselines
 RULE = "#d6dae0"  # grid lines
@@ -65,9 +67,10 @@ def text_width(text: str, size: float = 11) -> float:
 
 
 def shortened(text: str, width: float, size: float = 11) -> str:
-    """The text, with its middle left out if it is wider than this many pixels: beginnings and ends tell SAEs apart."""
-    room = max(int(width / text_width("x", size)), 3)
-    if len(text) <= room:
-        return text
-    head = (room - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (room - 1 - head) :]}"
+    """The text, with its middle left out if it is wider than this many pixels."""
+    return abridged(text, characters(width, size))
+
+
+def characters(width: float, size: float = 11) -> int:
+    """How many fit into this many pixels, at least three."""
+    return max(int(width / text_width("x", size)), 3)

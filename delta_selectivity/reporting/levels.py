@@ -11,15 +11,17 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import INK, MUTED, series, shortened
+from delta_selectivity.reporting.ink import INK, MUTED, characters, series
+from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.study import Cell, Sae, Study
 
 WIDTH, HEIGHT = 352, 196  # of a panel without its legend, pixels
 LEGEND_ROW = 17
 TOGETHER = 4  # SAEs in one panel: more bands than that hide each other
+FEW = 10  # layers that each have a tick
 MARKED = 12  # markers on a curve; one a layer would hide the curve of a deep model
 DASHES = {"identity": (1, 1.5), "random": (4, 2), "pca": (6, 2, 1, 2), "mean": (2, 1), "shuffled": (8, 2)}
 OTHER_DASHES = (3, 1, 1, 1, 1, 1)
@@ -119,18 +121,22 @@ def _draw(probe: str, dataset: str, curves: Sequence[Curve], limits: tuple[float
     axes.set(ylim=limits, xlabel="layer")
     axes.grid(axis="y")
     axes.axhline(0.5, color=MUTED, linestyle=":", linewidth=1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    layers = sorted({layer for curve in curves for layer in curve.cells})
+    axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+    axes.xaxis.set_major_locator(FixedLocator(layers) if len(layers) < FEW else MaxNLocator(integer=True, nbins=10))
     tips: dict[str, str] = {}
     for number, curve in enumerate(curves):
-        tips |= _line(axes, curve, f"curve-{number}")
+        aside = (number + 0.5) / len(curves) - 0.5 if len(layers) == 1 else 0.0  # bars stand side by side
+        tips |= _line(axes, curve, f"curve-{number}", 0.7 * aside)
     height = figure.get_size_inches()[1] * 72
     _legend(figure, own, 1, (n_rows - len(own)) * LEGEND_ROW / height)
     _legend(figure, baselines, 3, 0)
     return Drawing(figure, tips)
 
 
-def _line(axes: Axes, curve: Curve, gid: str) -> dict[str, str]:
-    layers, values, lows, highs = zip(*curve.points, strict=True)
+def _line(axes: Axes, curve: Curve, gid: str, aside: float) -> dict[str, str]:
+    places, values, lows, highs = zip(*curve.points, strict=True)
+    layers = [layer + aside for layer in places]
     low, high = ([math.nan if end is None else end for end in ends] for ends in (lows, highs))
     axes.plot(layers, values, gid=gid, **curve.look)
     if curve.with_band and len(layers) > 1:
@@ -145,7 +151,7 @@ def _line(axes: Axes, curve: Curve, gid: str) -> dict[str, str]:
 def _legend(figure: Figure, curves: Sequence[Curve], columns: int, bottom: float) -> None:
     """Beneath the axes, from the left."""
     lines = [Line2D([], [], **curve.look) for curve in curves]
-    labels = [shortened(curve.label, (WIDTH - 40) / columns - 30, 10) for curve in curves]
+    labels = apart([curve.label for curve in curves], characters((WIDTH - 40) / columns - 30, 10))
     if lines:
         figure.legend(
             lines, labels, loc="lower left", bbox_to_anchor=(0, bottom), ncols=columns, handlelength=2.6,

@@ -9,7 +9,8 @@ from functools import partial
 from matplotlib.axes import Axes
 
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import INK, MUTED, series, shortened
+from delta_selectivity.reporting.ink import INK, MUTED, characters, series
+from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset
 from delta_selectivity.reporting.study import Sae, Study
 
@@ -65,11 +66,13 @@ def differences(study: Study, score: str) -> Plot | None:
     if not found:
         return None
     title = f"Paired differences of {score}"
+    labels = [sae.label.removeprefix("baseline: ") for sae in study.everything]
+    short = dict(zip(labels, apart(labels, characters((WIDTH - 40) / 2, 10)), strict=True))
     rows, data = [], []
     for pair in found:
         low, high, p = (pair.found[f"{score}_{key}"] for key in ("ci_low", "ci_high", "p_value"))
         names = (pair.one.label.removeprefix("baseline: "), pair.other.label)
-        name = " − ".join(shortened(name, (WIDTH - 40) / 2, 10) for name in names)
+        name = " − ".join(short[name] for name in names)
         value = pair.found[score]
         tip = f"{' − '.join(names)}: {signed(value, 4)} ({span(low, high, 4)}), p {probability(p)}"
         rows.append(Estimate(name, value, low, high, MUTED if pair.one.is_baseline else INK, "D", tip))
@@ -93,22 +96,22 @@ def _draw(title: str, note: str, rows: Sequence[Estimate], line: float, above: b
     axes.grid(axis="x")
     axes.locator_params(axis="x", nbins=4 if left == NAMES else 6)
     axes.margins(x=0.08)
+    names = apart([row.name for row in rows], characters(WIDTH - 20 if above else NAMES - 12, 10))
     tips: dict[str, str] = {}
-    for y, row in enumerate(rows):
+    for y, (row, name) in enumerate(zip(rows, names, strict=True)):
         gid = f"row-{y}"
         place = y + (0.22 if above else 0)
         if row.low is not None and row.high is not None:
             axes.plot([row.low, row.high], [place, place], color=row.colour, linewidth=2, gid=f"{gid}-interval")
         axes.plot(row.value, place, marker=row.marker, color=row.colour, markersize=7, gid=gid)
-        _name(axes, row.name, y, above)
+        _name(axes, name, y, above)
         tips |= {gid: row.tip, f"{gid}-interval": row.tip}
     return Drawing(figure, tips)
 
 
 def _name(axes: Axes, name: str, y: int, above: bool) -> None:
-    width = WIDTH - 20 if above else NAMES - 12
     axes.annotate(
-        shortened(name, width, 10), xy=(0, y - 0.2 if above else y), xycoords=("axes fraction", "data"),
+        name, xy=(0, y - 0.2 if above else y), xycoords=("axes fraction", "data"),
         xytext=(0 if above else -10, 0), textcoords="offset points", ha="left" if above else "right", va="center",
         fontsize=10, annotation_clip=False,
     )  # fmt: skip

@@ -54,3 +54,19 @@ def probability(p: float | None) -> str:
 def span(low: float | None, high: float | None, digits: int = 3) -> str:
     """An interval, typeset; a dash if there is none."""
     return "–" if low is None or high is None else f"{signed(low, digits)} to {signed(high, digits)}"
+
+
+def few_effective(found: result_file.Json) -> bool:
+    """Whether the people of a cell are of such unequal size that they tell less than half as much as equal ones."""
+    effective = found.get("n_people_effective")  # absent from files of before 0.5
+    return effective is not None and effective < found["n_people"] / 2
+
+
+def people(found: result_file.Json) -> str:
+    """How many people a cell rests on, and how many of equal size would tell as much, where that is below half.
+
+    >>> people({"n_people": 54, "n_people_effective": 6.21}), people({"n_people": 54, "n_people_effective": 40.0})
+    ('54 (as 6.2)', '54')
+    """
+    told = f" (as {found['n_people_effective']:.2g})" if few_effective(found) else ""
+    return f"{found['n_people']}{told}"

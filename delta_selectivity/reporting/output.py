@@ -17,7 +17,7 @@ MOST = 10_000_000  # bytes of a page with links to save its plots; a larger one 
 
 def write_page(study: Study, path: Path) -> str:
     """Write the page in one step and say so. Raises `RequestError` if the path cannot be written."""
-    with _told("`output`", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
+    with _told("`page`", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
         plots = plots_of(study)
         drawn = {plot.name: plot.svg() for plot in plots}
         text = page(study, plots, drawn, with_links=True)

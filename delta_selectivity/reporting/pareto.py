@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from delta_selectivity.reporting.drawing import DPI, Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import MUTED, series, shortened
+from delta_selectivity.reporting.ink import MUTED, characters, series
+from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import number, signed, span, typeset
 from delta_selectivity.reporting.study import Sae, Study
 
@@ -98,9 +99,11 @@ def _draw(
     axes.set(xlabel=FIGURES[key], ylabel="mean delta_sel")
     axes.axhline(0, color=MUTED, linestyle=":", linewidth=1)
     _scale(axes, [point.x for point in [*large, *small]])
+    labels = [point.sae.label for point in large]
+    names = dict(zip(labels, apart(labels, characters(WIDTH - 60, 10)), strict=True))
     tips: dict[str, str] = {}
     for index, point in enumerate([*small, *large]):
-        tips |= _point(axes, study, point, key, f"point-{index}")
+        tips |= _point(axes, study, point, key, f"point-{index}", names.get(point.sae.label, ""))
     if key == "l0":
         _frontier(axes, large)
     _lines(axes, marks)
@@ -116,7 +119,7 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
     axes.margins(x=0.1, y=0.1)
 
 
-def _point(axes: Axes, study: Study, point: Point, key: str, gid: str) -> dict[str, str]:
+def _point(axes: Axes, study: Study, point: Point, key: str, gid: str, name: str) -> dict[str, str]:
     style = series(study.in_full.index(point.sae))
     where = "mean" if point.layer is None else f"layer {point.layer}"
     x = number(point.x, DIGITS[key])
@@ -129,7 +132,7 @@ def _point(axes: Axes, study: Study, point: Point, key: str, gid: str) -> dict[s
         tip = f"{tip} ({span(point.low, point.high, 4)})"
     axes.plot(
         point.x, point.delta, marker=style.marker, color=style.colour, markersize=9, gid=gid, linestyle="none",
-        markeredgecolor="white", label=shortened(point.sae.label, WIDTH - 60, 10),
+        markeredgecolor="white", label=f"\u200b{name}" if name.startswith("_") else name,
     )  # fmt: skip
     return {gid: tip}
 

@@ -10,11 +10,15 @@ from typing import Any
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting.groups import File, model_names
 from delta_selectivity.reporting.html import Markup, element, table
+from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.system.terminal import printable
 
-NO_SETTINGS = {"sae", "baseline", "baseline_of", "model", "data", "schema", "output_directory", "quiet", "verbose",
-               "overwrite"}  # fmt: skip # of `_run.config` and `_run.key`: names told elsewhere, hashes, and manners
+NAME = 40  # characters of the name of an SAE
+NO_SETTINGS = {
+    "sae", "sae_label", "baseline", "baseline_of", "baseline_of_sae", "model", "data", "schema", "output_directory",
+    "quiet", "verbose", "overwrite",
+}  # fmt: skip # of `_run.config` and `_run.key`: names told elsewhere, hashes, and manners
 
 
 def heading(study: Study) -> str:
@@ -93,11 +97,12 @@ def versions(study: Study) -> Markup:
 
 def file_table(study: Study) -> Markup:
     """A line for each result file."""
-    head = ("file", "SAE", "rows", "people", "started", "seconds", "complete")
-    return table(head, map(_file_line, study.files))
+    head = ("file", "SAE", "rows", "people", "positive class", "started", "seconds", "complete")
+    saes = [printable(results["_run"]["config"]["sae"]) for _, results in study.files]
+    return table(head, map(_file_line, study.files, apart(saes, NAME)))
 
 
-def _file_line(file: File) -> list[str]:
+def _file_line(file: File, sae: str) -> list[str]:
     run = file[1]["_run"]
     found = [
         cell for layer in file[1].values() for cell in layer.values() if isinstance(cell, dict) and "n_rows" in cell
@@ -105,13 +110,24 @@ def _file_line(file: File) -> list[str]:
     seconds = run["seconds"].get("total")
     return [
         _name(file),
-        printable(run["config"]["sae"]),
+        sae,
         _extent(cell["n_rows"] for cell in found),
         _extent(cell["n_people"] for cell in found),
+        _positive_classes(run.get("positive_class", {})),
         run["started"],
         "–" if seconds is None else f"{seconds:.1f}",
         "yes" if run["complete"] else "no",
     ]
+
+
+def _positive_classes(classes: dict[str, str]) -> str:
+    """The label that counts as 1, by probe where there are several; not of a probe that is named after it."""
+    told = [
+        label if len(classes) == 1 else f"{probe}: {label}"
+        for probe, label in classes.items()
+        if len(classes) == 1 or not probe.endswith(f"_is_{label}")
+    ]
+    return printable(", ".join(told)) or "–"
 
 
 def _extent(counts: Iterable[int]) -> str:

@@ -6,12 +6,14 @@ load(result_files(Path("results")))
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
+from delta_selectivity.records.figures import missing
 from delta_selectivity.reporting import groups
 from delta_selectivity.reporting.groups import File, dataset_of, model_names
 
@@ -31,11 +33,47 @@ def result_files(folder: Path) -> list[Path]:
 
 
 def load(paths: Iterable[Path]) -> list[File]:
-    """The files, each checked. Raises `RequestError` if there is none, or one is no result file."""
-    files = groups.without_repeats([(path, result_file.read(path)) for path in paths])
-    if not files:
-        raise RequestError("no result files found: run the program first, or name its `output`")
+    """The files, each checked; those of a run's SAEs in the order in which they were asked for.
+
+    Raises `RequestError` if there is none, or one is no result file.
+    """
+    files, refused = load_all(paths)
+    if refused:
+        raise refused[0]
     return files
+
+
+def load_all(paths: Iterable[Path]) -> tuple[list[File], list[RequestError]]:
+    """The files that are sound, in the order of `load`, and what is wrong with each of the others.
+
+    Raises `RequestError` if there is none of either.
+    """
+    files, refused = [], []
+    for path in paths:
+        try:
+            files.append((path, _checked(path)))
+        except RequestError as error:
+            refused.append(error)
+    if not files and not refused:
+        raise RequestError("no result files found: run the program first, or name its `output`")
+    kept = groups.without_repeats(files)
+    return sorted(kept, key=lambda file: (is_baseline(file[1]), _place(file[1]))), refused
+
+
+def _checked(path: Path) -> result_file.Json:
+    found = result_file.read(path)
+    absent = missing({name: value for name, value in found.items() if name != "_run"})
+    if absent is not None:
+        raise RequestError(f"{path} is not a result file of this program: {absent}")
+    return found
+
+
+def _place(results: result_file.Json) -> int:
+    """Of an SAE among those that its run was asked for; 0 where a pattern stands for it."""
+    config = results["_run"]["config"]
+    names, sae = config.get("sae_names"), config["sae"]
+    typed = names if isinstance(names, list) else []
+    return next((i for i, name in enumerate(typed) if str(name) == sae or str(name).startswith(f"{sae}=")), 0)
 
 
 def cells(results: result_file.Json) -> Iterator[tuple[int, str, result_file.Json, result_file.Json]]:
@@ -81,6 +119,12 @@ def is_baseline(results: result_file.Json) -> bool:
     return bool(results["_run"]["config"].get("baseline"))
 
 
+def further_views(found: Iterable[result_file.Json]) -> list[str]:
+    """Balanced accuracies of views that are measured only if asked for, where any of these records has them."""
+    records = list(found)
+    return [name for name in ("error_sel", "latent_sel") if any(name in record for record in records)]
+
+
 def is_significant(result: result_file.Json) -> bool:
     """Whether delta_sel differs from 0 after Benjamini-Hochberg; not before the run is complete and has q values."""
     q_value = result.get("q_value")
@@ -95,17 +139,34 @@ def is_preserved(result: result_file.Json) -> bool:
 def by_sae(files: Sequence[File]) -> dict[str, list[File]]:
     """The files of each SAE, by the name that its user typed; those of each baseline after them.
 
-    What differs in more than the dataset is another SAE, and its name says in what.
+    What differs in more than the dataset is another SAE, and its name says in what. Baselines of SAEs that were called
+    alike in two runs have those SAEs' full names.
     """
+    configs = [results["_run"]["config"] for _, results in files]
+    owners = {(config["sae"], config["baseline_of_sae"]) for config in configs if "baseline_of_sae" in config}
+    shared = {name for name, n in Counter(name for name, _ in owners).items() if n > 1}
     found: dict[str, list[File]] = {}
     for path, results in sorted(files, key=lambda file: is_baseline(file[1])):
-        found.setdefault(results["_run"]["config"]["sae"], []).append((path, results))
+        config = results["_run"]["config"]
+        made_from = config.get("baseline_of_sae")
+        name = f"{config['sae']} ({made_from})" if made_from and config["sae"] in shared else config["sae"]
+        found.setdefault(name, []).append((path, results))
     return groups.split(found)
 
 
-def label(name: str, files: Sequence[File]) -> str:
-    """What to call the SAE or baseline of these files where there is little room."""
-    return name if is_baseline(files[0][1]) else result_file.slug(files[0][1]["_run"]["config"]["sae"])
+def owner(results: result_file.Json) -> str | None:
+    """The SAE that a baseline is made from, by its name or, in older files, by its label; or a hook point."""
+    config = results["_run"]["config"]
+    found: str | None = config.get("baseline_of_sae") or config.get("baseline_of")
+    return found
+
+
+def label_in_run(name: str, files: Sequence[File]) -> str:
+    """What to call the SAE or baseline of these files where there is little room: as the run called it."""
+    if is_baseline(files[0][1]):
+        return name
+    found = files[0][1]["_run"]["config"].get("sae_label")
+    return found if isinstance(found, str) and found else result_file.slug(files[0][1]["_run"]["config"]["sae"])
 
 
 def level_of(files: Sequence[File]) -> result_file.Json:

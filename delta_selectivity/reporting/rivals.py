@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from functools import partial
 
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import shortened, text_width
+from delta_selectivity.reporting.ink import characters, text_width
 from delta_selectivity.reporting.matrix import MatrixCell, bare, draw_matrix, scale_end
+from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import probability, signed, span
 from delta_selectivity.reporting.study import Comparison, Study
 
@@ -46,7 +47,8 @@ def _cell(pair: Comparison, places: dict[str, int]) -> MatrixCell:
 
 
 def _draw(names: Sequence[str], cells: Sequence[MatrixCell]) -> Drawing:
-    labels = [f"{shortened(name, NAMES - 30, 10)}  {number}" for number, name in enumerate(names, 1)]
+    short = apart(names, characters(NAMES - 30, 10))
+    labels = [f"{name}  {number}" for number, name in enumerate(short, 1)]
     left = max(text_width(label, 10) for label in labels) + 8
     figure = canvas(left + COLUMN * len(names) + 4, 62 + ROW * len(names) + 4)
     entitle(figure, "Row minus column: delta_sel", "same rows, folds and people; hatched: the 95 % interval holds 0")

@@ -20,9 +20,10 @@ from delta_selectivity.reporting.results import (
     is_baseline,
     is_preserved,
     is_significant,
-    label,
+    label_in_run,
     level_of,
     mean,
+    owner,
 )
 from delta_selectivity.system.terminal import printable
 
@@ -59,9 +60,10 @@ class Sae:
 
     name: str  # as its user typed it
     label: str  # shorter, and no other's
+    own_label: str  # what its run called it
     is_baseline: bool
     kind: str | None  # of a baseline: identity, random, ...
-    owner: str | None  # of a baseline that belongs to an SAE: that one's slug
+    owner: str | None  # of a baseline that belongs to an SAE: that one's name, or in older files its label
     level: result_file.Json  # `_run.sae_level`, or the same from the stored scores if its files disagree
     cells: tuple[Cell, ...]  # in order of dataset and layer
     files: tuple[File, ...]
@@ -101,7 +103,7 @@ class Sae:
     def belongs_to(self, sae: Sae) -> bool:
         """Whether this is a baseline of that SAE."""
         typed = sae.files[0][1]["_run"]["config"]["sae"]
-        return self.owner is not None and self.owner == result_file.slug(typed) and not obstacle(self.files, sae.files)
+        return self.owner is not None and self.owner in (typed, sae.own_label) and not obstacle(self.files, sae.files)
 
     def where(self, dataset: str, probe: str) -> dict[int, Cell]:
         """By layer, the measured cells of one probe."""
@@ -243,8 +245,8 @@ def _sae(name: str, files: Sequence[File], label: str, dataset_of: Callable[[Fil
         for layer, probe, figures, result in cells(file[1])
     )
     baseline = is_baseline(files[0][1])
-    kind, owner = config.get("baseline"), config.get("baseline_of")
-    return Sae(name, label, baseline, kind, owner, _level(files), found, tuple(files))
+    kind, called, made_from = config.get("baseline"), label_in_run(name, files), owner(files[0][1])
+    return Sae(name, label, called, baseline, kind, made_from, _level(files), found, tuple(files))
 
 
 def _level(files: Sequence[File]) -> result_file.Json:
@@ -258,7 +260,7 @@ def _level(files: Sequence[File]) -> result_file.Json:
 
 
 def _labels(own_files: dict[str, list[File]]) -> dict[str, str]:
-    short = {name: label(name, own) for name, own in own_files.items()}
+    short = {name: label_in_run(name, own) for name, own in own_files.items()}
     seen = Counter(short.values())
     return {name: printable(text if seen[text] == 1 else name) for name, text in short.items()}
 

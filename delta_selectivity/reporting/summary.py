@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting.html import Markup, element, join, table
 from delta_selectivity.reporting.ink import MUTED, series
+from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset
+from delta_selectivity.reporting.results import further_views, mean
 from delta_selectivity.reporting.study import Sae, Study
 
 HEAD = (
     "SAE", "cells", "model_sel", "sae_sel", "mean delta_sel", "detectable", "lost", "preserved", "mean transfer_r2",
     "FVU", "L0",
 )  # fmt: skip
+NAME = 26  # characters of the name of an SAE
 PAIR_HEAD = ("SAE", "compared with", "difference of delta_sel", "p", "difference of transfer_r2", "p")
 
 
 def sae_table(study: Study) -> Markup:
     """A line for each SAE and, beneath, each baseline: means over its cells."""
-    return table(HEAD, (_line(study, sae) for sae in study.everything))
+    views = further_views(cell.result for sae in study.everything for cell in sae.measured)
+    return table((*HEAD, *views), ([*_line(study, sae), *_views(sae, views)] for sae in study.everything))
+
+
+def _views(sae: Sae, views: Sequence[str]) -> list[str]:
+    return [number(mean(cell.result.get(view) for cell in sae.measured), ".3f") for view in views]
 
 
 def _line(study: Study, sae: Sae) -> list[str]:
@@ -27,7 +36,7 @@ def _line(study: Study, sae: Sae) -> list[str]:
     delta, low, high = sae.overall("delta_sel")
     r2, r2_low, r2_high = sae.overall("transfer_r2")
     return [
-        join([_swatch(study, sae), sae.label]),
+        join([_swatch(study, sae), named(study, sae)]),
         str(n_cells),
         number(sae.mean("model_sel"), ".3f"),
         number(sae.mean("sae_sel"), ".3f"),
@@ -39,6 +48,12 @@ def _line(study: Study, sae: Sae) -> list[str]:
         number(sae.mean_figure("fvu_pos"), ".3f"),
         number(sae.mean_figure("l0"), ".1f"),
     ]
+
+
+def named(study: Study, sae: Sae) -> Markup:
+    """What the SAE is called, without most of what all are called; in full when pointed at."""
+    labels = [one.label for one in study.everything]
+    return element("span", apart(labels, NAME)[labels.index(sae.label)], title=sae.label)
 
 
 def _estimate(value: str, interval: str) -> Markup:
@@ -57,7 +72,7 @@ def _swatch(study: Study, sae: Sae) -> Markup:
 
 def pair_table(study: Study) -> Markup | None:
     """Each SAE and the next, each baseline and its SAE; None if no two can be compared."""
-    rows = [[pair.one.label, pair.other.label, *_difference(pair.found)] for pair in study.neighbours]
+    rows = [[named(study, pair.one), named(study, pair.other), *_difference(pair.found)] for pair in study.neighbours]
     return table(PAIR_HEAD, rows) if rows else None
 
 

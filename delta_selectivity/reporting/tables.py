@@ -6,15 +6,25 @@ from collections.abc import Sequence
 
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting.groups import File
-from delta_selectivity.reporting.numbers import interval, number, p_value
-from delta_selectivity.reporting.results import cells, is_baseline, is_preserved, is_significant
+from delta_selectivity.reporting.names import abridged, apart
+from delta_selectivity.reporting.numbers import few_effective, interval, number, p_value, people
+from delta_selectivity.reporting.results import (
+    cells,
+    further_views,
+    is_baseline,
+    is_preserved,
+    is_significant,
+    mean,
+)
 from delta_selectivity.reporting.study import study_of
 from delta_selectivity.system.terminal import one_line, printable
 
 Row = tuple[str, ...]
+LONGEST = 72  # characters of a name
 
 NOTE = (
     "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
+    "[people] after a probe: of unequal size, they tell less than half as much as so many of equal size\n"
     "* after it: q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE)\n"
     "= after it: shown to be preserved, the 90 % interval lies within +-epsilon"
 )
@@ -26,8 +36,12 @@ def selectivity_table(results: result_file.Json, worst_first: bool = False) -> s
     found = list(cells(results))
     if worst_first:
         found.sort(key=lambda cell: cell[3].get("delta_sel", 0.0) if cell[3].get("delta_sel") is not None else 0.0)
-    header = ("layer", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer", "FVU", "L0")
-    return aligned([header, *(_row(str(layer), probe, figures, result) for layer, probe, figures, result in found)])
+    views = further_views(result for *_, result in found)
+    header = ("layer", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer", "FVU", "L0", *views)
+    rows = [
+        (*_row(str(layer), probe, figures, result), *_views(result, views)) for layer, probe, figures, result in found
+    ]
+    return aligned([header, *rows])
 
 
 def rows_table(results: result_file.Json) -> str:
@@ -44,11 +58,12 @@ def rows_table(results: result_file.Json) -> str:
 
 
 def _row(first: str, probe: str, figures: result_file.Json, result: result_file.Json) -> Row:
+    first, probe = (abridged(printable(name), LONGEST) for name in (first, probe))
     if result.get("reason"):
         return (first, probe, f"({result['reason']})", *[""] * 6)
     return (
         first,
-        probe,
+        f"{probe} [{people(result)} people]" if few_effective(result) else probe,
         f"{result['model_sel']:.3f}",
         f"{result['sae_sel']:.3f}",
         f"{result['delta_sel']:+.3f}{_marks(result)}",
@@ -57,6 +72,10 @@ def _row(first: str, probe: str, figures: result_file.Json, result: result_file.
         number(figures["fvu_pos"], ".3f"),
         number(figures.get("l0"), ".1f"),
     )
+
+
+def _views(result: result_file.Json, views: Sequence[str]) -> Row:
+    return tuple("" if result.get("reason") else number(result.get(view), ".3f") for view in views)
 
 
 def _marks(result: result_file.Json) -> str:
@@ -68,15 +87,18 @@ def summary_table(files: Sequence[File]) -> str:
 
     Baselines come beneath the SAEs.
     """
+    study = study_of(files)
+    views = further_views(cell.result for sae in study.everything for cell in sae.measured)
     rows: list[Row] = [
         ("SAE", "probes x layers", "model_sel", "sae_sel", "delta_sel", "95 % interval", "lost (q < 0.05)", "preserved",
-         "transfer_r2", "FVU", "L0")
+         "transfer_r2", "FVU", "L0", *views)
     ]  # fmt: skip
-    for sae in study_of(files).everything:
+    names = apart([sae.label for sae in study.everything], LONGEST)
+    for sae, name in zip(study.everything, names, strict=True):
         n_cells = len(sae.measured)
         rows.append(
             (
-                sae.label,
+                name,
                 str(n_cells),
                 number(sae.mean("model_sel"), ".3f"),
                 number(sae.mean("sae_sel"), ".3f"),
@@ -87,6 +109,7 @@ def summary_table(files: Sequence[File]) -> str:
                 number(sae.overall("transfer_r2")[0], ".3f"),
                 number(sae.mean_figure("fvu_pos"), ".3f"),
                 number(sae.mean_figure("l0"), ".1f"),
+                *(number(mean(cell.result.get(view) for cell in sae.measured), ".3f") for view in views),
             )
         )
     return aligned(rows)
@@ -100,9 +123,12 @@ def comparison_table(files: Sequence[File]) -> str | None:
     scores = ("delta_sel", "transfer_r2")
     columns = [column for score in scores for column in (f"difference of {score}", "95 % interval", "p")]
     rows: list[Row] = [("SAE", "compared with", *columns)]
-    for pair in study_of(files).neighbours:
+    study = study_of(files)
+    labels = [sae.label for sae in study.everything]
+    names = dict(zip(labels, apart(labels, LONGEST), strict=True))
+    for pair in study.neighbours:
         figures = [figure for score in scores for figure in _difference(pair.found, score)]
-        rows.append((pair.one.label, pair.other.label, *figures))
+        rows.append((names[pair.one.label], names[pair.other.label], *figures))
     return aligned(rows) if len(rows) > 1 else None
 
 

@@ -18,7 +18,7 @@ from delta_selectivity.system.stopwatch import Stopwatch
 log = logging.getLogger(__name__)
 
 ONE_PARTITION = "one partition (repeats 1): the intervals leave out the luck of the folds"
-FEW_PEOPLE = 100  # below this, intervals by the normal approximation are not to be trusted
+FEW_PEOPLE = 100  # below this, intervals are wide and rest on little
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,11 @@ def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
             continue
         if not result["converged"]:
             lines.append(f" {name}: {result['n_unconverged']} probe fits did not converge")
-        if result["n_people"] < FEW_PEOPLE:
-            lines.append(f" {name}: only {result['n_people']} people: the interval is rough")
+        n_people, effective = result["n_people"], result["n_people_effective"]
+        if effective < n_people / 2:
+            lines.append(f" {name}: {n_people} people of unequal size tell as much as {effective:.0f} of equal size")
+        elif n_people < FEW_PEOPLE:
+            lines.append(f" {name}: only {n_people} people: the interval is rough")
     return lines
 
 
@@ -87,4 +90,5 @@ def _warn(file: RecordFile, line: str) -> None:
     if line not in file.warnings:
         file.warnings.append(line)
         level = logging.INFO if file.is_baseline else logging.WARNING  # its SAE has said so already, or will
-        log.log(level, "%s: %s", file.path.name, line)
+        of = file.run["config"].get("sae_label")
+        log.log(level, "%s%s: %s", file.path.name, f" of {of}" if of else "", line)

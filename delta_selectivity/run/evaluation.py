@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
 from delta_selectivity.records.sae_level import settle
 from delta_selectivity.run.measure import measure
-from delta_selectivity.run.planning import go_on, make_plan, missing_cells, open_files
+from delta_selectivity.run.planning import Cell, Plan, go_on, make_plan, missing_cells, open_files
 from delta_selectivity.run.request import Request
+from delta_selectivity.system.terminal import tell
 
 
 def run_request(request: Request, progress: bool = False) -> list[Path]:
@@ -19,6 +21,21 @@ def run_request(request: Request, progress: bool = False) -> list[Path]:
     plan = go_on(make_plan(request))
     with ExitStack() as held:
         files = open_files(plan, held)
-        measure(plan, files, missing_cells(plan, files), progress)
+        cells = missing_cells(plan, files)
+        if progress and cells:
+            tell(_summary(plan, cells))
+        measure(plan, files, cells, progress)
         settle(files)  # though nothing was missing: a run may have ended just before
     return list(dict.fromkeys(file.path for file in files.values()))
+
+
+def _summary(plan: Plan, cells: Sequence[Cell]) -> str:
+    """What is about to be measured, in a line."""
+    counts = {
+        "text": len(plan.texts.mentions),
+        "probe": sum(len(dataset.probes) for dataset in plan.texts.datasets),
+        "SAE": len(plan.saes),
+        "layer": len({cell.site.layer for cell in cells}),
+    }
+    shown = ", ".join(f"{n:,} {name}{'' if n == 1 else 's'}" for name, n in counts.items())
+    return f"{shown}: loading {plan.info.name} on {plan.request.device1}"

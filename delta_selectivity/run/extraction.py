@@ -139,7 +139,8 @@ def _about(plan: Plan, site: Site) -> dict[str, Any]:
     """What the file says of where its rows come from."""
     run = describe_run({"model": plan.request.model, "saes": [subject.name for subject in plan.subjects]})
     saes = {
-        name: {
+        subject.label: {
+            "name": name,
             "sha256": None if subject.source is None else subject.source.fingerprint(),
             "baseline": None if subject.baseline is None else subject.baseline.kind,
         }

@@ -23,6 +23,7 @@ from delta_selectivity.system.cores import probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.startup import release_collector
 from delta_selectivity.system.stopwatch import Stopwatch
+from delta_selectivity.system.terminal import NOTE
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
     Raises whatever stops it; finished layers are on disk by then.
     """
     if not cells:
-        log.warning("everything asked for is on disk already")
+        log.log(NOTE, "everything asked for is on disk already")
         return
     request, asked = plan.request, plan.request.settings
     clock, stop = Stopwatch(), threading.Event()

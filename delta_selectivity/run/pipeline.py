@@ -19,6 +19,7 @@ from delta_selectivity.run.activations import Block, Item, Producer
 from delta_selectivity.run.bounded_queue import BoundedQueue, ProducerFailed, QueueCancelled
 from delta_selectivity.run.prober import Prober
 from delta_selectivity.system import interrupts
+from delta_selectivity.system.terminal import NOTE
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def run(
                 continue
             worker.join()
     for worker in workers:
+        if isinstance(worker.error, SystemExit):  # of somebody else's code: it must not look like our own end
+            raise RuntimeError(f"the code of a model or an SAE exits the process ({worker.error!r})") from worker.error
         if worker.error is not None:
             raise worker.error
     if stop.is_set():
@@ -66,7 +69,7 @@ def _interruptible(stop: threading.Event, queue: BoundedQueue[Item], prober: Pro
                 os._exit(130)
             prober.abandon()
             raise KeyboardInterrupt
-        log.warning("interrupted: finishing the layer in work; once more to stop now")
+        log.log(NOTE, "interrupted: finishing the layer in work; once more to stop now")
         stop.set()
         queue.cancel()
 

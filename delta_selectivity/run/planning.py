@@ -17,25 +17,32 @@ from typing import NamedTuple
 from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
+from delta_selectivity.probing.folds import MOST_FOLDS, too_few_people
 from delta_selectivity.probing.probes import check_backend
+from delta_selectivity.records import scores
 from delta_selectivity.records.result_file import (
     SCHEMA_VERSION,
     Json,
     RecordFile,
     describe_run,
+    distinct_slugs,
     prepare_folder,
     read_key,
     reserve,
     result_path,
     slug,
 )
+from delta_selectivity.records.result_folder import choose_folder
 from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.baselines import CALIBRATED, Baseline, Measured, plan_baselines
 from delta_selectivity.run.calibration import draw_mentions, fingerprint
 from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.run.request import Request
-from delta_selectivity.saes import SaeSource, expand_names, open_sae
+from delta_selectivity.saes import SaeSource, expand_names, open_sae, same_path
 from delta_selectivity.settings import fields as setting_fields
+from delta_selectivity.system.processor import check_proc
+from delta_selectivity.system.terminal import NOTE
+from delta_selectivity.system.whole_file import refuse_link
 from delta_selectivity.tasks import (
     Mention,
     ProbeTexts,
@@ -63,7 +70,8 @@ class Subject:
     """What is measured: an SAE, or a baseline of an SAE or of a hook point."""
 
     name: str
-    folder: Path  # of its result files
+    label: str  # what tables, folders and files of rows call it: no other of the run is called so
+    folder: Path  # of its result files, unless another SAE's lie there
     sites: tuple[Site, ...]  # in order of layers
     counts_bos: bool  # whether BOS counts in its whole-text figures
     source: SaeSource | None  # itself; of a baseline, the SAE it is made from, if it is made from one
@@ -106,15 +114,18 @@ class Plan:
 
     def tokenise(self, mentions: Sequence[Mention]) -> TokenisedMentions:
         """Texts as the model is shown them. Raises `RequestError` for a name that has no token or does not fit."""
-        return self.setup.tokens(mentions, self.info, prepend_bos=self.prepend_bos)
+        last_only = self.request.settings.positions == "last"
+        return self.setup.tokens(mentions, self.info, prepend_bos=self.prepend_bos, last_only=last_only)
 
 
-def make_plan(request: Request, fetch: bool = True) -> Plan:
+def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | None = None) -> Plan:
     """Open everything that was asked for. Raises `RequestError`, before anything heavy is loaded, if it can't be.
 
     fetch: also have the SAEs' weights on this machine, and check them; else their configs only.
+    labels: of the SAEs, by their names, where this is a part of a request that has more; else by `distinct_slugs`.
     """
     asked = request.settings
+    check_proc()
     check_backend(asked.probe, request.device2)
     texts = load_probe_texts(request.tasks, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed)
     files = Pretrained.find(request.model, asked.revision, asked.trust_remote_code)
@@ -127,7 +138,9 @@ def make_plan(request: Request, fetch: bool = True) -> Plan:
     for source, own in zip(sources if fetch else (), sites, strict=False):
         source.prepare([site.layer for site in own])
     prepend_bos, counts_bos = _decide_bos(asked.bos, info, sources)
-    subjects = _plan_subjects(request, sources, sites, counts_bos)
+    names = [source.name for source in sources]
+    labels = labels or dict(zip(names, distinct_slugs(names), strict=True))
+    subjects = _plan_subjects(request, sources, [labels[name] for name in names], sites, counts_bos)
     calibration: list[Mention] = []
     if any(subject.baseline is not None and subject.baseline.kind in CALIBRATED for subject in subjects):
         calibration = draw_mentions(load_all_mentions(request.tasks), asked.seed)
@@ -147,7 +160,7 @@ def go_on(plan: Plan) -> Plan:
     dtypes, samples = {key["dtype"] for key in keys}, {key.get("whole_tokens") for key in keys}
     if asked.dtype == "auto" and len(dtypes) == 1 and dtypes != {plan.dtype}:
         (dtype,) = dtypes
-        log.warning("the model computes in %s, as for the results that are there; `auto` is %s", dtype, plan.dtype)
+        log.log(NOTE, "the model computes in %s, as for the results that are there; `auto` is %s", dtype, plan.dtype)
         plan = replace(plan, dtype=dtype)
     if len(samples) == 1 and asked.whole_tokens is not None:
         (whole_tokens,) = samples
@@ -160,21 +173,26 @@ def go_on(plan: Plan) -> Plan:
 
 def _paths(plan: Plan) -> Iterator[Path]:
     """The result files of a plan, whether or not they are there."""
-    for subject in plan.subjects:
+    out = plan.request.output
+    usual = [subject.folder for subject in plan.subjects]
+    for folder in dict.fromkeys([*usual, out, *(out / subject.label for subject in plan.saes)]):
         for dataset in plan.texts.datasets:
-            yield result_path(subject.folder, plan.request.model, dataset.slug)
+            yield result_path(folder, plan.request.model, dataset.slug)
 
 
 def open_sources(request: Request) -> list[SaeSource]:
     """The SAEs that the request names or holds. Raises `RequestError` if one cannot be had."""
     found: dict[str, SaeSource] = {}
+    seen: set[str] = set()
     for sae in request.saes:
-        names = [sae] if isinstance(sae, SaeSource) else expand_names([sae])
-        for name in names:
+        for name in [sae] if isinstance(sae, SaeSource) else expand_names([sae]):
+            if isinstance(name, str) and same_path(name) in seen:
+                continue
+            seen.update([same_path(name)] if isinstance(name, str) else [])
             source = name if isinstance(name, SaeSource) else open_sae(name, request.settings.hookpoint)
-            before = found.setdefault(source.name, source)
-            if before is not source and isinstance(sae, SaeSource):
-                raise RequestError(f"`saes`: two are called {source.name!r}: give each a name of its own by wrap_sae")
+            if found.setdefault(source.name, source) is not source:
+                how = "by wrap_sae" if isinstance(sae, SaeSource) else "such as my_name=folder"
+                raise RequestError(f"`saes`: two are called {source.name!r}: give each a name of its own {how}")
     return list(found.values())
 
 
@@ -212,7 +230,7 @@ def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tu
     As the SAEs were trained, unless something else is asked for; where their format is silent, if the model has one.
     """
     if asked != "auto":
-        if asked != "none" and not info.has_bos:
+        if asked != "none" and info.opening_token_id is None:
             raise RequestError(f"`bos` {asked}: {info.name} has no token that begins a text")
         return asked != "none", [asked == "counted"] * len(sources)
     wishes = {source.prepend_bos for source in sources} - {None}
@@ -220,31 +238,36 @@ def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tu
         raise RequestError(
             "these SAEs were trained partly with and partly without BOS: measure them in two runs, or decide by `bos`"
         )
-    return bool(wishes.pop()) if wishes else info.has_bos, [source.counts_bos for source in sources]
+    prepend = bool(wishes.pop()) if wishes else info.has_bos
+    if prepend and not info.has_bos:
+        log.warning("%s has no BOS token: texts begin with EOS, as those of TransformerLens do", info.name)
+    return prepend, [source.counts_bos for source in sources]
 
 
 def _plan_subjects(
-    request: Request, sources: Sequence[SaeSource], sites: Sequence[tuple[Site, ...]], counts_bos: Sequence[bool]
+    request: Request,
+    sources: Sequence[SaeSource],
+    labels: Sequence[str],
+    sites: Sequence[tuple[Site, ...]],
+    counts_bos: Sequence[bool],
 ) -> tuple[Subject, ...]:
     """The SAEs and then their baselines, each with a folder of its own where there are several."""
     out = request.output
-    folders = [out / slug(source.name) if len(sources) > 1 else out for source in sources]
+    folders = [out / label if len(sources) > 1 else out for label in labels]
     subjects = [
-        Subject(source.name, folder, own, counts, source)
-        for source, folder, own, counts in zip(sources, folders, sites, counts_bos, strict=True)
+        Subject(source.name, label, folder, own, counts, source)
+        for source, label, folder, own, counts in zip(sources, labels, folders, sites, counts_bos, strict=True)
     ]
     measured = [
-        Measured(slug(subject.name), source.hookpoint, subject.counts_bos, tuple(site.layer for site in subject.sites))
+        Measured(subject.label, source.hookpoint, subject.counts_bos, tuple(site.layer for site in subject.sites))
         for subject, source in zip(subjects, sources, strict=True)
     ]
     for baseline in plan_baselines(request.settings.baselines, measured):
         folder = out / "baselines" / slug(baseline.slug)
         own = tuple(Site(layer, baseline.hookpoint) for layer in baseline.layers)
         made_from = None if baseline.of is None else sources[baseline.of]
-        subjects.append(Subject(baseline.name, folder, own, baseline.counts_bos, made_from, baseline))
-    twice = [subject.folder for i, subject in enumerate(subjects) if subject.folder in (s.folder for s in subjects[:i])]
-    if twice:
-        raise RequestError(f"`saes`: two SAEs would be written to {twice[0]}: measure them in two runs")
+        name = baseline.name
+        subjects.append(Subject(name, name, folder, own, baseline.counts_bos, made_from, baseline))
     return tuple(subjects)
 
 
@@ -256,12 +279,27 @@ def _refuse_reserved_names(texts: ProbeTexts) -> None:
             raise RequestError(f"a task may not be called {probe.name!r}: that is a figure of the record; rename it")
 
 
+def _refuse_too_few_people(texts: ProbeTexts, n_folds: int) -> None:
+    """Raise `RequestError` if none of the probes can be measured; where some can, the others say why not."""
+    if n_folds > MOST_FOLDS:
+        raise RequestError(f"`folds` {n_folds}: {MOST_FOLDS} at most")
+    probes = [probe for dataset in texts.datasets for probe in dataset.probes]
+    found = {p.name: too_few_people(p.labels, texts.persons[p.mentions], n_folds) for p in probes}
+    reasons = [f"{name}: {skipped.reason}" for name, skipped in found.items() if skipped is not None]
+    if len(reasons) == len(found):
+        raise RequestError(
+            f"`tasks`: none of the probes can be measured ({reasons[0]}): give rows of more people (column group), "
+            "or set fewer `folds`"
+        )
+
+
 def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFile]:
     """A result file for each subject and dataset, ours alone until `held` is closed.
 
     Raises `RequestError` if one on disk was made by something else, or is being written by another run.
     """
     request = plan.request
+    _refuse_too_few_people(plan.texts, request.settings.folds)
     data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
     shared = {
         "schema": SCHEMA_VERSION,
@@ -276,16 +314,20 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
     config = request.described()
     files: dict[tuple[SaeId, int], RecordFile] = {}
     for sae_id, subject in enumerate(plan.subjects):
-        prepare_folder(subject.folder)
         own_key, told = _what_is_its_own(plan, subject, hashes)
         run = describe_run({**config, **told})
-        for index, dataset in enumerate(plan.texts.datasets):
-            path = result_path(subject.folder, request.model, dataset.slug)
+        names = [result_path(Path(), request.model, dataset.slug).name for dataset in plan.texts.datasets]
+        keys = [{**shared, **own_key, "data": of_dataset} for of_dataset in data]
+        folder = choose_folder(request.output, subject.folder, run, dict(zip(names, keys, strict=True)))
+        prepare_folder(folder)
+        for index, (name, key) in enumerate(zip(names, keys, strict=True)):
+            path = folder / name
             if any(file.path == path for file in files.values()):
                 raise RequestError(f"`tasks`: two would be written to {path}: rename one, or measure them in two runs")
             held.enter_context(reserve(path))
-            key = {**shared, **own_key, "data": data[index]}
-            files[sae_id, index] = RecordFile.open(path, key, run, request.settings.overwrite)
+            refuse_link(scores.folder_of(path))
+            classes = {"positive_class": {probe.name: probe.positive for probe in plan.texts.datasets[index].probes}}
+            files[sae_id, index] = RecordFile.open(path, key, {**run, **classes}, request.settings.overwrite)
     return files
 
 
@@ -295,12 +337,14 @@ def _what_is_its_own(plan: Plan, subject: Subject, hashes: Mapping[str, str]) ->
     own_hash = None if source is None else hashes[source.name]
     if baseline is not None:
         told = {"sae": baseline.name, "baseline": baseline.kind, "baseline_of": baseline.owner}
+        if source is not None:
+            told["baseline_of_sae"] = source.name
         return baseline.key(own_hash, fingerprint(plan.calibration)), told
     assert source is not None
     key: Json = {"sae": own_hash, "hookpoint": source.hookpoint}
     if subject.counts_bos != source.counts_bos:
         key["counts_bos"] = subject.counts_bos
-    return key, {"sae": source.name}
+    return key, {"sae": source.name, "sae_label": subject.label}
 
 
 def missing_cells(plan: Plan, files: Files) -> list[Cell]:

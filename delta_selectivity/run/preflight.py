@@ -162,9 +162,10 @@ class Preflight:
         """Of some of the texts, drawn by seed. Raises ArithmeticError if an activation is NaN or Inf."""
         few = tokenised.take(_draw(tokenised, seed))
         samples = calibrate(model, few, "last", seed, N_TOKENS)
-        if info.bos_token_id is None:
+        bos = info.opening_token_id
+        if bos is None or (info.n_embeddings is not None and bos >= info.n_embeddings):
             return cls(samples, {})
-        other = few.with_other_bos(info.bos_token_id, info.max_length)
+        other = few.with_other_bos(bos, info.max_length)
         return cls(samples, calibrate(model, other, "last", seed, N_TOKENS))
 
     def scales(self) -> dict[Site, SiteScale]:

@@ -99,6 +99,9 @@ def probe_rows(rows: Rows, settings: Settings, device: str) -> RowsResult:
             for together, by_sae in measured:
                 for name, records in zip(names, by_sae, strict=True):
                     found[name] |= zip((one.name for one in together), records, strict=True)
+    reasons = [record.get("reason") for records in found.values() for record in records.values()]
+    if reasons and all(reasons):
+        raise RequestError(f"none of the probes can be measured: {reasons[0]}: give more rows, or set fewer `folds`")
     x = torch.from_numpy(rows.x)
     return RowsResult({name: _result(rows, found[name], x, name) for name in names}, rows, settings)
 

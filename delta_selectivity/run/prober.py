@@ -26,7 +26,7 @@ from delta_selectivity.run.activations import Block, BlockDone, Item, LayerRows,
 from delta_selectivity.run.cell_result import CellResult, Keep
 from delta_selectivity.run.planning import Cell, by_site
 from delta_selectivity.run.reconstruction import Reconstruction, ReconstructionSums
-from delta_selectivity.run.row_store import NonFiniteError, RowStore
+from delta_selectivity.run.row_store import NOT_FINITE, NonFiniteError, RowStore
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.task_set import TaskSet, task_sets
 from delta_selectivity.run.token_sample import TokenSample
@@ -186,13 +186,13 @@ class Prober:
 
 
 def where_broken(error: NonFiniteError, texts: ProbeTexts, names: Sequence[str]) -> str:
-    """Return in which text, layer and subject (by their names) a number is not finite."""
+    """Return in which text, layer and subject (by their names) a number, or the square of one, is not finite."""
     text = texts.mentions[error.mention].text
     shown = text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}..."
     what = "the model's activations"
     if error.sae_id is not None:
         what = f"the codes or the reconstruction by {names[error.sae_id]}"
-    return f"layer {error.site.layer}: NaN or Inf in {what} of the text {shown!r}"
+    return f"layer {error.site.layer}: {NOT_FINITE} in {what} of the text {shown!r}"
 
 
 def _discard(_cell: Cell, _found: CellResult) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from tqdm import tqdm
-
 from delta_selectivity.run.bounded_queue import BoundedQueue
+from delta_selectivity.system.bars import open_bar
 
 
 class ProgressBars:
@@ -23,9 +20,8 @@ class ProgressBars:
         self._texts = self._probes = None
         if quiet:
             return  # a bar that is not drawn has a thread all the same
-        stream: Any = Forgiving(sys.stderr)
         self._texts, self._probes = (
-            tqdm(total=total, desc=f"{unit + 's':6}", unit=unit, position=place, smoothing=0.1, file=stream)
+            open_bar(total, f"{unit + 's':6}", unit, position=place)
             for place, (total, unit) in enumerate(((n_texts, "text"), (n_probes, "probe")))
         )
 
@@ -50,26 +46,3 @@ class ProgressBars:
         for bar in (self._texts, self._probes):
             if bar is not None:
                 bar.close()
-
-
-class Forgiving:
-    """A stream that drops what cannot be written: a closed pipe or terminal, or none at all.
-
-    tqdm must never see the error: it draws under a lock of its own that an exception leaves locked, and the other
-    bar's thread would wait for it for ever.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with suppress(OSError, ValueError, AttributeError):  # closed by the other side, by us, or None
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError, ValueError, AttributeError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)  # encoding, isatty, fileno: how wide and how fancy to draw

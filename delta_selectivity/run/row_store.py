@@ -28,11 +28,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+NOT_FINITE = "NaN, Inf or values beyond 1e19, whose squares are Inf in float32,"
+
+
 class NonFiniteError(ValueError):
-    """NaN or Inf where a number belongs."""
+    """NaN or Inf where a number belongs, or what is too large for the sums that are made of it."""
 
     def __init__(self, site: Site, sae_id: SaeId | None, mention: int) -> None:
-        super().__init__(f"NaN or Inf at {site}, SAE {sae_id}, mention {mention}")
+        super().__init__(f"{NOT_FINITE} at {site}, SAE {sae_id}, mention {mention}")
         self.site = site
         self.sae_id = sae_id  # None: in the activation itself
         self.mention = mention  # index into ProbeTexts.mentions
@@ -63,7 +66,7 @@ class RowStore:
     def put(self, rows: LayerRows) -> None:
         """Keep a batch's rows. A GPU that computes them is not waited for.
 
-        Raises `NonFiniteError` if NaN or Inf is at any token of its texts; of rows from a GPU, `get` does.
+        Raises `NonFiniteError` if one of its texts is broken; of rows from a GPU, `get` does.
         """
         for sae_id, values in ((None, rows.x), *rows.recons.items()):
             view, broken = (rows.site, sae_id), rows.broken[sae_id]

@@ -13,7 +13,9 @@ and ``decode``.
 
 from __future__ import annotations
 
+import difflib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,7 +33,13 @@ from delta_selectivity.saes.folders import find_members
 from delta_selectivity.saes.hub import HubRepository, split_name
 from delta_selectivity.saes.in_memory import wrap_sae
 from delta_selectivity.saes.input_norm import InputNorm
-from delta_selectivity.saes.names import expand_names, ids_of, split_release
+from delta_selectivity.saes.names import (
+    expand_names,
+    ids_of,
+    same_path,
+    split_given,
+    split_release,
+)
 from delta_selectivity.saes.sae import Sae
 from delta_selectivity.saes.sae_lens.registry import find_in_registry, revision_of
 from delta_selectivity.saes.selection import GroupMax, Threshold, TopK
@@ -56,6 +64,7 @@ __all__ = [
     "open_sae",
     "principal_components",
     "random_topk",
+    "same_path",
     "wrap_sae",
 ]
 
@@ -118,7 +127,8 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
     Args:
         name: a local folder (of one SAE, or of one folder a layer); else
             ``release/sae_id`` of SAE Lens, with ``<layer>`` in the id for all layers; else a repository on the Hub,
-            or a folder in one (``owner/repository/folder``). Globs and whole releases are for ``expand_names``.
+            or a folder in one (``owner/repository/folder``). ``mine=NAME`` gives it another name. Globs and whole
+            releases are for ``expand_names``.
         hookpoint: the place that is reconstructed, in any dialect of ``hookpoints``, where the name has
             SAEs for several; ``resid_post`` by default if it is among them.
         cache_dir: of the Hub, if not the usual one. SAE Lens's releases always use the usual one.
@@ -126,6 +136,9 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
     Raises:
         RequestError: the name means nothing, or what it means cannot be measured; one line says which and why.
     """
+    given, opened = split_given(name)
+    if given is not None:
+        return replace(open_sae(opened, hookpoint, cache_dir), name=given, typed=name)
     folder = Path(os.path.abspath(os.path.expanduser(name)))  # noqa: PTH100, PTH111 - leaves an unknown ~user as it is
     if name.strip() and os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return assemble(name, find_members(folder, name, hookpoint=hookpoint), hookpoint)
@@ -135,6 +148,7 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
         raise RequestError(f"`saes` {name}: a symbolic link that leads nowhere")
     if (release := split_release(name)) is not None:
         return _open_release(*release, hookpoint)
+    _refuse_misspelt(name, folder)
     hub_name = split_name(name)
     if hub_name is None:
         raise RequestError(f"`saes` {name!r}: no such folder (seen from {Path.cwd()}), and no name on the Hub")
@@ -143,6 +157,24 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
     whole_name = name.rstrip("/")
     members = find_members(repository.folder / below, whole_name, repository, hookpoint)
     return assemble(whole_name, members, hookpoint, f"{repository.revision}/{below}" if below else repository.revision)
+
+
+def _refuse_misspelt(name: str, folder: Path) -> None:
+    """Raise `RequestError` for a path that leads into a folder of this machine, but not to its end.
+
+    What could be the Hub's, an owner and a repository, is left to it: no folder here is called like the owner.
+    """
+    if not name.strip():
+        return
+    there = folder.parent
+    while not there.is_dir() and there != there.parent:
+        there = there.parent
+    part = folder.relative_to(there).parts[0]
+    near = difflib.get_close_matches(part, sorted(path.name for path in there.iterdir() if path.is_dir()), n=1)
+    inside = there not in Path.cwd().parents and there != Path.cwd()
+    if inside or (near and "/" not in name):
+        meant = f": did you mean {there / near[0]}?" if near else ""
+        raise RequestError(f"`saes` {name}: there is no {part} in {there}{meant}")
 
 
 def _open_release(release: str, sae_id: str, hookpoint: str | None) -> SaeSource:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.torch_file import SUFFIXES, read_torch_file
+from delta_selectivity.system.unpacked import is_special
+
+LARGEST_CONFIG = 64 * 2**20  # bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names and the shapes that their config promises."""
@@ -25,6 +28,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `RequestError` if the file is missing or is not one."""
     _check_file(path, "a folder with weights needs its config")
+    if (size := path.stat().st_size) > LARGEST_CONFIG:
+        raise RequestError(f"{path}: {size / 2**20:.0f} MiB are no config")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -134,6 +139,8 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def _check_file(path: Path, why: str) -> None:
     """Refuse what is no file with something in it that may be read; ``why`` says who wants it."""
     try:
+        if is_special(path):
+            raise RequestError(f"{path}: a pipe or a device stands where a file is expected")
         with path.open("rb") as file:
             empty = not file.read(1)
     except IsADirectoryError as error:

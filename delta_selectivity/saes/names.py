@@ -7,6 +7,8 @@
 ``*``, ``?`` and ``[...]`` mean what they mean in a shell: none crosses a ``/``. SAEs of a release whose ids differ in
 nothing but the layer are one name, a template such as ``release/blocks.<layer>.hook_resid_post``, which stands for
 all its layers. Of a template that a glob matches in part, each SAE is a name of its own.
+
+``mine=runs/topk/trainer_0`` calls the SAE of that folder ``mine``.
 """
 
 from __future__ import annotations
@@ -27,14 +29,34 @@ _LAYER = re.compile(r"(?<![a-z])((?:layer[._]?|blocks\.|^l))\d+")
 """The layer in an id: ``layer_12/width_16k``, ``blocks.5.hook_resid_pre``, ``layer0``, ``l15r_8x``."""
 
 
+def split_given(name: str) -> tuple[str | None, str]:
+    """The name that was given to an SAE, None if none was, and what is to be opened: of ``mine=folder``, both.
+
+    A folder that exists is no given name, whatever is in its path.
+    """
+    given, equals, opened = name.partition("=")
+    given, opened = given.strip(), opened.strip()
+    named = bool(equals and given and opened) and not _WILD.search(given) and not set(given) & set("/\\~,")
+    if not named or os.path.exists(os.path.expanduser(name)):  # noqa: PTH110, PTH111 - False for a name too long
+        return None, name
+    return given, opened
+
+
 def expand_names(names: Sequence[str]) -> list[str]:
     """The names that ``open_sae`` takes for what was typed, each once, in the order in which they were typed.
 
     A folder, a ``release/sae_id``, a template and a repository on the Hub stay as they are. Raises `RequestError` if a
     glob matches nothing.
     """
-    expanded = (found for name in names for found in _expand(name))
-    return list(dict.fromkeys(expanded))
+    found: dict[str, str] = {}
+    for name in (name for typed in names for name in _expand(typed)):
+        found.setdefault(same_path(name), name)
+    return list(found.values())
+
+
+def same_path(name: str) -> str:
+    """What two names of one SAE have in common: a folder is the same with a slash after it."""
+    return os.path.normpath(name)
 
 
 def template(sae_id: str) -> str:
@@ -66,6 +88,12 @@ def ids_of(release: str, name: str) -> list[str]:
 
 
 def _expand(name: str) -> list[str]:
+    given, opened = split_given(name)
+    if given is not None:
+        found = _expand(opened)
+        if len(found) > 1:
+            raise RequestError(f"`saes` {name}: {opened} stands for {len(found)} SAEs, which cannot have one name")
+        return [f"{given}={found[0]}"]
     local = os.path.expanduser(name)  # noqa: PTH111 - leaves an unknown ~user as it is
     if os.path.isdir(local):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return [name]

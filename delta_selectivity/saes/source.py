@@ -97,11 +97,13 @@ class SaeSource:
     """The SAEs of one hook point under one name."""
 
     name: str
-    """As typed."""
+    """As typed, or the name that was given to it there."""
     members: tuple[Member, ...]
     """In order of layers, one a layer."""
     revision: str | None = None
     """What stands for the files where they are not all on this machine: repository and commit."""
+    typed: str | None = None
+    """What ``open_sae`` finds it by; None if that is its name."""
 
     @property
     def layers(self) -> tuple[int, ...]:

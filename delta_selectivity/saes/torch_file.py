@@ -18,8 +18,12 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.unpacked import ALWAYS
 
 SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
+
+SHARED = 4  # a file's tensors may take this many times its size: some share their memory
+MOST_ENTRIES, MOST_LEVELS = 100_000, 100  # of dictionaries in dictionaries
 
 _CALLED = re.compile(r"GLOBAL (\S+)")
 
@@ -34,15 +38,24 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         kind = type(content).__name__
         raise RequestError(f"{path}: holds a {kind}; named tensors are needed: torch.save(sae.state_dict(), path)")
-    tensors = dict(_flatten(content))
+    tensors = dict(_flatten(path, content))
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_complex():
-            raise RequestError(f"{path}: {name} is sparse or complex; save dense real numbers")
+        if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_meta:
+            raise RequestError(
+                f"{path}: {name} is sparse, complex, quantized or without values; save dense real numbers"
+            )
+    claimed = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    if claimed > max(ALWAYS, SHARED * path.stat().st_size):  # of stride 0, or many names for one memory
+        raise RequestError(f"{path}: its tensors take {claimed / 2**20:.0f} MiB, far more than the file holds")
     return tensors
 
 
 def _unpickle(path: Path) -> Any:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:  # torch.save packs nothing, and torch.load unpacks without a limit
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("packed")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols; a file that cannot be read raises
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -56,9 +69,16 @@ def _unpickle(path: Path) -> Any:
         raise RequestError(f"{path}: not a whole file that torch.save wrote; copy or download it again") from error
 
 
-def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
+def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    levels = [("", content)]
+    seen = 0
+    while levels:
+        prefix, inner = levels.pop()
+        for key, value in inner.items():
+            seen += 1
+            if seen > MOST_ENTRIES or prefix.count(".") > MOST_LEVELS:  # one that holds itself has no end
+                raise RequestError(f"{path}: dictionaries in dictionaries without an end; save named tensors alone")
+            if isinstance(value, Tensor):
+                yield f"{prefix}{key}", value
+            elif isinstance(value, Mapping):
+                levels.append((f"{prefix}{key}.", value))

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
 
-from tqdm import tqdm
-
-from delta_selectivity.run.progress import Forgiving
 from delta_selectivity.scale.units import Unit
+from delta_selectivity.system.bars import open_bar
 
 
 class UnitsBar:
@@ -18,9 +14,8 @@ class UnitsBar:
 
     def __init__(self, units: Sequence[Unit], quiet: bool) -> None:
         self._n_units, self._ended = len(units), 0
-        stream: Any = Forgiving(sys.stderr)
         total = sum(unit.n_probes for unit in units)
-        self._bar = tqdm(total=total, desc="probes", unit="probe", smoothing=0.1, file=stream, disable=quiet)
+        self._bar = open_bar(total, "probes", "probe", quiet=quiet)
         self._bar.set_postfix_str(f"0 of {self._n_units} units")
 
     def ended(self, unit: Unit) -> None:

@@ -16,6 +16,7 @@ from delta_selectivity.records.result_file import RecordFile, read
 from delta_selectivity.records.sae_level import without_q_values
 from delta_selectivity.records.scores import path_of, prune
 from delta_selectivity.run.planning import Files
+from delta_selectivity.system.whole_file import refuse_link
 
 
 def merge(unit_folder: Path, files: Files) -> None:
@@ -24,7 +25,10 @@ def merge(unit_folder: Path, files: Files) -> None:
     Raises `RequestError` if it measured something else than was asked for: if an SAE, the model or the data changed
     on disk since the request was checked.
     """
+    names = {file.path.name for file in files.values()}
     for path in sorted(unit_folder.glob("**/*.json")):
+        if path.name not in names:
+            continue  # a stray file
         final = _final(path, files)
         found = RecordFile.open(path, final.key, final.run, overwrite=False)
         new = {layer: record for layer, record in found.layers.items() if layer not in final.layers}
@@ -50,6 +54,7 @@ def _final(path: Path, files: Files) -> RecordFile:
 
 def _move(source: Path, target: Path) -> None:
     """Once and for all: it is no error if an interrupted merge has moved it."""
+    refuse_link(target.parent)
     if source.exists() or not target.exists():
         target.parent.mkdir(exist_ok=True)
         os.replace(source, target)  # noqa: PTH105

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.scale.same_program import own_digest
 from delta_selectivity.scale.units import Unit
 from delta_selectivity.scale.worker import ERROR_SHOWN, Outcome, run_unit
 
@@ -26,7 +27,7 @@ def outcomes(client: Any, units: Sequence[Unit], home: Path, own_device: bool) -
     from distributed import as_completed
 
     waiting = {
-        client.submit(run_unit, unit, home, own_device, key=unit.id, pure=False, priority=-place): unit
+        client.submit(run_unit, unit, home, own_device, own_digest(), key=unit.id, pure=False, priority=-place): unit
         for place, unit in enumerate(units)
     }
     for future in as_completed(list(waiting), loop=client.loop):

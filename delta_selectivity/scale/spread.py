@@ -15,11 +15,13 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.records.sae_level import settle
 from delta_selectivity.run.planning import Files, Plan, missing_cells, open_files
 from delta_selectivity.scale.bar import UnitsBar
-from delta_selectivity.scale.cluster import open_cluster
+from delta_selectivity.scale.cluster import Remote, open_cluster
 from delta_selectivity.scale.merge import merge
 from delta_selectivity.scale.schedule import OutcomeLog, outcomes
-from delta_selectivity.scale.units import Unit
+from delta_selectivity.scale.units import FOLDER, Unit
 from delta_selectivity.system.processor import cpu_count
+from delta_selectivity.system.terminal import NOTE
+from delta_selectivity.system.whole_file import refuse_link
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class Workers:
     """The workers that are wanted."""
 
     number: int | None  # processes on this machine; None: one a GPU, or without GPUs one a core
-    scheduler: str | None  # address of a running Dask scheduler; None: processes on this machine
+    scheduler: Remote | None  # a running Dask scheduler; None: processes on this machine
     own_devices: bool  # each takes its own GPU if it has one; else the devices of the request
     quiet: bool
 
@@ -48,6 +50,7 @@ def measure(jobs: Sequence[Job], workers: Workers) -> list[list[Path]]:
         opened = [(job, open_files(job.plan, held)) for job in jobs]
         todo: list[tuple[Unit, Files]] = []
         for job, files in opened:
+            refuse_link(job.plan.request.output / FOLDER)
             if job.plan.request.settings.overwrite:
                 clear(job.units)
             missing = {(cell.subject, cell.site.layer) for cell in missing_cells(job.plan, files)}
@@ -55,7 +58,7 @@ def measure(jobs: Sequence[Job], workers: Workers) -> list[list[Path]]:
         if todo:
             spread(todo, workers, jobs[0].plan.request.device1)
         else:
-            log.warning("everything asked for is on disk already")
+            log.log(NOTE, "everything asked for is on disk already")
         for job, files in opened:
             settle(files)
             clear(job.units)

@@ -39,6 +39,7 @@ class Unit:
     places: frozenset[tuple[str, Site]]  # (name of an SAE or baseline, site) to measure, on all datasets
     prepend_bos: bool  # as decided over all SAEs of the request
     dtype: str  # of the model's activations, as decided once: workers may run on other processors
+    labels: dict[str, str]  # of its SAEs, as decided over all of the request
     whole_tokens: int | None  # as decided by what is there already
     subjects: frozenset[tuple[SaeId, int]]  # the same as (subject of the whole request, layer)
     n_probes: int  # results that it gives: (probe, layer, SAE or baseline)
@@ -104,7 +105,7 @@ def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared:
     sites = {(i, site.layer): site for i, subject in enumerate(plan.subjects) for site in subject.sites}
     narrow = replace(
         plan.request,
-        saes=tuple(plan.subjects[sae_id].name for sae_id in sae_ids),
+        saes=tuple(_typed(plan.subjects[sae_id]) for sae_id in sae_ids),
         layers=layers,
         settings=replace(plan.request.settings, overwrite=False),
     )
@@ -113,11 +114,18 @@ def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared:
         places=frozenset((plan.subjects[i].name, sites[i, layer]) for i, layer in subjects),
         prepend_bos=plan.prepend_bos,
         dtype=plan.dtype,
+        labels={plan.subjects[sae_id].name: plan.subjects[sae_id].label for sae_id in sae_ids},
         whole_tokens=plan.whole_tokens,
         subjects=frozenset(subjects),
         n_probes=len(subjects) * sum(len(dataset.probes) for dataset in plan.texts.datasets),
     )
     return replace(unit, request=replace(narrow, output=plan.request.output / FOLDER / unit.id))
+
+
+def _typed(subject: Subject) -> str:
+    """What finds the SAE again."""
+    assert subject.source is not None
+    return subject.source.typed or subject.name
 
 
 def _place(subject: Subject) -> tuple[str, bool]:

@@ -1,6 +1,6 @@
 """Measure one unit in a worker process.
 
-    outcome = run_unit(unit, home, own_device=False)
+    outcome = run_unit(unit, home, own_device=False, program=own_digest())
 
 What goes wrong is part of the outcome and no exception: Dask would take the unit for one to try again elsewhere. It
 does try again, elsewhere, when a worker is lost; the unit's folder then holds what was finished.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import threading
 import time
 import traceback
@@ -24,11 +25,13 @@ import torch
 from delta_selectivity.errors import RequestError
 from delta_selectivity.run.measure import measure
 from delta_selectivity.run.planning import make_plan, missing_cells, open_files
+from delta_selectivity.scale.same_program import other_source, own_digest
 from delta_selectivity.scale.units import Unit
 from delta_selectivity.system.file_lock import Locked, exclusive
 
 ERROR_SHOWN = 400  # characters of an error in its line: torch appends its C++ stack
 LOOK_AGAIN = 1.0  # s
+LOOKS = 600  # after so many, a unit that another process holds is given up: that one hangs where nobody can end it
 
 _one_at_a_time = threading.Lock()  # a worker of several threads: the number of torch's threads is of the process
 
@@ -45,14 +48,17 @@ class Outcome:
     seconds: float = 0.0  # from the unit's beginning to its end
 
 
-def run_unit(unit: Unit, home: Path, own_device: bool) -> Outcome:
+def run_unit(unit: Unit, home: Path, own_device: bool, program: str) -> Outcome:
     """Measure what is missing of a unit.
 
     Args:
         unit: what to measure.
+        program: `own_digest` of the process that asks; a worker that joined late may run another.
         home: the folder from which its paths are meant.
         own_device: on this worker's GPU if it has one, else on the CPU; else where the request says.
     """
+    if program != own_digest():
+        return Outcome("refused", other_source(f"a worker on {platform.node()}"))
     os.chdir(home)
     if own_device:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -78,7 +84,7 @@ def _measure(unit: Unit) -> None:
     unit.folder.mkdir(parents=True, exist_ok=True)
     with _alone_at(unit.folder), ExitStack() as held:
         decided = {name: getattr(unit, name) for name in ("prepend_bos", "dtype", "whole_tokens")}
-        plan = replace(make_plan(unit.request), **decided)
+        plan = replace(make_plan(unit.request, labels=unit.labels), **decided)
         files = open_files(plan, held)
         cells = missing_cells(plan, files)
         own = [cell for cell in cells if (plan.subjects[cell.subject].name, cell.site) in unit.places]
@@ -89,13 +95,16 @@ def _measure(unit: Unit) -> None:
 @contextmanager
 def _alone_at(folder: Path) -> Iterator[None]:
     """Wait until no other process works on the unit: a worker that was given up for lost may still be at it."""
-    while True:
-        try:
-            with exclusive(folder / "unit"):
-                yield
-            return
-        except Locked:
-            time.sleep(LOOK_AGAIN)
+    with ExitStack() as held:
+        for _ in range(LOOKS):
+            try:
+                held.enter_context(exclusive(folder / "unit"))
+                break
+            except Locked:
+                time.sleep(LOOK_AGAIN)
+        else:
+            raise TimeoutError(f"another process has held {folder} for {LOOKS * LOOK_AGAIN:.0f} s: end it")
+        yield
 
 
 @contextmanager

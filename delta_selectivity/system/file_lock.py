@@ -43,7 +43,7 @@ def exclusive(path: Path) -> Iterator[None]:
 def _acquire(beside: Path) -> int:
     """The locked descriptor of the lock file."""
     while True:
-        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             _lock(descriptor)
             if _is_still(descriptor, beside):

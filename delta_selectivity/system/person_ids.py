@@ -1,17 +1,54 @@
-"""Numbers that stand for people."""
+"""Numbers that stand for people, and what makes two spellings one person.
+
+    person_ids(["Ada Lovelace", "1", "1.0", "007"])    # the second and third are one person
+
+Equal numbers are one person, however they are written: 1, `1`, `1.0`. Leading zeros stay apart, since codes have them.
+Texts are compared in Unicode's form NFKC, so that a name is one whether its accents are letters or marks and whether
+its letters are full-width or not; upper and lower case stay apart. NFC would leave such letters apart, and a person on
+both sides of a split costs more than two people in one fold.
+"""
 
 from __future__ import annotations
 
+import numbers
+import re
+import unicodedata
 from collections.abc import Iterable
+from decimal import Decimal
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+# 1, -2.50, 1e+16: as programs write numbers. Not 007, 1e3 or 0x1f, which may be codes.
+_NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?(e\+[0-9]{1,3})?", re.IGNORECASE)
+_LONGEST = 300  # characters of a number: Python refuses to print integers of thousands of digits
 
-def person_ids(keys: Iterable[str]) -> NDArray[np.int64]:
-    """Return 64 bits of each key's hash, int64 [keys]: one key, one id, whatever other keys there are."""
-    return np.array([_hash(key) for key in keys], dtype=np.int64)
+
+def group_key(value: Any) -> str:
+    """Return the text that stands for a group: equal for equal numbers and for the Unicode forms of one name."""
+    if isinstance(value, bool | np.bool_):
+        return str(bool(value))
+    if isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    text = unicodedata.normalize("NFKC", str(value)).strip()
+    return number_key(text) or text
+
+
+def number_key(text: str) -> str | None:
+    """Return the shortest way to write the number that `text` is: '1' of '+1.0'; None if it is no plain number."""
+    if len(text) > _LONGEST or not _NUMBER.fullmatch(text):
+        return None
+    number = Decimal(text)
+    exact = format(number.to_integral_value() if number == number.to_integral_value() else number, "f")
+    shown = exact.rstrip("0").rstrip(".") if "." in exact else exact
+    return "0" if shown in {"-0", ""} else shown
+
+
+def person_ids(keys: Iterable[Any]) -> NDArray[np.int64]:
+    """Return 64 bits of the hash of each key's `group_key`, int64 [keys]: it does not depend on the other keys."""
+    return np.array([_hash(group_key(key)) for key in keys], dtype=np.int64)
 
 
 def _hash(key: str) -> int:

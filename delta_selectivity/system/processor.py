@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def has_bfloat16(device: str | torch.device) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind == "cpu" and has_fast_bfloat16()
+
+
+def check_proc() -> None:
+    """Raises `RequestError` on a Linux without /proc: PyTorch fails there in the middle, with "cpuinfo"."""
+    if sys.platform == "linux" and not Path("/proc/self").is_dir():
+        raise RequestError("/proc is not mounted here, and PyTorch needs it: mount -t proc proc /proc")
 
 
 def cpu_count() -> int:

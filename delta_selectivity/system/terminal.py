@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+NOTE = 25  # level of a log line that is neither a warning nor a detail: shown by the programs
+logging.addLevelName(NOTE, "NOTE")
 LINE_SHOWN = 1000  # characters of any line: what a file holds may be quoted in it
 
 
@@ -56,6 +58,13 @@ def show(text: str) -> None:
             raise
         with suppress(OSError, ValueError):  # what is left in the buffer must have somewhere to go at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell_terminal(line: str) -> None:
+    """One line on stderr if that is a terminal: that something goes on is of no use in a log."""
+    with suppress(AttributeError, ValueError):  # no stream, or a closed one
+        if sys.stderr.isatty():
+            tell(line)
 
 
 def tell(line: str) -> None:

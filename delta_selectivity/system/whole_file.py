@@ -14,6 +14,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from delta_selectivity.errors import RequestError
+
+_TOKEN = 4  # bytes, which name a temporary file
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` that nobody else uses, on whatever machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN)}.tmp")
+
 
 @contextmanager
 def replacing(path: Path, mode: str, encoding: str | None = None, sync: bool = True) -> Iterator[IO[Any]]:
@@ -21,7 +30,7 @@ def replacing(path: Path, mode: str, encoding: str | None = None, sync: bool = T
 
     sync: wait until the disk has it, so that not even a power cut leaves half a file.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # ours alone, on whatever machine
+    temporary = temporary_name(path)
     try:
         with temporary.open(mode, encoding=encoding) as file:
             yield file
@@ -38,7 +47,15 @@ def sweep(folder: Path, name: str, age: float = 0.0) -> None:
 
     age: seconds for which nobody has written to it; where others may be writing now.
     """
-    for left_over in folder.glob(f".{name}.*.tmp"):
+    for left_over in folder.glob(f".{name}.{'[0-9a-f]' * 2 * _TOKEN}.tmp"):  # as `replacing` names them, and no other
         with suppress(FileNotFoundError):
             if time.time() - left_over.stat().st_mtime >= age:
                 left_over.unlink()
+
+
+def refuse_link(folder: Path) -> None:
+    """Raises `RequestError` if a folder that this program makes is a symbolic link: what is behind it is not ours."""
+    if folder.is_symlink():
+        raise RequestError(
+            f"{folder} is a symbolic link: files behind it would be replaced and removed; remove the link"
+        )

@@ -23,7 +23,7 @@ from delta_selectivity.tasks.catalogue import (
 )
 from delta_selectivity.tasks.describe import describe_datasets
 from delta_selectivity.tasks.fingerprint import dataset_fingerprint
-from delta_selectivity.tasks.tokens import TokenisedMentions, tokenise, warn_of_cut
+from delta_selectivity.tasks.tokens import TokenisedMentions, tokenise, warn_of_changes
 from delta_selectivity.tasks.types import Dataset, Mention, Probe, ProbeTexts, Task
 from delta_selectivity.tasks.user_data import UserData, parse_columns
 
@@ -49,5 +49,5 @@ __all__ = [
     "parse_columns",
     "parse_dataset_names",
     "tokenise",
-    "warn_of_cut",
+    "warn_of_changes",
 ]

@@ -81,7 +81,7 @@ def _probes(row_set: RowSet, index: _MentionIndex) -> list[Probe]:
     def labels(positive: str) -> BoolArray:  # compared in Python: NumPy drops a string's trailing NUL
         return np.array([row.value == positive for row in row_set.rows], dtype=np.bool_)
 
-    return [Probe(spec.name, mentions, labels(spec.positive)) for spec in row_set.probes]
+    return [Probe(spec.name, mentions, labels(spec.positive), spec.positive) for spec in row_set.probes]
 
 
 class _MentionIndex:

@@ -55,7 +55,7 @@ def name_task(
     """Return what a name means: a Wikidata task, else the user's table. Arguments and errors as for `load_task`."""
     name = str(path_or_name)
     if split is None and not columns and name in DATASET_NAMES:
-        return name if data_dir is None else GurneeData(name, Path(data_dir))
+        return name if data_dir is None else GurneeData(name, Path(os.path.expanduser(data_dir)))  # noqa: PTH111 - leaves an unknown ~user as it is
     if data_dir is not None:
         raise RequestError(f"`data_dir` {data_dir}: it has Wikidata tasks only, not {name!r}")
     path = Path(name).expanduser()
@@ -75,8 +75,8 @@ def load_task(
     """Load one task.
 
     Args:
-        path_or_name: ``gender``, ``occupation``, ``politics``, ``athlete`` or ``is_alive``; else a CSV, JSONL or
-            Parquet file, a folder of the ``datasets`` library, or a dataset on the Hub (``owner/name`` or
+        path_or_name: ``gender``, ``occupation``, ``politics``, ``athlete`` or ``is_alive``; else a CSV, TSV, JSON,
+            JSONL or Parquet file, a folder of the ``datasets`` library, or a dataset on the Hub (``owner/name`` or
             ``owner/name:config``) with columns ``text`` and ``label``, optionally ``group``, ``start``, ``end``,
             ``task``.
         split: Which split of the user's data to read; by default ``train``, or the only one.
@@ -158,7 +158,8 @@ def _resolve(part: str) -> str:
         return DATASET_NAMES[int(part)]
     if part in DATASET_NAMES:
         return part
-    raise RequestError(f"`tasks`: there is no dataset {part!r}: choose from {_choices()}")
+    own = f"; a table of your own is `dataset_file` {part}" if Path(part).suffix or "/" in part else ""
+    raise RequestError(f"`tasks`: there is no dataset {part!r}: choose from {_choices()}{own}")
 
 
 def _choices() -> str:

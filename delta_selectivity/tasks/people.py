@@ -7,8 +7,15 @@ then err on the safe side (two people in one fold, never one person in two).
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
+
+import regex  # for its Unicode word boundaries, which `re` has not
+
+_UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+_BOUNDARY = regex.compile(r"\b", flags=regex.WORD)
+_END_SEEN = 200  # characters at the end of a text in which its last word is looked for
 
 _INNER_MARKS = ".-'’\u00ad"  # may stand inside a name; the last is the soft hyphen of words cut in books
 
@@ -25,6 +32,24 @@ def last_words(text: str, count: int) -> tuple[int, int] | None:
         return None
     before = len(parts[0]) if len(parts) > count else 0
     return len(shown) - len(shown[before:].lstrip()), len(shown)
+
+
+def last_word(text: str) -> tuple[int, int] | None:
+    """Characters [start, end) of the last word, with the punctuation that follows it; None without a word.
+
+    Words stand between spaces. Where a script has none (Chinese, Japanese, Thai, ...) they are the segments of Unicode
+    (UAX 29), which knows no dictionary: an ideograph, a run of Katakana, a syllable of Thai.
+    """
+    span = last_words(text, 1)
+    if span is None or text.isascii() or not _UNSPACED.search(text, *span):
+        return span
+    start = max(span[0], span[1] - _END_SEEN)
+    inside = text[start : span[1]]
+    borders = [0, *(found.start() for found in _BOUNDARY.finditer(inside)), len(inside)]
+    for begin, end in reversed(list(itertools.pairwise(borders))):
+        if any(char.isalnum() for char in inside[begin:end]):
+            return start + begin, span[1]
+    return start, span[1]
 
 
 def name_span(text: str) -> tuple[int, int] | None:
@@ -53,8 +78,8 @@ def person_key(name: str) -> str:
 
 
 def plain_key(name: str) -> str:
-    """Casefolded `name` with single spaces: the key where the source itself names the person."""
-    return " ".join(name.casefold().split())
+    """Casefolded `name` with single spaces, in Unicode's form NFKC: the key where the source names the person."""
+    return " ".join(unicodedata.normalize("NFKC", name.casefold()).split())
 
 
 def _letters(word: str) -> str:

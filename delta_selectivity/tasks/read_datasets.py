@@ -11,9 +11,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.unpacked import TooLarge, check_archive
 from delta_selectivity.tasks.table import Table, chosen_columns, label_names, numbered, one_line
 from delta_selectivity.tasks.user_data import UserData
 
@@ -36,7 +37,7 @@ def read_folder(path: Path, config: str | None, data: UserData) -> Table:
         return _read_saved(path, data)
     if any(next(path.glob(pattern), None) for pattern in _HUB_FILES):
         with tempfile.TemporaryDirectory(prefix="dataset_") as cache:  # what was local already needs no second copy
-            return _load(str(path), config, data, cache)
+            return _load(str(path.absolute()), config, data, cache)
     raise RequestError(f"{data.flag}: not a folder written by datasets' save_to_disk, nor one in the Hub's layout")
 
 
@@ -66,7 +67,7 @@ def _load(name: str, config: str | None, data: UserData, cache: str | None) -> T
     import datasets  # seconds to import, and needed for these only
 
     try:
-        with _quiet_datasets():
+        with _quiet_datasets(), _bounded_extraction(data):
             config = _choose_config(datasets.get_dataset_config_names(name), config, data)
             split = _choose_split(datasets.get_dataset_split_names(name, config), data)
             return _table(datasets.load_dataset(name, config, split=split, cache_dir=cache), data)
@@ -138,3 +139,24 @@ def _quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _bounded_extraction(data: UserData) -> Iterator[None]:
+    """Packed files are looked through before `datasets` unpacks them, which it does until the disk is full."""
+    from datasets.utils.extract import Extractor
+
+    original = Extractor.extract
+
+    def extract(input_path: Path | str, *more: Any) -> None:
+        try:
+            check_archive(Path(input_path))
+        except TooLarge as error:
+            raise RequestError(f"{data.flag}: {Path(input_path).name}: {error}") from error
+        original(input_path, *more)
+
+    try:
+        Extractor.extract = extract
+        yield
+    finally:
+        Extractor.extract = original

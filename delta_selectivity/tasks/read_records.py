@@ -1,4 +1,4 @@
-"""Read a user's table (CSV, JSON lines, Parquet, a `datasets` folder, the Hub) into plain records.
+"""Read a user's table (CSV, TSV, JSON, JSON lines, Parquet, a `datasets` folder, the Hub) into plain records.
 
 Every failure is one `RequestError` line that names the file and, where there is one, the line.
 """
@@ -10,17 +10,22 @@ import io
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.unpacked import TooLarge, check_size, is_special
 from delta_selectivity.tasks.read_datasets import is_hub_name, read_folder, read_hub
 from delta_selectivity.tasks.table import Record, Table, chosen_columns, label_names, numbered, one_line
-from delta_selectivity.tasks.user_data import UserData
+from delta_selectivity.tasks.user_data import REQUIRED, UserData
+
+_BATCH = 1024  # rows of a Parquet file that are read before its size is looked at
+_ROW = 100  # bytes that a row takes at least, whatever is in it
 
 
 def read_table(data: UserData) -> Table:
-    """Read `data` by its suffix (.csv, .jsonl, .parquet), as a folder, or from the Hub; columns by our names.
+    """Read `data` by its suffix (as in `_READERS`), as a folder, or from the Hub; columns by our names.
 
     What is on disk goes before what is on the Hub. Raises `RequestError` if there is nothing of that name, its kind is
     unknown, it cannot be read as that kind, or a column or split that was asked for is not there.
@@ -60,13 +65,18 @@ def _read_file(path: Path, data: UserData) -> Table:
             f"{data.flag}: unknown suffix {path.suffix!r}: give {', '.join(_READERS)}, a datasets folder, "
             "or a dataset of the Hub"
         )
+    if is_special(path):
+        raise RequestError(f"{data.flag}: a pipe or a device, not a file")
     if data.split is not None:
         raise RequestError(f"{data.flag}: `split` {data.split}: a file has no splits; leave it out")
     return reader(path, data)
 
 
 def _read_csv(path: Path, data: UserData) -> Table:
-    reader = csv.reader(io.StringIO(_read_text(path, data), newline=""), strict=True)
+    text = _read_text(path, data)
+    delimiter = _delimiter(text, data, "\t,;" if path.suffix.lower() == ".tsv" else ",;\t")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # no cell is larger; the module's own limit is 131,072
     records: list[Record] = []
     columns: list[str] = []
     line = 1  # where the next record begins: a quoted field may span several
@@ -84,6 +94,23 @@ def _read_csv(path: Path, data: UserData) -> Table:
     return Table(tuple(columns), tuple(records))
 
 
+def _delimiter(text: str, data: UserData, known: str) -> str:
+    """What stands between the columns: the first of the known ones with which the header names those that are needed.
+
+    If none does, the one that makes the most columns of it, so that the error can list them.
+    """
+    renamed = dict(data.columns)
+    needed = {renamed.get(name, name) for name in REQUIRED}
+    header = text.lstrip("\r\n").partition("\n")[0]
+    found: dict[str, list[str]] = {}
+    for delimiter in known:
+        with suppress(csv.Error):  # which is told when the file is read
+            found[delimiter] = next(csv.reader([header], delimiter=delimiter, strict=True), [])
+            if needed <= {field.strip() for field in found[delimiter]}:
+                return delimiter
+    return max(found, key=lambda delimiter: len(found[delimiter]), default=known[0])
+
+
 def _header(fields: list[str], data: UserData) -> list[str]:
     columns = [field.strip() for field in fields]
     twice = sorted({column for column in columns if columns.count(column) > 1})
@@ -92,15 +119,32 @@ def _header(fields: list[str], data: UserData) -> list[str]:
     return columns
 
 
-def _read_jsonl(path: Path, data: UserData) -> Table:
+def _read_json(path: Path, data: UserData) -> Table:
+    """A JSON array of objects, or an object a line: both go by either suffix."""
+    text = _read_text(path, data)
+    if not text.lstrip().startswith("["):
+        return _json_lines(text, data)
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{data.flag}: not JSON ({one_line(error)})") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise RequestError(f"{data.flag}, row {number}: not a JSON object: {json.dumps(row)[:60]!r}")
+    return Table(tuple(dict.fromkeys(key for row in rows for key in row)), numbered(rows))
+
+
+def _json_lines(text: str, data: UserData) -> Table:
     records = []
-    for number, line in enumerate(_read_text(path, data).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:  # numbers of thousands of digits and endless nesting too
-            raise RequestError(f"{data.flag}, line {number}: not JSON ({one_line(error)})") from error
+            raise RequestError(
+                f"{data.flag}, line {number}: not JSON ({one_line(error)}): an object a line is needed, or one array"
+            ) from error
         if not isinstance(values, dict):
             raise RequestError(f"{data.flag}, line {number}: not a JSON object: {line.strip()[:60]!r}")
         records.append(Record(f"line {number}", values))
@@ -115,7 +159,14 @@ def _read_parquet(path: Path, data: UserData) -> Table:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             wanted = sorted(set(chosen_columns(data, schema.names).values()))
-            rows = file.read(columns=wanted).to_pylist()
+            rows: list[dict[str, Any]] = []
+            size = 0
+            for batch in file.iter_batches(_BATCH, columns=wanted):
+                size += batch.nbytes + batch.num_rows * _ROW
+                check_size(size, path)
+                rows += batch.to_pylist()
+    except TooLarge as error:
+        raise RequestError(f"{data.flag}: {error}") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise RequestError(f"{data.flag}: not a readable Parquet file ({one_line(error)})") from error
     if b"huggingface" in (schema.metadata or {}):  # written by datasets, which may know the classes' names
@@ -135,9 +186,12 @@ def _with_class_names(rows: list[dict[str, Any]], schema: Any, data: UserData) -
 
 def _read_text(path: Path, data: UserData) -> str:
     try:
+        check_size(path.stat().st_size, path)
         content = path.read_bytes()
     except OSError as error:
         raise RequestError(f"{data.flag}: {error.strerror}") from error
+    except TooLarge as error:
+        raise RequestError(f"{data.flag}: {error}") from error
     try:
         text = content.decode("utf-8-sig")  # spreadsheets put a byte order mark first
     except UnicodeDecodeError as error:
@@ -155,6 +209,8 @@ def _read_text(path: Path, data: UserData) -> str:
 
 _READERS: dict[str, Callable[[Path, UserData], Table]] = {
     ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
+    ".tsv": _read_csv,
+    ".json": _read_json,
+    ".jsonl": _read_json,
     ".parquet": _read_parquet,
 }

@@ -31,6 +31,7 @@ class TokenisedMentions:
     last: Int64Array  # [n_mentions] last token of the name, inclusive
     has_bos: bool
     n_cut: int = 0  # of `tokenise`: texts that lost tokens to the model's length
+    n_own_bos: int = 0  # of `tokenise`: texts that began with BOS themselves
 
     def take(self, mentions: Int64Array) -> TokenisedMentions:
         """These mentions alone, in this order."""
@@ -58,23 +59,38 @@ class _Tokens:
 
 
 def tokenise(
-    mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerBase, *, prepend_bos: bool, max_length: int
+    mentions: Sequence[Mention],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prepend_bos: bool,
+    max_length: int,
+    n_embeddings: int | None = None,
+    last_only: bool = False,
 ) -> TokenisedMentions:
     """Tokenise `mentions` to at most `max_length` tokens each, BOS included.
 
     Longer texts lose their left, unless that would cut the name: then they start with it. A warning says how many.
     Tokens after the name are kept where they fit: in a causal model they do not touch it, but they count in
-    mse_whole. The tokenizer adds no special tokens; BOS is prepended here. Pre-tokenised mentions keep their own ids.
+    mse_whole. The tokenizer adds no special tokens; BOS is prepended here. Of a text that begins with BOS itself, as
+    chat templates do, that is taken off: `prepend_bos` alone decides. Pre-tokenised mentions keep their other ids.
+    last_only: of a name that does not fit, its end is enough.
 
-    Raises `RequestError` for a slow tokenizer, one without a BOS to prepend or made for other tokens, and for a
-    mention whose name has no token or does not fit.
+    n_embeddings: tokens that the model knows; None: all that the tokenizer has.
+
+    Raises `RequestError` for a slow tokenizer, one without a BOS to prepend or made for other tokens, for a token that
+    the model has no embedding for, and for a mention whose name has no token or does not fit.
     """
+    own_bos = _opening_token(tokenizer)
     bos = _bos(tokenizer) if prepend_bos else []
     room = max_length - len(bos)
     rows: list[_Tokens] = []
-    n_cut = 0
-    for tokens, mention in zip(_all_tokens(mentions, tokenizer), mentions, strict=True):
-        rows.append(_window(tokens, room, mention))
+    n_cut = n_own_bos = 0
+    for given, mention in zip(_all_tokens(mentions, tokenizer), mentions, strict=True):
+        tokens = _without_bos(given, own_bos)
+        n_own_bos += tokens is not given
+        if n_embeddings is not None:
+            _refuse_unknown([*bos, *tokens.ids], n_embeddings, tokenizer, mention)
+        rows.append(_window(tokens, room, mention, last_only))
         n_cut += len(tokens.ids) > room
     tokenised = TokenisedMentions(
         ids=tuple(np.array([*bos, *row.ids], dtype=np.int32) for row in rows),
@@ -82,13 +98,17 @@ def tokenise(
         last=np.array([row.last + len(bos) for row in rows], dtype=np.int64),
         has_bos=prepend_bos,
         n_cut=n_cut,
+        n_own_bos=n_own_bos,
     )
-    warn_of_cut(tokenised, max_length)
+    warn_of_changes(tokenised, max_length)
     return tokenised
 
 
-def warn_of_cut(tokenised: TokenisedMentions, max_length: int) -> None:
-    """Say how many texts were too long, if any was."""
+def warn_of_changes(tokenised: TokenisedMentions, max_length: int) -> None:
+    """Say how many texts were too long, and how many began with BOS themselves, if any."""
+    if tokenised.n_own_bos:
+        now = "they have one, not two" if tokenised.has_bos else "it is left out, as texts have none here"
+        logger.warning("%d of %d texts begin with BOS themselves: %s", tokenised.n_own_bos, len(tokenised.ids), now)
     if tokenised.n_cut:
         logger.warning(
             "%d of %d texts have more than the model's %d tokens: they lost their beginning, "
@@ -96,12 +116,40 @@ def warn_of_cut(tokenised: TokenisedMentions, max_length: int) -> None:
         )  # fmt: skip
 
 
+def _opening_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that a text begins with: BOS, and where the tokenizer has none EOS, as in TransformerLens."""
+    found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return None if found is None else int(found)
+
+
 def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.bos_token_id is None:
+    bos = _opening_token(tokenizer)
+    if bos is None:
         raise RequestError(
             f"the tokenizer {tokenizer.name_or_path!r} has no BOS token to prepend: use an SAE trained without BOS"
         )
-    return [int(tokenizer.bos_token_id)]
+    return [bos]
+
+
+def _without_bos(tokens: _Tokens, bos: int | None) -> _Tokens:
+    """The tokens without BOS at their beginning, unless the name is there."""
+    n = 0
+    while n < tokens.first and tokens.ids[n] == bos:
+        n += 1
+    return _Tokens(tokens.ids[n:], tokens.first - n, tokens.last - n) if n else tokens
+
+
+def _refuse_unknown(
+    ids: Sequence[int], n_embeddings: int, tokenizer: PreTrainedTokenizerBase, mention: Mention
+) -> None:
+    if max(ids) < n_embeddings:
+        return
+    token = next(token for token in ids if token >= n_embeddings)
+    raise RequestError(
+        f"`model`: it has embeddings for {n_embeddings} tokens, and its tokenizer gives token {token} "
+        f"({tokenizer.convert_ids_to_tokens(token)!r}) in the text {_shorten(mention.text)!r}: the tokenizer was "
+        "extended and the model was not (resize_token_embeddings)"
+    )
 
 
 def _all_tokens(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
@@ -123,7 +171,12 @@ def _tokenise_texts(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerB
     backend: Tokenizer = tokenizer.backend_tokenizer  # tells where tokens stand without a list of all of them
     backend.no_truncation()  # texts longer than the model are cut here
     backend.no_padding()
-    encoded = backend.encode_batch([mention.text for mention in mentions], add_special_tokens=False)
+    try:
+        encoded = backend.encode_batch([mention.text for mention in mentions], add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+            raise
+        raise RequestError(f"the tokenizer {tokenizer.name_or_path!r} fails on a text ({error})") from error
     for mention, encoding in zip(mentions, encoded, strict=True):
         yield _locate(mention, encoding)
 
@@ -158,9 +211,12 @@ def _own_tokens(mention: Mention, tokenizer: PreTrainedTokenizerBase) -> _Tokens
     return _Tokens(mention.token_ids, *mention.token_span)
 
 
-def _window(tokens: _Tokens, room: int, mention: Mention) -> _Tokens:
+def _window(tokens: _Tokens, room: int, mention: Mention, last_only: bool) -> _Tokens:
     """At most `room` of `tokens`: the last ones, or those from the name on if the name would be cut."""
     length = tokens.last - tokens.first + 1
+    if length > room and last_only and room > 0:
+        first = tokens.last + 1 - room
+        return _Tokens(tokens.ids[first : tokens.last + 1], 0, room - 1)
     if length > room:
         raise RequestError(
             f"the name in the text {_shorten(mention.text)!r} takes {length} tokens and the model has room for {room}"

@@ -35,6 +35,7 @@ class Probe:
     name: str
     mentions: Int64Array  # [n] indices into ProbeTexts.mentions, each at most once
     labels: BoolArray  # [n]; both classes occur
+    positive: str = "1"  # the class that True stands for, as the source spells it
 
 
 @dataclass(frozen=True, eq=False)

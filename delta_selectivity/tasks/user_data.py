@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ class UserData:
     columns: tuple[
         tuple[str, str], ...
     ] = ()  # (our name of a column, theirs); a column not named here is as we call it
+
+    def __post_init__(self) -> None:
+        """`~` is the home folder, as in a shell: that leaves it alone after `=`, and no shell reads our arguments."""
+        object.__setattr__(self, "path_or_name", os.path.expanduser(self.path_or_name))  # noqa: PTH111
 
     @property
     def flag(self) -> str:

@@ -1,9 +1,10 @@
 """The user's own task: a table with columns `text` and `label`, and optionally `group`, `start`, `end`, `task`.
 
 text   what the model reads
-label  0/1, true/false, or strings: of two, the alphabetically later is 1; of more, each gets a one-vs-rest probe
-group  rows of one group never fall on both sides of a split; default: the probed characters, casefolded
-start, end  characters [start, end) to probe; default: the text's last word
+label  0/1, true/false, or others: of two numbers the larger is 1, of two words the alphabetically later; of more, each
+       gets a one-vs-rest probe. Rows without a label (empty, nan, NA) are left out (`labels`)
+group  rows of one group never fall on both sides of a split (`person_ids`); default: the probed characters, casefolded
+start, end  characters [start, end) to probe; default: the text's last word (`people.last_word`)
 task   the probe's name, for several in one file; default: the file's name
 
 Columns that are called otherwise are named by `columns`; rows of one text and span count once.
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.tasks.people import last_words, plain_key
+from delta_selectivity.system.person_ids import group_key
+from delta_selectivity.tasks.labels import is_missing, read_classes
+from delta_selectivity.tasks.people import last_word, plain_key
 from delta_selectivity.tasks.read_records import read_table
 from delta_selectivity.tasks.table import Record
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
@@ -27,7 +30,6 @@ from delta_selectivity.tasks.user_data import REQUIRED, UserData
 logger = logging.getLogger(__name__)
 
 MAX_CLASSES = 64  # more distinct labels than this are a wrong column, not a task
-_BINARY = {"0": "0", "1": "1", "0.0": "0", "1.0": "1", "false": "0", "true": "1"}
 
 
 def load_user_task(data: UserData) -> Task:
@@ -41,11 +43,24 @@ def load_user_task(data: UserData) -> Task:
         raise RequestError(f"{data.flag}: is empty: it has no rows")
     name = _name(data)
     by_task: dict[str, list[Row]] = {}
+    spelled: dict[str, Any] = {}
+    without: list[str] = []
     for record in table.records:
         where = f"{data.flag}, {record.where}"
-        by_task.setdefault(_task(record, name, where), []).append(
-            Row(_mention(record.values, where), _label(record.values.get("label"), where))
-        )
+        task, typed = _task(record, name, where), record.values.get("task")
+        if spelled.setdefault(task, typed) != typed:
+            raise RequestError(f"{where}: task {typed!r} is {spelled[task]!r} but for spaces: write it one way")
+        rows, mention = by_task.setdefault(task, []), _mention(record.values, where)
+        label = record.values.get("label")
+        if is_missing(label):
+            without.append(record.where)
+        else:
+            rows.append(Row(mention, _spelled(str(label).strip(), "label", where)))
+    if without:
+        logger.warning(
+            "%s: %d of %d rows have no label and are left out; the first is %s",
+            data.flag, len(without), len(table.records), without[0],
+        )  # fmt: skip
     row_sets = tuple(_row_set(task, rows, data) for task, rows in by_task.items())
     _check_probe_names(row_sets, data)
     return Task(name=name, slug=name, row_sets=row_sets)
@@ -90,14 +105,14 @@ def _mention(values: Mapping[str, Any], where: str) -> Mention:
     _spelled(text, "text", where)
     start, end = _span(values, text, where)
     group = _missing_as_none(values.get("group"))
-    person = plain_key(text[start:end]) if group is None else _spelled(str(group).strip(), "group", where)
+    person = plain_key(text[start:end]) if group is None else _spelled(group_key(group), "group", where)
     return Mention(text=text, start=start, end=end, person=person)
 
 
 def _span(values: Mapping[str, Any], text: str, where: str) -> tuple[int, int]:
     """Characters [start, end) to probe, without whitespace at either side."""
     given = [_missing_as_none(values.get(key)) for key in ("start", "end")]
-    span = last_words(text, 1)
+    span = last_word(text)
     if given != [None, None]:
         start, end = (_integer(value, key, where) for key, value in zip(("start", "end"), given, strict=True))
         if not 0 <= start < end <= len(text):
@@ -120,13 +135,6 @@ def _integer(value: Any, key: str, where: str) -> int:
     return int(number)
 
 
-def _label(value: Any, where: str) -> str:
-    present = _missing_as_none(value)
-    if present is None:
-        raise RequestError(f"{where}: label is missing")
-    return _spelled(str(present).strip(), "label", where)
-
-
 def _spelled(value: str, column: str, where: str) -> str:
     """The value, unless JSON's escapes left half of a surrogate pair in it, which no tokenizer takes and no file."""
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
@@ -141,10 +149,17 @@ def _missing_as_none(value: Any) -> Any:
 
 
 def _row_set(task: str, rows: Sequence[Row], data: UserData) -> RowSet:
-    values = sorted({row.value for row in rows})
-    if all(value.lower() in _BINARY for value in values):
-        rows = [Row(row.mention, _BINARY[row.value.lower()]) for row in rows]
-        values = sorted({row.value for row in rows})
+    if not rows:
+        raise RequestError(f"{data.flag}: no row of {task!r} has a label: is label the right column?")
+    classes = read_classes(row.value for row in rows)
+    values = classes.values
+    if classes.fractions:
+        raise RequestError(
+            f"{data.flag}: labels of {task!r} are fractions, such as {classes.fractions[0]}: probes need classes; "
+            "give whole numbers or words, for example 1 above a threshold and 0 below it"
+        )
+    for spellings in classes.merged:
+        logger.warning("%s: labels %s are one class", task, " and ".join(map(repr, spellings)))
     if len(values) < 2:
         raise RequestError(f"{data.flag}: every label of {task!r} is {values[0]!r}: a probe needs rows of two classes")
     if len(values) > MAX_CLASSES:
@@ -152,12 +167,12 @@ def _row_set(task: str, rows: Sequence[Row], data: UserData) -> RowSet:
             f"{data.flag}: {task!r} has {len(values)} distinct labels, more than {MAX_CLASSES} probes: "
             f"is label the right column? It holds {values[0]!r}, {values[1]!r}"
         )
-    return RowSet(tuple(rows), _probe_specs(task, values))
+    return RowSet(tuple(Row(row.mention, classes.of[row.value]) for row in rows), _probe_specs(task, values))
 
 
 def _probe_specs(task: str, values: Sequence[str]) -> tuple[ProbeSpec, ...]:
     if len(values) == 2:
-        if values != ["0", "1"]:
+        if tuple(values) != ("0", "1"):
             logger.info("%s: label %r counts as 1, %r as 0", task, values[1], values[0])
         return (ProbeSpec(task, values[1]),)
     return tuple(ProbeSpec(f"{task}_is_{value}", value) for value in values)

@@ -51,8 +51,8 @@ def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path):
 def test_the_kernel_frees_the_lock_of_a_killed_run_and_the_next_one_cleans_up(tmp_path):
     path = tmp_path / "m_d.json"
     with holder(path) as process:
-        (tmp_path / f".m_d.json.{process.pid}.tmp").write_text("half a fi")
-        (tmp_path / f".writable.{process.pid}.tmp").touch()
+        (tmp_path / f".m_d.json.{process.pid:08x}.tmp").write_text("half a fi")
+        (tmp_path / f".writable.{process.pid:08x}.tmp").touch()
         with pytest.raises(RequestError, match="another run is writing it"), reserve(path):
             pass
         process.send_signal(signal.SIGKILL)

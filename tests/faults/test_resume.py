@@ -119,33 +119,18 @@ def change_tokenizer(request, folder):
     return Request(model, request.saes, request.data, request.out, request.more)
 
 
-def change_sae(request, folder):
-    sae = shutil.copytree(request.saes[0], folder / request.saes[0].name)
-    change_tensor(sae / "layers.2" / "sae.safetensors", "W_dec")
-    return Request(request.model, (sae, request.saes[1]), request.data, request.out, request.more)
-
-
-def change_sae_config(request, folder):
-    sae = shutil.copytree(request.saes[0], folder / request.saes[0].name)
-    path = sae / "layers.0" / "cfg.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "k": 7}))
-    return Request(request.model, (sae, request.saes[1]), request.data, request.out, request.more)
-
-
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        (change_csv, "data"),
-        (change_model, "model"),
-        (change_tokenizer, "model"),
-        (change_sae, "sae"),
-        (change_sae_config, "sae"),
-        (lambda request, folder: request.plus("--seed", "3"), "seed"),
-        (lambda request, folder: request.plus("--folds", "4"), "folds"),
-        (lambda request, folder: request.plus("--positions", "mean"), "positions"),
-        (lambda request, folder: request.plus("--shuffle_select_n", "80"), "data"),
+        (change_csv, "--dataset_file"),
+        (change_model, "--model_name"),
+        (change_tokenizer, "--model_name"),
+        (lambda request, folder: request.plus("--seed", "3"), "--seed 0 there, 3 now"),
+        (lambda request, folder: request.plus("--folds", "4"), "--folds 3 there, 4 now"),
+        (lambda request, folder: request.plus("--positions", "mean"), "--positions last there, mean now"),
+        (lambda request, folder: request.plus("--shuffle_select_n", "80"), "--shuffle_select_n 60 there, 80 now"),
     ],
-    ids=["csv", "model", "tokenizer", "sae", "sae config", "seed", "folds", "positions", "rows"],
+    ids=["csv", "model", "tokenizer", "seed", "folds", "positions", "rows"],
 )
 def test_what_changes_a_number_is_noticed(ask, tmp_path, capsys, change, word):
     assert ask.plus("--layers", "0").run() == 0
@@ -154,7 +139,26 @@ def test_what_changes_a_number_is_noticed(ask, tmp_path, capsys, change, word):
     capsys.readouterr()
     assert change(ask, tmp_path / "changed").run() == 2
     told = capsys.readouterr().err
-    assert f"{word}: " in told
+    assert word in told
+    assert "--overwrite" in told
+    assert {path: path.read_bytes() for path in files(ask.out)} == before
+
+
+@pytest.mark.parametrize("part", ["weights", "config"])
+def test_an_sae_whose_files_change_is_noticed(ask, tmp_path, capsys, part):
+    sae = shutil.copytree(ask.saes[0], tmp_path / "mine")
+    asked = Request(ask.model, (sae, ask.saes[1]), ask.data, ask.out, ask.more).plus("--layers", "0")
+    assert asked.run() == 0
+    before = {path: path.read_bytes() for path in files(ask.out)}
+    if part == "weights":
+        change_tensor(sae / "layers.2" / "sae.safetensors", "W_dec")
+    else:
+        path = sae / "layers.0" / "cfg.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "k": 7}))
+    capsys.readouterr()
+    assert asked.run() == 2
+    told = capsys.readouterr().err
+    assert f"weights or config of the SAE {sae} have changed since" in told
     assert "--overwrite" in told
     assert {path: path.read_bytes() for path in files(ask.out)} == before
 

@@ -14,6 +14,8 @@ import torch
 from conftest import people, write_csv
 from runs import Request, files, numbers
 
+from delta_selectivity.reporting import results, tables
+
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, tmp_path):
@@ -78,11 +80,12 @@ def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(ask, tmp_path, 
         assert told.startswith("error: --model_name")
 
 
-HOSTILE = [". .", "-rf", "a\x1b[2J\u202eb\nc", "日本語", "%2e%2e%2f", "CON", "x" * 200, "~root", "$(id)"]
+HOSTILE = [". .", "-rf", "a\x1b[2J\u202eb\nc", "日本語", "%2e%2e%2f", "CON", "x" * 200, "~root", "$(id)",
+           "__proto__", "<img src=x onerror=alert(1)>", "=1+1", "NUL.json"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_names_of_folders_and_files_stay_inside_the_results_folder(ask, tmp_path, name):
+def test_names_of_folders_and_files_stay_inside_the_results_folder(ask, tmp_path, capsys, name):
     model = shutil.copytree(ask.model, tmp_path / "model" / name)
     saes = tuple(shutil.copytree(ask.saes[0], tmp_path / which / name / which) for which in ("one", "two"))
     data = write_csv(tmp_path / f"{name}.csv", people(60))
@@ -91,9 +94,13 @@ def test_names_of_folders_and_files_stay_inside_the_results_folder(ask, tmp_path
     assert {path for path in tmp_path.rglob("*") if ask.out not in path.parents} - before == {ask.out}
     assert len(files(ask.out)) == 2
     for path in ask.out.rglob("*"):
-        assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", path.name)
+        assert re.fullmatch(r"\w[\w.-]*", path.name)
         assert len(path.name) <= 255
     assert all(set(layers) == {"layer_0"} for layers in numbers(ask.out).values())
+    table = tables.render(results.load(files(ask.out)))
+    shown = capsys.readouterr()
+    for text in (table, shown.out, shown.err):
+        assert text.replace("\n", "").isprintable(), "a terminal would take it for a command"
 
 
 @pytest.mark.parametrize(

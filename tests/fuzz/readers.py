@@ -7,6 +7,7 @@ python tests/fuzz/readers.py --count 100000 --only csv
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +39,7 @@ from delta_selectivity.records.rows_file import RowProbe, Rows, load
 from delta_selectivity.records.rows_file import save as save_rows
 from delta_selectivity.reporting import tables
 from delta_selectivity.saes import open_sae
+from delta_selectivity.saes.torch_file import read_torch_file
 from delta_selectivity.tasks import UserData, dataset_fingerprint, load_probe_texts
 
 SLOW = 10.0  # seconds: an input that takes longer is a finding too
@@ -312,6 +315,34 @@ class RowsFile(Reader):
             assert np.array_equal(one.rows, other.rows) and np.array_equal(one.labels, other.labels)
 
 
+class TorchFile(Reader):
+    """A file of torch.save: zip or the older form, damaged in its bytes or in its pickle."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.path = folder / "ae.pt"
+        self.forms = []
+        for is_zip in (True, False):
+            content = {"encoder.weight": torch.ones(8, 4), "inner": {"bias": torch.zeros(8)}, "k": 3}
+            torch.save(content, self.path, _use_new_zipfile_serialization=is_zip)
+            self.forms.append(self.path.read_bytes())
+
+    def damage(self, rng: random.Random) -> None:
+        form = rng.randrange(2)
+        if form == 0 and rng.random() < 0.5:
+            with zipfile.ZipFile(io.BytesIO(self.forms[0])) as whole, zipfile.ZipFile(self.path, "w") as made:
+                for member in whole.infolist():
+                    content = whole.read(member)
+                    is_pickle = member.filename.endswith("data.pkl")
+                    made.writestr(member.filename, damaged_bytes(content, rng, 1) if is_pickle else content)
+        else:
+            self.path.write_bytes(damaged_bytes(self.forms[form], rng))
+
+    def read(self) -> None:
+        for tensor in read_torch_file(self.path).values():
+            tensor.to(torch.float32, copy=True)
+
+
 class RowsNpz(RowsFile):
     """The same as .npz."""
 
@@ -335,6 +366,7 @@ READERS: dict[str, type[Reader]] = {
     "jsonl": Jsonl,
     "result": ResultJson,
     "scores": Scores,
+    "torch_file": TorchFile,
     "rows": RowsFile,
     "rows_npz": RowsNpz,
     "rows_parquet": RowsParquet,

@@ -1,0 +1,61 @@
+"""What `--dtype auto` costs beside each dtype that could have been asked for: the whole job on the bundled model.
+
+python benchmarks/bench_dtype.py run    # one task, all layers, two SAEs: minutes, half an hour where bfloat16 is slow
+python benchmarks/bench_dtype.py        # the tables, from what `run` kept
+
+Runs of `main.py`, each timed from its start to its end, in turn; figures are medians. Last: how many times as long as
+the fastest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.timing import answer, parser
+from delta_selectivity.records.result_file import read
+from delta_selectivity.reporting import tables
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+DTYPES = ("auto", "float32", "bfloat16")
+HEADER = ("--dtype", "the model computes in", "whole job, s", "of the fastest")
+
+
+def run(dtype: str, out: Path, quick: bool) -> tuple[float, str]:
+    """Seconds of one run, and the dtype that it took."""
+    command = [sys.executable, str(PROJECT / "main.py"), "--dtype", dtype, "--datasets", "gender", "--quiet"]
+    command += ["--output_directory", str(out), "--device1", "cpu"]
+    command += ["--shuffle_select_n", "100", "--layers", "0"] if quick else []
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    seconds = time.perf_counter() - start
+    return seconds, read(next(out.rglob("*.json")))["_run"]["key"]["dtype"]
+
+
+def measure(asked: argparse.Namespace) -> list[tables.Row]:
+    """The table's rows, header first."""
+    seconds: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+    taken: dict[str, str] = {}
+    for _ in range(asked.repeats):
+        for dtype in DTYPES:
+            with tempfile.TemporaryDirectory() as folder:
+                spent, taken[dtype] = run(dtype, Path(folder), asked.quick)
+            seconds[dtype].append(spent)
+    medians = {dtype: statistics.median(times) for dtype, times in seconds.items()}
+    best = min(medians.values())
+    return [HEADER, *((d, taken[d], f"{medians[d]:.1f}", f"{medians[d] / best:.2f}x") for d in DTYPES)]
+
+
+def main() -> None:
+    asked = parser(__doc__).parse_args()
+    print(answer("bench_dtype", asked, lambda: measure(asked)))
+
+
+if __name__ == "__main__":
+    main()
