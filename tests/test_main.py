@@ -176,7 +176,6 @@ def test_results_of_other_settings_are_not_touched_without_overwrite(ask, tmp_pa
         (["--batch_size", "0"], "batch_size"),
         (["--batch_size", "many"], "many"),
         (["--shuffle_select_n", "-1"], "shuffle_select_n"),
-        (["--hookpoint", "mlp_out"], "mlp_out"),
         (["--queue_gb", "0"], "queue_gb"),
         (["--no_such_flag"], "no_such_flag"),
         (["--model_name", "no/such/model"], "no/such/model"),

@@ -17,7 +17,8 @@ from delta_selectivity.models import attention
 from delta_selectivity.models.language_model import HOOKPOINTS, Site, open_model
 from delta_selectivity.tasks import Mention, tokenise
 
-PLAIN = [name for name in HOOKPOINTS if not name.endswith("_normalized")]
+EVERYWHERE = [name for name in HOOKPOINTS if name not in ("resid_mid", "mlp_post")]  # of parallel blocks too
+PLAIN = [name for name in EVERYWHERE if not name.endswith("_normalized")]
 LAYERS = (0, 1)
 HAS_BOS_TEMPLATE = {"llama", "gemma", "gemma2", "gemma3_text"}
 
@@ -87,7 +88,7 @@ def test_what_the_parts_put_out_is_what_the_residual_stream_gains(family: Family
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_a_padded_text_has_the_activations_of_the_text_alone(family: Family, folder: Folder, ids: Tensor):
-    model = open_model(str(folder(family.name))).load(every(HOOKPOINTS), "cpu", "float32")
+    model = open_model(str(folder(family.name))).load(every(EVERYWHERE), "cpu", "float32")
     padded, lengths = ids.clone(), (20, 13, 7, 1)
     for row, length in enumerate(lengths):
         padded[row, length:] = 0  # the pad token of OPT and Gemma among others
@@ -102,12 +103,12 @@ def test_a_padded_text_has_the_activations_of_the_text_alone(family: Family, fol
 def test_widths_are_known_before_the_weights(family: Family, folder: Folder, ids: Tensor, monkeypatch):
     info = open_model(str(folder(family.name)))
     path = f"{family.block.format('<layer>')}.{family.attention}"
-    sites = [*every(HOOKPOINTS), Site(1, f"{path}:in"), Site(1, f"{path}.{family.projection}:in")]
+    sites = [*every(EVERYWHERE), Site(1, f"{path}:in"), Site(1, f"{path}.{family.projection}:in")]
     with monkeypatch.context() as patched:
         patched.setattr(type(info), "_read_weights", lambda *_: pytest.fail("weights were read"))
         widths = info.widths(sites)
     assert widths[Site(0, "z")] == family.d_z
-    assert {widths[site] for site in every(HOOKPOINTS) if site.hookpoint != "z"} == {D_MODEL}
+    assert {widths[site] for site in every(EVERYWHERE) if site.hookpoint != "z"} == {D_MODEL}
     assert {site: x.shape[-1] for site, x in info.load(sites, "cpu", "float32").activations(ids).items()} == widths
 
 
@@ -145,7 +146,7 @@ def test_half_precision_gives_the_whole_model_s_values_in_it(
     family = FAMILIES[name]
     whole = AutoModelForCausalLM.from_pretrained(folder(name), dtype=getattr(torch, dtype)).eval()
     seen = plain_hooks(whole, ids)
-    found = open_model(str(folder(name))).load(every(HOOKPOINTS), "cpu", dtype).activations(ids)
+    found = open_model(str(folder(name))).load(every(EVERYWHERE), "cpu", dtype).activations(ids)
     for site in every(PLAIN):
         assert found[site].dtype == getattr(torch, dtype)
         expected = seen[family.place(site.hookpoint, site.layer)].reshape(*ids.shape, -1)

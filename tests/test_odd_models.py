@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_sparsify
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -22,6 +24,8 @@ from transformers import (
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.configs import NO_LIMIT
 from delta_selectivity.models.language_model import ModelInfo, Site, open_model
+from delta_selectivity.run.planning import in_model
+from delta_selectivity.saes import open_sae
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
 LLAMA = {**TINY, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -161,7 +165,7 @@ def test_the_text_half_of_a_model_of_images_is_measured(tiny_model: Path, tmp_pa
 @pytest.mark.parametrize(
     ("hookpoint", "told"),
     [
-        ("resid_mid", "use resid_post, resid_pre, mlp_out"),
+        ("resid_middle", "use resid_post, resid_pre, mlp_out"),
         ("layers.<layer>.nothing", r"has no such module; it has layers\.<layer>, .*layers\.<layer>\.mlp"),
         ("vision_tower.layers.<layer>.mlp", "has no such module"),  # what stands before the layers is no ornament
         ("layers.<layer>.mlp.dense_h_to_4h:out", "has no such module"),
@@ -278,6 +282,61 @@ def test_a_revision_is_another_model(tiny_model: Path, tmp_path: Path, monkeypat
         open_model("owner/tiny", "step2")
     with pytest.raises(RequestError, match="local folder"):
         open_model(str(tiny_model), "main")
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "glm4", "granite", "llama"])
+def test_what_a_module_gives_and_what_is_added_are_told_apart_by_the_model(save, ids: Tensor, kind: str):
+    own = {"gemma3_text": {"head_dim": 16}, "glm4": {"head_dim": 8}, "granite": {"residual_multiplier": 0.5}}
+    info = save(kind, **LLAMA, pad_token_id=0, **own.get(kind, {}))
+    names = info.names_of_modules()
+    paths = {"layers.<layer>.mlp": "mlp_out", "layers.<layer>.self_attn": "attn_out"}
+    assert names == (paths if kind == "llama" else {path: path for path in paths})
+    whole, seen = AutoModelForCausalLM.from_pretrained(info.name, dtype=torch.float32).eval(), []
+    whole.model.layers[1].mlp.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    with torch.inference_mode():
+        whole(input_ids=ids)
+    torch.testing.assert_close(activations(info, "layers.<layer>.mlp", ids), seen[0], atol=1e-6, rtol=0)
+
+
+def test_the_stream_between_attention_and_the_mlp_is_refused_where_both_read_the_same(save, ids: Tensor):
+    info = save("gpt_neox", **LLAMA)
+    with pytest.raises(RequestError, match=r"resid_mid: .* resid_pre \+ attn_out is not resid_mid"):
+        activations(info, "resid_mid", ids)
+
+
+def test_an_sae_of_a_module_is_measured_where_the_model_has_that(save, tmp_path: Path):
+    """sparsify's folders say `layers` and dictionary_learning's readers `attention`, whatever the model calls them."""
+    gemma = save("gemma3_text", **LLAMA, pad_token_id=0, head_dim=16).names_of_modules()
+    gpt2 = save("gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=128).names_of_modules()
+    for folder, in_gemma, in_gpt2 in [
+        ("layers.0.mlp", "layers.<layer>.mlp", "mlp_out"),
+        ("layers.0.attention", "layers.<layer>.self_attn", "attn_out"),
+        ("model.layers.0.post_feedforward_layernorm", "mlp_out", "mlp_out"),
+        ("vision_tower.layers.0.mlp", "vision_tower.layers.<layer>.mlp", "vision_tower.layers.<layer>.mlp"),
+    ]:
+        (write_sparsify(tmp_path / folder, [0]) / "layers.0").rename(tmp_path / folder / folder)
+        source = open_sae(str(tmp_path / folder))
+        assert (in_model(source, gemma).hookpoint, in_model(source, gpt2).hookpoint) == (in_gemma, in_gpt2)
+        typed = open_sae(str(tmp_path / folder), "layers.<layer>.mlp")
+        assert in_model(typed, gpt2).hookpoint.endswith("layers.<layer>.mlp")  # a path typed is that path
+        assert in_model(open_sae(str(tmp_path / folder), "resid_mid"), gpt2).hookpoint == "resid_mid"
+
+
+def test_a_place_that_is_not_known_is_the_one_asked_for(tmp_path: Path):
+    config = {"hook_name": "blocks.1.mlp.hook_pre", "architecture": "standard", "d_in": 4, "d_sae": 8}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    tensors = {"W_enc": torch.ones(4, 8), "W_dec": torch.ones(8, 4), "b_enc": torch.ones(8), "b_dec": torch.ones(4)}
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    with pytest.raises(RequestError, match=r"hook_pre' is no place that can be measured; .* as `hookpoint`"):
+        open_sae(str(tmp_path))
+    source = open_sae(str(tmp_path), "layers.<layer>.mlp.dense_h_to_4h")
+    assert (source.layers, source.hookpoint) == ((1,), "layers.<layer>.mlp.dense_h_to_4h")
+
+
+def test_a_layer_of_a_cross_layer_transcoder_is_refused_before_anything_is_fetched():
+    pytest.importorskip("sae_lens")
+    with pytest.raises(RequestError, match="cross-layer transcoder, whose decoders for all layers"):
+        open_sae("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_3")
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def trained(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_agrees_with_what_dictionary_learning_trained(library: Any, trained: Path, number: int) -> None:
     folder = trained / f"trainer_{number}"
     source = open_sae(str(folder))
-    assert (source.layers, source.hookpoint, source.model_name) == ((3,), "mlp_out", "gpt2")
+    assert (source.layers, source.hookpoint, source.model_name) == ((3,), "layers.<layer>.mlp", "gpt2")
     assert_agrees_with_library(library, folder)
 
 
@@ -144,14 +144,14 @@ def linear_state(seed: int = 0) -> dict[str, Tensor]:
     ("folder", "said", "hookpoint", "reads"),
     [
         ("any", {"submodule_name": "resid_post_layer_3"}, "resid_post", None),
-        ("any", {"submodule_name": "mlp_out_layer3", "layer": None}, "mlp_out", None),
-        ("any", {"submodule_name": "attn_out"}, "attn_out", None),
-        ("any", {"submodule_name": "gpt_neox.layers.3.mlp"}, "mlp_out", None),
+        ("any", {"submodule_name": "mlp_out_layer3", "layer": None}, "layers.<layer>.mlp", None),
+        ("any", {"submodule_name": "attn_out"}, "layers.<layer>.attention", None),
+        ("any", {"submodule_name": "gpt_neox.layers.3.mlp"}, "gpt_neox.layers.<layer>.mlp", None),
         ("any", {"submodule_name": "gpt_neox.layers.3.mlp.act"}, "gpt_neox.layers.<layer>.mlp.act", None),
         ("any", {"submodule_name": "mlp_out_layer_3", "buffer": {"io": "in"}}, "mlp_in", None),
-        ("any", {"submodule_name": "mlp_out_layer_3", "buffer": {"io": "in_and_out"}}, "mlp_out", "mlp_in"),
+        ("any", {"submodule_name": "mlp_out_layer_3", "buffer": {"io": "in_and_out"}}, "layers.<layer>.mlp", "mlp_in"),
         ("resid_out_layer3/10_512", {"submodule_name": None}, "resid_post", None),
-        ("mlp_out_layer_3/trainer_0", {"submodule_name": None}, "mlp_out", None),
+        ("mlp_out_layer_3/trainer_0", {"submodule_name": None}, "layers.<layer>.mlp", None),
     ],
 )
 def test_the_place_of_a_dictionary(tmp_path: Path, folder: str, said: Any, hookpoint: str, reads: str | None) -> None:
@@ -338,7 +338,7 @@ def test_what_a_plain_config_says_of_its_training(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "sae.json").read_text())
     del config["hook_name"]
     (tmp_path / "sae.json").write_text(json.dumps(config | {"layer": 2, "hookpoint": "model.layers.<layer>.mlp"}))
-    assert (open_sae(str(tmp_path)).layers, open_sae(str(tmp_path)).hookpoint) == ((2,), "mlp_out")
+    assert (open_sae(str(tmp_path)).layers, open_sae(str(tmp_path)).hookpoint) == ((2,), "model.layers.<layer>.mlp")
 
 
 @pytest.mark.parametrize(

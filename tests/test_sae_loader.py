@@ -85,7 +85,7 @@ def test_agrees_with_sparsify(tmp_path: Path, activation: Any, dtype: torch.dtyp
     reference = reference.float()
 
     source = open_sae(str(tmp_path))
-    assert (source.layers, source.hookpoint, source.d_in) == ((3,), "mlp_out", D_IN)
+    assert (source.layers, source.hookpoint, source.d_in) == ((3,), "layers.<layer>.mlp", D_IN)
     assert (source.prepend_bos, source.counts_bos) == (None, False)
     sae, x = source.load(3, "cpu"), activations()
     with torch.no_grad():
@@ -412,9 +412,9 @@ def test_a_constant_input_does_not_become_nan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "expected"), [
     ("layers.5", HookPoint(5, "resid_post")),
-    ("layers.11.mlp", HookPoint(11, "mlp_out")),
-    ("layers.0.attention", HookPoint(0, "attn_out")),
-    ("layers.0.attn", HookPoint(0, "attn_out")),
+    ("layers.11.mlp", HookPoint(11, "layers.<layer>.mlp")),
+    ("layers.0.attention", HookPoint(0, "layers.<layer>.attention")),
+    ("layers.0.attn", HookPoint(0, "layers.<layer>.attn")),
     ("gpt_neox.layers.2.mlp.act", HookPoint(2, "gpt_neox.layers.<layer>.mlp.act")),
     ("transformer.h.7", HookPoint(7, "resid_post")),
     ("transformer.h.7:in", HookPoint(7, "resid_pre")),
@@ -437,6 +437,8 @@ def test_a_constant_input_does_not_become_nan(tmp_path: Path) -> None:
     ("blocks.5.ln2.hook_normalized", HookPoint(5, "mlp_normalized")),
     ("blocks.5.ln1.hook_normalized", HookPoint(5, "attn_normalized")),
     ("blocks.5.hook_mlp_in", HookPoint(5, "blocks.<layer>.hook_mlp_in")),
+    ("blocks.5.hook_resid_mid", HookPoint(5, "resid_mid")),
+    ("blocks.5.mlp.hook_post", HookPoint(5, "mlp_post")),
     ("layers", None),
     ("my_sae", None),
 ])  # fmt: skip
@@ -464,9 +466,9 @@ def test_one_folder_with_several_hook_points(tmp_path: Path) -> None:
     assert open_sae(str(tmp_path)).layers == (0, 2, 10)
     assert open_sae(str(tmp_path), "mlp_out").layers == (0,)
     assert open_sae(str(tmp_path), "gpt_neox.layers.<layer>").hookpoint == "resid_post"
-    assert open_sae(str(tmp_path), "gpt_neox.layers.<layer>.mlp").hookpoint == "mlp_out"
+    assert open_sae(str(tmp_path), "gpt_neox.layers.<layer>.mlp").hookpoint == "layers.<layer>.mlp"
     assert open_sae(str(tmp_path), "gpt_neox.layers.<layer>.mlp.act").hookpoint == "layers.<layer>.mlp.act"
-    with pytest.raises(RequestError, match=r"attn_out.*has SAEs for.*mlp_out, resid_post"):
+    with pytest.raises(RequestError, match=r"attn_out.*has SAEs for layers.<layer>.mlp, layers.*resid_post"):
         open_sae(str(tmp_path), "attn_out")
     shutil.rmtree(tmp_path / "layers.0")
     shutil.rmtree(tmp_path / "layers.2")
@@ -654,8 +656,7 @@ def test_missing_settings_have_the_defaults_of_sparsify(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"hook_name": "blocks.5.attn.hook_z", "hook_head_index": 3}, "one attention head"),
-    ({"hook_name": "blocks.5.mlp.hook_post"}, "hook_name 'blocks.5.mlp.hook_post'"),
-    ({"hook_name": "blocks.5.hook_resid_mid"}, "hook_name 'blocks.5.hook_resid_mid'"),
+    ({"hook_name": "blocks.5.mlp.hook_pre"}, "hook_name 'blocks.5.mlp.hook_pre' .* as `hookpoint`, such as layers"),
     ({"hook_name": "hook_embed"}, "hook_name 'hook_embed'"),
     ({"normalize_activations": "covariance_whitening"}, r"activation_whitening\.safetensors"),
     ({"normalize_activations": "constant_scalar_rescale"}, "constant_scalar_rescale"),

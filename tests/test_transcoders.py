@@ -47,8 +47,8 @@ def write_sparsify(folder: Path, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize(("folder", "reads", "writes"), [
-    ("layers.3.mlp", "mlp_in", "mlp_out"),
-    ("layers.3.attention", "attn_in", "attn_out"),
+    ("layers.3.mlp", "mlp_in", "layers.<layer>.mlp"),
+    ("layers.3.attention", "attn_in", "layers.<layer>.attention"),
     ("layers.3", "resid_pre", "resid_post"),
     ("gpt_neox.layers.3.mlp.act", "gpt_neox.layers.<layer>.mlp.act:in", "gpt_neox.layers.<layer>.mlp.act"),
 ])  # fmt: skip

@@ -172,7 +172,7 @@ def test_an_object_of_sae_lens_that_does_not_say_where_it_belongs() -> None:
     assert (wrap_sae(sae, layer=2).layers, wrap_sae(sae, layer=2).hookpoint) == ((2,), "resid_post")
     assert wrap_sae(sae, hookpoint="blocks.4.hook_mlp_out").hookpoint == "mlp_out"
     unknown = make_lens("topk", hook_name="my_layer")
-    with pytest.raises(RequestError, match="`obj` TopKTrainingSAE: hook_name 'my_layer' is no place"):
+    with pytest.raises(RequestError, match="TopKTrainingSAE: hook_name 'my_layer' is no place"):
         wrap_sae(unknown)
     assert wrap_sae(unknown, layer=1, hookpoint="attn_out").hookpoint == "attn_out"
 
@@ -273,10 +273,10 @@ def make_sparse_coder(dtype: torch.dtype = torch.float32, **config: Any) -> Any:
 def test_an_object_of_sparsify(tmp_path: Path, config: dict[str, Any], dtype: torch.dtype) -> None:
     coder, x = make_sparse_coder(dtype, **config), activations()
     coder.save_to_disk(tmp_path / "layers.3.mlp")
-    source = wrap_sae(coder, layer=3, hookpoint="mlp_out")
+    source = wrap_sae(coder, layer=3, hookpoint="layers.<layer>.mlp")
     assert source.input_hookpoint == ("mlp_in" if "transcode" in config else None)
     assert_same_as_file(source, open_sae(str(tmp_path)))
-    assert_unchanged(coder, layer=3, hookpoint="mlp_out")
+    assert_unchanged(coder, layer=3, hookpoint="layers.<layer>.mlp")
     sae, reference = source.load(3, "cpu"), copy.deepcopy(coder).float()
     with torch.no_grad():
         top = reference.encode(x)
@@ -394,7 +394,7 @@ def test_what_was_loaded_can_be_wrapped(tmp_path: Path) -> None:
     write_sparsify(tmp_path / "layers.3.mlp", transcode=True, activation="groupmax")
     sae, x = load_sae(str(tmp_path), 3), activations()
     source = wrap_sae(sae)
-    assert (source.hookpoint, source.input_hookpoint, source.name) == ("mlp_out", "mlp_in", sae.name)
+    assert (source.hookpoint, source.input_hookpoint, source.name) == ("layers.<layer>.mlp", "mlp_in", sae.name)
     again = source.load(3, "cpu")
     assert torch.equal(again.decode(again.encode(x)), sae.decode(sae.encode(x)))
     assert (again.k, again.architecture, again.promised_l0) == (sae.k, sae.architecture, sae.promised_l0)
@@ -819,7 +819,6 @@ def recon_of_file(name: str, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(("name", "layer", "given", "message"), [
     ("*", 1, {}, r"`name` \* stands for 2 SAEs: one, two"),
     ("one", 3, {}, "`layer` 3: one has SAEs for layers 1, 2 only"),
-    ("one", 1, {"hookpoint": "mlp_out"}, "`hookpoint` mlp_out: one has SAEs for resid_post"),
     ("one", 1, {"device": "nowhere"}, "`device` nowhere: "),
     ("one", 1, {"dtype": torch.int8}, "`dtype` is torch.int8"),
     ("one", 1, {"dtype": "float32"}, "`dtype` is 'float32'"),

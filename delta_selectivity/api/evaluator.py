@@ -30,7 +30,7 @@ from delta_selectivity.probing.uncertainty import Estimate
 from delta_selectivity.records.sae_level import mean_delta, mean_transfer_r2
 from delta_selectivity.run.activations import Block, Item, LayerRows, Producer, SaeId, plan_blocks
 from delta_selectivity.run.cell_result import ONE_PARTITION, CellResult, warnings_of
-from delta_selectivity.run.planning import Cell
+from delta_selectivity.run.planning import Cell, in_model
 from delta_selectivity.run.preflight import Preflight
 from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.reconstruction import SiteScale
@@ -135,7 +135,7 @@ class Evaluator:
         if settings.bos in ("counted", "excluded") and info.opening_token_id is None:
             raise RequestError(f"`bos` {settings.bos}: {info.name} has no token that begins a text")
         self._has_bos = info.has_bos if settings.bos == "auto" else settings.bos != "none"
-        self._widths = info.widths(sites)
+        self._widths, self._modules = info.widths(sites), info.names_of_modules()
         self._device = device1
         self._tokenised = tokenise(
             texts.mentions,
@@ -270,7 +270,10 @@ class Evaluator:
         """Return the SAE, found to be of this layer, place and width."""
         layer, hookpoint = self._site
         reads = next((place for place in self._widths if place != self._site), self._site)
-        source = as_source(sae, (layer,), hookpoint, self._widths[reads])
+        is_name = isinstance(sae, str | os.PathLike)
+        source = as_source(sae, (layer,), self.settings.hookpoint if is_name else hookpoint, self._widths[reads])
+        if source.asked is None:
+            source = in_model(source, self._modules)
         if layer not in source.layers or source.hookpoint != hookpoint:
             layers = ", ".join(map(str, source.layers))
             raise RequestError(

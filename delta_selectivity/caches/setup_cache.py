@@ -15,6 +15,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,11 +54,10 @@ class SetupCache:
         name = _name({"facts of": files.fingerprint})
         stored = self.shards.read(name)
         if stored:
-            return ModelInfo(files, **json.loads(stored["facts"].numpy().tobytes()))
+            return ModelInfo(files, **_json(stored["facts"]))
         info = ModelInfo.read(files)
         facts = {field.name: getattr(info, field.name) for field in fields(info) if field.name != "files"}
-        content = np.frombuffer(json.dumps(facts).encode(), np.uint8).copy()
-        self.shards.write(name, {"facts": torch.from_numpy(content)}, {})
+        self.shards.write(name, {"facts": _bytes(facts)}, {})
         return info
 
     def widths(self, info: ModelInfo, sites: Collection[Site]) -> dict[Site, int]:
@@ -71,6 +71,18 @@ class SetupCache:
             return dict(zip(order, stored["widths"].tolist(), strict=True))
         found = info.widths(sites)
         self.shards.write(name, {"widths": torch.tensor([found[site] for site in order])}, {})
+        return found
+
+    def names_of_modules(self, info: ModelInfo) -> dict[str, str]:
+        """As `info.names_of_modules`. Kept as widths are."""
+        if self.shards is None or info.files.trust_remote_code:
+            return info.names_of_modules()
+        name = _name({"modules of": info.fingerprint()})
+        stored = self.shards.read(name)
+        if stored:
+            return _json(stored["names"])
+        found = info.names_of_modules()
+        self.shards.write(name, {"names": _bytes(found)}, {})
         return found
 
     def tokens(
@@ -104,6 +116,15 @@ def _name(facts: Mapping[str, str]) -> str:
     """32 hexadecimal digits."""
     libraries = {library: str(installed_version(library)) for library in _LIBRARIES}
     return digest({**facts, **libraries, "program": running_program(SOURCES)}, {})
+
+
+def _bytes(found: Any) -> Tensor:
+    """JSON as a tensor of bytes."""
+    return torch.from_numpy(np.frombuffer(json.dumps(found).encode(), np.uint8).copy())
+
+
+def _json(stored: Tensor) -> Any:
+    return json.loads(stored.numpy().tobytes())
 
 
 def _packed(tokens: TokenisedMentions) -> dict[str, Tensor]:

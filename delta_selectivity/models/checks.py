@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.capture import capture
 from delta_selectivity.models.norms import is_affine_of
-from delta_selectivity.models.places import LAYER, Site, Tap, block_of, find_tap, norm_before
+from delta_selectivity.models.places import LAYER, Site, Tap, block_of, find_tap, names_of_modules, norm_before
 from delta_selectivity.models.widths import refuse_unused
 
 N_TOKENS = 8
 ADDED = ("attn_out", "mlp_out")
+SUMS = {"resid_post": ("resid_pre", *ADDED), "resid_mid": ("resid_pre", "attn_out")}
 
 
 def check(decoder: Any, taps: Mapping[Site, Tap], device: torch.device) -> None:
@@ -30,7 +31,10 @@ def check(decoder: Any, taps: Mapping[Site, Tap], device: torch.device) -> None:
     for site, x in found.items():
         _refuse_lookahead(decoder, site, x)
     for layer in sorted({site.layer for site in taps if site.hookpoint in ADDED}):
-        _check_sum(decoder, layer, ids)
+        _check_sum(decoder, Site(layer, "resid_post"), ids)
+    for site in taps:
+        if site.hookpoint == "resid_mid":
+            _check_sum(decoder, site, ids)
     for site in taps:
         if site.hookpoint.endswith("_normalized") and LAYER not in site.hookpoint:
             _check_norm(decoder, site, found[site], ids)
@@ -61,18 +65,22 @@ def _refuse_lookahead(decoder: nn.Module, site: Site, x: Tensor) -> None:
         )
 
 
-def _check_sum(decoder: nn.Module, layer: int, ids: Tensor) -> None:
-    """resid_pre + attn_out + mlp_out is resid_post, in parallel and in serial blocks, up to rounding of the sums."""
-    sites = [Site(layer, name) for name in ("resid_pre", *ADDED, "resid_post")]
-    found = _run(decoder, {site: find_tap(decoder, site) for site in sites}, ids)
-    before, attention, mlp, after = (found[site].float() for site in sites)
-    size = before.abs() + attention.abs() + mlp.abs() + after.abs()
-    off = (before + attention + mlp - after).abs()
-    if bool((off > 4 * torch.finfo(found[sites[0]].dtype).eps * size).any()):
+def _check_sum(decoder: nn.Module, total: Site, ids: Tensor) -> None:
+    """resid_pre + attn_out + mlp_out is resid_post, in parallel and in serial blocks, up to rounding of the sums.
+
+    resid_mid is resid_pre + attn_out, in serial blocks.
+    """
+    parts = [Site(total.layer, name) for name in SUMS[total.hookpoint]]
+    found = _run(decoder, {site: find_tap(decoder, site) for site in (*parts, total)}, ids)
+    terms, after = [found[site].float() for site in parts], found[total].float()
+    off = (sum(terms) - after).abs()
+    size = sum(term.abs() for term in (*terms, after))
+    if bool((off > 4 * torch.finfo(found[total].dtype).eps * size).any()):
+        named = "mlp_out, attn_out" if total.hookpoint == "resid_post" else total.hookpoint
         raise RequestError(
-            f"`hookpoint` mlp_out, attn_out: in {type(block_of(decoder, layer)).__name__} resid_pre + attn_out + "
-            f"mlp_out is not resid_post (off by up to {float(off.max()):.3g}): give the place as a module path "
-            f"with {LAYER}"
+            f"`hookpoint` {named}: in {type(block_of(decoder, total.layer)).__name__} "
+            f"{' + '.join(SUMS[total.hookpoint])} is not {total.hookpoint} (off by up to {float(off.max()):.3g}): give "
+            f"the place as a module path with {LAYER}, such as {', '.join(names_of_modules(decoder))}"
         )
 
 

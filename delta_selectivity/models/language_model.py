@@ -14,7 +14,7 @@ for the rest. Values are those of the raw weights, as TransformerLens's hooks gi
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -22,13 +22,22 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models import attention
 from delta_selectivity.models.capture import capture
 from delta_selectivity.models.checks import check
 from delta_selectivity.models.configs import read_sizes, truncated
-from delta_selectivity.models.places import HOOKPOINTS, Site, Tap, drop_layers_above, find_tap, layers_needed
+from delta_selectivity.models.places import (
+    HOOKPOINTS,
+    Site,
+    Tap,
+    drop_layers_above,
+    find_tap,
+    layers_needed,
+    names_of_modules,
+)
 from delta_selectivity.models.pretrained import NO_REVISION, Pretrained, first_line
 from delta_selectivity.models.widths import shape_widths
 from delta_selectivity.system.gemm import use_in
@@ -107,6 +116,18 @@ class ModelInfo:
         Raises `RequestError`, with the alternatives, if a hook point does not exist or holds no row for each token.
         """
         config = truncated(self.config, layers_needed(sites))
+        return shape_widths(self._builder(config), config, sites)
+
+    def names_of_modules(self) -> dict[str, str]:
+        """Paths of MLP and attention modules, and the hook point that each one's output is in this model.
+
+        `layers.<layer>.mlp` is `mlp_out` if it is added to the residual stream as it is, else the path itself.
+        """
+        with FakeTensorMode():
+            return names_of_modules(self._builder(truncated(self.config, 1))())
+
+    def _builder(self, config: Any) -> Callable[[], nn.Module]:
+        """What makes the decoder of a config, inside `FakeTensorMode` without weights."""
 
         def build() -> nn.Module:
             # Made in float32, for transformers gives tensors that others make meanwhile the same dtype. Then bfloat16:
@@ -116,7 +137,7 @@ class ModelInfo:
                 module = _auto_class(config).from_config(config, **options).get_decoder()
             return _with_weights_of(module, torch.bfloat16)
 
-        return shape_widths(build, config, sites)
+        return build
 
     def load(self, sites: Collection[Site], device: str, dtype: str) -> LanguageModel:
         """Read the weights up to the last layer among `sites`, and check that the sites are what their names say.

@@ -22,6 +22,7 @@ ATTENTION = ("attention", "self_attn", "attn", "self_attention")
 ATTENTION_PROJECTION = ("dense", "o_proj", "out_proj", "c_proj", "attention.out_proj")  # in the attention module
 ATTENTION_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm")
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
+MLP_PROJECTION = ("dense_4h_to_h", "c_proj", "down_proj", "fc_out", "fc2", "w2")  # in the MLP module, or the block
 MLP_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm", *ATTENTION_NORM)
 """OPT's `final_layer_norm` is a block's own; blocks with one norm (Phi, GPT-J) give both parts the same input."""
 WRAPPERS = frozenset({"model", "language_model", "transformer", "decoder", "gpt_neox"})
@@ -29,6 +30,7 @@ WRAPPERS = frozenset({"model", "language_model", "transformer", "decoder", "gpt_
 
 HOOKPOINTS = (
     "resid_post", "resid_pre", "mlp_out", "attn_out", "mlp_in", "attn_in", "mlp_normalized", "attn_normalized", "z",
+    "resid_mid", "mlp_post",
 )  # fmt: skip
 LAYER, INPUT = "<layer>", ":in"
 SHOWN = 24  # modules told as alternatives
@@ -43,7 +45,8 @@ class Site(NamedTuple):
 
     `resid_pre` and `resid_post` are a block's input and output, `mlp_out` and `attn_out` what its parts add in
     between, `mlp_in` and `attn_in` what those modules receive, `*_normalized` the same before the norm's weight and
-    bias (TransformerLens's `ln2.hook_normalized`), `z` the heads' results side by side, before the output projection.
+    bias (TransformerLens's `ln2.hook_normalized`), `z` the heads' results side by side, before the output projection,
+    `resid_mid` the stream between attention and the MLP, `mlp_post` what the MLP's last map receives.
     """
 
     def read_by(self, input_hookpoint: str | None) -> Site:
@@ -111,6 +114,11 @@ def _in_block(block: nn.Module, hookpoint: str) -> Tap:
             return Tap(_attention_norm_after(block) or _part(block, hookpoint, ATTENTION))
         case "mlp_out":
             return Tap(_part(block, hookpoint, ("post_feedforward_layernorm", "post_mlp_layernorm", *MLP, "fc2")))
+        case "resid_mid":
+            return Tap(_mlp_norm_before(block) or _part(block, hookpoint, (*MLP, "fc1")), "input")
+        case "mlp_post":
+            mlp = next((part for name in MLP if (part := _get(block, name)) is not None), block)
+            return Tap(_part(mlp, hookpoint, MLP_PROJECTION), "input")
         case "z":
             attention = _part(block, hookpoint, ATTENTION)
             return Tap(_part(attention, hookpoint, ATTENTION_PROJECTION), "input")
@@ -126,6 +134,39 @@ def _attention_norm_after(block: nn.Module) -> nn.Module | None:
     if norm := _get(block, "post_self_attn_layernorm"):
         return norm
     return _get(block, "post_attention_layernorm") if _get(block, "post_feedforward_layernorm") else None
+
+
+def _mlp_norm_before(block: nn.Module) -> nn.Module | None:
+    """The norm that reads the stream after attention; None where the MLP reads it itself, as in OLMo 2."""
+    norm = next((norm for name in MLP_NORM if (norm := _get(block, name)) is not None), None)
+    return None if norm is _attention_norm_after(block) else norm
+
+
+def names_of_modules(decoder: nn.Module) -> dict[str, str]:
+    """Of MLP and attention, `layers.<layer>.mlp`: `mlp_out` if what the module gives is added to the stream as it is.
+
+    Else the path itself: a norm or a multiplier comes between.
+    """
+    found: dict[str, str] = {}
+    scaled = getattr(getattr(decoder, "config", None), "residual_multiplier", 1) != 1
+    for list_name in BLOCKS:
+        if not isinstance(blocks := getattr(decoder, list_name, None), nn.ModuleList):
+            continue
+        for names, hookpoint in ((MLP, "mlp_out"), (ATTENTION, "attn_out")):
+            name = next((name for name in names if _get(blocks[0], name) is not None), None)
+            if name is not None:
+                path = f"{list_name}.{LAYER}.{name}"
+                added = _in_block(blocks[0], hookpoint).module is _get(blocks[0], name)
+                found[path] = hookpoint if added and not scaled else path
+    return found
+
+
+def without_wrappers(path: str) -> str:
+    """A path from the module that holds the list of blocks on."""
+    parts = path.split(".")
+    while parts[0] in WRAPPERS:
+        parts = parts[1:]
+    return ".".join(parts)
 
 
 def _at_path(decoder: nn.Module, site: Site) -> Tap:

@@ -49,7 +49,7 @@ def refuse_unused(sites: Collection[Site], found: Collection[Site]) -> None:
 
 
 def _said_width(module: nn.Module, side: str, config: Any, site: Site) -> int:
-    if LAYER not in site.hookpoint:
+    if LAYER not in site.hookpoint and site.hookpoint != "mlp_post":
         return configured_width(config, site.hookpoint)
     told = getattr(module, "in_features" if side == "input" else "out_features", None)
     return int(told) if told is not None else configured_width(config, site.hookpoint)

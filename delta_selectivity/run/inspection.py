@@ -13,9 +13,9 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site
 from delta_selectivity.reporting.tables import aligned
 from delta_selectivity.run.calibration import draw_mentions
-from delta_selectivity.run.loading import model_loader
+from delta_selectivity.run.loading import load_with_neighbours
 from delta_selectivity.run.planning import make_plan
-from delta_selectivity.run.preflight import Fit, Preflight, neighbours
+from delta_selectivity.run.preflight import Fit, Preflight
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import Sae, SaeSource
 from delta_selectivity.system import processor
@@ -27,7 +27,7 @@ def inspect(request: Request) -> Iterator[str]:
     """Say what each SAE of a request is and how well it fits each hook point of the model. Raises `RequestError`."""
     plan = make_plan(request)
     info, seed = plan.info, request.settings.seed
-    model = model_loader(plan)(neighbours(info.n_layers, plan.widths, plan.find_widths, everywhere=True))
+    model = load_with_neighbours(plan, plan.widths, everywhere=True)
     mentions = draw_mentions(plan.texts.mentions, seed)
     check = Preflight.sample(model, info, plan.tokenise(mentions), seed)
     bos = "that begin with BOS" if plan.prepend_bos else "without BOS"

@@ -84,6 +84,17 @@ def model_loader(plan: Plan) -> Callable[[Collection[Site]], ActivationSource]:
     return lambda sites: CachedModel(cache, load, sites, torch.device(request.device1))
 
 
+def load_with_neighbours(plan: Plan, widths: Mapping[Site, int], everywhere: bool = False) -> ActivationSource:
+    """The model with hooks at these sites, and at others that their SAEs might belong to where the model has them."""
+    load, n_layers, find = model_loader(plan), plan.info.n_layers, plan.find_widths
+    for sums in (True, False):
+        try:
+            return load(neighbours(n_layers, widths, find, everywhere, plan.modules, sums))
+        except RequestError as error:  # some models do not have what the names say
+            log.info("other places are not tried: %s", error)
+    return load(widths)
+
+
 def model_fitter(request: Request) -> FitModel:
     """What fits the probes of the model's own activations; with a cache, those that are not in it."""
     return fit_model if request.cache is None else FitCache.open(request.cache, request.settings.cache_gb).fit_model
@@ -103,7 +114,7 @@ def _load_fitting(
     needed = {site: plan.widths[site] for site in loaded.keys() | reads}
     load = model_loader(plan)
     try:
-        model = load(neighbours(plan.info.n_layers, needed, plan.find_widths))
+        model = load_with_neighbours(plan, needed)
         check = Preflight.sample(model, plan.info, tokenised, seed)
     except (ArithmeticError, *ERRORS) as error:
         if not (isinstance(error, ArithmeticError) or is_out_of_memory(error)):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
+from delta_selectivity.models.places import BLOCKS, without_wrappers
 from delta_selectivity.probing.folds import MOST_FOLDS, too_few_people
 from delta_selectivity.probing.probes import check_backend
 from delta_selectivity.records import scores
@@ -39,6 +40,7 @@ from delta_selectivity.run.calibration import draw_mentions, fingerprint
 from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import SaeSource, expand_names, open_sae, same_path
+from delta_selectivity.saes.hookpoints import is_module_path, same_place
 from delta_selectivity.settings import fields as setting_fields
 from delta_selectivity.system.processor import check_proc
 from delta_selectivity.system.terminal import NOTE
@@ -98,6 +100,7 @@ class Plan:
     subjects: tuple[Subject, ...]  # by `SaeId`: first the SAEs, then the baselines
     widths: dict[Site, int]  # of the activations, also where transcoders read
     prepend_bos: bool
+    modules: dict[str, str]  # paths of parts of the model, and the hook points that they are
     calibration: list[Mention]  # texts that baselines are fitted to; none if none is
     setup: SetupCache
     dtype: str  # of the model's activations
@@ -133,6 +136,8 @@ def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | 
     info = setup.model(files)
     _refuse_reserved_names(texts)
     sources = open_sources(request)
+    modules = setup.names_of_modules(info)
+    sources = [in_model(source, modules) for source in sources]
     sites = [_sites(request, info, source) for source in sources]
     widths = _check_widths(info, setup, sources, sites)
     for source, own in zip(sources if fetch else (), sites, strict=False):
@@ -145,7 +150,9 @@ def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | 
     if any(subject.baseline is not None and subject.baseline.kind in CALIBRATED for subject in subjects):
         calibration = draw_mentions(load_all_mentions(request.tasks), asked.seed)
     dtype = info.choose_dtype(asked.dtype, request.device1)
-    return Plan(request, texts, info, subjects, widths, prepend_bos, calibration, setup, dtype, asked.whole_tokens)
+    return Plan(
+        request, texts, info, subjects, widths, prepend_bos, modules, calibration, setup, dtype, asked.whole_tokens
+    )
 
 
 def go_on(plan: Plan) -> Plan:
@@ -194,6 +201,21 @@ def open_sources(request: Request) -> list[SaeSource]:
                 how = "by wrap_sae" if isinstance(sae, SaeSource) else "such as my_name=folder"
                 raise RequestError(f"`saes`: two are called {source.name!r}: give each a name of its own {how}")
     return list(found.values())
+
+
+def in_model(source: SaeSource, modules: Mapping[str, str]) -> SaeSource:
+    """The source with the model's name of its place: what an MLP gives is `mlp_out` only if it is added as it is.
+
+    modules: of `ModelInfo.names_of_modules`. `layers` and `attention` stand for the model's own names of these.
+    """
+    own = source.own_hookpoint
+    if source.asked is None:
+        of_model = without_wrappers(own).split(".")[0] in BLOCKS
+        names = (name for path, name in modules.items() if of_model and same_place(path, own) and is_module_path(own))
+        return source.at(next(names, own))
+    if not same_place(source.asked, own):
+        log.warning("%s says that it is of %s; it is measured at %s, as asked", source.name, own, source.asked)
+    return source
 
 
 def _sites(request: Request, info: ModelInfo, source: SaeSource) -> tuple[Site, ...]:

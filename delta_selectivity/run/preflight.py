@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.models.checks import ADDED
 from delta_selectivity.models.language_model import ActivationSource, ModelInfo, Site
 from delta_selectivity.run.calibration import SiteSample, calibrate
 from delta_selectivity.run.reconstruction import SiteScale
@@ -125,16 +126,23 @@ def neighbours(
     widths: Mapping[Site, int],
     find_widths: Callable[[Collection[Site]], Mapping[Site, int]],
     everywhere: bool = False,
+    modules: Mapping[str, str] | None = None,
+    sums: bool = True,
 ) -> set[Site]:
     """These sites (with their widths), and others that their SAEs might belong to.
 
     The same places of other layers, up to one beyond the last of the sites, and other places of the same layers; on
     demand all places of all layers. None but the sites themselves where the model lacks one of those.
+
+    modules: of `ModelInfo.names_of_modules`; what an MLP gives and what it adds are two places in some models.
+    sums: also what MLP and attention add to the stream, which a model that scales it does not have.
     """
+    places = [place for place in PLACES if sums or place not in ADDED]
+    places += [path for path, name in (modules or {}).items() if path == name]
     reach = n_layers if everywhere else min(max(site.layer for site in widths) + 2, n_layers)
     tried = {Site(layer, site.hookpoint) for site in widths for layer in range(reach)}
     own_layers = range(reach) if everywhere else {site.layer for site in widths}
-    tried |= {Site(layer, place) for layer in own_layers for place in PLACES}
+    tried |= {Site(layer, place) for layer in own_layers for place in places}
     tried |= {Site(site.layer, NORMALIZED[site.hookpoint]) for site in widths if site.hookpoint in NORMALIZED}
     try:
         found = find_widths(tried)

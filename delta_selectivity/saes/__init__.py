@@ -178,6 +178,6 @@ def _refuse_misspelt(name: str, folder: Path) -> None:
 
 
 def _open_release(release: str, sae_id: str, hookpoint: str | None) -> SaeSource:
-    members = [find_in_registry(release, found) for found in ids_of(release, sae_id)]
+    members = [find_in_registry(release, found, hookpoint) for found in ids_of(release, sae_id)]
     name = f"{release}/{sae_id}" if sae_id else release
     return assemble(name, members, hookpoint, revision_of(members))

@@ -10,10 +10,12 @@ from typing import Any
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.hookpoints import HookPoint, canonical, input_of, parse
 
+MLP, ATTENTION = "layers.<layer>.mlp", "layers.<layer>.attention"
+"""The library takes what a module gives, whatever the model makes of it before it is added to the stream."""
 _PLACES = {
     "resid": "resid_post", "resid_out": "resid_post", "resid_post": "resid_post", "resid_pre": "resid_pre",
-    "mlp": "mlp_out", "mlp_out": "mlp_out", "mlp_in": "mlp_in",
-    "attn": "attn_out", "attention": "attn_out", "attn_out": "attn_out", "attn_in": "attn_in",
+    "mlp": MLP, "mlp_out": MLP, "mlp_in": "mlp_in",
+    "attn": ATTENTION, "attention": ATTENTION, "attn_out": ATTENTION, "attn_in": "attn_in",
 }  # fmt: skip
 """Names that people give to submodules, before ``_layer_5``."""
 

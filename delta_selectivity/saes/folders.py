@@ -94,8 +94,9 @@ def find_members(
 ) -> list[FolderMember]:
     """All SAEs in a folder: itself, or those of the folders below it that are the least deep.
 
-    ``hookpoint`` is where they belong if neither a config nor a folder says so. Raises `RequestError` if there is no
-    SAE, or if one of them cannot be read.
+    ``hookpoint`` is where they belong if neither a config nor a folder says so in known words.
+
+    Raises `RequestError` if there is no SAE, or if one of them cannot be read.
     """
     configs = _find_configs(root)
     if not configs:
@@ -119,7 +120,7 @@ def holds_saes(folder: Path) -> bool:
 def _formats(hookpoint: str | None) -> dict[str, tuple[SaeFormat, ...]]:
     """The formats by the name of their config."""
     return {
-        "cfg.json": (SaeLens(), Sparsify()),
+        "cfg.json": (SaeLens(hookpoint), Sparsify()),
         plain.CONFIG: (Plain(),),
         dictionary_learning.CONFIG: (DictionaryLearning(hookpoint),),
     }

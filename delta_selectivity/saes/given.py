@@ -106,7 +106,7 @@ class Given:
             return None
         if not isinstance(given, str) or not given.strip():
             raise RequestError(f"`{field}` is {given!r}; the name of a place such as resid_post or mlp_out is needed")
-        hook = parse(given, self.model_name)
+        hook = parse(given)
         return _Place(canonical(given), None) if hook is None else _Place(hook.place, hook.layer)
 
     def _k(self, header: SaeHeader) -> int | None:

@@ -5,11 +5,14 @@ ours                 what it is, of one layer            module paths (sparsify,
 ===================  ==================================  ===========================  ==============================
 ``resid_post``       the residual stream after it        ``layers.5``                 ``blocks.5.hook_resid_post``
 ``resid_pre``        the residual stream before it       ``layers.5:in``              ``blocks.5.hook_resid_pre``
-``mlp_out``          what the MLP adds to the stream     ``layers.5.mlp``             ``blocks.5.hook_mlp_out``
+``resid_mid``        the stream between attention and    none                         ``blocks.5.hook_resid_mid``
+                     the MLP
+``mlp_out``          what the MLP adds to the stream     none                         ``blocks.5.hook_mlp_out``
 ``mlp_in``           what the MLP receives               ``layers.5.mlp:in``          ``blocks.5.mlp.hook_in``
 ``mlp_normalized``   the same, before the norm's         none                         ``blocks.5.ln2.hook_normalized``
                      weight and bias
-``attn_out``         what attention adds to the stream   ``layers.5.attention``       ``blocks.5.hook_attn_out``
+``mlp_post``         what the MLP's last map receives    none                         ``blocks.5.mlp.hook_post``
+``attn_out``         what attention adds to the stream   none                         ``blocks.5.hook_attn_out``
 ``attn_in``          what attention receives             ``layers.5.attention:in``    ``blocks.5.attn.hook_in``
 ``attn_normalized``  the same, before the norm's         none                         ``blocks.5.ln1.hook_normalized``
                      weight and bias
@@ -18,11 +21,13 @@ a path               a module's output, or with ``:in``  ``layers.5.mlp.act``   
                      its input
 ===================  ==================================  ===========================  ==============================
 
-A path has ``<layer>`` in place of the number. ``hook_normalized`` of a LayerNorm stood behind weight and bias in older
+A path has ``<layer>`` in place of the number. ``layers.5.mlp`` and ``layers.5.attention`` are what the modules give. In
+most models that is what is added to the stream, ``mlp_out`` and ``attn_out``; Gemma 2 normalises it first. Which it is
+follows from the model (``names_of_modules``), so they stay paths here.
+``hook_normalized`` of a LayerNorm stood behind weight and bias in older
 versions of TransformerLens; of an RMSNorm it never did, and Gemma Scope's transcoders, which SAE Lens lists there, were
-trained on inputs without the gain (arXiv 2408.05147, "Language model technical details"). ``hook_mlp_in`` and
-``hook_resid_mid`` are the stream between attention and the MLP, which no module of every model receives or gives: they
-are not known here.
+trained on inputs without the gain (arXiv 2408.05147, "Language model technical details"). SAE Lens says
+``hook_mlp_in``, which is ``hook_resid_mid``, of Gemma Scope 2 transcoders, which read behind the norm: not known here.
 """
 
 from __future__ import annotations
@@ -40,14 +45,14 @@ _AFTER_LAYER = {
     "hook_resid_post": "resid_post",
     INPUT: "resid_pre",
     "hook_resid_pre": "resid_pre",
-    "mlp": "mlp_out",
+    "hook_resid_mid": "resid_mid",
     "hook_mlp_out": "mlp_out",
     "post_feedforward_layernorm": "mlp_out",  # Gemma 2 and 3 normalise what the MLP adds
     f"mlp{INPUT}": "mlp_in",
     "mlp.hook_in": "mlp_in",
     "ln2.hook_normalized": "mlp_normalized",
+    "mlp.hook_post": "mlp_post",
     "pre_feedforward_layernorm": "mlp_in",  # of the same models, straight before the MLP
-    **dict.fromkeys(_ATTENTION, "attn_out"),
     "hook_attn_out": "attn_out",
     **dict.fromkeys((f"{name}{INPUT}" for name in _ATTENTION), "attn_in"),
     "attn.hook_in": "attn_in",
@@ -58,9 +63,8 @@ _AFTER_LAYER = {
 }
 """What follows the layer's number in a name, and the place it means."""
 
-_PARTS = ("mlp", *_ATTENTION)
-_NORM_AFTER_PARTS = re.compile(r"gemma-?[23]|olmo-?[23]|glm-?4", re.IGNORECASE)
-"""Models that normalise what a part gives before it is added to the stream."""
+_OUTPUT_OF = {"mlp": "mlp_out", **dict.fromkeys(_ATTENTION, "attn_out")}
+"""Modules, and the place whose value they give in most models."""
 _INPUT_OF = {"resid_post": "resid_pre", "mlp_out": "mlp_in", "attn_out": "attn_in"}
 _NUMBERED = re.compile(
     r"(?P<before>(?:[A-Za-z_]\w*\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?P<after>\.[^:]+)?(?P<input>:in)?"
@@ -75,18 +79,13 @@ class HookPoint(NamedTuple):
     """A name of the table above, or a path with ``<layer>``."""
 
 
-def parse(name: str, model_name: str | None = None) -> HookPoint | None:
-    """The hook point that a name with a layer number means; None if it is no such name.
-
-    In a model that is known to normalise what its parts give, the output of a part as a module is not what it adds,
-    and stays a path.
-    """
+def parse(name: str) -> HookPoint | None:
+    """The hook point that a name with a layer number means; None if it is no such name."""
     match = _NUMBERED.fullmatch(name)
     if match is None:
         return None
     path = f"{match['before']}{match['list']}.<layer>{match['after'] or ''}{match['input'] or ''}"
-    given = _after_layer(path) in _PARTS and _NORM_AFTER_PARTS.search(model_name or "") is not None
-    return HookPoint(int(match["layer"]), path if given else canonical(path))
+    return HookPoint(int(match["layer"]), canonical(path))
 
 
 def canonical(place: str) -> str:
@@ -96,13 +95,12 @@ def canonical(place: str) -> str:
 
 
 def same_place(asked: str, found: str) -> bool:
-    """Whether a place that the user asks for is the one that an SAE says of itself.
+    """Whether a place that the user asks for may be the one that an SAE says of itself.
 
-    Paths may differ in what comes before the list of layers: ``gpt_neox.layers.<layer>.mlp`` is ``mlp_out``.
+    Paths may differ in what comes before the list of layers, and what a module gives may be what is added to the
+    stream: ``gpt_neox.layers.<layer>.mlp``, ``layers.<layer>.mlp`` and ``mlp_out``.
     """
-    asked, found = canonical(asked), canonical(found)
-    paths = _after_layer(asked), _after_layer(found)
-    return asked == found if None in paths else paths[0] == paths[1]
+    return _loosely(asked) == _loosely(found)
 
 
 def input_of(place: str) -> str:
@@ -113,6 +111,12 @@ def input_of(place: str) -> str:
 def is_module_path(place: str) -> bool:
     """Whether a place is a path, and not a name of the table."""
     return "<layer>" in place
+
+
+def _loosely(place: str) -> str:
+    place = canonical(place)
+    after = _after_layer(place)
+    return place if after is None else _OUTPUT_OF.get(after, after)
 
 
 def _after_layer(place: str) -> str | None:

@@ -153,7 +153,7 @@ def wrap_sae(
     except RequestError as error:  # a library's reader knows no arguments
         raise error if error.field else RequestError(f"`obj` {error}") from error
     member = ObjectMember(_choose_name(name, obj, contents, header), header, contents, version)
-    return SaeSource(member.where, (member,))
+    return SaeSource(member.where, (member,), asked=None if hookpoint is None else header.hookpoint)
 
 
 def _unwrapped(obj: Any) -> Any:

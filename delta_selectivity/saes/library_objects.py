@@ -142,7 +142,7 @@ class SaeLensObject(_LibraryObject):
         return None if self.unchanged else settings_of(self.obj)
 
     def build(self, header: SaeHeader) -> tuple[Coder, InputNorm]:
-        lens = self._parse(header.config, Places(header.layer, header.hookpoint, header.input_hookpoint))
+        lens = self._parse(header.config, Places.of(header))
         tensors, scaling = as_float32(self.tensors(), self.label), InputScaling(header.config["scaling_factor"])
         if not self.unchanged:
             return as_dense_coder(runnable_copy(self.obj, self.label), lens), lens.input_norm

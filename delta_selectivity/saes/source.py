@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import Coder
-from delta_selectivity.saes.hookpoints import same_place
+from delta_selectivity.saes.hookpoints import canonical, is_module_path, same_place
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.sae import Sae
 
@@ -104,6 +104,8 @@ class SaeSource:
     """What stands for the files where they are not all on this machine: repository and commit."""
     typed: str | None = None
     """What ``open_sae`` finds it by; None if that is its name."""
+    asked: str | None = None
+    """The place that its user gave; None: the one that the SAE says."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -113,7 +115,16 @@ class SaeSource:
     @property
     def hookpoint(self) -> str:
         """The place that the SAEs reconstruct, by a name of ``hookpoints``."""
+        return self._first.hookpoint if self.asked is None else self.asked
+
+    @property
+    def own_hookpoint(self) -> str:
+        """The same, as the SAE says."""
         return self._first.hookpoint
+
+    def at(self, hookpoint: str) -> SaeSource:
+        """The same SAEs, whose place has another name in the model that they are used with."""
+        return replace(self, asked=hookpoint)
 
     @property
     def input_hookpoint(self) -> str | None:
@@ -169,7 +180,7 @@ class SaeSource:
         return Sae(
             name=member.where,
             layer=header.layer,
-            hookpoint=header.hookpoint,
+            hookpoint=self.hookpoint,
             d_in=header.d_in,
             d_sae=header.d_sae,
             k=header.k,
@@ -208,10 +219,13 @@ class SaeSource:
 def assemble(name: str, members: Sequence[Member], hookpoint: str | None, revision: str | None = None) -> SaeSource:
     """A source from all SAEs found under a name: those of one hook point, one a layer.
 
-    Raises `RequestError` if the hook point is absent or has to be chosen, if two SAEs claim a layer, or if they read
+    The hook point that is asked for is where they are measured, whatever they say of themselves.
+
+    Raises `RequestError` if it is none of several or has to be chosen, if two SAEs claim a layer, or if they read
     different places or widths.
     """
     place = _choose_place(name, [member.header.hookpoint for member in members], hookpoint)
+    measured = None if hookpoint is None else _as_asked(hookpoint, place)
     chosen = sorted((m for m in members if m.header.hookpoint == place), key=lambda member: member.header.layer)
     for before, after in itertools.pairwise(chosen):
         if before.header.layer == after.header.layer:
@@ -222,16 +236,23 @@ def assemble(name: str, members: Sequence[Member], hookpoint: str | None, revisi
             if one != other:
                 both = f"{one} ({before.where}) and {other} ({after.where})"
                 raise RequestError(f"{name}: SAEs of one hook point have one {what}, these have {both}")
-    return SaeSource(name, tuple(chosen), revision)
+    return SaeSource(name, tuple(chosen), revision, asked=measured)
 
 
 def _choose_place(name: str, found: Sequence[str], asked: str | None) -> str:
     places = sorted(set(found))
     if asked is not None:
-        matching = [place for place in places if same_place(asked, place)]
+        matching = [place for place in places if same_place(asked, place)] or (places if len(places) == 1 else [])
         if not matching:
             raise RequestError(f"`hookpoint` {asked}: {name} has SAEs for {', '.join(places)}")
         return matching[0]
     if "resid_post" in places or len(places) == 1:
         return "resid_post" if "resid_post" in places else places[0]
     raise RequestError(f"{name}: SAEs for {', '.join(places)}; choose one with `hookpoint`")
+
+
+def _as_asked(asked: str, found: str) -> str:
+    """The place asked for; in the words of the SAE, if it names the same module."""
+    asked = canonical(asked)
+    both_paths = is_module_path(asked) and is_module_path(found)
+    return found if both_paths and same_place(asked, found) else asked

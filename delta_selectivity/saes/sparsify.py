@@ -42,7 +42,7 @@ class Sparsify:
 
     def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
         """Check a config, found at ``path``. The folder's name says where in the model the SAE belongs."""
-        hook = parse(path.parent.name, model_name)
+        hook = parse(path.parent.name)
         if hook is None:
             raise RequestError(
                 f"{path.parent}: the folder's name says where in the model the SAE belongs;"

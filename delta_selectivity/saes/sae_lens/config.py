@@ -59,10 +59,13 @@ class LensConfig:
     trained_on_bos: bool
 
     @classmethod
-    def parse(cls, config: Mapping[str, Any], path: Path, places: Places | None = None) -> LensConfig:
+    def parse(
+        cls, config: Mapping[str, Any], path: Path, places: Places | None = None, asked: str | None = None
+    ) -> LensConfig:
         """From ``cfg.json`` at ``path``. Raises `RequestError` at what is missing, wrong or cannot be honoured.
 
-        ``places`` says where the SAE belongs if the config does not.
+        ``places`` says where the SAE belongs if the config does not; ``asked`` what it reconstructs if the config's
+        name of that means nothing here.
         """
         _check_types(config, path)
         flat = _flatten(config)
@@ -72,7 +75,7 @@ class LensConfig:
         prepend_bos, model_name = flat.get("prepend_bos"), flat.get("model_name")
         if prepend_bos is not None and not isinstance(prepend_bos, bool):
             raise RequestError(f"{path}: prepend_bos is {prepend_bos!r}; true or false is needed")
-        places = places or find_places(flat, path, transcodes=architecture in TRANSCODERS)
+        places = places or find_places(flat, path, transcodes=architecture in TRANSCODERS, asked=asked)
         settings = flat.get("model_from_pretrained_kwargs") or {}
         return cls(
             path=path,

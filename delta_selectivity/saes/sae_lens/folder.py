@@ -7,6 +7,7 @@ map and a selection go through it (``sae_lens_library``).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from delta_selectivity.saes.files import check_shapes, read_shapes, read_tensors
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.sae_lens.config import NATIVE, LensConfig
 from delta_selectivity.saes.sae_lens.library import load_folder
+from delta_selectivity.saes.sae_lens.places import Places
 from delta_selectivity.saes.sae_lens.scaling import SCALER, WHITENING, check_scaling, read_scaling
 from delta_selectivity.saes.sae_lens.weights import build_native, expected_shapes
 from delta_selectivity.saes.source import SaeHeader
@@ -22,8 +24,12 @@ from delta_selectivity.saes.source import SaeHeader
 WEIGHTS = "sae_weights.safetensors"
 
 
+@dataclass(frozen=True)
 class SaeLens:
     """Reads one folder of this format."""
+
+    asked: str | None = None
+    """``hookpoint``, for a config that names a place which is not known."""
 
     def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """The config, the weights, and what stands beside a training checkpoint."""
@@ -35,11 +41,11 @@ class SaeLens:
 
     def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
         """Check a config, found at ``path``."""
-        return LensConfig.parse(config, path).header(config)
+        return LensConfig.parse(config, path, asked=self.asked).header(config)
 
     def check(self, folder: Path, header: SaeHeader) -> None:
         """Compare the weights' header with the config, and look for what it needs beside it."""
-        lens = LensConfig.parse(header.config, folder / "cfg.json")
+        lens = LensConfig.parse(header.config, folder / "cfg.json", Places.of(header))
         names = set(read_shapes(folder / WEIGHTS))
         if lens.architecture in NATIVE:
             check_shapes(folder / WEIGHTS, expected_shapes(lens, names))
@@ -47,7 +53,7 @@ class SaeLens:
 
     def build(self, folder: Path, header: SaeHeader) -> tuple[Coder, InputNorm]:
         """Load the weights."""
-        lens = LensConfig.parse(header.config, folder / "cfg.json")
+        lens = LensConfig.parse(header.config, folder / "cfg.json", Places.of(header))
         scaling = read_scaling(lens)
         if lens.architecture in NATIVE:
             return build_native(lens, read_tensors(folder / WEIGHTS), scaling), lens.input_norm

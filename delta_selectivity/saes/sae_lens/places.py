@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.saes.hookpoints import INPUT, HookPoint, parse
+from delta_selectivity.saes.hookpoints import INPUT, HookPoint, canonical, parse
+from delta_selectivity.saes.source import SaeHeader
 
-_KNOWN = "hook_resid_pre, hook_resid_post, hook_mlp_out, hook_attn_out, hook_z, ln1 and ln2.hook_normalized"
+_KNOWN = (
+    "hook_resid_pre, hook_resid_mid, hook_resid_post, hook_mlp_out, hook_attn_out, hook_z, mlp.hook_post, ln1 and "
+    "ln2.hook_normalized"
+)
+_LAYER = re.compile(r"(?:blocks|layers|h)\.(\d+)\.")
 
 
 class Places(NamedTuple):
@@ -22,14 +27,21 @@ class Places(NamedTuple):
     input_hookpoint: str | None
     """What a transcoder reads; None for an autoencoder."""
 
+    @classmethod
+    def of(cls, header: SaeHeader) -> Places:
+        """Those that were found before."""
+        return cls(header.layer, header.hookpoint, header.input_hookpoint)
 
-def find_places(flat: Mapping[str, Any], path: Path, *, transcodes: bool) -> Places:
+
+def find_places(flat: Mapping[str, Any], path: Path, *, transcodes: bool, asked: str | None = None) -> Places:
     """From the config at ``path``, flattened; the folder's name stands in for a missing ``hook_name``.
+
+    ``asked`` is what it reconstructs if its own name of that means no place that can be measured.
 
     Raises `RequestError` if a name means no place that can be measured, if an autoencoder names two places, or if a
     transcoder does not, or crosses layers.
     """
-    hook = _hook(flat, "hook_name", path)
+    hook = _hook(flat, "hook_name", path, None if transcodes else asked)
     if not transcodes:
         if flat.get("hook_name_out") not in (None, flat.get("hook_name")):
             raise RequestError(
@@ -39,7 +51,7 @@ def find_places(flat: Mapping[str, Any], path: Path, *, transcodes: bool) -> Pla
         return Places(hook.layer, hook.place, None)
     if not flat.get("hook_name_out"):
         raise RequestError(f"{path}: no hook_name_out, which says whose output this transcoder imitates")
-    out = _hook(flat, "hook_name_out", path)
+    out = _hook(flat, "hook_name_out", path, asked)
     if out.layer != hook.layer:
         raise RequestError(
             f"{path}: it reads layer {hook.layer} and writes to layer {out.layer}; one layer can be measured"
@@ -47,12 +59,18 @@ def find_places(flat: Mapping[str, Any], path: Path, *, transcodes: bool) -> Pla
     return Places(out.layer, out.place, hook.place)
 
 
-def _hook(flat: Mapping[str, Any], key: str, path: Path) -> HookPoint:
+def _hook(flat: Mapping[str, Any], key: str, path: Path, asked: str | None) -> HookPoint:
     """The place of one key: of TransformerLens's name if that is known, else of the module path beside it."""
     name = str(flat.get(key) or path.parent.name)
     module = re.sub(r"\.input$", INPUT, str(flat.get(f"hf_{key}") or "")).removesuffix(".output")
     for candidate in (name, module):
-        hook = parse(candidate, flat.get("model_name"))
+        hook = parse(candidate)
         if hook is not None and not hook.place.startswith("blocks.<layer>"):  # TransformerLens's, and not of the table
             return hook
-    raise RequestError(f"{path}: {key} {name!r} is no place that can be measured; {_KNOWN} and module paths are")
+    layer = _LAYER.search(name)
+    if asked is not None and layer is not None:
+        return HookPoint(int(layer[1]), canonical(asked))
+    raise RequestError(
+        f"{path}: {key} {name!r} is no place that can be measured; {_KNOWN} and module paths are: give the module "
+        "whose output it is as `hookpoint`, such as layers.<layer>.mlp.act, or with :in the one that receives it"
+    )

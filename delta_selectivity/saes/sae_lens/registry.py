@@ -17,6 +17,7 @@ from delta_selectivity.saes.coders import Coder
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.sae_lens.config import LensConfig
 from delta_selectivity.saes.sae_lens.library import UNREADABLE, as_coder, fetch, one_line
+from delta_selectivity.saes.sae_lens.places import Places
 from delta_selectivity.saes.source import SaeHeader
 
 
@@ -40,7 +41,7 @@ class RegistryMember:
 
     def build(self) -> tuple[Coder, InputNorm]:
         module = fetch(self.release, self.sae_id)
-        lens = LensConfig.parse(module.cfg.to_dict(), Path(self.where) / "cfg.json")
+        lens = LensConfig.parse(module.cfg.to_dict(), Path(self.where) / "cfg.json", Places.of(self.header))
         return as_coder(module, lens), lens.input_norm
 
     def digest(self) -> str:
@@ -75,20 +76,36 @@ def sae_ids(release: str) -> list[str]:
     return list(get_pretrained_saes_directory()[release].saes_map)
 
 
-def find_in_registry(release: str, sae_id: str) -> RegistryMember:
-    """The member of a release. Raises `RequestError` if it lists no such id or its config cannot be had."""
+def find_in_registry(release: str, sae_id: str, hookpoint: str | None = None) -> RegistryMember:
+    """The member of a release; ``hookpoint`` is where it belongs if its config's name of that is not known.
+
+    Raises `RequestError` if it lists no such id or its config cannot be had.
+    """
     from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
 
     known = sae_ids(release)
     if sae_id not in known:
         some = ", ".join(known[:4]) + (f" and {len(known) - 4} more" if len(known) > 4 else "")
         raise RequestError(f"{release}/{sae_id}: this SAE Lens release has no such id; it has {some}")
+    if _sums_decoders(release, sae_id):
+        raise RequestError(
+            f"{release}/{sae_id}: one layer of a cross-layer transcoder, whose decoders for all layers SAE Lens adds "
+            "up: it gives latents and reconstructs no layer, so it cannot be measured"
+        )
     try:
         config = load_sae_config_from_huggingface(release, sae_id)
     except UNREADABLE as error:
         raise RequestError(f"{release}/{sae_id}: SAE Lens could not read its config ({one_line(error)})") from error
-    lens = LensConfig.parse(config, Path(release) / sae_id / "cfg.json")
+    lens = LensConfig.parse(config, Path(release) / sae_id / "cfg.json", asked=hookpoint)
     return RegistryMember(release, sae_id, lens.header(config))
+
+
+def _sums_decoders(release: str, sae_id: str) -> bool:
+    """Whether the library makes one decoder out of those for several layers: the loaders go by these names too."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    listed = get_pretrained_saes_directory()[release]
+    return "clt" in f"{listed.conversion_func} {listed.saes_map[sae_id]}".lower()
 
 
 def revision_of(members: Sequence[RegistryMember]) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.hookpoints import is_module_path
 
-STREAM = frozenset({"resid_pre", "resid_post", "mlp_out", "attn_out"})
+STREAM = frozenset({"resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"})
 """The residual stream, and what is added to it."""
 
 CHANGES = {
