@@ -1,8 +1,9 @@
-"""Result files of any shape for the report: the demo's, with other names, layers and SAEs."""
+"""Result files of any shape for the report: the demo's, with other names, layers, settings and SAEs."""
 
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 from delta_selectivity.records.result_file import RecordFile
@@ -72,3 +73,17 @@ def _level(number, saes):
 
     others = {name: both(0.004 * (i - number), 0.01 * (i - number)) for i, name in enumerate(saes) if i != number}
     return {**both(-0.03 - 0.004 * number, 0.8 - 0.01 * number), "n_cells": 1, "compared": others}
+
+
+def write_changed(source, target, key=None, config=None, level=None):
+    """A result file again, in another place, made by another request: `_run.key` and `_run.config` are changed."""
+    found = json.loads(source.read_text("utf-8"))
+    run = found.pop("_run")
+    run["key"] |= key or {}
+    run["config"] |= config or {}
+    kept = {name: run[name] for name in ("config", "versions", "commit", "started")}
+    names = ("warnings", "complete", "seconds", "resources", "q_family", "sae_level")
+    fields = {name: run[name] for name in names} | ({} if level is None else {"sae_level": level})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    RecordFile(target, run["key"], kept, **fields).write({int(name[6:]): layer for name, layer in found.items()})
+    return target

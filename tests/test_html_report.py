@@ -384,6 +384,7 @@ def test_datasets_of_several_models_are_told_apart(tmp_path):
     path = results.result_files(folder)[0]
     content = json.loads(path.read_text())
     content["_run"]["config"]["model_name"] = "org/other"
+    content["_run"]["key"]["model"] = "of other weights"
     path.write_text(json.dumps(content))
     path.rename(path.with_name("org_other_wikidata_gender.json"))
     datasets = study_in(folder).datasets

@@ -6,12 +6,14 @@ import csv
 from pathlib import Path
 
 import pytest
+from result_sets import write_changed, write_set
 
 from delta_selectivity.cli import report
 from delta_selectivity.records import result_file
 from delta_selectivity.records.figures import OF_A_PROBE, OR_NULL
 from delta_selectivity.records.result_file import RecordFile
 from delta_selectivity.reporting import csv_file, results
+from delta_selectivity.reporting.study import study_of
 
 DEMO = Path(__file__).resolve().parent.parent / "results" / "demo"
 
@@ -50,3 +52,82 @@ def test_a_csv_that_cannot_be_written_is_told_in_one_line(target, tmp_path, monk
     assert report.main([str(DEMO), "--csv", target]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+SAE = DEMO / "tiny-pythia-saes-k8" / "tiny-pythia_wikidata_gender.json"
+
+
+def summary(*folders):
+    return study_of(results.load([path for folder in folders for path in results.result_files(folder)]))
+
+
+@pytest.mark.parametrize(
+    ("key", "config", "told"),
+    [
+        ({"positions": "mean"}, {}, "positions mean"),
+        ({"seed": 1}, {}, "seed 1"),
+        ({"dtype": "float32"}, {}, "dtype float32"),
+        ({"data": "other rows"}, {"shuffle_select_n": 300}, "shuffle_select_n 300"),
+        ({"data": "other rows"}, {}, "in b"),
+        ({"sae": "trained on"}, {}, "in b"),
+        ({"model": "tuned"}, {"model_name": "my/tuned"}, "model my/tuned"),
+        ({"model": "tuned"}, {}, "model assets/tiny-pythia [weights 2]"),
+        ({"epsilon": 0.05}, {}, "epsilon 0.05"),
+        ({"new_setting": True}, {}, "new_setting on"),
+    ],
+)
+def test_what_changes_a_number_is_never_averaged(key, config, told, tmp_path):
+    write_changed(SAE, tmp_path / "a" / SAE.name)
+    write_changed(SAE, tmp_path / "b" / SAE.name, key, config)
+    saes = summary(tmp_path).saes
+    assert len(saes) == 2
+    assert saes[1].name == f"assets/tiny-pythia-saes-k8 ({told})"
+    assert [len(sae.cells) for sae in saes] == [6, 6]
+
+
+def test_a_model_by_two_names_counts_once(tmp_path, caplog):
+    write_changed(SAE, tmp_path / "a" / "org_tiny_wikidata_gender.json", config={"model_name": "org/tiny"})
+    write_changed(SAE, tmp_path / "b" / "tiny_wikidata_gender.json", config={"model_name": "/home/me/tiny"})
+    study = summary(tmp_path)
+    (sae,) = study.saes
+    assert len(sae.cells) == 6
+    assert list(study.datasets) == ["wikidata_gender"]
+    assert "b/tiny_wikidata_gender.json repeats what" in caplog.text
+    assert "counted once" in caplog.text
+
+
+def test_layers_of_two_runs_add_up(tmp_path):
+    for name, layers in (("a", range(2)), ("b", range(1, 4))):
+        write_set(tmp_path / name, layers=layers)
+    (sae,) = summary(tmp_path / "a", tmp_path / "b").saes
+    assert [cell.layer for cell in sae.cells] == [0, 1, 2, 3]
+
+
+def test_what_cannot_be_compared_is_named_with_both_values(tmp_path, capsys):
+    other = {"sae": "another"}
+    write_changed(SAE, tmp_path / "a" / SAE.name)
+    write_changed(SAE, tmp_path / "b" / SAE.name, {"positions": "mean", "seed": 1, "sae": "x"}, other)
+    assert report.main([str(tmp_path / "a"), str(tmp_path / "b"), "--summary"]) == 0
+    told = capsys.readouterr().out
+    assert "not compared with another: positions last and mean; seed 0 and 1" in told
+    write_changed(SAE, tmp_path / "b" / SAE.name, {"sae": "x", "data": "y"}, {**other, "dataset_file": "mine.csv"})
+    (line,) = summary(tmp_path).apart
+    assert line.endswith("dataset_file none and mine.csv; other rows of wikidata_gender")
+    write_changed(SAE, tmp_path / "b" / SAE.name, {"sae": "x", "model": "y"}, {**other, "model_name": "org/other"})
+    assert "model assets/tiny-pythia and org/other" in summary(tmp_path).apart[0]
+    assert SAE.stem not in "".join(summary(tmp_path).apart)
+
+
+def test_lines_of_the_csv_say_what_they_are_of(tmp_path):
+    write_changed(SAE, tmp_path / "a" / SAE.name, config={"shuffle_select_n": 300})
+    write_changed(SAE, tmp_path / "b" / SAE.name, {"positions": "mean", "seed": 7})
+    assert report.main([str(tmp_path), "--csv", str(tmp_path / "all.csv")]) == 0
+    lines = list(csv.DictReader((tmp_path / "all.csv").open(encoding="utf-8")))
+    names = ("model", "sae", "positions", "seed", "shuffle_select_n", "probe_solver", "hookpoint")
+    told = dict.fromkeys(tuple(line[name] for name in names) for line in lines)
+    shared = ("assets/tiny-pythia", "assets/tiny-pythia-saes-k8")
+    assert list(told) == [
+        (*shared, "last", "0", "300", "auto", "resid_post"), (*shared, "mean", "7", "", "auto", "resid_post")
+    ]  # fmt: skip
+    assert {line["probe"] for line in lines} == {"gender"}
+    assert all(int(line["n_rows"]) > 0 for line in lines)

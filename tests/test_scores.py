@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import people, write_csv, write_sparsify
+from result_sets import write_changed
 from runs import Request, files, numbers
 from safetensors import safe_open
 from test_probe_statistics import found_scores
@@ -16,6 +18,9 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file, scores
 from delta_selectivity.records.sae_level import difference, mean_delta, read_cells
 from delta_selectivity.records.scores import LayerScores, compute, load, save
+from delta_selectivity.reporting.results import load as load_files
+from delta_selectivity.reporting.results import result_files
+from delta_selectivity.reporting.study import study_of
 
 
 @pytest.fixture
@@ -209,3 +214,49 @@ def test_q_values_are_over_all_that_was_measured_of_an_sae(run):
             np.testing.assert_allclose(q, false_discovery_control(p))
         names = {path.name for path in files(folder)}
         assert all(set(result_file.read(path)["_run"]["q_family"]) == names for path in files(folder))
+
+
+def in_runs_of_their_own(run, folder):
+    """The SAEs of a run as if each had been measured alone: one directly in a folder, the other in a folder below it.
+
+    Returns what the run found when it compared them, by the names of both.
+    """
+    found = {}
+    saes = sorted(path for path in run.out.iterdir() if path.is_dir())
+    for sae, place in zip(saes, (folder, folder / "second"), strict=True):
+        for path in files(sae):
+            known = result_file.read(path)["_run"]
+            for other, versus in known["sae_level"]["compared"].items():
+                found[known["config"]["sae"], other] = versus
+            write_changed(path, place / path.name, level={**known["sae_level"], "compared": {}})
+            shutil.copytree(scores.folder_of(path), scores.folder_of(place / path.name))
+    return found
+
+
+def test_saes_of_two_runs_are_compared_as_if_they_had_been_measured_together(run, tmp_path):
+    found = in_runs_of_their_own(run, tmp_path)
+    study = study_of(load_files(result_files(tmp_path)))
+    (pair,) = study.neighbours
+    assert study.apart == []
+    assert pair.found == found[pair.one.name, pair.other.name]
+    assert study.comparison(pair.other.name, pair.one.name).found == found[pair.other.name, pair.one.name]
+
+
+def test_an_sae_whose_datasets_are_of_two_runs_has_its_mean_over_both(run, tmp_path):
+    folder = next(path for path in sorted(run.out.iterdir()) if path.is_dir())
+    level = result_file.read(files(folder)[0])["_run"]["sae_level"]
+    for number, path in enumerate(files(folder)):
+        alone = {**level, "delta_sel": float(number), "compared": {}}
+        write_changed(path, tmp_path / str(number) / path.name, level=alone)
+        shutil.copytree(scores.folder_of(path), scores.folder_of(tmp_path / str(number) / path.name))
+    (sae,) = study_of(load_files(result_files(tmp_path))).saes
+    assert sae.overall("delta_sel") == (level["delta_sel"], level["delta_sel_ci_low"], level["delta_sel_ci_high"])
+
+
+def test_scores_that_are_gone_are_named(run, tmp_path):
+    in_runs_of_their_own(run, tmp_path)
+    shutil.rmtree(scores.folder_of(files(tmp_path / "second")[0]))
+    study = study_of(load_files(result_files(tmp_path)))
+    assert study.neighbours == []
+    (line,) = study.apart
+    assert "the scores beside the result files of" in line

@@ -19,7 +19,7 @@ from delta_selectivity.probing.uncertainty import Estimate
 from delta_selectivity.records import sae_level
 from delta_selectivity.records.scores import folder_of
 from delta_selectivity.reporting import results as table
-from delta_selectivity.reporting.results import File
+from delta_selectivity.reporting.groups import File, obstacle, stored_cells
 from delta_selectivity.system.whole_file import replacing
 
 if TYPE_CHECKING:
@@ -118,9 +118,10 @@ class Results:
     def to_frame(self) -> pandas.DataFrame:
         """Return a data frame with a row per SAE, task, layer and probe.
 
-        Columns: ``sae``, ``baseline`` (its kind; None for an SAE), ``dataset``, ``layer``, ``probe``, then the figures
-        of the layer (``mse_pos``, ``fvu_whole``, ``l0``, ...) and all that was measured of the probe (``model_sel``,
-        ``sae_sel``, ``delta_sel``, ``ci_low``, ``ci_high``, ``q_value``, ...). ``docs/numbers.md`` defines every one.
+        Columns: ``sae``, ``baseline`` (its kind; None for an SAE), ``dataset``, ``layer``, ``probe``; ``model`` and the
+        settings that change a number (``positions``, ``seed``, ...); the figures of the layer (``mse_pos``,
+        ``fvu_whole``, ``l0``, ...); all that was measured of the probe (``model_sel``, ``sae_sel``, ``delta_sel``,
+        ``ci_low``, ``ci_high``, ``q_value``, ...). ``docs/numbers.md`` defines every one.
         """
         import pandas
 
@@ -139,7 +140,9 @@ class Results:
         one, other = self._cells(a, "a"), self._cells(b, "b")
         delta = sae_level.difference(one, other)
         if delta is None:
-            raise RequestError(f"{a} and {b} were not measured on the same rows and folds: they cannot be compared")
+            known = table.by_sae(self.files)
+            reason = obstacle(known[self._name(a, "a")], known[self._name(b, "b")]) or "no cells on the same rows"
+            raise RequestError(f"{a} and {b} cannot be compared: {reason}")
         n_cells = len(one.keys() & other.keys())
         return Difference(a, b, n_cells, delta, sae_level.difference_in_transfer_r2(one, other))
 
@@ -190,16 +193,17 @@ class Results:
     def __repr__(self) -> str:
         return f"<Results: {len(self)} rows of {', '.join(self.saes)}>"
 
-    def _cells(self, name: str, field: str) -> dict[sae_level.Place, ProbeScores]:
-        """The stored scores of one SAE."""
+    def _name(self, name: str, field: str) -> str:
+        """The SAE of this name or folder, by its name in `saes`."""
         known = table.by_sae(self.files)
         named = [sae for sae in known if name in (sae, table.label_in_run(sae, known[sae]))]
         if len(named) != 1:
             raise RequestError(f"`{field}`: there is no SAE {name!r} here: {', '.join(known)}")
-        cells = sae_level.read_cells(
-            (path, found["_run"]["key"], sorted({layer for layer, *_ in table.cells(found)}))
-            for path, found in known[named[0]]
-        )
+        return named[0]
+
+    def _cells(self, name: str, field: str) -> dict[sae_level.Place, ProbeScores]:
+        """The stored scores of one SAE."""
+        cells = stored_cells(table.by_sae(self.files)[self._name(name, field)])
         if cells is None:
             raise RequestError(f"{name}: the scores beside its result files are gone: measure it again")
         return cells

@@ -19,7 +19,8 @@ from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.cli.parser import Parser, user_path
 from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.csv_file import write_csv
-from delta_selectivity.reporting.results import File, load_all, result_files
+from delta_selectivity.reporting.groups import File
+from delta_selectivity.reporting.results import load_all, result_files
 from delta_selectivity.reporting.tables import (
     overview,
     render,
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
     """
     try:
         asked = _parse(argv, prog)
-        files, refused = load_all(result_files(asked.folder))
+        files, refused = load_all(path for folder in asked.folder for path in result_files(folder))
         for error in refused:
             tell(with_flags(f"error: {error}"))
         if not files:
@@ -59,8 +60,8 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
     parser = Parser(prog, "Tables, plots and a page from the result files of main.py.", argument_default=None)
     path: dict[str, Any] = {"type": user_path, "metavar": "FILE"}
     parser.add_argument(
-        "folder", **{**path, "metavar": "folder"}, nargs="?", default=Path("results"),
-        help="where the files are, or one file (%(default)s)",
+        "folder", **{**path, "metavar": "folder"}, nargs="*", default=[Path("results")],
+        help="where the files are, or one file; several are put side by side (results)",
     )  # fmt: skip
     parser.add_argument("--worst_first", action="store_true", help="largest losses on top, not by layer")
     parser.add_argument("--summary", action="store_true", help="the line per SAE, and SAEs against each other, only")

@@ -153,19 +153,24 @@ class _StoredCells:
 
 def _sae_level(cells: _StoredCells, sae_id: SaeId, others: Mapping[str, SaeId]) -> Json:
     own = cells.of(sae_id)
-    compared = {}
-    for name, other in others.items():
-        rival = cells.of(other)
-        both = (own, rival) if own and rival else None
-        compared[name] = {
-            **_with_test("delta_sel", difference(*both) if both else None),
-            **_with_test("transfer_r2", difference_in_transfer_r2(*both) if both else None),
-        }
+    return {**summarise(own), "compared": {name: compare(own, cells.of(other)) for name, other in others.items()}}
+
+
+def summarise(own: Mapping[Place, ProbeScores] | None) -> Json:
+    """The mean of an SAE's cells in plain numbers; None for each where there are none."""
     return {
         **_with_test("delta_sel", mean_delta(own) if own else None),
         **_with_interval("transfer_r2", mean_transfer_r2(own) if own else None),
         "n_cells": len(own) if own else None,
-        "compared": compared,
+    }
+
+
+def compare(own: Mapping[Place, ProbeScores] | None, rival: Mapping[Place, ProbeScores] | None) -> Json:
+    """The paired difference of two SAEs in plain numbers; None for each where they share no cells."""
+    both = (own, rival) if own and rival else None
+    return {
+        **_with_test("delta_sel", difference(*both) if both else None),
+        **_with_test("transfer_r2", difference_in_transfer_r2(*both) if both else None),
     }
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.records.result_file import Json
-from delta_selectivity.reporting.results import File, cells
+from delta_selectivity.reporting.groups import File, model_names
+from delta_selectivity.reporting.results import about_file, cells
 from delta_selectivity.system.terminal import printable
 from delta_selectivity.system.whole_file import replacing
 
@@ -18,15 +19,17 @@ FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
 
 
 def write_csv(files: Sequence[File], path: Path) -> None:
-    """A line for each SAE, dataset file, layer and probe, with all figures of the layer and of the probe.
+    """A line for each SAE, file, layer and probe: its settings, and all figures of the layer and of the probe.
 
     Names come from data: one that a spreadsheet would take for a formula gets an apostrophe before it. Raises OSError.
     """
     lines = []
+    models = model_names(files)
     for file, results in files:
-        about = {"sae": results["_run"]["config"]["sae"], "file": file.stem}
+        about, settings = about_file((file, results), models)
         for layer, probe, figures, result in cells(results):
-            lines.append({**about, "layer": layer, "probe": probe, **_numbers(figures), **result})
+            where = {**about, "file": file.stem, "layer": layer, "probe": probe}
+            lines.append({**where, **settings, **_numbers(figures), **result})
     _write(lines, path)
 
 

@@ -81,6 +81,7 @@ def _sections(
     """(id, title, content) of each."""
     pairs = pair_table(study)
     compared = [element("h3", "Against each other"), PAIRED, pairs] if pairs else []
+    compared += [element("p", line) for line in study.apart]
     yield "saes", "SAEs", [sae_table(study), _reading(study), *compared, figures(plots.saes)]
     if plots.trade:
         yield "pareto", "delta_sel against FVU and L0", [figures(plots.trade)]

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from typing import Any
 
 from delta_selectivity.records import result_file
+from delta_selectivity.reporting.groups import File, model_names
 from delta_selectivity.reporting.html import Markup, element, table
 from delta_selectivity.reporting.names import apart
-from delta_selectivity.reporting.results import File
-from delta_selectivity.reporting.study import Study, models
+from delta_selectivity.reporting.study import Study
 from delta_selectivity.system.terminal import printable
 
 NAME = 40  # characters of the name of an SAE
@@ -33,7 +33,7 @@ def heading(study: Study) -> str:
         (len(layers), "layer"),
     ]
     told = [f"{n} {name}{'' if n == 1 else 's'}" for n, name in counts if n]
-    return " · ".join([*map(printable, sorted(set(models(study.files)))), *told])
+    return " · ".join([*map(printable, sorted(model_names(study.files).values())), *told])
 
 
 def facts(study: Study) -> Markup:

@@ -5,7 +5,6 @@ load(result_files(Path("results")))
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +14,11 @@ from typing import Any
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
 from delta_selectivity.records.figures import missing
+from delta_selectivity.reporting import groups
+from delta_selectivity.reporting.groups import File, dataset_of, model_names
 
-File = tuple[Path, result_file.Json]  # where it lies, and what `result_file.read` found there
+NAMED = ("model", "sae", "baseline", "data", "calibration")
+"""Entries of `_run.key` that a line of results has the names of."""
 
 
 def result_files(folder: Path) -> list[Path]:
@@ -54,7 +56,8 @@ def load_all(paths: Iterable[Path]) -> tuple[list[File], list[RequestError]]:
             refused.append(error)
     if not files and not refused:
         raise RequestError("no result files found: run the program first, or name its `output`")
-    return sorted(files, key=lambda file: (is_baseline(file[1]), _place(file[1]))), refused
+    kept = groups.without_repeats(files)
+    return sorted(kept, key=lambda file: (is_baseline(file[1]), _place(file[1]))), refused
 
 
 def _checked(path: Path) -> result_file.Json:
@@ -83,16 +86,32 @@ def cells(results: result_file.Json) -> Iterator[tuple[int, str, result_file.Jso
 
 
 def lines(files: Iterable[File]) -> list[dict[str, Any]]:
-    """A flat row for each SAE, dataset, layer and probe: who, where, the layer's figures, the probe's numbers."""
+    """A flat row for each SAE, dataset, layer and probe: who, where, settings, the layer's and the probe's numbers."""
     rows = []
+    files = list(files)
+    models = model_names(files)
     for path, found in files:
-        config = found["_run"]["config"]
-        dataset = path.stem.removeprefix(f"{result_file.model_slug(config['model_name'])}_").removeprefix("wikidata_")
-        about = {"path": path, "sae": config["sae"], "baseline": config.get("baseline"), "dataset": dataset}
+        about, settings = about_file((path, found), models)
         for layer, probe, figures, result in cells(found):
             own = {name: value for name, value in figures.items() if not isinstance(value, dict)}
-            rows.append({**about, "layer": layer, "probe": probe, **own, **result})
+            where = {"path": path, **about, "layer": layer, "probe": probe}
+            rows.append({**where, **settings, **own, **result})
     return rows
+
+
+def about_file(file: File, models: Mapping[Any, str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a line of results says of where it comes from: SAE and dataset; model and settings that change a number."""
+    run = file[1]["_run"]
+    settings = {name: value for name, value in groups.settings_of(file).items() if name not in NAMED}
+    told = {name: groups.shown(name, v) if isinstance(v, list) else v for name, v in settings.items()}
+    sae = {name: run["config"].get(name) for name in ("sae", "baseline")}
+    return (
+        {**sae, "dataset": dataset_of(file).removeprefix("wikidata_")},
+        {
+            "model": models[run["key"].get("model")],
+            **{"probe_solver" if name == "probe" else name: value for name, value in told.items()},
+        },
+    )
 
 
 def is_baseline(results: result_file.Json) -> bool:
@@ -120,7 +139,8 @@ def is_preserved(result: result_file.Json) -> bool:
 def by_sae(files: Sequence[File]) -> dict[str, list[File]]:
     """The files of each SAE, by the name that its user typed; those of each baseline after them.
 
-    Baselines of SAEs that were called alike in two runs have those SAEs' full names.
+    What differs in more than the dataset is another SAE, and its name says in what. Baselines of SAEs that were called
+    alike in two runs have those SAEs' full names.
     """
     configs = [results["_run"]["config"] for _, results in files]
     owners = {(config["sae"], config["baseline_of_sae"]) for config in configs if "baseline_of_sae" in config}
@@ -131,7 +151,7 @@ def by_sae(files: Sequence[File]) -> dict[str, list[File]]:
         made_from = config.get("baseline_of_sae")
         name = f"{config['sae']} ({made_from})" if made_from and config["sae"] in shared else config["sae"]
         found.setdefault(name, []).append((path, results))
-    return found
+    return groups.split(found)
 
 
 def owner(results: result_file.Json) -> str | None:
@@ -146,25 +166,13 @@ def label_in_run(name: str, files: Sequence[File]) -> str:
     if is_baseline(files[0][1]):
         return name
     found = files[0][1]["_run"]["config"].get("sae_label")
-    return found if isinstance(found, str) and found else result_file.slug(name)
+    return found if isinstance(found, str) and found else result_file.slug(files[0][1]["_run"]["config"]["sae"])
 
 
 def level_of(files: Sequence[File]) -> result_file.Json:
     """What its files agree on about the SAE; empty if they were measured in runs that knew of different ones."""
     found = [results["_run"]["sae_level"] for _, results in files]
     return found[0] if all(level == found[0] for level in found) else {}
-
-
-def pairs(known: Mapping[str, Sequence[File]]) -> Iterator[tuple[str, str]]:
-    """(SAE, compared with): from the best mean delta_sel to the worst, each and the next.
-
-    Then each baseline that belongs to an SAE, and that one. Every SAE of `known` has a mean delta_sel.
-    """
-    saes = [name for name, own in known.items() if not is_baseline(own[0][1])]
-    yield from itertools.pairwise(sorted(saes, key=lambda name: -level_of(known[name])["delta_sel"]))
-    for name, own in known.items():
-        made_from = owner(own[0][1])
-        yield from ((name, sae) for sae in saes if made_from in (sae, label_in_run(sae, known[sae])))
 
 
 def mean(values: Iterable[float | None]) -> float | None:

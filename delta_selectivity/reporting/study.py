@@ -5,14 +5,16 @@ study = study_of(load(result_files(Path("results"))))
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 
 from delta_selectivity.records import result_file
+from delta_selectivity.reporting.groups import File, dataset_of, model_names, obstacle, stored_cells
 from delta_selectivity.reporting.results import (
-    File,
     by_sae,
     cells,
     is_baseline,
@@ -22,7 +24,6 @@ from delta_selectivity.reporting.results import (
     level_of,
     mean,
     owner,
-    pairs,
 )
 from delta_selectivity.system.terminal import printable
 
@@ -63,8 +64,9 @@ class Sae:
     is_baseline: bool
     kind: str | None  # of a baseline: identity, random, ...
     owner: str | None  # of a baseline that belongs to an SAE: that one's name, or in older files its label
-    level: result_file.Json  # `_run.sae_level`; empty if its files disagree
+    level: result_file.Json  # `_run.sae_level`, or the same from the stored scores if its files disagree
     cells: tuple[Cell, ...]  # in order of dataset and layer
+    files: tuple[File, ...]
 
     @cached_property
     def measured(self) -> list[Cell]:
@@ -100,7 +102,8 @@ class Sae:
 
     def belongs_to(self, sae: Sae) -> bool:
         """Whether this is a baseline of that SAE."""
-        return self.owner is not None and self.owner in (sae.name, sae.own_label)
+        typed = sae.files[0][1]["_run"]["config"]["sae"]
+        return self.owner is not None and self.owner in (typed, sae.own_label) and not obstacle(self.files, sae.files)
 
     def where(self, dataset: str, probe: str) -> dict[int, Cell]:
         """By layer, the measured cells of one probe."""
@@ -109,7 +112,7 @@ class Sae:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two of one run, paired by row, fold and person."""
+    """Two SAEs paired by row, fold and person."""
 
     one: Sae
     other: Sae
@@ -156,15 +159,69 @@ class Study:
 
     @cached_property
     def neighbours(self) -> list[Comparison]:
-        """From the best mean delta_sel to the worst, each SAE and the next; then each baseline and its SAE."""
-        known = {name: own for name, own in by_sae(self.files).items() if level_of(own).get("delta_sel") is not None}
-        return [found for pair in pairs(known) if (found := self.comparison(*pair))]
+        """From the best mean delta_sel to the worst, each SAE and the next; then each baseline and its SAE.
+
+        SAEs that cannot be compared are no neighbours: each set that can be is ordered by itself.
+        """
+        pairs = [pair for group in self._comparable for pair in itertools.pairwise(group)]
+        pairs += [(baseline, sae) for baseline in self.baselines for sae in self.saes if baseline.belongs_to(sae)]
+        return [found for pair in pairs if isinstance(found := self._pair(*pair), Comparison)]
+
+    @cached_property
+    def apart(self) -> list[str]:
+        """What cannot be compared, and why, in a line each."""
+        groups = self._comparable
+        lines = []
+        for one, other in itertools.pairwise(groups):
+            names = [", ".join(sae.label for sae in group) for group in (one, other)]
+            lines.append(f"{names[0]} not compared with {names[1]}: {obstacle(one[0].files, other[0].files)}")
+        for pair in (pair for group in groups for pair in itertools.pairwise(group)):
+            if isinstance(reason := self._pair(*pair), str):
+                lines.append(f"{pair[0].label} not compared with {pair[1].label}: {reason}")
+        return lines
+
+    @cached_property
+    def _comparable(self) -> list[list[Sae]]:
+        """SAEs that can be compared with each other, each list from the best mean delta_sel to the worst."""
+        groups: list[list[Sae]] = []
+        known = [sae for sae in self.saes if sae.overall("delta_sel")[0] is not None]
+        for sae in sorted(known, key=lambda sae: -(sae.overall("delta_sel")[0] or 0.0)):
+            group = next((group for group in groups if not obstacle(group[0].files, sae.files)), None)
+            if group is None:
+                groups.append([sae])
+            else:
+                group.append(sae)
+        return groups
+
+    @cached_property
+    def _cells_of(self) -> Any:
+        by_name = {sae.name: sae for sae in self.everything}
+        return lru_cache(maxsize=16)(lambda name: stored_cells(by_name[name].files))
+
+    def _pair(self, one: Sae, other: Sae) -> Comparison | str:
+        """The two, compared by their run or else from their stored scores; or why they are not."""
+        if reason := obstacle(one.files, other.files):
+            return reason
+        typed = other.files[0][1]["_run"]["config"]["sae"]
+        found = one.level.get("compared", {}).get(typed)
+        if not found or found["delta_sel"] is None:
+            if not all(file[1]["_run"]["complete"] for file in (*one.files, *other.files)):
+                return "a run has not ended"
+            for sae in (one, other):
+                if self._cells_of(sae.name) is None:
+                    return f"the scores beside the result files of {sae.label} are gone or not theirs"
+            from delta_selectivity.records.sae_level import compare  # here: scipy, which most reports do without
+
+            found = compare(self._cells_of(one.name), self._cells_of(other.name))
+        if found["delta_sel"] is None:
+            return "no dataset, layer and probe in common with the same rows and folds"
+        return Comparison(one, other, found)
 
     def comparison(self, name: str, other: str) -> Comparison | None:
-        """The two of these names, if they were run together and their scores were there to compare."""
+        """The two SAEs of these names, if they can be compared."""
         by_name = {sae.name: sae for sae in self.everything}
-        found = by_name[name].level.get("compared", {}).get(other)
-        return Comparison(by_name[name], by_name[other], found) if found and found["delta_sel"] is not None else None
+        found = self._pair(by_name[name], by_name[other]) if name != other else None
+        return found if isinstance(found, Comparison) else None
 
 
 def study_of(files: Sequence[File]) -> Study:
@@ -188,8 +245,18 @@ def _sae(name: str, files: Sequence[File], label: str, dataset_of: Callable[[Fil
         for layer, probe, figures, result in cells(file[1])
     )
     baseline = is_baseline(files[0][1])
-    called = label_in_run(name, files)
-    return Sae(name, label, called, baseline, config.get("baseline"), owner(files[0][1]), level_of(files), found)
+    kind, called, made_from = config.get("baseline"), label_in_run(name, files), owner(files[0][1])
+    return Sae(name, label, called, baseline, kind, made_from, _level(files), found, tuple(files))
+
+
+def _level(files: Sequence[File]) -> result_file.Json:
+    """The SAE's means as its files agree on them; made from the stored scores if they are of several runs."""
+    level = level_of(files)
+    if level or not all(results["_run"]["complete"] for _, results in files):
+        return level
+    from delta_selectivity.records.sae_level import summarise  # here: scipy
+
+    return summarise(stored_cells(files))
 
 
 def _labels(own_files: dict[str, list[File]]) -> dict[str, str]:
@@ -200,16 +267,10 @@ def _labels(own_files: dict[str, list[File]]) -> dict[str, str]:
 
 def _namer(files: Sequence[File]) -> Callable[[File], str]:
     """What to call the dataset of a file: its name without the model's, unless several models were measured."""
-    several = len(set(models(files))) > 1
+    models = model_names(files)
 
-    def dataset_of(file: File) -> str:
-        model = result_file.slug(str(file[1]["_run"]["config"].get("model_name", "")))
-        dataset = file[0].stem.removeprefix(f"{model}_")
-        return printable(f"{dataset} ({model})" if several else dataset)
+    def called(file: File) -> str:
+        model = result_file.model_slug(models[file[1]["_run"]["key"].get("model")])
+        return printable(f"{dataset_of(file)} ({model})" if len(models) > 1 else dataset_of(file))
 
-    return dataset_of
-
-
-def models(files: Sequence[File]) -> Iterator[str]:
-    """The model of each file."""
-    return (str(results["_run"]["config"].get("model_name", "")) for _, results in files)
+    return called

@@ -71,7 +71,7 @@ def _swatch(study: Study, sae: Sae) -> Markup:
 
 
 def pair_table(study: Study) -> Markup | None:
-    """Each SAE and the next, each baseline and its SAE; None if no two were run together."""
+    """Each SAE and the next, each baseline and its SAE; None if no two can be compared."""
     rows = [[named(study, pair.one), named(study, pair.other), *_difference(pair.found)] for pair in study.neighbours]
     return table(PAIR_HEAD, rows) if rows else None
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from delta_selectivity.records import result_file
+from delta_selectivity.reporting.groups import File
 from delta_selectivity.reporting.names import abridged, apart
 from delta_selectivity.reporting.numbers import few_effective, interval, number, p_value, people
 from delta_selectivity.reporting.results import (
-    File,
     cells,
     further_views,
     is_baseline,
@@ -118,7 +118,7 @@ def summary_table(files: Sequence[File]) -> str:
 def comparison_table(files: Sequence[File]) -> str | None:
     """SAEs from the best mean delta_sel to the worst, each against the next: paired by row, fold and person.
 
-    Beneath them each baseline that belongs to an SAE against that one. None if no two were run together.
+    Beneath them each baseline that belongs to an SAE against that one. None if no two can be compared.
     """
     scores = ("delta_sel", "transfer_r2")
     columns = [column for score in scores for column in (f"difference of {score}", "95 % interval", "p")]
@@ -179,4 +179,5 @@ def render(files: Sequence[File], worst_first: bool = False) -> str:
 
 def overview(files: Sequence[File]) -> str:
     """The line per SAE, and the SAEs against each other."""
-    return "\n\n".join(table for table in (summary_table(files), comparison_table(files)) if table)
+    apart = "\n".join(one_line(line) for line in study_of(files).apart)
+    return "\n\n".join(part for part in (summary_table(files), comparison_table(files), apart) if part)
