@@ -115,7 +115,7 @@ def test_every_cell_of_the_demo_is_in_the_table_in_full_and_rounded(demo):
             for name in ("model_sel", "sae_sel", "delta_sel", "transfer_r2"):
                 assert float(row[name].attributes["data-v"]) == cell.result[name]
             assert float(row["q"].attributes["data-v"]) == cell.result["q_value"]
-            assert float(row["FVU"].attributes["data-v"]) == cell.figures["fvu_pos"]
+            assert float(row["fvu_pos"].attributes["data-v"]) == cell.figures["fvu_pos"]
             shown = row["delta_sel"].text.replace("−", "-").replace(" to ", " ").split()
             exact = [cell.result[name] for name in ("delta_sel", "ci_low", "ci_high")]
             assert [float(number) for number in shown] == [round(number, 3) for number in exact]

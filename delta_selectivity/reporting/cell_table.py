@@ -8,7 +8,7 @@ from typing import Any
 
 from delta_selectivity.reporting.html import Markup, element
 from delta_selectivity.reporting.names import apart
-from delta_selectivity.reporting.numbers import number, people, probability, signed, span, typeset
+from delta_selectivity.reporting.numbers import fvu_whole, number, people, probability, signed, span, typeset
 from delta_selectivity.reporting.results import further_views
 from delta_selectivity.reporting.study import Cell, Sae, Study
 
@@ -33,7 +33,8 @@ COLUMNS = (
     Column("sae_sel", "descending", narrow=False),
     Column("q", narrow=False),
     Column("transfer_r2", narrow=False),
-    Column("FVU", narrow=False),
+    Column("fvu_pos", narrow=False),
+    Column("fvu_whole", narrow=False),
     Column("L0", narrow=False),
     Column("people", "descending", narrow=False),
 )
@@ -64,6 +65,7 @@ def _values(sae: Sae, cell: Cell) -> list[Shown]:
     where: list[Shown] = [*names, (str(cell.layer), cell.layer)]
     figures: list[Shown] = [
         (number(cell.figures["fvu_pos"], ".3f"), cell.figures["fvu_pos"]),
+        (fvu_whole(cell.figures), cell.figures["fvu_whole"]),
         (number(cell.figures["l0"], ".1f"), cell.figures["l0"]),
     ]
     if not cell.measured:

@@ -70,3 +70,20 @@ def people(found: result_file.Json) -> str:
     """
     told = f" (as {found['n_people_effective']:.2g})" if few_effective(found) else ""
     return f"{found['n_people']}{told}"
+
+
+def fvu_whole(figures: result_file.Json) -> str:
+    """`fvu_whole` of a layer, with its standard error where a sample of the tokens was taken, and without outliers.
+
+    Files of before 0.5 know neither.
+
+    >>> fvu_whole({"fvu_whole": 1.2312, "fvu_whole_se": 0.0021, "outliers": 0.034, "fvu_ordinary": 0.7604})
+    '1.231 ± 0.0021 (0.760 without 3.4 % outliers)'
+    """
+    error, share = figures.get("fvu_whole_se"), figures.get("outliers")
+    shown = number(figures.get("fvu_whole"), ".3f")
+    if error:
+        shown += f" ± {error:.2g}"
+    if share and figures.get("fvu_ordinary") is not None:
+        shown += f" ({figures['fvu_ordinary']:.3f} without {100 * share:.2g} % outliers)"
+    return shown

@@ -15,7 +15,7 @@ from delta_selectivity.reporting.study import Sae, Study
 
 HEAD = (
     "SAE", "cells", "model_sel", "sae_sel", "mean delta_sel", "detectable", "lost", "preserved", "mean transfer_r2",
-    "FVU", "L0",
+    "fvu_pos", "fvu_whole", "L0",
 )  # fmt: skip
 NAME = 26  # characters of the name of an SAE
 PAIR_HEAD = ("SAE", "compared with", "difference of delta_sel", "p", "difference of transfer_r2", "p")
@@ -46,6 +46,7 @@ def _line(study: Study, sae: Sae) -> list[str]:
         f"{sae.n_preserved} of {n_cells}",
         _estimate(typeset(number(r2, ".3f")), _range(r2_low, r2_high)),
         number(sae.mean_figure("fvu_pos"), ".3f"),
+        number(sae.mean_figure("fvu_whole"), ".3f"),
         number(sae.mean_figure("l0"), ".1f"),
     ]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting.groups import File
 from delta_selectivity.reporting.names import abridged, apart
-from delta_selectivity.reporting.numbers import few_effective, interval, number, p_value, people
+from delta_selectivity.reporting.numbers import few_effective, fvu_whole, interval, number, p_value, people
 from delta_selectivity.reporting.results import (
     cells,
     further_views,
@@ -32,12 +32,24 @@ NOTE = (
 
 
 def selectivity_table(results: result_file.Json, worst_first: bool = False) -> str:
-    """layer, probe, model_sel, sae_sel, delta_sel with its 95 % interval, FVU and L0."""
+    """layer, probe, model_sel, sae_sel, delta_sel with its 95 % interval, both FVU and L0."""
     found = list(cells(results))
     if worst_first:
         found.sort(key=lambda cell: cell[3].get("delta_sel", 0.0) if cell[3].get("delta_sel") is not None else 0.0)
     views = further_views(result for *_, result in found)
-    header = ("layer", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer", "FVU", "L0", *views)
+    header = (
+        "layer",
+        "probe",
+        "model_sel",
+        "sae_sel",
+        "delta_sel",
+        "95 % interval",
+        "transfer",
+        "fvu_pos",
+        "fvu_whole",
+        "L0",
+        *views,
+    )
     rows = [
         (*_row(str(layer), probe, figures, result), *_views(result, views)) for layer, probe, figures, result in found
     ]
@@ -46,7 +58,7 @@ def selectivity_table(results: result_file.Json, worst_first: bool = False) -> s
 
 def rows_table(results: result_file.Json) -> str:
     """A line per SAE and probe of a file of rows: results are SAE -> its figures, and probe -> record."""
-    header = ("SAE", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer", "FVU")
+    header = ("SAE", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer", "fvu_pos")
     found = (
         (sae, probe, figures, result)
         for sae, figures in results.items()
@@ -60,7 +72,7 @@ def rows_table(results: result_file.Json) -> str:
 def _row(first: str, probe: str, figures: result_file.Json, result: result_file.Json) -> Row:
     first, probe = (abridged(printable(name), LONGEST) for name in (first, probe))
     if result.get("reason"):
-        return (first, probe, f"({result['reason']})", *[""] * 6)
+        return (first, probe, f"({result['reason']})", *[""] * 7)
     return (
         first,
         f"{probe} [{people(result)} people]" if few_effective(result) else probe,
@@ -70,6 +82,7 @@ def _row(first: str, probe: str, figures: result_file.Json, result: result_file.
         f"{result['ci_low']:+.3f} .. {result['ci_high']:+.3f}",
         number(result["transfer_sel"], ".3f"),
         number(figures["fvu_pos"], ".3f"),
+        fvu_whole(figures),
         number(figures.get("l0"), ".1f"),
     )
 
@@ -91,7 +104,7 @@ def summary_table(files: Sequence[File]) -> str:
     views = further_views(cell.result for sae in study.everything for cell in sae.measured)
     rows: list[Row] = [
         ("SAE", "probes x layers", "model_sel", "sae_sel", "delta_sel", "95 % interval", "lost (q < 0.05)", "preserved",
-         "transfer_r2", "FVU", "L0", *views)
+         "transfer_r2", "fvu_pos", "fvu_whole", "L0", *views)
     ]  # fmt: skip
     names = apart([sae.label for sae in study.everything], LONGEST)
     for sae, name in zip(study.everything, names, strict=True):
@@ -108,6 +121,7 @@ def summary_table(files: Sequence[File]) -> str:
                 f"{sae.n_preserved} of {n_cells}",
                 number(sae.overall("transfer_r2")[0], ".3f"),
                 number(sae.mean_figure("fvu_pos"), ".3f"),
+                number(sae.mean_figure("fvu_whole"), ".3f"),
                 number(sae.mean_figure("l0"), ".1f"),
                 *(number(mean(cell.result.get(view) for cell in sae.measured), ".3f") for view in views),
             )
