@@ -28,8 +28,9 @@ from delta_selectivity.tasks import Mention, TokenisedMentions, tokenise, warn_o
 
 FOLDER = "setup"  # below the root, beside those of the models
 SOURCES = (
-    "caches/setup_cache.py", "errors.py", "models/*.py", "system/gemm.py", "system/person_ids.py",
-    "system/processor.py", "system/provenance.py", "system/terminal.py", "system/unpacked.py", "tasks/*.py",
+    "caches/setup_cache.py", "errors.py", "models/*.py", "system/gemm.py", "system/hub_access.py",
+    "system/person_ids.py", "system/processor.py", "system/provenance.py", "system/terminal.py", "system/unpacked.py",
+    "tasks/*.py",
 )  # fmt: skip
 """`language_model` and `datasets_wikidata` with all that they import of the program, and how this is kept."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.hub_access import OFFLINE, use_cache_if_unreachable
 
 NO_REVISION = "main"  # what transformers calls the only state of a local folder, and a repository's newest
 
@@ -50,8 +51,13 @@ class Pretrained:
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
             raise RequestError(f"`model` {name!r}: no such folder (and not a hub id of the form owner/name)")
         try:
+            reachable = use_cache_if_unreachable()
             commit = _commit(name, revision or NO_REVISION)
         except Exception as error:  # the hub client raises many kinds; all mean that this name is unusable
+            if not reachable:
+                raise RequestError(
+                    f"`model` {name}: neither a local folder nor in the Hub's cache here{OFFLINE}"
+                ) from error
             at = f" at revision {revision}" if revision else ""
             told = f"not a local folder, and not to be had from the hub{at}: {first_line(error)}"
             raise RequestError(f"`model` {name}: {told}") from error

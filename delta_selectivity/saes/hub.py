@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.errors import HTTPError as HubHTTPError
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.hub_access import OFFLINE, use_cache_if_unreachable
 
 CONFIGS = ("cfg.json", "sae.json", "config.json")
 
@@ -61,12 +62,15 @@ def _download(name: str, patterns: list[str], cache_dir: Path | None, *, partly:
     """The snapshot with the files of these patterns; ``partly``: what the cache has of them is enough offline."""
     from huggingface_hub import snapshot_download  # here: it takes a tenth of a second to load
 
+    reachable = use_cache_if_unreachable()
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, cache_dir=cache_dir))
     except (OSError, HubHTTPError, HFValidationError) as error:
         partial = getattr(error, "snapshot_path", None)  # offline, and only some of the folders are in the cache
         if partial is not None and partly:
             return Path(partial)
+        if not reachable:
+            raise RequestError(f"`saes` {name}: neither a local folder nor in the Hub's cache here{OFFLINE}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(
             f"{name}: no such local folder, and it could not be had from the Hugging Face Hub ({reason})"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.hub_access import OFFLINE, use_cache_if_unreachable
 from delta_selectivity.system.unpacked import TooLarge, check_archive
 from delta_selectivity.tasks.table import Table, chosen_columns, label_names, numbered, one_line
 from delta_selectivity.tasks.user_data import UserData
@@ -66,6 +67,7 @@ def _read_saved(path: Path, data: UserData) -> Table:
 def _load(name: str, config: str | None, data: UserData, cache: str | None) -> Table:
     import datasets  # seconds to import, and needed for these only
 
+    reachable = Path(name).exists() or use_cache_if_unreachable()
     try:
         with _quiet_datasets(), _bounded_extraction(data):
             config = _choose_config(datasets.get_dataset_config_names(name), config, data)
@@ -74,6 +76,8 @@ def _load(name: str, config: str | None, data: UserData, cache: str | None) -> T
     except (RequestError, MemoryError):
         raise
     except Exception as error:  # of its file readers, of YAML, of the Hub's client, of HTTP: they share no base class
+        if not reachable:
+            raise RequestError(f"{data.flag}: no such file, nor in the Hub's cache here{OFFLINE}") from error
         raise RequestError(f"{data.flag}: {_told(error)}") from error
 
 

@@ -19,6 +19,7 @@ from delta_selectivity.saes.sae_lens.config import LensConfig
 from delta_selectivity.saes.sae_lens.library import UNREADABLE, as_coder, fetch, one_line
 from delta_selectivity.saes.sae_lens.places import Places
 from delta_selectivity.saes.source import SaeHeader
+from delta_selectivity.system.hub_access import OFFLINE, use_cache_if_unreachable
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,12 @@ def find_in_registry(release: str, sae_id: str, hookpoint: str | None = None) ->
             f"{release}/{sae_id}: one layer of a cross-layer transcoder, whose decoders for all layers SAE Lens adds "
             "up: it gives latents and reconstructs no layer, so it cannot be measured"
         )
+    reachable = use_cache_if_unreachable()
     try:
         config = load_sae_config_from_huggingface(release, sae_id)
     except UNREADABLE as error:
+        if not reachable:
+            raise RequestError(f"{release}/{sae_id}: not in the Hub's cache here{OFFLINE}") from error
         raise RequestError(f"{release}/{sae_id}: SAE Lens could not read its config ({one_line(error)})") from error
     lens = LensConfig.parse(config, Path(release) / sae_id / "cfg.json", asked=hookpoint)
     return RegistryMember(release, sae_id, lens.header(config))

@@ -1,0 +1,73 @@
+"""The Hub that does not answer is asked once, and the cache stands in for it."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+from huggingface_hub import constants
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import open_model
+from delta_selectivity.saes import open_sae
+from delta_selectivity.system import hub_access
+from delta_selectivity.system.hub_access import use_cache_if_unreachable
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub at an address of this machine: `hub(answers)`."""
+    monkeypatch.setattr(hub_access, "_asked", None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+
+        def at(answers: bool) -> None:
+            if answers:
+                server.listen()
+            monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+
+        yield at
+
+
+def test_a_hub_that_answers_is_left_to_the_library(hub):
+    hub(answers=True)
+    assert use_cache_if_unreachable()
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_model_and_an_sae_of_a_hub_that_does_not_answer_are_one_line_each_at_once(hub, caplog):
+    hub(answers=False)
+    start = time.monotonic()
+    with pytest.raises(RequestError, match="`model` owner/name: neither a local folder nor in the Hub's cache here"):
+        open_model("owner/name")
+    with pytest.raises(RequestError, match="and the Hub does not answer: check the name and the connection"):
+        open_sae("owner/name")
+    assert time.monotonic() - start < 5
+    assert not caplog.records
+
+
+def test_it_is_asked_again_after_a_minute(hub, monkeypatch):
+    hub(answers=False)
+    assert not use_cache_if_unreachable()
+    hub(answers=True)
+    assert not use_cache_if_unreachable()
+    monkeypatch.setattr(hub_access, "KNOWN_FOR", 0.0)
+    assert use_cache_if_unreachable()
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_who_wants_to_be_offline_stays_so(hub, monkeypatch):
+    hub(answers=True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert not use_cache_if_unreachable()
+    assert constants.HF_HUB_OFFLINE
+
+
+def test_a_proxy_is_not_second_guessed(hub, monkeypatch):
+    hub(answers=False)
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    assert use_cache_if_unreachable()
