@@ -66,8 +66,8 @@ class Settings:
     """
 
     hookpoint: str | None = _setting(
-        None, "what", "resid_post, resid_pre, mlp_out, attn_out, mlp_in, attn_in, z, or a module path with <layer> "
-        "(with :in its input), in our or SAE Lens's words", if_none="what the SAE says of itself",
+        None, "what", "resid_post, resid_pre, resid_mid, mlp_out, mlp_post, attn_out, mlp_in, attn_in, z, or a module "
+        "path with <layer> (with :in its input), in our or SAE Lens's words", if_none="what the SAE says of itself",
     )  # fmt: skip
     positions: str = _setting(
         "last", "what", "last token of the name, mean over the name, or all its tokens weighted 1/len",
