@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -94,6 +94,29 @@ def plan_blocks(texts: ProbeTexts) -> list[Block]:
         groups.setdefault(frozenset(members[mention]), []).append(mention)
     order = sorted(groups, key=sorted)
     return [Block(np.array(groups[datasets], dtype=np.int64), datasets) for datasets in order]
+
+
+class _Needed(NamedTuple):
+    """The tokens of a batch that are encoded at a site."""
+
+    encoded: Encoded
+    x: Tensor  # float32 [encoded, d]
+    mention: Tensor  # int64 [encoded]
+    facts: TokenFacts
+
+    @classmethod
+    def of(cls, x: Tensor, tokens: TokenIndex, encoded: Encoded, scale: SiteScale | None) -> _Needed:
+        """x: of all real tokens."""
+        x, mention, number = (_picked(rows, encoded.rows) for rows in (x, tokens.mention, tokens.number))
+        return cls(encoded, x, mention, TokenFacts.of(x, number, scale))
+
+    def select(self, rows: Tensor) -> Tensor:
+        """Those of the rows of all real tokens."""
+        return _picked(rows, self.encoded.rows)
+
+
+def _picked(rows: Tensor, chosen: Tensor | None) -> Tensor:
+    return rows if chosen is None else rows.index_select(0, chosen)
 
 
 class Producer:
@@ -179,16 +202,18 @@ class Producer:
             with self.clock.stage("sae"):
                 x = (activations[site] if site in self._also_read else activations.pop(site)).float().to(self._home)
                 probed = x.index_select(0, tokens.probed)
-                facts = TokenFacts.of(x, tokens.number, self.scales.get(site))
                 recons, sums, codes = {}, {}, {}
+                needed: dict[bool, _Needed] = {}  # by whether BOS counts: once for all SAEs
                 broken: dict[SaeId | None, Tensor] = {None: _first_broken(x.sum(dim=1), tokens.mention)}
                 for sae_id, sae in saes.items():
                     place = site.read_by(sae.input_hookpoint)
-                    read = x if place == site else activations[place].float().to(self._home)
-                    encoded = tokens.with_bos if self.counts_bos[sae_id] else tokens.without_bos
-                    recon, latents, broken[sae_id], sums[sae_id] = self._reconstruct(
-                        sae, read, x, probed, tokens.mention, facts, encoded
-                    )
+                    with_bos = self.counts_bos[sae_id]
+                    if with_bos not in needed:
+                        encoded = tokens.with_bos if with_bos else tokens.without_bos
+                        needed[with_bos] = _Needed.of(x, tokens, encoded, self.scales.get(site))
+                    own = needed[with_bos]
+                    read = own.x if place == site else own.select(activations[place].float().to(self._home))
+                    recon, latents, broken[sae_id], sums[sae_id] = self._reconstruct(sae, read, probed, own)
                     recons[sae_id] = tokens.pool(recon)
                     if sae_id in self.latents_of:
                         codes[sae_id] = tokens.pool_codes(latents)
@@ -196,15 +221,13 @@ class Producer:
         return results
 
     def _reconstruct(
-        self, sae: Sae, read: Tensor, x: Tensor, probed: Tensor, mention: Tensor, facts: TokenFacts, encoded: Encoded
+        self, sae: Sae, read: Tensor, probed: Tensor, needed: _Needed
     ) -> tuple[Tensor, SparseRows, Tensor, ReconstructionSums]:
         """x̂ and the codes at the name tokens, where x is `probed`, the first broken mention, and the sums.
 
         One encoding of every token that is needed: of what the SAE reads, which for a transcoder is not x.
         """
-        if encoded.rows is not None:
-            read, x, mention = (rows.index_select(0, encoded.rows) for rows in (read, x, mention))
-            facts = facts.select(encoded.rows)
+        encoded, x, mention, facts = needed
         latents = sae.encode(read)
         recon, latents = sae.decode(latents, read).to(self._home), latents.to(self._home)
         sums, errors = self._no_sums(sae, encoded.whole), None
