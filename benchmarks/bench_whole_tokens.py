@@ -33,7 +33,7 @@ from delta_selectivity.reporting import tables
 PROJECT = Path(__file__).resolve().parent.parent
 SAES = [str(MODEL.parent / f"tiny-pythia-saes-k{k}") for k in (8, 32)]
 N_LAYERS, LAYER, N_SAES, D_SAE, K = 6, 3, 10, 16_384, 32
-DATASET = "athlete"
+DATASET = "occupation"
 SAMPLE, SEEDS = 16_384, 20
 SPEED_HEADER = ("tokens", "in whole-text figures", "whole job, s", "ratio", "figures within 2 standard errors")
 COVERAGE_HEADER = ("figure", "samples", "mean standard error", "spread of the samples", "within 1.96 standard errors")

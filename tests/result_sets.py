@@ -44,7 +44,7 @@ def write_set(
 def _write(path, found, layers, told, shift, level, edit, changes):
     path.parent.mkdir(parents=True, exist_ok=True)
     run = copy.deepcopy(found["_run"])
-    run["config"] |= told
+    run["config"] = {key: value for key, value in run["config"].items() if key != "sae_label"} | told
     kept = {name: run[name] for name in ("config", "versions", "commit", "started")}
     fields = {
         "seconds": run["seconds"], "resources": run["resources"], "q_family": run["q_family"], "sae_level": level,

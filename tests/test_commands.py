@@ -67,7 +67,6 @@ def test_a_wrong_flag_is_one_line_with_the_nearest(command, wrong, meant, capsys
         ("run", ["--sae_name", "a", "b"], "'b' follows no flag: several values of one are written with commas"),
         ("run", ["mine.csv"], "'mine.csv' follows no flag"),
         ("run", ["--sae_name", "a", "inspect", "c"], "'c' follows no flag"),
-        ("report", ["a", "b"], "'b' follows no flag"),
         ("run", ["--datasets", "mine.csv"], "there is no dataset 'mine.csv'"),
         ("run", ["--datasets", "mine.csv"], "a table of your own is --dataset_file mine.csv"),
         ("run", ["--layers"], "argument --layers: expected one argument"),

@@ -219,7 +219,7 @@ def test_inspect_says_what_it_is_and_where_it_fits(mislabelled, capsys):
     shown = capsys.readouterr().out
     assert "sparsify, topk, k 8, 256 -> 1024 latents" in shown
     assert "fits far better at layer 5" in shown
-    (table,) = [part for part in shown.split("FVU at ") if part.startswith("resid_post")]
+    (table,) = [part for part in shown.split("FVU over whole texts at ") if part.startswith("resid_post")]
     (row,) = [line for line in table.splitlines() if line.startswith("| 4 ")]
     figures = [cell.strip() for cell in row.split("|")[2:-1]]
     assert figures[4].endswith("*")

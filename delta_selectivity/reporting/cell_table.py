@@ -65,7 +65,7 @@ def _values(sae: Sae, cell: Cell) -> list[Shown]:
     where: list[Shown] = [*names, (str(cell.layer), cell.layer)]
     figures: list[Shown] = [
         (number(cell.figures["fvu_pos"], ".3f"), cell.figures["fvu_pos"]),
-        (fvu_whole(cell.figures), cell.figures["fvu_whole"]),
+        (fvu_whole(cell.figures), cell.figures.get("fvu_whole")),
         (number(cell.figures["l0"], ".1f"), cell.figures["l0"]),
     ]
     if not cell.measured:

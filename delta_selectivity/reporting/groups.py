@@ -51,7 +51,7 @@ def model_names(files: Sequence[File]) -> dict[Any, str]:
     """By the hash of its weights, what to call each model; two of one name are numbered."""
     by_hash: dict[Any, list[File]] = {}
     for file in files:
-        by_hash.setdefault(file[1]["_run"]["key"].get("model"), []).append(file)
+        by_hash.setdefault(str(file[1]["_run"]["key"].get("model")), []).append(file)
     names = {digest: model_name(own) for digest, own in by_hash.items()}
     n_of = Counter(names.values())
     seen: Counter[str] = Counter()
@@ -168,7 +168,7 @@ def obstacle(one: Sequence[File], other: Sequence[File]) -> str | None:
 
 def _both(name: str, one: Any, other: Any, models: Mapping[Any, str]) -> str:
     if name == "model":
-        one, other = models[one], models[other]
+        one, other = models[str(one)], models[str(other)]
     return f"{name} {shown(name, one)} and {shown(name, other)}"
 
 

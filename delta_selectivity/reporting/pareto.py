@@ -19,7 +19,7 @@ from delta_selectivity.reporting.study import Sae, Study
 WIDTH, HEIGHT = 352, 300  # pixels, without the legend
 LEFT = 64  # room for the numbers of the vertical axis
 LEGEND_ROW = 17
-FIGURES = {"fvu_pos": "fvu_pos (variance unexplained at the probed positions)", "l0": "L0 (latents per row)"}
+FIGURES = {"fvu_pos": "FVU (fvu_pos: variance unexplained at the probed positions)", "l0": "L0 (latents per row)"}
 DIGITS = {"fvu_pos": ".3f", "l0": ".1f"}
 SPREAD = 8  # from here on, largest over smallest, the horizontal axis is logarithmic
 COLUMNS = ("sae", "layer", "delta_sel", "ci_low", "ci_high")

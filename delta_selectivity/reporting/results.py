@@ -108,7 +108,7 @@ def about_file(file: File, models: Mapping[Any, str]) -> tuple[dict[str, Any], d
     return (
         {**sae, "dataset": dataset_of(file).removeprefix("wikidata_")},
         {
-            "model": models[run["key"].get("model")],
+            "model": models[str(run["key"].get("model"))],
             **{"probe_solver" if name == "probe" else name: value for name, value in told.items()},
         },
     )

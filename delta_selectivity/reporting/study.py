@@ -98,7 +98,7 @@ class Sae:
 
     def mean_figure(self, key: str) -> float | None:
         """The same of a figure of reconstruction: each layer weighs as much as it has probes."""
-        return mean(cell.figures[key] for cell in self.measured)
+        return mean(cell.figures.get(key) for cell in self.measured)
 
     def belongs_to(self, sae: Sae) -> bool:
         """Whether this is a baseline of that SAE."""
@@ -270,7 +270,7 @@ def _namer(files: Sequence[File]) -> Callable[[File], str]:
     models = model_names(files)
 
     def called(file: File) -> str:
-        model = result_file.model_slug(models[file[1]["_run"]["key"].get("model")])
+        model = result_file.model_slug(models[str(file[1]["_run"]["key"].get("model"))])
         return printable(f"{dataset_of(file)} ({model})" if len(models) > 1 else dataset_of(file))
 
     return called
