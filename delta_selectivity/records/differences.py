@@ -42,7 +42,7 @@ def _lines(name: str, there: Mapping[str, Json], now: Mapping[str, Json]) -> Ite
     old, new = there["config"], now["config"]
     behind = [part for part in _BEHIND.get(name, ()) if part in old and part in new and old[part] != new[part]]
     for part in behind:
-        yield f"`{_FIELDS.get(part, part)}` {_shown(part, old[part])} there, {_shown(part, new[part])} now"
+        yield f"`{_FIELDS.get(part, part)}` {shown(part, old[part])} there, {shown(part, new[part])} now"
     if not behind:
         yield _changed(name, there, now)
 
@@ -65,14 +65,14 @@ def _changed(name: str, there: Mapping[str, Json], now: Mapping[str, Json]) -> s
     if name == "counts_bos":
         return "BOS counts in the whole-text figures of one and not of the other"
     known = name in {field.name for field, *_ in setting_fields()}
-    return f"{f'`{name}`' if known else name} {_shown(name, old)} there, {_shown(name, new)} now"
+    return f"{f'`{name}`' if known else name} {shown(name, old)} there, {shown(name, new)} now"
 
 
 def _begin(bos: Any) -> str:
     return "begin with BOS" if bos else "do not begin with BOS"
 
 
-def _shown(name: str, value: Any) -> str:
+def shown(name: str, value: Any) -> str:
     """A value as its flag takes it; None as what it stands for."""
     if value is None or value in ([], ()):
         return next(

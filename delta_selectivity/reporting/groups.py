@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from delta_selectivity.records import result_file, sae_level
+from delta_selectivity.records.differences import shown
 from delta_selectivity.records.result_file import Json
 from delta_selectivity.system.terminal import one_line
 
@@ -136,15 +137,6 @@ def _told(name: str, value: Any, models: Mapping[Any, str]) -> str:
     if name == "model":
         return f"model {models.get(value, value)}"
     return "" if name in HASHES else f"{name} {shown(name, value)}"
-
-
-def shown(name: str, value: Any) -> str:
-    """A setting as its user typed it."""
-    if value is None:
-        return "all" if name in ("shuffle_select_n", "whole_tokens") else "none"
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def obstacle(one: Sequence[File], other: Sequence[File]) -> str | None:

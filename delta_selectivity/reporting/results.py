@@ -13,6 +13,7 @@ from typing import Any
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
+from delta_selectivity.records.differences import shown
 from delta_selectivity.records.figures import missing
 from delta_selectivity.reporting import groups
 from delta_selectivity.reporting.groups import File, dataset_of, model_names
@@ -103,7 +104,7 @@ def about_file(file: File, models: Mapping[Any, str]) -> tuple[dict[str, Any], d
     """What a line of results says of where it comes from: SAE and dataset; model and settings that change a number."""
     run = file[1]["_run"]
     settings = {name: value for name, value in groups.settings_of(file).items() if name not in NAMED}
-    told = {name: groups.shown(name, v) if isinstance(v, list) else v for name, v in settings.items()}
+    told = {name: shown(name, v) if isinstance(v, list) else v for name, v in settings.items()}
     sae = {name: run["config"].get(name) for name in ("sae", "baseline")}
     return (
         {**sae, "dataset": dataset_of(file).removeprefix("wikidata_")},
