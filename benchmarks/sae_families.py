@@ -29,20 +29,18 @@ from delta_selectivity.models.language_model import LanguageModel, Site, open_mo
 from delta_selectivity.saes import Sae, Threshold, TopK
 from delta_selectivity.saes.coders import LinearCoder, fold_b_dec
 from scripts.demo_training.corpus import Document
-from scripts.demo_training.sae_training import SaeSettings, TopKSae, train_step
 from scripts.demo_training.streams import TextMix, encode
+from scripts.sae_training.kinds import KINDS, StepSettings, Weights, train_step
+from scripts.sae_training.training import CALIBRATION_ROWS, batch_threshold
 
 log = logging.getLogger(__name__)
-
-Weights = dict[str, Tensor]  # W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], threshold []
 
 LENGTH = 192  # tokens a row of training text, BOS included
 TRAIN_ROWS = 4096  # 0.78 M activations
 ROWS_AT_ONCE = 16
 MAX_CHARACTERS = 4_000_000  # read of each source of the corpus
 HELD_OUT_TEXTS = 400
-CALIBRATION_ROWS = 16_384  # activations that set the threshold of a BatchTopK SAE
-SETTINGS = SaeSettings(minutes=0, batch=1024, dead_after=100_000)  # trained by steps, not by minutes
+SETTINGS = StepSettings(batch=1024, dead_after=100_000)
 
 
 @dataclass(frozen=True)
@@ -93,14 +91,6 @@ def close_variants(base: Recipe) -> dict[str, tuple[Recipe, Recipe]]:
         "width x 1.25": (base, replace(base, d_sae=base.d_sae * 5 // 4)),
         "10 % less training": (replace(base, steps=base.steps * 9 // 10), base),
     }
-
-
-class BatchTopKSae(TopKSae):
-    """Keeps the k x batch largest pre-activations of a batch (Bussmann et al. 2024, arXiv 2412.06410)."""
-
-    def latents(self, pre: Tensor, k: int) -> Tensor:
-        values, indices = pre.flatten().topk(k * len(pre), sorted=False)
-        return torch.zeros_like(pre).flatten().scatter(0, indices, values).view_as(pre)
 
 
 def corpus_activations(model_folder: Path, layer: int, corpus: Path, seed: int) -> CorpusActivations:
@@ -154,21 +144,19 @@ def train(recipe: Recipe, acts: Tensor) -> Iterator[tuple[int, Weights]]:
     mean = acts.float().mean(0)
     scale = torch.stack([(part.float() - mean).square().sum() for part in acts.split(65536)]).sum()
     scale = (scale / acts.numel()).sqrt()
-    sae_class = TopKSae if recipe.architecture == "topk" else BatchTopKSae
     start = torch.Generator().manual_seed(recipe.seed)
-    sae = sae_class(0, recipe.k, mean / scale, recipe.d_sae, start)
+    sae = KINDS[recipe.architecture](0, recipe.k, mean / scale, recipe.d_sae, start)
     optimiser = torch.optim.Adam(sae.parameters(), lr=SETTINGS.lr, fused=True)
     batches = _batches(len(acts), SETTINGS.batch, recipe.seed)
     began, loss = time.monotonic(), float("nan")
     for step in range(1, recipe.steps + 1):
         progress = (step - 1) / recipe.steps
-        factor = min(1.0, (progress + 1 / recipe.steps) / SETTINGS.warmup, (1 - progress) / SETTINGS.decay)
-        optimiser.param_groups[0]["lr"] = SETTINGS.lr * factor
+        optimiser.param_groups[0]["lr"] = SETTINGS.lr * SETTINGS.rate(progress, 1 / recipe.steps)
         loss = train_step(sae, optimiser, acts[next(batches)].float() / scale, SETTINGS)
         if step in recipe.snapshots or step == recipe.steps:
             weights = sae.unscaled(float(scale))
             if recipe.architecture == "batchtopk":
-                weights["threshold"] = _threshold(weights, recipe.k, acts[:CALIBRATION_ROWS].float())
+                weights["threshold"] = batch_threshold(weights, recipe.k, acts[:CALIBRATION_ROWS].float())
             yield step, weights
     log.info("%s: %.0f s, loss %.4f", recipe.name, time.monotonic() - began, loss)
 
@@ -178,16 +166,6 @@ def _batches(n: int, size: int, seed: int) -> Iterator[Tensor]:
     order = torch.Generator().manual_seed(seed)
     while True:
         yield from (part for part in torch.randperm(n, generator=order).split(size) if len(part) == size)
-
-
-def _pre_acts(weights: Weights, x: Tensor) -> Tensor:
-    return torch.relu((x - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"])
-
-
-def _threshold(weights: Weights, k: int, x: Tensor) -> Tensor:
-    """The pre-activation that k latents a row exceed on average: a BatchTopK SAE is used one row at a time."""
-    pre = _pre_acts(weights, x).flatten()
-    return pre.kthvalue(len(pre) - k * len(x)).values
 
 
 def as_sae(recipe: Recipe, weights: Weights) -> Sae:

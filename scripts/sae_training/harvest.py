@@ -82,16 +82,17 @@ class Activations:
         return len(list(self.folder.glob(f"{part}_*.safetensors")))
 
     def tokens(self, part: str) -> int:
-        """Rows of all shards of a part."""
-        return sum(self._rows(_shard(self.folder, part, i)) for i in range(self.shards(part)))
+        """Of all shards of a part."""
+        return sum(self.rows_of(shard, part) for shard in range(self.shards(part)))
 
     def read(self, part: str, shard: int, layer: int) -> Tensor:
         """[tokens, d_in], as the model computed them."""
         with safe_open(_shard(self.folder, part, shard), framework="pt") as file:
             return file.get_tensor(str(layer))
 
-    def _rows(self, path: Path) -> int:
-        with safe_open(path, framework="pt") as file:
+    def rows_of(self, shard: int, part: str = TRAIN) -> int:
+        """Tokens of a shard, by its header."""
+        with safe_open(_shard(self.folder, part, shard), framework="pt") as file:
             return int(file.get_slice(str(self.layers[0])).get_shape()[0])
 
 
@@ -113,7 +114,8 @@ def harvest(
         model = info.load(sites, "cpu", info.choose_dtype(settings.dtype, "cpu"))
         bos = info.bos_token_id
         if not _scale(folder).exists():
-            first = [_ordinary(model, ids, bos, None) for ids in parts[TRAIN][: settings.shard_rows].split(settings.rows)]
+            rows = parts[TRAIN][: settings.shard_rows].split(settings.rows)
+            first = [_ordinary(model, ids, bos, None) for ids in rows]
             _write_scales(folder, {site.layer: torch.cat([one[site] for one in first]) for site in sites})
         limits = {site: _read_scale(folder, site.layer).norm_limit for site in sites}
 
@@ -134,8 +136,8 @@ def harvest(
 def _begin(info: ModelInfo, settings: HarvestSettings, text: Path, folder: Path) -> None:
     """Tokenise the text, unless an earlier run did."""
     path = folder / "harvest.json"
-    about = {"model": info.name, "fingerprint": info.fingerprint(), "settings": asdict(settings)}
-    about = json.loads(json.dumps(about))
+    settings_ = json.loads(json.dumps(asdict(settings)))
+    about = {"model": info.name, "fingerprint": info.fingerprint(), "bos": info.bos_token_id, "settings": settings_}
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         other = [key for key in about if before[key] != about[key]]
@@ -167,7 +169,7 @@ def _ordinary(
 
 
 def _write_scales(folder: Path, first: Mapping[int, Tensor]) -> None:
-    tensors = {}
+    tensors = dict[str, Tensor]()
     for layer, acts in first.items():
         x = acts.float()
         limit = SiteScale.of(x).norm_limit

@@ -32,6 +32,13 @@ class StepSettings:
     k_aux: int = 64
     aux_weight: float = 1 / 32
 
+    def rate(self, progress: float, step: float = 0.0) -> float:
+        """The share of the learning rate when `progress` of the training is over: warm-up, plateau, decay to zero.
+
+        step: the share of the training that one step is.
+        """
+        return min(1.0, (progress + step) / self.warmup, (1 - progress) / self.decay)
+
 
 class Codes(NamedTuple):
     """What an encoder makes of a batch."""
@@ -70,7 +77,7 @@ class TopKSae(nn.Module):
         """The k largest of each row where they are positive, the rest zero; `[rows, d_sae]`."""
         places = pre.detach().topk(k, dim=-1, sorted=False).indices
         first = torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
-        return _Keep.apply(pre, (first + places).flatten())  # type: ignore[no-any-return]
+        return _Keep.apply(pre, (first + places).flatten())
 
     def codes(self, x: Tensor) -> Codes:
         """The latents of x [rows, d_in]."""
@@ -109,7 +116,7 @@ class BatchTopKSae(TopKSae):
     kind = "batchtopk"
 
     def latents(self, pre: Tensor, k: int) -> Tensor:
-        return _Keep.apply(pre, largest(pre.detach().flatten(), k * len(pre)))  # type: ignore[no-any-return]
+        return _Keep.apply(pre, largest(pre.detach().flatten(), k * len(pre)))
 
 
 class MatryoshkaSae(BatchTopKSae):
@@ -119,7 +126,8 @@ class MatryoshkaSae(BatchTopKSae):
     SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the latents, besides all of them
 
     def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
-        total, recon, begin = torch.zeros(()), self.b_dec, 0
+        total, begin = torch.zeros(()), 0
+        recon: Tensor = self.b_dec
         for share in self.SHARES:
             end = int(share * codes.z.shape[1])
             recon = recon + codes.z[:, begin:end] @ self.W_dec[begin:end]
@@ -289,7 +297,7 @@ def train_step(sae: TopKSae, optimiser: torch.optim.Optimizer, x: Tensor, settin
     """One step on x [rows, d_in]; returns its loss."""
     optimiser.zero_grad(set_to_none=True)
     loss = sae_loss(sae, x, settings)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimiser.step()
     sae.unit_decoder()
     return loss.item()

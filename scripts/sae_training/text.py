@@ -45,8 +45,7 @@ def read_documents(files: Sequence[Path]) -> Iterator[str]:
         if path.suffix == ".txt":
             yield path.read_text(encoding="utf-8")
             continue
-        opened = lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8")
-        with opened as lines:
+        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     yield json.loads(line)["text"]
