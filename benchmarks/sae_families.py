@@ -31,7 +31,7 @@ from delta_selectivity.saes.coders import LinearCoder, fold_b_dec
 from scripts.demo_training.corpus import Document
 from scripts.demo_training.streams import TextMix, encode
 from scripts.sae_training.kinds import KINDS, StepSettings, Weights, train_step
-from scripts.sae_training.training import CALIBRATION_ROWS, batch_threshold
+from scripts.sae_training.training import CALIBRATION_ROWS, at_l0
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def train(recipe: Recipe, acts: Tensor) -> Iterator[tuple[int, Weights]]:
         if step in recipe.snapshots or step == recipe.steps:
             weights = sae.unscaled(float(scale))
             if recipe.architecture == "batchtopk":
-                weights["threshold"] = batch_threshold(weights, recipe.k, acts[:CALIBRATION_ROWS].float())
+                weights |= at_l0(weights, "batchtopk", recipe.k, acts[:CALIBRATION_ROWS].float())
             yield step, weights
     log.info("%s: %.0f s, loss %.4f", recipe.name, time.monotonic() - began, loss)
 
@@ -174,6 +174,6 @@ def as_sae(recipe: Recipe, weights: Weights) -> Sae:
     bias = fold_b_dec(weights["W_enc"], weights["b_enc"], weights["b_dec"])
     selection: TopK | Threshold = TopK(recipe.k)
     if recipe.architecture == "batchtopk":
-        selection = Threshold(weights["threshold"].expand(d_sae))
+        selection = Threshold(weights["threshold"])
     coder = LinearCoder(weights["W_enc"], bias, weights["W_dec"], weights["b_dec"], selection)
     return Sae(recipe.name, 0, "resid_post", d_in, d_sae, recipe.k, recipe.architecture, coder)

@@ -23,9 +23,9 @@ import torch
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import open_model
 from delta_selectivity.system.processor import cpu_count
-from scripts.sae_training import saving
 from scripts.sae_training.harvest import Activations, HarvestSettings, harvest
 from scripts.sae_training.kinds import KINDS, StepSettings
+from scripts.sae_training.saving import save
 from scripts.sae_training.training import Checkpoint, TrainSettings, train
 
 log = logging.getLogger("train_saes")
@@ -48,14 +48,9 @@ def make_saes(args: argparse.Namespace) -> None:
     settings = TrainSettings(args.saes, layers, args.d_sae, args.tokens or acts.tokens("train"), args.seed, step)
     trained = train(acts, settings, args.output_directory, args.threads, args.checkpoint_minutes)
     model = args.name or Path(str(acts.facts["model"])).name
-    found: dict[tuple[str, int], list[tuple[int, saving.Quality]]] = {}
     for sae in trained:
-        folder = saving.save(sae, acts, settings, model, args.output_directory)
-        quality = saving.measure(folder, sae.layer, acts)
-        log.info("%s layer %d: fvu %.4f  l0 %.2f  dead %.3f", folder, sae.layer, quality.fvu, quality.l0, quality.dead)
-        found.setdefault((sae.kind, sae.k), []).append((sae.layer, quality))
-        card = saving.card(sae.kind, sae.k, found[sae.kind, sae.k], acts, settings, model, args.about)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        folder, found = save(sae, acts, settings, model, args.about, args.output_directory)
+        log.info("%s layer %d: fvu %.4f  l0 %.2f  dead %.3f", folder, sae.layer, found.fvu, found.l0, found.dead)
     Checkpoint(args.output_directory, settings, acts).remove()
 
 

@@ -37,7 +37,8 @@ def write_sparsify(folder: Path, weights: Weights, k: int) -> None:
 def write_sae_lens(
     folder: Path, weights: Weights, architecture: dict[str, object], metadata: dict[str, object]
 ) -> None:
-    """`cfg.json` and `sae_weights.safetensors`, as SAE Lens writes them; bfloat16 on disk only, save thresholds.
+    """`cfg.json` and `sae_weights.safetensors`, as SAE Lens writes them; bfloat16 on disk only,
+    save what decides which latents are open.
 
     architecture: its name and settings, such as those of `sae_lens_topk`.
     """
@@ -49,8 +50,7 @@ def write_sae_lens(
     }  # fmt: skip
     (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
     exact = rounded(weights)
-    if "threshold" in weights:
-        exact["threshold"] = weights["threshold"].float()
+    exact |= {name: weights[name].float() for name in ("threshold", "b_gate") if name in weights}
     save_file({**exact, "W_enc": exact["W_enc"].T.contiguous()}, folder / "sae_weights.safetensors")
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -63,7 +64,7 @@ class Activations:
     """The shards of a harvest."""
 
     folder: Path
-    facts: Mapping[str, object]  # of the model, the text and the settings
+    facts: Mapping[str, Any]  # of the model, the text and the settings
     scales: Mapping[int, Scale]  # by layer
 
     @classmethod
@@ -72,6 +73,11 @@ class Activations:
         facts = json.loads((folder / "harvest.json").read_text(encoding="utf-8"))
         layers = facts["settings"]["layers"]
         return cls(folder, facts, {layer: _read_scale(folder, layer) for layer in layers})
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Fields of `HarvestSettings`."""
+        return dict(self.facts["settings"])
 
     @property
     def layers(self) -> list[int]:

@@ -139,8 +139,8 @@ class JumpReluSae(TopKSae):
     """z = pre where pre > threshold (Rajamanoharan et al. 2024, arXiv 2407.14435), held at an L0 of about k."""
 
     kind = "jumprelu"
-    WIDTH = 0.2  # of the kernel that thresholds get gradients through, in units of the first threshold
-    WEIGHT = 0.1  # of (L0 / k - 1)^2
+    WIDTH = 0.5  # of the kernel that thresholds get gradients through, in units of the first threshold
+    WEIGHT = 0.5  # of (L0 / k - 1)^2
 
     def __init__(self, layer: int, k: int, mean: Tensor, d_sae: int, generator: torch.Generator) -> None:
         super().__init__(layer, k, mean, d_sae, generator)
@@ -174,7 +174,7 @@ class GatedSae(TopKSae):
 
     kind = "gated"
     COUNTED = 256  # rows of a batch that L0 is taken of
-    PATIENCE = 0.01  # the change of the penalty's logarithm a step, of L0's distance in logs
+    PATIENCE = 0.03  # the change of the penalty's logarithm a step, of L0's distance in logs
 
     def __init__(self, layer: int, k: int, mean: Tensor, d_sae: int, generator: torch.Generator) -> None:
         super().__init__(layer, k, mean, d_sae, generator)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from delta_selectivity.saes import Sae, load_sae
 from scripts.demo_training.sae_files import sae_lens_topk, write_sae_lens
-from scripts.sae_training.harvest import HELD_OUT, Activations
+from scripts.sae_training.harvest import HELD_OUT, TRAIN, Activations
 from scripts.sae_training.training import Trained, TrainSettings
 
 SAVED_AS = {"gated": "gated", "jumprelu": "jumprelu", "batchtopk": "jumprelu", "matryoshka": "jumprelu"}
@@ -30,13 +30,18 @@ class Quality:
     tokens: int
 
 
-def save(trained: Trained, acts: Activations, settings: TrainSettings, model: str, output: Path) -> Path:
-    """Write one SAE below `output`, and return the folder of its kind and k."""
+def save(
+    trained: Trained, acts: Activations, settings: TrainSettings, model: str, about: str, output: Path
+) -> tuple[Path, Quality]:
+    """Write one SAE below `output`, measured by what is on disk, and the card of the folder of its kind and k.
+
+    model: its name; about: the text, in a sentence.
+    """
     folder = output / f"{trained.kind}-k{trained.k}"
     hook = f"blocks.{trained.layer}.hook_resid_post"
-    harvested = acts.facts["settings"]
-    assert isinstance(harvested, dict)
-    metadata = {
+    architecture: dict[str, object]
+    architecture = sae_lens_topk(trained.k) if trained.kind == "topk" else {"architecture": SAVED_AS[trained.kind]}
+    metadata: dict[str, object] = {
         "model_name": model,
         "hook_name": hook,
         "model_from_pretrained_kwargs": {
@@ -44,21 +49,20 @@ def save(trained: Trained, acts: Activations, settings: TrainSettings, model: st
             "center_writing_weights": False,
             "center_unembed": False,
         },
-        "context_size": harvested["length"],
+        "context_size": acts.settings["length"],
         "prepend_bos": acts.facts["bos"] is not None,
         "exclude_special_tokens": True,
         "training_tokens": settings.steps * settings.step.batch,
+        "different_tokens": min(settings.steps * settings.step.batch, acts.tokens(TRAIN)),
+        "trained_as": trained.kind,
         "l0": trained.k,
     }
-    architecture: dict[str, object]
-    architecture = sae_lens_topk(trained.k) if trained.kind == "topk" else {"architecture": SAVED_AS[trained.kind]}
     write_sae_lens(folder / hook, trained.weights, architecture, metadata)
-    return folder
-
-
-def measure(folder: Path, layer: int, acts: Activations) -> Quality:
-    """Of what is on disk, as Delta Selectivity reads it."""
-    return quality(load_sae(str(folder), layer), acts, layer)
+    found = quality(load_sae(str(folder), trained.layer), acts, trained.layer)
+    write_sae_lens(folder / hook, trained.weights, architecture, metadata | {"held_out": asdict(found)})
+    text = card(trained.kind, trained.k, folder, acts, settings, model, about)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return folder, found
 
 
 def quality(sae: Sae, acts: Activations, layer: int) -> Quality:
@@ -87,53 +91,47 @@ tags: [sae]
 
 # {name} SAEs for {model}, {about_k}
 
-Residual stream after layer{plural} {layers} (`blocks.<layer>.hook_resid_post`, the output of the layer, before any
-final norm), {d_sae} latents, in SAE Lens's folder format, matrices in bfloat16. Input is the raw activation of the
-Hugging Face model: no normalisation, no folding of weights.
+On the residual stream **after** a layer (`blocks.<layer>.hook_resid_post`, before any final norm), {d_sae} latents, in
+SAE Lens's folder format, matrices in bfloat16. Input is the raw activation of the Hugging Face model: no normalisation,
+no folding of weights.
 
-**Trained on {tokens:.2f} M tokens**, {passes}: {about} Texts are cut into rows of {length} tokens that
-{bos}. Left out of training and of the figures below: BOS, and attention sinks (tokens whose norm is above 10
-times the median). Adam, batches of {batch}, learning rate {lr:g}, AuxK against dead latents.
+Text: {about} Rows of {length} tokens that {bos}. Left out of training and of the figures: BOS, and attention sinks
+(tokens whose norm is above 10 times the median). Adam, batches of {batch}, learning rate {lr:g}, AuxK against dead
+latents.{matched}
 
-On {held_out:,} held-out tokens (whole documents that were not trained on), by the saved weights in float32:
+On held-out tokens (of documents that were not trained on), by the saved weights in float32:
 
-| layer | FVU | L0 | dead |
-|---|---|---|---|
+| layer | trained on, M tokens | of them different | FVU | L0 | dead | held-out tokens |
+|---|---|---|---|---|---|---|
 {table}
 
-FVU is the fraction of variance unexplained; dead is the share of the latents that never fired on those tokens.
-This is a short training: published SAEs see hundreds of times as many tokens. `scripts/train_saes.py` made them.
+FVU is the fraction of variance unexplained; dead is the share of the latents that never fired on the held-out tokens.
+These are short trainings: published SAEs see hundreds of times as many tokens. `scripts/train_saes.py` made them.
 """
 
+MATCHED = """ Thresholds were set so that L0 is
+as said on training tokens; on other text it differs a little."""
 
-def card(
-    kind: str,
-    k: int,
-    found: Sequence[tuple[int, Quality]],
-    acts: Activations,
-    settings: TrainSettings,
-    model: str,
-    about: str,
-) -> str:
-    """The README of a folder; found: (layer, quality) of each of its SAEs; about: the text, a sentence."""
-    harvested = acts.facts["settings"]
-    assert isinstance(harvested, dict)
-    tokens, there = settings.steps * settings.step.batch, acts.tokens("train")
-    times = tokens / there
+
+def card(kind: str, k: int, folder: Path, acts: Activations, settings: TrainSettings, model: str, about: str) -> str:
+    """The README of a folder, with what the config of each SAE in it says."""
+    rows = []
+    for path in folder.glob("*/cfg.json"):
+        said = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+        if found := said.get("held_out"):
+            tokens, different = (f"{said[key] / 1e6:.2f}" for key in ("training_tokens", "different_tokens"))
+            figures = f"{found['fvu']:.3f} | {found['l0']:.1f} | {found['dead']:.1%} | {found['tokens']:,}"
+            rows.append((int(said["hook_name"].split(".")[1]), f"{tokens} | {different} | {figures}"))
     return CARD.format(
         name=NAMES[kind],
         model=model,
-        about_k=f"k = {k}" if kind == "topk" else f"trained for an L0 of {k}",
-        plural="s" if len(found) > 1 else "",
-        layers=", ".join(str(layer) for layer, _ in found),
+        about_k=f"k = {k}" if kind == "topk" else f"an L0 of {k}",
         d_sae=settings.d_sae,
-        tokens=tokens / 1e6,
-        passes="each seen once" if times <= 1 else f"{there / 1e6:.2f} M different ones, seen {times:.1f} times each",
         about=about,
-        length=harvested["length"],
+        length=acts.settings["length"],
         bos="begin with BOS" if acts.facts["bos"] is not None else "begin without BOS, which this model has not",
         batch=settings.step.batch,
         lr=settings.step.lr,
-        held_out=found[0][1].tokens,
-        table="\n".join(f"| {layer} | {q.fvu:.3f} | {q.l0:.1f} | {q.dead:.1%} |" for layer, q in found),
+        matched="" if kind == "topk" else MATCHED,
+        table="\n".join(f"| {layer} | {text} |" for layer, text in sorted(rows)),
     )

@@ -191,20 +191,25 @@ class Checkpoint:
 
 @torch.no_grad()
 def raw_weights(sae: TopKSae, scale: Scale, acts: Activations) -> Weights:
-    """Of a trained SAE for activations as the model gives them; matrices rounded to bfloat16, as they are saved.
-
-    An SAE that keeps k x batch is used one token at a time, so it gets the threshold that k latents a token exceed.
-    """
+    """Of a trained SAE for activations as the model gives them; matrices rounded to bfloat16, as they are saved."""
     weights = sae.unscaled(scale.deviation)
     weights["b_dec"] += scale.mean
     weights = {name: tensor.to(torch.bfloat16).float() for name, tensor in weights.items()}
-    if sae.kind in ("batchtopk", "matryoshka"):
-        x = acts.read(TRAIN, 0, sae.layer)[:CALIBRATION_ROWS].float()
-        weights["threshold"] = batch_threshold(weights, sae.k, x).expand(len(weights["b_enc"])).clone()
-    return weights
+    if sae.kind == "topk":
+        return weights
+    return weights | at_l0(weights, sae.kind, sae.k, acts.read(TRAIN, 0, sae.layer)[:CALIBRATION_ROWS].float())
 
 
-def batch_threshold(weights: Weights, k: int, x: Tensor) -> Tensor:
-    """The pre-activation that k latents a row of x [rows, d_in] exceed on average."""
-    pre = torch.relu((x - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"])
-    return k_th_largest(pre, k)
+def at_l0(weights: Weights, kind: str, k: int, x: Tensor) -> Weights:
+    """Thresholds by which k latents a row of x [rows, d_in] are open on average.
+
+    One threshold for an SAE that kept k x batch in its training and is used one row at a time. Where thresholds were
+    learnt, all of them times one factor; biases of gates, all less one number.
+    """
+    product = (x - weights["b_dec"]) @ weights["W_enc"].T
+    if kind == "gated":
+        return {"b_gate": weights["b_gate"] - k_th_largest(product + weights["b_gate"], k)}
+    pre = torch.relu(product + weights["b_enc"])
+    if kind == "jumprelu":
+        return {"threshold": weights["threshold"] * k_th_largest(pre / weights["threshold"], k)}
+    return {"threshold": k_th_largest(pre, k).expand(len(weights["b_enc"])).clone()}
