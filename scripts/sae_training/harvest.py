@@ -33,6 +33,7 @@ from scripts.sae_training.text import choose_texts, token_rows
 log = logging.getLogger(__name__)
 
 TRAIN, HELD_OUT = "train", "held_out"
+ROW = "row"  # in a shard, beside its layers
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,11 @@ class Activations:
         with safe_open(_shard(self.folder, part, shard), framework="pt") as file:
             return file.get_tensor(str(layer))
 
+    def text_rows(self, part: str, shard: int) -> Tensor:
+        """int64 [tokens]: the row of text that each token of a shard is of."""
+        with safe_open(_shard(self.folder, part, shard), framework="pt") as file:
+            return file.get_tensor(ROW).long()
+
     def rows_of(self, shard: int, part: str = TRAIN) -> int:
         """Tokens of a shard, by its header."""
         with safe_open(_shard(self.folder, part, shard), framework="pt") as file:
@@ -122,13 +128,16 @@ def harvest(
         if not _scale(folder).exists():
             rows = parts[TRAIN][: settings.shard_rows].split(settings.rows)
             first = [_ordinary(model, ids, bos, None) for ids in rows]
-            _write_scales(folder, {site.layer: torch.cat([one[site] for one in first]) for site in sites})
+            _write_scales(folder, {site.layer: torch.cat([acts[site] for _, acts in first]) for site in sites})
         limits = {site: _read_scale(folder, site.layer).norm_limit for site in sites}
 
         def make(job: tuple[str, int, Tensor]) -> int:
             part, number, rows = job
             found = [_ordinary(model, ids, bos, limits) for ids in rows.split(settings.rows)]
-            shard = {str(site.layer): torch.cat([one[site] for one in found]) for site in sites}
+            shard = {str(site.layer): torch.cat([acts[site] for _, acts in found]) for site in sites}
+            n_kept = torch.cat([kept.sum(1) for kept, _ in found])
+            first_row = number * settings.shard_rows
+            shard[ROW] = torch.repeat_interleave(torch.arange(first_row, first_row + len(rows)), n_kept)
             _save(_shard(folder, part, number), shard)
             return rows.numel()
 
@@ -165,13 +174,13 @@ def _begin(info: ModelInfo, settings: HarvestSettings, text: Path, folder: Path)
 
 def _ordinary(
     model: LanguageModel, ids: Tensor, bos: int | None, limits: Mapping[Site, float] | None
-) -> dict[Site, Tensor]:
-    """[tokens, d_in] of each site, without BOS and, given limits of the norm, without sinks."""
+) -> tuple[Tensor, dict[Site, Tensor]]:
+    """Tokens but BOS and, given limits of the norm, sinks: which of ids [rows, length], and [tokens, d_in] by site."""
     found = model.activations(ids.long())
     kept = ids != bos if bos is not None else torch.ones_like(ids, dtype=torch.bool)
     for site, limit in (limits or {}).items():
         kept &= torch.linalg.vector_norm(found[site].float(), dim=-1) <= limit
-    return {site: x[kept] for site, x in found.items()}
+    return kept, {site: x[kept] for site, x in found.items()}
 
 
 def _write_scales(folder: Path, first: Mapping[int, Tensor]) -> None:
