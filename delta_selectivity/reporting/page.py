@@ -17,11 +17,16 @@ from delta_selectivity.reporting.html import Markup, element
 from delta_selectivity.reporting.plots import Plots
 from delta_selectivity.reporting.provenance import facts, file_table, heading, notices, settings, versions
 from delta_selectivity.reporting.study import Study
-from delta_selectivity.reporting.summary import detectable, pair_table, sae_table
+from delta_selectivity.reporting.summary import detectable, pair_table, sae_table, told_apart
 from delta_selectivity.reporting.svg import inline
 
 HERE = Path(__file__).parent
 READING = (
+    ("survives", "transfer_r2: the share of what the model's own probes read in its activations that they still read "
+     "in the SAE's reconstruction. 1: all of it; 0 or less: no more than a constant. It ranks SAEs better than any "
+     "other score here."),
+    ("rank", "By what survives. 1–2: not told apart from another, since the 95 % interval of their paired difference "
+     "holds 0."),
     ("delta_sel", "Balanced accuracy of a probe on the SAE's reconstruction minus that on the model's activations. "
      "0: the SAE keeps what the model knows; negative: it loses some. Intervals are 95 %, clustered by person."),
     ("loss, gain", "delta_sel differs from 0: q < 0.05 after Benjamini-Hochberg over all cells of the SAE. Bold in the "
@@ -31,8 +36,8 @@ READING = (
 )  # fmt: skip
 PAIRED = element(
     "p",
-    "From the best mean to the worst, each SAE and the next: the first minus the second, on the same rows, folds and "
-    "people. The p values are not corrected for the number of pairs.",
+    "From the first in rank to the last, each SAE and the next: the first minus the second, on the same rows, folds "
+    "and people. The p values are not corrected for the number of pairs.",
 )
 HEATMAPS = element(
     "p",
@@ -82,7 +87,7 @@ def _sections(
     pairs = pair_table(study)
     compared = [element("h3", "Against each other"), PAIRED, pairs] if pairs else []
     compared += [element("p", line) for line in study.apart]
-    yield "saes", "SAEs", [sae_table(study), _reading(study), *compared, figures(plots.saes)]
+    yield "saes", "SAEs", [*told_apart(study), sae_table(study), _reading(study), *compared, figures(plots.saes)]
     if plots.trade:
         yield "pareto", "delta_sel against FVU and L0", [figures(plots.trade)]
     yield "datasets", "Layer by layer", [HEATMAPS, figures([plots.scale])]

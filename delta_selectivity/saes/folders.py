@@ -24,6 +24,7 @@ from delta_selectivity.saes.sae_lens.folder import SaeLens
 from delta_selectivity.saes.source import SaeHeader
 from delta_selectivity.saes.sparsify import Sparsify
 
+GGUF = "a GGUF file holds a language model, not an SAE: are `model` and `sae` exchanged?"
 DEEPEST = 3
 """Folders below the one that was named in which SAEs are looked for: ``TopK/resid_post_layer_5/trainer_0``."""
 
@@ -99,6 +100,8 @@ def find_members(
     Raises `RequestError` if there is no SAE, or if one of them cannot be read.
     """
     configs = _find_configs(root)
+    if not configs and any(path.suffix.lower() == ".gguf" for path in root.iterdir()):
+        raise RequestError(f"`saes` {name}: {GGUF}")
     if not configs:
         raise RequestError(
             f"{name}: no SAE here; a folder is expected that holds {', '.join(_formats(None))} and weights, or folders"
