@@ -4,7 +4,7 @@ Every SAE of a panel learns from the same stored activations of one layer. Withi
 batches and, where their widths agree, the same start, so two recipes differ by what their names say and by nothing
 else that could be held equal. The training step is the demo's (`scripts/demo_training/sae_training.py`).
 
-    acts = corpus_activations(model_folder, layer, corpus, seed=0)
+    acts = corpus_activations(TINY_PYTHIA, corpus, seed=0)
     for step, weights in train(recipe, acts.train): ...
     sae = as_sae(recipe, weights)
 """
@@ -17,7 +17,7 @@ import lzma
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from delta_selectivity.saes import Sae, Threshold, TopK
 from delta_selectivity.saes.coders import LinearCoder, fold_b_dec
 from scripts.demo_training.corpus import Document
 from scripts.demo_training.streams import TextMix, encode
+from scripts.sae_training.harvest import HELD_OUT, TRAIN, Activations
 from scripts.sae_training.kinds import KINDS, StepSettings, Weights, train_step
 from scripts.sae_training.training import CALIBRATION_ROWS, at_l0
 
@@ -69,18 +70,48 @@ class CorpusActivations:
     held_out_text: Tensor  # int64 [tokens], the text each belongs to
 
 
-STEPS = 800
-SNAPSHOTS = (13, 20, 32, 50, 80, 127, 201, 318, 505, STEPS)  # evenly spaced in log
-FAMILIES: dict[str, tuple[Literal["topk", "batchtopk"], int, int]] = {  # name -> architecture, k, d_sae
-    "TopK, k 32": ("topk", 32, 1024),
-    "BatchTopK, k 8": ("batchtopk", 8, 1024),
-}
+@dataclass(frozen=True)
+class Study:
+    """A model, a layer, and the families of SAEs that scores are compared on there."""
+
+    model_name: str
+    model: str  # as `open_model` takes it
+    layer: int
+    rows: int  # of a dataset: the program's `--shuffle_select_n`
+    runs: tuple[int, ...]  # seeds of repeated measurements on all people; none: of the rows of one draw alone
+    families: Mapping[str, tuple[Literal["topk", "batchtopk"], int, int]]  # name -> architecture, k, d_sae
+    steps: int
+    snapshots: tuple[int, ...]  # evenly spaced in log
+    dtype: str = "auto"  # of the model
+
+    def member(self, family: str, seed: int) -> Recipe:
+        """The family's own recipe. Snapshots are kept of seed 0."""
+        architecture, k, d_sae = self.families[family]
+        return Recipe(architecture, k, d_sae, self.steps, seed, self.snapshots if seed == 0 else ())
 
 
-def member(family: str, seed: int) -> Recipe:
-    """The family's own recipe. Snapshots are kept of seed 0."""
-    architecture, k, d_sae = FAMILIES[family]
-    return Recipe(architecture, k, d_sae, STEPS, seed, SNAPSHOTS if seed == 0 else ())
+TINY_PYTHIA = Study(
+    model_name="tiny-pythia",
+    model=str(Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"),
+    layer=3,  # of 0 to 5; where the demo's SAEs lose most
+    rows=3000,
+    runs=(1, 2, 3, 4, 5),
+    families={"TopK, k 32": ("topk", 32, 1024), "BatchTopK, k 8": ("batchtopk", 8, 1024)},
+    steps=800,
+    snapshots=(13, 20, 32, 50, 80, 127, 201, 318, 505, 800),
+)
+SMOLLM2 = Study(
+    model_name="smollm2-135m",
+    model="smollm2-135m",
+    layer=15,  # of 0 to 29
+    rows=1000,
+    runs=(),
+    families={"TopK, k 32": ("topk", 32, 2048), "BatchTopK, k 16": ("batchtopk", 16, 2048)},
+    steps=400,
+    snapshots=(24, 36, 54, 80, 120, 180, 270, 400),
+    dtype="bfloat16",
+)
+STUDIES = {study.model_name: study for study in (TINY_PYTHIA, SMOLLM2)}
 
 
 def close_variants(base: Recipe) -> dict[str, tuple[Recipe, Recipe]]:
@@ -93,14 +124,21 @@ def close_variants(base: Recipe) -> dict[str, tuple[Recipe, Recipe]]:
     }
 
 
-def corpus_activations(model_folder: Path, layer: int, corpus: Path, seed: int) -> CorpusActivations:
+def harvested(acts: Activations, layer: int) -> CorpusActivations:
+    """What `scripts/train_saes.py harvest` kept of a layer; a held-out text is a row of tokens there."""
+    found = {part: [acts.read(part, i, layer) for i in range(acts.shards(part))] for part in (TRAIN, HELD_OUT)}
+    rows = [acts.text_rows(HELD_OUT, i) for i in range(acts.shards(HELD_OUT))]
+    return CorpusActivations(torch.cat(found[TRAIN]), torch.cat(found[HELD_OUT]), torch.cat(rows))
+
+
+def corpus_activations(study: Study, corpus: Path, seed: int) -> CorpusActivations:
     """Run the texts of `corpus` (JSON lines, xz: `text`, and `source` if they are of several kinds).
 
     The kinds have equal shares of the training rows. One document in 100, by hash, is held out.
     """
-    info = open_model(str(model_folder))
-    site = Site(layer, "resid_post")
-    model = info.load([site], "cpu", info.choose_dtype("auto", "cpu"))
+    info = open_model(study.model)
+    site = Site(study.layer, "resid_post")
+    model = info.load([site], "cpu", info.choose_dtype(study.dtype, "cpu"))
     train, held_out = _texts_by_source(corpus, seed)
     ids = encode(train, info.tokenizer)
     mix = TextMix(ids, {}, dict.fromkeys(ids, 1.0), seed)
