@@ -1,4 +1,4 @@
-"""`scripts/train_saes.py`: a harvest and a training, each killed and resumed; what is saved against plain arithmetic."""
+"""`scripts/train_saes.py`: harvest and training, killed and resumed; what is saved against plain arithmetic."""
 
 from __future__ import annotations
 
@@ -24,30 +24,7 @@ from scripts.sae_training.text import choose_texts, read_documents, text_files, 
 
 LAYERS, K, D_SAE = (0, 2), 4, 48
 SETTINGS = HarvestSettings(LAYERS, tokens=3000, held_out_tokens=500, length=32, dtype="float32", rows=4, shard_rows=16)
-WORDS = [
-    "a",
-    "river",
-    "ran",
-    "by",
-    "the",
-    "old",
-    "town",
-    "where",
-    "she",
-    "wrote",
-    "and",
-    "he",
-    "sang",
-    "of",
-    "war",
-    "law",
-    "and",
-    "late",
-    "rain",
-    "in",
-    "May",
-    "1879",
-]
+SENTENCE = "a river ran by the old town where she wrote and he sang of war law and late rain in May 1879"
 
 
 class Killed(BaseException):
@@ -59,7 +36,7 @@ def text(tmp_path_factory):
     """600 documents in three formats; some seven are held out."""
     folder = tmp_path_factory.mktemp("text")
     random = np.random.default_rng(0)
-    documents = [" ".join(random.choice(WORDS, size=random.integers(20, 60))) for _ in range(600)]
+    documents = [" ".join(random.choice(SENTENCE.split(), size=random.integers(20, 60))) for _ in range(600)]
     (folder / "deep").mkdir()
     for i, document in enumerate(documents[:20]):
         (folder / "deep" / f"{i}.txt").write_text(document)
@@ -103,7 +80,7 @@ def test_all_formats_are_read_and_what_is_held_out_is_never_trained_on(text):
     assert set(few.train) < set(every.train)
     assert few.held_out == every.held_out
     assert not set(every.train) & set(every.held_out)
-    with pytest.raises(RequestError, match="no .txt"):
+    with pytest.raises(RequestError, match=r"no \.txt"):
         text_files(text / "nothing")
 
 
@@ -116,31 +93,29 @@ def test_broken_lines_are_named(tmp_path):
 def test_rows_begin_with_bos_and_hold_every_token_once(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     texts = ["she wrote of war", "rain in May", "a river ran by the old town"] * 3
-    plain = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    plain = [token for text in texts for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     bos = tokenizer.bos_token_id
     rows = token_rows(texts, tokenizer, bos, length=6, tokens=10**6)
     assert bool((rows[:, 0] == bos).all())
     kept = [token for token in rows.flatten().tolist() if token != bos]
-    assert kept == sum(plain, [])[: len(kept)]
-    assert len(sum(plain, [])) - len(kept) < 6
+    assert kept == plain[: len(kept)]
+    assert len(plain) - len(kept) < 6
     assert len(token_rows(texts, tokenizer, bos, length=6, tokens=11)) == 3
     without = token_rows(texts, tokenizer, None, length=5, tokens=10**6)
-    assert without.flatten().tolist() == sum(plain, [])[: without.numel()]
+    assert without.flatten().tolist() == plain[: without.numel()]
 
 
 def test_a_harvest_is_what_plain_transformers_gives_without_bos_and_sinks(acts, tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     rows = load_file(acts.folder / "rows.safetensors")
-    bos = model.config.bos_token_id
+    bos, last = model.config.bos_token_id, []
     for part in (TRAIN, HELD_OUT):
         found = {layer: torch.cat([acts.read(part, i, layer) for i in range(acts.shards(part))]) for layer in LAYERS}
-        with torch.no_grad():
+        with torch.no_grad():  # its `hidden_states[-1]` is after the final norm, so the last layer has a hook
+            hook = model.base_model.layers[2].register_forward_hook(lambda _m, _a, out: last.append(out))
             states = model(rows[part].long(), output_hidden_states=True).hidden_states
-            last = []
-            hook = model.base_model.layers[-1].register_forward_hook(lambda _m, _a, out: last.append(out))
-            model(rows[part].long())
             hook.remove()
-        plain = {0: states[1], 2: last[0] if isinstance(last[0], torch.Tensor) else last[0][0]}
+        plain = {0: states[1], 2: last[-1]}
         kept = rows[part] != bos
         for layer in LAYERS:
             kept &= plain[layer].norm(dim=-1) <= acts.scales[layer].norm_limit
