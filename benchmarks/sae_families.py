@@ -107,8 +107,8 @@ SMOLLM2 = Study(
     rows=1000,
     runs=(),
     families={"TopK, k 32": ("topk", 32, 2048), "BatchTopK, k 16": ("batchtopk", 16, 2048)},
-    steps=400,
-    snapshots=(24, 36, 54, 80, 120, 180, 270, 400),
+    steps=240,
+    snapshots=(16, 24, 35, 51, 76, 112, 164, 240),
     dtype="bfloat16",
 )
 STUDIES = {study.model_name: study for study in (TINY_PYTHIA, SMOLLM2)}
