@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -95,9 +96,7 @@ On the residual stream **after** a layer (`blocks.<layer>.hook_resid_post`, befo
 SAE Lens's folder format, matrices in bfloat16. Input is the raw activation of the Hugging Face model: no normalisation,
 no folding of weights.
 
-Text: {about} Rows of {length} tokens that {bos}. Left out of training and of the figures: BOS, and attention sinks
-(tokens whose norm is above 10 times the median). Adam, batches of {batch}, learning rate {lr:g}, AuxK against dead
-latents.{matched}
+{text}
 
 On held-out tokens (of documents that were not trained on), by the saved weights in float32:
 
@@ -109,8 +108,12 @@ FVU is the fraction of variance unexplained; dead is the share of the latents th
 These are short trainings: published SAEs see hundreds of times as many tokens. `scripts/train_saes.py` made them.
 """
 
-MATCHED = """ Thresholds were set so that L0 is
-as said on training tokens; on other text it differs a little."""
+TEXT = (
+    "Text: {about} Rows of {length} tokens that {bos}. Left out of training and of the figures: BOS, and attention "
+    "sinks (tokens whose norm is above 10 times the median). Adam, batches of {batch}, learning rate {lr:g}, AuxK against "
+    "dead latents.{matched}"
+)
+MATCHED = " Thresholds were set so that L0 is as said on training tokens; on other text it differs a little."
 
 
 def card(kind: str, k: int, folder: Path, acts: Activations, settings: TrainSettings, model: str, about: str) -> str:
@@ -122,16 +125,19 @@ def card(kind: str, k: int, folder: Path, acts: Activations, settings: TrainSett
             tokens, different = (f"{said[key] / 1e6:.2f}" for key in ("training_tokens", "different_tokens"))
             figures = f"{found['fvu']:.3f} | {found['l0']:.1f} | {found['dead']:.1%} | {found['tokens']:,}"
             rows.append((int(said["hook_name"].split(".")[1]), f"{tokens} | {different} | {figures}"))
-    return CARD.format(
-        name=NAMES[kind],
-        model=model,
-        about_k=f"k = {k}" if kind == "topk" else f"an L0 of {k}",
-        d_sae=settings.d_sae,
+    text = TEXT.format(
         about=about,
         length=acts.settings["length"],
         bos="begin with BOS" if acts.facts["bos"] is not None else "begin without BOS, which this model has not",
         batch=settings.step.batch,
         lr=settings.step.lr,
         matched="" if kind == "topk" else MATCHED,
-        table="\n".join(f"| {layer} | {text} |" for layer, text in sorted(rows)),
+    )
+    return CARD.format(
+        name=NAMES[kind],
+        model=model,
+        about_k=f"k = {k}" if kind == "topk" else f"an L0 of {k}",
+        d_sae=settings.d_sae,
+        text=textwrap.fill(text, 118, break_on_hyphens=False),
+        table="\n".join(f"| {layer} | {row} |" for layer, row in sorted(rows)),
     )
