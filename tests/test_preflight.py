@@ -145,6 +145,20 @@ def test_texts_with_the_wrong_beginning_are_named(has_bos, fix):
     assert fix in fit.problem()
 
 
+def test_a_sink_in_other_texts_makes_no_better_fit_of_them():
+    """Of SmolLM2: without BOS the first word becomes a sink of 170 times the norm, which has all the variance."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 24, generator=generator) * torch.linspace(1, 3, 24)
+    site, nobody = Site(0, "resid_post"), torch.zeros(300, dtype=torch.bool)
+    sae = components(x, site, 16)
+    other = x.clone()
+    other[7] = 1000 * sae.decode(sae.encode(x), x)[7]  # in the span of its components, so it is reconstructed
+    found = Preflight({site: SiteSample(x, nobody, x)}, {site: SiteSample(other, nobody, other)})
+    fit = found.examine(sae, site, counts_bos=False)
+    assert fit.problem() is None
+    assert fit.fvu == pytest.approx(float(Preflight({site: SiteSample(other, nobody, x)}, {}).fvu(sae, site)), rel=0.02)
+
+
 def test_an_sae_that_fits_nothing_is_not_stopped(check, saes):
     sae = saes["tiny-pythia-saes-k8", 0]
     rows = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(0))

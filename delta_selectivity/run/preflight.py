@@ -7,7 +7,7 @@
 A wrong layer or hook point, a forgotten normalisation, scaled inputs, a transposed decoder, texts without the BOS of
 the training: each gives numbers that look fine and are wrong. So the SAE is tried on what else it could have been
 trained on, and if it explains far more variance there than at the place it claims, that is what it was trained on. The
-measure is the fraction of variance unexplained (FVU) of the same tokens, without BOS.
+measure is the fraction of variance unexplained (FVU) of the same tokens, without BOS and attention sinks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.models.checks import ADDED
 from delta_selectivity.models.language_model import ActivationSource, ModelInfo, Site
 from delta_selectivity.run.calibration import SiteSample, calibrate
-from delta_selectivity.run.reconstruction import SiteScale
+from delta_selectivity.run.reconstruction import SINK, SiteScale
 from delta_selectivity.run.token_sample import seed_key
 from delta_selectivity.saes import InputNorm, LinearCoder, Sae
 from delta_selectivity.tasks import TokenisedMentions
@@ -297,7 +297,14 @@ def _reconstruct(sae: Sae, read: Tensor) -> Tensor:
 
 
 def _fvu(x: Tensor, recon: Tensor) -> float:
-    """Squared error over squared deviation from the mean; 0 of no variance is 0."""
+    """Squared error over squared deviation from the mean; 0 of no variance is 0.
+
+    Over ordinary tokens: the few attention sinks have nearly all of the variance, so with them it would say how well
+    sinks are reconstructed, which depends on where a text begins and not on whether the SAE fits.
+    """
     x, recon = x.cpu().double(), recon.cpu().double()  # MPS lacks float64
+    norm = torch.linalg.vector_norm(x, dim=1)
+    ordinary = norm <= SINK * norm.median()
+    x, recon = x[ordinary], recon[ordinary]
     error, total = (x - recon).square().sum(), (x - x.mean(dim=0)).square().sum()
     return float(error / total.clamp(min=torch.finfo(torch.float64).tiny))
