@@ -22,6 +22,7 @@ import pytest
 from result_sets import DEMO, write_set
 
 from delta_selectivity.cli import report
+from delta_selectivity.records.verdicts import MARKS
 from delta_selectivity.reporting import ink, matrix, output, results
 from delta_selectivity.reporting.cell_table import COLUMNS
 from delta_selectivity.reporting.plots import plots_of
@@ -185,15 +186,46 @@ def test_a_heatmap_prints_every_value_and_marks_what_is_not_significant():
     weights = {
         text.text: any(weight in text.get("style", "") for weight in ("bold", "700"))
         for text in tree.iter("{http://www.w3.org/2000/svg}text")
-        if re.fullmatch(r"[+−]\d\.\d{3}( =)?", text.text)
+        if re.fullmatch(r"[+−]\d\.\d{3} [=→▼?]", text.text)
     }
     found = [line for line in lines(plot) if round(float(line["delta_sel"]), 3)]
     assert len(found) >= 25
     for line in found:
-        assert weights[f"{float(line['delta_sel']):+.3f}".replace("-", "−")] == (float(line["q_value"]) < 0.05)
+        shown = f"{float(line['delta_sel']):+.3f} {MARKS[line['verdict']]}".replace("-", "−")
+        assert weights[shown] == (float(line["q_value"]) < 0.05)
+    assert {line["verdict"] for line in found} == {"lost", "undecided"}
     significant = sum(float(line["q_value"]) < 0.05 for line in lines(plot))
     assert plot.svg().count("fill: url(#h") == len(lines(plot)) - significant > 0
     assert f"{significant} of 30 cells" in plot.description
+
+
+def test_the_page_opens_with_three_sentences_made_from_the_numbers(demo, tmp_path):
+    (opening,) = (node for node in demo[1].all("ul") if node.attributes.get("class") == "opening")
+    kept, lost, undecided = (line.text for line in opening.all("li"))
+    cells = [(sae, cell) for sae in study_in(DEMO).saes for cell in sae.cells]
+    n_lost = sum(cell.verdict == "lost" for _, cell in cells)
+    assert kept.startswith("Kept: in none of 144 cells")
+    assert lost.startswith(f"Lost: {n_lost} of 144 cells are lost")
+    sae, worst = min(cells, key=lambda placed: placed[1].result["delta_sel"])
+    assert f"most at {worst.probe}, layer {worst.layer} of {sae.label}" in lost
+    unknown = sum(cell.result["model_ci_low"] <= 0.5 for _, cell in cells)
+    assert undecided.startswith(
+        f"Undecided: these data cannot tell of {144 - n_lost} of 144 cells: in {unknown} the model"
+    )
+
+    def kept_and_moved(cells):
+        well = {"model_ci_low": 0.7, "preserved": True, "q_value": 0.9, "transfer_preserved": True}
+        turned = {"transfer_preserved": False, "transfer_delta": -0.2, "transfer_q_value": 0.001}
+        return {"kept": {**cells["gender"], **well}, "turned": {**cells["gender"], **well, **turned}}
+
+    _, root = page_of(write_set(tmp_path / "in", edit=kept_and_moved), tmp_path / "report.html")
+    (opening,) = (node for node in root.all("ul") if node.attributes.get("class") == "opening")
+    assert [line.text for line in opening.all("li")] == [
+        "Kept: 3 of 6 cells are preserved.",
+        "Lost: no cell is shown to be lost; "
+        "3 moved (a probe fitted anew finds the answer, the model's own probe does not).",
+        "Undecided: these data decide all of 6 cells.",
+    ]
 
 
 def test_numbers_on_cells_stand_out_and_the_scale_is_even():

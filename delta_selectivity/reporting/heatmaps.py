@@ -7,12 +7,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from delta_selectivity.records.verdicts import MARKS, is_significant
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
 from delta_selectivity.reporting.ink import MUTED, shortened, text_width
 from delta_selectivity.reporting.matrix import MatrixCell, bare, colour_of, draw_matrix, ink_on, scale_end
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import signed, span
-from delta_selectivity.reporting.results import is_preserved, is_significant
 from delta_selectivity.reporting.study import Cell, Sae, Study
 
 ROW = 22  # pixels
@@ -22,7 +22,8 @@ LEAST_WIDTH = 190  # room for the name of the SAE
 TITLE = 25  # characters of the name of an SAE that fit there
 LABEL = 130  # pixels for the name of a probe
 COLUMNS = (
-    "sae", "dataset", "layer", "probe", "delta_sel", "ci_low", "ci_high", "p_value", "q_value", "preserved", "reason"
+    "sae", "dataset", "layer", "probe", "verdict", "delta_sel", "ci_low", "ci_high", "p_value", "q_value", "preserved",
+    "reason",
 )  # fmt: skip
 
 
@@ -49,7 +50,7 @@ def heatmap(study: Study, sae: Sae, dataset: str, name: str) -> Plot:
 
 
 def _row(sae: Sae, cell: Cell) -> tuple[object, ...]:
-    return (sae.label, cell.dataset, cell.layer, cell.probe, *(cell.result.get(key) for key in COLUMNS[4:]))
+    return (sae.label, cell.dataset, cell.layer, cell.probe, cell.verdict, *map(cell.result.get, COLUMNS[5:]))
 
 
 def _draw(cells: list[Cell], title: str, dataset: str, probes: list[str], limit: float) -> Drawing:
@@ -83,7 +84,7 @@ def _cell(cell: Cell, row: int, column: int) -> MatrixCell:
     found = cell.result
     delta = signed(found["delta_sel"])
     tip = f"{where}: {delta} ({span(found['ci_low'], found['ci_high'])}), {cell.verdict}"
-    text = f"{delta}{' =' if is_preserved(found) else ''}"
+    text = f"{delta} {MARKS[cell.verdict]}"
     return MatrixCell(row, column, found["delta_sel"], text, is_significant(found), tip)
 
 

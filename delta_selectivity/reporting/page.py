@@ -16,6 +16,7 @@ from delta_selectivity.reporting.drawing import Plot
 from delta_selectivity.reporting.html import Markup, element
 from delta_selectivity.reporting.plots import Plots
 from delta_selectivity.reporting.provenance import facts, file_table, heading, notices, settings, versions
+from delta_selectivity.reporting.sentences import opening
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.reporting.summary import detectable, pair_table, sae_table
 from delta_selectivity.reporting.svg import inline
@@ -24,10 +25,13 @@ HERE = Path(__file__).parent
 READING = (
     ("delta_sel", "Balanced accuracy of a probe on the SAE's reconstruction minus that on the model's activations. "
      "0: the SAE keeps what the model knows; negative: it loses some. Intervals are 95 %, clustered by person."),
-    ("loss, gain", "delta_sel differs from 0: q < 0.05 after Benjamini-Hochberg over all cells of the SAE. Bold in the "
-     "heatmaps; all other cells are hatched."),
-    ("small loss, small gain, preserved (=)", "Shown to be small: the 90 % interval lies within ± epsilon."),
-    ("undecided", "Neither: these data cannot tell."),
+    ("▼ lost", "A probe fitted anew finds less: delta_sel is negative with q < 0.05 (Benjamini-Hochberg over all cells "
+     "of the SAE) and is not shown to be small."),
+    ("→ moved", "A probe fitted anew finds the answer (delta_sel is shown to be small: its 90 % interval lies within "
+     "± epsilon), the model's own probe finds less."),
+    ("= preserved", "delta_sel is shown to be small, and the model's own probe is not shown to find less."),
+    ("? undecided", "These data cannot tell, or the model itself is not shown to know the answer."),
+    ("bold, hatched", "Bold: delta_sel differs from 0 (q < 0.05). All other cells of the heatmaps are hatched."),
 )  # fmt: skip
 PAIRED = element(
     "p",
@@ -37,7 +41,7 @@ PAIRED = element(
 HEATMAPS = element(
     "p",
     "For each dataset: delta_sel of every SAE, layers downwards and probes across, in one scale for the whole report; "
-    "then, probe by probe, what the model knows and what the SAEs keep. Hatched: not significant. =: preserved.",
+    "then, probe by probe, what the model knows and what the SAEs keep. Hatched: not significant. ▼ lost, → moved, = preserved, ? undecided.",
 )
 
 
@@ -51,7 +55,8 @@ def page(study: Study, plots: Plots, drawn: Mapping[str, str], with_links: bool)
     links = (element("a", title, href=f"#{name}") for name, title, _ in sections)
     body = element(
         "body",
-        element("header", element("h1", "Delta Selectivity"), element("p", heading(study)), facts(study)),
+        element("header", element("h1", "Delta Selectivity"), element("p", heading(study)), *_opening(study)),
+        facts(study),
         *notices(study),
         element("nav", *links, aria_label="sections"),
         element("main", *(_section(name, title, parts) for name, title, parts in sections)),
@@ -59,6 +64,13 @@ def page(study: Study, plots: Plots, drawn: Mapping[str, str], with_links: bool)
     )
     title = f"Delta Selectivity: {heading(study)}"
     return f"<!DOCTYPE html>\n{element('html', _head(title), body, lang='en')}\n"
+
+
+def _opening(study: Study) -> list[Markup]:
+    """What the report says, in three sentences."""
+    found = (line.partition(": ") for line in opening(study))
+    lines = [element("li", element("b", first), f": {rest}") for first, _, rest in found]
+    return [element("ul", *lines, class_="opening")] if lines else []
 
 
 def _head(title: str) -> Markup:

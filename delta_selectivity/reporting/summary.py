@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from delta_selectivity.records import result_file
+from delta_selectivity.records.verdicts import LOST, MOVED, PRESERVED, UNDECIDED
 from delta_selectivity.reporting.html import Markup, element, join, table
 from delta_selectivity.reporting.ink import MUTED, series
 from delta_selectivity.reporting.names import apart
@@ -13,8 +14,9 @@ from delta_selectivity.reporting.numbers import number, probability, signed, spa
 from delta_selectivity.reporting.results import further_views, mean
 from delta_selectivity.reporting.study import Sae, Study
 
+COUNTED = (LOST, MOVED, PRESERVED, UNDECIDED)
 HEAD = (
-    "SAE", "cells", "model_sel", "sae_sel", "mean delta_sel", "detectable", "lost", "preserved", "mean transfer_r2",
+    "SAE", "cells", "model_sel", "sae_sel", "mean delta_sel", "detectable", *COUNTED, "mean transfer_r2",
     "fvu_pos", "fvu_whole", "L0",
 )  # fmt: skip
 NAME = 26  # characters of the name of an SAE
@@ -42,8 +44,7 @@ def _line(study: Study, sae: Sae) -> list[str]:
         number(sae.mean("sae_sel"), ".3f"),
         _estimate(signed(delta, 4), span(low, high, 4)),
         number(sae.level.get("delta_sel_detectable"), ".4f"),
-        f"{sae.n_lost} of {n_cells}",
-        f"{sae.n_preserved} of {n_cells}",
+        *(f"{sae.count(word)} of {n_cells}" for word in COUNTED),
         _estimate(typeset(number(r2, ".3f")), _range(r2_low, r2_high)),
         number(sae.mean_figure("fvu_pos"), ".3f"),
         number(sae.mean_figure("fvu_whole"), ".3f"),
