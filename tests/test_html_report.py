@@ -95,11 +95,18 @@ def lines(plot):
 
 
 def cell_rows(root):
-    """By (SAE, dataset, probe, layer): the cells of a row of the big table, by column."""
-    (table,) = (table for table in root.all("table") if table.attributes.get("id") == "cells")
+    """By (SAE, dataset, probe, layer): the entries of a line of the big table, by column, as elements."""
+    (data,) = (node for node in root.all("template") if node.attributes.get("id") == "cell-data")
     names = [column.name for column in COLUMNS]
-    rows = [dict(zip(names, row.all("td"), strict=True)) for row in table.all("tbody")[0].all("tr")]
+    rows = [dict(zip(names, map(entry, line), strict=False)) for line in json.loads(data.text)]
     return {(*(row[name].text for name in ("SAE", "dataset", "probe")), int(row["layer"].text)): row for row in rows}
+
+
+def entry(value):
+    text, key, *small = value if isinstance(value, list) else (value, value)
+    node = Node("td", {"data-v": "" if key is None else str(key)})
+    node.children = [" ".join([text, *small])]
+    return node
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +360,7 @@ def test_a_probe_without_numbers_shows_its_reason(tmp_path):
     _, root = page_of(folder, tmp_path / "report.html")
     row = cell_rows(root)["one", "wikidata_gender", "rare", 0]
     assert row["delta_sel"].text == reason
-    assert row["verdict"].text == "not measured"
+    assert row["verdict"].text == "– not measured"
     plots = plots_in(folder)
     assert f"layer 0, rare: not measured ({reason})" in Tree(plots["heatmap_wikidata_gender_one"].svg()).root.text
     assert not [name for name in plots if name.startswith("levels") and "rare" in name]
@@ -375,7 +382,7 @@ def test_an_incomplete_run_is_flagged_and_claims_nothing(tmp_path, capsys):
     (notice,) = (node for node in root.all("div") if "notice" in (node.attributes.get("class") or ""))
     assert "1 of 1 result files are incomplete" in notice.text
     assert "sae-00/tiny-pythia_wikidata_gender.json" in notice.text
-    assert {row["verdict"].text for row in cell_rows(root).values()} == {"undecided"}
+    assert {row["verdict"].text for row in cell_rows(root).values()} == {"? undecided"}
     assert "0 of 3" in root.text
     capsys.readouterr()
     assert report.main([str(folder), "--summary"]) == 0

@@ -20,6 +20,7 @@ from delta_selectivity.records import sae_level
 from delta_selectivity.records.scores import folder_of
 from delta_selectivity.reporting import results as table
 from delta_selectivity.reporting.groups import File, obstacle, stored_cells
+from delta_selectivity.reporting.rows import find_cell, find_sae, rows_of
 from delta_selectivity.system.whole_file import replacing
 
 if TYPE_CHECKING:
@@ -146,6 +147,25 @@ class Results:
         n_cells = len(one.keys() & other.keys())
         return Difference(a, b, n_cells, delta, sae_level.difference_in_transfer_r2(one, other))
 
+    def rows(self, probe: str, layer: int | None = None, sae: str | None = None) -> pandas.DataFrame:
+        """Return who was lost: the rows of one cell, those that lost most first.
+
+        Columns: ``text``, ``start``, ``end`` (the characters that were probed), ``name``, ``person``, ``label``;
+        ``outcome`` (``lost``: the model's probe is right and the SAE's wrong; ``gained``, ``both``, ``neither``);
+        ``lost`` (how far the score moved towards the wrong side); ``model``, ``sae``, ``transfer`` (mean scores over
+        the partitions; positive: the positive class), ``model_right``, ``sae_right`` (share of the partitions).
+        Texts that were not kept beside the scores are looked up where the task is public, and None otherwise.
+
+        Args:
+            probe: As in `to_frame`; ``dataset/probe`` where several datasets have it.
+            layer: May be left out if there is only one.
+            sae: Its name, or what only its name holds, such as ``"k8"``; may be left out if there is only one.
+
+        Raises:
+            RequestError: There is no such cell, or its stored scores are gone.
+        """
+        return rows_of(find_cell(self.files, probe, layer, sae)).frame()
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Copy the result files and the scores behind them into a folder; returns the folder.
 
@@ -194,12 +214,8 @@ class Results:
         return f"<Results: {len(self)} rows of {', '.join(self.saes)}>"
 
     def _name(self, name: str, field: str) -> str:
-        """The SAE of this name or folder, by its name in `saes`."""
-        known = table.by_sae(self.files)
-        named = [sae for sae in known if name in (sae, table.label_in_run(sae, known[sae]))]
-        if len(named) != 1:
-            raise RequestError(f"`{field}`: there is no SAE {name!r} here: {', '.join(known)}")
-        return named[0]
+        """The SAE of this name or folder, or of a part of it, by its name in `saes`."""
+        return find_sae(table.by_sae(self.files), name, field)
 
     def _cells(self, name: str, field: str) -> dict[sae_level.Place, ProbeScores]:
         """The stored scores of one SAE."""

@@ -45,7 +45,8 @@ def heatmap(study: Study, sae: Sae, dataset: str, name: str) -> Plot:
     rows = tuple(_row(sae, cell) for cell in cells)
     labels = [one.label for one in study.everything]
     called = apart(labels, TITLE)[labels.index(sae.label)]
-    draw = partial(_draw, cells, called, dataset, study.datasets[dataset], limit_of(study))
+    numbers = [study.numbers[id(cell)] for cell in cells]
+    draw = partial(_draw, cells, numbers, called, dataset, study.datasets[dataset], limit_of(study))
     return Plot(name, title, description, draw, COLUMNS, rows)
 
 
@@ -53,7 +54,7 @@ def _row(sae: Sae, cell: Cell) -> tuple[object, ...]:
     return (sae.label, cell.dataset, cell.layer, cell.probe, cell.verdict, *map(cell.result.get, COLUMNS[5:]))
 
 
-def _draw(cells: list[Cell], title: str, dataset: str, probes: list[str], limit: float) -> Drawing:
+def _draw(cells: list[Cell], numbers: list[int], title: str, dataset: str, probes: list[str], limit: float) -> Drawing:
     layers = sorted({cell.layer for cell in cells})
     longest = max(text_width(shortened(probe, LABEL, 10), 10) for probe in probes)
     flat = longest <= COLUMN
@@ -65,7 +66,8 @@ def _draw(cells: list[Cell], title: str, dataset: str, probes: list[str], limit:
     bare(axes, len(layers), len(probes))
     _label(axes, layers, probes, flat)
     matrix = [_cell(cell, layers.index(cell.layer), probes.index(cell.probe)) for cell in cells]
-    return Drawing(figure, draw_matrix(axes, matrix, limit))
+    parts = {f"cell-{place}{end}": number for place, number in enumerate(numbers) for end in ("", "-hatch", "-text")}
+    return Drawing(figure, draw_matrix(axes, matrix, limit), parts)
 
 
 def _label(axes: Axes, layers: list[int], probes: list[str], flat: bool) -> None:

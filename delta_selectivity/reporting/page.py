@@ -41,12 +41,16 @@ PAIRED = element(
 HEATMAPS = element(
     "p",
     "For each dataset: delta_sel of every SAE, layers downwards and probes across, in one scale for the whole report; "
-    "then, probe by probe, what the model knows and what the SAEs keep. Hatched: not significant. ▼ lost, → moved, = preserved, ? undecided.",
+    "then, probe by probe, what the model knows and what the SAEs keep. Hatched: not significant. ▼ lost, → moved, "
+    "= preserved, ? undecided. A click on a cell shows its rows: who was lost.",
 )
 
 
-def page(study: Study, plots: Plots, drawn: Mapping[str, str], with_links: bool) -> str:
-    """The whole document. `drawn` holds each plot's SVG by name; links to save plots double their bytes."""
+def page(study: Study, plots: Plots, drawn: Mapping[str, str], with_links: bool, rows: str | None = None) -> str:
+    """The whole document. `drawn` holds each plot's SVG by name; links to save plots double their bytes.
+
+    rows: Of `row_data.packed`: the rows behind the cells.
+    """
 
     def figures(found: Sequence[Plot]) -> Markup:
         return element("div", *(_figure(plot, drawn[plot.name], with_links) for plot in found), class_="plots")
@@ -55,12 +59,15 @@ def page(study: Study, plots: Plots, drawn: Mapping[str, str], with_links: bool)
     links = (element("a", title, href=f"#{name}") for name, title, _ in sections)
     body = element(
         "body",
-        element("header", element("h1", "Delta Selectivity"), element("p", heading(study)), *_opening(study)),
-        facts(study),
+        element(
+            "header", element("h1", "Delta Selectivity"), element("p", heading(study)), *_opening(study), facts(study)
+        ),
         *notices(study),
         element("nav", *links, aria_label="sections"),
         element("main", *(_section(name, title, parts) for name, title, parts in sections)),
-        element("script", _ours("page.js")),
+        _panel(),
+        element("template", rows or "", id="row-data"),
+        element("script", _script()),
     )
     title = f"Delta Selectivity: {heading(study)}"
     return f"<!DOCTYPE html>\n{element('html', _head(title), body, lang='en')}\n"
@@ -74,7 +81,7 @@ def _opening(study: Study) -> list[Markup]:
 
 
 def _head(title: str) -> Markup:
-    script = base64.b64encode(hashlib.sha256(_ours("page.js").encode()).digest()).decode()
+    script = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script}'"
     return element(
         "head",
@@ -135,6 +142,18 @@ def _saving(plot: Plot, svg: str) -> Markup:
 
 def _data(media: str, text: str) -> str:
     return f"data:{media};base64,{base64.b64encode(text.encode()).decode()}"
+
+
+def _panel() -> Markup:
+    """What opens where a cell is chosen; the script fills it."""
+    close = element("button", "close", type="button", id="close")
+    title = element("h2", "", id="cell-title", tabindex="-1")
+    return element("dialog", element("div", title, close, class_="bar"), element("div", id="cell-content"),
+                   id="cell", aria_labelledby="cell-title")  # fmt: skip
+
+
+def _script() -> Markup:
+    return Markup("\n".join(_ours(name) for name in ("page.js", "rows.js")))
 
 
 @cache

