@@ -1,9 +1,9 @@
 """Causal attention over short texts in bfloat16 on a CPU: two products and a softmax.
 
 Torch's fused kernel is made for long texts: it never holds the scores of all pairs of tokens. Of a hundred tokens they
-are few, and without its bookkeeping attention takes half the time (`python benchmarks/bench_kernels.py`). Scores are
-rounded to bfloat16 on the way, as in transformers' own eager attention. Everything else, longer texts among it, goes to
-transformers' `sdpa`.
+are few, and without its bookkeeping attention takes half the time on AMD's CPUs, but on Intel's twice as long
+(`python benchmarks/bench_kernels.py`). Scores are rounded to bfloat16 on the way, as in transformers' own eager
+attention. Everything else, longer texts among it, goes to transformers' `sdpa`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delta_selectivity.system.processor import has_fast_bfloat16
+from delta_selectivity.system.processor import has_fast_bfloat16, prefers_onednn
 
 NAME = "sdpa_or_products"
 """Of this attention, among transformers' attention functions."""
@@ -26,7 +26,7 @@ AT_A_TIME = 2**18
 def use_where_faster(model: Any, device: torch.device) -> None:
     """Have a transformers model attend by products, if it would attend by sdpa and that can be slower here."""
     fits = device.type == "cpu" and model.dtype == torch.bfloat16 and has_fast_bfloat16()
-    if not fits or getattr(model.config, "_attn_implementation", None) != "sdpa":
+    if not fits or not prefers_onednn() or getattr(model.config, "_attn_implementation", None) != "sdpa":
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
