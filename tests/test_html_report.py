@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import doctest
+import gzip
 import hashlib
 import importlib
 import io
@@ -448,12 +449,27 @@ def test_what_goes_to_files_does_not_go_with_tables(tmp_path):
 
 
 def test_a_page_that_would_be_too_large_goes_without_links(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(output, "MOST", 1000)
-    text, root = page_of(write_set(tmp_path / "in"), tmp_path / "report.html")
+    folder = write_set(tmp_path / "in")
+    monkeypatch.setattr(output, "MOST", len(page_of(folder, tmp_path / "full.html")[0].encode()) - 1)
+    capsys.readouterr()
+    text, root = page_of(folder, tmp_path / "report.html")
     assert "data:text/csv" not in text
     assert root.all("svg")
     assert not root.all("figcaption")
     assert "--plots writes them" in capsys.readouterr().out
+
+
+def test_a_page_that_is_still_too_large_has_its_plots_packed(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "MOST", 1000)
+    _, root = page_of(write_set(tmp_path / "in"), tmp_path / "report.html")
+    assert not root.all("svg")
+    (data,) = (node for node in root.all("template") if node.attributes["id"] == "plot-data")
+    packed = json.loads(gzip.decompress(base64.b64decode(data.text)))
+    places = {figure.attributes["data-plot"]: figure.attributes["style"] for figure in root.all("figure")}
+    assert places.keys() == packed.keys() == plots_in(tmp_path / "in").keys()
+    for name, svg in packed.items():
+        width, height = (Tree(svg).root.all("svg")[0].attributes[size] for size in ("width", "height"))
+        assert places[name] == f"width: {width}px; height: {height}px"
 
 
 @pytest.mark.parametrize("flags", [("-o", "absent/report.html"), ("-o", "."), ("--plots", "file/plots")])
@@ -606,3 +622,38 @@ def test_it_is_dark_for_those_who_want_it_and_light_on_paper(browser, tmp_path):
     assert page.evaluate(background) == "rgb(255, 255, 255)"
     assert not page.is_visible("nav")
     assert page.pdf().startswith(b"%PDF")
+
+
+@pytest.mark.slow
+def test_many_cells_open_fast_scroll_and_keep_their_state_in_the_address(browser, tmp_path):
+    path = tmp_path / "report.html"
+    names = [f"org/sae-{number:02}" for number in range(20)]
+    sets = ("gender", "occupation", "politics", "athlete", "is_alive")
+    page_of(write_set(tmp_path / "in", saes=names, layers=range(24), datasets=sets), path)
+    assert path.stat().st_size < 5_000_000
+    page = opened(browser, path, 1400)
+    known = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+    assert known < 2000, "milliseconds until it is loaded"
+    assert page.inner_text("#count") == "5760 of 5760"
+    assert page.evaluate("document.querySelectorAll('*').length") < 15_000, "of 5760 lines some dozens are drawn"
+    page.evaluate("document.getElementById('all-cells').scrollIntoView()")
+    line = "[...document.querySelectorAll('#cells tbody tr:not([aria-hidden])')].map(row => row.ariaRowIndex)"
+    page.evaluate("document.querySelector('.tall').scrollTop = 1e7")
+    page.wait_for_function(f"{line}.includes('5761')")
+    page.click("#cells thead button >> text=delta_sel")
+    page.select_option("select[data-column='2']", "is_singer")
+    page.fill("#search", "sae-07")
+    assert page.inner_text("#count") == "24 of 5760"
+    url = page.url
+    shown = page.inner_text("#cells tbody")
+    page.close()
+    again = opened(browser, path, 1400)
+    again.goto(url)
+    again.reload()
+    assert (again.inner_text("#count"), again.inner_text("#cells tbody")) == ("24 of 5760", shown)
+    again.evaluate("document.getElementById('dataset-3').scrollIntoView()")
+    again.wait_for_selector("#dataset-3 figure svg")
+    again.click("#dataset-3 [data-cell] >> nth=1", force=True)
+    again.wait_for_selector("dialog dl")
+    assert (page.told, again.told) == ([], [])
+    assert set(again.asked) == {path.as_uri()} or all(one.startswith(path.as_uri()) for one in again.asked)

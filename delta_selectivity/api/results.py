@@ -13,6 +13,7 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from delta_selectivity.api.arguments import as_path, naming
+from delta_selectivity.api.latents import latents_of
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.probing.uncertainty import Estimate
@@ -20,6 +21,7 @@ from delta_selectivity.records import sae_level
 from delta_selectivity.records.scores import folder_of
 from delta_selectivity.reporting import results as table
 from delta_selectivity.reporting.groups import File, obstacle, stored_cells
+from delta_selectivity.reporting.latent_tables import COLUMNS, latent_lines
 from delta_selectivity.reporting.rows import find_cell, find_sae, rows_of
 from delta_selectivity.system.whole_file import replacing
 
@@ -165,6 +167,36 @@ class Results:
             RequestError: There is no such cell, or its stored scores are gone.
         """
         return rows_of(find_cell(self.files, probe, layer, sae)).frame()
+
+    def latents(
+        self, probe: str, layer: int | None = None, sae: str | None = None, *, source: Any = None, device: Any = None
+    ) -> pandas.DataFrame:
+        """Return which latents of the SAE carry the model's probe in one cell, those that carry most first.
+
+        The gap between the classes' mean scores by the model's probe is a sum over latents, and what no latent
+        carries. Columns: ``carrier``, ``latent``; ``share`` of the gap; ``dropped`` (share that lies in the error along
+        the latent's direction); ``alignment`` (probe . W_dec), ``difference`` (of the class means of the latent),
+        ``rate_0``, ``rate_1`` (how often it fires in each class), ``auc`` (of the latent alone), ``examples`` (texts on
+        which it fires most), ``address`` (on Neuronpedia, if the SAE's config names it). The last lines are all other
+        latents, the error, and biases and scales: the shares add up to 1.
+
+        The first call of a cell runs the model over the dataset's texts again; what it finds is kept beside the scores
+        if the texts may be (``keep_texts``).
+
+        Args:
+            probe: As for `rows`.
+            layer: As for `rows`.
+            sae: As for `rows`.
+            source: The SAE itself, as `wrap_sae` returns it, where it was measured as an object.
+            device: Where to compute; by default as the run did.
+
+        Raises:
+            RequestError: There is no such cell, or model, SAE or texts are no longer what was measured.
+        """
+        import pandas
+
+        found = latents_of(find_cell(self.files, probe, layer, sae), source, device)
+        return pandas.DataFrame(latent_lines(found), columns=list(COLUMNS)).astype({"latent": "Int64"})
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Copy the result files and the scores behind them into a folder; returns the folder.

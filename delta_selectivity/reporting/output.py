@@ -13,7 +13,7 @@ from delta_selectivity.reporting.row_data import packed
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.system.whole_file import replacing
 
-MOST = 5_000_000  # bytes of a page with links to save its plots, and rows; a larger one goes without the links
+MOST = 5_000_000  # bytes of a page; a larger one goes without links to save its plots, then with its plots packed
 LEAST_ROOM = 500_000  # bytes for rows, however large the page is without
 
 
@@ -22,10 +22,12 @@ def write_page(study: Study, path: Path) -> str:
     with _told("`page`", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
         plots = plots_of(study)
         drawn = {plot.name: plot.svg() for plot in plots}
-        with_links = len(page(study, plots, drawn, with_links=True).encode()) <= MOST
-        bare = page(study, plots, drawn, with_links)
-        rows = packed(study, max(MOST - len(bare.encode()), LEAST_ROOM))
-        out.write(page(study, plots, drawn, with_links, rows))
+        for with_links, pack_plots in ((True, False), (False, False), (False, True)):
+            n_bytes = len(page(study, plots, drawn, with_links, pack_plots=pack_plots).encode())
+            if n_bytes <= MOST:
+                break
+        rows = packed(study, max(MOST - n_bytes, LEAST_ROOM))
+        out.write(page(study, plots, drawn, with_links, rows, pack_plots))
     unlinked = "" if with_links else "; too large for links that save its plots: `plots` writes them"
     return f"report: {path} ({path.stat().st_size / 1e6:.1f} MB){unlinked}"
 

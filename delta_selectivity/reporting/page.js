@@ -121,6 +121,32 @@ function restore() {
   }
 }
 
+// JSON that stands in a template as base64 of gzip.
+async function unpacked(id) {
+  const packed = document.getElementById(id).content.textContent;
+  if (!packed) return null;
+  const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+}
+
+// Of many plots, those that come into view are drawn.
+async function drawPlots() {
+  const places = document.querySelectorAll("[data-plot]");
+  if (!places.length) return;
+  const plots = await unpacked("plot-data");
+  const fill = (place) => {
+    if (!place.firstChild) place.innerHTML = plots[place.dataset.plot];
+  };
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries.filter((one) => one.isIntersecting)) {
+      fill(entry.target);
+      seen.unobserve(entry.target);
+    }
+  }, { rootMargin: "1000px" });
+  places.forEach((place) => seen.observe(place));
+  window.addEventListener("beforeprint", () => places.forEach(fill));
+}
+
 const address = (row) => [0, 1, 2, 3].map((column) => key(row[column])).join("|");
 
 function savePng(name) {
@@ -156,3 +182,4 @@ box.addEventListener("scroll", () => draw(), { passive: true });
 window.addEventListener("resize", () => draw());
 window.addEventListener("beforeprint", () => draw(true));
 window.addEventListener("afterprint", () => draw());
+drawPlots();

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from delta_selectivity.reporting.drawing import Plot
 from delta_selectivity.reporting.html import Markup, element
 from delta_selectivity.reporting.plots import Plots
 from delta_selectivity.reporting.provenance import facts, file_table, heading, notices, settings, versions
+from delta_selectivity.reporting.row_data import packed_json
 from delta_selectivity.reporting.sentences import opening
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.reporting.summary import detectable, pair_table, sae_table
@@ -46,14 +48,25 @@ HEATMAPS = element(
 )
 
 
-def page(study: Study, plots: Plots, drawn: Mapping[str, str], with_links: bool, rows: str | None = None) -> str:
+def page(
+    study: Study,
+    plots: Plots,
+    drawn: Mapping[str, str],
+    with_links: bool,
+    rows: str | None = None,
+    pack_plots: bool = False,
+) -> str:
     """The whole document. `drawn` holds each plot's SVG by name; links to save plots double their bytes.
 
     rows: Of `row_data.packed`: the rows behind the cells.
+    pack_plots: Plots stand in the page compressed, and the script unpacks those that come into view.
     """
+    inner = {name: inline(svg) for name, svg in drawn.items()}
 
     def figures(found: Sequence[Plot]) -> Markup:
-        return element("div", *(_figure(plot, drawn[plot.name], with_links) for plot in found), class_="plots")
+        if pack_plots:
+            return element("div", *(_place_of(plot, inner[plot.name]) for plot in found), class_="plots")
+        return element("div", *(_figure(plot, inner, drawn, with_links) for plot in found), class_="plots")
 
     sections = list(_sections(study, plots, figures))
     links = (element("a", title, href=f"#{name}") for name, title, _ in sections)
@@ -67,6 +80,7 @@ def page(study: Study, plots: Plots, drawn: Mapping[str, str], with_links: bool,
         element("main", *(_section(name, title, parts) for name, title, parts in sections)),
         _panel(),
         element("template", rows or "", id="row-data"),
+        element("template", packed_json(inner) if pack_plots else "", id="plot-data"),
         element("script", _script()),
     )
     title = f"Delta Selectivity: {heading(study)}"
@@ -124,9 +138,18 @@ def _section(name: str, title: str, parts: Sequence[Markup]) -> Markup:
     return element("section", element("h2", title), *parts, id=name)
 
 
-def _figure(plot: Plot, svg: str, with_links: bool) -> Markup:
-    links = [_saving(plot, svg)] if with_links else []
-    return element("figure", Markup(inline(svg)), *links, id=plot.name)
+def _figure(plot: Plot, inner: Mapping[str, str], drawn: Mapping[str, str], with_links: bool) -> Markup:
+    links = [_saving(plot, drawn[plot.name])] if with_links else []
+    return element("figure", Markup(inner[plot.name]), *links, id=plot.name)
+
+
+def _place_of(plot: Plot, svg: str) -> Markup:
+    """Where a plot will be, in its size."""
+    width, height = (re.search(rf'<svg[^>]* {size}="([0-9.]+)"', svg) for size in ("width", "height"))
+    assert width is not None
+    assert height is not None
+    style = f"width: {width[1]}px; height: {height[1]}px"
+    return element("figure", id=plot.name, data_plot=plot.name, style=style)
 
 
 def _saving(plot: Plot, svg: str) -> Markup:

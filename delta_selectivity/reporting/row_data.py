@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.records import latents as latent_file
+from delta_selectivity.records.texts import Text
 from delta_selectivity.reporting.names import abridged
 from delta_selectivity.reporting.results import cells
 from delta_selectivity.reporting.row_tables import excerpt
@@ -25,6 +27,7 @@ TOP = 160  # rows that lost most, whose texts are in the page, and beside them
 BOTTOM = 40  # those that gained most
 FEWER = (1.0, 0.5, 0.25, 0.1)  # shares of those, where a page would be too large
 BEFORE, NAME, AFTER = 220, 80, 40  # characters of a text
+CARRIERS, SHORT = 15, 90  # latents of a cell, and characters of their example texts
 LONGEST = 120  # characters of a person's key or a class
 
 Json = dict[str, Any]
@@ -32,11 +35,11 @@ Json = dict[str, Any]
 
 def packed(study: Study, room: int) -> str | None:
     """The rows in at most so many bytes: all of each cell if they fit, else the most telling; None without any."""
-    found = list(_found(study))
-    if not found:
+    found, latents = list(_found(study)), dict(_latents(study))
+    if not found and not latents:
         return None
     for share in (None, *FEWER):
-        text = _packed(found, share)
+        text = _packed(found, latents, share)
         if len(text) <= room:
             return text
     return None
@@ -58,11 +61,38 @@ def _places(sae: Sae) -> list[Place]:
     return [Place(file, layer, probe) for file in sae.files for layer, probe, *_ in cells(file[1])]
 
 
-def _packed(found: Sequence[tuple[int, CellRows]], share: float | None) -> str:
+def _packed(found: Sequence[tuple[int, CellRows]], latents: Json, share: float | None) -> str:
     texts = _Texts()
     content = {number: _cell(rows, texts, share) for number, rows in found}
-    whole = json.dumps({"cells": content, "texts": texts.shown}, separators=(",", ":"))
-    return base64.b64encode(gzip.compress(whole.encode(), compresslevel=9, mtime=0)).decode()
+    return packed_json({"cells": content, "texts": texts.shown, "latents": latents})
+
+
+def packed_json(value: Any) -> str:
+    """Base64 of gzip of JSON, which a browser unpacks."""
+    whole = json.dumps(value, separators=(",", ":")).encode()
+    return base64.b64encode(gzip.compress(whole, compresslevel=9, mtime=0)).decode()
+
+
+def _latents(study: Study) -> Iterator[tuple[str, Json]]:
+    """The latents of each cell for which they were found, by the number of the cell."""
+    for sae in study.everything:
+        for cell, place in zip(sae.cells, _places(sae), strict=True):
+            (path, results), layer, probe = place
+            kept = latent_file.load(path, results["_run"]["key"], layer, probe)
+            if kept is not None:
+                yield str(study.numbers[id(cell)]), _carriers(kept)
+
+
+def _carriers(kept: Json) -> Json:
+    lines = [
+        [
+            one["latent"], *(round(one[name], 4) for name in ("share", "dropped", "rate_0", "rate_1", "auc")),
+            [excerpt(Text(text, start, end, ""), SHORT, NAME) for text, start, end in one["examples"]], one["address"],
+        ]
+        for one in kept["latents"][:CARRIERS]
+    ]  # fmt: skip
+    others = kept["others"] + sum(one["share"] for one in kept["latents"][CARRIERS:])
+    return {"latents": lines, "others": round(others, 4), "error": round(kept["error"], 4)}
 
 
 def _cell(rows: CellRows, texts: _Texts, share: float | None) -> Json:

@@ -12,13 +12,8 @@ const AT_ONCE = 100; // rows
 let unpacking; // a promise of the rows of all cells
 
 function rowsOf(number) {
-  unpacking ??= (async () => {
-    const packed = document.getElementById("row-data").content.textContent;
-    if (!packed) return { cells: {}, texts: [] };
-    const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
-    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
-  })();
-  return unpacking.then((found) => ({ cell: found.cells[number], texts: found.texts }));
+  unpacking ??= unpacked("row-data").then((found) => found ?? { cells: {}, texts: [], latents: {} });
+  return unpacking.then((found) => ({ cell: found.cells[number], texts: found.texts, latents: found.latents[number] }));
 }
 
 const fixed = (hundredths) => (hundredths / 100).toFixed(2).replace("-", "−");
@@ -77,6 +72,29 @@ function histogram(name, [model, sae], end, largest) {
     svg("line", { x1: width / 2, x2: width / 2, y1: 0, y2: height, class: "middle" }),
     label(0, "start", fixed(-100 * end)), label(width / 2, "middle", "0"), label(width, "end", fixed(100 * end)),
     svg("text", { x: 0, y: height + 30 }, `${name}: line before (model), area after (SAE)`));
+}
+
+const percent = (share) => `${share < 0 ? "−" : "+"}${Math.abs(100 * share).toFixed(1)} %`;
+
+// Shares of the gap between the classes, as bars from 0: of latents, of all others, and of the error.
+function carriers({ latents, others, error }) {
+  const largest = Math.max(0.01, ...latents.flatMap((one) => [Math.abs(one[1]), Math.abs(one[2])]), Math.abs(others), Math.abs(error));
+  const bar = (share, kind) => make("span", { className: `bar-of ${kind}${share < 0 ? " negative" : ""}`, style: `width: ${(7 * Math.abs(share)) / largest}rem` });
+  const head = make("tr", {}, ...["carrier", "share of the probe", "dropped", "fires: class 0", "class 1", "AUC alone", "fires most on"].map((name) => make("th", { scope: "col" }, name)));
+  const line = (name, share, dropped, rest) => make("tr", {}, make("th", { scope: "row" }, name),
+    make("td", { className: "bars" }, bar(share, "kept"), ` ${percent(share)}`),
+    make("td", { className: "bars" }, ...(dropped === null ? [] : [bar(dropped, "dropped"), ` ${percent(dropped)}`])), ...rest);
+  const lines = latents.map(([latent, share, dropped, rate0, rate1, auc, examples, address]) => {
+    const name = address ? make("a", { href: address, rel: "noreferrer" }, `latent ${latent}`) : `latent ${latent}`;
+    const texts = examples.map(([before, mark, after]) => make("p", { className: "text", dir: "auto" }, before, make("mark", {}, mark), after));
+    const numbers = [`${(100 * rate0).toFixed(1)} %`, `${(100 * rate1).toFixed(1)} %`, auc.toFixed(3)].map((value) => make("td", {}, value));
+    return line(name, share, dropped, [...numbers, make("td", { className: "examples" }, ...texts)]);
+  });
+  const blank = () => [1, 2, 3, 4].map(() => make("td", {}));
+  lines.push(line("other latents", others, null, blank()), line("error: no latent", error, null, blank()));
+  return [make("h3", {}, "Which latents carry the probe"),
+    make("p", {}, "Shares of the gap between the classes' mean scores by the model's probe. dropped: what lies in the error along the latent's direction, and would come back if it fired as it should."),
+    make("div", { className: "scroll", tabindex: "0" }, make("table", { className: "carriers" }, make("thead", {}, head), make("tbody", {}, ...lines)))];
 }
 
 function quoted(value) {
@@ -138,8 +156,9 @@ async function openCell(number, words = "", outcome = "") {
   if (!panel.open) panel.showModal();
   panel.scrollTop = 0;
   title.focus();
-  const { cell, texts } = await rowsOf(number);
+  const { cell, texts, latents } = await rowsOf(number);
   if (!panel.open || numbers.parentElement !== content) return; // closed, or another cell was chosen
+  if (latents) content.append(...carriers(latents));
   if (!cell) {
     content.append(make("p", {}, "The scores of this cell's rows are not beside its result file, or the page had no room for them."));
     return;
