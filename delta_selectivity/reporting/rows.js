@@ -80,21 +80,21 @@ const percent = (share) => `${share < 0 ? "−" : "+"}${Math.abs(100 * share).to
 function carriers({ latents, others, error }) {
   const largest = Math.max(0.01, ...latents.flatMap((one) => [Math.abs(one[1]), Math.abs(one[2])]), Math.abs(others), Math.abs(error));
   const bar = (share, kind) => make("span", { className: `bar-of ${kind}${share < 0 ? " negative" : ""}`, style: `width: ${(7 * Math.abs(share)) / largest}rem` });
-  const head = make("tr", {}, ...["carrier", "share of the probe", "dropped", "fires: class 0", "class 1", "AUC alone", "fires most on"].map((name) => make("th", { scope: "col" }, name)));
-  const line = (name, share, dropped, rest) => make("tr", {}, make("th", { scope: "row" }, name),
-    make("td", { className: "bars" }, bar(share, "kept"), ` ${percent(share)}`),
-    make("td", { className: "bars" }, ...(dropped === null ? [] : [bar(dropped, "dropped"), ` ${percent(dropped)}`])), ...rest);
+  const part = (word, share, kind) => make("span", { className: "part" }, bar(share, kind), ` ${word} ${percent(share)}`);
+  const line = (name, share, ...rest) => make("li", {}, make("p", { className: "who" }, make("b", {}, name), part("carries", share, "kept"), ...rest));
   const lines = latents.map(([latent, share, dropped, rate0, rate1, auc, examples, address]) => {
     const name = address ? make("a", { href: address, rel: "noreferrer" }, `latent ${latent}`) : `latent ${latent}`;
+    const fires = `fires ${(100 * rate0).toFixed(1)} % / ${(100 * rate1).toFixed(1)} %, AUC ${auc.toFixed(3)}`;
+    const item = line(name, share, part("dropped", dropped, "dropped"), make("span", { className: "figures" }, fires));
     const texts = examples.map(([before, mark, after]) => make("p", { className: "text", dir: "auto" }, before, make("mark", {}, mark), after));
-    const numbers = [`${(100 * rate0).toFixed(1)} %`, `${(100 * rate1).toFixed(1)} %`, auc.toFixed(3)].map((value) => make("td", {}, value));
-    return line(name, share, dropped, [...numbers, make("td", { className: "examples" }, ...texts)]);
+    if (texts.length) item.append(make("details", {}, make("summary", {}, "fires most on"), ...texts));
+    return item;
   });
-  const blank = () => [1, 2, 3, 4].map(() => make("td", {}));
-  lines.push(line("other latents", others, null, blank()), line("error: no latent", error, null, blank()));
+  lines.push(line("other latents", others), line("error: no latent", error));
   return [make("h3", {}, "Which latents carry the probe"),
-    make("p", {}, "Shares of the gap between the classes' mean scores by the model's probe. dropped: what lies in the error along the latent's direction, and would come back if it fired as it should."),
-    make("div", { className: "scroll", tabindex: "0" }, make("table", { className: "carriers" }, make("thead", {}, head), make("tbody", {}, ...lines)))];
+    make("p", {}, "Shares of the gap between the classes' mean scores by the model's probe. dropped: what lies in the error along the latent's direction, and would come back if it fired as it should. "
+      + "fires: in so many rows of class 0 / class 1. AUC: of the latent alone."),
+    make("ol", { className: "rows carriers" }, ...lines)];
 }
 
 function quoted(value) {
@@ -158,8 +158,9 @@ async function openCell(number, words = "", outcome = "") {
   title.focus();
   const { cell, texts, latents } = await rowsOf(number);
   if (!panel.open || numbers.parentElement !== content) return; // closed, or another cell was chosen
-  if (latents) content.append(...carriers(latents));
+  const known = latents ? carriers(latents) : [];
   if (!cell) {
+    content.append(...known);
     content.append(make("p", {}, "The scores of this cell's rows are not beside its result file, or the page had no room for them."));
     return;
   }
@@ -170,6 +171,7 @@ async function openCell(number, words = "", outcome = "") {
       + `${cell.classes[1]}. lost share: of those that the model has right.`),
     make("div", { className: "counts" }, ...cell.counts.map((group) => countTable(group, cell.outcomes))),
     make("div", { className: "plots" }, ...cell.histogram.map((views, label) => histogram(cell.classes[label], views, cell.end, largest))),
+    ...known,
     ...list(row, cell, texts, words, outcome),
   );
 }
