@@ -21,7 +21,7 @@ _FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model", ".py"}  # f
 
 ADAPTER = "an adapter without its model: merge the two (`merge_and_unload` of peft), save that and give its folder"
 GGUF = "GGUF files are not read: give the folder or hub id of the same model in safetensors"
-SAE = "looks like an SAE, not a language model: are `model` and `sae` exchanged?"
+SAE = "looks like an SAE, not a language model: are `model` and `saes` exchanged?"
 SAE_FILES = ("cfg.json", "sae.safetensors", "sae_weights.safetensors", "ae.pt")
 
 
@@ -60,6 +60,8 @@ class Pretrained:
                 ) from error
             at = f" at revision {revision}" if revision else ""
             told = f"not a local folder, and not to be had from the hub{at}: {first_line(error)}"
+            if _is_sae_on_hub(name, revision):
+                told = SAE
             raise RequestError(f"`model` {name}: {told}") from error
         return cls(name, revision, commit, trust_remote_code)
 
@@ -100,6 +102,8 @@ class Pretrained:
             told = f"config or tokenizer cannot be read: {first_line(error)}"
             if "trust_remote_code" in str(error):
                 told = "it comes with Python code of its own: read it, and allow it with `trust_remote_code`"
+            elif self.commit is not None and _is_sae_on_hub(self.name, self.commit):
+                told = SAE
             raise RequestError(f"`model` {self.name}: {told}") from error
         self._refuse_unread_adapter(self.commit or NO_REVISION)
         if not getattr(tokenizer, "is_fast", False):
@@ -136,8 +140,19 @@ def _what_else(folder: Path) -> str:
 
 
 def _looks_like_sae(folder: Path) -> bool:
-    """Files that the formats of SAEs have, and a model's folder has not."""
-    return any((folder / name).is_file() for name in SAE_FILES)
+    """Files that the formats of SAEs have, and a model's folder has not: in the folder, or in one directly below."""
+    return any((folder / name).is_file() or any(folder.glob(f"*/{name}")) for name in SAE_FILES)
+
+
+def _is_sae_on_hub(name: str, revision: str | None) -> bool:
+    """Whether a repository holds the files of SAEs and no model's weights; False if nothing can be learnt of it."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        files = [Path(file).name for file in list_repo_files(name, revision=revision)]
+    except Exception:  # the hub client raises many kinds
+        return False
+    return any(file in SAE_FILES for file in files) and not any(file.startswith("model") for file in files)
 
 
 def _commit(name: str, revision: str) -> str:

@@ -100,10 +100,7 @@ def find_members(
     """
     configs = _find_configs(root)
     if not configs:
-        raise RequestError(
-            f"{name}: no SAE here; a folder is expected that holds {', '.join(_formats(None))} and weights, or folders"
-            " such as layers.5 that do"
-        )
+        raise RequestError(f"{name}: {_what_else(root)}")
     model_name = _model_name(root)
     members = [_read_member(path, model_name, repository, hookpoint) for path in configs]
     if repository is None:
@@ -115,6 +112,17 @@ def find_members(
 def holds_saes(folder: Path) -> bool:
     """Whether ``find_members`` would find any SAE here, in whatever state."""
     return bool(_find_configs(folder))
+
+
+def _what_else(root: Path) -> str:
+    """What a folder without SAEs looks like."""
+    config = root / "config.json"
+    if config.is_file() and "model_type" in read_config(config):
+        return "looks like a language model, not an SAE: are `saes` and `model` exchanged?"
+    return (
+        f"no SAE here; a folder is expected that holds {', '.join(_formats(None))} and weights, or folders such as"
+        " layers.5 that do"
+    )
 
 
 def _formats(hookpoint: str | None) -> dict[str, tuple[SaeFormat, ...]]:
