@@ -40,6 +40,12 @@ PAIRED = element(
     "From the best mean to the worst, each SAE and the next: the first minus the second, on the same rows, folds and "
     "people. The p values are not corrected for the number of pairs.",
 )
+DEPTH = element(
+    "p",
+    "Each probe by layer: what the model knows, what a probe fitted anew finds in the SAE's reconstruction, and what "
+    "the model's own probe still reads there. A gap between the last two: the information moved. Where scores are kept, "
+    "each SAE beside the next one, shaded where they differ (paired by row, fold and person; Benjamini-Hochberg).",
+)
 HEATMAPS = element(
     "p",
     "For each dataset: delta_sel of every SAE, layers downwards and probes across, in one scale for the whole report; "
@@ -118,6 +124,8 @@ def _sections(
     yield "saes", "SAEs", [sae_table(study), _reading(study), *compared, figures(plots.saes)]
     if plots.trade:
         yield "pareto", "delta_sel against FVU and L0", [figures(plots.trade)]
+    if plots.depth:
+        yield "depth", "By depth", [DEPTH, figures(plots.depth)]
     yield "datasets", "Layer by layer", [HEATMAPS, figures([plots.scale])]
     for number, dataset in enumerate(study.datasets):
         yield f"dataset-{number}", dataset, [figures(plots.heatmaps[dataset]), figures(plots.levels[dataset])]

@@ -17,10 +17,9 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.records import latents as latent_file
 from delta_selectivity.records.texts import Text
 from delta_selectivity.reporting.names import abridged
-from delta_selectivity.reporting.results import cells
 from delta_selectivity.reporting.row_tables import excerpt
-from delta_selectivity.reporting.rows import OUTCOMES, CellRows, Place, rows_of
-from delta_selectivity.reporting.study import Sae, Study
+from delta_selectivity.reporting.rows import OUTCOMES, CellRows, places, rows_of
+from delta_selectivity.reporting.study import Study
 from delta_selectivity.system.terminal import printable
 
 TOP = 160  # rows that lost most, whose texts are in the page, and beside them
@@ -48,17 +47,12 @@ def packed(study: Study, room: int) -> str | None:
 def _found(study: Study) -> Iterator[tuple[int, CellRows]]:
     """The rows of each cell whose scores are beside its file, by the number of the cell."""
     for sae in study.everything:
-        for cell, place in zip(sae.cells, _places(sae), strict=True):
+        for cell, place in zip(sae.cells, places(sae), strict=True):
             if cell.measured:
                 try:
                     yield study.numbers[id(cell)], rows_of(place, fetch=False)
                 except RequestError:
                     continue
-
-
-def _places(sae: Sae) -> list[Place]:
-    """Where the rows of each cell of an SAE are, in the order of its cells."""
-    return [Place(file, layer, probe) for file in sae.files for layer, probe, *_ in cells(file[1])]
 
 
 def _packed(found: Sequence[tuple[int, CellRows]], latents: Json, share: float | None) -> str:
@@ -76,7 +70,7 @@ def packed_json(value: Any) -> str:
 def _latents(study: Study) -> Iterator[tuple[str, Json]]:
     """The latents of each cell for which they were found, by the number of the cell."""
     for sae in study.everything:
-        for cell, place in zip(sae.cells, _places(sae), strict=True):
+        for cell, place in zip(sae.cells, places(sae), strict=True):
             (path, results), layer, probe = place
             kept = latent_file.load(path, results["_run"]["key"], layer, probe)
             if kept is not None:

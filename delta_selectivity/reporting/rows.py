@@ -22,6 +22,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.records import scores, texts
 from delta_selectivity.reporting.groups import File, dataset_of
 from delta_selectivity.reporting.results import by_sae, cells, label_in_run
+from delta_selectivity.reporting.study import Sae
 from delta_selectivity.tasks import dataset_fingerprint, load_probe_texts, name_task
 
 if TYPE_CHECKING:
@@ -164,6 +165,11 @@ def rows_of(place: Place, fetch: bool = True) -> CellRows:
         own.labels, (f"not {positive}", positive), own.persons, views["model"].mean(axis=0), views["sae"].mean(axis=0),
         views["transfer"].mean(axis=0) if "transfer" in views else None, right["model"], right["sae"], kept, places,
     )  # fmt: skip
+
+
+def places(sae: Sae) -> list[Place]:
+    """Where the rows of each cell of an SAE are, in the order of its cells."""
+    return [Place(file, layer, probe) for file in sae.files for layer, probe, *_ in cells(file[1])]
 
 
 def find_cell(files: Sequence[File], probe: str, layer: int | None = None, sae: str | None = None) -> Place:
