@@ -44,7 +44,7 @@ DEPTH = element(
     "p",
     "Each probe by layer: what the model knows, what a probe fitted anew finds in the SAE's reconstruction, and what "
     "the model's own probe still reads there. A gap between the last two: the information moved. Where scores are "
-    "kept, each SAE beside the next one, shaded where they differ (paired by row, fold and person; Benjamini-Hochberg).",
+    "kept, each SAE beside the next one, shaded where they differ (paired by row, fold and person; q < 0.05).",
 )
 HEATMAPS = element(
     "p",

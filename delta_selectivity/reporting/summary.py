@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from delta_selectivity.records import result_file
-from delta_selectivity.records.verdicts import LOST, MOVED, PRESERVED, UNDECIDED
+from delta_selectivity.records.verdicts import LOST, MOVED, PRESERVED
 from delta_selectivity.reporting.html import Markup, element, join, table
 from delta_selectivity.reporting.ink import MUTED, series
 from delta_selectivity.reporting.names import apart
@@ -14,7 +14,7 @@ from delta_selectivity.reporting.numbers import number, probability, signed, spa
 from delta_selectivity.reporting.results import further_views, mean
 from delta_selectivity.reporting.study import Sae, Study
 
-COUNTED = (LOST, MOVED, PRESERVED, UNDECIDED)
+COUNTED = (LOST, MOVED, PRESERVED)
 HEAD = (
     "SAE", "cells", "model_sel", "sae_sel", "mean delta_sel", "detectable", *COUNTED, "mean transfer_r2",
     "fvu_pos", "fvu_whole", "L0",
