@@ -24,6 +24,8 @@ from delta_selectivity.reporting import results as table
 from delta_selectivity.reporting.groups import File, obstacle, stored_cells
 from delta_selectivity.reporting.latent_tables import COLUMNS, latent_lines
 from delta_selectivity.reporting.rows import find_cell, find_sae, rows_of
+from delta_selectivity.reporting.subgroup_lines import COLUMNS as SUBGROUP_COLUMNS
+from delta_selectivity.reporting.subgroup_lines import subgroup_lines
 from delta_selectivity.system.whole_file import replacing
 
 if TYPE_CHECKING:
@@ -176,6 +178,37 @@ class Results:
             RequestError: There is no such cell, or its stored scores are gone.
         """
         return rows_of(find_cell(self.files, probe, layer, sae)).frame()
+
+    def subgroups(
+        self,
+        probe: str | None = None,
+        layer: int | None = None,
+        sae: str | None = None,
+        *,
+        by: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> pandas.DataFrame:
+        """Return which people lose more than the others: a line per cell and group, with q over all lines.
+
+        Columns: ``sae``, ``dataset``, ``layer``, ``probe``; ``by``, ``group``, ``n_rows``, ``n_people``; ``delta_sel``,
+        ``ci_low``, ``ci_high`` of the group's rows; ``against`` (its delta_sel minus that of all other people),
+        ``against_ci_low``, ``against_ci_high``, ``p_value``, ``q_value`` (Benjamini-Hochberg over all lines). Cells
+        whose scores are gone, and groups with fewer than 10 effective people of a class, are left out.
+
+        Args:
+            probe: One probe; None: all.
+            layer: One layer; None: all.
+            sae: One SAE; None: all but baselines.
+            by: Groups beside length and frequency of the name, such as ``{"born": {"ada lovelace": "1810s", ...}}``:
+                by the key of the person, as `rows` has it. Needs texts.
+
+        Raises:
+            RequestError: There is no such SAE.
+        """
+        import pandas
+
+        chosen = None if sae is None else self._name(sae, "sae")
+        found = subgroup_lines(self.files, chosen, probe, layer, by or {})
+        return pandas.DataFrame(found, columns=list(SUBGROUP_COLUMNS))
 
     def latents(
         self, probe: str, layer: int | None = None, sae: str | None = None, *, source: Any = None, device: Any = None

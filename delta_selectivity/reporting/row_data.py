@@ -101,13 +101,22 @@ def _cell(rows: CellRows, texts: _Texts, share: float | None) -> Json:
         "n": n,
         "classes": [abridged(printable(name), LONGEST) for name in rows.classes],
         "outcomes": OUTCOMES,
-        "counts": rows.counts(),
+        "counts": [[by, [[name, counts, _loss(rows, by, name)] for name, counts in of]] for by, of in rows.counts()],
         "end": round(end, 3),
         "histogram": histogram,
         "texts": [texts.place(rows, int(row), int(row) in with_text) for row in chosen],
         "labels": rows.labels[chosen].astype(int).tolist(),
         "scores": [_hundredths(view[chosen]) for view in views],
     }
+
+
+def _loss(rows: CellRows, by: str, group: str) -> list[float] | None:
+    """delta_sel of a group and its interval; the same minus all others', its interval and q."""
+    loss = rows.losses.get((by, group))
+    if loss is None:
+        return None
+    found = [x for one in (loss.delta_sel, loss.against) for x in (one.value, one.low, one.high)]
+    return [round(value, 4) for value in (*found, 1.0 if loss.q_value is None else loss.q_value)]
 
 
 def _hundredths(values: np.ndarray) -> list[int]:

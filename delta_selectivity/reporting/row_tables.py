@@ -22,9 +22,12 @@ BINS, BAR = 12, 30  # of the histogram, and the characters of its longest bar
 def rows_text(place: Place, rows: CellRows) -> str:
     """What was lost in a cell: counts, a histogram, and the rows that lost most."""
     head = f"{dataset_of(place.file)}, {place.probe}, layer {place.layer}: {len(rows.labels)} rows"
-    parts = [one_line(head), *(_counts(by, groups) for by, groups in rows.counts()), _histogram(rows), _rows(rows)]
+    counts = (_counts(rows, by, groups) for by, groups in rows.counts())
+    parts = [one_line(head), *counts, _histogram(rows), _rows(rows)]
     note = (
-        "scores are means over the partitions; positive: the positive class. lost: how far they moved to the wrong side"
+        "scores are means over the partitions; positive: the positive class\n"
+        "lost: how far they moved to the wrong side; lost share: of the rows that the model has right\n"
+        "q: Benjamini-Hochberg over the groups of this cell"
     )
     if rows.kept is None:
         note += "\nthe texts were not kept, and there are no task data to look them up in"
@@ -50,11 +53,22 @@ def excerpt(text: Text, before: int, name: int, after: int = 0) -> tuple[str, st
     return f"{head}{gap}", abridged(one_line(text.name[: 4 * name]), name), f"{lead}{tail}" if after else ""
 
 
-def _counts(by: str, groups: list[tuple[str, list[int]]]) -> str:
-    table: list[Row] = [(by, "rows", *OUTCOMES, "lost of those that the model had right")]
+def _counts(rows: CellRows, by: str, groups: list[tuple[str, list[int]]]) -> str:
+    """Rows of each group by what became of them; beside groups of people also what they lost, against all others."""
+    tested = any((by, name) in rows.losses for name, _ in groups)
+    more = ("delta_sel", "95 % interval", "minus that of all others", "95 % interval", "q") if tested else ()
+    table: list[Row] = [(by, "rows", *OUTCOMES, "lost share", *more)]
     for name, counts in groups:
-        had = counts[0] + counts[2]
-        table.append((name, str(sum(counts)), *map(str, counts), f"{counts[0] / had:.0%}" if had else "-"))
+        had, loss = counts[0] + counts[2], rows.losses.get((by, name))
+        told: tuple[str, ...] = ("",) * len(more)
+        if loss is not None:
+            told = tuple(
+                text
+                for found in (loss.delta_sel, loss.against)
+                for text in (f"{found.value:+.3f}", f"{found.low:+.3f} .. {found.high:+.3f}")
+            )
+            told = (*told, number(loss.q_value, ".3f"))
+        table.append((name, str(sum(counts)), *map(str, counts), f"{counts[0] / had:.0%}" if had else "-", *told))
     return aligned(table)
 
 

@@ -17,6 +17,7 @@ function rowsOf(number) {
 }
 
 const fixed = (hundredths) => (hundredths / 100).toFixed(2).replace("-", "−");
+const thousandths = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
 const signed = (hundredths) => `${hundredths < 0 ? "−" : "+"}${Math.abs(hundredths / 100).toFixed(2)}`;
 
 // A row's place in the list, its text, its scores, and what became of it.
@@ -43,10 +44,15 @@ function entry(row) {
 }
 
 function countTable([by, groups], outcomes) {
-  const head = make("tr", {}, ...[by, "rows", ...outcomes.map((name) => `${MARKS[name]} ${name}`), "lost share"].map((name) => make("th", { scope: "col" }, name)));
-  const lines = groups.map(([name, counts]) => {
+  const tested = groups.some(([, , loss]) => loss);
+  const more = tested ? ["delta_sel", "minus that of all others", "q"] : [];
+  const head = make("tr", {}, ...[by, "rows", ...outcomes.map((name) => `${MARKS[name]} ${name}`), "lost share", ...more].map((name) => make("th", { scope: "col" }, name)));
+  const ends = (value, low, high) => `${thousandths(value)} (${thousandths(low)} to ${thousandths(high)})`;
+  const lines = groups.map(([name, counts, loss]) => {
     const had = counts[0] + counts[2];
     const numbers = [counts.reduce((a, b) => a + b, 0), ...counts, had ? `${Math.round((100 * counts[0]) / had)} %` : "–"];
+    if (loss) numbers.push(ends(...loss.slice(0, 3)), ends(...loss.slice(3, 6)), loss[6] < 0.001 ? "< 0.001" : loss[6].toFixed(3));
+    else if (tested) numbers.push("", "", "");
     return make("tr", {}, make("th", { scope: "row" }, name), ...numbers.map((value) => make("td", {}, String(value))));
   });
   return make("div", { className: "scroll", tabindex: "0" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...lines)));
@@ -168,7 +174,7 @@ async function openCell(number, words = "", outcome = "") {
   content.append(
     make("h3", {}, "Who was lost"),
     make("p", {}, Object.entries(MEANINGS).map(([name, meaning]) => `${MARKS[name]} ${name}: ${meaning}`).join("; ") + ". Scores are means over the partitions; positive: "
-      + `${cell.classes[1]}. lost share: of those that the model has right.`),
+      + `${cell.classes[1]}. lost share: of those that the model has right. q: of the difference from all others, over the groups of this cell.`),
     make("div", { className: "counts" }, ...cell.counts.map((group) => countTable(group, cell.outcomes))),
     make("div", { className: "plots" }, ...cell.histogram.map((views, label) => histogram(cell.classes[label], views, cell.end, largest))),
     ...known,

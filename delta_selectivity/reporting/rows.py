@@ -19,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.records import scores, texts
 from delta_selectivity.reporting.groups import File, dataset_of
 from delta_selectivity.reporting.results import by_sae, cells, label_in_run
 from delta_selectivity.reporting.study import Sae
+from delta_selectivity.reporting.subgroups import Grouping, Loss, groupings, losses, with_q_values
 from delta_selectivity.tasks import dataset_fingerprint, load_probe_texts, name_task
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 OUTCOMES = ("lost", "gained", "both", "neither")
-LENGTHS = ((1, 10, "up to 10 characters"), (11, 14, "11 to 14"), (15, None, "15 or more"))
-TIMES = ((1, 1, "once"), (2, 4, "2 to 4 times"), (5, None, "5 times or more"))
 COLUMNS = ("text", "start", "end", "name", "person", "label", "outcome", "lost", "model", "sae", "transfer",
            "model_right", "sae_right")  # fmt: skip
 
@@ -48,9 +48,8 @@ class Place(NamedTuple):
 class CellRows:
     """Each row of a cell; arrays are [rows], in the order of the stored scores."""
 
-    labels: NDArray[np.bool_]
+    stored: ProbeScores  # what all of it is made from
     classes: tuple[str, str]  # what label 0 and label 1 stand for
-    persons: NDArray[np.int64]
     model: Floats  # mean score of the model's probes on x; positive: label 1
     sae: Floats  # of the SAE's own probes, on x̂
     transfer: Floats | None  # of the model's probes on x̂
@@ -58,6 +57,16 @@ class CellRows:
     sae_right: Floats
     kept: texts.KeptTexts | None  # the texts, where they are known
     places: NDArray[np.int64] | None  # of each row, in `kept.texts`
+
+    @property
+    def labels(self) -> NDArray[np.bool_]:
+        """Of the rows."""
+        return self.stored.labels
+
+    @property
+    def persons(self) -> NDArray[np.int64]:
+        """A number for each row's person."""
+        return self.stored.persons
 
     @cached_property
     def lost(self) -> Floats:
@@ -79,15 +88,22 @@ class CellRows:
         """The text of a row."""
         return None if self.kept is None or self.places is None else self.kept.texts[self.places[row]]
 
+    @cached_property
+    def groupings(self) -> list[Grouping]:
+        """Groups of people that the rows fall into."""
+        return groupings(self.stored, self.kept, self.places)
+
+    @cached_property
+    def losses(self) -> dict[tuple[str, str], Loss]:
+        """What each group with enough people lost, by grouping and group; q over all groups of the cell."""
+        return {(loss.by, loss.group): loss for loss in with_q_values(losses(self.stored, self.groupings))}
+
     def counts(self) -> list[tuple[str, list[tuple[str, list[int]]]]]:
         """(what rows are counted by, [(group, rows of each of `OUTCOMES`)])."""
         told = [("class", [(self.classes[i], self._count(self.labels == bool(i))) for i in (0, 1)])]
-        _, person, n_rows = np.unique(self.persons, return_inverse=True, return_counts=True)
-        if self.kept is not None and self.places is not None:
-            lengths = np.array([text.end - text.start for text in self.kept.texts])[self.places]
-            told.append(("length of the name", self._grouped(lengths, LENGTHS)))
-        if n_rows.max() > 1:
-            told.append(("how often the person occurs", self._grouped(n_rows[person], TIMES)))
+        for by in self.groupings:
+            counted = [(name, self._count(by.group == place)) for place, name in enumerate(by.names)]
+            told.append((by.by, [(name, count) for name, count in counted if sum(count)]))
         return told
 
     def histogram(self, n_bins: int = 24) -> tuple[float, list[list[list[int]]]]:
@@ -124,15 +140,6 @@ class CellRows:
     def _count(self, chosen: NDArray[np.bool_]) -> list[int]:
         return np.bincount(self.outcome[chosen], minlength=len(OUTCOMES)).tolist()
 
-    def _grouped(
-        self, values: NDArray[np.int64], groups: Sequence[tuple[int, int | None, str]]
-    ) -> list[tuple[str, list[int]]]:
-        most_of_all = values.max()
-        found = [
-            (name, self._count((values >= least) & (values <= (most or most_of_all)))) for least, most, name in groups
-        ]
-        return [(name, count) for name, count in found if sum(count)]
-
 
 def rows_of(place: Place, fetch: bool = True) -> CellRows:
     """The rows of a cell, from its stored scores and texts.
@@ -162,7 +169,7 @@ def rows_of(place: Place, fetch: bool = True) -> CellRows:
     right = {name: ((view > 0) == own.labels).mean(axis=0) for name, view in views.items()}
     positive = found["_run"].get("positive_class", {}).get(probe, "1")
     return CellRows(
-        own.labels, (f"not {positive}", positive), own.persons, views["model"].mean(axis=0), views["sae"].mean(axis=0),
+        own, (f"not {positive}", positive), views["model"].mean(axis=0), views["sae"].mean(axis=0),
         views["transfer"].mean(axis=0) if "transfer" in views else None, right["model"], right["sae"], kept, places,
     )  # fmt: skip
 
