@@ -74,7 +74,6 @@ def test_a_wrong_flag_is_one_line_with_the_nearest(command, wrong, meant, capsys
         ("run", ["--cache_dir", ""], "argument --cache_dir: it is empty"),
         ("report", ["--csv="], "argument --csv: it is empty"),
         ("run", ["--whole_tokens", "few"], "argument --whole_tokens: 'few' is neither a whole number nor all"),
-        ("run", ["--shuffle_select_n", "2.5"], "'2.5' is neither a whole number nor all"),
     ],
 )
 def test_values_without_a_flag_and_flags_without_a_value(command, words, told, capsys):
