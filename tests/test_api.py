@@ -130,7 +130,23 @@ def test_results_are_saved_loaded_and_reported(results, tmp_path):
     assert results.report(tmp_path / "page.html").read_text("utf-8").startswith("<!")
     with pytest.raises(ds.RequestError) as refused:
         ds.Results.load(tmp_path / "nothing")
-    assert "no result files" in str(refused.value)
+    assert "no such folder" in str(refused.value)
+
+
+def test_several_folders_are_loaded_side_by_side(results, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, sae in zip((first, second), sorted(results.save(tmp_path / "all").iterdir()), strict=False):
+        shutil.copytree(sae, folder / sae.name)
+    loaded = ds.Results.load(first, second)
+    order = ["sae", "layer", "probe"]
+    one, other = (found.to_frame().sort_values(order).reset_index(drop=True) for found in (loaded, results))
+    assert one.equals(other)
+    assert loaded.compare(*loaded.saes).delta_sel == results.compare(*loaded.saes).delta_sel
+    assert len(ds.Results.load(loaded.save(tmp_path / "together"))) == len(results)
+    shutil.copytree(first, tmp_path / "third")
+    twice = ds.Results.load(first, tmp_path / "third")
+    with pytest.raises(ds.RequestError, match="save them apart"):
+        twice.save(tmp_path / "twice")
 
 
 def test_results_of_something_else_are_not_overwritten_by_save(results, tmp_path):

@@ -200,6 +200,7 @@ def test_several_files_in_a_folder_have_to_be_chosen_from(plain, tmp_path):
 
 def test_a_missing_file_and_one_of_another_kind(tmp_path):
     assert "no such file" in refused(tmp_path / "m.gguf")
+    assert "no such file" in refused("a" * 5000 + ".gguf")
     (tmp_path / "m.gguf").write_bytes(b"")
     assert "it begins with b''" in refused(tmp_path / "m.gguf")
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" + bytes(100))

@@ -433,7 +433,9 @@ def test_what_cannot_be_written_is_a_wrong_request(flags, tmp_path, monkeypatch,
 def test_no_results_are_a_wrong_request_and_a_file_of_another_schema_is_left_out(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert report.main([str(tmp_path / "empty"), "-o", str(tmp_path / "r.html")]) == 2
-    assert "no result files found" in capsys.readouterr().err
+    assert "empty: no result files: run the program first" in capsys.readouterr().err
+    assert report.main([str(tmp_path / "nothing")]) == 2
+    assert "nothing: no such folder" in capsys.readouterr().err
     folder = write_set(tmp_path / "in", saes=("a/one", "a/two"))
     path = results.result_files(folder)[0]
     content = json.loads(path.read_text())

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from conftest import write_sparsify
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -26,6 +28,7 @@ from delta_selectivity.models.configs import NO_LIMIT
 from delta_selectivity.models.language_model import ModelInfo, Site, open_model
 from delta_selectivity.run.planning import in_model
 from delta_selectivity.saes import open_sae
+from delta_selectivity.saes.folders import find_members
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
 LLAMA = {**TINY, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -365,3 +368,33 @@ def test_an_sae_with_a_config_is_told_from_a_model_with_a_file_of_that_name(tiny
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "cfg.json").write_text("{}")
     open_model(str(folder))
+
+
+@pytest.mark.parametrize("below", ["", "layers.0"])
+def test_a_model_and_an_sae_that_are_exchanged_are_told_apart(below, tiny_model, tmp_path):
+    sae = tmp_path / "sae"
+    (sae / below).mkdir(parents=True)
+    (sae / below / "cfg.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"`model` .*looks like an SAE.*are `model` and `saes` exchanged"):
+        open_model(str(sae))
+    with pytest.raises(RequestError, match=r"looks like a language model.*are `saes` and `model` exchanged"):
+        find_members(Path(tiny_model), "mine")
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["cfg.json", "sae.safetensors"], "looks like an SAE"),
+        (["layers.3/cfg.json", "layers.3/sae.safetensors", "config.json"], "looks like an SAE"),
+        (["README.md"], "not to be had from the hub"),
+        (["model.safetensors", "sae/cfg.json"], "not to be had from the hub"),
+    ],
+)
+def test_the_hub_id_of_an_sae_given_as_the_model_is_said_to_be_one(files, told, monkeypatch):
+    def absent(*_: object, **__: object) -> str:
+        raise EntryNotFoundError("404: no config.json", response=httpx.Response(404, request=httpx.Request("GET", "/")))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", absent)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda name, revision=None: files)
+    with pytest.raises(RequestError, match=told):
+        open_model("owner/name")

@@ -131,3 +131,10 @@ def test_lines_of_the_csv_say_what_they_are_of(tmp_path):
     ]  # fmt: skip
     assert {line["probe"] for line in lines} == {"gender"}
     assert all(int(line["n_rows"]) > 0 for line in lines)
+
+
+def test_a_folder_above_the_results_names_those_below_it(tmp_path, capsys):
+    below = write_set(tmp_path / "mine" / "today")
+    write_set(tmp_path / ".hidden" / "old")
+    assert report.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.strip() == f"error: {tmp_path}: no result files; there are some in {below}"

@@ -95,4 +95,5 @@ def evaluate(
         device2=device2,
         cache=None if cache is None else as_path(cache, "cache"),
     )
-    return Results(run_request(request, progress), request.output, None if isinstance(folder, Path) else folder)
+    own = None if isinstance(folder, Path) else folder
+    return Results.below(request.output, run_request(request, progress), own)

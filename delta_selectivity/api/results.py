@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,26 +85,34 @@ class Results:
         'report.html'
     """
 
-    def __init__(self, paths: Sequence[Path], folder: Path, own: TemporaryFolder | None = None) -> None:
-        """Take these result files below `folder`; own: the temporary folder that goes when the results do."""
-        self._paths, self._folder, self._own = tuple(paths), folder, own
+    def __init__(self, places: Mapping[Path, Path], own: TemporaryFolder | None = None) -> None:
+        """Take result files, and where `save` puts each; own: the temporary folder that goes when the results do."""
+        self._places, self._own = dict(places), own
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Results:
-        """Return the results in a folder of result files, or in one file.
+    def below(cls, folder: Path, paths: Iterable[Path], own: TemporaryFolder | None = None) -> Results:
+        """Return the results in these files of a folder."""
+        return cls({path: path.relative_to(folder) for path in paths}, own)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Results:
+        """Return the results in a folder of result files, or in one file; several are put side by side.
 
         Raises:
-            RequestError: There are none, or one is no result file or was changed by hand.
+            RequestError: There are none in one of them, or one is no result file or was changed by hand.
         """
-        path = as_path(folder, "folder")
-        found = cls(table.result_files(path), path if path.is_dir() else path.parent)
+        places: dict[Path, Path] = {}
+        for path in (as_path(each, "folder") for each in (folder, *more)):
+            root = path if path.is_dir() else path.parent
+            places |= {file: file.relative_to(root) for file in table.result_files(path)}
+        found = cls(places)
         assert found.files
         return found
 
     @cached_property
     def files(self) -> list[File]:
         """The result files, each checked: its path and what it holds."""
-        return table.load(self._paths)
+        return table.load(self._places)
 
     @property
     def saes(self) -> list[str]:
@@ -150,10 +159,14 @@ class Results:
         """Copy the result files and the scores behind them into a folder; returns the folder.
 
         Raises:
-            RequestError: The folder cannot be written to, or holds other results of the same names.
+            RequestError: The folder cannot be written to, or holds other results of the same names; or two of the
+                folders that these were loaded from do.
         """
         target = as_path(folder, "folder")
-        places = {path: target / path.relative_to(self._folder) for path in self._paths}
+        places = {path: target / place for path, place in self._places.items()}
+        for place, n in Counter(places.values()).items():
+            if n > 1:
+                raise RequestError(f"`folder` {target}: {n} of these would be {place.name} there: save them apart")
         try:
             places = {path: place for path, place in places.items() if not (place.exists() and place.samefile(path))}
             for path, place in places.items():

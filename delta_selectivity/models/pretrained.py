@@ -27,7 +27,7 @@ _WEIGHTS = {".safetensors", ".bin"}
 _FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model", ".py"}  # files of a local model
 
 ADAPTER = "an adapter without its model: merge the two (`merge_and_unload` of peft), save that and give its folder"
-SAE = "looks like an SAE, not a language model: are `model` and `sae` exchanged?"
+SAE = "looks like an SAE, not a language model: are `model` and `saes` exchanged?"
 SAE_FILES = ("cfg.json", "sae.safetensors", "sae_weights.safetensors", "ae.pt")
 
 
@@ -77,6 +77,8 @@ class Pretrained:
                 ) from error
             at = f" at revision {revision}" if revision else ""
             told = f"not a local folder, and not to be had from the hub{at}: {first_line(error)}"
+            if _is_sae_on_hub(name, revision):
+                told = SAE
             raise RequestError(f"`model` {name}: {told}") from error
         return cls(name, revision, commit, trust_remote_code)
 
@@ -124,6 +126,8 @@ class Pretrained:
             told = f"config or tokenizer cannot be read: {first_line(error)}"
             if "trust_remote_code" in str(error):
                 told = "it comes with Python code of its own: read it, and allow it with `trust_remote_code`"
+            elif self.commit is not None and _is_sae_on_hub(self.name, self.commit):
+                told = SAE
             raise RequestError(f"`model` {self.name}: {told}") from error
         if self.gguf is None:
             self._refuse_unread_adapter(self.commit or NO_REVISION)
@@ -174,7 +178,7 @@ def _gguf_file(path: Path) -> Path | None:
     Raises `RequestError` if there are several.
     """
     if not os.path.isdir(path):  # noqa: PTH112 - False, not an error, for a name too long to be a path
-        return path if path.suffix.lower() == GGUF and path.is_file() else None
+        return path if path.suffix.lower() == GGUF and os.path.isfile(path) else None  # noqa: PTH113 - likewise
     files = list(path.iterdir())
     found = sorted(file for file in files if file.suffix.lower() == GGUF)
     if not found or any(file.suffix in _WEIGHTS for file in files):
@@ -186,8 +190,19 @@ def _gguf_file(path: Path) -> Path | None:
 
 
 def _looks_like_sae(folder: Path) -> bool:
-    """Files that the formats of SAEs have, and a model's folder has not."""
-    return any((folder / name).is_file() for name in SAE_FILES)
+    """Files that the formats of SAEs have, and a model's folder has not: in the folder, or in one directly below."""
+    return any((folder / name).is_file() or any(folder.glob(f"*/{name}")) for name in SAE_FILES)
+
+
+def _is_sae_on_hub(name: str, revision: str | None) -> bool:
+    """Whether a repository holds the files of SAEs and no model's weights; False if nothing can be learnt of it."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        files = [Path(file).name for file in list_repo_files(name, revision=revision)]
+    except Exception:  # the hub client raises many kinds
+        return False
+    return any(file in SAE_FILES for file in files) and not any(file.startswith("model") for file in files)
 
 
 def _commit(name: str, revision: str) -> str:

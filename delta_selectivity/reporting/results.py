@@ -25,18 +25,40 @@ NAMED = ("model", "sae", "baseline", "data", "calibration")
 def result_files(folder: Path) -> list[Path]:
     """Result files in the folder and one level below it (one folder per SAE), in order of name; a file is itself.
 
-    Those of baselines follow.
+    Those of baselines follow. Raises `RequestError` if there are none.
     """
     if folder.is_file():
         return [folder]
+    found = _files_in(folder)
+    if not found:
+        raise RequestError(f"{folder}: {_what_else(folder)}")
+    return found
+
+
+def _files_in(folder: Path) -> list[Path]:
     found = [sorted(folder.glob(pattern)) for pattern in ("*.json", "*/*.json", "baselines/*/*.json")]
     return [path for paths in (sorted(found[0] + found[1]), found[2]) for path in paths if path.name[0] != "."]
+
+
+def _holds_results(folder: Path) -> bool:
+    return any(result_file.read_key(path) is not None for path in _files_in(folder)[:3])
+
+
+def _what_else(folder: Path) -> str:
+    """What to tell of a folder without result files."""
+    if not folder.is_dir():
+        return "no such folder: run the program first, or name its `output`"
+    for pattern in ("[!.]*", "[!.]*/[!.]*"):
+        below = [path for path in sorted(folder.glob(pattern)) if path.is_dir() and _holds_results(path)]
+        if below:
+            return f"no result files; there are some in {', '.join(map(str, below[:3]))}"
+    return "no result files: run the program first, or name its `output`"
 
 
 def load(paths: Iterable[Path]) -> list[File]:
     """The files, each checked; those of a run's SAEs in the order in which they were asked for.
 
-    Raises `RequestError` if there is none, or one is no result file.
+    Raises `RequestError` if one is no result file.
     """
     files, refused = load_all(paths)
     if refused:
@@ -45,18 +67,13 @@ def load(paths: Iterable[Path]) -> list[File]:
 
 
 def load_all(paths: Iterable[Path]) -> tuple[list[File], list[RequestError]]:
-    """The files that are sound, in the order of `load`, and what is wrong with each of the others.
-
-    Raises `RequestError` if there is none of either.
-    """
+    """The files that are sound, in the order of `load`, and what is wrong with each of the others."""
     files, refused = [], []
     for path in paths:
         try:
             files.append((path, _checked(path)))
         except RequestError as error:
             refused.append(error)
-    if not files and not refused:
-        raise RequestError("no result files found: run the program first, or name its `output`")
     kept = groups.without_repeats(files)
     return sorted(kept, key=lambda file: (is_baseline(file[1]), _place(file[1]))), refused
 
