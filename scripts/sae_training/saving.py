@@ -110,8 +110,8 @@ These are short trainings: published SAEs see hundreds of times as many tokens. 
 
 TEXT = (
     "Text: {about} Rows of {length} tokens that {bos}. Left out of training and of the figures: BOS, and attention "
-    "sinks (tokens whose norm is above 10 times the median). Adam, batches of {batch}, learning rate {lr:g}, AuxK against "
-    "dead latents.{matched}"
+    "sinks (tokens whose norm is above 10 times the median). Adam, batches of {batch}, learning rate {lr:g}, AuxK "
+    "against dead latents.{matched}"
 )
 MATCHED = " Thresholds were set so that L0 is as said on training tokens; on other text it differs a little."
 
