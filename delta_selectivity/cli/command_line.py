@@ -153,9 +153,11 @@ def _number_or(word: str) -> Callable[[str], int | str]:
     """What reads a whole number, or leaves a word as it is."""
 
     def read(text: str) -> int | str:
-        return text if text == word else int(text)
+        try:
+            return text if text == word else int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor {word}") from error
 
-    read.__name__ = "int"  # argparse tells it by that name
     return read
 
 

@@ -32,7 +32,7 @@ from delta_selectivity.system.terminal import show, tell
 def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
     """Print the tables, or write what was asked for; 2 if there is nothing to report, 1 if it cannot be printed.
 
-    A page or plots that cannot be written are a wrong request: 2. So is a file that is no result file: the others are
+    What cannot be written is a wrong request: 2. So is a file that is no result file: the others are
     shown all the same.
     """
     try:
@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
             return 2
         if asked.output is not None or asked.plots is not None:
             _write(files, asked.output, asked.plots)
+            return 2 if refused else 0
+        if asked.csv is not None:
+            _write_csv(files, asked.csv)
             return 2 if refused else 0
     except RequestError as error:
         tell(with_flags(f"error: {error}"))
@@ -76,14 +79,19 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
 
 
 def _print(files: Sequence[File], asked: Any) -> None:
-    if asked.csv is not None:
-        write_csv(files, asked.csv)
-    elif asked.resources:
+    if asked.resources:
         show(resource_table(files))
     elif asked.summary:
         show(overview(files))
     else:
         show(render(files, asked.worst_first))
+
+
+def _write_csv(files: Sequence[File], path: Path) -> None:
+    try:
+        write_csv(files, path)
+    except OSError as error:
+        raise RequestError(f"`csv` {path}: cannot be written: {error.strerror or error}") from error
 
 
 def _write(files: Sequence[File], page: Path | None, plots: Path | None) -> None:
