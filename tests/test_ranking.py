@@ -104,9 +104,9 @@ def test_the_summary_and_the_page_lead_with_it(tmp_path):
     study = study_of(files)
     plots = plots_of(study)
     html = page(study, plots, {plot.name: "<svg></svg>" for plot in plots}, with_links=False)
-    section = html.partition('<section id="saes">')[2]
-    assert section.index("5 of 6 pairs of SAEs apart; not b and c") < section.index("<table")
-    assert "2–3" in section
+    assert "<b>Ranked</b>: What the model&#x27;s own probes read survives best in a (0.800)" in html
+    assert html.index("5 of 6 pairs of SAEs apart; not b and c") < html.index("<table")
+    assert "2–3" in html.partition('<section id="saes">')[2]
     assert next(plot.name for plot in plots.saes) == "mean_transfer_r2"
 
 

@@ -141,8 +141,8 @@ def _settings_flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
         options: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": TYPES[kind]}
         if kind is int and rule.if_none and field.default is not None:
             options = {"type": _number_or(rule.if_none), "metavar": f"N|{rule.if_none}"}
-        if field.default == ():
-            options |= {"nargs": "?", "const": "all"}
+        if field.default == () or rule.if_alone:
+            options |= {"nargs": "?", "const": rule.if_alone or "all"}
         values = f" ({', '.join(rule.choices)})" if rule.choices else ""
         shown = default_shown(field, rule)
         options["help"] = f"{rule.help}{values} ({shown})".replace("%", "%%")
