@@ -1,9 +1,9 @@
-"""Activations of the bundled model at the tokens that probes read, for the scripts beside this one.
+"""Activations of a model, the bundled one by default, at the tokens that probes read, for the scripts beside this one.
 
     found = bundled.activations(mentions, layers=[3, 4])    # layer -> float32 [mentions, d]
 
 What `main.py` makes in its producer, without SAEs, queue and threads: the residual stream at the last token of each
-name, BOS first, in the precision that the model was saved in.
+name, BOS first.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from delta_selectivity.tasks import Mention, batches, tokenise
 MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"
 
 
-def activations(mentions: Sequence[Mention], layers: Collection[int], model: Path = MODEL) -> dict[int, Tensor]:
+def activations(
+    mentions: Sequence[Mention], layers: Collection[int], model: Path | str = MODEL, dtype: str = "auto"
+) -> dict[int, Tensor]:
     """Outputs of `layers` at the last token of each mention's name: layer -> float32 [mentions, d].
 
     Raises `RequestError` for a layer that the model lacks, and for a model that cannot be read.
     """
     info = open_model(str(model))
     if not all(0 <= layer < info.n_layers for layer in layers):
-        raise RequestError(f"layers {sorted(layers)}: {model.name} has layers 0 to {info.n_layers - 1}")
+        raise RequestError(f"layers {sorted(layers)}: {info.name} has layers 0 to {info.n_layers - 1}")
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=info.has_bos, max_length=info.max_length)
     sites = [Site(layer, "resid_post") for layer in layers]
-    language_model = info.load(sites, "cpu", info.choose_dtype("auto", "cpu"))
+    language_model = info.load(sites, "cpu", info.choose_dtype(dtype, "cpu"))
     found = {site: torch.empty(len(mentions), info.d_model) for site in sites}
     for batch in batches(tokenised, np.arange(len(mentions)), batch_size=len(mentions), max_tokens=CPU_TOKENS):
         outputs = language_model.activations(batch.ids)

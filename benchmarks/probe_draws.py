@@ -31,13 +31,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Pool:
-    """Every mention of the Wikidata tasks."""
+    """Mentions of the Wikidata tasks: every one, or those of one draw."""
 
     texts: ProbeTexts
 
     @classmethod
-    def load(cls) -> Pool:
-        return cls(load_probe_texts(None))
+    def load(cls, rows_per_dataset: int | None = None) -> Pool:
+        """Of all mentions, or of those that `program_draw` takes by seed 0."""
+        return cls(load_probe_texts(None, shuffle_select_n=rows_per_dataset, seed=0))
 
     def program_draw(self, rows_per_dataset: int, seed: int, fold_seed: int) -> list[Task]:
         """The rows that `--shuffle_select_n` draws, classes balanced."""

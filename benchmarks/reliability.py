@@ -3,9 +3,10 @@
 python benchmarks/reliability.py run --corpus people_text.jsonl.xz   # trains and measures; goes on where it stopped
 python benchmarks/reliability.py                                     # the tables, from what `run` kept
 python scripts/update_tables.py docs/reliability.md                  # puts them there
+python benchmarks/reliability.py run --model_name smollm2-135m --corpus WORK_DIR   # of `scripts/train_saes.py harvest`
 
 Two of the three lenses of "Are Sparse Autoencoder Benchmarks Reliable?" (Chanin 2026, arXiv 2605.18229), on one layer
-of the bundled model; the third, correlation with ground truth, is `benchmarks/ground_truth.py`.
+of the bundled model and of SmolLM2-135M; the third, correlation with ground truth, is `benchmarks/ground_truth.py`.
 """
 
 from __future__ import annotations
@@ -28,14 +29,12 @@ from benchmarks.paired_scores import Errors, Parts, by_partition, difference, fv
 from benchmarks.probe_draws import Pool, Task, draw_people, rows_of_people
 from benchmarks.reliability_tables import RESAMPLED, Pairs, Reliability
 from benchmarks.reliability_work import Work, errors_at
+from benchmarks.sae_families import STUDIES, TINY_PYTHIA, Study
 from benchmarks.sae_panel import PairSet, noise_panel, pair_sets, panel
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, bits, correct, r2_parts
 
 PROJECT = Path(__file__).resolve().parent.parent
-LAYER = 3  # of 0 to 5; where the demo's SAEs lose most
-RUNS = (1, 2, 3, 4, 5)  # seeds of repeated measurements
-ROWS = 3000  # of a dataset: the program's `--shuffle_select_n`
 FEW_ROWS = 600  # of a dataset: 3000 of all five together
 
 METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and what each row gives to it; higher is better
@@ -71,18 +70,18 @@ class Draw:
     tasks: list[Task]
 
 
-def repeated_draws(pool: Pool) -> Iterator[Draw]:
-    """Five runs of each kind."""
-    for run in RUNS:
-        yield Draw(RESAMPLED, f"bootstrap_{ROWS}_{run}", run, pool.bootstrap(ROWS, run))
-        for kind, rows in {"the program's draw, folds": ROWS, "the same, 3000 rows in all": FEW_ROWS}.items():
+def repeated_draws(pool: Pool, study: Study) -> Iterator[Draw]:
+    """Some runs of each kind."""
+    for run in study.runs:
+        yield Draw(RESAMPLED, f"bootstrap_{study.rows}_{run}", run, pool.bootstrap(study.rows, run))
+        for kind, rows in {"the program's draw, folds": study.rows, "the same, 3000 rows in all": FEW_ROWS}.items():
             yield Draw(kind, f"draw_{rows}_{run}", run, pool.program_draw(rows, run, run))
 
 
 def repeated_runs(work: Work, pool: Pool, errors: Mapping[str, Mapping[str, Errors]]) -> Runs:
     """Lens 1: the same SAEs measured again and again."""
-    x, saes, runs = work.probed_activations(pool), noise_panel(), Runs()
-    for draw in repeated_draws(pool):
+    x, saes, runs = work.probed_activations(pool), noise_panel(work.study), Runs()
+    for draw in repeated_draws(pool, work.study):
         work.probe(draw.name, draw.tasks, saes, x)
         for snapshot in saes:
             probes = work.scores(draw.name, snapshot)
@@ -117,11 +116,12 @@ def compare(
 
 def measure(work: Work) -> Reliability:
     """All stages."""
-    pool, saes = Pool.load(), panel()
+    study = work.study
+    pool, saes = Pool.load(None if study.runs else study.rows), panel(study)
     corpus, x = work.corpus_activations(), work.probed_activations(pool)
     work.train(saes, corpus.train)
-    tasks = pool.program_draw(ROWS, seed=0, fold_seed=0)
-    panel_draw = f"panel_{ROWS}"
+    tasks = pool.program_draw(study.rows, seed=0, fold_seed=0)
+    panel_draw = f"panel_{study.rows}"
     work.probe(panel_draw, tasks, saes, x)
     persons, texts = pool.texts.persons, corpus.held_out_text.numpy()
     errors = {
@@ -134,7 +134,9 @@ def measure(work: Work) -> Reliability:
     probes = {snapshot.name: work.scores(panel_draw, snapshot) for snapshot in saes}
     partitions = {metric: {name: levels(found, metric) for name, found in probes.items()} for metric in METRICS}
     return Reliability(
-        layer=LAYER,
+        model_name=study.model_name,
+        layer=study.layer,
+        rows_per_dataset=study.rows,
         n_rows=int(sum(len(task.rows) for task in tasks)),
         n_people=len(np.unique(persons[rows])),
         n_probes=sum(len(task.names) for task in tasks),
@@ -146,28 +148,33 @@ def measure(work: Work) -> Reliability:
         fold_noise={metric: noise_of_folds(list(by_sae.values())) for metric, by_sae in partitions.items()}
         | dict.fromkeys(on_panel, 0.0),
         runs=runs,
-        pairs=compare(pair_sets(), probes, on_panel),
+        pairs=compare(pair_sets(study), probes, on_panel),
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="train and measure first")
+    parser.add_argument("--model_name", choices=STUDIES, default=TINY_PYTHIA.model_name, help="what is studied")
     parser.add_argument(
-        "--corpus", type=Path, help="text to train the SAEs on: JSON lines, xz, with `text` and `source`"
+        "--corpus",
+        type=Path,
+        help="to train the SAEs on: text (JSON lines, xz, with `text` and `source`), or kept activations of the model",
     )
     parser.add_argument("--work_dir", type=Path, default=PROJECT / "results" / "reliability", help="for what it makes")
     args = parser.parse_args()
+    study = STUDIES[args.model_name]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if args.what == "run":
         torch.set_num_threads(1)
         threadpool_limits(1)  # the same numbers whatever the number of cores
         try:
-            reliability_tables.keep(measure(Work(args.work_dir / f"layer_{LAYER}", LAYER, args.corpus)))
+            folder = args.work_dir / ("" if study is TINY_PYTHIA else study.model_name) / f"layer_{study.layer}"
+            reliability_tables.keep(measure(Work(folder, study, args.corpus)))
         except RequestError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    print(reliability_tables.tables(reliability_tables.kept()))
+    print(reliability_tables.tables(reliability_tables.kept(study.model_name)))
     return 0
 
 

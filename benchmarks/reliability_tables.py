@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paired_scores import RELIABLE, PairCount, noise_of_differences, noise_of_runs
+from benchmarks.sae_families import STUDIES
 from benchmarks.sae_panel import snapshots_of
 from delta_selectivity.system.whole_file import replacing
 
-KEPT = Path(__file__).resolve().with_name("reliability") / "results.json"
+KEPT = Path(__file__).resolve().with_name("reliability")  # one file for each model
 DIGITS = 5  # significant, of what is kept
 OTHER_SEEDS = "close variants, other seeds"
 RESAMPLED = "people, folds"  # drawn anew in the runs that the noise of a score is taken from
@@ -36,7 +38,9 @@ class Pairs:
 class Reliability:
     """Everything the tables are made of."""
 
+    model_name: str
     layer: int
+    rows_per_dataset: int  # at most
     n_rows: int  # of the draw that pairs are compared on
     n_people: int
     n_probes: int
@@ -50,21 +54,22 @@ class Reliability:
         return noise_of_runs(self.runs[RESAMPLED][metric])
 
     def count(self, metric: str, sets: Iterable[Pairs]) -> PairCount:
-        """Over all pairs of the sets."""
-        return PairCount.of([gain for each in sets for gain in each.gains[metric]], self.noise(metric))
+        """Over all pairs of the sets. Without runs no pair is beyond their noise."""
+        noise = self.noise(metric) if self.runs else math.inf
+        return PairCount.of([gain for each in sets for gain in each.gains[metric]], noise)
 
 
 def keep(found: Reliability) -> None:
     """Write what was found into the repository."""
-    KEPT.parent.mkdir(exist_ok=True)
-    with replacing(KEPT, "w", encoding="utf-8") as file:
+    KEPT.mkdir(exist_ok=True)
+    with replacing(_path(found.model_name), "w", encoding="utf-8") as file:
         json.dump(_rounded(asdict(found)), file, separators=(",", ":"), allow_nan=False)
         file.write("\n")
 
 
-def kept() -> Reliability:
-    """What was found last."""
-    content = json.loads(KEPT.read_text(encoding="utf-8"))
+def kept(model_name: str) -> Reliability:
+    """What was found last of a model."""
+    content = json.loads(_path(model_name).read_text(encoding="utf-8"))
     pairs = [
         Pairs(
             each["kind"],
@@ -78,6 +83,10 @@ def kept() -> Reliability:
     return Reliability(**content, pairs=pairs)
 
 
+def _path(model_name: str) -> Path:
+    return KEPT / f"{model_name}.json"
+
+
 def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
@@ -89,18 +98,18 @@ def _rounded(value: Any) -> Any:
 def tables(found: Reliability) -> str:
     """All tables, in Markdown."""
     about = (
-        f"{len(found.levels)} SAEs at layer {found.layer}, {found.n_probes} probes, {found.n_rows} rows of "
-        f"{found.n_people} people (at most 3000 rows a dataset)."
+        f"{found.model_name}: {len(found.levels)} SAEs at layer {found.layer}, {found.n_probes} probes, "
+        f"{found.n_rows} rows of {found.n_people} people (at most {found.rows_per_dataset} rows a dataset)."
     )
     sections = {
         "Noise of a score: 2.77 SD over runs of one SAE; last, 1.96 SD of a difference within runs": (
-            noise_table(found)
+            noise_table(found) if found.runs else ""
         ),
         "Pairs ordered right with a 95 % interval that excludes 0 / ordered wrong, likewise": (
             pair_table(found, lambda count: f"{count.sure} / {count.sure_and_wrong}")
         ),
         "Pairs ordered right by more than 2.77 SD over single runs (people, folds)": (
-            pair_table(found, lambda count: str(count.beyond_noise))
+            pair_table(found, lambda count: str(count.beyond_noise)) if found.runs else ""
         ),
         "Pairs with the right sign, sure or not": pair_table(found, lambda count: str(count.right)),
         "The snapshots, from the least trained to the most": snapshot_table(found),
@@ -108,7 +117,7 @@ def tables(found: Reliability) -> str:
             found
         ),
     }
-    return "\n\n".join([about, *(f"**{title}**\n\n{table}" for title, table in sections.items())])
+    return "\n\n".join([about, *(f"**{title}**\n\n{table}" for title, table in sections.items() if table)])
 
 
 def noise_table(found: Reliability) -> str:
@@ -146,7 +155,7 @@ def snapshot_table(found: Reliability) -> str:
     rows = [
         [family, str(snapshot.step), *(f"{found.levels[snapshot.name][metric]:.4f}" for metric in shown)]
         for family in dict.fromkeys(each.family for each in found.pairs)
-        for snapshot in snapshots_of(family)
+        for snapshot in snapshots_of(family, STUDIES[found.model_name])
     ]
     return _markdown([["family", "steps", *shown], *rows])
 

@@ -17,7 +17,7 @@ from benchmarks import bundled
 from benchmarks.k_sparse import KS, k_sparse_scores
 from benchmarks.paired_scores import Errors
 from benchmarks.probe_draws import Pool, Task
-from benchmarks.sae_families import CorpusActivations, as_sae, corpus_activations, train
+from benchmarks.sae_families import CorpusActivations, Study, as_sae, corpus_activations, harvested, train
 from benchmarks.sae_panel import Snapshot
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores, quantised
@@ -25,6 +25,7 @@ from delta_selectivity.probing.probes import ProbeBackend, choose_backend
 from delta_selectivity.probing.selectivity import ModelFit, fit_model, out_of_fold
 from delta_selectivity.records import scores
 from delta_selectivity.saes import Sae
+from scripts.sae_training.harvest import Activations
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +35,19 @@ class Work:
     """The folder, and what the first stages need."""
 
     folder: Path
-    layer: int
-    corpus: Path | None  # None: its activations are there already
+    study: Study
+    corpus: Path | None  # text, or a folder that `scripts/train_saes.py harvest` made; None: activations are there
 
     def corpus_activations(self) -> CorpusActivations:
         """What SAEs are trained on. Raises `RequestError` if they are not there and there is no corpus."""
+        if self.corpus is not None and (self.corpus / "harvest.json").is_file():
+            return harvested(Activations.open(self.corpus), self.study.layer)
         path = self.folder / "corpus.safetensors"
         if not path.exists():
             if self.corpus is None or not self.corpus.is_file():
                 raise RequestError(f"--corpus {self.corpus}: no such file; it is to be text to train SAEs on")
             log.info("activations of %s", self.corpus)
-            acts = corpus_activations(bundled.MODEL, self.layer, self.corpus, seed=0)
+            acts = corpus_activations(self.study, self.corpus, seed=0)
             _save(path, {"train": acts.train, "held_out": acts.held_out, "held_out_text": acts.held_out_text})
         return CorpusActivations(**load_file(path))
 
@@ -53,7 +56,8 @@ class Work:
         path = self.folder / "probed.safetensors"
         if not path.exists():
             log.info("activations of %d mentions", len(pool.texts.mentions))
-            _save(path, {"x": bundled.activations(pool.texts.mentions, [self.layer])[self.layer]})
+            layer, study = self.study.layer, self.study
+            _save(path, {"x": bundled.activations(pool.texts.mentions, [layer], study.model, study.dtype)[layer]})
         return load_file(path)["x"]
 
     def train(self, panel: Sequence[Snapshot], acts: Tensor) -> None:
@@ -81,7 +85,7 @@ class Work:
                 found |= probe_scores(task, fit, sae, backend)
             path = self._scores(draw, snapshot)
             path.parent.parent.mkdir(parents=True, exist_ok=True)
-            scores.save(path, scores.LayerScores(self.layer, draw, found))
+            scores.save(path, scores.LayerScores(self.study.layer, draw, found))
 
     def scores(self, draw: str, snapshot: Snapshot) -> list[ProbeScores]:
         """What `probe` found, probe by probe."""

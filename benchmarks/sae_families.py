@@ -4,7 +4,7 @@ Every SAE of a panel learns from the same stored activations of one layer. Withi
 batches and, where their widths agree, the same start, so two recipes differ by what their names say and by nothing
 else that could be held equal. The training step is the demo's (`scripts/demo_training/sae_training.py`).
 
-    acts = corpus_activations(model_folder, layer, corpus, seed=0)
+    acts = corpus_activations(TINY_PYTHIA, corpus, seed=0)
     for step, weights in train(recipe, acts.train): ...
     sae = as_sae(recipe, weights)
 """
@@ -17,7 +17,7 @@ import lzma
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,20 +29,19 @@ from delta_selectivity.models.language_model import LanguageModel, Site, open_mo
 from delta_selectivity.saes import Sae, Threshold, TopK
 from delta_selectivity.saes.coders import LinearCoder, fold_b_dec
 from scripts.demo_training.corpus import Document
-from scripts.demo_training.sae_training import SaeSettings, TopKSae, train_step
 from scripts.demo_training.streams import TextMix, encode
+from scripts.sae_training.harvest import HELD_OUT, TRAIN, Activations
+from scripts.sae_training.kinds import KINDS, StepSettings, Weights, train_step
+from scripts.sae_training.training import CALIBRATION_ROWS, at_l0
 
 log = logging.getLogger(__name__)
-
-Weights = dict[str, Tensor]  # W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], threshold []
 
 LENGTH = 192  # tokens a row of training text, BOS included
 TRAIN_ROWS = 4096  # 0.78 M activations
 ROWS_AT_ONCE = 16
 MAX_CHARACTERS = 4_000_000  # read of each source of the corpus
 HELD_OUT_TEXTS = 400
-CALIBRATION_ROWS = 16_384  # activations that set the threshold of a BatchTopK SAE
-SETTINGS = SaeSettings(minutes=0, batch=1024, dead_after=100_000)  # trained by steps, not by minutes
+SETTINGS = StepSettings(batch=1024, dead_after=100_000)
 
 
 @dataclass(frozen=True)
@@ -71,18 +70,48 @@ class CorpusActivations:
     held_out_text: Tensor  # int64 [tokens], the text each belongs to
 
 
-STEPS = 800
-SNAPSHOTS = (13, 20, 32, 50, 80, 127, 201, 318, 505, STEPS)  # evenly spaced in log
-FAMILIES: dict[str, tuple[Literal["topk", "batchtopk"], int, int]] = {  # name -> architecture, k, d_sae
-    "TopK, k 32": ("topk", 32, 1024),
-    "BatchTopK, k 8": ("batchtopk", 8, 1024),
-}
+@dataclass(frozen=True)
+class Study:
+    """A model, a layer, and the families of SAEs that scores are compared on there."""
+
+    model_name: str
+    model: str  # as `open_model` takes it
+    layer: int
+    rows: int  # of a dataset: the program's `--shuffle_select_n`
+    runs: tuple[int, ...]  # seeds of repeated measurements on all people; none: of the rows of one draw alone
+    families: Mapping[str, tuple[Literal["topk", "batchtopk"], int, int]]  # name -> architecture, k, d_sae
+    steps: int
+    snapshots: tuple[int, ...]  # evenly spaced in log
+    dtype: str = "auto"  # of the model
+
+    def member(self, family: str, seed: int) -> Recipe:
+        """The family's own recipe. Snapshots are kept of seed 0."""
+        architecture, k, d_sae = self.families[family]
+        return Recipe(architecture, k, d_sae, self.steps, seed, self.snapshots if seed == 0 else ())
 
 
-def member(family: str, seed: int) -> Recipe:
-    """The family's own recipe. Snapshots are kept of seed 0."""
-    architecture, k, d_sae = FAMILIES[family]
-    return Recipe(architecture, k, d_sae, STEPS, seed, SNAPSHOTS if seed == 0 else ())
+TINY_PYTHIA = Study(
+    model_name="tiny-pythia",
+    model=str(Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"),
+    layer=3,  # of 0 to 5; where the demo's SAEs lose most
+    rows=3000,
+    runs=(1, 2, 3, 4, 5),
+    families={"TopK, k 32": ("topk", 32, 1024), "BatchTopK, k 8": ("batchtopk", 8, 1024)},
+    steps=800,
+    snapshots=(13, 20, 32, 50, 80, 127, 201, 318, 505, 800),
+)
+SMOLLM2 = Study(
+    model_name="smollm2-135m",
+    model="smollm2-135m",
+    layer=15,  # of 0 to 29
+    rows=1000,
+    runs=(),
+    families={"TopK, k 32": ("topk", 32, 2048), "BatchTopK, k 16": ("batchtopk", 16, 2048)},
+    steps=240,
+    snapshots=(16, 24, 35, 51, 76, 112, 164, 240),
+    dtype="bfloat16",
+)
+STUDIES = {study.model_name: study for study in (TINY_PYTHIA, SMOLLM2)}
 
 
 def close_variants(base: Recipe) -> dict[str, tuple[Recipe, Recipe]]:
@@ -95,22 +124,21 @@ def close_variants(base: Recipe) -> dict[str, tuple[Recipe, Recipe]]:
     }
 
 
-class BatchTopKSae(TopKSae):
-    """Keeps the k x batch largest pre-activations of a batch (Bussmann et al. 2024, arXiv 2412.06410)."""
+def harvested(acts: Activations, layer: int) -> CorpusActivations:
+    """What `scripts/train_saes.py harvest` kept of a layer; a held-out text is a row of tokens there."""
+    found = {part: [acts.read(part, i, layer) for i in range(acts.shards(part))] for part in (TRAIN, HELD_OUT)}
+    rows = [acts.text_rows(HELD_OUT, i) for i in range(acts.shards(HELD_OUT))]
+    return CorpusActivations(torch.cat(found[TRAIN]), torch.cat(found[HELD_OUT]), torch.cat(rows))
 
-    def latents(self, pre: Tensor, k: int) -> Tensor:
-        values, indices = pre.flatten().topk(k * len(pre), sorted=False)
-        return torch.zeros_like(pre).flatten().scatter(0, indices, values).view_as(pre)
 
-
-def corpus_activations(model_folder: Path, layer: int, corpus: Path, seed: int) -> CorpusActivations:
+def corpus_activations(study: Study, corpus: Path, seed: int) -> CorpusActivations:
     """Run the texts of `corpus` (JSON lines, xz: `text`, and `source` if they are of several kinds).
 
     The kinds have equal shares of the training rows. One document in 100, by hash, is held out.
     """
-    info = open_model(str(model_folder))
-    site = Site(layer, "resid_post")
-    model = info.load([site], "cpu", info.choose_dtype("auto", "cpu"))
+    info = open_model(study.model)
+    site = Site(study.layer, "resid_post")
+    model = info.load([site], "cpu", info.choose_dtype(study.dtype, "cpu"))
     train, held_out = _texts_by_source(corpus, seed)
     ids = encode(train, info.tokenizer)
     mix = TextMix(ids, {}, dict.fromkeys(ids, 1.0), seed)
@@ -154,21 +182,19 @@ def train(recipe: Recipe, acts: Tensor) -> Iterator[tuple[int, Weights]]:
     mean = acts.float().mean(0)
     scale = torch.stack([(part.float() - mean).square().sum() for part in acts.split(65536)]).sum()
     scale = (scale / acts.numel()).sqrt()
-    sae_class = TopKSae if recipe.architecture == "topk" else BatchTopKSae
     start = torch.Generator().manual_seed(recipe.seed)
-    sae = sae_class(0, recipe.k, mean / scale, recipe.d_sae, start)
+    sae = KINDS[recipe.architecture](0, recipe.k, mean / scale, recipe.d_sae, start)
     optimiser = torch.optim.Adam(sae.parameters(), lr=SETTINGS.lr, fused=True)
     batches = _batches(len(acts), SETTINGS.batch, recipe.seed)
     began, loss = time.monotonic(), float("nan")
     for step in range(1, recipe.steps + 1):
         progress = (step - 1) / recipe.steps
-        factor = min(1.0, (progress + 1 / recipe.steps) / SETTINGS.warmup, (1 - progress) / SETTINGS.decay)
-        optimiser.param_groups[0]["lr"] = SETTINGS.lr * factor
+        optimiser.param_groups[0]["lr"] = SETTINGS.lr * SETTINGS.rate(progress, 1 / recipe.steps)
         loss = train_step(sae, optimiser, acts[next(batches)].float() / scale, SETTINGS)
         if step in recipe.snapshots or step == recipe.steps:
             weights = sae.unscaled(float(scale))
             if recipe.architecture == "batchtopk":
-                weights["threshold"] = _threshold(weights, recipe.k, acts[:CALIBRATION_ROWS].float())
+                weights |= at_l0(weights, "batchtopk", recipe.k, acts[:CALIBRATION_ROWS].float())
             yield step, weights
     log.info("%s: %.0f s, loss %.4f", recipe.name, time.monotonic() - began, loss)
 
@@ -180,22 +206,12 @@ def _batches(n: int, size: int, seed: int) -> Iterator[Tensor]:
         yield from (part for part in torch.randperm(n, generator=order).split(size) if len(part) == size)
 
 
-def _pre_acts(weights: Weights, x: Tensor) -> Tensor:
-    return torch.relu((x - weights["b_dec"]) @ weights["W_enc"].T + weights["b_enc"])
-
-
-def _threshold(weights: Weights, k: int, x: Tensor) -> Tensor:
-    """The pre-activation that k latents a row exceed on average: a BatchTopK SAE is used one row at a time."""
-    pre = _pre_acts(weights, x).flatten()
-    return pre.kthvalue(len(pre) - k * len(x)).values
-
-
 def as_sae(recipe: Recipe, weights: Weights) -> Sae:
     """The SAE as the rest of the project knows it."""
     d_sae, d_in = weights["W_enc"].shape
     bias = fold_b_dec(weights["W_enc"], weights["b_enc"], weights["b_dec"])
     selection: TopK | Threshold = TopK(recipe.k)
     if recipe.architecture == "batchtopk":
-        selection = Threshold(weights["threshold"].expand(d_sae))
+        selection = Threshold(weights["threshold"])
     coder = LinearCoder(weights["W_enc"], bias, weights["W_dec"], weights["b_dec"], selection)
     return Sae(recipe.name, 0, "resid_post", d_in, d_sae, recipe.k, recipe.architecture, coder)

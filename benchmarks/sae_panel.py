@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from benchmarks.sae_families import FAMILIES, SNAPSHOTS, Recipe, close_variants, member
+from benchmarks.sae_families import TINY_PYTHIA, Recipe, Study, close_variants
 
 SEEDS = (0, 1, 2)  # of the SAEs' training
 
@@ -44,19 +44,19 @@ class PairSet:
         return [(worse.name, better.name) for worse, better in self.pairs]
 
 
-def snapshots_of(family: str) -> list[Snapshot]:
+def snapshots_of(family: str, study: Study = TINY_PYTHIA) -> list[Snapshot]:
     """From the least trained to the most."""
-    return [Snapshot(member(family, 0), step) for step in SNAPSHOTS]
+    return [Snapshot(study.member(family, 0), step) for step in study.snapshots]
 
 
-def pair_sets() -> list[PairSet]:
+def pair_sets(study: Study = TINY_PYTHIA) -> list[PairSet]:
     """All pairs of a family's snapshots; each close variant beside its original, of the same and of other seeds."""
     sets = [
-        PairSet("snapshots", family, "training steps", tuple(itertools.combinations(snapshots_of(family), 2)))
-        for family in FAMILIES
+        PairSet("snapshots", family, "training steps", tuple(itertools.combinations(snapshots_of(family, study), 2)))
+        for family in study.families
     ]
-    for family in FAMILIES:
-        by_seed = [close_variants(member(family, seed)) for seed in SEEDS]
+    for family in study.families:
+        by_seed = [close_variants(study.member(family, seed)) for seed in SEEDS]
         for change in by_seed[0]:
             worse, better = zip(*(variants[change] for variants in by_seed), strict=True)
             pairs = {(i, j): (Snapshot.trained(worse[i]), Snapshot.trained(better[j]))
@@ -68,15 +68,15 @@ def pair_sets() -> list[PairSet]:
     return sets
 
 
-def panel() -> list[Snapshot]:
+def panel(study: Study = TINY_PYTHIA) -> list[Snapshot]:
     """Every SAE of any pair, once."""
-    found = {snapshot.name: snapshot for each in pair_sets() for pair in each.pairs for snapshot in pair}
-    for family in FAMILIES:  # these say when to keep what; their copies among the variants do not
-        found |= {snapshot.name: snapshot for snapshot in snapshots_of(family)}
+    found = {snapshot.name: snapshot for each in pair_sets(study) for pair in each.pairs for snapshot in pair}
+    for family in study.families:  # these say when to keep what; their copies among the variants do not
+        found |= {snapshot.name: snapshot for snapshot in snapshots_of(family, study)}
     return list(found.values())
 
 
-def noise_panel() -> list[Snapshot]:
+def noise_panel(study: Study = TINY_PYTHIA) -> list[Snapshot]:
     """The SAEs that are measured again and again: the last snapshot of either family, and a middle one."""
-    first, second = (snapshots_of(family) for family in FAMILIES)
+    first, second = (snapshots_of(family, study) for family in study.families)
     return [first[-1], second[-1], first[-4]]

@@ -66,10 +66,20 @@ def reconstructions(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, 
 
 
 def selectivity(
-    x: NDArray[np.float32], fitted_on: NDArray[np.float32], labels: NDArray[np.bool_], persons: NDArray[np.int64]
+    x: NDArray[np.float32],
+    fitted_on: NDArray[np.float32],
+    labels: NDArray[np.bool_],
+    persons: NDArray[np.int64],
+    folds: NDArray[np.integer] | None = None,
 ) -> float:
-    """Balanced accuracy of held-out predictions, scaled by the training folds of x; C by the loss of other folds."""
-    splits = list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(x, labels, persons))
+    """Balanced accuracy of held-out predictions, scaled by the training folds of x; C by the loss of other folds.
+
+    folds: the fold of each row, in place of scikit-learn's.
+    """
+    if folds is None:
+        splits = list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(x, labels, persons))
+    else:
+        splits = [(np.flatnonzero(folds != f), np.flatnonzero(folds == f)) for f in np.unique(folds)]
     scores = np.zeros((len(CS), len(labels)))
     losses = np.zeros((len(CS), len(splits)))
     for f, (train, test) in enumerate(splits):

@@ -24,7 +24,13 @@ from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
 from scripts.demo_training.cards import model_card, sae_card
 from scripts.demo_training.language_model import ModelSettings, train_model
-from scripts.demo_training.sae_files import error_in_sae_lens, error_in_sparsify, write_sae_lens, write_sparsify
+from scripts.demo_training.sae_files import (
+    error_in_sae_lens,
+    error_in_sparsify,
+    sae_lens_topk,
+    write_sae_lens,
+    write_sparsify,
+)
 from scripts.demo_training.sae_training import SaeSettings, residual_stream, train_saes, without_bos
 from scripts.demo_training.streams import NATURAL_SHARES, SHARES, load_mix, texts_by_source
 from scripts.demo_training.tokenizer import save_tokenizer, train_tokenizer
@@ -82,7 +88,7 @@ def make_saes(args: argparse.Namespace) -> None:
         else:
             hook = f"blocks.{sae.layer}.hook_resid_post"
             target = sae_lens / hook
-            write_sae_lens(target, weights, sae.k, sae_lens_metadata(hook, settings, tokens))
+            write_sae_lens(target, weights, sae_lens_topk(sae.k), sae_lens_metadata(hook, settings, tokens))
             error = error_in_sae_lens(target, weights, sae.k, x)
         log.info("%s: differs from its own library by %.1e of the largest entry", target, error)
     for library, target, k in (("sparsify", sparsify, SPARSIFY_K), ("sae_lens", sae_lens, SAE_LENS_K)):

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch import nn
 
-from benchmarks import bench_end_to_end, bench_gpu, bench_scaling, large_job, serial, timing
+from benchmarks import bench_end_to_end, bench_gpu, bench_scaling, independent, large_job, serial, timing
 from benchmarks.bundled import MODEL
 from benchmarks.shapes import SHAPES, TINY
 from delta_selectivity.models.language_model import Site, open_model
@@ -195,3 +196,27 @@ def test_the_table_of_the_whole_job_has_the_medians_of_its_rounds(tmp_path: Path
         ("theirs", "a part", "7", "2", "8", "1.6x"),
         ("serial", "a part", "9", "1", "10", "2.0x"),
     ]
+
+
+def test_the_independent_loop_agrees_with_the_program_and_says_where_not(tmp_path, monkeypatch, capsys):
+    random = np.random.default_rng(0)
+    labels = np.repeat(random.random(80) < 0.5, 2)
+    x = (random.normal(size=(160, 6)) + labels[:, None]).astype(np.float32)
+    content = {
+        "x": x,
+        "recon.good": x + random.normal(size=x.shape).astype(np.float32),
+        "labels.known": labels.astype(np.int8),
+        "labels.of_some": np.where(np.arange(160) < 120, ~labels, -1).astype(np.int8),
+        "groups": np.repeat(np.arange(80), 2),
+    }
+    save_file(content, tmp_path / "rows.safetensors")
+    found = independent.compare(tmp_path / "rows.safetensors", repeats=1)
+    assert [(each.probe, each.figure) for each in found] == [
+        (probe, figure) for probe in ("known", "of_some") for figure in ("model_sel", "sae_sel")
+    ]
+    assert max(abs(each.difference) for each in found) < independent.ALLOWED
+    assert min(each.program for each in found) > 0.65
+    monkeypatch.setattr(independent.serial, "selectivity", lambda *_: 0.5)
+    monkeypatch.setattr(sys, "argv", ["independent", str(tmp_path / "rows.safetensors"), "--repeats", "1"])
+    assert independent.main() == 1
+    assert "| known | good | model_sel |" in capsys.readouterr().out

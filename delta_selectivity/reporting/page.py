@@ -25,6 +25,11 @@ from delta_selectivity.reporting.svg import inline
 
 HERE = Path(__file__).parent
 READING = (
+    ("survives", "transfer_r2: the share of what the model's own probes read in its activations that they still read "
+     "in the SAE's reconstruction. 1: all of it; 0 or less: no more than a constant. It ranks SAEs better than any "
+     "other score here."),
+    ("rank", "By what survives. 1–2: not told apart from another, since the 95 % interval of their paired difference "
+     "holds 0."),
     ("delta_sel", "Balanced accuracy of a probe on the SAE's reconstruction minus that on the model's activations. "
      "0: the SAE keeps what the model knows; negative: it loses some. Intervals are 95 %, clustered by person."),
     ("▼ lost", "A probe fitted anew finds less: delta_sel is negative with q < 0.05 (Benjamini-Hochberg over all cells "
@@ -37,8 +42,8 @@ READING = (
 )  # fmt: skip
 PAIRED = element(
     "p",
-    "From the best mean to the worst, each SAE and the next: the first minus the second, on the same rows, folds and "
-    "people. The p values are not corrected for the number of pairs.",
+    "From the first in rank to the last, each SAE and the next: the first minus the second, on the same rows, folds "
+    "and people. The p values are not corrected for the number of pairs.",
 )
 DEPTH = element(
     "p",

@@ -36,7 +36,7 @@ class Plots:
 def plots_of(study: Study) -> Plots:
     """Every plot that the files have the numbers for."""
     names = _Names()
-    compared = [plot(study, score) for plot in (means, differences) for score in ("delta_sel", "transfer_r2")]
+    compared = [plot(study, score) for plot in (means, differences) for score in ("transfer_r2", "delta_sel")]
     trade = [pareto(study, figure) for figure in FIGURES]
     return Plots(
         _there([*compared, rivals(study)]),

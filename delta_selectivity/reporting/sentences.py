@@ -1,4 +1,4 @@
-"""Three sentences at the head of a report: what the SAEs keep, what they lose, what these data cannot tell."""
+"""Sentences at the head of a report: how SAEs rank, what they keep, what they lose, what these data cannot tell."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from delta_selectivity.records.verdicts import LOST, MOVED, PRESERVED, UNDECIDED, is_known
 from delta_selectivity.reporting.numbers import number, signed
+from delta_selectivity.reporting.ranking import rank
 from delta_selectivity.reporting.study import Cell, Sae, Study
 
 NAMED = 3  # of SAEs or probes: a sentence with more is not read
@@ -17,7 +18,9 @@ Placed = tuple[Sae, Cell]
 def opening(study: Study) -> list[str]:
     """The sentences, made from the verdicts of all cells that are shown in full; none if nothing was measured."""
     cells = [(sae, cell) for sae in study.in_full for cell in sae.measured]
-    return [_kept(study, cells), _lost(study, cells), _undecided(cells)] if cells else []
+    ranked = rank(study).sentence()
+    first = [] if ranked is None else [f"Ranked: {ranked}"]
+    return [*first, _kept(study, cells), _lost(study, cells), _undecided(cells)] if cells else []
 
 
 def _kept(study: Study, cells: Sequence[Placed]) -> str:

@@ -83,6 +83,11 @@ class Sae:
             return self.mean(score), None, None
         return self.level[score], self.level[f"{score}_ci_low"], self.level[f"{score}_ci_high"]
 
+    def merit(self) -> tuple[float, float]:
+        """What SAEs are ordered by: mean transfer_r2, and where that was not measured mean delta_sel."""
+        survives, delta = (self.overall(score)[0] for score in ("transfer_r2", "delta_sel"))
+        return (float("-inf") if survives is None else survives, delta or 0.0)
+
     def mean_figure(self, key: str) -> float | None:
         """The same of a figure of reconstruction: each layer weighs as much as it has probes."""
         return mean(cell.figures.get(key) for cell in self.measured)
@@ -103,7 +108,7 @@ class Comparison:
 
     one: Sae
     other: Sae
-    found: result_file.Json  # one's delta_sel - the other's, its interval and test; likewise transfer_r2
+    found: result_file.Json  # one's transfer_r2 - the other's, its interval and test; likewise delta_sel
 
 
 @dataclass(frozen=True)
@@ -152,18 +157,18 @@ class Study:
 
     @cached_property
     def neighbours(self) -> list[Comparison]:
-        """From the best mean delta_sel to the worst, each SAE and the next; then each baseline and its SAE.
+        """From the SAE of which most survives on down, each and the next; then each baseline and its SAE.
 
         SAEs that cannot be compared are no neighbours: each set that can be is ordered by itself.
         """
-        pairs = [pair for group in self._comparable for pair in itertools.pairwise(group)]
+        pairs = [pair for group in self.comparable for pair in itertools.pairwise(group)]
         pairs += [(baseline, sae) for baseline in self.baselines for sae in self.saes if baseline.belongs_to(sae)]
         return [found for pair in pairs if isinstance(found := self._pair(*pair), Comparison)]
 
     @cached_property
     def apart(self) -> list[str]:
         """What cannot be compared, and why, in a line each."""
-        groups = self._comparable
+        groups = self.comparable
         lines = []
         for one, other in itertools.pairwise(groups):
             names = [", ".join(sae.label for sae in group) for group in (one, other)]
@@ -174,11 +179,11 @@ class Study:
         return lines
 
     @cached_property
-    def _comparable(self) -> list[list[Sae]]:
-        """SAEs that can be compared with each other, each list from the best mean delta_sel to the worst."""
+    def comparable(self) -> list[list[Sae]]:
+        """SAEs that can be compared with each other, each list from that of which most survives down."""
         groups: list[list[Sae]] = []
         known = [sae for sae in self.saes if sae.overall("delta_sel")[0] is not None]
-        for sae in sorted(known, key=lambda sae: -(sae.overall("delta_sel")[0] or 0.0)):
+        for sae in sorted(known, key=Sae.merit, reverse=True):
             group = next((group for group in groups if not obstacle(group[0].files, sae.files)), None)
             if group is None:
                 groups.append([sae])
@@ -191,8 +196,18 @@ class Study:
         by_name = {sae.name: sae for sae in self.everything}
         return lru_cache(maxsize=16)(lambda name: stored_cells(by_name[name].files))
 
+    @cached_property
+    def _pairs(self) -> dict[tuple[str, str], Comparison | str]:
+        return {}
+
     def _pair(self, one: Sae, other: Sae) -> Comparison | str:
         """The two, compared by their run or else from their stored scores; or why they are not."""
+        names = one.name, other.name
+        if names not in self._pairs:
+            self._pairs[names] = self._compare(one, other)
+        return self._pairs[names]
+
+    def _compare(self, one: Sae, other: Sae) -> Comparison | str:
         if reason := obstacle(one.files, other.files):
             return reason
         typed = other.files[0][1]["_run"]["config"]["sae"]

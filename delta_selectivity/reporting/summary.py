@@ -11,41 +11,45 @@ from delta_selectivity.reporting.html import Markup, element, join, table
 from delta_selectivity.reporting.ink import MUTED, series
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset
+from delta_selectivity.reporting.ranking import in_order, rank
 from delta_selectivity.reporting.results import further_views, mean
 from delta_selectivity.reporting.study import Sae, Study
 
 COUNTED = (LOST, MOVED, PRESERVED)
 HEAD = (
-    "SAE", "cells", "model_sel", "sae_sel", "mean delta_sel", "detectable", *COUNTED, "mean transfer_r2",
+    "SAE", "rank", "survives (transfer_r2)", "cells", "model_sel", "sae_sel", "mean delta_sel", "detectable", *COUNTED,
     "fvu_pos", "fvu_whole", "L0",
 )  # fmt: skip
 NAME = 26  # characters of the name of an SAE
-PAIR_HEAD = ("SAE", "compared with", "difference of delta_sel", "p", "difference of transfer_r2", "p")
+PAIR_HEAD = ("SAE", "compared with", "difference of transfer_r2", "p", "difference of delta_sel", "p")
 
 
 def sae_table(study: Study) -> Markup:
-    """A line for each SAE and, beneath, each baseline: means over its cells."""
+    """A line for each SAE, by rank, and, beneath, each baseline: means over its cells."""
+    ranking = rank(study)
     views = further_views(cell.result for sae in study.everything for cell in sae.measured)
-    return table((*HEAD, *views), ([*_line(study, sae), *_views(sae, views)] for sae in study.everything))
+    rows = ([*_line(study, sae, ranking.place(sae)), *_views(sae, views)] for sae in in_order(study, ranking))
+    return table((*HEAD, *views), rows)
 
 
 def _views(sae: Sae, views: Sequence[str]) -> list[str]:
     return [number(mean(cell.result.get(view) for cell in sae.measured), ".3f") for view in views]
 
 
-def _line(study: Study, sae: Sae) -> list[str]:
+def _line(study: Study, sae: Sae, place: str) -> list[str]:
     n_cells = len(sae.measured)
     delta, low, high = sae.overall("delta_sel")
     r2, r2_low, r2_high = sae.overall("transfer_r2")
     return [
         join([_swatch(study, sae), named(study, sae)]),
+        place.replace("-", "–"),
+        _estimate(typeset(number(r2, ".3f")), _range(r2_low, r2_high)),
         str(n_cells),
         number(sae.mean("model_sel"), ".3f"),
         number(sae.mean("sae_sel"), ".3f"),
         _estimate(signed(delta, 4), span(low, high, 4)),
         number(sae.level.get("delta_sel_detectable"), ".4f"),
         *(f"{sae.count(word)} of {n_cells}" for word in COUNTED),
-        _estimate(typeset(number(r2, ".3f")), _range(r2_low, r2_high)),
         number(sae.mean_figure("fvu_pos"), ".3f"),
         number(sae.mean_figure("fvu_whole"), ".3f"),
         number(sae.mean_figure("l0"), ".1f"),
@@ -80,7 +84,7 @@ def pair_table(study: Study) -> Markup | None:
 
 def _difference(found: result_file.Json) -> list[str]:
     cells: list[str] = []
-    for score in ("delta_sel", "transfer_r2"):
+    for score in ("transfer_r2", "delta_sel"):
         value, low, high, p = (found[f"{score}{end}"] for end in ("", "_ci_low", "_ci_high", "_p_value"))
         cells += [_estimate(signed(value, 4), span(low, high, 4)), probability(p)]
     return cells

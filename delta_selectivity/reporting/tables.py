@@ -9,6 +9,7 @@ from delta_selectivity.records.verdicts import LOST, PRESERVED, is_preserved, is
 from delta_selectivity.reporting.groups import File
 from delta_selectivity.reporting.names import abridged, apart
 from delta_selectivity.reporting.numbers import few_effective, fvu_whole, interval, number, p_value, people
+from delta_selectivity.reporting.ranking import MEANING, in_order, rank
 from delta_selectivity.reporting.results import (
     cells,
     further_views,
@@ -95,22 +96,27 @@ def _marks(result: result_file.Json) -> str:
 
 
 def summary_table(files: Sequence[File]) -> str:
-    """A line per SAE: means over its datasets, layers and probes; delta_sel with its interval, people drawn once.
+    """A line per SAE, in order of rank: means over its datasets, layers and probes, intervals with people drawn once.
 
     Baselines come beneath the SAEs.
     """
     study = study_of(files)
+    ranking = rank(study)
     views = further_views(cell.result for sae in study.everything for cell in sae.measured)
     rows: list[Row] = [
-        ("SAE", "probes x layers", "model_sel", "sae_sel", "delta_sel", "95 % interval", "lost (q < 0.05)", "preserved",
-         "transfer_r2", "fvu_pos", "fvu_whole", "L0", *views)
+        ("SAE", "rank", "survives", "95 % interval", "probes x layers", "model_sel", "sae_sel", "delta_sel",
+         "95 % interval", "lost (q < 0.05)", "preserved", "fvu_pos", "fvu_whole", "L0", *views)
     ]  # fmt: skip
-    names = apart([sae.label for sae in study.everything], LONGEST)
-    for sae, name in zip(study.everything, names, strict=True):
+    saes = in_order(study, ranking)
+    names = apart([sae.label for sae in saes], LONGEST)
+    for sae, name in zip(saes, names, strict=True):
         n_cells = len(sae.measured)
         rows.append(
             (
                 name,
+                ranking.place(sae),
+                number(sae.overall("transfer_r2")[0], ".3f"),
+                interval(sae.level, "transfer_r2", ".3f"),
                 str(n_cells),
                 number(sae.mean("model_sel"), ".3f"),
                 number(sae.mean("sae_sel"), ".3f"),
@@ -118,7 +124,6 @@ def summary_table(files: Sequence[File]) -> str:
                 interval(sae.level, "delta_sel"),
                 f"{sae.count(LOST)} of {n_cells}",
                 f"{sae.count(PRESERVED)} of {n_cells}",
-                number(sae.overall("transfer_r2")[0], ".3f"),
                 number(sae.mean_figure("fvu_pos"), ".3f"),
                 number(sae.mean_figure("fvu_whole"), ".3f"),
                 number(sae.mean_figure("l0"), ".1f"),
@@ -129,11 +134,11 @@ def summary_table(files: Sequence[File]) -> str:
 
 
 def comparison_table(files: Sequence[File]) -> str | None:
-    """SAEs from the best mean delta_sel to the worst, each against the next: paired by row, fold and person.
+    """SAEs from the first in rank to the last, each against the next: paired by row, fold and person.
 
     Beneath them each baseline that belongs to an SAE against that one. None if no two can be compared.
     """
-    scores = ("delta_sel", "transfer_r2")
+    scores = ("transfer_r2", "delta_sel")
     columns = [column for score in scores for column in (f"difference of {score}", "95 % interval", "p")]
     rows: list[Row] = [("SAE", "compared with", *columns)]
     study = study_of(files)
@@ -191,6 +196,9 @@ def render(files: Sequence[File], worst_first: bool = False) -> str:
 
 
 def overview(files: Sequence[File]) -> str:
-    """The line per SAE, and the SAEs against each other."""
-    apart = "\n".join(one_line(line) for line in study_of(files).apart)
-    return "\n\n".join(part for part in (summary_table(files), comparison_table(files), apart) if part)
+    """The line per SAE, whether these data tell them apart, and the SAEs against each other."""
+    study = study_of(files)
+    apart = "\n".join(one_line(line) for line in study.apart)
+    sentence = rank(study).sentence()
+    parts = (summary_table(files), MEANING, sentence and one_line(sentence), comparison_table(files), apart)
+    return "\n\n".join(part for part in parts if part)

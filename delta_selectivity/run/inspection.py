@@ -31,7 +31,8 @@ def inspect(request: Request) -> Iterator[str]:
     mentions = draw_mentions(plan.texts.mentions, seed)
     check = Preflight.sample(model, info, plan.tokenise(mentions), seed)
     bos = "that begin with BOS" if plan.prepend_bos else "without BOS"
-    yield f"{info.name} in {plan.dtype}, on some of {len(mentions)} texts {bos}"
+    kind = "" if info.quantisation is None else f" (GGUF, {info.quantisation})"
+    yield f"{info.name}{kind} in {plan.dtype}, on some of {len(mentions)} texts {bos}"
     yield f"processor: {processor.describe()}"
     for subject in plan.saes:
         assert subject.source is not None

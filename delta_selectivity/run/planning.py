@@ -334,6 +334,8 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
         shared["whole_tokens"] = plan.whole_tokens
     hashes = {subject.name: subject.source.fingerprint() for subject in plan.saes if subject.source is not None}
     config = request.described()
+    if plan.info.quantisation is not None:
+        config["quantisation"] = plan.info.quantisation
     files: dict[tuple[SaeId, int], RecordFile] = {}
     for sae_id, subject in enumerate(plan.subjects):
         own_key, told = _what_is_its_own(plan, subject, hashes)

@@ -18,7 +18,7 @@ from delta_selectivity.tasks import GurneeData, TaskName, UserData
 class Request:
     """What to measure, how, and where it goes."""
 
-    model: str  # hub id or local folder
+    model: str  # hub id, local folder, GGUF file or name of a packaged model
     saes: tuple[str | SaeSource, ...]  # names as `expand_names` takes them, or SAEs in memory
     tasks: tuple[TaskName, ...]
     layers: tuple[int, ...] | None  # None: every layer that the SAE has

@@ -29,7 +29,7 @@ from delta_selectivity.saes.controls import (
     principal_components,
     random_topk,
 )
-from delta_selectivity.saes.folders import find_members
+from delta_selectivity.saes.folders import GGUF, find_members
 from delta_selectivity.saes.hub import HubRepository, split_name
 from delta_selectivity.saes.in_memory import wrap_sae
 from delta_selectivity.saes.input_norm import InputNorm
@@ -142,6 +142,8 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
     folder = Path(os.path.abspath(os.path.expanduser(name)))  # noqa: PTH100, PTH111 - leaves an unknown ~user as it is
     if name.strip() and os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return assemble(name, find_members(folder, name, hookpoint=hookpoint), hookpoint)
+    if folder.suffix.lower() == ".gguf":
+        raise RequestError(f"`saes` {name}: {GGUF}")
     if os.path.isfile(folder):  # noqa: PTH113 - likewise
         raise RequestError(f"`saes` {name}: this is a file; give the folder that holds it")
     if os.path.islink(folder):  # noqa: PTH114 - likewise

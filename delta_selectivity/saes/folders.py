@@ -24,6 +24,7 @@ from delta_selectivity.saes.sae_lens.folder import SaeLens
 from delta_selectivity.saes.source import SaeHeader
 from delta_selectivity.saes.sparsify import Sparsify
 
+GGUF = "a GGUF file holds a language model, not an SAE: are `saes` and `model` exchanged?"
 DEEPEST = 3
 """Folders below the one that was named in which SAEs are looked for: ``TopK/resid_post_layer_5/trainer_0``."""
 
@@ -116,6 +117,8 @@ def holds_saes(folder: Path) -> bool:
 
 def _what_else(root: Path) -> str:
     """What a folder without SAEs looks like."""
+    if any(path.suffix.lower() == ".gguf" for path in root.iterdir()):
+        return GGUF
     config = root / "config.json"
     if config.is_file() and "model_type" in read_config(config):
         return "looks like a language model, not an SAE: are `saes` and `model` exchanged?"

@@ -10,7 +10,7 @@ import csv
 import zstandard
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.tasks.data_wheel import DISTRIBUTION, INSTALL_COMMAND, open_data
+from delta_selectivity.tasks.data_wheel import WHEEL, open_data
 from delta_selectivity.tasks.people import name_span, person_key
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
@@ -57,13 +57,13 @@ def _read_rows(stem: str) -> tuple[Row, ...]:
         reader = csv.DictReader(file)
         missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
         if missing:
-            raise RequestError(f"{stem} of {DISTRIBUTION} has no column {missing[0]!r}: {INSTALL_COMMAND}")
+            raise RequestError(f"{stem} of {WHEEL.distribution} has no column {missing[0]!r}: {WHEEL.install_command}")
         return tuple(Row(_mention(record["prompt"]), record["target"]) for record in reader)
 
 
 def _mention(prompt: str) -> Mention:
     span = name_span(prompt)
     if span is None:
-        raise RequestError(f"{DISTRIBUTION} holds a prompt without a word, {prompt!r}: {INSTALL_COMMAND}")
+        raise RequestError(f"{WHEEL.distribution} holds a prompt without a word, {prompt!r}: {WHEEL.install_command}")
     start, end = span
     return Mention(text=prompt, start=start, end=end, person=person_key(prompt[start:end]))

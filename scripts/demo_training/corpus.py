@@ -21,8 +21,13 @@ class Document:
 
     @property
     def held_out(self) -> bool:
-        digest = hashlib.sha256(self.text.encode()).digest()
-        return int.from_bytes(digest[:4], "big") % HELD_OUT_IN == 0
+        return is_held_out(self.text)
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a document is never trained on, by its hash."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:4], "big") % HELD_OUT_IN == 0
 
 
 def detokenised(text: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-Weights = dict[str, Tensor]  # W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]
+from scripts.sae_training.kinds import Weights
 
 
 def rounded(weights: Weights) -> Weights:
@@ -34,18 +34,29 @@ def write_sparsify(folder: Path, weights: Weights, k: int) -> None:
     save_file(tensors, folder / "sae.safetensors")
 
 
-def write_sae_lens(folder: Path, weights: Weights, k: int, metadata: dict[str, object]) -> None:
-    """`cfg.json` and `sae_weights.safetensors`, as SAE Lens writes them; bfloat16 on disk only."""
+def write_sae_lens(
+    folder: Path, weights: Weights, architecture: dict[str, object], metadata: dict[str, object]
+) -> None:
+    """`cfg.json` and `sae_weights.safetensors`, as SAE Lens writes them; bfloat16 on disk only,
+    save what decides which latents are open.
+
+    architecture: its name and settings, such as those of `sae_lens_topk`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     d_sae, d_in = weights["W_enc"].shape
     config = {
         "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
-        "normalize_activations": "none", "reshape_activations": "none", "k": k,
-        "rescale_acts_by_decoder_norm": False, "architecture": "topk", "metadata": metadata,
+        "normalize_activations": "none", "reshape_activations": "none", **architecture, "metadata": metadata,
     }  # fmt: skip
     (folder / "cfg.json").write_text(json.dumps(config, indent=2) + "\n")
     exact = rounded(weights)
+    exact |= {name: weights[name].float() for name in ("threshold", "b_gate") if name in weights}
     save_file({**exact, "W_enc": exact["W_enc"].T.contiguous()}, folder / "sae_weights.safetensors")
+
+
+def sae_lens_topk(k: int) -> dict[str, object]:
+    """What the config of a TopK SAE says of its architecture."""
+    return {"architecture": "topk", "k": k, "rescale_acts_by_decoder_norm": False}
 
 
 def reconstruct(weights: Weights, k: int, x: Tensor) -> Tensor:

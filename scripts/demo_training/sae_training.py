@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPTNeoXForCausalLM
+
+from scripts.sae_training.kinds import StepSettings, TopKSae, train_step
 
 from .streams import TextMix
 
@@ -31,19 +33,13 @@ class SaeSettings:
     """What was chosen for the training of the SAEs."""
 
     minutes: float
+    step: StepSettings = field(default_factory=StepSettings)
     seed: int = 0
     d_sae: int = 1024
     ks: tuple[int, ...] = (8, 32)
     length: int = 192  # tokens a row, BOS included
     rows: int = 16  # in a forward pass
     buffer_rows: int = 192  # rows shuffled together
-    batch: int = 2048  # activations a step
-    lr: float = 2e-3
-    warmup: float = 0.03  # share of the time
-    decay: float = 0.7  # share of the time
-    dead_after: int = 150_000  # tokens without firing
-    k_aux: int = 64
-    aux_weight: float = 1 / 32
     workers: int = 2
 
 
@@ -56,47 +52,6 @@ class Quality:
     fvu: float
     l0: float
     dead: float  # share of latents that never fire on the held-out tokens
-
-
-class TopKSae(nn.Module):
-    """pre = ReLU((x - b_dec) W_enc^T + b_enc); the k largest; recon = sum of v_j W_dec[j] + b_dec."""
-
-    def __init__(self, layer: int, k: int, mean: Tensor, d_sae: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.layer, self.k = layer, k
-        directions = torch.randn(d_sae, len(mean), generator=generator)
-        directions /= directions.norm(dim=1, keepdim=True)
-        self.W_enc = nn.Parameter(directions.clone())  # [d_sae, d_in]
-        self.b_enc = nn.Parameter(torch.zeros(d_sae))
-        self.W_dec = nn.Parameter(directions.clone())  # [d_sae, d_in]
-        self.b_dec = nn.Parameter(mean.clone())
-        self.silent_for = torch.zeros(d_sae)  # tokens since each latent last fired
-
-    def pre_acts(self, x: Tensor) -> Tensor:
-        """`[rows, d_in] -> [rows, d_sae]`"""
-        return torch.relu((x - self.b_dec) @ self.W_enc.T + self.b_enc)
-
-    def latents(self, pre: Tensor, k: int) -> Tensor:
-        """The k largest of each row, the rest zero; `[rows, d_sae]`."""
-        values, indices = pre.topk(k, dim=-1, sorted=False)
-        return torch.zeros_like(pre).scatter(-1, indices, values)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.latents(self.pre_acts(x), self.k) @ self.W_dec + self.b_dec
-
-    @torch.no_grad()
-    def unit_decoder(self) -> None:
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
-
-    @torch.no_grad()
-    def unscaled(self, scale: float) -> dict[str, Tensor]:
-        """The weights of the same SAE for inputs `scale` times as large."""
-        return {
-            "W_enc": self.W_enc.clone(),
-            "b_enc": self.b_enc * scale,
-            "W_dec": self.W_dec.clone(),
-            "b_dec": self.b_dec * scale,
-        }
 
 
 Residuals = Callable[[Tensor], Tensor]  # token ids [rows, length] -> [layers, rows, length, d_in]
@@ -138,44 +93,15 @@ def shuffled_batches(
     """Batches `[layers, batch, d_in]` from a pool of rows, the half of it new each time."""
     generator = torch.Generator().manual_seed(settings.seed)
     kept: list[Tensor] = []
-    rows = settings.buffer_rows
+    rows, batch = settings.buffer_rows, settings.step.batch
     while True:
         texts = [mix.batch(settings.rows, settings.length) for _ in range(rows // settings.rows)]
         kept += pool.map(lambda ids: without_bos(residuals(ids), ids, bos), texts)
         buffer = torch.cat(kept, dim=1)
         buffer = buffer[:, torch.randperm(buffer.shape[1], generator=generator)]
         half = buffer.shape[1] // 2
-        yield from (part for part in buffer[:, :half].split(settings.batch, 1) if part.shape[1] == settings.batch)
+        yield from (part for part in buffer[:, :half].split(batch, 1) if part.shape[1] == batch)
         kept, rows = [buffer[:, half:]], settings.buffer_rows // 2
-
-
-def sae_loss(sae: TopKSae, x: Tensor, settings: SaeSettings) -> Tensor:
-    """Fraction of variance unexplained on the batch, plus what the dead latents leave of the error."""
-    variance = (x - x.mean(0)).square().sum()
-    with torch.autocast("cpu", torch.bfloat16):
-        pre = sae.pre_acts(x)
-        z = sae.latents(pre, sae.k)
-        error = x - (z @ sae.W_dec + sae.b_dec)
-    with torch.no_grad():
-        sae.silent_for += len(x)
-        sae.silent_for[(z > 0).any(0)] = 0
-        dead = (sae.silent_for > settings.dead_after).nonzero().flatten()
-    loss = error.float().square().sum() / variance
-    if len(dead) == 0:
-        return loss
-    k_aux = min(settings.k_aux, len(dead))
-    target = error.detach().float()
-    revived = sae.latents(pre[:, dead].float(), k_aux) @ sae.W_dec[dead]
-    return loss + settings.aux_weight * (target - revived).square().sum() / variance
-
-
-def train_step(sae: TopKSae, optimiser: torch.optim.Optimizer, x: Tensor, settings: SaeSettings) -> float:
-    optimiser.zero_grad(set_to_none=True)
-    loss = sae_loss(sae, x, settings)
-    loss.backward()
-    optimiser.step()
-    sae.unit_decoder()
-    return loss.item()
 
 
 @torch.no_grad()
@@ -184,8 +110,8 @@ def quality(sae: TopKSae, acts: Tensor) -> Quality:
     x = acts[sae.layer]
     error, l0, fired = 0.0, 0.0, torch.zeros(len(sae.b_enc), dtype=torch.bool)
     for part in x.split(4096):
-        z = sae.latents(sae.pre_acts(part), sae.k)
-        error += (part - (z @ sae.W_dec + sae.b_dec)).square().sum().item()
+        z = sae.codes(part).z
+        error += (part - sae.decode(z)).square().sum().item()
         l0 += (z > 0).sum().item()
         fired |= (z > 0).any(0)
     variance = (x - x.mean(0)).square().sum().item()
@@ -209,7 +135,7 @@ def train_saes(
         for layer in range(len(first))
         for k in settings.ks
     ]
-    optimisers = [torch.optim.Adam(sae.parameters(), lr=settings.lr, fused=True) for sae in saes]
+    optimisers = [torch.optim.Adam(sae.parameters(), lr=settings.step.lr, fused=True) for sae in saes]
     tokens, step = 0, 0
     for batch in batches:
         progress = (time.monotonic() - start) / 60 / settings.minutes
@@ -217,12 +143,11 @@ def train_saes(
             break
         x = batch / scale[:, None, None]
         for optimiser in optimisers:
-            warm_or_late = min(1.0, progress / settings.warmup, (1 - progress) / settings.decay)
-            optimiser.param_groups[0]["lr"] = settings.lr * warm_or_late
-        losses = list(pool.map(lambda s, o, x=x: train_step(s, o, x[s.layer], settings), saes, optimisers))
+            optimiser.param_groups[0]["lr"] = settings.step.lr * settings.step.rate(progress)
+        losses = list(pool.map(lambda s, o, x=x: train_step(s, o, x[s.layer], settings.step), saes, optimisers))
         tokens, step = tokens + batch.shape[1], step + 1
         if step % 50 == 0:
-            silent = [int((sae.silent_for > settings.dead_after).sum()) for sae in saes]
+            silent = [int((sae.silent_for > settings.step.dead_after).sum()) for sae in saes]
             log.info("%d tokens  losses %s  dead %s", tokens, [round(loss, 3) for loss in losses], silent)
     held_out = torch.cat(
         [without_bos(residuals(ids), ids, bos) for ids in held_out_rows.split(16)],

@@ -40,7 +40,7 @@ class Source:
     def _refill(self) -> None:
         order = list(range(len(self.documents)))
         self.rng.shuffle(order)
-        bos = np.array([BOS_ID], dtype=np.uint16)
+        bos = np.array([BOS_ID], dtype=np.int32)
         self.buffer = np.concatenate([part for i in order for part in (bos, self.documents[i])])
         self.at, self.epochs = 0, self.epochs + 1
 
@@ -126,7 +126,7 @@ def encode(texts: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> d
 def _ids(backend: Tokenizer, documents: list[str]) -> Iterator[np.ndarray]:
     for start in range(0, len(documents), 2000):
         for encoding in backend.encode_batch_fast(documents[start : start + 2000], add_special_tokens=False):
-            yield np.array(encoding.ids, dtype=np.uint16)
+            yield np.array(encoding.ids, dtype=np.int32)
 
 
 def load_mix(shared: Path, tokenizer: PreTrainedTokenizerBase, shares: dict[str, float], seed: int) -> TextMix:

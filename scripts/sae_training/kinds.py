@@ -1,0 +1,303 @@
+"""The kinds of SAE that can be trained: TopK, BatchTopK, matryoshka, JumpReLU and gated.
+
+    sae = KINDS["jumprelu"](layer=15, k=32, mean=mean, d_sae=4096, generator=generator)
+    sae.start(x)                                # x [rows, d_in], once: thresholds at which L0 is about k
+    loss = sae_loss(sae, x, StepSettings())
+    config, weights = sae.saved(mean, deviation, x)
+
+All learn from one loss: the fraction of variance unexplained, a penalty of their kind, and what latents that never
+fire leave of the error (AuxK, Gao et al. 2024, arXiv 2406.04093, appendix A.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]  # W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], and others
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How SAEs are trained, step by step."""
+
+    batch: int = 2048  # activations a step
+    lr: float = 2e-3
+    warmup: float = 0.03  # share of the steps
+    decay: float = 0.7  # share of the steps
+    dead_after: int = 150_000  # tokens without firing
+    k_aux: int = 64
+    aux_weight: float = 1 / 32
+
+    def rate(self, progress: float, step: float = 0.0) -> float:
+        """The share of the learning rate when `progress` of the training is over: warm-up, plateau, decay to zero.
+
+        step: the share of the training that one step is.
+        """
+        return min(1.0, (progress + step) / self.warmup, (1 - progress) / self.decay)
+
+
+class Codes(NamedTuple):
+    """What an encoder makes of a batch."""
+
+    pre: Tensor  # [rows, d_sae]: what latents that never fire are revived by
+    z: Tensor  # [rows, d_sae]
+    l0: Tensor | None = None  # mean number of latents, where it has a gradient
+
+
+class TopKSae(nn.Module):
+    """pre = ReLU((x - b_dec) W_enc^T + b_enc); the k largest; recon = sum of v_j W_dec[j] + b_dec."""
+
+    kind: ClassVar[str] = "topk"
+    W_enc: nn.Parameter
+    silent_for: Tensor
+
+    def __init__(self, layer: int, k: int, mean: Tensor, d_sae: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.layer, self.k = layer, k
+        directions = torch.randn(d_sae, len(mean), generator=generator)
+        directions /= directions.norm(dim=1, keepdim=True)
+        self.W_enc = nn.Parameter(directions.clone())  # [d_sae, d_in]
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(directions.clone())  # [d_sae, d_in]
+        self.b_dec = nn.Parameter(mean.clone())
+        self.register_buffer("silent_for", torch.zeros(d_sae))  # tokens since each latent last fired
+
+    def start(self, x: Tensor) -> None:
+        """Look at some activations [rows, d_in] before the first step."""
+
+    def pre_acts(self, x: Tensor) -> Tensor:
+        """`[rows, d_in] -> [rows, d_sae]`, before the ReLU."""
+        return nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
+
+    def latents(self, pre: Tensor, k: int) -> Tensor:
+        """The k largest of each row where they are positive, the rest zero; `[rows, d_sae]`."""
+        places = pre.detach().topk(k, dim=-1, sorted=False).indices
+        first = torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
+        return _Keep.apply(pre, (first + places).flatten())
+
+    def codes(self, x: Tensor) -> Codes:
+        """The latents of x [rows, d_in]."""
+        pre = self.pre_acts(x)
+        return Codes(pre, self.latents(pre, self.k))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """`[rows, d_sae] -> [rows, d_in]`"""
+        return z @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.codes(x).z)
+
+    def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
+        """What the kind's loss has besides the error; variance: the squared deviation of x, summed."""
+        return 0.0
+
+    @torch.no_grad()
+    def unit_decoder(self) -> None:
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+
+    @torch.no_grad()
+    def unscaled(self, scale: float) -> Weights:
+        """The weights of the same SAE for inputs `scale` times as large."""
+        return {
+            "W_enc": self.W_enc.clone(),
+            "b_enc": self.b_enc * scale,
+            "W_dec": self.W_dec.clone(),
+            "b_dec": self.b_dec * scale,
+        }
+
+
+class BatchTopKSae(TopKSae):
+    """Keeps the k x batch largest pre-activations of a batch (Bussmann et al. 2024, arXiv 2412.06410)."""
+
+    kind = "batchtopk"
+
+    def latents(self, pre: Tensor, k: int) -> Tensor:
+        return _Keep.apply(pre, largest(pre.detach().flatten(), k * len(pre)))
+
+
+class MatryoshkaSae(BatchTopKSae):
+    """A BatchTopK SAE whose first latents are to do without the others (Bussmann et al. 2025, arXiv 2503.17547)."""
+
+    kind = "matryoshka"
+    SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the latents, besides all of them
+
+    def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
+        total, begin = torch.zeros(()), 0
+        recon: Tensor = self.b_dec
+        for share in self.SHARES:
+            end = int(share * codes.z.shape[1])
+            recon = recon + codes.z[:, begin:end] @ self.W_dec[begin:end]
+            total, begin = total + (x - recon).float().square().sum() / variance, end
+        return total
+
+
+class JumpReluSae(TopKSae):
+    """z = pre where pre > threshold (Rajamanoharan et al. 2024, arXiv 2407.14435), held at an L0 of about k."""
+
+    kind = "jumprelu"
+    WIDTH = 0.5  # of the kernel that thresholds get gradients through, in units of the first threshold
+    WEIGHT = 0.5  # of (L0 / k - 1)^2
+
+    def __init__(self, layer: int, k: int, mean: Tensor, d_sae: int, generator: torch.Generator) -> None:
+        super().__init__(layer, k, mean, d_sae, generator)
+        self.log_threshold = nn.Parameter(torch.zeros(d_sae))
+        self.register_buffer("width", torch.ones(()))
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> None:
+        first = k_th_largest(self.pre_acts(x), self.k)
+        self.log_threshold.fill_(first.log())
+        self.get_buffer("width").fill_(self.WIDTH * first)
+
+    def codes(self, x: Tensor) -> Codes:
+        pre = self.pre_acts(x)
+        return Codes(pre, *_AboveThreshold.apply(pre, self.log_threshold.exp(), self.get_buffer("width")))
+
+    def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
+        assert codes.l0 is not None
+        return self.WEIGHT * (codes.l0 / self.k - 1).square()
+
+    @torch.no_grad()
+    def unscaled(self, scale: float) -> Weights:
+        return super().unscaled(scale) | {"threshold": self.log_threshold.exp() * scale}
+
+
+class GatedSae(TopKSae):
+    """Latents of one product, gates of another with the same directions (Rajamanoharan et al. 2024, arXiv 2404.16014).
+
+    The weight of the sparsity penalty follows L0, which is to be k.
+    """
+
+    kind = "gated"
+    COUNTED = 256  # rows of a batch that L0 is taken of
+    PATIENCE = 0.03  # the change of the penalty's logarithm a step, of L0's distance in logs
+
+    def __init__(self, layer: int, k: int, mean: Tensor, d_sae: int, generator: torch.Generator) -> None:
+        super().__init__(layer, k, mean, d_sae, generator)
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+        self.register_buffer("weight", torch.tensor(0.01))
+
+    @torch.no_grad()
+    def start(self, x: Tensor) -> None:
+        self.b_enc.fill_(-k_th_largest(self.pre_acts(x), self.k))  # the bias of the gates
+
+    def codes(self, x: Tensor) -> Codes:
+        product = nn.functional.linear(x - self.b_dec, self.W_enc)
+        gate = product + self.b_enc.to(product.dtype)
+        magnitude = torch.relu(product * self.r_mag.exp().to(product.dtype) + self.b_mag.to(product.dtype))
+        return Codes(torch.relu(gate), magnitude * (gate > 0))
+
+    def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
+        weight, gate = self.get_buffer("weight"), codes.pre
+        with torch.no_grad():
+            some = gate[: self.COUNTED]
+            too_many = ((some > 0).sum() / len(some) / self.k).clamp(min=1e-3).log()
+            weight.mul_((self.PATIENCE * too_many.clamp(-1, 1)).exp())
+        l1 = gate.mean(0, dtype=torch.float32).sum() / x.shape[1] ** 0.5
+        recon = gate @ self.W_dec.detach() + self.b_dec.detach()
+        return weight.clone() * l1 + (x - recon).float().square().sum() / variance
+
+    @torch.no_grad()
+    def unscaled(self, scale: float) -> Weights:
+        weights = super().unscaled(scale)
+        return weights | {
+            "b_gate": weights.pop("b_enc"),
+            "r_mag": self.r_mag.clone(),
+            "b_mag": self.b_mag * scale,
+        }
+
+
+KINDS: dict[str, type[TopKSae]] = {
+    kind.kind: kind for kind in (TopKSae, BatchTopKSae, MatryoshkaSae, JumpReluSae, GatedSae)
+}
+
+
+class _Keep(torch.autograd.Function):
+    """The positive ones among some entries of a matrix, the rest zero. Faster than `scatter` along rows and a ReLU."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, places: Tensor) -> Tensor:
+        places = places[values.view(-1)[places] > 0]
+        ctx.save_for_backward(places)
+        return _only(values, places)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return _only(gradients[0], *ctx.saved_tensors), None
+
+
+def _only(values: Tensor, places: Tensor) -> Tensor:
+    kept = torch.zeros_like(values, memory_format=torch.contiguous_format)
+    kept.view(-1)[places] = values.contiguous().view(-1)[places]
+    return kept
+
+
+class _AboveThreshold(torch.autograd.Function):
+    """z = pre where pre [rows, d] > threshold [d], and mean L0; the threshold's gradients by a rectangular kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        threshold = threshold.to(pre.dtype)
+        open_ = pre > threshold
+        ctx.save_for_backward(pre, open_, threshold, width)
+        return pre * open_, open_.to(pre.dtype).sum(0, dtype=torch.float32).sum() / len(pre)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        pre, open_, threshold, width = ctx.saved_tensors
+        of_z, of_l0 = gradients
+        near = (pre - threshold).abs_() < width / 2
+        of_threshold = near * (of_z * pre + (of_l0 / len(pre)).to(pre.dtype))
+        return of_z * open_, -of_threshold.sum(0, dtype=torch.float32) / width, None
+
+
+def largest(flat: Tensor, n: int) -> Tensor:
+    """Places of the n largest of many values. Most are ruled out by a sample, which is faster than `topk` of all."""
+    sample = flat[:: max(1, len(flat) // 2**16)]
+    rank = 2 * n * len(sample) // len(flat) + 64
+    if rank < len(sample):
+        low = sample.kthvalue(len(sample) - rank).values
+        candidates = (flat > low).nonzero().flatten()
+        if len(candidates) >= n:
+            return candidates[flat[candidates].topk(n, sorted=False).indices]
+    return flat.topk(n, sorted=False).indices
+
+
+def k_th_largest(pre: Tensor, k: int) -> Tensor:
+    """The value that k entries a row of pre [rows, d_sae] exceed on average."""
+    flat = pre.flatten()
+    return flat[largest(flat, k * len(pre))].min()
+
+
+def sae_loss(sae: TopKSae, x: Tensor, settings: StepSettings) -> Tensor:
+    """Fraction of variance unexplained on the batch, the kind's penalty, and AuxK."""
+    variance = (x - x.mean(0)).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = sae.codes(x)
+        error = (x - sae.decode(codes.z)).float()
+        penalty = sae.penalty(x, codes, variance)
+    with torch.no_grad():
+        sae.silent_for += len(x)
+        sae.silent_for[codes.z.amax(0) > 0] = 0
+        dead = (sae.silent_for > settings.dead_after).nonzero().flatten()
+    loss = error.square().sum() / variance + penalty
+    if len(dead) == 0:
+        return loss
+    with torch.autocast("cpu", torch.bfloat16):
+        revived = TopKSae.latents(sae, codes.pre[:, dead], min(settings.k_aux, len(dead))) @ sae.W_dec[dead]
+    return loss + settings.aux_weight * (error.detach() - revived).float().square().sum() / variance
+
+
+def train_step(sae: TopKSae, optimiser: torch.optim.Optimizer, x: Tensor, settings: StepSettings) -> float:
+    """One step on x [rows, d_in]; returns its loss."""
+    optimiser.zero_grad(set_to_none=True)
+    loss = sae_loss(sae, x, settings)
+    loss.backward()
+    optimiser.step()
+    sae.unit_decoder()
+    return loss.item()

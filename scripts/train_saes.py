@@ -1,0 +1,119 @@
+"""Trains SAEs of any language model on any folder of text: activations are kept once, many SAEs learn side by side.
+
+python scripts/train_saes.py harvest --model_name MODEL --text FOLDER --layers 5,15,25 --work_dir work
+python scripts/train_saes.py train --work_dir work --saes topk-32,topk-64,gated-32 --output_directory saes
+
+Text is a folder of .txt, .jsonl or .jsonl.xz (JSON lines with `text`). Both stages go on where they were killed. A
+training can be begun at any of the harvested layers, with any of the kinds topk, batchtopk, matryoshka, jumprelu and
+gated; `KIND-K` has K latents a token, on average where the kind does not fix them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the stages spread their work over threads themselves
+
+import torch
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import open_model
+from delta_selectivity.system.processor import cpu_count
+from scripts.sae_training.harvest import Activations, HarvestSettings, harvest
+from scripts.sae_training.kinds import KINDS, StepSettings
+from scripts.sae_training.saving import save
+from scripts.sae_training.training import Checkpoint, TrainSettings, train
+
+log = logging.getLogger("train_saes")
+
+
+def make_harvest(args: argparse.Namespace) -> None:
+    """Run the model over the text once, and keep the residual stream of some layers."""
+    settings = HarvestSettings(
+        args.layers, args.tokens, args.held_out_tokens, length=args.context, dtype=args.dtype, seed=args.seed
+    )
+    acts = harvest(open_model(args.model_name), settings, args.text, args.work_dir, args.threads)
+    log.info("%s: %d tokens to train on, %d held out", args.work_dir, acts.tokens("train"), acts.tokens("held_out"))
+
+
+def make_saes(args: argparse.Namespace) -> None:
+    """Train SAEs on what was harvested, save them, and measure what was saved on the held-out text."""
+    acts = Activations.open(args.work_dir)
+    layers = args.layers or tuple(acts.layers)
+    step = StepSettings(batch=args.batch, lr=args.lr)
+    settings = TrainSettings(args.saes, layers, args.d_sae, args.tokens or acts.tokens("train"), args.seed, step)
+    trained = train(acts, settings, args.output_directory, args.threads, args.checkpoint_minutes)
+    model = args.name or Path(str(acts.facts["model"])).name
+    for sae in trained:
+        folder, found = save(sae, acts, settings, model, args.about, args.output_directory)
+        log.info("%s layer %d: fvu %.4f  l0 %.2f  dead %.3f", folder, sae.layer, found.fvu, found.l0, found.dead)
+    Checkpoint(args.output_directory, settings, acts).remove()
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """`5,15,25`"""
+    return tuple(int(part) for part in text.split(","))
+
+
+def sae_list(text: str) -> tuple[tuple[str, int], ...]:
+    """`topk-32,gated-32`"""
+    found = []
+    for part in text.split(","):
+        kind, _, k = part.strip().rpartition("-")
+        if kind not in KINDS or not k.isdecimal() or int(k) == 0:
+            raise argparse.ArgumentTypeError(f"{part!r}: KIND-K is needed, such as topk-32; kinds: {', '.join(KINDS)}")
+        found.append((kind, int(k)))
+    return tuple(found)
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    stages = root.add_subparsers(required=True)
+    for name, stage in {"harvest": make_harvest, "train": make_saes}.items():
+        sub = stages.add_parser(
+            name, description=stage.__doc__, help=stage.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(stage=stage)
+        sub.add_argument("--work_dir", type=Path, required=True, help="folder of the activations")
+        sub.add_argument("--threads", type=int, default=cpu_count(), help="worker threads")
+        sub.add_argument("--seed", type=int, default=0, help="of text, batches and first weights")
+        if name == "harvest":
+            sub.add_argument("--model_name", required=True, help="hub id or local folder of the model")
+            sub.add_argument("--text", type=Path, required=True, help="folder of .txt, .jsonl and .jsonl.xz files")
+            sub.add_argument("--layers", type=layer_list, required=True, help="such as 5,15,25")
+            sub.add_argument("--tokens", type=int, default=4_000_000, help="to train on")
+            sub.add_argument("--held_out_tokens", type=int, default=65_536, help="to measure on")
+            sub.add_argument("--context", type=int, default=128, help="tokens a row, BOS included")
+            sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the model")
+        else:
+            sub.add_argument("--output_directory", type=Path, required=True, help="for the SAEs")
+            sub.add_argument("--saes", type=sae_list, required=True, help="such as topk-32,topk-64,gated-32")
+            sub.add_argument("--layers", type=layer_list, help="of those that were harvested; all")
+            sub.add_argument("--d_sae", type=int, default=4096, help="latents")
+            sub.add_argument("--tokens", type=int, help="that each SAE sees; those that were harvested, once")
+            sub.add_argument("--batch", type=int, default=1024, help="activations a step")
+            sub.add_argument("--lr", type=float, default=2e-3, help="largest learning rate of Adam")
+            sub.add_argument("--checkpoint_minutes", type=float, default=10.0, help="between checkpoints")
+            sub.add_argument("--name", help="the model's name in config and card; that of its folder")
+            sub.add_argument("--about", default="the text of a folder.", help="the text, a sentence for the card")
+    return root
+
+
+def main() -> int:
+    args = parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(1)
+    try:
+        args.stage(args)
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
