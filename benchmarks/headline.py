@@ -2,7 +2,8 @@
 
 python benchmarks/headline.py results/reliability/layer_3/scores/panel_3000   # of `benchmarks/reliability.py run`
 python benchmarks/headline.py                                                 # the table, from what was kept
-python scripts/update_tables.py docs/reliability.md                           # puts it there
+python benchmarks/headline.py --model_name smollm2-135m [FOLDER]              # the same of the study on SmolLM2
+python scripts/update_tables.py docs/reliability.md                           # puts them there
 
 What each candidate is, what was expected and by which rule one would have been taken stands in docs/reliability.md,
 written before any was computed. No model, no SAE and no fit is needed: the scores of the model's own probes on its
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from benchmarks.paired_scores import PairCount, Parts, difference
+from benchmarks.sae_families import STUDIES, TINY_PYTHIA
 from benchmarks.sae_panel import PairSet, pair_sets
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores, correct, r2_parts
@@ -29,8 +31,7 @@ from delta_selectivity.probing.uncertainty import balanced_mean
 from delta_selectivity.records import scores
 from delta_selectivity.system.whole_file import replacing
 
-KEPT = Path(__file__).resolve().with_name("headline") / "bundled.json"
-FIRST, SECOND = "TopK, k 32", "BatchTopK, k 8"  # the family that a candidate is chosen on, and that it is held to
+KEPT = Path(__file__).resolve().with_name("headline")  # one file for each model
 BEST_SO_FAR = "transfer_r2"
 CLEARLY = (11, 10)  # a tenth more pairs ordered surely right
 
@@ -161,19 +162,20 @@ def total(by_kind: Mapping[str, Mapping[str, PairCount]], candidate: str) -> tup
 
 
 def verdict(counts: Counts) -> str:
-    """Which candidate the first half chooses, and whether it beats `transfer_r2` clearly on the second, in a line."""
+    """Which candidate the first family chooses, and whether it beats `transfer_r2` clearly on the second, in a line."""
+    first, second = counts
     rivals = [name for name in CANDIDATES if name not in (BEST_SO_FAR, *NOT_CHOSEN_FROM)]
 
     def merit(name: str) -> tuple[int, int]:
-        right, wrong = total(counts[FIRST], name)
+        right, wrong = total(counts[first], name)
         return right, -wrong
 
     chosen = max(rivals, key=merit)
-    (right, wrong), (bar, bar_wrong) = (total(counts[SECOND], name) for name in (chosen, BEST_SO_FAR))
+    (right, wrong), (bar, bar_wrong) = (total(counts[second], name) for name in (chosen, BEST_SO_FAR))
     more, than = CLEARLY
     beats = than * right >= more * bar and wrong <= bar_wrong
     return (
-        f"Chosen on {FIRST}: {chosen}. On {SECOND} it orders {right} pairs surely right and {wrong} surely wrong, "
+        f"Chosen on {first}: {chosen}. On {second} it orders {right} pairs surely right and {wrong} surely wrong, "
         f"{BEST_SO_FAR} {bar} and {bar_wrong}: {'it is added' if beats else f'{BEST_SO_FAR} stays the headline'}."
     )
 
@@ -195,9 +197,9 @@ def table(counts: Counts) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
-def keep(counts: Counts) -> None:
+def keep(counts: Counts, model_name: str) -> None:
     """Write the counts into the repository."""
-    KEPT.parent.mkdir(exist_ok=True)
+    KEPT.mkdir(exist_ok=True)
     plain = {
         family: {
             kind: {name: [count.pairs, count.right, count.sure, count.sure_and_wrong] for name, count in by.items()}
@@ -205,14 +207,14 @@ def keep(counts: Counts) -> None:
         }
         for family, by_kind in counts.items()
     }
-    with replacing(KEPT, "w", encoding="utf-8") as file:
+    with replacing(KEPT / f"{model_name}.json", "w", encoding="utf-8") as file:
         json.dump(plain, file, indent=1)
         file.write("\n")
 
 
-def kept() -> Counts:
-    """What was measured last."""
-    plain = json.loads(KEPT.read_text(encoding="utf-8"))
+def kept(model_name: str) -> Counts:
+    """What was measured last of a model."""
+    plain = json.loads((KEPT / f"{model_name}.json").read_text(encoding="utf-8"))
     counts: Counts = {}
     for family, by_kind in plain.items():
         for kind, by in by_kind.items():
@@ -225,14 +227,15 @@ def main() -> int:
     """Measure where a folder is given; print what is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="of stored scores, one file for each SAE of the panel")
+    parser.add_argument("--model_name", choices=STUDIES, default=TINY_PYTHIA.model_name, help="what was studied")
     asked = parser.parse_args()
     if asked.folder is not None:
         try:
-            keep(measure(asked.folder, pair_sets()))
+            keep(measure(asked.folder, pair_sets(STUDIES[asked.model_name])), asked.model_name)
         except RequestError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    counts = kept()
+    counts = kept(asked.model_name)
     print(f"{table(counts)}\n\n{verdict(counts)}")
     return 0
 

@@ -25,6 +25,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASELINES = ("identity", "random", "pca", "mean", "shuffled", "names")
 VIEWS = ("model", "sae", "error", "latents")
 BOS = ("auto", "counted", "excluded", "none")
+KEPT_TEXTS = ("public", "all", "none")
 PROBING = ("folds", "repeats", "seed", "views", "epsilon", "probe")
 """The fields that count where activations are there already."""
 
@@ -43,6 +44,7 @@ class Rule:
     least: float = -math.inf
     above: float = -math.inf
     below: float = math.inf
+    if_alone: str = ""  # what the flag stands for without a value
     in_key: bool = False  # whether result files made with another value are refused
 
 
@@ -119,6 +121,10 @@ class Settings:
     cache_gb: float = _setting(
         50.0, "where", "GB that the cache holds in all, of whatever models; what was read longest ago goes", above=0
     )
+    keep_texts: str = _setting(
+        "public", "where", "keep texts beside the scores, so that reports can show who was lost: of the tasks that are "
+        "public, of all (your own tables too), or of none", choices=KEPT_TEXTS, if_alone="all",
+    )  # fmt: skip
     overwrite: bool = _setting(False, "where", "replace result files made with other settings")
     force: bool = _setting(
         False, "where", "measure an SAE although the check before the run finds that it fits another place, "

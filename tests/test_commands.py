@@ -70,6 +70,10 @@ def test_a_wrong_flag_is_one_line_with_the_nearest(command, wrong, meant, capsys
         ("run", ["--datasets", "mine.csv"], "there is no dataset 'mine.csv'"),
         ("run", ["--datasets", "mine.csv"], "a table of your own is --dataset_file mine.csv"),
         ("run", ["--layers"], "argument --layers: expected one argument"),
+        ("run", ["--output_directory="], "argument --output_directory: it is empty: give a path"),
+        ("run", ["--cache_dir", ""], "argument --cache_dir: it is empty"),
+        ("report", ["--csv="], "argument --csv: it is empty"),
+        ("run", ["--whole_tokens", "few"], "argument --whole_tokens: 'few' is neither a whole number nor all"),
     ],
 )
 def test_values_without_a_flag_and_flags_without_a_value(command, words, told, capsys):

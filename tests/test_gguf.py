@@ -200,6 +200,7 @@ def test_several_files_in_a_folder_have_to_be_chosen_from(plain, tmp_path):
 
 def test_a_missing_file_and_one_of_another_kind(tmp_path):
     assert "no such file" in refused(tmp_path / "m.gguf")
+    assert "no such file" in refused("a" * 5000 + ".gguf")
     (tmp_path / "m.gguf").write_bytes(b"")
     assert "it begins with b''" in refused(tmp_path / "m.gguf")
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04" + bytes(100))
@@ -338,3 +339,16 @@ def test_the_pinned_file_is_the_one_of_the_wheel():
     model = packaged.MODELS["smollm2-135m"]
     assert model.wheel.sha256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
     assert packaged.packaged_model("pythia") is None
+
+
+@pytest.mark.slow
+def test_smollm2_is_what_its_file_says():
+    info = open_model("smollm2-135m")
+    assert (info.quantisation, info.n_layers, info.d_model, info.bos_token_id) == ("Q4_1", 30, 576, 1)
+    loaded = info.load([Site(0, "resid_post")], "cpu", "float32").module
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(info.files.gguf).tensors}
+    for theirs, ours in (("token_embd", loaded.embed_tokens), ("blk.0.ffn_up", loaded.layers[0].mlp.up_proj)):
+        tensor = tensors[f"{theirs}.weight"]
+        np.testing.assert_array_equal(gguf.dequantize(tensor.data, tensor.tensor_type), ours.weight.numpy())
+    ids = info.tokenizer("Marie Curie was born in 1867.", add_special_tokens=False).input_ids
+    assert info.tokenizer.convert_ids_to_tokens(ids)[-5:] == ["1", "8", "6", "7", "."]

@@ -15,7 +15,7 @@ from benchmarks.sae_panel import pair_sets
 from delta_selectivity.probing.probe_statistics import ProbeScores, quantised
 from delta_selectivity.probing.uncertainty import balanced_mean, estimate_delta
 
-RANDOM = np.random.default_rng(0)
+FIRST, SECOND = "TopK, k 32", "BatchTopK, k 8"
 N = 400
 
 
@@ -86,7 +86,7 @@ def test_the_interval_of_a_ratio_is_that_of_other_people(name):
 def test_the_rule_takes_a_candidate_only_if_it_is_clearly_ahead_on_the_other_half():
     def counts(first: int, second: int, wrong: int = 0) -> headline.Counts:
         base = {name: PairCount(100, 60, 50, 1, 0) for name in headline.CANDIDATES}
-        of = {headline.FIRST: (first, 0), headline.SECOND: (second, wrong)}
+        of = {FIRST: (first, 0), SECOND: (second, wrong)}
         return {
             half: {"snapshots": {**base, "belief kept": PairCount(100, 60, right, bad, 0)}}
             for half, (right, bad) in of.items()
@@ -101,7 +101,7 @@ def test_the_rule_takes_a_candidate_only_if_it_is_clearly_ahead_on_the_other_hal
 def test_the_halves_share_no_sae():
     halves = {
         half: {sae for each in pair_sets() if each.family == half for pair in each.names for sae in pair}
-        for half in (headline.FIRST, headline.SECOND)
+        for half in (FIRST, SECOND)
     }
-    assert not halves[headline.FIRST] & halves[headline.SECOND]
+    assert not halves[FIRST] & halves[SECOND]
     assert sum(map(len, halves.values())) == len({sae for half in halves.values() for sae in half}) == 42

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import doctest
+import gzip
 import hashlib
 import importlib
 import io
@@ -22,6 +23,7 @@ import pytest
 from result_sets import DEMO, write_set
 
 from delta_selectivity.cli import report
+from delta_selectivity.records.verdicts import MARKS
 from delta_selectivity.reporting import ink, matrix, output, results
 from delta_selectivity.reporting.cell_table import COLUMNS
 from delta_selectivity.reporting.plots import plots_of
@@ -94,11 +96,18 @@ def lines(plot):
 
 
 def cell_rows(root):
-    """By (SAE, dataset, probe, layer): the cells of a row of the big table, by column."""
-    (table,) = (table for table in root.all("table") if table.attributes.get("id") == "cells")
+    """By (SAE, dataset, probe, layer): the entries of a line of the big table, by column, as elements."""
+    (data,) = (node for node in root.all("template") if node.attributes.get("id") == "cell-data")
     names = [column.name for column in COLUMNS]
-    rows = [dict(zip(names, row.all("td"), strict=True)) for row in table.all("tbody")[0].all("tr")]
+    rows = [dict(zip(names, map(entry, line), strict=False)) for line in json.loads(data.text)]
     return {(*(row[name].text for name in ("SAE", "dataset", "probe")), int(row["layer"].text)): row for row in rows}
+
+
+def entry(value):
+    text, key, *small = value if isinstance(value, list) else (value, value)
+    node = Node("td", {"data-v": "" if key is None else str(key)})
+    node.children = [" ".join([text, *small])]
+    return node
 
 
 @pytest.fixture(scope="module")
@@ -185,15 +194,47 @@ def test_a_heatmap_prints_every_value_and_marks_what_is_not_significant():
     weights = {
         text.text: any(weight in text.get("style", "") for weight in ("bold", "700"))
         for text in tree.iter("{http://www.w3.org/2000/svg}text")
-        if re.fullmatch(r"[+−]\d\.\d{3}( =)?", text.text)
+        if re.fullmatch(r"[+−]\d\.\d{3} [=→▼?]", text.text)
     }
     found = [line for line in lines(plot) if round(float(line["delta_sel"]), 3)]
     assert len(found) >= 25
     for line in found:
-        assert weights[f"{float(line['delta_sel']):+.3f}".replace("-", "−")] == (float(line["q_value"]) < 0.05)
+        shown = f"{float(line['delta_sel']):+.3f} {MARKS[line['verdict']]}".replace("-", "−")
+        assert weights[shown] == (float(line["q_value"]) < 0.05)
+    assert {line["verdict"] for line in found} == {"lost", "undecided"}
     significant = sum(float(line["q_value"]) < 0.05 for line in lines(plot))
     assert plot.svg().count("fill: url(#h") == len(lines(plot)) - significant > 0
     assert f"{significant} of 30 cells" in plot.description
+
+
+def test_the_page_opens_with_sentences_made_from_the_numbers(demo, tmp_path):
+    (opening,) = (node for node in demo[1].all("ul") if node.attributes.get("class") == "opening")
+    ranked, kept, lost, undecided = (line.text for line in opening.all("li"))
+    assert ranked.startswith("Ranked: What the model's own probes read survives best in tiny-pythia-saes-k32 (0.778)")
+    cells = [(sae, cell) for sae in study_in(DEMO).saes for cell in sae.cells]
+    n_lost = sum(cell.verdict == "lost" for _, cell in cells)
+    assert kept.startswith("Kept: in none of 144 cells")
+    assert lost.startswith(f"Lost: {n_lost} of 144 cells are lost")
+    sae, worst = min(cells, key=lambda placed: placed[1].result["delta_sel"])
+    assert f"most at {worst.probe}, layer {worst.layer} of {sae.label}" in lost
+    unknown = sum(cell.result["model_ci_low"] <= 0.5 for _, cell in cells)
+    assert undecided.startswith(
+        f"Undecided: these data cannot tell of {144 - n_lost} of 144 cells: in {unknown} the model"
+    )
+
+    def kept_and_moved(cells):
+        well = {"model_ci_low": 0.7, "preserved": True, "q_value": 0.9, "transfer_preserved": True}
+        turned = {"transfer_preserved": False, "transfer_delta": -0.2, "transfer_q_value": 0.001}
+        return {"kept": {**cells["gender"], **well}, "turned": {**cells["gender"], **well, **turned}}
+
+    _, root = page_of(write_set(tmp_path / "in", edit=kept_and_moved), tmp_path / "report.html")
+    (opening,) = (node for node in root.all("ul") if node.attributes.get("class") == "opening")
+    assert [line.text for line in opening.all("li")] == [
+        "Kept: 3 of 6 cells are preserved.",
+        "Lost: no cell is shown to be lost; "
+        "3 moved (a probe fitted anew finds the answer, the model's own probe does not).",
+        "Undecided: these data decide all of 6 cells.",
+    ]
 
 
 def test_numbers_on_cells_stand_out_and_the_scale_is_even():
@@ -321,7 +362,7 @@ def test_a_probe_without_numbers_shows_its_reason(tmp_path):
     _, root = page_of(folder, tmp_path / "report.html")
     row = cell_rows(root)["one", "wikidata_gender", "rare", 0]
     assert row["delta_sel"].text == reason
-    assert row["verdict"].text == "not measured"
+    assert row["verdict"].text == "– not measured"
     plots = plots_in(folder)
     assert f"layer 0, rare: not measured ({reason})" in Tree(plots["heatmap_wikidata_gender_one"].svg()).root.text
     assert not [name for name in plots if name.startswith("levels") and "rare" in name]
@@ -343,7 +384,7 @@ def test_an_incomplete_run_is_flagged_and_claims_nothing(tmp_path, capsys):
     (notice,) = (node for node in root.all("div") if "notice" in (node.attributes.get("class") or ""))
     assert "1 of 1 result files are incomplete" in notice.text
     assert "sae-00/tiny-pythia_wikidata_gender.json" in notice.text
-    assert {row["verdict"].text for row in cell_rows(root).values()} == {"undecided"}
+    assert {row["verdict"].text for row in cell_rows(root).values()} == {"? undecided"}
     assert "0 of 3" in root.text
     capsys.readouterr()
     assert report.main([str(folder), "--summary"]) == 0
@@ -409,12 +450,27 @@ def test_what_goes_to_files_does_not_go_with_tables(tmp_path):
 
 
 def test_a_page_that_would_be_too_large_goes_without_links(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(output, "MOST", 1000)
-    text, root = page_of(write_set(tmp_path / "in"), tmp_path / "report.html")
+    folder = write_set(tmp_path / "in")
+    monkeypatch.setattr(output, "MOST", len(page_of(folder, tmp_path / "full.html")[0].encode()) - 1)
+    capsys.readouterr()
+    text, root = page_of(folder, tmp_path / "report.html")
     assert "data:text/csv" not in text
     assert root.all("svg")
     assert not root.all("figcaption")
     assert "--plots writes them" in capsys.readouterr().out
+
+
+def test_a_page_that_is_still_too_large_has_its_plots_packed(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "MOST", 1000)
+    _, root = page_of(write_set(tmp_path / "in"), tmp_path / "report.html")
+    assert not root.all("svg")
+    (data,) = (node for node in root.all("template") if node.attributes["id"] == "plot-data")
+    packed = json.loads(gzip.decompress(base64.b64decode(data.text)))
+    places = {figure.attributes["data-plot"]: figure.attributes["style"] for figure in root.all("figure")}
+    assert places.keys() == packed.keys() == plots_in(tmp_path / "in").keys()
+    for name, svg in packed.items():
+        width, height = (Tree(svg).root.all("svg")[0].attributes[size] for size in ("width", "height"))
+        assert places[name] == f"width: {width}px; height: {height}px"
 
 
 @pytest.mark.parametrize("flags", [("-o", "absent/report.html"), ("-o", "."), ("--plots", "file/plots")])
@@ -569,3 +625,38 @@ def test_it_is_dark_for_those_who_want_it_and_light_on_paper(browser, tmp_path):
     assert page.evaluate(background) == "rgb(255, 255, 255)"
     assert not page.is_visible("nav")
     assert page.pdf().startswith(b"%PDF")
+
+
+@pytest.mark.slow
+def test_many_cells_open_fast_scroll_and_keep_their_state_in_the_address(browser, tmp_path):
+    path = tmp_path / "report.html"
+    names = [f"org/sae-{number:02}" for number in range(20)]
+    sets = ("gender", "occupation", "politics", "athlete", "is_alive")
+    page_of(write_set(tmp_path / "in", saes=names, layers=range(24), datasets=sets), path)
+    assert path.stat().st_size < 5_000_000
+    page = opened(browser, path, 1400)
+    known = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+    assert known < 2000, "milliseconds until it is loaded"
+    assert page.inner_text("#count") == "5760 of 5760"
+    assert page.evaluate("document.querySelectorAll('*').length") < 15_000, "of 5760 lines some dozens are drawn"
+    page.evaluate("document.getElementById('all-cells').scrollIntoView()")
+    line = "[...document.querySelectorAll('#cells tbody tr:not([aria-hidden])')].map(row => row.ariaRowIndex)"
+    page.evaluate("document.querySelector('.tall').scrollTop = 1e7")
+    page.wait_for_function(f"{line}.includes('5761')")
+    page.click("#cells thead button >> text=delta_sel")
+    page.select_option("select[data-column='2']", "is_singer")
+    page.fill("#search", "sae-07")
+    assert page.inner_text("#count") == "24 of 5760"
+    url = page.url
+    shown = page.inner_text("#cells tbody")
+    page.close()
+    again = opened(browser, path, 1400)
+    again.goto(url)
+    again.reload()
+    assert (again.inner_text("#count"), again.inner_text("#cells tbody")) == ("24 of 5760", shown)
+    again.evaluate("document.getElementById('dataset-3').scrollIntoView()")
+    again.wait_for_selector("#dataset-3 figure svg")
+    again.click("#dataset-3 [data-cell] >> nth=1", force=True)
+    again.wait_for_selector("dialog dl")
+    assert (page.told, again.told) == ([], [])
+    assert set(again.asked) == {path.as_uri()} or all(one.startswith(path.as_uri()) for one in again.asked)

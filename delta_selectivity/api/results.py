@@ -14,6 +14,7 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from delta_selectivity.api.arguments import as_path, naming
+from delta_selectivity.api.latents import latents_of
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.probing.uncertainty import Estimate
@@ -21,6 +22,10 @@ from delta_selectivity.records import sae_level
 from delta_selectivity.records.scores import folder_of
 from delta_selectivity.reporting import results as table
 from delta_selectivity.reporting.groups import File, obstacle, stored_cells
+from delta_selectivity.reporting.latent_tables import COLUMNS, latent_lines
+from delta_selectivity.reporting.rows import find_cell, find_sae, rows_of
+from delta_selectivity.reporting.subgroup_lines import COLUMNS as SUBGROUP_COLUMNS
+from delta_selectivity.reporting.subgroup_lines import subgroup_lines
 from delta_selectivity.system.whole_file import replacing
 
 if TYPE_CHECKING:
@@ -155,6 +160,86 @@ class Results:
         n_cells = len(one.keys() & other.keys())
         return Difference(a, b, n_cells, delta, sae_level.difference_in_transfer_r2(one, other))
 
+    def rows(self, probe: str, layer: int | None = None, sae: str | None = None) -> pandas.DataFrame:
+        """Return who was lost: the rows of one cell, those that lost most first.
+
+        Columns: ``text``, ``start``, ``end`` (the characters that were probed), ``name``, ``person``, ``label``;
+        ``outcome`` (``lost``: the model's probe is right and the SAE's wrong; ``gained``, ``both``, ``neither``);
+        ``lost`` (how far the score moved towards the wrong side); ``model``, ``sae``, ``transfer`` (mean scores over
+        the partitions; positive: the positive class), ``model_right``, ``sae_right`` (share of the partitions).
+        Texts that were not kept beside the scores are looked up where the task is public, and None otherwise.
+
+        Args:
+            probe: As in `to_frame`; ``dataset/probe`` where several datasets have it.
+            layer: May be left out if there is only one.
+            sae: Its name, or what only its name holds, such as ``"k8"``; may be left out if there is only one.
+
+        Raises:
+            RequestError: There is no such cell, or its stored scores are gone.
+        """
+        return rows_of(find_cell(self.files, probe, layer, sae)).frame()
+
+    def subgroups(
+        self,
+        probe: str | None = None,
+        layer: int | None = None,
+        sae: str | None = None,
+        *,
+        by: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> pandas.DataFrame:
+        """Return which people lose more than the others: a line per cell and group, with q over all lines.
+
+        Columns: ``sae``, ``dataset``, ``layer``, ``probe``; ``by``, ``group``, ``n_rows``, ``n_people``; ``delta_sel``,
+        ``ci_low``, ``ci_high`` of the group's rows; ``against`` (its delta_sel minus that of all other people),
+        ``against_ci_low``, ``against_ci_high``, ``p_value``, ``q_value`` (Benjamini-Hochberg over all lines). Cells
+        whose scores are gone, and groups with fewer than 10 effective people of a class, are left out.
+
+        Args:
+            probe: One probe; None: all.
+            layer: One layer; None: all.
+            sae: One SAE; None: all but baselines.
+            by: Groups beside length and frequency of the name, such as ``{"born": {"ada lovelace": "1810s", ...}}``:
+                by the key of the person, as `rows` has it. Needs texts.
+
+        Raises:
+            RequestError: There is no such SAE.
+        """
+        import pandas
+
+        chosen = None if sae is None else self._name(sae, "sae")
+        found = subgroup_lines(self.files, chosen, probe, layer, by or {})
+        return pandas.DataFrame(found, columns=list(SUBGROUP_COLUMNS))
+
+    def latents(
+        self, probe: str, layer: int | None = None, sae: str | None = None, *, source: Any = None, device: Any = None
+    ) -> pandas.DataFrame:
+        """Return which latents of the SAE carry the model's probe in one cell, those that carry most first.
+
+        The gap between the classes' mean scores by the model's probe is a sum over latents, and what no latent
+        carries. Columns: ``carrier``, ``latent``; ``share`` of the gap; ``dropped`` (share that lies in the error along
+        the latent's direction); ``alignment`` (probe . W_dec), ``difference`` (of the class means of the latent),
+        ``rate_0``, ``rate_1`` (how often it fires in each class), ``auc`` (of the latent alone), ``examples`` (texts on
+        which it fires most), ``address`` (on Neuronpedia, if the SAE's config names it). The last lines are all other
+        latents, the error, and biases and scales: the shares add up to 1.
+
+        The first call of a cell runs the model over the dataset's texts again; what it finds is kept beside the scores
+        if the texts may be (``keep_texts``).
+
+        Args:
+            probe: As for `rows`.
+            layer: As for `rows`.
+            sae: As for `rows`.
+            source: The SAE itself, as `wrap_sae` returns it, where it was measured as an object.
+            device: Where to compute; by default as the run did.
+
+        Raises:
+            RequestError: There is no such cell, or model, SAE or texts are no longer what was measured.
+        """
+        import pandas
+
+        found = latents_of(find_cell(self.files, probe, layer, sae), source, device)
+        return pandas.DataFrame(latent_lines(found), columns=list(COLUMNS)).astype({"latent": "Int64"})
+
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Copy the result files and the scores behind them into a folder; returns the folder.
 
@@ -207,12 +292,8 @@ class Results:
         return f"<Results: {len(self)} rows of {', '.join(self.saes)}>"
 
     def _name(self, name: str, field: str) -> str:
-        """The SAE of this name or folder, by its name in `saes`."""
-        known = table.by_sae(self.files)
-        named = [sae for sae in known if name in (sae, table.label_in_run(sae, known[sae]))]
-        if len(named) != 1:
-            raise RequestError(f"`{field}`: there is no SAE {name!r} here: {', '.join(known)}")
-        return named[0]
+        """The SAE of this name or folder, or of a part of it, by its name in `saes`."""
+        return find_sae(table.by_sae(self.files), name, field)
 
     def _cells(self, name: str, field: str) -> dict[sae_level.Place, ProbeScores]:
         """The stored scores of one SAE."""

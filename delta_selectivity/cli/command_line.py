@@ -141,8 +141,8 @@ def _settings_flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
         options: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": TYPES[kind]}
         if kind is int and rule.if_none and field.default is not None:
             options = {"type": _number_or(rule.if_none), "metavar": f"N|{rule.if_none}"}
-        if field.default == ():
-            options |= {"nargs": "?", "const": "all"}
+        if field.default == () or rule.if_alone:
+            options |= {"nargs": "?", "const": rule.if_alone or "all"}
         values = f" ({', '.join(rule.choices)})" if rule.choices else ""
         shown = default_shown(field, rule)
         options["help"] = f"{rule.help}{values} ({shown})".replace("%", "%%")
@@ -153,9 +153,11 @@ def _number_or(word: str) -> Callable[[str], int | str]:
     """What reads a whole number, or leaves a word as it is."""
 
     def read(text: str) -> int | str:
-        return text if text == word else int(text)
+        try:
+            return text if text == word else int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor {word}") from error
 
-    read.__name__ = "int"  # argparse tells it by that name
     return read
 
 

@@ -22,6 +22,8 @@ WIDTH = 100  # of a description in characters: examples below it keep their line
 
 def user_path(text: str) -> Path:
     """A path with `~` resolved, which no shell does after `=`."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty: give a path")
     return Path(os.path.expanduser(text))  # noqa: PTH111 - leaves an unknown ~user as it is
 
 

@@ -4,6 +4,8 @@ python report.py results                        # a table per dataset and SAE
 python report.py results --worst_first          # largest losses on top
 python report.py results --resources            # seconds per stage and peak memory
 python report.py results --csv all.csv          # every number of every probe, a line each, for a spreadsheet or pandas
+python report.py results --rows gender --layer 4 --sae k8     # who was lost there: rows, counts, a histogram
+python report.py results --latents gender --layer 4 --sae k8  # which latents carry the probe there
 python report.py results -o report.html         # one page with everything, readable without a network
 python report.py results --plots plots          # every plot of that page as PNG and SVG, and its data as CSV
 """
@@ -26,13 +28,13 @@ from delta_selectivity.reporting.tables import (
     render,
     resource_table,
 )
-from delta_selectivity.system.terminal import show, tell
+from delta_selectivity.system.terminal import show, tell, tell_terminal
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
     """Print the tables, or write what was asked for; 2 if there is nothing to report, 1 if it cannot be printed.
 
-    A page or plots that cannot be written are a wrong request: 2. So is a file that is no result file: the others are
+    What cannot be written is a wrong request: 2. So is a file that is no result file: the others are
     shown all the same.
     """
     try:
@@ -45,11 +47,21 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
         if asked.output is not None or asked.plots is not None:
             _write(files, asked.output, asked.plots)
             return 2 if refused else 0
+        if asked.csv is not None:
+            _write_csv(files, asked.csv)
+            return 2 if refused else 0
     except RequestError as error:
         tell(with_flags(f"error: {error}"))
         return 2
     try:
+        if asked.rows is not None:
+            return max(_rows(files, asked), 2 if refused else 0)
+        if asked.latents is not None:
+            return max(_latents(files, asked), 2 if refused else 0)
         _print(files, asked)
+    except RequestError as error:
+        tell(with_flags(f"error: {error}"))
+        return 2
     except OSError as error:
         tell(f"failed: {error}")
         return 1
@@ -69,21 +81,68 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
     parser.add_argument("--csv", **path, help="write every number to this file in place of tables")
     parser.add_argument("-o", "--output", **path, help="write one HTML page with tables and plots")
     parser.add_argument("--plots", **{**path, "metavar": "DIR"}, help="write each plot as PNG and SVG, its data as CSV")
+    parser.add_argument(
+        "--rows", metavar="PROBE", help="who was lost in one cell: counts, a histogram and the rows that lost most; "
+        "with --layer and --sae where there are several, and --csv FILE for all rows (PROBE or DATASET/PROBE)"
+    )  # fmt: skip
+    parser.add_argument(
+        "--latents", metavar="PROBE", help="which latents carry the model's probe in one cell; runs the model again "
+        "over the texts, once; with --layer and --sae as for --rows"
+    )  # fmt: skip
+    parser.add_argument("--layer", type=int, help="of the cell")
+    parser.add_argument("--sae", metavar="NAME", help="of the cell: its name, or what only its name holds, such as k8")
     asked = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if (asked.output or asked.plots) and (asked.csv or asked.worst_first or asked.summary or asked.resources):
         parser.error("-o and --plots write what there is: --csv and the flags of tables go without them")
+    one_cell = [flag for flag in ("rows", "latents") if getattr(asked, flag) is not None]
+    if not one_cell and (asked.layer is not None or asked.sae is not None):
+        parser.error("--layer and --sae choose a cell: they go with --rows or --latents")
+    others = (asked.output, asked.plots, asked.worst_first, asked.summary, asked.resources)
+    if one_cell and (any(others) or len(one_cell) == 2 or (asked.csv and asked.latents)):
+        parser.error(f"--{one_cell[-1]} is about one cell: other outputs go without it (--rows has --csv)")
     return asked
 
 
+def _latents(files: Sequence[File], asked: Any) -> int:
+    """The latents that carry the probe of one cell. Raises `RequestError` if they cannot be found."""
+    from delta_selectivity.api.latents import latents_of
+    from delta_selectivity.reporting.latent_tables import latents_text
+    from delta_selectivity.reporting.rows import find_cell
+
+    place = find_cell(files, asked.latents, asked.layer, asked.sae)
+    tell_terminal("looking for the latents: the model runs over the texts again")
+    show(latents_text(latents_of(place), f"{place.probe}, layer {place.layer}"))
+    return 0
+
+
+def _rows(files: Sequence[File], asked: Any) -> int:
+    """The rows of one cell. Raises `RequestError` if there is no such cell, or its rows are not there."""
+    from delta_selectivity.reporting.row_tables import rows_text, write_rows  # they import torch: tables do without it
+    from delta_selectivity.reporting.rows import find_cell, rows_of
+
+    place = find_cell(files, asked.rows, asked.layer, asked.sae)
+    rows = rows_of(place)
+    if asked.csv is None:
+        show(rows_text(place, rows))
+    else:
+        write_rows(rows, asked.csv)
+    return 0
+
+
 def _print(files: Sequence[File], asked: Any) -> None:
-    if asked.csv is not None:
-        write_csv(files, asked.csv)
-    elif asked.resources:
+    if asked.resources:
         show(resource_table(files))
     elif asked.summary:
         show(overview(files))
     else:
         show(render(files, asked.worst_first))
+
+
+def _write_csv(files: Sequence[File], path: Path) -> None:
+    try:
+        write_csv(files, path)
+    except OSError as error:
+        raise RequestError(f"`csv` {path}: cannot be written: {error.strerror or error}") from error
 
 
 def _write(files: Sequence[File], page: Path | None, plots: Path | None) -> None:

@@ -178,7 +178,7 @@ def _gguf_file(path: Path) -> Path | None:
     Raises `RequestError` if there are several.
     """
     if not os.path.isdir(path):  # noqa: PTH112 - False, not an error, for a name too long to be a path
-        return path if path.suffix.lower() == GGUF and path.is_file() else None
+        return path if path.suffix.lower() == GGUF and os.path.isfile(path) else None  # noqa: PTH113 - likewise
     files = list(path.iterdir())
     found = sorted(file for file in files if file.suffix.lower() == GGUF)
     if not found or any(file.suffix in _WEIGHTS for file in files):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.records.result_file import Json
+from delta_selectivity.records.verdicts import verdict
 from delta_selectivity.reporting.groups import File, model_names
 from delta_selectivity.reporting.results import about_file, cells
 from delta_selectivity.system.terminal import printable
@@ -29,7 +30,7 @@ def write_csv(files: Sequence[File], path: Path) -> None:
         about, settings = about_file((file, results), models)
         for layer, probe, figures, result in cells(results):
             where = {**about, "file": file.stem, "layer": layer, "probe": probe}
-            lines.append({**where, **settings, **_numbers(figures), **result})
+            lines.append({**where, **settings, **_numbers(figures), **result, "verdict": verdict(result)})
     _write(lines, path)
 
 

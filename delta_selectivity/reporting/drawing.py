@@ -30,6 +30,7 @@ class Drawing:
 
     figure: Figure
     tips: dict[str, str] = field(default_factory=dict)  # gid of an artist -> its text
+    cells: dict[str, int] = field(default_factory=dict)  # gid of an artist -> number of the cell that it stands for
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Plot:
     def svg(self) -> str:
         """A stand-alone SVG document."""
         drawing, raw = self._saved("svg")
-        return accessible(raw.decode(), self.name, self.title, self.description, drawing.tips)
+        return accessible(raw.decode(), self.name, self.title, self.description, drawing.tips, drawing.cells)
 
     def png(self) -> bytes:
         """The picture on white."""

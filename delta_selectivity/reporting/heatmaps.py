@@ -7,12 +7,12 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from delta_selectivity.records.verdicts import MARKS, is_significant
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
 from delta_selectivity.reporting.ink import MUTED, shortened, text_width
 from delta_selectivity.reporting.matrix import MatrixCell, bare, colour_of, draw_matrix, ink_on, scale_end
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import signed, span
-from delta_selectivity.reporting.results import is_preserved, is_significant
 from delta_selectivity.reporting.study import Cell, Sae, Study
 
 ROW = 22  # pixels
@@ -22,7 +22,8 @@ LEAST_WIDTH = 190  # room for the name of the SAE
 TITLE = 25  # characters of the name of an SAE that fit there
 LABEL = 130  # pixels for the name of a probe
 COLUMNS = (
-    "sae", "dataset", "layer", "probe", "delta_sel", "ci_low", "ci_high", "p_value", "q_value", "preserved", "reason"
+    "sae", "dataset", "layer", "probe", "verdict", "delta_sel", "ci_low", "ci_high", "p_value", "q_value", "preserved",
+    "reason",
 )  # fmt: skip
 
 
@@ -44,15 +45,16 @@ def heatmap(study: Study, sae: Sae, dataset: str, name: str) -> Plot:
     rows = tuple(_row(sae, cell) for cell in cells)
     labels = [one.label for one in study.everything]
     called = apart(labels, TITLE)[labels.index(sae.label)]
-    draw = partial(_draw, cells, called, dataset, study.datasets[dataset], limit_of(study))
+    numbers = [study.numbers[id(cell)] for cell in cells]
+    draw = partial(_draw, cells, numbers, called, dataset, study.datasets[dataset], limit_of(study))
     return Plot(name, title, description, draw, COLUMNS, rows)
 
 
 def _row(sae: Sae, cell: Cell) -> tuple[object, ...]:
-    return (sae.label, cell.dataset, cell.layer, cell.probe, *(cell.result.get(key) for key in COLUMNS[4:]))
+    return (sae.label, cell.dataset, cell.layer, cell.probe, cell.verdict, *map(cell.result.get, COLUMNS[5:]))
 
 
-def _draw(cells: list[Cell], title: str, dataset: str, probes: list[str], limit: float) -> Drawing:
+def _draw(cells: list[Cell], numbers: list[int], title: str, dataset: str, probes: list[str], limit: float) -> Drawing:
     layers = sorted({cell.layer for cell in cells})
     longest = max(text_width(shortened(probe, LABEL, 10), 10) for probe in probes)
     flat = longest <= COLUMN
@@ -64,7 +66,8 @@ def _draw(cells: list[Cell], title: str, dataset: str, probes: list[str], limit:
     bare(axes, len(layers), len(probes))
     _label(axes, layers, probes, flat)
     matrix = [_cell(cell, layers.index(cell.layer), probes.index(cell.probe)) for cell in cells]
-    return Drawing(figure, draw_matrix(axes, matrix, limit))
+    parts = {f"cell-{place}{end}": number for place, number in enumerate(numbers) for end in ("", "-hatch", "-text")}
+    return Drawing(figure, draw_matrix(axes, matrix, limit), parts)
 
 
 def _label(axes: Axes, layers: list[int], probes: list[str], flat: bool) -> None:
@@ -83,7 +86,7 @@ def _cell(cell: Cell, row: int, column: int) -> MatrixCell:
     found = cell.result
     delta = signed(found["delta_sel"])
     tip = f"{where}: {delta} ({span(found['ci_low'], found['ci_high'])}), {cell.verdict}"
-    text = f"{delta}{' =' if is_preserved(found) else ''}"
+    text = f"{delta} {MARKS[cell.verdict]}"
     return MatrixCell(row, column, found["delta_sel"], text, is_significant(found), tip)
 
 

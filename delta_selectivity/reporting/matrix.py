@@ -59,7 +59,7 @@ def draw_matrix(axes: Axes, cells: Sequence[MatrixCell], limit: float) -> dict[s
         axes.add_patch(box)
         if cell.value is not None and not cell.shown:
             colour = UNSHOWN
-            axes.add_patch(_unshown(cell.row, cell.column))
+            axes.add_patch(_unshown(cell.row, cell.column, f"{gid}-hatch"))
         axes.text(
             cell.column + 0.5, cell.row + 0.52, cell.text, ha="center", va="center", fontsize=9.5,
             fontweight="bold" if cell.shown else "normal", color=ink_on(colour), gid=f"{gid}-text",
@@ -68,11 +68,11 @@ def draw_matrix(axes: Axes, cells: Sequence[MatrixCell], limit: float) -> dict[s
     return tips
 
 
-def _unshown(row: int, column: int) -> Rectangle:
+def _unshown(row: int, column: int, gid: str) -> Rectangle:
     """A pale, hatched cell inside the coloured one, of which only a rim is left: no size makes noise look solid."""
     place = (column + RIM_X, row + RIM_Y)
     width, height = 1 - 2 * RIM_X, 1 - 2 * RIM_Y
-    return Rectangle(place, width, height, facecolor=UNSHOWN, hatch="////", edgecolor=HATCH, linewidth=0)
+    return Rectangle(place, width, height, facecolor=UNSHOWN, hatch="////", edgecolor=HATCH, linewidth=0, gid=gid)
 
 
 def bare(axes: Axes, n_rows: int, n_columns: int) -> None:

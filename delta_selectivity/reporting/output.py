@@ -9,10 +9,12 @@ from pathlib import Path
 from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.page import page
 from delta_selectivity.reporting.plots import plots_of
+from delta_selectivity.reporting.row_data import packed
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.system.whole_file import replacing
 
-MOST = 10_000_000  # bytes of a page with links to save its plots; a larger one goes without
+MOST = 5_000_000  # bytes of a page; a larger one goes without links to save its plots, then with its plots packed
+LEAST_ROOM = 500_000  # bytes for rows, however large the page is without
 
 
 def write_page(study: Study, path: Path) -> str:
@@ -20,11 +22,12 @@ def write_page(study: Study, path: Path) -> str:
     with _told("`page`", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
         plots = plots_of(study)
         drawn = {plot.name: plot.svg() for plot in plots}
-        text = page(study, plots, drawn, with_links=True)
-        if with_links := len(text.encode()) <= MOST:
-            out.write(text)
-        else:
-            out.write(page(study, plots, drawn, with_links=False))
+        for with_links, pack_plots in ((True, False), (False, False), (False, True)):
+            n_bytes = len(page(study, plots, drawn, with_links, pack_plots=pack_plots).encode())
+            if n_bytes <= MOST:
+                break
+        rows = packed(study, max(MOST - n_bytes, LEAST_ROOM))
+        out.write(page(study, plots, drawn, with_links, rows, pack_plots))
     unlinked = "" if with_links else "; too large for links that save its plots: `plots` writes them"
     return f"report: {path} ({path.stat().st_size / 1e6:.1f} MB){unlinked}"
 

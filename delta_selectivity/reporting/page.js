@@ -1,43 +1,153 @@
 "use strict";
-// Sorting and filtering of the table of cells, and PNG files drawn from the plots. Without it all else works.
+// The table of cells with sorting and filters, its state in the address, and PNG files drawn from the plots.
 
 const table = document.getElementById("cells");
 const filters = document.getElementById("filters");
-const rows = [...table.tBodies[0].rows];
-const keys = new Map(rows.map((row) => [row, [...row.cells].map((cell) => cell.dataset.v)]));
-const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
+const heads = [...table.tHead.rows[0].cells];
+const body = table.tBodies[0];
+const box = table.parentElement;
+const search = document.getElementById("search");
+const cells = JSON.parse(document.getElementById("cell-data").content.textContent);
+const FEW = 300; // lines that are drawn all at once; of more, those in view
+let order = cells.map((_, number) => number);
+let shown = order;
+let drawn = ""; // which lines are in the table
+let height = 30; // of a line, pixels
+
+const text = (entry) => (Array.isArray(entry) ? entry[0] : entry);
+const key = (entry) => (Array.isArray(entry) ? entry[1] : entry);
+const small = (entry) => (Array.isArray(entry) && entry[2]) || "";
+
+function make(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name in element) element[name] = value;
+    else element.setAttribute(name, value);
+  }
+  element.append(...children);
+  return element;
+}
 
 // Numbers by size, everything else by letter; what is missing comes last in both orders.
 function compare(a, b, sign) {
-  if (a === "" || b === "") return (a === "") - (b === "");
-  const difference = Number(a) - Number(b);
-  return sign * (Number.isNaN(difference) ? a.localeCompare(b, "en", { numeric: true }) : difference);
+  if (a === null || b === null) return (a === null) - (b === null);
+  if (typeof a === "number" && typeof b === "number") return sign * (a - b);
+  return sign * String(a).localeCompare(String(b), "en", { numeric: true });
 }
 
-function sort(head) {
-  const first = head.querySelector("button").dataset.first;
-  const other = first === "ascending" ? "descending" : "ascending";
-  const order = head.ariaSort === first ? other : first;
-  for (const each of head.parentElement.cells) each.ariaSort = "none";
-  head.ariaSort = order;
-  const sign = order === "ascending" ? 1 : -1;
-  const column = head.cellIndex;
-  rows.sort((a, b) => compare(keys.get(a)[column], keys.get(b)[column], sign));
-  table.tBodies[0].append(...rows);
+function line(number, place) {
+  const row = make("tr", { "aria-rowindex": place + 2 });
+  cells[number].forEach((entry, column) => {
+    const cell = make("td", { className: heads[column].className });
+    cell.dataset.v = key(entry) === null ? "" : key(entry);
+    if (small(entry)) {
+      cell.append(make("button", { type: "button", className: "open", title: "the rows of this cell" }, text(entry)),
+        " ", make("small", {}, small(entry)));
+      cell.firstChild.addEventListener("click", () => openCell(number));
+    } else {
+      cell.append(text(entry));
+    }
+    row.append(cell);
+  });
+  return row;
 }
 
+const filler = (lines) => make("tr", { ariaHidden: "true" }, make("td", { style: `height: ${lines * height}px`, className: "filler" }));
+
+// The lines in view and some around them; the others are blank space of the same height.
+function draw(all = false) {
+  const many = shown.length > FEW && !all;
+  const around = 15;
+  const first = many ? Math.max(Math.floor(box.scrollTop / height) - around, 0) : 0;
+  const last = many ? Math.min(first + Math.ceil(box.clientHeight / height) + 2 * around, shown.length) : shown.length;
+  const state = `${first} ${last} ${shown.slice(first, last).join()}`;
+  if (state === drawn) return;
+  drawn = state;
+  table.classList.toggle("many", shown.length > FEW);
+  const lines = shown.slice(first, last).map((number, i) => line(number, first + i));
+  body.replaceChildren(...(first ? [filler(first)] : []), ...lines, ...(last < shown.length ? [filler(shown.length - last)] : []));
+  if (many && lines.length) height = lines[0].getBoundingClientRect().height || height;
+}
+
+function sort(column, direction) {
+  heads.forEach((head, i) => { head.ariaSort = i === column ? direction : "none"; });
+  const sign = direction === "ascending" ? 1 : -1;
+  order = cells.map((_, number) => number);
+  order.sort((a, b) => compare(key(cells[a][column]), key(cells[b][column]), sign));
+}
+
+let words; // of each line, for the search; made when it is first used
 function filter() {
   const wanted = [...filters.querySelectorAll("select")].filter((select) => select.value !== "");
-  const words = document.getElementById("search").value.toLowerCase().split(/\s+/).filter(Boolean);
-  let shown = 0;
-  for (const row of rows) {
-    const fits = wanted.every((select) => keys.get(row)[select.dataset.column] === select.value)
-      && words.every((word) => texts.get(row).includes(word));
-    row.hidden = !fits;
-    shown += fits;
-  }
-  document.getElementById("count").textContent = `${shown} of ${rows.length}`;
+  const asked = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+  if (asked.length && !words) words = cells.map((row) => row.map((entry) => `${text(entry)} ${small(entry)}`).join(" ").toLowerCase());
+  shown = order.filter((number) => wanted.every((select) => String(key(cells[number][select.dataset.column])) === select.value)
+    && asked.every((word) => words[number].includes(word)));
+  document.getElementById("count").textContent = `${shown.length} of ${cells.length}`;
+  drawn = "";
+  draw();
 }
+
+// What is chosen stands in the address, so that it can be sent to somebody: #probe=gender&sort=4.descending&cell=...
+function chosen() {
+  const found = new URLSearchParams();
+  for (const select of filters.querySelectorAll("select")) if (select.value) found.set(heads[select.dataset.column].innerText, select.value);
+  if (search.value) found.set("search", search.value);
+  const column = heads.findIndex((head) => head.ariaSort !== "none");
+  if (column >= 0) found.set("sort", `${heads[column].innerText}.${heads[column].ariaSort}`);
+  return found;
+}
+
+function remember(more = {}) {
+  const found = chosen();
+  for (const [name, value] of Object.entries(more)) if (value) found.set(name, value);
+  const address = found.toString();
+  if (address !== location.hash.slice(1)) history.replaceState(null, "", address ? `#${address}` : location.pathname + location.search);
+}
+
+function restore() {
+  const found = new URLSearchParams(location.hash.includes("=") ? location.hash.slice(1) : "");
+  if (location.hash && !found.size) return; // a section of the page
+  const named = (name) => heads.findIndex((head) => head.innerText === name);
+  for (const select of filters.querySelectorAll("select")) select.value = found.get(heads[select.dataset.column].innerText) ?? "";
+  search.value = found.get("search") ?? "";
+  const [, column, direction] = (found.get("sort") ?? "").match(/^(.*)\.(ascending|descending)$/) ?? [];
+  if (named(column) >= 0) sort(named(column), direction);
+  filter();
+  const cell = found.get("cell");
+  if (cell) {
+    const number = cells.findIndex((row) => address(row) === cell);
+    if (number >= 0) openCell(number, found.get("rows") ?? "", found.get("outcome") ?? "");
+  }
+}
+
+// JSON that stands in a template as base64 of gzip.
+async function unpacked(id) {
+  const packed = document.getElementById(id).content.textContent;
+  if (!packed) return null;
+  const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
+}
+
+// Of many plots, those that come into view are drawn.
+async function drawPlots() {
+  const places = document.querySelectorAll("[data-plot]");
+  if (!places.length) return;
+  const plots = await unpacked("plot-data");
+  const fill = (place) => {
+    if (!place.firstChild) place.innerHTML = plots[place.dataset.plot];
+  };
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries.filter((one) => one.isIntersecting)) {
+      fill(entry.target);
+      seen.unobserve(entry.target);
+    }
+  }, { rootMargin: "1000px" });
+  places.forEach((place) => seen.observe(place));
+  window.addEventListener("beforeprint", () => places.forEach(fill));
+}
+
+const address = (row) => [0, 1, 2, 3].map((column) => key(row[column])).join("|");
 
 function savePng(name) {
   const source = document.querySelector(`a[download="${CSS.escape(name)}.svg"]`);
@@ -51,18 +161,25 @@ function savePng(name) {
     paper.fillStyle = "white";
     paper.fillRect(0, 0, canvas.width, canvas.height);
     paper.drawImage(image, 0, 0, canvas.width, canvas.height);
-    const link = document.createElement("a");
-    link.download = `${name}.png`;
-    link.href = canvas.toDataURL("image/png");
-    link.click();
+    make("a", { download: `${name}.png`, href: canvas.toDataURL("image/png") }).click();
   };
   image.src = source.href;
 }
 
-for (const head of table.tHead.rows[0].cells) head.querySelector("button").addEventListener("click", () => sort(head));
+heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
+  const first = head.querySelector("button").dataset.first;
+  const other = first === "ascending" ? "descending" : "ascending";
+  sort(column, head.ariaSort === first ? other : first);
+  filter();
+  remember();
+}));
 for (const button of document.querySelectorAll("[data-png]")) {
   button.addEventListener("click", () => savePng(button.dataset.png));
 }
-filters.addEventListener("input", filter);
+filters.addEventListener("input", () => { filter(); box.scrollTop = 0; remember(); });
 filters.addEventListener("submit", (event) => event.preventDefault());
-filter(); // a browser keeps what was chosen before a reload
+box.addEventListener("scroll", () => draw(), { passive: true });
+window.addEventListener("resize", () => draw());
+window.addEventListener("beforeprint", () => draw(true));
+window.addEventListener("afterprint", () => draw());
+drawPlots();

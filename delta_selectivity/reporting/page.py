@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,8 +17,10 @@ from delta_selectivity.reporting.drawing import Plot
 from delta_selectivity.reporting.html import Markup, element
 from delta_selectivity.reporting.plots import Plots
 from delta_selectivity.reporting.provenance import facts, file_table, heading, notices, settings, versions
+from delta_selectivity.reporting.row_data import packed_json
+from delta_selectivity.reporting.sentences import opening
 from delta_selectivity.reporting.study import Study
-from delta_selectivity.reporting.summary import detectable, pair_table, sae_table, told_apart
+from delta_selectivity.reporting.summary import detectable, pair_table, sae_table
 from delta_selectivity.reporting.svg import inline
 
 HERE = Path(__file__).parent
@@ -29,45 +32,81 @@ READING = (
      "holds 0."),
     ("delta_sel", "Balanced accuracy of a probe on the SAE's reconstruction minus that on the model's activations. "
      "0: the SAE keeps what the model knows; negative: it loses some. Intervals are 95 %, clustered by person."),
-    ("loss, gain", "delta_sel differs from 0: q < 0.05 after Benjamini-Hochberg over all cells of the SAE. Bold in the "
-     "heatmaps; all other cells are hatched."),
-    ("small loss, small gain, preserved (=)", "Shown to be small: the 90 % interval lies within ± epsilon."),
-    ("undecided", "Neither: these data cannot tell."),
+    ("▼ lost", "A probe fitted anew finds less: delta_sel is negative with q < 0.05 (Benjamini-Hochberg over all cells "
+     "of the SAE) and is not shown to be small."),
+    ("→ moved", "A probe fitted anew finds the answer (delta_sel is shown to be small: its 90 % interval lies within "
+     "± epsilon), the model's own probe finds less."),
+    ("= preserved", "delta_sel is shown to be small, and the model's own probe is not shown to find less."),
+    ("? undecided", "These data cannot tell, or the model itself is not shown to know the answer."),
+    ("bold, hatched", "Bold: delta_sel differs from 0 (q < 0.05). All other cells of the heatmaps are hatched."),
 )  # fmt: skip
 PAIRED = element(
     "p",
     "From the first in rank to the last, each SAE and the next: the first minus the second, on the same rows, folds "
     "and people. The p values are not corrected for the number of pairs.",
 )
+DEPTH = element(
+    "p",
+    "Each probe by layer: what the model knows, what a probe fitted anew finds in the SAE's reconstruction, and what "
+    "the model's own probe still reads there. A gap between the last two: the information moved. Where scores are "
+    "kept, each SAE beside the next one, shaded where they differ (paired by row, fold and person; q < 0.05).",
+)
 HEATMAPS = element(
     "p",
     "For each dataset: delta_sel of every SAE, layers downwards and probes across, in one scale for the whole report; "
-    "then, probe by probe, what the model knows and what the SAEs keep. Hatched: not significant. =: preserved.",
+    "then, probe by probe, what the model knows and what the SAEs keep. Hatched: not significant. ▼ lost, → moved, "
+    "= preserved, ? undecided. A click on a cell shows its rows: who was lost.",
 )
 
 
-def page(study: Study, plots: Plots, drawn: Mapping[str, str], with_links: bool) -> str:
-    """The whole document. `drawn` holds each plot's SVG by name; links to save plots double their bytes."""
+def page(
+    study: Study,
+    plots: Plots,
+    drawn: Mapping[str, str],
+    with_links: bool,
+    rows: str | None = None,
+    pack_plots: bool = False,
+) -> str:
+    """The whole document. `drawn` holds each plot's SVG by name; links to save plots double their bytes.
+
+    rows: Of `row_data.packed`: the rows behind the cells.
+    pack_plots: Plots stand in the page compressed, and the script unpacks those that come into view.
+    """
+    inner = {name: inline(svg) for name, svg in drawn.items()}
 
     def figures(found: Sequence[Plot]) -> Markup:
-        return element("div", *(_figure(plot, drawn[plot.name], with_links) for plot in found), class_="plots")
+        if pack_plots:
+            return element("div", *(_place_of(plot, inner[plot.name]) for plot in found), class_="plots")
+        return element("div", *(_figure(plot, inner, drawn, with_links) for plot in found), class_="plots")
 
     sections = list(_sections(study, plots, figures))
     links = (element("a", title, href=f"#{name}") for name, title, _ in sections)
     body = element(
         "body",
-        element("header", element("h1", "Delta Selectivity"), element("p", heading(study)), facts(study)),
+        element(
+            "header", element("h1", "Delta Selectivity"), element("p", heading(study)), *_opening(study), facts(study)
+        ),
         *notices(study),
         element("nav", *links, aria_label="sections"),
         element("main", *(_section(name, title, parts) for name, title, parts in sections)),
-        element("script", _ours("page.js")),
+        _panel(),
+        element("template", rows or "", id="row-data"),
+        element("template", packed_json(inner) if pack_plots else "", id="plot-data"),
+        element("script", _script()),
     )
     title = f"Delta Selectivity: {heading(study)}"
     return f"<!DOCTYPE html>\n{element('html', _head(title), body, lang='en')}\n"
 
 
+def _opening(study: Study) -> list[Markup]:
+    """What the report says, in three sentences."""
+    found = (line.partition(": ") for line in opening(study))
+    lines = [element("li", element("b", first), f": {rest}") for first, _, rest in found]
+    return [element("ul", *lines, class_="opening")] if lines else []
+
+
 def _head(title: str) -> Markup:
-    script = base64.b64encode(hashlib.sha256(_ours("page.js").encode()).digest()).decode()
+    script = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script}'"
     return element(
         "head",
@@ -87,9 +126,11 @@ def _sections(
     pairs = pair_table(study)
     compared = [element("h3", "Against each other"), PAIRED, pairs] if pairs else []
     compared += [element("p", line) for line in study.apart]
-    yield "saes", "SAEs", [*told_apart(study), sae_table(study), _reading(study), *compared, figures(plots.saes)]
+    yield "saes", "SAEs", [sae_table(study), _reading(study), *compared, figures(plots.saes)]
     if plots.trade:
         yield "pareto", "delta_sel against FVU and L0", [figures(plots.trade)]
+    if plots.depth:
+        yield "depth", "By depth", [DEPTH, figures(plots.depth)]
     yield "datasets", "Layer by layer", [HEATMAPS, figures([plots.scale])]
     for number, dataset in enumerate(study.datasets):
         yield f"dataset-{number}", dataset, [figures(plots.heatmaps[dataset]), figures(plots.levels[dataset])]
@@ -110,9 +151,18 @@ def _section(name: str, title: str, parts: Sequence[Markup]) -> Markup:
     return element("section", element("h2", title), *parts, id=name)
 
 
-def _figure(plot: Plot, svg: str, with_links: bool) -> Markup:
-    links = [_saving(plot, svg)] if with_links else []
-    return element("figure", Markup(inline(svg)), *links, id=plot.name)
+def _figure(plot: Plot, inner: Mapping[str, str], drawn: Mapping[str, str], with_links: bool) -> Markup:
+    links = [_saving(plot, drawn[plot.name])] if with_links else []
+    return element("figure", Markup(inner[plot.name]), *links, id=plot.name)
+
+
+def _place_of(plot: Plot, svg: str) -> Markup:
+    """Where a plot will be, in its size."""
+    width, height = (re.search(rf'<svg[^>]* {size}="([0-9.]+)"', svg) for size in ("width", "height"))
+    assert width is not None
+    assert height is not None
+    style = f"width: {width[1]}px; height: {height[1]}px"
+    return element("figure", id=plot.name, data_plot=plot.name, style=style)
 
 
 def _saving(plot: Plot, svg: str) -> Markup:
@@ -128,6 +178,18 @@ def _saving(plot: Plot, svg: str) -> Markup:
 
 def _data(media: str, text: str) -> str:
     return f"data:{media};base64,{base64.b64encode(text.encode()).decode()}"
+
+
+def _panel() -> Markup:
+    """What opens where a cell is chosen; the script fills it."""
+    close = element("button", "close", type="button", id="close")
+    title = element("h2", "", id="cell-title", tabindex="-1")
+    return element("dialog", element("div", title, close, class_="bar"), element("div", id="cell-content"),
+                   id="cell", aria_labelledby="cell-title")  # fmt: skip
+
+
+def _script() -> Markup:
+    return Markup("\n".join(_ours(name) for name in ("page.js", "rows.js")))
 
 
 @cache

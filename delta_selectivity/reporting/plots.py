@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from delta_selectivity.records import result_file
+from delta_selectivity.reporting.depth import MOST, depth, overlay, overlays
 from delta_selectivity.reporting.drawing import Plot
 from delta_selectivity.reporting.heatmaps import heatmap, scale
 from delta_selectivity.reporting.levels import groups, panel
@@ -21,12 +22,13 @@ class Plots:
 
     saes: tuple[Plot, ...]  # side by side
     trade: tuple[Plot, ...]  # delta_sel against FVU and L0
+    depth: tuple[Plot, ...]  # by layer, all probes of an SAE in one
     scale: Plot  # the colours of all heatmaps
     heatmaps: dict[str, tuple[Plot, ...]]  # by dataset
     levels: dict[str, tuple[Plot, ...]]  # by dataset
 
     def __iter__(self) -> Iterator[Plot]:
-        yield from (*self.saes, *self.trade, self.scale)
+        yield from (*self.saes, *self.trade, *self.depth, self.scale)
         for dataset in self.heatmaps:
             yield from (*self.heatmaps[dataset], *self.levels[dataset])
 
@@ -39,6 +41,7 @@ def plots_of(study: Study) -> Plots:
     return Plots(
         _there([*compared, rivals(study)]),
         _there(trade),
+        _there(_depth(study, names)),
         scale(study),
         {dataset: tuple(_heatmaps(study, dataset, names)) for dataset in study.datasets},
         {dataset: tuple(_levels(study, dataset, names)) for dataset in study.datasets},
@@ -47,6 +50,15 @@ def plots_of(study: Study) -> Plots:
 
 def _there(plots: list[Plot | None]) -> tuple[Plot, ...]:
     return tuple(plot for plot in plots if plot is not None)
+
+
+def _depth(study: Study, names: _Names) -> list[Plot | None]:
+    """Of many SAEs the first; each beside the next one where their scores are there."""
+    alone = [depth(study, sae, names.of("depth", sae.label)) for sae in study.in_full[:MOST]]
+    return [
+        *alone,
+        *(overlay(study, *pair, names.of("by_layer", *(s.label for s in pair))) for pair in overlays(study)),
+    ]
 
 
 def _heatmaps(study: Study, dataset: str, names: _Names) -> Iterator[Plot]:

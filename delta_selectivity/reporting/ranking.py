@@ -29,7 +29,7 @@ MEANING = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Two SAEs that can be compared, the one of which more survives first."""
+    """Two SAEs that can be compared, first the one of which more survives where both were measured."""
 
     one: Sae
     other: Sae
@@ -45,11 +45,9 @@ class Ranking:
 
     def place(self, sae: Sae) -> str:
         """The ranks that an SAE may have among those that it can be compared with; a dash if there are none."""
-        own = [pair for pair in self.pairs if sae is pair.one or sae is pair.other]
-        if not own:
+        first, last = _places(sae, self.pairs)
+        if not any(sae is pair.one or sae is pair.other for pair in self.pairs):
             return "-"
-        first = 1 + sum(pair.sure and pair.other is sae for pair in own)
-        last = 1 + len(own) - sum(pair.sure and pair.one is sae for pair in own)
         return str(first) if first == last else f"{first}-{last}"
 
     def sentence(self) -> str | None:
@@ -64,8 +62,9 @@ class Ranking:
 
     @property
     def is_whole(self) -> bool:
-        """Whether any two of the SAEs can be compared."""
-        return len(self.pairs) == len(self.order) * (len(self.order) - 1) / 2
+        """Whether any two of the SAEs can be compared, in the order of their means."""
+        means = [sae.merit() for sae in self.order]
+        return len(self.pairs) == len(means) * (len(means) - 1) / 2 and means == sorted(means, reverse=True)
 
     def _told_apart(self, names: Mapping[str, str]) -> str:
         open_ = [pair for pair in self.pairs if not pair.sure]
@@ -82,14 +81,23 @@ class Ranking:
 
 def rank(study: Study) -> Ranking:
     """All SAEs of which something is known, in groups that can be compared."""
-    pairs = []
+    pairs: list[Pair] = []
     for one, other in (pair for group in study.comparable for pair in itertools.combinations(group, 2)):
         comparison = study.comparison(one.name, other.name)
         found = {} if comparison is None else comparison.found
         low, high = (found.get(f"transfer_r2_ci_{end}") for end in ("low", "high"))
         if low is not None and high is not None:
-            pairs.append(Pair(one, other, low > 0 or high < 0))
-    return Ranking(tuple(sae for group in study.comparable for sae in group), tuple(pairs))
+            better, worse = (one, other) if found["transfer_r2"] >= 0 else (other, one)  # of the cells that both have
+            pairs.append(Pair(better, worse, low > 0 or high < 0))
+    order = (sae for group in study.comparable for sae in sorted(group, key=lambda sae: _places(sae, pairs)[0]))
+    return Ranking(tuple(order), tuple(pairs))
+
+
+def _places(sae: Sae, pairs: Sequence[Pair]) -> tuple[int, int]:
+    """The first and the last place that it may have."""
+    own = [pair for pair in pairs if sae is pair.one or sae is pair.other]
+    first = 1 + sum(pair.sure and pair.other is sae for pair in own)
+    return first, 1 + len(own) - sum(pair.sure and pair.one is sae for pair in own)
 
 
 def in_order(study: Study, ranking: Ranking) -> Sequence[Sae]:

@@ -15,6 +15,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
 from delta_selectivity.records.differences import shown
 from delta_selectivity.records.figures import missing
+from delta_selectivity.records.verdicts import verdict
 from delta_selectivity.reporting import groups
 from delta_selectivity.reporting.groups import File, dataset_of, model_names
 
@@ -113,7 +114,7 @@ def lines(files: Iterable[File]) -> list[dict[str, Any]]:
         for layer, probe, figures, result in cells(found):
             own = {name: value for name, value in figures.items() if not isinstance(value, dict)}
             where = {"path": path, **about, "layer": layer, "probe": probe}
-            rows.append({**where, **settings, **own, **result})
+            rows.append({**where, **settings, **own, **result, "verdict": verdict(result)})
     return rows
 
 
@@ -141,17 +142,6 @@ def further_views(found: Iterable[result_file.Json]) -> list[str]:
     """Balanced accuracies of views that are measured only if asked for, where any of these records has them."""
     records = list(found)
     return [name for name in ("error_sel", "latent_sel") if any(name in record for record in records)]
-
-
-def is_significant(result: result_file.Json) -> bool:
-    """Whether delta_sel differs from 0 after Benjamini-Hochberg; not before the run is complete and has q values."""
-    q_value = result.get("q_value")
-    return q_value is not None and q_value < 0.05
-
-
-def is_preserved(result: result_file.Json) -> bool:
-    """Whether delta_sel was shown to be small."""
-    return bool(result.get("preserved"))
 
 
 def by_sae(files: Sequence[File]) -> dict[str, list[File]]:

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from delta_selectivity.records import result_file
+from delta_selectivity.records import result_file, verdicts
 from delta_selectivity.reporting.groups import File, dataset_of, model_names, obstacle, stored_cells
 from delta_selectivity.reporting.results import (
     by_sae,
     cells,
     is_baseline,
-    is_preserved,
-    is_significant,
     label_in_run,
     level_of,
     mean,
@@ -43,15 +41,10 @@ class Cell:
         """Whether it has numbers."""
         return not self.result.get("reason")
 
-    @property
+    @cached_property
     def verdict(self) -> str:
-        """What the data show of delta_sel, in one or two words."""
-        if not self.measured:
-            return "not measured"
-        if is_significant(self.result):
-            size = "small " if is_preserved(self.result) else ""
-            return f"{size}{'loss' if self.result['delta_sel'] < 0 else 'gain'}"
-        return "preserved" if is_preserved(self.result) else "undecided"
+        """What the data show, in one of the words of `records.verdicts`."""
+        return verdicts.verdict(self.result)
 
 
 @dataclass(frozen=True)
@@ -73,15 +66,9 @@ class Sae:
         """The cells that have numbers."""
         return [cell for cell in self.cells if cell.measured]
 
-    @property
-    def n_lost(self) -> int:
-        """Cells with a significant loss."""
-        return sum(is_significant(cell.result) and cell.result["delta_sel"] < 0 for cell in self.measured)
-
-    @property
-    def n_preserved(self) -> int:
-        """Cells shown to be preserved."""
-        return sum(is_preserved(cell.result) for cell in self.measured)
+    def count(self, verdict: str) -> int:
+        """How many cells have this verdict."""
+        return sum(cell.verdict == verdict for cell in self.cells)
 
     def mean(self, key: str) -> float | None:
         """A score's mean over the cells."""
@@ -147,6 +134,12 @@ class Study:
     def in_full(self) -> tuple[Sae, ...]:
         """What is shown cell by cell: the SAEs; the baselines if there is nothing else."""
         return self.saes or self.baselines
+
+    @cached_property
+    def numbers(self) -> dict[int, int]:
+        """By the `id` of each cell, its place among all: its line in the table of cells, and what the page calls it."""
+        cells = (cell for sae in self.everything for cell in sae.cells)
+        return {id(cell): number for number, cell in enumerate(cells)}
 
     @cached_property
     def datasets(self) -> dict[str, list[str]]:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from delta_selectivity.records import result_file
+from delta_selectivity.records.verdicts import LOST, MOVED, PRESERVED
 from delta_selectivity.reporting.html import Markup, element, join, table
 from delta_selectivity.reporting.ink import MUTED, series
 from delta_selectivity.reporting.names import apart
@@ -14,9 +15,10 @@ from delta_selectivity.reporting.ranking import in_order, rank
 from delta_selectivity.reporting.results import further_views, mean
 from delta_selectivity.reporting.study import Sae, Study
 
+COUNTED = (LOST, MOVED, PRESERVED)
 HEAD = (
-    "SAE", "rank", "survives (transfer_r2)", "cells", "model_sel", "sae_sel", "mean delta_sel", "detectable", "lost",
-    "preserved", "fvu_pos", "fvu_whole", "L0",
+    "SAE", "rank", "survives (transfer_r2)", "cells", "model_sel", "sae_sel", "mean delta_sel", "detectable", *COUNTED,
+    "fvu_pos", "fvu_whole", "L0",
 )  # fmt: skip
 NAME = 26  # characters of the name of an SAE
 PAIR_HEAD = ("SAE", "compared with", "difference of transfer_r2", "p", "difference of delta_sel", "p")
@@ -28,12 +30,6 @@ def sae_table(study: Study) -> Markup:
     views = further_views(cell.result for sae in study.everything for cell in sae.measured)
     rows = ([*_line(study, sae, ranking.place(sae)), *_views(sae, views)] for sae in in_order(study, ranking))
     return table((*HEAD, *views), rows)
-
-
-def told_apart(study: Study) -> list[Markup]:
-    """Whether these data tell the SAEs apart; nothing where there are no two to compare."""
-    sentence = rank(study).sentence()
-    return [element("p", element("b", sentence))] if sentence else []
 
 
 def _views(sae: Sae, views: Sequence[str]) -> list[str]:
@@ -53,8 +49,7 @@ def _line(study: Study, sae: Sae, place: str) -> list[str]:
         number(sae.mean("sae_sel"), ".3f"),
         _estimate(signed(delta, 4), span(low, high, 4)),
         number(sae.level.get("delta_sel_detectable"), ".4f"),
-        f"{sae.n_lost} of {n_cells}",
-        f"{sae.n_preserved} of {n_cells}",
+        *(f"{sae.count(word)} of {n_cells}" for word in COUNTED),
         number(sae.mean_figure("fvu_pos"), ".3f"),
         number(sae.mean_figure("fvu_whole"), ".3f"),
         number(sae.mean_figure("l0"), ".1f"),

@@ -18,8 +18,13 @@ ElementTree.register_namespace("xlink", XLINK)
 MODES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)"}  # of the page's style sheet
 
 
-def accessible(svg: str, name: str, title: str, description: str, tips: Mapping[str, str]) -> str:
-    """A stand-alone SVG document with a title, a description, and a title on each part that has a tip."""
+def accessible(
+    svg: str, name: str, title: str, description: str, tips: Mapping[str, str], cells: Mapping[str, int]
+) -> str:
+    """A stand-alone SVG document with a title, a description, and a title on each part that has a tip.
+
+    cells: Parts that stand for a cell, and its number, which goes with them.
+    """
     root = ElementTree.fromstring(svg)
     for metadata in root.findall(f"{{{SVG}}}metadata"):
         root.remove(metadata)
@@ -29,6 +34,9 @@ def accessible(svg: str, name: str, title: str, description: str, tips: Mapping[
         tip = tips.get(group.get("id", ""))
         if tip is not None:
             group.insert(0, _element("title", tip))
+        number = cells.get(group.get("id", ""))
+        if number is not None:
+            group.set("data-cell", str(number))
     _drop_ids(root)
     _compact(root)
     root.set("role", "img")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from delta_selectivity.records import result_file
+from delta_selectivity.records.verdicts import LOST, PRESERVED, is_preserved, is_significant
 from delta_selectivity.reporting.groups import File
 from delta_selectivity.reporting.names import abridged, apart
 from delta_selectivity.reporting.numbers import few_effective, fvu_whole, interval, number, p_value, people
@@ -13,8 +14,6 @@ from delta_selectivity.reporting.results import (
     cells,
     further_views,
     is_baseline,
-    is_preserved,
-    is_significant,
     mean,
 )
 from delta_selectivity.reporting.study import study_of
@@ -123,8 +122,8 @@ def summary_table(files: Sequence[File]) -> str:
                 number(sae.mean("sae_sel"), ".3f"),
                 number(sae.overall("delta_sel")[0], "+.4f"),
                 interval(sae.level, "delta_sel"),
-                f"{sae.n_lost} of {n_cells}",
-                f"{sae.n_preserved} of {n_cells}",
+                f"{sae.count(LOST)} of {n_cells}",
+                f"{sae.count(PRESERVED)} of {n_cells}",
                 number(sae.mean_figure("fvu_pos"), ".3f"),
                 number(sae.mean_figure("fvu_whole"), ".3f"),
                 number(sae.mean_figure("l0"), ".1f"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.records.result_file import Json, RecordFile
 from delta_selectivity.records.sae_level import without_q_values
 from delta_selectivity.records.scores import LayerScores, key_digest, path_of, prune, save
+from delta_selectivity.records.texts import keep as keep_texts
 from delta_selectivity.run.planning import Cell, Files
 from delta_selectivity.run.reconstruction import SINK, Reconstruction
 from delta_selectivity.system.memory import peak_memory
@@ -34,8 +35,11 @@ Keep = Callable[[Cell, CellResult], None]
 """What is done with the result of a cell."""
 
 
-def write_to(files: Files, clock: Stopwatch) -> Keep:
-    """Return what puts each result into its file: its scores first, then the record that counts it as done."""
+def write_to(files: Files, clock: Stopwatch, texts: Mapping[int, bytes]) -> Keep:
+    """Return what puts each result into its file: its scores first, then the record that counts it as done.
+
+    texts: By dataset, what is kept of them; none of the others.
+    """
 
     def write(cell: Cell, found: CellResult) -> None:
         file, layer = files[cell.subject, cell.dataset], cell.site.layer
@@ -47,6 +51,7 @@ def write_to(files: Files, clock: Stopwatch) -> Keep:
         with clock.stage("write"):
             prune(file.path, layers)
             save(path_of(file.path, layer), LayerScores(layer, key_digest(file.key), found.scores))
+            keep_texts(file.path, texts.get(cell.dataset))
             file.seconds, file.resources, file.complete = clock.seconds(), peak_memory(), False
             file.write(layers)
 

@@ -11,6 +11,7 @@ import torch
 from delta_selectivity.run.activations import Item, Producer, plan_blocks
 from delta_selectivity.run.bounded_queue import BoundedQueue
 from delta_selectivity.run.cell_result import write_to
+from delta_selectivity.run.kept_texts import kept_texts
 from delta_selectivity.run.loading import codes_of_names, load_weights, model_fitter
 from delta_selectivity.run.pipeline import run
 from delta_selectivity.run.planning import Cell, Files, Plan
@@ -47,6 +48,7 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
     release_collector()
     rows = RowTable.build(tokenised, asked.positions)
     datasets = {cell.dataset for cell in cells}
+    texts = kept_texts(plan.texts, rows, datasets, asked.keep_texts)
     blocks = [block for block in plan_blocks(plan.texts) if block.datasets & datasets]
     queue_bytes = as_bytes(asked.queue_gb)
     queue: BoundedQueue[Item] = BoundedQueue(queue_bytes, lambda item: item.nbytes)
@@ -72,5 +74,5 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
             latents_of,
         )
         own = probing_cores(cores, request.device1, request.device2)
-        prober = Prober(work, blocks, queue_bytes, own, clock, write_to(files, clock), bars.probes, stop)
+        prober = Prober(work, blocks, queue_bytes, own, clock, write_to(files, clock, texts), bars.probes, stop)
         run(producer, prober, blocks, queue, bars.texts, stop)

@@ -24,7 +24,7 @@ from delta_selectivity.saes.sae_lens.folder import SaeLens
 from delta_selectivity.saes.source import SaeHeader
 from delta_selectivity.saes.sparsify import Sparsify
 
-GGUF = "a GGUF file holds a language model, not an SAE: are `model` and `sae` exchanged?"
+GGUF = "a GGUF file holds a language model, not an SAE: are `saes` and `model` exchanged?"
 DEEPEST = 3
 """Folders below the one that was named in which SAEs are looked for: ``TopK/resid_post_layer_5/trainer_0``."""
 
@@ -100,8 +100,6 @@ def find_members(
     Raises `RequestError` if there is no SAE, or if one of them cannot be read.
     """
     configs = _find_configs(root)
-    if not configs and any(path.suffix.lower() == ".gguf" for path in root.iterdir()):
-        raise RequestError(f"`saes` {name}: {GGUF}")
     if not configs:
         raise RequestError(f"{name}: {_what_else(root)}")
     model_name = _model_name(root)
@@ -119,6 +117,8 @@ def holds_saes(folder: Path) -> bool:
 
 def _what_else(root: Path) -> str:
     """What a folder without SAEs looks like."""
+    if any(path.suffix.lower() == ".gguf" for path in root.iterdir()):
+        return GGUF
     config = root / "config.json"
     if config.is_file() and "model_type" in read_config(config):
         return "looks like a language model, not an SAE: are `saes` and `model` exchanged?"

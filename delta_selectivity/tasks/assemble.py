@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def assemble(sources: Sequence[Task], shuffle_select_n: int | None, seed: int) -
     for source in sources:
         drawn = select_rows(distinct_rows(source), shuffle_select_n, seed)
         probes = tuple(probe for row_set in drawn.row_sets for probe in _probes(row_set, index))
-        datasets.append(Dataset(drawn.name, drawn.slug, probes))
+        datasets.append(Dataset(drawn.name, drawn.slug, probes, drawn.is_public))
     return ProbeTexts(tuple(index.mentions), person_ids(mention.person for mention in index.mentions), tuple(datasets))
 
 
@@ -48,7 +49,7 @@ def distinct_rows(source: Task) -> Task:
     Raises `RequestError` if that leaves a probe with one class.
     """
     row_sets = tuple(_distinct(row_set, source.slug) for row_set in source.row_sets)
-    return Task(source.name, source.slug, row_sets)
+    return replace(source, row_sets=row_sets)
 
 
 def _distinct(row_set: RowSet, slug: str) -> RowSet:

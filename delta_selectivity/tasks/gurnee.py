@@ -67,7 +67,7 @@ def load_gurnee(name: str, data_dir: Path) -> Task:
     if name == "athlete" and "occupation" in folders:
         general = _row_set(folders["occupation"], _IS_ATHLETE)
         row_sets = [general, *row_sets] if general.probes else row_sets
-    return Task(name=name, slug=f"wikidata_{name}", row_sets=tuple(row_sets))
+    return Task(name=name, slug=f"wikidata_{name}", row_sets=tuple(row_sets), is_public=True)
 
 
 def _folders(data_dir: Path) -> dict[str, Path]:

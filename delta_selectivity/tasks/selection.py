@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def select_rows(source: Task, n: int | None, seed: int) -> Task:
         _draw(row_set, share, _generator(seed, source.slug, row_set.name))
         for row_set, share in zip(source.row_sets, shares, strict=True)
     )
-    return Task(source.name, source.slug, kept)
+    return replace(source, row_sets=kept)
 
 
 def _draw(row_set: RowSet, n: int, rng: np.random.Generator) -> RowSet:

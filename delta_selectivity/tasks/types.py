@@ -45,6 +45,7 @@ class Dataset:
     name: str  # 'gender'
     slug: str  # 'wikidata_gender': the file name's part
     probes: tuple[Probe, ...]
+    is_public: bool = False  # whether anybody may read its texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +93,7 @@ class Task:
     name: str
     slug: str
     row_sets: tuple[RowSet, ...]
+    is_public: bool = False  # whether anybody may read its texts; a user's table may hold what nobody else should see
 
     def __repr__(self) -> str:
         probes = [probe.name for row_set in self.row_sets for probe in row_set.probes]

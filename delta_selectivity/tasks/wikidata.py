@@ -46,7 +46,7 @@ def load_wikidata(name: str) -> Task:
         RowSet(rows=_read_rows(stem), probes=tuple(ProbeSpec(*probe) for probe in probes))
         for stem, probes in _FILES[name].items()
     )
-    return Task(name=name, slug=f"wikidata_{name}", row_sets=row_sets)
+    return Task(name=name, slug=f"wikidata_{name}", row_sets=row_sets, is_public=True)
 
 
 def _read_rows(stem: str) -> tuple[Row, ...]:

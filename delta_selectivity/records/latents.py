@@ -1,0 +1,66 @@
+"""Latents that carry a probe, kept beside the scores of a result file once they were found.
+
+load(Path("results/demo/k8/tiny-pythia_wikidata_gender.json"), layer=4, probe="gender")
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+
+from delta_selectivity.records.figures import is_number
+from delta_selectivity.records.result_file import Json, as_json
+from delta_selectivity.records.scores import folder_of, key_digest
+from delta_selectivity.system.whole_file import refuse_link, replacing, sweep
+
+FORMAT = 1
+NUMBERS = ("share", "dropped", "alignment", "difference", "rate_0", "rate_1", "auc")
+WHOLE = ("gap", "others", "error", "rest")
+
+
+def path_of(result_file: Path, layer: int) -> Path:
+    """Where the latents of one layer are."""
+    return folder_of(result_file) / f"latents_{layer}.json.gz"  # no .json: those are result files
+
+
+def keep(result_file: Path, key: Json, layer: int, probe: str, found: Json) -> None:
+    """Keep what was found of one cell beside that of others. Raises OSError, or `RequestError` for a link."""
+    path = path_of(result_file, layer)
+    refuse_link(path.parent)
+    path.parent.mkdir(exist_ok=True)
+    sweep(path.parent, path.name)
+    content = {"format": FORMAT, "key": key_digest(key), "probes": {**_probes(path, key), probe: as_json(found)}}
+    with replacing(path, "wb") as file:
+        file.write(gzip.compress(json.dumps(content, allow_nan=False).encode(), mtime=0))
+
+
+def load(result_file: Path, key: Json, layer: int, probe: str) -> Json | None:
+    """What is kept of a cell; None if nothing is, or it is damaged or of another run."""
+    found = _probes(path_of(result_file, layer), key).get(probe)
+    return found if found is not None and _is_sound(found) else None
+
+
+def _probes(path: Path, key: Json) -> Json:
+    try:
+        found = json.loads(gzip.decompress(path.read_bytes()))
+        if found["format"] == FORMAT and found["key"] == key_digest(key) and isinstance(found["probes"], dict):
+            probes: Json = found["probes"]
+            return probes
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    return {}
+
+
+def _is_sound(found: Json) -> bool:
+    try:
+        return all(is_number(found[name]) for name in WHOLE) and all(
+            isinstance(one["latent"], int)
+            and all(is_number(one[name]) for name in NUMBERS)
+            and isinstance(one["address"], str | None)
+            and all(isinstance(t, str) and isinstance(a, int) and isinstance(b, int) for t, a, b in one["examples"])
+            for one in found["latents"]
+        )
+    except (KeyError, TypeError, ValueError):
+        return False

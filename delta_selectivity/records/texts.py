@@ -1,0 +1,109 @@
+"""The texts behind the rows of a result file, kept beside its scores.
+
+    kept = load(Path("results/tiny-pythia_wikidata_gender.scores/texts.json.gz"))
+    kept.texts[kept.rows["gender"][17]]         # of the 18th row of the stored scores of probe `gender`
+
+One gzip file of JSON for a result file, whatever its layers. It holds the hash of the data that stands in `_run.key`
+too: texts of other data are never taken for the file's own.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.records.scores import folder_of
+from delta_selectivity.system.whole_file import refuse_link, replacing, sweep
+
+FORMAT = 1
+NAME = "texts.json.gz"
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text, and the characters [start, end) of it that were probed."""
+
+    text: str
+    start: int
+    end: int
+    person: str  # key of the person
+
+    @property
+    def name(self) -> str:
+        """The characters that were probed."""
+        return self.text[self.start : self.end]
+
+
+@dataclass(frozen=True)
+class KeptTexts:
+    """The texts of a dataset, and which row of each probe is of which text."""
+
+    data: str  # hash of the dataset, as in `_run.key`
+    texts: Sequence[Text]
+    rows: Mapping[str, NDArray[np.int64]]  # probe -> [rows] places in `texts`, in the order of the stored scores
+
+
+def path_of(result_file: Path) -> Path:
+    """Where the texts of a result file are."""
+    return folder_of(result_file) / NAME
+
+
+def to_bytes(kept: KeptTexts) -> bytes:
+    """The content of the file: the same for the same texts."""
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "data": kept.data,
+        "texts": [[text.text, text.start, text.end, text.person] for text in kept.texts],
+        "rows": {name: rows.tolist() for name, rows in kept.rows.items()},
+    }
+    found["sha256"] = _digest(found)
+    return gzip.compress(json.dumps(found).encode(), compresslevel=6, mtime=0)
+
+
+def keep(result_file: Path, content: bytes | None) -> None:
+    """Have this content beside a result file, or no texts if it is None.
+
+    Raises OSError, or `RequestError` if the folder is a link.
+    """
+    path = path_of(result_file)
+    refuse_link(path.parent)
+    if content is None:
+        path.unlink(missing_ok=True)
+    elif not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(exist_ok=True)
+        sweep(path.parent, NAME)
+        with replacing(path, "wb") as file:
+            file.write(content)
+
+
+def load(path: Path) -> KeptTexts:
+    """A file of `keep`. Raises `RequestError` if there is none, it was cut short or changed, or it is no such file."""
+    try:
+        found = json.loads(gzip.decompress(path.read_bytes()))
+        if found["format"] != FORMAT:
+            raise ValueError("it is of another format")
+        if found.pop("sha256") != _digest(found):
+            raise ValueError("it was changed after it was written")
+        texts = [Text(str(text), int(start), int(end), str(person)) for text, start, end, person in found["texts"]]
+        rows = {str(name): np.array(places, dtype=np.int64) for name, places in found["rows"].items()}
+        if any(len(places) and not (places.min() >= 0 and places.max() < len(texts)) for places in rows.values()):
+            raise ValueError("its rows are of texts that it does not hold")
+        return KeptTexts(str(found["data"]), texts, rows)
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RequestError(f"{path} holds no texts of this program, or was damaged: {error}") from error
+
+
+def _digest(found: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,228 @@
+"""Small multiples by layer: what an SAE keeps of each probe, and where two SAEs differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import ProbeScores
+from delta_selectivity.records import scores
+from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
+from delta_selectivity.reporting.ink import INK, MUTED, characters, series, shortened
+from delta_selectivity.reporting.names import apart
+from delta_selectivity.reporting.rows import places
+from delta_selectivity.reporting.study import Cell, Sae, Study
+
+WIDTH, COLUMNS_OF_PANELS = 352, 2  # pixels; two panels beside each other fit on a phone
+PANEL, HEAD, LEFT = 96, 38, 34  # height of a panel with its title, room above the first, and at the left of each
+LEGEND_ROW = 17
+FEW = 7  # layers that each have a tick
+MOST = 8  # SAEs that have a figure of their own
+PAIRS = 3  # SAEs beside the next one, the best first
+LEVEL = 0.05  # of the false discovery rate over the cells of a pair
+DEPTH = ("sae", "dataset", "probe", "layer", "model_sel", "sae_sel", "transfer_sel", "verdict")
+OVERLAY = ("sae", "compared_with", "dataset", "probe", "layer", "sae_sel", "other_sae_sel", "difference", "ci_low",
+           "ci_high", "q_value")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a panel: by layer, a selectivity."""
+
+    values: Mapping[int, float]
+    look: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One probe of one dataset."""
+
+    probe: str
+    lines: tuple[Line, ...]
+    shaded: tuple[tuple[int, float, float], ...] = ()  # layers where two lines differ significantly, and where they are
+
+
+def depth(study: Study, sae: Sae, name: str) -> Plot | None:
+    """What the model, a probe fitted anew and the model's own probe find, by layer; None if nothing was measured."""
+    colour = series(study.in_full.index(sae)).colour
+    looks: dict[str, dict[str, Any]] = {
+        "model_sel": {"color": INK, "linewidth": 1.6},
+        "sae_sel": {"color": colour, "linewidth": 1.6, "marker": "o", "markersize": 2.5},
+        "transfer_sel": {"color": colour, "linewidth": 1.3, "dashes": (3, 1.5)},
+    }
+    panels = [
+        Panel(probe, tuple(Line(_by_layer(cells, key), look) for key, look in looks.items()))
+        for probe, cells in _probes(study, sae)
+    ]
+    if not panels:
+        return None
+    rows = tuple(
+        (sae.label, cell.dataset, cell.probe, cell.layer, *(cell.result.get(key) for key in DEPTH[4:7]), cell.verdict)
+        for cell in sae.measured
+    )
+    description = (
+        "For each probe, balanced accuracy by layer: the model's activations in the ink of the text, a probe fitted "
+        f"anew on {sae.label} solid, the model's own probe on it dashed; 0.5, chance, dotted."
+    )
+    names = {"model_sel": "model", "sae_sel": "SAE, probe fitted anew", "transfer_sel": "SAE, the model's probe"}
+    legend = [(names[key], look) for key, look in looks.items()]
+    draw = partial(_draw, sae.label, "balanced accuracy by layer", panels, legend, _limits(study))
+    return Plot(name, f"Where it goes with depth: {sae.label}", description, draw, DEPTH, rows)
+
+
+def overlays(study: Study) -> list[tuple[Sae, Sae]]:
+    """The SAEs that are drawn over each other: each and the next, from the best mean delta_sel on."""
+    pairs = [(pair.one, pair.other) for pair in study.neighbours if not pair.one.is_baseline]
+    return pairs[:PAIRS]
+
+
+def overlay(study: Study, one: Sae, other: Sae, name: str) -> Plot | None:
+    """Two SAEs by layer, shaded where their paired difference is significant; None if no scores are there to pair."""
+    tested = _tested(one, other)
+    if not tested:
+        return None
+    found: dict[tuple[str, str], Panel] = {}
+    thin = {"color": INK, "linewidth": 1.0, "alpha": 0.6}
+    looks = {sae.label: {"color": series(study.in_full.index(sae)).colour, "linewidth": 1.6} for sae in (one, other)}
+    for dataset, probes in study.datasets.items():
+        for probe in probes:
+            cells = [sae.where(dataset, probe) for sae in (one, other)]
+            model = Line(_by_layer(cells[0], "model_sel"), thin)
+            own = (Line(_by_layer(c, "sae_sel"), looks[s.label]) for c, s in zip(cells, (one, other), strict=True))
+            shaded = tuple(
+                (layer, cells[0][layer].result["sae_sel"], cells[1][layer].result["sae_sel"])
+                for (where, of, layer), test in tested.items()
+                if (where, of) == (dataset, probe) and test[3] < LEVEL
+            )
+            if all(cells):
+                found[dataset, probe] = Panel(probe, (model, *own), shaded)
+    rows = tuple(
+        (one.label, other.label, dataset, probe, layer,
+         *(sae.where(dataset, probe)[layer].result["sae_sel"] for sae in (one, other)), *test)
+        for (dataset, probe, layer), test in tested.items()
+    )  # fmt: skip
+    n_shaded = sum(len(panel.shaded) for panel in found.values())
+    description = (
+        f"For each probe, balanced accuracy by layer of {one.label} and {other.label}, the model thin. Shaded: the "
+        f"paired difference is significant (q < {LEVEL} over the {len(tested)} cells with scores), in {n_shaded} cells."
+    )
+    legend: list[tuple[str, Mapping[str, Any]]] = [("model", thin), *looks.items()]
+    note = f"shaded: they differ (paired, q < {LEVEL})"
+    title = " and ".join(apart([one.label, other.label], characters(WIDTH - 60, 12) // 2))
+    draw = partial(_draw, title, note, list(found.values()), legend, _limits(study))
+    return Plot(name, f"{one.label} and {other.label} by layer", description, draw, OVERLAY, rows)
+
+
+def _probes(study: Study, sae: Sae) -> list[tuple[str, dict[int, Cell]]]:
+    found = [(probe, sae.where(dataset, probe)) for dataset, probes in study.datasets.items() for probe in probes]
+    return [(probe, cells) for probe, cells in found if cells]
+
+
+def _by_layer(cells: Mapping[int, Cell], key: str) -> dict[int, float]:
+    known = {layer: cell.result.get(key) for layer, cell in sorted(cells.items())}
+    return {layer: value for layer, value in known.items() if value is not None}
+
+
+def _tested(one: Sae, other: Sae) -> dict[tuple[str, str, int], tuple[float, float, float, float]]:
+    """(dataset, probe, layer) -> difference of sae_sel, its 95 % interval, q; of the cells whose scores are there."""
+    from delta_selectivity.probing.uncertainty import benjamini_hochberg  # scipy, which most reports do without
+    from delta_selectivity.records.sae_level import difference
+
+    found = {}
+    mine, theirs = _stored(one), _stored(other)
+    for place in [place for place in mine if place in theirs]:
+        estimate = difference({("", 0, ""): mine[place]}, {("", 0, ""): theirs[place]})
+        if estimate is not None:
+            found[place] = estimate
+    q_values = benjamini_hochberg([estimate.p_value for estimate in found.values()]) if found else []
+    return {
+        place: (estimate.value, estimate.low, estimate.high, 1.0 if q is None else q)
+        for (place, estimate), q in zip(found.items(), q_values, strict=True)
+    }
+
+
+def _stored(sae: Sae) -> dict[tuple[str, str, int], ProbeScores]:
+    """The scores that are beside the files of an SAE, by what the report calls the dataset, by probe and layer."""
+    found: dict[tuple[str, str, int], ProbeScores] = {}
+    loaded: dict[tuple[Path, int], Mapping[str, ProbeScores]] = {}
+    for cell, ((path, content), layer, probe) in zip(sae.cells, places(sae), strict=True):
+        if (path, layer) not in loaded:
+            loaded[path, layer] = _of_layer(path, content["_run"]["key"], layer)
+        if probe in loaded[path, layer] and cell.measured:
+            found[cell.dataset, cell.probe, layer] = loaded[path, layer][probe]
+    return found
+
+
+def _of_layer(path: Path, key: Mapping[str, Any], layer: int) -> Mapping[str, ProbeScores]:
+    """The scores of a layer of a result file; none if they are gone or another run's."""
+    try:
+        kept = scores.load(scores.path_of(path, layer))
+    except RequestError:
+        return {}
+    return kept.probes if kept.key == scores.key_digest(key) else {}
+
+
+def _limits(study: Study) -> tuple[float, float]:
+    """Of the vertical axis, the same in all of these figures."""
+    keys = ("model_sel", "sae_sel", "transfer_sel")
+    found = (cell.result.get(key) for sae in study.in_full for cell in sae.measured for key in keys)
+    values = [value for value in found if value is not None]
+    return math.floor(min([0.5, *values]) * 20) / 20, math.ceil(max([0.6, *values]) * 20) / 20
+
+
+def _draw(
+    title: str,
+    note: str,
+    panels: Sequence[Panel],
+    legend: Sequence[tuple[str, Mapping[str, Any]]],
+    limits: tuple[float, float],
+) -> Drawing:
+    n_rows = math.ceil(len(panels) / COLUMNS_OF_PANELS)
+    height = HEAD + PANEL * n_rows + LEGEND_ROW * len(legend) + 12
+    figure = canvas(WIDTH, height)
+    entitle(figure, title, note)
+    layers = sorted({layer for panel in panels for line in panel.lines for layer in line.values})
+    width = WIDTH / COLUMNS_OF_PANELS
+    for place, panel in enumerate(panels):
+        row, column = divmod(place, COLUMNS_OF_PANELS)
+        axes = axes_at(figure, LEFT + width * column, HEAD + PANEL * row + 14, width - LEFT - 8, PANEL - 34)
+        _panel(axes, panel, limits, layers)
+    _legend(figure, legend)
+    return Drawing(figure)
+
+
+def _panel(axes: Axes, panel: Panel, limits: tuple[float, float], layers: Sequence[int]) -> None:
+    axes.set(ylim=limits, xlim=(layers[0] - 0.5, layers[-1] + 0.5))
+    axes.set_title(shortened(panel.probe, WIDTH / COLUMNS_OF_PANELS - LEFT - 8, 9), fontsize=9, loc="left", pad=2)
+    axes.tick_params(labelsize=8, length=2)
+    axes.grid(axis="y", linewidth=0.5)
+    axes.axhline(0.5, color=MUTED, linestyle=":", linewidth=0.8)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
+    axes.xaxis.set_major_locator(FixedLocator(layers) if len(layers) <= FEW else MaxNLocator(integer=True, nbins=5))
+    known = {layer for layer, *_ in panel.shaded}
+    for layer, low, high in panel.shaded:
+        axes.vlines(layer, low, high, color=MUTED, linewidth=5, alpha=0.45)
+    for (a, *first), (b, *second) in zip(panel.shaded, panel.shaded[1:], strict=False):
+        if not any(a < layer < b and layer not in known for layer in layers):
+            axes.fill_between([a, b], [first[0], second[0]], [first[1], second[1]], color=MUTED, alpha=0.3, linewidth=0)
+    for line in panel.lines:
+        if line.values:
+            marker = {"marker": "."} if len(line.values) == 1 and "marker" not in line.look else {}
+            axes.plot(list(line.values), list(line.values.values()), **{**line.look, **marker})
+
+
+def _legend(figure: Figure, legend: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    lines = [Line2D([], [], **look) for _, look in legend]
+    names = apart([name for name, _ in legend], characters(WIDTH - 60, 10))
+    figure.legend(lines, names, loc="lower left", bbox_to_anchor=(0, 0), handlelength=2.6, borderaxespad=0,
+                  borderpad=0.2, labelspacing=0.35)  # fmt: skip

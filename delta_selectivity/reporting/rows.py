@@ -1,0 +1,281 @@
+"""The rows of one cell: who was lost, on which texts, and how sure the probes were.
+
+    rows = rows_of(find_cell(load(result_files(Path("results"))), "gender", 4, "k8"))
+    rows.frame().head()                         # the rows that lost most first
+
+Scores are averaged over the partitions. A row is `lost` if the model's probe is right about it and the SAE's is wrong,
+`gained` if it is the other way round, `both` if both are right, and `neither`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import ProbeScores
+from delta_selectivity.records import scores, texts
+from delta_selectivity.reporting.groups import File, dataset_of
+from delta_selectivity.reporting.results import by_sae, cells, label_in_run
+from delta_selectivity.reporting.study import Sae
+from delta_selectivity.reporting.subgroups import Grouping, Loss, groupings, losses, with_q_values
+from delta_selectivity.tasks import dataset_fingerprint, load_probe_texts, name_task
+
+if TYPE_CHECKING:
+    import pandas
+
+Floats = NDArray[np.float64]
+OUTCOMES = ("lost", "gained", "both", "neither")
+COLUMNS = ("text", "start", "end", "name", "person", "label", "outcome", "lost", "model", "sae", "transfer",
+           "model_right", "sae_right")  # fmt: skip
+
+
+class Place(NamedTuple):
+    """Where the rows of a cell are: a result file, and the layer and probe in it."""
+
+    file: File
+    layer: int
+    probe: str
+
+
+@dataclass(frozen=True)
+class CellRows:
+    """Each row of a cell; arrays are [rows], in the order of the stored scores."""
+
+    stored: ProbeScores  # what all of it is made from
+    classes: tuple[str, str]  # what label 0 and label 1 stand for
+    model: Floats  # mean score of the model's probes on x; positive: label 1
+    sae: Floats  # of the SAE's own probes, on x̂
+    transfer: Floats | None  # of the model's probes on x̂
+    model_right: Floats  # share of the partitions in which the probe is right
+    sae_right: Floats
+    kept: texts.KeptTexts | None  # the texts, where they are known
+    places: NDArray[np.int64] | None  # of each row, in `kept.texts`
+
+    @property
+    def labels(self) -> NDArray[np.bool_]:
+        """Of the rows."""
+        return self.stored.labels
+
+    @property
+    def persons(self) -> NDArray[np.int64]:
+        """A number for each row's person."""
+        return self.stored.persons
+
+    @cached_property
+    def lost(self) -> Floats:
+        """How far the score moved towards the wrong side: positive where the SAE is less sure of the truth."""
+        return np.where(self.labels, 1.0, -1.0) * (self.model - self.sae)
+
+    @cached_property
+    def outcome(self) -> NDArray[np.int64]:
+        """Place in `OUTCOMES`."""
+        model, sae = ((score > 0) == self.labels for score in (self.model, self.sae))
+        return np.select([model & ~sae, ~model & sae, model & sae], [0, 1, 2], 3)
+
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """The rows that were lost, then all others; those that lost most first."""
+        return np.lexsort((-self.lost, self.outcome != 0))
+
+    def text(self, row: int) -> texts.Text | None:
+        """The text of a row."""
+        return None if self.kept is None or self.places is None else self.kept.texts[self.places[row]]
+
+    @cached_property
+    def groupings(self) -> list[Grouping]:
+        """Groups of people that the rows fall into."""
+        return groupings(self.stored, self.kept, self.places)
+
+    @cached_property
+    def losses(self) -> dict[tuple[str, str], Loss]:
+        """What each group with enough people lost, by grouping and group; q over all groups of the cell."""
+        return {(loss.by, loss.group): loss for loss in with_q_values(losses(self.stored, self.groupings))}
+
+    def counts(self) -> list[tuple[str, list[tuple[str, list[int]]]]]:
+        """(what rows are counted by, [(group, rows of each of `OUTCOMES`)])."""
+        told = [("class", [(self.classes[i], self._count(self.labels == bool(i))) for i in (0, 1)])]
+        for by in self.groupings:
+            counted = [(name, self._count(by.group == place)) for place, name in enumerate(by.names)]
+            told.append((by.by, [(name, count) for name, count in counted if sum(count)]))
+        return told
+
+    def histogram(self, n_bins: int = 24) -> tuple[float, list[list[list[int]]]]:
+        """The end of a scale around 0, and the rows in each of its bins: of class 0 and 1, by the model and the SAE.
+
+        Scores beyond it are in the last bins; it holds 99 % of them.
+        """
+        end = float(np.quantile(np.abs(np.concatenate([self.model, self.sae])), 0.99)) or 1.0
+        edges = np.linspace(-end, end, n_bins + 1)
+
+        def count(score: Floats, label: int) -> list[int]:
+            return np.histogram(np.clip(score, -end, end)[self.labels == bool(label)], edges)[0].tolist()
+
+        return end, [[count(score, label) for score in (self.model, self.sae)] for label in (0, 1)]
+
+    def lines(self) -> Iterator[tuple[Any, ...]]:
+        """The values of `COLUMNS`, row by row in `order`."""
+        for row in self.order:
+            text = self.text(row)
+            about = (None,) * 4 if text is None else (text.text, text.start, text.end, text.name)
+            yield (
+                *about, str(self.persons[row]) if text is None else text.person, self.classes[int(self.labels[row])],
+                OUTCOMES[self.outcome[row]], float(self.lost[row]), float(self.model[row]), float(self.sae[row]),
+                None if self.transfer is None else float(self.transfer[row]), float(self.model_right[row]),
+                float(self.sae_right[row]),
+            )  # fmt: skip
+
+    def frame(self) -> pandas.DataFrame:
+        """The rows as a data frame with `COLUMNS`."""
+        import pandas
+
+        return pandas.DataFrame(list(self.lines()), columns=list(COLUMNS))
+
+    def _count(self, chosen: NDArray[np.bool_]) -> list[int]:
+        return np.bincount(self.outcome[chosen], minlength=len(OUTCOMES)).tolist()
+
+
+def rows_of(place: Place, fetch: bool = True) -> CellRows:
+    """The rows of a cell, from its stored scores and texts.
+
+    fetch: whether task data that are not on this machine may be fetched to look up texts that were not kept.
+    Raises `RequestError` if the scores are gone or not the file's own.
+    """
+    (path, found), layer, probe = place
+    where = scores.path_of(path, layer)
+    if not where.is_file():
+        raise RequestError(
+            f"{path}: the scores of layer {layer} are not beside it ({where.name} in {where.parent.name}), and rows "
+            "are made from them: measure it again"
+        )
+    stored = _load_scores(where, where.stat().st_mtime_ns)
+    if stored.key != scores.key_digest(found["_run"]["key"]):
+        raise RequestError(f"{where} holds the scores of another run: measure it again")
+    if probe not in stored.probes:
+        reason = found[f"layer_{layer}"][probe].get("reason") or "its scores were not kept"
+        raise RequestError(f"{path}: {probe} has no rows in layer {layer}: {reason}")
+    own = stored.probes[probe]
+    kept = texts_of(place.file, fetch)
+    places = None if kept is None else kept.rows.get(probe)
+    if places is not None and len(places) != len(own.labels):
+        kept = places = None
+    views = {name: view.astype(np.float64) for name, view in own.views.items()}
+    right = {name: ((view > 0) == own.labels).mean(axis=0) for name, view in views.items()}
+    positive = found["_run"].get("positive_class", {}).get(probe, "1")
+    return CellRows(
+        own, (f"not {positive}", positive), views["model"].mean(axis=0), views["sae"].mean(axis=0),
+        views["transfer"].mean(axis=0) if "transfer" in views else None, right["model"], right["sae"], kept, places,
+    )  # fmt: skip
+
+
+def places(sae: Sae) -> list[Place]:
+    """Where the rows of each cell of an SAE are, in the order of its cells."""
+    return [Place(file, layer, probe) for file in sae.files for layer, probe, *_ in cells(file[1])]
+
+
+def find_cell(files: Sequence[File], probe: str, layer: int | None = None, sae: str | None = None) -> Place:
+    """The cell that is meant; layer and SAE may be left out where there is only one.
+
+    sae: its name, or what only its name ends with or holds. Raises `RequestError` if there is no such cell, or several.
+    """
+    named = by_sae(files)
+    own = named[find_sae(named, sae)]
+    places = [
+        Place(file, where, name)
+        for file in own
+        for where, name, *_ in cells(file[1])
+        if probe in (name, f"{dataset_of(file)}/{name}", f"{dataset_of(file).removeprefix('wikidata_')}/{name}")
+    ]
+    if not places:
+        known = dict.fromkeys(name for file in own for _, name, *_ in cells(file[1]))
+        raise RequestError(f"`rows` {probe}: there is no such probe: {', '.join(known)}")
+    datasets = dict.fromkeys(dataset_of(place.file) for place in places)
+    if len(datasets) > 1:
+        told = ", ".join(f"{dataset}/{probe}" for dataset in datasets)
+        raise RequestError(f"`rows` {probe}: several datasets have it: say which: {told}")
+    layers = [place.layer for place in places]
+    if layer is None and len(layers) > 1:
+        raise RequestError(f"`layer` is missing: {probe} has {_told(layers)}")
+    if layer is not None and layer not in layers:
+        raise RequestError(f"`layer` {layer}: {probe} has {_told(layers)}")
+    return next(place for place in places if layer in (None, place.layer))
+
+
+def find_sae(named: dict[str, list[File]], asked: str | None, field: str = "sae") -> str:
+    """The full name of an SAE: given in full, as its run called it, or by what only its name ends with or holds."""
+    called = {name: label_in_run(name, files) for name, files in named.items()}
+    if asked is None and len(named) == 1:
+        return next(iter(named))
+    rules = (
+        lambda name: asked in (name, called[name]),
+        lambda name: f"{called[name]}".endswith(str(asked)),
+        lambda name: str(asked) in called[name],
+    )
+    for rule in rules if asked else ():
+        found = [name for name in named if rule(name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise RequestError(f"`{field}` {asked!r} is not one SAE but several: {', '.join(found)}")
+    missing = "is missing: name one of" if asked is None else f"there is no SAE {asked!r} here:"
+    raise RequestError(f"`{field}`{' ' if asked is None else ': '}{missing} {', '.join(named)}")
+
+
+def texts_of(file: File, fetch: bool = True) -> texts.KeptTexts | None:
+    """The texts of a result file: those kept beside it, or of a public task the same from its data; None if neither."""
+    path, found = file
+    data = found["_run"]["key"].get("data")
+    where = texts.path_of(path)
+    try:
+        kept = _load_texts(where, where.stat().st_mtime_ns)
+        if kept.data == data:
+            return kept
+    except (OSError, RequestError):
+        pass
+    config = found["_run"]["config"]
+    name = dataset_of(file).removeprefix("wikidata_")
+    if name not in (config.get("datasets") or ()) or config.get("positions") == "all":
+        return None
+    asked = (config.get("shuffle_select_n"), config.get("seed"))
+    if not all(isinstance(value, int | None) for value in asked):
+        return None
+    known = _looked_up(name, config.get("data_dir"), asked[0], asked[1] or 0, fetch)
+    return known if known is not None and known.data == data else None
+
+
+@lru_cache(maxsize=8)
+def _looked_up(name: str, data_dir: str | None, n: int | None, seed: int, fetch: bool) -> texts.KeptTexts | None:
+    from delta_selectivity.tasks.data_wheel import is_at_hand
+
+    if data_dir is None and not fetch and not is_at_hand():
+        return None
+    try:
+        found = load_probe_texts([name_task(name, data_dir=data_dir)], shuffle_select_n=n, seed=seed)
+    except RequestError:
+        return None
+    (dataset,) = found.datasets
+    return texts.KeptTexts(
+        dataset_fingerprint(found, dataset),
+        [texts.Text(m.text, m.start, m.end, m.person) for m in found.mentions],
+        {probe.name: probe.mentions for probe in dataset.probes},
+    )
+
+
+@lru_cache(maxsize=4)
+def _load_scores(path: Path, _changed: int) -> scores.LayerScores:
+    return scores.load(path)
+
+
+@lru_cache(maxsize=8)
+def _load_texts(path: Path, _changed: int) -> texts.KeptTexts:
+    return texts.load(path)
+
+
+def _told(layers: Sequence[int]) -> str:
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"

@@ -1,0 +1,221 @@
+"""Find the latents that carry a probe of a result file: run the model over its texts again, for one cell.
+
+    found = find_carriers(file, layer=4, probe="gender", device="cpu")
+    found["latents"][0]["share"]
+
+What is found is kept beside the scores (`records.latents`), and told again from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.models.language_model import Site
+from delta_selectivity.probing.latents import Carriers, carriers
+from delta_selectivity.probing.probes import choose_backend
+from delta_selectivity.probing.selectivity import ModelFit, fit_model
+from delta_selectivity.records.result_file import PROJECT, Json
+from delta_selectivity.records.texts import Text
+from delta_selectivity.run.activations import Item, LayerRows, Producer, plan_blocks
+from delta_selectivity.run.loading import load_weights
+from delta_selectivity.run.planning import Cell, Plan, make_plan
+from delta_selectivity.run.request import Request, choose_devices
+from delta_selectivity.run.row_store import RowStore
+from delta_selectivity.run.rows import RowTable
+from delta_selectivity.run.task_set import TaskSet, task_sets
+from delta_selectivity.run.token_sample import TokenSample
+from delta_selectivity.saes import Sae, SaeSource, SparseRows
+from delta_selectivity.settings import Settings
+from delta_selectivity.settings import fields as setting_fields
+from delta_selectivity.system.cores import sharing_cores
+from delta_selectivity.system.memory import as_bytes
+from delta_selectivity.system.stopwatch import Stopwatch
+from delta_selectivity.tasks import TaskName, UserData, dataset_fingerprint, name_task
+
+EXAMPLES = 3  # texts of each latent
+CHUNK = 4096  # latents that are decoded at once
+NEURONPEDIA = "https://www.neuronpedia.org"
+
+
+def find_carriers(
+    results: Mapping[str, Any], dataset: str, layer: int, probe: str, sae: Any = None, device: str | None = None
+) -> Json:
+    """Return the latents that carry the model's probe in one cell, in plain values; `docs/numbers.md` defines them.
+
+    Args:
+        results: What the result file holds.
+        dataset: As the file's name has it.
+        layer: Of the cell.
+        probe: Of the cell.
+        sae: The SAE, where it was in memory and has no name to be found by.
+        device: Where model, SAE and probes compute; by default as in a run.
+
+    Raises:
+        RequestError: The model, the SAE or the texts cannot be had, or are not those that were measured.
+    """
+    plan = make_plan(_request(results["_run"], dataset, layer, sae, device))
+    _check(plan, results["_run"]["key"])
+    names = [found.name for found in plan.texts.datasets[0].probes]
+    if probe not in names:
+        raise RequestError(f"`rows` {probe}: there is no such probe: {', '.join(names)}")
+    (site,) = plan.subjects[0].sites
+    tokenised = plan.tokenise(plan.texts.mentions)
+    table = RowTable.build(tokenised, plan.request.settings.positions)
+    loaded = load_weights(plan, [Cell(0, site, 0)], {}, tokenised)
+    own = loaded.saes[site][0]
+    views = dict.fromkeys([(site, None), (site, 0)], plan.widths[site])
+    device2, asked = torch.device(plan.request.device2), plan.request.settings
+    with RowStore(views, len(table), device2, as_bytes(asked.queue_gb)) as store:
+        with sharing_cores(plan.request.device1) as cores:
+            sample = TokenSample.draw(tokenised, plan.texts, 1, asked.seed)  # whole-text figures are not wanted
+            counts = {0: plan.subjects[0].counts_bos}
+            producer = Producer(
+                loaded.model, loaded.saes, counts, tokenised, table, asked.batch_size, cores, Stopwatch(), sample,
+                loaded.scales, {0},
+            )  # fmt: skip
+            producer.run(plan_blocks(plan.texts), lambda item: _keep(item, store), lambda _: None)
+        (task_set,) = (
+            found for found in task_sets(plan.texts, plan.texts.datasets[0], table, asked, {}) if probe in found.names
+        )
+        return _found(plan, table, task_set, site, probe, own, store)
+
+
+def _found(plan: Plan, table: RowTable, task_set: TaskSet, site: Site, probe: str, sae: Sae, store: RowStore) -> Json:
+    device = torch.device(plan.request.device2)
+    place = task_set.names.index(probe)
+    if place not in task_set.plan.kept:
+        raise RequestError(f"{probe}: not measured: {task_set.plan.skipped[place].reason}")
+    t = list(task_set.plan.kept).index(place)
+    backend, _ = choose_backend(plan.request.settings.probe, device)
+    model = task_set.fit_model(site, store, backend, device, fit_model)
+    recon = store.get(site, 0, task_set.row_ids, device)
+    codes = store.get_latents(site, 0, task_set.row_ids, device)
+    fired = torch.arange(sae.d_sae) if sae.d_sae <= 2 * CHUNK else torch.unique(codes.col_indices()).cpu()
+    found = carriers(
+        probe_weights(model, t), model.x, recon, codes, decoder_directions(sae, fired), fired, task_set.plan.labels[t],
+        task_set.plan.weights,
+    )  # fmt: skip
+    mentions = [plan.texts.mentions[m] for m in table.mention[task_set.row_ids.numpy()]]
+    texts = [Text(m.text, m.start, m.end, m.person) for m in mentions]
+    return as_json(found, codes, texts, neuronpedia(plan, site.layer))
+
+
+def probe_weights(model: ModelFit, target: int) -> Tensor:
+    """The weights on x of the mean of a target's probes over all splits: float64 [d]."""
+    return model.fit.coef[target].mean(dim=0)
+
+
+def decoder_directions(sae: Sae, latents: Tensor) -> Tensor:
+    """What each latent at 1 adds to the decoder's output: float32 [latents, d_out]."""
+    found = []
+    for part in latents.to(torch.int64).split(CHUNK):
+        n = len(part)
+        codes = SparseRows(torch.arange(n + 1), part, torch.ones(n), sae.d_sae).to(sae.device)
+        empty = SparseRows(torch.zeros(2, dtype=torch.int64), part[:0], torch.ones(0), sae.d_sae).to(sae.device)
+        nothing = torch.zeros(n, sae.d_in, device=sae.device)  # what a skip connection reads
+        found.append((sae.decode(codes, nothing) - sae.decode(empty, nothing[:1])).cpu())
+    return torch.cat(found)
+
+
+def neuronpedia(plan: Plan, layer: int) -> str | None:
+    """The address of the SAE's latents on Neuronpedia, if its config names an id there."""
+    source = plan.subjects[0].source
+    configs = [m.header.config for m in ([] if source is None else source.members) if m.header.layer == layer]
+    for config in configs:
+        for part in (config, config.get("metadata")):
+            named = part.get("neuronpedia_id") if isinstance(part, dict) else None
+            if isinstance(named, str) and named and all(c.isalnum() or c in "-_./" for c in named):
+                return f"{NEURONPEDIA}/{named.strip('/')}"
+    return None
+
+
+def as_json(found: Carriers, codes: Tensor, texts: Sequence[Text], address: str | None) -> Json:
+    """The latents in plain values, each with the texts on which it fires most, and what no latent carries."""
+    return {
+        "gap": found.gap,
+        "others": found.others,
+        "error": found.error,
+        "rest": found.rest,
+        "latents": [
+            {
+                "latent": int(latent),
+                "share": float(found.share[i]),
+                "dropped": float(found.dropped[i]),
+                "alignment": float(found.alignment[i]),
+                "difference": float(found.difference[i]),
+                "rate_0": float(found.rate[0, i]),
+                "rate_1": float(found.rate[1, i]),
+                "auc": float(found.auc[i]),
+                "examples": [[t.text, t.start, t.end] for t in _examples(codes, int(latent), texts)],
+                "address": None if address is None else f"{address}/{int(latent)}",
+            }
+            for i, latent in enumerate(found.latents)
+        ],
+    }
+
+
+def _examples(codes: Tensor, latent: int, texts: Sequence[Text]) -> list[Text]:
+    """The distinct texts on which a latent fires most."""
+    at = torch.nonzero(codes.col_indices() == latent)[:, 0]
+    rows = torch.searchsorted(codes.crow_indices(), at, right=True) - 1
+    order = torch.argsort(codes.values()[at], descending=True, stable=True)
+    found = [texts[int(rows[i])] for i in order[: 4 * EXAMPLES] if codes.values()[at[i]] > 0]
+    return list(dict.fromkeys(found))[:EXAMPLES]
+
+
+def _keep(item: Item, store: RowStore) -> None:
+    if isinstance(item, LayerRows):
+        store.put(item)
+
+
+def _request(run: Json, dataset: str, layer: int, sae: Any, device: str | None) -> Request:
+    """What was asked for, of one dataset and layer."""
+    config = run["config"]
+    if config.get("baseline"):
+        raise RequestError(f"{config['sae']}: a baseline: its latents are nobody's")
+    known = {field.name: config[field.name] for field, _, _ in setting_fields() if field.name in config}
+    others = {"baselines": (), "views": ("model", "sae"), "overwrite": False, "dtype": run["key"].get("dtype", "auto")}
+    device1, device2 = choose_devices(device or config.get("device1"), device or config.get("device2"))
+    return Request(
+        model=_found_again(str(config["model_name"])),
+        saes=(sae if isinstance(sae, SaeSource) else _found_again(str(config["sae"])),),
+        tasks=(_task(config, dataset),),
+        layers=(layer,),
+        settings=Settings(**{**known, **others}),
+        output=Path(),
+        device1=device1,
+        device2=device2,
+    )
+
+
+def _task(config: Json, dataset: str) -> TaskName:
+    name = dataset.removeprefix("wikidata_")
+    if name in (config.get("datasets") or ()):
+        return name_task(name, data_dir=config.get("data_dir"))
+    columns = tuple((str(ours), str(theirs)) for ours, theirs in config.get("dataset_columns") or ())
+    return UserData(_found_again(str(config.get("dataset_file"))), config.get("dataset_split"), columns)
+
+
+def _found_again(name: str) -> str:
+    """A path inside this project, which result files tell from there, wherever the program runs."""
+    return str(PROJECT / name) if not Path(name).exists() and (PROJECT / name).exists() else name
+
+
+def _check(plan: Plan, key: Json) -> None:
+    """Raise `RequestError` unless model, SAE and texts are those of the result file."""
+    source = plan.subjects[0].source
+    found = {
+        "model": plan.info.fingerprint(),
+        "sae": None if source is None else source.fingerprint(),
+        "data": dataset_fingerprint(plan.texts, plan.texts.datasets[0]),
+        "bos": plan.prepend_bos,
+    }
+    for name, value in found.items():
+        if key.get(name) != value:
+            raise RequestError(f"{name}: not what was measured: it was changed since, or another one has its name")

@@ -1,0 +1,114 @@
+"""Losses by subgroup: as plain sums say, with every look counted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_rows import write_rows
+
+from delta_selectivity.api.results import Results
+from delta_selectivity.probing.probe_statistics import ProbeScores
+from delta_selectivity.records.texts import KeptTexts, Text
+from delta_selectivity.reporting.subgroups import (
+    LEAST,
+    Grouping,
+    grouping_of,
+    groupings,
+    losses,
+    times_named,
+    with_q_values,
+)
+
+N = 1200
+
+
+def world(seed, hurt=0.0):
+    """Scores of people with a row each, the first half rare: 10 % of all are lost, and so many more of the rare."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(N) % 2 == 0
+    model = np.where(labels, 1.0, -1.0) * np.where(random.random(N) < 0.9, 1, -1) * np.ones((2, 1))
+    rare = np.arange(N) < N // 2
+    flips = random.random(N) < 0.1 + hurt * rare
+    sae = np.where(flips, -model, model)
+    views = {"model": model.astype(np.float16), "sae": sae.astype(np.float16)}
+    folds = np.stack([random.integers(0, 5, N) for _ in range(2)]).astype(np.int8)
+    found = ProbeScores(views, labels, np.arange(N, dtype=np.int64), np.ones(N), folds)
+    return found, Grouping("rarity", ("rare", "frequent"), np.where(rare, 0, 1))
+
+
+def test_a_group_s_loss_is_that_of_its_rows_and_is_held_against_all_others():
+    found, by = world(0, hurt=0.2)
+    rare, frequent = with_q_values(losses(found, [by]))
+    right = {view: ((scores > 0) == found.labels).mean(axis=0) for view, scores in found.views.items()}
+    change = right["sae"] - right["model"]
+    means = [change[by.group == place].mean() for place in (0, 1)]  # classes are of one size in both
+    assert (rare.delta_sel.value, frequent.delta_sel.value) == pytest.approx(means)
+    assert rare.against.value == pytest.approx(means[0] - means[1])
+    assert rare.against.value == -frequent.against.value
+    spread = np.sqrt(sum(change[by.group == place].var() / (N / 2) for place in (0, 1)))
+    assert rare.against.standard_error == pytest.approx(spread, rel=0.15)
+    assert rare.q_value < 0.001
+    assert (rare.n_rows, rare.n_people) == (N // 2, N // 2)
+
+
+def test_groups_that_lose_alike_are_seldom_told_apart():
+    p_values = [losses(*_one(world(seed)))[0].against.p_value for seed in range(100)]
+    assert 0 <= np.mean(np.array(p_values) < 0.05) <= 0.12
+    assert stats.kstest(p_values, "uniform").pvalue > 0.01
+
+
+def _one(made):
+    return made[0], [made[1]]
+
+
+def test_every_look_counts():
+    found, by = world(1, hurt=0.05)
+    alone = with_q_values(losses(found, [by]))
+    names = tuple(map(str, range(10)))
+    many = [Grouping(str(i), names, np.random.default_rng(i).integers(0, 10, N)) for i in range(5)]
+    among = with_q_values(losses(found, [by, *many]))
+    assert among[0].against == alone[0].against
+    assert among[0].q_value > alone[0].q_value
+    expected = stats.false_discovery_control([loss.against.p_value for loss in among])
+    np.testing.assert_allclose([loss.q_value for loss in among], expected)
+
+
+def test_a_group_with_too_few_people_has_no_loss():
+    found, _ = world(2)
+    few = np.where(np.arange(N) < 2 * LEAST - 2, 0, 1)
+    assert losses(found, [Grouping("few", ("few", "rest"), few)]) == []
+
+
+def test_names_are_counted_in_all_texts_whatever_their_case_and_punctuation():
+    sentences = ["It was ADA LOVELACE, said Bo", "ada lovelace and Lovelace", "Ada; Lovelace!", "Bo Li", "nobody: Li"]
+    names = ["ADA LOVELACE", "ada lovelace", "Ada; Lovelace", "Bo Li", "Li"]
+    kept = KeptTexts(
+        "", [Text(s, s.index(n), s.index(n) + len(n), n) for s, n in zip(sentences, names, strict=True)], {}
+    )
+    assert times_named(kept).tolist() == [3, 3, 3, 1, 2]
+
+
+def test_a_person_is_in_one_group():
+    found, _ = world(3)
+    persons = np.repeat(np.arange(N // 2), 2)
+    names = ["Bo Li" if i % 2 else "Ada von Lovelace" for i in range(N)]
+    kept = KeptTexts("", [Text(name, 0, len(name), "p") for name in names], {})
+    scores = ProbeScores(found.views, found.labels, persons, found.weights, found.folds)
+    for by in groupings(scores, kept, np.arange(N)):
+        assert all(len(set(by.group[persons == person])) == 1 for person in range(20))
+    (by_person,) = groupings(scores, None, None)
+    assert set(by_person.group) == {1}
+
+
+def test_groups_of_the_caller_s_own_and_the_data_frame(tmp_path):
+    results = Results.load(write_rows(tmp_path))
+    decades = {f"person {i}": f"{1900 + 10 * (i // 2 % 2)}s" for i in range(60) if i >= 20}
+    frame = results.subgroups("gender", by={"born": decades})
+    assert set(frame["sae"]) == {"a/one", "b/two"}
+    assert set(frame["layer"]) == {1}, "the layer whose scores are there"
+    assert frame["q_value"].tolist() == pytest.approx(stats.false_discovery_control(frame["p_value"]).tolist())
+    kept = KeptTexts("", [Text("Bo", 0, 2, "a"), Text("Li", 0, 2, "b"), Text("Xu", 0, 2, "c")], {})
+    by = grouping_of("born", {"a": "1900s", "b": "1890s"}, kept, np.array([0, 1, 2, 0]))
+    assert (by.names, by.group.tolist()) == (("1890s", "1900s"), [1, 0, -1, 1])
+    assert len(results.subgroups("gender", sae="one")) * 2 == len(results.subgroups("gender"))
