@@ -145,6 +145,26 @@ def test_texts_with_the_wrong_beginning_are_named(has_bos, fix):
     assert fix in fit.problem()
 
 
+def test_attention_sinks_do_not_decide_which_texts_fit(check):
+    """SmolLM2 makes the first token of a text without BOS a sink, 140 times as long as others and mostly the same."""
+    site = Site(3, "resid_post")
+    x = check.samples[site].counted(False)
+    axes = principal_axes(x)[1]
+    sae = components(x, site, 16)
+    sinks = x[:7] + 140 * float(x.norm(dim=1).median()) * axes[0]
+    others = {
+        site: replace(check.samples[site], x=torch.cat([x, sinks]), bos=torch.zeros(len(x) + 7, dtype=torch.bool))
+    }
+    here = {site: check.samples[site]}
+    for samples, other in ((here, others), (others, here)):
+        fit = Preflight(samples, other).examine(sae, site, counts_bos=False)
+        assert fit.problem() is None
+        assert fit.fvu == pytest.approx(check.fvu(sae, site), rel=1e-4)
+    pulled = torch.cat([x, sinks])
+    whole = (pulled - sae.decode(sae.encode(pulled), pulled)).square().sum() / (pulled - pulled.mean(0)).square().sum()
+    assert whole < 0.5 * check.fvu(sae, site)  # what the sinks make of it
+
+
 def test_an_sae_that_fits_nothing_is_not_stopped(check, saes):
     sae = saes["tiny-pythia-saes-k8", 0]
     rows = torch.randperm(sae.d_sae, generator=torch.Generator().manual_seed(0))
@@ -219,7 +239,7 @@ def test_inspect_says_what_it_is_and_where_it_fits(mislabelled, capsys):
     shown = capsys.readouterr().out
     assert "sparsify, topk, k 8, 256 -> 1024 latents" in shown
     assert "fits far better at layer 5" in shown
-    (table,) = [part for part in shown.split("FVU over whole texts at ") if part.startswith("resid_post")]
+    (table,) = [part for part in shown.split("FVU of ordinary tokens at ") if part.startswith("resid_post")]
     (row,) = [line for line in table.splitlines() if line.startswith("| 4 ")]
     figures = [cell.strip() for cell in row.split("|")[2:-1]]
     assert figures[4].endswith("*")
