@@ -47,7 +47,7 @@ def request_(tiny_model, tiny_saes, sparser, tmp_path_factory) -> Request:
     """Two SAEs on two tasks, with all baselines."""
     folder = tmp_path_factory.mktemp("data")
     rows = [{**row, "task": task} for task in ("women", "others") for row in people(160, seed=len(task))]
-    more = ("--folds", "3", "--repeats", "2", "--baselines", "all", "--positions", "mean")
+    more = ("--folds", "3", "--repeats", "2", "--baselines", "all", "--positions", "mean", "--keep_texts", "all")
     return Request(tiny_model, (tiny_saes, sparser), write_csv(folder / "two.csv", rows), folder / "none", more)
 
 
@@ -112,6 +112,9 @@ def test_two_processes_give_what_main_gives_to_the_byte_and_once_only(request_, 
     asked = request_.into(tmp_path / "out")
     assert compute(asked, "--workers", "2", *CUT) == 0
     assert_same(asked.out, alone)
+    kept = [{path.relative_to(folder): path.read_bytes() for path in folder.glob("**/texts.json.gz")}
+            for folder in (asked.out, alone)]  # fmt: skip
+    assert kept[0] == kept[1] != {}
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == len(set(lines)) > 0, "what units say comes here, each line once"
     before = {path: path.stat().st_mtime_ns for path in asked.out.glob("**/*.*")}

@@ -45,15 +45,15 @@ function entry(row) {
 
 function countTable([by, groups], outcomes) {
   const tested = groups.some(([, , loss]) => loss);
-  const more = tested ? ["delta_sel", "minus that of all others", "q"] : [];
+  const more = tested ? ["delta_sel", "minus all others", "q"] : [];
   const head = make("tr", {}, ...[by, "rows", ...outcomes.map((name) => `${MARKS[name]} ${name}`), "lost share", ...more].map((name) => make("th", { scope: "col" }, name)));
-  const ends = (value, low, high) => `${thousandths(value)} (${thousandths(low)} to ${thousandths(high)})`;
+  const ends = (value, low, high) => [thousandths(value), " ", make("small", {}, `${thousandths(low)} to ${thousandths(high)}`)];
   const lines = groups.map(([name, counts, loss]) => {
     const had = counts[0] + counts[2];
     const numbers = [counts.reduce((a, b) => a + b, 0), ...counts, had ? `${Math.round((100 * counts[0]) / had)} %` : "–"];
     if (loss) numbers.push(ends(...loss.slice(0, 3)), ends(...loss.slice(3, 6)), loss[6] < 0.001 ? "< 0.001" : loss[6].toFixed(3));
     else if (tested) numbers.push("", "", "");
-    return make("tr", {}, make("th", { scope: "row" }, name), ...numbers.map((value) => make("td", {}, String(value))));
+    return make("tr", {}, make("th", { scope: "row" }, name), ...numbers.map((value) => make("td", {}, ...[value].flat().map((part) => (part instanceof Node ? part : String(part))))));
   });
   return make("div", { className: "scroll", tabindex: "0" }, make("table", {}, make("thead", {}, head), make("tbody", {}, ...lines)));
 }
