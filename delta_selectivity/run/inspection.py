@@ -75,7 +75,7 @@ def render(source: SaeSource, saes: Mapping[Site, Sae], fits: Sequence[Fit], che
         table = _everywhere(saes, place, check)
         if table is not None:
             parts.append(
-                f"FVU over whole texts at {place}, by layer of the model (*: the place that it claims)\n\n{table}"
+                f"FVU of ordinary tokens at {place}, by layer of the model (*: the place that it claims)\n\n{table}"
             )
     return "\n\n".join(parts)
 
@@ -109,7 +109,9 @@ def _trained(source: SaeSource) -> list[str]:
 
 
 def _own_place(fits: Sequence[Fit]) -> str:
-    rows: list[Cells] = [("layer", "hook point", "tokens", "norm", "FVU, whole texts", "L0", "promised", "fits better")]
+    rows: list[Cells] = [
+        ("layer", "hook point", "tokens", "norm", "FVU, ordinary tokens", "L0", "promised", "fits better")
+    ]
     for fit in fits:
         better = "" if fit.best is None else f"{fit.best.what} (FVU {fit.best.fvu:.3f})"
         promised = "" if fit.promised_l0 is None else f"{fit.promised_l0:g}"

@@ -7,7 +7,8 @@
 A wrong layer or hook point, a forgotten normalisation, scaled inputs, a transposed decoder, texts without the BOS of
 the training: each gives numbers that look fine and are wrong. So the SAE is tried on what else it could have been
 trained on, and if it explains far more variance there than at the place it claims, that is what it was trained on. The
-measure is the fraction of variance unexplained (FVU) of the same tokens, without BOS and attention sinks.
+measure is the fraction of variance unexplained (FVU) of the same tokens, without BOS and without attention sinks: a few
+tokens with a hundred times the usual norm would be nearly all of the variance, and other texts have others of them.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class Preflight:
 
     def examine(self, sae: Sae, site: Site, counts_bos: bool) -> Fit:
         """Try an SAE at its site and at the others, as it is and otherwise; counts_bos: whether BOS is to count."""
-        read, x = _rows(sae, site.read_by(sae.input_hookpoint), self.samples), _rows(sae, site, self.samples)
+        read, x = _ordinary(sae, site, self.samples)
         codes = sae.encode(read)
         fvu = _fvu(x, sae.decode(codes, read))
         found: list[Alternative] = []
@@ -214,8 +215,8 @@ def _fvu_at(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> float |
         return None
     if samples[read_at].x.shape[1] != sae.d_in or samples[site].x.shape[1] != sae.d_out:
         return None
-    read = _rows(sae, read_at, samples)
-    return _fvu(_rows(sae, site, samples), _reconstruct(sae, read))
+    read, x = _ordinary(sae, site, samples)
+    return _fvu(x, _reconstruct(sae, read))
 
 
 def _elsewhere(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fvu: float) -> Iterator[Alternative]:
@@ -287,9 +288,18 @@ def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> It
         yield Alternative("if BOS does not count, as in its training", "`bos` excluded", elsewhere, at_bos)
 
 
-def _rows(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> Tensor:
-    """Tokens other than BOS, float32 `[tokens, d]` on the SAE's device."""
-    return samples[site].counted(False).to(sae.device)
+def _ordinary(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> tuple[Tensor, Tensor]:
+    """What the SAE reads and what it is to give, of tokens that are neither BOS nor sinks: `[tokens, d]` on its device.
+
+    A sink's norm is above `SINK` times the median, where it is read or at the site.
+    """
+    places = [samples[place].counted(False) for place in (site.read_by(sae.input_hookpoint), site)]
+    if len(places[0]):
+        norms = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in places])
+        ordinary = (norms <= SINK * norms.median(dim=1, keepdim=True).values).all(dim=0)
+        places = [x[ordinary] for x in places]
+    read, x = (x.to(sae.device) for x in places)
+    return read, x
 
 
 def _reconstruct(sae: Sae, read: Tensor) -> Tensor:
@@ -297,14 +307,7 @@ def _reconstruct(sae: Sae, read: Tensor) -> Tensor:
 
 
 def _fvu(x: Tensor, recon: Tensor) -> float:
-    """Squared error over squared deviation from the mean; 0 of no variance is 0.
-
-    Over ordinary tokens: the few attention sinks have nearly all of the variance, so with them it would say how well
-    sinks are reconstructed, which depends on where a text begins and not on whether the SAE fits.
-    """
+    """Squared error over squared deviation from the mean; 0 of no variance is 0."""
     x, recon = x.cpu().double(), recon.cpu().double()  # MPS lacks float64
-    norm = torch.linalg.vector_norm(x, dim=1)
-    ordinary = norm <= SINK * norm.median()
-    x, recon = x[ordinary], recon[ordinary]
     error, total = (x - recon).square().sum(), (x - x.mean(dim=0)).square().sum()
     return float(error / total.clamp(min=torch.finfo(torch.float64).tiny))
