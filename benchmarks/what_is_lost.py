@@ -48,21 +48,20 @@ def concepts(lines: Lines) -> list[list[str]]:
 
 
 def saes(lines: Lines) -> list[list[str]]:
-    """Rows: SAEs at a layer, baselines below; means over the probes that the model knows."""
+    """Rows: SAEs at a layer, baselines below, by L0; means over the probes that the model knows."""
     known = [line for line in lines if line["model_sel"] > KNOWN]
     groups: dict[tuple[int, bool, str], list[Mapping[str, Any]]] = {}
     for line in known:
         groups.setdefault((line["layer"], line["baseline"] is not None, short(line)), []).append(line)
-    rows = [["layer", "SAE", "L0", "fvu_pos", "probes", "survives", "delta_sel", "least survives", "most survives"]]
-    for (layer, _, name), of_sae in sorted(groups.items(), key=lambda group: (group[0][0], group[0][1])):
+    errors = ("fvu_pos", "fvu_whole", "fvu_ordinary")
+    ends = ("least survives", "most survives")
+    rows = [["layer", "SAE", "L0", *errors, "probes", "survives", "delta_sel", *ends]]
+    for (layer, _, name), of_sae in sorted(groups.items(), key=lambda group: (*group[0][:2], group[1][0]["l0"])):
         by_kept = sorted(of_sae, key=lambda line: line["transfer_r2"])
-        rows.append(
-            [
-                str(layer), name, *(f"{_mean(of_sae, key):.{digits}f}" for key, digits in (("l0", 1), ("fvu_pos", 3))),
-                str(len(of_sae)), f"{_mean(of_sae, 'transfer_r2'):.3f}", f"{_mean(of_sae, 'delta_sel'):+.4f}",
-                *(f"{end['transfer_r2']:.3f} ({end['probe']})" for end in (by_kept[0], by_kept[-1])),
-            ]
-        )  # fmt: skip
+        shown = [f"{_mean(of_sae, 'l0'):.0f}", *(f"{_mean(of_sae, error):.3f}" for error in errors), str(len(of_sae))]
+        shown += [f"{_mean(of_sae, 'transfer_r2'):.3f}", f"{_mean(of_sae, 'delta_sel'):+.4f}"]
+        shown += [f"{end['transfer_r2']:.3f} ({end['probe']})" for end in (by_kept[0], by_kept[-1])]
+        rows.append([str(layer), name, *shown])
     return rows
 
 

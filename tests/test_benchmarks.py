@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,11 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from benchmarks import bench_end_to_end, bench_gpu, bench_scaling, independent, large_job, serial, timing
+from benchmarks import bench_end_to_end, bench_gpu, bench_scaling, independent, large_job, serial, timing, what_is_lost
 from benchmarks.bundled import MODEL
 from benchmarks.shapes import SHAPES, TINY
 from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.reporting import results as report_files
 from delta_selectivity.saes import open_sae
 from delta_selectivity.tasks import Mention, tokenise
 from delta_selectivity.tasks.wikidata import _FILES, load_wikidata
@@ -220,3 +223,22 @@ def test_the_independent_loop_agrees_with_the_program_and_says_where_not(tmp_pat
     monkeypatch.setattr(sys, "argv", ["independent", str(tmp_path / "rows.safetensors"), "--repeats", "1"])
     assert independent.main() == 1
     assert "| known | good | model_sel |" in capsys.readouterr().out
+
+
+def test_what_is_lost_is_what_the_files_say():
+    lines = report_files.lines(report_files.load(report_files.result_files(ROOT / "results" / "demo")))
+    head, *rows = what_is_lost.concepts(lines)
+    record = json.loads((ROOT / "results/demo/tiny-pythia-saes-k8/tiny-pythia_wikidata_gender.json").read_text())
+    cell = record["layer_3"]["gender"]
+    (row,) = (row for row in rows if row[:2] == ["3", "gender"])
+    assert row[2] == f"{cell['model_sel']:.3f}"
+    assert row[head.index("survives, tiny-pythia-saes-k8 (delta_sel)")].startswith(f"{cell['transfer_r2']:.3f} (")
+    means = [statistics.fmean(float(text.split()[0]) for text in row[3:]) for row in rows if row[0] == "3"]
+    assert means == sorted(means)
+    by_sae = {(row[0], row[1]): row for row in what_is_lost.saes(lines)[1:]}
+    known = [
+        line["transfer_r2"]
+        for line in lines
+        if line["layer"] == 3 and "k32" in line["sae"] and line["model_sel"] > what_is_lost.KNOWN
+    ]
+    assert by_sae["3", "tiny-pythia-saes-k32"][6:8] == [str(len(known)), f"{statistics.fmean(known):.3f}"]
