@@ -7,8 +7,8 @@ cd "$project"
 saes=assets/smollm2-saes
 compgen -G "$saes/layers.*" >/dev/null || saes="$saes/*"  # one SAE of several layers, or a folder for each SAE
 "$python" main.py --model_name smollm2-135m --sae_name "$saes" --shuffle_select_n 1000 --baselines random \
-    --output_directory results/smollm2 "$@"
+    --output_directory results/real_model "$@"
 printf '\nWhere the time and the memory went:\n'
-"$python" report.py results/smollm2 --resources
+"$python" report.py results/real_model --resources
 printf '\nEverything in one page, plots included:\n'
-"$python" report.py results/smollm2 -o results/smollm2/report.html
+"$python" report.py results/real_model -o results/real_model/report.html

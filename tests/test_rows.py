@@ -142,6 +142,7 @@ def test_the_command_prints_them_and_writes_all_as_csv(tmp_path, capsys):
         (["--rows", "gender", "--layer", "7", "--sae", "one"], "--layer 7: gender has layers 0, 1"),
         (["--rows", "age", "--layer", "1", "--sae", "one"], "--rows age: there is no such probe: gender"),
         (["--rows", "gender", "--layer", "0", "--sae", "one"], "measure it again"),
+        (["--rows", "gender", "--layer", "1", "--sae", "one", "--csv", "absent/rows.csv"], "cannot be written"),
         (["--layer", "1"], "--layer and --sae choose a cell"),
         (["--rows", "gender", "--summary"], "other outputs go without it"),
     ],

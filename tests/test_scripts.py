@@ -179,8 +179,8 @@ def test_the_real_model_is_measured_on_all_tasks_and_reported(folders, named, el
     request = parsed(flags)
     assert (program, request.model, request.saes) == ("main.py", "smollm2-135m", (named,))
     assert (request.tasks, request.settings.shuffle_select_n) == (tuple(DATASET_NAMES), 1000)
-    assert (request.layers, request.output) == ((15,), Path("results/smollm2"))
+    assert (request.layers, request.output) == ((15,), Path("results/real_model"))
     assert reports == [
-        ["report.py", "results/smollm2", "--resources"],
-        ["report.py", "results/smollm2", "-o", "results/smollm2/report.html"],
+        ["report.py", "results/real_model", "--resources"],
+        ["report.py", "results/real_model", "-o", "results/real_model/report.html"],
     ]

@@ -13,7 +13,8 @@ python report.py results --plots plots          # every plot of that page as PNG
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
         if asked.output is not None or asked.plots is not None:
             _write(files, asked.output, asked.plots)
             return 2 if refused else 0
-        if asked.csv is not None:
+        if asked.csv is not None and asked.rows is None:
             _write_csv(files, asked.csv)
             return 2 if refused else 0
     except RequestError as error:
@@ -125,7 +126,8 @@ def _rows(files: Sequence[File], asked: Any) -> int:
     if asked.csv is None:
         show(rows_text(place, rows))
     else:
-        write_rows(rows, asked.csv)
+        with _written(asked.csv):
+            write_rows(rows, asked.csv)
     return 0
 
 
@@ -139,8 +141,15 @@ def _print(files: Sequence[File], asked: Any) -> None:
 
 
 def _write_csv(files: Sequence[File], path: Path) -> None:
-    try:
+    with _written(path):
         write_csv(files, path)
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Tell a file that cannot be written as a wrong request."""
+    try:
+        yield
     except OSError as error:
         raise RequestError(f"`csv` {path}: cannot be written: {error.strerror or error}") from error
 
