@@ -33,6 +33,7 @@ from benchmarks.sae_families import STUDIES, TINY_PYTHIA, Study
 from benchmarks.sae_panel import PairSet, noise_panel, pair_sets, panel
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, bits, correct, r2_parts
+from delta_selectivity.run.reconstruction import SINK
 
 PROJECT = Path(__file__).resolve().parent.parent
 FEW_ROWS = 600  # of a dataset: 3000 of all five together
@@ -48,6 +49,9 @@ METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and what each row
     **{f"k-sparse, k = {k}, balanced accuracy": (f"k{k}", correct) for k in KS},
     **{f"k-sparse, k = {k}, AUC": (f"k{k}", auc_parts) for k in KS},
 }
+NO_SINKS = "sinks left out"
+"""Of a score that is taken again without the rows whose norm is above 10 times the median, where there are any."""
+AGAIN = ("transfer_r2",)
 FVU_PROBED, FVU_HELD_OUT = "FVU, probed positions", "FVU, held-out text"  # lower is better
 
 Runs = dict[str, dict[str, dict[str, list[float]]]]  # what is drawn anew -> metric -> SAE -> its score in each run
@@ -98,20 +102,35 @@ def repeated_runs(work: Work, pool: Pool, errors: Mapping[str, Mapping[str, Erro
 
 
 def compare(
-    sets: Sequence[PairSet], probes: Mapping[str, list[ProbeScores]], errors: Mapping[str, Mapping[str, Errors]]
+    sets: Sequence[PairSet],
+    probes: Mapping[str, Mapping[str, list[ProbeScores]]],
+    errors: Mapping[str, Mapping[str, Errors]],
 ) -> list[Pairs]:
-    """Lens 3: by how much the better SAE of each pair is better, by every score."""
+    """Lens 3: by how much the better SAE of each pair is better, by every score; probes: score -> SAE -> its probes."""
     found = [Pairs(each.kind, each.family, each.change, each.names, {}) for each in sets]
-    for metric, (view, parts) in METRICS.items():
-        shares = {name: [parts(probe, view) for probe in of_sae] for name, of_sae in probes.items()}
+    for metric, by_sae in probes.items():
+        view, parts = METRICS[plain(metric)]
+        shares = {name: [parts(probe, view) for probe in of_sae] for name, of_sae in by_sae.items()}
         for each in found:
-            gains = [difference(shares[better], shares[worse], probes[better]) for worse, better in each.saes]
+            gains = [difference(shares[better], shares[worse], by_sae[better]) for worse, better in each.saes]
             each.gains[metric] = [(gain.value, gain.low, gain.high) for gain in gains]
-    for metric, by_sae in errors.items():
+    for metric, errors_of in errors.items():
         for each in found:
-            gains = [fvu_difference(by_sae[worse], by_sae[better]) for worse, better in each.saes]
+            gains = [fvu_difference(errors_of[worse], errors_of[better]) for worse, better in each.saes]
             each.gains[metric] = [(gain.value, gain.low, gain.high) for gain in gains]
     return found
+
+
+def plain(metric: str) -> str:
+    """The score, without the rows that it is of."""
+    return metric.removesuffix(f", {NO_SINKS}")
+
+
+def without(probe: ProbeScores, dropped: NDArray[np.bool_]) -> ProbeScores:
+    """A probe's scores without some of its rows [rows]."""
+    kept = ~dropped
+    views = {name: scores[:, kept] for name, scores in probe.views.items()}
+    return ProbeScores(views, probe.labels[kept], probe.persons[kept], probe.weights[kept], probe.folds[:, kept])
 
 
 def measure(work: Work) -> Reliability:
@@ -131,9 +150,25 @@ def measure(work: Work) -> Reliability:
     runs = repeated_runs(work, pool, errors)
     rows = np.concatenate([task.rows for task in tasks])
     on_panel = {**errors, FVU_PROBED: {name: found.of(rows) for name, found in errors[FVU_PROBED].items()}}
-    probes = {snapshot.name: work.scores(panel_draw, snapshot) for snapshot in saes}
-    partitions = {metric: {name: levels(found, metric) for name, found in probes.items()} for metric in METRICS}
+    all_rows = {snapshot.name: work.scores(panel_draw, snapshot) for snapshot in saes}
+    probes = dict.fromkeys(METRICS, all_rows)
+    norm = torch.linalg.vector_norm(x, dim=1)
+    sink = (norm > SINK * norm.median()).numpy()
+    if sink[rows].any():
+        of_probe = [sink[task.rows] for task in tasks for _ in task.names]
+        ordinary = {
+            name: [without(probe, dropped) for probe, dropped in zip(of_sae, of_probe, strict=True)]
+            for name, of_sae in all_rows.items()
+        }
+        probes |= {f"{metric}, {NO_SINKS}": ordinary for metric in AGAIN}
+        kept = rows[~sink[rows]]
+        on_panel[f"{FVU_PROBED}, {NO_SINKS}"] = {name: found.of(kept) for name, found in errors[FVU_PROBED].items()}
+    partitions = {
+        metric: {name: levels(found, plain(metric)) for name, found in by_sae.items()}
+        for metric, by_sae in probes.items()
+    }
     return Reliability(
+        n_sinks=int(sink[rows].sum()),
         model_name=study.model_name,
         layer=study.layer,
         rows_per_dataset=study.rows,

@@ -48,6 +48,7 @@ class Reliability:
     fold_noise: dict[str, float]  # score -> SD over seeds of the folds alone, the rows held fixed
     runs: dict[str, dict[str, dict[str, list[float]]]]  # what is drawn anew -> score -> SAE -> its value in each run
     pairs: list[Pairs]
+    n_sinks: int = 0  # rows whose norm is above 10 times the median
 
     def noise(self, metric: str) -> float:
         """SD of one SAE's score over runs with other people and folds."""
@@ -99,7 +100,8 @@ def tables(found: Reliability) -> str:
     """All tables, in Markdown."""
     about = (
         f"{found.model_name}: {len(found.levels)} SAEs at layer {found.layer}, {found.n_probes} probes, "
-        f"{found.n_rows} rows of {found.n_people} people (at most {found.rows_per_dataset} rows a dataset)."
+        f"{found.n_rows} rows of {found.n_people} people (at most {found.rows_per_dataset} rows a dataset)"
+        f"{f', attention sinks among them: {found.n_sinks}' if found.n_sinks else ''}."
     )
     sections = {
         "Noise of a score: 2.77 SD over runs of one SAE; last, 1.96 SD of a difference within runs": (
