@@ -362,7 +362,7 @@ def test_names_have_no_figures_of_reconstruction(whole):
 
 def test_the_summary_lists_baselines_beneath_their_sae(whole, capsys):
     assert report.main([str(whole.out), "--summary"]) == 0
-    summary, compared = capsys.readouterr().out.strip().split("\n\n")
+    summary, _meaning, compared = capsys.readouterr().out.strip().split("\n\n")
     assert [line.split("|")[1].strip() for line in summary.splitlines()[2:]] == [
         "sae-tiny",
         *(f"baseline: {kind} of resid_post" for kind in ("identity", "mean", "names")),

@@ -93,6 +93,12 @@ def test_a_gpu_is_asked_for_bfloat16_of_its_own(native, cpu, monkeypatch):
     assert not processor.has_bfloat16("mps")
 
 
+def without_q(layer: dict[str, object]) -> dict[str, object]:
+    """The figures of a layer but for those that depend on how many others were measured."""
+    women = {name: value for name, value in layer["women"].items() if not name.endswith("q_value")}
+    return {**layer, "women": women}
+
+
 def test_a_run_goes_on_in_the_dtype_of_its_folder(with_cache, tmp_path, monkeypatch, caplog):
     """Begun where bfloat16 is fast, gone on with where it is not."""
     folder = shutil.copytree(with_cache.model, tmp_path / "pythia-tiny")
@@ -108,7 +114,7 @@ def test_a_run_goes_on_in_the_dtype_of_its_folder(with_cache, tmp_path, monkeypa
     first = run("--layers", "0")
     monkeypatch.setattr(processor, "fast", set)
     again = run("--layers", "0,1")
-    assert again["layer_0"] == first["layer_0"] and "layer_1" in again
+    assert without_q(again["layer_0"]) == without_q(first["layer_0"]) and "layer_1" in again
     assert first["_run"]["key"]["dtype"] == again["_run"]["key"]["dtype"] == "bfloat16"
     assert "the model computes in bfloat16, as for the results that are there" in caplog.text
     fresh = run("--layers", "0", "--overwrite")

@@ -197,6 +197,7 @@ class ResultJson(Reader):
         self.path = folder / "m_d.json"
         self.run = result_file.describe_run({"sae": "some/sae", "layers": [0, 1]})
         cell = {"model_sel": 0.75, "sae_sel": 0.5, "delta_sel": -0.25, "ci_low": -0.3, "ci_high": -0.2,
+                "model_ci_low": 0.7, "model_ci_high": 0.8, "sae_ci_low": 0.4, "sae_ci_high": 0.6, "detectable": 0.05,
                 "p_value": 0.001, "q_value": 0.002, "transfer_sel": 0.6, "transfer_r2": 0.8,
                 "n_people": 300}  # fmt: skip
         layer = {"mse_pos": 0.5, "fvu_pos": 0.25, "l0": 8.0, "gender": cell, "is_alive": {**cell, "q_value": None}}
