@@ -26,8 +26,8 @@ from delta_selectivity.reporting.svg import inline
 HERE = Path(__file__).parent
 READING = (
     ("survives", "transfer_r2: the share of what the model's own probes read in its activations that they still read "
-     "in the SAE's reconstruction. 1: all of it; 0 or less: no more than a constant. It ranks SAEs better than any "
-     "other score here."),
+     "in the SAE's reconstruction. 1: all of it; 0 or less: no more than a constant. Far more sensitive "
+     "than delta_sel, but a single attention sink among the probed rows can decide it."),
     ("rank", "By what survives. 1–2: not told apart from another, since the 95 % interval of their paired difference "
      "holds 0."),
     ("delta_sel", "Balanced accuracy of a probe on the SAE's reconstruction minus that on the model's activations. "
