@@ -66,7 +66,7 @@ def to_bytes(kept: KeptTexts) -> bytes:
         "texts": [[text.text, text.start, text.end, text.person] for text in kept.texts],
         "rows": {name: rows.tolist() for name, rows in kept.rows.items()},
     }
-    found["sha256"] = _digest(found)
+    found["sha256"] = digest(found)
     return gzip.compress(json.dumps(found).encode(), compresslevel=6, mtime=0)
 
 
@@ -92,7 +92,7 @@ def load(path: Path) -> KeptTexts:
         found = json.loads(gzip.decompress(path.read_bytes()))
         if found["format"] != FORMAT:
             raise ValueError("it is of another format")
-        if found.pop("sha256") != _digest(found):
+        if found.pop("sha256") != digest(found):
             raise ValueError("it was changed after it was written")
         texts = [Text(str(text), int(start), int(end), str(person)) for text, start, end, person in found["texts"]]
         rows = {str(name): np.array(places, dtype=np.int64) for name, places in found["rows"].items()}
@@ -101,9 +101,19 @@ def load(path: Path) -> KeptTexts:
         return KeptTexts(str(found["data"]), texts, rows)
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        EOFError,
+        zlib.error,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         raise RequestError(f"{path} holds no texts of this program, or was damaged: {error}") from error
 
 
-def _digest(found: Mapping[str, Any]) -> str:
+def digest(found: Mapping[str, Any]) -> str:
+    """The SHA-256 of everything else in the file."""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

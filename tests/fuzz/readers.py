@@ -7,6 +7,7 @@ python tests/fuzz/readers.py --count 100000 --only csv
 from __future__ import annotations
 
 import argparse
+import gzip
 import io
 import json
 import logging
@@ -34,7 +35,7 @@ from safetensors.torch import save
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
-from delta_selectivity.records import result_file, scores
+from delta_selectivity.records import result_file, scores, texts
 from delta_selectivity.records.rows_file import RowProbe, Rows, load
 from delta_selectivity.records.rows_file import save as save_rows
 from delta_selectivity.reporting import tables
@@ -289,6 +290,39 @@ class Scores(Reader):
                     assert np.array_equal(before[part], after[part]), f"damaged {part} were taken for scores"
 
 
+class KeptTexts(Reader):
+    """The texts beside a result file: what is accepted as it was written is what was written."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.path = texts.path_of(folder / "m_d.json")
+        self.path.parent.mkdir()
+        written = [texts.Text(f"{name} was born", 0, len(name), name) for name in ("Ada", "Bob", "Zoë")]
+        self.written = texts.KeptTexts("a" * 64, written, {"gender": np.arange(3), "is_alive": np.array([2, 0])})
+        self.whole = texts.to_bytes(self.written)
+        self.content = json.loads(gzip.decompress(self.whole))
+
+    def damage(self, rng: random.Random) -> None:
+        self.forged = rng.random() < 0.6
+        if not self.forged:
+            self.path.write_bytes(damaged_bytes(self.whole, rng))
+            return
+        content = damaged_json(self.content, rng)
+        try:  # with the digest of what it holds now
+            found = json.loads(content)
+            found["sha256"] = texts.digest({name: part for name, part in found.items() if name != "sha256"})
+            content = json.dumps(found).encode()
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            pass
+        self.path.write_bytes(gzip.compress(content))
+
+    def read(self) -> None:
+        found = texts.load(self.path)
+        assert all(0 <= place < len(found.texts) for rows in found.rows.values() for place in rows)
+        if not self.forged:
+            assert found.texts == self.written.texts and found.data == self.written.data
+
+
 class RowsFile(Reader):
     """A file of rows by this program: what is accepted is what was written."""
 
@@ -367,6 +401,7 @@ READERS: dict[str, type[Reader]] = {
     "jsonl": Jsonl,
     "result": ResultJson,
     "scores": Scores,
+    "texts": KeptTexts,
     "torch_file": TorchFile,
     "rows": RowsFile,
     "rows_npz": RowsNpz,
