@@ -58,7 +58,7 @@ def margin_parts(found: ProbeScores, _view: str) -> Floats:
 
 
 def bits_parts(found: ProbeScores, _view: str) -> Floats:
-    """Bits that x̂ tells of the label less those that x tells, both by Platt scaling fitted to the other folds."""
+    """What x̂ tells of the label minus what x tells, in bits. Platt scaling is fitted on the other folds."""
     own, copy = (_platt_bits(found, of_view) for of_view in _scores(found))
     return copy - own
 

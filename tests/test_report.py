@@ -88,7 +88,7 @@ def test_what_changes_a_number_is_never_averaged(key, config, told, tmp_path):
 
 def test_a_model_by_two_names_counts_once(tmp_path, caplog):
     write_changed(SAE, tmp_path / "a" / "org_tiny_wikidata_gender.json", config={"model_name": "org/tiny"})
-    write_changed(SAE, tmp_path / "b" / "tiny_wikidata_gender.json", config={"model_name": "/home/me/tiny"})
+    write_changed(SAE, tmp_path / "b" / "tiny_wikidata_gender.json", config={"model_name": str(tmp_path / "tiny")})
     study = summary(tmp_path)
     (sae,) = study.saes
     assert len(sae.cells) == 6

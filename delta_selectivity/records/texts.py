@@ -13,7 +13,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records.scores import folder_of
 from delta_selectivity.system.whole_file import refuse_link, replacing, sweep
+from delta_selectivity.tasks import Dataset, ProbeTexts, dataset_fingerprint
 
 FORMAT = 1
 NAME = "texts.json.gz"
@@ -51,6 +52,17 @@ class KeptTexts:
     data: str  # hash of the dataset, as in `_run.key`
     texts: Sequence[Text]
     rows: Mapping[str, NDArray[np.int64]]  # probe -> [rows] places in `texts`, in the order of the stored scores
+
+
+def of_dataset(texts: ProbeTexts, dataset: Dataset, rows_of: Callable[[NDArray[np.int64]], Any]) -> KeptTexts:
+    """Return the texts of a dataset, each once; rows_of: the number of rows that each of these mentions has."""
+    used = np.unique(np.concatenate([probe.mentions for probe in dataset.probes]))
+    found = [texts.mentions[m] for m in used]
+    return KeptTexts(
+        dataset_fingerprint(texts, dataset),
+        [Text(m.text, m.start, m.end, m.person) for m in found],
+        {p.name: np.searchsorted(used, np.repeat(p.mentions, rows_of(p.mentions))) for p in dataset.probes},
+    )
 
 
 def path_of(result_file: Path) -> Path:

@@ -4,8 +4,8 @@ ranking = rank(study_of(files))
 ranking.place(sae)                       # "1", or "1-2" if another may be as good or better
 ranking.sentence()                       # how many pairs these data tell apart, and which they do not
 
-The score is transfer_r2, which of all scores orders SAEs best (docs/reliability.md). Two are told apart if the 95 %
-interval of their paired difference, on the same rows, folds and people, excludes 0.
+The score is transfer_r2; docs/reliability.md says how well it orders SAEs, and where it fails. Two SAEs are told apart
+if the 95 % interval of their paired difference, on the same rows, folds and people, excludes 0.
 """
 
 from __future__ import annotations

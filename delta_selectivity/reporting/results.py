@@ -46,7 +46,7 @@ def _holds_results(folder: Path) -> bool:
 
 
 def _what_else(folder: Path) -> str:
-    """What to tell of a folder without result files."""
+    """The message for a folder that has no result files."""
     if not folder.is_dir():
         return "no such folder: run the program first, or name its `output`"
     for pattern in ("[!.]*", "[!.]*/[!.]*"):

@@ -25,7 +25,7 @@ from delta_selectivity.reporting.groups import File, dataset_of
 from delta_selectivity.reporting.results import by_sae, cells, label_in_run
 from delta_selectivity.reporting.study import Sae
 from delta_selectivity.reporting.subgroups import Grouping, Loss, groupings, losses, with_q_values
-from delta_selectivity.tasks import dataset_fingerprint, load_probe_texts, name_task
+from delta_selectivity.tasks import load_probe_texts, name_task
 
 if TYPE_CHECKING:
     import pandas
@@ -260,11 +260,7 @@ def _looked_up(name: str, data_dir: str | None, n: int | None, seed: int, fetch:
     except RequestError:
         return None
     (dataset,) = found.datasets
-    return texts.KeptTexts(
-        dataset_fingerprint(found, dataset),
-        [texts.Text(m.text, m.start, m.end, m.person) for m in found.mentions],
-        {probe.name: probe.mentions for probe in dataset.probes},
-    )
+    return texts.of_dataset(found, dataset, rows_of=np.ones_like)
 
 
 @lru_cache(maxsize=4)

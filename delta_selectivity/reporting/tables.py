@@ -16,7 +16,7 @@ from delta_selectivity.reporting.results import (
     is_baseline,
     mean,
 )
-from delta_selectivity.reporting.study import study_of
+from delta_selectivity.reporting.study import Study, study_of
 from delta_selectivity.system.terminal import one_line, printable
 
 Row = tuple[str, ...]
@@ -95,12 +95,11 @@ def _marks(result: result_file.Json) -> str:
     return f"{'*' if is_significant(result) else ' '}{'=' if is_preserved(result) else ' '}"
 
 
-def summary_table(files: Sequence[File]) -> str:
+def summary_table(study: Study) -> str:
     """A line per SAE, in order of rank: means over its datasets, layers and probes, intervals with people drawn once.
 
     Baselines come beneath the SAEs.
     """
-    study = study_of(files)
     ranking = rank(study)
     views = further_views(cell.result for sae in study.everything for cell in sae.measured)
     rows: list[Row] = [
@@ -133,7 +132,7 @@ def summary_table(files: Sequence[File]) -> str:
     return aligned(rows)
 
 
-def comparison_table(files: Sequence[File]) -> str | None:
+def comparison_table(study: Study) -> str | None:
     """SAEs from the first in rank to the last, each against the next: paired by row, fold and person.
 
     Beneath them each baseline that belongs to an SAE against that one. None if no two can be compared.
@@ -141,7 +140,6 @@ def comparison_table(files: Sequence[File]) -> str | None:
     scores = ("transfer_r2", "delta_sel")
     columns = [column for score in scores for column in (f"difference of {score}", "95 % interval", "p")]
     rows: list[Row] = [("SAE", "compared with", *columns)]
-    study = study_of(files)
     labels = [sae.label for sae in study.everything]
     names = dict(zip(labels, apart(labels, LONGEST), strict=True))
     for pair in study.neighbours:
@@ -197,8 +195,8 @@ def render(files: Sequence[File], worst_first: bool = False) -> str:
 
 def overview(files: Sequence[File]) -> str:
     """The line per SAE, whether these data tell them apart, and the SAEs against each other."""
-    study = study_of(files)
+    study = study_of(files)  # once for all of it: pairs may be compared from their stored scores
     apart = "\n".join(one_line(line) for line in study.apart)
     sentence = rank(study).sentence()
-    parts = (summary_table(files), MEANING, sentence and one_line(sentence), comparison_table(files), apart)
+    parts = (summary_table(study), MEANING, sentence and one_line(sentence), comparison_table(study), apart)
     return "\n\n".join(part for part in parts if part)

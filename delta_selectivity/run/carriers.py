@@ -22,20 +22,15 @@ from delta_selectivity.probing.probes import choose_backend
 from delta_selectivity.probing.selectivity import ModelFit, fit_model
 from delta_selectivity.records.result_file import PROJECT, Json
 from delta_selectivity.records.texts import Text
-from delta_selectivity.run.activations import Item, LayerRows, Producer, plan_blocks
-from delta_selectivity.run.loading import load_weights
-from delta_selectivity.run.planning import Cell, Plan, make_plan
+from delta_selectivity.run.extraction import probed_rows
+from delta_selectivity.run.planning import Plan, make_plan
 from delta_selectivity.run.request import Request, choose_devices
 from delta_selectivity.run.row_store import RowStore
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.task_set import TaskSet, task_sets
-from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import Sae, SaeSource, SparseRows
 from delta_selectivity.settings import Settings
 from delta_selectivity.settings import fields as setting_fields
-from delta_selectivity.system.cores import sharing_cores
-from delta_selectivity.system.memory import as_bytes
-from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.tasks import TaskName, UserData, dataset_fingerprint, name_task
 
 EXAMPLES = 3  # texts of each latent
@@ -65,25 +60,11 @@ def find_carriers(
     if probe not in names:
         raise RequestError(f"`rows` {probe}: there is no such probe: {', '.join(names)}")
     (site,) = plan.subjects[0].sites
-    tokenised = plan.tokenise(plan.texts.mentions)
-    table = RowTable.build(tokenised, plan.request.settings.positions)
-    loaded = load_weights(plan, [Cell(0, site, 0)], {}, tokenised)
-    own = loaded.saes[site][0]
-    views = dict.fromkeys([(site, None), (site, 0)], plan.widths[site])
     device2, asked = torch.device(plan.request.device2), plan.request.settings
-    with RowStore(views, len(table), device2, as_bytes(asked.queue_gb)) as store:
-        with sharing_cores(plan.request.device1) as cores:
-            sample = TokenSample.draw(tokenised, plan.texts, 1, asked.seed)  # whole-text figures are not wanted
-            counts = {0: plan.subjects[0].counts_bos}
-            producer = Producer(
-                loaded.model, loaded.saes, counts, tokenised, table, asked.batch_size, cores, Stopwatch(), sample,
-                loaded.scales, {0},
-            )  # fmt: skip
-            producer.run(plan_blocks(plan.texts), lambda item: _keep(item, store), lambda _: None)
-        (task_set,) = (
-            found for found in task_sets(plan.texts, plan.texts.datasets[0], table, asked, {}) if probe in found.names
-        )
-        return _found(plan, table, task_set, site, probe, own, store)
+    with probed_rows(plan, site, device2, whole_tokens=1, latents_of={0}) as (table, store, saes):
+        sets = task_sets(plan.texts, plan.texts.datasets[0], table, asked, {})
+        (task_set,) = (found for found in sets if probe in found.names)
+        return _found(plan, table, task_set, site, probe, saes[0], store)
 
 
 def _found(plan: Plan, table: RowTable, task_set: TaskSet, site: Site, probe: str, sae: Sae, store: RowStore) -> Json:
@@ -167,11 +148,6 @@ def _examples(codes: Tensor, latent: int, texts: Sequence[Text]) -> list[Text]:
     order = torch.argsort(codes.values()[at], descending=True, stable=True)
     found = [texts[int(rows[i])] for i in order[: 4 * EXAMPLES] if codes.values()[at[i]] > 0]
     return list(dict.fromkeys(found))[:EXAMPLES]
-
-
-def _keep(item: Item, store: RowStore) -> None:
-    if isinstance(item, LayerRows):
-        store.put(item)
 
 
 def _request(run: Json, dataset: str, layer: int, sae: Any, device: str | None) -> Request:

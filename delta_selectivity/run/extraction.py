@@ -8,10 +8,11 @@ Texts go through the model in the batches of `measure`, so that activations are 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from delta_selectivity.models.language_model import Site
 from delta_selectivity.probing.arrays import check_views
 from delta_selectivity.records.result_file import describe_run
 from delta_selectivity.records.rows_file import RowProbe, Rows, RowText, check_target, save
-from delta_selectivity.run.activations import Item, LayerRows, Producer, plan_blocks
+from delta_selectivity.run.activations import Item, LayerRows, Producer, SaeId, plan_blocks
 from delta_selectivity.run.loading import load_weights
 from delta_selectivity.run.planning import Cell, Plan, make_plan
 from delta_selectivity.run.prober import where_broken
@@ -30,6 +31,7 @@ from delta_selectivity.run.row_store import NonFiniteError, RowStore
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.task_set import in_order_of_text
 from delta_selectivity.run.token_sample import TokenSample
+from delta_selectivity.saes import Sae
 from delta_selectivity.system.cores import sharing_cores
 from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.startup import release_collector
@@ -67,7 +69,29 @@ def extract(request: Request, path: Path, on_texts: Callable[[int, int], None] =
     return rows
 
 
-def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
+class Probed(NamedTuple):
+    """The probed rows of a plan at one site, in memory."""
+
+    table: RowTable
+    store: RowStore
+    saes: Mapping[SaeId, Sae]
+
+
+@contextmanager
+def probed_rows(
+    plan: Plan,
+    site: Site,
+    device: torch.device,
+    whole_tokens: int | None,
+    latents_of: Collection[SaeId] = (),
+    on_texts: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[Probed]:
+    """Run the texts of a plan through model and SAEs, and hold the rows of one site on a device while inside.
+
+    whole_tokens: tokens of each dataset for whole-text figures: they share the batches that SAEs encode.
+    latents_of: the SAEs whose codes are held, too.
+    Raises ArithmeticError, with the text, for activations or reconstructions with NaN or Inf.
+    """
     tokenised = plan.tokenise(plan.texts.mentions)
     table = RowTable.build(tokenised, plan.request.settings.positions)
     ids = range(len(plan.subjects))
@@ -84,18 +108,23 @@ def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
         done += n
         on_texts(done, total)
 
-    views = [(site, None), *((site, i) for i in ids)]
-    widths = dict.fromkeys(views, plan.widths[site])
-    with RowStore(widths, len(table), HOST, as_bytes(asked.queue_gb)) as store:
+    widths = dict.fromkeys([(site, None), *((site, i) for i in ids)], plan.widths[site])
+    with RowStore(widths, len(table), device, as_bytes(asked.queue_gb)) as store:
         with sharing_cores(plan.request.device1) as cores:
-            sample = TokenSample.draw(tokenised, plan.texts, plan.whole_tokens, asked.seed)
+            sample = TokenSample.draw(tokenised, plan.texts, whole_tokens, asked.seed)
             producer = Producer(
                 loaded.model, loaded.saes, counts_bos, tokenised, table, asked.batch_size, cores, Stopwatch(), sample,
-                loaded.scales,
+                loaded.scales, latents_of,
             )  # fmt: skip
             producer.run(blocks, lambda item: _keep(item, store, plan), count)
+        yield Probed(table, store, loaded.saes[site])
+
+
+def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
+    with probed_rows(plan, site, HOST, plan.whole_tokens, on_texts=on_texts) as (table, store, _):
         every = torch.arange(len(table))
-        x, *recons = (store.get(*view, every, HOST).numpy() for view in views)
+        ids = (None, *range(len(plan.subjects)))
+        x, *recons = (store.get(site, i, every, HOST).numpy() for i in ids)
     mentions, about = [plan.texts.mentions[m] for m in table.mention], _about(plan, site)
     return Rows(
         x=x,
