@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records.scores import folder_of
 from delta_selectivity.system.whole_file import refuse_link, replacing, sweep
-from delta_selectivity.tasks import Dataset, ProbeTexts, dataset_fingerprint
+
+if TYPE_CHECKING:
+    from delta_selectivity.tasks import Dataset, ProbeTexts
 
 FORMAT = 1
 NAME = "texts.json.gz"
@@ -45,7 +47,7 @@ class Text:
         return self.text[self.start : self.end]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # told apart as objects, so that what is made of one can be remembered
 class KeptTexts:
     """The texts of a dataset, and which row of each probe is of which text."""
 
@@ -56,6 +58,8 @@ class KeptTexts:
 
 def of_dataset(texts: ProbeTexts, dataset: Dataset, rows_of: Callable[[NDArray[np.int64]], Any]) -> KeptTexts:
     """Return the texts of a dataset, each once; rows_of: the number of rows that each of these mentions has."""
+    from delta_selectivity.tasks import dataset_fingerprint  # here: with it comes torch, and reports do without
+
     used = np.unique(np.concatenate([probe.mentions for probe in dataset.probes]))
     found = [texts.mentions[m] for m in used]
     return KeptTexts(

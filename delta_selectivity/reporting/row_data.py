@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 def packed(study: Study, room: int) -> str | None:
     """The rows in at most so many bytes: all of each cell if they fit, else the most telling; None without any."""
-    found, latents = list(_found(study)), dict(_latents(study))
+    found, latents = [(number, rows, _about(rows)) for number, rows in _found(study)], dict(_latents(study))
     if not found and not latents:
         return None
     for share in (None, *FEWER):
@@ -55,9 +55,9 @@ def _found(study: Study) -> Iterator[tuple[int, CellRows]]:
                     continue
 
 
-def _packed(found: Sequence[tuple[int, CellRows]], latents: Json, share: float | None) -> str:
+def _packed(found: Sequence[tuple[int, CellRows, Json]], latents: Json, share: float | None) -> str:
     texts = _Texts()
-    content = {number: _cell(rows, texts, share) for number, rows in found}
+    content = {number: {**about, **_lines(rows, texts, share)} for number, rows, about in found}
     return packed_json({"cells": content, "texts": texts.shown, "latents": latents})
 
 
@@ -89,21 +89,27 @@ def _carriers(kept: Json) -> Json:
     return {"latents": lines, "others": round(others, 4), "error": round(kept["error"], 4)}
 
 
-def _cell(rows: CellRows, texts: _Texts, share: float | None) -> Json:
-    top, bottom = (max(int(n * (share or 1.0)), 1) for n in (TOP, BOTTOM))
-    n = len(rows.order)
-    telling = np.concatenate([rows.order[:top], rows.order[max(n - bottom, top) :]])
-    chosen = rows.order if share is None else telling
-    with_text = set(telling.tolist())
+def _about(rows: CellRows) -> Json:
+    """What is told of a cell however many of its rows are."""
     end, histogram = rows.histogram()
-    views = (rows.model, rows.sae, *(() if rows.transfer is None else (rows.transfer,)))
     return {
-        "n": n,
+        "n": len(rows.order),
         "classes": [abridged(printable(name), LONGEST) for name in rows.classes],
         "outcomes": OUTCOMES,
         "counts": [[by, [[name, counts, _loss(rows, by, name)] for name, counts in of]] for by, of in rows.counts()],
         "end": round(end, 3),
         "histogram": histogram,
+    }
+
+
+def _lines(rows: CellRows, texts: _Texts, share: float | None) -> Json:
+    top, bottom = (max(int(n * (share or 1.0)), 1) for n in (TOP, BOTTOM))
+    n = len(rows.order)
+    telling = np.concatenate([rows.order[:top], rows.order[max(n - bottom, top) :]])
+    chosen = rows.order if share is None else telling
+    with_text = set(telling.tolist())
+    views = (rows.model, rows.sae, *(() if rows.transfer is None else (rows.transfer,)))
+    return {
         "texts": [texts.place(rows, int(row), int(row) in with_text) for row in chosen],
         "labels": rows.labels[chosen].astype(int).tolist(),
         "scores": [_hundredths(view[chosen]) for view in views],

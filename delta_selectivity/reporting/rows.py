@@ -25,7 +25,6 @@ from delta_selectivity.reporting.groups import File, dataset_of
 from delta_selectivity.reporting.results import by_sae, cells, label_in_run
 from delta_selectivity.reporting.study import Sae
 from delta_selectivity.reporting.subgroups import Grouping, Loss, groupings, losses, with_q_values
-from delta_selectivity.tasks import load_probe_texts, name_task
 
 if TYPE_CHECKING:
     import pandas
@@ -251,6 +250,7 @@ def texts_of(file: File, fetch: bool = True) -> texts.KeptTexts | None:
 
 @lru_cache(maxsize=8)
 def _looked_up(name: str, data_dir: str | None, n: int | None, seed: int, fetch: bool) -> texts.KeptTexts | None:
+    from delta_selectivity.tasks import load_probe_texts, name_task  # here: with them comes torch
     from delta_selectivity.tasks.data_wheel import is_at_hand
 
     if data_dir is None and not fetch and not is_at_hand():

@@ -95,20 +95,20 @@ def with_q_values(found: Sequence[Loss]) -> list[Loss]:
     return [replace(loss, q_value=q) for loss, q in zip(found, q_values, strict=True)]
 
 
+@lru_cache(maxsize=8)
 def times_named(kept: KeptTexts) -> Ints:
     """How often the words of each text's name stand in all of the texts, case and punctuation aside; [texts]."""
-    return _times_named(tuple(text.text for text in kept.texts), tuple(text.name for text in kept.texts))
-
-
-@lru_cache(maxsize=8)
-def _times_named(texts: tuple[str, ...], names: tuple[str, ...]) -> Ints:
-    asked = [_words(name) for name in names]
-    counts: dict[int, Counter[tuple[str, ...]]] = {n: Counter() for n in {len(words) for words in asked if words}}
-    for text in dict.fromkeys(texts):
+    asked = [_words(text.name) for text in kept.texts]
+    beginning: dict[str, set[tuple[str, ...]]] = {}  # names by their first word
+    for name in filter(None, asked):
+        beginning.setdefault(name[0], set()).add(name)
+    counts: Counter[tuple[str, ...]] = Counter()
+    for text in dict.fromkeys(text.text for text in kept.texts):
         words = _words(text)
-        for n, counter in counts.items():
-            counter.update(zip(*(words[i:] for i in range(n)), strict=False))
-    return np.array([counts[len(words)][words] if words else 0 for words in asked], dtype=np.int64)
+        counts.update(
+            name for i, word in enumerate(words) for name in beginning.get(word, ()) if words[i : i + len(name)] == name
+        )
+    return np.array([counts[name] for name in asked], dtype=np.int64)
 
 
 def _words(text: str) -> tuple[str, ...]:
