@@ -4,8 +4,8 @@ python report.py results                        # a table per dataset and SAE
 python report.py results --worst_first          # largest losses on top
 python report.py results --resources            # seconds per stage and peak memory
 python report.py results --csv all.csv          # every number of every probe, a line each, for a spreadsheet or pandas
-python report.py results --rows gender --layer 4 --sae k8     # who was lost there: rows, counts, a histogram
-python report.py results --latents gender --layer 4 --sae k8  # which latents carry the probe there
+python report.py results --rows gender --layer 4 --sae k8     # the rows that the SAE lost there
+python report.py results --latents gender --layer 4 --sae k8  # the latents that carry the probe there
 python report.py results --subgroups            # which people lose more: by length and frequency of the name
 python report.py results --subgroups --people people.csv      # and by the columns of a table, such as year of birth
 python report.py results -o report.html         # one page with everything, readable without a network
@@ -35,10 +35,10 @@ from delta_selectivity.system.terminal import show, tell, tell_terminal
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
-    """Print the tables, or write what was asked for; 2 if there is nothing to report, 1 if it cannot be printed.
+    """Print tables or write the requested files, and return the exit code.
 
-    What cannot be written is a wrong request: 2. So is a file that is no result file: the others are
-    shown all the same.
+    The code is 2 if there is nothing to report, a file is not a result file (the others are still shown) or an output
+    path cannot be written, and 1 if the tables cannot be printed.
     """
     try:
         asked = _parse(argv, prog)
@@ -121,7 +121,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
 
 
 def _latents(files: Sequence[File], asked: Any) -> int:
-    """The latents that carry the probe of one cell. Raises `RequestError` if they cannot be found."""
+    """Print the latents that carry the probe of one cell. Raises `RequestError` if they cannot be found."""
     from delta_selectivity.api.latents import latents_of
     from delta_selectivity.reporting.latent_tables import latents_text
     from delta_selectivity.reporting.rows import find_cell
@@ -133,7 +133,7 @@ def _latents(files: Sequence[File], asked: Any) -> int:
 
 
 def _subgroups(files: Sequence[File], asked: Any) -> int:
-    """Which people lose more. Raises `RequestError` if the table of people cannot be read."""
+    """Print which people lose more. Raises `RequestError` if the table of people cannot be read."""
     from delta_selectivity.reporting.subgroup_table import subgroup_text
 
     show(subgroup_text(files, _people(asked)))
@@ -141,15 +141,15 @@ def _subgroups(files: Sequence[File], asked: Any) -> int:
 
 
 def _people(asked: Any) -> dict[str, dict[str, str]]:
-    """The groups of `--people`. Raises `RequestError` if they cannot be read."""
-    from delta_selectivity.reporting.people_table import read_people  # tables do without pandas
+    """Read the groups of `--people`. Raises `RequestError` if they cannot be read."""
+    from delta_selectivity.reporting.people_table import read_people  # deferred: tables do not need pandas
 
     return {} if asked.people is None else read_people(asked.people)
 
 
 def _rows(files: Sequence[File], asked: Any) -> int:
-    """The rows of one cell. Raises `RequestError` if there is no such cell, or its rows are not there."""
-    from delta_selectivity.reporting.row_tables import rows_text, write_rows  # they import torch: tables do without it
+    """Print or write the rows of one cell. Raises `RequestError` if the cell or its rows do not exist."""
+    from delta_selectivity.reporting.row_tables import rows_text, write_rows  # deferred: tables do not need torch
     from delta_selectivity.reporting.rows import find_cell, rows_of
 
     place = find_cell(files, asked.rows, asked.layer, asked.sae)
@@ -178,7 +178,7 @@ def _write_csv(files: Sequence[File], path: Path) -> None:
 
 @contextmanager
 def _written(path: Path) -> Iterator[None]:
-    """Tell a file that cannot be written as a wrong request."""
+    """Report a file that cannot be written as a wrong request."""
     try:
         yield
     except OSError as error:
@@ -186,8 +186,8 @@ def _written(path: Path) -> Iterator[None]:
 
 
 def _write(files: Sequence[File], asked: Any) -> None:
-    """The page, the plots, or both. Raises `RequestError` if a path cannot be written."""
-    from delta_selectivity.reporting.output import write_page, write_plots  # matplotlib: tables do without it
+    """Write the page, the plots, or both. Raises `RequestError` if a path cannot be written."""
+    from delta_selectivity.reporting.output import write_page, write_plots  # deferred: tables do not need matplotlib
     from delta_selectivity.reporting.study import study_of
 
     study = study_of(files)
