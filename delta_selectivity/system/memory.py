@@ -1,4 +1,4 @@
-"""Memory: limits on it, and the peak of the process and of its GPUs."""
+"""Memory limits, and peak memory of the process and its GPUs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ except ImportError:  # Windows
 
 
 def as_bytes(gigabytes: float) -> int:
-    """Return a limit in bytes: 1 at least, so that something is let through, and no more than a machine counts."""
+    """Convert a limit to bytes, at least 1 so that some data passes, and bounded for integer arithmetic."""
     return max(1, int(min(gigabytes, 2.0**32) * 2**30))
 
 
 def peak_memory() -> dict[str, float]:
-    """Return the peaks of the process's resident memory, where the system tells it, and of its CUDA devices, in GB."""
+    """Return peak memory in GB: resident memory of the process, where available, and of each CUDA device."""
     peak = {}
     if resource is not None:
         unit = 1 if sys.platform == "darwin" else 1024  # bytes
