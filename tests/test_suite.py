@@ -238,3 +238,31 @@ def test_a_draw_too_small_for_the_classes_of_one_task_leaves_the_others(caplog):
 
 def test_people_are_one_across_the_tasks():
     assert len(set(person_ids([group_key("Ada Lovelace", "person"), group_key("Ada Lovelace", "name")]).tolist())) == 1
+
+
+@pytest.mark.parametrize("ending", ["", " ", "  ", "\n", " \n\n", "\t", "\u00a0", ' . "'])
+def test_the_last_token_is_probed_whatever_it_is(ending: str):
+    from transformers import AutoTokenizer
+
+    from delta_selectivity.cli.command_line import DEMO_MODEL
+    from delta_selectivity.tasks.suite import _mention
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    text = f"it looks like a face{ending}"
+    found = dw.tokenise([_mention(text, "text")], tokenizer, prepend_bos=False, max_length=128)
+    assert found.ids[0].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert found.last[0] == len(found.ids[0]) - 1 and found.first[0] <= found.last[0]
+
+
+def test_texts_that_are_too_long_keep_their_end(caplog):
+    from transformers import AutoTokenizer
+
+    from delta_selectivity.cli.command_line import DEMO_MODEL
+    from delta_selectivity.tasks.suite import _mention
+
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    text = "one two three " * 500 + "the end "
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = dw.tokenise([_mention(text, "text")], tokenizer, prepend_bos=False, max_length=64)
+    assert found.ids[0].tolist() == whole[-64:] and found.last[0] == 63
+    assert "1 of 1 texts have more than the model's 64 tokens" in caplog.text
