@@ -263,8 +263,11 @@ def _level(files: Sequence[File]) -> result_file.Json:
     if level or not all(results["_run"]["complete"] for _, results in files):
         return level
     from delta_selectivity.records.sae_level import summarise  # here: scipy
+    from delta_selectivity.records.task_level import task_of
 
-    return summarise(stored_cells(files))
+    return summarise(
+        stored_cells(files), {dataset_of(file): task_of(file[1]["_run"], dataset_of(file)) for file in files}
+    )
 
 
 def _labels(own_files: dict[str, list[File]]) -> dict[str, str]:

@@ -41,7 +41,7 @@ def assemble(sources: Iterable[Task], shuffle_select_n: int | None, seed: int, s
         forgiving = several and len(source.row_sets) == 1
         drawn = select_rows(distinct_rows(source, forgiving), shuffle_select_n, seed, forgiving)
         probes = tuple(probe for row_set in drawn.row_sets for probe in _probes(row_set, index))
-        datasets.append(Dataset(drawn.name, drawn.slug, probes, drawn.is_public, drawn.family))
+        datasets.append(Dataset(drawn.name, drawn.slug, probes, drawn.is_public, drawn.family, drawn.source))
     return ProbeTexts(tuple(index.mentions), person_ids(mention.person for mention in index.mentions), tuple(datasets))
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.data_wheel import WHEEL, read_labelled
 from delta_selectivity.tasks.people import name_span, person_key, plain_key
-from delta_selectivity.tasks.suite_files import STEMS, family_of, grouping_of, holds_numbers
+from delta_selectivity.tasks.suite_files import STEMS, family_of, grouping_of, holds_numbers, source_of
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
 LONGEST_SPAN = 64  # characters: more is no name, and a model may lack the room for it
@@ -41,8 +41,8 @@ def load_suite_task(name: str) -> Task:
         if text not in mentions:
             mentions[text] = _mention(text, grouping)
         rows.append(Row(mentions[text], target))
-    family = family_of(name)
-    return Task(name, name, (RowSet(tuple(rows), _probes(stem, rows)),), True, family, grouping)
+    row_sets = (RowSet(tuple(rows), _probes(stem, rows)),)
+    return Task(name, name, row_sets, True, family_of(name), source_of(name), grouping)
 
 
 def group_key(text: str, grouping: str) -> str:

@@ -75,6 +75,8 @@ _NUMBERS = (
 _SEVERAL = {10, 13, 14, 17, 25, 27, 37, 38, 43, 45, 46, 55, 86, 88, 97, 98, 99, 101, 102, 103, 108, 111, 112}
 _IN_WIKIDATA = {*range(56, 65), 108}  # the files of the five Wikidata tasks
 _CUT_FROM_OTHERS = {*range(114, 157)}  # one class of a file of several against rows of the others
+_ONE_SOURCE = ("agnews", "cm", "code", "hate", "headline", "hist_fig", "wikidata_occupation")
+"""What begins the names of tasks whose texts are drawn from one collection, beside `_CUT_FROM_OTHERS`."""
 _SAME_FILE = {38, 112}  # 37 and 111 hold the same rows
 
 GROUPINGS = {
@@ -148,6 +150,13 @@ def similar(part: str) -> Iterable[str]:
 def family_of(name: str) -> str:
     """Return the family of a task."""
     return _FAMILY[name]
+
+
+def source_of(name: str) -> str:
+    """Return what a task's texts are drawn from: tasks that share it tend to give like numbers."""
+    tag = name.partition("_")[2]
+    several = [other.partition("_")[2] for other in ALL if number_of(other) in _SEVERAL]
+    return next((begin for begin in (*several, *_ONE_SOURCE) if tag == begin or tag.startswith(f"{begin}_")), tag)
 
 
 def grouping_of(name: str) -> str:

@@ -47,6 +47,7 @@ class Dataset:
     probes: tuple[Probe, ...]
     is_public: bool = False  # whether anybody may read its texts
     family: str | None = None  # of tasks that ask for the same kind of thing; None: a task of the user's
+    source: str | None = None  # what its texts are drawn from, if other tasks may share it
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +97,7 @@ class Task:
     row_sets: tuple[RowSet, ...]
     is_public: bool = False  # whether anybody may read its texts; a user's table may hold what nobody else should see
     family: str | None = None  # of tasks that ask for the same kind of thing; None: a task of the user's
+    source: str | None = None  # what its texts are drawn from, if other tasks may share it
     grouping: str | None = None  # how `Mention.person` was found, in a word; None: as the user's table says
 
     def __repr__(self) -> str:

@@ -1,0 +1,137 @@
+"""Means over tasks that are a sample of tasks, as the people in them are of people: the score of a suite.
+
+    over_tasks({"us_state": [[cell, cell], [cell]], "gender": [[cell]]})     # source -> its tasks' cells
+    levels(cells, tasks)                                                     # in plain numbers, by family too
+
+Every task counts alike. Tasks cut from one file (`source`) tend to agree, so sources are what is drawn: the mean's
+squared error is that of the people, as `estimate_mean` has it, and the variance between sources beyond it (the moment
+estimator of a random effect: Cochran 1954, DerSimonian & Laird 1986; unweighted, since tasks count alike). Intervals
+use Student's t (Hartung & Knapp 2001), with Satterthwaite's degrees of freedom.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from delta_selectivity.probing.uncertainty import Cell, Estimate, estimate_mean
+from delta_selectivity.records.result_file import Json
+
+T = TypeVar("T")
+
+
+class TaskOfFile(NamedTuple):
+    """What a result file is about."""
+
+    family: str | None  # of tasks that ask for the same kind of thing; None: a task of the user's
+    source: str  # tasks that are cut from the same rows have one
+
+
+def task_of(run: Mapping[str, Any], name: str) -> TaskOfFile:
+    """What a result file says in `_run`; its own name is the source where it says none."""
+    told = run.get("task") or {}
+    return TaskOfFile(told.get("family"), told.get("source") or name)
+
+
+@dataclass(frozen=True)
+class OverTasks:
+    """A mean over tasks, each counting alike."""
+
+    estimate: Estimate | None  # with tasks drawn as well as people; None: of a single source nothing is known
+    value: float
+    spread: float | None  # standard deviation of the true values of sources
+    n_tasks: int
+    n_sources: int
+
+
+def over_tasks(sources: Mapping[str, Sequence[Sequence[Cell]]]) -> OverTasks:
+    """The mean over tasks of their cells' mean change.
+
+    sources: By what is drawn, for each of its tasks the cells that were measured, one or more. All of one number of
+    repeats and folds.
+    """
+    tasks = [cells for own in sources.values() for cells in own]
+    people = _mean(tasks)
+    if len(sources) < 2:
+        return OverTasks(None, people.value, None, len(tasks), len(sources))
+    own = [_mean(cells) for cells in sources.values()]
+    weight = np.array([len(cells) for cells in sources.values()]) / len(tasks)
+    value, error = (np.array(found) for found in zip(*((e.value, e.standard_error) for e in own), strict=True))
+    squares = weight**2
+    kept = squares @ (1 - 2 * weight + squares.sum()) / squares.sum()  # of the variance, in distances from the mean
+    between = float(squares @ (value - people.value) ** 2 / kept)  # between sources, their people's part included
+    shared = people.standard_error**2 - float(squares @ error**2)  # what the same people add across sources
+    variance = max(between + shared, people.standard_error**2)
+    n_effective = squares.sum() ** 2 / (squares @ squares)
+    uncertain = between**2 / max(n_effective - 1, 1) + shared**2 / people.degrees_of_freedom
+    freedom = max(1.0, variance**2 / uncertain) if uncertain else people.degrees_of_freedom
+    spread = math.sqrt((variance - people.standard_error**2) / squares.sum())
+    return OverTasks(
+        Estimate(people.value, math.sqrt(variance), freedom), people.value, spread, len(tasks), len(sources)
+    )
+
+
+def _mean(tasks: Sequence[Sequence[Cell]]) -> Estimate:
+    """The mean over tasks, with people drawn. `estimate_mean` weighs cells alike: their changes are scaled to that."""
+    n_cells = sum(map(len, tasks))
+    factors = [n_cells / (len(tasks) * len(cells)) for cells in tasks]
+    return estimate_mean(
+        [
+            cell if factor == 1 else dataclasses.replace(cell, change=cell.change * np.float64(factor))
+            for cells, factor in zip(tasks, factors, strict=True)
+            for cell in cells
+        ]
+    )
+
+
+def levels(scores: Mapping[str, Mapping[tuple[str, int, str], Cell]], tasks: Mapping[str, TaskOfFile]) -> Json | None:
+    """The means over tasks of each score, and of each family that has two tasks or more; None of a single task.
+
+    scores: Name of a score -> its cells by result file's name, layer and probe. tasks: By result file's name.
+    """
+    found = {name: _by_task(cells) for name, cells in scores.items()}
+    measured = {file for by_task in found.values() for file in by_task}
+    if len(measured) < 2:
+        return None
+    n_of = Counter(tasks[file].family for file in measured)
+    families = sorted(family for family, n in n_of.items() if family is not None and n > 1)
+    return {
+        **_level(found, tasks, measured),
+        "families": {
+            family: _level(found, tasks, {file for file in measured if tasks[file].family == family})
+            for family in families
+        },
+    }  # fmt: skip
+
+
+def _level(
+    scores: Mapping[str, Mapping[str, Sequence[Cell]]], tasks: Mapping[str, TaskOfFile], files: set[str]
+) -> Json:
+    """The numbers of these tasks; None where a score was not measured, or of a single source nothing is known."""
+    level: Json = {"n_tasks": len(files), "n_sources": len({tasks[file].source for file in files})}
+    for name, by_task in scores.items():
+        sources: dict[str, list[Sequence[Cell]]] = {}
+        for file in sorted(files & by_task.keys()):
+            sources.setdefault(tasks[file].source, []).append(by_task[file])
+        over = over_tasks(sources) if sources else None
+        estimate = over and over.estimate
+        level |= {
+            name: over and over.value,
+            f"{name}_ci_low": estimate and estimate.low,
+            f"{name}_ci_high": estimate and estimate.high,
+            f"{name}_spread": over and over.spread,
+        }
+    return level
+
+
+def _by_task(cells: Mapping[tuple[str, int, str], T]) -> dict[str, list[T]]:
+    found: dict[str, list[T]] = {}
+    for (file, _, _), cell in cells.items():
+        found.setdefault(file, []).append(cell)
+    return found
