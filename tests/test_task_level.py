@@ -136,7 +136,7 @@ def suite_run(tiny_model, tiny_saes, tmp_path_factory):
         "--layers",
         "1",
         "--folds",
-        "4",
+        "5",
         "--repeats",
         "2",
     )
