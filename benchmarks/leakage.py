@@ -203,9 +203,10 @@ def measure_suite(layer: int, tasks: Sequence[str] = SUITE, n_texts: int = TEXTS
         about: dict[str, object] = {"task": pair.task, "family": family_of(pair.task)}
         try:
             (leakage,) = compare([pair.task], shipped, distinct, backend)
-            own = [
-                [rows_of(rows, r, places, people) for rows in (pair.shipped, pair.distinct)] for r in recons.values()
-            ]
+            one, other = (
+                [rows_of(rows, recon, places, people) for rows in (pair.shipped, pair.distinct)]
+                for recon in recons.values()
+            )
             found.append({**about, **asdict(leakage), **asdict(rivalry(one, other, backend))})
         except ValueError as error:
             found.append({**about, "reason": str(error)})
@@ -289,9 +290,9 @@ def _suite_verdict(known: Sequence[result_file.Json]) -> str:
     turned = [task for task in known if task["as_published"]["value"] * task["by_group"]["value"] < 0]
     return (
         f"Rows as shipped, split by row, flatter {sum(gain > 0.01 for gain in flattered)} of {len(known)} tasks by "
-        f"more than 0.01, {sum(gain > 0.05 for gain in flattered)} by more than 0.05; in {halves} more than half of what is "
-        f"above chance is flattery. Beside each other as published (rows as shipped, one split, rows independent), the "
-        f"two SAEs differ surely on {len(sure)} tasks; {len(upheld)} of these differ surely by group as well. On "
+        f"more than 0.01, {sum(gain > 0.05 for gain in flattered)} by more than 0.05; in {halves} more than half of "
+        f"what is above chance is flattery. Compared as published (rows as shipped, one split, rows independent), "
+        f"the two SAEs differ surely on {len(sure)} tasks; {len(upheld)} of these differ surely by group as well. On "
         f"{len(turned)} tasks the other SAE is ahead by group."
     )
 
