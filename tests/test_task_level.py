@@ -102,7 +102,8 @@ def test_families_have_means_of_their_own():
     }
     found = levels({"delta_sel": cells, "transfer_r2": {}}, tasks)
     assert (found["n_tasks"], found["delta_sel"], found["transfer_r2"]) == (4, pytest.approx(0.45), None)
-    assert list(found["families"]) == ["places"]
+    assert list(found["families"]) == ["code", "places"]
+    assert found["families"]["code"]["delta_sel_ci_low"] is None
     assert found["families"]["places"]["delta_sel"] == pytest.approx(0.1)
     assert found["families"]["places"]["delta_sel_ci_low"] < 0.1
     assert figures.fault({}, {"compared": {}, "tasks": found}) is None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -91,7 +90,7 @@ def _mean(tasks: Sequence[Sequence[Cell]]) -> Estimate:
 
 
 def levels(scores: Mapping[str, Mapping[tuple[str, int, str], Cell]], tasks: Mapping[str, TaskOfFile]) -> Json | None:
-    """The means over tasks of each score, and of each family that has two tasks or more; None of a single task.
+    """The means over tasks of each score, and of each family if there are several; None of a single task.
 
     scores: Name of a score -> its cells by result file's name, layer and probe. tasks: By result file's name.
     """
@@ -99,8 +98,8 @@ def levels(scores: Mapping[str, Mapping[tuple[str, int, str], Cell]], tasks: Map
     measured = {file for by_task in found.values() for file in by_task}
     if len(measured) < 2:
         return None
-    n_of = Counter(tasks[file].family for file in measured)
-    families = sorted(family for family, n in n_of.items() if family is not None and n > 1)
+    named = {tasks[file].family for file in measured}
+    families = sorted(family for family in named if family is not None and len(named) > 1)
     return {
         **_level(found, tasks, measured),
         "families": {
