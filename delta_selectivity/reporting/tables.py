@@ -200,11 +200,13 @@ def render(files: Sequence[File], worst_first: bool = False) -> str:
 
 
 def _in_short(files: Sequence[File]) -> list[str]:
-    """Of many datasets: the cells that lose most, and what could not be measured."""
+    """Of many datasets: the probes that lose most, each at its worst layer, and what could not be measured."""
     named = [(dataset_of(file), file) for file in files]
     found = [(label_in_run("", [file]), dataset, *cell) for dataset, file in named for cell in cells(file[1])]
     measured = [cell for cell in found if not cell[-1].get("reason")]
-    worst = sorted(measured, key=lambda cell: cell[-1]["delta_sel"])[:WORST]
+    by_loss = sorted(measured, key=lambda cell: cell[-1]["delta_sel"], reverse=True)
+    of_probe = {(sae, dataset, probe): place for place, (sae, dataset, _, probe, *_) in enumerate(by_loss)}
+    worst = [by_loss[place] for place in sorted(of_probe.values(), reverse=True)[:WORST]]
     header: Row = ("SAE", "dataset", "layer", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer")
     rows = [
         (
@@ -220,7 +222,7 @@ def _in_short(files: Sequence[File]) -> list[str]:
         if result.get("reason")
     }
     head = (
-        f"the {len(rows)} of {len(measured)} cells (SAE, layer, probe) that lose most; a result file alone shows "
+        f"the {len(rows)} of {len(of_probe)} probes that lose most, each at its worst layer; a result file alone shows "
         "all of its own, a page and a CSV file those of all"
     )
     return [head, aligned([header, *rows]), NOTE, *([one_line_each(reasons)] if reasons else [])]
