@@ -203,7 +203,9 @@ def _sae_level() -> Schema:
     compared = {
         "description": "By name of another SAE of the run: this one's figures minus the other's, paired.",
         "type": "object",
-        "additionalProperties": _closed(_tested("delta_sel") | _tested("transfer_r2")),
+        "additionalProperties": _closed(
+            {**_tested("delta_sel"), **_tested("transfer_r2"), "tasks": _over_tasks(False)}, optional=("tasks",)
+        ),
     }
     return {
         "description": "Means over the datasets, layers and probes of the run; null where stored scores were gone, "
@@ -213,11 +215,13 @@ def _sae_level() -> Schema:
     }
 
 
-def _over_tasks() -> Schema:
+def _over_tasks(by_family: bool = True) -> Schema:
     counts = {name: {"type": "integer", "minimum": 1} for name in ("n_tasks", "n_sources")}
     scores = _with_interval("delta_sel") | _with_interval("transfer_r2")
     spreads = {f"{name}_spread": {"type": ["number", "null"], "minimum": 0} for name in ("delta_sel", "transfer_r2")}
     level = _closed(counts | scores | spreads)
+    if not by_family:
+        return {"description": "The paired difference's means over tasks, likewise.", **level}
     families = {"description": "The same by family.", "type": "object", "additionalProperties": level}
     return {
         "description": "Means over tasks, each counting alike, with tasks drawn as people are; absent where there is "

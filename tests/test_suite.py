@@ -266,3 +266,9 @@ def test_texts_that_are_too_long_keep_their_end(caplog):
     found = dw.tokenise([_mention(text, "text")], tokenizer, prepend_bos=False, max_length=64)
     assert found.ids[0].tolist() == whole[-64:] and found.last[0] == 63
     assert "1 of 1 texts have more than the model's 64 tokens" in caplog.text
+
+
+def test_baselines_of_a_suite_are_fitted_to_texts_of_its_tasks():
+    found = dw.load_all_mentions(("117_us_state_FL", "118_us_state_CA"))
+    texts = {text for number in ("117_us_state_FL", "118_us_state_CA") for text, _ in read_labelled(number)}
+    assert {mention.text for mention in found} == texts and len(found) == len(texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -172,3 +173,32 @@ def test_its_files_hold_the_means_over_its_tasks(suite_run):
     assert level["families"]["places"]["delta_sel_ci_low"] is None  # both of one source
     told = [result_file.read(path)["_run"]["task"] for path in suite_run]
     assert {"family": "places", "source": "us_state"} in told and {"family": "news", "source": "news_class"} in told
+
+
+def test_its_results_are_a_table_with_families_and_their_rows_have_texts(suite_run):
+    from delta_selectivity import Results
+
+    results = Results.load(suite_run[0].parent)
+    frame = results.to_frame()
+    assert set(frame["family"]) == {"places", "news"}
+    assert set(frame["dataset"]) == set(parse_dataset_names("117,118,141,25"))
+    rows = results.rows("us_state_FL")
+    assert len(rows) == 40 and rows["text"].notna().all() and set(rows["label"]) == {"1", "not 1"}
+
+
+def test_two_saes_differ_by_the_mean_over_tasks_of_their_paired_differences(suite_run):
+    from delta_selectivity.records import sae_level
+
+    cells = {}
+    for path in suite_run:
+        cells |= sae_level.read_cells([(path, result_file.read(path)["_run"]["key"], [1])])
+    tasks = {path.name: task_of(result_file.read(path)["_run"], path.name) for path in suite_run}
+    swapped = {
+        place: dataclasses.replace(found, views={**found.views, "sae": found.views["model"]})
+        for place, found in cells.items()
+    }
+    found = sae_level.compare(cells, swapped, tasks)["tasks"]
+    alone = sae_level.summarise(cells, tasks)["tasks"]
+    for end in ("", "_ci_low", "_ci_high", "_spread"):  # against the model's own scores it is the delta
+        assert found[f"delta_sel{end}"] == pytest.approx(alone[f"delta_sel{end}"])
+    assert "families" not in found and found["n_tasks"] == 3

@@ -22,10 +22,9 @@ from delta_selectivity.probing.probe_statistics import ProbeScores, correct, r2_
 from delta_selectivity.probing.uncertainty import Cell, Estimate, benjamini_hochberg, estimate_mean
 from delta_selectivity.records import scores
 from delta_selectivity.records.result_file import Json, RecordFile
-from delta_selectivity.records.task_level import TaskOfFile, levels, task_of
+from delta_selectivity.records.task_level import Place, TaskOfFile, levels, task_of
 
 SaeId = int  # index into what a run measures
-Place = tuple[str, int, str]  # result file's name, layer, probe
 
 
 def read_cells(files: Iterable[tuple[Path, Mapping[str, Any], Iterable[int]]]) -> dict[Place, ProbeScores] | None:
@@ -64,17 +63,32 @@ def _parts_of_r2(cells: Mapping[Place, ProbeScores]) -> dict[Place, Cell]:
 
 def difference(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> Estimate | None:
     """a's sae_sel - b's, averaged over the cells that both have on the same rows and folds; None if none."""
-    return _mean([_cell(one, correct(one, "sae") - correct(other, "sae")) for one, other in _shared(a, b)])
+    return _mean(list(_differences(a, b).values()))
 
 
 def difference_in_transfer_r2(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> Estimate | None:
     """a's transfer_r2 - b's, likewise. Of all scores it tells close SAEs apart best (docs/reliability.md)."""
-    pairs = [(one, other) for one, other in _shared(a, b) if "transfer" in one.views and "transfer" in other.views]
-    return _mean([_cell(one, r2_parts(one, "transfer") - r2_parts(other, "transfer")) for one, other in pairs])
+    return _mean(list(_differences_of_r2(a, b).values()))
 
 
-def _shared(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> list[tuple[ProbeScores, ProbeScores]]:
-    return [(a[place], b[place]) for place in a if place in b and _same_rows(a[place], b[place])]
+def _differences(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> dict[Place, Cell]:
+    return {
+        place: _cell(one, correct(one, "sae") - correct(other, "sae")) for place, (one, other) in _shared(a, b).items()
+    }
+
+
+def _differences_of_r2(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> dict[Place, Cell]:
+    return {
+        place: _cell(one, r2_parts(one, "transfer") - r2_parts(other, "transfer"))
+        for place, (one, other) in _shared(a, b).items()
+        if "transfer" in one.views and "transfer" in other.views
+    }
+
+
+def _shared(
+    a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]
+) -> dict[Place, tuple[ProbeScores, ProbeScores]]:
+    return {place: (a[place], b[place]) for place in a if place in b and _same_rows(a[place], b[place])}
 
 
 def _mean(cells: list[Cell]) -> Estimate | None:
@@ -167,7 +181,7 @@ def _sae_level(
     own = cells.of(sae_id)
     return {
         **summarise(own, tasks),
-        "compared": {name: compare(own, cells.of(other)) for name, other in others.items()},
+        "compared": {name: compare(own, cells.of(other), tasks) for name, other in others.items()},
     }
 
 
@@ -185,10 +199,20 @@ def summarise(own: Mapping[Place, ProbeScores] | None, tasks: Mapping[str, TaskO
     }
 
 
-def compare(own: Mapping[Place, ProbeScores] | None, rival: Mapping[Place, ProbeScores] | None) -> Json:
-    """The paired difference of two SAEs in plain numbers; None for each where they share no cells."""
+def compare(
+    own: Mapping[Place, ProbeScores] | None,
+    rival: Mapping[Place, ProbeScores] | None,
+    tasks: Mapping[str, TaskOfFile],
+) -> Json:
+    """The paired difference of two SAEs in plain numbers; None for each where they share no cells.
+
+    tasks: As for `summarise`.
+    """
     both = (own, rival) if own and rival else None
+    scores = {"delta_sel": _differences(*both), "transfer_r2": _differences_of_r2(*both)} if both else {}
+    over = levels(scores, tasks, by_family=False)
     return {
+        **({} if over is None else {"tasks": over}),
         **_with_test("delta_sel", difference(*both) if both else None),
         **_with_test("transfer_r2", difference_in_transfer_r2(*both) if both else None),
     }

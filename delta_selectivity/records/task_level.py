@@ -23,6 +23,7 @@ from delta_selectivity.probing.uncertainty import Cell, Estimate, estimate_mean
 from delta_selectivity.records.result_file import Json
 
 T = TypeVar("T")
+Place = tuple[str, int, str]  # result file's name, layer, probe
 
 
 class TaskOfFile(NamedTuple):
@@ -89,24 +90,22 @@ def _mean(tasks: Sequence[Sequence[Cell]]) -> Estimate:
     )
 
 
-def levels(scores: Mapping[str, Mapping[tuple[str, int, str], Cell]], tasks: Mapping[str, TaskOfFile]) -> Json | None:
+def levels(
+    scores: Mapping[str, Mapping[Place, Cell]], tasks: Mapping[str, TaskOfFile], by_family: bool = True
+) -> Json | None:
     """The means over tasks of each score, and of each family if there are several; None of a single task.
 
-    scores: Name of a score -> its cells by result file's name, layer and probe. tasks: By result file's name.
+    scores: Name of a score -> its cells. tasks: By the first part of each place.
     """
     found = {name: _by_task(cells) for name, cells in scores.items()}
     measured = {file for by_task in found.values() for file in by_task}
     if len(measured) < 2:
         return None
+    level = _level(found, tasks, measured)
     named = {tasks[file].family for file in measured}
     families = sorted(family for family in named if family is not None and len(named) > 1)
-    return {
-        **_level(found, tasks, measured),
-        "families": {
-            family: _level(found, tasks, {file for file in measured if tasks[file].family == family})
-            for family in families
-        },
-    }  # fmt: skip
+    own = {family: {file for file in measured if tasks[file].family == family} for family in families}
+    return {**level, "families": {name: _level(found, tasks, own[name]) for name in families}} if by_family else level
 
 
 def _level(
@@ -129,7 +128,7 @@ def _level(
     return level
 
 
-def _by_task(cells: Mapping[tuple[str, int, str], T]) -> dict[str, list[T]]:
+def _by_task(cells: Mapping[Place, T]) -> dict[str, list[T]]:
     found: dict[str, list[T]] = {}
     for (file, _, _), cell in cells.items():
         found.setdefault(file, []).append(cell)

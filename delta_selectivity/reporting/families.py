@@ -9,9 +9,10 @@ from delta_selectivity.records.result_file import Json
 from delta_selectivity.reporting.html import Markup, element, join, table
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import number, signed, span, typeset
-from delta_selectivity.reporting.study import Sae, Study
+from delta_selectivity.reporting.study import Study
 
 ALL = "all tasks"
+DIFFERENCE = "all tasks, paired"
 LONGEST = 26  # characters of the name of an SAE
 HEAD = (
     "SAE", "tasks", "number", "drawn from", "survives", "95 % interval", "delta_sel", "95 % interval", "SD of tasks",
@@ -23,23 +24,29 @@ MEANING = (
 
 
 class Line(NamedTuple):
-    """The means of one SAE over the tasks of one family."""
+    """The means of one SAE over the tasks of one family, or of the paired difference of two."""
 
-    sae: Sae
+    label: str
     family: str
     level: Json
 
 
 def lines(study: Study) -> Iterator[Line]:
-    """All tasks of each SAE, and then its families, in which most is lost first; none where there is one family."""
-    for sae in study.everything:
-        level = sae.level.get("tasks") or {}
-        families = level.get("families")
-        if not families:
-            continue
-        yield Line(sae, ALL, level)
-        for family in sorted(families, key=lambda name: _order(families[name])):
-            yield Line(sae, family, families[family])
+    """All tasks of each SAE, its families, in which most is lost first, and then SAEs against each other.
+
+    None where there is one family.
+    """
+    labels = [sae.label for sae in study.everything]
+    names = dict(zip(labels, apart(labels, LONGEST), strict=True))
+    suites = [sae for sae in study.everything if (sae.level.get("tasks") or {}).get("families")]
+    for sae in suites:
+        level = sae.level["tasks"]
+        yield Line(names[sae.label], ALL, level)
+        for family in sorted(level["families"], key=lambda name: _order(level["families"][name])):
+            yield Line(names[sae.label], family, level["families"][family])
+    for pair in study.neighbours if suites else ():
+        if pair.found.get("tasks"):
+            yield Line(f"{names[pair.one.label]} - {names[pair.other.label]}", DIFFERENCE, pair.found["tasks"])
 
 
 def _order(level: Json) -> float:
@@ -50,10 +57,9 @@ def _order(level: Json) -> float:
 def family_rows(study: Study) -> list[tuple[str, ...]]:
     """The lines for a terminal, under their head; empty if there are none."""
     found = list(lines(study))
-    names = dict(zip(_labels(study), apart(_labels(study), LONGEST), strict=True))
     rows = [
         (
-            names[line.sae.label],
+            line.label,
             line.family,
             *_counts(line.level),
             number(line.level.get("transfer_r2"), ".3f"),
@@ -72,10 +78,9 @@ def family_table(study: Study) -> Markup | None:
     found = list(lines(study))
     if not found:
         return None
-    names = dict(zip(_labels(study), apart(_labels(study), LONGEST), strict=True))
     rows = [
         [
-            element("span", names[line.sae.label], title=line.sae.label),
+            line.label,
             line.family,
             *_counts(line.level),
             typeset(number(line.level.get("transfer_r2"), ".3f")),
@@ -86,14 +91,10 @@ def family_table(study: Study) -> Markup | None:
         ]
         for line in found
     ]
-    whole = [row for row, line in zip(rows, found, strict=True) if line.family == ALL]
-    families = [row for row, line in zip(rows, found, strict=True) if line.family != ALL]
+    whole = [row for row, line in zip(rows, found, strict=True) if line.family in (ALL, DIFFERENCE)]
+    families = [row for row, line in zip(rows, found, strict=True) if line.family not in (ALL, DIFFERENCE)]
     folded = element("details", element("summary", f"By family ({len(families)} lines)"), table(HEAD, families))
     return join([element("p", " ".join(MEANING.split())), table(HEAD, whole), folded])
-
-
-def _labels(study: Study) -> list[str]:
-    return [sae.label for sae in study.everything]
 
 
 def _counts(level: Json) -> tuple[str, str]:

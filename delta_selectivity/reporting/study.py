@@ -255,7 +255,7 @@ class Study:
                     return f"the scores beside the result files of {sae.label} are gone or not theirs"
             from delta_selectivity.records.sae_level import compare  # here: scipy, which most reports do without
 
-            found = compare(self._cells_of(one.name), self._cells_of(other.name))
+            found = compare(self._cells_of(one.name), self._cells_of(other.name), _tasks(one.files))
         if found["delta_sel"] is None:
             return "no dataset, layer and probe in common with the same rows and folds"
         return Comparison(one, other, found)
@@ -302,11 +302,15 @@ def _level(files: Sequence[File]) -> result_file.Json:
     if level or not all(results["_run"]["complete"] for _, results in files):
         return level
     from delta_selectivity.records.sae_level import summarise  # here: scipy
-    from delta_selectivity.records.task_level import task_of
 
-    return summarise(
-        stored_cells(files), {dataset_of(file): task_of(file[1]["_run"], dataset_of(file)) for file in files}
-    )
+    return summarise(stored_cells(files), _tasks(files))
+
+
+def _tasks(files: Sequence[File]) -> Any:
+    """What each dataset is about, as `records.sae_level` takes it."""
+    from delta_selectivity.records.task_level import task_of  # here: scipy
+
+    return {dataset_of(file): task_of(file[1]["_run"], dataset_of(file)) for file in files}
 
 
 def _labels(own_files: dict[str, list[File]]) -> dict[str, str]:
