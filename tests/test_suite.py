@@ -6,6 +6,7 @@ import collections
 import csv
 import io
 import logging
+import unicodedata
 
 import numpy as np
 import pytest
@@ -272,3 +273,12 @@ def test_baselines_of_a_suite_are_fitted_to_texts_of_its_tasks():
     found = dw.load_all_mentions(("117_us_state_FL", "118_us_state_CA"))
     texts = {text for number in ("117_us_state_FL", "118_us_state_CA") for text, _ in read_labelled(number)}
     assert {mention.text for mention in found} == texts and len(found) == len(texts)
+
+
+@pytest.mark.parametrize(
+    "text", ["It's “so” fine_ly: 1.5 %", "It's so fine_ly: 1.5 %\x1c\x7f", "Café — naïve", "x\u200by"]
+)
+def test_a_key_holds_letters_and_digits_alone(text: str):
+    kept = unicodedata.normalize("NFKD", text.casefold())
+    expected = " ".join("".join(c for c in kept if c.isalnum() or c.isspace()).split())
+    assert group_key(text, "text") == expected

@@ -25,6 +25,7 @@ LONGEST_KEY = 80  # characters of a group's key that are kept; what differs beyo
 _QUALIFIER = re.compile(r"[,(]")
 _AFTER_QUESTION = re.compile(r"\n|\||\[SEP\]|\(A\)")
 _NO_LETTER = re.compile(r"[^\w\s]|_")
+_NO_ASCII_LETTER = {code: None for code in range(128) if _NO_LETTER.match(chr(code))}
 
 
 def load_suite_task(name: str) -> Task:
@@ -74,8 +75,12 @@ def _person(text: str) -> str:
 
 def _letters(text: str) -> str:
     """The text's letters and digits without case and accents; the text itself if it has none."""
-    plain = unicodedata.normalize("NFKD", text.casefold())
-    key = " ".join(_NO_LETTER.sub("", plain).split()) or plain_key(text)
+    folded = text.casefold()
+    if folded.isascii():  # as most are
+        letters = folded.translate(_NO_ASCII_LETTER)
+    else:
+        letters = _NO_LETTER.sub("", unicodedata.normalize("NFKD", folded))
+    key = " ".join(letters.split()) or plain_key(text)
     if len(key) <= LONGEST_KEY:
         return key
     return f"{key[: LONGEST_KEY - 17]} {hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
