@@ -144,7 +144,8 @@ def holds_numbers(name: str) -> bool:
 
 def similar(part: str) -> Iterable[str]:
     """Return a few tasks whose name holds this."""
-    return itertools.islice((name for name in ALL if name_of(part).casefold() in name.casefold()), 3)
+    part = name_of(part).casefold()
+    return itertools.islice((name for name in ALL if len(part) > 3 and part in name.casefold()), 3)
 
 
 def family_of(name: str) -> str:
