@@ -7,6 +7,7 @@ import csv
 import io
 import logging
 import unicodedata
+import weakref
 
 import numpy as np
 import pytest
@@ -282,3 +283,20 @@ def test_a_key_holds_letters_and_digits_alone(text: str):
     kept = unicodedata.normalize("NFKD", text.casefold())
     expected = " ".join("".join(c for c in kept if c.isalnum() or c.isspace()).split())
     assert group_key(text, "text") == expected
+
+
+def test_tasks_are_read_one_after_another():
+    """A suite as shipped is larger than what is drawn from it: no more than two tasks are in memory."""
+    read = []
+
+    def tasks():
+        for i in range(5):
+            task = toy(f"task {i}", "01" * 20)
+            read.append(weakref.ref(task))
+            assert sum(one() is not None for one in read) <= 2
+            yield task
+            del task
+
+    texts = assemble(tasks(), 10, 0, several=True)
+    assert [len(dataset.probes[0].labels) for dataset in texts.datasets] == [10] * 5
+    assert len(texts.mentions) == 50
