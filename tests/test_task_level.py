@@ -75,7 +75,7 @@ def test_the_spread_of_tasks_is_found():
 
 @pytest.mark.parametrize(
     ("n_sources", "spread", "share", "tasks_of"),
-    [(4, 0.2, False, 1), (10, 0.0, False, 1), (10, 0.1, False, 3), (10, 0.1, True, 1)],
+    [(4, 0.2, False, 1), (10, 0.0, False, 1), (5, 0.15, False, 3), (10, 0.1, True, 1)],
 )
 def test_intervals_cover_the_mean_of_all_tasks(n_sources, spread, share, tasks_of):
     random = np.random.default_rng(2)

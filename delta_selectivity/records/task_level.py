@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from delta_selectivity.probing.uncertainty import Cell, Estimate, estimate_mean
 from delta_selectivity.records.result_file import Json
@@ -64,17 +65,28 @@ def over_tasks(sources: Mapping[str, Sequence[Sequence[Cell]]]) -> OverTasks:
     weight = np.array([len(cells) for cells in sources.values()]) / len(tasks)
     value, error = (np.array(found) for found in zip(*((e.value, e.standard_error) for e in own), strict=True))
     squares = weight**2
-    kept = squares @ (1 - 2 * weight + squares.sum()) / squares.sum()  # of the variance, in distances from the mean
-    between = float(squares @ (value - people.value) ** 2 / kept)  # between sources, their people's part included
+    between, between_freedom = _between(value, weight)  # their people's part included
     shared = people.standard_error**2 - float(squares @ error**2)  # what the same people add across sources
     variance = max(between + shared, people.standard_error**2)
-    n_effective = squares.sum() ** 2 / (squares @ squares)
-    uncertain = between**2 / max(n_effective - 1, 1) + shared**2 / people.degrees_of_freedom
+    uncertain = between**2 / between_freedom + shared**2 / people.degrees_of_freedom
     freedom = max(1.0, variance**2 / uncertain) if uncertain else people.degrees_of_freedom
     spread = math.sqrt((variance - people.standard_error**2) / squares.sum())
     return OverTasks(
         Estimate(people.value, math.sqrt(variance), freedom), people.value, spread, len(tasks), len(sources)
     )
+
+
+def _between(value: NDArray[np.float64], weight: NDArray[np.float64]) -> tuple[float, float]:
+    """The squared error of the weighted mean by the values' distances from it, and its degrees of freedom.
+
+    Unbiased where the values have one variance: the squares are value' M value, whose mean is that variance times the
+    trace of M; twice as many degrees of freedom as the mean's square over its variance (Satterthwaite).
+    """
+    distance = np.eye(len(weight)) - weight  # value - mean = distance @ value
+    form = distance.T @ np.diag(weight**2) @ distance
+    trace = np.trace(form)
+    error = float(value @ form @ value * (weight @ weight) / trace)
+    return error, float(trace**2 / np.trace(form @ form))
 
 
 def _mean(tasks: Sequence[Sequence[Cell]]) -> Estimate:
