@@ -8,6 +8,7 @@ import io
 import logging
 import unicodedata
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,3 +301,38 @@ def test_tasks_are_read_one_after_another():
     texts = assemble(tasks(), 10, 0, several=True)
     assert [len(dataset.probes[0].labels) for dataset in texts.datasets] == [10] * 5
     assert len(texts.mentions) == 50
+
+
+def test_what_a_block_summed_is_let_go_when_its_datasets_are_probed(tiny_model, tiny_saes, tmp_path, monkeypatch):
+    """Sums hold a number for each latent: of a suite with hundreds of blocks they would be gigabytes."""
+    from runs import Request
+
+    from delta_selectivity.run import measure
+
+    probers, most = [], []
+
+    class Recorded(measure.Prober):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            probers.append(self)
+
+        def _probe_dataset(self, *args):
+            most.append(len(self._done))
+            super()._probe_dataset(*args)
+
+    monkeypatch.setattr(measure, "Prober", Recorded)
+    flags = (
+        "--datasets",
+        "117,118,119,141",
+        "--shuffle_select_n",
+        "60",
+        "--layers",
+        "1",
+        "--folds",
+        "3",
+        "--repeats",
+        "1",
+    )
+    assert Request(tiny_model, (tiny_saes,), Path(), tmp_path, flags).run() == 0
+    (prober,) = probers
+    assert not prober._done and max(most) < len(prober.blocks)
