@@ -6,6 +6,7 @@ study = study_of(load(result_files(Path("results"))))
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -172,10 +173,13 @@ class Study:
 
     @cached_property
     def families(self) -> dict[str, list[str]]:
-        """The datasets of each family, those first that lose most, and last those of which nothing was measured."""
+        """The datasets of each family, the families and datasets first that lose most; last what was not measured."""
         family = {cell.dataset: cell.family for sae in self.everything for cell in sae.cells}
         worst = dict.fromkeys([*(dataset for dataset, _ in self.losses), *self.datasets])
-        order = dict.fromkeys(family[dataset] for dataset in self.datasets)
+        own: dict[str, list[float]] = {name: [] for name in family.values()}
+        for (dataset, _), loss in self.losses.items():
+            own[family[dataset]].append(loss)
+        order = sorted(own, key=lambda name: statistics.fmean(own[name]) if own[name] else math.inf)
         return {name: [dataset for dataset in worst if family[dataset] == name] for name in order}
 
     @cached_property
