@@ -41,7 +41,7 @@ from delta_selectivity.run.task_set import TaskSet
 from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SaeSource
 from delta_selectivity.saes.hookpoints import canonical
-from delta_selectivity.settings import Settings
+from delta_selectivity.settings import LATENT_VIEWS, Settings
 from delta_selectivity.system.cores import Cores, probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.stopwatch import Stopwatch
@@ -156,7 +156,7 @@ class Evaluator:
             cells=[Cell(index, self._site, 0) for index in range(len(texts.datasets))],
             names=["the SAE"],
             codes={},
-            latents_of={0} if "latents" in settings.views else set(),
+            latents_of=set() if LATENT_VIEWS.isdisjoint(settings.views) else {0},
             settings=settings,
             device=torch.device(device2),
             fit_model=fit_model,

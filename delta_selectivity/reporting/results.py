@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import K_SPARSE
 from delta_selectivity.records import result_file
 from delta_selectivity.records.differences import shown
 from delta_selectivity.records.figures import missing
@@ -141,7 +142,8 @@ def is_baseline(results: result_file.Json) -> bool:
 def further_views(found: Iterable[result_file.Json]) -> list[str]:
     """Balanced accuracies of views that are measured only if asked for, where any of these records has them."""
     records = list(found)
-    return [name for name in ("error_sel", "latent_sel") if any(name in record for record in records)]
+    names = ("error_sel", "latent_sel", *(f"k{k}_sel" for k in K_SPARSE))
+    return [name for name in names if any(name in record for record in records)]
 
 
 def by_sae(files: Sequence[File]) -> dict[str, list[File]]:

@@ -19,6 +19,7 @@ from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.progress import ProgressBars
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_sample import TokenSample
+from delta_selectivity.settings import LATENT_VIEWS
 from delta_selectivity.system import processor
 from delta_selectivity.system.cores import probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
@@ -52,7 +53,8 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
     blocks = [block for block in plan_blocks(plan.texts) if block.datasets & datasets]
     queue_bytes = as_bytes(asked.queue_gb)
     queue: BoundedQueue[Item] = BoundedQueue(queue_bytes, lambda item: item.nbytes)
-    latents_of = {i for i, subject in enumerate(plan.subjects) if subject.has_latents and "latents" in asked.views}
+    has_view = not LATENT_VIEWS.isdisjoint(asked.views)
+    latents_of = {i for i, subject in enumerate(plan.subjects) if subject.has_latents and has_view}
     names, codes = [subject.name for subject in plan.subjects], codes_of_names(plan, tokenised)
     device2 = torch.device(request.device2)
     sample = TokenSample.draw(tokenised, plan.texts, plan.whole_tokens, asked.seed)
