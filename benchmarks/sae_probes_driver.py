@@ -74,13 +74,22 @@ def run(asked: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
 
 
 def figures(asked: argparse.Namespace, work: Path) -> dict[str, list[dict[str, Any]]]:
-    """What the package says of each task at one hook: for each k its AUC, its accuracy and the latents it chose."""
+    """What the package says of each task at one hook: for each k its AUC and accuracy, the latents and C it chose."""
     from sae_lens import SAE
     from sae_probes import run_sae_evals
     from transformer_lens import HookedTransformer
 
     HookedTransformer.from_pretrained_no_processing = loader(asked.model)  # type: ignore[method-assign]
-    hook, found = f"blocks.{asked.hooks}.hook_resid_post", {}
+    hook, found, chosen = f"blocks.{asked.hooks}.hook_resid_post", {}, []
+    module: Any = sys.modules["sae_probes.run_sae_evals"]  # the package's own name for it is the function's
+    find = module.find_best_reg
+
+    def find_and_note(**options: Any) -> Any:
+        best = find(**options)
+        chosen.append(float(best.classifier.C))
+        return best
+
+    module.find_best_reg = find_and_note
     for task in asked.tasks.split(","):
         run_sae_evals(
             sae=SAE.load_from_disk(str(Path(asked.sae) / hook), device="cpu"), model_name=MODEL_NAME, hook_name=hook,
@@ -89,7 +98,9 @@ def figures(asked: argparse.Namespace, work: Path) -> dict[str, list[dict[str, A
         )  # fmt: skip
         (path,) = (work / "results").rglob(f"{task}_*.json")
         kept = ("k", "test_auc", "test_acc", "indices")
-        found[task] = [{name: one[name] for name in kept} for one in json.loads(path.read_text(encoding="utf-8"))]
+        by_k = json.loads(path.read_text(encoding="utf-8"))
+        cs = chosen[-len(by_k) :]
+        found[task] = [{name: one[name] for name in kept} | {"C": c} for one, c in zip(by_k, cs, strict=True)]
     return found
 
 

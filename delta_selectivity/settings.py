@@ -95,6 +95,10 @@ class Settings:
         65_536, "what", "tokens of each dataset, drawn by seed, for the whole-text figures (mse_whole, fvu_whole, "
         "dead) and their standard errors; all: every token", if_none="all", least=1,
     )  # fmt: skip
+    downstream: bool = _setting(
+        False, "what", "also run the model on from x̂: cross-entropy and KL, on texts of about whole_tokens tokens; "
+        "needs all of the model's weights, LM head included",
+    )  # fmt: skip
     revision: str | None = _setting(
         None, "what", "branch, tag or commit of a hub model, such as Pythia's step3000", if_none="main"
     )

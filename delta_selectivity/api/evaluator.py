@@ -106,9 +106,10 @@ class Evaluator:
                 standard errors say how much that leaves open; None: all of them. Everything else is of all
                 rows.
             input_hookpoint: What transcoders read; None for autoencoders, which read what they reconstruct.
-            settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``overwrite``,
-                ``force`` and ``cache_gb`` have no effect. Whether an SAE fits its hook point is not checked, as
-                `evaluate` does: a high ``fvu_whole`` shows it, and above 1 at the probed positions is a warning.
+            settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``downstream``,
+                ``overwrite``, ``force`` and ``cache_gb`` have no effect. Whether an SAE fits its hook point is not
+                checked, as `evaluate` does: a high ``fvu_whole`` shows it, and above 1 at the probed positions is a
+                warning.
             device: As for `evaluate`.
 
         Raises:

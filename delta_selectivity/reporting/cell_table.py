@@ -59,7 +59,7 @@ FILTERS = {"SAE": 0, "dataset": 1, "probe": 2, "verdict": 5}  # what can be chos
 
 def cell_table(study: Study) -> Markup:
     """The controls, an empty table, and the numbers of its lines."""
-    views = further_views(cell.result for sae in study.everything for cell in sae.cells)
+    views = further_views(cell.record for sae in study.everything for cell in sae.cells)
     labels = [sae.label for sae in study.everything]
     names = dict(zip(labels, apart(labels, NAME), strict=True))
     rows = [
@@ -114,7 +114,7 @@ def _values(cell: Cell) -> list[Shown]:
 
 
 def _views(cell: Cell, views: Sequence[str]) -> list[Shown]:
-    return [Shown(number(cell.result.get(view), ".3f"), cell.result.get(view)) for view in views]
+    return [Shown(number(cell.record.get(view), ".3f"), cell.record.get(view)) for view in views]
 
 
 def _head(column: Column) -> Markup:

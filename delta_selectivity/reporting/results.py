@@ -22,6 +22,8 @@ from delta_selectivity.reporting.groups import File, dataset_of, model_names
 
 NAMED = ("model", "sae", "baseline", "data", "calibration")
 """Entries of `_run.key` that a line of results has the names of."""
+DOWNSTREAM = ("delta_ce", "ce_recovered", "kl_pos")
+"""Figures of the model run on from x̂ that tables show."""
 
 
 def result_files(folder: Path) -> list[Path]:
@@ -139,10 +141,16 @@ def is_baseline(results: result_file.Json) -> bool:
     return bool(results["_run"]["config"].get("baseline"))
 
 
+def with_downstream(figures: result_file.Json, result: result_file.Json) -> result_file.Json:
+    """A probe's record with those figures of its layer that tell what the model says next, where there are such."""
+    known = {name: figures.get(name) for name in DOWNSTREAM if not isinstance(figures.get(name), dict)}
+    return {**{name: value for name, value in known.items() if name in figures}, **result}
+
+
 def further_views(found: Iterable[result_file.Json]) -> list[str]:
-    """Balanced accuracies of views that are measured only if asked for, where any of these records has them."""
+    """Figures that are measured only if asked for, where any of these records (`with_downstream`) has them."""
     records = list(found)
-    names = ("error_sel", "latent_sel", *(f"k{k}_sel" for k in K_SPARSE))
+    names = ("error_sel", "latent_sel", *(f"k{k}_sel" for k in K_SPARSE), *DOWNSTREAM)
     return [name for name in names if any(name in record for record in records)]
 
 

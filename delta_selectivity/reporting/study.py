@@ -22,6 +22,7 @@ from delta_selectivity.reporting.results import (
     level_of,
     mean,
     owner,
+    with_downstream,
 )
 from delta_selectivity.system.terminal import printable
 
@@ -40,6 +41,11 @@ class Cell:
     def measured(self) -> bool:
         """Whether it has numbers."""
         return not self.result.get("reason")
+
+    @property
+    def record(self) -> result_file.Json:
+        """What was found of the probe, and of the model run on from x̂ at its layer."""
+        return with_downstream(self.figures, self.result)
 
     @cached_property
     def verdict(self) -> str:

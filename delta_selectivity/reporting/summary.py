@@ -27,13 +27,13 @@ PAIR_HEAD = ("SAE", "compared with", "difference of transfer_r2", "p", "differen
 def sae_table(study: Study) -> Markup:
     """A line for each SAE, by rank, and, beneath, each baseline: means over its cells."""
     ranking = rank(study)
-    views = further_views(cell.result for sae in study.everything for cell in sae.measured)
+    views = further_views(cell.record for sae in study.everything for cell in sae.measured)
     rows = ([*_line(study, sae, ranking.place(sae)), *_views(sae, views)] for sae in in_order(study, ranking))
     return table((*HEAD, *views), rows)
 
 
 def _views(sae: Sae, views: Sequence[str]) -> list[str]:
-    return [number(mean(cell.result.get(view) for cell in sae.measured), ".3f") for view in views]
+    return [number(mean(cell.record.get(view) for cell in sae.measured), ".3f") for view in views]
 
 
 def _line(study: Study, sae: Sae, place: str) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from delta_selectivity.run.activations import Item, Producer, plan_blocks
 from delta_selectivity.run.bounded_queue import BoundedQueue
 from delta_selectivity.run.cell_result import write_to
+from delta_selectivity.run.downstream import measure_downstream
 from delta_selectivity.run.kept_texts import kept_texts
 from delta_selectivity.run.loading import codes_of_names, load_weights, model_fitter
 from delta_selectivity.run.pipeline import run
@@ -59,6 +60,10 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
     device2 = torch.device(request.device2)
     sample = TokenSample.draw(tokenised, plan.texts, plan.whole_tokens, asked.seed)
     work = Work(plan.texts, rows, plan.widths, cells, names, codes, latents_of, asked, device2, fit_model, sample)
+    downstream = {}
+    if asked.downstream:
+        with clock.stage("downstream"), sharing_cores(request.device1) as cores:
+            downstream = measure_downstream(plan, cells, loaded.saes, tokenised, sample, cores, not progress)
     n_texts = sum(len(block.mentions) for block in blocks)
     counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
     with ProgressBars(n_texts, work.n_probes, queue, not progress) as bars, sharing_cores(request.device1) as cores:
@@ -76,5 +81,7 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
             latents_of,
         )
         own = probing_cores(cores, request.device1, request.device2)
-        prober = Prober(work, blocks, queue_bytes, own, clock, write_to(files, clock, texts), bars.probes, stop)
+        prober = Prober(
+            work, blocks, queue_bytes, own, clock, write_to(files, clock, texts, downstream), bars.probes, stop
+        )
         run(producer, prober, blocks, queue, bars.texts, stop)
