@@ -44,7 +44,7 @@ SINCE_0_5 = (
 Q_VALUES = ("q_value", "transfer_q_value")  # there once the run is complete
 COUNTED = ("n_rows", "n_people", "n_people_effective", "n_pos")  # what a probe that cannot be measured has all the same
 ONLY_FROM_0 = re.compile(
-    r"n_\w+|ce_(model|sae|mean)|mse_\w+|fvu_\w+|l0|l1|dead|dead_se|outliers|C|C_sae|(model|sae|transfer|error|latent|k[0-9]+)_(sel|auc)"
+    r"n_\w+|ce_(model|sae|mean|zero)|mse_\w+|fvu_\w+|l0|l1|dead|dead_se|outliers|C|C_sae|(model|sae|transfer|error|latent|k[0-9]+)_(sel|auc)"
 )
 """Figures that cannot be negative. None has an upper bound: a share is a sum, which rounding may take beyond 1."""
 

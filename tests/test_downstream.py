@@ -79,7 +79,9 @@ def by_plain_hook(model_folder, module_of, recon_of, tokenised, skip, last_only=
         x = [of_text[0, skip:] for of_text in seen]
         mean = torch.cat(x).double().mean(0).float()
         found = {"model": before}
-        for name, rows in (("sae", map(recon_of, x)), ("mean", (mean.expand(len(one), -1) for one in x))):
+        constant = {"mean": mean, "zero": torch.zeros_like(mean)}
+        flat = {name: [value.expand(len(one), -1) for one in x] for name, value in constant.items()}
+        for name, rows in {"sae": list(map(recon_of, x)), **flat}.items():
             after = []
             for ids, own in zip(texts, rows, strict=True):
                 put[:] = [own]
@@ -106,6 +108,7 @@ def by_plain_hook(model_folder, module_of, recon_of, tokenised, skip, last_only=
     }
     return {
         "ce_model": ce(before), "ce_sae": ce(found["sae"]), "ce_mean": ce(found["mean"]),
+        "ce_zero": ce(found["zero"]), "kl_zero": float(torch.cat([one[skip:] for one in kl(found["zero"])]).mean()),
         "kl_sae": float(torch.cat([one[skip:] for one in kl(found["sae"])]).mean()),
         "kl_mean": float(torch.cat([one[skip:] for one in kl(found["mean"])]).mean()),
         "kl_pos": np.mean([float(one[own].mean()) for one, own in zip(kl(found["sae"]), named, strict=True)]),
@@ -182,7 +185,7 @@ def test_intervals_are_those_of_resampling_texts():
     zero = np.zeros(300)
     model = TextSums(n, zero, n, ce, zero, zero, zero, zero)
     sae, mean = model._replace(kl=kl, ce=ce + 0.1 * noise + kl), model._replace(ce=ce + 4 * n + noise)
-    found = downstream_figures(model, sae, mean, np.arange(300))
+    found = downstream_figures(model, sae, mean, mean, np.arange(300))
     drawn = [random.integers(0, 300, 300) for _ in range(1000)]
     for name, values in (
         ("kl_sae", [kl[i].sum() / n[i].sum() for i in drawn]),
@@ -191,12 +194,12 @@ def test_intervals_are_those_of_resampling_texts():
     ):
         half = (getattr(found, f"{name}_ci_high") - getattr(found, f"{name}_ci_low")) / 2
         assert half == pytest.approx(1.97 * np.std(values), rel=0.1)
-    twice = downstream_figures(*(TextSums(*np.repeat(sums, 2, axis=1)) for sums in (model, sae, mean)),
+    twice = downstream_figures(*(TextSums(*np.repeat(sums, 2, axis=1)) for sums in (model, sae, mean, mean)),
                                np.repeat(np.arange(300), 2))  # fmt: skip
     assert twice.kl_sae_ci_low == pytest.approx(found.kl_sae_ci_low)
     assert twice.n_texts_run == 300
     assert found.kl_pos is None
-    assert downstream_figures(model, sae, model._replace(ce=ce - 1), np.arange(300)).ce_recovered is None
+    assert downstream_figures(model, sae, model._replace(ce=ce - 1), mean, np.arange(300)).ce_recovered is None
 
 
 def test_a_run_keeps_the_figures_and_only_then_needs_the_lm_head(tiny_model, tmp_path, capsys):
@@ -253,16 +256,20 @@ def test_figures_are_those_of_sae_lens(tiny_model, data, tmp_path):
     some = write_csv(tmp_path / "some.csv", ROWS)
     tokenised, found = measured(planned(tiny_model, tmp_path / "sae", some, bos="counted"))
     model = loader(str(tiny_model))("")
-    total = {"kl": 0.0, "ce": 0.0, "ce_sae": 0.0, "n": 0, "n_next": 0}
+    total = dict.fromkeys(("kl", "kl_zero", "ce", "ce_sae", "ce_zero", "n", "n_next"), 0.0)
     for ids in tokenised.ids:
         store = SimpleNamespace(get_batch_tokens=lambda _n, ids=ids: torch.from_numpy(ids.astype(np.int64))[None])
         theirs = get_downstream_reconstruction_metrics(sae, model, store, ActivationScaler(), True, True, 1, 1)
         n = len(ids)
         total["kl"] += theirs["kl_div_with_sae"] * n
+        total["kl_zero"] += theirs["kl_div_with_ablation"] * n
+        total["ce_zero"] += theirs["ce_loss_with_ablation"] * (n - 1)
         total["ce"] += theirs["ce_loss_without_sae"] * (n - 1)
         total["ce_sae"] += theirs["ce_loss_with_sae"] * (n - 1)
         total["n"] += n
         total["n_next"] += n - 1
     assert found.kl_sae == pytest.approx(total["kl"] / total["n"], abs=2e-5)
+    assert found.kl_zero == pytest.approx(total["kl_zero"] / total["n"], abs=2e-5)
+    assert found.ce_zero == pytest.approx(total["ce_zero"] / total["n_next"], abs=2e-5)
     assert found.ce_model == pytest.approx(total["ce"] / total["n_next"], abs=2e-5)
     assert found.ce_sae == pytest.approx(total["ce_sae"] / total["n_next"], abs=2e-5)

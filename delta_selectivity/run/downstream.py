@@ -44,9 +44,9 @@ CHUNK = 2**22
 
 
 class Ablation(NamedTuple):
-    """The mean of a dataset's x in place of x."""
+    """The mean of a dataset's x in place of x, or zeros, which are the same for all datasets."""
 
-    dataset: int
+    dataset: int | None
     site: Site
     with_bos: bool
 
@@ -89,8 +89,9 @@ class DownstreamPass:
         """Return the figures of each cell whose subject reconstructs something."""
         wanted = [cell for cell in cells if cell.subject in self.saes.get(cell.site, {})]
         means = self._means(wanted)
+        zeros = {Ablation(None, site, with_bos): torch.zeros_like(mean) for (_, site, with_bos), mean in means.items()}
         found: dict[int, dict[Run, list[float]]] = {}
-        for batch, sums in self._in_batches(lambda batch: self._process(batch, means)):
+        for batch, sums in self._in_batches(lambda batch: self._process(batch, zeros | means)):
             for run, by_text in sums.items():
                 for mention, values in zip(batch.mentions.tolist(), by_text.tolist(), strict=True):
                     found.setdefault(mention, {})[run] = values
@@ -99,13 +100,15 @@ class DownstreamPass:
 
     def _figures(self, cell: Cell, found: Mapping[int, Mapping[Run, list[float]]]) -> Downstream:
         mentions, with_bos = self.members[cell.dataset], self.counts_bos[cell.subject]
-        runs = (Untouched(with_bos), Variant(cell.site, cell.subject), Ablation(cell.dataset, cell.site, with_bos))
+        ablations = [Ablation(dataset, cell.site, with_bos) for dataset in (cell.dataset, None)]
+        runs: list[Run] = [Untouched(with_bos), Variant(cell.site, cell.subject), *ablations]
         width = len(TextSums._fields)
         columns = (np.array([found[m][run] for m in mentions.tolist()]).reshape(-1, width) for run in runs)
         sums = [TextSums(*of_run.T) for of_run in columns]
         first = {self.tokenised.ids[m].tobytes(): m for m in mentions[::-1].tolist()}
         texts = np.array([first[self.tokenised.ids[m].tobytes()] for m in mentions.tolist()], dtype=np.int64)
-        return downstream_figures(sums[0], sums[1], sums[2], texts)
+        model, sae, mean, zero = sums
+        return downstream_figures(model, sae, mean, zero, texts)
 
     @torch.inference_mode()
     def _means(self, cells: Sequence[Cell]) -> dict[Ablation, Tensor]:
@@ -116,6 +119,7 @@ class DownstreamPass:
         def add_up(batch: TokenBatch) -> dict[Ablation, tuple[Tensor, int]]:
             x, found = self.model.activations(batch.ids), {}
             for ablation in asked:
+                assert ablation.dataset is not None
                 members = torch.from_numpy(np.isin(batch.mentions, self.members[ablation.dataset]))
                 place = _places(_counted(batch, ablation.with_bos) & members[:, None], self.model.device)
                 rows = x[ablation.site].flatten(0, 1).index_select(0, place)
@@ -129,7 +133,7 @@ class DownstreamPass:
         return {ablation: (total / max(n, 1)).float().to(self.model.device) for ablation, (total, n) in sums.items()}
 
     @torch.inference_mode()
-    def _process(self, batch: TokenBatch, means: Mapping[Ablation, Tensor]) -> dict[Run, NDArray[np.float64]]:
+    def _process(self, batch: TokenBatch, constants: Mapping[Ablation, Tensor]) -> dict[Run, NDArray[np.float64]]:
         """Sums by text, float64 [texts, columns of `TextSums`], of every run."""
         untouched, x = self.model.logits(batch.ids)
         places = {with_bos: _places(_counted(batch, with_bos), self.model.device) for with_bos in (False, True)}
@@ -145,10 +149,11 @@ class DownstreamPass:
                 recon = sae.decode(sae.encode(read), read)
                 logits = self.model.logits_with(batch.ids, site, place, recon)
                 found[Variant(site, subject)] = self._sums(batch, untouched, logits, with_bos)
-        for ablation, mean in means.items():
-            if np.isin(batch.mentions, self.members[ablation.dataset]).any():
+        for ablation, value in constants.items():
+            members = batch.mentions if ablation.dataset is None else self.members[ablation.dataset]
+            if np.isin(batch.mentions, members).any():
                 place = places[ablation.with_bos]
-                logits = self.model.logits_with(batch.ids, ablation.site, place, mean.expand(len(place), -1))
+                logits = self.model.logits_with(batch.ids, ablation.site, place, value.expand(len(place), -1))
                 found[ablation] = self._sums(batch, untouched, logits, ablation.with_bos)
         return found
 

@@ -1,6 +1,6 @@
 """Figures of what a model says next when it runs on from x̂, from sums by text.
 
-    found = downstream_figures(untouched, with_sae, with_mean, texts)
+    found = downstream_figures(untouched, with_sae, with_mean, with_zeros, texts)
     found.delta_ce, found.ce_recovered
 
 All in nats. Intervals take texts as drawn: the sums of a text go together, and a ratio of sums is linearised.
@@ -47,6 +47,8 @@ class Downstream:
     """The same with x̂ in place of x."""
     ce_mean: float | None
     """The same with the mean of x in place of x."""
+    ce_zero: float | None
+    """The same with zeros in place of x."""
     delta_ce: float | None
     """``ce_sae - ce_model``."""
     delta_ce_ci_low: float | None
@@ -61,6 +63,8 @@ class Downstream:
     kl_sae_ci_high: float | None
     kl_mean: float | None
     """The same with the mean of x in place of x."""
+    kl_zero: float | None
+    """The same with zeros in place of x."""
     kl_pos: float | None
     """``kl_sae`` at the probed positions alone, while x̂ stands at all tokens: mean over texts."""
     kl_pos_ci_low: float | None
@@ -75,10 +79,12 @@ class Downstream:
     """Their tokens."""
 
 
-def downstream_figures(model: TextSums, sae: TextSums, mean: TextSums, texts: NDArray[np.int64]) -> Downstream:
+def downstream_figures(
+    model: TextSums, sae: TextSums, mean: TextSums, zero: TextSums, texts: NDArray[np.int64]
+) -> Downstream:
     """Return the figures of sums by mention; texts int64 [mentions]: those of one text have one number."""
     _, text = np.unique(texts, return_inverse=True)
-    model, sae, mean = (_added_up(sums, text) for sums in (model, sae, mean))
+    model, sae, mean, zero = (_added_up(sums, text) for sums in (model, sae, mean, zero))
     by_text = np.divide(sae.kl_pos, sae.n_pos, out=np.zeros_like(sae.n_pos), where=sae.n_pos > 0)
     harm = _ratio(mean.ce - model.ce, model.n_next)
     recovered = None if harm is None or harm.low <= 0 else _ratio(mean.ce - sae.ce, mean.ce - model.ce)
@@ -86,10 +92,12 @@ def downstream_figures(model: TextSums, sae: TextSums, mean: TextSums, texts: ND
         ce_model=_value(_ratio(model.ce, model.n_next)),
         ce_sae=_value(_ratio(sae.ce, sae.n_next)),
         ce_mean=_value(_ratio(mean.ce, mean.n_next)),
+        ce_zero=_value(_ratio(zero.ce, zero.n_next)),
         **_estimate("delta_ce", _ratio(sae.ce - model.ce, model.n_next)),
         **_estimate("ce_recovered", recovered),
         **_estimate("kl_sae", _ratio(sae.kl, sae.n)),
         kl_mean=_value(_ratio(mean.kl, mean.n)),
+        kl_zero=_value(_ratio(zero.kl, zero.n)),
         **_estimate("kl_pos", _ratio(by_text, (sae.n_pos > 0).astype(np.float64))),
         **_estimate("delta_ce_pos", _ratio(sae.ce_pos - model.ce_pos, model.n_next_pos)),
         n_texts_run=len(model.n),
