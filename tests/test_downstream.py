@@ -149,6 +149,37 @@ def test_an_identity_changes_nothing_and_small_passes_give_the_same(tiny_model, 
     assert vars(small) == pytest.approx(vars(whole), abs=1e-6)
 
 
+def test_a_dataset_has_the_same_figures_alone_and_beside_another(tiny_model, data, tmp_path):
+    sae = write_sparsify(tmp_path / "sae", [1])
+    plan = planned(tiny_model, sae, data)
+    other = write_csv(tmp_path / "other.csv", [*ROWS[:10], *people(30, seed=5)])
+    tasks = (UserData(str(other)), UserData(str(data)))
+    both = make_plan(replace(plan.request, tasks=tasks))
+    tokenised = both.tokenise(both.texts.mentions)
+    sample = TokenSample.draw(tokenised, both.texts, None, 0)
+    (site,) = both.subjects[0].sites
+    saes = {site: {0: both.subjects[0].source.load(1, "cpu")}}
+    cells = [Cell(index, site, 0) for index in (0, 1)]
+    found = measure_downstream(both, cells, saes, tokenised, sample, Cores(1))
+    assert found[cells[1]] == measured(plan)[1]
+    assert found[cells[0]] != found[cells[1]]
+
+
+def test_a_transcoder_reads_elsewhere_and_its_output_stands_where_it_writes(tiny_model, data, tmp_path):
+    folder = write_sparsify(tmp_path / "sae", [1], suffix=".mlp") / "layers.1.mlp"
+    config = json.loads((folder / "cfg.json").read_text())
+    (folder / "cfg.json").write_text(json.dumps({**config, "transcode": True}))
+    tokenised, found = measured(planned(tiny_model, tmp_path / "sae", data, bos="counted"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model.gpt_neox.layers[1].mlp.register_forward_hook(lambda _m, args, _o: topk_recon(folder, args[0][0])[None])
+    ce = []
+    with torch.no_grad():
+        for row in tokenised.ids:
+            ids = torch.from_numpy(row.astype(np.int64))[None]
+            ce.append(-model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0])
+    assert found.ce_sae == pytest.approx(float(torch.cat(ce).mean()), abs=1e-5)
+
+
 def test_out_of_memory_halves_the_pass(tiny_model, data, tmp_path, monkeypatch, caplog):
     plan = planned(tiny_model, write_sparsify(tmp_path / "sae", [1]), data)
     _, whole = measured(plan)

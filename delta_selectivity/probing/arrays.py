@@ -112,7 +112,9 @@ def measure_rows(
 
 
 def check_views(settings: Settings) -> None:
-    """Raise `RequestError` if latents are to be probed: rows have none."""
+    """Raise `RequestError` if latents are to be probed, or the model run on: rows have neither."""
+    if settings.downstream:
+        raise RequestError("`downstream`: rows have no model that runs on from a reconstruction")
     for view in LATENT_VIEWS.intersection(settings.views):
         raise RequestError(f"`views` {view}: rows have activations and reconstructions, but no latents")
 

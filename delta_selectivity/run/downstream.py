@@ -24,7 +24,7 @@ from torch import Tensor
 from delta_selectivity.models.language_model import Site, WholeModel
 from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.downstream_figures import Downstream, TextSums, downstream_figures
-from delta_selectivity.run.planning import Cell, Plan
+from delta_selectivity.run.planning import Cell, Plan, by_site
 from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import Sae
 from delta_selectivity.system.bars import open_bar
@@ -44,11 +44,11 @@ CHUNK = 2**22
 
 
 class Ablation(NamedTuple):
-    """The mean of a dataset's x in place of x, or zeros, which are the same for all datasets."""
+    """The mean of x, or zeros, in place of x."""
 
-    dataset: int | None
     site: Site
     with_bos: bool
+    is_mean: bool
 
 
 class Variant(NamedTuple):
@@ -69,68 +69,61 @@ Run = Ablation | Variant | Untouched
 
 @dataclass(frozen=True)
 class DownstreamPass:
-    """What is run, over which texts."""
+    """What is run over the drawn texts of one dataset: nothing depends on what other datasets there are."""
 
     model: WholeModel
     saes: Mapping[Site, Mapping[SaeId, Sae]]
     counts_bos: Mapping[SaeId, bool]
     tokenised: TokenisedMentions
     positions: str
-    members: Mapping[int, Ints]  # of each dataset: the mentions whose texts were drawn, ascending
+    mentions: Ints  # whose texts were drawn, ascending
     cores: Cores
     limits: list[int] = field(default_factory=list)  # texts in a pass, once memory ran out
 
-    @property
-    def mentions(self) -> Ints:
-        """Those whose texts were drawn for some dataset."""
-        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *self.members.values()]))
-
-    def run(self, cells: Sequence[Cell], on_texts: Callable[[int], None]) -> dict[Cell, Downstream]:
-        """Return the figures of each cell whose subject reconstructs something."""
-        wanted = [cell for cell in cells if cell.subject in self.saes.get(cell.site, {})]
-        means = self._means(wanted)
-        zeros = {Ablation(None, site, with_bos): torch.zeros_like(mean) for (_, site, with_bos), mean in means.items()}
+    def run(self, on_texts: Callable[[int], None]) -> dict[Variant, Downstream]:
+        """Return the figures of each SAE."""
+        constants = self._constants()
         found: dict[int, dict[Run, list[float]]] = {}
-        for batch, sums in self._in_batches(lambda batch: self._process(batch, zeros | means)):
+        for batch, sums in self._in_batches(lambda batch: self._process(batch, constants)):
             for run, by_text in sums.items():
                 for mention, values in zip(batch.mentions.tolist(), by_text.tolist(), strict=True):
                     found.setdefault(mention, {})[run] = values
             on_texts(len(batch.mentions))
-        return {cell: self._figures(cell, found) for cell in wanted}
+        variants = [Variant(site, subject) for site, by_id in self.saes.items() for subject in by_id]
+        return {variant: self._figures(variant, found) for variant in variants}
 
-    def _figures(self, cell: Cell, found: Mapping[int, Mapping[Run, list[float]]]) -> Downstream:
-        mentions, with_bos = self.members[cell.dataset], self.counts_bos[cell.subject]
-        ablations = [Ablation(dataset, cell.site, with_bos) for dataset in (cell.dataset, None)]
-        runs: list[Run] = [Untouched(with_bos), Variant(cell.site, cell.subject), *ablations]
+    def _figures(self, variant: Variant, found: Mapping[int, Mapping[Run, list[float]]]) -> Downstream:
+        mentions, with_bos = self.mentions.tolist(), self.counts_bos[variant.subject]
+        ablations = [Ablation(variant.site, with_bos, is_mean) for is_mean in (True, False)]
+        runs: list[Run] = [Untouched(with_bos), variant, *ablations]
         width = len(TextSums._fields)
-        columns = (np.array([found[m][run] for m in mentions.tolist()]).reshape(-1, width) for run in runs)
-        sums = [TextSums(*of_run.T) for of_run in columns]
-        first = {self.tokenised.ids[m].tobytes(): m for m in mentions[::-1].tolist()}
-        texts = np.array([first[self.tokenised.ids[m].tobytes()] for m in mentions.tolist()], dtype=np.int64)
-        model, sae, mean, zero = sums
+        columns = (np.array([found[m][run] for m in mentions]).reshape(-1, width) for run in runs)
+        model, sae, mean, zero = (TextSums(*of_run.T) for of_run in columns)
+        first = {self.tokenised.ids[m].tobytes(): m for m in reversed(mentions)}
+        texts = np.array([first[self.tokenised.ids[m].tobytes()] for m in mentions], dtype=np.int64)
         return downstream_figures(model, sae, mean, zero, texts)
 
     @torch.inference_mode()
-    def _means(self, cells: Sequence[Cell]) -> dict[Ablation, Tensor]:
-        """The mean of x [d] over the tokens that count, by dataset."""
-        asked = sorted({Ablation(cell.dataset, cell.site, self.counts_bos[cell.subject]) for cell in cells})
-        sums: dict[Ablation, tuple[Tensor, int]] = {}
+    def _constants(self) -> dict[Ablation, Tensor]:
+        """What stands in place of x [d] at every token that counts: its mean over these, and zeros."""
+        kinds = sorted({(site, self.counts_bos[i]) for site, by_id in self.saes.items() for i in by_id})
 
-        def add_up(batch: TokenBatch) -> dict[Ablation, tuple[Tensor, int]]:
-            x, found = self.model.activations(batch.ids), {}
-            for ablation in asked:
-                assert ablation.dataset is not None
-                members = torch.from_numpy(np.isin(batch.mentions, self.members[ablation.dataset]))
-                place = _places(_counted(batch, ablation.with_bos) & members[:, None], self.model.device)
-                rows = x[ablation.site].flatten(0, 1).index_select(0, place)
-                found[ablation] = (rows.sum(0, dtype=torch.float32).cpu().double(), len(place))
+        def add_up(batch: TokenBatch) -> list[tuple[Tensor, int]]:
+            x, found = self.model.activations(batch.ids), []
+            for site, with_bos in kinds:
+                place = _places(_counted(batch, with_bos), self.model.device)
+                rows = x[site].flatten(0, 1).index_select(0, place)
+                found.append((rows.sum(0, dtype=torch.float32).cpu().double(), len(place)))
             return found
 
-        for _, by_ablation in self._in_batches(add_up):
-            for ablation, (total, n) in by_ablation.items():
-                before = sums.get(ablation, (torch.zeros_like(total), 0))
-                sums[ablation] = (before[0] + total, before[1] + n)
-        return {ablation: (total / max(n, 1)).float().to(self.model.device) for ablation, (total, n) in sums.items()}
+        batched = [sums for _, sums in self._in_batches(add_up)]
+        constants = {}
+        for (site, with_bos), sums in zip(kinds, zip(*batched, strict=True), strict=False):
+            total, n = torch.stack([part for part, _ in sums]).sum(0), sum(n for _, n in sums)
+            mean = (total / max(n, 1)).float().to(self.model.device)
+            constants[Ablation(site, with_bos, True)] = mean
+            constants[Ablation(site, with_bos, False)] = torch.zeros_like(mean)
+        return constants
 
     @torch.inference_mode()
     def _process(self, batch: TokenBatch, constants: Mapping[Ablation, Tensor]) -> dict[Run, NDArray[np.float64]]:
@@ -150,11 +143,9 @@ class DownstreamPass:
                 logits = self.model.logits_with(batch.ids, site, place, recon)
                 found[Variant(site, subject)] = self._sums(batch, untouched, logits, with_bos)
         for ablation, value in constants.items():
-            members = batch.mentions if ablation.dataset is None else self.members[ablation.dataset]
-            if np.isin(batch.mentions, members).any():
-                place = places[ablation.with_bos]
-                logits = self.model.logits_with(batch.ids, ablation.site, place, value.expand(len(place), -1))
-                found[ablation] = self._sums(batch, untouched, logits, ablation.with_bos)
+            place = places[ablation.with_bos]
+            logits = self.model.logits_with(batch.ids, ablation.site, place, value.expand(len(place), -1))
+            found[ablation] = self._sums(batch, untouched, logits, ablation.with_bos)
         return found
 
     def _sums(self, batch: TokenBatch, untouched: Tensor, logits: Tensor, with_bos: bool) -> NDArray[np.float64]:
@@ -223,20 +214,23 @@ def measure_downstream(
     """Return the figures of each cell whose subject reconstructs something. Raises `RequestError` as `load_whole`."""
     reads = {site.read_by(sae.input_hookpoint) for site, by_id in saes.items() for sae in by_id.values()}
     model = plan.info.load_whole({*saes, *reads}, plan.request.device1, plan.dtype)
-    members = drawn_texts(plan, cells, sample)
     counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
-    whole = DownstreamPass(model, saes, counts_bos, tokenised, plan.request.settings.positions, members, cores)
-    with open_bar(len(whole.mentions), "downstream", "text", quiet=quiet) as bar:
-        return whole.run(cells, bar.update)
-
-
-def drawn_texts(plan: Plan, cells: Sequence[Cell], sample: TokenSample) -> dict[int, Ints]:
-    """Of each dataset with cells: the mentions whose texts are run on, ascending."""
-    found = {}
-    for index in sorted({cell.dataset for cell in cells}):
-        mentions = np.unique(np.concatenate([probe.mentions for probe in plan.texts.datasets[index].probes]))
-        found[index] = sample.texts(mentions, index)
+    wanted = [cell for cell in cells if cell.subject in saes.get(cell.site, {})]
+    drawn = {index: _drawn_texts(plan, index, sample) for index in sorted({cell.dataset for cell in wanted})}
+    positions, found = plan.request.settings.positions, dict[Cell, Downstream]()
+    with open_bar(sum(map(len, drawn.values())), "downstream", "text", quiet=quiet) as bar:
+        for index, mentions in drawn.items():
+            here = by_site(cell for cell in wanted if cell.dataset == index)
+            own = {site: {i: saes[site][i] for i in subjects} for site, subjects in here.items()}
+            figures = DownstreamPass(model, own, counts_bos, tokenised, positions, mentions, cores).run(bar.update)
+            found |= {Cell(index, *variant): figures[variant] for variant in figures}
     return found
+
+
+def _drawn_texts(plan: Plan, index: int, sample: TokenSample) -> Ints:
+    """Of a dataset: the mentions whose texts are run on, ascending."""
+    mentions = np.unique(np.concatenate([probe.mentions for probe in plan.texts.datasets[index].probes]))
+    return sample.texts(mentions, index)
 
 
 def _counted(batch: TokenBatch, with_bos: bool) -> Tensor:
