@@ -180,6 +180,15 @@ def test_a_transcoder_reads_elsewhere_and_its_output_stands_where_it_writes(tiny
     assert found.ce_sae == pytest.approx(float(torch.cat(ce).mean()), abs=1e-5)
 
 
+def test_what_is_not_finite_is_one_line_and_names_the_sae(tiny_model, data, tmp_path):
+    sae = write_sparsify(tmp_path / "sae", [1])
+    weights = load_file(sae / "layers.1" / "sae.safetensors")
+    weights["b_dec"][3] = 1e38  # finite, and its norm is not
+    save_file(weights, sae / "layers.1" / "sae.safetensors")
+    with pytest.raises(ArithmeticError, match=r"^layer 1: .* next, run on from the reconstruction by .*sae$"):
+        measured(planned(tiny_model, sae, data))
+
+
 def test_out_of_memory_halves_the_pass(tiny_model, data, tmp_path, monkeypatch, caplog):
     plan = planned(tiny_model, write_sparsify(tmp_path / "sae", [1]), data)
     _, whole = measured(plan)

@@ -11,6 +11,7 @@ compared with is over the same tokens of the dataset's drawn texts.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from delta_selectivity.models.language_model import Site, WholeModel
 from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.downstream_figures import Downstream, TextSums, downstream_figures
 from delta_selectivity.run.planning import Cell, Plan, by_site
+from delta_selectivity.run.row_store import NOT_FINITE
 from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import Sae
 from delta_selectivity.system.bars import open_bar
@@ -163,7 +165,7 @@ class DownstreamPass:
             for some, ids in zip(place.split(size), next_ids.split(size), strict=True)
         ]
         by_token = torch.zeros(2, *counted.shape, dtype=torch.float64)
-        by_token.flatten(1)[:, place.cpu()] = torch.cat(parts, dim=1).cpu()
+        by_token.flatten(1)[:, place.cpu()] = torch.cat(parts, dim=1)
         kl, ce = by_token
         columns = [
             counted, kl * counted, counted & follows, ce * (counted & follows),
@@ -223,8 +225,18 @@ def measure_downstream(
             here = by_site(cell for cell in wanted if cell.dataset == index)
             own = {site: {i: saes[site][i] for i in subjects} for site, subjects in here.items()}
             figures = DownstreamPass(model, own, counts_bos, tokenised, positions, mentions, cores).run(bar.update)
-            found |= {Cell(index, *variant): figures[variant] for variant in figures}
+            for variant, of_variant in figures.items():
+                _refuse_broken(of_variant, variant.site, plan.subjects[variant.subject].name)
+                found[Cell(index, *variant)] = of_variant
     return found
+
+
+def _refuse_broken(figures: Downstream, site: Site, name: str) -> None:
+    """Raise ArithmeticError for figures that are not finite: of a model that is broken, or run on from such x̂."""
+    if all(value is None or math.isfinite(value) for value in vars(figures).values()):
+        return
+    what = "as it is" if not math.isfinite(figures.ce_model or 0.0) else f"run on from the reconstruction by {name}"
+    raise ArithmeticError(f"layer {site.layer}: {NOT_FINITE} in what the model says next, {what}")
 
 
 def _drawn_texts(plan: Plan, index: int, sample: TokenSample) -> Ints:
@@ -248,4 +260,4 @@ def _kl_and_ce(untouched: Tensor, logits: Tensor, next_ids: Tensor) -> Tensor:
     """KL of the first distribution from the second, and the second's cross-entropy of the next token: [2, rows]."""
     before, after = untouched.float().log_softmax(-1), logits.float().log_softmax(-1)
     kl = (before.exp() * (before - after)).sum(-1)
-    return torch.stack([kl, -after.gather(1, next_ids[:, None])[:, 0]]).double()
+    return torch.stack([kl, -after.gather(1, next_ids[:, None])[:, 0]]).cpu().double()
