@@ -42,6 +42,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Little to draw: one layer of an SAE."""
+    return write_set(tmp_path_factory.mktemp("small"), layers=[4], edit=measured)
+
+
+@pytest.fixture(scope="module")
 def written(folder):
     out = folder.parent / "saebench"
     assert report.main([str(folder), "--saebench", str(out)]) == 0
@@ -108,7 +114,7 @@ def test_their_files_are_read():
     assert set(probing.tasks) == {"LabHC/bias_in_bios_class_set1", "gender"}
 
 
-def test_they_stand_beside_ours_in_tables_page_and_plots(folder, tmp_path, capsys):
+def test_they_stand_beside_ours_in_tables_page_and_plots(folder, small, tmp_path, capsys):
     asked = [str(folder), "--beside", *map(str, THEIRS)]
     assert report.main(asked) == 0
     out = capsys.readouterr().out
@@ -117,14 +123,15 @@ def test_they_stand_beside_ours_in_tables_page_and_plots(folder, tmp_path, capsy
     assert lines[1][-3:] == ["0.610", "0.620", "0.650"], "layer 4 alone: theirs is of no other"
     assert lines[3][-3:] == ["0.710", "0.760", "0.810"]
     assert "Other models: " in out
-    assert report.main([*asked, "--plots", str(tmp_path / "plots"), "-o", str(tmp_path / "r.html")]) == 0
+    drawn = ["--plots", str(tmp_path / "plots"), "-o", str(tmp_path / "r.html")]
+    assert report.main([str(small), *asked[1:], *drawn]) == 0
     drawn = (tmp_path / "plots" / "saebench_few_latents.csv").read_text().splitlines()
     assert drawn[0] == "sae,measured_by,layer,k,accuracy"
-    assert len(drawn) == 1 + 3 * 3
+    assert len(drawn) == 1 + 2 * 3
     assert (tmp_path / "plots" / "saebench_core.png").stat().st_size > 1000
     page = (tmp_path / "r.html").read_text()
     assert page.count("Beside SAEBench") == 2, "a link and a section"
-    page_of(folder, tmp_path / "without.html")
+    page_of(small, tmp_path / "without.html")
     assert "SAEBench" not in (tmp_path / "without.html").read_text()
 
 
@@ -166,15 +173,15 @@ def test_a_wrong_file_is_one_line_and_exit_2(folder, tmp_path, capsys, content, 
     assert error.count("\n") == 1
 
 
-def test_names_of_theirs_do_not_break_the_terminal_or_the_page(folder, tmp_path, capsys):
+def test_names_of_theirs_do_not_break_the_terminal_or_the_page(small, tmp_path, capsys):
     content = json.loads(THEIRS[1].read_text())
     content["sae_lens_id"] = "x\x1b[2J|<script>alert(1)</script>" + "y" * 5000
     path = tmp_path / "theirs.json"
     path.write_text(json.dumps(content))
-    assert report.main([str(folder), "--beside", str(path), "-o", str(tmp_path / "r.html")]) == 0
+    assert report.main([str(small), "--beside", str(path), "-o", str(tmp_path / "r.html")]) == 0
     assert "<script>alert" not in (tmp_path / "r.html").read_text()
     capsys.readouterr()
-    assert report.main([str(folder), "--beside", str(path)]) == 0
+    assert report.main([str(small), "--beside", str(path)]) == 0
     assert "\x1b" not in capsys.readouterr().out
 
 

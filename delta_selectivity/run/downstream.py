@@ -39,8 +39,8 @@ log = logging.getLogger(__name__)
 Ints = NDArray[np.int64]
 T = TypeVar("T")
 
-LOGITS = 2**26
-"""Numbers that the logits of a pass may have on a CPU, where a batch keeps three such arrays."""
+LOGITS = 2**24
+"""Numbers that the logits of a pass may have on a CPU; each core keeps two such arrays. One text is a pass at least."""
 CHUNK = 2**22
 """Logits that are made into probabilities at a time."""
 
