@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
-from result_sets import write_set
+from result_sets import write_changed, write_set
 from test_html_report import page_of
 
 from delta_selectivity.cli import report
@@ -62,6 +62,16 @@ def test_what_is_written_has_the_fields_of_saebenchs_classes(written):
     wrong = dict(next(content for path, content in written.items() if path.parent.name == "core"))
     del wrong["eval_result_metrics"]
     assert list(Draft202012Validator(FIELDS["core"]).iter_errors(wrong))
+
+
+def test_saes_that_are_called_alike_have_files_of_their_own(small, tmp_path):
+    """The same SAE measured with another seed is another line of every table."""
+    path = next(small.rglob("*.json"))
+    write_changed(path, small.parent / "seed_1" / path.name, key={"seed": 1})
+    out = tmp_path / "out"
+    assert report.main([str(small), str(small.parent / "seed_1"), "--saebench", str(out)]) == 0
+    contents = [json.loads(path.read_text()) for path in (out / "core").iterdir()]
+    assert len({content["sae_lens_release_id"] for content in contents}) == len(contents) == 2
 
 
 def test_core_holds_the_means_of_a_layer_over_its_datasets(written):

@@ -22,7 +22,7 @@ from delta_selectivity.records.saebench import CORE, NOT_COMPUTED, PROBING, Eval
 from delta_selectivity.reporting.groups import File, dataset_of, model_name
 from delta_selectivity.reporting.names import abridged
 from delta_selectivity.reporting.numbers import number
-from delta_selectivity.reporting.results import by_sae, cells, is_baseline, label_in_run, mean
+from delta_selectivity.reporting.results import by_sae, cells, is_baseline, mean
 from delta_selectivity.reporting.tables import LONGEST, Row, aligned
 from delta_selectivity.system.terminal import one_line
 
@@ -47,18 +47,19 @@ NOTES = (
 
 def outputs(files: Sequence[File]) -> Iterator[tuple[str, Json]]:
     """For each SAE, baseline and layer: where its file goes, as FOLDER/NAME, and what is in it."""
-    for own in by_sae(files).values():
+    found = by_sae(files)
+    for (name, own), slug in zip(found.items(), result_file.distinct_slugs(list(found)), strict=True):
         by_layer: dict[int, list[File]] = {}
         for file in own:
-            for name in file[1]:
-                if name.startswith("layer_"):
-                    by_layer.setdefault(int(name.removeprefix("layer_")), []).append(file)
+            for key in file[1]:
+                if key.startswith("layer_"):
+                    by_layer.setdefault(int(key.removeprefix("layer_")), []).append(file)
         for layer, here in sorted(by_layer.items()):
-            for eval_type, content in (_core(here, layer), _probing(here, layer)):
+            for eval_type, content in ((CORE, _core(here, layer)), (PROBING, _probing(here, layer))):
                 if content is not None:
+                    content["sae_lens_release_id"] = name
                     place = result_file.slug(str(content["sae_lens_id"]))
-                    name = f"{result_file.slug(label_in_run(own[0][1]['_run']['config']['sae'], own))}_{place}"
-                    yield f"{eval_type}/{name}_eval_results.json", content
+                    yield f"{eval_type}/{slug}_{place}_eval_results.json", content
 
 
 def ours(files: Sequence[File]) -> list[Evaluation]:
@@ -78,8 +79,10 @@ def measured_by(one: Evaluation) -> str:
     return "this program" if one.is_ours else "SAEBench"
 
 
-def _core(files: Sequence[File], layer: int) -> tuple[str, Json | None]:
+def _core(files: Sequence[File], layer: int) -> Json | None:
     found = [results[f"layer_{layer}"] for _, results in files]
+    if all(figures.get("fvu_whole") is None for figures in found):  # a baseline that reconstructs nothing
+        return None
 
     def over(name: str) -> float | None:
         return mean(figures.get(name) for figures in found)
@@ -118,18 +121,16 @@ def _core(files: Sequence[File], layer: int) -> tuple[str, Json | None]:
             "frac_alive": NOT_COMPUTED if dead is None else 1 - dead,
         },
     }
-    if all(figures.get("fvu_whole") is None for figures in found):  # a baseline that reconstructs nothing
-        return CORE, None
     config = {"model_name": model_name(files), "llm_dtype": str(files[0][1]["_run"]["key"].get("dtype", ""))}
     config |= {"dataset": ", ".join(map(_dataset, files))}
     by_dataset = {
         _dataset(file): {name: value for name, value in figures.items() if not isinstance(value, dict)}
         for file, figures in zip(files, found, strict=True)
     }
-    return CORE, _output(CORE, files, layer, config, metrics, [], by_dataset)
+    return _output(CORE, files, layer, config, metrics, [], by_dataset)
 
 
-def _probing(files: Sequence[File], layer: int) -> tuple[str, Json | None]:
+def _probing(files: Sequence[File], layer: int) -> Json | None:
     details, by_task = [], {}
     for file in files:
         for at, probe, _, result in cells(file[1]):
@@ -138,7 +139,7 @@ def _probing(files: Sequence[File], layer: int) -> tuple[str, Json | None]:
                 details.append({"dataset_name": name, **_accuracies(result)})
                 by_task[name] = {key: value for key, value in result.items() if key != "reason"}
     if not details:
-        return PROBING, None
+        return None
     names = sorted({name for one in details for name in one if name.endswith("_accuracy")})
     means = {name: mean(one.get(name) for one in details) for name in names}
     metrics = {
@@ -149,7 +150,7 @@ def _probing(files: Sequence[File], layer: int) -> tuple[str, Json | None]:
     config: Json = {"model_name": model_name(files)}
     config |= {"random_seed": key.get("seed"), "llm_dtype": str(key.get("dtype", "")), "k_values": list(THEIR_KS)}
     config |= {"dataset_names": [one["dataset_name"] for one in details]}
-    return PROBING, _output(PROBING, files, layer, config, metrics, details, by_task)
+    return _output(PROBING, files, layer, config, metrics, details, by_task)
 
 
 def _dataset(file: File) -> str:
@@ -182,7 +183,7 @@ def _output(
         "eval_result_details": details,
         "sae_bench_commit_hash": f"delta-selectivity {newest.get('commit') or ''}".strip(),
         "sae_lens_id": f"layers.{layer}.{hookpoint}",
-        "sae_lens_release_id": newest["config"]["sae"],
+        "sae_lens_release_id": None,
         "sae_lens_version": version if isinstance(version, str) else None,
         "sae_cfg_dict": {"model_name": model_name(files), "hook_layer": layer, "hook_point": hookpoint},
         "eval_result_unstructured": {"notes": list(NOTES), "delta_selectivity": all_},
