@@ -165,6 +165,18 @@ def test_a_dataset_has_the_same_figures_alone_and_beside_another(tiny_model, dat
     assert found[cells[0]] != found[cells[1]]
 
 
+def test_layers_have_the_same_figures_together_and_in_two_runs(tiny_model, data, tmp_path):
+    sae = write_sparsify(tmp_path / "sae", [0, 1])
+    plan = planned(tiny_model, sae, data)
+    both = make_plan(replace(plan.request, layers=(0, 1)))
+    tokenised = both.tokenise(both.texts.mentions)
+    sample = TokenSample.draw(tokenised, both.texts, None, 0)
+    saes = {site: {0: both.subjects[0].source.load(site.layer, "cpu")} for site in both.subjects[0].sites}
+    found = measure_downstream(both, [Cell(0, site, 0) for site in saes], saes, tokenised, sample, Cores(1))
+    assert len(found) == 2
+    assert found[Cell(0, both.subjects[0].sites[1], 0)] == measured(plan)[1]
+
+
 def test_a_transcoder_reads_elsewhere_and_its_output_stands_where_it_writes(tiny_model, data, tmp_path):
     folder = write_sparsify(tmp_path / "sae", [1], suffix=".mlp") / "layers.1.mlp"
     config = json.loads((folder / "cfg.json").read_text())

@@ -115,7 +115,7 @@ class DownstreamPass:
             for site, with_bos in kinds:
                 place = _places(_counted(batch, with_bos), self.model.device)
                 rows = x[site].flatten(0, 1).index_select(0, place)
-                found.append((rows.sum(0, dtype=torch.float32).cpu().double(), len(place)))
+                found.append((_on_cpu(rows.sum(0, dtype=torch.float32)), len(place)))
             return found
 
         batched = [sums for _, sums in self._in_batches(add_up)]
@@ -156,16 +156,16 @@ class DownstreamPass:
         follows = position < batch.lengths[:, None] - 1
         first = batch.last if self.positions == "last" else batch.first
         probed = (position >= first[:, None]) & (position <= batch.last[:, None])
-        place = _places(counted | probed, self.model.device)
-        next_ids = torch.roll(batch.ids, -1, dims=1).flatten().to(self.model.device).index_select(0, place)
-        size = max(1, CHUNK // logits.shape[-1])
+        home = _places(counted | probed, torch.device("cpu"))
+        next_ids = torch.roll(batch.ids, -1, dims=1).flatten().index_select(0, home).to(self.model.device)
+        place, size = home.to(self.model.device), max(1, CHUNK // logits.shape[-1])
         before, after = untouched.flatten(0, 1), logits.flatten(0, 1)
         parts = [
             _kl_and_ce(before.index_select(0, some), after.index_select(0, some), ids)
             for some, ids in zip(place.split(size), next_ids.split(size), strict=True)
         ]
         by_token = torch.zeros(2, *counted.shape, dtype=torch.float64)
-        by_token.flatten(1)[:, place.cpu()] = torch.cat(parts, dim=1)
+        by_token.flatten(1)[:, home] = _on_cpu(torch.cat(parts, dim=1))
         kl, ce = by_token
         columns = [
             counted, kl * counted, counted & follows, ce * (counted & follows),
@@ -260,4 +260,9 @@ def _kl_and_ce(untouched: Tensor, logits: Tensor, next_ids: Tensor) -> Tensor:
     """KL of the first distribution from the second, and the second's cross-entropy of the next token: [2, rows]."""
     before, after = untouched.float().log_softmax(-1), logits.float().log_softmax(-1)
     kl = (before.exp() * (before - after)).sum(-1)
-    return torch.stack([kl, -after.gather(1, next_ids[:, None])[:, 0]]).cpu().double()
+    return torch.stack([kl, -after.gather(1, next_ids[:, None])[:, 0]])
+
+
+def _on_cpu(sums: Tensor) -> Tensor:
+    """In float64; a GPU is waited for here and nowhere else."""
+    return sums.cpu().double()
