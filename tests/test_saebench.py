@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from jsonschema import Draft202012Validator
 from result_sets import write_changed, write_set
+from test_forged_results import NAMES, at, forge
 from test_html_report import page_of
 
 from delta_selectivity.cli import report
@@ -193,6 +195,41 @@ def test_names_of_theirs_do_not_break_the_terminal_or_the_page(small, tmp_path, 
     capsys.readouterr()
     assert report.main([str(small), "--beside", str(path)]) == 0
     assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hostile_names_of_ours_come_out_harmless(name, tmp_path, capsys):
+    hostile = NAMES[name]
+    folder = write_set(tmp_path / "in", layers=[4], edit=lambda cells: {**measured({hostile: cells["gender"]})})
+    (path,) = folder.rglob("*.json")
+    for key in ("model_name", "sae", "sae_label"):
+        forge(path, at("_run", "config", key, value=hostile))
+    out = tmp_path / "out"
+    assert report.main([str(folder), "--saebench", str(out)]) == 0
+    assert {path.parent for path in out.rglob("*.json")} == {out / "core", out / "sparse_probing"}
+    assert all(re.fullmatch(r"[\w.-]{1,150}", path.name) for path in out.rglob("*.json"))
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+    capsys.readouterr()
+    assert report.main([str(folder), "--beside", *map(str, THEIRS)]) == 0
+    assert all(line.isprintable() for line in capsys.readouterr().out.split("\n"))
+
+
+@pytest.mark.parametrize(
+    ("figures", "code"),
+    [({"dead": 5.0}, 2), ({"dead": -1e-9}, 0), ({"ce_zero": 3.0, "ce_model": 3.0}, 0), ({"kl_zero": 0.0}, 0)],
+)
+def test_odd_figures_of_ours_are_no_traceback(figures, code, tmp_path, capsys):
+    folder = write_set(tmp_path / "in", layers=[4], edit=lambda cells: {**measured(cells), **figures})
+    assert report.main([str(folder), "--beside", str(THEIRS[0])]) == code
+    told = capsys.readouterr()
+    assert told.err.count("\n") == (code == 2)
+    assert report.main([str(folder), "--saebench", str(tmp_path / "out")]) == 0
+
+
+def test_a_probe_called_as_a_figure_in_an_old_file_is_no_figure(tmp_path, capsys):
+    folder = write_set(tmp_path / "in", layers=[4], edit=lambda cells: {"ce_zero": cells["gender"]})
+    assert report.main([str(folder), "--beside", str(THEIRS[0])]) == 0
+    assert report.main([str(folder)]) == 0
 
 
 def test_outputs_that_exclude_each_other(folder, tmp_path, capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.records.figures import is_number
+from delta_selectivity.records.figures import ROUNDING, is_number
 from delta_selectivity.system.terminal import printable
 
 Json = dict[str, Any]
@@ -113,7 +113,7 @@ def _numbers(content: Json, where: str) -> dict[str, float]:
             continue
         if not is_number(value):
             raise ValueError(f"{where[:LONGEST_NAME]}: '{name[:LONGEST_NAME]}' is no number")
-        if _SHARE.fullmatch(name) and not 0 <= value <= 1:
+        if _SHARE.fullmatch(name) and not -ROUNDING <= value <= 1 + ROUNDING:
             raise ValueError(f"{where[:LONGEST_NAME]}: '{name[:LONGEST_NAME]}' is not between 0 and 1")
         found[name] = float(value)
     return found

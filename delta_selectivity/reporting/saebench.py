@@ -16,8 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import K_SPARSE
 from delta_selectivity.records import result_file
+from delta_selectivity.records.figures import is_number
 from delta_selectivity.records.saebench import CORE, NOT_COMPUTED, PROBING, Evaluation, evaluation
 from delta_selectivity.reporting.groups import File, dataset_of, model_name
 from delta_selectivity.reporting.names import abridged
@@ -63,9 +65,18 @@ def outputs(files: Sequence[File]) -> Iterator[tuple[str, Json]]:
 
 
 def ours(files: Sequence[File]) -> list[Evaluation]:
-    """The same as SAEBench's files are read; of baselines only if there is nothing else."""
+    """The same as SAEBench's files are read; of baselines only if there is nothing else.
+
+    Raises `RequestError` for figures that cannot be, such as more than all latents alive.
+    """
     in_full = [file for file in files if not is_baseline(file[1])] or files
-    return [evaluation(content, name) for name, content in outputs(in_full)]
+    found = []
+    for name, content in outputs(in_full):
+        try:
+            found.append(evaluation(content, name))
+        except ValueError as error:
+            raise RequestError(f"{content['sae_lens_release_id']}: {error}") from error
+    return found
 
 
 def here(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[Evaluation]:
@@ -81,11 +92,14 @@ def measured_by(one: Evaluation) -> str:
 
 def _core(files: Sequence[File], layer: int) -> Json | None:
     found = [results[f"layer_{layer}"] for _, results in files]
-    if all(figures.get("fvu_whole") is None for figures in found):  # a baseline that reconstructs nothing
+    if not any(is_number(figures.get("fvu_whole")) for figures in found):  # a baseline that reconstructs nothing
         return None
 
     def over(name: str) -> float | None:
-        return mean(figures.get(name) for figures in found)
+        return mean(value for figures in found if is_number(value := figures.get(name)))
+
+    def total(name: str) -> int:
+        return sum(int(value) for figures in found if is_number(value := figures.get(name)))
 
     ce = {end: over(f"ce_{end}") for end in ("zero", "sae", "model")}
     kl = {end: over(f"kl_{end}") for end in ("zero", "sae")}
@@ -113,8 +127,8 @@ def _core(files: Sequence[File], layer: int) -> Json | None:
         "shrinkage": {name: unused[name] for name in UNUSED[:4]},
         "sparsity": {"l0": _told(over("l0")), "l1": _told(over("l1"))},
         "token_stats": {
-            "total_tokens_eval_reconstruction": sum(int(one.get("n_tokens_run") or 0) for one in found),
-            "total_tokens_eval_sparsity_variance": sum(int(one.get("n_tokens") or 0) for one in found),
+            "total_tokens_eval_reconstruction": total("n_tokens_run"),
+            "total_tokens_eval_sparsity_variance": total("n_tokens"),
         },
         "misc_metrics": {
             **{name: unused[name] for name in UNUSED[4:]},
