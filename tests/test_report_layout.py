@@ -26,8 +26,16 @@ def with_views(cells):
 
 
 def with_further(cells):
-    wide = {name: {**cell, "k1_sel": 0.531, "k16_sel": 0.642} for name, cell in cells.items()}
-    return {**wide, "delta_ce": 0.1239, "ce_recovered": None, "kl_pos": 0.201}
+    ends = {"k16_ci_low": 0.612, "k16_ci_high": 0.672}
+    wide = {name: {**cell, "k1_sel": 0.531, "k16_sel": 0.642, **ends} for name, cell in cells.items()}
+    return {
+        **wide,
+        "delta_ce": 0.1239,
+        "delta_ce_ci_low": 0.1,
+        "delta_ce_ci_high": 0.15,
+        "ce_recovered": None,
+        "kl_pos": 0.201,
+    }
 
 
 def test_views_that_were_asked_for_are_in_tables_and_page(tmp_path, capsys):
@@ -55,7 +63,10 @@ def test_few_latents_and_the_model_run_on_have_columns_too(tmp_path, capsys):
     }  # fmt: skip
     _, root = page_of(folder, tmp_path / "r.html")
     (data,) = (node for node in root.all("template") if node.attributes.get("id") == "cell-data")
-    assert json.loads(data.text)[0][-3:] == [["0.124", 0.1239], ["-", None], ["0.201", 0.201]]
+    assert json.loads(data.text)[0][-5:] == [
+        ["0.531", 0.531], ["0.642", 0.642, "0.612 to 0.672"], ["0.124", 0.1239, "0.100 to 0.150"], ["-", None],
+        ["0.201", 0.201],
+    ]  # fmt: skip
 
 
 def test_tables_have_no_columns_of_views_that_were_not_asked_for(tmp_path, capsys):
