@@ -15,11 +15,12 @@ from pathlib import Path
 from delta_selectivity.reporting.cell_table import cell_table
 from delta_selectivity.reporting.drawing import Plot
 from delta_selectivity.reporting.families import family_table
-from delta_selectivity.reporting.html import Markup, element
+from delta_selectivity.reporting.html import Markup, element, table
 from delta_selectivity.reporting.numbers import signed
 from delta_selectivity.reporting.plots import Plots, parts
 from delta_selectivity.reporting.provenance import facts, file_table, heading, notices, settings, versions
 from delta_selectivity.reporting.row_data import packed_json
+from delta_selectivity.reporting.saebench import caveats, ours, table_of
 from delta_selectivity.reporting.sentences import opening
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.reporting.summary import detectable, pair_table, sae_table
@@ -150,6 +151,8 @@ def _sections(
         yield f"dataset-{number}", title, [_folded(study, datasets, shown)] if study.is_long else shown
     if groups:
         yield "people", "Who loses more", list(groups)
+    if study.beside:
+        yield "saebench", "Beside SAEBench", [*_beside(study), figures(plots.beside)]
     yield "all-cells", "All cells", [cell_table(study)]
     listed = element("summary", f"Result files ({len(study.files)})")
     files = element("details", listed, file_table(study))
@@ -162,6 +165,16 @@ def _folded(study: Study, datasets: Sequence[str], shown: Sequence[Markup]) -> M
     told = ", ".join(f"{probe} {signed(study.losses[dataset, probe])}" for dataset, probe in worst)
     head = f"most is lost of {told}" if told else "nothing was measured"
     return element("details", element("summary", head), *shown, element("p", f"Its tasks: {', '.join(datasets)}."))
+
+
+def _beside(study: Study) -> Iterator[Markup]:
+    """What cannot be compared, and a table for each kind of evaluation."""
+    own = ours(study.files)
+    yield from (element("p", line) for line in caveats(own, study.beside))
+    for core, title in ((False, "Probes on few latents"), (True, "Reconstruction, and the model run on from it")):
+        if any(one.is_core == core for one in study.beside):
+            head, *rows = table_of(core, own, study.beside)
+            yield from (element("h3", title), table(head, rows))
 
 
 def _reading(study: Study) -> Markup:

@@ -13,6 +13,8 @@ from delta_selectivity.reporting.levels import groups, panel
 from delta_selectivity.reporting.means import differences, means
 from delta_selectivity.reporting.pareto import FIGURES, pareto
 from delta_selectivity.reporting.rivals import rivals
+from delta_selectivity.reporting.saebench import ours
+from delta_selectivity.reporting.saebench_plots import beside_plots
 from delta_selectivity.reporting.study import Study
 
 ACROSS = 12  # probes in a heatmap of a family
@@ -29,11 +31,13 @@ class Plots:
     scale: Plot  # the colours of all heatmaps
     heatmaps: dict[str, tuple[Plot, ...]]  # by dataset, or of many datasets by family
     levels: dict[str, tuple[Plot, ...]]  # likewise
+    beside: tuple[Plot, ...] = ()  # SAEBench's figures and ours
 
     def __iter__(self) -> Iterator[Plot]:
         yield from (*self.saes, *self.trade, *self.depth, self.scale)
         for part in self.heatmaps:
             yield from (*self.heatmaps[part], *self.levels[part])
+        yield from self.beside
 
 
 def plots_of(study: Study) -> Plots:
@@ -48,6 +52,7 @@ def plots_of(study: Study) -> Plots:
         scale(study),
         {part: tuple(_heatmaps(study, part, datasets, names)) for part, datasets in parts(study).items()},
         {part: tuple(_levels(study, datasets, names)) for part, datasets in parts(study).items()},
+        tuple(beside_plots(ours(study.files), study.beside)) if study.beside else (),
     )
 
 
