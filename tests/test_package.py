@@ -110,7 +110,10 @@ def test_every_dependency_is_imported() -> None:
     ("file", "declared"),
     [
         ("requirements.txt", DEPENDENCIES),
-        ("requirements-dev.txt", EXTRAS["dev"] | EXTRAS["explore"] | EXTRAS["scale"] | EXTRAS["wandb"]),
+        (
+            "requirements-dev.txt",
+            EXTRAS["dev"] | EXTRAS["explore"] | EXTRAS["scale"] | EXTRAS["tensorboard"] | EXTRAS["wandb"],
+        ),
     ],
 )
 def test_pins_are_within_the_declared_ranges_and_no_others(file: str, declared: dict[str, Requirement]) -> None:
