@@ -1,6 +1,6 @@
 """How many rows an `Evaluator` uses, what a call with them costs, and how precise its numbers are.
 
-print(evaluator.budget)       # 500 rows of gender (499 people); 0.4 s a call; 95 % intervals: delta_sel +-0.031, ...
+evaluator.budget             # 500 rows of gender (499 people); 0.4 s a call; 95 % intervals: delta_sel +-0.031, ...
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ from delta_selectivity.system.whole_file import replacing
 if TYPE_CHECKING:
     import pandas
 
+    from delta_selectivity.api.hub import Push
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -281,6 +283,27 @@ class Results:
             write_page(study_of(self.files), page)
         return page
 
+    def push_to_hub(self, repo: str, sae: str | None = None, *, dry_run: bool = False) -> Push:
+        """Publish the results of one SAE in its repository on the Hugging Face Hub, in one commit.
+
+        That is its result files and its page, in the folder ``delta_selectivity``, and the means with their intervals
+        in the model card: as ``model-index`` metadata and as a table, each between marks. What else stands in the card
+        stays to the letter; a second push replaces the first. Print what is returned to see all of it.
+
+        Args:
+            repo: ``"owner/name"``; it must be there.
+            sae: As for `rows`.
+            dry_run: Return what would be written, and write nothing.
+
+        Raises:
+            RequestError: There is no token, or it may not write there; there is no such repository; the Hub does not
+                answer; the card's metadata cannot be added to. Nothing was written then.
+        """
+        from delta_selectivity.api.hub import push
+
+        with naming(push_to_hub="repo"):
+            return push(table.by_sae(self.files)[self._name(sae, "sae")], repo, dry_run=dry_run)
+
     def __getstate__(self) -> dict[str, Any]:
         """With what the files hold: their folder may be gone where it is unpickled."""
         return {**self.__dict__, "files": self.files}
@@ -291,7 +314,7 @@ class Results:
     def __repr__(self) -> str:
         return f"<Results: {len(self)} rows of {', '.join(self.saes)}>"
 
-    def _name(self, name: str, field: str) -> str:
+    def _name(self, name: str | None, field: str) -> str:
         """The SAE of this name or folder, or of a part of it, by its name in `saes`."""
         return find_sae(table.by_sae(self.files), name, field)
 

@@ -7,6 +7,7 @@ python report.py results --csv all.csv          # every number of every probe, a
 python report.py results --rows gender --layer 4 --sae k8     # who was lost there: rows, counts, a histogram
 python report.py results --latents gender --layer 4 --sae k8  # which latents carry the probe there
 python report.py results -o report.html         # one page with everything, readable without a network
+python report.py results --push_to_hub OWNER/NAME --sae k8   # files, page and model card of an SAE on the Hub
 python report.py results --plots plots          # every plot of that page as PNG and SVG, and its data as CSV
 """
 
@@ -23,7 +24,7 @@ from delta_selectivity.cli.parser import Parser, user_path
 from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.csv_file import write_csv
 from delta_selectivity.reporting.groups import File
-from delta_selectivity.reporting.results import load_all, result_files
+from delta_selectivity.reporting.results import is_baseline, load_all, result_files
 from delta_selectivity.reporting.tables import (
     overview,
     render,
@@ -47,6 +48,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
             return 2
         if asked.output is not None or asked.plots is not None:
             _write(files, asked.output, asked.plots)
+            return 2 if refused else 0
+        if asked.push_to_hub is not None:
+            _push(asked, files)
             return 2 if refused else 0
         if asked.csv is not None and asked.rows is None:
             _write_csv(files, asked.csv)
@@ -92,16 +96,34 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
     )  # fmt: skip
     parser.add_argument("--layer", type=int, help="of the cell")
     parser.add_argument("--sae", metavar="NAME", help="of the cell: its name, or what only its name holds, such as k8")
+    parser.add_argument(
+        "--push_to_hub", metavar="OWNER/NAME", help="write result files, page and model-index metadata of one SAE into "
+        "this repository of the Hugging Face Hub, in one commit; with --sae where there are several"
+    )  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="with --push_to_hub: show what it would write")
     asked = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if (asked.output or asked.plots) and (asked.csv or asked.worst_first or asked.summary or asked.resources):
         parser.error("-o and --plots write what there is: --csv and the flags of tables go without them")
     one_cell = [flag for flag in ("rows", "latents") if getattr(asked, flag) is not None]
-    if not one_cell and (asked.layer is not None or asked.sae is not None):
-        parser.error("--layer and --sae choose a cell: they go with --rows or --latents")
+    if asked.dry_run and asked.push_to_hub is None:
+        parser.error("--dry_run goes with --push_to_hub")
+    if not one_cell and (asked.layer is not None or (asked.sae is not None and asked.push_to_hub is None)):
+        parser.error("--layer and --sae choose a cell: they go with --rows or --latents, --sae with --push_to_hub too")
+    if asked.push_to_hub and (one_cell or any((asked.output, asked.plots, asked.csv, asked.summary, asked.resources))):
+        parser.error("--push_to_hub writes to the Hub: other outputs go without it")
     others = (asked.output, asked.plots, asked.worst_first, asked.summary, asked.resources)
     if one_cell and (any(others) or len(one_cell) == 2 or (asked.csv and asked.latents)):
         parser.error(f"--{one_cell[-1]} is about one cell: other outputs go without it (--rows has --csv)")
     return asked
+
+
+def _push(asked: Any, files: Sequence[File]) -> None:
+    from delta_selectivity.api.hub import push
+    from delta_selectivity.reporting.results import by_sae
+    from delta_selectivity.reporting.rows import find_sae
+
+    named = {name: own for name, own in by_sae(files).items() if not is_baseline(own[0][1])}
+    show(str(push(named[find_sae(named, asked.sae)], asked.push_to_hub, dry_run=asked.dry_run)))
 
 
 def _latents(files: Sequence[File], asked: Any) -> int:
