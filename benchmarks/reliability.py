@@ -15,7 +15,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from benchmarks.sae_families import STUDIES, TINY_PYTHIA, Study
 from benchmarks.sae_panel import PairSet, noise_panel, pair_sets, panel
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, bits, correct, r2_parts
-from delta_selectivity.run.reconstruction import SINK
+from delta_selectivity.probing.selectivity import OUTLIER
 
 PROJECT = Path(__file__).resolve().parent.parent
 FEW_ROWS = 600  # of a dataset: 3000 of all five together
@@ -49,9 +49,8 @@ METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and what each row
     **{f"k-sparse, k = {k}, balanced accuracy": (f"k{k}", correct) for k in KS},
     **{f"k-sparse, k = {k}, AUC": (f"k{k}", auc_parts) for k in KS},
 }
-NO_SINKS = "sinks left out"
-"""Of a score that is taken again without the rows whose norm is above 10 times the median, where there are any."""
-AGAIN = ("transfer_r2",)
+NO_SINKS, WITH_SINKS = "sinks left out", "sinks kept"
+"""The FVU without rows whose norm is above 10 times the median; transfer_r2 with them. Where there are such rows."""
 FVU_PROBED, FVU_HELD_OUT = "FVU, probed positions", "FVU, held-out text"  # lower is better
 
 Runs = dict[str, dict[str, dict[str, list[float]]]]  # what is drawn anew -> metric -> SAE -> its score in each run
@@ -123,14 +122,7 @@ def compare(
 
 def plain(metric: str) -> str:
     """The score, without the rows that it is of."""
-    return metric.removesuffix(f", {NO_SINKS}")
-
-
-def without(probe: ProbeScores, dropped: NDArray[np.bool_]) -> ProbeScores:
-    """A probe's scores without some of its rows [rows]."""
-    kept = ~dropped
-    views = {name: scores[:, kept] for name, scores in probe.views.items()}
-    return ProbeScores(views, probe.labels[kept], probe.persons[kept], probe.weights[kept], probe.folds[:, kept])
+    return metric.removesuffix(f", {WITH_SINKS}")
 
 
 def measure(work: Work) -> Reliability:
@@ -153,14 +145,11 @@ def measure(work: Work) -> Reliability:
     all_rows = {snapshot.name: work.scores(panel_draw, snapshot) for snapshot in saes}
     probes = dict.fromkeys(METRICS, all_rows)
     norm = torch.linalg.vector_norm(x, dim=1)
-    sink = (norm > SINK * norm.median()).numpy()
+    sink = (norm > OUTLIER * norm.median()).numpy()
     if sink[rows].any():
-        of_probe = [sink[task.rows] for task in tasks for _ in task.names]
-        ordinary = {
-            name: [without(probe, dropped) for probe, dropped in zip(of_sae, of_probe, strict=True)]
-            for name, of_sae in all_rows.items()
+        probes[f"transfer_r2, {WITH_SINKS}"] = {
+            name: [replace(probe, outliers=None) for probe in of_sae] for name, of_sae in all_rows.items()
         }
-        probes |= {f"{metric}, {NO_SINKS}": ordinary for metric in AGAIN}
         kept = rows[~sink[rows]]
         on_panel[f"{FVU_PROBED}, {NO_SINKS}"] = {name: found.of(kept) for name, found in errors[FVU_PROBED].items()}
     partitions = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +114,7 @@ def probe_scores(task: Task, fit: ModelFit, sae: Sae, backend: ProbeBackend) -> 
     for t, place in enumerate(task.plan.kept):
         probe = found.probe(t)
         views = {**probe.views, **{f"k{k}": sparse[i, t] for i, k in enumerate(KS)}}
-        result[task.names[place]] = ProbeScores(views, probe.labels, probe.persons, probe.weights, probe.folds)
+        result[task.names[place]] = replace(probe, views=views)
     return result
 
 

@@ -38,6 +38,7 @@ SINCE_0_5 = (
     "dead_se",
     "n_tokens_all",
     "n_people_effective",
+    "n_outliers",
 )
 """Figures that files written before lack."""
 Q_VALUES = ("q_value", "transfer_q_value")  # there once the run is complete

@@ -76,6 +76,41 @@ def test_transfer_r2_is_scikit_learns_of_the_models_scores_with_the_classes_bala
     assert np.isfinite(statistics(replace(found, views={**silent, "transfer": silent["model"]})).transfer_r2)
 
 
+def test_transfer_r2_leaves_outliers_out_as_if_they_were_not_there():
+    """One sink ruins a ratio of variances; without it the share is scikit-learn's of the other rows."""
+    found = found_scores(weighted=True)
+    outlier = np.isin(np.arange(len(found.labels)), [7, 100, 101])
+    views = {name: scores.copy() for name, scores in found.views.items()}
+    views["transfer"][:, outlier] = 3000
+    found, kept = replace(found, views=views), ~outlier
+    weight = np.zeros(len(kept))
+    for side in (True, False):
+        rows = kept & (found.labels == side)
+        weight[rows] = found.weights[rows] / found.weights[rows].sum()
+    pairs = zip(views["model"].astype(float), views["transfer"].astype(float), strict=True)
+    expected = np.mean([r2_score(m[kept], t[kept], sample_weight=weight[kept]) for m, t in pairs])
+    result, ruined = statistics(replace(found, outliers=outlier)), statistics(found)
+    assert result.transfer_r2 == pytest.approx(expected)
+    assert ruined.transfer_r2 < -10
+    assert (result.n_outliers, ruined.n_outliers) == (3, 0)
+    gone = statistics(
+        ProbeScores(
+            {name: scores[:, kept] for name, scores in views.items()},
+            found.labels[kept], found.persons[kept], found.weights[kept], found.folds[:, kept],
+        )
+    )  # fmt: skip
+    assert result.transfer_r2_ci_low == pytest.approx(gone.transfer_r2_ci_low, abs=2e-3)
+    assert result.transfer_r2_ci_high == pytest.approx(gone.transfer_r2_ci_high, abs=2e-3)
+    assert (result.delta_sel, result.delta_bits) == (ruined.delta_sel, ruined.delta_bits)
+
+
+def test_transfer_r2_counts_all_rows_where_a_class_has_outliers_only():
+    found = found_scores()
+    result = statistics(replace(found, outliers=found.labels))
+    assert result.transfer_r2 == statistics(found).transfer_r2
+    assert result.n_outliers == found.labels.sum()
+
+
 def test_the_interval_of_transfer_r2_covers_its_truth():
     """The model's scores have variance 1, x̂ adds noise of variance 0.3: R² is 0.7."""
     rng, covered = np.random.default_rng(3), []

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import r2_score, roc_auc_score
 
-from benchmarks import k_sparse, reliability
+from benchmarks import k_sparse
 from benchmarks.paired_scores import (
     RELIABLE,
     Errors,
@@ -219,20 +219,3 @@ def test_every_sae_of_a_pair_is_in_the_panel_once(study):
     assert study.snapshots[-1] == study.steps
     for each in pair_sets(study):
         assert all(worse.name != better.name for worse, better in each.pairs)
-
-
-def test_rows_that_are_left_out_count_in_no_score():
-    random, persons = np.random.default_rng(0), np.arange(300)
-    labels = np.arange(300) % 3 == 0
-    found = probe_scores(random, labels, persons, strength=2.0)
-    found.views["transfer"] = found.views["model"] + random.normal(size=(5, 300)).astype(np.float16)
-    found.views["transfer"][:, 7] = 300  # one sink ruins a ratio of variances
-    dropped = persons == 7
-    ordinary = reliability.without(found, dropped)
-    kept = {view: scores[:, ~dropped].astype(np.float64) for view, scores in found.views.items()}
-    weights = np.where(labels, 1 / (labels & ~dropped).sum(), 1 / (~labels & ~dropped).sum())[~dropped]
-    expected = [r2_score(m, t, sample_weight=weights) for m, t in zip(kept["model"], kept["transfer"], strict=True)]
-    metric = f"transfer_r2, {reliability.NO_SINKS}"
-    losses = np.array(expected) - 1  # to what the model itself gives
-    np.testing.assert_allclose(reliability.levels([ordinary], reliability.plain(metric)), losses, rtol=1e-6)
-    assert reliability.levels([found], "transfer_r2").max() < -1 < losses.min()

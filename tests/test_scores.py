@@ -26,7 +26,8 @@ from delta_selectivity.reporting.study import study_of
 @pytest.fixture
 def stored(tmp_path):
     path = tmp_path / "m_d.scores" / "layer_3.safetensors"
-    probes = {"gender": found_scores(), "odd / näme\n": found_scores(rows=50, repeats=1, weighted=True)}
+    with_outliers = replace(found_scores(), outliers=np.arange(400) % 100 == 3)
+    probes = {"gender": with_outliers, "odd / näme\n": found_scores(rows=50, repeats=1, weighted=True)}
     save(path, LayerScores(3, "a key", probes))
     return path, probes
 
@@ -38,7 +39,7 @@ def test_what_comes_back_is_what_was_written(stored):
     for name, probe in probes.items():
         for view, values in probe.views.items():
             np.testing.assert_array_equal(found.probes[name].views[view], values)
-        for part in ("labels", "persons", "weights", "folds"):
+        for part in ("labels", "persons", "weights", "folds", "outliers"):
             np.testing.assert_array_equal(getattr(found.probes[name], part), getattr(probe, part))
         assert compute(found)[name] == compute(LayerScores(3, "a key", probes))[name]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -50,6 +51,8 @@ def test_the_file_is_as_documented_and_the_same_each_time(stored, tmp_path):
         assert json.loads(file.metadata()["delta_selectivity"])["probes"] == list(probes)
         assert file.get_tensor("0.view.sae").dtype == np.float16
         assert file.get_tensor("0.persons").shape == (400,)
+        assert file.get_tensor("0.outliers").dtype == np.uint8
+        assert "1.outliers" not in file.keys()  # noqa: SIM118 - no mapping
     for i in range(5):
         save(tmp_path / f"{i}.scores" / "x", LayerScores(3, "a key", probes))
         assert (tmp_path / f"{i}.scores" / "x").read_bytes() == path.read_bytes()

@@ -35,6 +35,7 @@ class ProbeScores:
     persons: NDArray[np.int64]  # [rows]; the same number is the same person in all datasets
     weights: NDArray[np.float64]  # [rows]
     folds: NDArray[np.int8]  # [repeats, rows], the fold that held the row out
+    outliers: NDArray[np.bool_] | None = None  # [rows], those that `r2_parts` leaves out; None: none
     control_scores: NDArray[np.float16] | None = None  # [rows], of probes on `control_labels`, not split by person
     control_labels: NDArray[np.bool_] | None = None  # [rows], random by token type
 
@@ -93,6 +94,7 @@ class Statistics:
     n_people: int
     n_people_effective: float  # people of equal size that would tell as much
     n_pos: int
+    n_outliers: int  # rows that transfer_r2 leaves out: attention sinks, mostly
     error_sel: float | None = None  # of probes on x - x̂, what the SAE left behind
     error_auc: float | None = None
     error_bits: float | None = None
@@ -125,16 +127,33 @@ def r2_parts(found: ProbeScores, view: str) -> NDArray[np.float64]:
     1 less the squared difference over the variance of the model's scores, classes balanced. Of the view "transfer" it
     is the share of what the model's own probes read in x that they still read in x̂. No label is asked, so it has none
     of the noise of labels. The ratio of sums is linearised, so that the influence of a row is the ratio's.
+
+    Outliers are left out: of 5000 rows one attention sink had most of the variance (docs/reliability.md). They get the
+    balanced mean itself, which is no influence, and the other rows of their class count for them.
     """
     model, copy = found.views["model"].astype(np.float64), found.views[view].astype(np.float64)
+    counted = _without_outliers(found)
 
     def mean(values: Floats) -> Floats:
-        return balanced_mean(values, found.labels, found.weights)[:, None]
+        return balanced_mean(values[:, counted], found.labels[counted], found.weights[counted])[:, None]
 
     variance, error = (model - mean(model)) ** 2, (copy - model) ** 2
     spread = np.maximum(mean(variance), np.finfo(np.float64).tiny)  # 0 for a probe that says the same of every row
     unexplained = mean(error) / spread
-    return np.asarray(1 - unexplained - (error - unexplained * variance) / spread)
+    influence = np.where(counted, (unexplained * variance - error) / spread, 0.0)
+    for label in (False, True):
+        of_class = found.labels == label
+        influence[:, of_class] *= found.weights[of_class].sum() / found.weights[of_class & counted].sum()
+    return np.asarray(1 - unexplained + influence)
+
+
+def _without_outliers(found: ProbeScores) -> NDArray[np.bool_]:
+    """The rows [rows] that are no outliers; all of them where a class would have none."""
+    everything = np.ones(len(found.labels), dtype=bool)
+    if found.outliers is None:
+        return everything
+    counted = ~found.outliers
+    return counted if len(np.unique(found.labels[counted])) == 2 else everything
 
 
 def auc_parts(found: ProbeScores, view: str) -> NDArray[np.float64]:
@@ -187,6 +206,7 @@ def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
         n_people=len(np.unique(found.persons)),
         n_people_effective=effective_people(found.persons, found.weights),
         n_pos=int(found.labels.sum()),
+        n_outliers=0 if found.outliers is None else int(found.outliers.sum()),
         error_sel=_mean(found, right["error"]) if "error" in right else None,
         latent_sel=_mean(found, right["latents"]) if "latents" in right else None,
     )

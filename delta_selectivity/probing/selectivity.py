@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from delta_selectivity.system.out_of_memory import Room
 
 DEFAULT_CS = tuple(10.0**k for k in range(-5, 2))
 VIEWS = ("model", "sae", "transfer", "error", "latents")
+OUTLIER = 10.0
+"""Times the median norm, beyond which a row or token is an outlier: an attention sink, mostly."""
 _ROOM = Room("targets are scored")
 OPTIONAL = {f"{view}_{score}" for view in ("error", "latent") for score in ("sel", "auc", "bits")}
 """Keys that a record has only where the view was asked for."""
@@ -55,6 +58,12 @@ class ModelFit:
     cs: tuple[float, ...]
     control: ProbeScores | None  # of the control task, where it was asked for
 
+    @cached_property
+    def outliers(self) -> NDArray[np.bool_]:
+        """Rows [rows] whose norm is above `OUTLIER` times the median."""
+        norms = torch.linalg.vector_norm(self.x.double(), dim=1)
+        return np.asarray((norms > OUTLIER * norms.median()).cpu().numpy())
+
 
 @dataclass(frozen=True)
 class OutOfFold:
@@ -64,6 +73,7 @@ class OutOfFold:
     views: tuple[str, ...]  # model, sae, transfer (the model's probes on the SAE's view), error, latents
     scores: NDArray[np.float16]  # [views, targets, repeats, rows]
     fits: Mapping[str, FitFacts]  # of the views that probes were fitted on: all but transfer
+    outliers: NDArray[np.bool_]  # [rows], those of the model's view
     control: ProbeScores | None  # of the control task, where it was asked for
 
     @property
@@ -80,6 +90,7 @@ class OutOfFold:
             persons=plan.groups,
             weights=plan.weights,
             folds=plan.folds,
+            outliers=self.outliers if self.outliers.any() else None,
             control_scores=None if self.control is None else self.control.views["model"][0],
             control_labels=None if self.control is None else self.control.labels,
         )
@@ -167,6 +178,7 @@ def out_of_fold(
         views=views,
         scores=np.stack([_kept(scores[view]) for view in views]),
         fits={name: FitFacts(fit.chosen_c, fit.n_unconverged, fit.n_iter) for name, fit in fits.items()},
+        outliers=model.outliers,
         control=model.control,
     )
 

@@ -12,6 +12,7 @@ the header's list it holds
     i.persons         int64   [rows]            one number a person, the same in all files
     i.weights         float64 [rows]
     i.folds           int8    [repeats, rows]   the fold that held the row out
+    i.outliers        uint8   [rows]            1 for rows that transfer_r2 leaves out, where there are any
     i.control_scores  float16 [rows]            of the control task, where there is one, with
     i.control_labels  uint8   [rows]
 
@@ -48,10 +49,12 @@ _DTYPES = {
     "persons": np.int64,
     "weights": np.float64,
     "folds": np.int8,
+    "outliers": np.uint8,
     "control_scores": np.float16,
     "control_labels": np.uint8,
 }
 _LABELS = ("labels", "control_labels")
+_OPTIONAL = ("outliers", "control_scores", "control_labels")
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,7 @@ def _probe(tensors: Mapping[str, NDArray[Any]], i: int) -> ProbeScores:
         persons=parts["persons"],
         weights=parts["weights"],
         folds=parts["folds"],
+        outliers=parts["outliers"].astype(bool) if "outliers" in parts else None,
         control_scores=parts.get("control_scores"),
         control_labels=control_labels,
     )
@@ -161,7 +165,7 @@ def _probe(tensors: Mapping[str, NDArray[Any]], i: int) -> ProbeScores:
 
 def _check_fit(views: Mapping[str, NDArray[Any]], parts: Mapping[str, NDArray[Any]]) -> None:
     """Raise ValueError unless types and shapes are as documented, and every number is finite."""
-    if missing := [name for name in _DTYPES if name not in parts and not name.startswith("control")]:
+    if missing := [name for name in _DTYPES if name not in parts and name not in _OPTIONAL]:
         raise ValueError(f"{', '.join(missing)} missing")
     shape = parts["folds"].shape
     if len(shape) != 2 or 0 in shape:

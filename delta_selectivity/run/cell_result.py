@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from delta_selectivity.probing.probe_statistics import ProbeScores
+from delta_selectivity.probing.selectivity import OUTLIER
 from delta_selectivity.records.result_file import Json, RecordFile
 from delta_selectivity.records.sae_level import without_q_values
 from delta_selectivity.records.scores import LayerScores, key_digest, path_of, prune, save
 from delta_selectivity.records.texts import keep as keep_texts
 from delta_selectivity.run.planning import Cell, Files
-from delta_selectivity.run.reconstruction import SINK, Reconstruction
+from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.system.memory import peak_memory
 from delta_selectivity.system.stopwatch import Stopwatch
 
@@ -86,7 +87,7 @@ def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
 def _without_outliers(figures: Reconstruction) -> str:
     if not figures.outliers or figures.fvu_ordinary is None:
         return ""
-    share = f"{100 * figures.outliers:.2g} % of the tokens, whose norm is above {SINK:g} times the median"
+    share = f"{100 * figures.outliers:.2g} % of the tokens, whose norm is above {OUTLIER:g} times the median"
     return f" ({figures.fvu_ordinary:.2f} there without {share})"
 
 

@@ -27,8 +27,9 @@ from torch import Tensor
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.checks import ADDED
 from delta_selectivity.models.language_model import ActivationSource, ModelInfo, Site
+from delta_selectivity.probing.selectivity import OUTLIER
 from delta_selectivity.run.calibration import SiteSample, calibrate
-from delta_selectivity.run.reconstruction import SINK, SiteScale
+from delta_selectivity.run.reconstruction import SiteScale
 from delta_selectivity.run.token_sample import seed_key
 from delta_selectivity.saes import InputNorm, LinearCoder, Sae
 from delta_selectivity.tasks import TokenisedMentions
@@ -291,12 +292,12 @@ def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> It
 def _ordinary(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> tuple[Tensor, Tensor]:
     """What the SAE reads and what it is to give, of tokens that are neither BOS nor sinks: `[tokens, d]` on its device.
 
-    A sink's norm is above `SINK` times the median, where it is read or at the site.
+    A sink's norm is above `OUTLIER` times the median, where it is read or at the site.
     """
     places = [samples[place].counted(False) for place in (site.read_by(sae.input_hookpoint), site)]
     if len(places[0]):
         norms = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in places])
-        ordinary = (norms <= SINK * norms.median(dim=1, keepdim=True).values).all(dim=0)
+        ordinary = (norms <= OUTLIER * norms.median(dim=1, keepdim=True).values).all(dim=0)
         places = [x[ordinary] for x in places]
     read, x = (x.to(sae.device) for x in places)
     return read, x

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SINK = 10.0
-"""Times the median norm, beyond which a token is an outlier: an attention sink, mostly. Sinks have 50 and more."""
+from delta_selectivity.probing.selectivity import OUTLIER
+
 ALL = 2**64
 """The limit of a token sample that takes every token (see `token_sample`)."""
 
@@ -51,12 +51,12 @@ class SiteScale(NamedTuple):
     mean: Tensor
     """float32 ``[d]``."""
     norm_limit: float
-    """`SINK` times the median of their Euclidean norms."""
+    """`OUTLIER` times the median of their Euclidean norms."""
 
     @classmethod
     def of(cls, x: Tensor) -> SiteScale:
         """Of x ``[tokens, d]``."""
-        return cls(x.mean(dim=0), SINK * float(torch.linalg.vector_norm(x, dim=1).median()))
+        return cls(x.mean(dim=0), OUTLIER * float(torch.linalg.vector_norm(x, dim=1).median()))
 
 
 class TokenFacts(NamedTuple):

@@ -251,6 +251,7 @@ class Scores(Reader):
         }
         folds = np.stack([np.arange(rows) // 2 % 3, np.arange(rows) // 4 % 3]).astype(np.int8)
         parts = {"control_scores": views["model"][0], "control_labels": ~labels} if control else {}
+        parts |= {"outliers": np.arange(rows) == 0}
         return ProbeScores(views, labels, np.arange(rows) // 2, np.ones(rows), folds, **parts)
 
     def damage(self, rng: random.Random) -> None:
