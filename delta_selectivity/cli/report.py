@@ -7,6 +7,7 @@ python report.py results --csv all.csv          # every number of every probe, a
 python report.py results --rows gender --layer 4 --sae k8     # who was lost there: rows, counts, a histogram
 python report.py results --latents gender --layer 4 --sae k8  # which latents carry the probe there
 python report.py results -o report.html         # one page with everything, readable without a network
+python report.py results --leaderboard board.html   # SAEs of a model and layer by rank, with ties: one page
 python report.py results --push_to_hub OWNER/NAME --sae k8   # files, page and model card of an SAE on the Hub
 python report.py results --plots plots          # every plot of that page as PNG and SVG, and its data as CSV
 """
@@ -46,6 +47,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
             tell(with_flags(f"error: {error}"))
         if not files:
             return 2
+        if asked.leaderboard is not None:
+            from delta_selectivity.reporting.leaderboard import write_leaderboard
+
+            show(with_flags(write_leaderboard(files, asked.leaderboard)))
+            return 2 if refused else 0
         if asked.output is not None or asked.plots is not None:
             _write(files, asked.output, asked.plots)
             return 2 if refused else 0
@@ -86,6 +92,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
     parser.add_argument("--csv", **path, help="write every number to this file in place of tables")
     parser.add_argument("-o", "--output", **path, help="write one HTML page with tables and plots")
     parser.add_argument("--plots", **{**path, "metavar": "DIR"}, help="write each plot as PNG and SVG, its data as CSV")
+    parser.add_argument("--leaderboard", **path, help="write one HTML page of SAEs by rank, for each model and layer")
     parser.add_argument(
         "--rows", metavar="PROBE", help="who was lost in one cell: counts, a histogram and the rows that lost most; "
         "with --layer and --sae where there are several, and --csv FILE for all rows (PROBE or DATASET/PROBE)"
@@ -109,8 +116,10 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
         parser.error("--dry_run goes with --push_to_hub")
     if not one_cell and (asked.layer is not None or (asked.sae is not None and asked.push_to_hub is None)):
         parser.error("--layer and --sae choose a cell: they go with --rows or --latents, --sae with --push_to_hub too")
-    if asked.push_to_hub and (one_cell or any((asked.output, asked.plots, asked.csv, asked.summary, asked.resources))):
-        parser.error("--push_to_hub writes to the Hub: other outputs go without it")
+    for flag in ("push_to_hub", "leaderboard"):
+        rest = (value for name, value in vars(asked).items() if name not in ("folder", "sae", "dry_run", flag))
+        if getattr(asked, flag) and any(rest):
+            parser.error(f"--{flag} goes without other outputs")
     others = (asked.output, asked.plots, asked.worst_first, asked.summary, asked.resources)
     if one_cell and (any(others) or len(one_cell) == 2 or (asked.csv and asked.latents)):
         parser.error(f"--{one_cell[-1]} is about one cell: other outputs go without it (--rows has --csv)")

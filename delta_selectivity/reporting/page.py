@@ -81,8 +81,7 @@ def page(
 
     sections = list(_sections(study, plots, figures))
     links = (element("a", title, href=f"#{name}") for name, title, _ in sections)
-    body = element(
-        "body",
+    parts = [
         element(
             "header", element("h1", "Delta Selectivity"), element("p", heading(study)), *_opening(study), facts(study)
         ),
@@ -92,10 +91,15 @@ def page(
         _panel(),
         element("template", rows or "", id="row-data"),
         element("template", packed_json(inner) if pack_plots else "", id="plot-data"),
-        element("script", _script()),
-    )
-    title = f"Delta Selectivity: {heading(study)}"
-    return f"<!DOCTYPE html>\n{element('html', _head(title), body, lang='en')}\n"
+    ]
+    return document(f"Delta Selectivity: {heading(study)}", parts, ("page.js", "rows.js"))
+
+
+def document(title: str, parts: Sequence[Markup], scripts: Sequence[str], styles: Sequence[str] = ()) -> str:
+    """A page of these parts with our scripts, which are the only ones that its policy allows, and our styles."""
+    script = Markup("\n".join(_ours(name) for name in scripts))
+    body = element("body", *parts, element("script", script))
+    return f"<!DOCTYPE html>\n{element('html', _head(title, script, ('page.css', *styles)), body, lang='en')}\n"
 
 
 def _opening(study: Study) -> list[Markup]:
@@ -105,9 +109,9 @@ def _opening(study: Study) -> list[Markup]:
     return [element("ul", *lines, class_="opening")] if lines else []
 
 
-def _head(title: str) -> Markup:
-    script = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script}'"
+def _head(title: str, script: Markup, styles: Sequence[str]) -> Markup:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     return element(
         "head",
         element("meta", charset="utf-8"),
@@ -115,7 +119,7 @@ def _head(title: str) -> Markup:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", title),
-        element("style", _ours("page.css")),
+        element("style", Markup("\n".join(_ours(name) for name in styles))),
     )
 
 
@@ -186,10 +190,6 @@ def _panel() -> Markup:
     title = element("h2", "", id="cell-title", tabindex="-1")
     return element("dialog", element("div", title, close, class_="bar"), element("div", id="cell-content"),
                    id="cell", aria_labelledby="cell-title")  # fmt: skip
-
-
-def _script() -> Markup:
-    return Markup("\n".join(_ours(name) for name in ("page.js", "rows.js")))
 
 
 @cache

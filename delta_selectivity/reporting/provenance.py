@@ -17,7 +17,7 @@ from delta_selectivity.system.terminal import printable
 NAME = 40  # characters of the name of an SAE
 NO_SETTINGS = {
     "sae", "sae_label", "baseline", "baseline_of", "baseline_of_sae", "model", "data", "schema", "output_directory",
-    "quiet", "verbose", "overwrite",
+    "quiet", "verbose", "overwrite", "d_sae",
 }  # fmt: skip # of `_run.config` and `_run.key`: names told elsewhere, hashes, and manners
 
 
