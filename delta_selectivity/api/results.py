@@ -162,6 +162,29 @@ class Results:
         n_cells = len(one.keys() & other.keys())
         return Difference(a, b, n_cells, delta, sae_level.difference_in_transfer_r2(one, other))
 
+    def series(self) -> pandas.DataFrame:
+        """Return checkpoints of trainings: a line for each step, with its difference from the step before.
+
+        A series is SAEs whose names differ in the step alone (``runs/a/step_100``, ``runs/a/step_200``; a number that
+        is a folder of its own counts too), or one SAE at revisions of its model (``step1000``, ``step2000``).
+
+        Columns: ``series`` (the name with an asterisk for the step), ``step``, ``sae``; ``transfer_r2`` and
+        ``delta_sel`` with ``_ci_low``, ``_ci_high``, means over all cells; ``change``, ``change_ci_low``,
+        ``change_ci_high``, ``change_p_value`` (transfer_r2 minus that of the step before, paired); ``surely_better``
+        (that interval lies above 0). ``frame.attrs["last_better"]``: by series, the last step that is surely better
+        than the one before, or None.
+        """
+        import pandas
+
+        from delta_selectivity.reporting.series import COLUMNS as SERIES_COLUMNS
+        from delta_selectivity.reporting.series import lines, series_of
+        from delta_selectivity.reporting.study import study_of
+
+        found = series_of(study_of(self.files))
+        frame = pandas.DataFrame([line for one in found for line in lines(one)], columns=list(SERIES_COLUMNS))
+        frame.attrs["last_better"] = {one.name: last.step if (last := one.last_better) else None for one in found}
+        return frame
+
     def rows(self, probe: str, layer: int | None = None, sae: str | None = None) -> pandas.DataFrame:
         """Return who was lost: the rows of one cell, those that lost most first.
 

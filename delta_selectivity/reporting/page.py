@@ -19,6 +19,7 @@ from delta_selectivity.reporting.plots import Plots
 from delta_selectivity.reporting.provenance import facts, file_table, heading, notices, settings, versions
 from delta_selectivity.reporting.row_data import packed_json
 from delta_selectivity.reporting.sentences import opening
+from delta_selectivity.reporting.series import series_of
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.reporting.summary import detectable, pair_table, sae_table
 from delta_selectivity.reporting.svg import inline
@@ -131,6 +132,9 @@ def _sections(
     compared = [element("h3", "Against each other"), PAIRED, pairs] if pairs else []
     compared += [element("p", line) for line in study.apart]
     yield "saes", "SAEs", [sae_table(study), _reading(study), *compared, figures(plots.saes)]
+    if plots.series:
+        told = [element("p", series.sentence()) for series in series_of(study)]
+        yield "series", "By training step", [*told, figures(plots.series)]
     if plots.trade:
         yield "pareto", "delta_sel against FVU and L0", [figures(plots.trade)]
     if plots.depth:

@@ -13,6 +13,8 @@ from delta_selectivity.reporting.levels import groups, panel
 from delta_selectivity.reporting.means import differences, means
 from delta_selectivity.reporting.pareto import FIGURES, pareto
 from delta_selectivity.reporting.rivals import rivals
+from delta_selectivity.reporting.series import series_of
+from delta_selectivity.reporting.series_plot import series_plot
 from delta_selectivity.reporting.study import Study
 
 
@@ -21,6 +23,7 @@ class Plots:
     """The plots of a study, by the part of the report that they stand in."""
 
     saes: tuple[Plot, ...]  # side by side
+    series: tuple[Plot, ...]  # checkpoints of a training by step
     trade: tuple[Plot, ...]  # delta_sel against FVU and L0
     depth: tuple[Plot, ...]  # by layer, all probes of an SAE in one
     scale: Plot  # the colours of all heatmaps
@@ -28,7 +31,7 @@ class Plots:
     levels: dict[str, tuple[Plot, ...]]  # by dataset
 
     def __iter__(self) -> Iterator[Plot]:
-        yield from (*self.saes, *self.trade, *self.depth, self.scale)
+        yield from (*self.saes, *self.series, *self.trade, *self.depth, self.scale)
         for dataset in self.heatmaps:
             yield from (*self.heatmaps[dataset], *self.levels[dataset])
 
@@ -40,6 +43,7 @@ def plots_of(study: Study) -> Plots:
     trade = [pareto(study, figure) for figure in FIGURES]
     return Plots(
         _there([*compared, rivals(study)]),
+        _there([series_plot(series, names.of("series", series.name)) for series in series_of(study)]),
         _there(trade),
         _there(_depth(study, names)),
         scale(study),
