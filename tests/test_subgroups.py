@@ -8,14 +8,18 @@ from scipy import stats
 from test_rows import write_rows
 
 from delta_selectivity.api.results import Results
+from delta_selectivity.cli import report
+from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.records.texts import KeptTexts, Text
+from delta_selectivity.reporting.people_table import read_people
 from delta_selectivity.reporting.subgroups import (
     LEAST,
     Grouping,
     grouping_of,
     groupings,
     losses,
+    mean_losses,
     times_named,
     with_q_values,
 )
@@ -39,7 +43,7 @@ def world(seed, hurt=0.0):
 
 def test_a_group_s_loss_is_that_of_its_rows_and_is_held_against_all_others():
     found, by = world(0, hurt=0.2)
-    rare, frequent = with_q_values(losses(found, [by]))
+    frequent, rare = with_q_values(losses(found, [by]))
     right = {view: ((scores > 0) == found.labels).mean(axis=0) for view, scores in found.views.items()}
     change = right["sae"] - right["model"]
     means = [change[by.group == place].mean() for place in (0, 1)]  # classes are of one size in both
@@ -112,3 +116,91 @@ def test_groups_of_the_caller_s_own_and_the_data_frame(tmp_path):
     by = grouping_of("born", {"a": "1900s", "b": "1890s"}, kept, np.array([0, 1, 2, 0]))
     assert (by.names, by.group.tolist()) == (("1890s", "1900s"), [1, 0, -1, 1])
     assert len(results.subgroups("gender", sae="one")) * 2 == len(results.subgroups("gender"))
+
+
+def test_a_mean_over_cells_counts_a_person_once(tmp_path):
+    found, by = world(4, hurt=0.1)
+    other, _ = world(5)
+    cells = [(found, [by])], [(found, [by])] * 2, [(found, [by]), (other, [by])]
+    (_, alone), (_, twice), (rest, both) = map(mean_losses, cells)
+    assert (twice.n_cells, twice.n_rows, twice.n_people) == (2, N, N // 2)
+    assert (twice.delta_sel, twice.against) == (alone.delta_sel, alone.against)
+    rare = by.group == 0
+    changes = [
+        (((cell.views["sae"] > 0) == cell.labels) * 1.0 - ((cell.views["model"] > 0) == cell.labels)).mean(axis=0)
+        for cell in (found, other)
+    ]
+    mean = np.mean(changes, axis=0)  # classes are of one size in both groups
+    assert both.delta_sel.value == pytest.approx(mean[rare].mean())
+    assert both.against.value == pytest.approx(mean[rare].mean() - mean[~rare].mean())
+    spread = np.sqrt(sum(mean[of].var() / of.sum() for of in (rare, ~rare)))
+    assert both.against.standard_error == pytest.approx(spread, rel=0.15)
+    assert rest.against.value == pytest.approx(-both.against.value)
+
+
+def people_file(folder, text, name="people.csv"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_table_of_people_gives_groups_and_decades(tmp_path):
+    path = people_file(
+        tmp_path,
+        "born,name,from\n1815,Ada Lovelace,UK\n1912-06-23,Alan M. Turing,UK\n,Nobody Known,\n1990.0,Bo Li,China\n"
+        "about 1700,Xu Li,\n1931,John Smith,US\n1955,John Smith,US\n" + "1900,Some One,US\n" * 9,
+    )
+    found = read_people(path)
+    assert found["born"]["ada lovelace"] == "1810s"
+    assert found["born"]["m turing"] == found["born"]["Alan M. Turing"] == "1910s", (
+        "as Wikidata rows have it, and whole"
+    )
+    assert found["born"]["bo li"] == "1990s"
+    assert not {"nobody known", "xu li", "john smith"} & set(found["born"])
+    assert found["from"]["john smith"] == "US"
+    assert "nobody known" not in found["from"]
+    assert read_people(people_file(tmp_path, "person\tborn\nBo\t-350\n", "people.tsv"))["born"]["Bo"] == "-350s"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("who,born\nBo,1900\n", "needs a column person or name"),
+        ("name\nBo\n", "columns that group people"),
+        ("", "no table of people"),
+        ('name,born\n"Bo,1900\n', "no table of people"),
+        ("name,job\n" + "".join(f"Bo {i},job {i}\n" for i in range(61)), "column job has 61 different values"),
+    ],
+)
+def test_what_is_no_table_of_people_is_one_line(tmp_path, content, told):
+    path = people_file(tmp_path, content)
+    with pytest.raises(RequestError, match=told) as error:
+        read_people(path)
+    assert "\n" not in str(error.value)
+    for broken in (tmp_path, tmp_path / "none.csv"):
+        with pytest.raises(RequestError, match=r"cannot be read|no table"):
+            read_people(broken)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RequestError, match="no table of people"):
+        read_people(path)
+
+
+def test_means_over_cells_from_python_the_command_line_and_the_page(tmp_path, capsys):
+    folder = write_rows(tmp_path)
+    path = people_file(tmp_path, "name,born\n" + "".join(f"person {i},{1900 + 10 * (i // 2 % 2)}\n" for i in range(60)))
+    frame = Results.load(folder).subgroups(by=path, mean=True)
+    assert list(frame.columns[:4]) == ["sae", "by", "group", "n_cells"]
+    assert {"born", "length of the name"} & set(frame["by"])
+    cells = Results.load(folder).subgroups(by=path)
+    for _, line in frame.iterrows():
+        own = cells[(cells["sae"] == line["sae"]) & (cells["by"] == line["by"]) & (cells["group"] == line["group"])]
+        assert len(own) == line["n_cells"]
+        assert own["delta_sel"].mean() == pytest.approx(line["delta_sel"])
+    assert report.main([str(folder), "--subgroups", "--people", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "born: 1900s" in shown
+    assert report.main([str(folder), "-o", str(tmp_path / "page.html"), "--people", str(path)]) == 0
+    assert "Who loses more" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    for wrong in (["--people", str(path)], ["--subgroups", "--csv", "x.csv"], ["--subgroups", "--people", "none.csv"]):
+        assert report.main([str(folder), *wrong]) == 2
+    assert capsys.readouterr().err.count("error:") == 3

@@ -23,9 +23,10 @@ from delta_selectivity.records.scores import folder_of
 from delta_selectivity.reporting import results as table
 from delta_selectivity.reporting.groups import File, obstacle, stored_cells
 from delta_selectivity.reporting.latent_tables import COLUMNS, latent_lines
+from delta_selectivity.reporting.people_table import read_people
 from delta_selectivity.reporting.rows import find_cell, find_sae, rows_of
 from delta_selectivity.reporting.subgroup_lines import COLUMNS as SUBGROUP_COLUMNS
-from delta_selectivity.reporting.subgroup_lines import subgroup_lines
+from delta_selectivity.reporting.subgroup_lines import MEAN_COLUMNS, mean_subgroup_lines, subgroup_lines
 from delta_selectivity.system.whole_file import replacing
 
 if TYPE_CHECKING:
@@ -210,7 +211,8 @@ class Results:
         layer: int | None = None,
         sae: str | None = None,
         *,
-        by: Mapping[str, Mapping[str, str]] | None = None,
+        by: Mapping[str, Mapping[str, str]] | str | os.PathLike[str] | None = None,
+        mean: bool = False,
     ) -> pandas.DataFrame:
         """Return which people lose more than the others: a line per cell and group, with q over all lines.
 
@@ -224,16 +226,21 @@ class Results:
             layer: One layer; None: all.
             sae: One SAE; None: all but baselines.
             by: Groups beside length and frequency of the name, such as ``{"born": {"ada lovelace": "1810s", ...}}``:
-                by the key of the person, as `rows` has it. Needs texts.
+                by the key of the person, as `rows` has it. Or a CSV or TSV file with a column ``person`` or ``name``
+                and columns of groups, of which years and dates become decades. Needs texts.
+            mean: A line per SAE and group in place of one per cell: the mean over the cells that are chosen, of which
+                ``n_cells`` have enough people. A person's rows in all of them count as one draw. ``n_rows`` and
+                ``n_people`` are of all these cells.
 
         Raises:
-            RequestError: There is no such SAE.
+            RequestError: There is no such SAE, or the file of people cannot be read.
         """
         import pandas
 
         chosen = None if sae is None else self._name(sae, "sae")
-        found = subgroup_lines(self.files, chosen, probe, layer, by or {})
-        return pandas.DataFrame(found, columns=list(SUBGROUP_COLUMNS))
+        known = read_people(as_path(by, "by")) if isinstance(by, str | os.PathLike) else by or {}
+        lines, columns = (mean_subgroup_lines, MEAN_COLUMNS) if mean else (subgroup_lines, SUBGROUP_COLUMNS)
+        return pandas.DataFrame(lines(self.files, chosen, probe, layer, known), columns=list(columns))
 
     def latents(
         self, probe: str, layer: int | None = None, sae: str | None = None, *, source: Any = None, device: Any = None

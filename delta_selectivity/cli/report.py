@@ -6,6 +6,8 @@ python report.py results --resources            # seconds per stage and peak mem
 python report.py results --csv all.csv          # every number of every probe, a line each, for a spreadsheet or pandas
 python report.py results --rows gender --layer 4 --sae k8     # who was lost there: rows, counts, a histogram
 python report.py results --latents gender --layer 4 --sae k8  # which latents carry the probe there
+python report.py results --subgroups            # which people lose more: by length and frequency of the name
+python report.py results --subgroups --people people.csv      # and by the columns of a table, such as year of birth
 python report.py results -o report.html         # one page with everything, readable without a network
 python report.py results --leaderboard board.html   # SAEs of a model and layer by rank, with ties: one page
 python report.py results --push_to_hub OWNER/NAME --sae k8   # files, page and model card of an SAE on the Hub
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
             show(with_flags(write_leaderboard(files, asked.leaderboard)))
             return 2 if refused else 0
         if asked.output is not None or asked.plots is not None:
-            _write(files, asked.output, asked.plots)
+            _write(files, asked)
             return 2 if refused else 0
         if asked.push_to_hub is not None:
             _push(asked, files)
@@ -69,6 +71,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
             return max(_rows(files, asked), 2 if refused else 0)
         if asked.latents is not None:
             return max(_latents(files, asked), 2 if refused else 0)
+        if asked.subgroups:
+            return max(_subgroups(files, asked), 2 if refused else 0)
         _print(files, asked)
     except RequestError as error:
         tell(with_flags(f"error: {error}"))
@@ -101,6 +105,14 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
         "--latents", metavar="PROBE", help="which latents carry the model's probe in one cell; runs the model again "
         "over the texts, once; with --layer and --sae as for --rows"
     )  # fmt: skip
+    parser.add_argument(
+        "--subgroups", action="store_true", help="which people the SAEs lose more than others, over all cells: by "
+        "length and frequency of the name"
+    )  # fmt: skip
+    parser.add_argument(
+        "--people", **path, help="with --subgroups or -o: a CSV or TSV file with a column person (or name) and columns "
+        "that group people; years and dates become decades"
+    )  # fmt: skip
     parser.add_argument("--layer", type=int, help="of the cell")
     parser.add_argument("--sae", metavar="NAME", help="of the cell: its name, or what only its name holds, such as k8")
     parser.add_argument(
@@ -121,6 +133,10 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
         if getattr(asked, flag) and any(rest):
             parser.error(f"--{flag} goes without other outputs")
     others = (asked.output, asked.plots, asked.worst_first, asked.summary, asked.resources)
+    if asked.subgroups and (any(others) or one_cell or asked.csv):
+        parser.error("--subgroups is a table of its own: other outputs go without it (the page has it too)")
+    if asked.people is not None and not (asked.subgroups or asked.output):
+        parser.error("--people groups people: it goes with --subgroups or -o")
     if one_cell and (any(others) or len(one_cell) == 2 or (asked.csv and asked.latents)):
         parser.error(f"--{one_cell[-1]} is about one cell: other outputs go without it (--rows has --csv)")
     return asked
@@ -145,6 +161,21 @@ def _latents(files: Sequence[File], asked: Any) -> int:
     tell_terminal("looking for the latents: the model runs over the texts again")
     show(latents_text(latents_of(place), f"{place.probe}, layer {place.layer}"))
     return 0
+
+
+def _subgroups(files: Sequence[File], asked: Any) -> int:
+    """Which people lose more. Raises `RequestError` if the table of people cannot be read."""
+    from delta_selectivity.reporting.subgroup_table import subgroup_text
+
+    show(subgroup_text(files, _people(asked)))
+    return 0
+
+
+def _people(asked: Any) -> dict[str, dict[str, str]]:
+    """The groups of `--people`. Raises `RequestError` if they cannot be read."""
+    from delta_selectivity.reporting.people_table import read_people  # tables do without pandas
+
+    return {} if asked.people is None else read_people(asked.people)
 
 
 def _rows(files: Sequence[File], asked: Any) -> int:
@@ -185,13 +216,13 @@ def _written(path: Path) -> Iterator[None]:
         raise RequestError(f"`csv` {path}: cannot be written: {error.strerror or error}") from error
 
 
-def _write(files: Sequence[File], page: Path | None, plots: Path | None) -> None:
+def _write(files: Sequence[File], asked: Any) -> None:
     """The page, the plots, or both. Raises `RequestError` if a path cannot be written."""
     from delta_selectivity.reporting.output import write_page, write_plots  # matplotlib: tables do without it
     from delta_selectivity.reporting.study import study_of
 
     study = study_of(files)
-    if page is not None:
-        show(with_flags(write_page(study, page)))
-    if plots is not None:
-        show(write_plots(study, plots))
+    if asked.output is not None:
+        show(with_flags(write_page(study, asked.output, _people(asked))))
+    if asked.plots is not None:
+        show(write_plots(study, asked.plots))

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 Floats = NDArray[np.floating]
+Numbers = NDArray[np.floating] | NDArray[np.int8]
 
 
 POWER = 0.8  # of `Estimate.detectable`
@@ -78,14 +79,18 @@ class Estimate:
 class Cell:
     """What changed from one view to another in one (layer, probe), or between two SAEs there."""
 
-    change: Floats  # [repeats, rows], e.g. correct_sae - correct_model in each partition into folds
+    change: (
+        NDArray[np.floating] | NDArray[np.int8]
+    )  # [repeats, rows], e.g. correct_sae - correct_model in each partition into folds
     labels: NDArray[np.bool_]  # [rows]
     persons: NDArray[np.int64]  # [rows]; one id means one person in all cells
     weights: Floats | None = None  # [rows]; None: 1 each
     n_folds: int = 5  # of each partition
 
 
-def balanced_mean(values: Floats, labels: NDArray[np.bool_], weights: Floats | None = None) -> Floats:
+def balanced_mean(
+    values: Floats | NDArray[np.int8], labels: NDArray[np.bool_], weights: Floats | None = None
+) -> Floats:
     """The mean over both classes of the class's (weighted) mean: [..., rows] -> [...], float64.
 
     Of 0/1 correctness this is balanced accuracy. Raises ValueError if a class has no weight.

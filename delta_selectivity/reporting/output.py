@@ -11,26 +11,30 @@ from delta_selectivity.reporting.page import page
 from delta_selectivity.reporting.plots import plots_of
 from delta_selectivity.reporting.row_data import packed
 from delta_selectivity.reporting.study import Study
+from delta_selectivity.reporting.subgroup_lines import By
+from delta_selectivity.reporting.subgroup_table import subgroup_section
 from delta_selectivity.system.whole_file import replacing
 
 MOST = 5_000_000  # bytes of a page; a larger one goes without links to save its plots, then with its plots packed
 LEAST_ROOM = 500_000  # bytes for rows, however large the page is without
 
 
-def write_page(study: Study, path: Path, with_rows: bool = True) -> str:
+def write_page(study: Study, path: Path, by: By | None = None, *, with_rows: bool = True) -> str:
     """Write the page in one step and say so. Raises `RequestError` if the path cannot be written.
 
+    by: Groups of people beside those by length and frequency of the name.
     with_rows: Put the rows behind the cells in, with their texts where they are kept.
     """
     with _told("`page`", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
         plots = plots_of(study)
         drawn = {plot.name: plot.svg() for plot in plots}
+        groups = subgroup_section(study, by or {})
         for with_links, pack_plots in ((True, False), (False, False), (False, True)):
-            n_bytes = len(page(study, plots, drawn, with_links, pack_plots=pack_plots).encode())
+            n_bytes = len(page(study, plots, drawn, with_links, groups, pack_plots=pack_plots).encode())
             if n_bytes <= MOST:
                 break
         rows = packed(study, max(MOST - n_bytes, LEAST_ROOM)) if with_rows else None
-        out.write(page(study, plots, drawn, with_links, rows, pack_plots))
+        out.write(page(study, plots, drawn, with_links, groups, rows, pack_plots))
     unlinked = "" if with_links else "; too large for links that save its plots: `plots` writes them"
     return f"report: {path} ({path.stat().st_size / 1e6:.1f} MB){unlinked}"
 

@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 READING = (
     ("survives", "transfer_r2: the share of what the model's own probes read in its activations that they still read "
      "in the SAE's reconstruction. 1: all of it; 0 or less: no more than a constant. Far more sensitive "
-     "than delta_sel, but a single attention sink among the probed rows can decide it."),
+     "than delta_sel. Attention sinks among the probed rows are left out."),
     ("rank", "By what survives. 1–2: not told apart from another, since the 95 % interval of their paired difference "
      "holds 0."),
     ("delta_sel", "Balanced accuracy of a probe on the SAE's reconstruction minus that on the model's activations. "
@@ -65,11 +65,13 @@ def page(
     plots: Plots,
     drawn: Mapping[str, str],
     with_links: bool,
+    groups: Sequence[Markup] = (),
     rows: str | None = None,
     pack_plots: bool = False,
 ) -> str:
     """The whole document. `drawn` holds each plot's SVG by name; links to save plots double their bytes.
 
+    groups: Which people lose more, over all cells.
     rows: Of `row_data.packed`: the rows behind the cells.
     pack_plots: Plots stand in the page compressed, and the script unpacks those that come into view.
     """
@@ -80,7 +82,7 @@ def page(
             return element("div", *(_place_of(plot, inner[plot.name]) for plot in found), class_="plots")
         return element("div", *(_figure(plot, inner, drawn, with_links) for plot in found), class_="plots")
 
-    sections = list(_sections(study, plots, figures))
+    sections = list(_sections(study, plots, figures, groups))
     links = (element("a", title, href=f"#{name}") for name, title, _ in sections)
     parts = [
         element(
@@ -125,7 +127,7 @@ def _head(title: str, script: Markup, styles: Sequence[str]) -> Markup:
 
 
 def _sections(
-    study: Study, plots: Plots, figures: Callable[[Sequence[Plot]], Markup]
+    study: Study, plots: Plots, figures: Callable[[Sequence[Plot]], Markup], groups: Sequence[Markup]
 ) -> Iterator[tuple[str, str, list[Markup]]]:
     """(id, title, content) of each."""
     pairs = pair_table(study)
@@ -142,6 +144,8 @@ def _sections(
     yield "datasets", "Layer by layer", [HEATMAPS, figures([plots.scale])]
     for number, dataset in enumerate(study.datasets):
         yield f"dataset-{number}", dataset, [figures(plots.heatmaps[dataset]), figures(plots.levels[dataset])]
+    if groups:
+        yield "people", "Who loses more", list(groups)
     yield "all-cells", "All cells", [cell_table(study)]
     listed = element("summary", f"Result files ({len(study.files)})")
     files = element("details", listed, file_table(study))

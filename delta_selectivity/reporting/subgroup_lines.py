@@ -1,25 +1,63 @@
-"""Losses by subgroup over many cells as lines of a data frame."""
+"""Losses by subgroup of many cells as lines of a data frame, of a terminal, and of the page."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.reporting.groups import File, dataset_of
 from delta_selectivity.reporting.results import by_sae, cells, is_baseline
 from delta_selectivity.reporting.rows import Place, rows_of
-from delta_selectivity.reporting.subgroups import grouping_of, losses, with_q_values
+from delta_selectivity.reporting.subgroups import Grouping, Loss, grouping_of, losses, mean_losses, with_q_values
 
-COLUMNS = ("sae", "dataset", "layer", "probe", "by", "group", "n_rows", "n_people", "delta_sel", "ci_low", "ci_high",
-           "against", "against_ci_low", "against_ci_high", "p_value", "q_value")  # fmt: skip
+_FIGURES = ("n_rows", "n_people", "delta_sel", "ci_low", "ci_high", "against", "against_ci_low", "against_ci_high",
+            "p_value", "q_value")  # fmt: skip
+COLUMNS = ("sae", "dataset", "layer", "probe", "by", "group", *_FIGURES)
+MEAN_COLUMNS = ("sae", "by", "group", "n_cells", *_FIGURES)
+
+By = Mapping[str, Mapping[str, str]]  # of the caller: title of a grouping -> key of a person -> group
 
 
 def subgroup_lines(
-    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: Mapping[str, Mapping[str, str]]
+    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By
 ) -> list[tuple[Any, ...]]:
     """The values of `COLUMNS` for each group of each cell whose scores are there; q over all of them."""
     where, found = [], []
+    for name, place, stored, known in _cells(files, sae, probe, layer, by):
+        own = losses(stored, known)
+        where += [(name, dataset_of(place.file).removeprefix("wikidata_"), place.layer, place.probe)] * len(own)
+        found += own
+    return [(*at, loss.by, loss.group, *_figures(loss)) for at, loss in zip(where, with_q_values(found), strict=True)]
+
+
+def mean_subgroup_lines(
+    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By
+) -> list[tuple[Any, ...]]:
+    """The values of `MEAN_COLUMNS` for each group of each SAE, as means over its cells; q over all of them.
+
+    Of an SAE whose files have different folds or repeats, the cells of most files count.
+    """
+    where, found = [], []
+    for name, of_sae in itertools.groupby(_cells(files, sae, probe, layer, by), key=lambda cell: cell[0]):
+        own = [(stored, known) for _, _, stored, known in of_sae]
+        design = Counter(_design(stored) for stored, _ in own).most_common(1)[0][0]
+        told = mean_losses([cell for cell in own if _design(cell[0]) == design])
+        where += [name] * len(told)
+        found += told
+    return [
+        (name, loss.by, loss.group, loss.n_cells, *_figures(loss))
+        for name, loss in zip(where, with_q_values(found), strict=True)
+    ]
+
+
+def _cells(
+    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By
+) -> Iterator[tuple[str, Place, ProbeScores, list[Grouping]]]:
+    """SAE, place, scores and groupings of each cell that is asked for and whose scores are there."""
     for name, own in by_sae(files).items():
         if sae not in (None, name) or (sae is None and is_baseline(own[0][1])):
             continue
@@ -27,21 +65,21 @@ def subgroup_lines(
             for at, of, _, result in cells(file[1]):
                 if result.get("reason") or probe not in (None, of) or layer not in (None, at):
                     continue
+                place = Place(file, at, of)
                 try:
-                    rows = rows_of(Place(file, at, of))
+                    rows = rows_of(place)
                 except RequestError:
                     continue
                 known = list(rows.groupings)
                 if rows.kept is not None and rows.places is not None:
                     known += [grouping_of(title, groups, rows.kept, rows.places) for title, groups in by.items()]
-                own_losses = losses(rows.stored, known)
-                where += [(name, dataset_of(file).removeprefix("wikidata_"), at, of)] * len(own_losses)
-                found += own_losses
-    return [
-        (
-            *place, loss.by, loss.group, loss.n_rows, loss.n_people,
-            *(x for one in (loss.delta_sel, loss.against) for x in (one.value, one.low, one.high)),
-            loss.against.p_value, loss.q_value,
-        )
-        for place, loss in zip(where, with_q_values(found), strict=True)
-    ]  # fmt: skip
+                yield name, place, rows.stored, known
+
+
+def _design(stored: ProbeScores) -> tuple[int, int]:
+    return len(stored.folds), stored.n_folds
+
+
+def _figures(loss: Loss) -> tuple[Any, ...]:
+    estimates = (x for one in (loss.delta_sel, loss.against) for x in (one.value, one.low, one.high))
+    return loss.n_rows, loss.n_people, *estimates, loss.against.p_value, loss.q_value

@@ -2,9 +2,10 @@
 
     found = losses(rows.stored, groupings(rows.stored, rows.kept, rows.places))
     with_q_values(found)[0]              # q over all looks
+    mean_losses(cells)                   # the same as a mean over cells
 
 A subgroup's delta_sel is that of its rows alone. Whether it loses more than the others is another question: `against`
-is its delta_sel minus that of all other people. A person is in one group of each grouping.
+is its delta_sel minus that of all other people. In a cell a person is in one group of each grouping.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from delta_selectivity.probing.probe_statistics import ProbeScores, correct
-from delta_selectivity.probing.uncertainty import Estimate, benjamini_hochberg, effective_people, estimate_delta
+from delta_selectivity.probing.uncertainty import Cell, Estimate, benjamini_hochberg, effective_people, estimate_mean
 from delta_selectivity.records.texts import KeptTexts
 
 LENGTHS = ((0, 10, "up to 10 characters"), (11, 14, "11 to 14"), (15, None, "15 or more"))
 TIMES = ((0, 1, "once"), (2, 4, "2 to 4 times"), (5, None, "5 times or more"))
 LEAST = 10  # effective people of each class, in the group and outside it: below, an interval says nothing
 _WORD = re.compile(r"[^\W_]+")
+_DECADE = re.compile(r"(-?\d{1,4})s")
 
 Ints = NDArray[np.int64]
 
@@ -41,12 +43,13 @@ class Grouping:
 
 @dataclass(frozen=True)
 class Loss:
-    """What a subgroup lost."""
+    """What a subgroup lost, as a mean over cells."""
 
     by: str
     group: str
-    n_rows: int
-    n_people: int
+    n_cells: int
+    n_rows: int  # of all cells
+    n_people: int  # each once
     delta_sel: Estimate
     against: Estimate  # its delta_sel minus that of all other people
     q_value: float | None = None  # of `against`, over all looks
@@ -75,18 +78,42 @@ def grouping_of(by: str, of_person: Mapping[str, str], kept: KeptTexts, places: 
 
 def losses(found: ProbeScores, by: Sequence[Grouping]) -> list[Loss]:
     """The loss of each group that has enough people, without q values."""
-    change = correct(found, "sae") - correct(found, "model")
-    told = []
-    for grouping in by:
-        known = grouping.group >= 0
-        for place, name in enumerate(grouping.names):
-            inside = grouping.group == place
-            parts = [_estimate(found, change, rows) for rows in (inside, known & ~inside)]
-            if parts[0] is not None and parts[1] is not None:
-                n_people = len(np.unique(found.persons[inside]))
-                against = _minus(parts[0], parts[1])
-                told.append(Loss(grouping.by, name, int(inside.sum()), n_people, parts[0], against))
-    return told
+    return mean_losses([(found, by)])
+
+
+def mean_losses(cells: Sequence[tuple[ProbeScores, Sequence[Grouping]]]) -> list[Loss]:
+    """The same as a mean over cells: for each group those in which it has enough people, and so have all others.
+
+    A person's rows in all cells count as one draw, in the group and outside it (`uncertainty.estimate_mean`).
+    Raises ValueError for cells of different numbers of repeats or folds.
+    """
+    parts: dict[str, dict[str, list[tuple[Cell, Cell]]]] = {}
+    for found, by in cells:
+        change = (correct(found, "sae") - correct(found, "model")).astype(np.int8)  # small: many cells are held
+        for grouping in by:
+            known, of_group = grouping.group >= 0, parts.setdefault(grouping.by, {})
+            for place, name in enumerate(grouping.names):
+                inside = grouping.group == place
+                two = [_part(found, change, rows) for rows in (inside, known & ~inside)]
+                if two[0] is not None and two[1] is not None:
+                    of_group.setdefault(name, []).append((two[0], two[1]))
+    return [_loss(by, name, of_group[name]) for by, of_group in parts.items() for name in sorted(of_group, key=_order)]
+
+
+def _order(name: str) -> tuple[int, str]:
+    """Our own groups by size, decades by time, the caller's others by name."""
+    own = [group for groups in (LENGTHS, TIMES) for *_, group in groups]
+    decade = _DECADE.fullmatch(name)
+    return (int(decade[1]), "") if decade else (own.index(name) if name in own else 0, name)
+
+
+def _loss(by: str, name: str, pairs: Sequence[tuple[Cell, Cell]]) -> Loss:
+    """The mean over cells of a group's part, and minus the mean of the others' parts."""
+    inside = [part for part, _ in pairs]
+    twice = [replace(part, change=sign * 2 * part.change) for pair in pairs for sign, part in zip((1, -1), pair)]  # noqa: B905 - two each
+    persons = np.concatenate([part.persons for part in inside])
+    delta, against = estimate_mean(inside), estimate_mean(twice)
+    return Loss(by, name, len(pairs), len(persons), len(np.unique(persons)), delta, against)
 
 
 def with_q_values(found: Sequence[Loss]) -> list[Loss]:
@@ -127,19 +154,10 @@ def _by_size(by: str, values: Ints, persons: Ints, groups: Sequence[tuple[int, i
     )
 
 
-def _estimate(found: ProbeScores, change: NDArray[np.float64], rows: NDArray[np.bool_]) -> Estimate | None:
-    """delta_sel of some of the rows; None with too few people of a class."""
+def _part(found: ProbeScores, change: NDArray[np.int8], rows: NDArray[np.bool_]) -> Cell | None:
+    """Some of the rows of a cell; None with too few people of a class."""
     labels, persons, weights = found.labels[rows], found.persons[rows], found.weights[rows]
     for label in (False, True):
         if not (labels == label).any() or effective_people(persons[labels == label], weights[labels == label]) < LEAST:
             return None
-    return estimate_delta(change[:, rows], labels, persons, weights, found.n_folds)
-
-
-def _minus(one: Estimate, other: Estimate) -> Estimate:
-    """The difference of two means of different people, after Welch (1947)."""
-    squares = [one.standard_error**2, other.standard_error**2]
-    error = sum(squares)
-    parts = sum(square**2 / estimate.degrees_of_freedom for square, estimate in zip(squares, (one, other), strict=True))
-    freedom = error**2 / parts if parts else min(one.degrees_of_freedom, other.degrees_of_freedom)
-    return Estimate(one.value - other.value, float(np.sqrt(error)), float(freedom))
+    return Cell(change[:, rows], labels, persons, weights, found.n_folds)

@@ -1,0 +1,74 @@
+"""Which people SAEs lose more than others, over all cells: for the page and for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from delta_selectivity.reporting.groups import File
+from delta_selectivity.reporting.html import Markup, element, join, table
+from delta_selectivity.reporting.names import abridged
+from delta_selectivity.reporting.numbers import number, probability, signed, span
+from delta_selectivity.reporting.study import Study
+from delta_selectivity.reporting.subgroup_lines import MEAN_COLUMNS, By, mean_subgroup_lines
+from delta_selectivity.reporting.summary import named
+from delta_selectivity.reporting.tables import Row, aligned
+from delta_selectivity.system.terminal import printable
+
+ABOUT = (
+    "delta_sel of groups of people, averaged over the cells in which the group and all other people have at least 10\n"
+    "effective people of each class; and that minus the same of all other people. A person is in one group of each\n"
+    "kind in each dataset, and their rows in all cells count as one draw. q: Benjamini-Hochberg over all lines."
+)
+LONGEST = 60  # characters of a group
+
+Line = dict[str, Any]  # of `MEAN_COLUMNS`
+
+
+def subgroup_section(study: Study, by: By) -> list[Markup]:
+    """A table with a line for each group and SAE; nothing where no scores are kept."""
+    by_name = {sae.name: sae for sae in study.saes}
+    rows = [
+        (
+            _group(line), named(study, by_name[line["sae"]]), str(line["n_cells"]), f"{line['n_people']:,}",
+            _estimate(line, "delta_sel", ""), _estimate(line, "against", "against_"), probability(line["q_value"]),
+        )
+        for line in _lines([file for sae in study.saes for file in sae.files], by)
+    ]  # fmt: skip
+    head = ("group", "SAE", "cells", "people", "delta_sel", "minus that of all others", "q")
+    return [element("p", ABOUT), table(head, rows)] if rows else []
+
+
+def subgroup_text(files: Sequence[File], by: By) -> str:
+    """The same for a terminal."""
+    rows: list[Row] = [
+        (
+            _group(line), line["sae"], str(line["n_cells"]), str(line["n_people"]),
+            f"{line['delta_sel']:+.4f}", f"{line['ci_low']:+.4f} .. {line['ci_high']:+.4f}",
+            f"{line['against']:+.4f}", f"{line['against_ci_low']:+.4f} .. {line['against_ci_high']:+.4f}",
+            number(line["q_value"], ".3f"),
+        )
+        for line in _lines(files, by)
+    ]  # fmt: skip
+    if not rows:
+        return "no cell has both its scores beside it and enough people in a group"
+    head: Row = ("group", "SAE", "cells", "people", "delta_sel", "95 % interval", "minus that of all others",
+                 "95 % interval", "q")  # fmt: skip
+    return f"{aligned([head, *rows])}\n\n{ABOUT}"
+
+
+def _lines(files: Sequence[File], by: By) -> list[Line]:
+    """The lines, the SAEs of a group one below the other."""
+    found = [dict(zip(MEAN_COLUMNS, line, strict=True)) for line in mean_subgroup_lines(files, None, None, None, by)]
+    groups = list(dict.fromkeys((line["by"], line["group"]) for line in found))
+    return sorted(found, key=lambda line: groups.index((line["by"], line["group"])))
+
+
+def _group(line: Line) -> str:
+    return abridged(printable(f"{line['by']}: {line['group']}"), LONGEST)
+
+
+def _estimate(line: Line, name: str, prefix: str) -> Markup:
+    """A figure with its interval."""
+    ends = span(line[f"{prefix}ci_low"], line[f"{prefix}ci_high"], 4)
+    return join([element("b", signed(line[name], 4)), " ", element("small", ends)])
