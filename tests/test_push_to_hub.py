@@ -92,8 +92,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         if self.path == "/api/validate-yaml":
             content = json.loads(body)["content"]
+            bad = "refused-by-the-hub" in content
             yaml.safe_load(content.split("---")[1])
-            self._answer(200, {"warnings": [], "errors": []})
+            self._answer(400 if bad else 200, {"warnings": [], "errors": [{"message": '"license" is wrong'}] * bad})
         elif "/preupload/" in self.path:
             asked = json.loads(body)["files"]
             self._answer(200, {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -300,6 +301,17 @@ def test_a_card_that_cannot_be_added_to_is_left_alone(card, told, hub, results):
         results.push_to_hub(REPO)
     assert "\n" not in str(refused.value)
     assert hub.files == {"README.md": card.encode()}
+
+
+@pytest.mark.parametrize(
+    ("card", "told"),
+    [(b"\xff\xfe text", "no UTF-8"), (b"---\nlicense: refused-by-the-hub\n---\n", '"license" is wrong')],
+)
+def test_a_card_that_the_hub_would_not_take_is_one_line(card, told, hub, capsys):
+    hub.files["README.md"] = card
+    assert told in (line := refused(capsys))
+    assert line.endswith("; nothing was written")
+    assert hub.commits == []
 
 
 def test_a_dry_run_shows_it_and_writes_nothing(hub, monkeypatch, capsys):

@@ -151,6 +151,21 @@ def test_an_sae_that_diverges_does_not_end_its_training(evaluator, caplog):
     assert ds.Callback(evaluator, every=1, log=lambda *found: seen.append(found))(sae, 1) is None
     assert seen == []
     assert "not measured" in caplog.text
+    with pytest.raises(ds.RequestError, match="W_dec holds NaN") as refused:
+        evaluator(sae)
+    assert refused.value.field == "sae"
+
+
+def test_a_warning_about_an_sae_in_training_comes_once(tiny_model, task, caplog):
+    evaluator = ds.Evaluator(tiny_model, LAYER, task, settings=FAST, device="cpu")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, k=2, decoder_init_norm=9.0))
+        evaluator(sae, iter(()), ActivationScaler())
+    assert sum("FVU" in line for line in evaluator.warnings) == 1
+    assert sum("FVU" in line for line in caplog.messages) == 1
+    evaluator(sae)
+    assert sum("FVU" in line for line in evaluator.warnings) == 2, "of an SAE that somebody asks about"
 
 
 # --- sparsify

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -220,16 +221,16 @@ class Evaluator:
         try:
             if diverged(sae):
                 raise ArithmeticError(f"the weights of the {type(sae).__name__} hold NaN or infinity")
-            return for_training(self._call(scaled(sae, activation_scaler)), *self._site)
+            return for_training(self._call(scaled(sae, activation_scaler), in_training=True), *self._site)
         except ArithmeticError as error:
             log.warning("not measured: %s", error)
             return {}
 
-    def _call(self, sae: Any) -> dict[str, float]:
+    def _call(self, sae: Any, in_training: bool = False) -> dict[str, float]:
         if self.budget is None and self._seconds is not None:
             self._choose_rows(sae, self._seconds)
         start = time.perf_counter()
-        numbers = self._numbers(sae)
+        numbers = self._numbers(sae, in_training)
         took = time.perf_counter() - start
         if self.budget is None:
             self.budget = budget_of(numbers, took)
@@ -246,9 +247,9 @@ class Evaluator:
             nonlocal took
             if took:  # the first rows are there already
                 self._set_up(self._texts(rows))
-            self._numbers(sae)  # what a process does once does not count
+            self._numbers(sae, True)  # what a process does once does not count
             start = time.perf_counter()
-            self._numbers(sae)
+            self._numbers(sae, True)
             took = time.perf_counter() - start
             return took
 
@@ -258,8 +259,9 @@ class Evaluator:
             self.warnings.append(line)
             log.warning("%s", line)
 
-    def _numbers(self, sae: Any) -> dict[str, float]:
-        found = self.measure(sae)
+    @default_modes()
+    def _numbers(self, sae: Any, in_training: bool) -> dict[str, float]:
+        found = self._measure(sae, in_training)
         cells = {(name, 0, probe): scores for name, result in found.items() for probe, scores in result.scores.items()}
         flat = {**_interval("delta_sel", mean_delta(cells)), **_interval("transfer_r2", mean_transfer_r2(cells))}
         for name, result in found.items():
@@ -276,10 +278,13 @@ class Evaluator:
     @default_modes()
     def measure(self, sae: Any) -> dict[str, CellResult]:
         """Measure one SAE; returns task -> its figures, records and out-of-fold scores. Arguments as for a call."""
-        with naming(obj="sae", saes="sae"):
-            return self._measure(self._fitting(sae))
+        return self._measure(sae, in_training=False)
 
-    def _measure(self, source: SaeSource) -> dict[str, CellResult]:
+    def _measure(self, sae: Any, in_training: bool) -> dict[str, CellResult]:
+        with naming(obj="sae", saes="sae"):
+            return self._measure_source(self._fitting(sae), in_training)
+
+    def _measure_source(self, source: SaeSource, in_training: bool) -> dict[str, CellResult]:
         loaded = source.load(self._site.layer, self._device)
         counts_bos = source.counts_bos if self.settings.bos == "auto" else self.settings.bos == "counted"
         found: dict[str, CellResult] = {}
@@ -298,7 +303,8 @@ class Evaluator:
             prober.run(items)
         for name, result in found.items():
             for line in (f"{name}{warning}" for warning in warnings_of(result)):
-                if line not in self.warnings:
+                known = map(_without_numbers, self.warnings) if in_training else self.warnings
+                if (_without_numbers(line) if in_training else line) not in known:
                     self.warnings.append(line)
                     log.warning("%s", line)
         return {dataset.name: found[dataset.name] for dataset in datasets}
@@ -377,6 +383,11 @@ class Evaluator:
 def _most_rows(texts: ProbeTexts) -> int:
     """Rows of the largest task."""
     return max(len(set().union(*(probe.mentions.tolist() for probe in task.probes))) for task in texts.datasets)
+
+
+def _without_numbers(line: str) -> str:
+    """What a warning is about: of an SAE in training it comes again and again, with other numbers."""
+    return re.sub(r"[\d.]+", "", line)
 
 
 def _plain(prefix: str, record: Mapping[str, Any]) -> dict[str, float]:

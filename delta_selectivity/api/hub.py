@@ -128,7 +128,10 @@ def _read_card(api: Any, repo: str, revision: str) -> str:
         hf_raise_for_status(response)
     except EntryNotFoundError:
         return ""
-    return response.content.decode()
+    try:
+        return bytes(response.content).decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"`push_to_hub` {repo}: its {CARD} is no UTF-8; nothing was written") from error
 
 
 def _persistent(repo: str, attempt: Callable[[], Result]) -> Result:
@@ -145,6 +148,9 @@ def _persistent(repo: str, attempt: Callable[[], Result]) -> Result:
                 raise RequestError(f"`push_to_hub` {repo}: {_reason(status, error)}; nothing was written") from error
             log.info("%s: %s: trying again in %g s", repo, _reason(status, error), pause)
             time.sleep(pause)
+        except ValueError as error:  # of the Hub's own check of the card
+            told = " ".join(str(error).split())
+            raise RequestError(f"`push_to_hub` {repo}: {told}; nothing was written") from error
     raise AssertionError("the last attempt returns or raises")
 
 
