@@ -116,6 +116,7 @@ def test_sae_lens_trains_the_same_weights_with_an_evaluator_at_work(kind, evalua
 
 def test_scaled_inputs_give_the_codes_that_the_trainer_computes(evaluator, activations, tiny_model):
     """FVU against the trainer's own forward pass, in NumPy: a scaling left out would show at once."""
+    rows = probed_rows(evaluator, tiny_model)
     for kind in ("topk", "scaled", "whitened", "layer_norm"):
         trainer = lens_trainer(activations, kind, steps=30)
         trainer.step(next(trainer.data_provider))
@@ -125,7 +126,6 @@ def test_scaled_inputs_give_the_codes_that_the_trainer_computes(evaluator, activ
         elif kind == "whitened":
             scaler.estimate_whitening(D_MODEL, trainer.data_provider, 4)
         numbers = evaluator(trainer.sae, iter(()), scaler)
-        rows = probed_rows(evaluator, tiny_model)
         with torch.no_grad():
             recon = scaler.unscale(trainer.sae.eval()(scaler.scale(rows))).numpy()
         lost = np.square(recon - rows.numpy()).sum() / np.square(rows.numpy() - rows.numpy().mean(0)).sum()
