@@ -428,6 +428,16 @@ def test_one_sae_is_chosen_and_named(hub, capsys, tmp_path):
     assert "--dry_run goes with --push_to_hub" in capsys.readouterr().err
 
 
+def test_two_runs_of_other_layers_keep_their_files_apart_and_baselines_stay_home(hub, tmp_path):
+    one = write_set(tmp_path / "one", layers=[0], baselines=[("mean", "resid_post")])
+    two = write_set(tmp_path / "two", layers=[1])
+    found = ds.Results.load(one, two).push_to_hub(REPO, dry_run=True).files
+    contents = [path.read_bytes() for path in (*one.glob("sae-00/*.json"), *two.glob("sae-00/*.json"))]
+    assert sorted(found[name] for name in found if name.endswith(".json")) == sorted(contents)
+    with pytest.raises(ds.RequestError, match="only baselines"):
+        ds.Results.load(one / "baselines" / "01_mean").push_to_hub(REPO, dry_run=True)
+
+
 @pytest.mark.parametrize(("keep_texts", "with_rows"), [("public", b"True"), ("all", b"False")])
 def test_texts_that_were_kept_on_request_are_not_published(keep_texts, with_rows, hub, tmp_path):
     (path,) = write_set(tmp_path / "in").rglob("*.json")

@@ -6,6 +6,7 @@ push(files, "owner/sae", dry_run=True)     # what would be written, and nothing 
 from __future__ import annotations
 
 import difflib
+import itertools
 import logging
 import tempfile
 import time
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.groups import File
 from delta_selectivity.reporting.model_card import PAGE, body_of, model_index, with_results
+from delta_selectivity.reporting.results import by_sae, is_baseline
+from delta_selectivity.reporting.rows import find_sae
 from delta_selectivity.reporting.study import Sae, Study, study_of
 from delta_selectivity.system.hub_access import use_cache_if_unreachable
 
@@ -51,8 +54,10 @@ class Push:
         return "\n".join([f"to {self.repo}, in one commit:", *listed, "", *change])
 
 
-def push(files: Sequence[File], repo: str, *, dry_run: bool = False) -> Push:
+def push(files: Sequence[File], repo: str, sae: str | None = None, *, dry_run: bool = False) -> Push:
     """Write the result files of one SAE, their page and what they say into the model card of its repository.
+
+    sae: Its name, or what only its name holds; None if there is only one.
 
     All of it is one commit on what was read, so nothing is ever half done; a connection that is lost is tried again,
     twice. The scores behind the files are not published, nor are texts that a run kept only because it was told to
@@ -77,10 +82,10 @@ def push(files: Sequence[File], repo: str, *, dry_run: bool = False) -> Push:
         raise RequestError("`push_to_hub`: no token of the Hub: set HF_TOKEN, or log in with `hf auth login`")
     if not use_cache_if_unreachable():
         raise RequestError(f"`push_to_hub` {repo}: the Hub does not answer: check the connection")
-    study = study_of(files)
-    if len(study.saes) != 1:
-        named = ", ".join(sae.name for sae in study.saes)
-        raise RequestError(f"`sae` is missing: a model card is of one SAE, and here are {named or 'none'}")
+    named = {name: own for name, own in by_sae(files).items() if not is_baseline(own[0][1])}
+    if not named:
+        raise RequestError("`push_to_hub`: there are only baselines here")
+    study = study_of(named[find_sae(named, sae)])
     api = HfApi(token=token if token is not None else False)
     contents = _contents(study)
     return _persistent(repo, lambda: _attempt(api, repo, study.saes[0], contents, dry_run))
@@ -90,14 +95,15 @@ def _contents(study: Study) -> dict[str, bytes]:
     """By their path in the repository."""
     from delta_selectivity.reporting.output import write_page  # matplotlib: a wrong request does without it
 
+    found: dict[str, bytes] = {}
+    for path, _ in study.files:  # of two runs, say, of other layers
+        names = (f"{FOLDER}/{path.stem}{'' if n == 1 else f'-{n}'}{path.suffix}" for n in itertools.count(1))
+        found[next(name for name in names if name not in found)] = path.read_bytes()
     private = any(found["_run"]["config"].get("keep_texts") == "all" for _, found in study.files)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / PAGE
         write_page(study, page, with_rows=not private)
-        return {
-            **{f"{FOLDER}/{path.name}": path.read_bytes() for path, _ in study.files},
-            f"{FOLDER}/{PAGE}": page.read_bytes(),
-        }
+        return {**found, f"{FOLDER}/{PAGE}": page.read_bytes()}
 
 
 def _attempt(api: Any, repo: str, sae: Sae, contents: dict[str, bytes], dry_run: bool) -> Push:

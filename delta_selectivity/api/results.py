@@ -332,7 +332,7 @@ class Results:
         from delta_selectivity.api.hub import push
 
         with naming(push_to_hub="repo"):
-            return push(table.by_sae(self.files)[self._name(sae, "sae")], repo, dry_run=dry_run)
+            return push(self.files, repo, sae, dry_run=dry_run)
 
     def __getstate__(self) -> dict[str, Any]:
         """With what the files hold: their folder may be gone where it is unpickled."""
@@ -344,7 +344,7 @@ class Results:
     def __repr__(self) -> str:
         return f"<Results: {len(self)} rows of {', '.join(self.saes)}>"
 
-    def _name(self, name: str | None, field: str) -> str:
+    def _name(self, name: str, field: str) -> str:
         """The SAE of this name or folder, or of a part of it, by its name in `saes`."""
         return find_sae(table.by_sae(self.files), name, field)
 

@@ -27,7 +27,7 @@ from delta_selectivity.cli.parser import Parser, user_path
 from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.csv_file import write_csv
 from delta_selectivity.reporting.groups import File
-from delta_selectivity.reporting.results import is_baseline, load_all, result_files
+from delta_selectivity.reporting.results import load_all, result_files
 from delta_selectivity.reporting.tables import (
     overview,
     render,
@@ -144,11 +144,8 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
 
 def _push(asked: Any, files: Sequence[File]) -> None:
     from delta_selectivity.api.hub import push
-    from delta_selectivity.reporting.results import by_sae
-    from delta_selectivity.reporting.rows import find_sae
 
-    named = {name: own for name, own in by_sae(files).items() if not is_baseline(own[0][1])}
-    show(str(push(named[find_sae(named, asked.sae)], asked.push_to_hub, dry_run=asked.dry_run)))
+    show(str(push(files, asked.push_to_hub, asked.sae, dry_run=asked.dry_run)))
 
 
 def _latents(files: Sequence[File], asked: Any) -> int:
