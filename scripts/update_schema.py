@@ -4,7 +4,7 @@
     python scripts/update_schema.py --check   # exit 1 if it is not what the code says now
 
 Names and types come from `ProbeResult` and `Reconstruction`, what they mean from the page's tables. JSON Schema, draft
-2020-12: https://json-schema.org/draft/2020-12. docs/guide.md shows how to check a file against it.
+2020-12: https://json-schema.org/draft/2020-12. docs/how_to/read_a_result.md shows how to check a file against it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The examples of the public docstrings and of the README run, on a local model and SAEs."""
+"""The examples of the public docstrings run, on a local model and SAEs."""
 
 from __future__ import annotations
 
 import doctest
-import re
 from pathlib import Path
 
 import numpy as np
@@ -46,18 +45,3 @@ def test_the_example_of_a_docstring_runs(name, here):
 @pytest.mark.parametrize("name", ["evaluate", "Evaluator", "Results", "Settings", "load_sae", "load_task", "wrap_sae"])
 def test_public_names_have_an_example(name):
     assert any(example.name == name and example.examples for example in EXAMPLES)
-
-
-def test_the_python_of_the_readme_runs(here, tiny_model, tiny_saes):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    replaced = {
-        '"EleutherAI/pythia-160m"': "model", '"EleutherAI/sae-pythia-160m-32k"': "sae", '["gender"]': '["people.csv"]',
-        "[3, 6]": "[0, 1]", "layer=6": "layer=1", "n=1000": "n=200",
-    }  # fmt: skip
-    for theirs, ours in replaced.items():
-        assert theirs in block
-        block = block.replace(theirs, ours)
-    names = {**here, "my_sae": ds.load_sae(str(tiny_saes), 1)}
-    exec(compile(block, "README.md", "exec"), names)
-    assert len(names["results"]) == 2
-    assert Path("report.html").stat().st_size > 1000
