@@ -150,6 +150,11 @@ def _run() -> Schema:
                             "type": "string",
                             "description": "what tables call it; absent for a baseline",
                         },
+                        "d_sae": {
+                            "description": "latents of the SAE by layer; absent for a baseline, and before 0.6",
+                            "type": "object",
+                            "additionalProperties": {"type": "integer", "minimum": 1},
+                        },
                         "baseline": {"type": "string", "description": "its kind; absent for an SAE"},
                         "baseline_of_sae": {
                             "type": "string",

@@ -112,7 +112,11 @@ def test_every_dependency_is_imported() -> None:
         ("requirements.txt", DEPENDENCIES),
         (
             "requirements-dev.txt",
-            EXTRAS["dev"] | EXTRAS["docs"] | EXTRAS["explore"] | EXTRAS["scale"] | EXTRAS["wandb"],
+            {
+                name: pin
+                for extra in ("dev", "docs", "explore", "scale", "tensorboard", "wandb")
+                for name, pin in EXTRAS[extra].items()
+            },
         ),
     ],
 )

@@ -92,17 +92,24 @@ def as_saes(saes: Any, layers: tuple[int, ...] | None, hookpoint: str | None) ->
     )
 
 
-def as_source(sae: Any, layers: tuple[int, ...] | None, hookpoint: str | None, d_in: int | None = None) -> SaeSource:
+def as_source(
+    sae: Any,
+    layers: tuple[int, ...] | None,
+    hookpoint: str | None,
+    d_in: int | None = None,
+    input_hookpoint: str | None = None,
+) -> SaeSource:
     """Return a name or an object as an SAE; where it does not say its layer, that of the only one asked for.
 
     d_in: Width of an object that does not show it.
+    input_hookpoint: Where a transcoder reads that does not say it.
     """
     if isinstance(sae, SaeSource):
         return sae
     if isinstance(sae, str | os.PathLike):
         return open_sae(os.fspath(sae), hookpoint)
     one = layers[0] if layers is not None and len(layers) == 1 else None
-    unsaid = {"layer": one, "hookpoint": hookpoint, "d_in": d_in}
+    unsaid = {"layer": one, "hookpoint": hookpoint, "d_in": d_in, "input_hookpoint": input_hookpoint}
     known: dict[str, Any] = {}
     with naming(obj="saes"):
         while True:  # what the object does not say itself is added when it is asked for

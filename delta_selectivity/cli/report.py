@@ -9,6 +9,8 @@ python report.py results --latents gender --layer 4 --sae k8  # which latents ca
 python report.py results --subgroups            # which people lose more: by length and frequency of the name
 python report.py results --subgroups --people people.csv      # and by the columns of a table, such as year of birth
 python report.py results -o report.html         # one page with everything, readable without a network
+python report.py results --leaderboard board.html   # SAEs of a model and layer by rank, with ties: one page
+python report.py results --push_to_hub OWNER/NAME --sae k8   # files, page and model card of an SAE on the Hub
 python report.py results --plots plots          # every plot of that page as PNG and SVG, and its data as CSV
 python report.py results --saebench out         # the same results as files of SAEBench 0.6
 python report.py results --beside theirs.json   # files of SAEBench beside them; with -o in the page, with --plots drawn
@@ -55,8 +57,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
         if asked.saebench is not None:
             _write_saebench(files, asked.saebench)
             return 2 if refused else 0
+        if asked.leaderboard is not None:
+            from delta_selectivity.reporting.leaderboard import write_leaderboard
+
+            show(with_flags(write_leaderboard(files, asked.leaderboard)))
+            return 2 if refused else 0
         if asked.output is not None or asked.plots is not None:
             _write(files, beside, asked)
+            return 2 if refused else 0
+        if asked.push_to_hub is not None:
+            _push(asked, files)
             return 2 if refused else 0
         if asked.csv is not None and asked.rows is None:
             _write_csv(files, asked.csv)
@@ -97,6 +107,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
     parser.add_argument("--csv", **path, help="write every number to this file in place of tables")
     parser.add_argument("-o", "--output", **path, help="write one HTML page with tables and plots")
     parser.add_argument("--plots", **{**path, "metavar": "DIR"}, help="write each plot as PNG and SVG, its data as CSV")
+    parser.add_argument("--leaderboard", **path, help="write one HTML page of SAEs by rank, for each model and layer")
     parser.add_argument(
         "--saebench", **{**path, "metavar": "DIR"}, help="write the results as files of SAEBench 0.6: core, and "
         "sparse_probing with --views ksparse of main.py"
@@ -123,6 +134,11 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
     )  # fmt: skip
     parser.add_argument("--layer", type=int, help="of the cell")
     parser.add_argument("--sae", metavar="NAME", help="of the cell: its name, or what only its name holds, such as k8")
+    parser.add_argument(
+        "--push_to_hub", metavar="OWNER/NAME", help="write result files, page and model-index metadata of one SAE into "
+        "this repository of the Hugging Face Hub, in one commit; with --sae where there are several"
+    )  # fmt: skip
+    parser.add_argument("--dry_run", action="store_true", help="with --push_to_hub: show what it would write")
     asked = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if (asked.output or asked.plots) and (asked.csv or asked.worst_first or asked.summary or asked.resources):
         parser.error("-o and --plots write what there is: --csv and the flags of tables go without them")
@@ -132,8 +148,14 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
     if asked.beside and any(tabular):
         parser.error("--beside has tables of its own, or goes with -o and --plots")
     one_cell = [flag for flag in ("rows", "latents") if getattr(asked, flag) is not None]
-    if not one_cell and (asked.layer is not None or asked.sae is not None):
-        parser.error("--layer and --sae choose a cell: they go with --rows or --latents")
+    if asked.dry_run and asked.push_to_hub is None:
+        parser.error("--dry_run goes with --push_to_hub")
+    if not one_cell and (asked.layer is not None or (asked.sae is not None and asked.push_to_hub is None)):
+        parser.error("--layer and --sae choose a cell: they go with --rows or --latents, --sae with --push_to_hub too")
+    for flag in ("push_to_hub", "leaderboard"):
+        rest = (value for name, value in vars(asked).items() if name not in ("folder", "sae", "dry_run", flag))
+        if getattr(asked, flag) and any(rest):
+            parser.error(f"--{flag} goes without other outputs")
     others = (*tabular[1:], asked.output, asked.plots, asked.saebench, asked.beside)
     if asked.subgroups and (any(others) or one_cell or asked.csv):
         parser.error("--subgroups is a table of its own: other outputs go without it (the page has it too)")
@@ -142,6 +164,12 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
     if one_cell and (any(others) or len(one_cell) == 2 or (asked.csv and asked.latents)):
         parser.error(f"--{one_cell[-1]} is about one cell: other outputs go without it (--rows has --csv)")
     return asked
+
+
+def _push(asked: Any, files: Sequence[File]) -> None:
+    from delta_selectivity.api.hub import push
+
+    show(str(push(files, asked.push_to_hub, asked.sae, dry_run=asked.dry_run)))
 
 
 def _latents(files: Sequence[File], asked: Any) -> int:

@@ -22,6 +22,7 @@ from delta_selectivity.reporting.provenance import facts, file_table, heading, n
 from delta_selectivity.reporting.row_data import packed_json
 from delta_selectivity.reporting.saebench import caveats, ours, table_of
 from delta_selectivity.reporting.sentences import opening
+from delta_selectivity.reporting.series import series_of
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.reporting.summary import detectable, pair_table, sae_table
 from delta_selectivity.reporting.svg import inline
@@ -91,8 +92,7 @@ def page(
 
     sections = list(_sections(study, plots, figures, groups))
     links = (element("a", title, href=f"#{name}") for name, title, _ in sections)
-    body = element(
-        "body",
+    parts = [
         element(
             "header", element("h1", "Delta Selectivity"), element("p", heading(study)), *_opening(study), facts(study)
         ),
@@ -102,10 +102,15 @@ def page(
         _panel(),
         element("template", rows or "", id="row-data"),
         element("template", packed_json(inner) if pack_plots else "", id="plot-data"),
-        element("script", _script()),
-    )
-    title = f"Delta Selectivity: {heading(study)}"
-    return f"<!DOCTYPE html>\n{element('html', _head(title), body, lang='en')}\n"
+    ]
+    return document(f"Delta Selectivity: {heading(study)}", parts, ("page.js", "rows.js"))
+
+
+def document(title: str, parts: Sequence[Markup], scripts: Sequence[str], styles: Sequence[str] = ()) -> str:
+    """A page of these parts with our scripts, which are the only ones that its policy allows, and our styles."""
+    script = Markup("\n".join(_ours(name) for name in scripts))
+    body = element("body", *parts, element("script", script))
+    return f"<!DOCTYPE html>\n{element('html', _head(title, script, ('page.css', *styles)), body, lang='en')}\n"
 
 
 def _opening(study: Study) -> list[Markup]:
@@ -115,9 +120,9 @@ def _opening(study: Study) -> list[Markup]:
     return [element("ul", *lines, class_="opening")] if lines else []
 
 
-def _head(title: str) -> Markup:
-    script = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script}'"
+def _head(title: str, script: Markup, styles: Sequence[str]) -> Markup:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     return element(
         "head",
         element("meta", charset="utf-8"),
@@ -125,7 +130,7 @@ def _head(title: str) -> Markup:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", title),
-        element("style", _ours("page.css")),
+        element("style", Markup("\n".join(_ours(name) for name in styles))),
     )
 
 
@@ -140,6 +145,9 @@ def _sections(
     if suite is not None:
         compared += [element("h3", "Over tasks"), suite]
     yield "saes", "SAEs", [sae_table(study), _reading(study), *compared, figures(plots.saes)]
+    if plots.series:
+        told = [element("p", series.sentence()) for series in series_of(study)]
+        yield "series", "By training step", [*told, figures(plots.series)]
     if plots.trade:
         yield "pareto", "delta_sel against FVU and L0", [figures(plots.trade)]
     if plots.depth:
@@ -223,10 +231,6 @@ def _panel() -> Markup:
     title = element("h2", "", id="cell-title", tabindex="-1")
     return element("dialog", element("div", title, close, class_="bar"), element("div", id="cell-content"),
                    id="cell", aria_labelledby="cell-title")  # fmt: skip
-
-
-def _script() -> Markup:
-    return Markup("\n".join(_ours(name) for name in ("page.js", "rows.js")))
 
 
 @cache

@@ -15,6 +15,8 @@ from delta_selectivity.reporting.pareto import FIGURES, pareto
 from delta_selectivity.reporting.rivals import rivals
 from delta_selectivity.reporting.saebench import ours
 from delta_selectivity.reporting.saebench_plots import beside_plots
+from delta_selectivity.reporting.series import series_of
+from delta_selectivity.reporting.series_plot import series_plot
 from delta_selectivity.reporting.study import Study
 
 ACROSS = 12  # probes in a heatmap of a family
@@ -26,6 +28,7 @@ class Plots:
     """The plots of a study, by the part of the report that they stand in."""
 
     saes: tuple[Plot, ...]  # side by side
+    series: tuple[Plot, ...]  # checkpoints of a training by step
     trade: tuple[Plot, ...]  # delta_sel against FVU and L0
     depth: tuple[Plot, ...]  # by layer, all probes of an SAE in one
     scale: Plot  # the colours of all heatmaps
@@ -34,7 +37,7 @@ class Plots:
     beside: tuple[Plot, ...] = ()  # SAEBench's figures and ours
 
     def __iter__(self) -> Iterator[Plot]:
-        yield from (*self.saes, *self.trade, *self.depth, self.scale)
+        yield from (*self.saes, *self.series, *self.trade, *self.depth, self.scale)
         for part in self.heatmaps:
             yield from (*self.heatmaps[part], *self.levels[part])
         yield from self.beside
@@ -47,6 +50,7 @@ def plots_of(study: Study) -> Plots:
     trade = [pareto(study, figure) for figure in FIGURES]
     return Plots(
         _there([*compared, rivals(study)]),
+        _there([series_plot(series, names.of("series", series.name)) for series in series_of(study)]),
         _there(trade),
         _there(_depth(study, names)),
         scale(study),

@@ -18,7 +18,7 @@ NAME = 40  # characters of the name of an SAE
 FEW = 12  # warnings that stand each by itself
 NO_SETTINGS = {
     "sae", "sae_label", "baseline", "baseline_of", "baseline_of_sae", "model", "data", "schema", "output_directory",
-    "quiet", "verbose", "overwrite",
+    "quiet", "verbose", "overwrite", "d_sae",
 }  # fmt: skip # of `_run.config` and `_run.key`: names told elsewhere, hashes, and manners
 
 

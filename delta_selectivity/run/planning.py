@@ -377,7 +377,8 @@ def _what_is_its_own(plan: Plan, subject: Subject, hashes: Mapping[str, str]) ->
     key: Json = {"sae": own_hash, "hookpoint": source.hookpoint}
     if subject.counts_bos != source.counts_bos:
         key["counts_bos"] = subject.counts_bos
-    return key, {"sae": source.name, "sae_label": subject.label}
+    widths = {str(site.layer): source.d_sae[site.layer] for site in subject.sites}
+    return key, {"sae": source.name, "sae_label": subject.label, "d_sae": widths}
 
 
 def missing_cells(plan: Plan, files: Files) -> list[Cell]:

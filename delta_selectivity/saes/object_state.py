@@ -72,10 +72,11 @@ def settings_of(obj: Any) -> list[Any]:
     return [[name, type(part).__name__, _plain(getattr(part, "__dict__", {}))] for name, part in parts]
 
 
-def runnable_copy(module: nn.Module, label: str) -> nn.Module:
+def runnable_copy(module: nn.Module, label: str, share: bool = True) -> nn.Module:
     """Return a module in evaluation mode and float32 whose running cannot change the one it was made from.
 
-    Parameters that are float32 already are shared with the original; everything else is copied.
+    Parameters that are float32 already are shared with the original, unless ``share`` is off; everything else is
+    copied.
 
     Raises:
         RequestError: the module cannot be copied.
@@ -85,7 +86,7 @@ def runnable_copy(module: nn.Module, label: str) -> nn.Module:
         raise RequestError(f"`obj` {label}: it has no weights yet: call it once, as its lazy modules need")
     fits = all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
     memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in _with_history(module)}
-    if fits:
+    if fits and share:
         memo |= {id(parameter): parameter for parameter in module.parameters()}
     copied = attempt(f"`obj` {label}: to copy it in evaluation mode", lambda: copy.deepcopy(module, memo).eval())
     return copied if fits else copied.to(torch.float32)
