@@ -267,7 +267,7 @@ class Study:
                     return f"the scores beside the result files of {sae.label} are gone or not theirs"
             from delta_selectivity.records.sae_level import compare  # here: scipy, which most reports do without
 
-            found = compare(self._cells_of(one.name), self._cells_of(other.name), _tasks(one.files))
+            found = compare(self._cells_of(one.name), self._cells_of(other.name), tasks_of(one.files))
         if found["delta_sel"] is None:
             return "no dataset, layer and probe in common with the same rows and folds"
         return Comparison(one, other, found)
@@ -316,10 +316,10 @@ def _level(files: Sequence[File]) -> result_file.Json:
         return level
     from delta_selectivity.records.sae_level import summarise  # here: scipy
 
-    return summarise(stored_cells(files), _tasks(files))
+    return summarise(stored_cells(files), tasks_of(files))
 
 
-def _tasks(files: Sequence[File]) -> Any:
+def tasks_of(files: Sequence[File]) -> Any:
     """What each dataset is about, as `records.sae_level` takes it."""
     from delta_selectivity.records.task_level import task_of  # here: scipy
 
