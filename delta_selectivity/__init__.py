@@ -16,8 +16,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from delta_selectivity.api.callback import Callback
     from delta_selectivity.api.evaluate import WIKIDATA, evaluate
     from delta_selectivity.api.evaluator import Evaluator
+    from delta_selectivity.api.loggers import CsvLogger, TensorBoardLogger, WandbLogger
     from delta_selectivity.api.results import Difference, Results
     from delta_selectivity.errors import RequestError
     from delta_selectivity.probing.arrays import probe_selectivity
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "WIKIDATA": "api.evaluate",
+    "Callback": "api.callback",
+    "CsvLogger": "api.loggers",
+    "TensorBoardLogger": "api.loggers",
+    "WandbLogger": "api.loggers",
     "evaluate": "api.evaluate",
     "Evaluator": "api.evaluator",
     "Difference": "api.results",
@@ -41,11 +47,15 @@ _WHERE = {
 
 __all__ = [
     "WIKIDATA",
+    "Callback",
+    "CsvLogger",
     "Difference",
     "Evaluator",
     "RequestError",
     "Results",
     "Settings",
+    "TensorBoardLogger",
+    "WandbLogger",
     "evaluate",
     "load_sae",
     "load_task",

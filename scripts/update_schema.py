@@ -3,8 +3,9 @@
     python scripts/update_schema.py           # rewrite it
     python scripts/update_schema.py --check   # exit 1 if it is not what the code says now
 
-Names and types come from `ProbeResult` and `Reconstruction`, what they mean from the page's tables. JSON Schema, draft
-2020-12: https://json-schema.org/draft/2020-12. docs/how_to/read_a_result.md shows how to check a file against it.
+Names and types come from `ProbeResult`, `Reconstruction` and `Downstream`, what they mean from the page's tables. JSON
+Schema, draft 2020-12: https://json-schema.org/draft/2020-12. docs/how_to/read_a_result.md shows how to check a file
+against it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, get_args, get_type_hints
 
 from delta_selectivity.probing.selectivity import OPTIONAL, ProbeResult
 from delta_selectivity.records.result_file import SCHEMA_VERSION
+from delta_selectivity.run.downstream_figures import Downstream
 from delta_selectivity.run.reconstruction import Reconstruction
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -44,7 +46,7 @@ SINCE_0_5 = (
 Q_VALUES = ("q_value", "transfer_q_value")  # there once the run is complete
 COUNTED = ("n_rows", "n_people", "n_people_effective", "n_pos")  # what a probe that cannot be measured has all the same
 ONLY_FROM_0 = re.compile(
-    r"n_\w+|mse_\w+|fvu_\w+|l0|l1|dead|dead_se|outliers|C|C_sae|(model|sae|transfer|error|latent)_(sel|auc)"
+    r"n_\w+|ce_(model|sae|mean|zero)|mse_\w+|fvu_\w+|l0|l1|dead|dead_se|outliers|C|C_sae|(model|sae|transfer|error|latent|k[0-9]+)_(sel|auc)"
 )
 """Figures that cannot be negative. None has an upper bound: a share is a sum, which rounding may take beyond 1."""
 
@@ -93,10 +95,11 @@ def definitions(page: str) -> dict[str, str]:
 
 
 def _layer(definition: dict[str, str]) -> Schema:
-    figures = get_type_hints(Reconstruction)
+    figures = get_type_hints(Reconstruction) | get_type_hints(Downstream)
+    optional = {*SINCE_0_5, *get_type_hints(Downstream)}
     return {
         "description": "The reconstruction figures of one layer, and a record for each probe by its name.",
-        **_closed({name: _figure(name, kind, definition) for name, kind in figures.items()}, SINCE_0_5),
+        **_closed({name: _figure(name, kind, definition) for name, kind in figures.items()}, optional),
         "additionalProperties": {"$ref": "#/$defs/probe"},
     }
 
@@ -147,6 +150,11 @@ def _run() -> Schema:
                             "type": "string",
                             "description": "what tables call it; absent for a baseline",
                         },
+                        "d_sae": {
+                            "description": "latents of the SAE by layer; absent for a baseline, and before 0.6",
+                            "type": "object",
+                            "additionalProperties": {"type": "integer", "minimum": 1},
+                        },
                         "baseline": {"type": "string", "description": "its kind; absent for an SAE"},
                         "baseline_of_sae": {
                             "type": "string",
@@ -171,6 +179,11 @@ def _run() -> Schema:
                     "type": "object",
                     "additionalProperties": {"type": "string"},
                 },
+                "task": {
+                    "description": "What the dataset asks for (null: a task of the user's), and what its texts are "
+                    "drawn from: tasks that share it tend to agree.",
+                    **_closed({"family": {"type": ["string", "null"]}, "source": {"type": "string"}}),
+                },
                 "key": {
                     "description": "Everything that changes a number: only a run with the same key continues a file.",
                     "type": "object",
@@ -187,7 +200,7 @@ def _run() -> Schema:
                 "resources": {**seconds, "description": "Likewise: peak memory in GB."},
                 "complete": {"type": "boolean", "description": "Whether everything asked for is there."},
             },
-            optional=("positive_class",),  # files of before 0.5 lack it
+            optional=("positive_class", "task"),  # files of before 0.5 lack the first, those of before 0.6 both
         ),
     }
 
@@ -198,13 +211,32 @@ def _sae_level() -> Schema:
     compared = {
         "description": "By name of another SAE of the run: this one's figures minus the other's, paired.",
         "type": "object",
-        "additionalProperties": _closed(_tested("delta_sel") | _tested("transfer_r2")),
+        "additionalProperties": _closed(
+            {**_tested("delta_sel"), **_tested("transfer_r2"), "tasks": _over_tasks(False)}, optional=("tasks",)
+        ),
     }
     return {
         "description": "Means over the datasets, layers and probes of the run; null where stored scores were gone, "
         "absent before the run is at its end.",
-        **_closed({**alone, "compared": compared}, optional=set(alone)),
+        **_closed({**alone, "tasks": _over_tasks(), "compared": compared}, optional={*alone, "tasks"}),
         "dependentRequired": {name: sorted(alone) for name in alone},
+    }
+
+
+def _over_tasks(by_family: bool = True) -> Schema:
+    counts = {name: {"type": "integer", "minimum": 1} for name in ("n_tasks", "n_sources")}
+    scores = _with_interval("delta_sel") | _with_interval("transfer_r2")
+    spreads = {f"{name}_spread": {"type": ["number", "null"], "minimum": 0} for name in ("delta_sel", "transfer_r2")}
+    level = _closed(counts | scores | spreads)
+    if not by_family:
+        return {"description": "The paired difference's means over tasks, likewise.", **level}
+    families = {"description": "The same by family.", "type": "object", "additionalProperties": level}
+    return {
+        "description": "Means over tasks, each counting alike, with tasks drawn as people are; absent where there is "
+        "one task. An end or a spread is null where all tasks are of one source.",
+        **level,
+        "properties": {**level["properties"], "families": families},
+        "required": [*level["required"], "families"],
     }
 
 

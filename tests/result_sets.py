@@ -9,7 +9,8 @@ from pathlib import Path
 from delta_selectivity.records.result_file import RecordFile
 from delta_selectivity.reporting import results as report_files
 
-DEMO = Path(__file__).resolve().parent.parent / "results" / "demo"
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "results" / "demo"
 
 
 def demo_files():

@@ -513,7 +513,7 @@ def test_tables_do_without_matplotlib():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("name", ["html", "numbers"])
+@pytest.mark.parametrize("name", ["html", "numbers", "series"])
 def test_the_examples_in_the_code_are_right(name):
     found = doctest.testmod(importlib.import_module(f"delta_selectivity.reporting.{name}"))
     assert found.attempted

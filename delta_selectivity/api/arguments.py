@@ -16,7 +16,7 @@ from delta_selectivity.errors import FIELD, RequestError
 from delta_selectivity.run.request import choose_devices, parse_layers
 from delta_selectivity.saes import SaeSource, open_sae, wrap_sae
 from delta_selectivity.settings import Settings
-from delta_selectivity.tasks import GurneeData, Task, TaskName, UserData, name_task
+from delta_selectivity.tasks import TASK_GROUPS, GurneeData, Task, TaskName, UserData, name_task
 
 Layers = int | str | Iterable[int] | None
 Devices = str | torch.device | tuple[str | torch.device, str | torch.device]
@@ -54,8 +54,10 @@ def as_tasks(tasks: Any) -> tuple[TaskName, ...]:
     several = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str | bytes | known) else [tasks]
     if not several:
         raise RequestError("`tasks` is empty: name at least one")
-    named = (task if isinstance(task, known) else _checked_path(task, "tasks", "a name, a file") for task in several)
-    return tuple(name_task(task) if isinstance(task, str) else task for task in named)
+    named = [task if isinstance(task, known) else _checked_path(task, "tasks", "a name, a file") for task in several]
+    words = (TASK_GROUPS.get(task, (task,)) if isinstance(task, str) else (task,) for task in named)
+    found = [name_task(task) if isinstance(task, str) else task for tasks in words for task in tasks]
+    return tuple(task for place, task in enumerate(found) if not (isinstance(task, str) and task in found[:place]))
 
 
 def as_layer(layer: Any, field: str = "layer") -> int:
@@ -90,17 +92,24 @@ def as_saes(saes: Any, layers: tuple[int, ...] | None, hookpoint: str | None) ->
     )
 
 
-def as_source(sae: Any, layers: tuple[int, ...] | None, hookpoint: str | None, d_in: int | None = None) -> SaeSource:
+def as_source(
+    sae: Any,
+    layers: tuple[int, ...] | None,
+    hookpoint: str | None,
+    d_in: int | None = None,
+    input_hookpoint: str | None = None,
+) -> SaeSource:
     """Return a name or an object as an SAE; where it does not say its layer, that of the only one asked for.
 
     d_in: Width of an object that does not show it.
+    input_hookpoint: Where a transcoder reads that does not say it.
     """
     if isinstance(sae, SaeSource):
         return sae
     if isinstance(sae, str | os.PathLike):
         return open_sae(os.fspath(sae), hookpoint)
     one = layers[0] if layers is not None and len(layers) == 1 else None
-    unsaid = {"layer": one, "hookpoint": hookpoint, "d_in": d_in}
+    unsaid = {"layer": one, "hookpoint": hookpoint, "d_in": d_in, "input_hookpoint": input_hookpoint}
     known: dict[str, Any] = {}
     with naming(obj="saes"):
         while True:  # what the object does not say itself is added when it is asked for

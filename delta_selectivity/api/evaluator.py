@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -21,7 +23,9 @@ from delta_selectivity.api.arguments import (
     as_tasks,
     naming,
 )
+from delta_selectivity.api.budget import FIRST_TRY, Budget, budget_of, checked_seconds, fitting_rows
 from delta_selectivity.api.evaluate import WIKIDATA
+from delta_selectivity.api.training_names import for_training
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import LanguageModel, ModelInfo, Site, open_model
 from delta_selectivity.probing.probes import check_backend, choose_backend
@@ -41,12 +45,13 @@ from delta_selectivity.run.task_set import TaskSet
 from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SaeSource
 from delta_selectivity.saes.hookpoints import canonical
-from delta_selectivity.settings import Settings
+from delta_selectivity.saes.in_training import diverged, scaled
+from delta_selectivity.settings import LATENT_VIEWS, Settings
 from delta_selectivity.system.cores import Cores, probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.system.torch_modes import default_modes
-from delta_selectivity.tasks import TokenisedMentions, load_probe_texts, tokenise
+from delta_selectivity.tasks import ProbeTexts, TokenisedMentions, load_probe_texts, tokenise
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +64,9 @@ class Evaluator:
     folds and ``whole_tokens``, to the bit on a CPU. It changes nothing about the SAE: its weights, gradients, mode,
     device and the random state of the process are as before.
 
+    It is itself what SAE Lens calls an evaluator: ``SAETrainer(cfg, sae, data, evaluator=evaluator)``. `Callback` hooks
+    it into any training and logs to TensorBoard, W&B or CSV.
+
     Activations are kept up to ``settings.queue_gb``; the texts beyond it go through the model at every call.
 
     Example:
@@ -70,6 +78,7 @@ class Evaluator:
 
     settings: Settings
     warnings: list[str]  # what a reader of the numbers must know, each line once
+    budget: Budget | None  # rows, seconds and precision of a call; None before the first
     _site: Site
     _device: str  # of model and SAEs
     _has_bos: bool
@@ -89,6 +98,7 @@ class Evaluator:
         tasks: Any = WIKIDATA,
         *,
         rows: int | None = None,
+        seconds: float | None = None,
         whole_tokens: int | None = 16_384,
         input_hookpoint: str | None = None,
         settings: Settings = Settings(),  # noqa: B008 - frozen
@@ -102,13 +112,17 @@ class Evaluator:
             tasks: One task or a list, as for `evaluate`.
             rows: At most so many rows of each task, drawn by ``settings.seed``, classes balanced; None: as
                 ``settings.shuffle_select_n`` says.
+            seconds: What a call may take. The first SAE is measured with more and more rows, up to ``rows``, as long as
+                that fits; with these rows all others are measured too. ``budget`` says how many they are, and how
+                precise the numbers are.
             whole_tokens: Tokens of each task, drawn by seed, for ``mse_whole``, ``fvu_whole`` and ``dead``, whose
                 standard errors say how much that leaves open; None: all of them. Everything else is of all
                 rows.
             input_hookpoint: What transcoders read; None for autoencoders, which read what they reconstruct.
-            settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``overwrite``,
-                ``force`` and ``cache_gb`` have no effect. Whether an SAE fits its hook point is not checked, as
-                `evaluate` does: a high ``fvu_whole`` shows it, and above 1 at the probed positions is a warning.
+            settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``downstream``,
+                ``overwrite``, ``force`` and ``cache_gb`` have no effect. Whether an SAE fits its hook point is not
+                checked, as `evaluate` does: a high ``fvu_whole`` shows it, and above 1 at the probed positions is a
+                warning.
             device: As for `evaluate`.
 
         Raises:
@@ -122,13 +136,14 @@ class Evaluator:
         if not isinstance(input_hookpoint, str | None):
             raise RequestError(f"`input_hookpoint` {input_hookpoint!r}: a name is needed")
         layer = as_layer(layer)
+        self._seconds, self.budget = checked_seconds(seconds), None
         self.settings, self.warnings = settings, [ONE_PARTITION] if settings.repeats == 1 else []
         device1, device2 = as_devices(device)
         check_backend(settings.probe, device2)
         self._site = Site(layer, canonical(settings.hookpoint or "resid_post"))
         sites = {self._site, self._site.read_by(None if input_hookpoint is None else canonical(input_hookpoint))}
-        with naming(dataset_file="tasks", shuffle_select_n=drawn):
-            texts = load_probe_texts(as_tasks(tasks), shuffle_select_n=settings.shuffle_select_n, seed=settings.seed)
+        self._tasks, self._drawn = as_tasks(tasks), drawn
+        texts = self._texts(settings.shuffle_select_n)
         info = open_model(as_model(model), settings.revision, settings.trust_remote_code)
         if layer >= info.n_layers:
             raise RequestError(f"`layer` {layer}: {info.name} has layers 0 to {info.n_layers - 1}")
@@ -136,7 +151,19 @@ class Evaluator:
             raise RequestError(f"`bos` {settings.bos}: {info.name} has no token that begins a text")
         self._has_bos = info.has_bos if settings.bos == "auto" else settings.bos != "none"
         self._widths, self._modules = info.widths(sites), info.names_of_modules()
-        self._device = device1
+        self._device, self._device2, self._info = device1, device2, info
+        self._loaded = info.load(sites, device1, info.choose_dtype(settings.dtype, device1))
+        most = _most_rows(texts)
+        self._most = most
+        self._set_up(texts if self._seconds is None or most <= FIRST_TRY else self._texts(FIRST_TRY))
+
+    def _texts(self, rows: int | None) -> ProbeTexts:
+        with naming(dataset_file="tasks", shuffle_select_n=self._drawn):
+            return load_probe_texts(self._tasks, shuffle_select_n=rows, seed=self.settings.seed)
+
+    def _set_up(self, texts: ProbeTexts) -> None:
+        """Run the model over these texts and fit its probes."""
+        settings, info = self.settings, self._info
         self._tokenised = tokenise(
             texts.mentions,
             info.tokenizer,
@@ -146,9 +173,8 @@ class Evaluator:
             last_only=settings.positions == "last",
         )
         self._blocks = plan_blocks(texts)
-        loaded = info.load(sites, device1, info.choose_dtype(settings.dtype, device1))
-        self._scales = self._find_scales(loaded, info)
-        self._model = ResidentModel(loaded, self._store_bytes)
+        self._scales = self._find_scales(self._loaded, info)
+        self._model = ResidentModel(self._loaded, self._store_bytes)
         self._work = Work(
             texts=texts,
             rows=RowTable.build(self._tokenised, settings.positions),
@@ -156,9 +182,9 @@ class Evaluator:
             cells=[Cell(index, self._site, 0) for index in range(len(texts.datasets))],
             names=["the SAE"],
             codes={},
-            latents_of={0} if "latents" in settings.views else set(),
+            latents_of=set() if LATENT_VIEWS.isdisjoint(settings.views) else {0},
             settings=settings,
-            device=torch.device(device2),
+            device=torch.device(self._device2),
             fit_model=fit_model,
             sample=TokenSample.draw(self._tokenised, texts, settings.whole_tokens, settings.seed),
         )
@@ -169,13 +195,19 @@ class Evaluator:
             raise RequestError(f"`tasks`: none of the probes can be measured: {reason}")
         self._prepare()
 
-    def __call__(self, sae: Any) -> dict[str, float]:
+    def __call__(self, sae: Any, data_provider: Any = None, activation_scaler: Any = None) -> dict[str, float]:
         """Measure one SAE.
 
         Args:
             sae: An object as `evaluate` takes it, what `wrap_sae` or `open_sae` returns, or a name.
+            data_provider: What SAE Lens's trainer gives: not read, so the training sees the same batches as without.
+            activation_scaler: Of SAE Lens's trainer, where it scales or whitens what the SAE sees; the SAE is measured
+                with that folded into a copy of its weights, as the trainer does at its end.
 
         Returns:
+            To a trainer, which gives all three arguments, what `for_training` makes of the dict below, and an empty one
+            with a warning in place of an ``ArithmeticError``: a training that diverges is not ended here.
+
             A flat dict of Python floats: ``delta_sel`` and ``transfer_r2``, means over all probes, with ``_ci_low`` and
             ``_ci_high``; ``TASK/fvu_whole`` and the other reconstruction figures; ``TASK/PROBE/delta_sel``,
             ``.../ci_low`` and every other number of the probe (``TASK/...`` where the probe has the task's name).
@@ -185,22 +217,75 @@ class Evaluator:
             RequestError: The SAE is of another layer, place or width, or asks for another BOS setting.
             ArithmeticError: Its codes or reconstructions hold NaN or Inf, or are too large for probes.
         """
-        found = self.measure(sae)
+        if data_provider is None and activation_scaler is None:
+            return self._call(sae)
+        try:
+            if diverged(sae):
+                raise ArithmeticError(f"the weights of the {type(sae).__name__} hold NaN or infinity")
+            return for_training(self._call(scaled(sae, activation_scaler), in_training=True), *self._site)
+        except ArithmeticError as error:
+            log.warning("not measured: %s", error)
+            return {}
+
+    def _call(self, sae: Any, in_training: bool = False) -> dict[str, float]:
+        if self.budget is None and self._seconds is not None:
+            self._choose_rows(sae, self._seconds)
+        start = time.perf_counter()
+        numbers = self._numbers(sae, in_training)
+        took = time.perf_counter() - start
+        if self.budget is None:
+            self.budget = budget_of(numbers, took)
+            log.info("%s", self.budget)
+        elif took < self.budget.seconds:  # the first call pays for what a process does once
+            self.budget = replace(self.budget, seconds=took)
+        return numbers
+
+    def _choose_rows(self, sae: Any, seconds: float) -> None:
+        """Use as many rows as a call of so many seconds allows."""
+        took = 0.0
+
+        def seconds_at(rows: int) -> float:
+            nonlocal took
+            if took:  # the first rows are there already
+                self._set_up(self._texts(rows))
+            self._numbers(sae, True)  # what a process does once does not count
+            start = time.perf_counter()
+            self._numbers(sae, True)
+            took = time.perf_counter() - start
+            return took
+
+        rows = fitting_rows(seconds_at, seconds, self._most)
+        if took > seconds:
+            line = f"a call takes {took:.2g} s with {rows} rows, more than `seconds` {seconds:g}"
+            self.warnings.append(line)
+            log.warning("%s", line)
+
+    @default_modes()
+    def _numbers(self, sae: Any, in_training: bool) -> dict[str, float]:
+        found = self._measure(sae, in_training)
         cells = {(name, 0, probe): scores for name, result in found.items() for probe, scores in result.scores.items()}
         flat = {**_interval("delta_sel", mean_delta(cells)), **_interval("transfer_r2", mean_transfer_r2(cells))}
         for name, result in found.items():
-            flat |= _numbers(name, asdict(result.figures))
+            flat |= _plain(name, asdict(result.figures))
             for probe, record in result.records.items():
-                flat |= _numbers(name if probe == name else f"{name}/{probe}", record)
+                flat |= _plain(name if probe == name else f"{name}/{probe}", record)
         return flat
+
+    @property
+    def site(self) -> Site:
+        """Layer and place of its SAEs."""
+        return self._site
 
     @default_modes()
     def measure(self, sae: Any) -> dict[str, CellResult]:
         """Measure one SAE; returns task -> its figures, records and out-of-fold scores. Arguments as for a call."""
-        with naming(obj="sae", saes="sae"):
-            return self._measure(self._fitting(sae))
+        return self._measure(sae, in_training=False)
 
-    def _measure(self, source: SaeSource) -> dict[str, CellResult]:
+    def _measure(self, sae: Any, in_training: bool) -> dict[str, CellResult]:
+        with naming(obj="sae", saes="sae"):
+            return self._measure_source(self._fitting(sae), in_training)
+
+    def _measure_source(self, source: SaeSource, in_training: bool) -> dict[str, CellResult]:
         loaded = source.load(self._site.layer, self._device)
         counts_bos = source.counts_bos if self.settings.bos == "auto" else self.settings.bos == "counted"
         found: dict[str, CellResult] = {}
@@ -219,7 +304,8 @@ class Evaluator:
             prober.run(items)
         for name, result in found.items():
             for line in (f"{name}{warning}" for warning in warnings_of(result)):
-                if line not in self.warnings:
+                known = map(_without_numbers, self.warnings) if in_training else self.warnings
+                if (_without_numbers(line) if in_training else line) not in known:
                     self.warnings.append(line)
                     log.warning("%s", line)
         return {dataset.name: found[dataset.name] for dataset in datasets}
@@ -271,7 +357,8 @@ class Evaluator:
         layer, hookpoint = self._site
         reads = next((place for place in self._widths if place != self._site), self._site)
         is_name = isinstance(sae, str | os.PathLike)
-        source = as_source(sae, (layer,), self.settings.hookpoint if is_name else hookpoint, self._widths[reads])
+        at = self.settings.hookpoint if is_name else hookpoint
+        source = as_source(sae, (layer,), at, self._widths[reads], None if reads == self._site else reads.hookpoint)
         if source.asked is None:
             source = in_model(source, self._modules)
         if layer not in source.layers or source.hookpoint != hookpoint:
@@ -294,7 +381,17 @@ class Evaluator:
         return source
 
 
-def _numbers(prefix: str, record: Mapping[str, Any]) -> dict[str, float]:
+def _most_rows(texts: ProbeTexts) -> int:
+    """Rows of the largest task."""
+    return max(len(set().union(*(probe.mentions.tolist() for probe in task.probes))) for task in texts.datasets)
+
+
+def _without_numbers(line: str) -> str:
+    """What a warning is about: of an SAE in training it comes again and again, with other numbers."""
+    return re.sub(r"[\d.]+", "", line)
+
+
+def _plain(prefix: str, record: Mapping[str, Any]) -> dict[str, float]:
     return {f"{prefix}/{name}": float(value) for name, value in record.items() if isinstance(value, bool | int | float)}
 
 

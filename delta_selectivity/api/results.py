@@ -32,6 +32,8 @@ from delta_selectivity.system.whole_file import replacing
 if TYPE_CHECKING:
     import pandas
 
+    from delta_selectivity.api.hub import Push
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -161,6 +163,29 @@ class Results:
         n_cells = len(one.keys() & other.keys())
         return Difference(a, b, n_cells, delta, sae_level.difference_in_transfer_r2(one, other))
 
+    def series(self) -> pandas.DataFrame:
+        """Return checkpoints of trainings: a line for each step, with its difference from the step before.
+
+        A series is SAEs whose names differ in the step alone (``runs/a/step_100``, ``runs/a/step_200``; a number that
+        is a folder of its own counts too), or one SAE at revisions of its model (``step1000``, ``step2000``).
+
+        Columns: ``series`` (the name with an asterisk for the step), ``step``, ``sae``; ``transfer_r2`` and
+        ``delta_sel`` with ``_ci_low``, ``_ci_high``, means over all cells; ``change``, ``change_ci_low``,
+        ``change_ci_high``, ``change_p_value`` (transfer_r2 minus that of the step before, paired); ``surely_better``
+        (that interval lies above 0). ``frame.attrs["last_better"]``: by series, the last step that is surely better
+        than the one before, or None.
+        """
+        import pandas
+
+        from delta_selectivity.reporting.series import COLUMNS as SERIES_COLUMNS
+        from delta_selectivity.reporting.series import lines, series_of
+        from delta_selectivity.reporting.study import study_of
+
+        found = series_of(study_of(self.files))
+        frame = pandas.DataFrame([line for one in found for line in lines(one)], columns=list(SERIES_COLUMNS))
+        frame.attrs["last_better"] = {one.name: last.step if (last := one.last_better) else None for one in found}
+        return frame
+
     def rows(self, probe: str, layer: int | None = None, sae: str | None = None) -> pandas.DataFrame:
         """Return who was lost: the rows of one cell, those that lost most first.
 
@@ -287,6 +312,27 @@ class Results:
         with naming(page="path"):
             write_page(study_of(self.files), page)
         return page
+
+    def push_to_hub(self, repo: str, sae: str | None = None, *, dry_run: bool = False) -> Push:
+        """Publish the results of one SAE in its repository on the Hugging Face Hub, in one commit.
+
+        That is its result files and its page, in the folder ``delta_selectivity``, and the means with their intervals
+        in the model card: as ``model-index`` metadata and as a table, each between marks. What else stands in the card
+        stays to the letter; a second push replaces the first. Print what is returned to see all of it.
+
+        Args:
+            repo: ``"owner/name"``; it must be there.
+            sae: As for `rows`.
+            dry_run: Return what would be written, and write nothing.
+
+        Raises:
+            RequestError: There is no token, or it may not write there; there is no such repository; the Hub does not
+                answer; the card's metadata cannot be added to. Nothing was written then.
+        """
+        from delta_selectivity.api.hub import push
+
+        with naming(push_to_hub="repo"):
+            return push(self.files, repo, sae, dry_run=dry_run)
 
     def __getstate__(self) -> dict[str, Any]:
         """With what the files hold: their folder may be gone where it is unpickled."""

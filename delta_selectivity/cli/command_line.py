@@ -15,7 +15,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.settings import Settings, default_shown
 from delta_selectivity.settings import fields as setting_fields
 from delta_selectivity.system.comma_lists import join_names, parse_names
-from delta_selectivity.system.terminal import tell_terminal
+from delta_selectivity.system.terminal import show_status
 
 if TYPE_CHECKING:  # importing torch takes seconds, which --help and flag errors avoid
     from delta_selectivity.run.request import Request
@@ -49,10 +49,11 @@ TYPES: dict[type, Any] = {int: int, float: float, str: str, tuple: str}  # of va
 NO_VALUES = ("help", "version", "task")  # arguments that are not part of a request
 
 TASK_FLAGS: dict[str, dict[str, Any]] = {
-    "datasets": {"help": "indices or names, with commas: 0 gender, 1 occupation, 2 politics, 3 athlete, 4 is_alive "
-        "(all)"},
-    "list_datasets": {"action": "store_true", "help": "print the datasets with rows, people and class balance, and "
-        "end"},
+    "datasets": {"help": "numbers or names, with commas: 0 gender, 1 occupation, 2 politics, 3 athlete, 4 is_alive; 5 "
+        "and above, or by name, a task of sae-probes; wikidata for the five, sae-probes for its 113 binary tasks, all "
+        "for every question once, those of several classes too (wikidata)"},
+    "list_datasets": {"action": "store_true", "help": "print the datasets with rows, duplicates, groups, classes and "
+        "balance, and end"},
     "dataset_file": {"metavar": "FILE|OWNER/NAME", "help": "your own task: CSV, TSV, JSON, JSONL, Parquet, a folder "
         "of `datasets`, or one on the Hub (owner/name or owner/name:config) with columns text and label, and if wanted "
         "group (never split over folds), start, end (characters to probe), task"},
@@ -80,7 +81,7 @@ WHERE_FLAGS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedCommand:
     """A parsed command line."""
 
     request: Request
@@ -161,20 +162,20 @@ def _number_or(word: str) -> Callable[[str], int | str]:
     return read
 
 
-def parse(argv: Sequence[str], prog: str = "main.py") -> Asked:
+def parse(argv: Sequence[str], prog: str = "main.py") -> ParsedCommand:
     """Parse a command line. Raises `RequestError`."""
     values = parse_values(argv, build_parser(prog))
-    tell_start(values)
+    show_start(values)
     job: Literal["measure", "inspect", "list"] = "inspect" if values.get("task") == "inspect" else "measure"
     if values.get("list_datasets"):
         job = "list"
-    return Asked(make_request(values), job, bool(values.get("quiet")), bool(values.get("verbose")))
+    return ParsedCommand(make_request(values), job, bool(values.get("quiet")), bool(values.get("verbose")))
 
 
-def tell_start(values: Mapping[str, Any]) -> None:
+def show_start(values: Mapping[str, Any]) -> None:
     """Print a status line on a terminal, because loading libraries, texts and configs takes up to half a minute."""
     if not values.get("quiet"):
-        tell_terminal("loading libraries, texts and configs")
+        show_status("loading libraries, texts and configs")
 
 
 def parse_values(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
@@ -232,4 +233,5 @@ def make_tasks(values: Mapping[str, Any]) -> tuple[TaskName, ...]:
     if own and named is None:
         return own
     data_dir = values.get("data_dir")
-    return (*(name_task(name, data_dir=data_dir) for name in parse_dataset_names(str(named or "all"))), *own)
+    names = parse_dataset_names(str("wikidata" if named is None else named), wikidata_only=data_dir is not None)
+    return (*(name_task(name, data_dir=data_dir) for name in names), *own)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from delta_selectivity.cli.command_line import add_flags, add_verbose, make_request, parse_values, tell_start
+from delta_selectivity.cli.command_line import add_flags, add_verbose, make_request, parse_values, show_start
 from delta_selectivity.cli.guard import guarded, set_log_level
 from delta_selectivity.cli.parser import Parser, user_path
 from delta_selectivity.cli.program import typed
@@ -54,7 +54,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     """Write the file. Raises `RequestError` if the request is wrong, other errors if it fails."""
     values = parse_values(argv, build_parser(prog))
     set_log_level(bool(values.get("verbose")))
-    tell_start(values)
+    show_start(values)
     path: Path = values["output"]
     from delta_selectivity.run.extraction import extract
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delta_selectivity.cli.command_line import build_parser, make_request, parse_values, tell_start
+from delta_selectivity.cli.command_line import build_parser, make_request, parse_values, show_start
 from delta_selectivity.cli.guard import guarded, set_log_level, what_is_left
 from delta_selectivity.cli.parser import user_path
 from delta_selectivity.cli.program import where_it_is
@@ -103,7 +103,7 @@ def compute(argv: Sequence[str], prog: str, outputs: list[Path]) -> None:
     for job in {"task", "list_datasets"} & given.keys():
         raise RequestError(f"{given[job] if job == 'task' else job} is not spread over workers: main.py does that")
     set_log_level(bool(given.get("verbose")))
-    tell_start(given)
+    show_start(given)
     sweep = None if asked.config is None else Sweep.read(asked.config)
     requests = [given] if sweep is None else [{**request, **given} for request in sweep.requests]
     jobs = [check(values, asked.layers_per_unit, asked.saes_per_unit) for values in requests]

@@ -19,10 +19,11 @@ MOST = 5_000_000  # bytes of a page; a larger one goes without links to save its
 LEAST_ROOM = 500_000  # bytes for rows, however large the page is without
 
 
-def write_page(study: Study, path: Path, by: By | None = None) -> str:
+def write_page(study: Study, path: Path, by: By | None = None, *, with_rows: bool = True) -> str:
     """Write the page in one step and say so. Raises `RequestError` if the path cannot be written.
 
     by: Groups of people beside those by length and frequency of the name.
+    with_rows: Put the rows behind the cells in, with their texts where they are kept.
     """
     with _told("`page`", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
         plots = plots_of(study)
@@ -32,7 +33,7 @@ def write_page(study: Study, path: Path, by: By | None = None) -> str:
             n_bytes = len(page(study, plots, drawn, with_links, groups, pack_plots=pack_plots).encode())
             if n_bytes <= MOST:
                 break
-        rows = packed(study, max(MOST - n_bytes, LEAST_ROOM))
+        rows = packed(study, max(MOST - n_bytes, LEAST_ROOM)) if with_rows else None
         out.write(page(study, plots, drawn, with_links, groups, rows, pack_plots))
     unlinked = "" if with_links else "; too large for links that save its plots: `plots` writes them"
     return f"report: {path} ({path.stat().st_size / 1e6:.1f} MB){unlinked}"

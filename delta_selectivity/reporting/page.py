@@ -14,11 +14,15 @@ from pathlib import Path
 
 from delta_selectivity.reporting.cell_table import cell_table
 from delta_selectivity.reporting.drawing import Plot
-from delta_selectivity.reporting.html import Markup, element
-from delta_selectivity.reporting.plots import Plots
+from delta_selectivity.reporting.families import family_table
+from delta_selectivity.reporting.html import Markup, element, table
+from delta_selectivity.reporting.numbers import signed
+from delta_selectivity.reporting.plots import Plots, parts
 from delta_selectivity.reporting.provenance import facts, file_table, heading, notices, settings, versions
 from delta_selectivity.reporting.row_data import packed_json
+from delta_selectivity.reporting.saebench import caveats, ours, table_of
 from delta_selectivity.reporting.sentences import opening
+from delta_selectivity.reporting.series import series_of
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.reporting.summary import detectable, pair_table, sae_table
 from delta_selectivity.reporting.svg import inline
@@ -57,6 +61,11 @@ HEATMAPS = element(
     "then, probe by probe, what the model knows and what the SAEs keep. Hatched: not significant. ▼ lost, → moved, "
     "= preserved, ? undecided. A click on a cell shows its rows: who was lost.",
 )
+FAMILIES = element(
+    "p",
+    "By family of tasks, the probes first that lose most (mean delta_sel over SAEs and layers), of the first three "
+    "also by layer. Every task is in the table of all cells, which can be searched.",
+)
 
 
 def page(
@@ -83,8 +92,7 @@ def page(
 
     sections = list(_sections(study, plots, figures, groups))
     links = (element("a", title, href=f"#{name}") for name, title, _ in sections)
-    body = element(
-        "body",
+    parts = [
         element(
             "header", element("h1", "Delta Selectivity"), element("p", heading(study)), *_opening(study), facts(study)
         ),
@@ -94,10 +102,15 @@ def page(
         _panel(),
         element("template", rows or "", id="row-data"),
         element("template", packed_json(inner) if pack_plots else "", id="plot-data"),
-        element("script", _script()),
-    )
-    title = f"Delta Selectivity: {heading(study)}"
-    return f"<!DOCTYPE html>\n{element('html', _head(title), body, lang='en')}\n"
+    ]
+    return document(f"Delta Selectivity: {heading(study)}", parts, ("page.js", "rows.js"))
+
+
+def document(title: str, parts: Sequence[Markup], scripts: Sequence[str], styles: Sequence[str] = ()) -> str:
+    """A page of these parts with our scripts, which are the only ones that its policy allows, and our styles."""
+    script = Markup("\n".join(_ours(name) for name in scripts))
+    body = element("body", *parts, element("script", script))
+    return f"<!DOCTYPE html>\n{element('html', _head(title, script, ('page.css', *styles)), body, lang='en')}\n"
 
 
 def _opening(study: Study) -> list[Markup]:
@@ -107,9 +120,9 @@ def _opening(study: Study) -> list[Markup]:
     return [element("ul", *lines, class_="opening")] if lines else []
 
 
-def _head(title: str) -> Markup:
-    script = base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{script}'"
+def _head(title: str, script: Markup, styles: Sequence[str]) -> Markup:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     return element(
         "head",
         element("meta", charset="utf-8"),
@@ -117,7 +130,7 @@ def _head(title: str) -> Markup:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("title", title),
-        element("style", _ours("page.css")),
+        element("style", Markup("\n".join(_ours(name) for name in styles))),
     )
 
 
@@ -128,20 +141,48 @@ def _sections(
     pairs = pair_table(study)
     compared = [element("h3", "Against each other"), PAIRED, pairs] if pairs else []
     compared += [element("p", line) for line in study.apart]
+    suite = family_table(study)
+    if suite is not None:
+        compared += [element("h3", "Over tasks"), suite]
     yield "saes", "SAEs", [sae_table(study), _reading(study), *compared, figures(plots.saes)]
+    if plots.series:
+        told = [element("p", series.sentence()) for series in series_of(study)]
+        yield "series", "By training step", [*told, figures(plots.series)]
     if plots.trade:
         yield "pareto", "delta_sel against FVU and L0", [figures(plots.trade)]
     if plots.depth:
         yield "depth", "By depth", [DEPTH, figures(plots.depth)]
-    yield "datasets", "Layer by layer", [HEATMAPS, figures([plots.scale])]
-    for number, dataset in enumerate(study.datasets):
-        yield f"dataset-{number}", dataset, [figures(plots.heatmaps[dataset]), figures(plots.levels[dataset])]
+    yield "datasets", "Layer by layer", [HEATMAPS, *([FAMILIES] if study.is_long else []), figures([plots.scale])]
+    for number, (part, datasets) in enumerate(parts(study).items()):
+        shown = [figures(plots.heatmaps[part]), figures(plots.levels[part])]
+        title = f"{part} ({len(datasets)})" if study.is_long else part
+        yield f"dataset-{number}", title, [_folded(study, datasets, shown)] if study.is_long else shown
     if groups:
         yield "people", "Who loses more", list(groups)
+    if study.beside:
+        yield "saebench", "Beside SAEBench", [*_beside(study), figures(plots.beside)]
     yield "all-cells", "All cells", [cell_table(study)]
     listed = element("summary", f"Result files ({len(study.files)})")
     files = element("details", listed, file_table(study))
     yield "run", "How it was run", [settings(study), element("h3", "Versions"), versions(study), files]
+
+
+def _folded(study: Study, datasets: Sequence[str], shown: Sequence[Markup]) -> Markup:
+    """Plots of a family, and its tasks, under a line that says which lose most."""
+    worst = [place for place in study.losses if place[0] in datasets][:3]
+    told = ", ".join(f"{probe} {signed(study.losses[dataset, probe])}" for dataset, probe in worst)
+    head = f"most is lost of {told}" if told else "nothing was measured"
+    return element("details", element("summary", head), *shown, element("p", f"Its tasks: {', '.join(datasets)}."))
+
+
+def _beside(study: Study) -> Iterator[Markup]:
+    """What cannot be compared, and a table for each kind of evaluation."""
+    own = ours(study.files)
+    yield from (element("p", line) for line in caveats(own, study.beside))
+    for core, title in ((False, "Probes on few latents"), (True, "Reconstruction, and the model run on from it")):
+        if any(one.is_core == core for one in study.beside):
+            head, *rows = table_of(core, own, study.beside)
+            yield from (element("h3", title), table(head, rows))
 
 
 def _reading(study: Study) -> Markup:
@@ -190,10 +231,6 @@ def _panel() -> Markup:
     title = element("h2", "", id="cell-title", tabindex="-1")
     return element("dialog", element("div", title, close, class_="bar"), element("div", id="cell-content"),
                    id="cell", aria_labelledby="cell-title")  # fmt: skip
-
-
-def _script() -> Markup:
-    return Markup("\n".join(_ours(name) for name in ("page.js", "rows.js")))
 
 
 @cache

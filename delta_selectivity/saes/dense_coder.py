@@ -43,7 +43,7 @@ class DenseCoder:
     d_out: int
     d_sae: int | None
     """Columns of its codes; None if not known yet."""
-    home: torch.device
+    compute_device: torch.device
     """Device on which the object computes."""
     device: torch.device
     """Device of the returned codes and reconstructions."""
@@ -59,8 +59,8 @@ class DenseCoder:
         return cls(sae, d_out, d_sae, weight.device, weight.device, weight.dtype)
 
     def encode(self, x: Tensor) -> SparseRows:
-        with contained(self.sae, self.home):  # copied: the object may compute in place on an x that others share
-            codes = self.sae.encode(x.to(self.home, copy=True))
+        with isolated(self.sae, self.compute_device):  # a copy: encode may compute in place, and x is shared
+            codes = self.sae.encode(x.to(self.compute_device, copy=True))
         return nonzero_codes(self._checked(codes, "encode", len(x), self.d_sae).to(self.device))
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
@@ -71,8 +71,8 @@ class DenseCoder:
             entries = slice(int(codes.crow[start]), int(codes.crow[stop]))
             dense = torch.zeros(stop - start, codes.n_cols, dtype=self.dtype, device=self.device)
             dense[rows[entries] - start, codes.col[entries]] = codes.value[entries].to(self.dtype)
-            with contained(self.sae, self.home):
-                found = self.sae.decode(dense.to(self.home))
+            with isolated(self.sae, self.compute_device):
+                found = self.sae.decode(dense.to(self.compute_device))
             recon[start:stop] = self._checked(found, "decode", stop - start, self.d_out)
         recon[rows[codes.value.isfinite().logical_not_()]] = torch.nan  # even if decode ignores those latents
         return recon
@@ -87,7 +87,7 @@ class DenseCoder:
         device, dtype = torch.device(device), dtype or self.dtype
         if not isinstance(self.sae, nn.Module):
             return replace(self, device=device)
-        if (device, dtype) == (self.home, self.dtype):
+        if (device, dtype) == (self.compute_device, self.dtype):
             return self
         moved: Any = copy.deepcopy(self.sae).to(device=device, dtype=dtype)
         return DenseCoder(moved, self.d_out, self.d_sae, device, device, dtype)
@@ -141,7 +141,7 @@ _generators = _Generators()
 
 
 @contextmanager
-def contained(sae: EncodesDensely, device: torch.device) -> Iterator[None]:
+def isolated(sae: EncodesDensely, device: torch.device) -> Iterator[None]:
     """Run foreign code without letting it exit the process or advance PyTorch's random number generators.
 
     Within one thread the code's own random draws are the same at every call. ``SystemExit`` becomes `RequestError`.

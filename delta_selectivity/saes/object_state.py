@@ -65,17 +65,18 @@ def as_float32(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
 def settings_of(obj: Any) -> list[Any]:
     """Return, as JSON-compatible data, the non-tensor state of an object that can affect its codes.
 
-    This is the class names, and the public attributes that are numbers, strings or containers of them, of the object or
-    of all modules in a module. Training mode is ignored.
+    It consists of class names and of public attributes that are numbers, strings or containers of them. For a module,
+    all its submodules are included; training mode is ignored.
     """
     parts = obj.named_modules() if isinstance(obj, nn.Module) else [("", obj)]
     return [[name, type(part).__name__, _plain(getattr(part, "__dict__", {}))] for name, part in parts]
 
 
-def runnable_copy(module: nn.Module, label: str) -> nn.Module:
+def runnable_copy(module: nn.Module, label: str, share: bool = True) -> nn.Module:
     """Return a copy of a module in evaluation mode and float32; running it cannot modify the original.
 
-    Parameters that are already float32 are shared with the original; everything else is copied.
+    Parameters that are already float32 are shared with the original, unless ``share`` is off; everything else is
+    copied.
 
     Raises:
         RequestError: the module cannot be copied.
@@ -85,7 +86,7 @@ def runnable_copy(module: nn.Module, label: str) -> nn.Module:
         raise RequestError(f"`obj` {label}: it has no weights yet: call it once, as its lazy modules need")
     fits = all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
     memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in _with_history(module)}
-    if fits:
+    if fits and share:
         memo |= {id(parameter): parameter for parameter in module.parameters()}
     copied = attempt(f"`obj` {label}: to copy it in evaluation mode", lambda: copy.deepcopy(module, memo).eval())
     return copied if fits else copied.to(torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import Coder
-from delta_selectivity.saes.dense_coder import DenseCoder, contained, misshapen
+from delta_selectivity.saes.dense_coder import DenseCoder, isolated, misshapen
 from delta_selectivity.saes.files import check_finite
 from delta_selectivity.saes.given import Given
 from delta_selectivity.saes.input_norm import InputNorm
@@ -208,7 +208,7 @@ def _takes(runs: Any, width: int) -> bool:
 def _two_rows(runs: Any, width: int) -> Tensor:
     coder = DenseCoder.of(runs, width)
     rows = torch.randn(2, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
-    return rows.to(coder.home, coder.dtype)
+    return rows.to(coder.compute_device, coder.dtype)
 
 
 def _run(method: Callable[[Tensor], Any], runs: Any, rows: Tensor, what: str) -> Tensor:
@@ -220,7 +220,7 @@ def _run(method: Callable[[Tensor], Any], runs: Any, rows: Tensor, what: str) ->
 
 
 def _call(method: Callable[[Tensor], Any], runs: Any, rows: Tensor, what: str) -> Any:
-    with torch.no_grad(), contained(runs, DenseCoder.of(runs, 0).home):
+    with torch.no_grad(), isolated(runs, DenseCoder.of(runs, 0).compute_device):
         return attempt(f"{what} of {list(rows.shape)}", method, rows)
 
 

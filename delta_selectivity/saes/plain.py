@@ -62,13 +62,13 @@ class Plain:
     def check(self, folder: Path, header: SaeHeader) -> None:
         """Compare the names and shapes of the weights with the config."""
         plain = PlainConfig.parse(header.config, folder / CONFIG)
-        _find_turned(plain, _as_lens(plain, header))
+        _find_transposed(plain, _as_lens(plain, header))
 
     def build(self, folder: Path, header: SaeHeader) -> tuple[Coder, InputNorm]:
         """Load the weights."""
         plain = PlainConfig.parse(header.config, folder / CONFIG)
         lens = _as_lens(plain, header)
-        turned, stored = _find_turned(plain, lens), read_tensors(plain.weights)
+        turned, stored = _find_transposed(plain, lens), read_tensors(plain.weights)
         widths = {"b_dec": header.d_out, "b_enc": header.d_sae}
         tensors = {name: torch.zeros(n, dtype=torch.float32) for name, n in widths.items()}  # for biases that are null
         for ours, theirs in plain.names.items():
@@ -116,7 +116,7 @@ def _as_lens(plain: PlainConfig, header: SaeHeader) -> LensConfig:
     )
 
 
-def _find_turned(plain: PlainConfig, lens: LensConfig) -> set[str]:
+def _find_transposed(plain: PlainConfig, lens: LensConfig) -> set[str]:
     """Return the matrices that the file holds transposed. Raises `RequestError` if a tensor does not fit the config."""
     found = read_shapes(plain.weights)
     shapes = dict(expected_shapes(lens, {ours for ours, theirs in plain.names.items() if theirs in found}))

@@ -73,7 +73,7 @@ def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
             n_nan += np.int32(rows[r, q] != rows[r, q])
             keys[0, q] = bits[r, q] ^ ((bits[r, q] >> np.int32(31)) & np.int32(0x7FFFFFFF))
         if n_nan > 0:
-            _poison(values, places, r * k, k)
+            _fill_with_nan(values, places, r * k, k)
             continue
         strips = _group_maxima(keys, 0, highest, k)
         least = np.int32(_threshold(highest, strips, k, k // 8))
@@ -170,7 +170,7 @@ def k_largest_of_proposed(
     for start in range(0, n, together):
         rows = min(together, n - start)
         for g in range(rows):
-            units[g] = _largest_they_may_be(proposed, inputs, latents, largest, start + g, x.shape[1], keys, g)
+            units[g] = _upper_bounds(proposed, inputs, latents, largest, start + g, x.shape[1], keys, g)
             sure[g] = LEAST_KEY
             if units[g] > ZERO:
                 sure[g] = _threshold(highest, _group_maxima(keys, g, highest, k), k, k // 8)
@@ -195,13 +195,13 @@ def k_largest_of_proposed(
                 for q in range(count):
                     n_nan += np.int32(found[q] != found[q])
             if n_nan > 0:
-                _poison(values, places, (start + g) * k, k)
+                _fill_with_nan(values, places, (start + g) * k, k)
             else:
                 _take(found, found_bits, found_keys, where, count, values, places, (start + g) * k, k)
 
 
 @compiled()
-def _largest_they_may_be(
+def _upper_bounds(
     proposed: Steps,
     inputs: Floats,
     latents: Floats,
@@ -406,7 +406,7 @@ def _kth_key(bits: NDArray[np.int32], count: np.uint64, keys: NDArray[np.int32],
 
 
 @compiled()
-def _poison(values: Floats, places: Ints, slot: int, k: int) -> None:
+def _fill_with_nan(values: Floats, places: Ints, slot: int, k: int) -> None:
     """Set all values of a row to NaN, so that everything computed from them is NaN."""
     for q in range(k):
         values[slot + q], places[slot + q] = np.nan, q

@@ -142,6 +142,11 @@ class SaeSource:
         return self._first.d_out
 
     @property
+    def d_sae(self) -> dict[int, int]:
+        """Number of latents by layer."""
+        return {member.header.layer: member.header.d_sae for member in self.members}
+
+    @property
     def prepend_bos(self) -> bool | None:
         """Whether training texts began with BOS; None if the format does not say."""
         return self._first.prepend_bos

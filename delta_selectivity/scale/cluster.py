@@ -116,11 +116,11 @@ def open_cluster(n_workers: int, gpus: int, scheduler: Remote | None) -> Iterato
         "distributed.scheduler.http.routes": [],  # no dashboard, metrics or proxy, since their pages have no password
         "distributed.worker.http.routes": [],
     }
-    with dask.config.set(quiet), _environment_kept():
+    with dask.config.set(quiet), _restore_environment():
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # the outcomes report what users need
         if scheduler is not None:
             with _reach(scheduler) as client:
-                client.subscribe_topic("scheduler", _tell_silent)
+                client.subscribe_topic("scheduler", _log_lost_workers)
                 yield client
             return
         with (
@@ -130,7 +130,7 @@ def open_cluster(n_workers: int, gpus: int, scheduler: Remote | None) -> Iterato
             Client(cluster, set_as_default=False) as client,
         ):
             client.register_plugin(_ignore_ctrl_c())
-            client.subscribe_topic("scheduler", _tell_silent)
+            client.subscribe_topic("scheduler", _log_lost_workers)
             yield client
 
 
@@ -151,7 +151,7 @@ def _reach(scheduler: Remote) -> Iterator[Any]:
         yield client
 
 
-def _tell_silent(event: tuple[float, Any]) -> None:
+def _log_lost_workers(event: tuple[float, Any]) -> None:
     """Log which workers the scheduler has given up because their heartbeats stopped."""
     _, what = event
     if isinstance(what, dict) and what.get("action") == "worker-ttl-timed-out":
@@ -200,7 +200,7 @@ def _threads(share: int) -> dict[str, str]:
 
 
 @contextmanager
-def _environment_kept() -> Iterator[None]:
+def _restore_environment() -> Iterator[None]:
     """Restore the environment afterwards, because Dask leaves its workers' variables in it for the next cluster."""
     before = dict(os.environ)
     try:

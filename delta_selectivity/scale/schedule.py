@@ -19,7 +19,7 @@ class UnitsFailed(RuntimeError):
     """Some units failed; the others are measured and merged."""
 
 
-def outcomes(client: Any, units: Sequence[Unit], home: Path, own_device: bool) -> Iterator[tuple[Unit, Outcome]]:
+def outcomes(client: Any, units: Sequence[Unit], cwd: Path, own_device: bool) -> Iterator[tuple[Unit, Outcome]]:
     """Yield each unit with its outcome as it finishes on a worker of `client` (a `distributed.Client`).
 
     own_device: each worker uses its own GPU if it has one; otherwise the devices of the request.
@@ -27,7 +27,7 @@ def outcomes(client: Any, units: Sequence[Unit], home: Path, own_device: bool) -
     from distributed import as_completed
 
     waiting = {
-        client.submit(run_unit, unit, home, own_device, own_digest(), key=unit.id, pure=False, priority=-place): unit
+        client.submit(run_unit, unit, cwd, own_device, own_digest(), key=unit.id, pure=False, priority=-place): unit
         for place, unit in enumerate(units)
     }
     for future in as_completed(list(waiting), loop=client.loop):
@@ -43,14 +43,14 @@ class OutcomeLog:
     """Logs the warnings and failures of units, each line once, and collects the failures."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self.failed: list[str] = []
 
     def record(self, unit: Unit, outcome: Outcome) -> None:
         """Log a unit's warnings and its failure. Raises `RequestError` if the unit found the request wrong."""
         for line in outcome.warnings:
-            if line not in self._told:
-                self._told.add(line)
+            if line not in self._logged:
+                self._logged.add(line)
                 log.warning("%s", line)
         if outcome.status == "refused":
             raise RequestError(outcome.line)

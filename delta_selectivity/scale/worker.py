@@ -1,6 +1,6 @@
 """Measurement of one unit in a worker process.
 
-    outcome = run_unit(unit, home, own_device=False, program=own_digest())
+    outcome = run_unit(unit, cwd, own_device=False, program=own_digest())
 
 Errors are returned in the outcome, because Dask would retry a unit that raises. Dask does retry a unit whose worker is
 lost; its folder then holds the finished part.
@@ -48,18 +48,18 @@ class Outcome:
     seconds: float = 0.0  # duration
 
 
-def run_unit(unit: Unit, home: Path, own_device: bool, program: str) -> Outcome:
+def run_unit(unit: Unit, cwd: Path, own_device: bool, program: str) -> Outcome:
     """Measure what is missing of a unit.
 
     Args:
         unit: what to measure.
-        home: the folder that relative paths refer to.
+        cwd: the folder that relative paths refer to.
         own_device: use this worker's GPU if it has one, else the CPU; otherwise the devices of the request.
         program: `own_digest` of the submitting process; a worker that joined late may run other code.
     """
     if program != own_digest():
         return Outcome("refused", other_source(f"a worker on {platform.node()}"))
-    os.chdir(home)
+    os.chdir(cwd)
     if own_device:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         unit = replace(unit, request=replace(unit.request, device1=device, device2=device))
@@ -82,7 +82,7 @@ def _end_of(unit: Unit) -> Outcome:
 
 def _measure(unit: Unit) -> None:
     unit.folder.mkdir(parents=True, exist_ok=True)
-    with _alone_at(unit.folder), ExitStack() as held:
+    with _unit_lock(unit.folder), ExitStack() as held:
         decided = {name: getattr(unit, name) for name in ("prepend_bos", "dtype", "whole_tokens")}
         plan = replace(make_plan(unit.request, labels=unit.labels), **decided)
         files = open_files(plan, held)
@@ -93,7 +93,7 @@ def _measure(unit: Unit) -> None:
 
 
 @contextmanager
-def _alone_at(folder: Path) -> Iterator[None]:
+def _unit_lock(folder: Path) -> Iterator[None]:
     """Wait until no other process works on the unit: a worker that was considered lost may still run."""
     with ExitStack() as held:
         for _ in range(LOOKS):
@@ -110,17 +110,17 @@ def _alone_at(folder: Path) -> Iterator[None]:
 @contextmanager
 def _collect_warnings() -> Iterator[Mapping[str, None]]:
     """Collect logged warnings, each once and in order, to be shown by the submitting process."""
-    heard: dict[str, None] = {}
+    collected: dict[str, None] = {}
 
-    class Listener(logging.Handler):
+    class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            heard[record.getMessage()] = None
+            collected[record.getMessage()] = None
 
-    listener = Listener(logging.WARNING)
-    listener.addFilter(lambda record: not record.name.startswith("distributed"))
+    collector = Collector(logging.WARNING)
+    collector.addFilter(lambda record: not record.name.startswith("distributed"))
     logging.captureWarnings(True)
-    logging.getLogger().addHandler(listener)
+    logging.getLogger().addHandler(collector)
     try:
-        yield heard
+        yield collected
     finally:
-        logging.getLogger().removeHandler(listener)
+        logging.getLogger().removeHandler(collector)

@@ -15,7 +15,7 @@ SHARE = 0.1  # minimum share of the total between two lines
 
 def open_bar(total: int | None, desc: str, unit: str, position: int = 0, quiet: bool = False) -> tqdm | LineBar:
     """Return a bar on stderr: tqdm's on a terminal or in a notebook, a `LineBar` for a pipe or a file."""
-    stream: Any = Forgiving(sys.stderr)
+    stream: Any = BestEffortStream(sys.stderr)
     if quiet or is_drawn_on(sys.stderr):
         return tqdm(total=total, desc=desc, unit=unit, position=position, smoothing=0.1, file=stream, disable=quiet)
     return LineBar(total, desc, unit, stream)
@@ -34,8 +34,8 @@ class LineBar:
     def __init__(self, total: int | None, desc: str, unit: str, stream: Any) -> None:
         self.total, self.n = total, 0
         self._desc, self._unit, self._stream, self._postfix = desc.strip(), unit, stream, ""
-        self._start = self._told_at = time.monotonic()
-        self._told = 0
+        self._start = self._written_at = time.monotonic()
+        self._written = 0
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
         """Set the end of the next line."""
@@ -44,14 +44,14 @@ class LineBar:
     def update(self, n: int) -> None:
         """Add `n` to the progress."""
         self.n += n
-        late = time.monotonic() - self._told_at >= QUIET_FOR
-        if late and self.n - self._told >= SHARE * (self.total or 0):
-            self._tell()
+        late = time.monotonic() - self._written_at >= QUIET_FOR
+        if late and self.n - self._written >= SHARE * (self.total or 0):
+            self._write_line()
 
     def close(self) -> None:
         """Write the final progress, unless it is already written."""
-        if self.n != self._told:
-            self._tell()
+        if self.n != self._written:
+            self._write_line()
 
     def __enter__(self) -> LineBar:
         return self
@@ -59,14 +59,14 @@ class LineBar:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def _tell(self) -> None:
-        self._told, self._told_at = self.n, time.monotonic()
-        parts = [f"{self._desc}: {self.n} of {self.total}, {self._told_at - self._start:.0f} s", self._postfix]
+    def _write_line(self) -> None:
+        self._written, self._written_at = self.n, time.monotonic()
+        parts = [f"{self._desc}: {self.n} of {self.total}, {self._written_at - self._start:.0f} s", self._postfix]
         self._stream.write(", ".join(part for part in parts if part) + "\n")
         self._stream.flush()
 
 
-class Forgiving:
+class BestEffortStream:
     """A stream that ignores write errors: a closed pipe or terminal, or a missing stream.
 
     tqdm draws under a lock that stays locked after an exception, so the thread of another bar would then wait forever.

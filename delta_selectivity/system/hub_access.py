@@ -23,7 +23,7 @@ OFFLINE = ", and the Hub does not answer: check the name and the connection"
 """Part of the error for something that is not in the cache."""
 
 _lock = threading.Lock()
-_asked: tuple[float, bool] | None = None  # time of the last check, and its result
+_last_check: tuple[float, bool] | None = None  # time of the last check, and its result
 
 
 def use_cache_if_unreachable() -> bool:
@@ -33,17 +33,17 @@ def use_cache_if_unreachable() -> bool:
     """
     from huggingface_hub import constants
 
-    global _asked
+    global _last_check
     with _lock:
-        if _asked is None and constants.HF_HUB_OFFLINE:
+        if _last_check is None and constants.HF_HUB_OFFLINE:
             return False  # set by the user
-        if _asked is None or time.monotonic() - _asked[0] > KNOWN_FOR:
+        if _last_check is None or time.monotonic() - _last_check[0] > KNOWN_FOR:
             reachable = _behind_proxy() or _answers(constants.ENDPOINT)
             if not reachable:
                 log.info("%s does not answer: only what is in its cache here can be used", constants.ENDPOINT)
-            _asked = time.monotonic(), reachable
+            _last_check = time.monotonic(), reachable
             constants.HF_HUB_OFFLINE = not reachable
-        return _asked[1]
+        return _last_check[1]
 
 
 def _behind_proxy() -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -27,3 +29,12 @@ def peak_memory() -> dict[str, float]:
         for device in range(torch.cuda.device_count()):
             peak[f"peak_cuda{device}_gb"] = round(torch.cuda.max_memory_allocated(device) / 1024**3, 3)
     return peak
+
+
+def return_free_memory() -> None:
+    """Return freed memory that glibc keeps to the system; batches of varying sizes leave growing gaps in it.
+
+    Does nothing on other systems.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # the C library lacks the function
+        ctypes.CDLL(None).malloc_trim(0)

@@ -41,7 +41,7 @@ class Room:
     def __init__(self, what: str) -> None:
         self._what = what  # for the warning: "probes are fitted"
         self._max_cells: int | None = None  # None: nothing has failed yet
-        self._told = False
+        self._logged = False
 
     def units(self, cells: int) -> int:
         """Return how many units of this many cells to try at a time, at least 1."""
@@ -55,8 +55,8 @@ class Room:
 
     def fitted(self, units: int) -> None:
         """Record that this many units fitted, and log it the first time after a failure."""
-        if self._max_cells is not None and not self._told:
-            self._told = True
+        if self._max_cells is not None and not self._logged:
+            self._logged = True
             note = "numbers stay within the tolerance of a fit"
             log.warning("out of memory: %s %d at a time from now on; %s", self._what, units, note)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-HOME = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 
 
 @functools.cache  # read once: the loaded version runs, whatever is installed later
@@ -24,7 +24,7 @@ def installed_version(package: str) -> str | None:
 @functools.cache  # read once: files may change during a long run, loaded code does not
 def running_program(sources: tuple[str, ...]) -> str:
     """Return the digest of these source files (glob patterns) at the first call in this process."""
-    return program_digest(HOME, sources)
+    return program_digest(PACKAGE, sources)
 
 
 def program_digest(root: Path, sources: Sequence[str]) -> str:

@@ -60,7 +60,7 @@ def show(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def tell_terminal(line: str) -> None:
+def show_status(line: str) -> None:
     """Print a status line on stderr if it is a terminal; in a log it would be useless."""
     with suppress(AttributeError, ValueError):  # missing or closed stream
         if sys.stderr.isatty():

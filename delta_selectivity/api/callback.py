@@ -1,0 +1,192 @@
+"""The class `Callback`: measure an SAE every so many steps of its training, and log what was found.
+
+callback = Callback(evaluator, every=100, log=[TensorBoardLogger("runs/k32"), WandbLogger()])
+callback.attach(trainer)          # SAE Lens's SAETrainer, sparsify's Trainer
+callback(sae, step)               # in a loop of one's own
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from delta_selectivity.api.evaluator import Evaluator
+from delta_selectivity.api.loggers import Logger
+from delta_selectivity.api.training_names import ROOT
+from delta_selectivity.errors import RequestError
+from delta_selectivity.saes.hookpoints import parse, same_place
+
+
+class Callback:
+    """Measures an SAE every so many steps of its training and logs it; the training itself is the same to the bit.
+
+    Where the SAE holds NaN or Inf there is a warning, and the training goes on.
+
+    Example:
+        >>> evaluator = Evaluator(model, layer=1, tasks="people.csv", rows=200, settings=Settings(folds=3, repeats=2))
+        >>> callback = Callback(evaluator, every=2, log=CsvLogger("training.csv"))
+        >>> for step in range(1, 5):
+        ...     numbers = callback(sae, step)  # after the optimizer's step
+        >>> "delta/people/layer_1/transfer_r2" in numbers
+        True
+    """
+
+    def __init__(self, evaluator: Evaluator, *, every: int = 100, log: Logger | Iterable[Logger] = ()) -> None:
+        """Take an evaluator and loggers.
+
+        Args:
+            evaluator: Of the layer that the SAE is trained on.
+            every: Steps from one measurement to the next.
+            log: A logger or several: `TensorBoardLogger`, `WandbLogger`, `CsvLogger`, or any function of a dict of
+                floats and a step.
+
+        Raises:
+            RequestError: ``every`` is no whole number above 0, or a logger cannot be called.
+        """
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise RequestError(f"`every` {every!r}: a whole number from 1 on is needed")
+        self.evaluator, self.every = evaluator, every
+        self._loggers: list[Logger] = [log] if callable(log) else list(log)
+        for logger in self._loggers:
+            if not callable(logger):
+                raise RequestError(f"`log` {logger!r:.60}: a function of a dict and a step is needed")
+        self.seconds = 0.0
+        """What all measurements and their logging have taken."""
+
+    def __call__(self, sae: Any, step: int, activation_scaler: Any = None) -> dict[str, float] | None:
+        """Measure and log if it is time.
+
+        Args:
+            sae: The SAE in training, as for a call of an `Evaluator`.
+            step: How many steps of the optimizer are done.
+            activation_scaler: As for a call of an `Evaluator`.
+
+        Returns:
+            What was logged (see `for_training`); None if it was not time, or the SAE holds NaN or Inf.
+        """
+        if step % self.every:
+            return None
+        return self._measure({"": sae}, step, activation_scaler)
+
+    def attach(self, trainer: Any) -> Handle:
+        """Have a trainer measure what it trains: SAE Lens's ``SAETrainer``, or sparsify's ``Trainer``.
+
+        The steps that are logged are the trainer's own: of SAE Lens, which counts from 0, those that it gives W&B.
+        Of sparsify's SAEs those of the evaluator's layer and place are measured, of Schedule-Free optimizers
+        the averaged weights, as in its checkpoints.
+
+        Returns:
+            A handle whose ``remove()`` ends it; it is a context manager too.
+
+        Raises:
+            RequestError: The trainer is of another kind, or trains no SAE of the evaluator's layer and place.
+        """
+        package = _package_of(trainer)
+        if package == "sae_lens" and hasattr(trainer, "activation_scaler"):
+            return self._attach(trainer.optimizer, lambda: self._of_sae_lens(trainer))
+        if package == "sparsify" and hasattr(trainer, "optimizers"):
+            names = self._own_names(trainer)
+            return self._attach(trainer.optimizers[-1], lambda: self._of_sparsify(trainer, names))
+        raise RequestError(
+            f"`trainer` {type(trainer).__name__}: SAE Lens's SAETrainer or sparsify's Trainer is needed; in any other "
+            "loop call the callback with the SAE and the step"
+        )
+
+    def _of_sae_lens(self, trainer: Any) -> None:
+        step = trainer.n_training_steps  # of the step being done
+        if (step + 1) % self.every == 0:
+            self._measure({"": trainer.sae}, step, trainer.activation_scaler)
+
+    def _of_sparsify(self, trainer: Any, names: Mapping[str, str]) -> None:
+        step = (trainer.global_step + 1) // trainer.cfg.grad_acc_steps
+        if step % self.every:
+            return
+        with _averaged(trainer.optimizers):
+            self._measure({label: trainer.saes[name] for name, label in names.items()}, step, None)
+
+    def _own_names(self, trainer: Any) -> dict[str, str]:
+        """The names of sparsify's SAEs at the evaluator's place, each with what to call it beside the others."""
+        site, found = self.evaluator.site, {}
+        for name in trainer.saes:
+            of, _, label = name.partition("/")
+            place = parse(of)
+            if place is not None and place.layer == site.layer and same_place(place.place, site.hookpoint):
+                found[name] = label
+        if not found:
+            trained = ", ".join(trainer.saes)
+            raise RequestError(
+                f"`trainer`: it trains {trained}; the evaluator is of layer {site.layer}, {site.hookpoint}"
+            )
+        return found
+
+    def _measure(self, saes: Mapping[str, Any], step: int, activation_scaler: Any) -> dict[str, float] | None:
+        start = time.perf_counter()
+        found: dict[str, float] = {}
+        for label, sae in saes.items():
+            numbers = self.evaluator(sae, (), activation_scaler)
+            found |= {f"{ROOT}/{label}{name.removeprefix(ROOT)}" if label else name: n for name, n in numbers.items()}
+        if found:
+            found[f"{ROOT}/seconds"] = time.perf_counter() - start
+            for logger in self._loggers:
+                logger(found, step)
+        self.seconds += time.perf_counter() - start
+        return found or None
+
+    def _attach(self, optimizer: Any, after: Callable[[], None]) -> Handle:
+        before, handle = optimizer.step, Handle()
+
+        @functools.wraps(before)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            found = before(*args, **kwargs)
+            if handle.attached:
+                after()
+            return found
+
+        optimizer.step = step
+        return handle
+
+
+@dataclass
+class Handle:
+    """A callback at work in a trainer."""
+
+    attached: bool = True
+
+    def remove(self) -> None:
+        """End it: the trainer goes on alone."""
+        self.attached = False
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _package_of(trainer: Any) -> str | None:
+    packages = (cls.__module__.partition(".")[0] for cls in type(trainer).__mro__)
+    return next((name for name in packages if name in ("sae_lens", "sparsify")), None)
+
+
+@contextmanager
+def _averaged(optimizers: Iterable[Any]) -> Iterator[None]:
+    """With the averaged weights of Schedule-Free optimizers; the weights in training are put back to the bit."""
+    found = [one for one in optimizers if getattr(one, "train_mode", False) and hasattr(one, "eval")]
+    parameters = [p for one in found for group in one.param_groups for p in group["params"]]
+    with torch.no_grad():
+        kept = [p.detach().clone() for p in parameters]
+        for one in found:
+            one.eval()
+        try:
+            yield
+        finally:
+            for one in found:
+                one.train()
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)

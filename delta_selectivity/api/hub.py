@@ -1,0 +1,173 @@
+"""Publish the results of an SAE in its repository on the Hugging Face Hub: files, page and model card in one commit.
+
+push(files, "owner/sae", dry_run=True)     # what would be written, and nothing is
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.reporting.groups import File
+from delta_selectivity.reporting.model_card import PAGE, body_of, model_index, with_results
+from delta_selectivity.reporting.results import by_sae, is_baseline
+from delta_selectivity.reporting.rows import find_sae
+from delta_selectivity.reporting.study import Sae, Study, study_of
+from delta_selectivity.system.hub_access import use_cache_if_unreachable
+
+log = logging.getLogger(__name__)
+
+FOLDER = "delta_selectivity"
+"""Where result files and page lie in the repository."""
+CARD = "README.md"
+PAUSES = (1.0, 4.0)
+"""Seconds before the second and the third attempt."""
+CHANGED = 412
+"""Status of a commit to a repository that somebody else has committed to in between."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Push:
+    """What is written to a repository of the Hub."""
+
+    repo: str
+    files: dict[str, bytes]  # by their path in the repository, the model card last
+    card_before: str
+    url: str | None = None  # of the commit; None: nothing was written
+
+    def __str__(self) -> str:
+        listed = [f"  {path} ({len(content) / 1000:.1f} kB)" for path, content in self.files.items()]
+        if self.url is not None:
+            return "\n".join([f"pushed to {self.repo}, in one commit: {self.url}", *listed])
+        card = self.files[CARD].decode()
+        change = difflib.unified_diff(self.card_before.splitlines(), card.splitlines(), CARD, CARD, lineterm="")
+        return "\n".join([f"to {self.repo}, in one commit:", *listed, "", *change])
+
+
+def push(files: Sequence[File], repo: str, sae: str | None = None, *, dry_run: bool = False) -> Push:
+    """Write the result files of one SAE, their page and what they say into the model card of its repository.
+
+    sae: Its name, or what only its name holds; None if there is only one.
+
+    All of it is one commit on what was read, so nothing is ever half done; a connection that is lost is tried again,
+    twice. The scores behind the files are not published, nor are texts that a run kept only because it was told to
+    keep all.
+
+    Raises:
+        RequestError: There is no token, or it may not write there; there is no such repository; the Hub does not
+            answer; the card's metadata cannot be added to.
+    """
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise RequestError(f"`push_to_hub` {repo!r}: OWNER/NAME is needed") from error
+    if not isinstance(repo, str) or repo.count("/") != 1:
+        raise RequestError(f"`push_to_hub` {repo!r}: OWNER/NAME is needed")
+    token = get_token()
+    if token is None and not dry_run:
+        raise RequestError("`push_to_hub`: no token of the Hub: set HF_TOKEN, or log in with `hf auth login`")
+    if not use_cache_if_unreachable():
+        raise RequestError(f"`push_to_hub` {repo}: the Hub does not answer: check the connection")
+    named = {name: own for name, own in by_sae(files).items() if not is_baseline(own[0][1])}
+    if not named:
+        raise RequestError("`push_to_hub`: there are only baselines here")
+    study = study_of(named[find_sae(named, sae)])
+    api = HfApi(token=token if token is not None else False)
+    contents = _contents(study)
+    return _persistent(repo, lambda: _attempt(api, repo, study.saes[0], contents, dry_run))
+
+
+def _contents(study: Study) -> dict[str, bytes]:
+    """By their path in the repository."""
+    from delta_selectivity.reporting.output import write_page  # matplotlib: a wrong request does without it
+
+    found: dict[str, bytes] = {}
+    for path, _ in study.files:  # of two runs, say, of other layers
+        names = (f"{FOLDER}/{path.stem}{'' if n == 1 else f'-{n}'}{path.suffix}" for n in itertools.count(1))
+        found[next(name for name in names if name not in found)] = path.read_bytes()
+    private = any(found["_run"]["config"].get("keep_texts") == "all" for _, found in study.files)
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / PAGE
+        write_page(study, page, with_rows=not private)
+        return {**found, f"{FOLDER}/{PAGE}": page.read_bytes()}
+
+
+def _attempt(api: Any, repo: str, sae: Sae, contents: dict[str, bytes], dry_run: bool) -> Push:
+    """Read the card, and commit on what was read."""
+    from huggingface_hub import CommitOperationAdd
+
+    head = api.model_info(repo).sha
+    before = _read_card(api, repo, head)
+    url = f"{api.endpoint}/{repo}/blob/main/{FOLDER}/{PAGE}"
+    index = model_index(sae, repo.partition("/")[2], url)
+    card = with_results(before, index, body_of(sae, FOLDER))
+    found = Push(repo, {**contents, CARD: card.encode()}, before)
+    if dry_run:
+        return found
+    additions = [CommitOperationAdd(path, content) for path, content in found.files.items()]
+    done = api.create_commit(repo, additions, commit_message="Add results of Delta Selectivity", parent_commit=head)
+    return replace(found, url=done.commit_url)
+
+
+def _read_card(api: Any, repo: str, revision: str) -> str:
+    """The card as it is, to the letter; empty if there is none."""
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    url = f"{api.endpoint}/{repo}/resolve/{revision}/{CARD}"
+    response = get_session().get(url, headers=build_hf_headers(token=api.token))
+    try:
+        hf_raise_for_status(response)
+    except EntryNotFoundError:
+        return ""
+    try:
+        return bytes(response.content).decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"`push_to_hub` {repo}: its {CARD} is no UTF-8; nothing was written") from error
+
+
+def _persistent(repo: str, attempt: Callable[[], Result]) -> Result:
+    """Try again after a lost connection or an error of the Hub's own. Raises `RequestError` in one line."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    for pause in (*PAUSES, None):
+        try:
+            return attempt()
+        except (HTTPError, ConnectionError) as error:
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            passing = status is None or status >= 500 or status in (CHANGED, 429)
+            if not passing or pause is None:
+                raise RequestError(f"`push_to_hub` {repo}: {_reason(status, error)}; nothing was written") from error
+            log.info("%s: %s: trying again in %g s", repo, _reason(status, error), pause)
+            time.sleep(pause)
+        except ValueError as error:  # of the Hub's own check of the card
+            told = " ".join(str(error).split())
+            raise RequestError(f"`push_to_hub` {repo}: {told}; nothing was written") from error
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _reason(status: int | None, error: Exception) -> str:
+    known = {
+        401: "the Hub does not know this token, or there is no such repository",
+        403: "this token may not write there",
+        404: "there is no such repository, or this token may not see it: make it first",
+        CHANGED: "others commit to it at the same time",
+        429: "too many requests for now",
+    }
+    if status is None:
+        return f"the connection was lost ({type(error).__name__})"
+    return known.get(status, f"the Hub answers with status {status}")

@@ -1,0 +1,228 @@
+"""Add results to a model card: `model-index` metadata and a table, each between marks, and nothing else changed.
+
+with_results(card, "sae-k32", results, body)      # the same card with our two blocks in it, new or in their old place
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.records.sae_level import mean_delta, mean_transfer_r2
+from delta_selectivity.reporting.groups import stored_cells
+from delta_selectivity.reporting.results import mean
+from delta_selectivity.reporting.study import Sae
+
+MARKS = ("# delta-selectivity: begin", "# delta-selectivity: end")
+"""Around our entry in the metadata."""
+BODY_MARKS = ("<!-- delta-selectivity: begin -->", "<!-- delta-selectivity: end -->")
+"""Around our section in the text."""
+SOURCE = "Delta Selectivity"
+TASK = "feature-extraction"
+SCORES = {"transfer_r2": "share of the model's probe readings that survive", "delta_sel": "change in balanced accuracy"}
+PAGE = "report.html"
+
+_FRONT = re.compile(r"\A(---[ \t]*\r?\n)(.*?)(^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score of one dataset, or of all of them, with its 95 % interval where the scores behind it are there."""
+
+    dataset: str  # as in file names; "" for all
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+
+
+def scores_of(sae: Sae) -> list[Score]:
+    """Means over all cells, then over those of each dataset. Raises `RequestError` if there are none."""
+    found = [(("", name), *sae.overall(name)) for name in SCORES]
+    cells = stored_cells(sae.files) or {}
+    for dataset in dict.fromkeys(cell.dataset for cell in sae.measured):
+        own = {place: scores for place, scores in cells.items() if place[0] == dataset}
+        results = [cell.result for cell in sae.measured if cell.dataset == dataset]
+        for name, over in (("transfer_r2", mean_transfer_r2), ("delta_sel", mean_delta)):
+            known = over(own) if own else None
+            if known is None:
+                found.append(((dataset, name), mean(result[name] for result in results), None, None))
+            else:
+                found.append(((dataset, name), known.value, known.low, known.high))
+    scores = [Score(*of, value, low, high) for of, value, low, high in found if value is not None]
+    if not scores:
+        raise RequestError(f"{sae.name}: nothing was measured of it")
+    return scores
+
+
+def model_index(sae: Sae, name: str, url: str) -> list[dict[str, Any]]:
+    """The metadata of the Hub: a result for each dataset, with a metric for each score.
+
+    Args:
+        sae: What was measured.
+        name: Of the model whose card it is.
+        url: Of the page with all numbers.
+    """
+    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+    layers = sorted({cell.layer for cell in sae.measured})
+    results = [
+        EvalResult(
+            task_type=TASK,
+            task_name="Probes on the reconstruction",
+            dataset_type=score.dataset or "all",
+            dataset_name=_title(score.dataset),
+            dataset_args={"layers": layers},
+            metric_type=score.name,
+            metric_name=f"{score.name} ({SCORES[score.name]})",
+            metric_value=round(score.value, 6),
+            metric_args=_interval(score),
+            source_name=SOURCE,
+            source_url=url,
+        )
+        for score in scores_of(sae)
+    ]
+    found: list[dict[str, Any]] = eval_results_to_model_index(name, results)
+    return found
+
+
+def body_of(sae: Sae, folder: str) -> str:
+    """A section in Markdown: a line for each dataset. `folder`: where the page lies in the repository."""
+    by_dataset: dict[str, dict[str, Score]] = {}
+    for score in scores_of(sae):
+        by_dataset.setdefault(score.dataset, {})[score.name] = score
+    rows = [
+        f"| {_title(dataset)} | {' | '.join(_shown(own.get(name)) for name in SCORES)} |"
+        for dataset, own in by_dataset.items()
+    ]
+    layers = ", ".join(map(str, sorted({cell.layer for cell in sae.measured})))
+    fvu, l0 = sae.mean_figure("fvu_whole"), sae.mean_figure("l0")
+    figures = [f"{name} {value:.3g}" for name, value in (("FVU", fvu), ("L0", l0)) if value is not None]
+    return "\n".join([
+        "## What the SAE keeps",
+        "",
+        "Probes on the model's activations, read on the SAE's reconstruction. Means over layers and probes, with 95 % "
+        f"intervals; layers {layers}{''.join(f'; {one}' for one in figures)}.",
+        "",
+        f"| dataset | {' | '.join(SCORES)} |",
+        f"|---|{'---:|' * len(SCORES)}",
+        *rows,
+        "",
+        f"`transfer_r2`: {SCORES['transfer_r2']} (1: all). `delta_sel`: {SCORES['delta_sel']} of a probe fitted anew "
+        f"(0: nothing lost). [All numbers]({folder}/{PAGE}).",
+    ])  # fmt: skip
+
+
+def _title(dataset: str) -> str:
+    return dataset or "all datasets"
+
+
+def _interval(score: Score) -> dict[str, float] | None:
+    if score.low is None or score.high is None:
+        return None
+    return {"confidence": 0.95, "low": round(score.low, 6), "high": round(score.high, 6)}
+
+
+def _shown(score: Score | None) -> str:
+    if score is None or score.low is None or score.high is None:
+        return "–" if score is None else f"{score.value:.3f}"
+    return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
+
+
+def with_results(card: str, index: Sequence[Mapping[str, Any]], body: str) -> str:
+    """Return a card with the metadata and the section in it; all that stands there stays to the letter.
+
+    Raises:
+        RequestError: The card's metadata is no YAML, or holds a model-index that nothing can be added to.
+    """
+    end = "\r\n" if "\r\n" in card else "\n"
+    before = _parsed(card)
+    front = _FRONT.match(card)
+    if front is None:
+        head, rest = f"---{end}{_with_entry('', index, end)}---{end}", card
+    else:
+        head = f"{front[1]}{_with_entry(front[2], index, end)}{front[3]}"
+        rest = card[front.end() :]
+    found = head + _with_section(rest, body, end)
+    _check(before, _parsed(found), index)
+    return found
+
+
+def _with_entry(yaml: str, index: Sequence[Mapping[str, Any]], end: str) -> str:
+    from huggingface_hub.utils import yaml_dump
+
+    lines = yaml.splitlines(keepends=True)
+    entry = yaml_dump(list(index), sort_keys=False).splitlines()
+    ours = [i for i, line in enumerate(lines) if line.strip() in MARKS]
+    key = next((i for i, line in enumerate(lines) if line.startswith("model-index:")), None)
+    if len(ours) == 2:
+        start, stop = ours[0], ours[1] + 1
+        indent = lines[start][: len(lines[start]) - len(lines[start].lstrip())]
+    elif key is None:
+        start = stop = len(lines) + 1
+        lines, indent = [*lines, f"model-index:{end}"], ""
+    else:
+        if lines[key].split("#")[0].strip() != "model-index:":
+            raise RequestError("the card's model-index stands in one line: write it as a list of lines first")
+        start = stop = _last_of(lines, key) + 1
+        item = next((line for line in lines[key + 1 : start] if line.lstrip().startswith("-")), "")
+        indent = item[: len(item) - len(item.lstrip())]
+    block = [f"{indent}{line}{end}" for line in (MARKS[0], *entry, MARKS[1])]
+    return "".join([*lines[:start], *block, *lines[stop:]])
+
+
+def _last_of(lines: Sequence[str], key: int) -> int:
+    """The last line of the value of a key at the left."""
+    last = key
+    for i, line in enumerate(lines[key + 1 :], key + 1):
+        if line[0] in " \t-" and line.strip():
+            last = i
+        elif line.strip() and not line.startswith("#"):
+            break
+    return last
+
+
+def _with_section(text: str, body: str, end: str) -> str:
+    section = end.join([BODY_MARKS[0], *body.splitlines(), BODY_MARKS[1]])
+    begin, stop = (text.find(mark) for mark in BODY_MARKS)
+    if 0 <= begin < stop:
+        return text[:begin] + section + text[stop + len(BODY_MARKS[1]) :]
+    return f"{text}{'' if text.endswith(end) or not text else end}{end}{section}{end}"
+
+
+def _parsed(card: str) -> dict[str, Any]:
+    """The metadata of a card."""
+    import yaml
+
+    front = _FRONT.match(card)
+    try:
+        found = yaml.safe_load(front[2]) if front else {}
+    except yaml.YAMLError as error:
+        raise RequestError(f"the card's metadata is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict | None):
+        raise RequestError("the card's metadata is no mapping")
+    return found or {}
+
+
+def _check(before: dict[str, Any], after: dict[str, Any], index: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `RequestError` if anything but our entry has changed in the metadata."""
+    theirs = [entry for entry in before.pop("model-index", None) or [] if not _is_ours(entry)]
+    found = after.pop("model-index")
+    if (
+        before != after
+        or [e for e in found if not _is_ours(e)] != theirs
+        or [e for e in found if _is_ours(e)] != [*index]
+    ):
+        raise RequestError(
+            "nothing can be added to the card's metadata: its model-index, or an entry of ours there, was changed by "
+            "hand; take our entry out first"
+        )
+
+
+def _is_ours(entry: Any) -> bool:
+    results = entry.get("results") if isinstance(entry, dict) else None
+    sources = [result.get("source") for result in results or () if isinstance(result, dict)]
+    return any(isinstance(source, dict) and source.get("name") == SOURCE for source in sources)

@@ -1,0 +1,161 @@
+"""Find checkpoints of one training among the SAEs of a report, and which of them are better than the one before.
+
+series_of(study_of(files))       # of runs/a/step_100, runs/a/step_200, ...; or of one model's revisions step1000, ...
+
+A checkpoint is better for sure if the 95 % interval of its paired difference of transfer_r2 from the one before, on the
+same rows, folds and people, lies above 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from delta_selectivity.records import result_file
+from delta_selectivity.reporting.groups import HASHES, settings_of, stored_cells
+from delta_selectivity.reporting.names import abridged
+from delta_selectivity.reporting.study import Sae, Study, tasks_of
+from delta_selectivity.system.terminal import printable
+
+_STEP = re.compile(
+    r"(?P<word>steps?|checkpoints?|ckpt|iter(?:ation)?s?|epoch|final)[-_=. ]?(?P<step>\d+)(?![\da-z])"
+    r"|(?:^|(?<=/))(?P<bare>\d+)(?=/|$)",
+    re.IGNORECASE,
+)
+"""What tells the step in a name: a number after a word for it, or as a folder of its own. `k32` is none."""
+LONGEST = 60  # characters of a name in the sentence
+PLACE = "*"
+"""Stands for the step in the name of a series."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An SAE at one step of a training."""
+
+    step: int
+    sae: Sae
+    change: result_file.Json | None  # its transfer_r2 minus that of the one before, paired, with interval and test
+
+    @property
+    def surely_better(self) -> bool:
+        """Whether more survives in it than in the one before, for sure."""
+        low = (self.change or {}).get("transfer_r2_ci_low")
+        return low is not None and low > 0
+
+
+@dataclass(frozen=True)
+class Series:
+    """Checkpoints of one training by step, of the SAE or of the model; two at least."""
+
+    name: str  # with an asterisk for the step
+    of_model: bool  # whether the model is what was trained
+    checkpoints: tuple[Checkpoint, ...]
+
+    @property
+    def last_better(self) -> Checkpoint | None:
+        """The last checkpoint that is surely better than the one before; None if none is."""
+        return next((one for one in reversed(self.checkpoints) if one.surely_better), None)
+
+    def sentence(self) -> str:
+        """Which checkpoint is the last that is surely better than the one before."""
+        name = abridged(self.name, LONGEST)
+        steps = f"{len(self.checkpoints)} checkpoints of {name}, steps {self.checkpoints[0].step:,} to "
+        steps += f"{self.checkpoints[-1].step:,}: "
+        if all(one.change is None for one in self.checkpoints[1:]):
+            return f"{steps}they cannot be compared: the scores beside their result files are gone."
+        last = self.last_better
+        if last is None:
+            return f"{steps}none is surely better than the one before it."
+        value = (last.change or {})["transfer_r2"]
+        return f"{steps}the last that is surely better than the one before it is step {last.step:,} (by {value:.3f})."
+
+
+def series_of(study: Study) -> list[Series]:
+    """Every series of at least two steps, in the order of the SAEs."""
+    found: dict[tuple[str, bool, str], dict[int, Sae]] = {}
+    for sae in study.saes:
+        for name, of_model, step in _steps(sae):
+            found.setdefault((name, of_model, _settings(sae)), {}).setdefault(step, sae)
+    return [
+        Series(printable(name), of_model, tuple(_checkpoints(study, sorted(by_step.items()))))
+        for (name, of_model, _), by_step in found.items()
+        if len(by_step) > 1
+    ]
+
+
+def step_of(name: str) -> tuple[str, int] | None:
+    """The name with an asterisk for its step, and the step; None if it tells none. The last one counts.
+
+    >>> step_of("runs/topk_k32/step_2000"), step_of("checkpoints/x/4096"), step_of("sae-k32")
+    (('runs/topk_k32/*', 2000), ('checkpoints/x/*', 4096), None)
+    """
+    matches = list(_STEP.finditer(name))
+    if not matches:
+        return None
+    last = matches[-1]
+    return f"{name[: last.start()]}{PLACE}{name[last.end() :]}", int(last["step"] or last["bare"])
+
+
+def _steps(sae: Sae) -> Iterator[tuple[str, bool, int]]:
+    """Of the SAE's name, or else of the model's revision."""
+    config = sae.files[0][1]["_run"]["config"]
+    typed, revision = str(config["sae"]), config.get("revision")
+    of_sae = step_of(typed)
+    if of_sae is not None:
+        yield of_sae[0], False, of_sae[1]
+    elif isinstance(revision, str) and (of_model := step_of(revision)) is not None:
+        model = str(config.get("model_name", ""))
+        yield f"{typed} at {model}, revision {of_model[0]}", True, of_model[1]
+
+
+def _settings(sae: Sae) -> str:
+    """What must agree within a series: all that changes a number but for SAE and model themselves."""
+    settings = settings_of(sae.files[0])
+    return repr(sorted((name, value) for name, value in settings.items() if name not in HASHES))
+
+
+def _checkpoints(study: Study, by_step: list[tuple[int, Sae]]) -> Iterator[Checkpoint]:
+    yield Checkpoint(*by_step[0], None)
+    for (_, before), (step, sae) in itertools.pairwise(by_step):
+        yield Checkpoint(step, sae, _change(study, sae, before))
+
+
+def _change(study: Study, sae: Sae, before: Sae) -> result_file.Json | None:
+    comparison = study.comparison(sae.name, before.name)
+    if comparison is not None:
+        return comparison.found
+    if _key(sae, "model") == _key(before, "model"):
+        return None
+    own, other = stored_cells(sae.files), stored_cells(before.files)  # another revision, and the same rows
+    if own is None or other is None:
+        return None
+    from delta_selectivity.records.sae_level import compare  # here: scipy, which most reports do without
+
+    found = compare(own, other, tasks_of(sae.files))
+    return found if found["transfer_r2"] is not None else None
+
+
+def _key(sae: Sae, name: str) -> Any:
+    return sae.files[0][1]["_run"]["key"].get(name)
+
+
+COLUMNS = (
+    "series", "step", "sae", "transfer_r2", "transfer_r2_ci_low", "transfer_r2_ci_high", "delta_sel",
+    "delta_sel_ci_low", "delta_sel_ci_high", "change", "change_ci_low", "change_ci_high", "change_p_value",
+    "surely_better",
+)  # fmt: skip
+
+
+def lines(series: Series) -> list[tuple[Any, ...]]:
+    """A line for each checkpoint, in the order of `COLUMNS`; changes are of transfer_r2, from the one before."""
+    ends = ("", "_ci_low", "_ci_high", "_p_value")
+    return [
+        (
+            series.name, one.step, one.sae.name, *one.sae.overall("transfer_r2"), *one.sae.overall("delta_sel"),
+            *((one.change or {}).get(f"transfer_r2{end}") for end in ends), one.surely_better,
+        )
+        for one in series.checkpoints
+    ]  # fmt: skip
