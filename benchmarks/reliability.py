@@ -24,11 +24,10 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from benchmarks import reliability_tables
-from benchmarks.k_sparse import KS
 from benchmarks.paired_scores import Errors, Parts, by_partition, difference, fvu_difference, noise_of_folds
 from benchmarks.probe_draws import Pool, Task, draw_people, rows_of_people
 from benchmarks.reliability_tables import RESAMPLED, Pairs, Reliability
-from benchmarks.reliability_work import Work, errors_at
+from benchmarks.reliability_work import KS, Work, errors_at
 from benchmarks.sae_families import STUDIES, TINY_PYTHIA, Study
 from benchmarks.sae_panel import PairSet, noise_panel, pair_sets, panel
 from delta_selectivity.errors import RequestError

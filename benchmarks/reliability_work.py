@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import bundled
-from benchmarks.k_sparse import KS, k_sparse_scores
 from benchmarks.paired_scores import Errors
 from benchmarks.probe_draws import Pool, Task
 from benchmarks.sae_families import CorpusActivations, Study, as_sae, corpus_activations, harvested, train
 from benchmarks.sae_panel import Snapshot
 from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.k_sparse import k_sparse_fit
 from delta_selectivity.probing.probe_statistics import ProbeScores, quantised
 from delta_selectivity.probing.probes import ProbeBackend, choose_backend
 from delta_selectivity.probing.selectivity import ModelFit, fit_model, out_of_fold
@@ -28,6 +28,8 @@ from delta_selectivity.saes import Sae
 from scripts.sae_training.harvest import Activations
 
 log = logging.getLogger(__name__)
+
+KS = (1, 5, 16)  # of the k-sparse probes that are compared
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def probe_scores(task: Task, fit: ModelFit, sae: Sae, backend: ProbeBackend) -> 
     """Each probe's scores of the views model, sae and transfer, and of `k1`, `k5` and so on: k-sparse probes."""
     codes = sae.encode(fit.x)
     found = out_of_fold(task.plan, fit, sae.decode(codes), backend)
-    sparse = quantised(k_sparse_scores(task.plan, codes, KS))  # [ks, targets, repeats, rows]
+    sparse = quantised(k_sparse_fit(task.plan, codes.to_csr(), KS).scores)  # [ks, targets, repeats, rows]
     result = {}
     for t, place in enumerate(task.plan.kept):
         probe = found.probe(t)

@@ -2,10 +2,12 @@
 
     python benchmarks/sae_probes_driver.py MODEL SAE --hooks 0,5 --tasks 64_wikidata_occupation_isresearcher
 
-Nothing of this project is imported: `benchmarks/bench_end_to_end.py` starts it with the interpreter of that
-environment. The package's functions are called as its README calls them; only the model's loading is replaced, by one
-from a folder, since there is no hub. With `--at_its_best` activations of all hooks come from one pass, else hook by
-hook.
+With `--figures` it prints what the package says of its k-sparse probes (L2) in place of the seconds.
+
+Nothing of this project is imported: `benchmarks/bench_end_to_end.py` and `benchmarks/k_sparse_agreement.py` start it
+with the interpreter of that environment. The package's functions are called as its README calls them; only the model's
+loading is replaced, by one from a folder, since there is no hub. With `--at_its_best` activations of all hooks come
+from one pass, else hook by hook.
 """
 
 from __future__ import annotations
@@ -71,6 +73,37 @@ def run(asked: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     return seconds
 
 
+def figures(asked: argparse.Namespace, work: Path) -> dict[str, list[dict[str, Any]]]:
+    """What the package says of each task at one hook: for each k its AUC and accuracy, the latents and C it chose."""
+    from sae_lens import SAE
+    from sae_probes import run_sae_evals
+    from transformer_lens import HookedTransformer
+
+    HookedTransformer.from_pretrained_no_processing = loader(asked.model)  # type: ignore[method-assign]
+    hook, found, chosen = f"blocks.{asked.hooks}.hook_resid_post", {}, []
+    module: Any = sys.modules["sae_probes.run_sae_evals"]  # the package's own name for it is the function's
+    find = module.find_best_reg
+
+    def find_and_note(**options: Any) -> Any:
+        best = find(**options)
+        chosen.append(float(best.classifier.C))
+        return best
+
+    module.find_best_reg = find_and_note
+    for task in asked.tasks.split(","):
+        run_sae_evals(
+            sae=SAE.load_from_disk(str(Path(asked.sae) / hook), device="cpu"), model_name=MODEL_NAME, hook_name=hook,
+            reg_type="l2", setting="normal", ks=[1, 2, 5, 16], datasets=[task], device="cpu",
+            results_path=work / "results", model_cache_path=work,
+        )  # fmt: skip
+        (path,) = (work / "results").rglob(f"{task}_*.json")
+        kept = ("k", "test_auc", "test_acc", "indices")
+        by_k = json.loads(path.read_text(encoding="utf-8"))
+        cs = chosen[-len(by_k) :]
+        found[task] = [{name: one[name] for name in kept} | {"C": c} for one, c in zip(by_k, cs, strict=True)]
+    return found
+
+
 def main() -> int:
     """Everything the package prints goes to stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,10 +114,11 @@ def main() -> int:
     parser.add_argument("--at_its_best", action="store_true", help="activations of all hooks in one pass beforehand")
     parser.add_argument("--forward_only", action="store_true", help="no probes")
     parser.add_argument("--cpu_time", action="store_true", help="seconds of CPU")
+    parser.add_argument("--figures", action="store_true", help="what it says, at one hook, in place of seconds")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as work, contextlib.redirect_stdout(sys.stderr):
-        seconds = run(asked, Path(work))
-    print(json.dumps(seconds))
+        found = figures(asked, Path(work)) if asked.figures else run(asked, Path(work))
+    print(json.dumps(found))
     return 0
 
 

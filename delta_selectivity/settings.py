@@ -23,7 +23,9 @@ POSITIONS = ("last", "mean", "all")
 PROBE_BACKENDS = ("auto", "torch", "cuml", "sklearn")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BASELINES = ("identity", "random", "pca", "mean", "shuffled", "names")
-VIEWS = ("model", "sae", "error", "latents")
+VIEWS = ("model", "sae", "error", "latents", "ksparse")
+LATENT_VIEWS = frozenset({"latents", "ksparse"})
+"""Views of the SAE's codes."""
 BOS = ("auto", "counted", "excluded", "none")
 KEPT_TEXTS = ("public", "all", "none")
 PROBING = ("folds", "repeats", "seed", "views", "epsilon", "probe")
@@ -84,7 +86,7 @@ class Settings:
     )
     views: tuple[str, ...] = _setting(
         ("model", "sae"), "what", "views to probe: model and sae always; error adds what the SAE lost, latents its "
-        "codes", choices=VIEWS, in_key=True,
+        "codes, ksparse its 1, 2, 5 and 16 best latents", choices=VIEWS, in_key=True,
     )  # fmt: skip
     baselines: tuple[str, ...] = _setting(
         (), "what", "measure these beside the SAEs, in the folder baselines; all for all of them", choices=BASELINES
@@ -92,6 +94,10 @@ class Settings:
     whole_tokens: int | None = _setting(
         65_536, "what", "tokens of each dataset, drawn by seed, for the whole-text figures (mse_whole, fvu_whole, "
         "dead) and their standard errors; all: every token", if_none="all", least=1,
+    )  # fmt: skip
+    downstream: bool = _setting(
+        False, "what", "also run the model on from x̂: cross-entropy and KL, on texts of about whole_tokens tokens; "
+        "needs all of the model's weights, LM head included",
     )  # fmt: skip
     revision: str | None = _setting(
         None, "what", "branch, tag or commit of a hub model, such as Pythia's step3000", if_none="main"

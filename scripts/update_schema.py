@@ -3,8 +3,9 @@
     python scripts/update_schema.py           # rewrite it
     python scripts/update_schema.py --check   # exit 1 if it is not what the code says now
 
-Names and types come from `ProbeResult` and `Reconstruction`, what they mean from the page's tables. JSON Schema, draft
-2020-12: https://json-schema.org/draft/2020-12. docs/how_to/read_a_result.md shows how to check a file against it.
+Names and types come from `ProbeResult`, `Reconstruction` and `Downstream`, what they mean from the page's tables. JSON
+Schema, draft 2020-12: https://json-schema.org/draft/2020-12. docs/how_to/read_a_result.md shows how to check a file
+against it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, get_args, get_type_hints
 
 from delta_selectivity.probing.selectivity import OPTIONAL, ProbeResult
 from delta_selectivity.records.result_file import SCHEMA_VERSION
+from delta_selectivity.run.downstream_figures import Downstream
 from delta_selectivity.run.reconstruction import Reconstruction
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -44,7 +46,7 @@ SINCE_0_5 = (
 Q_VALUES = ("q_value", "transfer_q_value")  # there once the run is complete
 COUNTED = ("n_rows", "n_people", "n_people_effective", "n_pos")  # what a probe that cannot be measured has all the same
 ONLY_FROM_0 = re.compile(
-    r"n_\w+|mse_\w+|fvu_\w+|l0|l1|dead|dead_se|outliers|C|C_sae|(model|sae|transfer|error|latent)_(sel|auc)"
+    r"n_\w+|ce_(model|sae|mean|zero)|mse_\w+|fvu_\w+|l0|l1|dead|dead_se|outliers|C|C_sae|(model|sae|transfer|error|latent|k[0-9]+)_(sel|auc)"
 )
 """Figures that cannot be negative. None has an upper bound: a share is a sum, which rounding may take beyond 1."""
 
@@ -93,10 +95,11 @@ def definitions(page: str) -> dict[str, str]:
 
 
 def _layer(definition: dict[str, str]) -> Schema:
-    figures = get_type_hints(Reconstruction)
+    figures = get_type_hints(Reconstruction) | get_type_hints(Downstream)
+    optional = {*SINCE_0_5, *get_type_hints(Downstream)}
     return {
         "description": "The reconstruction figures of one layer, and a record for each probe by its name.",
-        **_closed({name: _figure(name, kind, definition) for name, kind in figures.items()}, SINCE_0_5),
+        **_closed({name: _figure(name, kind, definition) for name, kind in figures.items()}, optional),
         "additionalProperties": {"$ref": "#/$defs/probe"},
     }
 

@@ -150,6 +150,8 @@ NAN[7, 3] = float("nan")
         ({"groups": np.where(np.arange(300) == 4, np.nan, GROUPS)}, "groups", "row 4"),
         ({"groups": np.zeros(300, int)}, "labels", "people"),
         ({"settings": Settings(views="latents")}, "views", "latents"),
+        ({"settings": Settings(views="ksparse")}, "views", "ksparse"),
+        ({"settings": Settings(downstream=True)}, "downstream", "no model"),
     ],
 )  # fmt: skip
 def test_a_wrong_argument_is_named(other, field, words):

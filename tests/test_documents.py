@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from delta_selectivity.probing.selectivity import ProbeResult
+from delta_selectivity.run.downstream_figures import Downstream
 from delta_selectivity.run.reconstruction import Reconstruction
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_every_key_of_a_record_is_defined_and_no_other():
     page = (ROOT / "docs" / "numbers.md").read_text("utf-8").partition("## `_run`")[0]
     named = {key for key in re.findall(r"`([A-Za-z0-9_]+)`", page) if not key.startswith(("_", "layer_"))}
-    known = {field.name for kind in (ProbeResult, Reconstruction) for field in fields(kind)}
+    known = {field.name for kind in (ProbeResult, Reconstruction, Downstream) for field in fields(kind)}
     assert named == known | {"q_value", "transfer_q_value", "reason"}
 
 

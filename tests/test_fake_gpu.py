@@ -18,12 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorDeviceMismatchEr
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from delta_selectivity.models.language_model import LanguageModel, Site, open_model
+from delta_selectivity.models.language_model import LanguageModel, Site, WholeModel, open_model
 from delta_selectivity.models.places import find_tap
 from delta_selectivity.probing.backends.lbfgs import Loss
 from delta_selectivity.probing.backends.problem import ProbeProblem
 from delta_selectivity.probing.backends.torch_dense import DenseDesign, InverseHessian
+from delta_selectivity.run import downstream
 from delta_selectivity.run.activations import BlockDone, LayerRows, Producer, plan_blocks
+from delta_selectivity.run.downstream import DownstreamPass
 from delta_selectivity.run.reconstruction import ReconstructionSums, SiteScale
 from delta_selectivity.run.row_store import RowStore
 from delta_selectivity.run.rows import RowTable
@@ -217,6 +219,28 @@ def test_the_producer_waits_for_nothing_and_mixes_no_devices(
         (whole,) = part.whole.values()
         tensors = [whole.fired, whole.products, whole.ordinary.mean, whole.outliers.n, part.probed.others]
         assert {tensor.device for tensor in tensors} == {MODEL_GPU}
+
+
+def test_the_model_runs_on_without_mixing_devices_and_waits_for_its_sums_alone(
+    gpus, tiny_model, tokenised, monkeypatch
+):
+    whole = open_model(str(tiny_model)).load_whole(SITES, "cpu", "float32")
+    module = gpus.put(whole.module, MODEL_GPU)
+    model = WholeModel(module, {site: find_tap(module.get_decoder(), site) for site in SITES}, MODEL_GPU)
+    waited = []
+
+    def counted(sums):
+        waited.append(sums.device)
+        return torch.zeros(sums.shape, dtype=torch.float64)
+
+    monkeypatch.setattr(downstream, "_on_cpu", counted)
+    saes = {site: {0: sae(), 1: sae("dense")} for site in SITES}
+    mentions = np.arange(len(tokenised.ids))
+    one = DownstreamPass(model, saes, {0: False, 1: True}, tokenised, "mean", mentions, Cores(1))
+    found = one.run(lambda n: None)
+    assert len(found) == 4
+    assert set(waited) == {MODEL_GPU}
+    assert len(waited) == 4 + 2 + 4 + 8, "one batch: means, the model as it is, four SAEs, means and zeros"
 
 
 @pytest.mark.parametrize("norm", NORMS)

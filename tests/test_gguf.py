@@ -148,6 +148,14 @@ def test_it_gives_the_activations_of_the_same_weights_in_transformers(model, tok
         torch.testing.assert_close(x, expected[site], rtol=1e-5, atol=1e-5)
 
 
+def test_the_whole_model_has_its_lm_head_which_is_the_embedding_where_the_file_has_none(model, plain):
+    ids = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model(ids).logits
+    found = open_model(str(plain)).load_whole([Site(1, "resid_post")], "cpu", "float32").logits(ids)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_quantised_weights_are_unpacked_and_that_is_told(model, quantised, capfd):
     info = open_model(str(quantised))
     assert info.quantisation == "Q8_0"

@@ -76,6 +76,49 @@ def test_every_hookpoint_equals_a_plain_hook_on_the_whole_model(family: Family, 
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_model_runs_on_from_another_value_as_with_a_plain_hook(family: Family, folder: Folder, ids: Tensor):
+    """At every place, all tokens but the first: logits of the whole model, and untouched ones without a hook."""
+    whole = AutoModelForCausalLM.from_pretrained(folder(family.name), dtype=torch.float32).eval()
+    model = open_model(str(folder(family.name))).load_whole(every(PLAIN), "cpu", "float32")
+    with torch.inference_mode():
+        untouched = whole(input_ids=ids, use_cache=False).logits
+    logits, found = model.logits(ids)
+    torch.testing.assert_close(logits, untouched, atol=1e-5, rtol=0)
+    assert model.n_vocabulary == logits.shape[-1]
+    place = torch.arange(ids.numel())[torch.arange(ids.numel()) % ids.shape[1] > 0]
+    for site in every(PLAIN):
+        x = found[site].clone()
+        other = x[:, 1:] + torch.randn(x[:, 1:].shape, generator=torch.Generator().manual_seed(2))
+
+        def swapped(value, other=other):
+            changed = value.clone().reshape(*ids.shape, -1)
+            changed[:, 1:] = other
+            return changed.reshape(value.shape)
+
+        def before(_module, args, kwargs, swapped=swapped):
+            if args:
+                return (swapped(args[0]), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": swapped(kwargs["hidden_states"])}
+
+        def after(_module, _args, output, swapped=swapped):
+            return (swapped(output[0]), *output[1:]) if isinstance(output, tuple) else swapped(output)
+
+        path, side = family.place(site.hookpoint, site.layer)
+        module = whole.get_submodule(path)
+        if side == "input":
+            handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        else:
+            handle = module.register_forward_hook(after)
+        with torch.inference_mode():
+            expected = whole(input_ids=ids, use_cache=False).logits
+        handle.remove()
+        changed = model.logits_with(ids, site, place, other.flatten(0, 1))
+        torch.testing.assert_close(changed, expected, atol=1e-5, rtol=0, msg=lambda m, site=site: f"{site}: {m}")
+        assert not torch.allclose(changed, untouched, atol=1e-3)
+    torch.testing.assert_close(model.logits(ids)[0], logits, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_what_the_parts_put_out_is_what_the_residual_stream_gains(family: Family, folder: Folder, ids: Tensor):
     found = open_model(str(folder(family.name))).load(every(PLAIN), "cpu", "float32").activations(ids)
     for layer in LAYERS:

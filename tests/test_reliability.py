@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import r2_score, roc_auc_score
 
-from benchmarks import k_sparse
 from benchmarks.paired_scores import (
     RELIABLE,
     Errors,
@@ -23,62 +21,7 @@ from benchmarks.paired_scores import (
 from benchmarks.probe_draws import draw_people, rows_of_people
 from benchmarks.sae_families import STUDIES, TINY_PYTHIA, Recipe, as_sae, close_variants, train
 from benchmarks.sae_panel import pair_sets, panel
-from delta_selectivity.probing.folds import FoldPlan
 from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, correct, r2_parts
-from delta_selectivity.saes import SparseRows
-
-
-def sparse_rows(dense):
-    return SparseRows(
-        crow=torch.from_numpy(np.concatenate([[0], np.cumsum((dense != 0).sum(1))])),
-        col=torch.from_numpy(np.nonzero(dense)[1]),
-        value=torch.from_numpy(dense[dense != 0]).float(),
-        n_cols=dense.shape[1],
-    )
-
-
-@pytest.fixture(scope="module")
-def world():
-    """300 rows of 100 people, 40 latents of unequal size and rarity; three tell of the labels."""
-    random = np.random.default_rng(0)
-    persons = np.repeat(np.arange(100), 3)
-    labels = random.random((2, 100))[:, persons] > np.array([[0.5], [0.7]])
-    dense = random.exponential(size=(300, 40)) * np.geomspace(0.1, 10, 40)
-    dense[random.random(dense.shape) > np.linspace(0.05, 0.6, 40)] = 0
-    dense[:, 3] = labels[0] * random.exponential(size=300)
-    dense[:, 7] = (labels[1] + 0.2) * (random.random(300) > 0.5)
-    dense[:, 11] = labels[0] * (random.random(300) > 0.8) * 0.01  # rare and small, yet always right
-    dense = dense.astype(np.float32).astype(np.float64)
-    return dense, labels, persons, FoldPlan.build(labels, persons, None, 5, 2, 0)
-
-
-@pytest.mark.parametrize("c", [0.01, 100.0])
-def test_k_sparse_probing_is_what_a_plain_loop_gives(world, monkeypatch, c):
-    dense, labels, _, plan = world
-    monkeypatch.setattr(k_sparse, "CS", (c,))
-    found = k_sparse.k_sparse_scores(plan, sparse_rows(dense), ks=(1, 5))
-    for i, k in enumerate((1, 5)):
-        for t in range(2):
-            for repeat, folds in enumerate(plan.folds):
-                for fold in range(5):
-                    train_rows, test_rows = folds != fold, folds == fold
-                    x, y = dense[train_rows], labels[t, train_rows]
-                    x = x / (np.abs(x).sum(0) / ((x != 0).sum(0) + 1e-6) + 1e-6)  # sae_probes.run_sae_evals
-                    best = np.argsort(-np.abs(x[y].mean(0) - x[~y].mean(0)), kind="stable")[:k]
-                    probe = LogisticRegression(C=c, class_weight="balanced", tol=1e-10, max_iter=10_000)
-                    probe.fit(dense[train_rows][:, best], y)
-                    expected = probe.decision_function(dense[test_rows][:, best])
-                    np.testing.assert_allclose(found[i, t, repeat, test_rows], expected, rtol=1e-3, atol=1e-4)
-
-
-def test_k_sparse_probing_holds_persons_out(world):
-    """A latent for each person says everything about labels that are random by person, if the person was trained on."""
-    _, _, persons, _ = world
-    labels = (np.random.default_rng(1).random(100) > 0.5)[None, persons]
-    plan = FoldPlan.build(labels, persons, None, 5, 5, 0)
-    scores = k_sparse.k_sparse_scores(plan, sparse_rows(np.eye(100)[persons]), ks=(16,))
-    hits = (scores[0, 0] > 0) == labels[0]
-    assert abs(np.mean([hits[:, labels[0] == side].mean() for side in (True, False)]) - 0.5) < 0.1
 
 
 def probe_scores(random, labels, persons, strength):

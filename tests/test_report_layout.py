@@ -25,6 +25,19 @@ def with_views(cells):
     return {name: {**cell, "error_sel": 0.612, "latent_sel": 0.587} for name, cell in cells.items()}
 
 
+def with_further(cells):
+    ends = {"k16_ci_low": 0.612, "k16_ci_high": 0.672}
+    wide = {name: {**cell, "k1_sel": 0.531, "k16_sel": 0.642, **ends} for name, cell in cells.items()}
+    return {
+        **wide,
+        "delta_ce": 0.1239,
+        "delta_ce_ci_low": 0.1,
+        "delta_ce_ci_high": 0.15,
+        "ce_recovered": None,
+        "kl_pos": 0.201,
+    }
+
+
 def test_views_that_were_asked_for_are_in_tables_and_page(tmp_path, capsys):
     folder = write_set(tmp_path / "in", saes=("a/one", "b/two"), layers=[3], edit=with_views)
     assert report.main([str(folder)]) == 0
@@ -38,6 +51,22 @@ def test_views_that_were_asked_for_are_in_tables_and_page(tmp_path, capsys):
     assert [table.text.count("0.612") for table in root.all("table")[:1]] == [2]
     (data,) = (node for node in root.all("template") if node.attributes.get("id") == "cell-data")
     assert [line[-2:] for line in json.loads(data.text)] == [[["0.612", 0.612], ["0.587", 0.587]]] * 2
+
+
+def test_few_latents_and_the_model_run_on_have_columns_too(tmp_path, capsys):
+    folder = write_set(tmp_path / "in", layers=[3], edit=with_further)
+    assert report.main([str(folder)]) == 0
+    head, _, first, *_ = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
+    found = dict(zip(*([cell.strip() for cell in line.split("|")[1:-1]] for line in (head, first)), strict=True))
+    assert {name: found[name] for name in ("k1_sel", "k16_sel", "delta_ce", "ce_recovered", "kl_pos")} == {
+        "k1_sel": "0.531", "k16_sel": "0.642", "delta_ce": "0.124", "ce_recovered": "-", "kl_pos": "0.201"
+    }  # fmt: skip
+    _, root = page_of(folder, tmp_path / "r.html")
+    (data,) = (node for node in root.all("template") if node.attributes.get("id") == "cell-data")
+    assert json.loads(data.text)[0][-5:] == [
+        ["0.531", 0.531], ["0.642", 0.642, "0.612 to 0.672"], ["0.124", 0.1239, "0.100 to 0.150"], ["-", None],
+        ["0.201", 0.201],
+    ]  # fmt: skip
 
 
 def test_tables_have_no_columns_of_views_that_were_not_asked_for(tmp_path, capsys):

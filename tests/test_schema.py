@@ -73,7 +73,7 @@ def fresh(tiny_model, tiny_saes, tmp_path_factory):
         for row in people(60)
     ]
     rows = [{**row, "task": "women"} for row in people(120)] + [{**row, "task": "few"} for row in few]
-    flags = ("--folds", "3", "--repeats", "2", "--views", "error,latents", "--baselines", "--layers", "1")
+    flags = ("--folds", "3", "--repeats", "2", "--views", "error,latents,ksparse", "--baselines", "--layers", "1")
     data = write_csv(folder / "women.csv", rows)
     assert Request(tiny_model, (tiny_saes,), data, folder / "results", flags).run() == 0
     return files(folder / "results")
@@ -85,7 +85,7 @@ def test_a_fresh_run_follows_it_with_all_views_baselines_and_a_probe_without_num
     assert kinds == {None, "identity", "random", "pca", "mean", "shuffled", "names"}
     cells = [cell for content in found for cell in content["layer_1"].values() if isinstance(cell, dict)]
     assert {"reason" in cell for cell in cells} == {True, False}
-    assert any("latent_sel" in cell and "error_sel" in cell for cell in cells)
+    assert any({"latent_sel", "error_sel", "k5_sel"} <= cell.keys() for cell in cells)
     assert [faults(content) for content in found] == [[]] * len(found)
     assert all(content["_run"]["positive_class"] == {"women": "1", "few": "1"} for content in found)
     assert all(cell["n_people_effective"] <= cell["n_people"] for cell in cells)

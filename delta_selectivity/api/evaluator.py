@@ -46,7 +46,7 @@ from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SaeSource
 from delta_selectivity.saes.hookpoints import canonical
 from delta_selectivity.saes.in_training import diverged, scaled
-from delta_selectivity.settings import Settings
+from delta_selectivity.settings import LATENT_VIEWS, Settings
 from delta_selectivity.system.cores import Cores, probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.stopwatch import Stopwatch
@@ -119,9 +119,10 @@ class Evaluator:
                 standard errors say how much that leaves open; None: all of them. Everything else is of all
                 rows.
             input_hookpoint: What transcoders read; None for autoencoders, which read what they reconstruct.
-            settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``overwrite``,
-                ``force`` and ``cache_gb`` have no effect. Whether an SAE fits its hook point is not checked, as
-                `evaluate` does: a high ``fvu_whole`` shows it, and above 1 at the probed positions is a warning.
+            settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``downstream``,
+                ``overwrite``, ``force`` and ``cache_gb`` have no effect. Whether an SAE fits its hook point is not
+                checked, as `evaluate` does: a high ``fvu_whole`` shows it, and above 1 at the probed positions is a
+                warning.
             device: As for `evaluate`.
 
         Raises:
@@ -181,7 +182,7 @@ class Evaluator:
             cells=[Cell(index, self._site, 0) for index in range(len(texts.datasets))],
             names=["the SAE"],
             codes={},
-            latents_of={0} if "latents" in settings.views else set(),
+            latents_of=set() if LATENT_VIEWS.isdisjoint(settings.views) else {0},
             settings=settings,
             device=torch.device(self._device2),
             fit_model=fit_model,

@@ -12,6 +12,8 @@ python report.py results -o report.html         # one page with everything, read
 python report.py results --leaderboard board.html   # SAEs of a model and layer by rank, with ties: one page
 python report.py results --push_to_hub OWNER/NAME --sae k8   # files, page and model card of an SAE on the Hub
 python report.py results --plots plots          # every plot of that page as PNG and SVG, and its data as CSV
+python report.py results --saebench out         # the same results as files of SAEBench 0.6
+python report.py results --beside theirs.json   # files of SAEBench beside them; with -o in the page, with --plots drawn
 """
 
 from __future__ import annotations
@@ -25,9 +27,11 @@ from typing import Any
 from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.cli.parser import Parser, user_path
 from delta_selectivity.errors import RequestError
+from delta_selectivity.records.saebench import Evaluation, read
 from delta_selectivity.reporting.csv_file import write_csv
 from delta_selectivity.reporting.groups import File
 from delta_selectivity.reporting.results import load_all, result_files
+from delta_selectivity.reporting.saebench import beside_text, ours, write
 from delta_selectivity.reporting.tables import (
     overview,
     render,
@@ -54,8 +58,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
 
             show(with_flags(write_leaderboard(files, asked.leaderboard)))
             return 2 if refused else 0
+        beside = [read(path) for path in asked.beside or ()]
+        if asked.saebench is not None:
+            _write_saebench(files, asked.saebench)
+            return 2 if refused else 0
         if asked.output is not None or asked.plots is not None:
-            _write(files, asked)
+            _write(files, beside, asked)
             return 2 if refused else 0
         if asked.push_to_hub is not None:
             _push(asked, files)
@@ -73,7 +81,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
             return max(_latents(files, asked), 2 if refused else 0)
         if asked.subgroups:
             return max(_subgroups(files, asked), 2 if refused else 0)
-        _print(files, asked)
+        if beside:
+            show(beside_text(ours(files), beside))
+        else:
+            _print(files, asked)
     except RequestError as error:
         tell(with_flags(f"error: {error}"))
         return 2
@@ -97,6 +108,14 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
     parser.add_argument("-o", "--output", **path, help="write one HTML page with tables and plots")
     parser.add_argument("--plots", **{**path, "metavar": "DIR"}, help="write each plot as PNG and SVG, its data as CSV")
     parser.add_argument("--leaderboard", **path, help="write one HTML page of SAEs by rank, for each model and layer")
+    parser.add_argument(
+        "--saebench", **{**path, "metavar": "DIR"}, help="write the results as files of SAEBench 0.6: core, and "
+        "sparse_probing with --views ksparse of main.py"
+    )  # fmt: skip
+    parser.add_argument(
+        "--beside", **path, nargs="+", help="put files of SAEBench (core, sparse_probing) beside the results: tables, "
+        "with -o a part of the page, with --plots plots"
+    )  # fmt: skip
     parser.add_argument(
         "--rows", metavar="PROBE", help="who was lost in one cell: counts, a histogram and the rows that lost most; "
         "with --layer and --sae where there are several, and --csv FILE for all rows (PROBE or DATASET/PROBE)"
@@ -123,6 +142,11 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
     asked = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if (asked.output or asked.plots) and (asked.csv or asked.worst_first or asked.summary or asked.resources):
         parser.error("-o and --plots write what there is: --csv and the flags of tables go without them")
+    tabular = (asked.csv, asked.worst_first, asked.summary, asked.resources)
+    if asked.saebench and any((asked.output, asked.plots, asked.beside, *tabular)):
+        parser.error("--saebench writes files of SAEBench: other outputs go without it")
+    if asked.beside and any(tabular):
+        parser.error("--beside has tables of its own, or goes with -o and --plots")
     one_cell = [flag for flag in ("rows", "latents") if getattr(asked, flag) is not None]
     if asked.dry_run and asked.push_to_hub is None:
         parser.error("--dry_run goes with --push_to_hub")
@@ -132,7 +156,7 @@ def _parse(argv: Sequence[str] | None, prog: str) -> Any:
         rest = (value for name, value in vars(asked).items() if name not in ("folder", "sae", "dry_run", flag))
         if getattr(asked, flag) and any(rest):
             parser.error(f"--{flag} goes without other outputs")
-    others = (asked.output, asked.plots, asked.worst_first, asked.summary, asked.resources)
+    others = (*tabular[1:], asked.output, asked.plots, asked.saebench, asked.beside)
     if asked.subgroups and (any(others) or one_cell or asked.csv):
         parser.error("--subgroups is a table of its own: other outputs go without it (the page has it too)")
     if asked.people is not None and not (asked.subgroups or asked.output):
@@ -199,6 +223,15 @@ def _print(files: Sequence[File], asked: Any) -> None:
         show(render(files, asked.worst_first))
 
 
+def _write_saebench(files: Sequence[File], folder: Path) -> None:
+    """Raises `RequestError` if the folder cannot be written."""
+    try:
+        n = write(files, folder)
+    except OSError as error:
+        raise RequestError(f"`saebench` {folder}: cannot be written: {error.strerror or error}") from error
+    show(f"{n} files of SAEBench in {folder}")
+
+
 def _write_csv(files: Sequence[File], path: Path) -> None:
     with _written(path):
         write_csv(files, path)
@@ -213,12 +246,12 @@ def _written(path: Path) -> Iterator[None]:
         raise RequestError(f"`csv` {path}: cannot be written: {error.strerror or error}") from error
 
 
-def _write(files: Sequence[File], asked: Any) -> None:
+def _write(files: Sequence[File], beside: Sequence[Evaluation], asked: Any) -> None:
     """The page, the plots, or both. Raises `RequestError` if a path cannot be written."""
     from delta_selectivity.reporting.output import write_page, write_plots  # matplotlib: tables do without it
     from delta_selectivity.reporting.study import study_of
 
-    study = study_of(files)
+    study = study_of(files, beside)
     if asked.output is not None:
         show(with_flags(write_page(study, asked.output, _people(asked))))
     if asked.plots is not None:

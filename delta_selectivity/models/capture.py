@@ -1,4 +1,4 @@
-"""Capture the inputs and outputs of modules during a forward pass; hooks are always removed."""
+"""Capture or replace the inputs and outputs of modules during a forward pass; hooks are always removed."""
 
 from __future__ import annotations
 
@@ -48,10 +48,50 @@ def _attach(site: Site, tap: Tap, keep: Any) -> Any:
         return tap.module.register_forward_hook(after)
 
     def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = (kwargs["hidden_states"],) if "hidden_states" in kwargs else tuple(kwargs.values())
-        keep(site, tap, next((value for value in (*args, *named) if isinstance(value, Tensor)), None))
+        keep(site, tap, _received(args, kwargs))
 
     return tap.module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _received(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The first tensor that a module is given, `hidden_states` before other names."""
+    named = (kwargs["hidden_states"],) if "hidden_states" in kwargs else tuple(kwargs.values())
+    return next((value for value in (*args, *named) if isinstance(value, Tensor)), None)
+
+
+@contextlib.contextmanager
+def replacing(site: Site, tap: Tap, n_texts: int, n_tokens: int, place: Tensor, rows: Tensor) -> Iterator[None]:
+    """Put `rows` [n, d] in the place of what is at the tap, while inside: the model runs on from them.
+
+    place int64 [n], text x n_tokens + position: what stands elsewhere stays. Only in this thread's passes. Raises
+    `RequestError` as `capture` does.
+    """
+    owner = threading.get_ident()
+
+    def put(value: Any) -> Any:
+        x = _per_token(site, value, n_texts, n_tokens)
+        changed = x.flatten(0, 1).index_copy(0, place, rows.to(x.dtype))
+        return changed.reshape(value.shape)
+
+    def after(_module: Any, _args: Any, output: Any) -> Any:
+        if threading.get_ident() != owner:
+            return None
+        return put(output) if isinstance(output, Tensor) else (put(output[0]), *output[1:])
+
+    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != owner:
+            return None
+        old = _received(args, kwargs)
+        new = put(old)
+        swapped = {name: new if value is old else value for name, value in kwargs.items()}
+        return tuple(new if value is old else value for value in args), swapped
+
+    hook = tap.module.register_forward_hook(after) if tap.side == "output" else None
+    handle = hook or tap.module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _per_token(site: Site, value: Any, n_texts: int, n_tokens: int) -> Tensor:

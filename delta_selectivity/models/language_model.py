@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models import attention
-from delta_selectivity.models.capture import capture
+from delta_selectivity.models.capture import capture, replacing
 from delta_selectivity.models.checks import check
 from delta_selectivity.models.configs import read_sizes, truncated
 from delta_selectivity.models.gguf_file import without_bar
@@ -35,6 +35,7 @@ from delta_selectivity.models.places import (
     HOOKPOINTS,
     Site,
     Tap,
+    check_replaceable,
     drop_layers_above,
     find_tap,
     layers_needed,
@@ -45,7 +46,16 @@ from delta_selectivity.models.widths import shape_widths
 from delta_selectivity.system.gemm import use_in
 from delta_selectivity.system.processor import has_bfloat16
 
-__all__ = ["HOOKPOINTS", "ActivationSource", "LanguageModel", "ModelInfo", "Pretrained", "Site", "open_model"]
+__all__ = [
+    "HOOKPOINTS",
+    "ActivationSource",
+    "LanguageModel",
+    "ModelInfo",
+    "Pretrained",
+    "Site",
+    "WholeModel",
+    "open_model",
+]
 
 # While transformers builds a model it swaps functions of its classes and torch's default dtype, for the whole process:
 # of two threads that do so at once, the second may leave every later model with weights untied or not initialised.
@@ -161,7 +171,25 @@ class ModelInfo:
         check(module, taps, torch.device(device))
         return LanguageModel(module, taps, torch.device(device))
 
-    def _read_weights(self, config: Any, dtype: torch.dtype) -> Any:
+    def load_whole(self, sites: Collection[Site], device: str, dtype: str) -> WholeModel:
+        """Read all weights, the LM head's too.
+
+        Raises `RequestError` if weights are missing, there is no LM head, or a site's value cannot be replaced.
+        """
+        for site in sites:
+            check_replaceable(site)
+        with BUILDING:
+            module: Any = self._read_weights(self.config, getattr(torch, dtype), with_head=True)
+            attention.use_where_faster(module, torch.device(device))
+        if module.get_output_embeddings() is None:
+            raise RequestError(f"`downstream`: {self.name} has no LM head")
+        module = _in_own_memory(module).to(device).eval().requires_grad_(False)
+        use_in(module)
+        decoder = module.get_decoder()
+        taps = {site: find_tap(decoder, site) for site in sorted(sites)}
+        return WholeModel(module, taps, torch.device(device))
+
+    def _read_weights(self, config: Any, dtype: torch.dtype, with_head: bool = False) -> Any:
         from transformers.utils import logging as hf_logging
 
         verbosity = hf_logging.get_verbosity()
@@ -169,7 +197,7 @@ class ModelInfo:
         hf_logging.disable_progress_bar()
         try:
             with self.files.source() as (where, options), _unpacking(self.quantisation) as unpacked:
-                module, report = _auto_class(config).from_pretrained(
+                module, report = _auto_class(config, with_head).from_pretrained(
                     where, config=config, dtype=dtype, output_loading_info=True, **options, **unpacked
                 )
         except (OSError, ValueError, RuntimeError, ImportError, LookupError, SafetensorError, UnpicklingError) as error:
@@ -258,6 +286,49 @@ class LanguageModel:
         return LanguageModel(self.module, {site: self.taps[site] for site in sites}, self.device)
 
 
+@dataclass(frozen=True)
+class WholeModel:
+    """The loaded model with its LM head, and the places in it whose values can be replaced."""
+
+    module: Any  # a transformers model with `get_decoder` and an LM head
+    taps: Mapping[Site, Tap]
+    device: torch.device
+
+    @property
+    def n_vocabulary(self) -> int:
+        """Logits of a token."""
+        return int(self.module.config.get_text_config(decoder=True).vocab_size)
+
+    @torch.inference_mode()
+    def activations(self, ids: Tensor) -> dict[Site, Tensor]:
+        """What is at the sites, as `LanguageModel.activations` gives it; the LM head is not used."""
+        with capture(self.taps, *ids.shape) as found:
+            self.module.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
+        return found
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> tuple[Tensor, dict[Site, Tensor]]:
+        """Logits [texts, tokens, vocabulary] of the model as it is, and what is at the sites."""
+        with capture(self.taps, *ids.shape) as found:
+            logits = self._run(ids)
+        return logits, found
+
+    @torch.inference_mode()
+    def logits_with(self, ids: Tensor, site: Site, place: Tensor, rows: Tensor) -> Tensor:
+        """Logits [texts, tokens, vocabulary] of the model run on from `rows` [n, d] at a site.
+
+        place int64 [n], text x tokens + position: where they stand; everything else there stays as it is.
+        """
+        n_texts, n_tokens = ids.shape
+        with replacing(site, self.taps[site], n_texts, n_tokens, place, rows):
+            return self._run(ids)
+
+    def _run(self, ids: Tensor) -> Tensor:
+        output = self.module(input_ids=ids.to(self.device, non_blocking=True), use_cache=False)
+        logits: Tensor = output.logits
+        return logits
+
+
 def open_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
     """A hub id or local folder, by its config and tokenizer. Raises `RequestError` if either cannot be had.
 
@@ -266,12 +337,13 @@ def open_model(name: str, revision: str | None = None, trust_remote_code: bool =
     return ModelInfo.read(Pretrained.find(name, revision, trust_remote_code))
 
 
-def _auto_class(config: Any) -> Any:
+def _auto_class(config: Any, with_head: bool = False) -> Any:
     """`AutoModel`, which has no LM head; a repository's own code may know only how to build the model with one."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     own = getattr(config, "auto_map", None) or {}
-    return AutoModelForCausalLM if "AutoModelForCausalLM" in own and "AutoModel" not in own else AutoModel
+    only_whole = "AutoModelForCausalLM" in own and "AutoModel" not in own
+    return AutoModelForCausalLM if with_head or only_whole else AutoModel
 
 
 def _in_own_memory(module: nn.Module) -> nn.Module:

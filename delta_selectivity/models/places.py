@@ -68,6 +68,18 @@ def layers_needed(sites: Collection[Site]) -> int:
     return max(max(site.layer, 1) if site.hookpoint == "resid_pre" else site.layer + 1 for site in sites)
 
 
+def check_replaceable(site: Site) -> None:
+    """Raise `RequestError` if a model cannot run on from another value at a site.
+
+    `resid_mid` is read by the MLP's norm and by the sum after it, and this is no module's input or output alone; what
+    is `*_normalized` goes through the norm's weight and bias inside the norm.
+    """
+    if site.hookpoint == "resid_mid" or site.hookpoint.endswith("_normalized"):
+        raise RequestError(
+            f"`downstream`: what is at {site.hookpoint} cannot be replaced while the model runs: leave it off here"
+        )
+
+
 def drop_layers_above(decoder: nn.Module, n_layers: int) -> None:
     """Leave a decoder its first `n_layers` blocks; all, where it has no list of them."""
     with contextlib.suppress(RequestError):

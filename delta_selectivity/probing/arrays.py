@@ -22,7 +22,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.folds import FoldPlan, Skipped, control_plan
 from delta_selectivity.probing.probes import ProbeBackend, choose_backend
 from delta_selectivity.probing.selectivity import ProbeResult, fit_model, measure, out_of_fold
-from delta_selectivity.settings import Settings
+from delta_selectivity.settings import LATENT_VIEWS, Settings
 from delta_selectivity.system.cores import sharing_cores
 from delta_selectivity.system.person_ids import group_key, person_ids
 from delta_selectivity.system.torch_modes import default_modes
@@ -112,9 +112,11 @@ def measure_rows(
 
 
 def check_views(settings: Settings) -> None:
-    """Raise `RequestError` if latents are to be probed: rows have none."""
-    if "latents" in settings.views:
-        raise RequestError("`views` latents: rows have activations and reconstructions, but no latents")
+    """Raise `RequestError` if latents are to be probed, or the model run on: rows have neither."""
+    if settings.downstream:
+        raise RequestError("`downstream`: rows have no model that runs on from a reconstruction")
+    for view in LATENT_VIEWS.intersection(settings.views):
+        raise RequestError(f"`views` {view}: rows have activations and reconstructions, but no latents")
 
 
 def _control(targets: Targets, settings: Settings) -> FoldPlan | None:

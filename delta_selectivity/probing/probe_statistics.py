@@ -23,6 +23,8 @@ Floats = NDArray[np.floating]
 
 EPSILON = 0.02  # differences of selectivity within +-this count as preserved
 KNOWN = 0.55  # model_sel's lower bound above which a share of it can be spoken of
+K_SPARSE = (1, 2, 5, 16)  # latents that a k-sparse probe may use; its view is called k1, k2 and so on
+K_VIEWS = frozenset(f"k{k}" for k in K_SPARSE)
 _TINY = np.float16(6e-8)  # the smallest float16
 
 
@@ -30,7 +32,9 @@ _TINY = np.float16(6e-8)  # the smallest float16
 class ProbeScores:
     """Scores of rows by probes that have not seen their person; a positive score predicts the label."""
 
-    views: Mapping[str, NDArray[np.float16]]  # model, sae, transfer, error, latents (those there are): [repeats, rows]
+    views: Mapping[
+        str, NDArray[np.float16]
+    ]  # model, sae, transfer, error, latents, k1 ... (those there are): [repeats, rows]
     labels: NDArray[np.bool_]  # [rows]
     persons: NDArray[np.int64]  # [rows]; the same number is the same person in all datasets
     weights: NDArray[np.float64]  # [rows]
@@ -101,6 +105,22 @@ class Statistics:
     latent_sel: float | None = None  # of probes on the SAE's codes
     latent_auc: float | None = None
     latent_bits: float | None = None
+    k1_sel: float | None = None  # of probes on the best latent, as are the next three; on the best 2, 5 and 16 below
+    k1_ci_low: float | None = None
+    k1_ci_high: float | None = None
+    k1_auc: float | None = None
+    k2_sel: float | None = None
+    k2_ci_low: float | None = None
+    k2_ci_high: float | None = None
+    k2_auc: float | None = None
+    k5_sel: float | None = None
+    k5_ci_low: float | None = None
+    k5_ci_high: float | None = None
+    k5_auc: float | None = None
+    k16_sel: float | None = None
+    k16_ci_low: float | None = None
+    k16_ci_high: float | None = None
+    k16_auc: float | None = None
 
 
 def quantised(scores: Floats) -> NDArray[np.float16]:
@@ -186,7 +206,8 @@ def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
     def estimate(values: Floats) -> Estimate:
         return estimate_delta(values, found.labels, found.persons, found.weights, found.n_folds)
 
-    right = {view: correct(found, view) for view in found.views}
+    dense = [view for view in found.views if view not in K_VIEWS]
+    right = {view: correct(found, view) for view in dense}
     model, sae = estimate(right["model"] - 0.5), estimate(right["sae"] - 0.5)
     delta = estimate(right["sae"] - right["model"])
     return Statistics(
@@ -199,8 +220,8 @@ def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
         **_difference("delta_sel", "", delta, epsilon),
         **_transfer(found, right, estimate, epsilon),
         **_retained(model, sae, right, estimate),
-        **_change(found, "auc", {view: auc_parts(found, view) for view in found.views}, estimate),
-        **_change(found, "bits", {view: bits(found, view) for view in found.views}, estimate),
+        **_change(found, "auc", {view: auc_parts(found, view) for view in dense}, estimate),
+        **_change(found, "bits", {view: bits(found, view) for view in dense}, estimate),
         memorisation=_memorisation(found),
         n_rows=len(found.labels),
         n_people=len(np.unique(found.persons)),
@@ -209,6 +230,7 @@ def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
         n_outliers=0 if found.outliers is None else int(found.outliers.sum()),
         error_sel=_mean(found, right["error"]) if "error" in right else None,
         latent_sel=_mean(found, right["latents"]) if "latents" in right else None,
+        **_k_sparse(found, estimate),
     )
 
 
@@ -269,6 +291,17 @@ def _change(found: ProbeScores, score: str, values: Mapping[str, Floats], estima
         f"error_{score}": by_view.get("error"),
         f"latent_{score}": by_view.get("latents"),
     }
+
+
+def _k_sparse(found: ProbeScores, estimate: Any) -> dict[str, Any]:
+    """Of the probes on few latents, where there are such."""
+    known: dict[str, Any] = {}
+    for view in K_VIEWS & found.views.keys():
+        right = correct(found, view)
+        chance: Estimate = estimate(right - 0.5)
+        known |= {f"{view}_sel": _mean(found, right), f"{view}_auc": _mean(found, auc_parts(found, view))}
+        known |= {f"{view}_ci_low": chance.low + 0.5, f"{view}_ci_high": chance.high + 0.5}
+    return known
 
 
 def _memorisation(found: ProbeScores) -> float | None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from delta_selectivity.probing.folds import FoldPlan, Skipped
-from delta_selectivity.probing.probe_statistics import EPSILON, ProbeScores, Statistics, quantised, statistics
+from delta_selectivity.probing.probe_statistics import EPSILON, K_VIEWS, ProbeScores, Statistics, quantised, statistics
 from delta_selectivity.probing.probes import ProbeBackend, ProbeProblem
 from delta_selectivity.system.out_of_memory import Room
 
@@ -33,6 +33,7 @@ OUTLIER = 10.0
 """Times the median norm, beyond which a row or token is an outlier: an attention sink, mostly."""
 _ROOM = Room("targets are scored")
 OPTIONAL = {f"{view}_{score}" for view in ("error", "latent") for score in ("sel", "auc", "bits")}
+OPTIONAL |= {f"{view}_{score}" for view in K_VIEWS for score in ("sel", "ci_low", "ci_high", "auc")}
 """Keys that a record has only where the view was asked for."""
 
 
@@ -70,7 +71,7 @@ class OutOfFold:
     """Scores of rows by probes that have not seen their person, and how those probes were fitted."""
 
     plan: FoldPlan
-    views: tuple[str, ...]  # model, sae, transfer (the model's probes on the SAE's view), error, latents
+    views: tuple[str, ...]  # model, sae, transfer (the model's probes on the SAE's view), error, latents, k1 ...
     scores: NDArray[np.float16]  # [views, targets, repeats, rows]
     fits: Mapping[str, FitFacts]  # of the views that probes were fitted on: all but transfer
     outliers: NDArray[np.bool_]  # [rows], those of the model's view

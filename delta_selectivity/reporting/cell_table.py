@@ -11,10 +11,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from delta_selectivity.records.figures import is_number
 from delta_selectivity.records.verdicts import MARKS
 from delta_selectivity.reporting.html import Markup, element
 from delta_selectivity.reporting.names import apart
-from delta_selectivity.reporting.numbers import fvu_whole, number, people, probability, signed, span, typeset
+from delta_selectivity.reporting.numbers import (
+    fvu_whole,
+    number,
+    people,
+    probability,
+    signed,
+    span,
+    typeset,
+    unsigned_span,
+)
 from delta_selectivity.reporting.results import further_views
 from delta_selectivity.reporting.study import Cell, Study
 from delta_selectivity.system.terminal import printable
@@ -59,7 +69,7 @@ FILTERS = {"SAE": 0, "dataset": 1, "probe": 2, "verdict": 5}  # what can be chos
 
 def cell_table(study: Study) -> Markup:
     """The controls, an empty table, and the numbers of its lines."""
-    views = further_views(cell.result for sae in study.everything for cell in sae.cells)
+    views = further_views(cell.record for sae in study.everything for cell in sae.cells)
     labels = [sae.label for sae in study.everything]
     names = dict(zip(labels, apart(labels, NAME), strict=True))
     rows = [
@@ -114,7 +124,14 @@ def _values(cell: Cell) -> list[Shown]:
 
 
 def _views(cell: Cell, views: Sequence[str]) -> list[Shown]:
-    return [Shown(number(cell.result.get(view), ".3f"), cell.result.get(view)) for view in views]
+    return [Shown(number(cell.record.get(view), ".3f"), cell.record.get(view), _ends(cell, view)) for view in views]
+
+
+def _ends(cell: Cell, view: str) -> str:
+    """The interval of a figure that is measured only if asked for, where it has one."""
+    stem = view.removesuffix("_sel")
+    low, high = ({**cell.figures, **cell.result}.get(f"{stem}_ci_{end}") for end in ("low", "high"))
+    return unsigned_span(low, high) if is_number(low) and is_number(high) else ""
 
 
 def _head(column: Column) -> Markup:

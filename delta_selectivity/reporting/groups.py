@@ -26,7 +26,7 @@ HASHES = ("model", "sae", "data", "calibration")
 """Entries of `_run.key` that say nothing to a reader."""
 OF_THE_SAE = ("sae", "hookpoint", "counts_bos", "baseline", "calibration")
 """Entries in which two SAEs that are compared may differ, and those that change no paired difference:"""
-UNPAIRED = ("views", "epsilon", "whole_tokens")
+UNPAIRED = ("views", "epsilon", "whole_tokens", "downstream")
 
 
 def dataset_of(file: File) -> str:

@@ -56,6 +56,11 @@ def span(low: float | None, high: float | None, digits: int = 3) -> str:
     return "–" if low is None or high is None else f"{signed(low, digits)} to {signed(high, digits)}"
 
 
+def unsigned_span(low: float | None, high: float | None) -> str:
+    """The same of what is no difference."""
+    return "–" if low is None or high is None else f"{typeset(f'{low:.3f}')} to {typeset(f'{high:.3f}')}"
+
+
 def few_effective(found: result_file.Json) -> bool:
     """Whether the people of a cell are of such unequal size that they tell less than half as much as equal ones."""
     effective = found.get("n_people_effective")  # absent from files of before 0.5

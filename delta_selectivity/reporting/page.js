@@ -37,15 +37,16 @@ function compare(a, b, sign) {
 
 function line(number, place) {
   const row = make("tr", { "aria-rowindex": place + 2 });
+  const opens = cells[number].findIndex(small); // delta_sel: the first with an interval
   cells[number].forEach((entry, column) => {
     const cell = make("td", { className: heads[column].className });
     cell.dataset.v = key(entry) === null ? "" : key(entry);
-    if (small(entry)) {
+    if (column === opens) {
       cell.append(make("button", { type: "button", className: "open", title: "the rows of this cell" }, text(entry)),
         " ", make("small", {}, small(entry)));
       cell.firstChild.addEventListener("click", () => openCell(number));
     } else {
-      cell.append(text(entry));
+      cell.append(text(entry), ...(small(entry) ? [" ", make("small", {}, small(entry))] : []));
     }
     row.append(cell);
   });

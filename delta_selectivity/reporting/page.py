@@ -14,10 +14,11 @@ from pathlib import Path
 
 from delta_selectivity.reporting.cell_table import cell_table
 from delta_selectivity.reporting.drawing import Plot
-from delta_selectivity.reporting.html import Markup, element
+from delta_selectivity.reporting.html import Markup, element, table
 from delta_selectivity.reporting.plots import Plots
 from delta_selectivity.reporting.provenance import facts, file_table, heading, notices, settings, versions
 from delta_selectivity.reporting.row_data import packed_json
+from delta_selectivity.reporting.saebench import caveats, ours, table_of
 from delta_selectivity.reporting.sentences import opening
 from delta_selectivity.reporting.series import series_of
 from delta_selectivity.reporting.study import Study
@@ -146,10 +147,22 @@ def _sections(
         yield f"dataset-{number}", dataset, [figures(plots.heatmaps[dataset]), figures(plots.levels[dataset])]
     if groups:
         yield "people", "Who loses more", list(groups)
+    if study.beside:
+        yield "saebench", "Beside SAEBench", [*_beside(study), figures(plots.beside)]
     yield "all-cells", "All cells", [cell_table(study)]
     listed = element("summary", f"Result files ({len(study.files)})")
     files = element("details", listed, file_table(study))
     yield "run", "How it was run", [settings(study), element("h3", "Versions"), versions(study), files]
+
+
+def _beside(study: Study) -> Iterator[Markup]:
+    """What cannot be compared, and a table for each kind of evaluation."""
+    own = ours(study.files)
+    yield from (element("p", line) for line in caveats(own, study.beside))
+    for core, title in ((False, "Probes on few latents"), (True, "Reconstruction, and the model run on from it")):
+        if any(one.is_core == core for one in study.beside):
+            head, *rows = table_of(core, own, study.beside)
+            yield from (element("h3", title), table(head, rows))
 
 
 def _reading(study: Study) -> Markup:

@@ -13,6 +13,8 @@ from delta_selectivity.reporting.levels import groups, panel
 from delta_selectivity.reporting.means import differences, means
 from delta_selectivity.reporting.pareto import FIGURES, pareto
 from delta_selectivity.reporting.rivals import rivals
+from delta_selectivity.reporting.saebench import ours
+from delta_selectivity.reporting.saebench_plots import beside_plots
 from delta_selectivity.reporting.series import series_of
 from delta_selectivity.reporting.series_plot import series_plot
 from delta_selectivity.reporting.study import Study
@@ -29,11 +31,13 @@ class Plots:
     scale: Plot  # the colours of all heatmaps
     heatmaps: dict[str, tuple[Plot, ...]]  # by dataset
     levels: dict[str, tuple[Plot, ...]]  # by dataset
+    beside: tuple[Plot, ...] = ()  # SAEBench's figures and ours
 
     def __iter__(self) -> Iterator[Plot]:
         yield from (*self.saes, *self.series, *self.trade, *self.depth, self.scale)
         for dataset in self.heatmaps:
             yield from (*self.heatmaps[dataset], *self.levels[dataset])
+        yield from self.beside
 
 
 def plots_of(study: Study) -> Plots:
@@ -49,6 +53,7 @@ def plots_of(study: Study) -> Plots:
         scale(study),
         {dataset: tuple(_heatmaps(study, dataset, names)) for dataset in study.datasets},
         {dataset: tuple(_levels(study, dataset, names)) for dataset in study.datasets},
+        tuple(beside_plots(ours(study.files), study.beside)) if study.beside else (),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import K_SPARSE
 from delta_selectivity.records import result_file
 from delta_selectivity.records.differences import shown
 from delta_selectivity.records.figures import missing
@@ -21,6 +22,8 @@ from delta_selectivity.reporting.groups import File, dataset_of, model_names
 
 NAMED = ("model", "sae", "baseline", "data", "calibration")
 """Entries of `_run.key` that a line of results has the names of."""
+DOWNSTREAM = ("delta_ce", "ce_recovered", "kl_pos")
+"""Figures of the model run on from x̂ that tables show."""
 
 
 def result_files(folder: Path) -> list[Path]:
@@ -138,10 +141,17 @@ def is_baseline(results: result_file.Json) -> bool:
     return bool(results["_run"]["config"].get("baseline"))
 
 
+def with_downstream(figures: result_file.Json, result: result_file.Json) -> result_file.Json:
+    """A probe's record with those figures of its layer that tell what the model says next, where there are such."""
+    known = {name: figures.get(name) for name in DOWNSTREAM if not isinstance(figures.get(name), dict)}
+    return {**{name: value for name, value in known.items() if name in figures}, **result}
+
+
 def further_views(found: Iterable[result_file.Json]) -> list[str]:
-    """Balanced accuracies of views that are measured only if asked for, where any of these records has them."""
+    """Figures that are measured only if asked for, where any of these records (`with_downstream`) has them."""
     records = list(found)
-    return [name for name in ("error_sel", "latent_sel") if any(name in record for record in records)]
+    names = ("error_sel", "latent_sel", *(f"k{k}_sel" for k in K_SPARSE), *DOWNSTREAM)
+    return [name for name in names if any(name in record for record in records)]
 
 
 def by_sae(files: Sequence[File]) -> dict[str, list[File]]:

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from delta_selectivity.records import result_file, verdicts
+from delta_selectivity.records.saebench import Evaluation
 from delta_selectivity.reporting.groups import File, dataset_of, model_names, obstacle, stored_cells
 from delta_selectivity.reporting.results import (
     by_sae,
@@ -22,6 +23,7 @@ from delta_selectivity.reporting.results import (
     level_of,
     mean,
     owner,
+    with_downstream,
 )
 from delta_selectivity.system.terminal import printable
 
@@ -40,6 +42,11 @@ class Cell:
     def measured(self) -> bool:
         """Whether it has numbers."""
         return not self.result.get("reason")
+
+    @property
+    def record(self) -> result_file.Json:
+        """What was found of the probe, and of the model run on from x̂ at its layer."""
+        return with_downstream(self.figures, self.result)
 
     @cached_property
     def verdict(self) -> str:
@@ -118,6 +125,7 @@ class Study:
     files: tuple[File, ...]
     saes: tuple[Sae, ...]
     baselines: tuple[Sae, ...]
+    beside: tuple[Evaluation, ...] = ()  # of SAEBench
 
     @property
     def everything(self) -> tuple[Sae, ...]:
@@ -232,7 +240,7 @@ class Study:
         return found if isinstance(found, Comparison) else None
 
 
-def study_of(files: Sequence[File]) -> Study:
+def study_of(files: Sequence[File], beside: Sequence[Evaluation] = ()) -> Study:
     """The files, sorted into SAEs and baselines. Names are made printable here, once for every page and plot."""
     own_files = by_sae(files)
     labels = _labels(own_files)
@@ -242,6 +250,7 @@ def study_of(files: Sequence[File]) -> Study:
         tuple(files),
         tuple(sae for sae in found if not sae.is_baseline),
         tuple(sae for sae in found if sae.is_baseline),
+        tuple(beside),
     )
 
 

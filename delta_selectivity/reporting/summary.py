@@ -10,7 +10,7 @@ from delta_selectivity.records.verdicts import LOST, MOVED, PRESERVED
 from delta_selectivity.reporting.html import Markup, element, join, table
 from delta_selectivity.reporting.ink import MUTED, series
 from delta_selectivity.reporting.names import apart
-from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset
+from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset, unsigned_span
 from delta_selectivity.reporting.ranking import in_order, rank
 from delta_selectivity.reporting.results import further_views, mean
 from delta_selectivity.reporting.study import Sae, Study
@@ -27,13 +27,13 @@ PAIR_HEAD = ("SAE", "compared with", "difference of transfer_r2", "p", "differen
 def sae_table(study: Study) -> Markup:
     """A line for each SAE, by rank, and, beneath, each baseline: means over its cells."""
     ranking = rank(study)
-    views = further_views(cell.result for sae in study.everything for cell in sae.measured)
+    views = further_views(cell.record for sae in study.everything for cell in sae.measured)
     rows = ([*_line(study, sae, ranking.place(sae)), *_views(sae, views)] for sae in in_order(study, ranking))
     return table((*HEAD, *views), rows)
 
 
 def _views(sae: Sae, views: Sequence[str]) -> list[str]:
-    return [number(mean(cell.result.get(view) for cell in sae.measured), ".3f") for view in views]
+    return [number(mean(cell.record.get(view) for cell in sae.measured), ".3f") for view in views]
 
 
 def _line(study: Study, sae: Sae, place: str) -> list[str]:
@@ -43,7 +43,7 @@ def _line(study: Study, sae: Sae, place: str) -> list[str]:
     return [
         join([_swatch(study, sae), named(study, sae)]),
         place.replace("-", "–"),
-        _estimate(typeset(number(r2, ".3f")), _range(r2_low, r2_high)),
+        _estimate(typeset(number(r2, ".3f")), unsigned_span(r2_low, r2_high)),
         str(n_cells),
         number(sae.mean("model_sel"), ".3f"),
         number(sae.mean("sae_sel"), ".3f"),
@@ -64,10 +64,6 @@ def named(study: Study, sae: Sae) -> Markup:
 
 def _estimate(value: str, interval: str) -> Markup:
     return join([element("b", value), " ", element("small", interval)])
-
-
-def _range(low: float | None, high: float | None) -> str:
-    return "–" if low is None or high is None else f"{typeset(f'{low:.3f}')} to {typeset(f'{high:.3f}')}"
 
 
 def _swatch(study: Study, sae: Sae) -> Markup:

@@ -15,6 +15,7 @@ from delta_selectivity.reporting.results import (
     further_views,
     is_baseline,
     mean,
+    with_downstream,
 )
 from delta_selectivity.reporting.study import Study, study_of
 from delta_selectivity.system.terminal import one_line, printable
@@ -36,7 +37,7 @@ def selectivity_table(results: result_file.Json, worst_first: bool = False) -> s
     found = list(cells(results))
     if worst_first:
         found.sort(key=lambda cell: cell[3].get("delta_sel", 0.0) if cell[3].get("delta_sel") is not None else 0.0)
-    views = further_views(result for *_, result in found)
+    views = further_views(with_downstream(figures, result) for *_, figures, result in found)
     header = (
         "layer",
         "probe",
@@ -51,7 +52,8 @@ def selectivity_table(results: result_file.Json, worst_first: bool = False) -> s
         *views,
     )
     rows = [
-        (*_row(str(layer), probe, figures, result), *_views(result, views)) for layer, probe, figures, result in found
+        (*_row(str(layer), probe, figures, result), *_views(with_downstream(figures, result), views))
+        for layer, probe, figures, result in found
     ]
     return aligned([header, *rows])
 
@@ -101,7 +103,7 @@ def summary_table(study: Study) -> str:
     Baselines come beneath the SAEs.
     """
     ranking = rank(study)
-    views = further_views(cell.result for sae in study.everything for cell in sae.measured)
+    views = further_views(cell.record for sae in study.everything for cell in sae.measured)
     rows: list[Row] = [
         ("SAE", "rank", "survives", "95 % interval", "probes x layers", "model_sel", "sae_sel", "delta_sel",
          "95 % interval", "lost (q < 0.05)", "preserved", "fvu_pos", "fvu_whole", "L0", *views)
@@ -126,7 +128,7 @@ def summary_table(study: Study) -> str:
                 number(sae.mean_figure("fvu_pos"), ".3f"),
                 number(sae.mean_figure("fvu_whole"), ".3f"),
                 number(sae.mean_figure("l0"), ".1f"),
-                *(number(mean(cell.result.get(view) for cell in sae.measured), ".3f") for view in views),
+                *(number(mean(cell.record.get(view) for cell in sae.measured), ".3f") for view in views),
             )
         )
     return aligned(rows)

@@ -12,6 +12,7 @@ from delta_selectivity.records.result_file import Json, RecordFile
 from delta_selectivity.records.sae_level import without_q_values
 from delta_selectivity.records.scores import LayerScores, key_digest, path_of, prune, save
 from delta_selectivity.records.texts import keep as keep_texts
+from delta_selectivity.run.downstream_figures import Downstream
 from delta_selectivity.run.planning import Cell, Files
 from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.system.memory import peak_memory
@@ -36,10 +37,10 @@ Keep = Callable[[Cell, CellResult], None]
 """What is done with the result of a cell."""
 
 
-def write_to(files: Files, clock: Stopwatch, texts: Mapping[int, bytes]) -> Keep:
+def write_to(files: Files, clock: Stopwatch, texts: Mapping[int, bytes], downstream: Mapping[Cell, Downstream]) -> Keep:
     """Return what puts each result into its file: its scores first, then the record that counts it as done.
 
-    texts: By dataset, what is kept of them; none of the others.
+    texts: By dataset, what is kept of them; none of the others. downstream: figures of the cells that have such.
     """
 
     def write(cell: Cell, found: CellResult) -> None:
@@ -48,7 +49,8 @@ def write_to(files: Files, clock: Stopwatch, texts: Mapping[int, bytes]) -> Keep
             _warn(file, f"layer {layer}{line}")
         if file.key["repeats"] == 1:
             _warn(file, ONE_PARTITION)
-        layers = {**without_q_values(file.layers), layer: {**asdict(found.figures), **found.records}}
+        figures = asdict(found.figures) | (asdict(downstream[cell]) if cell in downstream else {})
+        layers = {**without_q_values(file.layers), layer: {**figures, **found.records}}
         with clock.stage("write"):
             prune(file.path, layers)
             save(path_of(file.path, layer), LayerScores(layer, key_digest(file.key), found.scores))

@@ -11,6 +11,7 @@ import torch
 from delta_selectivity.run.activations import Item, Producer, plan_blocks
 from delta_selectivity.run.bounded_queue import BoundedQueue
 from delta_selectivity.run.cell_result import write_to
+from delta_selectivity.run.downstream import measure_downstream
 from delta_selectivity.run.kept_texts import kept_texts
 from delta_selectivity.run.loading import codes_of_names, load_weights, model_fitter
 from delta_selectivity.run.pipeline import run
@@ -19,6 +20,7 @@ from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.progress import ProgressBars
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_sample import TokenSample
+from delta_selectivity.settings import LATENT_VIEWS
 from delta_selectivity.system import processor
 from delta_selectivity.system.cores import probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
@@ -52,11 +54,16 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
     blocks = [block for block in plan_blocks(plan.texts) if block.datasets & datasets]
     queue_bytes = as_bytes(asked.queue_gb)
     queue: BoundedQueue[Item] = BoundedQueue(queue_bytes, lambda item: item.nbytes)
-    latents_of = {i for i, subject in enumerate(plan.subjects) if subject.has_latents and "latents" in asked.views}
+    has_view = not LATENT_VIEWS.isdisjoint(asked.views)
+    latents_of = {i for i, subject in enumerate(plan.subjects) if subject.has_latents and has_view}
     names, codes = [subject.name for subject in plan.subjects], codes_of_names(plan, tokenised)
     device2 = torch.device(request.device2)
     sample = TokenSample.draw(tokenised, plan.texts, plan.whole_tokens, asked.seed)
     work = Work(plan.texts, rows, plan.widths, cells, names, codes, latents_of, asked, device2, fit_model, sample)
+    downstream = {}
+    if asked.downstream:
+        with clock.stage("downstream"), sharing_cores(request.device1) as cores:
+            downstream = measure_downstream(plan, cells, loaded.saes, tokenised, sample, cores, not progress)
     n_texts = sum(len(block.mentions) for block in blocks)
     counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
     with ProgressBars(n_texts, work.n_probes, queue, not progress) as bars, sharing_cores(request.device1) as cores:
@@ -74,5 +81,7 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
             latents_of,
         )
         own = probing_cores(cores, request.device1, request.device2)
-        prober = Prober(work, blocks, queue_bytes, own, clock, write_to(files, clock, texts), bars.probes, stop)
+        prober = Prober(
+            work, blocks, queue_bytes, own, clock, write_to(files, clock, texts, downstream), bars.probes, stop
+        )
         run(producer, prober, blocks, queue, bars.texts, stop)

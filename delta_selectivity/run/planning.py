@@ -17,7 +17,7 @@ from typing import NamedTuple
 from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
-from delta_selectivity.models.places import BLOCKS, without_wrappers
+from delta_selectivity.models.places import BLOCKS, check_replaceable, without_wrappers
 from delta_selectivity.probing.folds import MOST_FOLDS, too_few_people
 from delta_selectivity.probing.probes import check_backend
 from delta_selectivity.records import scores
@@ -37,6 +37,7 @@ from delta_selectivity.records.result_folder import choose_folder
 from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.baselines import CALIBRATED, Baseline, Measured, plan_baselines
 from delta_selectivity.run.calibration import draw_mentions, fingerprint
+from delta_selectivity.run.downstream_figures import Downstream
 from delta_selectivity.run.reconstruction import Reconstruction
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import SaeSource, expand_names, open_sae, same_path
@@ -140,6 +141,8 @@ def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | 
     sources = [in_model(source, modules) for source in sources]
     sites = [_sites(request, info, source) for source in sources]
     widths = _check_widths(info, setup, sources, sites)
+    for site in (site for own in sites if asked.downstream for site in own):
+        check_replaceable(site)
     for source, own in zip(sources if fetch else (), sites, strict=False):
         source.prepare([site.layer for site in own])
     prepend_bos, counts_bos = _decide_bos(asked.bos, info, sources)
@@ -295,7 +298,7 @@ def _plan_subjects(
 
 def _refuse_reserved_names(texts: ProbeTexts) -> None:
     """A probe's name is a key of the layer's record, beside the reconstruction figures."""
-    reserved = {field.name for field in fields(Reconstruction)}
+    reserved = {field.name for field in (*fields(Reconstruction), *fields(Downstream))}
     for probe in (probe for dataset in texts.datasets for probe in dataset.probes):
         if probe.name in reserved:
             raise RequestError(f"a task may not be called {probe.name!r}: that is a figure of the record; rename it")
@@ -332,6 +335,8 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
     }
     if plan.whole_tokens is not None:  # absent from files of before, which are of all tokens
         shared["whole_tokens"] = plan.whole_tokens
+    if request.settings.downstream:  # absent from files of before, and where it was not asked for
+        shared["downstream"] = True
     hashes = {subject.name: subject.source.fingerprint() for subject in plan.saes if subject.source is not None}
     config = request.described()
     if plan.info.quantisation is not None:

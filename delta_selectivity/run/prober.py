@@ -31,7 +31,7 @@ from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.task_set import TaskSet, task_sets
 from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SparseRows
-from delta_selectivity.settings import Settings
+from delta_selectivity.settings import LATENT_VIEWS, Settings
 from delta_selectivity.system.cores import Cores
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.tasks import Dataset, ProbeTexts
@@ -165,7 +165,7 @@ class Prober:
         asked = self.work.settings.views
         found = {}
         for subject in subjects:
-            views = [view for view in asked if view != "latents" or subject in self.work.latents_of]
+            views = [view for view in asked if view not in LATENT_VIEWS or subject in self.work.latents_of]
             try:
                 found[subject] = task_set.out_of_fold(site, subject, model, store, backend, views)
             except ArithmeticError as error:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from delta_selectivity.models.language_model import Site
 from delta_selectivity.probing.folds import FoldPlan, control_plan
+from delta_selectivity.probing.k_sparse import with_k_sparse
 from delta_selectivity.probing.probes import ProbeBackend
 from delta_selectivity.probing.selectivity import FitModel, ModelFit, OutOfFold, ViewFit, fit_sparse, out_of_fold
 from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.row_store import RowStore
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.saes import SparseRows
-from delta_selectivity.settings import Settings
+from delta_selectivity.settings import LATENT_VIEWS, Settings
 from delta_selectivity.tasks import Dataset, Probe, ProbeTexts
 
 
@@ -48,8 +49,12 @@ class TaskSet:
         if subject in self.codes:
             return out_of_fold(self.plan, model, self._fit_codes(subject, backend, model.x.device), backend)
         recon = store.get(site, subject, self.row_ids, model.x.device)
-        latents = store.get_latents(site, subject, self.row_ids, model.x.device) if "latents" in views else None
-        return out_of_fold(self.plan, model, recon, backend, "error" in views, latents)
+        latents = None
+        if not LATENT_VIEWS.isdisjoint(views):
+            latents = store.get_latents(site, subject, self.row_ids, model.x.device)
+        as_view = latents if "latents" in views else None
+        found = out_of_fold(self.plan, model, recon, backend, "error" in views, as_view)
+        return with_k_sparse(found, latents) if latents is not None and "ksparse" in views else found
 
     def fit_model(
         self, site: Site, store: RowStore, backend: ProbeBackend, device: torch.device, fit: FitModel

@@ -50,6 +50,11 @@ class TokenSample:
         """The limits of some datasets, each once, the lowest first."""
         return tuple(sorted({self.limits[index] for index in datasets}))
 
+    def texts(self, mentions: npt.NDArray[np.int64], dataset: int) -> npt.NDArray[np.int64]:
+        """Those of a dataset's mentions whose texts were drawn whole: of about as many tokens, by the same seed."""
+        limit = self.limits[dataset]
+        return mentions if limit == ALL else mentions[self.hashes[mentions] < np.uint64(limit)]
+
     def numbers(self, batch: TokenBatch, skip: int) -> npt.NDArray[np.uint64]:
         """The number of each real token of a batch, text by text; skip: tokens that each text lost at its beginning."""
         kept = (batch.lengths - skip).numpy()

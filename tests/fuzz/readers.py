@@ -35,10 +35,12 @@ from safetensors.torch import save
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
-from delta_selectivity.records import result_file, scores, texts
+from delta_selectivity.records import result_file, saebench, scores, texts
 from delta_selectivity.records.rows_file import RowProbe, Rows, load
 from delta_selectivity.records.rows_file import save as save_rows
 from delta_selectivity.reporting import tables
+from delta_selectivity.reporting.saebench import beside_text
+from delta_selectivity.reporting.saebench_plots import beside_plots
 from delta_selectivity.saes import open_sae
 from delta_selectivity.saes.torch_file import read_torch_file
 from delta_selectivity.tasks import UserData, dataset_fingerprint, load_probe_texts
@@ -229,6 +231,33 @@ class ResultJson(Reader):
         result_file.RecordFile.open(self.path, self.key, self.run, overwrite=False)
 
 
+class SaeBench(Reader):
+    """Files of SAEBench, as its own classes write them: what is accepted can be put beside ours."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.path = folder / "theirs_eval_results.json"
+        made = Path(__file__).resolve().parents[1] / "saebench"
+        self.contents = [
+            json.loads((made / f"{kind}_eval_results.json").read_text()) for kind in ("core", "sparse_probing")
+        ]
+        self.whole = saebench.evaluation(self.contents[1], "whole")
+
+    def damage(self, rng: random.Random) -> None:
+        content = rng.choice(self.contents)
+        text = json.dumps(content).encode()
+        self.path.write_bytes(damaged_json(content, rng) if rng.random() < 0.7 else damaged_bytes(text, rng))
+
+    def read(self) -> None:
+        found = saebench.read(self.path)
+        assert all(math.isfinite(value) for value in found.metrics.values())
+        beside_text([self.whole], [found])
+        beside_text([], [found])
+        for plot in beside_plots([self.whole], [found]):
+            plot.csv()
+            hash(plot.description)
+
+
 class Scores(Reader):
     """Stored out-of-fold scores: what is accepted is what was written, and statistics can be made from it."""
 
@@ -401,6 +430,7 @@ READERS: dict[str, type[Reader]] = {
     "csv": Csv,
     "jsonl": Jsonl,
     "result": ResultJson,
+    "saebench": SaeBench,
     "scores": Scores,
     "texts": KeptTexts,
     "torch_file": TorchFile,

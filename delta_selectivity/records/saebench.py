@@ -1,0 +1,141 @@
+"""Read result files of SAEBench 0.6: what an evaluation says of one SAE.
+
+found = read(Path("pythia_blocks.4_eval_results.json"))
+found.eval_type, found.metrics["sae_top_1_test_accuracy"], found.tasks["gender"]
+
+Read are `core`, `sparse_probing` and `sparse_probing_sae_probes`. -1, as SAE Lens writes it, and NaN: not computed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.records.figures import ROUNDING, is_number
+from delta_selectivity.system.terminal import printable
+
+Json = dict[str, Any]
+
+CORE, PROBING = "core", "sparse_probing"
+TYPES = (CORE, PROBING, "sparse_probing_sae_probes")
+NOT_COMPUTED = -1.0
+LONGEST_NAME = 200
+_SHARE = re.compile(r"\w+_(accuracy|auc|f1)|frac_alive")
+_LAYER = re.compile(r"(?:blocks|layers?|h)[._](\d{1,4})(?!\d)")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one file says."""
+
+    eval_type: str  # of `TYPES`
+    sae: str
+    model: str  # "" if it is not said
+    layer: int | None
+    metrics: Mapping[str, float]  # those that were computed
+    tasks: Mapping[str, Mapping[str, float]]  # of sparse probing: by dataset
+    is_ours: bool  # written by this program
+
+    @property
+    def is_core(self) -> bool:
+        """Whether it is of the reconstruction and the model run on from it, not of probes."""
+        return self.eval_type == CORE
+
+
+def read(path: Path) -> Evaluation:
+    """A result file of SAEBench. Raises `RequestError` if it is none, or of an evaluation that is not read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+    except OSError as error:
+        raise RequestError(f"`beside` {path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"`beside` {path} is not a result file of SAEBench: no JSON") from error
+    try:
+        return evaluation(content, path.stem.removesuffix("_eval_results"))
+    except ValueError as error:
+        raise RequestError(f"`beside` {path} is not a result file of SAEBench: {error}") from error
+
+
+def evaluation(content: Any, name: str) -> Evaluation:
+    """What the content of a file says; name: of the SAE where it has none. Raises ValueError with what is wrong."""
+    if not isinstance(content, dict):
+        raise ValueError("no object")
+    eval_type = content.get("eval_type_id")
+    if not isinstance(eval_type, str):
+        raise ValueError("'eval_type_id' is no text")
+    if eval_type not in TYPES:
+        raise ValueError(f"the evaluation {eval_type[:LONGEST_NAME]!r} is not read, only {', '.join(TYPES)}")
+    config, cfg = _object(content, "eval_config"), _object(content, "sae_cfg_dict")
+    cfg = {**cfg, **_object(cfg, "metadata")}  # where SAE Lens 6 says what the SAE is of
+    release, own_id = _text(content, "sae_lens_release_id"), _text(content, "sae_lens_id")
+    categories = _object(content, "eval_result_metrics")
+    if not categories:
+        raise ValueError("'eval_result_metrics' is empty")
+    metrics: dict[str, float] = {}
+    for category in categories:
+        metrics |= _numbers(_object(categories, category), category)
+    commit = _text(content, "sae_bench_commit_hash")
+    return Evaluation(
+        eval_type=eval_type,
+        sae="/".join(part for part in (release, own_id) if part) or printable(name),
+        model=_text(config, "model_name") or _text(cfg, "model_name"),
+        layer=_layer(cfg, own_id),
+        metrics=metrics,
+        tasks={} if eval_type == CORE else _tasks(content.get("eval_result_details")),
+        is_ours=commit.startswith("delta-selectivity"),
+    )
+
+
+def _object(content: Json, name: str) -> Json:
+    found = content.get(name)
+    if not isinstance(found, dict | None):
+        raise ValueError(f"'{name[:LONGEST_NAME]}' is no object")
+    return found or {}
+
+
+def _text(content: Json, name: str) -> str:
+    found = content.get(name)
+    if not isinstance(found, str | None):
+        raise ValueError(f"'{name}' is no text")
+    return printable((found or "")[:LONGEST_NAME])
+
+
+def _numbers(content: Json, where: str) -> dict[str, float]:
+    """The numbers that were computed; what is no number is refused, but for texts and lists, which are not read."""
+    found: dict[str, float] = {}
+    for name, value in content.items():
+        if value is None or isinstance(value, str | list | dict) or value == NOT_COMPUTED:
+            continue
+        if not is_number(value):
+            raise ValueError(f"{where[:LONGEST_NAME]}: '{name[:LONGEST_NAME]}' is no number")
+        if _SHARE.fullmatch(name) and not -ROUNDING <= value <= 1 + ROUNDING:
+            raise ValueError(f"{where[:LONGEST_NAME]}: '{name[:LONGEST_NAME]}' is not between 0 and 1")
+        found[name] = float(value)
+    return found
+
+
+def _tasks(details: Any) -> dict[str, dict[str, float]]:
+    if not isinstance(details, list | None):
+        raise ValueError("'eval_result_details' is no list")
+    found: dict[str, dict[str, float]] = {}
+    for one in details or ():
+        if not isinstance(one, dict) or not isinstance(one.get("dataset_name"), str):
+            raise ValueError("'eval_result_details' holds something without a 'dataset_name'")
+        name = printable(one["dataset_name"][:LONGEST_NAME].removesuffix("_results"))
+        found[name] = _numbers(one, name)
+    return found
+
+
+def _layer(cfg: Json, own_id: str) -> int | None:
+    """By the SAE's config, or by its id."""
+    told = cfg.get("hook_layer")
+    if isinstance(told, int) and not isinstance(told, bool) and 0 <= told < 10_000:
+        return told
+    names = (own_id, cfg.get("hook_name"), cfg.get("hook_point"))
+    found = (_LAYER.search(name) for name in names if isinstance(name, str))
+    return next((int(match[1]) for match in found if match), None)

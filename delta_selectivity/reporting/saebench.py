@@ -1,0 +1,302 @@
+"""Results in SAEBench's form, and SAEBench's results beside ours.
+
+write(files, Path("results_saebench"))          # core/..._eval_results.json and sparse_probing/...
+beside_text(ours(files), theirs)
+
+SAEBench 0.6 has a file for each evaluation and SAE, which there is of one layer: so ours are means over the datasets of
+a layer. Its classes need every number of `core`; those that are not measured here are -1. What its classes have no
+field for (intervals, AUC, other k) stands beside their fields in the details, and under `eval_result_unstructured`.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.probing.probe_statistics import K_SPARSE
+from delta_selectivity.records import result_file
+from delta_selectivity.records.figures import is_number
+from delta_selectivity.records.saebench import CORE, NOT_COMPUTED, PROBING, Evaluation, evaluation
+from delta_selectivity.reporting.groups import File, dataset_of, model_name
+from delta_selectivity.reporting.names import abridged
+from delta_selectivity.reporting.numbers import number
+from delta_selectivity.reporting.results import by_sae, cells, is_baseline, mean
+from delta_selectivity.reporting.tables import LONGEST, Row, aligned
+from delta_selectivity.system.terminal import one_line
+
+Json = dict[str, Any]
+
+NAMESPACE = uuid.UUID("6f1d2f0a-9d0e-4f0b-8f5e-0a5d1c6f7b11")
+THEIR_KS = (1, 2, 5)  # of ours, those that SAEBench has fields for
+SHOWN = 20  # datasets told as being in both
+UNUSED = (
+    "l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias", "freq_over_1_percent",
+    "freq_over_10_percent", "normalized_freq_over_1_percent", "normalized_freq_over_10_percent",
+    "average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim",
+)  # fmt: skip
+NOTES = (
+    "Written by Delta Selectivity, not by SAEBench. -1: not measured.",
+    "core: on the texts of the tasks, not on OpenWebText. kl_div_* and ce_loss_* are in nats, ablation puts zeros in "
+    "place of x at every token that counts; cossim, l0 and l1 are of the probed positions; mse is not given, since it "
+    "is summed over the width there.",
+    "sparse_probing: accuracies are balanced accuracies of out-of-fold predictions, folds by person.",
+)
+
+
+def outputs(files: Sequence[File]) -> Iterator[tuple[str, Json]]:
+    """For each SAE, baseline and layer: where its file goes, as FOLDER/NAME, and what is in it."""
+    found = by_sae(files)
+    for (name, own), slug in zip(found.items(), result_file.distinct_slugs(list(found)), strict=True):
+        by_layer: dict[int, list[File]] = {}
+        for file in own:
+            for key in file[1]:
+                if key.startswith("layer_"):
+                    by_layer.setdefault(int(key.removeprefix("layer_")), []).append(file)
+        for layer, here in sorted(by_layer.items()):
+            for eval_type, content in ((CORE, _core(here, layer)), (PROBING, _probing(here, layer))):
+                if content is not None:
+                    content["sae_lens_release_id"] = name
+                    place = result_file.slug(str(content["sae_lens_id"]))
+                    yield f"{eval_type}/{slug}_{place}_eval_results.json", content
+
+
+def ours(files: Sequence[File]) -> list[Evaluation]:
+    """The same as SAEBench's files are read; of baselines only if there is nothing else.
+
+    Raises `RequestError` for figures that cannot be, such as more than all latents alive.
+    """
+    in_full = [file for file in files if not is_baseline(file[1])] or files
+    found = []
+    for name, content in outputs(in_full):
+        try:
+            found.append(evaluation(content, name))
+        except ValueError as error:
+            raise RequestError(f"{content['sae_lens_release_id']}: {error}") from error
+    return found
+
+
+def here(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[Evaluation]:
+    """Of ours those of layers that theirs are of; all if there are none."""
+    layers = {one.layer for one in theirs}
+    return [one for one in own if one.layer in layers] or list(own)
+
+
+def measured_by(one: Evaluation) -> str:
+    """Who made an evaluation."""
+    return "this program" if one.is_ours else "SAEBench"
+
+
+def _core(files: Sequence[File], layer: int) -> Json | None:
+    found = [results[f"layer_{layer}"] for _, results in files]
+    if not any(is_number(figures.get("fvu_whole")) for figures in found):  # a baseline that reconstructs nothing
+        return None
+
+    def over(name: str) -> float | None:
+        return mean(value for figures in found if is_number(value := figures.get(name)))
+
+    def total(name: str) -> int:
+        return sum(int(value) for figures in found if is_number(value := figures.get(name)))
+
+    ce = {end: over(f"ce_{end}") for end in ("zero", "sae", "model")}
+    kl = {end: over(f"kl_{end}") for end in ("zero", "sae")}
+    harm = None if ce["zero"] is None or ce["model"] is None else ce["zero"] - ce["model"]
+    fvu, dead = over("fvu_whole"), over("dead")
+    unused = dict.fromkeys(UNUSED, NOT_COMPUTED)
+    metrics = {
+        "model_behavior_preservation": {
+            "kl_div_score": _score(kl["zero"], kl["zero"], kl["sae"]),
+            "kl_div_with_ablation": _told(kl["zero"]),
+            "kl_div_with_sae": _told(kl["sae"]),
+        },
+        "model_performance_preservation": {
+            "ce_loss_score": _score(harm, ce["zero"], ce["sae"]),
+            "ce_loss_with_ablation": _told(ce["zero"]),
+            "ce_loss_with_sae": _told(ce["sae"]),
+            "ce_loss_without_sae": _told(ce["model"]),
+        },
+        "reconstruction_quality": {
+            "explained_variance": NOT_COMPUTED if fvu is None else 1 - fvu,
+            "explained_variance_legacy": NOT_COMPUTED,
+            "mse": NOT_COMPUTED,
+            "cossim": _told(over("cosine")),
+        },
+        "shrinkage": {name: unused[name] for name in UNUSED[:4]},
+        "sparsity": {"l0": _told(over("l0")), "l1": _told(over("l1"))},
+        "token_stats": {
+            "total_tokens_eval_reconstruction": total("n_tokens_run"),
+            "total_tokens_eval_sparsity_variance": total("n_tokens"),
+        },
+        "misc_metrics": {
+            **{name: unused[name] for name in UNUSED[4:]},
+            "frac_alive": NOT_COMPUTED if dead is None else 1 - dead,
+        },
+    }
+    config = {"model_name": model_name(files), "llm_dtype": str(files[0][1]["_run"]["key"].get("dtype", ""))}
+    config |= {"dataset": ", ".join(map(_dataset, files))}
+    by_dataset = {
+        _dataset(file): {name: value for name, value in figures.items() if not isinstance(value, dict)}
+        for file, figures in zip(files, found, strict=True)
+    }
+    return _output(CORE, files, layer, config, metrics, [], by_dataset)
+
+
+def _probing(files: Sequence[File], layer: int) -> Json | None:
+    details, by_task = [], {}
+    for file in files:
+        for at, probe, _, result in cells(file[1]):
+            if at == layer and not result.get("reason"):
+                name = _dataset(file) if probe == _dataset(file) else f"{_dataset(file)}/{probe}"
+                details.append({"dataset_name": name, **_accuracies(result)})
+                by_task[name] = {key: value for key, value in result.items() if key != "reason"}
+    if not details:
+        return None
+    names = sorted({name for one in details for name in one if name.endswith("_accuracy")})
+    means = {name: mean(one.get(name) for one in details) for name in names}
+    metrics = {
+        who: {name: value for name, value in means.items() if name.startswith(who) and "_16_" not in name}
+        for who in ("llm", "sae")
+    }
+    key = files[0][1]["_run"]["key"]
+    config: Json = {"model_name": model_name(files)}
+    config |= {"random_seed": key.get("seed"), "llm_dtype": str(key.get("dtype", "")), "k_values": list(THEIR_KS)}
+    config |= {"dataset_names": [one["dataset_name"] for one in details]}
+    return _output(PROBING, files, layer, config, metrics, details, by_task)
+
+
+def _dataset(file: File) -> str:
+    return dataset_of(file).removeprefix("wikidata_")
+
+
+def _accuracies(result: Json) -> Json:
+    """The fields of SAEBench's detail of a dataset, each with its interval."""
+    found: Json = {}
+    pairs = {"llm_test": "model", "sae_test": "latent", **{f"sae_top_{k}_test": f"k{k}" for k in K_SPARSE}}
+    for theirs, own in pairs.items():
+        known = {"accuracy": "sel", "auc": "auc", "accuracy_ci_low": "ci_low", "accuracy_ci_high": "ci_high"}
+        found |= {f"{theirs}_{a}": result[f"{own}_{b}"] for a, b in known.items() if f"{own}_{b}" in result}
+    return found
+
+
+def _output(
+    eval_type: str, files: Sequence[File], layer: int, config: Json, metrics: Json, details: list[Json], all_: Json
+) -> Json:
+    newest = max((file[1]["_run"] for file in files), key=lambda run: str(run["started"]))
+    digests = "".join(str(file[1]["_run"]["results_sha256"]) for file in files)
+    hookpoint = str(newest["key"].get("hookpoint") or "resid_post")
+    version = newest.get("versions", {}).get("sae-lens")
+    return {
+        "eval_type_id": eval_type,
+        "eval_config": config,
+        "eval_id": str(uuid.uuid5(NAMESPACE, f"{eval_type} {layer} {digests}")),
+        "datetime_epoch_millis": _millis(newest["started"]),
+        "eval_result_metrics": metrics,
+        "eval_result_details": details,
+        "sae_bench_commit_hash": f"delta-selectivity {newest.get('commit') or ''}".strip(),
+        "sae_lens_id": f"layers.{layer}.{hookpoint}",
+        "sae_lens_release_id": None,
+        "sae_lens_version": version if isinstance(version, str) else None,
+        "sae_cfg_dict": {"model_name": model_name(files), "hook_layer": layer, "hook_point": hookpoint},
+        "eval_result_unstructured": {"notes": list(NOTES), "delta_selectivity": all_},
+    }
+
+
+def _told(value: float | None) -> float:
+    return NOT_COMPUTED if value is None else value
+
+
+def _score(harm: float | None, ablated: float | None, sae: float | None) -> float:
+    """The share of the ablation's harm that the SAE does not do."""
+    return NOT_COMPUTED if not harm or ablated is None or sae is None else (ablated - sae) / harm
+
+
+def _millis(started: str) -> int:
+    try:
+        return max(0, int(datetime.fromisoformat(started).timestamp() * 1000))
+    except (ValueError, OverflowError, OSError):
+        return 0
+
+
+def beside_text(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> str:
+    """A table for each kind of evaluation that theirs has, and what cannot be compared."""
+    kinds = [core for core in (False, True) if any(one.is_core == core for one in theirs)]
+    parts = [table_of(core, own, theirs) for core in kinds]
+    return "\n\n".join([*map(aligned, parts), *(one_line(line) for line in caveats(own, theirs))])
+
+
+def table_of(core: bool, own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[Row]:
+    """The header and a line for each evaluation of the kind, ours (`here`) first; by layer."""
+    columns = _CORE_COLUMNS if core else _PROBING_COLUMNS
+    head = ("SAE", "measured by", "model", "layer", *([] if core else ["tasks"]), *columns)
+    rows: list[Row] = [tuple(head)]
+    for evaluations in (here(own, theirs), theirs):
+        chosen = [one for one in evaluations if one.is_core == core]
+        for one in sorted(chosen, key=lambda one: -1 if one.layer is None else one.layer):
+            tasks = [] if core else [str(len(one.tasks))]
+            figures = (number(one.metrics.get(name), ".3f") for name in columns.values())
+            place = "" if one.layer is None else str(one.layer)
+            sae, model = (abridged(name, LONGEST) for name in (one.sae, one.model))
+            rows.append((sae, measured_by(one), model, place, *tasks, *figures))
+    return rows
+
+
+_PROBING_COLUMNS: Mapping[str, str] = {
+    "activations": "llm_test_accuracy", "all latents": "sae_test_accuracy",
+    **{f"k = {k}": f"sae_top_{k}_test_accuracy" for k in THEIR_KS},
+}  # fmt: skip
+_CORE_COLUMNS: Mapping[str, str] = {
+    "L0": "l0", "explained variance": "explained_variance", "CE score": "ce_loss_score", "KL score": "kl_div_score",
+    "CE of the model": "ce_loss_without_sae",
+}  # fmt: skip
+
+
+def caveats(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[str]:
+    """What keeps the numbers from being compared, a sentence each."""
+    lines = []
+    models = [{one.model for one in side if one.model} for side in (own, theirs)]
+    if models[0] and models[1] and {_last(name) for name in models[0]} != {_last(name) for name in models[1]}:
+        lines.append(f"Other models: {_listed(models[0])} here, {_listed(models[1])} there: nothing can be compared.")
+    layers = [{one.layer for one in side if one.layer is not None} for side in (own, theirs)]
+    if layers[0] and layers[1] and not layers[0] & layers[1]:
+        lines.append("Other layers: compare rows of the same layer only.")
+    if any(not one.is_core for one in theirs):
+        names = [{_last(name) for one in side for name in one.tasks} for side in (own, theirs)]
+        shared = _listed(names[0] & names[1]) if names[0] & names[1] else "none"
+        lines.append(
+            f"Tasks of one name in both: {shared}. Means over other tasks cannot be compared, and of the same tasks "
+            "only roughly: SAEBench gives the accuracy on one test split, whose rows may share a person or a text with "
+            "the training rows, without an interval; here it is the balanced accuracy of out-of-fold predictions, "
+            "folds by person, and intervals are in --csv."
+        )
+    if any(one.is_core for one in theirs):
+        lines.append(
+            "Texts and contexts differ: the texts of the tasks here, mostly OpenWebText there, so the loss of the "
+            "model itself differs, and L0 and explained variance with it. Both scores are against zeros in place of x; "
+            "L0 is of the probed positions here, of all tokens there. Explained variance of before SAEBench 0.6 was "
+            "computed otherwise."
+        )
+    return lines
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].casefold()
+
+
+def _listed(names: Iterable[str]) -> str:
+    known = sorted(names)
+    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+    return ", ".join(known[:SHOWN]) + more
+
+
+def write(files: Sequence[File], folder: Path) -> int:
+    """Write every file of `outputs`; returns how many. Raises OSError."""
+    n = 0
+    for name, content in outputs(files):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result_file.write_json(path, content)
+        n += 1
+    return n

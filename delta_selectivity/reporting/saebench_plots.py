@@ -1,0 +1,92 @@
+"""Plot SAEBench's figures beside ours: probes on few latents, and what is explained at which L0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from delta_selectivity.records.saebench import Evaluation
+from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
+from delta_selectivity.reporting.ink import characters, series
+from delta_selectivity.reporting.names import apart
+from delta_selectivity.reporting.saebench import THEIR_KS, here, measured_by
+
+WIDTH, HEIGHT, LEFT = 560, 320, 56  # pixels
+LEGEND_ROW = 16
+MOST = 24  # evaluations in a plot
+ALL = "all"
+"""Where a probe on all latents stands."""
+
+
+def beside_plots(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[Plot]:
+    """A plot for each kind of evaluation that theirs has."""
+    found = []
+    for core in (False, True):
+        chosen = [one for one in (*here(own, theirs), *theirs) if one.is_core == core]
+        points = [(one, known) for one in chosen if (known := _points(one))]
+        if points and any(one.is_core == core for one in theirs):
+            found.append(_plot(core, points[:MOST], len(points)))
+    return found
+
+
+def _points(one: Evaluation) -> list[tuple[float, float]]:
+    """What is drawn of it: (k, accuracy), or (L0, explained variance)."""
+    if one.is_core:
+        pair = tuple(one.metrics.get(name) for name in ("l0", "explained_variance"))
+        return [(pair[0], pair[1])] if pair[0] is not None and pair[1] is not None else []
+    values = (one.metrics.get(f"sae_top_{k}_test_accuracy") for k in THEIR_KS)
+    return [(float(k), value) for k, value in zip(THEIR_KS, values, strict=True) if value is not None]
+
+
+def _plot(core: bool, points: Sequence[tuple[Evaluation, list[tuple[float, float]]]], n: int) -> Plot:
+    what = "Explained variance and L0" if core else "Probes on few latents"
+    title = f"{what}: SAEBench and here"
+    x, y = ("l0", "explained_variance") if core else ("k", "accuracy")
+    left_out = f" The first {len(points)} of {n}." if n > len(points) else ""
+    description = (
+        "A point for each SAE and layer, its L0 to the right and its explained variance upwards. "
+        if core
+        else "A line for each SAE and layer: mean accuracy of probes on 1, 2 and 5 latents. "
+    ) + f"Filled: measured here; hollow: by SAEBench, on other tasks, texts and splits.{left_out}"
+    rows = tuple(
+        (one.sae, measured_by(one), one.layer, *point) for one, known in points for point in known
+    )  # fmt: skip
+    draw = partial(_draw, core, title, points)
+    return Plot(
+        f"saebench_{'core' if core else 'few_latents'}", title, description, draw,
+        ("sae", "measured_by", "layer", x, y), rows,
+    )  # fmt: skip
+
+
+def _draw(core: bool, title: str, points: Sequence[tuple[Evaluation, list[tuple[float, float]]]]) -> Drawing:
+    figure = canvas(WIDTH, HEIGHT + LEGEND_ROW * len(points) + 8)
+    entitle(figure, title, "filled: here; hollow: SAEBench, on other tasks, texts and splits")
+    axes = axes_at(figure, LEFT, 44, WIDTH - LEFT - 20, HEIGHT - 96)
+    axes.grid()
+    axes.set(
+        xlabel="L0 (latents per token)" if core else "latents that the probe may use",
+        ylabel="explained variance" if core else "accuracy",
+    )
+    if not core:
+        axes.set_xscale("log")
+        axes.set_xticks(THEIR_KS, [str(k) for k in THEIR_KS])
+        axes.minorticks_off()
+    axes.margins(0.08)
+    names = apart([named(one) for one, _ in points], characters(WIDTH - 60, 10))
+    saes = list(dict.fromkeys((one.sae, one.is_ours) for one, _ in points))
+    tips: dict[str, str] = {}
+    for number, ((one, known), name) in enumerate(zip(points, names, strict=True)):
+        style, gid = series(saes.index((one.sae, one.is_ours))), f"evaluation-{number}"
+        axes.plot(
+            *zip(*known, strict=True), color=style.colour, marker=style.marker, markersize=7, gid=gid, label=name,
+            linestyle="-" if one.is_ours else "--", markerfacecolor=style.colour if one.is_ours else "none",
+        )  # fmt: skip
+        tips[gid] = f"{named(one)}: {', '.join(f'{x:g}: {y:.3f}' for x, y in known)}"
+    figure.legend(loc="lower left", bbox_to_anchor=(0, 0), borderaxespad=0, borderpad=0.2, labelspacing=0.35)
+    return Drawing(figure, tips)
+
+
+def named(one: Evaluation) -> str:
+    """The SAE, its layer, and who measured it."""
+    layer = "" if one.layer is None else f", layer {one.layer}"
+    return f"{one.sae}{layer} ({measured_by(one)})"

@@ -1,0 +1,130 @@
+"""Figures of what a model says next when it runs on from x̂, from sums by text.
+
+    found = downstream_figures(untouched, with_sae, with_mean, with_zeros, texts)
+    found.delta_ce, found.ce_recovered
+
+All in nats. Intervals take texts as drawn: the sums of a text go together, and a ratio of sums is linearised.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delta_selectivity.probing.uncertainty import Estimate
+
+Floats = NDArray[np.float64]
+
+
+class TextSums(NamedTuple):
+    """Sums over the tokens of each text, float64 ``[texts]``."""
+
+    n: Floats
+    """Tokens that count."""
+    kl: Floats
+    """KL of what the model as it is says next, from what it says here."""
+    n_next: Floats
+    """Those of the tokens that another follows."""
+    ce: Floats
+    """Cross-entropy of the token that follows."""
+    n_pos: Floats
+    """Probed tokens."""
+    kl_pos: Floats
+    n_next_pos: Floats
+    ce_pos: Floats
+
+
+@dataclass(frozen=True)
+class Downstream:
+    """The model run on from x̂ in place of x, in nats. None: nothing to divide by."""
+
+    ce_model: float | None
+    """Cross-entropy of the next token: the model as it is."""
+    ce_sae: float | None
+    """The same with x̂ in place of x."""
+    ce_mean: float | None
+    """The same with the mean of x in place of x."""
+    ce_zero: float | None
+    """The same with zeros in place of x."""
+    delta_ce: float | None
+    """``ce_sae - ce_model``."""
+    delta_ce_ci_low: float | None
+    delta_ce_ci_high: float | None
+    ce_recovered: float | None
+    """``(ce_mean - ce_sae) / (ce_mean - ce_model)``: 1 as the model is, 0 as with the mean. None: it does no harm."""
+    ce_recovered_ci_low: float | None
+    ce_recovered_ci_high: float | None
+    kl_sae: float | None
+    """KL of what the model says next, from what it says with x̂ in place of x: mean over tokens."""
+    kl_sae_ci_low: float | None
+    kl_sae_ci_high: float | None
+    kl_mean: float | None
+    """The same with the mean of x in place of x."""
+    kl_zero: float | None
+    """The same with zeros in place of x."""
+    kl_pos: float | None
+    """``kl_sae`` at the probed positions alone, while x̂ stands at all tokens: mean over texts."""
+    kl_pos_ci_low: float | None
+    kl_pos_ci_high: float | None
+    delta_ce_pos: float | None
+    """``delta_ce`` at the probed positions that a token follows."""
+    delta_ce_pos_ci_low: float | None
+    delta_ce_pos_ci_high: float | None
+    n_texts_run: int
+    """Texts that were run on."""
+    n_tokens_run: int
+    """Their tokens."""
+
+
+def downstream_figures(
+    model: TextSums, sae: TextSums, mean: TextSums, zero: TextSums, texts: NDArray[np.int64]
+) -> Downstream:
+    """Return the figures of sums by mention; texts int64 [mentions]: those of one text have one number."""
+    _, text = np.unique(texts, return_inverse=True)
+    model, sae, mean, zero = (_added_up(sums, text) for sums in (model, sae, mean, zero))
+    by_text = np.divide(sae.kl_pos, sae.n_pos, out=np.zeros_like(sae.n_pos), where=sae.n_pos > 0)
+    harm = _ratio(mean.ce - model.ce, model.n_next)
+    recovered = None if harm is None or harm.low <= 0 else _ratio(mean.ce - sae.ce, mean.ce - model.ce)
+    return Downstream(
+        ce_model=_value(_ratio(model.ce, model.n_next)),
+        ce_sae=_value(_ratio(sae.ce, sae.n_next)),
+        ce_mean=_value(_ratio(mean.ce, mean.n_next)),
+        ce_zero=_value(_ratio(zero.ce, zero.n_next)),
+        **_estimate("delta_ce", _ratio(sae.ce - model.ce, model.n_next)),
+        **_estimate("ce_recovered", recovered),
+        **_estimate("kl_sae", _ratio(sae.kl, sae.n)),
+        kl_mean=_value(_ratio(mean.kl, mean.n)),
+        kl_zero=_value(_ratio(zero.kl, zero.n)),
+        **_estimate("kl_pos", _ratio(by_text, (sae.n_pos > 0).astype(np.float64))),
+        **_estimate("delta_ce_pos", _ratio(sae.ce_pos - model.ce_pos, model.n_next_pos)),
+        n_texts_run=len(model.n),
+        n_tokens_run=int(model.n.sum()),
+    )
+
+
+def _added_up(sums: TextSums, text: NDArray[np.intp]) -> TextSums:
+    """By text, of sums by mention."""
+    return TextSums(*(np.bincount(text, column).astype(np.float64) for column in sums))
+
+
+def _ratio(above: Floats, below: Floats) -> Estimate | None:
+    """The ratio of the sums over texts, with its standard error from one draw of texts to another."""
+    total, n = below.sum(), len(below)
+    if total == 0:
+        return None
+    value = float(above.sum() / total)
+    residuals = above - value * below
+    error = np.sqrt(n / (n - 1) * (residuals @ residuals)) / abs(total) if n > 1 else 0.0
+    return Estimate(value, float(error), max(n - 1, 1))
+
+
+def _value(found: Estimate | None) -> float | None:
+    return None if found is None else found.value
+
+
+def _estimate(name: str, found: Estimate | None) -> dict[str, float | None]:
+    ends = (None, None) if found is None else (found.low, found.high)
+    return {name: _value(found), f"{name}_ci_low": ends[0], f"{name}_ci_high": ends[1]}
