@@ -18,6 +18,7 @@ from torch import Tensor
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.run.activations import CPU_TOKENS
+from delta_selectivity.saes import open_sae
 from delta_selectivity.tasks import Mention, batches, tokenise
 
 MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"
@@ -43,3 +44,10 @@ def activations(
         for site in sites:
             found[site][rows] = outputs[site][text, batch.last].float()
     return {site.layer: values for site, values in found.items()}
+
+
+def reconstructions(x: Tensor, sae: str, layer: int) -> Tensor:
+    """What a bundled SAE, named by its folder, makes of the activations of a layer: float32 [rows, d]."""
+    loaded = open_sae(str(MODEL.parent / sae)).load(layer, "cpu")
+    with torch.inference_mode():
+        return torch.cat([loaded.decode(loaded.encode(part), part) for part in x.split(4096)]).float()

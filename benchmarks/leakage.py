@@ -3,16 +3,19 @@
 python benchmarks/leakage.py run              # measure on the bundled model (minutes)
 python benchmarks/leakage.py run --layer 5    # at another layer
 python benchmarks/leakage.py                  # the table, from what `run` kept
+python benchmarks/leakage.py run --suite      # the 113 tasks of sae-probes, and the two bundled SAEs on each split
 
 The field's recipe splits rows at random. Where texts repeat, and where a person is named in several, part of the
 test rows are then known from training (Kaufman et al. 2012, doi 10.1145/2382577.2382579, call it leakage).
+
+Of the suite's tasks whole groups are drawn, with all copies of their texts, until there are `TEXTS` distinct ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,15 +29,20 @@ from delta_selectivity.probing.selectivity import fit_model
 from delta_selectivity.probing.uncertainty import Estimate, estimate_delta
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting import tables
+from delta_selectivity.tasks import DATASET_NAMES
 from delta_selectivity.tasks.assemble import distinct_rows
-from delta_selectivity.tasks.catalogue import load_tasks
-from delta_selectivity.tasks.types import RowSet
+from delta_selectivity.tasks.catalogue import read_tasks
+from delta_selectivity.tasks.suite_files import FAMILIES, SUITE, family_of
+from delta_selectivity.tasks.types import Mention, Row, RowSet
 
 PROJECT = Path(__file__).resolve().parent.parent
 
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
 DEFAULT_LAYER = 4  # of 0 to 5
 N_FOLDS, N_REPEATS, SEED = 5, 5, 0
+TEXTS = 500  # of each task of the suite
+SAES = ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32")
+SPLITS = ("shipped", "distinct", "by_person")
 
 
 @dataclass(frozen=True)
@@ -114,43 +122,183 @@ def compare(probes: Sequence[str], shipped: Rows, distinct: Rows, backend: Probe
     return found
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A task's rows as shipped, and its distinct texts."""
+
+    task: str
+    shipped: RowSet
+    distinct: RowSet
+
+
+def read_pairs(tasks: Sequence[str], n_texts: int | None) -> Iterator[Pair]:
+    """The row sets of tasks; n_texts: of each so many distinct texts, in whole groups."""
+    for source in read_tasks(tasks):
+        for shipped, distinct in zip(source.row_sets, distinct_rows(source).row_sets, strict=True):
+            kept = distinct.rows if n_texts is None else draw_groups(distinct.rows, n_texts)
+            of = {row.mention.identity for row in kept}
+            rows = tuple(row for row in shipped.rows if row.mention.identity in of)
+            yield Pair(source.name, RowSet(rows, shipped.probes), RowSet(tuple(kept), distinct.probes))
+
+
+def draw_groups(rows: Sequence[Row], n: int) -> list[Row]:
+    """All rows of groups drawn at random, until there are n rows or none is left."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.mention.person, []).append(row)
+    names = sorted(groups)
+    kept: list[Row] = []
+    for place in np.random.default_rng(SEED).permutation(len(names)):
+        kept += groups[names[place]] if len(kept) < n else []
+    return kept
+
+
+def places_of(pairs: Sequence[Pair]) -> dict[Mention, int]:
+    """Each distinct mention, which is run once, and its row of activations."""
+    found = {row.mention: 0 for pair in pairs for row in pair.shipped.rows}
+    return {mention: place for place, mention in enumerate(found)}
+
+
+def rows_of(row_set: RowSet, x: Tensor, places: dict[Mention, int], people: dict[str, int]) -> Rows:
+    mentions = [row.mention for row in row_set.rows]
+    labels = [[row.value == probe.positive for row in row_set.rows] for probe in row_set.probes]
+    persons = np.array([people[mention.person] for mention in mentions], dtype=np.int64)
+    return Rows(x[[places[mention] for mention in mentions]], np.array(labels), persons)
+
+
 def measure(layer: int) -> list[Leakage]:
     """Every probe of every Wikidata task on the bundled model."""
     from benchmarks.bundled import activations
 
-    pairs = [
-        pair for source in load_tasks() for pair in zip(source.row_sets, distinct_rows(source).row_sets, strict=True)
-    ]
-    places = {row.mention: 0 for shipped, _ in pairs for row in shipped.rows}  # each distinct mention is run once
-    places = {mention: place for place, mention in enumerate(places)}
+    pairs = list(read_pairs(DATASET_NAMES, None))
+    places = places_of(pairs)
     people = {key: i for i, key in enumerate(sorted({mention.person for mention in places}))}
     x = activations(list(places), [layer])[layer]
     backend, _ = choose_backend("torch", "cpu")
-
-    def rows(row_set: RowSet) -> Rows:
-        mentions = [row.mention for row in row_set.rows]
-        labels = [[row.value == probe.positive for row in row_set.rows] for probe in row_set.probes]
-        persons = np.array([people[mention.person] for mention in mentions], dtype=np.int64)
-        return Rows(x[[places[mention] for mention in mentions]], np.array(labels), persons)
-
     return [
         leakage
-        for shipped, distinct in pairs
-        for leakage in compare([p.name for p in shipped.probes], rows(shipped), rows(distinct), backend)
+        for pair in pairs
+        for leakage in compare(
+            [p.name for p in pair.shipped.probes],
+            rows_of(pair.shipped, x, places, people),
+            rows_of(pair.distinct, x, places, people),
+            backend,
+        )
     ]
 
 
-def run(layer: int) -> None:
+def measure_suite(layer: int, tasks: Sequence[str] = SUITE, n_texts: int = TEXTS) -> list[dict[str, object]]:
+    """The three splits of each task on the model's activations, and the two SAEs beside each other."""
+    from benchmarks.bundled import activations, reconstructions
+
+    pairs = list(read_pairs(tasks, n_texts))
+    places = places_of(pairs)
+    people = {key: i for i, key in enumerate(sorted({mention.person for mention in places}))}
+    x = activations(list(places), [layer])[layer]
+    recons = {sae: reconstructions(x, sae, layer) for sae in SAES}
+    backend, _ = choose_backend("torch", "cpu")
+    found = []
+    for pair in pairs:
+        shipped, distinct = (rows_of(rows, x, places, people) for rows in (pair.shipped, pair.distinct))
+        about: dict[str, object] = {"task": pair.task, "family": family_of(pair.task)}
+        try:
+            (leakage,) = compare([pair.task], shipped, distinct, backend)
+            one, other = (
+                [rows_of(rows, recon, places, people) for rows in (pair.shipped, pair.distinct)]
+                for recon in recons.values()
+            )
+            found.append({**about, **asdict(leakage), **asdict(rivalry(one, other, backend))})
+        except ValueError as error:
+            found.append({**about, "reason": str(error)})
+    return found
+
+
+@dataclass(frozen=True)
+class Rivalry:
+    """The second SAE's balanced accuracy minus the first's, as published comparisons have it and by group."""
+
+    as_published: Figure  # rows as shipped, folds by row, one partition, rows taken for independent
+    by_group: Figure  # distinct texts, folds by group, all partitions, clustered
+
+
+def rivalry(one: Sequence[Rows], other: Sequence[Rows], backend: ProbeBackend) -> Rivalry:
+    """one, other: the rows of each SAE's reconstruction, as shipped and distinct."""
+    each = np.arange(len(one[0].persons))
+    shipped = [correct_by_fold(rows[0], each, backend)[0].astype(np.float64) for rows in (one, other)]
+    grouped = [correct_by_fold(rows[1], rows[1].persons, backend)[0].astype(np.float64) for rows in (one, other)]
+    return Rivalry(
+        Figure.of(estimate_delta((shipped[1] - shipped[0])[:1], one[0].labels[0], each)),
+        Figure.of(estimate_delta(grouped[1] - grouped[0], one[1].labels[0], one[1].persons)),
+    )
+
+
+def run(layer: int, suite: bool = False) -> None:
     """Measure, and keep the figures."""
-    found = measure(layer)
+    found = measure_suite(layer) if suite else [asdict(leakage) for leakage in measure(layer)]
     config = {"layer": layer, "folds": N_FOLDS, "repeats": N_REPEATS, "seed": SEED}
+    config |= {"texts": TEXTS} if suite else {}
     KEPT.mkdir(exist_ok=True)
-    content = {"probes": [asdict(leakage) for leakage in found], "_run": result_file.describe_run(config)}
-    result_file.write_json(kept_file(layer), content)
+    content = {"tasks" if suite else "probes": found, "_run": result_file.describe_run(config)}
+    result_file.write_json(kept_file(layer, suite), content)
 
 
-def kept_file(layer: int) -> Path:
-    return KEPT / f"layer_{layer}.json"
+def kept_file(layer: int, suite: bool = False) -> Path:
+    return KEPT / f"{'suite_' if suite else ''}layer_{layer}.json"
+
+
+def suite_table(layer: int) -> str:
+    """A line per family of tasks, a line for each of the worst tasks, and what they say in a few sentences."""
+    kept = json.loads(kept_file(layer, suite=True).read_text(encoding="utf-8"))["tasks"]
+    known = [task for task in kept if "reason" not in task]
+    head = ("tasks", "rows as shipped", "distinct", "groups", "as shipped, by row", "distinct, by row",
+            "distinct, by group", "flattery")  # fmt: skip
+    families: list[tables.Row] = [("family", *head)]
+    for family in (*FAMILIES, "all"):
+        own = [task for task in known if family in (task["family"], "all")]
+        if own:
+            counts = (str(sum(task[name] for task in own)) for name in ("n_shipped", "n_distinct", "n_people"))
+            families.append((family, str(len(own)), *counts, *_means(own)))
+    worst = sorted(known, key=_flattery, reverse=True)[:WORST]
+    lines: list[tables.Row] = [("task", *head[1:])]
+    for task in worst:
+        counts = (str(task[name]) for name in ("n_shipped", "n_distinct", "n_people"))
+        lines.append((task["task"], *counts, *_means([task])))
+    reasons = [f"{task['task']}: {task['reason']}" for task in kept if "reason" in task]
+    parts = [tables.aligned(families), tables.aligned(lines), _suite_verdict(known), *reasons]
+    return "\n\n".join(parts)
+
+
+WORST = 12  # tasks in the table
+
+
+def _flattery(task: result_file.Json) -> float:
+    return float(task["shipped"]["value"] - task["by_person"]["value"])
+
+
+def _means(tasks: Sequence[result_file.Json]) -> list[str]:
+    means = [float(np.mean([task[split]["value"] for task in tasks])) for split in SPLITS]
+    return [*(f"{mean:.3f}" for mean in means), f"{means[0] - means[2]:+.3f}"]
+
+
+def _suite_verdict(known: Sequence[result_file.Json]) -> str:
+    flattered = [_flattery(task) for task in known]
+    halves = sum(
+        task["shipped"]["value"] - 0.5 > 2 * max(task["by_person"]["value"] - 0.5, 0) for task in known
+    )  # fmt: skip
+    sure = [task for task in known if task["as_published"]["low"] > 0 or task["as_published"]["high"] < 0]
+    upheld = [task for task in sure if _agrees(task) and (task["by_group"]["low"] > 0 or task["by_group"]["high"] < 0)]
+    turned = [task for task in known if task["as_published"]["value"] * task["by_group"]["value"] < 0]
+    return (
+        f"Rows as shipped, split by row, flatter {sum(gain > 0.01 for gain in flattered)} of {len(known)} tasks by "
+        f"more than 0.01, {sum(gain > 0.05 for gain in flattered)} by more than 0.05; in {halves} more than half of "
+        f"what is above chance is flattery. Compared as published (rows as shipped, one split, rows independent), "
+        f"the two SAEs differ surely on {len(sure)} tasks; {len(upheld)} of these differ surely by group as well. On "
+        f"{len(turned)} tasks the other SAE is ahead by group."
+    )
+
+
+def _agrees(task: result_file.Json) -> bool:
+    return bool(task["as_published"]["value"] * task["by_group"]["value"] > 0)
 
 
 def table(layer: int) -> str:
@@ -194,8 +342,9 @@ def _verdict(kept: Sequence[result_file.Json]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
+    parser.add_argument("--suite", action="store_true", help="the 113 tasks of sae-probes, not the Wikidata tasks")
     parser.add_argument("--layer", type=int, default=DEFAULT_LAYER, help="of the bundled model (%(default)s)")
     asked = parser.parse_args()
     if asked.what == "run":
-        run(asked.layer)
-    print(table(asked.layer))
+        run(asked.layer, asked.suite)
+    print(suite_table(asked.layer) if asked.suite else table(asked.layer))

@@ -179,6 +179,11 @@ def _run() -> Schema:
                     "type": "object",
                     "additionalProperties": {"type": "string"},
                 },
+                "task": {
+                    "description": "What the dataset asks for (null: a task of the user's), and what its texts are "
+                    "drawn from: tasks that share it tend to agree.",
+                    **_closed({"family": {"type": ["string", "null"]}, "source": {"type": "string"}}),
+                },
                 "key": {
                     "description": "Everything that changes a number: only a run with the same key continues a file.",
                     "type": "object",
@@ -195,7 +200,7 @@ def _run() -> Schema:
                 "resources": {**seconds, "description": "Likewise: peak memory in GB."},
                 "complete": {"type": "boolean", "description": "Whether everything asked for is there."},
             },
-            optional=("positive_class",),  # files of before 0.5 lack it
+            optional=("positive_class", "task"),  # files of before 0.5 lack the first, those of before 0.6 both
         ),
     }
 
@@ -206,13 +211,32 @@ def _sae_level() -> Schema:
     compared = {
         "description": "By name of another SAE of the run: this one's figures minus the other's, paired.",
         "type": "object",
-        "additionalProperties": _closed(_tested("delta_sel") | _tested("transfer_r2")),
+        "additionalProperties": _closed(
+            {**_tested("delta_sel"), **_tested("transfer_r2"), "tasks": _over_tasks(False)}, optional=("tasks",)
+        ),
     }
     return {
         "description": "Means over the datasets, layers and probes of the run; null where stored scores were gone, "
         "absent before the run is at its end.",
-        **_closed({**alone, "compared": compared}, optional=set(alone)),
+        **_closed({**alone, "tasks": _over_tasks(), "compared": compared}, optional={*alone, "tasks"}),
         "dependentRequired": {name: sorted(alone) for name in alone},
+    }
+
+
+def _over_tasks(by_family: bool = True) -> Schema:
+    counts = {name: {"type": "integer", "minimum": 1} for name in ("n_tasks", "n_sources")}
+    scores = _with_interval("delta_sel") | _with_interval("transfer_r2")
+    spreads = {f"{name}_spread": {"type": ["number", "null"], "minimum": 0} for name in ("delta_sel", "transfer_r2")}
+    level = _closed(counts | scores | spreads)
+    if not by_family:
+        return {"description": "The paired difference's means over tasks, likewise.", **level}
+    families = {"description": "The same by family.", "type": "object", "additionalProperties": level}
+    return {
+        "description": "Means over tasks, each counting alike, with tasks drawn as people are; absent where there is "
+        "one task. An end or a spread is null where all tasks are of one source.",
+        **level,
+        "properties": {**level["properties"], "families": families},
+        "required": [*level["required"], "families"],
     }
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from benchmarks import bundled
-from benchmarks.leakage import Rows, compare
+from benchmarks.leakage import Rows, compare, read_pairs, rivalry
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.probing.probes import choose_backend
-from delta_selectivity.tasks import Mention
+from delta_selectivity.tasks import Mention, load_task
 
 N_PEOPLE, MENTIONS, COPIES, D = 80, 4, 2, 64
 
@@ -72,3 +72,26 @@ def test_bundled_activations_are_those_of_the_last_token_of_each_name():
 def test_a_layer_that_the_bundled_model_lacks_is_refused():
     with pytest.raises(RequestError, match="layers 0 to 5"):
         bundled.activations([Mention("Otto Hahn", 0, 9, "")], [6])
+
+
+def test_whole_groups_of_a_task_are_drawn_with_all_copies_of_their_texts():
+    (pair,) = read_pairs(["42_temp_sense"], 60)
+    every = {row.mention for row in load_task("42_temp_sense").row_sets[0].rows}
+    drawn = {row.mention for row in pair.distinct.rows}
+    groups = {mention.person for mention in drawn}
+    assert 60 <= len(drawn) < 100 and drawn == {mention for mention in every if mention.person in groups}
+    assert {row.mention for row in pair.shipped.rows} == drawn
+    assert len(pair.shipped.rows) > len(drawn)
+
+
+def test_two_saes_are_compared_as_published_and_by_group():
+    random = np.random.default_rng(1)
+    persons = np.repeat(np.arange(60), 3)
+    labels = (np.arange(60) % 2 == 0)[persons]
+    told = torch.from_numpy(np.where(labels, 1.0, -1.0)[:, None] + random.normal(size=(180, 4))).float()
+    noise = torch.from_numpy(random.normal(size=(180, 4))).float()
+    worse, better = (Rows(x, labels[None], persons) for x in (noise, told))
+    backend, _ = choose_backend("torch", "cpu")
+    found = rivalry([worse, worse], [better, better], backend)
+    assert found.as_published.low > 0 and found.by_group.low > 0
+    assert rivalry([worse, worse], [worse, worse], backend).by_group.value == 0

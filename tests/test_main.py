@@ -162,7 +162,7 @@ def test_results_of_other_settings_are_not_touched_without_overwrite(ask, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--datasets", "99"], "99"),
+        (["--datasets", "999"], "999"),
         (["--datasets", "height"], "height"),
         (["--layers", "7"], "layer"),
         (["--layers", "2-1"], "counts down"),

@@ -16,7 +16,7 @@ from delta_selectivity.errors import FIELD, RequestError
 from delta_selectivity.run.request import choose_devices, parse_layers
 from delta_selectivity.saes import SaeSource, open_sae, wrap_sae
 from delta_selectivity.settings import Settings
-from delta_selectivity.tasks import GurneeData, Task, TaskName, UserData, name_task
+from delta_selectivity.tasks import TASK_GROUPS, GurneeData, Task, TaskName, UserData, name_task
 
 Layers = int | str | Iterable[int] | None
 Devices = str | torch.device | tuple[str | torch.device, str | torch.device]
@@ -54,8 +54,10 @@ def as_tasks(tasks: Any) -> tuple[TaskName, ...]:
     several = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str | bytes | known) else [tasks]
     if not several:
         raise RequestError("`tasks` is empty: name at least one")
-    named = (task if isinstance(task, known) else _checked_path(task, "tasks", "a name, a file") for task in several)
-    return tuple(name_task(task) if isinstance(task, str) else task for task in named)
+    named = [task if isinstance(task, known) else _checked_path(task, "tasks", "a name, a file") for task in several]
+    words = (TASK_GROUPS.get(task, (task,)) if isinstance(task, str) else (task,) for task in named)
+    found = [name_task(task) if isinstance(task, str) else task for tasks in words for task in tasks]
+    return tuple(task for place, task in enumerate(found) if not (isinstance(task, str) and task in found[:place]))
 
 
 def as_layer(layer: Any, field: str = "layer") -> int:

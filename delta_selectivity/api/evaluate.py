@@ -52,8 +52,9 @@ def evaluate(
         saes: One SAE or a list. Each is a name (hub id, local folder, ``release/sae_id`` of SAE Lens, or a pattern of
             those), or an object: an SAE of SAE Lens, sparsify or dictionary_learning as the library makes it, any
             ``nn.Module`` with ``encode`` and ``decode``, or what `wrap_sae` returns.
-        tasks: One task or a list. Each is one of `WIKIDATA`, a path to a CSV, TSV, JSON, JSONL or Parquet file, a
-            folder of the ``datasets`` library, a dataset on the Hub, or what `load_task` returns.
+        tasks: One task or a list. Each is one of `WIKIDATA`, a task of sae-probes by its name, ``"sae-probes"`` for
+            its 113 binary tasks, ``"all"`` for every question once, a path to a CSV, TSV, JSON, JSONL or Parquet file,
+            a folder of the ``datasets`` library, a dataset on the Hub, or what `load_task` returns.
         layers: A layer, several, or a string such as ``"0-11"``; None: every layer that an SAE has. An object that does
             not know its layer takes the only one given here.
         settings: All other choices; `Settings` documents them.

@@ -49,10 +49,11 @@ TYPES: dict[type, Any] = {int: int, float: float, str: str, tuple: str}  # of a 
 NO_VALUES = ("help", "version", "task")  # of the parser's arguments: those that set nothing of a request
 
 TASK_FLAGS: dict[str, dict[str, Any]] = {
-    "datasets": {"help": "indices or names, with commas: 0 gender, 1 occupation, 2 politics, 3 athlete, 4 is_alive "
-        "(all)"},
-    "list_datasets": {"action": "store_true", "help": "print the datasets with rows, people and class balance, and "
-        "end"},
+    "datasets": {"help": "numbers or names, with commas: 0 gender, 1 occupation, 2 politics, 3 athlete, 4 is_alive; 5 "
+        "and above, or by name, a task of sae-probes; wikidata for the five, sae-probes for its 113 binary tasks, all "
+        "for every question once, those of several classes too (wikidata)"},
+    "list_datasets": {"action": "store_true", "help": "print the datasets with rows, duplicates, groups, classes and "
+        "balance, and end"},
     "dataset_file": {"metavar": "FILE|OWNER/NAME", "help": "your own task: CSV, TSV, JSON, JSONL, Parquet, a folder "
         "of `datasets`, or one on the Hub (owner/name or owner/name:config) with columns text and label, and if wanted "
         "group (never split over folds), start, end (characters to probe), task"},
@@ -232,4 +233,5 @@ def make_tasks(values: Mapping[str, Any]) -> tuple[TaskName, ...]:
     if own and named is None:
         return own
     data_dir = values.get("data_dir")
-    return (*(name_task(name, data_dir=data_dir) for name in parse_dataset_names(str(named or "all"))), *own)
+    names = parse_dataset_names(str("wikidata" if named is None else named), wikidata_only=data_dir is not None)
+    return (*(name_task(name, data_dir=data_dir) for name in names), *own)

@@ -53,14 +53,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
             tell(with_flags(f"error: {error}"))
         if not files:
             return 2
+        beside = [read(path) for path in asked.beside or ()]
+        if asked.saebench is not None:
+            _write_saebench(files, asked.saebench)
+            return 2 if refused else 0
         if asked.leaderboard is not None:
             from delta_selectivity.reporting.leaderboard import write_leaderboard
 
             show(with_flags(write_leaderboard(files, asked.leaderboard)))
-            return 2 if refused else 0
-        beside = [read(path) for path in asked.beside or ()]
-        if asked.saebench is not None:
-            _write_saebench(files, asked.saebench)
             return 2 if refused else 0
         if asked.output is not None or asked.plots is not None:
             _write(files, beside, asked)

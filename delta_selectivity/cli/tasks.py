@@ -22,12 +22,15 @@ EXAMPLES = """\
 examples:
   {tasks}
       rows, people and class balance of every task
+  {tasks} --datasets sae-probes
+      the 113 tasks of sae-probes
   {tasks} --datasets gender --export gender.csv
   {run} --dataset_file gender.csv
       the rows of a task as a table, and a run on that table: the same texts, labels and people
 """
 
 DRAWING = ("shuffle_select_n", "seed")
+MORE = "--datasets sae-probes lists the 113 binary tasks of sae-probes, --datasets all those of several classes too"
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -57,6 +60,8 @@ def run(argv: Sequence[str], prog: str) -> None:
     tasks = make_tasks(values)
     if path is None:
         show(describe_datasets(tasks))
+        if not any(values.get(name) for name in ("datasets", "dataset_file")):
+            show(MORE)
         return
     asked = Settings(**{name: values[name] for name in DRAWING if name in values})
     n = export_rows(load_probe_texts(tasks, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed), path)

@@ -90,12 +90,27 @@ def _of_level(level: Any) -> Iterator[str]:
     if not isinstance(level, dict) or not isinstance(level.get("compared"), dict):
         yield "'sae_level' holds no figures"
         return
-    yield from _estimates("'sae_level'", {k: v for k, v in level.items() if k != "compared"}, TESTED[:2])
+    yield from _estimates("'sae_level'", {k: v for k, v in level.items() if k not in ("compared", "tasks")}, TESTED[:2])
+    yield from _of_tasks("'sae_level'", level.get("tasks", {}))
     for name, found in level["compared"].items():
         where = f"'sae_level', compared with {_name(name)}"
         if isinstance(found, dict):
             yield from (f"{where}: '{key}' is missing" for key in ("delta_sel", "transfer_r2") if key not in found)
-            yield from _estimates(where, found, TESTED)
+            yield from _estimates(where, {k: v for k, v in found.items() if k != "tasks"}, TESTED)
+            yield from _of_tasks(where, found.get("tasks", {}))
+        else:
+            yield f"{where}: no figures"
+
+
+def _of_tasks(where: str, tasks: Any) -> Iterator[str]:
+    where = f"{where}, over tasks"
+    families = tasks.get("families", {}) if isinstance(tasks, dict) else None
+    if not isinstance(families, dict):
+        yield f"{where}: no figures"
+        return
+    for found in ({k: v for k, v in tasks.items() if k != "families"}, *families.values()):
+        if isinstance(found, dict):
+            yield from _figures(where, found)
         else:
             yield f"{where}: no figures"
 

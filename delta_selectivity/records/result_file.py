@@ -45,7 +45,7 @@ class RecordFile:
 
     path: Path
     key: Json  # everything that changes a number
-    run: Json  # the rest of `_run`: config, versions, commit, started, positive_class
+    run: Json  # the rest of `_run`: config, versions, commit, started, positive_class, task
     layers: dict[int, Json] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # what a reader of the numbers must know
     complete: bool = False
@@ -150,6 +150,7 @@ def _is_run(run: Json) -> bool:
     measured = [*run["seconds"].values(), *run["resources"].values()]
     names = [run["config"].get(name) for name in NAMES]
     classes = run.get("positive_class", {})  # absent from files of before 0.5
+    task = run.get("task", {})  # likewise, of before 0.6
     texts = [run.get("commit"), *run.get("versions", {}).values(), *names]
     return (
         isinstance(run["key"], dict)
@@ -161,6 +162,7 @@ def _is_run(run: Json) -> bool:
         and all(isinstance(line, str) for line in [*run["warnings"], *run["q_family"]])
         and all(figures.is_number(figure) for figure in measured)
         and all(isinstance(text, str) for text in [*classes, *classes.values()])
+        and all(isinstance(task.get(name), str | None) for name in ("family", "source"))
     )
 
 

@@ -22,9 +22,9 @@ from delta_selectivity.probing.probe_statistics import ProbeScores, correct, r2_
 from delta_selectivity.probing.uncertainty import Cell, Estimate, benjamini_hochberg, estimate_mean
 from delta_selectivity.records import scores
 from delta_selectivity.records.result_file import Json, RecordFile
+from delta_selectivity.records.task_level import Place, TaskOfFile, levels, task_of
 
 SaeId = int  # index into what a run measures
-Place = tuple[str, int, str]  # result file's name, layer, probe
 
 
 def read_cells(files: Iterable[tuple[Path, Mapping[str, Any], Iterable[int]]]) -> dict[Place, ProbeScores] | None:
@@ -45,27 +45,50 @@ def read_cells(files: Iterable[tuple[Path, Mapping[str, Any], Iterable[int]]]) -
 
 def mean_delta(cells: Mapping[Place, ProbeScores]) -> Estimate | None:
     """sae_sel - model_sel, averaged over the cells; None if there are none."""
-    return _mean([_cell(found, correct(found, "sae") - correct(found, "model")) for found in cells.values()])
+    return _mean(list(_deltas(cells).values()))
 
 
 def mean_transfer_r2(cells: Mapping[Place, ProbeScores]) -> Estimate | None:
     """The share of the variance of the model's probes' scores that comes back, averaged over the cells."""
-    return _mean([_cell(p, r2_parts(p, "transfer")) for p in cells.values() if "transfer" in p.views])
+    return _mean(list(_parts_of_r2(cells).values()))
+
+
+def _deltas(cells: Mapping[Place, ProbeScores]) -> dict[Place, Cell]:
+    return {place: _cell(p, correct(p, "sae") - correct(p, "model")) for place, p in cells.items()}
+
+
+def _parts_of_r2(cells: Mapping[Place, ProbeScores]) -> dict[Place, Cell]:
+    return {place: _cell(p, r2_parts(p, "transfer")) for place, p in cells.items() if "transfer" in p.views}
 
 
 def difference(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> Estimate | None:
     """a's sae_sel - b's, averaged over the cells that both have on the same rows and folds; None if none."""
-    return _mean([_cell(one, correct(one, "sae") - correct(other, "sae")) for one, other in _shared(a, b)])
+    return _mean(list(_differences(a, b).values()))
 
 
 def difference_in_transfer_r2(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> Estimate | None:
     """a's transfer_r2 - b's, likewise. Of all scores it tells close SAEs apart best (docs/reliability.md)."""
-    pairs = [(one, other) for one, other in _shared(a, b) if "transfer" in one.views and "transfer" in other.views]
-    return _mean([_cell(one, r2_parts(one, "transfer") - r2_parts(other, "transfer")) for one, other in pairs])
+    return _mean(list(_differences_of_r2(a, b).values()))
 
 
-def _shared(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> list[tuple[ProbeScores, ProbeScores]]:
-    return [(a[place], b[place]) for place in a if place in b and _same_rows(a[place], b[place])]
+def _differences(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> dict[Place, Cell]:
+    return {
+        place: _cell(one, correct(one, "sae") - correct(other, "sae")) for place, (one, other) in _shared(a, b).items()
+    }
+
+
+def _differences_of_r2(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> dict[Place, Cell]:
+    return {
+        place: _cell(one, r2_parts(one, "transfer") - r2_parts(other, "transfer"))
+        for place, (one, other) in _shared(a, b).items()
+        if "transfer" in one.views and "transfer" in other.views
+    }
+
+
+def _shared(
+    a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]
+) -> dict[Place, tuple[ProbeScores, ProbeScores]]:
+    return {place: (a[place], b[place]) for place in a if place in b and _same_rows(a[place], b[place])}
 
 
 def _mean(cells: list[Cell]) -> Estimate | None:
@@ -128,7 +151,8 @@ def settle(files: Mapping[tuple[SaeId, int], RecordFile]) -> None:
         todo = [i for i, file in own.items() if file.layers != with_q[i] or not _is_settled(file, family, others)]
         if not todo:
             continue
-        level = _sae_level(cells, sae_id, others)
+        tasks = {file.path.name: task_of(file.run, file.path.name) for file in own.values()}
+        level = _sae_level(cells, sae_id, others, tasks)
         for index in todo:
             file = own[index]
             file.q_family, file.sae_level, file.complete = family, level, True
@@ -151,24 +175,44 @@ class _StoredCells:
         return read_cells((file.path, file.key, sorted(file.layers)) for file in own)
 
 
-def _sae_level(cells: _StoredCells, sae_id: SaeId, others: Mapping[str, SaeId]) -> Json:
+def _sae_level(
+    cells: _StoredCells, sae_id: SaeId, others: Mapping[str, SaeId], tasks: Mapping[str, TaskOfFile]
+) -> Json:
     own = cells.of(sae_id)
-    return {**summarise(own), "compared": {name: compare(own, cells.of(other)) for name, other in others.items()}}
-
-
-def summarise(own: Mapping[Place, ProbeScores] | None) -> Json:
-    """The mean of an SAE's cells in plain numbers; None for each where there are none."""
     return {
+        **summarise(own, tasks),
+        "compared": {name: compare(own, cells.of(other), tasks) for name, other in others.items()},
+    }
+
+
+def summarise(own: Mapping[Place, ProbeScores] | None, tasks: Mapping[str, TaskOfFile]) -> Json:
+    """The mean of an SAE's cells in plain numbers; None for each where there are none.
+
+    tasks: By the first part of each place. Where they are several, `tasks` has the means over them, drawn like people.
+    """
+    over = levels({"delta_sel": _deltas(own), "transfer_r2": _parts_of_r2(own)}, tasks) if own else None
+    return {
+        **({} if over is None else {"tasks": over}),
         **_with_test("delta_sel", mean_delta(own) if own else None),
         **_with_interval("transfer_r2", mean_transfer_r2(own) if own else None),
         "n_cells": len(own) if own else None,
     }
 
 
-def compare(own: Mapping[Place, ProbeScores] | None, rival: Mapping[Place, ProbeScores] | None) -> Json:
-    """The paired difference of two SAEs in plain numbers; None for each where they share no cells."""
+def compare(
+    own: Mapping[Place, ProbeScores] | None,
+    rival: Mapping[Place, ProbeScores] | None,
+    tasks: Mapping[str, TaskOfFile],
+) -> Json:
+    """The paired difference of two SAEs in plain numbers; None for each where they share no cells.
+
+    tasks: As for `summarise`.
+    """
     both = (own, rival) if own and rival else None
+    scores = {"delta_sel": _differences(*both), "transfer_r2": _differences_of_r2(*both)} if both else {}
+    over = levels(scores, tasks, by_family=False)
     return {
+        **({} if over is None else {"tasks": over}),
         **_with_test("delta_sel", difference(*both) if both else None),
         **_with_test("transfer_r2", difference_in_transfer_r2(*both) if both else None),
     }

@@ -94,18 +94,17 @@ def overlay(study: Study, one: Sae, other: Sae, name: str) -> Plot | None:
     found: dict[tuple[str, str], Panel] = {}
     thin = {"color": INK, "linewidth": 1.0, "alpha": 0.6}
     looks = {sae.label: {"color": series(study.in_full.index(sae)).colour, "linewidth": 1.6} for sae in (one, other)}
-    for dataset, probes in study.datasets.items():
-        for probe in probes:
-            cells = [sae.where(dataset, probe) for sae in (one, other)]
-            model = Line(_by_layer(cells[0], "model_sel"), thin)
-            own = (Line(_by_layer(c, "sae_sel"), looks[s.label]) for c, s in zip(cells, (one, other), strict=True))
-            shaded = tuple(
-                (layer, cells[0][layer].result["sae_sel"], cells[1][layer].result["sae_sel"])
-                for (where, of, layer), test in tested.items()
-                if (where, of) == (dataset, probe) and test[3] < LEVEL
-            )
-            if all(cells):
-                found[dataset, probe] = Panel(probe, (model, *own), shaded)
+    for dataset, probe in study.in_panels:
+        cells = [sae.where(dataset, probe) for sae in (one, other)]
+        model = Line(_by_layer(cells[0], "model_sel"), thin)
+        own = (Line(_by_layer(c, "sae_sel"), looks[s.label]) for c, s in zip(cells, (one, other), strict=True))
+        shaded = tuple(
+            (layer, cells[0][layer].result["sae_sel"], cells[1][layer].result["sae_sel"])
+            for (where, of, layer), test in tested.items()
+            if (where, of) == (dataset, probe) and test[3] < LEVEL
+        )
+        if all(cells):
+            found[dataset, probe] = Panel(probe, (model, *own), shaded)
     rows = tuple(
         (one.label, other.label, dataset, probe, layer,
          *(sae.where(dataset, probe)[layer].result["sae_sel"] for sae in (one, other)), *test)
@@ -124,7 +123,7 @@ def overlay(study: Study, one: Sae, other: Sae, name: str) -> Plot | None:
 
 
 def _probes(study: Study, sae: Sae) -> list[tuple[str, dict[int, Cell]]]:
-    found = [(probe, sae.where(dataset, probe)) for dataset, probes in study.datasets.items() for probe in probes]
+    found = [(probe, sae.where(dataset, probe)) for dataset, probe in study.in_panels]
     return [(probe, cells) for probe, cells in found if cells]
 
 

@@ -1,7 +1,8 @@
-"""Heatmaps of delta_sel by layer and probe, one per SAE and dataset, on one scale."""
+"""Heatmaps of delta_sel by layer and probe, one per SAE and dataset or family of datasets, on one scale."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from delta_selectivity.reporting.matrix import MatrixCell, bare, colour_of, draw
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import signed, span
 from delta_selectivity.reporting.study import Cell, Sae, Study
+
+Place = tuple[str, str]  # dataset, probe
 
 ROW = 22  # pixels
 COLUMN = 58
@@ -33,9 +36,9 @@ def limit_of(study: Study) -> float:
     return scale_end(largest)
 
 
-def heatmap(study: Study, sae: Sae, dataset: str, name: str) -> Plot:
-    """The cells of one SAE on one dataset."""
-    cells = [cell for cell in sae.cells if cell.dataset == dataset]
+def heatmap(study: Study, sae: Sae, dataset: str, probes: Sequence[Place], name: str) -> Plot:
+    """The cells of one SAE and of these probes, across in this order; dataset: or family, what they are called."""
+    cells = [cell for cell in sae.cells if (cell.dataset, cell.probe) in probes]
     shown = sum(is_significant(cell.result) for cell in cells)
     title = f"delta_sel of {sae.label} on {dataset}"
     description = (
@@ -46,7 +49,7 @@ def heatmap(study: Study, sae: Sae, dataset: str, name: str) -> Plot:
     labels = [one.label for one in study.everything]
     called = apart(labels, TITLE)[labels.index(sae.label)]
     numbers = [study.numbers[id(cell)] for cell in cells]
-    draw = partial(_draw, cells, numbers, called, dataset, study.datasets[dataset], limit_of(study))
+    draw = partial(_draw, cells, numbers, called, dataset, probes, limit_of(study))
     return Plot(name, title, description, draw, COLUMNS, rows)
 
 
@@ -54,8 +57,10 @@ def _row(sae: Sae, cell: Cell) -> tuple[object, ...]:
     return (sae.label, cell.dataset, cell.layer, cell.probe, cell.verdict, *map(cell.result.get, COLUMNS[5:]))
 
 
-def _draw(cells: list[Cell], numbers: list[int], title: str, dataset: str, probes: list[str], limit: float) -> Drawing:
-    layers = sorted({cell.layer for cell in cells})
+def _draw(
+    cells: list[Cell], numbers: list[int], title: str, dataset: str, places: Sequence[Place], limit: float
+) -> Drawing:
+    layers, probes = sorted({cell.layer for cell in cells}), [probe for _, probe in places]
     longest = max(text_width(shortened(probe, LABEL, 10), 10) for probe in probes)
     flat = longest <= COLUMN
     head, overhang = (56, 0) if flat else (48 + 0.6 * longest, 0.7 * longest - COLUMN / 2)
@@ -65,7 +70,7 @@ def _draw(cells: list[Cell], numbers: list[int], title: str, dataset: str, probe
     axes = axes_at(figure, LEFT, head, COLUMN * len(probes), ROW * len(layers))
     bare(axes, len(layers), len(probes))
     _label(axes, layers, probes, flat)
-    matrix = [_cell(cell, layers.index(cell.layer), probes.index(cell.probe)) for cell in cells]
+    matrix = [_cell(cell, layers.index(cell.layer), places.index((cell.dataset, cell.probe))) for cell in cells]
     parts = {f"cell-{place}{end}": number for place, number in enumerate(numbers) for end in ("", "-hatch", "-text")}
     return Drawing(figure, draw_matrix(axes, matrix, limit), parts)
 

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from delta_selectivity.reporting.cell_table import cell_table
 from delta_selectivity.reporting.drawing import Plot
+from delta_selectivity.reporting.families import family_table
 from delta_selectivity.reporting.html import Markup, element, table
-from delta_selectivity.reporting.plots import Plots
+from delta_selectivity.reporting.numbers import signed
+from delta_selectivity.reporting.plots import Plots, parts
 from delta_selectivity.reporting.provenance import facts, file_table, heading, notices, settings, versions
 from delta_selectivity.reporting.row_data import packed_json
 from delta_selectivity.reporting.saebench import caveats, ours, table_of
@@ -58,6 +60,11 @@ HEATMAPS = element(
     "For each dataset: delta_sel of every SAE, layers downwards and probes across, in one scale for the whole report; "
     "then, probe by probe, what the model knows and what the SAEs keep. Hatched: not significant. ▼ lost, → moved, "
     "= preserved, ? undecided. A click on a cell shows its rows: who was lost.",
+)
+FAMILIES = element(
+    "p",
+    "By family of tasks, the probes first that lose most (mean delta_sel over SAEs and layers), of the first three "
+    "also by layer. Every task is in the table of all cells, which can be searched.",
 )
 
 
@@ -134,6 +141,9 @@ def _sections(
     pairs = pair_table(study)
     compared = [element("h3", "Against each other"), PAIRED, pairs] if pairs else []
     compared += [element("p", line) for line in study.apart]
+    suite = family_table(study)
+    if suite is not None:
+        compared += [element("h3", "Over tasks"), suite]
     yield "saes", "SAEs", [sae_table(study), _reading(study), *compared, figures(plots.saes)]
     if plots.series:
         told = [element("p", series.sentence()) for series in series_of(study)]
@@ -142,9 +152,11 @@ def _sections(
         yield "pareto", "delta_sel against FVU and L0", [figures(plots.trade)]
     if plots.depth:
         yield "depth", "By depth", [DEPTH, figures(plots.depth)]
-    yield "datasets", "Layer by layer", [HEATMAPS, figures([plots.scale])]
-    for number, dataset in enumerate(study.datasets):
-        yield f"dataset-{number}", dataset, [figures(plots.heatmaps[dataset]), figures(plots.levels[dataset])]
+    yield "datasets", "Layer by layer", [HEATMAPS, *([FAMILIES] if study.is_long else []), figures([plots.scale])]
+    for number, (part, datasets) in enumerate(parts(study).items()):
+        shown = [figures(plots.heatmaps[part]), figures(plots.levels[part])]
+        title = f"{part} ({len(datasets)})" if study.is_long else part
+        yield f"dataset-{number}", title, [_folded(study, datasets, shown)] if study.is_long else shown
     if groups:
         yield "people", "Who loses more", list(groups)
     if study.beside:
@@ -153,6 +165,14 @@ def _sections(
     listed = element("summary", f"Result files ({len(study.files)})")
     files = element("details", listed, file_table(study))
     yield "run", "How it was run", [settings(study), element("h3", "Versions"), versions(study), files]
+
+
+def _folded(study: Study, datasets: Sequence[str], shown: Sequence[Markup]) -> Markup:
+    """Plots of a family, and its tasks, under a line that says which lose most."""
+    worst = [place for place in study.losses if place[0] in datasets][:3]
+    told = ", ".join(f"{probe} {signed(study.losses[dataset, probe])}" for dataset, probe in worst)
+    head = f"most is lost of {told}" if told else "nothing was measured"
+    return element("details", element("summary", head), *shown, element("p", f"Its tasks: {', '.join(datasets)}."))
 
 
 def _beside(study: Study) -> Iterator[Markup]:

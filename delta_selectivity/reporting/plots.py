@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from delta_selectivity.records import result_file
@@ -19,6 +19,9 @@ from delta_selectivity.reporting.series import series_of
 from delta_selectivity.reporting.series_plot import series_plot
 from delta_selectivity.reporting.study import Study
 
+ACROSS = 12  # probes in a heatmap of a family
+OF_A_FAMILY = 3  # probes of one that have a panel
+
 
 @dataclass(frozen=True)
 class Plots:
@@ -29,14 +32,14 @@ class Plots:
     trade: tuple[Plot, ...]  # delta_sel against FVU and L0
     depth: tuple[Plot, ...]  # by layer, all probes of an SAE in one
     scale: Plot  # the colours of all heatmaps
-    heatmaps: dict[str, tuple[Plot, ...]]  # by dataset
-    levels: dict[str, tuple[Plot, ...]]  # by dataset
+    heatmaps: dict[str, tuple[Plot, ...]]  # by dataset, or of many datasets by family
+    levels: dict[str, tuple[Plot, ...]]  # likewise
     beside: tuple[Plot, ...] = ()  # SAEBench's figures and ours
 
     def __iter__(self) -> Iterator[Plot]:
         yield from (*self.saes, *self.series, *self.trade, *self.depth, self.scale)
-        for dataset in self.heatmaps:
-            yield from (*self.heatmaps[dataset], *self.levels[dataset])
+        for part in self.heatmaps:
+            yield from (*self.heatmaps[part], *self.levels[part])
         yield from self.beside
 
 
@@ -51,10 +54,15 @@ def plots_of(study: Study) -> Plots:
         _there(trade),
         _there(_depth(study, names)),
         scale(study),
-        {dataset: tuple(_heatmaps(study, dataset, names)) for dataset in study.datasets},
-        {dataset: tuple(_levels(study, dataset, names)) for dataset in study.datasets},
+        {part: tuple(_heatmaps(study, part, datasets, names)) for part, datasets in parts(study).items()},
+        {part: tuple(_levels(study, datasets, names)) for part, datasets in parts(study).items()},
         tuple(beside_plots(ours(study.files), study.beside)) if study.beside else (),
     )
+
+
+def parts(study: Study) -> dict[str, list[str]]:
+    """What has a section of its own, and its datasets: each dataset, or of many each family."""
+    return study.families if study.is_long else {dataset: [dataset] for dataset in study.datasets}
 
 
 def _there(plots: list[Plot | None]) -> tuple[Plot, ...]:
@@ -70,14 +78,25 @@ def _depth(study: Study, names: _Names) -> list[Plot | None]:
     ]
 
 
-def _heatmaps(study: Study, dataset: str, names: _Names) -> Iterator[Plot]:
-    for sae in study.in_full:
-        if any(cell.dataset == dataset for cell in sae.cells):
-            yield heatmap(study, sae, dataset, names.of("heatmap", dataset, sae.label))
+def _heatmaps(study: Study, part: str, datasets: Sequence[str], names: _Names) -> Iterator[Plot]:
+    """Of a family, the probes that lose most come first, so many in a heatmap."""
+    probes = [(dataset, probe) for dataset in datasets for probe in study.datasets[dataset]]
+    if study.is_long:
+        probes.sort(key=lambda place: study.losses.get(place, float("inf")))
+    size = ACROSS if study.is_long else len(probes)
+    for start in range(0, len(probes), size):
+        shown = probes[start : start + size]
+        for sae in study.in_full:
+            if any((cell.dataset, cell.probe) in shown for cell in sae.cells):
+                yield heatmap(study, sae, part, shown, names.of("heatmap", part, sae.label))
 
 
-def _levels(study: Study, dataset: str, names: _Names) -> Iterator[Plot]:
-    for probe in study.datasets[dataset]:
+def _levels(study: Study, datasets: Sequence[str], names: _Names) -> Iterator[Plot]:
+    """Of a family, the probes that lose most."""
+    probes = [(dataset, probe) for dataset in datasets for probe in study.datasets[dataset]]
+    if study.is_long:
+        probes = [place for place in study.losses if place in probes][:OF_A_FAMILY]
+    for dataset, probe in probes:
         for group in groups(study):
             plot = panel(study, group, dataset, probe, names.of("levels", dataset, probe, group[0].label))
             if plot is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from delta_selectivity.records import result_file
@@ -15,6 +15,7 @@ from delta_selectivity.reporting.study import Study
 from delta_selectivity.system.terminal import printable
 
 NAME = 40  # characters of the name of an SAE
+FEW = 12  # warnings that stand each by itself
 NO_SETTINGS = {
     "sae", "sae_label", "baseline", "baseline_of", "baseline_of_sae", "model", "data", "schema", "output_directory",
     "quiet", "verbose", "overwrite", "d_sae",
@@ -68,7 +69,20 @@ def notices(study: Study) -> list[Markup]:
     for file in study.files:
         for warning in file[1]["_run"]["warnings"]:
             by_warning[printable(warning)].append(_name(file))
+    if len(by_warning) > FEW:
+        return [*found, _folded(by_warning)]
     return found + [_notice("Warning", warning, names) for warning, names in by_warning.items()]
+
+
+def _folded(by_warning: Mapping[str, Sequence[str]]) -> Markup:
+    """Many warnings as one, that opens."""
+    lines = (
+        element("li", f"{warning} ({names[0] if len(names) == 1 else f'{len(names)} files'})")
+        for warning, names in by_warning.items()
+    )
+    shown = element("details", element("summary", "read them"), element("ul", *lines))
+    text = f"{len(by_warning)} different ones"
+    return element("div", element("p", element("b", "Warnings: "), text), shown, class_="notice warning")
 
 
 def _notice(kind: str, text: str, names: list[str]) -> Markup:

@@ -131,6 +131,7 @@ def about_file(file: File, models: Mapping[Any, str]) -> tuple[dict[str, Any], d
         {**sae, "dataset": dataset_of(file).removeprefix("wikidata_")},
         {
             "model": models[str(run["key"].get("model"))],
+            "family": (run.get("task") or {}).get("family"),
             **{"probe_solver" if name == "probe" else name: value for name, value in told.items()},
         },
     )

@@ -17,7 +17,7 @@ from typing import Any
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting.groups import HASHES, settings_of, stored_cells
 from delta_selectivity.reporting.names import abridged
-from delta_selectivity.reporting.study import Sae, Study
+from delta_selectivity.reporting.study import Sae, Study, tasks_of
 from delta_selectivity.system.terminal import printable
 
 _STEP = re.compile(
@@ -134,7 +134,7 @@ def _change(study: Study, sae: Sae, before: Sae) -> result_file.Json | None:
         return None
     from delta_selectivity.records.sae_level import compare  # here: scipy, which most reports do without
 
-    found = compare(own, other)
+    found = compare(own, other, tasks_of(sae.files))
     return found if found["transfer_r2"] is not None else None
 
 

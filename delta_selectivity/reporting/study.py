@@ -6,6 +6,8 @@ study = study_of(load(result_files(Path("results"))))
 from __future__ import annotations
 
 import itertools
+import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +29,10 @@ from delta_selectivity.reporting.results import (
 )
 from delta_selectivity.system.terminal import printable
 
+MANY = 12  # datasets: with more, a report shows them by family, folded, and those that lose most in full
+IN_FULL = 24  # probes of these that have a panel by layer
+OTHERS = "other tasks"  # what a report calls those of no family
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -37,6 +43,7 @@ class Cell:
     probe: str
     figures: result_file.Json  # of the layer: mse_pos, fvu_pos, l0, ...
     result: result_file.Json  # of the probe: model_sel, sae_sel, delta_sel, ...; or only a `reason`
+    family: str = OTHERS  # of its dataset
 
     @property
     def measured(self) -> bool:
@@ -159,6 +166,38 @@ class Study:
         return {dataset: list(probes) for dataset, probes in found.items()}
 
     @property
+    def is_long(self) -> bool:
+        """Whether there are too many datasets to show each in full."""
+        return len(self.datasets) > MANY
+
+    @cached_property
+    def losses(self) -> dict[tuple[str, str], float]:
+        """By dataset and probe, the mean delta_sel over SAEs and layers, the largest loss first."""
+        found: dict[tuple[str, str], list[float]] = {}
+        for cell in (cell for sae in self.in_full for cell in sae.measured):
+            found.setdefault((cell.dataset, cell.probe), []).append(cell.result["delta_sel"])
+        means = {place: statistics.fmean(values) for place, values in found.items()}
+        return dict(sorted(means.items(), key=lambda item: item[1]))
+
+    @cached_property
+    def families(self) -> dict[str, list[str]]:
+        """The datasets of each family, the families and datasets first that lose most; last what was not measured."""
+        family = {cell.dataset: cell.family for sae in self.everything for cell in sae.cells}
+        worst = dict.fromkeys([*(dataset for dataset, _ in self.losses), *self.datasets])
+        own: dict[str, list[float]] = {name: [] for name in family.values()}
+        for (dataset, _), loss in self.losses.items():
+            own[family[dataset]].append(loss)
+        order = sorted(own, key=lambda name: statistics.fmean(own[name]) if own[name] else math.inf)
+        return {name: [dataset for dataset in worst if family[dataset] == name] for name in order}
+
+    @cached_property
+    def in_panels(self) -> list[tuple[str, str]]:
+        """(dataset, probe) of what is drawn by layer: all in the order of the files; of many, those that lose most."""
+        if self.is_long:
+            return list(self.losses)[:IN_FULL]
+        return [(dataset, probe) for dataset, probes in self.datasets.items() for probe in probes]
+
+    @property
     def incomplete(self) -> list[File]:
         """Files of runs that have not ended."""
         return [file for file in self.files if not file[1]["_run"]["complete"]]
@@ -228,7 +267,7 @@ class Study:
                     return f"the scores beside the result files of {sae.label} are gone or not theirs"
             from delta_selectivity.records.sae_level import compare  # here: scipy, which most reports do without
 
-            found = compare(self._cells_of(one.name), self._cells_of(other.name))
+            found = compare(self._cells_of(one.name), self._cells_of(other.name), tasks_of(one.files))
         if found["delta_sel"] is None:
             return "no dataset, layer and probe in common with the same rows and folds"
         return Comparison(one, other, found)
@@ -257,13 +296,17 @@ def study_of(files: Sequence[File], beside: Sequence[Evaluation] = ()) -> Study:
 def _sae(name: str, files: Sequence[File], label: str, dataset_of: Callable[[File], str]) -> Sae:
     config = files[0][1]["_run"]["config"]
     found = tuple(
-        Cell(dataset_of(file), layer, printable(probe), figures, result)
+        Cell(dataset_of(file), layer, printable(probe), figures, result, _family(file))
         for file in files
         for layer, probe, figures, result in cells(file[1])
     )
     baseline = is_baseline(files[0][1])
     kind, called, made_from = config.get("baseline"), label_in_run(name, files), owner(files[0][1])
     return Sae(name, label, called, baseline, kind, made_from, _level(files), found, tuple(files))
+
+
+def _family(file: File) -> str:
+    return printable((file[1]["_run"].get("task") or {}).get("family") or OTHERS)
 
 
 def _level(files: Sequence[File]) -> result_file.Json:
@@ -273,7 +316,14 @@ def _level(files: Sequence[File]) -> result_file.Json:
         return level
     from delta_selectivity.records.sae_level import summarise  # here: scipy
 
-    return summarise(stored_cells(files))
+    return summarise(stored_cells(files), tasks_of(files))
+
+
+def tasks_of(files: Sequence[File]) -> Any:
+    """What each dataset is about, as `records.sae_level` takes it."""
+    from delta_selectivity.records.task_level import task_of  # here: scipy
+
+    return {dataset_of(file): task_of(file[1]["_run"], dataset_of(file)) for file in files}
 
 
 def _labels(own_files: dict[str, list[File]]) -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from delta_selectivity.records import result_file
 from delta_selectivity.records.verdicts import LOST, PRESERVED, is_preserved, is_significant
-from delta_selectivity.reporting.groups import File
+from delta_selectivity.reporting.families import MEANING as OVER_TASKS
+from delta_selectivity.reporting.families import family_rows
+from delta_selectivity.reporting.groups import File, dataset_of
 from delta_selectivity.reporting.names import abridged, apart
 from delta_selectivity.reporting.numbers import few_effective, fvu_whole, interval, number, p_value, people
 from delta_selectivity.reporting.ranking import MEANING, in_order, rank
@@ -14,14 +16,16 @@ from delta_selectivity.reporting.results import (
     cells,
     further_views,
     is_baseline,
+    label_in_run,
     mean,
     with_downstream,
 )
-from delta_selectivity.reporting.study import Study, study_of
+from delta_selectivity.reporting.study import MANY, Study, study_of
 from delta_selectivity.system.terminal import one_line, printable
 
 Row = tuple[str, ...]
 LONGEST = 72  # characters of a name
+WORST = 20  # cells that are shown of many datasets
 
 NOTE = (
     "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
@@ -191,8 +195,44 @@ def render(files: Sequence[File], worst_first: bool = False) -> str:
     Of baselines only the summary, unless there is nothing else.
     """
     in_full = [file for file in files if not is_baseline(file[1])] or files
+    if len({dataset_of(file) for file in in_full}) > MANY:
+        return "\n\n".join([*_in_short(in_full), overview(files)])
     parts = [f"{one_line(str(path))}\n\n{selectivity_table(results, worst_first)}" for path, results in in_full]
     return "\n\n".join([*parts, NOTE, *([overview(files)] if len(files) > 1 else [])])
+
+
+def _in_short(files: Sequence[File]) -> list[str]:
+    """Of many datasets: the probes that lose most, each at its worst layer, and what could not be measured."""
+    named = [(dataset_of(file), file) for file in files]
+    found = [(label_in_run("", [file]), dataset, *cell) for dataset, file in named for cell in cells(file[1])]
+    measured = [cell for cell in found if not cell[-1].get("reason")]
+    by_loss = sorted(measured, key=lambda cell: cell[-1]["delta_sel"], reverse=True)
+    of_probe = {(sae, dataset, probe): place for place, (sae, dataset, _, probe, *_) in enumerate(by_loss)}
+    worst = [by_loss[place] for place in sorted(of_probe.values(), reverse=True)[:WORST]]
+    header: Row = ("SAE", "dataset", "layer", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer")
+    rows = [
+        (
+            abridged(printable(sae), LONGEST),
+            abridged(printable(dataset), LONGEST),
+            *_row(str(layer), probe, *numbers)[:7],
+        )
+        for sae, dataset, layer, probe, *numbers in worst
+    ]
+    reasons: dict[str, None] = {
+        f"not measured: {dataset}, {probe}: {result['reason']}": None
+        for _, dataset, _, probe, _, result in found
+        if result.get("reason")
+    }
+    head = (
+        f"the {len(rows)} of {len(of_probe)} probes that lose most, each at its worst layer; a result file alone shows "
+        "all of its own, a page and a CSV file those of all"
+    )
+    return [head, aligned([header, *rows]), NOTE, *([one_line_each(reasons)] if reasons else [])]
+
+
+def one_line_each(texts: Iterable[str]) -> str:
+    """Texts that come from data, a line each."""
+    return "\n".join(map(one_line, texts))
 
 
 def overview(files: Sequence[File]) -> str:
@@ -200,5 +240,8 @@ def overview(files: Sequence[File]) -> str:
     study = study_of(files)  # once for all of it: pairs may be compared from their stored scores
     apart = "\n".join(one_line(line) for line in study.apart)
     sentence = rank(study).sentence()
-    parts = (summary_table(study), MEANING, sentence and one_line(sentence), comparison_table(study), apart)
+    families = family_rows(study)
+    over_tasks = f"{aligned(families)}\n\n{OVER_TASKS}" if families else None
+    told = sentence and one_line(sentence)
+    parts = (over_tasks, summary_table(study), MEANING, told, comparison_table(study), apart)
     return "\n\n".join(part for part in parts if part)

@@ -355,8 +355,12 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
                 raise RequestError(f"`tasks`: two would be written to {path}: rename one, or measure them in two runs")
             held.enter_context(reserve(path))
             refuse_link(scores.folder_of(path))
-            classes = {"positive_class": {probe.name: probe.positive for probe in plan.texts.datasets[index].probes}}
-            files[sae_id, index] = RecordFile.open(path, key, {**run, **classes}, request.settings.overwrite)
+            dataset = plan.texts.datasets[index]
+            about = {
+                "positive_class": {probe.name: probe.positive for probe in dataset.probes},
+                "task": {"family": dataset.family, "source": dataset.source or dataset.slug},
+            }
+            files[sae_id, index] = RecordFile.open(path, key, {**run, **about}, request.settings.overwrite)
     return files
 
 

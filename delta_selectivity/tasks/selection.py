@@ -16,15 +16,15 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.types import Int64Array, RowSet, Task
 
 
-def select_rows(source: Task, n: int | None, seed: int) -> Task:
+def select_rows(source: Task, n: int | None, seed: int, forgiving: bool = False) -> Task:
     """Keep at most `n` rows of `source` over its row sets (None: all), in their own order.
 
-    Raises `RequestError` if `n` leaves a class of some probe without a row.
+    Raises `RequestError` if `n` leaves a class of some probe without a row, unless that is to be `forgiving`.
     """
     if n is None:
         return source
     shares = _allot([len(row_set.rows) for row_set in source.row_sets], n)
-    if not _leaves_every_class(source, shares):
+    if not (forgiving or _leaves_every_class(source, shares)):
         raise RequestError(
             f"`shuffle_select_n` {n} leaves a probe of {source.slug} without one of its classes: "
             f"ask for at least {_least(source, n)} rows"

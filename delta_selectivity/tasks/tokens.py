@@ -185,10 +185,14 @@ def _locate(mention: Mention, encoding: Encoding) -> _Tokens:
     """The tokens that share a character with the name.
 
     Overlap, not equal borders: a token may hold the space before the name, and the several tokens of one
-    multi-byte character all carry that character's offsets.
+    multi-byte character all carry that character's offsets. A name at the text's very end ends with the last token,
+    which may be a space that, to some tokenizers, stands nowhere.
     """
     spells = (encoding.char_to_token(place) for place in range(mention.start, mention.end))  # the first that holds it
     first = next((token for token in spells if token is not None), None)
+    if mention.end == len(mention.text) and len(encoding):
+        last = len(encoding) - 1
+        return _Tokens(encoding.ids, last if first is None else first, last)
     if first is None:
         name = mention.text[mention.start : mention.end]
         raise RequestError(f"the tokenizer gives no token for {name!r} in the text {_shorten(mention.text)!r}")

@@ -18,7 +18,7 @@ class Mention:
     text: str
     start: int
     end: int
-    person: str  # key of the person: rows with the same key never fall on both sides of a split
+    person: str  # key of the person, or of whatever else groups rows: a key never falls on both sides of a split
     token_ids: tuple[int, ...] | None = None  # pre-tokenised data (Gurnee): the real tokens, without BOS
     token_span: tuple[int, int] | None = None  # inclusive positions of the name in token_ids
 
@@ -46,13 +46,15 @@ class Dataset:
     slug: str  # 'wikidata_gender': the file name's part
     probes: tuple[Probe, ...]
     is_public: bool = False  # whether anybody may read its texts
+    family: str | None = None  # of tasks that ask for the same kind of thing; None: a task of the user's
+    source: str | None = None  # what its texts are drawn from, if other tasks may share it
 
 
 @dataclass(frozen=True, eq=False)
 class ProbeTexts:
     """Everything to run through the model once, and every question to ask about it."""
 
-    mentions: tuple[Mention, ...]  # each identity once over all datasets
+    mentions: tuple[Mention, ...]  # each identity and person once over all datasets
     persons: Int64Array  # [n_mentions] person id: one key, one id, across datasets and runs
     datasets: tuple[Dataset, ...]
 
@@ -94,6 +96,9 @@ class Task:
     slug: str
     row_sets: tuple[RowSet, ...]
     is_public: bool = False  # whether anybody may read its texts; a user's table may hold what nobody else should see
+    family: str | None = None  # of tasks that ask for the same kind of thing; None: a task of the user's
+    source: str | None = None  # what its texts are drawn from, if other tasks may share it
+    grouping: str | None = None  # how `Mention.person` was found, in a word; None: as the user's table says
 
     def __repr__(self) -> str:
         probes = [probe.name for row_set in self.row_sets for probe in row_set.probes]

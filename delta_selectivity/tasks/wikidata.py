@@ -5,17 +5,10 @@ Every prompt ends exactly at the end of a person's name. `data_wheel` finds or f
 
 from __future__ import annotations
 
-import csv
-
-import zstandard
-
 from delta_selectivity.errors import RequestError
-from delta_selectivity.tasks.data_wheel import WHEEL, open_data
+from delta_selectivity.tasks.data_wheel import WHEEL, read_labelled
 from delta_selectivity.tasks.people import name_span, person_key
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
-
-_FOLDER = "sae_probes/data/cleaned_data"
-_COLUMNS = ("prompt", "target")
 
 # dataset -> files; file -> (probe, the target that counts as 1)
 _FILES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
@@ -46,19 +39,11 @@ def load_wikidata(name: str) -> Task:
         RowSet(rows=_read_rows(stem), probes=tuple(ProbeSpec(*probe) for probe in probes))
         for stem, probes in _FILES[name].items()
     )
-    return Task(name=name, slug=f"wikidata_{name}", row_sets=row_sets, is_public=True)
+    return Task(name, f"wikidata_{name}", row_sets, is_public=True, family="people", grouping="person")
 
 
 def _read_rows(stem: str) -> tuple[Row, ...]:
-    with (
-        open_data(f"{_FOLDER}/{stem}.csv.zst") as packed,
-        zstandard.open(packed, "rt", encoding="utf-8", newline="") as file,
-    ):
-        reader = csv.DictReader(file)
-        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
-        if missing:
-            raise RequestError(f"{stem} of {WHEEL.distribution} has no column {missing[0]!r}: {WHEEL.install_command}")
-        return tuple(Row(_mention(record["prompt"]), record["target"]) for record in reader)
+    return tuple(Row(_mention(text), target) for text, target in read_labelled(stem))
 
 
 def _mention(prompt: str) -> Mention:

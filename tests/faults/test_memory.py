@@ -154,9 +154,6 @@ def test_a_run_short_of_memory_in_both_threads_gives_the_same_numbers(
     with_room_for(monkeypatch, 2, CPU_ERROR)
     assert ask.into(tmp_path / "short").run() == 0
     short, plenty = numbers(tmp_path / "short"), numbers(tmp_path / "plenty")
-    for result in (*short.values(), *plenty.values()):
-        for layer in result.values():
-            assert layer["women"].pop("n_iter") > 0  # smaller batches round otherwise, which may cost a fit a step
     assert_close(short, plenty)
     assert "texts in a forward pass" in caplog.text
     assert sum("at most" in line for line in caplog.text.splitlines()) < 10, "the size that worked is remembered"

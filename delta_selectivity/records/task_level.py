@@ -1,0 +1,147 @@
+"""Means over tasks that are a sample of tasks, as the people in them are of people: the score of a suite.
+
+    over_tasks({"us_state": [[cell, cell], [cell]], "gender": [[cell]]})     # source -> its tasks' cells
+    levels(cells, tasks)                                                     # in plain numbers, by family too
+
+Every task counts alike. Tasks cut from one file (`source`) tend to agree, so sources are what is drawn: the mean's
+squared error is that of the people, as `estimate_mean` has it, and the variance between sources beyond it (the moment
+estimator of a random effect: Cochran 1954, DerSimonian & Laird 1986; unweighted, since tasks count alike). Intervals
+use Student's t (Hartung & Knapp 2001), with Satterthwaite's degrees of freedom.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from delta_selectivity.probing.uncertainty import Cell, Estimate, estimate_mean
+from delta_selectivity.records.result_file import Json
+
+T = TypeVar("T")
+Place = tuple[str, int, str]  # result file's name, layer, probe
+
+
+class TaskOfFile(NamedTuple):
+    """What a result file is about."""
+
+    family: str | None  # of tasks that ask for the same kind of thing; None: a task of the user's
+    source: str  # tasks that are cut from the same rows have one
+
+
+def task_of(run: Mapping[str, Any], name: str) -> TaskOfFile:
+    """What a result file says in `_run`; its own name is the source where it says none."""
+    told = run.get("task") or {}
+    return TaskOfFile(told.get("family"), told.get("source") or name)
+
+
+@dataclass(frozen=True)
+class OverTasks:
+    """A mean over tasks, each counting alike."""
+
+    estimate: Estimate | None  # with tasks drawn as well as people; None: of a single source nothing is known
+    value: float
+    spread: float | None  # standard deviation of the true values of sources
+    n_tasks: int
+    n_sources: int
+
+
+def over_tasks(sources: Mapping[str, Sequence[Sequence[Cell]]]) -> OverTasks:
+    """The mean over tasks of their cells' mean change.
+
+    sources: By what is drawn, for each of its tasks the cells that were measured, one or more. All of one number of
+    repeats and folds.
+    """
+    tasks = [cells for own in sources.values() for cells in own]
+    people = _mean(tasks)
+    if len(sources) < 2:
+        return OverTasks(None, people.value, None, len(tasks), len(sources))
+    own = [_mean(cells) for cells in sources.values()]
+    weight = np.array([len(cells) for cells in sources.values()]) / len(tasks)
+    value, error = (np.array(found) for found in zip(*((e.value, e.standard_error) for e in own), strict=True))
+    squares = weight**2
+    between, between_freedom = _between(value, weight)  # their people's part included
+    shared = people.standard_error**2 - float(squares @ error**2)  # what the same people add across sources
+    variance = max(between + shared, people.standard_error**2)
+    uncertain = between**2 / between_freedom + shared**2 / people.degrees_of_freedom
+    freedom = max(1.0, variance**2 / uncertain) if uncertain else people.degrees_of_freedom
+    spread = math.sqrt((variance - people.standard_error**2) / squares.sum())
+    return OverTasks(
+        Estimate(people.value, math.sqrt(variance), freedom), people.value, spread, len(tasks), len(sources)
+    )
+
+
+def _between(value: NDArray[np.float64], weight: NDArray[np.float64]) -> tuple[float, float]:
+    """The squared error of the weighted mean by the values' distances from it, and its degrees of freedom.
+
+    Unbiased where the values have one variance: the squares are value' M value, whose mean is that variance times the
+    trace of M; twice as many degrees of freedom as the mean's square over its variance (Satterthwaite).
+    """
+    distance = np.eye(len(weight)) - weight  # value - mean = distance @ value
+    form = distance.T @ np.diag(weight**2) @ distance
+    trace = np.trace(form)
+    error = float(value @ form @ value * (weight @ weight) / trace)
+    return error, float(trace**2 / np.trace(form @ form))
+
+
+def _mean(tasks: Sequence[Sequence[Cell]]) -> Estimate:
+    """The mean over tasks, with people drawn. `estimate_mean` weighs cells alike: their changes are scaled to that."""
+    n_cells = sum(map(len, tasks))
+    factors = [n_cells / (len(tasks) * len(cells)) for cells in tasks]
+    return estimate_mean(
+        [
+            cell if factor == 1 else dataclasses.replace(cell, change=cell.change * np.float64(factor))
+            for cells, factor in zip(tasks, factors, strict=True)
+            for cell in cells
+        ]
+    )
+
+
+def levels(
+    scores: Mapping[str, Mapping[Place, Cell]], tasks: Mapping[str, TaskOfFile], by_family: bool = True
+) -> Json | None:
+    """The means over tasks of each score, and of each family if there are several; None of a single task.
+
+    scores: Name of a score -> its cells. tasks: By the first part of each place.
+    """
+    found = {name: _by_task(cells) for name, cells in scores.items()}
+    measured = {file for by_task in found.values() for file in by_task}
+    if len(measured) < 2:
+        return None
+    level = _level(found, tasks, measured)
+    named = {tasks[file].family for file in measured}
+    families = sorted(family for family in named if family is not None and len(named) > 1)
+    own = {family: {file for file in measured if tasks[file].family == family} for family in families}
+    return {**level, "families": {name: _level(found, tasks, own[name]) for name in families}} if by_family else level
+
+
+def _level(
+    scores: Mapping[str, Mapping[str, Sequence[Cell]]], tasks: Mapping[str, TaskOfFile], files: set[str]
+) -> Json:
+    """The numbers of these tasks; None where a score was not measured, or of a single source nothing is known."""
+    level: Json = {"n_tasks": len(files), "n_sources": len({tasks[file].source for file in files})}
+    for name, by_task in scores.items():
+        sources: dict[str, list[Sequence[Cell]]] = {}
+        for file in sorted(files & by_task.keys()):
+            sources.setdefault(tasks[file].source, []).append(by_task[file])
+        over = over_tasks(sources) if sources else None
+        estimate = over and over.estimate
+        level |= {
+            name: over and over.value,
+            f"{name}_ci_low": estimate and estimate.low,
+            f"{name}_ci_high": estimate and estimate.high,
+            f"{name}_spread": over and over.spread,
+        }
+    return level
+
+
+def _by_task(cells: Mapping[Place, T]) -> dict[str, list[T]]:
+    found: dict[str, list[T]] = {}
+    for (file, _, _), cell in cells.items():
+        found.setdefault(file, []).append(cell)
+    return found

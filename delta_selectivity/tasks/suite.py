@@ -1,0 +1,99 @@
+"""The tasks of sae-probes, each a data file of its wheel, probed at the last token of the text.
+
+The suite of Kantamneni et al. 2025 (arXiv 2502.16681). Its rows repeat, and so do the things they are about: rows that
+share them are one group, by the rules of `suite_files.GROUPINGS`.
+
+    load_suite_task("117_us_state_FL")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable
+
+from delta_selectivity.errors import RequestError
+from delta_selectivity.tasks.data_wheel import WHEEL, read_labelled
+from delta_selectivity.tasks.people import name_span, person_key, plain_key
+from delta_selectivity.tasks.suite_files import STEMS, family_of, grouping_of, holds_numbers, source_of
+from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
+
+LONGEST_SPAN = 64  # characters: more is no name, and a model may lack the room for it
+LONGEST_KEY = 80  # characters of a group's key that are kept; what differs beyond them is in a digest
+
+_QUALIFIER = re.compile(r"[,(]")
+_AFTER_QUESTION = re.compile(r"\n|\||\[SEP\]|\(A\)")
+_NO_LETTER = re.compile(r"[^\w\s]|_")
+_NO_ASCII_LETTER = {code: None for code in range(128) if _NO_LETTER.match(chr(code))}
+
+
+def load_suite_task(name: str) -> Task:
+    """Read a task of `suite_files.ALL` as shipped; of several classes, each is a probe against the rest.
+
+    Raises `RequestError` if its file cannot be had, or holds numbers in place of classes.
+    """
+    if holds_numbers(name):
+        raise RequestError(f"`tasks` {name}: its labels are numbers, not classes: there is nothing to probe for")
+    stem, grouping = STEMS[name], grouping_of(name)
+    mentions: dict[str, Mention] = {}  # rows repeat: each text is looked at once
+    rows = []
+    for text, target in read_labelled(stem):
+        if text not in mentions:
+            mentions[text] = _mention(text, grouping)
+        rows.append(Row(mentions[text], target))
+    row_sets = (RowSet(tuple(rows), _probes(stem, rows)),)
+    return Task(name, name, row_sets, True, family_of(name), source_of(name), grouping)
+
+
+def group_key(text: str, grouping: str) -> str:
+    """Return the key of the group that a text belongs to, by a rule of `suite_files.GROUPINGS`."""
+    return _GROUP_KEYS[grouping](text)
+
+
+def _mention(text: str, grouping: str) -> Mention:
+    """The text with its last words to its very end: the last token is probed, whatever it is."""
+    span = name_span(text)
+    if span is None:
+        raise RequestError(f"{WHEEL.distribution} holds a prompt without a word, {text!r}: {WHEEL.install_command}")
+    return Mention(text, max(span[0], len(text) - LONGEST_SPAN), len(text), group_key(text, grouping))
+
+
+def _probes(stem: str, rows: list[Row]) -> tuple[ProbeSpec, ...]:
+    """Of two classes the later in order is the positive one, as in sae-probes."""
+    tag = stem.partition("_")[2].replace(" ", "_")
+    values = sorted({row.value for row in rows})
+    if len(values) == 2:
+        return (ProbeSpec(tag, values[1]),)
+    return tuple(ProbeSpec(f"{tag}_is_{value.replace(' ', '_')}", value) for value in values)
+
+
+def _person(text: str) -> str:
+    span = name_span(text)
+    return plain_key(text) if span is None else person_key(text[slice(*span)])
+
+
+def _letters(text: str) -> str:
+    """The text's letters and digits without case and accents; the text itself if it has none."""
+    folded = text.casefold()
+    if folded.isascii():  # as most are
+        letters = folded.translate(_NO_ASCII_LETTER)
+    else:
+        letters = _NO_LETTER.sub("", unicodedata.normalize("NFKD", folded))
+    key = " ".join(letters.split()) or plain_key(text)
+    if len(key) <= LONGEST_KEY:
+        return key
+    return f"{key[: LONGEST_KEY - 17]} {hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+
+
+def _before(separator: re.Pattern[str], text: str) -> str:
+    """What stands before the first separator, or between separators if nothing does."""
+    return next((part for part in separator.split(text) if part.strip()), text)
+
+
+_GROUP_KEYS: dict[str, Callable[[str], str]] = {
+    "person": _person,
+    "name": lambda text: _letters(_before(_QUALIFIER, text)),
+    "question": lambda text: _letters(_before(_AFTER_QUESTION, text)),
+    "text": _letters,
+}
