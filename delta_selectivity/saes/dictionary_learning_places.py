@@ -1,4 +1,4 @@
-"""Find the layer and hook point of a dictionary of dictionary_learning."""
+"""Detection of the layer and hook point of a dictionary_learning SAE."""
 
 from __future__ import annotations
 

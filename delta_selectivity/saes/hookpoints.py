@@ -1,4 +1,4 @@
-"""Translate names of hook points between sparsify, SAE Lens and this project.
+"""Translation of hook point names between sparsify, SAE Lens and this project.
 
 ===================  ==================================  ===========================  ==============================
 ours                 what it is, of one layer            module paths (sparsify, HF)  SAE Lens (TransformerLens)

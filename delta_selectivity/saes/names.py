@@ -43,10 +43,16 @@ def split_given(name: str) -> tuple[str | None, str]:
 
 
 def expand_names(names: Sequence[str]) -> list[str]:
-    """Expand the typed names into names that ``open_sae`` accepts, without duplicates and in the typed order.
+    """Expand the typed names into names that ``open_sae`` accepts.
 
-    A folder, a ``release/sae_id``, a template and a Hub repository are kept as they are. Raises `RequestError` if a
-    glob matches nothing.
+    Args:
+        names: folders, Hub repositories, ``release/sae_id``, templates, whole releases of SAE Lens, and globs.
+
+    Returns:
+        The names in the typed order, without duplicates. Only globs and whole releases are expanded.
+
+    Raises:
+        RequestError: a glob matches nothing, or a glob with a name of its own (``mine=folder/*``) matches several SAEs.
     """
     found: dict[str, str] = {}
     for name in (name for typed in names for name in _expand(typed)):

@@ -1,4 +1,4 @@
-"""Parse ``sae.json``, the config of a custom SAE.
+"""Parser of ``sae.json``, the config of a custom SAE.
 
     {"hook_name": "blocks.5.hook_resid_post", "architecture": "topk", "k": 32, "apply_b_dec_to_input": true,
      "weights": "sae.safetensors", "names": {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}}

@@ -63,10 +63,14 @@ class Sae:
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseRows:
-        """Encode activations ``[rows, d_in]``, in chunks of rows that limit memory.
+        """Encode activations, in chunks of rows that limit memory.
 
-        A transcoder's codes carry no scale and shift: its output is at another hook point, so the input normalisation
-        is not inverted.
+        Args:
+            x: ``[rows, d_in]``, in any dtype and on any device.
+
+        Returns:
+            Codes of all rows, on the SAE's device. A transcoder's codes carry no scale and shift: its output is at
+            another hook point, so the input normalisation is not inverted.
         """
         x, scale, shift = normalise(x.to(self.device, torch.float32), self.input_norm)
         chunks = x.to(self.dtype).split(self.chunk_rows())
@@ -75,9 +79,14 @@ class Sae:
 
     @torch.no_grad()
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
-        """Reconstruct float32 ``[rows, d_out]`` from codes that this SAE's ``encode`` returned for x.
+        """Reconstruct activations from codes.
 
-        x ``[rows, d_in]`` is required by a decoder with a skip connection; others ignore it.
+        Args:
+            codes: what this SAE's ``encode`` returned for x. x: the encoded activations ``[rows, d_in]``; required by a
+            decoder with a skip connection, ignored by others.
+
+        Returns:
+            float32 ``[rows, d_out]``.
         """
         recon = self.coder.decode(codes, x)
         if codes.scale is not None:

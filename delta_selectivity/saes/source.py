@@ -97,7 +97,7 @@ class SaeSource:
     """The SAEs of one hook point behind one name."""
 
     name: str
-    """The name as typed, or the one given with ``name=``."""
+    """The name as typed, or the user's own name in ``mine=NAME``."""
     members: tuple[Member, ...]
     """The SAEs ordered by layer, at most one per layer."""
     revision: str | None = None
@@ -171,13 +171,32 @@ class SaeSource:
         return self.members[0].header
 
     def prepare(self, layers: Sequence[int] | None = None) -> None:
-        """Download and check the files of these layers (default: all), to find broken ones before loading a model."""
+        """Download and check the files of these layers, to find broken ones before a model is loaded.
+
+        Args:
+            layers: layer indices; None for all.
+
+        Raises:
+            RequestError: there is no SAE for a layer, or its files are missing or broken.
+        """
         for member in self._choose(layers):
             member.prepare()
             member.check_values()
 
     def load(self, layer: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Sae:
-        """Load the SAE of one layer. Raises `RequestError` if there is none or its weights are broken."""
+        """Load the SAE of one layer.
+
+        Args:
+            layer: layer index, from 0.
+            device: device of the weights and of ``encode``.
+            dtype: dtype of the weights.
+
+        Returns:
+            The SAE. Its codes and reconstructions are float32, whatever the dtype.
+
+        Raises:
+            RequestError: there is no SAE for the layer, or its files are missing or broken.
+        """
         (member,) = self._choose([layer])
         member.prepare()
         coder, input_norm = member.build()
@@ -198,9 +217,18 @@ class SaeSource:
         )
 
     def fingerprint(self, layers: Sequence[int] | None = None) -> str:
-        """Return the sha256 of configs and weights of these layers, downloaded if needed; by default of all layers.
+        """Return a hash that identifies the SAEs' configs and weights.
 
-        By default files on the Hub are not downloaded: the repository and commit identify them.
+        Args:
+            layers: the layers to hash, whose files are downloaded if needed. None for all layers; then files on the Hub
+            are
+                not downloaded, and repository and commit identify them.
+
+        Returns:
+            64 hexadecimal digits of SHA-256.
+
+        Raises:
+            RequestError: there is no SAE for a layer, or its files are missing or broken.
         """
         if layers is None and self.revision is not None:
             return hashlib.sha256(f"{self.revision} {self.hookpoint}".encode()).hexdigest()

@@ -29,7 +29,7 @@ def merge(unit_folder: Path, files: Files) -> None:
     names = {file.path.name for file in files.values()}
     for path in sorted(unit_folder.glob("**/*.json")):
         if path.name not in names:
-            continue  # a stray file
+            continue  # not a result file of this request
         final = _final(path, files)
         found = RecordFile.open(path, final.key, final.run, overwrite=False)
         new = {layer: record for layer, record in found.layers.items() if layer not in final.layers}

@@ -38,7 +38,7 @@ class Job:
 class Workers:
     """The workers to use."""
 
-    number: int | None  # processes on this machine; None: one a GPU, or without GPUs one a core
+    number: int | None  # processes on this machine; None: one per GPU, or without GPUs one per core
     scheduler: Remote | None  # a running Dask scheduler; None: processes on this machine
     own_devices: bool  # each takes its own GPU if it has one; else the devices of the request
     quiet: bool

@@ -42,7 +42,7 @@ class Outcome:
 
     status: Literal["done", "refused", "failed"]  # refused: the request is wrong
     line: str = ""  # what went wrong
-    trace: str = ""  # where
+    trace: str = ""  # traceback
     warnings: tuple[str, ...] = ()  # warnings logged while it ran
     process: int = 0  # id of the worker's process; 0 if it was lost
     seconds: float = 0.0  # duration

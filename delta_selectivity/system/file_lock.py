@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # some network file systems
+_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of file systems without locks
 
 
 class Locked(Exception):
