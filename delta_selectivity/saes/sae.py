@@ -82,8 +82,8 @@ class Sae:
         """Reconstruct activations from codes.
 
         Args:
-            codes: what this SAE's ``encode`` returned for x. x: the encoded activations ``[rows, d_in]``; required by a
-            decoder with a skip connection, ignored by others.
+            codes: what this SAE's ``encode`` returned for x.
+            x: the encoded activations ``[rows, d_in]``; a decoder with a skip connection needs it, others ignore it.
 
         Returns:
             float32 ``[rows, d_out]``.
