@@ -312,10 +312,18 @@ def _between(
 ) -> np.uint64:
     """Write the columns of a row's keys from `least` to `most` into `where`, beginning at `start`; return how many.
 
-    where: needs space for two more.
-    reached, eights: scratch. words: `reached` viewed as 64-bit words of eight keys; words without a match are skipped.
-
     The inner loop branches on the data only for words with more than two matches, which are rare.
+
+    Args:
+        keys: ``[rows, d]``.
+        row: the row to search.
+        least: smallest key that matches.
+        most: largest key that matches.
+        reached: scratch, one byte per key.
+        words: `reached` viewed as 64-bit words of eight keys; words without a match are skipped.
+        eights: scratch for the indices of the other words.
+        where: output; needs space for two more.
+        start: index of the first output.
     """
     for place in range(keys.shape[1]):
         reached[place] = (keys[row, place] >= least) & (keys[row, place] <= most)
@@ -379,8 +387,18 @@ def _take(
 ) -> None:
     """Write the k largest of the first `count` numbers into values and places, from index `slot` on.
 
-    The element after these k is overwritten. bits: `found` viewed as integers; keys: scratch, STRIP longer than
-    `count`; where: the numbers' columns.
+    The element after these k is overwritten.
+
+    Args:
+        found: the numbers.
+        bits: `found` viewed as integers.
+        keys: scratch, at least STRIP longer than `count`.
+        where: the numbers' columns.
+        count: how many numbers there are.
+        values: output for the values.
+        places: output for the columns.
+        slot: index of the first output.
+        k: how many to write.
     """
     least = _kth_key(bits, count, keys, k)
     free, end = np.uint64(slot), np.uint64(slot + k)
