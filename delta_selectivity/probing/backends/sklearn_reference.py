@@ -48,7 +48,7 @@ class SklearnReference:
 
 
 def _on_cpu(x: torch.Tensor) -> Any:
-    """x [rows, d] in float64: a NumPy array, or SciPy CSR where it is sparse."""
+    """Return x [rows, d] in float64: a NumPy array, or SciPy CSR if x is sparse."""
     if not x.is_sparse_csr:
         return x.double().cpu().numpy()
     parts = (x.values().double(), x.col_indices(), x.crow_indices())

@@ -43,7 +43,7 @@ class DenseDesign:
 
     @classmethod
     def build(cls, problem: ProbeProblem) -> DenseDesign:
-        """A float32 copy of the problem's x, on its device."""
+        """Return a float32 copy of the problem's x, on its device."""
         x = problem.x
         divisor = problem.divisor.to(x.device)
         unit = divisor.log().mean(dim=0).exp()
@@ -216,7 +216,7 @@ class InverseHessian:
     inverse: Tensor | None  # float32 [d + 1, d + 1]; None: solving for few columns takes less time
 
     def times(self, v: Tensor) -> Tensor:
-        """Times v [columns, d + 1]."""
+        """Multiply by v [columns, d + 1]."""
         if self.inverse is not None:
             return linear(v, self.inverse.T)
         half = torch.linalg.solve_triangular(self.factor, v.T, upper=False)  # `cholesky_solve` copies the factor
@@ -248,7 +248,7 @@ class InverseHessians:
             rounding *= 10
 
     def _weighted_gram(self, curvature: Tensor) -> Tensor:
-        """z' diag(curvature) z: its lower triangle, and a little above."""
+        """Return z' diag(curvature) z: the lower triangle and some entries above it."""
         gram = self._z.new_zeros(self._z.shape[1], self._z.shape[1])
         for rows in _blocks(self._z, _GRAM_BLOCKS):
             part = self._z[rows].T.contiguous()

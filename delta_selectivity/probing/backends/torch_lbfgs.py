@@ -136,11 +136,11 @@ class _Parts(Generic[P]):
             yield self._columns, self._theta[place], self._margins
 
     def keep(self, theta: Tensor, margins: Tensor) -> None:
-        """Where the part last given by iteration stands now."""
+        """Store the solution of the part that the iteration yielded last."""
         self._theta[self._place], self._margins = theta, margins
 
     def mean_curvature(self) -> Tensor:
-        """Second derivative of the loss for C = 1 by the margins, averaged over all columns. [rows]"""
+        """Return the loss's second derivative by the margins for C = 1, averaged over all columns: [rows]."""
         total = torch.zeros(self._problem.x.shape[0], dtype=torch.float64, device=self._device)
         for columns, _, margins in self:
             total += columns.loss.curvature(margins).sum(dim=0)

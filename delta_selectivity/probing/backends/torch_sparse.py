@@ -52,7 +52,7 @@ class SparseMatrix:
         return _csr(self.col[order], self.row[order], self.value[order], (self.shape[1], self.shape[0]))
 
     def columns(self, chosen: Tensor) -> SparseMatrix:
-        """The columns at these indices (int64 [n], distinct), in this order."""
+        """Return the columns at these indices (int64 [n], distinct), in this order."""
         place = torch.full((self.shape[1],), -1, device=self.col.device)
         place[chosen] = torch.arange(len(chosen), device=self.col.device)
         kept = place[self.col] >= 0
@@ -145,7 +145,7 @@ class SparseColumns:
         return kernel + direction[:, -1:], dot(direction[:, :-1], kernel)
 
     def lengths(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
-        """The step's in the norm of the Hessian, which is never less than the step's own; the coefficients' own."""
+        """Return the step's norm by the Hessian, an upper bound of its own norm, and the coefficients' norm."""
         squares = dot(gradient, newton), dot(theta[:, :-1], margins - theta[:, -1:])
         step, coef = (square[:, 0].clamp(min=0).sqrt() for square in squares)
         return step, coef
@@ -157,12 +157,12 @@ class SparseColumns:
         return coef, theta[:, -1]
 
     def _primal(self, a: Tensor) -> Tensor:
-        """gain X' a, [live, columns]."""
+        """Return gain X' a, [live, columns]."""
         w = self.design.x.transposed @ _by_row(a).T
         return w if self.gain is None else w.mul_(self.gain)
 
     def _kernel(self, a: Tensor) -> Tensor:
-        """K a, [columns, rows]."""
+        """Return K a, [columns, rows]."""
         return (self.design.x.forward @ self._primal(a)).T
 
 
@@ -175,7 +175,7 @@ class Preconditioner:
     inverse: Tensor  # (1 + F' base F)^-1, [leading, leading]
 
     def solve(self, v: Tensor) -> Tensor:
-        """Times v [columns, rows]."""
+        """Multiply by v [columns, rows]."""
         scaled = v.T * self.base[:, None]
         inner = self.inverse @ (self.leading.transposed @ scaled)
         return (scaled - (self.leading.forward @ inner) * self.base[:, None]).T
@@ -214,7 +214,7 @@ class SparsePreconditioners:
 
 
 def _coalesced(x: Tensor) -> SparseMatrix:
-    """The entries of a CSR tensor, one a cell, row by row; the values of a cell's several entries are added."""
+    """Return the entries of a CSR tensor row by row, with duplicate entries of a cell added."""
     rows, d = x.shape
     row = torch.arange(rows, device=x.device).repeat_interleave(x.crow_indices().diff().long())
     cell, which = torch.unique(row * d + x.col_indices().long(), return_inverse=True)
@@ -228,10 +228,10 @@ def _csr(row: Tensor, col: Tensor, value: Tensor, shape: tuple[int, int]) -> Ten
 
 
 def _by_row(v: Tensor) -> Tensor:
-    """v [columns, n] with the columns side by side in memory."""
+    """Return v [columns, n] with the columns contiguous side by side in memory."""
     return v.T.contiguous().T
 
 
 def _beside(a: Tensor, intercept: Tensor) -> Tensor:
-    """[columns, n] and [columns, 1] as one, with the columns side by side in memory."""
+    """Concatenate [columns, n] and [columns, 1], with the columns side by side in memory."""
     return torch.cat([a.T, intercept.T]).T
