@@ -123,7 +123,7 @@ def levels(
 def _level(
     scores: Mapping[str, Mapping[str, Sequence[Cell]]], tasks: Mapping[str, TaskOfFile], files: set[str]
 ) -> Json:
-    """Return the numbers of these tasks; None for scores not measured and for intervals of a single source."""
+    """Return the numbers of these tasks; None if not measured, or for the interval of a single source."""
     level: Json = {"n_tasks": len(files), "n_sources": len({tasks[file].source for file in files})}
     for name, by_task in scores.items():
         sources: dict[str, list[Sequence[Cell]]] = {}
