@@ -47,7 +47,7 @@ class CumlQn:
         return self._thread.modules
 
     def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """All probes of the problem, on its device; the GPU is done with them on return."""
+        """Fit all probes of the problem on its device; the GPU has finished on return."""
         if problem.x.is_sparse_csr:
             return self._sparse.fit(problem)
         linear_model, cupy = self.setup()
