@@ -97,14 +97,14 @@ class FoldPlan:
         return (self.folds[:, None] == np.arange(self.n_folds)[:, None]).reshape(-1, self.folds.shape[1])
 
     def training_weight(self, device: torch.device) -> Tensor:
-        """float64 [splits, rows], 0 where held out."""
+        """Return the training weights: float64 [splits, rows], 0 where held out."""
         return torch.from_numpy(np.where(self.held_out, 0.0, self.weights)).to(device)
 
 
 def too_few_people(
     labels: NDArray[np.bool_], groups: NDArray[np.int64], n_folds: int, weights: NDArray[np.float64] | None = None
 ) -> Skipped | None:
-    """Why a target cannot be measured with so many folds; None if it can."""
+    """Return why a target cannot be measured with this number of folds; None if it can."""
     weights = np.ones(len(groups)) if weights is None else weights
     sides = {"positive": labels, "negative": ~labels}
     people = {name: len(np.unique(groups[rows])) for name, rows in sides.items()}

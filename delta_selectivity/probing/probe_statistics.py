@@ -124,7 +124,7 @@ class Statistics:
 
 
 def quantised(scores: Floats) -> NDArray[np.float16]:
-    """Scores as they are kept: float16 that keeps the sign of every score and overflows to its largest number."""
+    """Return scores as float16 for storage: signs are preserved, and overflow becomes the largest float16."""
     largest = float(np.finfo(np.float16).max)
     kept = np.clip(scores, -largest, largest).astype(np.float16)
     return np.where((kept == 0) & (scores != 0), np.copysign(_TINY, scores).astype(np.float16), kept)
@@ -201,7 +201,7 @@ def _auc_parts(scores: Floats, labels: NDArray[np.bool_], weights: NDArray[np.fl
 
 
 def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
-    """All that the scores say; differences within +-epsilon count as preserved."""
+    """Return all statistics of the scores; differences within +-epsilon count as preserved."""
 
     def estimate(values: Floats) -> Estimate:
         return estimate_delta(values, found.labels, found.persons, found.weights, found.n_folds)

@@ -128,7 +128,7 @@ def fit_model(
     control: FoldPlan | None = None,
     cs: Sequence[float] = DEFAULT_CS,
 ) -> ModelFit:
-    """Probes on the model's activations x `[rows, d]`, with the scaling for all views of these rows.
+    """Fit probes on the model's activations x `[rows, d]`, with the scaling for all views of these rows.
 
     With a plan of `folds.control_plan` also the probe of the control task.
     """

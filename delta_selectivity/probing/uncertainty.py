@@ -67,7 +67,7 @@ class Estimate:
         return (self._quantile(0.975) + self._quantile(POWER)) * self.standard_error if self.standard_error else 0.0
 
     def within(self, epsilon: float) -> bool:
-        """Equivalence to 0 at level 0.05: the 90 % interval lies within +-epsilon (two one-sided tests)."""
+        """Return whether the 90 % interval lies within +-epsilon: equivalence at level 0.05 (two one-sided tests)."""
         low, high = self.interval(0.9)
         return -epsilon <= low and high <= epsilon
 

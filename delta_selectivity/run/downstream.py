@@ -197,7 +197,7 @@ class DownstreamPass:
                 yield from results
 
     def _room(self) -> int:
-        """Numbers that the logits of a pass may have."""
+        """Return how many numbers the logits of a pass may have."""
         if self.model.device.type != "cuda":
             return LOGITS
         free, _ = torch.cuda.mem_get_info(self.model.device)

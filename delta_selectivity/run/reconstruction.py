@@ -395,7 +395,7 @@ def _standard_errors(
     distances, ee, es, ss = whole.products.tolist()
 
     def of_ratio(ratio: float | None, squares: float, denominator: float) -> float | None:
-        """squares: of the residuals, numerator minus ratio times denominator, added up over tokens."""
+        """Return a ratio's standard error; squares: sum over tokens of (numerator - ratio x denominator)^2."""
         return None if ratio is None else math.sqrt(left * n / (n - 1) * max(squares, 0.0)) / denominator
 
     width = errors.mean.numel()
