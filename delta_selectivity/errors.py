@@ -1,18 +1,17 @@
-"""The exception for a wrong request."""
+"""The exception for an invalid request."""
 
 from __future__ import annotations
 
 import re
 
 FIELD = re.compile(r"`(\w+)`")
-"""How a message marks the name of a parameter or of a field of `Settings`; the command line puts its flag there."""
+"""Matches a parameter or `Settings` field in a message; the command line replaces it with its flag."""
 
 
 class RequestError(ValueError):
-    """The request is wrong.
+    """An invalid request.
 
-    The message is a single line, whatever it quotes. It shows the offending value and says what to do. Fields stand in
-    backticks.
+    The message is one line, shows the offending value and says what to do. Field names are in backticks.
     """
 
     def __init__(self, message: str) -> None:
@@ -21,6 +20,6 @@ class RequestError(ValueError):
 
     @property
     def field(self) -> str | None:
-        """The field that is wrong: the first that the message names. None if it names none."""
+        """The invalid field: the first one that the message names; None if it names none."""
         found = FIELD.search(str(self))
         return found.group(1) if found else None

@@ -1,9 +1,9 @@
-"""The class `Settings`: every choice of a run with its default, unit, help and rules.
+"""The class `Settings`: all options of a run with their defaults, units, help and rules.
 
     Settings(folds=3, views="error,latents")
 
-Flags, `--help`, validation and the table in `docs/settings.md` are made from the fields. Rules that need a file, a
-model or a device are checked where those are opened. `None` means off or "choose for me", never -1 or "".
+Flags, `--help`, validation and the table in `docs/settings.md` are generated from its fields. Rules that need a file,
+a model or a device are checked where those are opened. `None` means off or automatic; -1 and "" are not used for that.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LATENT_VIEWS = frozenset({"latents", "ksparse"})
 BOS = ("auto", "counted", "excluded", "none")
 KEPT_TEXTS = ("public", "all", "none")
 PROBING = ("folds", "repeats", "seed", "views", "epsilon", "probe")
-"""The fields that count where activations are there already."""
+"""The fields that apply when activations already exist."""
 
 
 _IN_WORDS: dict[type, str] = {bool: "True or False", int: "a whole number", float: "a number", str: "a string"}
@@ -37,17 +37,17 @@ _IN_WORDS: dict[type, str] = {bool: "True or False", int: "a whole number", floa
 
 @dataclass(frozen=True)
 class Rule:
-    """What is known of a field beside its default: its help, and which values it takes."""
+    """The help of a field and the values that it accepts."""
 
     help: str
-    group: str  # "what", "how" or "where": a heading of `--help` and of the table
-    if_none: str = ""  # what None stands for
-    choices: tuple[str, ...] = ()  # a name, or several of them in a tuple
+    group: str  # "what", "how" or "where": its heading in `--help`
+    if_none: str = ""  # the meaning of None
+    choices: tuple[str, ...] = ()  # valid names, for a single one or each in a tuple
     least: float = -math.inf
     above: float = -math.inf
     below: float = math.inf
-    if_alone: str = ""  # what the flag stands for without a value
-    in_key: bool = False  # whether result files made with another value are refused
+    if_alone: str = ""  # the value of the flag when given without one
+    in_key: bool = False  # whether result files with another value are rejected
 
 
 def _setting(default: Any, group: str, help: str, **rule: Any) -> Any:
@@ -56,10 +56,10 @@ def _setting(default: Any, group: str, help: str, **rule: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Choices of a run that are not the model, the SAEs, the tasks, the layers or a place on disk.
+    """Options of a run, other than the model, SAEs, tasks, layers and paths.
 
-    Several names may be given as a tuple or as one string with commas. Raises `RequestError`, which names the field,
-    for a value that it does not take.
+    Fields that hold several names accept a tuple or a string with commas. An invalid value raises `RequestError`, which
+    names the field.
 
     Example:
         >>> Settings(views="error").views
@@ -105,7 +105,7 @@ class Settings:
     trust_remote_code: bool = _setting(False, "what", "run code that comes with the model")
     folds: int = _setting(
         5, "how", "folds of the cross-validation, never splitting a person", least=3, in_key=True
-    )  # C for a fold is chosen on the others: two at least
+    )  # C of a fold is selected on the others, so at least two others are needed
     repeats: int = _setting(5, "how", "partitions into folds", least=1, in_key=True)
     seed: int = _setting(0, "how", "of the partitions and of shuffle_select_n", least=0, in_key=True)
     epsilon: float = _setting(
@@ -138,7 +138,7 @@ class Settings:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Check every field; put names into the order that records know."""
+        """Validate every field and sort names into the canonical order."""
         for name in ("views", "baselines"):
             object.__setattr__(self, name, _names(getattr(self, name)))
         if self.baselines == ("all",):
@@ -146,7 +146,7 @@ class Settings:
         for field, kind, rule in fields():
             value = getattr(self, field.name)
             if field.default is not None and rule.if_none and value == rule.if_none:
-                value = None  # the word for it, where leaving it out means something else
+                value = None  # the word for None, for fields whose default is another value
                 object.__setattr__(self, field.name, None)
             _check(field.name, value, kind, rule)
             if kind in (int, float) and value is not None:
@@ -156,7 +156,7 @@ class Settings:
 
 
 def fields() -> Iterator[tuple[dataclasses.Field[Any], type, Rule]]:
-    """The fields of `Settings`: each with the type of its values, None aside, and its rule."""
+    """Yield the fields of `Settings`, each with the type of its values (other than None) and its rule."""
     hints = typing.get_type_hints(Settings)
     for field in dataclasses.fields(Settings):
         hint = hints[field.name]
@@ -167,7 +167,7 @@ def fields() -> Iterator[tuple[dataclasses.Field[Any], type, Rule]]:
 
 
 def default_shown(field: dataclasses.Field[Any], rule: Rule) -> str:
-    """The default for a reader."""
+    """Return the default as text for help and tables."""
     if field.default is None:
         return rule.if_none
     if isinstance(field.default, bool) or field.default == ():
@@ -176,7 +176,7 @@ def default_shown(field: dataclasses.Field[Any], rule: Rule) -> str:
 
 
 def describe() -> str:
-    """Every setting as a Markdown table: name, default, values, meaning."""
+    """Return all settings as a Markdown table: name, default, values, meaning."""
     rows = ["| setting | default | values | meaning |", "|---|---|---|---|"]
     for field, kind, rule in fields():
         rows.append(f"| `{field.name}` | {default_shown(field, rule)} | {_values(kind, rule)} | {rule.help} |")
@@ -192,7 +192,7 @@ def _values(kind: type, rule: Rule) -> str:
 
 
 def _range(rule: Rule) -> str:
-    """The bounds in words, with a space before them."""
+    """Return the bounds in words, after a space or comma."""
     if rule.below < math.inf:
         return f" between {rule.above:g} and {rule.below:g}"
     if rule.above > -math.inf:
@@ -207,7 +207,7 @@ def _check(name: str, value: Any, kind: Any, rule: Rule) -> None:
         for part in value:
             _check(name, part, str, rule)
         return
-    abstract: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}  # NumPy's numbers are of these too
+    abstract: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}  # NumPy numbers are instances too
     is_flag = isinstance(value, bool)
     if is_flag != (kind is bool) or not isinstance(value, abstract.get(kind, kind)):
         raise RequestError(f"`{name}` must be {_IN_WORDS[kind]}, got {value!r}")
@@ -218,7 +218,7 @@ def _check(name: str, value: Any, kind: Any, rule: Rule) -> None:
 
 
 def _as_python(name: str, value: Any, kind: type) -> Any:
-    """Of NumPy's numbers and fractions, Python's."""
+    """Convert a NumPy number or a fraction to a Python number."""
     try:
         return kind(value)
     except OverflowError as error:
@@ -226,7 +226,7 @@ def _as_python(name: str, value: Any, kind: type) -> Any:
 
 
 def _names(value: Any) -> Any:
-    """Names from a tuple, a list or a string with commas, each once."""
+    """Split names from a tuple, a list or a string with commas, without duplicates."""
     if isinstance(value, str):
         value = [part.strip() for part in value.split(",") if part.strip()]
     if not isinstance(value, list | tuple | set | frozenset):

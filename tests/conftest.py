@@ -50,7 +50,7 @@ def write_csv(path: Path, rows: list[dict]) -> Path:
 @pytest.fixture(autouse=True)
 def _hub_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the Hub answers is known: it does. Tests of what it says bring their own."""
-    monkeypatch.setattr(hub_access, "_asked", (math.inf, True))
+    monkeypatch.setattr(hub_access, "_last_check", (math.inf, True))
 
 
 @pytest.fixture(scope="session")

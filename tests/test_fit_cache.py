@@ -32,7 +32,7 @@ from delta_selectivity.run.planning import make_plan
 from delta_selectivity.scale import units, worker
 from delta_selectivity.scale.same_program import own_digest
 from delta_selectivity.system import provenance
-from delta_selectivity.system.provenance import HOME, program_digest
+from delta_selectivity.system.provenance import PACKAGE, program_digest
 
 BACKEND = TorchLbfgs()
 OF_MODEL, OF_SAE = 2 * N_LAYERS, N_LAYERS  # fits of a run: the model's view and the control task; an SAE's view
@@ -354,28 +354,32 @@ def test_without_a_cache_nobody_reads_the_program(monkeypatch):
         raise AssertionError(f"{self.name} is read")
 
     monkeypatch.setattr(Path, "read_text", refuse)
-    runpy.run_path(str(HOME / "caches/fit_cache.py"))
+    runpy.run_path(str(PACKAGE / "caches/fit_cache.py"))
 
 
 def test_the_digest_is_of_selectivity_and_of_all_that_it_imports(tmp_path):
     seen: set[Path] = set()
-    left = [HOME / "caches/fit_cache.py", HOME / "probing/__init__.py", *(HOME / "probing/backends").glob("*.py")]
+    left = [
+        PACKAGE / "caches/fit_cache.py",
+        PACKAGE / "probing/__init__.py",
+        *(PACKAGE / "probing/backends").glob("*.py"),
+    ]
     while left:
         path = left.pop()
         if path not in seen:
             seen.add(path)
             left += [module_file(name) for name in imported(path) - STORAGE]
-    assert {path for source in fit_cache.SOURCES for path in HOME.glob(source)} == seen
+    assert {path for source in fit_cache.SOURCES for path in PACKAGE.glob(source)} == seen
     for path in seen:
-        copy = tmp_path / path.relative_to(HOME)
+        copy = tmp_path / path.relative_to(PACKAGE)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(path.read_text("utf-8"), "utf-8")
-    assert program_digest(tmp_path, fit_cache.SOURCES) == program_digest(HOME, fit_cache.SOURCES)
+    assert program_digest(tmp_path, fit_cache.SOURCES) == program_digest(PACKAGE, fit_cache.SOURCES)
     for path in seen:
-        copy = tmp_path / path.relative_to(HOME)
+        copy = tmp_path / path.relative_to(PACKAGE)
         text = copy.read_text("utf-8")
         copy.write_text(f"{text}# another\n", "utf-8")
-        assert program_digest(tmp_path, fit_cache.SOURCES) != program_digest(HOME, fit_cache.SOURCES), path.name
+        assert program_digest(tmp_path, fit_cache.SOURCES) != program_digest(PACKAGE, fit_cache.SOURCES), path.name
         copy.write_text(text, "utf-8")
 
 

@@ -18,7 +18,7 @@ from delta_selectivity.system.hub_access import use_cache_if_unreachable
 @pytest.fixture
 def hub(monkeypatch):
     """A Hub at an address of this machine: `hub(answers)`."""
-    monkeypatch.setattr(hub_access, "_asked", None)
+    monkeypatch.setattr(hub_access, "_last_check", None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)

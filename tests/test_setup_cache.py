@@ -20,7 +20,7 @@ from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site, open_model
 from delta_selectivity.system import provenance
-from delta_selectivity.system.provenance import HOME
+from delta_selectivity.system.provenance import PACKAGE
 from delta_selectivity.tasks import Mention, tokenise
 
 SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
@@ -82,7 +82,7 @@ def test_a_second_run_does_not_import_transformers(with_cache, tmp_path):
     told = "import sys; from delta_selectivity.cli.main import main; assert main(sys.argv[1:]) == 0; "
     told += "print('transformers' in sys.modules)"
     command = [sys.executable, "-c", told, *with_cache.into(tmp_path / "again").argv]
-    found = subprocess.run(command, cwd=HOME.parent, capture_output=True, text=True, timeout=120, check=True)
+    found = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, timeout=120, check=True)
     assert found.stdout.strip() == "False"
 
 
@@ -196,14 +196,14 @@ def test_a_broken_shard_is_told_and_found_out_again(tmp_path, info, computed, ca
 
 def test_the_digest_is_of_all_that_decides():
     seen: set[Path] = set()
-    left = [HOME / "caches/setup_cache.py", *(HOME / "models").glob("*.py"), *(HOME / "tasks").glob("*.py")]
+    left = [PACKAGE / "caches/setup_cache.py", *(PACKAGE / "models").glob("*.py"), *(PACKAGE / "tasks").glob("*.py")]
     while left:
         path = left.pop()
         if path in seen:
             continue
         seen.add(path)
         left += [module_file(name) for name in imported(path) - STORAGE]
-    assert {path for source in setup_cache.SOURCES for path in HOME.glob(source)} == seen
+    assert {path for source in setup_cache.SOURCES for path in PACKAGE.glob(source)} == seen
 
 
 def test_without_a_cache_nothing_is_kept(info, computed):

@@ -1,1 +1,1 @@
-"""Caches on disk that runs on the same model share: activations, fits of the model view, model facts and tokens."""
+"""On-disk caches shared by runs on the same model: activations, probe fits, model facts and tokens."""

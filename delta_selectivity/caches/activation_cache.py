@@ -4,8 +4,8 @@
     model = CachedModel(cache, lambda sites: info.load(sites, "cpu", "float32"), sites, torch.device("cpu"))
     model.token_rows(ids, lengths)             # as of a `LanguageModel`, which is loaded when a text is not on disk
 
-Content-addressed: a text is its token ids, a folder is one model, revision and dtype, and a shard (`shard_folder`) has
-the texts of one forward pass.
+The cache is content-addressed: a folder belongs to one model, revision and dtype, a shard (`shard_folder`) holds the
+texts of one forward pass, and a text is identified by its token ids.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from delta_selectivity.caches.shard_folder import BROKEN, ShardFolder
 from delta_selectivity.models.language_model import LanguageModel, Site
 
 OPEN_SHARDS = 16
-"""Mapped at a time: what was read of a mapping counts as the process's memory until it is closed."""
+"""Maximum of memory-mapped shards: pages that were read count as memory of the process until the mapping is closed."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a text's activations are in a shard."""
+    """Location of a text's activations in a shard."""
 
     shard: str  # its name
     start: int  # first row
@@ -38,24 +38,24 @@ class _Place:
 
 
 class ActivationCache:
-    """The shards of one model, revision and dtype."""
+    """The cached activations of one model, revision and dtype."""
 
     def __init__(self, shards: ShardFolder) -> None:
         self._shards = shards
         self._lock = threading.Lock()
         self._places: dict[Site, dict[str, _Place]] = {}  # by text
-        self._tensors: dict[str, dict[str, Tensor]] = {}  # by shard, memory-mapped: those that were read last
+        self._tensors: dict[str, dict[str, Tensor]] = {}  # by shard, memory-mapped; the most recently opened ones
 
     @classmethod
     def open(cls, root: Path, limit_gb: float, model: str, dtype: str) -> ActivationCache:
-        """The cache of a model (its fingerprint) below `root`. Raises `RequestError` if it cannot be written to."""
+        """Open the cache of a model (by its fingerprint) below `root`. Raises `RequestError` if it is not writable."""
         cache = cls(ShardFolder.open(root, f"{model[:32]}-{dtype}", limit_gb, "activations"))
         for name in cache._shards.names():
             cache._enter(name)
         return cache
 
     def get(self, sites: Collection[Site], texts: Sequence[str]) -> dict[str, dict[Site, Tensor]]:
-        """Those of the texts (by `text_key`) that are here at all of the sites: [tokens, d] at each."""
+        """Return the activations `[tokens, d]` of those texts (by `text_key`) that are cached at all of the sites."""
         asked = [(site, _name(site), self._places.get(site, {})) for site in sites]
         shards: dict[str, dict[str, Tensor]] = {}
         found: dict[str, dict[Site, Tensor]] = {}
@@ -73,7 +73,7 @@ class ActivationCache:
         return {text: rows for text, rows in found.items() if len(rows) == len(asked)}
 
     def put(self, texts: Sequence[str], rows: Mapping[Site, Tensor], lengths: Sequence[int]) -> None:
-        """Keep the rows [tokens, d] of texts, one after the other, as long as there is room."""
+        """Store the concatenated rows `[tokens, d]` of texts, unless the cache is full."""
         if self._shards.full:
             return
         stops = np.cumsum(lengths).tolist()
@@ -83,11 +83,11 @@ class ActivationCache:
             self._enter(name)
 
     def _tensors_of(self, shard: str) -> dict[str, Tensor]:
-        """Its tensors by name; none if it is broken or gone."""
+        """Return a shard's tensors by name; empty if it is broken or was removed."""
         with self._lock:
             tensors = self._tensors.get(shard)
         if tensors is None:
-            tensors = self._shards.read(shard)  # two threads may both read it: neither waits for the other
+            tensors = self._shards.read(shard)  # two threads may read the same shard; this avoids waiting
             with self._lock:
                 self._tensors[shard] = tensors
                 while len(self._tensors) > OPEN_SHARDS:
@@ -95,7 +95,7 @@ class ActivationCache:
         return tensors
 
     def _enter(self, shard: str) -> None:
-        """Note what a shard holds, by its header alone."""
+        """Index the content of a shard, read from its header only."""
         found = self._shards.header(shard)
         if found is None:
             return
@@ -114,11 +114,10 @@ class ActivationCache:
 
 
 class CachedModel:
-    """A language model that runs only those texts whose activations are not on disk.
+    """A language model that runs only for texts whose activations are not on disk.
 
-    Texts are batched in one way for the run and in others for the samples drawn before it, and their activations
-    differ in the last bits by the company they were in. So what is for different purposes is kept apart: a run with a
-    cache gives the numbers of one without.
+    The last bits of activations depend on the batch. A run batches its texts differently from the samples before it, so
+    activations are cached separately by purpose, and a run with a cache gives the same numbers as one without.
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class CachedModel:
         self._lock = threading.Lock()
 
     def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
-        """As of a `LanguageModel`: site -> [rows, d]."""
+        """Return activations as `LanguageModel.token_rows` does: site -> [rows, d]."""
         counts = lengths.tolist()
         texts = [text_key(row[:n], self._purpose) for row, n in zip(ids, counts, strict=True)]
         found = self._cache.get(self.sites, texts)
@@ -152,13 +151,13 @@ class CachedModel:
         return {site: self._together([found[text][site][skip:] for text in texts]) for site in self.sites}
 
     def only(self, sites: Collection[Site]) -> CachedModel:
-        """This model with some of its sites."""
+        """Return this model restricted to some of its sites."""
         fewer = CachedModel(self._cache, self._load, sites, self.device, self._purpose)
         fewer._model = None if self._model is None else self._model.only(sites)
         return fewer
 
     def apart(self, purpose: str) -> CachedModel:
-        """This model for batches of another kind; it is loaded once for both."""
+        """Return this model with a separate cache for another purpose; both share the loaded model."""
         return CachedModel(self._cache, lambda _: self._loaded(), self.sites, self.device, purpose)
 
     def _loaded(self) -> LanguageModel:
@@ -168,13 +167,13 @@ class CachedModel:
             return self._model
 
     def _together(self, parts: list[Tensor]) -> Tensor:
-        """One after the other, on the device: in one transfer, wherever they are."""
+        """Concatenate the parts on the model's device, with a single transfer."""
         here = parts if len({part.device for part in parts}) == 1 else [part.cpu() for part in parts]
         return torch.cat(here).to(self.device, non_blocking=True)
 
 
 def text_key(ids: Tensor, purpose: str) -> str:
-    """A text by its token ids [tokens], BOS among them, and what it was run for: 32 hex digits."""
+    """Return the key of a text's token ids [tokens], including BOS, and its purpose: 32 hex digits."""
     return hashlib.blake2b(ids.to(torch.int32).numpy().tobytes(), digest_size=16, person=purpose.encode()).hexdigest()
 
 

@@ -1,11 +1,11 @@
 """On-disk cache of the probes of the model's own activations: a second SAE needs only its own probes.
 
     fits = FitCache.open(folder, limit_gb=50)
-    model = fits.fit_model(plan, x, backend, control)     # as `selectivity.fit_model`, to the bit
+    model = fits.fit_model(plan, x, backend, control)     # as `selectivity.fit_model`, bit for bit
 
-Content-addressed: a shard (`shard_folder`) is named after all that decides the bits of a fit, which are the activations
-and the plans themselves, the solver and its settings, the libraries, the processor and its threads, and the text of the
-program. What is read is therefore what would be fitted; after any change of these it is fitted again.
+The cache is content-addressed: the name of a shard (`shard_folder`) is a hash of everything that determines the bits of
+a fit: activations, plans, the solver and its settings, library versions, the processor, the number of threads, and the
+program's source. Any change of these leads to a new fit.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from delta_selectivity.system.provenance import installed_version, running_progr
 
 log = logging.getLogger(__name__)
 
-FOLDER = "probes"  # below the root, beside those of the models
+FOLDER = "probes"  # below the root, next to the models' folders
 SOURCES = (
     "caches/fit_cache.py", "errors.py", "probing/__init__.py", "probing/backends/*.py", "probing/folds.py",
     "probing/probe_statistics.py", "probing/probes.py", "probing/selectivity.py", "probing/uncertainty.py",
     "system/compiled.py", "system/gemm.py", "system/out_of_memory.py", "system/processor.py", "system/provenance.py",
 )  # fmt: skip
-"""`selectivity` and all that it imports of the program, the solvers, and how their fits are kept."""
+"""`selectivity` and everything of this package that it imports, the solvers, and this module."""
 
 _LIBRARIES = ("torch", "numpy", "numba", "llvmlite", "scipy", "scikit-learn", "cuml-cu13")
 
 
 class FitCache:
-    """Fits of the model's view and of its control task at `DEFAULT_CS`, for any model, by one text of the program."""
+    """Cached fits of the model view and of its control task at `DEFAULT_CS`, for one version of the source."""
 
     def __init__(self, shards: ShardFolder, program: str) -> None:
         self._shards, self._program = shards, program
 
     @classmethod
     def open(cls, root: Path, limit_gb: float) -> FitCache:
-        """The fits below `root`. Raises `RequestError` if it cannot be written to."""
+        """Open the cache below `root`. Raises `RequestError` if it is not writable."""
         return cls(ShardFolder.open(root, FOLDER, limit_gb, "probe fits"), running_program(SOURCES))
 
     def fit_model(self, plan: FoldPlan, x: Tensor, backend: ProbeBackend, control: FoldPlan | None = None) -> ModelFit:
-        """As `selectivity.fit_model` of x `[rows, d]`, which is asked for what is not here."""
+        """Return `selectivity.fit_model` for x `[rows, d]`, from the cache if possible."""
         name = self._name(plan, x, backend, control)
         stored = self._shards.read(name)
         if stored:
@@ -61,7 +61,7 @@ class FitCache:
         return fit
 
     def _name(self, plan: FoldPlan, x: Tensor, backend: ProbeBackend, control: FoldPlan | None) -> str:
-        """32 hexadecimal digits. Who the people are and which targets were left out is no matter of the fit."""
+        """Return a shard name, 32 hex digits. It ignores people and excluded targets, which do not affect the fit."""
         facts = {
             "program": self._program,
             "machine": _machine(x.device),
@@ -78,7 +78,7 @@ class FitCache:
 
 
 def _machine(device: torch.device) -> str:
-    """What computes: another processor, number of threads or library rounds otherwise."""
+    """Return a description of what determines rounding: device, processor, number of threads, libraries."""
     cpu = torch.backends.cpu.get_cpu_capability()
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     threads = torch.get_num_threads()
@@ -86,7 +86,7 @@ def _machine(device: torch.device) -> str:
 
 
 def _packed(fit: ModelFit) -> dict[str, Tensor]:
-    """All of the fit but x and what it was asked for."""
+    """Return all tensors of the fit, except x and the arguments."""
     tensors = {"scale": fit.scale}
     tensors |= {part.name: torch.as_tensor(getattr(fit.fit, part.name)) for part in fields(ViewFit)}
     if fit.control is not None:
@@ -95,7 +95,7 @@ def _packed(fit: ModelFit) -> dict[str, Tensor]:
 
 
 def _unpacked(stored: dict[str, Tensor], x: Tensor, control: FoldPlan | None) -> ModelFit:
-    """The fit of x again, in memory of its own: mapped files are not aligned, and sums would round otherwise."""
+    """Rebuild the fit of x from copies: memory-mapped tensors are unaligned, which changes the rounding of sums."""
     on_host = {name: tensor.clone() for name, tensor in stored.items()}
     there = {name: tensor.to(x.device) for name, tensor in on_host.items()}
     view = ViewFit(

@@ -1,12 +1,12 @@
 """On-disk cache of model facts, hook point widths and tokenised texts.
 
     setup = SetupCache.open(folder, limit_gb=50)
-    info = setup.model(Pretrained.find(name))          # as `open_model`; transformers are not even imported
+    info = setup.model(Pretrained.find(name))          # as `open_model`, without importing transformers
     setup.widths(info, sites)                          # as `info.widths`
     setup.tokens(mentions, info, prepend_bos=True)     # as `tokenise`, with its warning
 
-Content-addressed: a shard (`shard_folder`) is named after all that decides what it holds, which are the model's files
-and the texts, the libraries, and the text of the program.
+The cache is content-addressed: the name of a shard (`shard_folder`) is a hash of everything that determines its
+content: the model's files, the texts, library versions and the program's source.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
 from delta_selectivity.system.provenance import installed_version, running_program
 from delta_selectivity.tasks import Mention, TokenisedMentions, tokenise, warn_of_changes
 
-FOLDER = "setup"  # below the root, beside those of the models
+FOLDER = "setup"  # below the root, next to the models' folders
 SOURCES = (
     "caches/setup_cache.py", "errors.py", "models/*.py", "system/gemm.py", "system/hub_access.py",
     "system/person_ids.py", "system/processor.py", "system/provenance.py", "system/terminal.py", "system/unpacked.py",
     "system/wheel.py", "tasks/*.py",
 )  # fmt: skip
-"""`language_model` and `datasets_wikidata` with all that they import of the program, and how this is kept."""
+"""`language_model` and `datasets_wikidata`, everything of this package that they import, and this module."""
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "gguf")
 
 
 @dataclass(frozen=True)
 class SetupCache:
-    """What is known of models and texts; nothing, and nothing kept, without shards."""
+    """Cached facts of models and texts; without shards, nothing is cached."""
 
     shards: ShardFolder | None = None
 
     @classmethod
     def open(cls, root: Path, limit_gb: float) -> SetupCache:
-        """What is kept below `root`. Raises `RequestError` if it cannot be written to."""
+        """Open the cache below `root`. Raises `RequestError` if it is not writable."""
         return cls(ShardFolder.open(root, FOLDER, limit_gb, "widths and tokens"))
 
     def model(self, files: Pretrained) -> ModelInfo:
-        """As `ModelInfo.read`. A repository's own code runs each time: it may look at more than its files."""
+        """Return `ModelInfo.read(files)`. Not cached for models with custom code, which may depend on other files."""
         if self.shards is None or files.trust_remote_code:
             return ModelInfo.read(files)
         name = _name({"facts of": files.fingerprint})
@@ -62,7 +62,7 @@ class SetupCache:
         return info
 
     def widths(self, info: ModelInfo, sites: Collection[Site]) -> dict[Site, int]:
-        """As `info.widths`. A repository's own code is looked at each time: its config does not tell what it does."""
+        """Return `info.widths(sites)`. Not cached for models with custom code, which the config does not determine."""
         if self.shards is None or info.files.trust_remote_code:
             return info.widths(sites)
         order = sorted(sites)
@@ -75,7 +75,7 @@ class SetupCache:
         return found
 
     def names_of_modules(self, info: ModelInfo) -> dict[str, str]:
-        """As `info.names_of_modules`. Kept as widths are."""
+        """Return `info.names_of_modules()`. Not cached for models with custom code."""
         if self.shards is None or info.files.trust_remote_code:
             return info.names_of_modules()
         name = _name({"modules of": info.fingerprint()})
@@ -89,7 +89,7 @@ class SetupCache:
     def tokens(
         self, mentions: Sequence[Mention], info: ModelInfo, *, prepend_bos: bool, last_only: bool = False
     ) -> TokenisedMentions:
-        """As `tokenise` by the model's tokenizer, to its greatest length."""
+        """Tokenise the texts with the model's tokenizer, up to its maximum length."""
 
         def fresh() -> TokenisedMentions:
             return tokenise(
@@ -114,13 +114,13 @@ class SetupCache:
 
 
 def _name(facts: Mapping[str, str]) -> str:
-    """32 hexadecimal digits."""
+    """Return a shard name, 32 hex digits."""
     libraries = {library: str(installed_version(library)) for library in _LIBRARIES}
     return digest({**facts, **libraries, "program": running_program(SOURCES)}, {})
 
 
 def _bytes(found: Any) -> Tensor:
-    """JSON as a tensor of bytes."""
+    """Return JSON as a tensor of bytes."""
     return torch.from_numpy(np.frombuffer(json.dumps(found).encode(), np.uint8).copy())
 
 
@@ -129,7 +129,7 @@ def _json(stored: Tensor) -> Any:
 
 
 def _packed(tokens: TokenisedMentions) -> dict[str, Tensor]:
-    """Its arrays; of its ids one after the other, and where each text's end."""
+    """Return the tokens as tensors: concatenated ids with the end of each text, and the other arrays."""
     lengths = np.array([len(ids) for ids in tokens.ids], dtype=np.int64)
     ids = np.concatenate([np.empty(0, dtype=np.int32), *tokens.ids])
     arrays = {"ids": ids, "stops": lengths.cumsum(), "first": tokens.first, "last": tokens.last}
@@ -139,9 +139,9 @@ def _packed(tokens: TokenisedMentions) -> dict[str, Tensor]:
 
 
 def _unpacked(stored: Mapping[str, Tensor], has_bos: bool, max_length: int) -> TokenisedMentions:
-    """In memory of its own, which the file on disk does not share."""
+    """Rebuild the tokens from copies of the memory-mapped tensors."""
     arrays = {name: tensor.clone().numpy() for name, tensor in stored.items()}
-    ids = tuple(np.split(arrays["ids"], arrays["stops"])[:-1])  # after the last stop there is nothing
+    ids = tuple(np.split(arrays["ids"], arrays["stops"])[:-1])  # the part after the last stop is empty
     tokens = TokenisedMentions(ids, arrays["first"], arrays["last"], has_bos, *arrays["changed"].tolist())
     warn_of_changes(tokens, max_length)
     return tokens

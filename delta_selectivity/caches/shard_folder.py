@@ -1,14 +1,15 @@
 """Size-limited on-disk tensor cache: atomic writes, checksums on first read.
 
     shards = ShardFolder.open(root, "probes", limit_gb=50, what="probe fits")
-    shards.write(name, {"coef": coef}, {"of": "layer 3"})   # name: 32 hexadecimal digits that tell the content
-    shards.read(name)                                       # {} if it is not there, or not what was written
+    shards.write(name, {"coef": coef}, {"of": "layer 3"})   # name: hash of the content's inputs, 32 hex digits
+    shards.read(name)                                       # {} if missing or damaged
 
-A shard is a safetensors file, written whole or not at all, memory-mapped, and held against its own checksum when it is
-first read. Several processes may read and write below one root; what all its folders hold counts towards one limit.
-What was read longest ago goes when room is needed, files dated in the future first; what this run has read or written
-stays, by its name, and what others have since this run began. Nothing that goes wrong
-here is an error of the run: it computes again.
+A shard is a safetensors file that is written atomically, memory-mapped, and verified by its checksum when first read.
+Several processes may share a root; one size limit applies to all its folders together.
+
+When space is needed, the least recently used shards are removed; shards dated in the future go first. Shards that this
+run has used, or that others have used since it began, are kept. Cache failures never fail the run, which computes the
+data again.
 """
 
 from __future__ import annotations
@@ -35,33 +36,33 @@ from delta_selectivity.system.whole_file import replacing, sweep
 log = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
-CHECKSUM = "xxh3_128"  # its key in a shard's header
+CHECKSUM = "xxh3_128"  # key in a shard's header
 BROKEN = (OSError, SafetensorError, ValueError, KeyError, TypeError)
-"""What reading a file that is not what was written may raise."""
+"""Exceptions from reading a damaged file."""
 
-_NAME = "[0-9a-f]" * 32  # of a shard, as a glob pattern: nothing else below the root is ever removed
-_LEFT_OVER = 3600.0  # s after which an unfinished file is nobody's
-_GRANT = 100  # a process looks what others have written at the latest when it has written this part of the limit
+_NAME = "[0-9a-f]" * 32  # glob pattern of shard names; no other files below the root are removed
+_LEFT_OVER = 3600.0  # age in seconds from which an unfinished file is considered abandoned
+_GRANT = 100  # a process rechecks the total size after writing at most limit / this
 
 
 class ShardFolder:
-    """The shards of one kind below a root that may hold no more than so many bytes."""
+    """The shards of one kind below a root with a size limit."""
 
     def __init__(self, root: Path, name: str, limit: int, what: str) -> None:
         self.folder = root / name
-        self.full = False  # whether nothing more is kept
+        self.full = False  # whether no more shards are stored
         self._root, self._limit, self._what = root, limit, what
-        self._opened = 0.0  # by the clock of the file system
-        self._own: set[Path] = set()  # what this run has read or written
-        self._granted = 0  # bytes that may be written before another look at what is there
-        self._whole: set[str] = set()  # names of shards that were found to be what was written
+        self._opened = 0.0  # time by the file system's clock
+        self._own: set[Path] = set()  # shards that this run has read or written
+        self._granted = 0  # bytes that may be written before the next check of the total size
+        self._whole: set[str] = set()  # names of verified shards
         self._lock = threading.Lock()
 
     @classmethod
     def open(cls, root: Path, name: str, limit_gb: float, what: str) -> ShardFolder:
-        """The folder of this name below `root`; `what` it holds is for warnings.
+        """Open the folder of this name below `root`; ``what`` describes the content in warnings.
 
-        Raises `RequestError` if it cannot be written to.
+        Raises `RequestError` if it is not writable.
         """
         shards = cls(root, name, as_bytes(limit_gb), what)
         try:
@@ -75,16 +76,16 @@ class ShardFolder:
         return shards
 
     def _now(self) -> float:
-        """By the clock of the file system."""
+        """Return the time by the file system's clock."""
         os.utime(self.folder)
         return self.folder.stat().st_mtime
 
     def names(self) -> list[str]:
-        """Of all shards that are here now."""
+        """Return the names of all shards in the folder."""
         return sorted(path.stem for path in self.folder.glob(f"{_NAME}{SUFFIX}"))
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """Map a shard's tensors, and the first time hold them against their checksum; one that is gone has none."""
+        """Memory-map a shard's tensors, verified by checksum on first read; return {} if it is missing or damaged."""
         path = self._path(name)
         self._own.add(path)
         try:
@@ -96,19 +97,19 @@ class ShardFolder:
             if header.pop(CHECKSUM) != digest({**header, "name": name}, tensors):
                 raise ValueError("its content is not what was written")
         except FileNotFoundError:
-            return {}  # it never was here, or another process needed the room
+            return {}  # not cached, or removed by another process
         except BROKEN as error:
             self.drop(name, error)
             return {}
         self._whole.add(name)
-        with suppress(OSError):  # another user's: it may be read
-            os.utime(path)  # read now: the last to go
+        with suppress(OSError):  # fails for another user's file, which may still be read
+            os.utime(path)  # mark as recently used
         return tensors
 
     def header(self, name: str) -> tuple[dict[str, str], list[str]] | None:
-        """What was written beside a shard's tensors, and their names; not checked yet. None if it is broken or gone."""
+        """Return a shard's metadata and tensor names without verification; None if it is missing or damaged."""
         try:
-            with safe_open(self._path(name), framework="numpy") as file:  # torch would map all of it
+            with safe_open(self._path(name), framework="numpy") as file:  # torch would map the whole file
                 return dict(file.metadata()), list(file.keys())
         except FileNotFoundError:
             return None
@@ -117,13 +118,13 @@ class ShardFolder:
             return None
 
     def drop(self, name: str, error: Exception) -> None:
-        """Tell that a shard is broken, and remove it."""
+        """Log that a shard is damaged, and remove it."""
         log.warning("`cache`: %s is broken (%s): its %s are computed again", self._path(name), error, self._what)
         with suppress(OSError):
             self._path(name).unlink()
 
     def write(self, name: str, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:
-        """Keep contiguous tensors on the CPU; whether they were. A disk that cannot take them is told once."""
+        """Store contiguous CPU tensors; return whether they were stored. A disk failure is logged once."""
         if self.full:
             return False
         content = save(dict(tensors), {**header, CHECKSUM: digest({**header, "name": name}, tensors)})
@@ -135,7 +136,7 @@ class ShardFolder:
                 return False
             with replacing(
                 self._path(name), "wb", sync=False
-            ) as file:  # its checksum tells what a power cut would leave
+            ) as file:  # the checksum detects damage by a power failure
                 file.write(content)
         except OSError as error:
             self.full = True
@@ -147,12 +148,12 @@ class ShardFolder:
         return self.folder / f"{name}{SUFFIX}"
 
     def _has_room(self, n_bytes: int) -> bool:
-        """Whether so many more may be written, once shards that nobody has read for longest are removed."""
+        """Return whether this many bytes may be written, after removing the least recently used shards if needed."""
         with self._lock:
             self._granted -= n_bytes
             if self._granted >= 0:
                 return True
-            with suppress(Locked), exclusive(self._root / "eviction"):  # else somebody is at it: that is room too
+            with suppress(Locked), exclusive(self._root / "eviction"):  # if locked, another process is freeing space
                 found = [(stat.st_mtime, stat.st_size, path) for path, stat in _stats(self._root)]
                 now = self._now()
                 left = self._limit - n_bytes - sum(size for _, size, _ in found)
@@ -168,14 +169,14 @@ class ShardFolder:
 
 
 def digest(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """XXH3 (32 hexadecimal digits) of facts and of tensors on the CPU, with their names, types and shapes.
+    """Return the XXH3 (32 hex digits) of facts and CPU tensors, with names, dtypes and shapes.
 
-    It tells what is damaged or different, at the speed of memory; no forgery of it is hard to make.
+    It is as fast as memory, and detects corruption, not tampering.
     """
     found = xxhash.xxh3_128(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
-        if tensor.numel():  # torch has no bytes of nothing
+        if tensor.numel():  # torch cannot view empty tensors as bytes
             found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 

@@ -1,1 +1,1 @@
-"""The command line: flags in, exit codes out."""
+"""The command line: parses flags and returns exit codes."""

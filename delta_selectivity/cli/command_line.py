@@ -1,4 +1,4 @@
-"""The command line of a run: its flags, their help, and the `Request` they make."""
+"""The command line of a run: its flags, their help, and the resulting `Request`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.settings import Settings, default_shown
 from delta_selectivity.settings import fields as setting_fields
 from delta_selectivity.system.comma_lists import join_names, parse_names
-from delta_selectivity.system.terminal import tell_terminal
+from delta_selectivity.system.terminal import show_status
 
-if TYPE_CHECKING:  # they import torch, which takes seconds: --help and a wrong flag do without
+if TYPE_CHECKING:  # importing torch takes seconds, which --help and flag errors avoid
     from delta_selectivity.run.request import Request
     from delta_selectivity.tasks import TaskName
 
@@ -44,9 +44,9 @@ from there); 2 the request was wrong; 130 interrupted
 """
 
 HEADINGS = {"what": "what to measure", "how": "how to measure it", "where": "where to run it, and where it goes"}
-TYPES: dict[type, Any] = {int: int, float: float, str: str, tuple: str}  # of a value on the command line
+TYPES: dict[type, Any] = {int: int, float: float, str: str, tuple: str}  # of values on the command line
 
-NO_VALUES = ("help", "version", "task")  # of the parser's arguments: those that set nothing of a request
+NO_VALUES = ("help", "version", "task")  # arguments that are not part of a request
 
 TASK_FLAGS: dict[str, dict[str, Any]] = {
     "datasets": {"help": "numbers or names, with commas: 0 gender, 1 occupation, 2 politics, 3 athlete, 4 is_alive; 5 "
@@ -81,8 +81,8 @@ WHERE_FLAGS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What one command line asks for."""
+class ParsedCommand:
+    """A parsed command line."""
 
     request: Request
     job: Literal["measure", "inspect", "list"]
@@ -91,7 +91,7 @@ class Asked:
 
 
 def build_parser(prog: str = "main.py") -> Parser:
-    """Return the parser of a run: the flags of the request, and one for each field of `Settings`."""
+    """Build the parser of a run: the flags of the request, and one for each field of `Settings`."""
     parser = Parser(
         prog,
         "Does a Sparse Autoencoder keep what a language model knows? Trains binary probes on the model's "
@@ -119,7 +119,7 @@ def _command(word: str) -> str:
 
 
 def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = (), only: Collection[str] = ()) -> None:
-    """Add the flags of a run to a parser, under their headings: all, without some, or only some."""
+    """Add the flags of a run to a parser, in groups; ``without`` excludes some, ``only`` restricts them."""
     groups = {name: parser.add_argument_group(heading) for name, heading in HEADINGS.items()}
     flags = [("what", WHAT_FLAGS), ("where", WHERE_FLAGS)]
     for group, name, options in (
@@ -132,12 +132,12 @@ def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = (), on
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that every command has."""
+    """Add the flag that all commands share."""
     parser.add_argument("--verbose", action="store_true", help="log what happens, and the traceback of every failure")
 
 
 def _settings_flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Heading, flag and options for each field of `Settings`; one that is not given is absent from what is parsed."""
+    """Yield group, flag and options for each field of `Settings`; flags that are not given are absent after parsing."""
     for field, kind, rule in setting_fields():
         options: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": TYPES[kind]}
         if kind is int and rule.if_none and field.default is not None:
@@ -151,7 +151,7 @@ def _settings_flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def _number_or(word: str) -> Callable[[str], int | str]:
-    """What reads a whole number, or leaves a word as it is."""
+    """Return a parser of a whole number or the given word."""
 
     def read(text: str) -> int | str:
         try:
@@ -162,26 +162,26 @@ def _number_or(word: str) -> Callable[[str], int | str]:
     return read
 
 
-def parse(argv: Sequence[str], prog: str = "main.py") -> Asked:
-    """Return what a command line asks for. Raises `RequestError`."""
+def parse(argv: Sequence[str], prog: str = "main.py") -> ParsedCommand:
+    """Parse a command line. Raises `RequestError`."""
     values = parse_values(argv, build_parser(prog))
-    tell_start(values)
+    show_start(values)
     job: Literal["measure", "inspect", "list"] = "inspect" if values.get("task") == "inspect" else "measure"
     if values.get("list_datasets"):
         job = "list"
-    return Asked(make_request(values), job, bool(values.get("quiet")), bool(values.get("verbose")))
+    return ParsedCommand(make_request(values), job, bool(values.get("quiet")), bool(values.get("verbose")))
 
 
-def tell_start(values: Mapping[str, Any]) -> None:
-    """Say on a terminal that something happens: libraries, texts and configs take up to half a minute."""
+def show_start(values: Mapping[str, Any]) -> None:
+    """Print a status line on a terminal, because loading libraries, texts and configs takes up to half a minute."""
     if not values.get("quiet"):
-        tell_terminal("loading libraries, texts and configs")
+        show_status("loading libraries, texts and configs")
 
 
 def parse_values(argv: Sequence[str], parser: argparse.ArgumentParser | None = None) -> dict[str, Any]:
-    """Return what is given on a command line, by the names of the flags. Raises `RequestError`.
+    """Return the values given on a command line, by flag name. Raises `RequestError`.
 
-    parser: the one of a run by default.
+    parser: the parser of a run by default.
     """
     parsed = vars((parser or build_parser()).parse_args(argv))
     return {name: value for name, value in parsed.items() if value is not None}
@@ -193,7 +193,7 @@ def known_flags() -> tuple[str, ...]:
 
 
 def make_request(values: Mapping[str, Any]) -> Request:
-    """Return the request that values by the names of the flags make; those left out take their defaults."""
+    """Build a request from values by flag name; missing values take their defaults."""
     from delta_selectivity.run.request import Request, choose_devices, parse_layers
 
     model, saes = values.get("model_name"), values.get("sae_name")
@@ -222,7 +222,7 @@ def make_request(values: Mapping[str, Any]) -> Request:
 
 
 def make_tasks(values: Mapping[str, Any]) -> tuple[TaskName, ...]:
-    """Return the named datasets, and then the user's own; that alone if it is given without names."""
+    """Return the named datasets, followed by the user's own; only the latter if no names are given."""
     from delta_selectivity.tasks import UserData, name_task, parse_columns, parse_dataset_names
 
     named, path = values.get("datasets"), values.get("dataset_file")

@@ -1,9 +1,9 @@
-"""Activations, reconstructions, labels and people of the probed rows of one layer, in one file.
+"""The command `extract`: writes activations, reconstructions, labels and people of one layer's rows to a file.
 
     python activations.py --layers 3 --datasets gender -o rows.safetensors
-    python probes.py rows.safetensors                                      # the numbers of main.py, to the bit
+    python probes.py rows.safetensors                                      # the numbers of main.py, bit for bit
 
-docs/rows_file.md says what is in the file.
+docs/rows_file.md describes the file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from delta_selectivity.cli.command_line import add_flags, add_verbose, make_request, parse_values, tell_start
+from delta_selectivity.cli.command_line import add_flags, add_verbose, make_request, parse_values, show_start
 from delta_selectivity.cli.guard import guarded, set_log_level
 from delta_selectivity.cli.parser import Parser, user_path
 from delta_selectivity.cli.program import typed
@@ -33,7 +33,7 @@ WITHOUT = ("list_datasets", "output_directory", "device2", "probe", "overwrite")
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    """Return the parser of this command."""
+    """Build the parser of this command."""
     examples = EXAMPLES.format(**{name: typed(name, prog) for name in ("extract", "probe", "run")})
     parser = Parser(
         prog,
@@ -51,10 +51,10 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str], prog: str) -> None:
-    """Write the file. Raises `RequestError` if the request is wrong, anything else if it fails."""
+    """Write the file. Raises `RequestError` if the request is wrong, other errors if it fails."""
     values = parse_values(argv, build_parser(prog))
     set_log_level(bool(values.get("verbose")))
-    tell_start(values)
+    show_start(values)
     path: Path = values["output"]
     from delta_selectivity.run.extraction import extract
 
@@ -67,7 +67,7 @@ def run(argv: Sequence[str], prog: str) -> None:
 
 @contextmanager
 def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """What draws how many texts are through."""
+    """Yield a function that draws the number of processed texts."""
     from delta_selectivity.system.bars import open_bar
 
     with open_bar(None, "texts", "text", quiet=quiet) as bar:

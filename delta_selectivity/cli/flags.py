@@ -1,4 +1,4 @@
-"""Map field names to command-line flags."""
+"""Mapping from field names to command-line flags."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ OTHER_NAMES = {
     "columns": "dataset_columns",
     "page": "output",
 }
-"""Fields whose flags have another name; every other flag is called as its field."""
+"""Fields whose flags have a different name; all other flags are named after their field."""
 
 
 def flag_of(field: str) -> str:
-    """The flag that sets a field."""
+    """Return the flag that sets a field."""
     return f"--{OTHER_NAMES.get(field, field)}"
 
 
 def with_flags(text: str) -> str:
-    """A message of the library with flags in place of the fields that it names."""
+    """Replace the field names in a message with their flags."""
     return FIELD.sub(lambda found: flag_of(found.group(1)), text)

@@ -1,4 +1,4 @@
-"""From what happens in a command to its exit code: 0 done, 1 it failed, 2 the request was wrong, 130 interrupted."""
+"""Exit codes of commands: 0 done, 1 failed, 2 wrong request, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ log = logging.getLogger("delta_selectivity")
 
 GOES_ON = "finished layers are on disk; the same command goes on from there"
 NOTHING_WRITTEN = "nothing was written"
-ERROR_SHOWN = 400  # characters of an error in its line: torch appends its C++ stack
+ERROR_SHOWN = 400  # maximum characters of an error message: torch appends its C++ stack
 
 
 def what_is_left(outputs: Sequence[Path]) -> str:
-    """What a run that failed or was interrupted leaves on disk."""
+    """Describe what a failed or interrupted run leaves on disk."""
     gone = [folder for folder in outputs if not folder.is_dir()]
     return f"the folder {gone[0]} is gone, with all that was in it" if gone else GOES_ON
 
@@ -31,16 +31,16 @@ def guarded(
     job: Callable[[Sequence[str]], None],
     left: Callable[[], str] = lambda: NOTHING_WRITTEN,
 ) -> int:
-    """Do a job with arguments, and say in one line on stderr what went wrong if something did.
+    """Run a job and report errors in one line on stderr.
 
     Args:
-        argv: The arguments; None for those of this process.
-        job: Raises `RequestError` if the request is wrong, anything else if the job fails.
-        left: Says what a job that failed or was interrupted leaves on disk.
+        argv: Arguments of the job; None for those of this process.
+        job: Raises `RequestError` if the request is wrong, other errors if it fails.
+        left: Describes what a failed or interrupted job leaves on disk.
 
     Returns:
-        The exit code. Unexpected errors are logged with the traceback of their thread; errors of disk, memory or
-        numbers show it with `--verbose` only.
+        The exit code. Unexpected errors are logged with the traceback of their thread; for disk, memory and numerical
+        errors the traceback is shown with `--verbose` only.
     """
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(LineFormatter(with_flags))
@@ -64,12 +64,12 @@ def guarded(
 
 
 def set_log_level(verbose: bool) -> None:
-    """Log what happens if `verbose`, else notes and warnings alone."""
+    """Log details if `verbose`, else only notes and warnings."""
     logging.getLogger().setLevel(logging.INFO if verbose else NOTE)
 
 
 def _foreseen(error: Exception) -> bool:
-    """Whether the error's own line says enough: disk, memory, NaN."""
+    """Return whether the error's message is sufficient without a traceback: disk, memory, NaN."""
     from delta_selectivity.run.row_store import NonFiniteError
     from delta_selectivity.system.out_of_memory import is_out_of_memory
 

@@ -1,6 +1,6 @@
-"""What an SAE is, and where in a model it fits.
+"""The command `inspect`: prints what an SAE is, and how well it fits a model.
 
-python sae_loader.py EleutherAI/sae-pythia-160m-32k                    # what its files say; no model is needed
+python sae_loader.py EleutherAI/sae-pythia-160m-32k                    # from its files; needs no model
 python sae_loader.py EleutherAI/sae-pythia-160m-32k --model_name EleutherAI/pythia-160m --layers 3,6
 """
 
@@ -33,7 +33,7 @@ FLAGS = (
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    """Return the parser of this command."""
+    """Build the parser of this command."""
     description = "Print what an SAE is; with --model_name also how well it fits each layer and hook point of a model."
     parser = Parser(prog, description, epilog=EXAMPLES.format(inspect=typed("inspect", prog)))
     parser.add_argument(
@@ -46,7 +46,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str], prog: str) -> None:
-    """Print what was asked for. Raises `RequestError` if the request is wrong."""
+    """Print the description of the SAEs. Raises `RequestError` if the request is wrong."""
     values = parse_values(argv, build_parser(prog))
     set_log_level(bool(values.get("verbose")))
     if "model_name" in values:

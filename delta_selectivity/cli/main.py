@@ -1,9 +1,9 @@
-"""The command `run`: measure SAEs layer by layer, and turn what happens into an exit code.
+"""The command `run`: measures SAEs layer by layer.
 
     python main.py                 # the bundled demo: tiny-pythia, its SAEs, the Wikidata tasks
     python main.py --help
 
-Imports that cost seconds wait until they are needed.
+Slow imports are deferred until they are needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from delta_selectivity.system.terminal import show
 
 
 def run(argv: Sequence[str], prog: str, outputs: list[Path]) -> None:
-    """One run; `outputs` gets its folder. Raises `RequestError` if it is wrong, anything else if it fails."""
+    """Do one run and append its folder to `outputs`. Raises `RequestError` if it is wrong, other errors if it fails."""
     from delta_selectivity.cli.command_line import parse
 
     asked = parse(argv, prog)

@@ -1,4 +1,4 @@
-"""The parser that every command shares."""
+"""The argument parser that all commands share."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.system.terminal import show
 
 STANDS_ALONE = "follows no flag: several values of one are written with commas, and spaces in quotes"
-WIDTH = 100  # of a description in characters: examples below it keep their lines, so argparse wraps neither
+WIDTH = 100  # of a description in characters; argparse must not wrap the examples, so it wraps nothing
 
 
 def user_path(text: str) -> Path:
-    """A path with `~` resolved, which no shell does after `=`."""
+    """Return a path with `~` expanded, which shells do not do after `=`."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty: give a path")
     return Path(os.path.expanduser(text))  # noqa: PTH111 - leaves an unknown ~user as it is
 
 
 def nearest(flag: str, known: Iterable[str]) -> str:
-    """What to say of a flag that there is not: with the one that is meant, if that can be guessed."""
+    """Return the message for an unknown flag, with the closest known one if there is any."""
     near = difflib.get_close_matches(flag, list(known), n=1)
     return f"there is no flag {flag}{f': did you mean {near[0]}?' if near else ''}"
 
 
 def version() -> str:
-    """The version of this program: a clone's own, whatever is installed beside it."""
+    """Return the version of this program; in a clone, that of the clone rather than of an installed package."""
     project = Path(__file__).parents[2] / "pyproject.toml"
     if not project.is_file():
         return importlib.metadata.version("delta-selectivity")
@@ -48,9 +48,9 @@ class _ShowVersion(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with one line for a wrong flag, and no value for a flag that is not given."""
+    """A parser that reports errors in one line and omits flags that are not given."""
 
-    elsewhere: tuple[str, ...] = ()  # flags that another parser has taken before, and that may be meant
+    elsewhere: tuple[str, ...] = ()  # flags of another parser, to suggest as well
 
     def __init__(self, prog: str, description: str, **options: Any) -> None:
         super().__init__(
@@ -63,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--version", action=_ShowVersion, nargs=0, help="print the version, and end")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse a command line; an unknown flag is named, with the one that is meant if that can be guessed."""
+        """Parse a command line; the error for an unknown flag suggests the closest known one."""
         for word in args or ():
             flag = word.partition("=")[0]
             if flag.startswith("--") and len(flag) > 2 and flag not in self._option_string_actions:

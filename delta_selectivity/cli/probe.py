@@ -1,10 +1,10 @@
-"""The metric on a file of rows, whoever wrote it.
+"""The command `probe`: computes the metric for a file of rows from any source.
 
     python activations.py --layers 3 --datasets gender -o rows.safetensors
     python probes.py rows.safetensors
     python probes.py my_vision_model.npz --views error -o results.json
 
-docs/rows_file.md says what must be in the file.
+docs/rows_file.md describes the file.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ docs/rows_file.md says what must be in the file.
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    """Return the parser of this command."""
+    """Build the parser of this command."""
     examples = EXAMPLES.format(**{name: typed(name, prog) for name in ("extract", "probe")})
     description = "Train probes on the activations in a file of rows and on their reconstructions, and compare them."
     parser = Parser(prog, f"{description} Settings are the file's, where it has some.", epilog=examples)
@@ -52,7 +52,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str], prog: str) -> None:
-    """Measure the file. Raises `RequestError` if the request or the file is wrong, anything else if it fails."""
+    """Measure the file. Raises `RequestError` if the request or the file is wrong, other errors if it fails."""
     values = parse_values(argv, build_parser(prog))
     set_log_level(bool(values.get("verbose")))
     from delta_selectivity.records.result_file import write_json

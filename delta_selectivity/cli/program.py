@@ -1,4 +1,4 @@
-"""Start and end of every program: signals and garbage collection first, heavy imports after, an exit code last."""
+"""Entry and exit of every program: signal handlers first, then slow imports, and an exit code at the end."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CONSOLE = "delta-selectivity"
 
 
 class Command(NamedTuple):
-    """A subcommand of the console command, which is a file at the top of a clone too."""
+    """A subcommand of the console command, which is also a file at the top of a clone."""
 
-    module: str  # in `delta_selectivity.cli`; its `main(argv, prog)` gives the exit code
+    module: str  # in `delta_selectivity.cli`; its `main(argv, prog)` returns the exit code
     file: str
     help: str
 
@@ -35,12 +35,12 @@ COMMANDS = {
 
 
 def main() -> NoReturn:
-    """Run the console command `delta-selectivity`: a subcommand and its arguments. End the process."""
+    """Run the console command `delta-selectivity` with a subcommand and its arguments, and end the process."""
     interrupts.leave_at_once()
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         start(command, arguments, f"{CONSOLE} {command}")
-    from delta_selectivity.system.terminal import show, tell  # after signals are handled: it takes a while to load
+    from delta_selectivity.system.terminal import show, tell  # after the signal handlers: this import is slow
 
     if command in {"-h", "--help"}:
         lines = (f"  {name:8} {known.help}" for name, known in COMMANDS.items())
@@ -56,29 +56,29 @@ def main() -> NoReturn:
 
 
 def start(command: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
-    """Run a subcommand, and end the process.
+    """Run a subcommand and end the process.
 
     Args:
         command: A key of `COMMANDS`.
         arguments: Its arguments; None for those of this process.
-        prog: The program's name in its help; None for that of its file in a clone.
+        prog: The program's name in its help; None for the name of its file in a clone.
     """
-    interrupts.leave_at_once()  # before the imports below, which take a tenth of a second
+    interrupts.leave_at_once()  # before the imports below, which take 0.1 s
     hold_collector()
     module = importlib.import_module(f"delta_selectivity.cli.{COMMANDS[command].module}")
     code = module.main(sys.argv[1:] if arguments is None else arguments, prog or COMMANDS[command].file)
     if command == "scale":
         from multiprocessing import util
 
-        util._exit_function()  # type: ignore[attr-defined]  # what `leave` leaves out: else a tracker of queues complains
+        util._exit_function()  # type: ignore[attr-defined]  # `leave` skips this; else the tracker warns
     interrupts.leave(code)
 
 
 def where_it_is(output: Path, prog: str) -> str:
-    """Return what a run ends with: where its results are, and how to see them."""
+    """Return the last line of a run: where its results are and how to view them."""
     return f"results in {output}; as a page: {typed('report', prog)} {shlex.quote(str(output))} -o report.html"
 
 
 def typed(command: str, prog: str) -> str:
-    """Return what to type for a command, in the way in which the program called `prog` was started."""
+    """Return how to type a command, in the same form in which the program `prog` was started."""
     return f"{CONSOLE} {command}" if prog.startswith(f"{CONSOLE} ") else f"python {COMMANDS[command].file}"

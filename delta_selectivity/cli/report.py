@@ -4,8 +4,8 @@ python report.py results                        # a table per dataset and SAE
 python report.py results --worst_first          # largest losses on top
 python report.py results --resources            # seconds per stage and peak memory
 python report.py results --csv all.csv          # every number of every probe, a line each, for a spreadsheet or pandas
-python report.py results --rows gender --layer 4 --sae k8     # who was lost there: rows, counts, a histogram
-python report.py results --latents gender --layer 4 --sae k8  # which latents carry the probe there
+python report.py results --rows gender --layer 4 --sae k8     # the rows that the SAE lost there
+python report.py results --latents gender --layer 4 --sae k8  # the latents that carry the probe there
 python report.py results --subgroups            # which people lose more: by length and frequency of the name
 python report.py results --subgroups --people people.csv      # and by the columns of a table, such as year of birth
 python report.py results -o report.html         # one page with everything, readable without a network
@@ -37,14 +37,14 @@ from delta_selectivity.reporting.tables import (
     render,
     resource_table,
 )
-from delta_selectivity.system.terminal import show, tell, tell_terminal
+from delta_selectivity.system.terminal import show, show_status, tell
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
-    """Print the tables, or write what was asked for; 2 if there is nothing to report, 1 if it cannot be printed.
+    """Print tables or write the requested files, and return the exit code.
 
-    What cannot be written is a wrong request: 2. So is a file that is no result file: the others are
-    shown all the same.
+    The code is 2 if there is nothing to report, a file is not a result file (the others are still shown) or an output
+    path cannot be written, and 1 if the tables cannot be printed.
     """
     try:
         asked = _parse(argv, prog)
@@ -173,19 +173,19 @@ def _push(asked: Any, files: Sequence[File]) -> None:
 
 
 def _latents(files: Sequence[File], asked: Any) -> int:
-    """The latents that carry the probe of one cell. Raises `RequestError` if they cannot be found."""
+    """Print the latents that carry the probe of one cell. Raises `RequestError` if they cannot be found."""
     from delta_selectivity.api.latents import latents_of
     from delta_selectivity.reporting.latent_tables import latents_text
     from delta_selectivity.reporting.rows import find_cell
 
     place = find_cell(files, asked.latents, asked.layer, asked.sae)
-    tell_terminal("looking for the latents: the model runs over the texts again")
+    show_status("looking for the latents: the model runs over the texts again")
     show(latents_text(latents_of(place), f"{place.probe}, layer {place.layer}"))
     return 0
 
 
 def _subgroups(files: Sequence[File], asked: Any) -> int:
-    """Which people lose more. Raises `RequestError` if the table of people cannot be read."""
+    """Print which people lose more. Raises `RequestError` if the table of people cannot be read."""
     from delta_selectivity.reporting.subgroup_table import subgroup_text
 
     show(subgroup_text(files, _people(asked)))
@@ -193,15 +193,15 @@ def _subgroups(files: Sequence[File], asked: Any) -> int:
 
 
 def _people(asked: Any) -> dict[str, dict[str, str]]:
-    """The groups of `--people`. Raises `RequestError` if they cannot be read."""
-    from delta_selectivity.reporting.people_table import read_people  # tables do without pandas
+    """Read the groups of `--people`. Raises `RequestError` if they cannot be read."""
+    from delta_selectivity.reporting.people_table import read_people  # deferred: tables do not need pandas
 
     return {} if asked.people is None else read_people(asked.people)
 
 
 def _rows(files: Sequence[File], asked: Any) -> int:
-    """The rows of one cell. Raises `RequestError` if there is no such cell, or its rows are not there."""
-    from delta_selectivity.reporting.row_tables import rows_text, write_rows  # they import torch: tables do without it
+    """Print or write the rows of one cell. Raises `RequestError` if the cell or its rows do not exist."""
+    from delta_selectivity.reporting.row_tables import rows_text, write_rows  # deferred: tables do not need torch
     from delta_selectivity.reporting.rows import find_cell, rows_of
 
     place = find_cell(files, asked.rows, asked.layer, asked.sae)
@@ -224,7 +224,7 @@ def _print(files: Sequence[File], asked: Any) -> None:
 
 
 def _write_saebench(files: Sequence[File], folder: Path) -> None:
-    """Raises `RequestError` if the folder cannot be written."""
+    """Write files in SAEBench's format. Raises `RequestError` if the folder cannot be written."""
     try:
         n = write(files, folder)
     except OSError as error:
@@ -239,7 +239,7 @@ def _write_csv(files: Sequence[File], path: Path) -> None:
 
 @contextmanager
 def _written(path: Path) -> Iterator[None]:
-    """Tell a file that cannot be written as a wrong request."""
+    """Report a file that cannot be written as a wrong request."""
     try:
         yield
     except OSError as error:
@@ -247,8 +247,8 @@ def _written(path: Path) -> Iterator[None]:
 
 
 def _write(files: Sequence[File], beside: Sequence[Evaluation], asked: Any) -> None:
-    """The page, the plots, or both. Raises `RequestError` if a path cannot be written."""
-    from delta_selectivity.reporting.output import write_page, write_plots  # matplotlib: tables do without it
+    """Write the page, the plots, or both. Raises `RequestError` if a path cannot be written."""
+    from delta_selectivity.reporting.output import write_page, write_plots  # deferred: tables do not need matplotlib
     from delta_selectivity.reporting.study import study_of
 
     study = study_of(files, beside)

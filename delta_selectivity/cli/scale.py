@@ -1,14 +1,13 @@
-"""The command `scale`: the numbers of main.py by many workers.
+"""The command `scale`: computes the numbers of main.py with many workers.
 
     python compute_selectivity.py --workers 2                       # the bundled demo on two processes
-    python compute_selectivity.py --plan                            # the units, their bytes and seconds; nothing runs
+    python compute_selectivity.py --plan                            # print units, bytes and seconds; run nothing
     python compute_selectivity.py --scheduler tls://10.0.0.7:8786 --tls_ca_file ca.pem --tls_cert me.pem ...
-    python compute_selectivity.py --config sweep.toml               # many requests, one after another or side by side
+    python compute_selectivity.py --config sweep.toml               # many requests, in sequence or in parallel
 
-All flags of main.py are known here, and mean the same. The request is cut into units (a group of layers and a group of
-SAEs, see `scale.units`), each unit is an ordinary run of main's own code in some worker, and what a unit found is
-merged into the very files that main.py would have written. Either program goes on where the other was stopped. Exit
-codes are those of main.py.
+It accepts all flags of main.py, with the same meaning. The request is split into units (a group of layers and a group
+of SAEs, see `scale.units`). A worker measures each unit with the code of main.py, and its results are merged into the
+same files that main.py would write. Either program can continue what the other has begun. Exit codes are the same.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delta_selectivity.cli.command_line import build_parser, make_request, parse_values, tell_start
+from delta_selectivity.cli.command_line import build_parser, make_request, parse_values, show_start
 from delta_selectivity.cli.guard import guarded, set_log_level, what_is_left
 from delta_selectivity.cli.parser import user_path
 from delta_selectivity.cli.program import where_it_is
@@ -33,7 +32,7 @@ TLS = ("tls_ca_file", "tls_cert", "tls_key")
 
 
 def flags_of_many_workers() -> argparse.ArgumentParser:
-    """The flags that main.py has not."""
+    """Build a parser of the flags that main.py does not have."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument_group("many workers").add_argument
     add("--workers", type=int, help="processes on this machine (one a GPU; without GPUs, one a core)")
@@ -53,12 +52,12 @@ def flags_of_many_workers() -> argparse.ArgumentParser:
 
 
 def own_flags() -> list[str]:
-    """The same by their names."""
+    """Return the names of these flags."""
     return list(flags_of_many_workers()._option_string_actions)
 
 
 def parse(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
-    """Our flags, and main.py's. Raises `RequestError`."""
+    """Return the flags of this command, and the remaining arguments for main.py. Raises `RequestError`."""
     own = flags_of_many_workers()
     if {"-h", "--help"} & set(argv):
         argparse.ArgumentParser(
@@ -83,7 +82,7 @@ def parse(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]
 
 
 def check(values: Mapping[str, Any], layers_per_unit: int, saes_per_unit: int) -> Job:
-    """What one request takes, by configs alone. Raises `RequestError` if it is wrong."""
+    """Plan one request from configs only. Raises `RequestError` if it is wrong."""
     from delta_selectivity.run.planning import go_on, make_plan
     from delta_selectivity.scale.spread import Job
     from delta_selectivity.scale.units import plan_units
@@ -93,9 +92,9 @@ def check(values: Mapping[str, Any], layers_per_unit: int, saes_per_unit: int) -
 
 
 def compute(argv: Sequence[str], prog: str, outputs: list[Path]) -> None:
-    """All of it; `outputs` gets the folders of the results.
+    """Run the command and append the result folders to `outputs`.
 
-    Raises `RequestError` if a request is wrong, anything else if units failed.
+    Raises `RequestError` if a request is wrong, other errors if units failed.
     """
     asked, others = parse(argv, prog)
     parser = build_parser(prog)
@@ -104,7 +103,7 @@ def compute(argv: Sequence[str], prog: str, outputs: list[Path]) -> None:
     for job in {"task", "list_datasets"} & given.keys():
         raise RequestError(f"{given[job] if job == 'task' else job} is not spread over workers: main.py does that")
     set_log_level(bool(given.get("verbose")))
-    tell_start(given)
+    show_start(given)
     sweep = None if asked.config is None else Sweep.read(asked.config)
     requests = [given] if sweep is None else [{**request, **given} for request in sweep.requests]
     jobs = [check(values, asked.layers_per_unit, asked.saes_per_unit) for values in requests]

@@ -1,21 +1,19 @@
-"""Sweep files: several requests of one shape as a TOML file, checked before the first request starts.
+"""Sweep files: several requests of one shape in a TOML file, all checked before the first one starts.
 
-    output_directory = "results/sweep"         # a folder for each request below it
-    page = "report.html"                       # optional: a page over its results in each of these folders
-
-    [flags]                                    # of every request: main.py's flags without their dashes
+    output_directory = "results/sweep"         # holds a folder for each request
+    page = "report.html"                       # optional: a page of its results in each of these folders
+    [flags]                                    # for every request: main.py's flags without their dashes
     folds = 5
     datasets = ["gender", "politics"]          # here a list is one value
-
     [[grid]]                                   # every combination of these is a request
     model_name = "assets/tiny-pythia"
     sae_name = ["assets/tiny-pythia-saes-k8", "assets/tiny-pythia-saes-k32"]     # two values
     layers = ["0-2", "3-5"]                    # two values, so four requests
     seed = 0
 
-A value that is itself a list, in a list of `[[grid]]`, is one value too: `sae_name = [["a", "b"], "c"]` measures a and
-b in one request, where they share a forward pass and are compared with each other, and c in another. Several
-`[[grid]]` add up. A request's folder is named after the flags in which requests differ.
+Within a list of `[[grid]]`, a nested list is one value: `sae_name = [["a", "b"], "c"]` measures a and b in one request,
+where they share a forward pass and are compared with each other, and c in another. Several `[[grid]]` tables add up. A
+request's folder is named after the flags in which requests differ.
 
     sweep = Sweep.read(Path("sweep.toml"))
     sweep.requests                             # ({"folds": 5, ..., "output_directory": "results/sweep/..."}, ...)
@@ -40,23 +38,23 @@ from delta_selectivity.system.terminal import show
 log = logging.getLogger(__name__)
 
 TOP = ("output_directory", "page", "flags", "grid")
-OWN = ("task", "list_datasets", "output_directory", "overwrite", "quiet", "verbose")  # not of a single request
-SHOWN = 40  # characters of a value in a folder's name
+OWN = ("task", "list_datasets", "output_directory", "overwrite", "quiet", "verbose")  # not allowed in a request
+SHOWN = 40  # maximum characters of a value in a folder's name
 
 Values = dict[str, Any]  # flag -> its value
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file that was read and found to be one."""
+    """A validated sweep file."""
 
     output_directory: Path
     page: str | None  # name of an HTML page in the folder of each request
-    requests: tuple[Values, ...]  # of each, by the names of the flags
+    requests: tuple[Values, ...]  # values of each, by flag name
 
     @classmethod
     def read(cls, path: Path) -> Sweep:
-        """Raises `RequestError` if the file cannot be read, or asks for what is not known."""
+        """Read a sweep file. Raises `RequestError` if it cannot be read or has unknown keys."""
         content = _load(path)
         _refuse_unknown(path, "", content, TOP)
         folder, page = content.get("output_directory"), content.get("page")
@@ -77,7 +75,7 @@ class Sweep:
         return cls(below, page, tuple(_values(path, one) | two for one, two in zip(requests, folders, strict=True)))
 
     def conclude(self, results: Sequence[Sequence[Path]], quiet: bool) -> None:
-        """A summary of each request's result files, and its page if pages are wanted."""
+        """Print a summary of each request's result files, and write its page if requested."""
         from delta_selectivity.reporting import tables
         from delta_selectivity.reporting.results import load
 
@@ -86,14 +84,14 @@ class Sweep:
             if not quiet:
                 show(f"\n## {folder.relative_to(self.output_directory)}\n\n{tables.overview(files)}")
             if self.page is not None:
-                from delta_selectivity.reporting.output import write_page  # matplotlib: tables do without it
+                from delta_selectivity.reporting.output import write_page  # deferred: tables do not need matplotlib
                 from delta_selectivity.reporting.study import study_of
 
                 log.info("%s", write_page(study_of(files), folder / self.page))
 
 
 def flag_names() -> tuple[str, ...]:
-    """The flags of main.py that a request may set."""
+    """Return the flags of main.py that a request may set."""
     return tuple(name for name in known_flags() if name not in OWN)
 
 
@@ -113,7 +111,7 @@ def _refuse_unknown(path: Path, where: str, table: Mapping[str, Any], known: Ite
 
 
 def _combinations(path: Path, grid: Values) -> list[Values]:
-    """Every choice of one value for each flag."""
+    """Return every combination of one value per flag."""
     choices = [value if isinstance(value, list) else [value] for value in grid.values()]
     if empty := [name for name, values in zip(grid, choices, strict=True) if not values]:
         raise RequestError(f"{path}: grid.{empty[0]} is an empty list: give it a value")
@@ -121,7 +119,7 @@ def _combinations(path: Path, grid: Values) -> list[Values]:
 
 
 def _names(path: Path, requests: Sequence[Values]) -> list[str]:
-    """A folder's name for each request: the flags in which they differ, with their values."""
+    """Return a folder name for each request, from the flags in which they differ and their values."""
     flags = dict.fromkeys(name for request in requests for name in request)
     differ = [name for name in flags if any(request.get(name) != requests[0].get(name) for request in requests)]
     names = [
@@ -141,7 +139,7 @@ def _short(value: Any) -> str:
 
 
 def _values(path: Path, request: Values) -> Values:
-    """The values as `make_request` takes them: lists as one string with commas. Raises `RequestError` for others."""
+    """Return the values for `make_request`, with lists joined by commas. Raises `RequestError` for other types."""
     found: Values = {}
     for name, value in request.items():
         if isinstance(value, list) and all(isinstance(part, str | int) for part in value):

@@ -1,8 +1,8 @@
-"""Which tasks there are, and their rows.
+"""The command `tasks`: lists the tasks and exports their rows.
 
 python datasets_wikidata.py                                            # a line per probe
-python datasets_wikidata.py --dataset_file my_concept.csv              # what a table of your own comes to
-python datasets_wikidata.py --datasets gender --export gender.csv      # `--dataset_file gender.csv` reads it
+python datasets_wikidata.py --dataset_file my_concept.csv              # the same for your own table
+python datasets_wikidata.py --datasets gender --export gender.csv      # for `--dataset_file gender.csv`
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MORE = "--datasets sae-probes lists the 113 binary tasks of sae-probes, --datase
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
-    """Return the parser of this command."""
+    """Build the parser of this command."""
     examples = EXAMPLES.format(tasks=typed("tasks", prog), run=typed("run", prog))
     parser = Parser(prog, "Print which tasks there are, and write their rows to a file.", epilog=examples)
     add_flags(parser, only=(*TASK_FLAGS, *DRAWING), without=("list_datasets",))
@@ -47,7 +47,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def run(argv: Sequence[str], prog: str) -> None:
-    """Print the table, or write rows. Raises `RequestError` if the request is wrong."""
+    """Print the table or write rows. Raises `RequestError` if the request is wrong."""
     values = parse_values(argv, build_parser(prog))
     set_log_level(bool(values.get("verbose")))
     path: Path | None = values.get("export")

@@ -1,14 +1,13 @@
-"""SAEs of any format behind one interface: ``load_sae`` opens one by its name, ``wrap_sae`` takes an object.
+"""One interface to SAEs of every format: ``load_sae`` opens an SAE by name, ``wrap_sae`` wraps an object.
 
     sae = load_sae("EleutherAI/sae-pythia-160m-32k", layer=5)
     codes = sae.encode(x)                                   # [rows, d_in] -> SparseRows
-    recon = sae.decode(codes, x)                            # [rows, d_out]; x is for skip connections
-    source = open_sae("EleutherAI/sae-pythia-160m-32k")     # configs only: layers, hook point, d_in
-    source = wrap_sae(my_sae, layer=5)                      # the same of an object in this process
+    recon = sae.decode(codes, x)                            # [rows, d_out]; skip connections read x
+    source = open_sae("EleutherAI/sae-pythia-160m-32k")     # reads configs only: layers, hook point, d_in
+    source = wrap_sae(my_sae, layer=5)                      # the same for an object in this process
 
-Formats: EleutherAI's sparsify, SAE Lens, dictionary_learning and plain tensors with a ``sae.json``, each in a local
-folder or on the Hub; SAE Lens's own list of releases; objects of the three libraries, and any object with ``encode``
-and ``decode``.
+Supported: folders and Hub repositories of EleutherAI's sparsify, SAE Lens, dictionary_learning, and plain tensors with
+a ``sae.json``; SAE Lens's releases; objects of the three libraries; any object with ``encode`` and ``decode``.
 """
 
 from __future__ import annotations
@@ -80,18 +79,18 @@ def load_sae(
     """Load the SAE of one layer by its name.
 
     Args:
-        name: a folder, a repository on the Hub, or ``release/sae_id`` of SAE Lens, as for ``open_sae``; a glob if it
-            stands for one.
-        layer: counted from 0.
-        hookpoint: the place that is reconstructed, where the name has SAEs for several.
-        device: where the weights go and ``encode`` computes.
-        dtype: what the weights are computed in. Codes and reconstructions are float32 all the same.
+        name: a folder, a Hub repository, or SAE Lens's ``release/sae_id``, as for ``open_sae``. A glob must match one
+            SAE only.
+        layer: layer index, from 0.
+        hookpoint: the hook point to reconstruct; needed if the name covers several.
+        device: device of the weights and of ``encode``.
+        dtype: dtype of the weights. Codes and reconstructions are always float32.
 
     Returns:
-        An `Sae`: ``encode(x [rows, d_in])`` gives `SparseRows`, ``decode(codes, x)`` gives ``[rows, d_out]``.
+        An `Sae`: ``encode(x [rows, d_in])`` returns `SparseRows`, ``decode(codes, x)`` returns ``[rows, d_out]``.
 
     Raises:
-        RequestError: the name means nothing or several SAEs, has none for the layer, or its files are broken.
+        RequestError: the name matches no SAE or several, has none for the layer, or its files are broken.
 
     Example:
         >>> loaded = load_sae(sae, layer=1)  # a name such as "EleutherAI/sae-pythia-160m-32k"
@@ -117,24 +116,26 @@ def _check_target(device: str | torch.device, dtype: torch.dtype) -> None:
         raise RequestError(f"`dtype` is {dtype!r}; torch.float32, torch.bfloat16 or torch.float16 is needed")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
         raise RequestError(f"`device` {device}: {str(error).splitlines()[0]}") from error
 
 
 def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = None) -> SaeSource:
-    """Find the SAEs that a name means and check everything that can be checked without loading weights.
+    """Find the SAEs behind a name and run every check that does not need the weights.
 
     Args:
-        name: a local folder (of one SAE, or of one folder a layer); else
-            ``release/sae_id`` of SAE Lens, with ``<layer>`` in the id for all layers; else a repository on the Hub,
-            or a folder in one (``owner/repository/folder``). ``mine=NAME`` gives it another name. Globs and whole
-            releases are for ``expand_names``.
-        hookpoint: the place that is reconstructed, in any dialect of ``hookpoints``, where the name has
-            SAEs for several; ``resid_post`` by default if it is among them.
-        cache_dir: of the Hub, if not the usual one. SAE Lens's releases always use the usual one.
+        name: a local folder (of one SAE, or with one subfolder per layer); SAE Lens's ``release/sae_id``, with
+            ``<layer>`` in the id for all layers; a Hub repository or a folder in one (``owner/repository/folder``).
+            ``mine=NAME`` renames it to ``mine``. Use ``expand_names`` for globs and whole releases.
+        hookpoint: the hook point to reconstruct, under any name that ``hookpoints`` knows; needed if the name covers
+            several hook points and ``resid_post`` is not among them.
+        cache_dir: Hub cache to use instead of the default one. SAE Lens's releases always use the default.
+
+    Returns:
+        The SAEs of one hook point, at most one per layer.
 
     Raises:
-        RequestError: the name means nothing, or what it means cannot be measured; one line says which and why.
+        RequestError: the name matches nothing, or what it matches cannot be measured. The message says which and why.
     """
     given, opened = split_given(name)
     if given is not None:
@@ -162,9 +163,9 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
 
 
 def _refuse_misspelt(name: str, folder: Path) -> None:
-    """Raise `RequestError` for a path that leads into a folder of this machine, but not to its end.
+    """Raise `RequestError` for a path whose first folders exist on this machine but whose end does not.
 
-    What could be the Hub's, an owner and a repository, is left to it: no folder here is called like the owner.
+    A name that may be a Hub repository passes if no local folder has the owner's name.
     """
     if not name.strip():
         return

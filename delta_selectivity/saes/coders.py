@@ -17,39 +17,39 @@ from delta_selectivity.system.gemm import linear
 
 
 class Coder(Protocol):
-    """Encoder and decoder of one SAE, without input normalisation and without chunking."""
+    """An SAE's encoder and decoder, without input normalisation or chunking."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are computed in."""
+        """Dtype of the weights."""
         ...
 
     def encode(self, x: Tensor) -> SparseRows:
-        """Codes of ``[rows, d_in]``, in the coder's dtype and on its device."""
+        """Encode ``[rows, d_in]``, given in the coder's dtype and on its device."""
         ...
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
-        """Reconstruction, float32 ``[rows, d_out]``, given what was encoded too where a skip connection needs it."""
+        """Return float32 reconstructions ``[rows, d_out]``; skip connections also read the encoder's input ``x``."""
         ...
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Coder:
-        """The same coder elsewhere."""
+        """Return the coder on another device, optionally in another dtype."""
         ...
 
 
 @dataclass(frozen=True)
 class LinearCoder:
-    """z = selection(x W_encᵀ + b_enc), x̂ = Σ_j z_j W_dec[j] + b_dec."""
+    """Linear encoder and decoder: z = selection(x W_encᵀ + b_enc), x̂ = Σ_j z_j W_dec[j] + b_dec."""
 
     W_enc: Tensor
     """``[d_sae, d_in]``."""
     b_enc: Tensor
-    """``[d_sae]``; a decoder bias that the format subtracts from the input is folded in (``fold_b_dec``)."""
+    """``[d_sae]``; includes the decoder bias if the format subtracts it from the input (``fold_b_dec``)."""
     W_dec: Tensor
     """``[d_sae, d_out]``."""
     b_dec: Tensor
@@ -72,7 +72,7 @@ class LinearCoder:
 
     @cached_property
     def _proposal(self) -> Proposal | None:
-        """A faster way to the same codes, where there is one."""
+        """A faster encoder that returns the same codes, where one exists."""
         if not isinstance(self.selection, TopK) or not is_worth_it(self.W_enc, self.selection.k):
             return None
         reads_what_it_writes = self.b_dec.shape[0] == self.W_enc.shape[1]
@@ -102,7 +102,7 @@ class LinearCoder:
 
 @dataclass(frozen=True)
 class OtherDecoder:
-    """A coder's own codes, to be decoded in another way."""
+    """Base class of coders that keep another coder's codes and decode them differently."""
 
     coder: Coder
 
@@ -120,7 +120,7 @@ class OtherDecoder:
 
 @dataclass(frozen=True)
 class SkipCoder(OtherDecoder):
-    """A coder whose decoder also sees the input: x̂ = what the coder decodes + x W_skipᵀ (arXiv 2501.18823)."""
+    """A coder with a skip connection: x̂ = coder.decode(codes) + x W_skipᵀ (arXiv 2501.18823)."""
 
     W_skip: Tensor
     """``[d_out, d_in]``."""
@@ -134,10 +134,10 @@ class SkipCoder(OtherDecoder):
 
 
 def fold_b_dec(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
-    """The bias that makes ``x W_encᵀ + bias`` equal ``(x - b_dec) W_encᵀ + b_enc``. ``[d_sae]``.
+    """Return the bias ``[d_sae]`` for which ``x W_encᵀ + bias`` equals ``(x - b_dec) W_encᵀ + b_enc``.
 
-    In float64, a block of latents at a time: decoder biases carry the activations' mean, which can be 1e3 times
-    their spread, and a float64 copy of a wide encoder would not fit everywhere.
+    Computed in float64, because b_dec holds the activations' mean, which can be 1000 times their spread. Latents are
+    processed in blocks, because a float64 copy of a wide encoder may not fit into memory.
     """
     b_dec = b_dec.double()
     shift = torch.cat([block.double() @ b_dec for block in W_enc.split(4096)])

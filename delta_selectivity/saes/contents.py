@@ -1,4 +1,4 @@
-"""The protocol of objects that can be wrapped as an SAE."""
+"""The protocol that wrapped in-memory SAEs implement."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from delta_selectivity.saes.source import SaeHeader
 
 
 class Contents(Protocol):
-    """An object that is an SAE, with what is known of its kind."""
+    """A wrapped SAE object, with the behaviour of its kind."""
 
     @property
     def label(self) -> str:
-        """What to call the object in messages: its class."""
+        """Name of the object in messages: its class."""
         ...
 
     def header(self, given: Given) -> SaeHeader:
-        """Return what the object says, completed by what the caller says. Raises `RequestError`."""
+        """Return the object's own metadata, completed with the caller's. Raises `RequestError`."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the weights as they are now, in any dtype and on any device."""
+        """Return the current weights, in any dtype and on any device."""
         ...
 
     def settings(self) -> Any:
-        """Return what else can change its numbers and is not in the header's config, as JSON can hold it."""
+        """Return, as JSON-compatible data, other state that affects the codes and is not in the header's config."""
         ...
 
     @property
     def needs_version(self) -> bool:
-        """Whether nothing of the object shows that its weights have changed."""
+        """Whether a change of the weights cannot be detected from the object."""
         ...
 
     def build(self, header: SaeHeader) -> tuple[Coder, InputNorm]:
-        """Return the coder of the weights as they are now: float32. Raises `RequestError` if one is not finite."""
+        """Return a float32 coder of the current weights. Raises `RequestError` if a weight is not finite."""
         ...

@@ -1,6 +1,6 @@
 """Untrained coders for comparison: identity, constant, random TopK, principal components, shuffled decoder.
 
-Each is what the rest of the program takes for an SAE's; none knows where its mean or its axes come from.
+They share the interface of SAE coders. The caller computes the means and axes that they use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from delta_selectivity.saes.sparse_rows import SparseRows
 
 @dataclass(frozen=True)
 class IdentityCoder:
-    """z = x, x̂ = z, bit for bit: nothing is computed, and float32 is never rounded."""
+    """The identity, z = x and x̂ = z, exact to the bit."""
 
     d_in: int
     device: torch.device
@@ -35,14 +35,14 @@ class IdentityCoder:
 
 @dataclass(frozen=True)
 class ShuffledDecoder(OtherDecoder):
-    """A coder's own codes, decoded by rows of its decoder that belong to other latents; biases stay.
+    """A coder whose codes are decoded by permuted decoder rows; the biases are kept.
 
-    Latent j decodes as latent ``other[j]``: that is a decoder with permuted rows, of whatever architecture, and
-    shares its weights.
+    Latent j is decoded as latent ``other[j]``. This equals permuting the decoder's rows, works for every architecture,
+    and shares the weights with the original coder.
     """
 
     other: Tensor
-    """A permutation of the latents. int64 ``[d_sae]``."""
+    """A permutation of the latents, int64 ``[d_sae]``."""
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
         return self.coder.decode(replace(codes, col=self.other[codes.col.long()]), x)
@@ -52,23 +52,23 @@ class ShuffledDecoder(OtherDecoder):
 
 
 def constant(mean: Tensor) -> LinearCoder:
-    """x̂ = mean ``[d_in]``, whatever x: a dictionary of one latent that never fires."""
+    """Return a coder that reconstructs every x as ``mean [d_in]``, with one latent that never fires."""
     silent = torch.zeros(1, len(mean), dtype=torch.float32, device=mean.device)
     never = Threshold(torch.full((1,), torch.inf, dtype=torch.float32, device=mean.device))
     return LinearCoder(silent, silent[:, 0], silent, mean.float(), never)
 
 
 def principal_components(axes: Tensor, mean: Tensor) -> LinearCoder:
-    """x̂ = mean + the part of x - mean that lies along orthonormal axes ``[k, d_in]``; codes are the k scores."""
+    """Return the coder that projects x - mean onto orthonormal axes ``[k, d_in]``; its codes are the k scores."""
     axes, mean = axes.float(), mean.float()
     bias = fold_b_dec(axes, torch.zeros(len(axes), dtype=torch.float32, device=axes.device), mean)
     return LinearCoder(axes, bias, axes, mean, Dense())
 
 
 def random_topk(mean: Tensor, d_sae: int, k: int, generator: torch.Generator) -> LinearCoder:
-    """TopK on random unit directions around a mean ``[d_in]``, decoded by the same directions.
+    """Return a TopK coder with random unit directions around ``mean [d_in]`` as encoder and decoder.
 
-    Directions are drawn on the CPU, so that every device has the same.
+    The directions are drawn on the CPU, so they are the same for every device.
     """
     directions = torch.randn(d_sae, len(mean), generator=generator, dtype=torch.float32)
     directions = torch.nn.functional.normalize(directions, dim=1).to(mean.device)

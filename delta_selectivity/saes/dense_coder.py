@@ -1,6 +1,6 @@
-"""Wrap foreign ``encode`` and ``decode`` functions that work on dense codes.
+"""A coder that wraps foreign ``encode`` and ``decode`` methods with dense codes.
 
-Codes are made sparse as soon as they are returned, and dense again a few rows at a time, for their decoder alone.
+Codes are converted to sparse form on return, and back to dense form a few rows at a time for decoding.
 """
 
 from __future__ import annotations
@@ -20,47 +20,47 @@ from delta_selectivity.saes.selection import nonzero_codes
 from delta_selectivity.saes.sparse_rows import SparseRows
 
 DENSE_ROWS = 256
-"""Rows that are decoded at a time."""
+"""Rows to decode at a time."""
 
 
 class EncodesDensely(Protocol):
-    """What others call an SAE. Each row stands for itself: batches are cut as memory allows."""
+    """The usual interface of an SAE. Rows must be independent: batches are split to fit into memory."""
 
     def encode(self, x: Tensor, /) -> Tensor:
-        """Activations ``[rows, d_in]`` to codes ``[rows, d_sae]``."""
+        """Encode activations ``[rows, d_in]`` as ``[rows, d_sae]``."""
         ...
 
     def decode(self, codes: Tensor, /) -> Tensor:
-        """Codes ``[rows, d_sae]`` to reconstructions ``[rows, d_out]``."""
+        """Decode codes ``[rows, d_sae]`` into reconstructions ``[rows, d_out]``."""
         ...
 
 
 @dataclass(frozen=True)
 class DenseCoder:
-    """An object with dense ``encode`` and ``decode``. A module moves between devices; anything else stays at home."""
+    """A coder around an object with dense ``encode`` and ``decode``. Only a ``nn.Module`` moves between devices."""
 
     sae: EncodesDensely
     d_out: int
     d_sae: int | None
-    """Columns of its codes; None: not known yet."""
-    home: torch.device
-    """Where the object computes."""
+    """Columns of its codes; None if not known yet."""
+    compute_device: torch.device
+    """Device on which the object computes."""
     device: torch.device
-    """Where codes and reconstructions are handed over."""
+    """Device of the returned codes and reconstructions."""
     dtype: torch.dtype
-    """What the object computes in."""
+    """Dtype in which the object computes."""
 
     @classmethod
     def of(cls, sae: EncodesDensely, d_out: int, d_sae: int | None = None) -> DenseCoder:
-        """Where the object's tensors are and in their dtype; on the CPU and in float32 if it is no module."""
+        """Wrap an object with the device and dtype of its tensors; CPU and float32 if it is not a module."""
         tensors: list[Tensor] = [*sae.parameters(), *sae.buffers()] if isinstance(sae, nn.Module) else []
         weights = (tensor for tensor in tensors if tensor.is_floating_point())
         weight = next(weights, torch.zeros(0, dtype=torch.float32, device="cpu"))
         return cls(sae, d_out, d_sae, weight.device, weight.device, weight.dtype)
 
     def encode(self, x: Tensor) -> SparseRows:
-        with contained(self.sae, self.home):  # a copy: it may compute in place, and others read the same x
-            codes = self.sae.encode(x.to(self.home, copy=True))
+        with isolated(self.sae, self.compute_device):  # a copy: encode may compute in place, and x is shared
+            codes = self.sae.encode(x.to(self.compute_device, copy=True))
         return nonzero_codes(self._checked(codes, "encode", len(x), self.d_sae).to(self.device))
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
@@ -71,14 +71,14 @@ class DenseCoder:
             entries = slice(int(codes.crow[start]), int(codes.crow[stop]))
             dense = torch.zeros(stop - start, codes.n_cols, dtype=self.dtype, device=self.device)
             dense[rows[entries] - start, codes.col[entries]] = codes.value[entries].to(self.dtype)
-            with contained(self.sae, self.home):
-                found = self.sae.decode(dense.to(self.home))
+            with isolated(self.sae, self.compute_device):
+                found = self.sae.decode(dense.to(self.compute_device))
             recon[start:stop] = self._checked(found, "decode", stop - start, self.d_out)
-        recon[rows[codes.value.isfinite().logical_not_()]] = torch.nan  # though it may ignore those latents
+        recon[rows[codes.value.isfinite().logical_not_()]] = torch.nan  # even if decode ignores those latents
         return recon
 
     def _checked(self, found: Any, method: str, rows: int, width: int | None) -> Tensor:
-        """Return what a method gave of so many rows. Raises `RequestError` for what is no matrix of that shape."""
+        """Return a method's result. Raises `RequestError` if it is not a dense real matrix of the expected shape."""
         if problem := misshapen(found, rows, width):
             raise RequestError(f"`saes` {type(self.sae).__name__}: {method} of {rows} rows gives {problem}")
         return found
@@ -87,14 +87,14 @@ class DenseCoder:
         device, dtype = torch.device(device), dtype or self.dtype
         if not isinstance(self.sae, nn.Module):
             return replace(self, device=device)
-        if (device, dtype) == (self.home, self.dtype):
+        if (device, dtype) == (self.compute_device, self.dtype):
             return self
         moved: Any = copy.deepcopy(self.sae).to(device=device, dtype=dtype)
         return DenseCoder(moved, self.d_out, self.d_sae, device, device, dtype)
 
 
 def misshapen(found: Any, rows: int, width: int | None = None) -> str | None:
-    """Say what somebody else's code gave in place of real numbers ``[rows, width]``; None if it gave them."""
+    """Describe a result that is not a dense real tensor ``[rows, width]``; return None if it is one."""
     needed = f"a dense tensor [{rows}, {'width' if width is None else width}] of real numbers is needed"
     if not isinstance(found, Tensor):
         return f"a {type(found).__name__}; {needed}"
@@ -108,9 +108,9 @@ def misshapen(found: Any, rows: int, width: int | None = None) -> str | None:
 
 
 class _Generators:
-    """PyTorch's random number generators, held while somebody else's code runs in one thread or several.
+    """Saves, seeds and restores PyTorch's random number generators around foreign code in one or more threads.
 
-    The first to enter keeps their states and seeds them, the last to leave puts the states back.
+    The first thread to enter saves and seeds them; the last to leave restores them.
     """
 
     def __init__(self) -> None:
@@ -141,10 +141,10 @@ _generators = _Generators()
 
 
 @contextmanager
-def contained(sae: EncodesDensely, device: torch.device) -> Iterator[None]:
-    """Run somebody else's code so that it neither ends the process nor moves PyTorch's random number generators.
+def isolated(sae: EncodesDensely, device: torch.device) -> Iterator[None]:
+    """Run foreign code without letting it exit the process or advance PyTorch's random number generators.
 
-    In one thread, what it draws itself is the same at every call. Raises `RequestError` in place of ``SystemExit``.
+    Within one thread the code's own random draws are the same at every call. ``SystemExit`` becomes `RequestError`.
     """
     _generators.enter(device)
     try:

@@ -1,22 +1,22 @@
-"""Folders of dictionary_learning: ``config.json`` and ``ae.pt``, such as ``resid_post_layer_5/trainer_0/``.
+"""Reader of dictionary_learning folders: ``config.json`` and ``ae.pt``, such as ``resid_post_layer_5/trainer_0/``.
 
-Semantics of https://github.com/saprmarks/dictionary_learning 0.1.0 (``dictionary.py``, ``trainers/*.py``), as its
-``load_dictionary`` gives an SAE to those who use one:
+Follows ``load_dictionary`` of https://github.com/saprmarks/dictionary_learning 0.1.0 (``dictionary.py``,
+``trainers/*.py``):
 
 ==========================  ===================================================  =====================
 ``dict_class``              pre-activations                                      fires
 ==========================  ===================================================  =====================
 ``AutoEncoder``             (x - bias) Wᵀ + b, decoder scaled to unit norm       above 0
 ``AutoEncoderNew``          x Wᵀ + b                                             above 0
-``GatedAutoEncoder``        (x - decoder_bias) Wᵀ, gate and magnitude apart      where the gate is
+``GatedAutoEncoder``        (x - decoder_bias) Wᵀ, separate gate and magnitude   where the gate is
 ``AutoEncoderTopK``         (x - b_dec) Wᵀ + b                                   the k largest
 ``BatchTopKSAE``            (x - b_dec) Wᵀ + b                                   above one threshold
 ``MatryoshkaBatchTopKSAE``  (x - b_dec) W + b; all groups                        above one threshold
 ``JumpReluAutoEncoder``     x W + b: ``apply_b_dec_to_input`` is off in files    above its threshold
 ==========================  ===================================================  =====================
 
-A threshold that was never learnt is -1 and lets every positive latent through, there as here. The library scales the
-biases before saving where activations were normalised, so nothing is left to do at run time.
+An untrained threshold is -1 and passes every positive latent, as in the library. The library scales the biases before
+it saves an SAE trained on normalised activations, so nothing has to be scaled at run time.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ CONFIG, WEIGHTS = "config.json", "ae.pt"
 
 
 class DictClass(NamedTuple):
-    """What one of the library's classes computes, and what it calls its tensors."""
+    """The computation and the tensor names of one of the library's classes."""
 
     architecture: str
-    """In our words."""
+    """This project's name of the architecture."""
     b_enc: str
     b_dec: str
     linear: bool
-    """Whether encoder and decoder are ``nn.Linear``: then weights are ``[to, from]`` and named so."""
+    """Whether encoder and decoder are ``nn.Linear``, with ``weight`` of shape ``[out, in]``."""
     subtracts_b_dec: bool
-    """Whether the encoder sees x - b_dec."""
+    """Whether the encoder's input is x - b_dec."""
 
     @property
     def W_enc(self) -> str:
@@ -63,7 +63,7 @@ class DictClass(NamedTuple):
         return "decoder.weight" if self.linear else "W_dec"
 
     def shapes(self, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
-        """What its file must hold."""
+        """Return the names and shapes of the tensors in its file."""
         wide, tall = (d_in, d_sae), (d_sae, d_in)
         shapes: dict[str, tuple[int, ...]] = {
             self.W_enc: tall if self.linear else wide,
@@ -95,28 +95,28 @@ CLASSES = {
 
 @dataclass(frozen=True)
 class DictionaryLearning:
-    """Reads one folder of this format."""
+    """The dictionary_learning format."""
 
     asked: str | None = None
-    """``hookpoint``, for a config and a folder that do not say where the SAE belongs."""
+    """The user's ``hookpoint``, for a config and folder that do not name one."""
 
     def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The config, then the weights."""
+        """Return the config, then the weights."""
         return CONFIG, WEIGHTS
 
     def claims(self, config: Mapping[str, Any]) -> bool:
-        """Always: the names of its files are its own."""
+        """Return True: only this format uses these file names."""
         return True
 
     def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
-        """Check a config, found at ``path``."""
+        """Check the config found at ``path`` and return its header."""
         trainer = _trainer(config, path)
-        _dict_class(trainer, path)  # a class that is not known is the first thing to say
+        _dict_class(trainer, path)  # report an unknown class before anything else
         hook, reads = find_places(trainer, _buffer(config), path, self.asked)
         return make_header(config, path, hook, reads, model_name)
 
     def check(self, folder: Path, header: SaeHeader) -> None:
-        """Compare the weights' header with the config."""
+        """Compare the names and shapes of the weights with the config."""
         kind = _dict_class(header.config["trainer"], folder / CONFIG)
         check_shapes(folder / WEIGHTS, kind.shapes(header.d_in, header.d_sae))
         if header.k is not None and (stored := read_torch_file(folder / WEIGHTS)["k"].item()) != header.k:
@@ -130,14 +130,14 @@ class DictionaryLearning:
 def make_header(
     config: dict[str, Any], path: Path, hook: HookPoint, reads: str | None, model_name: str | None = None
 ) -> SaeHeader:
-    """Check a config and combine it with where the SAE belongs.
+    """Check a config and return its header.
 
     Args:
-        config: what ``config.json`` holds.
-        path: where it was found, for messages.
-        hook: the place that is reconstructed.
-        reads: where a transcoder reads; None for an autoencoder.
-        model_name: the model that it was trained on, if the config does not say.
+        config: content of ``config.json``.
+        path: the config's path, for messages.
+        hook: the hook point that is reconstructed.
+        reads: the hook point that a transcoder reads; None for an autoencoder.
+        model_name: the model that the SAE was trained on, if the config does not name it.
 
     Raises:
         RequestError: a setting is missing or wrong.
@@ -165,7 +165,7 @@ def make_header(
 
 
 def make_coder(header: SaeHeader, tensors: Mapping[str, Tensor]) -> LinearCoder:
-    """Return the coder of float32 tensors in dictionary_learning's names and shapes."""
+    """Return a coder from float32 tensors with dictionary_learning's names and shapes."""
     kind = CLASSES[header.config["trainer"]["dict_class"]]
     W_enc, W_dec = tensors[kind.W_enc], tensors[kind.W_dec].T
     if not kind.linear:
@@ -173,7 +173,7 @@ def make_coder(header: SaeHeader, tensors: Mapping[str, Tensor]) -> LinearCoder:
     b_enc, b_dec = tensors[kind.b_enc], tensors[kind.b_dec]
     if header.config["trainer"]["dict_class"] == "AutoEncoder":
         norms = W_dec.norm(dim=1)
-        norms = torch.where(norms > 0, norms, 1)  # a latent without a direction stays as it is
+        norms = torch.where(norms > 0, norms, 1)  # leave a latent with a zero decoder row unchanged
         W_enc, b_enc, W_dec = W_enc * norms.unsqueeze(1), b_enc * norms, W_dec / norms.unsqueeze(1)
     bias = fold_b_dec(W_enc, b_enc, b_dec) if kind.subtracts_b_dec else b_enc
     return LinearCoder(W_enc.contiguous(), bias, W_dec.contiguous(), b_dec, _selection(header, kind, tensors))
@@ -187,7 +187,7 @@ def _trainer(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
 
 
 def _buffer(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """How the training activations were made; empty where it was not written."""
+    """Return the settings of the training activations; empty if they were not saved."""
     buffer = config.get("buffer")
     return buffer if isinstance(buffer, Mapping) else {}
 

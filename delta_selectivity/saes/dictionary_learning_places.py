@@ -1,4 +1,4 @@
-"""Find the layer and hook point of a dictionary of dictionary_learning."""
+"""Detection of the layer and hook point of a dictionary_learning SAE."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.hookpoints import HookPoint, canonical, input_of, parse
 
 MLP, ATTENTION = "layers.<layer>.mlp", "layers.<layer>.attention"
-"""The library takes what a module gives, whatever the model makes of it before it is added to the stream."""
+"""The library records module outputs, before anything that the model applies on the way to the residual stream."""
 _PLACES = {
     "resid": "resid_post", "resid_out": "resid_post", "resid_post": "resid_post", "resid_pre": "resid_pre",
     "mlp": MLP, "mlp_out": MLP, "mlp_in": "mlp_in",
     "attn": ATTENTION, "attention": ATTENTION, "attn_out": ATTENTION, "attn_in": "attn_in",
 }  # fmt: skip
-"""Names that people give to submodules, before ``_layer_5``."""
+"""Common names of submodules, as they stand before ``_layer_5``."""
 
 _INPUTS = ("resid_pre", "mlp_in", "attn_in")
 
@@ -27,16 +27,16 @@ _NAMED = re.compile(r"(?P<place>[a-z_]+?)(?:_?layer_?(?P<layer>\d+))?", re.IGNOR
 def find_places(
     trainer: Mapping[str, Any], buffer: Mapping[str, Any], path: Path, asked: str | None
 ) -> tuple[HookPoint, str | None]:
-    """What an SAE reconstructs, and what it reads if that is another place.
+    """Return the hook point that an SAE reconstructs, and the one it reads if they differ.
 
     Args:
-        trainer: the object of that name in the config at ``path``.
-        buffer: likewise; its ``io`` says whether the input of the submodule was taken, its output, or both.
-        path: of the config; the names of the last folders on the way to it count where ``submodule_name`` is missing.
-        asked: ``hookpoint``, which counts where neither says it.
+        trainer: the ``trainer`` object in the config at ``path``.
+        buffer: its ``buffer`` object, whose ``io`` says whether it holds the submodule's input, output, or both.
+        path: path of the config; without ``submodule_name``, the last folders of the path are searched for a name.
+        asked: the user's ``hookpoint``, used if neither names a place.
 
     Raises:
-        RequestError: nothing says where the SAE belongs, or two things say differently.
+        RequestError: nothing names the place, or two sources contradict each other.
     """
     layer = trainer.get("layer")
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
@@ -46,7 +46,7 @@ def find_places(
         hook = hook or _read_name(folder, None)
     if hook is None and asked is not None and layer is not None:
         hook = HookPoint(layer, canonical(asked))
-        if buffer.get("io") == "in":  # what is asked for is what is reconstructed: the input itself
+        if buffer.get("io") == "in":  # the SAE reconstructs its own input, and `asked` names that
             return hook, None
     if hook is None:
         raise RequestError(
@@ -60,7 +60,7 @@ def find_places(
 
 
 def _read_name(name: str, layer: int | None) -> HookPoint | None:
-    """``resid_post_layer_5``, ``mlp_out`` of a known layer, ``blocks.5.hook_resid_post``, a path with a number."""
+    """Parse ``resid_post_layer_5``, ``mlp_out`` (layer given), ``blocks.5.hook_resid_post`` or a numbered path."""
     match = _NAMED.fullmatch(name)
     if match is not None and (place := _PLACES.get(match["place"].lower())):
         number = match["layer"] if match["layer"] is not None else layer

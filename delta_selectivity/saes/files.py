@@ -1,6 +1,6 @@
-"""Read an SAE's files; errors say in one line what is wrong.
+"""Readers of an SAE's files, with one-line errors.
 
-Weights are in safetensors or, by their suffix, in a file of ``torch.save`` (``torch_file``).
+Weights are read as safetensors or, for the suffixes of ``torch_file``, as a file of ``torch.save``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from delta_selectivity.system.unpacked import is_special
 LARGEST_CONFIG = 64 * 2**20  # bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Tensor names and the shapes that their config promises."""
+"""Tensor names and their shapes."""
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `RequestError` if the file is missing or is not one."""
+    """Read a JSON object. Raises `RequestError` if the file is missing or holds something else."""
     _check_file(path, "a folder with weights needs its config")
     if (size := path.stat().st_size) > LARGEST_CONFIG:
         raise RequestError(f"{path}: {size / 2**20:.0f} MiB are no config")
@@ -40,7 +40,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def positive_int(config: Mapping[str, Any], key: str, path: Path) -> int:
-    """``config[key]``. Raises `RequestError` if it is missing or is not a whole number above zero."""
+    """Return ``config[key]``. Raises `RequestError` unless it is a whole number above zero."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         found = "is missing" if value is None else f"is {value!r}"
@@ -49,7 +49,7 @@ def positive_int(config: Mapping[str, Any], key: str, path: Path) -> int:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor names and shapes of a file of weights, from its header alone."""
+    """Return names and shapes of the tensors in a weights file, read from its header only."""
     _check_file(path, "the config beside it needs these weights")
     if path.suffix in SUFFIXES:
         return {name: tuple(tensor.shape) for name, tensor in read_torch_file(path).items()}
@@ -61,14 +61,14 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(path: Path, expected: Shapes) -> None:
-    """Compare the header of a file of weights with what the config promises. Raises `RequestError` at a difference."""
+    """Compare the shapes in a weights file with the expected ones. Raises `RequestError` if they differ."""
     compare_shapes(path, read_shapes(path), expected)
 
 
 def compare_shapes(where: object, found: Shapes, expected: Shapes) -> None:
-    """Compare the shapes of tensors, found somewhere under a name, with what the config promises.
+    """Compare found tensor shapes with the expected ones; ``where`` is their origin, for messages.
 
-    Raises `RequestError` at a difference. Tensors that are not expected are passed over.
+    Raises `RequestError` if a tensor is missing or has another shape. Additional tensors are ignored.
     """
     for name, shape in expected.items():
         if name not in found:
@@ -81,22 +81,22 @@ def compare_shapes(where: object, found: Shapes, expected: Shapes) -> None:
 
 
 def check_finite(where: object, name: str, tensor: Tensor) -> None:
-    """Raises `RequestError` if a tensor, found somewhere under a name, holds a value that is not finite."""
+    """Raise `RequestError` if a tensor holds NaN or infinity; ``where`` is its origin, for messages."""
     if not torch.isfinite(tensor).all():
         raise RequestError(f"{where}: {name} holds NaN or infinity; the file is broken, or its training diverged")
 
 
 def check_values(path: Path) -> None:
-    """Read a file of weights once, one tensor at a time. Raises `RequestError` if a value is not finite."""
+    """Read a weights file, one tensor at a time. Raises `RequestError` if a value is not finite."""
     for name, tensor in _tensors(path):
         check_finite(path, name, tensor)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file of weights as float32, in memory of their own.
+    """Read all tensors of a weights file as float32 copies.
 
-    Files are mapped: if somebody wrote to one during the run, numbers would change or the process would die.
-    Raises `RequestError` if a tensor holds a value that is not finite.
+    The file is memory-mapped, so without copies a write to it during the run would change the weights or crash the
+    process. Raises `RequestError` if a value is not finite.
     """
     tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in _tensors(path)}
     for name, tensor in tensors.items():
@@ -105,7 +105,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def digest_files(paths: Iterable[Path]) -> str:
-    """sha256 over names and contents, in this order."""
+    """Return the sha256 of the files' names and contents, in the given order."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -115,7 +115,7 @@ def digest_files(paths: Iterable[Path]) -> str:
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and values, whatever their order."""
+    """Return the sha256 of names, dtypes, shapes and values, independent of the order."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -124,7 +124,7 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Tensors as they are stored, mapped from the file."""
+    """Yield the stored tensors, memory-mapped."""
     if path.suffix in SUFFIXES:
         yield from read_torch_file(path).items()
         return
@@ -137,7 +137,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_file(path: Path, why: str) -> None:
-    """Refuse what is no file with something in it that may be read; ``why`` says who wants it."""
+    """Raise `RequestError` unless the path is a readable, non-empty regular file; ``why`` is added if it is missing."""
     try:
         if is_special(path):
             raise RequestError(f"{path}: a pipe or a device stands where a file is expected")

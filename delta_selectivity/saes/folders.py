@@ -1,7 +1,7 @@
-"""Find the SAEs in a folder on disk or on the Hub, and their format.
+"""Discovery of the SAEs in a folder on disk or on the Hub, and of their format.
 
-The name of its config tells a format: ``cfg.json`` (SAE Lens and sparsify, told apart by its keys), ``sae.json``
-(``plain``), or ``config.json`` beside ``ae.pt`` (dictionary_learning).
+The config's file name gives the format: ``cfg.json`` (SAE Lens or sparsify, distinguished by their keys), ``sae.json``
+(``plain``), or ``config.json`` next to ``ae.pt`` (dictionary_learning).
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from delta_selectivity.saes.sparsify import Sparsify
 
 GGUF = "a GGUF file holds a language model, not an SAE: are `saes` and `model` exchanged?"
 DEEPEST = 3
-"""Folders below the one that was named in which SAEs are looked for: ``TopK/resid_post_layer_5/trainer_0``."""
+"""Levels of subfolders to search for SAEs, for example ``TopK/resid_post_layer_5/trainer_0``."""
 
 
 class SaeFormat(Protocol):
-    """How one format is read."""
+    """The reader of one format."""
 
     def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """What its folder holds that is of use; the config first, then the weights."""
+        """Return the names of the files to use: the config first, then the weights."""
         ...
 
     def claims(self, config: Mapping[str, Any]) -> bool:
-        """Whether this is one of its configs, given that it has its name."""
+        """Return whether a config with this format's file name belongs to this format."""
         ...
 
     def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
-        """Check a config, found at ``path``. Raises `RequestError`."""
+        """Check the config found at ``path`` and return its header. Raises `RequestError`."""
         ...
 
     def check(self, folder: Path, header: SaeHeader) -> None:
-        """Compare the weights' header with the config. Raises `RequestError`."""
+        """Compare the names and shapes of the weights with the config. Raises `RequestError`."""
         ...
 
     def build(self, folder: Path, header: SaeHeader) -> tuple[Coder, InputNorm]:
-        """Load the weights: float32, on the CPU."""
+        """Load the weights in float32 on the CPU."""
         ...
 
 
 @dataclass(frozen=True)
 class FolderMember:
-    """One SAE in a folder, whose weights may still be on the Hub."""
+    """One SAE in a folder. Its weights may not be downloaded yet."""
 
     folder: Path
     header: SaeHeader
@@ -93,11 +93,10 @@ class FolderMember:
 def find_members(
     root: Path, name: str, repository: HubRepository | None = None, hookpoint: str | None = None
 ) -> list[FolderMember]:
-    """All SAEs in a folder: itself, or those of the folders below it that are the least deep.
+    """Find all SAEs in a folder: in the folder itself, else at the first level of subfolders that holds any.
 
-    ``hookpoint`` is where they belong if neither a config nor a folder says so in known words.
-
-    Raises `RequestError` if there is no SAE, or if one of them cannot be read.
+    ``hookpoint`` is used if neither config nor folder names a known place. Raises `RequestError` if no SAE is found or
+    one of them cannot be read.
     """
     configs = _find_configs(root)
     if not configs:
@@ -111,12 +110,12 @@ def find_members(
 
 
 def holds_saes(folder: Path) -> bool:
-    """Whether ``find_members`` would find any SAE here, in whatever state."""
+    """Return whether the folder holds any SAE config, valid or not."""
     return bool(_find_configs(folder))
 
 
 def _what_else(root: Path) -> str:
-    """What a folder without SAEs looks like."""
+    """Describe a folder without SAEs, for a message."""
     if any(path.suffix.lower() == ".gguf" for path in root.iterdir()):
         return GGUF
     config = root / "config.json"
@@ -129,7 +128,7 @@ def _what_else(root: Path) -> str:
 
 
 def _formats(hookpoint: str | None) -> dict[str, tuple[SaeFormat, ...]]:
-    """The formats by the name of their config."""
+    """Return the formats by the file name of their config."""
     return {
         "cfg.json": (SaeLens(hookpoint), Sparsify()),
         plain.CONFIG: (Plain(),),
@@ -138,7 +137,7 @@ def _formats(hookpoint: str | None) -> dict[str, tuple[SaeFormat, ...]]:
 
 
 def _find_configs(root: Path) -> list[Path]:
-    """Configs in the folder itself, else in the folders directly below it, else one level further down."""
+    """Return the configs in the folder itself, else those at the first level of subfolders that has any."""
     level = [root]
     for _ in range(DEEPEST + 1):
         configs = [config for folder in level if (config := _config_in(folder)) is not None]
@@ -149,11 +148,11 @@ def _find_configs(root: Path) -> list[Path]:
 
 
 def _config_in(folder: Path) -> Path | None:
-    """The config of the SAE that a folder holds, whatever state it is in; None if it holds none."""
+    """Return the path of the SAE config in a folder, valid or not; None if there is none."""
     for name in ("cfg.json", plain.CONFIG):
         if os.path.lexists(folder / name):
             return folder / name
-    config = folder / dictionary_learning.CONFIG  # many other things have a config.json too
+    config = folder / dictionary_learning.CONFIG  # config.json is also the name of many unrelated configs
     if os.path.lexists(folder / dictionary_learning.WEIGHTS) or _mentions_dict_class(config):
         return config
     return None
@@ -188,12 +187,12 @@ def _read_member(
 def _read_header(sae_format: SaeFormat, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
     try:
         return sae_format.read_header(config, path, model_name)
-    except (TypeError, AttributeError, OverflowError) as error:  # a list for a name, a number for a list, ...
+    except (TypeError, AttributeError, OverflowError) as error:  # such as a list in place of a name
         raise RequestError(f"{path}: a value has the wrong type ({error})") from error
 
 
 def _model_name(root: Path) -> str | None:
-    """The model that sparsify's training run names in ``config.json``, beside the SAEs' folders."""
+    """Return the model that sparsify's training run names in ``config.json``, next to the SAEs' folders."""
     path = root / "config.json"
     model = read_config(path).get("model") if path.is_file() else None
     return model if isinstance(model, str) else None

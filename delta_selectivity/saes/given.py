@@ -1,4 +1,4 @@
-"""Check what a caller says about an SAE in memory."""
+"""Validation of what a caller states about an SAE in memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KINDS = {"prepend_bos": bool, "trained_on_bos": bool, "model_name": str, "archi
 
 @dataclass(frozen=True)
 class Given:
-    """The arguments of ``wrap_sae`` that describe an SAE; None for what was not given."""
+    """The arguments of ``wrap_sae`` that describe an SAE; None if not given."""
 
     layer: int | None = None
     hookpoint: str | None = None
@@ -35,7 +35,7 @@ class Given:
     scaling_factor: float | None = None
 
     def checked(self) -> Given:
-        """Return the same with plain numbers and our names of places. Raises `RequestError` at a wrong value."""
+        """Return a copy with plain numbers and canonical hook points. Raises `RequestError` at an invalid value."""
         for field, kind in _KINDS.items():
             _check_kind(field, getattr(self, field), kind)
         place, reads = (self._place(field) for field in ("hookpoint", "input_hookpoint"))
@@ -59,11 +59,11 @@ class Given:
         )
 
     def hook(self, label: str, default: str | None = DEFAULT_PLACE) -> HookPoint:
-        """Return where the SAE belongs if the object does not say. Raises `RequestError` for what is missing.
+        """Return the hook point of an object that does not name one. Raises `RequestError` if it was not given either.
 
         Args:
-            label: what to call the object in messages.
-            default: the place if none was given; None if one is needed.
+            label: name of the object in messages.
+            default: the hook point if none was given; None if it is required.
         """
         if self.layer is None:
             raise RequestError(f"`layer` is missing: the {label} does not say which layer's activations it encodes")
@@ -73,11 +73,11 @@ class Given:
         return HookPoint(self.layer, place)
 
     def complete(self, header: SaeHeader, *, says_bos: bool) -> SaeHeader:
-        """Return a header with what the object does not say added. Raises `RequestError` where it says something else.
+        """Return a header completed with the caller's values. Raises `RequestError` if they contradict it.
 
         Args:
-            header: what the object says.
-            says_bos: whether its ``counts_bos`` means anything.
+            header: metadata of the object itself.
+            says_bos: whether ``header.counts_bos`` comes from the object.
         """
         counts_bos = header.counts_bos if says_bos else None
         _agree("d_out", self.d_out, header.d_out)
@@ -96,7 +96,7 @@ class Given:
         )
 
     def refuse_scaling(self) -> None:
-        """Raise `RequestError` if a scaling factor was given for an object that does not ask for one."""
+        """Raise `RequestError` if a scaling factor was given; for objects that do not use one."""
         if self.scaling_factor is not None:
             raise RequestError(f"`scaling_factor` {self.scaling_factor}: this object does not ask for one")
 
@@ -121,7 +121,7 @@ class Given:
         return found if found is None else _agree_on_place("input_hookpoint", given, found)
 
     def _model_name(self, header: SaeHeader) -> str | None:
-        """Owners of models do not count: the libraries leave them out."""
+        """Return the model's name; owners are not compared, because the libraries leave them out."""
         given, found = (None if name is None else Path(name).name for name in (self.model_name, header.model_name))
         if given is not None and found is not None and given.lower() != found.lower():
             raise _contradiction("model_name", self.model_name, header.model_name)
@@ -132,7 +132,7 @@ class Given:
 class _Place:
     name: str
     layer: int | None
-    """None if the place was given without one."""
+    """None if the place was given without a layer."""
 
 
 def _check_kind(field: str, given: Any, kind: type) -> None:
@@ -144,7 +144,7 @@ def _whole_number(field: str, given: Any, at_least: int = 1) -> int | None:
     if given is None:
         return None
     try:
-        number = operator.index(given)  # NumPy's whole numbers too
+        number = operator.index(given)  # accepts NumPy integers
     except TypeError:
         number = at_least - 1
     if isinstance(given, bool) or number < at_least:

@@ -1,4 +1,4 @@
-"""Translate names of hook points between sparsify, SAE Lens and this project.
+"""Translation of hook point names between sparsify, SAE Lens and this project.
 
 ===================  ==================================  ===========================  ==============================
 ours                 what it is, of one layer            module paths (sparsify, HF)  SAE Lens (TransformerLens)
@@ -21,13 +21,13 @@ a path               a module's output, or with ``:in``  ``layers.5.mlp.act``   
                      its input
 ===================  ==================================  ===========================  ==============================
 
-A path has ``<layer>`` in place of the number. ``layers.5.mlp`` and ``layers.5.attention`` are what the modules give. In
-most models that is what is added to the stream, ``mlp_out`` and ``attn_out``; Gemma 2 normalises it first. Which it is
-follows from the model (``names_of_modules``), so they stay paths here.
-``hook_normalized`` of a LayerNorm stood behind weight and bias in older
-versions of TransformerLens; of an RMSNorm it never did, and Gemma Scope's transcoders, which SAE Lens lists there, were
-trained on inputs without the gain (arXiv 2408.05147, "Language model technical details"). SAE Lens says
-``hook_mlp_in``, which is ``hook_resid_mid``, of Gemma Scope 2 transcoders, which read behind the norm: not known here.
+Paths contain ``<layer>`` instead of the number. ``layers.5.mlp`` and ``layers.5.attention`` are module outputs. In
+most models they are added to the stream as they are (``mlp_out``, ``attn_out``); Gemma 2 normalises them first. The
+model decides (``names_of_modules``), so they stay paths here.
+In older versions of TransformerLens, ``hook_normalized`` of a LayerNorm came after its weight and bias; that of an
+RMSNorm never did. Gemma Scope's transcoders, which SAE Lens lists there, were trained on inputs without the gain
+(arXiv 2408.05147, "Language model technical details"). For Gemma Scope 2 transcoders SAE Lens says ``hook_mlp_in``,
+which is ``hook_resid_mid``, but they read after the norm; they are not supported.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import re
 from typing import NamedTuple
 
 INPUT = ":in"
-"""Appended to a module path: what the module receives, not what it gives."""
+"""Suffix of a module path that selects the module's input instead of its output."""
 
 _ATTENTION = ("attention", "attn", "self_attn")
 _OUT_PROJECTION = ("dense", "c_proj", "o_proj", "out_proj")
@@ -52,7 +52,7 @@ _AFTER_LAYER = {
     "mlp.hook_in": "mlp_in",
     "ln2.hook_normalized": "mlp_normalized",
     "mlp.hook_post": "mlp_post",
-    "pre_feedforward_layernorm": "mlp_in",  # of the same models, straight before the MLP
+    "pre_feedforward_layernorm": "mlp_in",  # in the same models, directly before the MLP
     "hook_attn_out": "attn_out",
     **dict.fromkeys((f"{name}{INPUT}" for name in _ATTENTION), "attn_in"),
     "attn.hook_in": "attn_in",
@@ -61,10 +61,10 @@ _AFTER_LAYER = {
     "attn.hook_z": "z",
     "hook_z": "z",
 }
-"""What follows the layer's number in a name, and the place it means."""
+"""The part of a name after the layer number -> hook point."""
 
 _OUTPUT_OF = {"mlp": "mlp_out", **dict.fromkeys(_ATTENTION, "attn_out")}
-"""Modules, and the place whose value they give in most models."""
+"""Module -> the hook point that its output equals in most models."""
 _INPUT_OF = {"resid_post": "resid_pre", "mlp_out": "mlp_in", "attn_out": "attn_in"}
 _NUMBERED = re.compile(
     r"(?P<before>(?:[A-Za-z_]\w*\.)*)(?P<list>layers|h|blocks)\.(?P<layer>\d+)(?P<after>\.[^:]+)?(?P<input>:in)?"
@@ -72,15 +72,15 @@ _NUMBERED = re.compile(
 
 
 class HookPoint(NamedTuple):
-    """Where in the model."""
+    """A layer and a place in it."""
 
     layer: int
     place: str
-    """A name of the table above, or a path with ``<layer>``."""
+    """A name of the table above, or a module path with ``<layer>``."""
 
 
 def parse(name: str) -> HookPoint | None:
-    """The hook point that a name with a layer number means; None if it is no such name."""
+    """Parse a name with a layer number; return None if it is not one."""
     match = _NUMBERED.fullmatch(name)
     if match is None:
         return None
@@ -89,27 +89,27 @@ def parse(name: str) -> HookPoint | None:
 
 
 def canonical(place: str) -> str:
-    """The table's name of a place, whatever the dialect; a path that the table does not list stays as it is."""
+    """Return the table's name of a place given in any dialect; a path outside the table is returned unchanged."""
     after = _after_layer(place)
     return place if after is None else _AFTER_LAYER.get(after, place)
 
 
 def same_place(asked: str, found: str) -> bool:
-    """Whether a place that the user asks for may be the one that an SAE says of itself.
+    """Return whether the user's place may be the one in an SAE's config.
 
-    Paths may differ in what comes before the list of layers, and what a module gives may be what is added to the
-    stream: ``gpt_neox.layers.<layer>.mlp``, ``layers.<layer>.mlp`` and ``mlp_out``.
+    Prefixes of the list of layers are ignored, and a module's output matches what it adds to the residual stream:
+    ``gpt_neox.layers.<layer>.mlp``, ``layers.<layer>.mlp`` and ``mlp_out`` are the same.
     """
     return _loosely(asked) == _loosely(found)
 
 
 def input_of(place: str) -> str:
-    """What the module receives whose output this place is: where a transcoder of that module reads."""
+    """Return the input of the module whose output is at this place: where a transcoder of the module reads."""
     return _INPUT_OF.get(place, canonical(f"{place}{INPUT}"))
 
 
 def is_module_path(place: str) -> bool:
-    """Whether a place is a path, and not a name of the table."""
+    """Return whether a place is a module path rather than a name of the table."""
     return "<layer>" in place
 
 
@@ -120,6 +120,6 @@ def _loosely(place: str) -> str:
 
 
 def _after_layer(place: str) -> str | None:
-    """What follows ``<layer>``, without the dot between them; None if the place is no path."""
+    """Return what follows ``<layer>``, without the dot; None if the place is not a path."""
     _, number, after = place.partition("<layer>")
     return after.removeprefix(".") if number else None

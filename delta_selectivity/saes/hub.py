@@ -1,4 +1,4 @@
-"""SAEs on the Hugging Face Hub: configs first, weights when a layer is used, the cache without a network."""
+"""Access to SAEs on the Hugging Face Hub: configs first, weights on use, and the cache when offline."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w-][\w.-]*)?)(?P<below>(/[\w
 
 @dataclass(frozen=True)
 class HubRepository:
-    """A repository of which the configs have been fetched, all or those below one of its folders."""
+    """A repository whose configs have been downloaded, either all of them or those below one folder."""
 
     name: str
     folder: Path
-    """The snapshot in the cache: its name is the commit."""
+    """Snapshot folder in the cache, named after the commit."""
     cache_dir: Path | None
 
     @classmethod
     def open(cls, name: str, cache_dir: Path | None = None, below: str = "") -> HubRepository:
-        """Fetch the configs. Raises `RequestError` if the name is no repository's or it cannot be reached."""
+        """Download the configs. Raises `RequestError` if the repository does not exist or cannot be reached."""
         prefix = f"{below}/" if below else ""
         patterns = [f"{prefix}{pattern}" for config in CONFIGS for pattern in (config, f"*/{config}")]
         return cls(name, _download(name, patterns, cache_dir, partly=True), cache_dir)
@@ -40,7 +40,7 @@ class HubRepository:
         return f"{self.name}@{self.folder.name}"
 
     def fetch(self, folder: Path, files: Sequence[str]) -> None:
-        """Have these files of one folder of the snapshot on disk; files that the repository lacks are passed over."""
+        """Download files of one folder of the snapshot; files that the repository lacks are skipped."""
         below = folder.relative_to(self.folder)
         found = _download(self.name, [(below / file).as_posix() for file in files], self.cache_dir, partly=False)
         if found != self.folder:
@@ -48,9 +48,9 @@ class HubRepository:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """``owner/repository`` and the folder below it that a name such as ``owner/repository/layers.5`` means.
+    """Split ``owner/repository/layers.5`` into ``owner/repository`` and the folder below it.
 
-    None if the Hub has no such names: paths with dots and tildes in front, spaces, or nothing between slashes.
+    Return None if it cannot be a Hub name: leading dots or tildes, spaces, or an empty part.
     """
     match = _NAME.fullmatch(name.rstrip("/"))
     if match is None or len(match["repository"]) > 96:
@@ -59,14 +59,14 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def _download(name: str, patterns: list[str], cache_dir: Path | None, *, partly: bool) -> Path:
-    """The snapshot with the files of these patterns; ``partly``: what the cache has of them is enough offline."""
-    from huggingface_hub import snapshot_download  # here: it takes a tenth of a second to load
+    """Return the snapshot folder with these files; with ``partly``, an incomplete cache is enough when offline."""
+    from huggingface_hub import snapshot_download  # lazily: importing it takes 0.1 s
 
     reachable = use_cache_if_unreachable()
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, cache_dir=cache_dir))
     except (OSError, HubHTTPError, HFValidationError) as error:
-        partial = getattr(error, "snapshot_path", None)  # offline, and only some of the folders are in the cache
+        partial = getattr(error, "snapshot_path", None)  # set when offline and only part of the files is cached
         if partial is not None and partly:
             return Path(partial)
         if not reachable:

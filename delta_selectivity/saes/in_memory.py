@@ -1,4 +1,4 @@
-"""SAEs in memory as sources: ``wrap_sae`` makes of one object what ``open_sae`` makes of a name.
+"""SAEs in memory as sources: ``wrap_sae`` does for an object what ``open_sae`` does for a name.
 
 source = wrap_sae(my_sae, layer=5)                  # a torch.nn.Module with encode and decode
 sae = source.load(5, "cpu")
@@ -25,24 +25,24 @@ from delta_selectivity.saes.sae import Sae
 from delta_selectivity.saes.source import SaeHeader, SaeSource
 
 SEPARATORS = frozenset(",*?[]<>")
-"""What a list of SAEs gives a meaning of its own."""
+"""Characters with a special meaning in a list of SAEs."""
 
 _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module", "DataParallel": "module"}
 
 
 @dataclass(frozen=True)
 class ObjectMember:
-    """One object under a name."""
+    """One object and its name."""
 
     where: str
     """The name."""
     header: SaeHeader
     contents: Contents
     version: str | None
-    """What the caller says stands for the weights, instead of them or beside them."""
+    """The caller's identifier of the weights, used in addition to the tensors or in place of them."""
 
     def prepare(self) -> None:
-        """There is nothing to fetch."""
+        """Do nothing: there are no files to download."""
 
     def check_values(self) -> None:
         self.contents.build(self.header)
@@ -51,7 +51,7 @@ class ObjectMember:
         return self.contents.build(self.header)
 
     def digest(self) -> str:
-        """Computed of the weights as they are now: trained on, the object is another SAE."""
+        """Return the digest of the current weights and metadata; training the object changes it."""
         header = self.header
         said = {
             "places": [header.hookpoint, header.input_hookpoint],
@@ -83,44 +83,44 @@ def wrap_sae(
     d_out: int | None = None,
     scaling_factor: float | None = None,
 ) -> SaeSource:
-    """Wrap an SAE that is an object in this process, so that it can be measured like one on disk.
+    """Wrap an SAE object of this process so that it can be measured like one on disk.
 
-    Objects of SAE Lens, sparsify and dictionary_learning are read by the code that reads their files, at its speed,
-    and give the same codes to the bit. Any other object needs ``encode(x [rows, d_in]) -> [rows, d_sae]`` and
-    ``decode(codes [rows, d_sae]) -> [rows, d_out]``, both dense, each row for itself. A ``torch.nn.Module`` is measured
-    in evaluation mode and float32, and is itself never changed; an object that is no module is given tensors on the
-    CPU. Weights are read when the source is loaded or its fingerprint is computed, not here.
+    Objects of SAE Lens, sparsify and dictionary_learning use the readers of these formats, with the same speed and
+    bit-identical codes. Any other object needs ``encode(x [rows, d_in]) -> [rows, d_sae]`` and
+    ``decode(codes [rows, d_sae]) -> [rows, d_out]``, both dense and with independent rows. A ``torch.nn.Module`` is
+    measured in evaluation mode and float32 and is never modified; other objects receive CPU tensors. Weights are read
+    when the source is loaded or fingerprinted, not here.
 
-    What the object says of itself need not be given, and must not be contradicted.
+    Arguments that the object itself states may be omitted, and must not contradict it.
 
     Args:
         obj: the SAE.
-        layer: counted from 0.
-        hookpoint: the place that it reconstructs: ``resid_post`` (the default where the object does not say),
+        layer: layer index, from 0.
+        hookpoint: the hook point that it reconstructs: ``resid_post`` (the default if the object does not name one),
             ``mlp_out``, ..., a module path with ``<layer>``, or a name with a layer, ``blocks.5.hook_resid_post``.
-        d_in: width of what it reads; found from an attribute ``d_in`` or from the weights of the encoder.
-        name: shown with the results, without commas and wildcards; the class and the layer, ``topksae_layer_3``, by
-            default. SAEs measured together need different names.
-        version: stands for the weights of an object without a ``state_dict``, where it is needed: change it when they
-            change. Of other objects it counts beside the tensors of the ``state_dict``, and has to stand for what that
-            leaves out: tensors in plain attributes, code.
-        k: latents per activation, if their number is fixed.
-        architecture: shown with the results; by default the name of the class.
+        d_in: width of its input; by default its attribute ``d_in``, or inferred from the encoder's weights.
+        name: name in the results, without commas and wildcards; by default class and layer, ``topksae_layer_3``. SAEs
+            that are measured together need different names.
+        version: identifier of the weights, required for an object without a ``state_dict``; change it whenever the
+            weights change. For other objects it is used in addition to the tensors of the ``state_dict``, and has to
+            cover what these leave out: tensors in plain attributes, code.
+        k: latents per activation, if fixed.
+        architecture: name of the architecture in the results; by default the class.
         prepend_bos: whether training texts began with BOS; None if unknown.
-        trained_on_bos: whether activations of BOS were in the training data; False if unknown.
+        trained_on_bos: whether BOS activations were in the training data; False if unknown.
         model_name: the model that it was trained on.
-        context_size: tokens in a training text.
-        input_hookpoint: where a transcoder reads; None for an autoencoder.
-        d_out: width of what a transcoder writes; found by trying.
-        scaling_factor: what activations are multiplied by before they are encoded, for SAEs of SAE Lens with
+        context_size: tokens per training text.
+        input_hookpoint: the hook point that a transcoder reads; None for an autoencoder.
+        d_out: width of a transcoder's output; by default found with a trial run.
+        scaling_factor: factor applied to activations before encoding, for SAEs of SAE Lens with
             ``normalize_activations="expected_average_only_in"``.
 
     Returns:
-        A source of one layer, as ``open_sae`` gives.
+        A source of one layer, as ``open_sae`` returns.
 
     Raises:
-        RequestError: something is missing, contradicts the object or itself, or the object does not do what an SAE
-            does. The message names the argument.
+        RequestError: an argument is missing, is inconsistent, or contradicts the object, or the object does not behave
+            like an SAE. The message names the argument.
 
     Example:
         >>> from torch import nn
@@ -150,14 +150,14 @@ def wrap_sae(
     try:
         header = contents.header(given)
         _check_version(contents, version)
-    except RequestError as error:  # a library's reader knows no arguments
+    except RequestError as error:  # the libraries' readers do not name the argument
         raise error if error.field else RequestError(f"`obj` {error}") from error
     member = ObjectMember(_choose_name(name, obj, contents, header), header, contents, version)
     return SaeSource(member.where, (member,), asked=None if hookpoint is None else header.hookpoint)
 
 
 def _unwrapped(obj: Any) -> Any:
-    """The module inside of what ``torch.compile`` and PyTorch's parallel training give."""
+    """Return the module inside the wrappers of ``torch.compile`` and PyTorch's parallel training."""
     while (attribute := _WRAPPERS.get(type(obj).__name__)) is not None and isinstance(obj, nn.Module):
         obj = getattr(obj, attribute)
     return obj

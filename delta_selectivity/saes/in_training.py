@@ -1,4 +1,4 @@
-"""SAEs in the middle of a training by SAE Lens, whose trainer scales activations before the SAE sees them."""
+"""Support for SAEs during training with SAE Lens, whose trainer scales activations before encoding."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from delta_selectivity.saes.object_state import attempt, runnable_copy
 
 
 def scaled(sae: Any, activation_scaler: Any) -> Any:
-    """Return the SAE as it is for activations that are not scaled; itself if nothing scales them.
+    """Return the SAE for unscaled activations, with the trainer's scaling folded in; the SAE itself if there is none.
 
     Args:
-        sae: One of SAE Lens's.
-        activation_scaler: Its trainer's ``ActivationScaler``: a factor, or the matrices of a whitening.
+        sae: An SAE of SAE Lens.
+        activation_scaler: The trainer's ``ActivationScaler``, with a factor or the matrices of a whitening.
 
     Raises:
-        RequestError: the SAE has no weights that a scaling can be folded into.
+        RequestError: the SAE cannot fold in a scaling.
     """
     factor, whitening = (getattr(activation_scaler, name, None) for name in ("scaling_factor", "whitening"))
     if factor is None and whitening is None:
@@ -39,6 +39,6 @@ def scaled(sae: Any, activation_scaler: Any) -> Any:
 
 
 def diverged(sae: Any) -> bool:
-    """Whether a weight of a module is NaN or infinite."""
+    """Return whether a weight of a module is NaN or infinite."""
     parameters = sae.parameters() if isinstance(sae, nn.Module) else ()
     return not all(torch.isfinite(parameter).all() for parameter in parameters)

@@ -1,9 +1,9 @@
 """Input normalisations of SAEs, and their inverses.
 
 ``constant_norm_rescale`` and ``layer_norm`` are SAE Lens's (https://github.com/decoderesearch/SAELens,
-``saes/sae.py``). ``centre`` stands for TransformerLens's ``center_writing_weights``: with it the residual stream of a
-LayerNorm model, and whatever is added to it, is what it is without, less its mean over the coordinates
-(``transformer_lens_weights``). ``layer_norm`` needs no ``centre`` before it: it subtracts the same mean itself.
+``saes/sae.py``). ``centre`` corresponds to TransformerLens's ``center_writing_weights``, which subtracts the mean over
+coordinates from the residual stream of a LayerNorm model and from everything that is added to it
+(``transformer_lens_weights``). ``layer_norm`` subtracts the same mean, so it needs no ``centre`` before it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 RunTimeNorm = Literal["none", "constant_norm_rescale", "layer_norm"]
-"""What a file of SAE Lens may ask for."""
+"""Normalisations in SAE Lens configs."""
 
 InputNorm = Literal[RunTimeNorm, "centre", "centre, constant_norm_rescale"]
-"""What is done here."""
+"""Normalisations supported here."""
 
 
 class Normalised(NamedTuple):
-    """An input as the encoder sees it, and the way back: ``recon * scale + shift``."""
+    """A normalised input, and how to invert it: ``recon * scale + shift``."""
 
     x: Tensor
     """``[rows, d_in]``."""
@@ -32,7 +32,7 @@ class Normalised(NamedTuple):
 
 
 def centred(norm: RunTimeNorm) -> InputNorm:
-    """The same normalisation, of activations that are centred first."""
+    """Return the normalisation with centring before it."""
     if norm == "none":
         return "centre"
     return "centre, constant_norm_rescale" if norm == "constant_norm_rescale" else norm
@@ -55,7 +55,7 @@ def normalise(x: Tensor, kind: InputNorm) -> Normalised:
 
 
 def _rescale(x: Tensor, shift: Tensor | None) -> Normalised:
-    """To norm sqrt(d_in). Where SAE Lens divides zero by zero, a row of zeros stays zero."""
+    """Scale each row to norm sqrt(d_in). A row of zeros stays zero, where SAE Lens divides zero by zero."""
     norm = x.norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
     scale = norm / x.shape[1] ** 0.5
     return Normalised(x / scale.unsqueeze(1), scale, shift)

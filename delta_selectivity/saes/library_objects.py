@@ -1,10 +1,10 @@
-"""SAEs of SAE Lens, sparsify and dictionary_learning as objects, read by the same code as their files.
+"""Objects of SAE Lens, sparsify and dictionary_learning, read by the same code as their files.
 
-An object is turned into what its library would write to disk, a config and named tensors; so object and file give the
-same codes to the bit. The libraries are recognised by the names of classes and never imported for it.
+An object is converted to the config and the tensors that its library would save, so object and file give bit-identical
+codes. The libraries are recognised by class names and are not imported.
 
-SAE Lens's training SAEs are measured as the inference models that the library would save of them: BatchTopK by its
-threshold, TopK with the norms of its decoder folded in.
+Training SAEs of SAE Lens are measured as the inference models that the library would save: BatchTopK with its
+threshold, TopK with its decoder norms folded in.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from delta_selectivity.saes.sae_lens.weights import build_native, expected_shape
 from delta_selectivity.saes.source import SaeHeader
 
 _COMPUTE_CODES = ("encode", "decode", "encode_with_hidden_pre", "process_sae_in", "get_activation_fn")
-"""Methods that a subclass may have its own of, and then is no longer what the library's reader knows."""
+"""Methods whose override makes the library's reader inapplicable."""
 
 
 def of_a_library(obj: Any) -> Contents | None:
-    """Return an object of one of the three libraries as what its reader takes; None for any other."""
+    """Wrap an object of one of the three libraries; return None for any other."""
     if (lens := _class_in(obj, "sae_lens")) is not None and hasattr(getattr(obj, "cfg", None), "to_dict"):
         return SaeLensObject(obj, unchanged=_is_unchanged(obj, lens))
     coder = _class_in(obj, "sparsify")
@@ -54,7 +54,7 @@ def of_a_library(obj: Any) -> Contents | None:
 
 @dataclass(frozen=True)
 class _LibraryObject:
-    """An object whose weights are its ``state_dict`` and whose config says the rest."""
+    """Base class for objects that are fully described by their ``state_dict`` and config."""
 
     obj: Any
 
@@ -92,7 +92,7 @@ class SparsifyObject(_LibraryObject):
 
 @dataclass(frozen=True)
 class DictionaryObject(_LibraryObject):
-    """One of dictionary_learning's classes of dictionaries."""
+    """An instance of one of dictionary_learning's dictionary classes."""
 
     dict_class: str
 
@@ -113,10 +113,10 @@ class DictionaryObject(_LibraryObject):
 
 @dataclass(frozen=True)
 class SaeLensObject(_LibraryObject):
-    """A ``sae_lens.SAE``, trained or in training."""
+    """A ``sae_lens.SAE``, of the inference or the training kind."""
 
     unchanged: bool
-    """Whether its codes are computed by the library's own methods."""
+    """Whether the library's own methods compute its codes."""
 
     def header(self, given: Given) -> SaeHeader:
         config = self._config()
@@ -151,7 +151,7 @@ class SaeLensObject(_LibraryObject):
         return load_state(header.config, tensors, lens, scaling), lens.input_norm
 
     def _config(self) -> dict[str, Any]:
-        """What the library would write to ``cfg.json``, less the device, which changes no number."""
+        """Return the content of ``cfg.json`` as the library would write it, without the device."""
         cfg = self.obj.cfg
         inference = getattr(cfg, "get_inference_sae_cfg_dict", None) if self.unchanged else None
         config = _as_json(attempt(f"`obj` {self.label}: its config", inference or cfg.to_dict))
@@ -159,7 +159,7 @@ class SaeLensObject(_LibraryObject):
         return config
 
     def _try_out(self, lens: LensConfig) -> None:
-        """Encode and decode two rows by the object's own methods. Raises `RequestError` if they do not do it."""
+        """Encode and decode two rows with the object's own methods. Raises `RequestError` if that fails."""
         what = f"`obj` {self.label}: "
         coder = replace(as_dense_coder(runnable_copy(self.obj, self.label), lens), d_sae=None)
         rows = torch.ones(2, lens.d_in, dtype=torch.float32, device=coder.device)
@@ -170,12 +170,12 @@ class SaeLensObject(_LibraryObject):
             attempt(f"{what}decode", coder.decode, codes)
 
     def _places(self, config: Mapping[str, Any], given: Given) -> Places | None:
-        """Where the caller says it belongs; None where the object says it."""
+        """Return the caller's hook points; None if the object names them itself."""
         metadata = {**config, **(config.get("metadata") or {})}
         transcodes = config.get("architecture") in TRANSCODERS
         keys = ("hook_name", "hook_name_out") if transcodes else ("hook_name",)
         names = [metadata.get(key) or metadata.get(f"hf_{key}") for key in keys]
-        if given.layer is not None and given.hookpoint is not None:  # then a name that means no place to us is no loss
+        if given.layer is not None and given.hookpoint is not None:  # then unknown names do not matter
             names = [name if name is not None and parse(name) is not None else None for name in names]
         if None not in names:
             return None
@@ -187,12 +187,12 @@ class SaeLensObject(_LibraryObject):
     def _parse(self, config: Mapping[str, Any], places: Places | None) -> LensConfig:
         try:
             return LensConfig.parse(config, Path(self.label), places)
-        except (TypeError, AttributeError, OverflowError) as error:  # as of a file: a list for a name, ...
+        except (TypeError, AttributeError, OverflowError) as error:  # such as a list in place of a name
             raise RequestError(f"`obj` {self.label}: a value of its cfg has the wrong type ({error})") from error
 
 
 def _scaling_factor(lens: LensConfig, given: Given) -> float:
-    """What activations are multiplied by before the SAE sees them. Raises `RequestError` if that is not known."""
+    """Return the factor applied to activations before encoding. Raises `RequestError` if it is unknown."""
     norm = lens.normalize_activations
     if norm == "covariance_whitening":
         raise RequestError(
@@ -216,24 +216,24 @@ def _check_shapes(contents: Contents, expected: Mapping[str, tuple[int, ...]]) -
 
 
 def _class_in(obj: Any, package: str) -> type | None:
-    """The first of an object's classes that a package defines."""
+    """Return the first class in an object's MRO that a package defines."""
     return next((cls for cls in type(obj).__mro__ if cls.__module__.partition(".")[0] == package), None)
 
 
 def _is_unchanged(obj: Any, library_class: type) -> bool:
-    """Whether an object computes its codes by methods of the library alone."""
+    """Return whether only the library's own methods compute the object's codes."""
     classes = type(obj).__mro__[: type(obj).__mro__.index(library_class)]
     own = {name for cls in classes for name in vars(cls)} | getattr(obj, "__dict__", {}).keys()
     return not own.intersection(_COMPUTE_CODES)
 
 
 def _leaves_its_file_format(dictionary: Any) -> bool:
-    """Whether a dictionary has a setting that its file cannot hold, and that is not as in files."""
+    """Return whether a dictionary has a non-default setting that its file format cannot store."""
     groups, active = getattr(dictionary, "group_sizes", None), getattr(dictionary, "active_groups", None)
     return bool(getattr(dictionary, "apply_b_dec_to_input", False)) or (groups is not None and active != len(groups))
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config as it would be after a way through a file."""
+    """Return the config after a round trip through JSON."""
     found: dict[str, Any] = json.loads(json.dumps(config, default=str))
     return found

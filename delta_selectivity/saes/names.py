@@ -1,14 +1,14 @@
-"""Expand patterns and releases into names of SAEs.
+"""Expansion of patterns and releases into names of SAEs.
 
     folder/*                                        every folder of SAEs in ``folder``
-    gpt2-small-res-jb                               a release of SAE Lens, whole
+    gpt2-small-res-jb                               a whole release of SAE Lens
     gemma-scope-2b-pt-res/layer_12/width_16k/*      some of its SAEs
 
-``*``, ``?`` and ``[...]`` mean what they mean in a shell: none crosses a ``/``. SAEs of a release whose ids differ in
-nothing but the layer are one name, a template such as ``release/blocks.<layer>.hook_resid_post``, which stands for
-all its layers. Of a template that a glob matches in part, each SAE is a name of its own.
+``*``, ``?`` and ``[...]`` work as in a shell and do not match ``/``. SAEs of a release whose ids differ only in the
+layer share one name, a template such as ``release/blocks.<layer>.hook_resid_post`` for all its layers. If a glob
+matches only some SAEs of a template, each of them gets its own name.
 
-``mine=runs/topk/trainer_0`` calls the SAE of that folder ``mine``.
+``mine=runs/topk/trainer_0`` names the SAE in that folder ``mine``.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _LAYER = re.compile(r"(?<![a-z])((?:layer[._]?|blocks\.|^l))\d+")
 
 
 def split_given(name: str) -> tuple[str | None, str]:
-    """The name that was given to an SAE, None if none was, and what is to be opened: of ``mine=folder``, both.
+    """Split ``mine=folder`` into the given name and what to open; the given name is None if there is none.
 
-    A folder that exists is no given name, whatever is in its path.
+    An existing folder is never split, even if its path contains ``=``.
     """
     given, equals, opened = name.partition("=")
     given, opened = given.strip(), opened.strip()
@@ -43,10 +43,16 @@ def split_given(name: str) -> tuple[str | None, str]:
 
 
 def expand_names(names: Sequence[str]) -> list[str]:
-    """The names that ``open_sae`` takes for what was typed, each once, in the order in which they were typed.
+    """Expand the typed names into names that ``open_sae`` accepts.
 
-    A folder, a ``release/sae_id``, a template and a repository on the Hub stay as they are. Raises `RequestError` if a
-    glob matches nothing.
+    Args:
+        names: folders, Hub repositories, ``release/sae_id``, templates, whole releases of SAE Lens, and globs.
+
+    Returns:
+        The names in the typed order, without duplicates. Only globs and whole releases are expanded.
+
+    Raises:
+        RequestError: a glob matches nothing, or a glob with a name of its own (``mine=folder/*``) matches several SAEs.
     """
     found: dict[str, str] = {}
     for name in (name for typed in names for name in _expand(typed)):
@@ -55,25 +61,25 @@ def expand_names(names: Sequence[str]) -> list[str]:
 
 
 def same_path(name: str) -> str:
-    """What two names of one SAE have in common: a folder is the same with a slash after it."""
+    """Return a key that is equal for names of the same SAE, for example with and without a trailing slash."""
     return os.path.normpath(name)
 
 
 def template(sae_id: str) -> str:
-    """An id with ``<layer>`` in place of the layer's number; as it is if it has none."""
+    """Replace the layer's number in an id by ``<layer>``; an id without a layer is returned unchanged."""
     return _LAYER.sub(r"\1<layer>", sae_id, count=1)
 
 
 def split_release(name: str) -> tuple[str, str] | None:
-    """Release and id (or template) of a name that begins with a release of SAE Lens; None if it does not."""
+    """Split a name into a release of SAE Lens and the id or template; None if it names no release."""
     release, _, sae_id = name.rstrip("/").partition("/")
     return (release, sae_id) if release in release_names() else None
 
 
 def ids_of(release: str, name: str) -> list[str]:
-    """The ids that a name means within a release: one id, those of a template, or those of its only template.
+    """Return the ids that a name selects within a release: one id, those of a template, or those of the only template.
 
-    Raises `RequestError` if there is none, or if the release alone is named and has several templates.
+    Raises `RequestError` if ``name`` is empty and the release has several templates.
     """
     known = sae_ids(release)
     groups = _by_template(known)
@@ -105,7 +111,7 @@ def _expand(name: str) -> list[str]:
 
 
 def _match_releases(name: str) -> list[str]:
-    """Templates and ids of SAE Lens's releases that a glob matches."""
+    """Return the templates and ids of SAE Lens's releases that match a glob."""
     release_glob, _, id_glob = name.partition("/")
     releases = [release for release in release_names() if fnmatchcase(release, release_glob)]
     found: list[str] = []
@@ -119,7 +125,7 @@ def _match_releases(name: str) -> list[str]:
 
 
 def _templates(release: str, matched: Sequence[str]) -> list[str]:
-    """Names for some ids of a release: a template where its ids, several, are all among them, else the ids."""
+    """Return names for some ids of a release: templates that are fully contained, else single ids."""
     whole = _by_template(sae_ids(release))
     names: list[str] = []
     for kind, ids in _by_template(matched).items():
@@ -136,6 +142,6 @@ def _by_template(ids: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _matches(sae_id: str, pattern: str) -> bool:
-    """Part by part, so that no star crosses a slash."""
+    """Match part by part, so that ``*`` does not match ``/``."""
     parts, patterns = sae_id.split("/"), pattern.rstrip("/").split("/")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))

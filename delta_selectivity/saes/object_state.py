@@ -1,4 +1,4 @@
-"""Tensors and settings of an object in memory, and a copy that is safe to run."""
+"""Tensors and settings of an object in memory, and copies that are safe to run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Result = TypeVar("Result")
 
 _SCALARS = (bool, int, float, str)
 _DEEPEST = 4
-"""Containers in containers in which settings are looked for; some hold themselves."""
+"""Nesting depth to which settings are collected; containers may contain themselves."""
 
 
 def attempt(what: str, function: Callable[..., Result], *arguments: Any) -> Result:
-    """Call somebody else's code. Raises `RequestError`, in one line, if it raises anything or exits the process."""
+    """Call foreign code. Raises a one-line `RequestError` if it raises an exception or exits the process."""
     try:
         return function(*arguments)
     except RequestError:
@@ -33,10 +33,10 @@ def attempt(what: str, function: Callable[..., Result], *arguments: Any) -> Resu
 
 
 def tensors_of(obj: Any, label: str) -> dict[str, Tensor]:
-    """Return the tensors of an object's ``state_dict`` and a module's other buffers; none if it has no such method.
+    """Return the tensors of an object's ``state_dict`` and a module's other buffers; empty without that method.
 
     Raises:
-        RequestError: the method fails, or a tensor is not a dense one with values.
+        RequestError: the method fails, or a tensor is sparse or on the meta device.
     """
     what = f"`obj` {label}: state_dict"
     method = attempt(what, getattr, obj, "state_dict", dict)
@@ -51,7 +51,7 @@ def tensors_of(obj: Any, label: str) -> dict[str, Tensor]:
 
 
 def as_float32(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
-    """Return tensors in float32 on the CPU: the same memory where they are so already.
+    """Return the tensors in float32 on the CPU, without a copy where they already are.
 
     Raises:
         RequestError: a value is not finite.
@@ -63,19 +63,19 @@ def as_float32(tensors: Mapping[str, Tensor], label: str) -> dict[str, Tensor]:
 
 
 def settings_of(obj: Any) -> list[Any]:
-    """Return what an object holds beside tensors that can change its numbers, as JSON can hold it.
+    """Return, as JSON-compatible data, the non-tensor state of an object that can affect its codes.
 
-    Classes by name, and numbers, strings and containers of them among the public attributes of the object and, of a
-    module, of the modules in it. Whether a module is in training mode does not count.
+    It consists of class names and of public attributes that are numbers, strings or containers of them. For a module,
+    all its submodules are included; training mode is ignored.
     """
     parts = obj.named_modules() if isinstance(obj, nn.Module) else [("", obj)]
     return [[name, type(part).__name__, _plain(getattr(part, "__dict__", {}))] for name, part in parts]
 
 
 def runnable_copy(module: nn.Module, label: str, share: bool = True) -> nn.Module:
-    """Return a module in evaluation mode and float32 whose running cannot change the one it was made from.
+    """Return a copy of a module in evaluation mode and float32; running it cannot modify the original.
 
-    Parameters that are float32 already are shared with the original, unless ``share`` is off; everything else is
+    Parameters that are already float32 are shared with the original, unless ``share`` is off; everything else is
     copied.
 
     Raises:
@@ -93,19 +93,19 @@ def runnable_copy(module: nn.Module, label: str, share: bool = True) -> nn.Modul
 
 
 def coder_parts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the tensors, scalars and foreign objects that one of our coders is made of, under dotted names."""
+    """Yield the tensors, scalars and foreign objects inside one of this package's coders, with dotted names."""
     if is_dataclass(value) and not isinstance(value, type):
         yield f"{name}.class", type(value).__name__
         for field in fields(value):
             yield from coder_parts(getattr(value, field.name), f"{name}.{field.name}")
     elif isinstance(value, torch.dtype):
         yield name, str(value)
-    elif not isinstance(value, torch.device):  # a coder on another device is the same coder
+    elif not isinstance(value, torch.device):  # the device does not change the coder's identity
         yield name, value
 
 
 def _with_history(module: nn.Module) -> Iterator[Tensor]:
-    """Tensors that the last training step left in attributes, which ``deepcopy`` refuses."""
+    """Yield non-leaf tensors in attributes, as a training step leaves them; ``deepcopy`` rejects these."""
     for part in module.modules():
         for value in vars(part).values():
             inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
@@ -113,7 +113,7 @@ def _with_history(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Scalars and containers of them; None for anything else."""
+    """Return scalars and containers of them; None for anything else."""
     if isinstance(value, _SCALARS):
         return value
     if depth > _DEEPEST:

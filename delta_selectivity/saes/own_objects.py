@@ -1,4 +1,4 @@
-"""SAEs in memory that no library made: our own ``Sae``, and any object with dense ``encode`` and ``decode``."""
+"""In-memory SAEs outside the three libraries: `Sae`, and any object with dense ``encode`` and ``decode``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import Coder
-from delta_selectivity.saes.dense_coder import DenseCoder, contained, misshapen
+from delta_selectivity.saes.dense_coder import DenseCoder, isolated, misshapen
 from delta_selectivity.saes.files import check_finite
 from delta_selectivity.saes.given import Given
 from delta_selectivity.saes.input_norm import InputNorm
@@ -20,16 +20,16 @@ from delta_selectivity.saes.sae import Sae
 from delta_selectivity.saes.source import SaeHeader
 
 _WIDTHS = ("d_in", "activation_dim")
-"""Attributes that hold the width of what an SAE reads, of the object or of its ``cfg``."""
+"""Attributes of the object or its ``cfg`` that may hold the width of its input."""
 
 
 _KNOWN = (Tensor, bool, int, float, str, type(None))
-"""What our coders are made of; anything else is somebody else's object."""
+"""Types of the parts of this package's coders; anything else is a foreign object."""
 
 
 @dataclass(frozen=True)
 class OwnSae:
-    """An `Sae`."""
+    """A wrapped `Sae`."""
 
     sae: Sae
 
@@ -73,7 +73,7 @@ class OwnSae:
         return any(not tensors_of(part, self.label) for part in foreign)
 
     def build(self, header: SaeHeader) -> tuple[Coder, InputNorm]:
-        for name, tensor in self.tensors().items():  # infinity may be meant: the threshold of a latent that is off
+        for name, tensor in self.tensors().items():  # infinity is valid: the threshold of a disabled latent
             if tensor.isnan().any():
                 raise RequestError(f"`obj` {self.label}: {name.removeprefix('.')} holds NaN")
         return self.sae.coder, self.sae.input_norm
@@ -124,7 +124,7 @@ class DenseObject:
         return not self.tensors()
 
     def build(self, header: SaeHeader) -> tuple[Coder, InputNorm]:
-        # Of a module the parameters alone: a buffer may hold a best loss so far, say, which begins at infinity.
+        # Check only a module's parameters: a buffer may validly hold infinity, such as the best loss so far.
         parameters: Mapping[str, Tensor] = (
             dict(self.obj.named_parameters()) if isinstance(self.obj, nn.Module) else self.tensors()
         )
@@ -133,7 +133,7 @@ class DenseObject:
         return DenseCoder.of(self._runnable(), header.d_out, header.d_sae), "none"
 
     def _runnable(self) -> Any:
-        """What is run in place of the object, which must not change."""
+        """Return an object to run in place of the original, which must not change."""
         return runnable_copy(self.obj, self.label) if isinstance(self.obj, nn.Module) else self.obj
 
     def _d_in(self, given: Given, runs: Any) -> int:
@@ -146,7 +146,7 @@ class DenseObject:
         return d_in
 
     def _width_by_trial(self, runs: Any) -> int | None:
-        """The only side of the encoder's matrices that ``encode`` takes for a width."""
+        """Return the side of the encoder's matrices that ``encode`` accepts as width, if there is exactly one."""
         sides = {
             side for name, t in self.tensors().items() if t.dim() == 2 and "enc" in name.lower() for side in t.shape
         }
@@ -169,7 +169,7 @@ class DenseObject:
 
 
 def check_methods(obj: Any) -> None:
-    """Raise `RequestError` if an object has no ``encode`` and ``decode``."""
+    """Raise `RequestError` if an object lacks ``encode`` or ``decode``."""
     if isinstance(obj, type):
         raise RequestError(f"`obj` {obj.__name__} is a class: give an object of it")
     name = type(obj).__name__
@@ -195,7 +195,7 @@ def _width_attribute(obj: Any) -> int | None:
 
 
 def _takes(runs: Any, width: int) -> bool:
-    """Whether ``encode`` gives anything of rows of this width. Raises `RequestError` if it exits the process."""
+    """Return whether ``encode`` accepts rows of this width. Raises `RequestError` if it exits the process."""
     try:
         _call(runs.encode, runs, _two_rows(runs, width), f"`obj` {type(runs).__name__}: encode")
     except RequestError as error:
@@ -208,11 +208,11 @@ def _takes(runs: Any, width: int) -> bool:
 def _two_rows(runs: Any, width: int) -> Tensor:
     coder = DenseCoder.of(runs, width)
     rows = torch.randn(2, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
-    return rows.to(coder.home, coder.dtype)
+    return rows.to(coder.compute_device, coder.dtype)
 
 
 def _run(method: Callable[[Tensor], Any], runs: Any, rows: Tensor, what: str) -> Tensor:
-    """Call encode or decode on two rows. Raises `RequestError` if that gives no dense matrix of as many rows."""
+    """Call encode or decode on two rows. Raises `RequestError` unless it returns a dense matrix with two rows."""
     found = _call(method, runs, rows, what)
     if problem := misshapen(found, len(rows)):
         raise RequestError(f"{what} gives {problem}: put the SAE into a class whose encode and decode give that")
@@ -220,7 +220,7 @@ def _run(method: Callable[[Tensor], Any], runs: Any, rows: Tensor, what: str) ->
 
 
 def _call(method: Callable[[Tensor], Any], runs: Any, rows: Tensor, what: str) -> Any:
-    with torch.no_grad(), contained(runs, DenseCoder.of(runs, 0).home):
+    with torch.no_grad(), isolated(runs, DenseCoder.of(runs, 0).compute_device):
         return attempt(f"{what} of {list(rows.shape)}", method, rows)
 
 

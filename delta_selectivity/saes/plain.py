@@ -1,6 +1,6 @@
-"""Custom SAEs in a folder of ``sae.json`` and named tensors (``plain_config`` lists the keys).
+"""Reader of custom SAEs: a folder with ``sae.json`` and named tensors (``plain_config`` lists the keys).
 
-What it computes is put in SAE Lens's words and built from there, so that a formula stands in one place.
+The config is converted to SAE Lens's, so that each formula is implemented once.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ CONFIG = "sae.json"
 
 
 class Plain:
-    """Reads one folder of this format."""
+    """The ``sae.json`` format."""
 
     def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The config, then the weights."""
+        """Return the config, then the weights."""
         return CONFIG, config["weights"]
 
     def claims(self, config: Mapping[str, Any]) -> bool:
-        """Always: the name of its config is its own."""
+        """Return True: only this format uses this file name."""
         return True
 
     def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
-        """Check a config, found at ``path``."""
+        """Check the config found at ``path`` and return its header."""
         plain = PlainConfig.parse(config, path)
         d_in, d_sae = _widths(plain)
         if plain.k is not None and plain.k > d_sae:
@@ -60,17 +60,17 @@ class Plain:
         )
 
     def check(self, folder: Path, header: SaeHeader) -> None:
-        """Compare the weights' header with the config."""
+        """Compare the names and shapes of the weights with the config."""
         plain = PlainConfig.parse(header.config, folder / CONFIG)
-        _find_turned(plain, _as_lens(plain, header))
+        _find_transposed(plain, _as_lens(plain, header))
 
     def build(self, folder: Path, header: SaeHeader) -> tuple[Coder, InputNorm]:
         """Load the weights."""
         plain = PlainConfig.parse(header.config, folder / CONFIG)
         lens = _as_lens(plain, header)
-        turned, stored = _find_turned(plain, lens), read_tensors(plain.weights)
+        turned, stored = _find_transposed(plain, lens), read_tensors(plain.weights)
         widths = {"b_dec": header.d_out, "b_enc": header.d_sae}
-        tensors = {name: torch.zeros(n, dtype=torch.float32) for name, n in widths.items()}  # where they are null
+        tensors = {name: torch.zeros(n, dtype=torch.float32) for name, n in widths.items()}  # for biases that are null
         for ours, theirs in plain.names.items():
             if theirs in stored:
                 tensors[ours] = stored[theirs].T if ours in turned else stored[theirs]
@@ -78,7 +78,7 @@ class Plain:
 
 
 def _widths(plain: PlainConfig) -> tuple[int, int]:
-    """d_in and d_sae as the config says them, else from the lengths of biases in the weights."""
+    """Return d_in and d_sae from the config, else from the lengths of the biases in the weights."""
     if plain.d_in is not None and plain.d_sae is not None:
         return plain.d_in, plain.d_sae
     shapes = read_shapes(plain.weights)
@@ -96,7 +96,7 @@ def _widths(plain: PlainConfig) -> tuple[int, int]:
 
 
 def _as_lens(plain: PlainConfig, header: SaeHeader) -> LensConfig:
-    """The same SAE in SAE Lens's words, but for its normalisation, whose names are ours."""
+    """Return the equivalent SAE Lens config, except for the normalisation, which has this project's names."""
     return LensConfig(
         path=plain.path,
         architecture=plain.architecture,
@@ -116,8 +116,8 @@ def _as_lens(plain: PlainConfig, header: SaeHeader) -> LensConfig:
     )
 
 
-def _find_turned(plain: PlainConfig, lens: LensConfig) -> set[str]:
-    """Matrices that the file has the other way round. Raises `RequestError` if a tensor does not fit the config."""
+def _find_transposed(plain: PlainConfig, lens: LensConfig) -> set[str]:
+    """Return the matrices that the file holds transposed. Raises `RequestError` if a tensor does not fit the config."""
     found = read_shapes(plain.weights)
     shapes = dict(expected_shapes(lens, {ours for ours, theirs in plain.names.items() if theirs in found}))
     turned = set()

@@ -1,4 +1,4 @@
-"""Parse ``sae.json``, the config of a custom SAE.
+"""Parser of ``sae.json``, the config of a custom SAE.
 
     {"hook_name": "blocks.5.hook_resid_post", "architecture": "topk", "k": 32, "apply_b_dec_to_input": true,
      "weights": "sae.safetensors", "names": {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}}
@@ -52,7 +52,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "d_in": (int,), "d_sae": (int,), "context_size": (int,), "input_hookpoint": (str,), "d_out": (int,),
     "names": (dict,), "transposed": (dict,),
 }  # fmt: skip
-"""Every key, and what its value may be."""
+"""Every key and the types that its value may have."""
 
 NEEDED = ("weights", "architecture", "apply_b_dec_to_input")
 ARCHITECTURES = ("standard", "topk", "jumprelu", "gated", "batchtopk")
@@ -66,15 +66,15 @@ TENSORS = (*MATRICES, *BIASES, "threshold", "log_threshold", "topk_threshold", "
 
 @dataclass(frozen=True)
 class PlainConfig:
-    """``sae.json``, checked; the widths may still have to be looked up in the weights."""
+    """A validated ``sae.json``. Missing widths are found from the weights later."""
 
     path: Path
-    """Of the config."""
+    """Path of the config."""
     weights: Path
     hook: HookPoint
     architecture: str
     k: int | None
-    """For ``topk`` alone."""
+    """For ``topk`` only."""
     apply_b_dec_to_input: bool
     rescale_acts_by_decoder_norm: bool
     input_norm: InputNorm
@@ -85,17 +85,17 @@ class PlainConfig:
     d_in: int | None
     d_sae: int | None
     d_out: int | None
-    """Of a transcoder whose output has a width of its own."""
+    """Width of a transcoder's output, if given."""
     input_hookpoint: str | None
     context_size: int | None
     names: Mapping[str, str | None]
-    """Our name of each tensor -> the file's; None for a bias that is zero."""
+    """This project's name of each tensor -> the file's; None for a bias that is zero."""
     transposed: Mapping[str, bool]
-    """Matrices whose orientation is said."""
+    """Matrices whose orientation is given."""
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], path: Path) -> PlainConfig:
-        """From ``sae.json`` at ``path``. Raises `RequestError` at what is missing, unknown or wrong."""
+        """Parse ``sae.json`` found at ``path``. Raises `RequestError` at a missing, unknown or wrong key."""
         _check_keys(config, path)
         _check_transcoder(config, path)
         architecture = _one_of(ARCHITECTURES, config, "architecture", path)

@@ -1,11 +1,11 @@
-"""Fast TopK encoding on a CPU: int8 products propose latents, float32 decides.
+"""Fast TopK encoding on a CPU: int8 products propose candidate latents, float32 products decide.
 
-A product of signed bytes takes a fraction of one in float32 on CPUs that have instructions for it
-(`python benchmarks/bench_kernels.py`), and is exact. What is lost is lost before: with y on a grid of 255 steps as ŷ,
-and weights w as ŵ, Cauchy-Schwarz gives |y·w - ŷ·ŵ| <= ‖y - ŷ‖ ‖w‖ + ‖ŷ‖ ‖w - ŵ‖. So for each latent there is a largest
-pre-activation that it may have. The k for which that is largest are computed in float32, then the others for which it
-reaches the k-th of these: rarely more than 2 k in all. The k largest of what was computed are taken (`row_kernels`):
-the latents are those of float32.
+On CPUs with int8 instructions an int8 product takes a fraction of the time of a float32 one (`python
+benchmarks/bench_kernels.py`) and is itself exact; only the quantisation of its factors loses precision. For an input y
+and weights w, quantised to ŷ and ŵ with 255 steps, Cauchy-Schwarz gives |y·w - ŷ·ŵ| <= ‖y - ŷ‖ ‖w‖ + ‖ŷ‖ ‖w - ŵ‖. This
+bounds each pre-activation from above. The k latents with the largest bounds are computed in float32, then all others
+whose bound reaches the k-th of these values, rarely more than 2 k in all. The k largest of the computed values are
+returned (`row_kernels`), so the latents are those that float32 selects.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from delta_selectivity.system.gemm import byte_products
 from delta_selectivity.system.processor import has_fast_bytes
 
 LARGEST_STEP = 127
-LARGEST_D_IN = 2**16  # sums of so many products of steps are whole numbers of 32 bits
-PRODUCT_BYTES = 2 * 2**20  # what a core's cache holds
-LEAST_ROWS = 256  # with fewer a product reads the weights longer than it multiplies
-BLOCK = 4096  # latents at a time, for the memory of their copies
+LARGEST_D_IN = 2**16  # int32 holds the sum of this many int8 products
+PRODUCT_BYTES = 2 * 2**20  # size of a core's cache
+LEAST_ROWS = 256  # with fewer rows, reading the weights dominates the product
+BLOCK = 4096  # latents at a time, to limit the memory of copies
 
 
 def is_worth_it(W_enc: Tensor, k: int) -> bool:
-    """Whether a proposal saves time: enough latents, few of them chosen, a CPU for it.
+    """Return whether a proposal saves time: many latents, a small k, and a CPU with int8 instructions.
 
-    Times: `python benchmarks/bench_kernels.py`.
+    Timings: `python benchmarks/bench_kernels.py`.
     """
     wide = len(W_enc) >= max(512, 32 * k) and W_enc.shape[1] <= LARGEST_D_IN
     return wide and W_enc.device.type == "cpu" and W_enc.dtype == torch.float32 and has_fast_bytes()
@@ -37,27 +37,27 @@ def is_worth_it(W_enc: Tensor, k: int) -> bool:
 
 @dataclass(frozen=True)
 class Proposal:
-    """The encoder of a TopK SAE in steps of a grid, with what bounds its error."""
+    """The quantised encoder of a TopK SAE, with what is needed to bound its error."""
 
     W_enc: Tensor
     """float32 ``[d_sae, d_in]``."""
     b_enc: Tensor
     """float32 ``[d_sae]``."""
     centre: Tensor
-    """What is taken off inputs before they are rounded: near their mean, it makes the bound small. ``[d_in]``."""
+    """Subtracted from inputs before quantisation; close to their mean it makes the bound tight. ``[d_in]``."""
     column: Tensor
-    """What inputs are then multiplied by, and weights divided by: no column of weights is small then. ``[d_in]``."""
+    """Norms of the weights' columns: inputs are multiplied and weights divided by them before rounding. ``[d_in]``."""
     steps: Tensor
-    """Weights on the grid. int8 ``[d_sae, d_in]``."""
+    """Quantised weights, int8 ``[d_sae, d_in]``."""
     facts: Tensor
-    """Of each latent its step, pre-activation of ``centre``, norm, and norm of what it lost. float32 ``[4, d_sae]``."""
+    """Per latent: step, pre-activation of ``centre``, norm, norm of the rounding error. float32 ``[4, d_sae]``."""
     norm: float
-    """Largest ‖w‖ of a latent."""
+    """Largest ‖w‖ of any latent."""
     k: int
 
     @classmethod
     def of(cls, W_enc: Tensor, b_enc: Tensor, centre: Tensor, k: int) -> Proposal:
-        """The proposal of an encoder for inputs around ``centre``."""
+        """Quantise an encoder for inputs close to ``centre``."""
         column = W_enc.norm(dim=0)
         column = torch.where(column == 0, 1, column)
         steps, facts = [], []
@@ -73,15 +73,15 @@ class Proposal:
         return cls(W_enc, b_enc, centre, column, torch.cat(steps), torch.cat(facts, dim=1), norm, k)
 
     def topk(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The k largest pre-activations of x ``[rows, d_in]`` and their latents, in no order: both ``[rows, k]``.
+        """Return the k largest pre-activations of x ``[rows, d_in]`` and their latents, unordered, both ``[rows, k]``.
 
-        The latents are those of float32. Values are float32 sums in another order than a matrix product's, and equal to
-        1e-6 of what is summed. A row with NaN or Inf in it has NaN for values.
+        The latents are those that float32 selects. Values are float32 sums in another order than a matrix product's,
+        equal within 1e-6 of the summands' size. A row with NaN or Inf has NaN values.
         """
         from delta_selectivity.saes.row_kernels import (
             k_largest_of_proposed,
             quantise,
-        )  # here: they take a while to load
+        )  # lazily: loading compiled kernels is slow
 
         rows, W_enc, b_enc, facts = (t.contiguous().numpy() for t in (x, self.W_enc, self.b_enc, self.facts))
         steps, inputs = quantise(rows, self.centre.numpy(), self.column.numpy(), self.norm)
@@ -98,5 +98,5 @@ class Proposal:
 
     @property
     def rows_at_once(self) -> int:
-        """Rows whose products stay in the cache until they are looked through, but enough for a fast product."""
+        """Rows per product: few enough for the products to stay in the cache, enough for a fast product."""
         return max(LEAST_ROWS, PRODUCT_BYTES // (4 * len(self.W_enc)))

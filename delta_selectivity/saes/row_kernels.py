@@ -1,21 +1,22 @@
 """Row-wise kernels of TopK encoding on a CPU, compiled by Numba.
 
-Every kernel works row by row, so a row's result does not depend on its company, and lets other threads run meanwhile.
-A row that holds NaN gets NaN for all of its values.
+Every kernel processes rows independently, so a row's result does not depend on the other rows, and releases the GIL.
+All values of a row that holds NaN become NaN.
 
-Numbers are compared as integers, their *keys*. A float32 number's key is the integer of its bits, with those below the
-sign turned over if it is negative: keys are in the order of the numbers, -0 below 0. Those of what an entry may be are
-whole units of a size that makes 16 bits enough, so that an instruction compares twice as many. The k-th largest key is
-found by bisection: counting how many of a hundred keys reach another takes some ten instructions.
+Numbers are compared as integers, called *keys*. The key of a float32 number is the integer of its bits, with the bits
+below the sign inverted if it is negative: keys have the order of the numbers, with -0 below 0. Upper bounds of entries
+have int16 keys in whole units of a suitable size, so that one instruction compares twice as many. The k-th largest key
+is found by bisection: counting how many of a hundred keys reach another takes about ten instructions.
 
-A row is divided into groups. Where k or more of the groups' maxima reach a threshold, so do the k largest entries.
+A row is divided into groups. If the maxima of k or more groups reach a threshold, so do the k largest entries.
 
-What is left of some rows is found before any of it is rescored: guesses and weights do not take the cache from each
-other.
+Candidates are selected for several rows before any of them is rescored, so that bounds and weights do not evict each
+other from the cache.
 
-Inside a loop over rows nothing is sliced, viewed or made: for Numba each is two atomic operations or an allocation.
+Loops over rows contain no slices, views or allocations: in Numba each slice or view costs two atomic operations.
 
-All in one file: what Numba keeps on disk it makes anew when its own file changes, not when one that it calls into does.
+All kernels are in one file, because Numba's disk cache notices changes of the kernel's own file only, not of the files
+that it calls into.
 """
 
 from __future__ import annotations
@@ -25,41 +26,41 @@ from numpy.typing import NDArray
 
 from delta_selectivity.system.compiled import compiled
 
-GROUPS_PER_K = 4  # at least: with 2 there are more members to look at, with 8 more maxima: either takes longer
-LARGEST_GROUP = 64  # in wide rows looking at a maximum costs less than looking at members
-EIGHT, LAST_BYTE = np.uint64(8), np.uint64(56)  # bytes in a word of 64 bits; the bits below its last byte
-NUMBERED = np.uint64(0x0001020304050607)  # times a word with a 1 in byte j, its last byte is j
+GROUPS_PER_K = 4  # minimum: 2 leaves more members to scan, 8 more maxima; both are slower
+LARGEST_GROUP = 64  # in wide rows scanning maxima is cheaper than scanning members
+EIGHT, LAST_BYTE = np.uint64(8), np.uint64(56)  # bytes in a 64-bit word; shift that leaves its highest byte
+NUMBERED = np.uint64(0x0001020304050607)  # multiplied by a word with a 1 in byte j, gives j in the highest byte
 NONE, NEXT, FOUR = np.uint64(0), np.uint64(1), np.uint64(4)
-KEYS = 2**15  # of rows whose largest are known before they are rescored: they stay in the cache
-STRIP = 64  # so many keys are compared in a row of instructions: of any other number it takes a loop and its rest
-LARGEST_STEP = np.float32(127)  # what a signed byte holds
+KEYS = 2**15  # keys of the rows processed together: few enough to stay in the cache
+STRIP = 64  # keys compared without a branch: a fixed number avoids a remainder loop
+LARGEST_STEP = np.float32(127)  # int8 range
 LARGEST_UNITS, LEAST_KEY, MOST_KEY = np.float32(32000), np.int16(-(2**15)), np.int16(2**15 - 1)
-UNITS_OFF = np.float32(1)  # more than float32 rounds in reckoning them, and more than rounding changed before
-ROUND_SUM = np.float32(2.0**-23)  # of one float32 addition or product, twice
-LEAST = np.float32(1e-30)  # that the inverse of which is a number
+UNITS_OFF = np.float32(1)  # exceeds the float32 rounding error of a bound in units
+ROUND_SUM = np.float32(2.0**-23)  # twice the relative rounding error of a float32 operation
+LEAST = np.float32(1e-30)  # smallest divisor whose inverse is finite
 ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
 LARGEST_KEY = np.int32(2**31 - 1)
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-Places = NDArray[np.uint64]  # an index that may be negative takes Numba a comparison more
+Places = NDArray[np.uint64]  # unsigned: Numba adds a comparison for indices that may be negative
 Steps = NDArray[np.int32]
 Keys = NDArray[np.int16] | NDArray[np.int32]
 
 
 @compiled()
 def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
-    """The k largest entries of each row, in no order, and their places.
+    """Return the k largest entries of each row, unordered, and their columns.
 
     Args:
         rows: ``[rows, d]``.
         k: how many, at most d.
 
     Returns:
-        values and places, both ``[rows, k]``.
+        Values and columns, both ``[rows, k]``.
     """
     n, d = rows.shape
-    values, places = np.empty(n * k + 1, np.float32), np.empty(n * k + 1, np.int64)  # `_take` needs one more
+    values, places = np.empty(n * k + 1, np.float32), np.empty(n * k + 1, np.int64)  # `_take` writes one element more
     keys, highest = np.empty((1, d), np.int32), np.empty(d + STRIP, np.int32)
     words = np.zeros((d + 7) // 8, np.uint64)
     reached, eights = words.view(np.uint8), np.empty(len(words) + 1, np.uint64)
@@ -72,7 +73,7 @@ def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
             n_nan += np.int32(rows[r, q] != rows[r, q])
             keys[0, q] = bits[r, q] ^ ((bits[r, q] >> np.int32(31)) & np.int32(0x7FFFFFFF))
         if n_nan > 0:
-            _poison(values, places, r * k, k)
+            _fill_with_nan(values, places, r * k, k)
             continue
         strips = _group_maxima(keys, 0, highest, k)
         least = np.int32(_threshold(highest, strips, k, k // 8))
@@ -85,17 +86,18 @@ def k_largest(rows: Floats, k: int) -> tuple[Floats, Ints]:
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
 def quantise(x: Floats, centre: Floats, column: Floats, size: float) -> tuple[NDArray[np.int8], Floats]:
-    """Inputs on a grid of 255 steps, each row on its own, and what is to be known of how far off they are.
+    """Quantise each row with its own step to 255 levels, and compute what bounds the rounding error.
 
     Args:
         x: ``[rows, d_in]``.
-        centre: what is taken off each row ``[d_in]``.
-        column: what each column is then multiplied by ``[d_in]``.
+        centre: subtracted from each row ``[d_in]``.
+        column: factor of each column after that ``[d_in]``.
         size: largest norm of a weight.
 
     Returns:
-        The steps ``[rows, d_in]``; and ``[rows, 4]``: a row's step, the norm of what it lost, its norm on the grid, and
-        the size of what is summed in its products. Where x holds NaN or Inf, some of these do.
+        The quantised rows ``[rows, d_in]``; and per row ``[rows, 4]``: the step, the norm of the rounding error, the
+        norm of the quantised row, and the magnitude of the terms in its products. Where x holds NaN or Inf, so do some
+        of these.
     """
     n, d = x.shape
     steps, facts = np.empty((n, d), np.int8), np.empty((n, 4), np.float32)
@@ -106,7 +108,7 @@ def quantise(x: Floats, centre: Floats, column: Floats, size: float) -> tuple[ND
         most = np.int32(0)
         for i in range(d):
             y[i] = (x[r, i] - centre[i]) * column[i]
-            most = max(most, bits[i] & np.int32(0x7FFFFFFF))  # absolute numbers are in the order of their bits
+            most = max(most, bits[i] & np.int32(0x7FFFFFFF))  # bits of absolute values sort like the values
         largest_bits[0] = most
         step = largest[0] / LARGEST_STEP
         per_step = ONE / step if step > ZERO else ZERO
@@ -134,24 +136,25 @@ def k_largest_of_proposed(
     values: Floats,
     places: Ints,
 ) -> None:
-    """The k largest entries of x weightᵀ + bias in each row, given products of the rounded, and their places.
+    """Find the k largest entries of x weightᵀ + bias in each row, given the quantised products, and their columns.
 
-    By the rounded, an entry is its product times the steps of its row and its latent, plus the centre's pre-activation.
-    It is off by at most |lost of the row| |latent| + |row on the grid| |lost of the latent|, and by what float32 sums
-    are off: so there is a largest number that it may be. The k of which that is largest are computed. Others are among
-    the k largest only if that reaches the k-th of these; they are computed too.
+    The quantised product estimates an entry as the integer product times the steps of its row and its latent, plus the
+    pre-activation of the centre. Its error is at most |row error| |latent| + |quantised row| |latent error|, plus the
+    rounding of float32 sums. This bounds every entry from above. The k entries with the largest bounds are computed.
+    Any other entry can be among the k largest only if its bound reaches the k-th of these values; those are computed
+    too.
 
     Args:
-        proposed: products of the steps of rows and latents ``[rows, d]``.
-        inputs: of each row, as from `quantise` ``[rows, 4]``.
-        latents: of each latent its step, its pre-activation of the centre, its norm, and that of what it lost
+        proposed: integer products of quantised rows and latents ``[rows, d]``.
+        inputs: per row, as returned by `quantise` ``[rows, 4]``.
+        latents: per latent, its step, its pre-activation of the centre, its norm, and the norm of its rounding error
             ``[4, d]``.
         x: ``[rows, d_in]``.
         weight: ``[d, d_in]``.
         bias: ``[d]``.
         k: how many, at most d.
-        values: where the values go, which are sums in float32 ``[rows * k + 1]``. The last is scratch.
-        places: where their places go, in the same order, which is none ``[rows * k + 1]``.
+        values: output for the values, float32 sums ``[rows * k + 1]``. The last element is scratch.
+        places: output for the columns, in the same (arbitrary) order ``[rows * k + 1]``.
     """
     n, d = proposed.shape
     together = max(1, min(n, KEYS // d))
@@ -167,7 +170,7 @@ def k_largest_of_proposed(
     for start in range(0, n, together):
         rows = min(together, n - start)
         for g in range(rows):
-            units[g] = _largest_they_may_be(proposed, inputs, latents, largest, start + g, x.shape[1], keys, g)
+            units[g] = _upper_bounds(proposed, inputs, latents, largest, start + g, x.shape[1], keys, g)
             sure[g] = LEAST_KEY
             if units[g] > ZERO:
                 sure[g] = _threshold(highest, _group_maxima(keys, g, highest, k), k, k // 8)
@@ -192,13 +195,13 @@ def k_largest_of_proposed(
                 for q in range(count):
                     n_nan += np.int32(found[q] != found[q])
             if n_nan > 0:
-                _poison(values, places, (start + g) * k, k)
+                _fill_with_nan(values, places, (start + g) * k, k)
             else:
                 _take(found, found_bits, found_keys, where, count, values, places, (start + g) * k, k)
 
 
 @compiled()
-def _largest_they_may_be(
+def _upper_bounds(
     proposed: Steps,
     inputs: Floats,
     latents: Floats,
@@ -208,11 +211,10 @@ def _largest_they_may_be(
     keys: NDArray[np.int16],
     row: int,
 ) -> np.float32:
-    """What each entry of row r may be, in units rounded up, into a row of `keys`; how many units a 1 is.
+    """Write upper bounds of row r's entries, in whole units, into a row of `keys`; return the number of units per 1.
 
-    0 where there is NaN or Inf in x or in a weight: any of them may be anything then.
-
-    largest: of the latents' pre-activations of the centre, norms and losses.
+    Return 0 if x or a weight holds NaN or Inf: then there is no bound. ``largest`` holds the maxima over latents of the
+    pre-activation of the centre, the norm and the rounding error.
     """
     step, loss, size = inputs[r, 0], inputs[r, 1], inputs[r, 2]
     off = ROUND_SUM * np.float32(d_in // 2 + 2) * (inputs[r, 3] + largest[0])
@@ -232,9 +234,9 @@ def _largest_they_may_be(
 
 @compiled()
 def _group_maxima(keys: Keys, row: int, highest: Keys, k: int) -> int:
-    """The largest key of each of k or more groups of a row into the first strips of `highest`; how many strips.
+    """Write the largest key of each of k or more groups of a row into `highest`; return how many strips it fills.
 
-    The second half of what is left is held against the first until there are few enough.
+    The row is folded in half, by the maximum of both halves, until few enough groups are left.
     """
     groups = keys.shape[1]
     enough = max(GROUPS_PER_K * k, groups // LARGEST_GROUP)
@@ -263,7 +265,7 @@ def _group_maxima(keys: Keys, row: int, highest: Keys, k: int) -> int:
 
 @compiled()
 def _filled(keys: Keys, count: int, smallest: np.int16 | np.int32) -> int:
-    """How many strips the first `count` keys take; the smallest is put where there are none."""
+    """Return how many strips the first `count` keys take, and pad the last strip with the smallest key."""
     strips = (count + STRIP - 1) // STRIP
     for q in range(count, strips * STRIP):
         keys[q] = smallest
@@ -272,7 +274,7 @@ def _filled(keys: Keys, count: int, smallest: np.int16 | np.int32) -> int:
 
 @compiled()
 def _threshold(keys: Keys, strips: int, k: int, slack: int) -> int:
-    """What at least k of the keys in the first `strips` reach, and no more than `slack` others unless they equal it."""
+    """Return a key that at least k keys of the first `strips` reach, and at most k + `slack` unless more equal it."""
     low = high = keys[0]
     for strip in range(strips):
         for q in range(strip * STRIP, (strip + 1) * STRIP):
@@ -283,7 +285,7 @@ def _threshold(keys: Keys, strips: int, k: int, slack: int) -> int:
         middle = (least + most + 1) >> 1
         count = 0
         for strip in range(strips):
-            counted = keys.dtype.type(0)  # in the keys' own width: in a wider one fewer are compared at a time
+            counted = keys.dtype.type(0)  # counted in the keys' dtype: a wider one compares fewer at a time
             for q in range(strip * STRIP, (strip + 1) * STRIP):
                 counted = keys.dtype.type(counted + keys.dtype.type(keys[q] >= keys.dtype.type(middle)))
             count += int(counted)
@@ -308,11 +310,20 @@ def _between(
     where: Places,
     start: np.uint64,
 ) -> np.uint64:
-    """Into `where`, from `start` on, the places of a row's keys from `least` to `most`; how many.
+    """Write the columns of a row's keys from `least` to `most` into `where`, beginning at `start`; return how many.
 
-    where: it has room for two more.
-    reached, eights: scratch; words: that of `reached`, eight keys in one, which are passed over if it is none of them.
-    Branches depend on where more than two of eight are, which is rare.
+    The inner loop branches on the data only for words with more than two matches, which are rare.
+
+    Args:
+        keys: ``[rows, d]``.
+        row: the row to search.
+        least: smallest key that matches.
+        most: largest key that matches.
+        reached: scratch, one byte per key.
+        words: `reached` viewed as 64-bit words of eight keys; words without a match are skipped.
+        eights: scratch for the indices of the other words.
+        where: output; needs space for two more.
+        start: index of the first output.
     """
     for place in range(keys.shape[1]):
         reached[place] = (keys[row, place] >= least) & (keys[row, place] <= most)
@@ -342,7 +353,7 @@ def _between(
 def _products(
     x: Floats, r: int, weight: Floats, bias: Floats, where: Places, start: np.uint64, stop: np.uint64, found: Floats
 ) -> None:
-    """Row r of x times the weights at `where`, start to stop, four at a time, plus their biases, into `found`."""
+    """Write row r of x times the weights at `where[start:stop]`, plus their biases, into `found`, four at a time."""
     d_in = x.shape[1]
     whole = stop - (stop - start) % FOUR
     for p in range(start, whole, FOUR):
@@ -374,18 +385,27 @@ def _take(
     slot: int,
     k: int,
 ) -> None:
-    """The k largest of the first `count` numbers found into values and places from `slot` on.
+    """Write the k largest of the first `count` numbers into values and places, from index `slot` on.
 
-    What is in the slot after these is of no more use.
+    The element after these k is overwritten.
 
-    bits: those of `found`; keys: scratch, STRIP more than `count`; where: of the numbers.
+    Args:
+        found: the numbers.
+        bits: `found` viewed as integers.
+        keys: scratch, at least STRIP longer than `count`.
+        where: the numbers' columns.
+        count: how many numbers there are.
+        values: output for the values.
+        places: output for the columns.
+        slot: index of the first output.
+        k: how many to write.
     """
     least = _kth_key(bits, count, keys, k)
     free, end = np.uint64(slot), np.uint64(slot + k)
     for q in range(count):
         values[free], places[free] = found[q], np.int64(where[q])
         free += np.uint64(keys[q] > least)
-    for q in range(count):  # those that equal the k-th, as long as there is room
+    for q in range(count):  # fill the rest with entries equal to the k-th
         if free == end:
             return
         values[free], places[free] = found[q], np.int64(where[q])
@@ -394,7 +414,7 @@ def _take(
 
 @compiled()
 def _kth_key(bits: NDArray[np.int32], count: np.uint64, keys: NDArray[np.int32], k: int) -> np.int32:
-    """The k-th largest key of the first `count` numbers of these bits; their keys go into `keys`."""
+    """Return the k-th largest key of the first `count` numbers with these bits, and write their keys into `keys`."""
     smallest = LARGEST_KEY
     for q in range(count):
         keys[q] = bits[q] ^ ((bits[q] >> np.int32(31)) & np.int32(0x7FFFFFFF))
@@ -404,7 +424,7 @@ def _kth_key(bits: NDArray[np.int32], count: np.uint64, keys: NDArray[np.int32],
 
 
 @compiled()
-def _poison(values: Floats, places: Ints, slot: int, k: int) -> None:
-    """NaN for every value of a row, so that whatever is made of them is NaN."""
+def _fill_with_nan(values: Floats, places: Ints, slot: int, k: int) -> None:
+    """Set all values of a row to NaN, so that everything computed from them is NaN."""
     for q in range(k):
         values[slot + q], places[slot + q] = np.nan, q

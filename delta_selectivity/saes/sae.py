@@ -1,4 +1,4 @@
-"""One sparse autoencoder or transcoder, whatever format it came from."""
+"""A sparse autoencoder or transcoder, independent of its file format."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from delta_selectivity.saes.input_norm import InputNorm, normalise
 from delta_selectivity.saes.sparse_rows import SparseRows
 
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
-"""At most this much memory for the ``[rows, d_sae]`` pre-activations of one chunk; other devices as cuda."""
+"""Memory limit for the ``[rows, d_sae]`` pre-activations of one chunk; other devices use the limit of cuda."""
 LEAST_ROWS = 256
-"""But so many rows at a time, where there are: with 32, reading 32768 latents' weights takes longer than using them."""
+"""Minimum rows per chunk: with 32 rows and 32768 latents, reading the weights takes longer than multiplying."""
 
 
 @dataclass(frozen=True)
 class Sae:
-    """Encodes activations of one hook point of one layer and reconstructs them; a transcoder, those of another."""
+    """An SAE for one hook point of one layer; a transcoder encodes one hook point and reconstructs another."""
 
     name: str
-    """Where it was found: the name its user typed, and the folder below it."""
+    """The name that the user typed, and the folder below it."""
     layer: int
     hookpoint: str
-    """The place that it reconstructs, by a name of ``hookpoints``."""
+    """The hook point that it reconstructs, by a name of ``hookpoints``."""
     d_in: int
-    """Width of what it reads."""
+    """Width of its input."""
     d_sae: int
     k: int | None
-    """Latents per activation, where the architecture fixes them."""
+    """Latents per activation, if the architecture fixes their number."""
     architecture: str
-    """``topk``, ``groupmax``, ``standard``, ``jumprelu``, ``gated``, or what SAE Lens calls it; ``topk transcoder``."""
+    """``topk``, ``groupmax``, ``standard``, ``jumprelu``, ``gated``, or SAE Lens's name; ``topk transcoder``."""
     coder: Coder
     input_norm: InputNorm = "none"
     input_hookpoint: str | None = None
-    """Where a transcoder reads; None for an autoencoder, which reads what it reconstructs."""
+    """The hook point that a transcoder reads; None for an autoencoder."""
     width_out: int | None = None
-    """Width of what it writes, if that is not ``d_in``."""
+    """Width of its output, if not ``d_in``."""
     promised_l0: float | None = None
-    """Latents per activation according to its config, on average if ``k`` does not fix them."""
+    """Latents per activation according to its config; a mean if ``k`` does not fix the number."""
 
     def __repr__(self) -> str:
         place = f"{self.hookpoint} of layer {self.layer}"
@@ -48,24 +48,29 @@ class Sae:
 
     @property
     def d_out(self) -> int:
-        """Width of what it writes: of activations at ``hookpoint``."""
+        """Width of its output, the activations at ``hookpoint``."""
         return self.d_in if self.width_out is None else self.width_out
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are, and where ``encode`` computes."""
+        """Device of the weights and of ``encode``."""
         return self.coder.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are computed in. Codes and reconstructions are float32 all the same."""
+        """Dtype of the weights. Codes and reconstructions are always float32."""
         return self.coder.dtype
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> SparseRows:
-        """Codes of activations ``[rows, d_in]``, in chunks of rows that bound the memory.
+        """Encode activations, in chunks of rows that limit memory.
 
-        A transcoder's carry no way back from the normalisation: its output is of another place.
+        Args:
+            x: ``[rows, d_in]``, in any dtype and on any device.
+
+        Returns:
+            Codes of all rows, on the SAE's device. A transcoder's codes carry no scale and shift: its output is at
+            another hook point, so the input normalisation is not inverted.
         """
         x, scale, shift = normalise(x.to(self.device, torch.float32), self.input_norm)
         chunks = x.to(self.dtype).split(self.chunk_rows())
@@ -74,9 +79,14 @@ class Sae:
 
     @torch.no_grad()
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
-        """Reconstructions of codes that this SAE's ``encode`` gave of x. float32 ``[rows, d_out]``.
+        """Reconstruct activations from codes.
 
-        x ``[rows, d_in]`` is of use only to a decoder with a skip connection, which cannot do without it.
+        Args:
+            codes: what this SAE's ``encode`` returned for x.
+            x: the encoded activations ``[rows, d_in]``; a decoder with a skip connection needs it, others ignore it.
+
+        Returns:
+            float32 ``[rows, d_out]``.
         """
         recon = self.coder.decode(codes, x)
         if codes.scale is not None:
@@ -86,10 +96,10 @@ class Sae:
         return recon
 
     def to(self, device: torch.device | str) -> Sae:
-        """The same SAE on another device."""
+        """Return the same SAE on another device."""
         return replace(self, coder=self.coder.to(device))
 
     def chunk_rows(self) -> int:
-        """How many rows ``encode`` takes at a time."""
+        """Return how many rows ``encode`` processes at a time."""
         budget = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cuda"])
         return max(LEAST_ROWS, budget // (self.d_sae * self.dtype.itemsize))

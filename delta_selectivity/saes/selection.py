@@ -1,4 +1,4 @@
-"""Activation functions of SAEs: from pre-activations to sparse codes."""
+"""Activation functions of SAEs, from pre-activations to sparse codes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Selection(Protocol):
     """The activation function of an SAE."""
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
-        """Codes of pre-activations ``[rows, d_sae]``."""
+        """Return the codes of pre-activations ``[rows, d_sae]``."""
         ...
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Selection:
-        """The same function with its tensors elsewhere."""
+        """Return the same function with its tensors on another device or in another dtype."""
         ...
 
 
@@ -40,7 +40,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class GroupMax:
-    """The largest pre-activation of each of k contiguous groups of latents, negative ones set to zero (sparsify)."""
+    """The largest pre-activation in each of k contiguous groups of latents, negative ones set to zero (sparsify)."""
 
     k: int
 
@@ -56,10 +56,10 @@ class GroupMax:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Every pre-activation above its latent's threshold: JumpReLU (arXiv 2407.14435), and ReLU with zeros."""
+    """Every pre-activation above its latent's threshold: JumpReLU (arXiv 2407.14435), or ReLU with zeros."""
 
     threshold: Tensor
-    """Never negative. ``[d_sae]``."""
+    """Not negative. ``[d_sae]``."""
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
         crow, row, col = _where(_not_at_most(pre_acts, self.threshold))
@@ -71,9 +71,9 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Gated:
-    """A latent fires where its gate is positive, with a magnitude of its own (arXiv 2404.16014).
+    """Latents that fire where the gate is positive, with a separate magnitude (arXiv 2404.16014).
 
-    The pre-activation is the gate's; the magnitude is ``relu(gain * pre_act + offset)``.
+    Pre-activations are those of the gate; the magnitude is ``relu(gain * pre_act + offset)``.
     """
 
     gain: Tensor
@@ -92,7 +92,7 @@ class Gated:
 
 @dataclass(frozen=True)
 class Dense:
-    """No selection: every latent fires, with its pre-activation as it is, negative or not."""
+    """No selection: every latent keeps its pre-activation, negative or not."""
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
         rows, d_sae = pre_acts.shape
@@ -104,24 +104,24 @@ class Dense:
 
 
 def nonzero_codes(dense: Tensor) -> SparseRows:
-    """Codes of a small dense matrix ``[rows, d_sae]``: its entries that are not zero."""
+    """Return the non-zero entries of a small dense matrix ``[rows, d_sae]`` as codes."""
     crow, row, col = _where(dense != 0)
     return SparseRows(crow, col, dense[row, col].float(), n_cols=dense.shape[1])
 
 
 def fixed_width(values: Tensor, indices: Tensor, n_cols: int) -> SparseRows:
-    """Codes of values and their latents ``[rows, k]``, negative ones set to zero."""
+    """Return codes from values and latents ``[rows, k]``, with negative values set to zero."""
     return SparseRows.of_width(indices, values.relu().float(), n_cols)
 
 
 def _not_at_most(pre_acts: Tensor, threshold: Tensor | float) -> Tensor:
-    """Where pre-activations are above the threshold, or NaN: dropped, a NaN would be taken for a latent at rest."""
+    """Return where pre-activations are above the threshold or NaN; a dropped NaN would look like an inactive latent."""
     return (pre_acts <= threshold).logical_not_()
 
 
 def _where(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row starts ``[rows + 1]``, rows and columns ``[nnz]`` of the true entries of ``[rows, d_sae]``."""
-    # Row starts by bisection: summing the mask would take five times as long as finding its entries.
+    """Return row starts ``[rows + 1]``, rows and columns ``[nnz]`` of the true entries of ``[rows, d_sae]``."""
+    # Bisection finds the row starts: summing the mask takes five times as long as finding its entries.
     row, col = (place.contiguous() for place in mask.nonzero(as_tuple=True))
     crow = torch.searchsorted(row, torch.arange(len(mask) + 1, device=mask.device))
     return crow, row, col

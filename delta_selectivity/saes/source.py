@@ -19,41 +19,41 @@ from delta_selectivity.saes.sae import Sae
 
 @dataclass(frozen=True)
 class SaeHeader:
-    """What one SAE's config says."""
+    """The content of one SAE's config."""
 
     format: str
-    """``sparsify``, ``sae_lens``, ``dictionary_learning`` or ``plain``; ``object`` for one that no library made."""
+    """``sparsify``, ``sae_lens``, ``dictionary_learning`` or ``plain``; ``object`` for other in-memory objects."""
     layer: int
     hookpoint: str
-    """The place that it reconstructs, which is what is measured."""
+    """The hook point that it reconstructs, at which it is measured."""
     d_in: int
-    """Width of what it reads."""
+    """Width of its input."""
     d_sae: int
     k: int | None
     architecture: str
     config: dict[str, Any]
-    """The config file, as it is."""
+    """The unmodified content of the config file."""
     prepend_bos: bool | None = None
-    """Whether its training texts began with BOS; None if the format does not say."""
+    """Whether training texts began with BOS; None if the format does not say."""
     counts_bos: bool = False
-    """Whether BOS activations were in its training data."""
+    """Whether BOS activations were in the training data."""
     model_name: str | None = None
-    """The model it was trained on, if it says."""
+    """The model that it was trained on, if given."""
     input_hookpoint: str | None = None
-    """Where a transcoder reads; None for an autoencoder, which reads what it reconstructs."""
+    """The hook point that a transcoder reads; None for an autoencoder."""
     width_out: int | None = None
-    """Width of what it writes, if that is not ``d_in``."""
+    """Width of its output, if not ``d_in``."""
     context_size: int | None = None
-    """How many tokens its training texts had, if it says."""
+    """Tokens per training text, if given."""
 
     @property
     def d_out(self) -> int:
-        """Width of what it writes: of activations at ``hookpoint``."""
+        """Width of its output, the activations at ``hookpoint``."""
         return self.d_in if self.width_out is None else self.width_out
 
     @property
     def promised_l0(self) -> float | None:
-        """Latents per activation: k, or the mean that its config says the training aimed at or arrived at."""
+        """Latents per activation: k, or the mean that the config gives as target or result of training."""
         if self.k is not None:
             return self.k
         parts = (self.config, self.config.get("metadata"), self.config.get("trainer"))
@@ -67,45 +67,45 @@ class Member(Protocol):
 
     @property
     def header(self) -> SaeHeader:
-        """Known without its weights."""
+        """Metadata, available without the weights."""
         ...
 
     @property
     def where(self) -> str:
-        """A folder or an address, for messages and names."""
+        """Folder or address, for messages and names."""
         ...
 
     def prepare(self) -> None:
-        """Fetch the weights if they are not here, and compare their header with the config."""
+        """Download the weights if needed and compare their names and shapes with the config."""
         ...
 
     def check_values(self) -> None:
-        """Read the weights once. Raises `RequestError` if one is not finite."""
+        """Read the weights. Raises `RequestError` if a value is not finite."""
         ...
 
     def build(self) -> tuple[Coder, InputNorm]:
-        """Load the weights: float32, on the CPU."""
+        """Load the weights in float32 on the CPU."""
         ...
 
     def digest(self) -> str:
-        """sha256 of config and weights."""
+        """Return the sha256 of config and weights."""
         ...
 
 
 @dataclass(frozen=True)
 class SaeSource:
-    """The SAEs of one hook point under one name."""
+    """The SAEs of one hook point behind one name."""
 
     name: str
-    """As typed, or the name that was given to it there."""
+    """The name as typed, or the user's own name in ``mine=NAME``."""
     members: tuple[Member, ...]
-    """In order of layers, one a layer."""
+    """The SAEs ordered by layer, at most one per layer."""
     revision: str | None = None
-    """What stands for the files where they are not all on this machine: repository and commit."""
+    """Identifies the files if not all of them are on this machine, by repository and commit for example."""
     typed: str | None = None
-    """What ``open_sae`` finds it by; None if that is its name."""
+    """The name that ``open_sae`` finds it by, if not ``name``."""
     asked: str | None = None
-    """The place that its user gave; None: the one that the SAE says."""
+    """The user's hook point; None for that of the SAE."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -114,26 +114,26 @@ class SaeSource:
 
     @property
     def hookpoint(self) -> str:
-        """The place that the SAEs reconstruct, by a name of ``hookpoints``."""
+        """The hook point that the SAEs reconstruct, by a name of ``hookpoints``."""
         return self._first.hookpoint if self.asked is None else self.asked
 
     @property
     def own_hookpoint(self) -> str:
-        """The same, as the SAE says."""
+        """The same, as the SAE's config names it."""
         return self._first.hookpoint
 
     def at(self, hookpoint: str) -> SaeSource:
-        """The same SAEs, whose place has another name in the model that they are used with."""
+        """Return the same SAEs under the name that their hook point has in a certain model."""
         return replace(self, asked=hookpoint)
 
     @property
     def input_hookpoint(self) -> str | None:
-        """Where transcoders read; None for autoencoders, which read what they reconstruct."""
+        """The hook point that transcoders read; None for autoencoders."""
         return self._first.input_hookpoint
 
     @property
     def d_in(self) -> int:
-        """Width of what the SAEs read."""
+        """Width of the SAEs' input."""
         return self._first.d_in
 
     @property
@@ -143,7 +143,7 @@ class SaeSource:
 
     @property
     def d_sae(self) -> dict[int, int]:
-        """By layer, how many latents the SAE has."""
+        """Number of latents by layer."""
         return {member.header.layer: member.header.d_sae for member in self.members}
 
     @property
@@ -153,17 +153,17 @@ class SaeSource:
 
     @property
     def counts_bos(self) -> bool:
-        """Whether BOS activations were in the training data, and so count in the whole-text figures."""
+        """Whether BOS activations were in the training data, so that they count in whole-text figures."""
         return self._first.counts_bos
 
     @property
     def model_name(self) -> str | None:
-        """The model it was trained on, if it says."""
+        """The model that the SAEs were trained on, if given."""
         return self._first.model_name
 
     @property
     def context_size(self) -> int | None:
-        """How many tokens its training texts had, if it says."""
+        """Tokens per training text, if given."""
         return self._first.context_size
 
     @property
@@ -171,13 +171,32 @@ class SaeSource:
         return self.members[0].header
 
     def prepare(self, layers: Sequence[int] | None = None) -> None:
-        """Fetch and check the files of these layers (all), so that a broken one is found before a model is loaded."""
+        """Download and check the files of these layers, to find broken ones before a model is loaded.
+
+        Args:
+            layers: layer indices; None for all.
+
+        Raises:
+            RequestError: there is no SAE for a layer, or its files are missing or broken.
+        """
         for member in self._choose(layers):
             member.prepare()
             member.check_values()
 
     def load(self, layer: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Sae:
-        """The SAE of one layer. Raises `RequestError` if there is none, or if its weights are broken."""
+        """Load the SAE of one layer.
+
+        Args:
+            layer: layer index, from 0.
+            device: device of the weights and of ``encode``.
+            dtype: dtype of the weights.
+
+        Returns:
+            The SAE. Its codes and reconstructions are float32, whatever the dtype.
+
+        Raises:
+            RequestError: there is no SAE for the layer, or its files are missing or broken.
+        """
         (member,) = self._choose([layer])
         member.prepare()
         coder, input_norm = member.build()
@@ -198,9 +217,18 @@ class SaeSource:
         )
 
     def fingerprint(self, layers: Sequence[int] | None = None) -> str:
-        """sha256 over configs and weights of these layers, fetched if need be; of all layers by default.
+        """Return a hash that identifies the SAEs' configs and weights.
 
-        By default files on the Hub are not fetched: repository and commit stand for them.
+        Args:
+            layers: the layers to hash, whose files are downloaded if needed. None for all layers; then files on the Hub
+            are
+                not downloaded, and repository and commit identify them.
+
+        Returns:
+            64 hexadecimal digits of SHA-256.
+
+        Raises:
+            RequestError: there is no SAE for a layer, or its files are missing or broken.
         """
         if layers is None and self.revision is not None:
             return hashlib.sha256(f"{self.revision} {self.hookpoint}".encode()).hexdigest()
@@ -222,12 +250,10 @@ class SaeSource:
 
 
 def assemble(name: str, members: Sequence[Member], hookpoint: str | None, revision: str | None = None) -> SaeSource:
-    """A source from all SAEs found under a name: those of one hook point, one a layer.
+    """Build a source from all SAEs found behind a name: those of one hook point, one per layer.
 
-    The hook point that is asked for is where they are measured, whatever they say of themselves.
-
-    Raises `RequestError` if it is none of several or has to be chosen, if two SAEs claim a layer, or if they read
-    different places or widths.
+    The user's hook point takes precedence over those in the configs. Raises `RequestError` if it matches none of
+    several, if one has to be chosen, if two SAEs have the same layer, or if their inputs differ in hook point or width.
     """
     place = _choose_place(name, [member.header.hookpoint for member in members], hookpoint)
     measured = None if hookpoint is None else _as_asked(hookpoint, place)
@@ -257,7 +283,7 @@ def _choose_place(name: str, found: Sequence[str], asked: str | None) -> str:
 
 
 def _as_asked(asked: str, found: str) -> str:
-    """The place asked for; in the words of the SAE, if it names the same module."""
+    """Return the user's hook point, spelled as in the SAE's config if both are paths of the same module."""
     asked = canonical(asked)
     both_paths = is_module_path(asked) and is_module_path(found)
     return found if both_paths and same_place(asked, found) else asked

@@ -10,35 +10,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # nothing that a user could act on
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")  # users cannot act on it
 
 
 @dataclass(frozen=True)
 class SparseRows:
-    """The latents of ``rows`` activations, never densified.
+    """The latents of many activations, in sparse form.
 
-    Row ``i`` holds latents ``col[crow[i]:crow[i + 1]]`` with those ``value``s. An entry may be zero (a TopK code of
-    a row with fewer than k positive pre-activations); ``l0`` does not count it.
+    Row ``i`` holds latents ``col[crow[i]:crow[i + 1]]`` with the same slice of ``value``. An entry may be zero (a TopK
+    code of a row with fewer than k positive pre-activations); ``l0`` does not count it.
     """
 
     crow: Tensor
-    """Where each row begins, and the end of the last. int64 ``[rows + 1]``."""
+    """Start of each row, and the end of the last. int64 ``[rows + 1]``."""
     col: Tensor
-    """Latent numbers. int64 or int32 ``[nnz]``."""
+    """Latent indices. int64 or int32 ``[nnz]``."""
     value: Tensor
     """Latent activations. float32 ``[nnz]``."""
     n_cols: int
-    """d_sae."""
+    """Number of latents, d_sae."""
     scale: Tensor | None = None
-    """What the decoder multiplies each row by, where the SAE normalises its input at run time. ``[rows]``."""
+    """Factor of each reconstructed row, if the SAE normalises its input at run time. ``[rows]``."""
     shift: Tensor | None = None
-    """What it then adds to each coordinate of the row. ``[rows]``."""
+    """Added to every coordinate of the row after scaling. ``[rows]``."""
     width: int | None = None
-    """Entries of each row, where it is known that all have as many: nothing needs to wait for the device then."""
+    """Entries per row, if all rows are known to have the same number; this avoids waiting for the device."""
 
     @property
     def n_rows(self) -> int:
-        """How many activations are coded here."""
+        """Number of activations."""
         return self.crow.numel() - 1
 
     @property
@@ -48,15 +48,15 @@ class SparseRows:
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def l0(self) -> Tensor:
-        """Number of latents that are not zero, per row. float32 ``[rows]``."""
+        """Return the number of non-zero latents per row. float32 ``[rows]``."""
         return self._row_sums((self.value != 0).float())
 
     def l1(self) -> Tensor:
-        """Sum of absolute latents, per row. float32 ``[rows]``."""
+        """Return the sum of absolute latents per row. float32 ``[rows]``."""
         return self._row_sums(self.value.abs())
 
     def select(self, rows: Tensor) -> SparseRows:
-        """The rows at these indices (int ``[n]``, any order, repeats allowed) or under this mask (bool ``[rows]``)."""
+        """Return rows by index (int ``[n]``, any order, repeats allowed) or by mask (bool ``[rows]``)."""
         if rows.dtype == torch.bool:
             rows = rows.nonzero().squeeze(1)
         rows = rows.to(self.crow.device)
@@ -72,10 +72,10 @@ class SparseRows:
         return SparseRows(crow, self.col[entries], self.value[entries], self.n_cols, scale, shift)
 
     def means(self, first: Tensor) -> SparseRows:
-        """The mean over each run of rows, where run ``i`` begins at row ``first[i]`` (int ``[runs]``, ascending).
+        """Average each run of rows, where run ``i`` begins at row ``first[i]`` (int ``[runs]``, ascending).
 
-        A latent that fires in several rows of a run has as many entries in the mean's row: whoever uses them adds
-        them up. Without ``scale`` and ``shift``, which have no mean that would mean anything.
+        A latent that fires in several rows of a run has several entries in the mean's row; users have to add them up.
+        ``scale`` and ``shift`` are dropped, because their means have no use.
         """
         crow = F.pad(self.crow[first], (0, 1), value=self.value.numel())
         lengths = F.pad(first, (0, 1), value=self.n_rows).diff()
@@ -83,15 +83,15 @@ class SparseRows:
         return SparseRows(crow, self.col, self.value * share, self.n_cols)
 
     def to_csr(self) -> Tensor:
-        """A sparse CSR tensor ``[rows, n_cols]``, without ``scale`` and ``shift``.
+        """Return a sparse CSR tensor ``[rows, n_cols]``, without ``scale`` and ``shift``.
 
-        Entries of a row are neither sorted nor distinct: products with matrices add up what belongs together.
+        Entries of a row may be unsorted and repeated; matrix products add repeated entries.
         """
         shape = (self.n_rows, self.n_cols)
         return torch.sparse_csr_tensor(self.crow, self.col.long(), self.value, shape, check_invariants=False)
 
     def to(self, device: torch.device | str) -> SparseRows:
-        """The same codes on another device."""
+        """Return the same codes on another device."""
         scale = None if self.scale is None else self.scale.to(device)
         shift = None if self.shift is None else self.shift.to(device)
         crow, col, value = self.crow.to(device), self.col.to(device), self.value.to(device)
@@ -99,12 +99,12 @@ class SparseRows:
 
     @classmethod
     def of_width(cls, col: Tensor, value: Tensor, n_cols: int) -> SparseRows:
-        """Codes with the same number of entries in every row: latent numbers and activations ``[rows, width]``."""
+        """Return codes with the same number of entries in every row, from latents and activations ``[rows, width]``."""
         return cls(*_even(col, value), n_cols, width=col.shape[1])
 
     @staticmethod
     def concat(parts: Sequence[SparseRows]) -> SparseRows:
-        """Rows of all parts, in order. The parts come from one SAE; at least one part."""
+        """Concatenate the rows of one or more parts, which come from one SAE."""
         if len(parts) == 1:
             return parts[0]
         counts = torch.cat([part.crow.diff() for part in parts])
@@ -119,12 +119,12 @@ class SparseRows:
         )
 
     def _row_sums(self, entries: Tensor) -> Tensor:
-        """Sum over each row's entries, with no wait for the device (``unsafe`` skips a check that would)."""
+        """Sum each row's entries without waiting for the device (``unsafe`` skips a check that would wait)."""
         return torch.segment_reduce(entries, "sum", offsets=self.crow, unsafe=True)
 
 
 def _even(col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row starts, columns and values of rows of the same width: ``[rows, width]``."""
+    """Return row starts, columns and values of rows of the same width, ``[rows, width]``."""
     rows, width = col.shape
     crow = torch.arange(0, rows * width + 1, width, device=col.device)
     return crow, col.reshape(-1), value.reshape(-1)

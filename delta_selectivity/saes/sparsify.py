@@ -1,10 +1,10 @@
-"""EleutherAI's sparsify: folders ``layers.5`` or ``layers.5.mlp`` with ``cfg.json`` and ``sae.safetensors``.
+"""Reader of EleutherAI's sparsify folders: ``layers.5`` or ``layers.5.mlp`` with ``cfg.json`` and ``sae.safetensors``.
 
-Semantics of https://github.com/EleutherAI/sparsify 1.3.3 (``sparse_coder.py``, ``fused_encoder.py``): no input
+Follows https://github.com/EleutherAI/sparsify 1.3.3 (``sparse_coder.py``, ``fused_encoder.py``): no input
 normalisation; p = ReLU((x - b_dec) W_encᵀ + b_enc); the k largest p (or the largest of each of k groups);
-x̂ = Σ_j p_j W_dec[j] + b_dec. With ``transcode`` the folder's module is what is imitated: x is what it receives, x̂ is
-compared with what it gives, and b_dec is not subtracted from x. With ``skip_connection`` x W_skipᵀ is added to x̂.
-Config keys that it does not know are ignored, as it ignores them.
+x̂ = Σ_j p_j W_dec[j] + b_dec. With ``transcode``, the coder imitates the folder's module: x is the module's input, x̂
+approximates its output, and b_dec is not subtracted from x. With ``skip_connection``, x W_skipᵀ is added to x̂.
+Unknown config keys are ignored, as in sparsify.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from delta_selectivity.saes.source import SaeHeader
 WEIGHTS = "sae.safetensors"
 SELECTIONS: dict[str, type[TopK] | type[GroupMax]] = {"topk": TopK, "groupmax": GroupMax}
 DEFAULTS = {"activation": "topk", "expansion_factor": 32, "num_latents": 0, "k": 32}
-"""sparsify's own, for keys that an older version did not write."""
+"""sparsify's defaults for keys that older versions did not write."""
 
 
 class Sparsify:
-    """Reads one folder of this format."""
+    """The sparsify format."""
 
     def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The config and the weights."""
+        """Return the config, then the weights."""
         return ("cfg.json", WEIGHTS)
 
     def claims(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config is of this format: none of SAE Lens's keys, some of its own."""
+        """Return whether a config has sparsify's keys."""
         return bool({"expansion_factor", "num_latents", "k"} & config.keys())
 
     def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
-        """Check a config, found at ``path``. The folder's name says where in the model the SAE belongs."""
+        """Check the config found at ``path``. The folder's name gives the hook point."""
         hook = parse(path.parent.name)
         if hook is None:
             raise RequestError(
@@ -51,7 +51,7 @@ class Sparsify:
         return make_header(config, path, hook, model_name)
 
     def check(self, folder: Path, header: SaeHeader) -> None:
-        """Compare the weights' header with the config."""
+        """Compare the names and shapes of the weights with the config."""
         check_shapes(folder / WEIGHTS, expected_shapes(header))
 
     def build(self, folder: Path, header: SaeHeader) -> tuple[Coder, InputNorm]:
@@ -62,14 +62,14 @@ class Sparsify:
 def make_header(
     config: dict[str, Any], path: Path, hook: HookPoint, model_name: str | None = None, reads: str | None = None
 ) -> SaeHeader:
-    """Check a config and combine it with where the SAE belongs.
+    """Check a config and return its header.
 
     Args:
-        config: what ``cfg.json`` holds.
-        path: where it was found, for messages.
-        hook: the place that is reconstructed.
-        model_name: the model that it was trained on, if known.
-        reads: where a transcoder reads; by default the input of the module at ``hook``.
+        config: content of ``cfg.json``.
+        path: the config's path, for messages.
+        hook: the hook point that is reconstructed.
+        model_name: the model that the SAE was trained on, if known.
+        reads: the hook point that a transcoder reads; by default the input of the module at ``hook``.
 
     Raises:
         RequestError: a setting is missing or wrong.
@@ -99,7 +99,7 @@ def make_header(
 
 
 def expected_shapes(header: SaeHeader) -> Shapes:
-    """Tensors that the config promises."""
+    """Return the names and shapes of tensors that the config implies."""
     matrix, latents, d_in = (header.d_sae, header.d_in), (header.d_sae,), header.d_in
     shapes: Shapes = {"encoder.weight": matrix, "encoder.bias": latents, "W_dec": matrix, "b_dec": (d_in,)}
     skip: Shapes = {"W_skip": (d_in, d_in)} if header.config.get("skip_connection") else {}
@@ -107,7 +107,7 @@ def expected_shapes(header: SaeHeader) -> Shapes:
 
 
 def make_coder(header: SaeHeader, tensors: Mapping[str, Tensor]) -> Coder:
-    """Return the coder of float32 tensors in sparsify's names and shapes."""
+    """Return a coder from float32 tensors with sparsify's names and shapes."""
     W_enc, bias, b_dec = tensors["encoder.weight"], tensors["encoder.bias"], tensors["b_dec"]
     if not header.config.get("transcode"):
         bias = fold_b_dec(W_enc, bias, b_dec)

@@ -1,7 +1,7 @@
-"""Read tensors from a file of ``torch.save`` without running code.
+"""Reader of ``torch.save`` files that does not execute code.
 
-Such a file is a pickle, and unpickling calls whatever it names. ``weights_only`` builds tensors and plain containers
-and refuses everything else: https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only.
+Such a file is a pickle, and unpickling can call arbitrary functions. ``weights_only`` builds tensors and plain
+containers and refuses everything else: https://docs.pytorch.org/docs/stable/notes/serialization.html#weights-only.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from delta_selectivity.system.unpacked import ALWAYS
 
 SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
 
-SHARED = 4  # a file's tensors may take this many times its size: some share their memory
-MOST_ENTRIES, MOST_LEVELS = 100_000, 100  # of dictionaries in dictionaries
+SHARED = 4  # tensors may take this many times the file's size, since some share memory
+MOST_ENTRIES, MOST_LEVELS = 100_000, 100  # limits on nested dictionaries
 
 _CALLED = re.compile(r"GLOBAL (\S+)")
 
 
 def read_torch_file(path: Path) -> dict[str, Tensor]:
-    """Names and tensors on the CPU, mapped from the file and so read when they are used.
+    """Return the tensors of a file by name, memory-mapped on the CPU where the file allows it.
 
-    A dictionary in a dictionary gives dotted names (``state_dict.encoder.weight``); what is no tensor is passed over.
-    Raises `RequestError` if the file is broken, holds more than tensors in dictionaries, or would have to run code.
+    Nested dictionaries give dotted names (``state_dict.encoder.weight``); values that are not tensors are skipped.
+    Raises `RequestError` if the file is broken, holds anything but tensors in dictionaries, or would have to run code.
     """
     content = _unpickle(path)
     if not isinstance(content, Mapping):
@@ -45,7 +45,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
                 f"{path}: {name} is sparse, complex, quantized or without values; save dense real numbers"
             )
     claimed = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-    if claimed > max(ALWAYS, SHARED * path.stat().st_size):  # of stride 0, or many names for one memory
+    if claimed > max(ALWAYS, SHARED * path.stat().st_size):  # stride 0, or many names for the same memory
         raise RequestError(f"{path}: its tensors take {claimed / 2**20:.0f} MiB, far more than the file holds")
     return tensors
 
@@ -53,13 +53,13 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
 def _unpickle(path: Path) -> Any:
     try:
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch.save packs nothing, and torch.load unpacks without a limit
+            with zipfile.ZipFile(path) as archive:  # torch.save does not compress; torch.load has no size limit
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise ValueError("packed")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols; a file that cannot be read raises
+            warnings.simplefilter("ignore")  # about pickle protocols; unreadable files raise
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises whatever a broken pickle runs into: EOFError, KeyError, RuntimeError, ...
+    except Exception as error:  # a broken pickle may raise anything: EOFError, KeyError, RuntimeError, ...
         called = _CALLED.search(str(error)) if isinstance(error, UnpicklingError) else None
         if called:
             raise RequestError(
@@ -76,7 +76,7 @@ def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, Tens
         prefix, inner = levels.pop()
         for key, value in inner.items():
             seen += 1
-            if seen > MOST_ENTRIES or prefix.count(".") > MOST_LEVELS:  # one that holds itself has no end
+            if seen > MOST_ENTRIES or prefix.count(".") > MOST_LEVELS:  # a dictionary may contain itself
                 raise RequestError(f"{path}: dictionaries in dictionaries without an end; save named tensors alone")
             if isinstance(value, Tensor):
                 yield f"{prefix}{key}", value

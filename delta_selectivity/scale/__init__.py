@@ -1,1 +1,1 @@
-"""One request over many workers."""
+"""Distribution of a request over many workers."""

@@ -1,4 +1,4 @@
-"""Progress bar of many workers."""
+"""The progress bar of many workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from delta_selectivity.system.bars import open_bar
 
 
 class UnitsBar:
-    """One bar for the probes of all workers, with the number of units that ended; silent if `quiet`."""
+    """One bar for the probes of all workers, with the number of finished units; silent if `quiet`."""
 
     def __init__(self, units: Sequence[Unit], quiet: bool) -> None:
         self._n_units, self._ended = len(units), 0
@@ -19,7 +19,7 @@ class UnitsBar:
         self._bar.set_postfix_str(f"0 of {self._n_units} units")
 
     def ended(self, unit: Unit) -> None:
-        """One more unit, well or not."""
+        """Count a unit that finished or failed."""
         self._ended += 1
         self._bar.set_postfix_str(f"{self._ended} of {self._n_units} units", refresh=False)
         self._bar.update(unit.n_probes)

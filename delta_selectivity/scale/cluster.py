@@ -1,13 +1,14 @@
-"""Start Dask workers on this machine, or connect to a cluster.
+"""Start of Dask workers on this machine, or connection to a running cluster.
 
     with open_cluster(n_workers=2, gpus=0, scheduler=None) as client:
         client.submit(...)
 
-Whoever reaches a Dask scheduler or worker can run code in it. So on this machine all of them speak TLS with a key that
-is made for the run and never leaves its processes, and serve no web page; other users of the machine are refused.
+Anyone who can connect to a Dask scheduler or worker can run code in it. Local workers therefore use TLS, with a key
+that is created for the run and never leaves its processes, and serve no web pages; other users of the machine are
+rejected.
 
-On this machine a lost worker is started again. On a cluster of others that is its own business; the units of a lost
-worker go to another in either case. Dask is imported here and only when workers are wanted.
+Local workers are restarted when lost; on a remote cluster that is up to the cluster. In both cases the units of a lost
+worker go to another one. Dask is imported only in this package, and only when it is used.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from delta_selectivity.system.terminal import NOTE
 log = logging.getLogger(__name__)
 
 WAIT_FOR_WORKERS = 120  # s
-SILENT = 120  # s without a heartbeat after which a worker counts as lost: heartbeats come from a thread of their own
-# every half second, also while a unit computes; what holds them up (one call that keeps Python's lock) takes seconds
-LOSSES = 3  # workers that a unit may lose: with one more it is taken for the cause (out of memory, say) and given up
+SILENT = 120  # s without a heartbeat after which a worker counts as lost. Heartbeats come from a separate thread
+# every half second, also while a unit computes; a call that holds the GIL delays them by seconds only
+LOSSES = 3  # lost workers per unit; after one more, the unit is considered the cause (such as memory) and fails
 
 INSTALL = 'many workers need Dask: pip install "delta-selectivity[scale]", in a clone pip install -e ".[scale]"'
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A running Dask scheduler, and the files that let us in."""
+    """A running Dask scheduler, and the TLS files for connecting to it."""
 
     address: str  # such as tls://10.0.0.7:8786
     tls_ca_file: Path | None = None  # PEM; None: as Dask's own configuration says
@@ -51,7 +52,7 @@ class Remote:
     tls_key: Path | None = None
 
     def security(self) -> Any:
-        """A `distributed.Security`. Raises `RequestError` if a file is missing or wrong, or the address takes none."""
+        """Return a `distributed.Security`. Raises `RequestError` if a file is missing, invalid or not applicable."""
         from distributed import Security
 
         given = {name: getattr(self, name) for name in ("tls_ca_file", "tls_cert", "tls_key") if getattr(self, name)}
@@ -89,15 +90,15 @@ class Remote:
 
 @contextmanager
 def open_cluster(n_workers: int, gpus: int, scheduler: Remote | None) -> Iterator[Any]:
-    """A `distributed.Client` whose workers do one unit at a time.
+    """Open a `distributed.Client` whose workers process one unit at a time.
 
     Args:
         n_workers: processes on this machine, if no scheduler is given.
-        gpus: how many of them have a GPU, each one of its own; 0: they share the cores of the CPU.
-        scheduler: a running scheduler, in place of processes on this machine.
+        gpus: how many of them have a GPU of their own; 0: they share the CPU cores.
+        scheduler: a running scheduler, used in place of processes on this machine.
 
     Raises:
-        RequestError: Dask is not installed, nobody answers at the address, or another version of this program.
+        RequestError: Dask is not installed, the scheduler does not answer, or it runs another version of this program.
     """
     if find_spec("distributed") is None or find_spec("cryptography") is None:
         raise RequestError(INSTALL)
@@ -107,35 +108,35 @@ def open_cluster(n_workers: int, gpus: int, scheduler: Remote | None) -> Iterato
     quiet = {
         "distributed.scheduler.allowed-failures": LOSSES,
         "distributed.nanny.pre-spawn-environ": _threads(n_workers if not gpus else 1),
-        "distributed.admin.tick.limit": "1h",  # a unit may hold Python's lock for long: no reason to complain
+        "distributed.admin.tick.limit": "1h",  # a unit may hold the GIL for long; do not warn
         "distributed.worker.profile.enabled": False,
         "distributed.comm.timeouts.connect": f"{WAIT_FOR_WORKERS}s",
         "distributed.scheduler.worker-ttl": f"{SILENT}s",
-        "distributed.scheduler.worker-saturation": 1.0,  # a worker holds no unit but the one it measures
-        "distributed.scheduler.http.routes": [],  # no dashboard, no metrics, no proxy: its pages have no password
+        "distributed.scheduler.worker-saturation": 1.0,  # a worker queues no further units
+        "distributed.scheduler.http.routes": [],  # no dashboard, metrics or proxy, since their pages have no password
         "distributed.worker.http.routes": [],
     }
-    with dask.config.set(quiet), _environment_kept():
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what a user must know, the outcomes tell
+    with dask.config.set(quiet), _restore_environment():
+        logging.getLogger("distributed").setLevel(logging.CRITICAL)  # the outcomes report what users need
         if scheduler is not None:
             with _reach(scheduler) as client:
-                client.subscribe_topic("scheduler", _tell_silent)
+                client.subscribe_topic("scheduler", _log_lost_workers)
                 yield client
             return
         with (
             tempfile.TemporaryDirectory(prefix="delta-selectivity-workers-") as own,
-            dask.config.set({"temporary-directory": own}),  # in place of one that any user may have made
+            dask.config.set({"temporary-directory": own}),  # not a shared one that another user may have created
             _local(n_workers, gpus) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
             client.register_plugin(_ignore_ctrl_c())
-            client.subscribe_topic("scheduler", _tell_silent)
+            client.subscribe_topic("scheduler", _log_lost_workers)
             yield client
 
 
 @contextmanager
 def _reach(scheduler: Remote) -> Iterator[Any]:
-    """A client of a scheduler that answers."""
+    """Open a client of a scheduler, after checking that it answers and runs the same program."""
     from distributed import Client
 
     security = scheduler.security()
@@ -150,8 +151,8 @@ def _reach(scheduler: Remote) -> Iterator[Any]:
         yield client
 
 
-def _tell_silent(event: tuple[float, Any]) -> None:
-    """Say that a scheduler has given up workers from which it heard nothing."""
+def _log_lost_workers(event: tuple[float, Any]) -> None:
+    """Log which workers the scheduler has given up because their heartbeats stopped."""
     _, what = event
     if isinstance(what, dict) and what.get("action") == "worker-ttl-timed-out":
         for address in what["workers"]:
@@ -159,10 +160,10 @@ def _tell_silent(event: tuple[float, Any]) -> None:
 
 
 def _local(n_workers: int, gpus: int) -> Any:
-    """Processes on this machine, started again when they are lost."""
+    """Return a cluster of processes on this machine, which are restarted when lost."""
     from distributed import Nanny, Scheduler, Security, SpecCluster
 
-    security, host = Security.temporary(), "127.0.0.1"  # nothing for other machines to reach
+    security, host = Security.temporary(), "127.0.0.1"  # not reachable from other machines
     if gpus and find_spec("dask_cuda") is not None:
         from dask_cuda import LocalCUDACluster
 
@@ -187,20 +188,20 @@ def _local(n_workers: int, gpus: int) -> Any:
 
 
 def _pinned(name: int) -> dict[str, str]:
-    """One GPU of those that this process may see."""
+    """Return the environment that pins a worker to one of the visible GPUs."""
     visible = [device for device in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
     return {"CUDA_VISIBLE_DEVICES": visible[name] if visible else str(name)}
 
 
 def _threads(share: int) -> dict[str, str]:
-    """So many workers share the cores: what each of them may start."""
+    """Return the environment that limits the threads of each worker, for ``share`` workers on the same cores."""
     threads = str(max(1, cpu_count() // share))
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
 
 
 @contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Dask leaves what it sets for its workers in our environment, where the next cluster would take it for ours."""
+def _restore_environment() -> Iterator[None]:
+    """Restore the environment afterwards, because Dask leaves its workers' variables in it for the next cluster."""
     before = dict(os.environ)
     try:
         yield
@@ -210,7 +211,10 @@ def _environment_kept() -> Iterator[None]:
 
 
 def _ignore_ctrl_c() -> Any:
-    """Ctrl-C goes to every process of the terminal; it is for the one that was started by hand, which ends the rest."""
+    """Return a plugin that makes workers ignore Ctrl-C, which reaches all of a terminal's processes.
+
+    The main process handles it and ends the workers.
+    """
     from distributed import WorkerPlugin
 
     class IgnoreSignals(WorkerPlugin):

@@ -1,9 +1,9 @@
-"""Estimate bytes and seconds of units from configs alone.
+"""Estimates of bytes and seconds of units, from configs only.
 
     show(render(plan, units))
 
-Good to a factor of two or so on a machine like the one measured, which is what a plan is for: whether it is minutes or
-days, and whether a unit fits into memory. Seconds are those of one CPU core, whatever the machine has.
+The estimates are good to a factor of about two on a machine like the one measured: enough to tell minutes from days and
+whether a unit fits into memory. Seconds are for one CPU core, whatever the machine has.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from delta_selectivity.reporting.tables import Row, aligned
 from delta_selectivity.run.planning import Plan
 from delta_selectivity.scale.units import Unit
 
-TOKENS_PER_CHARACTER = 0.28  # of English text, by Pythia's tokenizer and its like
+TOKENS_PER_CHARACTER = 0.28  # for English text and tokenizers like Pythia's
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one worker does in a second."""
+    """Speed of one worker, per second."""
 
     forward: float  # FLOP of the model
     sae: float  # FLOP of encoding
     probe: float  # row x dimension x probe x fold, of one view of one site
-    start: float  # seconds that a unit takes before its first text: texts, tokens, configs, weights
+    start: float  # seconds before a unit's first text: texts, tokens, configs, weights
 
 
 CPU_CORE = Rates(forward=2.3e11, sae=2.2e11, probe=1.1e08, start=2.6)
-"""One core of the CPU that docs/scale.md was measured on."""
+"""One core of the CPU on which docs/scale.md was measured."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a unit."""
+    """Memory and time of a unit."""
 
     model_bytes: int  # weights up to its last layer
     sae_bytes: int  # weights of its SAEs, float32
@@ -43,19 +43,19 @@ class Cost:
 
     @property
     def total_bytes(self) -> int:
-        """What a worker must hold."""
+        """Memory that a worker needs."""
         return self.model_bytes + self.sae_bytes + self.row_bytes
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the cost of a unit follows from."""
+    """The quantities that determine a unit's cost."""
 
     tokens: int  # of all texts
     rows: int  # probed positions
     cells: int  # sum over probes of their rows, times the folds of all partitions
     d_model: int
-    n_layers: int  # of the model that must run
+    n_layers: int  # layers of the model that must run
     n_sites: int
     sae_sizes: tuple[tuple[int, int, int], ...]  # d_in, d_sae, d_out of each (SAE, layer)
     dtype_bytes: int  # of the model's weights
@@ -63,7 +63,7 @@ class Shape:
 
 
 def cost(shape: Shape, rates: Rates) -> Cost:
-    """Bytes and seconds."""
+    """Return bytes and seconds."""
     layer = 12 * shape.d_model**2  # weights of a layer: attention 4 d², MLP 8 d²
     forward = 2 * shape.tokens * layer * shape.n_layers / rates.forward
     encode = sum(2 * shape.tokens * d_in * d_sae for d_in, d_sae, _ in shape.sae_sizes) / rates.sae
@@ -77,7 +77,7 @@ def cost(shape: Shape, rates: Rates) -> Cost:
 
 
 def shape_of(plan: Plan, unit: Unit) -> Shape:
-    """What is known of a unit before anything is loaded; baselines count as the SAE that they are made of."""
+    """Return a unit's quantities, without loading anything; a baseline counts as the SAE that it is derived from."""
     asked = plan.request.settings
     sizes = {
         (sae_id, member.header.layer): (member.header.d_in, member.header.d_sae, member.header.d_out)
@@ -104,7 +104,7 @@ def shape_of(plan: Plan, unit: Unit) -> Shape:
 
 
 def render(plan: Plan, units: Sequence[Unit]) -> str:
-    """A line a unit, and their sum."""
+    """Return a table with a line per unit, and the totals."""
     costs = [cost(shape_of(plan, unit), CPU_CORE) for unit in units]
     rows: list[Row] = [("unit", "layers", "SAEs", "results", "model", "SAEs' weights", "rows", "seconds")]
     for unit, each in zip(units, costs, strict=True):
@@ -123,5 +123,5 @@ def render(plan: Plan, units: Sequence[Unit]) -> str:
 
 
 def megabytes(n: int) -> str:
-    """Bytes for a reader."""
+    """Return a number of bytes as text."""
     return f"{n / 1e6:.1f} MB" if n < 1e9 else f"{n / 1e9:.1f} GB"

@@ -1,9 +1,9 @@
-"""Merge the results of units into the result files of the request.
+"""Merging of unit results into the result files of the request.
 
     merge(unit.folder, files)
 
-Scores go first and the file that counts their layer as done after them, as in `prober`, so it can be interrupted
-anywhere and done again. Results that are there already stay.
+As in `prober`, scores are written before the file that marks their layer as done, so merging can be interrupted
+anywhere and repeated. Existing results are kept.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from delta_selectivity.system.whole_file import refuse_link
 
 
 def merge(unit_folder: Path, files: Files) -> None:
-    """Take over what a unit has measured into the files of the request, which are open and reserved.
+    """Merge a unit's results into the request's files, which are open and locked.
 
-    Raises `RequestError` if it measured something else than was asked for: if an SAE, the model or the data changed
-    on disk since the request was checked.
+    Raises `RequestError` if the unit measured something else, because an SAE, the model or the data changed on disk
+    since the request was checked.
     """
     names = {file.path.name for file in files.values()}
     for path in sorted(unit_folder.glob("**/*.json")):
         if path.name not in names:
-            continue  # a stray file
+            continue  # not a result file of this request
         final = _final(path, files)
         found = RecordFile.open(path, final.key, final.run, overwrite=False)
         new = {layer: record for layer, record in found.layers.items() if layer not in final.layers}
@@ -49,14 +49,14 @@ def merge(unit_folder: Path, files: Files) -> None:
 
 
 def _final(path: Path, files: Files) -> RecordFile:
-    """The file that takes over a unit's file: that of the SAE or baseline that it names, on the dataset of its name."""
+    """Return the file into which a unit's file is merged: the one for the same SAE or baseline and dataset."""
     sae = read(path)["_run"]["config"]["sae"]
     (final,) = (file for file in files.values() if file.path.name == path.name and file.run["config"]["sae"] == sae)
     return final
 
 
 def _move(source: Path, target: Path) -> None:
-    """Once and for all: it is no error if an interrupted merge has moved it."""
+    """Move a file; a file that an interrupted merge has already moved is not an error."""
     refuse_link(target.parent)
     if source.exists() or not target.exists():
         target.parent.mkdir(exist_ok=True)
@@ -64,7 +64,7 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _add(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by stage: those of all units, which is work and not waiting time."""
+    """Sum seconds per stage over units; the sum is work, not elapsed time."""
     return {name: round(a.get(name, 0.0) + b.get(name, 0.0), 3) for name in {**a, **b}}
 
 

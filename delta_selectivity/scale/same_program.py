@@ -1,9 +1,9 @@
-"""Check that the scheduler and the workers of a cluster run the program that this process runs.
+"""Check that the scheduler and workers of a cluster run the same program as this process.
 
     check(client)
 
-First the version of the package, which Dask finds even where the package is too old to be asked; then the digest of its
-source. Workers that join later compare the digest themselves, before each unit (`scale.worker`).
+First the package versions are compared, which Dask reads even from a package too old for the second step; then the
+digests of the source. Workers that join later compare the digest before each unit (`scale.worker`).
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SOURCES = ("**/*.py",)
 
 
 def own_digest() -> str:
-    """SHA-256 of the source of this process's program."""
+    """Return the SHA-256 of this process's source."""
     return running_program(SOURCES)
 
 
 def check(client: Any) -> None:
-    """Raises `RequestError`, which names one that differs, unless all of the cluster run this program."""
+    """Raise `RequestError`, naming the first difference, unless the whole cluster runs this program."""
     found = client.get_versions(packages=[PACKAGE])
     here = _version(found["client"])
     others = {"the scheduler": found["scheduler"], **{f"worker {name}": v for name, v in found["workers"].items()}}
@@ -36,14 +36,14 @@ def check(client: Any) -> None:
             "the scheduler": client.run_on_scheduler(own_digest),
             **{f"worker {name}": digest for name, digest in client.run(own_digest).items()},
         }
-    except Exception as error:  # whatever comes of code that is not there, or is another
+    except Exception as error:  # missing or different code may raise anything
         raise RequestError(f"`scheduler`: it cannot import delta_selectivity ({error}): {_REMEDY}") from error
     if other := next((who for who, digest in digests.items() if digest != own_digest()), None):
         raise RequestError(f"`scheduler`: {other_source(other)}")
 
 
 def other_source(who: str) -> str:
-    """What to say of one whose digest differs."""
+    """Return the message about a process whose digest differs."""
     return f"{who} runs other source code of {PACKAGE} than this process: {_REMEDY}"
 
 

@@ -1,4 +1,4 @@
-"""Submit units to workers and collect their outcomes."""
+"""Submission of units to workers, and collection of their outcomes."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ log = logging.getLogger(__name__)
 
 
 class UnitsFailed(RuntimeError):
-    """Some units failed for reasons of their own; the others are measured and merged."""
+    """Some units failed; the others are measured and merged."""
 
 
-def outcomes(client: Any, units: Sequence[Unit], home: Path, own_device: bool) -> Iterator[tuple[Unit, Outcome]]:
-    """Each unit with its outcome, as they end, on whatever worker of `client` (a `distributed.Client`).
+def outcomes(client: Any, units: Sequence[Unit], cwd: Path, own_device: bool) -> Iterator[tuple[Unit, Outcome]]:
+    """Yield each unit with its outcome as it finishes on a worker of `client` (a `distributed.Client`).
 
-    own_device: each worker takes its own GPU if it has one; else the devices of the request.
+    own_device: each worker uses its own GPU if it has one; otherwise the devices of the request.
     """
     from distributed import as_completed
 
     waiting = {
-        client.submit(run_unit, unit, home, own_device, own_digest(), key=unit.id, pure=False, priority=-place): unit
+        client.submit(run_unit, unit, cwd, own_device, own_digest(), key=unit.id, pure=False, priority=-place): unit
         for place, unit in enumerate(units)
     }
     for future in as_completed(list(waiting), loop=client.loop):
         unit = waiting.pop(future)
         try:
             outcome = future.result()
-        except Exception as error:  # it was lost with one worker after another, or a worker could not take it up
+        except Exception as error:  # several workers were lost with it, or could not start it
             outcome = Outcome("failed", f"{type(error).__name__}: {str(error)[:ERROR_SHOWN]}")
         yield unit, outcome
 
 
 class OutcomeLog:
-    """What units say, on this process's terminal, each line once; and whether all went well."""
+    """Logs the warnings and failures of units, each line once, and collects the failures."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self.failed: list[str] = []
 
     def record(self, unit: Unit, outcome: Outcome) -> None:
-        """Log a unit's warnings and its failure. Raises `RequestError` if it found the request wrong."""
+        """Log a unit's warnings and its failure. Raises `RequestError` if the unit found the request wrong."""
         for line in outcome.warnings:
-            if line not in self._told:
-                self._told.add(line)
+            if line not in self._logged:
+                self._logged.add(line)
                 log.warning("%s", line)
         if outcome.status == "refused":
             raise RequestError(outcome.line)
@@ -60,6 +60,6 @@ class OutcomeLog:
             log.info("where it failed: %s", outcome.trace)
 
     def conclude(self, n_units: int) -> None:
-        """Raises `UnitsFailed` if some did."""
+        """Raise `UnitsFailed` if any unit failed."""
         if self.failed:
             raise UnitsFailed(f"{len(self.failed)} of {n_units} units; the first: {self.failed[0]}")

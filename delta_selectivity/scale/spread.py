@@ -1,4 +1,4 @@
-"""Measure requests by many workers, and merge and settle their results."""
+"""Measurement of requests by many workers, with merging and completion of the results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """One request, found to be possible, and its units."""
+    """A validated request and its units."""
 
     plan: Plan
     units: list[Unit]
@@ -36,16 +36,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Workers:
-    """The workers that are wanted."""
+    """The workers to use."""
 
-    number: int | None  # processes on this machine; None: one a GPU, or without GPUs one a core
+    number: int | None  # processes on this machine; None: one per GPU, or without GPUs one per core
     scheduler: Remote | None  # a running Dask scheduler; None: processes on this machine
     own_devices: bool  # each takes its own GPU if it has one; else the devices of the request
     quiet: bool
 
 
 def measure(jobs: Sequence[Job], workers: Workers) -> list[list[Path]]:
-    """Measure what is missing of all jobs, and settle them; the result files of each."""
+    """Measure what is missing of all jobs and complete their results; return the result files of each job."""
     with ExitStack() as held:
         opened = [(job, open_files(job.plan, held)) for job in jobs]
         todo: list[tuple[Unit, Files]] = []
@@ -66,7 +66,7 @@ def measure(jobs: Sequence[Job], workers: Workers) -> list[list[Path]]:
 
 
 def spread(todo: Sequence[tuple[Unit, Files]], workers: Workers, device: str) -> None:
-    """Have workers measure these units, and merge each as it ends."""
+    """Measure units on workers, and merge each one as it finishes."""
     n_workers, gpus = count_workers(workers.number, device, len(todo))
     files_of = {unit.folder: files for unit, files in todo}
     units, outcome_log = [unit for unit, _ in todo], OutcomeLog()
@@ -84,7 +84,7 @@ def spread(todo: Sequence[tuple[Unit, Files]], workers: Workers, device: str) ->
 
 
 def count_workers(asked: int | None, device: str, n_units: int) -> tuple[int, int]:
-    """Processes on this machine, and how many of them have a GPU of their own: all or none."""
+    """Return the number of processes on this machine, and how many of them have their own GPU: all or none."""
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
     if gpus and asked is not None and asked > gpus:
         raise RequestError(f"`workers` {asked}: this machine has {gpus} GPUs, for one worker each")
@@ -93,8 +93,8 @@ def count_workers(asked: int | None, device: str, n_units: int) -> tuple[int, in
 
 
 def clear(units: Sequence[Unit]) -> None:
-    """Remove the folders of units; what else is beside them belongs to another run."""
+    """Remove the folders of units; other folders next to them belong to other runs."""
     for unit in units:
         shutil.rmtree(unit.folder, ignore_errors=True)
-        with suppress(OSError):  # not empty, or gone
+        with suppress(OSError):  # not empty, or already removed
             unit.folder.parent.rmdir()

@@ -1,13 +1,13 @@
-"""Cut a request into units, each for a group of layers and a group of SAEs.
+"""Splitting of a request into units, each for a group of layers and a group of SAEs.
 
     units = plan_units(plan, layers_per_unit=1, saes_per_unit=8)
 
-A unit is an ordinary run, in a folder of its own that is named after what it measures: the same unit of a later run
-finds what an interrupted one has finished. That is why its size does not follow from the number of workers. The SAEs of
-a unit share the forward pass and the probes of the model's own activations, so many of them at a layer are cheap
-together; layers share only the forward pass.
+A unit is an ordinary run in its own folder, which is named after what it measures, so that a later run finds what an
+interrupted one has finished. For this reason the size of units does not depend on the number of workers. The SAEs of a
+unit share the forward pass and the probes of the model's own activations, so many SAEs at one layer are cheap together;
+layers share only the forward pass.
 
-A baseline of an SAE is measured where the SAE is; one of a hook point in exactly one of the units at its layer.
+A baseline of an SAE is measured with the SAE; a baseline of a hook point in exactly one unit at its layer.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.planning import Plan, Subject
 from delta_selectivity.run.request import Request
 
-FOLDER = ".units"  # inside the output directory, while not all is merged
+FOLDER = ".units"  # in the output directory, until all units are merged
 
 T = TypeVar("T")
 _HOW = ("output_directory", "device1", "device2", "batch_size", "queue_gb", "cache_dir", "cache_gb", "overwrite")
-"""What says how to run, not what to measure."""
+"""Options that affect how to run and not what to measure."""
 
 
 @dataclass(frozen=True)
 class Unit:
     """A part of a request."""
 
-    request: Request  # narrowed to its SAEs and layers, and to a folder of its own
-    places: frozenset[tuple[str, Site]]  # (name of an SAE or baseline, site) to measure, on all datasets
-    prepend_bos: bool  # as decided over all SAEs of the request
-    dtype: str  # of the model's activations, as decided once: workers may run on other processors
-    labels: dict[str, str]  # of its SAEs, as decided over all of the request
-    whole_tokens: int | None  # as decided by what is there already
-    subjects: frozenset[tuple[SaeId, int]]  # the same as (subject of the whole request, layer)
-    n_probes: int  # results that it gives: (probe, layer, SAE or baseline)
+    request: Request  # restricted to its SAEs and layers, with its own folder
+    places: frozenset[tuple[str, Site]]  # (name of an SAE or baseline, site), measured on all datasets
+    prepend_bos: bool  # decided for all SAEs of the request
+    dtype: str  # of the model's activations; decided once, since workers' processors may differ
+    labels: dict[str, str]  # of its SAEs, unique in the whole request
+    whole_tokens: int | None  # decided by existing results
+    subjects: frozenset[tuple[SaeId, int]]  # `places` as (subject of the whole request, layer)
+    n_probes: int  # number of results: (probe, layer, SAE or baseline)
 
     @property
     def id(self) -> str:
-        """Its layers, and 16 hexadecimal digits of a hash of what it measures."""
+        """The layers, and 16 hexadecimal digits of a hash of what the unit measures."""
         what = {name: value for name, value in self.request.described().items() if name not in _HOW}
         what |= {
             "places": sorted(self.places),
@@ -59,24 +59,24 @@ class Unit:
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Of the model."""
+        """Layers of the model."""
         assert self.request.layers is not None
         return self.request.layers
 
     @property
     def folder(self) -> Path:
-        """Where its results are until they are merged."""
+        """Folder of the results until they are merged."""
         return self.request.output
 
 
 def plan_units(plan: Plan, layers_per_unit: int, saes_per_unit: int) -> list[Unit]:
-    """Units that together measure all of the request, each part once; lower layers first."""
+    """Return units that together measure the whole request, each part once, sorted by layers."""
     return sorted(_cut(plan, layers_per_unit, saes_per_unit), key=lambda unit: unit.layers)
 
 
 def _cut(plan: Plan, layers_per_unit: int, saes_per_unit: int) -> Iterator[Unit]:
     layers_of = [{site.layer for site in subject.sites} for subject in plan.saes]
-    alike: dict[tuple[str, bool], list[SaeId]] = {}  # as baselines are shared: (hook point, counts BOS) -> SAEs
+    alike: dict[tuple[str, bool], list[SaeId]] = {}  # SAEs that share baselines: (hook point, counts BOS) -> SAEs
     for sae_id, subject in enumerate(plan.saes):
         alike.setdefault(_place(subject), []).append(sae_id)
     for sae_ids in alike.values():
@@ -93,7 +93,7 @@ def _cut(plan: Plan, layers_per_unit: int, saes_per_unit: int) -> Iterator[Unit]
 
 
 def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared: set[int]) -> Unit:
-    """shared: layers at which it also measures the baselines that belong to the hook point."""
+    """Build a unit; at the layers in ``shared`` it also measures the baselines of the hook point."""
     subjects = {(sae_id, layer) for sae_id in sae_ids for layer in layers}
     for i, subject in enumerate(plan.subjects):
         if subject.baseline is None:
@@ -123,7 +123,7 @@ def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared:
 
 
 def _typed(subject: Subject) -> str:
-    """What finds the SAE again."""
+    """Return the name that finds the SAE again."""
     assert subject.source is not None
     return subject.source.typed or subject.name
 

@@ -1,9 +1,9 @@
-"""Measure one unit in a worker process.
+"""Measurement of one unit in a worker process.
 
-    outcome = run_unit(unit, home, own_device=False, program=own_digest())
+    outcome = run_unit(unit, cwd, own_device=False, program=own_digest())
 
-What goes wrong is part of the outcome and no exception: Dask would take the unit for one to try again elsewhere. It
-does try again, elsewhere, when a worker is lost; the unit's folder then holds what was finished.
+Errors are returned in the outcome, because Dask would retry a unit that raises. Dask does retry a unit whose worker is
+lost; its folder then holds the finished part.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ from delta_selectivity.scale.same_program import other_source, own_digest
 from delta_selectivity.scale.units import Unit
 from delta_selectivity.system.file_lock import Locked, exclusive
 
-ERROR_SHOWN = 400  # characters of an error in its line: torch appends its C++ stack
+ERROR_SHOWN = 400  # maximum characters of an error message: torch appends its C++ stack
 LOOK_AGAIN = 1.0  # s
-LOOKS = 600  # after so many, a unit that another process holds is given up: that one hangs where nobody can end it
+LOOKS = 600  # attempts to lock a unit before it fails: its other process may hang
 
-_one_at_a_time = threading.Lock()  # a worker of several threads: the number of torch's threads is of the process
+_one_at_a_time = threading.Lock()  # for workers with several threads: torch's thread count is per process
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a unit ended."""
+    """The result of running a unit."""
 
     status: Literal["done", "refused", "failed"]  # refused: the request is wrong
     line: str = ""  # what went wrong
-    trace: str = ""  # where
-    warnings: tuple[str, ...] = ()  # what was said meanwhile
-    process: int = 0  # id of the worker's process; 0: it was lost
-    seconds: float = 0.0  # from the unit's beginning to its end
+    trace: str = ""  # traceback
+    warnings: tuple[str, ...] = ()  # warnings logged while it ran
+    process: int = 0  # id of the worker's process; 0 if it was lost
+    seconds: float = 0.0  # duration
 
 
-def run_unit(unit: Unit, home: Path, own_device: bool, program: str) -> Outcome:
+def run_unit(unit: Unit, cwd: Path, own_device: bool, program: str) -> Outcome:
     """Measure what is missing of a unit.
 
     Args:
         unit: what to measure.
-        program: `own_digest` of the process that asks; a worker that joined late may run another.
-        home: the folder from which its paths are meant.
-        own_device: on this worker's GPU if it has one, else on the CPU; else where the request says.
+        cwd: the folder that relative paths refer to.
+        own_device: use this worker's GPU if it has one, else the CPU; otherwise the devices of the request.
+        program: `own_digest` of the submitting process; a worker that joined late may run other code.
     """
     if program != own_digest():
         return Outcome("refused", other_source(f"a worker on {platform.node()}"))
-    os.chdir(home)
+    os.chdir(cwd)
     if own_device:
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
         unit = replace(unit, request=replace(unit.request, device1=device, device2=device))
@@ -82,7 +82,7 @@ def _end_of(unit: Unit) -> Outcome:
 
 def _measure(unit: Unit) -> None:
     unit.folder.mkdir(parents=True, exist_ok=True)
-    with _alone_at(unit.folder), ExitStack() as held:
+    with _unit_lock(unit.folder), ExitStack() as held:
         decided = {name: getattr(unit, name) for name in ("prepend_bos", "dtype", "whole_tokens")}
         plan = replace(make_plan(unit.request, labels=unit.labels), **decided)
         files = open_files(plan, held)
@@ -93,8 +93,8 @@ def _measure(unit: Unit) -> None:
 
 
 @contextmanager
-def _alone_at(folder: Path) -> Iterator[None]:
-    """Wait until no other process works on the unit: a worker that was given up for lost may still be at it."""
+def _unit_lock(folder: Path) -> Iterator[None]:
+    """Wait until no other process works on the unit: a worker that was considered lost may still run."""
     with ExitStack() as held:
         for _ in range(LOOKS):
             try:
@@ -109,18 +109,18 @@ def _alone_at(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _collect_warnings() -> Iterator[Mapping[str, None]]:
-    """The warnings that are logged while inside, each once, in their order; the terminal is elsewhere."""
-    heard: dict[str, None] = {}
+    """Collect logged warnings, each once and in order, to be shown by the submitting process."""
+    collected: dict[str, None] = {}
 
-    class Listener(logging.Handler):
+    class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            heard[record.getMessage()] = None
+            collected[record.getMessage()] = None
 
-    listener = Listener(logging.WARNING)
-    listener.addFilter(lambda record: not record.name.startswith("distributed"))
+    collector = Collector(logging.WARNING)
+    collector.addFilter(lambda record: not record.name.startswith("distributed"))
     logging.captureWarnings(True)
-    logging.getLogger().addHandler(listener)
+    logging.getLogger().addHandler(collector)
     try:
-        yield heard
+        yield collected
     finally:
-        logging.getLogger().removeHandler(listener)
+        logging.getLogger().removeHandler(collector)

@@ -1,1 +1,1 @@
-"""Files, locks, memory, cores, signals, the terminal, and versions of libraries."""
+"""System services: files, locks, memory, CPU cores, signals, the terminal, and package versions."""

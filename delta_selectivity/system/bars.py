@@ -1,4 +1,4 @@
-"""Progress bars: drawn anew on a terminal, a few lines on anything else."""
+"""Progress bars: redrawn in place on a terminal, a few lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,49 +9,49 @@ from typing import Any
 
 from tqdm import tqdm
 
-QUIET_FOR = 10.0  # s between two lines of a bar that is no terminal's, at least
-SHARE = 0.1  # of the whole between them, at least
+QUIET_FOR = 10.0  # minimum seconds between two lines
+SHARE = 0.1  # minimum share of the total between two lines
 
 
 def open_bar(total: int | None, desc: str, unit: str, position: int = 0, quiet: bool = False) -> tqdm | LineBar:
-    """Return a bar on stderr: tqdm's on a terminal or in a notebook; for a pipe or a file one that writes lines."""
-    stream: Any = Forgiving(sys.stderr)
+    """Return a bar on stderr: tqdm's on a terminal or in a notebook, a `LineBar` for a pipe or a file."""
+    stream: Any = BestEffortStream(sys.stderr)
     if quiet or is_drawn_on(sys.stderr):
         return tqdm(total=total, desc=desc, unit=unit, position=position, smoothing=0.1, file=stream, disable=quiet)
     return LineBar(total, desc, unit, stream)
 
 
 def is_drawn_on(stream: Any) -> bool:
-    """Whether a line can be drawn over there."""
-    with suppress(AttributeError, ValueError):  # no stream, or a closed one
+    """Return whether a line on the stream can be redrawn."""
+    with suppress(AttributeError, ValueError):  # missing or closed stream
         return bool(stream.isatty()) or "ipykernel" in sys.modules
     return False
 
 
 class LineBar:
-    """A bar of tqdm's interface that writes eleven lines at most, and the last one in any case."""
+    """A bar with tqdm's interface that writes at most eleven lines, including the last."""
 
     def __init__(self, total: int | None, desc: str, unit: str, stream: Any) -> None:
         self.total, self.n = total, 0
         self._desc, self._unit, self._stream, self._postfix = desc.strip(), unit, stream, ""
-        self._start = self._told_at = time.monotonic()
-        self._told = 0
+        self._start = self._written_at = time.monotonic()
+        self._written = 0
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
-        """What the next line ends with."""
+        """Set the end of the next line."""
         self._postfix = text
 
     def update(self, n: int) -> None:
-        """`n` more are done."""
+        """Add `n` to the progress."""
         self.n += n
-        late = time.monotonic() - self._told_at >= QUIET_FOR
-        if late and self.n - self._told >= SHARE * (self.total or 0):
-            self._tell()
+        late = time.monotonic() - self._written_at >= QUIET_FOR
+        if late and self.n - self._written >= SHARE * (self.total or 0):
+            self._write_line()
 
     def close(self) -> None:
-        """Write how far it came, if that is new."""
-        if self.n != self._told:
-            self._tell()
+        """Write the final progress, unless it is already written."""
+        if self.n != self._written:
+            self._write_line()
 
     def __enter__(self) -> LineBar:
         return self
@@ -59,25 +59,24 @@ class LineBar:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
-    def _tell(self) -> None:
-        self._told, self._told_at = self.n, time.monotonic()
-        parts = [f"{self._desc}: {self.n} of {self.total}, {self._told_at - self._start:.0f} s", self._postfix]
+    def _write_line(self) -> None:
+        self._written, self._written_at = self.n, time.monotonic()
+        parts = [f"{self._desc}: {self.n} of {self.total}, {self._written_at - self._start:.0f} s", self._postfix]
         self._stream.write(", ".join(part for part in parts if part) + "\n")
         self._stream.flush()
 
 
-class Forgiving:
-    """A stream that drops what cannot be written: a closed pipe or terminal, or none at all.
+class BestEffortStream:
+    """A stream that ignores write errors: a closed pipe or terminal, or a missing stream.
 
-    tqdm must never see the error: it draws under a lock of its own that an exception leaves locked, and the other
-    bar's thread would wait for it for ever.
+    tqdm draws under a lock that stays locked after an exception, so the thread of another bar would then wait forever.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with suppress(OSError, ValueError, AttributeError):  # closed by the other side, by us, or None
+        with suppress(OSError, ValueError, AttributeError):  # closed, or None
             self._stream.write(text)
         return len(text)
 
@@ -86,4 +85,4 @@ class Forgiving:
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)  # encoding, isatty, fileno: how wide and how fancy to draw
+        return getattr(self._stream, name)  # encoding, isatty, fileno

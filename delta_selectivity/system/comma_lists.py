@@ -1,4 +1,4 @@
-r"""Names in one string, with commas between them.
+r"""Comma-separated lists of names in one string.
 
 >>> parse_names(r"a, b\,c")
 ['a', 'b,c']
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 
 def parse_names(spec: str) -> list[str]:
-    """The names between the commas; a comma after a backslash is part of a name."""
+    """Split a string at its commas; a comma after a backslash belongs to the name."""
     parts = re.split(r"(?<!\\),", spec)
     return [name for part in parts if (name := part.replace("\\,", ",").strip())]
 
 
 def join_names(names: Iterable[str]) -> str:
-    """Names as `parse_names` reads them."""
+    """Join names so that `parse_names` splits them again."""
     return ",".join(name.replace(",", "\\,") for name in names)

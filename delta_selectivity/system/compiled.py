@@ -1,4 +1,4 @@
-"""How loops are compiled by Numba."""
+"""The decorator for loops compiled by Numba."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from numba import njit
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Numba's `njit` without the GIL, kept on disk where it can be: beside the file, or in the user's cache."""
+    """Return Numba's `njit` without the GIL, with a disk cache if one is writable."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # neither can be written to: compiled anew in every process
+        except RuntimeError:  # no writable cache: compile in every process
             return njit(nogil=True, **options)(function)
 
     return decorate

@@ -1,10 +1,10 @@
-"""Limit the number of threads that compute at a time to the number of cores.
+"""Limits the number of threads that compute at the same time to the number of cores.
 
     cores = Cores(2)
     for batch, activations in cores.in_order(batches, forward, "forward"):    # in one thread
     for layer, scores in cores.in_order(layers, probe, "probes"):             # in another: still two at a time in all
 
-More threads than cores take each other's cache, and Python's lock from each other at every call.
+More threads than cores would compete for the caches and for the GIL.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ R = TypeVar("R")
 
 
 class Cores:
-    """n cores: who finds none free waits for its turn, first come, first served."""
+    """A pool of n cores, granted in the order of requests."""
 
     def __init__(self, n: int) -> None:
         self.n = n
         self._free = n
         self._lock = threading.Lock()
-        self._turns: deque[threading.Lock] = deque()  # of those that wait: released when it is theirs
+        self._turns: deque[threading.Lock] = deque()  # of waiting threads; released when it is their turn
 
     def __enter__(self) -> None:
-        """Take one."""
+        """Acquire a core, waiting if none is free."""
         with self._lock:
             if self._free:
                 self._free -= 1
@@ -44,7 +44,7 @@ class Cores:
         turn.acquire()
 
     def __exit__(self, *_: object) -> None:
-        """Hand it to who has waited longest."""
+        """Pass the core to the thread that has waited longest, if any."""
         with self._lock:
             if self._turns:
                 self._turns.popleft().release()
@@ -52,10 +52,10 @@ class Cores:
                 self._free += 1
 
     def in_order(self, items: Iterable[T], work: Callable[[T], R], name: str) -> Generator[tuple[T, R], None, None]:
-        """Each item with `work(item)`, in order, by threads of this name: one a core, and one item more waits.
+        """Yield each item with `work(item)`, in order, computed by one thread per core with one more item queued.
 
-        Items are taken when there is room for them: once they end, or the generator is closed, no other work begins.
-        Of one core, the work is done in the caller's own thread. Raises what the work raises.
+        Items are taken from the iterable only when there is capacity, so no work starts after the generator is closed.
+        With one core the work runs in the calling thread. Exceptions of the work are re-raised.
         """
 
         def on_a_core(item: T) -> R:
@@ -78,18 +78,18 @@ class Cores:
                     item, result = waiting.popleft()
                     yield item, result.result()
             finally:
-                for _, result in waiting:  # nobody wants them any more
+                for _, result in waiting:  # the consumer has stopped
                     result.cancel()
 
 
 @contextmanager
 def sharing_cores(device: str | torch.device) -> Iterator[Cores]:
-    """Cores for work on a device: one on a GPU; on a CPU all of them, and torch computes with one thread on each.
+    """Yield cores for work on a device: one for a GPU; all for a CPU, with torch limited to one thread on each.
 
-    Two threads that both split their matrix products over the same cores wait for each other at every barrier: on 2
-    cores a 0.3 s fit took up to 8 s beside a forward pass. Whole batches side by side have no barriers.
+    Two threads that both parallelise their matrix products wait for each other at every barrier: on 2 cores a fit of
+    0.3 s took up to 8 s next to a forward pass. Whole batches in parallel need no barriers.
     """
-    import torch  # not for those who bring their own number of cores
+    import torch  # deferred: a caller with its own `Cores` does not need torch
 
     from delta_selectivity.system.processor import cpu_count
 
@@ -98,13 +98,13 @@ def sharing_cores(device: str | torch.device) -> Iterator[Cores]:
         return
     n = _torch_threads.enter()
     try:
-        yield Cores(min(n, cpu_count()))  # torch does not see the quota of a container
+        yield Cores(min(n, cpu_count()))  # torch ignores container quotas
     finally:
         _torch_threads.leave()
 
 
 def probing_cores(cores: Cores, model_device: str | torch.device, probe_device: str | torch.device) -> Cores:
-    """Cores for the probes beside a model: the model's own if both are on the CPU, else one, for a GPU."""
+    """Return the cores for probes next to a model: the model's own if both are on the CPU, else one, for a GPU."""
     import torch
 
     both = {torch.device(model_device).type, torch.device(probe_device).type}
@@ -112,16 +112,16 @@ def probing_cores(cores: Cores, model_device: str | torch.device, probe_device: 
 
 
 class _TorchThreads:
-    """Torch's number of threads: 1 while somebody is inside, in whatever thread; after the last, what it was before.
+    """Sets torch's number of threads to 1 while any thread is inside, and restores it after the last one.
 
-    Torch keeps a number for each thread, one for threads to come and, with MKL, one for all: setting it sets all three.
+    Torch keeps a number per thread, a default for new threads and, with MKL, a global one; setting it sets all three.
     """
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, 1
 
     def enter(self) -> int:
-        """Return the number that it was before the first entered."""
+        """Limit torch to one thread, and return the number before the first entry."""
         import torch
 
         with self._lock:
@@ -137,7 +137,7 @@ class _TorchThreads:
         with self._lock:
             self._inside -= 1
             torch.set_num_threads(self._before)
-            if self._inside:  # this thread has its number back; the others still count on 1
+            if self._inside:  # restored for this thread; the default for others stays 1
                 other = threading.Thread(target=torch.set_num_threads, args=(1,))
                 other.start()
                 other.join()

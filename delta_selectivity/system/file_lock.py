@@ -1,7 +1,7 @@
-"""Exclusive locks on files.
+"""Exclusive file locks.
 
-The kernel lets go when its holder ends, by whatever end, so no lock is ever stale. The lock file holds nothing and
-is removed by its holder; one that a killed run left behind is no obstacle.
+The kernel releases a lock when its process ends for any reason, so no lock is ever stale. The lock file is empty and
+removed by its owner; one that remains after a killed run does not block.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # some network file systems
+_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of file systems without locks
 
 
 class Locked(Exception):
-    """Another process, or another run in this one, holds the lock."""
+    """The lock is held by another process, or by another run in this one."""
 
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock of `path` (which need not exist). Raises `Locked` at once if somebody else does."""
+    """Hold the lock of `path`, which need not exist. Raises `Locked` at once if it is held elsewhere."""
     beside = path.with_name(f".{path.name}.lock")
     descriptor = _acquire(beside)
     try:
         yield
     finally:
-        with suppress(OSError):  # a folder that became read-only keeps it: no obstacle, and not the error to tell
-            beside.unlink()  # while it is held: `_acquire` of others sees that it is no longer the file
+        with suppress(OSError):  # in a read-only folder it stays, which is harmless
+            beside.unlink()  # while locked, so that a waiting `_acquire` detects the removal
         os.close(descriptor)
 
 
 def _acquire(beside: Path) -> int:
-    """The locked descriptor of the lock file."""
+    """Open and lock the lock file; return its descriptor."""
     while True:
         descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
@@ -57,11 +57,11 @@ def _acquire(beside: Path) -> int:
                 return descriptor
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder removed it between our opening and our locking
+        os.close(descriptor)  # its owner removed it between our open and our lock
 
 
 def _lock(descriptor: int) -> None:
-    """Lock the file, or raise BlockingIOError if another has it."""
+    """Lock the file. Raises BlockingIOError if it is locked elsewhere."""
     if fcntl is not None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return

@@ -1,12 +1,12 @@
-"""Multiply float32 matrices by the library that is fast on this CPU, and signed bytes exactly.
+"""Matrix products: float32 by the fastest library for this CPU, and exact int8.
 
     gemm.linear(x, weight, bias)      # x weightᵀ + bias, as torch.nn.functional.linear
-    gemm.use_in(module)               # the same for all linear maps of a model
-    gemm.byte_products(x, weight)     # x weightᵀ of signed bytes, exactly
+    gemm.use_in(module)               # the same for all linear layers of a model
+    gemm.byte_products(x, weight)     # x weightᵀ of int8, exact
 
-Torch gives float32 products to MKL, which leaves the AVX-512 instructions of other CPUs than Intel's unused. oneDNN, to
-which torch gives bfloat16, uses them: on an AMD EPYC with AVX-512 it takes half the time
-(`python benchmarks/bench_kernels.py`). Both add up in float32, in other orders. `processor` decides.
+Torch computes float32 products with MKL, which does not use AVX-512 on CPUs other than Intel's. oneDNN, which torch
+uses for bfloat16, does: on an AMD EPYC with AVX-512 it takes half the time (`python benchmarks/bench_kernels.py`). Both
+sum in float32, in different orders. `processor` selects the library.
 """
 
 from __future__ import annotations
@@ -23,25 +23,26 @@ from delta_selectivity.system.processor import prefers_onednn
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weightᵀ + bias: ``[..., n]`` of x ``[..., d]``, weight ``[n, d]`` and bias ``[n]``."""
+    """Return x weightᵀ + bias ``[..., n]`` for x ``[..., d]``, weight ``[n, d]`` and bias ``[n]``."""
     if x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and prefers_onednn():
         if not (weight.is_contiguous() or weight.T.is_contiguous()):
-            weight = weight.contiguous()  # for other strides oneDNN has nothing but loops
+            weight = weight.contiguous()  # for other strides oneDNN is slow
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def use_in(module: nn.Module) -> None:
-    """Have every linear map in a module, or that it is, multiply by `linear`; the objects stay the same."""
+    """Make every linear layer of a module, or the module itself, multiply with `linear`, in place."""
     for part in module.modules() if prefers_onednn() else ():
         if type(part) is nn.Linear:
             part.__class__ = _Linear
 
 
 def byte_products(x: Tensor, weight: Tensor) -> NDArray[np.int32]:
-    """x weightᵀ, exactly: ``[n, m]`` of int8 x ``[n, d]`` and weight ``[m, d]`` on a CPU, d up to 2^16.
+    """Return x weightᵀ, exact, as int32 ``[n, m]`` for int8 x ``[n, d]`` and weight ``[m, d]`` on a CPU, d up to 2^16.
 
-    In memory that is this thread's until its next call: new memory for each product would cost as much as the product.
+    The result is in a buffer of this thread that its next call overwrites: allocating memory for each product would
+    take as long as the product.
     """
     n, m = len(x), len(weight)
     if _memory.products.size < n * m:

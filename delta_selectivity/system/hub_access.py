@@ -1,6 +1,6 @@
-"""Ask once whether the Hugging Face Hub answers, before a library asks five times with pauses between.
+"""A single quick check whether the Hugging Face Hub answers, in place of a library's five slow retries.
 
-use_cache_if_unreachable()     # before the Hub is asked for something
+use_cache_if_unreachable()     # before any request to the Hub
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from urllib.parse import urlsplit
 log = logging.getLogger(__name__)
 
 TIMEOUT = 3.0
-"""Seconds for the Hub to take a connection."""
+"""Seconds to wait for a connection to the Hub."""
 KNOWN_FOR = 60.0
-"""Seconds for which an answer holds."""
+"""Seconds for which a result is reused."""
 
 OFFLINE = ", and the Hub does not answer: check the name and the connection"
-"""What an error says where something is not in the cache."""
+"""Part of the error for something that is not in the cache."""
 
 _lock = threading.Lock()
-_asked: tuple[float, bool] | None = None  # when, and whether it answered
+_last_check: tuple[float, bool] | None = None  # time of the last check, and its result
 
 
 def use_cache_if_unreachable() -> bool:
-    """Have huggingface_hub look into its cache alone while the Hub does not answer, as with HF_HUB_OFFLINE=1.
+    """Restrict huggingface_hub to its cache while the Hub does not answer, as HF_HUB_OFFLINE=1 does.
 
-    Returns whether the Hub may be asked. A proxy is left to the library: what stands behind it is not known here.
+    Return whether the Hub may be used. Behind a proxy no check is possible, so the library decides.
     """
     from huggingface_hub import constants
 
-    global _asked
+    global _last_check
     with _lock:
-        if _asked is None and constants.HF_HUB_OFFLINE:
-            return False  # so the user wants it
-        if _asked is None or time.monotonic() - _asked[0] > KNOWN_FOR:
+        if _last_check is None and constants.HF_HUB_OFFLINE:
+            return False  # set by the user
+        if _last_check is None or time.monotonic() - _last_check[0] > KNOWN_FOR:
             reachable = _behind_proxy() or _answers(constants.ENDPOINT)
             if not reachable:
                 log.info("%s does not answer: only what is in its cache here can be used", constants.ENDPOINT)
-            _asked = time.monotonic(), reachable
+            _last_check = time.monotonic(), reachable
             constants.HF_HUB_OFFLINE = not reachable
-        return _asked[1]
+        return _last_check[1]
 
 
 def _behind_proxy() -> bool:
@@ -51,7 +51,7 @@ def _behind_proxy() -> bool:
 
 
 def _answers(address: str) -> bool:
-    """Whether somebody takes a connection there. Looking a name up may take as long as it likes: it has a thread."""
+    """Return whether the server accepts a connection. A thread makes the attempt, since name lookup has no timeout."""
     url = urlsplit(address)
     found: list[bool] = []
 

@@ -1,6 +1,6 @@
-"""Handle Ctrl-C, SIGTERM and SIGHUP outside the two threads of a run, which `pipeline` handles itself.
+"""Handlers of Ctrl-C, SIGTERM and SIGHUP outside a run's two threads; `pipeline` handles those.
 
-A signal that is ignored (`nohup`, a job in the background) stays ignored.
+A signal that is ignored (`nohup`, a background job) stays ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _leaves = False
 
 
 def leave_at_once() -> None:
-    """From now on they end the process with 130: for while Python loads the program, and after `main`."""
+    """Make the signals end the process with code 130: while the program loads and after `main`."""
     global _leaves
     _leaves = True
     for number in watched():
@@ -27,31 +27,31 @@ def leave_at_once() -> None:
 
 
 def leaves_at_once() -> bool:
-    """Return whether the process is one of our programs, which may end it, and not somebody's session."""
+    """Return whether this process is one of the package's programs, which may be ended, and not a user's session."""
     return _leaves
 
 
 def _on_signal(_number: int, _frame: object) -> None:
-    with suppress(OSError):  # nobody is there to read it
+    with suppress(OSError):  # stderr may be closed
         os.write(2, b"interrupted: no run was going on; the same command starts one, or goes on with what is missing\n")
     os._exit(130)
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this exit code, now that all is written.
+    """End the process with this exit code, after flushing output.
 
-    Python would take a second to take torch down; a signal that came then would kill it, and make a failure of a
-    success.
+    Python would take a second to unload torch. A signal in that time would kill the process and turn success into
+    failure.
     """
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # nobody is there to read it, or there is no stream
+        with suppress(OSError, ValueError, AttributeError):  # the stream may be closed or missing
             stream.flush()
     os._exit(code)
 
 
 @contextmanager
 def like_ctrl_c() -> Iterator[None]:
-    """Each of them raises `KeyboardInterrupt` while inside. In the main thread only."""
+    """Make each of the signals raise `KeyboardInterrupt` inside the context. Has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -64,5 +64,5 @@ def like_ctrl_c() -> Iterator[None]:
 
 
 def watched() -> list[signal.Signals]:
-    """Return those of them that are not ignored, and whose handler Python can put back."""
+    """Return the signals that are not ignored and whose handler Python can restore."""
     return [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]

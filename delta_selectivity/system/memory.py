@@ -1,4 +1,4 @@
-"""Memory: limits on it, and the peak of the process and of its GPUs."""
+"""Memory limits, and peak memory of the process and its GPUs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ except ImportError:  # Windows
 
 
 def as_bytes(gigabytes: float) -> int:
-    """Return a limit in bytes: 1 at least, so that something is let through, and no more than a machine counts."""
+    """Convert a limit to bytes, at least 1 so that some data passes, and bounded for integer arithmetic."""
     return max(1, int(min(gigabytes, 2.0**32) * 2**30))
 
 
 def peak_memory() -> dict[str, float]:
-    """Return the peaks of the process's resident memory, where the system tells it, and of its CUDA devices, in GB."""
+    """Return peak memory in GB: resident memory of the process, where available, and of each CUDA device."""
     peak = {}
     if resource is not None:
         unit = 1 if sys.platform == "darwin" else 1024  # bytes
@@ -32,9 +32,9 @@ def peak_memory() -> dict[str, float]:
 
 
 def return_free_memory() -> None:
-    """Give the system back what glibc keeps of freed memory: batches of ever new sizes leave gaps that add up.
+    """Return freed memory that glibc keeps to the system; batches of varying sizes leave growing gaps in it.
 
-    Elsewhere nothing is done.
+    Does nothing on other systems.
     """
-    with suppress(AttributeError, OSError, TypeError):  # no C library by that name, or one without it
+    with suppress(AttributeError, OSError, TypeError):  # the C library lacks the function
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,7 +1,7 @@
-"""Recognise out-of-memory errors, and redo the work in smaller pieces.
+"""Detection of out-of-memory errors, and retries with smaller pieces.
 
 room = Room("rows are scored")
-room.in_pieces(n_rows, 8 * n_probes, score)  # score(slice(0, n_rows)), or its halves, or theirs
+room.in_pieces(n_rows, 8 * n_probes, score)  # score(slice(0, n_rows)), or repeatedly halved slices
 """
 
 from __future__ import annotations
@@ -14,57 +14,57 @@ import torch
 
 log = logging.getLogger(__name__)
 
-ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError)  # to catch, and then to look at with `is_out_of_memory`
+ERRORS = (torch.OutOfMemoryError, MemoryError, RuntimeError)  # to catch; then check with `is_out_of_memory`
 _SIGNS = (  # in a RuntimeError; the last is oneDNN's
     "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "could not create a primitive",
 )  # fmt: skip
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller piece could have fitted, on the GPU or on the CPU."""
+    """Return whether an error means that memory of the GPU or CPU ran out."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in str(error) for sign in _SIGNS)
 
 
 def release() -> None:
-    """Give back what the GPU's allocator keeps for later, so that pieces of other sizes have room."""
+    """Release the GPU allocator's cached memory, so that pieces of other sizes fit."""
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 class Room:
-    """What was learnt of the memory for one kind of work: how much of it fits at a time, in whatever thread.
+    """How much work of one kind fits into memory at a time, shared by all threads.
 
-    Work comes in units (columns, rows), each of so many cells; the cells that fit are remembered, so that work with
-    other units starts from what is known.
+    Work consists of units (columns, rows) of a certain number of cells. The number of cells that fit is remembered, so
+    that work with other units can use it.
     """
 
     def __init__(self, what: str) -> None:
-        self._what = what  # of the warning: "probes are fitted"
+        self._what = what  # for the warning: "probes are fitted"
         self._max_cells: int | None = None  # None: nothing has failed yet
-        self._told = False
+        self._logged = False
 
     def units(self, cells: int) -> int:
-        """How many units of so many cells to try at a time; 1 or more."""
+        """Return how many units of this many cells to try at a time, at least 1."""
         return sys.maxsize if self._max_cells is None else max(1, self._max_cells // max(cells, 1))
 
     def halve(self, units: int, cells: int) -> None:
-        """So many units did not fit: from now on half as many."""
+        """Record that this many units did not fit, and halve the limit."""
         release()
         half = units // 2 * max(cells, 1)
         self._max_cells = half if self._max_cells is None else min(half, self._max_cells)
 
     def fitted(self, units: int) -> None:
-        """So many units fitted. Says so, the first time after some did not."""
-        if self._max_cells is not None and not self._told:
-            self._told = True
+        """Record that this many units fitted, and log it the first time after a failure."""
+        if self._max_cells is not None and not self._logged:
+            self._logged = True
             note = "numbers stay within the tolerance of a fit"
             log.warning("out of memory: %s %d at a time from now on; %s", self._what, units, note)
 
     def in_pieces(self, n: int, cells: int, work: Callable[[slice], None]) -> None:
-        """Call `work` on slices that cover range(n), all of it at once as long as memory allows.
+        """Call `work` on slices that cover range(n), as large as memory allows.
 
-        A slice that fails is tried again in halves: `work` must not mind. Raises its error if that is of another
-        kind, or if a single unit does not fit.
+        A failed slice is retried in halves, so `work` must be repeatable. Raises its error if it is not an
+        out-of-memory error or a single unit does not fit.
         """
         done = 0
         while done < n:
@@ -78,4 +78,4 @@ class Room:
                 self.fitted(size)
                 done += size
                 continue
-            self.halve(size, cells)  # here: the error held on to the piece that failed
+            self.halve(size, cells)  # outside of `except`, where the error still refers to the failed piece

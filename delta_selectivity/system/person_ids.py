@@ -1,11 +1,11 @@
-"""Numbers that stand for people, and what makes two spellings one person.
+"""Numeric ids of people, and the rules by which two spellings are the same person.
 
     person_ids(["Ada Lovelace", "1", "1.0", "007"])    # the second and third are one person
 
-Equal numbers are one person, however they are written: 1, `1`, `1.0`. Leading zeros stay apart, since codes have them.
-Texts are compared in Unicode's form NFKC, so that a name is one whether its accents are letters or marks and whether
-its letters are full-width or not; upper and lower case stay apart. NFC would leave such letters apart, and a person on
-both sides of a split costs more than two people in one fold.
+Equal numbers are one person in any notation: 1, `1`, `1.0`. Numbers with leading zeros are distinct, since they may be
+codes. Texts are compared in Unicode form NFKC, so that composed and combining accents, and full-width and normal
+letters, are the same; case is significant. NFC would distinguish full-width letters. A person on both sides of a split
+is worse than two people in one fold.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# 1, -2.50, 1e+16: as programs write numbers. Not 007, 1e3 or 0x1f, which may be codes.
+# Matches 1, -2.50 and 1e+16, as programs write numbers; not 007, 1e3 or 0x1f, which may be codes.
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?(e\+[0-9]{1,3})?", re.IGNORECASE)
-_LONGEST = 300  # characters of a number: Python refuses to print integers of thousands of digits
+_LONGEST = 300  # maximum characters of a number: Python refuses to print integers with thousands of digits
 
 
 def group_key(value: Any) -> str:
-    """Return the text that stands for a group: equal for equal numbers and for the Unicode forms of one name."""
+    """Return the key of a group: equal for equal numbers and for all Unicode forms of a name."""
     if isinstance(value, bool | np.bool_):
         return str(bool(value))
     if isinstance(value, numbers.Integral) or (isinstance(value, float) and value.is_integer()):
@@ -37,7 +37,7 @@ def group_key(value: Any) -> str:
 
 
 def number_key(text: str) -> str | None:
-    """Return the shortest way to write the number that `text` is: '1' of '+1.0'; None if it is no plain number."""
+    """Return the shortest notation of a number, such as '1' for '+1.0'; None if the text is not a plain number."""
     if len(text) > _LONGEST or not _NUMBER.fullmatch(text):
         return None
     number = Decimal(text)
@@ -47,7 +47,7 @@ def number_key(text: str) -> str | None:
 
 
 def person_ids(keys: Iterable[Any]) -> NDArray[np.int64]:
-    """Return 64 bits of the hash of each key's `group_key`, int64 [keys]: it does not depend on the other keys."""
+    """Return 64 bits of the hash of each key's `group_key`, int64 [keys], independent of the other keys."""
     return np.array([_hash(group_key(key)) for key in keys], dtype=np.int64)
 
 

@@ -1,12 +1,12 @@
-"""Decide what this machine's CPU computes fast: the one place where the program asks for its processor.
+"""Detection of what this machine's CPU computes fast; the only module that inspects the processor.
 
-    has_fast_bfloat16()        # bfloat16 products faster than float32 ones
-    prefers_onednn()           # float32 products faster by oneDNN than by MKL
-    has_fast_bytes()           # products of signed bytes faster than float32 ones
+    has_fast_bfloat16()        # bfloat16 products are faster than float32 ones
+    prefers_onednn()           # float32 products are faster with oneDNN than with MKL
+    has_fast_bytes()           # int8 products are faster than float32 ones
     describe()                 # "AMD EPYC 9354: bfloat16, onednn, bytes; 8 threads"
 
-The environment variable DELTA_SELECTIVITY_CPU overrules the decision: the names of what is fast, with commas, or
-`none`. Times: `python benchmarks/bench_kernels.py`.
+The environment variable DELTA_SELECTIVITY_CPU overrides the detection with a comma-separated list of what is fast, or
+`none`. Timings: `python benchmarks/bench_kernels.py`.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ FAST = (BFLOAT16, ONEDNN, BYTES)
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones, rather than emulate them."""
+    """Return whether this CPU multiplies bfloat16 matrices natively, faster than float32 ones."""
     return BFLOAT16 in fast()
 
 
 def prefers_onednn() -> bool:
-    """Whether oneDNN multiplies float32 matrices faster than MKL, to which torch gives them.
+    """Return whether oneDNN multiplies float32 matrices faster than MKL, torch's default.
 
-    MKL leaves the AVX-512 instructions of other makers' CPUs unused. With AVX2 alone, and on Intel's, it is the faster.
+    MKL does not use AVX-512 on CPUs other than Intel's. With AVX2 only, and on Intel's CPUs, MKL is faster.
     """
     return ONEDNN in fast()
 
 
 def has_fast_bytes() -> bool:
-    """Whether this CPU multiplies matrices of signed bytes faster than float32 ones."""
+    """Return whether this CPU multiplies int8 matrices faster than float32 ones."""
     return BYTES in fast()
 
 
 @cache
 def fast() -> frozenset[str]:
-    """Return the members of `FAST` that hold here. Raises `RequestError` for an unknown name in the variable."""
+    """Return the members of `FAST` that apply. Raises `RequestError` for an unknown name in the variable."""
     asked = os.environ.get(VARIABLE)
     if asked is None:
         return _by_capabilities()
@@ -57,7 +57,7 @@ def fast() -> frozenset[str]:
 
 
 def has_bfloat16(device: str | torch.device) -> bool:
-    """Whether a device computes in bfloat16 itself, so that a model saved in it loses no time by it."""
+    """Return whether a device computes in bfloat16 natively, so that a model in bfloat16 is not slowed down."""
     kind = torch.device(device).type
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -65,20 +65,20 @@ def has_bfloat16(device: str | torch.device) -> bool:
 
 
 def check_proc() -> None:
-    """Raises `RequestError` on a Linux without /proc: PyTorch fails there in the middle, with "cpuinfo"."""
+    """Raise `RequestError` on Linux without /proc, where PyTorch would fail later with an error about "cpuinfo"."""
     if sys.platform == "linux" and not Path("/proc/self").is_dir():
         raise RequestError("/proc is not mounted here, and PyTorch needs it: mount -t proc proc /proc")
 
 
 def cpu_count() -> int:
-    """The cores that this process may use, by its affinity and its container's quota, on any system."""
-    import joblib  # here: it takes a while to load
+    """Return the number of cores that this process may use, given its affinity and container quota."""
+    import joblib  # deferred: slow to import
 
     return int(joblib.cpu_count())
 
 
 def describe() -> str:
-    """Return the processor, what is fast on it and the number of threads, for a reader."""
+    """Return a text with the processor, what is fast on it and the number of threads."""
     names = ", ".join(name for name in FAST if name in fast()) or "float32 by MKL only"
     overruled = f" (by {VARIABLE})" if VARIABLE in os.environ else ""
     threads = min(torch.get_num_threads(), cpu_count())

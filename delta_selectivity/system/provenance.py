@@ -9,28 +9,28 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-HOME = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 
 
-@functools.cache  # what was loaded is what runs, whatever is installed later: one look at the disk
+@functools.cache  # read once: the loaded version runs, whatever is installed later
 def installed_version(package: str) -> str | None:
-    """The version of a package, by its name on PyPI; None if it is not installed."""
+    """Return the version of a package by its name on PyPI; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-@functools.cache  # once a process: the text may change below a long run, what was loaded does not
+@functools.cache  # read once: files may change during a long run, loaded code does not
 def running_program(sources: tuple[str, ...]) -> str:
-    """The digest of these files (patterns) of the program as they were when this process first asked."""
-    return program_digest(HOME, sources)
+    """Return the digest of these source files (glob patterns) at the first call in this process."""
+    return program_digest(PACKAGE, sources)
 
 
 def program_digest(root: Path, sources: Sequence[str]) -> str:
-    """SHA-256 (64 hexadecimal digits) of the text of the files below `root`.
+    """Return the SHA-256 (64 hexadecimal digits) of the text of the files below `root`.
 
-    Raises FileNotFoundError for a pattern that matches no file: what it stood for would change unnoticed.
+    Raises FileNotFoundError for a pattern without a match, because changes to the renamed files would go unnoticed.
     """
     files = {source: list(root.glob(source)) for source in sources}
     if nothing := [source for source, paths in files.items() if not paths]:

@@ -1,7 +1,7 @@
-"""Switch garbage collection off while a program loads, and on again without what was loaded.
+"""Garbage collection is off while a program loads, and afterwards skips the objects loaded so far.
 
-Looking through what lasts is a fifth of the start. A library leaves its caller's collector alone: only a program that
-called `hold_collector` has it changed.
+Scanning these long-lived objects takes a fifth of the start time. Only programs that call `hold_collector` are
+affected; the library does not change its caller's garbage collector.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ _held = False
 
 
 def hold_collector() -> None:
-    """Switch collections off until `release_collector`."""
+    """Switch garbage collection off until `release_collector`."""
     global _held
     gc.disable()
     _held = True
 
 
 def release_collector() -> None:
-    """Switch collections on again, if they were held, for what is made from now on."""
+    """Switch garbage collection on again if it was held, for objects created from now on."""
     global _held
     if _held:
         gc.freeze()

@@ -1,4 +1,4 @@
-"""Seconds per stage of a run."""
+"""Timing of a run's stages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 
 class Stopwatch:
-    """Seconds per named stage; safe to use from several threads.
+    """Seconds per named stage; thread-safe.
 
-    On CUDA a stage's seconds are those of the host: work that was only launched is counted where it is waited for.
+    On CUDA, stages measure host time: asynchronous work counts in the stage that waits for it.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Stopwatch:
                 self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
     def seconds(self) -> dict[str, float]:
-        """Seconds per stage so far, summed over threads, in the order in which they began; last the wall clock."""
+        """Return seconds per stage so far, summed over threads, in order of first use, and the total wall time."""
         with self._lock:
             stages = {**self._seconds, "total": time.perf_counter() - self._start}
         return {name: round(value, 3) for name, value in stages.items()}

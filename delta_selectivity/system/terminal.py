@@ -1,7 +1,7 @@
-"""Print text from files safely, also to a terminal that is closed.
+r"""Safe output of text from files, also to a closed terminal.
 
->>> one_line("gen\\x1b[2Jder\\n")
-'gen\\\\x1b[2Jder'
+>>> one_line("gen\x1b[2Jder\n")
+'gen\\x1b[2Jder'
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-NOTE = 25  # level of a log line that is neither a warning nor a detail: shown by the programs
+NOTE = 25  # log level between INFO and WARNING, shown by the programs
 logging.addLevelName(NOTE, "NOTE")
-LINE_SHOWN = 1000  # characters of any line: what a file holds may be quoted in it
+LINE_SHOWN = 1000  # maximum characters of a line, which may quote a file
 
 
 def printable(text: str) -> str:
-    """The text with the escapes of what does not print: control and formatting characters, line ends among them."""
+    """Return the text with unprintable characters escaped: control and formatting characters, including newlines."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(text: str) -> str:
-    """The printable text on one line, runs of whitespace as one space."""
+    """Return the printable text on one line, with runs of whitespace reduced to one space."""
     return printable(" ".join(text.split()))
 
 
 class LineFormatter(logging.Formatter):
-    """LEVEL: message, on one line each; tracebacks below it keep their lines."""
+    """Formats each record as LEVEL: message on one line; tracebacks follow on their own lines."""
 
     def __init__(self, rewrite: Callable[[str], str] = str) -> None:
-        """rewrite: applied to every message."""
+        """Create a formatter that applies `rewrite` to every message."""
         super().__init__("%(levelname)s: %(message)s")
         self._rewrite = rewrite
 
@@ -48,27 +48,27 @@ class LineFormatter(logging.Formatter):
 
 
 def show(text: str) -> None:
-    """Print for a reader who may be gone (`| head -1`, a closed terminal): the results are on disk all the same."""
+    """Print text to stdout; a closed stdout (`| head -1`, a closed terminal) is ignored, since results are on disk."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name outside the terminal's encoding must not fail
     try:
         print(text, flush=True)
     except OSError as error:
         if error.errno not in {errno.EPIPE, errno.EIO}:
             raise
-        with suppress(OSError, ValueError):  # what is left in the buffer must have somewhere to go at exit
+        with suppress(OSError, ValueError):  # Python flushes the rest of the buffer at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def tell_terminal(line: str) -> None:
-    """One line on stderr if that is a terminal: that something goes on is of no use in a log."""
-    with suppress(AttributeError, ValueError):  # no stream, or a closed one
+def show_status(line: str) -> None:
+    """Print a status line on stderr if it is a terminal; in a log it would be useless."""
+    with suppress(AttributeError, ValueError):  # missing or closed stream
         if sys.stderr.isatty():
             tell(line)
 
 
 def tell(line: str) -> None:
-    """One line on stderr, whatever the text; silent if nobody is there."""
+    """Print one line on stderr, if there is one."""
     line = one_line(line)
     if len(line) > LINE_SHOWN:
         line = f"{line[:LINE_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""Keep what the caller has set torch to do away from the numbers."""
+"""Protection of results from torch modes that the caller has set."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def default_modes() -> Iterator[None]:
-    """Without the caller's autocast and default device inside, in this thread; others have neither.
+    """Disable the caller's autocast and default device in this thread; other threads do not inherit them.
 
-    The default dtype is one for all threads, and transformers changes it while a model is made: tensors are made with
-    a dtype of their own in this package.
+    The default dtype is shared by all threads, and transformers changes it while creating a model, so this package
+    creates tensors with explicit dtypes.
     """
     with ExitStack() as stack:
         for kind in ("cpu", "cuda"):

@@ -1,4 +1,4 @@
-"""Bounds on what a packed file may unpack to, counted before the memory or the disk for it is taken.
+"""Limits on the size of decompressed files, checked before memory or disk space is used.
 
 check_size(4 * 2**30, path)        # TooLarge: it unpacks to 4096 MiB or more from 0.1: that is refused
 check_archive(path)                # the same for .gz, .bz2, .xz, .zst and .zip, read once in small pieces
@@ -19,23 +19,23 @@ from typing import IO, Any
 
 import zstandard
 
-MOST_TIMES = 100  # a packed file that unpacks to more than this times its size, and to more than `ALWAYS`, is refused
+MOST_TIMES = 100  # maximum ratio of decompressed to compressed size, for more than `ALWAYS` bytes
 ALWAYS = 256 * 2**20
 _PIECE = 2**20
 
 
 class TooLarge(ValueError):
-    """By how much, in one line."""
+    """A file decompresses to too much; the message is one line."""
 
 
 def is_special(path: Path) -> bool:
-    """Whether it is a pipe, a device or a socket, whose reading may never end. Raises OSError if it is not there."""
+    """Return whether a path is a pipe, device or socket, which may never end. Raises OSError if it does not exist."""
     mode = path.stat().st_mode
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def check_size(needed: int, path: Path) -> None:
-    """Raise `TooLarge` if a packed file needs more memory than there is, or far more than its own size."""
+    """Raise `TooLarge` if the decompressed size exceeds the memory or is far larger than the file."""
     packed = path.stat().st_size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory or needed > max(ALWAYS, MOST_TIMES * packed):
@@ -43,9 +43,9 @@ def check_size(needed: int, path: Path) -> None:
 
 
 def check_archive(path: Path) -> None:
-    """Raise `TooLarge` if a compressed file unpacks to too much; one that cannot be read is left to its reader.
+    """Raise `TooLarge` if a compressed file decompresses to too much; unreadable files are left to their reader.
 
-    What a file is, its first bytes say, whatever it is called.
+    The format is detected from the first bytes, not from the name.
     """
     try:
         if zipfile.is_zipfile(path):

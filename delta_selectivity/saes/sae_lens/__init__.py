@@ -1,1 +1,1 @@
-"""SAE Lens: folders, releases, architectures and names of hook points."""
+"""The SAE Lens format: folders, releases, architectures and names of hook points."""

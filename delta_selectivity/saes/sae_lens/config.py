@@ -1,6 +1,6 @@
-"""Parse ``cfg.json`` of SAE Lens, versions 3 to 6.
+"""Parser of SAE Lens's ``cfg.json``, versions 3 to 6.
 
-Semantics of https://github.com/decoderesearch/SAELens 6.54 (``saes/*.py``, ``loading/pretrained_sae_loaders.py``).
+Follows https://github.com/decoderesearch/SAELens 6.54 (``saes/*.py``, ``loading/pretrained_sae_loaders.py``).
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from delta_selectivity.saes.sae_lens.transformer_lens_weights import is_centred
 from delta_selectivity.saes.source import SaeHeader
 
 BATCH_TOPK = ("batchtopk", "matryoshka_batchtopk")
-"""Training checkpoints of these hold one threshold; as inference models they are saved as ``jumprelu``."""
+"""Their training checkpoints hold a single threshold; their inference models are saved as ``jumprelu``."""
 TRANSCODERS = {
     "transcoder": "standard transcoder",
     "skip_transcoder": "standard skip transcoder",
     "jumprelu_transcoder": "jumprelu transcoder",
     "jumprelu_skip_transcoder": "jumprelu skip transcoder",
 }
-"""The library's names of these, and ours."""
+"""The library's name of an architecture -> this project's."""
 NATIVE = ("standard", "topk", "jumprelu", "gated", *BATCH_TOPK, *TRANSCODERS)
-"""A linear map and a selection: these need no library."""
+"""Architectures that consist of linear maps and a selection, and are built without the library."""
 
 FoldedNorm = Literal["expected_average_only_in", "covariance_whitening"]
-"""Normalisations by constants, which are in a file beside the weights until they are folded into them."""
+"""Normalisations by constants in a separate file, which are folded into the weights on loading."""
 
 _OLD_KEYS = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
 
 
 @dataclass(frozen=True)
 class LensConfig:
-    """The keys that change what an SAE computes or where it belongs, from either version of ``cfg.json``."""
+    """The keys of ``cfg.json``, in any version, that affect the computation or the hook point."""
 
     path: Path
     architecture: str
-    """As the library calls it."""
+    """The library's name."""
     d_in: int
     d_out: int
     d_sae: int
@@ -52,7 +52,7 @@ class LensConfig:
     normalize_activations: RunTimeNorm | FoldedNorm
     places: Places
     centred: bool
-    """Whether it was trained on activations less their mean over coordinates."""
+    """Whether it was trained on activations minus their mean over coordinates."""
     model_name: str | None
     context_size: int | None
     prepend_bos: bool | None
@@ -62,10 +62,10 @@ class LensConfig:
     def parse(
         cls, config: Mapping[str, Any], path: Path, places: Places | None = None, asked: str | None = None
     ) -> LensConfig:
-        """From ``cfg.json`` at ``path``. Raises `RequestError` at what is missing, wrong or cannot be honoured.
+        """Parse the ``cfg.json`` found at ``path``. Raises `RequestError` at a missing, wrong or unsupported value.
 
-        ``places`` says where the SAE belongs if the config does not; ``asked`` what it reconstructs if the config's
-        name of that means nothing here.
+        ``places`` gives the hook points if the config does not; ``asked`` is the user's hook point, for a config with
+        an unknown name.
         """
         _check_types(config, path)
         flat = _flatten(config)
@@ -97,13 +97,13 @@ class LensConfig:
 
     @property
     def input_norm(self) -> InputNorm:
-        """What is done to activations at run time, given that constants have been folded into the weights."""
+        """Normalisation at run time, after constants have been folded into the weights."""
         found = self.normalize_activations
         norm: RunTimeNorm = "none" if found == "expected_average_only_in" or found == "covariance_whitening" else found
         return centred(norm) if self.centred else norm
 
     def header(self, config: dict[str, Any]) -> SaeHeader:
-        """What the rest of the program needs to know."""
+        """Return the header for the rest of the program."""
         return SaeHeader(
             format="sae_lens",
             layer=self.places.layer,
@@ -123,7 +123,7 @@ class LensConfig:
 
 
 def _check_types(config: Mapping[str, Any], path: Path) -> None:
-    """The values that others are looked up in or chosen by, wherever they stand."""
+    """Check the types of values that are used as dictionary keys or selectors, at either level of the config."""
     metadata = config.get("metadata")
     for key, kind in (
         ("metadata", dict),
@@ -138,7 +138,7 @@ def _check_types(config: Mapping[str, Any], path: Path) -> None:
 
 
 def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Both versions as one flat dictionary: version 6 keeps what concerns the model under ``metadata``."""
+    """Return any version as a flat dictionary: version 6 nests model settings under ``metadata``."""
     flat = {_OLD_KEYS.get(key, key): value for key, value in config.items()}
     metadata = flat.pop("metadata", None) or {}
     flat |= metadata
@@ -164,7 +164,7 @@ def _k(flat: Mapping[str, Any], architecture: str, d_sae: int, path: Path) -> in
 
 
 def _rescales(flat: Mapping[str, Any], architecture: str) -> bool:
-    """Only TopK and its relatives know the setting; BatchTopK has it on unless it says otherwise."""
+    """Return the setting, which only TopK and its variants have; for BatchTopK it defaults to True."""
     if architecture not in ("topk", *BATCH_TOPK):
         return False
     return bool(flat.get("rescale_acts_by_decoder_norm", architecture in BATCH_TOPK))
@@ -180,9 +180,9 @@ def _normalisation(flat: Mapping[str, Any], path: Path) -> RunTimeNorm | FoldedN
 
 
 def _excludes_bos(flat: Mapping[str, Any]) -> bool:
-    """Whether BOS positions were left out of training: by token, or by a slice of positions.
+    """Return whether BOS positions were excluded from training, by token or by a slice of positions.
 
-    ``exclude_special_tokens`` may list token ids; without the tokenizer any list is taken to hold BOS.
+    ``exclude_special_tokens`` may list token ids; without the tokenizer, any list is assumed to include BOS.
     """
     seqpos_slice = flat.get("seqpos_slice") or [None]
     starts_later = len(seqpos_slice) > 1 and (seqpos_slice[0] or 0) != 0
@@ -190,7 +190,7 @@ def _excludes_bos(flat: Mapping[str, Any]) -> bool:
 
 
 def _refuse(flat: Mapping[str, Any], architecture: str, path: Path) -> None:
-    """What would be measured wrongly without a sign."""
+    """Raise `RequestError` for settings that would silently be measured wrongly."""
     if architecture == "temporal":
         raise RequestError(f"{path}: a temporal SAE needs whole texts, activations are encoded one by one here")
     if architecture in TRANSCODERS and flat.get("apply_b_dec_to_input"):

@@ -1,7 +1,7 @@
-"""SAE Lens: folders of ``cfg.json`` and ``sae_weights.safetensors``.
+"""Reader of SAE Lens folders: ``cfg.json`` and ``sae_weights.safetensors``.
 
-The library itself is not imported for it: that takes 5 s and half a gigabyte. Only architectures that are not a linear
-map and a selection go through it (``sae_lens_library``).
+The library is not imported, because that takes 5 s and half a gigabyte. Only architectures that are not a linear map
+and a selection need it (``library``).
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ WEIGHTS = "sae_weights.safetensors"
 
 @dataclass(frozen=True)
 class SaeLens:
-    """Reads one folder of this format."""
+    """The SAE Lens format."""
 
     asked: str | None = None
-    """``hookpoint``, for a config that names a place which is not known."""
+    """The user's ``hookpoint``, for a config with an unknown name."""
 
     def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """The config, the weights, and what stands beside a training checkpoint."""
+        """Return the config, the weights, and the additional files of a training checkpoint."""
         return ("cfg.json", WEIGHTS, SCALER, WHITENING)
 
     def claims(self, config: Mapping[str, Any]) -> bool:
-        """Whether a config is of this format, by keys that sparsify does not write."""
+        """Return whether a config has keys that sparsify does not write."""
         return bool({"d_sae", "architecture", "metadata", "hook_name", "hook_point"} & config.keys())
 
     def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
-        """Check a config, found at ``path``."""
+        """Check the config found at ``path`` and return its header."""
         return LensConfig.parse(config, path, asked=self.asked).header(config)
 
     def check(self, folder: Path, header: SaeHeader) -> None:
-        """Compare the weights' header with the config, and look for what it needs beside it."""
+        """Compare the names and shapes of the weights with the config, and check for required additional files."""
         lens = LensConfig.parse(header.config, folder / "cfg.json", Places.of(header))
         names = set(read_shapes(folder / WEIGHTS))
         if lens.architecture in NATIVE:

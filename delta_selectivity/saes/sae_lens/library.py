@@ -1,4 +1,4 @@
-"""SAEs that only the SAE Lens library can run or fetch; importing it takes 5 s, so it is imported late."""
+"""Access to SAEs that need the SAE Lens library, which is imported on use because importing it takes 5 s."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from delta_selectivity.saes.sae_lens.config import NATIVE, LensConfig
 from delta_selectivity.saes.sae_lens.scaling import InputScaling
 from delta_selectivity.saes.sae_lens.weights import build_native
 
-# It tells people to load a HookedTransformer in a certain way: that is ``transformer_lens_weights``'s to heed.
+# The warning is about loading a HookedTransformer; ``transformer_lens_weights`` handles those settings.
 warnings.filterwarnings("ignore", message=r"\nThis SAE has non-empty model_from_pretrained_kwargs")
 
 UNREADABLE = (OSError, HubHTTPError, ValueError, KeyError, TypeError)
-"""What the library raises for a config or weights that cannot be had or are not what it expects."""
+"""Exceptions that the library raises for an unavailable or invalid config or weights file."""
 
 
 def fetch(release: str, sae_id: str) -> Any:
-    """An SAE of the library's list: float32, on the CPU, with the input scaling of its release folded in."""
+    """Download a listed SAE in float32 on the CPU, with the input scaling of its release folded in."""
     from sae_lens import SAE
 
     try:
@@ -38,12 +38,12 @@ def fetch(release: str, sae_id: str) -> Any:
 
 
 def load_folder(folder: Path, lens: LensConfig, scaling: InputScaling) -> Coder:
-    """A local SAE of an architecture that only the library knows, with its input scaling folded in."""
+    """Load a local SAE of an architecture that only the library supports, and fold in its input scaling."""
     from sae_lens import SAE
 
     try:
         module = SAE.load_from_disk(folder, device="cpu", dtype="float32")
-    except Exception as error:  # the library checks little of what a config holds, and fails where it is used
+    except Exception as error:  # the library validates little, so anything may fail
         raise _unloadable(folder, lens, error) from error
     _fold(module, lens, scaling)
     return as_coder(module, lens)
@@ -52,12 +52,12 @@ def load_folder(folder: Path, lens: LensConfig, scaling: InputScaling) -> Coder:
 def load_state(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], lens: LensConfig, scaling: InputScaling
 ) -> Coder:
-    """The same of a config and tensors that are not in a folder. The tensors are copied."""
+    """Load such an SAE from a config and tensors. The tensors are copied."""
     from sae_lens import SAE
 
     state = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
-        module = SAE.from_dict({**config, "device": "meta", "dtype": "float32"})  # draws no random weights
+        module = SAE.from_dict({**config, "device": "meta", "dtype": "float32"})  # meta: initialises no weights
         module.process_state_dict_for_loading(state)
         module.load_state_dict(state, assign=True)
         module.to(device="cpu")
@@ -68,21 +68,21 @@ def load_state(
 
 
 def as_coder(module: Any, lens: LensConfig) -> Coder:
-    """A ``sae_lens.SAE`` whose input scaling is folded in: natively where that is exact and fast, else as it is."""
+    """Return the coder of a ``sae_lens.SAE`` with folded input scaling: native where supported, else a wrapper."""
     if lens.architecture in NATIVE:
         return build_native(lens, {name: tensor.float() for name, tensor in module.state_dict().items()})
     return as_dense_coder(module, lens)
 
 
 def as_dense_coder(module: Any, lens: LensConfig) -> DenseCoder:
-    """A ``sae_lens.SAE`` as it is, which is changed: run-time normalisation and reshaping, which are ours, go off."""
+    """Wrap a ``sae_lens.SAE``, modifying it: its own run-time normalisation and reshaping are switched off."""
     module.run_time_activation_norm_fn_in = module.run_time_activation_norm_fn_out = _unchanged
     module.turn_off_forward_pass_hook_z_reshaping()
     return DenseCoder.of(module, lens.d_out, lens.d_sae)
 
 
 def _fold(module: Any, lens: LensConfig, scaling: InputScaling) -> None:
-    """What ``SAE.load_from_disk`` leaves to its caller."""
+    """Fold in the input scaling, which ``SAE.load_from_disk`` leaves to its caller."""
     whitening = scaling.whitening
     if whitening is None:
         module.fold_activation_norm_scaling_factor(scaling.factor)
@@ -99,7 +99,7 @@ def _unloadable(where: Path, lens: LensConfig, error: Exception) -> RequestError
 
 
 def one_line(error: Exception) -> str:
-    """What an exception of the library says, which may be several lines."""
+    """Return an exception's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""Find the layer and hook point of an SAE of SAE Lens."""
+"""Detection of the layer and hook point of an SAE Lens SAE."""
 
 from __future__ import annotations
 
@@ -19,27 +19,25 @@ _LAYER = re.compile(r"(?:blocks|layers|h)\.(\d+)\.")
 
 
 class Places(NamedTuple):
-    """Of one SAE or transcoder."""
+    """The hook points of an SAE or transcoder."""
 
     layer: int
     hookpoint: str
-    """What it reconstructs."""
+    """The hook point that it reconstructs."""
     input_hookpoint: str | None
-    """What a transcoder reads; None for an autoencoder."""
+    """The hook point that a transcoder reads; None for an autoencoder."""
 
     @classmethod
     def of(cls, header: SaeHeader) -> Places:
-        """Those that were found before."""
+        """Return the hook points in a header."""
         return cls(header.layer, header.hookpoint, header.input_hookpoint)
 
 
 def find_places(flat: Mapping[str, Any], path: Path, *, transcodes: bool, asked: str | None = None) -> Places:
-    """From the config at ``path``, flattened; the folder's name stands in for a missing ``hook_name``.
+    """Find the hook points in the flattened config at ``path``; the folder's name replaces a missing ``hook_name``.
 
-    ``asked`` is what it reconstructs if its own name of that means no place that can be measured.
-
-    Raises `RequestError` if a name means no place that can be measured, if an autoencoder names two places, or if a
-    transcoder does not, or crosses layers.
+    ``asked`` is the user's hook point, used if the config's name cannot be measured. Raises `RequestError` if a name
+    cannot be measured, if an autoencoder names two places, or if a transcoder names only one or crosses layers.
     """
     hook = _hook(flat, "hook_name", path, None if transcodes else asked)
     if not transcodes:
@@ -60,12 +58,12 @@ def find_places(flat: Mapping[str, Any], path: Path, *, transcodes: bool, asked:
 
 
 def _hook(flat: Mapping[str, Any], key: str, path: Path, asked: str | None) -> HookPoint:
-    """The place of one key: of TransformerLens's name if that is known, else of the module path beside it."""
+    """Return the hook point of one key: by TransformerLens's name if known, else by the module path next to it."""
     name = str(flat.get(key) or path.parent.name)
     module = re.sub(r"\.input$", INPUT, str(flat.get(f"hf_{key}") or "")).removesuffix(".output")
     for candidate in (name, module):
         hook = parse(candidate)
-        if hook is not None and not hook.place.startswith("blocks.<layer>"):  # TransformerLens's, and not of the table
+        if hook is not None and not hook.place.startswith("blocks.<layer>"):  # a TransformerLens name outside the table
             return hook
     layer = _LAYER.search(name)
     if asked is not None and layer is not None:

@@ -1,4 +1,4 @@
-"""SAE Lens's list of pretrained SAEs, and how one is fetched."""
+"""SAE Lens's list of pretrained SAEs, and how to fetch one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from delta_selectivity.system.hub_access import OFFLINE, use_cache_if_unreachabl
 
 @dataclass(frozen=True)
 class RegistryMember:
-    """One SAE of the list."""
+    """One listed SAE."""
 
     release: str
     sae_id: str
@@ -50,7 +50,7 @@ class RegistryMember:
 
     @cached_property
     def _digest(self) -> str:
-        """Computed as the weights arrive, and kept in their stead: a release has more SAEs than memory can hold."""
+        """The digest of config and weights; the weights are not kept, because a release may not fit into memory."""
         digest = hashlib.sha256(json.dumps(self.header.config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(fetch(self.release, self.sae_id).state_dict().items()):
             if not tensor.isfinite().all():
@@ -62,7 +62,7 @@ class RegistryMember:
 
 @cache
 def release_names() -> tuple[str, ...]:
-    """All releases of the list, found without importing the library, which takes 5 s; none if it is not installed."""
+    """Return all releases, without importing the library, which takes 5 s; empty if it is not installed."""
     package = find_spec("sae_lens")
     if package is None or not package.submodule_search_locations:
         return ()
@@ -71,16 +71,16 @@ def release_names() -> tuple[str, ...]:
 
 
 def sae_ids(release: str) -> list[str]:
-    """What a release of the list holds."""
+    """Return the ids in a release."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     return list(get_pretrained_saes_directory()[release].saes_map)
 
 
 def find_in_registry(release: str, sae_id: str, hookpoint: str | None = None) -> RegistryMember:
-    """The member of a release; ``hookpoint`` is where it belongs if its config's name of that is not known.
+    """Return a release's SAE; ``hookpoint`` is used if its config's name is unknown.
 
-    Raises `RequestError` if it lists no such id or its config cannot be had.
+    Raises `RequestError` if the release has no such id or the config cannot be fetched.
     """
     from sae_lens.loading.pretrained_sae_loaders import load_sae_config_from_huggingface
 
@@ -105,7 +105,7 @@ def find_in_registry(release: str, sae_id: str, hookpoint: str | None = None) ->
 
 
 def _sums_decoders(release: str, sae_id: str) -> bool:
-    """Whether the library makes one decoder out of those for several layers: the loaders go by these names too."""
+    """Return whether the library sums the decoders for several layers; its loaders decide by these names too."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     listed = get_pretrained_saes_directory()[release]
@@ -113,7 +113,7 @@ def _sums_decoders(release: str, sae_id: str) -> bool:
 
 
 def revision_of(members: Sequence[RegistryMember]) -> str:
-    """What stands for their files: the configs, and the version of the library, whose list says what else they are."""
+    """Return an identifier of the files: the configs and the library's version, whose list determines the rest."""
     configs = [[member.where, member.header.config] for member in members]
     digest = hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()
     return f"sae_lens {version('sae_lens')}, configs {digest}"

@@ -1,6 +1,6 @@
-"""Input scalings that SAE Lens keeps beside a training checkpoint.
+"""Input scalings that SAE Lens stores next to a training checkpoint.
 
-``SAE.load_from_disk`` leaves them out of a checkpoint; ``SAE.from_pretrained`` folds a scaling factor from its list.
+``SAE.load_from_disk`` ignores them; ``SAE.from_pretrained`` folds in a scaling factor from its list.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from delta_selectivity.saes.files import check_shapes, read_config, read_tensors
 from delta_selectivity.saes.sae_lens.config import LensConfig
 
 SCALER = "activation_scaler.json"
-"""Holds the factor that ``expected_average_only_in`` needs."""
+"""Holds the factor of ``expected_average_only_in``."""
 WHITENING = "activation_whitening.safetensors"
-"""Holds the matrices that ``covariance_whitening`` needs."""
+"""Holds the matrices of ``covariance_whitening``."""
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
 class Whitening:
-    """z = (x - mean) @ matrix, x = z @ inverse + mean (arXiv 2511.13981)."""
+    """The whitening z = (x - mean) @ matrix and its inverse x = z @ inverse + mean (arXiv 2511.13981)."""
 
     mean: Tensor
     """``[d_in]``."""
@@ -37,14 +37,14 @@ class Whitening:
 
 @dataclass(frozen=True)
 class InputScaling:
-    """What activations went through before they reached the SAE in training; at most one of the two."""
+    """The transformation of activations before the SAE in training; at most one of the two."""
 
     factor: float = 1.0
     whitening: Whitening | None = None
 
 
 def check_scaling(lens: LensConfig) -> None:
-    """Look for the constants that a config asks for. Raises `RequestError` if they are not beside it."""
+    """Check that the constants required by a config are present. Raises `RequestError` if not."""
     if lens.normalize_activations == "covariance_whitening":
         _check_whitening(lens)
     else:
@@ -52,7 +52,7 @@ def check_scaling(lens: LensConfig) -> None:
 
 
 def read_scaling(lens: LensConfig) -> InputScaling:
-    """The constants beside a config. Raises `RequestError` if it needs some that are not there, or are broken."""
+    """Read the constants next to a config. Raises `RequestError` if required ones are missing or broken."""
     if lens.normalize_activations != "covariance_whitening":
         return InputScaling(factor=_factor(lens))
     tensors = read_tensors(_check_whitening(lens))

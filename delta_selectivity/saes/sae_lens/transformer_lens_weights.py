@@ -1,17 +1,17 @@
-"""Match SAEs trained on TransformerLens's processed weights where that is exact; refuse the rest.
+"""Support for SAEs trained on TransformerLens's processed weights, where an exact match is possible.
 
-``HookedTransformer`` can rewrite weights so that the logits stay and activations change. SAE Lens loads models without
-(``from_pretrained_no_processing``) except for what a config lists under ``model_from_pretrained_kwargs``; its own list
-says ``center_writing_weights`` of GPT-2's ``res-jb`` and ``mlp-tm`` releases. What each does to activations:
+``HookedTransformer`` can rewrite weights so that the logits stay the same and activations change. SAE Lens loads models
+unprocessed (``from_pretrained_no_processing``), except for what a config lists under ``model_from_pretrained_kwargs``;
+its own list has ``center_writing_weights`` for GPT-2's ``res-jb`` and ``mlp-tm`` releases. Effects on activations:
 
-- ``center_writing_weights``: the residual stream and what is added to it lose their mean over coordinates, in models
-  with LayerNorm, which subtracts that mean in any case; RMSNorm would notice, so TransformerLens then leaves it out.
-- ``fold_ln``: the norms' weights move into the next layer, so what MLP and attention receive is without them
-  (``hook_normalized`` was so before, too).
-- ``fold_value_biases``, ``refactor_factored_attn_matrices``: the heads' outputs change, attention's output does not.
+- ``center_writing_weights``: in models with LayerNorm, the residual stream and what is added to it lose their mean over
+  coordinates, which LayerNorm subtracts anyway. TransformerLens skips it for RMSNorm, whose output it would change.
+- ``fold_ln``: the norms' weights move into the next layer, so the inputs of MLP and attention lack them
+  (``hook_normalized`` always did).
+- ``fold_value_biases``, ``refactor_factored_attn_matrices``: change the heads' outputs, not attention's output.
 
-Before SAE Lens 3.19.2 (https://github.com/decoderesearch/SAELens/pull/279) models were rewritten unless the trainer
-was told otherwise, and the config was silent. Those are taken as raw, as the library takes them.
+Before SAE Lens 3.19.2 (https://github.com/decoderesearch/SAELens/pull/279) models were processed by default and the
+config did not record it. Such SAEs are treated as unprocessed, as the library does.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.hookpoints import is_module_path
 
 STREAM = frozenset({"resid_pre", "resid_mid", "resid_post", "mlp_out", "attn_out"})
-"""The residual stream, and what is added to it."""
+"""The residual stream and what is added to it."""
 
 CHANGES = {
     "center_writing_weights": STREAM,
@@ -33,7 +33,7 @@ CHANGES = {
     "fold_value_biases": frozenset({"z"}),
     "refactor_factored_attn_matrices": frozenset({"z"}),
 }
-"""What TransformerLens may be told to rewrite, and where activations then differ."""
+"""Option of TransformerLens -> the hook points whose activations it changes."""
 
 _RMS_NORM = re.compile(
     r"gemma|llama|vicuna|mistral|mixtral|qwen|deepseek|phi-?[34]|\byi-|olmo-?[23e]|apertus|gpt-oss|smollm|\bt5", re.I
@@ -43,16 +43,17 @@ _RMS_NORM = re.compile(
 def is_centred(
     settings: Mapping[str, Any], hookpoint: str, input_hookpoint: str | None, model_name: str | None, path: Path
 ) -> bool:
-    """Whether an SAE was trained on activations less their mean over coordinates.
+    """Return whether an SAE was trained on activations minus their mean over coordinates.
 
     Args:
         settings: ``model_from_pretrained_kwargs`` of the config at ``path``.
-        hookpoint: the place that the SAE reconstructs.
-        input_hookpoint: where it reads, if that is another place.
-        model_name: the model that the config names; only its family matters, LayerNorm or RMSNorm.
+        hookpoint: the hook point that the SAE reconstructs.
+        input_hookpoint: the hook point that it reads, if different.
+        model_name: the model in the config; only its family matters (LayerNorm or RMSNorm).
+        path: the config's path, for messages.
 
     Raises:
-        RequestError: the weights were rewritten in a way that changes these activations and cannot be followed.
+        RequestError: the rewritten weights change these activations in a way that cannot be reproduced.
     """
     asked = {name for name in CHANGES if settings.get(name)}
     if "center_writing_weights" in asked and model_name is not None and _RMS_NORM.search(model_name):

@@ -1,4 +1,4 @@
-"""Build a coder from SAE Lens's weights without importing the library."""
+"""Construction of coders from SAE Lens's weights without the library."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ SKIP = ("skip_transcoder", "jumprelu_skip_transcoder")
 
 @dataclass(frozen=True)
 class _Linear:
-    """Both linear maps, on the way to a coder."""
+    """The encoder's and decoder's linear maps during construction."""
 
     W_enc: Tensor
     """``[d_sae, d_in]``."""
     b_enc: Tensor
-    """``[d_sae]``; of a gated SAE, the gates'."""
+    """``[d_sae]``; the gate's bias in a gated SAE."""
     W_dec: Tensor
     """``[d_sae, d_out]``."""
     b_dec: Tensor
     """``[d_out]``."""
 
     def scaled(self, factor: float) -> _Linear:
-        """For inputs that are multiplied by a factor, and outputs that are divided by it."""
+        """Fold in a factor that multiplies inputs and divides outputs."""
         return _Linear(self.W_enc * factor, self.b_enc, self.W_dec / factor, self.b_dec / factor)
 
     def rescaled(self) -> _Linear:
-        """With a decoder of unit rows, whose norms have gone into the pre-activations."""
+        """Normalise the decoder's rows and multiply the pre-activations by their norms."""
         norms = self.W_dec.norm(dim=1).clamp(min=1e-8)
         W_enc, W_dec = self.W_enc * norms.unsqueeze(1), self.W_dec / norms.unsqueeze(1)
         return replace(self, W_enc=W_enc, b_enc=self.b_enc * norms, W_dec=W_dec)
 
     def unwhitened(self, whitening: Whitening, *, subtracts_b_dec: bool) -> _Linear:
-        """For inputs before the whitening. In float64: the inverse of small variances is large."""
+        """Fold in the whitening of inputs. Uses float64, because the inverse of small variances is large."""
         mean, matrix, inverse = (t.double() for t in (whitening.mean, whitening.matrix, whitening.inverse))
         W_enc, b_enc = self.W_enc.double() @ matrix.T, self.b_enc.double()
         moved = _Linear(
             W_enc=W_enc,
-            b_enc=b_enc if subtracts_b_dec else b_enc - W_enc @ mean,  # the new b_dec holds the mean
+            b_enc=b_enc if subtracts_b_dec else b_enc - W_enc @ mean,  # the new b_dec includes the mean
             W_dec=self.W_dec.double() @ inverse,
             b_dec=self.b_dec.double() @ inverse + mean,
         )
@@ -55,7 +55,7 @@ class _Linear:
 
 
 def expected_shapes(lens: LensConfig, names: set[str]) -> Shapes:
-    """Tensors that a native architecture needs, given the names that the file holds."""
+    """Return the names and shapes that a native architecture needs, given the names in the file."""
     latents = (lens.d_sae,)
     shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (lens.d_in, lens.d_sae),
@@ -77,7 +77,7 @@ def expected_shapes(lens: LensConfig, names: set[str]) -> Shapes:
 
 
 def build_native(lens: LensConfig, tensors: dict[str, Tensor], scaling: InputScaling | None = None) -> Coder:
-    """A coder from float32 tensors in SAE Lens's names and shapes, everything that can be folded in folded."""
+    """Build a coder from float32 tensors with SAE Lens's names and shapes, with all input scaling folded in."""
     finetuned = tensors.get("scaling_factor")
     if finetuned is not None and not torch.allclose(finetuned, torch.ones_like(finetuned)):
         raise RequestError(f"{lens.path}: finetuned with a scaling_factor, which SAE Lens 6 cannot apply either")
@@ -108,7 +108,7 @@ def _selection(lens: LensConfig, tensors: dict[str, Tensor], scaling_factor: flo
     elif "log_threshold" in tensors:
         threshold = tensors["log_threshold"].exp()
     elif "topk_threshold" in tensors:
-        # In units of pre-activation times decoder norm, and the decoder was divided by the factor.
+        # The unit is pre-activation times decoder norm, and the decoder was divided by the factor.
         divisor = scaling_factor if lens.rescale_acts_by_decoder_norm else 1.0
         threshold = (tensors["topk_threshold"] / divisor).expand(lens.d_sae).clone()
     return Threshold(threshold.clamp(min=0))
