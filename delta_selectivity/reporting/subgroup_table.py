@@ -36,7 +36,7 @@ def subgroup_section(study: Study, by: By) -> list[Markup]:
         for line in _lines([file for sae in study.saes for file in sae.files], by)
     ]  # fmt: skip
     head = ("group", "SAE", "cells", "people", "delta_sel", "minus that of all others", "q")
-    return [element("p", ABOUT), table(head, rows)] if rows else []
+    return [element("p", ABOUT.replace("\n", " ")), table(head, rows)] if rows else []
 
 
 def subgroup_text(files: Sequence[File], by: By) -> str:
