@@ -17,8 +17,8 @@ from delta_selectivity.system.terminal import printable
 
 ABOUT = (
     "delta_sel of groups of people, averaged over the cells in which the group and all other people have at least 10\n"
-    "effective people of each class; vs others: that minus the same of all other people. A person is in one group of each\n"
-    "kind in each dataset, and their rows in all cells count as one draw. q: Benjamini-Hochberg over all lines."
+    "effective people of each class; vs others: that minus the same of all other people. A person is in one group of\n"
+    "each kind in each dataset, and their rows in all cells count as one draw. q: Benjamini-Hochberg over all lines."
 )
 LONGEST = 60  # characters of a group
 
