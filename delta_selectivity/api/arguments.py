@@ -101,8 +101,15 @@ def as_source(
 ) -> SaeSource:
     """Return a name or an object as an `SaeSource`; an object without a layer takes the only requested one.
 
-    d_in: Width of an object that does not have a known width.
-    input_hookpoint: Input of a transcoder that does not define its own.
+    Args:
+        sae: A name, an `SaeSource`, or an object that `wrap_sae` accepts.
+        layers: The requested layers; None: every layer that the SAE has.
+        hookpoint: Hook point of an SAE that does not define its own.
+        d_in: Width of an object whose width is unknown.
+        input_hookpoint: Input of a transcoder that does not define its own.
+
+    Raises:
+        RequestError: The object is not an SAE, or needs an argument that is not given.
     """
     if isinstance(sae, SaeSource):
         return sae

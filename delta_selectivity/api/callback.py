@@ -111,7 +111,7 @@ class Callback:
             self._measure({label: trainer.saes[name] for name, label in names.items()}, step, None)
 
     def _own_names(self, trainer: Any) -> dict[str, str]:
-        """Return the names of sparsify's SAEs at the evaluator's hook point -> the suffix that distinguishes them."""
+        """Return the names of sparsify's SAEs at the evaluator's hook point -> a label for each."""
         site, found = self.evaluator.site, {}
         for name in trainer.saes:
             of, _, label = name.partition("/")

@@ -57,11 +57,14 @@ class Push:
 def push(files: Sequence[File], repo: str, sae: str | None = None, *, dry_run: bool = False) -> Push:
     """Publish the result files of one SAE with their page, and add a summary to the repository's model card.
 
-    sae: Its name, or a unique part of it; may be None if there is only one.
-
     Everything is one commit on the state that was read, so no partial update is visible. A lost connection is retried
-    twice. Stored scores are not published, nor are texts that were kept only because the run was set to
-    keep all.
+    twice. Stored scores are not published, nor are texts that were kept only because the run was set to keep all.
+
+    Args:
+        files: Result files, which may include those of other SAEs.
+        repo: ``"owner/name"`` of an existing repository.
+        sae: Its name, or a unique part of it; may be None if there is only one.
+        dry_run: Return what would be written, without writing.
 
     Raises:
         RequestError: There is no token, or it has no write access; the repository does not exist; the Hub does not

@@ -17,8 +17,15 @@ from delta_selectivity.models.places import Site, Tap
 def capture(taps: Mapping[Site, Tap], n_texts: int, n_tokens: int) -> Iterator[dict[Site, Tensor]]:
     """Collect `[n_texts, n_tokens, d]` at every tap that the model computes inside the context.
 
-    Only passes of the current thread are captured, since several threads may run the model. Raises `RequestError`
-    from inside the forward pass if a module's value does not have one row per token.
+    Only passes of the current thread are captured, since several threads may run the model.
+
+    Args:
+        taps: Tap of each site.
+        n_texts: Number of texts per forward pass.
+        n_tokens: Number of tokens per text, including padding.
+
+    Raises:
+        RequestError: From inside the forward pass, if a module's value does not have one row per token.
     """
     found: dict[Site, Tensor] = {}
     owner = threading.get_ident()
@@ -63,8 +70,18 @@ def _received(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def replacing(site: Site, tap: Tap, n_texts: int, n_tokens: int, place: Tensor, rows: Tensor) -> Iterator[None]:
     """Replace the value at the tap by `rows` [n, d] inside the context, and run the model on from there.
 
-    place int64 [n], text x n_tokens + position: other positions keep their values. Only passes of the current thread
-    are affected. Raises `RequestError` as `capture` does.
+    Only passes of the current thread are affected.
+
+    Args:
+        site: The site that the tap belongs to.
+        tap: Module input or output to replace.
+        n_texts: Number of texts per forward pass.
+        n_tokens: Number of tokens per text, including padding.
+        place: int64 [n], text x n_tokens + position of each row; other positions keep their values.
+        rows: The new values [n, d].
+
+    Raises:
+        RequestError: As for `capture`.
     """
     owner = threading.get_ident()
 

@@ -84,7 +84,7 @@ class Pretrained:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return the commit of a hub model, or the sha256 of a local one's files. It identifies the weights."""
+        """Return the commit of a hub model, or the sha256 of a local one's files, including config and tokenizer."""
         if self.commit is not None:
             return self.commit
         if self.gguf is not None:

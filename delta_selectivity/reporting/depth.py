@@ -49,7 +49,7 @@ class Panel:
 
     probe: str
     lines: tuple[Line, ...]
-    shaded: tuple[tuple[int, float, float], ...] = ()  # layers with significant differences, and the two values
+    shaded: tuple[tuple[int, float, float], ...] = ()  # (layer, lower, upper value) of significant differences
 
 
 def depth(study: Study, sae: Sae, name: str) -> Plot | None:

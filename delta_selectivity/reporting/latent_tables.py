@@ -9,7 +9,7 @@ from delta_selectivity.records.texts import Text
 from delta_selectivity.reporting.row_tables import excerpt
 from delta_selectivity.reporting.tables import Row, aligned
 
-SHOWN = 15  # latents
+SHOWN = 15  # maximum number of latents in the text
 BEFORE, NAME = 40, 24  # characters of an example
 COLUMNS = ("carrier", "latent", "share", "dropped", "alignment", "difference", "rate_0", "rate_1", "auc", "examples",
            "address")  # fmt: skip

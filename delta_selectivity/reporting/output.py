@@ -20,10 +20,16 @@ LEAST_ROOM = 500_000  # minimum bytes reserved for rows, whatever the size of th
 
 
 def write_page(study: Study, path: Path, by: By | None = None, *, with_rows: bool = True) -> str:
-    """Write the page atomically; returns a message. Raises `RequestError` if the path is not writable.
+    """Write the page atomically; returns a message.
 
-    by: Further groups of people, besides those by length and frequency of the name.
-    with_rows: Include the rows of the cells, with their texts if they are stored.
+    Args:
+        study: The SAEs to report on.
+        path: The HTML file.
+        by: Further groups of people, besides those by length and frequency of the name.
+        with_rows: Include the rows of the cells, with their texts if they are stored.
+
+    Raises:
+        RequestError: The path is not writable.
     """
     with _told("`page`", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
         plots = plots_of(study)

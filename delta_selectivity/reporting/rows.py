@@ -143,8 +143,12 @@ class CellRows:
 def rows_of(place: Place, fetch: bool = True) -> CellRows:
     """Return the rows of a cell, from its stored scores and texts.
 
-    fetch: whether to download task data to look up texts that were not stored.
-    Raises `RequestError` if the scores are missing or from another run.
+    Args:
+        place: Location of the cell.
+        fetch: Whether to download task data to look up texts that were not stored.
+
+    Raises:
+        RequestError: The scores are missing or from another run.
     """
     (path, found), layer, probe = place
     where = scores.path_of(path, layer)
@@ -181,7 +185,14 @@ def places(sae: Sae) -> list[Place]:
 def find_cell(files: Sequence[File], probe: str, layer: int | None = None, sae: str | None = None) -> Place:
     """Return the requested cell; layer and SAE may be omitted if there is only one.
 
-    sae: its name, or a unique suffix or part of it. Raises `RequestError` if there is no such cell, or several.
+    Args:
+        files: Result files to search.
+        probe: Name of the probe, or ``dataset/probe``.
+        layer: Its layer.
+        sae: Name of the SAE, or a unique suffix or part of it.
+
+    Raises:
+        RequestError: There is no such cell, or several.
     """
     named = by_sae(files)
     own = named[find_sae(named, sae)]

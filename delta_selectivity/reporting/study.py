@@ -315,14 +315,14 @@ def _level(files: Sequence[File]) -> result_file.Json:
     level = level_of(files)
     if level or not all(results["_run"]["complete"] for _, results in files):
         return level
-    from delta_selectivity.records.sae_level import summarise  # here: scipy
+    from delta_selectivity.records.sae_level import summarise  # here: imports scipy
 
     return summarise(stored_cells(files), tasks_of(files))
 
 
 def tasks_of(files: Sequence[File]) -> Any:
     """Return the task information of each dataset for `records.sae_level`."""
-    from delta_selectivity.records.task_level import task_of  # here: scipy
+    from delta_selectivity.records.task_level import task_of  # here: imports scipy
 
     return {dataset_of(file): task_of(file[1]["_run"], dataset_of(file)) for file in files}
 

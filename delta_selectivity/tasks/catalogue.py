@@ -39,9 +39,13 @@ def parse_dataset_names(spec: str, wikidata_only: bool = False) -> tuple[str, ..
     """Parse '0,1,politics' to ('gender', 'occupation', 'politics'); duplicates are dropped, order is kept.
 
     0 to 4 are the Wikidata tasks, other numbers those of sae-probes; a name of `TASK_GROUPS` stands for its tasks.
-    wikidata_only: `all` means the Wikidata tasks, because the folders to read from have no others.
 
-    Raises `RequestError` for an empty request and for a number or name that does not exist.
+    Args:
+        spec: Numbers and names, separated by commas.
+        wikidata_only: `all` means the Wikidata tasks, because the folders to read from have no others.
+
+    Raises:
+        RequestError: The request is empty, or a number or name does not exist.
     """
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     if not parts:
@@ -118,8 +122,13 @@ def load_probe_texts(
 ) -> ProbeTexts:
     """Load tasks (None: all Wikidata tasks) into one deduplicated `ProbeTexts`.
 
-    shuffle_select_n: maximum number of rows per task, sampled with `seed`.
-    Raises `RequestError` for any error in the request or the files.
+    Args:
+        tasks: Names or loaded tasks.
+        shuffle_select_n: Maximum number of rows per task; None: all.
+        seed: Seed of the sampling.
+
+    Raises:
+        RequestError: The request or the files have an error.
     """
     if shuffle_select_n is not None and shuffle_select_n < 1:
         raise RequestError(f"`shuffle_select_n` must be at least 1, got {shuffle_select_n}")

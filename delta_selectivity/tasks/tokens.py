@@ -73,12 +73,18 @@ def tokenise(
     Tokens after the name are kept if they fit: in a causal model they do not affect the name, but they count in
     mse_whole. The tokenizer adds no special tokens; BOS is prepended here. If a text already begins with BOS, as
     with chat templates, that one is removed, so that only `prepend_bos` decides. Pre-tokenised mentions keep their ids.
-    last_only: of a name that does not fit, keep only the end.
 
-    n_embeddings: number of tokens that the model supports; None: all of the tokenizer's.
+    Args:
+        mentions: Texts and the characters of the names in them.
+        tokenizer: A fast tokenizer.
+        prepend_bos: Whether texts begin with BOS.
+        max_length: Maximum number of tokens per text.
+        n_embeddings: Number of tokens that the model supports; None: all of the tokenizer's.
+        last_only: Keep only the end of a name that does not fit.
 
-    Raises `RequestError` for a slow tokenizer, for one without BOS if needed or with other tokens, for a token that
-    the model has no embedding for, and for a mention whose name has no token or does not fit.
+    Raises:
+        RequestError: The tokenizer is slow, lacks a required BOS, or does not belong to the model; a token has no
+            embedding in the model; or the name of a mention has no token or does not fit.
     """
     own_bos = _opening_token(tokenizer)
     bos = _bos(tokenizer) if prepend_bos else []

@@ -25,7 +25,7 @@ class UserData:
     columns: tuple[tuple[str, str], ...] = ()  # (our column name, the user's); columns not listed here have our names
 
     def __post_init__(self) -> None:
-        """Expand `~`, which a shell does not do after `=`, nor for arguments from Python."""
+        """Expand `~`, which shells leave unchanged after `=`, and which Python callers may pass."""
         object.__setattr__(self, "path_or_name", os.path.expanduser(self.path_or_name))  # noqa: PTH111
 
     @property
