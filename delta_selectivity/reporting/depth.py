@@ -49,7 +49,7 @@ class Panel:
 
     probe: str
     lines: tuple[Line, ...]
-    shaded: tuple[tuple[int, float, float], ...] = ()  # (layer, lower, upper value) of significant differences
+    shaded: tuple[tuple[int, float, float], ...] = ()  # significant layers, with the selectivity of both SAEs
 
 
 def depth(study: Study, sae: Sae, name: str) -> Plot | None:
