@@ -17,7 +17,7 @@ from delta_selectivity.system.terminal import printable
 
 ABOUT = (
     "delta_sel of groups of people, averaged over the cells in which the group and all other people have at least 10\n"
-    "effective people of each class; and that minus the same of all other people. A person is in one group of each\n"
+    "effective people of each class; vs others: that minus the same of all other people. A person is in one group of each\n"
     "kind in each dataset, and their rows in all cells count as one draw. q: Benjamini-Hochberg over all lines."
 )
 LONGEST = 60  # characters of a group
@@ -35,8 +35,8 @@ def subgroup_section(study: Study, by: By) -> list[Markup]:
         )
         for line in _lines([file for sae in study.saes for file in sae.files], by)
     ]  # fmt: skip
-    head = ("group", "SAE", "cells", "people", "delta_sel", "minus that of all others", "q")
-    return [element("p", ABOUT), table(head, rows)] if rows else []
+    head = ("group", "SAE", "cells", "people", "delta_sel", "vs others", "q")
+    return [element("p", ABOUT.replace("\n", " ")), table(head, rows)] if rows else []
 
 
 def subgroup_text(files: Sequence[File], by: By) -> str:
@@ -52,7 +52,7 @@ def subgroup_text(files: Sequence[File], by: By) -> str:
     ]  # fmt: skip
     if not rows:
         return "no cell has both its scores beside it and enough people in a group"
-    head: Row = ("group", "SAE", "cells", "people", "delta_sel", "95 % interval", "minus that of all others",
+    head: Row = ("group", "SAE", "cells", "people", "delta_sel", "95 % interval", "vs others",
                  "95 % interval", "q")  # fmt: skip
     return f"{aligned([head, *rows])}\n\n{ABOUT}"
 
