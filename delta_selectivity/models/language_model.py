@@ -318,7 +318,11 @@ class WholeModel:
     def logits_with(self, ids: Tensor, site: Site, place: Tensor, rows: Tensor) -> Tensor:
         """Return the logits [texts, tokens, vocabulary] with the value at a site replaced by `rows` [n, d].
 
-        place int64 [n], text x tokens + position, of each row; all other positions keep their values.
+        Args:
+            ids: Right-padded token ids [texts, tokens].
+            site: The site whose value is replaced.
+            place: int64 [n], text x tokens + position of each row; all other positions keep their values.
+            rows: The new values.
         """
         n_texts, n_tokens = ids.shape
         with replacing(site, self.taps[site], n_texts, n_tokens, place, rows):

@@ -77,11 +77,16 @@ def page(
     rows: str | None = None,
     pack_plots: bool = False,
 ) -> str:
-    """Return the whole document. `drawn` holds each plot's SVG by name; download links double their size.
+    """Return the whole document.
 
-    groups: Section on the losses of groups of people, over all cells.
-    rows: The result of `row_data.packed`: the rows of the cells.
-    pack_plots: Embed plots compressed; the script decompresses those that scroll into view.
+    Args:
+        study: The SAEs to report on.
+        plots: Their plots.
+        drawn: SVG of each plot, by name.
+        with_links: Add download links, which double the size of the plots.
+        groups: Section on the losses of groups of people, over all cells.
+        rows: Rows of the cells, from `row_data.packed`.
+        pack_plots: Embed plots compressed; the script decompresses those that scroll into view.
     """
     inner = {name: inline(svg) for name, svg in drawn.items()}
 

@@ -23,7 +23,13 @@ def accessible(
 ) -> str:
     """Return a stand-alone SVG document with a title, a description, and a tooltip on each part that has one.
 
-    cells: Parts that represent a cell, with its number, which is stored on them.
+    Args:
+        svg: SVG as matplotlib writes it.
+        name: Prefix of the ids of title and description.
+        title: Title of the plot.
+        description: Alternative text.
+        tips: Id of a part -> its tooltip.
+        cells: Id of a part -> number of the cell that it represents.
     """
     root = ElementTree.fromstring(svg)
     for metadata in root.findall(f"{{{SVG}}}metadata"):
