@@ -1,4 +1,4 @@
-"""Which people SAEs lose more than others, over all cells: for the page and for a terminal."""
+"""Losses of groups of people compared with all others, over all cells, for the page and for a terminal."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ABOUT = (
 )
 LONGEST = 60  # characters of a group
 
-Line = dict[str, Any]  # of `MEAN_COLUMNS`
+Line = dict[str, Any]  # keys are `MEAN_COLUMNS`
 
 
 def subgroup_section(study: Study, by: By) -> list[Markup]:
-    """A table with a line for each group and SAE; nothing where no scores are kept."""
+    """Return a table with a line for each group and SAE; empty if no scores are stored."""
     by_name = {sae.name: sae for sae in study.saes}
     rows = [
         (
@@ -40,7 +40,7 @@ def subgroup_section(study: Study, by: By) -> list[Markup]:
 
 
 def subgroup_text(files: Sequence[File], by: By) -> str:
-    """The same for a terminal."""
+    """Return the same table as text."""
     rows: list[Row] = [
         (
             _group(line), line["sae"], str(line["n_cells"]), str(line["n_people"]),
@@ -58,7 +58,7 @@ def subgroup_text(files: Sequence[File], by: By) -> str:
 
 
 def _lines(files: Sequence[File], by: By) -> list[Line]:
-    """The lines, the SAEs of a group one below the other."""
+    """Return the lines, with the SAEs of a group one below the other."""
     found = [dict(zip(MEAN_COLUMNS, line, strict=True)) for line in mean_subgroup_lines(files, None, None, None, by)]
     groups = list(dict.fromkeys((line["by"], line["group"]) for line in found))
     return sorted(found, key=lambda line: groups.index((line["by"], line["group"])))
@@ -69,6 +69,6 @@ def _group(line: Line) -> str:
 
 
 def _estimate(line: Line, name: str, prefix: str) -> Markup:
-    """A figure with its interval."""
+    """Return a figure with its interval."""
     ends = span(line[f"{prefix}ci_low"], line[f"{prefix}ci_high"], 4)
     return join([element("b", signed(line[name], 4)), " ", element("small", ends)])
