@@ -200,7 +200,9 @@ def test_means_over_cells_from_python_the_command_line_and_the_page(tmp_path, ca
     shown = capsys.readouterr().out
     assert "born: 1900s" in shown
     assert report.main([str(folder), "-o", str(tmp_path / "page.html"), "--people", str(path)]) == 0
-    assert "Who loses more" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Who loses more" in page
+    assert "at least 10 effective people" in page
     for wrong in (["--people", str(path)], ["--subgroups", "--csv", "x.csv"], ["--subgroups", "--people", "none.csv"]):
         assert report.main([str(folder), *wrong]) == 2
     assert capsys.readouterr().err.count("error:") == 3

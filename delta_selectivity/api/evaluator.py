@@ -57,17 +57,17 @@ log = logging.getLogger(__name__)
 
 
 class Evaluator:
-    """Measures SAEs of one layer on the same rows, one call each.
+    """Evaluator of SAEs of one layer on the same rows, with one call for each SAE.
 
-    Texts, activations and the model's own probes are made once, at construction, and stay in memory. A call costs an
-    SAE's encoding and its own probes: no disk, no forward pass. It gives the numbers of `evaluate` for the same rows,
-    folds and ``whole_tokens``, to the bit on a CPU. It changes nothing about the SAE: its weights, gradients, mode,
-    device and the random state of the process are as before.
+    Texts, activations and the model's own probes are computed once, at construction, and stay in memory. A call only
+    encodes with the SAE and fits the SAE's probes: no disk access, no forward pass. It gives the numbers of `evaluate`
+    for the same rows, folds and ``whole_tokens``, bitwise identical on a CPU. It does not change the SAE (weights,
+    gradients, mode, device) or the random state of the process.
 
-    It is itself what SAE Lens calls an evaluator: ``SAETrainer(cfg, sae, data, evaluator=evaluator)``. `Callback` hooks
+    It has the signature of an SAE Lens evaluator: ``SAETrainer(cfg, sae, data, evaluator=evaluator)``. `Callback` hooks
     it into any training and logs to TensorBoard, W&B or CSV.
 
-    Activations are kept up to ``settings.queue_gb``; the texts beyond it go through the model at every call.
+    Activations are kept up to ``settings.queue_gb``; texts that do not fit are run through the model at every call.
 
     Example:
         >>> evaluator = Evaluator(model, layer=1, tasks="people.csv", rows=200, settings=Settings(folds=3, repeats=2))
@@ -77,10 +77,10 @@ class Evaluator:
     """
 
     settings: Settings
-    warnings: list[str]  # what a reader of the numbers must know, each line once
+    warnings: list[str]  # warnings about the numbers, each line once
     budget: Budget | None  # rows, seconds and precision of a call; None before the first
     _site: Site
-    _device: str  # of model and SAEs
+    _device: str  # of the model and the SAEs
     _has_bos: bool
     _widths: dict[Site, int]
     _tokenised: TokenisedMentions
@@ -110,23 +110,23 @@ class Evaluator:
             model: Hub id or local folder of a decoder of transformers.
             layer: Layer of the SAEs, counted from 0.
             tasks: One task or a list, as for `evaluate`.
-            rows: At most so many rows of each task, drawn by ``settings.seed``, classes balanced; None: as
-                ``settings.shuffle_select_n`` says.
-            seconds: What a call may take. The first SAE is measured with more and more rows, up to ``rows``, as long as
-                that fits; with these rows all others are measured too. ``budget`` says how many they are, and how
-                precise the numbers are.
-            whole_tokens: Tokens of each task, drawn by seed, for ``mse_whole``, ``fvu_whole`` and ``dead``, whose
-                standard errors say how much that leaves open; None: all of them. Everything else is of all
+            rows: Maximum number of rows per task, drawn with ``settings.seed``, with balanced classes; None: use
+                ``settings.shuffle_select_n``.
+            seconds: Maximum time of a call. The first SAE is measured with increasing numbers of rows, up to ``rows``,
+                as long as the time suffices; all later SAEs are measured with the same rows. ``budget`` has their
+                number and the precision of the results.
+            whole_tokens: Number of tokens per task, drawn by seed, for ``mse_whole``, ``fvu_whole`` and ``dead``; their
+                standard errors measure the sampling error. None: all tokens. All other numbers use all
                 rows.
-            input_hookpoint: What transcoders read; None for autoencoders, which read what they reconstruct.
-            settings: All other choices; ``hookpoint`` is resid_post unless given. ``baselines``, ``downstream``,
-                ``overwrite``, ``force`` and ``cache_gb`` have no effect. Whether an SAE fits its hook point is not
-                checked, as `evaluate` does: a high ``fvu_whole`` shows it, and above 1 at the probed positions is a
-                warning.
+            input_hookpoint: Input of transcoders; None for autoencoders, which reconstruct their input.
+            settings: All other options; ``hookpoint`` defaults to resid_post. ``baselines``, ``downstream``,
+                ``overwrite``, ``force`` and ``cache_gb`` have no effect. Unlike in `evaluate`, there is no check that
+                an SAE fits its hook point: a mismatch shows as a high ``fvu_whole``, and a value above 1 at the probed
+                positions gives a warning.
             device: As for `evaluate`.
 
         Raises:
-            RequestError: Something asked for cannot be had; ``error.field`` names it.
+            RequestError: An argument is invalid or not available; ``error.field`` names it.
         """
         settings = replace(as_settings(settings), whole_tokens=whole_tokens)
         drawn = "shuffle_select_n" if rows is None else "rows"
@@ -199,23 +199,23 @@ class Evaluator:
         """Measure one SAE.
 
         Args:
-            sae: An object as `evaluate` takes it, what `wrap_sae` or `open_sae` returns, or a name.
-            data_provider: What SAE Lens's trainer gives: not read, so the training sees the same batches as without.
-            activation_scaler: Of SAE Lens's trainer, where it scales or whitens what the SAE sees; the SAE is measured
-                with that folded into a copy of its weights, as the trainer does at its end.
+            sae: An object as for `evaluate`, the result of `wrap_sae` or `open_sae`, or a name.
+            data_provider: Passed by SAE Lens's trainer; not read, so that the training sees the same batches.
+            activation_scaler: Passed by SAE Lens's trainer if it scales or whitens the SAE's input. It is folded into a
+                copy of the SAE's weights, as the trainer does at its end.
 
         Returns:
-            To a trainer, which gives all three arguments, what `for_training` makes of the dict below, and an empty one
-            with a warning in place of an ``ArithmeticError``: a training that diverges is not ended here.
+            For a trainer, which passes all three arguments: the dict below, converted by `for_training`. Instead of an
+            ``ArithmeticError``, it gets an empty dict and a warning, so that a diverging training is not aborted.
 
-            A flat dict of Python floats: ``delta_sel`` and ``transfer_r2``, means over all probes, with ``_ci_low`` and
-            ``_ci_high``; ``TASK/fvu_whole`` and the other reconstruction figures; ``TASK/PROBE/delta_sel``,
-            ``.../ci_low`` and every other number of the probe (``TASK/...`` where the probe has the task's name).
-            True and False are 1.0 and 0.0; what was not measured is absent. `docs/numbers.md` defines every key.
+            Otherwise a flat dict of floats: ``delta_sel`` and ``transfer_r2``, means over all probes, with ``_ci_low``
+            and ``_ci_high``; ``TASK/fvu_whole`` and the other reconstruction figures; ``TASK/PROBE/delta_sel``,
+            ``.../ci_low`` and every other number of the probe (``TASK/...`` if the probe has the task's name).
+            True and False become 1.0 and 0.0; missing numbers are absent. `docs/numbers.md` defines every key.
 
         Raises:
-            RequestError: The SAE is of another layer, place or width, or asks for another BOS setting.
-            ArithmeticError: Its codes or reconstructions hold NaN or Inf, or are too large for probes.
+            RequestError: The SAE is for another layer, hook point or width, or for another BOS setting.
+            ArithmeticError: Codes or reconstructions hold NaN or Inf, or are too large for probes.
         """
         if data_provider is None and activation_scaler is None:
             return self._call(sae)
@@ -236,19 +236,19 @@ class Evaluator:
         if self.budget is None:
             self.budget = budget_of(numbers, took)
             log.info("%s", self.budget)
-        elif took < self.budget.seconds:  # the first call pays for what a process does once
+        elif took < self.budget.seconds:  # the first call includes one-time costs of the process
             self.budget = replace(self.budget, seconds=took)
         return numbers
 
     def _choose_rows(self, sae: Any, seconds: float) -> None:
-        """Use as many rows as a call of so many seconds allows."""
+        """Use as many rows as a call of at most `seconds` allows."""
         took = 0.0
 
         def seconds_at(rows: int) -> float:
             nonlocal took
-            if took:  # the first rows are there already
+            if took:  # the first rows are already set up
                 self._set_up(self._texts(rows))
-            self._numbers(sae, True)  # what a process does once does not count
+            self._numbers(sae, True)  # warm-up: one-time costs of the process do not count
             start = time.perf_counter()
             self._numbers(sae, True)
             took = time.perf_counter() - start
@@ -273,12 +273,16 @@ class Evaluator:
 
     @property
     def site(self) -> Site:
-        """Layer and place of its SAEs."""
+        """Return the layer and hook point of the SAEs."""
         return self._site
 
     @default_modes()
     def measure(self, sae: Any) -> dict[str, CellResult]:
-        """Measure one SAE; returns task -> its figures, records and out-of-fold scores. Arguments as for a call."""
+        """Measure one SAE. Arguments as for a call.
+
+        Returns:
+            Task -> its figures, records and out-of-fold scores.
+        """
         return self._measure(sae, in_training=False)
 
     def _measure(self, sae: Any, in_training: bool) -> dict[str, CellResult]:
@@ -314,7 +318,7 @@ class Evaluator:
         try:
             with sharing_cores(self._device):
                 return Preflight.sample(model, info, self._tokenised, self.settings.seed).scales()
-        except ArithmeticError:  # NaN or Inf in its activations: measuring them says in which text
+        except ArithmeticError:  # NaN or Inf in the activations: measuring reports the text
             return {}
 
     @property
@@ -324,7 +328,7 @@ class Evaluator:
     def _produce(
         self, saes: Mapping[Site, Mapping[int, Any]], counts_bos: Mapping[int, bool], cores: Cores
     ) -> list[Item]:
-        """Rows of the probed positions, and the sums over all tokens."""
+        """Produce the rows of the probed positions and the sums over all tokens."""
         producer = Producer(
             self._model, saes, counts_bos, self._tokenised, self._work.rows, self.settings.batch_size, cores,
             Stopwatch(), self._work.sample, self._scales, self._work.latents_of,
@@ -334,7 +338,7 @@ class Evaluator:
         return items
 
     def _prepare(self) -> None:
-        """Run the model over every text, and fit the probes of its own activations."""
+        """Run the model over every text, and fit the probes of its activations."""
         with sharing_cores(self._device) as cores:
             items = self._produce({self._site: {}}, {}, cores)
             backend, _ = choose_backend(self.settings.probe, self._work.device)
@@ -353,7 +357,7 @@ class Evaluator:
                     pass
 
     def _fitting(self, sae: Any) -> SaeSource:
-        """Return the SAE, found to be of this layer, place and width."""
+        """Return the SAE after checking its layer, hook point and width."""
         layer, hookpoint = self._site
         reads = next((place for place in self._widths if place != self._site), self._site)
         is_name = isinstance(sae, str | os.PathLike)
@@ -382,12 +386,12 @@ class Evaluator:
 
 
 def _most_rows(texts: ProbeTexts) -> int:
-    """Rows of the largest task."""
+    """Return the number of rows of the largest task."""
     return max(len(set().union(*(probe.mentions.tolist() for probe in task.probes))) for task in texts.datasets)
 
 
 def _without_numbers(line: str) -> str:
-    """What a warning is about: of an SAE in training it comes again and again, with other numbers."""
+    """Return a warning without its numbers, which differ each time it recurs during training."""
     return re.sub(r"[\d.]+", "", line)
 
 

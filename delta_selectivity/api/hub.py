@@ -1,6 +1,6 @@
-"""Publish the results of an SAE in its repository on the Hugging Face Hub: files, page and model card in one commit.
+"""Publish the results of an SAE in its Hugging Face Hub repository: files, page and model card in one commit.
 
-push(files, "owner/sae", dry_run=True)     # what would be written, and nothing is
+push(files, "owner/sae", dry_run=True)     # return what would be written, without writing
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from delta_selectivity.system.hub_access import use_cache_if_unreachable
 log = logging.getLogger(__name__)
 
 FOLDER = "delta_selectivity"
-"""Where result files and page lie in the repository."""
+"""Folder of the result files and the page in the repository."""
 CARD = "README.md"
 PAUSES = (1.0, 4.0)
 """Seconds before the second and the third attempt."""
 CHANGED = 412
-"""Status of a commit to a repository that somebody else has committed to in between."""
+"""HTTP status of a commit to a repository that has changed since it was read."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Push:
-    """What is written to a repository of the Hub."""
+    """Files to write to a Hub repository."""
 
     repo: str
-    files: dict[str, bytes]  # by their path in the repository, the model card last
+    files: dict[str, bytes]  # by path in the repository, the model card last
     card_before: str
     url: str | None = None  # of the commit; None: nothing was written
 
@@ -55,17 +55,20 @@ class Push:
 
 
 def push(files: Sequence[File], repo: str, sae: str | None = None, *, dry_run: bool = False) -> Push:
-    """Write the result files of one SAE, their page and what they say into the model card of its repository.
+    """Publish the result files of one SAE with their page, and add a summary to the repository's model card.
 
-    sae: Its name, or what only its name holds; None if there is only one.
+    Everything is one commit on the state that was read, so no partial update is visible. A lost connection is retried
+    twice. Stored scores are not published, nor are texts that were kept only because the run was set to keep all.
 
-    All of it is one commit on what was read, so nothing is ever half done; a connection that is lost is tried again,
-    twice. The scores behind the files are not published, nor are texts that a run kept only because it was told to
-    keep all.
+    Args:
+        files: Result files, which may include those of other SAEs.
+        repo: ``"owner/name"`` of an existing repository.
+        sae: Its name, or a unique part of it; may be None if there is only one.
+        dry_run: Return what would be written, without writing.
 
     Raises:
-        RequestError: There is no token, or it may not write there; there is no such repository; the Hub does not
-            answer; the card's metadata cannot be added to.
+        RequestError: There is no token, or it has no write access; the repository does not exist; the Hub does not
+            respond; the card's metadata cannot be extended.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError
@@ -92,11 +95,11 @@ def push(files: Sequence[File], repo: str, sae: str | None = None, *, dry_run: b
 
 
 def _contents(study: Study) -> dict[str, bytes]:
-    """By their path in the repository."""
-    from delta_selectivity.reporting.output import write_page  # matplotlib: a wrong request does without it
+    """Return the files to publish, by path in the repository."""
+    from delta_selectivity.reporting.output import write_page  # imports matplotlib
 
     found: dict[str, bytes] = {}
-    for path, _ in study.files:  # of two runs, say, of other layers
+    for path, _ in study.files:  # there may be several runs, such as for different layers
         names = (f"{FOLDER}/{path.stem}{'' if n == 1 else f'-{n}'}{path.suffix}" for n in itertools.count(1))
         found[next(name for name in names if name not in found)] = path.read_bytes()
     private = any(found["_run"]["config"].get("keep_texts") == "all" for _, found in study.files)
@@ -107,7 +110,7 @@ def _contents(study: Study) -> dict[str, bytes]:
 
 
 def _attempt(api: Any, repo: str, sae: Sae, contents: dict[str, bytes], dry_run: bool) -> Push:
-    """Read the card, and commit on what was read."""
+    """Read the card, and commit on the state that was read."""
     from huggingface_hub import CommitOperationAdd
 
     head = api.model_info(repo).sha
@@ -124,7 +127,7 @@ def _attempt(api: Any, repo: str, sae: Sae, contents: dict[str, bytes], dry_run:
 
 
 def _read_card(api: Any, repo: str, revision: str) -> str:
-    """The card as it is, to the letter; empty if there is none."""
+    """Return the card unchanged; empty if there is none."""
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -141,7 +144,7 @@ def _read_card(api: Any, repo: str, revision: str) -> str:
 
 
 def _persistent(repo: str, attempt: Callable[[], Result]) -> Result:
-    """Try again after a lost connection or an error of the Hub's own. Raises `RequestError` in one line."""
+    """Retry after a lost connection or a server error. Raises a one-line `RequestError`."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     for pause in (*PAUSES, None):
@@ -154,7 +157,7 @@ def _persistent(repo: str, attempt: Callable[[], Result]) -> Result:
                 raise RequestError(f"`push_to_hub` {repo}: {_reason(status, error)}; nothing was written") from error
             log.info("%s: %s: trying again in %g s", repo, _reason(status, error), pause)
             time.sleep(pause)
-        except ValueError as error:  # of the Hub's own check of the card
+        except ValueError as error:  # raised by the Hub client's validation of the card
             told = " ".join(str(error).split())
             raise RequestError(f"`push_to_hub` {repo}: {told}; nothing was written") from error
     raise AssertionError("the last attempt returns or raises")

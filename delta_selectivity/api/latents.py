@@ -1,4 +1,4 @@
-"""The latents that carry a probe: from the file that keeps them, or found again with the model."""
+"""The latents that carry a probe, read from the stored file or computed with the model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from delta_selectivity.reporting.rows import Place
 
 
 def latents_of(place: Place, source: Any = None, device: Any = None) -> Json:
-    """Return what is kept of a cell, or else find it and keep it, if its texts may be kept.
+    """Return the stored latents of a cell, or compute them and store them if its texts may be stored.
 
-    Raises `RequestError` if the model, the SAE or the texts are no longer what was measured.
+    Raises `RequestError` if the model, the SAE or the texts have changed since the measurement.
     """
     (path, found), layer, probe = place
     key = found["_run"]["key"]
     kept = latents.load(path, key, layer, probe)
     if kept is not None:
         return kept
-    from delta_selectivity.run.carriers import find_carriers  # it imports all that a run does
+    from delta_selectivity.run.carriers import find_carriers  # imports everything that a run does
 
     dataset = dataset_of(place.file)
     new = find_carriers(found, dataset, layer, probe, source, None if device is None else str(device))

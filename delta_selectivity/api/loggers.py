@@ -1,9 +1,9 @@
-"""Loggers of numbers by step: TensorBoard, W&B and CSV files, each called with a flat dict and a step.
+"""Loggers of numbers by step (TensorBoard, W&B and CSV files), called with a flat dict and a step.
 
 log = CsvLogger("training.csv")
 log({"delta/gender/layer_3/transfer_r2": 0.71}, step=100)
 
-Any function of a dict and a step is a logger too.
+Any function of a dict and a step also works as a logger.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Logger = Callable[[Mapping[str, float], int], Any]
 
 
 class CsvLogger:
-    """A line for each number in a CSV file: ``step, name, value, ci_low, ci_high``. Lines are added to those there."""
+    """CSV log with one line per number: ``step, name, value, ci_low, ci_high``. Appends to an existing file."""
 
     COLUMNS = ("step", "name", "value", "ci_low", "ci_high")
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Take the file's name; folders that are not there are made. Raises `RequestError` if it cannot be written."""
+        """Set the path, creating missing folders. Raises `RequestError` if it is not writable."""
         self.path: Path = as_path(path, "path")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ class CsvLogger:
             raise RequestError(f"`path` {self.path}: cannot be written: {error.strerror or error}") from error
 
     def __call__(self, numbers: Mapping[str, float], step: int) -> None:
-        """Add the numbers of a step; all of them in one piece."""
+        """Append the numbers of a step in a single write."""
         bounds = {f"{name}{end}" for name in intervals(numbers) for end in (LOW, HIGH)}
         lines = io.StringIO(newline="")
         csv.writer(lines).writerows(
@@ -52,10 +52,10 @@ class CsvLogger:
 
 
 class TensorBoardLogger:
-    """Scalars of TensorBoard. The tab "Custom Scalars" shows each number that has an interval with it as a band."""
+    """TensorBoard scalars. The tab "Custom Scalars" shows each number that has an interval as a curve with a band."""
 
     def __init__(self, to: Any) -> None:
-        """Take a folder, or the training's own ``SummaryWriter``.
+        """Write to a folder, or to the training's own ``SummaryWriter``.
 
         Raises:
             RequestError: A folder was given, and the package tensorboard is not installed.
@@ -74,7 +74,7 @@ class TensorBoardLogger:
         for name, value in numbers.items():
             self.writer.add_scalar(name, value, step)
         banded = [name for name in intervals(numbers) if name not in self._banded]
-        if banded:  # the layout is of all charts at once
+        if banded:  # the layout always covers all charts
             self._banded += banded
             charts = {name: ["Margin", [name, f"{name}{LOW}", f"{name}{HIGH}"]] for name in self._banded}
             self.writer.add_custom_scalars({ROOT: charts})
@@ -82,18 +82,18 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Rows of a W&B run, drawn over ``delta/step``. W&B draws no bands: bounds of intervals are curves of their own."""
+    """Metrics of a W&B run, plotted over ``delta/step``. W&B has no bands: bounds of intervals are separate curves."""
 
     STEP = f"{ROOT}/step"
 
     def __init__(self, run: Any = None) -> None:
-        """Take a run; None: the one that ``wandb.init`` has started when the first numbers come."""
+        """Log to a run; None: the run started by ``wandb.init``, looked up when the first numbers are logged."""
         self._run: Any = None
         if run is not None:
             self._begin(run)
 
     def __call__(self, numbers: Mapping[str, float], step: int) -> None:
-        """Log the numbers of a step: in the row of that step, or in the next one if the run is past it.
+        """Log the numbers of a step: in the row of that step, or in the next row if the run is already past it.
 
         Raises:
             RequestError: There is no run.

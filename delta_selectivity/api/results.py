@@ -1,4 +1,4 @@
-"""The class `Results`: the results of runs as a table."""
+"""The class `Results`: a table of the results of runs."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Difference:
-    """How two SAEs differ, paired by row, fold and person, over the cells that both have.
+    """Difference of two SAEs, paired by row, fold and person, over the cells that both have.
 
     Each `Estimate` has ``value`` (the first SAE's minus the second's), ``low`` and ``high`` (95 % interval),
-    ``p_value`` and ``detectable`` (the smallest difference that these data would show with 80 % power).
+    ``p_value`` and ``detectable`` (the smallest difference that would be found with 80 % power).
     """
 
     a: str
     b: str
-    n_cells: int  # (task, layer, probe)
+    n_cells: int  # cells are (task, layer, probe)
     delta_sel: Estimate
     transfer_r2: Estimate | None  # None: no probe was tested on both reconstructions
 
@@ -59,7 +59,7 @@ class Difference:
 
 
 class TemporaryFolder:
-    """A folder that goes with the last object that holds it. A copy of that holds the same; a pickle of it, none."""
+    """A temporary folder, removed with the last object that refers to it. Copies share it; pickles omit it."""
 
     def __init__(self) -> None:
         self.path = Path(mkdtemp(prefix="delta-selectivity-"))
@@ -73,14 +73,14 @@ class TemporaryFolder:
 
 
 def _remove(folder: Path, process: int) -> None:
-    if os.getpid() == process:  # not what a fork of it forgets
+    if os.getpid() == process:  # a forked process must not remove the folder of its parent
         shutil.rmtree(folder, ignore_errors=True)
 
 
 class Results:
-    """The results of a run, or of a folder of result files: a row per SAE, task, layer and probe.
+    """Results of a run, or of a folder of result files: one row per SAE, task, layer and probe.
 
-    They stay on disk and are read when they are asked for; `save` copies them elsewhere.
+    Result files stay on disk and are read on demand; `save` copies them.
 
     Example:
         >>> results = evaluate(model, [sae, other_sae], "people.csv", layers=1, settings=Settings(folds=3, repeats=2))
@@ -94,20 +94,20 @@ class Results:
     """
 
     def __init__(self, places: Mapping[Path, Path], own: TemporaryFolder | None = None) -> None:
-        """Take result files, and where `save` puts each; own: the temporary folder that goes when the results do."""
+        """Take result files and where `save` puts each; own: the temporary folder to remove with the results."""
         self._places, self._own = dict(places), own
 
     @classmethod
     def below(cls, folder: Path, paths: Iterable[Path], own: TemporaryFolder | None = None) -> Results:
-        """Return the results in these files of a folder."""
+        """Return the results in the given files of a folder."""
         return cls({path: path.relative_to(folder) for path in paths}, own)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *more: str | os.PathLike[str]) -> Results:
-        """Return the results in a folder of result files, or in one file; several are put side by side.
+        """Load the results in a folder of result files, or in one file; several are combined.
 
         Raises:
-            RequestError: There are none in one of them, or one is no result file or was changed by hand.
+            RequestError: One of them has no results, or a file is not a result file or was edited.
         """
         places: dict[Path, Path] = {}
         for path in (as_path(each, "folder") for each in (folder, *more)):
@@ -119,26 +119,26 @@ class Results:
 
     @cached_property
     def files(self) -> list[File]:
-        """The result files, each checked: its path and what it holds."""
+        """Return the result files, checked: path and content of each."""
         return table.load(self._places)
 
     @property
     def saes(self) -> list[str]:
-        """Names of the SAEs, and after them of the baselines."""
+        """Return the names of the SAEs, followed by those of the baselines."""
         return list(table.by_sae(self.files))
 
     @property
     def warnings(self) -> list[str]:
-        """What a reader of the numbers must know, each line once."""
+        """Return the warnings about the numbers, each line once."""
         return list(dict.fromkeys(line for _, found in self.files for line in found["_run"]["warnings"]))
 
     def to_frame(self) -> pandas.DataFrame:
         """Return a data frame with a row per SAE, task, layer and probe.
 
         Columns: ``sae``, ``baseline`` (its kind; None for an SAE), ``dataset``, ``layer``, ``probe``; ``model`` and the
-        settings that change a number (``positions``, ``seed``, ...); the figures of the layer (``mse_pos``,
-        ``fvu_whole``, ``l0``, ...); all that was measured of the probe (``model_sel``, ``sae_sel``, ``delta_sel``,
-        ``ci_low``, ``ci_high``, ``q_value``, ...). ``docs/numbers.md`` defines every one.
+        settings that affect the numbers (``positions``, ``seed``, ...); the figures of the layer (``mse_pos``,
+        ``fvu_whole``, ``l0``, ...); all numbers of the probe (``model_sel``, ``sae_sel``, ``delta_sel``,
+        ``ci_low``, ``ci_high``, ``q_value``, ...). ``docs/numbers.md`` defines all of them.
         """
         import pandas
 
@@ -148,11 +148,11 @@ class Results:
         """Return the difference between two SAEs, averaged over the tasks, layers and probes that both have.
 
         Args:
-            a: An SAE, by its name in `saes` or by the name of its folder.
+            a: An SAE, by its name in `saes` or the name of its folder.
             b: The SAE to compare it with.
 
         Raises:
-            RequestError: There is no such SAE, its stored scores are gone, or the two share no rows and folds.
+            RequestError: There is no such SAE, its stored scores are missing, or the two share no rows and folds.
         """
         one, other = self._cells(a, "a"), self._cells(b, "b")
         delta = sae_level.difference(one, other)
@@ -164,16 +164,16 @@ class Results:
         return Difference(a, b, n_cells, delta, sae_level.difference_in_transfer_r2(one, other))
 
     def series(self) -> pandas.DataFrame:
-        """Return checkpoints of trainings: a line for each step, with its difference from the step before.
+        """Return the checkpoints of trainings: one line per step, with the difference from the previous step.
 
-        A series is SAEs whose names differ in the step alone (``runs/a/step_100``, ``runs/a/step_200``; a number that
-        is a folder of its own counts too), or one SAE at revisions of its model (``step1000``, ``step2000``).
+        A series consists of SAEs whose names differ only in the step (``runs/a/step_100``, ``runs/a/step_200``, or
+        folders named by a number), or of one SAE at several revisions of its model (``step1000``, ``step2000``).
 
         Columns: ``series`` (the name with an asterisk for the step), ``step``, ``sae``; ``transfer_r2`` and
         ``delta_sel`` with ``_ci_low``, ``_ci_high``, means over all cells; ``change``, ``change_ci_low``,
-        ``change_ci_high``, ``change_p_value`` (transfer_r2 minus that of the step before, paired); ``surely_better``
-        (that interval lies above 0). ``frame.attrs["last_better"]``: by series, the last step that is surely better
-        than the one before, or None.
+        ``change_ci_high``, ``change_p_value`` (transfer_r2 minus that of the previous step, paired); ``surely_better``
+        (that interval lies above 0). ``frame.attrs["last_better"]``: for each series, the last step that is surely
+        better than the previous one, or None.
         """
         import pandas
 
@@ -187,21 +187,21 @@ class Results:
         return frame
 
     def rows(self, probe: str, layer: int | None = None, sae: str | None = None) -> pandas.DataFrame:
-        """Return who was lost: the rows of one cell, those that lost most first.
+        """Return the rows of one cell with their outcome, the largest losses first.
 
-        Columns: ``text``, ``start``, ``end`` (the characters that were probed), ``name``, ``person``, ``label``;
+        Columns: ``text``, ``start``, ``end`` (the probed characters), ``name``, ``person``, ``label``;
         ``outcome`` (``lost``: the model's probe is right and the SAE's wrong; ``gained``, ``both``, ``neither``);
-        ``lost`` (how far the score moved towards the wrong side); ``model``, ``sae``, ``transfer`` (mean scores over
+        ``lost`` (how far the score moved towards the wrong class); ``model``, ``sae``, ``transfer`` (mean scores over
         the partitions; positive: the positive class), ``model_right``, ``sae_right`` (share of the partitions).
-        Texts that were not kept beside the scores are looked up where the task is public, and None otherwise.
+        Texts that were not stored with the scores are looked up if the task is public, and are None otherwise.
 
         Args:
-            probe: As in `to_frame`; ``dataset/probe`` where several datasets have it.
-            layer: May be left out if there is only one.
-            sae: Its name, or what only its name holds, such as ``"k8"``; may be left out if there is only one.
+            probe: As in `to_frame`; ``dataset/probe`` if several datasets have it.
+            layer: May be omitted if there is only one.
+            sae: Its name or a unique part of it, such as ``"k8"``; may be omitted if there is only one.
 
         Raises:
-            RequestError: There is no such cell, or its stored scores are gone.
+            RequestError: There is no such cell, or its stored scores are missing.
         """
         return rows_of(find_cell(self.files, probe, layer, sae)).frame()
 
@@ -214,23 +214,23 @@ class Results:
         by: Mapping[str, Mapping[str, str]] | str | os.PathLike[str] | None = None,
         mean: bool = False,
     ) -> pandas.DataFrame:
-        """Return which people lose more than the others: a line per cell and group, with q over all lines.
+        """Return the losses of groups of people compared with all others: one line per cell and group.
 
         Columns: ``sae``, ``dataset``, ``layer``, ``probe``; ``by``, ``group``, ``n_rows``, ``n_people``; ``delta_sel``,
         ``ci_low``, ``ci_high`` of the group's rows; ``against`` (its delta_sel minus that of all other people),
         ``against_ci_low``, ``against_ci_high``, ``p_value``, ``q_value`` (Benjamini-Hochberg over all lines). Cells
-        whose scores are gone, and groups with fewer than 10 effective people of a class, are left out.
+        whose scores are missing, and groups with fewer than 10 effective people of a class, are left out.
 
         Args:
             probe: One probe; None: all.
             layer: One layer; None: all.
             sae: One SAE; None: all but baselines.
-            by: Groups beside length and frequency of the name, such as ``{"born": {"ada lovelace": "1810s", ...}}``:
-                by the key of the person, as `rows` has it. Or a CSV or TSV file with a column ``person`` or ``name``
-                and columns of groups, of which years and dates become decades. Needs texts.
-            mean: A line per SAE and group in place of one per cell: the mean over the cells that are chosen, of which
-                ``n_cells`` have enough people. A person's rows in all of them count as one draw. ``n_rows`` and
-                ``n_people`` are of all these cells.
+            by: Further groups, besides length and frequency of the name, such as ``{"born": {"ada lovelace":
+                "1810s"}}``, with the person keys of `rows`. Alternatively, a CSV or TSV file with a column ``person``
+                or ``name`` and columns of groups; years and dates become decades. Requires texts.
+            mean: Return one line per SAE and group, the mean over the selected cells, instead of one per cell.
+                ``n_cells`` counts the cells with enough people. All rows of a person count as one draw. ``n_rows`` and
+                ``n_people`` are totals over these cells.
 
         Raises:
             RequestError: There is no such SAE, or the file of people cannot be read.
@@ -245,27 +245,27 @@ class Results:
     def latents(
         self, probe: str, layer: int | None = None, sae: str | None = None, *, source: Any = None, device: Any = None
     ) -> pandas.DataFrame:
-        """Return which latents of the SAE carry the model's probe in one cell, those that carry most first.
+        """Return which latents of the SAE carry the model's probe in one cell, the largest shares first.
 
-        The gap between the classes' mean scores by the model's probe is a sum over latents, and what no latent
-        carries. Columns: ``carrier``, ``latent``; ``share`` of the gap; ``dropped`` (share that lies in the error along
-        the latent's direction); ``alignment`` (probe . W_dec), ``difference`` (of the class means of the latent),
-        ``rate_0``, ``rate_1`` (how often it fires in each class), ``auc`` (of the latent alone), ``examples`` (texts on
-        which it fires most), ``address`` (on Neuronpedia, if the SAE's config names it). The last lines are all other
-        latents, the error, and biases and scales: the shares add up to 1.
+        The gap between the classes' mean scores (by the model's probe) is decomposed into a sum over latents and a
+        remainder. Columns: ``carrier``, ``latent``; ``share`` of the gap; ``dropped`` (share that lies in the error
+        along the latent's direction); ``alignment`` (probe . W_dec), ``difference`` (of the class means of the latent),
+        ``rate_0``, ``rate_1`` (firing rate in each class), ``auc`` (of the latent alone), ``examples`` (texts with the
+        highest activations), ``address`` (on Neuronpedia, if the SAE's config names it). The last lines are all other
+        latents, the error, and biases and scales; the shares add up to 1.
 
-        The first call of a cell runs the model over the dataset's texts again; what it finds is kept beside the scores
-        if the texts may be (``keep_texts``).
+        The first call for a cell runs the model over the dataset's texts again; the result is stored with the scores
+        if texts may be stored (``keep_texts``).
 
         Args:
             probe: As for `rows`.
             layer: As for `rows`.
             sae: As for `rows`.
-            source: The SAE itself, as `wrap_sae` returns it, where it was measured as an object.
-            device: Where to compute; by default as the run did.
+            source: The SAE, as `wrap_sae` returns it, if it was measured as an object.
+            device: Device to compute on; by default that of the run.
 
         Raises:
-            RequestError: There is no such cell, or model, SAE or texts are no longer what was measured.
+            RequestError: There is no such cell, or the model, the SAE or the texts have changed since the measurement.
         """
         import pandas
 
@@ -273,11 +273,11 @@ class Results:
         return pandas.DataFrame(latent_lines(found), columns=list(COLUMNS)).astype({"latent": "Int64"})
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Copy the result files and the scores behind them into a folder; returns the folder.
+        """Copy the result files and their stored scores into a folder; returns the folder.
 
         Raises:
-            RequestError: The folder cannot be written to, or holds other results of the same names; or two of the
-                folders that these were loaded from do.
+            RequestError: The folder is not writable or holds different results of the same names; or two of the
+                loaded folders do.
         """
         target = as_path(folder, "folder")
         places = {path: target / place for path, place in self._places.items()}
@@ -300,12 +300,12 @@ class Results:
         return target
 
     def report(self, path: str | os.PathLike[str]) -> Path:
-        """Write one HTML page with tables and plots that needs no network; returns its path.
+        """Write one self-contained HTML page with tables and plots; returns its path.
 
         Raises:
-            RequestError: The path cannot be written.
+            RequestError: The path is not writable.
         """
-        from delta_selectivity.reporting.output import write_page  # matplotlib: tables do without it
+        from delta_selectivity.reporting.output import write_page  # imports matplotlib, which tables do not need
         from delta_selectivity.reporting.study import study_of
 
         page = as_path(path, "path")
@@ -314,20 +314,20 @@ class Results:
         return page
 
     def push_to_hub(self, repo: str, sae: str | None = None, *, dry_run: bool = False) -> Push:
-        """Publish the results of one SAE in its repository on the Hugging Face Hub, in one commit.
+        """Publish the results of one SAE in its Hugging Face Hub repository, in one commit.
 
-        That is its result files and its page, in the folder ``delta_selectivity``, and the means with their intervals
-        in the model card: as ``model-index`` metadata and as a table, each between marks. What else stands in the card
-        stays to the letter; a second push replaces the first. Print what is returned to see all of it.
+        Writes the result files and the page to the folder ``delta_selectivity``, and the means with their intervals to
+        the model card: as ``model-index`` metadata and as a table, each between markers. The rest of the card
+        is unchanged; a second push replaces the first. Print the returned object to see everything.
 
         Args:
-            repo: ``"owner/name"``; it must be there.
+            repo: ``"owner/name"`` of an existing repository.
             sae: As for `rows`.
-            dry_run: Return what would be written, and write nothing.
+            dry_run: Return what would be written, without writing.
 
         Raises:
-            RequestError: There is no token, or it may not write there; there is no such repository; the Hub does not
-                answer; the card's metadata cannot be added to. Nothing was written then.
+            RequestError: There is no token, or it has no write access; the repository does not exist; the Hub does not
+                respond; the card's metadata cannot be extended. Nothing is written in these cases.
         """
         from delta_selectivity.api.hub import push
 
@@ -335,7 +335,7 @@ class Results:
             return push(self.files, repo, sae, dry_run=dry_run)
 
     def __getstate__(self) -> dict[str, Any]:
-        """With what the files hold: their folder may be gone where it is unpickled."""
+        """Return the state with the content of the files, whose folder may not exist where it is unpickled."""
         return {**self.__dict__, "files": self.files}
 
     def __len__(self) -> int:
@@ -345,11 +345,11 @@ class Results:
         return f"<Results: {len(self)} rows of {', '.join(self.saes)}>"
 
     def _name(self, name: str, field: str) -> str:
-        """The SAE of this name or folder, or of a part of it, by its name in `saes`."""
+        """Return the name in `saes` of the SAE with this name or folder, or with this as a part of its name."""
         return find_sae(table.by_sae(self.files), name, field)
 
     def _cells(self, name: str, field: str) -> dict[sae_level.Place, ProbeScores]:
-        """The stored scores of one SAE."""
+        """Return the stored scores of one SAE."""
         cells = stored_cells(table.by_sae(self.files)[self._name(name, field)])
         if cells is None:
             raise RequestError(f"{name}: the scores beside its result files are gone: measure it again")

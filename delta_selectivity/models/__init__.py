@@ -1,1 +1,1 @@
-"""Language models of transformers as sources of activations at named places."""
+"""Language models of transformers as sources of activations at hook points."""

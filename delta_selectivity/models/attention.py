@@ -1,9 +1,9 @@
-"""Causal attention over short texts in bfloat16 on a CPU: two products and a softmax.
+"""Causal attention over short texts in bfloat16 on a CPU: two matrix products and a softmax.
 
-Torch's fused kernel is made for long texts: it never holds the scores of all pairs of tokens. Of a hundred tokens they
-are few, and without its bookkeeping attention takes half the time on AMD's CPUs, but on Intel's twice as long
-(`python benchmarks/bench_kernels.py`). Scores are rounded to bfloat16 on the way, as in transformers' own eager
-attention. Everything else, longer texts among it, goes to transformers' `sdpa`.
+Torch's fused kernel is designed for long texts: it never stores the scores of all pairs of tokens. For a hundred tokens
+these are few. Without the fused kernel's overhead, attention takes half the time on AMD CPUs, but twice as long on
+Intel CPUs (`python benchmarks/bench_kernels.py`). Scores are rounded to bfloat16, as in transformers' own eager
+attention. All other cases, including longer texts, use transformers' `sdpa`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 from delta_selectivity.system.processor import has_fast_bfloat16, prefers_onednn
 
 NAME = "sdpa_or_products"
-"""Of this attention, among transformers' attention functions."""
+"""Name of this implementation in transformers' registry of attention functions."""
 SHORT = 384
-"""Tokens up to which products are faster."""
+"""Maximum number of tokens for which matrix products are faster."""
 AT_A_TIME = 2**18
-"""Scores: what a cache holds."""
+"""Scores computed at a time, so that they fit into the CPU cache."""
 
 
 def use_where_faster(model: Any, device: torch.device) -> None:
-    """Have a transformers model attend by products, if it would attend by sdpa and that can be slower here."""
+    """Set a transformers model to this attention if it uses sdpa and this is faster on the processor."""
     fits = device.type == "cpu" and model.dtype == torch.bfloat16 and has_fast_bfloat16()
     if not fits or not prefers_onednn() or getattr(model.config, "_attn_implementation", None) != "sdpa":
         return
@@ -45,9 +45,9 @@ def attend(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Heads' results ``[texts, tokens, heads, d_head]`` for query ``[texts, heads, tokens, d_head]``, key and value.
+    """Return the heads' outputs ``[texts, tokens, heads, d_head]``; query has shape ``[texts, heads, tokens, d_head]``.
 
-    What transformers passes besides is for its own function; none of it is set in a plain causal pass.
+    Further options of transformers are passed to its own function; none is set in a plain causal pass.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
@@ -65,7 +65,7 @@ def attend(
     for first in range(0, n_texts, step):
         some = slice(first, first + step)
         scores = torch.baddbmm(future, query[some].flatten(0, 1), key[some].flatten(0, 1), alpha=scale)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)  # in bfloat16 alone it takes longer
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)  # slower in bfloat16
         heads = torch.bmm(weights, value[some].flatten(0, 1))
         found[some] = heads.unflatten(0, (-1, n_heads)).transpose(1, 2)
     return found, None

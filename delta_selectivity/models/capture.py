@@ -15,10 +15,17 @@ from delta_selectivity.models.places import Site, Tap
 
 @contextlib.contextmanager
 def capture(taps: Mapping[Site, Tap], n_texts: int, n_tokens: int) -> Iterator[dict[Site, Tensor]]:
-    """Collect `[n_texts, n_tokens, d]` at every tap that the model runs through while inside.
+    """Collect `[n_texts, n_tokens, d]` at every tap that the model computes inside the context.
 
-    Only of this thread's passes: several threads may run the model at a time. Raises `RequestError`, out of the
-    forward pass, where a module gives something else than one row a token.
+    Only passes of the current thread are captured, since several threads may run the model.
+
+    Args:
+        taps: Tap of each site.
+        n_texts: Number of texts per forward pass.
+        n_tokens: Number of tokens per text, including padding.
+
+    Raises:
+        RequestError: From inside the forward pass, if a module's value does not have one row per token.
     """
     found: dict[Site, Tensor] = {}
     owner = threading.get_ident()
@@ -39,7 +46,7 @@ def capture(taps: Mapping[Site, Tap], n_texts: int, n_tokens: int) -> Iterator[d
 
 
 def _attach(site: Site, tap: Tap, keep: Any) -> Any:
-    """Hook `keep` to the tap; returns the handle."""
+    """Register `keep` as a hook at the tap; returns the handle."""
     if tap.side == "output":
 
         def after(_module: Any, _args: Any, output: Any) -> None:
@@ -54,17 +61,27 @@ def _attach(site: Site, tap: Tap, keep: Any) -> Any:
 
 
 def _received(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The first tensor that a module is given, `hidden_states` before other names."""
+    """Return the first tensor argument of a module, preferring `hidden_states` among keyword arguments."""
     named = (kwargs["hidden_states"],) if "hidden_states" in kwargs else tuple(kwargs.values())
     return next((value for value in (*args, *named) if isinstance(value, Tensor)), None)
 
 
 @contextlib.contextmanager
 def replacing(site: Site, tap: Tap, n_texts: int, n_tokens: int, place: Tensor, rows: Tensor) -> Iterator[None]:
-    """Put `rows` [n, d] in the place of what is at the tap, while inside: the model runs on from them.
+    """Replace the value at the tap by `rows` [n, d] inside the context, and run the model on from there.
 
-    place int64 [n], text x n_tokens + position: what stands elsewhere stays. Only in this thread's passes. Raises
-    `RequestError` as `capture` does.
+    Only passes of the current thread are affected.
+
+    Args:
+        site: The site that the tap belongs to.
+        tap: Module input or output to replace.
+        n_texts: Number of texts per forward pass.
+        n_tokens: Number of tokens per text, including padding.
+        place: int64 [n], text x n_tokens + position of each row; other positions keep their values.
+        rows: The new values [n, d].
+
+    Raises:
+        RequestError: As for `capture`.
     """
     owner = threading.get_ident()
 
@@ -95,7 +112,7 @@ def replacing(site: Site, tap: Tap, n_texts: int, n_tokens: int, place: Tensor, 
 
 
 def _per_token(site: Site, value: Any, n_texts: int, n_tokens: int) -> Tensor:
-    """`[n_texts, n_tokens, d]` of what a module takes or gives: heads side by side, flattened texts apart again."""
+    """Return a module's value as `[n_texts, n_tokens, d]`: heads concatenated, flattened texts separated."""
     shape = tuple(value.shape) if isinstance(value, Tensor) else None
     if shape is not None and len(shape) >= 3 and shape[:2] == (n_texts, n_tokens):
         return value.flatten(2)

@@ -1,7 +1,7 @@
-"""Check on a few tokens that the hook points of a loaded model are what their names say.
+"""Check on a few tokens that the hook points of a loaded model hold what their names say.
 
-Hook points are found by the names that families give their modules. A family may use a name for something else, norm or
-scale what it adds to the residual stream, or look at later tokens. Each check costs one short forward pass.
+Hook points are found by the module names that model families use. A family may use a name for something else, normalise
+or scale the module's output before the residual stream, or attend to later tokens. Each check is a short forward pass.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUMS = {"resid_post": ("resid_pre", *ADDED), "resid_mid": ("resid_pre", "attn_ou
 
 
 def check(decoder: Any, taps: Mapping[Site, Tap], device: torch.device) -> None:
-    """Raises `RequestError` if a site is not computed, sees later tokens, or is not what its name says."""
+    """Raise `RequestError` if a site is not computed, depends on later tokens, or does not hold what its name says."""
     ids = _two_texts(decoder.get_input_embeddings().num_embeddings).to(device)
     found = _run(decoder, taps, ids)
     refuse_unused(taps, found)
@@ -41,7 +41,7 @@ def check(decoder: Any, taps: Mapping[Site, Tap], device: torch.device) -> None:
 
 
 def _two_texts(vocab_size: int) -> Tensor:
-    """int64 [2, N_TOKENS]: drawn ids, the first half the same in both texts."""
+    """Return random token ids, int64 [2, N_TOKENS], with the same first half in both texts."""
     ids = torch.randint(vocab_size, (2, N_TOKENS), generator=torch.Generator().manual_seed(0))
     ids[1, : N_TOKENS // 2] = ids[0, : N_TOKENS // 2]
     return ids
@@ -55,7 +55,7 @@ def _run(decoder: nn.Module, taps: Mapping[Site, Tap], ids: Tensor) -> dict[Site
 
 
 def _refuse_lookahead(decoder: nn.Module, site: Site, x: Tensor) -> None:
-    """Two texts with the same beginning have the same activations there, or the model is no causal one."""
+    """Raise `RequestError` if the activations of a common prefix differ between two texts: the model is not causal."""
     a, b = x[:, : N_TOKENS // 2].float()
     apart = (a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     if float(apart.max()) > torch.finfo(x.dtype).eps ** 0.5:
@@ -66,9 +66,9 @@ def _refuse_lookahead(decoder: nn.Module, site: Site, x: Tensor) -> None:
 
 
 def _check_sum(decoder: nn.Module, total: Site, ids: Tensor) -> None:
-    """resid_pre + attn_out + mlp_out is resid_post, in parallel and in serial blocks, up to rounding of the sums.
+    """Raise `RequestError` unless resid_pre + attn_out + mlp_out is resid_post, up to rounding of the sums.
 
-    resid_mid is resid_pre + attn_out, in serial blocks.
+    This holds in parallel and in serial blocks. In serial blocks, resid_mid is resid_pre + attn_out.
     """
     parts = [Site(total.layer, name) for name in SUMS[total.hookpoint]]
     found = _run(decoder, {site: find_tap(decoder, site) for site in (*parts, total)}, ids)
@@ -85,7 +85,7 @@ def _check_sum(decoder: nn.Module, total: Site, ids: Tensor) -> None:
 
 
 def _check_norm(decoder: nn.Module, site: Site, normalised: Tensor, ids: Tensor) -> None:
-    """The part reads what the norm puts out, and that is the normalised value times weight plus bias."""
+    """Raise `RequestError` unless the module's input is the normalised value times a weight plus a bias."""
     part = Site(site.layer, site.hookpoint.replace("normalized", "in"))
     norm = norm_before(block_of(decoder, site.layer), site.hookpoint)
     read = _run(decoder, {part: find_tap(decoder, part)}, ids)[part]

@@ -1,4 +1,4 @@
-"""Read sizes from a model's config, whatever its family calls them, and shorten a config to the first layers."""
+"""Read sizes from a model's config, for any family's field names, and truncate a config to the first layers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import copy
 from typing import Any, NamedTuple
 
 MAX_LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
-NO_LIMIT = 2**31 - 1  # relative positions, and a tokenizer that says nothing
+NO_LIMIT = 2**31 - 1  # used for relative positions with a tokenizer that sets no maximum
 
 
 class Sizes(NamedTuple):
-    """Of the text part of a model."""
+    """Sizes of the text part of a model."""
 
     n_layers: int
     d_model: int
@@ -18,7 +18,7 @@ class Sizes(NamedTuple):
 
 
 def read_sizes(config: Any, tokenizer: Any) -> Sizes:
-    """Sizes of a decoder-only model. Raises AttributeError or ValueError if the config is no such model's."""
+    """Return the sizes of a decoder-only model. Raises AttributeError or ValueError for other configs."""
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError("it has an encoder")
     text = config.get_text_config(decoder=True)
@@ -26,10 +26,10 @@ def read_sizes(config: Any, tokenizer: Any) -> Sizes:
 
 
 def _max_length(text: Any, tokenizer: Any) -> int:
-    """Positions that the model has; where it has any number, what its tokenizer says.
+    """Return the number of positions of the model, or the tokenizer's maximum if the model has no limit.
 
-    LongRoPE (Phi-3) has other rotary angles once a batch's longest text is beyond the original limit: a text keeps
-    its values in every batch only if none is.
+    LongRoPE (Phi-3) changes its rotary angles if the longest text of a batch exceeds the original limit. Below that
+    limit, a text has the same activations in every batch.
     """
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
@@ -39,9 +39,9 @@ def _max_length(text: Any, tokenizer: Any) -> int:
 
 
 def truncated(config: Any, n_layers: int) -> Any:
-    """A copy of the config that builds only the first `n_layers` layers.
+    """Return a copy of the config with only the first `n_layers` layers.
 
-    Lists with an entry for each layer (`layer_types` of Gemma and Qwen, `attention_layers` of GPT-Neo) are cut too.
+    Lists with one entry per layer (`layer_types` of Gemma and Qwen, `attention_layers` of GPT-Neo) are truncated too.
     """
     short = copy.deepcopy(config)
     text = short.get_text_config(decoder=True)
@@ -54,7 +54,7 @@ def truncated(config: Any, n_layers: int) -> Any:
 
 
 def configured_width(config: Any, hookpoint: str) -> int:
-    """Width of a hook point with a name, by the config alone."""
+    """Return the width of a named hook point from the config alone."""
     text = config.get_text_config(decoder=True)
     if hookpoint != "z":
         return int(text.hidden_size)

@@ -1,10 +1,10 @@
-"""Read what a GGUF file says of itself: architecture, quantisation, and whether all of it is there.
+"""Read the header of a GGUF file: architecture, quantisation, and whether the file is complete.
 
-    file = GgufFile.read(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))       # the header alone
+    file = GgufFile.read(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))       # reads only the header
     file.architecture, file.quantisation                                # "llama", "Q4_1"
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. transformers reads the rest, and gives every
-weight as a plain number: a file without its end, or scaled rotary positions, it would not notice.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. transformers reads the weights and dequantises
+them. It does not detect a truncated file, and it ignores scaled rotary positions.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 _ALIGNMENT = 32
 _UNREAD_ROTARY = ("rope_freqs", "rope_factors")
-"""Tensors that change a model's rotary positions, and that transformers leaves out."""
+"""Tensors that modify a model's rotary positions and that transformers ignores."""
 
 
 class _Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     type: int
-    offset: int  # from where the data begins
+    offset: int  # from the start of the data
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What its header says."""
+    """Facts from the header of a GGUF file."""
 
     architecture: str
-    quantisation: str  # type of most of its weights: "Q4_1", "F16"
+    quantisation: str  # type of most of the weights: "Q4_1", "F16"
     has_tokenizer: bool
 
     @classmethod
     def read(cls, path: Path) -> GgufFile:
-        """By the header alone. Raises `RequestError` if that cannot be read, or if the file ends early."""
+        """Read the header. Raises `RequestError` if it is unreadable, or if the file is truncated."""
         try:
             from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         except ImportError as error:
@@ -61,7 +61,7 @@ class GgufFile:
                 ends.append(start + tensor.offset + prod(tensor.shape) // per_block * n_bytes)
         except OSError as error:
             raise RequestError(f"`model` {path}: cannot be read ({error.strerror or error})") from error
-        except Exception as error:  # damage shows in many ways
+        except Exception as error:  # damaged files cause many kinds of errors
             told = str(error) if isinstance(error, _Refused) else f"damaged ({type(error).__name__}: {error})"
             raise RequestError(f"`model` {path}: no GGUF file that can be read: {told[:300]}") from error
         if (size := path.stat().st_size) < max(ends):
@@ -77,7 +77,7 @@ class GgufFile:
 
 @contextmanager
 def without_bar() -> Iterator[None]:
-    """Have transformers read the tensors of a GGUF file without a progress bar of its own."""
+    """Disable transformers' own progress bar for the tensors of a GGUF file."""
     from transformers import modeling_gguf_pytorch_utils as reader
 
     bar = reader.tqdm
@@ -89,11 +89,11 @@ def without_bar() -> Iterator[None]:
 
 
 class _Refused(ValueError):
-    """No damage, but nothing that can be read."""
+    """Error for an intact file that cannot be used."""
 
 
 def _refuse_unread_rotary(path: Path, metadata: dict[str, Any], tensors: list[str], architecture: str) -> None:
-    """Raise `RequestError` for rotary positions that transformers reads as if they were not scaled."""
+    """Raise `RequestError` for scaled rotary positions, which transformers reads as unscaled."""
     found = next((name for name in tensors if name.startswith(_UNREAD_ROTARY)), None)
     key = f"{architecture}.rope.scaling.type"
     if found is None and metadata.get(key, "none") != "none" and architecture != "gpt-oss":
@@ -106,7 +106,7 @@ def _refuse_unread_rotary(path: Path, metadata: dict[str, Any], tensors: list[st
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], list[_Tensor], int]:
-    """Metadata (of arrays their length alone), tensors, and where their data begins."""
+    """Return the metadata (for arrays, only the length), the tensors, and the offset of their data."""
     with path.open("rb") as file:
         if (magic := file.read(len(MAGIC))) != MAGIC:
             raise _Refused(f"it begins with {magic!r}, not with {MAGIC!r}")
@@ -126,7 +126,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], list[_Tensor], int]:
 
 
 class _Reader:
-    """Reads one value after the other. Raises struct.error beyond the end."""
+    """Sequential reader of values. Raises struct.error beyond the end."""
 
     def __init__(self, content: mmap.mmap, at: int) -> None:
         self.content = content
@@ -142,7 +142,7 @@ class _Reader:
         return self.content[start : self.at].decode("utf-8")
 
     def skip_text(self) -> int:
-        """Where it began."""
+        """Skip a string; returns its offset."""
         length = self.number("Q")
         start = self.at
         self.skip(length)
@@ -154,7 +154,7 @@ class _Reader:
             raise struct.error("it ends in its header")
 
     def value(self, kind: int) -> Any:
-        """One value of the metadata; of an array, how many there are."""
+        """Read one metadata value; for an array, returns its length."""
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:

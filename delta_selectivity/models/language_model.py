@@ -1,14 +1,14 @@
-"""A causal language model as a source of activations: no LM head, no layer beyond the last one asked for.
+"""A causal language model as a source of activations: no LM head, and no layer above the last requested one.
 
-    info = open_model("EleutherAI/pythia-160m", revision="step1000")    # by config and tokenizer alone
+    info = open_model("EleutherAI/pythia-160m", revision="step1000")    # reads only config and tokenizer
     sites = [Site(3, "resid_post"), Site(3, "z")]
     info.widths(sites)                                                  # {site: d}, still without weights
     model = info.load(sites, "cpu", "float32")
     model.activations(ids)                                              # {site: [texts, tokens, d]}
     model.token_rows(ids, lengths)                                      # {site: [real tokens, d]}
 
-Any decoder of transformers: hook points by name for the families whose blocks are built as most are, by module path
-for the rest. Values are those of the raw weights, as TransformerLens's hooks give them without weight processing.
+Any decoder of transformers works: hook points by name for families with the usual block structure, by module path for
+the others. Values are those of the raw weights, like TransformerLens's hooks without weight processing.
 """
 
 from __future__ import annotations
@@ -57,29 +57,29 @@ __all__ = [
     "open_model",
 ]
 
-# While transformers builds a model it swaps functions of its classes and torch's default dtype, for the whole process:
-# of two threads that do so at once, the second may leave every later model with weights untied or not initialised.
+# While transformers builds a model, it swaps functions of its classes and torch's default dtype for the whole process.
+# If two threads do so at once, the second may leave all later models with untied or uninitialised weights.
 BUILDING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model before its weights are read."""
+    """Facts about a model that are known before its weights are read."""
 
     files: Pretrained
     n_layers: int
     d_model: int
     max_length: int  # tokens
-    n_embeddings: int | None  # tokens that it knows, by the config; None: it does not tell
-    bos_token_id: int | None  # of the token that begins a text, if the tokenizer knows one
+    n_embeddings: int | None  # size of the embedding by the config; None: unknown
+    bos_token_id: int | None  # of the token that begins a text; None: the tokenizer has none
     eos_token_id: int | None
-    saved_dtype: str  # of the weights on disk, by the config: "None" if it does not tell
-    quantisation: str | None  # type of most weights of a GGUF file, "Q4_1"; None: no GGUF file
+    saved_dtype: str  # of the weights on disk, by the config; "None" if unknown
+    quantisation: str | None  # type of most weights of a GGUF file, "Q4_1"; None: not a GGUF file
 
     @classmethod
     def read(cls, files: Pretrained) -> ModelInfo:
-        """By config and tokenizer. Raises `RequestError` if either cannot be had, or is no decoder's."""
-        quantisation = files.quantisation  # first: it finds damage
+        """Read config and tokenizer. Raises `RequestError` if either is not available, or is not a decoder's."""
+        quantisation = files.quantisation  # first: this detects damage
         config, tokenizer = files.config, files.tokenizer
         try:
             sizes = read_sizes(config, tokenizer)
@@ -91,33 +91,34 @@ class ModelInfo:
 
     @property
     def name(self) -> str:
-        """As typed."""
+        """Return the name as typed."""
         return self.files.name
 
     @property
     def config(self) -> Any:
-        """A transformers.PretrainedConfig."""
+        """Return the transformers.PretrainedConfig."""
         return self.files.config
 
     @property
     def tokenizer(self) -> Any:
-        """A transformers.PreTrainedTokenizerFast."""
+        """Return the transformers.PreTrainedTokenizerFast."""
         return self.files.tokenizer
 
     @property
     def has_bos(self) -> bool:
-        """Whether the tokenizer knows a token that begins a text."""
+        """Return whether the tokenizer has a token that begins a text."""
         return self.bos_token_id is not None
 
     @property
     def opening_token_id(self) -> int | None:
-        """Of BOS, and where the tokenizer has none of EOS, which TransformerLens puts in front of texts then."""
+        """Return the id of BOS, or of EOS if the tokenizer has no BOS, as TransformerLens does."""
         return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
     def choose_dtype(self, asked: str, device: str) -> str:
-        """`auto`: bfloat16 for a model that was saved in it or more coarsely, if the device computes in it.
+        """Return the dtype for the weights and activations.
 
-        Else float32.
+        `auto` is bfloat16 if the model was saved in bfloat16 or lower precision and the device supports bfloat16,
+        otherwise float32.
         """
         if asked != "auto":
             return asked
@@ -125,31 +126,31 @@ class ModelInfo:
         return "bfloat16" if coarse and has_bfloat16(device) else "float32"
 
     def fingerprint(self) -> str:
-        """Of the files, as they were when it was first asked for."""
+        """Return the fingerprint of the files, computed at the first access."""
         return self.files.fingerprint
 
     def widths(self, sites: Collection[Site]) -> dict[Site, int]:
-        """Width d of what is at each site, without the weights.
+        """Return the width d of each site, without reading the weights.
 
-        Raises `RequestError`, with the alternatives, if a hook point does not exist or holds no row for each token.
+        Raises `RequestError`, with the alternatives, if a hook point does not exist or does not hold one row per token.
         """
         config = truncated(self.config, layers_needed(sites))
         return shape_widths(self._builder(config), config, sites)
 
     def names_of_modules(self) -> dict[str, str]:
-        """Paths of MLP and attention modules, and the hook point that each one's output is in this model.
+        """Return the paths of MLP and attention modules -> the hook point of each one's output in this model.
 
-        `layers.<layer>.mlp` is `mlp_out` if it is added to the residual stream as it is, else the path itself.
+        `layers.<layer>.mlp` is `mlp_out` if it is added to the residual stream unchanged, otherwise the path itself.
         """
         with FakeTensorMode():
             return names_of_modules(self._builder(truncated(self.config, 1))())
 
     def _builder(self, config: Any) -> Callable[[], nn.Module]:
-        """What makes the decoder of a config, inside `FakeTensorMode` without weights."""
+        """Return a function that builds the decoder of a config; inside `FakeTensorMode`, without weights."""
 
         def build() -> nn.Module:
-            # Made in float32, for transformers gives tensors that others make meanwhile the same dtype. Then bfloat16:
-            # some kernels of mixture-of-experts models know no shapes in float32.
+            # Build in float32, because transformers changes the default dtype of the process and other threads create
+            # tensors. Then convert to bfloat16: some mixture-of-experts kernels have no shape inference in float32.
             options = {"dtype": torch.float32, "trust_remote_code": self.files.trust_remote_code}
             with BUILDING:
                 module = _auto_class(config).from_config(config, **options).get_decoder()
@@ -158,7 +159,7 @@ class ModelInfo:
         return build
 
     def load(self, sites: Collection[Site], device: str, dtype: str) -> LanguageModel:
-        """Read the weights up to the last layer among `sites`, and check that the sites are what their names say.
+        """Read the weights up to the last layer among `sites`, and check the sites.
 
         Raises `RequestError` if weights are missing or a check fails (see `models.checks`).
         """
@@ -172,9 +173,9 @@ class ModelInfo:
         return LanguageModel(module, taps, torch.device(device))
 
     def load_whole(self, sites: Collection[Site], device: str, dtype: str) -> WholeModel:
-        """Read all weights, the LM head's too.
+        """Read all weights, including the LM head.
 
-        Raises `RequestError` if weights are missing, there is no LM head, or a site's value cannot be replaced.
+        Raises `RequestError` if weights are missing, there is no LM head, or the value at a site cannot be replaced.
         """
         for site in sites:
             check_replaceable(site)
@@ -193,7 +194,7 @@ class ModelInfo:
         from transformers.utils import logging as hf_logging
 
         verbosity = hf_logging.get_verbosity()
-        hf_logging.set_verbosity_error()  # it lists the LM head and the upper layers, left out on purpose
+        hf_logging.set_verbosity_error()  # it would list the LM head and upper layers, which are left out on purpose
         hf_logging.disable_progress_bar()
         try:
             with self.files.source() as (where, options), _unpacking(self.quantisation) as unpacked:
@@ -213,7 +214,7 @@ class ModelInfo:
 
 @contextmanager
 def _unpacking(quantisation: str | None) -> Iterator[dict[str, Any]]:
-    """Options to read weights with; of a GGUF file as plain numbers, which some kernels would leave packed."""
+    """Yield loading options; for a GGUF file, dequantise the weights, which some kernels would leave packed."""
     if quantisation is None:
         yield {}
         return
@@ -224,7 +225,7 @@ def _unpacking(quantisation: str | None) -> Iterator[dict[str, Any]]:
 
 
 def _with_weights_of(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module with new parameters: fake tensors, unlike others, cannot be converted where they are."""
+    """Return the module with new parameters, because fake tensors cannot be converted in place."""
     for part in module.modules():
         for name, weight in [*part.named_parameters(recurse=False)]:
             if weight.is_floating_point():
@@ -233,28 +234,28 @@ def _with_weights_of(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class ActivationSource(Protocol):
-    """A `LanguageModel`, or what stands for one."""
+    """Interface of `LanguageModel` and its substitutes."""
 
     @property
     def device(self) -> torch.device:
-        """Where activations are given."""
+        """Return the device of the activations."""
         ...
 
     def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
-        """What is at its sites for right-padded token ids [texts, tokens], of which `lengths` [texts] are real.
+        """Return activations for right-padded token ids [texts, tokens] with `lengths` [texts] real tokens.
 
-        Row after row, text by text, without the first `skip` tokens of each: site -> [rows, d of the site].
+        Rows are concatenated text by text, without the first `skip` tokens of each: site -> [rows, d of the site].
         """
         ...
 
     def only(self, sites: Collection[Site]) -> ActivationSource:
-        """The same with some of its sites; `self` is of no more use."""
+        """Return the same source restricted to some of its sites; `self` must not be used afterwards."""
         ...
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """The loaded model with the places in it whose values are wanted."""
+    """A loaded model and the sites whose activations it returns."""
 
     module: nn.Module  # the decoder without its LM head
     taps: Mapping[Site, Tap]
@@ -262,10 +263,10 @@ class LanguageModel:
 
     @torch.inference_mode()
     def activations(self, ids: Tensor) -> dict[Site, Tensor]:
-        """What is at the sites for right-padded token ids [texts, tokens]: site -> [texts, tokens, d of the site].
+        """Return activations for right-padded token ids [texts, tokens]: site -> [texts, tokens, d of the site].
 
-        No attention mask: attention is causal and padding comes last, so no real token ever sees it. What stands at
-        padded positions is meaningless.
+        There is no attention mask: attention is causal and padding is last, so real tokens are unaffected by it. Values
+        at padded positions are meaningless.
         """
         with capture(self.taps, *ids.shape) as found:
             self.module(input_ids=ids.to(self.device, non_blocking=True), use_cache=False)
@@ -273,22 +274,22 @@ class LanguageModel:
 
     @torch.inference_mode()
     def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
-        """The rows of real tokens alone (see `ActivationSource`)."""
+        """Return the activations of real tokens only (see `ActivationSource`)."""
         found = self.activations(ids)
         position = torch.arange(ids.shape[1])
         real = (position >= skip) & (position < lengths[:, None])
-        place = real.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # found on the CPU: nothing waits
+        place = real.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # found on the CPU: no waiting
         return {site: found.pop(site).flatten(0, 1).index_select(0, place) for site in list(found)}
 
     def only(self, sites: Collection[Site]) -> LanguageModel:
-        """This model with some of its sites; layers above the last of them are let go, so `self` is of no more use."""
+        """Return this model restricted to some sites. Drops higher layers, so `self` must not be used afterwards."""
         drop_layers_above(self.module, layers_needed(sites))
         return LanguageModel(self.module, {site: self.taps[site] for site in sites}, self.device)
 
 
 @dataclass(frozen=True)
 class WholeModel:
-    """The loaded model with its LM head, and the places in it whose values can be replaced."""
+    """A loaded model with its LM head, and the sites whose values can be replaced."""
 
     module: Any  # a transformers model with `get_decoder` and an LM head
     taps: Mapping[Site, Tap]
@@ -296,28 +297,32 @@ class WholeModel:
 
     @property
     def n_vocabulary(self) -> int:
-        """Logits of a token."""
+        """Return the number of logits per token."""
         return int(self.module.config.get_text_config(decoder=True).vocab_size)
 
     @torch.inference_mode()
     def activations(self, ids: Tensor) -> dict[Site, Tensor]:
-        """What is at the sites, as `LanguageModel.activations` gives it; the LM head is not used."""
+        """Return the activations as `LanguageModel.activations` does, without running the LM head."""
         with capture(self.taps, *ids.shape) as found:
             self.module.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
         return found
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> tuple[Tensor, dict[Site, Tensor]]:
-        """Logits [texts, tokens, vocabulary] of the model as it is, and what is at the sites."""
+        """Return the logits [texts, tokens, vocabulary] of the unmodified model, and the activations at the sites."""
         with capture(self.taps, *ids.shape) as found:
             logits = self._run(ids)
         return logits, found
 
     @torch.inference_mode()
     def logits_with(self, ids: Tensor, site: Site, place: Tensor, rows: Tensor) -> Tensor:
-        """Logits [texts, tokens, vocabulary] of the model run on from `rows` [n, d] at a site.
+        """Return the logits [texts, tokens, vocabulary] with the value at a site replaced by `rows` [n, d].
 
-        place int64 [n], text x tokens + position: where they stand; everything else there stays as it is.
+        Args:
+            ids: Right-padded token ids [texts, tokens].
+            site: The site whose value is replaced.
+            place: int64 [n], text x tokens + position of each row; all other positions keep their values.
+            rows: The new values.
         """
         n_texts, n_tokens = ids.shape
         with replacing(site, self.taps[site], n_texts, n_tokens, place, rows):
@@ -330,15 +335,15 @@ class WholeModel:
 
 
 def open_model(name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelInfo:
-    """A hub id or local folder, by its config and tokenizer. Raises `RequestError` if either cannot be had.
+    """Open a hub id or local folder by its config and tokenizer. Raises `RequestError` if either is not available.
 
-    Code of the model's own repository runs only if `trust_remote_code`.
+    Code from the model's repository runs only if `trust_remote_code` is set.
     """
     return ModelInfo.read(Pretrained.find(name, revision, trust_remote_code))
 
 
 def _auto_class(config: Any, with_head: bool = False) -> Any:
-    """`AutoModel`, which has no LM head; a repository's own code may know only how to build the model with one."""
+    """Return `AutoModel`, which has no LM head, or the class with one if a repository's own code only supports that."""
     from transformers import AutoModel, AutoModelForCausalLM
 
     own = getattr(config, "auto_map", None) or {}
@@ -347,7 +352,7 @@ def _auto_class(config: Any, with_head: bool = False) -> Any:
 
 
 def _in_own_memory(module: nn.Module) -> nn.Module:
-    """The module with its weights copied out of the mapped file: what is done to that file now is no matter."""
+    """Copy the weights out of the memory-mapped file, so that later changes to the file have no effect."""
     for weight in (*module.parameters(), *module.buffers()):
         weight.data = weight.data.clone()
     return module

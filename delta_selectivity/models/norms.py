@@ -1,7 +1,7 @@
 """LayerNorm and RMSNorm without weight and bias: what TransformerLens calls `hook_normalized`.
 
-TransformerLens keeps that place before the norm's weight and bias, whether or not they are folded into the
-matrices that follow. transformers has no module there, so it is computed from the norm's input.
+TransformerLens defines this value before the norm's weight and bias, whether or not they are folded into the
+following matrices. transformers has no module there, so it is computed from the norm's input.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from delta_selectivity.errors import RequestError
 
 
 def bare_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """x `[..., d]` -> x over its root mean square, after its mean was taken off if `norm` is a LayerNorm.
+    """Return the function that divides x `[..., d]` by its root mean square, after centring it for a LayerNorm.
 
-    Computed in float32, returned in x's dtype. Raises `RequestError` if the module does not say its epsilon.
+    It computes in float32 and returns x's dtype. Raises `RequestError` if the module has no known epsilon.
     """
     epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
     if not isinstance(epsilon, float):
@@ -34,10 +34,10 @@ def bare_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def is_affine_of(out: Tensor, normalised: Tensor, norm: nn.Module, tolerance: float) -> bool:
-    """Whether `out` is `normalised` times the norm's weight (Gemma: 1 + weight) plus its bias, to `tolerance`."""
+    """Return whether `out` is `normalised` times the norm's weight (Gemma: 1 + weight) plus bias, to `tolerance`."""
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     shift = 0.0 if bias is None else bias.float()
     gains = [1.0] if weight is None else [weight.float(), 1 + weight.float()]
     out, normalised = out.float(), normalised.float()
     off = (normalised * gain + shift - out for gain in gains)
-    return any(not bool((error.abs() > tolerance * (1 + out.abs())).any()) for error in off)  # NaN is told elsewhere
+    return any(not bool((error.abs() > tolerance * (1 + out.abs())).any()) for error in off)  # NaN is checked elsewhere

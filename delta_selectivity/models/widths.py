@@ -1,4 +1,4 @@
-"""Find the widths of hook points without weights, by a forward pass on meta tensors."""
+"""Find the widths of hook points without weights, by a forward pass on fake tensors."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from delta_selectivity.models.capture import capture
 from delta_selectivity.models.configs import configured_width
 from delta_selectivity.models.places import LAYER, Site, find_tap
 
-N_TEXTS, N_TOKENS = 2, 11  # unlike the numbers of heads, so that [texts, heads, ...] is not taken for tokens
+N_TEXTS, N_TOKENS = 2, 11  # differ from usual numbers of heads, so that [texts, heads, ...] is not mistaken for tokens
 
 
 def shape_widths(build: Callable[[], nn.Module], config: Any, sites: Collection[Site]) -> dict[Site, int]:
-    """Width d of each site. `build` makes the decoder of `config`, with as many layers as the sites need.
+    """Return the width d of each site. `build` makes the decoder of `config`, with the layers that the sites need.
 
-    Weights take no memory and nothing is computed. Where a family's code needs numbers to run, named hook points
-    have the width that the config says, and paths those of a linear map or, failing that, d_model.
+    No memory is allocated for weights and nothing is computed. If a family's code depends on actual values, the width
+    of a named hook point comes from the config, that of a path from the linear map or, failing that, from d_model.
 
-    Raises `RequestError` if a hook point does not exist, is not run, or holds something else than one row a token.
+    Raises `RequestError` if a hook point does not exist, is not run, or does not hold one row per token.
     """
     with FakeTensorMode():
         decoder = build().eval()
@@ -33,14 +33,14 @@ def shape_widths(build: Callable[[], nn.Module], config: Any, sites: Collection[
                 decoder(input_ids=torch.zeros(N_TEXTS, N_TOKENS, dtype=torch.long), use_cache=False)
         except RequestError:
             raise
-        except Exception:  # whatever the family's code makes of tensors without numbers
+        except Exception:  # a family's code may fail in many ways on tensors without values
             return {site: _said_width(tap.module, tap.side, config, site) for site, tap in taps.items()}
     refuse_unused(sites, found)
     return {site: int(found[site].shape[-1]) for site in sites}
 
 
 def refuse_unused(sites: Collection[Site], found: Collection[Site]) -> None:
-    """Raises `RequestError` if the model ran without passing through one of the sites."""
+    """Raise `RequestError` if a forward pass did not run through one of the sites."""
     for site in sites:
         if site not in found:
             raise RequestError(

@@ -1,7 +1,7 @@
-"""The page's table of all cells, with sorting and filters that need no server.
+"""The page's table of all cells, sorted and filtered by a script in the browser.
 
-The page's script draws the lines that are in view from the numbers that stand beside the table: of many thousand cells
-a browser keeps a few dozen.
+The script renders only the visible lines, from data stored beside the table, because browsers are slow with tables of
+many thousand lines.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class Column:
     """One column of the table."""
 
     name: str
-    first: str = "ascending"  # the order that one wants first
-    narrow: bool = True  # whether it is there on a phone, too
+    first: str = "ascending"  # sort order of the first click
+    narrow: bool = True  # whether to show it on narrow screens
 
 
 class Shown(NamedTuple):
     """One entry of a line."""
 
     text: str
-    key: Any = None  # what is sorted by: a number, or a text; None comes last
-    small: str = ""  # beneath it
+    key: Any = None  # sort key: a number or a text; None comes last
+    small: str = ""  # smaller text below it
 
 
 COLUMNS = (
@@ -64,11 +64,11 @@ COLUMNS = (
     Column("people", "descending", narrow=False),
 )
 NAME = 26  # characters of the name of an SAE
-FILTERS = {"SAE": 0, "dataset": 1, "probe": 2, "verdict": 5}  # what can be chosen from, and its column
+FILTERS = {"SAE": 0, "dataset": 1, "probe": 2, "verdict": 5}  # filters, with the index of their column
 
 
 def cell_table(study: Study) -> Markup:
-    """The controls, an empty table, and the numbers of its lines."""
+    """Return the controls, an empty table, and the data of its lines."""
     views = further_views(cell.record for sae in study.everything for cell in sae.cells)
     labels = [sae.label for sae in study.everything]
     names = dict(zip(labels, apart(labels, NAME), strict=True))
@@ -86,13 +86,13 @@ def cell_table(study: Study) -> Markup:
 
 
 def as_data(value: Any) -> Markup:
-    """JSON that stands in an element as it is: nothing in it is markup."""
+    """Return JSON that can be embedded in an element, with all markup escaped."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def _compact(shown: Shown) -> Any:
-    """The text alone if it is sorted by, else with the key and what stands beneath it."""
+    """Return only the text if it is also the sort key, else with the key and the text below."""
     if shown.small:
         return list(shown)
     return shown.text if shown.key == shown.text else [shown.text, shown.key]
@@ -128,7 +128,7 @@ def _views(cell: Cell, views: Sequence[str]) -> list[Shown]:
 
 
 def _ends(cell: Cell, view: str) -> str:
-    """The interval of a figure that is measured only if asked for, where it has one."""
+    """Return the interval of an optional figure; empty if there is none."""
     stem = view.removesuffix("_sel")
     low, high = ({**cell.figures, **cell.result}.get(f"{stem}_ci_{end}") for end in ("low", "high"))
     return unsigned_span(low, high) if is_number(low) and is_number(high) else ""

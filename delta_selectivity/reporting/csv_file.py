@@ -16,13 +16,13 @@ from delta_selectivity.system.terminal import printable
 from delta_selectivity.system.whole_file import replacing
 
 FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
-"""What a cell begins with that a spreadsheet takes for a formula: some read full-width signs as well."""
+"""First characters that make a spreadsheet read a cell as a formula; some also accept full-width signs."""
 
 
 def write_csv(files: Sequence[File], path: Path) -> None:
-    """A line for each SAE, file, layer and probe: its settings, and all figures of the layer and of the probe.
+    """Write one line for each SAE, file, layer and probe: settings, and all figures of the layer and of the probe.
 
-    Names come from data: one that a spreadsheet would take for a formula gets an apostrophe before it. Raises OSError.
+    Names come from data: a name that a spreadsheet would read as a formula gets an apostrophe in front. Raises OSError.
     """
     lines = []
     models = model_names(files)
@@ -35,7 +35,7 @@ def write_csv(files: Sequence[File], path: Path) -> None:
 
 
 def write_rows_csv(path: Path, results: Json) -> None:
-    """A line for each SAE and probe of a file of rows: SAE -> its figures, and probe -> record. Raises OSError."""
+    """Write one line for each SAE and probe of a file of rows: SAE -> figures, and probe -> record. Raises OSError."""
     lines = [
         {"sae": sae, "probe": probe, **_numbers(figures), **result}
         for sae, figures in results.items()
@@ -47,7 +47,7 @@ def write_rows_csv(path: Path, results: Json) -> None:
 
 
 def _numbers(figures: Json) -> Json:
-    """The figures of a layer, without its probes."""
+    """Return the figures of a layer, without its probes."""
     return {name: value for name, value in figures.items() if not isinstance(value, dict)}
 
 
@@ -58,7 +58,7 @@ def _write(lines: Sequence[Json], path: Path) -> None:
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A header and a line for each row; nothing for None, numbers in full."""
+    """Return a header and a line for each row; None is empty, numbers have full precision."""
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     table.writerow(map(_plain, columns))
@@ -67,7 +67,7 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A cell that is what it looks like, in a spreadsheet too."""
+    """Return a cell's value so that a spreadsheet shows it unchanged."""
     if not isinstance(value, str):
         return value
     text = printable(value)

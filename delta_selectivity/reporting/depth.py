@@ -1,4 +1,4 @@
-"""Small multiples by layer: what an SAE keeps of each probe, and where two SAEs differ."""
+"""Small multiples by layer: how much an SAE preserves of each probe, and where two SAEs differ."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.rows import places
 from delta_selectivity.reporting.study import Cell, Sae, Study
 
-WIDTH, COLUMNS_OF_PANELS = 352, 2  # pixels; two panels beside each other fit on a phone
-PANEL, HEAD, LEFT = 96, 38, 34  # height of a panel with its title, room above the first, and at the left of each
+WIDTH, COLUMNS_OF_PANELS = 352, 2  # pixels; two panels side by side fit on a phone
+PANEL, HEAD, LEFT = 96, 38, 34  # height of a panel with its title, and margins above the first and to the left
 LEGEND_ROW = 17
-FEW = 7  # layers that each have a tick
-MOST = 8  # SAEs that have a figure of their own
-PAIRS = 3  # SAEs beside the next one, the best first
+FEW = 7  # maximum number of layers that each have a tick
+MOST = 8  # maximum number of SAEs with a figure of their own
+PAIRS = 3  # number of SAEs overlaid with the next one, from the best on
 LEVEL = 0.05  # of the false discovery rate over the cells of a pair
 DEPTH = ("sae", "dataset", "probe", "layer", "model_sel", "sae_sel", "transfer_sel", "verdict")
 OVERLAY = ("sae", "compared_with", "dataset", "probe", "layer", "sae_sel", "other_sae_sel", "difference", "ci_low",
@@ -37,7 +37,7 @@ OVERLAY = ("sae", "compared_with", "dataset", "probe", "layer", "sae_sel", "othe
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a panel: by layer, a selectivity."""
+    """One curve of a panel: selectivity by layer."""
 
     values: Mapping[int, float]
     look: Mapping[str, Any]
@@ -49,11 +49,11 @@ class Panel:
 
     probe: str
     lines: tuple[Line, ...]
-    shaded: tuple[tuple[int, float, float], ...] = ()  # layers where two lines differ significantly, and where they are
+    shaded: tuple[tuple[int, float, float], ...] = ()  # significant layers, with the selectivity of both SAEs
 
 
 def depth(study: Study, sae: Sae, name: str) -> Plot | None:
-    """What the model, a probe fitted anew and the model's own probe find, by layer; None if nothing was measured."""
+    """Plot, by layer, the model, the refitted probe and the model's own probe; None if nothing was measured."""
     colour = series(study.in_full.index(sae)).colour
     looks: dict[str, dict[str, Any]] = {
         "model_sel": {"color": INK, "linewidth": 1.6},
@@ -81,13 +81,13 @@ def depth(study: Study, sae: Sae, name: str) -> Plot | None:
 
 
 def overlays(study: Study) -> list[tuple[Sae, Sae]]:
-    """The SAEs that are drawn over each other: each and the next, from the best mean delta_sel on."""
+    """Return the pairs of SAEs to overlay: each SAE and the next, in descending order of mean delta_sel."""
     pairs = [(pair.one, pair.other) for pair in study.neighbours if not pair.one.is_baseline]
     return pairs[:PAIRS]
 
 
 def overlay(study: Study, one: Sae, other: Sae, name: str) -> Plot | None:
-    """Two SAEs by layer, shaded where their paired difference is significant; None if no scores are there to pair."""
+    """Plot two SAEs by layer, with significant paired differences shaded; None if no scores can be paired."""
     tested = _tested(one, other)
     if not tested:
         return None
@@ -133,8 +133,8 @@ def _by_layer(cells: Mapping[int, Cell], key: str) -> dict[int, float]:
 
 
 def _tested(one: Sae, other: Sae) -> dict[tuple[str, str, int], tuple[float, float, float, float]]:
-    """(dataset, probe, layer) -> difference of sae_sel, its 95 % interval, q; of the cells whose scores are there."""
-    from delta_selectivity.probing.uncertainty import benjamini_hochberg  # scipy, which most reports do without
+    """Return (dataset, probe, layer) -> difference of sae_sel, its 95 % interval, q; for cells with stored scores."""
+    from delta_selectivity.probing.uncertainty import benjamini_hochberg  # imports scipy, seldom needed
     from delta_selectivity.records.sae_level import difference
 
     found = {}
@@ -151,7 +151,7 @@ def _tested(one: Sae, other: Sae) -> dict[tuple[str, str, int], tuple[float, flo
 
 
 def _stored(sae: Sae) -> dict[tuple[str, str, int], ProbeScores]:
-    """The scores that are beside the files of an SAE, by what the report calls the dataset, by probe and layer."""
+    """Return the stored scores of an SAE's files, by the dataset's name in the report, probe and layer."""
     found: dict[tuple[str, str, int], ProbeScores] = {}
     loaded: dict[tuple[Path, int], Mapping[str, ProbeScores]] = {}
     for cell, ((path, content), layer, probe) in zip(sae.cells, places(sae), strict=True):
@@ -163,7 +163,7 @@ def _stored(sae: Sae) -> dict[tuple[str, str, int], ProbeScores]:
 
 
 def _of_layer(path: Path, key: Mapping[str, Any], layer: int) -> Mapping[str, ProbeScores]:
-    """The scores of a layer of a result file; none if they are gone or another run's."""
+    """Return the scores of a layer of a result file; empty if they are missing or from another run."""
     try:
         kept = scores.load(scores.path_of(path, layer))
     except RequestError:
@@ -172,7 +172,7 @@ def _of_layer(path: Path, key: Mapping[str, Any], layer: int) -> Mapping[str, Pr
 
 
 def _limits(study: Study) -> tuple[float, float]:
-    """Of the vertical axis, the same in all of these figures."""
+    """Return the limits of the vertical axis, which all these figures share."""
     keys = ("model_sel", "sae_sel", "transfer_sel")
     found = (cell.result.get(key) for sae in study.in_full for cell in sae.measured for key in keys)
     values = [value for value in found if value is not None]

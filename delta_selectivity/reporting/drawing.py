@@ -1,6 +1,6 @@
 """A plot with its title, caption and data, as SVG, PNG or CSV.
 
-One pixel of the page is one point of matplotlib at 72 dpi, so sizes here are what a reader sees at full size.
+One pixel of the page is one point of matplotlib at 72 dpi, so sizes here are sizes on the page at full scale.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from delta_selectivity.reporting.ink import MUTED, STYLE, shortened
 from delta_selectivity.reporting.svg import accessible
 
 DPI = 72
-PNG_DPI = 200  # for slides and paper
+PNG_DPI = 200  # for slides and papers
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A matplotlib figure, and what its parts say when pointed at."""
+    """A matplotlib figure with the tooltips of its parts."""
 
     figure: Figure
     tips: dict[str, str] = field(default_factory=dict)  # gid of an artist -> its text
-    cells: dict[str, int] = field(default_factory=dict)  # gid of an artist -> number of the cell that it stands for
+    cells: dict[str, int] = field(default_factory=dict)  # gid of an artist -> number of the cell that it shows
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture of a report. Drawn when asked for, the same every time."""
+    """One plot of a report, drawn on demand and reproducibly."""
 
-    name: str  # of its files, without an ending; no other's in the report
+    name: str  # of its files, without suffix; unique in the report
     title: str
-    description: str  # what it shows, in a sentence or two, for those who do not see it
+    description: str  # alternative text of one or two sentences
     draw: Callable[[], Drawing]
     columns: tuple[str, ...]  # of the numbers in it
     rows: tuple[tuple[Any, ...], ...]
 
     def svg(self) -> str:
-        """A stand-alone SVG document."""
+        """Return a stand-alone SVG document."""
         drawing, raw = self._saved("svg")
         return accessible(raw.decode(), self.name, self.title, self.description, drawing.tips, drawing.cells)
 
     def png(self) -> bytes:
-        """The picture on white."""
+        """Return the plot as PNG on a white background."""
         return self._saved("png", dpi=PNG_DPI, facecolor="white")[1]
 
     def csv(self) -> str:
-        """The numbers in full."""
+        """Return the plot's numbers in full precision as CSV."""
         return csv_text(self.columns, self.rows)
 
     def _saved(self, form: str, **options: Any) -> tuple[Drawing, bytes]:
@@ -68,26 +68,26 @@ class Plot:
 
 @contextmanager
 def _style(name: str) -> Iterator[None]:
-    """Our look, ids that depend on the plot alone, and no warning of letters that the font lacks: pages have others."""
+    """Apply our style, deterministic ids, and no warnings about missing glyphs, for which pages have other fonts."""
     with warnings.catch_warnings(), matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         yield
 
 
 def canvas(width: float, height: float) -> Figure:
-    """An empty figure of this many pixels."""
+    """Return an empty figure of this size in pixels."""
     return Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
 
 
 def axes_at(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
-    """Axes whose frame has this place and size in pixels, counted from the figure's upper left corner."""
+    """Add axes with this position and size in pixels, measured from the figure's upper left corner."""
     full_width, full_height = figure.get_size_inches() * DPI
     bottom = full_height - top - height
     return figure.add_axes((left / full_width, bottom / full_height, width / full_width, height / full_height))
 
 
 def entitle(figure: Figure, title: str, beneath: str = "") -> None:
-    """The title in the upper left corner, and a quieter line below it; both shortened to the figure's width."""
+    """Add a title in the upper left corner and a muted line below it, both shortened to the figure's width."""
     width, height = figure.get_size_inches() * DPI
     figure.text(0, 1 - 2 / height, shortened(title, width, 12), va="top", fontsize=12, fontweight="bold")
     figure.text(0, 1 - 19 / height, shortened(beneath, width, 10), va="top", fontsize=10, color=MUTED)

@@ -1,4 +1,4 @@
-"""The score of a suite: means over tasks and by family of tasks, with tasks drawn as people are."""
+"""Scores of a suite: means over all tasks and by family of tasks, with tasks resampled like people."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MEANING = (
 
 
 class Line(NamedTuple):
-    """The means of one SAE over the tasks of one family, or of the paired difference of two."""
+    """Means of one SAE over the tasks of one family, or of the paired difference of two SAEs."""
 
     label: str
     family: str
@@ -32,9 +32,9 @@ class Line(NamedTuple):
 
 
 def lines(study: Study) -> Iterator[Line]:
-    """All tasks of each SAE, its families, in which most is lost first, and then SAEs against each other.
+    """Yield all tasks of each SAE, its families in descending order of loss, and then the differences between SAEs.
 
-    None where there is one family.
+    Yields nothing if there is only one family.
     """
     labels = [sae.label for sae in study.everything]
     names = dict(zip(labels, apart(labels, LONGEST), strict=True))
@@ -55,7 +55,7 @@ def _order(level: Json) -> float:
 
 
 def family_rows(study: Study) -> list[tuple[str, ...]]:
-    """The lines for a terminal, under their head; empty if there are none."""
+    """Return the lines for a terminal, below their header; empty if there are none."""
     found = list(lines(study))
     rows = [
         (
@@ -74,7 +74,7 @@ def family_rows(study: Study) -> list[tuple[str, ...]]:
 
 
 def family_table(study: Study) -> Markup | None:
-    """The lines for the page, folded, and what they mean; None if there are none."""
+    """Return the lines for the page in a collapsed element, with an explanation; None if there are none."""
     found = list(lines(study))
     if not found:
         return None

@@ -1,7 +1,7 @@
-"""Which result files are one SAE's, and what keeps two SAEs from being compared.
+"""Group result files by SAE, and find what prevents the comparison of two SAEs.
 
-Files of one SAE share everything that changes a number: they are averaged. Files that differ in the model's or the
-SAE's weights, in the rows or in any setting are SAEs of their own, named by what differs.
+Files of one SAE share everything that affects the numbers, and are averaged. Files that differ in the model's or the
+SAE's weights, in the rows or in any setting count as different SAEs, named by the difference.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from delta_selectivity.system.terminal import one_line
 
 log = logging.getLogger(__name__)
 
-File = tuple[Path, Json]  # where it lies, and what `result_file.read` found there
+File = tuple[Path, Json]  # path, and content as returned by `result_file.read`
 
 HASHES = ("model", "sae", "data", "calibration")
-"""Entries of `_run.key` that say nothing to a reader."""
+"""Hashes in `_run.key`, which are not meaningful to a reader."""
 OF_THE_SAE = ("sae", "hookpoint", "counts_bos", "baseline", "calibration")
-"""Entries in which two SAEs that are compared may differ, and those that change no paired difference:"""
+"""Entries in which two compared SAEs may differ; `UNPAIRED` below has those that affect no paired difference."""
 UNPAIRED = ("views", "epsilon", "whole_tokens", "downstream")
 
 
 def dataset_of(file: File) -> str:
-    """The dataset as the file's name has it: without the model."""
+    """Return the dataset as in the file's name, without the model."""
     model = result_file.model_slug(str(file[1]["_run"]["config"].get("model_name", "")))
     return file[0].stem.removeprefix(f"{model}_")
 
 
 def settings_of(file: File) -> Json:
-    """Everything that changes a number, but for what the rows hold."""
+    """Return everything that affects the numbers, except for the hash of the rows."""
     run = file[1]["_run"]
     found = {name: value for name, value in run["key"].items() if name not in ("schema", "data")}
     return {**found, "shuffle_select_n": run["config"].get("shuffle_select_n")}
 
 
 def model_name(files: Sequence[File]) -> str:
-    """What to call the model of files that share it: a hub id rather than a path, the shortest name of several."""
+    """Return the display name of the model of these files: preferably a hub id, and the shortest of several."""
     names = {str(file[1]["_run"]["config"].get("model_name", "")) for file in files}
     return min(names, key=lambda name: (PurePath(name).is_absolute(), len(name), name))
 
 
 def model_names(files: Sequence[File]) -> dict[Any, str]:
-    """By the hash of its weights, what to call each model; two of one name are numbered."""
+    """Return the display name of each model by the hash of its weights; equal names are numbered."""
     by_hash: dict[Any, list[File]] = {}
     for file in files:
         by_hash.setdefault(str(file[1]["_run"]["key"].get("model")), []).append(file)
@@ -64,9 +64,10 @@ def model_names(files: Sequence[File]) -> dict[Any, str]:
 
 
 def without_repeats(files: Sequence[File]) -> list[File]:
-    """The files without layers that an earlier one holds of the same measurement; a warning says which were left out.
+    """Drop layers that an earlier file has of the same measurement, with a warning that lists them.
 
-    One is the same if model, SAE, rows and settings are, whatever they were called: a model by its hub id and by path.
+    Measurements are the same if model, SAE, rows and settings are, whatever their names: a hub id or a path, for
+    example.
     """
     seen: dict[str, dict[str, Path]] = {}
     kept = []
@@ -101,7 +102,7 @@ class _Group:
 
 
 def split(by_name: Mapping[str, Sequence[File]]) -> dict[str, list[File]]:
-    """The files of each SAE; those of one name that differ in more than the dataset are SAEs of longer names."""
+    """Return the files of each SAE; files of one name that differ in more than the dataset get longer names."""
     models = model_names([file for files in by_name.values() for file in files])
     found: dict[str, list[File]] = {}
     for name, files in by_name.items():
@@ -118,7 +119,7 @@ def split(by_name: Mapping[str, Sequence[File]]) -> dict[str, list[File]]:
 
 
 def _suffixes(groups: Sequence[_Group], models: Mapping[Any, str]) -> list[str]:
-    """What sets each group apart from the others; empty if there are no others."""
+    """Return what distinguishes each group from the others; empty for a single group."""
     if len(groups) == 1:
         return [""]
     names = dict.fromkeys(name for group in groups for name in group.settings)
@@ -140,7 +141,7 @@ def _told(name: str, value: Any, models: Mapping[Any, str]) -> str:
 
 
 def obstacle(one: Sequence[File], other: Sequence[File]) -> str | None:
-    """Why the two cannot be compared row by row: each setting that differs with both values; None if they can."""
+    """Return why two SAEs cannot be compared row by row: the differing settings and their values; None if they can."""
     models = model_names([*one, *other])
     a, b = (
         {name: value for name, value in settings_of(files[0]).items() if name not in (*OF_THE_SAE, *UNPAIRED)}
@@ -165,7 +166,7 @@ def _both(name: str, one: Any, other: Any, models: Mapping[Any, str]) -> str:
 
 
 def _rows_differ(one: File, other: File) -> str:
-    """The settings behind rows that are not the same."""
+    """Return the settings that caused different rows."""
     a, b = (file[1]["_run"]["config"] for file in (one, other))
     names = ("dataset_file", "dataset_split", "dataset_columns", "data_dir")
     return "; ".join(
@@ -176,7 +177,7 @@ def _rows_differ(one: File, other: File) -> str:
 
 
 def stored_cells(files: Sequence[File]) -> dict[sae_level.Place, Any] | None:
-    """The stored scores of an SAE's files, by dataset whatever the model was called; None if some are gone."""
+    """Return the stored scores of an SAE's files, by dataset without the model's name; None if some are missing."""
     found: dict[sae_level.Place, Any] = {}
     for path, content in files:
         layers = sorted(int(name.removeprefix("layer_")) for name in content if name != "_run")

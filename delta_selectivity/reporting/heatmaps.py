@@ -1,4 +1,4 @@
-"""Heatmaps of delta_sel by layer and probe, one per SAE and dataset or family of datasets, on one scale."""
+"""Heatmaps of delta_sel by layer and probe, one per SAE and dataset or family, with a common colour scale."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Place = tuple[str, str]  # dataset, probe
 
 ROW = 22  # pixels
 COLUMN = 58
-LEFT = 44  # room for the layers' numbers
-LEAST_WIDTH = 190  # room for the name of the SAE
+LEFT = 44  # margin for the layer numbers
+LEAST_WIDTH = 190  # minimum, for the name of the SAE
 TITLE = 25  # characters of the name of an SAE that fit there
 LABEL = 130  # pixels for the name of a probe
 COLUMNS = (
@@ -31,13 +31,13 @@ COLUMNS = (
 
 
 def limit_of(study: Study) -> float:
-    """The end of the colour scale: that of the largest |delta_sel| shown."""
+    """Return the end of the colour scale, from the largest |delta_sel| shown."""
     largest = max((abs(c.result["delta_sel"]) for sae in study.in_full for c in sae.measured), default=0.0)
     return scale_end(largest)
 
 
 def heatmap(study: Study, sae: Sae, dataset: str, probes: Sequence[Place], name: str) -> Plot:
-    """The cells of one SAE and of these probes, across in this order; dataset: or family, what they are called."""
+    """Plot the cells of one SAE and these probes, in this order; dataset: name of the dataset or family."""
     cells = [cell for cell in sae.cells if (cell.dataset, cell.probe) in probes]
     shown = sum(is_significant(cell.result) for cell in cells)
     title = f"delta_sel of {sae.label} on {dataset}"
@@ -96,7 +96,7 @@ def _cell(cell: Cell, row: int, column: int) -> MatrixCell:
 
 
 def scale(study: Study) -> Plot:
-    """What the colours of all heatmaps mean."""
+    """Plot the colour scale of all heatmaps."""
     limit = limit_of(study)
     description = f"Red, a loss of {limit:.2f}, over a pale 0 to blue, a gain of {limit:.2f}."
     steps = tuple((limit * step / 4,) for step in range(-4, 5))

@@ -15,13 +15,13 @@ VOID = {"input", "meta"}
 
 
 class Markup(str):
-    """HTML that is safe as it stands. Made by `element` and `join`, or from files of ours."""
+    """HTML that needs no escaping, made by `element`, `join` or from files of this package."""
 
     __slots__ = ()
 
 
 def element(tag: str, *children: str, **attributes: str | None) -> Markup:
-    """An element. A trailing `_` of an attribute's name goes and other `_` become `-`; None leaves it out."""
+    """Return an element. In attribute names, a trailing `_` is removed and other `_` become `-`; None omits it."""
     told = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{_escaped(value)}"'
         for name, value in attributes.items()
@@ -31,17 +31,17 @@ def element(tag: str, *children: str, **attributes: str | None) -> Markup:
 
 
 def join(children: Iterable[str], between: str = "") -> Markup:
-    """One after the other; texts are escaped."""
+    """Concatenate the children; plain texts are escaped."""
     return Markup(between.join(c if isinstance(c, Markup) else _escaped(c) for c in children))
 
 
 def _escaped(text: str) -> str:
-    """Names come from data: nothing in them is markup, turns the line around, or is no character at all."""
+    """Escape markup, bidirectional controls and invalid characters, since names come from data."""
     return html.escape(printable(text))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], **attributes: str | None) -> Markup:
-    """A table whose rows become lists in a narrow window; the first cell of a row is its header."""
+    """Return a table whose rows become lists in a narrow window; the first cell of a row is its header."""
     body = (
         element(
             "tr",

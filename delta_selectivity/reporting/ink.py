@@ -1,7 +1,7 @@
 """Colours and styles of plots, readable for colour-blind readers.
 
-Series: Okabe & Ito 2008 (*Color Universal Design*), with a marker each, so that they differ in grey print as well.
-Deltas: ColorBrewer's RdBu, red below 0 (lost) and blue above; 0 is always its pale middle.
+Series: Okabe & Ito 2008 (*Color Universal Design*), each with a marker, so that they also differ in greyscale print.
+Deltas: ColorBrewer's RdBu, red below 0 (lost), blue above, with 0 at the pale centre.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ from typing import Any
 
 from delta_selectivity.reporting.names import abridged
 
-INK = "#1b1f24"  # text and the model's own curve; these three follow the reader's light or dark mode in the page
+INK = "#1b1f24"  # text and the model's own curve; these three colours follow the page's light or dark mode
 MUTED = "#616975"  # axes, notes, baselines
 RULE = "#d6dae0"  # grid lines
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osD^vPX*"
-HATCH = "#4a505880"  # the same in both modes: cells are pale in both
-UNSHOWN = "#f7f7f7"  # a cell whose value is not significant: the pale middle of the scale, whatever the value
+HATCH = "#4a505880"  # the same in both modes, because cells are pale in both
+UNSHOWN = "#f7f7f7"  # a cell whose value is not significant: the pale centre of the scale, whatever the value
 NO_VALUE = "#c9ced6"  # a cell without a number
-FONT = ("DejaVu Sans", "Verdana", "sans-serif")  # the first measures the text; it is wider than what a page may use
+FONT = ("DejaVu Sans", "Verdana", "sans-serif")  # text is measured in the first, the widest
 
 STYLE: dict[Any, Any] = {
     "font.family": FONT[0],
     "font.size": 11,
     "text.color": INK,
-    "text.parse_math": False,  # names come from data: a dollar is a dollar
+    "text.parse_math": False,  # names come from data and may contain a dollar sign
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.labelsize": 11,
@@ -43,34 +43,34 @@ STYLE: dict[Any, Any] = {
     "hatch.linewidth": 0.8,
     "legend.frameon": False,
     "legend.fontsize": 10,
-    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
+    "svg.fonttype": "none",  # text stays text: accessible, searchable and selectable
 }
 
 
 @dataclass(frozen=True)
 class Series:
-    """How one SAE is drawn everywhere in a report."""
+    """Style of one SAE in all plots of a report."""
 
     colour: str
     marker: str
 
 
 def series(index: int) -> Series:
-    """Of the SAE with this index: no two of the first 48 are alike, and neighbours differ in colour and marker."""
+    """Return the style of the SAE with this index: the first 48 differ; neighbours differ in colour and marker."""
     turn = index // len(COLOURS)
     return Series(COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)])
 
 
 def text_width(text: str, size: float = 11) -> float:
-    """About how many pixels wide the text is drawn; rather too many than too few."""
+    """Return the approximate width of a text in pixels, overestimated rather than underestimated."""
     return 0.62 * size * len(text)
 
 
 def shortened(text: str, width: float, size: float = 11) -> str:
-    """The text, with its middle left out if it is wider than this many pixels."""
+    """Return the text, with its middle omitted if it is wider than this many pixels."""
     return abridged(text, characters(width, size))
 
 
 def characters(width: float, size: float = 11) -> int:
-    """How many fit into this many pixels, at least three."""
+    """Return how many characters fit into this many pixels, at least three."""
     return max(int(width / text_width("x", size)), 3)

@@ -1,4 +1,4 @@
-"""The latents that carry a probe for a terminal and as lines of a data frame."""
+"""The latents that carry a probe, as text for a terminal and as lines of a data frame."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from delta_selectivity.records.texts import Text
 from delta_selectivity.reporting.row_tables import excerpt
 from delta_selectivity.reporting.tables import Row, aligned
 
-SHOWN = 15  # latents
+SHOWN = 15  # maximum number of latents in the text
 BEFORE, NAME = 40, 24  # characters of an example
 COLUMNS = ("carrier", "latent", "share", "dropped", "alignment", "difference", "rate_0", "rate_1", "auc", "examples",
            "address")  # fmt: skip
@@ -17,7 +17,7 @@ TOGETHER = {"others": "other latents", "error": "error: no latent", "rest": "bia
 
 
 def latent_lines(found: Json) -> list[Json]:
-    """A line for each latent, and one each for all others, for the error and for the rest: their shares add up to 1."""
+    """Return a line for each latent, and one each for all others, the error and the rest; shares add up to 1."""
     lines: list[Json] = [{"carrier": f"latent {one['latent']}", **one} for one in found["latents"]]
     for line in lines:
         line["examples"] = [text for text, *_ in line["examples"]]
@@ -26,7 +26,7 @@ def latent_lines(found: Json) -> list[Json]:
 
 
 def latents_text(found: Json, where: str) -> str:
-    """What carries the probe of a cell."""
+    """Return the latents that carry the probe of a cell as text."""
     table: list[Row] = [("carrier", "share", "dropped", "fires: class 0", "class 1", "AUC alone", "fires most on")]
     for one in found["latents"][:SHOWN]:
         best = [Text(text, start, end, "") for text, start, end in one["examples"][:1]]

@@ -1,8 +1,8 @@
-"""The leaderboard: SAEs of one model, place and layer by rank, as one self-contained HTML page.
+"""The leaderboard: a self-contained HTML page that ranks the SAEs of one model, hook point and layer.
 
 write_leaderboard(files, Path("leaderboard.html"))
 
-Ranks are those of `ranking`: SAEs that the paired differences do not tell apart share places.
+Ranks are those of `ranking`: SAEs without a significant paired difference share ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from delta_selectivity.system.terminal import printable
 from delta_selectivity.system.whole_file import replacing
 
 HEAD = ("rank", "SAE", "survives (transfer_r2)", "95 % interval", "delta_sel", "L0", "width", "fvu_pos", "probes")
-BAR, HALF = 180, 8  # width and half the height of the drawn interval, pixels
+BAR, HALF = 180, 8  # width and half height of the drawn interval, pixels
 READING = (
     "transfer_r2 is the share of what the model's own probes read in its activations that they still read in the SAE's "
     "reconstruction: 1 is all of it, 0 no more than a constant. Ranks such as 2–4 are ties: the 95 % interval of the "
@@ -32,22 +32,22 @@ READING = (
 
 @dataclass(frozen=True)
 class Board:
-    """The SAEs of one model, place and layer."""
+    """The SAEs of one model, hook point and layer."""
 
     model: str
     place: str
     layer: int
-    study: Study  # of this layer alone
+    study: Study  # restricted to this layer
     ranking: Ranking
 
     @property
     def title(self) -> str:
-        """What its SAEs have in common."""
+        """Return what its SAEs have in common."""
         return f"{self.model} · {self.place} · layer {self.layer}"
 
 
 def boards_of(files: Sequence[File]) -> Iterator[Board]:
-    """A board for each model, place and layer of these files, baselines left out."""
+    """Yield a board for each model, hook point and layer of these files, without baselines."""
     models = model_names(files)
     places: dict[tuple[str, str, int], list[File]] = {}
     for path, found in files:
@@ -62,14 +62,14 @@ def boards_of(files: Sequence[File]) -> Iterator[Board]:
 
 
 def _at_layer(found: dict[str, object], layer: int, is_only: bool) -> dict[str, object]:
-    """One layer of a result file; what the file says of all its layers is left to the stored scores."""
+    """Return one layer of a result file; numbers over all layers are recomputed from the stored scores."""
     run = found["_run"]
     assert isinstance(run, dict)
     return {"_run": run if is_only else {**run, "sae_level": {}}, f"layer_{layer}": found[f"layer_{layer}"]}
 
 
 def write_leaderboard(files: Sequence[File], path: Path) -> str:
-    """Write the page and say so. Raises `RequestError` if there are no SAEs, or the path cannot be written."""
+    """Write the page; returns a message. Raises `RequestError` if there are no SAEs, or the path is not writable."""
     boards = list(boards_of(files))
     if not boards:
         raise RequestError("`leaderboard`: there are only baselines here")
@@ -83,7 +83,7 @@ def write_leaderboard(files: Sequence[File], path: Path) -> str:
 
 
 def leaderboard(boards: Sequence[Board]) -> str:
-    """The whole document."""
+    """Return the whole document."""
     title = "SAEs by what survives in them"
     header = element("header", element("h1", title), element("p", READING))
     parts = element("main", _controls(boards), *(_section(i, board) for i, board in enumerate(boards)))
@@ -151,7 +151,7 @@ def _row(board: Board, sae: Sae, low: float, high: float) -> Markup:
 
 
 def _place(board: Board, sae: Sae) -> Markup:
-    """The rank, and with whom it is shared: the number to see, all names to hear and to point at."""
+    """Return the rank and the SAEs that share it: the number as text, the names as tooltip and accessible label."""
     rank = element("b", board.ranking.place(sae).replace("-", "–"))
     tied = [
         (pair.other if pair.one is sae else pair.one).label
@@ -166,7 +166,7 @@ def _place(board: Board, sae: Sae) -> Markup:
 
 
 def _interval(found: Sequence[float | None], low: float, high: float) -> Markup:
-    """The interval in numbers and, for those who see it, drawn on the scale of the board."""
+    """Return the interval in numbers and as a drawing on the board's scale."""
     value, *ends = found
     if value is None or None in ends:
         return Markup("–")
@@ -179,7 +179,7 @@ def _interval(found: Sequence[float | None], low: float, high: float) -> Markup:
 
 
 def _width(sae: Sae) -> int | None:
-    """Latents of the SAE; None in files of before they were written down."""
+    """Return the number of latents of the SAE; None for files of older versions, which lack it."""
     widths = sae.files[0][1]["_run"]["config"].get("d_sae")
     layer = sae.cells[0].layer if sae.cells else None
     found = widths.get(str(layer)) if isinstance(widths, dict) else None

@@ -20,9 +20,9 @@ from delta_selectivity.reporting.study import Cell, Sae, Study
 
 WIDTH, HEIGHT = 352, 196  # of a panel without its legend, pixels
 LEGEND_ROW = 17
-TOGETHER = 4  # SAEs in one panel: more bands than that hide each other
-FEW = 10  # layers that each have a tick
-MARKED = 12  # markers on a curve; one a layer would hide the curve of a deep model
+TOGETHER = 4  # maximum number of SAEs in one panel, so that bands do not hide each other
+FEW = 10  # maximum number of layers that each have a tick
+MARKED = 12  # maximum number of markers on a curve
 DASHES = {"identity": (1, 1.5), "random": (4, 2), "pca": (6, 2, 1, 2), "mean": (2, 1), "shuffled": (8, 2)}
 OTHER_DASHES = (3, 1, 1, 1, 1, 1)
 COLUMNS = ("dataset", "probe", "layer", "view", "sae", "balanced_accuracy", "ci_low", "ci_high")
@@ -30,17 +30,17 @@ COLUMNS = ("dataset", "probe", "layer", "view", "sae", "balanced_accuracy", "ci_
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel."""
+    """One curve of a panel."""
 
     label: str
     view: str  # whose selectivity: model or sae
     cells: Mapping[int, Cell]  # by layer
-    look: dict[str, Any]  # colour, marker, ... as matplotlib's `plot` takes them
+    look: dict[str, Any]  # colour, marker, ... as arguments of matplotlib's `plot`
     with_band: bool
 
     @property
     def points(self) -> list[tuple[int, float, float, float]]:
-        """(layer, selectivity, ends of its interval) in order of layers."""
+        """Return (layer, selectivity, ends of its interval), ordered by layer."""
         found = [(layer, cell.result) for layer, cell in sorted(self.cells.items())]
         return [
             (layer, result[f"{self.view}_sel"], result[f"{self.view}_ci_low"], result[f"{self.view}_ci_high"])
@@ -49,14 +49,14 @@ class Curve:
 
 
 def groups(study: Study) -> Iterator[tuple[Sae, ...]]:
-    """The SAEs that share panels: each alone if some have baselines of their own, which are drawn beside it."""
+    """Yield the SAEs that share panels; each has its own if some have baselines, which are drawn in the same panel."""
     owned = any(baseline.belongs_to(sae) for baseline in study.baselines for sae in study.saes)
     size = 1 if owned else TOGETHER
     return (study.in_full[start : start + size] for start in range(0, len(study.in_full), size))
 
 
 def panel(study: Study, group: Sequence[Sae], dataset: str, probe: str, name: str) -> Plot | None:
-    """The model and the group's SAEs on one probe; None if nothing was measured."""
+    """Plot the model and the group's SAEs on one probe; None if nothing was measured."""
     curves = [curve for curve in _curves(study, group, dataset, probe) if curve.cells]
     if not curves:
         return None
@@ -87,7 +87,7 @@ def _curves(study: Study, group: Sequence[Sae], dataset: str, probe: str) -> Ite
 
 
 def _model_cells(found: Sequence[Mapping[int, Cell]]) -> list[dict[int, Cell]]:
-    """The model's cells by layer, once for all SAEs of a run; runs that measured it differently stay apart."""
+    """Return the model's cells by layer, once if runs measured them equally, else for each distinct measurement."""
     kept: list[dict[int, Cell]] = []
     for cells in found:
         alike = (own for own in kept if all(_same(own[layer], cells[layer]) for layer in own.keys() & cells.keys()))
@@ -104,7 +104,7 @@ def _same(one: Cell, other: Cell) -> bool:
 
 
 def _limits(study: Study, dataset: str) -> tuple[float, float]:
-    """Of the vertical axis, the same for all panels of a dataset."""
+    """Return the limits of the vertical axis, which all panels of a dataset share."""
     results = [cell.result for sae in study.everything for cell in sae.measured if cell.dataset == dataset]
     ends = [result[f"{view}_{end}"] for result in results for view in ("model", "sae") for end in ("ci_low", "ci_high")]
     known = [end for end in ends if end is not None]
@@ -126,7 +126,7 @@ def _draw(probe: str, dataset: str, curves: Sequence[Curve], limits: tuple[float
     axes.xaxis.set_major_locator(FixedLocator(layers) if len(layers) < FEW else MaxNLocator(integer=True, nbins=10))
     tips: dict[str, str] = {}
     for number, curve in enumerate(curves):
-        aside = (number + 0.5) / len(curves) - 0.5 if len(layers) == 1 else 0.0  # bars stand side by side
+        aside = (number + 0.5) / len(curves) - 0.5 if len(layers) == 1 else 0.0  # offset bars to avoid overlap
         tips |= _line(axes, curve, f"curve-{number}", 0.7 * aside)
     height = figure.get_size_inches()[1] * 72
     _legend(figure, own, 1, (n_rows - len(own)) * LEGEND_ROW / height)
@@ -149,7 +149,7 @@ def _line(axes: Axes, curve: Curve, gid: str, aside: float) -> dict[str, str]:
 
 
 def _legend(figure: Figure, curves: Sequence[Curve], columns: int, bottom: float) -> None:
-    """Beneath the axes, from the left."""
+    """Draw the legend below the axes, from the left."""
     lines = [Line2D([], [], **curve.look) for curve in curves]
     labels = apart([curve.label for curve in curves], characters((WIDTH - 40) / columns - 30, 10))
     if lines:

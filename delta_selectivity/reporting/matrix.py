@@ -1,6 +1,6 @@
-"""A matrix of differences: colour for size and sign, the number in every cell, hatching where not significant.
+"""A matrix of differences: colour for size and sign, a number in every cell, hatching where not significant.
 
-Colour alone never says anything: what a cell is stands in it, and what is not significant is hatched and not bold.
+Information is never in colour alone: every cell has a text, and cells that are not significant are hatched.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from matplotlib.patches import Rectangle
 
 from delta_selectivity.reporting.ink import HATCH, NO_VALUE, UNSHOWN
 
-DIVERGING = "RdBu"  # low, a loss, is red
-RIM_X, RIM_Y = 0.06, 0.14  # of a cell that is not significant: how much of it keeps its colour
+DIVERGING = "RdBu"  # low values, losses, are red
+RIM_X, RIM_Y = 0.06, 0.14  # share of a cell that is not significant that keeps its colour
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,30 @@ class MatrixCell:
 
     row: int
     column: int
-    value: float | None  # None: there is no number, and `text` stands alone
+    value: float | None  # None: no number; only `text` is shown
     text: str
-    shown: bool  # that it differs from 0
+    shown: bool  # whether it differs significantly from 0
     tip: str
 
 
 def scale_end(largest: float) -> float:
-    """The end of a scale that holds this value: a multiple of 0.04, so that its quarters are round."""
+    """Return the end of a scale that includes this value: a multiple of 0.04, so that its quarters are round."""
     return 0.04 * max(math.ceil(round(largest / 0.04, 6)), 1)
 
 
 def colour_of(value: float, limit: float) -> str:
-    """On the scale from -limit to limit."""
+    """Return the colour on the scale from -limit to limit."""
     return to_hex(matplotlib.colormaps[DIVERGING](Normalize(-limit, limit)(value)))
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever stands out more on the colour (WCAG relative luminance)."""
+    """Return black or white, whichever has more contrast with the colour (WCAG relative luminance)."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
     return "#ffffff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179 else "#000000"
 
 
 def draw_matrix(axes: Axes, cells: Sequence[MatrixCell], limit: float) -> dict[str, str]:
-    """Fill axes whose data are rows downwards and columns; returns the tips of the cells by gid."""
+    """Draw the cells in axes with rows downwards and columns; returns the tooltips of the cells by gid."""
     tips = {}
     for number, cell in enumerate(cells):
         colour = NO_VALUE if cell.value is None else colour_of(cell.value, limit)
@@ -69,14 +69,14 @@ def draw_matrix(axes: Axes, cells: Sequence[MatrixCell], limit: float) -> dict[s
 
 
 def _unshown(row: int, column: int, gid: str) -> Rectangle:
-    """A pale, hatched cell inside the coloured one, of which only a rim is left: no size makes noise look solid."""
+    """Return a pale, hatched rectangle that leaves a coloured rim, so that insignificant values do not stand out."""
     place = (column + RIM_X, row + RIM_Y)
     width, height = 1 - 2 * RIM_X, 1 - 2 * RIM_Y
     return Rectangle(place, width, height, facecolor=UNSHOWN, hatch="////", edgecolor=HATCH, linewidth=0, gid=gid)
 
 
 def bare(axes: Axes, n_rows: int, n_columns: int) -> None:
-    """Matrix coordinates, and no frame."""
+    """Set matrix coordinates, without a frame."""
     axes.set(xlim=(0, n_columns), ylim=(n_rows, 0))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

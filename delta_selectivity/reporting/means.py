@@ -24,7 +24,7 @@ PAIR_COLUMNS = ("sae", "compared_with", "difference", "ci_low", "ci_high", "p_va
 
 @dataclass(frozen=True)
 class Estimate:
-    """One row: a name, a value, its 95 % interval (None: unknown), and how it is drawn."""
+    """One row: a name, a value, its 95 % interval (None: unknown), and its style."""
 
     name: str
     value: float
@@ -36,7 +36,7 @@ class Estimate:
 
 
 def means(study: Study, score: str) -> Plot | None:
-    """The mean of a score of every SAE, the best on top, and of the baselines beneath; None if nothing was measured."""
+    """Plot the mean of a score for all SAEs, best first, and the baselines below; None if nothing was measured."""
     rows = [_mean(study, sae, score) for sae in study.everything]
     known = [row for row in rows if row is not None]
     if not known:
@@ -61,7 +61,7 @@ def _mean(study: Study, sae: Sae, score: str) -> Estimate | None:
 
 
 def differences(study: Study, score: str) -> Plot | None:
-    """Each SAE and the next, and each baseline and its SAE, paired; None if no two were run together."""
+    """Plot paired differences: each SAE and the next, each baseline and its SAE; None if no two can be compared."""
     found = [pair for pair in study.neighbours if pair.found[score] is not None]
     if not found:
         return None
@@ -85,7 +85,7 @@ def differences(study: Study, score: str) -> Plot | None:
 
 
 def _draw(title: str, note: str, rows: Sequence[Estimate], line: float, above: bool = False) -> Drawing:
-    """A row for each estimate; its name to the left of it, or above it where names are long."""
+    """Draw a row for each estimate, with its name to the left, or above it if names are long."""
     pitch, left = (38, 8) if above else (ROW, NAMES)
     figure = canvas(WIDTH, 50 + pitch * len(rows) + 30)
     entitle(figure, title, note)

@@ -1,6 +1,6 @@
-"""Add results to a model card: `model-index` metadata and a table, each between marks, and nothing else changed.
+"""Add results to a model card: `model-index` metadata and a table, between markers, without other changes.
 
-with_results(card, "sae-k32", results, body)      # the same card with our two blocks in it, new or in their old place
+with_results(card, "sae-k32", results, body)      # the card with our two blocks added or replaced
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from delta_selectivity.reporting.results import mean
 from delta_selectivity.reporting.study import Sae
 
 MARKS = ("# delta-selectivity: begin", "# delta-selectivity: end")
-"""Around our entry in the metadata."""
+"""Markers around our entry in the metadata."""
 BODY_MARKS = ("<!-- delta-selectivity: begin -->", "<!-- delta-selectivity: end -->")
-"""Around our section in the text."""
+"""Markers around our section in the text."""
 SOURCE = "Delta Selectivity"
 TASK = "feature-extraction"
 SCORES = {"transfer_r2": "share of the model's probe readings that survive", "delta_sel": "change in balanced accuracy"}
@@ -30,7 +30,7 @@ _FRONT = re.compile(r"\A(---[ \t]*\r?\n)(.*?)(^---[ \t]*(?:\r?\n|\Z))", re.DOTAL
 
 @dataclass(frozen=True)
 class Score:
-    """A score of one dataset, or of all of them, with its 95 % interval where the scores behind it are there."""
+    """A score of one dataset, or of all, with its 95 % interval if the stored scores exist."""
 
     dataset: str  # as in file names; "" for all
     name: str
@@ -40,7 +40,7 @@ class Score:
 
 
 def scores_of(sae: Sae) -> list[Score]:
-    """Means over all cells, then over those of each dataset. Raises `RequestError` if there are none."""
+    """Return the means over all cells, then those of each dataset. Raises `RequestError` if there are none."""
     found = [(("", name), *sae.overall(name)) for name in SCORES]
     cells = stored_cells(sae.files) or {}
     for dataset in dict.fromkeys(cell.dataset for cell in sae.measured):
@@ -59,12 +59,12 @@ def scores_of(sae: Sae) -> list[Score]:
 
 
 def model_index(sae: Sae, name: str, url: str) -> list[dict[str, Any]]:
-    """The metadata of the Hub: a result for each dataset, with a metric for each score.
+    """Return the Hub's metadata: a result for each dataset, with a metric for each score.
 
     Args:
-        sae: What was measured.
-        name: Of the model whose card it is.
-        url: Of the page with all numbers.
+        sae: The measured SAE.
+        name: Name of the model that the card describes.
+        url: Address of the page with all numbers.
     """
     from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
@@ -90,7 +90,7 @@ def model_index(sae: Sae, name: str, url: str) -> list[dict[str, Any]]:
 
 
 def body_of(sae: Sae, folder: str) -> str:
-    """A section in Markdown: a line for each dataset. `folder`: where the page lies in the repository."""
+    """Return a section in Markdown with a line for each dataset. `folder`: folder of the page in the repository."""
     by_dataset: dict[str, dict[str, Score]] = {}
     for score in scores_of(sae):
         by_dataset.setdefault(score.dataset, {})[score.name] = score
@@ -133,10 +133,10 @@ def _shown(score: Score | None) -> str:
 
 
 def with_results(card: str, index: Sequence[Mapping[str, Any]], body: str) -> str:
-    """Return a card with the metadata and the section in it; all that stands there stays to the letter.
+    """Return the card with metadata and section added; all other text is unchanged.
 
     Raises:
-        RequestError: The card's metadata is no YAML, or holds a model-index that nothing can be added to.
+        RequestError: The card's metadata is not valid YAML, or has a model-index that cannot be extended.
     """
     end = "\r\n" if "\r\n" in card else "\n"
     before = _parsed(card)
@@ -175,7 +175,7 @@ def _with_entry(yaml: str, index: Sequence[Mapping[str, Any]], end: str) -> str:
 
 
 def _last_of(lines: Sequence[str], key: int) -> int:
-    """The last line of the value of a key at the left."""
+    """Return the last line of the value of a top-level key."""
     last = key
     for i, line in enumerate(lines[key + 1 :], key + 1):
         if line[0] in " \t-" and line.strip():
@@ -194,7 +194,7 @@ def _with_section(text: str, body: str, end: str) -> str:
 
 
 def _parsed(card: str) -> dict[str, Any]:
-    """The metadata of a card."""
+    """Return the parsed metadata of a card."""
     import yaml
 
     front = _FRONT.match(card)
@@ -208,7 +208,7 @@ def _parsed(card: str) -> dict[str, Any]:
 
 
 def _check(before: dict[str, Any], after: dict[str, Any], index: Sequence[Mapping[str, Any]]) -> None:
-    """Raises `RequestError` if anything but our entry has changed in the metadata."""
+    """Raise `RequestError` if anything except our entry has changed in the metadata."""
     theirs = [entry for entry in before.pop("model-index", None) or [] if not _is_ours(entry)]
     found = after.pop("model-index")
     if (

@@ -1,4 +1,4 @@
-"""Shorten names so that they stay apart.
+"""Shorten names while keeping them distinct.
 
 >>> apart(["sae_release_average_l0_32", "sae_release_average_l0_64"], 12)
 ['…e_l0_32', '…e_l0_64']
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-KEPT = 5  # characters of a common beginning or end that stay: enough to see a word in
+KEPT = 5  # characters of a common prefix or suffix to keep, enough to recognise a word
 
 
 def abridged(text: str, room: int) -> str:
-    """The text with its middle left out where it has more characters than this."""
+    """Return the text, with its middle omitted if it is longer than `room` characters."""
     if len(text) <= room:
         return text
     head = (room - 1) // 2
@@ -20,9 +20,9 @@ def abridged(text: str, room: int) -> str:
 
 
 def apart(names: Sequence[str], room: int) -> list[str]:
-    """Each name in at most this many characters: what all have in common goes first, then middles.
+    """Return each name in at most `room` characters; common parts are omitted first, then the middle.
 
-    Names that differ stay different: as a last resort they are numbered.
+    Different names stay different: if necessary, they are numbered.
     """
     if all(len(name) <= room for name in names):
         return list(names)
@@ -37,7 +37,7 @@ def apart(names: Sequence[str], room: int) -> list[str]:
 
 
 def _without_common(names: Sequence[str]) -> list[str]:
-    """The names with most of their common beginning and end left out."""
+    """Return the names without most of their common prefix and suffix."""
     begin = _left_out(_common(names))
     rest = [name[begin:] for name in names]
     end = _left_out(_common([name[::-1] for name in rest]))
@@ -46,11 +46,11 @@ def _without_common(names: Sequence[str]) -> list[str]:
 
 
 def _common(names: Sequence[str]) -> int:
-    """How many characters all begin with."""
+    """Return the length of the common prefix."""
     columns = enumerate(zip(*names, strict=False))
     return next((place for place, column in columns if len(set(column)) > 1), min(map(len, names)))
 
 
 def _left_out(common: int) -> int:
-    """How many characters of what is common go; 0 rather than one, in whose place the mark would stand."""
+    """Return how many common characters to omit; 0 rather than 1, which the ellipsis would replace."""
     return common - KEPT if common > KEPT + 1 else 0

@@ -1,4 +1,4 @@
-"""Format numbers with the digits that their intervals support.
+"""Format numbers with as many digits as their intervals support.
 
 >>> number(-0.0472, "+.3f"), number(None, ".3f"), p_value(0.0)
 ('-0.047', '-', '< 1e-99')
@@ -10,24 +10,24 @@ from delta_selectivity.records import result_file
 
 
 def number(value: float | None, form: str) -> str:
-    """The number in this form; a dash if there is none."""
+    """Return the number in this format; a dash for None."""
     return "-" if value is None else format(value, form)
 
 
 def interval(found: result_file.Json, score: str, form: str = "+.4f") -> str:
-    """The 95 % interval of a score of `_run.sae_level`; a dash if it has none."""
+    """Return the 95 % interval of a score of `_run.sae_level`; a dash if there is none."""
     if found.get(f"{score}_ci_low") is None:
         return "-"
     return f"{found[f'{score}_ci_low']:{form}} .. {found[f'{score}_ci_high']:{form}}"
 
 
 def p_value(p: float | None) -> str:
-    """A p or q value; none is exactly 0."""
+    """Return a p or q value, which is never shown as exactly 0."""
     return "< 1e-99" if p is not None and p < 1e-99 else number(p, ".1e")
 
 
 def typeset(text: str) -> str:
-    """A number as it is set in print, with a true minus; what rounds to 0 has no sign.
+    """Return a number with a typographic minus; values that round to 0 have no sign.
 
     >>> typeset("-0.047"), typeset("-0.000")
     ('−0.047', '0.000')
@@ -38,12 +38,12 @@ def typeset(text: str) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """A difference, typeset."""
+    """Return a difference, typeset."""
     return typeset(number(value, f"+.{digits}f"))
 
 
 def probability(p: float | None) -> str:
-    """A p or q value, typeset: plain from a thousandth on.
+    """Return a p or q value, typeset; in scientific notation below 0.001.
 
     >>> probability(0.0204), probability(3.1e-8)
     ('0.020', '3.1e−08')
@@ -52,23 +52,23 @@ def probability(p: float | None) -> str:
 
 
 def span(low: float | None, high: float | None, digits: int = 3) -> str:
-    """An interval, typeset; a dash if there is none."""
+    """Return an interval, typeset; a dash if there is none."""
     return "–" if low is None or high is None else f"{signed(low, digits)} to {signed(high, digits)}"
 
 
 def unsigned_span(low: float | None, high: float | None) -> str:
-    """The same of what is no difference."""
+    """Return an interval as `span` does, without signs."""
     return "–" if low is None or high is None else f"{typeset(f'{low:.3f}')} to {typeset(f'{high:.3f}')}"
 
 
 def few_effective(found: result_file.Json) -> bool:
-    """Whether the people of a cell are of such unequal size that they tell less than half as much as equal ones."""
-    effective = found.get("n_people_effective")  # absent from files of before 0.5
+    """Return whether a cell's effective number of people is below half their number, due to unequal numbers of rows."""
+    effective = found.get("n_people_effective")  # absent in files older than version 0.5
     return effective is not None and effective < found["n_people"] / 2
 
 
 def people(found: result_file.Json) -> str:
-    """How many people a cell rests on, and how many of equal size would tell as much, where that is below half.
+    """Return a cell's number of people, with the effective number if that is below half.
 
     >>> people({"n_people": 54, "n_people_effective": 6.21}), people({"n_people": 54, "n_people_effective": 40.0})
     ('54 (as 6.2)', '54')
@@ -78,9 +78,9 @@ def people(found: result_file.Json) -> str:
 
 
 def fvu_whole(figures: result_file.Json) -> str:
-    """`fvu_whole` of a layer, with its standard error where a sample of the tokens was taken, and without outliers.
+    """Return `fvu_whole` of a layer, with its standard error if tokens were sampled, and without outliers.
 
-    Files of before 0.5 know neither.
+    Files older than version 0.5 have neither.
 
     >>> fvu_whole({"fvu_whole": 1.2312, "fvu_whole_se": 0.0021, "outliers": 0.034, "fvu_ordinary": 0.7604})
     '1.231 ± 0.0021 (0.760 without 3.4 % outliers)'

@@ -1,4 +1,4 @@
-"""Write the page, and the plots with their data."""
+"""Write the page, or the plots with their data."""
 
 from __future__ import annotations
 
@@ -15,15 +15,21 @@ from delta_selectivity.reporting.subgroup_lines import By
 from delta_selectivity.reporting.subgroup_table import subgroup_section
 from delta_selectivity.system.whole_file import replacing
 
-MOST = 5_000_000  # bytes of a page; a larger one goes without links to save its plots, then with its plots packed
-LEAST_ROOM = 500_000  # bytes for rows, however large the page is without
+MOST = 5_000_000  # maximum bytes of a page; larger ones omit download links for plots, then compress the plots
+LEAST_ROOM = 500_000  # minimum bytes reserved for rows, whatever the size of the rest of the page
 
 
 def write_page(study: Study, path: Path, by: By | None = None, *, with_rows: bool = True) -> str:
-    """Write the page in one step and say so. Raises `RequestError` if the path cannot be written.
+    """Write the page atomically; returns a message.
 
-    by: Groups of people beside those by length and frequency of the name.
-    with_rows: Put the rows behind the cells in, with their texts where they are kept.
+    Args:
+        study: The SAEs to report on.
+        path: The HTML file.
+        by: Further groups of people, besides those by length and frequency of the name.
+        with_rows: Include the rows of the cells, with their texts if they are stored.
+
+    Raises:
+        RequestError: The path is not writable.
     """
     with _told("`page`", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
         plots = plots_of(study)
@@ -40,7 +46,7 @@ def write_page(study: Study, path: Path, by: By | None = None, *, with_rows: boo
 
 
 def write_plots(study: Study, folder: Path) -> str:
-    """Write every plot as PNG and SVG, and its numbers as CSV. Raises `RequestError` if that fails."""
+    """Write every plot as PNG and SVG, and its data as CSV. Raises `RequestError` if that fails."""
     with _told("`plots`", folder):
         folder.mkdir(parents=True, exist_ok=True)
         names = []

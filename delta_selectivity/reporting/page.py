@@ -1,6 +1,6 @@
 """The report as one self-contained HTML page.
 
-The page's own security policy holds it to that: browsers refuse any request and any script but its own.
+The page's Content Security Policy enforces this: browsers block all requests and all scripts but the page's own.
 """
 
 from __future__ import annotations
@@ -77,11 +77,16 @@ def page(
     rows: str | None = None,
     pack_plots: bool = False,
 ) -> str:
-    """The whole document. `drawn` holds each plot's SVG by name; links to save plots double their bytes.
+    """Return the whole document.
 
-    groups: Which people lose more, over all cells.
-    rows: Of `row_data.packed`: the rows behind the cells.
-    pack_plots: Plots stand in the page compressed, and the script unpacks those that come into view.
+    Args:
+        study: The SAEs to report on.
+        plots: Their plots.
+        drawn: SVG of each plot, by name.
+        with_links: Add download links, which double the size of the plots.
+        groups: Section on the losses of groups of people, over all cells.
+        rows: Rows of the cells, from `row_data.packed`.
+        pack_plots: Embed plots compressed; the script decompresses those that scroll into view.
     """
     inner = {name: inline(svg) for name, svg in drawn.items()}
 
@@ -107,14 +112,14 @@ def page(
 
 
 def document(title: str, parts: Sequence[Markup], scripts: Sequence[str], styles: Sequence[str] = ()) -> str:
-    """A page of these parts with our scripts, which are the only ones that its policy allows, and our styles."""
+    """Return a page of these parts with our scripts, the only ones that its policy allows, and our styles."""
     script = Markup("\n".join(_ours(name) for name in scripts))
     body = element("body", *parts, element("script", script))
     return f"<!DOCTYPE html>\n{element('html', _head(title, script, ('page.css', *styles)), body, lang='en')}\n"
 
 
 def _opening(study: Study) -> list[Markup]:
-    """What the report says, in three sentences."""
+    """Return the summary of the report, in three sentences."""
     found = (line.partition(": ") for line in opening(study))
     lines = [element("li", element("b", first), f": {rest}") for first, _, rest in found]
     return [element("ul", *lines, class_="opening")] if lines else []
@@ -137,7 +142,7 @@ def _head(title: str, script: Markup, styles: Sequence[str]) -> Markup:
 def _sections(
     study: Study, plots: Plots, figures: Callable[[Sequence[Plot]], Markup], groups: Sequence[Markup]
 ) -> Iterator[tuple[str, str, list[Markup]]]:
-    """(id, title, content) of each."""
+    """Yield (id, title, content) of each section."""
     pairs = pair_table(study)
     compared = [element("h3", "Against each other"), PAIRED, pairs] if pairs else []
     compared += [element("p", line) for line in study.apart]
@@ -168,7 +173,7 @@ def _sections(
 
 
 def _folded(study: Study, datasets: Sequence[str], shown: Sequence[Markup]) -> Markup:
-    """Plots of a family, and its tasks, under a line that says which lose most."""
+    """Return a family's plots and tasks in a collapsed element, whose heading lists the largest losses."""
     worst = [place for place in study.losses if place[0] in datasets][:3]
     told = ", ".join(f"{probe} {signed(study.losses[dataset, probe])}" for dataset, probe in worst)
     head = f"most is lost of {told}" if told else "nothing was measured"
@@ -176,7 +181,7 @@ def _folded(study: Study, datasets: Sequence[str], shown: Sequence[Markup]) -> M
 
 
 def _beside(study: Study) -> Iterator[Markup]:
-    """What cannot be compared, and a table for each kind of evaluation."""
+    """Yield what cannot be compared, and a table for each kind of evaluation."""
     own = ours(study.files)
     yield from (element("p", line) for line in caveats(own, study.beside))
     for core, title in ((False, "Probes on few latents"), (True, "Reconstruction, and the model run on from it")):
@@ -202,7 +207,7 @@ def _figure(plot: Plot, inner: Mapping[str, str], drawn: Mapping[str, str], with
 
 
 def _place_of(plot: Plot, svg: str) -> Markup:
-    """Where a plot will be, in its size."""
+    """Return a placeholder for a plot, in its size."""
     width, height = (re.search(rf'<svg[^>]* {size}="([0-9.]+)"', svg) for size in ("width", "height"))
     assert width is not None
     assert height is not None
@@ -211,7 +216,7 @@ def _place_of(plot: Plot, svg: str) -> Markup:
 
 
 def _saving(plot: Plot, svg: str) -> Markup:
-    """Links that save the plot and its numbers; a PNG is drawn from the SVG when asked for."""
+    """Return download links for the plot and its data; a PNG is rendered from the SVG on demand."""
     files = {"SVG": ("svg", "image/svg+xml", svg), "CSV": ("csv", "text/csv;charset=utf-8", plot.csv())}
     links = [
         element("a", kind, href=_data(media, text), download=f"{plot.name}.{ending}", title=f"{plot.title}, as {kind}")
@@ -226,7 +231,7 @@ def _data(media: str, text: str) -> str:
 
 
 def _panel() -> Markup:
-    """What opens where a cell is chosen; the script fills it."""
+    """Return the panel that opens when a cell is selected; the script fills it."""
     close = element("button", "close", type="button", id="close")
     title = element("h2", "", id="cell-title", tabindex="-1")
     return element("dialog", element("div", title, close, class_="bar"), element("div", id="cell-content"),

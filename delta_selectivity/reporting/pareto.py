@@ -17,28 +17,28 @@ from delta_selectivity.reporting.numbers import number, signed, span, typeset
 from delta_selectivity.reporting.study import Sae, Study
 
 WIDTH, HEIGHT = 352, 300  # pixels, without the legend
-LEFT = 64  # room for the numbers of the vertical axis
+LEFT = 64  # margin for the numbers of the vertical axis
 LEGEND_ROW = 17
 FIGURES = {"fvu_pos": "FVU (fvu_pos: variance unexplained at the probed positions)", "l0": "L0 (latents per row)"}
 DIGITS = {"fvu_pos": ".3f", "l0": ".1f"}
-SPREAD = 8  # from here on, largest over smallest, the horizontal axis is logarithmic
+SPREAD = 8  # ratio of largest to smallest value from which the horizontal axis is logarithmic
 COLUMNS = ("sae", "layer", "delta_sel", "ci_low", "ci_high")
 
 
 @dataclass(frozen=True)
 class Point:
-    """The mean of an SAE over all cells, or over the probes of one layer."""
+    """Mean of an SAE over all cells, or over the probes of one layer."""
 
     sae: Sae
-    layer: int | None  # None: over all
+    layer: int | None  # None: over all layers
     x: float
     delta: float
-    low: float | None = None  # 95 % interval, known for the mean over all
+    low: float | None = None  # 95 % interval, available for the mean over all layers
     high: float | None = None
 
 
 def pareto(study: Study, key: str) -> Plot | None:
-    """Mean delta_sel against this figure of reconstruction; None if it was not measured."""
+    """Plot mean delta_sel against a reconstruction figure; None if it was not measured."""
     saes = study.in_full
     large = [point for sae in saes if (point := _mean(sae, key))]
     if not large:
@@ -78,7 +78,7 @@ def _by_layer(sae: Sae, key: str) -> list[Point]:
 
 
 def _reference(study: Study) -> dict[str, tuple[float, float]]:
-    """kind of baseline -> least and largest mean delta_sel of its kind; nothing if there are no SAEs to compare."""
+    """Return kind of baseline -> minimum and maximum mean delta_sel; empty if there are no SAEs to compare."""
     found: dict[str, list[float]] = defaultdict(list)
     for baseline in study.baselines if study.saes else ():
         value = baseline.overall("delta_sel")[0]
@@ -138,7 +138,7 @@ def _point(axes: Axes, study: Study, point: Point, key: str, gid: str, name: str
 
 
 def _frontier(axes: Axes, points: Sequence[Point]) -> None:
-    """Through the SAEs that no other beats in both: fewer latents and a higher delta_sel."""
+    """Draw a line through the SAEs that no other one dominates: fewer latents and a higher delta_sel."""
     best: list[Point] = []
     for point in sorted(points, key=lambda point: (point.x, -point.delta)):
         if not best or point.delta > best[-1].delta:
@@ -148,15 +148,15 @@ def _frontier(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _lines(axes: Axes, marks: dict[str, tuple[float, float]]) -> None:
-    """A dashed line for each kind of baseline, named at the right; a band where there are several of a kind."""
+    """Draw a labelled dashed line for each kind of baseline, or a band if there are several of a kind."""
     for low, high in marks.values():
         axes.axhspan(low, high, facecolor=MUTED, alpha=0.12, linewidth=0)
         axes.axhline((low + high) / 2, color=MUTED, linestyle="--", linewidth=1)
     bottom, top = axes.get_ylim()
-    line = 12 * (top - bottom) / (axes.bbox.height * DPI / axes.figure.dpi)  # the height of a name, in delta_sel
+    line = 12 * (top - bottom) / (axes.bbox.height * DPI / axes.figure.dpi)  # height of a label, in delta_sel
     below = top + line
     for kind, (low, high) in sorted(marks.items(), key=lambda mark: -sum(mark[1])):
-        below = min((low + high) / 2, below - line)  # under the name above it, not over it
+        below = min((low + high) / 2, below - line)  # below the previous label, without overlap
         axes.annotate(
             kind, xy=(1, below), xycoords=("axes fraction", "data"), xytext=(4, 0),
             textcoords="offset points", va="center", fontsize=9.5, color=MUTED, annotation_clip=False,

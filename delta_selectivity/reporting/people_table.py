@@ -1,4 +1,4 @@
-"""A table of people, whose columns are groups: a decade of birth, a country, ...
+"""Read a table of people with columns of groups: decade of birth, country, ...
 
 read_people(Path("people.csv"))["born"]["ada lovelace"]     # "1810s"
 """
@@ -15,23 +15,23 @@ from delta_selectivity.system.unpacked import TooLarge, check_size, is_special
 if TYPE_CHECKING:
     import pandas
 
-NAMES = ("person", "name")  # what the column of people may be called
-MOST = 60  # groups of a column that is not of years
-YEARS = 0.9  # share of a column's values that makes it one of years; the others are then unknown
+NAMES = ("person", "name")  # names of the column of people
+MOST = 60  # maximum number of groups of a column, except for years
+YEARS = 0.9  # share of years from which a column counts as years; its other values become unknown
 _YEAR = re.compile(r"(-?\d{1,4})(?:\.0+)?|(\d{4})-\d\d(?:-\d\d.*)?")
 
 Groups = dict[str, dict[str, str]]  # column -> key of a person -> group
 
 
 def read_people(path: Path) -> Groups:
-    """Read a CSV or TSV file with a column `person` (or `name`); every other column puts people into groups.
+    """Read a CSV or TSV file with a column `person` (or `name`); every other column defines groups of people.
 
-    A column of years or dates becomes decades. People are found by their key, as rows have it, or by the last two words
-    of their name, as the Wikidata tasks know them. A name that stands for several people, who are in different groups,
-    is in none.
+    Years and dates become decades. People are matched by their key in the rows, or by the last two words
+    of their name, as in the Wikidata tasks. A name shared by several people in different groups
+    has no group.
 
     Raises:
-        RequestError: The file cannot be read, or a column has more than `MOST` groups.
+        RequestError: The file is not readable, or a column has more than `MOST` groups.
     """
     table = _read(path)
     names = next((name for name in NAMES if name in table.columns), None)
@@ -58,13 +58,13 @@ def _read(path: Path) -> pandas.DataFrame:
         )  # fmt: skip
     except OSError as error:
         raise RequestError(f"`people` {path}: cannot be read: {error.strerror or error}") from error
-    except (TooLarge, ValueError) as error:  # pandas' errors of form are ValueErrors, those of encoding too
+    except (TooLarge, ValueError) as error:  # pandas' parsing and decoding errors are ValueErrors
         reason = str(error).splitlines()[0] if str(error) else "no table"
         raise RequestError(f"`people` {path}: no table of people: {reason}") from error
 
 
 def _groups(values: list[str], where: str) -> list[str | None]:
-    """The group of each value; None where there is none."""
+    """Return the group of each value; None if it has none."""
     known = [value.strip() for value in values]
     years = [_YEAR.fullmatch(value) for value in known]
     if sum(year is not None for year in years) >= YEARS * sum(map(bool, known)) > 0:
@@ -83,8 +83,8 @@ def _by_key(keys: list[tuple[str, ...]], groups: list[str | None]) -> dict[str, 
 
 
 def _keys(name: str) -> tuple[str, ...]:
-    """What the rows may call a person of this name."""
-    from delta_selectivity.tasks.people import name_span, person_key  # here: with the tasks comes torch
+    """Return the possible keys in the rows of a person with this name."""
+    from delta_selectivity.tasks.people import name_span, person_key  # here, because tasks import torch
 
     span = name_span(name)
     last = () if span is None else (person_key(name[slice(*span)]),)

@@ -1,4 +1,4 @@
-"""All plots of a report in page order."""
+"""All plots of a report, in page order."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from delta_selectivity.reporting.series_plot import series_plot
 from delta_selectivity.reporting.study import Study
 
 ACROSS = 12  # probes in a heatmap of a family
-OF_A_FAMILY = 3  # probes of one that have a panel
+OF_A_FAMILY = 3  # probes of a family that have a panel
 
 
 @dataclass(frozen=True)
 class Plots:
-    """The plots of a study, by the part of the report that they stand in."""
+    """The plots of a study by section of the report."""
 
     saes: tuple[Plot, ...]  # side by side
     series: tuple[Plot, ...]  # checkpoints of a training by step
     trade: tuple[Plot, ...]  # delta_sel against FVU and L0
-    depth: tuple[Plot, ...]  # by layer, all probes of an SAE in one
-    scale: Plot  # the colours of all heatmaps
-    heatmaps: dict[str, tuple[Plot, ...]]  # by dataset, or of many datasets by family
-    levels: dict[str, tuple[Plot, ...]]  # likewise
+    depth: tuple[Plot, ...]  # by layer, all probes of an SAE in one plot
+    scale: Plot  # the colour scale of all heatmaps
+    heatmaps: dict[str, tuple[Plot, ...]]  # by dataset, or by family if there are many datasets
+    levels: dict[str, tuple[Plot, ...]]  # the same
     beside: tuple[Plot, ...] = ()  # SAEBench's figures and ours
 
     def __iter__(self) -> Iterator[Plot]:
@@ -44,7 +44,7 @@ class Plots:
 
 
 def plots_of(study: Study) -> Plots:
-    """Every plot that the files have the numbers for."""
+    """Return every plot for which the files have data."""
     names = _Names()
     compared = [plot(study, score) for plot in (means, differences) for score in ("transfer_r2", "delta_sel")]
     trade = [pareto(study, figure) for figure in FIGURES]
@@ -61,7 +61,7 @@ def plots_of(study: Study) -> Plots:
 
 
 def parts(study: Study) -> dict[str, list[str]]:
-    """What has a section of its own, and its datasets: each dataset, or of many each family."""
+    """Return the sections with their datasets: one per dataset, or one per family if there are many datasets."""
     return study.families if study.is_long else {dataset: [dataset] for dataset in study.datasets}
 
 
@@ -70,7 +70,7 @@ def _there(plots: list[Plot | None]) -> tuple[Plot, ...]:
 
 
 def _depth(study: Study, names: _Names) -> list[Plot | None]:
-    """Of many SAEs the first; each beside the next one where their scores are there."""
+    """Return the plots by layer, of the first SAEs if there are many, and the overlays of pairs with stored scores."""
     alone = [depth(study, sae, names.of("depth", sae.label)) for sae in study.in_full[:MOST]]
     return [
         *alone,
@@ -79,7 +79,7 @@ def _depth(study: Study, names: _Names) -> list[Plot | None]:
 
 
 def _heatmaps(study: Study, part: str, datasets: Sequence[str], names: _Names) -> Iterator[Plot]:
-    """Of a family, the probes that lose most come first, so many in a heatmap."""
+    """Yield the heatmaps; those of a family show the largest losses first, a limited number per heatmap."""
     probes = [(dataset, probe) for dataset in datasets for probe in study.datasets[dataset]]
     if study.is_long:
         probes.sort(key=lambda place: study.losses.get(place, float("inf")))
@@ -92,7 +92,7 @@ def _heatmaps(study: Study, part: str, datasets: Sequence[str], names: _Names) -
 
 
 def _levels(study: Study, datasets: Sequence[str], names: _Names) -> Iterator[Plot]:
-    """Of a family, the probes that lose most."""
+    """Yield the panels; for a family, of the probes with the largest losses."""
     probes = [(dataset, probe) for dataset in datasets for probe in study.datasets[dataset]]
     if study.is_long:
         probes = [place for place in study.losses if place in probes][:OF_A_FAMILY]
@@ -104,7 +104,7 @@ def _levels(study: Study, datasets: Sequence[str], names: _Names) -> Iterator[Pl
 
 
 class _Names:
-    """File names, each given once, whatever the names in the data; alike but for their case counts as the same."""
+    """Generator of unique file names, also on file systems that ignore case."""
 
     def __init__(self) -> None:
         self._given: set[str] = set()

@@ -1,4 +1,4 @@
-"""The page's section on what was run: facts, warnings, settings."""
+"""The page's section on the run: facts, warnings, settings."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from delta_selectivity.reporting.study import Study
 from delta_selectivity.system.terminal import printable
 
 NAME = 40  # characters of the name of an SAE
-FEW = 12  # warnings that stand each by itself
+FEW = 12  # maximum number of warnings that are listed individually
 NO_SETTINGS = {
     "sae", "sae_label", "baseline", "baseline_of", "baseline_of_sae", "model", "data", "schema", "output_directory",
     "quiet", "verbose", "overwrite", "d_sae",
-}  # fmt: skip # of `_run.config` and `_run.key`: names told elsewhere, hashes, and manners
+}  # fmt: skip # of `_run.config` and `_run.key`: shown elsewhere, hashes, and options without effect on numbers
 
 
 def heading(study: Study) -> str:
-    """What the report is about, in a line."""
+    """Return the subject of the report, in one line."""
     layers = {cell.layer for sae in study.everything for cell in sae.cells}
     n_probes = sum(map(len, study.datasets.values()))
     counts = [
@@ -38,7 +38,7 @@ def heading(study: Study) -> str:
 
 
 def facts(study: Study) -> Markup:
-    """The few settings that a reader must know before any number."""
+    """Return the most important settings for interpreting the numbers."""
     runs = [results["_run"] for _, results in study.files]
     pairs = {
         "Hook point": _distinct(run["key"].get("hookpoint") for run in runs),
@@ -57,7 +57,7 @@ def _folds(run: result_file.Json) -> str:
 
 
 def notices(study: Study) -> list[Markup]:
-    """What a reader must know of these numbers: runs that have not ended, and what the runs warned of."""
+    """Return notices about the numbers: incomplete runs, and the warnings of the runs."""
     found = []
     if study.incomplete:
         text = (
@@ -75,7 +75,7 @@ def notices(study: Study) -> list[Markup]:
 
 
 def _folded(by_warning: Mapping[str, Sequence[str]]) -> Markup:
-    """Many warnings as one, that opens."""
+    """Return many warnings in one collapsed element."""
     lines = (
         element("li", f"{warning} ({names[0] if len(names) == 1 else f'{len(names)} files'})")
         for warning, names in by_warning.items()
@@ -92,7 +92,7 @@ def _notice(kind: str, text: str, names: list[str]) -> Markup:
 
 
 def settings(study: Study) -> Markup:
-    """Every setting; where files differ, each value with how many of them have it."""
+    """Return every setting; if files differ, each value with the number of files."""
     runs = [results["_run"] for _, results in study.files]
     asked = [{**run["config"], **run["key"]} for run in runs]
     names = [name for name in dict.fromkeys(name for one in asked for name in one) if name not in NO_SETTINGS]
@@ -101,7 +101,7 @@ def settings(study: Study) -> Markup:
 
 
 def versions(study: Study) -> Markup:
-    """Of the program and of what it stands on."""
+    """Return the versions of this package and its dependencies."""
     runs = [results["_run"] for _, results in study.files]
     packages = dict.fromkeys(name for run in runs for name in run.get("versions", {}))
     found = {name: _distinct(run.get("versions", {}).get(name) or "not installed" for run in runs) for name in packages}
@@ -110,7 +110,7 @@ def versions(study: Study) -> Markup:
 
 
 def file_table(study: Study) -> Markup:
-    """A line for each result file."""
+    """Return a table with a line for each result file."""
     head = ("file", "SAE", "rows", "people", "positive class", "started", "seconds", "complete")
     saes = [printable(results["_run"]["config"]["sae"]) for _, results in study.files]
     return table(head, map(_file_line, study.files, apart(saes, NAME)))
@@ -135,7 +135,7 @@ def _file_line(file: File, sae: str) -> list[str]:
 
 
 def _positive_classes(classes: dict[str, str]) -> str:
-    """The label that counts as 1, by probe where there are several; not of a probe that is named after it."""
+    """Return the label that counts as 1, by probe if there are several; not for a probe named after it."""
     told = [
         label if len(classes) == 1 else f"{probe}: {label}"
         for probe, label in classes.items()
@@ -145,13 +145,13 @@ def _positive_classes(classes: dict[str, str]) -> str:
 
 
 def _extent(counts: Iterable[int]) -> str:
-    """One count, or from the least to the most."""
+    """Return one count, or the range from minimum to maximum."""
     known = sorted(set(counts))
     return " to ".join(dict.fromkeys(f"{count:,}" for count in (known[0], known[-1]))) if known else "–"
 
 
 def _name(file: File) -> str:
-    """The file and its folder, which is the SAE's: where the results lie on a disk is nobody's business."""
+    """Return the file's name with its folder, which is the SAE's; absolute paths are omitted for privacy."""
     return printable("/".join(file[0].parts[-2:]))
 
 
@@ -160,7 +160,7 @@ def _told(value: Any) -> str:
 
 
 def _distinct(values: Iterable[Any]) -> str:
-    """The one value of all files, or each with the number of files that have it."""
+    """Return the common value of all files, or each value with the number of files."""
     found: dict[str, int] = defaultdict(int)
     for value in values:
         found[printable(str(value))] += 1

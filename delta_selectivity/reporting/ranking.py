@@ -1,11 +1,11 @@
-"""Rank SAEs by how much of what the model's own probes read survives; those that the data cannot tell apart are tied.
+"""Rank SAEs by how much survives of what the model's own probes read; SAEs without significant differences are tied.
 
 ranking = rank(study_of(files))
-ranking.place(sae)                       # "1", or "1-2" if another may be as good or better
-ranking.sentence()                       # how many pairs these data tell apart, and which they do not
+ranking.place(sae)                       # "1", or "1-2" if another one may be as good or better
+ranking.sentence()                       # how many pairs differ significantly, and which do not
 
-The score is transfer_r2; docs/reliability.md says how well it orders SAEs, and where it fails. Two SAEs are told apart
-if the 95 % interval of their paired difference, on the same rows, folds and people, excludes 0.
+The score is transfer_r2; docs/reliability.md describes how well it orders SAEs, and where it fails. Two SAEs differ
+significantly if the 95 % interval of their paired difference, on the same rows, folds and people, excludes 0.
 """
 
 from __future__ import annotations
@@ -18,40 +18,40 @@ from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.study import Sae, Study
 
 LONGEST = 40  # characters of a name in the sentence
-NAMED = 3  # pairs: a sentence with more is not read
+NAMED = 3  # pairs, for a readable sentence
 MEANING = (
     "survives: transfer_r2, the share of what the model's own probes read in its activations that they still read in\n"
     "the reconstruction; 1 = all of it, 0 or less = no more than a constant\n"
     "rank: by what survives; 1-2 = not told apart from another (the 95 % interval of the paired difference holds 0)"
 )
-"""What the columns mean."""
+"""Definition of the columns."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two SAEs that can be compared, first the one of which more survives where both were measured."""
+    """Two comparable SAEs, first the one with the higher score over the cells that both have."""
 
     one: Sae
     other: Sae
-    sure: bool  # whether these data tell them apart
+    sure: bool  # whether the difference is significant
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """The SAEs of a report, and every pair of them that can be compared."""
+    """The SAEs of a report and every comparable pair of them."""
 
-    order: tuple[Sae, ...]  # those that can be compared side by side, the best first
+    order: tuple[Sae, ...]  # comparable SAEs side by side, best first
     pairs: tuple[Pair, ...]
 
     def place(self, sae: Sae) -> str:
-        """The ranks that an SAE may have among those that it can be compared with; a dash if there are none."""
+        """Return the possible ranks of an SAE among those comparable with it; a dash if there are none."""
         first, last = _places(sae, self.pairs)
         if not any(sae is pair.one or sae is pair.other for pair in self.pairs):
             return "-"
         return str(first) if first == last else f"{first}-{last}"
 
     def sentence(self) -> str | None:
-        """Where most survives and where least, and how many pairs these data tell apart; None if there are no pairs."""
+        """Return the best and the worst SAE and the number of significant pairs as text; None if there are no pairs."""
         if not self.pairs:
             return None
         labels = [sae.label for sae in self.order]
@@ -62,7 +62,7 @@ class Ranking:
 
     @property
     def is_whole(self) -> bool:
-        """Whether any two of the SAEs can be compared, in the order of their means."""
+        """Return whether all pairs of the SAEs are comparable, in the order of their means."""
         means = [sae.merit() for sae in self.order]
         return len(self.pairs) == len(means) * (len(means) - 1) / 2 and means == sorted(means, reverse=True)
 
@@ -80,28 +80,28 @@ class Ranking:
 
 
 def rank(study: Study) -> Ranking:
-    """All SAEs of which something is known, in groups that can be compared."""
+    """Rank all SAEs that have scores, in groups of comparable ones."""
     pairs: list[Pair] = []
     for one, other in (pair for group in study.comparable for pair in itertools.combinations(group, 2)):
         comparison = study.comparison(one.name, other.name)
         found = {} if comparison is None else comparison.found
         low, high = (found.get(f"transfer_r2_ci_{end}") for end in ("low", "high"))
         if low is not None and high is not None:
-            better, worse = (one, other) if found["transfer_r2"] >= 0 else (other, one)  # of the cells that both have
+            better, worse = (one, other) if found["transfer_r2"] >= 0 else (other, one)  # over the cells that both have
             pairs.append(Pair(better, worse, low > 0 or high < 0))
     order = (sae for group in study.comparable for sae in sorted(group, key=lambda sae: _places(sae, pairs)[0]))
     return Ranking(tuple(order), tuple(pairs))
 
 
 def _places(sae: Sae, pairs: Sequence[Pair]) -> tuple[int, int]:
-    """The first and the last place that it may have."""
+    """Return the first and the last possible rank of an SAE."""
     own = [pair for pair in pairs if sae is pair.one or sae is pair.other]
     first = 1 + sum(pair.sure and pair.other is sae for pair in own)
     return first, 1 + len(own) - sum(pair.sure and pair.one is sae for pair in own)
 
 
 def in_order(study: Study, ranking: Ranking) -> Sequence[Sae]:
-    """Every SAE by its rank, those without a score after them, then the baselines."""
+    """Return all SAEs by rank, then those without a score, then the baselines."""
     ranked = {sae.name for sae in ranking.order}
     rest = [sae for sae in study.saes if sae.name not in ranked]
     return [*ranking.order, *rest, *study.baselines]

@@ -1,4 +1,4 @@
-"""Load result files and iterate over their cells in one order.
+"""Load result files and iterate over their cells in a fixed order.
 
 load(result_files(Path("results")))
 """
@@ -21,15 +21,15 @@ from delta_selectivity.reporting import groups
 from delta_selectivity.reporting.groups import File, dataset_of, model_names
 
 NAMED = ("model", "sae", "baseline", "data", "calibration")
-"""Entries of `_run.key` that a line of results has the names of."""
+"""Entries of `_run.key` that a line of results identifies by name."""
 DOWNSTREAM = ("delta_ce", "ce_recovered", "kl_pos")
-"""Figures of the model run on from x̂ that tables show."""
+"""Downstream figures, from running the model on from x̂, that tables show."""
 
 
 def result_files(folder: Path) -> list[Path]:
-    """Result files in the folder and one level below it (one folder per SAE), in order of name; a file is itself.
+    """Return the result files in a folder and one level below it (one folder per SAE), sorted by name.
 
-    Those of baselines follow. Raises `RequestError` if there are none.
+    Those of baselines come last. If `folder` is a file, it is the only one. Raises `RequestError` if there are none.
     """
     if folder.is_file():
         return [folder]
@@ -49,7 +49,7 @@ def _holds_results(folder: Path) -> bool:
 
 
 def _what_else(folder: Path) -> str:
-    """The message for a folder that has no result files."""
+    """Return the error message for a folder without result files."""
     if not folder.is_dir():
         return "no such folder: run the program first, or name its `output`"
     for pattern in ("[!.]*", "[!.]*/[!.]*"):
@@ -60,9 +60,9 @@ def _what_else(folder: Path) -> str:
 
 
 def load(paths: Iterable[Path]) -> list[File]:
-    """The files, each checked; those of a run's SAEs in the order in which they were asked for.
+    """Load and check the files; those of a run's SAEs are in the order of the request.
 
-    Raises `RequestError` if one is no result file.
+    Raises `RequestError` if one is not a result file.
     """
     files, refused = load_all(paths)
     if refused:
@@ -71,7 +71,7 @@ def load(paths: Iterable[Path]) -> list[File]:
 
 
 def load_all(paths: Iterable[Path]) -> tuple[list[File], list[RequestError]]:
-    """The files that are sound, in the order of `load`, and what is wrong with each of the others."""
+    """Return the valid files, in the order of `load`, and the errors of the others."""
     files, refused = [], []
     for path in paths:
         try:
@@ -91,7 +91,7 @@ def _checked(path: Path) -> result_file.Json:
 
 
 def _place(results: result_file.Json) -> int:
-    """Of an SAE among those that its run was asked for; 0 where a pattern stands for it."""
+    """Return the position of an SAE in its run's request; 0 if it was requested by a pattern."""
     config = results["_run"]["config"]
     names, sae = config.get("sae_names"), config["sae"]
     typed = names if isinstance(names, list) else []
@@ -99,7 +99,7 @@ def _place(results: result_file.Json) -> int:
 
 
 def cells(results: result_file.Json) -> Iterator[tuple[int, str, result_file.Json, result_file.Json]]:
-    """(layer, probe, the layer's figures, the probe's result) in order of layers."""
+    """Yield (layer, probe, the layer's figures, the probe's result), ordered by layer."""
     names = (name for name in results if name.startswith("layer_"))
     for name in sorted(names, key=lambda name: int(name.removeprefix("layer_"))):
         for probe, result in results[name].items():
@@ -108,7 +108,7 @@ def cells(results: result_file.Json) -> Iterator[tuple[int, str, result_file.Jso
 
 
 def lines(files: Iterable[File]) -> list[dict[str, Any]]:
-    """A flat row for each SAE, dataset, layer and probe: who, where, settings, the layer's and the probe's numbers."""
+    """Return a flat row for each SAE, dataset, layer and probe: names, settings, numbers of layer and probe."""
     rows = []
     files = list(files)
     models = model_names(files)
@@ -122,7 +122,7 @@ def lines(files: Iterable[File]) -> list[dict[str, Any]]:
 
 
 def about_file(file: File, models: Mapping[Any, str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a line of results says of where it comes from: SAE and dataset; model and settings that change a number."""
+    """Return the names of SAE and dataset, and the model and settings that affect the numbers, of a file."""
     run = file[1]["_run"]
     settings = {name: value for name, value in groups.settings_of(file).items() if name not in NAMED}
     told = {name: shown(name, v) if isinstance(v, list) else v for name, v in settings.items()}
@@ -138,28 +138,28 @@ def about_file(file: File, models: Mapping[Any, str]) -> tuple[dict[str, Any], d
 
 
 def is_baseline(results: result_file.Json) -> bool:
-    """Whether these results are no SAE's but something to compare it with."""
+    """Return whether these results are a baseline's."""
     return bool(results["_run"]["config"].get("baseline"))
 
 
 def with_downstream(figures: result_file.Json, result: result_file.Json) -> result_file.Json:
-    """A probe's record with those figures of its layer that tell what the model says next, where there are such."""
+    """Return a probe's record with the downstream figures of its layer, if there are any."""
     known = {name: figures.get(name) for name in DOWNSTREAM if not isinstance(figures.get(name), dict)}
     return {**{name: value for name, value in known.items() if name in figures}, **result}
 
 
 def further_views(found: Iterable[result_file.Json]) -> list[str]:
-    """Figures that are measured only if asked for, where any of these records (`with_downstream`) has them."""
+    """Return the optional figures that any of these records (`with_downstream`) has."""
     records = list(found)
     names = ("error_sel", "latent_sel", *(f"k{k}_sel" for k in K_SPARSE), *DOWNSTREAM)
     return [name for name in names if any(name in record for record in records)]
 
 
 def by_sae(files: Sequence[File]) -> dict[str, list[File]]:
-    """The files of each SAE, by the name that its user typed; those of each baseline after them.
+    """Return the files of each SAE by the name that its user typed, followed by those of each baseline.
 
-    What differs in more than the dataset is another SAE, and its name says in what. Baselines of SAEs that were called
-    alike in two runs have those SAEs' full names.
+    Files that differ in more than the dataset count as different SAEs, named by the difference. Baselines of SAEs with
+    equal names in two runs have those SAEs' full names.
     """
     configs = [results["_run"]["config"] for _, results in files]
     owners = {(config["sae"], config["baseline_of_sae"]) for config in configs if "baseline_of_sae" in config}
@@ -174,14 +174,14 @@ def by_sae(files: Sequence[File]) -> dict[str, list[File]]:
 
 
 def owner(results: result_file.Json) -> str | None:
-    """The SAE that a baseline is made from, by its name or, in older files, by its label; or a hook point."""
+    """Return the SAE that a baseline belongs to, by name or, in older files, by label; or a hook point."""
     config = results["_run"]["config"]
     found: str | None = config.get("baseline_of_sae") or config.get("baseline_of")
     return found
 
 
 def label_in_run(name: str, files: Sequence[File]) -> str:
-    """What to call the SAE or baseline of these files where there is little room: as the run called it."""
+    """Return a short label of the SAE or baseline of these files: its name in the run."""
     if is_baseline(files[0][1]):
         return name
     found = files[0][1]["_run"]["config"].get("sae_label")
@@ -189,12 +189,12 @@ def label_in_run(name: str, files: Sequence[File]) -> str:
 
 
 def level_of(files: Sequence[File]) -> result_file.Json:
-    """What its files agree on about the SAE; empty if they were measured in runs that knew of different ones."""
+    """Return the SAE-level numbers that the files agree on; empty if they are from runs with different ones."""
     found = [results["_run"]["sae_level"] for _, results in files]
     return found[0] if all(level == found[0] for level in found) else {}
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Of the values that are known; None if none is."""
+    """Return the mean of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None

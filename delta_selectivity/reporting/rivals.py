@@ -1,4 +1,4 @@
-"""Plot paired differences of delta_sel between all SAEs of a run as a matrix."""
+"""Plot the paired differences of delta_sel between all SAEs of a run as a matrix."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from delta_selectivity.reporting.numbers import probability, signed, span
 from delta_selectivity.reporting.study import Comparison, Study
 
 ROW, COLUMN = 22, 58  # pixels
-LEAST = 3  # SAEs; of two, one difference says all
+LEAST = 3  # minimum number of SAEs, since two have only one difference
 NAMES = 180
 COLUMNS = ("sae", "compared_with", "difference", "ci_low", "ci_high", "p_value")
 
 
 def rivals(study: Study) -> Plot | None:
-    """Rows minus columns, best mean delta_sel first; None for fewer than three SAEs, or if no two were run together."""
+    """Plot rows minus columns, best mean delta_sel first; None for fewer than three SAEs or no comparable pairs."""
     order = sorted(study.saes, key=lambda sae: -(sae.overall("delta_sel")[0] or 0.0))
     found = [pair for one in order for other in order if (pair := study.comparison(one.name, other.name))]
     if len(order) < LEAST or not found:

@@ -1,6 +1,6 @@
-"""The rows of all cells as the page holds them: the 200 that say most of each cell with their texts, packed.
+"""The rows of all cells for the page: for each cell the 200 most informative ones with their texts, compressed.
 
-packed(study, room)         # base64 of gzip of JSON, at most `room` bytes; None if no scores are beside the files
+packed(study, room)         # base64 of gzip of JSON, at most `room` bytes; None without stored scores
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from delta_selectivity.reporting.rows import OUTCOMES, CellRows, places, rows_of
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.system.terminal import printable
 
-TOP = 160  # rows that lost most, whose texts are in the page, and beside them
-BOTTOM = 40  # those that gained most
-FEWER = (1.0, 0.5, 0.25, 0.1)  # shares of those, where a page would be too large
-BEFORE, NAME, AFTER = 220, 80, 40  # characters of a text
+TOP = 160  # rows with the largest losses, whose texts are in the page
+BOTTOM = 40  # rows with the largest gains, whose texts are in the page too
+FEWER = (1.0, 0.5, 0.25, 0.1)  # shares of those rows to try if the page would be too large
+BEFORE, NAME, AFTER = 220, 80, 40  # characters of a text before, in and after the name
 CARRIERS, SHORT = 15, 90  # latents of a cell, and characters of their example texts
 LONGEST = 120  # characters of a person's key or a class
 
@@ -33,7 +33,7 @@ Json = dict[str, Any]
 
 
 def packed(study: Study, room: int) -> str | None:
-    """The rows in at most so many bytes: all of each cell if they fit, else the most telling; None without any."""
+    """Return the rows in at most `room` bytes: all of them, else the most informative; None if there are none."""
     found, latents = [(number, rows, _about(rows)) for number, rows in _found(study)], dict(_latents(study))
     if not found and not latents:
         return None
@@ -45,7 +45,7 @@ def packed(study: Study, room: int) -> str | None:
 
 
 def _found(study: Study) -> Iterator[tuple[int, CellRows]]:
-    """The rows of each cell whose scores are beside its file, by the number of the cell."""
+    """Yield the number and the rows of each cell with stored scores."""
     for sae in study.everything:
         for cell, place in zip(sae.cells, places(sae), strict=True):
             if cell.measured:
@@ -62,13 +62,13 @@ def _packed(found: Sequence[tuple[int, CellRows, Json]], latents: Json, share: f
 
 
 def packed_json(value: Any) -> str:
-    """Base64 of gzip of JSON, which a browser unpacks."""
+    """Return base64 of gzip of JSON, which the page's script decompresses."""
     whole = json.dumps(value, separators=(",", ":")).encode()
     return base64.b64encode(gzip.compress(whole, compresslevel=9, mtime=0)).decode()
 
 
 def _latents(study: Study) -> Iterator[tuple[str, Json]]:
-    """The latents of each cell for which they were found, by the number of the cell."""
+    """Yield the number and the stored latents of each cell that has them."""
     for sae in study.everything:
         for cell, place in zip(sae.cells, places(sae), strict=True):
             (path, results), layer, probe = place
@@ -90,7 +90,7 @@ def _carriers(kept: Json) -> Json:
 
 
 def _about(rows: CellRows) -> Json:
-    """What is told of a cell however many of its rows are."""
+    """Return the facts about a cell that are included for any number of rows."""
     end, histogram = rows.histogram()
     return {
         "n": len(rows.order),
@@ -117,7 +117,7 @@ def _lines(rows: CellRows, texts: _Texts, share: float | None) -> Json:
 
 
 def _loss(rows: CellRows, by: str, group: str) -> list[float] | None:
-    """delta_sel of a group and its interval; the same minus all others', its interval and q."""
+    """Return delta_sel of a group with interval, and its difference from all others with interval and q."""
     loss = rows.losses.get((by, group))
     if loss is None:
         return None
@@ -126,20 +126,20 @@ def _loss(rows: CellRows, by: str, group: str) -> list[float] | None:
 
 
 def _hundredths(values: np.ndarray) -> list[int]:
-    """Scores in hundredths; the sign of the smallest stays, since it is the prediction."""
+    """Return scores in hundredths; the smallest keep their sign, which is the prediction."""
     found = np.round(values * 100).astype(np.int64)
     return np.where((found <= 0) & (values > 0), 1, np.where((found > 0) & (values <= 0), 0, found)).tolist()
 
 
 class _Texts:
-    """What is shown of texts, each once: before the name, the name, after it, the person."""
+    """The shown texts, each stored once: before the name, the name, after it, the person."""
 
     def __init__(self) -> None:
         self.shown: list[list[str]] = []
         self._places: dict[Any, int] = {}
 
     def place(self, rows: CellRows, row: int, in_full: bool) -> int:
-        """Place of a row's text; of a row that is not shown in full the name alone, unless another one is."""
+        """Return the index of a row's text, stored with its context only if any of its rows is shown in full."""
         text = rows.text(row)
         if text is None:
             return self._add(int(rows.persons[row]), ["", "", "", f"person {rows.persons[row]}"])

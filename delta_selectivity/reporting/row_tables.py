@@ -1,4 +1,4 @@
-"""The rows of a cell for a terminal, and as CSV."""
+"""The rows of a cell as text for a terminal, and as CSV."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from delta_selectivity.system.whole_file import replacing
 
 SHOWN = 25  # rows
 BEFORE, NAME = 60, 30  # characters of a text and of a name
-BINS, BAR = 12, 30  # of the histogram, and the characters of its longest bar
+BINS, BAR = 12, 30  # of the histogram, and characters of its longest bar
 
 
 def rows_text(place: Place, rows: CellRows) -> str:
-    """What was lost in a cell: counts, a histogram, and the rows that lost most."""
+    """Return the losses in a cell as text: counts, a histogram, and the rows with the largest losses."""
     head = f"{dataset_of(place.file)}, {place.probe}, layer {place.layer}: {len(rows.labels)} rows"
     counts = (_counts(rows, by, groups) for by, groups in rows.counts())
     parts = [one_line(head), *counts, _histogram(rows), _rows(rows)]
@@ -41,7 +41,7 @@ def write_rows(rows: CellRows, path: Path) -> None:
 
 
 def excerpt(text: Text, before: int, name: int, after: int = 0) -> tuple[str, str, str]:
-    """The end of what precedes the name, the name, and the beginning of what follows it, each on one line."""
+    """Return the end of the text before the name, the name, and the start of the text after it, each on one line."""
     start = text.text[max(text.start - 4 * before, 0) : text.start]
     head = one_line(start)
     head = f"…{head[-before:]}" if len(head) > before or text.start > 4 * before else head
@@ -54,7 +54,7 @@ def excerpt(text: Text, before: int, name: int, after: int = 0) -> tuple[str, st
 
 
 def _counts(rows: CellRows, by: str, groups: list[tuple[str, list[int]]]) -> str:
-    """Rows of each group by what became of them; beside groups of people also what they lost, against all others."""
+    """Return the rows of each group by outcome; for groups of people also their losses compared with all others."""
     tested = any((by, name) in rows.losses for name, _ in groups)
     more = ("delta_sel", "95 % interval", "minus that of all others", "95 % interval", "q") if tested else ()
     table: list[Row] = [(by, "rows", *OUTCOMES, "lost share", *more)]
@@ -73,7 +73,7 @@ def _counts(rows: CellRows, by: str, groups: list[tuple[str, list[int]]]) -> str
 
 
 def _histogram(rows: CellRows) -> str:
-    """Bars of the scores of each class, before and after."""
+    """Return bars of the scores of each class, for the model and the SAE."""
     end, counts = rows.histogram(BINS)
     largest = max(max(bins) for of_class in counts for bins in of_class) or 1
     table: list[Row] = [("score", *(f"{name}: {view}" for name in rows.classes for view in ("model", "SAE")))]

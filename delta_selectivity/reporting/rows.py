@@ -1,10 +1,10 @@
-"""The rows of one cell: who was lost, on which texts, and how sure the probes were.
+"""The rows of one cell: their outcomes, texts, and the probes' scores.
 
     rows = rows_of(find_cell(load(result_files(Path("results"))), "gender", 4, "k8"))
-    rows.frame().head()                         # the rows that lost most first
+    rows.frame().head()                         # the rows with the largest losses first
 
-Scores are averaged over the partitions. A row is `lost` if the model's probe is right about it and the SAE's is wrong,
-`gained` if it is the other way round, `both` if both are right, and `neither`.
+Scores are averaged over the partitions. A row is `lost` if the model's probe is right and the SAE's probe is wrong,
+`gained` in the opposite case, `both` if both are right, and `neither` if none is.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLUMNS = ("text", "start", "end", "name", "person", "label", "outcome", "lost",
 
 
 class Place(NamedTuple):
-    """Where the rows of a cell are: a result file, and the layer and probe in it."""
+    """Location of a cell: a result file, and the layer and probe in it."""
 
     file: File
     layer: int
@@ -45,60 +45,60 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class CellRows:
-    """Each row of a cell; arrays are [rows], in the order of the stored scores."""
+    """All rows of a cell; arrays are [rows], in the order of the stored scores."""
 
-    stored: ProbeScores  # what all of it is made from
-    classes: tuple[str, str]  # what label 0 and label 1 stand for
+    stored: ProbeScores  # source of everything else
+    classes: tuple[str, str]  # names of label 0 and label 1
     model: Floats  # mean score of the model's probes on x; positive: label 1
     sae: Floats  # of the SAE's own probes, on x̂
     transfer: Floats | None  # of the model's probes on x̂
     model_right: Floats  # share of the partitions in which the probe is right
     sae_right: Floats
-    kept: texts.KeptTexts | None  # the texts, where they are known
-    places: NDArray[np.int64] | None  # of each row, in `kept.texts`
+    kept: texts.KeptTexts | None  # the texts, if known
+    places: NDArray[np.int64] | None  # index of each row in `kept.texts`
 
     @property
     def labels(self) -> NDArray[np.bool_]:
-        """Of the rows."""
+        """Return the labels of the rows."""
         return self.stored.labels
 
     @property
     def persons(self) -> NDArray[np.int64]:
-        """A number for each row's person."""
+        """Return a number for each row's person."""
         return self.stored.persons
 
     @cached_property
     def lost(self) -> Floats:
-        """How far the score moved towards the wrong side: positive where the SAE is less sure of the truth."""
+        """Return how far the score moved towards the wrong class: positive if the SAE lost certainty."""
         return np.where(self.labels, 1.0, -1.0) * (self.model - self.sae)
 
     @cached_property
     def outcome(self) -> NDArray[np.int64]:
-        """Place in `OUTCOMES`."""
+        """Return the index in `OUTCOMES` of each row."""
         model, sae = ((score > 0) == self.labels for score in (self.model, self.sae))
         return np.select([model & ~sae, ~model & sae, model & sae], [0, 1, 2], 3)
 
     @cached_property
     def order(self) -> NDArray[np.int64]:
-        """The rows that were lost, then all others; those that lost most first."""
+        """Return the order of rows: lost ones first, then all others, each by descending loss."""
         return np.lexsort((-self.lost, self.outcome != 0))
 
     def text(self, row: int) -> texts.Text | None:
-        """The text of a row."""
+        """Return the text of a row."""
         return None if self.kept is None or self.places is None else self.kept.texts[self.places[row]]
 
     @cached_property
     def groupings(self) -> list[Grouping]:
-        """Groups of people that the rows fall into."""
+        """Return the groupings of people that apply to the rows."""
         return groupings(self.stored, self.kept, self.places)
 
     @cached_property
     def losses(self) -> dict[tuple[str, str], Loss]:
-        """What each group with enough people lost, by grouping and group; q over all groups of the cell."""
+        """Return the loss of each group with enough people, by grouping and group; q over all groups of the cell."""
         return {(loss.by, loss.group): loss for loss in with_q_values(losses(self.stored, self.groupings))}
 
     def counts(self) -> list[tuple[str, list[tuple[str, list[int]]]]]:
-        """(what rows are counted by, [(group, rows of each of `OUTCOMES`)])."""
+        """Return (name of the grouping, [(group, rows of each of `OUTCOMES`)])."""
         told = [("class", [(self.classes[i], self._count(self.labels == bool(i))) for i in (0, 1)])]
         for by in self.groupings:
             counted = [(name, self._count(by.group == place)) for place, name in enumerate(by.names)]
@@ -106,9 +106,9 @@ class CellRows:
         return told
 
     def histogram(self, n_bins: int = 24) -> tuple[float, list[list[list[int]]]]:
-        """The end of a scale around 0, and the rows in each of its bins: of class 0 and 1, by the model and the SAE.
+        """Return the end of a symmetric scale, and the rows per bin: of class 0 and 1, by the model and the SAE.
 
-        Scores beyond it are in the last bins; it holds 99 % of them.
+        The scale covers 99 % of the scores; the others are in the outermost bins.
         """
         end = float(np.quantile(np.abs(np.concatenate([self.model, self.sae])), 0.99)) or 1.0
         edges = np.linspace(-end, end, n_bins + 1)
@@ -119,7 +119,7 @@ class CellRows:
         return end, [[count(score, label) for score in (self.model, self.sae)] for label in (0, 1)]
 
     def lines(self) -> Iterator[tuple[Any, ...]]:
-        """The values of `COLUMNS`, row by row in `order`."""
+        """Yield the values of `COLUMNS`, row by row in `order`."""
         for row in self.order:
             text = self.text(row)
             about = (None,) * 4 if text is None else (text.text, text.start, text.end, text.name)
@@ -131,7 +131,7 @@ class CellRows:
             )  # fmt: skip
 
     def frame(self) -> pandas.DataFrame:
-        """The rows as a data frame with `COLUMNS`."""
+        """Return the rows as a data frame with `COLUMNS`."""
         import pandas
 
         return pandas.DataFrame(list(self.lines()), columns=list(COLUMNS))
@@ -141,10 +141,14 @@ class CellRows:
 
 
 def rows_of(place: Place, fetch: bool = True) -> CellRows:
-    """The rows of a cell, from its stored scores and texts.
+    """Return the rows of a cell, from its stored scores and texts.
 
-    fetch: whether task data that are not on this machine may be fetched to look up texts that were not kept.
-    Raises `RequestError` if the scores are gone or not the file's own.
+    Args:
+        place: Location of the cell.
+        fetch: Whether to download task data to look up texts that were not stored.
+
+    Raises:
+        RequestError: The scores are missing or from another run.
     """
     (path, found), layer, probe = place
     where = scores.path_of(path, layer)
@@ -174,14 +178,21 @@ def rows_of(place: Place, fetch: bool = True) -> CellRows:
 
 
 def places(sae: Sae) -> list[Place]:
-    """Where the rows of each cell of an SAE are, in the order of its cells."""
+    """Return the location of each cell of an SAE, in the order of its cells."""
     return [Place(file, layer, probe) for file in sae.files for layer, probe, *_ in cells(file[1])]
 
 
 def find_cell(files: Sequence[File], probe: str, layer: int | None = None, sae: str | None = None) -> Place:
-    """The cell that is meant; layer and SAE may be left out where there is only one.
+    """Return the requested cell; layer and SAE may be omitted if there is only one.
 
-    sae: its name, or what only its name ends with or holds. Raises `RequestError` if there is no such cell, or several.
+    Args:
+        files: Result files to search.
+        probe: Name of the probe, or ``dataset/probe``.
+        layer: Its layer.
+        sae: Name of the SAE, or a unique suffix or part of it.
+
+    Raises:
+        RequestError: There is no such cell, or several.
     """
     named = by_sae(files)
     own = named[find_sae(named, sae)]
@@ -207,7 +218,7 @@ def find_cell(files: Sequence[File], probe: str, layer: int | None = None, sae: 
 
 
 def find_sae(named: dict[str, list[File]], asked: str | None, field: str = "sae") -> str:
-    """The full name of an SAE: given in full, as its run called it, or by what only its name ends with or holds."""
+    """Return the full name of an SAE given in full, by its name in the run, or by a unique suffix or part."""
     called = {name: label_in_run(name, files) for name, files in named.items()}
     if asked is None and len(named) == 1:
         return next(iter(named))
@@ -227,7 +238,7 @@ def find_sae(named: dict[str, list[File]], asked: str | None, field: str = "sae"
 
 
 def texts_of(file: File, fetch: bool = True) -> texts.KeptTexts | None:
-    """The texts of a result file: those kept beside it, or of a public task the same from its data; None if neither."""
+    """Return the texts of a result file: the stored ones, or those of a public task's data; None if neither exists."""
     path, found = file
     data = found["_run"]["key"].get("data")
     where = texts.path_of(path)
@@ -250,7 +261,7 @@ def texts_of(file: File, fetch: bool = True) -> texts.KeptTexts | None:
 
 @lru_cache(maxsize=8)
 def _looked_up(name: str, data_dir: str | None, n: int | None, seed: int, fetch: bool) -> texts.KeptTexts | None:
-    from delta_selectivity.tasks import load_probe_texts, name_task  # here: with them comes torch
+    from delta_selectivity.tasks import load_probe_texts, name_task  # here, because tasks import torch
     from delta_selectivity.tasks.data_wheel import is_at_hand
 
     if data_dir is None and not fetch and not is_at_hand():

@@ -1,11 +1,11 @@
-"""Results in SAEBench's form, and SAEBench's results beside ours.
+"""Write results in SAEBench's format, and show SAEBench's results beside ours.
 
 write(files, Path("results_saebench"))          # core/..._eval_results.json and sparse_probing/...
 beside_text(ours(files), theirs)
 
-SAEBench 0.6 has a file for each evaluation and SAE, which there is of one layer: so ours are means over the datasets of
-a layer. Its classes need every number of `core`; those that are not measured here are -1. What its classes have no
-field for (intervals, AUC, other k) stands beside their fields in the details, and under `eval_result_unstructured`.
+SAEBench 0.6 has one file per evaluation and SAE, where an SAE has a single layer; our values are therefore means over
+the datasets of a layer. Its classes require every number of `core`; those not measured here are -1. Numbers without a
+field in its classes (intervals, AUC, other k) are added to the details and to `eval_result_unstructured`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from delta_selectivity.system.terminal import one_line
 Json = dict[str, Any]
 
 NAMESPACE = uuid.UUID("6f1d2f0a-9d0e-4f0b-8f5e-0a5d1c6f7b11")
-THEIR_KS = (1, 2, 5)  # of ours, those that SAEBench has fields for
-SHOWN = 20  # datasets told as being in both
+THEIR_KS = (1, 2, 5)  # of our k, those with fields in SAEBench
+SHOWN = 20  # maximum number of common datasets to list
 UNUSED = (
     "l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias", "freq_over_1_percent",
     "freq_over_10_percent", "normalized_freq_over_1_percent", "normalized_freq_over_10_percent",
@@ -48,7 +48,7 @@ NOTES = (
 
 
 def outputs(files: Sequence[File]) -> Iterator[tuple[str, Json]]:
-    """For each SAE, baseline and layer: where its file goes, as FOLDER/NAME, and what is in it."""
+    """Yield the file name FOLDER/NAME and the content for each SAE, baseline and layer."""
     found = by_sae(files)
     for (name, own), slug in zip(found.items(), result_file.distinct_slugs(list(found)), strict=True):
         by_layer: dict[int, list[File]] = {}
@@ -65,9 +65,9 @@ def outputs(files: Sequence[File]) -> Iterator[tuple[str, Json]]:
 
 
 def ours(files: Sequence[File]) -> list[Evaluation]:
-    """The same as SAEBench's files are read; of baselines only if there is nothing else.
+    """Return our evaluations in the form of SAEBench's files; of baselines only if there is nothing else.
 
-    Raises `RequestError` for figures that cannot be, such as more than all latents alive.
+    Raises `RequestError` for impossible figures, such as more than 100 % of latents alive.
     """
     in_full = [file for file in files if not is_baseline(file[1])] or files
     found = []
@@ -80,19 +80,19 @@ def ours(files: Sequence[File]) -> list[Evaluation]:
 
 
 def here(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[Evaluation]:
-    """Of ours those of layers that theirs are of; all if there are none."""
+    """Return our evaluations at the layers of `theirs`; all if there are none."""
     layers = {one.layer for one in theirs}
     return [one for one in own if one.layer in layers] or list(own)
 
 
 def measured_by(one: Evaluation) -> str:
-    """Who made an evaluation."""
+    """Return the author of an evaluation."""
     return "this program" if one.is_ours else "SAEBench"
 
 
 def _core(files: Sequence[File], layer: int) -> Json | None:
     found = [results[f"layer_{layer}"] for _, results in files]
-    if not any(is_number(figures.get("fvu_whole")) for figures in found):  # a baseline that reconstructs nothing
+    if not any(is_number(figures.get("fvu_whole")) for figures in found):  # a baseline without reconstruction
         return None
 
     def over(name: str) -> float | None:
@@ -172,7 +172,7 @@ def _dataset(file: File) -> str:
 
 
 def _accuracies(result: Json) -> Json:
-    """The fields of SAEBench's detail of a dataset, each with its interval."""
+    """Return the fields of SAEBench's dataset details, each with its interval."""
     found: Json = {}
     pairs = {"llm_test": "model", "sae_test": "latent", **{f"sae_top_{k}_test": f"k{k}" for k in K_SPARSE}}
     for theirs, own in pairs.items():
@@ -209,7 +209,7 @@ def _told(value: float | None) -> float:
 
 
 def _score(harm: float | None, ablated: float | None, sae: float | None) -> float:
-    """The share of the ablation's harm that the SAE does not do."""
+    """Return the share of the ablation's harm that the SAE avoids."""
     return NOT_COMPUTED if not harm or ablated is None or sae is None else (ablated - sae) / harm
 
 
@@ -221,14 +221,14 @@ def _millis(started: str) -> int:
 
 
 def beside_text(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> str:
-    """A table for each kind of evaluation that theirs has, and what cannot be compared."""
+    """Return a table for each kind of evaluation in `theirs`, and what prevents a comparison."""
     kinds = [core for core in (False, True) if any(one.is_core == core for one in theirs)]
     parts = [table_of(core, own, theirs) for core in kinds]
     return "\n\n".join([*map(aligned, parts), *(one_line(line) for line in caveats(own, theirs))])
 
 
 def table_of(core: bool, own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[Row]:
-    """The header and a line for each evaluation of the kind, ours (`here`) first; by layer."""
+    """Return the header and a line for each evaluation of the kind, ours (`here`) first; by layer."""
     columns = _CORE_COLUMNS if core else _PROBING_COLUMNS
     head = ("SAE", "measured by", "model", "layer", *([] if core else ["tasks"]), *columns)
     rows: list[Row] = [tuple(head)]
@@ -254,7 +254,7 @@ _CORE_COLUMNS: Mapping[str, str] = {
 
 
 def caveats(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[str]:
-    """What keeps the numbers from being compared, a sentence each."""
+    """Return what prevents a comparison of the numbers, one sentence each."""
     lines = []
     models = [{one.model for one in side if one.model} for side in (own, theirs)]
     if models[0] and models[1] and {_last(name) for name in models[0]} != {_last(name) for name in models[1]}:
@@ -292,7 +292,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def write(files: Sequence[File], folder: Path) -> int:
-    """Write every file of `outputs`; returns how many. Raises OSError."""
+    """Write every file of `outputs`; returns their number. Raises OSError."""
     n = 0
     for name, content in outputs(files):
         path = folder / name

@@ -1,4 +1,4 @@
-"""Plot SAEBench's figures beside ours: probes on few latents, and what is explained at which L0."""
+"""Plot SAEBench's figures beside ours: sparse probing by k, and explained variance by L0."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ WIDTH, HEIGHT, LEFT = 560, 320, 56  # pixels
 LEGEND_ROW = 16
 MOST = 24  # evaluations in a plot
 ALL = "all"
-"""Where a probe on all latents stands."""
+"""Axis position of a probe on all latents."""
 
 
 def beside_plots(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[Plot]:
-    """A plot for each kind of evaluation that theirs has."""
+    """Return a plot for each kind of evaluation in `theirs`."""
     found = []
     for core in (False, True):
         chosen = [one for one in (*here(own, theirs), *theirs) if one.is_core == core]
@@ -30,7 +30,7 @@ def beside_plots(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> lis
 
 
 def _points(one: Evaluation) -> list[tuple[float, float]]:
-    """What is drawn of it: (k, accuracy), or (L0, explained variance)."""
+    """Return the points to draw: (k, accuracy), or (L0, explained variance)."""
     if one.is_core:
         pair = tuple(one.metrics.get(name) for name in ("l0", "explained_variance"))
         return [(pair[0], pair[1])] if pair[0] is not None and pair[1] is not None else []
@@ -87,6 +87,6 @@ def _draw(core: bool, title: str, points: Sequence[tuple[Evaluation, list[tuple[
 
 
 def named(one: Evaluation) -> str:
-    """The SAE, its layer, and who measured it."""
+    """Return the name of the SAE, its layer, and the author of the evaluation."""
     layer = "" if one.layer is None else f", layer {one.layer}"
     return f"{one.sae}{layer} ({measured_by(one)})"

@@ -1,4 +1,4 @@
-"""Sentences at the head of a report: how SAEs rank, what they keep, what they lose, what these data cannot tell."""
+"""Summary sentences of a report: rank of SAEs, preserved and lost probes, and undecided cells."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from delta_selectivity.reporting.numbers import number, signed
 from delta_selectivity.reporting.ranking import rank
 from delta_selectivity.reporting.study import Cell, Sae, Study
 
-NAMED = 3  # of SAEs or probes: a sentence with more is not read
+NAMED = 3  # maximum number of SAEs or probes in a sentence
 Placed = tuple[Sae, Cell]
 
 
 def opening(study: Study) -> list[str]:
-    """The sentences, made from the verdicts of all cells that are shown in full; none if nothing was measured."""
+    """Return the sentences, from the verdicts of all cells that are shown in full; empty if nothing was measured."""
     cells = [(sae, cell) for sae in study.in_full for cell in sae.measured]
     ranked = rank(study).sentence()
     first = [] if ranked is None else [f"Ranked: {ranked}"]
@@ -70,7 +70,7 @@ def _are(found: Sequence[Placed]) -> str:
 
 
 def _by_sae(study: Study, found: Sequence[Placed]) -> str:
-    """How many of each SAE's, where there are several; of many SAEs the most and the fewest."""
+    """Return the counts by SAE if there are several; of many SAEs the largest and the smallest count."""
     if len(study.in_full) == 1:
         return ""
     counts = Counter(sae.label for sae, _ in found)
@@ -80,7 +80,7 @@ def _by_sae(study: Study, found: Sequence[Placed]) -> str:
 
 
 def _by_probe(found: Sequence[Placed]) -> str:
-    """The probes that most of them are of, where there are several."""
+    """Return the most frequent probes among the cells, if there are several."""
     counts = Counter(cell.probe for _, cell in found)
     if len(counts) < 2:
         return ""

@@ -1,8 +1,8 @@
-"""Find checkpoints of one training among the SAEs of a report, and which of them are better than the one before.
+"""Find series of checkpoints among the SAEs of a report, and which checkpoint is better than the previous one.
 
 series_of(study_of(files))       # of runs/a/step_100, runs/a/step_200, ...; or of one model's revisions step1000, ...
 
-A checkpoint is better for sure if the 95 % interval of its paired difference of transfer_r2 from the one before, on the
+A checkpoint is surely better if the 95 % interval of its paired difference of transfer_r2 from the previous one, on the
 same rows, folds and people, lies above 0.
 """
 
@@ -25,42 +25,42 @@ _STEP = re.compile(
     r"|(?:^|(?<=/))(?P<bare>\d+)(?=/|$)",
     re.IGNORECASE,
 )
-"""What tells the step in a name: a number after a word for it, or as a folder of its own. `k32` is none."""
+"""The step in a name: a number after a keyword, or a folder that is a number. `k32` is not a step."""
 LONGEST = 60  # characters of a name in the sentence
 PLACE = "*"
-"""Stands for the step in the name of a series."""
+"""Replaces the step in the name of a series."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An SAE at one step of a training."""
+    """An SAE at one training step."""
 
     step: int
     sae: Sae
-    change: result_file.Json | None  # its transfer_r2 minus that of the one before, paired, with interval and test
+    change: result_file.Json | None  # its transfer_r2 minus that of the previous one, paired, with interval and test
 
     @property
     def surely_better(self) -> bool:
-        """Whether more survives in it than in the one before, for sure."""
+        """Return whether transfer_r2 is significantly higher than at the previous checkpoint."""
         low = (self.change or {}).get("transfer_r2_ci_low")
         return low is not None and low > 0
 
 
 @dataclass(frozen=True)
 class Series:
-    """Checkpoints of one training by step, of the SAE or of the model; two at least."""
+    """Checkpoints of one training ordered by step, of the SAE or of the model; at least two."""
 
-    name: str  # with an asterisk for the step
-    of_model: bool  # whether the model is what was trained
+    name: str  # with an asterisk in place of the step
+    of_model: bool  # whether the model was trained, rather than the SAE
     checkpoints: tuple[Checkpoint, ...]
 
     @property
     def last_better(self) -> Checkpoint | None:
-        """The last checkpoint that is surely better than the one before; None if none is."""
+        """Return the last checkpoint that is surely better than the previous one; None if none is."""
         return next((one for one in reversed(self.checkpoints) if one.surely_better), None)
 
     def sentence(self) -> str:
-        """Which checkpoint is the last that is surely better than the one before."""
+        """Return a sentence that names the last checkpoint that is surely better than the previous one."""
         name = abridged(self.name, LONGEST)
         steps = f"{len(self.checkpoints)} checkpoints of {name}, steps {self.checkpoints[0].step:,} to "
         steps += f"{self.checkpoints[-1].step:,}: "
@@ -74,7 +74,7 @@ class Series:
 
 
 def series_of(study: Study) -> list[Series]:
-    """Every series of at least two steps, in the order of the SAEs."""
+    """Return every series of at least two steps, in the order of the SAEs."""
     found: dict[tuple[str, bool, str], dict[int, Sae]] = {}
     for sae in study.saes:
         for name, of_model, step in _steps(sae):
@@ -87,7 +87,7 @@ def series_of(study: Study) -> list[Series]:
 
 
 def step_of(name: str) -> tuple[str, int] | None:
-    """The name with an asterisk for its step, and the step; None if it tells none. The last one counts.
+    """Return the name with an asterisk for its last step, and the step; None if the name has none.
 
     >>> step_of("runs/topk_k32/step_2000"), step_of("checkpoints/x/4096"), step_of("sae-k32")
     (('runs/topk_k32/*', 2000), ('checkpoints/x/*', 4096), None)
@@ -100,7 +100,7 @@ def step_of(name: str) -> tuple[str, int] | None:
 
 
 def _steps(sae: Sae) -> Iterator[tuple[str, bool, int]]:
-    """Of the SAE's name, or else of the model's revision."""
+    """Yield the step in the SAE's name, or else in the model's revision."""
     config = sae.files[0][1]["_run"]["config"]
     typed, revision = str(config["sae"]), config.get("revision")
     of_sae = step_of(typed)
@@ -112,7 +112,7 @@ def _steps(sae: Sae) -> Iterator[tuple[str, bool, int]]:
 
 
 def _settings(sae: Sae) -> str:
-    """What must agree within a series: all that changes a number but for SAE and model themselves."""
+    """Return what must agree within a series: everything that affects the numbers except SAE and model."""
     settings = settings_of(sae.files[0])
     return repr(sorted((name, value) for name, value in settings.items() if name not in HASHES))
 
@@ -132,7 +132,7 @@ def _change(study: Study, sae: Sae, before: Sae) -> result_file.Json | None:
     own, other = stored_cells(sae.files), stored_cells(before.files)  # another revision, and the same rows
     if own is None or other is None:
         return None
-    from delta_selectivity.records.sae_level import compare  # here: scipy, which most reports do without
+    from delta_selectivity.records.sae_level import compare  # here: imports scipy, seldom needed
 
     found = compare(own, other, tasks_of(sae.files))
     return found if found["transfer_r2"] is not None else None
@@ -150,7 +150,7 @@ COLUMNS = (
 
 
 def lines(series: Series) -> list[tuple[Any, ...]]:
-    """A line for each checkpoint, in the order of `COLUMNS`; changes are of transfer_r2, from the one before."""
+    """Return a line for each checkpoint, in the order of `COLUMNS`; changes are those of transfer_r2."""
     ends = ("", "_ci_low", "_ci_high", "_p_value")
     return [
         (

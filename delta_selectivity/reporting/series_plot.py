@@ -1,4 +1,4 @@
-"""Plot transfer_r2 with its interval against the steps of a training."""
+"""Plot transfer_r2 with its interval against training steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from delta_selectivity.reporting.numbers import signed, span, typeset
 from delta_selectivity.reporting.series import COLUMNS, Checkpoint, Series, lines
 
 WIDTH, HEIGHT = 352, 240  # pixels
-SPREAD = 50  # from here on, largest over smallest step, the axis is logarithmic
+SPREAD = 50  # ratio of largest to smallest step from which the axis is logarithmic
 
 
 def series_plot(series: Series, name: str) -> Plot | None:
-    """Filled: surely better than the checkpoint before. None if transfer_r2 was measured at fewer than two steps."""
+    """Plot a series, with filled markers where surely better; None for fewer than two steps with transfer_r2."""
     known = [one for one in series.checkpoints if one.sae.overall("transfer_r2")[0] is not None]
     if len(known) < 2:
         return None

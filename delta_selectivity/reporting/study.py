@@ -1,4 +1,4 @@
-"""SAEs and baselines of several result files, each with its cells.
+"""SAEs and baselines of several result files, with their cells.
 
 study = study_of(load(result_files(Path("results"))))
 """
@@ -29,16 +29,16 @@ from delta_selectivity.reporting.results import (
 )
 from delta_selectivity.system.terminal import printable
 
-MANY = 12  # datasets: with more, a report shows them by family, folded, and those that lose most in full
+MANY = 12  # datasets: a report with more groups them by family and shows only the largest losses in full
 IN_FULL = 24  # probes of these that have a panel by layer
-OTHERS = "other tasks"  # what a report calls those of no family
+OTHERS = "other tasks"  # name of the tasks without a family
 
 
 @dataclass(frozen=True)
 class Cell:
     """One probe at one layer of one dataset."""
 
-    dataset: str  # what the report calls it
+    dataset: str  # name in the report
     layer: int
     probe: str
     figures: result_file.Json  # of the layer: mse_pos, fvu_pos, l0, ...
@@ -47,17 +47,17 @@ class Cell:
 
     @property
     def measured(self) -> bool:
-        """Whether it has numbers."""
+        """Return whether the cell has numbers."""
         return not self.result.get("reason")
 
     @property
     def record(self) -> result_file.Json:
-        """What was found of the probe, and of the model run on from x̂ at its layer."""
+        """Return the probe's result, with the downstream figures of its layer."""
         return with_downstream(self.figures, self.result)
 
     @cached_property
     def verdict(self) -> str:
-        """What the data show, in one of the words of `records.verdicts`."""
+        """Return the verdict, one of the words of `records.verdicts`."""
         return verdicts.verdict(self.result)
 
 
@@ -65,54 +65,54 @@ class Cell:
 class Sae:
     """An SAE, or a baseline that is measured like one."""
 
-    name: str  # as its user typed it
-    label: str  # shorter, and no other's
-    own_label: str  # what its run called it
+    name: str  # as typed
+    label: str  # shorter, and unique
+    own_label: str  # label in its run
     is_baseline: bool
     kind: str | None  # of a baseline: identity, random, ...
-    owner: str | None  # of a baseline that belongs to an SAE: that one's name, or in older files its label
-    level: result_file.Json  # `_run.sae_level`, or the same from the stored scores if its files disagree
-    cells: tuple[Cell, ...]  # in order of dataset and layer
+    owner: str | None  # of a baseline that belongs to an SAE: that SAE's name, or its label in older files
+    level: result_file.Json  # `_run.sae_level`, or recomputed from the stored scores if its files disagree
+    cells: tuple[Cell, ...]  # ordered by dataset and layer
     files: tuple[File, ...]
 
     @cached_property
     def measured(self) -> list[Cell]:
-        """The cells that have numbers."""
+        """Return the cells that have numbers."""
         return [cell for cell in self.cells if cell.measured]
 
     def count(self, verdict: str) -> int:
-        """How many cells have this verdict."""
+        """Return how many cells have this verdict."""
         return sum(cell.verdict == verdict for cell in self.cells)
 
     def mean(self, key: str) -> float | None:
-        """A score's mean over the cells."""
+        """Return a score's mean over the cells."""
         return mean(cell.result[key] for cell in self.measured)
 
     def overall(self, score: str) -> tuple[float | None, float | None, float | None]:
-        """The mean of delta_sel or transfer_r2 and its 95 % interval, as the run that knew all cells measured it.
+        """Return the mean of delta_sel or transfer_r2 and its 95 % interval, as measured by the run with all cells.
 
-        Without an interval where the files do not agree on one: the mean over the cells that are here.
+        If the files do not agree on an interval, it is the mean over the loaded cells, without an interval.
         """
         if self.level.get(score) is None:
             return self.mean(score), None, None
         return self.level[score], self.level[f"{score}_ci_low"], self.level[f"{score}_ci_high"]
 
     def merit(self) -> tuple[float, float]:
-        """What SAEs are ordered by: mean transfer_r2, and where that was not measured mean delta_sel."""
+        """Return the sort key of SAEs: mean transfer_r2, or mean delta_sel if that was not measured."""
         survives, delta = (self.overall(score)[0] for score in ("transfer_r2", "delta_sel"))
         return (float("-inf") if survives is None else survives, delta or 0.0)
 
     def mean_figure(self, key: str) -> float | None:
-        """The same of a figure of reconstruction: each layer weighs as much as it has probes."""
+        """Return the mean of a reconstruction figure, with layers weighted by their number of probes."""
         return mean(cell.figures.get(key) for cell in self.measured)
 
     def belongs_to(self, sae: Sae) -> bool:
-        """Whether this is a baseline of that SAE."""
+        """Return whether this is a baseline of that SAE."""
         typed = sae.files[0][1]["_run"]["config"]["sae"]
         return self.owner is not None and self.owner in (typed, sae.own_label) and not obstacle(self.files, sae.files)
 
     def where(self, dataset: str, probe: str) -> dict[int, Cell]:
-        """By layer, the measured cells of one probe."""
+        """Return the measured cells of one probe by layer."""
         return {cell.layer: cell for cell in self.measured if (cell.dataset, cell.probe) == (dataset, probe)}
 
 
@@ -122,43 +122,43 @@ class Comparison:
 
     one: Sae
     other: Sae
-    found: result_file.Json  # one's transfer_r2 - the other's, its interval and test; likewise delta_sel
+    found: result_file.Json  # one's transfer_r2 - the other's, with interval and test; the same for delta_sel
 
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that one report is about."""
+    """The subject of one report."""
 
     files: tuple[File, ...]
     saes: tuple[Sae, ...]
     baselines: tuple[Sae, ...]
-    beside: tuple[Evaluation, ...] = ()  # of SAEBench
+    beside: tuple[Evaluation, ...] = ()  # from SAEBench
 
     @property
     def everything(self) -> tuple[Sae, ...]:
-        """SAEs, then baselines."""
+        """Return the SAEs, then the baselines."""
         return self.saes + self.baselines
 
     def drawn_with(self, group: Sequence[Sae]) -> list[Sae]:
-        """The baselines to compare these SAEs with: their own, and those that are no SAE's. None without SAEs."""
+        """Return the baselines to compare these SAEs with: their own, and those of no SAE. Empty without SAEs."""
         others = [sae for sae in self.saes if sae not in group]
         foreign = [b for b in self.baselines if any(b.belongs_to(sae) for sae in others)]
         return [baseline for baseline in self.baselines if baseline not in foreign] if self.saes else []
 
     @property
     def in_full(self) -> tuple[Sae, ...]:
-        """What is shown cell by cell: the SAEs; the baselines if there is nothing else."""
+        """Return what is shown cell by cell: the SAEs, or the baselines if there are no SAEs."""
         return self.saes or self.baselines
 
     @cached_property
     def numbers(self) -> dict[int, int]:
-        """By the `id` of each cell, its place among all: its line in the table of cells, and what the page calls it."""
+        """Return the number of each cell by its `id`: its line in the table of cells, and its number in the page."""
         cells = (cell for sae in self.everything for cell in sae.cells)
         return {id(cell): number for number, cell in enumerate(cells)}
 
     @cached_property
     def datasets(self) -> dict[str, list[str]]:
-        """The probes of each dataset, in the order of the files."""
+        """Return the probes of each dataset, in the order of the files."""
         found: dict[str, dict[str, None]] = {}
         for sae in self.everything:
             for cell in sae.cells:
@@ -167,12 +167,12 @@ class Study:
 
     @property
     def is_long(self) -> bool:
-        """Whether there are too many datasets to show each in full."""
+        """Return whether there are too many datasets to show each in full."""
         return len(self.datasets) > MANY
 
     @cached_property
     def losses(self) -> dict[tuple[str, str], float]:
-        """By dataset and probe, the mean delta_sel over SAEs and layers, the largest loss first."""
+        """Return the mean delta_sel over SAEs and layers by dataset and probe, the largest loss first."""
         found: dict[tuple[str, str], list[float]] = {}
         for cell in (cell for sae in self.in_full for cell in sae.measured):
             found.setdefault((cell.dataset, cell.probe), []).append(cell.result["delta_sel"])
@@ -181,7 +181,7 @@ class Study:
 
     @cached_property
     def families(self) -> dict[str, list[str]]:
-        """The datasets of each family, the families and datasets first that lose most; last what was not measured."""
+        """Return the datasets of each family, both in descending order of loss; unmeasured ones come last."""
         family = {cell.dataset: cell.family for sae in self.everything for cell in sae.cells}
         worst = dict.fromkeys([*(dataset for dataset, _ in self.losses), *self.datasets])
         own: dict[str, list[float]] = {name: [] for name in family.values()}
@@ -192,21 +192,22 @@ class Study:
 
     @cached_property
     def in_panels(self) -> list[tuple[str, str]]:
-        """(dataset, probe) of what is drawn by layer: all in the order of the files; of many, those that lose most."""
+        """Return (dataset, probe) for the panels by layer: all, in the order of the files, or the largest losses."""
         if self.is_long:
             return list(self.losses)[:IN_FULL]
         return [(dataset, probe) for dataset, probes in self.datasets.items() for probe in probes]
 
     @property
     def incomplete(self) -> list[File]:
-        """Files of runs that have not ended."""
+        """Return the files of incomplete runs."""
         return [file for file in self.files if not file[1]["_run"]["complete"]]
 
     @cached_property
     def neighbours(self) -> list[Comparison]:
-        """From the SAE of which most survives on down, each and the next; then each baseline and its SAE.
+        """Return the comparisons of neighbouring SAEs, then of each baseline and its SAE.
 
-        SAEs that cannot be compared are no neighbours: each set that can be is ordered by itself.
+        SAEs are in descending order of merit. Those that cannot be compared are not paired: each comparable set
+        is ordered by itself.
         """
         pairs = [pair for group in self.comparable for pair in itertools.pairwise(group)]
         pairs += [(baseline, sae) for baseline in self.baselines for sae in self.saes if baseline.belongs_to(sae)]
@@ -214,7 +215,7 @@ class Study:
 
     @cached_property
     def apart(self) -> list[str]:
-        """What cannot be compared, and why, in a line each."""
+        """Return what cannot be compared, and why, one line each."""
         groups = self.comparable
         lines = []
         for one, other in itertools.pairwise(groups):
@@ -227,7 +228,7 @@ class Study:
 
     @cached_property
     def comparable(self) -> list[list[Sae]]:
-        """SAEs that can be compared with each other, each list from that of which most survives down."""
+        """Return the sets of SAEs that are comparable with each other, each in descending order of merit."""
         groups: list[list[Sae]] = []
         known = [sae for sae in self.saes if sae.overall("delta_sel")[0] is not None]
         for sae in sorted(known, key=Sae.merit, reverse=True):
@@ -248,7 +249,7 @@ class Study:
         return {}
 
     def _pair(self, one: Sae, other: Sae) -> Comparison | str:
-        """The two, compared by their run or else from their stored scores; or why they are not."""
+        """Return the comparison of the two, from their run or the stored scores; or the reason why there is none."""
         names = one.name, other.name
         if names not in self._pairs:
             self._pairs[names] = self._compare(one, other)
@@ -265,7 +266,7 @@ class Study:
             for sae in (one, other):
                 if self._cells_of(sae.name) is None:
                     return f"the scores beside the result files of {sae.label} are gone or not theirs"
-            from delta_selectivity.records.sae_level import compare  # here: scipy, which most reports do without
+            from delta_selectivity.records.sae_level import compare  # here: imports scipy, seldom needed
 
             found = compare(self._cells_of(one.name), self._cells_of(other.name), tasks_of(one.files))
         if found["delta_sel"] is None:
@@ -273,14 +274,14 @@ class Study:
         return Comparison(one, other, found)
 
     def comparison(self, name: str, other: str) -> Comparison | None:
-        """The two SAEs of these names, if they can be compared."""
+        """Return the comparison of the two SAEs with these names, if they can be compared."""
         by_name = {sae.name: sae for sae in self.everything}
         found = self._pair(by_name[name], by_name[other]) if name != other else None
         return found if isinstance(found, Comparison) else None
 
 
 def study_of(files: Sequence[File], beside: Sequence[Evaluation] = ()) -> Study:
-    """The files, sorted into SAEs and baselines. Names are made printable here, once for every page and plot."""
+    """Sort the files into SAEs and baselines. Names are made printable here, for all pages and plots."""
     own_files = by_sae(files)
     labels = _labels(own_files)
     of = _namer(files)
@@ -310,18 +311,18 @@ def _family(file: File) -> str:
 
 
 def _level(files: Sequence[File]) -> result_file.Json:
-    """The SAE's means as its files agree on them; made from the stored scores if they are of several runs."""
+    """Return the SAE's means if its files agree, or recompute them from the stored scores of several runs."""
     level = level_of(files)
     if level or not all(results["_run"]["complete"] for _, results in files):
         return level
-    from delta_selectivity.records.sae_level import summarise  # here: scipy
+    from delta_selectivity.records.sae_level import summarise  # here: imports scipy
 
     return summarise(stored_cells(files), tasks_of(files))
 
 
 def tasks_of(files: Sequence[File]) -> Any:
-    """What each dataset is about, as `records.sae_level` takes it."""
-    from delta_selectivity.records.task_level import task_of  # here: scipy
+    """Return the task information of each dataset for `records.sae_level`."""
+    from delta_selectivity.records.task_level import task_of  # here: imports scipy
 
     return {dataset_of(file): task_of(file[1]["_run"], dataset_of(file)) for file in files}
 
@@ -333,7 +334,7 @@ def _labels(own_files: dict[str, list[File]]) -> dict[str, str]:
 
 
 def _namer(files: Sequence[File]) -> Callable[[File], str]:
-    """What to call the dataset of a file: its name without the model's, unless several models were measured."""
+    """Return a function that names a file's dataset: without the model, unless several models were measured."""
     models = model_names(files)
 
     def called(file: File) -> str:

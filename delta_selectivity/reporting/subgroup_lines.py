@@ -1,4 +1,4 @@
-"""Losses by subgroup of many cells as lines of a data frame, of a terminal, and of the page."""
+"""Losses by subgroup of many cells, as lines for a data frame, a terminal or the page."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FIGURES = ("n_rows", "n_people", "delta_sel", "ci_low", "ci_high", "against", "
 COLUMNS = ("sae", "dataset", "layer", "probe", "by", "group", *_FIGURES)
 MEAN_COLUMNS = ("sae", "by", "group", "n_cells", *_FIGURES)
 
-By = Mapping[str, Mapping[str, str]]  # of the caller: title of a grouping -> key of a person -> group
+By = Mapping[str, Mapping[str, str]]  # from the caller: title of a grouping -> key of a person -> group
 
 
 def subgroup_lines(
     files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By
 ) -> list[tuple[Any, ...]]:
-    """The values of `COLUMNS` for each group of each cell whose scores are there; q over all of them."""
+    """Return the values of `COLUMNS` for each group of each cell with stored scores; q over all of them."""
     where, found = [], []
     for name, place, stored, known in _cells(files, sae, probe, layer, by):
         own = losses(stored, known)
@@ -37,9 +37,9 @@ def subgroup_lines(
 def mean_subgroup_lines(
     files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By
 ) -> list[tuple[Any, ...]]:
-    """The values of `MEAN_COLUMNS` for each group of each SAE, as means over its cells; q over all of them.
+    """Return the values of `MEAN_COLUMNS` for each group of each SAE, as means over its cells; q over all of them.
 
-    Of an SAE whose files have different folds or repeats, the cells of most files count.
+    If an SAE's files differ in folds or repeats, only the most frequent combination is used.
     """
     where, found = [], []
     for name, of_sae in itertools.groupby(_cells(files, sae, probe, layer, by), key=lambda cell: cell[0]):
@@ -57,7 +57,7 @@ def mean_subgroup_lines(
 def _cells(
     files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By
 ) -> Iterator[tuple[str, Place, ProbeScores, list[Grouping]]]:
-    """SAE, place, scores and groupings of each cell that is asked for and whose scores are there."""
+    """Yield SAE, place, scores and groupings of each requested cell that has stored scores."""
     for name, own in by_sae(files).items():
         if sae not in (None, name) or (sae is None and is_baseline(own[0][1])):
             continue

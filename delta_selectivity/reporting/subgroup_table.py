@@ -1,4 +1,4 @@
-"""Which people SAEs lose more than others, over all cells: for the page and for a terminal."""
+"""Losses of groups of people compared with all others, over all cells, for the page and for a terminal."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from delta_selectivity.system.terminal import printable
 
 ABOUT = (
     "delta_sel of groups of people, averaged over the cells in which the group and all other people have at least 10\n"
-    "effective people of each class; and that minus the same of all other people. A person is in one group of each\n"
-    "kind in each dataset, and their rows in all cells count as one draw. q: Benjamini-Hochberg over all lines."
+    "effective people of each class; vs others: that minus the same of all other people. A person is in one group of\n"
+    "each kind in each dataset, and their rows in all cells count as one draw. q: Benjamini-Hochberg over all lines."
 )
 LONGEST = 60  # characters of a group
 
-Line = dict[str, Any]  # of `MEAN_COLUMNS`
+Line = dict[str, Any]  # keys are `MEAN_COLUMNS`
 
 
 def subgroup_section(study: Study, by: By) -> list[Markup]:
-    """A table with a line for each group and SAE; nothing where no scores are kept."""
+    """Return a table with a line for each group and SAE; empty if no scores are stored."""
     by_name = {sae.name: sae for sae in study.saes}
     rows = [
         (
@@ -35,12 +35,12 @@ def subgroup_section(study: Study, by: By) -> list[Markup]:
         )
         for line in _lines([file for sae in study.saes for file in sae.files], by)
     ]  # fmt: skip
-    head = ("group", "SAE", "cells", "people", "delta_sel", "minus that of all others", "q")
-    return [element("p", ABOUT), table(head, rows)] if rows else []
+    head = ("group", "SAE", "cells", "people", "delta_sel", "vs others", "q")
+    return [element("p", ABOUT.replace("\n", " ")), table(head, rows)] if rows else []
 
 
 def subgroup_text(files: Sequence[File], by: By) -> str:
-    """The same for a terminal."""
+    """Return the same table as text."""
     rows: list[Row] = [
         (
             _group(line), line["sae"], str(line["n_cells"]), str(line["n_people"]),
@@ -52,13 +52,13 @@ def subgroup_text(files: Sequence[File], by: By) -> str:
     ]  # fmt: skip
     if not rows:
         return "no cell has both its scores beside it and enough people in a group"
-    head: Row = ("group", "SAE", "cells", "people", "delta_sel", "95 % interval", "minus that of all others",
+    head: Row = ("group", "SAE", "cells", "people", "delta_sel", "95 % interval", "vs others",
                  "95 % interval", "q")  # fmt: skip
     return f"{aligned([head, *rows])}\n\n{ABOUT}"
 
 
 def _lines(files: Sequence[File], by: By) -> list[Line]:
-    """The lines, the SAEs of a group one below the other."""
+    """Return the lines, with the SAEs of a group one below the other."""
     found = [dict(zip(MEAN_COLUMNS, line, strict=True)) for line in mean_subgroup_lines(files, None, None, None, by)]
     groups = list(dict.fromkeys((line["by"], line["group"]) for line in found))
     return sorted(found, key=lambda line: groups.index((line["by"], line["group"])))
@@ -69,6 +69,6 @@ def _group(line: Line) -> str:
 
 
 def _estimate(line: Line, name: str, prefix: str) -> Markup:
-    """A figure with its interval."""
+    """Return a figure with its interval."""
     ends = span(line[f"{prefix}ci_low"], line[f"{prefix}ci_high"], 4)
     return join([element("b", signed(line[name], 4)), " ", element("small", ends)])

@@ -1,11 +1,11 @@
-"""Losses by subgroup of people: by length of the name, by how often the texts name it, by whatever the caller knows.
+"""Losses by subgroup of people: by length or frequency of the name, or by groups that the caller passes.
 
     found = losses(rows.stored, groupings(rows.stored, rows.kept, rows.places))
-    with_q_values(found)[0]              # q over all looks
+    with_q_values(found)[0]              # q over all comparisons
     mean_losses(cells)                   # the same as a mean over cells
 
-A subgroup's delta_sel is that of its rows alone. Whether it loses more than the others is another question: `against`
-is its delta_sel minus that of all other people. In a cell a person is in one group of each grouping.
+A subgroup's delta_sel is computed on its rows only. `against` measures whether it loses more than the others: it
+is its delta_sel minus that of all other people. In a cell, a person is in one group of each grouping.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from delta_selectivity.records.texts import KeptTexts
 
 LENGTHS = ((0, 10, "up to 10 characters"), (11, 14, "11 to 14"), (15, None, "15 or more"))
 TIMES = ((0, 1, "once"), (2, 4, "2 to 4 times"), (5, None, "5 times or more"))
-LEAST = 10  # effective people of each class, in the group and outside it: below, an interval says nothing
+LEAST = 10  # minimum effective people of each class, in the group and outside it, for a meaningful interval
 _WORD = re.compile(r"[^\W_]+")
 _DECADE = re.compile(r"(-?\d{1,4})s")
 
@@ -38,25 +38,25 @@ class Grouping:
 
     by: str
     names: tuple[str, ...]
-    group: Ints  # [rows], place in `names`; -1: in none
+    group: Ints  # [rows], index in `names`; -1: none
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a subgroup lost, as a mean over cells."""
+    """Loss of a subgroup, as a mean over cells."""
 
     by: str
     group: str
     n_cells: int
-    n_rows: int  # of all cells
-    n_people: int  # each once
+    n_rows: int  # sum over cells
+    n_people: int  # each counted once
     delta_sel: Estimate
     against: Estimate  # its delta_sel minus that of all other people
-    q_value: float | None = None  # of `against`, over all looks
+    q_value: float | None = None  # of `against`, over all comparisons
 
 
 def groupings(found: ProbeScores, kept: KeptTexts | None, places: Ints | None) -> list[Grouping]:
-    """The groupings of a cell's rows that its texts, or else its people, allow."""
+    """Return the groupings of a cell's rows that its texts, or else its people, allow."""
     if kept is None or places is None:
         _, person, n_rows = np.unique(found.persons, return_inverse=True, return_counts=True)
         return [] if n_rows.max() == 1 else [_by_size("rows of the person", n_rows[person], found.persons, TIMES)]
@@ -69,7 +69,7 @@ def groupings(found: ProbeScores, kept: KeptTexts | None, places: Ints | None) -
 
 
 def grouping_of(by: str, of_person: Mapping[str, str], kept: KeptTexts, places: Ints) -> Grouping:
-    """A grouping that the caller knows: key of a person -> group. People who are not in it are in none."""
+    """Return a grouping from the caller: key of a person -> group. Other people have no group."""
     names = tuple(sorted(set(of_person.values())))
     place = {name: i for i, name in enumerate(names)}
     of_text = np.array([place.get(of_person.get(text.person, ""), -1) for text in kept.texts], dtype=np.int64)
@@ -77,19 +77,19 @@ def grouping_of(by: str, of_person: Mapping[str, str], kept: KeptTexts, places: 
 
 
 def losses(found: ProbeScores, by: Sequence[Grouping]) -> list[Loss]:
-    """The loss of each group that has enough people, without q values."""
+    """Return the loss of each group that has enough people, without q values."""
     return mean_losses([(found, by)])
 
 
 def mean_losses(cells: Sequence[tuple[ProbeScores, Sequence[Grouping]]]) -> list[Loss]:
-    """The same as a mean over cells: for each group those in which it has enough people, and so have all others.
+    """Return the losses as means over cells; a cell counts for a group if the group and all others have enough people.
 
-    A person's rows in all cells count as one draw, in the group and outside it (`uncertainty.estimate_mean`).
-    Raises ValueError for cells of different numbers of repeats or folds.
+    A person's rows in all cells are one draw, in the group and outside it (`uncertainty.estimate_mean`).
+    Raises ValueError if cells differ in the number of repeats or folds.
     """
     parts: dict[str, dict[str, list[tuple[Cell, Cell]]]] = {}
     for found, by in cells:
-        change = (correct(found, "sae") - correct(found, "model")).astype(np.int8)  # small: many cells are held
+        change = (correct(found, "sae") - correct(found, "model")).astype(np.int8)  # small: there are many cells
         for grouping in by:
             known, of_group = grouping.group >= 0, parts.setdefault(grouping.by, {})
             for place, name in enumerate(grouping.names):
@@ -101,14 +101,14 @@ def mean_losses(cells: Sequence[tuple[ProbeScores, Sequence[Grouping]]]) -> list
 
 
 def _order(name: str) -> tuple[int, str]:
-    """Our own groups by size, decades by time, the caller's others by name."""
+    """Return the sort key of a group: ours by size, decades by time, others by name."""
     own = [group for groups in (LENGTHS, TIMES) for *_, group in groups]
     decade = _DECADE.fullmatch(name)
     return (int(decade[1]), "") if decade else (own.index(name) if name in own else 0, name)
 
 
 def _loss(by: str, name: str, pairs: Sequence[tuple[Cell, Cell]]) -> Loss:
-    """The mean over cells of a group's part, and minus the mean of the others' parts."""
+    """Return the mean over the cells of a group's part, and minus the mean of the others' parts."""
     inside = [part for part, _ in pairs]
     twice = [replace(part, change=sign * 2 * part.change) for pair in pairs for sign, part in zip((1, -1), pair)]  # noqa: B905 - two each
     persons = np.concatenate([part.persons for part in inside])
@@ -117,14 +117,14 @@ def _loss(by: str, name: str, pairs: Sequence[tuple[Cell, Cell]]) -> Loss:
 
 
 def with_q_values(found: Sequence[Loss]) -> list[Loss]:
-    """The same with Benjamini-Hochberg over all of them: each look counts."""
+    """Return the losses with Benjamini-Hochberg q values over all of them."""
     q_values = benjamini_hochberg([loss.against.p_value for loss in found]) if found else []
     return [replace(loss, q_value=q) for loss, q in zip(found, q_values, strict=True)]
 
 
 @lru_cache(maxsize=8)
 def times_named(kept: KeptTexts) -> Ints:
-    """How often the words of each text's name stand in all of the texts, case and punctuation aside; [texts]."""
+    """Return how often the words of each text's name occur in all texts, ignoring case and punctuation; [texts]."""
     asked = [_words(text.name) for text in kept.texts]
     beginning: dict[str, set[tuple[str, ...]]] = {}  # names by their first word
     for name in filter(None, asked):
@@ -143,7 +143,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _by_size(by: str, values: Ints, persons: Ints, groups: Sequence[tuple[int, int | None, str]]) -> Grouping:
-    """Groups by a number; of a person's rows the largest counts."""
+    """Return groups by a number; for a person, the largest of the rows counts."""
     _, person = np.unique(persons, return_inverse=True)
     largest = np.zeros(person.max() + 1, dtype=np.int64)
     np.maximum.at(largest, person, values)
@@ -155,7 +155,7 @@ def _by_size(by: str, values: Ints, persons: Ints, groups: Sequence[tuple[int, i
 
 
 def _part(found: ProbeScores, change: NDArray[np.int8], rows: NDArray[np.bool_]) -> Cell | None:
-    """Some of the rows of a cell; None with too few people of a class."""
+    """Return some of the rows of a cell; None if a class has too few people."""
     labels, persons, weights = found.labels[rows], found.persons[rows], found.weights[rows]
     for label in (False, True):
         if not (labels == label).any() or effective_people(persons[labels == label], weights[labels == label]) < LEAST:

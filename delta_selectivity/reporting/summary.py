@@ -1,4 +1,4 @@
-"""The page's tables of SAEs: one line each, and each against the next."""
+"""The page's tables of SAEs: one line for each, and comparisons of each with the next."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PAIR_HEAD = ("SAE", "compared with", "difference of transfer_r2", "p", "differen
 
 
 def sae_table(study: Study) -> Markup:
-    """A line for each SAE, by rank, and, beneath, each baseline: means over its cells."""
+    """Return a line for each SAE, by rank, and for each baseline below: means over its cells."""
     ranking = rank(study)
     views = further_views(cell.record for sae in study.everything for cell in sae.measured)
     rows = ([*_line(study, sae, ranking.place(sae)), *_views(sae, views)] for sae in in_order(study, ranking))
@@ -57,7 +57,7 @@ def _line(study: Study, sae: Sae, place: str) -> list[str]:
 
 
 def named(study: Study, sae: Sae) -> Markup:
-    """What the SAE is called, without most of what all are called; in full when pointed at."""
+    """Return the SAE's name without most of the part common to all names, with the full name as tooltip."""
     labels = [one.label for one in study.everything]
     return element("span", apart(labels, NAME)[labels.index(sae.label)], title=sae.label)
 
@@ -67,13 +67,13 @@ def _estimate(value: str, interval: str) -> Markup:
 
 
 def _swatch(study: Study, sae: Sae) -> Markup:
-    """The colour that the SAE has in every plot."""
+    """Return a sample of the SAE's colour in all plots."""
     colour = MUTED if sae.is_baseline else series(study.saes.index(sae)).colour
     return element("span", "●", style=f"color:{colour}", class_="swatch", aria_hidden="true")
 
 
 def pair_table(study: Study) -> Markup | None:
-    """Each SAE and the next, each baseline and its SAE; None if no two can be compared."""
+    """Return a table of each SAE and the next, each baseline and its SAE; None if no two can be compared."""
     rows = [[named(study, pair.one), named(study, pair.other), *_difference(pair.found)] for pair in study.neighbours]
     return table(PAIR_HEAD, rows) if rows else None
 
@@ -87,7 +87,7 @@ def _difference(found: result_file.Json) -> list[str]:
 
 
 def detectable(study: Study) -> str:
-    """What one cell could have shown at all, in a sentence; empty if nothing was measured."""
+    """Return a sentence about the smallest detectable difference of one cell; empty if nothing was measured."""
     found = [cell.result["detectable"] for sae in study.in_full for cell in sae.measured]
     known = [value for value in found if value is not None]
     if not known:

@@ -15,21 +15,27 @@ SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 ElementTree.register_namespace("", SVG)
 ElementTree.register_namespace("xlink", XLINK)
-MODES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)"}  # of the page's style sheet
+MODES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)"}  # CSS variables of the page's style sheet
 
 
 def accessible(
     svg: str, name: str, title: str, description: str, tips: Mapping[str, str], cells: Mapping[str, int]
 ) -> str:
-    """A stand-alone SVG document with a title, a description, and a title on each part that has a tip.
+    """Return a stand-alone SVG document with a title, a description, and a tooltip on each part that has one.
 
-    cells: Parts that stand for a cell, and its number, which goes with them.
+    Args:
+        svg: SVG as matplotlib writes it.
+        name: Prefix of the ids of title and description.
+        title: Title of the plot.
+        description: Alternative text.
+        tips: Id of a part -> its tooltip.
+        cells: Id of a part -> number of the cell that it represents.
     """
     root = ElementTree.fromstring(svg)
     for metadata in root.findall(f"{{{SVG}}}metadata"):
         root.remove(metadata)
     for size in ("width", "height"):
-        root.set(size, root.get(size, "").removesuffix("pt"))  # a point of ours is a pixel
+        root.set(size, root.get(size, "").removesuffix("pt"))  # one of our points is one pixel
     for group in root.iter(f"{{{SVG}}}g"):
         tip = tips.get(group.get("id", ""))
         if tip is not None:
@@ -48,8 +54,8 @@ def accessible(
 
 
 def inline(svg: str) -> str:
-    """The same for the middle of a page, in the page's font and in its reader's light or dark mode."""
-    bare = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # its rule would hold for the whole page
+    """Return the SVG for embedding in a page, with the page's font and light or dark mode."""
+    bare = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # its rules would apply to the whole page
     return re.sub("|".join(MODES), lambda colour: MODES[colour[0]], bare)
 
 
@@ -60,7 +66,7 @@ def _element(tag: str, text: str, own_id: str | None = None) -> ElementTree.Elem
 
 
 def _drop_ids(root: ElementTree.Element) -> None:
-    """Ids that nothing in it refers to: `axes_1` and the like stand in every plot of the page."""
+    """Remove ids without references: `axes_1` and the like occur in every plot of the page."""
     text = ElementTree.tostring(root, encoding="unicode")
     used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
     for element in root.iter():
@@ -69,7 +75,7 @@ def _drop_ids(root: ElementTree.Element) -> None:
 
 
 def _compact(root: ElementTree.Element) -> None:
-    """Without the blanks between elements, empty groups and turns by nothing: a third of the bytes."""
+    """Remove whitespace between elements, empty groups and identity transforms: a third of the bytes."""
     for element in root.iter():
         element.tail = (element.tail or "").strip()
         if len(element):

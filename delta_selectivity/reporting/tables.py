@@ -1,4 +1,4 @@
-"""Tables for a terminal, in Markdown."""
+"""Tables in Markdown for a terminal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from delta_selectivity.system.terminal import one_line, printable
 
 Row = tuple[str, ...]
 LONGEST = 72  # characters of a name
-WORST = 20  # cells that are shown of many datasets
+WORST = 20  # maximum number of cells shown for many datasets
 
 NOTE = (
     "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
@@ -33,11 +33,11 @@ NOTE = (
     "* after it: q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE)\n"
     "= after it: shown to be preserved, the 90 % interval lies within +-epsilon"
 )
-"""What the marks in a table mean."""
+"""Legend of the tables."""
 
 
 def selectivity_table(results: result_file.Json, worst_first: bool = False) -> str:
-    """layer, probe, model_sel, sae_sel, delta_sel with its 95 % interval, both FVU and L0."""
+    """Return layer, probe, model_sel, sae_sel, delta_sel with its 95 % interval, both FVU and L0."""
     found = list(cells(results))
     if worst_first:
         found.sort(key=lambda cell: cell[3].get("delta_sel", 0.0) if cell[3].get("delta_sel") is not None else 0.0)
@@ -63,7 +63,7 @@ def selectivity_table(results: result_file.Json, worst_first: bool = False) -> s
 
 
 def rows_table(results: result_file.Json) -> str:
-    """A line per SAE and probe of a file of rows: results are SAE -> its figures, and probe -> record."""
+    """Return a line per SAE and probe of a file of rows: SAE -> figures, and probe -> record."""
     header = ("SAE", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer", "fvu_pos")
     found = (
         (sae, probe, figures, result)
@@ -102,9 +102,9 @@ def _marks(result: result_file.Json) -> str:
 
 
 def summary_table(study: Study) -> str:
-    """A line per SAE, in order of rank: means over its datasets, layers and probes, intervals with people drawn once.
+    """Return a line per SAE by rank: means over datasets, layers and probes, with intervals that resample people.
 
-    Baselines come beneath the SAEs.
+    Baselines are listed below the SAEs.
     """
     ranking = rank(study)
     views = further_views(cell.record for sae in study.everything for cell in sae.measured)
@@ -139,9 +139,9 @@ def summary_table(study: Study) -> str:
 
 
 def comparison_table(study: Study) -> str | None:
-    """SAEs from the first in rank to the last, each against the next: paired by row, fold and person.
+    """Return paired comparisons of each SAE with the next in rank, by row, fold and person.
 
-    Beneath them each baseline that belongs to an SAE against that one. None if no two can be compared.
+    Each baseline that belongs to an SAE is compared with it below. None if no two can be compared.
     """
     scores = ("transfer_r2", "delta_sel")
     columns = [column for score in scores for column in (f"difference of {score}", "95 % interval", "p")]
@@ -159,9 +159,9 @@ def _difference(found: result_file.Json, score: str) -> Row:
 
 
 def resource_table(files: Sequence[File]) -> str:
-    """Seconds per stage and peak memory of the run that wrote the newest of the files.
+    """Return seconds per stage and peak memory of the run that wrote the newest file.
 
-    `total` is the wall clock; the stages of the two threads overlap, so their seconds add up to more.
+    `total` is wall-clock time; the stages of the two threads overlap, so their sum is larger.
     """
     run = max(
         (results["_run"] for _, results in files), key=lambda run: (run["started"], run["seconds"].get("total", 0))
@@ -173,9 +173,9 @@ def resource_table(files: Sequence[File]) -> str:
 
 
 def aligned(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table whose columns line up in a terminal; the first two columns to the left.
+    """Return rows as a Markdown table aligned for a terminal, with the first two columns left-aligned.
 
-    Names come from data: what would break the table or the terminal is escaped.
+    Names come from data: characters that would break the table or the terminal are escaped.
     """
     rows = [tuple(printable(cell).replace("|", "\\|") for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -190,9 +190,9 @@ def aligned(rows: Sequence[Row]) -> str:
 
 
 def render(files: Sequence[File], worst_first: bool = False) -> str:
-    """Every table of the files, and the summary over several last, where a terminal leaves the eye.
+    """Return every table of the files, with the summary over several at the end, where a terminal shows it.
 
-    Of baselines only the summary, unless there is nothing else.
+    Baselines are only in the summary, unless there are no SAEs.
     """
     in_full = [file for file in files if not is_baseline(file[1])] or files
     if len({dataset_of(file) for file in in_full}) > MANY:
@@ -202,7 +202,7 @@ def render(files: Sequence[File], worst_first: bool = False) -> str:
 
 
 def _in_short(files: Sequence[File]) -> list[str]:
-    """Of many datasets: the probes that lose most, each at its worst layer, and what could not be measured."""
+    """Return, for many datasets, the largest losses, each at its worst layer, and what could not be measured."""
     named = [(dataset_of(file), file) for file in files]
     found = [(label_in_run("", [file]), dataset, *cell) for dataset, file in named for cell in cells(file[1])]
     measured = [cell for cell in found if not cell[-1].get("reason")]
@@ -231,13 +231,13 @@ def _in_short(files: Sequence[File]) -> list[str]:
 
 
 def one_line_each(texts: Iterable[str]) -> str:
-    """Texts that come from data, a line each."""
+    """Return texts from data, each on one line."""
     return "\n".join(map(one_line, texts))
 
 
 def overview(files: Sequence[File]) -> str:
-    """The line per SAE, whether these data tell them apart, and the SAEs against each other."""
-    study = study_of(files)  # once for all of it: pairs may be compared from their stored scores
+    """Return the line per SAE, the significant differences between them, and the comparisons."""
+    study = study_of(files)  # computed once, because pairs may be compared from their stored scores
     apart = "\n".join(one_line(line) for line in study.apart)
     sentence = rank(study).sentence()
     families = family_rows(study)

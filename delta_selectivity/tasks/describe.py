@@ -1,4 +1,4 @@
-"""The table of the tasks there are."""
+"""The table of available tasks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _HEADER = (
     "index", "dataset", "family", "probe", "rows as shipped", "distinct rows", "two labels", "groups", "grouped by",
     "classes", "positives", "positive class", "longest text",
 )  # fmt: skip
-_LEFT_COLUMNS = 4  # the words; numbers line up on the right
+_LEFT_COLUMNS = 4  # text columns; numbers are right-aligned
 
 
 class _Counts(NamedTuple):
-    """Of a row set."""
+    """Counts of a row set."""
 
     shipped: int
-    rows: list[Row]  # distinct, each of one label
-    conflicting: int  # texts with two labels, which are left out
+    rows: list[Row]  # distinct, each with one label
+    conflicting: int  # texts with two labels, which are dropped
     longest: int  # characters
 
 
 def describe_datasets(tasks: Sequence[TaskName] | None = None) -> str:
-    """One line per probe: rows before and after duplicates are dropped, groups, classes and their balance.
+    """Return a table with one line per probe: rows before and after deduplication, groups, classes and their balance.
 
-    Beneath several tasks their sums, and how the rows of tasks that are ours are grouped. Arguments and errors as for
+    For several tasks, totals follow, and the grouping of the rows of built-in tasks. Arguments and errors as for
     `load_probe_texts`.
     """
     lines: list[tuple[str, ...]] = [_HEADER]
@@ -80,7 +80,7 @@ def _lines(source: Task, row_set: RowSet, counts: _Counts) -> Iterator[tuple[str
 
 
 def _index(source: Task) -> str:
-    """What names it in a request, in short."""
+    """Return the short name by which a request can refer to the task."""
     if source.slug == f"wikidata_{source.name}":
         return str(DATASET_NAMES.index(source.name))
     return str(number_of(source.name)) if source.family is not None and source.name in ALL else "-"

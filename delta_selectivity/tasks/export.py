@@ -1,4 +1,4 @@
-"""Tasks as a table that `UserData` reads back: the same texts, labels and people.
+"""Export tasks as a table that `UserData` can read: the same texts, labels and people.
 
 export_rows(load_probe_texts(["gender"]), Path("gender.csv"))
 load_task("gender.csv")
@@ -25,18 +25,18 @@ Line = dict[str, Any]
 
 
 def export_rows(texts: ProbeTexts, path: Path) -> int:
-    """Write one line for each row of each probe; the suffix decides the format.
+    """Write one line for each row of each probe; the suffix determines the format.
 
     Args:
-        texts: What `load_probe_texts` gives: distinct rows, drawn already.
-        path: A .csv, .jsonl or .parquet file, replaced in one step. Its columns are those of `UserData`, and `dataset`:
+        texts: Result of `load_probe_texts`: distinct rows, already sampled.
+        path: A .csv, .jsonl or .parquet file, replaced atomically. Its columns are those of `UserData`, and `dataset`:
             `task` is the probe, `label` 0 or 1, `group` the key of the person, `start` and `end` the probed characters.
 
     Returns:
         The number of lines.
 
     Raises:
-        RequestError: Another suffix, two probes of one name, or a file that cannot be written.
+        RequestError: The suffix is unknown, two probes have the same name, or the file cannot be written.
     """
     write = _WRITERS.get(path.suffix.lower())
     if write is None:
@@ -79,7 +79,7 @@ def _write_jsonl(lines: list[Line], file: IO[bytes]) -> None:
 
 
 def _write_parquet(lines: list[Line], file: IO[bytes]) -> None:
-    import pyarrow  # for this format only
+    import pyarrow  # needed for this format only
     import pyarrow.parquet
 
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(lines), file)

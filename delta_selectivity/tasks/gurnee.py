@@ -1,9 +1,9 @@
-"""The folders of Gurnee et al. 2023 (arXiv 2305.01610), e.g. `wikidata_sorted_sex_or_gender.pyth.128.6000`.
+"""Reader for the folders of Gurnee et al. 2023, e.g. `wikidata_sorted_sex_or_gender.pyth.128.6000`.
 
-Written by `datasets.save_to_disk` in github.com/wesg52/sparse-probing-paper, `probing_datasets/wikidata.py`:
-`tokens` is BOS (id 0) and the last 127 tokens of a text that ends with the name, padded on the right with
-id 0 = pad = BOS = end of text, so padding is told by position and never by value alone. The name's positions are
-inclusive and count the BOS. `text` decodes the padding too and is kept only to be read by people.
+Source: arXiv 2305.01610. The folders are written by `datasets.save_to_disk` in github.com/wesg52/sparse-probing-paper,
+`probing_datasets/wikidata.py`. `tokens` is BOS (id 0) and the last 127 tokens of a text that ends with the name, padded
+on the right with id 0, which is also BOS and end of text. Padding is therefore recognised by position, not by value.
+The name's positions are inclusive and count the BOS. `text` includes the decoded padding and is only for human readers.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ _IS_ATHLETE = (("is_athlete", "athlete"),)
 
 
 def load_gurnee(name: str, data_dir: Path) -> Task:
-    """Read dataset `name` from its folder below `data_dir`, as shipped.
+    """Read dataset `name` from its folder below `data_dir`, with all rows.
 
-    The athlete dataset also asks `is_athlete` where the occupation folder is there and has that class.
-    Raises `RequestError` if the folder is not there (or is there twice), or holds something else.
+    The athlete dataset also has the probe `is_athlete` if the occupation folder exists and has that class.
+    Raises `RequestError` if the folder is missing, exists twice, or has other content.
     """
     folders = _folders(data_dir)
     wanted = _PROPERTIES[name]
@@ -71,7 +71,7 @@ def load_gurnee(name: str, data_dir: Path) -> Task:
 
 
 def _folders(data_dir: Path) -> dict[str, Path]:
-    """Property -> folder. Raises `RequestError` if one property has two folders."""
+    """Return property -> folder. Raises `RequestError` if one property has two folders."""
     if not data_dir.is_dir():
         raise RequestError(f"`data_dir` {data_dir}: no such folder")
     folders: dict[str, Path] = {}
@@ -83,8 +83,8 @@ def _folders(data_dir: Path) -> dict[str, Path]:
 
 
 def _row_set(folder: Path, probes: Sequence[tuple[str, str]]) -> RowSet:
-    """Rows of `folder`, and those of `probes` whose class it has."""
-    import datasets  # seconds to import, and needed for these folders only
+    """Read the rows of `folder`, with those of `probes` whose class occurs in it."""
+    import datasets  # slow import, needed for these folders only
 
     try:
         table = datasets.load_from_disk(str(folder))
@@ -93,7 +93,7 @@ def _row_set(folder: Path, probes: Sequence[tuple[str, str]]) -> RowSet:
     missing = [column for column in _COLUMNS if column not in table.column_names]
     if missing:
         raise RequestError(f"{folder}: no column {missing[0]!r}; found {table.column_names}")
-    records = table.select_columns(list(_COLUMNS)).with_format(None)  # they ship with tensors as the format
+    records = table.select_columns(list(_COLUMNS)).with_format(None)  # the stored format is tensors
     rows = tuple(
         Row(_mention(record, f"{folder}, row {number}"), record["class"])
         for number, record in enumerate(records, start=1)
@@ -103,7 +103,7 @@ def _row_set(folder: Path, probes: Sequence[tuple[str, str]]) -> RowSet:
 
 
 def _mention(record: dict[str, Any], where: str) -> Mention:
-    """One record in our convention: no BOS, no padding, name positions shifted to match."""
+    """Convert one record to our convention: no BOS, no padding, name positions shifted accordingly."""
     tokens: list[int] = record["tokens"]
     first, last = int(record["name_index_start"]), int(record["surname_index_end"])
     offset = int(bool(tokens) and tokens[0] == _BOS)
@@ -124,7 +124,7 @@ def _mention(record: dict[str, Any], where: str) -> Mention:
 
 
 def _readable(text: str, name: str) -> tuple[str, int, int]:
-    """Text without decoded padding, and the characters of the name in it (all of it if it is not found)."""
+    """Return the text without decoded padding, and the characters of the name in it (all of it if not found)."""
     while text.endswith(_END_OF_TEXT):
         text = text.removesuffix(_END_OF_TEXT)
     start = text.rfind(name)

@@ -1,8 +1,8 @@
-"""What the labels of a user's task mean: which are missing, which are one class, and which class is the positive one.
+"""Interpretation of labels in a user's table: missing labels, equal spellings, and the positive class.
 
 classes = read_classes(["Yes", "yes", "no"])
-classes.of["Yes"]                            # 'Yes': the more frequent spelling, of equals the first in order
-classes.values                               # ('no', 'Yes'): of two, the last is the positive class
+classes.of["Yes"]                            # 'Yes': the most frequent spelling; ties: the first in order
+classes.values                               # ('no', 'Yes'): the last of two is the positive class
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from delta_selectivity.system.person_ids import number_key
 
-_MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "nat", "null"}  # what programs write where a value is missing
+_MISSING = {"", "nan", "na", "n/a", "#n/a", "<na>", "nat", "null"}  # common spellings of missing values
 _TRUTH = {"0": "0", "1": "1", "false": "0", "true": "1"}
 
 
@@ -25,12 +25,12 @@ _TRUTH = {"0": "0", "1": "1", "false": "0", "true": "1"}
 class Classes:
     """The classes of one task."""
 
-    values: tuple[str, ...]  # in order: two numbers by size, others by alphabet, whatever their case
-    of: Mapping[str, str]  # label as it stands in the table -> its class
+    values: tuple[str, ...]  # in order: two numbers by size, others alphabetically, ignoring case
+    of: Mapping[str, str]  # label in the table -> its class
 
     @property
     def merged(self) -> list[tuple[str, ...]]:
-        """Words that differ in case or Unicode form alone: a tuple for each class that has several."""
+        """Return the spellings that differ only in case or Unicode form: one tuple for each class with several."""
         spellings: dict[str, list[str]] = {}
         for label, value in sorted(self.of.items()):
             if number_key(label) is None:
@@ -39,21 +39,21 @@ class Classes:
 
     @property
     def fractions(self) -> list[str]:
-        """The classes that are no whole numbers, where all are numbers."""
+        """Return the non-integer classes if all classes are numbers."""
         return [value for value in self.values if "." in value] if _all_numbers(self.values) else []
 
 
 def is_missing(label: Any) -> bool:
-    """Whether a table's cell says that there is no label: None, NaN, nothing, or a word such as `nan` or `NA`."""
+    """Return whether a cell has no label: None, NaN, empty, or a word such as `nan` or `NA`."""
     if label is None or (isinstance(label, float) and math.isnan(label)):
         return True
     return str(label).strip().casefold() in _MISSING
 
 
 def read_classes(labels: Iterable[str]) -> Classes:
-    """The classes that labels name: equal numbers are one, and so are words that differ in case or Unicode form alone.
+    """Return the classes of labels. Equal numbers are merged, and words that differ only in case or Unicode form.
 
-    A class of words is called as it is spelled most often. Labels that are all 0, 1, true or false become 0 and 1.
+    The name of a class is its most frequent spelling. If all labels are 0, 1, true or false, they become 0 and 1.
     """
     counts = Counter(labels)
     key = {label: number_key(label) or unicodedata.normalize("NFKC", label).casefold() for label in counts}

@@ -1,8 +1,8 @@
 """Find a person's name in a text, and the key that identifies the person.
 
-The Wikidata prompts end at the end of a name whose start is not marked. By the project's convention the name
-is the last two words, which groups 'Edward I of England' with 'Eleanor of England': folds by person
-then err on the safe side (two people in one fold, never one person in two).
+The Wikidata prompts end at the end of a name whose start is not marked. By this package's convention the name
+is the last two words, which groups 'Edward I of England' with 'Eleanor of England'. Folds by person
+then err on the safe side: two people may share a group, but one person is never in two.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import itertools
 import re
 import unicodedata
 
-import regex  # for its Unicode word boundaries, which `re` has not
+import regex  # for Unicode word boundaries, which `re` lacks
 
 _UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 _BOUNDARY = regex.compile(r"\b", flags=regex.WORD)
-_END_SEEN = 200  # characters at the end of a text in which its last word is looked for
+_END_SEEN = 200  # characters at the end of a text in which to search its last word
 
-_INNER_MARKS = ".-'’\u00ad"  # may stand inside a name; the last is the soft hyphen of words cut in books
+_INNER_MARKS = ".-'’\u00ad"  # allowed inside a name; the last is the soft hyphen of hyphenated words in books
 
-# What glues a name to the word before it: 'others.--Marianne', 'If...Andrew', 'Gov.Gina' (but not 'J.K.').
+# What separates a name from the word before it: 'others.--Marianne', 'If...Andrew', 'Gov.Gina' (but not 'J.K.').
 _JOINT = re.compile(r"--+|\.\.+|(?<=[a-z]{2})\.(?=[A-Z])")
 _POSSESSIVE = re.compile(r"['’]s$", re.IGNORECASE)
 
 
 def last_words(text: str, count: int) -> tuple[int, int] | None:
-    """Characters [start, end) of the last `count` words (fewer if there are no more), None without a word."""
+    """Return the characters [start, end) of the last `count` words (or all, if fewer); None without a word."""
     shown = text.rstrip()
-    parts = shown.rsplit(None, count)  # the words, after what precedes them if anything does
+    parts = shown.rsplit(None, count)  # the words, preceded by the remaining text if there is any
     if not parts:
         return None
     before = len(parts[0]) if len(parts) > count else 0
@@ -35,10 +35,10 @@ def last_words(text: str, count: int) -> tuple[int, int] | None:
 
 
 def last_word(text: str) -> tuple[int, int] | None:
-    """Characters [start, end) of the last word, with the punctuation that follows it; None without a word.
+    """Return the characters [start, end) of the last word, including the punctuation after it; None without a word.
 
-    Words stand between spaces. Where a script has none (Chinese, Japanese, Thai, ...) they are the segments of Unicode
-    (UAX 29), which knows no dictionary: an ideograph, a run of Katakana, a syllable of Thai.
+    Words are separated by spaces. In scripts without spaces (Chinese, Japanese, Thai, ...) they are the Unicode
+    segments of UAX 29, which uses no dictionary: an ideograph, a run of Katakana, a syllable of Thai.
     """
     span = last_words(text, 1)
     if span is None or text.isascii() or not _UNSPACED.search(text, *span):
@@ -53,9 +53,9 @@ def last_word(text: str) -> tuple[int, int] | None:
 
 
 def name_span(text: str) -> tuple[int, int] | None:
-    """Characters [start, end) of the name that ends `text`: its last two words.
+    """Return the characters [start, end) of the name at the end of `text`: its last two words.
 
-    Whitespace after the name is left out, and so is what is glued to its front: the span of
+    Whitespace after the name is excluded, and so is text attached to its front: the span of
     '... Darryl Dawkins,Moses Malone' is 'Moses Malone'. None if the text has no word.
     """
     span = last_words(text, 2)
@@ -67,10 +67,10 @@ def name_span(text: str) -> tuple[int, int] | None:
 
 
 def person_key(name: str) -> str:
-    """Key of the person whom `name` (the text of a `name_span`) names.
+    """Return the key of the person named by `name` (the text of a `name_span`).
 
-    Casefolded, without punctuation, accents and a possessive 's: 'J.K. ROWLING’s' and 'JK Rowling' are one.
-    A name of punctuation alone is its own key.
+    It is casefolded, without punctuation, accents and a possessive 's: 'J.K. ROWLING’s' and 'JK Rowling' are equal.
+    A name that is only punctuation is its own key.
     """
     words = _POSSESSIVE.sub("", name.strip()).split()
     kept = (_letters(word) for word in words)
@@ -78,21 +78,21 @@ def person_key(name: str) -> str:
 
 
 def plain_key(name: str) -> str:
-    """Casefolded `name` with single spaces, in Unicode's form NFKC: the key where the source names the person."""
+    """Return casefolded `name` in NFKC with single spaces: the key if the source names the person."""
     return " ".join(unicodedata.normalize("NFKC", name.casefold()).split())
 
 
 def _letters(word: str) -> str:
     folded = word.casefold()
-    if folded.isascii() and folded.isalnum():  # as most are
+    if folded.isascii() and folded.isalnum():  # the usual case
         return folded
     decomposed = unicodedata.normalize("NFKD", folded)
     return "".join(char for char in decomposed if char.isalnum())
 
 
 def _name_part(word: str) -> str:
-    """The end of `word` that can be a name: '(Lucy' -> 'Lucy'; `word` itself if nothing of it can."""
-    if word.isalpha():  # as most are
+    """Return the end of `word` that can be a name: '(Lucy' -> 'Lucy'; `word` itself if no part can."""
+    if word.isalpha():  # the usual case
         return word
     end = len(word)
     while end and not _in_name(word[end - 1]):

@@ -1,6 +1,6 @@
-"""Read tables with the library `datasets`: folders of `save_to_disk`, folders in the Hub's layout, and the Hub.
+"""Read tables with the `datasets` library: folders of `save_to_disk`, folders in the Hub's layout, and the Hub.
 
-Since version 4 it runs no script that comes with a dataset; one that needs its script is refused.
+Since version 4, `datasets` does not run dataset scripts; datasets that need one are rejected.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}(:[\w.+-]+)?", re.ASCII)
-_SAVED = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves
-_HUB_FILES = ("README.md", "*.csv", "*.json", "*.jsonl", "*.parquet", "data/*.parquet")  # one is in every Hub folder
+_SAVED = ("dataset_info.json", "dataset_dict.json")  # written by save_to_disk
+_HUB_FILES = ("README.md", "*.csv", "*.json", "*.jsonl", "*.parquet", "data/*.parquet")  # any Hub folder has one
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether `name` has the form owner/name or owner/name:config."""
+    """Return whether `name` has the form owner/name or owner/name:config."""
     return _HUB_NAME.fullmatch(name) is not None
 
 
 def read_folder(path: Path, config: str | None, data: UserData) -> Table:
-    """A folder that `save_to_disk` wrote, or one laid out as on the Hub. Raises `RequestError` if it is neither."""
+    """Read a folder of `save_to_disk`, or one laid out as on the Hub. Raises `RequestError` if it is neither."""
     if config is None and any((path / name).is_file() for name in _SAVED):
         return _read_saved(path, data)
     if any(next(path.glob(pattern), None) for pattern in _HUB_FILES):
-        with tempfile.TemporaryDirectory(prefix="dataset_") as cache:  # what was local already needs no second copy
+        with tempfile.TemporaryDirectory(prefix="dataset_") as cache:  # local data needs no permanent copy
             return _load(str(path.absolute()), config, data, cache)
     raise RequestError(f"{data.flag}: not a folder written by datasets' save_to_disk, nor one in the Hub's layout")
 
 
 def read_hub(data: UserData) -> Table:
-    """A dataset of the Hub by its name; kept where `datasets` keeps its downloads (HF_HOME)."""
+    """Read a dataset of the Hub by its name; downloads are cached where `datasets` caches them (HF_HOME)."""
     name, _, config = data.path_or_name.partition(":")
     return _load(name, config or None, data, None)
 
 
 def _read_saved(path: Path, data: UserData) -> Table:
-    import datasets  # seconds to import, and needed for these folders only
+    import datasets  # slow import, needed for these folders only
 
     try:
         saved = datasets.load_from_disk(str(path))
@@ -65,7 +65,7 @@ def _read_saved(path: Path, data: UserData) -> Table:
 
 
 def _load(name: str, config: str | None, data: UserData, cache: str | None) -> Table:
-    import datasets  # seconds to import, and needed for these only
+    import datasets  # slow import, needed for these only
 
     reachable = Path(name).exists() or use_cache_if_unreachable()
     try:
@@ -75,14 +75,14 @@ def _load(name: str, config: str | None, data: UserData, cache: str | None) -> T
             return _table(datasets.load_dataset(name, config, split=split, cache_dir=cache), data)
     except (RequestError, MemoryError):
         raise
-    except Exception as error:  # of its file readers, of YAML, of the Hub's client, of HTTP: they share no base class
+    except Exception as error:  # file readers, YAML, Hub client and HTTP errors have no common base class
         if not reachable:
             raise RequestError(f"{data.flag}: no such file, nor in the Hub's cache here{OFFLINE}") from error
         raise RequestError(f"{data.flag}: {_told(error)}") from error
 
 
 def _told(error: Exception) -> str:
-    """The reason in one line: of a failed build its cause, since its own message says no more than that it failed."""
+    """Return the reason in one line; for a failed build that of its cause, since its own message has no details."""
     from datasets.exceptions import DatasetGenerationError
     from datasets.inspect import SplitsNotFoundError
 
@@ -101,7 +101,7 @@ def _choose_config(found: Sequence[str], asked: str | None, data: UserData) -> s
 
 
 def _choose_split(found: Sequence[str], data: UserData) -> str:
-    """The split asked for, else train, else the only one."""
+    """Return the requested split, else train, else the only one."""
     choices = ", ".join(found) or "none"
     if data.split is not None and data.split not in found:
         raise RequestError(f"{data.flag}: `split` {data.split}: there is no such split; found {choices}")
@@ -113,7 +113,7 @@ def _choose_split(found: Sequence[str], data: UserData) -> str:
 
 
 def _table(dataset: Dataset, data: UserData) -> Table:
-    """The columns that are wanted, the others unread (images and sounds among them); classes by their names."""
+    """Return the needed columns, with class names; other columns, such as images and sounds, are not read."""
     columns = tuple(dataset.column_names)
     wanted = sorted(set(chosen_columns(data, columns).values()))
     if not wanted:
@@ -128,7 +128,7 @@ def _table(dataset: Dataset, data: UserData) -> Table:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Without its progress bars, and without what it and the Hub's client log: the error says it all."""
+    """Disable progress bars and logging of `datasets` and the Hub client; the error has all information."""
     import datasets
 
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
@@ -147,7 +147,7 @@ def _quiet_datasets() -> Iterator[None]:
 
 @contextmanager
 def _bounded_extraction(data: UserData) -> Iterator[None]:
-    """Packed files are looked through before `datasets` unpacks them, which it does until the disk is full."""
+    """Check archives before `datasets` extracts them, which it does without a limit on disk space."""
     from datasets.utils.extract import Extractor
 
     original = Extractor.extract

@@ -1,6 +1,6 @@
 """Read a user's table (CSV, TSV, JSON, JSON lines, Parquet, a `datasets` folder, the Hub) into plain records.
 
-Every failure is one `RequestError` line that names the file and, where there is one, the line.
+Every failure is a one-line `RequestError` that names the file and, if known, the line.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from delta_selectivity.tasks.read_datasets import is_hub_name, read_folder, read
 from delta_selectivity.tasks.table import Record, Table, chosen_columns, label_names, numbered, one_line
 from delta_selectivity.tasks.user_data import REQUIRED, UserData
 
-_BATCH = 1024  # rows of a Parquet file that are read before its size is looked at
-_ROW = 100  # bytes that a row takes at least, whatever is in it
+_BATCH = 1024  # rows of a Parquet file between two checks of its size
+_ROW = 100  # minimum bytes per row, whatever its content
 
 
 def read_table(data: UserData) -> Table:
-    """Read `data` by its suffix (as in `_READERS`), as a folder, or from the Hub; columns by our names.
+    """Read `data` by its suffix (as in `_READERS`), as a folder, or from the Hub; columns have our names.
 
-    What is on disk goes before what is on the Hub. Raises `RequestError` if there is nothing of that name, its kind is
-    unknown, it cannot be read as that kind, or a column or split that was asked for is not there.
+    Local files take precedence over the Hub. Raises `RequestError` if nothing has that name, the format is
+    unknown, the file is not readable in that format, or a requested column or split does not exist.
     """
     table = _read(data)
     if not table.columns:
@@ -76,10 +76,10 @@ def _read_csv(path: Path, data: UserData) -> Table:
     text = _read_text(path, data)
     delimiter = _delimiter(text, data, "\t,;" if path.suffix.lower() == ".tsv" else ",;\t")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # no cell is larger; the module's own limit is 131,072
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # no cell is longer; the default limit is 131,072
     records: list[Record] = []
     columns: list[str] = []
-    line = 1  # where the next record begins: a quoted field may span several
+    line = 1  # first line of the next record: a quoted field may span several
     try:
         for fields in reader:
             if not columns:
@@ -95,16 +95,16 @@ def _read_csv(path: Path, data: UserData) -> Table:
 
 
 def _delimiter(text: str, data: UserData, known: str) -> str:
-    """What stands between the columns: the first of the known ones with which the header names those that are needed.
+    """Return the column delimiter: the first known one for which the header has the required columns.
 
-    If none does, the one that makes the most columns of it, so that the error can list them.
+    If there is none, return the one that gives the most columns, so that the error can list them.
     """
     renamed = dict(data.columns)
     needed = {renamed.get(name, name) for name in REQUIRED}
     header = text.lstrip("\r\n").partition("\n")[0]
     found: dict[str, list[str]] = {}
     for delimiter in known:
-        with suppress(csv.Error):  # which is told when the file is read
+        with suppress(csv.Error):  # reported when the file is read
             found[delimiter] = next(csv.reader([header], delimiter=delimiter, strict=True), [])
             if needed <= {field.strip() for field in found[delimiter]}:
                 return delimiter
@@ -120,7 +120,7 @@ def _header(fields: list[str], data: UserData) -> list[str]:
 
 
 def _read_json(path: Path, data: UserData) -> Table:
-    """A JSON array of objects, or an object a line: both go by either suffix."""
+    """Read a JSON array of objects or JSON lines; both are accepted with either suffix."""
     text = _read_text(path, data)
     if not text.lstrip().startswith("["):
         return _json_lines(text, data)
@@ -141,7 +141,7 @@ def _json_lines(text: str, data: UserData) -> Table:
             continue
         try:
             values = json.loads(line)
-        except (ValueError, RecursionError) as error:  # numbers of thousands of digits and endless nesting too
+        except (ValueError, RecursionError) as error:  # also for huge integers and deep nesting
             raise RequestError(
                 f"{data.flag}, line {number}: not JSON ({one_line(error)}): an object a line is needed, or one array"
             ) from error
@@ -152,7 +152,7 @@ def _json_lines(text: str, data: UserData) -> Table:
 
 
 def _read_parquet(path: Path, data: UserData) -> Table:
-    import pyarrow  # comes with datasets; needed for this format only
+    import pyarrow  # installed with datasets; needed for this format only
     import pyarrow.parquet
 
     try:
@@ -169,17 +169,17 @@ def _read_parquet(path: Path, data: UserData) -> Table:
         raise RequestError(f"{data.flag}: {error}") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise RequestError(f"{data.flag}: not a readable Parquet file ({one_line(error)})") from error
-    if b"huggingface" in (schema.metadata or {}):  # written by datasets, which may know the classes' names
+    if b"huggingface" in (schema.metadata or {}):  # written by datasets, possibly with class names
         rows = _with_class_names(rows, schema, data)
     return Table(tuple(schema.names), numbered(rows))
 
 
 def _with_class_names(rows: list[dict[str, Any]], schema: Any, data: UserData) -> list[dict[str, Any]]:
-    from datasets import Features  # seconds to import, and needed for such files only
+    from datasets import Features  # slow import, needed for such files only
 
     try:
         names = label_names(Features.from_arrow_schema(schema))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # JSON of a stranger
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # unvalidated JSON
         raise RequestError(f"{data.flag}: its description of the columns cannot be read ({one_line(error)})") from error
     return [{key: names[key](value) if key in names else value for key, value in row.items()} for row in rows]
 
@@ -193,7 +193,7 @@ def _read_text(path: Path, data: UserData) -> str:
     except TooLarge as error:
         raise RequestError(f"{data.flag}: {error}") from error
     try:
-        text = content.decode("utf-8-sig")  # spreadsheets put a byte order mark first
+        text = content.decode("utf-8-sig")  # spreadsheets write a byte order mark
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise RequestError(

@@ -1,6 +1,6 @@
-"""Which rows `shuffle_select_n` keeps: shared fairly among row sets, classes balanced, drawn by seed.
+"""Select the rows that `shuffle_select_n` keeps: shared evenly among row sets, with balanced classes, by seed.
 
-Nested: with one seed, the rows kept for n are among those kept for any larger n.
+Selections are nested: with one seed, the rows kept for n are among those kept for any larger n.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from delta_selectivity.tasks.types import Int64Array, RowSet, Task
 
 
 def select_rows(source: Task, n: int | None, seed: int, forgiving: bool = False) -> Task:
-    """Keep at most `n` rows of `source` over its row sets (None: all), in their own order.
+    """Keep at most `n` rows of `source` over its row sets (None: all), in the original order.
 
-    Raises `RequestError` if `n` leaves a class of some probe without a row, unless that is to be `forgiving`.
+    Raises `RequestError` if `n` leaves a class of some probe without rows, unless `forgiving`.
     """
     if n is None:
         return source
@@ -42,7 +42,7 @@ def _draw(row_set: RowSet, n: int, rng: np.random.Generator) -> RowSet:
 
 
 def _balanced_order(values: Sequence[str], rng: np.random.Generator) -> Int64Array:
-    """Shuffled row indices [n] that take turns among the classes: every prefix is as balanced as can be."""
+    """Return shuffled row indices [n] that alternate between the classes, so that every prefix is balanced."""
     codes = np.unique(np.asarray(values, dtype=object), return_inverse=True)[1]
     turn = np.empty(len(codes), dtype=np.int64)
     for code in range(int(codes.max()) + 1):
@@ -52,7 +52,7 @@ def _balanced_order(values: Sequence[str], rng: np.random.Generator) -> Int64Arr
 
 
 def _allot(available: Sequence[int], n: int) -> list[int]:
-    """Split `n` rows over row sets of these sizes as evenly as the sizes allow; the first get the remainder."""
+    """Split `n` rows over row sets of these sizes as evenly as possible; the first get the remainder."""
     shares = [0] * len(available)
     while (left := n - sum(shares)) > 0:
         wanting = [i for i, size in enumerate(available) if shares[i] < size]
@@ -68,7 +68,7 @@ def _allot(available: Sequence[int], n: int) -> list[int]:
 
 
 def _leaves_every_class(source: Task, shares: Sequence[int]) -> bool:
-    # rows take turns among the classes, so the first turn has a row of each
+    # rows alternate between the classes, so the first round has a row of each
     counts = (len({row.value for row in row_set.rows}) for row_set in source.row_sets)
     return all(share >= classes for share, classes in zip(shares, counts, strict=True))
 
@@ -79,5 +79,5 @@ def _least(source: Task, n: int) -> int:
 
 
 def _generator(seed: int, slug: str, row_set: str) -> np.random.Generator:
-    # its own stream for each row set: what is drawn does not depend on which other datasets are asked for
+    # one stream per row set, so that the selection does not depend on which other datasets are requested
     return np.random.default_rng([seed, zlib.crc32(f"{slug}/{row_set}".encode())])

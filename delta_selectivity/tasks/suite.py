@@ -1,7 +1,7 @@
 """The tasks of sae-probes, each a data file of its wheel, probed at the last token of the text.
 
-The suite of Kantamneni et al. 2025 (arXiv 2502.16681). Its rows repeat, and so do the things they are about: rows that
-share them are one group, by the rules of `suite_files.GROUPINGS`.
+This is the suite of Kantamneni et al. 2025 (arXiv 2502.16681). Its rows repeat, and so do their subjects: rows that
+share a subject form a group, by the rules of `suite_files.GROUPINGS`.
 
     load_suite_task("117_us_state_FL")
 """
@@ -19,8 +19,8 @@ from delta_selectivity.tasks.people import name_span, person_key, plain_key
 from delta_selectivity.tasks.suite_files import STEMS, family_of, grouping_of, holds_numbers, source_of
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
-LONGEST_SPAN = 64  # characters: more is no name, and a model may lack the room for it
-LONGEST_KEY = 80  # characters of a group's key that are kept; what differs beyond them is in a digest
+LONGEST_SPAN = 64  # characters: a longer span is no name and may not fit into a model's context
+LONGEST_KEY = 80  # characters of a group's key that are kept; a digest represents the rest
 
 _QUALIFIER = re.compile(r"[,(]")
 _AFTER_QUESTION = re.compile(r"\n|\||\[SEP\]|\(A\)")
@@ -29,14 +29,14 @@ _NO_ASCII_LETTER = {code: None for code in range(128) if _NO_LETTER.match(chr(co
 
 
 def load_suite_task(name: str) -> Task:
-    """Read a task of `suite_files.ALL` as shipped; of several classes, each is a probe against the rest.
+    """Read a task of `suite_files.ALL` with all rows; each of several classes is a probe against the rest.
 
-    Raises `RequestError` if its file cannot be had, or holds numbers in place of classes.
+    Raises `RequestError` if its file is not available, or holds numbers instead of classes.
     """
     if holds_numbers(name):
         raise RequestError(f"`tasks` {name}: its labels are numbers, not classes: there is nothing to probe for")
     stem, grouping = STEMS[name], grouping_of(name)
-    mentions: dict[str, Mention] = {}  # rows repeat: each text is looked at once
+    mentions: dict[str, Mention] = {}  # rows repeat, and each text is processed once
     rows = []
     for text, target in read_labelled(stem):
         if text not in mentions:
@@ -47,12 +47,12 @@ def load_suite_task(name: str) -> Task:
 
 
 def group_key(text: str, grouping: str) -> str:
-    """Return the key of the group that a text belongs to, by a rule of `suite_files.GROUPINGS`."""
+    """Return the key of a text's group, by a rule of `suite_files.GROUPINGS`."""
     return _GROUP_KEYS[grouping](text)
 
 
 def _mention(text: str, grouping: str) -> Mention:
-    """The text with its last words to its very end: the last token is probed, whatever it is."""
+    """Return a mention of the text's last words up to its very end, so that the last token is always probed."""
     span = name_span(text)
     if span is None:
         raise RequestError(f"{WHEEL.distribution} holds a prompt without a word, {text!r}: {WHEEL.install_command}")
@@ -60,7 +60,7 @@ def _mention(text: str, grouping: str) -> Mention:
 
 
 def _probes(stem: str, rows: list[Row]) -> tuple[ProbeSpec, ...]:
-    """Of two classes the later in order is the positive one, as in sae-probes."""
+    """Return the probes; the later of two classes is the positive one, as in sae-probes."""
     tag = stem.partition("_")[2].replace(" ", "_")
     values = sorted({row.value for row in rows})
     if len(values) == 2:
@@ -74,9 +74,9 @@ def _person(text: str) -> str:
 
 
 def _letters(text: str) -> str:
-    """The text's letters and digits without case and accents; the text itself if it has none."""
+    """Return the text's letters and digits without case and accents; the text itself if it has none."""
     folded = text.casefold()
-    if folded.isascii():  # as most are
+    if folded.isascii():  # the usual case
         letters = folded.translate(_NO_ASCII_LETTER)
     else:
         letters = _NO_LETTER.sub("", unicodedata.normalize("NFKD", folded))
@@ -87,7 +87,7 @@ def _letters(text: str) -> str:
 
 
 def _before(separator: re.Pattern[str], text: str) -> str:
-    """What stands before the first separator, or between separators if nothing does."""
+    """Return the part before the first separator, or between separators if that is empty."""
     return next((part for part in separator.split(text) if part.strip()), text)
 
 

@@ -1,11 +1,11 @@
-"""The classification tasks of sae-probes 0.4.2 by family: their names, and how their rows are grouped.
+"""The classification tasks of sae-probes 0.4.2: their names, families, and groupings of rows.
 
-    find_task("56")                       # '56_wikidatasex_or_gender'; its name without the number does as well
+    find_task("56")                       # '56_wikidatasex_or_gender'; also found by its name without the number
     family_of("117_us_state_FL")          # 'places'
     GROUPINGS[grouping_of("117_us_state_FL")]
 
 The suite of Kantamneni et al. 2025 (arXiv 2502.16681) is the 113 binary files; 23 more have 3 to 64 classes. The other
-19 files hold numbers. A task is called as its file is, with `_` for spaces.
+19 files are regression data. The name of a task is that of its file, with `_` for spaces.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ _NUMBERS = (
 )
 _SEVERAL = {10, 13, 14, 17, 25, 27, 37, 38, 43, 45, 46, 55, 86, 88, 97, 98, 99, 101, 102, 103, 108, 111, 112}
 _IN_WIKIDATA = {*range(56, 65), 108}  # the files of the five Wikidata tasks
-_CUT_FROM_OTHERS = {*range(114, 157)}  # one class of a file of several against rows of the others
+_CUT_FROM_OTHERS = {*range(114, 157)}  # one class of a multi-class file against rows of the others
 _ONE_SOURCE = ("agnews", "cm", "code", "hate", "headline", "hist_fig", "wikidata_occupation")
-"""What begins the names of tasks whose texts are drawn from one collection, beside `_CUT_FROM_OTHERS`."""
+"""Name prefixes of tasks whose texts are from one collection, in addition to `_CUT_FROM_OTHERS`."""
 _SAME_FILE = {38, 112}  # 37 and 111 hold the same rows
 
 GROUPINGS = {
@@ -85,7 +85,7 @@ GROUPINGS = {
     "question": "the text up to a line break, `|`, `[SEP]` or `(A)`: the question, passage or first sentence",
     "text": "the text",
 }
-"""What rows of one group share, by letters and digits alone: they never fall on both sides of a split."""
+"""Feature that rows of a group share, by letters and digits only; a group never falls on both sides of a split."""
 _BY_FAMILY = {
     "people": "person",
     "places": "name",
@@ -98,29 +98,29 @@ _BY_FAMILY = {
 
 
 def name_of(stem: str) -> str:
-    """Return what the task in a file is called: the file's name without spaces."""
+    """Return the name of the task in a file: the file's name without spaces."""
     return stem.replace(" ", "_")
 
 
 STEMS = {name_of(stem): stem for stems in _FAMILIES.values() for stem in stems.split(", ")}
-"""Task -> its file, without the ending."""
+"""Task -> name of its file, without the suffix."""
 _FAMILY = {name_of(stem): family for family, stems in _FAMILIES.items() for stem in stems.split(", ")}
 FAMILIES = tuple(_FAMILIES)
 
 
 def number_of(name: str) -> int:
-    """Return a task's number, which its file begins with."""
+    """Return a task's number, the prefix of its file name."""
     return int(name.partition("_")[0])
 
 
 ALL = tuple(sorted(STEMS, key=number_of))
-"""The tasks with classes, 136, in order of their numbers."""
+"""The 136 tasks with classes, ordered by number."""
 SUITE = tuple(name for name in ALL if number_of(name) not in _SEVERAL)
-"""The 113 binary ones."""
+"""The 113 binary tasks."""
 BESIDE_WIKIDATA = tuple(
     name for name in ALL if number_of(name) not in _IN_WIKIDATA | _CUT_FROM_OTHERS | _SAME_FILE
 )  # fmt: skip
-"""The tasks that, with the five Wikidata tasks, ask every question once: of several classes each against the rest."""
+"""The tasks that, with the five Wikidata tasks, ask every question once; multi-class tasks are one-vs-rest."""
 _NOT_CLASSES = tuple(map(name_of, _NUMBERS.split(", ")))
 
 
@@ -133,17 +133,17 @@ _FOUND = {spelling: name for name in (*ALL, *_NOT_CLASSES) for spelling in _spel
 
 
 def find_task(spelling: str) -> str | None:
-    """Return the task of this number, name or name without number, whatever its case; None if there is none."""
+    """Return the task of this number, name or name without number, ignoring case; None if there is none."""
     return _FOUND.get(name_of(spelling).casefold())
 
 
 def holds_numbers(name: str) -> bool:
-    """Whether the labels of a file are numbers, which probes for classes cannot have."""
+    """Return whether the labels of a file are numbers, which classification probes do not support."""
     return name in _NOT_CLASSES
 
 
 def similar(part: str) -> Iterable[str]:
-    """Return a few tasks whose name holds this."""
+    """Return a few tasks whose names contain `part`."""
     part = name_of(part).casefold()
     return itertools.islice((name for name in ALL if len(part) > 3 and part in name.casefold()), 3)
 
@@ -154,14 +154,14 @@ def family_of(name: str) -> str:
 
 
 def source_of(name: str) -> str:
-    """Return what a task's texts are drawn from: tasks that share it tend to give like numbers."""
+    """Return the source of a task's texts; scores of tasks with the same source tend to be similar."""
     tag = name.partition("_")[2]
     several = [other.partition("_")[2] for other in ALL if number_of(other) in _SEVERAL]
     return next((begin for begin in (*several, *_ONE_SOURCE) if tag == begin or tag.startswith(f"{begin}_")), tag)
 
 
 def grouping_of(name: str) -> str:
-    """Return how a task's rows are grouped: a name of `GROUPINGS`."""
+    """Return the grouping of a task's rows: a name of `GROUPINGS`."""
     if name.partition("_")[2].startswith("hist_fig"):
         return "name"
     return _BY_FAMILY.get(family_of(name), "text")

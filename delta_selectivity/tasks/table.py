@@ -1,4 +1,4 @@
-"""Plain records of a user's table that remember their line."""
+"""Plain records of a user's table with their line numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from delta_selectivity.tasks.user_data import COLUMNS, UserData
 
 @dataclass(frozen=True)
 class Record:
-    """One row and where it stands, for error messages: 'line 7' of a text file, 'row 7' of a binary one."""
+    """One row and its location for error messages: 'line 7' of a text file, 'row 7' of a binary one."""
 
     where: str
     values: Mapping[str, Any]
@@ -20,21 +20,21 @@ class Record:
 
 @dataclass(frozen=True)
 class Table:
-    """What a file holds."""
+    """The content of a file."""
 
     columns: tuple[str, ...]
     records: tuple[Record, ...]
 
 
 def numbered(rows: Iterable[Mapping[str, Any]]) -> tuple[Record, ...]:
-    """Records of a source that has rows, not lines."""
+    """Return records of a source that has rows instead of lines."""
     return tuple(Record(f"row {number}", values) for number, values in enumerate(rows, start=1))
 
 
 def chosen_columns(data: UserData, found: Iterable[str]) -> dict[str, str]:
-    """Our name -> theirs, of the columns that are there.
+    """Return our name -> the user's name, for the columns that exist.
 
-    Raises `RequestError` if `columns` names one that is not.
+    Raises `RequestError` if `columns` names one that does not.
     """
     there = tuple(found)
     renamed = dict(data.columns)
@@ -48,16 +48,16 @@ def chosen_columns(data: UserData, found: Iterable[str]) -> dict[str, str]:
 
 
 def label_names(features: Mapping[str, Any]) -> dict[str, Callable[[int], str | None]]:
-    """Column -> name of a class by its number, for the columns of a `datasets.Features` that have named classes.
+    """Return column -> function from a class's number to its name, for the class columns of a `datasets.Features`.
 
-    A number without a name becomes None: the Hub's test splits say -1 where they keep the label to themselves.
+    A number without a name becomes None: test splits on the Hub use -1 for undisclosed labels.
     """
-    from datasets import ClassLabel  # seconds to import; whoever has features has imported it
+    from datasets import ClassLabel  # slow import, already done by any caller that has features
 
     named = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
     return {column: dict(enumerate(names)).get for column, names in named.items()}
 
 
 def one_line(error: BaseException) -> str:
-    """An error of somebody else's library in one line."""
+    """Return the error of another library in one line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

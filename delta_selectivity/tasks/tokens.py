@@ -1,4 +1,4 @@
-"""Tokenise texts, and find the tokens of a name."""
+"""Tokenise texts and locate the tokens of a name."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 1024  # texts tokenised at once: what is known of each token is too much to hold for all texts
+_CHUNK = 1024  # texts tokenised at once; details of every token do not fit into memory for all texts
 
 
 @dataclass(frozen=True, eq=False)
 class TokenisedMentions:
-    """Token ids of every mention and where its name stands in them."""
+    """Token ids of every mention and the position of its name in them."""
 
     ids: tuple[npt.NDArray[np.int32], ...]  # per mention [n_tokens], BOS first when has_bos
     first: Int64Array  # [n_mentions] first token of the name, counted in ids (so shifted by BOS)
     last: Int64Array  # [n_mentions] last token of the name, inclusive
     has_bos: bool
-    n_cut: int = 0  # of `tokenise`: texts that lost tokens to the model's length
-    n_own_bos: int = 0  # of `tokenise`: texts that began with BOS themselves
+    n_cut: int = 0  # from `tokenise`: texts truncated to the model's length
+    n_own_bos: int = 0  # from `tokenise`: texts that already began with BOS
 
     def take(self, mentions: Int64Array) -> TokenisedMentions:
-        """These mentions alone, in this order."""
+        """Return only these mentions, in this order."""
         return TokenisedMentions(
             tuple(self.ids[m] for m in mentions), self.first[mentions], self.last[mentions], self.has_bos
         )
 
     def with_other_bos(self, bos: int, max_length: int) -> TokenisedMentions:
-        """The same texts without BOS if these begin with it, and with it if not: the first token of a full one goes."""
+        """Return the same texts without BOS if they have it, else with it; full texts lose their first token for it."""
         if self.has_bos:
             return TokenisedMentions(tuple(ids[1:] for ids in self.ids), self.first - 1, self.last - 1, False)
         kept = tuple(ids[len(ids) + 1 - max_length :] if len(ids) >= max_length else ids for ids in self.ids)
@@ -67,18 +67,24 @@ def tokenise(
     n_embeddings: int | None = None,
     last_only: bool = False,
 ) -> TokenisedMentions:
-    """Tokenise `mentions` to at most `max_length` tokens each, BOS included.
+    """Tokenise `mentions` to at most `max_length` tokens each, including BOS.
 
-    Longer texts lose their left, unless that would cut the name: then they start with it. A warning says how many.
-    Tokens after the name are kept where they fit: in a causal model they do not touch it, but they count in
-    mse_whole. The tokenizer adds no special tokens; BOS is prepended here. Of a text that begins with BOS itself, as
-    chat templates do, that is taken off: `prepend_bos` alone decides. Pre-tokenised mentions keep their other ids.
-    last_only: of a name that does not fit, its end is enough.
+    Longer texts are truncated on the left, or before the name if its start would be cut. A warning says how many.
+    Tokens after the name are kept if they fit: in a causal model they do not affect the name, but they count in
+    mse_whole. The tokenizer adds no special tokens; BOS is prepended here. If a text already begins with BOS, as
+    with chat templates, that one is removed, so that only `prepend_bos` decides. Pre-tokenised mentions keep their ids.
 
-    n_embeddings: tokens that the model knows; None: all that the tokenizer has.
+    Args:
+        mentions: Texts and the characters of the names in them.
+        tokenizer: A fast tokenizer.
+        prepend_bos: Whether texts begin with BOS.
+        max_length: Maximum number of tokens per text.
+        n_embeddings: Number of tokens that the model supports; None: all of the tokenizer's.
+        last_only: Keep only the end of a name that does not fit.
 
-    Raises `RequestError` for a slow tokenizer, one without a BOS to prepend or made for other tokens, for a token that
-    the model has no embedding for, and for a mention whose name has no token or does not fit.
+    Raises:
+        RequestError: The tokenizer is slow, lacks a required BOS, or does not belong to the model; a token has no
+            embedding in the model; or the name of a mention has no token or does not fit.
     """
     own_bos = _opening_token(tokenizer)
     bos = _bos(tokenizer) if prepend_bos else []
@@ -105,7 +111,7 @@ def tokenise(
 
 
 def warn_of_changes(tokenised: TokenisedMentions, max_length: int) -> None:
-    """Say how many texts were too long, and how many began with BOS themselves, if any."""
+    """Warn about the number of truncated texts and of texts that already began with BOS, if any."""
     if tokenised.n_own_bos:
         now = "they have one, not two" if tokenised.has_bos else "it is left out, as texts have none here"
         logger.warning("%d of %d texts begin with BOS themselves: %s", tokenised.n_own_bos, len(tokenised.ids), now)
@@ -117,7 +123,7 @@ def warn_of_changes(tokenised: TokenisedMentions, max_length: int) -> None:
 
 
 def _opening_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that a text begins with: BOS, and where the tokenizer has none EOS, as in TransformerLens."""
+    """Return the token that begins a text: BOS, or EOS if the tokenizer has no BOS, as in TransformerLens."""
     found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return None if found is None else int(found)
 
@@ -132,7 +138,7 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _without_bos(tokens: _Tokens, bos: int | None) -> _Tokens:
-    """The tokens without BOS at their beginning, unless the name is there."""
+    """Return the tokens without a leading BOS, unless the BOS is part of the name."""
     n = 0
     while n < tokens.first and tokens.ids[n] == bos:
         n += 1
@@ -168,13 +174,13 @@ def _tokenise_texts(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerB
             f"the tokenizer {tokenizer.name_or_path!r} is a slow one, which does not say where its tokens stand "
             "in the text: use a model with a fast tokenizer"
         )
-    backend: Tokenizer = tokenizer.backend_tokenizer  # tells where tokens stand without a list of all of them
-    backend.no_truncation()  # texts longer than the model are cut here
+    backend: Tokenizer = tokenizer.backend_tokenizer  # gives token positions without listing all tokens
+    backend.no_truncation()  # texts longer than the model are truncated in `_window`
     backend.no_padding()
     try:
         encoded = backend.encode_batch([mention.text for mention in mentions], add_special_tokens=False)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+        if type(error).__name__ != "PanicException":  # raised by Rust; not a subclass of Exception
             raise
         raise RequestError(f"the tokenizer {tokenizer.name_or_path!r} fails on a text ({error})") from error
     for mention, encoding in zip(mentions, encoded, strict=True):
@@ -182,13 +188,13 @@ def _tokenise_texts(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerB
 
 
 def _locate(mention: Mention, encoding: Encoding) -> _Tokens:
-    """The tokens that share a character with the name.
+    """Return the tokens that share a character with the name.
 
-    Overlap, not equal borders: a token may hold the space before the name, and the several tokens of one
-    multi-byte character all carry that character's offsets. A name at the text's very end ends with the last token,
-    which may be a space that, to some tokenizers, stands nowhere.
+    The criterion is overlap, not equal boundaries: a token may include the space before the name, and all tokens of
+    one multi-byte character have that character's offsets. A name at the very end of the text ends with the last
+    token, which some tokenizers place nowhere if it is a space.
     """
-    spells = (encoding.char_to_token(place) for place in range(mention.start, mention.end))  # the first that holds it
+    spells = (encoding.char_to_token(place) for place in range(mention.start, mention.end))  # the first that has it
     first = next((token for token in spells if token is not None), None)
     if mention.end == len(mention.text) and len(encoding):
         last = len(encoding) - 1
@@ -216,7 +222,7 @@ def _own_tokens(mention: Mention, tokenizer: PreTrainedTokenizerBase) -> _Tokens
 
 
 def _window(tokens: _Tokens, room: int, mention: Mention, last_only: bool) -> _Tokens:
-    """At most `room` of `tokens`: the last ones, or those from the name on if the name would be cut."""
+    """Return at most `room` of `tokens`: the last ones, or those from the name on if the name would be cut."""
     length = tokens.last - tokens.first + 1
     if length > room and last_only and room > 0:
         first = tokens.last + 1 - room

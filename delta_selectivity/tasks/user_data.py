@@ -1,4 +1,4 @@
-"""Where a user's own task is: file or name, split, and names of its columns.
+"""Location of a user's own task: file or name, split, and column names.
 
 >>> parse_columns("text=sentence, label=class")
 (('text', 'sentence'), ('label', 'class'))
@@ -18,28 +18,26 @@ COLUMNS = (*REQUIRED, "group", "start", "end", "task")
 
 @dataclass(frozen=True)
 class UserData:
-    """A table that the user brings."""
+    """Reference to a user's table."""
 
     path_or_name: str  # file or folder; else a dataset of the Hub, `owner/name` or `owner/name:config`
-    split: str | None = None  # None: train if it is there, else the only one
-    columns: tuple[
-        tuple[str, str], ...
-    ] = ()  # (our name of a column, theirs); a column not named here is as we call it
+    split: str | None = None  # None: train if it exists, else the only one
+    columns: tuple[tuple[str, str], ...] = ()  # (our column name, the user's); columns not listed here have our names
 
     def __post_init__(self) -> None:
-        """`~` is the home folder, as in a shell: that leaves it alone after `=`, and no shell reads our arguments."""
+        """Expand `~`, which shells leave unchanged after `=`, and which Python callers may pass."""
         object.__setattr__(self, "path_or_name", os.path.expanduser(self.path_or_name))  # noqa: PTH111
 
     @property
     def flag(self) -> str:
-        """What every error message about it begins with."""
+        """Return the beginning of every error message about this table."""
         return f"`dataset_file` {self.path_or_name}"
 
 
 def parse_columns(spec: str) -> tuple[tuple[str, str], ...]:
-    """'text=sentence,label=class' as (ours, theirs) pairs; '' as none.
+    """Parse 'text=sentence,label=class' to (ours, theirs) pairs; '' to none.
 
-    Raises `RequestError` for a pair without `=`, a column that we do not know, or one of ours named twice.
+    Raises `RequestError` for a pair without `=`, an unknown column of ours, or a repeated one.
     """
     pairs: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in spec.split(","))):
@@ -53,7 +51,7 @@ def parse_columns(spec: str) -> tuple[tuple[str, str], ...]:
 
 
 def check_columns(pairs: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """Our column's name -> theirs, as `UserData` keeps it. Raises `RequestError` for a column that we do not know."""
+    """Return (our name, the user's) pairs for `UserData`. Raises `RequestError` for an unknown column of ours."""
     for ours, theirs in pairs.items():
         if ours not in COLUMNS:
             raise RequestError(f"`columns` {ours}={theirs}: there is no column {ours!r}: name {', '.join(COLUMNS)}")

@@ -1,13 +1,13 @@
-"""The user's own task: a table with columns `text` and `label`, and optionally `group`, `start`, `end`, `task`.
+"""Load a user's own task: a table with columns `text` and `label`, and optionally `group`, `start`, `end`, `task`.
 
-text   what the model reads
-label  0/1, true/false, or others: of two numbers the larger is 1, of two words the alphabetically later; of more, each
-       gets a one-vs-rest probe. Rows without a label (empty, nan, NA) are left out (`labels`)
+text   the model's input
+label  0/1, true/false, or others: the larger of two numbers is 1, the alphabetically later of two words is 1; each of
+       more classes gets a one-vs-rest probe. Rows without a label (empty, nan, NA) are dropped (`labels`)
 group  rows of one group never fall on both sides of a split (`person_ids`); default: the probed characters, casefolded
 start, end  characters [start, end) to probe; default: the text's last word (`people.last_word`)
-task   the probe's name, for several in one file; default: the file's name
+task   the probe's name, for several probes in one file; default: the file's name
 
-Columns that are called otherwise are named by `columns`; rows of one text and span count once.
+Other column names are mapped with `columns`. Rows with the same text and span count once.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from delta_selectivity.tasks.user_data import REQUIRED, UserData
 
 logger = logging.getLogger(__name__)
 
-MAX_CLASSES = 64  # more distinct labels than this are a wrong column, not a task
+MAX_CLASSES = 64  # more distinct labels suggest a wrong column
 
 
 def load_user_task(data: UserData) -> Task:
-    """Read the user's task; dataset and file are called by the file's stem, the folder's name, or the Hub's.
+    """Read the user's task; its name is the file's stem, the folder's name, or the Hub's.
 
-    Raises `RequestError`, one line with file and line, for anything that cannot be probed as it stands.
+    Raises a one-line `RequestError` with file and line if the data cannot be probed.
     """
     table = read_table(data)
     _check_columns(table.columns, data)
@@ -110,7 +110,7 @@ def _mention(values: Mapping[str, Any], where: str) -> Mention:
 
 
 def _span(values: Mapping[str, Any], text: str, where: str) -> tuple[int, int]:
-    """Characters [start, end) to probe, without whitespace at either side."""
+    """Return the characters [start, end) to probe, without surrounding whitespace."""
     given = [_missing_as_none(values.get(key)) for key in ("start", "end")]
     span = last_word(text)
     if given != [None, None]:
@@ -136,14 +136,14 @@ def _integer(value: Any, key: str, where: str) -> int:
 
 
 def _spelled(value: str, column: str, where: str) -> str:
-    """The value, unless JSON's escapes left half of a surrogate pair in it, which no tokenizer takes and no file."""
+    """Return the value. Raises `RequestError` for an unpaired surrogate, which has no UTF-8 encoding."""
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise RequestError(f"{where}: {column} holds half of a surrogate pair: {value!a:.60}")
     return value
 
 
 def _missing_as_none(value: Any) -> Any:
-    """None for what a table holds where a value is missing: None, NaN, or nothing but whitespace."""
+    """Return None for a missing value in a table: None, NaN, or only whitespace."""
     blank = isinstance(value, str) and not value.strip()
     return None if blank or (isinstance(value, float) and math.isnan(value)) else value
 

@@ -1,6 +1,6 @@
 """The Wikidata tasks of Gurnee et al. 2023 (arXiv 2305.01610), from the data files of the PyPI wheel sae-probes.
 
-Every prompt ends exactly at the end of a person's name. `data_wheel` finds or fetches the files.
+Every prompt ends exactly at the end of a person's name. `data_wheel` finds or downloads the files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FILES: dict[str, dict[str, tuple[tuple[str, str], ...]]] = {
 
 
 def load_wikidata(name: str) -> Task:
-    """Read dataset `name` as shipped, one file at a time. Raises `RequestError` if its files cannot be had."""
+    """Read dataset `name` with all rows, one file at a time. Raises `RequestError` if its files are not available."""
     row_sets = tuple(
         RowSet(rows=_read_rows(stem), probes=tuple(ProbeSpec(*probe) for probe in probes))
         for stem, probes in _FILES[name].items()
