@@ -1,8 +1,8 @@
-"""The metric on arrays: activations of any model, their reconstruction, and what each row is about.
+"""The metric on arrays: activations of any model, their reconstruction, labels and groups.
 
     probe_selectivity(x, x_hat, labels, groups).delta_sel
 
-`measure_rows` is what it shares with files of rows (`records.rows_file`).
+`records.rows_file` uses `measure_rows` as well.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ INT64 = np.iinfo(np.int64)
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Binary questions about the same rows: they share their folds and their fits."""
+    """Binary labels of the same rows, which share folds and fits."""
 
     labels: NDArray[np.bool_]  # [targets, rows]
-    groups: NDArray[np.int64]  # [rows], the person; rows of one are never on both sides of a split
+    groups: NDArray[np.int64]  # [rows], person ids; a split never separates the rows of a person
     weights: NDArray[np.floating[Any]] | None = None  # [rows]; None: 1 each
-    tokens: NDArray[np.int64] | None = None  # [rows], token type, for the control task; None: no memorisation
-    order: NDArray[np.int64] | None = None  # [rows], deals rows to the control task's folds; None: their places
+    tokens: NDArray[np.int64] | None = None  # [rows], token types of the control task; None: no control task
+    order: NDArray[np.int64] | None = None  # [rows], row order for the control task's folds; None: as given
 
 
 @default_modes()
 def probe_selectivity(
     x: Any, reconstruction: Any, labels: Any, groups: Any, *, settings: Settings | None = None
 ) -> ProbeResult:
-    """Measure how much of what probes read from activations they still read from a reconstruction.
+    """Compare the selectivity of probes on activations with that of probes on a reconstruction.
 
-    Inputs are not modified. Values are compared in float32, probes are fitted in float64 on the device of `x` (a CPU
-    for NumPy), by one thread: the numbers do not depend on how many cores there are.
+    Inputs are not modified. Values are compared in float32. Probes are fitted in float64 on the device of `x` (the CPU
+    for NumPy) by one thread, so the results do not depend on the number of cores.
 
     Args:
         x: Activations ``[rows, d]``, NumPy or torch, of any float dtype and on any device.
-        reconstruction: What the autoencoder gives back of them, ``[rows, d]``.
-        labels: What is to be known of each row ``[rows]``: bool, or 0 and 1.
-        groups: Who or what each row is about ``[rows]``: integers, strings or other hashable values. Rows of equal
-            groups are never on both sides of a split; 1, 1.0 and "1" are equal, and so are the Unicode forms of a name
-            (`system.person_ids`). Give each row its own only if rows are independent.
-        settings: `folds`, `repeats`, `seed`, `epsilon`, `probe` and, of `views`, ``error`` count here.
+        reconstruction: The autoencoder's output for `x`, ``[rows, d]``.
+        labels: The binary label of each row ``[rows]``: bool, or 0 and 1.
+        groups: The person or thing each row is about ``[rows]``: integers, strings or other hashable values. A split
+            never separates rows of equal groups. 1, 1.0 and "1" are equal, and so are the Unicode forms of a name
+            (`system.person_ids`). Give each row its own group only if rows are independent.
+        settings: Only `folds`, `repeats`, `seed`, `epsilon`, `probe` and ``error`` in `views` have an effect here.
 
     Returns:
         Selectivities, their differences with intervals, and how the probes were fitted. `memorisation` is None, for it
@@ -95,12 +95,12 @@ def probe_selectivity(
 def measure_rows(
     x: Tensor, recons: Iterable[Tensor], targets: Targets, settings: Settings, backend: ProbeBackend
 ) -> Iterator[list[ProbeResult | Skipped]]:
-    """Measure reconstructions of the same activations: for each, a result for every target in order.
+    """Measure reconstructions of the same activations and yield, for each, one result per target in order.
 
     Args:
         x: Activations, float32 ``[rows, d]``.
         recons: Reconstructions of them, each float32 ``[rows, d]`` on the device of `x`.
-        targets: What each row is about.
+        targets: Labels and groups of the rows.
         settings: As for `probe_selectivity`.
         backend: Solver of the probes.
     """
@@ -112,7 +112,7 @@ def measure_rows(
 
 
 def check_views(settings: Settings) -> None:
-    """Raise `RequestError` if latents are to be probed, or the model run on: rows have neither."""
+    """Raise `RequestError` for latent views or `downstream`: stored rows have neither latents nor a model."""
     if settings.downstream:
         raise RequestError("`downstream`: rows have no model that runs on from a reconstruction")
     for view in LATENT_VIEWS.intersection(settings.views):
@@ -128,7 +128,7 @@ def _control(targets: Targets, settings: Settings) -> FoldPlan | None:
 
 
 def _matrix(values: Any, field: str) -> Tensor:
-    """Values as a finite float32 matrix ``[rows, d]``. Raises `RequestError` if they are none."""
+    """Return values as a finite float32 matrix ``[rows, d]``. Raises `RequestError` if they are not one."""
     matrix = values.detach() if isinstance(values, Tensor) else _to_torch(_array(values, field), field)
     if matrix.layout != torch.strided or matrix.is_complex() or matrix.dtype == torch.bool:
         raise RequestError(f"`{field}` is a {matrix.layout} of {matrix.dtype}: a dense array of real numbers is needed")
@@ -147,7 +147,7 @@ def _matrix(values: Any, field: str) -> Tensor:
 def _to_torch(found: NDArray[Any], field: str) -> Tensor:
     if found.dtype.kind not in "fiu":
         raise RequestError(f"`{field}` is of {found.dtype}: real numbers are needed")
-    with np.errstate(over="ignore"):  # what becomes infinite is refused
+    with np.errstate(over="ignore"):  # `_matrix` rejects infinite values
         single = np.ascontiguousarray(found, dtype=np.float32)
     return torch.from_numpy(single if single.flags.writeable else single.copy())
 
@@ -174,13 +174,13 @@ def _binary(labels: Any, n: int) -> NDArray[np.bool_]:
 
 
 def _group_ids(groups: Any, n: int) -> NDArray[np.int64]:
-    """A number for each row's group, int64 [rows]: an integer is its own, any other value's is the hash of its key."""
+    """Return int64 group ids [rows]: integers as they are, the hash of the key for other values."""
     if isinstance(groups, Tensor):
         groups = _array(groups, "groups")
     if isinstance(groups, np.ndarray):
         _check_length(groups.shape, n, "groups")
         if groups.dtype.kind in "biu":
-            return groups.astype(np.int64)  # of uint64 the same bits: equal groups stay equal
+            return groups.astype(np.int64)  # uint64 keeps its bits, so equal groups stay equal
         groups = groups.tolist()
     try:
         listed = list(groups)
@@ -203,14 +203,14 @@ def _is_int64(value: Any) -> bool:
 
 
 def _key(group: Any) -> Any:
-    """What is equal for equal groups: of a tuple, its items' keys."""
+    """Return a key that is equal for equal groups; for a tuple, the tuple of its items' keys."""
     if isinstance(group, tuple):
         return tuple(_key(item) for item in group)
     return group_key(group) if isinstance(group, str | numbers.Number) else group
 
 
 def _is_missing(group: Any) -> bool:
-    """Whether a value is none, or equal to nothing, itself included. Raises `RequestError` if it has no hash."""
+    """Return whether a value is None or, like NaN, unequal to itself. Raises `RequestError` if it is not hashable."""
     try:
         hash(group)
     except TypeError as error:

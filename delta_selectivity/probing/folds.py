@@ -3,7 +3,7 @@
     plan = FoldPlan.build(labels, groups, weights=None, n_folds=5, n_repeats=5, seed=0)
     plan.held_out                               # bool [splits, rows]
 
-A person is never on both sides of a split, so a label that is random by person scores 1/2 (the control task of
+A split never separates a person's rows, so a label that is random by person scores 1/2 (the control task of
 Hewitt & Liang 2019, arXiv 1909.03368).
 """
 
@@ -23,12 +23,12 @@ from delta_selectivity.probing.uncertainty import effective_people
 LEAST_EFFECTIVE = 6  # people (Kish); the intervals are validated down to here
 LEAST_EFFECTIVE_IN_CLASS = 2
 
-MOST_FOLDS = 127  # their numbers are kept in a byte each
+MOST_FOLDS = 127  # fold numbers are stored as int8
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Why a target has no numbers, and what it would have rested on."""
+    """The reason why a target was not measured, with its sample sizes."""
 
     reason: str
     n_rows: int
@@ -39,14 +39,14 @@ class Skipped:
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """Which rows are held out when: R partitions into K folds, shared by all targets and views of a task set.
+    """R partitions of the rows into K folds, shared by all targets and views of a task set.
 
-    Targets on the same rows share partitions that are stratified by all of their labels at once, so that one
-    matrix serves them all. Targets that cannot be measured are in `skipped`, not in `labels`.
+    Partitions are stratified by the labels of all targets at once, so that all targets use the same training
+    matrices. Targets that cannot be measured are in `skipped`, not in `labels`.
     """
 
     labels: NDArray[np.bool_]  # [kept targets, rows]
-    kept: tuple[int, ...]  # their places among the targets asked for
+    kept: tuple[int, ...]  # indices of the kept targets among all targets
     skipped: Mapping[int, Skipped]
     groups: NDArray[np.int64]  # [rows], the person
     weights: NDArray[np.float64]  # [rows]
@@ -57,9 +57,19 @@ class FoldPlan:
     def build(
         cls, labels: ArrayLike, groups: ArrayLike, weights: ArrayLike | None, n_folds: int, n_repeats: int, seed: int
     ) -> FoldPlan:
-        """labels bool [targets, rows], groups int [rows], weights [rows] (None: 1 each). Deterministic by seed.
+        """Build the plan; the same seed gives the same plan.
 
-        Raises ValueError for shapes that do not fit, fewer than 2 folds or no repeat.
+        Args:
+            labels: bool [targets, rows].
+            groups: int [rows], person ids.
+            weights: [rows]; None: 1 each.
+            n_folds: Folds of each partition.
+            n_repeats: Number of partitions.
+            seed: Seed of the partitions.
+
+        Raises:
+            ValueError: The shapes do not fit.
+            RequestError: There are fewer than 2 or too many folds, or no repeat.
         """
         asked = np.asarray(labels, dtype=bool)
         people = np.asarray(groups, dtype=np.int64)
@@ -87,14 +97,14 @@ class FoldPlan:
         return (self.folds[:, None] == np.arange(self.n_folds)[:, None]).reshape(-1, self.folds.shape[1])
 
     def training_weight(self, device: torch.device) -> Tensor:
-        """float64 [splits, rows], 0 where held out."""
+        """Return the training weights: float64 [splits, rows], 0 where held out."""
         return torch.from_numpy(np.where(self.held_out, 0.0, self.weights)).to(device)
 
 
 def too_few_people(
     labels: NDArray[np.bool_], groups: NDArray[np.int64], n_folds: int, weights: NDArray[np.float64] | None = None
 ) -> Skipped | None:
-    """Why a target cannot be measured with so many folds; None if it can."""
+    """Return why a target cannot be measured with this number of folds; None if it can."""
     weights = np.ones(len(groups)) if weights is None else weights
     sides = {"positive": labels, "negative": ~labels}
     people = {name: len(np.unique(groups[rows])) for name, rows in sides.items()}
@@ -122,7 +132,7 @@ def too_few_people(
 
 
 def grouped_stratified_folds(labels: ArrayLike, groups: ArrayLike, n_folds: int, seed: int) -> NDArray[np.int8]:
-    """A fold for each row `[rows]` such that no group is in two folds, and sizes and classes are close to equal.
+    """Assign rows to folds `[rows]`: no group is in two folds, and folds have similar sizes and class counts.
 
     labels bool [rows] or [targets, rows]. Groups with the same counts of rows and positives are interchangeable:
     they are dealt evenly at random. The few left over go one by one, the largest first (in powers of 2, at random
@@ -163,7 +173,7 @@ def _deal_greedily(
 def control_plan(
     token_types: ArrayLike, rows: ArrayLike, weights: ArrayLike | None, n_folds: int, seed: int
 ) -> FoldPlan | None:
-    """The control task of Hewitt & Liang 2019: a random label for each token type `[rows]`, split by row.
+    """Return the control task of Hewitt & Liang 2019: a random label for each token type `[rows]`, split by row.
 
     A probe that does well on it knows its tokens by heart. `rows` int [rows] are the rows' own numbers: whatever order
     they come in, a row is in the same fold. None if there are too few types or rows for the folds.

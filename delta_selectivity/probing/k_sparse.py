@@ -47,13 +47,13 @@ class SideBySide(NamedTuple):
 
     theta: Tensor  # float64 [cs, splits, k + 1], intercept last
     converged: Tensor  # bool [cs, splits]
-    n_iter: list[int]  # by C, of the split that took most
+    n_iter: list[int]  # for each C, the largest over splits
 
 
 def with_k_sparse(found: OutOfFold, latents: Tensor) -> OutOfFold:
-    """Return the scores with those of k-sparse probes on latents `[rows, d_sae]`, sparse CSR, as views `k1` and so on.
+    """Return the scores with views `k1` etc. added: k-sparse probes on latents `[rows, d_sae]`, sparse CSR.
 
-    A code that a probe cannot hold raises ArithmeticError.
+    Raises ArithmeticError if a code is too large for a probe.
     """
     fit = k_sparse_fit(found.plan, latents)
     names = tuple(f"k{k}" for k in KS)
@@ -99,10 +99,10 @@ def k_sparse_fit(plan: FoldPlan, latents: Tensor, ks: Sequence[int] = KS, cs: Se
 def best_latents(
     latents: csr_array, labels: NDArray[np.bool_], weight: NDArray[np.float64], k: int
 ) -> NDArray[np.intp]:
-    """[splits, k]: the latents whose normalised class means differ most on each training split, best first.
+    """Return [splits, k]: the latents whose normalised class means differ most on each training split, best first.
 
-    latents [rows, d_sae], no entry twice; labels bool [rows]; weight [splits, rows], 0 where held out. All latents if
-    there are no more than k.
+    latents [rows, d_sae] without duplicate entries; labels bool [rows]; weight [splits, rows], 0 where held out.
+    Returns all latents if there are at most k.
     """
     fires = csr_array((latents.data != 0, latents.indices, latents.indptr), latents.shape).astype(np.float64)
     mean_where_fires = _summed(abs(latents), weight) / (_summed(fires, weight) + 1e-6)
@@ -112,12 +112,12 @@ def best_latents(
 
 
 def _summed(matrix: csr_array, weight: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums over rows [splits, d_sae], weighted by split."""
+    """Return weighted sums over the rows of each split [splits, d_sae]."""
     return np.asarray((matrix.T @ weight.T).T)
 
 
 def decide(x: Tensor, theta: Tensor) -> Tensor:
-    """Scores [cs, splits, rows] of x [splits, rows, k] by the probes theta [cs, splits, k + 1]."""
+    """Return the scores [cs, splits, rows] of x [splits, rows, k] by the probes theta [cs, splits, k + 1]."""
     return torch.einsum("srk,csk->csr", x, theta[..., :-1]) + theta[..., -1:]
 
 
@@ -144,9 +144,9 @@ def fit_side_by_side(x: Tensor, labels: Tensor, weight: Tensor, cs: Sequence[flo
 
 
 def _newton(x: Tensor, y: Tensor, v: Tensor, penalty: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The minimum for every split from the start theta [splits, k + 1], where it was found [splits], and the steps.
+    """Minimise from theta [splits, k + 1]; return the minima, which splits converged [splits] and the step count.
 
-    v [splits, rows] has C in it.
+    v [splits, rows] includes the factor C.
     """
     loss, converged = _loss(x, y, v, penalty, theta), torch.zeros(len(x), dtype=torch.bool)
     for step_number in range(MAX_ITER):
@@ -172,6 +172,6 @@ def _newton(x: Tensor, y: Tensor, v: Tensor, penalty: Tensor, theta: Tensor) -> 
 
 
 def _loss(x: Tensor, y: Tensor, v: Tensor, penalty: Tensor, theta: Tensor) -> Tensor:
-    """The objective [splits]."""
+    """Return the objective [splits]."""
     margins = y * (x @ theta[..., None])[..., 0]
     return 0.5 * (penalty * theta.square()).sum(1) + (v * softplus(-margins)).sum(1)

@@ -1,7 +1,7 @@
-"""Which latents of an SAE carry a probe of the model: what each adds to the gap between the classes.
+"""Attribution of a model probe to SAE latents: each latent's share of the gap between the class means.
 
     found = carriers(w, x, recon, codes, directions, fired, labels, weights)
-    found.share[0], found.latents[0]             # the largest share of the gap, and whose it is
+    found.share[0], found.latents[0]             # the largest share of the gap, and its latent
 
 A probe with weights w separates the classes by the gap w · (mean of x over class 1 - mean over class 0). x is the SAE's
 reconstruction and its error, and the reconstruction is a sum over latents, so the gap is a sum too: latent j adds
@@ -19,7 +19,7 @@ from scipy import sparse
 from torch import Tensor
 
 Floats = NDArray[np.float64]
-KEPT = 20  # latents by each of three orders
+KEPT = 20  # latents kept from each of three rankings
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def carriers(
     weights: Floats,
     kept: int = KEPT,
 ) -> Carriers:
-    """Return the latents that carry the probe most, those that were dropped, and those that tell the classes apart.
+    """Return the latents that contribute most, those that were dropped, and those that best separate the classes.
 
     Args:
         w: The probe's weights on x, float64 `[d]`.
@@ -98,13 +98,13 @@ def carriers(
 
 
 def _class_means(labels: NDArray[np.bool_], weights: Floats) -> Floats:
-    """What each row counts in the mean of its class: float64 [2, rows]."""
+    """Return each row's weight in the mean of its class: float64 [2, rows]."""
     members = np.stack([np.where(labels == label, weights, 0.0) for label in (False, True)])
     return np.asarray(members / members.sum(axis=1, keepdims=True))
 
 
 def _columns(codes: Tensor, fired: Tensor) -> sparse.csc_matrix:
-    """The columns of these latents; entries of one place are added."""
+    """Return the columns of these latents, with duplicate entries added."""
     parts = (codes.values(), codes.col_indices(), codes.crow_indices())
     values, col, crow = (part.cpu().numpy() for part in parts)
     matrix = sparse.csr_matrix((values.astype(np.float64), col, crow), shape=tuple(codes.shape))
@@ -113,7 +113,7 @@ def _columns(codes: Tensor, fired: Tensor) -> sparse.csc_matrix:
 
 
 def _auc(values: Floats, labels: NDArray[np.bool_], weights: Floats) -> float:
-    """Area under the ROC curve; ties count half."""
+    """Return the area under the ROC curve; ties count half."""
     levels, place = np.unique(values, return_inverse=True)
     by_class = [np.bincount(place, np.where(labels == label, weights, 0.0), len(levels)) for label in (False, True)]
     below = np.cumsum(by_class[0]) - by_class[0] / 2

@@ -124,32 +124,32 @@ class Statistics:
 
 
 def quantised(scores: Floats) -> NDArray[np.float16]:
-    """Scores as they are kept: float16 that keeps the sign of every score and overflows to its largest number."""
+    """Return scores as float16 for storage: signs are preserved, and overflow becomes the largest float16."""
     largest = float(np.finfo(np.float16).max)
     kept = np.clip(scores, -largest, largest).astype(np.float16)
     return np.where((kept == 0) & (scores != 0), np.copysign(_TINY, scores).astype(np.float16), kept)
 
 
 def correct(found: ProbeScores, view: str) -> NDArray[np.float64]:
-    """1 where the view's probe is right about a row it has not seen, else 0: [repeats, rows]."""
+    """Return 1 where the view's probe classifies a held-out row correctly, else 0: [repeats, rows]."""
     return ((found.views[view] > 0) == found.labels).astype(np.float64)
 
 
 def bits(found: ProbeScores, view: str) -> NDArray[np.float64]:
-    """What each row's score tells of its label beyond a coin, in bits: 1 - log loss / ln 2. [repeats, rows]"""
+    """Return each row's information about its label in bits: 1 - log loss / ln 2, [repeats, rows]."""
     scores = found.views[view].astype(np.float64)
     return 1 - np.logaddexp(0, np.where(found.labels, -scores, scores)) / np.log(2)
 
 
 def r2_parts(found: ProbeScores, view: str) -> NDArray[np.float64]:
-    """Numbers by row whose balanced mean is the R² of a view's scores as a copy of the model's. [repeats, rows]
+    """Return row values [repeats, rows] whose balanced mean is the R² of a view's scores against the model's.
 
-    1 less the squared difference over the variance of the model's scores, classes balanced. Of the view "transfer" it
-    is the share of what the model's own probes read in x that they still read in x̂. No label is asked, so it has none
-    of the noise of labels. The ratio of sums is linearised, so that the influence of a row is the ratio's.
+    R² is 1 - (squared difference) / (variance of the model's scores), with balanced classes. For the view "transfer" it
+    is the share of the variance of the model probes' scores on x that remains on x̂. Scores are compared with scores,
+    not with labels, so label noise does not enter. The ratio is linearised, which gives each row's influence on it.
 
-    Outliers are left out: of 5000 rows one attention sink had most of the variance (docs/reliability.md). They get the
-    balanced mean itself, which is no influence, and the other rows of their class count for them.
+    Outliers are left out: one attention sink among 5000 rows had most of the variance (docs/reliability.md). Outliers
+    get the balanced mean itself, so their influence is 0, and the other rows of their class are reweighted.
     """
     model, copy = found.views["model"].astype(np.float64), found.views[view].astype(np.float64)
     counted = _without_outliers(found)
@@ -158,7 +158,7 @@ def r2_parts(found: ProbeScores, view: str) -> NDArray[np.float64]:
         return balanced_mean(values[:, counted], found.labels[counted], found.weights[counted])[:, None]
 
     variance, error = (model - mean(model)) ** 2, (copy - model) ** 2
-    spread = np.maximum(mean(variance), np.finfo(np.float64).tiny)  # 0 for a probe that says the same of every row
+    spread = np.maximum(mean(variance), np.finfo(np.float64).tiny)  # 0 for a probe with constant scores
     unexplained = mean(error) / spread
     influence = np.where(counted, (unexplained * variance - error) / spread, 0.0)
     for label in (False, True):
@@ -168,7 +168,7 @@ def r2_parts(found: ProbeScores, view: str) -> NDArray[np.float64]:
 
 
 def _without_outliers(found: ProbeScores) -> NDArray[np.bool_]:
-    """The rows [rows] that are no outliers; all of them where a class would have none."""
+    """Return a mask [rows] of rows that are not outliers; all rows if a class would be left empty."""
     everything = np.ones(len(found.labels), dtype=bool)
     if found.outliers is None:
         return everything
@@ -177,11 +177,11 @@ def _without_outliers(found: ProbeScores) -> NDArray[np.bool_]:
 
 
 def auc_parts(found: ProbeScores, view: str) -> NDArray[np.float64]:
-    """Numbers by row whose balanced mean is the AUC, and whose influence on it is DeLong's. [repeats, rows]
+    """Return row values [repeats, rows] whose balanced mean is the AUC, with DeLong's influence function.
 
-    A row's placement V is the share of the other class that it is on the right side of (ties count half); AUC is the
-    mean of V over either class. 2 V - AUC has the balanced mean AUC, and varies by row as the AUC's influence function
-    does (DeLong, DeLong & Clarke-Pearson 1988), so that the clustered interval of a mean is that of the AUC.
+    A row's placement V is the share of the other class that it is ranked correctly against (ties count half). AUC is
+    the mean of V over either class. 2 V - AUC has the balanced mean AUC and varies by row as the AUC's influence
+    function (DeLong, DeLong & Clarke-Pearson 1988), so the clustered interval of its mean is that of the AUC.
     """
     return np.stack([_auc_parts(scores, found.labels, found.weights) for scores in found.views[view]])
 
@@ -201,7 +201,7 @@ def _auc_parts(scores: Floats, labels: NDArray[np.bool_], weights: NDArray[np.fl
 
 
 def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
-    """All that the scores say; differences within +-epsilon count as preserved."""
+    """Return all statistics of the scores; differences within +-epsilon count as preserved."""
 
     def estimate(values: Floats) -> Estimate:
         return estimate_delta(values, found.labels, found.persons, found.weights, found.n_folds)
@@ -235,7 +235,7 @@ def statistics(found: ProbeScores, epsilon: float = EPSILON) -> Statistics:
 
 
 def _mean(found: ProbeScores, values: Floats) -> float:
-    """The balanced mean over rows, and the mean of that over the partitions."""
+    """Return the balanced mean over rows, averaged over the partitions."""
     return float(balanced_mean(values, found.labels, found.weights).mean())
 
 
@@ -251,7 +251,7 @@ def _difference(name: str, prefix: str, delta: Estimate, epsilon: float) -> dict
 
 
 def _transfer(found: ProbeScores, right: Mapping[str, Floats], estimate: Any, epsilon: float) -> dict[str, Any]:
-    """Of the model's probes on x̂; nothing for a view that they were not asked about."""
+    """Return the statistics of the model's probes on x̂; empty if the view was not measured."""
     if "transfer" not in right:
         return {}
     delta, share = estimate(right["transfer"] - right["model"]), estimate(r2_parts(found, "transfer"))
@@ -265,7 +265,7 @@ def _transfer(found: ProbeScores, right: Mapping[str, Floats], estimate: Any, ep
 
 
 def _retained(model: Estimate, sae: Estimate, right: Mapping[str, Floats], estimate: Any) -> dict[str, Any]:
-    """The share, with its interval by the delta method: the spread of sae - share x model, over model - 1/2."""
+    """Return the retained share; its delta-method spread is that of sae - share x model, over model - 1/2."""
     if model.low + 0.5 <= KNOWN:
         return {}
     share = sae.value / model.value
@@ -278,7 +278,7 @@ def _retained(model: Estimate, sae: Estimate, right: Mapping[str, Floats], estim
 
 
 def _change(found: ProbeScores, score: str, values: Mapping[str, Floats], estimate: Any) -> dict[str, Any]:
-    """The score by view, and its difference between the SAE and the model with an interval."""
+    """Return the score of each view, and the SAE's difference from the model with its interval."""
     delta: Estimate = estimate(values["sae"] - values["model"])
     by_view = {name: _mean(found, values[name]) for name in values}
     return {
@@ -294,7 +294,7 @@ def _change(found: ProbeScores, score: str, values: Mapping[str, Floats], estima
 
 
 def _k_sparse(found: ProbeScores, estimate: Any) -> dict[str, Any]:
-    """Of the probes on few latents, where there are such."""
+    """Return the statistics of the k-sparse probes; empty if there are none."""
     known: dict[str, Any] = {}
     for view in K_VIEWS & found.views.keys():
         right = correct(found, view)

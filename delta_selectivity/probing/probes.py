@@ -23,7 +23,7 @@ _AGREE = 1e-3  # the largest disagreement that auto accepts of cuML
 
 
 def choose_backend(name: str, device: torch.device | str) -> tuple[ProbeBackend, str]:
-    """The solver for `name` (one of `BACKENDS`) on `device`, and in a few words why that one.
+    """Return the solver for `name` (one of `BACKENDS`) on `device`, and the reason for the choice.
 
     `auto` is torch, but on a CUDA device cuML where it is installed and solves a small problem as torch does.
     Call it in the thread that will fit: cuML's settings are per thread.
@@ -59,7 +59,7 @@ def check_backend(name: str, device: torch.device | str) -> None:
 
 
 def disagreement(backend: ProbeBackend, reference: ProbeBackend, problem: ProbeProblem) -> float:
-    """The largest relative difference of coefficients, |a - b| / |b|, over the probes of the problem."""
+    """Return the largest relative difference of coefficients, |a - b| / |b|, over the problem's probes."""
     a, b = backend.fit(problem).coef, reference.fit(problem).coef
     return float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max())
 
@@ -77,7 +77,7 @@ def _best_on_cuda(device: torch.device, torch_backend: ProbeBackend) -> tuple[Pr
     try:
         cuml = _cuml(device)
         difference = disagreement(cuml, torch_backend, _small_problem(device))
-    except Exception as error:  # cuML or its driver is broken in ways of its own: torch still works
+    except Exception as error:  # a broken cuML or driver can raise anything; torch still works
         return torch_backend, f"cuML failed its self-check: {type(error).__name__}: {error}"
     if difference > _AGREE:
         return torch_backend, f"cuML differs from torch by {difference:.1e} in its self-check"
@@ -85,7 +85,7 @@ def _best_on_cuda(device: torch.device, torch_backend: ProbeBackend) -> tuple[Pr
 
 
 def _small_problem(device: torch.device) -> ProbeProblem:
-    """400 rows, 16 features, two splits, unequal classes and weights."""
+    """Return a small problem: 400 rows, 16 features, two splits, unequal classes and weights."""
     random = torch.Generator().manual_seed(0)
     x = torch.randn(400, 16, generator=random, dtype=torch.float32)
     labels = (x[:, 0] + torch.randn(400, generator=random, dtype=torch.float32) > 0.5)[None]

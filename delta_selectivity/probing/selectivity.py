@@ -30,7 +30,7 @@ from delta_selectivity.system.out_of_memory import Room
 DEFAULT_CS = tuple(10.0**k for k in range(-5, 2))
 VIEWS = ("model", "sae", "transfer", "error", "latents")
 OUTLIER = 10.0
-"""Times the median norm, beyond which a row or token is an outlier: an attention sink, mostly."""
+"""Multiple of the median norm above which a row or token is an outlier, usually an attention sink."""
 _ROOM = Room("targets are scored")
 OPTIONAL = {f"{view}_{score}" for view in ("error", "latent") for score in ("sel", "auc", "bits")}
 OPTIONAL |= {f"{view}_{score}" for view in K_VIEWS for score in ("sel", "ci_low", "ci_high", "auc")}
@@ -68,22 +68,22 @@ class ModelFit:
 
 @dataclass(frozen=True)
 class OutOfFold:
-    """Scores of rows by probes that have not seen their person, and how those probes were fitted."""
+    """Out-of-fold scores: each row is scored by probes trained without its person; with the facts of the fits."""
 
     plan: FoldPlan
     views: tuple[str, ...]  # model, sae, transfer (the model's probes on the SAE's view), error, latents, k1 ...
     scores: NDArray[np.float16]  # [views, targets, repeats, rows]
-    fits: Mapping[str, FitFacts]  # of the views that probes were fitted on: all but transfer
+    fits: Mapping[str, FitFacts]  # by view; transfer has no fit of its own
     outliers: NDArray[np.bool_]  # [rows], those of the model's view
     control: ProbeScores | None  # of the control task, where it was asked for
 
     @property
     def transfer(self) -> NDArray[np.float16]:
-        """[targets, repeats, rows]: probes fitted on the model's view, tested on the SAE's."""
+        """Scores [targets, repeats, rows] of probes fitted on the model's view and tested on the SAE's."""
         return self.scores[self.views.index("transfer")]
 
     def probe(self, t: int) -> ProbeScores:
-        """The scores of the t-th target that is measured."""
+        """Return the scores of the t-th measured target."""
         plan = self.plan
         return ProbeScores(
             views={view: self.scores[v, t] for v, view in enumerate(self.views)},
@@ -118,7 +118,7 @@ class ProbeResult(Statistics):
 
 
 FitModel = Callable[[FoldPlan, Tensor, ProbeBackend, FoldPlan | None], ModelFit]
-"""What gives the model's view its probes: `fit_model` at `DEFAULT_CS`, or a store of what that has given before."""
+"""Function that fits the model's view: `fit_model` at `DEFAULT_CS`, or a cache of its results."""
 
 
 def fit_model(
@@ -128,7 +128,7 @@ def fit_model(
     control: FoldPlan | None = None,
     cs: Sequence[float] = DEFAULT_CS,
 ) -> ModelFit:
-    """Probes on the model's activations x `[rows, d]`, with the scaling for all views of these rows.
+    """Fit probes on the model's activations x `[rows, d]`, with the scaling for all views of these rows.
 
     With a plan of `folds.control_plan` also the probe of the control task.
     """
@@ -141,7 +141,7 @@ def fit_model(
 
 
 def control_scores(plan: FoldPlan, scores: NDArray[np.float16]) -> ProbeScores:
-    """Scores [repeats, rows] of the control task's one probe, with what they are scores of."""
+    """Return the scores [repeats, rows] of the control task's probe, with their labels and weights."""
     return ProbeScores({"model": scores}, plan.labels[0], plan.groups, plan.weights, plan.folds)
 
 
@@ -153,7 +153,7 @@ def out_of_fold(
     error_view: bool = False,
     latents: Tensor | None = None,
 ) -> OutOfFold:
-    """The model's view beside an SAE's reconstruction `[rows, d]` of it, and beside what that leaves out.
+    """Score the model's view and an SAE's reconstruction `[rows, d]`, and the reconstruction error if asked.
 
     A reconstruction equal to x bit by bit shares the model's fit: its delta and transfer are exactly 0. In place of a
     reconstruction the fit of another view of the rows may be given (`fit_sparse`): then there is no transfer and no
@@ -189,21 +189,21 @@ def _kept(scores: Tensor) -> NDArray[np.float16]:
 
 
 def fit_sparse(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float] = DEFAULT_CS) -> ViewFit:
-    """Probes on a sparse CSR matrix `[rows, d]` as it is: scaling rare latents to unit variance ruins their probes."""
+    """Fit probes on a sparse CSR matrix `[rows, d]` unscaled: unit variance for rare latents ruins their probes."""
     x = _live_columns(x)
     one = torch.ones(1, 1, dtype=torch.float64, device=x.device)
     return fit_view(plan, x, one.expand(len(plan.held_out), x.shape[1]), backend, cs)
 
 
 def _live_columns(x: Tensor) -> Tensor:
-    """A sparse CSR matrix without the columns that hold nothing (one of them if all are so)."""
+    """Return a sparse CSR matrix without its empty columns (keep one if all are empty)."""
     live, place = torch.unique(x.col_indices(), return_inverse=True)
     shape = (x.shape[0], max(len(live), 1))
     return torch.sparse_csr_tensor(x.crow_indices(), place, x.values(), shape, check_invariants=False)
 
 
 def training_scales(plan: FoldPlan, x: Tensor) -> Tensor:
-    """Weighted standard deviations of x `[rows, d]` over each split's training rows, float64 [splits, d].
+    """Return the weighted standard deviations of x `[rows, d]` over each split's training rows, float64 [splits, d].
 
     0 where a feature is constant there, to the precision of the sums, or has less than a normal float32.
     """
@@ -251,7 +251,7 @@ def fit_view(
 
 
 def _no_fit(plan: FoldPlan, x: Tensor) -> ViewFit:
-    """The fit of no target."""
+    """Return a fit of zero targets."""
     none = np.empty((0, plan.n_repeats, plan.n_folds))
     coef = torch.empty(0, len(plan.held_out), x.shape[1], dtype=torch.float64, device=x.device)
     scores = torch.empty(0, *plan.folds.shape, dtype=torch.float32, device=x.device)
@@ -259,7 +259,7 @@ def _no_fit(plan: FoldPlan, x: Tensor) -> ViewFit:
 
 
 def transfer_scores(plan: FoldPlan, fit: ViewFit, x: Tensor) -> Tensor:
-    """Scores float32 [targets, repeats, rows] of another view x `[rows, d]` by the fold's own probes of `fit`."""
+    """Return scores float32 [targets, repeats, rows] of another view x `[rows, d]` by each fold's probes in `fit`."""
     scores = torch.empty(len(fit.coef), *plan.folds.shape, dtype=torch.float32, device=x.device)
 
     def score(part: slice) -> None:
@@ -270,7 +270,7 @@ def transfer_scores(plan: FoldPlan, fit: ViewFit, x: Tensor) -> Tensor:
 
 
 def _held_out_scores(plan: FoldPlan, x: Tensor, coef: Tensor, intercept: Tensor) -> Tensor:
-    """Scores float64 [cs, targets, repeats, rows], each row's by the split that holds it out.
+    """Return scores float64 [cs, targets, repeats, rows], each row scored by the split that holds it out.
 
     coef [cs, targets, splits, d], intercept [cs, targets, splits].
     """
@@ -289,10 +289,10 @@ def _held_out_scores(plan: FoldPlan, x: Tensor, coef: Tensor, intercept: Tensor)
 
 
 def choose_c(plan: FoldPlan, scores: Tensor, targets: slice = slice(None)) -> Tensor:
-    """The index of C for each fold, int64 [targets, repeats, folds], from scores [cs, targets, repeats, rows].
+    """Return the index of C for each fold, int64 [targets, repeats, folds], from scores [cs, targets, repeats, rows].
 
-    The fold's own rows have no say: the C with the least class-balanced log loss of the out-of-fold scores of the
-    other folds; the smallest of equals. `targets` are those of the plan that the scores are of.
+    C minimises the class-balanced log loss of the out-of-fold scores of the other folds; the fold's own rows are not
+    used. Ties go to the smallest C. `targets` are those of the plan that the scores are of.
     """
     labels = torch.from_numpy(plan.labels[targets]).to(scores.device)
     weights = torch.from_numpy(plan.weights).to(scores.device)
@@ -308,7 +308,7 @@ def choose_c(plan: FoldPlan, scores: Tensor, targets: slice = slice(None)) -> Te
 
 
 def measure(found: OutOfFold, epsilon: float = EPSILON) -> list[ProbeResult | Skipped]:
-    """A result for every target asked for, in their order; differences within +-epsilon count as preserved."""
+    """Return a result for every target in order; differences within +-epsilon count as preserved."""
     plan = found.plan
     measured = {place: _measure_target(found, t, epsilon) for t, place in enumerate(plan.kept)}
     everything: dict[int, ProbeResult | Skipped] = {**plan.skipped, **measured}
@@ -333,9 +333,9 @@ def _typical(chosen_c: NDArray[np.float64]) -> float:
 
 
 def as_record(result: ProbeResult | Skipped) -> dict[str, Any]:
-    """Plain numbers by the names of `ProbeResult`; those of optional views only where they were measured.
+    """Return a dict of plain numbers by the names of `ProbeResult`; optional views only where measured.
 
-    A target without numbers has None for them and a `reason`.
+    A skipped target has None for each number and a `reason`.
     """
     if isinstance(result, Skipped):
         return {**{item.name: None for item in fields(ProbeResult) if item.name not in OPTIONAL}, **asdict(result)}

@@ -25,7 +25,7 @@ Numbers = NDArray[np.floating] | NDArray[np.int8]
 
 POWER = 0.8  # of `Estimate.detectable`
 _ALIKE = 0.5  # working correlation of a person's rows: at 0.2 intervals of Zipf-sized people are too narrow
-_PRIOR = 20  # at so many effective people, a person's own square and what all people have in common count alike
+_PRIOR = 20  # effective people at which a person's own square and the pooled estimate have equal weight
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Estimate:
     degrees_of_freedom: float
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """The ends of the interval that covers the truth with this probability."""
+        """Return the ends of the confidence interval with this coverage probability."""
         half = self._quantile((1 + confidence) / 2) * self.standard_error if self.standard_error else 0.0
         return self.value - half, self.value + half
 
@@ -56,7 +56,7 @@ class Estimate:
 
     @property
     def p_value(self) -> float:
-        """Two-sided, of no difference."""
+        """Two-sided p value of the hypothesis of no difference."""
         if self.standard_error == 0:
             return 1.0 if self.value == 0 else 0.0
         return float(2 * stdtr(self.degrees_of_freedom, -abs(self.value) / self.standard_error))
@@ -67,7 +67,7 @@ class Estimate:
         return (self._quantile(0.975) + self._quantile(POWER)) * self.standard_error if self.standard_error else 0.0
 
     def within(self, epsilon: float) -> bool:
-        """Equivalence to 0 at level 0.05: the 90 % interval lies within +-epsilon (two one-sided tests)."""
+        """Return whether the 90 % interval lies within +-epsilon: equivalence at level 0.05 (two one-sided tests)."""
         low, high = self.interval(0.9)
         return -epsilon <= low and high <= epsilon
 
@@ -77,7 +77,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Cell:
-    """What changed from one view to another in one (layer, probe), or between two SAEs there."""
+    """The change between two views, or two SAEs, in one (layer, probe)."""
 
     change: (
         NDArray[np.floating] | NDArray[np.int8]
@@ -91,15 +91,15 @@ class Cell:
 def balanced_mean(
     values: Floats | NDArray[np.int8], labels: NDArray[np.bool_], weights: Floats | None = None
 ) -> Floats:
-    """The mean over both classes of the class's (weighted) mean: [..., rows] -> [...], float64.
+    """Return the mean over both classes of the class's (weighted) mean: [..., rows] -> [...], float64.
 
-    Of 0/1 correctness this is balanced accuracy. Raises ValueError if a class has no weight.
+    For 0/1 correctness this is balanced accuracy. Raises ValueError if a class has no weight.
     """
     return np.asarray(0.5 * sum(values.astype(np.float64) @ share for share in _class_shares(labels, weights)))
 
 
 def effective_people(persons: NDArray[np.integer], weights: Floats | None = None) -> float:
-    """How many people of equal size give a mean of the same precision: (sum of w)^2 / sum of w^2 (Kish 1965).
+    """Return the effective number of people, (sum of w)^2 / sum of w^2 (Kish 1965).
 
     w is a person's number of rows, or the sum of their weights.
     """
@@ -115,21 +115,22 @@ def estimate_delta(
     weights: Floats | None = None,
     n_folds: int = 5,
 ) -> Estimate:
-    """The balanced mean of `change` [repeats, rows] over repeated partitions: `estimate_mean` of a single cell."""
+    """Return the balanced mean of `change` [repeats, rows] over the partitions: `estimate_mean` of a single cell."""
     return estimate_mean([Cell(change, labels, np.asarray(persons, dtype=np.int64), weights, n_folds)])
 
 
 def estimate_mean(cells: Sequence[Cell]) -> Estimate:
-    """The mean over cells of the balanced mean of their change, with its standard error.
+    """Return the mean over cells of the balanced mean of their change, with its standard error.
 
-    The squared error has two parts, of the sums of psi by person in each partition. The clustered variance of their
-    mean over the partitions takes the probes as given. But a person helps to fit the probes that others are scored by,
-    so their scores go together; a row's score varies over the partitions for the same reason, which is how the second
-    part, (K - 1) / 2 times that variance summed over people, knows of it (`partition_variance`).
+    The squared standard error has two parts. Both use the sums of psi by person in each partition. The first is the
+    clustered variance of their mean over the partitions, which treats the probes as fixed. But each person is in the
+    training data of the probes that score others, so scores of different people are correlated. For the same reason a
+    row's score varies over the partitions: the second part is (K - 1) / 2 times that variance, summed over people
+    (`partition_variance`).
 
-    A person's rows are summed over all cells before they are squared, so the cells need not be independent: it is what
-    one resampling of people, shared by all cells, tends to (Efron's infinitesimal jackknife), without its Monte Carlo
-    error. Sums are corrected for few or unequal people by `_correction`, the degrees of freedom by `_freedom`.
+    A person's rows are summed over all cells before they are squared, so the cells need not be independent. This is the
+    limit of resampling people jointly for all cells (Efron's infinitesimal jackknife), without Monte Carlo error.
+    Sums are corrected for few or unequal people by `_correction`, the degrees of freedom by `_freedom`.
 
     Raises ValueError for no cell, cells of different numbers of repeats or folds, or a class without rows.
     """
@@ -142,7 +143,7 @@ def estimate_mean(cells: Sequence[Cell]) -> Estimate:
 
 
 def _corrected_sums(cells: Sequence[Cell]) -> tuple[NDArray[np.float64], float]:
-    """What each person adds to the mean over cells, corrected, [repeats, persons], and the degrees of freedom.
+    """Return each person's corrected influence on the mean over cells [repeats, persons], and the degrees of freedom.
 
     Row i adds psi_i = 1/2 share_i (c_i - its class's mean of c) to a cell's balanced mean, where the shares of a class
     add up to 1. The correction depends on the people's sizes alone, so it is computed once for cells of the same rows.
@@ -172,14 +173,14 @@ def _corrected_sums(cells: Sequence[Cell]) -> tuple[NDArray[np.float64], float]:
 def _correction(
     rows: Floats, weights: Floats, people: NDArray[np.intp], n_persons: int
 ) -> tuple[Floats, Floats, Floats]:
-    """How a class is shared among people, from its rows' shares: factor, share h and spread, each [persons].
+    """Return correction factor, share h and spread of each person in a class, each [persons], from its rows' shares.
 
     Working model: the means of people are independent, with variance v_e = rho + (1 - rho) / n_e, for rows that weigh
-    n_e together (1 at least). A large person pulls the class's mean after them, so their squared distance from it is
-    expected to be too small, (1 - 2 h_e) v_e + sum of h^2 v. Divided by that, and multiplied by v_e, a person's own
-    square is unbiased. But where one person has most of the weight it is a single square, which decides about all. So
-    it is averaged with what people have in common, the mean of all people's squares scaled to the weights; that is
-    unbiased, too. With many people their own squares count, whatever the model.
+    n_e together (1 at least). A person with many rows pulls the class mean towards their own, so their expected squared
+    distance from it is too small: (1 - 2 h_e) v_e + sum of h^2 v. A person's square, divided by that and multiplied by
+    v_e, is unbiased. But where one person has most of the weight, that single square dominates the variance. So it is
+    averaged with a pooled estimate, the mean of all people's squares scaled to the weights, which is unbiased too. With
+    many people their own squares prevail, whatever the model.
 
     `factor` multiplies sums of psi; `spread` is the expected size of the result.
     """
@@ -189,7 +190,7 @@ def _correction(
     v = _ALIKE + (1 - _ALIKE) / np.maximum(n[here], 1)
     total = float(h_here**2 @ v)
     expected = v * (1 - 2 * h_here) + total  # of the squared distance from the mean of the class
-    expected = np.where(expected > 1e-12 * v, expected, np.nan)  # one person is the class: nothing is known
+    expected = np.where(expected > 1e-12 * v, expected, np.nan)  # the class has one person: the variance is unknown
     prior = _PRIOR / (_PRIOR + 1 / (h_here @ h_here))
     per_person = (1 - prior) * v + prior * total / (len(h_here) * h_here**2)
     factor, spread = np.zeros(n_persons), np.zeros(n_persons)
@@ -199,17 +200,17 @@ def _correction(
 
 
 def _freedom(share: Floats, spread: Floats) -> float:
-    """Degrees of freedom of the variance that is summed over people: at most what the weights leave, 1 at least.
+    """Return the degrees of freedom of the variance summed over people, 1 at least.
 
-    (sum of spread^2)^2 / sum of spread^4 is Satterthwaite's for independent sums; Kish's effective number of people
-    limits it, since the mean itself hangs on the large ones; two class means are estimated.
+    (sum of spread^2)^2 / sum of spread^4 is Satterthwaite's formula for independent sums. Kish's effective number of
+    people is an upper limit, since large people dominate the mean. Subtract 2 for the two estimated class means.
     """
     squares = spread**2
     return float(max(1.0, min(squares.sum() ** 2 / (squares @ squares), 1 / (share @ share)) - 2))
 
 
 def clustered_variance(psi: Floats, persons: NDArray[np.integer]) -> float:
-    """E / (E - 1) times the sum over the E persons of (sum of their psi)^2; nan for a single person."""
+    """Return E / (E - 1) times the sum over the E persons of (sum of their psi)^2; nan for a single person."""
     _, person = np.unique(persons, return_inverse=True)
     sums = np.bincount(person, weights=psi)
     n_persons = len(sums)
@@ -217,7 +218,7 @@ def clustered_variance(psi: Floats, persons: NDArray[np.integer]) -> float:
 
 
 def partition_variance(sums: Floats, n_folds: int) -> float:
-    """What the luck of the folds adds to the squared error, from sums [repeats, persons]; 0 of a single partition.
+    """Return the squared error due to the choice of folds, from sums [repeats, persons]; 0 for one partition.
 
     The scores of persons i and j are correlated: i is in training when j is scored, and j when i is. To first order
     that adds (K - 1) l q to the variance of the mean, where q is the persons' variance over the partitions, summed, and
@@ -234,9 +235,9 @@ def partition_variance(sums: Floats, n_folds: int) -> float:
 
 
 def benjamini_hochberg(p_values: Sequence[float | None]) -> list[float | None]:
-    """The smallest false discovery rate at which each is called a discovery (Benjamini & Hochberg 1995).
+    """Return q values: the smallest false discovery rate at which each is a discovery (Benjamini & Hochberg 1995).
 
-    None (not measured) stays None and counts as no test.
+    None (not measured) stays None and is not counted as a test.
     """
     measured = [i for i, p in enumerate(p_values) if p is not None]
     p = np.array([p_values[i] for i in measured], dtype=np.float64)
@@ -251,7 +252,7 @@ def benjamini_hochberg(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def _class_shares(labels: NDArray[np.bool_], weights: Floats | None) -> list[NDArray[np.float64]]:
-    """For each class the share [rows] of its weight that each row has, 0 outside the class."""
+    """Return for each class the rows' shares [rows] of its weight, 0 outside the class."""
     weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=np.float64)
     shares = [np.where(labels == label, weights, 0.0) for label in (False, True)]
     if any(share.sum() <= 0 for share in shares):

@@ -1,10 +1,10 @@
-"""Say in words why a result file cannot be continued.
+"""Describe in words why a result file cannot be continued.
 
 >>> there = {"key": {"seed": 0}, "config": {}}
 >>> differences(there, {"key": {"seed": 1}, "config": {}})
 ['`seed` 0 there, 1 now']
 
-Of a hash in the key, the settings behind it are named; where all of those agree, what it was computed from has changed.
+A hash in the key is described by the settings it depends on. If these all agree, the hashed content has changed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BEHIND = {
 
 
 def differences(there: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
-    """What differs between two runs, by their `key` and `config`; fields of the request stand in backticks."""
+    """Return the differences in `key` and `config` of two runs; names of request fields are in backticks."""
     old, new = there["key"], now["key"]
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
     return list(dict.fromkeys(line for name in names for line in _lines(name, there, now)))
@@ -48,7 +48,7 @@ def _lines(name: str, there: Mapping[str, Json], now: Mapping[str, Json]) -> Ite
 
 
 def _changed(name: str, there: Mapping[str, Json], now: Mapping[str, Json]) -> str:
-    """A difference that no setting explains."""
+    """Describe a difference that no setting explains."""
     old, new = there["key"].get(name), now["key"].get(name)
     config = now["config"]
     if name == "model":
@@ -73,7 +73,7 @@ def _begin(bos: Any) -> str:
 
 
 def shown(name: str, value: Any) -> str:
-    """A value as its flag takes it; None as what it stands for."""
+    """Return a value in the syntax of its flag; None as the meaning of an absent flag."""
     if value is None or value in ([], ()):
         return next(
             (rule.if_none for field, _, rule in setting_fields() if field.name == name and rule.if_none), "none"

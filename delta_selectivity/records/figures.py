@@ -13,35 +13,35 @@ from typing import Any
 Json = dict[str, Any]
 
 LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})")
-LARGEST = 1e100  # of any figure; the squares of a bfloat16's numbers reach 1e77
+LARGEST = 1e100  # limit of any figure; squares of bfloat16 values reach 1e77
 OF_A_LAYER = ("fvu_pos", "l0")
 """Figures that every layer has; each may be null."""
 OF_A_PROBE = (
     "model_sel", "model_ci_low", "model_ci_high", "sae_sel", "sae_ci_low", "sae_ci_high",
     "delta_sel", "ci_low", "ci_high", "n_people",
 )  # fmt: skip
-"""Numbers that every probe has which has no `reason`."""
+"""Numbers that every probe without a `reason` has."""
 OR_NULL = ("transfer_sel", "transfer_r2", "detectable")
-"""Figures that it has as well; each may be null."""
+"""Further figures of such a probe; each may be null."""
 TESTED = ("_ci_low", "_ci_high", "_p_value")  # beside the difference of two SAEs
 SHARE = re.compile(r"(\w+_)?(sel|auc|[pq]_value)")
-"""Figures from 0 to 1, or differences of such."""
-ROUNDING = 1e-6  # a share is a sum, which may end just beyond 1
-SHOWN = 60  # characters of a name in an error
+"""Figures between 0 and 1, or differences of such figures."""
+ROUNDING = 1e-6  # tolerance: a share is a sum, and rounding can take it above 1
+SHOWN = 60  # maximum length of a name in an error message
 
 
 def fault(results: Json, sae_level: Any) -> str | None:
-    """What is wrong with the layers or the SAE's figures of a file, in a few words; None if nothing is."""
+    """Return what is wrong with a file's layers or SAE-level figures; None if they are valid."""
     return next(_faults(results, sae_level), None)
 
 
 def missing(results: Json) -> str | None:
-    """What a report cannot do without and these layers lack, in a few words; None if all is there."""
+    """Return which figures these layers lack that a report needs; None if they are complete."""
     return next(_missing(results), None)
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a finite number that a float holds; booleans are none."""
+    """Return whether a value is a number that is finite as a float; booleans do not count."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST
 
 
@@ -124,5 +124,5 @@ def _estimates(where: str, found: Json, ends: Collection[str]) -> Iterator[str]:
 
 
 def _name(name: str) -> str:
-    """The name of something in a file, not longer than one can read."""
+    """Return a name from a file, shortened for an error message."""
     return f"'{name[:SHOWN]}...'" if len(name) > SHOWN else f"'{name}'"

@@ -1,4 +1,4 @@
-"""Latents that carry a probe, kept beside the scores of a result file once they were found.
+"""Stored attributions of probes to latents, saved beside the scores of a result file.
 
 load(Path("results/demo/k8/tiny-pythia_wikidata_gender.json"), layer=4, probe="gender")
 """
@@ -21,12 +21,12 @@ WHOLE = ("gap", "others", "error", "rest")
 
 
 def path_of(result_file: Path, layer: int) -> Path:
-    """Where the latents of one layer are."""
+    """Return the path of the latents of one layer."""
     return folder_of(result_file) / f"latents_{layer}.json.gz"  # no .json: those are result files
 
 
 def keep(result_file: Path, key: Json, layer: int, probe: str, found: Json) -> None:
-    """Keep what was found of one cell beside that of others. Raises OSError, or `RequestError` for a link."""
+    """Store the latents of one cell beside those of others. Raises OSError, or `RequestError` for a link."""
     path = path_of(result_file, layer)
     refuse_link(path.parent)
     path.parent.mkdir(exist_ok=True)
@@ -37,7 +37,7 @@ def keep(result_file: Path, key: Json, layer: int, probe: str, found: Json) -> N
 
 
 def load(result_file: Path, key: Json, layer: int, probe: str) -> Json | None:
-    """What is kept of a cell; None if nothing is, or it is damaged or of another run."""
+    """Return the stored latents of a cell; None if they are missing, damaged or from another run."""
     found = _probes(path_of(result_file, layer), key).get(probe)
     return found if found is not None and _is_sound(found) else None
 

@@ -1,8 +1,8 @@
 """The JSON result files: schema, atomic writes, and the check that a file may be continued.
 
-One file per SAE and dataset. Keys `layer_N` are results; `_run` says how they came about. `_run.key` holds everything
-that changes a number (model, SAE and data by hash, seed, settings): a file is continued only if its key is the
-same, and is refused, never overwritten, if it is not.
+One file per SAE and dataset. Keys `layer_N` are results; `_run` records how they were computed. `_run.key` holds
+everything that changes a number (model, SAE and data by hash, seed, settings). A run continues a file only if the key
+is the same. Otherwise it stops with an error and never overwrites the file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PACKAGES = ("torch", "transformers", "sae-lens", "gguf", "datasets", "numpy", "s
 
 Json = dict[str, Any]
 NAMES = ("model_name", "sae_label", "baseline", "baseline_of", "baseline_of_sae")
-"""Texts of `_run.config`, each of which may be absent."""
+"""Optional string entries of `_run.config`."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class RecordFile:
     key: Json  # everything that changes a number
     run: Json  # the rest of `_run`: config, versions, commit, started, positive_class, task
     layers: dict[int, Json] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)  # what a reader of the numbers must know
+    warnings: list[str] = field(default_factory=list)  # warnings about the numbers, for their reader
     complete: bool = False
     seconds: Json = field(default_factory=dict)  # by stage, of the run that wrote the file last
     resources: Json = field(default_factory=dict)  # likewise
@@ -56,7 +56,7 @@ class RecordFile:
 
     @classmethod
     def open(cls, path: Path, key: Json, run: Json, overwrite: bool) -> RecordFile:
-        """A file to fill. Layers found in an earlier file of the same key are kept.
+        """Open a file for writing, with the layers of an earlier file of the same key.
 
         Raises `RequestError` if the file on disk was made by something else or is no result file.
         """
@@ -79,11 +79,11 @@ class RecordFile:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether this is no SAE of the user's but something to compare it with."""
+        """Whether the subject is a baseline and not an SAE of the user's."""
         return bool(self.run["config"].get("baseline"))
 
     def write(self, layers: Mapping[int, Json]) -> None:
-        """Replace the file in one step by one that holds `layers`, and what the other fields say."""
+        """Replace the file atomically by one with `layers` and the other fields."""
         self.layers = {layer: as_json(layers[layer]) for layer in sorted(layers)}
         results: Json = {f"layer_{layer}": self.layers[layer] for layer in sorted(self.layers)}
         run = {
@@ -103,7 +103,7 @@ class RecordFile:
 
 @contextmanager
 def reserve(path: Path) -> Iterator[None]:
-    """The sole right to write `path` while inside; what a killed run left beside it is removed.
+    """Lock `path` for writing inside the context, and remove temporary files of killed runs.
 
     Raises `RequestError` if another run has it.
     """
@@ -116,7 +116,7 @@ def reserve(path: Path) -> Iterator[None]:
 
 
 def read(path: Path) -> Json:
-    """A result file, checked. Raises `RequestError` if it is none, was cut short, or was edited by hand."""
+    """Read and check a result file. Raises `RequestError` if it is not one, is truncated, or was edited by hand."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         run = found["_run"]
@@ -138,7 +138,7 @@ def read(path: Path) -> Json:
 
 
 def read_key(path: Path) -> Json | None:
-    """What changes the numbers of a result file; None if there is no such file, or it cannot be read."""
+    """Return `_run.key` of a result file; None if the file is missing or cannot be read."""
     try:
         return read(path)["_run"]["key"] if path.exists() else None
     except RequestError:
@@ -146,7 +146,7 @@ def read_key(path: Path) -> Json | None:
 
 
 def _is_run(run: Json) -> bool:
-    """Whether `_run` holds what its readers rely on."""
+    """Return whether `_run` has the entries that its readers need."""
     measured = [*run["seconds"].values(), *run["resources"].values()]
     names = [run["config"].get(name) for name in NAMES]
     classes = run.get("positive_class", {})  # absent from files of before 0.5
@@ -171,14 +171,14 @@ def _refuse_constant(name: str) -> None:
 
 
 def write_json(path: Path, content: Json) -> None:
-    """Replace the file in one step."""
+    """Replace the file atomically."""
     with replacing(path, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, allow_nan=False)
         file.write("\n")
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder and see that a file can be written there. Raises `RequestError` if not."""
+    """Create the folder and check that it is writable. Raises `RequestError` if it is not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary_name(folder / "writable").touch()
@@ -188,21 +188,22 @@ def prepare_folder(folder: Path) -> None:
 
 
 def result_path(folder: Path, model_name: str, dataset_slug: str) -> Path:
-    """`{model}_{dataset}.json` with names made safe."""
+    """Return `{model}_{dataset}.json` with names made safe."""
     return folder / f"{model_slug(model_name)}_{slug(dataset_slug)}.json"
 
 
 def model_slug(name: str) -> str:
-    """A model as part of a file name: a hub id has two parts at most, so a longer path counts by its last."""
+    """Return a model name for use in a file name. A hub id has at most two parts; of a longer path, use the last."""
     return slug(PurePath(name).name if len(PurePath(name).parts) > 2 else name)
 
 
 def slug(name: str) -> str:
-    """A name as part of a file name: letters of any script, digits, `.`, `-`, `_`; never empty, hidden or like a flag.
+    """Return a name for use in a file name: letters of any script, digits, `.`, `-`, `_`; not empty.
 
-    It follows from the name alone, whatever lies in the current directory, and has at most 100 bytes. A path that is
-    absolute or begins with `~`, `.` or `assets` counts by its last part; any other reads like the hub id or release
-    that it may be.
+    The result depends on the name alone, not on the current directory. It has at most 100 bytes and cannot be taken for
+    a hidden file or a flag. For a path that is
+    absolute or begins with `~`, `.` or `assets`, only the last part is used. Any other path may be a hub id or release
+    and is used whole.
     """
     path = PurePath(name)
     if path.is_absolute() or name.startswith(("~", ".")) or path.parts[:1] == ("assets",):
@@ -211,10 +212,10 @@ def slug(name: str) -> str:
 
 
 def distinct_slugs(names: Sequence[str]) -> list[str]:
-    """A slug for each of several different names, no two alike, whatever else lies on the disk.
+    """Return a distinct slug for each of several names, independent of the files on the disk.
 
-    Paths that end alike are told apart by the parts in which they differ: `x/a/trainer_0` and `x/b/trainer_0` are
-    `a_trainer_0` and `b_trainer_0`.
+    Paths with the same last part get the parts in which they differ as a prefix: `x/a/trainer_0` and `x/b/trainer_0`
+    become `a_trainer_0` and `b_trainer_0`.
     """
     found = [slug(name) for name in names]
     for same in (text for text, n in Counter(found).items() if n > 1):
@@ -226,7 +227,7 @@ def distinct_slugs(names: Sequence[str]) -> list[str]:
 
 
 def _apart(names: Sequence[str]) -> list[str]:
-    """The last part of each path, and before it the parts in which they differ, as far from the end as is needed."""
+    """Return the last part of each path, preceded by as many differing parts as make the results distinct."""
     paths = [PurePath(os.path.normpath(name)).parts for name in names]
     longest = max(map(len, paths))
     depth = next((n for n in range(2, longest) if len({path[-n:] for path in paths}) == len(paths)), longest)
@@ -238,7 +239,7 @@ def _apart(names: Sequence[str]) -> list[str]:
 
 
 def _safe(name: str) -> str:
-    """The characters of a name that file names may have; those that were lost are in the hash that stands for them."""
+    """Return the characters of a name that are safe in file names, with a hash in place of those removed."""
     name = unicodedata.normalize("NFC", name)
     kept = "".join(c if c in ".-" or unicodedata.category(c)[0] in "LMN" else "_" for c in name)
     safe = re.sub("_+", "_", kept).lstrip("._-").rstrip("._")
@@ -253,8 +254,8 @@ def _hex(name: str, digits: int) -> str:
 
 
 def describe_run(config: Json) -> Json:
-    """What `_run` says of the program and the machine."""
-    from delta_selectivity.system.processor import describe  # here: it imports torch, and readers of files need none
+    """Return the entries of `_run` about the program and the machine."""
+    from delta_selectivity.system.processor import describe  # imports torch, which readers do not need
 
     packages = {name: installed_version(name) for name in PACKAGES}
     return {
@@ -266,7 +267,7 @@ def describe_run(config: Json) -> Json:
 
 
 def _portable(value: Any) -> Any:
-    """Paths inside this project by what they are there: where it was cloned to is nobody's business."""
+    """Make paths relative to the repository, so that files do not reveal where it was cloned to."""
     if isinstance(value, dict):
         return {name: _portable(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -274,9 +275,9 @@ def _portable(value: Any) -> Any:
     return value.removeprefix(f"{PROJECT}{os.sep}") if isinstance(value, str) else value
 
 
-@functools.cache  # the code that runs is the code that was loaded: one look at git, however many files are written
+@functools.cache  # cached: the loaded code does not change during a run
 def _commit() -> str | None:
-    """This program's commit, with `+changes` if the working tree differs; None outside a checkout."""
+    """Return this program's commit, with `+changes` if the working tree differs; None outside a checkout."""
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -293,7 +294,7 @@ def _commit() -> str | None:
 
 
 def as_json(value: Any) -> Any:
-    """The value as JSON gives it back, so that what is compared is what was written."""
+    """Return the value after a JSON round trip, so that it compares equal to what was written."""
     return json.loads(json.dumps(value, default=str))
 
 

@@ -3,8 +3,8 @@
     out/model_gender.json              an SAE that was measured alone
     out/other/model_gender.json        another one, measured later, or several in one run
 
-A folder that holds what this very request measured before is gone on with, wherever it is. Else an SAE never shares a
-folder with another one of the same model: it goes into a folder of its own name.
+A folder with results of the same request is continued, wherever it is. Otherwise an SAE never shares a folder with
+another SAE of the same model: it gets a folder with its own name.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ log = logging.getLogger(__name__)
 
 
 def choose_folder(out: Path, usual: Path, run: Json, wanted: Mapping[str, Json]) -> Path:
-    """The folder for the result files of one SAE or baseline; a line is logged if it is not the usual one.
+    """Return the folder for the result files of one SAE or baseline; log a line if it is not the usual one.
 
     Args:
         out: The folder of the whole run.
-        usual: The SAE's, if no other one lies there: `out` or a folder in it.
+        usual: The SAE's folder if no other SAE uses it: `out` or a folder in it.
         run: `_run` of its files.
         wanted: Name of each of its files -> its key.
     """
@@ -50,7 +50,7 @@ def choose_folder(out: Path, usual: Path, run: Json, wanted: Mapping[str, Json])
 
 
 def _below(out: Path, usual: Path, config: Json) -> Iterator[Path]:
-    """Where else its files may lie: folders of its name, which is longer where that is another SAE's too."""
+    """Return alternative folders: those with the SAE's name, made longer where another SAE has the same name."""
     name = _sae(config)
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
     if config.get("baseline"):
@@ -63,7 +63,7 @@ def _below(out: Path, usual: Path, config: Json) -> Iterator[Path]:
 
 
 def _runs_in(folder: Path, prefix: str) -> Iterator[tuple[str, Json]]:
-    """`_run` of the result files of a model directly in a folder, by their names; what is none is passed over."""
+    """Return `_run` of a model's result files directly in a folder, by file name; other files are skipped."""
     for path in sorted(folder.glob("*.json")):
         if path.name.startswith(prefix):
             try:
@@ -73,11 +73,11 @@ def _runs_in(folder: Path, prefix: str) -> Iterator[tuple[str, Json]]:
 
 
 def _sae(config: Json) -> str:
-    """The SAE that files are of, or that the baseline is made from, by its name."""
+    """Return the name of the SAE of the files, or of the SAE that the baseline is made from."""
     found: str = config.get("baseline_of_sae") or config["sae"]
     return found
 
 
 def _is_of_another(run: Json, sae: str, hashed: str | None) -> bool:
-    """Whether it is of an SAE that has neither this name nor these weights."""
+    """Return whether a run is of an SAE with neither this name nor these weights."""
     return bool(_sae(run["config"]) != sae and (hashed is None or run["key"].get("sae") != hashed))

@@ -4,7 +4,7 @@
     load(Path("rows.safetensors")).recons["my_sae"]          # float32 [rows, d]
 
 `docs/rows_file.md` documents the columns. The suffix decides the format: .safetensors, .npz or .parquet, with the same
-columns in each (`rows_formats`). Anybody may write such a file; what it holds is checked here. Loading runs no code.
+columns in each (`rows_formats`). Other programs may write such files, so the content is checked. Loading runs no code.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from delta_selectivity.system.whole_file import replacing, sweep
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-WEIGHTS = (1e-12, 1e12)  # beyond them sums of weighted squares leave float32
-NOT_PROBED = -1  # the label of a row that is not part of a probe, and its place
+WEIGHTS = (1e-12, 1e12)  # beyond these limits, sums of weighted squares overflow or underflow float32
+NOT_PROBED = -1  # label and place of a row that is not part of a probe
 
 Json = dict[str, Any]
 Floats = NDArray[np.float32]
@@ -50,17 +50,17 @@ class RowText:
 
 @dataclass(frozen=True, eq=False)
 class RowProbe:
-    """One binary question about some of the rows."""
+    """The binary labels of one probe on some of the rows."""
 
     name: str
-    rows: Ints  # [n], places in the file, in the order in which sums are taken
+    rows: Ints  # [n], row indices in the file, in summation order
     labels: NDArray[np.bool_]  # [n]
-    dataset: str = ""  # probes of one dataset on the same rows share their folds and their fits
+    dataset: str = ""  # probes of one dataset on the same rows share folds and fits
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a file of rows holds."""
+    """The content of a file of rows."""
 
     x: Floats  # [rows, d], activations
     recons: Mapping[str, Floats]  # SAE -> [rows, d]
@@ -68,9 +68,9 @@ class Rows:
     groups: Ints  # [rows], the person
     weights: NDArray[np.floating[Any]] | None = None  # [rows]
     tokens: Ints | None = None  # [rows], token type at the row
-    order: Ints | None = None  # [rows], a number that does not depend on the order of the rows in the file
+    order: Ints | None = None  # [rows], row ids independent of the order of the rows in the file
     texts: Sequence[RowText] | None = None  # [rows]; written, but not read back
-    about: Json = field(default_factory=dict)  # model, layer, hookpoint, saes, settings: what its writer says of it
+    about: Json = field(default_factory=dict)  # the writer's description: model, layer, hookpoint, saes, settings
 
 
 def check_target(path: Path) -> None:
@@ -86,7 +86,7 @@ def check_target(path: Path) -> None:
 
 
 def save(path: Path, rows: Rows) -> None:
-    """Write the file in one step. Raises `RequestError` for another suffix, and OSError."""
+    """Write the file atomically. Raises `RequestError` for an unknown suffix, and OSError."""
     columns = dict(_columns(rows))
     about = {"format": FORMAT, **rows.about, "datasets": {probe.name: probe.dataset for probe in rows.probes}}
     about["sha256"] = _digest(about, columns)
@@ -97,10 +97,10 @@ def save(path: Path, rows: Rows) -> None:
 
 
 def load(path: Path) -> Rows:
-    """Read a file of rows, whoever wrote it.
+    """Read and check a file of rows.
 
     Raises:
-        RequestError: It is none, was cut short or changed, or what it holds cannot be measured; one line says why.
+        RequestError: It is not a file of rows, is truncated or changed, or cannot be measured; the message says why.
     """
     try:
         file_format = _format(path)
@@ -125,7 +125,7 @@ def _format(path: Path) -> Format:
 
 
 def _columns(rows: Rows) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The columns of a file, in order."""
+    """Return the columns of a file, in order."""
     n = len(rows.x)
     yield "x", rows.x
     yield from ((f"recon.{name}", recon) for name, recon in rows.recons.items())
@@ -141,7 +141,7 @@ def _columns(rows: Rows) -> Iterator[tuple[str, NDArray[Any]]]:
 
 
 def _digest(about: Json, columns: Mapping[str, Column]) -> str:
-    """sha256 of what the metric rests on, the same in every format."""
+    """Return the sha256 of the data that determine the metric, the same in every format."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, values in sorted(columns.items()):
         found = np.ascontiguousarray(values)
@@ -151,7 +151,7 @@ def _digest(about: Json, columns: Mapping[str, Column]) -> str:
 
 
 def _read_about(text: str | None) -> Json:
-    """What the file says of itself; nothing if it is somebody else's."""
+    """Return the file's description of itself; empty if another program wrote it."""
     if text is None:
         return {}
     try:
@@ -196,9 +196,9 @@ def _rows(columns: Mapping[str, Column], about: Json, path: Path) -> Rows:
 def _named(
     columns: Mapping[str, Column], about: Json, prefix: str, plain: Mapping[str, str], order: str
 ) -> dict[str, str]:
-    """Name -> column, of those with the prefix or a plain name; in the order of an entry of the description.
+    """Return name -> column for columns with the prefix or a plain name, in the order of a description entry.
 
-    Folds are dealt by all labels of a dataset in their order, which safetensors does not keep.
+    Folds depend on the order of a dataset's labels, which safetensors does not keep.
     """
     found: dict[str, str] = {}
     for column in columns:
@@ -218,12 +218,12 @@ def _matrix(name: str, found: Column, shape: tuple[int, ...] | None = None) -> F
         raise Unreadable(f"{name} has shape {list(found.shape)}: [rows, d] is needed, with neither of them 0")
     if shape is not None and found.shape != shape:
         raise Unreadable(f"{name} has shape {list(found.shape)}, but x has {list(shape)}")
-    with np.errstate(over="ignore"):  # what becomes infinite is refused
+    with np.errstate(over="ignore"):  # infinite values are rejected later
         matrix = np.ascontiguousarray(found, dtype=np.float32)
     finite = np.isfinite(matrix).all(axis=1)
     if not finite.all():
         raise Unreadable(f"{name}: row {int(np.argmin(finite))} holds NaN, infinity, or a number beyond float32")
-    return matrix if matrix.flags.writeable else matrix.copy()  # torch takes no others
+    return matrix if matrix.flags.writeable else matrix.copy()  # torch accepts no other arrays
 
 
 def _probe(name: str, columns: Mapping[str, Column], column: str, n: int, dataset: str) -> RowProbe:
@@ -247,7 +247,7 @@ def _probe(name: str, columns: Mapping[str, Column], column: str, n: int, datase
 
 
 def _in_order(name: str, found: Column, rows: Ints, n: int) -> Ints:
-    """The rows of a probe in the order of their places."""
+    """Return the rows of a probe in the order of their places."""
     place = _integers(name, found, n)
     if not np.array_equal(np.sort(place[rows]), np.arange(len(rows))):
         raise Unreadable(f"{name}: not the places 0 to {len(rows) - 1} of the rows that are probed, each once")
@@ -265,7 +265,7 @@ def _groups(found: Column, n: int) -> Ints:
         return found.astype(np.int64)
     if found.dtype.kind not in "biu":
         raise Unreadable(f"groups are of {found.dtype}: whole numbers or strings are needed")
-    return found.astype(np.int64)  # of uint64 the same bits: equal groups stay equal
+    return found.astype(np.int64)  # uint64 keeps its bits, so equal groups stay equal
 
 
 def _weights(name: str, found: Column, n: int) -> NDArray[np.floating[Any]]:

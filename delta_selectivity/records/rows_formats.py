@@ -1,6 +1,6 @@
-"""Named columns in safetensors, .npz or Parquet: reading and writing, with memory bounded before it is taken.
+"""Readers and writers of named columns in safetensors, .npz or Parquet; sizes are checked before allocation.
 
-Columns are NumPy arrays by name. Beside them a JSON text, under `delta_selectivity`, and the texts of the rows: in
+Columns are NumPy arrays by name. A file also has a JSON text, under `delta_selectivity`, and the texts of the rows: in
 safetensors and .npz a column `texts` (uint8, the distinct ones as JSON) and `text_of_row` (int64), in Parquet the
 columns `text`, `start`, `end` and `person`.
 """
@@ -26,43 +26,43 @@ from delta_selectivity.system.unpacked import check_size
 
 METADATA = "delta_selectivity"
 BATCH = 256
-"""Rows of a Parquet file that are read before its size is looked at. The footer would tell it beforehand, but where
-that is damaged, pyarrow ends the process (a ParquetException in `RowGroupMetaData.column`)."""
+"""Rows of a Parquet file that are read before its size is checked. The footer has the size, but reading a damaged
+footer makes pyarrow end the process (a ParquetException in `RowGroupMetaData.column`)."""
 TEXTS = ("texts", "text_of_row")  # written for people, and not read back
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError, RuntimeError, KeyError)
-"""What `zipfile` raises for a damaged archive."""
+"""Exceptions that `zipfile` raises for a damaged archive."""
 
 Column = NDArray[Any]
 Text = tuple[str, int, int, str]  # text, start, end, person
 
 
 class Unreadable(ValueError):
-    """What is wrong with a file, in one line."""
+    """An error that says in one line what is wrong with a file."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a file holds."""
+    """The content of a file."""
 
     columns: Mapping[str, Column]
-    about: str | None  # JSON; None in a file that says nothing of itself
+    about: str | None  # JSON; None in a file without a description
 
 
 class Format(Protocol):
     """One file format."""
 
     def write(self, file: IO[bytes], columns: Mapping[str, Column], about: str, texts: Sequence[Text] | None) -> None:
-        """Write columns, what is to be said of them, and the text of each row."""
+        """Write columns, their description, and the text of each row."""
         ...
 
     def read(self, path: Path) -> Content:
-        """Read what was written. Raises `Unreadable` or OSError."""
+        """Read a file. Raises `Unreadable` or OSError."""
         ...
 
 
 class Safetensors:
-    """safetensors; its reader checks the header against the file's size."""
+    """The safetensors format; its reader checks the header against the file's size."""
 
     def write(self, file: IO[bytes], columns: Mapping[str, Column], about: str, texts: Sequence[Text] | None) -> None:
         from safetensors.numpy import save
@@ -84,12 +84,12 @@ class Safetensors:
 
 
 class Npz:
-    """NumPy's archive: objects are refused, and so is what is larger than its header or than memory."""
+    """NumPy's archive; rejects objects, and arrays larger than their header says or than memory."""
 
     def write(self, file: IO[bytes], columns: Mapping[str, Column], about: str, texts: Sequence[Text] | None) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             for name, values in {**columns, **_packed(texts), METADATA: np.array(about)}.items():
-                entry = zipfile.ZipInfo(f"{name}.npy")  # with a date of its own: the same rows, the same bytes
+                entry = zipfile.ZipInfo(f"{name}.npy")  # with a fixed date, so that the same rows give the same bytes
                 with archive.open(entry, "w", force_zip64=True) as member:
                     npy.write_array(member, np.ascontiguousarray(values).reshape(values.shape), allow_pickle=False)
 
@@ -111,7 +111,7 @@ class Npz:
 
 
 class Parquet:
-    """Parquet; matrices are columns of lists."""
+    """The Parquet format; matrices are columns of lists."""
 
     TEXTS = ("text", "start", "end", "person")
 
@@ -135,7 +135,7 @@ class Parquet:
 
         try:
             names = pyarrow.parquet.read_schema(path).names
-            named = [name for name in names if name == "groups"]  # each name once, however often it is repeated
+            named = [name for name in names if name == "groups"]  # distinct names only
             with pyarrow.parquet.ParquetFile(path, read_dictionary=named) as file:
                 schema = file.schema_arrow
                 if len(set(schema.names)) < len(schema.names):
@@ -152,7 +152,7 @@ class Parquet:
             return Content(columns, None if about is None else about.decode())
         except (pyarrow.ArrowException, KeyError, UnicodeDecodeError, OverflowError) as error:
             raise Unreadable(f"not a readable Parquet file ({_first_line(error)})") from error
-        except OSError as error:  # Arrow's own have no number
+        except OSError as error:  # Arrow's own OSErrors have no errno
             if error.errno is not None:
                 raise
             raise Unreadable(f"not a readable Parquet file ({_first_line(error)})") from error
@@ -162,7 +162,7 @@ FORMATS: dict[str, Format] = {".safetensors": Safetensors(), ".npz": Npz(), ".pa
 
 
 def _packed(texts: Sequence[Text] | None) -> dict[str, Column]:
-    """The distinct texts as JSON, and which of them each row has."""
+    """Return the distinct texts as JSON, and the index of each row's text."""
     if texts is None:
         return {}
     places: dict[Text, int] = {}
@@ -172,18 +172,18 @@ def _packed(texts: Sequence[Text] | None) -> dict[str, Column]:
 
 
 def _plain(tensor: Any) -> Column:
-    """A tensor as an array in memory of its own; of dtypes that NumPy has not, as float32."""
+    """Return a copy of a tensor as an array; float32 for dtypes that NumPy lacks."""
     narrow = tensor.is_floating_point() and tensor.itemsize < 4
     return np.array((tensor.float() if narrow else tensor).numpy())
 
 
 def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Column:
-    """One array of an archive, whose header and size agree: NumPy would take memory for what the header promises."""
+    """Read one array of an archive after checking its size: NumPy would allocate whatever the header says."""
     name = member.filename
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise Unreadable(f"{name} is packed in a way that NumPy does not use")
     with archive.open(member) as opened:
-        file: Any = opened  # its type knows no `readinto`
+        file: Any = opened  # its type stub lacks `readinto`
         try:
             shape, fortran, dtype = _npy_header(file)
         except (ValueError, RecursionError) as error:
@@ -214,7 +214,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _from_arrow(name: str, found: Any) -> Column:
-    """A column as an array: lists of one length as a matrix, people's names as their ids, int64.
+    """Return a column as an array: lists of one length as a matrix, people's names as int64 ids.
 
     Raises `Unreadable` for missing values.
     """

@@ -3,9 +3,9 @@
     with_q_values(layers_by_dataset)          # Benjamini-Hochberg over everything measured of the SAE
     mean_delta(cells)                         # Estimate over layers and probes: value, 95 % interval, p
     difference(cells_a, cells_b)              # paired: the same rows, folds and people; both also for transfer_r2
-    settle(files)                             # all of it into the result files of a run that is at its end
+    settle(files)                             # writes all of it into the result files of a finished run
 
-The cells of an SAE share their people, so its interval treats a person's rows in all of them as one draw.
+The cells of an SAE share their people, so the interval treats a person's rows in all cells as one cluster.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from delta_selectivity.records import scores
 from delta_selectivity.records.result_file import Json, RecordFile
 from delta_selectivity.records.task_level import Place, TaskOfFile, levels, task_of
 
-SaeId = int  # index into what a run measures
+SaeId = int  # index among the datasets of a run
 
 
 def read_cells(files: Iterable[tuple[Path, Mapping[str, Any], Iterable[int]]]) -> dict[Place, ProbeScores] | None:
-    """The stored scores of layers of result files, each with its key; None if some are gone or not the file's own."""
+    """Read the stored scores of result files, each with its key; None if some are missing or of another file."""
     cells: dict[Place, ProbeScores] = {}
     for path, key, layers in files:
         digest = scores.key_digest(key)
@@ -44,12 +44,12 @@ def read_cells(files: Iterable[tuple[Path, Mapping[str, Any], Iterable[int]]]) -
 
 
 def mean_delta(cells: Mapping[Place, ProbeScores]) -> Estimate | None:
-    """sae_sel - model_sel, averaged over the cells; None if there are none."""
+    """Return sae_sel - model_sel, averaged over the cells; None if there are none."""
     return _mean(list(_deltas(cells).values()))
 
 
 def mean_transfer_r2(cells: Mapping[Place, ProbeScores]) -> Estimate | None:
-    """The share of the variance of the model's probes' scores that comes back, averaged over the cells."""
+    """Return transfer_r2 averaged over the cells: the variance share of the model probes' scores that remains."""
     return _mean(list(_parts_of_r2(cells).values()))
 
 
@@ -62,12 +62,12 @@ def _parts_of_r2(cells: Mapping[Place, ProbeScores]) -> dict[Place, Cell]:
 
 
 def difference(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> Estimate | None:
-    """a's sae_sel - b's, averaged over the cells that both have on the same rows and folds; None if none."""
+    """Return the paired difference in sae_sel, a - b, averaged over cells on the same rows and folds; None if none."""
     return _mean(list(_differences(a, b).values()))
 
 
 def difference_in_transfer_r2(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> Estimate | None:
-    """a's transfer_r2 - b's, likewise. Of all scores it tells close SAEs apart best (docs/reliability.md)."""
+    """Return the paired difference in transfer_r2, a - b: the best score to rank close SAEs (docs/reliability.md)."""
     return _mean(list(_differences_of_r2(a, b).values()))
 
 
@@ -105,9 +105,9 @@ def _same_rows(a: ProbeScores, b: ProbeScores) -> bool:
 
 
 def with_q_values(family: Mapping[int, Mapping[int, Json]]) -> dict[int, dict[int, Json]]:
-    """dataset -> layer -> record, with `q_value` and `transfer_q_value` set.
+    """Return dataset -> layer -> record with `q_value` and `transfer_q_value` set.
 
-    Benjamini-Hochberg over everything measured of one SAE: all datasets of the run x layers x probes.
+    Uses Benjamini-Hochberg over all results of one SAE: all datasets of the run x layers x probes.
     """
     result = {index: {layer: dict(record) for layer, record in layers.items()} for index, layers in family.items()}
     cells = [
@@ -125,7 +125,7 @@ def with_q_values(family: Mapping[int, Mapping[int, Json]]) -> dict[int, dict[in
 
 
 def without_q_values(layers: Mapping[int, Json]) -> dict[int, Json]:
-    """The layers' records as they were measured: q values follow from all results of an SAE, once all are there."""
+    """Return the layers' records without q values, which need all results of an SAE."""
 
     def bare(value: Any) -> Any:
         return {k: v for k, v in value.items() if not k.endswith("q_value")} if isinstance(value, dict) else value
@@ -134,10 +134,10 @@ def without_q_values(layers: Mapping[int, Json]) -> dict[int, Json]:
 
 
 def settle(files: Mapping[tuple[SaeId, int], RecordFile]) -> None:
-    """Everything asked for is measured: write what depends on all files of an SAE, and mark them complete.
+    """Write the figures that depend on all files of an SAE, and mark the files complete.
 
-    That is the q values, and in `_run.sae_level` the SAE's mean delta and its differences from the other SAEs of the
-    run (baselines are compared with SAEs, not SAEs with baselines). A file that was settled before stays as it is.
+    These are the q values and, in `_run.sae_level`, the SAE's mean delta and its differences from the other SAEs of the
+    run (baselines are compared with SAEs, not SAEs with baselines). Files that are already complete stay unchanged.
     """
     by_sae: dict[SaeId, dict[int, RecordFile]] = {}
     for (sae_id, index), file in sorted(files.items()):
@@ -164,7 +164,7 @@ def _is_settled(file: RecordFile, family: list[str], others: Mapping[str, SaeId]
 
 
 class _StoredCells:
-    """Out-of-fold scores on disk by SAE, two SAEs in memory at a time."""
+    """Out-of-fold scores on disk by SAE; at most two SAEs are in memory at a time."""
 
     def __init__(self, files: Mapping[SaeId, Mapping[int, RecordFile]]) -> None:
         self._files = files
@@ -186,9 +186,9 @@ def _sae_level(
 
 
 def summarise(own: Mapping[Place, ProbeScores] | None, tasks: Mapping[str, TaskOfFile]) -> Json:
-    """The mean of an SAE's cells in plain numbers; None for each where there are none.
+    """Return the mean of an SAE's cells in plain numbers; None for each if there are no cells.
 
-    tasks: By the first part of each place. Where they are several, `tasks` has the means over them, drawn like people.
+    tasks: By the first part of each place. If there are several, `tasks` has the means over them as a random sample.
     """
     over = levels({"delta_sel": _deltas(own), "transfer_r2": _parts_of_r2(own)}, tasks) if own else None
     return {
@@ -204,7 +204,7 @@ def compare(
     rival: Mapping[Place, ProbeScores] | None,
     tasks: Mapping[str, TaskOfFile],
 ) -> Json:
-    """The paired difference of two SAEs in plain numbers; None for each where they share no cells.
+    """Return the paired difference of two SAEs in plain numbers; None for each if they share no cells.
 
     tasks: As for `summarise`.
     """
@@ -219,13 +219,13 @@ def compare(
 
 
 def _with_interval(name: str, found: Estimate | None) -> Json:
-    """The estimate in plain numbers; None for each where the scores are gone or nothing was measured."""
+    """Return the estimate in plain numbers; None for each if scores are missing or nothing was measured."""
     if found is None:
         return dict.fromkeys((name, f"{name}_ci_low", f"{name}_ci_high"))
     return {name: found.value, f"{name}_ci_low": found.low, f"{name}_ci_high": found.high}
 
 
 def _with_test(name: str, found: Estimate | None) -> Json:
-    """The same of a difference, with the test that it is 0."""
+    """Return a difference in plain numbers, with the test that it is 0."""
     test = {f"{name}_p_value": found and found.p_value, f"{name}_detectable": found and found.detectable}
     return {**_with_interval(name, found), **test}

@@ -1,9 +1,9 @@
-"""Read result files of SAEBench 0.6: what an evaluation says of one SAE.
+"""Reader of SAEBench 0.6 result files: one evaluation of one SAE.
 
 found = read(Path("pythia_blocks.4_eval_results.json"))
 found.eval_type, found.metrics["sae_top_1_test_accuracy"], found.tasks["gender"]
 
-Read are `core`, `sparse_probing` and `sparse_probing_sae_probes`. -1, as SAE Lens writes it, and NaN: not computed.
+Supports `core`, `sparse_probing` and `sparse_probing_sae_probes`. NaN and SAE Lens's -1 mean: not computed.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ _LAYER = re.compile(r"(?:blocks|layers?|h)[._](\d{1,4})(?!\d)")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one file says."""
+    """The content of one file."""
 
     eval_type: str  # of `TYPES`
     sae: str
-    model: str  # "" if it is not said
+    model: str  # "" if the file does not name it
     layer: int | None
-    metrics: Mapping[str, float]  # those that were computed
-    tasks: Mapping[str, Mapping[str, float]]  # of sparse probing: by dataset
-    is_ours: bool  # written by this program
+    metrics: Mapping[str, float]  # only computed metrics
+    tasks: Mapping[str, Mapping[str, float]]  # sparse probing metrics by dataset
+    is_ours: bool  # whether this program wrote the file
 
     @property
     def is_core(self) -> bool:
-        """Whether it is of the reconstruction and the model run on from it, not of probes."""
+        """Whether it evaluates the reconstruction and the model's output, not probes."""
         return self.eval_type == CORE
 
 
 def read(path: Path) -> Evaluation:
-    """A result file of SAEBench. Raises `RequestError` if it is none, or of an evaluation that is not read."""
+    """Read a result file of SAEBench. Raises `RequestError` if it is not one, or of an unsupported evaluation."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except OSError as error:
@@ -62,7 +62,7 @@ def read(path: Path) -> Evaluation:
 
 
 def evaluation(content: Any, name: str) -> Evaluation:
-    """What the content of a file says; name: of the SAE where it has none. Raises ValueError with what is wrong."""
+    """Parse the content of a file; `name` is the fallback for the SAE's name. Raises ValueError if it is invalid."""
     if not isinstance(content, dict):
         raise ValueError("no object")
     eval_type = content.get("eval_type_id")
@@ -71,7 +71,7 @@ def evaluation(content: Any, name: str) -> Evaluation:
     if eval_type not in TYPES:
         raise ValueError(f"the evaluation {eval_type[:LONGEST_NAME]!r} is not read, only {', '.join(TYPES)}")
     config, cfg = _object(content, "eval_config"), _object(content, "sae_cfg_dict")
-    cfg = {**cfg, **_object(cfg, "metadata")}  # where SAE Lens 6 says what the SAE is of
+    cfg = {**cfg, **_object(cfg, "metadata")}  # SAE Lens 6 stores the SAE's model and hook here
     release, own_id = _text(content, "sae_lens_release_id"), _text(content, "sae_lens_id")
     categories = _object(content, "eval_result_metrics")
     if not categories:
@@ -106,7 +106,7 @@ def _text(content: Json, name: str) -> str:
 
 
 def _numbers(content: Json, where: str) -> dict[str, float]:
-    """The numbers that were computed; what is no number is refused, but for texts and lists, which are not read."""
+    """Return the computed numbers. Texts and lists are ignored; other values that are not numbers are rejected."""
     found: dict[str, float] = {}
     for name, value in content.items():
         if value is None or isinstance(value, str | list | dict) or value == NOT_COMPUTED:
@@ -132,7 +132,7 @@ def _tasks(details: Any) -> dict[str, dict[str, float]]:
 
 
 def _layer(cfg: Json, own_id: str) -> int | None:
-    """By the SAE's config, or by its id."""
+    """Return the layer from the SAE's config, or from its id."""
     told = cfg.get("hook_layer")
     if isinstance(told, int) and not isinstance(told, bool) and 0 <= told < 10_000:
         return told

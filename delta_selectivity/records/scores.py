@@ -1,10 +1,10 @@
-"""Out-of-fold scores on disk; every statistic can be recomputed from them without fitting a probe.
+"""Out-of-fold scores on disk, from which every statistic can be recomputed without fitting a probe.
 
     stored = load(Path("results/tiny-pythia-saes-k8/tiny-pythia_wikidata_gender.scores/layer_3.safetensors"))
     stored.probes["gender"].views["sae"]        # float16 [repeats, rows]
     compute(stored)["gender"].delta_sel         # what the JSON says
 
-Beside each result file `NAME.json` lies a folder `NAME.scores` with a safetensors file a layer. For the i-th probe of
+Beside each result file `NAME.json` is a folder `NAME.scores` with one safetensors file per layer. For the i-th probe of
 the header's list it holds
 
     i.view.NAME       float16 [repeats, rows]   a score each; positive = the label is predicted
@@ -17,8 +17,8 @@ the header's list it holds
     i.control_labels  uint8   [rows]
 
 and in its header's metadata, under `delta_selectivity`, a JSON object with `format`, `layer`, `key` (sha256 of the
-settings in `_run.key` of the result file), `probes` (their names) and `sha256` (of all this and of every tensor: a
-damaged file is no source of results). Loading runs no code.
+settings in `_run.key` of the result file), `probes` (their names) and `sha256` (of all this and of every tensor, to
+detect damaged files). Loading runs no code.
 """
 
 from __future__ import annotations
@@ -67,22 +67,22 @@ class LayerScores:
 
 
 def folder_of(result_file: Path) -> Path:
-    """Where the scores of a result file are."""
+    """Return the folder of the scores of a result file."""
     return result_file.with_suffix(".scores")
 
 
 def path_of(result_file: Path, layer: int) -> Path:
-    """Where the scores of one layer are."""
+    """Return the path of the scores of one layer."""
     return folder_of(result_file) / f"layer_{layer}.safetensors"
 
 
 def key_digest(key: Mapping[str, Any]) -> str:
-    """sha256 of the settings that made a result file."""
+    """Return the sha256 of the settings that made a result file."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 def save(path: Path, stored: LayerScores) -> None:
-    """Write the file in one step, its folder too. Raises OSError, or `RequestError` if the folder is a link."""
+    """Write the file atomically; create its folder. Raises OSError, or `RequestError` if the folder is a link."""
     tensors: dict[str, NDArray[Any]] = {}
     for i, probe in enumerate(stored.probes.values()):
         tensors |= {f"{i}.view.{view}": scores for view, scores in probe.views.items()}
@@ -104,9 +104,9 @@ def save(path: Path, stored: LayerScores) -> None:
 
 
 def prune(result_file: Path, layers: Container[int]) -> None:
-    """Remove the scores of all but these layers: an earlier result file's, that this one replaces.
+    """Remove the scores of all but these layers, left by an earlier result file that this one replaces.
 
-    What has another name, or is no file, is not ours and stays. Raises `RequestError` if the folder is a link.
+    Entries with other names, and entries that are not files, are kept. Raises `RequestError` if the folder is a link.
     """
     refuse_link(folder_of(result_file))
     for path in folder_of(result_file).glob("layer_*.safetensors"):
@@ -116,7 +116,7 @@ def prune(result_file: Path, layers: Container[int]) -> None:
 
 
 def load(path: Path) -> LayerScores:
-    """A file of `save`. Raises `RequestError` if it is none, was cut short, or its parts do not fit together."""
+    """Read a file of `save`. Raises `RequestError` if it is not one, is truncated, or is inconsistent."""
     try:
         with safe_open(path, framework="np") as file:
             about = json.loads((file.metadata() or {})[METADATA])
@@ -135,7 +135,7 @@ def load(path: Path) -> LayerScores:
 
 
 def _digest(about: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> str:
-    """sha256 of a file's header, but for the digest itself, and of its tensors."""
+    """Return the sha256 of a file's header, without the digest itself, and of its tensors."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {value.shape} ".encode())
@@ -186,5 +186,5 @@ def _two_classes(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def compute(stored: LayerScores, epsilon: float = EPSILON) -> dict[str, Statistics]:
-    """Every statistic of every probe again; differences within +-epsilon count as preserved."""
+    """Recompute every statistic of every probe; differences within +-epsilon count as preserved."""
     return {name: statistics(probe, epsilon) for name, probe in stored.probes.items()}

@@ -1,12 +1,12 @@
-"""Means over tasks that are a sample of tasks, as the people in them are of people: the score of a suite.
+"""Suite scores: means over tasks, with both tasks and people treated as random samples.
 
     over_tasks({"us_state": [[cell, cell], [cell]], "gender": [[cell]]})     # source -> its tasks' cells
     levels(cells, tasks)                                                     # in plain numbers, by family too
 
-Every task counts alike. Tasks cut from one file (`source`) tend to agree, so sources are what is drawn: the mean's
-squared error is that of the people, as `estimate_mean` has it, and the variance between sources beyond it (the moment
-estimator of a random effect: Cochran 1954, DerSimonian & Laird 1986; unweighted, since tasks count alike). Intervals
-use Student's t (Hartung & Knapp 2001), with Satterthwaite's degrees of freedom.
+All tasks have equal weight. Tasks from one file (`source`) tend to agree, so the source is the sampling unit. The
+mean's squared error is that due to people (`estimate_mean`) plus the additional variance between sources (the moment
+estimator of a random effect: Cochran 1954, DerSimonian & Laird 1986; unweighted, since tasks have equal weight).
+Intervals use Student's t (Hartung & Knapp 2001), with Satterthwaite's degrees of freedom.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ Place = tuple[str, int, str]  # result file's name, layer, probe
 
 
 class TaskOfFile(NamedTuple):
-    """What a result file is about."""
+    """The task of a result file."""
 
-    family: str | None  # of tasks that ask for the same kind of thing; None: a task of the user's
-    source: str  # tasks that are cut from the same rows have one
+    family: str | None  # group of similar tasks; None: a task of the user's
+    source: str  # shared by tasks on the same rows
 
 
 def task_of(run: Mapping[str, Any], name: str) -> TaskOfFile:
-    """What a result file says in `_run`; its own name is the source where it says none."""
+    """Return the task in `_run` of a result file; the default source is the file's own name."""
     told = run.get("task") or {}
     return TaskOfFile(told.get("family"), told.get("source") or name)
 
 
 @dataclass(frozen=True)
 class OverTasks:
-    """A mean over tasks, each counting alike."""
+    """A mean over tasks with equal weights."""
 
-    estimate: Estimate | None  # with tasks drawn as well as people; None: of a single source nothing is known
+    estimate: Estimate | None  # with tasks and people as random samples; None for a single source
     value: float
     spread: float | None  # standard deviation of the true values of sources
     n_tasks: int
@@ -52,10 +52,10 @@ class OverTasks:
 
 
 def over_tasks(sources: Mapping[str, Sequence[Sequence[Cell]]]) -> OverTasks:
-    """The mean over tasks of their cells' mean change.
+    """Return the mean over tasks of their cells' mean change.
 
-    sources: By what is drawn, for each of its tasks the cells that were measured, one or more. All of one number of
-    repeats and folds.
+    sources: Source -> its tasks, each a list of one or more measured cells. All cells have the same number of repeats
+    and folds.
     """
     tasks = [cells for own in sources.values() for cells in own]
     people = _mean(tasks)
@@ -65,8 +65,8 @@ def over_tasks(sources: Mapping[str, Sequence[Sequence[Cell]]]) -> OverTasks:
     weight = np.array([len(cells) for cells in sources.values()]) / len(tasks)
     value, error = (np.array(found) for found in zip(*((e.value, e.standard_error) for e in own), strict=True))
     squares = weight**2
-    between, between_freedom = _between(value, weight)  # their people's part included
-    shared = people.standard_error**2 - float(squares @ error**2)  # what the same people add across sources
+    between, between_freedom = _between(value, weight)  # including the part due to people
+    shared = people.standard_error**2 - float(squares @ error**2)  # covariance from people shared by sources
     variance = max(between + shared, people.standard_error**2)
     uncertain = between**2 / between_freedom + shared**2 / people.degrees_of_freedom
     freedom = max(1.0, variance**2 / uncertain) if uncertain else people.degrees_of_freedom
@@ -77,10 +77,10 @@ def over_tasks(sources: Mapping[str, Sequence[Sequence[Cell]]]) -> OverTasks:
 
 
 def _between(value: NDArray[np.float64], weight: NDArray[np.float64]) -> tuple[float, float]:
-    """The squared error of the weighted mean by the values' distances from it, and its degrees of freedom.
+    """Return the squared error of the weighted mean from the spread of the values, and its degrees of freedom.
 
-    Unbiased where the values have one variance: the squares are value' M value, whose mean is that variance times the
-    trace of M; twice as many degrees of freedom as the mean's square over its variance (Satterthwaite).
+    Unbiased if the values have equal variance: the squares are value' M value, with expectation variance * trace(M).
+    The degrees of freedom are 2 * expectation^2 / variance of that form (Satterthwaite).
     """
     distance = np.eye(len(weight)) - weight  # value - mean = distance @ value
     form = distance.T @ np.diag(weight**2) @ distance
@@ -90,7 +90,7 @@ def _between(value: NDArray[np.float64], weight: NDArray[np.float64]) -> tuple[f
 
 
 def _mean(tasks: Sequence[Sequence[Cell]]) -> Estimate:
-    """The mean over tasks, with people drawn. `estimate_mean` weighs cells alike: their changes are scaled to that."""
+    """Return the mean over tasks, with people as the sample; `estimate_mean` weighs cells equally, so scale them."""
     n_cells = sum(map(len, tasks))
     factors = [n_cells / (len(tasks) * len(cells)) for cells in tasks]
     return estimate_mean(
@@ -105,7 +105,7 @@ def _mean(tasks: Sequence[Sequence[Cell]]) -> Estimate:
 def levels(
     scores: Mapping[str, Mapping[Place, Cell]], tasks: Mapping[str, TaskOfFile], by_family: bool = True
 ) -> Json | None:
-    """The means over tasks of each score, and of each family if there are several; None of a single task.
+    """Return the means over tasks of each score, and by family if there are several; None for a single task.
 
     scores: Name of a score -> its cells. tasks: By the first part of each place.
     """
@@ -123,7 +123,7 @@ def levels(
 def _level(
     scores: Mapping[str, Mapping[str, Sequence[Cell]]], tasks: Mapping[str, TaskOfFile], files: set[str]
 ) -> Json:
-    """The numbers of these tasks; None where a score was not measured, or of a single source nothing is known."""
+    """Return the numbers of these tasks; None if not measured, or for the interval of a single source."""
     level: Json = {"n_tasks": len(files), "n_sources": len({tasks[file].source for file in files})}
     for name, by_task in scores.items():
         sources: dict[str, list[Sequence[Cell]]] = {}

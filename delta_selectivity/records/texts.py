@@ -3,8 +3,8 @@
     kept = load(Path("results/tiny-pythia_wikidata_gender.scores/texts.json.gz"))
     kept.texts[kept.rows["gender"][17]]         # of the 18th row of the stored scores of probe `gender`
 
-One gzip file of JSON for a result file, whatever its layers. It holds the hash of the data that stands in `_run.key`
-too: texts of other data are never taken for the file's own.
+One gzip file of JSON per result file, for all layers. It holds the data hash of `_run.key`, so that texts of other data
+are detected.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ class Text:
 
     @property
     def name(self) -> str:
-        """The characters that were probed."""
+        """The probed characters."""
         return self.text[self.start : self.end]
 
 
-@dataclass(frozen=True, eq=False)  # told apart as objects, so that what is made of one can be remembered
+@dataclass(frozen=True, eq=False)  # compared by identity, so that instances can be cache keys
 class KeptTexts:
-    """The texts of a dataset, and which row of each probe is of which text."""
+    """The texts of a dataset, and the text of each row of each probe."""
 
     data: str  # hash of the dataset, as in `_run.key`
     texts: Sequence[Text]
-    rows: Mapping[str, NDArray[np.int64]]  # probe -> [rows] places in `texts`, in the order of the stored scores
+    rows: Mapping[str, NDArray[np.int64]]  # probe -> [rows] indices into `texts`, in the order of the stored scores
 
 
 def of_dataset(texts: ProbeTexts, dataset: Dataset, rows_of: Callable[[NDArray[np.int64]], Any]) -> KeptTexts:
     """Return the texts of a dataset, each once; rows_of: the number of rows that each of these mentions has."""
-    from delta_selectivity.tasks import dataset_fingerprint  # here: with it comes torch, and reports do without
+    from delta_selectivity.tasks import dataset_fingerprint  # imports torch, which reports do not need
 
     used = np.unique(np.concatenate([probe.mentions for probe in dataset.probes]))
     found = [texts.mentions[m] for m in used]
@@ -70,12 +70,12 @@ def of_dataset(texts: ProbeTexts, dataset: Dataset, rows_of: Callable[[NDArray[n
 
 
 def path_of(result_file: Path) -> Path:
-    """Where the texts of a result file are."""
+    """Return the path of the texts of a result file."""
     return folder_of(result_file) / NAME
 
 
 def to_bytes(kept: KeptTexts) -> bytes:
-    """The content of the file: the same for the same texts."""
+    """Return the content of the file; the same texts give the same bytes."""
     found: dict[str, Any] = {
         "format": FORMAT,
         "data": kept.data,
@@ -87,7 +87,7 @@ def to_bytes(kept: KeptTexts) -> bytes:
 
 
 def keep(result_file: Path, content: bytes | None) -> None:
-    """Have this content beside a result file, or no texts if it is None.
+    """Write this content beside a result file, or remove its texts if the content is None.
 
     Raises OSError, or `RequestError` if the folder is a link.
     """
@@ -103,7 +103,7 @@ def keep(result_file: Path, content: bytes | None) -> None:
 
 
 def load(path: Path) -> KeptTexts:
-    """A file of `keep`. Raises `RequestError` if there is none, it was cut short or changed, or it is no such file."""
+    """Read a file of `keep`. Raises `RequestError` if it is missing, truncated, changed, or another kind of file."""
     try:
         found = json.loads(gzip.decompress(path.read_bytes()))
         if found["format"] != FORMAT:
@@ -131,5 +131,5 @@ def load(path: Path) -> KeptTexts:
 
 
 def digest(found: Mapping[str, Any]) -> str:
-    """The SHA-256 of everything else in the file."""
+    """Return the SHA-256 of everything else in the file."""
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""One word for what the data show of a probe: preserved, moved, lost or undecided.
+"""The verdict on a probe in one word: preserved, moved, lost or undecided.
 
     verdict(results["layer_4"]["gender"])       # "lost"
 
-The rules stand in `verdict` and in docs/numbers.md. They use what a record holds, so that anybody can apply them.
+The rules are in `verdict` and in docs/numbers.md. They need only the numbers of a record, so anybody can apply them.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from delta_selectivity.records.result_file import Json
 
 PRESERVED, MOVED, LOST, UNDECIDED, NOT_MEASURED = "preserved", "moved", "lost", "undecided", "not measured"
 MARKS = {PRESERVED: "=", MOVED: "→", LOST: "▼", UNDECIDED: "?", NOT_MEASURED: "–"}
-"""A sign for each word, to be told apart without colour."""
-LEVEL = 0.05  # of the false discovery rate
+"""A sign for each verdict, distinguishable without colour."""
+LEVEL = 0.05  # level of the false discovery rate
 
 
 def is_significant(result: Json) -> bool:
-    """Whether delta_sel differs from 0 after Benjamini-Hochberg; not before the run is complete and has q values."""
+    """Return whether delta_sel differs from 0 after Benjamini-Hochberg; False until a complete run has q values."""
     q_value = result.get("q_value")
     return q_value is not None and q_value < LEVEL
 
 
 def is_preserved(result: Json) -> bool:
-    """Whether delta_sel was shown to be small."""
+    """Return whether delta_sel was shown to be small."""
     return bool(result.get("preserved"))
 
 
 def is_known(result: Json) -> bool:
-    """Whether the model itself knows the answer: nothing can be kept or lost of what it does not know."""
+    """Return whether the model's own probe is above chance; otherwise there is nothing to preserve or lose."""
     return bool(result["model_ci_low"] > 0.5)
 
 
 def verdict(result: Json) -> str:
-    """Return the word for a probe's record in a result file. The first rule that holds decides.
+    """Return the verdict for a probe's record in a result file. The first rule that holds decides.
 
     not measured: The record has a `reason` in place of numbers.
     undecided: The model is not shown to know it (`model_ci_low` is not above 1/2), or there are no q values yet.
@@ -53,8 +53,8 @@ def verdict(result: Json) -> str:
 
 
 def _fell(result: Json, difference: str, prefix: str) -> bool:
-    """Whether a difference is a significant loss that is not shown to be small."""
+    """Return whether a difference is a significant loss that is not shown to be small."""
     q_value, value = result.get(f"{prefix}q_value"), result.get(difference)
-    if q_value is None or value is None:  # no transfer of a baseline that reconstructs nothing
+    if q_value is None or value is None:  # a baseline without a reconstruction has no transfer
         return False
     return bool(q_value < LEVEL and value < 0 and not result.get(f"{prefix}preserved"))

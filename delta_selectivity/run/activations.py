@@ -1,8 +1,8 @@
-"""The producer: run the model and the SAEs over texts, and hand on rows of activations and reconstructions.
+"""The producer: runs the model and the SAEs over texts and yields rows of activations and reconstructions.
 
 One forward pass serves every site, every SAE and every dataset; each distinct text is run once. Texts are grouped
 into blocks, one for each set of datasets that need them, so the streaming reconstruction sums of a dataset are
-the merged sums of its blocks, and a dataset can be probed as soon as its last block is through.
+the merged sums of its blocks, and a dataset can be probed as soon as its last block is done.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SaeId = int  # index into the run's list of SAEs
 
 @dataclass(frozen=True)
 class Block:
-    """Texts that the same datasets need."""
+    """Texts that are needed by the same datasets."""
 
     mentions: np.ndarray  # int64
     datasets: frozenset[int]  # indices into ProbeTexts.datasets
@@ -59,7 +59,7 @@ class LayerRows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that waiting in a queue costs."""
+        """Memory that the rows take in a queue."""
         dense = sum(t.nbytes for t in (self.row_ids, self.x, *self.recons.values()))
         return dense + sum(codes.nbytes for codes in self.latents.values())
 
@@ -73,16 +73,16 @@ class BlockDone:
     nbytes: int = 0
 
 
-Item = LayerRows | BlockDone  # what the producer puts on the queue
+Item = LayerRows | BlockDone  # items of the queue
 
 
 BatchResults: TypeAlias = list[tuple[LayerRows, dict[SaeId, ReconstructionSums]]]  # site by site
 
 
 def plan_blocks(texts: ProbeTexts) -> list[Block]:
-    """Blocks that cover all mentions of the datasets, those of the first dataset first.
+    """Return blocks that cover all mentions of the datasets, those of the first dataset first.
 
-    They do not depend on what is already on disk: a resumed run makes the same batches, and so the same numbers.
+    Blocks do not depend on the results on disk: a resumed run has the same batches and so the same numbers.
     """
     members: dict[int, set[int]] = {}
     for index, dataset in enumerate(texts.datasets):
@@ -106,12 +106,12 @@ class _Needed(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, tokens: TokenIndex, encoded: Encoded, scale: SiteScale | None) -> _Needed:
-        """x: of all real tokens."""
+        """Select the encoded tokens of x, which has all real tokens."""
         x, mention, number = (_picked(rows, encoded.rows) for rows in (x, tokens.mention, tokens.number))
         return cls(encoded, x, mention, TokenFacts.of(x, number, scale))
 
     def select(self, rows: Tensor) -> Tensor:
-        """Those of the rows of all real tokens."""
+        """Select the encoded tokens from rows of all real tokens."""
         return _picked(rows, self.encoded.rows)
 
 
@@ -120,21 +120,21 @@ def _picked(rows: Tensor, chosen: Tensor | None) -> Tensor:
 
 
 class Producer:
-    """Runs the model and the SAEs over blocks of texts and hands the results on, batch by batch."""
+    """The worker that runs the model and the SAEs over blocks of texts, batch by batch."""
 
     def __init__(
         self,
         model: ActivationSource,
         saes: Mapping[Site, Mapping[SaeId, Sae]],
-        counts_bos: Mapping[SaeId, bool],  # whether BOS tokens count in an SAE's whole-text figures
+        counts_bos: Mapping[SaeId, bool],  # whether an SAE's whole-text figures include BOS tokens
         tokenised: TokenisedMentions,
         rows: RowTable,
         batch_size: int | None,  # texts in a forward pass; None: limited by tokens alone
-        cores: Cores,  # one forward pass on each; one on a GPU
+        cores: Cores,  # each runs one forward pass; 1 on a GPU
         clock: Stopwatch,
         sample: TokenSample,  # of the tokens that count in whole-text figures
         scales: Mapping[Site, SiteScale],  # of the activations, where they are known
-        latents_of: Collection[SaeId] = (),  # the SAEs whose codes are handed on, besides their reconstructions
+        latents_of: Collection[SaeId] = (),  # the SAEs whose codes are put on the queue too
         max_tokens: int | None = None,  # padded tokens in a forward pass; None: by free memory, if batch_size is None
     ) -> None:
         self.model, self.saes, self.counts_bos = model, saes, counts_bos
@@ -147,7 +147,7 @@ class Producer:
         self.batch_size, self.max_tokens = batch_size or len(tokenised.ids), max_tokens
         self.cores = cores
         reading = {(site, site.read_by(sae.input_hookpoint)) for site, by_id in saes.items() for sae in by_id.values()}
-        self._also_read = {place for site, place in reading if place != site}  # not of use at their own turn alone
+        self._also_read = {place for site, place in reading if place != site}  # also read by a transcoder elsewhere
 
     def run(self, blocks: Sequence[Block], put: Callable[[Item], None], on_texts: Callable[[int], None]) -> None:
         """Put every block's rows and then its sums; call `on_texts(n)` after every n texts."""
@@ -176,10 +176,10 @@ class Producer:
         return batches(self.tokenised, mentions, batch_size=self.batch_size, max_tokens=self.max_tokens)
 
     def _within_memory(self, limits_and_batch: tuple[tuple[int, ...], TokenBatch]) -> BatchResults:
-        """The batch's results; out of memory, the results of its halves, and smaller batches from then on."""
+        """Return the batch's results; if memory runs out, split the batch and use smaller batches from then on."""
         limits, batch = limits_and_batch
         n = len(batch.mentions)
-        if n <= self.batch_size:  # a batch may be older than what was learnt since
+        if n <= self.batch_size:  # the limit may have shrunk since this batch was made
             try:
                 return self._process(batch, limits)
             except ERRORS as error:
@@ -203,7 +203,7 @@ class Producer:
                 x = (activations[site] if site in self._also_read else activations.pop(site)).float().to(self._home)
                 probed = x.index_select(0, tokens.probed)
                 recons, sums, codes = {}, {}, {}
-                needed: dict[bool, _Needed] = {}  # by whether BOS counts: once for all SAEs
+                needed: dict[bool, _Needed] = {}  # by whether BOS counts; shared by all SAEs
                 broken: dict[SaeId | None, Tensor] = {None: _first_broken(x.sum(dim=1), tokens.mention)}
                 for sae_id, sae in saes.items():
                     place = site.read_by(sae.input_hookpoint)
@@ -223,9 +223,9 @@ class Producer:
     def _reconstruct(
         self, sae: Sae, read: Tensor, probed: Tensor, needed: _Needed
     ) -> tuple[Tensor, SparseRows, Tensor, ReconstructionSums]:
-        """x̂ and the codes at the name tokens, where x is `probed`, the first broken mention, and the sums.
+        """Return x̂ and the codes at the name tokens, where x is `probed`, the first broken mention, and the sums.
 
-        One encoding of every token that is needed: of what the SAE reads, which for a transcoder is not x.
+        Each needed token is encoded once, from the SAE's input, which for a transcoder is not x.
         """
         encoded, x, mention, facts = needed
         latents = sae.encode(read)
@@ -247,9 +247,9 @@ class Producer:
 
 
 def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:
-    """The least of `mention` [rows] where a sum over the row [rows] is not finite, else `NO_MENTION`.
+    """Return the smallest `mention` [rows] whose row sum [rows] is not finite, else `NO_MENTION`.
 
-    A sum is finite unless a member is not: activations near float32's end would be broken too. A GPU is not waited for.
+    Sums overflow only for activations near the float32 limit, which are unusable too. Does not wait for a GPU.
     """
     if sums.device.type == "cpu" and math.isfinite(sums.sum()):
         return torch.tensor(NO_MENTION)
@@ -258,13 +258,13 @@ def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:
 
 
 def tokens_in_memory(device: torch.device, saes: Mapping[Site, Mapping[SaeId, Sae]]) -> int:
-    """Padded tokens in a forward pass that fit comfortably in the memory that is free now.
+    """Return how many padded tokens of a forward pass fit safely in the free memory.
 
     A token costs its activations at every site, one layer's inner activations, and the pre-activations and
-    reconstructions of one SAE. On a CPU more than a few thousand only fall out of the cache.
+    reconstructions of one SAE. On a CPU, more than a few thousand tokens exceed the cache.
     """
     every = [sae for site in saes.values() for sae in site.values()]
-    if device.type != "cuda" or not every:  # none: activations alone are wanted, for a baseline without an SAE
+    if device.type != "cuda" or not every:  # 0: only activations are needed, for a baseline without an SAE
         return CPU_TOKENS
     d, d_sae = max(max(sae.d_in, sae.d_out) for sae in every), max(sae.d_sae for sae in every)
     per_token = 4 * (d * (len(saes) + 24) + 2 * d_sae)

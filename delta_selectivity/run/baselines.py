@@ -1,7 +1,7 @@
-"""Baselines that are run, stored and reported like any SAE.
+"""Baselines, which are run, stored and reported like any SAE.
 
 ========  ==========================================================================================
-identity  x̂ = x: what the machinery does to a perfect SAE (nothing: delta_sel is exactly 0)
+identity  x̂ = x: a perfect SAE (delta_sel is exactly 0)
 random    random unit directions, TopK with the SAE's own L0: what an untrained SAE keeps
 pca       the first k principal components, k the SAE's L0: what the best linear code of that rank keeps
 mean      x̂ = the mean: an SAE that keeps nothing (balanced accuracy 1/2)
@@ -48,7 +48,7 @@ CALIBRATED = ("random", "pca", "mean")
 
 @dataclass(frozen=True)
 class Measured:
-    """An SAE of the run, as far as its baselines depend on it."""
+    """The properties of an SAE of the run that its baselines depend on."""
 
     slug: str  # its name, made safe
     hookpoint: str
@@ -61,15 +61,15 @@ class Baseline:
     """One baseline of a run."""
 
     kind: str
-    of: int | None  # the SAE's place in the run; None: it belongs to the hook point alone
+    of: int | None  # the SAE's index in the run; None: a baseline of the hook point
     owner: str  # that SAE, or the hook point
     hookpoint: str
-    counts_bos: bool  # whether BOS counts in its whole-text figures, and in the mean and axes it is made of
+    counts_bos: bool  # whether its whole-text figures, mean and axes include BOS
     layers: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """As the tables call it."""
+        """Its name in tables."""
         return f"baseline: {self.kind} of {self.owner}"
 
     @property
@@ -79,16 +79,16 @@ class Baseline:
 
     @property
     def reconstructs(self) -> bool:
-        """Whether it is an SAE; the names are not."""
+        """Whether it has a reconstruction; `names` has none."""
         return self.kind != "names"
 
     @property
     def has_latents(self) -> bool:
-        """Whether its codes are sparse latents that a probe may look at; the others' are dense, or none."""
+        """Whether its codes are sparse latents that can be probed; other baselines have dense codes, or none."""
         return self.kind in {"random", "shuffled"}
 
     def key(self, sae: str | None, calibration: str) -> dict[str, Any]:
-        """What changes its numbers, beside the run's settings: fingerprints of its SAE and of the calibration texts."""
+        """Return what its numbers depend on besides the settings: fingerprints of its SAE and the calibration texts."""
         key: dict[str, Any] = {"baseline": self.kind, "hookpoint": self.hookpoint, "sae": sae}
         if self.reconstructs:
             key["counts_bos"] = self.counts_bos
@@ -98,7 +98,7 @@ class Baseline:
 
 
 def plan_baselines(kinds: Collection[str], saes: Sequence[Measured]) -> list[Baseline]:
-    """The baselines of these kinds for these SAEs, in the order of `KINDS`."""
+    """Return the baselines of these kinds for these SAEs, in the order of `KINDS`."""
     places: dict[tuple[str, bool], set[int]] = {}  # (hook point, counts BOS) -> layers
     for sae in saes:
         places.setdefault((sae.hookpoint, sae.counts_bos), set()).update(sae.layers)
@@ -117,17 +117,17 @@ def plan_baselines(kinds: Collection[str], saes: Sequence[Measured]) -> list[Bas
 
 
 class SiteBuilder:
-    """Makes the baselines of one site as SAEs; what several of them need is computed once."""
+    """Builder of the baselines of one site as SAEs; shared quantities are computed once."""
 
     def __init__(
         self, site: Site, d: int, device: torch.device | str, samples: Mapping[Site, SiteSample], seed: int
     ) -> None:
         self.site, self.d, self.device, self.seed = site, d, torch.device(device), seed
-        self._samples = samples  # of this site, and where its SAEs read: only the `CALIBRATED` kinds need them
+        self._samples = samples  # samples of this site and of its SAEs' inputs; only the `CALIBRATED` kinds need them
         self._axes = functools.cache(lambda counts_bos: principal_axes(self._x(counts_bos)))
 
     def build(self, baseline: Baseline, sae: Sae | None) -> Sae:
-        """The baseline, given the SAE of this site that it belongs to (None where it belongs to none)."""
+        """Build the baseline from the SAE of this site that it belongs to (None if it belongs to none)."""
         if baseline.kind == "identity":
             return self._sae(baseline, IdentityCoder(self.d, self.device), self.d)
         if baseline.kind == "mean":
@@ -145,10 +145,10 @@ class SiteBuilder:
         return self._random(baseline, sae.d_sae, k)
 
     def _random(self, baseline: Baseline, d_sae: int, k: int) -> Sae:
-        """Random directions, their decoder scaled by the one number that fits the sample best in least squares.
+        """Return an SAE of random directions, with its decoder scaled by the least-squares factor on the sample.
 
-        The k of many random directions that fit x best are alike, so their plain sum overshoots: without that number
-        the FVU of an honest random SAE would be far above 1. Probes hardly notice it.
+        The k random directions that fit x best are correlated, so their unscaled sum overshoots: without the factor
+        the FVU of a random SAE would be far above 1. The factor has little effect on probes.
         """
         x = self._x(baseline.counts_bos)
         coder = random_topk(x.double().mean(dim=0), d_sae, k, self._generator())
@@ -163,7 +163,7 @@ class SiteBuilder:
         return Sae(baseline.name, layer, hookpoint, self.d, d_sae, k, baseline.kind, coder)
 
     def _typical_l0(self, sae: Sae) -> int:
-        """The SAE's mean L0 at the probed tokens of the sample, rounded, at least 1."""
+        """Return the SAE's mean L0 at the probed tokens of the sample, rounded, at least 1."""
         read = self._samples[self.site.read_by(sae.input_hookpoint)].probed
         return max(1, round(float(sae.encode(read).l0().mean())))
 
@@ -171,13 +171,13 @@ class SiteBuilder:
         return self._samples[self.site].counted(counts_bos).to(self.device)
 
     def _generator(self) -> torch.Generator:
-        """The site's own stream, on the CPU: the same draws for every device."""
+        """Return the site's random generator, on the CPU: the same draws for every device."""
         (state,) = np.random.SeedSequence([self.seed, self.site.layer]).generate_state(1)
         return torch.Generator().manual_seed(int(state))
 
 
 def bag_of_names(tokenised: TokenisedMentions) -> SparseRows:
-    """How often each token is part of the mention's name: `[mentions, distinct tokens of all names]`."""
+    """Return the token counts of each mention's name: `[mentions, distinct tokens of all names]`."""
     spans = [ids[a : b + 1] for ids, a, b in zip(tokenised.ids, tokenised.first, tokenised.last, strict=True)]
     mention = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
     tokens, col = np.unique(np.concatenate(spans), return_inverse=True)

@@ -1,8 +1,8 @@
 """A queue between two threads, bounded in bytes, that passes errors both ways.
 
-`queue.Queue` bounds the number of items, and a thread that dies leaves the other waiting for ever. Here whoever
-fails says so, and the other side is woken at once: the consumer gets what was already produced and then
-`ProducerFailed`, the producer gets `QueueCancelled` at its next `put`.
+`queue.Queue` bounds the number of items, and if one thread dies, the other waits forever. Here a failure on one side
+wakes the other at once: the consumer gets the items already produced and then `ProducerFailed`; the producer gets
+`QueueCancelled` at its next `put`.
 
     pytest tests/test_bounded_queue.py
 """
@@ -18,17 +18,17 @@ T = TypeVar("T")
 
 
 class ProducerFailed(RuntimeError):
-    """The producer stopped with the error in `__cause__`; raised in the consumer."""
+    """Error raised in the consumer when the producer stopped with the error in `__cause__`."""
 
 
 class QueueCancelled(RuntimeError):
-    """Nobody will take another item; raised in the producer."""
+    """Error raised in the producer when the consumer has stopped."""
 
 
 class BoundedQueue(Generic[T]):
-    """First in, first out; `put` waits while the queue holds more than `max_bytes`.
+    """A FIFO queue whose `put` waits while the queue holds more than `max_bytes`.
 
-    An item larger than `max_bytes` is let through alone, so nothing can wait for room that will never be there.
+    An item larger than `max_bytes` is accepted when the queue is empty, so no item waits forever.
     """
 
     def __init__(self, max_bytes: int, size_of: Callable[[T], int]) -> None:
@@ -52,7 +52,7 @@ class BoundedQueue(Generic[T]):
         return self._bytes
 
     def put(self, item: T) -> None:
-        """Append `item`, waiting for room. Raises `QueueCancelled` if the consumer has gone."""
+        """Append `item`; wait until there is room. Raises `QueueCancelled` if the consumer has stopped."""
         size = self._size_of(item)
         with self._changed:
             self._changed.wait_for(lambda: self._cancelled or not self._items or self._bytes + size <= self._max_bytes)
@@ -65,20 +65,20 @@ class BoundedQueue(Generic[T]):
             self._changed.notify_all()
 
     def close(self) -> None:
-        """The producer is done: the consumer's iteration ends after the last item."""
+        """End the queue: the consumer's iteration stops after the last item."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """The producer is dead: the consumer gets the items already there, then `ProducerFailed` from `error`."""
+        """Report the producer's failure: the consumer gets the remaining items, then `ProducerFailed` from `error`."""
         with self._changed:
             self._failure = error
             self._closed = True
             self._changed.notify_all()
 
     def cancel(self) -> None:
-        """The consumer is gone: drop what is waiting and wake the producer with `QueueCancelled`."""
+        """Report that the consumer stopped: drop all items and wake the producer with `QueueCancelled`."""
         with self._changed:
             self._cancelled = True
             self._items.clear()

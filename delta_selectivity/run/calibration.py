@@ -5,8 +5,8 @@
     samples = calibrate(model, tokenised, "last", seed)         # site -> SiteSample
     mean, axes = principal_axes(samples[site].counted(False))
 
-The sample is the same whatever the run's batch size, what is on disk, and which layers are missing: what is made
-from it (baselines) has the same numbers in a run that goes on as in one that was never stopped.
+The sample does not depend on the batch size, the results on disk or the layers still missing. So baselines made from
+it have the same numbers in a resumed run as in an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ N_TEXTS = 256
 N_TOKENS = 4096
 """Tokens kept of each site, so that all sites of a large model fit in memory: the mean's own error then adds 1/4096
 to the FVU of mean ablation."""
-BATCH_TOKENS = 4096  # padded tokens in a forward pass; `batch_size` has no say
+BATCH_TOKENS = 4096  # padded tokens in a forward pass, independent of `batch_size`
 
 
 @dataclass(frozen=True)
 class SiteSample:
     """Activations of the calibration texts at one site, float32 on the CPU."""
 
-    x: Tensor  # [tokens, d]: tokens drawn from all of the texts, each as likely as any other
+    x: Tensor  # [tokens, d]: tokens drawn uniformly from all of the texts
     bos: Tensor  # bool [tokens]: which of them begin a text as BOS
     probed: Tensor  # [probed, d]: every token that these texts are probed at
 
     def counted(self, counts_bos: bool) -> Tensor:
-        """The x that count in an SAE's whole-text figures: BOS among them only if it was trained on BOS."""
+        """Return the x of an SAE's whole-text figures, with BOS only if it was trained on BOS."""
         return self.x if counts_bos else self.x[~self.bos]
 
 
 def draw_mentions(mentions: Sequence[Mention], seed: int) -> list[Mention]:
-    """`N_TEXTS` of the mentions by seed, in their own order; all if there are no more."""
+    """Draw `N_TEXTS` mentions by seed, in their given order; all if there are fewer."""
     chosen = np.random.default_rng(seed).permutation(len(mentions))[:N_TEXTS]
     return [mentions[i] for i in np.sort(chosen)]
 
 
 def fingerprint(mentions: Sequence[Mention]) -> str:
-    """SHA-256 (64 hex digits) over what decides the sample, besides model, tokenizer and seed."""
+    """Return a SHA-256 (64 hex digits) of what the sample depends on besides model, tokenizer and seed."""
     digest = hashlib.sha256(json.dumps([N_TOKENS, BATCH_TOKENS]).encode())
     for mention in mentions:
         digest.update(json.dumps(mention.identity).encode())
@@ -60,7 +60,7 @@ def fingerprint(mentions: Sequence[Mention]) -> str:
 def calibrate(
     model: ActivationSource, tokenised: TokenisedMentions, positions: str, seed: int, n_tokens: int = N_TOKENS
 ) -> dict[Site, SiteSample]:
-    """A sample of every site that the model has hooks at; `positions` last, mean or all, as the texts are probed.
+    """Return a sample of every site with a hook; `positions` is last, mean or all, as for the probes.
 
     The sites' rows are of the same tokens, at most `n_tokens` of them.
 
@@ -75,7 +75,7 @@ def calibrate(
 
 
 def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean `[d]` and the orthonormal axes `[d, d]` of x `[rows, d]`, largest variance first; float64."""
+    """Return the mean `[d]` and the orthonormal axes `[d, d]` of x `[rows, d]`, largest variance first; float64."""
     mean = x.double().mean(dim=0)
     centred = x.double() - mean
     _, vectors = torch.linalg.eigh(centred.T @ centred)
@@ -91,7 +91,7 @@ class _Tokens:
 
 
 def _draw_tokens(tokenised: TokenisedMentions, seed: int, n_tokens: int) -> _Tokens:
-    """At most `n_tokens` of all tokens, BOS among them."""
+    """Draw at most `n_tokens` of all tokens, BOS included."""
     length = np.array([len(ids) for ids in tokenised.ids])
     start = np.cumsum(length) - length
     chosen = np.sort(np.random.default_rng([seed, len(length)]).permutation(length.sum())[:n_tokens])
@@ -100,7 +100,7 @@ def _draw_tokens(tokenised: TokenisedMentions, seed: int, n_tokens: int) -> _Tok
 
 
 def _probed_tokens(tokenised: TokenisedMentions, positions: str) -> _Tokens:
-    """The name's tokens, or its last."""
+    """Return the name's tokens, or only its last."""
     first = tokenised.last if positions == "last" else tokenised.first
     spans = [np.arange(a, b + 1) for a, b in zip(first, tokenised.last, strict=True)]
     text = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
@@ -108,7 +108,7 @@ def _probed_tokens(tokenised: TokenisedMentions, positions: str) -> _Tokens:
 
 
 def _activations(model: ActivationSource, tokenised: TokenisedMentions, wanted: _Tokens) -> dict[Site, Tensor]:
-    """Site -> float32 `[tokens, d]` on the CPU."""
+    """Return site -> float32 `[tokens, d]` on the CPU."""
     rows: dict[Site, Tensor] = {}
     for batch, chosen, in_batch in _by_batch(tokenised, wanted):
         for site, found in model.token_rows(batch.ids, batch.lengths).items():
@@ -120,7 +120,7 @@ def _activations(model: ActivationSource, tokenised: TokenisedMentions, wanted: 
 
 
 def _by_batch(tokenised: TokenisedMentions, wanted: _Tokens) -> Iterator[tuple[TokenBatch, Tensor, Tensor]]:
-    """Batches with their part of the wanted tokens: which of them, and where among the batch's tokens."""
+    """Yield batches with the indices of their wanted tokens, among all wanted tokens and within the batch."""
     n = len(tokenised.ids)
     for batch in batches(tokenised, np.arange(n), batch_size=n, max_tokens=BATCH_TOKENS):
         start = np.full(n, -1)

@@ -1,9 +1,9 @@
-"""Find the latents that carry a probe of a result file: run the model over its texts again, for one cell.
+"""Attribute a probe of a result file to latents: run the model over its texts again, for one cell.
 
     found = find_carriers(file, layer=4, probe="gender", device="cpu")
     found["latents"][0]["share"]
 
-What is found is kept beside the scores (`records.latents`), and told again from there.
+The result is stored beside the scores (`records.latents`) and read from there the next time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from delta_selectivity.settings import Settings
 from delta_selectivity.settings import fields as setting_fields
 from delta_selectivity.tasks import TaskName, UserData, dataset_fingerprint, name_task
 
-EXAMPLES = 3  # texts of each latent
+EXAMPLES = 3  # example texts of each latent
 CHUNK = 4096  # latents that are decoded at once
 NEURONPEDIA = "https://www.neuronpedia.org"
 
@@ -44,15 +44,15 @@ def find_carriers(
     """Return the latents that carry the model's probe in one cell, in plain values; `docs/numbers.md` defines them.
 
     Args:
-        results: What the result file holds.
+        results: The content of the result file.
         dataset: As the file's name has it.
         layer: Of the cell.
         probe: Of the cell.
-        sae: The SAE, where it was in memory and has no name to be found by.
+        sae: The SAE, if it was in memory and cannot be found by its name.
         device: Where model, SAE and probes compute; by default as in a run.
 
     Raises:
-        RequestError: The model, the SAE or the texts cannot be had, or are not those that were measured.
+        RequestError: The model, the SAE or the texts are not available, or are not those that were measured.
     """
     plan = make_plan(_request(results["_run"], dataset, layer, sae, device))
     _check(plan, results["_run"]["key"])
@@ -88,24 +88,24 @@ def _found(plan: Plan, table: RowTable, task_set: TaskSet, site: Site, probe: st
 
 
 def probe_weights(model: ModelFit, target: int) -> Tensor:
-    """The weights on x of the mean of a target's probes over all splits: float64 [d]."""
+    """Return the weights on x of a target's mean probe over all splits: float64 [d]."""
     return model.fit.coef[target].mean(dim=0)
 
 
 def decoder_directions(sae: Sae, latents: Tensor) -> Tensor:
-    """What each latent at 1 adds to the decoder's output: float32 [latents, d_out]."""
+    """Return the decoder's output for each latent at 1, less that for none: float32 [latents, d_out]."""
     found = []
     for part in latents.to(torch.int64).split(CHUNK):
         n = len(part)
         codes = SparseRows(torch.arange(n + 1), part, torch.ones(n), sae.d_sae).to(sae.device)
         empty = SparseRows(torch.zeros(2, dtype=torch.int64), part[:0], torch.ones(0), sae.d_sae).to(sae.device)
-        nothing = torch.zeros(n, sae.d_in, device=sae.device)  # what a skip connection reads
+        nothing = torch.zeros(n, sae.d_in, device=sae.device)  # input of a skip connection
         found.append((sae.decode(codes, nothing) - sae.decode(empty, nothing[:1])).cpu())
     return torch.cat(found)
 
 
 def neuronpedia(plan: Plan, layer: int) -> str | None:
-    """The address of the SAE's latents on Neuronpedia, if its config names an id there."""
+    """Return the URL of the SAE's latents on Neuronpedia, if its config has an id for it."""
     source = plan.subjects[0].source
     configs = [m.header.config for m in ([] if source is None else source.members) if m.header.layer == layer]
     for config in configs:
@@ -117,7 +117,7 @@ def neuronpedia(plan: Plan, layer: int) -> str | None:
 
 
 def as_json(found: Carriers, codes: Tensor, texts: Sequence[Text], address: str | None) -> Json:
-    """The latents in plain values, each with the texts on which it fires most, and what no latent carries."""
+    """Return plain values: the latents with the texts on which they fire most, and the share of the error."""
     return {
         "gap": found.gap,
         "others": found.others,
@@ -142,7 +142,7 @@ def as_json(found: Carriers, codes: Tensor, texts: Sequence[Text], address: str 
 
 
 def _examples(codes: Tensor, latent: int, texts: Sequence[Text]) -> list[Text]:
-    """The distinct texts on which a latent fires most."""
+    """Return the distinct texts on which a latent fires most."""
     at = torch.nonzero(codes.col_indices() == latent)[:, 0]
     rows = torch.searchsorted(codes.crow_indices(), at, right=True) - 1
     order = torch.argsort(codes.values()[at], descending=True, stable=True)
@@ -151,7 +151,7 @@ def _examples(codes: Tensor, latent: int, texts: Sequence[Text]) -> list[Text]:
 
 
 def _request(run: Json, dataset: str, layer: int, sae: Any, device: str | None) -> Request:
-    """What was asked for, of one dataset and layer."""
+    """Return the request of the result file, for one dataset and layer."""
     config = run["config"]
     if config.get("baseline"):
         raise RequestError(f"{config['sae']}: a baseline: its latents are nobody's")
@@ -179,7 +179,7 @@ def _task(config: Json, dataset: str) -> TaskName:
 
 
 def _found_again(name: str) -> str:
-    """A path inside this project, which result files tell from there, wherever the program runs."""
+    """Resolve a path that result files store relative to the repository."""
     return str(PROJECT / name) if not Path(name).exists() and (PROJECT / name).exists() else name
 
 

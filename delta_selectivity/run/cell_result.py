@@ -1,4 +1,4 @@
-"""The result of one cell, and how it is written to a result file."""
+"""The result of one cell, with its warnings and its writer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from delta_selectivity.system.stopwatch import Stopwatch
 log = logging.getLogger(__name__)
 
 ONE_PARTITION = "one partition (repeats 1): the intervals leave out the luck of the folds"
-FEW_PEOPLE = 100  # below this, intervals are wide and rest on little
+FEW_PEOPLE = 100  # below this, intervals are wide and unreliable
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class CellResult:
 
 
 Keep = Callable[[Cell, CellResult], None]
-"""What is done with the result of a cell."""
+"""A function that handles the result of a cell."""
 
 
 def write_to(files: Files, clock: Stopwatch, texts: Mapping[int, bytes], downstream: Mapping[Cell, Downstream]) -> Keep:
-    """Return what puts each result into its file: its scores first, then the record that counts it as done.
+    """Return a function that writes each result to its file: first the scores, then the record that marks it as done.
 
-    texts: By dataset, what is kept of them; none of the others. downstream: figures of the cells that have such.
+    texts: Content of the file of texts, by dataset, where one is stored. downstream: By cell, where measured.
     """
 
     def write(cell: Cell, found: CellResult) -> None:
@@ -62,7 +62,7 @@ def write_to(files: Files, clock: Stopwatch, texts: Mapping[int, bytes], downstr
 
 
 def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
-    """What a reader of these numbers must know; each line goes on from the name of the layer."""
+    """Return warnings about these numbers; each is written to follow the name of the layer."""
     lines = []
     figures = found.figures
     places = (("at the probed positions", figures.fvu_pos), ("over whole texts", figures.fvu_whole))
@@ -94,9 +94,9 @@ def _without_outliers(figures: Reconstruction) -> str:
 
 
 def _warn(file: RecordFile, line: str) -> None:
-    """Keep a warning with the numbers, and log it once."""
+    """Store a warning with the numbers, and log it once."""
     if line not in file.warnings:
         file.warnings.append(line)
-        level = logging.INFO if file.is_baseline else logging.WARNING  # its SAE has said so already, or will
+        level = logging.INFO if file.is_baseline else logging.WARNING  # logged for its SAE
         of = file.run["config"].get("sae_label")
         log.log(level, "%s%s: %s", file.path.name, f" of {of}" if of else "", line)

@@ -1,8 +1,7 @@
 """Store SAE codes of probed rows until their datasets are probed.
 
-How many latents fire is not known before they have, so codes are kept batch by batch as they come: in memory while
-they are few; beyond the limit all of them in one temporary file without a name, which the kernel takes back whatever
-ends the process.
+The number of active latents is not known in advance, so codes are appended batch by batch. They are kept in memory up
+to a limit; beyond it, all move to one unnamed temporary file, which the kernel removes however the process ends.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ _ENTRY = np.dtype([("col", np.int32), ("value", np.float32)])
 
 @dataclass
 class _View:
-    """The codes at one site by one SAE: entry number `first[i] + j` of a row's is its j-th."""
+    """The codes of one SAE at one site: entry `first[i] + j` is the j-th entry of row i."""
 
     d_sae: int
-    first: NDArray[np.int64]  # [rows], among the view's entries, or among the file's once they are there
+    first: NDArray[np.int64]  # [rows], index among the view's entries, or among the file's once stored there
     count: NDArray[np.int64]  # [rows]; -1: not there yet
     pieces: list[NDArray[np.void]] = field(default_factory=list)  # of `_ENTRY`, while in memory
     n_entries: int = 0
 
 
 class CodeStore:
-    """Sparse float32 matrices [n_rows, d_sae], one for each site and SAE that codes came of."""
+    """Sparse float32 matrices [n_rows, d_sae], one for each site and SAE with codes."""
 
     def __init__(self, n_rows: int, max_bytes: int) -> None:
         self._n_rows, self._max_bytes = n_rows, max_bytes
@@ -46,11 +45,11 @@ class CodeStore:
 
     @property
     def in_file(self) -> bool:
-        """Whether the codes live in a file."""
+        """Whether the codes are in a file."""
         return self._file is not None
 
     def put(self, site: Site, sae_id: SaeId, row_ids: Tensor, codes: SparseRows) -> None:
-        """Keep the codes of these rows (int64 [rows]). Raises OSError if the disk has no room for them."""
+        """Store the codes of these rows (int64 [rows]). Raises OSError if the disk has no room for them."""
         view = self._views.get((site, sae_id))
         if view is None:
             rows = np.zeros(self._n_rows, np.int64), np.full(self._n_rows, -1, np.int64)
@@ -64,7 +63,7 @@ class CodeStore:
             self._spill()
 
     def get(self, site: Site, sae_id: SaeId, row_ids: Tensor, device: torch.device) -> Tensor:
-        """Codes of these rows: a sparse CSR tensor, float32 [len(row_ids), d_sae], on `device`."""
+        """Return the codes of these rows: a sparse CSR tensor, float32 [len(row_ids), d_sae], on `device`."""
         view, places = self._views[site, sae_id], row_ids.cpu().numpy()
         count = view.count[places]
         assert (count >= 0).all(), "rows are asked for before they came"
@@ -75,13 +74,13 @@ class CodeStore:
         return SparseRows(torch.from_numpy(crow), col, value, view.d_sae).to(device).to_csr()
 
     def close(self) -> None:
-        """Let go of the codes and of their file."""
+        """Release the codes and their file."""
         self._views = {}
         if self._file is not None:
             self._file.close()
 
     def _append(self, view: _View, entries: NDArray[np.void]) -> int:
-        """Keep the entries; the number of the first of them."""
+        """Store the entries, and return the index of the first."""
         self._n_bytes += entries.nbytes
         if self._file is not None:
             first = self._file.tell() // _ENTRY.itemsize
@@ -101,9 +100,9 @@ class CodeStore:
                 self._file.write(piece.tobytes())
 
     def _entries(self, view: _View) -> NDArray[np.void]:
-        """What `view.first` counts in."""
+        """Return the array that `view.first` indexes."""
         if self._file is None:
-            view.pieces = [np.concatenate(view.pieces)]  # once: pieces that come later are few
+            view.pieces = [np.concatenate(view.pieces)]  # concatenated once: few pieces follow
             return view.pieces[0]
         self._file.flush()
         n_entries = os.fstat(self._file.fileno()).st_size // _ENTRY.itemsize

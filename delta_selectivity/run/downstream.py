@@ -1,11 +1,11 @@
-"""Run the model on from x̂ in place of x, and compare what it says next: a pass of its own before the probes.
+"""Downstream evaluation: run the model with x̂ in place of x, and compare its predictions.
 
 found = measure_downstream(plan, cells, saes, tokenised, sample, cores)
 found[cell].delta_ce
 
-Texts are drawn whole, by the seed and to about as many tokens of each dataset as `whole_tokens` says. x̂ stands at every
-token that counts in the SAE's whole-text figures: BOS stays as it is where it does not count there. The mean that x is
-compared with is over the same tokens of the dataset's drawn texts.
+This is a separate pass before the probes. Whole texts are drawn by seed, to about `whole_tokens` tokens per dataset.
+x̂ replaces x at every token of the SAE's whole-text figures; BOS is unchanged if the figures exclude it. Mean ablation
+uses the mean over the same tokens of the dataset's drawn texts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Variant(NamedTuple):
 
 
 class Untouched(NamedTuple):
-    """The model as it is."""
+    """The unmodified model."""
 
     with_bos: bool
 
@@ -71,7 +71,7 @@ Run = Ablation | Variant | Untouched
 
 @dataclass(frozen=True)
 class DownstreamPass:
-    """What is run over the drawn texts of one dataset: nothing depends on what other datasets there are."""
+    """The runs over the drawn texts of one dataset, independent of other datasets."""
 
     model: WholeModel
     saes: Mapping[Site, Mapping[SaeId, Sae]]
@@ -80,7 +80,7 @@ class DownstreamPass:
     positions: str
     mentions: Ints  # whose texts were drawn, ascending
     cores: Cores
-    limits: list[int] = field(default_factory=list)  # texts in a pass, once memory ran out
+    limits: list[int] = field(default_factory=list)  # texts in a pass; set once memory ran out
 
     def run(self, on_texts: Callable[[int], None]) -> dict[Variant, Downstream]:
         """Return the figures of each SAE."""
@@ -107,7 +107,7 @@ class DownstreamPass:
 
     @torch.inference_mode()
     def _constants(self) -> dict[Ablation, Tensor]:
-        """What stands in place of x [d] at every token that counts: its mean over these, and zeros."""
+        """Return the ablation vectors [d]: the mean of x over the counted tokens, and zeros."""
         kinds = sorted({(site, self.counts_bos[i]) for site, by_id in self.saes.items() for i in by_id})
 
         def add_up(batch: TokenBatch) -> list[tuple[Tensor, int]]:
@@ -129,7 +129,7 @@ class DownstreamPass:
 
     @torch.inference_mode()
     def _process(self, batch: TokenBatch, constants: Mapping[Ablation, Tensor]) -> dict[Run, NDArray[np.float64]]:
-        """Sums by text, float64 [texts, columns of `TextSums`], of every run."""
+        """Return sums by text, float64 [texts, columns of `TextSums`], of every run."""
         untouched, x = self.model.logits(batch.ids)
         places = {with_bos: _places(_counted(batch, with_bos), self.model.device) for with_bos in (False, True)}
         kinds = {self.counts_bos[i] for by_id in self.saes.values() for i in by_id}
@@ -174,7 +174,7 @@ class DownstreamPass:
         return torch.stack([column.double().sum(1) for column in columns], dim=1).numpy()
 
     def _in_batches(self, work: Callable[[TokenBatch], T]) -> Iterator[tuple[TokenBatch, T]]:
-        """Each batch of the drawn texts with its result; out of memory, its halves, and smaller batches then on."""
+        """Yield batches of the drawn texts with their results; if memory runs out, use smaller batches from then on."""
         size, max_tokens = max(len(self.mentions), 1), self._room() // self.model.n_vocabulary
         batched = batches(self.tokenised, self.mentions, batch_size=size, max_tokens=max_tokens)
 
@@ -197,7 +197,7 @@ class DownstreamPass:
                 yield from results
 
     def _room(self) -> int:
-        """Numbers that the logits of a pass may have."""
+        """Return how many numbers the logits of a pass may have."""
         if self.model.device.type != "cuda":
             return LOGITS
         free, _ = torch.cuda.mem_get_info(self.model.device)
@@ -232,7 +232,7 @@ def measure_downstream(
 
 
 def _refuse_broken(figures: Downstream, site: Site, name: str) -> None:
-    """Raise ArithmeticError for figures that are not finite: of a model that is broken, or run on from such x̂."""
+    """Raise ArithmeticError for figures that are not finite: the model or x̂ is broken."""
     if all(value is None or math.isfinite(value) for value in vars(figures).values()):
         return
     what = "as it is" if not math.isfinite(figures.ce_model or 0.0) else f"run on from the reconstruction by {name}"
@@ -240,29 +240,29 @@ def _refuse_broken(figures: Downstream, site: Site, name: str) -> None:
 
 
 def _drawn_texts(plan: Plan, index: int, sample: TokenSample) -> Ints:
-    """Of a dataset: the mentions whose texts are run on, ascending."""
+    """Return the mentions of a dataset whose texts are drawn, ascending."""
     mentions = np.unique(np.concatenate([probe.mentions for probe in plan.texts.datasets[index].probes]))
     return sample.texts(mentions, index)
 
 
 def _counted(batch: TokenBatch, with_bos: bool) -> Tensor:
-    """Which tokens count, bool [texts, tokens]: the real ones, BOS if it does."""
+    """Return which tokens count, bool [texts, tokens]: the real ones, with BOS only if it counts."""
     position = torch.arange(batch.ids.shape[1])
     return (position < batch.lengths[:, None]) & (position >= int(batch.has_bos and not with_bos))
 
 
 def _places(mask: Tensor, device: torch.device) -> Tensor:
-    """Where a mask [texts, tokens] is true: text x tokens + position, int64."""
+    """Return the flat indices of a mask [texts, tokens]: text x tokens + position, int64."""
     return mask.flatten().nonzero()[:, 0].to(device)
 
 
 def _kl_and_ce(untouched: Tensor, logits: Tensor, next_ids: Tensor) -> Tensor:
-    """KL of the first distribution from the second, and the second's cross-entropy of the next token: [2, rows]."""
+    """Return KL of the first distribution from the second, and the second's next-token cross-entropy: [2, rows]."""
     before, after = untouched.float().log_softmax(-1), logits.float().log_softmax(-1)
     kl = (before.exp() * (before - after)).sum(-1)
     return torch.stack([kl, -after.gather(1, next_ids[:, None])[:, 0]])
 
 
 def _on_cpu(sums: Tensor) -> Tensor:
-    """In float64; a GPU is waited for here and nowhere else."""
+    """Move to the CPU in float64; the only place that waits for a GPU."""
     return sums.cpu().double()

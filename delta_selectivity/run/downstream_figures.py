@@ -1,4 +1,4 @@
-"""Figures of what a model says next when it runs on from x̂, from sums by text.
+"""Figures of the model's predictions with x̂ in place of x, from sums by text.
 
     found = downstream_figures(untouched, with_sae, with_mean, with_zeros, texts)
     found.delta_ce, found.ce_recovered
@@ -106,12 +106,12 @@ def downstream_figures(
 
 
 def _added_up(sums: TextSums, text: NDArray[np.intp]) -> TextSums:
-    """By text, of sums by mention."""
+    """Add up sums by mention to sums by text."""
     return TextSums(*(np.bincount(text, column).astype(np.float64) for column in sums))
 
 
 def _ratio(above: Floats, below: Floats) -> Estimate | None:
-    """The ratio of the sums over texts, with its standard error from one draw of texts to another."""
+    """Return the ratio of the sums over texts, with its standard error over draws of texts."""
     total, n = below.sum(), len(below)
     if total == 0:
         return None

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from delta_selectivity.system.compiled import compiled
 
-BLOCK = 64  # rows that are added up in float32, column by column, before they go into a sum in float64
+BLOCK = 64  # rows summed in float32, column by column, before the sum is added in float64
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -16,11 +16,12 @@ Latents = NDArray[np.int64] | NDArray[np.int32]
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
 def compare(x: Floats, recon: Floats, rows: NDArray[np.int64]) -> tuple[Floats, Doubles, Doubles]:
-    """How far rows are from their reconstructions, and from each other.
+    """Return the squared errors of reconstructions, with the mean and the spread of the rows.
 
     Args:
-        x, recon: ``[all, d]``.
-        rows: those to compare ``[n]``.
+        x: The activations ``[all, d]``.
+        recon: Their reconstructions ``[all, d]``.
+        rows: Indices of the rows to compare ``[n]``.
 
     Returns:
         The squared error of each row ``[all]``, NaN or Inf where one of the two holds that, 0 if it is not compared;
@@ -69,7 +70,7 @@ def compare(x: Floats, recon: Floats, rows: NDArray[np.int64]) -> tuple[Floats, 
 def merge(
     n: float, mean: Doubles, sums: Doubles, other_n: float, other_mean: Doubles, other_sums: Doubles
 ) -> tuple[Doubles, Doubles]:
-    """Mean ``[d]`` and sums ``[2]``, as of `compare`, of both of two sets of so many rows."""
+    """Return the mean ``[d]`` and sums ``[2]`` of `compare` for the union of two sets of rows."""
     new_mean, new_sums = np.empty_like(mean), sums + other_sums
     share = other_n / (n + other_n)
     squares = 0.0
@@ -88,11 +89,14 @@ def note_fired(
     """Add to each latent's count, and to its sum of the numbers of rows, the rows in which it is not zero.
 
     Args:
-        number: of each row ``[n]``.
-        crow, col, value: the rows' latents ``[n + 1]``, ``[nnz]``, ``[nnz]``.
-        fired: counts and sums ``[2, d_sae]``.
+        number: The number of each row ``[n]``.
+        crow: The start of each row's latents, and the end of the last ``[n + 1]``.
+        col: Latent indices ``[nnz]``.
+        value: Latent activations ``[nnz]``.
+        fired: Counts and sums ``[2, d_sae]``, updated in place.
 
-    Raises IndexError for a latent that there is not.
+    Raises:
+        IndexError: A latent does not exist.
     """
     for r in range(len(number)):
         for q in range(crow[r], crow[r + 1]):

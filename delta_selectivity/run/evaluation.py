@@ -14,7 +14,7 @@ from delta_selectivity.system.terminal import tell
 
 
 def run_request(request: Request, progress: bool = False) -> list[Path]:
-    """Measure what is missing of a request, and return its result files.
+    """Measure the missing results of a request, and return its result files.
 
     Raises `RequestError` if the request is wrong, and whatever else stops the run; finished layers are on disk by then.
     """
@@ -25,12 +25,12 @@ def run_request(request: Request, progress: bool = False) -> list[Path]:
         if progress and cells:
             tell(_summary(plan, cells))
         measure(plan, files, cells, progress)
-        settle(files)  # though nothing was missing: a run may have ended just before
+        settle(files)  # even if nothing was missing: a run may have stopped just before this step
     return list(dict.fromkeys(file.path for file in files.values()))
 
 
 def _summary(plan: Plan, cells: Sequence[Cell]) -> str:
-    """What is about to be measured, in a line."""
+    """Return a line that says what is about to be measured."""
     counts = {
         "text": len(plan.texts.mentions),
         "probe": sum(len(dataset.probes) for dataset in plan.texts.datasets),

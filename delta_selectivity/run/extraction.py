@@ -1,4 +1,4 @@
-"""The probed rows of one layer into a file: everything of a run but its probes.
+"""Write the probed rows of one layer to a file: a run without its probes.
 
     extract(request, Path("rows.safetensors"))
 
@@ -86,7 +86,7 @@ def probed_rows(
     latents_of: Collection[SaeId] = (),
     on_texts: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Probed]:
-    """Run the texts of a plan through model and SAEs, and hold the rows of one site on a device while inside.
+    """Run the texts of a plan through model and SAEs, and hold the rows of one site on a device in the context.
 
     whole_tokens: tokens of each dataset for whole-text figures: they share the batches that SAEs encode.
     latents_of: the SAEs whose codes are held, too.
@@ -141,7 +141,7 @@ def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
 
 def _keep(item: Item, store: RowStore, plan: Plan) -> None:
     if not isinstance(item, LayerRows):
-        return  # the sums of whole texts, of which a file of rows knows nothing
+        return  # whole-text sums are not part of a file of rows
     try:
         store.put(item)
     except NonFiniteError as error:
@@ -150,7 +150,7 @@ def _keep(item: Item, store: RowStore, plan: Plan) -> None:
 
 
 def _probes(plan: Plan, table: RowTable) -> Sequence[RowProbe]:
-    """The probes of all datasets; one whose name several datasets have is called by its dataset's too."""
+    """Return the probes of all datasets; names used by several datasets are extended by the dataset's name."""
     times = Counter(probe.name for dataset in plan.texts.datasets for probe in dataset.probes)
     return [
         RowProbe(
@@ -165,7 +165,7 @@ def _probes(plan: Plan, table: RowTable) -> Sequence[RowProbe]:
 
 
 def _about(plan: Plan, site: Site) -> dict[str, Any]:
-    """What the file says of where its rows come from."""
+    """Return the file's description of the origin of its rows."""
     run = describe_run({"model": plan.request.model, "saes": [subject.name for subject in plan.subjects]})
     saes = {
         subject.label: {

@@ -2,7 +2,7 @@
 
 for part in inspect(request):
     show(part)
-describe(open_sae("my_sae"))             # what its files say; no model is needed
+describe(open_sae("my_sae"))             # from its files; needs no model
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Cells = tuple[str, ...]
 
 
 def inspect(request: Request) -> Iterator[str]:
-    """Say what each SAE of a request is and how well it fits each hook point of the model. Raises `RequestError`."""
+    """Describe each SAE of a request and how well it fits each hook point of the model. Raises `RequestError`."""
     plan = make_plan(request)
     info, seed = plan.info, request.settings.seed
     model = load_with_neighbours(plan, plan.widths, everywhere=True)
@@ -42,7 +42,7 @@ def inspect(request: Request) -> Iterator[str]:
 
 
 def describe(source: SaeSource, layers: Sequence[int] | None = None) -> str:
-    """Return what an SAE's files say, without its weights and without a model.
+    """Return the description of an SAE from its files, without weights or a model.
 
     layers: those to describe; by default all. Raises `RequestError` if it has none for one of them.
     """
@@ -68,7 +68,7 @@ def describe(source: SaeSource, layers: Sequence[int] | None = None) -> str:
 
 
 def render(source: SaeSource, saes: Mapping[Site, Sae], fits: Sequence[Fit], check: Preflight) -> str:
-    """What its files say, how it fits its own place, and the FVU at every place that was looked at."""
+    """Return lines of text: its description, its fit at its own site, and the FVU at every examined site."""
     parts = [_header(source, next(iter(saes.values()))), _own_place(fits)]
     parts += [line for fit in fits if (line := fit.problem()) is not None]
     for place in sorted({site.hookpoint for site in check.samples}):
@@ -121,7 +121,7 @@ def _own_place(fits: Sequence[Fit]) -> str:
 
 
 def _everywhere(saes: Mapping[Site, Sae], place: str, check: Preflight) -> str | None:
-    """A row for each SAE, a column for each layer of the model; None where no SAE's width is that of the place."""
+    """Return a row for each SAE and a column for each layer; None where no SAE has the site's width."""
     columns = sorted(site for site in check.samples if site.hookpoint == place)
     rows: list[Cells] = [("SAE of layer", *(str(site.layer) for site in columns))]
     for own, sae in saes.items():

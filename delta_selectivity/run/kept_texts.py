@@ -1,4 +1,4 @@
-"""What a run keeps of the texts of its rows."""
+"""The texts that a run stores for its rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from delta_selectivity.tasks import ProbeTexts
 
 
 def kept_texts(texts: ProbeTexts, rows: RowTable, datasets: Collection[int], keep_texts: str) -> dict[int, bytes]:
-    """Return the content of the file of texts of each of these datasets that keeps one, by its index."""
+    """Return the content of the text files by dataset index, for datasets that store one."""
     return {
         index: to_bytes(of_dataset(texts, texts.datasets[index], rows.count))
         for index in datasets

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
-    """What computes, on device1."""
+    """The loaded model, SAEs and baselines, on device1."""
 
     model: ActivationSource  # up to the last layer wanted
     saes: dict[Site, dict[SaeId, Sae]]  # SAEs and baselines that have something to measure
@@ -49,7 +49,7 @@ def load_weights(plan: Plan, cells: Sequence[Cell], files: Files, tokenised: Tok
         loaded[site] = {name: source.load(site.layer, device) for name, source in sources.items()}
     model, scales = _load_fitting(plan, loaded, files, tokenised)
     saes: dict[Site, dict[SaeId, Sae]] = {}
-    with sharing_cores(device):  # sums by one thread: the same baselines whatever the number of cores
+    with sharing_cores(device):  # one thread, so that baselines do not depend on the number of cores
         samples = _calibrate(plan, model)
         for site, ids in wanted.items():
             builder = SiteBuilder(site, plan.widths[site], device, samples, plan.request.settings.seed)
@@ -66,13 +66,13 @@ def load_weights(plan: Plan, cells: Sequence[Cell], files: Files, tokenised: Tok
 
 
 def codes_of_names(plan: Plan, tokenised: TokenisedMentions) -> dict[SaeId, SparseRows]:
-    """What probes see of each mention for baselines that reconstruct nothing."""
+    """Return the features of each mention for baselines without a reconstruction."""
     ids = [i for i, subject in enumerate(plan.subjects) if not subject.reconstructs]
     return dict.fromkeys(ids, bag_of_names(tokenised)) if ids else {}
 
 
 def model_loader(plan: Plan) -> Callable[[Collection[Site]], ActivationSource]:
-    """What loads the model with hooks at given sites; with a cache, when a text is not in it."""
+    """Return a loader of the model with hooks at given sites; with a cache, it loads only if a text is missing."""
     request, dtype = plan.request, plan.dtype
 
     def load(sites: Collection[Site]) -> LanguageModel:
@@ -85,27 +85,27 @@ def model_loader(plan: Plan) -> Callable[[Collection[Site]], ActivationSource]:
 
 
 def load_with_neighbours(plan: Plan, widths: Mapping[Site, int], everywhere: bool = False) -> ActivationSource:
-    """The model with hooks at these sites, and at others that their SAEs might belong to where the model has them."""
+    """Load the model with hooks at these sites, and at alternative sites of their SAEs where the model has them."""
     load, n_layers, find = model_loader(plan), plan.info.n_layers, plan.find_widths
     for sums in (True, False):
         try:
             return load(neighbours(n_layers, widths, find, everywhere, plan.modules, sums))
-        except RequestError as error:  # some models do not have what the names say
+        except RequestError as error:  # some models lack the sites of these names
             log.info("other places are not tried: %s", error)
     return load(widths)
 
 
 def model_fitter(request: Request) -> FitModel:
-    """What fits the probes of the model's own activations; with a cache, those that are not in it."""
+    """Return a fitter of the probes on the model's activations; with a cache, it fits only those missing."""
     return fit_model if request.cache is None else FitCache.open(request.cache, request.settings.cache_gb).fit_model
 
 
 def _load_fitting(
     plan: Plan, loaded: Mapping[Site, Mapping[str, Sae]], files: Files, tokenised: TokenisedMentions
 ) -> tuple[ActivationSource, dict[Site, SiteScale]]:
-    """The model, after a look at whether the SAEs fit it, and the norm limits of its sites.
+    """Load the model and check that the SAEs fit it; return it with the norm limits of its sites.
 
-    What is to be known of the SAEs goes into their files.
+    Warnings about the SAEs are written to their files.
 
     Raises `RequestError` if one fits something else far better, unless that is to be measured by force.
     """
@@ -119,9 +119,9 @@ def _load_fitting(
     except (ArithmeticError, *ERRORS) as error:
         if not (isinstance(error, ArithmeticError) or is_out_of_memory(error)):
             raise
-        log.info("no look at how the SAEs fit: %s", error)  # the run itself will say in which text, or make do
+        log.info("no look at how the SAEs fit: %s", error)  # the run will name the text, or use smaller batches
         return load(needed), {}
-    except RequestError:  # some model does not have what the neighbours' names say
+    except RequestError:  # some models lack the alternative sites
         model = load(needed)
         check = Preflight.sample(model, plan.info, tokenised, seed)
     ids = {subject.name: i for i, subject in enumerate(plan.subjects) if subject.baseline is None}
@@ -149,7 +149,7 @@ def _load_fitting(
 
 
 def _of_another_model(plan: Plan, source: SaeSource | None) -> str | None:
-    """What to tell if an SAE says that it was trained on a model of another name; folders and owners aside."""
+    """Return a warning if an SAE's config names another model; folders and owners are ignored."""
     assert source is not None
     trained_on, measured = (Path(name or "").name.lower() for name in (source.model_name, plan.info.name))
     if not trained_on or trained_on == measured:
@@ -158,7 +158,7 @@ def _of_another_model(plan: Plan, source: SaeSource | None) -> str | None:
 
 
 def _apart(model: ActivationSource, purpose: str) -> ActivationSource:
-    """The model, whose cache, if it has one, keeps apart what is run for this purpose."""
+    """Return the model with a separate part of its cache, if it has one, for this purpose."""
     return model.apart(purpose) if isinstance(model, CachedModel) else model
 
 

@@ -1,8 +1,8 @@
 """Start and supervise the producer and the consumer thread.
 
 The producer (device1) puts rows of activations on a bounded queue; the consumer (device2, `prober`) stores them, and as
-soon as the last block of a dataset is through it probes that dataset, while the producer runs the texts of the next
-one. A thread's error ends the run with its own traceback, whichever thread it was.
+soon as the last block of a dataset is done it probes that dataset, while the producer runs the texts of the next
+one. An error in either thread ends the run with that thread's traceback.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(
                 continue
             worker.join()
     for worker in workers:
-        if isinstance(worker.error, SystemExit):  # of somebody else's code: it must not look like our own end
+        if isinstance(worker.error, SystemExit):  # raised by other code: do not mistake it for the end of our run
             raise RuntimeError(f"the code of a model or an SAE exits the process ({worker.error!r})") from worker.error
         if worker.error is not None:
             raise worker.error
@@ -61,7 +61,7 @@ def run(
 
 @contextmanager
 def _interruptible(stop: threading.Event, queue: BoundedQueue[Item], prober: Prober) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and SIGHUP set `stop` while inside; a second one waits no longer. In the main thread only."""
+    """Let Ctrl-C, SIGTERM and SIGHUP set `stop` in the context; a second one ends at once. Main thread only."""
 
     def on_signal(_number: int, _frame: object) -> None:
         if stop.is_set():
@@ -91,7 +91,7 @@ def _produce(
         producer.run(blocks, queue.put, on_texts)
         queue.close()
     except QueueCancelled:
-        return  # the consumer failed or was stopped, and tells why itself
+        return  # the consumer failed or was stopped, and reports its own error
     except BaseException as error:
         queue.fail(error)
         raise
@@ -101,13 +101,13 @@ def _consume(prober: Prober, queue: BoundedQueue[Item]) -> None:
     try:
         prober.run(queue)
     except ProducerFailed:
-        return  # the producer tells why itself
+        return  # the producer reports its own error
     finally:
         queue.cancel()
 
 
 class _Worker(threading.Thread):
-    """A thread that keeps its error, with its traceback, for the main thread."""
+    """A thread that stores its error, with the traceback, for the main thread."""
 
     def __init__(self, name: str, work: Callable[[], Any]) -> None:
         super().__init__(name=name, daemon=True)

@@ -1,4 +1,4 @@
-"""Check a request and plan it: open data, model and SAEs without loading anything heavy, and open the result files.
+"""Check and plan a request: open data, model, SAEs and result files without loading weights.
 
 plan = go_on(make_plan(request))
 files = open_files(plan, held)
@@ -61,7 +61,7 @@ Files = Mapping[tuple[SaeId, int], RecordFile]  # (subject, dataset index) -> it
 
 
 class Cell(NamedTuple):
-    """One piece of work: the probes of a dataset at a site, for one subject."""
+    """One unit of work: the probes of a dataset at a site, for one subject."""
 
     dataset: int  # index into ProbeTexts.datasets
     site: Site
@@ -70,30 +70,30 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: an SAE, or a baseline of an SAE or of a hook point."""
+    """An SAE, or a baseline of an SAE or of a hook point."""
 
     name: str
-    label: str  # what tables, folders and files of rows call it: no other of the run is called so
+    label: str  # its name in tables, folders and files of rows; unique in the run
     folder: Path  # of its result files, unless another SAE's lie there
     sites: tuple[Site, ...]  # in order of layers
-    counts_bos: bool  # whether BOS counts in its whole-text figures
+    counts_bos: bool  # whether its whole-text figures include BOS
     source: SaeSource | None  # itself; of a baseline, the SAE it is made from, if it is made from one
     baseline: Baseline | None = None
 
     @property
     def reconstructs(self) -> bool:
-        """Whether it gives a reconstruction; the names do not."""
+        """Whether it has a reconstruction; `names` has none."""
         return self.baseline is None or self.baseline.reconstructs
 
     @property
     def has_latents(self) -> bool:
-        """Whether its codes are sparse latents that a probe may look at."""
+        """Whether its codes are sparse latents that can be probed."""
         return self.baseline is None or self.baseline.has_latents
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A request that was found to be possible: data, model and SAEs opened, nothing heavy loaded."""
+    """A checked request: data, model and SAEs are open, but no weights are loaded."""
 
     request: Request
     texts: ProbeTexts
@@ -109,21 +109,21 @@ class Plan:
 
     @property
     def saes(self) -> list[Subject]:
-        """The subjects that are no baselines."""
+        """The subjects that are not baselines."""
         return [subject for subject in self.subjects if subject.baseline is None]
 
     def find_widths(self, sites: Collection[Site]) -> dict[Site, int]:
-        """The width of each site of the model. Raises `RequestError` as `ModelInfo.widths`."""
+        """Return the width of each site of the model. Raises `RequestError` as `ModelInfo.widths`."""
         return self.setup.widths(self.info, sites)
 
     def tokenise(self, mentions: Sequence[Mention]) -> TokenisedMentions:
-        """Texts as the model is shown them. Raises `RequestError` for a name that has no token or does not fit."""
+        """Tokenise texts for the model. Raises `RequestError` for a name that has no token or does not fit."""
         last_only = self.request.settings.positions == "last"
         return self.setup.tokens(mentions, self.info, prepend_bos=self.prepend_bos, last_only=last_only)
 
 
 def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | None = None) -> Plan:
-    """Open everything that was asked for. Raises `RequestError`, before anything heavy is loaded, if it can't be.
+    """Open everything in the request. Raises `RequestError`, before weights are loaded, if that fails.
 
     fetch: also have the SAEs' weights on this machine, and check them; else their configs only.
     labels: of the SAEs, by their names, where this is a part of a request that has more; else by `distinct_slugs`.
@@ -159,10 +159,10 @@ def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | 
 
 
 def go_on(plan: Plan) -> Plan:
-    """The plan with the choices that the results which are there already were made with.
+    """Return the plan with the choices of the results that already exist.
 
-    What `auto` means differs from one machine to the next, and what was measured exactly need not be sampled: a folder
-    holds numbers of one kind.
+    `auto` can resolve differently on another machine, and existing figures may be exact where new ones would be
+    sampled. All numbers in a folder use the same choices.
     """
     asked = plan.request.settings
     found = (read_key(path) for path in (() if asked.overwrite else _paths(plan)))
@@ -182,7 +182,7 @@ def go_on(plan: Plan) -> Plan:
 
 
 def _paths(plan: Plan) -> Iterator[Path]:
-    """The result files of a plan, whether or not they are there."""
+    """Return the paths of the result files of a plan, whether or not they exist."""
     out = plan.request.output
     usual = [subject.folder for subject in plan.subjects]
     for folder in dict.fromkeys([*usual, out, *(out / subject.label for subject in plan.saes)]):
@@ -191,7 +191,7 @@ def _paths(plan: Plan) -> Iterator[Path]:
 
 
 def open_sources(request: Request) -> list[SaeSource]:
-    """The SAEs that the request names or holds. Raises `RequestError` if one cannot be had."""
+    """Open the SAEs that the request names or holds. Raises `RequestError` if one is not available."""
     found: dict[str, SaeSource] = {}
     seen: set[str] = set()
     for sae in request.saes:
@@ -207,7 +207,7 @@ def open_sources(request: Request) -> list[SaeSource]:
 
 
 def in_model(source: SaeSource, modules: Mapping[str, str]) -> SaeSource:
-    """The source with the model's name of its place: what an MLP gives is `mlp_out` only if it is added as it is.
+    """Return the source with the model's name of its site: an MLP's output is `mlp_out` only if added unchanged.
 
     modules: of `ModelInfo.names_of_modules`. `layers` and `attention` stand for the model's own names of these.
     """
@@ -235,7 +235,7 @@ def _sites(request: Request, info: ModelInfo, source: SaeSource) -> tuple[Site, 
 def _check_widths(
     info: ModelInfo, setup: SetupCache, sources: Sequence[SaeSource], sites: Sequence[Sequence[Site]]
 ) -> dict[Site, int]:
-    """The width of every site. Raises `RequestError` if there is no such hook point or an SAE has another width."""
+    """Return the width of every site. Raises `RequestError` if a hook point is missing or an SAE's width differs."""
     reads = [[site.read_by(source.input_hookpoint) for site in own] for source, own in zip(sources, sites, strict=True)]
     widths = setup.widths(info, {site for places in (*sites, *reads) for site in places})
     for source, written, read in zip(sources, sites, reads, strict=True):
@@ -250,9 +250,9 @@ def _check_widths(
 
 
 def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tuple[bool, list[bool]]:
-    """Whether texts begin with BOS, and for each SAE whether it counts in the whole-text figures.
+    """Decide whether texts begin with BOS, and for each SAE whether it counts in the whole-text figures.
 
-    As the SAEs were trained, unless something else is asked for; where their format is silent, if the model has one.
+    Follows the SAEs' training unless the request says otherwise. Formats that do not say: BOS if the model has it.
     """
     if asked != "auto":
         if asked != "none" and info.opening_token_id is None:
@@ -276,7 +276,7 @@ def _plan_subjects(
     sites: Sequence[tuple[Site, ...]],
     counts_bos: Sequence[bool],
 ) -> tuple[Subject, ...]:
-    """The SAEs and then their baselines, each with a folder of its own where there are several."""
+    """Return the SAEs and then their baselines, each with its own folder if there are several."""
     out = request.output
     folders = [out / label if len(sources) > 1 else out for label in labels]
     subjects = [
@@ -297,7 +297,7 @@ def _plan_subjects(
 
 
 def _refuse_reserved_names(texts: ProbeTexts) -> None:
-    """A probe's name is a key of the layer's record, beside the reconstruction figures."""
+    """Raise `RequestError` if a probe has the name of a figure: both are keys of the layer's record."""
     reserved = {field.name for field in (*fields(Reconstruction), *fields(Downstream))}
     for probe in (probe for dataset in texts.datasets for probe in dataset.probes):
         if probe.name in reserved:
@@ -319,7 +319,7 @@ def _refuse_too_few_people(texts: ProbeTexts, n_folds: int) -> None:
 
 
 def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFile]:
-    """A result file for each subject and dataset, ours alone until `held` is closed.
+    """Open a result file for each subject and dataset, locked until `held` is closed.
 
     Raises `RequestError` if one on disk was made by something else, or is being written by another run.
     """
@@ -333,9 +333,9 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
         "dtype": plan.dtype,
         **{field.name: getattr(request.settings, field.name) for field, _, rule in setting_fields() if rule.in_key},
     }
-    if plan.whole_tokens is not None:  # absent from files of before, which are of all tokens
+    if plan.whole_tokens is not None:  # absent from older files, which used all tokens
         shared["whole_tokens"] = plan.whole_tokens
-    if request.settings.downstream:  # absent from files of before, and where it was not asked for
+    if request.settings.downstream:  # absent from older files, and where not requested
         shared["downstream"] = True
     hashes = {subject.name: subject.source.fingerprint() for subject in plan.saes if subject.source is not None}
     config = request.described()
@@ -365,7 +365,7 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
 
 
 def _what_is_its_own(plan: Plan, subject: Subject, hashes: Mapping[str, str]) -> tuple[Json, Json]:
-    """What changes the numbers of this subject alone, and what `_run.config` says of it."""
+    """Return the key entries of this subject alone, and its entries of `_run.config`."""
     source, baseline = subject.source, subject.baseline
     own_hash = None if source is None else hashes[source.name]
     if baseline is not None:
@@ -382,7 +382,7 @@ def _what_is_its_own(plan: Plan, subject: Subject, hashes: Mapping[str, str]) ->
 
 
 def missing_cells(plan: Plan, files: Files) -> list[Cell]:
-    """What is not on disk: dataset by dataset, site by site in order of layers."""
+    """Return the cells that are not on disk, by dataset and then by site in order of layers."""
     return sorted(
         Cell(index, site, sae_id)
         for (sae_id, index), file in files.items()
@@ -392,7 +392,7 @@ def missing_cells(plan: Plan, files: Files) -> list[Cell]:
 
 
 def by_site(cells: Iterable[Cell]) -> dict[Site, list[SaeId]]:
-    """Sites in order of layers -> the subjects that have something to measure there, each once."""
+    """Return sites in order of layers -> the subjects that have something to measure there, each once."""
     found: dict[Site, set[SaeId]] = {}
     for cell in cells:
         found.setdefault(cell.site, set()).add(cell.subject)

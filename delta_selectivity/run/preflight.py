@@ -5,10 +5,10 @@
     check.examine(sae, site, counts_bos=False).problem()        # one line, or None
 
 A wrong layer or hook point, a forgotten normalisation, scaled inputs, a transposed decoder, texts without the BOS of
-the training: each gives numbers that look fine and are wrong. So the SAE is tried on what else it could have been
-trained on, and if it explains far more variance there than at the place it claims, that is what it was trained on. The
-measure is the fraction of variance unexplained (FVU) of the same tokens, without BOS and without attention sinks: a few
-tokens with a hundred times the usual norm would be nearly all of the variance, and other texts have others of them.
+the training: each gives numbers that look plausible and are wrong. So the preflight also evaluates the SAE at other
+sites and with other settings. If it explains far more variance there than as configured, it was probably trained there.
+The measure is the fraction of variance unexplained (FVU) on the same tokens, without BOS and attention sinks: a few
+tokens with a hundred times the usual norm would dominate the variance, and they differ from text to text.
 """
 
 from __future__ import annotations
@@ -39,49 +39,49 @@ log = logging.getLogger(__name__)
 N_TEXTS = 64
 N_TOKENS = 512
 FEW_TOKENS = 100
-"""With fewer, nothing is said: a handful of short texts has too little variance to explain."""
+"""Minimum sample: with fewer, there is no verdict, since a few short texts have too little variance."""
 
 FAR_BETTER = 0.8
-"""An alternative with less than this share of the FVU stops the run."""
+"""Stop the run if an alternative has less than this share of the FVU."""
 BETTER = 0.95
-"""One with less than this share is told."""
+"""Warn if an alternative has less than this share of the FVU."""
 MOST = 0.5
-"""Neither unless it explains most of the variance: an SAE that fits nothing fits some places a little less badly."""
+"""Upper limit of an alternative's FVU: an SAE that fits nowhere still fits some sites slightly better than others."""
 GOOD = 0.01
-"""An FVU below this is good enough for nobody to look further."""
+"""Do not try alternatives if the FVU is below this."""
 L0_FACTOR = 2
-"""A mean L0 further than this from what the config promises is told."""
+"""Warn if the mean L0 differs from the config's by more than this."""
 SAME = 1.02
 """Normalisations whose FVUs differ by less than this factor are named together."""
 BOS_ERROR = 3.0
-"""BOS is one and the same vector in every text: an SAE trained on it has it by heart. One whose squared error there is
-more than this many times that of an ordinary token was trained without it."""
+"""BOS has the same vector in every text, so an SAE trained on it reconstructs it well. If its squared error there is
+more than this many times that of an ordinary token, the SAE was trained without BOS."""
 
 PLACES = ("resid_post", "mlp_out", "attn_out", "mlp_in", "attn_in")
-"""Where else in its layer an SAE might belong."""
+"""Alternative sites of an SAE in its layer."""
 NORMALIZED = {"mlp_in": "mlp_normalized", "attn_in": "attn_normalized"}
 NORMALIZED |= {bare: full for full, bare in NORMALIZED.items()}
-"""What some of those who say that they read after a norm have read: without its weight and bias, or with them."""
+"""Inputs that SAEs at a site after a norm were trained on: without the norm's weight and bias, or with them."""
 SETTINGS = {
     "none": "normalize_activations: none",
     "centre": "model_from_pretrained_kwargs: {center_writing_weights: true}",
 }
-"""What an SAE Lens config says for an input norm, where that is not `normalize_activations` and its name."""
+"""SAE Lens config entries for input norms, where they are not `normalize_activations` and the norm's name."""
 SCALES = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0, 4.0, 8.0, 16.0, 64.0)
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A setting other than the one that the SAE's files and the command line give."""
+    """A setting other than that of the SAE's files and the command line."""
 
     what: str  # "at layer 4", "with layer_norm inputs", ...
-    fix: str  # what to do about it
+    fix: str  # the recommended action
     fvu: float
-    instead_of: float  # the FVU as things are, on the same tokens
+    instead_of: float  # the FVU as configured, on the same tokens
 
     @property
     def ratio(self) -> float:
-        """Below 1: it fits better."""
+        """FVU relative to that as configured; below 1, the alternative fits better."""
         return self.fvu / self.instead_of if self.instead_of > 0 else float("inf")
 
 
@@ -94,9 +94,9 @@ class Fit:
     n_tokens: int
     fvu: float
     l0: float  # mean latents per token
-    promised_l0: float | None  # by its config, where that says something
+    promised_l0: float | None  # from its config, if given
     norm: float  # mean Euclidean norm of what it reads
-    alternatives: tuple[Alternative, ...]  # the best first; none where it fits as it is
+    alternatives: tuple[Alternative, ...]  # the best first; empty if it fits as configured
 
     @property
     def best(self) -> Alternative | None:
@@ -106,11 +106,11 @@ class Fit:
 
     @property
     def misfits(self) -> bool:
-        """Whether something else fits so much better that the run should not begin."""
+        """Whether an alternative fits so much better that the run must stop."""
         return self.n_tokens >= FEW_TOKENS and self.best is not None and self.best.ratio < FAR_BETTER
 
     def problem(self) -> str | None:
-        """What its user should know before the run, in one line. A bad FVU alone the run itself will tell."""
+        """Return a one-line warning for the user, or None; the run itself reports a high FVU."""
         if self.n_tokens < FEW_TOKENS:
             return None
         where = f"{self.name}, layer {self.site.layer}, {self.site.hookpoint}"
@@ -131,10 +131,10 @@ def neighbours(
     modules: Mapping[str, str] | None = None,
     sums: bool = True,
 ) -> set[Site]:
-    """These sites (with their widths), and others that their SAEs might belong to.
+    """Return these sites (with their widths) and the alternative sites of their SAEs.
 
-    The same places of other layers, up to one beyond the last of the sites, and other places of the same layers; on
-    demand all places of all layers. None but the sites themselves where the model lacks one of those.
+    Alternatives are the same site in other layers, up to one beyond the last, and other sites in the same layers;
+    optionally all sites of all layers. Only the sites themselves are returned if the model lacks an alternative.
 
     modules: of `ModelInfo.names_of_modules`; what an MLP gives and what it adds are two places in some models.
     sums: also what MLP and attention add to the stream, which a model that scales it does not have.
@@ -156,10 +156,10 @@ def neighbours(
 
 @dataclass(frozen=True)
 class Preflight:
-    """Activations of a few texts, and a look at SAEs with them."""
+    """Activations of a few texts, for checking SAEs on them."""
 
     samples: Mapping[Site, SiteSample]  # of the same tokens at every site
-    other_bos: Mapping[Site, SiteSample]  # of the same texts with BOS if those have none, and without if they have
+    other_bos: Mapping[Site, SiteSample]  # of the same texts with the opposite choice of BOS
 
     @classmethod
     def sample(
@@ -169,7 +169,7 @@ class Preflight:
         tokenised: TokenisedMentions,
         seed: int,
     ) -> Preflight:
-        """Of some of the texts, drawn by seed. Raises ArithmeticError if an activation is NaN or Inf."""
+        """Sample activations of texts drawn by seed. Raises ArithmeticError if an activation is NaN or Inf."""
         few = tokenised.take(_draw(tokenised, seed))
         samples = calibrate(model, few, "last", seed, N_TOKENS)
         bos = info.opening_token_id
@@ -179,7 +179,7 @@ class Preflight:
         return cls(samples, calibrate(model, other, "last", seed, N_TOKENS))
 
     def scales(self) -> dict[Site, SiteScale]:
-        """Where the activations of each site lie."""
+        """Return the scale of the activations at each site."""
         rows = {site: sample.counted(False) for site, sample in self.samples.items()}
         return {site: SiteScale.of(x) for site, x in rows.items() if len(x)}
 
@@ -200,12 +200,12 @@ class Preflight:
         return Fit(sae.name, site, len(x), fvu, l0, sae.promised_l0, norm, best_first)
 
     def fvu(self, sae: Sae, site: Site) -> float | None:
-        """The FVU of an SAE at any site, without BOS; None where widths differ or nothing is known of the site."""
+        """Return an SAE's FVU at any site, without BOS; None if widths differ or the site was not sampled."""
         return _fvu_at(sae, site, self.samples)
 
 
 def _draw(tokenised: TokenisedMentions, seed: int) -> npt.NDArray[np.int64]:
-    """Texts by the hash of seed and ids: mostly the same ones when texts are added, so a cache has them already."""
+    """Draw texts by the hash of seed and ids; after texts are added, most draws stay the same and are cached."""
     drawn = [blake2b(ids.tobytes(), key=seed_key(seed)).digest() for ids in tokenised.ids]
     return np.array(sorted(range(len(drawn)), key=drawn.__getitem__)[:N_TEXTS], dtype=np.int64)
 
@@ -221,7 +221,7 @@ def _fvu_at(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> float |
 
 
 def _elsewhere(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fvu: float) -> Iterator[Alternative]:
-    """The same place in other layers, and other places in the same: of a transcoder, where else it might read."""
+    """Yield fits at the same site in other layers and at other sites; for a transcoder, other sites of its input."""
     for other in samples:
         if other.hookpoint == site.hookpoint and other != site:
             what, tried, at = f"layer {other.layer}", sae, other
@@ -237,7 +237,7 @@ def _elsewhere(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fvu: fl
 
 
 def _otherwise(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Alternative]:
-    """Other treatments of the same activations."""
+    """Yield fits with other treatments of the same activations."""
     transcodes = sae.input_hookpoint is not None
     by_norm = {
         kind: _fvu(x, _reconstruct(replace(sae, input_norm=kind), read))
@@ -246,7 +246,7 @@ def _otherwise(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Altern
     }
     best = min(by_norm.values())
     alike = [kind for kind, found in by_norm.items() if found <= SAME * best]
-    plainest = [kind for kind in alike if "," not in kind] or alike  # both of two where neither alone will do
+    plainest = [kind for kind in alike if "," not in kind] or alike  # else combinations of two
     says = " or ".join(" and ".join(map(_setting, kind.split(", "))) for kind in plainest)
     yield Alternative("with other treatment of its inputs", f"its config should say {says}", best, fvu)
     if sae.input_norm in ("none", "centre") and not transcodes:
@@ -276,7 +276,7 @@ def _with_other_bos(sae: Sae, site: Site, both: Preflight, fvu: float) -> Iterat
 
 
 def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> Iterator[Alternative]:
-    """BOS tokens that count in its figures although it never learnt them."""
+    """Yield an alternative if BOS counts in the figures but the SAE was trained without it."""
     sample, read = samples[site], samples[site.read_by(sae.input_hookpoint)]
     if not bool(sample.bos.any()):
         return
@@ -290,9 +290,9 @@ def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> It
 
 
 def _ordinary(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> tuple[Tensor, Tensor]:
-    """What the SAE reads and what it is to give, of tokens that are neither BOS nor sinks: `[tokens, d]` on its device.
+    """Return the SAE's input and target at tokens other than BOS and sinks: `[tokens, d]` on its device.
 
-    A sink's norm is above `OUTLIER` times the median, where it is read or at the site.
+    A sink's norm is above `OUTLIER` times the median, at the SAE's input or at the site.
     """
     places = [samples[place].counted(False) for place in (site.read_by(sae.input_hookpoint), site)]
     if len(places[0]):
@@ -308,7 +308,7 @@ def _reconstruct(sae: Sae, read: Tensor) -> Tensor:
 
 
 def _fvu(x: Tensor, recon: Tensor) -> float:
-    """Squared error over squared deviation from the mean; 0 of no variance is 0."""
+    """Return squared error over squared deviation from the mean; 0 if both are 0."""
     x, recon = x.cpu().double(), recon.cpu().double()  # MPS lacks float64
     error, total = (x - recon).square().sum(), (x - x.mean(dim=0)).square().sum()
     return float(error / total.clamp(min=torch.finfo(torch.float64).tiny))

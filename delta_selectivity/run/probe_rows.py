@@ -29,19 +29,19 @@ from delta_selectivity.settings import PROBING, Settings
 from delta_selectivity.system.cores import sharing_cores
 
 FIGURES = ("mse_pos", "fvu_pos", "cosine", "n_probed")
-"""What is known of a reconstruction of rows alone."""
+"""Figures that are defined for the reconstruction of rows alone."""
 
 
 @dataclass(frozen=True)
 class RowsResult:
-    """What was measured in a file of rows."""
+    """The results of a file of rows."""
 
     saes: Mapping[str, CellResult]
     rows: Rows
     settings: Settings
 
     def warnings(self) -> list[str]:
-        """What a reader of the numbers must know, a line each."""
+        """Return warnings about the numbers, a line each."""
         saes = self.rows.about.get("saes", {})
         lines = [
             f"{name}{line}"
@@ -51,7 +51,7 @@ class RowsResult:
         return [*lines, ONE_PARTITION] if self.settings.repeats == 1 else lines
 
     def to_json(self) -> Json:
-        """Plain numbers: SAE -> its figures, and probe -> record; `_run` says how they came about."""
+        """Return plain numbers: SAE -> its figures, and probe -> record; `_run` records how they were computed."""
         asked = {name: getattr(self.settings, name) for name in PROBING}
         about = {name: value for name, value in self.rows.about.items() if name not in ("settings", "datasets")}
         run = {**describe_run({**asked, "rows": about}), "warnings": self.warnings()}
@@ -71,12 +71,12 @@ def probe_rows(rows: Rows, settings: Settings, device: str) -> RowsResult:
     """Measure every SAE of a file of rows with every probe.
 
     Args:
-        rows: What `records.rows_file.load` gives.
-        settings: Those of `PROBING` count.
+        rows: The result of `records.rows_file.load`.
+        settings: Only those of `PROBING` have an effect.
         device: Where probes are fitted. On a CPU one set of probes on each core, one thread each, as in a run.
 
     Raises:
-        RequestError: Latents are asked for, a name has a meaning of its own, or the solver cannot be had.
+        RequestError: Latent views are requested, a name is reserved, or the solver is not available.
         ArithmeticError: A reconstruction is too large for its error or its probes.
     """
     check_views(settings)
@@ -107,7 +107,7 @@ def probe_rows(rows: Rows, settings: Settings, device: str) -> RowsResult:
 
 
 def _sets(probes: Sequence[RowProbe]) -> list[list[RowProbe]]:
-    """Probes of one dataset on the same rows, which a run measures together: so sums have one order in both."""
+    """Return the probes grouped as in a run, by dataset and rows, so that both sum in the same order."""
     groups: dict[tuple[str, bytes], list[RowProbe]] = {}
     for probe in probes:
         groups.setdefault((probe.dataset, probe.rows.tobytes()), []).append(probe)
@@ -141,7 +141,7 @@ def _result(rows: Rows, records: Json, x: Tensor, name: str) -> CellResult:
 
 @dataclass(frozen=True)
 class _NoLatents:
-    """The codes of rows of which only the reconstruction is known."""
+    """Empty codes, for rows that come with a reconstruction only."""
 
     crow: Tensor
     col: Tensor
@@ -149,7 +149,7 @@ class _NoLatents:
 
 
 def _figures(x: Tensor, recon: Tensor) -> Reconstruction:
-    """Of all rows of the file, whichever probes they are part of; nothing is known of codes and whole texts."""
+    """Return the figures over all rows of the file; those of codes and whole texts are None."""
     sums = ReconstructionSums.empty(x.shape[1], 0, "cpu")
     none = torch.empty(0, dtype=torch.int64)
     sums.probed.add(x, recon, _NoLatents(torch.zeros(len(x) + 1, dtype=torch.int64), none, torch.empty(0)))
@@ -161,7 +161,7 @@ def _record(found: CellResult) -> Json:
 
 
 def _refuse_reserved_names(rows: Rows) -> None:
-    """Names of probes stand beside figures in the results, and names of SAEs beside `_run`."""
+    """Raise `RequestError` if a probe has the name of a figure, or an SAE is called `_run`: they share a mapping."""
     for probe in rows.probes:
         if probe.name in FIGURES:
             raise RequestError(f"a probe may not be called {probe.name!r}: that is a figure of the record; rename it")

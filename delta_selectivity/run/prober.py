@@ -1,9 +1,9 @@
-"""The consumer: store rows, and probe each dataset layer by layer once all of its rows are there.
+"""The consumer: stores rows and probes each dataset, layer by layer, once all its rows have arrived.
 
     prober = Prober(work, blocks, settings, ...)
     prober.run(queue)            # in the thread that `pipeline` gives it
 
-Every layer is handed on when it is measured.
+Each layer's results are passed on as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from delta_selectivity.tasks import Dataset, ProbeTexts
 
 log = logging.getLogger(__name__)
 
-TEXT_SHOWN = 60  # characters of a text in an error
+TEXT_SHOWN = 60  # maximum length of a text in an error message
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be measured, and how."""
+    """The cells to measure, with their probes and settings."""
 
     texts: ProbeTexts
     rows: RowTable
     widths: Mapping[Site, int]  # of the activations
     cells: Sequence[Cell]
     names: Sequence[str]  # of the subjects
-    codes: Mapping[SaeId, SparseRows]  # of baselines that reconstruct nothing: what a probe sees of each mention
+    codes: Mapping[SaeId, SparseRows]  # features of each mention, of baselines without a reconstruction
     latents_of: Set[SaeId]  # whose latents are a view
     settings: Settings
     device: torch.device  # of the probes
@@ -68,7 +68,7 @@ class Work:
 
     @property
     def n_probes(self) -> int:
-        """Results to come: (probe, layer, subject)."""
+        """The number of results to measure: (probe, layer, subject)."""
         return sum(len(self.texts.datasets[cell.dataset].probes) for cell in self.cells)
 
     def task_sets(self, index: int, keep: bool = False) -> list[TaskSet]:
@@ -77,7 +77,7 @@ class Work:
 
 
 class Prober:
-    """The consumer: keeps rows until a dataset is whole, then fits its probes and hands its results on."""
+    """The consumer, which stores rows until a dataset is complete, then fits its probes and passes on the results."""
 
     def __init__(
         self,
@@ -89,17 +89,17 @@ class Prober:
         keep: Keep,
         on_probes: Callable[[int], None],
         stop: threading.Event,
-        sets: Mapping[int, Sequence[TaskSet]] | None = None,  # by dataset, where they were made before
+        sets: Mapping[int, Sequence[TaskSet]] | None = None,  # by dataset, if made earlier
     ) -> None:
         self.work, self.blocks, self.keep = work, blocks, keep
         self.store_bytes, self.cores, self.clock = store_bytes, cores, clock
         self.on_probes, self.stop, self.sets = on_probes, stop, sets
         self._datasets = work.datasets
-        self._done: list[BlockDone] = []  # blocks of which a dataset is still to be probed
+        self._done: list[BlockDone] = []  # blocks with a dataset that is still to be probed
         self._left = set(self._datasets)
 
     def run(self, queue: Iterable[Item]) -> None:
-        """Take everything from the queue; returns early, between two layers, once `stop` is set."""
+        """Process the queue to its end; return early, between two layers, once `stop` is set."""
         backend, reason = choose_backend(self.work.settings.probe, self.work.device)  # cuML's settings are per thread
         log.info("probes by %s: %s", backend.name, reason)
         views: set[tuple[Site, SaeId | None]] = {(cell.site, None) for cell in self.work.cells}
@@ -165,7 +165,7 @@ class Prober:
     def _scores(
         self, task_set: TaskSet, site: Site, subjects: Sequence[SaeId], store: RowStore, backend: ProbeBackend
     ) -> dict[SaeId, OutOfFold]:
-        """Scores by subject; the model's view and the control task are fitted once."""
+        """Return scores by subject; the model's view and the control task are fitted once."""
         model = task_set.fit_model(site, store, backend, self.work.device, self.work.fit_model)
         asked = self.work.settings.views
         found = {}
@@ -179,12 +179,12 @@ class Prober:
         return found
 
     def _nothing(self, index: int, site: Site, subject: SaeId) -> CellResult:
-        """A result with its reconstruction figures, and no probe yet."""
+        """Return a result with its reconstruction figures and no probes."""
         return CellResult(self._figures(index, site, subject), {}, {})
 
     def _figures(self, index: int, site: Site, subject: SaeId) -> Reconstruction:
         if subject in self.work.codes:
-            return ReconstructionSums.empty(d=0, d_sae=0, device="cpu").figures()  # of no rows
+            return ReconstructionSums.empty(d=0, d_sae=0, device="cpu").figures()  # no rows: no reconstruction
         limit = self.work.sample.limits[index]
         parts = (item.sums[site, subject].only(limit) for item in self._done if index in item.block.datasets)
         return reduce(ReconstructionSums.merge, parts).figures(limit)
@@ -211,7 +211,7 @@ def _add(result: CellResult, names: Sequence[str], found: OutOfFold, epsilon: fl
 
 
 def _in_order(result: CellResult, dataset: Dataset) -> CellResult:
-    """The same with the probes in the order of the dataset."""
+    """Return the result with the probes in the order of the dataset."""
     names = [probe.name for probe in dataset.probes]
     records: Json = {name: result.records[name] for name in names}
     return replace(result, records=records, scores={n: result.scores[n] for n in names if n in result.scores})

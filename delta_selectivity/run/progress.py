@@ -12,7 +12,7 @@ from delta_selectivity.system.bars import open_bar
 class ProgressBars:
     """One bar for texts and one for probes, with rate, time left and queue depth; silent if `quiet`.
 
-    A bar is a courtesy: a terminal that is gone ends the drawing, never the run.
+    If the terminal is closed, drawing stops and the run continues.
     """
 
     def __init__(self, n_texts: int, n_probes: int, queue: BoundedQueue[Any], quiet: bool) -> None:
@@ -26,14 +26,14 @@ class ProgressBars:
         )
 
     def texts(self, n: int) -> None:
-        """`n` more texts went through the model."""
+        """Count `n` more texts as processed by the model."""
         if self._texts is None:
             return
         self._texts.set_postfix_str(f"queue {self._queue.nbytes / 1024**2:.0f} MB", refresh=False)
         self._texts.update(n)
 
     def probes(self, n: int) -> None:
-        """`n` more (probe, layer, SAE) results are on disk."""
+        """Count `n` more (probe, layer, SAE) results as stored."""
         if self._probes is not None:
             self._probes.update(n)
 

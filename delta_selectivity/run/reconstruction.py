@@ -5,7 +5,7 @@
     sums.whole[limit].add(x, recon, latents, tokens, n_counted)    # tokens of whole texts, batch by batch
     sums.figures(limit).fvu_whole
 
-Nothing that adds waits for the device. `docs/numbers.md` defines every figure.
+Adding never waits for the device. `docs/numbers.md` defines every figure.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ALL = 2**64
 
 
 class Latents(Protocol):
-    """What is needed of sparse codes; ``saes.SparseRows`` has it."""
+    """The part of sparse codes used here; implemented by ``saes.SparseRows``."""
 
     @property
     def crow(self) -> Tensor:
-        """Where the latents of each row begin, and the end of the last ``[rows + 1]``."""
+        """The start of each row's latents, and the end of the last ``[rows + 1]``."""
         ...
 
     @property
@@ -46,7 +46,7 @@ class Latents(Protocol):
 
 
 class SiteScale(NamedTuple):
-    """Where the activations of a site lie, by a few hundred tokens."""
+    """Location and scale of a site's activations, from a few hundred tokens."""
 
     mean: Tensor
     """float32 ``[d]``."""
@@ -55,23 +55,23 @@ class SiteScale(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> SiteScale:
-        """Of x ``[tokens, d]``."""
+        """Estimate the scale from x ``[tokens, d]``."""
         return cls(x.mean(dim=0), OUTLIER * float(torch.linalg.vector_norm(x, dim=1).median()))
 
 
 class TokenFacts(NamedTuple):
-    """What is known of tokens before an SAE is, on the device of their activations."""
+    """Facts about tokens that do not depend on an SAE, on the device of the activations."""
 
     number: Tensor
-    """Tells the token from all others. int64 ``[tokens]``."""
+    """Unique number of the token. int64 ``[tokens]``."""
     distance: Tensor
-    """Squared distance of x from about the mean. float32 ``[tokens]``."""
+    """Squared distance of x from the approximate mean. float32 ``[tokens]``."""
     outlying: Tensor | None = None
-    """Whether the norm of x is beyond the limit. bool ``[tokens]``; None: of no token."""
+    """Whether the norm of x exceeds the limit. bool ``[tokens]``; None: for no token."""
 
     @classmethod
     def of(cls, x: Tensor, number: Tensor, scale: SiteScale | None) -> TokenFacts:
-        """Of x ``[tokens, d]``. Without a scale about their own mean, and none is an outlier. No GPU is waited for."""
+        """Compute the facts of x ``[tokens, d]``; without a scale, by its own mean, with no outliers. Never waits."""
         centre = x.mean(dim=0) if scale is None else scale.mean
         distance = torch.linalg.vector_norm(x - centre, dim=1).square()
         if scale is None:
@@ -81,7 +81,7 @@ class TokenFacts(NamedTuple):
         return cls(number, distance, None if none else outlying)
 
     def select(self, rows: Tensor) -> TokenFacts:
-        """Those of some of the tokens, int64 ``[n]``."""
+        """Return the facts of some of the tokens, int64 ``[n]``."""
         outlying = None if self.outlying is None else self.outlying.index_select(0, rows)
         return TokenFacts(self.number.index_select(0, rows), self.distance.index_select(0, rows), outlying)
 
@@ -135,26 +135,26 @@ class ReconstructionSums:
     def empty(
         cls, d: int, d_sae: int, device: torch.device | str, limits: Collection[int] = (ALL,)
     ) -> ReconstructionSums:
-        """No rows; d: width of the activations."""
+        """Return sums over no rows; d: width of the activations."""
         return cls(ProbedSums.empty(d, device), {limit: WholeSums.empty(d, d_sae, device) for limit in limits})
 
     def merge(self, other: ReconstructionSums) -> ReconstructionSums:
-        """The sums over both sets of rows, on this one's device. Both are of the same limits."""
+        """Return the sums over both sets of rows, on this one's device. Both must have the same limits."""
         whole = {limit: sums.merge(other.whole[limit]) for limit, sums in self.whole.items()}
         return ReconstructionSums(self.probed.merge(other.probed), whole)
 
     def only(self, limit: int) -> ReconstructionSums:
-        """The same without the other limits."""
+        """Return the sums without the other limits."""
         return ReconstructionSums(self.probed, {limit: self.whole[limit]})
 
     def to(self, device: torch.device | str) -> ReconstructionSums:
-        """The same sums on another device."""
+        """Return the sums on another device."""
         return ReconstructionSums(
             self.probed.to(device), {limit: sums.to(device) for limit, sums in self.whole.items()}
         )
 
     def figures(self, limit: int = ALL) -> Reconstruction:
-        """Divide. This waits for the device."""
+        """Divide the sums to get the figures. This waits for the device."""
         probed, whole = self.probed.to("cpu"), self.whole[limit].to("cpu")
         errors = whole.ordinary.merge(whole.outliers)
         n_probed, n_tokens = int(probed.errors.n), int(errors.n)
@@ -191,11 +191,11 @@ class ProbedSums:
 
     @classmethod
     def empty(cls, d: int, device: torch.device | str) -> ProbedSums:
-        """No rows."""
+        """Return sums over no rows."""
         return cls(_ErrorSums.empty(d, device), _zeros(3, device=device))
 
     def add(self, x: Tensor, recon: Tensor, latents: Latents) -> None:
-        """x and recon ``[rows, d]``, and their latents."""
+        """Add x and recon ``[rows, d]``, and their latents."""
         new, _ = _ErrorSums.of(x, recon)
         self.errors = self.errors.merge(new)
         cosine = F.cosine_similarity(x.float(), recon.float(), dim=1).sum(dtype=torch.float64)
@@ -203,12 +203,12 @@ class ProbedSums:
         self.others = self.others + torch.stack([cosine, latents.value.count_nonzero().double(), l1])
 
     def merge(self, other: ProbedSums) -> ProbedSums:
-        """Both sets of rows, on this one's device."""
+        """Return the sums over both sets of rows, on this one's device."""
         other = other.to(self.others.device)
         return ProbedSums(self.errors.merge(other.errors), self.others + other.others)
 
     def to(self, device: torch.device | str) -> ProbedSums:
-        """The same sums on another device."""
+        """Return the sums on another device."""
         return ProbedSums(self.errors.to(device), self.others.to(device))
 
 
@@ -231,7 +231,7 @@ class WholeSums:
 
     @classmethod
     def empty(cls, d: int, d_sae: int, device: torch.device | str) -> WholeSums:
-        """No tokens."""
+        """Return sums over no tokens."""
         errors, none = _ErrorSums.empty(d, device), torch.zeros(2, d_sae, dtype=torch.int64, device=device)
         return cls(errors, errors, _zeros(4, device=device), none, 0)
 
@@ -254,7 +254,7 @@ class WholeSums:
         return errors
 
     def merge(self, other: WholeSums) -> WholeSums:
-        """Both sets of tokens, on this one's device."""
+        """Return the sums over both sets of tokens, on this one's device."""
         other = other.to(self.fired.device)
         return WholeSums(
             self.ordinary.merge(other.ordinary),
@@ -265,7 +265,7 @@ class WholeSums:
         )
 
     def to(self, device: torch.device | str) -> WholeSums:
-        """The same sums on another device; these if it is theirs."""
+        """Return the sums on another device; itself if it is already there."""
         if self.fired.device == torch.device(device):
             return self
         return WholeSums(
@@ -287,15 +287,15 @@ class _ErrorSums:
 
     @classmethod
     def empty(cls, d: int, device: torch.device | str) -> _ErrorSums:
-        """No rows."""
+        """Return sums over no rows."""
         zeros = _zeros(2, device=device)
         return cls(zeros[0], zeros[0].expand(d), zeros)
 
     @classmethod
     def of(cls, x: Tensor, recon: Tensor, chosen: Tensor | None = None) -> tuple[_ErrorSums, Tensor]:
-        """x and recon ``[rows, d]``, or the chosen rows of them (bool ``[rows]``).
+        """Return the sums of x and recon ``[rows, d]``, or of their chosen rows (bool ``[rows]``).
 
-        Also the squared error of each row, float32 ``[rows]``: 0 for one that was not chosen.
+        Also returns the squared error of each row, float32 ``[rows]``: 0 for rows that were not chosen.
 
         Residual streams have dimensions whose mean is 1e3 times their spread, so deviations are taken from the
         float32 mean, which is near enough for the differences to be exact, and corrected for its rounding.
@@ -308,25 +308,25 @@ class _ErrorSums:
         return cls(n, mean, sums), errors
 
     def merge(self, other: _ErrorSums) -> _ErrorSums:
-        """Both sets of rows."""
+        """Return the sums over both sets of rows."""
         merge = _merge_on_cpu if self.mean.device.type == "cpu" else _merge
         return _ErrorSums(self.n + other.n, *merge(self, other))
 
     def to(self, device: torch.device | str) -> _ErrorSums:
-        """The same sums on another device."""
+        """Return the sums on another device."""
         return _ErrorSums(self.n.to(device), self.mean.to(device), self.sums.to(device))
 
     def mse(self) -> float | None:
-        """Mean over rows and coordinates."""
+        """Return the mean squared error over rows and coordinates."""
         return _ratio(self.sums[0].item(), self.n.item() * self.mean.numel())
 
     def fvu(self) -> float | None:
-        """Fraction of variance unexplained."""
+        """Return the fraction of variance unexplained."""
         return _ratio(*self.sums.tolist())
 
 
 def _compare(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Tensor, ...]:
-    """As `_compare_on_cpu`. Float32 along each row, float64 over the rows: no float64 copy of the matrix."""
+    """Compute `_compare_on_cpu` in torch: float32 along each row, float64 over the rows, without a float64 copy."""
     weight = x.new_ones(len(x)) if chosen is None else chosen.to(x.dtype)
     n = weight.sum(dtype=torch.float64)
     divisor = n.clamp(min=1)
@@ -341,8 +341,8 @@ def _compare(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Tensor, .
 
 
 def _compare_on_cpu(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Tensor, ...]:
-    """Number of rows, and what `error_kernels.compare` gives of them."""
-    from delta_selectivity.run.error_kernels import compare  # here: Numba takes a while to load
+    """Return the number of rows and the results of `error_kernels.compare`."""
+    from delta_selectivity.run.error_kernels import compare  # imported here: Numba is slow to load
 
     rows = np.arange(len(x)) if chosen is None else chosen.numpy().nonzero()[0]
     found = compare(x.contiguous().numpy(), recon.contiguous().numpy(), rows)
@@ -350,7 +350,7 @@ def _compare_on_cpu(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Te
 
 
 def _merge(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]:
-    """As `error_kernels.merge`."""
+    """Compute `error_kernels.merge` in torch."""
     apart, share = theirs.mean - ours.mean, theirs.n / (ours.n + theirs.n).clamp(min=1)
     between = apart.square().sum() * (ours.n * share)
     return ours.mean + apart * share, ours.sums + theirs.sums + torch.stack([torch.zeros_like(between), between])
@@ -382,7 +382,7 @@ def _note_fired(number: Tensor, latents: Latents, fired: Tensor) -> None:
 def _standard_errors(
     whole: WholeSums, errors: _ErrorSums, mse: float | None, fvu: float | None
 ) -> tuple[float | None, float | None, float | None]:
-    """Of mse, fvu and the share of dead latents, as estimates of what all tokens would give.
+    """Return standard errors of mse, fvu and the share of dead latents as estimates for all tokens.
 
     Ratios by linearisation, the tokens being drawn one by one, with the share that was taken as the finite-population
     correction (Cochran 1977, 2.11 and 6.4). Dead latents by the jackknife: those that fired on one token alone are dead
@@ -395,7 +395,7 @@ def _standard_errors(
     distances, ee, es, ss = whole.products.tolist()
 
     def of_ratio(ratio: float | None, squares: float, denominator: float) -> float | None:
-        """squares: of the residuals, numerator minus ratio times denominator, added up over tokens."""
+        """Return a ratio's standard error; squares: sum over tokens of (numerator - ratio x denominator)^2."""
         return None if ratio is None else math.sqrt(left * n / (n - 1) * max(squares, 0.0)) / denominator
 
     width = errors.mean.numel()

@@ -1,4 +1,4 @@
-"""The class `Request`: everything that a run is asked for."""
+"""The class `Request`: the complete specification of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from delta_selectivity.tasks import GurneeData, TaskName, UserData
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure, how, and where it goes."""
+    """What to measure, with which settings, and where to write it."""
 
     model: str  # hub id, local folder, GGUF file or name of a packaged model
     saes: tuple[str | SaeSource, ...]  # names as `expand_names` takes them, or SAEs in memory
@@ -35,7 +35,7 @@ class Request:
             raise RequestError("`tasks` is empty: name at least one")
 
     def described(self) -> dict[str, Any]:
-        """What `_run.config` of a result file says of the request: plain values by the names of the flags."""
+        """Return the request for `_run.config` of a result file: plain values by the names of the flags."""
         own = next((task for task in self.tasks if isinstance(task, UserData)), UserData(""))
         folders = [str(task.data_dir) for task in self.tasks if isinstance(task, GurneeData)]
         return {
@@ -58,7 +58,7 @@ class Request:
 
 
 def parse_layers(spec: str) -> tuple[int, ...] | None:
-    """'0,1,2', '0-11', '0,4-6' -> sorted layers; 'all' -> None. Raises `RequestError` on anything else."""
+    """Parse '0,1,2', '0-11' or '0,4-6' to sorted layers, and 'all' to None. Raises `RequestError` on anything else."""
     if spec.strip().lower() == "all":
         return None
     layers: set[int] = set()
@@ -76,7 +76,7 @@ def parse_layers(spec: str) -> tuple[int, ...] | None:
 
 
 def choose_devices(device1: str | None, device2: str | None) -> tuple[str, str]:
-    """The devices of model and probes: those asked for, else what the machine has. Raises `RequestError`."""
+    """Return the devices of model and probes: those requested, else the best of the machine. Raises `RequestError`."""
     n_gpus = torch.cuda.device_count()
     device1 = device1 or ("cuda:0" if n_gpus else "cpu")
     device2 = device2 or ("cuda:1" if n_gpus > 1 and device1 != "cuda:1" else device1)

@@ -14,7 +14,7 @@ from delta_selectivity.models.language_model import ActivationSource, Site
 class ResidentModel:
     """A model whose activations stay in memory, batch by batch, as far as there is room.
 
-    The rows of a batch that finds no room are computed again whenever they are asked for.
+    Batches that do not fit are computed again at each request.
     """
 
     def __init__(self, model: ActivationSource, limit_bytes: int) -> None:
@@ -25,7 +25,7 @@ class ResidentModel:
 
     @property
     def device(self) -> torch.device:
-        """Where activations are given."""
+        """Device of the activations."""
         return self._model.device
 
     def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
@@ -34,7 +34,7 @@ class ResidentModel:
         with self._lock:
             kept = self._kept.get(name)
         if kept is not None:
-            return dict(kept)  # the caller takes sites out of it
+            return dict(kept)  # a copy, since the caller removes sites
         rows = self._model.token_rows(ids, lengths, skip)
         size = sum(x.nbytes for x in rows.values())
         with self._lock:

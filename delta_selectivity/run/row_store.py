@@ -1,8 +1,8 @@
 """Store rows of activations and reconstructions until their datasets are probed.
 
-On the probes' GPU while it has room for them, else in memory; beyond the limit in memory-mapped temporary files,
-slower but whole. The files have no names, so that the kernel takes them back whatever ends the process, and all of
-their room, so that a full disk is an error here and not a signal at some later store. Codes are in a `CodeStore`.
+Rows are on the probes' GPU while they fit, else in memory; beyond the limit they are in memory-mapped temporary files,
+which are slower. The files are unnamed, so that the kernel removes them however the process ends, and are allocated in
+full, so that a full disk is an error here and not a signal at a later write. Codes are in a `CodeStore`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NOT_FINITE = "NaN, Inf or values beyond 1e19, whose squares are Inf in float32,"
 
 
 class NonFiniteError(ValueError):
-    """NaN or Inf where a number belongs, or what is too large for the sums that are made of it."""
+    """Error for NaN, Inf, or numbers too large for the sums computed from them."""
 
     def __init__(self, site: Site, sae_id: SaeId | None, mention: int) -> None:
         super().__init__(f"{NOT_FINITE} at {site}, SAE {sae_id}, mention {mention}")
@@ -53,18 +53,18 @@ class RowStore:
         self._codes = CodeStore(n_rows, max_bytes)
         self._broken: dict[tuple[Site, SaeId | None], Tensor] = {}  # first mention with NaN or Inf, by view; int64 []
         shapes = {view: (n_rows, d) for view, d in widths.items()}
-        self._in_files = sum(n * d * 4 for n, d in shapes.values()) > max_bytes  # where they do not live on the GPU
+        self._in_files = sum(n * d * 4 for n, d in shapes.values()) > max_bytes  # None while the rows are on the GPU
         rows = _allocate_on_gpu(list(shapes.values()), device) if device.type == "cuda" else None
         self._on_gpu = rows is not None
         self._rows = dict(zip(shapes, rows or [self._on_host(shape) for shape in shapes.values()], strict=True))
 
     @property
     def place(self) -> str:
-        """Where the rows live: gpu, memory or files."""
+        """Where the rows are stored: gpu, memory or files."""
         return "gpu" if self._on_gpu else "files" if self._in_files else "memory"
 
     def put(self, rows: LayerRows) -> None:
-        """Keep a batch's rows. A GPU that computes them is not waited for.
+        """Store a batch's rows, without waiting for a GPU that computes them.
 
         Raises `NonFiniteError` if one of its texts is broken; of rows from a GPU, `get` does.
         """
@@ -87,7 +87,7 @@ class RowStore:
         target.index_copy_(0, row_ids.to(target.device), values.to(target.device))
 
     def get(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
-        """Rows [len(row_ids), d] of x (`sae_id` None) or of an SAE's reconstruction, on `device`.
+        """Return rows [len(row_ids), d] of x (`sae_id` None) or of an SAE's reconstruction, on `device`.
 
         Raises `NonFiniteError` as `put`.
         """
@@ -95,7 +95,7 @@ class RowStore:
         return self._within_memory(partial(self._pick, site, sae_id, row_ids, device))
 
     def get_latents(self, site: Site, sae_id: SaeId, row_ids: Tensor, device: torch.device) -> Tensor:
-        """An SAE's codes of these rows: a sparse CSR tensor, float32 [len(row_ids), d_sae], on `device`.
+        """Return an SAE's codes of these rows: a sparse CSR tensor, float32 [len(row_ids), d_sae], on `device`.
 
         Entries of a row are neither sorted nor distinct: a latent's values there are meant to be added.
         """
@@ -106,7 +106,7 @@ class RowStore:
         return source.index_select(0, row_ids.to(source.device)).to(device)
 
     def _within_memory(self, work: Callable[[], T]) -> T:
-        """The work's result; where the GPU's memory ran out, with the rows gone from there."""
+        """Return the work's result; if GPU memory runs out, move the rows to the host and retry."""
         try:
             return work()
         except ERRORS as error:
@@ -116,7 +116,7 @@ class RowStore:
         return work()
 
     def _leave_gpu(self) -> None:
-        """Move all rows to the host: of what is on the GPU they alone could be elsewhere."""
+        """Move all rows to host memory; nothing else on the GPU can move."""
         for view, rows in self._rows.items():
             self._rows[view] = self._on_host(rows.shape).copy_(rows)
         self._on_gpu = False
@@ -127,7 +127,7 @@ class RowStore:
         return _in_file(*shape) if self._in_files else torch.empty(shape, dtype=torch.float32)
 
     def close(self) -> None:
-        """Let go of the rows and of their files."""
+        """Release the rows and their files."""
         self._rows = {}
         self._codes.close()
 
@@ -141,7 +141,7 @@ class RowStore:
 
 
 def _allocate_on_gpu(shapes: Sequence[tuple[int, int]], device: torch.device) -> list[Tensor] | None:
-    """Matrices of these shapes there; None if they would take over half of what is free, or the GPU refuses."""
+    """Allocate matrices on the GPU; None if they need over half of the free memory, or allocation fails."""
     if sum(n * d * 4 for n, d in shapes) >= torch.cuda.mem_get_info(device)[0] // 2:
         return None
     try:
@@ -154,7 +154,7 @@ def _allocate_on_gpu(shapes: Sequence[tuple[int, int]], device: torch.device) ->
 
 
 def _in_file(n_rows: int, d: int) -> Tensor:
-    """A matrix [n_rows, d] in a temporary file. Raises OSError if the disk has no room for all of it."""
+    """Create a matrix [n_rows, d] in a temporary file. Raises OSError if the disk lacks room for it."""
     n_bytes = max(n_rows * d * 4, 1)
     descriptor, path = tempfile.mkstemp(prefix="delta-selectivity-")
     try:
@@ -169,7 +169,7 @@ def _in_file(n_rows: int, d: int) -> Tensor:
 
 
 def _allocate(descriptor: int, n_bytes: int) -> None:
-    """Give a new file all of its room. Raises OSError if the disk lacks it."""
+    """Allocate the full size of a new file. Raises OSError if the disk lacks room."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, n_bytes)
         return

@@ -11,7 +11,7 @@ from delta_selectivity.tasks import TokenisedMentions
 
 @dataclass(frozen=True)
 class RowTable:
-    """Which rows of activations the mentions give: one each for `last` and `mean`, one a name token for `all`."""
+    """The rows of each mention: one for `last` and `mean`, one per name token for `all`."""
 
     positions: str  # last, mean, all
     start: np.ndarray  # int64 [mentions + 1]; mention m has rows start[m] .. start[m + 1] - 1
@@ -21,7 +21,7 @@ class RowTable:
 
     @classmethod
     def build(cls, tokenised: TokenisedMentions, positions: str) -> RowTable:
-        """Rows in the order of the mentions."""
+        """Build the rows in the order of the mentions."""
         length = tokenised.last - tokenised.first + 1
         count = length if positions == "all" else np.ones_like(length)
         mention = np.repeat(np.arange(len(count)), count)
@@ -34,11 +34,11 @@ class RowTable:
         return len(self.mention)
 
     def count(self, mentions: np.ndarray) -> np.ndarray:
-        """How many rows each mention has: int64 [mentions]."""
+        """Return the number of rows of each mention: int64 [mentions]."""
         return self.start[mentions + 1] - self.start[mentions]
 
     def of(self, mentions: np.ndarray) -> np.ndarray:
-        """Row ids of the mentions, mention by mention: int64."""
+        """Return the row ids of the mentions, mention by mention: int64."""
         if self.positions != "all":
             return mentions
         return np.concatenate([np.arange(self.start[m], self.start[m + 1]) for m in mentions])

@@ -25,14 +25,14 @@ from delta_selectivity.tasks import Dataset, Probe, ProbeTexts
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Probes on the same rows: one partition into folds and one set of fits serve them all."""
+    """Probes on the same rows, which share their folds and fits."""
 
     names: tuple[str, ...]  # of the probes
     row_ids: Tensor  # int64 [rows]
     plan: FoldPlan
     control: FoldPlan | None  # of the control task; None: too few token types
     codes: Mapping[SaeId, SparseRows]  # [rows, any], of baselines that reconstruct nothing
-    kept: dict[Site, ModelFit] | None = None  # fits of the model view, for whoever measures one SAE after another
+    kept: dict[Site, ModelFit] | None = None  # fits of the model view, reused when SAEs are measured one after another
     _code_fits: dict[SaeId, ViewFit] = field(default_factory=dict)  # the same in every layer
     _fitting: threading.Lock = field(default_factory=threading.Lock)  # one layer fits them, the others wait for it
 

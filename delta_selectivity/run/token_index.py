@@ -23,7 +23,7 @@ MOST_TOKENS = 2**32
 
 @dataclass(frozen=True)
 class Encoded:
-    """Which of a batch's real tokens an SAE encodes."""
+    """The real tokens of a batch that an SAE encodes."""
 
     rows: Tensor | None  # int64 [encoded], among the real tokens; None: all of them
     probed: Tensor  # int64 [probed]: the name tokens among the encoded ones
@@ -33,7 +33,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TokenIndex:
-    """Places of a batch's tokens. Made on the CPU, so that nothing waits for the device."""
+    """Positions of a batch's tokens, built on the CPU so that nothing waits for the device."""
 
     mention: Tensor  # int64 [real]: whose token it is
     number: Tensor  # int64 [real]: of the token, among those of all texts
@@ -47,7 +47,7 @@ class TokenIndex:
     def build(
         cls, batch: TokenBatch, rows: RowTable, skip: int, sample: TokenSample, limits: Sequence[int]
     ) -> TokenIndex:
-        """skip: tokens that each text lost at its beginning: the BOS that does not count; limits: of the sample."""
+        """Build the index. skip: tokens removed from each text's start (an uncounted BOS); limits: of the sample."""
         n_texts, kept = len(batch.lengths), batch.lengths - skip
         kept_before = torch.cumsum(kept, 0) - kept  # real tokens of earlier texts
         first = batch.last if rows.positions == "last" else batch.first
@@ -78,7 +78,7 @@ class TokenIndex:
         )
 
     def to(self, device: torch.device) -> TokenIndex:
-        """The same on a device, but for the row ids."""
+        """Move the index to a device, except the row ids."""
         if device.type == "cpu":
             return self
         moved = {
@@ -87,22 +87,22 @@ class TokenIndex:
         return replace(self, **moved)
 
     def pool(self, probed: Tensor) -> Tensor:
-        """Average the rows at the name tokens over each name, if that is a row: ``[rows, d]``."""
+        """Average the rows of each name, if each name is a row: ``[rows, d]``."""
         if self.offsets is None:
             return probed
         return embedding_bag(torch.arange(len(probed), device=probed.device), probed, self.offsets, mode="mean")
 
     def pool_codes(self, latents: SparseRows) -> SparseRows:
-        """Codes of the name tokens, or their mean over each name, as the SAE gives them.
+        """Return the SAE's codes of the name tokens, or their mean over each name.
 
-        What the decoder multiplies and adds to undo a normalisation of the input is no part of a code.
+        Codes exclude the scale and shift with which the decoder undoes an input normalisation.
         """
         latents = replace(latents, scale=None, shift=None)
         return latents if self.offsets is None else latents.means(self.offsets)
 
 
 def _encoded(counted: Tensor, drawn: Mapping[int, Tensor | None], probed: Tensor) -> Encoded:
-    """The tokens that count and were drawn by any limit, and the probed ones.
+    """Return the counted tokens that any limit draws, and the probed ones.
 
     counted: bool [real]; drawn: limit -> bool [real], None where it takes all.
     """
@@ -122,7 +122,7 @@ def _places(some: Tensor | None) -> Tensor | None:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """The same on a device: a tensor, or what holds some."""
+    """Move a tensor, or an object that holds tensors, to a device."""
     if isinstance(value, Encoded):
         return Encoded(*(_moved(getattr(value, field.name), device) for field in fields(value)))
     if isinstance(value, Mapping):

@@ -25,7 +25,7 @@ _GOLDEN, _MIX1, _MIX2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1C
 
 @dataclass(frozen=True)
 class TokenSample:
-    """Which tokens were drawn."""
+    """The drawn tokens."""
 
     hashes: npt.NDArray[np.uint64]
     """Of each mention's text and the seed."""
@@ -34,7 +34,7 @@ class TokenSample:
 
     @classmethod
     def draw(cls, tokenised: TokenisedMentions, texts: ProbeTexts, n_tokens: int | None, seed: int) -> TokenSample:
-        """About `n_tokens` of each dataset's tokens; all of those of a dataset that has no more, or if None."""
+        """Draw about `n_tokens` of each dataset's tokens; all if a dataset has no more, or if None."""
         length = np.array([len(ids) - tokenised.has_bos for ids in tokenised.ids], dtype=np.int64)  # BOS may not count
         limits = []
         for dataset in texts.datasets:
@@ -47,16 +47,16 @@ class TokenSample:
         return cls(hashes, tuple(limits))
 
     def limits_of(self, datasets: Iterable[int]) -> tuple[int, ...]:
-        """The limits of some datasets, each once, the lowest first."""
+        """Return the distinct limits of some datasets, the lowest first."""
         return tuple(sorted({self.limits[index] for index in datasets}))
 
     def texts(self, mentions: npt.NDArray[np.int64], dataset: int) -> npt.NDArray[np.int64]:
-        """Those of a dataset's mentions whose texts were drawn whole: of about as many tokens, by the same seed."""
+        """Return the mentions of a dataset whose whole texts are drawn: about as many tokens, by the same seed."""
         limit = self.limits[dataset]
         return mentions if limit == ALL else mentions[self.hashes[mentions] < np.uint64(limit)]
 
     def numbers(self, batch: TokenBatch, skip: int) -> npt.NDArray[np.uint64]:
-        """The number of each real token of a batch, text by text; skip: tokens that each text lost at its beginning."""
+        """Return the number of each real token of a batch, text by text; skip: tokens removed at each start."""
         kept = (batch.lengths - skip).numpy()
         start = np.repeat(np.cumsum(kept) - kept, kept)
         place = (np.arange(len(start)) - start + skip).astype(np.uint64)
@@ -69,7 +69,7 @@ def seed_key(seed: int) -> bytes:
 
 
 def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Uniform 64-bit numbers: the finaliser of SplitMix64 (Steele, Lea & Flood 2014)."""
+    """Return uniform 64-bit numbers by the finaliser of SplitMix64 (Steele, Lea & Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * _MIX1
     x = (x ^ (x >> np.uint64(27))) * _MIX2
     return x ^ (x >> np.uint64(31))

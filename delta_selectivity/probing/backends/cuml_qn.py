@@ -36,7 +36,7 @@ class CumlQn:
     _thread: threading.local = field(default_factory=threading.local, init=False, repr=False, compare=False)
 
     def setup(self) -> tuple[Any, Any]:
-        """The modules (cuml.linear_model, cupy), settled on the device and on CuPy output in this thread."""
+        """Return the modules (cuml.linear_model, cupy), set to the device and to CuPy output in this thread."""
         if not hasattr(self._thread, "modules"):
             cupy, cuml = importlib.import_module("cupy"), importlib.import_module("cuml")
             if self.device.type == "cuda":
@@ -47,7 +47,7 @@ class CumlQn:
         return self._thread.modules
 
     def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """All probes of the problem, on its device; the GPU is done with them on return."""
+        """Fit all probes of the problem on its device; the GPU has finished on return."""
         if problem.x.is_sparse_csr:
             return self._sparse.fit(problem)
         linear_model, cupy = self.setup()

@@ -22,15 +22,17 @@ class History:
     _gamma: Tensor = field(default_factory=lambda: torch.ones(0))  # the inverse Hessian's size relative to P, [columns]
 
     def select(self, chosen: Tensor) -> History:
-        """The columns at int64 `chosen`."""
+        """Return the columns at int64 `chosen`."""
         if not self.n:
             return History(self.memory)
         return History(self.memory, self.n, tuple(kept[:, chosen] for kept in self._kept), self._gamma[chosen])
 
     def step(self, gradient: Tensor, newton: Tensor) -> Tensor:
-        """To the optimum, as far as is known: minus the inverse Hessian's estimate times the gradient, [columns, p].
+        """Return the quasi-Newton step: minus the inverse Hessian's estimate times the gradient, [columns, p].
 
-        newton: the preconditioner times the gradient.
+        Args:
+            gradient: [columns, p].
+            newton: The preconditioner times the gradient, [columns, p].
         """
         if not self.n:
             return -newton
@@ -39,7 +41,7 @@ class History:
         return step(gradient, newton, self._kept, self._gamma, slots)
 
     def push(self, s: Tensor, y: Tensor, py: Tensor) -> None:
-        """Remember a step; columns without positive curvature (those that stand still) keep what they had."""
+        """Store a step; columns without positive curvature (those that did not move) keep their `gamma`."""
         if not self.n:
             self._kept = (*(s.new_empty(self.memory, *s.shape) for _ in range(3)), s.new_empty(self.memory, len(s)))
             self._gamma = s.new_ones(len(s))
@@ -49,12 +51,12 @@ class History:
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products by column, [columns, 1]."""
+    """Return inner products by column, [columns, 1]."""
     return (a * b).sum(dim=1, keepdim=True)
 
 
 def _step(gradient: Tensor, newton: Tensor, kept: tuple[Tensor, ...], gamma: Tensor, slots: list[int]) -> Tensor:
-    """As `history_kernels.two_loops`, by torch."""
+    """Compute `history_kernels.two_loops` in torch."""
     all_s, all_y, all_py, all_rho = kept
     q, r, weights = gradient, newton, {}
     for slot in reversed(slots):
@@ -74,7 +76,7 @@ def _step_on_cpu(gradient: Tensor, newton: Tensor, kept: tuple[Tensor, ...], gam
 
 
 def _remember(s: Tensor, y: Tensor, py: Tensor, kept: tuple[Tensor, ...], gamma: Tensor, slot: int) -> None:
-    """As `history_kernels.remember`, by torch."""
+    """Compute `history_kernels.remember` in torch."""
     sy, ypy = (s * y).sum(dim=1), (y * py).sum(dim=1)
     curved = (sy > 0) & (ypy > 0)
     one = torch.ones_like(sy)

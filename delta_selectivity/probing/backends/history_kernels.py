@@ -1,6 +1,6 @@
 """The two-loop recursion of L-BFGS on a CPU, compiled by Numba.
 
-The operations took longer to call than to do, and at every call Python's lock goes from thread to thread.
+As separate torch calls, the operations cost more in call overhead and contention for the GIL than in arithmetic.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ Floats = NDArray[np.float32] | NDArray[np.float64]
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
 def remember(s: Floats, y: Floats, py: Floats, kept: tuple[Floats, ...], gamma: Floats, slot: int) -> None:
-    """A step, the change of the gradient and the preconditioned change ``[columns, p]`` into a slot of what is kept.
+    """Write a step, its change of gradient and the preconditioned change into a slot of the history.
 
     Args:
-        s, y, py: ``[columns, p]``.
-        kept: those of earlier steps ``[memory, columns, p]`` and 1 / s.y ``[memory, columns]``, which is 0 for columns
-            without positive curvature.
-        gamma: s.y / y.Py ``[columns]``; of columns without positive curvature it stays what it was.
-        slot: which.
+        s: The step ``[columns, p]``.
+        y: The change of gradient ``[columns, p]``.
+        py: The preconditioned change of gradient ``[columns, p]``.
+        kept: The history of s, y and py ``[memory, columns, p]``, and 1 / s.y ``[memory, columns]``, which is 0 for
+            columns without positive curvature.
+        gamma: s.y / y.Py ``[columns]``; unchanged for columns without positive curvature.
+        slot: Index of the slot to write.
     """
     all_s, all_y, all_py, rho = kept
     columns, p = s.shape
@@ -42,14 +44,14 @@ def remember(s: Floats, y: Floats, py: Floats, kept: tuple[Floats, ...], gamma: 
 def two_loops(
     gradient: Floats, newton: Floats, kept: tuple[Floats, ...], gamma: Floats, slots: NDArray[np.int64]
 ) -> Floats:
-    """Minus the inverse Hessian's estimate times the gradient ``[columns, p]`` (Nocedal 1980).
+    """Return minus the inverse Hessian's estimate times the gradient ``[columns, p]`` (Nocedal 1980).
 
     Args:
         gradient: ``[columns, p]``.
-        newton: the preconditioner times it ``[columns, p]``.
-        kept: as in `remember`.
+        newton: The preconditioner times the gradient ``[columns, p]``.
+        kept: As in `remember`.
         gamma: ``[columns]``.
-        slots: those in use, from the oldest step to the newest.
+        slots: The slots in use, from the oldest step to the newest.
     """
     all_s, all_y, all_py, rho = kept
     columns, p = gradient.shape

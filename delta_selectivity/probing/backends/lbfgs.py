@@ -1,15 +1,15 @@
 """Preconditioned L-BFGS (Nocedal 1980) for many logistic regressions side by side.
 
-`minimise` knows the regressions only through `Columns`. Each column's coefficients are a row of theta `[columns, p]`
-and its scores a row of margins `[columns, rows]`. The line search needs no product with the features of its own:
-along the direction the margins are affine in the step.
+`minimise` accesses the regressions only through `Columns`. Each column's coefficients are a row of theta `[columns, p]`
+and its scores a row of margins `[columns, rows]`. The margins are affine in the step size, so the line search needs
+only one product with the features.
 
-Where float32 is quicker it goes most of the way. Then the gradient is taken in float64, once, and float32 goes the
-short rest on the parabola that the loss is there: how exact the solution is depends on that gradient, the steps only
-say how soon it is found (iterative refinement, Wilkinson 1963). The last step, found to be short enough, costs no
-product and is taken as well: on the benchmark's problems that left a third of the error.
+Where float32 is faster, most iterations use it. Then the gradient is computed once in float64, and float32 minimises
+a quadratic model of the loss around that point. The accuracy of the solution depends on that gradient; the steps only
+affect how fast it is found (iterative refinement, Wilkinson 1963). The final step, below the tolerance, needs no
+product and is applied too: on the benchmark's problems this reduced the error to a third.
 
-Pairs carried from C to C, rescaled, saved a tenth of the iterations and no time.
+Tried without gain: reusing the rescaled history for the next C saved a tenth of the iterations and no time.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch import Tensor
 
 from delta_selectivity.probing.backends.history import History, dot
 
-_SLOPE_LEFT = 0.5  # a step is accepted once the slope along the line is down to this share
+_SLOPE_LEFT = 0.5  # accept a step once the slope along the line is reduced to this fraction
 _MAX_TRIALS = 30  # of one line search
-_FLOOR = 1e-12  # a step this small is nothing, whatever the coefficients
-_ROUGH = 3e-4  # tolerance before the gradient is taken in float64; below 3e-6 a step in float32 is soon all rounding
-_PATIENCE = 4  # a column that has made no shorter step for so many has met its rounding before that
-_LEAP = 2  # times longer may a last step be that is taken as well
-_NEAR = 1e-3  # change of the coefficients, relative, up to which the parabola is as good as the loss
+_FLOOR = 1e-12  # absolute step length that always counts as converged
+_ROUGH = 3e-4  # float32 tolerance before the float64 gradient; below 3e-6, float32 steps are mostly rounding error
+_PATIENCE = 4  # stop a float32 column after this many iterations without a shorter step: it is at rounding error
+_LEAP = 2  # accept a final step up to this multiple of the tolerance
+_NEAR = 1e-3  # relative change of the coefficients up to which the quadratic model is as good as the loss
 
-_COUNTS = (torch.bool, torch.int64)  # of Optimum.converged and n_iter
+_COUNTS = (torch.bool, torch.int64)  # dtypes of Optimum.converged and n_iter
 
-P = TypeVar("P", contravariant=True)  # what the columns' preconditioner is made of
+P = TypeVar("P", contravariant=True)  # type of the columns' preconditioner
 
 
 @dataclass(frozen=True)
@@ -44,91 +44,91 @@ class Loss:
 
     @classmethod
     def of(cls, labels: Tensor, weight: Tensor) -> Loss:
-        """From labels (bool) and weights (float64), both [columns, rows]."""
+        """Build the loss from labels (bool) and weights (float64), both [columns, rows]."""
         return cls(weight, weight * labels)
 
     def times(self, c: float) -> Loss:
-        """c times this."""
+        """Return the loss multiplied by c."""
         return Loss(self.weight * c, self.pull * c)
 
     def single(self) -> Loss:
-        """The same in float32."""
+        """Return the loss in float32."""
         return Loss(self.weight.float(), self.pull.float())
 
     def select(self, chosen: Tensor) -> Loss:
-        """The columns at int64 `chosen`."""
+        """Return the columns at int64 `chosen`."""
         return Loss(self.weight[chosen], self.pull[chosen])
 
     def residual(self, margins: Tensor) -> Tensor:
-        """Derivative of the loss by the margins [columns, rows]."""
+        """Return the derivative of the loss by the margins [columns, rows]."""
         return torch.sigmoid(margins).mul_(self.weight).sub_(self.pull)
 
     def curvature(self, margins: Tensor) -> Tensor:
-        """Second derivative of the loss by the margins [columns, rows]."""
+        """Return the second derivative of the loss by the margins [columns, rows]."""
         p = torch.sigmoid(margins)
         return torch.addcmul(p, p, p, value=-1).mul_(self.weight)
 
 
 @dataclass(frozen=True)
 class Parabola:
-    """What the loss is near a point; margins are those beyond the point's, and so is the residual."""
+    """A quadratic model of the loss around a point; margins and residuals are relative to the point's."""
 
-    bend: Tensor  # [columns, rows], the loss's curvature at the point
+    bend: Tensor  # [columns, rows], curvature of the loss at the point
 
     def select(self, chosen: Tensor) -> Parabola:
-        """The columns at int64 `chosen`."""
+        """Return the columns at int64 `chosen`."""
         return Parabola(self.bend[chosen])
 
     def residual(self, margins: Tensor) -> Tensor:
-        """Derivative by the margins [columns, rows]."""
+        """Return the derivative by the margins [columns, rows]."""
         return self.bend * margins
 
     def curvature(self, margins: Tensor) -> Tensor:
-        """Second derivative by the margins [columns, rows]."""
+        """Return the second derivative by the margins [columns, rows]."""
         return self.bend
 
 
 class Columns(Protocol[P]):
-    """Logistic regressions side by side: how coefficients become margins, and margins' derivatives gradients."""
+    """Logistic regressions side by side: maps from coefficients to margins, and from residuals to gradients."""
 
     @property
     def index(self) -> Tensor:
-        """Which regressions: int64 [columns], target * splits + split."""
+        """Indices of the regressions: int64 [columns], target * splits + split."""
         ...
 
     @property
     def loss(self) -> Loss | Parabola: ...
 
     def times(self, c: float) -> Columns[P]:
-        """The same with c times the loss."""
+        """Return the columns with the loss multiplied by c."""
         ...
 
     def rough(self) -> RoughColumns[P] | None:
-        """The same in float32; None where that gains nothing."""
+        """Return the columns in float32; None where float32 is not faster."""
         ...
 
     def select(self, chosen: Tensor) -> Columns[P]:
-        """Those at int64 `chosen`."""
+        """Return the columns at int64 `chosen`."""
         ...
 
     def margins(self, theta: Tensor) -> Tensor:
-        """The scores [columns, rows]."""
+        """Return the scores [columns, rows]."""
         ...
 
     def gradients(self, theta: Tensor, residual: Tensor, preconditioner: P) -> tuple[Tensor, Tensor]:
-        """The objective's derivative by theta, and the preconditioner times it: both [columns, p]."""
+        """Return the objective's derivative by theta, and the preconditioner times it: both [columns, p]."""
         ...
 
     def along(self, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Of a step along `direction`: its margins [columns, rows], and the penalty's bend [columns, 1]."""
+        """Return a direction's margins [columns, rows] and the penalty's curvature along it [columns, 1]."""
         ...
 
     def lengths(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
-        """How long the next preconditioned step and the penalised coefficients are: both [columns]."""
+        """Return the norms of the next preconditioned step and of the penalised coefficients: both [columns]."""
         ...
 
     def coefficients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients [columns, d] and intercepts [columns] in units of the raw x."""
+        """Return coefficients [columns, d] and intercepts [columns] in units of the raw x."""
         ...
 
 
@@ -136,13 +136,13 @@ class RoughColumns(Columns[P], Protocol[P]):
     """Logistic regressions in float32."""
 
     def near(self, theta: Tensor, margins: Tensor, gradient: Tensor) -> Columns[P]:
-        """The same near theta, where these margins and this gradient are: with a parabola for the loss."""
+        """Return the columns with a quadratic model of the loss at theta, given the margins and gradient there."""
         ...
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """Where `minimise` came to."""
+    """The result of `minimise`."""
 
     theta: Tensor  # [columns, p]
     margins: Tensor  # [columns, rows]
@@ -150,29 +150,29 @@ class Optimum:
     n_iter: Tensor  # int64 [columns]
 
     def select(self, chosen: Tensor) -> Optimum:
-        """The columns at int64 `chosen`."""
+        """Return the columns at int64 `chosen`."""
         return Optimum(self.theta[chosen], self.margins[chosen], self.converged[chosen], self.n_iter[chosen])
 
     def replaced(self, chosen: Tensor, found: Optimum) -> Optimum:
-        """This with `found` for the columns at int64 `chosen`."""
+        """Return a copy with `found` in place of the columns at int64 `chosen`."""
         pairs = ((getattr(self, name.name), getattr(found, name.name)) for name in fields(self))
         return Optimum(*(ours.index_copy(0, chosen, theirs) for ours, theirs in pairs))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When to stop."""
+    """Stopping criteria."""
 
-    tolerance: float  # of the next preconditioned step, relative to the coefficients: one so short is the last
+    tolerance: float  # stop when the next preconditioned step is this short, relative to the coefficients
     max_iter: int
-    patience: int | None = None  # iterations without a shorter step that a column is granted; None: any number
-    leap: bool = False  # take the last step too; the margins stay where it starts
+    patience: int | None = None  # stop a column after this many iterations without a shorter step; None: never
+    leap: bool = False  # apply the final step to theta too; margins are those before it
 
 
 def minimise(
     columns: Columns[P], theta: Tensor, margins: Tensor, preconditioner: P, limits: Limits, memory: int
 ) -> Optimum:
-    """The optimum of each column, from theta and its margins on; L-BFGS remembers `memory` pairs."""
+    """Find the optimum of each column from theta and its margins; L-BFGS stores `memory` pairs."""
     start = Optimum(theta, margins, *(torch.zeros(len(theta), dtype=kind, device=theta.device) for kind in _COUNTS))
     rough, history = columns.rough(), History(memory)
     if rough is None:
@@ -181,7 +181,7 @@ def minimise(
     to_parabola = Limits(_ROUGH, limits.max_iter, _PATIENCE, leap=True)
     found = _descend(rough, point, start.n_iter, preconditioner, to_parabola, history)
     if not bool(found.theta.isfinite().all()):
-        start = replace(start, margins=columns.margins(theta))  # a leap at the smaller C has left them behind
+        start = replace(start, margins=columns.margins(theta))  # the final step at the previous C did not update them
         return _exactly(columns, start, preconditioner, limits, History(memory))
     theta = found.theta.double()
     start = replace(found, theta=theta, margins=columns.margins(theta))
@@ -194,7 +194,7 @@ def minimise(
 
 
 def _exactly(columns: Columns[P], start: Optimum, preconditioner: P, limits: Limits, history: History) -> Optimum:
-    """In the columns' own precision all the way."""
+    """Minimise entirely in the columns' own precision."""
     point = _Point.at(columns, start.theta, start.margins, preconditioner)
     return _descend(columns, point, start.n_iter, preconditioner, limits, history)
 
@@ -202,7 +202,7 @@ def _exactly(columns: Columns[P], start: Optimum, preconditioner: P, limits: Lim
 def _refine(
     columns: Columns[P], rough: RoughColumns[P], start: Optimum, preconditioner: P, limits: Limits, history: History
 ) -> Optimum:
-    """The optimum of the parabola that the objective is near `start`: the gradient there is exact."""
+    """Minimise the quadratic model of the objective around `start`, where the gradient is in float64."""
     exact = _Point.at(columns, start.theta, start.margins, preconditioner)
     theta, gradient, newton = exact.theta.float(), exact.gradient.float(), exact.newton.float()
     parabola = rough.near(theta, exact.margins, gradient)
@@ -214,13 +214,13 @@ def _refine(
 
 
 def _far(theta: Tensor, before: Tensor) -> Tensor:
-    """The columns that have gone too far for a parabola: int64."""
+    """Return the columns that moved too far for the quadratic model: int64."""
     return ((theta - before).norm(dim=1) > _NEAR * theta.norm(dim=1) + _FLOOR).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
 class _Point:
-    """Where columns stand, and what they see there."""
+    """The current iterate of each column, with its gradients."""
 
     theta: Tensor  # [columns, p]
     margins: Tensor  # [columns, rows]
@@ -230,24 +230,24 @@ class _Point:
 
     @classmethod
     def at(cls, columns: Columns[P], theta: Tensor, margins: Tensor, preconditioner: P) -> _Point:
-        """By products of the columns' own precision."""
+        """Compute the gradients at theta in the columns' own precision."""
         residual = columns.loss.residual(margins)
         return cls(theta, margins, residual, *columns.gradients(theta, residual, preconditioner))
 
     def select(self, chosen: Tensor) -> _Point:
-        """The columns at int64 `chosen`."""
+        """Return the columns at int64 `chosen`."""
         return _Point(*(getattr(self, name.name)[chosen] for name in fields(self)))
 
 
 def _descend(
     columns: Columns[P], point: _Point, n_iter: Tensor, preconditioner: P, limits: Limits, history: History
 ) -> Optimum:
-    """As near to the optimum as the limits allow, from a point after n_iter (int64 [columns]) iterations on."""
+    """Iterate from a point reached after n_iter (int64 [columns]) iterations until the limits are met."""
     shortest, stale = torch.full_like(point.newton[:, 0], torch.inf), torch.zeros_like(n_iter)
     while True:
         step_length, length = columns.lengths(point.theta, point.margins, point.gradient, point.newton)
         short = step_length <= limits.tolerance * length + _FLOOR
-        active = ~short  # so NaN is no convergence
+        active = ~short  # negated, so that NaN does not count as converged
         if limits.patience is not None:
             stale = torch.where(step_length < shortest, 0, stale + 1)
             shortest = torch.minimum(shortest, step_length)
@@ -276,10 +276,10 @@ def _descend(
 def _line_search(
     columns: Columns[P], point: _Point, direction: Tensor, active: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps [columns, p] that bring the slope down to `_SLOPE_LEFT`, with the margins and residual there.
+    """Return steps [columns, p] that reduce the slope to `_SLOPE_LEFT`, with the margins and residual there.
 
-    The objective is convex along the line, so its slope alone brackets the minimum: Newton's method on the slope,
-    bisection where that leaves the bracket. One product, for the margins of the direction.
+    The objective is convex along the line, so the sign of its slope brackets the minimum. Newton's method on the slope,
+    with bisection where it leaves the bracket. Needs one product, for the margins of the direction.
     """
     ahead, along = columns.along(direction)
     slope_0, level = dot(point.gradient, direction), dot(point.residual, ahead)

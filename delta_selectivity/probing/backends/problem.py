@@ -17,8 +17,8 @@ class ProbeProblem:
 
         1/2 |w|^2 + C sum_i v_i log(1 + exp(-y_i f_i)),    f_i = (x_i / scale_split) . w + b,    y_i = +-1
 
-    is asked for, where v is `weight` with each class made to weigh half of the split's total (scikit-learn's
-    ``class_weight="balanced"``). The intercept is not penalised, so centring of x changes nothing.
+    is to be found, where v is `weight` with each class scaled to half of the split's total (scikit-learn's
+    ``class_weight="balanced"``). The intercept is not penalised, so centring x does not change the fit.
 
     Raises ValueError for shapes that do not fit, NaN or Inf in x, a negative weight, or C out of order.
     """
@@ -71,7 +71,7 @@ class ProbeFits:
 
     @classmethod
     def empty(cls, problem: ProbeProblem) -> ProbeFits:
-        """Room for the fits of `problem`, on its device."""
+        """Allocate the fits of `problem` on its device, filled with zeros."""
         shape, device = (len(problem.cs), problem.n_targets, problem.n_splits), problem.x.device
         return cls(
             coef=torch.zeros(*shape, problem.x.shape[1], dtype=torch.float64, device=device),
@@ -88,14 +88,14 @@ class ProbeBackend(Protocol):
     def name(self) -> str: ...
 
     def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """All probes of the problem. Fits that did not converge are told in `converged`."""
+        """Fit all probes of the problem. `converged` is False for fits that did not converge."""
         ...
 
 
 def balanced(labels: Tensor, weight: Tensor) -> Tensor:
-    """The weights with each class of `labels` scaled to half of the total; the total stays.
+    """Return the weights with each class of `labels` scaled to half of the total; the total is unchanged.
 
-    labels bool and weight float broadcast against each other, the last axis is rows; float64 out.
+    labels (bool) and weight (float) broadcast against each other; the last axis is rows. The result is float64.
     Raises ValueError if a class has no weight.
     """
     weight = weight.double()

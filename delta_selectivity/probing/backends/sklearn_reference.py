@@ -23,7 +23,7 @@ class SklearnReference:
     name: str = field(default="sklearn", init=False)
 
     def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """All probes of the problem; scikit-learn warns, and `converged` tells, where one did not converge."""
+        """Fit all probes of the problem; if one does not converge, scikit-learn warns and `converged` is False."""
         fits = ProbeFits.empty(problem)
         x = _on_cpu(problem.x)
         solver = "newton-cg" if scipy.sparse.issparse(x) else "newton-cholesky"
@@ -48,7 +48,7 @@ class SklearnReference:
 
 
 def _on_cpu(x: torch.Tensor) -> Any:
-    """x [rows, d] in float64: a NumPy array, or SciPy CSR where it is sparse."""
+    """Return x [rows, d] in float64: a NumPy array, or SciPy CSR if x is sparse."""
     if not x.is_sparse_csr:
         return x.double().cpu().numpy()
     parts = (x.values().double(), x.col_indices(), x.crow_indices())

@@ -4,8 +4,8 @@ Held-out rows have weight 0, so the matrix is the same for all columns. It is ke
 scaled; products in float64 read x itself, converted a block of rows at a time, which needs no float64 copy.
 
 The preconditioner is the inverse Hessian at zero (Böhning 1992's bound), averaged over the columns and shrunk to their
-mean curvature. A Hessian made anew for each C saved a tenth of the iterations and took as long or longer, and so did a
-split's own; one eigendecomposition for all C with a curvature of each column's own saved none.
+mean curvature. Tried without gain: a new Hessian for each C, or one per split, saved a tenth of the iterations and took
+as long or longer; one eigendecomposition for all C with each column's own curvature saved no iterations.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DenseDesign:
 
     @classmethod
     def build(cls, problem: ProbeProblem) -> DenseDesign:
-        """A float32 copy of the problem's x, on its device."""
+        """Return a float32 copy of the problem's x, on its device."""
         x = problem.x
         divisor = problem.divisor.to(x.device)
         unit = divisor.log().mean(dim=0).exp()
@@ -58,15 +58,15 @@ class DenseDesign:
 
     @property
     def column_bytes(self) -> int:
-        """Of a column's temporaries."""
+        """Return the size of a column's temporaries."""
         return 8 * _TEMPORARIES * max(len(self.z), 1)
 
     def start(self, n_columns: int) -> Tensor:
-        """Theta [columns, d + 1] where the smallest C starts: zeros."""
+        """Return the initial theta [columns, d + 1] for the smallest C: zeros."""
         return torch.zeros(n_columns, self.z.shape[1], dtype=torch.float64, device=self.z.device)
 
     def columns(self, index: Tensor, split: Tensor, loss: Loss) -> DenseColumns:
-        """Regressions with these indices, splits (both int64 [columns]) and losses."""
+        """Return regressions with these indices, splits (both int64 [columns]) and losses."""
         penalty = torch.ones(self.z.shape[1], dtype=torch.float64, device=self.z.device)
         penalty[-1] = 0
         return DenseColumns(
@@ -74,7 +74,7 @@ class DenseDesign:
         )
 
     def preconditioners(self, n_columns: int) -> InverseHessians:
-        """Along C."""
+        """Return the preconditioners for each C."""
         return InverseHessians(self.z, inverted=_FEW * n_columns >= self.z.shape[1])
 
 
@@ -82,21 +82,21 @@ class Products(Protocol):
     """The features of columns, each seen by the scale of its own split, times coefficients and times residuals."""
 
     def forward(self, theta: Tensor) -> Tensor:
-        """Margins [columns, rows] of theta [columns, d + 1]."""
+        """Return the margins [columns, rows] of theta [columns, d + 1]."""
         ...
 
     def backward(self, residual: Tensor) -> Tensor:
-        """[columns, d + 1] from residual [columns, rows]."""
+        """Return the products [columns, d + 1] with the residual [columns, rows]."""
         ...
 
     def select(self, chosen: Tensor) -> Products:
-        """Of the columns at int64 `chosen`."""
+        """Return the columns at int64 `chosen`."""
         ...
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Products in float64. They centre x first, so that a constant feature is exactly nothing."""
+    """Products in float64. They centre x first, so that a constant feature is exactly zero."""
 
     x: Tensor  # [rows, d]
     centre: Tensor  # [d]
@@ -143,7 +143,7 @@ class Rough:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a parabola starts: its gradients are the one there and the change since."""
+    """The origin of a quadratic model: gradients are the gradient there plus the change since."""
 
     theta: Tensor  # [columns, d + 1]
     gradient: Tensor  # [columns, d + 1]
@@ -162,7 +162,7 @@ class DenseColumns:
     products: Products
     penalty: Tensor  # [d + 1], 1 but 0 for the intercept
     design: DenseDesign
-    origin: Origin | None = None  # where the loss is a parabola
+    origin: Origin | None = None  # if the loss is a quadratic model
 
     def times(self, c: float) -> DenseColumns:
         assert isinstance(self.loss, Loss), "a parabola is of one C"
@@ -210,13 +210,13 @@ class DenseColumns:
 
 @dataclass(frozen=True)
 class InverseHessian:
-    """Of the objective for stretch 1."""
+    """The inverse Hessian of the objective for stretch 1."""
 
     factor: Tensor  # float32 [d + 1, d + 1], the Hessian's lower Cholesky factor
     inverse: Tensor | None  # float32 [d + 1, d + 1]; None: solving for few columns takes less time
 
     def times(self, v: Tensor) -> Tensor:
-        """Times v [columns, d + 1]."""
+        """Multiply by v [columns, d + 1]."""
         if self.inverse is not None:
             return linear(v, self.inverse.T)
         half = torch.linalg.solve_triangular(self.factor, v.T, upper=False)  # `cholesky_solve` copies the factor
@@ -224,7 +224,7 @@ class InverseHessian:
 
 
 class InverseHessians:
-    """Inverse Hessians along C."""
+    """Inverse Hessians for a sequence of C."""
 
     def __init__(self, z: Tensor, inverted: bool) -> None:
         self._z, self._inverted = z, inverted
@@ -232,7 +232,7 @@ class InverseHessians:
         self._sum = torch.ones(())
 
     def at(self, c: float, curvature: Tensor) -> InverseHessian:
-        """For C = c, where `curvature` [rows] is the loss's for C = 1, averaged over the columns."""
+        """Return the inverse Hessian for C = c; `curvature` [rows] is the mean over columns for C = 1."""
         if self._gram is None:
             self._gram, self._sum = self._weighted_gram(curvature.float()), curvature.sum()
         hessian = self._gram * (c * curvature.sum() / self._sum).float()
@@ -248,7 +248,7 @@ class InverseHessians:
             rounding *= 10
 
     def _weighted_gram(self, curvature: Tensor) -> Tensor:
-        """z' diag(curvature) z: its lower triangle, and a little above."""
+        """Return z' diag(curvature) z: the lower triangle and some entries above it."""
         gram = self._z.new_zeros(self._z.shape[1], self._z.shape[1])
         for rows in _blocks(self._z, _GRAM_BLOCKS):
             part = self._z[rows].T.contiguous()
@@ -260,7 +260,7 @@ class InverseHessians:
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Over the rows, in float64 without a copy of x in it: [d]."""
+    """Return the mean over the rows in float64, without a float64 copy of x: [d]."""
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     for rows in _blocks(x):
         total += x[rows].sum(dim=0, dtype=torch.float64)
@@ -268,7 +268,7 @@ def _mean(x: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, as_large: int = 1) -> Iterator[slice]:
-    """Slices that cover the rows of x; on a CPU as many times as large as they would be."""
+    """Return slices that cover the rows of x; on a CPU as many times as large as they would be."""
     cells = as_large * _BLOCK_ON_CPU if x.device.type == "cpu" else _BLOCK
     size = max(1, cells // max(x.shape[1], 1))
     return (slice(start, start + size) for start in range(0, len(x), size))

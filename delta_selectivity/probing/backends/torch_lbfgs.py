@@ -4,7 +4,7 @@ The columns (target x split) of a problem are solved together by preconditioned 
 starts from its solution at the smaller C. What the columns share, the features and the preconditioner, is a `Design`:
 `torch_dense` or `torch_sparse`.
 
-Float32 alone stalls above the tolerance for some C, so every fit of strided features is settled in float64 (`lbfgs`).
+Float32 alone stalls above the tolerance for some C, so every fit of strided features is finished in float64 (`lbfgs`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ P_co = TypeVar("P_co", covariant=True)
 
 
 class Preconditioners(Protocol[P_co]):
-    """Preconditioners along C."""
+    """Preconditioners for a sequence of C."""
 
     def at(self, c: float, curvature: Tensor) -> P_co:
-        """For C = c, where `curvature` [rows] is the loss's for C = 1, averaged over the columns."""
+        """Return the preconditioner for C = c; `curvature` [rows] is the mean over columns for C = 1."""
         ...
 
 
@@ -39,19 +39,19 @@ class Design(Protocol[P]):
 
     @property
     def column_bytes(self) -> int:
-        """Of a column's temporaries."""
+        """Return the size of a column's temporaries."""
         ...
 
     def start(self, n_columns: int) -> Tensor:
-        """Theta [columns, p] where the smallest C starts: zeros."""
+        """Return the initial theta [columns, p] for the smallest C: zeros."""
         ...
 
     def columns(self, index: Tensor, split: Tensor, loss: Loss) -> Columns[P]:
-        """Regressions with these indices, splits (both int64 [columns]) and losses."""
+        """Return regressions with these indices, splits (both int64 [columns]) and losses."""
         ...
 
     def preconditioners(self, n_columns: int) -> Preconditioners[P]:
-        """Along C, for so many columns in all."""
+        """Return the preconditioners for each C, for this total number of columns."""
         ...
 
 
@@ -61,7 +61,7 @@ class TorchLbfgs:
 
     tolerance: float = 1e-6  # of the next (preconditioned) step, relative to the coefficients
     max_iter: int = 500  # for each C
-    memory: int = 10  # pairs that L-BFGS remembers
+    memory: int = 10  # pairs that L-BFGS stores
     max_bytes: int = 256 * 2**20  # of the columns' temporaries; columns beyond wait for the next chunk
     name: str = field(default="torch", init=False)
     _room: Room = field(
@@ -69,7 +69,7 @@ class TorchLbfgs:
     )  # a column is a unit, of a cell for each byte
 
     def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """All probes of the problem; `converged` is False for columns that `max_iter` stopped."""
+        """Fit all probes of the problem; `converged` is False for columns that `max_iter` stopped."""
         if problem.x.layout == torch.sparse_csr:
             return self._fit(problem, SparseDesign.build(problem))
         return self._fit(problem, DenseDesign.build(problem))
@@ -83,7 +83,7 @@ class TorchLbfgs:
         return fits
 
     def _within_memory(self, problem: ProbeProblem, design: Design[P], index: Tensor, fits: ProbeFits) -> None:
-        """Solve these columns together; out of memory, in parts of half as many, and in such parts from then on."""
+        """Solve these columns together; if memory runs out, halve the parts and keep that size from then on."""
         while True:
             size = min(len(index), self._room.units(design.column_bytes))
             try:
@@ -128,7 +128,7 @@ class _Parts(Generic[P]):
         self._go_to(0)
 
     def __iter__(self) -> Iterator[tuple[Columns[P], Tensor, Tensor]]:
-        """Each part's columns, theta [columns, p] and margins [columns, rows]."""
+        """Yield each part's columns, theta [columns, p] and margins [columns, rows]."""
         for place in range(len(self._parts)):
             if place != self._place:
                 del self._columns, self._margins
@@ -136,11 +136,11 @@ class _Parts(Generic[P]):
             yield self._columns, self._theta[place], self._margins
 
     def keep(self, theta: Tensor, margins: Tensor) -> None:
-        """Where the part last given by iteration stands now."""
+        """Store the solution of the part that the iteration yielded last."""
         self._theta[self._place], self._margins = theta, margins
 
     def mean_curvature(self) -> Tensor:
-        """Second derivative of the loss for C = 1 by the margins, averaged over all columns. [rows]"""
+        """Return the loss's second derivative by the margins for C = 1, averaged over all columns: [rows]."""
         total = torch.zeros(self._problem.x.shape[0], dtype=torch.float64, device=self._device)
         for columns, _, margins in self:
             total += columns.loss.curvature(margins).sum(dim=0)

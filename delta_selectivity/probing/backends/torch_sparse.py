@@ -1,4 +1,4 @@
-"""Sparse CSR features (SAE latents) for the batched solver; nothing of rows x d is ever made.
+"""Sparse CSR features (SAE latents) for the batched solver, without any dense [rows, d] matrix.
 
 The optimum lies in the span of the rows, w = X' a (the representer theorem), so each column is solved for its a
 `[rows]` and intercept: a step costs four products with sparse matrices, and L-BFGS remembers vectors of the length
@@ -52,14 +52,14 @@ class SparseMatrix:
         return _csr(self.col[order], self.row[order], self.value[order], (self.shape[1], self.shape[0]))
 
     def columns(self, chosen: Tensor) -> SparseMatrix:
-        """The columns at these indices (int64 [n], distinct), in this order."""
+        """Return the columns at these indices (int64 [n], distinct), in this order."""
         place = torch.full((self.shape[1],), -1, device=self.col.device)
         place[chosen] = torch.arange(len(chosen), device=self.col.device)
         kept = place[self.col] >= 0
         return SparseMatrix(self.row[kept], place[self.col[kept]], self.value[kept], (self.shape[0], len(chosen)))
 
     def energy(self) -> Tensor:
-        """Sum of squares of each column, [columns]."""
+        """Return the sum of squares of each column, [columns]."""
         return self.value.new_zeros(self.shape[1]).index_add_(0, self.col, self.value.square())
 
 
@@ -75,7 +75,7 @@ class SparseDesign:
 
     @classmethod
     def build(cls, problem: ProbeProblem) -> SparseDesign:
-        """Entries of one cell are added; columns without any are left out."""
+        """Build the design: duplicate entries are added, empty columns are left out."""
         raw = _coalesced(problem.x)
         divisor = problem.divisor.to(problem.x.device)
         unit = divisor.log().mean(dim=0).exp()
@@ -88,29 +88,29 @@ class SparseDesign:
 
     @property
     def column_bytes(self) -> int:
-        """Of a column's temporaries."""
+        """Return the size of a column's temporaries."""
         rows, live = self.x.shape
         return 8 * (_TEMPORARIES * max(rows, 1) + 2 * live + self.d)
 
     def start(self, n_columns: int) -> Tensor:
-        """Theta [columns, rows + 1] where the smallest C starts: zeros."""
+        """Return the initial theta [columns, rows + 1] for the smallest C: zeros."""
         return self.x.value.new_zeros(self.x.shape[0] + 1, n_columns).T
 
     def columns(self, index: Tensor, split: Tensor, loss: Loss) -> SparseColumns:
-        """Regressions with these indices, splits (both int64 [columns]) and losses."""
+        """Return regressions with these indices, splits (both int64 [columns]) and losses."""
         gain = None if self.gain is None else self.gain[split].T
         return SparseColumns(index, Loss(_by_row(loss.weight), _by_row(loss.pull)), self, gain)
 
     def preconditioners(self, n_columns: int) -> SparsePreconditioners:
-        """Along C."""
+        """Return the preconditioners for each C."""
         return SparsePreconditioners(self)
 
 
 @dataclass(frozen=True)
 class SparseColumns:
-    """Theta [columns, rows + 1] has a and then the intercept.
+    """Regressions in dual form: theta [columns, rows + 1] is a and then the intercept.
 
-    Every [columns, n] here lies in memory with the columns side by side, as products with CSR want it.
+    Each [columns, n] tensor has its columns side by side in memory, as products with CSR need it.
     """
 
     index: Tensor  # int64 [columns]
@@ -145,7 +145,7 @@ class SparseColumns:
         return kernel + direction[:, -1:], dot(direction[:, :-1], kernel)
 
     def lengths(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
-        """The step's in the norm of the Hessian, which is never less than the step's own; the coefficients' own."""
+        """Return the step's norm by the Hessian, an upper bound of its own norm, and the coefficients' norm."""
         squares = dot(gradient, newton), dot(theta[:, :-1], margins - theta[:, -1:])
         step, coef = (square[:, 0].clamp(min=0).sqrt() for square in squares)
         return step, coef
@@ -157,12 +157,12 @@ class SparseColumns:
         return coef, theta[:, -1]
 
     def _primal(self, a: Tensor) -> Tensor:
-        """gain X' a, [live, columns]."""
+        """Return gain X' a, [live, columns]."""
         w = self.design.x.transposed @ _by_row(a).T
         return w if self.gain is None else w.mul_(self.gain)
 
     def _kernel(self, a: Tensor) -> Tensor:
-        """K a, [columns, rows]."""
+        """Return K a, [columns, rows]."""
         return (self.design.x.forward @ self._primal(a)).T
 
 
@@ -175,19 +175,19 @@ class Preconditioner:
     inverse: Tensor  # (1 + F' base F)^-1, [leading, leading]
 
     def solve(self, v: Tensor) -> Tensor:
-        """Times v [columns, rows]."""
+        """Multiply by v [columns, rows]."""
         scaled = v.T * self.base[:, None]
         inner = self.inverse @ (self.leading.transposed @ scaled)
         return (scaled - (self.leading.forward @ inner) * self.base[:, None]).T
 
     @cached_property
     def ones(self) -> Tensor:
-        """Times ones, [1, rows]: what a shift of the intercept does to a."""
+        """Multiply by ones, [1, rows]: the effect of a shift of the intercept on a."""
         return self.solve(torch.ones(1, len(self.base), dtype=self.base.dtype, device=self.base.device))
 
 
 class SparsePreconditioners:
-    """Preconditioners along C."""
+    """Preconditioners for a sequence of C."""
 
     def __init__(self, design: SparseDesign) -> None:
         n = design.x.shape[1]
@@ -201,7 +201,7 @@ class SparsePreconditioners:
         self._bound = x.value.new_zeros(x.shape[0]).index_add_(0, rest.row, bound)  # row sums of |rest| |rest|'
 
     def at(self, c: float, curvature: Tensor) -> Preconditioner:
-        """For C = c, where `curvature` [rows] is the loss's for C = 1, averaged over the columns."""
+        """Return the preconditioner for C = c; `curvature` [rows] is the mean over columns for C = 1."""
         s = c * curvature
         base = s / (1 + s * self._bound)
         n = self._leading.shape[1]
@@ -214,7 +214,7 @@ class SparsePreconditioners:
 
 
 def _coalesced(x: Tensor) -> SparseMatrix:
-    """The entries of a CSR tensor, one a cell, row by row; the values of a cell's several entries are added."""
+    """Return the entries of a CSR tensor row by row, with duplicate entries of a cell added."""
     rows, d = x.shape
     row = torch.arange(rows, device=x.device).repeat_interleave(x.crow_indices().diff().long())
     cell, which = torch.unique(row * d + x.col_indices().long(), return_inverse=True)
@@ -228,10 +228,10 @@ def _csr(row: Tensor, col: Tensor, value: Tensor, shape: tuple[int, int]) -> Ten
 
 
 def _by_row(v: Tensor) -> Tensor:
-    """v [columns, n] with the columns side by side in memory."""
+    """Return v [columns, n] with the columns contiguous side by side in memory."""
     return v.T.contiguous().T
 
 
 def _beside(a: Tensor, intercept: Tensor) -> Tensor:
-    """[columns, n] and [columns, 1] as one, with the columns side by side in memory."""
+    """Concatenate [columns, n] and [columns, 1], with the columns side by side in memory."""
     return torch.cat([a.T, intercept.T]).T
