@@ -58,7 +58,7 @@ def margin_parts(found: ProbeScores, _view: str) -> Floats:
 
 
 def bits_parts(found: ProbeScores, _view: str) -> Floats:
-    """What x̂ tells of the label minus what x tells, in bits. Platt scaling is fitted on the other folds."""
+    """Information about the label in x̂ minus that in x, in bits, after Platt scaling fitted on the other folds."""
     own, copy = (_platt_bits(found, of_view) for of_view in _scores(found))
     return copy - own
 

@@ -103,7 +103,7 @@ def read(task: str) -> tuple[list[str], NDArray[np.bool_]]:
 
 
 def split_of(labels: NDArray[np.bool_]) -> Split:
-    """The package's split: half of the training rows of each class, then half of the test rows of what is left."""
+    """Draw the package's split: training rows, half of each class, then test rows likewise from the rest."""
     random = np.random.RandomState(SEED)
     n_train = min(len(labels) - TESTED, TRAINING)
     left, parts = [np.flatnonzero(labels), np.flatnonzero(~labels)], []

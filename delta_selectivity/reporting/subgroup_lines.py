@@ -35,14 +35,14 @@ def subgroup_lines(
 
 
 def mean_subgroup_lines(
-    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By
+    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By, fetch: bool = True
 ) -> list[tuple[Any, ...]]:
     """Return the values of `MEAN_COLUMNS` for each group of each SAE, as means over its cells; q over all of them.
 
     If an SAE's files differ in folds or repeats, only the most frequent combination is used.
     """
     where, found = [], []
-    for name, of_sae in itertools.groupby(_cells(files, sae, probe, layer, by), key=lambda cell: cell[0]):
+    for name, of_sae in itertools.groupby(_cells(files, sae, probe, layer, by, fetch), key=lambda cell: cell[0]):
         own = [(stored, known) for _, _, stored, known in of_sae]
         design = Counter(_design(stored) for stored, _ in own).most_common(1)[0][0]
         told = mean_losses([cell for cell in own if _design(cell[0]) == design])
@@ -55,7 +55,7 @@ def mean_subgroup_lines(
 
 
 def _cells(
-    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By
+    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By, fetch: bool = True
 ) -> Iterator[tuple[str, Place, ProbeScores, list[Grouping]]]:
     """Yield SAE, place, scores and groupings of each requested cell that has stored scores."""
     for name, own in by_sae(files).items():
@@ -67,7 +67,7 @@ def _cells(
                     continue
                 place = Place(file, at, of)
                 try:
-                    rows = rows_of(place)
+                    rows = rows_of(place, fetch)
                 except RequestError:
                     continue
                 known = list(rows.groupings)

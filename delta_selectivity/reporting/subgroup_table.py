@@ -33,7 +33,7 @@ def subgroup_section(study: Study, by: By) -> list[Markup]:
             _group(line), named(study, by_name[line["sae"]]), str(line["n_cells"]), f"{line['n_people']:,}",
             _estimate(line, "delta_sel", ""), _estimate(line, "against", "against_"), probability(line["q_value"]),
         )
-        for line in _lines([file for sae in study.saes for file in sae.files], by)
+        for line in _lines([file for sae in study.saes for file in sae.files], by, fetch=False)
     ]  # fmt: skip
     head = ("group", "SAE", "cells", "people", "delta_sel", "vs others", "q")
     return [element("p", ABOUT.replace("\n", " ")), table(head, rows)] if rows else []
@@ -57,9 +57,11 @@ def subgroup_text(files: Sequence[File], by: By) -> str:
     return f"{aligned([head, *rows])}\n\n{ABOUT}"
 
 
-def _lines(files: Sequence[File], by: By) -> list[Line]:
+def _lines(files: Sequence[File], by: By, fetch: bool = True) -> list[Line]:
     """Return the lines, with the SAEs of a group one below the other."""
-    found = [dict(zip(MEAN_COLUMNS, line, strict=True)) for line in mean_subgroup_lines(files, None, None, None, by)]
+    found = [
+        dict(zip(MEAN_COLUMNS, line, strict=True)) for line in mean_subgroup_lines(files, None, None, None, by, fetch)
+    ]
     groups = list(dict.fromkeys((line["by"], line["group"]) for line in found))
     return sorted(found, key=lambda line: groups.index((line["by"], line["group"])))
 

@@ -5,8 +5,8 @@
     has_fast_bytes()           # int8 products are faster than float32 ones
     describe()                 # "AMD EPYC 9354: bfloat16, onednn, bytes; 8 threads"
 
-The environment variable DELTA_SELECTIVITY_CPU overrides the detection with a comma-separated list of what is fast, or
-`none`. Timings: `python benchmarks/bench_kernels.py`.
+The environment variable DELTA_SELECTIVITY_CPU overrides the detection: `none`, or a comma-separated
+list of fast operations. Timings: `python benchmarks/bench_kernels.py`.
 """
 
 from __future__ import annotations
