@@ -48,10 +48,8 @@ class Latents(Protocol):
 class SiteScale(NamedTuple):
     """Location and scale of a site's activations, from a few hundred tokens."""
 
-    mean: Tensor
-    """float32 ``[d]``."""
-    norm_limit: float
-    """`OUTLIER` times the median of their Euclidean norms."""
+    mean: Tensor  # float32 [d]
+    norm_limit: float  # `OUTLIER` times the median of their Euclidean norms
 
     @classmethod
     def of(cls, x: Tensor) -> SiteScale:
@@ -62,12 +60,9 @@ class SiteScale(NamedTuple):
 class TokenFacts(NamedTuple):
     """Facts about tokens that do not depend on an SAE, on the device of the activations."""
 
-    number: Tensor
-    """Unique number of the token. int64 ``[tokens]``."""
-    distance: Tensor
-    """Squared distance of x from the approximate mean. float32 ``[tokens]``."""
-    outlying: Tensor | None = None
-    """Whether the norm of x exceeds the limit. bool ``[tokens]``; None: for no token."""
+    number: Tensor  # int64 [tokens], unique number of the token
+    distance: Tensor  # float32 [tokens], squared distance of x from the approximate mean
+    outlying: Tensor | None = None  # bool [tokens], whether the norm of x exceeds the limit; None: for no token
 
     @classmethod
     def of(cls, x: Tensor, number: Tensor, scale: SiteScale | None) -> TokenFacts:
@@ -90,37 +85,22 @@ class TokenFacts(NamedTuple):
 class Reconstruction:
     """The figures of one SAE on one set of texts. None: no rows, or no variance to divide by."""
 
-    mse_pos: float | None
-    """Mean over probed rows and coordinates of the squared error."""
-    mse_whole: float | None
-    """The same over the tokens of whole texts."""
-    mse_whole_se: float | None
-    """Its standard error as an estimate for all tokens of the texts; 0 where all were taken."""
-    fvu_pos: float | None
-    """Squared error over squared deviation from the mean of all probed rows."""
-    fvu_whole: float | None
-    """The same over the tokens of whole texts."""
-    fvu_whole_se: float | None
-    """Its standard error, as of ``mse_whole``."""
-    fvu_ordinary: float | None
-    """``fvu_whole`` without the tokens whose norm is above 10 times the median."""
-    outliers: float | None
-    """Share of those tokens."""
-    cosine: float | None
-    """Mean cosine of x and its reconstruction at probed positions."""
-    l0: float | None
-    """Mean number of non-zero latents at probed positions."""
-    l1: float | None
-    """Mean sum of absolute latents at probed positions."""
-    dead: float | None
-    """Share of latents that fired on none of the ``n_tokens``."""
-    dead_se: float | None
-    """Its standard error from one sample of so many tokens to the next; 0 where all were taken."""
-    n_probed: int
-    n_tokens: int
-    """Tokens that the whole-text figures are of."""
-    n_tokens_all: int
-    """Tokens that they were drawn from."""
+    mse_pos: float | None  # mean over probed rows and coordinates of the squared error
+    mse_whole: float | None  # the same over the tokens of whole texts
+    mse_whole_se: float | None  # its standard error as an estimate for all tokens of the texts; 0 where all were taken
+    fvu_pos: float | None  # squared error over squared deviation from the mean of all probed rows
+    fvu_whole: float | None  # the same over the tokens of whole texts
+    fvu_whole_se: float | None  # its standard error, as for `mse_whole`
+    fvu_ordinary: float | None  # `fvu_whole` without the tokens whose norm is above 10 times the median
+    outliers: float | None  # share of those tokens
+    cosine: float | None  # mean cosine of x and its reconstruction at probed positions
+    l0: float | None  # mean number of non-zero latents at probed positions
+    l1: float | None  # mean sum of absolute latents at probed positions
+    dead: float | None  # share of latents that fired on none of the `n_tokens`
+    dead_se: float | None  # its standard error over samples of `n_tokens` tokens; 0 where all were taken
+    n_probed: int  # probed rows
+    n_tokens: int  # tokens in the whole-text figures
+    n_tokens_all: int  # tokens from which those were drawn
 
 
 @dataclass(frozen=True)
@@ -128,8 +108,7 @@ class ReconstructionSums:
     """Numerators and denominators of `Reconstruction`, on one device, in float64."""
 
     probed: ProbedSums
-    whole: Mapping[int, WholeSums]
-    """By the limit of the token sample that they are of."""
+    whole: Mapping[int, WholeSums]  # by the limit of their token sample
 
     @classmethod
     def empty(
@@ -186,8 +165,7 @@ class ProbedSums:
     """Sums over the probed positions."""
 
     errors: _ErrorSums
-    others: Tensor
-    """The cosines, the latents that are not zero, and the absolute latents, summed. float64 ``[3]``."""
+    others: Tensor  # float64 [3], sums of the cosines, the non-zero latents and the absolute latents
 
     @classmethod
     def empty(cls, d: int, device: torch.device | str) -> ProbedSums:
@@ -214,20 +192,16 @@ class ProbedSums:
 
 @dataclass
 class WholeSums:
-    """Sums over tokens of whole texts."""
+    """Sums over tokens of whole texts.
+
+    For a latent that fired once, `fired[1]` is the number of that token.
+    """
 
     ordinary: _ErrorSums
-    outliers: _ErrorSums
-    """Tokens beyond the norm limit."""
-    products: Tensor
-    """Of tokens' squared errors e and distances s: the sums of s, ee, es and ss. float64 ``[4]``."""
-    fired: Tensor
-    """For each latent the tokens on which it fired: how many, and the sum of their numbers. int64 ``[2, d_sae]``.
-
-    Of a latent that fired once the sum is that token's number.
-    """
-    n_all: int
-    """Tokens that these were drawn from."""
+    outliers: _ErrorSums  # tokens beyond the norm limit
+    products: Tensor  # float64 [4], sums of s, ee, es and ss over tokens with squared error e and squared distance s
+    fired: Tensor  # int64 [2, d_sae], per latent: the count of tokens on which it fired, and the sum of their numbers
+    n_all: int  # tokens from which these were drawn
 
     @classmethod
     def empty(cls, d: int, d_sae: int, device: torch.device | str) -> WholeSums:
@@ -278,12 +252,9 @@ class WholeSums:
 class _ErrorSums:
     """Squared error and squared deviation of n rows; sets of rows merge as in Chan, Golub & LeVeque (1983)."""
 
-    n: Tensor
-    """float64 ``[]``."""
-    mean: Tensor
-    """Of x. float64 ``[d]``."""
-    sums: Tensor
-    """Squared errors, and squared distances of x from ``mean``, over rows and coordinates. float64 ``[2]``."""
+    n: Tensor  # float64 []
+    mean: Tensor  # float64 [d], of x
+    sums: Tensor  # float64 [2], squared errors, and squared distances of x from `mean`, over rows and coordinates
 
     @classmethod
     def empty(cls, d: int, device: torch.device | str) -> _ErrorSums:

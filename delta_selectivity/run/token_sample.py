@@ -27,10 +27,8 @@ _GOLDEN, _MIX1, _MIX2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1C
 class TokenSample:
     """The drawn tokens."""
 
-    hashes: npt.NDArray[np.uint64]
-    """Of each mention's text and the seed."""
-    limits: tuple[int, ...]
-    """Of each dataset: its tokens are those with numbers below it. `ALL`: every token."""
+    hashes: npt.NDArray[np.uint64]  # [mentions], of the mention's text and the seed
+    limits: tuple[int, ...]  # for each dataset: its tokens are those with numbers below the limit; `ALL`: every token
 
     @classmethod
     def draw(cls, tokenised: TokenisedMentions, texts: ProbeTexts, n_tokens: int | None, seed: int) -> TokenSample:

@@ -46,14 +46,10 @@ class Coder(Protocol):
 class LinearCoder:
     """Linear encoder and decoder: z = selection(x W_encᵀ + b_enc), x̂ = Σ_j z_j W_dec[j] + b_dec."""
 
-    W_enc: Tensor
-    """``[d_sae, d_in]``."""
-    b_enc: Tensor
-    """``[d_sae]``; includes the decoder bias if the format subtracts it from the input (``fold_b_dec``)."""
-    W_dec: Tensor
-    """``[d_sae, d_out]``."""
-    b_dec: Tensor
-    """``[d_out]``."""
+    W_enc: Tensor  # [d_sae, d_in]
+    b_enc: Tensor  # [d_sae]; includes the decoder bias if the format subtracts it from the input (`fold_b_dec`)
+    W_dec: Tensor  # [d_sae, d_out]
+    b_dec: Tensor  # [d_out]
     selection: Selection
 
     @property
@@ -122,8 +118,7 @@ class OtherDecoder:
 class SkipCoder(OtherDecoder):
     """A coder with a skip connection: x̂ = coder.decode(codes) + x W_skipᵀ (arXiv 2501.18823)."""
 
-    W_skip: Tensor
-    """``[d_out, d_in]``."""
+    W_skip: Tensor  # [d_out, d_in]
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
         assert x is not None, "a skip connection needs the encoder's input: decode(codes, x)"

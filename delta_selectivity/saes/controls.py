@@ -41,8 +41,7 @@ class ShuffledDecoder(OtherDecoder):
     and shares the weights with the original coder.
     """
 
-    other: Tensor
-    """A permutation of the latents, int64 ``[d_sae]``."""
+    other: Tensor  # a permutation of the latents, int64 [d_sae]
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
         return self.coder.decode(replace(codes, col=self.other[codes.col.long()]), x)

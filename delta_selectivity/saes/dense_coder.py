@@ -41,14 +41,10 @@ class DenseCoder:
 
     sae: EncodesDensely
     d_out: int
-    d_sae: int | None
-    """Columns of its codes; None if not known yet."""
-    compute_device: torch.device
-    """Device on which the object computes."""
-    device: torch.device
-    """Device of the returned codes and reconstructions."""
-    dtype: torch.dtype
-    """Dtype in which the object computes."""
+    d_sae: int | None  # columns of its codes; None if not known yet
+    compute_device: torch.device  # device on which the object computes
+    device: torch.device  # device of the returned codes and reconstructions
+    dtype: torch.dtype  # dtype in which the object computes
 
     @classmethod
     def of(cls, sae: EncodesDensely, d_out: int, d_sae: int | None = None) -> DenseCoder:

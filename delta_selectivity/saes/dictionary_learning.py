@@ -45,14 +45,11 @@ CONFIG, WEIGHTS = "config.json", "ae.pt"
 class DictClass(NamedTuple):
     """The computation and the tensor names of one of the library's classes."""
 
-    architecture: str
-    """This project's name of the architecture."""
+    architecture: str  # this project's name of the architecture
     b_enc: str
     b_dec: str
-    linear: bool
-    """Whether encoder and decoder are ``nn.Linear``, with ``weight`` of shape ``[out, in]``."""
-    subtracts_b_dec: bool
-    """Whether the encoder's input is x - b_dec."""
+    linear: bool  # whether encoder and decoder are `nn.Linear`, with `weight` of shape [out, in]
+    subtracts_b_dec: bool  # whether the encoder's input is x - b_dec
 
     @property
     def W_enc(self) -> str:
@@ -97,8 +94,7 @@ CLASSES = {
 class DictionaryLearning:
     """The dictionary_learning format."""
 
-    asked: str | None = None
-    """The user's ``hookpoint``, for a config and folder that do not name one."""
+    asked: str | None = None  # the user's `hookpoint`, for a config and folder that do not name one
 
     def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the config, then the weights."""

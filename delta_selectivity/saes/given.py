@@ -131,8 +131,7 @@ class Given:
 @dataclass(frozen=True)
 class _Place:
     name: str
-    layer: int | None
-    """None if the place was given without a layer."""
+    layer: int | None  # None if it was given without a layer
 
 
 def _check_kind(field: str, given: Any, kind: type) -> None:

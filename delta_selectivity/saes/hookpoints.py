@@ -75,8 +75,7 @@ class HookPoint(NamedTuple):
     """A layer and a place in it."""
 
     layer: int
-    place: str
-    """A name of the table above, or a module path with ``<layer>``."""
+    place: str  # a name of the table above, or a module path with `<layer>`
 
 
 def parse(name: str) -> HookPoint | None:

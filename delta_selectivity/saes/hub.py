@@ -23,8 +23,7 @@ class HubRepository:
     """A repository whose configs have been downloaded, either all of them or those below one folder."""
 
     name: str
-    folder: Path
-    """Snapshot folder in the cache, named after the commit."""
+    folder: Path  # snapshot folder in the cache, named after the commit
     cache_dir: Path | None
 
     @classmethod

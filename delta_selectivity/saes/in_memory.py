@@ -34,12 +34,10 @@ _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"
 class ObjectMember:
     """One object and its name."""
 
-    where: str
-    """The name."""
+    where: str  # its name in the results
     header: SaeHeader
     contents: Contents
-    version: str | None
-    """The caller's identifier of the weights, used in addition to the tensors or in place of them."""
+    version: str | None  # the caller's identifier of the weights, used in addition to the tensors or in place of them
 
     def prepare(self) -> None:
         """Do nothing: there are no files to download."""

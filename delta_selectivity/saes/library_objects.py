@@ -115,8 +115,7 @@ class DictionaryObject(_LibraryObject):
 class SaeLensObject(_LibraryObject):
     """A ``sae_lens.SAE``, of the inference or the training kind."""
 
-    unchanged: bool
-    """Whether the library's own methods compute its codes."""
+    unchanged: bool  # whether the library's own methods compute its codes
 
     def header(self, given: Given) -> SaeHeader:
         config = self._config()

@@ -68,13 +68,11 @@ TENSORS = (*MATRICES, *BIASES, "threshold", "log_threshold", "topk_threshold", "
 class PlainConfig:
     """A validated ``sae.json``. Missing widths are found from the weights later."""
 
-    path: Path
-    """Path of the config."""
+    path: Path  # path of the config
     weights: Path
     hook: HookPoint
     architecture: str
-    k: int | None
-    """For ``topk`` only."""
+    k: int | None  # for `topk` only
     apply_b_dec_to_input: bool
     rescale_acts_by_decoder_norm: bool
     input_norm: InputNorm
@@ -84,14 +82,11 @@ class PlainConfig:
     model_name: str | None
     d_in: int | None
     d_sae: int | None
-    d_out: int | None
-    """Width of a transcoder's output, if given."""
+    d_out: int | None  # width of a transcoder's output, if given
     input_hookpoint: str | None
     context_size: int | None
-    names: Mapping[str, str | None]
-    """This project's name of each tensor -> the file's; None for a bias that is zero."""
-    transposed: Mapping[str, bool]
-    """Matrices whose orientation is given."""
+    names: Mapping[str, str | None]  # this project's name of each tensor -> the file's; None for a bias that is zero
+    transposed: Mapping[str, bool]  # matrices whose orientation is given
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], path: Path) -> PlainConfig:

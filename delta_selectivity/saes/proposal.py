@@ -39,20 +39,13 @@ def is_worth_it(W_enc: Tensor, k: int) -> bool:
 class Proposal:
     """The quantised encoder of a TopK SAE, with what is needed to bound its error."""
 
-    W_enc: Tensor
-    """float32 ``[d_sae, d_in]``."""
-    b_enc: Tensor
-    """float32 ``[d_sae]``."""
-    centre: Tensor
-    """Subtracted from inputs before quantisation; close to their mean it makes the bound tight. ``[d_in]``."""
-    column: Tensor
-    """Norms of the weights' columns: inputs are multiplied and weights divided by them before rounding. ``[d_in]``."""
-    steps: Tensor
-    """Quantised weights, int8 ``[d_sae, d_in]``."""
-    facts: Tensor
-    """Per latent: step, pre-activation of ``centre``, norm, norm of the rounding error. float32 ``[4, d_sae]``."""
-    norm: float
-    """Largest ‖w‖ of any latent."""
+    W_enc: Tensor  # float32 [d_sae, d_in]
+    b_enc: Tensor  # float32 [d_sae]
+    centre: Tensor  # [d_in], subtracted from inputs before quantisation; close to their mean, it makes the bound tight
+    column: Tensor  # [d_in], column norms of W_enc: before rounding, inputs are multiplied and weights divided by them
+    steps: Tensor  # int8 [d_sae, d_in], the quantised weights
+    facts: Tensor  # float32 [4, d_sae], per latent: step, pre-activation of `centre`, norm, norm of the rounding error
+    norm: float  # largest ‖w‖ of any latent
     k: int
 
     @classmethod

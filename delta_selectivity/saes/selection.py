@@ -58,8 +58,7 @@ class GroupMax:
 class Threshold:
     """Every pre-activation above its latent's threshold: JumpReLU (arXiv 2407.14435), or ReLU with zeros."""
 
-    threshold: Tensor
-    """Not negative. ``[d_sae]``."""
+    threshold: Tensor  # [d_sae], not negative
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
         crow, row, col = _where(_not_at_most(pre_acts, self.threshold))
@@ -76,10 +75,8 @@ class Gated:
     Pre-activations are those of the gate; the magnitude is ``relu(gain * pre_act + offset)``.
     """
 
-    gain: Tensor
-    """``[d_sae]``."""
-    offset: Tensor
-    """``[d_sae]``."""
+    gain: Tensor  # [d_sae]
+    offset: Tensor  # [d_sae]
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
         crow, row, col = _where(_not_at_most(pre_acts, 0.0))

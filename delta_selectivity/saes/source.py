@@ -21,30 +21,20 @@ from delta_selectivity.saes.sae import Sae
 class SaeHeader:
     """The content of one SAE's config."""
 
-    format: str
-    """``sparsify``, ``sae_lens``, ``dictionary_learning`` or ``plain``; ``object`` for other in-memory objects."""
+    format: str  # `sparsify`, `sae_lens`, `dictionary_learning` or `plain`; `object` for other in-memory objects
     layer: int
-    hookpoint: str
-    """The hook point that it reconstructs, at which it is measured."""
-    d_in: int
-    """Width of its input."""
+    hookpoint: str  # the hook point that it reconstructs, at which it is measured
+    d_in: int  # width of its input
     d_sae: int
     k: int | None
     architecture: str
-    config: dict[str, Any]
-    """The unmodified content of the config file."""
-    prepend_bos: bool | None = None
-    """Whether training texts began with BOS; None if the format does not say."""
-    counts_bos: bool = False
-    """Whether BOS activations were in the training data."""
-    model_name: str | None = None
-    """The model that it was trained on, if given."""
-    input_hookpoint: str | None = None
-    """The hook point that a transcoder reads; None for an autoencoder."""
-    width_out: int | None = None
-    """Width of its output, if not ``d_in``."""
-    context_size: int | None = None
-    """Tokens per training text, if given."""
+    config: dict[str, Any]  # the unmodified content of the config file
+    prepend_bos: bool | None = None  # whether training texts began with BOS; None if the format does not say
+    counts_bos: bool = False  # whether BOS activations were in the training data
+    model_name: str | None = None  # the model that it was trained on, if given
+    input_hookpoint: str | None = None  # the hook point that a transcoder reads; None for an autoencoder
+    width_out: int | None = None  # width of its output, if not `d_in`
+    context_size: int | None = None  # tokens per training text, if given
 
     @property
     def d_out(self) -> int:
@@ -96,16 +86,11 @@ class Member(Protocol):
 class SaeSource:
     """The SAEs of one hook point behind one name."""
 
-    name: str
-    """The name as typed, or the user's own name in ``mine=NAME``."""
-    members: tuple[Member, ...]
-    """The SAEs ordered by layer, at most one per layer."""
-    revision: str | None = None
-    """Identifies the files if not all of them are on this machine, by repository and commit for example."""
-    typed: str | None = None
-    """The name that ``open_sae`` finds it by, if not ``name``."""
-    asked: str | None = None
-    """The user's hook point; None for that of the SAE."""
+    name: str  # the name as typed, or the user's own name in `mine=NAME`
+    members: tuple[Member, ...]  # the SAEs ordered by layer, at most one per layer
+    revision: str | None = None  # identifies files that are not all on this machine, such as by repository and commit
+    typed: str | None = None  # the argument of `open_sae`, if it differs from `name`
+    asked: str | None = None  # the user's hook point; None: that of the SAE
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -21,20 +21,13 @@ class SparseRows:
     code of a row with fewer than k positive pre-activations); ``l0`` does not count it.
     """
 
-    crow: Tensor
-    """Start of each row, and the end of the last. int64 ``[rows + 1]``."""
-    col: Tensor
-    """Latent indices. int64 or int32 ``[nnz]``."""
-    value: Tensor
-    """Latent activations. float32 ``[nnz]``."""
-    n_cols: int
-    """Number of latents, d_sae."""
-    scale: Tensor | None = None
-    """Factor of each reconstructed row, if the SAE normalises its input at run time. ``[rows]``."""
-    shift: Tensor | None = None
-    """Added to every coordinate of the row after scaling. ``[rows]``."""
-    width: int | None = None
-    """Entries per row, if all rows are known to have the same number; this avoids waiting for the device."""
+    crow: Tensor  # int64 [rows + 1], start of each row, and the end of the last
+    col: Tensor  # int64 or int32 [nnz], latent indices
+    value: Tensor  # float32 [nnz], latent activations
+    n_cols: int  # number of latents, d_sae
+    scale: Tensor | None = None  # [rows], factor of each reconstructed row, if the SAE normalises its input at run time
+    shift: Tensor | None = None  # [rows], added to every coordinate of the reconstructed row after scaling
+    width: int | None = None  # entries per row, if known to be the same for all; avoids waiting for the device
 
     @property
     def n_rows(self) -> int:

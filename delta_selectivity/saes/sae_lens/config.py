@@ -41,8 +41,7 @@ class LensConfig:
     """The keys of ``cfg.json``, in any version, that affect the computation or the hook point."""
 
     path: Path
-    architecture: str
-    """The library's name."""
+    architecture: str  # the library's name
     d_in: int
     d_out: int
     d_sae: int
@@ -51,8 +50,7 @@ class LensConfig:
     rescale_acts_by_decoder_norm: bool
     normalize_activations: RunTimeNorm | FoldedNorm
     places: Places
-    centred: bool
-    """Whether it was trained on activations minus their mean over coordinates."""
+    centred: bool  # whether it was trained on activations minus their mean over coordinates
     model_name: str | None
     context_size: int | None
     prepend_bos: bool | None

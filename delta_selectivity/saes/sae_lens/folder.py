@@ -28,8 +28,7 @@ WEIGHTS = "sae_weights.safetensors"
 class SaeLens:
     """The SAE Lens format."""
 
-    asked: str | None = None
-    """The user's ``hookpoint``, for a config with an unknown name."""
+    asked: str | None = None  # the user's `hookpoint`, for a config with an unknown name
 
     def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the config, the weights, and the additional files of a training checkpoint."""

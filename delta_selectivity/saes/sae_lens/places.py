@@ -22,10 +22,8 @@ class Places(NamedTuple):
     """The hook points of an SAE or transcoder."""
 
     layer: int
-    hookpoint: str
-    """The hook point that it reconstructs."""
-    input_hookpoint: str | None
-    """The hook point that a transcoder reads; None for an autoencoder."""
+    hookpoint: str  # the hook point that it reconstructs
+    input_hookpoint: str | None  # the hook point that a transcoder reads; None for an autoencoder
 
     @classmethod
     def of(cls, header: SaeHeader) -> Places:

@@ -27,12 +27,9 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 class Whitening:
     """The whitening z = (x - mean) @ matrix and its inverse x = z @ inverse + mean (arXiv 2511.13981)."""
 
-    mean: Tensor
-    """``[d_in]``."""
-    matrix: Tensor
-    """``[d_in, d_in]``."""
-    inverse: Tensor
-    """``[d_in, d_in]``."""
+    mean: Tensor  # [d_in]
+    matrix: Tensor  # [d_in, d_in]
+    inverse: Tensor  # [d_in, d_in]
 
 
 @dataclass(frozen=True)

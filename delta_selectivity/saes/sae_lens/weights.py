@@ -22,14 +22,10 @@ SKIP = ("skip_transcoder", "jumprelu_skip_transcoder")
 class _Linear:
     """The encoder's and decoder's linear maps during construction."""
 
-    W_enc: Tensor
-    """``[d_sae, d_in]``."""
-    b_enc: Tensor
-    """``[d_sae]``; the gate's bias in a gated SAE."""
-    W_dec: Tensor
-    """``[d_sae, d_out]``."""
-    b_dec: Tensor
-    """``[d_out]``."""
+    W_enc: Tensor  # [d_sae, d_in]
+    b_enc: Tensor  # [d_sae]; the gate's bias in a gated SAE
+    W_dec: Tensor  # [d_sae, d_out]
+    b_dec: Tensor  # [d_out]
 
     def scaled(self, factor: float) -> _Linear:
         """Fold in a factor that multiplies inputs and divides outputs."""
