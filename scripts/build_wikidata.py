@@ -32,7 +32,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.system.interrupts import like_ctrl_c
+from delta_selectivity.system.interrupts import as_keyboard_interrupt
 from delta_selectivity.system.terminal import LineFormatter, show, tell
 from scripts.wikidata_build import classes, dump, entities, mentions, output, selection, texts
 from scripts.wikidata_build.people import Names, PeopleTable
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
     asked = parser().parse_args(argv)
     try:
-        with like_ctrl_c():
+        with as_keyboard_interrupt():
             build(asked)
     except RequestError as error:
         tell(f"error: {error}")

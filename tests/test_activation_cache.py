@@ -154,13 +154,13 @@ def test_the_model_is_loaded_once_whatever_it_is_run_for(tmp_path, info):
 
     model = CachedModel(ActivationCache.open(tmp_path, 1, "m", "float32"), load, SITES, CPU)
     for purpose in ("baselines", "run"):
-        model.apart(purpose).token_rows(texts(), WIDTHS)
+        model.with_purpose(purpose).token_rows(texts(), WIDTHS)
     assert len(loads) == 1
 
 
 def test_a_text_without_one_of_the_sites_is_run(tmp_path, info, forward_passes):
     cache = ActivationCache.open(tmp_path, 1, "m", "float32")
-    cached(cache, info).only(SITES[:1]).token_rows(texts(), WIDTHS)
+    cached(cache, info).restricted_to(SITES[:1]).token_rows(texts(), WIDTHS)
     forward_passes.clear()
     cached(cache, info).token_rows(texts(), WIDTHS)
     assert forward_passes == [3]

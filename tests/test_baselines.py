@@ -27,9 +27,9 @@ from delta_selectivity.run import measure
 from delta_selectivity.run.baselines import (
     CALIBRATED,
     KINDS,
-    OF_AN_SAE,
+    PER_SAE,
     Baseline,
-    Measured,
+    MeasuredSae,
     SiteBuilder,
     bag_of_names,
     plan_baselines,
@@ -58,13 +58,13 @@ def sae(tiny_saes):
 
 
 def planned(kind, counts_bos=False):
-    of = 0 if kind in OF_AN_SAE else None
+    of = 0 if kind in PER_SAE else None
     return Baseline(kind, of, "sae" if of == 0 else "resid_post", "resid_post", counts_bos, (1,))
 
 
 def built(kind, sample, sae, seed=0) -> Sae:
     return SiteBuilder(SITE, D_MODEL, DEVICE, {SITE: sample}, seed).build(
-        planned(kind), sae if kind in OF_AN_SAE else None
+        planned(kind), sae if kind in PER_SAE else None
     )
 
 
@@ -181,10 +181,10 @@ def test_every_baseline_moves_and_codes_no_rows_at_all(kind, sample, sae):
 
 def test_baselines_of_no_sae_exist_once_for_each_hook_point():
     saes = [
-        Measured("a", "resid_post", False, (0, 1)),
-        Measured("b", "resid_post", False, (1, 4)),
-        Measured("c", "mlp_out", False, (2,)),
-        Measured("d", "resid_post", True, (3,)),
+        MeasuredSae("a", "resid_post", False, (0, 1)),
+        MeasuredSae("b", "resid_post", False, (1, 4)),
+        MeasuredSae("c", "mlp_out", False, (2,)),
+        MeasuredSae("d", "resid_post", True, (3,)),
     ]
     found = plan_baselines(KINDS, saes)
     assert [b.kind for b in found] == sorted((b.kind for b in found), key=KINDS.index)
@@ -194,7 +194,7 @@ def test_baselines_of_no_sae_exist_once_for_each_hook_point():
         "mlp_out_identity": (2,),
         "resid_post_with_bos_identity": (3,),
     }
-    assert [(b.slug, b.of, b.layers) for b in found if b.kind == "pca"] == [
+    assert [(b.slug, b.sae_id, b.layers) for b in found if b.kind == "pca"] == [
         ("a_pca", 0, (0, 1)),
         ("b_pca", 1, (1, 4)),
         ("c_pca", 2, (2,)),
@@ -268,7 +268,7 @@ def bytes_of(folder):
 def test_every_baseline_has_its_own_file_and_the_sae_keeps_its_place(whole):
     found = {str(path.relative_to(whole.out)) for path in files(whole.out)}
     name = "pythia-tiny_women.json"
-    owners = {kind: "sae-tiny" if kind in OF_AN_SAE else "resid_post" for kind in KINDS}
+    owners = {kind: "sae-tiny" if kind in PER_SAE else "resid_post" for kind in KINDS}
     assert found == {name, *(f"baselines/{owner}_{kind}/{name}" for kind, owner in owners.items())}
 
 

@@ -458,7 +458,7 @@ def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
     with ExitStack() as other:
         other.enter_context(exclusive(unit.folder / "unit"))
         assert measure_unit(unit, own_device=False).status == "done"
-    assert looks == [worker.LOOK_AGAIN]
+    assert looks == [worker.LOCK_RETRY]
 
 
 def test_a_unit_that_another_holds_for_ever_is_given_up_with_its_folder_named(planned, monkeypatch):

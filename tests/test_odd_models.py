@@ -26,7 +26,7 @@ from transformers import (
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.configs import NO_LIMIT
 from delta_selectivity.models.language_model import ModelInfo, Site, open_model
-from delta_selectivity.run.planning import in_model
+from delta_selectivity.run.planning import resolve_hookpoint
 from delta_selectivity.saes import open_sae
 from delta_selectivity.saes.folders import find_members
 
@@ -319,10 +319,11 @@ def test_an_sae_of_a_module_is_measured_where_the_model_has_that(save, tmp_path:
     ]:
         (write_sparsify(tmp_path / folder, [0]) / "layers.0").rename(tmp_path / folder / folder)
         source = open_sae(str(tmp_path / folder))
-        assert (in_model(source, gemma).hookpoint, in_model(source, gpt2).hookpoint) == (in_gemma, in_gpt2)
+        assert resolve_hookpoint(source, gemma).hookpoint == in_gemma
+        assert resolve_hookpoint(source, gpt2).hookpoint == in_gpt2
         typed = open_sae(str(tmp_path / folder), "layers.<layer>.mlp")
-        assert in_model(typed, gpt2).hookpoint.endswith("layers.<layer>.mlp")  # a path typed is that path
-        assert in_model(open_sae(str(tmp_path / folder), "resid_mid"), gpt2).hookpoint == "resid_mid"
+        assert resolve_hookpoint(typed, gpt2).hookpoint.endswith("layers.<layer>.mlp")  # a path typed is that path
+        assert resolve_hookpoint(open_sae(str(tmp_path / folder), "resid_mid"), gpt2).hookpoint == "resid_mid"
 
 
 def test_a_place_that_is_not_known_is_the_one_asked_for(tmp_path: Path):

@@ -78,7 +78,7 @@ def test_float32_most_of_the_way_ends_where_scikit_learn_does(case):
 
 def test_float32_most_of_the_way_changes_no_score(monkeypatch):
     task, singles = problem(**LARGE, targets=2), []
-    rough = torch_dense.DenseColumns.rough
+    rough = torch_dense.DenseColumns.in_float32
     monkeypatch.setattr(torch_dense.DenseColumns, "rough", lambda self: singles.append(rough(self)) or singles[-1])
     mixed = TorchLbfgs(tolerance=1e-9).fit(task)
     assert all(columns is not None for columns in singles)
@@ -91,7 +91,8 @@ def test_float32_most_of_the_way_changes_no_score(monkeypatch):
 def test_float32_that_comes_to_nothing_is_done_again_in_float64(monkeypatch):
     task = problem(**LARGE)
     expected = TorchLbfgs().fit(task)
-    monkeypatch.setattr(torch_dense.Rough, "backward", lambda self, residual: torch.full_like(self.stretch, torch.nan))
+    not_finite = lambda self, residual: torch.full_like(self.stretch, torch.nan)  # noqa: E731
+    monkeypatch.setattr(torch_dense.Float32Products, "backward", not_finite)
     fits = TorchLbfgs().fit(task)
     assert fits.converged.all()
     assert ((fits.coef - expected.coef).norm(dim=-1) / expected.coef.norm(dim=-1)).max() < 1e-5
@@ -100,7 +101,7 @@ def test_float32_that_comes_to_nothing_is_done_again_in_float64(monkeypatch):
 def test_a_rough_way_that_ends_too_early_is_gone_on_in_float64(monkeypatch):
     task = problem(**LARGE, targets=2)
     expected = TorchLbfgs(tolerance=1e-9).fit(task)
-    went, far = [], lbfgs._far
+    went, far = [], lbfgs._moved_too_far
     monkeypatch.setattr(lbfgs, "_ROUGH", 0.3)
     monkeypatch.setattr(lbfgs, "_far", lambda *thetas: went.append(far(*thetas)) or went[-1])
     fits = TorchLbfgs().fit(task)
@@ -136,7 +137,7 @@ def test_the_preconditioner_is_the_inverse_hessian(inverted):
     penalty[-1] = 0
     hessian = 0.15 * z.double().T @ (z.double() * weight[:, None]) + penalty.diag()
     torch.testing.assert_close(
-        again.times(v).double(), torch.linalg.solve(hessian, v.double().T).T, rtol=1e-3, atol=1e-5
+        again.scaled(v).double(), torch.linalg.solve(hessian, v.double().T).T, rtol=1e-3, atol=1e-5
     )
 
 

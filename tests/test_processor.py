@@ -32,12 +32,12 @@ def cpu(monkeypatch):
         monkeypatch.setattr(Path, "exists", lambda _: True)
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
-        processor.fast.cache_clear()
-        return set(processor.fast())
+        processor.fast_operations.cache_clear()
+        return set(processor.fast_operations())
 
     yield fake
     monkeypatch.undo()
-    processor.fast.cache_clear()
+    processor.fast_operations.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_the_user_overrules(cpu, monkeypatch):
     cpu(AMX, "GenuineIntel")
     for asked, expected in (("none", set()), ("", set()), ("onednn, bytes", {"onednn", "bytes"})):
         monkeypatch.setenv(processor.VARIABLE, asked)
-        processor.fast.cache_clear()
-        assert processor.fast() == expected
+        processor.fast_operations.cache_clear()
+        assert processor.fast_operations() == expected
         assert processor.VARIABLE in processor.describe()
     monkeypatch.setenv(processor.VARIABLE, "avx2")
-    processor.fast.cache_clear()
+    processor.fast_operations.cache_clear()
     with pytest.raises(RequestError, match="'avx2' is not one of bfloat16, onednn, bytes, none"):
-        processor.fast()
+        processor.fast_operations()
 
 
 def test_it_is_told_in_one_line(cpu, monkeypatch):

@@ -25,7 +25,7 @@ from delta_selectivity.tasks.assemble import assemble, distinct_rows
 from delta_selectivity.tasks.catalogue import load_task, read_tasks
 from delta_selectivity.tasks.data_wheel import open_data, read_labelled
 from delta_selectivity.tasks.suite import group_key, load_suite_task
-from delta_selectivity.tasks.suite_files import ALL, BESIDE_WIKIDATA, SUITE, find_task
+from delta_selectivity.tasks.suite_files import ALL, OUTSIDE_WIKIDATA, SUITE, find_task
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
 
@@ -93,7 +93,7 @@ def test_the_wikidata_tasks_keep_their_numbers_and_are_the_default():
 
 def test_words_stand_for_several_tasks():
     assert dw.parse_dataset_names("gender, sae-probes, 5") == ("gender", *SUITE)
-    assert dw.parse_dataset_names("all") == (*dw.DATASET_NAMES, *BESIDE_WIKIDATA)
+    assert dw.parse_dataset_names("all") == (*dw.DATASET_NAMES, *OUTSIDE_WIKIDATA)
     assert as_tasks("sae-probes") == SUITE
     assert as_tasks(["wikidata", "glue_cola", "gender"]) == (*dw.DATASET_NAMES, "87_glue_cola")
     assert as_tasks("wikidata,117_us_state_FL")[-1] == "117_us_state_FL"
@@ -101,7 +101,7 @@ def test_words_stand_for_several_tasks():
 
 def test_all_asks_each_question_once():
     """No file of it holds the rows of another, nor those of one class of another, nor those of a Wikidata task."""
-    named = set(BESIDE_WIKIDATA)
+    named = set(OUTSIDE_WIKIDATA)
     assert not named & {"56_wikidatasex_or_gender", "108_athlete_sport", "154_athlete_sport_football"}
     assert "13_us_state" in named and not {"117_us_state_FL", "118_us_state_CA", "119_us_state_TX"} & named
     for one, same in (("37_arith_mc", "38_arith_difficulty"), ("111_yelp_data", "112_amzn_rev")):

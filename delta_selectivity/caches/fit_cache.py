@@ -55,9 +55,9 @@ class FitCache:
         stored = self._shards.read(name)
         if stored:
             log.info("probes of %d rows x %d are read from %s", *x.shape, self._shards.folder / name)
-            return _unpacked(stored, x, control)
+            return _from_tensors(stored, x, control)
         fit = fit_model(plan, x, backend, control, DEFAULT_CS)
-        self._shards.write(name, _packed(fit), {})
+        self._shards.write(name, _to_tensors(fit), {})
         return fit
 
     def _name(self, plan: FoldPlan, x: Tensor, backend: ProbeBackend, control: FoldPlan | None) -> str:
@@ -85,7 +85,7 @@ def _machine(device: torch.device) -> str:
     return json.dumps([device.type, chip, threads, prefers_onednn(), *map(installed_version, _LIBRARIES)])
 
 
-def _packed(fit: ModelFit) -> dict[str, Tensor]:
+def _to_tensors(fit: ModelFit) -> dict[str, Tensor]:
     """Return all tensors of the fit, except x and the arguments."""
     tensors = {"scale": fit.scale}
     tensors |= {part.name: torch.as_tensor(getattr(fit.fit, part.name)) for part in fields(ViewFit)}
@@ -94,7 +94,7 @@ def _packed(fit: ModelFit) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _unpacked(stored: dict[str, Tensor], x: Tensor, control: FoldPlan | None) -> ModelFit:
+def _from_tensors(stored: dict[str, Tensor], x: Tensor, control: FoldPlan | None) -> ModelFit:
     """Rebuild the fit of x from copies: memory-mapped tensors are unaligned, which changes the rounding of sums."""
     on_host = {name: tensor.clone() for name, tensor in stored.items()}
     there = {name: tensor.to(x.device) for name, tensor in on_host.items()}

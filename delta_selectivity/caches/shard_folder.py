@@ -53,9 +53,9 @@ class ShardFolder:
         self.full = False  # whether no more shards are stored
         self._root, self._limit, self._what = root, limit, what
         self._opened = 0.0  # time by the file system's clock
-        self._own: set[Path] = set()  # shards that this run has read or written
+        self._used: set[Path] = set()  # shards that this run has read or written
         self._granted = 0  # bytes that may be written before the next check of the total size
-        self._whole: set[str] = set()  # names of verified shards
+        self._verified: set[str] = set()  # names of verified shards
         self._lock = threading.Lock()
 
     @classmethod
@@ -87,9 +87,9 @@ class ShardFolder:
     def read(self, name: str) -> dict[str, Tensor]:
         """Memory-map a shard's tensors, verified by checksum on first read; return {} if it is missing or damaged."""
         path = self._path(name)
-        self._own.add(path)
+        self._used.add(path)
         try:
-            if name in self._whole:
+            if name in self._verified:
                 return load_file(path)
             with safe_open(path, framework="pt") as file:
                 header = dict(file.metadata())
@@ -101,7 +101,7 @@ class ShardFolder:
         except BROKEN as error:
             self.drop(name, error)
             return {}
-        self._whole.add(name)
+        self._verified.add(name)
         with suppress(OSError):  # fails for another user's file, which may still be read
             os.utime(path)  # mark as recently used
         return tensors
@@ -128,9 +128,9 @@ class ShardFolder:
         if self.full:
             return False
         content = save(dict(tensors), {**header, CHECKSUM: digest({**header, "name": name}, tensors)})
-        self._own.add(self._path(name))
+        self._used.add(self._path(name))
         try:
-            if not self._has_room(len(content)):
+            if not self._reserve(len(content)):
                 self.full = True
                 log.warning("`cache`: full at %.1f GB: further %s are not kept", self._limit / 1024**3, self._what)
                 return False
@@ -147,7 +147,7 @@ class ShardFolder:
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
 
-    def _has_room(self, n_bytes: int) -> bool:
+    def _reserve(self, n_bytes: int) -> bool:
         """Return whether this many bytes may be written, after removing the least recently used shards if needed."""
         with self._lock:
             self._granted -= n_bytes
@@ -157,7 +157,7 @@ class ShardFolder:
                 found = [(stat.st_mtime, stat.st_size, path) for path, stat in _stats(self._root)]
                 now = self._now()
                 left = self._limit - n_bytes - sum(size for _, size, _ in found)
-                old = [shard for shard in found if not self._opened <= shard[0] <= now and shard[2] not in self._own]
+                old = [shard for shard in found if not self._opened <= shard[0] <= now and shard[2] not in self._used]
                 for _, size, path in sorted(old, key=lambda shard: (shard[0] <= now, shard[0])):
                     if left >= 0:
                         break

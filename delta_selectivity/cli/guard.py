@@ -10,7 +10,7 @@ from pathlib import Path
 
 from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.errors import RequestError
-from delta_selectivity.system.interrupts import like_ctrl_c
+from delta_selectivity.system.interrupts import as_keyboard_interrupt
 from delta_selectivity.system.terminal import NOTE, LineFormatter, tell
 
 log = logging.getLogger("delta_selectivity")
@@ -48,7 +48,7 @@ def guarded(
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:
-        with like_ctrl_c():
+        with as_keyboard_interrupt():
             job(sys.argv[1:] if argv is None else argv)
     except RequestError as error:
         tell(with_flags(f"error: {error}"))

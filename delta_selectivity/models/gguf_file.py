@@ -62,8 +62,8 @@ class GgufFile:
         except OSError as error:
             raise RequestError(f"`model` {path}: cannot be read ({error.strerror or error})") from error
         except Exception as error:  # damaged files cause many kinds of errors
-            told = str(error) if isinstance(error, _Refused) else f"damaged ({type(error).__name__}: {error})"
-            raise RequestError(f"`model` {path}: no GGUF file that can be read: {told[:300]}") from error
+            reason = str(error) if isinstance(error, _Unsupported) else f"damaged ({type(error).__name__}: {error})"
+            raise RequestError(f"`model` {path}: no GGUF file that can be read: {reason[:300]}") from error
         if (size := path.stat().st_size) < max(ends):
             raise RequestError(f"`model` {path}: {size} bytes of {max(ends)} are there: copy or download it again")
         architecture = str(metadata.get("general.architecture"))
@@ -88,7 +88,7 @@ def without_bar() -> Iterator[None]:
         reader.tqdm = bar
 
 
-class _Refused(ValueError):
+class _Unsupported(ValueError):
     """Error for an intact file that cannot be used."""
 
 
@@ -109,12 +109,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], list[_Tensor], int]:
     """Return the metadata (for arrays, only the length), the tensors, and the offset of their data."""
     with path.open("rb") as file:
         if (magic := file.read(len(MAGIC))) != MAGIC:
-            raise _Refused(f"it begins with {magic!r}, not with {MAGIC!r}")
+            raise _Unsupported(f"it begins with {magic!r}, not with {MAGIC!r}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             reader = _Reader(content, len(MAGIC))
             version = reader.number("I")
             if version not in VERSIONS:
-                raise _Refused(f"version {version} of the format, not {' or '.join(map(str, VERSIONS))}")
+                raise _Unsupported(f"version {version} of the format, not {' or '.join(map(str, VERSIONS))}")
             n_tensors, n_values = reader.number("Q"), reader.number("Q")
             metadata = {}
             for _ in range(n_values):

@@ -57,7 +57,7 @@ class Pretrained:
             return cls(name, None, None, trust_remote_code, gguf)
         if os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
             if not (folder / "config.json").is_file():
-                raise RequestError(f"`model` {folder}: {_what_else(folder)}")
+                raise RequestError(f"`model` {folder}: {_why_unusable(folder)}")
             if _looks_like_sae(folder) and b'"model_type"' not in (folder / "config.json").read_bytes():
                 raise RequestError(f"`model` {folder}: {SAE}")
             if revision is not None:
@@ -76,10 +76,10 @@ class Pretrained:
                     f"`model` {name}: neither a local folder nor in the Hub's cache here{OFFLINE}"
                 ) from error
             at = f" at revision {revision}" if revision else ""
-            told = f"not a local folder, and not to be had from the hub{at}: {first_line(error)}"
+            reason = f"not a local folder, and not to be had from the hub{at}: {first_line(error)}"
             if _is_sae_on_hub(name, revision):
-                told = SAE
-            raise RequestError(f"`model` {name}: {told}") from error
+                reason = SAE
+            raise RequestError(f"`model` {name}: {reason}") from error
         return cls(name, revision, commit, trust_remote_code)
 
     @cached_property
@@ -123,17 +123,17 @@ class Pretrained:
                 config = AutoConfig.from_pretrained(where, **options)
                 tokenizer = AutoTokenizer.from_pretrained(where, **options)
         except Exception as error:  # the parsers raise many kinds; all mean that the model is unusable
-            told = f"config or tokenizer cannot be read: {first_line(error)}"
+            reason = f"config or tokenizer cannot be read: {first_line(error)}"
             if "trust_remote_code" in str(error):
-                told = "it comes with Python code of its own: read it, and allow it with `trust_remote_code`"
+                reason = "it comes with Python code of its own: read it, and allow it with `trust_remote_code`"
             elif self.commit is not None and _is_sae_on_hub(self.name, self.commit):
-                told = SAE
-            raise RequestError(f"`model` {self.name}: {told}") from error
+                reason = SAE
+            raise RequestError(f"`model` {self.name}: {reason}") from error
         if self.gguf is None:
             self._refuse_unread_adapter(self.commit or NO_REVISION)
         if not getattr(tokenizer, "is_fast", False):
-            told = "needs a fast tokenizer (tokenizer.json) to place the name's tokens"
-            raise RequestError(f"`model` {self.name}: {told}")
+            reason = "needs a fast tokenizer (tokenizer.json) to place the name's tokens"
+            raise RequestError(f"`model` {self.name}: {reason}")
         return config, tokenizer
 
     @contextmanager
@@ -143,8 +143,8 @@ class Pretrained:
             # if `trust_remote_code` were not passed, transformers would prompt on the terminal
             yield self.name, {"revision": self.commit or NO_REVISION, "trust_remote_code": self.trust_remote_code}
             return
-        with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as nothing_beside_it:
-            yield nothing_beside_it, {"gguf_file": str(self.gguf.absolute())}
+        with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as empty_folder:
+            yield empty_folder, {"gguf_file": str(self.gguf.absolute())}
 
     def _refuse_unread_adapter(self, revision: str) -> None:
         """Raise `RequestError` for an adapter beside the model: without peft, transformers silently ignores it."""
@@ -152,11 +152,11 @@ class Pretrained:
         from transformers.utils.peft_utils import find_adapter_config_file
 
         if not is_peft_available() and find_adapter_config_file(self.name, revision=revision) is not None:
-            told = (
+            reason = (
                 "an adapter (adapter_config.json) lies beside the model, and peft, which applies it, is not installed"
             )
             raise RequestError(
-                f"`model` {self.name}: {told}: install peft, or move the adapter away to measure without it"
+                f"`model` {self.name}: {reason}: install peft, or move the adapter away to measure without it"
             )
 
 
@@ -165,7 +165,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _what_else(folder: Path) -> str:
+def _why_unusable(folder: Path) -> str:
     """Return an error message for a folder without config.json, by what it looks like."""
     if (folder / "adapter_config.json").is_file():
         return ADAPTER

@@ -34,7 +34,7 @@ def shape_widths(build: Callable[[], nn.Module], config: Any, sites: Collection[
         except RequestError:
             raise
         except Exception:  # a family's code may fail in many ways on tensors without values
-            return {site: _said_width(tap.module, tap.side, config, site) for site, tap in taps.items()}
+            return {site: _width_without_values(tap.module, tap.side, config, site) for site, tap in taps.items()}
     refuse_unused(sites, found)
     return {site: int(found[site].shape[-1]) for site in sites}
 
@@ -48,8 +48,8 @@ def refuse_unused(sites: Collection[Site], found: Collection[Site]) -> None:
             )
 
 
-def _said_width(module: nn.Module, side: str, config: Any, site: Site) -> int:
+def _width_without_values(module: nn.Module, side: str, config: Any, site: Site) -> int:
     if LAYER not in site.hookpoint and site.hookpoint != "mlp_post":
         return configured_width(config, site.hookpoint)
-    told = getattr(module, "in_features" if side == "input" else "out_features", None)
-    return int(told) if told is not None else configured_width(config, site.hookpoint)
+    width = getattr(module, "in_features" if side == "input" else "out_features", None)
+    return int(width) if width is not None else configured_width(config, site.hookpoint)

@@ -20,10 +20,10 @@ from torch import Tensor
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.uncertainty import effective_people
 
-LEAST_EFFECTIVE = 6  # people (Kish); the intervals are validated down to here
-LEAST_EFFECTIVE_IN_CLASS = 2
+MIN_EFFECTIVE_GROUPS = 6  # people (Kish); the intervals are validated down to here
+MIN_EFFECTIVE_GROUPS_IN_CLASS = 2
 
-MOST_FOLDS = 127  # fold numbers are stored as int8
+MAX_FOLDS = 127  # fold numbers are stored as int8
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class FoldPlan:
         weight = np.ones(len(people)) if weights is None else np.asarray(weights, dtype=np.float64)
         if asked.ndim != 2 or asked.shape[1:] != people.shape or weight.shape != people.shape:
             raise ValueError(f"labels {asked.shape} do not fit groups {people.shape} and weights {weight.shape}")
-        if not 2 <= n_folds <= MOST_FOLDS or n_repeats < 1:
-            raise RequestError(f"`folds` {n_folds}, `repeats` {n_repeats}: 2 to {MOST_FOLDS} and 1 or more are needed")
+        if not 2 <= n_folds <= MAX_FOLDS or n_repeats < 1:
+            raise RequestError(f"`folds` {n_folds}, `repeats` {n_repeats}: 2 to {MAX_FOLDS} and 1 or more are needed")
         reasons = {t: too_few_people(row, people, n_folds, weight) for t, row in enumerate(asked)}
         skipped = {t: reason for t, reason in reasons.items() if reason is not None}
         kept = tuple(t for t in range(len(asked)) if t not in skipped)
@@ -113,18 +113,18 @@ def too_few_people(
     reason = None
     if people[rarer] < n_folds:
         reason = f"the {rarer} class has {people[rarer]} people, fewer than the {n_folds} folds"
-    elif effective < LEAST_EFFECTIVE:
+    elif effective < MIN_EFFECTIVE_GROUPS:
         reason = (
             f"{len(np.unique(groups))} people, but of such unequal size that they tell no more than "
-            f"{effective:.2g} of equal size would; {LEAST_EFFECTIVE} are needed"
+            f"{effective:.2g} of equal size would; {MIN_EFFECTIVE_GROUPS} are needed"
         )
     else:
         by_class = {name: effective_people(groups[rows], weights[rows]) for name, rows in sides.items()}
         least = min(by_class, key=lambda name: by_class[name])
-        if by_class[least] < LEAST_EFFECTIVE_IN_CLASS:
+        if by_class[least] < MIN_EFFECTIVE_GROUPS_IN_CLASS:
             reason = (
                 f"one person has most of the {least} class: its {people[least]} people tell no more than "
-                f"{by_class[least]:.2g} of equal size would; {LEAST_EFFECTIVE_IN_CLASS} are needed"
+                f"{by_class[least]:.2g} of equal size would; {MIN_EFFECTIVE_GROUPS_IN_CLASS} are needed"
             )
     if reason is None:
         return None
@@ -153,11 +153,11 @@ def grouped_stratified_folds(labels: ArrayLike, groups: ArrayLike, n_folds: int,
     fold[by_kind[dealt]] = place[dealt] % n_folds
     left = random.permutation(by_kind[~dealt])
     left = left[np.argsort(-np.floor(np.log2(counts[left, 0])), kind="stable")]
-    _deal_greedily(fold, left, counts, random.permutation(n_folds))
+    _assign_greedily(fold, left, counts, random.permutation(n_folds))
     return fold[person]
 
 
-def _deal_greedily(
+def _assign_greedily(
     fold: NDArray[np.int8], left: NDArray[np.intp], counts: NDArray[np.float64], order: NDArray[np.intp]
 ) -> None:
     """Give each person of `left` the fold (ties by `order`) where the squared shares of rows and classes grow least."""

@@ -19,7 +19,7 @@ from delta_selectivity.probing.backends.problem import ProbeBackend, ProbeFits, 
 __all__ = ["BACKENDS", "ProbeBackend", "ProbeFits", "ProbeProblem", "check_backend", "choose_backend", "disagreement"]
 
 BACKENDS = ("auto", "torch", "cuml", "sklearn")
-_AGREE = 1e-3  # the largest disagreement that auto accepts of cuML
+_MAX_DIFFERENCE = 1e-3  # the largest disagreement that auto accepts of cuML
 
 
 def choose_backend(name: str, device: torch.device | str) -> tuple[ProbeBackend, str]:
@@ -79,7 +79,7 @@ def _best_on_cuda(device: torch.device, torch_backend: ProbeBackend) -> tuple[Pr
         difference = disagreement(cuml, torch_backend, _small_problem(device))
     except Exception as error:  # a broken cuML or driver can raise anything; torch still works
         return torch_backend, f"cuML failed its self-check: {type(error).__name__}: {error}"
-    if difference > _AGREE:
+    if difference > _MAX_DIFFERENCE:
         return torch_backend, f"cuML differs from torch by {difference:.1e} in its self-check"
     return cuml, f"cuML agrees with torch to {difference:.1e}"
 

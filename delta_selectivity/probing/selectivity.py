@@ -25,13 +25,13 @@ from torch.nn.functional import softplus
 from delta_selectivity.probing.folds import FoldPlan, Skipped
 from delta_selectivity.probing.probe_statistics import EPSILON, K_VIEWS, ProbeScores, Statistics, quantised, statistics
 from delta_selectivity.probing.probes import ProbeBackend, ProbeProblem
-from delta_selectivity.system.out_of_memory import Room
+from delta_selectivity.system.out_of_memory import MemoryBudget
 
 DEFAULT_CS = tuple(10.0**k for k in range(-5, 2))
 VIEWS = ("model", "sae", "transfer", "error", "latents")
 OUTLIER = 10.0
 """Multiple of the median norm above which a row or token is an outlier, usually an attention sink."""
-_ROOM = Room("targets are scored")
+_BUDGET = MemoryBudget("targets are scored")
 OPTIONAL = {f"{view}_{score}" for view in ("error", "latent") for score in ("sel", "auc", "bits")}
 OPTIONAL |= {f"{view}_{score}" for view in K_VIEWS for score in ("sel", "ci_low", "ci_high", "auc")}
 """Keys that a record has only where the view was asked for."""
@@ -136,7 +136,7 @@ def fit_model(
     fit, known = fit_view(plan, x, scale, backend, cs), None
     if control is not None:
         of_control = fit_view(control, x, training_scales(control, x), backend, cs)
-        known = control_scores(control, _kept(of_control.scores)[0])
+        known = control_scores(control, _to_float16(of_control.scores)[0])
     return ModelFit(x, scale, fit, tuple(cs), known)
 
 
@@ -177,14 +177,14 @@ def out_of_fold(
     return OutOfFold(
         plan=plan,
         views=views,
-        scores=np.stack([_kept(scores[view]) for view in views]),
+        scores=np.stack([_to_float16(scores[view]) for view in views]),
         fits={name: FitFacts(fit.chosen_c, fit.n_unconverged, fit.n_iter) for name, fit in fits.items()},
         outliers=model.outliers,
         control=model.control,
     )
 
 
-def _kept(scores: Tensor) -> NDArray[np.float16]:
+def _to_float16(scores: Tensor) -> NDArray[np.float16]:
     return quantised(scores.cpu().numpy())
 
 
@@ -237,7 +237,7 @@ def fit_view(
         by_row = choice[part].gather(2, folds.expand(found.shape[1], -1, -1))  # [targets, repeats, rows]
         scores[part] = found.gather(0, by_row[None])[0].float()
 
-    _ROOM.in_pieces(len(labels), len(cs) * folds.numel(), choose)
+    _BUDGET.run_in_pieces(len(labels), len(cs) * folds.numel(), choose)
     by_split = choice.flatten(1)[None]  # [1, targets, splits]
     wide = by_split[..., None].expand(-1, -1, -1, x.shape[1])
     return ViewFit(
@@ -265,7 +265,7 @@ def transfer_scores(plan: FoldPlan, fit: ViewFit, x: Tensor) -> Tensor:
     def score(part: slice) -> None:
         scores[part] = _held_out_scores(plan, x, fit.coef[None, part], fit.intercept[None, part])[0].float()
 
-    _ROOM.in_pieces(len(scores), plan.folds.size, score)
+    _BUDGET.run_in_pieces(len(scores), plan.folds.size, score)
     return scores
 
 
@@ -320,15 +320,15 @@ def _measure_target(found: OutOfFold, t: int, epsilon: float) -> ProbeResult:
     n_unconverged = sum(int(fit.n_unconverged[t]) for fit in found.fits.values())
     return ProbeResult(
         **{name.name: getattr(known, name.name) for name in fields(known)},
-        C=_typical(found.fits["model"].chosen_c[t]),
-        C_sae=_typical(found.fits["sae"].chosen_c[t]),
+        C=_geometric_median(found.fits["model"].chosen_c[t]),
+        C_sae=_geometric_median(found.fits["sae"].chosen_c[t]),
         converged=n_unconverged == 0,
         n_unconverged=n_unconverged,
         n_iter=max(int(fit.n_iter[t]) for fit in found.fits.values()),
     )
 
 
-def _typical(chosen_c: NDArray[np.float64]) -> float:
+def _geometric_median(chosen_c: NDArray[np.float64]) -> float:
     return float(np.exp(np.median(np.log(chosen_c))))
 
 

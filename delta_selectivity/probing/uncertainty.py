@@ -24,8 +24,8 @@ Numbers = NDArray[np.floating] | NDArray[np.int8]
 
 
 POWER = 0.8  # of `Estimate.detectable`
-_ALIKE = 0.5  # working correlation of a person's rows: at 0.2 intervals of Zipf-sized people are too narrow
-_PRIOR = 20  # effective people at which a person's own square and the pooled estimate have equal weight
+_CORRELATION = 0.5  # working correlation of a person's rows: at 0.2 intervals of Zipf-sized people are too narrow
+_PRIOR_GROUPS = 20  # effective people at which a person's own square and the pooled estimate have equal weight
 
 
 @dataclass(frozen=True)
@@ -187,11 +187,11 @@ def _correction(
     h, n = (np.bincount(people, of, n_persons).astype(np.float64) for of in (rows, weights))
     here = h > 0
     h_here = h[here]
-    v = _ALIKE + (1 - _ALIKE) / np.maximum(n[here], 1)
+    v = _CORRELATION + (1 - _CORRELATION) / np.maximum(n[here], 1)
     total = float(h_here**2 @ v)
     expected = v * (1 - 2 * h_here) + total  # of the squared distance from the mean of the class
     expected = np.where(expected > 1e-12 * v, expected, np.nan)  # the class has one person: the variance is unknown
-    prior = _PRIOR / (_PRIOR + 1 / (h_here @ h_here))
+    prior = _PRIOR_GROUPS / (_PRIOR_GROUPS + 1 / (h_here @ h_here))
     per_person = (1 - prior) * v + prior * total / (len(h_here) * h_here**2)
     factor, spread = np.zeros(n_persons), np.zeros(n_persons)
     factor[here] = np.sqrt(per_person / expected)

@@ -96,7 +96,7 @@ def plan_blocks(texts: ProbeTexts) -> list[Block]:
     return [Block(np.array(groups[datasets], dtype=np.int64), datasets) for datasets in order]
 
 
-class _Needed(NamedTuple):
+class _EncodedTokens(NamedTuple):
     """The tokens of a batch that are encoded at a site."""
 
     encoded: Encoded
@@ -105,17 +105,17 @@ class _Needed(NamedTuple):
     facts: TokenFacts
 
     @classmethod
-    def of(cls, x: Tensor, tokens: TokenIndex, encoded: Encoded, scale: SiteScale | None) -> _Needed:
+    def of(cls, x: Tensor, tokens: TokenIndex, encoded: Encoded, scale: SiteScale | None) -> _EncodedTokens:
         """Select the encoded tokens of x, which has all real tokens."""
-        x, mention, number = (_picked(rows, encoded.rows) for rows in (x, tokens.mention, tokens.number))
+        x, mention, number = (_select_rows(rows, encoded.rows) for rows in (x, tokens.mention, tokens.number))
         return cls(encoded, x, mention, TokenFacts.of(x, number, scale))
 
     def select(self, rows: Tensor) -> Tensor:
         """Select the encoded tokens from rows of all real tokens."""
-        return _picked(rows, self.encoded.rows)
+        return _select_rows(rows, self.encoded.rows)
 
 
-def _picked(rows: Tensor, chosen: Tensor | None) -> Tensor:
+def _select_rows(rows: Tensor, chosen: Tensor | None) -> Tensor:
     return rows if chosen is None else rows.index_select(0, chosen)
 
 
@@ -139,8 +139,8 @@ class Producer:
     ) -> None:
         self.model, self.saes, self.counts_bos = model, saes, counts_bos
         self.latents_of, self.sample = latents_of, sample
-        self._home = torch.device("cpu") if model.device.type == "mps" else model.device  # of sums: MPS lacks float64
-        self.scales = {site: scale._replace(mean=scale.mean.to(self._home)) for site, scale in scales.items()}
+        self._sums_device = torch.device("cpu") if model.device.type == "mps" else model.device  # MPS lacks float64
+        self.scales = {site: scale._replace(mean=scale.mean.to(self._sums_device)) for site, scale in scales.items()}
         self.tokenised, self.rows, self.clock = tokenised, rows, clock
         if batch_size is None and max_tokens is None:
             max_tokens = tokens_in_memory(model.device, saes)
@@ -153,7 +153,7 @@ class Producer:
         """Put every block's rows and then its sums; call `on_texts(n)` after every n texts."""
         limits = {id(block): self.sample.limits_of(block.datasets) for block in blocks}
         every = ((limits[id(block)], batch) for block in blocks for batch in self._batches(block.mentions))
-        with closing(self.cores.in_order(every, self._within_memory, "forward")) as found:
+        with closing(self.cores.map_in_order(every, self._within_memory, "forward")) as found:
             for block in blocks:
                 sums = {
                     (site, i): self._no_sums(sae, limits[id(block)])
@@ -196,23 +196,24 @@ class Producer:
         with self.clock.stage("forward"):
             skip = int(batch.has_bos and not any(self.counts_bos.values()))
             activations = self.model.token_rows(batch.ids, batch.lengths, skip)
-        tokens = TokenIndex.build(batch, self.rows, skip, self.sample, limits).to(self._home)
+        tokens = TokenIndex.build(batch, self.rows, skip, self.sample, limits).to(self._sums_device)
         results = []
         for site, saes in self.saes.items():
             with self.clock.stage("sae"):
-                x = (activations[site] if site in self._also_read else activations.pop(site)).float().to(self._home)
+                x = activations[site] if site in self._also_read else activations.pop(site)
+                x = x.float().to(self._sums_device)
                 probed = x.index_select(0, tokens.probed)
                 recons, sums, codes = {}, {}, {}
-                needed: dict[bool, _Needed] = {}  # by whether BOS counts; shared by all SAEs
+                needed: dict[bool, _EncodedTokens] = {}  # by whether BOS counts; shared by all SAEs
                 broken: dict[SaeId | None, Tensor] = {None: _first_broken(x.sum(dim=1), tokens.mention)}
                 for sae_id, sae in saes.items():
                     place = site.read_by(sae.input_hookpoint)
                     with_bos = self.counts_bos[sae_id]
                     if with_bos not in needed:
                         encoded = tokens.with_bos if with_bos else tokens.without_bos
-                        needed[with_bos] = _Needed.of(x, tokens, encoded, self.scales.get(site))
+                        needed[with_bos] = _EncodedTokens.of(x, tokens, encoded, self.scales.get(site))
                     own = needed[with_bos]
-                    read = own.x if place == site else own.select(activations[place].float().to(self._home))
+                    read = own.x if place == site else own.select(activations[place].float().to(self._sums_device))
                     recon, latents, broken[sae_id], sums[sae_id] = self._reconstruct(sae, read, probed, own)
                     recons[sae_id] = tokens.pool(recon)
                     if sae_id in self.latents_of:
@@ -221,7 +222,7 @@ class Producer:
         return results
 
     def _reconstruct(
-        self, sae: Sae, read: Tensor, probed: Tensor, needed: _Needed
+        self, sae: Sae, read: Tensor, probed: Tensor, needed: _EncodedTokens
     ) -> tuple[Tensor, SparseRows, Tensor, ReconstructionSums]:
         """Return x̂ and the codes at the name tokens, where x is `probed`, the first broken mention, and the sums.
 
@@ -229,7 +230,7 @@ class Producer:
         """
         encoded, x, mention, facts = needed
         latents = sae.encode(read)
-        recon, latents = sae.decode(latents, read).to(self._home), latents.to(self._home)
+        recon, latents = sae.decode(latents, read).to(self._sums_device), latents.to(self._sums_device)
         sums, errors = self._no_sums(sae, encoded.whole), None
         for limit, rows in encoded.whole.items():
             if rows is None:
@@ -243,7 +244,7 @@ class Producer:
         return recon, latents, broken, sums
 
     def _no_sums(self, sae: Sae, limits: Collection[int]) -> ReconstructionSums:
-        return ReconstructionSums.empty(sae.d_out, sae.d_sae, self._home, limits)
+        return ReconstructionSums.empty(sae.d_out, sae.d_sae, self._sums_device, limits)
 
 
 def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:

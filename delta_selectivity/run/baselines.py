@@ -42,12 +42,12 @@ from delta_selectivity.saes import (
 from delta_selectivity.tasks import TokenisedMentions
 
 KINDS = ("identity", "random", "pca", "mean", "shuffled", "names")
-OF_AN_SAE = ("random", "pca", "shuffled")  # one for each SAE of the run; the others once for each hook point
+PER_SAE = ("random", "pca", "shuffled")  # one for each SAE of the run; the others once for each hook point
 CALIBRATED = ("random", "pca", "mean")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSae:
     """The properties of an SAE of the run that its baselines depend on."""
 
     slug: str  # its name, made safe
@@ -61,7 +61,7 @@ class Baseline:
     """One baseline of a run."""
 
     kind: str
-    of: int | None  # the SAE's index in the run; None: a baseline of the hook point
+    sae_id: int | None  # the SAE's index in the run; None: a baseline of the hook point
     owner: str  # that SAE, or the hook point
     hookpoint: str
     counts_bos: bool  # whether its whole-text figures, mean and axes include BOS
@@ -97,14 +97,14 @@ class Baseline:
         return key
 
 
-def plan_baselines(kinds: Collection[str], saes: Sequence[Measured]) -> list[Baseline]:
+def plan_baselines(kinds: Collection[str], saes: Sequence[MeasuredSae]) -> list[Baseline]:
     """Return the baselines of these kinds for these SAEs, in the order of `KINDS`."""
     places: dict[tuple[str, bool], set[int]] = {}  # (hook point, counts BOS) -> layers
     for sae in saes:
         places.setdefault((sae.hookpoint, sae.counts_bos), set()).update(sae.layers)
     planned = []
     for kind in (kind for kind in KINDS if kind in kinds):
-        if kind in OF_AN_SAE:
+        if kind in PER_SAE:
             planned += [
                 Baseline(kind, i, sae.slug, sae.hookpoint, sae.counts_bos, sae.layers) for i, sae in enumerate(saes)
             ]

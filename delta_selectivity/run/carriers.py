@@ -159,8 +159,8 @@ def _request(run: Json, dataset: str, layer: int, sae: Any, device: str | None) 
     others = {"baselines": (), "views": ("model", "sae"), "overwrite": False, "dtype": run["key"].get("dtype", "auto")}
     device1, device2 = choose_devices(device or config.get("device1"), device or config.get("device2"))
     return Request(
-        model=_found_again(str(config["model_name"])),
-        saes=(sae if isinstance(sae, SaeSource) else _found_again(str(config["sae"])),),
+        model=_resolve_path(str(config["model_name"])),
+        saes=(sae if isinstance(sae, SaeSource) else _resolve_path(str(config["sae"])),),
         tasks=(_task(config, dataset),),
         layers=(layer,),
         settings=Settings(**{**known, **others}),
@@ -175,10 +175,10 @@ def _task(config: Json, dataset: str) -> TaskName:
     if name in (config.get("datasets") or ()):
         return name_task(name, data_dir=config.get("data_dir"))
     columns = tuple((str(ours), str(theirs)) for ours, theirs in config.get("dataset_columns") or ())
-    return UserData(_found_again(str(config.get("dataset_file"))), config.get("dataset_split"), columns)
+    return UserData(_resolve_path(str(config.get("dataset_file"))), config.get("dataset_split"), columns)
 
 
-def _found_again(name: str) -> str:
+def _resolve_path(name: str) -> str:
     """Resolve a path that result files store relative to the repository."""
     return str(PROJECT / name) if not Path(name).exists() and (PROJECT / name).exists() else name
 

@@ -33,11 +33,13 @@ class CellResult:
     scores: dict[str, ProbeScores]  # probe -> its out-of-fold scores, where there was something to measure
 
 
-Keep = Callable[[Cell, CellResult], None]
+OnResult = Callable[[Cell, CellResult], None]
 """A function that handles the result of a cell."""
 
 
-def write_to(files: Files, clock: Stopwatch, texts: Mapping[int, bytes], downstream: Mapping[Cell, Downstream]) -> Keep:
+def result_writer(
+    files: Files, clock: Stopwatch, texts: Mapping[int, bytes], downstream: Mapping[Cell, Downstream]
+) -> OnResult:
     """Return a function that writes each result to its file: first the scores, then the record that marks it as done.
 
     texts: Content of the file of texts, by dataset, where one is stored. downstream: By cell, where measured.

@@ -66,7 +66,7 @@ def downstream_figures(
 ) -> Downstream:
     """Return the figures of sums by mention; texts int64 [mentions]: those of one text have one number."""
     _, text = np.unique(texts, return_inverse=True)
-    model, sae, mean, zero = (_added_up(sums, text) for sums in (model, sae, mean, zero))
+    model, sae, mean, zero = (_sum_by_text(sums, text) for sums in (model, sae, mean, zero))
     by_text = np.divide(sae.kl_pos, sae.n_pos, out=np.zeros_like(sae.n_pos), where=sae.n_pos > 0)
     harm = _ratio(mean.ce - model.ce, model.n_next)
     recovered = None if harm is None or harm.low <= 0 else _ratio(mean.ce - sae.ce, mean.ce - model.ce)
@@ -87,7 +87,7 @@ def downstream_figures(
     )
 
 
-def _added_up(sums: TextSums, text: NDArray[np.intp]) -> TextSums:
+def _sum_by_text(sums: TextSums, text: NDArray[np.intp]) -> TextSums:
     """Add up sums by mention to sums by text."""
     return TextSums(*(np.bincount(text, column).astype(np.float64) for column in sums))
 

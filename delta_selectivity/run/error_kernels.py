@@ -83,7 +83,7 @@ def merge(
 
 
 @compiled()
-def note_fired(
+def add_fired(
     number: NDArray[np.int64], crow: NDArray[np.int64], col: Latents, value: Floats, fired: NDArray[np.int64]
 ) -> None:
     """Add to each latent's count, and to its sum of the numbers of rows, the rows in which it is not zero.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from delta_selectivity.records.sae_level import settle
 from delta_selectivity.run.measure import measure
-from delta_selectivity.run.planning import Cell, Plan, go_on, make_plan, missing_cells, open_files
+from delta_selectivity.run.planning import Cell, Plan, adopt_existing_choices, make_plan, missing_cells, open_files
 from delta_selectivity.run.request import Request
 from delta_selectivity.system.terminal import tell
 
@@ -18,7 +18,7 @@ def run_request(request: Request, progress: bool = False) -> list[Path]:
 
     Raises `RequestError` if the request is wrong, and whatever else stops the run; finished layers are on disk by then.
     """
-    plan = go_on(make_plan(request))
+    plan = adopt_existing_choices(make_plan(request))
     with ExitStack() as held:
         files = open_files(plan, held)
         cells = missing_cells(plan, files)

@@ -25,16 +25,16 @@ from delta_selectivity.records.rows_file import RowProbe, Rows, RowText, check_t
 from delta_selectivity.run.activations import Item, LayerRows, Producer, SaeId, plan_blocks
 from delta_selectivity.run.loading import load_weights
 from delta_selectivity.run.planning import Cell, Plan, make_plan
-from delta_selectivity.run.prober import where_broken
+from delta_selectivity.run.prober import describe_non_finite
 from delta_selectivity.run.request import Request
 from delta_selectivity.run.row_store import NonFiniteError, RowStore
 from delta_selectivity.run.rows import RowTable
-from delta_selectivity.run.task_set import in_order_of_text
+from delta_selectivity.run.task_set import text_ranks
 from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import Sae
 from delta_selectivity.system.cores import sharing_cores
 from delta_selectivity.system.memory import as_bytes
-from delta_selectivity.system.startup import release_collector
+from delta_selectivity.system.startup import resume_garbage_collection
 from delta_selectivity.system.stopwatch import Stopwatch
 
 HOST = torch.device("cpu")
@@ -57,8 +57,8 @@ def extract(request: Request, path: Path, on_texts: Callable[[int, int], None] =
     check_views(request.settings)
     check_target(path)
     plan = make_plan(request)
-    if nameless := [subject.name for subject in plan.subjects if not subject.reconstructs]:
-        raise RequestError(f"`baselines` {nameless[0]}: gives no reconstruction to write: name the other baselines")
+    if without_recon := [subject.name for subject in plan.subjects if not subject.reconstructs]:
+        raise RequestError(f"`baselines` {without_recon[0]}: it has no reconstruction to write: choose other baselines")
     sites = {site for subject in plan.subjects for site in subject.sites}
     if len(sites) > 1:
         places = ", ".join(sorted(site.hookpoint for site in sites))
@@ -97,7 +97,7 @@ def probed_rows(
     ids = range(len(plan.subjects))
     cells = [Cell(index, site, i) for index in range(len(plan.texts.datasets)) for i in ids]
     loaded = load_weights(plan, cells, {}, tokenised)
-    release_collector()
+    resume_garbage_collection()
     asked, blocks = plan.request.settings, plan_blocks(plan.texts)
     total = sum(len(block.mentions) for block in blocks)
     counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
@@ -116,7 +116,7 @@ def probed_rows(
                 loaded.model, loaded.saes, counts_bos, tokenised, table, asked.batch_size, cores, Stopwatch(), sample,
                 loaded.scales, latents_of,
             )  # fmt: skip
-            producer.run(blocks, lambda item: _keep(item, store, plan), count)
+            producer.run(blocks, lambda item: _store_item(item, store, plan), count)
         yield Probed(table, store, loaded.saes[site])
 
 
@@ -133,20 +133,20 @@ def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
         groups=plan.texts.persons[table.mention],
         weights=table.weight,
         tokens=table.token,
-        order=in_order_of_text(plan.texts, table, np.arange(len(table))),
+        order=text_ranks(plan.texts, table, np.arange(len(table))),
         texts=[RowText(mention.text, mention.start, mention.end, mention.person) for mention in mentions],
         about=about,
     )
 
 
-def _keep(item: Item, store: RowStore, plan: Plan) -> None:
+def _store_item(item: Item, store: RowStore, plan: Plan) -> None:
     if not isinstance(item, LayerRows):
         return  # whole-text sums are not part of a file of rows
     try:
         store.put(item)
     except NonFiniteError as error:
         names = [subject.name for subject in plan.subjects]
-        raise ArithmeticError(where_broken(error, plan.texts, names)) from error
+        raise ArithmeticError(describe_non_finite(error, plan.texts, names)) from error
 
 
 def _probes(plan: Plan, table: RowTable) -> Sequence[RowProbe]:

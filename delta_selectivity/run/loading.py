@@ -18,7 +18,7 @@ from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.baselines import SiteBuilder, bag_of_names
 from delta_selectivity.run.calibration import SiteSample, calibrate
 from delta_selectivity.run.planning import Cell, Files, Plan, by_site
-from delta_selectivity.run.preflight import Preflight, neighbours
+from delta_selectivity.run.preflight import Preflight, alternative_sites
 from delta_selectivity.run.reconstruction import SiteScale
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import Sae, SaeSource, SparseRows
@@ -47,7 +47,7 @@ def load_weights(plan: Plan, cells: Sequence[Cell], files: Files, tokenised: Tok
     for site, ids in wanted.items():
         sources = {source.name: source for i in ids if (source := plan.subjects[i].source) is not None}
         loaded[site] = {name: source.load(site.layer, device) for name, source in sources.items()}
-    model, scales = _load_fitting(plan, loaded, files, tokenised)
+    model, scales = _load_checked(plan, loaded, files, tokenised)
     saes: dict[Site, dict[SaeId, Sae]] = {}
     with sharing_cores(device):  # one thread, so that baselines do not depend on the number of cores
         samples = _calibrate(plan, model)
@@ -62,7 +62,7 @@ def load_weights(plan: Plan, cells: Sequence[Cell], files: Files, tokenised: Tok
                     saes[site][i] = own
                 elif subject.reconstructs:
                     saes[site][i] = builder.build(subject.baseline, own)
-    return Loaded(_apart(model, "run"), saes, scales)
+    return Loaded(_with_purpose(model, "run"), saes, scales)
 
 
 def codes_of_names(plan: Plan, tokenised: TokenisedMentions) -> dict[SaeId, SparseRows]:
@@ -84,12 +84,12 @@ def model_loader(plan: Plan) -> Callable[[Collection[Site]], ActivationSource]:
     return lambda sites: CachedModel(cache, load, sites, torch.device(request.device1))
 
 
-def load_with_neighbours(plan: Plan, widths: Mapping[Site, int], everywhere: bool = False) -> ActivationSource:
+def load_with_alternatives(plan: Plan, widths: Mapping[Site, int], everywhere: bool = False) -> ActivationSource:
     """Load the model with hooks at these sites, and at alternative sites of their SAEs where the model has them."""
     load, n_layers, find = model_loader(plan), plan.info.n_layers, plan.find_widths
     for sums in (True, False):
         try:
-            return load(neighbours(n_layers, widths, find, everywhere, plan.modules, sums))
+            return load(alternative_sites(n_layers, widths, find, everywhere, plan.modules, sums))
         except RequestError as error:  # some models lack the sites of these names
             log.info("other places are not tried: %s", error)
     return load(widths)
@@ -100,7 +100,7 @@ def model_fitter(request: Request) -> FitModel:
     return fit_model if request.cache is None else FitCache.open(request.cache, request.settings.cache_gb).fit_model
 
 
-def _load_fitting(
+def _load_checked(
     plan: Plan, loaded: Mapping[Site, Mapping[str, Sae]], files: Files, tokenised: TokenisedMentions
 ) -> tuple[ActivationSource, dict[Site, SiteScale]]:
     """Load the model and check that the SAEs fit it; return it with the norm limits of its sites.
@@ -114,7 +114,7 @@ def _load_fitting(
     needed = {site: plan.widths[site] for site in loaded.keys() | reads}
     load = model_loader(plan)
     try:
-        model = load_with_neighbours(plan, needed)
+        model = load_with_alternatives(plan, needed)
         check = Preflight.sample(model, plan.info, tokenised, seed)
     except (ArithmeticError, *ERRORS) as error:
         if not (isinstance(error, ArithmeticError) or is_out_of_memory(error)):
@@ -130,7 +130,7 @@ def _load_fitting(
         for site, by_name in loaded.items()
         for name, sae in by_name.items()
     }
-    misfits = [fit for fit in fits.values() if fit.misfits]
+    misfits = [fit for fit in fits.values() if fit.is_misfit]
     if misfits and not force:
         more = f" (and {len(misfits) - 1} more of {len(fits)} SAEs misfit)" if len(misfits) > 1 else ""
         tried = max(site.layer for site in needed) + 1
@@ -139,16 +139,16 @@ def _load_fitting(
             "`force` measures it as it is"
         )
     told = [(sae_id, fit.problem()) for (_, sae_id), fit in fits.items()]
-    told += [(sae_id, _of_another_model(plan, subject.source)) for sae_id, subject in enumerate(plan.saes)]
+    told += [(sae_id, _other_model_warning(plan, subject.source)) for sae_id, subject in enumerate(plan.saes)]
     for sae_id, problem in told:
         if problem is not None:
             log.warning("%s", problem)
             for file in (file for (i, _), file in files.items() if i == sae_id and problem not in file.warnings):
                 file.warnings.append(problem)
-    return model.only(needed), check.scales()
+    return model.restricted_to(needed), check.scales()
 
 
-def _of_another_model(plan: Plan, source: SaeSource | None) -> str | None:
+def _other_model_warning(plan: Plan, source: SaeSource | None) -> str | None:
     """Return a warning if an SAE's config names another model; folders and owners are ignored."""
     assert source is not None
     trained_on, measured = (Path(name or "").name.lower() for name in (source.model_name, plan.info.name))
@@ -157,13 +157,13 @@ def _of_another_model(plan: Plan, source: SaeSource | None) -> str | None:
     return f"{source.name} was trained on {source.model_name}, and is measured on {plan.info.name}"
 
 
-def _apart(model: ActivationSource, purpose: str) -> ActivationSource:
+def _with_purpose(model: ActivationSource, purpose: str) -> ActivationSource:
     """Return the model with a separate part of its cache, if it has one, for this purpose."""
-    return model.apart(purpose) if isinstance(model, CachedModel) else model
+    return model.with_purpose(purpose) if isinstance(model, CachedModel) else model
 
 
 def _calibrate(plan: Plan, model: ActivationSource) -> dict[Site, SiteSample]:
     if not plan.calibration:
         return {}
     asked = plan.request.settings
-    return calibrate(_apart(model, "baselines"), plan.tokenise(plan.calibration), asked.positions, asked.seed)
+    return calibrate(_with_purpose(model, "baselines"), plan.tokenise(plan.calibration), asked.positions, asked.seed)

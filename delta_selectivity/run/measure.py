@@ -10,7 +10,7 @@ import torch
 
 from delta_selectivity.run.activations import Item, Producer, plan_blocks
 from delta_selectivity.run.bounded_queue import BoundedQueue
-from delta_selectivity.run.cell_result import write_to
+from delta_selectivity.run.cell_result import result_writer
 from delta_selectivity.run.downstream import measure_downstream
 from delta_selectivity.run.kept_texts import kept_texts
 from delta_selectivity.run.loading import codes_of_names, load_weights, model_fitter
@@ -24,7 +24,7 @@ from delta_selectivity.settings import LATENT_VIEWS
 from delta_selectivity.system import processor
 from delta_selectivity.system.cores import probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
-from delta_selectivity.system.startup import release_collector
+from delta_selectivity.system.startup import resume_garbage_collection
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.system.terminal import NOTE
 
@@ -47,7 +47,7 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
         tokenised = plan.tokenise(plan.texts.mentions)
     with clock.stage("load"):
         loaded = load_weights(plan, cells, files, tokenised)
-    release_collector()
+    resume_garbage_collection()
     rows = RowTable.build(tokenised, asked.positions)
     datasets = {cell.dataset for cell in cells}
     texts = kept_texts(plan.texts, rows, datasets, asked.keep_texts)
@@ -82,6 +82,6 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
         )
         own = probing_cores(cores, request.device1, request.device2)
         prober = Prober(
-            work, blocks, queue_bytes, own, clock, write_to(files, clock, texts, downstream), bars.probes, stop
+            work, blocks, queue_bytes, own, clock, result_writer(files, clock, texts, downstream), bars.probes, stop
         )
         run(producer, prober, blocks, queue, bars.texts, stop)

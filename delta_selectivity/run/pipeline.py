@@ -65,7 +65,7 @@ def _interruptible(stop: threading.Event, queue: BoundedQueue[Item], prober: Pro
 
     def on_signal(_number: int, _frame: object) -> None:
         if stop.is_set():
-            if interrupts.leaves_at_once():
+            if interrupts.exits_on_signals():
                 os._exit(130)
             prober.abandon()
             raise KeyboardInterrupt
@@ -76,7 +76,7 @@ def _interruptible(stop: threading.Event, queue: BoundedQueue[Item], prober: Pro
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, on_signal) for number in interrupts.watched()}
+    before = {number: signal.signal(number, on_signal) for number in interrupts.handled_signals()}
     try:
         yield
     finally:

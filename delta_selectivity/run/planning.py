@@ -18,7 +18,7 @@ from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
 from delta_selectivity.models.places import BLOCKS, check_replaceable, without_wrappers
-from delta_selectivity.probing.folds import MOST_FOLDS, too_few_people
+from delta_selectivity.probing.folds import MAX_FOLDS, too_few_people
 from delta_selectivity.probing.probes import check_backend
 from delta_selectivity.records import scores
 from delta_selectivity.records.result_file import (
@@ -35,7 +35,7 @@ from delta_selectivity.records.result_file import (
 )
 from delta_selectivity.records.result_folder import choose_folder
 from delta_selectivity.run.activations import SaeId
-from delta_selectivity.run.baselines import CALIBRATED, Baseline, Measured, plan_baselines
+from delta_selectivity.run.baselines import CALIBRATED, Baseline, MeasuredSae, plan_baselines
 from delta_selectivity.run.calibration import draw_mentions, fingerprint
 from delta_selectivity.run.downstream_figures import Downstream
 from delta_selectivity.run.reconstruction import Reconstruction
@@ -138,7 +138,7 @@ def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | 
     _refuse_reserved_names(texts)
     sources = open_sources(request)
     modules = setup.names_of_modules(info)
-    sources = [in_model(source, modules) for source in sources]
+    sources = [resolve_hookpoint(source, modules) for source in sources]
     sites = [_sites(request, info, source) for source in sources]
     widths = _check_widths(info, setup, sources, sites)
     for site in (site for own in sites if asked.downstream for site in own):
@@ -158,7 +158,7 @@ def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | 
     )
 
 
-def go_on(plan: Plan) -> Plan:
+def adopt_existing_choices(plan: Plan) -> Plan:
     """Return the plan with the choices of the results that already exist.
 
     `auto` can resolve differently on another machine, and existing figures may be exact where new ones would be
@@ -206,12 +206,12 @@ def open_sources(request: Request) -> list[SaeSource]:
     return list(found.values())
 
 
-def in_model(source: SaeSource, modules: Mapping[str, str]) -> SaeSource:
+def resolve_hookpoint(source: SaeSource, modules: Mapping[str, str]) -> SaeSource:
     """Return the source with the model's name of its site: an MLP's output is `mlp_out` only if added unchanged.
 
     modules: of `ModelInfo.names_of_modules`. `layers` and `attention` stand for the model's own names of these.
     """
-    own = source.own_hookpoint
+    own = source.config_hookpoint
     if source.asked is None:
         of_model = without_wrappers(own).split(".")[0] in BLOCKS
         names = (name for path, name in modules.items() if of_model and same_place(path, own) and is_module_path(own))
@@ -284,13 +284,13 @@ def _plan_subjects(
         for source, label, folder, own, counts in zip(sources, labels, folders, sites, counts_bos, strict=True)
     ]
     measured = [
-        Measured(subject.label, source.hookpoint, subject.counts_bos, tuple(site.layer for site in subject.sites))
+        MeasuredSae(subject.label, source.hookpoint, subject.counts_bos, tuple(site.layer for site in subject.sites))
         for subject, source in zip(subjects, sources, strict=True)
     ]
     for baseline in plan_baselines(request.settings.baselines, measured):
         folder = out / "baselines" / slug(baseline.slug)
         own = tuple(Site(layer, baseline.hookpoint) for layer in baseline.layers)
-        made_from = None if baseline.of is None else sources[baseline.of]
+        made_from = None if baseline.sae_id is None else sources[baseline.sae_id]
         name = baseline.name
         subjects.append(Subject(name, name, folder, own, baseline.counts_bos, made_from, baseline))
     return tuple(subjects)
@@ -306,8 +306,8 @@ def _refuse_reserved_names(texts: ProbeTexts) -> None:
 
 def _refuse_too_few_people(texts: ProbeTexts, n_folds: int) -> None:
     """Raise `RequestError` if none of the probes can be measured; where some can, the others say why not."""
-    if n_folds > MOST_FOLDS:
-        raise RequestError(f"`folds` {n_folds}: {MOST_FOLDS} at most")
+    if n_folds > MAX_FOLDS:
+        raise RequestError(f"`folds` {n_folds}: {MAX_FOLDS} at most")
     probes = [probe for dataset in texts.datasets for probe in dataset.probes]
     found = {p.name: too_few_people(p.labels, texts.persons[p.mentions], n_folds) for p in probes}
     reasons = [f"{name}: {skipped.reason}" for name, skipped in found.items() if skipped is not None]
@@ -343,7 +343,7 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
         config["quantisation"] = plan.info.quantisation
     files: dict[tuple[SaeId, int], RecordFile] = {}
     for sae_id, subject in enumerate(plan.subjects):
-        own_key, told = _what_is_its_own(plan, subject, hashes)
+        own_key, told = _subject_key_and_config(plan, subject, hashes)
         run = describe_run({**config, **told})
         names = [result_path(Path(), request.model, dataset.slug).name for dataset in plan.texts.datasets]
         keys = [{**shared, **own_key, "data": of_dataset} for of_dataset in data]
@@ -364,7 +364,7 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
     return files
 
 
-def _what_is_its_own(plan: Plan, subject: Subject, hashes: Mapping[str, str]) -> tuple[Json, Json]:
+def _subject_key_and_config(plan: Plan, subject: Subject, hashes: Mapping[str, str]) -> tuple[Json, Json]:
     """Return the key entries of this subject alone, and its entries of `_run.config`."""
     source, baseline = subject.source, subject.baseline
     own_hash = None if source is None else hashes[source.name]

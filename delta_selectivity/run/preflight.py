@@ -38,20 +38,20 @@ log = logging.getLogger(__name__)
 
 N_TEXTS = 64
 N_TOKENS = 512
-FEW_TOKENS = 100
+MIN_TOKENS = 100
 """Minimum sample: with fewer, there is no verdict, since a few short texts have too little variance."""
 
-FAR_BETTER = 0.8
+STOP_RATIO = 0.8
 """Stop the run if an alternative has less than this share of the FVU."""
-BETTER = 0.95
+WARN_RATIO = 0.95
 """Warn if an alternative has less than this share of the FVU."""
-MOST = 0.5
+MAX_FVU = 0.5
 """Upper limit of an alternative's FVU: an SAE that fits nowhere still fits some sites slightly better than others."""
-GOOD = 0.01
+GOOD_FVU = 0.01
 """Do not try alternatives if the FVU is below this."""
 L0_FACTOR = 2
 """Warn if the mean L0 differs from the config's by more than this."""
-SAME = 1.02
+SAME_FVU = 1.02
 """Normalisations whose FVUs differ by less than this factor are named together."""
 BOS_ERROR = 3.0
 """BOS has the same vector in every text, so an SAE trained on it reconstructs it well. If its squared error there is
@@ -77,12 +77,12 @@ class Alternative:
     what: str  # "at layer 4", "with layer_norm inputs", ...
     fix: str  # the recommended action
     fvu: float
-    instead_of: float  # the FVU as configured, on the same tokens
+    configured_fvu: float  # the FVU as configured, on the same tokens
 
     @property
     def ratio(self) -> float:
         """FVU relative to that as configured; below 1, the alternative fits better."""
-        return self.fvu / self.instead_of if self.instead_of > 0 else float("inf")
+        return self.fvu / self.configured_fvu if self.configured_fvu > 0 else float("inf")
 
 
 @dataclass(frozen=True)
@@ -102,28 +102,28 @@ class Fit:
     def best(self) -> Alternative | None:
         """The setting that fits best, if it is better than the one in use and good."""
         first = self.alternatives[0] if self.alternatives else None
-        return first if first is not None and first.ratio < BETTER and first.fvu < MOST else None
+        return first if first is not None and first.ratio < WARN_RATIO and first.fvu < MAX_FVU else None
 
     @property
-    def misfits(self) -> bool:
+    def is_misfit(self) -> bool:
         """Whether an alternative fits so much better that the run must stop."""
-        return self.n_tokens >= FEW_TOKENS and self.best is not None and self.best.ratio < FAR_BETTER
+        return self.n_tokens >= MIN_TOKENS and self.best is not None and self.best.ratio < STOP_RATIO
 
     def problem(self) -> str | None:
         """Return a one-line warning for the user, or None; the run itself reports a high FVU."""
-        if self.n_tokens < FEW_TOKENS:
+        if self.n_tokens < MIN_TOKENS:
             return None
         where = f"{self.name}, layer {self.site.layer}, {self.site.hookpoint}"
         if self.best is not None:
-            far = " far" if self.misfits else ""
-            here = f"FVU {self.best.fvu:.3g} against {self.best.instead_of:.3g}"
+            far = " far" if self.is_misfit else ""
+            here = f"FVU {self.best.fvu:.3g} against {self.best.configured_fvu:.3g}"
             return f"{where}: fits{far} better {self.best.what} ({here}): {self.best.fix}"
         if self.promised_l0 is not None and not 1 / L0_FACTOR < self.l0 / self.promised_l0 < L0_FACTOR:
             return f"{where}: L0 is {self.l0:.1f} on average, its config promises {self.promised_l0:g}"
         return None
 
 
-def neighbours(
+def alternative_sites(
     n_layers: int,
     widths: Mapping[Site, int],
     find_widths: Callable[[Collection[Site]], Mapping[Site, int]],
@@ -170,7 +170,7 @@ class Preflight:
         seed: int,
     ) -> Preflight:
         """Sample activations of texts drawn by seed. Raises ArithmeticError if an activation is NaN or Inf."""
-        few = tokenised.take(_draw(tokenised, seed))
+        few = tokenised.select(_draw(tokenised, seed))
         samples = calibrate(model, few, "last", seed, N_TOKENS)
         bos = info.opening_token_id
         if bos is None or (info.n_embeddings is not None and bos >= info.n_embeddings):
@@ -185,13 +185,13 @@ class Preflight:
 
     def examine(self, sae: Sae, site: Site, counts_bos: bool) -> Fit:
         """Try an SAE at its site and at the others, as it is and otherwise; counts_bos: whether BOS is to count."""
-        read, x = _ordinary(sae, site, self.samples)
+        read, x = _ordinary_tokens(sae, site, self.samples)
         codes = sae.encode(read)
         fvu = _fvu(x, sae.decode(codes, read))
         found: list[Alternative] = []
-        if fvu > GOOD:
-            found += _elsewhere(sae, site, self.samples, fvu)
-            found += _otherwise(sae, read, x, fvu)
+        if fvu > GOOD_FVU:
+            found += _at_other_sites(sae, site, self.samples, fvu)
+            found += _with_other_settings(sae, read, x, fvu)
             found += _with_other_bos(sae, site, self, fvu)
         if counts_bos:
             found += _without_bos(sae, site, self.samples)
@@ -216,11 +216,11 @@ def _fvu_at(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> float |
         return None
     if samples[read_at].x.shape[1] != sae.d_in or samples[site].x.shape[1] != sae.d_out:
         return None
-    read, x = _ordinary(sae, site, samples)
+    read, x = _ordinary_tokens(sae, site, samples)
     return _fvu(x, _reconstruct(sae, read))
 
 
-def _elsewhere(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fvu: float) -> Iterator[Alternative]:
+def _at_other_sites(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fvu: float) -> Iterator[Alternative]:
     """Yield fits at the same site in other layers and at other sites; for a transcoder, other sites of its input."""
     for other in samples:
         if other.hookpoint == site.hookpoint and other != site:
@@ -236,7 +236,7 @@ def _elsewhere(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fvu: fl
             yield Alternative(f"at {what}", f"is that where it belongs, {what}?", found, fvu)
 
 
-def _otherwise(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Alternative]:
+def _with_other_settings(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Alternative]:
     """Yield fits with other treatments of the same activations."""
     transcodes = sae.input_hookpoint is not None
     by_norm = {
@@ -245,9 +245,9 @@ def _otherwise(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Altern
         if kind != sae.input_norm
     }
     best = min(by_norm.values())
-    alike = [kind for kind, found in by_norm.items() if found <= SAME * best]
+    alike = [kind for kind, found in by_norm.items() if found <= SAME_FVU * best]
     plainest = [kind for kind in alike if "," not in kind] or alike  # else combinations of two
-    says = " or ".join(" and ".join(map(_setting, kind.split(", "))) for kind in plainest)
+    says = " or ".join(" and ".join(map(_config_entry, kind.split(", "))) for kind in plainest)
     yield Alternative("with other treatment of its inputs", f"its config should say {says}", best, fvu)
     if sae.input_norm in ("none", "centre") and not transcodes:
         for scale in (*SCALES, sae.d_in**0.5 / float(read.norm(dim=1).mean())):
@@ -261,7 +261,7 @@ def _otherwise(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Altern
             yield Alternative(what, fix, _fvu(x, _reconstruct(replace(sae, coder=turned), read)), fvu)
 
 
-def _setting(norm: str) -> str:
+def _config_entry(norm: str) -> str:
     return SETTINGS.get(norm, f"normalize_activations: {norm}")
 
 
@@ -289,7 +289,7 @@ def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> It
         yield Alternative("if BOS does not count, as in its training", "`bos` excluded", elsewhere, at_bos)
 
 
-def _ordinary(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> tuple[Tensor, Tensor]:
+def _ordinary_tokens(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> tuple[Tensor, Tensor]:
     """Return the SAE's input and target at tokens other than BOS and sinks: `[tokens, d]` on its device.
 
     A sink's norm is above `OUTLIER` times the median, at the SAE's input or at the site.

@@ -84,21 +84,21 @@ def probe_rows(rows: Rows, settings: Settings, device: str) -> RowsResult:
     _refuse_reserved_names(rows)
     names = list(rows.recons)
     found: dict[str, Json] = {name: {} for name in names}
-    sets = _sets(rows.probes)
+    sets = _group_probes(rows.probes)
     with sharing_cores(device) as cores:
         backend, _ = choose_backend(settings.probe, device)
 
-        def probe(together: Sequence[RowProbe]) -> list[list[Json]]:
-            chosen = torch.from_numpy(together[0].rows)
-            x = _pick(rows.x, chosen, device)
-            recons = (_pick(rows.recons[name], chosen, device) for name in names)
-            by_sae = measure_rows(x, recons, _targets(rows, together), settings, backend)
+        def probe(group: Sequence[RowProbe]) -> list[list[Json]]:
+            chosen = torch.from_numpy(group[0].rows)
+            x = _select_rows(rows.x, chosen, device)
+            recons = (_select_rows(rows.recons[name], chosen, device) for name in names)
+            by_sae = measure_rows(x, recons, _targets(rows, group), settings, backend)
             return [[as_record(result) for result in results] for results in by_sae]
 
-        with closing(cores.in_order(sets, probe, "probes")) as measured:
-            for together, by_sae in measured:
+        with closing(cores.map_in_order(sets, probe, "probes")) as measured:
+            for group, by_sae in measured:
                 for name, records in zip(names, by_sae, strict=True):
-                    found[name] |= zip((one.name for one in together), records, strict=True)
+                    found[name] |= zip((one.name for one in group), records, strict=True)
     reasons = [record.get("reason") for records in found.values() for record in records.values()]
     if reasons and all(reasons):
         raise RequestError(f"none of the probes can be measured: {reasons[0]}: give more rows, or set fewer `folds`")
@@ -106,7 +106,7 @@ def probe_rows(rows: Rows, settings: Settings, device: str) -> RowsResult:
     return RowsResult({name: _result(rows, found[name], x, name) for name in names}, rows, settings)
 
 
-def _sets(probes: Sequence[RowProbe]) -> list[list[RowProbe]]:
+def _group_probes(probes: Sequence[RowProbe]) -> list[list[RowProbe]]:
     """Return the probes grouped as in a run, by dataset and rows, so that both sum in the same order."""
     groups: dict[tuple[str, bytes], list[RowProbe]] = {}
     for probe in probes:
@@ -114,9 +114,9 @@ def _sets(probes: Sequence[RowProbe]) -> list[list[RowProbe]]:
     return list(groups.values())
 
 
-def _targets(rows: Rows, together: Sequence[RowProbe]) -> Targets:
-    chosen = together[0].rows
-    labels = np.stack([probe.labels for probe in together])
+def _targets(rows: Rows, group: Sequence[RowProbe]) -> Targets:
+    chosen = group[0].rows
+    labels = np.stack([probe.labels for probe in group])
     return Targets(
         labels,
         rows.groups[chosen],
@@ -126,7 +126,7 @@ def _targets(rows: Rows, together: Sequence[RowProbe]) -> Targets:
     )
 
 
-def _pick(matrix: np.ndarray, rows: Tensor, device: str) -> Tensor:
+def _select_rows(matrix: np.ndarray, rows: Tensor, device: str) -> Tensor:
     return torch.from_numpy(matrix).index_select(0, rows).to(device)
 
 

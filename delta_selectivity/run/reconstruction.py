@@ -122,7 +122,7 @@ class ReconstructionSums:
         whole = {limit: sums.merge(other.whole[limit]) for limit, sums in self.whole.items()}
         return ReconstructionSums(self.probed.merge(other.probed), whole)
 
-    def only(self, limit: int) -> ReconstructionSums:
+    def restricted_to(self, limit: int) -> ReconstructionSums:
         """Return the sums without the other limits."""
         return ReconstructionSums(self.probed, {limit: self.whole[limit]})
 
@@ -223,7 +223,7 @@ class WholeSums:
         self.ordinary = self.ordinary.merge(new)
         e, s = errors.double(), tokens.distance.double()
         self.products = self.products + torch.stack([s.sum(), e @ e, e @ s, s @ s])
-        _note_fired(tokens.number, latents, self.fired)
+        _add_fired(tokens.number, latents, self.fired)
         self.n_all += n_counted
         return errors
 
@@ -337,13 +337,13 @@ def _merge_on_cpu(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]
     return mean, sums
 
 
-def _note_fired(number: Tensor, latents: Latents, fired: Tensor) -> None:
+def _add_fired(number: Tensor, latents: Latents, fired: Tensor) -> None:
     """Add tokens to those on which latents fired."""
     if fired.device.type == "cpu":
-        from delta_selectivity.run.error_kernels import note_fired
+        from delta_selectivity.run.error_kernels import add_fired
 
         given = (number, latents.crow, latents.col, latents.value)
-        note_fired(*(part.contiguous().numpy() for part in given), fired.numpy())
+        add_fired(*(part.contiguous().numpy() for part in given), fired.numpy())
         return
     of_entry = number.repeat_interleave(latents.crow.diff(), output_size=len(latents.col))
     fires = (latents.value != 0).long()

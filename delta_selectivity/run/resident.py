@@ -19,8 +19,8 @@ class ResidentModel:
 
     def __init__(self, model: ActivationSource, limit_bytes: int) -> None:
         """Take a model with hooks at the sites that will be asked for; limit_bytes: room for its activations."""
-        self._model, self._room = model, limit_bytes
-        self._kept: dict[tuple[bytes, int], dict[Site, Tensor]] = {}
+        self._model, self._free_bytes = model, limit_bytes
+        self._stored: dict[tuple[bytes, int], dict[Site, Tensor]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -32,17 +32,17 @@ class ResidentModel:
         """Return the rows of real tokens, as of a `LanguageModel`: site -> [rows, d]."""
         name = (ids.numpy().tobytes(), skip)
         with self._lock:
-            kept = self._kept.get(name)
+            kept = self._stored.get(name)
         if kept is not None:
             return dict(kept)  # a copy, since the caller removes sites
         rows = self._model.token_rows(ids, lengths, skip)
         size = sum(x.nbytes for x in rows.values())
         with self._lock:
-            if name not in self._kept and size <= self._room:
-                self._room -= size
-                self._kept[name] = dict(rows)
+            if name not in self._stored and size <= self._free_bytes:
+                self._free_bytes -= size
+                self._stored[name] = dict(rows)
         return rows
 
-    def only(self, sites: Collection[Site]) -> ResidentModel:
+    def restricted_to(self, sites: Collection[Site]) -> ResidentModel:
         """Return this model with some of its sites, and nothing kept yet."""
-        return ResidentModel(self._model.only(sites), self._room)
+        return ResidentModel(self._model.restricted_to(sites), self._free_bytes)

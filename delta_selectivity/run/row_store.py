@@ -73,7 +73,7 @@ class RowStore:
             self._broken[view] = torch.minimum(broken, self._broken.get(view, broken))
             if broken.device.type == "cpu":
                 self._check(*view)
-            self._within_memory(partial(self._keep, rows.site, sae_id, rows.row_ids, values))
+            self._within_memory(partial(self._write_rows, rows.site, sae_id, rows.row_ids, values))
         for sae_id, latents in rows.latents.items():
             self._codes.put(rows.site, sae_id, rows.row_ids, latents)
 
@@ -82,7 +82,7 @@ class RowStore:
         if broken is not None and int(broken) != NO_MENTION:
             raise NonFiniteError(site, sae_id, int(broken))
 
-    def _keep(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, values: Tensor) -> None:
+    def _write_rows(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, values: Tensor) -> None:
         target = self._rows[site, sae_id]
         target.index_copy_(0, row_ids.to(target.device), values.to(target.device))
 
@@ -92,7 +92,7 @@ class RowStore:
         Raises `NonFiniteError` as `put`.
         """
         self._check(site, sae_id)
-        return self._within_memory(partial(self._pick, site, sae_id, row_ids, device))
+        return self._within_memory(partial(self._read_rows, site, sae_id, row_ids, device))
 
     def get_latents(self, site: Site, sae_id: SaeId, row_ids: Tensor, device: torch.device) -> Tensor:
         """Return an SAE's codes of these rows: a sparse CSR tensor, float32 [len(row_ids), d_sae], on `device`.
@@ -101,7 +101,7 @@ class RowStore:
         """
         return self._within_memory(partial(self._codes.get, site, sae_id, row_ids, device))
 
-    def _pick(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
+    def _read_rows(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
         source = self._rows[site, sae_id]
         return source.index_select(0, row_ids.to(source.device)).to(device)
 
@@ -112,10 +112,10 @@ class RowStore:
         except ERRORS as error:
             if not self._on_gpu or not is_out_of_memory(error):
                 raise
-        self._leave_gpu()
+        self._move_to_host()
         return work()
 
-    def _leave_gpu(self) -> None:
+    def _move_to_host(self) -> None:
         """Move all rows to host memory; nothing else on the GPU can move."""
         for view, rows in self._rows.items():
             self._rows[view] = self._on_host(rows.shape).copy_(rows)

@@ -17,7 +17,7 @@ from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SparseRows
 from delta_selectivity.tasks import TokenBatch
 
-MOST_TOKENS = 2**32
+MAX_TOKENS = 2**32
 """No text has more."""
 
 
@@ -69,7 +69,7 @@ class TokenIndex:
             counted[kept_before] = False
         return cls(
             mention=mention,
-            number=place + mention * MOST_TOKENS,
+            number=place + mention * MAX_TOKENS,
             probed=probed,
             with_bos=with_bos,
             without_bos=_encoded(counted, drawn, probed),
@@ -82,7 +82,9 @@ class TokenIndex:
         if device.type == "cpu":
             return self
         moved = {
-            field.name: _moved(getattr(self, field.name), device) for field in fields(self) if field.name != "row_ids"
+            field.name: _to_device(getattr(self, field.name), device)
+            for field in fields(self)
+            if field.name != "row_ids"
         }
         return replace(self, **moved)
 
@@ -121,10 +123,10 @@ def _places(some: Tensor | None) -> Tensor | None:
     return None if some is None else some.nonzero()[:, 0]
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device) -> Any:
     """Move a tensor, or an object that holds tensors, to a device."""
     if isinstance(value, Encoded):
-        return Encoded(*(_moved(getattr(value, field.name), device) for field in fields(value)))
+        return Encoded(*(_to_device(getattr(value, field.name), device) for field in fields(value)))
     if isinstance(value, Mapping):
-        return {name: _moved(part, device) for name, part in value.items()}
+        return {name: _to_device(part, device) for name, part in value.items()}
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

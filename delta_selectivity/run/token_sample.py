@@ -58,7 +58,7 @@ class TokenSample:
         kept = (batch.lengths - skip).numpy()
         start = np.repeat(np.cumsum(kept) - kept, kept)
         place = (np.arange(len(start)) - start + skip).astype(np.uint64)
-        return _mixed(np.repeat(self.hashes[batch.mentions], kept) + place * _GOLDEN)
+        return _mix_bits(np.repeat(self.hashes[batch.mentions], kept) + place * _GOLDEN)
 
 
 def seed_key(seed: int) -> bytes:
@@ -66,7 +66,7 @@ def seed_key(seed: int) -> bytes:
     return str(seed).encode()[-64:]
 
 
-def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mix_bits(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Return uniform 64-bit numbers by the finaliser of SplitMix64 (Steele, Lea & Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * _MIX1
     x = (x ^ (x >> np.uint64(27))) * _MIX2

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from delta_selectivity.saes.proposal import Proposal, is_worth_it
+from delta_selectivity.saes.proposal import Proposal, saves_time
 from delta_selectivity.saes.selection import Selection, TopK, fixed_width
 from delta_selectivity.saes.sparse_rows import SparseRows
 from delta_selectivity.system.gemm import linear
@@ -69,7 +69,7 @@ class LinearCoder:
     @cached_property
     def _proposal(self) -> Proposal | None:
         """A faster encoder that returns the same codes, where one exists."""
-        if not isinstance(self.selection, TopK) or not is_worth_it(self.W_enc, self.selection.k):
+        if not isinstance(self.selection, TopK) or not saves_time(self.W_enc, self.selection.k):
             return None
         reads_what_it_writes = self.b_dec.shape[0] == self.W_enc.shape[1]
         centre = self.b_dec if reads_what_it_writes else self.b_dec.new_zeros(self.W_enc.shape[1])
@@ -97,7 +97,7 @@ class LinearCoder:
 
 
 @dataclass(frozen=True)
-class OtherDecoder:
+class DecoderWrapper:
     """Base class of coders that keep another coder's codes and decode them differently."""
 
     coder: Coder
@@ -115,7 +115,7 @@ class OtherDecoder:
 
 
 @dataclass(frozen=True)
-class SkipCoder(OtherDecoder):
+class SkipCoder(DecoderWrapper):
     """A coder with a skip connection: x̂ = coder.decode(codes) + x W_skipᵀ (arXiv 2501.18823)."""
 
     W_skip: Tensor  # [d_out, d_in]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from delta_selectivity.saes.coders import LinearCoder, OtherDecoder, fold_b_dec
+from delta_selectivity.saes.coders import DecoderWrapper, LinearCoder, fold_b_dec
 from delta_selectivity.saes.selection import Dense, Threshold, TopK
 from delta_selectivity.saes.sparse_rows import SparseRows
 
@@ -34,20 +34,20 @@ class IdentityCoder:
 
 
 @dataclass(frozen=True)
-class ShuffledDecoder(OtherDecoder):
+class ShuffledDecoder(DecoderWrapper):
     """A coder whose codes are decoded by permuted decoder rows; the biases are kept.
 
     Latent j is decoded as latent ``other[j]``. This equals permuting the decoder's rows, works for every architecture,
     and shares the weights with the original coder.
     """
 
-    other: Tensor  # a permutation of the latents, int64 [d_sae]
+    permutation: Tensor  # a permutation of the latents, int64 [d_sae]
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
-        return self.coder.decode(replace(codes, col=self.other[codes.col.long()]), x)
+        return self.coder.decode(replace(codes, col=self.permutation[codes.col.long()]), x)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ShuffledDecoder:
-        return ShuffledDecoder(self.coder.to(device, dtype), self.other.to(device))
+        return ShuffledDecoder(self.coder.to(device, dtype), self.permutation.to(device))
 
 
 def constant(mean: Tensor) -> LinearCoder:

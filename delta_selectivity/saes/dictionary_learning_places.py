@@ -56,7 +56,7 @@ def find_places(
         )
     if layer is not None and layer != hook.layer:
         raise RequestError(f"{path}: trainer.layer is {layer}, but submodule_name or folder says {hook.layer}")
-    return _by_io(hook, buffer, path)
+    return _apply_io(hook, buffer, path)
 
 
 def _read_name(name: str, layer: int | None) -> HookPoint | None:
@@ -68,7 +68,7 @@ def _read_name(name: str, layer: int | None) -> HookPoint | None:
     return parse(name)
 
 
-def _by_io(hook: HookPoint, buffer: Mapping[str, Any], path: Path) -> tuple[HookPoint, str | None]:
+def _apply_io(hook: HookPoint, buffer: Mapping[str, Any], path: Path) -> tuple[HookPoint, str | None]:
     io = buffer.get("io", "out")
     names_input = hook.place in _INPUTS
     if io == "out" or (io == "in" and names_input):

@@ -19,7 +19,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.torch_file import SUFFIXES, read_torch_file
 from delta_selectivity.system.unpacked import is_special
 
-LARGEST_CONFIG = 64 * 2**20  # bytes
+MAX_CONFIG_BYTES = 64 * 2**20  # bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names and their shapes."""
@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises `RequestError` if the file is missing or holds something else."""
     _check_file(path, "a folder with weights needs its config")
-    if (size := path.stat().st_size) > LARGEST_CONFIG:
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
         raise RequestError(f"{path}: {size / 2**20:.0f} MiB are no config")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

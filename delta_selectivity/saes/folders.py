@@ -25,7 +25,7 @@ from delta_selectivity.saes.source import SaeHeader
 from delta_selectivity.saes.sparsify import Sparsify
 
 GGUF = "a GGUF file holds a language model, not an SAE: are `saes` and `model` exchanged?"
-DEEPEST = 3
+MAX_DEPTH = 3
 """Levels of subfolders to search for SAEs, for example ``TopK/resid_post_layer_5/trainer_0``."""
 
 
@@ -100,7 +100,7 @@ def find_members(
     """
     configs = _find_configs(root)
     if not configs:
-        raise RequestError(f"{name}: {_what_else(root)}")
+        raise RequestError(f"{name}: {_why_unusable(root)}")
     model_name = _model_name(root)
     members = [_read_member(path, model_name, repository, hookpoint) for path in configs]
     if repository is None:
@@ -114,7 +114,7 @@ def holds_saes(folder: Path) -> bool:
     return bool(_find_configs(folder))
 
 
-def _what_else(root: Path) -> str:
+def _why_unusable(root: Path) -> str:
     """Describe a folder without SAEs, for a message."""
     if any(path.suffix.lower() == ".gguf" for path in root.iterdir()):
         return GGUF
@@ -139,7 +139,7 @@ def _formats(hookpoint: str | None) -> dict[str, tuple[SaeFormat, ...]]:
 def _find_configs(root: Path) -> list[Path]:
     """Return the configs in the folder itself, else those at the first level of subfolders that has any."""
     level = [root]
-    for _ in range(DEEPEST + 1):
+    for _ in range(MAX_DEPTH + 1):
         configs = [config for folder in level if (config := _config_in(folder)) is not None]
         if configs:
             return configs

@@ -99,7 +99,7 @@ def same_place(asked: str, found: str) -> bool:
     Prefixes of the list of layers are ignored, and a module's output matches what it adds to the residual stream:
     ``gpt_neox.layers.<layer>.mlp``, ``layers.<layer>.mlp`` and ``mlp_out`` are the same.
     """
-    return _loosely(asked) == _loosely(found)
+    return _comparison_key(asked) == _comparison_key(found)
 
 
 def input_of(place: str) -> str:
@@ -112,7 +112,7 @@ def is_module_path(place: str) -> bool:
     return "<layer>" in place
 
 
-def _loosely(place: str) -> str:
+def _comparison_key(place: str) -> str:
     place = canonical(place)
     after = _after_layer(place)
     return place if after is None else _OUTPUT_OF.get(after, after)

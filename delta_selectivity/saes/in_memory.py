@@ -19,8 +19,8 @@ from delta_selectivity.saes.contents import Contents
 from delta_selectivity.saes.files import digest_tensors
 from delta_selectivity.saes.given import Given
 from delta_selectivity.saes.input_norm import InputNorm
-from delta_selectivity.saes.library_objects import of_a_library
-from delta_selectivity.saes.own_objects import DenseObject, OwnSae, check_methods
+from delta_selectivity.saes.library_objects import wrap_library_object
+from delta_selectivity.saes.own_objects import DenseObject, WrappedSae, check_methods
 from delta_selectivity.saes.sae import Sae
 from delta_selectivity.saes.source import SaeHeader, SaeSource
 
@@ -163,9 +163,9 @@ def _unwrapped(obj: Any) -> Any:
 
 def _contents(obj: Any) -> Contents:
     if isinstance(obj, Sae):
-        return OwnSae(obj)
+        return WrappedSae(obj)
     check_methods(obj)
-    return of_a_library(obj) or DenseObject(obj)
+    return wrap_library_object(obj) or DenseObject(obj)
 
 
 def _check_version(contents: Contents, version: Any) -> None:

@@ -38,7 +38,7 @@ _COMPUTE_CODES = ("encode", "decode", "encode_with_hidden_pre", "process_sae_in"
 """Methods whose override makes the library's reader inapplicable."""
 
 
-def of_a_library(obj: Any) -> Contents | None:
+def wrap_library_object(obj: Any) -> Contents | None:
     """Wrap an object of one of the three libraries; return None for any other."""
     if (lens := _class_in(obj, "sae_lens")) is not None and hasattr(getattr(obj, "cfg", None), "to_dict"):
         return SaeLensObject(obj, unchanged=_is_unchanged(obj, lens))
@@ -48,7 +48,7 @@ def of_a_library(obj: Any) -> Contents | None:
     dictionary = _class_in(obj, "dictionary_learning")
     if dictionary is None or dictionary.__name__ not in dictionary_learning.CLASSES:
         return None
-    as_in_files = _is_unchanged(obj, dictionary) and not _leaves_its_file_format(obj)
+    as_in_files = _is_unchanged(obj, dictionary) and not _exceeds_file_format(obj)
     return DictionaryObject(obj, dictionary.__name__) if as_in_files else None
 
 
@@ -124,7 +124,7 @@ class SaeLensObject(_LibraryObject):
         if factor != 1 and not self.unchanged:
             raise RequestError(f"`scaling_factor` {factor}: the {self.label} has methods of its own; it has to scale")
         if not self.unchanged:
-            self._try_out(lens)
+            self._check_own_methods(lens)
         elif lens.architecture in NATIVE:
             _check_shapes(self, expected_shapes(lens, set(self.tensors())))
         return given.complete(lens.header(config), says_bos=lens.prepend_bos is not None)
@@ -157,7 +157,7 @@ class SaeLensObject(_LibraryObject):
         config.pop("device", None)
         return config
 
-    def _try_out(self, lens: LensConfig) -> None:
+    def _check_own_methods(self, lens: LensConfig) -> None:
         """Encode and decode two rows with the object's own methods. Raises `RequestError` if that fails."""
         what = f"`obj` {self.label}: "
         coder = replace(as_dense_coder(runnable_copy(self.obj, self.label), lens), d_sae=None)
@@ -226,7 +226,7 @@ def _is_unchanged(obj: Any, library_class: type) -> bool:
     return not own.intersection(_COMPUTE_CODES)
 
 
-def _leaves_its_file_format(dictionary: Any) -> bool:
+def _exceeds_file_format(dictionary: Any) -> bool:
     """Return whether a dictionary has a non-default setting that its file format cannot store."""
     groups, active = getattr(dictionary, "group_sizes", None), getattr(dictionary, "active_groups", None)
     return bool(getattr(dictionary, "apply_b_dec_to_input", False)) or (groups is not None and active != len(groups))

@@ -16,7 +16,7 @@ from delta_selectivity.saes.files import check_finite
 Result = TypeVar("Result")
 
 _SCALARS = (bool, int, float, str)
-_DEEPEST = 4
+_MAX_DEPTH = 4
 """Nesting depth to which settings are collected; containers may contain themselves."""
 
 
@@ -69,7 +69,7 @@ def settings_of(obj: Any) -> list[Any]:
     all its submodules are included; training mode is ignored.
     """
     parts = obj.named_modules() if isinstance(obj, nn.Module) else [("", obj)]
-    return [[name, type(part).__name__, _plain(getattr(part, "__dict__", {}))] for name, part in parts]
+    return [[name, type(part).__name__, _to_json(getattr(part, "__dict__", {}))] for name, part in parts]
 
 
 def runnable_copy(module: nn.Module, label: str, share: bool = True) -> nn.Module:
@@ -112,17 +112,17 @@ def _with_history(module: nn.Module) -> Iterator[Tensor]:
             yield from (tensor for tensor in inner if isinstance(tensor, Tensor) and not tensor.is_leaf)
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def _to_json(value: Any, depth: int = 0) -> Any:
     """Return scalars and containers of them; None for anything else."""
     if isinstance(value, _SCALARS):
         return value
-    if depth > _DEEPEST:
+    if depth > _MAX_DEPTH:
         return None
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(vars(value), depth)
+        return _to_json(vars(value), depth)
     if isinstance(value, list | tuple):
-        return [_plain(item, depth + 1) for item in value]
+        return [_to_json(item, depth + 1) for item in value]
     if isinstance(value, dict):
-        public = {str(key): _plain(item, depth + 1) for key, item in value.items() if not str(key).startswith("_")}
+        public = {str(key): _to_json(item, depth + 1) for key, item in value.items() if not str(key).startswith("_")}
         return {key: item for key, item in public.items() if item is not None and key != "training"}
     return None

@@ -28,7 +28,7 @@ _KNOWN = (Tensor, bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
-class OwnSae:
+class WrappedSae:
     """A wrapped `Sae`."""
 
     sae: Sae
@@ -150,7 +150,7 @@ class DenseObject:
         sides = {
             side for name, t in self.tensors().items() if t.dim() == 2 and "enc" in name.lower() for side in t.shape
         }
-        taken = [side for side in sorted(sides) if _takes(runs, side)]
+        taken = [side for side in sorted(sides) if _accepts(runs, side)]
         return taken[0] if len(taken) == 1 else None
 
     def _encode(self, runs: Any, d_in: int, given: Given) -> Tensor:
@@ -194,7 +194,7 @@ def _width_attribute(obj: Any) -> int | None:
     return None
 
 
-def _takes(runs: Any, width: int) -> bool:
+def _accepts(runs: Any, width: int) -> bool:
     """Return whether ``encode`` accepts rows of this width. Raises `RequestError` if it exits the process."""
     try:
         _call(runs.encode, runs, _two_rows(runs, width), f"`obj` {type(runs).__name__}: encode")

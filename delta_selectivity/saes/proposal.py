@@ -22,11 +22,11 @@ from delta_selectivity.system.processor import has_fast_bytes
 LARGEST_STEP = 127
 LARGEST_D_IN = 2**16  # int32 holds the sum of this many int8 products
 PRODUCT_BYTES = 2 * 2**20  # size of a core's cache
-LEAST_ROWS = 256  # with fewer rows, reading the weights dominates the product
+MIN_ROWS = 256  # with fewer rows, reading the weights dominates the product
 BLOCK = 4096  # latents at a time, to limit the memory of copies
 
 
-def is_worth_it(W_enc: Tensor, k: int) -> bool:
+def saves_time(W_enc: Tensor, k: int) -> bool:
     """Return whether a proposal saves time: many latents, a small k, and a CPU with int8 instructions.
 
     Timings: `python benchmarks/bench_kernels.py`.
@@ -92,4 +92,4 @@ class Proposal:
     @property
     def rows_at_once(self) -> int:
         """Rows per product: few enough for the products to stay in the cache, enough for a fast product."""
-        return max(LEAST_ROWS, PRODUCT_BYTES // (4 * len(self.W_enc)))
+        return max(MIN_ROWS, PRODUCT_BYTES // (4 * len(self.W_enc)))

@@ -13,7 +13,7 @@ from delta_selectivity.saes.sparse_rows import SparseRows
 
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 """Memory limit for the ``[rows, d_sae]`` pre-activations of one chunk; other devices use the limit of cuda."""
-LEAST_ROWS = 256
+MIN_ROWS = 256
 """Minimum rows per chunk: with 32 rows and 32768 latents, reading the weights takes longer than multiplying."""
 
 
@@ -94,4 +94,4 @@ class Sae:
     def chunk_rows(self) -> int:
         """Return how many rows ``encode`` processes at a time."""
         budget = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cuda"])
-        return max(LEAST_ROWS, budget // (self.d_sae * self.dtype.itemsize))
+        return max(MIN_ROWS, budget // (self.d_sae * self.dtype.itemsize))

@@ -61,7 +61,7 @@ class Threshold:
     threshold: Tensor  # [d_sae], not negative
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
-        crow, row, col = _where(_not_at_most(pre_acts, self.threshold))
+        crow, row, col = _layout_of(_above_or_nan(pre_acts, self.threshold))
         return SparseRows(crow, col, pre_acts[row, col].float(), n_cols=pre_acts.shape[1])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Threshold:
@@ -79,7 +79,7 @@ class Gated:
     offset: Tensor  # [d_sae]
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
-        crow, row, col = _where(_not_at_most(pre_acts, 0.0))
+        crow, row, col = _layout_of(_above_or_nan(pre_acts, 0.0))
         magnitude = (pre_acts[row, col] * self.gain[col] + self.offset[col]).relu()
         return SparseRows(crow, col, magnitude.float(), n_cols=pre_acts.shape[1])
 
@@ -102,7 +102,7 @@ class Dense:
 
 def nonzero_codes(dense: Tensor) -> SparseRows:
     """Return the non-zero entries of a small dense matrix ``[rows, d_sae]`` as codes."""
-    crow, row, col = _where(dense != 0)
+    crow, row, col = _layout_of(dense != 0)
     return SparseRows(crow, col, dense[row, col].float(), n_cols=dense.shape[1])
 
 
@@ -111,12 +111,12 @@ def fixed_width(values: Tensor, indices: Tensor, n_cols: int) -> SparseRows:
     return SparseRows.of_width(indices, values.relu().float(), n_cols)
 
 
-def _not_at_most(pre_acts: Tensor, threshold: Tensor | float) -> Tensor:
+def _above_or_nan(pre_acts: Tensor, threshold: Tensor | float) -> Tensor:
     """Return where pre-activations are above the threshold or NaN; a dropped NaN would look like an inactive latent."""
     return (pre_acts <= threshold).logical_not_()
 
 
-def _where(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _layout_of(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return row starts ``[rows + 1]``, rows and columns ``[nnz]`` of the true entries of ``[rows, d_sae]``."""
     # Bisection finds the row starts: summing the mask takes five times as long as finding its entries.
     row, col = (place.contiguous() for place in mask.nonzero(as_tuple=True))

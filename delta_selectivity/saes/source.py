@@ -89,7 +89,7 @@ class SaeSource:
     name: str  # the name as typed, or the user's own name in `mine=NAME`
     members: tuple[Member, ...]  # the SAEs ordered by layer, at most one per layer
     revision: str | None = None  # identifies files that are not all on this machine, such as by repository and commit
-    typed: str | None = None  # the argument of `open_sae`, if it differs from `name`
+    opened_as: str | None = None  # the argument of `open_sae`, if it differs from `name`
     asked: str | None = None  # the user's hook point; None: that of the SAE
 
     @property
@@ -103,7 +103,7 @@ class SaeSource:
         return self._first.hookpoint if self.asked is None else self.asked
 
     @property
-    def own_hookpoint(self) -> str:
+    def config_hookpoint(self) -> str:
         """The same, as the SAE's config names it."""
         return self._first.hookpoint
 
@@ -241,7 +241,7 @@ def assemble(name: str, members: Sequence[Member], hookpoint: str | None, revisi
     several, if one has to be chosen, if two SAEs have the same layer, or if their inputs differ in hook point or width.
     """
     place = _choose_place(name, [member.header.hookpoint for member in members], hookpoint)
-    measured = None if hookpoint is None else _as_asked(hookpoint, place)
+    measured = None if hookpoint is None else _canonical_request(hookpoint, place)
     chosen = sorted((m for m in members if m.header.hookpoint == place), key=lambda member: member.header.layer)
     for before, after in itertools.pairwise(chosen):
         if before.header.layer == after.header.layer:
@@ -267,7 +267,7 @@ def _choose_place(name: str, found: Sequence[str], asked: str | None) -> str:
     raise RequestError(f"{name}: SAEs for {', '.join(places)}; choose one with `hookpoint`")
 
 
-def _as_asked(asked: str, found: str) -> str:
+def _canonical_request(asked: str, found: str) -> str:
     """Return the user's hook point, spelled as in the SAE's config if both are paths of the same module."""
     asked = canonical(asked)
     both_paths = is_module_path(asked) and is_module_path(found)

@@ -57,7 +57,7 @@ class SparseRows:
         shift = None if self.shift is None else self.shift[rows]
         if self.width is not None:
             col, value = (entries.view(-1, self.width).index_select(0, rows) for entries in (self.col, self.value))
-            return SparseRows(*_even(col, value), self.n_cols, scale, shift, self.width)
+            return SparseRows(*_fixed_width_layout(col, value), self.n_cols, scale, shift, self.width)
         counts = self.crow.diff()[rows]
         crow = F.pad(counts.cumsum(0), (1, 0))
         within = torch.arange(int(crow[-1]), device=crow.device) - crow[:-1].repeat_interleave(counts)
@@ -93,7 +93,7 @@ class SparseRows:
     @classmethod
     def of_width(cls, col: Tensor, value: Tensor, n_cols: int) -> SparseRows:
         """Return codes with the same number of entries in every row, from latents and activations ``[rows, width]``."""
-        return cls(*_even(col, value), n_cols, width=col.shape[1])
+        return cls(*_fixed_width_layout(col, value), n_cols, width=col.shape[1])
 
     @staticmethod
     def concat(parts: Sequence[SparseRows]) -> SparseRows:
@@ -116,7 +116,7 @@ class SparseRows:
         return torch.segment_reduce(entries, "sum", offsets=self.crow, unsafe=True)
 
 
-def _even(col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fixed_width_layout(col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return row starts, columns and values of rows of the same width, ``[rows, width]``."""
     rows, width = col.shape
     crow = torch.arange(0, rows * width + 1, width, device=col.device)

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.system.unpacked import ALWAYS
+from delta_selectivity.system.unpacked import ALWAYS_ALLOWED
 
 SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
 
 SHARED = 4  # tensors may take this many times the file's size, since some share memory
-MOST_ENTRIES, MOST_LEVELS = 100_000, 100  # limits on nested dictionaries
+MAX_ENTRIES, MAX_LEVELS = 100_000, 100  # limits on nested dictionaries
 
 _CALLED = re.compile(r"GLOBAL (\S+)")
 
@@ -45,7 +45,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
                 f"{path}: {name} is sparse, complex, quantized or without values; save dense real numbers"
             )
     claimed = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-    if claimed > max(ALWAYS, SHARED * path.stat().st_size):  # stride 0, or many names for the same memory
+    if claimed > max(ALWAYS_ALLOWED, SHARED * path.stat().st_size):  # stride 0, or many names for the same memory
         raise RequestError(f"{path}: its tensors take {claimed / 2**20:.0f} MiB, far more than the file holds")
     return tensors
 
@@ -76,7 +76,7 @@ def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, Tens
         prefix, inner = levels.pop()
         for key, value in inner.items():
             seen += 1
-            if seen > MOST_ENTRIES or prefix.count(".") > MOST_LEVELS:  # a dictionary may contain itself
+            if seen > MAX_ENTRIES or prefix.count(".") > MAX_LEVELS:  # a dictionary may contain itself
                 raise RequestError(f"{path}: dictionaries in dictionaries without an end; save named tensors alone")
             if isinstance(value, Tensor):
                 yield f"{prefix}{key}", value

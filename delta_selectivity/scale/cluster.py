@@ -35,9 +35,10 @@ from delta_selectivity.system.terminal import NOTE
 log = logging.getLogger(__name__)
 
 WAIT_FOR_WORKERS = 120  # s
-SILENT = 120  # s without a heartbeat after which a worker counts as lost. Heartbeats come from a separate thread
-# every half second, also while a unit computes; a call that holds the GIL delays them by seconds only
-LOSSES = 3  # lost workers per unit; after one more, the unit is considered the cause (such as memory) and fails
+WORKER_TIMEOUT = 120
+"""Seconds without a heartbeat after which a worker counts as lost. Heartbeats come from a separate thread every half
+second, also while a unit computes; a call that holds the GIL delays them by seconds only."""
+ALLOWED_LOSSES = 3  # lost workers per unit; after one more, the unit is considered the cause (such as memory) and fails
 
 INSTALL = 'many workers need Dask: pip install "delta-selectivity[scale]", in a clone pip install -e ".[scale]"'
 
@@ -61,7 +62,7 @@ class Remote:
                 raise RequestError(
                     f"`{next(iter(given))}`: `scheduler` {self.address} is not encrypted; give tls://..."
                 )
-            if self._is_elsewhere():
+            if self._is_remote():
                 log.warning(
                     "`scheduler` %s is not encrypted: whoever reaches it can run code on its workers, and in this "
                     "process; give tls://... unless you trust everybody on that network",
@@ -80,7 +81,7 @@ class Remote:
             raise RequestError(f"`scheduler` {self.address}: no certificate and key in {files} ({error})") from error
         return security
 
-    def _is_elsewhere(self) -> bool:
+    def _is_remote(self) -> bool:
         host = urlsplit(self.address if "://" in self.address else f"tcp://{self.address}").hostname or ""
         try:
             return not ipaddress.ip_address(host).is_loopback
@@ -106,12 +107,12 @@ def open_cluster(n_workers: int, gpus: int, scheduler: Remote | None) -> Iterato
     from distributed import Client
 
     quiet = {
-        "distributed.scheduler.allowed-failures": LOSSES,
+        "distributed.scheduler.allowed-failures": ALLOWED_LOSSES,
         "distributed.nanny.pre-spawn-environ": _threads(n_workers if not gpus else 1),
         "distributed.admin.tick.limit": "1h",  # a unit may hold the GIL for long; do not warn
         "distributed.worker.profile.enabled": False,
         "distributed.comm.timeouts.connect": f"{WAIT_FOR_WORKERS}s",
-        "distributed.scheduler.worker-ttl": f"{SILENT}s",
+        "distributed.scheduler.worker-ttl": f"{WORKER_TIMEOUT}s",
         "distributed.scheduler.worker-saturation": 1.0,  # a worker queues no further units
         "distributed.scheduler.http.routes": [],  # no dashboard, metrics or proxy, since their pages have no password
         "distributed.worker.http.routes": [],
@@ -119,7 +120,7 @@ def open_cluster(n_workers: int, gpus: int, scheduler: Remote | None) -> Iterato
     with dask.config.set(quiet), _restore_environment():
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # the outcomes report what users need
         if scheduler is not None:
-            with _reach(scheduler) as client:
+            with _connect(scheduler) as client:
                 client.subscribe_topic("scheduler", _log_lost_workers)
                 yield client
             return
@@ -135,7 +136,7 @@ def open_cluster(n_workers: int, gpus: int, scheduler: Remote | None) -> Iterato
 
 
 @contextmanager
-def _reach(scheduler: Remote) -> Iterator[Any]:
+def _connect(scheduler: Remote) -> Iterator[Any]:
     """Open a client of a scheduler, after checking that it answers and runs the same program."""
     from distributed import Client
 

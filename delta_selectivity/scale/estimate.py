@@ -87,7 +87,7 @@ def shape_of(plan: Plan, unit: Unit) -> Shape:
     own, widest = [], max(sizes.values())
     for i, layer in sorted(unit.subjects):
         baseline = plan.subjects[i].baseline
-        sae_id = i if baseline is None else baseline.of
+        sae_id = i if baseline is None else baseline.sae_id
         own.append((widest[2], 1, widest[2]) if sae_id is None else sizes[sae_id, layer])
     rows = sum(len(probe.mentions) for dataset in plan.texts.datasets for probe in dataset.probes)
     return Shape(

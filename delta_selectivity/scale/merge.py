@@ -30,7 +30,7 @@ def merge(unit_folder: Path, files: Files) -> None:
     for path in sorted(unit_folder.glob("**/*.json")):
         if path.name not in names:
             continue  # not a result file of this request
-        final = _final(path, files)
+        final = _result_file(path, files)
         found = RecordFile.open(path, final.key, final.run, overwrite=False)
         new = {layer: record for layer, record in found.layers.items() if layer not in final.layers}
         if not new:
@@ -42,13 +42,13 @@ def merge(unit_folder: Path, files: Files) -> None:
         if texts.path_of(path).is_file():
             texts.keep(final.path, texts.path_of(path).read_bytes())
         final.warnings += [line for line in found.warnings if line not in final.warnings]
-        final.seconds = _add(final.seconds, found.seconds)
-        final.resources = _larger(final.resources, found.resources)
+        final.seconds = _sums(final.seconds, found.seconds)
+        final.resources = _maxima(final.resources, found.resources)
         final.complete = False
         final.write(layers)
 
 
-def _final(path: Path, files: Files) -> RecordFile:
+def _result_file(path: Path, files: Files) -> RecordFile:
     """Return the file into which a unit's file is merged: the one for the same SAE or baseline and dataset."""
     sae = read(path)["_run"]["config"]["sae"]
     (final,) = (file for file in files.values() if file.path.name == path.name and file.run["config"]["sae"] == sae)
@@ -63,10 +63,10 @@ def _move(source: Path, target: Path) -> None:
         os.replace(source, target)  # noqa: PTH105
 
 
-def _add(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+def _sums(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     """Sum seconds per stage over units; the sum is work, not elapsed time."""
     return {name: round(a.get(name, 0.0) + b.get(name, 0.0), 3) for name in {**a, **b}}
 
 
-def _larger(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+def _maxima(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     return {name: max(a.get(name, 0.0), b.get(name, 0.0)) for name in {**a, **b}}

@@ -30,7 +30,7 @@ def check(client: Any) -> None:
     others = {"the scheduler": found["scheduler"], **{f"worker {name}": v for name, v in found["workers"].items()}}
     for who, versions in others.items():
         if (there := _version(versions)) != here:
-            raise RequestError(f"`scheduler`: {who} has {_called(there)}, this process {_called(here)}: {_REMEDY}")
+            raise RequestError(f"`scheduler`: {who} has {_describe(there)}, this process {_describe(here)}: {_REMEDY}")
     try:
         digests: Mapping[str, str] = {
             "the scheduler": client.run_on_scheduler(own_digest),
@@ -51,7 +51,7 @@ def _version(versions: Mapping[str, Any] | None) -> str | None:
     return (versions or {}).get("packages", {}).get(PACKAGE)
 
 
-def _called(version: str | None) -> str:
+def _describe(version: str | None) -> str:
     return f"no {PACKAGE}" if version is None else f"{PACKAGE} {version}"
 
 

@@ -71,10 +71,10 @@ class Unit:
 
 def plan_units(plan: Plan, layers_per_unit: int, saes_per_unit: int) -> list[Unit]:
     """Return units that together measure the whole request, each part once, sorted by layers."""
-    return sorted(_cut(plan, layers_per_unit, saes_per_unit), key=lambda unit: unit.layers)
+    return sorted(_split(plan, layers_per_unit, saes_per_unit), key=lambda unit: unit.layers)
 
 
-def _cut(plan: Plan, layers_per_unit: int, saes_per_unit: int) -> Iterator[Unit]:
+def _split(plan: Plan, layers_per_unit: int, saes_per_unit: int) -> Iterator[Unit]:
     layers_of = [{site.layer for site in subject.sites} for subject in plan.saes]
     alike: dict[tuple[str, bool], list[SaeId]] = {}  # SAEs that share baselines: (hook point, counts BOS) -> SAEs
     for sae_id, subject in enumerate(plan.saes):
@@ -98,14 +98,14 @@ def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared:
     for i, subject in enumerate(plan.subjects):
         if subject.baseline is None:
             continue
-        if subject.baseline.of in sae_ids:
+        if subject.baseline.sae_id in sae_ids:
             subjects |= {(i, layer) for layer in layers}
-        elif subject.baseline.of is None and _place(subject) == _place(plan.subjects[sae_ids[0]]):
+        elif subject.baseline.sae_id is None and _place(subject) == _place(plan.subjects[sae_ids[0]]):
             subjects |= {(i, layer) for layer in shared}
     sites = {(i, site.layer): site for i, subject in enumerate(plan.subjects) for site in subject.sites}
     narrow = replace(
         plan.request,
-        saes=tuple(_typed(plan.subjects[sae_id]) for sae_id in sae_ids),
+        saes=tuple(_reopen_name(plan.subjects[sae_id]) for sae_id in sae_ids),
         layers=layers,
         settings=replace(plan.request.settings, overwrite=False),
     )
@@ -122,10 +122,10 @@ def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared:
     return replace(unit, request=replace(narrow, output=plan.request.output / FOLDER / unit.id))
 
 
-def _typed(subject: Subject) -> str:
+def _reopen_name(subject: Subject) -> str:
     """Return the name that finds the SAE again."""
     assert subject.source is not None
-    return subject.source.typed or subject.name
+    return subject.source.opened_as or subject.name
 
 
 def _place(subject: Subject) -> tuple[str, bool]:

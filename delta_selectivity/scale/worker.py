@@ -30,8 +30,8 @@ from delta_selectivity.scale.units import Unit
 from delta_selectivity.system.file_lock import Locked, exclusive
 
 ERROR_SHOWN = 400  # maximum characters of an error message: torch appends its C++ stack
-LOOK_AGAIN = 1.0  # s
-LOOKS = 600  # attempts to lock a unit before it fails: its other process may hang
+LOCK_RETRY = 1.0  # s
+LOCK_ATTEMPTS = 600  # attempts to lock a unit before it fails: its other process may hang
 
 _one_at_a_time = threading.Lock()  # for workers with several threads: torch's thread count is per process
 
@@ -65,12 +65,12 @@ def run_unit(unit: Unit, cwd: Path, own_device: bool, program: str) -> Outcome:
         unit = replace(unit, request=replace(unit.request, device1=device, device2=device))
     with _one_at_a_time, _collect_warnings() as warnings:
         start = time.perf_counter()
-        outcome = _end_of(unit)
+        outcome = _outcome_of(unit)
         seconds = time.perf_counter() - start
         return replace(outcome, warnings=tuple(warnings), process=os.getpid(), seconds=seconds)
 
 
-def _end_of(unit: Unit) -> Outcome:
+def _outcome_of(unit: Unit) -> Outcome:
     try:
         _measure(unit)
     except RequestError as error:
@@ -96,14 +96,14 @@ def _measure(unit: Unit) -> None:
 def _unit_lock(folder: Path) -> Iterator[None]:
     """Wait until no other process works on the unit: a worker that was considered lost may still run."""
     with ExitStack() as held:
-        for _ in range(LOOKS):
+        for _ in range(LOCK_ATTEMPTS):
             try:
                 held.enter_context(exclusive(folder / "unit"))
                 break
             except Locked:
-                time.sleep(LOOK_AGAIN)
+                time.sleep(LOCK_RETRY)
         else:
-            raise TimeoutError(f"another process has held {folder} for {LOOKS * LOOK_AGAIN:.0f} s: end it")
+            raise TimeoutError(f"another process has held {folder} for {LOCK_ATTEMPTS * LOCK_RETRY:.0f} s: end it")
         yield
 
 

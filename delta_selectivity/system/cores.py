@@ -51,7 +51,7 @@ class Cores:
             else:
                 self._free += 1
 
-    def in_order(self, items: Iterable[T], work: Callable[[T], R], name: str) -> Generator[tuple[T, R], None, None]:
+    def map_in_order(self, items: Iterable[T], work: Callable[[T], R], name: str) -> Generator[tuple[T, R], None, None]:
         """Yield each item with `work(item)`, in order, computed by one thread per core with one more item queued.
 
         Items are taken from the iterable only when there is capacity, so no work starts after the generator is closed.

@@ -63,7 +63,7 @@ def _answers(address: str) -> bool:
         except OSError:
             found.append(False)
 
-    asking = threading.Thread(target=connect, daemon=True)
-    asking.start()
-    asking.join(TIMEOUT + 1)
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(TIMEOUT + 1)
     return found == [True]

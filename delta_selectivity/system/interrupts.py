@@ -18,15 +18,15 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP"
 _leaves = False
 
 
-def leave_at_once() -> None:
+def exit_on_signals() -> None:
     """Make the signals end the process with code 130: while the program loads and after `main`."""
     global _leaves
     _leaves = True
-    for number in watched():
+    for number in handled_signals():
         signal.signal(number, _on_signal)
 
 
-def leaves_at_once() -> bool:
+def exits_on_signals() -> bool:
     """Return whether this process is one of the package's programs, which may be ended, and not a user's session."""
     return _leaves
 
@@ -37,7 +37,7 @@ def _on_signal(_number: int, _frame: object) -> None:
     os._exit(130)
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End the process with this exit code, after flushing output.
 
     Python would take a second to unload torch. A signal in that time would kill the process and turn success into
@@ -50,12 +50,12 @@ def leave(code: int) -> NoReturn:
 
 
 @contextmanager
-def like_ctrl_c() -> Iterator[None]:
+def as_keyboard_interrupt() -> Iterator[None]:
     """Make each of the signals raise `KeyboardInterrupt` inside the context. Has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.default_int_handler) for number in watched()}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in handled_signals()}
     try:
         yield
     finally:
@@ -63,6 +63,6 @@ def like_ctrl_c() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def watched() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """Return the signals that are not ignored and whose handler Python can restore."""
     return [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]

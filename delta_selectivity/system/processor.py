@@ -28,7 +28,7 @@ FAST = (BFLOAT16, ONEDNN, BYTES)
 
 def has_fast_bfloat16() -> bool:
     """Return whether this CPU multiplies bfloat16 matrices natively, faster than float32 ones."""
-    return BFLOAT16 in fast()
+    return BFLOAT16 in fast_operations()
 
 
 def prefers_onednn() -> bool:
@@ -36,16 +36,16 @@ def prefers_onednn() -> bool:
 
     MKL does not use AVX-512 on CPUs other than Intel's. With AVX2 only, and on Intel's CPUs, MKL is faster.
     """
-    return ONEDNN in fast()
+    return ONEDNN in fast_operations()
 
 
 def has_fast_bytes() -> bool:
     """Return whether this CPU multiplies int8 matrices faster than float32 ones."""
-    return BYTES in fast()
+    return BYTES in fast_operations()
 
 
 @cache
-def fast() -> frozenset[str]:
+def fast_operations() -> frozenset[str]:
     """Return the members of `FAST` that apply. Raises `RequestError` for an unknown name in the variable."""
     asked = os.environ.get(VARIABLE)
     if asked is None:
@@ -79,7 +79,7 @@ def cpu_count() -> int:
 
 def describe() -> str:
     """Return a text with the processor, what is fast on it and the number of threads."""
-    names = ", ".join(name for name in FAST if name in fast()) or "float32 by MKL only"
+    names = ", ".join(name for name in FAST if name in fast_operations()) or "float32 by MKL only"
     overruled = f" (by {VARIABLE})" if VARIABLE in os.environ else ""
     threads = min(torch.get_num_threads(), cpu_count())
     return f"{_name()}: {names}{overruled}; {threads} thread{'s' if threads > 1 else ''}"

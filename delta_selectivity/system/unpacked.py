@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import zstandard
 
-MOST_TIMES = 100  # maximum ratio of decompressed to compressed size, for more than `ALWAYS` bytes
-ALWAYS = 256 * 2**20
+MAX_RATIO = 100  # maximum ratio of decompressed to compressed size, for more than `ALWAYS_ALLOWED` bytes
+ALWAYS_ALLOWED = 256 * 2**20
 _PIECE = 2**20
 
 
@@ -38,7 +38,7 @@ def check_size(needed: int, path: Path) -> None:
     """Raise `TooLarge` if the decompressed size exceeds the memory or is far larger than the file."""
     packed = path.stat().st_size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory or needed > max(ALWAYS, MOST_TIMES * packed):
+    if needed > memory or needed > max(ALWAYS_ALLOWED, MAX_RATIO * packed):
         raise TooLarge(f"it unpacks to {needed / 2**20:.0f} MiB or more from {packed / 2**20:.1f}: that is refused")
 
 

@@ -95,7 +95,7 @@ class Wheel:
         path = _folder(self.holds) / PurePosixPath(name).name
         if not _is_intact(path, sha256):
             wheel = self.fetch()
-            with self._storing(path), self._lock(path):
+            with self._reporting_disk_errors(path), self._lock(path):
                 if not _is_intact(path, sha256):
                     with zipfile.ZipFile(wheel) as files, files.open(name) as member, replacing(path, "wb") as file:
                         shutil.copyfileobj(member, file, 2**20)
@@ -109,14 +109,14 @@ class Wheel:
         path = _folder(self.holds) / self.file_name
         if _is_intact(path, self.sha256):
             return path
-        with self._storing(path):
+        with self._reporting_disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock(path):
                 if not _is_intact(path, self.sha256):
                     self._download(path)
         return path
 
-    def is_at_hand(self) -> bool:
+    def is_local(self) -> bool:
         """Return whether the wheel or the installed package is on this machine, without downloading."""
         try:
             return _is_intact(_folder(self.holds) / self.file_name, self.sha256) or self._distribution() is not None
@@ -124,7 +124,7 @@ class Wheel:
             return False
 
     @contextmanager
-    def _storing(self, path: Path) -> Iterator[None]:
+    def _reporting_disk_errors(self, path: Path) -> Iterator[None]:
         """Turn an `OSError` of the disk into a `RequestError`."""
         try:
             yield

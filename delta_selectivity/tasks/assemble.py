@@ -38,28 +38,28 @@ def assemble(sources: Iterable[Task], shuffle_select_n: int | None, seed: int, s
     index = _MentionIndex()
     datasets = []
     for source in sources:
-        forgiving = several and len(source.row_sets) == 1
-        drawn = select_rows(distinct_rows(source, forgiving), shuffle_select_n, seed, forgiving)
+        allow_one_class = several and len(source.row_sets) == 1
+        drawn = select_rows(distinct_rows(source, allow_one_class), shuffle_select_n, seed, allow_one_class)
         probes = tuple(probe for row_set in drawn.row_sets for probe in _probes(row_set, index))
         datasets.append(Dataset(drawn.name, drawn.slug, probes, drawn.is_public, drawn.family, drawn.source))
     return ProbeTexts(tuple(index.mentions), person_ids(mention.person for mention in index.mentions), tuple(datasets))
 
 
-def distinct_rows(source: Task, forgiving: bool = False) -> Task:
+def distinct_rows(source: Task, allow_one_class: bool = False) -> Task:
     """Return the task with every mention once per row set; a mention with two labels is dropped as unreliable.
 
-    Raises `RequestError` if a probe is left with one class, or, if `forgiving`, only if no row is left.
+    Raises `RequestError` if a probe is left with one class, or, if `allow_one_class`, only if no row is left.
     """
-    row_sets = tuple(_distinct(row_set, source.slug, forgiving) for row_set in source.row_sets)
+    row_sets = tuple(_distinct(row_set, source.slug, allow_one_class) for row_set in source.row_sets)
     return replace(source, row_sets=row_sets)
 
 
-def _distinct(row_set: RowSet, slug: str, forgiving: bool) -> RowSet:
+def _distinct(row_set: RowSet, slug: str, allow_one_class: bool) -> RowSet:
     first, conflicting = first_rows(row_set)
     rows = tuple(row for identity, row in first.items() if identity not in conflicting)
     if conflicting:
         logger.warning("%s, %s: dropped %d texts with two labels", slug, row_set.name, len(conflicting))
-    if not (forgiving and rows):
+    if not (allow_one_class and rows):
         _require_two_classes(rows, row_set, slug)
     return RowSet(rows, row_set.probes)
 

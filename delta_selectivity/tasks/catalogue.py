@@ -12,14 +12,14 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.assemble import assemble
 from delta_selectivity.tasks.gurnee import load_gurnee
 from delta_selectivity.tasks.suite import load_suite_task
-from delta_selectivity.tasks.suite_files import BESIDE_WIKIDATA, SUITE, find_task, similar
+from delta_selectivity.tasks.suite_files import OUTSIDE_WIKIDATA, SUITE, find_task, similar
 from delta_selectivity.tasks.types import Mention, ProbeTexts, Task
 from delta_selectivity.tasks.user_data import UserData, check_columns
 from delta_selectivity.tasks.user_task import load_user_task
 from delta_selectivity.tasks.wikidata import load_wikidata
 
 DATASET_NAMES = ("gender", "occupation", "politics", "athlete", "is_alive")  # their order defines their index
-TASK_GROUPS = {"wikidata": DATASET_NAMES, "sae-probes": SUITE, "all": (*DATASET_NAMES, *BESIDE_WIKIDATA)}
+TASK_GROUPS = {"wikidata": DATASET_NAMES, "sae-probes": SUITE, "all": (*DATASET_NAMES, *OUTSIDE_WIKIDATA)}
 """Names of groups of tasks; `all` asks each question once."""
 
 
@@ -79,7 +79,8 @@ def name_task(
             raise RequestError(f"`tasks`: {name} stands for {len(TASK_GROUPS[name])} tasks, and one is needed")
         known = ", ".join(DATASET_NAMES)
         raise RequestError(
-            f"`tasks`: there is no task {name!r}: give a file, a task of sae-probes or one of {known}{_like(name)}"
+            f"`tasks`: there is no task {name!r}: give a file, a task of sae-probes or one of {known}"
+            f"{_suggestion(name)}"
         )
     return UserData(name, split, check_columns(columns or {}))
 
@@ -196,10 +197,10 @@ def _resolve(part: str) -> str:
     if found is not None:
         return found
     own = f"; a table of your own is `dataset_file` {part}" if Path(part).suffix or "/" in part else ""
-    raise RequestError(f"`tasks`: there is no dataset {part!r}: choose from {_choices()}{_like(part)}{own}")
+    raise RequestError(f"`tasks`: there is no dataset {part!r}: choose from {_choices()}{_suggestion(part)}{own}")
 
 
-def _like(part: str) -> str:
+def _suggestion(part: str) -> str:
     found = ", ".join(similar(part))
     return f"; did you mean {found}?" if found else ""
 

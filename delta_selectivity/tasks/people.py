@@ -95,13 +95,13 @@ def _name_part(word: str) -> str:
     if word.isalpha():  # the usual case
         return word
     end = len(word)
-    while end and not _in_name(word[end - 1]):
+    while end and not _is_name_character(word[end - 1]):
         end -= 1
     start = end
-    while start and _in_name(word[start - 1]):
+    while start and _is_name_character(word[start - 1]):
         start -= 1
     return _JOINT.split(word[start:end])[-1].lstrip(_INNER_MARKS) or word
 
 
-def _in_name(char: str) -> bool:
+def _is_name_character(char: str) -> bool:
     return unicodedata.category(char)[0] in "LM" or char in _INNER_MARKS

@@ -78,10 +78,10 @@ def _load(name: str, config: str | None, data: UserData, cache: str | None) -> T
     except Exception as error:  # file readers, YAML, Hub client and HTTP errors have no common base class
         if not reachable:
             raise RequestError(f"{data.flag}: no such file, nor in the Hub's cache here{OFFLINE}") from error
-        raise RequestError(f"{data.flag}: {_told(error)}") from error
+        raise RequestError(f"{data.flag}: {_reason(error)}") from error
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Return the reason in one line; for a failed build that of its cause, since its own message has no details."""
     from datasets.exceptions import DatasetGenerationError
     from datasets.inspect import SplitsNotFoundError

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.data_wheel import WHEEL, read_labelled
 from delta_selectivity.tasks.people import name_span, person_key, plain_key
-from delta_selectivity.tasks.suite_files import STEMS, family_of, grouping_of, holds_numbers, source_of
+from delta_selectivity.tasks.suite_files import STEMS, family_of, grouping_of, is_regression, source_of
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
-LONGEST_SPAN = 64  # characters: a longer span is no name and may not fit into a model's context
-LONGEST_KEY = 80  # characters of a group's key that are kept; a digest represents the rest
+MAX_SPAN = 64  # characters: a longer span is no name and may not fit into a model's context
+MAX_KEY = 80  # characters of a group's key that are kept; a digest represents the rest
 
 _QUALIFIER = re.compile(r"[,(]")
 _AFTER_QUESTION = re.compile(r"\n|\||\[SEP\]|\(A\)")
@@ -33,7 +33,7 @@ def load_suite_task(name: str) -> Task:
 
     Raises `RequestError` if its file is not available, or holds numbers instead of classes.
     """
-    if holds_numbers(name):
+    if is_regression(name):
         raise RequestError(f"`tasks` {name}: its labels are numbers, not classes: there is nothing to probe for")
     stem, grouping = STEMS[name], grouping_of(name)
     mentions: dict[str, Mention] = {}  # rows repeat, and each text is processed once
@@ -56,7 +56,7 @@ def _mention(text: str, grouping: str) -> Mention:
     span = name_span(text)
     if span is None:
         raise RequestError(f"{WHEEL.distribution} holds a prompt without a word, {text!r}: {WHEEL.install_command}")
-    return Mention(text, max(span[0], len(text) - LONGEST_SPAN), len(text), group_key(text, grouping))
+    return Mention(text, max(span[0], len(text) - MAX_SPAN), len(text), group_key(text, grouping))
 
 
 def _probes(stem: str, rows: list[Row]) -> tuple[ProbeSpec, ...]:
@@ -81,19 +81,19 @@ def _letters(text: str) -> str:
     else:
         letters = _NO_LETTER.sub("", unicodedata.normalize("NFKD", folded))
     key = " ".join(letters.split()) or plain_key(text)
-    if len(key) <= LONGEST_KEY:
+    if len(key) <= MAX_KEY:
         return key
-    return f"{key[: LONGEST_KEY - 17]} {hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+    return f"{key[: MAX_KEY - 17]} {hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 
-def _before(separator: re.Pattern[str], text: str) -> str:
+def _part_before(separator: re.Pattern[str], text: str) -> str:
     """Return the part before the first separator, or between separators if that is empty."""
     return next((part for part in separator.split(text) if part.strip()), text)
 
 
 _GROUP_KEYS: dict[str, Callable[[str], str]] = {
     "person": _person,
-    "name": lambda text: _letters(_before(_QUALIFIER, text)),
-    "question": lambda text: _letters(_before(_AFTER_QUESTION, text)),
+    "name": lambda text: _letters(_part_before(_QUALIFIER, text)),
+    "question": lambda text: _letters(_part_before(_AFTER_QUESTION, text)),
     "text": _letters,
 }

@@ -33,7 +33,7 @@ class TokenisedMentions:
     n_cut: int = 0  # from `tokenise`: texts truncated to the model's length
     n_own_bos: int = 0  # from `tokenise`: texts that already began with BOS
 
-    def take(self, mentions: Int64Array) -> TokenisedMentions:
+    def select(self, mentions: Int64Array) -> TokenisedMentions:
         """Return only these mentions, in this order."""
         return TokenisedMentions(
             tuple(self.ids[m] for m in mentions), self.first[mentions], self.last[mentions], self.has_bos
@@ -163,7 +163,7 @@ def _all_tokens(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerBase)
         chunk = mentions[begin : begin + _CHUNK]
         spelled = _tokenise_texts([mention for mention in chunk if mention.token_ids is None], tokenizer)
         for mention in chunk:
-            yield next(spelled) if mention.token_ids is None else _own_tokens(mention, tokenizer)
+            yield next(spelled) if mention.token_ids is None else _given_tokens(mention, tokenizer)
 
 
 def _tokenise_texts(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
@@ -211,7 +211,7 @@ def _locate(mention: Mention, encoding: Encoding) -> _Tokens:
     return _Tokens(encoding.ids, first, last)
 
 
-def _own_tokens(mention: Mention, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+def _given_tokens(mention: Mention, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
     assert mention.token_ids is not None and mention.token_span is not None
     if max(mention.token_ids) >= len(tokenizer):
         raise RequestError(

@@ -55,7 +55,7 @@ def load_user_task(data: UserData) -> Task:
         if is_missing(label):
             without.append(record.where)
         else:
-            rows.append(Row(mention, _spelled(str(label).strip(), "label", where)))
+            rows.append(Row(mention, _encodable(str(label).strip(), "label", where)))
     if without:
         logger.warning(
             "%s: %d of %d rows have no label and are left out; the first is %s",
@@ -95,17 +95,17 @@ def _task(record: Record, default: str, where: str) -> str:
     task = record.values["task"]
     if not isinstance(task, str) or not task.strip():
         raise RequestError(f"{where}: task is {task!r}, expected the probe's name")
-    return _spelled(task.strip(), "task", where)
+    return _encodable(task.strip(), "task", where)
 
 
 def _mention(values: Mapping[str, Any], where: str) -> Mention:
     text = values.get("text")
     if not isinstance(text, str) or not text.strip():
         raise RequestError(f"{where}: text is {text!r}, expected words")
-    _spelled(text, "text", where)
+    _encodable(text, "text", where)
     start, end = _span(values, text, where)
     group = _missing_as_none(values.get("group"))
-    person = plain_key(text[start:end]) if group is None else _spelled(group_key(group), "group", where)
+    person = plain_key(text[start:end]) if group is None else _encodable(group_key(group), "group", where)
     return Mention(text=text, start=start, end=end, person=person)
 
 
@@ -135,7 +135,7 @@ def _integer(value: Any, key: str, where: str) -> int:
     return int(number)
 
 
-def _spelled(value: str, column: str, where: str) -> str:
+def _encodable(value: str, column: str, where: str) -> str:
     """Return the value. Raises `RequestError` for an unpaired surrogate, which has no UTF-8 encoding."""
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
         raise RequestError(f"{where}: {column} holds half of a surrogate pair: {value!a:.60}")

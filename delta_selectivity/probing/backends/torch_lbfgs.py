@@ -20,7 +20,7 @@ from delta_selectivity.probing.backends.lbfgs import Columns, Limits, Loss, mini
 from delta_selectivity.probing.backends.problem import ProbeFits, ProbeProblem, balanced
 from delta_selectivity.probing.backends.torch_dense import DenseDesign
 from delta_selectivity.probing.backends.torch_sparse import SparseDesign
-from delta_selectivity.system.out_of_memory import ERRORS, Room, is_out_of_memory
+from delta_selectivity.system.out_of_memory import ERRORS, MemoryBudget, is_out_of_memory
 
 P = TypeVar("P")
 P_co = TypeVar("P_co", covariant=True)
@@ -64,8 +64,8 @@ class TorchLbfgs:
     memory: int = 10  # pairs that L-BFGS stores
     max_bytes: int = 256 * 2**20  # of the columns' temporaries; columns beyond wait for the next chunk
     name: str = field(default="torch", init=False)
-    _room: Room = field(
-        default_factory=lambda: Room("probes are fitted"), init=False, repr=False, compare=False
+    _budget: MemoryBudget = field(
+        default_factory=lambda: MemoryBudget("probes are fitted"), init=False, repr=False, compare=False
     )  # a column is a unit, of a cell for each byte
 
     def fit(self, problem: ProbeProblem) -> ProbeFits:
@@ -85,16 +85,16 @@ class TorchLbfgs:
     def _within_memory(self, problem: ProbeProblem, design: Design[P], index: Tensor, fits: ProbeFits) -> None:
         """Solve these columns together; if memory runs out, halve the parts and keep that size from then on."""
         while True:
-            size = min(len(index), self._room.units(design.column_bytes))
+            size = min(len(index), self._budget.max_units(design.column_bytes))
             try:
                 self._fit_chunk(problem.cs, _Parts(problem, design, index.split(size)), fits)
             except ERRORS as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
             else:
-                self._room.fitted(size)
+                self._budget.record_success(size)
                 return
-            self._room.halve(size, design.column_bytes)
+            self._budget.halve(size, design.column_bytes)
 
     def _fit_chunk(self, cs: tuple[float, ...], parts: _Parts[P], fits: ProbeFits) -> None:
         """Solve the columns for every C, and write them into `fits` in the units of x."""
@@ -103,8 +103,8 @@ class TorchLbfgs:
             preconditioner = preconditioners.at(c, parts.mean_curvature())
             for columns, theta, margins in parts:
                 limits = Limits(self.tolerance, self.max_iter)
-                best = minimise(columns.times(c), theta, margins, preconditioner, limits, self.memory)
-                parts.keep(best.theta, best.margins)
+                best = minimise(columns.scaled(c), theta, margins, preconditioner, limits, self.memory)
+                parts.store(best.theta, best.margins)
                 coef, intercept = columns.coefficients(best.theta)
                 fits.coef[i].flatten(0, 1)[columns.index] = coef
                 fits.intercept[i].flatten()[columns.index] = intercept
@@ -125,17 +125,17 @@ class _Parts(Generic[P]):
         self._device = problem.x.device
         self.n_columns = sum(map(len, parts))
         self._theta = [design.start(len(index)) for index in parts]
-        self._go_to(0)
+        self._prepare(0)
 
     def __iter__(self) -> Iterator[tuple[Columns[P], Tensor, Tensor]]:
         """Yield each part's columns, theta [columns, p] and margins [columns, rows]."""
         for place in range(len(self._parts)):
             if place != self._place:
                 del self._columns, self._margins
-                self._go_to(place)
+                self._prepare(place)
             yield self._columns, self._theta[place], self._margins
 
-    def keep(self, theta: Tensor, margins: Tensor) -> None:
+    def store(self, theta: Tensor, margins: Tensor) -> None:
         """Store the solution of the part that the iteration yielded last."""
         self._theta[self._place], self._margins = theta, margins
 
@@ -146,7 +146,7 @@ class _Parts(Generic[P]):
             total += columns.loss.curvature(margins).sum(dim=0)
         return total / self.n_columns
 
-    def _go_to(self, place: int) -> None:
+    def _prepare(self, place: int) -> None:
         self._place = place
         index = self._parts[place].to(self._device)
         target, split = index // self._problem.n_splits, index % self._problem.n_splits
