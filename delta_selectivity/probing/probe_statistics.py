@@ -3,9 +3,9 @@
     found = ProbeScores({"model": ..., "sae": ..., "transfer": ...}, labels, persons, weights, folds)
     statistics(found).delta_sel
 
-Nothing here fits a probe, so the statistics of a finished run can be made again from its stored scores (`scores`).
-All intervals are `uncertainty`'s: clustered by person, corrected for few or unequal people, plus what the luck of the
-folds adds.
+No probes are fitted here, so the statistics of a finished run can be computed again from its stored scores (`scores`).
+All intervals come from `uncertainty`: they are clustered by person, corrected for few people and for unequal sizes, and
+include the variance due to the choice of folds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from delta_selectivity.probing.uncertainty import Estimate, balanced_mean, effec
 Floats = NDArray[np.floating]
 
 EPSILON = 0.02  # differences of selectivity within +-this count as preserved
-KNOWN = 0.55  # model_sel's lower bound above which a share of it can be spoken of
+MIN_FOR_RETAINED = 0.55  # report the retained share only if the lower end of model_sel's interval is above this
 K_SPARSE = (1, 2, 5, 16)  # latents that a k-sparse probe may use; its view is called k1, k2 and so on
 K_VIEWS = frozenset(f"k{k}" for k in K_SPARSE)
 _TINY = np.float16(6e-8)  # the smallest float16
@@ -30,17 +30,17 @@ _TINY = np.float16(6e-8)  # the smallest float16
 
 @dataclass(frozen=True)
 class ProbeScores:
-    """Scores of rows by probes that have not seen their person; a positive score predicts the label."""
+    """Scores of rows by probes trained without their person; a positive score predicts the label."""
 
-    views: Mapping[
-        str, NDArray[np.float16]
-    ]  # model, sae, transfer, error, latents, k1 ... (those there are): [repeats, rows]
+    views: Mapping[str, NDArray[np.float16]]  # model, sae, transfer, error, ... -> [repeats, rows]
     labels: NDArray[np.bool_]  # [rows]
-    persons: NDArray[np.int64]  # [rows]; the same number is the same person in all datasets
+    persons: NDArray[np.int64]  # [rows], person ids, the same in all datasets
     weights: NDArray[np.float64]  # [rows]
     folds: NDArray[np.int8]  # [repeats, rows], the fold that held the row out
-    outliers: NDArray[np.bool_] | None = None  # [rows], those that `r2_parts` leaves out; None: none
-    control_scores: NDArray[np.float16] | None = None  # [rows], of probes on `control_labels`, not split by person
+    outliers: NDArray[np.bool_] | None = None  # [rows], rows that `r2_parts` leaves out; None: none
+    control_scores: NDArray[np.float16] | None = (
+        None  # [rows], scores of probes on `control_labels`, not split by person
+    )
     control_labels: NDArray[np.bool_] | None = None  # [rows], random by token type
 
     @property
@@ -51,9 +51,10 @@ class ProbeScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """One probe in one layer. `*_sel` are balanced accuracies (1/2 = nothing known), means over the partitions.
+    """Statistics of one probe in one layer.
 
-    `*_ci_low` and `*_ci_high` are 95 % intervals. None: that view was not measured, or the figure has no meaning here.
+    `*_sel` are balanced accuracies (1/2: chance), averaged over the partitions. `*_ci_low` and `*_ci_high` are the ends
+    of 95 % intervals. None: the view was not measured, or the figure is undefined here.
     """
 
     model_sel: float
@@ -63,31 +64,31 @@ class Statistics:
     sae_ci_low: float
     sae_ci_high: float
     delta_sel: float  # sae_sel - model_sel; 0 = preserved, negative = lost
-    ci_low: float  # of delta_sel, as are the next four
+    ci_low: float  # of delta_sel, like the next four
     ci_high: float
-    p_value: float  # two-sided, of no difference
+    p_value: float  # two-sided, for the hypothesis of no difference
     preserved: bool  # equivalence: the 90 % interval lies within +-epsilon
-    detectable: float  # the smallest true difference that these data would show with 80 % power
+    detectable: float  # the smallest true difference that is detected with 80 % power
     transfer_sel: float | None = None  # of the model's probes on the SAE's reconstruction
     transfer_delta: float | None = None  # transfer_sel - model_sel
-    transfer_ci_low: float | None = None  # of transfer_delta, as are the next four
+    transfer_ci_low: float | None = None  # of transfer_delta, like the next four
     transfer_ci_high: float | None = None
     transfer_p_value: float | None = None
     transfer_preserved: bool | None = None
     transfer_detectable: float | None = None
-    transfer_r2: float | None = None  # share of the variance of the model's probes' scores that x̂ gives back to them
+    transfer_r2: float | None = None  # share of the variance of the model's probes' scores that x̂ preserves
     transfer_r2_ci_low: float | None = None
     transfer_r2_ci_high: float | None = None
     retained: float | None = None  # (sae_sel - 1/2) / (model_sel - 1/2), where model_ci_low > 0.55
     retained_ci_low: float | None = None
     retained_ci_high: float | None = None
-    model_auc: float  # area under the ROC curve, ties count half
+    model_auc: float  # area under the ROC curve; ties count half
     sae_auc: float
     delta_auc: float  # sae_auc - model_auc
     delta_auc_ci_low: float
     delta_auc_ci_high: float
     transfer_auc: float | None = None
-    model_bits: float  # 1 - cross-entropy / ln 2, classes balanced: 0 for a probe that always says one half
+    model_bits: float  # 1 - cross-entropy / ln 2, classes balanced; 0: chance
     sae_bits: float
     delta_bits: float  # sae_bits - model_bits
     delta_bits_ci_low: float
@@ -95,17 +96,17 @@ class Statistics:
     transfer_bits: float | None = None
     memorisation: float | None = None  # balanced accuracy on labels random by token type, split by row, minus 1/2
     n_rows: int
-    n_people: int
-    n_people_effective: float  # people of equal size that would tell as much
-    n_pos: int
-    n_outliers: int  # rows that transfer_r2 leaves out: attention sinks, mostly
-    error_sel: float | None = None  # of probes on x - x̂, what the SAE left behind
+    n_people: int  # or other groups of rows
+    n_people_effective: float  # number of people of equal size with the same information (Kish)
+    n_pos: int  # rows with a positive label
+    n_outliers: int  # rows that transfer_r2 leaves out, mostly attention sinks
+    error_sel: float | None = None  # of probes on the reconstruction error x - x̂
     error_auc: float | None = None
     error_bits: float | None = None
     latent_sel: float | None = None  # of probes on the SAE's codes
     latent_auc: float | None = None
     latent_bits: float | None = None
-    k1_sel: float | None = None  # of probes on the best latent, as are the next three; on the best 2, 5 and 16 below
+    k1_sel: float | None = None  # of probes on the best latent, like the next three; below, on the best 2, 5 and 16
     k1_ci_low: float | None = None
     k1_ci_high: float | None = None
     k1_auc: float | None = None
@@ -148,8 +149,8 @@ def r2_parts(found: ProbeScores, view: str) -> NDArray[np.float64]:
     is the share of the variance of the model probes' scores on x that remains on x̂. Scores are compared with scores,
     not with labels, so label noise does not enter. The ratio is linearised, which gives each row's influence on it.
 
-    Outliers are left out: one attention sink among 5000 rows had most of the variance (docs/reliability.md). Outliers
-    get the balanced mean itself, so their influence is 0, and the other rows of their class are reweighted.
+    Outliers are left out: one attention sink among 5000 rows had most of the variance (docs/reliability.md). They get
+    the balanced mean itself, so their influence is 0, and the other rows of their class are reweighted.
     """
     model, copy = found.views["model"].astype(np.float64), found.views[view].astype(np.float64)
     counted = _without_outliers(found)
@@ -265,8 +266,8 @@ def _transfer(found: ProbeScores, right: Mapping[str, Floats], estimate: Any, ep
 
 
 def _retained(model: Estimate, sae: Estimate, right: Mapping[str, Floats], estimate: Any) -> dict[str, Any]:
-    """Return the retained share; its delta-method spread is that of sae - share x model, over model - 1/2."""
-    if model.low + 0.5 <= KNOWN:
+    """Return the retained share, with the delta-method interval: that of (sae - share x model) / (model - 1/2)."""
+    if model.low + 0.5 <= MIN_FOR_RETAINED:
         return {}
     share = sae.value / model.value
     spread: Estimate = estimate(((right["sae"] - 0.5) - share * (right["model"] - 0.5)) / model.value)

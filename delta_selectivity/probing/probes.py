@@ -1,4 +1,4 @@
-"""Probes: weighted logistic regressions, many at once, behind one small protocol.
+"""Selection of the solver for probes, which are weighted logistic regressions.
 
     backend, reason = choose_backend("auto", "cpu")
     fits = backend.fit(ProbeProblem(x, labels, weight, scale, cs=(0.01, 0.1)))
@@ -19,16 +19,16 @@ from delta_selectivity.probing.backends.problem import ProbeBackend, ProbeFits, 
 __all__ = ["BACKENDS", "ProbeBackend", "ProbeFits", "ProbeProblem", "check_backend", "choose_backend", "disagreement"]
 
 BACKENDS = ("auto", "torch", "cuml", "sklearn")
-_MAX_DIFFERENCE = 1e-3  # the largest disagreement that auto accepts of cuML
+_MAX_DIFFERENCE = 1e-3  # largest disagreement with torch at which `auto` chooses cuML
 
 
 def choose_backend(name: str, device: torch.device | str) -> tuple[ProbeBackend, str]:
     """Return the solver for `name` (one of `BACKENDS`) on `device`, and the reason for the choice.
 
-    `auto` is torch, but on a CUDA device cuML where it is installed and solves a small problem as torch does.
-    Call it in the thread that will fit: cuML's settings are per thread.
+    `auto` is torch; on a CUDA device it is cuML if that is installed and solves a small problem like torch.
+    Call this in the thread that will fit, because cuML's settings are per thread.
 
-    Raises RequestError for an unknown name, and for `cuml` where it is not installed or the device is no GPU.
+    Raises RequestError for an unknown name, and for `cuml` if it is not installed or the device is not a GPU.
     """
     from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
 
@@ -49,10 +49,10 @@ def choose_backend(name: str, device: torch.device | str) -> tuple[ProbeBackend,
 
 
 def check_backend(name: str, device: torch.device | str) -> None:
-    """Raise RequestError if `name` cannot be had on `device`; costs nothing, so it can come before all else."""
+    """Raise RequestError if the solver `name` is not available on `device`, without importing it."""
     if name == "cuml" and importlib.util.find_spec("cuml") is None:
         raise RequestError(
-            '`probe` cuml: cuML is missing: pip install "delta-selectivity[gpu]", in a clone pip install -e ".[gpu]"'
+            '`probe` cuml: it is not installed: pip install "delta-selectivity[gpu]", in a clone pip install -e ".[gpu]"'
         )
     if name == "cuml" and torch.device(device).type != "cuda":
         raise RequestError(f"`probe` cuml: runs on an NVIDIA GPU, not on {device}; use `probe` auto")

@@ -1,10 +1,10 @@
-"""The batched solver of probes, on any device, for strided and for sparse CSR features.
+"""The batched solver of probes, on any device, for dense and sparse CSR features.
 
 The columns (target x split) of a problem are solved together by preconditioned L-BFGS (`lbfgs`); along C each column
-starts from its solution at the smaller C. What the columns share, the features and the preconditioner, is a `Design`:
+starts from its solution at the smaller C. The columns share features and preconditioner: a `Design`, which is
 `torch_dense` or `torch_sparse`.
 
-Float32 alone stalls above the tolerance for some C, so every fit of strided features is finished in float64 (`lbfgs`).
+Float32 alone stalls above the tolerance for some C, so every fit of dense features is finished in float64 (`lbfgs`).
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ class Design(Protocol[P]):
 
 @dataclass(frozen=True)
 class TorchLbfgs:
-    """The batched solver. Deterministic for one machine and number of threads on a CPU."""
+    """The batched solver. On a CPU, it is deterministic for a given machine and number of threads."""
 
     tolerance: float = 1e-6  # of the next (preconditioned) step, relative to the coefficients
     max_iter: int = 500  # for each C
     memory: int = 10  # pairs that L-BFGS stores
-    max_bytes: int = 256 * 2**20  # of the columns' temporaries; columns beyond wait for the next chunk
+    max_bytes: int = 256 * 2**20  # memory for the columns' temporaries; further columns are in the next chunk
     name: str = field(default="torch", init=False)
     _budget: MemoryBudget = field(
         default_factory=lambda: MemoryBudget("probes are fitted"), init=False, repr=False, compare=False
-    )  # a column is a unit, of a cell for each byte
+    )  # a unit is a column, a cell is a byte
 
     def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """Fit all probes of the problem; `converged` is False for columns that `max_iter` stopped."""
+        """Fit all probes of the problem; `converged` is False for columns that reached `max_iter`."""
         if problem.x.layout == torch.sparse_csr:
             return self._fit(problem, SparseDesign.build(problem))
         return self._fit(problem, DenseDesign.build(problem))
@@ -83,7 +83,7 @@ class TorchLbfgs:
         return fits
 
     def _within_memory(self, problem: ProbeProblem, design: Design[P], index: Tensor, fits: ProbeFits) -> None:
-        """Solve these columns together; if memory runs out, halve the parts and keep that size from then on."""
+        """Solve these columns together; if memory runs out, use parts of half the size from then on."""
         while True:
             size = min(len(index), self._budget.max_units(design.column_bytes))
             try:
@@ -115,9 +115,9 @@ class TorchLbfgs:
 class _Parts(Generic[P]):
     """Columns that share a preconditioner, in parts that are solved one after the other.
 
-    A single part keeps its margins from one C to the next. Of several only theta is kept, the rest is made anew: its
-    memory is what they are split for. Sharing the preconditioner, each column takes the same steps either way, up to
-    rounding and the tolerance.
+    A single part keeps its margins from one C to the next. If there are several parts, only theta is kept and the rest
+    is computed again, to save memory. Since all parts share the preconditioner, each column takes the same steps in
+    both cases, up to rounding and the tolerance.
     """
 
     def __init__(self, problem: ProbeProblem, design: Design[P], parts: Sequence[Tensor]) -> None:
@@ -136,7 +136,7 @@ class _Parts(Generic[P]):
             yield self._columns, self._theta[place], self._margins
 
     def store(self, theta: Tensor, margins: Tensor) -> None:
-        """Store the solution of the part that the iteration yielded last."""
+        """Store the solution of the part that was yielded last."""
         self._theta[self._place], self._margins = theta, margins
 
     def mean_curvature(self) -> Tensor:
