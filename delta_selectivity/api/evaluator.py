@@ -363,7 +363,7 @@ class Evaluator:
         is_name = isinstance(sae, str | os.PathLike)
         at = self.settings.hookpoint if is_name else hookpoint
         source = as_source(sae, (layer,), at, self._widths[reads], None if reads == self._site else reads.hookpoint)
-        if source.asked is None:
+        if source.requested_hookpoint is None:
             source = resolve_hookpoint(source, self._modules)
         if layer not in source.layers or source.hookpoint != hookpoint:
             layers = ", ".join(map(str, source.layers))

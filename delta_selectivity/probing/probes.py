@@ -52,7 +52,7 @@ def check_backend(name: str, device: torch.device | str) -> None:
     """Raise RequestError if the solver `name` is not available on `device`, without importing it."""
     if name == "cuml" and importlib.util.find_spec("cuml") is None:
         raise RequestError(
-            '`probe` cuml: it is not installed: pip install "delta-selectivity[gpu]", in a clone pip install -e ".[gpu]"'
+            '`probe` cuml: not installed: pip install "delta-selectivity[gpu]", in a clone pip install -e ".[gpu]"'
         )
     if name == "cuml" and torch.device(device).type != "cuda":
         raise RequestError(f"`probe` cuml: runs on an NVIDIA GPU, not on {device}; use `probe` auto")

@@ -3,7 +3,7 @@
 found = measure_downstream(plan, cells, saes, tokenised, sample, cores)
 found[cell].delta_ce
 
-This is a separate pass before the probes. Whole texts are drawn by seed, to about `whole_tokens` tokens per dataset.
+This is a separate pass before the probes. Whole texts are drawn by seed, about `whole_tokens` tokens per dataset.
 x̂ replaces x at every token of the SAE's whole-text figures; BOS is unchanged if the figures exclude it. Mean ablation
 uses the mean over the same tokens of the dataset's drawn texts.
 """
@@ -40,9 +40,9 @@ Ints = NDArray[np.int64]
 T = TypeVar("T")
 
 LOGITS = 2**24
-"""Numbers that the logits of a pass may have on a CPU; each core keeps two such arrays. One text is a pass at least."""
+"""Maximum number of logits in a pass on a CPU; each core holds two such arrays. A pass has at least one text."""
 CHUNK = 2**22
-"""Logits that are made into probabilities at a time."""
+"""Logits to convert to probabilities at a time."""
 
 
 class Ablation(NamedTuple):
@@ -71,16 +71,16 @@ Run = Ablation | Substitution | Unmodified
 
 @dataclass(frozen=True)
 class DownstreamPass:
-    """The runs over the drawn texts of one dataset, independent of other datasets."""
+    """The forward passes over the drawn texts of one dataset."""
 
     model: WholeModel
     saes: Mapping[Site, Mapping[SaeId, Sae]]
     counts_bos: Mapping[SaeId, bool]
     tokenised: TokenisedMentions
     positions: str
-    mentions: Ints  # whose texts were drawn, ascending
+    mentions: Ints  # mentions whose texts are drawn, ascending
     cores: Cores
-    limits: list[int] = field(default_factory=list)  # texts in a pass; set once memory ran out
+    limits: list[int] = field(default_factory=list)  # of texts in a pass; one is added whenever memory runs out
 
     def run(self, on_texts: Callable[[int], None]) -> dict[Substitution, Downstream]:
         """Return the figures of each SAE."""
@@ -129,7 +129,7 @@ class DownstreamPass:
 
     @torch.inference_mode()
     def _process(self, batch: TokenBatch, constants: Mapping[Ablation, Tensor]) -> dict[Run, NDArray[np.float64]]:
-        """Return sums by text, float64 [texts, columns of `TextSums`], of every run."""
+        """Return the sums of every run: float64 [texts, columns of `TextSums`]."""
         unmodified, x = self.model.logits(batch.ids)
         places = {with_bos: _places(_counted(batch, with_bos), self.model.device) for with_bos in (False, True)}
         kinds = {self.counts_bos[i] for by_id in self.saes.values() for i in by_id}
@@ -188,7 +188,7 @@ class DownstreamPass:
                         raise
                 release()
                 self.limits.append((n + 1) // 2)
-                log.warning("out of memory: going on with at most %d texts in a downstream pass", min(self.limits))
+                log.warning("out of memory: continuing with at most %d texts in a downstream pass", min(self.limits))
             parts = batches(self.tokenised, batch.mentions, batch_size=min(self.limits))
             return [result for part in parts for result in within_memory(part)]
 
@@ -197,7 +197,7 @@ class DownstreamPass:
                 yield from results
 
     def _max_logits(self) -> int:
-        """Return how many numbers the logits of a pass may have."""
+        """Return the maximum number of logits in a pass."""
         if self.model.device.type != "cuda":
             return LOGITS
         free, _ = torch.cuda.mem_get_info(self.model.device)
@@ -211,9 +211,9 @@ def measure_downstream(
     tokenised: TokenisedMentions,
     sample: TokenSample,
     cores: Cores,
-    quiet: bool = True,  # no bar
+    quiet: bool = True,  # without a progress bar
 ) -> dict[Cell, Downstream]:
-    """Return the figures of each cell whose subject reconstructs something. Raises `RequestError` as `load_whole`."""
+    """Return the figures of each cell whose subject has a reconstruction. Raises `RequestError` as `load_whole`."""
     reads = {site.read_by(sae.input_hookpoint) for site, by_id in saes.items() for sae in by_id.values()}
     model = plan.info.load_whole({*saes, *reads}, plan.request.device1, plan.dtype)
     counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
@@ -222,9 +222,9 @@ def measure_downstream(
     positions, found = plan.request.settings.positions, dict[Cell, Downstream]()
     with open_bar(sum(map(len, drawn.values())), "downstream", "text", quiet=quiet) as bar:
         for index, mentions in drawn.items():
-            here = by_site(cell for cell in wanted if cell.dataset == index)
-            own = {site: {i: saes[site][i] for i in subjects} for site, subjects in here.items()}
-            figures = DownstreamPass(model, own, counts_bos, tokenised, positions, mentions, cores).run(bar.update)
+            subjects_at = by_site(cell for cell in wanted if cell.dataset == index)
+            chosen = {site: {i: saes[site][i] for i in subjects} for site, subjects in subjects_at.items()}
+            figures = DownstreamPass(model, chosen, counts_bos, tokenised, positions, mentions, cores).run(bar.update)
             for substitution, of_one in figures.items():
                 _refuse_broken(of_one, substitution.site, plan.subjects[substitution.subject].name)
                 found[Cell(index, *substitution)] = of_one
@@ -235,8 +235,8 @@ def _refuse_broken(figures: Downstream, site: Site, name: str) -> None:
     """Raise ArithmeticError for figures that are not finite: the model or x̂ is broken."""
     if all(value is None or math.isfinite(value) for value in vars(figures).values()):
         return
-    what = "as it is" if not math.isfinite(figures.ce_model or 0.0) else f"run on from the reconstruction by {name}"
-    raise ArithmeticError(f"layer {site.layer}: {NOT_FINITE} in what the model says next, {what}")
+    what = "" if not math.isfinite(figures.ce_model or 0.0) else f" with the reconstruction by {name}"
+    raise ArithmeticError(f"layer {site.layer}: {NOT_FINITE} in the model's predictions{what}")
 
 
 def _drawn_texts(plan: Plan, index: int, sample: TokenSample) -> Ints:
@@ -246,7 +246,7 @@ def _drawn_texts(plan: Plan, index: int, sample: TokenSample) -> Ints:
 
 
 def _counted(batch: TokenBatch, with_bos: bool) -> Tensor:
-    """Return which tokens count, bool [texts, tokens]: the real ones, with BOS only if it counts."""
+    """Return the mask of counted tokens, bool [texts, tokens]: the real ones, with BOS only if `with_bos`."""
     position = torch.arange(batch.ids.shape[1])
     return (position < batch.lengths[:, None]) & (position >= int(batch.has_bos and not with_bos))
 
@@ -257,12 +257,12 @@ def _places(mask: Tensor, device: torch.device) -> Tensor:
 
 
 def _kl_and_ce(unmodified: Tensor, logits: Tensor, next_ids: Tensor) -> Tensor:
-    """Return KL of the first distribution from the second, and the second's next-token cross-entropy: [2, rows]."""
+    """Return KL(unmodified || modified), and the next-token cross-entropy of the modified logits: [2, rows]."""
     before, after = unmodified.float().log_softmax(-1), logits.float().log_softmax(-1)
     kl = (before.exp() * (before - after)).sum(-1)
     return torch.stack([kl, -after.gather(1, next_ids[:, None])[:, 0]])
 
 
 def _on_cpu(sums: Tensor) -> Tensor:
-    """Move to the CPU in float64; the only place that waits for a GPU."""
+    """Move to the CPU in float64; only this waits for a GPU."""
     return sums.cpu().double()

@@ -3,7 +3,8 @@
     found = downstream_figures(untouched, with_sae, with_mean, with_zeros, texts)
     found.delta_ce, found.ce_recovered
 
-All in nats. Intervals take texts as drawn: the sums of a text go together, and a ratio of sums is linearised.
+All in nats. Intervals treat texts as sampled: the sums of each text are one observation, and ratios of sums are
+linearised.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class TextSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Downstream:
-    """The model run on from x̂ in place of x, in nats. None: nothing to divide by."""
+    """Figures of the model with x̂ in place of x, in nats. None: nothing to divide by."""
 
     ce_model: float | None  # cross-entropy of the next token for the unmodified model
     ce_sae: float | None  # the same with x̂ in place of x
@@ -64,7 +65,7 @@ class Downstream:
 def downstream_figures(
     model: TextSums, sae: TextSums, mean: TextSums, zero: TextSums, texts: NDArray[np.int64]
 ) -> Downstream:
-    """Return the figures of sums by mention; texts int64 [mentions]: those of one text have one number."""
+    """Return the figures from sums by mention; texts, int64 [mentions], is equal for mentions of the same text."""
     _, text = np.unique(texts, return_inverse=True)
     model, sae, mean, zero = (_sum_by_text(sums, text) for sums in (model, sae, mean, zero))
     by_text = np.divide(sae.kl_pos, sae.n_pos, out=np.zeros_like(sae.n_pos), where=sae.n_pos > 0)
@@ -93,7 +94,7 @@ def _sum_by_text(sums: TextSums, text: NDArray[np.intp]) -> TextSums:
 
 
 def _ratio(above: Floats, below: Floats) -> Estimate | None:
-    """Return the ratio of the sums over texts, with its standard error over draws of texts."""
+    """Return the ratio of the sums over texts, with its standard error over samples of texts."""
     total, n = below.sum(), len(below)
     if total == 0:
         return None

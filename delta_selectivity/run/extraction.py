@@ -2,7 +2,7 @@
 
     extract(request, Path("rows.safetensors"))
 
-Texts go through the model in the batches of `measure`, so that activations are those of a run to the bit.
+Texts are batched as in `measure`, so that activations equal those of a run bit by bit.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def extract(request: Request, path: Path, on_texts: Callable[[int, int], None] =
     """Write the probed rows of one layer, and return them.
 
     Args:
-        request: Names one layer, and SAEs of one hook point; `output` and `device2` are not used.
-        path: A file as `records.rows_file.save` writes it.
-        on_texts: Called with the texts that went through the model and their number.
+        request: One layer, and SAEs of one hook point; `output` and `device2` are not used.
+        path: The file to write, by `records.rows_file.save`.
+        on_texts: Called with the number of processed texts and the total number.
 
     Raises:
-        RequestError: The request is wrong, or asks for what such a file does not hold.
+        RequestError: The request is wrong, or includes something that such a file does not store.
     """
     if request.layers is None or len(request.layers) != 1:
-        asked = "all" if request.layers is None else ",".join(map(str, request.layers))
-        raise RequestError(f"`layers` {asked}: a file of rows holds one layer: name one")
+        layers = "all" if request.layers is None else ",".join(map(str, request.layers))
+        raise RequestError(f"`layers` {layers}: a file of rows stores one layer: give one")
     check_views(request.settings)
     check_target(path)
     plan = make_plan(request)
@@ -62,7 +62,7 @@ def extract(request: Request, path: Path, on_texts: Callable[[int, int], None] =
     sites = {site for subject in plan.subjects for site in subject.sites}
     if len(sites) > 1:
         places = ", ".join(sorted(site.hookpoint for site in sites))
-        raise RequestError(f"`saes`: a file of rows holds one hook point, these are of {places}")
+        raise RequestError(f"`saes`: a file of rows stores one hook point, but these SAEs have {places}")
     (site,) = sites
     rows = _rows(plan, site, on_texts)
     save(path, rows)
@@ -86,11 +86,11 @@ def probed_rows(
     latents_of: Collection[SaeId] = (),
     on_texts: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Probed]:
-    """Run the texts of a plan through model and SAEs, and hold the rows of one site on a device in the context.
+    """Run the texts of a plan through model and SAEs, and yield the rows of one site on a device.
 
-    whole_tokens: tokens of each dataset for whole-text figures: they share the batches that SAEs encode.
-    latents_of: the SAEs whose codes are held, too.
-    Raises ArithmeticError, with the text, for activations or reconstructions with NaN or Inf.
+    whole_tokens: tokens of each dataset for whole-text figures, which SAEs encode in the same batches.
+    latents_of: the SAEs whose codes are stored too.
+    Raises ArithmeticError, which quotes the text, for activations or reconstructions with NaN or Inf.
     """
     tokenised = plan.tokenise(plan.texts.mentions)
     table = RowTable.build(tokenised, plan.request.settings.positions)
@@ -98,7 +98,7 @@ def probed_rows(
     cells = [Cell(index, site, i) for index in range(len(plan.texts.datasets)) for i in ids]
     loaded = load_weights(plan, cells, {}, tokenised)
     resume_garbage_collection()
-    asked, blocks = plan.request.settings, plan_blocks(plan.texts)
+    settings, blocks = plan.request.settings, plan_blocks(plan.texts)
     total = sum(len(block.mentions) for block in blocks)
     counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
     done = 0
@@ -109,12 +109,12 @@ def probed_rows(
         on_texts(done, total)
 
     widths = dict.fromkeys([(site, None), *((site, i) for i in ids)], plan.widths[site])
-    with RowStore(widths, len(table), device, as_bytes(asked.queue_gb)) as store:
+    with RowStore(widths, len(table), device, as_bytes(settings.queue_gb)) as store:
         with sharing_cores(plan.request.device1) as cores:
-            sample = TokenSample.draw(tokenised, plan.texts, whole_tokens, asked.seed)
+            sample = TokenSample.draw(tokenised, plan.texts, whole_tokens, settings.seed)
             producer = Producer(
-                loaded.model, loaded.saes, counts_bos, tokenised, table, asked.batch_size, cores, Stopwatch(), sample,
-                loaded.scales, latents_of,
+                loaded.model, loaded.saes, counts_bos, tokenised, table, settings.batch_size, cores, Stopwatch(),
+                sample, loaded.scales, latents_of,
             )  # fmt: skip
             producer.run(blocks, lambda item: _store_item(item, store, plan), count)
         yield Probed(table, store, loaded.saes[site])
@@ -122,10 +122,10 @@ def probed_rows(
 
 def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
     with probed_rows(plan, site, HOST, plan.whole_tokens, on_texts=on_texts) as (table, store, _):
-        every = torch.arange(len(table))
+        all_rows = torch.arange(len(table))
         ids = (None, *range(len(plan.subjects)))
-        x, *recons = (store.get(site, i, every, HOST).numpy() for i in ids)
-    mentions, about = [plan.texts.mentions[m] for m in table.mention], _about(plan, site)
+        x, *recons = (store.get(site, i, all_rows, HOST).numpy() for i in ids)
+    mentions, about = [plan.texts.mentions[m] for m in table.mention], _provenance(plan, site)
     return Rows(
         x=x,
         recons=dict(zip(about["saes"], recons, strict=True)),
@@ -141,7 +141,7 @@ def _rows(plan: Plan, site: Site, on_texts: Callable[[int, int], None]) -> Rows:
 
 def _store_item(item: Item, store: RowStore, plan: Plan) -> None:
     if not isinstance(item, LayerRows):
-        return  # whole-text sums are not part of a file of rows
+        return  # a file of rows has no whole-text sums
     try:
         store.put(item)
     except NonFiniteError as error:
@@ -150,7 +150,7 @@ def _store_item(item: Item, store: RowStore, plan: Plan) -> None:
 
 
 def _probes(plan: Plan, table: RowTable) -> Sequence[RowProbe]:
-    """Return the probes of all datasets; names used by several datasets are extended by the dataset's name."""
+    """Return the probes of all datasets; a name that several datasets use is prefixed by the dataset's name."""
     times = Counter(probe.name for dataset in plan.texts.datasets for probe in dataset.probes)
     return [
         RowProbe(
@@ -164,8 +164,8 @@ def _probes(plan: Plan, table: RowTable) -> Sequence[RowProbe]:
     ]
 
 
-def _about(plan: Plan, site: Site) -> dict[str, Any]:
-    """Return the file's description of the origin of its rows."""
+def _provenance(plan: Plan, site: Site) -> dict[str, Any]:
+    """Return the description of where the rows come from."""
     run = describe_run({"model": plan.request.model, "saes": [subject.name for subject in plan.subjects]})
     saes = {
         subject.label: {

@@ -151,7 +151,7 @@ def wrap_sae(
     except RequestError as error:  # the libraries' readers do not name the argument
         raise error if error.field else RequestError(f"`obj` {error}") from error
     member = ObjectMember(_choose_name(name, obj, contents, header), header, contents, version)
-    return SaeSource(member.where, (member,), asked=None if hookpoint is None else header.hookpoint)
+    return SaeSource(member.where, (member,), requested_hookpoint=None if hookpoint is None else header.hookpoint)
 
 
 def _unwrapped(obj: Any) -> Any:

@@ -90,7 +90,7 @@ class SaeSource:
     members: tuple[Member, ...]  # the SAEs ordered by layer, at most one per layer
     revision: str | None = None  # identifies files that are not all on this machine, such as by repository and commit
     opened_as: str | None = None  # the argument of `open_sae`, if it differs from `name`
-    asked: str | None = None  # the user's hook point; None: that of the SAE
+    requested_hookpoint: str | None = None  # the user's; None: that of the SAE's config
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -100,16 +100,16 @@ class SaeSource:
     @property
     def hookpoint(self) -> str:
         """The hook point that the SAEs reconstruct, by a name of ``hookpoints``."""
-        return self._first.hookpoint if self.asked is None else self.asked
+        return self._first.hookpoint if self.requested_hookpoint is None else self.requested_hookpoint
 
     @property
     def config_hookpoint(self) -> str:
-        """The same, as the SAE's config names it."""
+        """The hook point in the SAE's config."""
         return self._first.hookpoint
 
-    def at(self, hookpoint: str) -> SaeSource:
-        """Return the same SAEs under the name that their hook point has in a certain model."""
-        return replace(self, asked=hookpoint)
+    def with_hookpoint(self, hookpoint: str) -> SaeSource:
+        """Return the same SAEs with another name of their hook point, such as the model's name of it."""
+        return replace(self, requested_hookpoint=hookpoint)
 
     @property
     def input_hookpoint(self) -> str | None:
@@ -206,8 +206,7 @@ class SaeSource:
 
         Args:
             layers: the layers to hash, whose files are downloaded if needed. None for all layers; then files on the Hub
-            are
-                not downloaded, and repository and commit identify them.
+                are not downloaded, and repository and commit identify them.
 
         Returns:
             64 hexadecimal digits of SHA-256.
@@ -251,24 +250,24 @@ def assemble(name: str, members: Sequence[Member], hookpoint: str | None, revisi
             one, other = getattr(before.header, what), getattr(after.header, what)
             if one != other:
                 both = f"{one} ({before.where}) and {other} ({after.where})"
-                raise RequestError(f"{name}: SAEs of one hook point have one {what}, these have {both}")
-    return SaeSource(name, tuple(chosen), revision, asked=measured)
+                raise RequestError(f"{name}: its SAEs have different values of {what}: {both}")
+    return SaeSource(name, tuple(chosen), revision, requested_hookpoint=measured)
 
 
-def _choose_place(name: str, found: Sequence[str], asked: str | None) -> str:
+def _choose_place(name: str, found: Sequence[str], requested: str | None) -> str:
     places = sorted(set(found))
-    if asked is not None:
-        matching = [place for place in places if same_place(asked, place)] or (places if len(places) == 1 else [])
+    if requested is not None:
+        matching = [place for place in places if same_place(requested, place)] or (places if len(places) == 1 else [])
         if not matching:
-            raise RequestError(f"`hookpoint` {asked}: {name} has SAEs for {', '.join(places)}")
+            raise RequestError(f"`hookpoint` {requested}: {name} has SAEs for {', '.join(places)}")
         return matching[0]
     if "resid_post" in places or len(places) == 1:
         return "resid_post" if "resid_post" in places else places[0]
     raise RequestError(f"{name}: SAEs for {', '.join(places)}; choose one with `hookpoint`")
 
 
-def _canonical_request(asked: str, found: str) -> str:
+def _canonical_request(requested: str, found: str) -> str:
     """Return the user's hook point, spelled as in the SAE's config if both are paths of the same module."""
-    asked = canonical(asked)
-    both_paths = is_module_path(asked) and is_module_path(found)
-    return found if both_paths and same_place(asked, found) else asked
+    requested = canonical(requested)
+    both_paths = is_module_path(requested) and is_module_path(found)
+    return found if both_paths and same_place(requested, found) else requested
