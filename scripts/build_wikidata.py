@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.interrupts import as_keyboard_interrupt
-from delta_selectivity.system.terminal import LineFormatter, show, tell
+from delta_selectivity.system.terminal import LineFormatter, show, show_on_stderr
 from scripts.wikidata_build import classes, dump, entities, mentions, output, selection, texts
 from scripts.wikidata_build.people import Names, PeopleTable
 
@@ -150,13 +150,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with as_keyboard_interrupt():
             build(asked)
     except RequestError as error:
-        tell(f"error: {error}")
+        show_on_stderr(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        tell("interrupted: nothing is written")
+        show_on_stderr("interrupted: nothing is written")
         return 130
     except (OSError, MemoryError) as error:
-        tell(f"failed: {type(error).__name__}: {error}; nothing is written")
+        show_on_stderr(f"failed: {type(error).__name__}: {error}; nothing is written")
         return 1
     return 0
 

@@ -40,7 +40,7 @@ def main() -> NoReturn:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         start(command, arguments, f"{CONSOLE} {command}")
-    from delta_selectivity.system.terminal import show, tell  # after the signal handlers: this import is slow
+    from delta_selectivity.system.terminal import show, show_on_stderr  # after the signal handlers: this import is slow
 
     if command in {"-h", "--help"}:
         lines = (f"  {name:8} {known.help}" for name, known in COMMANDS.items())
@@ -51,7 +51,7 @@ def main() -> NoReturn:
 
         show(f"{CONSOLE} {version()}")
         interrupts.exit_now(0)
-    tell(f"error: there is no command {command!r}: choose from {', '.join(COMMANDS)}")
+    show_on_stderr(f"error: there is no command {command!r}: choose from {', '.join(COMMANDS)}")
     interrupts.exit_now(2)
 
 

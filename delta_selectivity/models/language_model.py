@@ -70,16 +70,16 @@ class ModelInfo:
     n_layers: int
     d_model: int
     max_length: int  # tokens
-    n_embeddings: int | None  # size of the embedding by the config; None: unknown
-    bos_token_id: int | None  # of the token that begins a text; None: the tokenizer has none
+    n_embeddings: int | None  # number of embeddings, from the config; None: unknown
+    bos_token_id: int | None  # None: the tokenizer has no BOS
     eos_token_id: int | None
-    saved_dtype: str  # of the weights on disk, by the config; "None" if unknown
+    saved_dtype: str  # dtype of the weights on disk, from the config; "None" if unknown
     quantisation: str | None  # type of most weights of a GGUF file, "Q4_1"; None: not a GGUF file
 
     @classmethod
     def read(cls, files: Pretrained) -> ModelInfo:
         """Read config and tokenizer. Raises `RequestError` if either is not available, or is not a decoder's."""
-        quantisation = files.quantisation  # first: this detects damage
+        quantisation = files.quantisation  # first, because this detects a damaged file
         config, tokenizer = files.config, files.tokenizer
         try:
             sizes = read_sizes(config, tokenizer)
@@ -194,7 +194,7 @@ class ModelInfo:
         from transformers.utils import logging as hf_logging
 
         verbosity = hf_logging.get_verbosity()
-        hf_logging.set_verbosity_error()  # it would list the LM head and upper layers, which are left out on purpose
+        hf_logging.set_verbosity_error()  # it would list the LM head and upper layers as unused
         hf_logging.disable_progress_bar()
         try:
             with self.files.source() as (where, options), _dequantising(self.quantisation) as gguf_options:
@@ -208,13 +208,15 @@ class ModelInfo:
             hf_logging.enable_progress_bar()
         bad = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if bad:
-            raise RequestError(f"`model` {self.name}: {len(bad)} weights are missing or misshapen: {bad[0]} ...")
+            raise RequestError(
+                f"`model` {self.name}: {len(bad)} weights are missing or have a wrong shape: {bad[0]} ..."
+            )
         return module
 
 
 @contextmanager
 def _dequantising(quantisation: str | None) -> Iterator[dict[str, Any]]:
-    """Yield loading options; for a GGUF file, dequantise the weights, which some kernels would leave packed."""
+    """Yield the loading options that dequantise a GGUF file, because some kernels would keep it quantised."""
     if quantisation is None:
         yield {}
         return
@@ -278,7 +280,7 @@ class LanguageModel:
         found = self.activations(ids)
         position = torch.arange(ids.shape[1])
         real = (position >= skip) & (position < lengths[:, None])
-        place = real.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # found on the CPU: no waiting
+        place = real.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # computed on the CPU: no waiting
         return {site: found.pop(site).flatten(0, 1).index_select(0, place) for site in list(found)}
 
     def restricted_to(self, sites: Collection[Site]) -> LanguageModel:
@@ -346,8 +348,8 @@ def _auto_class(config: Any, with_head: bool = False) -> Any:
     """Return `AutoModel`, which has no LM head, or the class with one if a repository's own code only supports that."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    own = getattr(config, "auto_map", None) or {}
-    only_whole = "AutoModelForCausalLM" in own and "AutoModel" not in own
+    classes = getattr(config, "auto_map", None) or {}
+    only_whole = "AutoModelForCausalLM" in classes and "AutoModel" not in classes
     return AutoModelForCausalLM if with_head or only_whole else AutoModel
 
 

@@ -59,7 +59,7 @@ class Tap:
 
     module: nn.Module
     side: Literal["input", "output"] = "output"
-    change: Callable[[Tensor], Tensor] | None = None  # applied to the value; None: identity
+    change: Callable[[Tensor], Tensor] | None = None  # applied to the value; None: unchanged
 
 
 def layers_needed(sites: Collection[Site]) -> int:
@@ -75,7 +75,7 @@ def check_replaceable(site: Site) -> None:
     """
     if site.hookpoint == "resid_mid" or site.hookpoint.endswith("_normalized"):
         raise RequestError(
-            f"`downstream`: what is at {site.hookpoint} cannot be replaced while the model runs: leave it off here"
+            f"`downstream`: the value at {site.hookpoint} cannot be replaced in a forward pass: leave this option off"
         )
 
 

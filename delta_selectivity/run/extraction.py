@@ -155,7 +155,7 @@ def _probes(plan: Plan, table: RowTable) -> Sequence[RowProbe]:
     return [
         RowProbe(
             name=probe.name if times[probe.name] == 1 else f"{dataset.slug}.{probe.name}",
-            rows=table.of(probe.mentions),
+            rows=table.ids_of(probe.mentions),
             labels=np.repeat(probe.labels, table.count(probe.mentions)),
             dataset=dataset.slug,
         )

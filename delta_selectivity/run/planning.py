@@ -1,6 +1,6 @@
 """Check and plan a request: open data, model, SAEs and result files without loading weights.
 
-plan = go_on(make_plan(request))
+plan = adopt_existing_choices(make_plan(request))
 files = open_files(plan, locks)
 missing_cells(plan, files)
 """

@@ -1,9 +1,9 @@
 """The consumer: stores rows and probes each dataset, layer by layer, once all its rows have arrived.
 
     prober = Prober(work, blocks, settings, ...)
-    prober.run(queue)            # in the thread that `pipeline` gives it
+    prober.run(queue)            # in the consumer thread of `pipeline`
 
-Each layer's results are passed on as soon as they are measured.
+The results of each layer are passed on as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class Work:
     cells: Sequence[Cell]
     names: Sequence[str]  # of the subjects
     codes: Mapping[SaeId, SparseRows]  # features of each mention, of baselines without a reconstruction
-    latents_of: Set[SaeId]  # whose latents are a view
+    latents_of: Set[SaeId]  # subjects whose latents are a view
     settings: Settings
     device: torch.device  # of the probes
-    fit_model: FitModel  # fits the model's own view, or has its fit from an earlier run
+    fit_model: FitModel  # fits the model's view, or reads the fit of an earlier run
     sample: TokenSample  # of the tokens that count in whole-text figures
 
     @property
@@ -84,18 +84,18 @@ class Prober:
         work: Work,
         blocks: Sequence[Block],
         store_bytes: int,
-        cores: Cores,  # one layer on each; one on a GPU
+        cores: Cores,  # each probes one layer; 1 on a GPU
         clock: Stopwatch,
         on_result: OnResult,
         on_probes: Callable[[int], None],
         stop: threading.Event,
-        sets: Mapping[int, Sequence[TaskSet]] | None = None,  # by dataset, if made earlier
+        sets: Mapping[int, Sequence[TaskSet]] | None = None,  # by dataset; None: built when needed
     ) -> None:
         self.work, self.blocks, self.on_result = work, blocks, on_result
         self.store_bytes, self.cores, self.clock = store_bytes, cores, clock
         self.on_probes, self.stop, self.sets = on_probes, stop, sets
         self._datasets = work.datasets
-        self._done: list[BlockDone] = []  # blocks with a dataset that is still to be probed
+        self._done: list[BlockDone] = []  # complete blocks with a dataset that is not probed yet
         self._pending = set(self._datasets)
 
     def run(self, queue: Iterable[Item]) -> None:
@@ -122,7 +122,7 @@ class Prober:
                     return
 
     def abandon(self) -> None:
-        """Drop all further results: the run has ended, and another run may have taken over its files."""
+        """Drop all further results: the run has ended, and another run may already write its files."""
         self.on_result = _discard
 
     def _store(self, rows: LayerRows, store: RowStore) -> None:
@@ -131,7 +131,7 @@ class Prober:
 
     @contextmanager
     def _locating_errors(self) -> Iterator[None]:
-        """Name the text, the layer and the subject of a number that is not finite."""
+        """Turn a `NonFiniteError` into an ArithmeticError that names text, layer and subject."""
         try:
             yield
         except NonFiniteError as error:
@@ -167,10 +167,10 @@ class Prober:
     ) -> dict[SaeId, OutOfFold]:
         """Return scores by subject; the model's view and the control task are fitted once."""
         model = task_set.fit_model(site, store, backend, self.work.device, self.work.fit_model)
-        asked = self.work.settings.views
+        requested = self.work.settings.views
         found = {}
         for subject in subjects:
-            views = [view for view in asked if view not in LATENT_VIEWS or subject in self.work.latents_of]
+            views = [view for view in requested if view not in LATENT_VIEWS or subject in self.work.latents_of]
             try:
                 found[subject] = task_set.out_of_fold(site, subject, model, store, backend, views)
             except ArithmeticError as error:
@@ -179,19 +179,19 @@ class Prober:
         return found
 
     def _empty_result(self, index: int, site: Site, subject: SaeId) -> CellResult:
-        """Return a result with its reconstruction figures and no probes."""
+        """Return a result with reconstruction figures and no probes yet."""
         return CellResult(self._figures(index, site, subject), {}, {})
 
     def _figures(self, index: int, site: Site, subject: SaeId) -> Reconstruction:
         if subject in self.work.codes:
-            return ReconstructionSums.empty(d=0, d_sae=0, device="cpu").figures()  # no rows: no reconstruction
+            return ReconstructionSums.empty(d=0, d_sae=0, device="cpu").figures()  # it has no reconstruction
         limit = self.work.sample.limits[index]
         parts = (item.sums[site, subject].restricted_to(limit) for item in self._done if index in item.block.datasets)
         return reduce(ReconstructionSums.merge, parts).figures(limit)
 
 
 def describe_non_finite(error: NonFiniteError, texts: ProbeTexts, names: Sequence[str]) -> str:
-    """Return in which text, layer and subject (by their names) a number, or the square of one, is not finite."""
+    """Return a message that names the text, layer and subject of a non-finite number."""
     text = texts.mentions[error.mention].text
     shown = text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}..."
     what = "the model's activations"

@@ -5,7 +5,7 @@
     sums.whole[limit].add(x, recon, latents, tokens, n_counted)    # tokens of whole texts, batch by batch
     sums.figures(limit).fvu_whole
 
-Adding never waits for the device. `docs/numbers.md` defines every figure.
+Adding does not wait for the device. `docs/numbers.md` defines every figure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALL = 2**64
 
 
 class Latents(Protocol):
-    """The part of sparse codes used here; implemented by ``saes.SparseRows``."""
+    """The part of `saes.SparseRows` that is used here."""
 
     @property
     def crow(self) -> Tensor:
@@ -36,12 +36,12 @@ class Latents(Protocol):
 
     @property
     def col(self) -> Tensor:
-        """Latent numbers ``[nnz]``."""
+        """Latent indices ``[nnz]``."""
         ...
 
     @property
     def value(self) -> Tensor:
-        """Latent activations ``[nnz]``, some may be zero."""
+        """Latent activations ``[nnz]``; some may be zero."""
         ...
 
 
@@ -66,14 +66,17 @@ class TokenFacts(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, number: Tensor, scale: SiteScale | None) -> TokenFacts:
-        """Compute the facts of x ``[tokens, d]``; without a scale, by its own mean, with no outliers. Never waits."""
+        """Compute the facts of x ``[tokens, d]`` without waiting for the device.
+
+        Without a scale, distances are from the mean of x, and there are no outliers.
+        """
         centre = x.mean(dim=0) if scale is None else scale.mean
         distance = torch.linalg.vector_norm(x - centre, dim=1).square()
         if scale is None:
             return cls(number, distance)
         outlying = torch.linalg.vector_norm(x, dim=1) > scale.norm_limit
-        none = x.device.type == "cpu" and not bool(outlying.any())
-        return cls(number, distance, None if none else outlying)
+        has_none = x.device.type == "cpu" and not bool(outlying.any())
+        return cls(number, distance, None if has_none else outlying)
 
     def select(self, rows: Tensor) -> TokenFacts:
         """Return the facts of some of the tokens, int64 ``[n]``."""
@@ -83,7 +86,7 @@ class TokenFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The figures of one SAE on one set of texts. None: no rows, or no variance to divide by."""
+    """The reconstruction figures of one SAE on one set of texts. None: no rows, or no variance to divide by."""
 
     mse_pos: float | None  # mean over probed rows and coordinates of the squared error
     mse_whole: float | None  # the same over the tokens of whole texts
@@ -123,7 +126,7 @@ class ReconstructionSums:
         return ReconstructionSums(self.probed.merge(other.probed), whole)
 
     def restricted_to(self, limit: int) -> ReconstructionSums:
-        """Return the sums without the other limits."""
+        """Return the sums for one of the limits."""
         return ReconstructionSums(self.probed, {limit: self.whole[limit]})
 
     def to(self, device: torch.device | str) -> ReconstructionSums:
@@ -133,7 +136,7 @@ class ReconstructionSums:
         )
 
     def figures(self, limit: int = ALL) -> Reconstruction:
-        """Divide the sums to get the figures. This waits for the device."""
+        """Return the figures, as ratios of the sums. Waits for the device."""
         probed, whole = self.probed.to("cpu"), self.whole[limit].to("cpu")
         errors = whole.ordinary.merge(whole.outliers)
         n_probed, n_tokens = int(probed.errors.n), int(errors.n)
@@ -212,7 +215,7 @@ class WholeSums:
     def add(self, x: Tensor, recon: Tensor, latents: Latents, tokens: TokenFacts, n_counted: int) -> Tensor:
         """Add x and recon ``[tokens, d]`` with their latents, drawn from ``n_counted`` tokens.
 
-        Returns the squared error of each token, float32 ``[tokens]``: not finite where one of the two is not.
+        Returns the squared error of each token, float32 ``[tokens]``, which is not finite if x or recon is not.
         """
         if tokens.outlying is None:
             new, errors = _ErrorSums.of(x, recon)
@@ -239,7 +242,7 @@ class WholeSums:
         )
 
     def to(self, device: torch.device | str) -> WholeSums:
-        """Return the sums on another device; itself if it is already there."""
+        """Return the sums on a device; `self` if they already are."""
         if self.fired.device == torch.device(device):
             return self
         return WholeSums(
@@ -250,7 +253,7 @@ class WholeSums:
 
 @dataclass(frozen=True)
 class _ErrorSums:
-    """Squared error and squared deviation of n rows; sets of rows merge as in Chan, Golub & LeVeque (1983)."""
+    """Squared error and squared deviation of n rows; merged as in Chan, Golub & LeVeque (1983)."""
 
     n: Tensor  # float64 []
     mean: Tensor  # float64 [d], of x
@@ -268,8 +271,8 @@ class _ErrorSums:
 
         Also returns the squared error of each row, float32 ``[rows]``: 0 for rows that were not chosen.
 
-        Residual streams have dimensions whose mean is 1e3 times their spread, so deviations are taken from the
-        float32 mean, which is near enough for the differences to be exact, and corrected for its rounding.
+        Residual streams have dimensions whose mean is 1e3 times their spread. Therefore deviations are computed from the
+        float32 mean, which is close enough for the differences to be exact, and then corrected for its rounding.
         """
         x, recon = x.float(), recon.float()
         if len(x) == 0:
@@ -297,7 +300,7 @@ class _ErrorSums:
 
 
 def _compare(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Tensor, ...]:
-    """Compute `_compare_on_cpu` in torch: float32 along each row, float64 over the rows, without a float64 copy."""
+    """Compute `_compare_on_cpu` in torch: sums along rows in float32, over rows in float64, with no float64 copy."""
     weight = x.new_ones(len(x)) if chosen is None else chosen.to(x.dtype)
     n = weight.sum(dtype=torch.float64)
     divisor = n.clamp(min=1)
@@ -322,9 +325,9 @@ def _compare_on_cpu(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Te
 
 def _merge(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]:
     """Compute `error_kernels.merge` in torch."""
-    apart, share = theirs.mean - ours.mean, theirs.n / (ours.n + theirs.n).clamp(min=1)
-    between = apart.square().sum() * (ours.n * share)
-    return ours.mean + apart * share, ours.sums + theirs.sums + torch.stack([torch.zeros_like(between), between])
+    difference, share = theirs.mean - ours.mean, theirs.n / (ours.n + theirs.n).clamp(min=1)
+    between = difference.square().sum() * (ours.n * share)
+    return ours.mean + difference * share, ours.sums + theirs.sums + torch.stack([torch.zeros_like(between), between])
 
 
 def _merge_on_cpu(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]:
@@ -338,7 +341,7 @@ def _merge_on_cpu(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]
 
 
 def _add_fired(number: Tensor, latents: Latents, fired: Tensor) -> None:
-    """Add tokens to those on which latents fired."""
+    """Add tokens to the counts and sums of the latents that fired on them."""
     if fired.device.type == "cpu":
         from delta_selectivity.run.error_kernels import add_fired
 
@@ -355,29 +358,31 @@ def _standard_errors(
 ) -> tuple[float | None, float | None, float | None]:
     """Return standard errors of mse, fvu and the share of dead latents as estimates for all tokens.
 
-    Ratios by linearisation, the tokens being drawn one by one, with the share that was taken as the finite-population
-    correction (Cochran 1977, 2.11 and 6.4). Dead latents by the jackknife: those that fired on one token alone are dead
-    without it. It is too large rather than too small (Efron & Stein 1981).
+    Tokens are sampled independently. The ratios are linearised, with the finite-population correction for the sampled
+    share (Cochran 1977, 2.11 and 6.4). For dead latents it is the jackknife: a latent that fired on one token only is
+    dead without that token. The jackknife is rather too large than too small (Efron & Stein 1981).
     """
-    n, taken = float(errors.n), 1.0 if not whole.n_all else float(errors.n) / whole.n_all
+    n, sampled = float(errors.n), 1.0 if not whole.n_all else float(errors.n) / whole.n_all
     if n < 2:
         return None, None, None
-    left = 1 - taken
+    correction = 1 - sampled
     distances, ee, es, ss = whole.products.tolist()
 
     def of_ratio(ratio: float | None, squares: float, denominator: float) -> float | None:
         """Return a ratio's standard error; squares: sum over tokens of (numerator - ratio x denominator)^2."""
-        return None if ratio is None else math.sqrt(left * n / (n - 1) * max(squares, 0.0)) / denominator
+        return None if ratio is None else math.sqrt(correction * n / (n - 1) * max(squares, 0.0)) / denominator
 
     width = errors.mean.numel()
     variance = float(errors.sums[1])
-    scale = variance / distances if distances else 0.0  # distances are from about the mean
+    scale = variance / distances if distances else 0.0  # distances are from an approximate mean
     mse_se = of_ratio(mse, ee - n * ((mse or 0) * width) ** 2, n * width)
     slope = (fvu or 0) * scale
     fvu_se = of_ratio(fvu, ee - 2 * slope * es + slope**2 * ss, variance)
     once = whole.fired[1][whole.fired[0] == 1].numpy()
     by_token = np.unique_counts(once).counts
-    dead_se = math.sqrt(left * max(np.square(by_token).sum() - len(once) ** 2 / n, 0.0)) / max(whole.fired.shape[1], 1)
+    dead_se = math.sqrt(correction * max(np.square(by_token).sum() - len(once) ** 2 / n, 0.0)) / max(
+        whole.fired.shape[1], 1
+    )
     return mse_se, fvu_se, dead_se
 
 

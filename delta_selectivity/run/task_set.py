@@ -99,7 +99,7 @@ def _task_set(
     keep_fits: bool,
 ) -> TaskSet:
     mentions = probes[0].mentions
-    row_ids = rows.of(mentions)
+    row_ids = rows.ids_of(mentions)
     weights = rows.weight[row_ids]
     plan = FoldPlan.build(
         labels=np.stack([np.repeat(probe.labels, rows.count(mentions)) for probe in probes]),
@@ -118,7 +118,7 @@ def _task_set(
 
 
 def text_ranks(texts: ProbeTexts, rows: RowTable, row_ids: np.ndarray) -> np.ndarray:
-    """Return a number for each row, int64 [rows], that does not depend on the order in which its texts were given."""
+    """Return the rank of each row by text and span, int64 [rows], independent of the order of the texts."""
     mentions = [texts.mentions[m] for m in rows.mention[row_ids]]
     names = [(m.text, m.start, m.end, int(row)) for m, row in zip(mentions, row_ids, strict=True)]
     rank = np.empty(len(names), dtype=np.int64)

@@ -18,36 +18,42 @@ from delta_selectivity.saes import SparseRows
 from delta_selectivity.tasks import TokenBatch
 
 MAX_TOKENS = 2**32
-"""No text has more."""
+"""Upper limit of the number of tokens in a text, to number the tokens of all texts."""
 
 
 @dataclass(frozen=True)
 class Encoded:
     """The real tokens of a batch that an SAE encodes."""
 
-    rows: Tensor | None  # int64 [encoded], among the real tokens; None: all of them
-    probed: Tensor  # int64 [probed]: the name tokens among the encoded ones
-    whole: Mapping[int, Tensor | None]  # limit of a sample -> int64: its tokens among them; None: all of them
-    n_counted: int  # tokens that the samples are drawn from
+    rows: Tensor | None  # int64 [encoded], their indices among the real tokens; None: all of them
+    probed: Tensor  # int64 [probed], indices of the name tokens among the encoded ones
+    whole: Mapping[
+        int, Tensor | None
+    ]  # limit -> int64, indices of the sample among the encoded ones; None: all of them
+    n_counted: int  # tokens from which the samples are drawn
 
 
 @dataclass(frozen=True)
 class TokenIndex:
     """Positions of a batch's tokens, built on the CPU so that nothing waits for the device."""
 
-    mention: Tensor  # int64 [real]: whose token it is
-    number: Tensor  # int64 [real]: of the token, among those of all texts
-    probed: Tensor  # int64 [probed]: the name tokens among the real ones
-    with_bos: Encoded  # for SAEs in whose figures BOS counts
+    mention: Tensor  # int64 [real], the token's mention
+    number: Tensor  # int64 [real], unique among the tokens of all texts
+    probed: Tensor  # int64 [probed], indices of the name tokens among the real ones
+    with_bos: Encoded  # for SAEs whose figures include BOS
     without_bos: Encoded  # for the others
-    offsets: Tensor | None  # int64 [rows]: first name token of each row; None: each name token is a row
+    offsets: Tensor | None  # int64 [rows], first name token of each row; None: each name token is a row
     row_ids: Tensor  # int64 [rows], stays on the CPU
 
     @classmethod
     def build(
         cls, batch: TokenBatch, rows: RowTable, skip: int, sample: TokenSample, limits: Sequence[int]
     ) -> TokenIndex:
-        """Build the index. skip: tokens removed from each text's start (an uncounted BOS); limits: of the sample."""
+        """Build the index.
+
+        skip: number of tokens removed from each text's start (1 for a BOS that does not count).
+        limits: limits of the token sample to draw.
+        """
         n_texts, kept = len(batch.lengths), batch.lengths - skip
         kept_before = torch.cumsum(kept, 0) - kept  # real tokens of earlier texts
         first = batch.last if rows.positions == "last" else batch.first
@@ -74,7 +80,7 @@ class TokenIndex:
             with_bos=with_bos,
             without_bos=_encoded(counted, drawn, probed),
             offsets=starts if rows.positions == "mean" else None,
-            row_ids=torch.from_numpy(rows.of(batch.mentions)),
+            row_ids=torch.from_numpy(rows.ids_of(batch.mentions)),
         )
 
     def to(self, device: torch.device) -> TokenIndex:
@@ -89,7 +95,7 @@ class TokenIndex:
         return replace(self, **moved)
 
     def pool(self, probed: Tensor) -> Tensor:
-        """Average the rows of each name, if each name is a row: ``[rows, d]``."""
+        """Return the rows of the name tokens, or their mean over each name: ``[rows, d]``."""
         if self.offsets is None:
             return probed
         return embedding_bag(torch.arange(len(probed), device=probed.device), probed, self.offsets, mode="mean")
@@ -97,16 +103,16 @@ class TokenIndex:
     def pool_codes(self, latents: SparseRows) -> SparseRows:
         """Return the SAE's codes of the name tokens, or their mean over each name.
 
-        Codes exclude the scale and shift with which the decoder undoes an input normalisation.
+        The codes are without the scale and shift that invert the input normalisation in the decoder.
         """
         latents = replace(latents, scale=None, shift=None)
         return latents if self.offsets is None else latents.means(self.offsets)
 
 
 def _encoded(counted: Tensor, drawn: Mapping[int, Tensor | None], probed: Tensor) -> Encoded:
-    """Return the counted tokens that any limit draws, and the probed ones.
+    """Return the tokens to encode: counted tokens in the sample of any limit, and probed tokens.
 
-    counted: bool [real]; drawn: limit -> bool [real], None where it takes all.
+    counted: bool [real]; drawn: limit -> bool [real], None if it draws all.
     """
     n_counted = int(counted.sum())
     if n_counted == len(counted) and None in drawn.values():

@@ -1,8 +1,8 @@
 """Limits the number of threads that compute at the same time to the number of cores.
 
     cores = Cores(2)
-    for batch, activations in cores.in_order(batches, forward, "forward"):    # in one thread
-    for layer, scores in cores.in_order(layers, probe, "probes"):             # in another: still two at a time in all
+    for batch, activations in cores.map_in_order(batches, forward, "forward"):    # in one thread
+    for layer, scores in cores.map_in_order(layers, probe, "probes"):             # in another thread: two in total
 
 More threads than cores would compete for the caches and for the GIL.
 """
@@ -86,8 +86,8 @@ class Cores:
 def sharing_cores(device: str | torch.device) -> Iterator[Cores]:
     """Yield cores for work on a device: one for a GPU; all for a CPU, with torch limited to one thread on each.
 
-    Two threads that both parallelise their matrix products wait for each other at every barrier: on 2 cores a fit of
-    0.3 s took up to 8 s next to a forward pass. Whole batches in parallel need no barriers.
+    Two threads that both parallelise their matrix products wait for each other at every barrier: on 2 cores, a fit of
+    0.3 s took up to 8 s during a forward pass. Batches that run in parallel as a whole need no barriers.
     """
     import torch  # deferred: a caller with its own `Cores` does not need torch
 

@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of file systems without locks
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of file systems without locks
 
 
 class Locked(Exception):
@@ -52,8 +52,10 @@ def _acquire(lock_path: Path) -> int:
             os.close(descriptor)
             raise Locked(str(lock_path)) from error
         except OSError as error:
-            if error.errno in _NO_LOCKS_HERE:
-                log.warning("%s: this file system has no locks: do not run the same twice at a time", lock_path.parent)
+            if error.errno in _NO_LOCKS:
+                log.warning(
+                    "%s: this file system does not support locks: do not start the same run twice", lock_path.parent
+                )
                 return descriptor
             os.close(descriptor)
             raise

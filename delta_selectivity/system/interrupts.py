@@ -15,32 +15,35 @@ from typing import NoReturn
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-_leaves = False
+_exits = False
 
 
 def exit_on_signals() -> None:
-    """Make the signals end the process with code 130: while the program loads and after `main`."""
-    global _leaves
-    _leaves = True
+    """Make the signals exit the process with code 130, while the program loads and after `main`."""
+    global _exits
+    _exits = True
     for number in handled_signals():
         signal.signal(number, _on_signal)
 
 
 def exits_on_signals() -> bool:
-    """Return whether this process is one of the package's programs, which may be ended, and not a user's session."""
-    return _leaves
+    """Return whether this process is one of the package's programs, which may exit, and not a user's session."""
+    return _exits
 
 
 def _on_signal(_number: int, _frame: object) -> None:
     with suppress(OSError):  # stderr may be closed
-        os.write(2, b"interrupted: no run was going on; the same command starts one, or goes on with what is missing\n")
+        os.write(
+            2,
+            b"interrupted: no run was in progress; repeat the command to start or continue one\n",
+        )
     os._exit(130)
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process with this exit code, after flushing output.
+    """Exit the process with this code, after flushing output.
 
-    Python would take a second to unload torch. A signal in that time would kill the process and turn success into
+    A normal exit takes a second to unload torch. A signal in that time would kill the process and turn success into
     failure.
     """
     for stream in (sys.stdout, sys.stderr):

@@ -1,7 +1,7 @@
 """Detection of out-of-memory errors, and retries with smaller pieces.
 
-room = Room("rows are scored")
-room.in_pieces(n_rows, 8 * n_probes, score)  # score(slice(0, n_rows)), or repeatedly halved slices
+budget = MemoryBudget("rows are scored")
+budget.run_in_pieces(n_rows, 8 * n_probes, score)  # score(slice(0, n_rows)), or repeatedly halved slices
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def release() -> None:
 
 
 class MemoryBudget:
-    """How much work of one kind fits into memory at a time, shared by all threads.
+    """The amount of one kind of work that fits into memory at a time, shared by all threads.
 
-    Work consists of units (columns, rows) of a certain number of cells. The number of cells that fit is remembered, so
-    that work with other units can use it.
+    Work consists of units (columns, rows) with a number of cells each. The limit is stored in cells, so that it applies
+    to work with other units too.
     """
 
     def __init__(self, what: str) -> None:
         self._what = what  # for the warning: "probes are fitted"
-        self._max_cells: int | None = None  # None: nothing has failed yet
+        self._max_cells: int | None = None  # None: no failure so far
         self._logged = False
 
     def max_units(self, cells: int) -> int:
@@ -57,7 +57,7 @@ class MemoryBudget:
         """Record that this many units fitted, and log it the first time after a failure."""
         if self._max_cells is not None and not self._logged:
             self._logged = True
-            note = "numbers stay within the tolerance of a fit"
+            note = "results change by less than the tolerance of a fit"
             log.warning("out of memory: %s %d at a time from now on; %s", self._what, units, note)
 
     def run_in_pieces(self, n: int, cells: int, work: Callable[[slice], None]) -> None:
