@@ -2,7 +2,7 @@
 
     cache = ActivationCache.open(folder, limit_gb=50, model=info.fingerprint(), dtype="float32")
     model = CachedModel(cache, lambda sites: info.load(sites, "cpu", "float32"), sites, torch.device("cpu"))
-    model.token_rows(ids, lengths)             # as of a `LanguageModel`, which is loaded when a text is not on disk
+    model.token_rows(ids, lengths)             # as `LanguageModel.token_rows`; loads the model if a text is not cached
 
 The cache is content-addressed: a folder belongs to one model, revision and dtype, a shard (`shard_folder`) holds the
 texts of one forward pass, and a text is identified by its token ids.
@@ -25,16 +25,16 @@ from delta_selectivity.caches.shard_folder import BROKEN, ShardFolder
 from delta_selectivity.models.language_model import LanguageModel, Site
 
 OPEN_SHARDS = 16
-"""Maximum of memory-mapped shards: pages that were read count as memory of the process until the mapping is closed."""
+"""Maximum number of memory-mapped shards: pages that were read count as memory of the process until unmapped."""
 
 
 @dataclass(frozen=True)
 class _Location:
     """Location of a text's activations in a shard."""
 
-    shard: str  # its name
+    shard: str  # name of the shard
     start: int  # first row
-    stop: int
+    stop: int  # row after the last
 
 
 class ActivationCache:
@@ -56,12 +56,12 @@ class ActivationCache:
 
     def get(self, sites: Collection[Site], texts: Sequence[str]) -> dict[str, dict[Site, Tensor]]:
         """Return the activations `[tokens, d]` of those texts (by `text_key`) that are cached at all of the sites."""
-        asked = [(site, _name(site), self._places.get(site, {})) for site in sites]
+        wanted = [(site, _name(site), self._places.get(site, {})) for site in sites]
         shards: dict[str, dict[str, Tensor]] = {}
         found: dict[str, dict[Site, Tensor]] = {}
         for text in texts:
             rows = found.setdefault(text, {})
-            for site, name, places in asked:
+            for site, name, places in wanted:
                 place = places.get(text)
                 if place is None:
                     continue
@@ -70,7 +70,7 @@ class ActivationCache:
                 x = shards[place.shard].get(name)
                 if x is not None:
                     rows[site] = x[place.start : place.stop]
-        return {text: rows for text, rows in found.items() if len(rows) == len(asked)}
+        return {text: rows for text, rows in found.items() if len(rows) == len(wanted)}
 
     def put(self, texts: Sequence[str], rows: Mapping[Site, Tensor], lengths: Sequence[int]) -> None:
         """Store the concatenated rows `[tokens, d]` of texts, unless the cache is full."""
@@ -152,9 +152,9 @@ class CachedModel:
 
     def restricted_to(self, sites: Collection[Site]) -> CachedModel:
         """Return this model restricted to some of its sites."""
-        fewer = CachedModel(self._cache, self._load, sites, self.device, self._purpose)
-        fewer._model = None if self._model is None else self._model.restricted_to(sites)
-        return fewer
+        restricted = CachedModel(self._cache, self._load, sites, self.device, self._purpose)
+        restricted._model = None if self._model is None else self._model.restricted_to(sites)
+        return restricted
 
     def with_purpose(self, purpose: str) -> CachedModel:
         """Return this model with a separate cache for another purpose; both share the loaded model."""
@@ -168,8 +168,8 @@ class CachedModel:
 
     def _concatenate(self, parts: list[Tensor]) -> Tensor:
         """Concatenate the parts on the model's device, with a single transfer."""
-        here = parts if len({part.device for part in parts}) == 1 else [part.cpu() for part in parts]
-        return torch.cat(here).to(self.device, non_blocking=True)
+        on_one_device = parts if len({part.device for part in parts}) == 1 else [part.cpu() for part in parts]
+        return torch.cat(on_one_device).to(self.device, non_blocking=True)
 
 
 def text_key(ids: Tensor, purpose: str) -> str:

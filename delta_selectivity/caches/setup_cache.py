@@ -32,7 +32,7 @@ SOURCES = (
     "system/person_ids.py", "system/processor.py", "system/provenance.py", "system/terminal.py", "system/unpacked.py",
     "system/wheel.py", "tasks/*.py",
 )  # fmt: skip
-"""`language_model` and `datasets_wikidata`, everything of this package that they import, and this module."""
+"""The packages `models` and `tasks`, everything of this package that they import, and this module."""
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "gguf")
 
@@ -91,14 +91,14 @@ class SetupCache:
     ) -> TokenisedMentions:
         """Tokenise the texts with the model's tokenizer, up to its maximum length."""
 
-        def fresh() -> TokenisedMentions:
+        def compute() -> TokenisedMentions:
             return tokenise(
                 mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length,
                 n_embeddings=info.n_embeddings, last_only=last_only,
             )  # fmt: skip
 
         if self.shards is None:
-            return fresh()
+            return compute()
         facts = {
             "tokens of": info.fingerprint(),
             "length": f"{info.max_length}, BOS {info.opening_token_id if prepend_bos else None}, last only {last_only}",
@@ -108,7 +108,7 @@ class SetupCache:
         stored = self.shards.read(name)
         if stored:
             return _from_tensors(stored, prepend_bos, info.max_length)
-        found = fresh()
+        found = compute()
         self.shards.write(name, _to_tensors(found), {})
         return found
 

@@ -271,8 +271,8 @@ class _ErrorSums:
 
         Also returns the squared error of each row, float32 ``[rows]``: 0 for rows that were not chosen.
 
-        Residual streams have dimensions whose mean is 1e3 times their spread. Therefore deviations are computed from the
-        float32 mean, which is close enough for the differences to be exact, and then corrected for its rounding.
+        Residual streams have dimensions whose mean is 1e3 times their spread. Deviations are therefore computed from
+        the float32 mean, which is close enough for the differences to be exact, and then corrected for its rounding.
         """
         x, recon = x.float(), recon.float()
         if len(x) == 0:
