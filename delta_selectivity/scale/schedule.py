@@ -62,4 +62,4 @@ class OutcomeLog:
     def conclude(self, n_units: int) -> None:
         """Raise `UnitsFailed` if any unit failed."""
         if self.failed:
-            raise UnitsFailed(f"{len(self.failed)} of {n_units} units failed; the first: {self.failed[0]}")
+            raise UnitsFailed(f"{len(self.failed)} of {n_units} units; the first: {self.failed[0]}")

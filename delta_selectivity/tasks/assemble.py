@@ -1,7 +1,7 @@
 """Drop duplicates, sample rows, and index each distinct mention of several tasks once.
 
-A third of the Wikidata rows are exact duplicates, and 4529 of the distinct prompts recur across files. A duplicate on
-both sides of a split inflates every probe's score, and running it twice costs a forward pass.
+A third of the Wikidata rows are exact duplicates, and 4529 of the distinct prompts are in several files. A duplicate on
+both sides of a split inflates the score of every probe, and running it twice wastes a forward pass.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 def assemble(sources: Iterable[Task], shuffle_select_n: int | None, seed: int, several: bool = False) -> ProbeTexts:
     """Deduplicate, sample and index `sources`.
 
-    Raises `RequestError` if a probe is left with one class, or `shuffle_select_n` is too small for two. With
-    `several` tasks, such probes are kept; their results have a reason instead of numbers.
+    Raises `RequestError` if a probe is left with one class, or `shuffle_select_n` is too small for two. If there are
+    `several` tasks, such probes are kept, and their results have a reason instead of numbers.
     """
     index = _MentionIndex()
     datasets = []
@@ -46,9 +46,9 @@ def assemble(sources: Iterable[Task], shuffle_select_n: int | None, seed: int, s
 
 
 def distinct_rows(source: Task, allow_one_class: bool = False) -> Task:
-    """Return the task with every mention once per row set; a mention with two labels is dropped as unreliable.
+    """Return the task with every mention once per row set; a mention with two labels is dropped.
 
-    Raises `RequestError` if a probe is left with one class, or, if `allow_one_class`, only if no row is left.
+    Raises `RequestError` if a probe is left with one class or, with `allow_one_class`, if no row is left.
     """
     row_sets = tuple(_distinct(row_set, source.slug, allow_one_class) for row_set in source.row_sets)
     return replace(source, row_sets=row_sets)

@@ -27,7 +27,7 @@ def select_rows(source: Task, n: int | None, seed: int, allow_one_class: bool = 
     if not (allow_one_class or _keeps_every_class(source, shares)):
         raise RequestError(
             f"`shuffle_select_n` {n} leaves a probe of {source.slug} without one of its classes: "
-            f"ask for at least {_min_rows(source, n)} rows"
+            f"give at least {_min_rows(source, n)}"
         )
     kept = tuple(
         _draw(row_set, share, _generator(seed, source.slug, row_set.name))
@@ -54,15 +54,15 @@ def _balanced_order(values: Sequence[str], rng: np.random.Generator) -> Int64Arr
 def _allocate(available: Sequence[int], n: int) -> list[int]:
     """Split `n` rows over row sets of these sizes as evenly as possible; the first get the remainder."""
     shares = [0] * len(available)
-    while (left := n - sum(shares)) > 0:
-        wanting = [i for i, size in enumerate(available) if shares[i] < size]
-        if not wanting:
+    while (remaining := n - sum(shares)) > 0:
+        unfilled = [i for i, size in enumerate(available) if shares[i] < size]
+        if not unfilled:
             break
-        if left < len(wanting):
-            step, wanting = 1, wanting[:left]
+        if remaining < len(unfilled):
+            step, unfilled = 1, unfilled[:remaining]
         else:
-            step = min(left // len(wanting), *(available[i] - shares[i] for i in wanting))
-        for i in wanting:
+            step = min(remaining // len(unfilled), *(available[i] - shares[i] for i in unfilled))
+        for i in unfilled:
             shares[i] += step
     return shares
 

@@ -1,7 +1,7 @@
 """The tasks of sae-probes, each a data file of its wheel, probed at the last token of the text.
 
-This is the suite of Kantamneni et al. 2025 (arXiv 2502.16681). Its rows repeat, and so do their subjects: rows that
-share a subject form a group, by the rules of `suite_files.GROUPINGS`.
+This is the suite of Kantamneni et al. 2025 (arXiv 2502.16681). Rows are repeated, and different rows have the same
+subject. Rows that share a subject form a group, by the rules in `suite_files.GROUPINGS`.
 
     load_suite_task("117_us_state_FL")
 """
@@ -19,8 +19,8 @@ from delta_selectivity.tasks.people import name_span, person_key, plain_key
 from delta_selectivity.tasks.suite_files import STEMS, family_of, grouping_of, is_regression, source_of
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
-MAX_SPAN = 64  # characters: a longer span is no name and may not fit into a model's context
-MAX_KEY = 80  # characters of a group's key that are kept; a digest represents the rest
+MAX_SPAN = 64  # characters; a longer span is not a name and may not fit into a model's context
+MAX_KEY = 80  # characters of a group's key; a longer key is cut and ends with a digest
 
 _QUALIFIER = re.compile(r"[,(]")
 _AFTER_QUESTION = re.compile(r"\n|\||\[SEP\]|\(A\)")
@@ -34,7 +34,7 @@ def load_suite_task(name: str) -> Task:
     Raises `RequestError` if its file is not available, or holds numbers instead of classes.
     """
     if is_regression(name):
-        raise RequestError(f"`tasks` {name}: its labels are numbers, not classes: there is nothing to probe for")
+        raise RequestError(f"`tasks` {name}: its labels are numbers, not classes, so it cannot be probed")
     stem, grouping = STEMS[name], grouping_of(name)
     mentions: dict[str, Mention] = {}  # rows repeat, and each text is processed once
     rows = []
@@ -55,7 +55,7 @@ def _mention(text: str, grouping: str) -> Mention:
     """Return a mention of the text's last words up to its very end, so that the last token is always probed."""
     span = name_span(text)
     if span is None:
-        raise RequestError(f"{WHEEL.distribution} holds a prompt without a word, {text!r}: {WHEEL.install_command}")
+        raise RequestError(f"{WHEEL.distribution} has a prompt without a word, {text!r}: {WHEEL.install_command}")
     return Mention(text, max(span[0], len(text) - MAX_SPAN), len(text), group_key(text, grouping))
 
 

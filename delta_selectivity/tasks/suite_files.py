@@ -77,7 +77,7 @@ _IN_WIKIDATA = {*range(56, 65), 108}  # the files of the five Wikidata tasks
 _ONE_VS_REST = {*range(114, 157)}  # one class of a multi-class file against rows of the others
 _ONE_SOURCE = ("agnews", "cm", "code", "hate", "headline", "hist_fig", "wikidata_occupation")
 """Name prefixes of tasks whose texts are from one collection, in addition to `_ONE_VS_REST`."""
-_SAME_FILE = {38, 112}  # 37 and 111 hold the same rows
+_DUPLICATES = {38, 112}  # 37 and 111 have the same rows
 
 GROUPINGS = {
     "person": "the text's last two words",
@@ -85,7 +85,7 @@ GROUPINGS = {
     "question": "the text up to a line break, `|`, `[SEP]` or `(A)`: the question, passage or first sentence",
     "text": "the text",
 }
-"""Feature that rows of a group share, by letters and digits only; a group never falls on both sides of a split."""
+"""The part of the text that the rows of a group share, compared by letters and digits only."""
 _BY_FAMILY = {
     "people": "person",
     "places": "name",
@@ -118,9 +118,9 @@ ALL = tuple(sorted(STEMS, key=number_of))
 SUITE = tuple(name for name in ALL if number_of(name) not in _MULTI_CLASS)
 """The 113 binary tasks."""
 OUTSIDE_WIKIDATA = tuple(
-    name for name in ALL if number_of(name) not in _IN_WIKIDATA | _ONE_VS_REST | _SAME_FILE
+    name for name in ALL if number_of(name) not in _IN_WIKIDATA | _ONE_VS_REST | _DUPLICATES
 )  # fmt: skip
-"""The tasks that, with the five Wikidata tasks, ask every question once; multi-class tasks are one-vs-rest."""
+"""The tasks that, with the five Wikidata tasks, have every question once; multi-class tasks are one-vs-rest."""
 _REGRESSION_TASKS = tuple(map(name_of, _REGRESSION.split(", ")))
 
 
@@ -133,7 +133,7 @@ _FOUND = {spelling: name for name in (*ALL, *_REGRESSION_TASKS) for spelling in 
 
 
 def find_task(spelling: str) -> str | None:
-    """Return the task of this number, name or name without number, ignoring case; None if there is none."""
+    """Return the task with this number, name or name without number, ignoring case; None if there is none."""
     return _FOUND.get(name_of(spelling).casefold())
 
 
@@ -156,8 +156,8 @@ def family_of(name: str) -> str:
 def source_of(name: str) -> str:
     """Return the source of a task's texts; scores of tasks with the same source tend to be similar."""
     tag = name.partition("_")[2]
-    several = [other.partition("_")[2] for other in ALL if number_of(other) in _MULTI_CLASS]
-    return next((begin for begin in (*several, *_ONE_SOURCE) if tag == begin or tag.startswith(f"{begin}_")), tag)
+    multi_class = [other.partition("_")[2] for other in ALL if number_of(other) in _MULTI_CLASS]
+    return next((begin for begin in (*multi_class, *_ONE_SOURCE) if tag == begin or tag.startswith(f"{begin}_")), tag)
 
 
 def grouping_of(name: str) -> str:
