@@ -71,8 +71,8 @@ class LinearCoder:
         """A faster encoder that returns the same codes, where one exists."""
         if not isinstance(self.selection, TopK) or not saves_time(self.W_enc, self.selection.k):
             return None
-        reads_what_it_writes = self.b_dec.shape[0] == self.W_enc.shape[1]
-        centre = self.b_dec if reads_what_it_writes else self.b_dec.new_zeros(self.W_enc.shape[1])
+        same_width = self.b_dec.shape[0] == self.W_enc.shape[1]
+        centre = self.b_dec if same_width else self.b_dec.new_zeros(self.W_enc.shape[1])
         return Proposal.of(self.W_enc, self.b_enc, centre, self.selection.k)
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
@@ -98,7 +98,7 @@ class LinearCoder:
 
 @dataclass(frozen=True)
 class DecoderWrapper:
-    """Base class of coders that keep another coder's codes and decode them differently."""
+    """Base class of coders with the encoder of another coder and a different decoder."""
 
     coder: Coder
 

@@ -1,4 +1,4 @@
-"""Untrained coders for comparison: identity, constant, random TopK, principal components, shuffled decoder.
+"""Coders for baselines: identity, constant, random TopK, principal components, shuffled decoder.
 
 They share the interface of SAE coders. The caller computes the means and axes that they use.
 """
@@ -35,13 +35,13 @@ class IdentityCoder:
 
 @dataclass(frozen=True)
 class ShuffledDecoder(DecoderWrapper):
-    """A coder whose codes are decoded by permuted decoder rows; the biases are kept.
+    """A coder that decodes the codes with permuted decoder rows; the biases are unchanged.
 
-    Latent j is decoded as latent ``other[j]``. This equals permuting the decoder's rows, works for every architecture,
-    and shares the weights with the original coder.
+    Latent j is decoded as latent ``permutation[j]``. This equals permuting the decoder's rows, works for every
+    architecture, and shares the weights with the original coder.
     """
 
-    permutation: Tensor  # a permutation of the latents, int64 [d_sae]
+    permutation: Tensor  # int64 [d_sae], of the latents
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
         return self.coder.decode(replace(codes, col=self.permutation[codes.col.long()]), x)
@@ -52,9 +52,9 @@ class ShuffledDecoder(DecoderWrapper):
 
 def constant(mean: Tensor) -> LinearCoder:
     """Return a coder that reconstructs every x as ``mean [d_in]``, with one latent that never fires."""
-    silent = torch.zeros(1, len(mean), dtype=torch.float32, device=mean.device)
-    never = Threshold(torch.full((1,), torch.inf, dtype=torch.float32, device=mean.device))
-    return LinearCoder(silent, silent[:, 0], silent, mean.float(), never)
+    zeros = torch.zeros(1, len(mean), dtype=torch.float32, device=mean.device)
+    never_fires = Threshold(torch.full((1,), torch.inf, dtype=torch.float32, device=mean.device))
+    return LinearCoder(zeros, zeros[:, 0], zeros, mean.float(), never_fires)
 
 
 def principal_components(axes: Tensor, mean: Tensor) -> LinearCoder:

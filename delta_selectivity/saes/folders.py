@@ -24,7 +24,7 @@ from delta_selectivity.saes.sae_lens.folder import SaeLens
 from delta_selectivity.saes.source import SaeHeader
 from delta_selectivity.saes.sparsify import Sparsify
 
-GGUF = "a GGUF file holds a language model, not an SAE: are `saes` and `model` exchanged?"
+GGUF = "a GGUF file is a language model, not an SAE: did you exchange `saes` and `model`?"
 MAX_DEPTH = 3
 """Levels of subfolders to search for SAEs, for example ``TopK/resid_post_layer_5/trainer_0``."""
 
@@ -120,10 +120,10 @@ def _why_unusable(root: Path) -> str:
         return GGUF
     config = root / "config.json"
     if config.is_file() and "model_type" in read_config(config):
-        return "looks like a language model, not an SAE: are `saes` and `model` exchanged?"
+        return "looks like a language model, not an SAE: did you exchange `saes` and `model`?"
     return (
-        f"no SAE here; a folder is expected that holds {', '.join(_formats(None))} and weights, or folders such as"
-        " layers.5 that do"
+        f"no SAE in this folder; give one with {', '.join(_formats(None))} and weights, or with such folders inside,"
+        " such as layers.5"
     )
 
 
@@ -181,7 +181,9 @@ def _read_member(
             header = _read_header(sae_format, config, path, model_name)
             return FolderMember(path.parent, header, sae_format, repository)
     keys = ", ".join(sorted(config)) or "nothing"
-    raise RequestError(f"{path}: neither a sparsify config (num_latents, k) nor one of SAE Lens (d_sae); it has {keys}")
+    raise RequestError(
+        f"{path}: neither a sparsify config (num_latents, k) nor an SAE Lens config (d_sae); it has {keys}"
+    )
 
 
 def _read_header(sae_format: SaeFormat, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:

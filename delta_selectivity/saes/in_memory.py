@@ -51,7 +51,7 @@ class ObjectMember:
     def digest(self) -> str:
         """Return the digest of the current weights and metadata; training the object changes it."""
         header = self.header
-        said = {
+        facts = {
             "places": [header.hookpoint, header.input_hookpoint],
             "widths": [header.d_in, header.d_sae, header.d_out],
             "bos": [header.prepend_bos, header.counts_bos],
@@ -60,7 +60,7 @@ class ObjectMember:
             "version": self.version,
             "weights": digest_tensors(self.contents.tensors()),
         }
-        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def wrap_sae(
@@ -170,21 +170,25 @@ def _contents(obj: Any) -> Contents:
 
 def _check_version(contents: Contents, version: Any) -> None:
     if version is not None and (not isinstance(version, str) or not version):
-        raise RequestError(f"`version` is {version!r}; a string is needed")
+        raise RequestError(f"`version` is {version!r}, but must be a string")
     if version is None and contents.needs_version:
         raise RequestError(
-            f"`version` is missing: the {contents.label} has no state_dict of tensors, so a string has to stand for its"
-            " weights: change it when they change"
+            f"`version` is missing: {contents.label} has no state_dict of tensors, so give a string that identifies its"
+            " weights, and change it when they change"
         )
 
 
 def _choose_name(name: Any, obj: Any, contents: Contents, header: SaeHeader) -> str:
     if name is None:
-        own = obj.name if isinstance(obj, Sae) else None
-        return own if own is not None and _is_usable(own) else f"{contents.label.lower()}_layer_{header.layer}"
+        sae_name = obj.name if isinstance(obj, Sae) else None
+        return (
+            sae_name
+            if sae_name is not None and _is_usable(sae_name)
+            else f"{contents.label.lower()}_layer_{header.layer}"
+        )
     if not isinstance(name, str) or not _is_usable(name):
         raise RequestError(
-            f"`name` is {name!r}; letters or digits are needed, without any of {' '.join(sorted(SEPARATORS))}"
+            f"`name` is {name!r}, but must have a letter or digit, and none of {' '.join(sorted(SEPARATORS))}"
         )
     return name
 

@@ -122,7 +122,9 @@ class SaeLensObject(_LibraryObject):
         lens = self._parse(config, self._places(config, given))
         config["scaling_factor"] = factor = _scaling_factor(lens, given)
         if factor != 1 and not self.unchanged:
-            raise RequestError(f"`scaling_factor` {factor}: the {self.label} has methods of its own; it has to scale")
+            raise RequestError(
+                f"`scaling_factor` {factor}: {self.label} overrides encode or decode, so it has to scale by itself"
+            )
         if not self.unchanged:
             self._check_own_methods(lens)
         elif lens.architecture in NATIVE:
@@ -165,7 +167,7 @@ class SaeLensObject(_LibraryObject):
         with torch.no_grad():
             codes = attempt(f"{what}encode of {list(rows.shape)}", coder.encode, rows)
             if codes.n_cols != lens.d_sae:
-                raise RequestError(f"{what}encode gives {codes.n_cols} latents, but its cfg says {lens.d_sae}")
+                raise RequestError(f"{what}encode returned {codes.n_cols} latents, but its cfg says {lens.d_sae}")
             attempt(f"{what}decode", coder.decode, codes)
 
     def _places(self, config: Mapping[str, Any], given: Given) -> Places | None:
@@ -180,7 +182,7 @@ class SaeLensObject(_LibraryObject):
             return None
         hook = given.hook(self.label, default=None if transcodes else "resid_post")
         if transcodes and given.input_hookpoint is None:
-            raise RequestError(f"`input_hookpoint` is missing: the {self.label} does not say where it reads")
+            raise RequestError(f"`input_hookpoint` is missing: {self.label} does not name its input")
         return Places(hook.layer, hook.place, given.input_hookpoint if transcodes else None)
 
     def _parse(self, config: Mapping[str, Any], places: Places | None) -> LensConfig:
@@ -195,14 +197,14 @@ def _scaling_factor(lens: LensConfig, given: Given) -> float:
     norm = lens.normalize_activations
     if norm == "covariance_whitening":
         raise RequestError(
-            f"`obj` {lens.path}: normalize_activations is 'covariance_whitening', whose matrices are not in the object:"
-            " call fold_activation_whitening on a copy and give that"
+            f"`obj` {lens.path}: normalize_activations is 'covariance_whitening', but the object does not have its"
+            " matrices: call fold_activation_whitening on a copy and wrap that"
         )
     if norm == "expected_average_only_in":
         if given.scaling_factor is None:
             raise RequestError(
-                f"`scaling_factor` is missing: the {lens.path} was trained on activations times one number"
-                " (normalize_activations 'expected_average_only_in'), which is not in the object"
+                f"`scaling_factor` is missing: {lens.path} was trained on scaled activations"
+                " (normalize_activations 'expected_average_only_in'), but the object does not have the factor"
             )
         return given.scaling_factor
     given.refuse_scaling()

@@ -87,7 +87,7 @@ def ids_of(release: str, name: str) -> list[str]:
         return known
     if not name:
         some = ", ".join(f"{release}/{found}" for found in list(groups)[:3])
-        raise RequestError(f"{release}: {len(groups)} kinds of SAEs; name one of them, such as {some}, or {release}/*")
+        raise RequestError(f"{release}: {len(groups)} kinds of SAEs: choose one, such as {some}, or {release}/*")
     if name in groups:
         return groups[name]
     return [name]
@@ -98,7 +98,7 @@ def _expand(name: str) -> list[str]:
     if given is not None:
         found = _expand(opened)
         if len(found) > 1:
-            raise RequestError(f"`saes` {name}: {opened} stands for {len(found)} SAEs, which cannot have one name")
+            raise RequestError(f"`saes` {name}: {opened} matches {len(found)} SAEs, which cannot have the same name")
         return [f"{given}={found[0]}"]
     local = os.path.expanduser(name)  # noqa: PTH111 - leaves an unknown ~user as it is
     if os.path.isdir(local):  # noqa: PTH112 - False, not an error, for a name too long to be a path
@@ -121,7 +121,7 @@ def _match_releases(name: str) -> list[str]:
     if found:
         return found
     example = f"; its ids look like {sae_ids(releases[0])[0]}" if releases else ""
-    raise RequestError(f"`saes` {name}: no folder of SAEs and no SAE of SAE Lens's list matches{example}")
+    raise RequestError(f"`saes` {name}: it matches no folder of SAEs and no SAE of SAE Lens's list{example}")
 
 
 def _templates(release: str, matched: Sequence[str]) -> list[str]:

@@ -27,9 +27,9 @@ def attempt(what: str, function: Callable[..., Result], *arguments: Any) -> Resu
     except RequestError:
         raise
     except SystemExit as error:
-        raise RequestError(f"{what} exits the process (SystemExit {error.code})") from error
+        raise RequestError(f"{what} called exit (SystemExit {error.code})") from error
     except Exception as error:
-        raise RequestError(f"{what} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise RequestError(f"{what} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def tensors_of(obj: Any, label: str) -> dict[str, Tensor]:
@@ -83,12 +83,12 @@ def runnable_copy(module: nn.Module, label: str, share: bool = True) -> nn.Modul
     """
     tensors = [*module.parameters(), *module.buffers()]
     if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
-        raise RequestError(f"`obj` {label}: it has no weights yet: call it once, as its lazy modules need")
+        raise RequestError(f"`obj` {label}: its lazy modules have no weights yet: call it once")
     fits = all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
     memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in _with_history(module)}
     if fits and share:
         memo |= {id(parameter): parameter for parameter in module.parameters()}
-    copied = attempt(f"`obj` {label}: to copy it in evaluation mode", lambda: copy.deepcopy(module, memo).eval())
+    copied = attempt(f"`obj` {label}: a copy in evaluation mode", lambda: copy.deepcopy(module, memo).eval())
     return copied if fits else copied.to(torch.float32)
 
 

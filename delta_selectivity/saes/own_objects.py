@@ -75,7 +75,7 @@ class WrappedSae:
     def build(self, header: SaeHeader) -> tuple[Coder, InputNorm]:
         for name, tensor in self.tensors().items():  # infinity is valid: the threshold of a disabled latent
             if tensor.isnan().any():
-                raise RequestError(f"`obj` {self.label}: {name.removeprefix('.')} holds NaN")
+                raise RequestError(f"`obj` {self.label}: {name.removeprefix('.')} has NaN")
         return self.sae.coder, self.sae.input_norm
 
 
@@ -139,10 +139,10 @@ class DenseObject:
     def _d_in(self, given: Given, runs: Any) -> int:
         found = _width_attribute(self.obj)
         if given.d_in is not None and found is not None and given.d_in != found:
-            raise RequestError(f"`d_in` {given.d_in}: the object says {found}")
+            raise RequestError(f"`d_in` is {given.d_in}, but the object says {found}")
         d_in = given.d_in or found or self._width_by_trial(runs)
         if d_in is None:
-            raise RequestError(f"`d_in` is missing: neither an attribute nor the weights of the {self.label} show it")
+            raise RequestError(f"`d_in` is missing: it cannot be found from the attributes or weights of {self.label}")
         return d_in
 
     def _width_by_trial(self, runs: Any) -> int | None:
@@ -150,8 +150,8 @@ class DenseObject:
         sides = {
             side for name, t in self.tensors().items() if t.dim() == 2 and "enc" in name.lower() for side in t.shape
         }
-        taken = [side for side in sorted(sides) if _accepts(runs, side)]
-        return taken[0] if len(taken) == 1 else None
+        accepted = [side for side in sorted(sides) if _accepts(runs, side)]
+        return accepted[0] if len(accepted) == 1 else None
 
     def _encode(self, runs: Any, d_in: int, given: Given) -> Tensor:
         field = f"`obj` {self.label}" if given.d_in is None else f"`d_in` {d_in}: {self.label}"
@@ -159,11 +159,11 @@ class DenseObject:
 
     def _width_out(self, given: Given, d_in: int, found: int) -> int | None:
         if given.d_out is not None and given.d_out != found:
-            raise RequestError(f"`d_out` {given.d_out}: decode of the {self.label} gives {found} columns")
+            raise RequestError(f"`d_out` is {given.d_out}, but decode of {self.label} returned {found} columns")
         if given.input_hookpoint is None and found != d_in:
             raise RequestError(
-                f"`input_hookpoint` is missing: the {self.label} reads width {d_in} and writes width {found}, so it is"
-                " a transcoder, which reads another place than it writes"
+                f"`input_hookpoint` is missing: {self.label} has input width {d_in} and output width {found}, so it is"
+                " a transcoder, whose input has another hook point"
             )
         return None if found == d_in else found
 
@@ -171,7 +171,7 @@ class DenseObject:
 def check_methods(obj: Any) -> None:
     """Raise `RequestError` if an object lacks ``encode`` or ``decode``."""
     if isinstance(obj, type):
-        raise RequestError(f"`obj` {obj.__name__} is a class: give an object of it")
+        raise RequestError(f"`obj` {obj.__name__} is a class: give an instance")
     name = type(obj).__name__
     methods = ("encode", "decode")
     missing = [
@@ -215,7 +215,7 @@ def _run(method: Callable[[Tensor], Any], runs: Any, rows: Tensor, what: str) ->
     """Call encode or decode on two rows. Raises `RequestError` unless it returns a dense matrix with two rows."""
     found = _call(method, runs, rows, what)
     if problem := misshapen(found, len(rows)):
-        raise RequestError(f"{what} gives {problem}: put the SAE into a class whose encode and decode give that")
+        raise RequestError(f"{what} returned {problem}: wrap the SAE in a class with such methods")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Fast TopK encoding on a CPU: int8 products propose candidate latents, float32 products decide.
+"""Fast TopK encoding on a CPU: int8 products propose candidate latents, float32 products select among them.
 
 On CPUs with int8 instructions an int8 product takes a fraction of the time of a float32 one (`python
 benchmarks/bench_kernels.py`) and is itself exact; only the quantisation of its factors loses precision. For an input y
@@ -81,15 +81,15 @@ class Proposal:
         n, k = len(rows), self.k
         values, latents = np.empty(n * k + 1, np.float32), np.empty(n * k + 1, np.int64)
         for start in range(0, n, self.rows_at_once):
-            some = slice(start, start + self.rows_at_once)
-            taken = slice(start * k, min(start + self.rows_at_once, n) * k + 1)
-            proposed = byte_products(torch.from_numpy(steps[some]), self.steps)
+            chunk = slice(start, start + self.rows_at_once)
+            outputs = slice(start * k, min(start + self.rows_at_once, n) * k + 1)
+            proposed = byte_products(torch.from_numpy(steps[chunk]), self.steps)
             k_largest_of_proposed(
-                proposed, inputs[some], facts, rows[some], W_enc, b_enc, k, values[taken], latents[taken]
+                proposed, inputs[chunk], facts, rows[chunk], W_enc, b_enc, k, values[outputs], latents[outputs]
             )
         return torch.from_numpy(values[:-1].reshape(n, k)), torch.from_numpy(latents[:-1].reshape(n, k))
 
     @property
     def rows_at_once(self) -> int:
-        """Rows per product: few enough for the products to stay in the cache, enough for a fast product."""
+        """Rows per product: few enough for the products to stay in the cache, enough for fast products."""
         return max(MIN_ROWS, PRODUCT_BYTES // (4 * len(self.W_enc)))

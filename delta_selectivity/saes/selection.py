@@ -93,8 +93,8 @@ class Dense:
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
         rows, d_sae = pre_acts.shape
-        every = torch.arange(d_sae, device=pre_acts.device).expand(rows, -1)
-        return SparseRows.of_width(every, pre_acts.float(), n_cols=d_sae)
+        columns = torch.arange(d_sae, device=pre_acts.device).expand(rows, -1)
+        return SparseRows.of_width(columns, pre_acts.float(), n_cols=d_sae)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dense:
         return self
@@ -112,7 +112,7 @@ def fixed_width(values: Tensor, indices: Tensor, n_cols: int) -> SparseRows:
 
 
 def _above_or_nan(pre_acts: Tensor, threshold: Tensor | float) -> Tensor:
-    """Return where pre-activations are above the threshold or NaN; a dropped NaN would look like an inactive latent."""
+    """Return a mask: above the threshold, or NaN, which would otherwise look like an inactive latent."""
     return (pre_acts <= threshold).logical_not_()
 
 

@@ -245,7 +245,7 @@ def assemble(name: str, members: Sequence[Member], hookpoint: str | None, revisi
     for before, after in itertools.pairwise(chosen):
         if before.header.layer == after.header.layer:
             both = f"{before.where} and {after.where}"
-            raise RequestError(f"{name}: two SAEs for layer {before.header.layer}, {both}; name one of them")
+            raise RequestError(f"{name}: it has two SAEs for layer {before.header.layer}, {both}: give one of them")
         for what in ("d_in", "d_out", "input_hookpoint"):
             one, other = getattr(before.header, what), getattr(after.header, what)
             if one != other:
@@ -263,7 +263,7 @@ def _choose_place(name: str, found: Sequence[str], requested: str | None) -> str
         return matching[0]
     if "resid_post" in places or len(places) == 1:
         return "resid_post" if "resid_post" in places else places[0]
-    raise RequestError(f"{name}: SAEs for {', '.join(places)}; choose one with `hookpoint`")
+    raise RequestError(f"{name}: it has SAEs for {', '.join(places)}: choose one with `hookpoint`")
 
 
 def _canonical_request(requested: str, found: str) -> str:

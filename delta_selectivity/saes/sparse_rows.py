@@ -67,8 +67,8 @@ class SparseRows:
     def means(self, first: Tensor) -> SparseRows:
         """Average each run of rows, where run ``i`` begins at row ``first[i]`` (int ``[runs]``, ascending).
 
-        A latent that fires in several rows of a run has several entries in the mean's row; users have to add them up.
-        ``scale`` and ``shift`` are dropped, because their means have no use.
+        A latent that fires in several rows of a run has several entries in the mean's row, to be added by the caller.
+        ``scale`` and ``shift`` are dropped, because their means are not meaningful.
         """
         crow = F.pad(self.crow[first], (0, 1), value=self.value.numel())
         lengths = F.pad(first, (0, 1), value=self.n_rows).diff()

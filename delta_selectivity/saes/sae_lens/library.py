@@ -33,7 +33,7 @@ def fetch(release: str, sae_id: str) -> Any:
     except UNREADABLE as error:
         raise RequestError(f"{release}/{sae_id}: SAE Lens could not load it ({one_line(error)})") from error
     if module.cfg.normalize_activations == "expected_average_only_in":
-        raise RequestError(f"{release}/{sae_id}: SAE Lens lists no norm_scaling_factor, which its input needs")
+        raise RequestError(f"{release}/{sae_id}: SAE Lens's list has no norm_scaling_factor, which its input needs")
     return module
 
 

@@ -76,7 +76,9 @@ def build_native(lens: LensConfig, tensors: dict[str, Tensor], scaling: InputSca
     """Build a coder from float32 tensors with SAE Lens's names and shapes, with all input scaling folded in."""
     finetuned = tensors.get("scaling_factor")
     if finetuned is not None and not torch.allclose(finetuned, torch.ones_like(finetuned)):
-        raise RequestError(f"{lens.path}: finetuned with a scaling_factor, which SAE Lens 6 cannot apply either")
+        raise RequestError(
+            f"{lens.path}: it was finetuned with a scaling_factor, which neither this program nor SAE Lens 6 supports"
+        )
     scaling = scaling or InputScaling()
     b_enc = tensors["b_gate"] if lens.architecture == "gated" else tensors["b_enc"]
     linear = _Linear(tensors["W_enc"].T, b_enc, tensors["W_dec"], tensors["b_dec"]).scaled(scaling.factor)
