@@ -104,7 +104,11 @@ class Settings:
     )
     trust_remote_code: bool = _setting(False, "what", "run code that comes with the model")
     folds: int = _setting(
-        5, "how", "folds of the cross-validation; a person is in one fold only", minimum=3, in_key=True
+        5,
+        "how",
+        "folds of the cross-validation; all rows of a person (or other group) are in one fold",
+        minimum=3,
+        in_key=True,
     )  # C of a fold is selected on the other folds, so at least two others are needed
     repeats: int = _setting(5, "how", "partitions into folds", minimum=1, in_key=True)
     seed: int = _setting(0, "how", "random seed of the partitions and of shuffle_select_n", minimum=0, in_key=True)

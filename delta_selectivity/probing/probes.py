@@ -34,13 +34,13 @@ def choose_backend(name: str, device: torch.device | str) -> tuple[ProbeBackend,
 
     device = torch.device(device)
     if name == "torch":
-        return TorchLbfgs(), "asked for"
+        return TorchLbfgs(), "requested"
     if name == "sklearn":
         from delta_selectivity.probing.backends.sklearn_reference import SklearnReference
 
-        return SklearnReference(), "asked for"
+        return SklearnReference(), "requested"
     if name == "cuml":
-        return _cuml(device), "asked for"
+        return _cuml(device), "requested"
     if name != "auto":
         raise RequestError(f"`probe` {name}: choose one of {', '.join(BACKENDS)}")
     if device.type != "cuda":

@@ -145,7 +145,7 @@ def _corrected_sums(cells: Sequence[Cell]) -> tuple[NDArray[np.float64], float]:
     """Return each person's corrected influence on the mean over cells [repeats, persons], and the degrees of freedom.
 
     Row i adds psi_i = 1/2 share_i (c_i - its class's mean of c) to a cell's balanced mean, where the shares of a class
-    add up to 1. The correction depends on the people's sizes alone, so it is computed once for cells of the same rows.
+    add up to 1. The correction depends only on the people's sizes, so it is computed once for cells of the same rows.
     """
     _, person = np.unique(np.concatenate([cell.persons for cell in cells]), return_inverse=True)
     own = np.split(person, np.cumsum([len(cell.persons) for cell in cells])[:-1])
@@ -179,7 +179,7 @@ def _correction(
     distance from it is too small: (1 - 2 h_e) v_e + sum of h^2 v. A person's square, divided by that and multiplied by
     v_e, is unbiased. But where one person has most of the weight, that single square dominates the variance. So it is
     averaged with a pooled estimate, the mean of all people's squares scaled to the weights, which is unbiased too. With
-    many people their own squares prevail, whatever the model.
+    many people, their own squares dominate, whatever the working model.
 
     `factor` multiplies sums of psi; `spread` is the expected size of the result.
     """

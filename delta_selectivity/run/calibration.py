@@ -50,7 +50,7 @@ def draw_mentions(mentions: Sequence[Mention], seed: int) -> list[Mention]:
 
 
 def fingerprint(mentions: Sequence[Mention]) -> str:
-    """Return a SHA-256 (64 hex digits) of what the sample depends on besides model, tokenizer and seed."""
+    """Return a SHA-256 (64 hex digits) of the texts and constants that determine the sample."""
     digest = hashlib.sha256(json.dumps([N_TOKENS, BATCH_TOKENS]).encode())
     for mention in mentions:
         digest.update(json.dumps(mention.identity).encode())

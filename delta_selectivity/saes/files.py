@@ -50,7 +50,7 @@ def positive_int(config: Mapping[str, Any], key: str, path: Path) -> int:
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the tensors in a weights file, read from its header only."""
-    _check_file(path, "the config beside it needs these weights")
+    _check_file(path, "its config needs these weights")
     if path.suffix in SUFFIXES:
         return {name: tuple(tensor.shape) for name, tensor in read_torch_file(path).items()}
     try:

@@ -177,7 +177,7 @@ class SaeSource:
             dtype: dtype of the weights.
 
         Returns:
-            The SAE. Its codes and reconstructions are float32, whatever the dtype.
+            The SAE. Its codes and reconstructions are float32 for every dtype.
 
         Raises:
             RequestError: there is no SAE for the layer, or its files are missing or broken.

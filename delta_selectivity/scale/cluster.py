@@ -178,7 +178,7 @@ def _local(n_workers: int, gpus: int) -> Any:
             security=security,
         )
     if gpus:
-        log.warning("dask-cuda is not installed: each worker is pinned to its GPU by CUDA_VISIBLE_DEVICES alone")
+        log.warning("dask-cuda is not installed: each worker is pinned to its GPU only by CUDA_VISIBLE_DEVICES")
     common = {"host": host, "protocol": "tls://", "dashboard_address": f"{host}:0", "security": security}
     fixed = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL, **common}
     workers = {

@@ -151,11 +151,11 @@ class Wheel:
     @contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
         """Hold the lock of a file, waiting while another process has it."""
-        with ExitStack() as held:
+        with ExitStack() as lock:
             waited = False
             while True:
                 try:
-                    held.enter_context(exclusive(path))
+                    lock.enter_context(exclusive(path))
                     break
                 except Locked:
                     if not waited:
