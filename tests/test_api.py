@@ -606,7 +606,7 @@ def test_what_is_shown_of_the_objects_is_short_and_says_the_result(results, two_
 def test_an_evaluator_tells_what_a_reader_must_know(tiny_model, two_tasks):
     evaluator = ds.Evaluator(tiny_model, 1, two_tasks, rows=60, settings=FAST, device="cpu")
     evaluator(TopK())
-    assert any("the interval is rough" in line for line in evaluator.warnings)
+    assert any("the interval is unreliable" in line for line in evaluator.warnings)
     before = list(evaluator.warnings)
     evaluator(TopK())
     assert evaluator.warnings == before

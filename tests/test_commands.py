@@ -234,7 +234,7 @@ def test_tasks_that_differ_by_spaces_are_not_made_one(tmp_path):
     rows = [{"text": f"I saw {name}", "label": i % 2, "task": "=1+1"} for i, name in enumerate(["Paris", "Rome"])]
     assert [p.name for s in load_task(write_csv(tmp_path / "a.csv", rows)).row_sets for p in s.probes] == ["=1+1"]
     for other in (" =1+1", "\t=1+1"):
-        with pytest.raises(RequestError, match=r"line 4: task .* but for spaces: write it one way"):
+        with pytest.raises(RequestError, match=r"line 4: tasks .* differ in spaces only: use one spelling"):
             load_task(write_csv(tmp_path / "a.csv", [*rows, {**rows[0], "text": "I saw Bonn", "task": other}]))
 
 
@@ -257,5 +257,5 @@ def test_notes_are_no_warnings(asked, caplog):
     caplog.clear()
     assert main.main([*asked, "--quiet"]) == 0
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("NOTE", "everything asked for is on disk already")
+        ("NOTE", "all requested results are on disk already")
     ]

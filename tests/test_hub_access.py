@@ -42,7 +42,7 @@ def test_a_hub_that_answers_is_left_to_the_library(hub):
 def test_a_model_and_an_sae_of_a_hub_that_does_not_answer_are_one_line_each_at_once(hub, caplog):
     hub(answers=False)
     start = time.monotonic()
-    with pytest.raises(RequestError, match="`model` owner/name: neither a local folder nor in the Hub's cache here"):
+    with pytest.raises(RequestError, match="`model` owner/name: not a local folder, not in the local Hub cache"):
         open_model("owner/name")
     with pytest.raises(RequestError, match="and the Hub does not answer: check the name and the connection"):
         open_sae("owner/name")

@@ -95,7 +95,7 @@ def test_broken_models_are_refused_in_one_line(tiny_model, tmp_path):
     odd = shutil.copytree(tiny_model, tmp_path / "odd")
     config = json.loads((odd / "config.json").read_text())
     (odd / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
-    with pytest.raises(RequestError, match=r"missing or misshapen|cannot be read"):
+    with pytest.raises(RequestError, match=r"missing or have a wrong shape|cannot be read"):
         load(odd, Site(0, "resid_post"))
 
 

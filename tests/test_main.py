@@ -165,7 +165,7 @@ def test_results_of_other_settings_are_not_touched_without_overwrite(ask, tmp_pa
         (["--datasets", "999"], "999"),
         (["--datasets", "height"], "height"),
         (["--layers", "7"], "layer"),
-        (["--layers", "2-1"], "counts down"),
+        (["--layers", "2-1"], "is descending"),
         (["--layers", "first"], "first"),
         (["--device1", "cuda:17"], "CUDA"),
         (["--device2", "tpu"], "tpu"),
@@ -234,7 +234,7 @@ def test_a_class_with_fewer_people_than_folds_gets_a_reason_in_place_of_a_number
     found = results(tmp_path / "results" / "pythia-tiny_few.json")
     assert found["layer_0"]["enough"]["delta_sel"] is not None
     cell = found["layer_0"]["few"]
-    assert "people" in cell["reason"]
+    assert "groups" in cell["reason"]
     assert cell["delta_sel"] is None
     assert any("not measured" in line for line in found["_run"]["warnings"])
 

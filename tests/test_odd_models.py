@@ -189,9 +189,9 @@ def test_a_module_without_a_row_for_each_token_is_refused(save):
 def test_a_module_that_the_model_runs_without_is_refused(save):
     site = Site(0, "h.<layer>.attn.attn_dropout")  # scaled_dot_product_attention has its own
     info = save("gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=128)
-    with pytest.raises(RequestError, match="the model runs without that module in layer 0"):
+    with pytest.raises(RequestError, match="the model does not run that module in layer 0"):
         info.widths([site])
-    with pytest.raises(RequestError, match="the model runs without that module in layer 0"):
+    with pytest.raises(RequestError, match="the model does not run that module in layer 0"):
         info.load([site], "cpu", "float32")
 
 
@@ -244,7 +244,7 @@ def odd(save) -> Path:
 
 def test_a_repository_s_own_code_runs_on_request_only(odd: Path, ids: Tensor, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    with pytest.raises(RequestError, match=r"code of its own: .*`trust_remote_code`"):
+    with pytest.raises(RequestError, match=r"Python code that must run: .*`trust_remote_code`"):
         open_model(str(odd))
     info = open_model(str(odd), trust_remote_code=True)
     path = Site(1, "model.layers.<layer>.mlp.up_proj")
@@ -331,7 +331,7 @@ def test_a_place_that_is_not_known_is_the_one_asked_for(tmp_path: Path):
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     tensors = {"W_enc": torch.ones(4, 8), "W_dec": torch.ones(8, 4), "b_enc": torch.ones(8), "b_dec": torch.ones(4)}
     save_file(tensors, tmp_path / "sae_weights.safetensors")
-    with pytest.raises(RequestError, match=r"hook_pre' is no place that can be measured; .* as `hookpoint`"):
+    with pytest.raises(RequestError, match=r"hook_pre' is not supported; .* give `hookpoint`"):
         open_sae(str(tmp_path))
     source = open_sae(str(tmp_path), "layers.<layer>.mlp.dense_h_to_4h")
     assert (source.layers, source.hookpoint) == ((1,), "layers.<layer>.mlp.dense_h_to_4h")
@@ -339,7 +339,7 @@ def test_a_place_that_is_not_known_is_the_one_asked_for(tmp_path: Path):
 
 def test_a_layer_of_a_cross_layer_transcoder_is_refused_before_anything_is_fetched():
     pytest.importorskip("sae_lens")
-    with pytest.raises(RequestError, match="cross-layer transcoder, whose decoders for all layers"):
+    with pytest.raises(RequestError, match="cross-layer transcoder cannot be measured"):
         open_sae("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_3")
 
 
@@ -387,8 +387,8 @@ def test_a_model_and_an_sae_that_are_exchanged_are_told_apart(below, tiny_model,
     [
         (["cfg.json", "sae.safetensors"], "looks like an SAE"),
         (["layers.3/cfg.json", "layers.3/sae.safetensors", "config.json"], "looks like an SAE"),
-        (["README.md"], "not to be had from the hub"),
-        (["model.safetensors", "sae/cfg.json"], "not to be had from the hub"),
+        (["README.md"], "not available from the Hub"),
+        (["model.safetensors", "sae/cfg.json"], "not available from the Hub"),
     ],
 )
 def test_the_hub_id_of_an_sae_given_as_the_model_is_said_to_be_one(files, told, monkeypatch):

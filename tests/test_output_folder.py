@@ -57,7 +57,7 @@ def test_another_sae_of_another_day_goes_into_a_folder_of_its_own(ask, tiny_saes
     for saes in (tiny_saes, other_saes):  # each goes on where it lies
         before = {path: path.read_bytes() for path in files(out)}
         assert ask(saes) == 0
-        assert caplog.messages[-1] == "everything asked for is on disk already"
+        assert caplog.messages[-1] == "all requested results are on disk already"
         assert {path: path.read_bytes() for path in files(out)} == before
     assert ask(other_saes, flags=["--overwrite"]) == 0
     assert all(path.read_bytes() == content for path, content in first.items()), "not even when told to overwrite"
@@ -229,7 +229,7 @@ def test_names_that_are_given_and_commas_in_paths(ask, tiny_model, people_csv, t
     assert expand_names([str(other), f"{other}/", f"{tmp_path}/./trainer_0", "a/b", "a/b/"]) == [str(other), "a/b"]
     with pytest.raises(RequestError, match="stands for 2 SAEs"):
         expand_names([f"mine={_two(tmp_path)}/*"])
-    with pytest.raises(RequestError, match="two are called 'mine'"):
+    with pytest.raises(RequestError, match="two have the name 'mine'"):
         ds.evaluate(tiny_model, [f"mine={other}", f"mine={tmp_path}/both/x"], people_csv, layers=1, device="cpu")
 
 

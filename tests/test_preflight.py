@@ -181,7 +181,7 @@ def test_an_l0_that_is_not_what_the_config_promises_is_told(check, saes, promise
     fit = check.examine(sae, Site(2, "resid_post"), counts_bos=False)
     assert not fit.is_misfit
     assert (fit.problem() is not None) == told
-    assert fit.problem() is None or "L0 is 32.0 on average" in fit.problem()
+    assert fit.problem() is None or "mean L0 is 32.0" in fit.problem()
 
 
 def test_too_few_tokens_say_nothing(saes):

@@ -116,7 +116,7 @@ def test_a_run_goes_on_in_the_dtype_of_its_folder(with_cache, tmp_path, monkeypa
     again = run("--layers", "0,1")
     assert without_q(again["layer_0"]) == without_q(first["layer_0"]) and "layer_1" in again
     assert first["_run"]["key"]["dtype"] == again["_run"]["key"]["dtype"] == "bfloat16"
-    assert "the model computes in bfloat16, as for the results that are there" in caplog.text
+    assert "the model computes in bfloat16, as in the existing results" in caplog.text
     fresh = run("--layers", "0", "--overwrite")
     assert fresh["_run"]["key"]["dtype"] == "float32"
     assert "float32 by MKL only" in fresh["_run"]["versions"]["processor"]

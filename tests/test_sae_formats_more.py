@@ -164,7 +164,7 @@ def test_the_place_of_a_dictionary(tmp_path: Path, folder: str, said: Any, hookp
 
 def test_a_dictionary_that_does_not_say_where_it_belongs(tmp_path: Path) -> None:
     save_dictionary(tmp_path / "attention" / "mine", linear_state(), "AutoEncoder", submodule_name=None)
-    with pytest.raises(RequestError, match="name the place with `hookpoint`"):
+    with pytest.raises(RequestError, match="give `hookpoint`"):
         open_sae(str(tmp_path / "attention"))
     assert open_sae(str(tmp_path / "attention"), hookpoint="mlp_out").hookpoint == "mlp_out"
     for io, place, reads in [("in", "mlp_in", None), ("in_and_out", "mlp_out", "mlp_in")]:
@@ -172,7 +172,7 @@ def test_a_dictionary_that_does_not_say_where_it_belongs(tmp_path: Path) -> None
         source = open_sae(str(folder), hookpoint=place)
         assert (source.hookpoint, source.input_hookpoint) == (place, reads)
     save_dictionary(tmp_path / "resid_post_layer_4", linear_state(), "AutoEncoder", submodule_name=None)
-    with pytest.raises(RequestError, match=r"trainer\.layer is 3, but submodule_name or folder says 4"):
+    with pytest.raises(RequestError, match=r"trainer\.layer is 3, but its submodule_name or folder says 4"):
         open_sae(str(tmp_path / "resid_post_layer_4"))
 
 
@@ -345,23 +345,23 @@ def test_what_a_plain_config_says_of_its_training(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"architectur": "topk"}, "unknown key 'architectur'; known are weights, hook_name"),
-        ({"architecture": "relu"}, "architecture 'relu'; known are 'standard', 'topk'"),
+        ({"architecture": "relu"}, "architecture is 'relu'; supported: 'standard', 'topk'"),
         ({"architecture": "topk"}, "k is missing"),
-        ({"architecture": "topk", "k": D_SAE + 1}, f"k {D_SAE + 1} is more than d_sae {D_SAE}"),
+        ({"architecture": "topk", "k": D_SAE + 1}, f"k {D_SAE + 1} is greater than d_sae {D_SAE}"),
         ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input is 'yes', which is no bool"),
         ({"k": True}, "k is True, which is no int"),
-        ({"normalize_activations": "z-score"}, "normalize_activations 'z-score'; known are 'none'"),
+        ({"normalize_activations": "z-score"}, "normalize_activations is 'z-score'; supported: 'none'"),
         ({"scaling_factor": 0}, "scaling_factor 0; a number above 0"),
         ({"weights": "../weights.safetensors"}, "the name of a file in the same folder"),
         ({"weights": ""}, "weights ''; the name of a file in the same folder"),
         ({"weights": "a\0"}, "the name of a file in the same folder"),
-        ({"hook_name": "somewhere"}, "hook_name 'somewhere'; blocks.5.hook_resid_post is one"),
+        ({"hook_name": "somewhere"}, "hook_name is 'somewhere', but must be a name such as blocks.5.hook_resid_post"),
         ({"names": {"W_encoder": "x"}}, "names has 'W_encoder': 'x'"),
         ({"names": {"W_enc": None}}, "names has 'W_enc': None"),
         ({"transposed": {"b_enc": True}}, "transposed has 'b_enc': True"),
         ({"d_sae": D_SAE + 1, "d_in": D_IN}, r"W_enc has shape \[16, 64\], but its config says \[16, 65\]"),
         ({"d_out": 3}, "d_out is for transcoders"),
-        ({"input_hookpoint": "mlp_in", "apply_b_dec_to_input": True}, "apply_b_dec_to_input of a transcoder"),
+        ({"input_hookpoint": "mlp_in", "apply_b_dec_to_input": True}, "apply_b_dec_to_input must be false"),
     ],
 )
 def test_a_plain_config_that_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -604,15 +604,15 @@ def set_config(**changes: Any) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    (truncate, r"sae\.safetensors: not a whole safetensors file"),
-    (drop_tensor, r"no tensor 'b_dec'; it holds W_dec"),
+    (truncate, r"sae\.safetensors: not a complete safetensors file"),
+    (drop_tensor, r"no tensor 'b_dec'; it has W_dec"),
     (transpose_decoder, r"W_dec has shape \[16, 64\] \(transposed\?\), but its config says \[64, 16\]"),
     (lambda folder: (folder / "sae.safetensors").unlink(), r"sae\.safetensors: no such file"),
     (lambda folder: (folder / "cfg.json").write_text("{not json"), r"cfg\.json: not a readable JSON file"),
-    (lambda folder: (folder / "cfg.json").write_text("[1]"), "a JSON object was expected"),
+    (lambda folder: (folder / "cfg.json").write_text("[1]"), "it must be a JSON object"),
     (lambda folder: (folder / "cfg.json").write_text("{}"), "neither a sparsify config"),
-    (lambda folder: (folder / "cfg.json").unlink(), "no SAE here"),
-    (lambda folder: folder.rename(folder.with_name("my_sae")), r"rename it to layers\.5"),
+    (lambda folder: (folder / "cfg.json").unlink(), "no SAE in this folder"),
+    (lambda folder: folder.rename(folder.with_name("my_sae")), r"rename it, such as layers\.5"),
     (lambda folder: write_sparsify(folder.with_name("h.5")), "two SAEs for layer 5"),
     (lambda folder: write_sparsify(folder.with_name("layers.6"), d_in=8), "layers.6/sae.safetensors: encoder.weight"),
     (set_config(d_in=None), "d_in is missing"),
@@ -641,10 +641,10 @@ def test_broken_values_are_found_when_loading(tmp_path: Path) -> None:
 
 def test_a_file_or_an_empty_folder_is_no_sae(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RequestError, match="no SAE here"):
+    with pytest.raises(RequestError, match="no SAE in this folder"):
         open_sae(str(tmp_path / "empty"))
     write_sparsify(tmp_path / "layers.0")
-    with pytest.raises(RequestError, match="this is a file"):
+    with pytest.raises(RequestError, match="it is a file"):
         open_sae(str(tmp_path / "layers.0" / "sae.safetensors"))
 
 
@@ -661,11 +661,11 @@ def test_missing_settings_have_the_defaults_of_sparsify(tmp_path: Path) -> None:
     ({"normalize_activations": "covariance_whitening"}, r"activation_whitening\.safetensors"),
     ({"normalize_activations": "constant_scalar_rescale"}, "constant_scalar_rescale"),
     ({"normalize_activations": True}, "activation_scaler.json"),
-    ({"hook_name_out": "blocks.5.hook_mlp_out"}, "its architecture must be one of transcoders"),
+    ({"hook_name_out": "blocks.5.hook_mlp_out"}, "architecture is not that of a transcoder"),
     ({"architecture": "temporal"}, "temporal"),
     ({"activation_fn_str": "tanh-relu"}, "tanh-relu"),
     ({"architecture": "gated"}, "no tensor 'b_gate'"),
-    ({"architecture": "topk", "k": 100}, "k 100 is more than d_sae 64"),
+    ({"architecture": "topk", "k": 100}, "k 100 is greater than d_sae 64"),
     ({"d_sae": 32}, r"W_enc has shape \[16, 64\]"),
 ])  # fmt: skip
 def test_what_sae_lens_files_cannot_give(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -121,7 +121,7 @@ def test_files_of_numbers_are_refused(name: str):
 def test_names_that_are_none_are_refused_with_those_that_are_like_it():
     with pytest.raises(RequestError, match="did you mean 117_us_state_FL"):
         dw.parse_dataset_names("us_state_F")
-    with pytest.raises(RequestError, match="sae-probes stands for 113 tasks, and one is needed"):
+    with pytest.raises(RequestError, match="sae-probes is a group of 113 tasks: give one task"):
         load_task("sae-probes")
     with pytest.raises(RequestError, match="Wikidata tasks only"):
         make_tasks({"datasets": "glue_cola", "data_dir": "theirs"})
@@ -226,7 +226,7 @@ def test_one_of_several_tasks_without_two_classes_gives_a_reason():
     good, flat = (dataset.probes[0] for dataset in texts.datasets)
     assert too_few_people(good.labels, texts.persons[good.mentions], 5) is None
     found = too_few_people(flat.labels, texts.persons[flat.mentions], 5)
-    assert found is not None and found.reason == "the positive class has 0 people, fewer than the 5 folds"
+    assert found is not None and found.reason == "the positive class has 0 groups, fewer than the 5 folds"
     with pytest.raises(RequestError, match="0 positives in 20 distinct rows"):
         assemble(sources[1:], None, 0)
 
@@ -268,7 +268,7 @@ def test_texts_that_are_too_long_keep_their_end(caplog):
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     found = dw.tokenise([_mention(text, "text")], tokenizer, prepend_bos=False, max_length=64)
     assert found.ids[0].tolist() == whole[-64:] and found.last[0] == 63
-    assert "1 of 1 texts have more than the model's 64 tokens" in caplog.text
+    assert "1 of 1 texts are longer than the model's 64 tokens" in caplog.text
 
 
 def test_baselines_of_a_suite_are_fitted_to_texts_of_its_tasks():

@@ -238,7 +238,7 @@ def test_raw_activations_through_a_centred_sae(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("metadata", "message"), [
-    ({"model_name": None}, "names no model_name"),
+    ({"model_name": None}, "model_name is missing"),
     ({"hook_name": "transformer.h.1.mlp.act"}, "center_writing_weights of TransformerLens"),
     ({"model_from_pretrained_kwargs": ["center_writing_weights"]}, "which is no dict"),
 ])  # fmt: skip

@@ -81,8 +81,8 @@ def test_columns_are_parsed(spec: str, pairs: tuple[tuple[str, str], ...]) -> No
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("sentence", "write our name = yours"),
-        ("text=", "write our name = yours"),
+        ("sentence", "write ours=yours"),
+        ("text=", "write ours=yours"),
         ("=sentence", "there is no column ''"),
         ("words=sentence", "there is no column 'words': name text, label, group, start, end, task"),
         ("text=a,text=b", "text is 'a' already"),
@@ -270,7 +270,7 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RequestError) as error:
         own("owner/name")
     assert str(error.value) == (
-        "`dataset_file` owner/name: cannot be had as a dataset (Couldn't reach 'owner/name' on the Hub)"
+        "`dataset_file` owner/name: cannot be loaded as a dataset (Couldn't reach 'owner/name' on the Hub)"
     )
 
 
@@ -347,7 +347,7 @@ def test_texts_that_do_not_fit_into_the_model_are_told(tiny_model: Path, caplog:
     for ids, first, last in zip(found.ids, found.first, found.last, strict=True):
         assert tokenizer.decode(ids[first : last + 1]).strip() == "Ann"
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert warning.startswith("2 of 3 texts have more than the model's 64 tokens")
+    assert warning.startswith("2 of 3 texts are longer than the model's 64 tokens")
     caplog.clear()
     tokenise(mentions[:1], tokenizer, prepend_bos=True, max_length=64)
     assert not caplog.records
@@ -478,7 +478,7 @@ def test_a_packed_file_in_a_folder_is_refused_before_it_fills_the_disk(name, tmp
     else:
         path.write_bytes(pack[name](content))
     monkeypatch.setattr(Extractor, "extract", lambda *_args: pytest.fail("it is unpacked"))
-    with pytest.raises(RequestError, match=r"rows\.csv: it unpacks to"):
+    with pytest.raises(RequestError, match=r"rows\.csv: it decompresses from"):
         own(tmp_path)
 
 
@@ -493,7 +493,7 @@ def test_a_parquet_table_is_refused_before_it_takes_memory(tmp_path, monkeypatch
     monkeypatch.setattr(unpacked, "ALWAYS", 2**20)
     rows = hf.Dataset.from_dict({"text": ["a b"] * 2**16, "label": [0, 1] * 2**15})
     rows.to_parquet(str(tmp_path / "a.parquet"))
-    with pytest.raises(RequestError, match="it unpacks to"):
+    with pytest.raises(RequestError, match="it decompresses from"):
         own(tmp_path / "a.parquet")
 
 
@@ -511,5 +511,5 @@ def test_a_table_of_terabytes_is_refused(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     path.touch()
     os.truncate(path, 2**40)  # a sparse file: nothing of it is on the disk
-    with pytest.raises(RequestError, match=r"unpacks to|not a readable Parquet file"):
+    with pytest.raises(RequestError, match=r"decompresses from|not a readable Parquet file"):
         own(path)

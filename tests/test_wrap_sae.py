@@ -172,7 +172,7 @@ def test_an_object_of_sae_lens_that_does_not_say_where_it_belongs() -> None:
     assert (wrap_sae(sae, layer=2).layers, wrap_sae(sae, layer=2).hookpoint) == ((2,), "resid_post")
     assert wrap_sae(sae, hookpoint="blocks.4.hook_mlp_out").hookpoint == "mlp_out"
     unknown = make_lens("topk", hook_name="my_layer")
-    with pytest.raises(RequestError, match="TopKTrainingSAE: hook_name 'my_layer' is no place"):
+    with pytest.raises(RequestError, match="TopKTrainingSAE: hook_name 'my_layer' is not supported"):
         wrap_sae(unknown)
     assert wrap_sae(unknown, layer=1, hookpoint="attn_out").hookpoint == "attn_out"
 
@@ -237,13 +237,13 @@ def test_a_subclass_of_sae_lens_with_an_encoder_of_its_own() -> None:
     torch.testing.assert_close(dense(sae.encode(x)), codes, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.decode(sae.encode(x)), recon, rtol=1e-5, atol=1e-5)
     assert_unchanged(doubled)
-    with pytest.raises(RequestError, match="`obj` Narrow: encode gives 5 latents, but its cfg says 64"):
+    with pytest.raises(RequestError, match="`obj` Narrow: encode returned 5 latents, but its cfg says 64"):
         wrap_sae(Narrow(config))
     assert isinstance(wrap_sae(Silent(config)).load(1, "cpu").coder, LinearCoder), "its codes are the library's"
 
 
 def test_what_sae_lens_objects_cannot_give() -> None:
-    with pytest.raises(RequestError, match="`obj` TopKTrainingSAE: k 4 is more than d_sae 2"):
+    with pytest.raises(RequestError, match="`obj` TopKTrainingSAE: k 4 is greater than d_sae 2"):
         wrap_sae(changed(make_lens("topk"), lambda sae: setattr(sae.cfg, "d_sae", 2)))
     with pytest.raises(RequestError, match=r"`obj` StandardTrainingSAE: W_dec has shape \[3, 16\]"):
         wrap_sae(changed(make_lens("standard"), lambda sae: setattr(sae, "W_dec", nn.Parameter(torch.ones(3, D_IN)))))
@@ -635,7 +635,7 @@ def test_widths_that_need_not_be_given(sae: nn.Module) -> None:
 def test_a_transcoder_of_ones_own() -> None:
     sae = Linear()
     sae.decoder = nn.Linear(D_SAE, 7)
-    with pytest.raises(RequestError, match="`input_hookpoint` is missing: the Linear reads width 16 and writes"):
+    with pytest.raises(RequestError, match="`input_hookpoint` is missing: Linear has input width 16 and output"):
         wrap_sae(sae, layer=1)
     source = wrap_sae(sae, layer=1, hookpoint="mlp_out", input_hookpoint="layers.<layer>.mlp:in")
     assert (source.hookpoint, source.input_hookpoint, source.d_in, source.d_out) == ("mlp_out", "mlp_in", D_IN, 7)
@@ -712,7 +712,7 @@ MADE = {"layer": 1, "d_in": D_IN}
     (object(), MADE, "`obj` object has no encode and no decode: an SAE has encode"),
     (OnlyForward(), MADE, "`obj` OnlyForward has no encode and no decode"),
     ("EleutherAI/sae", MADE, "`obj` str has no decode.*load_sae opens an SAE by its name"),
-    (Own, MADE, "`obj` Own is a class: give an object of it"),
+    (Own, MADE, "`obj` Own is a class: give an instance"),
     (Gives(lambda codes: (codes, codes)), MADE, "`d_in` 16: Gives: encode gives a tuple; a dense tensor"),
     (Gives(lambda codes: (codes, codes)), {"layer": 1}, "`obj` Gives: encode gives a tuple"),
     (Gives(lambda codes: codes[0]), MADE, r"encode gives a tensor of shape \[64\]; a dense tensor \[2, width\]"),
@@ -721,7 +721,7 @@ MADE = {"layer": 1, "d_in": D_IN}
     (Gives(lambda codes: codes, lambda recon: (recon,)), MADE, "`obj` Gives: decode gives a tuple"),
     (Gives(lambda codes: codes, raises), MADE, "`obj` Gives: decode of .* fails: ValueError"),
     (Bare(Own(D_IN)), MADE, "`version` is missing: the Bare has no state_dict of tensors"),
-    (Bare(Own(D_IN)), {"layer": 1, "version": "1"}, "`d_in` is missing: neither an attribute nor the weights"),
+    (Bare(Own(D_IN)), {"layer": 1, "version": "1"}, "`d_in` is missing: it cannot be found"),
     (Anything(), {"layer": 1}, "`d_in` is missing"),
     (Own(D_IN), {}, "`layer` is missing: the Own does not say"),
     (Own(D_IN), {"layer": -1}, "`layer` is -1; a whole number from 0 on"),
@@ -731,14 +731,14 @@ MADE = {"layer": 1, "d_in": D_IN}
     (Own(D_IN), {"layer": 1, "d_in": 0}, "`d_in` is 0; a whole number from 1 on"),
     (Own(D_IN), {"layer": 1, "d_out": 7}, "`d_out` 7: decode of the Own gives 16 columns"),
     (Own(D_IN), {"layer": 1, "k": "many"}, "`k` is 'many'"),
-    (Own(D_IN), {"layer": 1, "hookpoint": ""}, "`hookpoint` is ''; the name of a place"),
+    (Own(D_IN), {"layer": 1, "hookpoint": ""}, "`hookpoint` is '', but must be the name"),
     (Own(D_IN), {"layer": 1, "hookpoint": "blocks.2.hook_mlp_out"}, "`layer` 1: `hookpoint` blocks.2.* is of layer 2"),
-    (Own(D_IN), {"layer": 1, "scaling_factor": 2.0}, "`scaling_factor` 2.0: this object does not ask for one"),
+    (Own(D_IN), {"layer": 1, "scaling_factor": 2.0}, "`scaling_factor` 2.0: this object does not use one"),
     (Own(D_IN), {"layer": 1, "scaling_factor": 0}, "`scaling_factor` is 0; a number above 0"),
     (Own(D_IN), {"layer": 1, "prepend_bos": "yes"}, "`prepend_bos` is 'yes', which is no bool"),
     (Own(D_IN), {"layer": 1, "model_name": 3}, "`model_name` is 3, which is no str"),
     (Own(D_IN), {"layer": 1, "version": 2}, "`version` is 2; a string"),
-    (Own(D_IN), {"layer": 1, "name": "a,b"}, "`name` is 'a,b'; letters or digits"),
+    (Own(D_IN), {"layer": 1, "name": "a,b"}, "`name` is 'a,b', but must have a letter"),
     (Own(D_IN), {"layer": 1, "name": ""}, "`name` is ''"),
     (Own(D_IN), {"layer": 1, "name": " a"}, "`name` is ' a'"),
     (Own(D_IN), {"layer": 1, "name": "..."}, "`name` is '...'"),
@@ -774,7 +774,7 @@ def test_what_contradicts_the_object(given: dict[str, Any], message: str) -> Non
 
 
 def test_latents_of_an_object_that_fixes_none() -> None:
-    with pytest.raises(RequestError, match="`k` 5: the object does not fix"):
+    with pytest.raises(RequestError, match="`k` 5: the object does not have a fixed"):
         wrap_sae(make_lens("standard"), k=5)
 
 
@@ -784,9 +784,9 @@ def test_broken_weights_are_found_before_a_model_is_loaded(make: Callable[[], An
     source = wrap_sae(sae, layer=5)
     nudge(sae)
     next(sae.parameters()).data.view(-1)[0] = torch.nan
-    with pytest.raises(RequestError, match="holds NaN or infinity"):
+    with pytest.raises(RequestError, match="has NaN or infinity"):
         source.prepare()
-    with pytest.raises(RequestError, match="holds NaN or infinity"):
+    with pytest.raises(RequestError, match="has NaN or infinity"):
         source.load(5, "cpu")
 
 
@@ -822,7 +822,7 @@ def recon_of_file(name: str, x: Tensor) -> Tensor:
     ("one", 1, {"device": "nowhere"}, "`device` nowhere: "),
     ("one", 1, {"dtype": torch.int8}, "`dtype` is torch.int8"),
     ("one", 1, {"dtype": "float32"}, "`dtype` is 'float32'"),
-    (Own(D_IN), 1, {}, "`name` is a Own; load_sae takes names, wrap_sae takes objects"),
+    (Own(D_IN), 1, {}, "`name` is a Own: load_sae needs a name, wrap_sae an object"),
     ("./nothing", 1, {}, "no such folder"),
 ])  # fmt: skip
 def test_what_cannot_be_loaded(folder: Path, name: Any, layer: int, given: dict[str, Any], message: str) -> None:
