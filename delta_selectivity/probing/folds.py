@@ -114,7 +114,8 @@ def too_few_people(
     effective = effective_people(groups, weights) if len(groups) else 0.0
     reason = None
     if people[rarer] < n_folds:
-        reason = f"the {rarer} class has {people[rarer]} groups, fewer than the {n_folds} folds"
+        groups_word = "group" if people[rarer] == 1 else "groups"
+        reason = f"the {rarer} class has {people[rarer]} {groups_word}, fewer than the {n_folds} folds"
     elif effective < MIN_EFFECTIVE_GROUPS:
         reason = (
             f"{len(np.unique(groups))} groups of such unequal size that they are equivalent to only "
