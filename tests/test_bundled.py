@@ -124,6 +124,9 @@ def test_results_of_an_earlier_version_load_report_and_are_gone_on_with(tmp_path
 def test_tables_in_the_documents_are_what_their_commands_print():
     pages = ("ground_truth", "reliability", "performance", "scale", "settings", "explanation", "how_to/your_data")
     documents = ["README.md", "assets/tiny-pythia/README.md", *(f"docs/{page}.md" for page in pages)]
+    for document in documents:
+        text = (ROOT / document).read_text("utf-8")
+        assert text.count("<!-- python ") == text.count("<!-- end -->") > 0, document
     command = [sys.executable, "scripts/update_tables.py", "--check", *documents]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -15,7 +15,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
 from delta_selectivity.records.differences import differences
 from delta_selectivity.records.rows_file import load
-from delta_selectivity.saes.names import expand_names, split_given
+from delta_selectivity.saes.names import expand_names, split_alias
 from delta_selectivity.system.comma_lists import join_names, parse_names
 
 FAST = ds.Settings(folds=3, repeats=1)
@@ -223,8 +223,8 @@ def test_names_that_are_given_and_commas_in_paths(ask, tiny_model, people_csv, t
     assert ask(written) == 0
     found = {path.parent.name: result_file.read(path)["_run"]["config"]["sae"] for path in files(tmp_path / "out")}
     assert found == {"trainer_0": str(odd), "mine": "mine"}
-    assert split_given(str(odd)) == (None, str(odd)), "a path with = is a path"
-    assert split_given("runs/lr=1/x") == (None, "runs/lr=1/x")
+    assert split_alias(str(odd)) == (None, str(odd)), "a path with = is a path"
+    assert split_alias("runs/lr=1/x") == (None, "runs/lr=1/x")
     assert expand_names([f"mine={tmp_path}/trainer_?"]) == [f"mine={other}"]
     assert expand_names([str(other), f"{other}/", f"{tmp_path}/./trainer_0", "a/b", "a/b/"]) == [str(other), "a/b"]
     with pytest.raises(RequestError, match="stands for 2 SAEs"):

@@ -18,7 +18,7 @@ from delta_selectivity import tasks as dw
 from delta_selectivity.api.arguments import as_tasks
 from delta_selectivity.cli.command_line import make_tasks
 from delta_selectivity.errors import RequestError
-from delta_selectivity.probing.folds import too_few_people
+from delta_selectivity.probing.folds import reason_to_skip
 from delta_selectivity.system.person_ids import person_ids
 from delta_selectivity.tasks import suite_files
 from delta_selectivity.tasks.assemble import assemble, distinct_rows
@@ -224,8 +224,8 @@ def test_one_of_several_tasks_without_two_classes_gives_a_reason():
     sources = [toy("good", "01" * 20), toy("flat", "0" * 20)]
     texts = assemble(sources, None, 0, several=True)
     good, flat = (dataset.probes[0] for dataset in texts.datasets)
-    assert too_few_people(good.labels, texts.persons[good.mentions], 5) is None
-    found = too_few_people(flat.labels, texts.persons[flat.mentions], 5)
+    assert reason_to_skip(good.labels, texts.persons[good.mentions], 5) is None
+    found = reason_to_skip(flat.labels, texts.persons[flat.mentions], 5)
     assert found is not None and found.reason == "the positive class has 0 groups, fewer than the 5 folds"
     with pytest.raises(RequestError, match="0 positives in 20 distinct rows"):
         assemble(sources[1:], None, 0)

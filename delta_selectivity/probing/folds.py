@@ -80,7 +80,7 @@ class FoldPlan:
             raise RequestError(
                 f"`folds` {n_folds}, `repeats` {n_repeats}: folds must be 2 to {MAX_FOLDS}, and repeats at least 1"
             )
-        reasons = {t: too_few_people(row, people, n_folds, weight) for t, row in enumerate(targets)}
+        reasons = {t: reason_to_skip(row, people, n_folds, weight) for t, row in enumerate(targets)}
         skipped = {t: reason for t, reason in reasons.items() if reason is not None}
         kept = tuple(t for t in range(len(targets)) if t not in skipped)
         folds = np.zeros((n_repeats, len(people)), dtype=np.int8)
@@ -103,7 +103,7 @@ class FoldPlan:
         return torch.from_numpy(np.where(self.held_out, 0.0, self.weights)).to(device)
 
 
-def too_few_people(
+def reason_to_skip(
     labels: NDArray[np.bool_], groups: NDArray[np.int64], n_folds: int, weights: NDArray[np.float64] | None = None
 ) -> Skipped | None:
     """Return why a target cannot be measured with this number of folds; None if it can."""

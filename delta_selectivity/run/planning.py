@@ -18,7 +18,7 @@ from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
 from delta_selectivity.models.places import BLOCKS, check_replaceable, without_wrappers
-from delta_selectivity.probing.folds import MAX_FOLDS, too_few_people
+from delta_selectivity.probing.folds import MAX_FOLDS, reason_to_skip
 from delta_selectivity.probing.probes import check_backend
 from delta_selectivity.records import scores
 from delta_selectivity.records.result_file import (
@@ -316,12 +316,12 @@ def _refuse_reserved_names(texts: ProbeTexts) -> None:
             )
 
 
-def _refuse_too_few_people(texts: ProbeTexts, n_folds: int) -> None:
+def _refuse_unmeasurable(texts: ProbeTexts, n_folds: int) -> None:
     """Raise `RequestError` if no probe can be measured; if some can, the results of the others have a reason."""
     if n_folds > MAX_FOLDS:
         raise RequestError(f"`folds` must be at most {MAX_FOLDS}, got {n_folds}")
     probes = [probe for dataset in texts.datasets for probe in dataset.probes]
-    found = {p.name: too_few_people(p.labels, texts.persons[p.mentions], n_folds) for p in probes}
+    found = {p.name: reason_to_skip(p.labels, texts.persons[p.mentions], n_folds) for p in probes}
     reasons = [f"{name}: {skipped.reason}" for name, skipped in found.items() if skipped is not None]
     if len(reasons) == len(found):
         raise RequestError(
@@ -336,7 +336,7 @@ def open_files(plan: Plan, locks: ExitStack) -> dict[tuple[SaeId, int], RecordFi
     Raises `RequestError` if an existing file has another key, or another run is writing it.
     """
     request = plan.request
-    _refuse_too_few_people(plan.texts, request.settings.folds)
+    _refuse_unmeasurable(plan.texts, request.settings.folds)
     data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
     shared = {
         "schema": SCHEMA_VERSION,

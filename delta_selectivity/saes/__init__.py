@@ -36,7 +36,7 @@ from delta_selectivity.saes.names import (
     expand_names,
     ids_of,
     same_path,
-    split_given,
+    split_alias,
     split_release,
 )
 from delta_selectivity.saes.sae import Sae
@@ -137,9 +137,9 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
     Raises:
         RequestError: the name matches nothing, or what it matches cannot be measured. The message says which and why.
     """
-    given, opened = split_given(name)
-    if given is not None:
-        return replace(open_sae(opened, hookpoint, cache_dir), name=given, typed=name)
+    alias, opened = split_alias(name)
+    if alias is not None:
+        return replace(open_sae(opened, hookpoint, cache_dir), name=alias, typed=name)
     folder = Path(os.path.abspath(os.path.expanduser(name)))  # noqa: PTH100, PTH111 - leaves an unknown ~user as it is
     if name.strip() and os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return assemble(name, find_members(folder, name, hookpoint=hookpoint), hookpoint)

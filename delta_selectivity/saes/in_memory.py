@@ -17,12 +17,12 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import Coder
 from delta_selectivity.saes.contents import Contents
 from delta_selectivity.saes.files import digest_tensors
-from delta_selectivity.saes.given import Given
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.library_objects import wrap_library_object
-from delta_selectivity.saes.own_objects import DenseObject, WrappedSae, check_methods
+from delta_selectivity.saes.other_objects import DenseObject, WrappedSae, check_methods
 from delta_selectivity.saes.sae import Sae
 from delta_selectivity.saes.source import SaeHeader, SaeSource
+from delta_selectivity.saes.wrap_arguments import WrapArguments
 
 SEPARATORS = frozenset(",*?[]<>")
 """Characters with a special meaning in a list of SAEs."""
@@ -129,7 +129,7 @@ def wrap_sae(
         >>> source.name, source.layers, source.d_in
         ('linear_layer_3', (3,), 16)
     """
-    given = Given(
+    given = WrapArguments(
         layer=layer,
         hookpoint=hookpoint,
         d_in=d_in,

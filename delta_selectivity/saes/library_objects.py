@@ -23,7 +23,6 @@ from delta_selectivity.saes import dictionary_learning, sparsify
 from delta_selectivity.saes.coders import Coder
 from delta_selectivity.saes.contents import Contents
 from delta_selectivity.saes.files import compare_shapes
-from delta_selectivity.saes.given import Given
 from delta_selectivity.saes.hookpoints import parse
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.object_state import as_float32, attempt, runnable_copy, settings_of, tensors_of
@@ -33,6 +32,7 @@ from delta_selectivity.saes.sae_lens.places import Places
 from delta_selectivity.saes.sae_lens.scaling import InputScaling
 from delta_selectivity.saes.sae_lens.weights import build_native, expected_shapes
 from delta_selectivity.saes.source import SaeHeader
+from delta_selectivity.saes.wrap_arguments import WrapArguments
 
 _COMPUTE_CODES = ("encode", "decode", "encode_with_hidden_pre", "process_sae_in", "get_activation_fn")
 """Methods whose override makes the library's reader inapplicable."""
@@ -77,7 +77,7 @@ class _LibraryObject:
 class SparsifyObject(_LibraryObject):
     """A ``SparseCoder``."""
 
-    def header(self, given: Given) -> SaeHeader:
+    def header(self, given: WrapArguments) -> SaeHeader:
         config = _as_json(asdict(self.obj.cfg) | {"d_in": self.obj.d_in})
         transcodes = bool(config.get("transcode"))
         hook = given.hook(self.label, default=None if transcodes else "resid_post")
@@ -96,7 +96,7 @@ class DictionaryObject(_LibraryObject):
 
     dict_class: str
 
-    def header(self, given: Given) -> SaeHeader:
+    def header(self, given: WrapArguments) -> SaeHeader:
         trainer = {"dict_class": self.dict_class, "activation_dim": self.obj.activation_dim}
         trainer |= {"dict_size": self.obj.dict_size}
         kind = dictionary_learning.CLASSES[self.dict_class]
@@ -117,7 +117,7 @@ class SaeLensObject(_LibraryObject):
 
     unchanged: bool  # whether the library's own methods compute its codes
 
-    def header(self, given: Given) -> SaeHeader:
+    def header(self, given: WrapArguments) -> SaeHeader:
         config = self._config()
         lens = self._parse(config, self._places(config, given))
         config["scaling_factor"] = factor = _scaling_factor(lens, given)
@@ -170,7 +170,7 @@ class SaeLensObject(_LibraryObject):
                 raise RequestError(f"{what}encode returned {codes.n_cols} latents, but its cfg says {lens.d_sae}")
             attempt(f"{what}decode", coder.decode, codes)
 
-    def _places(self, config: Mapping[str, Any], given: Given) -> Places | None:
+    def _places(self, config: Mapping[str, Any], given: WrapArguments) -> Places | None:
         """Return the caller's hook points; None if the object names them itself."""
         metadata = {**config, **(config.get("metadata") or {})}
         transcodes = config.get("architecture") in TRANSCODERS
@@ -192,7 +192,7 @@ class SaeLensObject(_LibraryObject):
             raise RequestError(f"`obj` {self.label}: a value of its cfg has the wrong type ({error})") from error
 
 
-def _scaling_factor(lens: LensConfig, given: Given) -> float:
+def _scaling_factor(lens: LensConfig, given: WrapArguments) -> float:
     """Return the factor applied to activations before encoding. Raises `RequestError` if it is unknown."""
     norm = lens.normalize_activations
     if norm == "covariance_whitening":

@@ -29,17 +29,17 @@ _LAYER = re.compile(r"(?<![a-z])((?:layer[._]?|blocks\.|^l))\d+")
 """The layer in an id: ``layer_12/width_16k``, ``blocks.5.hook_resid_pre``, ``layer0``, ``l15r_8x``."""
 
 
-def split_given(name: str) -> tuple[str | None, str]:
-    """Split ``mine=folder`` into the given name and what to open; the given name is None if there is none.
+def split_alias(name: str) -> tuple[str | None, str]:
+    """Split ``mine=folder`` into an alias and the name to open; the alias is None if there is none.
 
     An existing folder is never split, even if its path contains ``=``.
     """
-    given, equals, opened = name.partition("=")
-    given, opened = given.strip(), opened.strip()
-    named = bool(equals and given and opened) and not _WILD.search(given) and not set(given) & set("/\\~,")
+    alias, equals, opened = name.partition("=")
+    alias, opened = alias.strip(), opened.strip()
+    named = bool(equals and alias and opened) and not _WILD.search(alias) and not set(alias) & set("/\\~,")
     if not named or os.path.exists(os.path.expanduser(name)):  # noqa: PTH110, PTH111 - False for a name too long
         return None, name
-    return given, opened
+    return alias, opened
 
 
 def expand_names(names: Sequence[str]) -> list[str]:
@@ -94,12 +94,12 @@ def ids_of(release: str, name: str) -> list[str]:
 
 
 def _expand(name: str) -> list[str]:
-    given, opened = split_given(name)
-    if given is not None:
+    alias, opened = split_alias(name)
+    if alias is not None:
         found = _expand(opened)
         if len(found) > 1:
             raise RequestError(f"`saes` {name}: {opened} matches {len(found)} SAEs, which cannot have the same name")
-        return [f"{given}={found[0]}"]
+        return [f"{alias}={found[0]}"]
     local = os.path.expanduser(name)  # noqa: PTH111 - leaves an unknown ~user as it is
     if os.path.isdir(local):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return [name]

@@ -13,11 +13,11 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import Coder
 from delta_selectivity.saes.dense_coder import DenseCoder, isolated, misshapen
 from delta_selectivity.saes.files import check_finite
-from delta_selectivity.saes.given import Given
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.object_state import attempt, coder_parts, runnable_copy, settings_of, tensors_of
 from delta_selectivity.saes.sae import Sae
 from delta_selectivity.saes.source import SaeHeader
+from delta_selectivity.saes.wrap_arguments import WrapArguments
 
 _WIDTHS = ("d_in", "activation_dim")
 """Attributes of the object or its ``cfg`` that may hold the width of its input."""
@@ -37,7 +37,7 @@ class WrappedSae:
     def label(self) -> str:
         return "Sae"
 
-    def header(self, given: Given) -> SaeHeader:
+    def header(self, given: WrapArguments) -> SaeHeader:
         given.refuse_scaling()
         sae = self.sae
         found = SaeHeader(
@@ -89,7 +89,7 @@ class DenseObject:
     def label(self) -> str:
         return type(self.obj).__name__
 
-    def header(self, given: Given) -> SaeHeader:
+    def header(self, given: WrapArguments) -> SaeHeader:
         given.refuse_scaling()
         hook = given.hook(self.label)
         runs = self._runnable()
@@ -136,7 +136,7 @@ class DenseObject:
         """Return an object to run in place of the original, which must not change."""
         return runnable_copy(self.obj, self.label) if isinstance(self.obj, nn.Module) else self.obj
 
-    def _d_in(self, given: Given, runs: Any) -> int:
+    def _d_in(self, given: WrapArguments, runs: Any) -> int:
         found = _width_attribute(self.obj)
         if given.d_in is not None and found is not None and given.d_in != found:
             raise RequestError(f"`d_in` is {given.d_in}, but the object says {found}")
@@ -153,11 +153,11 @@ class DenseObject:
         accepted = [side for side in sorted(sides) if _accepts(runs, side)]
         return accepted[0] if len(accepted) == 1 else None
 
-    def _encode(self, runs: Any, d_in: int, given: Given) -> Tensor:
+    def _encode(self, runs: Any, d_in: int, given: WrapArguments) -> Tensor:
         field = f"`obj` {self.label}" if given.d_in is None else f"`d_in` {d_in}: {self.label}"
         return _run(runs.encode, runs, _two_rows(runs, d_in), f"{field}: encode")
 
-    def _width_out(self, given: Given, d_in: int, found: int) -> int | None:
+    def _width_out(self, given: WrapArguments, d_in: int, found: int) -> int | None:
         if given.d_out is not None and given.d_out != found:
             raise RequestError(f"`d_out` is {given.d_out}, but decode of {self.label} returned {found} columns")
         if given.input_hookpoint is None and found != d_in:

@@ -18,7 +18,7 @@ _KINDS = {"prepend_bos": bool, "trained_on_bos": bool, "model_name": str, "archi
 
 
 @dataclass(frozen=True)
-class Given:
+class WrapArguments:
     """The arguments of ``wrap_sae`` that describe an SAE; None if not given."""
 
     layer: int | None = None
@@ -34,7 +34,7 @@ class Given:
     input_hookpoint: str | None = None
     scaling_factor: float | None = None
 
-    def checked(self) -> Given:
+    def checked(self) -> WrapArguments:
         """Return a copy with plain numbers and canonical hook points. Raises `RequestError` at an invalid value."""
         for field, kind in _KINDS.items():
             _check_kind(field, getattr(self, field), kind)
