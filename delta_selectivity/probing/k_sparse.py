@@ -51,18 +51,18 @@ class BatchedFits(NamedTuple):
     n_iter: list[int]  # for each C, the largest over splits
 
 
-def with_k_sparse(found: OutOfFold, latents: Tensor) -> OutOfFold:
+def with_k_sparse(scores: OutOfFold, latents: Tensor) -> OutOfFold:
     """Return the scores with views `k1` etc. added: k-sparse probes on latents `[rows, d_sae]`, sparse CSR.
 
     Raises ArithmeticError if a code is too large for a probe.
     """
-    fit = k_sparse_fit(found.plan, latents)
+    fit = k_sparse_fit(scores.plan, latents)
     names = tuple(f"k{k}" for k in KS)
     return replace(
-        found,
-        views=(*found.views, *names),
-        scores=np.concatenate([found.scores, quantised(fit.scores)]),
-        fits={**found.fits, **dict(zip(names, fit.facts, strict=True))},
+        scores,
+        views=(*scores.views, *names),
+        scores=np.concatenate([scores.scores, quantised(fit.scores)]),
+        fits={**scores.fits, **dict(zip(names, fit.facts, strict=True))},
     )
 
 

@@ -307,24 +307,24 @@ def choose_c(plan: FoldPlan, scores: Tensor, targets: slice = slice(None)) -> Te
     return mean.argmin(dim=0)
 
 
-def measure(found: OutOfFold, epsilon: float = EPSILON) -> list[ProbeResult | Skipped]:
+def measure(scores: OutOfFold, epsilon: float = EPSILON) -> list[ProbeResult | Skipped]:
     """Return a result for every target in order; differences within +-epsilon count as preserved."""
-    plan = found.plan
-    measured = {place: _measure_target(found, t, epsilon) for t, place in enumerate(plan.kept)}
+    plan = scores.plan
+    measured = {place: _measure_target(scores, t, epsilon) for t, place in enumerate(plan.kept)}
     everything: dict[int, ProbeResult | Skipped] = {**plan.skipped, **measured}
     return [everything[place] for place in sorted(everything)]
 
 
-def _measure_target(found: OutOfFold, t: int, epsilon: float) -> ProbeResult:
-    known = statistics(found.probe(t), epsilon)
-    n_unconverged = sum(int(fit.n_unconverged[t]) for fit in found.fits.values())
+def _measure_target(scores: OutOfFold, t: int, epsilon: float) -> ProbeResult:
+    known = statistics(scores.probe(t), epsilon)
+    n_unconverged = sum(int(fit.n_unconverged[t]) for fit in scores.fits.values())
     return ProbeResult(
         **{name.name: getattr(known, name.name) for name in fields(known)},
-        C=_geometric_median(found.fits["model"].chosen_c[t]),
-        C_sae=_geometric_median(found.fits["sae"].chosen_c[t]),
+        C=_geometric_median(scores.fits["model"].chosen_c[t]),
+        C_sae=_geometric_median(scores.fits["sae"].chosen_c[t]),
         converged=n_unconverged == 0,
         n_unconverged=n_unconverged,
-        n_iter=max(int(fit.n_iter[t]) for fit in found.fits.values()),
+        n_iter=max(int(fit.n_iter[t]) for fit in scores.fits.values()),
     )
 
 

@@ -204,10 +204,10 @@ def _discard(_cell: Cell, _found: CellResult) -> None:
     pass
 
 
-def _add(result: CellResult, names: Sequence[str], found: OutOfFold, epsilon: float) -> None:
+def _add(result: CellResult, names: Sequence[str], scores: OutOfFold, epsilon: float) -> None:
     """Add the probes of one task set."""
-    result.records.update(zip(names, map(as_record, measure(found, epsilon)), strict=True))
-    result.scores.update({names[place]: found.probe(t) for t, place in enumerate(found.plan.kept)})
+    result.records.update(zip(names, map(as_record, measure(scores, epsilon)), strict=True))
+    result.scores.update({names[place]: scores.probe(t) for t, place in enumerate(scores.plan.kept)})
 
 
 def _in_order(result: CellResult, dataset: Dataset) -> CellResult:
