@@ -1,7 +1,7 @@
 """Dense features for the batched solver: all columns share one matrix, so an iteration is two large GEMMs.
 
 Held-out rows have weight 0, so the matrix is the same for all columns. It is stored once, in float32, centred and
-scaled. Float64 products use x itself, converted a block of rows at a time, which needs no float64 copy.
+scaled. Float64 products use x itself, converted a block of rows at a time, so that a large x needs no float64 copy.
 
 The preconditioner is the inverse Hessian at zero (the bound of Böhning 1992), averaged over the columns and scaled to
 their mean curvature. Tried without gain: a new Hessian for each C, or one per split, saved a tenth of the iterations
@@ -39,7 +39,7 @@ class DenseDesign:
     unit: Tensor  # float64 [d], between the splits' scales
     centre: Tensor  # float64 [d]
     divisor: Tensor  # float64 [splits, d]
-    block: Tensor  # float64 [rows of a block, d], scratch for converting x: allocating it each time is slower
+    block: Tensor  # float64 [rows of a block, d], x - centre if all rows fit, else scratch for converting blocks
 
     @classmethod
     def build(cls, problem: ProbeProblem) -> DenseDesign:
@@ -49,15 +49,16 @@ class DenseDesign:
         unit = divisor.log().mean(dim=0).exp()
         centre = _mean(x)
         z = torch.ones(len(x), x.shape[1] + 1, dtype=torch.float32, device=x.device)
-        centre32, inverse_unit = (
-            centre.float(),
-            unit.reciprocal().float(),
-        )  # x - centre32 is exact where rounding matters
+        centre32 = centre.float()  # x - centre32 is exact where rounding matters
+        inverse_unit = unit.reciprocal().float()
         shift = ((centre32 - centre) / unit).float()
         for rows in _blocks(x):
             torch.addcmul(shift, x[rows] - centre32, inverse_unit, out=z[rows, :-1])
         longest = max((len(x[rows]) for rows in _blocks(x)), default=0)
-        return cls(x, z, unit, centre, divisor, centre.new_empty(longest, x.shape[1]))
+        block = centre.new_empty(longest, x.shape[1])
+        if longest == len(x):
+            torch.sub(x, centre, out=block)
+        return cls(x, z, unit, centre, divisor, block)
 
     @property
     def column_bytes(self) -> int:
@@ -104,7 +105,7 @@ class Float64Products:
     x: Tensor  # [rows, d]
     centre: Tensor  # [d]
     divisor: Tensor  # [columns, d]
-    block: Tensor  # [rows of a block, d], scratch
+    block: Tensor  # [rows of a block, d], x - centre if it has all rows, else scratch
 
     def forward(self, theta: Tensor) -> Tensor:
         coef = theta[:, :-1] / self.divisor
@@ -123,6 +124,8 @@ class Float64Products:
         return Float64Products(self.x, self.centre, self.divisor[chosen], self.block)
 
     def _centred(self, rows: slice) -> Tensor:
+        if len(self.block) == len(self.x):
+            return self.block
         part = self.x[rows]
         return self.block[: len(part)].copy_(part).sub_(self.centre)
 
