@@ -120,7 +120,7 @@ def test_what_dask_writes_is_in_a_folder_of_the_run_that_others_may_not_enter(tm
 
 
 def test_a_worker_that_hangs_is_told_in_one_line_and_its_unit_goes_to_another(monkeypatch, caplog):
-    monkeypatch.setattr(cluster, "SILENT", 1)  # Dask waits for ten heartbeats at least: 5 s
+    monkeypatch.setattr(cluster, "WORKER_TIMEOUT", 1)  # Dask waits for ten heartbeats at least: 5 s
     with cluster.open_cluster(2, 0, None) as client:
         client.wait_for_workers(2)
         where = client.submit(lambda: (os.getpid(), time.sleep(1))[0], pure=False, key="unit")

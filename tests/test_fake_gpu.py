@@ -255,8 +255,8 @@ def test_encode_and_decode_stay_on_the_sae_s_device(gpus, norm):
 def test_an_sae_of_a_varying_number_of_latents_waits_to_count_them_and_nowhere_before(gpus, selection, monkeypatch):
     """One wait for each chunk of rows: `nonzero`."""
     found = []
-    where = selections._where
-    monkeypatch.setattr(selections, "_where", lambda mask: found.append(mask.device) or where(mask))
+    where = selections._layout_of
+    monkeypatch.setattr(selections, "_layout_of", lambda mask: found.append(mask.device) or where(mask))
     one = sae()
     one = replace(one, coder=replace(one.coder, selection=selection.to(MODEL_GPU)))
     with pytest.raises(GpuWaits, match="nonzero"):

@@ -55,7 +55,7 @@ def test_it_is_asked_again_after_a_minute(hub, monkeypatch):
     assert not use_cache_if_unreachable()
     hub(answers=True)
     assert not use_cache_if_unreachable()
-    monkeypatch.setattr(hub_access, "KNOWN_FOR", 0.0)
+    monkeypatch.setattr(hub_access, "VALID_FOR", 0.0)
     assert use_cache_if_unreachable()
     assert not constants.HF_HUB_OFFLINE
 

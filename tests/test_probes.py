@@ -78,11 +78,13 @@ def test_float32_most_of_the_way_ends_where_scikit_learn_does(case):
 
 def test_float32_most_of_the_way_changes_no_score(monkeypatch):
     task, singles = problem(**LARGE, targets=2), []
-    rough = torch_dense.DenseColumns.in_float32
-    monkeypatch.setattr(torch_dense.DenseColumns, "rough", lambda self: singles.append(rough(self)) or singles[-1])
+    original = torch_dense.DenseColumns.in_float32
+    monkeypatch.setattr(
+        torch_dense.DenseColumns, "in_float32", lambda self: singles.append(original(self)) or singles[-1]
+    )
     mixed = TorchLbfgs(tolerance=1e-9).fit(task)
     assert all(columns is not None for columns in singles)
-    monkeypatch.setattr(torch_dense.DenseColumns, "rough", lambda self: None)
+    monkeypatch.setattr(torch_dense.DenseColumns, "in_float32", lambda self: None)
     double = TorchLbfgs(tolerance=1e-9).fit(task)
     scores = [torch.einsum("nd,ctsd->ctsn", task.x.double(), f.coef) + f.intercept[..., None] for f in (mixed, double)]
     assert ((scores[0] - scores[1]).abs().amax(-1) / scores[1].std(-1)).max() < 1e-6
@@ -102,8 +104,8 @@ def test_a_rough_way_that_ends_too_early_is_gone_on_in_float64(monkeypatch):
     task = problem(**LARGE, targets=2)
     expected = TorchLbfgs(tolerance=1e-9).fit(task)
     went, far = [], lbfgs._moved_too_far
-    monkeypatch.setattr(lbfgs, "_ROUGH", 0.3)
-    monkeypatch.setattr(lbfgs, "_far", lambda *thetas: went.append(far(*thetas)) or went[-1])
+    monkeypatch.setattr(lbfgs, "_FLOAT32_TOLERANCE", 0.3)
+    monkeypatch.setattr(lbfgs, "_moved_too_far", lambda *thetas: went.append(far(*thetas)) or went[-1])
     fits = TorchLbfgs().fit(task)
     assert sum(map(len, went)) > 0, "some columns left the parabola"
     assert fits.converged.all()

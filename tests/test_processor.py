@@ -110,9 +110,9 @@ def test_a_run_goes_on_in_the_dtype_of_its_folder(with_cache, tmp_path, monkeypa
         (path,) = request.out.glob("*.json")
         return json.loads(path.read_text())
 
-    monkeypatch.setattr(processor, "fast", lambda: {"bfloat16"})
+    monkeypatch.setattr(processor, "fast_operations", lambda: {"bfloat16"})
     first = run("--layers", "0")
-    monkeypatch.setattr(processor, "fast", set)
+    monkeypatch.setattr(processor, "fast_operations", set)
     again = run("--layers", "0,1")
     assert without_q(again["layer_0"]) == without_q(first["layer_0"]) and "layer_1" in again
     assert first["_run"]["key"]["dtype"] == again["_run"]["key"]["dtype"] == "bfloat16"

@@ -262,7 +262,7 @@ def test_a_file_that_never_ends_is_refused(tmp_path, capsys):
 
 
 def test_a_bomb_is_refused_before_it_takes_memory(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(unpacked, "ALWAYS", 2**20)
+    monkeypatch.setattr(unpacked, "ALWAYS_ALLOWED", 2**20)
     np.savez_compressed(tmp_path / "a.npz", **foreign(x=np.zeros((2**19, 8), np.float32)))
     assert "decompresses from" in refused(tmp_path / "a.npz", capsys)
     zeros = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.zeros(2**22, np.float32)), 8)

@@ -375,7 +375,7 @@ def test_chunks_and_dtypes_change_nothing_that_matters(selection: Any, monkeypat
     sae, x = linear_sae(W_enc, W_dec, selection), activations()
     whole = sae.encode(x)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 7 * D_SAE * 4)
-    monkeypatch.setattr("delta_selectivity.saes.sae.LEAST_ROWS", 1)
+    monkeypatch.setattr("delta_selectivity.saes.sae.MIN_ROWS", 1)
     assert sae.chunk_rows() == 7
     parts = sae.encode(x)
     torch.testing.assert_close(dense(parts), dense(whole))

@@ -468,7 +468,7 @@ def test_of_a_name_that_does_not_fit_the_end_is_enough_if_only_that_is_probed(ti
 
 @pytest.mark.parametrize("name", ["gz", "bz2", "xz", "zst", "zip"])
 def test_a_packed_file_in_a_folder_is_refused_before_it_fills_the_disk(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(unpacked, "ALWAYS", 2**20)
+    monkeypatch.setattr(unpacked, "ALWAYS_ALLOWED", 2**20)
     content = b"text,label\n" + b"0,1\n" * 2**20
     path = tmp_path / "rows.csv"  # what a file is, its first bytes say
     pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
@@ -490,7 +490,7 @@ def test_small_and_broken_packed_files_are_left_to_their_reader(tmp_path):
 
 
 def test_a_parquet_table_is_refused_before_it_takes_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(unpacked, "ALWAYS", 2**20)
+    monkeypatch.setattr(unpacked, "ALWAYS_ALLOWED", 2**20)
     rows = hf.Dataset.from_dict({"text": ["a b"] * 2**16, "label": [0, 1] * 2**15})
     rows.to_parquet(str(tmp_path / "a.parquet"))
     with pytest.raises(RequestError, match="it decompresses from"):

@@ -56,7 +56,7 @@ def measure(jobs: Sequence[Job], workers: Workers) -> list[list[Path]]:
             missing = {(cell.subject, cell.site.layer) for cell in missing_cells(job.plan, files)}
             todo += [(unit, files) for unit in job.units if missing & unit.subjects]
         if todo:
-            spread(todo, workers, jobs[0].plan.request.device1)
+            run_units(todo, workers, jobs[0].plan.request.device1)
         else:
             log.log(NOTE, "all requested results are on disk already")
         for job, files in opened:
@@ -65,7 +65,7 @@ def measure(jobs: Sequence[Job], workers: Workers) -> list[list[Path]]:
     return [list(dict.fromkeys(file.path for file in files.values())) for _, files in opened]
 
 
-def spread(todo: Sequence[tuple[Unit, Files]], workers: Workers, device: str) -> None:
+def run_units(todo: Sequence[tuple[Unit, Files]], workers: Workers, device: str) -> None:
     """Measure units on workers, and merge each one as it finishes."""
     n_workers, gpus = count_workers(workers.number, device, len(todo))
     files_of = {unit.folder: files for unit, files in todo}

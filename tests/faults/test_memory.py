@@ -186,7 +186,7 @@ def test_targets_are_scored_in_pieces_that_fit_and_no_number_changes(monkeypatch
         return work(plan, x, *args)
 
     monkeypatch.setattr(selectivity, step, at_most_two)
-    monkeypatch.setattr(selectivity, "_ROOM", MemoryBudget("targets are scored"))
+    monkeypatch.setattr(selectivity, "_BUDGET", MemoryBudget("targets are scored"))
     pieces, transfer_in_pieces = scored()
     assert widths[:3] == [5, 2, 2]
     torch.testing.assert_close(pieces.scores, whole.scores, rtol=1e-6, atol=1e-7)
@@ -286,7 +286,7 @@ def test_rows_that_have_left_the_gpu_have_nowhere_else_to_go(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     PlayedGpu(monkeypatch, room=2)
-    monkeypatch.setattr(row_store.RowStore, "_pick", refuse)
+    monkeypatch.setattr(row_store.RowStore, "_read_rows", refuse)
     with store_of(device=GPU) as store, pytest.raises(torch.OutOfMemoryError):
         store.get(SITE, None, torch.arange(50), torch.device("cpu"))
 
