@@ -175,7 +175,7 @@ class _AtHand:
         """The same for every batch."""
         return dict(self.found)
 
-    def only(self, sites: Collection[Site]) -> _AtHand:
+    def restricted_to(self, sites: Collection[Site]) -> _AtHand:
         """All of them."""
         return self
 

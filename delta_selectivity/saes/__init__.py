@@ -139,7 +139,7 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
     """
     alias, opened = split_alias(name)
     if alias is not None:
-        return replace(open_sae(opened, hookpoint, cache_dir), name=alias, typed=name)
+        return replace(open_sae(opened, hookpoint, cache_dir), name=alias, opened_as=name)
     folder = Path(os.path.abspath(os.path.expanduser(name)))  # noqa: PTH100, PTH111 - leaves an unknown ~user as it is
     if name.strip() and os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return assemble(name, find_members(folder, name, hookpoint=hookpoint), hookpoint)
