@@ -108,7 +108,7 @@ def test_a_broken_shard_is_told_and_run_again(with_cache, other_saes, forward_pa
     forward_passes.clear()
     assert Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "second", with_cache.more).run() == 0
     assert forward_passes
-    assert "is broken" in caplog.text
+    assert "is damaged" in caplog.text
     assert Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "plain").run() == 0
     assert numbers(tmp_path / "second") == numbers(tmp_path / "plain")
 

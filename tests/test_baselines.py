@@ -154,7 +154,7 @@ def test_the_shuffled_decoder_has_the_same_codes_and_permuted_rows(sample, sae):
     codes, own = shuffled.encode(sample.probed), sae.encode(sample.probed)
     assert torch.equal(codes.col, own.col)
     assert torch.equal(codes.value, own.value)
-    other = shuffled.coder.other
+    other = shuffled.coder.permutation
     assert sorted(other.tolist()) == list(range(D_SAE))
     permuted = replace(sae, coder=replace(sae.coder, W_dec=sae.coder.W_dec[other]))
     torch.testing.assert_close(shuffled.decode(codes), permuted.decode(own))
@@ -166,7 +166,7 @@ def test_the_shuffled_decoder_leaves_run_time_norms_alone(sample, sae):
     shuffled = built("shuffled", sample, normed)
     codes = shuffled.encode(sample.probed)
     assert codes.scale is not None
-    permuted = replace(normed, coder=replace(sae.coder, W_dec=sae.coder.W_dec[shuffled.coder.other]))
+    permuted = replace(normed, coder=replace(sae.coder, W_dec=sae.coder.W_dec[shuffled.coder.permutation]))
     torch.testing.assert_close(shuffled.decode(codes), permuted.decode(codes))
 
 

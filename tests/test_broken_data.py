@@ -92,7 +92,7 @@ KINDS = {
     ),
     "not UTF-8": Broken("a.csv", csv_of(ROWS) + "josé,1,g,0,4\n".encode("latin-1"), ", line 42: not UTF-8 (byte 0xe9)"),
     "UTF-16": Broken("a.csv", csv_of(ROWS).decode().encode("utf-16"), ", line 1: not UTF-8 (byte 0xff)"),
-    "NUL byte": Broken("a.csv", csv_of(ROWS) + b"a\0b,1,g,0,1\n", ", line 42: a NUL byte"),
+    "NUL byte": Broken("a.csv", csv_of(ROWS) + b"a\0b,1,g,0,1\n", ", line 42: it has a NUL byte"),
     "quote never closed": Broken("a.csv", csv_of(ROWS) + b'"we met,1,g,0,2\n', ", line 42: unexpected end of data"),
     "quote in the middle": Broken("a.csv", csv_of(ROWS) + b'"we" met,1,g,0,2\n', ", line 42: ',' expected after '\"'"),
     "very long field": Broken("a.csv", csv_of(ROWS) + b"x" * 200_000 + b",1,g,0,200001\n", ", line 42: span 0 to 2000"),
@@ -117,14 +117,14 @@ KINDS = {
     "folder of the Hub with half a file": Broken("a", truncated_hub_folder, ": cannot be loaded as a dataset (Parquet"),
     "folder of the Hub with a broken card": Broken("a", card_that_is_no_yaml, ": cannot be loaded as a dataset (while"),
     "saved folder without its rows": Broken("a", saved_without_its_rows, ": not a readable folder of datasets"),
-    "splits and none is train": Broken("a", two_splits, ": has no split train, choose one with --dataset_split"),
+    "splits and none is train": Broken("a", two_splits, ": it has no split train, choose one with --dataset_split"),
     "split that is not there": Broken("a", two_splits, "there is no such split", ("--dataset_split", "dev")),
     "split of a file": Broken("a.csv", csv_of(ROWS), ": a file has no splits", ("--dataset_split", "train")),
     "column that is not there": Broken(
         "a.csv", csv_of(ROWS), ": there is no column 'sentence'", ("--dataset_columns", "text=sentence")
     ),
     "column that is none of ours": Broken(
-        "a.csv", csv_of(ROWS), "there is no column 'words': name text, label", ("--dataset_columns", "words=text")
+        "a.csv", csv_of(ROWS), "there is no column 'words'; there are text, label", ("--dataset_columns", "words=text")
     ),
     "task that is a figure of the record": Broken(
         "a.csv", csv_of(ROWS).replace(HEADER.encode(), b"text,label,group,start,end,task").replace(b"\n", b",l0\n")

@@ -309,7 +309,7 @@ CASES = [
     Case("a bias is missing", dictionary, tensors("ae.pt", dropped("bias")), "ae.pt", "no tensor 'bias'"),
     Case("NaN", sparsify, tensors(SAFE, value("W_dec", torch.nan)), SAFE, "W_dec has NaN or infinity"),
     Case("infinity", lens, tensors(LENS, value("b_enc", torch.inf)), LENS, "b_enc has NaN or infinity"),
-    Case("NaN in a .pt", dictionary, tensors("ae.pt", value("bias", torch.nan)), "ae.pt", "bias holds NaN"),
+    Case("NaN in a .pt", dictionary, tensors("ae.pt", value("bias", torch.nan)), "ae.pt", "bias has NaN"),
     Case("a wrong shape", lens, tensors(LENS, narrower("b_enc")), LENS, "shape [95], but its config says [96]"),
     Case("transposed", sparsify, tensors(SAFE, turned("W_dec")), SAFE, "W_dec has shape [32, 96] (transposed?)"),
     Case("transposed .pt", dictionary, tensors("ae.pt", turned("encoder.weight")), "ae.pt", "(transposed?)"),
@@ -317,7 +317,7 @@ CASES = [
     Case("another dict_size", dictionary, says("config.json", trainer__dict_size=7), "ae.pt", "config says [7, 32]"),
     # the config as a file
     Case("no JSON", sparsify, text("cfg.json", "{'k': 8}"), "cfg.json", "not a readable JSON file"),
-    Case("a list", lens, text("cfg.json", "[1, 2]"), "cfg.json", "it must be a JSON object, this is a list"),
+    Case("a list", lens, text("cfg.json", "[1, 2]"), "cfg.json", "it must be a JSON object, but is a list"),
     Case("an empty config", dictionary, text("config.json", ""), "config.json", "the file is empty"),
     Case("no UTF-8", plain, text("sae.json", b'{"weights": "\xff"}'), "sae.json", "can't decode byte 0xff"),
     Case("a folder in place of the config", lens, a_folder("cfg.json"), "cfg.json", "it is a folder, not a file"),
@@ -333,11 +333,13 @@ CASES = [
     Case("weights of a terabyte", sparsify, terabytes(SAFE), SAFE, "not a complete safetensors file"),
     Case("a .pt of a terabyte", dictionary, terabytes("ae.pt"), "ae.pt", "not a complete file of torch.save"),
     # what the config says
-    Case("a negative k", sparsify, says("cfg.json", k=-8), "cfg.json", "k is -8; a whole number above 0"),
+    Case("a negative k", sparsify, says("cfg.json", k=-8), "cfg.json", "k is -8, but must be a whole number above 0"),
     Case("k larger than d_sae", sparsify, says("cfg.json", k=97), "cfg.json", "k 97 does not fit num_latents 96"),
-    Case("a text for a number", lens, says("cfg.json", d_in="32"), "cfg.json", "d_in is '32'; a whole number"),
+    Case(
+        "a text for a number", lens, says("cfg.json", d_in="32"), "cfg.json", "d_in is '32', but must be a whole number"
+    ),
     Case("a list for a name", lens, says("cfg.json", architecture=["topk"]), "cfg.json", "architecture is ['topk']"),
-    Case("an unknown activation", sparsify, says("cfg.json", activation="tanh"), "cfg.json", "activation 'tanh'"),
+    Case("an unknown activation", sparsify, says("cfg.json", activation="tanh"), "cfg.json", "activation is 'tanh'"),
     Case("an unknown class", dictionary, says("config.json", trainer__dict_class="New"), "config.json", "supported: "),
     Case("no trainer", dictionary, says("config.json", trainer=None), "config.json", "no object 'trainer'"),
     Case("a negative layer", dictionary, says("config.json", trainer__layer=-1), "config.json", "trainer.layer is -1"),

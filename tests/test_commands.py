@@ -68,7 +68,7 @@ def test_a_wrong_flag_is_one_line_with_the_nearest(command, wrong, meant, capsys
         ("run", ["mine.csv"], "'mine.csv' follows no flag"),
         ("run", ["--sae_name", "a", "inspect", "c"], "'c' follows no flag"),
         ("run", ["--datasets", "mine.csv"], "there is no dataset 'mine.csv'"),
-        ("run", ["--datasets", "mine.csv"], "a table of your own is --dataset_file mine.csv"),
+        ("run", ["--datasets", "mine.csv"], "for your own table use --dataset_file mine.csv"),
         ("run", ["--layers"], "argument --layers: expected one argument"),
         ("run", ["--output_directory="], "argument --output_directory: it is empty: give a path"),
         ("run", ["--cache_dir", ""], "argument --cache_dir: it is empty"),
@@ -160,7 +160,7 @@ def test_an_end_of_the_process_in_a_thread_is_a_failure(asked, monkeypatch, caps
 
     monkeypatch.setattr(Producer, "run", lambda *_: sys.exit(0))
     assert main.main([*asked, "--quiet"]) == 1
-    assert "exits the process" in capsys.readouterr().err
+    assert "called exit" in capsys.readouterr().err
 
 
 def test_finite_numbers_are_not_called_nan(tiny_model, tmp_path, people_csv, capsys):

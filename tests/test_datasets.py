@@ -426,7 +426,7 @@ def test_gurnee_missing_folder_lists_what_is_there(gurnee_dir: Path) -> None:
 
 def test_gurnee_two_folders_for_one_property_are_refused(gurnee_dir: Path) -> None:
     (gurnee_dir / "wikidata_sorted_sex_or_gender.gpt2.128.6000").mkdir()
-    with pytest.raises(RequestError, match="keep one"):
+    with pytest.raises(RequestError, match="remove one"):
         dw.load_probe_texts([dw.GurneeData(name, gurnee_dir) for name in ["gender"]])
 
 
@@ -594,13 +594,13 @@ def test_csv_with_byte_order_mark_and_quoted_newlines(tmp_path: Path, caplog: py
         ("t.csv", b"text,label\na,\nb,NA\nc\n", r"no row of 't' has a label"),
         ("t.csv", b"text,label\n  ,1\nb,0\n", r"line 2: text is '  ', but must have words"),
         ("t.jsonl", b'{"text":3,"label":1}', r"line 1: text is 3, but must have words"),
-        ("t.jsonl", b'{"text":"a \\ud83d","label":1}', r"line 1: text holds half of a surrogate pair"),
+        ("t.jsonl", b'{"text":"a \\ud83d","label":1}', r"line 1: text has an unpaired surrogate"),
         ("t.csv", b"text,label,start,end\nab,1,0,3\n", r"line 2: span 0 to 3 is outside the text's 2 characters"),
         ("t.csv", b"text,label,start,end\nab,1,2,2\n", r"line 2: span 2 to 2 is outside"),
         ("t.csv", b"text,label,start,end\nab,1,-1,1\n", r"line 2: span -1 to 1 is outside"),
         ("t.csv", b"text,label,start,end\na b,1,1,2\n", r"line 2: the span to probe is whitespace"),
         ("t.csv", b"text,label,start,end\nab,1,0,x\n", r"line 2: end is 'x', but must be a whole number"),
-        ("t.csv", b"text,label,start,end\nab,1,0,\n", r"line 2: end is None, expected a whole number"),
+        ("t.csv", b"text,label,start,end\nab,1,0,\n", r"line 2: end is None, but must be a whole number"),
         ("t.csv", b"text,label,start,end\nab,1,0,inf\n", r"line 2: end is 'inf', but must be a whole number"),
         ("t.csv", b"text,label\na,1\nb\xff,0\n", r"line 3: not UTF-8 \(byte 0xff\)"),
         ("t.csv", b"text,label\na,1,2\n", r"line 2: more fields than the header names"),
@@ -699,7 +699,7 @@ def test_words_that_only_look_missing_are_classes(tmp_path: Path) -> None:
 def test_paths_that_are_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no such file"):
         own(tmp_path / "absent.csv")
-    with pytest.raises(RequestError, match="not a folder written by datasets"):
+    with pytest.raises(RequestError, match="neither a folder of datasets' save_to_disk"):
         own(tmp_path)
     splits = hf_datasets.DatasetDict({"train": hf_datasets.Dataset.from_list(ROWS)})
     splits.save_to_disk(str(tmp_path / "splits"))

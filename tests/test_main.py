@@ -234,7 +234,7 @@ def test_a_class_with_fewer_people_than_folds_gets_a_reason_in_place_of_a_number
     found = results(tmp_path / "results" / "pythia-tiny_few.json")
     assert found["layer_0"]["enough"]["delta_sel"] is not None
     cell = found["layer_0"]["few"]
-    assert "groups" in cell["reason"]
+    assert "1 group" in cell["reason"]
     assert cell["delta_sel"] is None
     assert any("not measured" in line for line in found["_run"]["warnings"])
 

@@ -182,7 +182,7 @@ def test_a_hookpoint_that_is_not_there_is_refused_with_those_that_are(tiny_model
 
 def test_a_module_without_a_row_for_each_token_is_refused(save):
     info = save("bloom", **TINY, n_layer=3, n_head=4)
-    with pytest.raises(RequestError, match=r"of shape \[2, 4, 11, 11\], not one row for each of 2 x 11 tokens"):
+    with pytest.raises(RequestError, match=r"has shape \[2, 4, 11, 11\], not one row for each of 2 x 11 tokens"):
         info.widths([Site(0, "h.<layer>.self_attention.attention_dropout")])
 
 
@@ -376,9 +376,9 @@ def test_a_model_and_an_sae_that_are_exchanged_are_told_apart(below, tiny_model,
     sae = tmp_path / "sae"
     (sae / below).mkdir(parents=True)
     (sae / below / "cfg.json").write_text("{}")
-    with pytest.raises(RequestError, match=r"`model` .*looks like an SAE.*are `model` and `saes` exchanged"):
+    with pytest.raises(RequestError, match=r"`model` .*looks like an SAE.*did you exchange `model` and `saes`"):
         open_model(str(sae))
-    with pytest.raises(RequestError, match=r"looks like a language model.*are `saes` and `model` exchanged"):
+    with pytest.raises(RequestError, match=r"looks like a language model.*did you exchange `saes` and `model`"):
         find_members(Path(tiny_model), "mine")
 
 

@@ -227,7 +227,7 @@ def test_names_that_are_given_and_commas_in_paths(ask, tiny_model, people_csv, t
     assert split_alias("runs/lr=1/x") == (None, "runs/lr=1/x")
     assert expand_names([f"mine={tmp_path}/trainer_?"]) == [f"mine={other}"]
     assert expand_names([str(other), f"{other}/", f"{tmp_path}/./trainer_0", "a/b", "a/b/"]) == [str(other), "a/b"]
-    with pytest.raises(RequestError, match="stands for 2 SAEs"):
+    with pytest.raises(RequestError, match="matches 2 SAEs"):
         expand_names([f"mine={_two(tmp_path)}/*"])
     with pytest.raises(RequestError, match="two have the name 'mine'"):
         ds.evaluate(tiny_model, [f"mine={other}", f"mine={tmp_path}/both/x"], people_csv, layers=1, device="cpu")

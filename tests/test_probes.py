@@ -139,7 +139,7 @@ def test_the_preconditioner_is_the_inverse_hessian(inverted):
     penalty[-1] = 0
     hessian = 0.15 * z.double().T @ (z.double() * weight[:, None]) + penalty.diag()
     torch.testing.assert_close(
-        again.scaled(v).double(), torch.linalg.solve(hessian, v.double().T).T, rtol=1e-3, atol=1e-5
+        again.multiply(v).double(), torch.linalg.solve(hessian, v.double().T).T, rtol=1e-3, atol=1e-5
     )
 
 

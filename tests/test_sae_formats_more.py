@@ -211,7 +211,7 @@ def test_the_k_of_a_dictionary_is_the_one_it_was_trained_with(tmp_path: Path) ->
     state = linear_state()
     state["b_dec"] = state.pop("bias")
     save_dictionary(tmp_path / "ae", state | {"k": torch.tensor(K + 1)}, "AutoEncoderTopK")
-    with pytest.raises(RequestError, match=r"ae\.pt: k is 5 here, but config\.json says 4"):
+    with pytest.raises(RequestError, match=r"ae\.pt: k is 5, but config\.json says 4"):
         open_sae(str(tmp_path))
 
 
@@ -296,7 +296,7 @@ def test_a_missing_bias_is_zero_only_if_that_is_said(tmp_path: Path) -> None:
     tensors = linear_tensors()
     del tensors["b_dec"]
     write_plain(tmp_path, tensors)
-    with pytest.raises(RequestError, match=r"d_in is missing, and there is no b_dec in weights\.safetensors"):
+    with pytest.raises(RequestError, match=r"d_in is missing, and weights\.safetensors has no b_dec"):
         open_sae(str(tmp_path))
     write_plain(tmp_path, tensors, d_in=D_IN)
     with pytest.raises(RequestError, match="no tensor 'b_dec'"):
@@ -344,16 +344,16 @@ def test_what_a_plain_config_says_of_its_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectur": "topk"}, "unknown key 'architectur'; known are weights, hook_name"),
+        ({"architectur": "topk"}, "unknown key 'architectur'; the keys are weights, hook_name"),
         ({"architecture": "relu"}, "architecture is 'relu'; supported: 'standard', 'topk'"),
         ({"architecture": "topk"}, "k is missing"),
         ({"architecture": "topk", "k": D_SAE + 1}, f"k {D_SAE + 1} is greater than d_sae {D_SAE}"),
-        ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input is 'yes', which is no bool"),
-        ({"k": True}, "k is True, which is no int"),
+        ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input is 'yes', but must be of type bool"),
+        ({"k": True}, "k is True, but must be of type int"),
         ({"normalize_activations": "z-score"}, "normalize_activations is 'z-score'; supported: 'none'"),
-        ({"scaling_factor": 0}, "scaling_factor 0; a number above 0"),
+        ({"scaling_factor": 0}, "scaling_factor is 0, but must be a number above 0"),
         ({"weights": "../weights.safetensors"}, "the name of a file in the same folder"),
-        ({"weights": ""}, "weights ''; the name of a file in the same folder"),
+        ({"weights": ""}, "weights is '', but must be the name of a file in the same folder"),
         ({"weights": "a\0"}, "the name of a file in the same folder"),
         ({"hook_name": "somewhere"}, "hook_name is 'somewhere', but must be a name such as blocks.5.hook_resid_post"),
         ({"names": {"W_encoder": "x"}}, "names has 'W_encoder': 'x'"),

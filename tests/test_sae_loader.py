@@ -620,7 +620,7 @@ def set_config(**changes: Any) -> Callable[[Path], None]:
     (set_config(k=0), "k is 0"),
     (set_config(k=65), "k 65 does not fit"),
     (set_config(activation="groupmax", k=7), "groupmax with k 7 does not fit num_latents 64"),
-    (set_config(activation="softmax"), "activation 'softmax'"),
+    (set_config(activation="softmax"), "activation is 'softmax'"),
     (set_config(skip_connection=True), "no tensor 'W_skip'"),
 ])  # fmt: skip
 def test_broken_files_are_found_when_opening(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
@@ -633,7 +633,7 @@ def test_broken_files_are_found_when_opening(tmp_path: Path, damage: Callable[[P
 def test_broken_values_are_found_when_loading(tmp_path: Path) -> None:
     write_nan(write_sparsify(tmp_path / "layers.5"))
     source = open_sae(str(tmp_path))
-    with pytest.raises(RequestError, match=r"sae\.safetensors: W_dec holds NaN"):
+    with pytest.raises(RequestError, match=r"sae\.safetensors: W_dec has NaN"):
         source.load(5, "cpu")
     with pytest.raises(RequestError, match=r"layer 4: .* has SAEs for layers 5 only"):
         source.load(4, "cpu")
@@ -656,7 +656,7 @@ def test_missing_settings_have_the_defaults_of_sparsify(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"hook_name": "blocks.5.attn.hook_z", "hook_head_index": 3}, "one attention head"),
-    ({"hook_name": "blocks.5.mlp.hook_pre"}, "hook_name 'blocks.5.mlp.hook_pre' .* as `hookpoint`, such as layers"),
+    ({"hook_name": "blocks.5.mlp.hook_pre"}, "hook_name 'blocks.5.mlp.hook_pre' .* give `hookpoint` .*, such as layers"),
     ({"hook_name": "hook_embed"}, "hook_name 'hook_embed'"),
     ({"normalize_activations": "covariance_whitening"}, r"activation_whitening\.safetensors"),
     ({"normalize_activations": "constant_scalar_rescale"}, "constant_scalar_rescale"),

@@ -208,7 +208,7 @@ def test_gemma_scope(downloads: Path, name: str, place: str, reads: str | None, 
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("gpt2-small-res-jb", r"2 kinds of SAEs; name one of them, such as gpt2-small-res-jb/blocks\.<layer>"),
+    ("gpt2-small-res-jb", r"2 kinds of SAEs: choose one, such as gpt2-small-res-jb/blocks\.<layer>"),
     ("gpt2-small-res-jb/blocks.99.hook_resid_pre", "no such id; it has blocks.0.hook_resid_pre"),
     (f"{CANONICAL}/layer_<layer>/width_17k/canonical", "no such id"),
     ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "hook_name 'hook_embed' is not supported"),
@@ -228,5 +228,5 @@ def test_broken_weights_are_told_before_a_model_is_loaded(downloads: Path) -> No
     tensors["W_dec"][3, 3] = torch.nan
     save_file(tensors, folder / "sae_weights.safetensors")
     source = open_sae("pythia-70m-deduped-mlp-sm/blocks.2.hook_mlp_out")
-    with pytest.raises(RequestError, match=r"blocks\.2\.hook_mlp_out: W_dec holds NaN"):
+    with pytest.raises(RequestError, match=r"blocks\.2\.hook_mlp_out: W_dec has NaN"):
         source.prepare()

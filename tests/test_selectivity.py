@@ -342,7 +342,7 @@ def test_shapes_that_do_not_fit_are_refused():
     ("sizes", "weights", "reason"),
     [
         ((290, *[1] * 10), None, "11 groups of such unequal size that they are equivalent to only 1.1 of equal size"),
-        ((*[40] * 20, 19, *[1] * 5), None, "one person has most of the positive class"),
+        ((*[40] * 20, 19, *[1] * 5), None, "one group has most rows of the positive class"),
         ((*[10] * 20, *[10] * 20), [1e4] * 10 + [1.0] * 390, "equivalent to only 1 of equal size; 6 are needed"),
     ],
 )

@@ -188,7 +188,7 @@ def test_a_decoder_bias_is_never_subtracted_from_the_input(tmp_path: Path) -> No
 def test_layers_of_one_source_read_the_same_place(tmp_path: Path) -> None:
     write_sparsify(tmp_path / "layers.3.mlp", transcode=True)
     write_sparsify(tmp_path / "layers.4.mlp")
-    with pytest.raises(RequestError, match=r"have one input_hookpoint, these have mlp_in .* and None"):
+    with pytest.raises(RequestError, match=r"have different values of input_hookpoint: mlp_in .* and None"):
         open_sae(str(tmp_path))
 
 

@@ -84,8 +84,8 @@ def test_columns_are_parsed(spec: str, pairs: tuple[tuple[str, str], ...]) -> No
         ("sentence", "write ours=yours"),
         ("text=", "write ours=yours"),
         ("=sentence", "there is no column ''"),
-        ("words=sentence", "there is no column 'words': name text, label, group, start, end, task"),
-        ("text=a,text=b", "text is 'a' already"),
+        ("words=sentence", "there is no column 'words'; there are text, label, group, start, end, task"),
+        ("text=a,text=b", "text is already mapped to 'a'"),
     ],
 )
 def test_columns_that_are_none_are_refused(spec: str, words: str) -> None:
@@ -195,7 +195,7 @@ def test_a_name_on_the_hub_goes_the_same_way(tmp_path: Path, monkeypatch: pytest
     texts = own("meteo/weather:sea", columns=THEIR_COLUMNS)
     assert [m.text for m in texts.mentions] == ["x", "y", "z"]
     assert texts.datasets[0].slug == "weather_sea"
-    with pytest.raises(RequestError, match=r"several configs, name one as meteo/weather:alps: alps, sea"):
+    with pytest.raises(RequestError, match=r"several configs, give one as meteo/weather:alps: alps, sea"):
         own("meteo/weather", columns=THEIR_COLUMNS)
 
 

@@ -167,7 +167,7 @@ def test_the_constant_that_activations_of_sae_lens_are_scaled_by(tmp_path: Path)
 
 def test_an_object_of_sae_lens_that_does_not_say_where_it_belongs() -> None:
     sae = make_lens("topk", hook_name=None)
-    with pytest.raises(RequestError, match="`layer` is missing: the TopKTrainingSAE does not say"):
+    with pytest.raises(RequestError, match="`layer` is missing: TopKTrainingSAE does not name"):
         wrap_sae(sae)
     assert (wrap_sae(sae, layer=2).layers, wrap_sae(sae, layer=2).hookpoint) == ((2,), "resid_post")
     assert wrap_sae(sae, hookpoint="blocks.4.hook_mlp_out").hookpoint == "mlp_out"
@@ -299,9 +299,9 @@ def test_where_an_object_of_sparsify_belongs() -> None:
     assert wrap_sae(coder, layer=0).hookpoint == "resid_post"
     assert wrap_sae(coder, layer=0).name == "sparsecoder_layer_0"
     assert wrap_sae(coder, hookpoint="layers.2.attention").layers == (2,)
-    with pytest.raises(RequestError, match="`layer` is missing: the SparseCoder does not say"):
+    with pytest.raises(RequestError, match="`layer` is missing: SparseCoder does not name"):
         wrap_sae(coder)
-    with pytest.raises(RequestError, match="`hookpoint` is missing: the SparseCoder does not say which module"):
+    with pytest.raises(RequestError, match="`hookpoint` is missing: SparseCoder does not name the module"):
         wrap_sae(make_sparse_coder(transcode=True), layer=0)
     with pytest.raises(RequestError, match="`input_hookpoint` mlp_in: the object is an autoencoder"):
         wrap_sae(coder, layer=0, hookpoint="mlp_out", input_hookpoint="mlp_in")
@@ -316,7 +316,9 @@ def test_an_object_of_sparsify_with_methods_of_its_own_is_asked_for_dense_codes(
         def encode(self, x: Tensor) -> Any:
             return super().encode(x + 1)
 
-    with pytest.raises(RequestError, match="`obj` Noisy: encode gives a EncoderOutput; a dense tensor"):
+    with pytest.raises(
+        RequestError, match="`obj` Noisy: encode returned a EncoderOutput; it must return a dense tensor"
+    ):
         wrap_sae(Noisy(D_IN, sparsify.SparseCoderConfig(k=K, expansion_factor=4)), layer=0)
 
 
@@ -357,7 +359,7 @@ def test_a_dictionary_that_transcodes(library: Any) -> None:
 def test_the_identity_of_dictionary_learning_has_no_weights(library: Any) -> None:
     from dictionary_learning.dictionary import IdentityDict
 
-    with pytest.raises(RequestError, match="`version` is missing: the IdentityDict has no state_dict of tensors"):
+    with pytest.raises(RequestError, match="`version` is missing: IdentityDict has no state_dict of tensors"):
         wrap_sae(IdentityDict(D_IN), layer=0)
     x = activations()
     sae = wrap_sae(IdentityDict(D_IN), layer=0, version="1").load(0, "cpu")
@@ -384,9 +386,9 @@ def test_our_own_saes_stay_as_they_are() -> None:
     assert source.fingerprint() != before
     never = linear_sae(W_enc, W_dec, Threshold(torch.full((D_SAE,), torch.inf)))
     assert wrap_sae(never).load(0, "cpu").encode(x).value.numel() == 0
-    with pytest.raises(RequestError, match="`layer` 3: the object says 0"):
+    with pytest.raises(RequestError, match="`layer` is 3, but the object says 0"):
         wrap_sae(sae, layer=3)
-    with pytest.raises(RequestError, match=r"`obj` Sae: .*W_enc holds NaN"):
+    with pytest.raises(RequestError, match=r"`obj` Sae: .*W_enc has NaN"):
         wrap_sae(linear_sae(W_enc * torch.nan, W_dec, TopK(K))).prepare()
 
 
@@ -664,13 +666,13 @@ class Exits(Linear):
 
 @pytest.mark.parametrize("where", ["encode", "decode", "state_dict", "train"])
 def test_an_object_that_exits_is_a_failure(where: str) -> None:
-    with pytest.raises(RequestError, match=r"`obj` Exits: .* exits the process \(SystemExit 0\)"):
+    with pytest.raises(RequestError, match=r"`obj` Exits: .* called exit \(SystemExit 0\)"):
         wrap_sae(Exits(where), layer=1, d_in=None)
 
 
 def test_an_object_that_exits_while_it_is_measured_is_a_failure() -> None:
     sae = wrap_sae(Exits("later"), layer=1).load(1, "cpu")
-    with pytest.raises(RequestError, match="the Exits exits the process"):
+    with pytest.raises(RequestError, match="Exits called exit"):
         sae.encode(activations())
 
 
@@ -713,39 +715,39 @@ MADE = {"layer": 1, "d_in": D_IN}
     (OnlyForward(), MADE, "`obj` OnlyForward has no encode and no decode"),
     ("EleutherAI/sae", MADE, "`obj` str has no decode.*load_sae opens an SAE by its name"),
     (Own, MADE, "`obj` Own is a class: give an instance"),
-    (Gives(lambda codes: (codes, codes)), MADE, "`d_in` 16: Gives: encode gives a tuple; a dense tensor"),
-    (Gives(lambda codes: (codes, codes)), {"layer": 1}, "`obj` Gives: encode gives a tuple"),
-    (Gives(lambda codes: codes[0]), MADE, r"encode gives a tensor of shape \[64\]; a dense tensor \[2, width\]"),
-    (Gives(lambda codes: codes.to_sparse()), MADE, "gives a sparse tensor"),
-    (Gives(raises), MADE, "encode of .* fails: ValueError: one line and another"),
-    (Gives(lambda codes: codes, lambda recon: (recon,)), MADE, "`obj` Gives: decode gives a tuple"),
-    (Gives(lambda codes: codes, raises), MADE, "`obj` Gives: decode of .* fails: ValueError"),
-    (Bare(Own(D_IN)), MADE, "`version` is missing: the Bare has no state_dict of tensors"),
+    (Gives(lambda codes: (codes, codes)), MADE, "`d_in` 16: Gives: encode returned a tuple; it must return a dense tensor"),
+    (Gives(lambda codes: (codes, codes)), {"layer": 1}, "`obj` Gives: encode returned a tuple"),
+    (Gives(lambda codes: codes[0]), MADE, r"encode returned a tensor of shape \[64\]; it must return a dense tensor \[2, width\]"),
+    (Gives(lambda codes: codes.to_sparse()), MADE, "returned a sparse tensor"),
+    (Gives(raises), MADE, "encode of .* failed: ValueError: one line and another"),
+    (Gives(lambda codes: codes, lambda recon: (recon,)), MADE, "`obj` Gives: decode returned a tuple"),
+    (Gives(lambda codes: codes, raises), MADE, "`obj` Gives: decode of .* failed: ValueError"),
+    (Bare(Own(D_IN)), MADE, "`version` is missing: Bare has no state_dict of tensors"),
     (Bare(Own(D_IN)), {"layer": 1, "version": "1"}, "`d_in` is missing: it cannot be found"),
     (Anything(), {"layer": 1}, "`d_in` is missing"),
-    (Own(D_IN), {}, "`layer` is missing: the Own does not say"),
-    (Own(D_IN), {"layer": -1}, "`layer` is -1; a whole number from 0 on"),
-    (Own(D_IN), {"layer": True}, "`layer` is True; a whole number"),
-    (Own(D_IN), {"layer": 1.5}, "`layer` is 1.5; a whole number"),
-    (Own(D_IN), {"layer": 1, "d_in": 7}, r"`d_in` 7: Own: encode of \[2, 7\] fails: RuntimeError"),
-    (Own(D_IN), {"layer": 1, "d_in": 0}, "`d_in` is 0; a whole number from 1 on"),
-    (Own(D_IN), {"layer": 1, "d_out": 7}, "`d_out` 7: decode of the Own gives 16 columns"),
+    (Own(D_IN), {}, "`layer` is missing: Own does not name"),
+    (Own(D_IN), {"layer": -1}, "`layer` is -1, but must be a whole number, at least 0"),
+    (Own(D_IN), {"layer": True}, "`layer` is True, but must be a whole number"),
+    (Own(D_IN), {"layer": 1.5}, "`layer` is 1.5, but must be a whole number"),
+    (Own(D_IN), {"layer": 1, "d_in": 7}, r"`d_in` 7: Own: encode of \[2, 7\] failed: RuntimeError"),
+    (Own(D_IN), {"layer": 1, "d_in": 0}, "`d_in` is 0, but must be a whole number, at least 1"),
+    (Own(D_IN), {"layer": 1, "d_out": 7}, "`d_out` is 7, but decode of Own returned 16 columns"),
     (Own(D_IN), {"layer": 1, "k": "many"}, "`k` is 'many'"),
     (Own(D_IN), {"layer": 1, "hookpoint": ""}, "`hookpoint` is '', but must be the name"),
-    (Own(D_IN), {"layer": 1, "hookpoint": "blocks.2.hook_mlp_out"}, "`layer` 1: `hookpoint` blocks.2.* is of layer 2"),
+    (Own(D_IN), {"layer": 1, "hookpoint": "blocks.2.hook_mlp_out"}, "`layer` 1: `hookpoint` blocks.2.* names layer 2"),
     (Own(D_IN), {"layer": 1, "scaling_factor": 2.0}, "`scaling_factor` 2.0: this object does not use one"),
-    (Own(D_IN), {"layer": 1, "scaling_factor": 0}, "`scaling_factor` is 0; a number above 0"),
-    (Own(D_IN), {"layer": 1, "prepend_bos": "yes"}, "`prepend_bos` is 'yes', which is no bool"),
-    (Own(D_IN), {"layer": 1, "model_name": 3}, "`model_name` is 3, which is no str"),
-    (Own(D_IN), {"layer": 1, "version": 2}, "`version` is 2; a string"),
+    (Own(D_IN), {"layer": 1, "scaling_factor": 0}, "`scaling_factor` is 0, but must be a number above 0"),
+    (Own(D_IN), {"layer": 1, "prepend_bos": "yes"}, "`prepend_bos` is 'yes', but must be of type bool"),
+    (Own(D_IN), {"layer": 1, "model_name": 3}, "`model_name` is 3, but must be of type str"),
+    (Own(D_IN), {"layer": 1, "version": 2}, "`version` is 2, but must be a string"),
     (Own(D_IN), {"layer": 1, "name": "a,b"}, "`name` is 'a,b', but must have a letter"),
     (Own(D_IN), {"layer": 1, "name": ""}, "`name` is ''"),
     (Own(D_IN), {"layer": 1, "name": " a"}, "`name` is ' a'"),
     (Own(D_IN), {"layer": 1, "name": "..."}, "`name` is '...'"),
     (Own(D_IN), {"layer": 1, "name": 3}, "`name` is 3"),
-    (Linear(activation_dim=D_IN), {"layer": 1, "d_in": 7}, "`d_in` 7: the object says 16"),
+    (Linear(activation_dim=D_IN), {"layer": 1, "d_in": 7}, "`d_in` is 7, but the object says 16"),
     (Own(D_IN).to("meta"), {"layer": 1}, "`obj` Own: W_enc is a meta tensor"),
-    (Locked(), {"layer": 1}, "`obj` Locked: to copy it in evaluation mode fails: TypeError"),
+    (Locked(), {"layer": 1}, "`obj` Locked: copying it in evaluation mode failed: TypeError"),
 ])  # fmt: skip
 def test_what_cannot_be_wrapped(sae: Any, given: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
@@ -755,17 +757,17 @@ def test_what_cannot_be_wrapped(sae: Any, given: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"layer": 4}, "`layer` 4: the object says 5"),
-    ({"hookpoint": "mlp_out"}, "`hookpoint` mlp_out: the object says resid_post"),
-    ({"hookpoint": "blocks.6.hook_resid_post"}, "`layer` 6: the object says 5"),
-    ({"d_in": 7}, "`d_in` 7: the object says 16"),
-    ({"d_out": 7}, "`d_out` 7: the object says 16"),
-    ({"k": 5}, "`k` 5: the object says 4"),
-    ({"architecture": "mine"}, "`architecture` mine: the object says topk"),
-    ({"prepend_bos": False}, "`prepend_bos` False: the object says True"),
-    ({"trained_on_bos": False}, "`trained_on_bos` False: the object says True"),
-    ({"model_name": "gpt2"}, "`model_name` gpt2: the object says pythia-70m-deduped"),
-    ({"context_size": 64}, "`context_size` 64: the object says 128"),
+    ({"layer": 4}, "`layer` is 4, but the object says 5"),
+    ({"hookpoint": "mlp_out"}, "`hookpoint` is mlp_out, but the object says resid_post"),
+    ({"hookpoint": "blocks.6.hook_resid_post"}, "`layer` is 6, but the object says 5"),
+    ({"d_in": 7}, "`d_in` is 7, but the object says 16"),
+    ({"d_out": 7}, "`d_out` is 7, but the object says 16"),
+    ({"k": 5}, "`k` is 5, but the object says 4"),
+    ({"architecture": "mine"}, "`architecture` is mine, but the object says topk"),
+    ({"prepend_bos": False}, "`prepend_bos` is False, but the object says True"),
+    ({"trained_on_bos": False}, "`trained_on_bos` is False, but the object says True"),
+    ({"model_name": "gpt2"}, "`model_name` is gpt2, but the object says pythia-70m-deduped"),
+    ({"context_size": 64}, "`context_size` is 64, but the object says 128"),
     ({"input_hookpoint": "mlp_in"}, "`input_hookpoint` mlp_in: the object is an autoencoder"),
 ])  # fmt: skip
 def test_what_contradicts_the_object(given: dict[str, Any], message: str) -> None:
@@ -817,7 +819,7 @@ def recon_of_file(name: str, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "layer", "given", "message"), [
-    ("*", 1, {}, r"`name` \* stands for 2 SAEs: one, two"),
+    ("*", 1, {}, r"`name` \* matches 2 SAEs: one, two"),
     ("one", 3, {}, "`layer` 3: one has SAEs for layers 1, 2 only"),
     ("one", 1, {"device": "nowhere"}, "`device` nowhere: "),
     ("one", 1, {"dtype": torch.int8}, "`dtype` is torch.int8"),

@@ -88,7 +88,7 @@ def runnable_copy(module: nn.Module, label: str, share: bool = True) -> nn.Modul
     memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in _with_history(module)}
     if fits and share:
         memo |= {id(parameter): parameter for parameter in module.parameters()}
-    copied = attempt(f"`obj` {label}: a copy in evaluation mode", lambda: copy.deepcopy(module, memo).eval())
+    copied = attempt(f"`obj` {label}: copying it in evaluation mode", lambda: copy.deepcopy(module, memo).eval())
     return copied if fits else copied.to(torch.float32)
 
 

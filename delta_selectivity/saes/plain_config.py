@@ -123,7 +123,7 @@ def _check_keys(config: Mapping[str, Any], path: Path) -> None:
             raise RequestError(f"{path}: unknown key {key!r}; the keys are {', '.join(KINDS)}")
         kinds = KINDS[key]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise RequestError(f"{path}: {key} is {value!r}, but must be a {kinds[-1].__name__}")
+            raise RequestError(f"{path}: {key} is {value!r}, but must be of type {kinds[-1].__name__}")
     for key in NEEDED:
         if key not in config:
             raise RequestError(f"{path}: {key} is missing; required: hook_name, {', '.join(NEEDED)}")

@@ -138,7 +138,7 @@ class _Place:
 
 def _check_kind(field: str, given: Any, kind: type) -> None:
     if given is not None and not isinstance(given, kind):
-        raise RequestError(f"`{field}` is {given!r}, but must be a {kind.__name__}")
+        raise RequestError(f"`{field}` is {given!r}, but must be of type {kind.__name__}")
 
 
 def _whole_number(field: str, given: Any, at_least: int = 1) -> int | None:

@@ -27,7 +27,7 @@ def select_rows(source: Task, n: int | None, seed: int, allow_one_class: bool = 
     if not (allow_one_class or _keeps_every_class(source, shares)):
         raise RequestError(
             f"`shuffle_select_n` {n} leaves a probe of {source.slug} without one of its classes: "
-            f"give at least {_min_rows(source, n)}"
+            f"give at least {_min_rows(source, n)} rows"
         )
     kept = tuple(
         _draw(row_set, share, _generator(seed, source.slug, row_set.name))

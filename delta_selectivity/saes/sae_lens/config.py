@@ -132,7 +132,7 @@ def _check_types(config: Mapping[str, Any], path: Path) -> None:
     ):
         for where in (config, metadata if isinstance(metadata, dict) else {}):
             if where.get(key) is not None and not isinstance(where[key], kind):
-                raise RequestError(f"{path}: {key} is {where[key]!r}, but must be a {kind.__name__}")
+                raise RequestError(f"{path}: {key} is {where[key]!r}, but must be of type {kind.__name__}")
 
 
 def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
