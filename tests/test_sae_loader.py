@@ -656,7 +656,7 @@ def test_missing_settings_have_the_defaults_of_sparsify(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"hook_name": "blocks.5.attn.hook_z", "hook_head_index": 3}, "one attention head"),
-    ({"hook_name": "blocks.5.mlp.hook_pre"}, "hook_name 'blocks.5.mlp.hook_pre' .* give `hookpoint` .*, such as layers"),
+    ({"hook_name": "blocks.5.mlp.hook_pre"}, "hook_name 'blocks.5.mlp.hook_pre' .* give `hookpoint` .* layers"),
     ({"hook_name": "hook_embed"}, "hook_name 'hook_embed'"),
     ({"normalize_activations": "covariance_whitening"}, r"activation_whitening\.safetensors"),
     ({"normalize_activations": "constant_scalar_rescale"}, "constant_scalar_rescale"),
