@@ -197,7 +197,9 @@ def test_what_is_not_finite_is_one_line_and_names_the_sae(tiny_model, data, tmp_
     weights = load_file(sae / "layers.1" / "sae.safetensors")
     weights["b_dec"][3] = 1e38  # finite, and its norm is not
     save_file(weights, sae / "layers.1" / "sae.safetensors")
-    with pytest.raises(ArithmeticError, match=r"^layer 1: .* next, run on from the reconstruction by .*sae$"):
+    with pytest.raises(
+        ArithmeticError, match=r"^layer 1: .* in the model's predictions with the reconstruction by .*sae$"
+    ):
         measured(planned(tiny_model, sae, data))
 
 
@@ -284,7 +286,7 @@ def test_a_run_keeps_the_figures_and_only_then_needs_the_lm_head(tiny_model, tmp
 
 def test_a_place_whose_value_cannot_be_replaced_is_refused(tiny_model, data, tmp_path):
     sae = write_sparsify(tmp_path / "sae", [1])
-    with pytest.raises(RequestError, match="`downstream`: what is at resid_mid"):
+    with pytest.raises(RequestError, match="`downstream`: the value at resid_mid"):
         planned(tiny_model, sae, data, hookpoint="resid_mid")
 
 
