@@ -15,7 +15,7 @@ from runs import Request, assert_close, numbers
 
 from delta_selectivity.models.language_model import LanguageModel, Site
 from delta_selectivity.probing import selectivity
-from delta_selectivity.probing.backends import lbfgs
+from delta_selectivity.probing.backends import lbfgs, torch_dense
 from delta_selectivity.probing.backends.problem import ProbeProblem
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
 from delta_selectivity.run import row_store
@@ -49,6 +49,7 @@ def with_room_for(monkeypatch, columns, error):
             raise error
         return search(*args)
 
+    monkeypatch.setattr(torch_dense.DenseColumns, "for_kernel", lambda *args: None)  # it has its own search
     monkeypatch.setattr(lbfgs, "_line_search", bounded)
     return widths
 
@@ -260,7 +261,7 @@ def test_a_gpu_with_little_left_is_not_asked_for_room(monkeypatch):
 def test_rows_leave_a_gpu_whose_memory_runs_out_and_nothing_is_lost(monkeypatch, caplog, method, max_bytes):
     PlayedGpu(monkeypatch, room=2)
     x, recon = torch.randn(50, 8), torch.randn(50, 8)
-    part = {"put": "_keep", "get": "_pick"}[method]
+    part = {"put": "_write_rows", "get": "_read_rows"}[method]
     work, failed = getattr(row_store.RowStore, part), []
 
     def refuse_once(self, *args):
