@@ -15,10 +15,12 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 from result_sets import DEMO, write_set
 
@@ -186,6 +188,18 @@ def test_plots_in_the_page_have_titles_text_and_links_to_their_numbers(demo):
 
 def test_the_page_is_the_same_every_time(demo, tmp_path):
     assert page_of(DEMO, tmp_path / "again.html")[0] == demo[0]
+
+
+def test_the_plots_are_the_same_whatever_style_the_user_has_set(tmp_path):
+    def drawn():
+        return {name: plot.svg() for name, plot in plots.items()}
+
+    plots = plots_in(write_set(tmp_path / "in"))
+    plain = drawn()
+    styled = {"figure.constrained_layout.use": True, "axes.facecolor": "red", "font.size": 20}
+    with matplotlib.rc_context(styled), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert drawn() == plain
 
 
 def test_a_heatmap_prints_every_value_and_marks_what_is_not_significant():

@@ -177,16 +177,18 @@ def test_it_runs_on_the_kept_results(path, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@each
-def test_it_runs_on_results_of_another_model(path, monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", ["analyze_results", "compare_saes"])
+def test_it_runs_on_results_of_another_model(name, monkeypatch, tmp_path):
+    results = Path("results", "smollm2")  # relative to the repository; kept without scores
+    assert executed(EXPLORE / f"{name}.ipynb", monkeypatch, tmp_path, results)[1] > 0
+
+
+@pytest.mark.slow
+def test_without_scores_there_are_no_rows_to_show(monkeypatch, tmp_path):
     from nbclient.exceptions import CellExecutionError
 
-    results = Path("results", "smollm2")  # relative to the repository; kept without scores
-    if path.stem == "what_was_lost":
-        with pytest.raises(CellExecutionError, match="results/smollm2: no stored scores, so no rows"):
-            executed(path, monkeypatch, tmp_path, results)
-    else:
-        assert executed(path, monkeypatch, tmp_path, results)[1] > 0
+    with pytest.raises(CellExecutionError, match="results/smollm2: no stored scores, so no rows"):
+        executed(EXPLORE / "what_was_lost.ipynb", monkeypatch, tmp_path, Path("results", "smollm2"))
 
 
 @pytest.fixture(scope="module")

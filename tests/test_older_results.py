@@ -49,7 +49,7 @@ def test_tables_and_page_show_it(version, tmp_path, capsys):
     unpacked(version, tmp_path)
     assert report.main([str(tmp_path)], "report.py") == 0
     assert report.main([str(tmp_path), "-o", str(tmp_path / "page.html")], "report.py") == 0
-    assert re.search(r"^\| +0 \| gender ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^\| +0 +\| gender ", capsys.readouterr().out, re.MULTILINE)
     assert "tiny-pythia-saes-k8" in (tmp_path / "page.html").read_text("utf-8")
 
 
