@@ -313,7 +313,7 @@ def _refuse_too_few_people(texts: ProbeTexts, n_folds: int) -> None:
     reasons = [f"{name}: {skipped.reason}" for name, skipped in found.items() if skipped is not None]
     if len(reasons) == len(found):
         raise RequestError(
-            f"`tasks`: none of the probes can be measured ({reasons[0]}): give rows of more people (column group), "
+            f"none of the probes can be measured ({reasons[0]}): give rows of more people (column group), "
             "or set fewer `folds`"
         )
 
