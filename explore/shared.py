@@ -53,6 +53,7 @@ def show_page(folder: Path, height: int = 900) -> HTML:
     """Return the page of all results below a folder, as `Results.report` writes it, in a frame."""
     with TemporaryDirectory() as place:
         page = Results.load(folder).report(Path(place) / "report.html").read_text("utf-8")
+    page = page.replace("<head>", '<head><base href="about:srcdoc">', 1)  # without it, its links lead to the notebook
     frame = f'<iframe srcdoc="{html.escape(page)}" style="width: 100%; height: {height}px; border: 0"></iframe>'
     return HTML(f"<div>{frame}</div>")
 

@@ -60,7 +60,7 @@ def test_a_loader_is_all_that_a_new_task_takes(monkeypatch):
     assert [line.split()[:4] for line in dw.describe_datasets(["jobs"]).splitlines()[1:2]] == [
         ["-", "jobs", "people", "is_job"]
     ]
-    with pytest.raises(RequestError, match="4 is_alive, .*jobs, .*wikidata"):
+    with pytest.raises(RequestError, match=r"4 is_alive, .*jobs, .*wikidata"):
         dw.parse_dataset_names("nothing_like_it")
 
 
