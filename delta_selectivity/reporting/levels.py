@@ -116,7 +116,7 @@ def _draw(probe: str, dataset: str, curves: Sequence[Curve], limits: tuple[float
     own = [curve for curve in curves if curve.with_band]
     n_rows = len(own) + math.ceil(len(baselines) / 3)
     figure = canvas(WIDTH, HEIGHT + LEGEND_ROW * n_rows + 6)
-    entitle(figure, probe, dataset)
+    entitle(figure, probe, f"balanced accuracy, {dataset}")
     axes = axes_at(figure, 40, 42, WIDTH - 48, HEIGHT - 78)
     axes.set(ylim=limits, xlabel="layer")
     axes.grid(axis="y")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -36,9 +38,8 @@ class History:
         """
         if not self.n:
             return -newton
-        slots = [step % self.memory for step in range(max(self.n - self.memory, 0), self.n)]
         step = _step_on_cpu if gradient.device.type == "cpu" else _step
-        return step(gradient, newton, self._kept, self._gamma, slots)
+        return step(gradient, newton, self._kept, self._gamma, self.n)
 
     def push(self, s: Tensor, y: Tensor, py: Tensor) -> None:
         """Store a step; columns without positive curvature (those that did not move) keep their `gamma`."""
@@ -50,13 +51,36 @@ class History:
         self.n += 1
 
 
+@dataclass
+class CompiledHistory:
+    """The same for `descent_kernels.descend`, whose columns end one by one and so count their own steps."""
+
+    memory: int
+    _arrays: tuple[NDArray[Any], ...] = ()
+
+    def arrays(self, theta: Tensor) -> tuple[NDArray[Any], ...]:
+        """Return s, y, P y [memory, columns, p], 1 / s.y [memory, columns], gamma and the numbers of steps [columns].
+
+        theta [columns, p] gives shape and dtype at the first call; the kernel writes into the arrays.
+        """
+        if not self._arrays:
+            like = theta.numpy()
+            columns, dtype = len(like), like.dtype
+            kept = tuple(np.zeros((self.memory, *like.shape), dtype) for _ in range(3))
+            rho, gamma = np.zeros((self.memory, columns), dtype), np.ones(columns, dtype)
+            self._arrays = (*kept, rho, gamma, np.zeros(columns, np.int64))
+        return self._arrays
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return inner products by column, [columns, 1]."""
     return (a * b).sum(dim=1, keepdim=True)
 
 
-def _step(gradient: Tensor, newton: Tensor, kept: tuple[Tensor, ...], gamma: Tensor, slots: list[int]) -> Tensor:
+def _step(gradient: Tensor, newton: Tensor, kept: tuple[Tensor, ...], gamma: Tensor, n_steps: int) -> Tensor:
     """Compute `history_kernels.two_loops` in torch."""
+    memory = len(kept[0])
+    slots = [step % memory for step in range(max(n_steps - memory, 0), n_steps)]
     all_s, all_y, all_py, all_rho = kept
     q, r, weights = gradient, newton, {}
     for slot in reversed(slots):
@@ -68,11 +92,11 @@ def _step(gradient: Tensor, newton: Tensor, kept: tuple[Tensor, ...], gamma: Ten
     return -r
 
 
-def _step_on_cpu(gradient: Tensor, newton: Tensor, kept: tuple[Tensor, ...], gamma: Tensor, slots: list[int]) -> Tensor:
+def _step_on_cpu(gradient: Tensor, newton: Tensor, kept: tuple[Tensor, ...], gamma: Tensor, n_steps: int) -> Tensor:
     from delta_selectivity.probing.backends.history_kernels import two_loops  # here: Numba takes a while to load
 
     vectors = gradient.contiguous().numpy(), newton.contiguous().numpy()
-    return torch.from_numpy(two_loops(*vectors, tuple(t.numpy() for t in kept), gamma.numpy(), np.array(slots)))
+    return torch.from_numpy(two_loops(*vectors, tuple(t.numpy() for t in kept), gamma.numpy(), n_steps))
 
 
 def _remember(s: Tensor, y: Tensor, py: Tensor, kept: tuple[Tensor, ...], gamma: Tensor, slot: int) -> None:

@@ -15,12 +15,13 @@ Tried without gain: reusing the rescaled history for the next C saved a tenth of
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from delta_selectivity.probing.backends.history import History, dot
+from delta_selectivity.probing.backends.history import CompiledHistory, History, dot
 
 _SLOPE_LEFT = 0.5  # accept a step once the slope along the line is reduced to this fraction
 _MAX_TRIALS = 30  # of one line search
@@ -131,6 +132,19 @@ class Columns(Protocol[P]):
         """Return coefficients [columns, d] and intercepts [columns] in units of the raw x."""
         ...
 
+    def for_kernel(self, preconditioner: P) -> KernelInput | None:
+        """Return what the compiled loop needs; None where it does not apply."""
+        ...
+
+
+class KernelInput(NamedTuple):
+    """The first arguments of `descent_kernels.descend`."""
+
+    features: tuple[NDArray[Any], ...]
+    loss: tuple[NDArray[Any], ...]
+    logistic: bool
+    origin: tuple[NDArray[Any], ...]
+
 
 class RoughColumns(Columns[P], Protocol[P]):
     """Logistic regressions in float32."""
@@ -174,7 +188,7 @@ def minimise(
 ) -> Optimum:
     """Find the optimum of each column from theta and its margins; L-BFGS stores `memory` pairs."""
     start = Optimum(theta, margins, *(torch.zeros(len(theta), dtype=kind, device=theta.device) for kind in _COUNTS))
-    rough, history = columns.rough(), History(memory)
+    rough, history = columns.rough(), _Memory.of(memory)
     if rough is None:
         return _exactly(columns, start, preconditioner, limits, history)
     point = _Point.at(rough, theta.float(), margins.float(), preconditioner)
@@ -182,25 +196,25 @@ def minimise(
     found = _descend(rough, point, start.n_iter, preconditioner, to_parabola, history)
     if not bool(found.theta.isfinite().all()):
         start = replace(start, margins=columns.margins(theta))  # the final step at the previous C did not update them
-        return _exactly(columns, start, preconditioner, limits, History(memory))
+        return _exactly(columns, start, preconditioner, limits, _Memory.of(memory))
     theta = found.theta.double()
     start = replace(found, theta=theta, margins=columns.margins(theta))
     found = _refine(columns, rough, start, preconditioner, limits, history)
     far = _far(found.theta, start.theta)
     if not len(far):
         return found
-    exact = _exactly(columns.select(far), start.select(far), preconditioner, limits, History(memory))
+    exact = _exactly(columns.select(far), start.select(far), preconditioner, limits, _Memory.of(memory))
     return found.replaced(far, exact)
 
 
-def _exactly(columns: Columns[P], start: Optimum, preconditioner: P, limits: Limits, history: History) -> Optimum:
+def _exactly(columns: Columns[P], start: Optimum, preconditioner: P, limits: Limits, history: _Memory) -> Optimum:
     """Minimise entirely in the columns' own precision."""
     point = _Point.at(columns, start.theta, start.margins, preconditioner)
     return _descend(columns, point, start.n_iter, preconditioner, limits, history)
 
 
 def _refine(
-    columns: Columns[P], rough: RoughColumns[P], start: Optimum, preconditioner: P, limits: Limits, history: History
+    columns: Columns[P], rough: RoughColumns[P], start: Optimum, preconditioner: P, limits: Limits, history: _Memory
 ) -> Optimum:
     """Minimise the quadratic model of the objective around `start`, where the gradient is in float64."""
     exact = _Point.at(columns, start.theta, start.margins, preconditioner)
@@ -216,6 +230,18 @@ def _refine(
 def _far(theta: Tensor, before: Tensor) -> Tensor:
     """Return the columns that moved too far for the quadratic model: int64."""
     return ((theta - before).norm(dim=1) > _NEAR * theta.norm(dim=1) + _FLOOR).nonzero()[:, 0]
+
+
+class _Memory(NamedTuple):
+    """What a descent remembers of its steps, in the form that it needs."""
+
+    steps: History
+    compiled: CompiledHistory
+
+    @classmethod
+    def of(cls, memory: int) -> _Memory:
+        """Return an empty one for so many steps."""
+        return cls(History(memory), CompiledHistory(memory))
 
 
 @dataclass(frozen=True)
@@ -240,9 +266,37 @@ class _Point:
 
 
 def _descend(
-    columns: Columns[P], point: _Point, n_iter: Tensor, preconditioner: P, limits: Limits, history: History
+    columns: Columns[P], point: _Point, n_iter: Tensor, preconditioner: P, limits: Limits, memory: _Memory
 ) -> Optimum:
     """Iterate from a point reached after n_iter (int64 [columns]) iterations until the limits are met."""
+    given = columns.for_kernel(preconditioner)
+    if given is not None:
+        return _descend_compiled(given, point, n_iter, limits, memory.compiled)
+    return _descend_in_torch(columns, point, n_iter, preconditioner, limits, memory.steps)
+
+
+def _descend_compiled(
+    given: KernelInput, point: _Point, n_iter: Tensor, limits: Limits, history: CompiledHistory
+) -> Optimum:
+    from delta_selectivity.probing.backends.descent_kernels import descend  # here: Numba takes a while to load
+
+    changed = [getattr(point, name.name).clone(memory_format=torch.contiguous_format) for name in fields(point)]
+    n_iter = n_iter.clone()
+    converged = descend(
+        *given,
+        tuple(tensor.numpy() for tensor in changed),
+        n_iter.numpy(),
+        history.arrays(point.theta),
+        (limits.tolerance, _FLOOR, limits.max_iter, limits.patience or 0, limits.leap),
+        (_SLOPE_LEFT, _MAX_TRIALS),
+    )
+    theta, margins, *_ = changed
+    return Optimum(theta, margins, torch.from_numpy(converged), n_iter)
+
+
+def _descend_in_torch(
+    columns: Columns[P], point: _Point, n_iter: Tensor, preconditioner: P, limits: Limits, history: History
+) -> Optimum:
     shortest, stale = torch.full_like(point.newton[:, 0], torch.inf), torch.zeros_like(n_iter)
     while True:
         step_length, length = columns.lengths(point.theta, point.margins, point.gradient, point.newton)
@@ -263,7 +317,7 @@ def _descend(
                 return here
             left = active.nonzero()[:, 0]
             rest = columns.select(left), point.select(left), n_iter[left]
-            return here.replaced(left, _descend(*rest, preconditioner, limits, history.select(left)))
+            return here.replaced(left, _descend_in_torch(*rest, preconditioner, limits, history.select(left)))
         n_iter = n_iter + active
         direction = history.step(point.gradient, point.newton) * active[:, None]
         step, margins, residual = _line_search(columns, point, direction, active)

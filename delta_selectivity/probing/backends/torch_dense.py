@@ -1,7 +1,8 @@
 """Strided features for the batched solver: one matrix for all columns, an iteration is two large GEMMs.
 
 Held-out rows have weight 0, so the matrix is the same for all columns. It is kept once, in float32, centred and
-scaled; products in float64 read x itself, converted a block of rows at a time, which needs no float64 copy.
+scaled. Products in float64 read a small x from a float64 copy, and a large one from x itself, converted a block of rows
+at a time.
 
 The preconditioner is the inverse Hessian at zero (Böhning 1992's bound), averaged over the columns and shrunk to their
 mean curvature. Tried without gain: a new Hessian for each C, or one per split, saved a tenth of the iterations and took
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.probing.backends.history import dot
-from delta_selectivity.probing.backends.lbfgs import Loss, Parabola
+from delta_selectivity.probing.backends.lbfgs import KernelInput, Loss, Parabola
 from delta_selectivity.probing.backends.problem import ProbeProblem
 from delta_selectivity.system.gemm import linear
 
@@ -27,6 +28,7 @@ _BLOCK_ON_CPU, _BLOCK = 2**18, 2**24  # cells of x converted at a time: what a c
 _GRAM_BLOCKS = 4  # times more rows: products of narrow panels want long sums
 _PANEL = 128  # columns of the Gram matrix made at a time, from the diagonal on: the other half is the mirror image
 _FEW = 32  # for fewer columns than one in so many features, solving takes less time than an inverse and its products
+_KERNEL_PAYS = 2**21  # cells of x up to which calls and the GIL cost more than a faster product saves
 _ROUGH_PAYS = 2**17  # cells of x from which on a product takes longer than the calls around it
 
 
@@ -39,7 +41,8 @@ class DenseDesign:
     unit: Tensor  # float64 [d], between the splits' scales
     centre: Tensor  # float64 [d]
     divisor: Tensor  # float64 [splits, d]
-    block: Tensor  # float64 [rows of a block, d]: all of x less `centre` if it fits, else memory to convert blocks in
+    block: Tensor  # float64 [rows of a block, d], memory to convert blocks in: fresh memory costs more than that
+    exact: Tensor | None  # float64 [rows, d + 1], x - centre; the last column is 1; None if x is larger than a block
 
     @classmethod
     def build(cls, problem: ProbeProblem) -> DenseDesign:
@@ -54,10 +57,11 @@ class DenseDesign:
         for rows in _blocks(x):
             torch.addcmul(left, x[rows] - near, stretch, out=z[rows, :-1])
         longest = max((len(x[rows]) for rows in _blocks(x)), default=0)
-        block = centre.new_empty(longest, x.shape[1])
-        if longest == len(x):
-            torch.sub(x, centre, out=block)
-        return cls(x, z, unit, centre, divisor, block)
+        if longest < len(x):
+            return cls(x, z, unit, centre, divisor, centre.new_empty(longest, x.shape[1]), None)
+        exact = torch.ones_like(z, dtype=torch.float64)
+        exact[:, :-1] = x - centre
+        return cls(x, z, unit, centre, divisor, centre.new_empty(0, x.shape[1]), exact)
 
     @property
     def column_bytes(self) -> int:
@@ -72,9 +76,12 @@ class DenseDesign:
         """Return regressions with these indices, splits (both int64 [columns]) and losses."""
         penalty = torch.ones(self.z.shape[1], dtype=torch.float64, device=self.z.device)
         penalty[-1] = 0
-        return DenseColumns(
-            index, split, loss, Exact(self.x, self.centre, self.divisor[split], self.block), penalty, self
-        )
+        products: Products
+        if self.exact is None:
+            products = Blockwise(self.x, self.centre, self.divisor[split], self.block)
+        else:
+            products = Kept(self.exact, _with_intercept(self.divisor[split].reciprocal()))
+        return DenseColumns(index, split, loss, products, penalty, self)
 
     def preconditioners(self, n_columns: int) -> InverseHessians:
         """Return the preconditioners for each C."""
@@ -98,13 +105,13 @@ class Products(Protocol):
 
 
 @dataclass(frozen=True)
-class Exact:
-    """Products in float64. They centre x first, so that a constant feature is exactly zero."""
+class Blockwise:
+    """Products in float64, a block of x at a time. They centre x, so that a constant feature is exactly zero."""
 
     x: Tensor  # [rows, d]
     centre: Tensor  # [d]
     divisor: Tensor  # [columns, d]
-    block: Tensor  # [rows of a block, d]: centred x if it has as many rows, else scratch
+    block: Tensor  # [rows of a block, d], scratch
 
     def forward(self, theta: Tensor) -> Tensor:
         coef = theta[:, :-1] / self.divisor
@@ -119,21 +126,19 @@ class Exact:
             total.addmm_(residual[:, rows], self._centred(rows))
         return torch.cat([total.div_(self.divisor), residual.sum(dim=1, keepdim=True)], dim=1)
 
-    def select(self, chosen: Tensor) -> Exact:
-        return Exact(self.x, self.centre, self.divisor[chosen], self.block)
+    def select(self, chosen: Tensor) -> Blockwise:
+        return Blockwise(self.x, self.centre, self.divisor[chosen], self.block)
 
     def _centred(self, rows: slice) -> Tensor:
-        if len(self.block) == len(self.x):
-            return self.block
         part = self.x[rows]
         return self.block[: len(part)].copy_(part).sub_(self.centre)
 
 
 @dataclass(frozen=True)
-class Rough:
-    """Products in float32."""
+class Kept:
+    """Products with a centred matrix that is kept, in its precision."""
 
-    z: Tensor  # [rows, d + 1]
+    z: Tensor  # [rows, d + 1], the last column is 1
     stretch: Tensor  # [columns, d + 1]; a column's features are z times this
 
     def forward(self, theta: Tensor) -> Tensor:
@@ -142,8 +147,8 @@ class Rough:
     def backward(self, residual: Tensor) -> Tensor:
         return linear(residual, self.z.T).mul_(self.stretch)
 
-    def select(self, chosen: Tensor) -> Rough:
-        return Rough(self.z, self.stretch[chosen])
+    def select(self, chosen: Tensor) -> Kept:
+        return Kept(self.z, self.stretch[chosen])
 
 
 @dataclass(frozen=True)
@@ -177,9 +182,8 @@ class DenseColumns:
         if self.design.x.numel() < _ROUGH_PAYS:
             return None
         assert isinstance(self.loss, Loss), "a parabola is rough already"
-        stretch = torch.ones(len(self.index), self.design.z.shape[1], dtype=torch.float32, device=self.design.z.device)
-        stretch[:, :-1] = self.design.unit / self.design.divisor[self.split]
-        products = Rough(self.design.z, stretch)
+        stretch = _with_intercept(self.design.unit / self.design.divisor[self.split])
+        products = Kept(self.design.z, stretch.float())
         return DenseColumns(self.index, self.split, self.loss.single(), products, self.penalty.float(), self.design)
 
     def near(self, theta: Tensor, margins: Tensor, gradient: Tensor) -> DenseColumns:
@@ -206,7 +210,20 @@ class DenseColumns:
         return self.margins(direction), dot(self.penalty * direction, direction)
 
     def lengths(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
-        return newton.norm(dim=1), theta[:, :-1].norm(dim=1)
+        return torch.linalg.vector_norm(newton, dim=1), torch.linalg.vector_norm(theta[:, :-1], dim=1)
+
+    def for_kernel(self, preconditioner: InverseHessian) -> KernelInput | None:
+        products, inverse = self.products, preconditioner.inverse
+        if inverse is None or inverse.device.type != "cpu":
+            return None
+        if not isinstance(products, Kept) or products.z.numel() > _KERNEL_PAYS:
+            return None
+        logistic, nothing = isinstance(self.loss, Loss), products.stretch[:0]
+        loss = (self.loss.weight, self.loss.pull) if isinstance(self.loss, Loss) else (self.loss.bend, self.loss.bend)
+        origin = (nothing, nothing) if self.origin is None else (self.origin.theta, self.origin.gradient)
+        groups = ((products.z, products.stretch, inverse), loss, origin)
+        features, arrays, around = (tuple(t.contiguous().numpy() for t in group) for group in groups)
+        return KernelInput(features, arrays, logistic, around)
 
     def coefficients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         coef = theta[:, :-1] / self.design.divisor[self.split]
@@ -262,6 +279,11 @@ class InverseHessians:
                 panel = slice(start, start + _PANEL)
                 gram[start:, panel] += linear(part[start:], weighted[panel])
         return gram
+
+
+def _with_intercept(scale: Tensor) -> Tensor:
+    """Append a column of ones, the intercept's scale."""
+    return torch.cat([scale, torch.ones_like(scale[:, :1])], dim=1)
 
 
 def _mean(x: Tensor) -> Tensor:
