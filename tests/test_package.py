@@ -213,7 +213,7 @@ def test_the_wheel_holds_the_package_and_its_licence_alone(wheel: Path) -> None:
 @pytest.mark.slow
 def test_the_wheel_says_what_it_is(wheel: Path) -> None:
     folder = f"delta_selectivity-{PROJECT['version']}.dist-info"
-    told = email.message_from_bytes(zipfile.ZipFile(wheel).read(f"{folder}/METADATA"))
+    told = email.message_from_string(zipfile.ZipFile(wheel).read(f"{folder}/METADATA").decode())
     assert (told["Name"], told["Version"], told["Summary"]) == (
         "delta-selectivity",
         PROJECT["version"],
