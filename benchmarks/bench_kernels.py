@@ -7,6 +7,7 @@ python benchmarks/bench_kernels.py        # the table, from what `run` kept
 - TopK encoder: codes of inputs by a proposal in bytes (`saes.proposal`, against a float32 product and top k);
 - attention: of texts in bfloat16, heads x 64 wide (`models.attention`, against transformers' sdpa); a row is a
   token;
+- GELU: after a product in bfloat16 (`models.fused_gelu`, against two calls of torch);
 - product: x Wᵀ in float32 (`gemm`, against `torch.nn.functional.linear`); equal on CPUs made by Intel;
 - product, bytes: the same of signed bytes, exactly (`gemm`, against the same numbers in float32).
 """
@@ -22,10 +23,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.nn.functional import linear
+from torch import nn
+from torch.nn.functional import gelu, linear
 
 from benchmarks.timing import Clock, answer, in_turn, parser
 from delta_selectivity.models.attention import attend
+from delta_selectivity.models.fused_gelu import LinearWithGelu
 from delta_selectivity.reporting import tables
 from delta_selectivity.saes.proposal import Proposal
 from delta_selectivity.saes.topk import exact_topk
@@ -64,6 +67,8 @@ def pairs(quick: bool) -> Iterator[Pair]:
         yield encoder(d_in, d_sae, k)
     for n_heads, n_tokens in ((4, 30),) if quick else ((4, 30), (4, 150), (4, 380), (12, 30), (12, 150), (12, 380)):
         yield attention(n_heads, n_tokens)
+    for d in (32,) if quick else (256, 512, 768):
+        yield product_and_gelu(2048, d, 4 * d)
     products = ((25, 256, 3345), (40, 768, 5000), (2048, 768, 3072), (256, 768, 32768))
     for n, d, width in products[:1] if quick else products:
         yield product(n, d, width)
@@ -101,6 +106,13 @@ def attention(n_heads: int, n_tokens: int) -> Pair:
     module = SimpleNamespace(is_causal=True)
     theirs, ours = (partial(way, module, query, key, value, None) for way in (sdpa_attention_forward, attend))
     return Pair("attention", f"{n_heads} heads, {n_tokens} tokens", n_texts * n_tokens, theirs, ours)
+
+
+def product_and_gelu(n_rows: int, d: int, width: int) -> Pair:
+    layer = nn.Linear(d, width, dtype=torch.bfloat16).requires_grad_(False)
+    fused = LinearWithGelu(d, width, dtype=torch.bfloat16).requires_grad_(False)
+    x = drawn(n_rows, d).bfloat16()
+    return Pair("GELU", f"{n_rows} x {d} x {width}", n_rows, lambda: gelu(layer(x)), lambda: fused(x))
 
 
 def product(n_rows: int, d: int, width: int) -> Pair:

@@ -4,6 +4,7 @@ python benchmarks/reliability.py run --corpus people_text.jsonl.xz   # trains an
 python benchmarks/reliability.py                                     # the tables, from what `run` kept
 python scripts/update_tables.py docs/reliability.md                  # puts them there
 python benchmarks/reliability.py run --model_name smollm2-135m --corpus WORK_DIR   # of `scripts/train_saes.py harvest`
+python benchmarks/reliability.py run ... --rows 3000                               # the same SAEs, more rows
 
 Two of the three lenses of "Are Sparse Autoencoder Benchmarks Reliable?" (Chanin 2026, arXiv 2605.18229), on one layer
 of the bundled model and of SmolLM2-135M; the third, correlation with ground truth, is `benchmarks/ground_truth.py`.
@@ -184,20 +185,23 @@ def main() -> int:
         type=Path,
         help="to train the SAEs on: text (JSON lines, xz, with `text` and `source`), or kept activations of the model",
     )
+    parser.add_argument("--rows", type=int, help="of a dataset, in place of the study's own")
     parser.add_argument("--work_dir", type=Path, default=PROJECT / "results" / "reliability", help="for what it makes")
     args = parser.parse_args()
     study = STUDIES[args.model_name]
+    study = replace(study, rows=args.rows or study.rows)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if args.what == "run":
         torch.set_num_threads(1)
         threadpool_limits(1)  # the same numbers whatever the number of cores
         try:
-            folder = args.work_dir / ("" if study is TINY_PYTHIA else study.model_name) / f"layer_{study.layer}"
+            of_model = "" if study.model_name == TINY_PYTHIA.model_name else study.model_name
+            folder = args.work_dir / of_model / f"layer_{study.layer}"
             reliability_tables.keep(measure(Work(folder, study, args.corpus)))
         except RequestError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    print(reliability_tables.tables(reliability_tables.kept(study.model_name)))
+    print(reliability_tables.tables(reliability_tables.kept(study.model_name, study.rows)))
     return 0
 
 

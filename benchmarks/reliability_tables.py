@@ -63,14 +63,14 @@ class Reliability:
 def keep(found: Reliability) -> None:
     """Write what was found into the repository."""
     KEPT.mkdir(exist_ok=True)
-    with replacing(_path(found.model_name), "w", encoding="utf-8") as file:
+    with replacing(_path(found.model_name, found.rows_per_dataset), "w", encoding="utf-8") as file:
         json.dump(_rounded(asdict(found)), file, separators=(",", ":"), allow_nan=False)
         file.write("\n")
 
 
-def kept(model_name: str) -> Reliability:
-    """What was found last of a model."""
-    content = json.loads(_path(model_name).read_text(encoding="utf-8"))
+def kept(model_name: str, rows: int) -> Reliability:
+    """Return what was found last of a model with so many rows a dataset."""
+    content = json.loads(_path(model_name, rows).read_text(encoding="utf-8"))
     pairs = [
         Pairs(
             each["kind"],
@@ -84,8 +84,8 @@ def kept(model_name: str) -> Reliability:
     return Reliability(**content, pairs=pairs)
 
 
-def _path(model_name: str) -> Path:
-    return KEPT / f"{model_name}.json"
+def _path(model_name: str, rows: int) -> Path:
+    return KEPT / f"{model_name}_{rows}.json"
 
 
 def _rounded(value: Any) -> Any:

@@ -55,7 +55,7 @@ class Work:
 
     def probed_activations(self, pool: Pool) -> Tensor:
         """float32 [mentions, d] at the probed positions."""
-        path = self.folder / "probed.safetensors"
+        path = self.folder / ("probed.safetensors" if self.study.runs else f"probed_{self.study.rows}.safetensors")
         if not path.exists():
             log.info("activations of %d mentions", len(pool.texts.mentions))
             layer, study = self.study.layer, self.study

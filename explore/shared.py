@@ -1,21 +1,23 @@
-"""What the notebooks share: where things are, results as one table, and the ink of the reports.
+"""Helpers of the notebooks: paths, results as one table, the page in a notebook, and the style of the plots.
 
-    from shared import RESULTS, results_table
-    results_table(RESULTS)          # pandas: a line for each SAE, dataset, layer and probe
-
-Importing it makes the project's modules importable from a notebook, wherever Jupyter was started.
+from shared import find_results, results_table
+results_table(find_results(""))          # pandas: a line for each SAE, dataset, layer and probe
 """
 
 from __future__ import annotations
 
+import html
 import os
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import HTML
 from matplotlib.ticker import LogLocator, NullLocator
 
+from delta_selectivity import Results
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting import results as report_files
 from delta_selectivity.reporting.ink import COLOURS, MARKERS, MUTED, RULE, STYLE
@@ -27,29 +29,42 @@ __all__ = [
     "MARKERS",
     "MUTED",
     "PROJECT",
-    "RESULTS",
     "RULE",
+    "find_results",
     "log_scale",
     "open_grid",
     "results_table",
     "short_name",
+    "show_page",
 ]
 
-RESULTS = Path(os.environ.get("RESULTS", PROJECT / "results" / "demo"))
-"""Whose results are looked at: the kept demo's, or those of the folder in the variable RESULTS."""
-
-warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm, about a progress bar that nobody misses
+warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm; no notebook shows its bars
 plt.rcParams.update(STYLE | {"figure.constrained_layout.use": True, "axes.facecolor": "white", "figure.dpi": 90})
 pd.set_option("display.max_columns", 30, "display.width", 160, "display.precision", 3)
 
 
+def find_results(folder: str | os.PathLike[str]) -> Path:
+    """Return a folder of results, relative to the notebook or to the repository; if it is empty, that of the demo."""
+    place = Path(folder or Path("results", "demo"))
+    return place if folder and place.exists() else PROJECT / place
+
+
+def show_page(folder: Path, height: int = 900) -> HTML:
+    """Return the page of all results below a folder, as `Results.report` writes it, in a frame."""
+    with TemporaryDirectory() as place:
+        page = Results.load(folder).report(Path(place) / "report.html").read_text("utf-8")
+    page = page.replace("<head>", '<head><base href="about:srcdoc">', 1)  # without it, its links lead to the notebook
+    frame = f'<iframe srcdoc="{html.escape(page)}" style="width: 100%; height: {height}px; border: 0"></iframe>'
+    return HTML(f"<div>{frame}</div>")
+
+
 def short_name(path: Path) -> str:
-    """What to call a path in a sentence: from the project on where it is inside."""
+    """Return a path for messages, relative to the repository if it is inside."""
     return str(path.resolve().relative_to(PROJECT)) if path.resolve().is_relative_to(PROJECT) else path.name
 
 
 def results_table(folder: Path) -> pd.DataFrame:
-    """A line for each probe at each layer of each result file below the folder, with the figures of its layer.
+    """Return a line for each probe at each layer of each result file below the folder, with the figures of its layer.
 
     Columns: `sae`, `baseline` (its kind; None for an SAE), `dataset`, `path`, `layer`, `probe`, and then every key that
     docs/numbers.md defines. Raises `RequestError` if there are no results, or a file was edited or cut short.
@@ -59,7 +74,7 @@ def results_table(folder: Path) -> pd.DataFrame:
 
 
 def open_grid(n: int, columns: int = 4, width: float = 3.1, height: float = 2.5) -> tuple[plt.Figure, list[plt.Axes]]:
-    """A figure with n panels that share their axes, filled row by row."""
+    """Return a figure with n panels that share their axes, filled row by row."""
     rows = -(-n // columns)
     figure, axes = plt.subplots(
         rows, min(n, columns), figsize=(width * min(n, columns), height * rows), sharex=True, sharey=True, squeeze=False
@@ -73,7 +88,7 @@ def open_grid(n: int, columns: int = 4, width: float = 3.1, height: float = 2.5)
 
 
 def log_scale(panel: plt.Axes, axes: str) -> None:
-    """Logarithmic axes ("x", "y" or "xy") with plain numbers at 1, 2 and 5: the style writes no powers of ten."""
+    """Make axes ("x", "y" or "xy") logarithmic, with plain numbers at 1, 2 and 5: the style has no powers of ten."""
     for name in axes:
         panel.set(**{f"{name}scale": "log"})
         axis = getattr(panel, f"{name}axis")

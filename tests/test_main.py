@@ -245,6 +245,7 @@ def test_where_no_probe_can_be_measured_the_request_is_wrong(ask, tmp_path, caps
     assert ask(data=("--dataset_file", str(write_csv(tmp_path / "few.csv", rows)))) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "none of the probes can be measured (few: the" in line and "--folds" in line
+    assert "--datasets" not in line, "the task came from --dataset_file"
     assert not (tmp_path / "results").exists()
 
 

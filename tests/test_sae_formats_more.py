@@ -17,7 +17,7 @@ from test_sae_loader import D_IN, D_SAE, K, activations, assert_agrees, dense, m
 from torch import Tensor
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.saes import Sae, open_sae
+from delta_selectivity.saes import Sae, folders, hub, open_sae
 from delta_selectivity.saes.dictionary_learning import CLASSES
 
 # --- dictionary_learning ---------------------------------------------------------------------------------------------
@@ -368,3 +368,10 @@ def test_a_plain_config_that_is_wrong(tmp_path: Path, changes: dict[str, Any], m
     write_plain(tmp_path, linear_tensors(), **changes)
     with pytest.raises(RequestError, match=message):
         open_sae(str(tmp_path))
+
+
+# --- all formats -----------------------------------------------------------------------------------------------------
+
+
+def test_the_configs_of_all_formats_are_fetched_from_the_hub():
+    assert set(hub.CONFIGS) == set(folders._formats(None))

@@ -150,7 +150,7 @@ def _is_run(run: Json) -> bool:
     measured = [*run["seconds"].values(), *run["resources"].values()]
     names = [run["config"].get(name) for name in NAMES]
     classes = run.get("positive_class", {})  # absent from files of before 0.5
-    task = run.get("task", {})  # likewise, of before 0.6
+    task = run.get("task", {})  # likewise, of before 1.0
     texts = [run.get("commit"), *run.get("versions", {}).values(), *names]
     return (
         isinstance(run["key"], dict)

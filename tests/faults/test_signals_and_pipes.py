@@ -174,7 +174,7 @@ import builtins, os, runpy, sys
 sys.path[0] = os.getcwd()
 from delta_selectivity.system import interrupts
 number, moment = int(sys.argv[1]), sys.argv[2]
-find, leave = builtins.__import__, interrupts.leave
+find, leave = builtins.__import__, interrupts.exit_now
 
 def import_it(name, *rest):
     if name == moment:
@@ -186,7 +186,7 @@ def leave_now(code):
         os.kill(os.getpid(), number)
     leave(code)
 
-builtins.__import__, interrupts.leave, sys.argv = import_it, leave_now, ["main.py", "--layers", "nonsense"]
+builtins.__import__, interrupts.exit_now, sys.argv = import_it, leave_now, ["main.py", "--layers", "nonsense"]
 runpy.run_path("main.py", run_name="__main__")
 """
 
