@@ -18,7 +18,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting import results as report_files
-from delta_selectivity.reporting.ink import COLOURS, MARKERS, MUTED, RULE, STYLE
+from delta_selectivity.reporting.styles import COLOURS, MARKERS, MUTED, RULE, STYLE
 
 PROJECT = Path(__file__).resolve().parent.parent
 

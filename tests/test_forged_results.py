@@ -130,9 +130,9 @@ def test_the_page_of_the_others_is_written_and_one_forged_file_alone_is_refused(
 
 def test_what_is_required_of_a_file_is_what_is_written():
     measured = {name: kind for name, kind in get_type_hints(ProbeResult).items() if name not in OPTIONAL}
-    assert {name for name in figures.OF_A_PROBE if measured[name] in (float, int)} == set(figures.OF_A_PROBE)
-    assert set(figures.OR_NULL) <= measured.keys()
-    assert set(figures.OF_A_LAYER) <= get_type_hints(Reconstruction).keys()
+    assert {name for name in figures.PROBE_FIGURES if measured[name] in (float, int)} == set(figures.PROBE_FIGURES)
+    assert set(figures.NULLABLE_PROBE_FIGURES) <= measured.keys()
+    assert set(figures.LAYER_FIGURES) <= get_type_hints(Reconstruction).keys()
 
 
 @pytest.mark.parametrize("name", NAMES)

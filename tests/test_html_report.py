@@ -24,7 +24,7 @@ from result_sets import DEMO, write_set
 
 from delta_selectivity.cli import report
 from delta_selectivity.records.verdicts import MARKS
-from delta_selectivity.reporting import ink, matrix, output, results
+from delta_selectivity.reporting import matrix, output, results, styles
 from delta_selectivity.reporting.cell_table import COLUMNS
 from delta_selectivity.reporting.plots import plots_of
 from delta_selectivity.reporting.study import study_of
@@ -252,7 +252,7 @@ def test_numbers_on_cells_stand_out_and_the_scale_is_even():
 
 
 def test_series_differ_in_more_than_colour():
-    looks = [ink.series(index) for index in range(48)]
+    looks = [styles.series(index) for index in range(48)]
     assert len(set(looks)) == 48
     assert all(a.colour != b.colour and a.marker != b.marker for a, b in itertools.pairwise(looks))
 

@@ -10,7 +10,7 @@ from result_sets import write_changed, write_set
 
 from delta_selectivity.cli import report
 from delta_selectivity.records import result_file
-from delta_selectivity.records.figures import OF_A_PROBE, OR_NULL
+from delta_selectivity.records.figures import NULLABLE_PROBE_FIGURES, PROBE_FIGURES
 from delta_selectivity.records.result_file import RecordFile
 from delta_selectivity.reporting import csv_file, results
 from delta_selectivity.reporting.study import study_of
@@ -35,7 +35,7 @@ def test_every_number_of_every_probe_is_in_the_csv(tmp_path):
 def test_names_from_data_are_no_formulas(tmp_path):
     path = tmp_path / "m_d.json"
     file = RecordFile.open(path, {}, result_file.describe_run({"sae": "@evil"}), overwrite=False)
-    cell = {**dict.fromkeys([*OF_A_PROBE, *OR_NULL], 0.5), "delta_sel": -0.25, "reason": None}
+    cell = {**dict.fromkeys([*PROBE_FIGURES, *NULLABLE_PROBE_FIGURES], 0.5), "delta_sel": -0.25, "reason": None}
     file.write(
         {0: {"mse_pos": 0.5, "fvu_pos": 0.5, "l0": None, '=HYPERLINK("x")': cell, "a,b\n\x1b[2J": cell, "-1+1": cell}}
     )

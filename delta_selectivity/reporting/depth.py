@@ -18,10 +18,10 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.records import scores
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import INK, MUTED, characters, series, shortened
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.rows import places
 from delta_selectivity.reporting.study import Cell, Sae, Study
+from delta_selectivity.reporting.styles import INK, MUTED, characters, series, shortened
 
 WIDTH, COLUMNS_OF_PANELS = 352, 2  # pixels; two panels side by side fit on a phone
 PANEL, HEAD, LEFT = 96, 38, 34  # height of a panel with its title, and margins above the first and to the left

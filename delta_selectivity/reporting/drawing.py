@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from delta_selectivity.reporting.csv_file import csv_text
-from delta_selectivity.reporting.ink import MUTED, STYLE, shortened
+from delta_selectivity.reporting.styles import MUTED, STYLE, shortened
 from delta_selectivity.reporting.svg import accessible
 
 DPI = 72

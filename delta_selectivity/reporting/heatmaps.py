@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 
 from delta_selectivity.records.verdicts import MARKS, is_significant
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import MUTED, shortened, text_width
 from delta_selectivity.reporting.matrix import MatrixCell, bare, colour_of, draw_matrix, ink_on, scale_end
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import signed, span
 from delta_selectivity.reporting.study import Cell, Sae, Study
+from delta_selectivity.reporting.styles import MUTED, shortened, text_width
 
 Place = tuple[str, str]  # dataset, probe
 

@@ -14,9 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import INK, MUTED, characters, series
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.study import Cell, Sae, Study
+from delta_selectivity.reporting.styles import INK, MUTED, characters, series
 
 WIDTH, HEIGHT = 352, 196  # of a panel without its legend, pixels
 LEGEND_ROW = 17

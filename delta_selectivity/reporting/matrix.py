@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.patches import Rectangle
 
-from delta_selectivity.reporting.ink import HATCH, NO_VALUE, UNSHOWN
+from delta_selectivity.reporting.styles import HATCH, NO_VALUE, UNSHOWN
 
 DIVERGING = "RdBu"  # low values, losses, are red
 RIM_X, RIM_Y = 0.06, 0.14  # share of a cell that is not significant that keeps its colour

@@ -9,10 +9,10 @@ from functools import partial
 from matplotlib.axes import Axes
 
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import INK, MUTED, characters, series
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset
 from delta_selectivity.reporting.study import Sae, Study
+from delta_selectivity.reporting.styles import INK, MUTED, characters, series
 
 WIDTH = 352  # pixels
 NAMES = 150  # of those, for the names on the left

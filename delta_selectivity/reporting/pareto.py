@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from delta_selectivity.reporting.drawing import DPI, Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import MUTED, characters, series
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import number, signed, span, typeset
 from delta_selectivity.reporting.study import Sae, Study
+from delta_selectivity.reporting.styles import MUTED, characters, series
 
 WIDTH, HEIGHT = 352, 300  # pixels, without the legend
 LEFT = 64  # margin for the numbers of the vertical axis

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting.depth import MOST, depth, overlay, overlays
+from delta_selectivity.reporting.difference_matrix import rivals
 from delta_selectivity.reporting.drawing import Plot
 from delta_selectivity.reporting.heatmaps import heatmap, scale
 from delta_selectivity.reporting.levels import groups, panel
 from delta_selectivity.reporting.means import differences, means
 from delta_selectivity.reporting.pareto import FIGURES, pareto
-from delta_selectivity.reporting.rivals import rivals
 from delta_selectivity.reporting.saebench import ours
 from delta_selectivity.reporting.saebench_plots import beside_plots
 from delta_selectivity.reporting.series import series_of

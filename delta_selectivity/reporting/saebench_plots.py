@@ -7,9 +7,9 @@ from functools import partial
 
 from delta_selectivity.records.saebench import Evaluation
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import characters, series
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.saebench import THEIR_KS, here, measured_by
+from delta_selectivity.reporting.styles import characters, series
 
 WIDTH, HEIGHT, LEFT = 560, 320, 56  # pixels
 LEGEND_ROW = 16

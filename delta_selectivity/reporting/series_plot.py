@@ -8,9 +8,9 @@ from functools import partial
 from matplotlib.ticker import EngFormatter
 
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import COLOURS
 from delta_selectivity.reporting.numbers import signed, span, typeset
 from delta_selectivity.reporting.series import COLUMNS, Checkpoint, Series, lines
+from delta_selectivity.reporting.styles import COLOURS
 
 WIDTH, HEIGHT = 352, 240  # pixels
 SPREAD = 50  # ratio of largest to smallest step from which the axis is logarithmic

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from delta_selectivity.records import result_file
 from delta_selectivity.records.verdicts import LOST, MOVED, PRESERVED
 from delta_selectivity.reporting.html import Markup, element, join, table
-from delta_selectivity.reporting.ink import MUTED, series
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset, unsigned_span
 from delta_selectivity.reporting.ranking import in_order, rank
 from delta_selectivity.reporting.results import further_views, mean
 from delta_selectivity.reporting.study import Sae, Study
+from delta_selectivity.reporting.styles import MUTED, series
 
 COUNTED = (LOST, MOVED, PRESERVED)
 HEAD = (

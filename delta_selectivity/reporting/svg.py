@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from xml.etree import ElementTree
 
-from delta_selectivity.reporting.ink import FONT, INK, MUTED, RULE
+from delta_selectivity.reporting.styles import FONT, INK, MUTED, RULE
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 
 from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import characters, text_width
 from delta_selectivity.reporting.matrix import MatrixCell, bare, draw_matrix, scale_end
 from delta_selectivity.reporting.names import apart
 from delta_selectivity.reporting.numbers import probability, signed, span
 from delta_selectivity.reporting.study import Comparison, Study
+from delta_selectivity.reporting.styles import characters, text_width
 
 ROW, COLUMN = 22, 58  # pixels
 LEAST = 3  # minimum number of SAEs, since two have only one difference
