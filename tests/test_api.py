@@ -825,10 +825,10 @@ def test_a_sample_of_a_task_is_the_same_in_the_company_of_a_larger_one(tiny_mode
         return frame.set_index("dataset")[figures]
 
     alone, other, both = of([two_tasks]), of([larger]), of([two_tasks, larger])
-    apart = np.concatenate([alone, other])
-    np.testing.assert_allclose(both.drop(columns="fvu_whole_se"), np.delete(apart, 5, axis=1), rtol=1e-6)
+    separate = np.concatenate([alone, other])
+    np.testing.assert_allclose(both.drop(columns="fvu_whole_se"), np.delete(separate, 5, axis=1), rtol=1e-6)
     np.testing.assert_allclose(
-        both["fvu_whole_se"], apart[:, 5], rtol=0.2
+        both["fvu_whole_se"], separate[:, 5], rtol=0.2
     )  # about the mean of other texts, of which there are few here
     assert ((both["n_tokens"] > 700) & (both["n_tokens"] < 900)).all()
     assert (both["n_tokens"] < 0.6 * both["n_tokens_all"]).all()

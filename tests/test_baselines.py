@@ -461,7 +461,7 @@ def test_baselines_of_saes_of_one_name_are_kept_apart(request_, tmp_path):
     study = study_of(load(result_files(tmp_path / "out")))
     assert [sae.name for sae in study.saes] == [str(first), str(second)]
     assert [[b.belongs_to(sae) for sae in study.saes] for b in study.baselines] == [[True, False], [False, True]]
-    assert len({sae.label for sae in study.everything}) == 4
+    assert len({sae.label for sae in study.saes_and_baselines}) == 4
     assert replace(request, saes=(first,)).run() == 0, "and each goes on where it is"
     assert len(files(tmp_path / "out")) == 4
     path = first / "layers.0" / "cfg.json"

@@ -80,6 +80,6 @@ def test_saes_without_scores_are_not_drawn_over_each_other(tmp_path):
 
 
 def test_of_many_saes_the_first_have_a_figure(tmp_path):
-    names = [f"org/sae-{number}" for number in range(depth.MOST + 2)]
+    names = [f"org/sae-{number}" for number in range(depth.MAX_SAES + 2)]
     plots = plots_in(write_set(tmp_path / "in", saes=names, layers=[3]))
-    assert sum(name.startswith("depth") for name in plots) == depth.MOST
+    assert sum(name.startswith("depth") for name in plots) == depth.MAX_SAES

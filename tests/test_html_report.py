@@ -210,17 +210,15 @@ def test_a_heatmap_prints_every_value_and_marks_what_is_not_significant():
 def test_the_page_opens_with_sentences_made_from_the_numbers(demo, tmp_path):
     (opening,) = (node for node in demo[1].all("ul") if node.attributes.get("class") == "opening")
     ranked, kept, lost, undecided = (line.text for line in opening.all("li"))
-    assert ranked.startswith("Ranked: What the model's own probes read survives best in tiny-pythia-saes-k32 (0.778)")
+    assert ranked.startswith("Ranked: transfer_r2 is highest for tiny-pythia-saes-k32 (0.778)")
     cells = [(sae, cell) for sae in study_in(DEMO).saes for cell in sae.cells]
     n_lost = sum(cell.verdict == "lost" for _, cell in cells)
-    assert kept.startswith("Kept: in none of 144 cells")
+    assert kept.startswith("Preserved: none of 144 cells")
     assert lost.startswith(f"Lost: {n_lost} of 144 cells are lost")
     sae, worst = min(cells, key=lambda placed: placed[1].result["delta_sel"])
-    assert f"most at {worst.probe}, layer {worst.layer} of {sae.label}" in lost
+    assert f"the largest loss is {worst.probe}, layer {worst.layer} of {sae.label}" in lost
     unknown = sum(cell.result["model_ci_low"] <= 0.5 for _, cell in cells)
-    assert undecided.startswith(
-        f"Undecided: these data cannot tell of {144 - n_lost} of 144 cells: in {unknown} the model"
-    )
+    assert undecided.startswith(f"Undecided: {144 - n_lost} of 144 cells: in {unknown} the model")
 
     def kept_and_moved(cells):
         well = {"model_ci_low": 0.7, "preserved": True, "q_value": 0.9, "transfer_preserved": True}
@@ -230,10 +228,10 @@ def test_the_page_opens_with_sentences_made_from_the_numbers(demo, tmp_path):
     _, root = page_of(write_set(tmp_path / "in", edit=kept_and_moved), tmp_path / "report.html")
     (opening,) = (node for node in root.all("ul") if node.attributes.get("class") == "opening")
     assert [line.text for line in opening.all("li")] == [
-        "Kept: 3 of 6 cells are preserved.",
+        "Preserved: 3 of 6 cells are preserved.",
         "Lost: no cell is shown to be lost; "
-        "3 moved (a probe fitted anew finds the answer, the model's own probe does not).",
-        "Undecided: these data decide all of 6 cells.",
+        "3 moved (a probe fitted anew finds the answer, but the model's own probe does not).",
+        "Undecided: none of 6 cells.",
     ]
 
 
@@ -245,7 +243,7 @@ def test_numbers_on_cells_stand_out_and_the_scale_is_even():
 
     for step in range(-20, 21):
         colour = matrix.colour_of(step / 20, 1.0)
-        light, dark = sorted((luminance(colour), luminance(matrix.ink_on(colour))), reverse=True)
+        light, dark = sorted((luminance(colour), luminance(matrix.text_colour_on(colour))), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5
     assert luminance(matrix.colour_of(0, 1.0)) > 0.9
     assert [matrix.scale_end(value) for value in (0.0, 0.04, 0.0401, 0.152)] == pytest.approx([0.04, 0.04, 0.08, 0.16])
@@ -451,7 +449,7 @@ def test_what_goes_to_files_does_not_go_with_tables(tmp_path):
 
 def test_a_page_that_would_be_too_large_goes_without_links(tmp_path, monkeypatch, capsys):
     folder = write_set(tmp_path / "in")
-    monkeypatch.setattr(output, "MOST", len(page_of(folder, tmp_path / "full.html")[0].encode()) - 1)
+    monkeypatch.setattr(output, "MAX_BYTES", len(page_of(folder, tmp_path / "full.html")[0].encode()) - 1)
     capsys.readouterr()
     text, root = page_of(folder, tmp_path / "report.html")
     assert "data:text/csv" not in text
@@ -461,7 +459,7 @@ def test_a_page_that_would_be_too_large_goes_without_links(tmp_path, monkeypatch
 
 
 def test_a_page_that_is_still_too_large_has_its_plots_packed(tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "MOST", 1000)
+    monkeypatch.setattr(output, "MAX_BYTES", 1000)
     _, root = page_of(write_set(tmp_path / "in"), tmp_path / "report.html")
     assert not root.all("svg")
     (data,) = (node for node in root.all("template") if node.attributes["id"] == "plot-data")
@@ -491,7 +489,7 @@ def test_no_results_are_a_wrong_request_and_a_file_of_another_schema_is_left_out
     assert report.main([str(tmp_path / "empty"), "-o", str(tmp_path / "r.html")]) == 2
     assert "empty: no result files: run the program first" in capsys.readouterr().err
     assert report.main([str(tmp_path / "nothing")]) == 2
-    assert "nothing: no such folder" in capsys.readouterr().err
+    assert "nothing: there is no such folder" in capsys.readouterr().err
     folder = write_set(tmp_path / "in", saes=("a/one", "a/two"))
     path = results.result_files(folder)[0]
     content = json.loads(path.read_text())

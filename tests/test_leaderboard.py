@@ -65,7 +65,7 @@ def test_ranks_ties_and_numbers_are_those_of_the_paired_differences(forty):
         assert interval.text.strip() == f"{value - 0.003:.3f} to {value + 0.003:.3f}"
         assert width.text.replace(",", "") == row.attributes["data-width"] == str(2048 * 4 ** (number % 3))
         assert n_probes.text == "1"
-    assert "These data tell" in forty[1]
+    assert "pairs of SAEs differ significantly" in forty[1]
 
 
 def test_names_are_no_markup_and_the_page_asks_for_nothing(forty):
@@ -137,7 +137,7 @@ def test_without_scores_there_are_means_and_no_ranks(tmp_path):
 def test_what_cannot_be_made_is_one_line(tmp_path, capsys):
     folder = write_set(tmp_path / "in", saes=(), baselines=[("mean", "resid_post")])
     assert report.main([str(folder), "--leaderboard", str(tmp_path / "x.html")]) == 2
-    assert "there are only baselines here" in capsys.readouterr().err
+    assert "the files hold only baselines" in capsys.readouterr().err
     assert report.main([str(DEMO), "--leaderboard", str(tmp_path / "in" / "no" / "x.html")]) in (0, 2)
     assert report.main([str(DEMO), "--leaderboard", "x.html", "--csv", "y.csv"]) == 2
     assert "--leaderboard goes without other outputs" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from delta_selectivity.reporting.csv_file import write_csv
 from delta_selectivity.reporting.output import write_page
 from delta_selectivity.reporting.plots import plots_of
 from delta_selectivity.reporting.results import load, result_files
-from delta_selectivity.reporting.study import IN_FULL, MANY, study_of
+from delta_selectivity.reporting.study import MAX_DATASETS, MAX_PANELS, study_of
 
 N = 60  # tasks
 SAES = {"one": "one", "two": "two"}
@@ -58,9 +58,9 @@ def long(tmp_path_factory):
 
 def test_a_terminal_shows_the_largest_losses_once_each_the_reasons_and_the_families(long):
     text = tables.render(long)
-    assert f"the {tables.WORST} of {2 * (N - 1)} probes that lose most" in text
+    assert f"the {tables.MAX_CELLS} of {2 * (N - 1)} probes that lose most" in text
     worst = [line for line in text.splitlines() if re.match(r"\| (one|two) +\| \d+_task", line)]
-    assert len(worst) == tables.WORST
+    assert len(worst) == tables.MAX_CELLS
     assert [int(re.search(r"(\d+)_task", line)[1]) for line in worst[::2]] == list(range(N - 1, N - 11, -1))
     assert "not measured: 7_task, task_7: too few" in text and text.count("not measured:") == 1
     rows = [line.split("|")[1:4] for line in text.splitlines() if "| one " in line and "task" not in line.split("|")[1]]
@@ -70,19 +70,19 @@ def test_a_terminal_shows_the_largest_losses_once_each_the_reasons_and_the_famil
 
 
 def test_a_few_tasks_are_shown_each_in_full(long):
-    few = [file for file in long if int(re.search(r"_(\d+)_task", file[0].name)[1]) < MANY]
+    few = [file for file in long if int(re.search(r"_(\d+)_task", file[0].name)[1]) < MAX_DATASETS]
     text = tables.render(few)
-    assert "that lose most" not in text and text.count("| layer |") == 2 * MANY
-    assert len(plots_of(study_of(few)).heatmaps) == MANY
+    assert "that lose most" not in text and text.count("| layer |") == 2 * MAX_DATASETS
+    assert len(plots_of(study_of(few)).heatmaps) == MAX_DATASETS
 
 
 def test_families_hold_their_tasks_worst_first(long):
     study = study_of(long)
-    assert study.is_long and set(study.families) == set(FAMILIES)
+    assert study.has_many_datasets and set(study.families) == set(FAMILIES)
     numbers = [int(name.partition("_")[0]) for name in study.families["people"]]
     assert numbers == sorted(range(0, N, 3), reverse=True)
     assert study.families["places"][-1] == "7_task"  # nothing was measured of it
-    assert len(study.in_panels) == IN_FULL and study.in_panels[0] == (f"{N - 1}_task", f"task_{N - 1}")
+    assert len(study.panel_probes) == MAX_PANELS and study.panel_probes[0] == (f"{N - 1}_task", f"task_{N - 1}")
 
 
 def test_plots_grow_as_families_do_and_show_every_cell_once(long):
@@ -101,7 +101,7 @@ def test_the_page_folds_families_and_warnings_and_can_be_searched(long, tmp_path
     sections = re.findall(r'<section id="dataset-\d+"><h2>([^<]+)</h2><details><summary>([^<]+)</summary>', text)
     assert [title for title, _ in sections] == [f"{family} ({N // 3})" for family in ("places", "code", "people")]
     assert "most is lost of task_57 −0.057, task_54 −0.054, task_51 −0.051" in sections[2][1]
-    assert text.count('class="notice warning"') == 1 and f"{N} different ones" in text
+    assert text.count('class="notice warning"') == 1 and f"{N} different warnings" in text
     assert 'id="search"' in text and "By family (6 lines)" in text
     assert page.stat().st_size < 5_500_000
 

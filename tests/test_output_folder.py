@@ -49,7 +49,7 @@ def test_another_sae_of_another_day_goes_into_a_folder_of_its_own(ask, tiny_saes
     assert "holds the results" not in caplog.text
     first = {path: path.read_bytes() for path in files(out)}
     assert ask(other_saes) == 0
-    told = [record for record in caplog.records if "holds the results of" in record.getMessage()]
+    told = [record for record in caplog.records if "already holds results of" in record.getMessage()]
     assert len(told) == 1 and str(out / "sae-other") in told[0].getMessage() and told[0].levelname == "NOTE"
     assert relative(out) == ["pythia-tiny_women.json", "sae-other/pythia-tiny_women.json"]
     assert all(path.read_bytes() == content for path, content in first.items()), "nothing of the first is touched"

@@ -39,12 +39,12 @@ def places(files):
 @pytest.mark.parametrize(
     ("ties", "expected", "told"),
     [
-        ([], ["1", "2", "3", "4"], "These data tell all 6 pairs of SAEs apart."),
-        (["bc"], ["1", "2-3", "2-3", "4"], "These data tell 5 of 6 pairs of SAEs apart; not b and c."),
-        (["ab", "bc"], ["1-2", "1-3", "2-3", "4"], "These data tell 4 of 6 pairs of SAEs apart; not a and b; b and c."),
+        ([], ["1", "2", "3", "4"], "All 6 pairs of SAEs differ significantly."),
+        (["bc"], ["1", "2-3", "2-3", "4"], "5 of 6 pairs of SAEs differ significantly. The others are b and c."),
+        (["ab", "bc"], ["1-2", "1-3", "2-3", "4"], "4 of 6 pairs of SAEs differ significantly. The others are a and b; b and c."),
         (["ab", "ac", "ad", "bc", "bd"], ["1-4", "1-4", "1-3", "2-4"],
-         "1 of 6 pairs of SAEs apart; not a and b; a and c; a and d, and 2"),
-        (["ab", "ac", "ad", "bc", "bd", "cd"], ["1-4"] * 4, "These data cannot tell any of the 6 pairs of SAEs apart"),
+         "1 of 6 pairs of SAEs differ significantly. The others are a and b; a and c; a and d; and 2"),
+        (["ab", "ac", "ad", "bc", "bd", "cd"], ["1-4"] * 4, "None of the 6 pairs of SAEs differs significantly"),
     ],
 )  # fmt: skip
 def test_ranks_are_the_places_that_an_sae_may_have(ties, expected, told, tmp_path):
@@ -68,12 +68,11 @@ def test_order_is_by_what_survives_whatever_delta_sel_says(tmp_path):
 
 def test_two_and_one(tmp_path):
     assert places(files_of(tmp_path / "two", saes=("a", "b")))[1] == (
-        "What the model's own probes read survives best in a (0.800), least in b (0.790). "
-        "These data tell the two SAEs apart."
+        "transfer_r2 is highest for a (0.800) and lowest for b (0.790). The two SAEs differ significantly."
     )
     tied = places(files_of(tmp_path / "tied", ["ab"], saes=("a", "b")))
     assert tied[0] == [("a", "1-2"), ("b", "1-2")]
-    assert "These data cannot tell these two SAEs apart" in tied[1]
+    assert "The two SAEs do not differ significantly" in tied[1]
     assert places(files_of(tmp_path / "one", saes=("a",))) == ([("a", "-")], None)
 
 
@@ -100,12 +99,12 @@ def test_the_summary_and_the_page_lead_with_it(tmp_path):
     lines = overview(files).splitlines()
     assert lines[0].replace(" ", "").startswith("|SAE|rank|survives|95%interval|")
     assert [line.split("|")[2].strip() for line in lines[2:6]] == ["1", "2-3", "2-3", "4"]
-    assert any(line.endswith("These data tell 5 of 6 pairs of SAEs apart; not b and c.") for line in lines)
+    assert any(line.endswith("5 of 6 pairs of SAEs differ significantly. The others are b and c.") for line in lines)
     study = study_of(files)
     plots = plots_of(study)
     html = page(study, plots, {plot.name: "<svg></svg>" for plot in plots}, with_links=False)
-    assert "<b>Ranked</b>: What the model&#x27;s own probes read survives best in a (0.800)" in html
-    assert html.index("5 of 6 pairs of SAEs apart; not b and c") < html.index("<table")
+    assert "<b>Ranked</b>: transfer_r2 is highest for a (0.800)" in html
+    assert html.index("5 of 6 pairs of SAEs differ significantly") < html.index("<table")
     assert "2–3" in html.partition('<section id="saes">')[2]
     assert next(plot.name for plot in plots.saes) == "mean_transfer_r2"
 
@@ -121,4 +120,4 @@ def test_where_an_sae_has_cells_of_its_own_the_shared_ones_decide(tmp_path):
 
     found, sentence = places(files_of(tmp_path, saes=("a", "b"), change=turned))
     assert found == [("b", "1"), ("a", "2")]
-    assert sentence == "These data tell the two SAEs apart."
+    assert sentence == "The two SAEs differ significantly."

@@ -93,7 +93,7 @@ def test_a_model_by_two_names_counts_once(tmp_path, caplog):
     (sae,) = study.saes
     assert len(sae.cells) == 6
     assert list(study.datasets) == ["wikidata_gender"]
-    assert "b/tiny_wikidata_gender.json repeats what" in caplog.text
+    assert "b/tiny_wikidata_gender.json has layers that" in caplog.text
     assert "counted once" in caplog.text
 
 
@@ -112,11 +112,11 @@ def test_what_cannot_be_compared_is_named_with_both_values(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "not compared with another: positions last and mean; seed 0 and 1" in told
     write_changed(SAE, tmp_path / "b" / SAE.name, {"sae": "x", "data": "y"}, {**other, "dataset_file": "mine.csv"})
-    (line,) = summary(tmp_path).apart
-    assert line.endswith("dataset_file none and mine.csv; other rows of wikidata_gender")
+    (line,) = summary(tmp_path).not_compared
+    assert line.endswith("dataset_file none and mine.csv; different rows of wikidata_gender")
     write_changed(SAE, tmp_path / "b" / SAE.name, {"sae": "x", "model": "y"}, {**other, "model_name": "org/other"})
-    assert "model assets/tiny-pythia and org/other" in summary(tmp_path).apart[0]
-    assert SAE.stem not in "".join(summary(tmp_path).apart)
+    assert "model assets/tiny-pythia and org/other" in summary(tmp_path).not_compared[0]
+    assert SAE.stem not in "".join(summary(tmp_path).not_compared)
 
 
 def test_lines_of_the_csv_say_what_they_are_of(tmp_path):

@@ -91,7 +91,7 @@ def test_few_layers_have_a_tick_each(tmp_path):
     study = study_in(write_set(tmp_path / "in", layers=[2, 5]))
     (plot,) = (plot for plot in plots_of(study) if plot.name.startswith("levels"))
     assert list(plot.draw().figure.axes[0].get_xticks()) == [2, 5]
-    assert levels.FEW == 10
+    assert levels.MAX_LAYER_TICKS == 10
 
 
 @pytest.mark.parametrize("value", [-1.0, -0.5, 0.05, 0.5, 1.0])
@@ -102,7 +102,7 @@ def test_noise_is_pale_and_hatched_without_colour_and_what_is_shown_is_neither(v
         with matplotlib.rc_context({"savefig.dpi": 200}):
             figure = canvas(116, 22)
             axes = axes_at(figure, 0, 0, 58, 22)
-            matrix.bare(axes, 1, 1)
+            matrix.set_matrix_axes(axes, 1, 1)
             matrix.draw_matrix(axes, [matrix.MatrixCell(0, 0, value, "", shown, "")], 1.0)
             out = io.BytesIO()
             figure.savefig(out, format="png", facecolor="white")
@@ -116,7 +116,7 @@ def test_noise_is_pale_and_hatched_without_colour_and_what_is_shown_is_neither(v
 
 def test_long_names_keep_what_tells_them_apart(tmp_path):
     assert all(
-        short.endswith(f"l0_{number}") for short, number in zip(names.apart(LONG, 16), (32, 64, 128), strict=True)
+        short.endswith(f"l0_{number}") for short, number in zip(names.short_names(LONG, 16), (32, 64, 128), strict=True)
     )
     study = study_in(write_set(tmp_path / "in", saes=LONG))
     drawn = {plot.name: plot.svg() for plot in plots_of(study)}
@@ -133,7 +133,7 @@ def test_names_stay_different_in_any_room(room):
     rng = np.random.default_rng(0)
     for _ in range(200):
         texts = list({"".join(rng.choice(list("ab"), rng.integers(1, 40))) for _ in range(6)})
-        short = names.apart(texts, room)
+        short = names.short_names(texts, room)
         assert len(set(short)) == len(texts)
         assert max(map(len, short)) <= room
 

@@ -253,7 +253,7 @@ def header(shape, descr="<f4") -> bytes:
 def test_an_array_is_no_larger_than_what_follows_its_header(shape, descr, tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", header(shape, descr) + bytes(64))
-    assert "promises" in refused(tmp_path / "a.npz", capsys)
+    assert "announces" in refused(tmp_path / "a.npz", capsys)
 
 
 def test_a_file_that_never_ends_is_refused(tmp_path, capsys):

@@ -19,7 +19,7 @@ from delta_selectivity.cli import report
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records import saebench
 from delta_selectivity.reporting.results import load_all, result_files
-from delta_selectivity.reporting.saebench import caveats, ours
+from delta_selectivity.reporting.saebench import caveats, own_evaluations
 
 HERE = Path(__file__).resolve().parent / "saebench"
 FIELDS = json.loads((HERE / "fields.json").read_text())
@@ -134,7 +134,7 @@ def test_they_stand_beside_ours_in_tables_page_and_plots(folder, small, tmp_path
     assert [line[1] for line in lines] == ["measured by", "this program", "this program", "SAEBench"] * 2
     assert lines[1][-3:] == ["0.610", "0.620", "0.650"], "layer 4 alone: theirs is of no other"
     assert lines[3][-3:] == ["0.710", "0.760", "0.810"]
-    assert "Other models: " in out
+    assert "The models differ" in out
     drawn = ["--plots", str(tmp_path / "plots"), "-o", str(tmp_path / "r.html")]
     assert report.main([str(small), *asked[1:], *drawn]) == 0
     drawn = (tmp_path / "plots" / "saebench_few_latents.csv").read_text().splitlines()
@@ -142,17 +142,23 @@ def test_they_stand_beside_ours_in_tables_page_and_plots(folder, small, tmp_path
     assert len(drawn) == 1 + 2 * 3
     assert (tmp_path / "plots" / "saebench_core.png").stat().st_size > 1000
     page = (tmp_path / "r.html").read_text()
-    assert page.count("Beside SAEBench") == 2, "a link and a section"
+    assert page.count("Comparison with SAEBench") == 2, "a link and a section"
     page_of(small, tmp_path / "without.html")
     assert "SAEBench" not in (tmp_path / "without.html").read_text()
 
 
 def test_what_cannot_be_compared_is_said(folder):
-    own, theirs = ours(load_all(result_files(folder))[0]), [saebench.read(path) for path in THEIRS]
+    own, theirs = own_evaluations(load_all(result_files(folder))[0]), [saebench.read(path) for path in THEIRS]
     said = " ".join(caveats(own, theirs))
-    for part in ("Other models", "Tasks of one name in both: gender", "one test split", "OpenWebText", "zeros"):
+    for part in (
+        "The models differ",
+        "Tasks with the same name in both: gender",
+        "one test split",
+        "OpenWebText",
+        "zeros",
+    ):
         assert part in said
-    assert "Other layers" not in said
+    assert "The layers differ" not in said
     assert "OpenWebText" not in " ".join(caveats(own, theirs[1:]))
 
 
@@ -162,7 +168,7 @@ def test_what_cannot_be_compared_is_said(folder):
         ("", "no JSON"),
         ("[" * 100_000, "no JSON"),
         ("[]", "no object"),
-        ('{"eval_type_id": "absorption_first_letter"}', "is not read, only core, sparse_probing"),
+        ('{"eval_type_id": "absorption_first_letter"}', "is not supported; supported: core, sparse_probing"),
         ('{"eval_type_id": ["core"]}', "'eval_type_id' is no text"),
         ('{"eval_type_id": "core", "eval_config": []}', "'eval_config' is no object"),
         ('{"eval_type_id": "core"}', "'eval_result_metrics' is empty"),

@@ -241,8 +241,8 @@ def test_saes_of_two_runs_are_compared_as_if_they_had_been_measured_together(run
     study = study_of(load_files(result_files(tmp_path)))
     (pair,) = study.neighbours
     assert study.apart == []
-    assert pair.found == found[pair.one.name, pair.other.name]
-    assert study.comparison(pair.other.name, pair.one.name).found == found[pair.other.name, pair.one.name]
+    assert pair.figures == found[pair.one.name, pair.other.name]
+    assert study.comparison(pair.other.name, pair.one.name).figures == found[pair.other.name, pair.one.name]
 
 
 def test_an_sae_whose_datasets_are_of_two_runs_has_its_mean_over_both(run, tmp_path):

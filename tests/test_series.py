@@ -80,10 +80,10 @@ def test_the_page_says_it_and_draws_it(trained, tmp_path):
     root = Tree(path.read_text("utf-8")).root
     (section,) = (node for node in root.all("section") if node.attributes["id"] == "series")
     assert "4 checkpoints of " in section.text
-    assert "the last that is surely better than the one before it is step 300 (by 0." in section.text
+    assert "the last that is surely better than the previous one is step 300 (by 0." in section.text
     (figure,) = section.all("figure")
     told = [title.text for title in figure.all("title")]
-    assert sum("against the one before" in line for line in told) == 3
+    assert sum("minus the previous" in line for line in told) == 3
     frame = trained.series()
     for step, value in zip(frame.step, frame.transfer_r2, strict=True):
         assert any(line.startswith(f"step {step:,}: {value:.4f}".replace("-", "−")) for line in told)

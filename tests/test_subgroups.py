@@ -14,7 +14,7 @@ from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.records.texts import KeptTexts, Text
 from delta_selectivity.reporting.people_table import read_people
 from delta_selectivity.reporting.subgroups import (
-    LEAST,
+    MIN_PEOPLE,
     Grouping,
     grouping_of,
     groupings,
@@ -80,7 +80,7 @@ def test_every_look_counts():
 
 def test_a_group_with_too_few_people_has_no_loss():
     found, _ = world(2)
-    few = np.where(np.arange(N) < 2 * LEAST - 2, 0, 1)
+    few = np.where(np.arange(N) < 2 * MIN_PEOPLE - 2, 0, 1)
     assert losses(found, [Grouping("few", ("few", "rest"), few)]) == []
 
 
@@ -201,7 +201,7 @@ def test_means_over_cells_from_python_the_command_line_and_the_page(tmp_path, ca
     assert "born: 1900s" in shown
     assert report.main([str(folder), "-o", str(tmp_path / "page.html"), "--people", str(path)]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "Who loses more" in page
+    assert "Losses by subgroup" in page
     assert "at least 10 effective people" in page
     for wrong in (["--people", str(path)], ["--subgroups", "--csv", "x.csv"], ["--subgroups", "--people", "none.csv"]):
         assert report.main([str(folder), *wrong]) == 2

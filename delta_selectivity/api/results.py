@@ -21,7 +21,7 @@ from delta_selectivity.probing.uncertainty import Estimate
 from delta_selectivity.records import sae_level
 from delta_selectivity.records.scores import folder_of
 from delta_selectivity.reporting import results as table
-from delta_selectivity.reporting.groups import File, obstacle, stored_cells
+from delta_selectivity.reporting.groups import File, stored_cells, why_incomparable
 from delta_selectivity.reporting.latent_tables import COLUMNS, latent_lines
 from delta_selectivity.reporting.people_table import read_people
 from delta_selectivity.reporting.rows import find_cell, find_sae, rows_of
@@ -158,7 +158,9 @@ class Results:
         delta = sae_level.difference(one, other)
         if delta is None:
             known = table.by_sae(self.files)
-            reason = obstacle(known[self._name(a, "a")], known[self._name(b, "b")]) or "no cells on the same rows"
+            reason = (
+                why_incomparable(known[self._name(a, "a")], known[self._name(b, "b")]) or "no cells on the same rows"
+            )
             raise RequestError(f"{a} and {b} cannot be compared: {reason}")
         n_cells = len(one.keys() & other.keys())
         return Difference(a, b, n_cells, delta, sae_level.difference_in_transfer_r2(one, other))

@@ -58,7 +58,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     from delta_selectivity.records.result_file import write_json
     from delta_selectivity.records.rows_file import load
     from delta_selectivity.reporting.csv_file import write_rows_csv
-    from delta_selectivity.reporting.tables import NOTE, rows_table
+    from delta_selectivity.reporting.tables import LEGEND, rows_table
     from delta_selectivity.run.probe_rows import probe_rows, settings_of
     from delta_selectivity.run.request import choose_devices
 
@@ -81,7 +81,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         except OSError as error:
             raise RequestError(f"{output}: cannot be written: {error.strerror or error}") from error
     if not values.get("quiet"):
-        show(f"{rows_table(results)}\n\n{NOTE}")
+        show(f"{rows_table(results)}\n\n{LEGEND}")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "probes.py") -> int:

@@ -31,7 +31,7 @@ from delta_selectivity.records.saebench import Evaluation, read
 from delta_selectivity.reporting.csv_file import write_csv
 from delta_selectivity.reporting.groups import File
 from delta_selectivity.reporting.results import load_all, result_files
-from delta_selectivity.reporting.saebench import beside_text, ours, write
+from delta_selectivity.reporting.saebench import beside_text, own_evaluations, write
 from delta_selectivity.reporting.tables import (
     overview,
     render,
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
         if asked.subgroups:
             return max(_subgroups(files, asked), 2 if refused else 0)
         if beside:
-            show(beside_text(ours(files), beside))
+            show(beside_text(own_evaluations(files), beside))
         else:
             _print(files, asked)
     except RequestError as error:

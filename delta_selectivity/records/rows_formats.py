@@ -195,7 +195,7 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Column:
             raise Unreadable(f"{name}: its header announces {expected} bytes of values, but {follow} follow")
         content = bytearray(expected)
         if file.readinto(content) != expected:
-            raise Unreadable(f"{name} is cut short")
+            raise Unreadable(f"{name} is truncated")
     return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 
 

@@ -57,7 +57,7 @@ class Plot:
         """Return the plot's numbers in full precision as CSV."""
         return csv_text(self.columns, self.rows)
 
-    def _saved(self, form: str, **options: Any) -> tuple[Drawing, bytes]:
+    def _render(self, form: str, **options: Any) -> tuple[Drawing, bytes]:
         out = io.BytesIO()
         about = {"Date": None} if form == "svg" else {"Software": None}
         with _style(self.name):
@@ -68,7 +68,7 @@ class Plot:
 
 @contextmanager
 def _style(name: str) -> Iterator[None]:
-    """Apply our style, deterministic ids, and no warnings about missing glyphs, for which pages have other fonts."""
+    """Apply our style and deterministic ids, and ignore warnings about missing glyphs, which browsers can draw."""
     with warnings.catch_warnings(), matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         yield
@@ -86,8 +86,8 @@ def axes_at(figure: Figure, left: float, top: float, width: float, height: float
     return figure.add_axes((left / full_width, bottom / full_height, width / full_width, height / full_height))
 
 
-def entitle(figure: Figure, title: str, beneath: str = "") -> None:
+def add_title(figure: Figure, title: str, subtitle: str = "") -> None:
     """Add a title in the upper left corner and a muted line below it, both shortened to the figure's width."""
     width, height = figure.get_size_inches() * DPI
     figure.text(0, 1 - 2 / height, shortened(title, width, 12), va="top", fontsize=12, fontweight="bold")
-    figure.text(0, 1 - 19 / height, shortened(beneath, width, 10), va="top", fontsize=10, color=MUTED)
+    figure.text(0, 1 - 19 / height, shortened(subtitle, width, 10), va="top", fontsize=10, color=MUTED)

@@ -54,7 +54,7 @@ def test_the_kernel_frees_the_lock_of_a_killed_run_and_the_next_one_cleans_up(tm
     with holder(path) as process:
         (tmp_path / f".m_d.json.{process.pid:08x}.tmp").write_text("half a fi")
         (tmp_path / f".writable.{process.pid:08x}.tmp").touch()
-        with pytest.raises(RequestError, match="another run is writing it"), reserve(path):
+        with pytest.raises(RequestError, match="another run is writing this file"), reserve(path):
             pass
         process.send_signal(signal.SIGKILL)
     assert len(left_over(tmp_path)) == 3
@@ -97,7 +97,7 @@ def test_a_second_run_of_the_same_file_refuses_in_one_line(tiny_model, tiny_saes
         assert ask.run() == 2
         told = capsys.readouterr().err.strip().splitlines()
         assert len(told) == 1
-        assert "another run is writing it" in told[0]
+        assert "another run is writing this file" in told[0]
         assert ask.into(tmp_path / "elsewhere").run() == 0
         process.kill()
     assert ask.run() == 0

@@ -84,7 +84,7 @@ def test_many_workers_refuse_a_folder_that_main_is_writing(tiny_model, tiny_saes
     with holder(tmp_path / "out" / "pythia-tiny_women.json") as process:
         assert scale.main([*asked.argv, "--workers", "1"]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert "another run is writing it" in line
+        assert "another run is writing this file" in line
         process.kill()
     assert files(asked.out) == []
 
