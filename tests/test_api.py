@@ -145,7 +145,7 @@ def test_several_folders_are_loaded_side_by_side(results, tmp_path):
     assert len(ds.Results.load(loaded.save(tmp_path / "together"))) == len(results)
     shutil.copytree(first, tmp_path / "third")
     twice = ds.Results.load(first, tmp_path / "third")
-    with pytest.raises(ds.RequestError, match="save them apart"):
+    with pytest.raises(ds.RequestError, match="save them to different folders"):
         twice.save(tmp_path / "twice")
 
 

@@ -18,10 +18,12 @@ from conftest import people, write_csv, write_sparsify
 from runs import Request
 
 from delta_selectivity.cli import guard, main, probe, scale
+from delta_selectivity.cli.command_line import make_request, parse_values
 from delta_selectivity.cli.program import COMMANDS
 from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.csv_file import csv_text
 from delta_selectivity.saes import open_sae
+from delta_selectivity.settings import Settings
 from delta_selectivity.system import bars
 from delta_selectivity.tasks import load_task
 
@@ -57,22 +59,22 @@ def test_every_program_says_its_version(command, capsys):
 )
 def test_a_wrong_flag_is_one_line_with_the_nearest(command, wrong, meant, capsys):
     assert program(command)([wrong, "x"], COMMANDS[command].file) == 2
-    line = f"error: there is no flag {wrong.partition('=')[0]}: did you mean {meant}? (see --help)"
+    line = f"error: unknown flag {wrong.partition('=')[0]}: did you mean {meant}? (see --help)"
     assert capsys.readouterr().err == f"{line}\n"
 
 
 @pytest.mark.parametrize(
     ("command", "words", "told"),
     [
-        ("run", ["--sae_name", "a", "b"], "'b' follows no flag: several values of one are written with commas"),
-        ("run", ["mine.csv"], "'mine.csv' follows no flag"),
-        ("run", ["--sae_name", "a", "inspect", "c"], "'c' follows no flag"),
+        ("run", ["--sae_name", "a", "b"], "'b' is not the value of a flag: separate several values by commas"),
+        ("run", ["mine.csv"], "'mine.csv' is not the value of a flag"),
+        ("run", ["--sae_name", "a", "inspect", "c"], "'c' is not the value of a flag"),
         ("run", ["--datasets", "mine.csv"], "there is no dataset 'mine.csv'"),
         ("run", ["--datasets", "mine.csv"], "a table of your own is --dataset_file mine.csv"),
         ("run", ["--layers"], "argument --layers: expected one argument"),
-        ("run", ["--output_directory="], "argument --output_directory: it is empty: give a path"),
-        ("run", ["--cache_dir", ""], "argument --cache_dir: it is empty"),
-        ("report", ["--csv="], "argument --csv: it is empty"),
+        ("run", ["--output_directory="], "argument --output_directory: the path is empty"),
+        ("run", ["--cache_dir", ""], "argument --cache_dir: the path is empty"),
+        ("report", ["--csv="], "argument --csv: the path is empty"),
         ("run", ["--whole_tokens", "few"], "argument --whole_tokens: 'few' is neither a whole number nor all"),
     ],
 )
@@ -80,6 +82,13 @@ def test_values_without_a_flag_and_flags_without_a_value(command, words, told, c
     assert program(command)(words, COMMANDS[command].file) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
+
+
+@pytest.mark.parametrize("field", ["shuffle_select_n", "whole_tokens"])
+def test_a_number_accepts_the_word_that_the_help_shows_for_none(field):
+    request = make_request(parse_values([f"--{field}", "all"]))
+    assert getattr(request.settings, field) is None
+    assert getattr(Settings(**{field: "all"}), field) is None
 
 
 class Stream(io.StringIO):
@@ -125,7 +134,7 @@ def test_a_run_on_a_pipe_says_what_it_does_where_the_results_are_and_how_to_see_
     assert main.main(asked) == 0
     told = capsys.readouterr()
     assert told.out.splitlines()[-1] == (
-        f"results in {tmp_path / 'my out'}; as a page: python report.py '{tmp_path / 'my out'}' -o report.html"
+        f"results in {tmp_path / 'my out'}; for an HTML page: python report.py '{tmp_path / 'my out'}' -o report.html"
     )
     lines = [line for line in told.err.splitlines() if not line.startswith("WARNING")]
     assert re.fullmatch(r"\d+ texts, 1 probe, 1 SAE, 1 layer: loading .*pythia-tiny on cpu", lines[0]), lines
@@ -152,7 +161,7 @@ def test_a_folder_that_is_gone_is_not_said_to_hold_anything(asked, tmp_path, mon
     monkeypatch.setattr("delta_selectivity.run.evaluation.measure", remove)
     assert main.main([*asked, "--quiet"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"the folder {tmp_path / 'my out'} is gone" in line and guard.GOES_ON not in line
+    assert f"the folder {tmp_path / 'my out'} is gone" in line and guard.RESUMES not in line
 
 
 def test_an_end_of_the_process_in_a_thread_is_a_failure(asked, monkeypatch, capsys):

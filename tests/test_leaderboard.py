@@ -140,7 +140,7 @@ def test_what_cannot_be_made_is_one_line(tmp_path, capsys):
     assert "the files hold only baselines" in capsys.readouterr().err
     assert report.main([str(DEMO), "--leaderboard", str(tmp_path / "in" / "no" / "x.html")]) in (0, 2)
     assert report.main([str(DEMO), "--leaderboard", "x.html", "--csv", "y.csv"]) == 2
-    assert "--leaderboard goes without other outputs" in capsys.readouterr().err
+    assert "--leaderboard cannot be combined with other outputs" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -292,7 +292,7 @@ def test_a_resumed_run_over_datasets_that_share_texts_equals_an_undisturbed_one(
 )
 def test_a_misspelt_flag_is_named_with_the_one_that_is_meant(capsys, flag, meant):
     assert program.main([flag, "3"]) == 2
-    assert capsys.readouterr().err == f"error: there is no flag {flag}: did you mean {meant}? (see --help)\n"
+    assert capsys.readouterr().err == f"error: unknown flag {flag}: did you mean {meant}? (see --help)\n"
 
 
 def test_whoever_only_reads_a_file_is_not_told_to_overwrite_it(tmp_path, capsys):

@@ -308,7 +308,7 @@ def test_a_card_that_cannot_be_added_to_is_left_alone(card, told, hub, results):
 
 @pytest.mark.parametrize(
     ("card", "told"),
-    [(b"\xff\xfe text", "no UTF-8"), (b"---\nlicense: refused-by-the-hub\n---\n", '"license" is wrong')],
+    [(b"\xff\xfe text", "not UTF-8"), (b"---\nlicense: refused-by-the-hub\n---\n", '"license" is wrong')],
 )
 def test_a_card_that_the_hub_would_not_take_is_one_line(card, told, hub, capsys):
     hub.files["README.md"] = card
@@ -351,11 +351,11 @@ def test_no_token_is_one_line(hub, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("where", "status", "told"),
     [
-        (f"/api/models/{REPO}", 404, "there is no such repository, or this token may not see it"),
-        ("/commit/", 403, "this token may not write there"),
+        (f"/api/models/{REPO}", 404, "there is no such repository, or the token has no access to it"),
+        ("/commit/", 403, "the token has no write access"),
         ("/commit/", 500, "the Hub answers with status 500"),
         ("/preupload/", 503, "the Hub answers with status 503"),
-        ("/commit/", 429, "too many requests for now"),
+        ("/commit/", 429, "the Hub's rate limit is reached"),
     ],
 )
 def test_what_the_hub_refuses_is_one_line_and_nothing_is_written(where, status, told, hub, capsys):
@@ -369,7 +369,7 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_written(where, status, 
 
 def test_a_wrong_token_is_one_line(hub, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "the Hub does not know this token" in refused(capsys)
+    assert "the token is invalid" in refused(capsys)
     assert hub.commits == []
 
 
@@ -417,7 +417,7 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(hub_access, "_last_check", None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refused(capsys) == f"error: --push_to_hub {REPO}: the Hub does not answer: check the connection"
+    assert refused(capsys) == f"error: --push_to_hub {REPO}: the Hub does not respond: check the connection"
 
 
 def test_one_sae_is_chosen_and_named(hub, capsys, tmp_path):
@@ -428,7 +428,7 @@ def test_one_sae_is_chosen_and_named(hub, capsys, tmp_path):
         assert "OWNER/NAME is needed" in capsys.readouterr().err
     assert hub.asked == []
     assert report.main([str(K32), "--dry_run"]) == 2
-    assert "--dry_run goes with --push_to_hub" in capsys.readouterr().err
+    assert "--dry_run needs --push_to_hub" in capsys.readouterr().err
 
 
 def test_two_runs_of_other_layers_keep_their_files_apart_and_baselines_stay_home(hub, tmp_path):

@@ -41,7 +41,8 @@ def places(files):
     [
         ([], ["1", "2", "3", "4"], "All 6 pairs of SAEs differ significantly."),
         (["bc"], ["1", "2-3", "2-3", "4"], "5 of 6 pairs of SAEs differ significantly. The others are b and c."),
-        (["ab", "bc"], ["1-2", "1-3", "2-3", "4"], "4 of 6 pairs of SAEs differ significantly. The others are a and b; b and c."),
+        (["ab", "bc"], ["1-2", "1-3", "2-3", "4"],
+         "4 of 6 pairs of SAEs differ significantly. The others are a and b; b and c."),
         (["ab", "ac", "ad", "bc", "bd"], ["1-4", "1-4", "1-3", "2-4"],
          "1 of 6 pairs of SAEs differ significantly. The others are a and b; a and c; a and d; and 2"),
         (["ab", "ac", "ad", "bc", "bd", "cd"], ["1-4"] * 4, "None of the 6 pairs of SAEs differs significantly"),

@@ -143,8 +143,8 @@ def test_the_command_prints_them_and_writes_all_as_csv(tmp_path, capsys):
         (["--rows", "age", "--layer", "1", "--sae", "one"], "--rows age: there is no such probe; there are gender"),
         (["--rows", "gender", "--layer", "0", "--sae", "one"], "measure it again"),
         (["--rows", "gender", "--layer", "1", "--sae", "one", "--csv", "absent/rows.csv"], "cannot be written"),
-        (["--layer", "1"], "--layer and --sae choose a cell"),
-        (["--rows", "gender", "--summary"], "other outputs go without it"),
+        (["--layer", "1"], "--layer needs --rows or --latents"),
+        (["--rows", "gender", "--summary"], "cannot be combined with other outputs"),
     ],
 )
 def test_what_is_asked_for_wrongly_is_told_in_a_line(flags, told, tmp_path, capsys):

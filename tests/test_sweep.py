@@ -62,11 +62,11 @@ def test_a_single_request_has_a_folder_too(read):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("output_directory = ", "no TOML"),
+        ("output_directory = ", "not a TOML file"),
         ('[[grid]]\nseed = 1\n', "output_directory must be"),
         ('output_directory = "o"\n', "[[grid]]"),
         ('output_directory = "o"\ngrids = 1\n', "output_directory, page, flags, grid"),
-        ('output_directory = "o"\n[[grid]]\nsaename = "a"\n', "grid.saename is not known: use model_name"),
+        ('output_directory = "o"\n[[grid]]\nsaename = "a"\n', "unknown key grid.saename: use model_name"),
         ('output_directory = "o"\n[flags]\noverwrite = true\n[[grid]]\nseed = 1\n', "flags.overwrite is not known"),
         ('output_directory = "o"\n[[grid]]\nseed = []\n', "grid.seed is an empty list"),
         ('output_directory = "o"\n[[grid]]\nseed = [1, 1]\n', "two requests"),

@@ -23,7 +23,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformers import AutoModelForCausalLM
 
 import delta_selectivity as ds
-from delta_selectivity.api.budget import FIRST_TRY, fitting_rows
+from delta_selectivity.api.budget import FIRST_ROWS, fitting_rows
 from delta_selectivity.api.training_names import HIGH, LOW, for_training, intervals
 
 MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"
@@ -346,7 +346,7 @@ def test_without_tensorboard_it_says_what_to_install(monkeypatch, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ds.RequestError, match="need the package tensorboard"):
+    with pytest.raises(ds.RequestError, match="the package tensorboard is not installed"):
         ds.TensorBoardLogger(tmp_path)
 
 
@@ -443,7 +443,7 @@ def test_sae_lens_with_offline_wandb_and_tensorboard(route, wandb_run, evaluator
     [
         (0.1, 0.001, 2.0, 100_000, 1700),  # 0.9 x 2 s
         (0.1, 0.001, 2.0, 900, 900),
-        (0.1, 0.001, 0.2, 100_000, FIRST_TRY),  # it takes 0.6 s whatever one does
+        (0.1, 0.001, 0.2, 100_000, FIRST_ROWS),  # it takes 0.6 s whatever one does
         (0.0, 0.001, 1e9, 100_000, 32_000),
         (5.0, 0.001, 8.0, 100_000, 2200),
         (0.1, 0.001, 2.0, 80, 80),
@@ -459,12 +459,12 @@ def test_rows_are_chosen_by_the_time_that_calls_take(fixed, each, seconds, most,
     found = fitting_rows(seconds_at, seconds, most)
     assert found == asked[-1] == pytest.approx(expected, rel=0.03)
     assert found <= most
-    assert fixed + each * found <= seconds or found == FIRST_TRY
+    assert fixed + each * found <= seconds or found == FIRST_ROWS
 
 
 def test_a_budget_says_rows_seconds_and_a_precision_that_later_saes_keep(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("delta_selectivity.api.budget.FIRST_TRY", 100)
-    monkeypatch.setattr("delta_selectivity.api.evaluator.FIRST_TRY", 100)
+    monkeypatch.setattr("delta_selectivity.api.budget.FIRST_ROWS", 100)
+    monkeypatch.setattr("delta_selectivity.api.evaluator.FIRST_ROWS", 100)
     task = write_csv(tmp_path / "people.csv", people(1200))
     evaluator = ds.Evaluator(tiny_model, LAYER, task, seconds=30.0, rows=400, settings=FAST, device="cpu")
     assert evaluator.budget is None
