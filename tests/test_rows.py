@@ -257,18 +257,25 @@ def test_the_page_holds_the_rows_of_a_cell_in_hundredths(tmp_path):
     assert all((shown > 0) == (model[row] > 0) for shown, (row, *_) in zip(cell["scores"][0], expected, strict=True))
 
 
+def test_the_page_reads_the_rows_of_each_cell_once(tmp_path, monkeypatch):
+    read, texts_of = [], rows.texts_of
+    monkeypatch.setattr(rows, "texts_of", lambda file, fetch: read.append(file[0]) or texts_of(file, fetch))
+    page_of(write_rows(tmp_path / "in"), tmp_path / "r.html")
+    assert len(read) == len(set(read)) == 2, "each of the two SAEs has scores of one cell"
+
+
 def test_a_page_without_room_keeps_the_rows_that_say_most_and_without_any_none(tmp_path, monkeypatch):
     folder = write_rows(tmp_path / "in")
     monkeypatch.setattr(row_data, "TOP", 8)
     monkeypatch.setattr(row_data, "BOTTOM", 2)
     study = study_of(load(result_files(folder)))
-    full = len(row_data.packed(study, 10**6))
-    few = json.loads(gzip.decompress(base64.b64decode(row_data.packed(study, full - 1))))
+    full = len(row_data.packed(study, 10**6, rows.rows_of))
+    few = json.loads(gzip.decompress(base64.b64decode(row_data.packed(study, full - 1, rows.rows_of))))
     order = [row for row, *_ in by_hand(1)]
     chosen = [int(few["texts"][place][0].partition(":")[0]) for place in few["cells"]["3"]["texts"]]
     assert chosen == order[:8] + order[-2:]
     assert few["cells"]["3"]["n"] == N
-    assert row_data.packed(study, 100) is None
+    assert row_data.packed(study, 100, rows.rows_of) is None
 
 
 def test_a_page_with_long_texts_stays_small_and_their_markup_is_text(tmp_path):

@@ -10,6 +10,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.page import page
 from delta_selectivity.reporting.plots import plots_of
 from delta_selectivity.reporting.row_data import packed
+from delta_selectivity.reporting.rows import RowsReader
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.reporting.subgroup_lines import By
 from delta_selectivity.reporting.subgroup_table import subgroup_section
@@ -34,12 +35,13 @@ def write_page(study: Study, path: Path, by: By | None = None, *, with_rows: boo
     with _naming("`page`", path), replacing(path.absolute(), "w", encoding="utf-8") as out:
         plots = plots_of(study)
         drawn = {plot.name: plot.svg() for plot in plots}
-        groups = subgroup_section(study, by or {})
+        read = RowsReader(fetch=False)
+        groups = subgroup_section(study, by or {}, read)
         for with_links, pack_plots in ((True, False), (False, False), (False, True)):
             n_bytes = len(page(study, plots, drawn, with_links, groups, pack_plots=pack_plots).encode())
             if n_bytes <= MAX_BYTES:
                 break
-        rows = packed(study, max(MAX_BYTES - n_bytes, MIN_ROWS_BYTES)) if with_rows else None
+        rows = packed(study, max(MAX_BYTES - n_bytes, MIN_ROWS_BYTES), read) if with_rows else None
         out.write(page(study, plots, drawn, with_links, groups, rows, pack_plots))
     unlinked = (
         "" if with_links else "; the page is too large for download links of its plots: use `plots` to write them"

@@ -1,6 +1,6 @@
 """The rows of all cells for the page, compressed. The 200 most informative rows of a cell include their texts.
 
-packed(study, max_bytes)    # base64 of gzip of JSON, at most `max_bytes` long; None without stored scores
+packed(study, max_bytes, RowsReader())    # base64 of gzip of JSON, at most `max_bytes` long; None without stored scores
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from delta_selectivity.records import latents as latent_file
 from delta_selectivity.records.texts import Text
 from delta_selectivity.reporting.names import elide_middle
 from delta_selectivity.reporting.row_tables import excerpt
-from delta_selectivity.reporting.rows import OUTCOMES, CellRows, places, rows_of
+from delta_selectivity.reporting.rows import OUTCOMES, CellRows, Place, places
 from delta_selectivity.reporting.study import Study
 from delta_selectivity.system.terminal import printable
 
@@ -32,9 +32,9 @@ MAX_NAME = 120  # characters of a person's key or a class
 Json = dict[str, Any]
 
 
-def packed(study: Study, max_bytes: int) -> str | None:
+def packed(study: Study, max_bytes: int, read: Callable[[Place], CellRows]) -> str | None:
     """Return the rows in at most `max_bytes`: all of them, else the most informative ones; None if there are none."""
-    cells = [(number, rows, _cell_facts(rows)) for number, rows in _cells_with_rows(study)]
+    cells = [(number, rows, _cell_facts(rows)) for number, rows in _cells_with_rows(study, read)]
     latents = dict(_cells_with_latents(study))
     if not cells and not latents:
         return None
@@ -45,13 +45,13 @@ def packed(study: Study, max_bytes: int) -> str | None:
     return None
 
 
-def _cells_with_rows(study: Study) -> Iterator[tuple[int, CellRows]]:
+def _cells_with_rows(study: Study, read: Callable[[Place], CellRows]) -> Iterator[tuple[int, CellRows]]:
     """Yield the number and the rows of each cell with stored scores."""
     for sae in study.saes_and_baselines:
         for cell, place in zip(sae.cells, places(sae), strict=True):
             if cell.measured:
                 try:
-                    yield study.numbers[id(cell)], rows_of(place, fetch=False)
+                    yield study.numbers[id(cell)], read(place)
                 except RequestError:
                     continue
 

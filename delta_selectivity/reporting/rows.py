@@ -177,6 +177,21 @@ def rows_of(place: Place, fetch: bool = True) -> CellRows:
     )  # fmt: skip
 
 
+class RowsReader:
+    """Reader that returns the rows of cells and reads each cell once."""
+
+    def __init__(self, fetch: bool = True) -> None:
+        self._fetch = fetch
+        self._rows: dict[tuple[Path, int, str], CellRows] = {}
+
+    def __call__(self, place: Place) -> CellRows:
+        """Return the rows of a cell. Raises `RequestError` as `rows_of` does."""
+        key = (place.file[0], place.layer, place.probe)
+        if key not in self._rows:
+            self._rows[key] = rows_of(place, self._fetch)
+        return self._rows[key]
+
+
 def places(sae: Sae) -> list[Place]:
     """Return the location of each cell of an SAE, in the order of its cells."""
     return [Place(file, layer, probe) for file in sae.files for layer, probe, *_ in cells(file[1])]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.reporting.groups import File, dataset_of
 from delta_selectivity.reporting.results import by_sae, cells, is_baseline
-from delta_selectivity.reporting.rows import Place, rows_of
+from delta_selectivity.reporting.rows import CellRows, Place, rows_of
 from delta_selectivity.reporting.subgroups import Grouping, Loss, grouping_of, losses, mean_losses, with_q_values
 
 _FIGURES = ("n_rows", "n_people", "delta_sel", "ci_low", "ci_high", "against", "against_ci_low", "against_ci_high",
@@ -20,6 +20,7 @@ COLUMNS = ("sae", "dataset", "layer", "probe", "by", "group", *_FIGURES)
 MEAN_COLUMNS = ("sae", "by", "group", "n_cells", *_FIGURES)
 
 By = Mapping[str, Mapping[str, str]]  # from the caller: title of a grouping -> key of a person -> group
+ReadRows = Callable[[Place], CellRows]
 
 
 def subgroup_lines(
@@ -37,14 +38,14 @@ def subgroup_lines(
 
 
 def mean_subgroup_lines(
-    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By, fetch: bool = True
+    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By, read: ReadRows = rows_of
 ) -> list[tuple[Any, ...]]:
     """Return the values of `MEAN_COLUMNS` for each group of each SAE: means over its cells; q values cover all lines.
 
     If an SAE's files differ in folds or repeats, only the most frequent combination is used.
     """
     where, all_losses = [], []
-    for name, of_sae in itertools.groupby(_cells(files, sae, probe, layer, by, fetch), key=lambda cell: cell[0]):
+    for name, of_sae in itertools.groupby(_cells(files, sae, probe, layer, by, read), key=lambda cell: cell[0]):
         cells = [(stored, known) for _, _, stored, known in of_sae]
         design = Counter(_design(stored) for stored, _ in cells).most_common(1)[0][0]
         means = mean_losses([cell for cell in cells if _design(cell[0]) == design])
@@ -57,7 +58,7 @@ def mean_subgroup_lines(
 
 
 def _cells(
-    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By, fetch: bool = True
+    files: Sequence[File], sae: str | None, probe: str | None, layer: int | None, by: By, read: ReadRows = rows_of
 ) -> Iterator[tuple[str, Place, ProbeScores, list[Grouping]]]:
     """Yield SAE, place, scores and groupings of each requested cell that has stored scores."""
     for name, files_of_sae in by_sae(files).items():
@@ -69,7 +70,7 @@ def _cells(
                     continue
                 place = Place(file, at, of)
                 try:
-                    rows = rows_of(place, fetch)
+                    rows = read(place)
                 except RequestError:
                     continue
                 known = list(rows.groupings)

@@ -9,8 +9,9 @@ from delta_selectivity.reporting.groups import File
 from delta_selectivity.reporting.html import Markup, element, join, table
 from delta_selectivity.reporting.names import elide_middle
 from delta_selectivity.reporting.numbers import number, probability, signed, span
+from delta_selectivity.reporting.rows import rows_of
 from delta_selectivity.reporting.study import Study
-from delta_selectivity.reporting.subgroup_lines import MEAN_COLUMNS, By, mean_subgroup_lines
+from delta_selectivity.reporting.subgroup_lines import MEAN_COLUMNS, By, ReadRows, mean_subgroup_lines
 from delta_selectivity.reporting.summary import short_label
 from delta_selectivity.reporting.tables import Row, aligned
 from delta_selectivity.system.terminal import printable
@@ -26,15 +27,21 @@ MAX_NAME = 60  # characters of a group
 Line = dict[str, Any]  # keys are `MEAN_COLUMNS`
 
 
-def subgroup_section(study: Study, by: By) -> list[Markup]:
-    """Return a table with a line for each group and SAE; empty if no scores are stored."""
+def subgroup_section(study: Study, by: By, read: ReadRows) -> list[Markup]:
+    """Return a table with a line for each group and SAE; empty if no scores are stored.
+
+    Args:
+        study: The SAEs to report on.
+        by: Further subgroups.
+        read: Returns the rows of a cell.
+    """
     by_name = {sae.name: sae for sae in study.saes}
     rows = [
         (
             _group(line), short_label(study, by_name[line["sae"]]), str(line["n_cells"]), f"{line['n_people']:,}",
             _estimate(line, "delta_sel", ""), _estimate(line, "against", "against_"), probability(line["q_value"]),
         )
-        for line in _lines([file for sae in study.saes for file in sae.files], by, fetch=False)
+        for line in _lines([file for sae in study.saes for file in sae.files], by, read)
     ]  # fmt: skip
     head = ("group", "SAE", "cells", "people", "delta_sel", "vs others", "q")
     return [element("p", LEGEND.replace("\n", " ")), table(head, rows)] if rows else []
@@ -58,10 +65,10 @@ def subgroup_text(files: Sequence[File], by: By) -> str:
     return f"{aligned([head, *rows])}\n\n{LEGEND}"
 
 
-def _lines(files: Sequence[File], by: By, fetch: bool = True) -> list[Line]:
+def _lines(files: Sequence[File], by: By, read: ReadRows = rows_of) -> list[Line]:
     """Return the lines, sorted so that the SAEs of a subgroup follow each other."""
     lines = [
-        dict(zip(MEAN_COLUMNS, line, strict=True)) for line in mean_subgroup_lines(files, None, None, None, by, fetch)
+        dict(zip(MEAN_COLUMNS, line, strict=True)) for line in mean_subgroup_lines(files, None, None, None, by, read)
     ]
     groups = list(dict.fromkeys((line["by"], line["group"]) for line in lines))
     return sorted(lines, key=lambda line: groups.index((line["by"], line["group"])))
