@@ -122,13 +122,13 @@ def _cpu_of_children() -> float:
 
 def time_package(environment: Path, whole: bool, cpu_time: bool) -> list[Cost]:
     """`sae-probes` as its README runs it, and with the activations of all hooks made in one pass beforehand."""
-    python = make_environment(environment)
+    driver = [str(make_environment(environment)), str(DRIVER), str(MODEL), str(SAE)]
     n_layers = _n_layers()
     layers = [*range(n_layers)] if whole else [0, n_layers - 1]
     tasks = [*ROWS] if whole else [TASK]
     clock = ["--cpu_time"] if cpu_time else []
-    one_by_one = _drive(python, layers, tasks, *clock)
-    together = _drive(python, [*range(n_layers)], tasks, "--at_its_best", "--forward_only", *clock)
+    one_by_one = run_driver(driver, layers, tasks, *clock)
+    together = run_driver(driver, [*range(n_layers)], tasks, "--at_its_best", "--forward_only", *clock)
     rows = sum(ROWS.values()) / sum(ROWS[task] for task in tasks)
     probes = statistics.fmean(one_by_one["probes"].values()) * n_layers * len(ROWS) / len(tasks)
     forward = statistics.fmean(one_by_one["forward"].values()) * n_layers * rows  # linear in the layer
@@ -162,10 +162,11 @@ def make_environment(folder: Path) -> Path:
     return python
 
 
-def _drive(python: Path, layers: list[int], tasks: list[str], *flags: str) -> dict[str, dict[str, float]]:
+def run_driver(command: list[str], layers: list[int], tasks: list[str], *flags: str) -> dict[str, dict[str, float]]:
+    """Run the driver with interpreter, model and SAE as in `command`; return the seconds that it prints."""
     where = ["--hooks", ",".join(map(str, layers)), "--tasks", ",".join(tasks)]
     done = subprocess.run(
-        [str(python), str(DRIVER), str(MODEL), str(SAE), *where, *flags],
+        [*command, *where, *flags],
         check=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

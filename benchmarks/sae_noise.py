@@ -1,11 +1,17 @@
 """How far an SAE's own figure, its mean over all layers and probes, moves when it is measured again.
 
-python benchmarks/sae_noise.py run    # the bundled SAEs, five runs of two kinds of draws: a quarter of an hour
-python benchmarks/sae_noise.py        # the table, from what `run` kept
+python benchmarks/sae_noise.py run            # the bundled SAEs, five runs of two kinds of draws: a quarter of an hour
+python benchmarks/sae_noise.py                # the table, from what `run` kept
+python benchmarks/sae_noise.py run --suite    # the 113 tasks of sae-probes in five runs of `main.py`: half an hour
+python benchmarks/sae_noise.py --suite        # likewise
 
 A set of SAEs has one for each layer, and `main.py` reports the mean over them (`_run.sae_level`). Here that figure is
 made five times, each time of other rows and folds; 2.77 standard deviations are what two runs must differ by to be
 told apart in 95 of 100 (docs/reliability.md has the same for a single layer, beside k-sparse probing).
+
+With `--suite` the figure is the mean over the tasks of sae-probes at one layer. Each run has a seed of its own, which
+draws at most 400 rows of each task, and the folds. The last column is 2.77 times the standard error by which a run's
+own interval of the difference is made.
 """
 
 from __future__ import annotations
@@ -13,7 +19,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,9 +43,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 log = logging.getLogger(__name__)
 
 KEPT = Path(__file__).resolve().with_suffix(".json")
+KEPT_SUITE = KEPT.with_name("sae_noise_suite.json")
 SAES = ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32")
 RUNS, ROWS = range(1, 6), 3000
 FIGURES = ("delta_sel", "transfer_delta", "transfer_r2")
+SUITE_FIGURES = ("delta_sel", "transfer_r2")
+SUITE_ROWS, SUITE_LAYER = 400, 4
 Level = dict[str, dict[str, float]]  # SAE -> figure -> its mean over layers and probes
 
 
@@ -79,27 +91,62 @@ def _sae_level(tasks: list[Task], x: Mapping[int, Tensor], recons: Mapping[tuple
     return {name: {figure: float(np.mean(each)) for figure, each in own.items()} for name, own in found.items()}
 
 
-def table(levels: Mapping[str, list[Level]]) -> str:
-    """A line per figure and kind of draw."""
+def run_suite() -> None:
+    """Run `main.py` on the suite with five seeds, and keep the figures after each run."""
+    runs: list[Level] = []
+    errors: list[dict[str, float]] = []  # of each run: figure -> standard error of the difference by its own interval
+    for seed in RUNS:
+        with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as out:
+            program = [sys.executable, str(PROJECT / "main.py"), "--quiet", "--output_directory", out]
+            flags = ["--datasets", "sae-probes", "--shuffle_select_n", str(SUITE_ROWS), "--layers", str(SUITE_LAYER)]
+            subprocess.run([*program, *flags, "--seed", str(seed)], check=True, stdout=subprocess.DEVNULL)
+            levels = {name: _stored_level(Path(out) / name) for name in SAES}
+        runs.append(
+            {name: {figure: level["tasks"][figure] for figure in SUITE_FIGURES} for name, level in levels.items()}
+        )
+        (compared,) = levels[SAES[0]]["compared"].values()
+        errors.append({figure: _standard_error(compared, figure) for figure in SUITE_FIGURES})
+        log.info("seed %d: %s %s", seed, runs[-1], errors[-1])
+        config = {"rows": SUITE_ROWS, "layers": [SUITE_LAYER], "runs": len(runs)}
+        stored = {"levels": {f"--shuffle_select_n {SUITE_ROWS}, folds": runs}, "errors": errors}
+        result_file.write_json(KEPT_SUITE, {**stored, "_run": result_file.describe_run(config)})
+
+
+def _stored_level(folder: Path) -> result_file.Json:
+    """Return `_run.sae_level` of a finished run's SAE, which each of its files has."""
+    level: result_file.Json = json.loads(next(folder.glob("*.json")).read_text("utf-8"))["_run"]["sae_level"]
+    return level
+
+
+def _standard_error(level: result_file.Json, figure: str) -> float:
+    return float(level[f"{figure}_ci_high"] - level[f"{figure}_ci_low"]) / (2 * 1.96)
+
+
+def table(levels: Mapping[str, list[Level]], errors: Sequence[Mapping[str, float]] = ()) -> str:
+    """A line per figure and kind of draw; `errors` are standard errors of the difference, figure -> each run's."""
     rows: list[tables.Row] = [
         ("figure", "drawn anew", *(f"{name}, mean" for name in SAES), "SD of one", "2.77 SD", "SD of the difference",
-         "2.77 SD")
+         "2.77 SD", *(["by the runs' own intervals"] if errors else []))
     ]  # fmt: skip
-    for figure in FIGURES:
+    for figure in SUITE_FIGURES if errors else FIGURES:
         for kind, runs in levels.items():
             by_sae = {name: [run[name][figure] for run in runs] for name in SAES}
             one = noise_of_runs(by_sae)
             two = noise_of_runs({"difference": [a - b for a, b in zip(*by_sae.values(), strict=True)]})
             means = (f"{np.mean(values):+.4f}" for values in by_sae.values())
             noise = (f"{one:.4f}", f"{RELIABLE * one:.4f}", f"{two:.4f}", f"{RELIABLE * two:.4f}")
-            rows.append((figure, kind, *means, *noise))
+            own = [f"{RELIABLE * np.mean([error[figure] for error in errors]):.4f}"] if errors else []
+            rows.append((figure, kind, *means, *noise, *own))
     return tables.aligned(rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
+    parser.add_argument("--suite", action="store_true", help="the tasks of sae-probes")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if parser.parse_args().what == "run":
-        run()
-    print(table(json.loads(KEPT.read_text(encoding="utf-8"))["levels"]))
+    asked = parser.parse_args()
+    if asked.what == "run":
+        run_suite() if asked.suite else run()
+    kept = json.loads((KEPT_SUITE if asked.suite else KEPT).read_text(encoding="utf-8"))
+    print(table(kept["levels"], kept.get("errors", ())))

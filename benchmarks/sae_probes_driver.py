@@ -2,9 +2,10 @@
 
     python benchmarks/sae_probes_driver.py MODEL SAE --hooks 0,5 --tasks 64_wikidata_occupation_isresearcher
 
-With `--figures` it prints what the package says of its k-sparse probes (L2) in place of the seconds.
+With `--figures` it prints what the package says of its k-sparse probes (L2) in place of the seconds. With `--rows FILE`
+(CSV with the columns dataset, text, label) the package sees those rows of a dataset in place of its own.
 
-Nothing of this project is imported: `benchmarks/bench_end_to_end.py` and `benchmarks/k_sparse_agreement.py` start it
+Nothing of this project is imported: `bench_end_to_end.py`, `bench_suite.py` and `k_sparse_agreement.py` start it
 with the interpreter of that environment. The package's functions are called as its README calls them; only the model's
 loading is replaced, by one from a folder, since there is no hub. With `--at_its_best` activations of all hooks come
 from one pass, else hook by hook.
@@ -67,10 +68,32 @@ def run(asked: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
         start = clock()
         shared |= {"hook_name": hook, "results_path": work / "results", "model_cache_path": work}
         run_baseline_evals(**shared)
-        sae = SAE.load_from_disk(str(Path(asked.sae) / hook), device="cpu")
-        run_sae_evals(sae=sae, reg_type="l1", ks=[1, 16], **shared)
+        for i, folder in enumerate(asked.sae.split(",")):
+            sae = SAE.load_from_disk(str(Path(folder) / hook), device="cpu")
+            own = {**shared, "results_path": work / f"results_{i}"}  # else the second SAE would count as done
+            run_sae_evals(sae=sae, reg_type="l1", ks=[1, 16], **own)
         seconds["probes"][layer] = clock() - start
     return seconds
+
+
+def replace_rows(rows: Path, work: Path) -> None:
+    """Make the package read datasets of these rows, in files of its own format."""
+    import pandas as pd
+    from sae_probes import generate_model_activations, generate_sae_activations, run_baselines, utils_data
+
+    evals: Any = sys.modules["sae_probes.run_sae_evals"]  # the package's own name for it is the function's
+    folder = work / "data"
+    (folder / "cleaned_data").mkdir(parents=True)
+    master = "probing_datasets_MASTER.csv.zst"
+    (folder / master).write_bytes((utils_data.DATA_PATH / master).read_bytes())
+    for name, own in pd.read_csv(rows).groupby("dataset"):
+        table = own.rename(columns={"text": "prompt", "label": "target"})[["prompt", "target"]]
+        table.to_csv(folder / "cleaned_data" / f"{name}.csv.zst", index=False, compression="zstd")
+        for module in (generate_sae_activations, run_baselines, evals):
+            module.DATASET_SIZES[name] = len(own)  # read once, when the package was imported
+    utils_data.read_dataset_df.cache_clear()
+    for module in (utils_data, generate_model_activations):
+        module.DATA_PATH = folder
 
 
 def figures(asked: argparse.Namespace, work: Path) -> dict[str, list[dict[str, Any]]]:
@@ -108,15 +131,18 @@ def main() -> int:
     """Everything the package prints goes to stderr."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a Hugging Face model that TransformerLens knows")
-    parser.add_argument("sae", help="folder with an SAE Lens folder for each hook")
+    parser.add_argument("sae", help="folder with an SAE Lens folder for each hook; several with commas")
     parser.add_argument("--hooks", required=True, help="layers, comma")
     parser.add_argument("--tasks", required=True, help="names of the package's datasets, comma")
     parser.add_argument("--at_its_best", action="store_true", help="activations of all hooks in one pass beforehand")
+    parser.add_argument("--rows", type=Path, help="CSV of rows in place of the package's own")
     parser.add_argument("--forward_only", action="store_true", help="no probes")
     parser.add_argument("--cpu_time", action="store_true", help="seconds of CPU")
     parser.add_argument("--figures", action="store_true", help="what it says, at one hook, in place of seconds")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as work, contextlib.redirect_stdout(sys.stderr):
+        if asked.rows is not None:
+            replace_rows(asked.rows, Path(work))
         found = figures(asked, Path(work)) if asked.figures else run(asked, Path(work))
     print(json.dumps(found))
     return 0

@@ -14,13 +14,23 @@ import torch
 from safetensors.numpy import save_file
 from torch import nn
 
-from benchmarks import bench_end_to_end, bench_gpu, bench_scaling, independent, large_job, serial, timing, what_is_lost
+from benchmarks import (
+    bench_end_to_end,
+    bench_gpu,
+    bench_scaling,
+    bench_suite,
+    independent,
+    large_job,
+    serial,
+    timing,
+    what_is_lost,
+)
 from benchmarks.bundled import MODEL
 from benchmarks.shapes import SHAPES, TINY
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.reporting import results as report_files
 from delta_selectivity.saes import open_sae
-from delta_selectivity.tasks import Mention, tokenise
+from delta_selectivity.tasks import Mention, load_probe_texts, tokenise
 from delta_selectivity.tasks.wikidata import _FILES, load_wikidata
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,18 +182,36 @@ def test_rows_of_the_tasks_are_those_that_are_shipped():
 def test_what_is_left_of_a_part_is_scaled_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Hooks that take 1 .. 6 s of passes on one task, 10 s of probes each: the whole by hand."""
 
-    def drive(python: Path, layers: list[int], tasks: list[str], *flags: str) -> dict[str, dict[str, float]]:
+    def drive(command: list[str], layers: list[int], tasks: list[str], *flags: str) -> dict[str, dict[str, float]]:
         if "--at_its_best" in flags:
             return {"forward": {"all": 6.0}, "probes": {}}
         return {"forward": {str(n): n + 1.0 for n in layers}, "probes": {str(n): 10.0 for n in layers}}
 
-    monkeypatch.setattr(bench_end_to_end, "_drive", drive)
+    monkeypatch.setattr(bench_end_to_end, "run_driver", drive)
     monkeypatch.setattr(bench_end_to_end, "make_environment", lambda folder: folder)
     each, together = bench_end_to_end.time_package(tmp_path, whole=False, cpu_time=True)
     rows = sum(bench_end_to_end.ROWS.values()) / bench_end_to_end.ROWS[bench_end_to_end.TASK]
     assert each.forward == pytest.approx(sum(range(1, 7)) * rows)
     assert together.forward == pytest.approx(6 * rows)
     assert each.probes == together.probes == pytest.approx(10 * 6 * 9)
+
+
+def test_the_suite_beside_its_package_is_scaled_up_by_characters_and_tasks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """Of three tasks the first is timed: 12 s of passes on 30 of 90 characters, 6 s of probes."""
+    seconds = {"forward": {"0": 4.0, "1": 8.0}, "probes": {"0": 1.0, "1": 5.0}}
+    monkeypatch.setattr(bench_suite, "run_driver", lambda *_: seconds)
+    drawn = bench_suite.Drawn(["a", "b", "c"], {"a": 30, "b": 50, "c": 10})
+    assert bench_suite.time_package(Path("python"), tmp_path, ["a"], drawn) == (36.0, 18.0)
+
+
+def test_the_rows_beside_which_the_suite_is_timed_are_those_that_a_run_draws(tmp_path: Path):
+    drawn = bench_suite.draw_rows("87_glue_cola", tmp_path / "rows.csv")
+    texts = [
+        mention.text for mention in load_probe_texts(("87_glue_cola",), shuffle_select_n=bench_suite.ROWS).mentions
+    ]
+    assert drawn == (["87_glue_cola"], {"87_glue_cola": sum(map(len, texts))})
 
 
 def test_the_table_of_the_whole_job_has_the_medians_of_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -24,8 +24,8 @@ from delta_selectivity.system.whole_file import replacing
 HEAD = ("rank", "SAE", "survives (transfer_r2)", "95 % interval", "delta_sel", "L0", "width", "fvu_pos", "probes")
 BAR, HALF = 180, 8  # width and half height of the drawn interval, pixels
 READING = (
-    "transfer_r2 is the share of the variance of the scores of the model's own probes that remains when they read the "
-    "SAE's reconstruction. 1 is all of it; 0 is no better than a constant. Ranks such as 2–4 are ties: the 95 % "
+    "transfer_r2 is the R² between the outputs of the model's own probes on the SAE's reconstruction and on the "
+    "activations. 1: identical; 0 or less: no better than a constant. Ranks such as 2–4 are ties: the 95 % "
     "interval of the paired difference from each SAE that is listed as tied includes 0. Filters hide SAEs but do not "
     "change ranks."
 )

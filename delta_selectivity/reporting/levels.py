@@ -124,7 +124,7 @@ def _draw(probe: str, dataset: str, curves: Sequence[Curve], limits: tuple[float
     sae_curves = [curve for curve in curves if curve.with_band]
     n_rows = len(sae_curves) + math.ceil(len(baselines) / 3)
     figure = canvas(WIDTH, HEIGHT + LEGEND_ROW * n_rows + 6)
-    add_title(figure, probe, dataset)
+    add_title(figure, probe, f"balanced accuracy, {dataset}")
     axes = axes_at(figure, 40, 42, WIDTH - 48, HEIGHT - 78)
     axes.set(ylim=limits, xlabel="layer")
     axes.grid(axis="y")

@@ -23,7 +23,7 @@ BODY_MARKS = ("<!-- delta-selectivity: begin -->", "<!-- delta-selectivity: end 
 SOURCE = "Delta Selectivity"
 TASK = "feature-extraction"
 SCORES = {
-    "transfer_r2": "share of the variance of the model's probe scores that remains",
+    "transfer_r2": "R² between the outputs of the model's probes on the reconstruction and on the activations",
     "delta_sel": "change in balanced accuracy",
 }
 PAGE = "report.html"
@@ -114,7 +114,7 @@ def body_of(sae: Sae, folder: str) -> str:
         f"|---|{'---:|' * len(SCORES)}",
         *rows,
         "",
-        f"`transfer_r2`: {SCORES['transfer_r2']} when the probes read the reconstruction (1: all). "
+        f"`transfer_r2`: {SCORES['transfer_r2']} (1: identical). "
         f"`delta_sel`: {SCORES['delta_sel']} of a probe fitted anew on the reconstruction (0: nothing lost). "
         f"[All numbers]({folder}/{PAGE}).",
     ])  # fmt: skip

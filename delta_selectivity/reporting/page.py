@@ -29,9 +29,9 @@ from delta_selectivity.reporting.svg import inline
 
 HERE = Path(__file__).parent
 READING = (
-    ("survives", "transfer_r2: the share of the variance of the scores of the model's own probes that remains when "
-     "they read the SAE's reconstruction. 1: all of it; 0 or less: no better than a constant. It is far more "
-     "sensitive than delta_sel. Attention sinks among the probed rows are excluded."),
+    ("survives", "transfer_r2: the R² between the outputs of the model's own probes on the SAE's reconstruction and on "
+     "the activations. 1: identical; 0 or less: no better than a constant. It is far more sensitive than delta_sel. "
+     "Attention sinks among the probed rows are excluded."),
     ("rank", "By transfer_r2. 1–2: tied with another SAE, because the 95 % interval of their paired difference "
      "includes 0."),
     ("delta_sel", "Balanced accuracy of a probe on the SAE's reconstruction minus that on the model's activations. "

@@ -20,8 +20,8 @@ from delta_selectivity.reporting.study import Sae, Study
 MAX_NAME = 40  # characters of a name in the sentence
 MAX_PAIRS = 3  # pairs, for a readable sentence
 MEANING = (
-    "survives: transfer_r2, the share of the variance of the scores of the model's own probes that remains when they\n"
-    "read the reconstruction; 1 = all, 0 or less = no better than a constant\n"
+    "survives: transfer_r2, the R2 between the outputs of the model's own probes on the reconstruction and on the\n"
+    "activations; 1 = identical, 0 or less = no better than a constant\n"
     "rank: by transfer_r2; 1-2 = tied with another SAE (the 95 % interval of the paired difference includes 0)"
 )
 """Legend of the columns `survives` and `rank`."""

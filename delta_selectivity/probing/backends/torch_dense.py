@@ -39,7 +39,7 @@ class DenseDesign:
     unit: Tensor  # float64 [d], between the splits' scales
     centre: Tensor  # float64 [d]
     divisor: Tensor  # float64 [splits, d]
-    block: Tensor  # float64 [rows of a block, d], where x is converted: fresh memory each time costs more than that
+    block: Tensor  # float64 [rows of a block, d]: all of x less `centre` if it fits, else memory to convert blocks in
 
     @classmethod
     def build(cls, problem: ProbeProblem) -> DenseDesign:
@@ -54,7 +54,10 @@ class DenseDesign:
         for rows in _blocks(x):
             torch.addcmul(left, x[rows] - near, stretch, out=z[rows, :-1])
         longest = max((len(x[rows]) for rows in _blocks(x)), default=0)
-        return cls(x, z, unit, centre, divisor, centre.new_empty(longest, x.shape[1]))
+        block = centre.new_empty(longest, x.shape[1])
+        if longest == len(x):
+            torch.sub(x, centre, out=block)
+        return cls(x, z, unit, centre, divisor, block)
 
     @property
     def column_bytes(self) -> int:
@@ -101,7 +104,7 @@ class Exact:
     x: Tensor  # [rows, d]
     centre: Tensor  # [d]
     divisor: Tensor  # [columns, d]
-    block: Tensor  # [rows of a block, d], scratch
+    block: Tensor  # [rows of a block, d]: centred x if it has as many rows, else scratch
 
     def forward(self, theta: Tensor) -> Tensor:
         coef = theta[:, :-1] / self.divisor
@@ -120,6 +123,8 @@ class Exact:
         return Exact(self.x, self.centre, self.divisor[chosen], self.block)
 
     def _centred(self, rows: slice) -> Tensor:
+        if len(self.block) == len(self.x):
+            return self.block
         part = self.x[rows]
         return self.block[: len(part)].copy_(part).sub_(self.centre)
 

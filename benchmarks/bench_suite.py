@@ -1,0 +1,117 @@
+"""The 113 tasks of sae-probes on the bundled model, two SAEs, all layers, beside the package itself on the same rows.
+
+python benchmarks/bench_suite.py run --environment ~/sae-probes    # makes the environment there if it is not there
+python benchmarks/bench_suite.py                                   # the table, from what `run` kept
+
+`main.py` is timed whole, from its start to its last file: at most 400 rows of each task. `sae-probes` 0.4.2 gets the
+same rows of every twelfth task, hook by hook as its README runs it: its baseline probe, and k-sparse probes with k 1
+and 16 on each SAE. Its forward passes are scaled up by characters, its probes by tasks: take its side as rough. The
+package fits one split; ours fits five times five folds, on activations and on two reconstructions.
+"""
+
+from __future__ import annotations
+
+import csv
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.bench_end_to_end import DRIVER, PACKAGE, PROJECT, make_environment, run_driver
+from benchmarks.bundled import MODEL
+from benchmarks.timing import answer, parser
+from delta_selectivity.reporting import tables
+
+SAES = (MODEL.parent / "tiny-pythia-saes-k8", MODEL.parent / "tiny-pythia-saes-k32")
+LAYERS = range(6)
+ROWS = 400  # of a task, at most
+EVERY = 12  # of the tasks one is timed on the package's side
+
+
+class Whole(NamedTuple):
+    """A run of `main.py`."""
+
+    seconds: float
+    peak_gb: float
+
+
+class Drawn(NamedTuple):
+    """The rows that the run draws."""
+
+    tasks: list[str]
+    characters: dict[str, int]  # of each task
+
+
+def measure(environment: Path, repeats: int) -> list[tables.Row]:
+    """Return the table's rows, header first: medians of both sides, run in turn."""
+    python = make_environment(environment)
+    ours, theirs = [], []
+    with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as work:
+        everything = Path(work) / "all.csv"
+        drawn = draw_rows("sae-probes", everything)
+        timed = drawn.tasks[::EVERY]
+        rows = Path(work) / "timed.csv"
+        draw_rows(",".join(timed), rows)
+        for i in range(repeats):
+            ours.append(time_ours(Path(work) / f"results_{i}"))
+            theirs.append(time_package(python, rows, timed, drawn))
+    whole = statistics.median(run.seconds for run in ours)
+    forward, probes = (statistics.median(side) for side in zip(*theirs, strict=True))
+    return [
+        ("", "timed", "forward, s", "probes, s", "whole job, s", "of ours", "peak memory, GB"),
+        ("main.py", "whole", "", "", f"{whole:.0f}", "1.0x", f"{max(run.peak_gb for run in ours):.2f}"),
+        (
+            f"{PACKAGE}, hook by hook", f"{len(timed)} of {len(drawn.tasks)} tasks", f"{forward:.0f}", f"{probes:.0f}",
+            f"{forward + probes:.0f}", f"{(forward + probes) / whole:.1f}x", "",
+        ),
+    ]  # fmt: skip
+
+
+def draw_rows(tasks: str, path: Path) -> Drawn:
+    """Write the rows that `main.py` draws of these tasks, and return their names and sizes."""
+    program = [sys.executable, str(PROJECT / "datasets_wikidata.py")]
+    flags = ["--datasets", tasks, "--shuffle_select_n", str(ROWS), "--export", str(path)]
+    subprocess.run([*program, *flags], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    characters: dict[str, int] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            characters[row["dataset"]] = characters.get(row["dataset"], 0) + len(row["text"])
+    return Drawn(list(characters), characters)
+
+
+def time_ours(out: Path) -> Whole:
+    """Run `main.py` on all tasks and layers, with its default statistics."""
+    command = [sys.executable, str(PROJECT / "main.py"), "--sae_name", ",".join(map(str, SAES)), "--quiet"]
+    command += ["--datasets", "sae-probes", "--shuffle_select_n", str(ROWS), "--output_directory", str(out)]
+    start = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    seconds = time.perf_counter() - start
+    return Whole(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)
+
+
+def time_package(python: Path, rows: Path, timed: list[str], drawn: Drawn) -> tuple[float, float]:
+    """Return the package's seconds for forward passes and for probes, scaled up to all tasks."""
+    saes = ",".join([str(SAES[-1])] * len(SAES))  # the other is not in a format that the package reads
+    seconds = run_driver([str(python), str(DRIVER), str(MODEL), saes], [*LAYERS], timed, "--rows", str(rows))
+    longer = sum(drawn.characters.values()) / sum(drawn.characters[task] for task in timed)
+    forward, probes = (sum(seconds[part].values()) for part in ("forward", "probes"))
+    return forward * longer, probes * len(drawn.tasks) / len(timed)
+
+
+def main() -> int:
+    """Compare, or print what was kept."""
+    flags = parser(__doc__)
+    flags.add_argument("--environment", type=Path, help="folder of the package's environment; made if not there")
+    asked = flags.parse_args()
+    if asked.quick or asked.cpu_time or (asked.what == "run" and asked.environment is None):
+        flags.error("run needs --environment, and has neither a small size nor CPU time")
+    print(answer("bench_suite", asked, lambda: measure(asked.environment, asked.repeats)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
