@@ -1,14 +1,15 @@
-"""What a sample of the tokens costs beside all of them, and whether its intervals cover what all tokens give.
+"""Compare whole-text figures of a sample of the tokens with those of all tokens: their time and their coverage.
 
 python benchmarks/bench_whole_tokens.py run               # ten SAEs of 16k latents at one layer, warm cache
-python benchmarks/bench_whole_tokens.py                   # the table, from what `run` kept
+python benchmarks/bench_whole_tokens.py                   # print the table of the kept results
 python benchmarks/bench_whole_tokens.py run --coverage    # the bundled SAEs, twenty samples
-python benchmarks/bench_whole_tokens.py --coverage        # likewise
+python benchmarks/bench_whole_tokens.py --coverage        # print the table of the coverage
 
-Speed: whole runs of `main.py`, each timed from its start to its end, in turn; figures are medians. Coverage: samples by
-seed of a quarter of the default's size, on every dataset, beside the figures of all tokens. A figure is within when it
-is no further from that of all tokens than 1.96 standard errors. `dead` falls with the number of tokens, so it is held
-against the mean of the samples.
+Speed: whole runs of `main.py`, each timed from start to end, in turn; figures are medians. Coverage: samples by seed,
+of a quarter of the default size, on every dataset, compared with the figures of all tokens. A figure is covered if it
+differs from that of all tokens by at most 1.96 standard errors. `dead` falls with the number of tokens, so it is
+compared with the mean of the samples.
+
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ COVERAGE_HEADER = ("figure", "samples", "mean standard error", "spread of the sa
 
 
 def speed(asked: argparse.Namespace) -> list[tables.Row]:
-    """Ten wide SAEs at one layer, with everything about the model cached."""
+    """Time ten wide SAEs at one layer, with a cache that holds everything about the model."""
     n_saes, d_sae, more = (2, 512, ["--shuffle_select_n", "60"]) if asked.quick else (N_SAES, D_SAE, [])
     shape = Shape("wide", N_LAYERS, 256, 4, d_sae, K)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +60,7 @@ def speed(asked: argparse.Namespace) -> list[tables.Row]:
             return time.perf_counter() - start
 
         sides = ("all", "500" if asked.quick else "65536")
-        run(sides[1], 0)  # fills the cache
+        run(sides[1], 0)  # fill the cache
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for turn in range(1, asked.repeats + 1):
             for side in sides:
@@ -85,7 +86,7 @@ def speed(asked: argparse.Namespace) -> list[tables.Row]:
 
 
 def coverage(asked: argparse.Namespace) -> list[tables.Row]:
-    """The bundled SAEs at one layer, on all datasets."""
+    """Measure the bundled SAEs at one layer, on all datasets."""
     seeds, sample, rows = (2, 500, 60) if asked.quick else (SEEDS, SAMPLE, None)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)

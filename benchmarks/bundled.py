@@ -1,9 +1,10 @@
-"""Activations of a model, the bundled one by default, at the tokens that probes read, for the scripts beside this one.
+"""Compute activations of a model (by default the bundled one) at the probed tokens, for the scripts in this folder.
 
     found = bundled.activations(mentions, layers=[3, 4])    # layer -> float32 [mentions, d]
 
-What `main.py` makes in its producer, without SAEs, queue and threads: the residual stream at the last token of each
-name, BOS first.
+These are the activations of `main.py`'s producer, without SAEs, queue and threads: the residual stream at the last
+token of each name, with BOS first.
+
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"
 def activations(
     mentions: Sequence[Mention], layers: Collection[int], model: Path | str = MODEL, dtype: str = "auto"
 ) -> dict[int, Tensor]:
-    """Outputs of `layers` at the last token of each mention's name: layer -> float32 [mentions, d].
+    """Return the outputs of `layers` at the last token of each mention's name: layer -> float32 [mentions, d].
 
-    Raises `RequestError` for a layer that the model lacks, and for a model that cannot be read.
+    Raises `RequestError` for a layer that the model does not have, and for a model that cannot be read.
+
     """
     info = open_model(str(model))
     if not all(0 <= layer < info.n_layers for layer in layers):
@@ -47,7 +49,7 @@ def activations(
 
 
 def reconstructions(x: Tensor, sae: str, layer: int) -> Tensor:
-    """What a bundled SAE, named by its folder, makes of the activations of a layer: float32 [rows, d]."""
+    """Return the reconstruction of a layer's activations by a bundled SAE, named by its folder: float32 [rows, d]."""
     loaded = open_sae(str(MODEL.parent / sae)).load(layer, "cpu")
     with torch.inference_mode():
         return torch.cat([loaded.decode(loaded.encode(part), part) for part in x.split(4096)]).float()

@@ -1,11 +1,12 @@
-"""All SAEs of Gemma Scope on paper: units, bytes, hours and money on 8 and on 64 GPUs.
+"""Estimate the evaluation of all SAEs of Gemma Scope: units, bytes, hours and cost on 8 and on 64 GPUs.
 
-    python benchmarks/gemma_scope.py            # the table
-    python benchmarks/gemma_scope.py simulated  # the same by a simulation of units on workers with one storage
+    python benchmarks/gemma_scope.py            # print the table
+    python benchmarks/gemma_scope.py simulated  # the same by a simulation of workers that share one storage
 
-The SAEs are those of SAE Lens's list of releases (`canonical` names are second names and not counted); widths of the
-models from their configs. A unit is one layer of one hook point with as many SAEs as fit into `MEMORY`. What was
-measured and what is assumed is in docs/scale.md.
+The SAEs are those of SAE Lens's list of releases (`canonical` names are aliases and not counted); the widths of the
+models are those of their configs. A unit is one layer of one hook point with as many SAEs as fit into `MEMORY`.
+docs/scale.md says what was measured and what is assumed.
+
 """
 
 from __future__ import annotations
@@ -30,27 +31,32 @@ RELEASE = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)
 SAE_ID = re.compile(r"(?:layer_(?P<layer>\d+)|embedding)/width_(?P<width>\d+)(?P<unit>[km])/")
 
 GPU = Rates(forward=3.0e14, sae=2.0e13, probe=3.3e9, start=20.0)
-"""Assumed, of an H100: 30 % of its bfloat16 peak for the model, 30 % of its float32 peak for the SAEs; probes at
-some fifty times a core of a CPU; 20 s to read texts and tokens, build the model and start kernels."""
-MEMORY = 60e9  # bytes of a GPU of 80 GB that weights and rows may take
-PRICE = 2.50  # dollars a GPU hour
-STORAGE = 2e9  # bytes a second that all workers read together
-TEXTS, TOKENS_PER_TEXT, CELLS = 12_403, 116, 22_935 * 25  # the five datasets; rows over all probes x folds x partitions
+"""Assumptions for an H100: 30 % of its bfloat16 peak for the model and 30 % of its float32 peak for the SAEs; probes
+about fifty times as fast as on a CPU core; 20 s to read texts and tokens, build the model and start kernels.
+"""
+MEMORY = 60e9  # bytes that weights and rows may use, on a GPU of 80 GB
+PRICE = 2.50  # dollars per GPU hour
+STORAGE = 2e9  # bytes per second, shared by all workers
+TEXTS, TOKENS_PER_TEXT, CELLS = (
+    12_403,
+    116,
+    22_935 * 25,
+)  # the five datasets; number of rows, summed over probes x folds x partitions
 
 
 @dataclass(frozen=True)
 class Model:
-    """A Gemma 2."""
+    """A Gemma 2 model."""
 
     d_model: int
-    d_att: int  # width of what attention's SAEs read: heads x their dimension
+    d_att: int  # width of the input of attention SAEs: heads x head dimension
     d_mlp: int
     n_layers: int
     vocabulary: int = 256_000
 
     @property
     def layer_weights(self) -> int:
-        """Gated MLP and attention with grouped queries."""
+        """Return the number of weights of a layer: gated MLP, and attention with grouped queries."""
         return 3 * self.d_model * self.d_mlp + 3 * self.d_model * self.d_att
 
 
@@ -66,14 +72,14 @@ class Listed:
     """One SAE of the list."""
 
     size: str  # of the model
-    base: str  # pt or it: trained on activations of the pretrained or of the tuned model
+    base: str  # pt or it: trained on activations of the pretrained or of the instruction-tuned model
     place: str  # res, mlp, att, transcoders
     layer: int  # -1: the embedding
     d_sae: int
 
 
 def listed() -> list[Listed]:
-    """Every SAE of Gemma Scope in SAE Lens's list."""
+    """Return every SAE of Gemma Scope in SAE Lens's list."""
     package = find_spec("sae_lens")
     assert package is not None and package.submodule_search_locations is not None
     text = (Path(package.submodule_search_locations[0]) / "pretrained_saes.yaml").read_text(encoding="utf-8")
@@ -90,7 +96,7 @@ def listed() -> list[Listed]:
 
 
 def work(saes: Sequence[Listed]) -> Iterator[tuple[str, int, int, float]]:
-    """Units: model, SAEs, bytes to read, seconds on one GPU."""
+    """Return the units: model, SAEs, bytes to read, seconds on one GPU."""
     groups: dict[tuple[str, str, str, int], list[Listed]] = {}
     for sae in saes:
         groups.setdefault((sae.size, sae.base, sae.place, sae.layer), []).append(sae)
@@ -128,7 +134,7 @@ def _shape(saes: Sequence[Listed], d: int, model: Model, layer: int) -> Shape:
 
 
 def on_paper() -> str:
-    """Sums, and what they come to if nothing ever waits."""
+    """Return the totals, and the estimates without any waiting time."""
     units = list(work(listed()))
     rows: list[Row] = [("model", "SAEs", "units", "to read", "GPU hours", "8 GPUs", "64 GPUs", "dollars")]
     for size in (*MODELS, "all"):
@@ -143,7 +149,7 @@ def on_paper() -> str:
 
 
 def simulated() -> str:
-    """All units on workers that share a storage, of three speeds."""
+    """Simulate all units on workers that share a storage, at three speeds."""
     tasks = [Task(nbytes, seconds) for _, _, nbytes, seconds in work(listed())]
     rows: list[Row] = [("GPUs", "storage, GB/s", "hours", "computing", "reading", "idle", "dollars")]
     for n_workers in (8, 64):

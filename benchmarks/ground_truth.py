@@ -1,10 +1,11 @@
-"""Does delta_sel move with the truth? SAEs from perfect to broken in a world whose features are known.
+"""Test whether delta_sel follows the truth: SAEs from perfect to broken in a world whose features are known.
 
 python benchmarks/ground_truth.py run            # build the world, train, measure (minutes)
-python benchmarks/ground_truth.py run --seed 1   # another world, other SAEs
-python benchmarks/ground_truth.py                # the tables, from what `run` kept
+python benchmarks/ground_truth.py run --seed 1   # another world and other SAEs
+python benchmarks/ground_truth.py                # print the tables of the kept results
 
-Tasks are the presence of a feature in a row; a row is one mention of a person of its own. See docs/ground_truth.md.
+A task is the presence of a feature in a row. Each row is a mention of a different person. See docs/ground_truth.md.
+
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 log = logging.getLogger(__name__)
 
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
-N_TRAIN, N_TRUTH, N_ROWS, N_TASKS = 2**16, 2**14, 3000, 24  # rows for training, for the truth, for the probes
+N_TRAIN, N_TRUTH, N_ROWS, N_TASKS = 2**16, 2**14, 3000, 24  # rows for training, for the truth, and for the probes
 PREDICTORS = ("delta_sel", "transfer_delta", "mse", "fvu", "l0")
 TRUTHS = ("present", "kept", "kept_tasks", "held", "matched", "mcc")
 
@@ -53,7 +54,11 @@ def run(seed: int) -> None:
     KEPT.mkdir(exist_ok=True)
     content = {
         "saes": [asdict(result) for result in results],
-        "shuffling": {"value": shuffling.value, "low": shuffling.low, "high": shuffling.high},  # shuffled - whole
+        "shuffling": {
+            "value": shuffling.value,
+            "low": shuffling.low,
+            "high": shuffling.high,
+        },  # shuffled minus original
         "_run": result_file.describe_run(config),
     }
     result_file.write_json(kept_file(seed), content)
@@ -65,31 +70,31 @@ def kept_file(seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Kept:
-    """What `run` kept of one world."""
+    """The kept results of one world."""
 
     saes: list[Result]
     shuffling: dict[str, float]  # value, low, high: sae_sel with the decoder shuffled minus without, paired
 
     @classmethod
     def load(cls, seed: int) -> Kept:
-        """Raises FileNotFoundError if that world was not run."""
+        """Load the results of a world. Raises FileNotFoundError if that world was not run."""
         kept = json.loads(kept_file(seed).read_text(encoding="utf-8"))
         return cls([Result(**result) for result in kept["saes"]], kept["shuffling"])
 
     @property
     def honest(self) -> list[Result]:
-        """The SAEs without those built to deceive."""
+        """Return the SAEs without the adversarial ones."""
         return [r for r in self.saes if not r.deceives]
 
 
 def rank_correlation(results: Sequence[Result], predictor: str, truth: str) -> float:
-    """Spearman's, over SAEs."""
+    """Return Spearman's rank correlation over SAEs."""
     found = spearmanr([getattr(r, predictor) for r in results], [getattr(r, truth) for r in results])
     return float(found.statistic)
 
 
 def sae_table(results: Sequence[Result]) -> str:
-    """A line per SAE: those that hold most first, those built to deceive last."""
+    """Return a line per SAE: in descending order of what they keep, adversarial ones last."""
     rows: list[Row] = [
         ("SAE", "", "present", "kept", "held", "matched", "MCC", "delta_sel", "95 % interval", "transfer_delta",
          "latent_sel", "MSE", "FVU", "L0")
@@ -113,7 +118,7 @@ def sae_table(results: Sequence[Result]) -> str:
 
 
 def rank_table(by_seed: Mapping[int, Kept]) -> str:
-    """Spearman's correlation of every score with every truth in every world; last, the deceivers among the SAEs."""
+    """Return Spearman's correlation of every score with every truth in every world; last, over the adversarial SAEs."""
     rows: list[Row] = [("true recovery", "world", "SAEs", *PREDICTORS)]
     rows += [_ranks(truth, f"seed {seed}", kept.honest) for truth in TRUTHS for seed, kept in by_seed.items()]
     for truth in ("present", "kept", "held"):
@@ -127,7 +132,7 @@ def _ranks(truth: str, world: str, results: Sequence[Result]) -> Row:
 
 
 def verdict(kept: Kept) -> str:
-    """What the tables say in a few sentences."""
+    """Summarise the tables in a few sentences."""
     broken = next(r for r in kept.saes if SHUFFLED in r.name)
     whole = next(r for r in kept.saes if r.name == broken.name.removesuffix(SHUFFLED))
     ranked = sorted(kept.honest, key=lambda r: -r.delta_sel)
@@ -151,7 +156,7 @@ def verdict(kept: Kept) -> str:
 
 
 def tables() -> str:
-    """Every SAE in the first world, the rank correlations in all worlds that were kept, and the verdict."""
+    """Return every SAE of the first world, the rank correlations of all kept worlds, and the summary."""
     seeds = sorted(int(path.stem.removeprefix("seed_")) for path in KEPT.glob("seed_*.json"))
     if not seeds:
         raise SystemExit("nothing was measured yet: python benchmarks/ground_truth.py run")

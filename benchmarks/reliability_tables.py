@@ -1,4 +1,4 @@
-"""What `benchmarks/reliability.py` found, as it is kept, and its tables."""
+"""The kept results of `benchmarks/reliability.py`, and their tables."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ from benchmarks.sae_panel import snapshots_of
 from delta_selectivity.system.whole_file import replacing
 
 KEPT = Path(__file__).resolve().with_name("reliability")  # one file for each model
-DIGITS = 5  # significant, of what is kept
+DIGITS = 5  # significant digits that are kept
 OTHER_SEEDS = "close variants, other seeds"
-RESAMPLED = "people, folds"  # drawn anew in the runs that the noise of a score is taken from
+RESAMPLED = "people, folds"  # what is resampled in the runs from which the noise of a score is computed
 
-Gain = tuple[float, float, float]  # the better one's score less the worse one's, and the ends of its 95 % interval
+Gain = tuple[float, float, float]  # the better one's score minus the worse one's, and the ends of its 95 % interval
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of one kind, and how every score tells them apart."""
+    """Pairs of one kind, and how every score orders them."""
 
     kind: str
     family: str
-    change: str  # what tells the two of a pair apart
+    change: str  # what differs between the two SAEs of a pair
     saes: list[tuple[str, str]]  # the worse one, the better one
-    gains: dict[str, list[Gain]]  # score -> one for each pair; more is better, FVU turned round
+    gains: dict[str, list[Gain]]  # score -> one for each pair; higher is better, FVU with reversed sign
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Everything the tables are made of."""
+    """The data of all tables."""
 
     model_name: str
     layer: int
-    rows_per_dataset: int  # at most
-    n_rows: int  # of the draw that pairs are compared on
+    rows_per_dataset: int  # maximum
+    n_rows: int  # of the draw on which pairs are compared
     n_people: int
     n_probes: int
-    levels: dict[str, dict[str, float]]  # SAE -> score -> its value there
-    fold_noise: dict[str, float]  # score -> SD over seeds of the folds alone, the rows held fixed
-    runs: dict[str, dict[str, dict[str, list[float]]]]  # what is drawn anew -> score -> SAE -> its value in each run
+    levels: dict[str, dict[str, float]]  # SAE -> score -> its value
+    fold_noise: dict[str, float]  # score -> SD over seeds of the folds, with fixed rows
+    runs: dict[str, dict[str, dict[str, list[float]]]]  # what is resampled -> score -> SAE -> its value in each run
     pairs: list[Pairs]
     n_sinks: int = 0  # rows whose norm is above 10 times the median
 
     def noise(self, metric: str) -> float:
-        """SD of one SAE's score over runs with other people and folds."""
+        """Return the SD of one SAE's score over runs with other people and folds."""
         return noise_of_runs(self.runs[RESAMPLED][metric])
 
     def count(self, metric: str, sets: Iterable[Pairs]) -> PairCount:
-        """Over all pairs of the sets. Without runs no pair is beyond their noise."""
+        """Count over all pairs of the sets. Without runs, no pair counts as beyond their noise."""
         noise = self.noise(metric) if self.runs else math.inf
         return PairCount.of([gain for each in sets for gain in each.gains[metric]], noise)
 
 
 def keep(found: Reliability) -> None:
-    """Write what was found into the repository."""
+    """Write the results into the repository."""
     KEPT.mkdir(exist_ok=True)
     with replacing(_path(found.model_name), "w", encoding="utf-8") as file:
         json.dump(_rounded(asdict(found)), file, separators=(",", ":"), allow_nan=False)
@@ -69,7 +69,7 @@ def keep(found: Reliability) -> None:
 
 
 def kept(model_name: str) -> Reliability:
-    """What was found last of a model."""
+    """Return the kept results of a model."""
     content = json.loads(_path(model_name).read_text(encoding="utf-8"))
     pairs = [
         Pairs(
@@ -97,7 +97,7 @@ def _rounded(value: Any) -> Any:
 
 
 def tables(found: Reliability) -> str:
-    """All tables, in Markdown."""
+    """Return all tables, in Markdown."""
     about = (
         f"{found.model_name}: {len(found.levels)} SAEs at layer {found.layer}, {found.n_probes} probes, "
         f"{found.n_rows} rows of {found.n_people} people (at most {found.rows_per_dataset} rows a dataset)"
@@ -123,7 +123,7 @@ def tables(found: Reliability) -> str:
 
 
 def noise_table(found: Reliability) -> str:
-    """Rows: scores; columns: what is drawn anew."""
+    """Return a table with rows of scores and a column for each thing that is resampled."""
     kinds = list(found.runs)
     head = ["score", "2.77 SD: folds", *(f"2.77 SD: {kind}" for kind in kinds), f"1.96 SD of a difference: {RESAMPLED}"]
     rows = [
@@ -139,7 +139,7 @@ def noise_table(found: Reliability) -> str:
 
 
 def pair_table(found: Reliability, cell: Callable[[PairCount], str]) -> str:
-    """Rows: scores; columns: kinds of pairs, each with its number; `cell` turns a `PairCount` into text."""
+    """Return a table with rows of scores and columns of kinds of pairs; `cell` turns a `PairCount` into text."""
     columns = [
         *((f"{each.kind}, {each.family}", [each]) for each in found.pairs if each.kind == "snapshots"),
         *((change, _close(found, change)) for change in dict.fromkeys(each.change for each in _close(found))),
@@ -152,7 +152,7 @@ def pair_table(found: Reliability, cell: Callable[[PairCount], str]) -> str:
 
 
 def snapshot_table(found: Reliability) -> str:
-    """Rows: snapshots; columns: a choice of scores."""
+    """Return a table with rows of snapshots and columns of selected scores."""
     shown = [metric for metric in _metrics(found) if "balanced" not in metric]
     rows = [
         [family, str(snapshot.step), *(f"{found.levels[snapshot.name][metric]:.4f}" for metric in shown)]
@@ -163,9 +163,12 @@ def snapshot_table(found: Reliability) -> str:
 
 
 def seed_table(found: Reliability) -> str:
-    """Rows: scores; columns: SD over seeds within recipes, then the mean gain of each change by family."""
+    """Return a table with rows of scores.
+
+    Columns: SD over seeds within recipes, then the mean gain of each change by family.
+    """
     close = _close(found)
-    recipes = {end for each in close for end in zip(*each.saes, strict=True)}  # the same recipe by all seeds
+    recipes = {end for each in close for end in zip(*each.saes, strict=True)}  # the same recipe with all seeds
     head = ["score", "SD over seeds", *(f"{each.change}, {each.family}" for each in close)]
     rows = []
     for metric in _metrics(found):
@@ -176,7 +179,7 @@ def seed_table(found: Reliability) -> str:
 
 
 def _close(found: Reliability, change: str | None = None) -> list[Pairs]:
-    """Close variants of the same seed; of one change, or of all."""
+    """Return the close variants of the same seed, for one change or all."""
     return [each for each in found.pairs if each.kind == "close variants" and change in (None, each.change)]
 
 
