@@ -50,7 +50,7 @@ def snapshots_of(family: str, study: Study = TINY_PYTHIA) -> list[Snapshot]:
 
 
 def pair_sets(study: Study = TINY_PYTHIA) -> list[PairSet]:
-    """Return all pairs of a family's snapshots, and of close variants and their originals, with equal and other seeds."""
+    """Return all pairs of a family's snapshots, and of close variants and originals, with equal and other seeds."""
     sets = [
         PairSet("snapshots", family, "training steps", tuple(itertools.combinations(snapshots_of(family, study), 2)))
         for family in study.families

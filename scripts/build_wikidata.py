@@ -1,23 +1,24 @@
 #!/usr/bin/env python3
-"""Builds the five Wikidata tasks afresh: people of a Wikidata dump, at their mentions in a folder of texts.
+"""Build the five Wikidata tasks from a Wikidata dump and a folder of texts that mention its people.
 
     python scripts/build_wikidata.py latest-all.json.gz texts/ -o people.parquet
     lbzip2 -dc latest-all.json.bz2 | python scripts/build_wikidata.py - texts/ -o people.parquet   # all cores unpack
     python main.py --dataset_file people.parquet
 
-The dump is https://dumps.wikimedia.org/wikidatawiki/entities/latest-all.json.gz, or a part of one. The one packed by
-bzip2 is smaller, but unpacking it takes ten times as long as all else: leave that to a program that uses all cores.
-The texts are .txt or .jsonl with a field `text`, plain or packed (.gz, .bz2, .xz, .zst), in any folders below the one
-given.
+The dump is https://dumps.wikimedia.org/wikidatawiki/entities/latest-all.json.gz, or a part of it. The bzip2 dump is
+smaller, but decompressing it takes ten times as long as all other work: use a program that decompresses on all cores.
+The texts are .txt files, or .jsonl files with a field `text`, plain or compressed (.gz, .bz2, .xz, .zst), in the given
+folder or below it.
 
 Properties and classes are those of Gurnee et al. 2023 (arXiv 2305.01610). A person counts for a task if exactly one of
-its classes is theirs; namesakes who differ count for none. Of each person found, `--per_name` mentions are drawn by
-`--seed`; of each class, the `--per_class` most prominent people are taken (those with statements for the most
-properties), and of two classes the same number. Every text ends with the name. Label 1 is female, Democratic Party,
-alive.
+their classes belongs to it. People with the same name but different classes do not count. Of each person in the texts,
+`--per_name` mentions are drawn with `--seed`. Of each class, the `--per_class` most prominent people are taken (those
+with statements for the most properties); if there are two classes, both get the same number. Every text ends with the
+name. Label 1 is female, Democratic Party, alive.
 
-Exit codes: 0 the file is written; 1 the work failed, and nothing is written; 2 the request was wrong, or nobody was
-found; 130 interrupted, and nothing is written.
+Exit codes: 0 the file is written; 1 the work failed, and nothing is written; 2 the request was invalid, or no person
+was found; 130 interrupted, and nothing is written.
+
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ log = logging.getLogger("build_wikidata")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("dump", help="Wikidata's JSON dump: .json, .json.gz, .json.bz2, or - for JSON on stdin")
     made.add_argument("texts", type=Path, help="folder of texts")
@@ -68,7 +69,10 @@ def _natural(text: str) -> int:
 
 
 def build(asked: argparse.Namespace) -> None:
-    """Read the dump, then the texts, then write. Raises `RequestError` if the request is wrong or nobody is found."""
+    """Read the dump and the texts, and write the file.
+
+    Raises `RequestError` if the request is invalid, or no person is found.
+    """
     output.check_output(asked.output, asked.overwrite)
     dump.check_dump(asked.dump)
     files = texts.text_files(asked.texts)
@@ -94,7 +98,7 @@ def build(asked: argparse.Namespace) -> None:
 
 
 def read_people(path: str, quiet: bool) -> Names:
-    """All people of the dump whose name can be found. Raises `RequestError` if there are none."""
+    """Return all people of the dump whose name can be searched for. Raises `RequestError` if there are none."""
     table, tally = PeopleTable(), dump.Tally()
     with _bar("dump", [] if path == dump.STDIN else [Path(path)], quiet) as bar:
         for entity in dump.entities(path, tally, bar.update):
@@ -102,7 +106,7 @@ def read_people(path: str, quiet: bool) -> Names:
                 person = entities.person_of(entity)
                 parents = entities.items_of(entity, classes.SUBCLASS_OF)
                 item = entities.item_number(entity) if parents else None
-            except (KeyError, TypeError, ValueError, AttributeError):  # JSON, but no entity
+            except (KeyError, TypeError, ValueError, AttributeError):  # JSON, but not an entity
                 tally.malformed += 1
                 continue
             if person is not None:
@@ -122,7 +126,7 @@ def read_people(path: str, quiet: bool) -> Names:
 
 
 def search_texts(files: list[Path], finder: mentions.MentionFinder, quiet: bool) -> None:
-    """Feed all texts to the finder."""
+    """Search all texts with the finder."""
     tally = texts.TextTally()
     with _bar("texts", files, quiet) as bar:
         for text in texts.texts(files, tally, bar.update):
@@ -134,14 +138,14 @@ def search_texts(files: list[Path], finder: mentions.MentionFinder, quiet: bool)
 
 @contextmanager
 def _bar(name: str, files: Sequence[Path], quiet: bool) -> Iterator[tqdm]:
-    """By bytes of the files as they are, so that compressed ones end at 100 %."""
+    """Open a progress bar that counts the bytes of the files as they are, so that compressed files end at 100 %."""
     size = sum(path.stat().st_size for path in files) or None
     with tqdm(total=size, desc=name, unit="B", unit_scale=True, disable=quiet, mininterval=1.0) as bar:
         yield bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build, and say in one line on stderr what went wrong if something did; returns the exit code."""
+    """Build the file, report an error in one line on stderr, and return the exit code."""
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(LineFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])

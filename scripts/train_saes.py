@@ -1,11 +1,12 @@
-"""Trains SAEs of any language model on any folder of text: activations are kept once, many SAEs learn side by side.
+"""Train SAEs of any language model on any folder of text: store activations once, then train many SAEs on them.
 
 python scripts/train_saes.py harvest --model_name MODEL --text FOLDER --layers 5,15,25 --work_dir work
 python scripts/train_saes.py train --work_dir work --saes topk-32,topk-64,gated-32 --output_directory saes
 
-Text is a folder of .txt, .jsonl or .jsonl.xz (JSON lines with `text`). Both stages go on where they were killed. A
-training can be begun at any of the harvested layers, with any of the kinds topk, batchtopk, matryoshka, jumprelu and
-gated; `KIND-K` has K latents a token, on average where the kind does not fix them.
+Text is a folder of .txt, .jsonl or .jsonl.xz files (JSON lines with `text`). Both stages resume an interrupted run. A
+training can use any of the harvested layers and the kinds topk, batchtopk, matryoshka, jumprelu and gated. `KIND-K` has
+K latents per token, exactly or on average, depending on the kind.
+
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the stages spread their work over threads themselves
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the stages use several threads themselves
 
 import torch
 
@@ -32,7 +33,7 @@ log = logging.getLogger("train_saes")
 
 
 def make_harvest(args: argparse.Namespace) -> None:
-    """Run the model over the text once, and keep the residual stream of some layers."""
+    """Run the model over the text once, and store the residual stream of some layers."""
     settings = HarvestSettings(
         args.layers, args.tokens, args.held_out_tokens, length=args.context, dtype=args.dtype, seed=args.seed
     )
@@ -41,7 +42,7 @@ def make_harvest(args: argparse.Namespace) -> None:
 
 
 def make_saes(args: argparse.Namespace) -> None:
-    """Train SAEs on what was harvested, save them, and measure what was saved on the held-out text."""
+    """Train SAEs on the harvest, save them, and measure the saved files on the held-out text."""
     acts = Activations.open(args.work_dir)
     layers = args.layers or tuple(acts.layers)
     step = StepSettings(batch=args.batch, lr=args.lr)
@@ -55,12 +56,12 @@ def make_saes(args: argparse.Namespace) -> None:
 
 
 def layer_list(text: str) -> tuple[int, ...]:
-    """`5,15,25`"""
+    """Parse a list of layers such as `5,15,25`."""
     return tuple(int(part) for part in text.split(","))
 
 
 def sae_list(text: str) -> tuple[tuple[str, int], ...]:
-    """`topk-32,gated-32`"""
+    """Parse a list of SAEs such as `topk-32,gated-32`."""
     found = []
     for part in text.split(","):
         kind, _, k = part.strip().rpartition("-")

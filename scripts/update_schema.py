@@ -1,11 +1,12 @@
-"""docs/results.schema.json, made from the dataclasses that result files are written from and from docs/numbers.md.
+"""Write docs/results.schema.json from the dataclasses of result files and from docs/numbers.md.
 
-    python scripts/update_schema.py           # rewrite it
-    python scripts/update_schema.py --check   # exit 1 if it is not what the code says now
+    python scripts/update_schema.py           # rewrite the schema
+    python scripts/update_schema.py --check   # exit code 1 if it is not up to date
 
-Names and types come from `ProbeResult`, `Reconstruction` and `Downstream`, what they mean from the page's tables. JSON
+Names and types come from `ProbeResult`, `Reconstruction` and `Downstream`, their meaning from the page's tables. JSON
 Schema, draft 2020-12: https://json-schema.org/draft/2020-12. docs/how_to/read_a_result.md shows how to check a file
 against it.
+
 """
 
 from __future__ import annotations
@@ -42,17 +43,17 @@ SINCE_0_5 = (
     "n_people_effective",
     "n_outliers",
 )
-"""Figures that files written before lack."""
-Q_VALUES = ("q_value", "transfer_q_value")  # there once the run is complete
-COUNTED = ("n_rows", "n_people", "n_people_effective", "n_pos")  # what a probe that cannot be measured has all the same
+"""Figures that files of earlier versions do not have."""
+Q_VALUES = ("q_value", "transfer_q_value")  # present once the run is complete
+COUNTED = ("n_rows", "n_people", "n_people_effective", "n_pos")  # present even for a probe that cannot be measured
 ONLY_FROM_0 = re.compile(
     r"n_\w+|ce_(model|sae|mean|zero)|mse_\w+|fvu_\w+|l0|l1|dead|dead_se|outliers|C|C_sae|(model|sae|transfer|error|latent|k[0-9]+)_(sel|auc)"
 )
-"""Figures that cannot be negative. None has an upper bound: a share is a sum, which rounding may take beyond 1."""
+"""Figures that cannot be negative. None has an upper bound: a share is a sum, and rounding may take it above 1."""
 
 
 def build() -> Schema:
-    """The schema of a result file."""
+    """Return the schema of a result file."""
     definition = definitions(NUMBERS.read_text(encoding="utf-8"))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -84,7 +85,7 @@ def build() -> Schema:
 
 
 def definitions(page: str) -> dict[str, str]:
-    """Key -> what the tables of docs/numbers.md say in the first row that names it, at best in its first cell."""
+    """Return key -> description, from the tables of docs/numbers.md; prefer rows with the key in the first cell."""
     found: dict[str, str] = {}
     rows = re.findall(r"^\| (.+?) \| (.+) \|$", page, re.MULTILINE)
     for place in (0, 1):
@@ -121,7 +122,7 @@ def _unmeasured(definition: dict[str, str]) -> Schema:
 
 
 def _figure(name: str, kind: Any, definition: dict[str, str]) -> Schema:
-    """A number of the record, as its annotation has it."""
+    """Return the schema of a number, from its annotation."""
     known = [TYPES[part] for part in (get_args(kind) or (kind,))]
     schema: Schema = {"type": known[0] if len(known) == 1 else known}
     if ONLY_FROM_0.fullmatch(name):
@@ -200,7 +201,10 @@ def _run() -> Schema:
                 "resources": {**seconds, "description": "Likewise: peak memory in GB."},
                 "complete": {"type": "boolean", "description": "Whether everything asked for is there."},
             },
-            optional=("positive_class", "task"),  # files of before 0.5 lack the first, those of before 0.6 both
+            optional=(
+                "positive_class",
+                "task",
+            ),  # files before 0.5 do not have the first, those before 0.6 neither of the two
         ),
     }
 
@@ -241,7 +245,7 @@ def _over_tasks(by_family: bool = True) -> Schema:
 
 
 def _tested(name: str) -> Schema:
-    """A difference with its interval and the test that it is 0."""
+    """Return the schema of a difference with its interval and the test that it is 0."""
     p_value = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
     detectable = {"type": ["number", "null"], "minimum": 0}
     return _with_interval(name) | {f"{name}_p_value": p_value, f"{name}_detectable": detectable}
@@ -252,18 +256,18 @@ def _with_interval(name: str) -> Schema:
 
 
 def _closed(properties: Schema, optional: Collection[str] = ()) -> Schema:
-    """An object of these properties and no others; all but the optional ones must be there."""
+    """Return the schema of an object with these properties and no others; all but the optional ones are required."""
     required = [name for name in properties if name not in optional]
     return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
 
 
 def as_text(schema: Schema) -> str:
-    """As it lies in docs/."""
+    """Return the schema as text, as stored in docs/."""
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite, or compare with `--check`."""
+    """Rewrite the schema, or compare it with `--check`."""
     parser = argparse.ArgumentParser(description="Keep docs/results.schema.json equal to what the code writes.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the file is out of date")
     check = parser.parse_args(argv).check

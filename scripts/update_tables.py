@@ -1,9 +1,10 @@
-"""Tables in documents, kept equal to what the commands beside them print.
+"""Update the tables in documents with the output of the commands above them.
 
 A table stands between `<!-- python report.py results/demo --summary -->` and `<!-- end -->`.
 
-    python scripts/update_tables.py README.md           # run the commands, rewrite the tables
-    python scripts/update_tables.py --check README.md   # exit 1 if a table is not what its command prints
+    python scripts/update_tables.py README.md           # run the commands and rewrite the tables
+    python scripts/update_tables.py --check README.md   # exit code 1 if a table is not up to date
+
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BLOCK = re.compile(r"(<!-- python (?P<command>[^\n]+) -->\n)(?P<table>.*?)(<!-- 
 
 
 def printed_by(command: str) -> str:
-    """What `python COMMAND` prints when run in the project's folder. Raises `CalledProcessError` if it fails."""
+    """Return what `python COMMAND` prints in the project's folder. Raises `CalledProcessError` if the command fails."""
     done = subprocess.run(
         [sys.executable, *shlex.split(command)], cwd=PROJECT, capture_output=True, text=True, check=True
     )
@@ -28,12 +29,12 @@ def printed_by(command: str) -> str:
 
 
 def renewed(text: str) -> str:
-    """The document with every table as its command prints it now."""
+    """Return the document with every table as its command prints it now."""
     return BLOCK.sub(lambda block: f"{block[1]}{printed_by(block['command'])}{block[4]}", text)
 
 
 def main() -> int:
-    """Rewrite, or compare with `--check`."""
+    """Rewrite the documents, or compare with `--check`."""
     parser = argparse.ArgumentParser(description="Keep tables in documents equal to what commands print.")
     parser.add_argument("documents", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")

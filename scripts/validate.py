@@ -1,10 +1,11 @@
-"""Is the metric right? Plants whose effect is known, coverage of the intervals, false positives.
+"""Validate the metric: reconstructions with known effects, coverage of the intervals, and false positives.
 
     python scripts/validate.py                  # quick: minutes
-    python scripts/validate.py --full --write   # 500 repeats in all settings; keeps the table in docs/validation.md
-    python scripts/validate.py --people --write # coverage alone, of few people and people of unequal size
+    python scripts/validate.py --full --write   # 500 repeats in all settings; writes the table to docs/validation.md
+    python scripts/validate.py --people --write # only coverage, with few people and people of unequal size
 
-Prints each row as measured, required, pass or FAIL. Exit code 1 if a row fails.
+Prints each row as measured, required, pass or FAIL. The exit code is 1 if a row fails.
+
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and with `--write` keep; 1 if a row fails."""
+    """Measure, print, and with `--write` update the document; return 1 if a row fails."""
     asked = _parser().parse_args(argv)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: processes share the work, not threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the matrices are small: parallelise over processes, not threads
     from validation import document, suite, table
 
     scale = suite.PEOPLE if asked.people else suite.FULL if asked.full else suite.QUICK

@@ -1,4 +1,4 @@
-"""The file: JSON lines, CSV or Parquet by its suffix; written whole or not at all."""
+"""Write the file as JSON lines, CSV or Parquet, chosen by its suffix; atomically."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raises `RequestError`, before the long work, if the file could not be written or may not be replaced."""
+    """Check, before the long work, that the file can be written and may be replaced. Raises `RequestError` if not."""
     if path.suffix not in SUFFIXES:
         raise RequestError(f"-o {path}: unknown suffix {path.suffix!r}: give {', '.join(SUFFIXES)}")
     if path.is_dir() or (path.exists() and not overwrite):
@@ -25,7 +25,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Replace `path`."""
+    """Replace the file at `path`."""
     records = as_records(rows)
     if path.suffix == ".parquet":
         import pyarrow
