@@ -200,10 +200,8 @@ def _weights(layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torc
 def main() -> int:
     """Compare, or print the kept results."""
     flags = parser(__doc__)
-    flags.add_argument("--environment", type=Path, help="folder of the package's environment; made if not there")
-    flags.add_argument(
-        "--whole", action="store_true", help="the package on all tasks and hooks: the better part of an hour"
-    )
+    flags.add_argument("--environment", type=Path, help="folder of the package's environment; created if missing")
+    flags.add_argument("--whole", action="store_true", help="run the package on all tasks and hooks: almost an hour")
     asked = flags.parse_args()
     if asked.quick or (asked.what == "run" and asked.environment is None):
         flags.error("run needs --environment, and has no small size")

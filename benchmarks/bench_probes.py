@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command of the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
-    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="rows x d, comma: 2000x128,5000x768")
+    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="rows x d, separated by commas: 2000x128,5000x768")
     parser.add_argument("--probes", type=lambda text: [int(n) for n in text.split(",")], default=PROBES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="for every side")

@@ -138,7 +138,7 @@ def main() -> int:
     flags.add_argument("--large", action="store_true", help="rows that do not fit in memory, in a process of their own")
     flags.add_argument("--rows", type=int, default=200_000, help="of --large")
     flags.add_argument("--layers", type=int, default=12, help="of --large")
-    flags.add_argument("--memory_gb", type=float, default=8.0, help="of --large: what it must not exceed")
+    flags.add_argument("--memory_gb", type=float, default=8.0, help="of --large: memory limit")
     asked = flags.parse_args()
     if asked.large:
         found = large_job.run(asked.rows, asked.layers, width=64 if asked.quick else 768)

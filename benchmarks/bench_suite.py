@@ -106,7 +106,7 @@ def time_package(python: Path, rows: Path, timed: list[str], drawn: Drawn) -> tu
 def main() -> int:
     """Compare, or print the kept results."""
     flags = parser(__doc__)
-    flags.add_argument("--environment", type=Path, help="folder of the package's environment; made if not there")
+    flags.add_argument("--environment", type=Path, help="folder of the package's environment; created if missing")
     asked = flags.parse_args()
     if asked.quick or asked.cpu_time or (asked.what == "run" and asked.environment is None):
         flags.error("run needs --environment, and has neither a small size nor CPU time")

@@ -120,7 +120,9 @@ def _frame(folder: Path) -> pandas.DataFrame:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--coverage", action="store_true", help="do the intervals cover what all tokens give?")
+    flags.add_argument(
+        "--coverage", action="store_true", help="measure how often the intervals cover the figures of all tokens"
+    )
     asked = flags.parse_args()
     if asked.coverage:
         print(answer("bench_whole_tokens_coverage", asked, lambda: coverage(asked)))

@@ -159,7 +159,7 @@ def tables() -> str:
     """Return every SAE of the first world, the rank correlations of all kept worlds, and the summary."""
     seeds = sorted(int(path.stem.removeprefix("seed_")) for path in KEPT.glob("seed_*.json"))
     if not seeds:
-        raise SystemExit("nothing was measured yet: python benchmarks/ground_truth.py run")
+        raise SystemExit("there are no kept results: python benchmarks/ground_truth.py run")
     by_seed = {seed: Kept.load(seed) for seed in seeds}
     first = by_seed[seeds[0]]
     return "\n\n".join([sae_table(first.saes), rank_table(by_seed), verdict(first)])

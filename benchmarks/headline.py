@@ -227,8 +227,10 @@ def kept(model_name: str) -> Counts:
 def main() -> int:
     """Measure if a folder is given, and print the kept results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="of stored scores, one file for each SAE of the panel")
-    parser.add_argument("--model_name", choices=STUDIES, default=TINY_PYTHIA.model_name, help="what was studied")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="folder of stored scores, one file for each SAE of the panel"
+    )
+    parser.add_argument("--model_name", choices=STUDIES, default=TINY_PYTHIA.model_name, help="model of the study")
     asked = parser.parse_args()
     if asked.folder is not None:
         try:

@@ -173,8 +173,8 @@ def table() -> str:
 def main() -> int:
     """Run the package, or print the table."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("what", nargs="?", choices=("run",), help="run the package again; else the table is printed")
-    flags.add_argument("--environment", type=Path, help="folder of the package's environment; made if not there")
+    flags.add_argument("what", nargs="?", choices=("run",), help="run the package again; otherwise print the table")
+    flags.add_argument("--environment", type=Path, help="folder of the package's environment; created if missing")
     asked = flags.parse_args()
     if asked.what == "run":
         if asked.environment is None:

@@ -184,13 +184,15 @@ def measure(work: Work) -> Reliability:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="train and measure first")
-    parser.add_argument("--model_name", choices=STUDIES, default=TINY_PYTHIA.model_name, help="what is studied")
+    parser.add_argument("--model_name", choices=STUDIES, default=TINY_PYTHIA.model_name, help="model to study")
     parser.add_argument(
         "--corpus",
         type=Path,
         help="to train the SAEs on: text (JSON lines, xz, with `text` and `source`), or kept activations of the model",
     )
-    parser.add_argument("--work_dir", type=Path, default=PROJECT / "results" / "reliability", help="for what it makes")
+    parser.add_argument(
+        "--work_dir", type=Path, default=PROJECT / "results" / "reliability", help="folder of intermediate results"
+    )
     args = parser.parse_args()
     study = STUDIES[args.model_name]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")

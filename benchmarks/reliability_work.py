@@ -50,7 +50,7 @@ class Work:
         path = self.folder / "corpus.safetensors"
         if not path.exists():
             if self.corpus is None or not self.corpus.is_file():
-                raise RequestError(f"--corpus {self.corpus}: no such file; it is to be text to train SAEs on")
+                raise RequestError(f"--corpus {self.corpus}: no such file: give text to train SAEs on")
             log.info("activations of %s", self.corpus)
             acts = corpus_activations(self.study, self.corpus, seed=0)
             _save(path, {"train": acts.train, "held_out": acts.held_out, "held_out_text": acts.held_out_text})

@@ -133,13 +133,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder of a Hugging Face model that TransformerLens knows")
     parser.add_argument("sae", help="folder with an SAE Lens folder for each hook; several with commas")
-    parser.add_argument("--hooks", required=True, help="layers, comma")
-    parser.add_argument("--tasks", required=True, help="names of the package's datasets, comma")
+    parser.add_argument("--hooks", required=True, help="layers, separated by commas")
+    parser.add_argument("--tasks", required=True, help="names of the package's datasets, separated by commas")
     parser.add_argument("--at_its_best", action="store_true", help="activations of all hooks in one pass beforehand")
-    parser.add_argument("--rows", type=Path, help="CSV of rows in place of the package's own")
+    parser.add_argument("--rows", type=Path, help="CSV of rows to use instead of the package's own")
     parser.add_argument("--forward_only", action="store_true", help="no probes")
-    parser.add_argument("--cpu_time", action="store_true", help="seconds of CPU")
-    parser.add_argument("--figures", action="store_true", help="what it says, at one hook, in place of seconds")
+    parser.add_argument("--cpu_time", action="store_true", help="CPU seconds")
+    parser.add_argument("--figures", action="store_true", help="print its figures at one hook instead of seconds")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as work, contextlib.redirect_stdout(sys.stderr):
         if asked.rows is not None:

@@ -99,10 +99,12 @@ def kept(benchmark: str) -> dict[str, list[tables.Row]]:
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser with `run`, `--quick`, `--repeats` and `--cpu_time`; benchmarks add their own flags."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("what", nargs="?", choices=["run"], help="measure, print and keep; else print what was kept")
-    made.add_argument("--quick", action="store_true", help="tiny sizes, nothing kept: does it run at all?")
+    made.add_argument(
+        "what", nargs="?", choices=["run"], help="measure, print and keep; otherwise print the kept results"
+    )
+    made.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs; nothing is kept")
     made.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
-    made.add_argument("--cpu_time", action="store_true", help="seconds of CPU: for a machine that others use too")
+    made.add_argument("--cpu_time", action="store_true", help="CPU seconds, for a machine with other load")
     return made
 
 
@@ -110,7 +112,7 @@ def answer(benchmark: str, asked: argparse.Namespace, measure: Callable[[], list
     """Return the requested table: measured now, or as it was kept, one for each machine."""
     if asked.what != "run" and not asked.quick:
         if not kept_file(benchmark).exists():
-            raise SystemExit(f"{benchmark}: nothing was kept yet; measure it with `run`")
+            raise SystemExit(f"{benchmark}: there are no kept results: measure them with `run`")
         return "\n\n".join(f"{name}\n\n{tables.aligned(rows)}" for name, rows in kept(benchmark).items())
     rows = measure()
     if not asked.quick:

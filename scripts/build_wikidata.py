@@ -49,16 +49,20 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("dump", help="Wikidata's JSON dump: .json, .json.gz, .json.bz2, or - for JSON on stdin")
     made.add_argument("texts", type=Path, help="folder of texts")
     made.add_argument("-o", "--output", type=Path, required=True, help=f"file to write: {', '.join(output.SUFFIXES)}")
-    made.add_argument("--context", type=_natural, default=600, help="characters before the name at most (%(default)s: "
+    made.add_argument("--context", type=_natural, default=600, help="maximum number of characters before the name (%(default)s: "
                       "some 127 tokens)")  # fmt: skip
-    made.add_argument("--per_class", type=_natural, default=3000, help="people of a class at most (%(default)s)")
     made.add_argument(
-        "--min_per_class", type=_natural, default=20, help="leave a class out that has fewer (%(default)s)"
+        "--per_class", type=_natural, default=3000, help="maximum number of people of a class (%(default)s)"
     )
-    made.add_argument("--per_name", type=_natural, default=1, help="mentions of a person at most (%(default)s)")
-    made.add_argument("--seed", type=int, default=0, help="of the draw of mentions (%(default)s)")
-    made.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
-    made.add_argument("--quiet", action="store_true", help="no progress bars, no table; warnings stay")
+    made.add_argument(
+        "--min_per_class", type=_natural, default=20, help="exclude classes with fewer people (%(default)s)"
+    )
+    made.add_argument(
+        "--per_name", type=_natural, default=1, help="maximum number of mentions of a person (%(default)s)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="seed of the draw of mentions (%(default)s)")
+    made.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    made.add_argument("--quiet", action="store_true", help="print no progress bars and no table, only warnings")
     return made
 
 
@@ -87,7 +91,7 @@ def build(asked: argparse.Namespace) -> None:
         )
     left_out = [f"{count.task} {count.name} ({count.found} found)" for count in counts if not count.rows]
     if left_out:
-        log.warning("too few people, or of no other class: left out: %s", ", ".join(left_out))
+        log.warning("excluded, because there are too few people or only one class: %s", ", ".join(left_out))
     output.write(asked.output, rows)
     if not asked.quiet:
         show(
@@ -115,13 +119,15 @@ def read_people(path: str, quiet: bool) -> Names:
                 table.add_subclass(item, parents)
             bar.set_postfix_str(f"{len(table)} people", refresh=False)
     if tally.malformed:
-        log.warning("%s: %d of %d lines are no entity: passed over", path, tally.malformed, tally.lines)
+        log.warning("%s: skipped %d of %d lines, which are not entities", path, tally.malformed, tally.lines)
     if tally.ends_early:
-        log.warning("%s: ends early, after %d lines: what there is of it is used", path, tally.lines)
+        log.warning("%s: the file is truncated after %d lines: using these", path, tally.lines)
     if not len(table):
-        raise RequestError(f"{path}: {tally.lines} lines and no person: is it Wikidata's JSON dump, an entity a line?")
+        raise RequestError(
+            f"{path}: {tally.lines} lines and no person: is it Wikidata's JSON dump, with an entity on each line?"
+        )
     if not table.knows_subclasses:
-        log.warning("%s: no class of it is below athlete: those of the five sports are the only athletes", path)
+        log.warning("%s: it has no subclass of athlete: only people of the five sports count as athletes", path)
     return table.names()
 
 
@@ -133,7 +139,7 @@ def search_texts(files: list[Path], finder: mentions.MentionFinder, quiet: bool)
             finder.search(text)
             bar.set_postfix_str(f"{len(finder.found)} people", refresh=False)
     if tally.malformed:
-        log.warning("%d lines of the texts are no object with a text: passed over", tally.malformed)
+        log.warning("skipped %d lines of the texts, which are not objects with a text", tally.malformed)
 
 
 @contextmanager
@@ -157,10 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        tell("interrupted: nothing is written")
+        tell("interrupted: nothing was written")
         return 130
     except (OSError, MemoryError) as error:
-        tell(f"failed: {type(error).__name__}: {error}; nothing is written")
+        tell(f"failed: {type(error).__name__}: {error}; nothing was written")
         return 1
     return 0
 

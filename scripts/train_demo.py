@@ -136,12 +136,12 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of corpus and people")
         sub.add_argument("--seed", type=int, default=0)
         if name in timed:
-            sub.add_argument("--minutes", type=float, default=timed[name], help="wall clock of the training loop")
+            sub.add_argument("--minutes", type=float, default=timed[name], help="wall-clock time of the training loop")
         if name == "model":
-            sub.add_argument("--tokenizer", type=Path, help="tokenizer folder; the one beside the model")
-            sub.add_argument("--snapshots", type=Path, help="folder that always holds the latest model")
+            sub.add_argument("--tokenizer", type=Path, help="tokenizer folder; default: the one beside the model")
+            sub.add_argument("--snapshots", type=Path, help="folder for snapshots of the model in training")
         if name == "saes":
-            sub.add_argument("--model", type=Path, help="model folder; the bundled one")
+            sub.add_argument("--model", type=Path, help="model folder; default: the bundled one")
     return root
 
 

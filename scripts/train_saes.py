@@ -81,26 +81,30 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(stage=stage)
         sub.add_argument("--work_dir", type=Path, required=True, help="folder of the activations")
         sub.add_argument("--threads", type=int, default=cpu_count(), help="worker threads")
-        sub.add_argument("--seed", type=int, default=0, help="of text, batches and first weights")
+        sub.add_argument("--seed", type=int, default=0, help="seed of text, batches and initial weights")
         if name == "harvest":
             sub.add_argument("--model_name", required=True, help="hub id or local folder of the model")
             sub.add_argument("--text", type=Path, required=True, help="folder of .txt, .jsonl and .jsonl.xz files")
-            sub.add_argument("--layers", type=layer_list, required=True, help="such as 5,15,25")
-            sub.add_argument("--tokens", type=int, default=4_000_000, help="to train on")
-            sub.add_argument("--held_out_tokens", type=int, default=65_536, help="to measure on")
-            sub.add_argument("--context", type=int, default=128, help="tokens a row, BOS included")
-            sub.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the model")
+            sub.add_argument("--layers", type=layer_list, required=True, help="layers, such as 5,15,25")
+            sub.add_argument("--tokens", type=int, default=4_000_000, help="number of tokens to train on")
+            sub.add_argument("--held_out_tokens", type=int, default=65_536, help="number of held-out tokens")
+            sub.add_argument("--context", type=int, default=128, help="tokens per row, BOS included")
+            sub.add_argument(
+                "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="dtype of the model"
+            )
         else:
-            sub.add_argument("--output_directory", type=Path, required=True, help="for the SAEs")
-            sub.add_argument("--saes", type=sae_list, required=True, help="such as topk-32,topk-64,gated-32")
-            sub.add_argument("--layers", type=layer_list, help="of those that were harvested; all")
-            sub.add_argument("--d_sae", type=int, default=4096, help="latents")
-            sub.add_argument("--tokens", type=int, help="that each SAE sees; those that were harvested, once")
-            sub.add_argument("--batch", type=int, default=1024, help="activations a step")
-            sub.add_argument("--lr", type=float, default=2e-3, help="largest learning rate of Adam")
-            sub.add_argument("--checkpoint_minutes", type=float, default=10.0, help="between checkpoints")
-            sub.add_argument("--name", help="the model's name in config and card; that of its folder")
-            sub.add_argument("--about", default="the text of a folder.", help="the text, a sentence for the card")
+            sub.add_argument("--output_directory", type=Path, required=True, help="folder of the trained SAEs")
+            sub.add_argument(
+                "--saes", type=sae_list, required=True, help="SAEs to train, such as topk-32,topk-64,gated-32"
+            )
+            sub.add_argument("--layers", type=layer_list, help="some of the harvested layers; default: all")
+            sub.add_argument("--d_sae", type=int, default=4096, help="number of latents")
+            sub.add_argument("--tokens", type=int, help="tokens per SAE; default: the harvested tokens, once")
+            sub.add_argument("--batch", type=int, default=1024, help="activations per step")
+            sub.add_argument("--lr", type=float, default=2e-3, help="maximum learning rate of Adam")
+            sub.add_argument("--checkpoint_minutes", type=float, default=10.0, help="minutes between checkpoints")
+            sub.add_argument("--name", help="name of the model in config and card; default: that of its folder")
+            sub.add_argument("--about", default="the text of a folder.", help="a sentence about the text, for the card")
     return root
 
 

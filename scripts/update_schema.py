@@ -269,11 +269,11 @@ def as_text(schema: Schema) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Rewrite the schema, or compare it with `--check`."""
     parser = argparse.ArgumentParser(description="Keep docs/results.schema.json equal to what the code writes.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the file is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the file is out of date")
     check = parser.parse_args(argv).check
     fresh = as_text(build())
     if check and TARGET.read_text(encoding="utf-8") != fresh:
-        print("docs/results.schema.json is not what the code says: python scripts/update_schema.py")
+        print("docs/results.schema.json is out of date: python scripts/update_schema.py")
         return 1
     if not check:
         TARGET.write_text(fresh, encoding="utf-8")

@@ -37,7 +37,7 @@ def main() -> int:
     """Rewrite the documents, or compare with `--check`."""
     parser = argparse.ArgumentParser(description="Keep tables in documents equal to what commands print.")
     parser.add_argument("documents", nargs="+", type=Path)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
     asked = parser.parse_args()
     stale = 0
     for document in asked.documents:
@@ -45,7 +45,7 @@ def main() -> int:
         fresh = renewed(text)
         stale += fresh != text
         if asked.check and fresh != text:
-            print(f"{document}: a table is not what its command prints: python scripts/update_tables.py {document}")
+            print(f"{document}: a table is out of date: python scripts/update_tables.py {document}")
         elif fresh != text:
             document.write_text(fresh, encoding="utf-8")
     return int(asked.check and stale > 0)

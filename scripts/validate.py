@@ -51,12 +51,14 @@ def _parser() -> argparse.ArgumentParser:
         "--full", action="store_true", help="every setting, all repeats, more rows of the bundled model"
     )
     parser.add_argument(
-        "--people", action="store_true", help="the settings of few people and people of unequal size alone; no plants"
+        "--people", action="store_true", help="only the settings with few people and people of unequal size; no plants"
     )
-    parser.add_argument("--repeats", type=int, help="draws of each setting, in place of the mode's own number")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes for the repeats; all cores")
+    parser.add_argument("--repeats", type=int, help="draws of each setting, instead of the mode's default")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes for the repeats (all cores)"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="keep the table in docs/validation.md")
+    parser.add_argument("--write", action="store_true", help="write the table to docs/validation.md")
     return parser
 
 

@@ -536,7 +536,7 @@ def test_lines_that_are_no_entity_are_counted_and_passed_over(
     assert build([*CLASSES_OF_ITEMS, *bad, *people], "--overwrite") == 0
     assert (tmp_path / "people.jsonl").read_bytes() == whole
     (warning,) = [line for line in caplog.messages if "entity" in line]
-    assert re.search(r"dump\.json: 9 of \d+ lines are no entity: passed over", warning), warning
+    assert re.search(r"dump\.json: skipped 9 of \d+ lines, which are not entities", warning), warning
 
 
 def test_a_line_without_end_is_passed_over(
@@ -561,7 +561,7 @@ def test_of_a_dump_cut_short_what_came_is_used(
         build_wikidata.main([str(tmp_path / f"d.json{suffix}"), str(texts), "-o", str(tmp_path / "o.jsonl"), "--quiet"])
         == 0
     )
-    assert "ends early" in caplog.text
+    assert "the file is truncated" in caplog.text
     assert len({row["group"] for row in rows_of(tmp_path / "o.jsonl")}) > 100
 
 
@@ -633,11 +633,11 @@ def test_of_many_classes_those_with_too_few_people_are_left_out() -> None:
         (lambda f: [str(f / "d.json"), str(f / "texts")], "d.json: 2 lines and no person"),
         (lambda f: [str(f / "empty.json"), str(f / "texts")], "empty.json: 0 lines and no person"),
         (lambda f: [str(f / "good.json"), str(f / "nowhere")], "nowhere: no such folder"),
-        (lambda f: [str(f / "good.json"), str(f / "hollow")], "hollow: holds no .txt or .jsonl file"),
+        (lambda f: [str(f / "good.json"), str(f / "hollow")], "hollow: there is no .txt or .jsonl file"),
         (lambda f: [str(f / "good.json"), str(f / "others")], "mentions 0 of"),
         (lambda f: [str(f / "good.json"), str(f / "torn")], "b.txt.gz: cannot be read"),
         (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "o.xlsx")], "unknown suffix '.xlsx'"),
-        (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "good.jsonl")], "is there already"),
+        (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "good.jsonl")], "already exists"),
         (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "no" / "o.csv")], "there is no folder"),
     ],
 )
@@ -686,7 +686,7 @@ def test_what_stops_the_writing_leaves_the_old_file(
     assert next(calls) == 21
     assert (tmp_path / "people.jsonl").read_text() == "old"
     assert not list(tmp_path.glob(".*"))
-    assert "nothing is written" in capsys.readouterr().err
+    assert "nothing was written" in capsys.readouterr().err
 
 
 def test_an_interrupt_leaves_no_file(tmp_path: Path, texts: Path) -> None:
@@ -700,5 +700,5 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path, texts: Path) -> None:
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
         assert process.wait(30) == 130
-    assert told.decode() == "interrupted: nothing is written\n"
+    assert told.decode() == "interrupted: nothing was written\n"
     assert not out.exists() and not list(tmp_path.glob(".*"))

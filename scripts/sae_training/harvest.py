@@ -159,7 +159,7 @@ def _begin(info: ModelInfo, settings: HarvestSettings, text: Path, folder: Path)
         before = json.loads(path.read_text(encoding="utf-8"))
         other = [key for key in about if before[key] != about[key]]
         if other:
-            raise RequestError(f"`work_dir` {folder}: activations of another {other[0]} are there; choose a new folder")
+            raise RequestError(f"`work_dir` {folder}: it has activations of another {other[0]}: choose a new folder")
         return
     texts = choose_texts(text, settings.tokens, settings.held_out_tokens, settings.seed)
     rows = {}
@@ -168,7 +168,7 @@ def _begin(info: ModelInfo, settings: HarvestSettings, text: Path, folder: Path)
         rows[part] = token_rows(documents, info.tokenizer, info.bos_token_id, settings.length, tokens)
         log.info("%s: %d rows of %d tokens from %d documents", part, *rows[part].shape, len(documents))
         if rows[part].numel() < tokens:
-            log.warning("%s: the text has no more; %d tokens were asked for", part, tokens)
+            log.warning("%s: the text is shorter than the requested %d tokens", part, tokens)
     _save(folder / "rows.safetensors", rows)
     with replacing(path, "w", encoding="utf-8") as file:
         json.dump(about, file, indent=2)

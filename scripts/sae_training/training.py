@@ -161,7 +161,9 @@ class Checkpoint:
             return 0
         state = torch.load(self._path, weights_only=True)
         if state["about"] != self._about():
-            raise RequestError(f"`output_directory` {self.folder}: a training with other settings stopped there")
+            raise RequestError(
+                f"`output_directory` {self.folder}: it has checkpoints of a training with other settings"
+            )
         for sae, of_sae in zip(saes, state["saes"], strict=True):
             sae.load_state_dict(of_sae)
         for optimiser, of_optimiser in zip(optimisers, state["optimisers"], strict=True):

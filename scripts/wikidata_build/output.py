@@ -19,9 +19,9 @@ def check_output(path: Path, overwrite: bool) -> None:
     if path.suffix not in SUFFIXES:
         raise RequestError(f"-o {path}: unknown suffix {path.suffix!r}: give {', '.join(SUFFIXES)}")
     if path.is_dir() or (path.exists() and not overwrite):
-        raise RequestError(f"-o {path}: is there already: give another name, or --overwrite")
+        raise RequestError(f"-o {path}: already exists: choose another name, or use --overwrite")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise RequestError(f"-o {path}: there is no folder {path.parent} that can be written to")
+        raise RequestError(f"-o {path}: the folder {path.parent} is missing or not writable")
 
 
 def write(path: Path, rows: list[Row]) -> None:

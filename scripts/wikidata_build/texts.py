@@ -31,7 +31,7 @@ def text_files(folder: Path) -> list[Path]:
         raise RequestError(f"{folder}: no such folder: give one with {' or '.join(KINDS)} files")
     found = [path for path in sorted(folder.rglob("*")) if _kind(path) in KINDS and path.is_file()]
     if not found:
-        raise RequestError(f"{folder}: holds no {' or '.join(KINDS)} file, plain or as {', '.join(SUFFIXES)}")
+        raise RequestError(f"{folder}: there is no {' or '.join(KINDS)} file, plain or as {', '.join(SUFFIXES)}")
     return found
 
 
