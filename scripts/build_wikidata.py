@@ -49,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("dump", help="Wikidata's JSON dump: .json, .json.gz, .json.bz2, or - for JSON on stdin")
     made.add_argument("texts", type=Path, help="folder of texts")
     made.add_argument("-o", "--output", type=Path, required=True, help=f"file to write: {', '.join(output.SUFFIXES)}")
-    made.add_argument("--context", type=_natural, default=600, help="maximum number of characters before the name (%(default)s: "
-                      "some 127 tokens)")  # fmt: skip
+    made.add_argument("--context", type=_natural, default=600, help="maximum number of characters before the name "
+                      "(%(default)s: about 127 tokens)")  # fmt: skip
     made.add_argument(
         "--per_class", type=_natural, default=3000, help="maximum number of people of a class (%(default)s)"
     )

@@ -569,7 +569,7 @@ def test_a_dump_without_classes_says_who_counts_as_an_athlete(
     build: Callable[..., int], people: list, caplog: Any
 ) -> None:
     assert build(people) == 0
-    assert "those of the five sports are the only athletes" in caplog.text
+    assert "only people of the five sports count as athletes" in caplog.text
 
 
 def test_a_task_without_two_classes_is_left_out(
@@ -638,7 +638,7 @@ def test_of_many_classes_those_with_too_few_people_are_left_out() -> None:
         (lambda f: [str(f / "good.json"), str(f / "torn")], "b.txt.gz: cannot be read"),
         (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "o.xlsx")], "unknown suffix '.xlsx'"),
         (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "good.jsonl")], "already exists"),
-        (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "no" / "o.csv")], "there is no folder"),
+        (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "no" / "o.csv")], "is missing or not writable"),
     ],
 )
 def test_what_is_refused_is_one_line_and_leaves_nothing(
