@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.timing import answer, parser
+from benchmarks.timing import parser, show_or_measure
 from delta_selectivity.reporting import tables
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -85,7 +85,7 @@ def measure(asked: argparse.Namespace) -> list[tables.Row]:
 
 def main() -> None:
     asked = parser(__doc__).parse_args()
-    print(answer("bench_cache", asked, lambda: measure(asked)))
+    print(show_or_measure("bench_cache", asked, lambda: measure(asked)))
 
 
 if __name__ == "__main__":

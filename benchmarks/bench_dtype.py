@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.timing import answer, parser
+from benchmarks.timing import parser, show_or_measure
 from delta_selectivity.records.result_file import read
 from delta_selectivity.reporting import tables
 
@@ -55,7 +55,7 @@ def measure(asked: argparse.Namespace) -> list[tables.Row]:
 
 def main() -> None:
     asked = parser(__doc__).parse_args()
-    print(answer("bench_dtype", asked, lambda: measure(asked)))
+    print(show_or_measure("bench_dtype", asked, lambda: measure(asked)))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import torch
 
 from benchmarks import serial
 from benchmarks.bundled import MODEL
-from benchmarks.timing import answer, parser
+from benchmarks.timing import parser, show_or_measure
 from delta_selectivity.reporting import tables
 from delta_selectivity.saes import LinearCoder, TopK, open_sae
 from delta_selectivity.tasks.wikidata import load_wikidata
@@ -145,7 +145,7 @@ def time_package(environment: Path, whole: bool, cpu_time: bool) -> list[Cost]:
 def time_serial(cpu_time: bool) -> Cost:
     """Time the last layer and one task with one repeat, and scale up to all layers, tasks and repeats."""
     n_layers = _n_layers()
-    texts, labels, persons = _researchers()
+    texts, labels, persons = _timed_task()
     clock = time.process_time if cpu_time else time.perf_counter
     found = serial.timed(MODEL, _weights(n_layers - 1), n_layers - 1, texts, labels, persons, clock)
     scale = n_layers * sum(ROWS.values()) / len(texts)
@@ -182,7 +182,7 @@ def _n_layers() -> int:
     return int(json.loads((MODEL / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
 
 
-def _researchers() -> tuple[list[str], np.ndarray, np.ndarray]:
+def _timed_task() -> tuple[list[str], np.ndarray, np.ndarray]:
     """Return texts, labels and people of the timed task, with rows as shipped."""
     row_sets = load_wikidata("occupation").row_sets
     (found,) = [row_set for row_set in row_sets if row_set.probes[0].name == "is_researcher"]
@@ -206,7 +206,7 @@ def main() -> int:
     if asked.quick or (asked.what == "run" and asked.environment is None):
         flags.error("run needs --environment, and has no small size")
     print(
-        answer(
+        show_or_measure(
             "bench_end_to_end", asked, lambda: measure(asked.environment, asked.whole, asked.cpu_time, asked.repeats)
         )
     )

@@ -63,7 +63,7 @@ def train(sae: TopK, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-def cold() -> float:
+def time_cold_run() -> float:
     """Return the seconds of one run of `main.py` on the same rows, without a cache."""
     with tempfile.TemporaryDirectory() as out:
         command = [
@@ -101,7 +101,7 @@ def measure(repeats: int) -> dict[str, Any]:
             evaluator(sae)
             calls[name].append(time.perf_counter() - start)
         if len(colds) < repeats:
-            colds.append(cold())
+            colds.append(time_cold_run())
     return {"made": made["all"], "calls": calls, "cold": colds, "processor": processor()}
 
 

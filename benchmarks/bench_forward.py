@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.shapes import SHAPES, TINY, Shape
-from benchmarks.timing import Clock, answer, at_a_time, in_turn, parser
+from benchmarks.timing import Clock, in_threads, in_turn, parser, show_or_measure
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.reporting import tables
 from delta_selectivity.run.activations import Block, Producer
@@ -95,7 +95,7 @@ def _model_seconds(shape: Shape, setting: Setting, dtype: str) -> dict[str, floa
     ids = torch.randint(1, 1000, (setting.texts, TOKENS), generator=torch.Generator().manual_seed(0))
     lengths = torch.full((setting.texts,), TOKENS)
     weights = [module.weight for module in model.module.modules() if isinstance(module, nn.Linear)]
-    n_rows, ours = setting.texts * TOKENS, at_a_time(lambda: model.token_rows(ids, lengths), setting.workers)
+    n_rows, ours = setting.texts * TOKENS, in_threads(lambda: model.token_rows(ids, lengths), setting.workers)
     return _beside_floor(ours, weights, n_rows, n_rows, setting)
 
 
@@ -107,7 +107,7 @@ def _sae_seconds(shape: Shape, setting: Setting) -> dict[str, float]:
     last = np.full(n_texts, TOKENS - 1)
     tokenised = TokenisedMentions((np.ones(TOKENS, dtype=np.int32),) * n_texts, last, last, has_bos=False)
     producer = Producer(
-        model=_AtHand({site: x}, x.device),
+        model=_StoredActivations({site: x}, x.device),
         saes={site: {0: sae}},
         counts_bos={0: True},
         tokenised=tokenised,
@@ -158,24 +158,24 @@ def _beside_floor(
     sides = {"ours": ours}
     for multiply in (_by_torch, _by_gemm):
         floor = _products(weights, n_rows, rows_at_a_time, multiply)
-        sides[multiply.__name__] = at_a_time(floor, setting.workers)
+        sides[multiply.__name__] = in_threads(floor, setting.workers)
     with sharing_cores(setting.device):
         seconds = in_turn(sides, setting.repeats, setting.synchronise, setting.clock)
     return {"ours": seconds.pop("ours"), "floor": min(seconds.values())}
 
 
 @dataclass(frozen=True)
-class _AtHand:
+class _StoredActivations:
     """A stand-in for a model that returns stored activations."""
 
-    found: dict[Site, Tensor]
+    activations: dict[Site, Tensor]
     device: torch.device
 
     def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
         """Return the same activations for every batch."""
-        return dict(self.found)
+        return dict(self.activations)
 
-    def only(self, sites: Collection[Site]) -> _AtHand:
+    def only(self, sites: Collection[Site]) -> _StoredActivations:
         """Return all of them."""
         return self
 
@@ -189,7 +189,7 @@ def main() -> int:
     else:
         setting = Setting("cpu", torch.get_num_threads(), texts, asked.repeats)
     shapes = (TINY,) if asked.quick else SHAPES
-    print(answer("bench_forward", asked, lambda: measure(shapes, setting, ("float32", "bfloat16"))))
+    print(show_or_measure("bench_forward", asked, lambda: measure(shapes, setting, ("float32", "bfloat16"))))
     return 0
 
 

@@ -113,9 +113,9 @@ def main() -> int:
     more = ["--shuffle_select_n", "200"] if asked.quick else []
     if asked.what == "run":
         print(machine(), end="\n\n")
-    print(timing.answer("bench_gpu", asked, lambda: measure(shapes, asked.repeats)), end="\n\n")
+    print(timing.show_or_measure("bench_gpu", asked, lambda: measure(shapes, asked.repeats)), end="\n\n")
     ways = {name: [*flags, *more] for name, flags in settings().items()}
-    print(timing.answer("bench_gpu_job", asked, lambda: whole_jobs(job, ways)))
+    print(timing.show_or_measure("bench_gpu_job", asked, lambda: whole_jobs(job, ways)))
     return 0
 
 

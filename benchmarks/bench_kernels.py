@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.functional import linear
 
-from benchmarks.timing import Clock, answer, in_turn, parser
+from benchmarks.timing import Clock, in_turn, parser, show_or_measure
 from delta_selectivity.models.attention import attend
 from delta_selectivity.reporting import tables
 from delta_selectivity.saes.proposal import Proposal
@@ -132,7 +132,7 @@ def main() -> int:
     flags.set_defaults(repeats=9)
     asked = flags.parse_args()
     clock = time.process_time if asked.cpu_time else time.perf_counter
-    print(answer("bench_kernels", asked, lambda: measure(asked.quick, asked.repeats, clock)))
+    print(show_or_measure("bench_kernels", asked, lambda: measure(asked.quick, asked.repeats, clock)))
     return 0
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks import large_job
 from benchmarks.bundled import MODEL
-from benchmarks.timing import answer, exponent, parser
+from benchmarks.timing import exponent, parser, show_or_measure
 from delta_selectivity.reporting import tables
 from delta_selectivity.tasks import load_probe_texts
 
@@ -144,7 +144,7 @@ def main() -> int:
         found = large_job.run(asked.rows, asked.layers, width=64 if asked.quick else 768)
         print(tables.aligned(large_job.table(found, asked.memory_gb)))
         return int(found.peak_gb > asked.memory_gb)
-    print(answer("bench_scaling", asked, lambda: measure(asked.quick)))
+    print(show_or_measure("bench_scaling", asked, lambda: measure(asked.quick)))
     return 0
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from benchmarks.bench_end_to_end import DRIVER, PACKAGE, PROJECT, make_environment, run_driver
 from benchmarks.bundled import MODEL
-from benchmarks.timing import answer, parser
+from benchmarks.timing import parser, show_or_measure
 from delta_selectivity.reporting import tables
 
 SAES = (MODEL.parent / "tiny-pythia-saes-k8", MODEL.parent / "tiny-pythia-saes-k32")
@@ -110,7 +110,7 @@ def main() -> int:
     asked = flags.parse_args()
     if asked.quick or asked.cpu_time or (asked.what == "run" and asked.environment is None):
         flags.error("run needs --environment, and has neither a small size nor CPU time")
-    print(answer("bench_suite", asked, lambda: measure(asked.environment, asked.repeats)))
+    print(show_or_measure("bench_suite", asked, lambda: measure(asked.environment, asked.repeats)))
     return 0
 
 

@@ -27,7 +27,7 @@ import pandas
 
 from benchmarks.bundled import MODEL
 from benchmarks.shapes import Shape
-from benchmarks.timing import answer, parser
+from benchmarks.timing import parser, show_or_measure
 from delta_selectivity import Results, Settings, evaluate
 from delta_selectivity.reporting import tables
 
@@ -125,9 +125,9 @@ def main() -> None:
     )
     asked = flags.parse_args()
     if asked.coverage:
-        print(answer("bench_whole_tokens_coverage", asked, lambda: coverage(asked)))
+        print(show_or_measure("bench_whole_tokens_coverage", asked, lambda: coverage(asked)))
     else:
-        print(answer("bench_whole_tokens", asked, lambda: speed(asked)))
+        print(show_or_measure("bench_whole_tokens", asked, lambda: speed(asked)))
 
 
 if __name__ == "__main__":

@@ -69,20 +69,20 @@ def kept_file(seed: int) -> Path:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StoredWorld:
     """The kept results of one world."""
 
     saes: list[Result]
     shuffling: dict[str, float]  # value, low, high: sae_sel with the decoder shuffled minus without, paired
 
     @classmethod
-    def load(cls, seed: int) -> Kept:
+    def load(cls, seed: int) -> StoredWorld:
         """Load the results of a world. Raises FileNotFoundError if that world was not run."""
         kept = json.loads(kept_file(seed).read_text(encoding="utf-8"))
         return cls([Result(**result) for result in kept["saes"]], kept["shuffling"])
 
     @property
-    def honest(self) -> list[Result]:
+    def without_adversarial(self) -> list[Result]:
         """Return the SAEs without the adversarial ones."""
         return [r for r in self.saes if not r.deceives]
 
@@ -117,10 +117,12 @@ def sae_table(results: Sequence[Result]) -> str:
     return aligned(rows)
 
 
-def rank_table(by_seed: Mapping[int, Kept]) -> str:
+def rank_table(by_seed: Mapping[int, StoredWorld]) -> str:
     """Return Spearman's correlation of every score with every truth in every world; last, over the adversarial SAEs."""
     rows: list[Row] = [("true recovery", "world", "SAEs", *PREDICTORS)]
-    rows += [_ranks(truth, f"seed {seed}", kept.honest) for truth in TRUTHS for seed, kept in by_seed.items()]
+    rows += [
+        _ranks(truth, f"seed {seed}", kept.without_adversarial) for truth in TRUTHS for seed, kept in by_seed.items()
+    ]
     for truth in ("present", "kept", "held"):
         rows += [_ranks(truth, f"seed {seed}, deceivers too", kept.saes) for seed, kept in by_seed.items()]
     return aligned(rows)
@@ -131,18 +133,18 @@ def _ranks(truth: str, world: str, results: Sequence[Result]) -> Row:
     return (truth.replace("_", ", "), world, str(len(results)), *found)
 
 
-def verdict(kept: Kept) -> str:
+def verdict(kept: StoredWorld) -> str:
     """Summarise the tables in a few sentences."""
     broken = next(r for r in kept.saes if SHUFFLED in r.name)
     whole = next(r for r in kept.saes if r.name == broken.name.removesuffix(SHUFFLED))
-    ranked = sorted(kept.honest, key=lambda r: -r.delta_sel)
+    ranked = sorted(kept.without_adversarial, key=lambda r: -r.delta_sel)
     lines = [f"{len(ranked)} SAEs that are not built to deceive; first by delta_sel: {ranked[0].name}."]
     for truth, words in (
         ("present", "which features can still be seen"),
         ("kept", "how much of each"),
         ("held", "what is still where it was"),
     ):
-        rho = {predictor: rank_correlation(kept.honest, predictor, truth) for predictor in PREDICTORS}
+        rho = {predictor: rank_correlation(kept.without_adversarial, predictor, truth) for predictor in PREDICTORS}
         best = max(PREDICTORS, key=lambda predictor: abs(rho[predictor]))
         told = ", ".join(f"{predictor} {rho[predictor]:+.3f}" for predictor in PREDICTORS)
         lines.append(f"Rank correlation with {words}: {told}. The strongest: {best}.")
@@ -160,7 +162,7 @@ def tables() -> str:
     seeds = sorted(int(path.stem.removeprefix("seed_")) for path in KEPT.glob("seed_*.json"))
     if not seeds:
         raise SystemExit("there are no kept results: python benchmarks/ground_truth.py run")
-    by_seed = {seed: Kept.load(seed) for seed in seeds}
+    by_seed = {seed: StoredWorld.load(seed) for seed in seeds}
     first = by_seed[seeds[0]]
     return "\n\n".join([sae_table(first.saes), rank_table(by_seed), verdict(first)])
 

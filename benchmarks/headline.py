@@ -34,7 +34,7 @@ from delta_selectivity.system.whole_file import replacing
 
 KEPT = Path(__file__).resolve().with_name("headline")  # one file for each model
 BEST_SO_FAR = "transfer_r2"
-CLEARLY = (11, 10)  # at least a tenth more pairs are ordered correctly and significantly
+MIN_GAIN = (11, 10)  # at least a tenth more pairs are ordered correctly and significantly
 
 Floats = NDArray[np.floating]
 Counts = dict[str, dict[str, dict[str, PairCount]]]  # family -> kind of pairs -> candidate -> its count
@@ -136,7 +136,7 @@ CANDIDATES: dict[str, Parts] = {  # name -> contribution of each row; higher is 
     "transfer_delta": lambda found, _view: correct(found, "transfer") - correct(found, "model"),
     "delta_sel": lambda found, _view: correct(found, "sae") - correct(found, "model"),
 }
-NOT_CHOSEN_FROM = ("transfer_delta", "delta_sel")  # already in the results
+EXCLUDED = ("transfer_delta", "delta_sel")  # already in the results
 
 
 def measure(folder: Path, sets: Sequence[PairSet]) -> Counts:
@@ -165,15 +165,15 @@ def total(by_kind: Mapping[str, Mapping[str, PairCount]], candidate: str) -> tup
 def verdict(counts: Counts) -> str:
     """Say which candidate the first family chooses, and whether it clearly beats `transfer_r2` on the second."""
     first, second = counts
-    rivals = [name for name in CANDIDATES if name not in (BEST_SO_FAR, *NOT_CHOSEN_FROM)]
+    candidates = [name for name in CANDIDATES if name not in (BEST_SO_FAR, *EXCLUDED)]
 
     def merit(name: str) -> tuple[int, int]:
         right, wrong = total(counts[first], name)
         return right, -wrong
 
-    chosen = max(rivals, key=merit)
+    chosen = max(candidates, key=merit)
     (right, wrong), (bar, bar_wrong) = (total(counts[second], name) for name in (chosen, BEST_SO_FAR))
-    more, than = CLEARLY
+    more, than = MIN_GAIN
     beats = than * right >= more * bar and wrong <= bar_wrong
     return (
         f"Chosen on {first}: {chosen}. On {second} it orders {right} pairs surely right and {wrong} surely wrong, "

@@ -35,7 +35,7 @@ SECOND = 0.05  # interval between two measurements of the memory
 
 
 @dataclass(frozen=True)
-class Found:
+class JobCost:
     """Time and memory of the job."""
 
     n_rows: int
@@ -47,7 +47,7 @@ class Found:
     peak_gb: float  # anonymous memory
 
 
-def run(n_rows: int, n_layers: int, width: int) -> Found:
+def run(n_rows: int, n_layers: int, width: int) -> JobCost:
     """Store all rows, then probe them."""
     labels, direction = _concept(n_rows, width)
     views: dict[tuple[Site, SaeId | None], int] = {}
@@ -63,10 +63,10 @@ def run(n_rows: int, n_layers: int, width: int) -> Found:
         probed = time.perf_counter()
         gb = len(views) * n_rows * width * 4 / 1024**3
         place = store.place
-    return Found(n_rows, n_layers, width, gb if place == "files" else 0.0, stored - start, probed - stored, max(peak))
+    return JobCost(n_rows, n_layers, width, gb if place == "files" else 0.0, stored - start, probed - stored, max(peak))
 
 
-def table(found: Found, allowed_gb: float) -> list[tables.Row]:
+def table(found: JobCost, allowed_gb: float) -> list[tables.Row]:
     """Return the header and one row."""
     header = ("rows", "layers", "width", "files, GB", "store, s", "probes, s", "peak memory, GB", "allowed, GB")
     sizes = (f"{found.n_rows:,}", str(found.n_layers), str(found.width), f"{found.stored_gb:.1f}")

@@ -212,26 +212,26 @@ def measure_suite(layer: int, tasks: Sequence[str] = SUITE, n_texts: int = TEXTS
                 [rows_of(rows, recon, places, people) for rows in (pair.shipped, pair.distinct)]
                 for recon in recons.values()
             )
-            found.append({**about, **asdict(leakage), **asdict(rivalry(one, other, backend))})
+            found.append({**about, **asdict(leakage), **asdict(compare_saes(one, other, backend))})
         except ValueError as error:
             found.append({**about, "reason": str(error)})
     return found
 
 
 @dataclass(frozen=True)
-class Rivalry:
+class SaeDifference:
     """The second SAE's balanced accuracy minus the first's, by the published method and by groups."""
 
     as_published: Figure  # rows as shipped, folds by row, one partition, rows treated as independent
     by_group: Figure  # distinct texts, folds by group, all partitions, clustered
 
 
-def rivalry(one: Sequence[Rows], other: Sequence[Rows], backend: ProbeBackend) -> Rivalry:
+def compare_saes(one: Sequence[Rows], other: Sequence[Rows], backend: ProbeBackend) -> SaeDifference:
     """Compare two SAEs; one, other: the rows of each SAE's reconstruction, as shipped and distinct."""
     each = np.arange(len(one[0].persons))
     shipped = [correct_by_fold(rows[0], each, backend)[0].astype(np.float64) for rows in (one, other)]
     grouped = [correct_by_fold(rows[1], rows[1].persons, backend)[0].astype(np.float64) for rows in (one, other)]
-    return Rivalry(
+    return SaeDifference(
         Figure.of(estimate_delta((shipped[1] - shipped[0])[:1], one[0].labels[0], each)),
         Figure.of(estimate_delta(grouped[1] - grouped[0], one[1].labels[0], one[1].persons)),
     )
@@ -263,7 +263,7 @@ def suite_table(layer: int) -> str:
         if own:
             counts = (str(sum(task[name] for task in own)) for name in ("n_shipped", "n_distinct", "n_people"))
             families.append((family, str(len(own)), *counts, *_means(own)))
-    worst = sorted(known, key=_flattery, reverse=True)[:WORST]
+    worst = sorted(known, key=_overestimate, reverse=True)[:WORST]
     lines: list[tables.Row] = [("task", *head[1:])]
     for task in worst:
         counts = (str(task[name]) for name in ("n_shipped", "n_distinct", "n_people"))
@@ -276,7 +276,7 @@ def suite_table(layer: int) -> str:
 WORST = 12  # number of tasks in the table
 
 
-def _flattery(task: result_file.Json) -> float:
+def _overestimate(task: result_file.Json) -> float:
     return float(task["shipped"]["value"] - task["by_person"]["value"])
 
 
@@ -286,7 +286,7 @@ def _means(tasks: Sequence[result_file.Json]) -> list[str]:
 
 
 def _suite_verdict(known: Sequence[result_file.Json]) -> str:
-    flattered = [_flattery(task) for task in known]
+    flattered = [_overestimate(task) for task in known]
     halves = sum(
         task["shipped"]["value"] - 0.5 > 2 * max(task["by_person"]["value"] - 0.5, 0) for task in known
     )  # fmt: skip

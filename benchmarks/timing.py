@@ -53,7 +53,7 @@ def in_turn(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def at_a_time(work: Callable[[], object], workers: int) -> Callable[[], None]:
+def in_threads(work: Callable[[], object], workers: int) -> Callable[[], None]:
     """Run `work` in this many threads at the same time, as the producer does with its batches."""
 
     def run() -> None:
@@ -108,7 +108,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def answer(benchmark: str, asked: argparse.Namespace, measure: Callable[[], list[tables.Row]]) -> str:
+def show_or_measure(benchmark: str, asked: argparse.Namespace, measure: Callable[[], list[tables.Row]]) -> str:
     """Return the requested table: measured now, or as it was kept, one for each machine."""
     if asked.what != "run" and not asked.quick:
         if not kept_file(benchmark).exists():

@@ -45,8 +45,13 @@ SINCE_0_5 = (
 )
 """Figures that files of earlier versions do not have."""
 Q_VALUES = ("q_value", "transfer_q_value")  # present once the run is complete
-COUNTED = ("n_rows", "n_people", "n_people_effective", "n_pos")  # present even for a probe that cannot be measured
-ONLY_FROM_0 = re.compile(
+REQUIRED_WITHOUT_NUMBERS = (
+    "n_rows",
+    "n_people",
+    "n_people_effective",
+    "n_pos",
+)  # of a probe that cannot be measured
+NON_NEGATIVE = re.compile(
     r"n_\w+|ce_(model|sae|mean|zero)|mse_\w+|fvu_\w+|l0|l1|dead|dead_se|outliers|C|C_sae|(model|sae|transfer|error|latent|k[0-9]+)_(sel|auc)"
 )
 """Figures that cannot be negative. None has an upper bound: a share is a sum, and rounding may take it above 1."""
@@ -59,7 +64,7 @@ def build() -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A result file of Delta Selectivity",
         "description": "One SAE, or baseline, on one dataset. docs/numbers.md defines the numbers at length.",
-        **_closed({"_run": {"$ref": "#/$defs/run"}}),
+        **_object({"_run": {"$ref": "#/$defs/run"}}),
         "patternProperties": {LAYER: {"$ref": "#/$defs/layer"}},
         "if": {"properties": {"_run": {"properties": {"complete": {"const": True}}}}},
         "then": {"patternProperties": {LAYER: {"additionalProperties": {"$ref": "#/$defs/settled"}}}},
@@ -100,7 +105,7 @@ def _layer(definition: dict[str, str]) -> Schema:
     optional = {*SINCE_0_5, *get_type_hints(Downstream)}
     return {
         "description": "The reconstruction figures of one layer, and a record for each probe by its name.",
-        **_closed({name: _figure(name, kind, definition) for name, kind in figures.items()}, optional),
+        **_object({name: _figure(name, kind, definition) for name, kind in figures.items()}, optional),
         "additionalProperties": {"$ref": "#/$defs/probe"},
     }
 
@@ -108,15 +113,15 @@ def _layer(definition: dict[str, str]) -> Schema:
 def _measured(definition: dict[str, str]) -> Schema:
     kinds = get_type_hints(ProbeResult) | {Q_VALUES[0]: float, Q_VALUES[1]: float | None}
     known = {name: _figure(name, kind, definition) for name, kind in kinds.items()}
-    return _closed(known, optional=OPTIONAL | set(Q_VALUES) | set(SINCE_0_5))
+    return _object(known, optional=OPTIONAL | set(Q_VALUES) | set(SINCE_0_5))
 
 
 def _unmeasured(definition: dict[str, str]) -> Schema:
     kinds = get_type_hints(ProbeResult)
-    counted = {name: _figure(name, kinds[name], definition) for name in COUNTED}
+    counted = {name: _figure(name, kinds[name], definition) for name in REQUIRED_WITHOUT_NUMBERS}
     null = {name: {"type": "null"} for name in kinds if name not in counted.keys() | OPTIONAL}
     reason = {"reason": {"type": "string", "description": definition["reason"]}}
-    return _closed(
+    return _object(
         {**counted, **reason, **null, **{name: {"type": "null"} for name in Q_VALUES}}, optional=Q_VALUES + SINCE_0_5
     )
 
@@ -125,7 +130,7 @@ def _figure(name: str, kind: Any, definition: dict[str, str]) -> Schema:
     """Return the schema of a number, from its annotation."""
     known = [TYPES[part] for part in (get_args(kind) or (kind,))]
     schema: Schema = {"type": known[0] if len(known) == 1 else known}
-    if ONLY_FROM_0.fullmatch(name):
+    if NON_NEGATIVE.fullmatch(name):
         schema["minimum"] = 0
     if name.endswith(("p_value", "q_value")):
         schema |= {"minimum": 0, "maximum": 1}
@@ -137,7 +142,7 @@ def _run() -> Schema:
     texts = {"type": "array", "items": {"type": "string"}}
     return {
         "description": "How the results came about.",
-        **_closed(
+        **_object(
             {
                 "schema_version": {"const": SCHEMA_VERSION},
                 "config": {
@@ -183,7 +188,7 @@ def _run() -> Schema:
                 "task": {
                     "description": "What the dataset asks for (null: a task of the user's), and what its texts are "
                     "drawn from: tasks that share it tend to agree.",
-                    **_closed({"family": {"type": ["string", "null"]}, "source": {"type": "string"}}),
+                    **_object({"family": {"type": ["string", "null"]}, "source": {"type": "string"}}),
                 },
                 "key": {
                     "description": "Everything that changes a number: only a run with the same key continues a file.",
@@ -210,19 +215,19 @@ def _run() -> Schema:
 
 
 def _sae_level() -> Schema:
-    alone = _tested("delta_sel") | _with_interval("transfer_r2")
+    alone = _difference("delta_sel") | _with_interval("transfer_r2")
     alone["n_cells"] = {"type": ["integer", "null"], "minimum": 1}
     compared = {
         "description": "By name of another SAE of the run: this one's figures minus the other's, paired.",
         "type": "object",
-        "additionalProperties": _closed(
-            {**_tested("delta_sel"), **_tested("transfer_r2"), "tasks": _over_tasks(False)}, optional=("tasks",)
+        "additionalProperties": _object(
+            {**_difference("delta_sel"), **_difference("transfer_r2"), "tasks": _over_tasks(False)}, optional=("tasks",)
         ),
     }
     return {
         "description": "Means over the datasets, layers and probes of the run; null where stored scores were gone, "
         "absent before the run is at its end.",
-        **_closed({**alone, "tasks": _over_tasks(), "compared": compared}, optional={*alone, "tasks"}),
+        **_object({**alone, "tasks": _over_tasks(), "compared": compared}, optional={*alone, "tasks"}),
         "dependentRequired": {name: sorted(alone) for name in alone},
     }
 
@@ -231,7 +236,7 @@ def _over_tasks(by_family: bool = True) -> Schema:
     counts = {name: {"type": "integer", "minimum": 1} for name in ("n_tasks", "n_sources")}
     scores = _with_interval("delta_sel") | _with_interval("transfer_r2")
     spreads = {f"{name}_spread": {"type": ["number", "null"], "minimum": 0} for name in ("delta_sel", "transfer_r2")}
-    level = _closed(counts | scores | spreads)
+    level = _object(counts | scores | spreads)
     if not by_family:
         return {"description": "The paired difference's means over tasks, likewise.", **level}
     families = {"description": "The same by family.", "type": "object", "additionalProperties": level}
@@ -244,7 +249,7 @@ def _over_tasks(by_family: bool = True) -> Schema:
     }
 
 
-def _tested(name: str) -> Schema:
+def _difference(name: str) -> Schema:
     """Return the schema of a difference with its interval and the test that it is 0."""
     p_value = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
     detectable = {"type": ["number", "null"], "minimum": 0}
@@ -255,7 +260,7 @@ def _with_interval(name: str) -> Schema:
     return {key: {"type": ["number", "null"]} for key in (name, f"{name}_ci_low", f"{name}_ci_high")}
 
 
-def _closed(properties: Schema, optional: Collection[str] = ()) -> Schema:
+def _object(properties: Schema, optional: Collection[str] = ()) -> Schema:
     """Return the schema of an object with these properties and no others; all but the optional ones are required."""
     required = [name for name in properties if name not in optional]
     return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}

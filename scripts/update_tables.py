@@ -20,7 +20,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- python (?P<command>[^\n]+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
 
 
-def printed_by(command: str) -> str:
+def command_output(command: str) -> str:
     """Return what `python COMMAND` prints in the project's folder. Raises `CalledProcessError` if the command fails."""
     done = subprocess.run(
         [sys.executable, *shlex.split(command)], cwd=PROJECT, capture_output=True, text=True, check=True
@@ -28,9 +28,9 @@ def printed_by(command: str) -> str:
     return done.stdout.rstrip() + "\n"
 
 
-def renewed(text: str) -> str:
+def updated(text: str) -> str:
     """Return the document with every table as its command prints it now."""
-    return BLOCK.sub(lambda block: f"{block[1]}{printed_by(block['command'])}{block[4]}", text)
+    return BLOCK.sub(lambda block: f"{block[1]}{command_output(block['command'])}{block[4]}", text)
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ def main() -> int:
     stale = 0
     for document in asked.documents:
         text = document.read_text(encoding="utf-8")
-        fresh = renewed(text)
+        fresh = updated(text)
         stale += fresh != text
         if asked.check and fresh != text:
             print(f"{document}: a table is out of date: python scripts/update_tables.py {document}")

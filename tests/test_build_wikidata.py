@@ -638,7 +638,10 @@ def test_of_many_classes_those_with_too_few_people_are_left_out() -> None:
         (lambda f: [str(f / "good.json"), str(f / "torn")], "b.txt.gz: cannot be read"),
         (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "o.xlsx")], "unknown suffix '.xlsx'"),
         (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "good.jsonl")], "already exists"),
-        (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "no" / "o.csv")], "is missing or not writable"),
+        (
+            lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "no" / "o.csv")],
+            "is missing or not writable",
+        ),
     ],
 )
 def test_what_is_refused_is_one_line_and_leaves_nothing(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import bundled
-from benchmarks.leakage import Rows, compare, read_pairs, rivalry
+from benchmarks.leakage import Rows, compare, compare_saes, read_pairs
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.probing.probes import choose_backend
@@ -92,6 +92,6 @@ def test_two_saes_are_compared_as_published_and_by_group():
     noise = torch.from_numpy(random.normal(size=(180, 4))).float()
     worse, better = (Rows(x, labels[None], persons) for x in (noise, told))
     backend, _ = choose_backend("torch", "cpu")
-    found = rivalry([worse, worse], [better, better], backend)
+    found = compare_saes([worse, worse], [better, better], backend)
     assert found.as_published.low > 0 and found.by_group.low > 0
-    assert rivalry([worse, worse], [worse, worse], backend).by_group.value == 0
+    assert compare_saes([worse, worse], [worse, worse], backend).by_group.value == 0

@@ -19,7 +19,7 @@ from scripts import train_saes
 from scripts.sae_training import harvest as harvesting
 from scripts.sae_training import training
 from scripts.sae_training.harvest import HELD_OUT, TRAIN, Activations, HarvestSettings, harvest
-from scripts.sae_training.kinds import KINDS, JumpReluSae, StepSettings, TopKSae, largest, sae_loss
+from scripts.sae_training.kinds import KINDS, JumpReluSae, StepSettings, TopKSae, largest_indices, sae_loss
 from scripts.sae_training.text import choose_texts, read_documents, text_files, token_rows
 
 LAYERS, K, D_SAE = (0, 2), 4, 48
@@ -254,9 +254,9 @@ def test_topk_has_the_gradient_of_the_dense_formula():
 def test_the_largest_of_many_are_those_that_topk_finds():
     values = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
     for n in (1, 500, 40_000, 299_999):
-        assert set(largest(values, n).tolist()) == set(values.topk(n).indices.tolist())
+        assert set(largest_indices(values, n).tolist()) == set(values.topk(n).indices.tolist())
     flat = torch.zeros(200_000)  # more ties than are wanted
-    assert len(set(largest(flat, 1000).tolist())) == 1000
+    assert len(set(largest_indices(flat, 1000).tolist())) == 1000
 
 
 def test_thresholds_rise_when_too_many_latents_are_open():

@@ -163,7 +163,7 @@ def test_what_is_nan_or_out_of_range_fails():
     assert table.judged("here", "plant", "figure", float("nan"), low=0).passed is False
     assert table.judged("here", "plant", "figure", 0.1, high=0.1).passed is True
     assert table.judged("here", "plant", "figure", 1e-9, 0, 0).passed is False
-    assert table.told("here", "plant", "figure", 9.0).passed is None
+    assert table.reported("here", "plant", "figure", 9.0).passed is None
 
 
 @pytest.mark.parametrize(("measured", "code"), [(0.0, 0), (0.1, 1)])

@@ -41,7 +41,7 @@ from delta_selectivity.probing.selectivity import (
     measure,
     out_of_fold,
 )
-from validation.table import Row, judged, told
+from validation.table import Row, judged, reported
 from validation.world import GaussianWorld, one_large, zipf
 
 COVERAGE = (0.93, 0.985)
@@ -136,7 +136,7 @@ class Rates:
         bias = NULL_BIAS * np.sqrt(max(1.0, 500 / self.repeats))
         where = f"{self.setting} ({self.repeats} repeats)"
         return [
-            told(
+            reported(
                 where,
                 "known truth",
                 f"model_sel; truth {self.truth:+.4f}, mean of estimates {self.mean_delta:+.4f}",
@@ -150,13 +150,13 @@ class Rates:
                 round(low, 3),
                 min(round(high, 3), 1),
             ),
-            told(where, "known truth", "that cover their own probes' truth", self.covered_own),
-            told(where, "known truth", "95 % intervals of model_sel that cover its truth", self.covered_model),
+            reported(where, "known truth", "that cover their own probes' truth", self.covered_own),
+            reported(where, "known truth", "95 % intervals of model_sel that cover its truth", self.covered_model),
             judged(where, "equal views", "false positives", self.false_positives_equal, high=round(most, 3)),
-            told(where, "equal views", "false positives of McNemar's test by row", self.by_row_equal),
+            reported(where, "equal views", "false positives of McNemar's test by row", self.by_row_equal),
             judged(where, "null labels", "false positives", self.false_positives_random, high=round(most, 3)),
-            told(where, "null labels", "false positives of McNemar's test by row", self.by_row_random),
-            told(where, "null labels", "mean sel", self.random_sel, digits=4)
+            reported(where, "null labels", "false positives of McNemar's test by row", self.by_row_random),
+            reported(where, "null labels", "mean sel", self.random_sel, digits=4)
             if not self.judges_null_sel
             else judged(
                 where, "null labels", "mean sel", self.random_sel, round(0.5 - bias, 4), round(0.5 + bias, 4), digits=4

@@ -27,7 +27,7 @@ from delta_selectivity.probing.selectivity import OutOfFold, ProbeResult, fit_mo
 from delta_selectivity.probing.uncertainty import estimate_delta
 from delta_selectivity.run.calibration import principal_axes
 from delta_selectivity.saes import Coder, IdentityCoder, Sae, ShuffledDecoder, principal_components, random_topk
-from validation.table import Row, judged, told
+from validation.table import Row, judged, reported
 from validation.world import Rows
 
 Reconstruct = Callable[[Tensor], Tensor]  # [rows, d] -> [rows, d]
@@ -116,7 +116,7 @@ def erased(ground: Ground, method: str, erasers: Mapping[str, Reconstruct], inde
         *rows,
         judged(ground.name, plant, figure, other, high=0.005, digits=4)
         if independent
-        else told(ground.name, plant, figure, other, digits=4),
+        else reported(ground.name, plant, figure, other, digits=4),
     ]
 
 
@@ -200,8 +200,8 @@ def random_saes(ground: Ground, seed: int = 0) -> list[Row]:
         trained = _mean_delta(ground, functools.partial(through, sae))
         random = float(np.mean([_mean_delta(ground, functools.partial(through, coder)) for coder in coders]))
         rows += [
-            told(ground.name, plant, f"delta_sel of {name}", trained),
-            told(ground.name, plant, f"delta_sel of random, L0 {k}", random),
+            reported(ground.name, plant, f"delta_sel of {name}", trained),
+            reported(ground.name, plant, f"delta_sel of random, L0 {k}", random),
         ]
         margins.append(trained - random)
     return [*rows, judged(ground.name, plant, "smallest lead of a trained one, delta_sel", min(margins), low=0.001)]
@@ -230,7 +230,7 @@ def shuffled_decoder(ground: Ground, most_left: float | None, seed: int = 0) -> 
     plant, share = "decoder rows permuted", "largest share of sae_sel - 1/2 that is left"
     return [
         judged(ground.name, plant, "largest change of latent_sel", max(moved), 0, 0),
-        told(ground.name, plant, share, max(left))
+        reported(ground.name, plant, share, max(left))
         if most_left is None
         else judged(ground.name, plant, share, max(left), high=most_left),
         judged(ground.name, plant, "highest transfer_sel", max(transfers), high=0.55),
@@ -248,7 +248,7 @@ def seeds(where: str, parts: Sequence[Rows], damage: Reconstruct, what: str, bac
     plant = f"{SEEDS} seeds, {min(len(rows.persons) for rows in parts)} rows, {what}"
     return [
         judged(where, plant, "largest SD of delta_sel", spread, high=0.003, digits=4),
-        told(where, plant, "smallest reliable difference, 2.77 SD", 2.77 * spread, digits=4),
+        reported(where, plant, "smallest reliable difference, 2.77 SD", 2.77 * spread, digits=4),
     ]
 
 

@@ -38,7 +38,7 @@ def judged(
     return Row(where, plant, figure, shown, _range(low, high), bool(low <= measured <= high))
 
 
-def told(where: str, plant: str, figure: str, measured: float, digits: int = 3) -> Row:
+def reported(where: str, plant: str, figure: str, measured: float, digits: int = 3) -> Row:
     """Return a row for a figure without requirement."""
     return Row(where, plant, figure, f"{measured:.{digits}f}")
 

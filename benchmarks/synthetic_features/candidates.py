@@ -75,11 +75,11 @@ def tied_topk(name: str, atoms: Tensor, bias: Tensor, k: int) -> Candidate:
 
 def random_atoms(world: World, seed: int) -> Tensor:
     """Return random directions that are independent of the world's features, [features, d]."""
-    random = torch.Generator().manual_seed(_apart(seed))
+    random = torch.Generator().manual_seed(_distant_seed(seed))
     return normalize(torch.randn(world.directions.shape, generator=random), dim=1)
 
 
-def _apart(seed: int) -> int:
+def _distant_seed(seed: int) -> int:
     """Return a seed that is far from the world's own, because equal seeds and shapes give equal directions."""
     return seed + 10_000
 
@@ -93,7 +93,7 @@ def shuffled(candidate: Candidate, seed: int) -> Candidate:
 def rotated(world: World, seed: int) -> Candidate:
     """Return a rotation of x as x̂: nothing is lost, but all directions change."""
     d = world.directions.shape[1]
-    rotation = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(_apart(seed))))[0]
+    rotation = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(_distant_seed(seed))))[0]
     exact = oracle(world)
     return replace(
         exact, name="oracle, rotated", atoms=exact.atoms @ rotation, bias=exact.bias @ rotation, deceives=True

@@ -129,13 +129,13 @@ def harvest(
         bos = info.bos_token_id
         if not _scale(folder).exists():
             rows = parts[TRAIN][: settings.shard_rows].split(settings.rows)
-            first = [_ordinary(model, ids, bos, None) for ids in rows]
+            first = [_without_outliers(model, ids, bos, None) for ids in rows]
             _write_scales(folder, {site.layer: torch.cat([acts[site] for _, acts in first]) for site in sites})
         limits = {site: _read_scale(folder, site.layer).norm_limit for site in sites}
 
         def make(job: tuple[str, int, Tensor]) -> int:
             part, number, rows = job
-            found = [_ordinary(model, ids, bos, limits) for ids in rows.split(settings.rows)]
+            found = [_without_outliers(model, ids, bos, limits) for ids in rows.split(settings.rows)]
             shard = {str(site.layer): torch.cat([acts[site] for _, acts in found]) for site in sites}
             n_kept = torch.cat([kept.sum(1) for kept, _ in found])
             first_row = number * settings.shard_rows
@@ -174,7 +174,7 @@ def _begin(info: ModelInfo, settings: HarvestSettings, text: Path, folder: Path)
         json.dump(about, file, indent=2)
 
 
-def _ordinary(
+def _without_outliers(
     model: LanguageModel, ids: Tensor, bos: int | None, limits: Mapping[Site, float] | None
 ) -> tuple[Tensor, dict[Site, Tensor]]:
     """Return a mask of ids [rows, length], and [tokens, d_in] by site, without BOS and, given norm limits, sinks."""

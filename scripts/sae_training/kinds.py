@@ -79,7 +79,7 @@ class TopKSae(nn.Module):
         """Return the k largest pre-activations of each row if they are positive, the rest zero; `[rows, d_sae]`."""
         places = pre.detach().topk(k, dim=-1, sorted=False).indices
         first = torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
-        return _Keep.apply(pre, (first + places).flatten())
+        return _KeepPositive.apply(pre, (first + places).flatten())
 
     def codes(self, x: Tensor) -> Codes:
         """Return the latents of x [rows, d_in]."""
@@ -118,7 +118,7 @@ class BatchTopKSae(TopKSae):
     kind = "batchtopk"
 
     def latents(self, pre: Tensor, k: int) -> Tensor:
-        return _Keep.apply(pre, largest(pre.detach().flatten(), k * len(pre)))
+        return _KeepPositive.apply(pre, largest_indices(pre.detach().flatten(), k * len(pre)))
 
 
 class MatryoshkaSae(BatchTopKSae):
@@ -220,21 +220,21 @@ KINDS: dict[str, type[TopKSae]] = {
 }
 
 
-class _Keep(torch.autograd.Function):
+class _KeepPositive(torch.autograd.Function):
     """Keep the positive ones among some entries of a matrix, and zero the rest; faster than `scatter` and a ReLU."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, places: Tensor) -> Tensor:
         places = places[values.view(-1)[places] > 0]
         ctx.save_for_backward(places)
-        return _only(values, places)
+        return _keep_positive(values, places)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _only(gradients[0], *ctx.saved_tensors), None
+        return _keep_positive(gradients[0], *ctx.saved_tensors), None
 
 
-def _only(values: Tensor, places: Tensor) -> Tensor:
+def _keep_positive(values: Tensor, places: Tensor) -> Tensor:
     kept = torch.zeros_like(values, memory_format=torch.contiguous_format)
     kept.view(-1)[places] = values.contiguous().view(-1)[places]
     return kept
@@ -259,7 +259,7 @@ class _AboveThreshold(torch.autograd.Function):
         return of_z * open_, -of_threshold.sum(0, dtype=torch.float32) / width, None
 
 
-def largest(flat: Tensor, n: int) -> Tensor:
+def largest_indices(flat: Tensor, n: int) -> Tensor:
     """Return the indices of the n largest of many values; a sample excludes most, which is faster than `topk`."""
     sample = flat[:: max(1, len(flat) // 2**16)]
     rank = 2 * n * len(sample) // len(flat) + 64
@@ -274,7 +274,7 @@ def largest(flat: Tensor, n: int) -> Tensor:
 def k_th_largest(pre: Tensor, k: int) -> Tensor:
     """Return the value that k entries per row of pre [rows, d_sae] exceed on average."""
     flat = pre.flatten()
-    return flat[largest(flat, k * len(pre))].min()
+    return flat[largest_indices(flat, k * len(pre))].min()
 
 
 def sae_loss(sae: TopKSae, x: Tensor, settings: StepSettings) -> Tensor:

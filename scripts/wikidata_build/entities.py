@@ -68,13 +68,13 @@ def one_code(items: tuple[int, ...], codes: Mapping[int, int]) -> int:
 
 def items_of(entity: Entity, prop: str) -> tuple[int, ...]:
     """Return the items that the property has as values, without duplicates."""
-    values = (snak["datavalue"]["value"] for snak in _best(entity, prop) if snak["snaktype"] == "value")
+    values = (snak["datavalue"]["value"] for snak in _best_statements(entity, prop) if snak["snaktype"] == "value")
     return tuple(dict.fromkeys(value.get("numeric-id") or int(value["id"][1:]) for value in values))
 
 
 def _is_alive(entity: Entity) -> int:
     """Return True for a recent birth without a death, False for a death that is not too recent, else None."""
-    deaths, births = _best(entity, c.DIED), _best(entity, c.BORN)
+    deaths, births = _best_statements(entity, c.DIED), _best_statements(entity, c.BORN)
     died = [snak for snak in deaths if snak["snaktype"] != "novalue"]  # "no value": known to be alive
     if died:
         years = [_year(snak) for snak in died]
@@ -92,7 +92,7 @@ def _year(snak: Mapping[str, Any]) -> int | None:
     return int(year[0]) if year and value.get("precision", _DECADE) >= _DECADE else None
 
 
-def _best(entity: Entity, prop: str) -> list[Mapping[str, Any]]:
+def _best_statements(entity: Entity, prop: str) -> list[Mapping[str, Any]]:
     """Return the main snaks of the statements of the best rank."""
     statements = _map(entity.get("claims")).get(prop, ())
     ranked = {rank: [s["mainsnak"] for s in statements if s["rank"] == rank] for rank in ("preferred", "normal")}

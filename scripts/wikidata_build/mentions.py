@@ -63,7 +63,7 @@ class MentionFinder:
         for row, start, end in self._matches(text):
             context = _cut(text, start, end, self._context)
             if not _NO_TEXT.search(context.text):
-                self._keep(self.found.setdefault(row, Found()), context)
+                self._sample(self.found.setdefault(row, Found()), context)
 
     def _matches(self, text: str) -> list[tuple[int, int, int]]:
         """Yield (row in names, start, end) of every name, from left to right, without overlaps."""
@@ -72,20 +72,20 @@ class MentionFinder:
         pairs = np.fromiter((hash(flat[a:b]) for (a, _), (_, b) in pairwise(words)), np.int64, max(len(words) - 1, 0))
         matches = []
         free_from = 0
-        for i in np.flatnonzero(_among(pairs, self._names.prefixes)).tolist():
+        for i in np.flatnonzero(_is_in(pairs, self._names.prefixes)).tolist():
             start = words[i][0]
             if start < free_from or _joined_before(flat, start):
                 continue
             ends = [end for _, end in words[i + 1 : i + MAX_WORDS]]
             hashes = np.array([hash(flat[start:end]) for end in ends], np.int64)
-            for j in np.flatnonzero(_among(hashes, self._names.hashes))[::-1].tolist():
+            for j in np.flatnonzero(_is_in(hashes, self._names.hashes))[::-1].tolist():
                 if not _joined_after(flat, ends[j]):
                     free_from = ends[j]
                     matches.append((int(np.searchsorted(self._names.hashes, hashes[j])), start, free_from))
                     break
         return matches
 
-    def _keep(self, found: Found, context: Context) -> None:
+    def _sample(self, found: Found, context: Context) -> None:
         if context in found.contexts:
             return
         found.seen += 1
@@ -95,7 +95,7 @@ class MentionFinder:
             found.contexts[place] = context
 
 
-def _among(values: Int64Array, ascending: Int64Array) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+def _is_in(values: Int64Array, ascending: Int64Array) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
     """Return which of `values` [n] are in `ascending`: bool [n]."""
     if not len(ascending):
         return np.zeros(len(values), np.bool_)
