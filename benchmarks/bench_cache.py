@@ -61,11 +61,11 @@ class Run:
         return cls(runs[0].sae, runs[0].warm, statistics.median(run.seconds for run in runs), stages)
 
 
-def measure(asked: argparse.Namespace) -> list[tables.Row]:
+def measure(args: argparse.Namespace) -> list[tables.Row]:
     """Measure both pairs."""
-    flags = QUICK if asked.quick else []
+    flags = QUICK if args.quick else []
     measured: list[list[Run]] = []
-    for _ in range(asked.repeats):
+    for _ in range(args.repeats):
         once = []
         for first, second in (SAES, SAES[::-1]):
             with tempfile.TemporaryDirectory() as folder:
@@ -84,8 +84,8 @@ def measure(asked: argparse.Namespace) -> list[tables.Row]:
 
 
 def main() -> None:
-    asked = parser(__doc__).parse_args()
-    print(show_or_measure("bench_cache", asked, lambda: measure(asked)))
+    args = parser(__doc__).parse_args()
+    print(show_or_measure("bench_cache", args, lambda: measure(args)))
 
 
 if __name__ == "__main__":

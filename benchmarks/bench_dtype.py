@@ -39,14 +39,14 @@ def run(dtype: str, out: Path, quick: bool) -> tuple[float, str]:
     return seconds, read(next(out.rglob("*.json")))["_run"]["key"]["dtype"]
 
 
-def measure(asked: argparse.Namespace) -> list[tables.Row]:
+def measure(args: argparse.Namespace) -> list[tables.Row]:
     """Return the rows of the table, header first."""
     seconds: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
     taken: dict[str, str] = {}
-    for _ in range(asked.repeats):
+    for _ in range(args.repeats):
         for dtype in DTYPES:
             with tempfile.TemporaryDirectory() as folder:
-                spent, taken[dtype] = run(dtype, Path(folder), asked.quick)
+                spent, taken[dtype] = run(dtype, Path(folder), args.quick)
             seconds[dtype].append(spent)
     medians = {dtype: statistics.median(times) for dtype, times in seconds.items()}
     best = min(medians.values())
@@ -54,8 +54,8 @@ def measure(asked: argparse.Namespace) -> list[tables.Row]:
 
 
 def main() -> None:
-    asked = parser(__doc__).parse_args()
-    print(show_or_measure("bench_dtype", asked, lambda: measure(asked)))
+    args = parser(__doc__).parse_args()
+    print(show_or_measure("bench_dtype", args, lambda: measure(args)))
 
 
 if __name__ == "__main__":

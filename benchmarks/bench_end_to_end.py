@@ -202,12 +202,12 @@ def main() -> int:
     flags = parser(__doc__)
     flags.add_argument("--environment", type=Path, help="folder of the package's environment; created if missing")
     flags.add_argument("--whole", action="store_true", help="run the package on all tasks and hooks: almost an hour")
-    asked = flags.parse_args()
-    if asked.quick or (asked.what == "run" and asked.environment is None):
+    args = flags.parse_args()
+    if args.quick or (args.what == "run" and args.environment is None):
         flags.error("run needs --environment, and has no small size")
     print(
         show_or_measure(
-            "bench_end_to_end", asked, lambda: measure(asked.environment, asked.whole, asked.cpu_time, asked.repeats)
+            "bench_end_to_end", args, lambda: measure(args.environment, args.whole, args.cpu_time, args.repeats)
         )
     )
     return 0

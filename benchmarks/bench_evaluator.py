@@ -123,9 +123,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
     parser.add_argument("--repeats", type=int, default=3, help="cold runs (%(default)s)")
-    asked = parser.parse_args()
-    if asked.what == "run":
-        result_file.write_json(KEPT, {**measure(asked.repeats), "_run": result_file.describe_run({})})
+    args = parser.parse_args()
+    if args.what == "run":
+        result_file.write_json(KEPT, {**measure(args.repeats), "_run": result_file.describe_run({})})
     print(table(json.loads(KEPT.read_text("utf-8"))))
     return 0
 

@@ -182,14 +182,14 @@ class _StoredActivations:
 
 def main() -> int:
     """Measure on the CPU, or print the kept results."""
-    asked = parser(__doc__).parse_args()
-    texts = 2 if asked.quick else 8
-    if asked.cpu_time:
-        setting = Setting("cpu", 1, texts, asked.repeats, time.process_time)
+    args = parser(__doc__).parse_args()
+    texts = 2 if args.quick else 8
+    if args.cpu_time:
+        setting = Setting("cpu", 1, texts, args.repeats, time.process_time)
     else:
-        setting = Setting("cpu", torch.get_num_threads(), texts, asked.repeats)
-    shapes = (TINY,) if asked.quick else SHAPES
-    print(show_or_measure("bench_forward", asked, lambda: measure(shapes, setting, ("float32", "bfloat16"))))
+        setting = Setting("cpu", torch.get_num_threads(), texts, args.repeats)
+    shapes = (TINY,) if args.quick else SHAPES
+    print(show_or_measure("bench_forward", args, lambda: measure(shapes, setting, ("float32", "bfloat16"))))
     return 0
 
 

@@ -105,17 +105,17 @@ def measure(shapes: tuple[Shape, ...], repeats: int) -> list[tables.Row]:
 
 def main() -> int:
     """Print or measure both tables; return exit code 2 if there is no CUDA device to measure."""
-    asked = timing.parser(__doc__).parse_args()
-    if (asked.what == "run" or asked.quick) and not torch.cuda.is_available():
+    args = timing.parser(__doc__).parse_args()
+    if (args.what == "run" or args.quick) and not torch.cuda.is_available():
         print("bench_gpu: no CUDA device here", file=sys.stderr)
         return 2
-    shapes, job = ((TINY,), TINY) if asked.quick else (SHAPES, WHOLE_JOB)
-    more = ["--shuffle_select_n", "200"] if asked.quick else []
-    if asked.what == "run":
+    shapes, job = ((TINY,), TINY) if args.quick else (SHAPES, WHOLE_JOB)
+    more = ["--shuffle_select_n", "200"] if args.quick else []
+    if args.what == "run":
         print(machine(), end="\n\n")
-    print(timing.show_or_measure("bench_gpu", asked, lambda: measure(shapes, asked.repeats)), end="\n\n")
+    print(timing.show_or_measure("bench_gpu", args, lambda: measure(shapes, args.repeats)), end="\n\n")
     ways = {name: [*flags, *more] for name, flags in settings().items()}
-    print(timing.show_or_measure("bench_gpu_job", asked, lambda: whole_jobs(job, ways)))
+    print(timing.show_or_measure("bench_gpu_job", args, lambda: whole_jobs(job, ways)))
     return 0
 
 

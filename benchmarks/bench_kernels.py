@@ -130,9 +130,9 @@ def main() -> int:
     """Measure, or print the kept results."""
     flags = parser(__doc__)
     flags.set_defaults(repeats=9)
-    asked = flags.parse_args()
-    clock = time.process_time if asked.cpu_time else time.perf_counter
-    print(show_or_measure("bench_kernels", asked, lambda: measure(asked.quick, asked.repeats, clock)))
+    args = flags.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    print(show_or_measure("bench_kernels", args, lambda: measure(args.quick, args.repeats, clock)))
     return 0
 
 

@@ -210,15 +210,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="for every side")
     parser.add_argument("--cpu_time", action="store_true", help="on a busy machine, with --threads 1: CPU seconds")
     parser.add_argument("--quick", action="store_true", help="one small size, nothing kept")
-    asked = parser.parse_args(arguments)
-    torch.set_num_threads(asked.threads)
-    clock = time.process_time if asked.cpu_time else time.perf_counter
-    with threadpool_limits(asked.threads):
-        if asked.quick:
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    with threadpool_limits(args.threads):
+        if args.quick:
             print(table([measure(1500, 96, n, cs, 1, clock) for n, cs in product((1, 3), (ONE, PATH))]))
             return
-        if asked.what == "run":
-            run(asked.sizes, asked.probes, asked.rounds, clock)
+        if args.what == "run":
+            run(args.sizes, args.probes, args.rounds, clock)
     print(table([Line(**line) for line in json.loads(KEPT.read_text(encoding="utf-8"))["lines"]]))
 
 

@@ -81,8 +81,8 @@ def measure_processes(folder: Path, n_processes: int, copies: int) -> dict[str, 
         shutil.copytree(sae, copied, dirs_exist_ok=True)
     out = folder / f"out_{n_processes}"
     shutil.rmtree(out, ignore_errors=True)
-    asked = parse([*CPU, *SMALL, "--sae_name", ",".join(map(str, saes)), "--output_directory", str(out)])
-    units = plan_units(make_plan(asked.request, fetch=False), 1, 1)
+    args = parse([*CPU, *SMALL, "--sae_name", ",".join(map(str, saes)), "--output_directory", str(out)])
+    units = plan_units(make_plan(args.request, fetch=False), 1, 1)
     with open_cluster(n_processes, 0, None) as client:
         return _run(client, units)
 
@@ -143,11 +143,11 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "rates", "processes"])
     parser.add_argument("--copies", type=int, default=5, help="of each bundled SAE: 12 pairs each (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="of one process and of two, in turn (%(default)s)")
-    asked = parser.parse_args()
-    if asked.what == "run":
-        run(asked.copies, asked.rounds)
+    args = parser.parse_args()
+    if args.what == "run":
+        run(args.copies, args.rounds)
     else:
-        sys.stdout.write((rates_table() if asked.what == "rates" else processes_table()) + "\n")
+        sys.stdout.write((rates_table() if args.what == "rates" else processes_table()) + "\n")
 
 
 if __name__ == "__main__":

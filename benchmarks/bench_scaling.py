@@ -139,12 +139,12 @@ def main() -> int:
     flags.add_argument("--rows", type=int, default=200_000, help="of --large")
     flags.add_argument("--layers", type=int, default=12, help="of --large")
     flags.add_argument("--memory_gb", type=float, default=8.0, help="of --large: memory limit")
-    asked = flags.parse_args()
-    if asked.large:
-        found = large_job.run(asked.rows, asked.layers, width=64 if asked.quick else 768)
-        print(tables.aligned(large_job.table(found, asked.memory_gb)))
-        return int(found.peak_gb > asked.memory_gb)
-    print(show_or_measure("bench_scaling", asked, lambda: measure(asked.quick)))
+    args = flags.parse_args()
+    if args.large:
+        found = large_job.run(args.rows, args.layers, width=64 if args.quick else 768)
+        print(tables.aligned(large_job.table(found, args.memory_gb)))
+        return int(found.peak_gb > args.memory_gb)
+    print(show_or_measure("bench_scaling", args, lambda: measure(args.quick)))
     return 0
 
 

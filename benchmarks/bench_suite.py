@@ -107,10 +107,10 @@ def main() -> int:
     """Compare, or print the kept results."""
     flags = parser(__doc__)
     flags.add_argument("--environment", type=Path, help="folder of the package's environment; created if missing")
-    asked = flags.parse_args()
-    if asked.quick or asked.cpu_time or (asked.what == "run" and asked.environment is None):
+    args = flags.parse_args()
+    if args.quick or args.cpu_time or (args.what == "run" and args.environment is None):
         flags.error("run needs --environment, and has neither a small size nor CPU time")
-    print(show_or_measure("bench_suite", asked, lambda: measure(asked.environment, asked.repeats)))
+    print(show_or_measure("bench_suite", args, lambda: measure(args.environment, args.repeats)))
     return 0
 
 

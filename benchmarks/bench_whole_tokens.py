@@ -40,9 +40,9 @@ SPEED_HEADER = ("tokens", "in whole-text figures", "whole job, s", "ratio", "fig
 COVERAGE_HEADER = ("figure", "samples", "mean standard error", "spread of the samples", "within 1.96 standard errors")
 
 
-def speed(asked: argparse.Namespace) -> list[tables.Row]:
+def speed(args: argparse.Namespace) -> list[tables.Row]:
     """Time ten wide SAEs at one layer, with a cache that holds everything about the model."""
-    n_saes, d_sae, more = (2, 512, ["--shuffle_select_n", "60"]) if asked.quick else (N_SAES, D_SAE, [])
+    n_saes, d_sae, more = (2, 512, ["--shuffle_select_n", "60"]) if args.quick else (N_SAES, D_SAE, [])
     shape = Shape("wide", N_LAYERS, 256, 4, d_sae, K)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -59,10 +59,10 @@ def speed(asked: argparse.Namespace) -> list[tables.Row]:
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
             return time.perf_counter() - start
 
-        sides = ("all", "500" if asked.quick else "65536")
+        sides = ("all", "500" if args.quick else "65536")
         run(sides[1], 0)  # fill the cache
         seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for turn in range(1, asked.repeats + 1):
+        for turn in range(1, args.repeats + 1):
             for side in sides:
                 seconds[side].append(run(side, turn))
         frames = {side: _frame(place / f"{side}-1") for side in sides}
@@ -85,15 +85,15 @@ def speed(asked: argparse.Namespace) -> list[tables.Row]:
     ]
 
 
-def coverage(asked: argparse.Namespace) -> list[tables.Row]:
+def coverage(args: argparse.Namespace) -> list[tables.Row]:
     """Measure the bundled SAEs at one layer, on all datasets."""
-    seeds, sample, rows = (2, 500, 60) if asked.quick else (SEEDS, SAMPLE, None)
+    seeds, sample, rows = (2, 500, 60) if args.quick else (SEEDS, SAMPLE, None)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
 
         def figures(seed: int, tokens: int | None) -> dict[str, np.ndarray]:
             settings = Settings(
-                folds=3, repeats=1, seed=seed, whole_tokens=tokens, shuffle_select_n=rows if asked.quick else None
+                folds=3, repeats=1, seed=seed, whole_tokens=tokens, shuffle_select_n=rows if args.quick else None
             )
             out = place / f"{seed}-{tokens}"
             evaluate(MODEL, SAES, layers=[LAYER], settings=settings, output=out, cache=place / "cache", device="cpu")
@@ -123,11 +123,11 @@ def main() -> None:
     flags.add_argument(
         "--coverage", action="store_true", help="measure how often the intervals cover the figures of all tokens"
     )
-    asked = flags.parse_args()
-    if asked.coverage:
-        print(show_or_measure("bench_whole_tokens_coverage", asked, lambda: coverage(asked)))
+    args = flags.parse_args()
+    if args.coverage:
+        print(show_or_measure("bench_whole_tokens_coverage", args, lambda: coverage(args)))
     else:
-        print(show_or_measure("bench_whole_tokens", asked, lambda: speed(asked)))
+        print(show_or_measure("bench_whole_tokens", args, lambda: speed(args)))
 
 
 if __name__ == "__main__":

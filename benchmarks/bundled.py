@@ -39,13 +39,13 @@ def activations(
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=info.has_bos, max_length=info.max_length)
     sites = [Site(layer, "resid_post") for layer in layers]
     language_model = info.load(sites, "cpu", info.choose_dtype(dtype, "cpu"))
-    found = {site: torch.empty(len(mentions), info.d_model) for site in sites}
+    collected = {site: torch.empty(len(mentions), info.d_model) for site in sites}
     for batch in batches(tokenised, np.arange(len(mentions)), batch_size=len(mentions), max_tokens=CPU_TOKENS):
         outputs = language_model.activations(batch.ids)
         rows, text = torch.from_numpy(batch.mentions), torch.arange(len(batch.mentions))
         for site in sites:
-            found[site][rows] = outputs[site][text, batch.last].float()
-    return {site.layer: values for site, values in found.items()}
+            collected[site][rows] = outputs[site][text, batch.last].float()
+    return {site.layer: values for site, values in collected.items()}
 
 
 def reconstructions(x: Tensor, sae: str, layer: int) -> Tensor:

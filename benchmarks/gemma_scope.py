@@ -83,7 +83,7 @@ def listed() -> list[Listed]:
     package = find_spec("sae_lens")
     assert package is not None and package.submodule_search_locations is not None
     text = (Path(package.submodule_search_locations[0]) / "pretrained_saes.yaml").read_text(encoding="utf-8")
-    found = []
+    saes = []
     for release, content in yaml.safe_load(text).items():
         name = RELEASE.match(release)
         for entry in content["saes"] if name else ():
@@ -91,8 +91,8 @@ def listed() -> list[Listed]:
             assert name and sae, entry["id"]
             said = int(sae["width"]) * (1e3 if sae["unit"] == "k" else 1e6)
             d_sae = 2 ** round(math.log2(said))  # 131k is 2^17
-            found.append(Listed(name[1], name[2], name[3], int(sae["layer"] or -1), d_sae))
-    return found
+            saes.append(Listed(name[1], name[2], name[3], int(sae["layer"] or -1), d_sae))
+    return saes
 
 
 def work(saes: Sequence[Listed]) -> Iterator[tuple[str, int, int, float]]:
@@ -104,8 +104,8 @@ def work(saes: Sequence[Listed]) -> Iterator[tuple[str, int, int, float]]:
         model = MODELS[size]
         d = model.d_att if place == "att" else model.d_model
         for part in _that_fit(group, d, model, layer):
-            found = cost(_shape(part, d, model, layer), GPU)
-            yield size, len(part), found.model_bytes + found.sae_bytes, found.seconds
+            estimate = cost(_shape(part, d, model, layer), GPU)
+            yield size, len(part), estimate.model_bytes + estimate.sae_bytes, estimate.seconds
 
 
 def _that_fit(group: Sequence[Listed], d: int, model: Model, layer: int) -> list[list[Listed]]:

@@ -89,8 +89,8 @@ class StoredWorld:
 
 def rank_correlation(results: Sequence[Result], predictor: str, truth: str) -> float:
     """Return Spearman's rank correlation over SAEs."""
-    found = spearmanr([getattr(r, predictor) for r in results], [getattr(r, truth) for r in results])
-    return float(found.statistic)
+    correlation = spearmanr([getattr(r, predictor) for r in results], [getattr(r, truth) for r in results])
+    return float(correlation.statistic)
 
 
 def sae_table(results: Sequence[Result]) -> str:
@@ -146,8 +146,8 @@ def verdict(kept: StoredWorld) -> str:
     ):
         rho = {predictor: rank_correlation(kept.without_adversarial, predictor, truth) for predictor in PREDICTORS}
         best = max(PREDICTORS, key=lambda predictor: abs(rho[predictor]))
-        told = ", ".join(f"{predictor} {rho[predictor]:+.3f}" for predictor in PREDICTORS)
-        lines.append(f"Rank correlation with {words}: {told}. The strongest: {best}.")
+        correlations = ", ".join(f"{predictor} {rho[predictor]:+.3f}" for predictor in PREDICTORS)
+        lines.append(f"Rank correlation with {words}: {correlations}. The strongest: {best}.")
     change = kept.shuffling
     lines.append(
         f"Shuffling the rows of a trained decoder changes sae_sel by {change['value']:+.3f} "
@@ -171,8 +171,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
     parser.add_argument("--seed", type=int, default=0, help="of the world to run, its rows and its SAEs (%(default)s)")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if asked.what == "run":
-        run(asked.seed)
+    if args.what == "run":
+        run(args.seed)
     print(tables())

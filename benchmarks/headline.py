@@ -40,39 +40,39 @@ Floats = NDArray[np.floating]
 Counts = dict[str, dict[str, dict[str, PairCount]]]  # family -> kind of pairs -> candidate -> its count
 
 
-def _scores(found: ProbeScores) -> tuple[Floats, Floats]:
+def _scores(probe: ProbeScores) -> tuple[Floats, Floats]:
     """Return the scores of the model's probes on x and on x̂: [repeats, rows] each."""
-    return found.views["model"].astype(np.float64), found.views["transfer"].astype(np.float64)
+    return probe.views["model"].astype(np.float64), probe.views["transfer"].astype(np.float64)
 
 
-def _mean(found: ProbeScores, values: Floats) -> Floats:
+def _mean(probe: ProbeScores, values: Floats) -> Floats:
     """Return the mean with balanced classes: [repeats, 1]."""
-    return np.asarray(balanced_mean(values, found.labels, found.weights))[:, None]
+    return np.asarray(balanced_mean(values, probe.labels, probe.weights))[:, None]
 
 
-def margin_parts(found: ProbeScores, _view: str) -> Floats:
+def margin_parts(probe: ProbeScores, _view: str) -> Floats:
     """Return the influence by row of the separation of the classes on x̂ divided by that on x (a linearised ratio)."""
-    own, copy = (np.where(found.labels, of_view, -of_view) for of_view in _scores(found))
-    whole = _mean(found, own)
-    share = _mean(found, copy) / whole
+    own, copy = (np.where(probe.labels, of_view, -of_view) for of_view in _scores(probe))
+    whole = _mean(probe, own)
+    share = _mean(probe, copy) / whole
     return np.asarray(share + (copy - share * own) / whole)
 
 
-def bits_parts(found: ProbeScores, _view: str) -> Floats:
+def bits_parts(probe: ProbeScores, _view: str) -> Floats:
     """Return the information about the label in x̂ minus that in x, in bits, after Platt scaling on the other folds."""
-    own, copy = (_platt_bits(found, of_view) for of_view in _scores(found))
+    own, copy = (_platt_bits(probe, of_view) for of_view in _scores(probe))
     return copy - own
 
 
-def _platt_bits(found: ProbeScores, of_view: Floats) -> Floats:
+def _platt_bits(probe: ProbeScores, of_view: Floats) -> Floats:
     """Return 1 - log loss / ln 2 of each row: [repeats, rows]."""
     result = np.empty_like(of_view)
-    for values, folds, out in zip(of_view, found.folds, result, strict=True):
+    for values, folds, out in zip(of_view, probe.folds, result, strict=True):
         for fold in np.unique(folds):
             here = folds == fold
-            slope, offset = fit_platt(values[~here], found.labels[~here], found.weights[~here])
+            slope, offset = fit_platt(values[~here], probe.labels[~here], probe.weights[~here])
             logits = slope * values[here] + offset
-            out[here] = 1 - np.logaddexp(0, np.where(found.labels[here], -logits, logits)) / np.log(2)
+            out[here] = 1 - np.logaddexp(0, np.where(probe.labels[here], -logits, logits)) / np.log(2)
     return result
 
 
@@ -99,30 +99,30 @@ def fit_platt(values: Floats, labels: NDArray[np.bool_], weights: Floats, steps:
     return float(beta[0] / scale), float(beta[1])
 
 
-def belief_parts(found: ProbeScores, _view: str) -> Floats:
+def belief_parts(probe: ProbeScores, _view: str) -> Floats:
     """Return minus the divergence of the probe's probabilities on x̂ from those on x, KL(σ(s) ‖ σ(t)), in bits."""
-    own, copy = _scores(found)
+    own, copy = _scores(probe)
     p = expit(own)
     rise = np.logaddexp(0, -copy) - np.logaddexp(0, -own)
     fall = np.logaddexp(0, copy) - np.logaddexp(0, own)
     return np.asarray(-(p * rise + (1 - p) * fall) / np.log(2))
 
 
-def rank_parts(found: ProbeScores, _view: str) -> Floats:
+def rank_parts(probe: ProbeScores, _view: str) -> Floats:
     """Return the squared correlation of the scores on x̂ with those on x, linearised."""
-    own, copy = (_standardised(found, of_view) for of_view in _scores(found))
-    r = _mean(found, own * copy)
+    own, copy = (_standardised(probe, of_view) for of_view in _scores(probe))
+    r = _mean(probe, own * copy)
     return np.asarray(r**2 + 2 * r * (own * copy - r * (own**2 + copy**2) / 2))
 
 
-def _standardised(found: ProbeScores, of_view: Floats) -> Floats:
-    centred = of_view - _mean(found, of_view)
-    return centred / np.sqrt(np.maximum(_mean(found, centred**2), np.finfo(np.float64).tiny))
+def _standardised(probe: ProbeScores, of_view: Floats) -> Floats:
+    centred = of_view - _mean(probe, of_view)
+    return centred / np.sqrt(np.maximum(_mean(probe, centred**2), np.finfo(np.float64).tiny))
 
 
-def answer_parts(found: ProbeScores, _view: str) -> Floats:
+def answer_parts(probe: ProbeScores, _view: str) -> Floats:
     """Return 1 where the probe predicts the same class on x̂ as on x."""
-    own, copy = _scores(found)
+    own, copy = _scores(probe)
     return ((own > 0) == (copy > 0)).astype(np.float64)
 
 
@@ -147,8 +147,8 @@ def measure(folder: Path, sets: Sequence[PairSet]) -> Counts:
     for candidate, parts in CANDIDATES.items():
         shares = {name: [parts(probe, "") for probe in of_sae] for name, of_sae in probes.items()}
         for each in sets:
-            found = (difference(shares[better], shares[worse], probes[better]) for worse, better in each.names)
-            row = [(gain.value, gain.low, gain.high) for gain in found]
+            estimates = (difference(shares[better], shares[worse], probes[better]) for worse, better in each.names)
+            row = [(gain.value, gain.low, gain.high) for gain in estimates]
             gains.setdefault((each.family, each.kind, candidate), []).extend(row)
     counts: Counts = {}
     for (family, kind, candidate), values in gains.items():
@@ -231,14 +231,14 @@ def main() -> int:
         "folder", nargs="?", type=Path, help="folder of stored scores, one file for each SAE of the panel"
     )
     parser.add_argument("--model_name", choices=STUDIES, default=TINY_PYTHIA.model_name, help="model of the study")
-    asked = parser.parse_args()
-    if asked.folder is not None:
+    args = parser.parse_args()
+    if args.folder is not None:
         try:
-            keep(measure(asked.folder, pair_sets(STUDIES[asked.model_name])), asked.model_name)
+            keep(measure(args.folder, pair_sets(STUDIES[args.model_name])), args.model_name)
         except RequestError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    counts = kept(asked.model_name)
+    counts = kept(args.model_name)
     print(f"{table(counts)}\n\n{verdict(counts)}")
     return 0
 

@@ -68,8 +68,8 @@ class Split(NamedTuple):
 
 def theirs() -> dict[str, list[dict[str, Any]]]:
     """Return the kept figures of the package: task -> figures for each k."""
-    found: dict[str, list[dict[str, Any]]] = json.loads(KEPT.read_text(encoding="utf-8"))
-    return found
+    figures: dict[str, list[dict[str, Any]]] = json.loads(KEPT.read_text(encoding="utf-8"))
+    return figures
 
 
 def compared(tasks: Sequence[str]) -> Iterator[Line]:
@@ -123,13 +123,13 @@ def last_tokens(texts: Sequence[str]) -> torch.Tensor:
     model = info.load([site], "cpu", "float32")
     ids = [[info.opening_token_id, *tokens] for tokens in info.tokenizer(list(texts))["input_ids"]]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    found = torch.empty(len(ids), info.d_model)
+    activations = torch.empty(len(ids), info.d_model)
     for start in range(0, len(order), 128):
         some = order[start : start + 128]
         batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in some], batch_first=True)
         last = torch.tensor([len(ids[i]) - 1 for i in some])
-        found[some] = model.activations(batch)[site][torch.arange(len(some)), last]
-    return found
+        activations[some] = model.activations(batch)[site][torch.arange(len(some)), last]
+    return activations
 
 
 def scores_of_test(x: NDArray[np.float64], labels: NDArray[np.bool_], split: Split, c: float) -> NDArray[np.float64]:
@@ -145,8 +145,8 @@ def run(environment: Path) -> None:
     command += ["--hooks", str(LAYER), "--tasks", ",".join(TASKS)]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=offline)
-    found = json.loads(done.stdout)
-    lines = [f"{json.dumps(task)}: [\n{_lines(by_k)}\n]" for task, by_k in found.items()]
+    output = json.loads(done.stdout)
+    lines = [f"{json.dumps(task)}: [\n{_lines(by_k)}\n]" for task, by_k in output.items()]
     KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
@@ -175,11 +175,11 @@ def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("what", nargs="?", choices=("run",), help="run the package again; otherwise print the table")
     flags.add_argument("--environment", type=Path, help="folder of the package's environment; created if missing")
-    asked = flags.parse_args()
-    if asked.what == "run":
-        if asked.environment is None:
+    args = flags.parse_args()
+    if args.what == "run":
+        if args.environment is None:
             flags.error("run needs --environment")
-        run(asked.environment)
+        run(args.environment)
     print(table())
     return 0
 

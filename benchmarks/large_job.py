@@ -66,12 +66,12 @@ def run(n_rows: int, n_layers: int, width: int) -> JobCost:
     return JobCost(n_rows, n_layers, width, gb if place == "files" else 0.0, stored - start, probed - stored, max(peak))
 
 
-def table(found: JobCost, allowed_gb: float) -> list[tables.Row]:
+def table(cost: JobCost, allowed_gb: float) -> list[tables.Row]:
     """Return the header and one row."""
     header = ("rows", "layers", "width", "files, GB", "store, s", "probes, s", "peak memory, GB", "allowed, GB")
-    sizes = (f"{found.n_rows:,}", str(found.n_layers), str(found.width), f"{found.stored_gb:.1f}")
-    seconds = (f"{found.store_seconds:.0f}", f"{found.probe_seconds:.0f}")
-    return [header, (*sizes, *seconds, f"{found.peak_gb:.2f}", f"{allowed_gb:g}")]
+    sizes = (f"{cost.n_rows:,}", str(cost.n_layers), str(cost.width), f"{cost.stored_gb:.1f}")
+    seconds = (f"{cost.store_seconds:.0f}", f"{cost.probe_seconds:.0f}")
+    return [header, (*sizes, *seconds, f"{cost.peak_gb:.2f}", f"{allowed_gb:g}")]
 
 
 def _concept(n_rows: int, width: int) -> tuple[Tensor, Tensor]:

@@ -105,12 +105,12 @@ def compare(probes: Sequence[str], shipped: Rows, distinct: Rows, backend: Probe
     as_shipped = correct_by_fold(shipped, each(len(shipped.persons)), backend)
     by_row = correct_by_fold(distinct, each(len(distinct.persons)), backend)
     by_person = correct_by_fold(distinct, distinct.persons, backend)
-    found = []
+    leakages = []
     for t, probe in enumerate(probes):
         labels, persons = distinct.labels[t], distinct.persons
         honest = estimate_delta(by_person[t], labels, persons)
         gain = by_row[t].astype(np.float64) - by_person[t]
-        found.append(
+        leakages.append(
             Leakage(
                 probe=probe,
                 n_shipped=len(shipped.persons),
@@ -124,7 +124,7 @@ def compare(probes: Sequence[str], shipped: Rows, distinct: Rows, backend: Probe
                 person_standard_error=honest.standard_error,
             )
         )
-    return found
+    return leakages
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def draw_groups(rows: Sequence[Row], n: int) -> list[Row]:
 
 def places_of(pairs: Sequence[Pair]) -> dict[Mention, int]:
     """Return each distinct mention, and the row of its activations."""
-    found = {row.mention: 0 for pair in pairs for row in pair.shipped.rows}
-    return {mention: place for place, mention in enumerate(found)}
+    first_rows = {row.mention: 0 for pair in pairs for row in pair.shipped.rows}
+    return {mention: place for place, mention in enumerate(first_rows)}
 
 
 def rows_of(row_set: RowSet, x: Tensor, places: dict[Mention, int], people: dict[str, int]) -> Rows:
@@ -202,7 +202,7 @@ def measure_suite(layer: int, tasks: Sequence[str] = SUITE, n_texts: int = TEXTS
     x = activations(list(places), [layer])[layer]
     recons = {sae: reconstructions(x, sae, layer) for sae in SAES}
     backend, _ = choose_backend("torch", "cpu")
-    found = []
+    lines = []
     for pair in pairs:
         shipped, distinct = (rows_of(rows, x, places, people) for rows in (pair.shipped, pair.distinct))
         about: dict[str, object] = {"task": pair.task, "family": family_of(pair.task)}
@@ -212,10 +212,10 @@ def measure_suite(layer: int, tasks: Sequence[str] = SUITE, n_texts: int = TEXTS
                 [rows_of(rows, recon, places, people) for rows in (pair.shipped, pair.distinct)]
                 for recon in recons.values()
             )
-            found.append({**about, **asdict(leakage), **asdict(compare_saes(one, other, backend))})
+            lines.append({**about, **asdict(leakage), **asdict(compare_saes(one, other, backend))})
         except ValueError as error:
-            found.append({**about, "reason": str(error)})
-    return found
+            lines.append({**about, "reason": str(error)})
+    return lines
 
 
 @dataclass(frozen=True)
@@ -239,11 +239,11 @@ def compare_saes(one: Sequence[Rows], other: Sequence[Rows], backend: ProbeBacke
 
 def run(layer: int, suite: bool = False) -> None:
     """Measure, and keep the figures."""
-    found = measure_suite(layer) if suite else [asdict(leakage) for leakage in measure(layer)]
+    results = measure_suite(layer) if suite else [asdict(leakage) for leakage in measure(layer)]
     config = {"layer": layer, "folds": N_FOLDS, "repeats": N_REPEATS, "seed": SEED}
     config |= {"texts": TEXTS} if suite else {}
     KEPT.mkdir(exist_ok=True)
-    content = {"tasks" if suite else "probes": found, "_run": result_file.describe_run(config)}
+    content = {"tasks" if suite else "probes": results, "_run": result_file.describe_run(config)}
     result_file.write_json(kept_file(layer, suite), content)
 
 
@@ -349,7 +349,7 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
     parser.add_argument("--suite", action="store_true", help="the 113 tasks of sae-probes, not the Wikidata tasks")
     parser.add_argument("--layer", type=int, default=DEFAULT_LAYER, help="of the bundled model (%(default)s)")
-    asked = parser.parse_args()
-    if asked.what == "run":
-        run(asked.layer, asked.suite)
-    print(suite_table(asked.layer) if asked.suite else table(asked.layer))
+    args = parser.parse_args()
+    if args.what == "run":
+        run(args.layer, args.suite)
+    print(suite_table(args.layer) if args.suite else table(args.layer))

@@ -60,11 +60,11 @@ class Reliability:
         return PairCount.of([gain for each in sets for gain in each.gains[metric]], noise)
 
 
-def keep(found: Reliability) -> None:
+def keep(study: Reliability) -> None:
     """Write the results into the repository."""
     KEPT.mkdir(exist_ok=True)
-    with replacing(_path(found.model_name), "w", encoding="utf-8") as file:
-        json.dump(_rounded(asdict(found)), file, separators=(",", ":"), allow_nan=False)
+    with replacing(_path(study.model_name), "w", encoding="utf-8") as file:
+        json.dump(_rounded(asdict(study)), file, separators=(",", ":"), allow_nan=False)
         file.write("\n")
 
 
@@ -96,95 +96,95 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def tables(found: Reliability) -> str:
+def tables(study: Reliability) -> str:
     """Return all tables, in Markdown."""
     about = (
-        f"{found.model_name}: {len(found.levels)} SAEs at layer {found.layer}, {found.n_probes} probes, "
-        f"{found.n_rows} rows of {found.n_people} people (at most {found.rows_per_dataset} rows a dataset)"
-        f"{f', attention sinks among them: {found.n_sinks}' if found.n_sinks else ''}."
+        f"{study.model_name}: {len(study.levels)} SAEs at layer {study.layer}, {study.n_probes} probes, "
+        f"{study.n_rows} rows of {study.n_people} people (at most {study.rows_per_dataset} rows a dataset)"
+        f"{f', attention sinks among them: {study.n_sinks}' if study.n_sinks else ''}."
     )
     sections = {
         "Noise of a score: 2.77 SD over runs of one SAE; last, 1.96 SD of a difference within runs": (
-            noise_table(found) if found.runs else ""
+            noise_table(study) if study.runs else ""
         ),
         "Pairs ordered right with a 95 % interval that excludes 0 / ordered wrong, likewise": (
-            pair_table(found, lambda count: f"{count.sure} / {count.sure_and_wrong}")
+            pair_table(study, lambda count: f"{count.sure} / {count.sure_and_wrong}")
         ),
         "Pairs ordered right by more than 2.77 SD over single runs (people, folds)": (
-            pair_table(found, lambda count: str(count.beyond_noise)) if found.runs else ""
+            pair_table(study, lambda count: str(count.beyond_noise)) if study.runs else ""
         ),
-        "Pairs with the right sign, sure or not": pair_table(found, lambda count: str(count.right)),
-        "The snapshots, from the least trained to the most": snapshot_table(found),
+        "Pairs with the right sign, sure or not": pair_table(study, lambda count: str(count.right)),
+        "The snapshots, from the least trained to the most": snapshot_table(study),
         "SD of a score over the seeds of training; mean gain of the better one of two close variants": seed_table(
-            found
+            study
         ),
     }
     return "\n\n".join([about, *(f"**{title}**\n\n{table}" for title, table in sections.items() if table)])
 
 
-def noise_table(found: Reliability) -> str:
+def noise_table(study: Reliability) -> str:
     """Return a table with rows of scores and a column for each thing that is resampled."""
-    kinds = list(found.runs)
+    kinds = list(study.runs)
     head = ["score", "2.77 SD: folds", *(f"2.77 SD: {kind}" for kind in kinds), f"1.96 SD of a difference: {RESAMPLED}"]
     rows = [
         [
             metric,
-            f"{RELIABLE * found.fold_noise[metric]:.4f}",
-            *(f"{RELIABLE * noise_of_runs(found.runs[kind][metric]):.4f}" for kind in kinds),
-            f"{1.96 * noise_of_differences(found.runs[RESAMPLED][metric]):.4f}",
+            f"{RELIABLE * study.fold_noise[metric]:.4f}",
+            *(f"{RELIABLE * noise_of_runs(study.runs[kind][metric]):.4f}" for kind in kinds),
+            f"{1.96 * noise_of_differences(study.runs[RESAMPLED][metric]):.4f}",
         ]
-        for metric in _metrics(found)
+        for metric in _metrics(study)
     ]
     return _markdown([head, *rows])
 
 
-def pair_table(found: Reliability, cell: Callable[[PairCount], str]) -> str:
+def pair_table(study: Reliability, cell: Callable[[PairCount], str]) -> str:
     """Return a table with rows of scores and columns of kinds of pairs; `cell` turns a `PairCount` into text."""
     columns = [
-        *((f"{each.kind}, {each.family}", [each]) for each in found.pairs if each.kind == "snapshots"),
-        *((change, _close(found, change)) for change in dict.fromkeys(each.change for each in _close(found))),
-        ("all close variants", _close(found)),
-        (OTHER_SEEDS, [each for each in found.pairs if each.kind == OTHER_SEEDS]),
+        *((f"{each.kind}, {each.family}", [each]) for each in study.pairs if each.kind == "snapshots"),
+        *((change, _close(study, change)) for change in dict.fromkeys(each.change for each in _close(study))),
+        ("all close variants", _close(study)),
+        (OTHER_SEEDS, [each for each in study.pairs if each.kind == OTHER_SEEDS]),
     ]
     head = ["score", *(f"{name} (of {sum(len(each.saes) for each in sets)})" for name, sets in columns)]
-    rows = [[metric, *(cell(found.count(metric, sets)) for _, sets in columns)] for metric in _metrics(found)]
+    rows = [[metric, *(cell(study.count(metric, sets)) for _, sets in columns)] for metric in _metrics(study)]
     return _markdown([head, *rows])
 
 
-def snapshot_table(found: Reliability) -> str:
+def snapshot_table(study: Reliability) -> str:
     """Return a table with rows of snapshots and columns of selected scores."""
-    shown = [metric for metric in _metrics(found) if "balanced" not in metric]
+    shown = [metric for metric in _metrics(study) if "balanced" not in metric]
     rows = [
-        [family, str(snapshot.step), *(f"{found.levels[snapshot.name][metric]:.4f}" for metric in shown)]
-        for family in dict.fromkeys(each.family for each in found.pairs)
-        for snapshot in snapshots_of(family, STUDIES[found.model_name])
+        [family, str(snapshot.step), *(f"{study.levels[snapshot.name][metric]:.4f}" for metric in shown)]
+        for family in dict.fromkeys(each.family for each in study.pairs)
+        for snapshot in snapshots_of(family, STUDIES[study.model_name])
     ]
     return _markdown([["family", "steps", *shown], *rows])
 
 
-def seed_table(found: Reliability) -> str:
+def seed_table(study: Reliability) -> str:
     """Return a table with rows of scores.
 
     Columns: SD over seeds within recipes, then the mean gain of each change by family.
     """
-    close = _close(found)
+    close = _close(study)
     recipes = {end for each in close for end in zip(*each.saes, strict=True)}  # the same recipe with all seeds
     head = ["score", "SD over seeds", *(f"{each.change}, {each.family}" for each in close)]
     rows = []
-    for metric in _metrics(found):
-        spread = [statistics.variance([found.levels[sae][metric] for sae in recipe]) for recipe in sorted(recipes)]
+    for metric in _metrics(study):
+        spread = [statistics.variance([study.levels[sae][metric] for sae in recipe]) for recipe in sorted(recipes)]
         gains = [statistics.fmean(value for value, _, _ in each.gains[metric]) for each in close]
         rows.append([metric, f"{statistics.fmean(spread) ** 0.5:.4f}", *(f"{gain:+.4f}" for gain in gains)])
     return _markdown([head, *rows])
 
 
-def _close(found: Reliability, change: str | None = None) -> list[Pairs]:
+def _close(study: Reliability, change: str | None = None) -> list[Pairs]:
     """Return the close variants of the same seed, for one change or all."""
-    return [each for each in found.pairs if each.kind == "close variants" and change in (None, each.change)]
+    return [each for each in study.pairs if each.kind == "close variants" and change in (None, each.change)]
 
 
-def _metrics(found: Reliability) -> list[str]:
-    return list(next(iter(found.levels.values())))
+def _metrics(study: Reliability) -> list[str]:
+    return list(next(iter(study.levels.values())))
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -127,9 +127,9 @@ def close_variants(base: Recipe) -> dict[str, tuple[Recipe, Recipe]]:
 
 def harvested(acts: Activations, layer: int) -> CorpusActivations:
     """Return the activations of a layer of `scripts/train_saes.py harvest`; held-out texts are rows of tokens."""
-    found = {part: [acts.read(part, i, layer) for i in range(acts.shards(part))] for part in (TRAIN, HELD_OUT)}
+    activations = {part: [acts.read(part, i, layer) for i in range(acts.shards(part))] for part in (TRAIN, HELD_OUT)}
     rows = [acts.text_rows(HELD_OUT, i) for i in range(acts.shards(HELD_OUT))]
-    return CorpusActivations(torch.cat(found[TRAIN]), torch.cat(found[HELD_OUT]), torch.cat(rows))
+    return CorpusActivations(torch.cat(activations[TRAIN]), torch.cat(activations[HELD_OUT]), torch.cat(rows))
 
 
 def corpus_activations(study: Study, corpus: Path, seed: int) -> CorpusActivations:

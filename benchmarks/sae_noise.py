@@ -146,8 +146,8 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
     parser.add_argument("--suite", action="store_true", help="the tasks of sae-probes")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    asked = parser.parse_args()
-    if asked.what == "run":
-        run_suite() if asked.suite else run()
-    kept = json.loads((KEPT_SUITE if asked.suite else KEPT).read_text(encoding="utf-8"))
+    args = parser.parse_args()
+    if args.what == "run":
+        run_suite() if args.suite else run()
+    kept = json.loads((KEPT_SUITE if args.suite else KEPT).read_text(encoding="utf-8"))
     print(table(kept["levels"], kept.get("errors", ())))

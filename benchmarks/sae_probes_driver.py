@@ -48,28 +48,28 @@ def loader(folder: str) -> Any:
     return load
 
 
-def run(asked: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+def run(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     """Return the seconds of `forward` and `probes` by layer; of one layer `all` if activations come from one pass."""
     from sae_lens import SAE
     from sae_probes import generate_model_activations, run_baseline_evals, run_sae_evals
     from transformer_lens import HookedTransformer
 
-    HookedTransformer.from_pretrained_no_processing = loader(asked.model)  # type: ignore[method-assign]
-    hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in asked.hooks.split(",")}
-    tasks = asked.tasks.split(",")
-    passes = {"all": list(hooks.values())} if asked.at_its_best else {layer: [hook] for layer, hook in hooks.items()}
+    HookedTransformer.from_pretrained_no_processing = loader(args.model)  # type: ignore[method-assign]
+    hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in args.hooks.split(",")}
+    tasks = args.tasks.split(",")
+    passes = {"all": list(hooks.values())} if args.at_its_best else {layer: [hook] for layer, hook in hooks.items()}
     seconds: dict[str, dict[str, float]] = {"forward": {}, "probes": {}}
-    clock = time.process_time if asked.cpu_time else time.perf_counter
+    clock = time.process_time if args.cpu_time else time.perf_counter
     for name, together in passes.items():
         start = clock()
         generate_model_activations.ensure_dataset_activations(MODEL_NAME, tasks, together, work, device="cpu")
         seconds["forward"][name] = clock() - start
     shared: Any = {"model_name": MODEL_NAME, "setting": "normal", "datasets": tasks, "device": "cpu"}
-    for layer, hook in hooks.items() if not asked.forward_only else ():
+    for layer, hook in hooks.items() if not args.forward_only else ():
         start = clock()
         shared |= {"hook_name": hook, "results_path": work / "results", "model_cache_path": work}
         run_baseline_evals(**shared)
-        for i, folder in enumerate(asked.sae.split(",")):
+        for i, folder in enumerate(args.sae.split(",")):
             sae = SAE.load_from_disk(str(Path(folder) / hook), device="cpu")
             own = {**shared, "results_path": work / f"results_{i}"}  # otherwise the second SAE would count as done
             run_sae_evals(sae=sae, reg_type="l1", ks=[1, 16], **own)
@@ -97,14 +97,14 @@ def replace_rows(rows: Path, work: Path) -> None:
         module.DATA_PATH = folder
 
 
-def figures(asked: argparse.Namespace, work: Path) -> dict[str, list[dict[str, Any]]]:
+def figures(args: argparse.Namespace, work: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the package's figures of each task at one hook: for each k, AUC, accuracy, chosen latents and C."""
     from sae_lens import SAE
     from sae_probes import run_sae_evals
     from transformer_lens import HookedTransformer
 
-    HookedTransformer.from_pretrained_no_processing = loader(asked.model)  # type: ignore[method-assign]
-    hook, found, chosen = f"blocks.{asked.hooks}.hook_resid_post", {}, []
+    HookedTransformer.from_pretrained_no_processing = loader(args.model)  # type: ignore[method-assign]
+    hook, found, chosen = f"blocks.{args.hooks}.hook_resid_post", {}, []
     module: Any = sys.modules["sae_probes.run_sae_evals"]  # the package's own name for it is the name of the function
     find = module.find_best_reg
 
@@ -114,9 +114,9 @@ def figures(asked: argparse.Namespace, work: Path) -> dict[str, list[dict[str, A
         return best
 
     module.find_best_reg = find_and_note
-    for task in asked.tasks.split(","):
+    for task in args.tasks.split(","):
         run_sae_evals(
-            sae=SAE.load_from_disk(str(Path(asked.sae) / hook), device="cpu"), model_name=MODEL_NAME, hook_name=hook,
+            sae=SAE.load_from_disk(str(Path(args.sae) / hook), device="cpu"), model_name=MODEL_NAME, hook_name=hook,
             reg_type="l2", setting="normal", ks=[1, 2, 5, 16], datasets=[task], device="cpu",
             results_path=work / "results", model_cache_path=work,
         )  # fmt: skip
@@ -140,11 +140,11 @@ def main() -> int:
     parser.add_argument("--forward_only", action="store_true", help="no probes")
     parser.add_argument("--cpu_time", action="store_true", help="CPU seconds")
     parser.add_argument("--figures", action="store_true", help="print its figures at one hook instead of seconds")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as work, contextlib.redirect_stdout(sys.stderr):
-        if asked.rows is not None:
-            replace_rows(asked.rows, Path(work))
-        found = figures(asked, Path(work)) if asked.figures else run(asked, Path(work))
+        if args.rows is not None:
+            replace_rows(args.rows, Path(work))
+        found = figures(args, Path(work)) if args.figures else run(args, Path(work))
     print(json.dumps(found))
     return 0
 

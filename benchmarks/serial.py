@@ -49,14 +49,14 @@ def last_tokens(folder: Path, texts: Sequence[str], layer: int) -> Tensor:
     model.gpt_neox.layers[layer].register_forward_hook(
         lambda _module, _args, out: kept.update(x=out if isinstance(out, Tensor) else out[0])
     )
-    found = []
+    outputs = []
     for begin in range(0, len(texts), BATCH):
         batch = [tokenizer.bos_token + text for text in texts[begin : begin + BATCH]]
         longest = model.config.max_position_embeddings
         tokens = tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         model(**tokens)
-        found.append(kept["x"][torch.arange(len(batch)), tokens["attention_mask"].sum(dim=1) - 1])
-    return torch.cat(found)
+        outputs.append(kept["x"][torch.arange(len(batch)), tokens["attention_mask"].sum(dim=1) - 1])
+    return torch.cat(outputs)
 
 
 @torch.inference_mode()

@@ -84,9 +84,9 @@ def machine() -> str:
 
 def keep(benchmark: str, rows: Sequence[tables.Row]) -> None:
     """Write a table's rows, header first, into the repository; replace those of this machine, keep those of others."""
-    every = kept(benchmark) if kept_file(benchmark).exists() else {}
+    content = kept(benchmark) if kept_file(benchmark).exists() else {}
     with replacing(kept_file(benchmark), "w", encoding="utf-8") as file:
-        json.dump({**every, machine(): rows}, file, indent=0, ensure_ascii=False)
+        json.dump({**content, machine(): rows}, file, indent=0, ensure_ascii=False)
         file.write("\n")
 
 
@@ -108,13 +108,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def show_or_measure(benchmark: str, asked: argparse.Namespace, measure: Callable[[], list[tables.Row]]) -> str:
+def show_or_measure(benchmark: str, args: argparse.Namespace, measure: Callable[[], list[tables.Row]]) -> str:
     """Return the requested table: measured now, or as it was kept, one for each machine."""
-    if asked.what != "run" and not asked.quick:
+    if args.what != "run" and not args.quick:
         if not kept_file(benchmark).exists():
             raise SystemExit(f"{benchmark}: there are no kept results: measure them with `run`")
         return "\n\n".join(f"{name}\n\n{tables.aligned(rows)}" for name, rows in kept(benchmark).items())
     rows = measure()
-    if not asked.quick:
+    if not args.quick:
         keep(benchmark, rows)
     return tables.aligned(rows)

@@ -72,28 +72,28 @@ def _natural(text: str) -> int:
     return int(text)
 
 
-def build(asked: argparse.Namespace) -> None:
+def build(args: argparse.Namespace) -> None:
     """Read the dump and the texts, and write the file.
 
     Raises `RequestError` if the request is invalid, or no person is found.
     """
-    output.check_output(asked.output, asked.overwrite)
-    dump.check_dump(asked.dump)
-    files = texts.text_files(asked.texts)
-    names = read_people(asked.dump, asked.quiet)
-    finder = mentions.MentionFinder(names, asked.context, asked.per_name, asked.seed)
-    search_texts(files, finder, asked.quiet)
-    rows, counts = selection.select(names, finder.found, asked.min_per_class, asked.per_class)
+    output.check_output(args.output, args.overwrite)
+    dump.check_dump(args.dump)
+    files = texts.text_files(args.texts)
+    names = read_people(args.dump, args.quiet)
+    finder = mentions.MentionFinder(names, args.context, args.per_name, args.seed)
+    search_texts(files, finder, args.quiet)
+    rows, counts = selection.select(names, finder.found, args.min_per_class, args.per_class)
     if not rows:
         raise RequestError(
-            f"{asked.texts}: mentions {len(finder.found)} of {len(names.hashes)} names, and of no task "
-            f"{asked.min_per_class} people of two classes: give more texts, or more of the dump"
+            f"{args.texts}: mentions {len(finder.found)} of {len(names.hashes)} names, and of no task "
+            f"{args.min_per_class} people of two classes: give more texts, or more of the dump"
         )
     left_out = [f"{count.task} {count.name} ({count.found} found)" for count in counts if not count.rows]
     if left_out:
         log.warning("excluded, because there are too few people or only one class: %s", ", ".join(left_out))
-    output.write(asked.output, rows)
-    if not asked.quiet:
+    output.write(args.output, rows)
+    if not args.quiet:
         show(
             "\n".join(
                 f"{n.task:10}  {n.name:16}  {n.found:7} found  {n.people:6} people  {n.rows:6} rows" for n in counts
@@ -155,10 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(LineFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
-    asked = parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         with like_ctrl_c():
-            build(asked)
+            build(args)
     except RequestError as error:
         tell(f"error: {error}")
         return 2

@@ -75,7 +75,7 @@ def make_saes(args: argparse.Namespace) -> None:
     rows = rows[:: max(1, len(rows) // HELD_OUT_ROWS)]
     bos = model.config.bos_token_id
     with residual_stream(model) as residuals:
-        saes, scale, found, tokens = train_saes(residuals, bos, mix, rows, settings)
+        saes, scale, quality, tokens = train_saes(residuals, bos, mix, rows, settings)
         acts = without_bos(residuals(rows[:4]), rows[:4], bos)
     held_out = int((rows != bos).sum())
 
@@ -93,9 +93,9 @@ def make_saes(args: argparse.Namespace) -> None:
             error = error_in_sae_lens(target, weights, sae.k, x)
         log.info("%s: differs from its own library by %.1e of the largest entry", target, error)
     for library, target, k in (("sparsify", sparsify, SPARSIFY_K), ("sae_lens", sae_lens, SAE_LENS_K)):
-        card = sae_card(library, k, settings.d_sae, args.minutes, tokens, held_out, found)
+        card = sae_card(library, k, settings.d_sae, args.minutes, tokens, held_out, quality)
         (target / "README.md").write_text(card)
-    for q in found:
+    for q in quality:
         log.info("layer %d k %d: fvu %.4f  l0 %.2f  dead %.3f", q.layer, q.k, q.fvu, q.l0, q.dead)
 
 

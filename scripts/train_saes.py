@@ -50,8 +50,8 @@ def make_saes(args: argparse.Namespace) -> None:
     trained = train(acts, settings, args.output_directory, args.threads, args.checkpoint_minutes)
     model = args.name or Path(str(acts.facts["model"])).name
     for sae in trained:
-        folder, found = save(sae, acts, settings, model, args.about, args.output_directory)
-        log.info("%s layer %d: fvu %.4f  l0 %.2f  dead %.3f", folder, sae.layer, found.fvu, found.l0, found.dead)
+        folder, quality = save(sae, acts, settings, model, args.about, args.output_directory)
+        log.info("%s layer %d: fvu %.4f  l0 %.2f  dead %.3f", folder, sae.layer, quality.fvu, quality.l0, quality.dead)
     Checkpoint(args.output_directory, settings, acts).remove()
 
 
@@ -62,13 +62,13 @@ def layer_list(text: str) -> tuple[int, ...]:
 
 def sae_list(text: str) -> tuple[tuple[str, int], ...]:
     """Parse a list of SAEs such as `topk-32,gated-32`."""
-    found = []
+    saes = []
     for part in text.split(","):
         kind, _, k = part.strip().rpartition("-")
         if kind not in KINDS or not k.isdecimal() or int(k) == 0:
             raise argparse.ArgumentTypeError(f"{part!r}: KIND-K is needed, such as topk-32; kinds: {', '.join(KINDS)}")
-        found.append((kind, int(k)))
-    return tuple(found)
+        saes.append((kind, int(k)))
+    return tuple(saes)
 
 
 def parser() -> argparse.ArgumentParser:

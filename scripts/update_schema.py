@@ -91,13 +91,13 @@ def build() -> Schema:
 
 def definitions(page: str) -> dict[str, str]:
     """Return key -> description, from the tables of docs/numbers.md; prefer rows with the key in the first cell."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     rows = re.findall(r"^\| (.+?) \| (.+) \|$", page, re.MULTILINE)
     for place in (0, 1):
         for row in rows:
             for key in re.findall(r"`(\w+)`", row[place]):
-                found.setdefault(key, row[1] if row[0] == f"`{key}`" else f"{row[0]}: {row[1]}")
-    return found
+                meanings.setdefault(key, row[1] if row[0] == f"`{key}`" else f"{row[0]}: {row[1]}")
+    return meanings
 
 
 def _layer(definition: dict[str, str]) -> Schema:

@@ -38,17 +38,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Keep tables in documents equal to what commands print.")
     parser.add_argument("documents", nargs="+", type=Path)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     stale = 0
-    for document in asked.documents:
+    for document in args.documents:
         text = document.read_text(encoding="utf-8")
         fresh = updated(text)
         stale += fresh != text
-        if asked.check and fresh != text:
+        if args.check and fresh != text:
             print(f"{document}: a table is out of date: python scripts/update_tables.py {document}")
         elif fresh != text:
             document.write_text(fresh, encoding="utf-8")
-    return int(asked.check and stale > 0)
+    return int(args.check and stale > 0)
 
 
 if __name__ == "__main__":

@@ -23,25 +23,25 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and with `--write` update the document; return 1 if a row fails."""
-    asked = _parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the matrices are small: parallelise over processes, not threads
     from validation import document, suite, table
 
-    scale = suite.PEOPLE if asked.people else suite.FULL if asked.full else suite.QUICK
-    if asked.repeats is not None:
-        scale = replace(scale, repeats=asked.repeats)
+    scale = suite.PEOPLE if args.people else suite.FULL if args.full else suite.QUICK
+    if args.repeats is not None:
+        scale = replace(scale, repeats=args.repeats)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     start = time.perf_counter()
-    rows = suite.validate(scale, asked.workers, asked.seed)
+    rows = suite.validate(scale, args.workers, args.seed)
     seconds = time.perf_counter() - start
     print(table.as_text(rows))
     failed = table.failures(rows)
     required = sum(row.passed is not None for row in rows)
     print(f"\n{len(failed)} of {required} required figures are not met; {seconds:.0f} s")
-    if asked.write and asked.people:
-        document.replace_settings(PROJECT / "docs" / "validation.md", rows, scale, asked.seed, seconds)
-    elif asked.write:
-        document.write(PROJECT / "docs" / "validation.md", rows, scale, asked.seed, seconds)
+    if args.write and args.people:
+        document.replace_settings(PROJECT / "docs" / "validation.md", rows, scale, args.seed, seconds)
+    elif args.write:
+        document.write(PROJECT / "docs" / "validation.md", rows, scale, args.seed, seconds)
     return 1 if failed else 0
 
 

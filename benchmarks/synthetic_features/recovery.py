@@ -58,8 +58,8 @@ def present_share(rows: Rows, recon: Tensor) -> float:
 
     """
     there = rows.activations > 0
-    told = [sum(_balanced_explained(view, labels) for labels in there.T) for view in (recon, rows.x)]
-    return min(float(told[0] / told[1]), 1.0)
+    explained = [sum(_balanced_explained(view, labels) for labels in there.T) for view in (recon, rows.x)]
+    return min(float(explained[0] / explained[1]), 1.0)
 
 
 def _balanced_explained(x: Tensor, labels: Tensor) -> float:
@@ -88,8 +88,8 @@ def kept_by_feature(rows: Rows, recon: Tensor) -> Tensor:
     Any invertible linear map of x has the value 1.
 
     """
-    told = [_explained(view, rows.activations) for view in (recon, rows.x)]
-    return (told[0] / told[1]).clamp(max=1)
+    explained = [_explained(view, rows.activations) for view in (recon, rows.x)]
+    return (explained[0] / explained[1]).clamp(max=1)
 
 
 def _explained(x: Tensor, y: Tensor) -> Tensor:
@@ -108,8 +108,8 @@ def held_by_feature(rows: Rows, recon: Tensor, directions: Tensor) -> Tensor:
     Constants, scales (shrinkage) and changes in other directions have no effect. A negative correlation counts as 0.
 
     """
-    told = [_correlation(view @ directions.T, rows.activations).clamp(min=0).square() for view in (recon, rows.x)]
-    return (told[0] / told[1]).clamp(max=1)
+    explained = [_correlation(view @ directions.T, rows.activations).clamp(min=0).square() for view in (recon, rows.x)]
+    return (explained[0] / explained[1]).clamp(max=1)
 
 
 def matched_by_feature(rows: Rows, codes: Tensor, atoms: Tensor, directions: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ def _refuse_constant(name: str) -> None:
 def _rows(columns: Mapping[str, Column], about: Json, path: Path) -> Rows:
     recon_of, labels_of = _columns_by_name(columns, about, *_RECONS), _columns_by_name(columns, about, *_LABELS)
     present = {"x": "x" in columns, "recon": recon_of, "labels": labels_of, "groups": "groups" in columns}
-    if missing := [what for what, found in present.items() if not found]:
+    if missing := [what for what, is_present in present.items() if not is_present]:
         raise Unreadable(f"{missing[0]} is missing; found {', '.join(columns) or 'nothing'}")
     x = _matrix("x", columns["x"])
     n = len(x)

@@ -92,10 +92,10 @@ def page(
     """
     inner = {name: inline(svg) for name, svg in drawn.items()}
 
-    def figures(found: Sequence[Plot]) -> Markup:
+    def figures(plots_shown: Sequence[Plot]) -> Markup:
         if pack_plots:
-            return element("div", *(_placeholder(plot, inner[plot.name]) for plot in found), class_="plots")
-        return element("div", *(_figure(plot, inner, drawn, with_links) for plot in found), class_="plots")
+            return element("div", *(_placeholder(plot, inner[plot.name]) for plot in plots_shown), class_="plots")
+        return element("div", *(_figure(plot, inner, drawn, with_links) for plot in plots_shown), class_="plots")
 
     sections = list(_sections(study, plots, figures, groups))
     links = (element("a", title, href=f"#{name}") for name, title, _ in sections)

@@ -60,11 +60,11 @@ def save(
         "l0": trained.k,
     }
     write_sae_lens(folder / hook, trained.weights, architecture, metadata)
-    found = quality(load_sae(str(folder), trained.layer), acts, trained.layer)
-    write_sae_lens(folder / hook, trained.weights, architecture, metadata | {"held_out": asdict(found)})
+    measured = quality(load_sae(str(folder), trained.layer), acts, trained.layer)
+    write_sae_lens(folder / hook, trained.weights, architecture, metadata | {"held_out": asdict(measured)})
     text = card(trained.kind, trained.k, folder, acts, settings, model, about)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    return folder, found
+    return folder, measured
 
 
 def quality(sae: Sae, acts: Activations, layer: int) -> Quality:

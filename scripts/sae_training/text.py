@@ -33,10 +33,10 @@ class Texts:
 def text_files(folder: Path) -> list[Path]:
     """Return the files to read. Raises `RequestError` if there are none."""
     files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
-    found = [path for path in files if path.is_file() and path.name.endswith(KINDS)]
-    if not found:
+    paths = [path for path in files if path.is_file() and path.name.endswith(KINDS)]
+    if not paths:
         raise RequestError(f"`text` {folder}: no {', '.join(KINDS)} there")
-    return found
+    return paths
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[str]:

@@ -62,8 +62,8 @@ def person_of(entity: Entity) -> Person | None:
 
 def one_code(items: tuple[int, ...], codes: Mapping[int, int]) -> int:
     """Return the one class among `items`; items that are not a class do not count."""
-    found = {codes[item] for item in items if item in codes}
-    return c.SEVERAL if len(found) > 1 else found.pop() if found else c.NONE
+    known = {codes[item] for item in items if item in codes}
+    return c.SEVERAL if len(known) > 1 else known.pop() if known else c.NONE
 
 
 def items_of(entity: Entity, prop: str) -> tuple[int, ...]:

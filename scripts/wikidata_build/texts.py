@@ -29,10 +29,10 @@ def text_files(folder: Path) -> list[Path]:
     """Return all files of the supported kinds, in order of path. Raises `RequestError` if there are none."""
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder: give one with {' or '.join(KINDS)} files")
-    found = [path for path in sorted(folder.rglob("*")) if _kind(path) in KINDS and path.is_file()]
-    if not found:
+    files = [path for path in sorted(folder.rglob("*")) if _kind(path) in KINDS and path.is_file()]
+    if not files:
         raise RequestError(f"{folder}: there is no {' or '.join(KINDS)} file, plain or as {', '.join(SUFFIXES)}")
-    return found
+    return files
 
 
 def texts(files: list[Path], tally: TextTally, advance: Callable[[int], object]) -> Iterator[str]:
