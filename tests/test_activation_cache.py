@@ -1,4 +1,4 @@
-"""The cache of activations: no forward pass twice, no number changed, nothing lost whatever happens to its files."""
+"""The activation cache: no forward pass is repeated, no number changes, and damaged files are recomputed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTHS = torch.tensor([7, 5, 3])
 
 @pytest.fixture
 def forward_passes(monkeypatch):
-    """Texts that went through a model, one number a pass."""
+    """Count the texts of each forward pass through a model."""
     counted: list[int] = []
     plain = LanguageModel.activations
 
@@ -44,7 +44,7 @@ def cached(cache: ActivationCache, info) -> CachedModel:
 
 
 def texts(seed: int = 0) -> torch.Tensor:
-    """[3, 7] token ids, right-padded to `WIDTHS`."""
+    """Return [3, 7] token ids, right-padded to `WIDTHS`."""
     ids = torch.randint(1, 300, (3, 7), generator=torch.Generator().manual_seed(seed))
     return ids * (torch.arange(7) < WIDTHS[:, None])
 
@@ -53,7 +53,7 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.safetensors"))
 
 
-# as it is used
+# mark it as used
 
 
 def test_another_sae_needs_no_forward_pass_and_no_number_changes(with_cache, other_saes, forward_passes, tmp_path):
@@ -70,7 +70,7 @@ def test_another_sae_needs_no_forward_pass_and_no_number_changes(with_cache, oth
 
 
 def test_cold_and_warm_the_numbers_are_those_of_a_run_without_a_cache(with_cache, tmp_path, monkeypatch):
-    """Though some texts were seen before, in other company, by the look before the run: rounding is another there."""
+    """The preflight had processed some of the texts in other batches, which round differently."""
     plain = LanguageModel.activations
 
     def rounding(self, ids):
@@ -126,7 +126,7 @@ def test_a_folder_that_cannot_be_made_is_refused(with_cache, tmp_path, capsys):
     assert "--cache_dir" in capsys.readouterr().err
 
 
-# part by part
+# section by section of the file
 
 
 def test_values_come_back_to_the_bit_whatever_the_batch(tmp_path, info, forward_passes):
@@ -204,7 +204,7 @@ def test_a_full_disk_is_no_error(tmp_path, info, monkeypatch, caplog):
 
 
 def test_writers_at_the_same_time_leave_whole_shards(tmp_path, info, forward_passes):
-    """Four runs that write the same texts and others."""
+    """Four runs write the same texts and others at the same time."""
     models = [cached(ActivationCache.open(tmp_path, 1, "m", "float32"), info) for _ in range(4)]
 
     def work(model: CachedModel) -> None:

@@ -1,4 +1,4 @@
-"""The producer: every row from the right token, every token counted once, whatever the batching."""
+"""The producer: every row comes from the right token, and every token counts once, for any batching."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def saes(tiny_saes):
 
 
 def everything(mentions):
-    """One dataset that needs every mention."""
+    """Return one dataset that uses every mention."""
     probe = Probe("p", np.arange(len(mentions)), np.arange(len(mentions)) % 2 == 0)
     return ProbeTexts(tuple(mentions), np.arange(len(mentions)), (Dataset("p", "p", (probe,)),))
 
@@ -72,7 +72,7 @@ def produce(
     keep=lambda item: None,
     whole_tokens=None,
 ):
-    """All rows by site and view [rows, d], and the figures by site; `keep` sees every batch."""
+    """Return all rows by site and view [rows, d], and the figures by site; `keep` is called with every batch."""
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=bos, max_length=info.max_length)
     rows = RowTable.build(tokenised, positions)
     producer = Producer(
@@ -98,7 +98,7 @@ def _figures(sums):
 
 
 def one_by_one(model, saes, tokenised, site):
-    """Activations and reconstructions of every token, text by text: the plain way."""
+    """Compute activations and reconstructions of every token directly, text by text."""
     result = []
     for ids in tokenised.ids:
         x = model.activations(torch.from_numpy(ids).long()[None])[site][0]
@@ -154,7 +154,7 @@ def test_batching_changes_nothing(model, saes, info, mentions, limits):
 
 
 def plain_codes(saes, plain, tokenised, site, positions):
-    """Codes of the probed rows as a matrix [rows, d_sae], name by name, in NumPy."""
+    """Compute codes of the probed rows as a matrix [rows, d_sae] in NumPy, name by name."""
     rows = []
     for (x, _), first, last in zip(plain, tokenised.first, tokenised.last, strict=True):
         dense = []
@@ -175,7 +175,7 @@ def test_latents_come_through_as_the_sae_gives_them(
 ):
     encode = Sae.encode
 
-    def normalising(self, x):  # undone by the decoder, and so no part of the code
+    def normalising(self, x):  # the decoder undoes it, so it is not part of the code
         return replace(encode(self, x), scale=torch.full((len(x),), 2.0), shift=torch.ones(len(x)))
 
     monkeypatch.setattr(Sae, "encode", normalising)
@@ -257,7 +257,7 @@ def test_free_memory_sets_the_batch_on_a_gpu_and_a_constant_on_the_cpu(model, sa
 
 
 def test_sink_tokens_are_left_out_of_the_ordinary_figure_and_told(tiny_model, tiny_saes, people_csv, tmp_path, caplog):
-    """One token with an embedding 100 times as long: fvu_whole is its own; a plain loop over the texts agrees."""
+    """One token has an embedding 100 times as long, so fvu_whole is its own. A plain loop over the texts agrees."""
     folder = shutil.copytree(tiny_model, tmp_path / "pythia-sinks")
     sinking = AutoModelForCausalLM.from_pretrained(folder)
     texts = [row["text"] for row in csv.DictReader(people_csv.open(encoding="utf-8"))]

@@ -1,4 +1,4 @@
-"""The library: the numbers of the program, from Python; SAEs in memory; one evaluator for many SAEs."""
+"""The Python API: the same numbers as the program, SAEs in memory, and one evaluator for many SAEs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FAST = ds.Settings(folds=3, repeats=2)
 
 
 class TopK(torch.nn.Module):
-    """An SAE as people write them."""
+    """A minimal TopK SAE."""
 
     def __init__(self, seed: int = 0, k: int = 8) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class TopK(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def two_tasks(tmp_path_factory):
-    """Two tasks in one file, with probes on different rows."""
+    """Create two tasks in one file, with probes on different rows."""
     rows = [{**row, "task": task} for task in ("women", "others") for row in people(160, seed=len(task))]
     return write_csv(tmp_path_factory.mktemp("data") / "two.csv", rows)
 
@@ -82,7 +82,7 @@ def without_q(record: dict) -> dict:
 
 
 def test_evaluate_and_the_program_give_the_same_files(results, tiny_model, tiny_saes, sparser, two_tasks, tmp_path):
-    """The same numbers to the bit, and the same keys: either goes on where the other stopped."""
+    """The numbers are bitwise identical and the keys are equal, so either can resume the other."""
     asked = Request(tiny_model, (tiny_saes, sparser), two_tasks, tmp_path / "out", ("--folds", "3", "--repeats", "2"))
     assert asked.run() == 0
     saved = results.save(tmp_path / "saved")
@@ -229,7 +229,7 @@ def test_a_fork_that_forgets_results_leaves_them_to_their_process(tiny_model, tw
 
 
 def test_an_interrupt_of_a_library_s_caller_ends_neither_its_session_nor_its_wait(tiny_model, two_tasks, tmp_path):
-    """Ctrl-C waits for the layer in work; a second one waits no longer, and nothing is written after it."""
+    """Ctrl-C waits for the current layer; a second one stops at once, and nothing is written afterwards."""
     going_on, handlers = threading.Event(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     class Impatient(TopK):
@@ -443,7 +443,7 @@ def evaluator(tiny_model, two_tasks):
 
 
 def check_same(found: dict, expected: dict[str, dict]) -> None:
-    """Every number of a call, against the layer of a result file."""
+    """Compare every number of a call with the layer of a result file."""
     figures = {name: value for name, value in expected.items() if not isinstance(value, dict)}
     probes = {name: without_q(value) for name, value in expected.items() if isinstance(value, dict)}
     wanted = {f"two/{name}": value for name, value in flat(figures).items()}
@@ -516,14 +516,14 @@ def test_a_training_goes_on_as_if_it_had_not_been_measured(tiny_model, two_tasks
 
 
 class Drawing(TopK):
-    """An SAE that draws random numbers while it encodes, in whatever thread."""
+    """An SAE that draws random numbers while it encodes, in any thread."""
 
     def encode(self, x):
         return super().encode(x + 1e-6 * torch.randn_like(x))
 
 
 def test_random_numbers_are_as_before_though_several_threads_draw_some(tiny_model, two_tasks, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # so many batches at a time
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # so many batches at the same time
     evaluator = ds.Evaluator(
         tiny_model, 1, two_tasks, settings=ds.Settings(folds=3, repeats=1, batch_size=2), device="cpu"
     )
@@ -612,11 +612,11 @@ def test_an_evaluator_tells_what_a_reader_must_know(tiny_model, two_tasks):
     assert evaluator.warnings == before
 
 
-# --- somebody else's encode and decode
+# --- encode and decode of other authors
 
 
 class InPlace(TopK):
-    """An SAE that centres its input where it lies."""
+    """An SAE that centres its input in place."""
 
     def encode(self, x):
         x -= 0.1
@@ -624,7 +624,7 @@ class InPlace(TopK):
 
 
 class Copying(TopK):
-    """The same with a copy."""
+    """The same SAE with a copy of its input."""
 
     def encode(self, x):
         return super().encode(x - 0.1)
@@ -639,7 +639,7 @@ def test_an_sae_that_changes_its_input_harms_neither_itself_nor_others(tiny_mode
 
 
 class Odd(TopK):
-    """An SAE whose methods change what they give of more than two rows, the number that wrap_sae tries."""
+    """An SAE whose methods return other shapes for more than two rows, the number that wrap_sae tries."""
 
     def __init__(self, of_codes=lambda codes: codes, of_recon=lambda recon: recon) -> None:
         super().__init__()
@@ -671,7 +671,7 @@ class Odd(TopK):
     ],
 )
 def test_a_method_that_gives_other_shapes_of_more_rows_is_refused(evaluator, make, told):
-    """PyTorch would have made rows of a single one, and measured that."""
+    """PyTorch would broadcast a single row and measure that."""
     with pytest.raises(ds.RequestError) as refused:
         evaluator(make())
     assert told in str(refused.value)
@@ -694,7 +694,7 @@ def test_codes_that_are_no_numbers_are_refused_though_the_decoder_ignores_them(t
 
 
 def in_time(work, seconds: float = 60):
-    """The result or error of work that may hang."""
+    """Return the result or the error of a function that may hang."""
     pool = ThreadPoolExecutor(1)
     try:
         return pool.submit(work).result(seconds)
@@ -704,7 +704,7 @@ def in_time(work, seconds: float = 60):
 
 @pytest.mark.parametrize("size", [1e18, 1e25, 1e30])
 def test_a_reconstruction_that_diverged_is_refused_and_does_not_hang(evaluator, size):
-    """Squares beyond float32 had no Cholesky factor, however much was added to them."""
+    """Squares beyond float32 have no Cholesky factor, even with a large ridge."""
 
     class Diverged(TopK):
         def decode(self, codes):
@@ -733,7 +733,7 @@ def test_codes_of_another_dtype_are_taken(evaluator, dtype):
     assert evaluator(Other())["two/fvu_whole"] == pytest.approx(evaluator(TopK())["two/fvu_whole"], rel=1e-2)
 
 
-# --- what the caller has set, and other threads
+# --- settings of the caller, and other threads
 
 
 @contextmanager
@@ -761,7 +761,7 @@ EVERYTHING = ds.Settings(folds=3, repeats=1, views="error,latents", positions="m
     ids=["float64", "float16", "autocast", "default device", "inference"],
 )
 def test_modes_of_the_caller_change_nothing(tiny_model, two_tasks, mode):
-    """Default dtype float16 also stands for a thread in which transformers makes a model: it sets that for all."""
+    """Default dtype float16 also stands for another thread in which transformers builds a model and changes the dtype."""
     random = np.random.default_rng(0)
     x = random.normal(size=(200, 6)).astype(np.float32)
     recon, labels, sae = np.round(x), x[:, 0] > 0, TopK()
@@ -777,7 +777,7 @@ def test_modes_of_the_caller_change_nothing(tiny_model, two_tasks, mode):
 
 
 def test_evaluations_in_two_threads_give_the_numbers_of_one_and_leave_torch_its_threads(tiny_model, two_tasks):
-    def measure() -> str:  # an SAE that is made while transformers makes a model has float32 weights all the same
+    def measure() -> str:  # an SAE that is created while transformers builds a model still has float32 weights
         found = ds.evaluate(tiny_model, TopK(), two_tasks, layers=1, settings=EVERYTHING, device="cpu")
         return found.to_frame().to_json(double_precision=15)
 
@@ -814,7 +814,7 @@ def test_whole_text_figures_of_a_sample_are_near_those_of_all_tokens_and_the_res
 
 
 def test_a_sample_of_a_task_is_the_same_in_the_company_of_a_larger_one(tiny_model, tiny_saes, two_tasks, tmp_path):
-    """Their texts overlap: a token may be drawn for one and not for the other."""
+    """The texts of the tasks overlap: a token may be drawn for one task and not for the other."""
     larger = write_csv(tmp_path / "larger.csv", people(600))
     asked = {"model": tiny_model, "saes": str(tiny_saes), "device": "cpu", "layers": [1]}
     asked["settings"] = ds.Settings(folds=3, repeats=1, whole_tokens=800)
@@ -829,7 +829,7 @@ def test_a_sample_of_a_task_is_the_same_in_the_company_of_a_larger_one(tiny_mode
     np.testing.assert_allclose(both.drop(columns="fvu_whole_se"), np.delete(separate, 5, axis=1), rtol=1e-6)
     np.testing.assert_allclose(
         both["fvu_whole_se"], separate[:, 5], rtol=0.2
-    )  # about the mean of other texts, of which there are few here
+    )  # of `dead`, about the mean of other texts, of which there are few here
     assert ((both["n_tokens"] > 700) & (both["n_tokens"] < 900)).all()
     assert (both["n_tokens"] < 0.6 * both["n_tokens_all"]).all()
     assert (both[["mse_whole_se", "fvu_whole_se"]] > 0).all(axis=None)
@@ -849,7 +849,7 @@ def test_a_sample_is_by_seed_the_same_for_every_sae_and_call(tiny_model, tiny_sa
 
 
 def test_a_sample_has_as_many_tokens_as_asked_for_that_count(tiny_model, two_tasks):
-    """BOS does not: it was counted when the share was chosen, a sixth of the tokens of a short text."""
+    """BOS does not count: it was counted when the share was chosen, a sixth of the tokens of a short text."""
     sizes = []
     for seed in range(20):
         settings = ds.Settings(folds=3, repeats=1, seed=seed)

@@ -1,4 +1,4 @@
-"""`probe_selectivity`: against a plain loop over scikit-learn, whatever holds the arrays, and what it refuses."""
+"""`probe_selectivity`: compared with a plain loop over scikit-learn, for all kinds of arrays, and its errors."""
 
 from __future__ import annotations
 

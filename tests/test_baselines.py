@@ -1,4 +1,4 @@
-"""Baselines: each keeps exactly what it should, and a run takes them for SAEs."""
+"""Baselines: each preserves exactly what it should, and runs treat them like SAEs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DEVICE = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def sample():
-    """Correlated activations far from the origin, 100 of them probed, and some BOS rows that must not count."""
+    """Return correlated activations far from the origin, 100 of them probed, and some BOS rows that must not count."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, D_MODEL, generator=generator) * torch.linspace(3, 0.1, D_MODEL)
     x = x @ torch.linalg.qr(torch.randn(D_MODEL, D_MODEL, generator=generator)).Q + 20
@@ -244,14 +244,14 @@ def request_(tiny_model, tiny_saes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(request_, tmp_path_factory):
-    """A folder with every baseline, measured in one run; the tests only read it."""
+    """Measure every baseline in one run; the tests only read the folder."""
     request = request_.into(tmp_path_factory.mktemp("whole")).plus("--baselines")
     assert request.run() == 0
     return request
 
 
 def layers_of(folder, kind):
-    """The records of a baseline in order of layers: (figures and the one probe's result)."""
+    """Return the records of a baseline by layer: (figures and the result of the one probe)."""
     (path,) = (folder / "baselines").glob(f"*_{kind}/*.json")
     found = result_file.read(path)
     assert found["_run"]["complete"]
@@ -334,7 +334,7 @@ def test_names_alone_are_what_scikit_learn_makes_of_a_bag_of_their_tokens(whole,
 
 
 def selectivity_by_sklearn(x, labels, persons):
-    """Balanced accuracy of probes on x, C for each fold by the class-balanced loss on the other folds."""
+    """Return the selectivity of probes on x, with C for each fold by the class-balanced loss on the other folds."""
     plan = FoldPlan.build(labels[None], persons, None, n_folds=3, n_repeats=2, seed=0)
     found = []
     for folds in plan.folds:
@@ -451,7 +451,7 @@ def test_other_positions(request_, tmp_path, positions):
 
 
 def test_baselines_of_saes_of_one_name_are_kept_apart(request_, tmp_path):
-    """Measured on two days, so that neither run knows of the other's name."""
+    """The SAEs are measured on two days, so neither run knows of the other's name."""
     first, second = write_sparsify(tmp_path / "a" / "sae"), write_sparsify(tmp_path / "b" / "sae", k=2)
     request = request_.into(tmp_path / "out").plus("--baselines", "pca", "--layers", "0")
     assert replace(request, saes=(first,)).run() == 0

@@ -1,4 +1,4 @@
-"""The speed benchmarks run, on tiny sizes; what they compare with computes what it says; their arithmetic is right."""
+"""The speed benchmarks run on tiny sizes, their references compute what they claim, and their arithmetic is right."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_rows_of_the_tasks_are_those_that_are_shipped():
 
 
 def test_what_is_left_of_a_part_is_scaled_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Hooks that take 1 .. 6 s of passes on one task, 10 s of probes each: the whole by hand."""
+    """Hooks with 1 .. 6 s of forward passes on one task and 10 s of probes each; the total is computed by hand."""
 
     def drive(command: list[str], layers: list[int], tasks: list[str], *flags: str) -> dict[str, dict[str, float]]:
         if "--at_its_best" in flags:
@@ -199,7 +199,7 @@ def test_what_is_left_of_a_part_is_scaled_up(monkeypatch: pytest.MonkeyPatch, tm
 def test_the_suite_beside_its_package_is_scaled_up_by_characters_and_tasks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    """Of three tasks the first is timed: 12 s of passes on 30 of 90 characters, 6 s of probes."""
+    """The first of three tasks is timed: 12 s of passes on 30 of 90 characters, 6 s of probes."""
     seconds = {"forward": {"0": 4.0, "1": 8.0}, "probes": {"0": 1.0, "1": 5.0}}
     monkeypatch.setattr(bench_suite, "run_driver", lambda *_: seconds)
     drawn = bench_suite.Drawn(["a", "b", "c"], {"a": 30, "b": 50, "c": 10})

@@ -1,4 +1,4 @@
-"""The queue between the threads: order, the bound in bytes, and errors that travel both ways without a hang."""
+"""The queue between the threads: order, limit in bytes, and errors in both directions without a hang."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from delta_selectivity.run.bounded_queue import BoundedQueue, ProducerFailed, Qu
 
 
 def in_thread(work):
-    """Run `work` in a thread; returns the thread and the list that will hold its exception."""
+    """Run `work` in a thread; return the thread and the list that will hold its exception."""
     errors: list[BaseException] = []
 
     def body():

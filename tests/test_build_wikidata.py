@@ -1,4 +1,4 @@
-"""From a dump in Wikidata's own format and a folder of texts to a file for `--dataset_file`, and to a run on it."""
+"""From a dump in Wikidata's format and a folder of texts to a file for `--dataset_file`, and to a run on it."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ FEMALE, MALE, HUMAN, JOURNALIST, ACTOR, SINGER = 6581072, 6581097, 5, 1930187, 3
 FOOTBALLER, BASKETBALLER, DEMOCRATS, REPUBLICANS = 937857, 3665646, 29552, 29468
 SWIMMER, SPRINTER, RUNNER, PAINTER = 10843402, 4009406, 12803959, 1028181
 
-# --- the true format, as https://www.wikidata.org/wiki/Special:EntityData/Q42.json and the dumps have it
+# --- the format of https://www.wikidata.org/wiki/Special:EntityData/Q42.json and of the dumps
 
 _ids = count(1)
 
 
 def snak(prop: str, value: Any) -> dict[str, Any]:
-    """A value is an item's number or a time; 'somevalue' and 'novalue' are what they are called."""
+    """Return a snak; value: the number of an item, a time, 'somevalue' or 'novalue'."""
     if value in ("somevalue", "novalue"):
         return {"snaktype": value, "property": prop, "hash": "f" * 40,
                 "datatype": "time" if prop in ("P569", "P570") else "wikibase-item"}  # fmt: skip
@@ -59,7 +59,7 @@ def snak(prop: str, value: Any) -> dict[str, Any]:
 
 
 def statement(prop: str, value: Any, rank: str = "normal") -> dict[str, Any]:
-    """With a qualifier and a reference, whose values are none of the statement's own."""
+    """Return a statement with a qualifier and a reference, whose values do not belong to the statement."""
     return {
         "mainsnak": snak(prop, value), "type": "statement",
         "qualifiers": {"P580": [snak("P580", "+1999-00-00T00:00:00Z")], "P106": [snak("P106", SINGER)]},
@@ -69,7 +69,7 @@ def statement(prop: str, value: Any, rank: str = "normal") -> dict[str, Any]:
 
 
 def entity(number: int, label: str | None, claims: dict[str, list[Any]], language: str = "en") -> dict[str, Any]:
-    """claims: property -> values, or (value, rank)."""
+    """Return an entity. claims: property -> values, or (value, rank)."""
     ranked = {p: [v if isinstance(v, tuple) else (v, "normal") for v in values] for p, values in claims.items()}
     return {
         "type": "item", "id": f"Q{number}",
@@ -87,7 +87,7 @@ def human(label: str | None, language: str = "en", **claims: list[Any]) -> dict[
 
 
 def dump_bytes(lines: list[Any]) -> bytes:
-    """`[`, an entity a line with a comma after all but the last, `]`; a string is a line as it is."""
+    """Return `[`, an entity per line with a comma after all but the last, `]`; a string is used as a line unchanged."""
     told = [line if isinstance(line, str) else json.dumps(line, separators=(",", ":")) for line in lines]
     return ("[\n" + ",\n".join(told) + "\n]\n").encode()
 
@@ -104,7 +104,7 @@ CLASSES_OF_ITEMS = [
 
 
 def crowd(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n people with names like those of the tiny model's tokenizer, and a class of every task."""
+    """Return n people with names like those of the tiny model's tokenizer, and a class of every task."""
     rng = random.Random(seed)
     names = sorted({f"{first} {last}" for first in WOMEN + MEN for last in SURNAMES if len(f"{first} {last}") >= 8})
     made = []
@@ -128,7 +128,7 @@ def people() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def texts(tmp_path: Path, people: list[dict[str, Any]]) -> Path:
-    """Each person named in two texts, the name within the text and not at its end."""
+    """Mention each person in two texts, with the name within the text and not at its end."""
     folder = tmp_path / "texts"
     folder.mkdir()
     rng = random.Random(1)
@@ -139,7 +139,7 @@ def texts(tmp_path: Path, people: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def build(tmp_path: Path, texts: Path) -> Callable[..., int]:
-    """Build from these lines; returns the exit code. What is written is people.jsonl."""
+    """Build from these lines, write people.jsonl, and return the exit code."""
 
     def call(lines: list[Any], *flags: str, out: str = "people.jsonl") -> int:
         (tmp_path / "dump.json").write_bytes(dump_bytes(lines))
@@ -201,7 +201,7 @@ def test_the_best_rank_counts_and_one_class_alone(values: list[Any], code: int) 
         ([], [], c.NONE),
         (["somevalue"], [], c.NONE),
         ([BIRTH], ["novalue"], 1),
-        ([BIRTH], ["somevalue"], c.NONE),  # dead, nobody knows since when
+        ([BIRTH], ["somevalue"], c.NONE),  # dead, but nobody knows since when
         ([BIRTH], [DEATH], 2),
         ([], [DEATH], 2),
         ([BIRTH], ["+1980-12-31T00:00:00Z"], 2),
@@ -209,7 +209,7 @@ def test_the_best_rank_counts_and_one_class_alone(values: list[Any], code: int) 
         ([BIRTH], [("+2001-01-01T00:00:00Z", "deprecated")], 1),
         ([BIRTH], [DEATH, "+2001-01-01T00:00:00Z"], c.NONE),
         ([BIRTH], ["-0044-03-15T00:00:00Z"], 2),
-        (["+1750-00-00T00:00:00Z"], [], c.NONE),  # long dead, whatever is not written
+        (["+1750-00-00T00:00:00Z"], [], c.NONE),  # died long ago, whatever is missing
         (["+1910-00-00T00:00:00Z"], [], 1),
     ],
 )
@@ -247,7 +247,7 @@ def test_qualifiers_and_references_are_no_values() -> None:
         ("Voltaire the", "Voltaire the"),
         ("Ed Wood", None),  # fewer than eight characters
         ("Montesquieu", None),
-        ("John Smith (actor)", None),  # no text says it so
+        ("John Smith (actor)", None),  # no text spells it like this
         ("a b c d e f g h i", None),
         (None, None),
     ],
@@ -295,11 +295,11 @@ def code_of(names: Names, name: str, task: c.Task) -> int:
         ([ACTOR, PAINTER], "actor", None),
         ([ACTOR, SINGER], None, None),
         ([SWIMMER], "athlete", None),
-        ([SPRINTER, SWIMMER], "athlete", None),  # both are below athlete, one of them two steps
+        ([SPRINTER, SWIMMER], "athlete", None),  # both are subclasses of athlete, one of them indirectly
         ([FOOTBALLER, BASKETBALLER], "athlete", None),
         ([FOOTBALLER, SPRINTER], "athlete", "soccer"),
         ([BASKETBALLER, ACTOR], None, "basketball"),
-        ([PAINTER], None, None),  # below athlete by a deprecated statement alone
+        ([PAINTER], None, None),  # a subclass of athlete only by a deprecated statement
         ([], None, None),
     ],
 )
@@ -322,9 +322,9 @@ def test_namesakes_who_differ_count_for_none() -> None:
     assert code_of(names, "John Kennedy", c.GENDER) == 2
     assert code_of(names, "John Kennedy", c.OCCUPATIONS) == c.NONE
     assert code_of(names, "John Kennedy", c.IS_ALIVE) == c.NONE
-    assert code_of(names, "Mary Johnson", c.OCCUPATIONS) == c.NONE  # one of them is two things
+    assert code_of(names, "Mary Johnson", c.OCCUPATIONS) == c.NONE  # one of them has two occupations
     (row,) = np.flatnonzero(names.hashes == hash("John Kennedy"))
-    assert names.prominence[row] == 5  # properties of the third: P31 and its four
+    assert names.prominence[row] == 5  # properties of the third person: P31 and four others
 
 
 def test_who_says_nothing_is_not_kept() -> None:
@@ -357,7 +357,7 @@ def names_found(finder: MentionFinder) -> Counter[str]:
         ("Ada Lovelace Ada Lovelace King", ["Ada Lovelace", "Ada Lovelace King"]),
         ("Ada Ada Lovelace", ["Ada Lovelace"]),
         ("J. K. Rowling. José Saramago! Shaquille O'Neal's", ["J. K. Rowling", "José Saramago", "Shaquille O'Neal"]),
-        ("Ada \ufffdda Lovelace. \ufffd Ada Lovelace", []),  # what was no UTF-8 is no context
+        ("Ada \ufffdda Lovelace. \ufffd Ada Lovelace", []),  # invalid UTF-8 is not part of a context
         ("", []),
         ("Ada", []),
     ],
@@ -610,7 +610,7 @@ def test_of_many_classes_those_with_too_few_people_are_left_out() -> None:
     for person in persons:
         finder.search(name_of(person))
     rows, counts = selection.select(table_of(*persons), finder.found, 3, 4)
-    assert Counter(row.label for row in rows) == {"actor": 3, "singer": 3}  # two classes are left: as many of each
+    assert Counter(row.label for row in rows) == {"actor": 3, "singer": 3}  # two classes remain, with equal numbers
     assert [(n.name, n.found, n.people) for n in counts if n.found] == [
         ("journalist", 2, 0), ("actor", 5, 3), ("singer", 3, 3)
     ]  # fmt: skip
@@ -697,7 +697,9 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path, texts: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "build_wikidata.py"), "-", str(texts), "-o", str(out), "--quiet"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stderr is not None
-        for line in dump_bytes(crowd(100)).splitlines(keepends=True) * 20:  # more than a pipe holds: it is being read
+        for line in (
+            dump_bytes(crowd(100)).splitlines(keepends=True) * 20
+        ):  # more than a pipe holds, so it is being read
             process.stdin.write(line)
         process.stdin.flush()
         process.send_signal(signal.SIGINT)

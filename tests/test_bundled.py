@@ -1,4 +1,4 @@
-"""The bundled model, SAEs and results: real, whole, and what the documents say of them."""
+"""The bundled model, SAEs and results are complete, and are what the documents say."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = "The prize went to Marie Curie, who shared it with her husband, the physi
 
 @pytest.fixture(scope="module")
 def activations():
-    """Residual stream of a sentence after layer 3, float32 [tokens, d]."""
+    """Return the residual stream of a sentence after layer 3, float32 [tokens, d]."""
     info = open_model(str(DEMO_MODEL))
     site = Site(3, "resid_post")
     ids = torch.tensor([[info.tokenizer.bos_token_id, *info.tokenizer(TEXT, add_special_tokens=False)["input_ids"]]])
@@ -109,7 +109,7 @@ def test_the_kept_results_are_of_the_bundled_model_and_saes():
 
 
 def test_results_of_an_earlier_version_load_report_and_are_gone_on_with(tmp_path):
-    """`results/demo` was written before the package was one: nothing in it is refused or measured again."""
+    """`results/demo` was written by an earlier version: none of it is rejected or measured again."""
     folder = tmp_path / "demo"
     shutil.copytree(ROOT / "results" / "demo", folder)
     plan = go_on(make_plan(parse(["--output_directory", str(folder), "--device1", "cpu"]).request))

@@ -1,4 +1,4 @@
-"""The calibration sample: the right tokens of the right texts, whatever else the run does."""
+"""The calibration sample: the right tokens of the right texts, independent of the rest of the run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tokenised(mentions, info):
 
 
 def every_token(model, tokenised, site):
-    """All activations of each text, run alone: a list of [tokens, d]."""
+    """Return all activations of each text, run separately: a list of [tokens, d]."""
     return [model.activations(torch.from_numpy(ids).long()[None])[site][0] for ids in tokenised.ids]
 
 

@@ -1,4 +1,4 @@
-"""CITATION.cff is one, of this version, and cites what the README says that this work rests on."""
+"""CITATION.cff is valid, is of this version, and cites the works that the README names."""
 
 from __future__ import annotations
 

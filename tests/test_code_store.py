@@ -1,4 +1,4 @@
-"""Codes as they came, whatever their order, their number and the memory there is for them."""
+"""The code store returns codes unchanged, for any order, number and memory limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENTRY = 8  # bytes
 
 
 def random_codes(n_rows, seed, most=9):
-    """Rows of 0 to `most` latents, some of them twice in a row, and the matrix that they mean."""
+    """Return rows of 0 to `most` latents, some of them twice in a row, and the matrix that they represent."""
     random = np.random.default_rng(seed)
     count = random.integers(0, most + 1, n_rows)
     crow = np.concatenate([[0], np.cumsum(count)])
@@ -30,7 +30,7 @@ def random_codes(n_rows, seed, most=9):
 
 
 def in_columns(codes, chosen=(3, 5, 17, 40_000, D_SAE - 1, 8)):
-    """The chosen columns of a CSR tensor, [rows, chosen]."""
+    """Return the chosen columns of a CSR tensor, [rows, chosen]."""
     return (codes @ torch.nn.functional.one_hot(torch.tensor(chosen), D_SAE).float().T.contiguous()).numpy()
 
 
@@ -44,7 +44,7 @@ def test_codes_come_back_in_any_order(max_bytes, in_file):
     for ids in order.split(13):
         for sae_id, (codes, _) in whole.items():
             store.put(SITE, sae_id, ids, codes.select(ids))
-        some = torch.cat([ids.flip(0), ids[:2]])  # backwards, and two of them again: asked for between two batches
+        some = torch.cat([ids.flip(0), ids[:2]])  # in reverse, two of them again: requested between two batches
         for sae_id, (_, dense) in whole.items():
             np.testing.assert_allclose(
                 in_columns(store.get(SITE, sae_id, some, CPU)),

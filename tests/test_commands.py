@@ -1,4 +1,4 @@
-"""What the programs have in common: flags, versions, bars, and the lines that a run begins and ends with."""
+"""Common behaviour of the programs: flags, versions, progress bars, and the first and last lines of a run."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Stream(io.StringIO):
 
 
 def drawn(monkeypatch, terminal, seconds_a_step, steps=1000):
-    """What a bar of so many steps writes."""
+    """Return the output of a progress bar of this many steps."""
     stream, now = Stream(terminal), [0.0]
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])

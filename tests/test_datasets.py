@@ -1,4 +1,4 @@
-"""Tasks, labels, people and draws: against the counts worked out on the data, then properties, then errors."""
+"""Tasks, labels, people and draws: compared with counts of the data, then properties, then errors."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_wikidata_labels_point_the_right_way(wikidata_texts: dw.ProbeTexts, prob
 
 
 def test_occupation_probes_read_their_own_files(wikidata_texts: dw.ProbeTexts) -> None:
-    # Compared with the files themselves: a swapped file would still look plausible.
+    # compared with the files themselves, because a swapped file would still look plausible
     stems = {"59": "journalist", "61": "actor", "62": "politician", "63": "singer", "64": "researcher"}
     for number, occupation in stems.items():
         rows = wikidata._read_rows(f"{number}_wikidata_occupation_is{occupation}")
@@ -150,7 +150,7 @@ def test_one_person_has_one_id(wikidata_texts: dw.ProbeTexts) -> None:
     ids: dict[str, set[int]] = defaultdict(set)
     keys: dict[int, set[str]] = defaultdict(set)
     for mention, person in zip(wikidata_texts.mentions, wikidata_texts.persons.tolist(), strict=True):
-        # counted apart from people.py: the last two words' letters
+        # counted independently of people.py: by the letters of the last two words
         spelled = re.sub(r"[^a-z ]", "", " ".join(mention.text.casefold().split()[-2:]))
         ids[spelled].add(person)
         keys[person].add(mention.person)
@@ -229,7 +229,7 @@ def mention(text: str) -> Mention:
 
 
 def source(*sets: tuple[str, dict[str, int]]) -> Task:
-    """Row sets, each (probe prefix, {value: rows})."""
+    """Return row sets, each (probe prefix, {value: rows})."""
     return Task(
         "toy",
         "toy",
@@ -334,11 +334,11 @@ LENGTH = 12
 
 
 def gurnee_record(text: list[int], name: str, name_length: int, surname_length: int, value: str) -> dict[str, Any]:
-    """A record as `probing_datasets/wikidata.py` of their repository makes it."""
+    """Return a record as `probing_datasets/wikidata.py` of their repository makes it."""
     tokens = [BOS, *text[-(LENGTH - 1) :]]
     end = len(tokens) - 1
     tokens = tokens + [PAD] * (LENGTH - len(tokens))
-    padding = "<|endoftext|>" * tokens[1:].count(PAD)  # they decode the padding into the text
+    padding = "<|endoftext|>" * tokens[1:].count(PAD)  # they also decode the padding into the text
     return {
         "text": f"words {text} {name}{padding}",
         "tokens": tokens,
@@ -361,10 +361,10 @@ def write_gurnee(folder: Path, records: list[dict[str, Any]]) -> None:
 def gurnee_dir(tmp_path: Path) -> Path:
     gender = [
         gurnee_record([5, 6, 7, 8], "Ada Byron", 2, 1, "female"),
-        gurnee_record(list(range(20, 50)), "Max Born", 3, 2, "male"),  # cut on the left, no padding
-        gurnee_record([9, 10], "Max  BORN", 2, 1, "male"),  # nothing but the name
+        gurnee_record(list(range(20, 50)), "Max Born", 3, 2, "male"),  # cut on the left, without padding
+        gurnee_record([9, 10], "Max  BORN", 2, 1, "male"),  # only the name
         gurnee_record([5, 6, 7, 8], "Ada Byron", 2, 1, "female"),  # a duplicate
-        gurnee_record([5, 0, 7, 8], "Eva Peron", 2, 1, "female"),  # id 0 inside the text is no padding
+        gurnee_record([5, 0, 7, 8], "Eva Peron", 2, 1, "female"),  # id 0 inside the text is not padding
     ]
     write_gurnee(tmp_path / "wikidata_sorted_sex_or_gender.pyth.128.6000", gender)
     jobs = ["actor", "journalist", "politician", "researcher", "singer", "athlete"]
@@ -377,7 +377,7 @@ def gurnee_dir(tmp_path: Path) -> Path:
 
 
 def same(persons) -> list[int]:
-    """For each row the first row of the same person."""
+    """Return, for each row, the first row of the same person."""
     return [persons.tolist().index(person) for person in persons]
 
 
@@ -414,7 +414,7 @@ def test_gurnee_occupations_are_one_against_the_rest(gurnee_dir: Path) -> None:
     assert names_with_labels(texts, athlete.probes[1])["B American football player"] == {True}
     assert names_with_labels(texts, athlete.probes[4])["B American football player"] == {False}
     assert names_with_labels(texts, athlete.probes[0])["A athlete"] == {True}
-    assert len(texts.mentions) == 10  # is_athlete asks about the occupation folder's own mentions
+    assert len(texts.mentions) == 10  # is_athlete uses the mentions of the occupation folder
 
 
 def test_gurnee_missing_folder_lists_what_is_there(gurnee_dir: Path) -> None:
@@ -458,7 +458,7 @@ def write_csv(folder: Path, rows: list[tuple[Any, ...]], header: tuple[str, ...]
 
 
 def own(path: Path, split: str | None = None, columns: str = "") -> dw.ProbeTexts:
-    """What is made of the user's data alone."""
+    """Return the dataset of the user's file alone."""
     return dw.load_probe_texts([dw.UserData(str(path), split, dw.parse_columns(columns))])
 
 
@@ -541,7 +541,7 @@ SPELLINGS = [
     "1e3",
     "1000",
 ]
-PEOPLE = [0, 0, 0, 0, 4, 5, 5, 7, 7, 7, 10, 11, 12]  # the first that is the same person
+PEOPLE = [0, 0, 0, 0, 4, 5, 5, 7, 7, 7, 10, 11, 12]  # the first row of the same person
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

@@ -1,4 +1,4 @@
-"""By depth: every number of the plots is that of the files, and two SAEs are told apart where plain sums tell them."""
+"""Plots by layer: every number is that of the files, and significant differences of two SAEs agree with plain sums."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS = range(4)
 
 
 def stored(sae, layer):
-    """Scores of people with a row each; the second SAE is much worse in layers 1 and 2, and equal in the others."""
+    """Return scores of people with one row each; the second SAE is much worse in layers 1 and 2, and equal elsewhere."""
     random = np.random.default_rng([layer])
     labels = np.arange(N) % 2 == 0
     truth = np.where(labels, 1.0, -1.0)
@@ -61,7 +61,7 @@ def test_two_saes_are_shaded_where_their_paired_difference_is_significant(folder
     for layer, line in found.items():
         right = [((stored(sae, layer).views["sae"] > 0) == stored(sae, layer).labels).mean(axis=0) for sae in (0, 1)]
         change = right[0] - right[1]
-        assert float(line["difference"]) == pytest.approx(change.mean(), abs=1e-12)  # classes are of one size
+        assert float(line["difference"]) == pytest.approx(change.mean(), abs=1e-12)  # both classes have the same size
         spread = change.std()
         z = abs(change.mean()) / (spread / np.sqrt(N)) if spread else 0.0
         p_values.append(2 * stats.norm.sf(z))

@@ -1,4 +1,4 @@
-"""What a model says next when it runs on from x̂: against a plain hook on the whole model, and SAE Lens's figures."""
+"""The model's output when it continues from x̂: compared with a plain hook on the whole model, and with SAE Lens."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def measured(plan, cores=1):
 
 
 def topk_recon(folder, x):
-    """x̂ of an SAE of `write_sparsify`, in plain torch."""
+    """Return x̂ of an SAE of `write_sparsify`, in plain torch."""
     weights, k = load_file(folder / "sae.safetensors"), json.loads((folder / "cfg.json").read_text())["k"]
     top = torch.relu(x @ weights["encoder.weight"].T).topk(k, dim=-1)
     return torch.zeros(len(x), len(weights["W_dec"])).scatter_(1, top.indices, top.values) @ weights["W_dec"]
 
 
 def by_plain_hook(model_folder, module_of, recon_of, tokenised, skip, last_only=True):
-    """Figures of each text by itself, with a forward hook on a whole transformers model: sums over tokens."""
+    """Compute figures of each text separately, with a forward hook on a whole transformers model: sums over tokens."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     module, seen, put = module_of(model), [], []
 
@@ -143,7 +143,7 @@ def test_an_identity_changes_nothing_and_small_passes_give_the_same(tiny_model, 
     assert (same.delta_ce, same.kl_sae, same.kl_pos) == (0, 0, 0)
     plan = planned(tiny_model, write_sparsify(tmp_path / "sae", [1]), data)
     _, whole = measured(plan)
-    monkeypatch.setattr(downstream, "LOGITS", 1)  # one text in a pass
+    monkeypatch.setattr(downstream, "LOGITS", 1)  # one text per pass
     monkeypatch.setattr(downstream, "CHUNK", 1)
     _, small = measured(plan, cores=2)
     assert vars(small) == pytest.approx(vars(whole), abs=1e-6)
@@ -195,7 +195,7 @@ def test_a_transcoder_reads_elsewhere_and_its_output_stands_where_it_writes(tiny
 def test_what_is_not_finite_is_one_line_and_names_the_sae(tiny_model, data, tmp_path):
     sae = write_sparsify(tmp_path / "sae", [1])
     weights = load_file(sae / "layers.1" / "sae.safetensors")
-    weights["b_dec"][3] = 1e38  # finite, and its norm is not
+    weights["b_dec"][3] = 1e38  # finite, but its norm is not
     save_file(weights, sae / "layers.1" / "sae.safetensors")
     with pytest.raises(ArithmeticError, match=r"^layer 1: .* next, run on from the reconstruction by .*sae$"):
         measured(planned(tiny_model, sae, data))
@@ -290,7 +290,7 @@ def test_a_place_whose_value_cannot_be_replaced_is_refused(tiny_model, data, tmp
 
 @pytest.mark.slow
 def test_figures_are_those_of_sae_lens(tiny_model, data, tmp_path):
-    """The function that `run_evals` calls, on a TransformerLens model; it takes the mean over all tokens, BOS too."""
+    """Compare with the function that `run_evals` calls, on a TransformerLens model; it averages over all tokens with BOS."""
     from sae_lens import StandardSAE, StandardSAEConfig
     from sae_lens.evals import get_downstream_reconstruction_metrics
     from sae_lens.training.activation_scaler import ActivationScaler

@@ -1,4 +1,4 @@
-"""Names of result files and folders: readable, safe, and different for what is different."""
+"""Names of result files and folders: readable, safe and distinct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache of fits: no probe of the model's view twice, no bit changed, and nothing read that would be fitted anew."""
+"""The fit cache: no probe of the model's view is fitted twice, no bit changes, and stale fits are not read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OF_MODEL, OF_SAE = 2 * N_LAYERS, N_LAYERS  # fits of a run: the model's view and
 
 @pytest.fixture
 def fitted(monkeypatch):
-    """The features of every call of a backend, by digest: how often each was fitted."""
+    """Count how often each problem was fitted, by the digest of its features."""
     counted: Counter[str] = Counter()
 
     def counting(plain):
@@ -57,7 +57,7 @@ def fitted(monkeypatch):
 
 @pytest.fixture
 def new_process(monkeypatch):
-    """Forget what is taken once a process: the text of the program and the libraries."""
+    """Clear what a process reads once: the text of the program and the libraries."""
 
     def forget() -> None:
         for name in ("running_program", "installed_version"):
@@ -73,7 +73,7 @@ def shards(root: Path) -> list[Path]:
     return sorted(root.glob("probes/*.safetensors"))
 
 
-# as it is used
+# mark it as used
 
 
 def test_another_sae_fits_its_own_view_only_and_no_bit_changes(with_cache, other_saes, fitted, tmp_path, caplog):
@@ -83,7 +83,7 @@ def test_another_sae_fits_its_own_view_only_and_no_bit_changes(with_cache, other
     without_cache = Counter(fitted)
     fitted.clear()
     assert with_cache.run() == 0
-    of_model = fitted & without_cache  # what both SAEs' runs fitted
+    of_model = fitted & without_cache  # the fits of both SAEs' runs
     assert of_model.total() == OF_MODEL
     fitted.clear()
     caplog.set_level(logging.INFO, "fit_cache")
@@ -96,7 +96,7 @@ def test_another_sae_fits_its_own_view_only_and_no_bit_changes(with_cache, other
 
 
 def test_cold_and_warm_the_bits_are_those_of_a_run_without_a_cache(with_cache, tmp_path):
-    """All views, and baselines, which share the model's fits with the SAE."""
+    """Covers all views, and baselines, which share the model's fits with the SAE."""
     views = ("--views", "model,sae,error,latents", "--baselines", "identity,mean,names")
     assert with_cache.plus(*views).run() == 0
     assert with_cache.plus(*views).into(tmp_path / "warm").run() == 0
@@ -139,7 +139,7 @@ def test_other_data_and_a_changed_program_make_another(with_cache, fitted, tmp_p
 
 
 def test_beside_another_task_a_task_reads_the_same_fits(with_cache, fitted, tmp_path):
-    """People get other numbers then, which no fit depends on."""
+    """People get other numbers then, on which no fit depends."""
     assert with_cache.run() == 0
     fitted.clear()
     rows = [{**row, "task": "women"} for row in people(240)]
@@ -204,14 +204,14 @@ def test_a_broken_fit_is_told_removed_and_fitted_again(with_cache, fitted, tmp_p
     assert {path: path.read_bytes() for path in shards(tmp_path / "cache")} == whole
 
 
-# part by part
+# section by section of the file
 
 
 N, D = 120, 6
 
 
 def task(seed: int = 0, **changes) -> dict:
-    """What `fit_model` is given: two targets of 60 people, with the control task of 30 token types."""
+    """Return the arguments of `fit_model`: two targets of 60 people, with the control task of 30 token types."""
     random = np.random.default_rng(seed)
     labels = random.random((2, 60)) < 0.5
     plan = FoldPlan.build(labels.repeat(2, axis=1), np.arange(N) // 2, random.random(N) + 0.5, 3, 2, seed)
@@ -221,7 +221,7 @@ def task(seed: int = 0, **changes) -> dict:
 
 
 def same(one: ModelFit, other: ModelFit) -> bool:
-    """To the bit, with types, shapes and the memory's order."""
+    """Return whether two fits are bitwise identical, with types, shapes and memory order."""
     pairs = [(one.scale, other.scale), *((getattr(one.fit, name), getattr(other.fit, name)) for name in vars(one.fit))]
     if one.control is not None:
         assert one.control.persons is not None
@@ -249,7 +249,7 @@ def test_what_is_read_is_what_was_fitted(tmp_path, fitted, control):
 
 
 def test_of_no_target_there_is_no_fit_to_read(tmp_path):
-    """Too few people: nothing is measured, warm as cold."""
+    """There are too few people: nothing is measured, with a cold or a warm cache."""
     nobody = FoldPlan.build(np.ones((1, N)), np.arange(N), None, 3, 1, 0)
     for _ in range(2):
         found = FitCache.open(tmp_path, 1).fit_model(**task(plan=nobody))
@@ -309,7 +309,7 @@ def test_who_the_people_are_makes_no_other_fit(tmp_path, fitted):
 
 @pytest.mark.parametrize("what", ["threads", "processor"])
 def test_what_computes_makes_another_within_a_run(tmp_path, fitted, monkeypatch, what):
-    """Sums of two threads round otherwise than those of one."""
+    """Sums of two threads round differently from those of one."""
     cache = FitCache.open(tmp_path, 1)
     cache.fit_model(**task())
     fitted.clear()
@@ -323,7 +323,7 @@ def test_what_computes_makes_another_within_a_run(tmp_path, fitted, monkeypatch,
 
 @pytest.mark.parametrize("what", ["program", "library"])
 def test_what_was_loaded_makes_another_from_the_next_process_on(tmp_path, fitted, monkeypatch, new_process, what):
-    """Files may change below a long run, and again in the same process: what computes is what was loaded."""
+    """Files may change during a long run and again in the same process: what was loaded is what computes."""
     cache = FitCache.open(tmp_path, 1)
     cache.fit_model(**task())
     fitted.clear()
@@ -384,7 +384,7 @@ def test_the_digest_is_of_selectivity_and_of_all_that_it_imports(tmp_path):
 
 
 def test_writers_at_the_same_time_leave_whole_fits(tmp_path, fitted, caplog):
-    """Four runs that fit the same problems, in different orders."""
+    """Four runs fit the same problems in different orders."""
     expected = {seed: fit_model(**task(seed)) for seed in range(6)}
     caches = [FitCache.open(tmp_path, 1) for _ in range(4)]
     wrong = []

@@ -1,4 +1,4 @@
-"""Result files made to do harm: figures that are none, and names that would break what shows them."""
+"""Malicious result files: invalid figures, and names that would break the output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAMES = {
 
 
 def forge(path, change):
-    """The file with what `change` makes of its content, and a checksum that fits."""
+    """Write the file with the content that `change` returns and a matching checksum."""
     content = json.loads(path.read_text(encoding="utf-8"))
     content = change(content) or content
     results = {name: value for name, value in content.items() if name != "_run"}
@@ -45,7 +45,7 @@ def forge(path, change):
 
 
 def at(*keys, value):
-    """Put a value in a place of the content."""
+    """Set a value at a place of the content."""
 
     def change(content):
         for key in keys[:-1]:
@@ -56,7 +56,7 @@ def at(*keys, value):
 
 
 def beside(key, value):
-    """A second layer of this name, with the figures of the first."""
+    """Add a second layer of this name, with the figures of the first."""
 
     def change(content):
         content[key] = copy.deepcopy(content["layer_0"]) if value is None else value
@@ -155,7 +155,7 @@ def test_hostile_names_come_out_of_every_output_harmless(name, tmp_path, monkeyp
         assert max(map(len, out.split("\n"))) < 300
     cells = [cell for line in csv.reader((tmp_path / "all.csv").open(encoding="utf-8")) for cell in line]
     assert not any(cell.lstrip().startswith(("=", "@")) for cell in cells)
-    (tmp_path / "in" / "sae-01" / path.name).unlink()  # one SAE is enough for the plots, which take the time
+    (tmp_path / "in" / "sae-01" / path.name).unlink()  # one SAE is enough for the plots, which are slow
     monkeypatch.setattr(drawing, "PNG_DPI", 20)
     assert report.main([str(folder), "-o", str(tmp_path / "r.html"), "--plots", str(tmp_path / "plots")]) == 0
     text = (tmp_path / "r.html").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Products by either library are the same to rounding, whatever the strides; other products stay with torch."""
+"""Products by either library agree to rounding for all strides; other products use torch."""
 
 from __future__ import annotations
 

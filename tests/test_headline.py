@@ -1,4 +1,4 @@
-"""Candidates for the headline: each against an independent formula, and its interval against resampling."""
+"""Candidates for the headline score: compared with independent formulas, and their intervals with resampling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N = 400
 
 
 def made(n: int = N, seed: int = 0) -> ProbeScores:
-    """Scores of a good probe, and of the same probe on a worse copy; 100 people, half the rows of either class."""
+    """Return scores of a good probe and of the same probe on a worse copy; 100 people, half the rows of each class."""
     random = np.random.default_rng(seed)
     labels = np.arange(n) % 2 == 0
     own = np.where(labels, 1.0, -1.0) + random.normal(size=n) * 1.5

@@ -1,4 +1,4 @@
-"""The layers of the package: a file imports its own room and those below it."""
+"""The layers of the package: a file imports only its own folder and those below it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from delta_selectivity.cli.command_line import known_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "delta_selectivity"
-LAYERS = [  # from bottom to top; rooms on one line do not know each other
+LAYERS = [  # from bottom to top; folders on one line do not import each other
     {"errors"},
     {"settings", "system"},
     {"tasks", "models", "saes", "probing"},
@@ -22,19 +22,19 @@ LAYERS = [  # from bottom to top; rooms on one line do not know each other
     {"scale", "api"},
     {"cli"},
 ]
-STORAGE = {  # holds what it is given to its checksum, and decides no number
+STORAGE = {  # stores bytes, and affects no number
     f"{PACKAGE}.{name}" for name in ("caches.shard_folder", "system.file_lock", "system.whole_file")
 }
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 
 def room(module: str) -> str:
-    """`delta_selectivity.saes.sae` -> `saes`; the package itself -> ``."""
+    """Return the folder of a module: `delta_selectivity.saes.sae` -> `saes`; `` for the package itself."""
     return module.partition(".")[2].partition(".")[0]
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of the package that a file imports, wherever in it."""
+    """Return the modules of the package that a file imports, at any place."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -46,7 +46,7 @@ def imported(path: Path) -> set[str]:
 
 
 def module_file(name: str) -> Path | None:
-    """The file of a module of the package, if there is one."""
+    """Return the file of a module of the package, if there is one."""
     path = ROOT / name.replace(".", "/")
     found = (path.with_suffix(".py"), path / "__init__.py")
     return next((file for file in found if file.is_file()), None)

@@ -1,4 +1,4 @@
-"""The page and the plots: every number of the files, nothing from outside, whatever the names and however many SAEs."""
+"""The page and the plots: every number of the files, no requests, for any names and any number of SAEs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Node:
 
 
 class Tree(HTMLParser):
-    """Reads a page and takes nothing for granted: every element is closed by its own tag."""
+    """A strict parser of the page: every element must be closed by its own tag."""
 
     def __init__(self, text):
         super().__init__()
@@ -96,7 +96,7 @@ def lines(plot):
 
 
 def cell_rows(root):
-    """By (SAE, dataset, probe, layer): the entries of a line of the big table, by column, as elements."""
+    """Return the lines of the table of all cells by (SAE, dataset, probe, layer); each maps column -> element."""
     (data,) = (node for node in root.all("template") if node.attributes.get("id") == "cell-data")
     names = [column.name for column in COLUMNS]
     rows = [dict(zip(names, map(entry, line), strict=False)) for line in json.loads(data.text)]
@@ -547,7 +547,7 @@ def browser():
 
 
 def opened(browser, path, width, **options):
-    """The page in a window of this width, and what it asked for and complained of."""
+    """Open the page in a window of this width, and record its requests and console messages."""
     page = browser.new_page(viewport={"width": width, "height": 900}, **options)
     page.asked, page.told = [], []
     page.on("request", lambda request: page.asked.append(request.url))

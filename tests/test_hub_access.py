@@ -1,4 +1,4 @@
-"""The Hub that does not answer is asked once, and the cache stands in for it."""
+"""An unreachable Hub is tried once, and then the cache is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from delta_selectivity.system.hub_access import use_cache_if_unreachable
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub at an address of this machine: `hub(answers)`."""
+    """Return a function that starts a Hub at a local address: `hub(answers)`."""
     monkeypatch.setattr(hub_access, "_last_check", None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):

@@ -1,4 +1,4 @@
-"""k-sparse probes: against a plain scikit-learn loop, against sae-probes itself on its own split, and in a run."""
+"""k-sparse probes: compared with a plain scikit-learn loop, with sae-probes on its own split, and in a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from delta_selectivity.records.result_file import read
 
 @pytest.fixture(scope="module")
 def world():
-    """300 rows of 100 people, 40 latents of unequal size and rarity; three tell of the labels."""
+    """Return 300 rows of 100 people and 40 latents of unequal size and rarity, three of which predict the labels."""
     random = np.random.default_rng(0)
     persons = np.repeat(np.arange(100), 3)
     labels = random.random((2, 100))[:, persons] > np.array([[0.5], [0.7]])
@@ -28,7 +28,7 @@ def world():
     dense[random.random(dense.shape) > np.linspace(0.05, 0.6, 40)] = 0
     dense[:, 3] = labels[0] * random.exponential(size=300)
     dense[:, 7] = (labels[1] + 0.2) * (random.random(300) > 0.5)
-    dense[:, 11] = labels[0] * (random.random(300) > 0.8) * 0.01  # rare and small, yet always right
+    dense[:, 11] = labels[0] * (random.random(300) > 0.8) * 0.01  # rare and small, but always right
     dense = dense.astype(np.float32).astype(np.float64)
     return dense, labels, persons, FoldPlan.build(labels, persons, None, 5, 2, 0)
 
@@ -38,7 +38,7 @@ def as_csr(dense):
 
 
 def by_scikit_learn(dense, labels, folds, fold, k, c, weights=None):
-    """(rows held out, their scores): the loop of sae_probes.run_sae_evals on one training fold."""
+    """Return (held-out rows, their scores): the loop of sae_probes.run_sae_evals on one training fold."""
     weights = np.ones(len(labels)) if weights is None else weights
     train_rows, test_rows = folds != fold, folds == fold
     x, y, w = dense[train_rows], labels[train_rows], weights[train_rows, None]
@@ -78,7 +78,7 @@ def test_entries_of_one_place_are_added(world):
 
 
 def test_persons_are_held_out(world):
-    """A latent for each person says everything about labels that are random by person, if the person was trained on."""
+    """One latent per person predicts labels that are random by person, if the person was in the training rows."""
     _, _, persons, _ = world
     labels = (np.random.default_rng(1).random(100) > 0.5)[None, persons]
     plan = FoldPlan.build(labels, persons, None, 5, 5, 0)

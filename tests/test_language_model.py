@@ -1,4 +1,4 @@
-"""The model as a source of activations: the right modules, the right values under padding, nothing left behind."""
+"""The model as a source of activations: the right modules, the right values under padding, no hooks left behind."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_auto_dtype_is_what_was_saved_if_that_is_fast_bfloat16_and_float32_other
 
 
 def test_threads_that_load_at_once_leave_transformers_as_it_was(tiny_model, monkeypatch):
-    """It swaps `tie_weights` for an empty function as it builds a model: two that overlap would leave it so."""
+    """While transformers builds a model, it replaces `tie_weights` by an empty function; overlapping builds would keep it."""
     info = open_model(str(tiny_model))
     site = Site(0, "resid_post")
     plain, plain_tie = PreTrainedModel.__dict__["get_init_context"].__func__, PreTrainedModel.tie_weights

@@ -1,4 +1,4 @@
-"""Latents that carry a probe: as plain NumPy says it, and planted ones are found."""
+"""Latents that carry a probe: compared with plain NumPy, and planted latents are found."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ D, N = 12, 400
 
 
 def world(drop=None, silence=None):
-    """(w, x, recon, codes, directions, labels) of an SAE of orthonormal features: the third tells the classes apart.
+    """Return (w, x, recon, codes, directions, labels) of an SAE of orthonormal features; the third predicts the label.
 
-    drop: a latent that never fires. silence: one whose decoder direction is 0.
+    drop: a latent that never fires. silence: a latent whose decoder direction is 0.
+
     """
     random = np.random.default_rng(0)
     directions = np.linalg.qr(random.normal(size=(D, D)))[0]

@@ -1,4 +1,4 @@
-"""The leaderboard: ranks with ties, filters that leave ranks alone, one file that a browser shows without a word."""
+"""The leaderboard: ranks with ties, filters that do not change ranks, and a page without requests or errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ N = 40
 
 
 def made_up(folder, n=N, reach=2.5, layers=(3,), hostile=False):
-    """SAEs whose transfer_r2 falls by 0.01 from one to the next, told apart from the third neighbour on."""
+    """Return SAEs whose transfer_r2 falls by 0.01 each, with significant differences from the third neighbour on."""
     names = [f"org/sae-{number:02}" for number in range(n)]
     if hostile:
         names[0] = '<script>alert(1)</script> & "x" \'y'
@@ -56,7 +56,7 @@ def test_ranks_ties_and_numbers_are_those_of_the_paired_differences(forty):
     assert len(rows) == N
     for number, row in enumerate(rows):
         rank, name, r2, interval, _, _, width, _, n_probes = row.all("td")[:1] + row.all("th") + row.all("td")[1:]
-        first, last = max(number - 1, 1), min(number + 3, N)  # two neighbours on either side are not told apart
+        first, last = max(number - 1, 1), min(number + 3, N)  # two neighbours on each side are ties
         assert rank.all("b")[0].text == f"{first}–{last}"
         assert f"tied with {last - first}: " in rank.text
         assert name.text == (f"org_sae-{number:02}" if number else name.text)
@@ -91,7 +91,7 @@ def test_every_control_has_a_name_and_every_table_a_caption(forty):
 
 
 def test_each_layer_is_a_board_of_its_own_with_its_own_scores(tiny_model, tmp_path):
-    """Two runs of several layers: the layer's own paired differences decide, not the run's means."""
+    """In two runs of several layers, the paired differences of the layer itself decide, not the run's means."""
     from conftest import people, write_csv, write_sparsify
 
     task = write_csv(tmp_path / "people.csv", people(120))

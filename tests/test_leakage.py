@@ -1,4 +1,4 @@
-"""Labels that mean nothing: what duplicates and people on both sides of a split make of them."""
+"""Labels without meaning: the effect of duplicates and of people on both sides of a split."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ N_PEOPLE, MENTIONS, COPIES, D = 80, 4, 2, 64
 
 @pytest.fixture(scope="module")
 def found():
-    """A coin for each person as the label, activations that tell the person, every row shipped twice."""
+    """Return random labels of people, activations that identify the person, and every row twice."""
     random = np.random.default_rng(0)
     persons = np.repeat(np.arange(N_PEOPLE), MENTIONS)
     labels = (random.permutation(N_PEOPLE) % 2 == 0)[persons]
@@ -46,7 +46,7 @@ def test_rows_and_people_are_counted(found):
 
 
 def test_an_error_by_row_is_too_small(found):
-    """Rows of a person are told right or wrong together."""
+    """Rows of a person are right or wrong together."""
     assert found.row_standard_error < 0.9 * found.person_standard_error
 
 

@@ -1,4 +1,4 @@
-"""Reports of more tasks than one reads: by family, folded, the largest losses first."""
+"""Reports of many tasks: by family, collapsed, the largest losses first."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from delta_selectivity.reporting.plots import plots_of
 from delta_selectivity.reporting.results import load, result_files
 from delta_selectivity.reporting.study import MAX_DATASETS, MAX_PANELS, study_of
 
-N = 60  # tasks
+N = 60  # number of tasks
 SAES = {"one": "one", "two": "two"}
 FAMILIES = ("people", "places", "code")
 
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    """Two SAEs on `N` tasks of three families; the i-th task loses i thousandths."""
+    """Return two SAEs on `N` tasks of three families; the i-th task loses i thousandths."""
     folder = tmp_path_factory.mktemp("long")
     (source,) = sorted(write_set(folder / "sources", saes={"one": "one"}).glob("**/*gender.json"))
     found = result_file.read(source)
@@ -81,7 +81,7 @@ def test_families_hold_their_tasks_worst_first(long):
     assert study.has_many_datasets and set(study.families) == set(FAMILIES)
     numbers = [int(name.partition("_")[0]) for name in study.families["people"]]
     assert numbers == sorted(range(0, N, 3), reverse=True)
-    assert study.families["places"][-1] == "7_task"  # nothing was measured of it
+    assert study.families["places"][-1] == "7_task"  # it was not measured
     assert len(study.panel_probes) == MAX_PANELS and study.panel_probes[0] == (f"{N - 1}_task", f"task_{N - 1}")
 
 

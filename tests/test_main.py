@@ -1,4 +1,4 @@
-"""The program as it is used: in process, on a tiny model, its files, its exit codes and its one line of error."""
+"""The program as it is used: in process, on a tiny model, with its files, exit codes and one-line errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUN_KEYS = {"schema_version", "config", "versions", "commit", "started", "second
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, people_csv, tmp_path):
-    """Call the program on the tiny model with a CSV task; further flags replace or follow these."""
+    """Return a function that calls the program on the tiny model with a CSV task; its arguments are further flags."""
 
     def call(*flags, sae=tiny_saes, out=tmp_path / "results", data=("--dataset_file", str(people_csv))):
         fixed = ["--model_name", str(tiny_model), "--sae_name", str(sae), "--output_directory", str(out), "--quiet"]
@@ -37,7 +37,7 @@ def numbers(path):
 
 
 def cell_of(layer):
-    """The only probe of a layer's record."""
+    """Return the only probe of a layer's record."""
     (cell,) = (value for value in layer.values() if isinstance(value, dict))
     return cell
 
@@ -222,7 +222,7 @@ def test_an_unusable_task_is_refused(ask, tmp_path, capsys, rows, words):
 
 
 def few_people():
-    """Rows of many men, and of two women."""
+    """Return rows of many men and of two women."""
     return [row for row in people(120) if row["label"] == 0] + [
         {**row, "group": f"only {i % 2}"} for i, row in enumerate(people(40)) if row["label"] == 1
     ]
@@ -241,7 +241,7 @@ def test_a_class_with_fewer_people_than_folds_gets_a_reason_in_place_of_a_number
 
 @pytest.mark.parametrize("rows", [people(4), few_people()], ids=["four rows", "two people"])
 def test_where_no_probe_can_be_measured_the_request_is_wrong(ask, tmp_path, capsys, rows):
-    """Not an empty table and exit code 0."""
+    """The result must not be an empty table and exit code 0."""
     assert ask(data=("--dataset_file", str(write_csv(tmp_path / "few.csv", rows)))) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "none of the probes can be measured (few: the" in line and "--folds" in line

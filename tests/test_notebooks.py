@@ -1,4 +1,4 @@
-"""explore/: notebooks that are kept clean, and that run on the kept results and on those of a fresh run."""
+"""explore/: the notebooks are kept without outputs, and run on the kept results and on those of a new run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_it_names_no_place_of_one_machine(path):
 
 
 def executed(path, monkeypatch, tmp_path, results=None):
-    """What a notebook prints and how many plots it draws, run in its own folder."""
+    """Run a notebook in its own folder; return its printed text and its number of plots."""
     from nbclient import NotebookClient
 
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
@@ -77,7 +77,7 @@ def test_it_runs_on_the_kept_results(path, monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def fresh(tiny_model, tiny_saes, tmp_path_factory):
-    """Results of two SAEs with the scores of their rows."""
+    """Return results of two SAEs with the scores of their rows."""
     folder = tmp_path_factory.mktemp("fresh")
     other = write_sparsify(folder / "sae-other", k=4)
     flags = ("--datasets", "gender,occupation", "--shuffle_select_n", "120", "--repeats", "2", "--baselines", "mean")

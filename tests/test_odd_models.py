@@ -1,4 +1,4 @@
-"""Models that are no standard decoder: each is measured rightly or refused in one line that says what to do."""
+"""Models that are not standard decoders: each is measured correctly or rejected with one line that says what to do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LLAMA = {**TINY, "intermediate_size": 64, "num_key_value_heads": 2, "max_positio
 
 @pytest.fixture
 def save(tiny_model: Path, tmp_path: Path):
-    """Make a random model of a type, beside the tiny model's tokenizer, and open it."""
+    """Return a function that saves a random model of a type, with the tiny model's tokenizer, and opens it."""
 
     def call(kind: str, auto: Any = AutoModelForCausalLM, **settings: Any) -> ModelInfo:
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -95,7 +95,7 @@ def test_parts_that_are_not_simply_added_are_refused_by_name_and_had_by_path(sav
     [
         ("falcon", {**TINY, "new_decoder_architecture": True, "num_kv_heads": 2}),
         ("falcon", {**TINY, "parallel_attn": False, "bias": True}),
-        ("glm4", {**LLAMA, "head_dim": 8, "pad_token_id": 0}),  # norms after both parts, by other names than Gemma's
+        ("glm4", {**LLAMA, "head_dim": 8, "pad_token_id": 0}),  # norms after both parts, with other names than Gemma's
         ("gpt_bigcode", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}),
         ("gpt_neox", {**LLAMA, "use_parallel_residual": False}),
         *((kind, LLAMA) for kind in ("cohere", "olmo", "olmo2", "smollm3", "stablelm", "starcoder2", "qwen3_moe")),
@@ -114,7 +114,7 @@ def test_more_families_come_for_free(save, ids, kind, settings):
 
 
 def test_a_norm_that_is_not_before_its_part_is_refused(save, ids):
-    info = save("olmo2", **LLAMA)  # norms after the parts; what is added is after the norm
+    info = save("olmo2", **LLAMA)  # norms after the parts; the norm's output is added
     before, after = (activations(info, name, ids) for name in ("resid_pre", "resid_post"))
     added = activations(info, "attn_out", ids) + activations(info, "mlp_out", ids)
     torch.testing.assert_close(before + added, after, atol=1e-5, rtol=0)
@@ -170,7 +170,7 @@ def test_the_text_half_of_a_model_of_images_is_measured(tiny_model: Path, tmp_pa
     [
         ("resid_middle", "use resid_post, resid_pre, mlp_out"),
         ("layers.<layer>.nothing", r"has no such module; it has layers\.<layer>, .*layers\.<layer>\.mlp"),
-        ("vision_tower.layers.<layer>.mlp", "has no such module"),  # what stands before the layers is no ornament
+        ("vision_tower.layers.<layer>.mlp", "has no such module"),  # what comes before the layers matters
         ("layers.<layer>.mlp.dense_h_to_4h:out", "has no such module"),
     ],
 )
@@ -187,7 +187,7 @@ def test_a_module_without_a_row_for_each_token_is_refused(save):
 
 
 def test_a_module_that_the_model_runs_without_is_refused(save):
-    site = Site(0, "h.<layer>.attn.attn_dropout")  # scaled_dot_product_attention has its own
+    site = Site(0, "h.<layer>.attn.attn_dropout")  # scaled_dot_product_attention replaces it
     info = save("gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=128)
     with pytest.raises(RequestError, match="the model runs without that module in layer 0"):
         info.widths([site])
@@ -233,7 +233,7 @@ class OddForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def odd(save) -> Path:
-    """A repository with Python code of its own, that knows only how to build the model with its head."""
+    """Return a repository with Python code of its own that can only build the model with its head."""
     folder = Path(save("llama", **LLAMA).name)
     (folder / "modeling_odd.py").write_text(MODELING)
     config = json.loads((folder / "config.json").read_text())
@@ -249,7 +249,7 @@ def test_a_repository_s_own_code_runs_on_request_only(odd: Path, ids: Tensor, mo
     info = open_model(str(odd), trust_remote_code=True)
     path = Site(1, "model.layers.<layer>.mlp.up_proj")
     sites = [Site(1, "resid_post"), Site(1, "z"), path]
-    assert info.widths(sites) == {sites[0]: 32, sites[1]: 32, path: 64}  # from the config: its code needs numbers
+    assert info.widths(sites) == {sites[0]: 32, sites[1]: 32, path: 64}  # from the config; its code needs numbers
     whole = AutoModelForCausalLM.from_pretrained(odd, trust_remote_code=True, dtype=torch.float32).eval()
     seen: list[Tensor] = []
     whole.model.layers[1].register_forward_hook(lambda _m, _i, output: seen.append(output))
@@ -279,7 +279,7 @@ def test_a_revision_is_another_model(tiny_model: Path, tmp_path: Path, monkeypat
     first, second = open_model("owner/tiny"), open_model("owner/tiny", "step1")
     assert (first.fingerprint(), second.fingerprint()) == tuple(commits.values())
     assert (first.files.revision, second.files.revision) == (None, "step1")
-    (repository / "refs" / "step1").write_text(commits["main"])  # the branch moves on after the model was opened
+    (repository / "refs" / "step1").write_text(commits["main"])  # the branch moves after the model was opened
     torch.testing.assert_close(activations(second, "resid_pre", ids, 0), 2 * activations(first, "resid_pre", ids, 0))
     with pytest.raises(RequestError, match="at revision step2"):
         open_model("owner/tiny", "step2")
@@ -308,7 +308,7 @@ def test_the_stream_between_attention_and_the_mlp_is_refused_where_both_read_the
 
 
 def test_an_sae_of_a_module_is_measured_where_the_model_has_that(save, tmp_path: Path):
-    """sparsify's folders say `layers` and dictionary_learning's readers `attention`, whatever the model calls them."""
+    """sparsify's folders use `layers`, and dictionary_learning's readers `attention`, for any model."""
     gemma = save("gemma3_text", **LLAMA, pad_token_id=0, head_dim=16).names_of_modules()
     gpt2 = save("gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=128).names_of_modules()
     for folder, in_gemma, in_gpt2 in [
@@ -321,7 +321,7 @@ def test_an_sae_of_a_module_is_measured_where_the_model_has_that(save, tmp_path:
         source = open_sae(str(tmp_path / folder))
         assert (in_model(source, gemma).hookpoint, in_model(source, gpt2).hookpoint) == (in_gemma, in_gpt2)
         typed = open_sae(str(tmp_path / folder), "layers.<layer>.mlp")
-        assert in_model(typed, gpt2).hookpoint.endswith("layers.<layer>.mlp")  # a path typed is that path
+        assert in_model(typed, gpt2).hookpoint.endswith("layers.<layer>.mlp")  # a path is used as it is typed
         assert in_model(open_sae(str(tmp_path / folder), "resid_mid"), gpt2).hookpoint == "resid_mid"
 
 

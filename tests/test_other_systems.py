@@ -1,4 +1,4 @@
-"""What other systems than Linux lack is taken away, and the program does without."""
+"""The program without features of Linux that other systems lack."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 def test_a_run_without_any_of_them_gives_the_same_numbers(with_cache, tmp_path):
-    """Rows go to files too, for which room is made in another way."""
+    """Rows are also spilled to files, whose space is reserved differently."""
     here, there = with_cache.into(tmp_path / "here"), with_cache.into(tmp_path / "there").plus("--queue_gb", "1e-6")
     assert here.run() == 0
     command = [sys.executable, "-c", WITHOUT, *there.argv]
@@ -132,7 +132,7 @@ def test_mps_is_a_device_of_models_and_not_of_probes(monkeypatch):
 
 
 def test_what_an_mps_device_computes_is_summed_on_the_cpu(with_cache, tmp_path, monkeypatch):
-    """The model says that it is on MPS. Nothing else may go there: MPS lacks float64, and this machine lacks MPS."""
+    """The model reports MPS. Everything else must avoid MPS, which lacks float64 and does not exist on this machine."""
     plain, there = with_cache.into(tmp_path / "cpu"), with_cache.into(tmp_path / "mps")
     assert plain.run() == 0
     made = Producer.__init__

@@ -1,4 +1,4 @@
-"""Several SAEs and one output folder: today's and tomorrow's, of one name, of other settings."""
+"""Several SAEs in one output folder: from several runs, with equal names, with other settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL = "EleutherAI_pythia-tiny"
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, people_csv, tmp_path):
-    """A run of the given SAEs, layer 1 alone, into `tmp_path / "out"`."""
+    """Return a function that runs the given SAEs, with layer 1 only, into `tmp_path / "out"`."""
 
     def run(*saes, flags=(), data=people_csv):
         request = Request(tiny_model, saes or (tiny_saes,), data, tmp_path / "out").plus("--layers", "1", *flags)
@@ -39,7 +39,7 @@ def relative(folder):
 
 @pytest.fixture
 def trainers(tmp_path):
-    """Three SAEs whose last folder has one name."""
+    """Create three SAEs whose last folder has the same name."""
     return tuple(write_sparsify(tmp_path / name / "trainer_0", [1], k=k) for name, k in (("a", 4), ("b", 8), ("c", 16)))
 
 
@@ -54,7 +54,7 @@ def test_another_sae_of_another_day_goes_into_a_folder_of_its_own(ask, tiny_saes
     assert relative(out) == ["pythia-tiny_women.json", "sae-other/pythia-tiny_women.json"]
     assert all(path.read_bytes() == content for path, content in first.items()), "nothing of the first is touched"
 
-    for saes in (tiny_saes, other_saes):  # each goes on where it lies
+    for saes in (tiny_saes, other_saes):  # each is resumed in its folder
         before = {path: path.read_bytes() for path in files(out)}
         assert ask(saes) == 0
         assert caplog.messages[-1] == "everything asked for is on disk already"
@@ -152,7 +152,7 @@ def test_a_changed_file_is_named(ask, people_csv, tiny_model, tmp_path, capsys):
 
 
 def test_every_entry_of_a_key_is_told_in_words(ask, tmp_path):
-    """Whatever a key holds: a difference that no setting explains is told without its hash."""
+    """Every difference is reported, without hashes, even if no setting explains it."""
     assert ask(flags=["--baselines", "random,mean"]) == 0
     for path in files(tmp_path / "out"):
         run = result_file.read(path)["_run"]
@@ -195,7 +195,7 @@ def test_saes_whose_last_folder_has_one_name_have_one_name_each_in_every_program
 def test_every_program_has_the_saes_in_the_order_in_which_they_were_asked_for(
     ask, trainers, tiny_model, people_csv, tmp_path, capsys
 ):
-    """Of folders the order is that of the alphabet: b comes before c there."""
+    """The order of folders is alphabetical: b comes before c there."""
     saes = [f"mine={trainers[2]}", str(trainers[1]), str(trainers[0])]
     assert ask(*saes) == 0
     assert ds.Results.load(tmp_path / "out").saes == ["mine", *map(str, trainers[1::-1])]
@@ -205,7 +205,7 @@ def test_every_program_has_the_saes_in_the_order_in_which_they_were_asked_for(
 
 
 def test_workers_know_the_names_of_the_whole_request(ask, trainers, tiny_model, people_csv, tmp_path):
-    """A unit has some of the SAEs only, and would name them, and so their baselines, after those alone."""
+    """A unit has some of the SAEs only, and would name them and their baselines after those alone."""
     assert ask(*trainers, flags=["--baselines", "random"]) == 0
     request = Request(tiny_model, trainers, people_csv, tmp_path / "many").plus(
         "--layers", "1", "--baselines", "random"

@@ -1,4 +1,4 @@
-"""Every figure of one probe against scikit-learn, NumPy or simulation."""
+"""Every figure of one probe, compared with scikit-learn, NumPy or simulation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from delta_selectivity.probing.uncertainty import balanced_mean, estimate_delta
 
 
 def found_scores(rows=400, repeats=3, damage=1.0, seed=0, people=150, weighted=False) -> ProbeScores:
-    """A model's scores that tell the label, an SAE's that tell it less well; a person's rows have luck in common."""
+    """Return a model's scores, an SAE's worse scores, and labels; rows of a person are correlated."""
     rng = np.random.default_rng(seed)
     persons = rng.integers(0, people, rows)
     labels = rng.random(rows) < 0.4
@@ -77,7 +77,7 @@ def test_transfer_r2_is_scikit_learns_of_the_models_scores_with_the_classes_bala
 
 
 def test_transfer_r2_leaves_outliers_out_as_if_they_were_not_there():
-    """One sink ruins a ratio of variances; without it the share is scikit-learn's of the other rows."""
+    """A single sink would ruin a ratio of variances; without it, the value is scikit-learn's on the other rows."""
     found = found_scores(weighted=True)
     outlier = np.isin(np.arange(len(found.labels)), [7, 100, 101])
     views = {name: scores.copy() for name, scores in found.views.items()}
@@ -112,7 +112,7 @@ def test_transfer_r2_counts_all_rows_where_a_class_has_outliers_only():
 
 
 def test_the_interval_of_transfer_r2_covers_its_truth():
-    """The model's scores have variance 1, x̂ adds noise of variance 0.3: R² is 0.7."""
+    """The model's scores have variance 1, and x̂ adds noise of variance 0.3: R² is 0.7."""
     rng, covered = np.random.default_rng(3), []
     for _ in range(400):
         labels = np.arange(200) % 2 == 0
@@ -126,7 +126,7 @@ def test_the_interval_of_transfer_r2_covers_its_truth():
 
 
 def test_the_auc_varies_as_delong_says():
-    """The structural components of DeLong et al. 1988, one row a person, one partition."""
+    """Compare with the structural components of DeLong et al. 1988, with one row per person and one partition."""
     found = found_scores(rows=300, repeats=1)
     found = replace(found, persons=np.arange(300))
     x, y = (found.views["model"][0, found.labels == side].astype(float) for side in (True, False))
@@ -145,7 +145,7 @@ def test_a_row_without_evidence_holds_no_bits():
 
 
 def test_the_share_retained_covers_its_truth():
-    """Model right in 90 % of the rows, the SAE in 80 %: 0.3 / 0.4 of what is above chance is retained."""
+    """The model is right in 90 % of the rows, the SAE in 80 %: 0.3 / 0.4 of what is above chance is retained."""
     rng, covered = np.random.default_rng(5), []
     for _ in range(300):
         labels = np.arange(400) % 2 == 0
@@ -176,7 +176,7 @@ def test_what_is_said_to_be_detectable_is_detected_four_times_in_five():
     labels = np.arange(2000) % 2 == 0
 
     def drawn(truth):
-        """Rows that change in both directions, with this mean."""
+        """Return rows that change in both directions, with this mean."""
         changes = rng.choice([-1.0, 0.0, 1.0], (1, 2000), p=[0.1 - truth / 2, 0.8, 0.1 + truth / 2])
         return estimate_delta(changes, labels, np.arange(2000))
 

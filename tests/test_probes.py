@@ -1,4 +1,4 @@
-"""The solvers against scikit-learn, and our side of cuML's contract against a stand-in for it."""
+"""The solvers compared with scikit-learn, and our side of cuML's interface with a stand-in for cuML."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CS = (1e-5, 1e-3, 1e-1, 10.0)
 
 
 def problem(rows=300, d=24, noise=1.0, share=0.5, targets=1, weighted=False, cs=CS, seed=0) -> ProbeProblem:
-    """Correlated features of unequal size with a mean, three overlapping splits, labels by a few directions."""
+    """Return correlated features of unequal size with a mean, three overlapping splits, labels by a few directions."""
     random = torch.Generator().manual_seed(seed)
     mixing = torch.randn(d, d, generator=random) * torch.arange(1, d + 1) ** -0.5
     x = (torch.randn(rows, d, generator=random) @ mixing + torch.randn(d, generator=random)) * 10
@@ -65,7 +65,7 @@ def test_torch_agrees_with_scikit_learn(case):
     assert ((scores - expected).abs().amax(-1) / expected.std(-1)).max() < 1e-4
 
 
-LARGE = {"rows": 1400, "d": 96}  # float32 goes most of the way
+LARGE = {"rows": 1400, "d": 96}  # most iterations in float32
 
 
 @pytest.mark.parametrize("case", [{}, {"noise": 0.05}, {"weighted": True, "share": 0.1}, {"targets": 3}])
@@ -131,7 +131,7 @@ def test_the_preconditioner_is_the_inverse_hessian(inverted):
     weight, v = torch.rand(700, generator=random).double(), torch.randn(5, z.shape[1], generator=random)
     preconditioners = torch_dense.InverseHessians(z, inverted)
     preconditioners.at(0.1, weight)
-    again = preconditioners.at(0.3, weight / 2)  # the Gram matrix is scaled, not made anew
+    again = preconditioners.at(0.3, weight / 2)  # the Gram matrix is scaled, not recomputed
     penalty = torch.ones(z.shape[1], dtype=torch.float64)
     penalty[-1] = 0
     hessian = 0.15 * z.double().T @ (z.double() * weight[:, None]) + penalty.diag()
@@ -216,7 +216,7 @@ def test_features_without_any_variation_fit_at_once():
     fits = TorchLbfgs().fit(task)
     assert fits.converged.all()
     assert fits.coef.abs().max() < 1e-9
-    assert (fits.coef.sum(-1) * 2 + fits.intercept).abs().max() < 1e-6  # balanced: no class preferred
+    assert (fits.coef.sum(-1) * 2 + fits.intercept).abs().max() < 1e-6  # balanced, so no class is preferred
 
 
 def test_a_fit_that_was_stopped_says_so():
@@ -249,7 +249,7 @@ def test_impossible_problems_are_refused():
 
 
 class FakeCuml:
-    """cuML's objective by scikit-learn: mean weighted loss + penalty / (C rows); records what it was given."""
+    """A stand-in for cuML with the same objective by scikit-learn; it records its arguments."""
 
     def __init__(self) -> None:
         self.given: list[dict] = []
@@ -291,7 +291,7 @@ def test_our_side_of_cumls_contract(cuml):
     assert disagreement(backend, SklearnReference(), task) < 1e-3
     assert cuml.output_types == ["cupy"]
     first = cuml.given[0]
-    assert first["rows"] == 200  # the rows held out do not travel
+    assert first["rows"] == 200  # held-out rows are not transferred
     assert first["weight"].mean() == pytest.approx(1)
     train = task.weight[0] > 0
     assert first["C"] == pytest.approx(0.01 * task.weight[0][train].mean())
@@ -327,7 +327,7 @@ def test_cuml_that_stops_early_says_so(cuml):
 def sparse_problem(
     rows=400, d=2000, k=12, targets=2, cs=(1e-5, 1e-3, 1e-1, 10.0), scale=None, weighted=False, seed=0
 ) -> ProbeProblem:
-    """Codes of k latents a row, some frequent and most rare, as CSR with two entries in some cells; three splits."""
+    """Return CSR codes of k latents per row, a few frequent and most rare, some entries twice; three splits."""
     random = torch.Generator().manual_seed(seed)
     often = torch.arange(1, d + 1).float() ** -0.7
     col = torch.multinomial(often.expand(rows, d), k, generator=random)
@@ -387,8 +387,8 @@ def test_latents_that_never_fire_weigh_nothing_and_those_that_fire_once_weigh_li
     crow, col, value = task.x.crow_indices(), task.x.col_indices(), task.x.values()
     n = int(crow[1])
     col, value = col.clone(), value.clone()
-    col[0], value[0] = 77, 2.0  # row 0, and no other: held out by split 0
-    col[n], col[n + 1], value[n], value[n + 1] = 88, 88, 1.5, -1.5  # row 1: nothing in sum
+    col[0], value[0] = 77, 2.0  # only row 0, which split 0 holds out
+    col[n], col[n + 1], value[n], value[n + 1] = 88, 88, 1.5, -1.5  # row 1; the sum is 0
     x = torch.sparse_csr_tensor(crow, col, value, (200, 100))
     task = ProbeProblem(x, task.labels, task.weight, torch.ones(3, 100), task.cs)
     ours, reference = TorchLbfgs().fit(task), SklearnReference().fit(task)

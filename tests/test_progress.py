@@ -1,4 +1,4 @@
-"""Bars that nobody can see any more: no error, and above all no lock left locked."""
+"""Progress bars on a closed stream: no error, and no lock left locked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from delta_selectivity.system.stopwatch import Stopwatch
 
 
 class Gone:
-    """A stream whose reader has left."""
+    """A stream whose reader has closed it."""
 
     encoding = "utf-8"
 

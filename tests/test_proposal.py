@@ -1,4 +1,4 @@
-"""Codes by proposal in bytes are the codes of float32: which latents, and their values to rounding."""
+"""Codes by the 8-bit proposal agree with float32: the same latents, and values up to rounding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ D_IN, D_SAE, K = 64, 8192, 8
 
 @pytest.fixture(scope="module")
 def encoder() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights, biases and the mean of inputs, which is many times their spread."""
+    """Return weights, biases, and the mean of the inputs, which is many times their spread."""
     generator = torch.Generator().manual_seed(0)
     W_enc = torch.randn(D_SAE, D_IN, generator=generator) / 8
     centre = 20 * torch.randn(D_IN, generator=generator)
@@ -37,7 +37,9 @@ def dense(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
 def assert_same(found: tuple[torch.Tensor, torch.Tensor], plain: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert torch.equal(found[1].sort(dim=1).values, plain[1].sort(dim=1).values)
-    torch.testing.assert_close(dense(*found), dense(*plain), rtol=0, atol=2e-4)  # what is summed is of the order of 200
+    torch.testing.assert_close(
+        dense(*found), dense(*plain), rtol=0, atol=2e-4
+    )  # the summands have a magnitude of about 200
 
 
 def test_the_latents_and_values_are_those_of_float32(encoder):
@@ -54,9 +56,9 @@ def test_a_poor_bound_costs_time_and_nothing_else(encoder):
 
 
 def test_what_bytes_take_for_equal_is_told_apart(encoder):
-    """Of latents that differ by less than a step, those at the end of the list among them."""
+    """Latents that differ by less than a step are distinguished, including those at the end of the list."""
     W_enc, b_enc, centre = encoder
-    kind = torch.arange(D_SAE) // 64 * 1e-3  # 64 latents of each of 128 kinds, a thousandth apart
+    kind = torch.arange(D_SAE) // 64 * 1e-3  # 64 latents of each of 128 kinds, with a difference of a thousandth
     W_enc = W_enc[:64].repeat(D_SAE // 64, 1)
     b_enc = 0.1 * torch.randn(64, generator=torch.Generator().manual_seed(2)).repeat(D_SAE // 64) - W_enc @ centre
     x = inputs(centre, rows=20)
@@ -93,11 +95,11 @@ def test_no_product_is_farther_off_than_is_said(encoder):
 def guess(
     exact: np.ndarray, centre: np.ndarray, lost_by: str, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Products, and facts of rows and latents by which these may be as far off as they are."""
+    """Return products, and the row and latent values that bound their error."""
     of_rows, of_latents = generator.uniform(0, 0.5, (len(exact), 4)), generator.uniform(0.1, 1, (4, len(centre)))
     of_rows[:, 0], of_latents[0], of_latents[1] = 1e-3, 1e-3, centre
     if lost_by == "rows":
-        of_latents[2] *= 10  # products of rows and latents without a loss are no larger than their norms allow
+        of_latents[2] *= 10  # without rounding, products are no larger than the norms allow
         of_rows[:, 2], of_latents[3] = np.abs(exact - centre).max() / of_latents[2].max(), 0
         most = np.outer(of_rows[:, 1], of_latents[2])
     else:
@@ -146,7 +148,7 @@ def test_of_more_rows_than_are_held_back_each_has_its_own():
 
 @pytest.mark.parametrize("largest", [0.0, 1e-38, 1.0, 1e30, 3e38, np.inf])
 def test_numbers_of_any_size_are_numbers_like_others(largest: float):
-    """Zeros of either sign, numbers without an inverse, and those whose squares are too large for float32."""
+    """Covers zeros of both signs, numbers without an inverse, and numbers whose squares overflow float32."""
     x = torch.ones(3, 4)
     weight = largest * torch.linspace(-1, 1, 600)[:, None].nan_to_num() * torch.tensor([1.0, 0, 0, 0])
     weight = weight.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
@@ -159,7 +161,7 @@ def test_numbers_of_any_size_are_numbers_like_others(largest: float):
             assert torch.equal(values.sort(dim=1, descending=True).values, expected[:k].expand(3, k))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5, 700])  # 700: more than at once
+@pytest.mark.parametrize("rows", [0, 1, 5, 700])  # 700: more than are processed at once
 def test_any_number_of_rows_and_columns(rows: int):
     generator = torch.Generator().manual_seed(7)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 7), (1027, 7), (1027,)))

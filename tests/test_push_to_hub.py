@@ -1,6 +1,7 @@
-"""Results on the Hub: one commit with files, page and card; the card changed by our blocks alone; errors in one line.
+"""Results on the Hub: one commit with files, page and card; only our blocks of the card change; one-line errors.
 
-The Hub is a server of this process that speaks the part of its HTTP interface that huggingface_hub uses for this.
+The Hub is a server in this process that implements the part of the HTTP interface that huggingface_hub uses here.
+
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ class Hub:
         self.files: dict[str, bytes] = {}
         self.commits: list[dict] = []
         self.asked: list[str] = []
-        self.drop: list[str] = []  # of each, the next request whose path holds it is cut off
-        self.fail: dict[str, int] = {}  # status of every request whose path holds it
-        self.lose_answer = False  # the next commit is made, but nobody hears of it
+        self.drop: list[str] = []  # the next request whose path contains each of these is cut off
+        self.fail: dict[str, int] = {}  # status of every request whose path contains the key
+        self.lose_answer = False  # the next commit is made, but its response is lost
 
     @property
     def head(self) -> str:
@@ -116,7 +117,7 @@ class Handler(BaseHTTPRequestHandler):
             )
 
     def _stopped(self) -> bool:
-        """Whether the request was refused or cut off."""
+        """Return whether the request was refused or cut off."""
         hub = self.hub
         hub.asked.append(f"{self.command} {self.path}")
         cut = next((part for part in hub.drop if part in self.path), None)
@@ -147,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """An empty repository, a token for it and no waiting."""
+    """Return an empty repository and a token for it; disable waiting."""
     repository = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Handler,), {"hub": repository}))
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -161,7 +162,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     monkeypatch.setattr(pushing, "PAUSES", (0.0, 0.0))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    # drawing it takes longer than all else
+    # drawing plots takes most of the time
     monkeypatch.setattr(output, "write_page", lambda study, path, with_rows: path.write_text(f"{with_rows}"))
     yield repository
     server.shutdown()
@@ -170,7 +171,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The kept demo without scores, however many of them lie beside it here."""
+    """Return the kept demo without scores."""
     folder = tmp_path_factory.mktemp("kept") / K32.name
     return ds.Results.load(shutil.copytree(K32, folder, ignore=shutil.ignore_patterns("*.scores")))
 

@@ -1,4 +1,4 @@
-"""SAEs ranked by what survives, with ties where the data do not tell two apart."""
+"""SAEs ranked by transfer_r2, with ties where they do not differ significantly."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from delta_selectivity.reporting.results import load, result_files
 from delta_selectivity.reporting.study import study_of
 from delta_selectivity.reporting.tables import overview
 
-ABCD = ("a", "b", "c", "d")  # what survives: 0.80, 0.79, 0.78, 0.77, told apart
+ABCD = ("a", "b", "c", "d")  # with transfer_r2 0.80, 0.79, 0.78, 0.77, all different significantly
 
 
 def files_of(folder, ties=(), saes=ABCD, change=lambda level: level, **more):
-    """Result files in which the paired intervals of these pairs hold 0; `change` makes every level another."""
+    """Return result files in which the paired intervals of these pairs include 0; `change` edits every level."""
     write_set(folder / "first", saes=saes, layers=range(1), **more)
     for path in result_files(folder / "first"):
         run = result_file.read(path)["_run"]
@@ -111,7 +111,7 @@ def test_the_summary_and_the_page_lead_with_it(tmp_path):
 
 
 def test_where_an_sae_has_cells_of_its_own_the_shared_ones_decide(tmp_path):
-    """Its mean is the best, over cells that are easier than those that both have."""
+    """Its mean is the best, but over easier cells than those that both have."""
 
     def turned(level):
         for other in level["compared"].values():

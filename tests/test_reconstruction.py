@@ -1,4 +1,4 @@
-"""The streamed figures against NumPy on the whole matrix, however it is cut."""
+"""The streamed figures compared with NumPy on the whole matrix, for any batching."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ D_IN, D_SAE, ROWS = 24, 40, 600
 
 
 def make_codes(rows: int, k: int = 5, seed: int = 1) -> SparseRows:
-    """k entries a row, a third of them zero; latents 30 and above never fire."""
+    """Return k entries per row, a third of them zero; latents 30 and above never fire."""
     rng = torch.Generator().manual_seed(seed)
     col = torch.rand(rows, 30, generator=rng).topk(k).indices.flatten()
     value = (3 * torch.rand(rows * k, generator=rng) - 1).relu()
@@ -38,19 +38,19 @@ def make_codes(rows: int, k: int = 5, seed: int = 1) -> SparseRows:
 def make_rows(mean: float, spread: float = 1.0) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
     x = mean + spread * torch.randn(ROWS, D_IN, generator=rng)
-    x[:, 3] += 50 * mean  # a dimension with a huge norm
+    x[:, 3] += 50 * mean  # a dimension with a large norm
     return x, x + 0.3 * spread * torch.randn(ROWS, D_IN, generator=rng)
 
 
 def facts(x: Tensor, rows: Tensor, outlying: Tensor | None = None) -> TokenFacts:
-    """Of tokens with these numbers."""
+    """Return the token values of tokens with these numbers."""
     return TokenFacts.of(x[rows], rows, None)._replace(outlying=None if outlying is None else outlying[rows])
 
 
 def stream(
     x: Tensor, recon: Tensor, codes: SparseRows, sizes: list[int], outlying: Tensor | None = None
 ) -> Reconstruction:
-    """Every row is a token; every third is probed too."""
+    """Stream every row as a token; every third is probed too."""
     sums = ReconstructionSums.empty(D_IN, D_SAE, "cpu")
     for rows in torch.arange(len(x)).split(sizes):
         sums.whole[ALL].add(x[rows], recon[rows], codes.select(rows), facts(x, rows, outlying), len(rows))
@@ -60,7 +60,7 @@ def stream(
 
 
 def whole_matrix(x: np.ndarray, recon: np.ndarray) -> tuple[float, float, float]:
-    """mse, fvu, cosine in float64."""
+    """Compute mse, fvu and cosine in float64."""
     x, recon = x.astype(np.float64), recon.astype(np.float64)
     error, deviation = (x - recon) ** 2, (x - x.mean(0)) ** 2
     cosine = (x * recon).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(recon, axis=1)
@@ -113,7 +113,7 @@ def test_merge_is_the_sum_of_the_parts() -> None:
     before = asdict(parts[0].figures())
     merged = parts[0].merge(parts[1]).merge(parts[2].to("cpu")).merge(ReconstructionSums.empty(D_IN, D_SAE, "cpu"))
     assert asdict(merged.figures()) == pytest.approx(asdict(whole.figures()), rel=1e-12)
-    assert asdict(parts[0].figures()) == before  # a merge makes a new one
+    assert asdict(parts[0].figures()) == before  # merging creates a new one
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3])
@@ -185,14 +185,14 @@ def test_firings_are_noted_alike_on_a_cpu_and_elsewhere(monkeypatch: pytest.Monk
     _note_fired(number, codes, here)
     dense = torch.zeros(ROWS, D_SAE).scatter_add_(1, codes.col.view(ROWS, -1), codes.value.view(ROWS, -1))
     assert torch.equal(here, torch.stack([(dense != 0).sum(0), ((dense != 0) * number[:, None]).sum(0)]))
-    monkeypatch.setattr(torch.Tensor, "device", torch.device("meta"))  # only its type is asked
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("meta"))  # only its type is checked
     _note_fired(number, codes, there)
     monkeypatch.undo()
     assert torch.equal(here, there)
 
 
 def test_outliers_are_left_out_of_the_ordinary_and_counted() -> None:
-    """A fiftieth of the tokens are sinks: 100 times as long, and reconstructed badly."""
+    """A fiftieth of the tokens are sinks: 100 times as long, and badly reconstructed."""
     x, recon = make_rows(0.0)
     sink = torch.arange(ROWS) % 50 == 7
     x[sink] = 100 + x[sink]
@@ -212,9 +212,10 @@ def test_outliers_are_left_out_of_the_ordinary_and_counted() -> None:
 def world(
     rng: np.random.Generator, lengths: np.ndarray, d_sae: int = 200
 ) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
-    """Tokens of texts, their errors correlated within a text; a few sinks; latents of all frequencies.
+    """Return tokens of texts with errors correlated within a text, a few sinks, and latents of all frequencies.
 
     x and x̂ [tokens, d], the text of each token, and which latents fire [tokens, d_sae].
+
     """
     text = np.repeat(np.arange(len(lengths)), lengths)
     n = len(text)
@@ -228,7 +229,7 @@ def world(
 
 
 def sampled(x: Tensor, recon: Tensor, text: np.ndarray, fires: np.ndarray, share: float, seed: int) -> Reconstruction:
-    """The figures of a sample, batch by batch of some 500 tokens in whole texts."""
+    """Return the figures of a sample, in batches of some 500 tokens in whole texts."""
     rng = np.random.default_rng(seed)
     drawn = rng.random(len(text)) < share
     sums = ReconstructionSums.empty(D_IN, fires.shape[1], "cpu")
@@ -244,7 +245,7 @@ def sampled(x: Tensor, recon: Tensor, text: np.ndarray, fires: np.ndarray, share
 
 @pytest.mark.parametrize(("n_texts", "length", "share"), [(1500, 20, 0.1), (1500, 20, 0.5), (60, 400, 0.1)])
 def test_intervals_of_a_sample_cover_what_all_tokens_give(n_texts: int, length: int, share: float) -> None:
-    """60 samples: coverage of 95 % intervals within what chance allows, and not much too wide."""
+    """60 samples: the coverage of 95 % intervals is within binomial error, and they are not much too wide."""
     rng = np.random.default_rng(n_texts)
     x, recon, text, fires = world(rng, rng.poisson(length, n_texts) + 1)
     exact = sampled(x, recon, text, fires, 1.0, 0)
@@ -253,7 +254,9 @@ def test_intervals_of_a_sample_cover_what_all_tokens_give(n_texts: int, length: 
     for name in ("mse_whole", "fvu_whole"):
         truth = getattr(exact, name)
         value, se = (np.array([getattr(one, part) for one in found]) for part in (name, f"{name}_se"))
-        assert np.mean(np.abs(value - truth) < 1.96 * se) > 0.85  # 51 of 60: of a true 0.95 that is 1 in 1000
+        assert (
+            np.mean(np.abs(value - truth) < 1.96 * se) > 0.85
+        )  # 51 of 60: with a true 0.95, the probability is 1 in 1000
         assert np.mean(se) < 1.3 * np.std(value - truth)
     dead, se = (np.array([getattr(one, part) for one in found]) for part in ("dead", "dead_se"))
     assert np.std(dead) < 1.2 * np.mean(se) < 4 * np.std(dead)

@@ -1,4 +1,4 @@
-"""Result files: whole or not there, continued only by the same request, told apart from everything else."""
+"""Result files are complete or absent, and are resumed only by the same request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reliability benchmark: k-sparse probing against a plain loop, paired differences, draws, and counts of pairs."""
+"""The reliability benchmark: k-sparse probing compared with a plain loop, paired differences, draws, pair counts."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_r2_is_that_of_the_scores_and_its_error_is_what_resampling_people_gives(
         rows = np.concatenate([[2 * p, 2 * p + 1] for p in random.integers(150, size=150)])
         model, copy = exact["model"][:, rows], exact["transfer"][:, rows]
         spread.append(np.mean([r2_score(m, c) for m, c in zip(model, copy, strict=True)]))
-    parts = r2_parts(found, "transfer").mean(axis=0, keepdims=True)  # one row of partitions: the people's part alone
+    parts = r2_parts(found, "transfer").mean(axis=0, keepdims=True)  # one partition: only the error due to people
     assert difference([parts], [0 * parts], [found]).standard_error == pytest.approx(np.std(spread), rel=0.1)
 
 
@@ -107,7 +107,7 @@ def test_noise_of_folds_is_that_of_a_mean_over_partitions():
 
 def test_people_are_resampled_whole_and_with_replacement():
     persons = np.array([4, 4, 9, 2, 2, 2])
-    drawn = rows_of_people(np.array([9, 4, 7, 4, 2, 9]), persons, 8)  # 7 is in no row here
+    drawn = rows_of_people(np.array([9, 4, 7, 4, 2, 9]), persons, 8)  # person 7 has no row here
     assert drawn.tolist() == [2, 0, 1, 0, 1, 3, 4, 5]
     assert rows_of_people(np.array([2, 2]), persons, 4).tolist() == [3, 4, 5, 3]
     with pytest.raises(ValueError, match="3 of 4 rows"):
@@ -118,7 +118,7 @@ def test_people_are_drawn_evenly():
     turns = draw_people(np.repeat(np.arange(500), 3), np.random.default_rng(0))
     counts = np.bincount(turns, minlength=500)
     assert counts.sum() == 2500
-    assert counts.var() == pytest.approx(5, rel=0.2)  # Poisson but for the fixed sum
+    assert counts.var() == pytest.approx(5, rel=0.2)  # Poisson except for the fixed sum
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])

@@ -1,4 +1,4 @@
-"""The CSV: every number as the JSON has it, and names that no spreadsheet takes for formulas."""
+"""The CSV: every number of the JSON, and no name that a spreadsheet reads as a formula."""
 
 from __future__ import annotations
 

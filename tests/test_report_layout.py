@@ -1,4 +1,4 @@
-"""What a report shows of views, of one layer, of noise and of long names."""
+"""The layout of reports: views, a single layer, noise and long names."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_few_layers_have_a_tick_each(tmp_path):
 
 @pytest.mark.parametrize("value", [-1.0, -0.5, 0.05, 0.5, 1.0])
 def test_noise_is_pale_and_hatched_without_colour_and_what_is_shown_is_neither(value):
-    """In grey as it would be printed: pixels of a cell at any saturation."""
+    """Rendered in grey: the pixels of a cell at any saturation."""
     found = {}
     for shown in (True, False):
         with matplotlib.rc_context({"savefig.dpi": 200}):

@@ -1,4 +1,4 @@
-"""From a cell to its rows: who was lost, as plain NumPy says it; texts kept beside the scores, harmless in a page."""
+"""From a cell to its rows: lost rows compared with plain NumPy, stored texts, and untrusted texts in a page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = ["Ada Lovelace", "Bo Li", "Maximilian von Hohenstein"]
 
 
 def stored(seed, n=N):
-    """Scores of n rows by probes in two partitions, of persons who occur once, twice or more often."""
+    """Return scores of n rows in two partitions, of persons who occur once, twice or more often."""
     random = np.random.default_rng(seed)
     labels = np.arange(n) % 2 == 0
     truth = np.where(labels, 1.0, -1.0)
@@ -47,7 +47,7 @@ def stored(seed, n=N):
 
 
 def write_rows(folder, text=lambda i: f"It was written by {NAMES[i % 3]}", saes=("a/one", "b/two"), kept=True):
-    """Result files of these SAEs with scores, and texts, of layer 1."""
+    """Write result files of these SAEs with scores, and texts, of layer 1."""
     write_set(folder, saes=saes, layers=range(2))
     for number, path in enumerate(result_files(folder)):
         key = json.loads(path.read_text())["_run"]["key"]
@@ -66,7 +66,7 @@ def write_rows(folder, text=lambda i: f"It was written by {NAMES[i % 3]}", saes=
 
 
 def by_hand(number):
-    """(row, lost, outcome) of every row, from the scores alone."""
+    """Compute (row, lost, outcome) of every row from the scores alone."""
     found = stored(number)
     model, sae = (found.views[view].astype(float).mean(axis=0) for view in ("model", "sae"))
     told = []

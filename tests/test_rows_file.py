@@ -1,4 +1,4 @@
-"""Files of rows: what is written is read back in every format, and what cannot be measured is refused in one line."""
+"""Files of rows: every format returns the written rows, and invalid files are rejected with one line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def made(n=N) -> Rows:
 
 
 def foreign(**changed):
-    """Columns as somebody else writes them; None: left out."""
+    """Return columns as another program writes them; None: omitted."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N, D)).astype(np.float32)
     columns = {"x": x, "recon": x + 0.1, "labels": (x[:, 0] > 0).astype(np.int64), "groups": np.arange(N), **changed}
@@ -66,7 +66,7 @@ def written(path: Path, columns) -> Path:
 
 
 def refused(path: Path, capsys) -> str:
-    """The one line with which the program refuses a file."""
+    """Return the one-line error for a file."""
     capsys.readouterr()
     assert probe.main([str(path)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()

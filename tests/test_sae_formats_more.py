@@ -1,4 +1,4 @@
-"""dictionary_learning against the library that writes it, and plain files against SAE Lens."""
+"""dictionary_learning compared with its own library, and plain files with SAE Lens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from delta_selectivity.saes.dictionary_learning import CLASSES
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[Any]:
-    """``dictionary_learning.utils``, with a stand-in for nnsight, which it imports and which SAEs do not need."""
+    """Import ``dictionary_learning.utils`` with a stand-in for nnsight, which it imports and SAEs do not need."""
     stub = types.ModuleType("nnsight")
     stub.LanguageModel = object  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
@@ -37,7 +37,7 @@ def library() -> Iterator[Any]:
 
 
 def make_dictionary(library: Any, dict_class: str, threshold: float) -> Any:
-    """One of the library's SAEs with random parameters."""
+    """Return one of the library's SAEs with random parameters."""
     cls = getattr(library, dict_class)
     group_sizes = {"group_sizes": [D_SAE // 4, D_SAE - D_SAE // 4]} if dict_class.startswith("Matryoshka") else {}
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def make_dictionary(library: Any, dict_class: str, threshold: float) -> Any:
 
 
 def save_dictionary(folder: Path, state: dict[str, Tensor], dict_class: str, **trainer: Any) -> Path:
-    """As the library's ``trainSAE`` writes an SAE."""
+    """Write an SAE as the library's ``trainSAE`` does."""
     folder.mkdir(parents=True)
     said = {"dict_class": dict_class, "activation_dim": D_IN, "dict_size": D_SAE, "k": K, "layer": 3,
             "lm_name": "EleutherAI/pythia-160m-deduped", "submodule_name": "resid_post_layer_3"}  # fmt: skip
@@ -94,7 +94,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
 
 
 class Activations:
-    """What ``trainSAE`` takes for a buffer."""
+    """A replacement of the buffer that ``trainSAE`` takes."""
 
     config = {"io": "out", "ctx_len": 128}  # noqa: RUF012
 
@@ -104,7 +104,7 @@ class Activations:
 
 @pytest.fixture(scope="module")
 def trained(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders ``trainer_0``, ``trainer_1``, ..., written by the library's own training loop."""
+    """Return folders ``trainer_0``, ``trainer_1``, ..., written by the library's own training loop."""
     from dictionary_learning import trainers, training
     from dictionary_learning.trainers import matryoshka_batch_top_k, standard
 
@@ -129,7 +129,7 @@ def test_agrees_with_what_dictionary_learning_trained(library: Any, trained: Pat
 
 
 def linear_state(seed: int = 0) -> dict[str, Tensor]:
-    """What ``AutoEncoder`` holds."""
+    """Return the state of an ``AutoEncoder``."""
     rng = torch.Generator().manual_seed(seed)
     shapes = {
         "bias": (D_IN,),
@@ -249,7 +249,7 @@ def test_plain_files_agree_with_sae_lens(
     reference = SAE.load_from_disk(tmp_path / "lens")
     renamed = {"W_enc": "enc.weight", "W_dec": "dec.weight"}
     state = {renamed.get(name, name): tensor for name, tensor in reference.state_dict().items()}
-    state["enc.weight"], state["dec.weight"] = state["enc.weight"].T, state["dec.weight"].T  # as nn.Linear has them
+    state["enc.weight"], state["dec.weight"] = state["enc.weight"].T, state["dec.weight"].T  # the layout of nn.Linear
     prefix = "" if suffix == ".safetensors" else "state_dict."
     folder = write_plain(
         tmp_path / "plain", state, suffix, architecture=architecture, apply_b_dec_to_input=apply_b_dec,

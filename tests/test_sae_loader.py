@@ -1,4 +1,4 @@
-"""SAEs against the libraries that write them, then what must hold of any SAE, then what users get wrong."""
+"""SAEs compared with the libraries that write them, then properties of any SAE, then errors of users."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ HUB_ID = "EleutherAI/sae-pythia-160m-32k"
 
 
 def dense(codes: SparseRows) -> Tensor:
-    """``[rows, n_cols]``."""
+    """Return ``[rows, n_cols]``."""
     rows = torch.arange(codes.n_rows).repeat_interleave(codes.crow.diff())
     return torch.zeros(codes.n_rows, codes.n_cols).index_put_((rows, codes.col.long()), codes.value)
 
 
 def activations(rows: int = 50, d_in: int = D_IN, seed: int = 0) -> Tensor:
-    """Off centre, as residual streams are."""
+    """Return activations with a large mean, like residual streams."""
     return 2 * torch.randn(rows, d_in, generator=torch.Generator().manual_seed(seed)) + 0.5
 
 
@@ -48,7 +48,7 @@ def linear_sae(W_enc: Tensor, W_dec: Tensor, selection: Any, k: int | None = Non
 
 
 def write_sparsify(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A random SAE in sparsify's format, without sparsify."""
+    """Write a random SAE in sparsify's format, without sparsify."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = torch.Generator().manual_seed(seed)
     config = {"activation": "topk", "expansion_factor": 4, "num_latents": 0, "k": K, "d_in": D_IN} | changes
@@ -69,7 +69,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-# --- against the libraries ---------------------------------------------------------------------------------------
+# --- compared with the libraries ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ["topk", "groupmax"])
@@ -102,11 +102,11 @@ LENS_ARCHITECTURES = [
     *[(architecture, {}) for architecture in ("standard", "jumprelu", "gated", "matching_pursuit")],
     *[(name, {"rescale_acts_by_decoder_norm": rescales}) for name in RESCALING for rescales in (False, True)],
 ]
-"""Every architecture that SAE Lens 6.54 trains, and so can write, with and without its rescaling."""
+"""Every architecture that SAE Lens 6.54 trains, with and without its rescaling."""
 
 
 def make_lens(architecture: str, hook_name: str = "blocks.5.hook_resid_post", **settings: Any) -> Any:
-    """A training SAE of SAE Lens with random parameters."""
+    """Return a training SAE of SAE Lens with random parameters."""
     sae_lens = pytest.importorskip("sae_lens")
     from sae_lens.registry import get_sae_training_class
 
@@ -159,7 +159,9 @@ def test_agrees_with_sae_lens(
     assert source.context_size == 128
     sae = source.load(5, "cpu")
     assert_agrees(sae, reference)
-    selected = sae.decode(sae.encode(activations()).select(torch.tensor([7, 3])))  # carries its rows' own norms
+    selected = sae.decode(
+        sae.encode(activations()).select(torch.tensor([7, 3]))
+    )  # which depends on the norms of the rows
     torch.testing.assert_close(selected, sae.decode(sae.encode(activations()))[[7, 3]])
 
 
@@ -210,7 +212,7 @@ def test_whitening_that_the_library_cannot_fold(tmp_path: Path) -> None:
 
 
 def fit_scaler(norm: str) -> Any:
-    """The library's own statistics of some activations."""
+    """Compute the library's own statistics of some activations."""
     from sae_lens.training.activation_scaler import ActivationScaler
 
     scaler = ActivationScaler()
@@ -241,7 +243,7 @@ def test_heads_of_attention_lie_side_by_side(tmp_path: Path, architecture: str, 
 
 
 def old_config(**changes: Any) -> dict[str, Any]:
-    """As SAE Lens wrote it before version 6."""
+    """Return a config as SAE Lens before version 6 wrote it."""
     config = {
         "architecture": "standard", "d_in": D_IN, "d_sae": D_SAE, "dtype": "torch.float32", "device": "cpu",
         "model_name": "gpt2-small", "hook_name": "blocks.5.hook_resid_pre", "hook_layer": 5, "prepend_bos": True,
@@ -299,7 +301,7 @@ def test_fetches_a_release_through_sae_lens(tmp_path: Path, monkeypatch: pytest.
         open_sae("pythia-70m-deduped-res-sm/blocks.2.hook_resid_post")
 
 
-# --- what holds of any SAE ---------------------------------------------------------------------------------------
+# --- properties of any SAE ---------------------------------------------------------------------------------------
 
 
 def test_identity_is_exact() -> None:
@@ -502,7 +504,7 @@ def test_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache in the Hub's layout that holds two layers, and no network."""
+    """Create a cache in the Hub's layout with two layers, without network access."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -524,7 +526,7 @@ def test_a_cached_repository_needs_no_network(hub_cache: Path) -> None:
     assert len(source.fingerprint([0])) == 64
     weights = next(hub_cache.rglob("layers.0/sae.safetensors"))
     weights.unlink()
-    assert len(open_sae(HUB_ID, cache_dir=hub_cache).fingerprint()) == 64  # repository and commit stand for the files
+    assert len(open_sae(HUB_ID, cache_dir=hub_cache).fingerprint()) == 64  # repository and commit identify the files
     with pytest.raises(RequestError, match=r"sae\.safetensors: no such file"):
         source.load(0, "cpu")
 

@@ -1,6 +1,7 @@
-"""SAEBench's form: ours written as its classes want it, and its files read beside ours.
+"""SAEBench's format: our files are valid for its classes, and its files are compared with ours.
 
 `tests/saebench` has the fields of its classes and a file of each, both made by the classes (`tests/saebench/make.py`).
+
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Little to draw: one layer of an SAE."""
+    """Return little to draw: one layer of an SAE."""
     return write_set(tmp_path_factory.mktemp("small"), layers=[4], edit=measured)
 
 
@@ -67,7 +68,7 @@ def test_what_is_written_has_the_fields_of_saebenchs_classes(written):
 
 
 def test_saes_that_are_called_alike_have_files_of_their_own(small, tmp_path):
-    """The same SAE measured with another seed is another line of every table."""
+    """The same SAE with another seed is another line of every table."""
     path = next(small.rglob("*.json"))
     write_changed(path, small.parent / "seed_1" / path.name, key={"seed": 1})
     out = tmp_path / "out"

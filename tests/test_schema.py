@@ -1,4 +1,4 @@
-"""docs/results.schema.json: what the program writes follows it, and what is broken does not."""
+"""docs/results.schema.json: files of the program are valid, and broken ones are not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GENDER = ROOT / "results" / "demo" / "tiny-pythia-saes-k8" / "tiny-pythia_wikida
 
 
 def faults(content):
-    """Where a result file breaks the schema, as `a/b/c`, in order."""
+    """Return the places where a result file breaks the schema, as `a/b/c`, in order."""
     return sorted("/".join(map(str, error.absolute_path)) for error in VALIDATOR.iter_errors(content))
 
 
@@ -66,7 +66,7 @@ def test_the_kept_results_follow_it(path):
 
 @pytest.fixture(scope="module")
 def fresh(tiny_model, tiny_saes, tmp_path_factory):
-    """Result files of a run with all views and baselines; one of its two probes has too few people."""
+    """Return result files of a run with all views and baselines; one of its two probes has too few people."""
     folder = tmp_path_factory.mktemp("fresh")
     few = [
         {**row, "text": f"{row['text']} again", "group": row["group"] if row["label"] else "all one"}
@@ -145,7 +145,7 @@ def test_without_any_one_of_its_keys_a_file_does_not_follow_it():
             if isinstance(_at(whole, keys)[name], dict) and above == "layer_0":
                 continue  # a layer has the probes that it has
             if name in (*update_schema.SINCE_0_5, "positive_class", "task", "tasks"):
-                continue  # files of before lack it
+                continue  # files of earlier versions lack it
             content = copy.deepcopy(whole)
             del _at(content, keys)[name]
             assert faults(content), f"{above}/{name}"

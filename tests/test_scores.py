@@ -1,4 +1,4 @@
-"""Stored scores: what comes back is what was written, and the JSON's statistics can be made from it."""
+"""Stored scores: reading returns what was written, and the statistics in the JSON can be recomputed from them."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_damage_is_told_in_one_line(stored, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tiny_saes, tmp_path_factory):
-    """Two SAEs, two datasets, all views."""
+    """Run two SAEs on two datasets with all views."""
     folder = tmp_path_factory.mktemp("scores")
     data = write_csv(folder / "women.csv", people(150))
     sparser = write_sparsify(folder / "sae-sparser", k=2)
@@ -163,7 +163,7 @@ def test_every_statistic_of_the_json_comes_again_from_the_scores(run):
 
 
 def cells_in(folder):
-    """The stored cells of the SAE whose files are in the folder, and its files."""
+    """Return the stored cells of the SAE whose files are in the folder, and its files."""
     found = {path: result_file.read(path) for path in files(folder)}
     layers = {path: [int(name[6:]) for name in file if name != "_run"] for path, file in found.items()}
     return read_cells((path, file["_run"]["key"], layers[path]) for path, file in found.items()), found.values()
@@ -220,9 +220,10 @@ def test_q_values_are_over_all_that_was_measured_of_an_sae(run):
 
 
 def in_runs_of_their_own(run, folder):
-    """The SAEs of a run as if each had been measured alone: one directly in a folder, the other in a folder below it.
+    """Store the SAEs of a run as if each had been measured alone: one directly in a folder, the other one level below.
 
-    Returns what the run found when it compared them, by the names of both.
+    Returns the comparisons of the original run, by the names of both.
+
     """
     found = {}
     saes = sorted(path for path in run.out.iterdir() if path.is_dir())

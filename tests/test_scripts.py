@@ -1,4 +1,4 @@
-"""scripts/: one for each model and task, each a thin call of main.py that works from anywhere."""
+"""scripts/: one for each model and task; each is a short call of main.py that works from any directory."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SELECT = "select_wikidata.sh"
 
 
 def call(script, *flags, cwd=ROOT, **variables):
-    """Run a script of this checkout, or at a path of its own."""
+    """Run a script of this checkout, or at another path."""
     environment = {name: value for name, value in os.environ.items() if name not in {"DEMO", "DRY_RUN"}}
     environment |= {"OMP_NUM_THREADS": "1", **variables}
     return subprocess.run([SCRIPTS / script, *flags], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def flags_of(*words, **variables):
-    """What a script would give to main.py."""
+    """Return the flags that a script would pass to main.py."""
     done = call(*words, DRY_RUN="1", **variables)
     assert done.returncode == 0, done.stderr
     python, program_file, *flags = shlex.split(done.stdout)
@@ -104,7 +104,7 @@ def test_the_demo_asks_for_the_bundled_model_and_keeps_clear_of_the_kept_results
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """A project with a space in its path: the scripts are copies, all else that they need is this checkout's."""
+    """Create a project with a space in its path: the scripts are copies, everything else is this checkout's."""
     project = tmp_path / "a project"
     shutil.copytree(SCRIPTS, project / "scripts", ignore=lambda _, names: [n for n in names if not n.endswith(".sh")])
     for path in (ROOT / "main.py", ROOT / ".venv", ROOT / "pyproject.toml", *ROOT.glob("requirements*.txt")):
@@ -131,7 +131,7 @@ def test_the_exit_code_is_that_of_the_program_and_what_it_prints_is_shown_and_lo
 
 
 def test_the_demo_runs_from_any_folder_without_a_network(elsewhere, tmp_path):
-    load_wikidata("gender")  # fetches the data files while there is a network, if this test is the first to need them
+    load_wikidata("gender")  # uses the network if this test is the first to need the data files
     script = elsewhere / "scripts" / "compute_pythia160_wiki_gender.sh"
     more = ("--layers", "5", "--shuffle_select_n", "60", "--repeats", "1", "--output_directory", "out here")
     done = call(script, *more, cwd=tmp_path, DEMO="1", HTTPS_PROXY="http://localhost:9")

@@ -1,4 +1,4 @@
-"""Out-of-fold scores against a plain loop over scikit-learn, then what must hold of any selectivity."""
+"""Out-of-fold scores compared with a plain loop over scikit-learn, then properties of any selectivity."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BACKEND = TorchLbfgs()
 
 
 def world(rows=300, d=10, people=120, targets=1, seed=0):
-    """x [rows, d] in which a few directions tell the labels of the person; noise by row."""
+    """Return x [rows, d], a few directions of which determine the labels of a person; noise is by row."""
     rng = np.random.default_rng(seed)
     groups = rng.integers(0, people, rows)
     traits = rng.normal(size=(people, targets))
@@ -56,7 +56,7 @@ def plan_of(labels, groups, n_repeats=2, seed=0, weights=None) -> FoldPlan:
 
 
 def records_of(plan, x, view, **options):
-    """The JSON records of one view beside the model's."""
+    """Return the JSON records of one view and the model."""
     return [
         as_record(result)
         for result in measure(out_of_fold(plan, fit_model(plan, x, BACKEND), view, BACKEND, **options))
@@ -64,7 +64,7 @@ def records_of(plan, x, view, **options):
 
 
 def by_scikit_learn(plan, x, scale_from, repeat):
-    """Slowly: scores [rows] of one partition, the C of each fold, and all probes with their scalers; first target."""
+    """Compute directly: scores [rows] of one partition, the C of each fold, and all probes with their scalers."""
     label, fold = plan.labels[0], plan.folds[repeat]
     scores = {c: np.empty(len(label)) for c in DEFAULT_CS}
     probes = {}
@@ -97,7 +97,7 @@ def test_everything_agrees_with_a_plain_loop_over_scikit_learn():
         for name, view in {"model": x, "sae": recon, "error": x - recon}.items():
             scores, chosen, probes = by_scikit_learn(plan, view, x, repeat)
             assert list(found.fits[name].chosen_c[0, repeat]) == chosen
-            kept = found.probe(0).views[name][repeat]  # float16: half of 2**-10 is what rounding may cost
+            kept = found.probe(0).views[name][repeat]  # float16 rounding: half of 2**-10
             np.testing.assert_allclose(kept, scores, rtol=6e-4, atol=1e-4 * scores.std())
             accuracies[name].append(balanced_accuracy_score(labels[0], scores > 0))
             if name == "model":
@@ -134,7 +134,7 @@ def test_targets_together_are_targets_alone():
 
 
 def test_latents_are_probed_as_they_are_and_agree_with_a_plain_loop():
-    """Against unscaled dense codes, two of whose columns are silent; and what cannot be transferred is not."""
+    """Compared with unscaled dense codes, two columns of which are silent; there is no transfer."""
     x, labels, groups = world()
     random = torch.Generator().manual_seed(0)
     dictionary = torch.randn(10, 24, generator=random)
@@ -170,7 +170,7 @@ def test_another_view_of_the_rows_has_no_transfer():
 def test_the_control_task_is_learnt_by_heart_where_that_is_possible():
     x, labels, groups = world(rows=400, d=10)
     types = np.arange(400) % 40
-    told = torch.nn.functional.one_hot(torch.from_numpy(types), 40).float() * 10  # the token is written in x
+    told = torch.nn.functional.one_hot(torch.from_numpy(types), 40).float() * 10  # x contains the token
     plan = plan_of(labels, groups)
     control = control_plan(types, np.arange(400), None, n_folds=5, seed=0)
     by_view = {}
@@ -224,7 +224,7 @@ def test_labels_that_are_random_by_person_score_a_half():
 
 
 def test_row_weights_count_as_repeated_rows():
-    """A row of weight 2 is that row twice, in the fit and in every number but those that count rows."""
+    """A row of weight 2 equals two rows, in the fit and in every number except those that count rows."""
     x, labels, groups = world()
     twice = np.concatenate([np.arange(300), np.arange(0, 300, 2)])
     weights = np.where(np.arange(300) % 2 == 0, 2.0, 1.0)

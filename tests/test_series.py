@@ -1,4 +1,4 @@
-"""Checkpoints of a training as a series: steps in names, paired changes, the last that is surely better, the plot."""
+"""Checkpoints of a training as a series: steps in names, paired changes, the last better one, and the plot."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def test_a_name_tells_its_step(name, expected):
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, tmp_path_factory):
-    """An SAE that gets better until step 300, and is then only stirred."""
+    """Return an SAE that improves until step 300, and is then only perturbed."""
     folder = tmp_path_factory.mktemp("series")
     task = write_csv(folder / "people.csv", people(240))
     generator = torch.Generator().manual_seed(0)
-    directions = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])  # the largest k coordinates come back
+    directions = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])  # keeps the largest k coordinates
     for step, k in ((100, 2), (200, 8), (300, 20), (1000, 20)):
         stirred = directions + 1e-4 * (step == 1000) * torch.randn(directions.shape, generator=generator)
         _write_sparsify_layer(folder / "run" / f"step_{step}" / "layers.1", stirred, k)

@@ -1,4 +1,4 @@
-"""What a run finds out before its work is found out once, and is what would be found out anew."""
+"""The setup cache: facts that a run computes before its work are computed once and stay the same."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def info(tiny_model) -> ModelInfo:
 
 @pytest.fixture
 def computed(monkeypatch) -> list[str]:
-    """What was found out, not read."""
+    """Count computed facts, not those that are read."""
     calls: list[str] = []
     read, widths, tokens = ModelInfo.read, ModelInfo.widths, setup_cache.tokenise
 

@@ -1,4 +1,4 @@
-"""Folders of shards: one limit for all of them, nobody else's files touched, nothing read that was not written."""
+"""Folders of shards: one size limit for all of them, no files of others touched, and no damaged data read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def opened(root: Path, folder: str = "a", n_bytes: int = 10**6) -> ShardFolder:
 
 
 def written(root: Path, folder: str, *numbers: int) -> int:
-    """Shards of a run that is over, the first one read longest ago; the bytes of each."""
+    """Write the shards of a finished run, the first one read longest ago; return the size of each."""
     for i in numbers:
         assert opened(root, folder).write(name(i), TENSORS, {})
         os.utime(root / folder / f"{name(i)}.safetensors", (1000 + i, 1000 + i))
@@ -81,7 +81,7 @@ def test_files_dated_in_the_future_are_the_first_to_go(tmp_path):
 
 
 def test_the_clock_may_be_set_back_during_a_run(tmp_path):
-    """What this run has written stays, whatever its date; what others have left goes."""
+    """Shards of this run stay, whatever their date; those of others are evicted."""
     size = written(tmp_path, "a", 1, 2)
     shards = opened(tmp_path, "a", 3 * size + 10)
     assert shards.write(name(3), TENSORS, {})
@@ -112,7 +112,7 @@ def test_files_of_others_below_the_root_are_left_to_them(tmp_path):
 
 @pytest.mark.parametrize("part", ["header", "dtype"])
 def test_the_checksum_is_of_the_header_too(tmp_path, caplog, part):
-    """Whose tensors these are, and how their bytes are meant, are as easily damaged as the bytes."""
+    """The header says which tensors these are and how to read the bytes, and can be damaged as well."""
     shards = opened(tmp_path)
     shards.write(name(1), TENSORS, {"stops": json.dumps([3, 7])})
     path = tmp_path / "a" / f"{name(1)}.safetensors"

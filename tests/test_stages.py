@@ -1,4 +1,4 @@
-"""The program of each stage as it is used, and that stages together are the whole."""
+"""The program of each stage as it is used; all stages together equal a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def two_tasks(tmp_path) -> Path:
-    """Two tasks in one file: the second, of three classes, on rows of the first in another order, and on others."""
+    """Create two tasks in one file: the second has three classes, on reordered rows of the first and on others."""
     rows = people(160)
     names = [{**row, "task": "women"} for row in rows]
     kinds = {"Lind": "lind", "Berg": "berg"}
@@ -37,14 +37,14 @@ def two_tasks(tmp_path) -> Path:
 
 @pytest.fixture
 def flags(tiny_model, tiny_saes, two_tasks, other_saes):
-    """Flags that every stage is given."""
+    """Return the flags that every stage gets."""
     saes = f"{tiny_saes},{other_saes}"
     return ["--model_name", str(tiny_model), "--sae_name", saes, "--dataset_file", str(two_tasks), "--layers", "1",
             "--folds", "3", "--repeats", "2", "--device1", "cpu", "--quiet"]  # fmt: skip
 
 
 def refused(command, argv, capsys) -> str:
-    """The one line with which a command refuses its arguments."""
+    """Return the one-line error of a command."""
     capsys.readouterr()
     assert command.main([str(word) for word in argv]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()

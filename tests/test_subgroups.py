@@ -1,4 +1,4 @@
-"""Losses by subgroup: as plain sums say, with every look counted."""
+"""Losses by subgroup: compared with plain sums, and corrected for multiple comparisons."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ N = 1200
 
 
 def world(seed, hurt=0.0):
-    """Scores of people with a row each, the first half rare: 10 % of all are lost, and so many more of the rare."""
+    """Return scores of people with one row each, the first half rare: 10 % of all are lost, more of the rare ones."""
     random = np.random.default_rng(seed)
     labels = np.arange(N) % 2 == 0
     model = np.where(labels, 1.0, -1.0) * np.where(random.random(N) < 0.9, 1, -1) * np.ones((2, 1))
@@ -46,7 +46,7 @@ def test_a_group_s_loss_is_that_of_its_rows_and_is_held_against_all_others():
     frequent, rare = with_q_values(losses(found, [by]))
     right = {view: ((scores > 0) == found.labels).mean(axis=0) for view, scores in found.views.items()}
     change = right["sae"] - right["model"]
-    means = [change[by.group == place].mean() for place in (0, 1)]  # classes are of one size in both
+    means = [change[by.group == place].mean() for place in (0, 1)]  # both classes have the same size in both groups
     assert (rare.delta_sel.value, frequent.delta_sel.value) == pytest.approx(means)
     assert rare.against.value == pytest.approx(means[0] - means[1])
     assert rare.against.value == -frequent.against.value
@@ -130,7 +130,7 @@ def test_a_mean_over_cells_counts_a_person_once(tmp_path):
         (((cell.views["sae"] > 0) == cell.labels) * 1.0 - ((cell.views["model"] > 0) == cell.labels)).mean(axis=0)
         for cell in (found, other)
     ]
-    mean = np.mean(changes, axis=0)  # classes are of one size in both groups
+    mean = np.mean(changes, axis=0)  # both classes have the same size in both groups
     assert both.delta_sel.value == pytest.approx(mean[rare].mean())
     assert both.against.value == pytest.approx(mean[rare].mean() - mean[~rare].mean())
     spread = np.sqrt(sum(mean[of].var() / of.sum() for of in (rare, ~rare)))

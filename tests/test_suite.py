@@ -1,4 +1,4 @@
-"""The tasks of sae-probes: against its own list, then names, groups, and tasks that cannot be measured."""
+"""The tasks of sae-probes: compared with its own list, then names, groups, and tasks that cannot be measured."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
 
 def master() -> dict[str, str]:
-    """File -> kind, as the wheel's own table of sources has it."""
+    """Return file -> kind, from the wheel's own table of sources."""
     with open_data("sae_probes/data/probing_datasets_MASTER.csv.zst") as packed:
         text = zstandard.ZstdDecompressor().decompressobj().decompress(packed.read()).decode()
     names = ((row["Dataset save name"], row["Data type"]) for row in csv.DictReader(io.StringIO(text)))
     return {name.removeprefix("cleaned_data/").removesuffix(".csv"): kind for name, kind in names if name}
 
 
-# --- which tasks there are
+# --- available tasks
 
 
 def test_the_suite_is_what_sae_probes_calls_binary():
@@ -70,7 +70,7 @@ def test_the_whole_suite_has_the_rows_that_were_counted_in_the_files():
         conflicting += [task.name] if any(len(found) > 1 for found in values.values()) else []
         assert len(row_set.probes) == 1
     assert (rows, distinct, len(conflicting), len(texts)) == (334_092, 276_416, 16, 222_062)
-    assert sum(map(len, texts.values())) == len(texts) + 1  # one forward pass each, but for one in two groups
+    assert sum(map(len, texts.values())) == len(texts) + 1  # one forward pass each, except for one in two groups
 
 
 # --- names
@@ -100,7 +100,7 @@ def test_words_stand_for_several_tasks():
 
 
 def test_all_asks_each_question_once():
-    """No file of it holds the rows of another, nor those of one class of another, nor those of a Wikidata task."""
+    """No file has the rows of another, or those of one class of another, or those of a Wikidata task."""
     named = set(BESIDE_WIKIDATA)
     assert not named & {"56_wikidatasex_or_gender", "108_athlete_sport", "154_athlete_sport_football"}
     assert "13_us_state" in named and not {"117_us_state_FL", "118_us_state_CA", "119_us_state_TX"} & named
@@ -200,7 +200,7 @@ def test_keys_of_long_texts_are_short_and_differ_where_the_texts_do():
 
 
 def test_one_text_in_two_groups_is_two_mentions(tmp_path):
-    """A task's numbers do not depend on which other tasks are asked for beside it."""
+    """A task's numbers do not depend on other tasks of the request."""
     text = "Margaret of Hungary"
     alone, both = (dw.load_probe_texts(names) for names in (["5"], ["56_wikidatasex_or_gender", "5"]))
     found = [
@@ -287,7 +287,7 @@ def test_a_key_holds_letters_and_digits_alone(text: str):
 
 
 def test_tasks_are_read_one_after_another():
-    """A suite as shipped is larger than what is drawn from it: no more than two tasks are in memory."""
+    """A suite as shipped is larger than what is drawn from it, so at most two tasks are in memory."""
     read = []
 
     def tasks():
@@ -304,7 +304,7 @@ def test_tasks_are_read_one_after_another():
 
 
 def test_what_a_block_summed_is_let_go_when_its_datasets_are_probed(tiny_model, tiny_saes, tmp_path, monkeypatch):
-    """Sums hold a number for each latent: of a suite with hundreds of blocks they would be gigabytes."""
+    """Sums have a number for each latent: for a suite with hundreds of blocks they would need gigabytes."""
     from runs import Request
 
     from delta_selectivity.run import measure

@@ -1,4 +1,4 @@
-"""The two threads: whichever fails ends the run with its own error, while the other is busy, waiting, or done."""
+"""The two threads: a failure of either ends the run with its own error, while the other is busy, waiting or done."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FakeProber:
 
 
 def run_both(produce, consume, stop=None):
-    """Run the two in a thread of their own with a time limit; returns the error."""
+    """Run the two in a thread of their own with a time limit; return the error."""
     queue = BoundedQueue[int](max_bytes=2, size_of=lambda item: 1)
     errors = []
 

@@ -1,4 +1,4 @@
-"""Sweep files: what they stand for, and what is refused before anything begins."""
+"""Sweep files: the requests that they describe, and errors before anything starts."""
 
 from __future__ import annotations
 

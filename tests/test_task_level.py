@@ -1,4 +1,4 @@
-"""Means over tasks that are drawn as people are: against Student's t, the people alone, and planted truth."""
+"""Means over tasks as a random sample: compared with Student's t, with people alone, and with planted truth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cell(mean: float, n: int, first_person: int = 0, noise: np.ndarray | None = 
 
 
 def draw(random: np.random.Generator, n_sources: int, spread: float, share: bool = False, tasks_of: int = 1):
-    """Sources whose true values are normal around `TRUTH`; tasks are on their own people, or share."""
+    """Draw sources whose true values are normal around `TRUTH`; tasks have their own people or share them."""
     people = random.normal(size=60) * 0.5
     sources = {}
     for source in range(n_sources):
@@ -89,10 +89,10 @@ def test_intervals_cover_the_mean_of_all_tasks(n_sources, spread, share, tasks_o
     assert 0.92 <= covered / n <= 0.995
     assert covered >= by_people
     if spread and not share:
-        assert by_people / n < 0.9  # people alone: too narrow by what tasks differ
+        assert by_people / n < 0.9  # with people alone, the interval is too narrow because tasks differ
 
 
-# --- in plain numbers
+# --- in result files
 
 
 def test_families_have_means_of_their_own():
@@ -126,7 +126,7 @@ def test_a_source_is_what_tasks_are_cut_from():
 
 @pytest.fixture(scope="module")
 def suite_run(tiny_model, tiny_saes, tmp_path_factory):
-    """Four tasks of three sources on the tiny model; of one of them there are too few rows to measure."""
+    """Run four tasks of three sources on the tiny model; one of them has too few rows to be measured."""
     from pathlib import Path
 
     out = tmp_path_factory.mktemp("suite")
@@ -199,6 +199,6 @@ def test_two_saes_differ_by_the_mean_over_tasks_of_their_paired_differences(suit
     }
     found = sae_level.compare(cells, swapped, tasks)["tasks"]
     alone = sae_level.summarise(cells, tasks)["tasks"]
-    for end in ("", "_ci_low", "_ci_high", "_spread"):  # against the model's own scores it is the delta
+    for end in ("", "_ci_low", "_ci_high", "_spread"):  # minus the model's own scores, it is the delta
         assert found[f"delta_sel{end}"] == pytest.approx(alone[f"delta_sel{end}"])
     assert "families" not in found and found["n_tasks"] == 3

@@ -1,4 +1,4 @@
-"""Token positions against a brute-force count of characters, the window, and the batches."""
+"""Token positions compared with a count of characters, the context window, and the batches."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 
 def mention(text: str, name: str | None = None) -> dw.Mention:
-    """The mention of `name` in `text`; without one, of the name that ends it."""
+    """Return the mention of `name` in `text`; without a name, of the name that ends it."""
     if name is None:
         span = name_span(text)
         assert span is not None
@@ -75,8 +75,8 @@ def mention(text: str, name: str | None = None) -> dw.Mention:
 
 
 def brute_force_span(mention: dw.Mention, ids: list[int], tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
-    """Count bytes: every byte-level token is a number of bytes, and together they are the text's."""
-    alphabet = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]  # one character stands for a byte
+    """Count bytes: every byte-level token has a number of bytes, and together they are the text's bytes."""
+    alphabet = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]  # one character per byte
     ends = np.cumsum(alphabet)
     begin = len(mention.text[: mention.start].encode())
     end = len(mention.text[: mention.end].encode())
@@ -105,7 +105,7 @@ def test_positions_equal_a_count_of_bytes(tokenizer: PreTrainedTokenizerFast) ->
 @pytest.mark.skipif(not TINY_PYTHIA.is_file(), reason="the bundled demo model is not here")
 def test_positions_with_the_demo_tokenizer() -> None:
     demo = PreTrainedTokenizerFast(tokenizer_file=str(TINY_PYTHIA), bos_token=BOS, eos_token=BOS)
-    plain = [text for text in NAMES if text.isascii()]  # its normalizer may rewrite the others' bytes
+    plain = [text for text in NAMES if text.isascii()]  # its normalizer may change the bytes of other texts
     check_against_brute_force([mention(text) for text in plain], demo)
 
 
@@ -163,14 +163,14 @@ def test_text_without_tokens_is_refused(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def _deaf() -> PreTrainedTokenizerFast:
-    """A tokenizer that knows one letter, has nothing for the unknown, and no BOS."""
+    """Return a tokenizer that knows one letter and has neither an unknown token nor BOS."""
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"h": 0}, [])))
 
 
 @pytest.mark.parametrize("n_own", [0, 1, 2])
 @pytest.mark.parametrize("prepend", [True, False])
 def test_texts_that_begin_with_bos_have_one_or_none_as_asked(tokenizer, caplog, n_own: int, prepend: bool) -> None:
-    """Chat templates and exported texts bring their own; it is no part of the text."""
+    """Chat templates and exported texts may begin with BOS; it is not part of the text."""
     plain = mention("Ada Byron wrote it")
     own = dw.Mention(n_own * BOS + plain.text, plain.start + n_own * len(BOS), plain.end + n_own * len(BOS), "p")
     found = dw.tokenise([own, plain], tokenizer, prepend_bos=prepend, max_length=64)
@@ -186,7 +186,7 @@ def test_a_name_at_bos_itself_keeps_it(tokenizer) -> None:
 
 
 def test_eos_stands_in_front_where_there_is_no_bos(tokenizer) -> None:
-    """As TransformerLens has it: the SAEs of Qwen in SAE Lens were trained so."""
+    """As in TransformerLens: the SAEs of Qwen in SAE Lens were trained in this way."""
     qwen = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=BOS)
     assert qwen.bos_token_id is None
     found = dw.tokenise([mention("Ada Byron")], qwen, prepend_bos=True, max_length=64)
@@ -298,7 +298,7 @@ def test_an_sae_that_was_trained_with_bos_is_measured_with_eos_where_the_model_h
     assert "has no BOS token: texts begin with EOS" in caplog.text
     with_eos = Request(folder, (tiny_saes,), people_csv, tmp_path / "eos").plus("--bos", "excluded", "--layers", "1")
     with_bos = Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "bos").plus("--layers", "1")
-    assert with_eos.run() == with_bos.run() == 0  # the same token stands for both in this tokenizer
+    assert with_eos.run() == with_bos.run() == 0  # this tokenizer uses one token for both
     (found,), (expected,) = numbers(with_eos.out).values(), numbers(with_bos.out).values()
     assert found == expected
 

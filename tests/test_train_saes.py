@@ -1,4 +1,4 @@
-"""`scripts/train_saes.py`: harvest and training, killed and resumed; what is saved against plain arithmetic."""
+"""`scripts/train_saes.py`: harvest and training, killed and resumed; saved SAEs compared with plain arithmetic."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SENTENCE = "a river ran by the old town where she wrote and he sang of war law a
 
 
 class Killed(BaseException):
-    """Stands for a signal: nothing catches it."""
+    """Stands for a signal: no code catches it."""
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """600 documents in three formats; some seven are held out."""
+    """Create 600 documents in three formats, some seven of which are held out."""
     folder = tmp_path_factory.mktemp("text")
     random = np.random.default_rng(0)
     documents = [" ".join(random.choice(SENTENCE.split(), size=random.integers(20, 60))) for _ in range(600)]
@@ -49,7 +49,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def acts(tiny_model, text, tmp_path_factory):
-    """A harvest that was killed after its second shard and resumed."""
+    """Return a harvest that was killed after its second shard and resumed."""
     folder, save, saved = tmp_path_factory.mktemp("work"), harvesting._save, []
 
     def save_two_shards(path, tensors):
@@ -66,7 +66,7 @@ def acts(tiny_model, text, tmp_path_factory):
     assert len(list(folder.glob("train_*.safetensors"))) == 2
     before = {path: path.stat().st_mtime_ns for path in folder.glob("train_*.safetensors")}
     found = harvest(info, SETTINGS, text, folder, threads=2, quiet=True)
-    assert all(path.stat().st_mtime_ns == at for path, at in before.items())  # not made again
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())  # not created again
     return found
 
 
@@ -111,7 +111,7 @@ def test_a_harvest_is_what_plain_transformers_gives_without_bos_and_sinks(acts, 
     bos, last = model.config.bos_token_id, []
     for part in (TRAIN, HELD_OUT):
         found = {layer: torch.cat([acts.read(part, i, layer) for i in range(acts.shards(part))]) for layer in LAYERS}
-        with torch.no_grad():  # its `hidden_states[-1]` is after the final norm, so the last layer has a hook
+        with torch.no_grad():  # its `hidden_states[-1]` is after the final norm, so the last layer needs a hook
             hook = model.base_model.layers[2].register_forward_hook(lambda _m, _a, out: last.append(out))
             states = model(rows[part].long(), output_hidden_states=True).hidden_states
             hook.remove()
@@ -144,7 +144,7 @@ def plain_codes(kind: str, w: dict[str, np.ndarray], x: np.ndarray) -> np.ndarra
 
 @pytest.fixture(scope="module")
 def trained(acts, tmp_path_factory):
-    """Every kind at both layers, killed after step 3 of 8 and resumed; and the same without a break."""
+    """Train every kind at both layers, killed after step 3 of 8 and resumed; and the same without interruption."""
     step = StepSettings(batch=128, dead_after=200)
     settings = training.TrainSettings(tuple((kind, K) for kind in KINDS), LAYERS, D_SAE, 8 * 128, step=step)
     killed, whole = (tmp_path_factory.mktemp(name) for name in ("killed", "whole"))
@@ -255,7 +255,7 @@ def test_the_largest_of_many_are_those_that_topk_finds():
     values = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
     for n in (1, 500, 40_000, 299_999):
         assert set(largest_indices(values, n).tolist()) == set(values.topk(n).indices.tolist())
-    flat = torch.zeros(200_000)  # more ties than are wanted
+    flat = torch.zeros(200_000)  # more ties than requested
     assert len(set(largest_indices(flat, 1000).tolist())) == 1000
 
 
@@ -263,7 +263,7 @@ def test_thresholds_rise_when_too_many_latents_are_open():
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
     sae = JumpReluSae(0, 2, torch.zeros(8), 32, torch.Generator().manual_seed(1))
     sae.start(x)
-    sae.k = 1  # half as many as are open
+    sae.k = 1  # half as many as are active
     before = sae.log_threshold.detach().clone()
     sae_loss(sae, x, StepSettings()).backward()
     codes = sae.codes(x)

@@ -1,4 +1,4 @@
-"""Evaluators at work in the trainers of SAE Lens and sparsify, and in a plain loop; the loggers of what they find."""
+"""Evaluators in the trainers of SAE Lens and sparsify and in a plain loop, and the loggers of their numbers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def evaluator(tiny_model, task):
 
 @pytest.fixture(scope="module")
 def activations(tiny_model):
-    """Activations [rows, d] of the layer, of random tokens."""
+    """Return activations [rows, d] of the layer, of random tokens."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = torch.randint(model.config.vocab_size, (32, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_sae_lens_trains_the_same_weights_with_an_evaluator_at_work(kind, evalua
     def step(batch):
         found = step_of(batch)
         kept = copy.deepcopy(watched.activation_scaler)
-        measured.append(evaluator(watched.sae, watched.data_provider, kept))  # as the trainer calls one
+        measured.append(evaluator(watched.sae, watched.data_provider, kept))  # as the trainer calls it
         assert watched.sae.training
         return found
 
@@ -109,13 +109,13 @@ def test_sae_lens_trains_the_same_weights_with_an_evaluator_at_work(kind, evalua
     values = [numbers[f"{HEAD}/fvu_whole"] for _, numbers in seen]
     assert len(set(values)) == 3
     if kind in ("topk", "scaled", "whitened"):
-        last = evaluator(watched.sae)  # the trainer has folded its scaling in by now
+        last = evaluator(watched.sae)  # by now the trainer has folded its scaling in
         assert last["people/fvu_whole"] == values[-1]
         assert last["transfer_r2"] == seen[-1][1][f"delta/layer_{LAYER}/transfer_r2"]
 
 
 def test_scaled_inputs_give_the_codes_that_the_trainer_computes(evaluator, activations, tiny_model):
-    """FVU against the trainer's own forward pass, in NumPy: a scaling left out would show at once."""
+    """Compared with the trainer's own forward pass in NumPy: a missing scaling would change the FVU."""
     rows = probed_rows(evaluator, tiny_model)
     for kind in ("topk", "scaled", "whitened", "layer_norm"):
         trainer = lens_trainer(activations, kind, steps=30)
@@ -133,7 +133,7 @@ def test_scaled_inputs_give_the_codes_that_the_trainer_computes(evaluator, activ
 
 
 def probed_rows(evaluator, folder):
-    """The model's activations at the probed positions, by plain forward passes."""
+    """Return the model's activations at the probed positions, by plain forward passes."""
     texts, model = evaluator._tokenised, AutoModelForCausalLM.from_pretrained(folder)
     found = []
     for ids, last in zip(texts.ids, texts.last, strict=True):
@@ -233,7 +233,7 @@ def test_a_transcoder_of_sparsify_is_measured_where_it_reads_and_writes(tiny_mod
     assert seen[0]["delta/people/layer_1_mlp_out/fvu_whole"] > 0
 
 
-# --- a loop of one's own
+# --- a custom loop
 
 
 def test_one_line_in_a_plain_loop(evaluator, activations, tmp_path):
@@ -361,12 +361,12 @@ def wandb_run(tmp_path, monkeypatch):
 
 
 def rows_of(run, folder):
-    """The rows that an offline run has written, each a dict."""
+    """Return the rows that an offline run has written, each a dict."""
     from wandb.proto import wandb_internal_pb2
 
     run.finish()
     (file,) = folder.rglob("run-*.wandb")
-    for _ in range(100):  # W&B's own process writes it, and is not always done yet
+    for _ in range(100):  # W&B's own process writes it and may not be finished yet
         records = [wandb_internal_pb2.Record.FromString(data) for data in records_in(file.read_bytes())]
         if records and records[-1].WhichOneof("record_type") == "exit":
             break
@@ -380,7 +380,7 @@ def rows_of(run, folder):
 
 
 def records_in(data):
-    """The records of a file in LevelDB's log format: blocks of 32 KiB, a record in one piece or several."""
+    """Read the records of a file in LevelDB's log format: blocks of 32 KiB, a record in one piece or several."""
     place, parts = 7, []
     while place + 7 <= len(data):
         left = 32_768 - place % 32_768
@@ -390,7 +390,7 @@ def records_in(data):
         _, length, kind = struct.unpack_from("<IHB", data, place)
         parts.append(data[place + 7 : place + 7 + length])
         place += 7 + length
-        if kind in (1, 4):  # the whole of one, or its last piece
+        if kind in (1, 4):  # a whole record, or its last piece
             yield b"".join(parts)
             parts = []
 
@@ -443,7 +443,7 @@ def test_sae_lens_with_offline_wandb_and_tensorboard(route, wandb_run, evaluator
     [
         (0.1, 0.001, 2.0, 100_000, 1700),  # 0.9 x 2 s
         (0.1, 0.001, 2.0, 900, 900),
-        (0.1, 0.001, 0.2, 100_000, FIRST_ROWS),  # it takes 0.6 s whatever one does
+        (0.1, 0.001, 0.2, 100_000, FIRST_ROWS),  # it takes 0.6 s for any number of rows
         (0.0, 0.001, 1e9, 100_000, 32_000),
         (5.0, 0.001, 8.0, 100_000, 2200),
         (0.1, 0.001, 2.0, 80, 80),
@@ -498,7 +498,7 @@ def test_a_time_that_cannot_be_kept_is_said(tiny_model, task, caplog):
     assert refused.value.field == "seconds"
 
 
-# --- the bundled model, as people train
+# --- the bundled model in a realistic training
 
 
 def bundled_lens(model, ids):
@@ -537,7 +537,7 @@ def test_a_topk_sae_on_the_bundled_model_is_watched_in_a_tenth_of_its_training_t
         torch.manual_seed(0)
         trainer, sae = make(model, ids)
         if watched:
-            evaluator(sae)  # what a process does once
+            evaluator(sae)  # one-time costs of a process
             callback.attach(trainer)
         start = time.perf_counter()
         trainer.fit()

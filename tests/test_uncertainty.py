@@ -1,4 +1,4 @@
-"""Clustered errors against hand computation, coverage by simulation, q values against SciPy."""
+"""Clustered errors compared with hand computation, coverage by simulation, q values compared with SciPy."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from validation.world import one_large, zipf
 
 def test_a_small_example_by_hand():
     labels = np.array([True, True, True, False, False, False])
-    change = np.array([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])  # one positive row won: +1/3 of its class, +1/6 in all
+    change = np.array([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])  # one positive row gained: +1/3 of its class, +1/6 in total
     estimate = estimate_delta(change, labels, np.arange(6))
     assert estimate.value == pytest.approx(1 / 6)
-    of_class_mean = 1 / 3 / 3  # the sample variance of 1, 0, 0 by the number of people
+    of_class_mean = 1 / 3 / 3  # the sample variance of 1, 0, 0 divided by the number of people
     assert estimate.standard_error == pytest.approx((of_class_mean / 4) ** 0.5)
     assert estimate.high - estimate.value == pytest.approx(t(4).ppf(0.975) * estimate.standard_error)
     together = estimate_delta(change, labels, np.array([0, 1, 1, 2, 3, 4]))
@@ -32,13 +32,13 @@ def test_a_small_example_by_hand():
 
 
 def test_equal_people_have_the_errors_of_welch():
-    """SciPy's unequal-variance test on the people's means: as many people in either class, so many rows each."""
+    """Compare with SciPy's unequal-variance test on the people's means, with equal numbers of people and rows."""
     rng = np.random.default_rng(0)
     persons = np.repeat(np.arange(24), 4)
     labels, change = persons % 2 == 0, rng.normal(size=96) + rng.normal(size=24)[persons]
     estimate = estimate_delta(change[None], labels, persons)
     means = change.reshape(24, 4).mean(axis=1)
-    # our mean of the classes' means is half the difference of one class and the other's negative
+    # our mean of the classes' means is half the difference of one class and the negative of the other
     result = ttest_ind(means[::2], -means[1::2], equal_var=True)
     assert estimate.value / estimate.standard_error == pytest.approx(result.statistic)
     assert estimate.p_value == pytest.approx(result.pvalue)
@@ -85,7 +85,7 @@ def test_agrees_with_a_plain_loop():
 
 
 def test_many_equal_people_have_the_errors_of_liang_and_zeger():
-    """Sums of people's psi, squared, with no correction: what large samples need."""
+    """Sums of people's psi, squared, without a correction, which large samples do not need."""
     rng = np.random.default_rng(5)
     persons = np.repeat(np.arange(2000), 3)
     labels, change = persons % 2 == 0, rng.integers(-1, 2, 6000).astype(np.float64)
@@ -96,7 +96,7 @@ def test_many_equal_people_have_the_errors_of_liang_and_zeger():
 
 
 def test_both_parts_of_the_correction_are_unbiased_where_a_person_is_large():
-    """The expected square of the standard error is the variance of the mean, under the working model."""
+    """The expected square of the standard error is the variance of the mean under the working model."""
     rng = np.random.default_rng(6)
     sizes = np.array([40, *[5] * 12, 30, *[2] * 9])
     persons = np.repeat(np.arange(len(sizes)), sizes)
@@ -134,7 +134,7 @@ def test_one_class_is_refused():
 
 
 def _simulate(rng, people, mentions, truth):
-    """Correctness of two views [rows] with a person's luck and a row's, the SAE's worse by `truth` in recall."""
+    """Return correctness of two views [rows] with effects of person and row; the SAE's recall is lower by `truth`."""
     groups = np.repeat(np.arange(people), rng.poisson(mentions - 1, people) + 1)
     labels = (np.arange(people) % 2 == 0)[groups]
     luck = rng.normal(size=people)[groups] + rng.normal(size=len(groups))
@@ -163,7 +163,7 @@ def test_intervals_cover_the_truth(people, mentions):
 
 
 def test_rows_of_one_person_are_not_independent():
-    """A change that is one person's luck: taking rows for persons claims too much."""
+    """The change depends on one person: treating rows as persons would find significance."""
     rng = np.random.default_rng(3)
     groups = np.repeat(np.arange(100), 8)
     labels = groups % 2 == 0
@@ -191,7 +191,7 @@ def test_what_was_not_measured_is_no_test():
 
 
 def test_the_error_of_a_mean_over_cells_is_that_of_one_resampling_of_people_shared_by_all():
-    """Against 4000 bootstrap draws of people; cells of different rows, classes and people."""
+    """Compare with 4000 bootstrap draws of people; cells have different rows, classes and people."""
     rng = np.random.default_rng(7)
     luck = rng.normal(size=400)
     cells = []
@@ -230,13 +230,13 @@ def test_equivalence_is_two_one_sided_tests():
     ids=["12 equal", "12 Zipf", "50 Zipf", "12, one large", "50, one large"],
 )
 def test_few_and_unequal_people_are_covered_and_not_called_different(sizes):
-    """The quick version of `python scripts/validate.py --people`, of scores alone: without fitting a probe."""
+    """The quick version of `python scripts/validate.py --people`, on scores without fitting a probe."""
     rng, persons = np.random.default_rng(8), np.repeat(np.arange(len(sizes)), sizes)
     covered, found = [], []
     for _ in range(500):
         labels = (rng.permutation(len(sizes)) % 2 == 0)[persons]
         drift = 0.6 * rng.normal(size=len(sizes))[persons] + 0.8 * rng.normal(size=len(persons))
-        change = (drift > 1).astype(float) - (drift < -1)  # symmetric: no difference in truth
+        change = (drift > 1).astype(float) - (drift < -1)  # symmetric: there is no true difference
         estimate = estimate_delta(change[None], labels, persons)
         covered.append(estimate.low <= 0 <= estimate.high)
         found.append(estimate.p_value < 0.05)

@@ -1,4 +1,4 @@
-"""The user's own data: the Hub's layout, names of columns and classes, splits, and what a run makes of them."""
+"""A user's own data: the Hub's layout, names of columns and classes, splits, and the results of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ own = test_datasets.own
 def labelled(
     sentences: list[str] = SENTENCES, classes: tuple[str, ...] = ("cold", "warm"), numbers: Any = (1, 0, 1)
 ) -> hf.Dataset:
-    """Columns as a stranger calls them; the label a number with a name, as datasets of the Hub have it."""
+    """Return columns with unusual names, and a label that is a number with a name, as in datasets of the Hub."""
     features = hf.Features(
         {"sentence": hf.Value("string"), "class": hf.ClassLabel(names=list(classes)), "author": hf.Value("string")}
     )
@@ -48,7 +48,7 @@ THEIR_COLUMNS = "text=sentence,label=class,group=author"
 
 
 def write_hub_folder(folder: Path, configs: dict[str, dict[str, hf.Dataset]]) -> Path:
-    """Parquet files and a card as `push_to_hub` makes them: config -> split -> rows."""
+    """Write Parquet files and a card as `push_to_hub` does: config -> split -> rows."""
     (folder / "data").mkdir(parents=True)
     card = ["---", "configs:"]
     for config, splits in configs.items():
@@ -175,7 +175,11 @@ def test_a_folder_as_on_the_hub_reads_like_a_file(tmp_path: Path) -> None:
     assert [dataset.slug for dataset in texts.datasets] == ["weather"]
     assert [m.text for m in texts.mentions] == SENTENCES
     assert [m.person for m in texts.mentions] == ["a0", "a1", "a0"]
-    assert texts.datasets[0].probes[0].labels.tolist() == [True, False, True]  # of cold and warm the later is 1
+    assert texts.datasets[0].probes[0].labels.tolist() == [
+        True,
+        False,
+        True,
+    ]  # of a cold and a warm cache, the later is 1
     assert [m.text for m in own(hub, "test", THEIR_COLUMNS).mentions] == ["x", "y", "z"]
 
 
@@ -282,7 +286,7 @@ def test_what_is_no_name_on_the_hub_is_not_looked_up(name: str, monkeypatch: pyt
     assert "\n" not in str(error.value)
 
 
-# --- what becomes of the rows
+# --- the rows
 
 
 def test_spans_and_groups_hold_for_each_of_several_tasks(tmp_path: Path) -> None:
@@ -333,7 +337,9 @@ def test_every_class_of_a_multi_class_task_is_a_probe_of_the_run(ask: Request, t
     (path,) = files(ask.out)
     layer = json.loads(path.read_text())["layer_0"]
     assert {f"three_is_{value}" for value in "abc"} < layer.keys()
-    assert [layer[f"three_is_{value}"]["n_pos"] for value in "abc"] == pytest.approx([30] * 3, abs=9)  # less duplicates
+    assert [layer[f"three_is_{value}"]["n_pos"] for value in "abc"] == pytest.approx(
+        [30] * 3, abs=9
+    )  # minus duplicates
 
 
 def test_texts_that_do_not_fit_into_the_model_are_told(tiny_model: Path, caplog: Any) -> None:
@@ -357,7 +363,7 @@ def test_texts_that_do_not_fit_into_the_model_are_told(tiny_model: Path, caplog:
 
 
 def seen(path: Path, columns: str = "") -> set[tuple[str, str, bool]]:
-    """(text, what is probed of it, label) of the only probe."""
+    """Return (text, probed part of it, label) of the only probe."""
     texts = own(path, columns=columns)
     ((probe,),) = (dataset.probes for dataset in texts.datasets)
     found = ((texts.mentions[m], bool(label)) for m, label in zip(probe.mentions, probe.labels, strict=True))
@@ -437,7 +443,7 @@ def test_the_last_word_of_a_script_without_spaces_is_a_segment_of_unicode(text: 
 def test_long_texts_without_spaces_are_measured_at_their_last_token(
     tiny_model: Path, tiny_saes: Path, tmp_path: Path
 ) -> None:
-    """Byte by byte, each has 900 tokens, and the model room for 128."""
+    """Tokenised byte by byte, each has 900 tokens, and the model has room for 128."""
     rows = [
         {"text": f"{chr(0x4E00 + i)}{'我喜欢' * 100}{'好' if i % 2 else '坏'}", "label": i % 2, "group": i}
         for i in range(40)
@@ -463,14 +469,14 @@ def test_of_a_name_that_does_not_fit_the_end_is_enough_if_only_that_is_probed(ti
     assert ids[1:].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"][-63:]
 
 
-# --- files that unpack to far more than they are
+# --- files that decompress to a much larger size
 
 
 @pytest.mark.parametrize("name", ["gz", "bz2", "xz", "zst", "zip"])
 def test_a_packed_file_in_a_folder_is_refused_before_it_fills_the_disk(name, tmp_path, monkeypatch):
     monkeypatch.setattr(unpacked, "ALWAYS", 2**20)
     content = b"text,label\n" + b"0,1\n" * 2**20
-    path = tmp_path / "rows.csv"  # what a file is, its first bytes say
+    path = tmp_path / "rows.csv"  # the first bytes determine the file type
     pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
     if name == "zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -510,6 +516,6 @@ def test_a_table_that_never_ends_is_refused(tmp_path, suffix, make):
 def test_a_table_of_terabytes_is_refused(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     path.touch()
-    os.truncate(path, 2**40)  # a sparse file: nothing of it is on the disk
+    os.truncate(path, 2**40)  # a sparse file, none of which is on the disk
     with pytest.raises(RequestError, match=r"unpacks to|not a readable Parquet file"):
         own(path)

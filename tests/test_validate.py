@@ -1,4 +1,4 @@
-"""The validation as users run it, and that it finds what is planted in the metric itself: it must be able to fail."""
+"""The validation as users run it, and that it detects planted errors of the metric."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def script():
     return module
 
 
-@pytest.mark.timeout(1200)  # under two minutes on a quiet machine
+@pytest.mark.timeout(1200)  # under two minutes on an idle machine
 def test_the_quick_mode_finds_the_metric_right():
     done = subprocess.run([sys.executable, "scripts/validate.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,7 +86,7 @@ def test_people_on_both_sides_of_a_split_are_found_out(monkeypatch):
 
 
 def test_a_metric_that_looks_at_the_latents_is_found_out(monkeypatch):
-    """What the field does: probe the codes, whatever the decoder makes of them."""
+    """A common error: the codes are probed, whatever the decoder does with them."""
     ground = _sparse_ground()
     assert failed(plants.shuffled_decoder(ground, suite.MOST_LEFT)) == set()
     found = plants.Bench.found
@@ -100,7 +100,7 @@ def test_a_metric_that_looks_at_the_latents_is_found_out(monkeypatch):
 
 
 def test_a_metric_that_does_not_refit_is_found_out(monkeypatch):
-    """Transfer in place of delta takes a rotation for a loss."""
+    """With transfer instead of delta, a rotation would count as a loss."""
     world = GaussianWorld(500, (1, 1), 16, (1.5,))
     rows = world.sample(np.random.default_rng(0))
     ground = plants.Ground("small", [plants.Bench(rows, TorchLbfgs())], {}, {})

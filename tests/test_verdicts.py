@@ -1,4 +1,4 @@
-"""One word per cell: planted reconstructions get the word that is true of them."""
+"""Verdicts: planted reconstructions get the correct verdict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from validation.world import GaussianWorld
 
 
 class Measured:
-    """A world, its folds and the model's probes; then the word for each trait of a reconstruction."""
+    """A world, its folds and the model's probes; calling it returns the verdict for each trait of a reconstruction."""
 
     def __init__(self, people, signal, seed=0):
         self.world = GaussianWorld(people=people, mentions=(1, 2), d=16, signal=signal)

@@ -1,4 +1,4 @@
-"""SAEs in memory: objects of the libraries against their files and themselves, anybody's modules, and ``load_sae``."""
+"""SAEs in memory: objects of the libraries compared with their files, custom modules, and ``load_sae``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ HEADER = ("format", "layer", "hookpoint", "d_in", "d_sae", "d_out", "k", "archit
 
 
 def assert_same_as_file(source: SaeSource, file: SaeSource) -> None:
-    """Object and file give the same codes and reconstructions, bit for bit, by the same kind of coder."""
+    """Check that object and file give the same codes and reconstructions, bit for bit, by the same kind of coder."""
     (layer,), x = source.layers, activations(rows=300)
     member, stored = source.members[0].header, file.members[0].header
     assert [getattr(member, name) for name in HEADER] == [getattr(stored, name) for name in HEADER]
@@ -60,7 +60,7 @@ def assert_same_as_file(source: SaeSource, file: SaeSource) -> None:
 
 @dataclass
 class Facts:
-    """All of a module that measuring it must leave alone."""
+    """All state of a module that a measurement must not change."""
 
     state: dict[str, Tensor]
     training: list[bool]
@@ -89,7 +89,7 @@ class Facts:
 
 
 def measure(source: SaeSource) -> None:
-    """All that a run does with a source."""
+    """Do all that a run does with a source."""
     (layer,) = source.layers
     source.prepare()
     source.fingerprint()
@@ -199,7 +199,7 @@ def test_a_transcoder_of_sae_lens(tmp_path: Path, architecture: str) -> None:
     assert (source.hookpoint, source.input_hookpoint, source.d_out) == ("mlp_out", "mlp_normalized", 24)
     assert_same_as_file(source, open_sae(str(tmp_path)))
     loaded = source.load(3, "cpu")
-    if architecture != "jumprelu_transcoder":  # the library lets negative latents through where thresholds are
+    if architecture != "jumprelu_transcoder":  # the library keeps negative latents above a threshold
         torch.testing.assert_close(loaded.decode(loaded.encode(x), x), sae(x).detach(), rtol=1e-5, atol=1e-5)
     silent = make_transcoder(architecture)
     with pytest.raises(RequestError, match="`hookpoint` is missing"):
@@ -407,11 +407,11 @@ def test_what_was_loaded_can_be_wrapped(tmp_path: Path) -> None:
         wrap_sae(bare)
 
 
-# --- objects of one's own --------------------------------------------------------------------------------------------
+# --- custom objects --------------------------------------------------------------------------------------------------
 
 
 class Own(nn.Module):
-    """A ReLU SAE as somebody would write it; noisy in training, as some are."""
+    """A ReLU SAE as users write them; noisy in training, as some are."""
 
     def __init__(self, d_in: int, d_sae: int = D_SAE, seed: int = 0) -> None:
         super().__init__()
@@ -432,7 +432,7 @@ class Own(nn.Module):
 
 
 class Bare:
-    """An object that is no module and has no state."""
+    """An object that is not a module and has no state."""
 
     def __init__(self, module: Own) -> None:
         self.module = module.eval()
@@ -445,7 +445,7 @@ class Bare:
 
 
 class WithState(Bare):
-    """One that has."""
+    """An object that has state."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"W": self.module.W_enc, "step": 3}
@@ -475,7 +475,7 @@ def frozen(module: Own) -> Own:
 
 
 def trained(module: Own) -> Own:
-    """With gradients, and with what the last step computed in an attribute, which cannot be deep-copied."""
+    """Return a module with gradients, and with an attribute from the last step that cannot be deep-copied."""
     module.decode(module.encode(activations())).sum().backward()
     assert not module.last.is_leaf
     return module
@@ -576,11 +576,11 @@ def test_what_else_makes_another_sae() -> None:
     assert wrap_sae(coder, layer=1).fingerprint() != widened
 
 
-# --- what can be found, and what is wrong ----------------------------------------------------------------------------
+# --- detection, and errors -------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Module):
-    """With an encoder under a name of the caller's choice."""
+    """An object whose encoder has a name of the caller's choice."""
 
     def __init__(self, d_in: int = D_IN, d_sae: int = D_SAE, **attributes: Any) -> None:
         super().__init__()
@@ -595,7 +595,7 @@ class Linear(nn.Module):
 
 
 class Anything(Linear):
-    """Takes inputs of any width."""
+    """An object that takes inputs of any width."""
 
     def encode(self, x: Tensor) -> Tensor:
         return x.sum(1, keepdim=True).expand(-1, D_SAE)
@@ -643,7 +643,7 @@ def test_a_transcoder_of_ones_own() -> None:
 
 
 class Exits(Linear):
-    """Ends the process, wherever it is told to."""
+    """An object that ends the process at a given place."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -680,7 +680,7 @@ class OnlyForward(nn.Module):
 
 
 class Gives(Linear):
-    """Gives something else."""
+    """An object that returns something else."""
 
     def __init__(self, codes: Callable[[Tensor], Any], recon: Callable[[Tensor], Any] = lambda recon: recon) -> None:
         super().__init__()
@@ -694,7 +694,7 @@ class Gives(Linear):
 
 
 class Locked(Linear):
-    """Holds what cannot be copied."""
+    """An object that holds something that cannot be copied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -795,7 +795,7 @@ def test_broken_weights_are_found_before_a_model_is_loaded(make: Callable[[], An
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where ``one`` has layers 1 and 2, and ``two`` has layer 1."""
+    """Create ``one`` with layers 1 and 2, and ``two`` with layer 1."""
     for name in ("one/layers.1", "one/layers.2", "two/layers.1"):
         write_sparsify(tmp_path / name)
     monkeypatch.chdir(tmp_path)

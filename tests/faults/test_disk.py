@@ -1,4 +1,4 @@
-"""A disk that fills, a folder that cannot be written, an input that vanishes: exit 1 or 2, one line, results intact."""
+"""Full disks, read-only folders and missing inputs: exit code 1 or 2, one line, intact results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ask(tiny_model, tiny_saes, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts a disk of so many KB in memory; unmounted afterwards."""
+    """Mount a disk of a given number of KB in memory; unmount it afterwards."""
     mounted: list[Path] = []
 
     def mount(kilobytes: int) -> Path:
@@ -67,7 +67,7 @@ def test_a_disk_that_fills_keeps_what_was_finished_and_the_run_goes_on_with_room
 
 
 def test_a_disk_that_fills_at_any_byte_of_a_run(ask, small_disk, capsys):
-    """Room for one page more each time, until it is enough: what was finished is whole, and the next run goes on."""
+    """Allow one page more each time, until it is enough: finished results are whole, and a rerun completes them."""
     assert ask.run() == 0
     whole = numbers(ask.out)["pythia-tiny_women.json"]
     disk = small_disk(512)
@@ -88,7 +88,7 @@ def test_a_disk_that_fills_at_any_byte_of_a_run(ask, small_disk, capsys):
         assert without_q(found) == {layer: figures for layer, figures in without_q(whole).items() if layer in found}
         finished.append(len(found))
         ballast.unlink()
-        if len(found) > max(finished[:-1], default=0):  # at each new layer once: the run takes a second
+        if len(found) > max(finished[:-1], default=0):  # at each new layer only, because a run takes a second
             assert full.run() == 0
             assert substance(full.out) == substance(ask.out)
         shutil.rmtree(full.out, ignore_errors=True)
@@ -108,7 +108,7 @@ def test_a_disk_too_small_for_the_rows_that_memory_has_no_room_for(ask, small_di
 
 
 def test_a_quota_on_the_size_of_files(ask, tmp_path):
-    """The kernel refuses to let a file grow: the write fails in the middle."""
+    """The kernel refuses to let a file grow, so a write fails in the middle."""
     assert ask.run() == 0
     size = (ask.out / "pythia-tiny_women.json").stat().st_size
 
@@ -144,7 +144,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(ask, tmp_path, capsys):
 
 
 def test_a_folder_that_becomes_read_only_during_the_run(ask, monkeypatch, capsys):
-    """The kernel remounts no disk that has a file open, so its answers are played."""
+    """The error is simulated, because the kernel does not remount a disk with open files."""
     load, remove = ModelInfo.load, Path.unlink
 
     def read_only(path, *args, **kwargs):
@@ -207,7 +207,7 @@ def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("damage", [b"", None], ids=["cut off", "overwritten"])
 def test_weights_that_are_written_to_during_the_run_change_nothing(ask, tmp_path, monkeypatch, damage):
-    """They are mapped into memory while they are read: later that would change numbers, or kill the process."""
+    """Weights are memory-mapped: a later write must neither change numbers nor kill the process."""
     assert ask.run() == 0
     model = shutil.copytree(ask.model, tmp_path / "copy" / "pythia-tiny")
     sae = shutil.copytree(ask.saes[0], tmp_path / "copy" / "sae-tiny")

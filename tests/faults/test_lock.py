@@ -1,4 +1,4 @@
-"""One run at a time writes a file; whatever a killed one left behind is no obstacle."""
+"""Only one run at a time writes a file, and files of a killed run do not block the next."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ with exclusive(Path(sys.argv[1])):
 
 
 def holder(path):
-    """A process that holds the lock of `path`."""
+    """Start a process that holds the lock of `path`."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
@@ -43,7 +43,7 @@ def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path):
         with exclusive(tmp_path / "other.json"):
             pass
         with pytest.raises(RequestError, match="no result files"):
-            result_files(tmp_path)  # a lock is none
+            result_files(tmp_path)  # an unlocked lock file does not count
     with exclusive(path):
         pass
     assert list(tmp_path.iterdir()) == []

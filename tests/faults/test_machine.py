@@ -1,4 +1,4 @@
-"""What a machine or another program does to a run: folders that vanish, kills, another user, no /proc."""
+"""Effects of the machine and other programs: vanishing folders, kills, another user, no /proc."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_cache_that_is_deleted_in_the_middle_changes_no_number(with_cache, tmp
 
 
 def test_a_writer_that_is_killed_in_a_cache_write_is_no_obstacle_to_the_next(tmp_path, monkeypatch):
-    """It holds the lock of evictions and has written half a file."""
+    """The killed process holds the lock of evictions and has written half a file."""
     name, tensors = "a" * 32, {"x": torch.arange(1000.0)}
     pid = os.fork()
     if pid == 0:
@@ -138,7 +138,7 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups "$@"
 
 @pytest.fixture
 def in_the_open(with_cache):
-    """The request on copies in a folder that every user may read."""
+    """Return the request on copies in a folder that every user can read."""
     folder = Path(tempfile.mkdtemp())
     shutil.copytree(with_cache.model, folder / "model")
     shutil.copytree(with_cache.saes[0], folder / "saes")
@@ -156,7 +156,7 @@ def in_the_open(with_cache):
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("program", ["main.py", "compute_selectivity.py"])
 def test_another_user_with_umask_077_and_a_megabyte_of_shared_memory(in_the_open, program):
-    """Where it may write, it runs; where it may not, that is one line."""
+    """The run succeeds where it may write; elsewhere it fails with one line."""
     folder, asked = in_the_open
     python = Path(sys.base_prefix)
     hidden = [parent for parent in python.parents if not parent.stat().st_mode & 0o001]

@@ -1,4 +1,4 @@
-"""Memory that runs out, in either thread: smaller pieces, the same numbers; spilled rows leave nothing behind."""
+"""Lack of memory in either thread: smaller pieces and the same numbers; spilled rows leave no files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def problem(rows=200, d=12, targets=3, splits=5):
 
 
 def with_room_for(monkeypatch, columns, error):
-    """The line search, which holds most temporaries, fails for more columns at a time."""
+    """Let the line search, which holds most temporaries, fail for more columns at a time."""
     search = lbfgs._line_search
     widths = []
 
@@ -220,7 +220,7 @@ def test_spilled_rows_come_back_and_their_files_have_no_names(tmp_path, monkeypa
 
 
 class PlayedGpu:
-    """A GPU in this machine's memory: it takes so many matrices, and later refuses where it is told to."""
+    """A simulated GPU in main memory that accepts a number of matrices and later fails on request."""
 
     def __init__(self, monkeypatch, room):
         self.room, self.asked = room, []

@@ -1,4 +1,4 @@
-"""An interrupted run and its resumption leave what an undisturbed run leaves, byte for byte but for the timings."""
+"""An interrupted and resumed run leaves the same bytes as an undisturbed one, except for the timings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from delta_selectivity.records import result_file
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, tmp_path):
-    """Two SAEs, the second without the last layer, and two datasets that share no text."""
+    """Return a request with two SAEs, the second without the last layer, and two datasets without common texts."""
     data = write_csv(tmp_path / "women.csv", people(80))
     sparser = write_sparsify(tmp_path / "sae-sparser", layers=[0, 1], k=2)
     flags = ("--folds", "3", "--repeats", "1", "--datasets", "politics", "--shuffle_select_n", "60")
@@ -37,9 +37,7 @@ def test_interrupted_at_any_write_and_resumed_it_is_the_same_to_the_byte(ask, tm
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", lambda self, target: written.append(Path(target).name) or replace(self, target))
         assert ask.run() == 0
-    layers = [name.endswith(".json") for name in written][
-        :-4
-    ]  # 2 datasets x (3 + 2) layers; 4 files settled at the end
+    layers = [name.endswith(".json") for name in written][:-4]  # 2 datasets x (3 + 2) layers, and 4 files at the end
     assert sum(layers) == 10
     undisturbed = substance(ask.out)
     assert len(undisturbed) == 4

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment, a terminal that closes, a reader who has enough: one line, the right exit code, no hang."""
+"""Ctrl-C at any moment, a closed terminal, a closed pipe: one line, the right exit code, no hang."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runs import ROOT, Request, left_over, numbers
 from delta_selectivity.run.bounded_queue import BoundedQueue
 from delta_selectivity.run.progress import ProgressBars
 
-PYTHON_STARTS = 1.0  # seconds that a busy machine may need to come to our first line
+PYTHON_STARTS = 1.0  # seconds until our first line on a busy machine
 EVERY_SIGNAL = pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
 )
@@ -27,7 +27,7 @@ EVERY_SIGNAL = pytest.mark.parametrize(
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, tmp_path):
-    """Three layers; `shown` has bars and tables."""
+    """Return a request with three layers; `shown`: with bars and tables."""
     data = write_csv(tmp_path / "women.csv", people(80))
     return Request(tiny_model, (tiny_saes,), data, tmp_path / "out")
 
@@ -127,7 +127,7 @@ def test_no_bars_where_there_is_no_stderr(monkeypatch):
 
 
 def interrupt(ask, seconds, number=signal.SIGINT):
-    """Start, wait, send the signal; returns the exit code and what was told."""
+    """Start a run, wait, send the signal; return the exit code and the output."""
     with ask.start() as process:
         time.sleep(seconds)
         process.send_signal(number)
@@ -143,7 +143,7 @@ def check_interrupted(ask, seconds, number, undisturbed):
     code, told = interrupt(ask, seconds, number)
     where = f"{signal.Signals(number).name} at {seconds:.2f} s: {told}"
     if code == -number or ("Traceback" in told and "main.py" not in told):
-        assert seconds < PYTHON_STARTS, where  # it was not yet reading our first line
+        assert seconds < PYTHON_STARTS, where  # it had not yet reached our first line
         return
     assert code in {0, 130}, where
     assert "Traceback" not in told, where
@@ -194,7 +194,7 @@ runpy.run_path("main.py", run_name="__main__")
 @EVERY_SIGNAL
 @pytest.mark.parametrize("moment", ["logging", "delta_selectivity.cli.command_line", "leave"])
 def test_a_signal_before_and_after_main_is_one_line_too(number, moment):
-    """While the program is being loaded, and after `main` has said how it went."""
+    """Check signals while the program is loading, and after `main` has reported."""
     command = [sys.executable, "-c", OUTSIDE_MAIN, str(int(number)), moment]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 130, done.stderr
@@ -205,7 +205,7 @@ def test_a_signal_before_and_after_main_is_one_line_too(number, moment):
 
 @EVERY_SIGNAL
 def test_a_signal_that_is_ignored_stays_ignored(number):
-    """As under `nohup`, or for a job in the background."""
+    """As under `nohup`, or in a background job."""
 
     def ignore():
         signal.signal(number, signal.SIG_IGN)
@@ -228,7 +228,7 @@ def test_a_signal_at_any_moment(ask, tmp_path, number):
 
 @pytest.mark.slow
 def test_the_terminal_closes(loud):
-    """The shell is gone: SIGHUP arrives, and every write to the terminal is an error."""
+    """The shell is gone: SIGHUP arrives, and every write to the terminal fails."""
     ours, theirs = pty.openpty()
 
     def on_this_terminal():

@@ -1,4 +1,4 @@
-"""What came from data cannot break the terminal or a table: names with escapes, line ends, bars, turned letters."""
+"""Names from data cannot break the terminal or a table: escapes, newlines, bars, bidirectional controls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOSTILE = "a\x1b[2J\x1b]0;title\x07|b\n\nlayer_9\r\u202eturned\u2028\x9b1mé"
 
 
 def harmless(text):
-    """Nothing in it but letters and line ends."""
+    """Return whether a text has only printable characters and newlines."""
     return all(char == "\n" or unicodedata.category(char)[0] not in "CZ" or char == " " for char in text)
 
 
@@ -43,7 +43,7 @@ def test_a_table_keeps_its_columns_whatever_the_names():
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, tmp_path):
-    """A task of this name, and one that has too few people, so that its reason is in the table."""
+    """Return a request on a task of this name, and one with too few people, whose reason is in the table."""
     few = [{**row, "label": i == 0} for i, row in enumerate(people(12, seed=3))]
     rows = [{**row, "task": HOSTILE} for row in people(60)] + [{**row, "task": f"few{HOSTILE}"} for row in few]
     request = Request(tiny_model, (tiny_saes,), write_csv(tmp_path / "women.csv", rows), tmp_path / "out")

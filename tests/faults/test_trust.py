@@ -1,4 +1,4 @@
-"""What a stranger made: files run no code, and names lead nowhere but into the folder of the results."""
+"""Untrusted files run no code, and untrusted names stay inside the results folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ask(tiny_model, tiny_saes, tmp_path):
 
 
 class Payload:
-    """Leaves a mark when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -75,7 +75,7 @@ def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(ask, tmp_path, 
         shown, told = process.communicate("y\n" * 9, timeout=120)
     assert not mark.exists()
     assert "[y/N]" not in shown + told
-    if process.returncode != 0:  # with classes of its own in place of theirs it may do without
+    if process.returncode != 0:  # with a class of its own instead of the standard one, which is not needed
         assert process.returncode == 2
         assert told.startswith("error: --model_name")
 

@@ -1,4 +1,4 @@
-"""A few hundred damaged files for every reader; `python tests/fuzz/readers.py` tries as many as there is time for."""
+"""A few hundred damaged files for every reader; `python tests/fuzz/readers.py` runs for longer."""
 
 from __future__ import annotations
 
