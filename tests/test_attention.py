@@ -48,7 +48,7 @@ def test_heads_are_those_of_float64_to_the_rounding_of_bfloat16(n_texts, n_token
     assert float((found.double() - expected).norm() / expected.norm()) < 0.008  # the rounding error of bfloat16: 0.002
 
 
-def test_no_token_sees_a_later_one():
+def test_no_token_attends_to_a_later_one():
     query, key, value = heads(2, 20)
     found, _ = attention.attend(ATTENTION, query, key, value, None)
     key[:, :, 11:], value[:, :, 11:] = 100, 1e4
@@ -56,7 +56,7 @@ def test_no_token_sees_a_later_one():
 
 
 @pytest.mark.parametrize("what", ["long", "mask", "not causal", "module not causal", "more keys", "position bias"])
-def test_everything_else_goes_to_transformers(what: str, monkeypatch: pytest.MonkeyPatch):
+def test_other_cases_use_transformers(what: str, monkeypatch: pytest.MonkeyPatch):
     seen = []
     answer = torch.zeros(1), None
     monkeypatch.setattr(
@@ -77,7 +77,7 @@ def test_everything_else_goes_to_transformers(what: str, monkeypatch: pytest.Mon
     assert passed == {"scaling": 0.25, **options}
 
 
-def test_the_model_is_rounded_about_as_before(monkeypatch: pytest.MonkeyPatch):
+def test_rounding_of_the_model_is_about_that_of_sdpa(monkeypatch: pytest.MonkeyPatch):
     """Compare the distances from float32 of the bundled model's activations, by products and by sdpa."""
     ids = torch.randint(1, 8000, (4, 150), generator=torch.Generator().manual_seed(0))
     site = Site(5, "resid_post")

@@ -370,7 +370,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.filterwarnings("ignore:torch.quantize")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_broken_sae_is_told_in_one_line(
+def test_a_broken_sae_is_reported_in_one_line(
     case: Case,
     request_for: Callable[[Path], Request],
     loaded: list[Any],
@@ -389,7 +389,7 @@ def test_a_broken_sae_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("make", [sparsify, lens, dictionary, plain])
-def test_whole_ones_are_measured(
+def test_intact_saes_are_measured(
     make: Callable[[Path], Path], request_for: Callable[[Path], Request], tmp_path: Path
 ) -> None:
     make(tmp_path / "the-sae")
@@ -398,7 +398,7 @@ def test_whole_ones_are_measured(
 
 
 @pytest.mark.parametrize("name", ["cfg.json", SAFE, "."])
-def test_what_may_not_be_read(
+def test_unreadable_files_are_rejected(
     name: str,
     request_for: Callable[[Path], Request],
     tmp_path: Path,

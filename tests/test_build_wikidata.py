@@ -190,7 +190,7 @@ def person_of(**claims: list[Any]) -> entities.Person:
         ([("novalue", "preferred"), MALE], c.NONE),
     ],
 )
-def test_the_best_rank_counts_and_one_class_alone(values: list[Any], code: int) -> None:
+def test_only_statements_of_the_best_rank_count(values: list[Any], code: int) -> None:
     assert person_of(P21=values).gender == code
 
 
@@ -213,25 +213,25 @@ def test_the_best_rank_counts_and_one_class_alone(values: list[Any], code: int) 
         (["+1910-00-00T00:00:00Z"], [], 1),
     ],
 )
-def test_alive_and_dead(born: list[Any], died: list[Any], code: int) -> None:
+def test_is_alive_from_birth_and_death(born: list[Any], died: list[Any], code: int) -> None:
     assert person_of(P569=born, P570=died).is_alive == code
 
 
-def test_a_century_is_no_year() -> None:
+def test_a_century_does_not_count_as_a_year() -> None:
     person = human("Ada Lovelace", P569=["+2000-00-00T00:00:00Z"])
     person["claims"]["P569"][0]["mainsnak"]["datavalue"]["value"]["precision"] = 7
     found = entities.person_of(person)
     assert found is not None and found.is_alive == c.NONE
 
 
-def test_parties_are_asked_of_politicians_alone() -> None:
+def test_parties_count_only_for_politicians() -> None:
     assert person_of(P102=[DEMOCRATS], P106=[c.POLITICIAN, ACTOR]).politics == 1
     assert person_of(P102=[REPUBLICANS, 7320], P106=[c.POLITICIAN]).politics == 2
     assert person_of(P102=[DEMOCRATS, REPUBLICANS], P106=[c.POLITICIAN]).politics == c.SEVERAL
     assert person_of(P102=[DEMOCRATS], P106=[ACTOR]).politics == c.NONE
 
 
-def test_qualifiers_and_references_are_no_values() -> None:
+def test_qualifiers_and_references_do_not_count_as_values() -> None:
     assert person_of(P21=[FEMALE], P106=[ACTOR]).occupations == (ACTOR,)
 
 
@@ -257,13 +257,13 @@ def test_names_that_can_be_found(label: str | None, name: str | None) -> None:
     assert (found.name if found else None) == name
 
 
-def test_the_label_of_all_languages_stands_in_for_the_english_one() -> None:
+def test_the_label_of_all_languages_replaces_a_missing_english_one() -> None:
     found = entities.person_of(human("Ada Lovelace", "mul"))
     assert found is not None and found.name == "Ada Lovelace"
     assert entities.person_of(human("Ada Lovelace", "de")) is None
 
 
-def test_no_human_is_no_person() -> None:
+def test_entities_that_are_not_human_are_skipped() -> None:
     assert entities.person_of(entity(1, "Sherlock Holmes", {"P31": [95074], "P21": [MALE]})) is None
     assert entities.person_of(entity(1, "Sherlock Holmes", {"P31": [(HUMAN, "deprecated"), 95074]})) is None
     assert entities.person_of(entity(1, "Sherlock Holmes", {})) is None
@@ -303,14 +303,16 @@ def code_of(names: Names, name: str, task: c.Task) -> int:
         ([], None, None),
     ],
 )
-def test_occupations(occupations: list[int], occupation: str | None, sport: str | None) -> None:
+def test_occupations_include_subclasses_of_athlete(
+    occupations: list[int], occupation: str | None, sport: str | None
+) -> None:
     names = table_of(human("Ada Lovelace", P106=occupations, P21=[FEMALE]))
     for task, expected in ((c.OCCUPATIONS, occupation), (c.SPORTS, sport)):
         code = code_of(names, "Ada Lovelace", task)
         assert (task.classes[code - 1] if code else None) == expected
 
 
-def test_namesakes_who_differ_count_for_none() -> None:
+def test_people_with_one_name_and_different_classes_do_not_count() -> None:
     names = table_of(
         human("John Kennedy", P21=[MALE], P106=[ACTOR], P569=[BIRTH]),
         human("John Kennedy", P21=[MALE], P106=[SINGER]),
@@ -327,7 +329,7 @@ def test_namesakes_who_differ_count_for_none() -> None:
     assert names.prominence[row] == 5  # properties of the third person: P31 and four others
 
 
-def test_who_says_nothing_is_not_kept() -> None:
+def test_people_without_any_class_are_not_stored() -> None:
     names = table_of(human("Ada Lovelace", P106=[PAINTER]), human("Ada Byron", P21=[FEMALE]))
     assert names.hashes.tolist() == [hash("Ada Byron")]
     assert names.prefixes.tolist() == [hash("Ada Byron")]
@@ -368,7 +370,7 @@ def test_whole_names_are_found(text: str, found: list[str]) -> None:
     assert sorted(names_found(finder)) == sorted(found)
 
 
-def test_the_same_mentions_as_by_trying_every_name_everywhere() -> None:
+def test_mentions_equal_those_of_a_brute_force_search() -> None:
     rng = random.Random(0)
     syllables = ["Anna", "Berta", "Clara", "O'Neal", "de", "Jean-Paul", "K.", "Ruth"]
     names = sorted({" ".join(rng.choices(syllables, k=rng.randint(2, 4))) for _ in range(60)})
@@ -399,7 +401,7 @@ def test_a_context_ends_with_the_name_and_begins_with_a_word(room: int, before: 
     assert context.text[context.start :] == "Ada Lovelace"
 
 
-def test_of_many_mentions_a_fair_draw_is_kept() -> None:
+def test_mentions_are_sampled_uniformly() -> None:
     drawn: Counter[str] = Counter()
     for seed in range(400):
         finder = finder_of("Ada Lovelace", per_name=2, seed=seed)
@@ -411,7 +413,7 @@ def test_of_many_mentions_a_fair_draw_is_kept() -> None:
     assert all(70 < drawn[str(i)] < 130 for i in range(8)), drawn  # 100 expected, standard deviation 9
 
 
-def test_a_text_that_comes_twice_counts_once() -> None:
+def test_repeated_texts_count_once() -> None:
     finder = finder_of("Ada Lovelace")
     for _ in range(3):
         finder.search("we met Ada Lovelace")
@@ -482,9 +484,7 @@ def test_a_run_on_what_is_built(
         assert 0 < layer[probe]["model_sel"] <= 1
 
 
-def test_every_packing_of_dump_and_texts_gives_the_same(
-    tmp_path: Path, people: list[dict[str, Any]], texts: Path
-) -> None:
+def test_every_compression_gives_the_same_result(tmp_path: Path, people: list[dict[str, Any]], texts: Path) -> None:
     plain, text = dump_bytes([*CLASSES_OF_ITEMS, *people]), (texts / "all.txt").read_bytes()
     lines = b"".join(json.dumps({"text": t}).encode() + b"\n" for t in text.decode().split("\n\n"))
     pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
@@ -522,7 +522,7 @@ def test_the_same_request_gives_the_same_file_in_every_process(tmp_path: Path, p
     assert built("2", "-", "--seed", "5") != first
 
 
-def test_lines_that_are_no_entity_are_counted_and_passed_over(
+def test_lines_that_are_not_entities_are_counted_and_skipped(
     build: Callable[..., int], people: list[dict[str, Any]], tmp_path: Path, caplog: Any
 ) -> None:
     assert build([*CLASSES_OF_ITEMS, *people]) == 0
@@ -539,9 +539,7 @@ def test_lines_that_are_no_entity_are_counted_and_passed_over(
     assert re.search(r"dump\.json: skipped 9 of \d+ lines, which are not entities", warning), warning
 
 
-def test_a_line_without_end_is_passed_over(
-    build: Callable[..., int], people: list, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_an_endless_line_is_skipped(build: Callable[..., int], people: list, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(dump, "LONGEST_LINE", 20_000)
     tally = dump.Tally()
     (tmp_path / "dump.json").write_bytes(dump_bytes(['{"id":"Q5' + "x" * 90_000 + '"}', *people]))
@@ -550,7 +548,7 @@ def test_a_line_without_end_is_passed_over(
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-def test_of_a_dump_cut_short_what_came_is_used(
+def test_a_truncated_dump_is_used_up_to_its_end(
     tmp_path: Path, people: list[dict[str, Any]], texts: Path, caplog: Any, pack: Callable[[bytes], bytes]
 ) -> None:
     suffix = {gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz"}[pack]
@@ -572,7 +570,7 @@ def test_a_dump_without_classes_says_who_counts_as_an_athlete(
     assert "only people of the five sports count as athletes" in caplog.text
 
 
-def test_a_task_without_two_classes_is_left_out(
+def test_a_task_with_fewer_than_two_classes_is_excluded(
     build: Callable[..., int], people: list, tmp_path: Path, caplog: Any
 ) -> None:
     republicans = [
@@ -603,7 +601,7 @@ def test_the_most_prominent_of_a_class_are_taken() -> None:
     assert selection.select(names, finder.found, 4, 4)[0] == []
 
 
-def test_of_many_classes_those_with_too_few_people_are_left_out() -> None:
+def test_classes_with_too_few_people_are_excluded() -> None:
     jobs = [ACTOR] * 5 + [SINGER] * 3 + [JOURNALIST] * 2
     persons = [human(f"Anna Known{i}", P106=[job]) for i, job in enumerate(jobs)]
     finder = MentionFinder(table_of(*persons), 600, 1, 0)
@@ -644,7 +642,7 @@ def test_of_many_classes_those_with_too_few_people_are_left_out() -> None:
         ),
     ],
 )
-def test_what_is_refused_is_one_line_and_leaves_nothing(
+def test_invalid_requests_give_one_line_and_leave_no_file(
     tmp_path: Path, people: list, texts: Path, capsys: Any, make: Callable[[Path], list[str]], told: str
 ) -> None:
     contents = {
@@ -670,7 +668,7 @@ def test_wrong_flags_end_with_2(tmp_path: Path, flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (OSError("disk full"), 1)])
-def test_what_stops_the_writing_leaves_the_old_file(
+def test_a_failed_write_keeps_the_old_file(
     build: Callable[..., int], people: list, tmp_path: Path, monkeypatch: Any, capsys: Any, error: Any, code: int
 ) -> None:
     (tmp_path / "people.jsonl").write_text("old")

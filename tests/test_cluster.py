@@ -99,7 +99,7 @@ def test_another_user_of_this_machine_is_refused_at_every_port():
         assert client.submit(os.getuid, pure=False).result(timeout=20) == os.getuid(), "we are let in"
 
 
-def test_the_stranger_gets_into_a_cluster_without_keys():
+def test_another_user_gets_into_a_cluster_without_keys():
     from distributed import LocalCluster
 
     with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None) as open_to_all:
@@ -108,7 +108,7 @@ def test_the_stranger_gets_into_a_cluster_without_keys():
     assert line.startswith("plain: got {'type': 'Scheduler'")
 
 
-def test_what_dask_writes_is_in_a_folder_of_the_run_that_others_may_not_enter(tmp_path, monkeypatch):
+def test_files_of_dask_are_in_a_private_folder_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with cluster.open_cluster(1, 0, None) as client:
         client.wait_for_workers(1)
@@ -119,7 +119,7 @@ def test_what_dask_writes_is_in_a_folder_of_the_run_that_others_may_not_enter(tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_worker_that_hangs_is_told_in_one_line_and_its_unit_goes_to_another(monkeypatch, caplog):
+def test_a_hanging_worker_is_reported_and_its_unit_is_reassigned(monkeypatch, caplog):
     monkeypatch.setattr(cluster, "SILENT", 1)  # Dask waits for at least ten heartbeats: 5 s
     with cluster.open_cluster(2, 0, None) as client:
         client.wait_for_workers(2)
@@ -150,7 +150,7 @@ def other_source() -> None:
     same_program.own_digest = lambda: "0" * 64
 
 
-def test_another_program_on_a_worker_is_one_line_before_any_unit_runs():
+def test_a_different_program_on_a_worker_is_rejected_before_any_unit():
     with cluster.open_cluster(2, 0, None) as client:
         client.wait_for_workers(2)
         check(client)
@@ -173,7 +173,7 @@ def files(tmp_path):
     return {name: tmp_path / f"{name}.pem" for name in found}
 
 
-def test_the_files_of_a_remote_scheduler_are_what_dask_is_given(files):
+def test_tls_files_are_passed_to_dask(files):
     security = Remote("tls://10.0.0.7:8786", **files).security()
     assert security.require_encryption
     assert security.get_tls_config_for_role("client") == {
@@ -194,7 +194,7 @@ def test_the_files_of_a_remote_scheduler_are_what_dask_is_given(files):
         ({"address": "tcp://10.0.0.7:8786"}, "`tls_ca_file`: `scheduler` tcp://10.0.0.7:8786 is not encrypted"),
     ],
 )
-def test_wrong_files_are_one_line(files, change, words):
+def test_wrong_tls_files_are_rejected_with_one_line(files, change, words):
     with pytest.raises(RequestError, match=words) as told:
         Remote(**({"address": "tls://10.0.0.7:8786", **files} | change)).security()
     assert "\n" not in str(told.value)
@@ -206,6 +206,6 @@ def test_wrong_files_are_one_line(files, change, words):
      ("tcp://127.0.0.1:8786", False), ("tcp://localhost:8786", False), ("tcp://[::1]:8786", False),
      ("127.0.0.1:8786", False)],
 )  # fmt: skip
-def test_an_open_connection_to_another_machine_is_warned_of(address, warned, caplog):
+def test_an_unencrypted_connection_to_another_machine_is_warned_of(address, warned, caplog):
     assert Remote(address).security() is None
     assert [("not encrypted" in record.getMessage()) for record in caplog.records] == [True] * warned

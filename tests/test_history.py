@@ -34,7 +34,7 @@ def updated(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n_steps", [0, 1, MEMORY, 2 * MEMORY + 1])
-def test_a_step_is_that_of_the_matrix(n_steps: int, dtype: torch.dtype) -> None:
+def test_a_step_equals_that_of_the_matrix(n_steps: int, dtype: torch.dtype) -> None:
     """Columns are independent: the second has no positive curvature at its last step and keeps its state."""
     generator = torch.Generator().manual_seed(n_steps)
     preconditioner, hessian = positive(generator, dtype), positive(generator, dtype)

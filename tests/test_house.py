@@ -53,7 +53,7 @@ def module_file(name: str) -> Path | None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
-def test_a_file_imports_its_own_room_and_those_below(path):
+def test_a_file_imports_only_its_own_folder_and_those_below(path):
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     floor = {name: number for number, layer in enumerate(LAYERS) for name in layer}
     own = room(module)
@@ -61,7 +61,7 @@ def test_a_file_imports_its_own_room_and_those_below(path):
         assert floor[other] < floor.get(own, len(LAYERS)), f"{module} imports {other}"
 
 
-def test_the_package_imports_nothing_beside_it():
+def test_the_package_imports_no_other_folder():
     for path in FILES:
         text = path.read_text("utf-8")
         assert not re.search(
@@ -75,7 +75,7 @@ def test_there_are_few_files_at_the_top_and_they_are_short():
     assert all(len(path.read_text("utf-8").splitlines()) <= 40 for path in files)
 
 
-def test_the_queue_knows_nothing_of_torch():
+def test_the_queue_does_not_use_torch():
     assert "torch" not in (ROOT / PACKAGE / "run" / "bounded_queue.py").read_text("utf-8")
 
 

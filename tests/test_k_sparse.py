@@ -52,7 +52,7 @@ def by_scikit_learn(dense, labels, folds, fold, k, c, weights=None):
 
 @pytest.mark.parametrize("c", [0.01, 100.0])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_probes_are_what_a_plain_loop_gives(world, c, weighted):
+def test_k_sparse_probes_equal_a_plain_loop(world, c, weighted):
     dense, labels, persons, plan = world
     weights = np.random.default_rng(1).random(300) + 0.2 if weighted else np.ones(300)
     plan = FoldPlan.build(labels, persons, weights, 5, 2, 0)
@@ -66,7 +66,7 @@ def test_probes_are_what_a_plain_loop_gives(world, c, weighted):
                     np.testing.assert_allclose(found.scores[i, t, repeat, rows], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_entries_of_one_place_are_added(world):
+def test_duplicate_entries_are_summed(world):
     dense, _, _, plan = world
     csr = as_csr(dense)
     halves = csr.values().repeat_interleave(2) / 2
@@ -77,7 +77,7 @@ def test_entries_of_one_place_are_added(world):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_persons_are_held_out(world):
+def test_k_sparse_probes_hold_out_people(world):
     """One latent per person predicts labels that are random by person, if the person was in the training rows."""
     _, _, persons, _ = world
     labels = (np.random.default_rng(1).random(100) > 0.5)[None, persons]
@@ -88,7 +88,7 @@ def test_persons_are_held_out(world):
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e12])
-def test_a_probe_that_does_not_converge_is_told_and_stops_nothing(world, factor):
+def test_a_probe_that_does_not_converge_is_only_a_warning(world, factor):
     dense, _, _, plan = world
     found = k_sparse.k_sparse_fit(plan, as_csr(dense * factor), ks=(1, 16))
     assert np.isfinite(found.scores).all()

@@ -68,7 +68,7 @@ def test_ranks_ties_and_numbers_are_those_of_the_paired_differences(forty):
     assert "pairs of SAEs differ significantly" in forty[1]
 
 
-def test_names_are_no_markup_and_the_page_asks_for_nothing(forty):
+def test_the_leaderboard_escapes_names_and_makes_no_requests(forty):
     root = Tree(forty[1]).root
     assert len(root.all("script")) == 1
     assert "alert(1)" not in root.all("script")[0].text
@@ -90,7 +90,7 @@ def test_every_control_has_a_name_and_every_table_a_caption(forty):
     assert {head.attributes["scope"] for head in root.all("th")} == {"col", "row"}
 
 
-def test_each_layer_is_a_board_of_its_own_with_its_own_scores(tiny_model, tmp_path):
+def test_each_layer_has_its_own_board(tiny_model, tmp_path):
     """In two runs of several layers, the paired differences of the layer itself decide, not the run's means."""
     from conftest import people, write_csv, write_sparsify
 
@@ -123,7 +123,7 @@ def test_each_layer_is_a_board_of_its_own_with_its_own_scores(tiny_model, tmp_pa
             assert sae.files[0][1]["_run"]["config"]["d_sae"] == {"0": 96, "1": 96}
 
 
-def test_without_scores_there_are_means_and_no_ranks(tmp_path):
+def test_a_board_without_scores_has_no_ranks(tmp_path):
     for path in DEMO.rglob("*gender.json"):
         write_changed(path, tmp_path / "in" / path.parent.name / path.name)
     rows = rows_of(board(tmp_path / "in", tmp_path / "board.html"))
@@ -134,7 +134,7 @@ def test_without_scores_there_are_means_and_no_ranks(tmp_path):
     assert shown == {f"{k8[f'layer_{layer}']['gender']['transfer_r2']:.3f}" for layer in range(6)}
 
 
-def test_what_cannot_be_made_is_one_line(tmp_path, capsys):
+def test_impossible_leaderboards_are_one_line(tmp_path, capsys):
     folder = write_set(tmp_path / "in", saes=(), baselines=[("mean", "resid_post")])
     assert report.main([str(folder), "--leaderboard", str(tmp_path / "x.html")]) == 2
     assert "the files hold only baselines" in capsys.readouterr().err
@@ -145,7 +145,7 @@ def test_what_cannot_be_made_is_one_line(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1400, 400])
-def test_a_browser_shows_forty_saes_without_a_word_or_a_request(width, forty, browser):  # noqa: F811
+def test_a_browser_shows_the_leaderboard_without_errors_or_requests(width, forty, browser):  # noqa: F811
     page = opened(browser, forty[0], width)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.inner_text("#count") == "40 of 40 SAEs"

@@ -30,13 +30,13 @@ def found():
     return leakage
 
 
-def test_what_cannot_be_known_is_known_by_heart(found):
+def test_random_labels_are_memorised_through_duplicates(found):
     assert found.by_person.value == pytest.approx(0.5, abs=0.1)
     assert found.distinct.value > found.by_person.value + 0.1
     assert found.shipped.value > found.distinct.value + 0.03
 
 
-def test_the_worth_of_the_people_is_the_difference_of_the_splits(found):
+def test_the_effect_of_people_is_the_difference_of_the_splits(found):
     assert found.persons_share.value == pytest.approx(found.distinct.value - found.by_person.value)
     assert 0 < found.persons_share.low < found.persons_share.value < found.persons_share.high
 
@@ -45,7 +45,7 @@ def test_rows_and_people_are_counted(found):
     assert (found.n_shipped, found.n_distinct, found.n_people) == (640, 320, 80)
 
 
-def test_an_error_by_row_is_too_small(found):
+def test_the_standard_error_by_row_is_too_small(found):
     """Rows of a person are right or wrong together."""
     assert found.row_standard_error < 0.9 * found.person_standard_error
 
@@ -69,7 +69,7 @@ def test_bundled_activations_are_those_of_the_last_token_of_each_name():
         assert torch.cosine_similarity(row, alone, dim=0) > 0.999
 
 
-def test_a_layer_that_the_bundled_model_lacks_is_refused():
+def test_a_missing_layer_is_rejected():
     with pytest.raises(RequestError, match="layers 0 to 5"):
         bundled.activations([Mention("Otto Hahn", 0, 9, "")], [6])
 

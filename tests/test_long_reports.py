@@ -69,14 +69,14 @@ def test_a_terminal_shows_the_largest_losses_once_each_the_reasons_and_the_famil
     assert max(map(len, text.splitlines())) < 250
 
 
-def test_a_few_tasks_are_shown_each_in_full(long):
+def test_few_tasks_are_shown_in_full(long):
     few = [file for file in long if int(re.search(r"_(\d+)_task", file[0].name)[1]) < MAX_DATASETS]
     text = tables.render(few)
     assert "that lose most" not in text and text.count("| layer |") == 2 * MAX_DATASETS
     assert len(plots_of(study_of(few)).heatmaps) == MAX_DATASETS
 
 
-def test_families_hold_their_tasks_worst_first(long):
+def test_families_sort_tasks_by_loss(long):
     study = study_of(long)
     assert study.has_many_datasets and set(study.families) == set(FAMILIES)
     numbers = [int(name.partition("_")[0]) for name in study.families["people"]]
@@ -85,7 +85,7 @@ def test_families_hold_their_tasks_worst_first(long):
     assert len(study.panel_probes) == MAX_PANELS and study.panel_probes[0] == (f"{N - 1}_task", f"task_{N - 1}")
 
 
-def test_plots_grow_as_families_do_and_show_every_cell_once(long):
+def test_the_number_of_plots_grows_with_families(long):
     study = study_of(long)
     plots = plots_of(study)
     assert set(plots.heatmaps) == set(FAMILIES)
@@ -94,7 +94,7 @@ def test_plots_grow_as_families_do_and_show_every_cell_once(long):
     assert len(shown) == len(set(shown)) == 2 * N
 
 
-def test_the_page_folds_families_and_warnings_and_can_be_searched(long, tmp_path):
+def test_the_page_collapses_families_and_warnings(long, tmp_path):
     page = tmp_path / "page.html"
     write_page(study_of(long), page)
     text = page.read_text("utf-8")

@@ -26,14 +26,14 @@ NAMES = {
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def test_all_are_there_and_the_page_names_each():
+def test_all_notebooks_exist_and_are_listed():
     assert {path.stem for path in NOTEBOOKS} == NAMES
     page = (EXPLORE / "README.md").read_text("utf-8")
     assert set(re.findall(r"`(\w+)\.ipynb`", page)) == NAMES
 
 
 @each
-def test_it_is_kept_without_outputs_and_begins_with_its_purpose(path):
+def test_notebooks_have_no_outputs_and_begin_with_their_purpose(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.cells[0].cell_type == "markdown"
@@ -45,7 +45,7 @@ def test_it_is_kept_without_outputs_and_begins_with_its_purpose(path):
 
 
 @each
-def test_it_names_no_place_of_one_machine(path):
+def test_notebooks_contain_no_local_paths(path):
     text = path.read_text("utf-8")
     assert not re.search(r"""["'\s](/(home|root|work|tmp|Users|mnt|opt|data)\b|[A-Z]:\\\\)""", text)
 
@@ -69,7 +69,7 @@ def executed(path, monkeypatch, tmp_path, results=None):
 
 @pytest.mark.slow
 @each
-def test_it_runs_on_the_kept_results(path, monkeypatch, tmp_path):
+def test_notebooks_run_on_the_kept_results(path, monkeypatch, tmp_path):
     printed, n_plots = executed(path, monkeypatch, tmp_path)
     assert n_plots > 0
     assert "Warning" not in printed
@@ -86,14 +86,14 @@ def fresh(tiny_model, tiny_saes, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_statistics_are_made_again_from_the_scores_of_a_fresh_run(fresh, monkeypatch, tmp_path):
+def test_statistics_are_recomputed_from_the_scores_of_a_new_run(fresh, monkeypatch, tmp_path):
     printed, n_plots = executed(EXPLORE / "analyze_results.ipynb", monkeypatch, tmp_path, fresh)
     assert "36 cells made again from their scores" in printed, "2 SAEs x 3 layers x 6 probes; the baseline is left out"
     assert n_plots == 3
 
 
 @pytest.mark.slow
-def test_who_and_which_latents_were_lost_in_a_fresh_run(fresh, monkeypatch, tmp_path):
+def test_what_was_lost_runs_on_a_new_run(fresh, monkeypatch, tmp_path):
     printed, n_plots = executed(EXPLORE / "what_was_lost.ipynb", monkeypatch, tmp_path, fresh)
     assert re.search(r"rows of \w+, layer \d", printed)
     assert "add up to 1.000" in printed
@@ -101,14 +101,14 @@ def test_who_and_which_latents_were_lost_in_a_fresh_run(fresh, monkeypatch, tmp_
 
 
 @pytest.mark.slow
-def test_two_saes_of_a_fresh_run_are_compared_paired(fresh, monkeypatch, tmp_path):
+def test_two_saes_of_a_new_run_are_compared(fresh, monkeypatch, tmp_path):
     printed, n_plots = executed(EXPLORE / "compare_saes.ipynb", monkeypatch, tmp_path, fresh)
     assert re.search(r"sae-other and sae-tiny, 18 cells", printed)
     assert n_plots == 3
 
 
 @pytest.mark.slow
-def test_the_published_figures_stand_beside_a_run_where_there_is_one(fresh, monkeypatch, tmp_path):
+def test_published_figures_are_compared_with_a_run(fresh, monkeypatch, tmp_path):
     shutil.copytree(fresh / "sae-tiny", tmp_path / "pythia160")
     printed, _ = executed(EXPLORE / "compare_published.ipynb", monkeypatch, tmp_path, tmp_path)
     assert "6 layers of datasets that both have measured" in printed, "gender and occupation, three layers each"

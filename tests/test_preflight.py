@@ -59,7 +59,7 @@ def test_the_bundled_saes_fit_where_they_say(check, saes):
         assert fit.l0 == pytest.approx(fit.promised_l0, rel=0.02)
 
 
-def test_whatever_fits_is_not_stopped(check):
+def test_matching_codes_are_not_stopped(check):
     """Codes fitted to every place of every layer, with few and many components: 0 false alarms of 120."""
     alarms = []
     for site, sample in check.samples.items():
@@ -87,7 +87,7 @@ def test_an_sae_of_another_place_is_named(check, place):
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
-def test_a_forgotten_normalisation_is_named(check, norm):
+def test_a_missing_normalisation_is_named(check, norm):
     site = Site(2, "resid_post")
     x = normalise(check.samples[site].counted(False), norm).x
     fit = check.examine(components(x, site, 64), site, counts_bos=False)
@@ -116,14 +116,14 @@ def test_a_transposed_square_matrix_is_named(check, name):
     assert f"with {name} transposed" in fit.problem()
 
 
-def test_bos_that_counts_but_was_left_out_of_the_training_is_named(check, saes):
+def test_bos_that_was_excluded_in_training_is_named(check, saes):
     """The bundled SAEs were trained on texts with BOS, but without the activations at BOS (see their cards)."""
     problems = [check.examine(sae, Site(layer, "resid_post"), counts_bos=True) for (_, layer), sae in saes.items()]
     caught = [fit for fit in problems if fit.misfits and "`bos` excluded" in fit.problem()]
     assert len(caught) == len(saes)
 
 
-def test_bos_that_was_trained_on_raises_no_alarm(check):
+def test_bos_that_was_used_in_training_is_accepted(check):
     site = Site(3, "resid_post")
     x = check.samples[site].counted(True)
     fit = check.examine(components(x, site, 64), site, counts_bos=True)
@@ -175,7 +175,7 @@ def test_an_sae_that_fits_nothing_is_not_stopped(check, saes):
 
 
 @pytest.mark.parametrize(("promised", "told"), [(32, False), (10, True), (90, True), (None, False)])
-def test_an_l0_that_is_not_what_the_config_promises_is_told(check, saes, promised, told):
+def test_an_unexpected_l0_is_reported(check, saes, promised, told):
     """As with a BatchTopK SAE whose threshold was lost: every positive latent fires."""
     sae = replace(saes["tiny-pythia-saes-k32", 2], promised_l0=promised)
     fit = check.examine(sae, Site(2, "resid_post"), counts_bos=False)
@@ -184,7 +184,7 @@ def test_an_l0_that_is_not_what_the_config_promises_is_told(check, saes, promise
     assert fit.problem() is None or "L0 is 32.0 on average" in fit.problem()
 
 
-def test_too_few_tokens_say_nothing(saes):
+def test_too_few_tokens_give_no_result(saes):
     site = Site(0, "resid_post")
     x = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
     few = Preflight({site: SiteSample(x, torch.zeros(40, dtype=torch.bool), x)}, {})
@@ -217,13 +217,13 @@ def test_a_misfit_stops_the_run_in_one_line_and_leaves_nothing(mislabelled, tmp_
     assert files(tmp_path / "out") == []
 
 
-def test_force_measures_it_and_the_file_says_so(mislabelled, tmp_path):
+def test_force_measures_a_misfit_and_records_a_warning(mislabelled, tmp_path):
     assert program.main(command(mislabelled, tmp_path / "out", "--force")) == 0
     (path,) = files(tmp_path / "out")
     assert any("fits far better at layer 5" in line for line in result_file.read(path)["_run"]["warnings"])
 
 
-def test_a_flag_that_counts_bos_is_part_of_what_the_file_is(tmp_path):
+def test_counting_bos_is_part_of_the_key(tmp_path):
     """--bos counted on SAEs that never saw BOS is stopped; if forced, the key differs from that of other runs."""
     sae = tmp_path / "sae"
     shutil.copytree(DEMO_SAES[0] / "layers.1", sae / "layers.1")
@@ -234,7 +234,7 @@ def test_a_flag_that_counts_bos_is_part_of_what_the_file_is(tmp_path):
     assert result_file.read(path)["_run"]["key"]["counts_bos"] is True
 
 
-def test_inspect_says_what_it_is_and_where_it_fits(mislabelled, capsys):
+def test_inspect_describes_an_sae_and_where_it_fits(mislabelled, capsys):
     assert program.main(["inspect", "--sae_name", str(mislabelled), "--datasets", "gender", "--device1", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "sparsify, topk, k 8, 256 -> 1024 latents" in shown

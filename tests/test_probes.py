@@ -69,14 +69,14 @@ LARGE = {"rows": 1400, "d": 96}  # most iterations in float32
 
 
 @pytest.mark.parametrize("case", [{}, {"noise": 0.05}, {"weighted": True, "share": 0.1}, {"targets": 3}])
-def test_float32_most_of_the_way_ends_where_scikit_learn_does(case):
+def test_float32_start_ends_at_the_solution_of_scikit_learn(case):
     task = problem(**LARGE, **case, cs=(1e-5, 1e-2, 10.0))
     ours, reference = TorchLbfgs().fit(task), SklearnReference().fit(task)
     assert ours.converged.all()
     assert ((ours.coef - reference.coef).norm(dim=-1) / reference.coef.norm(dim=-1)).max() < 1e-4
 
 
-def test_float32_most_of_the_way_changes_no_score(monkeypatch):
+def test_float32_start_changes_no_score(monkeypatch):
     task, singles = problem(**LARGE, targets=2), []
     rough = torch_dense.DenseColumns.rough
     monkeypatch.setattr(torch_dense.DenseColumns, "rough", lambda self: singles.append(rough(self)) or singles[-1])
@@ -88,7 +88,7 @@ def test_float32_most_of_the_way_changes_no_score(monkeypatch):
     assert ((scores[0] - scores[1]).abs().amax(-1) / scores[1].std(-1)).max() < 1e-6
 
 
-def test_float32_that_comes_to_nothing_is_done_again_in_float64(monkeypatch):
+def test_a_failed_float32_start_is_repeated_in_float64(monkeypatch):
     task = problem(**LARGE)
     expected = TorchLbfgs().fit(task)
     monkeypatch.setattr(torch_dense.Rough, "backward", lambda self, residual: torch.full_like(self.stretch, torch.nan))
@@ -97,7 +97,7 @@ def test_float32_that_comes_to_nothing_is_done_again_in_float64(monkeypatch):
     assert ((fits.coef - expected.coef).norm(dim=-1) / expected.coef.norm(dim=-1)).max() < 1e-5
 
 
-def test_a_rough_way_that_ends_too_early_is_gone_on_in_float64(monkeypatch):
+def test_a_short_float32_start_is_continued_in_float64(monkeypatch):
     task = problem(**LARGE, targets=2)
     expected = TorchLbfgs(tolerance=1e-9).fit(task)
     went, far = [], lbfgs._far
@@ -110,7 +110,7 @@ def test_a_rough_way_that_ends_too_early_is_gone_on_in_float64(monkeypatch):
 
 
 @pytest.mark.parametrize("max_iter", [1, 4])
-def test_a_rough_fit_that_was_stopped_says_so(max_iter):
+def test_a_stopped_float32_fit_warns(max_iter):
     fits = TorchLbfgs(max_iter=max_iter).fit(problem(**LARGE, noise=0.05))
     assert not fits.converged[-1].any()
     assert (fits.n_iter[-1] == max_iter).all()
@@ -140,7 +140,7 @@ def test_the_preconditioner_is_the_inverse_hessian(inverted):
     )
 
 
-def test_features_far_from_zero_beside_their_spread_lose_no_accuracy():
+def test_features_with_a_large_mean_lose_no_accuracy():
     task = problem(**LARGE, cs=(0.1,))
     x = task.x + 1e4 * task.x.std(dim=0) * torch.linspace(-1, 1, 96)
     task = ProbeProblem(x, task.labels, task.weight, task.scale, task.cs)
@@ -219,19 +219,19 @@ def test_features_without_any_variation_fit_at_once():
     assert (fits.coef.sum(-1) * 2 + fits.intercept).abs().max() < 1e-6  # balanced, so no class is preferred
 
 
-def test_a_fit_that_was_stopped_says_so():
+def test_a_stopped_fit_warns():
     fits = TorchLbfgs(max_iter=2).fit(problem(noise=0.05))
     assert not fits.converged[-1].any()
     assert (fits.n_iter[-1] == 2).all()
 
 
-def test_no_targets_are_no_fits():
+def test_zero_targets_give_zero_fits():
     task = problem()
     none = ProbeProblem(task.x, task.labels[:0], task.weight, task.scale, CS)
     assert TorchLbfgs().fit(none).coef.shape == (4, 0, 3, 24)
 
 
-def test_impossible_problems_are_refused():
+def test_invalid_problems_are_rejected():
     good = problem()
     broken = good.x.clone()
     broken[5, 2] = torch.nan
@@ -285,7 +285,7 @@ def cuml(monkeypatch) -> FakeCuml:
     return fake
 
 
-def test_our_side_of_cumls_contract(cuml):
+def test_the_call_of_cuml(cuml):
     task = problem(weighted=True, share=0.2, cs=(0.01, 1.0))
     backend = CumlQn(torch.device("cpu"))
     assert disagreement(backend, SklearnReference(), task) < 1e-3
@@ -319,7 +319,7 @@ def test_cumls_settings_are_made_once_in_each_thread(cuml):
     assert cuml.output_types == ["cupy", "cupy"]
 
 
-def test_cuml_that_stops_early_says_so(cuml):
+def test_a_stopped_cuml_fit_warns(cuml):
     fits = CumlQn(torch.device("cpu"), max_iter=1).fit(problem(cs=(1.0,)))
     assert not fits.converged.any()
 
@@ -382,7 +382,7 @@ def test_sparse_and_strided_features_give_the_same_probes():
     torch.testing.assert_close(a.intercept, b.intercept, rtol=1e-4, atol=1e-5)
 
 
-def test_latents_that_never_fire_weigh_nothing_and_those_that_fire_once_weigh_little():
+def test_latents_that_never_fire_have_zero_weight():
     task = sparse_problem(rows=200, d=60, k=8, cs=(0.1,))
     crow, col, value = task.x.crow_indices(), task.x.col_indices(), task.x.values()
     n = int(crow[1])
@@ -447,13 +447,13 @@ def test_sparse_codes_on_a_gpu_give_the_same_probes():
 
 
 @pytest.mark.parametrize(("name", "solver"), [("auto", "torch"), ("torch", "torch"), ("sklearn", "sklearn")])
-def test_choice_on_the_cpu(name, solver):
+def test_the_choice_of_a_backend_on_the_cpu(name, solver):
     backend, reason = choose_backend(name, "cpu")
     assert backend.name == solver
     assert reason
 
 
-def test_choices_that_cannot_be_made(monkeypatch):
+def test_impossible_backends_are_rejected(monkeypatch):
     with pytest.raises(RequestError, match="choose one of auto, torch, cuml, sklearn"):
         choose_backend("svm", "cpu")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -472,7 +472,7 @@ def test_cuml_needs_a_gpu(cuml):
 @pytest.mark.parametrize(
     ("difference", "solver", "why"), [(1e-5, "cuml", "agrees"), (0.1, "torch", "differs"), (None, "torch", "failed")]
 )
-def test_auto_takes_cuml_only_if_it_agrees(cuml, monkeypatch, difference, solver, why):
+def test_auto_uses_cuml_only_if_it_agrees(cuml, monkeypatch, difference, solver, why):
     def check(backend, reference, task):
         if difference is None:
             raise RuntimeError("no driver")

@@ -53,7 +53,7 @@ def cpu(monkeypatch):
         ({"neon": True}, "", set()),  # not tried on ARM; conservative choices
     ],
 )
-def test_each_processor_is_given_what_it_computes_fast(capabilities, vendor, expected, cpu):
+def test_each_processor_gets_its_fast_kernels(capabilities, vendor, expected, cpu):
     assert cpu(capabilities, vendor) == expected
 
 
@@ -62,7 +62,7 @@ def test_nothing_is_fast_without_the_library_for_it(cpu):
     assert cpu(ZEN4, "AuthenticAMD", mkl=False) == {"bfloat16", "bytes"}
 
 
-def test_the_user_overrules(cpu, monkeypatch):
+def test_the_user_can_override(cpu, monkeypatch):
     cpu(AMX, "GenuineIntel")
     for asked, expected in (("none", set()), ("", set()), ("onednn, bytes", {"onednn", "bytes"})):
         monkeypatch.setenv(processor.VARIABLE, asked)
@@ -75,7 +75,7 @@ def test_the_user_overrules(cpu, monkeypatch):
         processor.fast()
 
 
-def test_it_is_told_in_one_line(cpu, monkeypatch):
+def test_the_processor_is_described_in_one_line(cpu, monkeypatch):
     monkeypatch.setattr(processor, "cpu_count", lambda: 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     cpu(ZEN4, "AuthenticAMD")
@@ -86,7 +86,7 @@ def test_it_is_told_in_one_line(cpu, monkeypatch):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_gpu_is_asked_for_bfloat16_of_its_own(native, cpu, monkeypatch):
+def test_a_gpus_bfloat16_support_is_checked(native, cpu, monkeypatch):
     cpu(AMX, "GenuineIntel")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     assert processor.has_bfloat16("cuda:0") == native
@@ -99,7 +99,7 @@ def without_q(layer: dict[str, object]) -> dict[str, object]:
     return {**layer, "women": women}
 
 
-def test_a_run_goes_on_in_the_dtype_of_its_folder(with_cache, tmp_path, monkeypatch, caplog):
+def test_a_run_is_resumed_in_the_dtype_of_its_folder(with_cache, tmp_path, monkeypatch, caplog):
     """The run starts where bfloat16 is fast and is resumed where it is not."""
     folder = shutil.copytree(with_cache.model, tmp_path / "pythia-tiny")
     AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)

@@ -48,13 +48,13 @@ def places(files):
         (["ab", "ac", "ad", "bc", "bd", "cd"], ["1-4"] * 4, "None of the 6 pairs of SAEs differs significantly"),
     ],
 )  # fmt: skip
-def test_ranks_are_the_places_that_an_sae_may_have(ties, expected, told, tmp_path):
+def test_ranks_are_the_possible_positions(ties, expected, told, tmp_path):
     found, sentence = places(files_of(tmp_path, ties))
     assert found == list(zip(ABCD, expected, strict=True))
     assert told in sentence
 
 
-def test_order_is_by_what_survives_whatever_delta_sel_says(tmp_path):
+def test_the_order_is_by_transfer_r2(tmp_path):
     def turned(level):
         level["transfer_r2"] = 1 - level["transfer_r2"]
         for other in level["compared"].values():
@@ -67,7 +67,7 @@ def test_order_is_by_what_survives_whatever_delta_sel_says(tmp_path):
     assert found == [("d", "1"), ("c", "2"), ("b", "3"), ("a", "4")]
 
 
-def test_two_and_one(tmp_path):
+def test_ranking_two_saes_and_one(tmp_path):
     assert places(files_of(tmp_path / "two", saes=("a", "b")))[1] == (
         "transfer_r2 is highest for a (0.800) and lowest for b (0.790). The two SAEs differ significantly."
     )
@@ -95,7 +95,7 @@ def test_results_without_the_score_are_not_ranked(tmp_path):
     assert (sorted(found), sentence) == ([(name, "-") for name in ABCD], None)
 
 
-def test_the_summary_and_the_page_lead_with_it(tmp_path):
+def test_the_summary_and_the_page_begin_with_the_ranking(tmp_path):
     files = files_of(tmp_path, ["bc"])
     lines = overview(files).splitlines()
     assert lines[0].replace(" ", "").startswith("|SAE|rank|survives|95%interval|")
@@ -110,7 +110,7 @@ def test_the_summary_and_the_page_lead_with_it(tmp_path):
     assert next(plot.name for plot in plots.saes) == "mean_transfer_r2"
 
 
-def test_where_an_sae_has_cells_of_its_own_the_shared_ones_decide(tmp_path):
+def test_only_shared_cells_decide_the_rank(tmp_path):
     """Its mean is the best, but over easier cells than those that both have."""
 
     def turned(level):

@@ -69,7 +69,7 @@ def whole_matrix(x: np.ndarray, recon: np.ndarray) -> tuple[float, float, float]
 
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (1e3, 1.0), (-1e3, 1.0), (1.0, 1e-3)])
 @pytest.mark.parametrize("sizes", [[ROWS], [1, ROWS - 1], [41] * 14 + [26], [0, 300, 0, 299, 1]])
-def test_equals_numpy_however_it_is_cut(mean: float, spread: float, sizes: list[int]) -> None:
+def test_figures_equal_numpy_for_any_batching(mean: float, spread: float, sizes: list[int]) -> None:
     x, recon = make_rows(mean, spread)
     codes = make_codes(ROWS)
     figures = stream(x, recon, codes, sizes)
@@ -118,7 +118,7 @@ def test_merge_is_the_sum_of_the_parts() -> None:
 
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, ROWS])
-def test_on_a_cpu_and_elsewhere_it_is_the_same(mean: float, rows: int) -> None:
+def test_the_cpu_path_equals_the_general_one(mean: float, rows: int) -> None:
     x, recon = (whole[:rows] for whole in make_rows(mean))
     for chosen in (None, torch.arange(rows) % 4 != 1):
         ours, theirs = _compare_on_cpu(x, recon, chosen), _compare(x, recon, chosen)
@@ -146,12 +146,12 @@ def test_a_perfect_reconstruction_has_no_error() -> None:
     assert figures.cosine == pytest.approx(1)
 
 
-def test_the_mean_as_reconstruction_leaves_all_variance() -> None:
+def test_reconstructing_the_mean_has_fvu_one() -> None:
     x, _ = make_rows(10)
     assert stream(x, x.double().mean(0).float().expand_as(x), make_codes(ROWS), [ROWS]).fvu_whole == pytest.approx(1)
 
 
-def test_nothing_seen_is_none_and_never_nan() -> None:
+def test_figures_without_tokens_are_none() -> None:
     figures = ReconstructionSums.empty(D_IN, D_SAE, "cpu").figures()
     assert (figures.n_probed, figures.n_tokens) == (0, 0)
     assert set(asdict(figures).values()) == {0, None}
@@ -171,7 +171,7 @@ def test_half_precision_activations_are_summed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("latent", [-1, D_SAE])
-def test_a_latent_that_there_is_not_is_an_error(latent: int) -> None:
+def test_an_invalid_latent_is_an_error(latent: int) -> None:
     x, recon = make_rows(0.0)
     codes = make_codes(ROWS)
     codes.col[7] = latent
@@ -179,7 +179,7 @@ def test_a_latent_that_there_is_not_is_an_error(latent: int) -> None:
         ReconstructionSums.empty(D_IN, D_SAE, "cpu").whole[ALL].add(x, recon, codes, facts(x, torch.arange(ROWS)), ROWS)
 
 
-def test_firings_are_noted_alike_on_a_cpu_and_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_firing_latents_are_recorded_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, number = make_codes(ROWS), torch.arange(ROWS) * 2**32
     here, there = torch.zeros(2, 2, D_SAE, dtype=torch.int64)
     _note_fired(number, codes, here)
@@ -191,7 +191,7 @@ def test_firings_are_noted_alike_on_a_cpu_and_elsewhere(monkeypatch: pytest.Monk
     assert torch.equal(here, there)
 
 
-def test_outliers_are_left_out_of_the_ordinary_and_counted() -> None:
+def test_outliers_are_excluded_from_fvu_ordinary_and_counted() -> None:
     """A fiftieth of the tokens are sinks: 100 times as long, and badly reconstructed."""
     x, recon = make_rows(0.0)
     sink = torch.arange(ROWS) % 50 == 7
@@ -244,7 +244,7 @@ def sampled(x: Tensor, recon: Tensor, text: np.ndarray, fires: np.ndarray, share
 
 
 @pytest.mark.parametrize(("n_texts", "length", "share"), [(1500, 20, 0.1), (1500, 20, 0.5), (60, 400, 0.1)])
-def test_intervals_of_a_sample_cover_what_all_tokens_give(n_texts: int, length: int, share: float) -> None:
+def test_intervals_of_a_sample_cover_the_figures_of_all_tokens(n_texts: int, length: int, share: float) -> None:
     """60 samples: the coverage of 95 % intervals is within binomial error, and they are not much too wide."""
     rng = np.random.default_rng(n_texts)
     x, recon, text, fires = world(rng, rng.poisson(length, n_texts) + 1)

@@ -31,7 +31,7 @@ def probe_scores(random, labels, persons, strength):
     return ProbeScores(views, labels, persons, np.ones(len(labels)), folds)
 
 
-def test_difference_is_that_of_the_mean_scores():
+def test_the_difference_equals_that_of_the_mean_scores():
     random, persons = np.random.default_rng(0), np.repeat(np.arange(200), 2)
     labels = [random.random(400) > share for share in (0.4, 0.6)]
     strong, weak = ([probe_scores(random, y, persons, s) for y in labels] for s in (2.0, 0.5))
@@ -48,7 +48,7 @@ def test_difference_is_that_of_the_mean_scores():
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
-def test_r2_is_that_of_the_scores_and_its_error_is_what_resampling_people_gives():
+def test_r2_and_its_error_equal_resampling_of_people():
     random, persons = np.random.default_rng(0), np.repeat(np.arange(150), 2)
     labels = np.arange(300) % 2 == 0  # equal classes: the balanced mean is the mean
     found = probe_scores(random, labels, persons, strength=2.0)
@@ -67,7 +67,7 @@ def test_r2_is_that_of_the_scores_and_its_error_is_what_resampling_people_gives(
     assert difference([parts], [0 * parts], [found]).standard_error == pytest.approx(np.std(spread), rel=0.1)
 
 
-def test_the_error_of_an_fvu_difference_is_what_resampling_clusters_gives():
+def test_the_error_of_an_fvu_difference_equals_resampling_of_clusters():
     random = np.random.default_rng(0)
     clusters = np.repeat(np.arange(150), random.integers(1, 8, 150))
     deviation = random.exponential(size=len(clusters)) + random.exponential(size=150)[clusters]
@@ -89,7 +89,7 @@ def test_pairs_are_counted_by_sign_interval_and_noise():
     assert PairCount.of(gains, noise=0.011).beyond_noise == 0
 
 
-def test_noise_is_pooled_and_what_two_saes_share_cancels_in_their_difference():
+def test_noise_is_pooled_and_shared_noise_cancels():
     shared = [0.0, 1.0, 2.0, 3.0, 4.0]  # SD 1.58
     runs = {"a": shared, "b": [5 + 2 * value for value in shared]}
     assert noise_of_runs(runs) == pytest.approx(np.sqrt((2.5 + 10) / 2))
@@ -122,7 +122,7 @@ def test_people_are_drawn_evenly():
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
-def test_training_gives_snapshots_that_get_better(architecture):
+def test_snapshots_improve_during_training(architecture):
     random = torch.Generator().manual_seed(0)
     features = torch.randn(48, 16, generator=random)
     acts = (torch.rand(8192, 48, generator=random) * (torch.rand(8192, 48, generator=random) < 0.06)) @ features

@@ -32,7 +32,7 @@ def test_every_number_of_every_probe_is_in_the_csv(tmp_path):
         assert float(line["fvu_whole"]) == figures["fvu_whole"]
 
 
-def test_names_from_data_are_no_formulas(tmp_path):
+def test_names_are_not_read_as_formulas(tmp_path):
     path = tmp_path / "m_d.json"
     file = RecordFile.open(path, {}, result_file.describe_run({"sae": "@evil"}), overwrite=False)
     cell = {**dict.fromkeys([*PROBE_FIGURES, *NULLABLE_PROBE_FIGURES], 0.5), "delta_sel": -0.25, "reason": None}
@@ -47,7 +47,7 @@ def test_names_from_data_are_no_formulas(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["absent/out.csv", "."])
-def test_a_csv_that_cannot_be_written_is_told_in_one_line(target, tmp_path, monkeypatch, capsys):
+def test_an_unwritable_csv_is_one_line(target, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert report.main([str(DEMO), "--csv", target]) == 2
     told = capsys.readouterr().err
@@ -77,7 +77,7 @@ def summary(*folders):
         ({"new_setting": True}, {}, "new_setting on"),
     ],
 )
-def test_what_changes_a_number_is_never_averaged(key, config, told, tmp_path):
+def test_files_with_different_settings_are_not_averaged(key, config, told, tmp_path):
     write_changed(SAE, tmp_path / "a" / SAE.name)
     write_changed(SAE, tmp_path / "b" / SAE.name, key, config)
     saes = summary(tmp_path).saes
@@ -86,7 +86,7 @@ def test_what_changes_a_number_is_never_averaged(key, config, told, tmp_path):
     assert [len(sae.cells) for sae in saes] == [6, 6]
 
 
-def test_a_model_by_two_names_counts_once(tmp_path, caplog):
+def test_a_model_with_two_names_counts_once(tmp_path, caplog):
     write_changed(SAE, tmp_path / "a" / "org_tiny_wikidata_gender.json", config={"model_name": "org/tiny"})
     write_changed(SAE, tmp_path / "b" / "tiny_wikidata_gender.json", config={"model_name": str(tmp_path / "tiny")})
     study = summary(tmp_path)
@@ -97,14 +97,14 @@ def test_a_model_by_two_names_counts_once(tmp_path, caplog):
     assert "counted once" in caplog.text
 
 
-def test_layers_of_two_runs_add_up(tmp_path):
+def test_layers_of_two_runs_are_combined(tmp_path):
     for name, layers in (("a", range(2)), ("b", range(1, 4))):
         write_set(tmp_path / name, layers=layers)
     (sae,) = summary(tmp_path / "a", tmp_path / "b").saes
     assert [cell.layer for cell in sae.cells] == [0, 1, 2, 3]
 
 
-def test_what_cannot_be_compared_is_named_with_both_values(tmp_path, capsys):
+def test_incomparable_settings_are_reported_with_both_values(tmp_path, capsys):
     other = {"sae": "another"}
     write_changed(SAE, tmp_path / "a" / SAE.name)
     write_changed(SAE, tmp_path / "b" / SAE.name, {"positions": "mean", "seed": 1, "sae": "x"}, other)
@@ -119,7 +119,7 @@ def test_what_cannot_be_compared_is_named_with_both_values(tmp_path, capsys):
     assert SAE.stem not in "".join(summary(tmp_path).not_compared)
 
 
-def test_lines_of_the_csv_say_what_they_are_of(tmp_path):
+def test_csv_lines_name_model_and_settings(tmp_path):
     write_changed(SAE, tmp_path / "a" / SAE.name, config={"shuffle_select_n": 300})
     write_changed(SAE, tmp_path / "b" / SAE.name, {"positions": "mean", "seed": 7})
     assert report.main([str(tmp_path), "--csv", str(tmp_path / "all.csv")]) == 0
@@ -134,7 +134,7 @@ def test_lines_of_the_csv_say_what_they_are_of(tmp_path):
     assert all(int(line["n_rows"]) > 0 for line in lines)
 
 
-def test_a_folder_above_the_results_names_those_below_it(tmp_path, capsys):
+def test_a_parent_of_results_suggests_its_subfolders(tmp_path, capsys):
     below = write_set(tmp_path / "mine" / "today")
     write_set(tmp_path / ".hidden" / "old")
     assert report.main([str(tmp_path)]) == 2

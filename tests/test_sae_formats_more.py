@@ -154,7 +154,9 @@ def linear_state(seed: int = 0) -> dict[str, Tensor]:
         ("mlp_out_layer_3/trainer_0", {"submodule_name": None}, "layers.<layer>.mlp", None),
     ],
 )
-def test_the_place_of_a_dictionary(tmp_path: Path, folder: str, said: Any, hookpoint: str, reads: str | None) -> None:
+def test_the_layer_and_hook_point_of_a_dictionary(
+    tmp_path: Path, folder: str, said: Any, hookpoint: str, reads: str | None
+) -> None:
     save_dictionary(tmp_path / folder, linear_state(), "AutoEncoder", **said)
     source = open_sae(str(tmp_path))
     assert (source.layers, source.hookpoint, source.input_hookpoint) == ((3,), hookpoint, reads)
@@ -162,7 +164,7 @@ def test_the_place_of_a_dictionary(tmp_path: Path, folder: str, said: Any, hookp
     assert sae.architecture == ("standard" if reads is None else "standard transcoder")
 
 
-def test_a_dictionary_that_does_not_say_where_it_belongs(tmp_path: Path) -> None:
+def test_a_dictionary_without_a_place(tmp_path: Path) -> None:
     save_dictionary(tmp_path / "attention" / "mine", linear_state(), "AutoEncoder", submodule_name=None)
     with pytest.raises(RequestError, match="name the place with `hookpoint`"):
         open_sae(str(tmp_path / "attention"))
@@ -281,7 +283,7 @@ def test_plain_batchtopk_has_one_threshold(tmp_path: Path) -> None:
     torch.testing.assert_close(codes, pre_acts * (pre_acts > 2), rtol=1e-5, atol=1e-5)
 
 
-def test_square_matrices_have_to_say_which_way_round_they_are(tmp_path: Path) -> None:
+def test_square_matrices_need_an_orientation(tmp_path: Path) -> None:
     tensors = linear_tensors(d_sae=D_IN)
     write_plain(tmp_path, tensors)
     with pytest.raises(RequestError, match=r"W_enc is square.*\"transposed\""):
@@ -292,7 +294,7 @@ def test_square_matrices_have_to_say_which_way_round_they_are(tmp_path: Path) ->
     torch.testing.assert_close(recon_of(open_sae(str(tmp_path)).load(5, "cpu"), x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_missing_bias_is_zero_only_if_that_is_said(tmp_path: Path) -> None:
+def test_a_missing_bias_must_be_declared(tmp_path: Path) -> None:
     tensors = linear_tensors()
     del tensors["b_dec"]
     write_plain(tmp_path, tensors)
@@ -331,7 +333,7 @@ def test_a_plain_transcoder(tmp_path: Path) -> None:
     torch.testing.assert_close(without, expected - tensors["b_dec"], rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_plain_config_says_of_its_training(tmp_path: Path) -> None:
+def test_training_settings_of_a_plain_config(tmp_path: Path) -> None:
     write_plain(tmp_path, linear_tensors(), prepend_bos=True, trained_on_bos=True, model_name="gpt2", context_size=64)
     source = open_sae(str(tmp_path))
     assert (source.prepend_bos, source.counts_bos, source.model_name, source.context_size) == (True, True, "gpt2", 64)
@@ -364,7 +366,7 @@ def test_what_a_plain_config_says_of_its_training(tmp_path: Path) -> None:
         ({"input_hookpoint": "mlp_in", "apply_b_dec_to_input": True}, "apply_b_dec_to_input of a transcoder"),
     ],
 )
-def test_a_plain_config_that_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_plain_config_is_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_plain(tmp_path, linear_tensors(), **changes)
     with pytest.raises(RequestError, match=message):
         open_sae(str(tmp_path))

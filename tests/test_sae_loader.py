@@ -166,7 +166,7 @@ def test_agrees_with_sae_lens(
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated"])
-def test_a_training_checkpoint_is_what_its_inference_model_will_be(tmp_path: Path, architecture: str) -> None:
+def test_a_training_checkpoint_equals_its_inference_model(tmp_path: Path, architecture: str) -> None:
     trained = make_lens(architecture)
     trained.save_model(tmp_path / "checkpoint")
     trained.save_inference_model(tmp_path / "inference")
@@ -202,7 +202,7 @@ def test_constants_of_the_input_are_folded_from_the_file_beside_it(
     assert_agrees(open_sae(str(tmp_path)).load(5, "cpu"), SAE.load_from_disk(tmp_path / "folded"))
 
 
-def test_whitening_that_the_library_cannot_fold(tmp_path: Path) -> None:
+def test_whitening_that_cannot_be_folded_is_rejected(tmp_path: Path) -> None:
     make_lens("matching_pursuit").save_inference_model(tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | {"normalize_activations": "covariance_whitening"}))
@@ -226,7 +226,7 @@ def fit_scaler(norm: str) -> Any:
 
 @pytest.mark.parametrize("norm", ["none", "layer_norm"])
 @pytest.mark.parametrize("architecture", ["standard", "abstopk"])
-def test_heads_of_attention_lie_side_by_side(tmp_path: Path, architecture: str, norm: str) -> None:
+def test_attention_heads_are_concatenated(tmp_path: Path, architecture: str, norm: str) -> None:
     settings = {"normalize_activations": norm, "reshape_activations": "hook_z"}
     make_lens(architecture, "blocks.5.attn.hook_z", **settings).save_inference_model(tmp_path)
     from sae_lens import SAE
@@ -316,7 +316,7 @@ def test_identity_is_exact() -> None:
 @pytest.mark.parametrize(
     ("d_sae", "k"), [(1024, 8), (1024, 64), (64, 64), (100, 7), (101, 50), (4096, 32), (8, 1), (1, 1)]
 )
-def test_topk_finds_the_same_sets_as_torch(d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_topk_selects_the_same_latents_as_torch(d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topk, "WIDE", 0)
     pre_acts = torch.randn(200, d_sae)
     values, indices = exact_topk(pre_acts, k)
@@ -340,7 +340,7 @@ def test_topk_survives_ties_and_extremes(pre_acts: Tensor, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("d_sae", [64, 1024])
-def test_nan_is_no_latent_at_rest(d_sae: int) -> None:
+def test_nan_does_not_count_as_inactive(d_sae: int) -> None:
     pre_acts = torch.randn(3, d_sae)
     pre_acts[1, 40] = torch.nan
     values, indices = exact_topk(pre_acts, 4)
@@ -372,7 +372,7 @@ def test_a_row_with_nothing_positive_has_no_latents() -> None:
 
 
 @pytest.mark.parametrize("selection", [TopK(K), GroupMax(K), Threshold(torch.rand(D_SAE))])
-def test_chunks_and_dtypes_change_nothing_that_matters(selection: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_and_dtypes_change_only_rounding(selection: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     W_enc, W_dec = torch.randn(2, D_SAE, D_IN)
     sae, x = linear_sae(W_enc, W_dec, selection), activations()
     whole = sae.encode(x)
@@ -458,7 +458,7 @@ def test_hook_points(name: str, expected: HookPoint | None) -> None:
     ("resid_pre", "resid_post", False),
     ("blocks.<layer>.hook_mlp_in", "mlp_in", False),
 ])  # fmt: skip
-def test_the_same_place_in_two_dialects(asked: str, found: str, same: bool) -> None:
+def test_hook_point_names_of_two_libraries(asked: str, found: str, same: bool) -> None:
     assert same_place(asked, found) is same_place(found, asked) is same
 
 
@@ -479,7 +479,7 @@ def test_one_folder_with_several_hook_points(tmp_path: Path) -> None:
         open_sae(str(tmp_path))
 
 
-def test_ways_to_name_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ways_to_specify_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sparsify(tmp_path / "EleutherAI" / "sae-x" / "layers.1")
     (tmp_path / "EleutherAI" / "sae-x" / "config.json").write_text('{"model": "EleutherAI/pythia-14m"}')
     monkeypatch.chdir(tmp_path)
@@ -491,7 +491,7 @@ def test_ways_to_name_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert open_sae(".").layers == (1,)
 
 
-def test_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_contents(tmp_path: Path) -> None:
     write_sparsify(tmp_path / "a" / "layers.1")
     write_sparsify(tmp_path / "a" / "layers.2")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -531,7 +531,7 @@ def test_a_cached_repository_needs_no_network(hub_cache: Path) -> None:
         source.load(0, "cpu")
 
 
-def test_only_the_layers_asked_for_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_requested_layers_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit, asked = tmp_path / "commit", []
     write_sparsify(commit / "layers.0")
     write_sparsify(commit / "layers.1")
@@ -547,7 +547,7 @@ def test_only_the_layers_asked_for_are_downloaded(tmp_path: Path, monkeypatch: p
     assert [pattern for pattern in asked if "safetensors" in pattern] == ["layers.1/sae.safetensors"]
 
 
-def test_offline_the_layers_in_the_cache_are_the_layers(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_only_cached_layers_exist(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import IncompleteSnapshotError
 
     complete = huggingface_hub.snapshot_download
@@ -565,7 +565,7 @@ def test_offline_the_layers_in_the_cache_are_the_layers(hub_cache: Path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["", "no//such/folder", "./nothing", "~nobody/sae", "/absent", "a b", "x" * 5000])
-def test_a_name_that_means_nothing(name: str) -> None:
+def test_an_unknown_name_is_rejected(name: str) -> None:
     with pytest.raises(RequestError, match="no such folder"):
         open_sae(name)
 
@@ -641,7 +641,7 @@ def test_broken_values_are_found_when_loading(tmp_path: Path) -> None:
         source.load(4, "cpu")
 
 
-def test_a_file_or_an_empty_folder_is_no_sae(tmp_path: Path) -> None:
+def test_files_and_empty_folders_are_rejected_as_saes(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match="no SAE here"):
         open_sae(str(tmp_path / "empty"))
@@ -670,14 +670,14 @@ def test_missing_settings_have_the_defaults_of_sparsify(tmp_path: Path) -> None:
     ({"architecture": "topk", "k": 100}, "k 100 is more than d_sae 64"),
     ({"d_sae": 32}, r"W_enc has shape \[16, 64\]"),
 ])  # fmt: skip
-def test_what_sae_lens_files_cannot_give(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_unsupported_sae_lens_files_are_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_old_lens(tmp_path, **changes)
     with pytest.raises(RequestError, match=message) as caught:
         open_sae(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-def test_an_architecture_that_nobody_knows(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_rejected(tmp_path: Path) -> None:
     pytest.importorskip("sae_lens")
     source = open_sae(str(write_old_lens(tmp_path, architecture="novel")))
     with pytest.raises(RequestError, match="architecture 'novel'"):

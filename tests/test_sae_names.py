@@ -62,7 +62,7 @@ def test_a_glob_over_folders(shelf: Path, typed: list[str], found: list[str]) ->
     assert expand_names(typed) == found
 
 
-def test_home_and_names_that_look_like_globs(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folders_and_names_that_look_like_globs(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(shelf.parent))
     assert expand_names(["~/shelf/run_*"]) == [str(shelf / "run_a"), str(shelf / "run_b")]
     write_lens(shelf / "run_[a]")
@@ -168,7 +168,7 @@ def test_a_template_is_one_source_of_many_layers(downloads: Path) -> None:
         torch.testing.assert_close(sae.decode(sae.encode(x)), reference(x), rtol=1e-5, atol=1e-5)
 
 
-def test_the_list_says_that_weights_were_rewritten(downloads: Path) -> None:
+def test_rewritten_weights_are_known_from_the_list(downloads: Path) -> None:
     """Only the list has ``config_overrides``; the files do not mention it."""
     repository = downloads / "jbloom/GPT2-Small-SAEs-Reformatted"
     write_lens(repository / "blocks.3.hook_resid_pre", "blocks.3.hook_resid_pre", model_name="gpt2-small")
@@ -177,7 +177,7 @@ def test_the_list_says_that_weights_were_rewritten(downloads: Path) -> None:
     assert source.load(3, "cpu").input_norm == "centre"
 
 
-def test_the_list_says_how_inputs_are_scaled(downloads: Path) -> None:
+def test_input_scaling_is_known_from_the_list(downloads: Path) -> None:
     """Covers ``norm_scaling_factor`` of the list, and centring in addition."""
     from sae_lens import SAE
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
@@ -215,13 +215,13 @@ def test_gemma_scope(downloads: Path, name: str, place: str, reads: str | None, 
     ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "hook_name 'hook_embed' is no place"),
     ("temporal-sae-gemma-2-2b/blocks.12.hook_resid_post", "could not read its config"),
 ])  # fmt: skip
-def test_names_that_cannot_be_opened(downloads: Path, name: str, message: str) -> None:
+def test_unknown_releases_are_rejected(downloads: Path, name: str, message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         open_sae(name)
     assert "\n" not in str(caught.value)
 
 
-def test_broken_weights_are_told_before_a_model_is_loaded(downloads: Path) -> None:
+def test_broken_weights_are_reported_before_loading_the_model(downloads: Path) -> None:
     folder = write_lens(downloads / "ctigges/pythia-70m-deduped__mlp-sm_processed/2-mlp-sm", "blocks.2.hook_mlp_out")
     from safetensors.torch import load_file
 

@@ -57,7 +57,7 @@ def written(folder):
     return {path.relative_to(out): json.loads(path.read_text()) for path in out.rglob("*.json")}
 
 
-def test_what_is_written_has_the_fields_of_saebenchs_classes(written):
+def test_written_files_have_the_fields_of_saebench(written):
     assert len(written) == 2 * 2 * 3, "two evaluations, two layers, two SAEs and a baseline"
     for path, content in written.items():
         faults = [error.message for error in Draft202012Validator(FIELDS[path.parent.name]).iter_errors(content)]
@@ -67,7 +67,7 @@ def test_what_is_written_has_the_fields_of_saebenchs_classes(written):
     assert list(Draft202012Validator(FIELDS["core"]).iter_errors(wrong))
 
 
-def test_saes_that_are_called_alike_have_files_of_their_own(small, tmp_path):
+def test_saes_with_the_same_name_have_separate_files(small, tmp_path):
     """The same SAE with another seed is another line of every table."""
     path = next(small.rglob("*.json"))
     write_changed(path, small.parent / "seed_1" / path.name, key={"seed": 1})
@@ -109,7 +109,7 @@ def test_sparse_probing_has_a_detail_a_task_with_its_interval(written, folder):
     assert "sae_top_16_test_accuracy" not in content["eval_result_metrics"]["sae"]
 
 
-def test_what_was_written_is_read_as_what_it_is(written):
+def test_written_files_are_read_back(written):
     for path, content in written.items():
         found = saebench.evaluation(content, path.stem)
         assert found.is_ours
@@ -117,7 +117,7 @@ def test_what_was_written_is_read_as_what_it_is(written):
         assert not any(value == -1 for value in found.metrics.values())
 
 
-def test_their_files_are_read():
+def test_files_of_saebench_are_read():
     core, probing = (saebench.read(path) for path in THEIRS)
     assert (core.sae, core.model, core.layer, core.is_ours) == (
         "some_release/blocks.4.hook_resid_post__trainer_0", "pythia-160m-deduped", 4, False
@@ -127,7 +127,7 @@ def test_their_files_are_read():
     assert set(probing.tasks) == {"LabHC/bias_in_bios_class_set1", "gender"}
 
 
-def test_they_stand_beside_ours_in_tables_page_and_plots(folder, small, tmp_path, capsys):
+def test_saebench_results_are_in_tables_page_and_plots(folder, small, tmp_path, capsys):
     asked = [str(folder), "--beside", *map(str, THEIRS)]
     assert report.main(asked) == 0
     out = capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_they_stand_beside_ours_in_tables_page_and_plots(folder, small, tmp_path
     assert "SAEBench" not in (tmp_path / "without.html").read_text()
 
 
-def test_what_cannot_be_compared_is_said(folder):
+def test_caveats_of_the_comparison_are_shown(folder):
     own, theirs = own_evaluations(load_all(result_files(folder))[0]), [saebench.read(path) for path in THEIRS]
     said = " ".join(caveats(own, theirs))
     for part in (
@@ -192,7 +192,7 @@ def test_a_wrong_file_is_one_line_and_exit_2(folder, tmp_path, capsys, content, 
     assert error.count("\n") == 1
 
 
-def test_names_of_theirs_do_not_break_the_terminal_or_the_page(small, tmp_path, capsys):
+def test_names_in_saebench_files_are_escaped(small, tmp_path, capsys):
     content = json.loads(THEIRS[1].read_text())
     content["sae_lens_id"] = "x\x1b[2J|<script>alert(1)</script>" + "y" * 5000
     path = tmp_path / "theirs.json"
@@ -205,7 +205,7 @@ def test_names_of_theirs_do_not_break_the_terminal_or_the_page(small, tmp_path, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hostile_names_of_ours_come_out_harmless(name, tmp_path, capsys):
+def test_hostile_names_in_our_files_are_escaped(name, tmp_path, capsys):
     hostile = NAMES[name]
     folder = write_set(tmp_path / "in", layers=[4], edit=lambda cells: {**measured({hostile: cells["gender"]})})
     (path,) = folder.rglob("*.json")
@@ -225,7 +225,7 @@ def test_hostile_names_of_ours_come_out_harmless(name, tmp_path, capsys):
     ("figures", "code"),
     [({"dead": 5.0}, 2), ({"dead": -1e-9}, 0), ({"ce_zero": 3.0, "ce_model": 3.0}, 0), ({"kl_zero": 0.0}, 0)],
 )
-def test_odd_figures_of_ours_are_no_traceback(figures, code, tmp_path, capsys):
+def test_invalid_figures_in_our_files_are_one_line(figures, code, tmp_path, capsys):
     folder = write_set(tmp_path / "in", layers=[4], edit=lambda cells: {**measured(cells), **figures})
     assert report.main([str(folder), "--beside", str(THEIRS[0])]) == code
     told = capsys.readouterr()
@@ -233,7 +233,7 @@ def test_odd_figures_of_ours_are_no_traceback(figures, code, tmp_path, capsys):
     assert report.main([str(folder), "--saebench", str(tmp_path / "out")]) == 0
 
 
-def test_a_probe_called_as_a_figure_in_an_old_file_is_no_figure(tmp_path, capsys):
+def test_a_probe_named_like_a_figure_is_not_a_figure(tmp_path, capsys):
     folder = write_set(tmp_path / "in", layers=[4], edit=lambda cells: {"ce_zero": cells["gender"]})
     assert report.main([str(folder), "--beside", str(THEIRS[0])]) == 0
     assert report.main([str(folder)]) == 0

@@ -33,12 +33,12 @@ def read(path):
     return json.loads(path.read_text("utf-8"))
 
 
-def test_the_schema_is_one_and_is_what_the_code_says_now():
+def test_the_schema_is_valid_and_up_to_date():
     Draft202012Validator.check_schema(SCHEMA)
     assert update_schema.main(["--check"]) == 0
 
 
-def test_a_schema_that_is_out_of_date_is_told_and_made_anew(tmp_path, monkeypatch, capsys):
+def test_an_outdated_schema_is_detected_and_rewritten(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(update_schema, "TARGET", tmp_path / "results.schema.json")
     update_schema.TARGET.write_text("{}\n", "utf-8")
     assert update_schema.main(["--check"]) == 1
@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_follows_it_without_q_values_and_one_that_ended_does_
         ("_run/sae_level/n_cells", 0),
     ],
 )
-def test_a_wrong_value_is_found_where_it_stands(where, value):
+def test_a_wrong_value_is_located(where, value):
     content = read(GENDER)
     *above, name = where.split("/")
     place = content
@@ -128,7 +128,7 @@ def test_a_wrong_value_is_found_where_it_stands(where, value):
 
 
 @pytest.mark.parametrize("where", ["", "layer_0/gender", "_run", "_run/sae_level"])
-def test_a_key_that_nobody_knows_is_found(where):
+def test_an_unknown_key_is_found(where):
     content = read(GENDER)
     place = content
     for key in filter(None, where.split("/")):
@@ -137,7 +137,7 @@ def test_a_key_that_nobody_knows_is_found(where):
     assert faults(content) == [where]
 
 
-def test_without_any_one_of_its_keys_a_file_does_not_follow_it():
+def test_every_required_key_is_required():
     whole = read(GENDER)
     for above in ("layer_0", "layer_0/gender", "_run", "_run/sae_level"):
         keys = above.split("/")

@@ -32,7 +32,7 @@ def stored(tmp_path):
     return path, probes
 
 
-def test_what_comes_back_is_what_was_written(stored):
+def test_scores_are_read_back_unchanged(stored):
     path, probes = stored
     found = load(path)
     assert (found.layer, found.key, list(found.probes)) == (3, "a key", list(probes))
@@ -65,7 +65,7 @@ STRAY = [
 ]  # fmt: skip
 
 
-def test_only_what_this_program_wrote_is_removed(tmp_path):
+def test_only_files_of_this_program_are_removed(tmp_path):
     result, outside = tmp_path / "m_d.json", tmp_path / "outside"
     outside.write_text("mine")
     folder = scores.folder_of(result)
@@ -94,9 +94,7 @@ def test_a_folder_of_scores_that_is_a_link_is_refused(tmp_path):
     assert [path.name for path in elsewhere.iterdir()] == ["layer_0.safetensors"]
 
 
-def test_a_run_refuses_the_link_before_it_measures_and_passes_over_stray_files(
-    tiny_model, tiny_saes, people_csv, tmp_path, capsys
-):
+def test_a_run_rejects_a_linked_folder_before_measuring(tiny_model, tiny_saes, people_csv, tmp_path, capsys):
     asked = Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "out").plus("--layers", "0", "--overwrite")
     assert asked.run() == 0
     (result,) = files(asked.out)
@@ -114,7 +112,7 @@ def test_a_run_refuses_the_link_before_it_measures_and_passes_over_stray_files(
     assert {path: path.stat() for path in moved.iterdir()} == before
 
 
-def test_damage_is_told_in_one_line(stored, tmp_path):
+def test_damaged_scores_are_one_line(stored, tmp_path):
     path, _ = stored
     whole = path.read_bytes()
     for damaged in (b"", whole[:100], whole[:-7], whole.replace(b"0.folds", b"0.foldz"), b"{}" + whole):
@@ -149,7 +147,7 @@ def run(tiny_model, tiny_saes, tmp_path_factory):
     return ask
 
 
-def test_every_statistic_of_the_json_comes_again_from_the_scores(run):
+def test_statistics_are_recomputed_from_the_scores(run):
     for path in files(run.out):
         found = result_file.read(path)
         for name in (name for name in found if name.startswith("layer_")):
@@ -197,7 +195,7 @@ def test_the_mean_of_an_sae_and_the_difference_of_two(run):
     assert difference(a, {}) is None
 
 
-def test_scores_of_another_run_are_not_taken_for_this_ones(run, tmp_path):
+def test_scores_of_another_run_are_not_used(run, tmp_path):
     path = files(run.out)[0]
     key = result_file.read(path)["_run"]["key"]
     assert read_cells([(path, key, [0])])
@@ -257,7 +255,7 @@ def test_an_sae_whose_datasets_are_of_two_runs_has_its_mean_over_both(run, tmp_p
     assert sae.overall("delta_sel") == (level["delta_sel"], level["delta_sel_ci_low"], level["delta_sel_ci_high"])
 
 
-def test_scores_that_are_gone_are_named(run, tmp_path):
+def test_missing_scores_are_reported(run, tmp_path):
     in_runs_of_their_own(run, tmp_path)
     shutil.rmtree(scores.folder_of(files(tmp_path / "second")[0]))
     study = study_of(load_files(result_files(tmp_path)))

@@ -52,7 +52,7 @@ def test_there_is_one_for_each_model_and_task_and_no_other():
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
-def test_bash_can_read_it_and_it_stops_at_the_first_error(path):
+def test_scripts_are_valid_bash_and_stop_at_errors(path):
     subprocess.run(["bash", "-n", path], check=True)
     text = path.read_text("utf-8")
     sourced = {"environment.sh", "evaluate.sh"}
@@ -60,7 +60,7 @@ def test_bash_can_read_it_and_it_stops_at_the_first_error(path):
 
 
 @pytest.mark.parametrize("script", ONE_TASK)
-def test_it_asks_for_its_model_and_task(script):
+def test_scripts_request_their_model_and_task(script):
     model, task = ONE_TASK[script]
     request = parsed(flags_of(script))
     assert (request.model, *request.saes, request.settings.hookpoint) == MODELS[model]
@@ -75,7 +75,7 @@ def test_all_tasks_of_a_model_go_into_one_run(model):
     assert (request.tasks, request.output) == (tuple(DATASET_NAMES), ROOT / "results" / model)
 
 
-def test_flags_are_passed_on_as_they_are_and_win():
+def test_flags_are_passed_on_and_take_precedence():
     own = ["--dataset_file", "my people; $(x).csv", "--output_directory", "el sewhere", "--layers", "0-3"]
     request = parsed(flags_of("compute_pythia160_wiki_gender.sh", *own))
     assert (request.tasks[-1].path_or_name, request.layers) == ("my people; $(x).csv", (0, 1, 2, 3))
@@ -90,7 +90,7 @@ def test_a_model_that_has_no_scripts_is_a_wrong_request(words, told):
     assert done.stderr.count("\n") == 1
 
 
-def test_the_demo_asks_for_the_bundled_model_and_keeps_clear_of_the_kept_results():
+def test_the_demo_script_does_not_touch_the_kept_results():
     for script, task in (
         ("compute_pythia410_wiki_gender.sh", "gender"),
         ("compute_pythia70_wiki_politics.sh", "politics"),
@@ -113,7 +113,7 @@ def elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
-def test_the_exit_code_is_that_of_the_program_and_what_it_prints_is_shown_and_logged(elsewhere, tmp_path, code):
+def test_scripts_return_the_exit_code_and_log_the_output(elsewhere, tmp_path, code):
     (elsewhere / ".venv").unlink()
     (elsewhere / "scripts" / "environment.sh").write_text("")
     python = elsewhere / ".venv" / "bin" / "python"
@@ -145,7 +145,7 @@ def test_the_demo_runs_from_any_folder_without_a_network(elsewhere, tmp_path):
 @pytest.mark.parametrize(
     "words", [["compute_pythia410_wiki_is_alive.sh"], [SELECT, "pythia160"]], ids=lambda words: words[0]
 )
-def test_the_demo_as_it_is_typed(words, elsewhere):
+def test_the_demo_command_of_the_readme(words, elsewhere):
     done = call(elsewhere / "scripts" / words[0], *words[1:], cwd=elsewhere, DEMO="1")
     assert done.returncode == 0, done.stdout
     (out,) = (elsewhere / "results").iterdir()

@@ -88,7 +88,7 @@ def by_scikit_learn(plan, x, scale_from, repeat):
     return result, chosen, probes
 
 
-def test_everything_agrees_with_a_plain_loop_over_scikit_learn():
+def test_selectivity_agrees_with_a_plain_loop_over_scikit_learn():
     x, labels, groups = world()
     recon, plan = damaged(x), plan_of(labels, groups)
     found = out_of_fold(plan, fit_model(plan, x, BACKEND), recon, BACKEND, error_view=True)
@@ -122,7 +122,7 @@ def _transfer(plan, recon, repeat, chosen, probes):
     return balanced_accuracy_score(plan.labels[0], scores > 0)
 
 
-def test_targets_together_are_targets_alone():
+def test_targets_do_not_depend_on_each_other():
     x, labels, groups = world(targets=3)
     together = plan_of(labels, groups)
     fit = fit_view(together, x, training_scales(together, x), BACKEND)
@@ -133,7 +133,7 @@ def test_targets_together_are_targets_alone():
         torch.testing.assert_close(single.scores[0], fit.scores[t], rtol=1e-3, atol=1e-4)
 
 
-def test_latents_are_probed_as_they_are_and_agree_with_a_plain_loop():
+def test_latents_are_probed_unscaled_and_agree_with_a_plain_loop():
     """Compared with unscaled dense codes, two columns of which are silent; there is no transfer."""
     x, labels, groups = world()
     random = torch.Generator().manual_seed(0)
@@ -167,7 +167,7 @@ def test_another_view_of_the_rows_has_no_transfer():
     assert record["delta_sel"] < 0
 
 
-def test_the_control_task_is_learnt_by_heart_where_that_is_possible():
+def test_the_control_task_is_memorised_if_possible():
     x, labels, groups = world(rows=400, d=10)
     types = np.arange(400) % 40
     told = torch.nn.functional.one_hot(torch.from_numpy(types), 40).float() * 10  # x contains the token
@@ -189,7 +189,7 @@ def test_an_identity_changes_exactly_nothing():
         assert (result["ci_low"], result["ci_high"], result["p_value"]) == (0, 0, 1)
 
 
-def test_a_rotation_is_lossless_but_does_not_transfer():
+def test_a_rotation_loses_nothing_but_does_not_transfer():
     x, labels, groups = world(rows=600, people=400)
     rotation = torch.linalg.qr(torch.randn(10, 10, generator=torch.Generator().manual_seed(3)))[0]
     whitened = (x - x.mean(dim=0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T)).T)
@@ -211,7 +211,7 @@ def test_a_reconstruction_without_the_concept_is_at_chance():
     assert result["error_sel"] > 0.65
 
 
-def test_labels_that_are_random_by_person_score_a_half():
+def test_random_labels_of_people_are_at_chance():
     found = []
     for seed in range(12):
         x, _, groups = world(rows=300, people=60, seed=seed)
@@ -223,7 +223,7 @@ def test_labels_that_are_random_by_person_score_a_half():
     assert abs(np.mean(found) - 0.5) < 0.02
 
 
-def test_row_weights_count_as_repeated_rows():
+def test_row_weights_equal_repeated_rows():
     """A row of weight 2 equals two rows, in the fit and in every number except those that count rows."""
     x, labels, groups = world()
     twice = np.concatenate([np.arange(300), np.arange(0, 300, 2)])
@@ -248,7 +248,7 @@ def test_scales_are_those_of_the_training_rows():
         np.testing.assert_allclose(scale[split], expected, rtol=1e-9)
 
 
-def test_a_feature_that_moves_only_in_one_person_is_constant_for_the_others():
+def test_a_feature_that_varies_in_one_person_is_constant_in_other_folds():
     x, labels, groups = world()
     lone = torch.from_numpy(groups == groups[0])
     x[:, 4] = torch.where(lone, 1000.0, 0.0)
@@ -302,7 +302,7 @@ def test_no_person_is_in_two_folds(people, rows, targets, n_folds, seed):
 
 
 @pytest.mark.parametrize("mentions", [1, 3, 20])
-def test_folds_are_alike_in_size_and_classes(mentions):
+def test_folds_are_balanced_in_size_and_classes(mentions):
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(600), rng.geometric(1 / mentions, 600))
     labels = (rng.random(600) < 0.2)[groups]

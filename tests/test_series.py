@@ -36,7 +36,7 @@ FAST = ds.Settings(folds=3, repeats=2, whole_tokens=500)
         ("v2", None),
     ],
 )
-def test_a_name_tells_its_step(name, expected):
+def test_the_step_is_read_from_the_name(name, expected):
     assert step_of(name) == expected
 
 
@@ -75,7 +75,7 @@ def test_a_series_has_the_paired_differences_of_compare(trained):
     assert frame.attrs["last_better"] == {frame.series[0]: 300}
 
 
-def test_the_page_says_it_and_draws_it(trained, tmp_path):
+def test_the_page_shows_and_draws_the_series(trained, tmp_path):
     path = trained.report(tmp_path / "report.html")
     root = Tree(path.read_text("utf-8")).root
     (section,) = (node for node in root.all("section") if node.attributes["id"] == "series")
@@ -89,14 +89,14 @@ def test_the_page_says_it_and_draws_it(trained, tmp_path):
         assert any(line.startswith(f"step {step:,}: {value:.4f}".replace("-", "−")) for line in told)
 
 
-def test_no_series_no_section(tmp_path):
+def test_the_page_omits_an_empty_series_section(tmp_path):
     folder = write_set(tmp_path / "in", saes=("a/k8", "a/k32"))
     assert ds.Results.load(folder).series().empty
     assert report.main([str(folder), "-o", str(tmp_path / "report.html")]) == 0
     assert 'id="series"' not in (tmp_path / "report.html").read_text("utf-8")
 
 
-def test_without_scores_a_series_has_no_changes_and_says_so(tmp_path):
+def test_a_series_without_scores_has_no_changes(tmp_path):
     folder = write_set(tmp_path / "in", saes=("a/step_1", "a/step_20"))
     changed = ds.Results.load(folder)
     for _, found in changed.files:

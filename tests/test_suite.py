@@ -40,7 +40,7 @@ def master() -> dict[str, str]:
 # --- available tasks
 
 
-def test_the_suite_is_what_sae_probes_calls_binary():
+def test_the_suite_has_the_binary_tasks_of_sae_probes():
     kinds = master()
     binary = {stem.replace(" ", "_") for stem, kind in kinds.items() if kind == "Binary Classification"}
     assert set(SUITE) == binary and len(SUITE) == 113
@@ -91,7 +91,7 @@ def test_the_wikidata_tasks_keep_their_numbers_and_are_the_default():
     assert make_tasks({}) == dw.DATASET_NAMES
 
 
-def test_words_stand_for_several_tasks():
+def test_group_names_select_several_tasks():
     assert dw.parse_dataset_names("gender, sae-probes, 5") == ("gender", *SUITE)
     assert dw.parse_dataset_names("all") == (*dw.DATASET_NAMES, *BESIDE_WIKIDATA)
     assert as_tasks("sae-probes") == SUITE
@@ -113,12 +113,12 @@ def test_all_asks_each_question_once():
 
 
 @pytest.mark.parametrize("name", ["2_hist_fig_birthyear", "nyc_lat", "109"])
-def test_files_of_numbers_are_refused(name: str):
+def test_regression_tasks_are_rejected(name: str):
     with pytest.raises(RequestError, match=r"`tasks` \d+_\w+: its labels are numbers, not classes"):
         load_suite_task(*dw.parse_dataset_names(name))
 
 
-def test_names_that_are_none_are_refused_with_those_that_are_like_it():
+def test_unknown_tasks_are_rejected_with_suggestions():
     with pytest.raises(RequestError, match="did you mean 117_us_state_FL"):
         dw.parse_dataset_names("us_state_F")
     with pytest.raises(RequestError, match="sae-probes stands for 113 tasks, and one is needed"):
@@ -127,7 +127,7 @@ def test_names_that_are_none_are_refused_with_those_that_are_like_it():
         make_tasks({"datasets": "glue_cola", "data_dir": "theirs"})
 
 
-def test_a_file_of_the_users_comes_before_a_task_that_is_named_without_its_number(tmp_path, monkeypatch):
+def test_a_users_file_takes_precedence_over_an_unnumbered_task(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert dw.name_task("living-room") == "66_living-room"
     (tmp_path / "living-room").mkdir()
@@ -149,7 +149,7 @@ def test_the_positive_class_is_the_label_encoders():
         assert probe.name == name.partition("_")[2]
 
 
-def test_several_classes_are_each_a_probe_against_the_rest():
+def test_each_of_several_classes_is_a_probe_against_the_rest():
     texts = dw.load_probe_texts(["101_disease_class"])
     (dataset,) = texts.datasets
     assert len(dataset.probes) == 5 and dataset.probes[0].name == "disease_class_is_cardiovascular_diseases"
@@ -185,14 +185,14 @@ def test_the_last_character_is_probed_even_if_it_is_a_space():
         ("92", ("so smart", "so smart . "), "so dull"),
     ],
 )
-def test_rows_about_one_thing_are_one_group(name: str, same: tuple[str, ...], other: str):
+def test_rows_about_one_entity_are_one_group(name: str, same: tuple[str, ...], other: str):
     grouping = suite_files.grouping_of(str(find_task(name)))
     keys = {group_key(text, grouping) for text in same}
     assert len(keys) == 1
     assert keys != {group_key(other, grouping)}
 
 
-def test_keys_of_long_texts_are_short_and_differ_where_the_texts_do():
+def test_keys_of_long_texts_are_short_and_distinct():
     one, other = ("word " * 2000 + end for end in ("a", "b"))
     assert group_key(one, "text") != group_key(other, "text")
     assert len(group_key(one, "text")) <= 80
@@ -239,12 +239,12 @@ def test_a_draw_too_small_for_the_classes_of_one_task_leaves_the_others(caplog):
     assert [len(dataset.probes[0].labels) for dataset in texts.datasets] == [10, 10]
 
 
-def test_people_are_one_across_the_tasks():
+def test_people_are_shared_across_tasks():
     assert len(set(person_ids([group_key("Ada Lovelace", "person"), group_key("Ada Lovelace", "name")]).tolist())) == 1
 
 
 @pytest.mark.parametrize("ending", ["", " ", "  ", "\n", " \n\n", "\t", "\u00a0", ' . "'])
-def test_the_last_token_is_probed_whatever_it_is(ending: str):
+def test_the_last_token_is_always_probed(ending: str):
     from transformers import AutoTokenizer
 
     from delta_selectivity.cli.command_line import DEMO_MODEL
@@ -280,7 +280,7 @@ def test_baselines_of_a_suite_are_fitted_to_texts_of_its_tasks():
 @pytest.mark.parametrize(
     "text", ["It's “so” fine_ly: 1.5 %", "It's so fine_ly: 1.5 %\x1c\x7f", "Café — naïve", "x\u200by"]
 )
-def test_a_key_holds_letters_and_digits_alone(text: str):
+def test_keys_have_only_letters_and_digits(text: str):
     kept = unicodedata.normalize("NFKD", text.casefold())
     expected = " ".join("".join(c for c in kept if c.isalnum() or c.isspace()).split())
     assert group_key(text, "text") == expected
@@ -303,7 +303,7 @@ def test_tasks_are_read_one_after_another():
     assert len(texts.mentions) == 50
 
 
-def test_what_a_block_summed_is_let_go_when_its_datasets_are_probed(tiny_model, tiny_saes, tmp_path, monkeypatch):
+def test_sums_of_a_block_are_freed_after_probing(tiny_model, tiny_saes, tmp_path, monkeypatch):
     """Sums have a number for each latent: for a suite with hundreds of blocks they would need gigabytes."""
     from runs import Request
 

@@ -38,7 +38,7 @@ def draw(random: np.random.Generator, n_sources: int, spread: float, share: bool
     return sources
 
 
-def test_of_tasks_on_people_of_their_own_it_is_students_t_on_their_means():
+def test_tasks_with_separate_people_use_students_t():
     sources = draw(np.random.default_rng(0), 12, spread=1.0)
     found = over_tasks(sources).estimate
     values = [estimate_mean(cells).value for ((cells),) in sources.values()]
@@ -47,14 +47,14 @@ def test_of_tasks_on_people_of_their_own_it_is_students_t_on_their_means():
     assert found.degrees_of_freedom == pytest.approx(11, rel=1e-2)
 
 
-def test_tasks_that_do_not_differ_leave_the_peoples_error():
+def test_equal_tasks_have_only_the_error_of_people():
     sources = {str(i): [[cell(0.1, 40, 0, np.linspace(-1, 1, 40))]] for i in range(6)}
     found = over_tasks(sources)
     assert found.spread == 0
     assert found.estimate.standard_error == pytest.approx(estimate_mean(sources["0"][0]).standard_error)
 
 
-def test_each_task_counts_alike_whatever_its_layers_and_probes():
+def test_tasks_have_equal_weights():
     sources = {"a": [[cell(0.0, 40)]], "b": [[cell(1.0, 40, 100)] * 5]}
     assert over_tasks(sources).value == pytest.approx(0.5)
     three = {"a": [[cell(0.0, 40)], [cell(0.3, 40)]], "b": [[cell(1.2, 40, 100)]]}
@@ -62,12 +62,12 @@ def test_each_task_counts_alike_whatever_its_layers_and_probes():
     assert (over_tasks(three).n_tasks, over_tasks(three).n_sources) == (3, 2)
 
 
-def test_tasks_of_one_source_say_nothing_of_others():
+def test_a_single_source_has_no_interval():
     found = over_tasks({"a": [[cell(0.0, 40)], [cell(0.3, 40)]]})
     assert found.estimate is None and found.spread is None and found.value == pytest.approx(0.15)
 
 
-def test_the_spread_of_tasks_is_found():
+def test_the_spread_of_tasks_is_estimated():
     random = np.random.default_rng(1)
     found = [over_tasks(draw(random, 30, 0.2)).spread for _ in range(30)]
     assert np.sqrt(np.mean(np.square(found))) == pytest.approx(0.2, rel=0.1)
@@ -116,7 +116,7 @@ def test_forged_means_over_tasks_are_refused(tasks):
     assert figures.fault({}, {"compared": {}, "tasks": tasks}) is not None
 
 
-def test_a_source_is_what_tasks_are_cut_from():
+def test_tasks_of_one_file_share_a_source():
     assert source_of("117_us_state_FL") == source_of("13_us_state") == "us_state"
     assert source_of("22_headline_isobama") == source_of("21_headline_istrump") != source_of("139_news_class_Politics")
     assert source_of("66_living-room") == "living-room"

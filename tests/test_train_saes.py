@@ -70,7 +70,7 @@ def acts(tiny_model, text, tmp_path_factory):
     return found
 
 
-def test_all_formats_are_read_and_what_is_held_out_is_never_trained_on(text):
+def test_all_formats_are_read_and_held_out_text_is_not_trained_on(text):
     files = text_files(text)
     everything = list(read_documents(files))
     assert len(everything) == 600
@@ -84,7 +84,7 @@ def test_all_formats_are_read_and_what_is_held_out_is_never_trained_on(text):
         text_files(text / "nothing")
 
 
-def test_broken_lines_are_named(tmp_path):
+def test_broken_lines_are_reported(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"title": "b"}\n')
     with pytest.raises(RequestError, match=r"bad.jsonl, line 2"):
         list(read_documents(text_files(tmp_path)))
@@ -126,7 +126,7 @@ def test_a_harvest_is_what_plain_transformers_gives_without_bos_and_sinks(acts, 
         assert acts.tokens(part) == int(kept.sum())
 
 
-def test_a_folder_is_good_for_one_harvest(acts, tiny_model, text):
+def test_a_work_folder_rejects_other_settings(acts, tiny_model, text):
     other = HarvestSettings(LAYERS, tokens=2000, length=32)
     with pytest.raises(RequestError, match="another settings"):
         harvest(open_model(str(tiny_model)), other, text, acts.folder)
@@ -174,7 +174,7 @@ def test_a_resumed_training_gives_the_same_weights_to_the_bit(trained):
         assert all(torch.equal(one.weights[name], other.weights[name]) for name in other.weights)
 
 
-def test_a_checkpoint_is_good_for_one_training(acts, trained, tmp_path):
+def test_a_checkpoint_rejects_other_settings(acts, trained, tmp_path):
     _, _, settings = trained
     training.Checkpoint(tmp_path, settings, acts).save(1, [], [])
     other = training.TrainSettings(settings.saes, settings.layers, settings.d_sae, settings.tokens, seed=1)
@@ -182,7 +182,7 @@ def test_a_checkpoint_is_good_for_one_training(acts, trained, tmp_path):
         training.train(acts, other, tmp_path, quiet=True)
 
 
-def test_the_figures_of_saved_saes_are_what_plain_arithmetic_gives(acts, trained, tmp_path):
+def test_figures_of_saved_saes_equal_plain_arithmetic(acts, trained, tmp_path):
     _, whole, settings = trained
     for sae in whole:
         folder, found = train_saes.save(sae, acts, settings, "tiny", "made-up text.", tmp_path)
@@ -251,7 +251,7 @@ def test_topk_has_the_gradient_of_the_dense_formula():
         torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-5)
 
 
-def test_the_largest_of_many_are_those_that_topk_finds():
+def test_largest_indices_equal_topk():
     values = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
     for n in (1, 500, 40_000, 299_999):
         assert set(largest_indices(values, n).tolist()) == set(values.topk(n).indices.tolist())

@@ -81,7 +81,7 @@ def lens_trainer(x, kind="topk", steps=6, evaluator=None, every=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sae_lens_trains_the_same_weights_with_an_evaluator_at_work(kind, evaluator, activations):
+def test_an_evaluator_does_not_change_training_in_sae_lens(kind, evaluator, activations):
     plain, watched = lens_trainer(activations, kind), lens_trainer(activations, kind)
     plain.fit()
     states = random_states()
@@ -189,7 +189,7 @@ def sparsify_trainer(folder, out, optimizer="signum", hookpoints=("layers.1",), 
 @pytest.mark.parametrize(
     ("optimizer", "options"), [("signum", {}), ("adam", {"lr_warmup_steps": 2}), ("muon", {"grad_acc_steps": 2})]
 )
-def test_sparsify_trains_the_same_weights_with_a_callback_at_work(optimizer, options, evaluator, tiny_model, tmp_path):
+def test_a_callback_does_not_change_training_in_sparsify(optimizer, options, evaluator, tiny_model, tmp_path):
     plain, watched = (sparsify_trainer(tiny_model, tmp_path / name, optimizer, **options) for name in ("a", "b"))
     torch.manual_seed(0)
     plain.fit()
@@ -207,7 +207,7 @@ def test_sparsify_trains_the_same_weights_with_a_callback_at_work(optimizer, opt
         assert saved["people/fvu_whole"] == seen[-1][1][f"{HEAD}/fvu_whole"]
 
 
-def test_of_several_saes_of_sparsify_those_of_the_layer_are_measured(evaluator, tiny_model, task, tmp_path):
+def test_only_saes_of_the_layer_are_measured_in_sparsify(evaluator, tiny_model, task, tmp_path):
     trainer = sparsify_trainer(tiny_model, tmp_path, hookpoints=("layers.1", "layers.2"), init_seeds=[1, 2], steps=2)
     seen = []
     ds.Callback(evaluator, every=2, log=lambda numbers, step: seen.append(numbers)).attach(trainer)
@@ -342,7 +342,7 @@ def test_tensorboard_has_the_numbers_and_draws_intervals_as_bands(tmp_path):
                                                     ("", LOW, HIGH)]  # fmt: skip
 
 
-def test_without_tensorboard_it_says_what_to_install(monkeypatch, tmp_path):
+def test_missing_tensorboard_error_says_what_to_install(monkeypatch, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
@@ -462,7 +462,7 @@ def test_rows_are_chosen_by_the_time_that_calls_take(fixed, each, seconds, most,
     assert fixed + each * found <= seconds or found == FIRST_ROWS
 
 
-def test_a_budget_says_rows_seconds_and_a_precision_that_later_saes_keep(tiny_model, tmp_path, monkeypatch):
+def test_a_budget_reports_rows_seconds_and_precision(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("delta_selectivity.api.budget.FIRST_ROWS", 100)
     monkeypatch.setattr("delta_selectivity.api.evaluator.FIRST_ROWS", 100)
     task = write_csv(tmp_path / "people.csv", people(1200))
@@ -489,7 +489,7 @@ def test_a_budget_says_rows_seconds_and_a_precision_that_later_saes_keep(tiny_mo
     assert alone.budget.rows == budget.rows
 
 
-def test_a_time_that_cannot_be_kept_is_said(tiny_model, task, caplog):
+def test_an_unattainable_time_is_reported(tiny_model, task, caplog):
     evaluator = ds.Evaluator(tiny_model, LAYER, task, seconds=1e-6, settings=FAST, device="cpu")
     evaluator(TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, k=8)))
     assert any("more than `seconds` 1e-06" in line for line in evaluator.warnings)
@@ -524,7 +524,7 @@ def bundled_sparsify(model, ids):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("make", [bundled_lens, bundled_sparsify])
-def test_a_topk_sae_on_the_bundled_model_is_watched_in_a_tenth_of_its_training_time(make, wandb_run, tmp_path):
+def test_measuring_takes_at_most_a_tenth_of_the_training_time(make, wandb_run, tmp_path):
     """500 rows of gender every 100 steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

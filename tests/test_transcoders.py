@@ -61,7 +61,7 @@ def test_sparsify_reads_what_the_module_receives(tmp_path: Path, folder: str, re
     assert (sae.input_hookpoint, sae.hookpoint, sae.architecture) == (reads, writes, "topk transcoder")
 
 
-def test_a_module_whose_output_is_normalised_before_it_is_added(tmp_path: Path) -> None:
+def test_the_output_of_a_module_before_its_norm(tmp_path: Path) -> None:
     """The output of Gemma's MLP is not ``mlp_out``, which is normalised before it is added to the residual stream."""
     write_sparsify(tmp_path / "layers.3.mlp", transcode=True)
     (tmp_path / "config.json").write_text('{"model": "google/gemma-2-2b"}')
@@ -147,7 +147,7 @@ def test_input_scaling_is_folded_as_the_library_folds_it(tmp_path: Path, kind: s
     assert_agrees(open_sae(str(tmp_path)).load(5, "cpu"), reference)
 
 
-def test_a_place_that_only_hugging_face_has_a_name_for(tmp_path: Path) -> None:
+def test_a_place_with_only_a_hugging_face_name(tmp_path: Path) -> None:
     make_lens(
         "jumprelu_skip_transcoder",
         hook_name="blocks.5.hook_mlp_in",
@@ -167,7 +167,7 @@ def test_a_place_that_only_hugging_face_has_a_name_for(tmp_path: Path) -> None:
     ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "center_writing_weights of TransformerLens"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:(?s).*non-empty model_from_pretrained_kwargs")
-def test_what_cannot_be_measured(tmp_path: Path, names: dict[str, Any], message: str) -> None:
+def test_unsupported_transcoders_are_rejected(tmp_path: Path, names: dict[str, Any], message: str) -> None:
     make_lens("transcoder", **names).save_model(tmp_path)
     with pytest.raises(RequestError, match=message) as caught:
         open_sae(str(tmp_path))
@@ -239,9 +239,7 @@ def project_in_sae_lens(folder: Path, weight: Tensor, bias: Tensor) -> None:
 
 
 @pytest.mark.parametrize("write", [project_in_sparsify, project_in_sae_lens])
-def test_a_transcoder_that_is_the_module_loses_nothing(
-    write: Any, tiny_model: Path, people_csv: Path, tmp_path: Path
-) -> None:
+def test_a_perfect_transcoder_loses_nothing(write: Any, tiny_model: Path, people_csv: Path, tmp_path: Path) -> None:
     """It is compared with the module's output; compared with its input, nothing would be left."""
     from transformers import AutoModel
 

@@ -180,7 +180,7 @@ CASES = [
 
 @pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 @pytest.mark.parametrize(("family", "setting", "place"), CASES)
-def test_what_is_said_is_what_it_does(family: str, setting: str | None, place: str) -> None:
+def test_rewritten_weights_are_handled_correctly(family: str, setting: str | None, place: str) -> None:
     raw, expected = raw_activations(family)[place].flatten(0, 1), lens_activations(family, setting)[place].flatten(0, 1)
     less_mean = normalise(raw, "centre").x
     settings = {} if setting is None else {setting: True}
@@ -244,7 +244,7 @@ def test_raw_activations_through_a_centred_sae(tmp_path: Path) -> None:
     ({"hook_name": "transformer.h.1.mlp.act"}, "center_writing_weights of TransformerLens"),
     ({"model_from_pretrained_kwargs": ["center_writing_weights"]}, "which is no dict"),
 ])  # fmt: skip
-def test_what_cannot_be_followed(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
+def test_unsupported_rewriting_is_rejected(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
     write(tmp_path, **{"model_from_pretrained_kwargs": CENTRED, **metadata})
     with pytest.raises(RequestError, match=message) as caught:
         open_sae(str(tmp_path))

@@ -72,7 +72,7 @@ def test_a_code_or_reconstruction_is_named_with_layer_sae_and_text(ask, monkeypa
     assert MARK in told
 
 
-def test_it_is_seen_at_any_token_of_the_text(ask, monkeypatch, capsys):
+def test_broken_values_are_detected_at_any_token(ask, monkeypatch, capsys):
     """Check tokens that no probe reads: the figures over whole texts would be NaN."""
 
     def early_token(self, ids, found, value):
@@ -86,7 +86,7 @@ def test_it_is_seen_at_any_token_of_the_text(ask, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("part", ["activations", "reconstruction"])
-def test_of_rows_from_a_gpu_it_is_seen_when_they_are_probed(ask, monkeypatch, capsys, part):
+def test_broken_rows_from_a_gpu_are_detected_when_probed(ask, monkeypatch, capsys, part):
     """Rows are not checked when they arrive, because that would wait for the GPU."""
     put = RowStore.put
 
@@ -113,7 +113,7 @@ def test_of_rows_from_a_gpu_it_is_seen_when_they_are_probed(ask, monkeypatch, ca
     assert all("layer_1" not in layers for layers in numbers(ask.out).values())
 
 
-def test_datasets_that_were_finished_before_are_kept(ask, monkeypatch, capsys, tmp_path):
+def test_datasets_finished_before_the_error_are_kept(ask, monkeypatch, capsys, tmp_path):
     """The bundled task comes first, the file with the broken text after it."""
     both = ask.plus("--datasets", "gender", "--shuffle_select_n", "60", "--layers", "1")
     seen = []
@@ -133,7 +133,7 @@ def test_datasets_that_were_finished_before_are_kept(ask, monkeypatch, capsys, t
     assert numbers(ask.out) == numbers(tmp_path / "whole")
 
 
-def test_weights_that_are_not_finite_are_refused(ask, tiny_saes, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_rejected(ask, tiny_saes, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
     broken = shutil.copytree(tiny_saes, tmp_path / "broken")
@@ -151,15 +151,13 @@ def test_weights_that_are_not_finite_are_refused(ask, tiny_saes, tmp_path, capsy
 @pytest.mark.parametrize(
     "selection", [Threshold(torch.zeros(4)), Gated(torch.ones(4), torch.zeros(4))], ids=["threshold", "gated"]
 )
-def test_a_pre_activation_that_is_nan_is_no_silent_zero(selection):
+def test_a_nan_pre_activation_does_not_become_zero(selection):
     codes = selection(torch.tensor([[1.0, torch.nan, -1.0, 0.0]]))
     assert codes.col.tolist() == [0, 1]
     assert codes.value.isnan().tolist() == [False, True]
 
 
-def test_an_unforeseen_error_comes_with_its_threads_traceback_and_a_foreseen_one_only_with_verbose(
-    ask, monkeypatch, capsys, caplog
-):
+def test_unexpected_errors_show_the_traceback_and_expected_ones_only_with_verbose(ask, monkeypatch, capsys, caplog):
     failure: Exception = OSError(28, "No space left on device")
 
     def explode(self, ids):

@@ -47,7 +47,7 @@ def one_line(text: str) -> str:
     return lines[0]
 
 
-def test_a_disk_that_fills_keeps_what_was_finished_and_the_run_goes_on_with_room(ask, small_disk, tmp_path, capsys):
+def test_a_full_disk_keeps_finished_layers_and_the_run_resumes(ask, small_disk, tmp_path, capsys):
     assert ask.run() == 0
     undisturbed = substance(ask.out)
     disk = small_disk(200)
@@ -66,7 +66,7 @@ def test_a_disk_that_fills_keeps_what_was_finished_and_the_run_goes_on_with_room
     assert substance(full.out).keys() == undisturbed.keys()
 
 
-def test_a_disk_that_fills_at_any_byte_of_a_run(ask, small_disk, capsys):
+def test_a_disk_may_become_full_at_any_byte_of_a_run(ask, small_disk, capsys):
     """Allow one page more each time, until it is enough: finished results are whole, and a rerun completes them."""
     assert ask.run() == 0
     whole = numbers(ask.out)["pythia-tiny_women.json"]
@@ -95,7 +95,7 @@ def test_a_disk_that_fills_at_any_byte_of_a_run(ask, small_disk, capsys):
     assert {0, 1, 2} <= set(finished), "it filled before, between and after layers"
 
 
-def test_a_disk_too_small_for_the_rows_that_memory_has_no_room_for(ask, small_disk, monkeypatch, capsys):
+def test_a_disk_too_small_for_spilled_rows(ask, small_disk, monkeypatch, capsys):
     assert ask.plus("--layers", "0").run() == 0
     before = (ask.out / "pythia-tiny_women.json").read_bytes()
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk(16)))
@@ -107,7 +107,7 @@ def test_a_disk_too_small_for_the_rows_that_memory_has_no_room_for(ask, small_di
     assert short.run() == 0
 
 
-def test_a_quota_on_the_size_of_files(ask, tmp_path):
+def test_a_limit_on_the_size_of_files(ask, tmp_path):
     """The kernel refuses to let a file grow, so a write fails in the middle."""
     assert ask.run() == 0
     size = (ask.out / "pythia-tiny_women.json").stat().st_size
@@ -126,7 +126,7 @@ def test_a_quota_on_the_size_of_files(ask, tmp_path):
     assert substance(limited.out) == substance(ask.out)
 
 
-def test_a_folder_that_is_read_only_is_refused_before_anything_is_loaded(ask, small_disk, monkeypatch, capsys):
+def test_a_read_only_folder_is_rejected_before_loading(ask, small_disk, monkeypatch, capsys):
     disk = small_disk(64)
     if subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True, check=False).returncode:
         pytest.skip("remounting is not allowed here")
@@ -136,7 +136,7 @@ def test_a_folder_that_is_read_only_is_refused_before_anything_is_loaded(ask, sm
     assert ask.into(disk).run() == 2
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(ask, tmp_path, capsys):
+def test_a_file_in_place_of_the_folder_is_rejected(ask, tmp_path, capsys):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert ask.into(out).run() == 2
@@ -170,7 +170,7 @@ VANISHING = ["weights of the SAE", "config of the SAE", "folder of the SAE", "we
 
 
 @pytest.mark.parametrize("what", VANISHING)
-def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch, capsys, what):
+def test_an_input_removed_between_plan_and_run(ask, tmp_path, monkeypatch, capsys, what):
     model = shutil.copytree(ask.model, tmp_path / "gone" / "pythia-tiny")
     sae = shutil.copytree(ask.saes[0], tmp_path / "gone" / "sae-tiny")
     data = Path(shutil.copy(ask.data, tmp_path / "gone"))
@@ -206,7 +206,7 @@ def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("damage", [b"", None], ids=["cut off", "overwritten"])
-def test_weights_that_are_written_to_during_the_run_change_nothing(ask, tmp_path, monkeypatch, damage):
+def test_overwriting_weights_during_the_run_changes_nothing(ask, tmp_path, monkeypatch, damage):
     """Weights are memory-mapped: a later write must neither change numbers nor kill the process."""
     assert ask.run() == 0
     model = shutil.copytree(ask.model, tmp_path / "copy" / "pythia-tiny")

@@ -82,11 +82,11 @@ def test_a_run_survives_a_fault_at_every_call(kind, request_, undisturbed, tmp_p
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, OSError, ValueError])
 @pytest.mark.parametrize("kind", POINTS)
-def test_whatever_the_error(kind, error, request_, undisturbed, tmp_path, capsys):
+def test_other_errors_are_survived_too(kind, error, request_, undisturbed, tmp_path, capsys):
     assert walk(kind, error, request_, undisturbed, tmp_path, capsys) >= 1
 
 
-def test_the_walk_sees_every_write(request_, tmp_path):
+def test_the_injector_counts_every_write(request_, tmp_path):
     """The injector counts the scores and results of two SAEs x two layers, and two files at the end."""
     injector = Injector(RuntimeError, n=None)
     with fault("replace", injector):

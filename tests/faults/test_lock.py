@@ -35,7 +35,7 @@ def holder(path):
     return process
 
 
-def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path):
+def test_a_lock_is_exclusive_until_released(tmp_path):
     path = tmp_path / "m_d.json"
     with exclusive(path):
         with pytest.raises(Locked), exclusive(path):
@@ -49,7 +49,7 @@ def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_kernel_frees_the_lock_of_a_killed_run_and_the_next_one_cleans_up(tmp_path):
+def test_the_lock_of_a_killed_run_is_released_and_its_files_removed(tmp_path):
     path = tmp_path / "m_d.json"
     with holder(path) as process:
         (tmp_path / f".m_d.json.{process.pid:08x}.tmp").write_text("half a fi")
@@ -64,7 +64,7 @@ def test_the_kernel_frees_the_lock_of_a_killed_run_and_the_next_one_cleans_up(tm
     assert left_over(tmp_path) == []
 
 
-def test_many_at_once_never_hold_it_together(tmp_path):
+def test_many_processes_never_hold_the_lock_together(tmp_path):
     path = tmp_path / "m_d.json"
     inside, most, entered = [0], [0], [0]
 
@@ -89,7 +89,7 @@ def test_many_at_once_never_hold_it_together(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_run_of_the_same_file_refuses_in_one_line(tiny_model, tiny_saes, tmp_path, capsys):
+def test_a_second_run_of_the_same_file_fails_with_one_line(tiny_model, tiny_saes, tmp_path, capsys):
     data = write_csv(tmp_path / "women.csv", people(60))
     ask = Request(tiny_model, (tiny_saes,), data, tmp_path / "out").plus("--layers", "0")
     (tmp_path / "out").mkdir()
@@ -105,7 +105,7 @@ def test_a_second_run_of_the_same_file_refuses_in_one_line(tiny_model, tiny_saes
     assert left_over(tmp_path) == []
 
 
-def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
     import fcntl
 
     def no_locks(descriptor, operation):

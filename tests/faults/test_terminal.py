@@ -30,7 +30,7 @@ def test_every_character_prints_or_is_escaped():
             assert char in shown or not char.isprintable()
 
 
-def test_a_table_keeps_its_columns_whatever_the_names():
+def test_a_table_keeps_its_columns_for_any_names():
     table = tables.aligned([("layer", "probe"), ("0", HOSTILE), ("1", "women ")])
     head, rule, *rows = table.split("\n")
     assert harmless(table)
@@ -50,7 +50,7 @@ def ask(tiny_model, tiny_saes, tmp_path):
     return request.plus("--layers", "0")
 
 
-def test_a_run_of_a_task_of_a_hostile_name(ask):
+def test_a_run_on_a_task_with_a_hostile_name(ask):
     with ask.start() as quiet:
         _, warned = quiet.communicate(timeout=120)
     assert quiet.returncode == 0

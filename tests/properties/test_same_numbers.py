@@ -106,7 +106,7 @@ def test_the_same_numbers(ask, expected, tmp_path_factory, guise):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_same_numbers_in_a_hundred_guises(ask, expected, tmp_path_factory, capsys):
+def test_the_same_numbers_in_a_hundred_variants(ask, expected, tmp_path_factory, capsys):
     tried = []
 
     @MANY
@@ -127,7 +127,7 @@ def test_the_same_numbers_in_a_hundred_guises(ask, expected, tmp_path_factory, c
     assert (seen["threads"], seen["queue_gb"]) == (3, 2)
 
 
-def test_a_dataset_has_the_same_numbers_in_company(ask, expected, tmp_path):
+def test_a_dataset_has_the_same_numbers_beside_others(ask, expected, tmp_path):
     """Folds must not depend on other loaded tasks, or resuming with other --datasets would mix folds in a file."""
     company = Request(ask.model, ask.saes, ask.data, tmp_path, ask.more)
     assert company.plus("--datasets", "politics", "--shuffle_select_n", "80").run() == 0
