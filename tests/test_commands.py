@@ -161,7 +161,7 @@ def test_a_removed_folder_is_reported_as_missing(asked, tmp_path, monkeypatch, c
     monkeypatch.setattr("delta_selectivity.run.evaluation.measure", remove)
     assert main.main([*asked, "--quiet"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"the folder {tmp_path / 'my out'} is gone" in line and guard.RESUMES not in line
+    assert f"the folder {tmp_path / 'my out'} no longer exists" in line and guard.RESUMES not in line
 
 
 def test_system_exit_in_a_thread_is_a_failure(asked, monkeypatch, capsys):

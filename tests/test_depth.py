@@ -68,7 +68,7 @@ def test_significant_paired_differences_are_shaded(folder):
     q_values = stats.false_discovery_control(p_values)
     assert [float(found[layer]["q_value"]) < 0.05 for layer in found] == [bool(q < 0.05) for q in q_values]
     assert [bool(q < 0.05) for q in q_values] == [False, True, True]
-    assert "in 2 cells" in plot.description
+    assert "The 2 shaded cells" in plot.description
     (axes,) = plot.draw().figure.axes
     assert len(axes.collections) == 3, "a bar at each of the two layers, and the area between them"
 

@@ -144,7 +144,7 @@ def test_the_page_shows_settings_and_versions(demo):
     text = demo[1].text
     for told in (run["commit"], run["started"], run["key"]["dtype"], run["versions"]["torch"], "2 SAEs · 5 datasets"):
         assert told in text
-    assert "5 partitions into 5 folds by person, seed 0" in text
+    assert "5 partitions into 5 folds by group, seed 0" in text
     assert "Incomplete" not in text
 
 
@@ -455,7 +455,7 @@ def test_a_too_large_page_omits_download_links(tmp_path, monkeypatch, capsys):
     assert "data:text/csv" not in text
     assert root.all("svg")
     assert not root.all("figcaption")
-    assert "--plots writes them" in capsys.readouterr().out
+    assert "use --plots to write them" in capsys.readouterr().out
 
 
 def test_a_page_that_is_still_too_large_compresses_its_plots(tmp_path, monkeypatch):

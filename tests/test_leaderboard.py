@@ -109,7 +109,7 @@ def test_each_layer_has_its_own_board(tiny_model, tmp_path):
     for one in boards[1:]:
         for pair in one.ranking.pairs:
             found = alone.compare(pair.one.label, pair.other.label).transfer_r2
-            assert pair.sure == (found.low > 0 or found.high < 0)
+            assert pair.is_significant == (found.low > 0 or found.high < 0)
             assert found.value >= 0
         for sae in one.study.saes:
             (level,) = [

@@ -354,8 +354,8 @@ def test_no_token_is_one_line(hub, monkeypatch, capsys):
     [
         (f"/api/models/{REPO}", 404, "there is no such repository, or the token has no access to it"),
         ("/commit/", 403, "the token has no write access"),
-        ("/commit/", 500, "the Hub answers with status 500"),
-        ("/preupload/", 503, "the Hub answers with status 503"),
+        ("/commit/", 500, "the Hub responds with status 500"),
+        ("/preupload/", 503, "the Hub responds with status 503"),
         ("/commit/", 429, "the Hub's rate limit is reached"),
     ],
 )

@@ -141,7 +141,7 @@ def test_the_command_prints_rows_and_writes_csv(tmp_path, capsys):
         (["--rows", "gender", "--sae", "one"], "--layer is missing: gender has layers 0, 1"),
         (["--rows", "gender", "--layer", "7", "--sae", "one"], "--layer 7: gender has layers 0, 1"),
         (["--rows", "age", "--layer", "1", "--sae", "one"], "--rows age: there is no such probe; there are gender"),
-        (["--rows", "gender", "--layer", "0", "--sae", "one"], "measure it again"),
+        (["--rows", "gender", "--layer", "0", "--sae", "one"], "measure the layer again"),
         (["--rows", "gender", "--layer", "1", "--sae", "one", "--csv", "absent/rows.csv"], "cannot be written"),
         (["--layer", "1"], "--layer needs --rows or --latents"),
         (["--rows", "gender", "--summary"], "cannot be combined with other outputs"),

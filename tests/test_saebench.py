@@ -177,7 +177,7 @@ def test_caveats_of_the_comparison_are_shown(folder):
         ('{"eval_type_id": "core", "eval_result_metrics": {"sparsity": {"l0": 1e999}}}', "'l0' is no number"),
         ('{"eval_type_id": "core", "eval_result_metrics": {"misc": {"frac_alive": 7}}}', "between 0 and 1"),
         ('{"eval_type_id": "sparse_probing", "eval_result_metrics": {"sae": {}}, "eval_result_details": [{}]}',
-         "without a 'dataset_name'"),
+         "has no 'dataset_name'"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_one_line_and_exit_2(folder, tmp_path, capsys, content, told):

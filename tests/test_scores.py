@@ -123,7 +123,7 @@ def test_damaged_scores_are_one_line(stored, tmp_path):
         load(tmp_path / "absent")
     good = found_scores(rows=30)
     bad = {
-        "do not fit": replace(good, labels=good.labels[:9]),
+        "inconsistent shapes": replace(good, labels=good.labels[:9]),
         "other types": replace(good, views={**good.views, "sae": good.views["sae"].astype(np.float32)}),
         "finite": replace(good, weights=good.weights * np.nan),
         "0 and 1": replace(good, labels=good.labels | True),
@@ -239,7 +239,7 @@ def test_saes_of_two_runs_are_compared_as_if_they_had_been_measured_together(run
     found = in_runs_of_their_own(run, tmp_path)
     study = study_of(load_files(result_files(tmp_path)))
     (pair,) = study.neighbours
-    assert study.apart == []
+    assert study.not_compared == []
     assert pair.figures == found[pair.one.name, pair.other.name]
     assert study.comparison(pair.other.name, pair.one.name).figures == found[pair.other.name, pair.one.name]
 
@@ -260,5 +260,5 @@ def test_missing_scores_are_reported(run, tmp_path):
     shutil.rmtree(scores.folder_of(files(tmp_path / "second")[0]))
     study = study_of(load_files(result_files(tmp_path)))
     assert study.neighbours == []
-    (line,) = study.apart
-    assert "the scores beside the result files of" in line
+    (line,) = study.not_compared
+    assert "the stored scores of" in line

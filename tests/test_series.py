@@ -80,7 +80,7 @@ def test_the_page_shows_and_draws_the_series(trained, tmp_path):
     root = Tree(path.read_text("utf-8")).root
     (section,) = (node for node in root.all("section") if node.attributes["id"] == "series")
     assert "4 checkpoints of " in section.text
-    assert "the last that is surely better than the previous one is step 300 (by 0." in section.text
+    assert "the last one that is surely better than the previous one is step 300 (by 0." in section.text
     (figure,) = section.all("figure")
     told = [title.text for title in figure.all("title")]
     assert sum("minus the previous" in line for line in told) == 3

@@ -46,12 +46,12 @@ class Plot:
 
     def svg(self) -> str:
         """Return a stand-alone SVG document."""
-        drawing, raw = self._saved("svg")
+        drawing, raw = self._render("svg")
         return accessible(raw.decode(), self.name, self.title, self.description, drawing.tips, drawing.cells)
 
     def png(self) -> bytes:
         """Return the plot as PNG on a white background."""
-        return self._saved("png", dpi=PNG_DPI, facecolor="white")[1]
+        return self._render("png", dpi=PNG_DPI, facecolor="white")[1]
 
     def csv(self) -> str:
         """Return the plot's numbers in full precision as CSV."""

@@ -217,7 +217,7 @@ class Study:
         return [comparison for pair in pairs if isinstance(comparison := self._pair(*pair), Comparison)]
 
     @cached_property
-    def short_names(self) -> list[str]:
+    def not_compared(self) -> list[str]:
         """Return one line for each comparison that is impossible, with the reason."""
         groups = self.comparable
         lines = []

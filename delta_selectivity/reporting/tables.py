@@ -238,10 +238,10 @@ def one_line_each(texts: Iterable[str]) -> str:
 def overview(files: Sequence[File]) -> str:
     """Return the line per SAE, the significant differences between them, and the comparisons."""
     study = study_of(files)  # computed once, because pairs may be compared from their stored scores
-    short_names = "\n".join(one_line(line) for line in study.not_compared)
+    not_compared = "\n".join(one_line(line) for line in study.not_compared)
     sentence = rank(study).sentence()
     families = family_rows(study)
     over_tasks = f"{aligned(families)}\n\n{OVER_TASKS}" if families else None
     text = sentence and one_line(sentence)
-    parts = (over_tasks, summary_table(study), MEANING, text, comparison_table(study), short_names)
+    parts = (over_tasks, summary_table(study), MEANING, text, comparison_table(study), not_compared)
     return "\n\n".join(part for part in parts if part)
