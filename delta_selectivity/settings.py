@@ -145,7 +145,7 @@ class Settings:
             object.__setattr__(self, "baselines", BASELINES)
         for field, kind, rule in fields():
             value = getattr(self, field.name)
-            if value == (word_for_none(kind, rule) or None):
+            if isinstance(value, str) and value and value == word_for_none(kind, rule):
                 value = None
                 object.__setattr__(self, field.name, None)
             _check(field.name, value, kind, rule)

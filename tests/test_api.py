@@ -153,7 +153,7 @@ def test_save_does_not_overwrite_other_results(results, tmp_path):
     folder = results.save(tmp_path / "kept")
     victim = sorted(folder.glob("*/*.json"))[0]
     victim.write_text("{}")
-    with pytest.raises(ds.RequestError, match="with other results"):
+    with pytest.raises(ds.RequestError, match="with different results"):
         results.save(folder)
     assert victim.read_text() == "{}"
 

@@ -535,7 +535,7 @@ def test_lines_that_are_not_entities_are_counted_and_skipped(
            "\x00\x01", "{\ud800}".encode("utf-8", "replace").decode()]  # fmt: skip
     assert build([*CLASSES_OF_ITEMS, *bad, *people], "--overwrite") == 0
     assert (tmp_path / "people.jsonl").read_bytes() == whole
-    (warning,) = [line for line in caplog.messages if "entity" in line]
+    (warning,) = [line for line in caplog.messages if "entities" in line]
     assert re.search(r"dump\.json: skipped 9 of \d+ lines, which are not entities", warning), warning
 
 

@@ -67,7 +67,7 @@ def test_a_single_request_has_a_folder(read):
         ('output_directory = "o"\n', "[[grid]]"),
         ('output_directory = "o"\ngrids = 1\n', "output_directory, page, flags, grid"),
         ('output_directory = "o"\n[[grid]]\nsaename = "a"\n', "unknown key grid.saename: use model_name"),
-        ('output_directory = "o"\n[flags]\noverwrite = true\n[[grid]]\nseed = 1\n', "flags.overwrite is not known"),
+        ('output_directory = "o"\n[flags]\noverwrite = true\n[[grid]]\nseed = 1\n', "unknown key flags.overwrite"),
         ('output_directory = "o"\n[[grid]]\nseed = []\n', "grid.seed is an empty list"),
         ('output_directory = "o"\n[[grid]]\nseed = [1, 1]\n', "two requests"),
         ('output_directory = "o"\n[[grid]]\nseed = [{a = 1}]\n', "seed = {'a': 1}"),

@@ -217,7 +217,7 @@ def test_only_saes_of_the_layer_are_measured_in_sparsify(evaluator, tiny_model, 
     assert one != two
     other = sparsify_trainer(tiny_model, tmp_path, hookpoints=("layers.2",), steps=2)
     with pytest.raises(
-        ds.RequestError, match=r"it trains layers\.2; the evaluator is of layer 1, resid_post"
+        ds.RequestError, match=r"it trains layers\.2, but the evaluator measures layer 1, resid_post"
     ) as refused:
         ds.Callback(evaluator).attach(other)
     assert refused.value.field == "trainer"
