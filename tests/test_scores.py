@@ -124,7 +124,7 @@ def test_damaged_scores_are_one_line(stored, tmp_path):
     good = found_scores(rows=30)
     bad = {
         "inconsistent shapes": replace(good, labels=good.labels[:9]),
-        "other types": replace(good, views={**good.views, "sae": good.views["sae"].astype(np.float32)}),
+        "unexpected types": replace(good, views={**good.views, "sae": good.views["sae"].astype(np.float32)}),
         "finite": replace(good, weights=good.weights * np.nan),
         "0 and 1": replace(good, labels=good.labels | True),
         "only": replace(good, views={"model": good.views["model"]}),
