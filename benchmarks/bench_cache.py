@@ -6,7 +6,6 @@ python benchmarks/bench_cache.py        # print the table of the kept results
 A pair is two runs of `main.py` on all data with a fresh cache, each timed from start to end: the first SAE cold, then
 the second warm. Both pairs are run in turn, `--repeats` times; figures are medians. The last columns are the ratios to
 the cold run of the pair and to the cold run of the same SAE.
-
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ python benchmarks/bench_dtype.py        # print the tables of the kept results
 
 Each run of `main.py` is timed from start to end. The dtypes are run in turn; figures are medians. The last column is
 the ratio to the fastest.
-
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ tasks is timed at the first and at the last hook; in between, a forward pass gro
 version, the last layer and one repeat are timed. Forward passes are scaled by rows, the probes of `sae-probes` by tasks
 (each has 1024 training rows), and the fits of the serial version by rows and repeats. With --whole, `sae-probes` runs
 all tasks and hooks. A round of all sides takes six minutes. The table has the medians of --repeats rounds.
-
 """
 
 from __future__ import annotations

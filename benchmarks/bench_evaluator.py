@@ -5,7 +5,6 @@
 
 Both sides measure gender on 1000 rows at layer 3 of the bundled model. The cold run is a process of its own, timed from
 start to end, with an SAE folder of the same size.
-
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ Model and SAE are timed separately, as `activations.Producer` runs them: several
 thread each. The floor of the model excludes attention, norms and activation functions. The floor of the SAE is its
 encoder in float32; a value above 100 % means that the program does less work than that (`saes.proposal`). The
 producer's texts/s are those of the model with one SAE on every layer.
-
 """
 
 from __future__ import annotations

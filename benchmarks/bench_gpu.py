@@ -9,7 +9,6 @@ first table is that of `benchmarks/bench_forward.py`, with batches that fill the
 layer: with all tokens and with a sample in the whole-text figures, on one GPU and, if there are two, on both, with
 torch's probes and, if it is installed, with cuML's. It also has the arithmetic of the products over all tokens, to
 compare with the rates of the first table.
-
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ python benchmarks/bench_kernels.py        # print the table of the kept results
 - attention: texts in bfloat16, heads of width 64 (`models.attention` and transformers' sdpa); a row is a token;
 - product: x Wᵀ in float32 (`gemm` and `torch.nn.functional.linear`); equal on Intel CPUs;
 - product, bytes: an exact product of signed 8-bit integers (`gemm`), and the same numbers in float32.
-
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ the mean over these fits. Its lbfgs uses the loosest tolerance (a power of ten) 
 ours, or the tightest one tried, 1e-10. It starts from zero for each C ("cold", the common use) or from the solution at
 the smaller C ("warm", the best case). Errors are |w - w*| / |w*|, the largest over the timed fits; w* is computed by
 newton-cholesky in float64 at tolerance 1e-9.
-
 """
 
 from __future__ import annotations
@@ -86,7 +85,6 @@ def draw(rows: int, d: int, probes: int, cs: Sequence[float], seed: int = 0) -> 
     """Draw features with a falling spectrum and unequal scales, like activations; labels depend on one direction each.
 
     The share of positives falls from 1/2 to 1/5 over the probes.
-
     """
     random = torch.Generator().manual_seed(seed)
     turn, _ = torch.linalg.qr(torch.randn(d, d, generator=random))

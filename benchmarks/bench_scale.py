@@ -9,7 +9,6 @@ python benchmarks/bench_scale.py processes    # print the table of processes
 *Processes*: sixty (SAE, layer) pairs (the bundled SAEs under five names each, on six layers), one unit each, on
 politics, by one process and by two, in turn. The probe stage is the time that the busiest process spends on fitting and
 testing probes.
-
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ python benchmarks/bench_scaling.py --large         # 200,000 rows x 12 layers x 
 Each cell is a run in a process of its own. Seconds are those of its stages, summed over threads, without start-up and
 loading of weights; memory is the process's peak. The exponent is fitted to the stages that depend on the quantity:
 forward passes and SAEs for layers and SAEs, all stages for rows, probes and statistics for probes.
-
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ python benchmarks/bench_suite.py                                   # print the t
 gets the same rows of every twelfth task, hook by hook as its README runs it: its baseline probe, and k-sparse probes
 with k 1 and 16 on each SAE. Its forward passes are scaled up by characters and its probes by tasks, so its figures are
 rough. It fits one split; this program fits five times five folds, on activations and on two reconstructions.
-
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ Speed: whole runs of `main.py`, each timed from start to end, in turn; figures a
 of a quarter of the default size, on every dataset, compared with the figures of all tokens. A figure is covered if it
 differs from that of all tokens by at most 1.96 standard errors. `dead` falls with the number of tokens, so it is
 compared with the mean of the samples.
-
 """
 
 from __future__ import annotations

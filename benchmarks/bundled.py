@@ -4,7 +4,6 @@
 
 These are the activations of `main.py`'s producer, without SAEs, queue and threads: the residual stream at the last
 token of each name, with BOS first.
-
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ def activations(
     """Return the outputs of `layers` at the last token of each mention's name: layer -> float32 [mentions, d].
 
     Raises `RequestError` for a layer that the model does not have, and for a model that cannot be read.
-
     """
     info = open_model(str(model))
     if not all(0 <= layer < info.n_layers for layer in layers):

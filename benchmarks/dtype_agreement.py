@@ -2,7 +2,6 @@
 
 python benchmarks/dtype_agreement.py run   # the demo in float32 (minutes), into a folder beside this file
 python benchmarks/dtype_agreement.py       # print the table, from results/demo/ and the results of `run`
-
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@
 The SAEs are those of SAE Lens's list of releases (`canonical` names are aliases and not counted); the widths of the
 models are those of their configs. A unit is one layer of one hook point with as many SAEs as fit into `MEMORY`.
 docs/scale.md says what was measured and what is assumed.
-
 """
 
 from __future__ import annotations

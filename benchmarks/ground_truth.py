@@ -5,7 +5,6 @@ python benchmarks/ground_truth.py run --seed 1   # another world and other SAEs
 python benchmarks/ground_truth.py                # print the tables of the kept results
 
 A task is the presence of a feature in a row. Each row is a mention of a different person. See docs/ground_truth.md.
-
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ python scripts/update_tables.py docs/reliability.md                           # 
 docs/reliability.md defines each candidate, the expectations, and the rule for choosing one; it was written before any
 candidate was computed. No model, SAE or fit is needed: all candidates use the scores of the model's own probes on its
 activations (view `model`) and on the reconstructions (view `transfer`).
-
 """
 
 from __future__ import annotations

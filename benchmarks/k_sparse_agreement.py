@@ -7,7 +7,6 @@ Rows are used as shipped (with duplicates), with BOS first (as TransformerLens d
 bundled model. Our side uses the functions that choose latents and fit probes (`delta_selectivity/probing/k_sparse.py`)
 on the 1024 training rows of `sae-probes`, at the C that `sae-probes` chose on the last 100 of them. In a run of this
 program, C is chosen on the other folds.
-
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@
 
 Rows are synthetic: x, and a noisy copy of it as the reconstruction. They come in batches like those of the producer,
 and use the program's own `RowStore` and `selectivity`, with one probe, five folds and one repeat.
-
 """
 
 from __future__ import annotations

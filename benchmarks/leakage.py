@@ -10,7 +10,6 @@ then known from training: leakage (Kaufman et al. 2012, doi 10.1145/2382577.2382
 
 Of the tasks of sae-probes, whole groups are drawn, with all copies of their texts, until there are `TEXTS` distinct
 texts.
-
 """
 
 from __future__ import annotations
@@ -91,7 +90,6 @@ def correct_by_fold(rows: Rows, groups: NDArray[np.int64], backend: ProbeBackend
     """Return whether each row is classified correctly by probes trained without its group: [probes, repeats, rows].
 
     Raises ValueError if a probe has fewer groups of a class than folds.
-
     """
     plan = FoldPlan.build(rows.labels, groups, None, N_FOLDS, N_REPEATS, SEED)
     if plan.skipped:

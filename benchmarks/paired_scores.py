@@ -2,7 +2,6 @@
 
 Every method in a table uses the same estimator. A score is a mean over probes of a contribution of each row, so two
 SAEs are compared row by row, clustered by person (`uncertainty.py`). FVU is a ratio of two sums over rows.
-
 """
 
 from __future__ import annotations
@@ -57,7 +56,6 @@ class PairCount:
         Args:
             gains: The better one's score minus the worse one's, with the interval: (value, low, high) each.
             noise: The SD of one SAE's score over runs.
-
         """
         return cls(
             pairs=len(gains),
@@ -77,7 +75,6 @@ def difference(a: Sequence[Floats], b: Sequence[Floats], rows: Sequence[ProbeSco
     """Return the mean over probes of a's score minus b's, paired row by row and clustered by person over all probes.
 
     a, b: the result of `Parts` for each probe, [repeats, rows] each; rows: the probes themselves, of either SAE.
-
     """
     return estimate_mean(
         [

@@ -3,7 +3,6 @@
 pool = Pool.load()
 pool.program_draw(3000, seed=1)      # the rows of `--shuffle_select_n 3000 --seed 1`, without replacement
 pool.bootstrap(3000, seed=1)         # as many rows, of people drawn with replacement, with fresh folds
-
 """
 
 from __future__ import annotations
@@ -53,7 +52,6 @@ class Pool:
 
         The pool stands for the population: runs without replacement would share most of their rows and agree for that
         reason. The same people are drawn in all tasks in which they occur.
-
         """
         drawn = load_probe_texts(None, shuffle_select_n=rows_per_dataset, seed=seed)
         sizes = [len(mentions) for _, mentions, _ in _row_sets(drawn)]
@@ -79,7 +77,6 @@ def rows_of_people(turns: NDArray[np.int64], persons: NDArray[np.int64], n_rows:
     """Return indices [n_rows] into persons [rows]: all rows of each drawn person in turn; the last are cut to fit.
 
     Raises ValueError if there are too few draws.
-
     """
     order = np.argsort(persons, kind="stable")
     people, starts = np.unique(persons[order], return_index=True)

@@ -2,7 +2,6 @@
 
 python benchmarks/random_control.py run   # measure the random model (minutes)
 python benchmarks/random_control.py       # print the table, from results/demo/ and the results of `run`
-
 """
 
 from __future__ import annotations

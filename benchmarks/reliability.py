@@ -8,7 +8,6 @@ python benchmarks/reliability.py run --model_name smollm2-135m --corpus WORK_DIR
 Uses two of the three lenses of "Are Sparse Autoencoder Benchmarks Reliable?" (Chanin 2026, arXiv 2605.18229), on one
 layer of the bundled model and of SmolLM2-135M. The third, correlation with ground truth, is
 `benchmarks/ground_truth.py`.
-
 """
 
 from __future__ import annotations
@@ -109,7 +108,6 @@ def compare(
     """Lens 3: return the difference of every score between the better and the worse SAE of each pair.
 
     probes: score -> SAE -> its probes.
-
     """
     found = [Pairs(each.kind, each.family, each.change, each.names, {}) for each in sets]
     for metric, by_sae in probes.items():

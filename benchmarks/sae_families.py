@@ -7,7 +7,6 @@ training step is that of the demo (`scripts/demo_training/sae_training.py`).
     acts = corpus_activations(TINY_PYTHIA, corpus, seed=0)
     for step, weights in train(recipe, acts.train): ...
     sae = as_sae(recipe, weights)
-
 """
 
 from __future__ import annotations
@@ -136,7 +135,6 @@ def corpus_activations(study: Study, corpus: Path, seed: int) -> CorpusActivatio
     """Run the texts of `corpus` (JSON lines, xz: `text`, and `source` if there are several kinds).
 
     All kinds have equal shares of the training rows. One document in 100, by hash, is held out.
-
     """
     info = open_model(study.model)
     site = Site(study.layer, "resid_post")

@@ -12,7 +12,6 @@ measured five times with different rows and folds. Two runs differ by more than 
 With `--suite`, the figure is the mean over the tasks of sae-probes at one layer. Each run has a seed of its own, which
 draws the folds and at most 400 rows of each task. The last column is 2.77 times the standard error from which a run
 computes its own interval of the difference.
-
 """
 
 from __future__ import annotations

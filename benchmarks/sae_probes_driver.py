@@ -9,7 +9,6 @@ Nothing of this project is imported: `bench_end_to_end.py`, `bench_suite.py` and
 file with the interpreter of that environment. The package's functions are called as in its README. Only the loading of
 the model is replaced, by one from a folder, because the benchmark is offline. With `--at_its_best`, the activations of
 all hooks come from one pass, otherwise hook by hook.
-
 """
 
 from __future__ import annotations

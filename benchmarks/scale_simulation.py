@@ -5,7 +5,6 @@
 Each worker takes the next unit, reads its weights, and computes. Workers that read at the same time share the bandwidth
 equally; there is no prefetching. `compute_selectivity.py` works in this way: Dask assigns a unit to the next free
 worker.
-
 """
 
 from __future__ import annotations

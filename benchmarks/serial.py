@@ -5,7 +5,6 @@
 Rows are used as shipped, in their order, with 32 texts per batch; the whole model with its LM head; dense codes;
 scikit-learn's `LogisticRegression` for every view, fold and C. The definitions are those of the program
 (docs/numbers.md). `benchmarks/bench_end_to_end.py` compares with it. It shares only the SAE's weights with the program.
-
 """
 
 from __future__ import annotations
@@ -76,7 +75,6 @@ def selectivity(
     """Return the balanced accuracy of held-out predictions; C is chosen by the loss on the other folds.
 
     x is scaled with the statistics of the training folds. folds: the fold of each row; None: scikit-learn's.
-
     """
     if folds is None:
         splits = list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(x, labels, persons))

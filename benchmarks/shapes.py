@@ -2,7 +2,6 @@
 
 with Shape.of("pythia-160m").model_folder() as folder:
     open_model(str(folder)).load(sites, "cpu", "float32")
-
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 seconds = in_turn({"ours": fit, "theirs": their_fit}, repeats=5)     # medians, in seconds
 python benchmarks/bench_forward.py run                               # measure, print, keep
 python benchmarks/bench_forward.py                                   # print the kept results
-
 """
 
 from __future__ import annotations
@@ -39,7 +38,6 @@ def in_turn(
     """Return the median seconds of each side. The sides are run in turn, so that other load affects all alike.
 
     Each is run once before, untimed. `synchronise` waits for a device that works asynchronously.
-
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):

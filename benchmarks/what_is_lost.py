@@ -2,7 +2,6 @@
 
 python benchmarks/what_is_lost.py results/smollm2 concepts     # print the tables, from result files of main.py
 python scripts/update_tables.py docs/findings.md               # update the document
-
 """
 
 from __future__ import annotations

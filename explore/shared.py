@@ -4,7 +4,6 @@
     results_table(RESULTS)          # pandas: a line for each SAE, dataset, layer and probe
 
 Importing this module makes the project's modules importable from a notebook, wherever Jupyter was started.
-
 """
 
 from __future__ import annotations
@@ -54,7 +53,6 @@ def results_table(folder: Path) -> pd.DataFrame:
 
     Columns: `sae`, `baseline` (its kind; None for an SAE), `dataset`, `path`, `layer`, `probe`, and then every key that
     docs/numbers.md defines. Raises `RequestError` if there are no results, or a file was edited or truncated.
-
     """
     lines = report_files.lines(report_files.load(report_files.result_files(folder)))
     return pd.DataFrame([{**line, "sae": result_file.slug(line["sae"])} for line in lines])

@@ -18,7 +18,6 @@ name. Label 1 is female, Democratic Party, alive.
 
 Exit codes: 0 the file is written; 1 the work failed, and nothing is written; 2 the request was invalid, or no person
 was found; 130 interrupted, and nothing is written.
-
 """
 
 from __future__ import annotations

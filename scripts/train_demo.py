@@ -7,7 +7,6 @@
 
 The text and the tables of people for the training are not part of the project (`assets/tiny-pythia/README.md` describes
 them). Every stage is seeded; how far the timed stages get depends on the machine.
-
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ python scripts/train_saes.py train --work_dir work --saes topk-32,topk-64,gated-
 Text is a folder of .txt, .jsonl or .jsonl.xz files (JSON lines with `text`). Both stages resume an interrupted run. A
 training can use any of the harvested layers and the kinds topk, batchtopk, matryoshka, jumprelu and gated. `KIND-K` has
 K latents per token, exactly or on average, depending on the kind.
-
 """
 
 from __future__ import annotations

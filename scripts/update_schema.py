@@ -6,7 +6,6 @@
 Names and types come from `ProbeResult`, `Reconstruction` and `Downstream`, their meaning from the page's tables. JSON
 Schema, draft 2020-12: https://json-schema.org/draft/2020-12. docs/how_to/read_a_result.md shows how to check a file
 against it.
-
 """
 
 from __future__ import annotations

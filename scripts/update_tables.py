@@ -4,7 +4,6 @@ A table stands between `<!-- python report.py results/demo --summary -->` and `<
 
     python scripts/update_tables.py README.md           # run the commands and rewrite the tables
     python scripts/update_tables.py --check README.md   # exit code 1 if a table is not up to date
-
 """
 
 from __future__ import annotations

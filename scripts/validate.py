@@ -5,7 +5,6 @@
     python scripts/validate.py --people --write # only coverage, with few people and people of unequal size
 
 Prints each row as measured, required, pass or FAIL. The exit code is 1 if a row fails.
-
 """
 
 from __future__ import annotations

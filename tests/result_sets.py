@@ -25,7 +25,6 @@ def write_set(
 
     The numbers differ by SAE and layer in a fixed way. `baselines`: (kind, SAE that owns it or None). `edit` maps the
     probes of a layer, by name, to others.
-
     """
     sources = [
         (path, found) for path, found in demo_files() if path.stem.removeprefix("tiny-pythia_wikidata_") in datasets

@@ -3,7 +3,6 @@
 The model and SAEs are on `cuda:0`, probes on `cuda:1`. An operation on tensors of two devices raises
 `FakeTensorDeviceMismatchError`. An operation that needs a value on the CPU raises `GpuWaits`: a real GPU would be
 synchronised there. The tests run the code between those places.
-
 """
 
 from __future__ import annotations

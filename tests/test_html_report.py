@@ -218,7 +218,8 @@ def test_the_page_opens_with_sentences_made_from_the_numbers(demo, tmp_path):
     sae, worst = min(cells, key=lambda placed: placed[1].result["delta_sel"])
     assert f"the largest loss is {worst.probe}, layer {worst.layer} of {sae.label}" in lost
     unknown = sum(cell.result["model_ci_low"] <= 0.5 for _, cell in cells)
-    assert undecided.startswith(f"Undecided: {144 - n_lost} of 144 cells: in {unknown} the model")
+    assert undecided.startswith(f"Undecided: {144 - n_lost} of 144 cells are undecided; most often ")
+    assert f"In {unknown} of them the model itself is not shown to know the answer" in undecided
 
     def kept_and_moved(cells):
         well = {"model_ci_low": 0.7, "preserved": True, "q_value": 0.9, "transfer_preserved": True}

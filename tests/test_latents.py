@@ -34,7 +34,6 @@ def world(drop=None, silence=None):
     """Return (w, x, recon, codes, directions, labels) of an SAE of orthonormal features; the third predicts the label.
 
     drop: a latent that never fires. silence: a latent whose decoder direction is 0.
-
     """
     random = np.random.default_rng(0)
     directions = np.linalg.qr(random.normal(size=(D, D)))[0]

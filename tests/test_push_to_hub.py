@@ -1,7 +1,6 @@
 """Results on the Hub: one commit with files, page and card; only our blocks of the card change; one-line errors.
 
 The Hub is a server in this process that implements the part of the HTTP interface that huggingface_hub uses here.
-
 """
 
 from __future__ import annotations

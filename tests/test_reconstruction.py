@@ -215,7 +215,6 @@ def world(
     """Return tokens of texts with errors correlated within a text, a few sinks, and latents of all frequencies.
 
     x and x̂ [tokens, d], the text of each token, and which latents fire [tokens, d_sae].
-
     """
     text = np.repeat(np.arange(len(lengths)), lengths)
     n = len(text)

@@ -1,7 +1,6 @@
 """Several SAEs in one name: globs over folders, whole releases of SAE Lens's list, and the opened sources.
 
 The list is the library's own; only its download function is replaced.
-
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """SAEBench's format: our files are valid for its classes, and its files are compared with ours.
 
 `tests/saebench` has the fields of its classes and a file of each, both made by the classes (`tests/saebench/make.py`).
-
 """
 
 from __future__ import annotations

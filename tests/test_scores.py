@@ -221,7 +221,6 @@ def in_runs_of_their_own(run, folder):
     """Store the SAEs of a run as if each had been measured alone: one directly in a folder, the other one level below.
 
     Returns the comparisons of the original run, by the names of both.
-
     """
     found = {}
     saes = sorted(path for path in run.out.iterdir() if path.is_dir())

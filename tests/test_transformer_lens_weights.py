@@ -3,7 +3,6 @@
 For each setting and each place there is one of three outcomes: the activations are the raw ones, they are the raw ones
 minus their mean, or the SAE is rejected. In the last case neither of the first two may hold, or the rejection would be
 unnecessary.
-
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The bundled model's activations as a ground for plants, with its own SAEs and separate people.
 
 ground = bundled_ground(rows=1000, apart=800, backend=backend)
-
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ def with_planted_trait(ground: Ground, backend: ProbeBackend, seed: int = 0) -> 
 
     The model's own concepts are correlated (of these people, three women in four are alive, and one man in three), so
     erasing one also changes the others. The planted trait is independent of them.
-
     """
     random = np.random.default_rng([seed, 1])
     everyone = [*(bench.rows for bench in ground.benches), *ground.apart.values()]

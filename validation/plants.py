@@ -4,7 +4,6 @@
     rows = identity(ground) + rotation(ground) + noise_ladder(ground)
 
 Each plant is a function from a ground to rows of the table; its docstring states the required result.
-
 """
 
 from __future__ import annotations
@@ -92,7 +91,6 @@ def leace(ground: Ground) -> dict[str, Reconstruct]:
 
     Belrose et al. 2023, arXiv 2306.03819. Fitted on the evaluated rows, it would also remove the sampling error and
     leave probes below chance.
-
     """
     erasers: dict[str, Reconstruct] = {}
     for task, rows in ground.apart.items():
@@ -125,7 +123,6 @@ def rotation(ground: Ground, seed: int = 0) -> list[Row]:
 
     Features are standardised, because the penalty depends on their scale. abs(delta_sel) must be at most 0.005 and
     transfer_delta at most -0.2, for every task.
-
     """
 
     def rotate(x: Tensor) -> Tensor:
@@ -162,7 +159,6 @@ def principal_component_ladder(ground: Ground, ranks: Sequence[int]) -> list[Row
 
     A decrease counts if the paired difference of the two ranks is below 0 beyond its 95 % interval, corrected for all
     steps of all tasks (Bonferroni). At the last rank, d, only rounding is left: abs(delta_sel) must be at most 0.002.
-
     """
     back, last, climbs = 0, 0.0, []
     n_steps = (len(ranks) - 1) * sum(len(bench.rows.tasks) for bench in ground.benches)
@@ -213,7 +209,6 @@ def shuffled_decoder(ground: Ground, most_left: float | None, seed: int = 0) -> 
     At most `most_left` of sae_sel - 1/2 may remain; None: it is reported but not judged, because it depends on the
     world. A permuted decoder is a random projection of the codes, which preserves much linear information. A probe
     fitted anew loses only what is drowned by large latents that did not interfere before.
-
     """
     left, moved, transfers = [], [], []
     for sae in ground.saes.values():

@@ -1,7 +1,6 @@
 """All measurements of `scripts/validate.py`: which plants are measured on which data, in quick and in full mode.
 
 rows = validate(QUICK, workers=2)
-
 """
 
 from __future__ import annotations

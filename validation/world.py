@@ -4,7 +4,6 @@
 
 In `GaussianWorld`, the true balanced accuracy of any linear probe has a closed form. In `SparseWorld`, the features
 that an SAE should find are known. Traits belong to people; rows are mentions of them.
-
 """
 
 from __future__ import annotations
@@ -88,7 +87,6 @@ class GaussianWorld:
 
         `noise` is the variance that a view adds to x's 1 in every coordinate (decay 0). Scores of a class are Gaussian,
         so its recall is the normal distribution's at (+-mean + intercept) over their standard deviation.
-
         """
         along = coef @ (self.means[0] @ self.mixing)
         spread = np.sqrt((1 + noise) * (coef**2).sum(axis=-1))
@@ -102,7 +100,6 @@ class SparseWorld:
     x = sum_j a_j f_j + sum_t +-signal u_t + noise: `active` of `features` unit vectors f_j, which share the d - tasks
     loud dimensions, with a_j uniform between 2 and 4. The u_t are orthonormal, and only the noise shares their
     dimensions. An SAE that writes the loud features into the quiet directions drowns the traits.
-
     """
 
     people: int
@@ -128,7 +125,6 @@ class SparseWorld:
         """Return SAEs that know the features: a latent for each f_j, active above 1, and two for each quiet direction.
 
         tilts: name -> angle in degrees by which the SAE's quiet directions deviate towards the loud ones.
-
         """
         return {name: self._sae(name, tilt) for name, tilt in tilts.items()}
 

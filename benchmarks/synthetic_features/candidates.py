@@ -1,7 +1,6 @@
 """SAEs to compare: perfect, trained well and badly, broken on purpose, and adversarial.
 
 Each candidate consists of codes of rows, and of atoms whose weighted sum is the reconstruction.
-
 """
 
 from __future__ import annotations
@@ -104,7 +103,6 @@ def absorbed(world: World) -> Candidate:
     """Return the oracle with absorption: a child's latent also writes the parent's direction and silences the parent.
 
     Sparsity rewards this if one feature implies another (feature absorption, arXiv 2409.14507).
-
     """
     atoms = world.directions.clone()
     for parent, children in world.children.items():

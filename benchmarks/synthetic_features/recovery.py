@@ -5,7 +5,6 @@ reconstruction predicts a feature's presence, with equal weights for presence an
 same for the feature's amount in all rows. `held`: how well the amount can be read along the feature's own direction,
 which shows whether it is still where the model put it. The field's two definitions, `matched` and `mcc`, use single
 latents; they show what a score of the output cannot measure.
-
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ def measure(rows: Rows, recon: Tensor, codes: Tensor, atoms: Tensor, directions:
     """Measure recon [rows, d], codes [rows, d_sae], atoms [d_sae, d], directions [features, d], features int64 [tasks].
 
     `features` are the probed ones. MCC is SAE Lens's definition; a feature without an atom counts 0.
-
     """
     kept = kept_by_feature(rows, recon)
     live = atoms[atoms.norm(dim=1) > 0]
@@ -55,7 +53,6 @@ def present_share(rows: Rows, recon: Tensor) -> float:
 
     Both classes of a feature have the same weight. The sums are divided, not the terms, so features that x does not
     predict do not count.
-
     """
     there = rows.activations > 0
     explained = [sum(_balanced_explained(view, labels) for labels in there.T) for view in (recon, rows.x)]
@@ -66,7 +63,6 @@ def _balanced_explained(x: Tensor, labels: Tensor) -> float:
     """Return R² of regressing labels bool [rows] on x [rows, d] with balanced classes, adjusted for chance, at least 0.
 
     Returns 0 if a class has no row. Weighted rows count as (sum w)² / (sum w²) rows (Kish).
-
     """
     n_pos = int(labels.sum())
     if n_pos in (0, len(labels)):
@@ -86,7 +82,6 @@ def kept_by_feature(rows: Rows, recon: Tensor) -> Tensor:
     """Return R² of the activation's linear regression on x̂ divided by that on x, at most 1. [features]
 
     Any invertible linear map of x has the value 1.
-
     """
     explained = [_explained(view, rows.activations) for view in (recon, rows.x)]
     return (explained[0] / explained[1]).clamp(max=1)
@@ -106,7 +101,6 @@ def held_by_feature(rows: Rows, recon: Tensor, directions: Tensor) -> Tensor:
     """Return R²(activation, recon along the direction) / R²(activation, x along it), at most 1. [features]
 
     Constants, scales (shrinkage) and changes in other directions have no effect. A negative correlation counts as 0.
-
     """
     explained = [_correlation(view @ directions.T, rows.activations).clamp(min=0).square() for view in (recon, rows.x)]
     return (explained[0] / explained[1]).clamp(max=1)

@@ -6,7 +6,6 @@
 There are more features than dimensions, in random directions (superposition). Firing rates follow Zipf's law and are
 correlated through a Gaussian copula. Part of the features form trees, in which a child is active only if its parent is,
 and some siblings exclude each other. An activation is the sum of the active features plus a constant.
-
 """
 
 from __future__ import annotations
@@ -105,7 +104,6 @@ def tasks(rows: Rows, count: int) -> Tensor:
     """Return `count` features to probe, evenly spaced in the order of their frequency in `rows`: int64 [count].
 
     This represents rare and common features alike.
-
     """
     order = torch.argsort((rows.activations > 0).sum(dim=0), descending=True, stable=True)
     places = (torch.arange(count) + 0.5) * len(order) / count

@@ -41,7 +41,7 @@ def _lost_sentence(study: Study, cells: Sequence[Placed]) -> str:
     of = f" of {sae.label}" if len(study.shown_in_full) > 1 else ""
     most = f"the largest loss is {worst.probe}, layer {worst.layer}{of} ({signed(worst.result['delta_sel'])})"
     also = f"; {moved_text}" if moved else ""
-    return f"Lost: {len(lost)} of {_cells(len(cells))} {_be(lost)} lost{_by_sae(study, lost)}, {most}{also}."
+    return f"Lost: {len(lost)} of {_cells(len(cells))} {_be(lost)} lost{_by_sae(study, lost)}; {most}{also}."
 
 
 def _undecided_sentence(cells: Sequence[Placed]) -> str:
@@ -49,14 +49,16 @@ def _undecided_sentence(cells: Sequence[Placed]) -> str:
     if not undecided:
         return f"Undecided: none of {_cells(len(cells))}."
     unknown = [placed for placed in undecided if not is_known(placed[1].result)]
-    reasons = [f"in {len(unknown)} the model itself is not shown to know the answer"] if unknown else []
+    reasons = [f"in {len(unknown)} of them the model itself is not shown to know the answer"] if unknown else []
     known = [cell.result["detectable"] for _, cell in undecided if is_known(cell.result)]
     detectable = [value for value in known if value is not None]
     if detectable:
         typical = number(statistics.median(detectable), ".3f")
         reasons.append(f"in {len(known)} a change below about {typical} would not be detected")
-    details = f": {'; '.join(reasons)}" if reasons else ""
-    return f"Undecided: {len(undecided)} of {_cells(len(cells))}{details}{_by_probe(undecided)}."
+    text = "; ".join(reasons)
+    details = f" {text[0].upper()}{text[1:]}." if text else ""
+    counts = f"{len(undecided)} of {_cells(len(cells))} {_be(undecided)} undecided"
+    return f"Undecided: {counts}{_by_probe(undecided)}.{details}"
 
 
 def _having(cells: Sequence[Placed], word: str) -> list[Placed]:

@@ -3,7 +3,6 @@
 Uses Muon for the matrices inside the layers, AdamW for embedding, norms and biases, and bfloat16 autocast. The learning
 rate has a warm-up, a plateau and a decay to zero, all driven by the clock, so that the training ends on time at any
 speed.
-
 """
 
 from __future__ import annotations
@@ -82,7 +81,6 @@ def loss_and_gradient(
 
     Each free worker takes the next few rows. On cores that are shared with other programs, this is several times faster
     than splitting every operation between threads that wait for each other.
-
     """
     weights = list(model.parameters())
 

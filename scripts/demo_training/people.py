@@ -2,7 +2,6 @@
 
 Pantheon gives gender, occupation, birth year and country. The table of members of Congress gives gender, party and
 state. A biography gives the rest ("X (born 1950) is an American actor who ...").
-
 """
 
 from __future__ import annotations

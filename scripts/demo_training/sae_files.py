@@ -41,7 +41,6 @@ def write_sae_lens(
 
     Weights are bfloat16 on disk, except those that decide which latents are active. architecture: its name and
     settings, such as those of `sae_lens_topk`.
-
     """
     folder.mkdir(parents=True, exist_ok=True)
     d_sae, d_in = weights["W_enc"].shape

@@ -4,7 +4,6 @@ Each layer has one SAE per k. In training, the input is scaled to unit mean squa
 at the end, so the saved SAEs take raw activations. BOS is excluded: its activation is an outlier that would take
 latents away from words. Dead latents learn from the residual (AuxK, Gao et al. 2024, arXiv 2406.04093, appendix A.2).
 Neither library's trainer runs several k over one forward pass on a CPU, so this module has its own loop.
-
 """
 
 from __future__ import annotations
@@ -62,7 +61,6 @@ def residual_stream(model: GPTNeoXForCausalLM) -> Iterator[Residuals]:
     """Return a function that computes the residual stream after every layer, before the final LayerNorm.
 
     Several threads may call it at the same time: the hooks are set once, and each thread keeps its own outputs.
-
     """
     mine = threading.local()
     hooks = [

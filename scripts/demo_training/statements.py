@@ -2,7 +2,6 @@
 
 Names stand in the middle, at the end and in lists, so the model has to compute the facts about a person at the name
 itself. `annotated` puts the same remarks into running biographies.
-
 """
 
 from __future__ import annotations

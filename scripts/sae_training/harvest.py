@@ -7,7 +7,6 @@
 BOS and attention sinks (with a norm above 10 times the median) are excluded: their activations are outliers that would
 take latents away from words. A token that is a sink at one layer is excluded at all layers, so all layers have the same
 tokens.
-
 """
 
 from __future__ import annotations

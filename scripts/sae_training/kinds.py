@@ -7,7 +7,6 @@
 
 All use the same loss: the fraction of variance unexplained, a penalty of their kind, and the part of the error that
 dead latents explain (AuxK, Gao et al. 2024, arXiv 2406.04093, appendix A.2).
-
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ class StepSettings:
         """Return the share of the learning rate at `progress` of the training: warm-up, plateau, decay to zero.
 
         step: the share of the training that one step is.
-
         """
         return min(1.0, (progress + step) / self.warmup, (1 - progress) / self.decay)
 
@@ -172,7 +170,6 @@ class GatedSae(TopKSae):
     """SAE with magnitudes and gates from the same directions (Rajamanoharan et al. 2024, arXiv 2404.16014).
 
     The weight of the sparsity penalty follows L0, whose target is k.
-
     """
 
     kind = "gated"

@@ -37,7 +37,6 @@ def save(
     """Write one SAE below `output`, measured from the files on disk, and the card of the folder of its kind and k.
 
     model: its name; about: a sentence about the text.
-
     """
     folder = output / f"{trained.kind}-k{trained.k}"
     hook = f"blocks.{trained.layer}.hook_resid_post"

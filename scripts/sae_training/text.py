@@ -58,7 +58,6 @@ def choose_texts(folder: Path, tokens: int, held_out_tokens: int, seed: int) -> 
 
     The files are read twice, so that no more than the needed text is in memory. One document in 100, by hash, is held
     out.
-
     """
     files = text_files(folder)
     size = {False: 0, True: 0}
@@ -87,7 +86,6 @@ def token_rows(
     """Return int32 [rows, length]: BOS and the next tokens; inside a row, BOS stands before each new document.
 
     Returns as many rows as have the requested number of tokens besides their first, or as the texts suffice for.
-
     """
     opening = [] if bos is None else [bos]
     step, wanted = length - len(opening), -(-tokens // (length - len(opening)))

@@ -1,7 +1,6 @@
 """Train many SAEs side by side on the same shuffled batches of a harvest; resumes an interrupted training.
 
 trained = train(acts, settings, checkpoints_folder)     # [Trained], weights for raw activations
-
 """
 
 from __future__ import annotations
@@ -65,7 +64,6 @@ def train(
     """Train every SAE at every layer. The result is bitwise identical whether or not the training was interrupted.
 
     folder: for checkpoints. Raises `RequestError` if it has checkpoints of other settings.
-
     """
     missing = sorted(set(settings.layers) - set(acts.layers))
     if missing:
@@ -209,7 +207,6 @@ def at_l0(weights: Weights, kind: str, k: int, x: Tensor) -> Weights:
 
     An SAE that kept k x batch in training and is used one row at a time gets a single threshold. Learned thresholds are
     multiplied by one factor; biases of gates are reduced by one number.
-
     """
     product = (x - weights["b_dec"]) @ weights["W_enc"].T
     if kind == "gated":

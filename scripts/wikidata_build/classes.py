@@ -3,7 +3,6 @@
 They are those of Gurnee et al. 2023 (arXiv 2305.01610): github.com/wesg52/sparse-probing-paper,
 `probing_datasets/wikidata.py`. They list the occupations of an athlete; here, the dump's subclasses of athlete are
 used. Items are numbers: 6581072 is Q6581072.
-
 """
 
 from __future__ import annotations

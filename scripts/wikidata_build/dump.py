@@ -1,7 +1,6 @@
 """Read a dump: one JSON array of any size with an entity on each line.
 
 Most of its hundred million lines are neither human nor class. They are skipped before they are parsed.
-
 """
 
 from __future__ import annotations
@@ -45,7 +44,6 @@ def entities(path: str, tally: Tally, advance: Callable[[int], object]) -> Itera
 
     advance: called with the number of bytes of the file that were read since the last call. Lines that are no JSON
     object are counted and skipped. Raises `RequestError` if the file is not compressed as its suffix says.
-
     """
     with _opened(path) as (stream, position):
         seen = 0

@@ -2,7 +2,6 @@
 
 The format: doc.wikimedia.org/Wikibase/master/php/docs_topics_json.html. Of a property's statements, those of the best
 rank count: the preferred ones if there are any, else the normal ones, but never deprecated ones. An empty map is `[]`.
-
 """
 
 from __future__ import annotations

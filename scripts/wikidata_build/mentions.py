@@ -3,7 +3,6 @@
 For each text, every pair of adjacent words is looked up among the first two words of all names. Matches are compared
 with whole names, the longest first. An Aho-Corasick automaton would take gigabytes for ten million names; here, a name
 takes 16 bytes.
-
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ class MentionFinder:
 
     context: maximum number of characters before the name, starting at a word.
     per_name: number of mentions of each name to keep, drawn with `seed` (Vitter's algorithm R).
-
     """
 
     def __init__(self, names: Names, context: int, per_name: int, seed: int) -> None:

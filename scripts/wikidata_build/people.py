@@ -2,7 +2,6 @@
 
 A name is stored as its 64-bit hash: ten million people take 300 MB, and a name is looked up by bisection. In a billion
 lookups among ten million names, the probability of one wrong match is 5e-4.
-
 """
 
 from __future__ import annotations

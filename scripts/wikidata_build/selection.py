@@ -41,7 +41,6 @@ def select(names: Names, found: Mapping[int, Found], least: int, most: int) -> t
 
     A class of fewer than `least` people is excluded, and so is a task with fewer than two classes. At most `most`
     people of a class are taken; if there are exactly two classes, both get the same number.
-
     """
     rows: list[Row] = []
     counts: list[ClassCount] = []

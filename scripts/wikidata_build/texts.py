@@ -39,7 +39,6 @@ def texts(files: list[Path], tally: TextTally, advance: Callable[[int], object])
     """Yield every text of every file. advance: called with the number of bytes that were read since the last call.
 
     Raises `RequestError` if a file is not compressed as its suffix says, or is truncated.
-
     """
     for path in files:
         with path.open("rb") as raw:

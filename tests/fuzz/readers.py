@@ -2,7 +2,6 @@
 
 python tests/fuzz/readers.py --minutes 10            # each reader for ten minutes
 python tests/fuzz/readers.py --count 100000 --only csv
-
 """
 
 from __future__ import annotations

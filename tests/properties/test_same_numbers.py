@@ -4,7 +4,6 @@ Selectivities and everything computed from them agree to 1e-6 absolutely; recons
 of squares in another order, to 1e-5 relatively. A score within rounding of 0 could change sign and move a selectivity
 by one row; in these examples none does. Devices are those of the machine: without a GPU, the CPU by both of its names,
 with one to three forward passes side by side.
-
 """
 
 from __future__ import annotations

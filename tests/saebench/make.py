@@ -5,7 +5,6 @@
     ENV/bin/python tests/saebench/make.py check DIR   # load the output of `report.py --saebench DIR` with the classes
 
 The figures in the files are made up. Nothing of this project is imported.
-
 """
 
 from __future__ import annotations
