@@ -53,8 +53,7 @@ class Recipe:
     d_sae: int
     steps: int
     seed: int
-    snapshots: tuple[int, ...] = ()
-    """Steps after which a snapshot is kept, besides the last step."""
+    snapshots: tuple[int, ...] = ()  # steps after which a snapshot is kept, besides the last step
 
     @property
     def name(self) -> str:

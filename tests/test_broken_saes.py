@@ -257,10 +257,8 @@ class Case(NamedTuple):
     name: str
     make: Callable[[Path], Path]
     damage: Damage
-    file: str
-    """Named in the line."""
-    words: str
-    """Said in the line."""
+    file: str  # named in the error
+    words: str  # in the error
 
 
 SAFE, LENS = "sae.safetensors", "sae_weights.safetensors"

@@ -38,16 +38,14 @@ ROTARY = {"positional_embedding_type": "rotary", "rotary_adjacent_pairs": False}
 class Family(NamedTuple):
     """One kind of model, in both libraries."""
 
-    name: str
-    """The name in a config of SAE Lens."""
+    name: str  # in a config of SAE Lens
     config: Callable[[], Any]
     lens_config: dict[str, Any]
     convert: Callable[[Any, Any], dict[str, Tensor]]
     blocks: str
     attention: str
     out_projection: str
-    norms: tuple[str, str]
-    """The norms before attention and before the MLP."""
+    norms: tuple[str, str]  # before attention and before the MLP
 
 
 FAMILIES = {
