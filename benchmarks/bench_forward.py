@@ -174,7 +174,7 @@ class _StoredActivations:
         """Return the same activations for every batch."""
         return dict(self.activations)
 
-    def only(self, sites: Collection[Site]) -> _StoredActivations:
+    def restricted_to(self, sites: Collection[Site]) -> _StoredActivations:
         """Return all of them."""
         return self
 

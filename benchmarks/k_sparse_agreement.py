@@ -31,7 +31,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from benchmarks.bench_end_to_end import DRIVER, SAE, make_environment
 from benchmarks.bundled import MODEL
 from delta_selectivity.models.language_model import Site, open_model
-from delta_selectivity.probing.k_sparse import best_latents, decide, fit_side_by_side
+from delta_selectivity.probing.k_sparse import best_latents, decision_scores, fit_batched
 from delta_selectivity.reporting import tables
 from delta_selectivity.saes import open_sae
 from delta_selectivity.tasks import data_wheel
@@ -134,8 +134,8 @@ def last_tokens(texts: Sequence[str]) -> torch.Tensor:
 def scores_of_test(x: NDArray[np.float64], labels: NDArray[np.bool_], split: Split, c: float) -> NDArray[np.float64]:
     """Return the scores of the test rows by a probe on x [rows, k]."""
     rows, known = torch.from_numpy(x[split.train])[None], torch.from_numpy(labels[split.train])
-    fit = fit_side_by_side(rows, known, torch.ones(1, len(split.train), dtype=torch.float64), (c,))
-    return decide(torch.from_numpy(x[split.test])[None], fit.theta)[0, 0].numpy()
+    fit = fit_batched(rows, known, torch.ones(1, len(split.train), dtype=torch.float64), (c,))
+    return decision_scores(torch.from_numpy(x[split.test])[None], fit.theta)[0, 0].numpy()
 
 
 def run(environment: Path) -> None:

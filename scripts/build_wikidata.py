@@ -32,8 +32,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.system.interrupts import like_ctrl_c
-from delta_selectivity.system.terminal import LineFormatter, show, tell
+from delta_selectivity.system.interrupts import as_keyboard_interrupt
+from delta_selectivity.system.terminal import LineFormatter, show, show_on_stderr
 from scripts.wikidata_build import classes, dump, entities, mentions, output, selection, texts
 from scripts.wikidata_build.people import Names, PeopleTable
 
@@ -156,16 +156,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
     args = parser().parse_args(argv)
     try:
-        with like_ctrl_c():
+        with as_keyboard_interrupt():
             build(args)
     except RequestError as error:
-        tell(f"error: {error}")
+        show_on_stderr(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        tell("interrupted: nothing was written")
+        show_on_stderr("interrupted: nothing was written")
         return 130
     except (OSError, MemoryError) as error:
-        tell(f"failed: {type(error).__name__}: {error}; nothing was written")
+        show_on_stderr(f"failed: {type(error).__name__}: {error}; nothing was written")
         return 1
     return 0
 

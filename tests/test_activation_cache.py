@@ -108,7 +108,7 @@ def test_a_broken_shard_is_reported_and_recomputed(with_cache, other_saes, forwa
     forward_passes.clear()
     assert Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "second", with_cache.more).run() == 0
     assert forward_passes
-    assert "is broken" in caplog.text
+    assert "is damaged" in caplog.text
     assert Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "plain").run() == 0
     assert numbers(tmp_path / "second") == numbers(tmp_path / "plain")
 
@@ -154,13 +154,13 @@ def test_the_model_is_loaded_only_once(tmp_path, info):
 
     model = CachedModel(ActivationCache.open(tmp_path, 1, "m", "float32"), load, SITES, CPU)
     for purpose in ("baselines", "run"):
-        model.apart(purpose).token_rows(texts(), WIDTHS)
+        model.with_purpose(purpose).token_rows(texts(), WIDTHS)
     assert len(loads) == 1
 
 
 def test_a_text_with_a_missing_site_is_run(tmp_path, info, forward_passes):
     cache = ActivationCache.open(tmp_path, 1, "m", "float32")
-    cached(cache, info).only(SITES[:1]).token_rows(texts(), WIDTHS)
+    cached(cache, info).restricted_to(SITES[:1]).token_rows(texts(), WIDTHS)
     forward_passes.clear()
     cached(cache, info).token_rows(texts(), WIDTHS)
     assert forward_passes == [3]

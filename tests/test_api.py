@@ -606,7 +606,7 @@ def test_reprs_are_short_and_show_the_result(results, two_tasks, tiny_saes):
 def test_an_evaluator_collects_warnings(tiny_model, two_tasks):
     evaluator = ds.Evaluator(tiny_model, 1, two_tasks, rows=60, settings=FAST, device="cpu")
     evaluator(TopK())
-    assert any("the interval is rough" in line for line in evaluator.warnings)
+    assert any("the interval is unreliable" in line for line in evaluator.warnings)
     before = list(evaluator.warnings)
     evaluator(TopK())
     assert evaluator.warnings == before

@@ -34,7 +34,7 @@ def by_sdpa(*args: object, **options: object) -> tuple[Tensor, None]:
     pytest.fail("not by products")
 
 
-@pytest.mark.parametrize(("n_texts", "n_tokens"), [(1, 1), (3, 7), (13, 150), (2, attention.SHORT)])
+@pytest.mark.parametrize(("n_texts", "n_tokens"), [(1, 1), (3, 7), (13, 150), (2, attention.MAX_TOKENS)])
 @pytest.mark.parametrize("n_key_heads", [6, 2, 1])
 @pytest.mark.parametrize("scaling", [None, 0.5])
 def test_heads_are_those_of_float64_to_the_rounding_of_bfloat16(n_texts, n_tokens, n_key_heads, scaling, monkeypatch):
@@ -63,7 +63,7 @@ def test_other_cases_use_transformers(what: str, monkeypatch: pytest.MonkeyPatch
         "transformers.integrations.sdpa_attention.sdpa_attention_forward",
         lambda *args, **options: seen.append((args, options)) or answer,
     )
-    query, key, value = heads(1, attention.SHORT + 1 if what == "long" else 9)
+    query, key, value = heads(1, attention.MAX_TOKENS + 1 if what == "long" else 9)
     module = SimpleNamespace(is_causal=what != "module not causal")
     mask = torch.ones(1, 1, 9, 9, dtype=torch.bool) if what == "mask" else None
     options: dict[str, object] = {"is_causal": False} if what == "not causal" else {}

@@ -27,9 +27,9 @@ from delta_selectivity.run import measure
 from delta_selectivity.run.baselines import (
     CALIBRATED,
     KINDS,
-    OF_AN_SAE,
+    PER_SAE,
     Baseline,
-    Measured,
+    MeasuredSae,
     SiteBuilder,
     bag_of_names,
     plan_baselines,
@@ -58,13 +58,13 @@ def sae(tiny_saes):
 
 
 def planned(kind, counts_bos=False):
-    of = 0 if kind in OF_AN_SAE else None
+    of = 0 if kind in PER_SAE else None
     return Baseline(kind, of, "sae" if of == 0 else "resid_post", "resid_post", counts_bos, (1,))
 
 
 def built(kind, sample, sae, seed=0) -> Sae:
     return SiteBuilder(SITE, D_MODEL, DEVICE, {SITE: sample}, seed).build(
-        planned(kind), sae if kind in OF_AN_SAE else None
+        planned(kind), sae if kind in PER_SAE else None
     )
 
 
@@ -154,7 +154,7 @@ def test_the_shuffled_decoder_has_the_same_codes_and_permuted_rows(sample, sae):
     codes, own = shuffled.encode(sample.probed), sae.encode(sample.probed)
     assert torch.equal(codes.col, own.col)
     assert torch.equal(codes.value, own.value)
-    other = shuffled.coder.other
+    other = shuffled.coder.permutation
     assert sorted(other.tolist()) == list(range(D_SAE))
     permuted = replace(sae, coder=replace(sae.coder, W_dec=sae.coder.W_dec[other]))
     torch.testing.assert_close(shuffled.decode(codes), permuted.decode(own))
@@ -166,7 +166,7 @@ def test_the_shuffled_decoder_leaves_run_time_norms_alone(sample, sae):
     shuffled = built("shuffled", sample, normed)
     codes = shuffled.encode(sample.probed)
     assert codes.scale is not None
-    permuted = replace(normed, coder=replace(sae.coder, W_dec=sae.coder.W_dec[shuffled.coder.other]))
+    permuted = replace(normed, coder=replace(sae.coder, W_dec=sae.coder.W_dec[shuffled.coder.permutation]))
     torch.testing.assert_close(shuffled.decode(codes), permuted.decode(codes))
 
 
@@ -181,10 +181,10 @@ def test_every_baseline_accepts_zero_rows(kind, sample, sae):
 
 def test_baselines_without_an_sae_exist_once_per_hook_point():
     saes = [
-        Measured("a", "resid_post", False, (0, 1)),
-        Measured("b", "resid_post", False, (1, 4)),
-        Measured("c", "mlp_out", False, (2,)),
-        Measured("d", "resid_post", True, (3,)),
+        MeasuredSae("a", "resid_post", False, (0, 1)),
+        MeasuredSae("b", "resid_post", False, (1, 4)),
+        MeasuredSae("c", "mlp_out", False, (2,)),
+        MeasuredSae("d", "resid_post", True, (3,)),
     ]
     found = plan_baselines(KINDS, saes)
     assert [b.kind for b in found] == sorted((b.kind for b in found), key=KINDS.index)
@@ -194,7 +194,7 @@ def test_baselines_without_an_sae_exist_once_per_hook_point():
         "mlp_out_identity": (2,),
         "resid_post_with_bos_identity": (3,),
     }
-    assert [(b.slug, b.of, b.layers) for b in found if b.kind == "pca"] == [
+    assert [(b.slug, b.sae_id, b.layers) for b in found if b.kind == "pca"] == [
         ("a_pca", 0, (0, 1)),
         ("b_pca", 1, (1, 4)),
         ("c_pca", 2, (2,)),
@@ -268,7 +268,7 @@ def bytes_of(folder):
 def test_every_baseline_has_its_own_file(whole):
     found = {str(path.relative_to(whole.out)) for path in files(whole.out)}
     name = "pythia-tiny_women.json"
-    owners = {kind: "sae-tiny" if kind in OF_AN_SAE else "resid_post" for kind in KINDS}
+    owners = {kind: "sae-tiny" if kind in PER_SAE else "resid_post" for kind in KINDS}
     assert found == {name, *(f"baselines/{owner}_{kind}/{name}" for kind, owner in owners.items())}
 
 

@@ -17,7 +17,7 @@ from delta_selectivity.cli import main as program
 from delta_selectivity.cli.command_line import DEMO_MODEL, DEMO_SAES, parse
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.reporting import results as report_files
-from delta_selectivity.run.planning import go_on, make_plan, missing_cells, open_files
+from delta_selectivity.run.planning import adopt_existing_choices, make_plan, missing_cells, open_files
 from delta_selectivity.saes import open_sae
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def test_results_of_an_earlier_version_load_report_and_resume(tmp_path):
     """`results/demo` was written by an earlier version: none of it is rejected or measured again."""
     folder = tmp_path / "demo"
     shutil.copytree(ROOT / "results" / "demo", folder)
-    plan = go_on(make_plan(parse(["--output_directory", str(folder), "--device1", "cpu"]).request))
+    plan = adopt_existing_choices(make_plan(parse(["--output_directory", str(folder), "--device1", "cpu"]).request))
     with ExitStack() as held:
         assert missing_cells(plan, open_files(plan, held)) == []
     frame = ds.Results.load(folder).to_frame()
@@ -124,6 +124,9 @@ def test_results_of_an_earlier_version_load_report_and_resume(tmp_path):
 def test_tables_in_documents_are_up_to_date():
     pages = ("ground_truth", "reliability", "performance", "scale", "settings", "explanation", "how_to/your_data")
     documents = ["README.md", "assets/tiny-pythia/README.md", *(f"docs/{page}.md" for page in pages)]
+    for document in documents:
+        text = (ROOT / document).read_text("utf-8")
+        assert text.count("<!-- python ") == text.count("<!-- end -->") > 0, document
     command = [sys.executable, "scripts/update_tables.py", "--check", *documents]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

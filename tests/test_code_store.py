@@ -80,5 +80,5 @@ def test_rows_in_which_nothing_fires(max_bytes):
 def test_missing_rows_do_not_count_as_rows_without_latents():
     store = CodeStore(N_ROWS, 100)
     store.put(SITE, 0, torch.arange(5), random_codes(5, seed=0)[0])
-    with pytest.raises(AssertionError, match="before they came"):
+    with pytest.raises(AssertionError, match="before they are stored"):
         store.get(SITE, 0, torch.tensor([5]), CPU)

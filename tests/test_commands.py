@@ -70,7 +70,7 @@ def test_a_wrong_flag_is_one_line_with_the_nearest(command, wrong, meant, capsys
         ("run", ["mine.csv"], "'mine.csv' is not the value of a flag"),
         ("run", ["--sae_name", "a", "inspect", "c"], "'c' is not the value of a flag"),
         ("run", ["--datasets", "mine.csv"], "there is no dataset 'mine.csv'"),
-        ("run", ["--datasets", "mine.csv"], "a table of your own is --dataset_file mine.csv"),
+        ("run", ["--datasets", "mine.csv"], "for your own table use --dataset_file mine.csv"),
         ("run", ["--layers"], "argument --layers: expected one argument"),
         ("run", ["--output_directory="], "argument --output_directory: the path is empty"),
         ("run", ["--cache_dir", ""], "argument --cache_dir: the path is empty"),
@@ -169,7 +169,7 @@ def test_system_exit_in_a_thread_is_a_failure(asked, monkeypatch, capsys):
 
     monkeypatch.setattr(Producer, "run", lambda *_: sys.exit(0))
     assert main.main([*asked, "--quiet"]) == 1
-    assert "exits the process" in capsys.readouterr().err
+    assert "called exit" in capsys.readouterr().err
 
 
 def test_large_finite_numbers_are_not_reported_as_nan(tiny_model, tmp_path, people_csv, capsys):
@@ -243,7 +243,7 @@ def test_tasks_that_differ_in_spaces_stay_separate(tmp_path):
     rows = [{"text": f"I saw {name}", "label": i % 2, "task": "=1+1"} for i, name in enumerate(["Paris", "Rome"])]
     assert [p.name for s in load_task(write_csv(tmp_path / "a.csv", rows)).row_sets for p in s.probes] == ["=1+1"]
     for other in (" =1+1", "\t=1+1"):
-        with pytest.raises(RequestError, match=r"line 4: task .* but for spaces: write it one way"):
+        with pytest.raises(RequestError, match=r"line 4: tasks .* differ in spaces only: use one spelling"):
             load_task(write_csv(tmp_path / "a.csv", [*rows, {**rows[0], "text": "I saw Bonn", "task": other}]))
 
 
@@ -266,5 +266,5 @@ def test_notes_are_not_logged_as_warnings(asked, caplog):
     caplog.clear()
     assert main.main([*asked, "--quiet"]) == 0
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("NOTE", "everything asked for is on disk already")
+        ("NOTE", "all requested results are on disk already")
     ]

@@ -458,14 +458,14 @@ def test_a_unit_waits_for_a_worker_that_still_measures_it(planned, monkeypatch):
     with ExitStack() as other:
         other.enter_context(exclusive(unit.folder / "unit"))
         assert measure_unit(unit, own_device=False).status == "done"
-    assert looks == [worker.LOOK_AGAIN]
+    assert looks == [worker.LOCK_RETRY]
 
 
 def test_a_unit_that_stays_locked_is_given_up_and_its_folder_named(planned, monkeypatch):
     _, cut = planned
     unit = cut(1, 1)[0]
-    monkeypatch.setattr(worker, "LOOK_AGAIN", 0.01)
-    monkeypatch.setattr(worker, "LOOKS", 3)
+    monkeypatch.setattr(worker, "LOCK_RETRY", 0.01)
+    monkeypatch.setattr(worker, "LOCK_ATTEMPTS", 3)
     unit.folder.mkdir(parents=True)
     with exclusive(unit.folder / "unit"):
         outcome = measure_unit(unit, own_device=False)
@@ -485,7 +485,7 @@ def test_the_bar_counts_probes_and_units(planned, capsys):
     todo = cut(3, 2)
     with UnitsBar(todo, quiet=False) as bar:
         for unit in todo:
-            bar.ended(unit)
+            bar.add(unit)
     total = sum(unit.n_probes for unit in todo)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{total} of {total}" in last

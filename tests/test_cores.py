@@ -46,7 +46,7 @@ class Busy:
 @pytest.mark.parametrize("n_items", [0, 1, 2, 20])
 def test_results_are_in_order(n: int, n_items: int) -> None:
     work = Busy(meeting=max(min(n, n_items), 1))
-    found = list(Cores(n).in_order(range(n_items), work, "test"))
+    found = list(Cores(n).map_in_order(range(n_items), work, "test"))
     assert found == [(i, i * i) for i in range(n_items)]
     assert work.most == min(n, n_items)
 
@@ -55,7 +55,7 @@ def test_two_kinds_of_work_share_the_cores_fairly() -> None:
     cores, work, ended = Cores(2), Busy(), []
 
     def all_of(name: str) -> None:
-        for item, _ in cores.in_order(range(30), work, name):
+        for item, _ in cores.map_in_order(range(30), work, name):
             ended.append((name, item))
 
     threads = [threading.Thread(target=all_of, args=(name,)) for name in ("forward", "probes")]
@@ -99,7 +99,7 @@ def test_errors_of_the_work_are_raised_and_free_the_core(n: int) -> None:
 
     found = []
     with pytest.raises(ZeroDivisionError):
-        for item, _ in cores.in_order(range(50), work, "test"):
+        for item, _ in cores.map_in_order(range(50), work, "test"):
             found.append(item)
     assert found == [0, 1, 2]
     assert cores._free == n
@@ -114,7 +114,7 @@ def test_no_work_starts_after_the_consumer_stops() -> None:
             taken.append(i)
             yield i
 
-    with closing(cores.in_order(items(), work, "test")) as found:
+    with closing(cores.map_in_order(items(), work, "test")) as found:
         assert next(found) == (0, 0)
     assert len(taken) <= 4
     assert len(work.done) <= 4

@@ -428,7 +428,7 @@ def test_gurnee_missing_folder_lists_what_is_there(gurnee_dir: Path) -> None:
 
 def test_gurnee_two_folders_for_one_property_are_refused(gurnee_dir: Path) -> None:
     (gurnee_dir / "wikidata_sorted_sex_or_gender.gpt2.128.6000").mkdir()
-    with pytest.raises(RequestError, match="keep one"):
+    with pytest.raises(RequestError, match="remove one"):
         dw.load_probe_texts([dw.GurneeData(name, gurnee_dir) for name in ["gender"]])
 
 
@@ -586,7 +586,7 @@ def test_csv_with_byte_order_mark_and_quoted_newlines(tmp_path: Path, caplog: py
     ("name", "content", "message"),
     [
         ("t.csv", b"", "is empty"),
-        ("t.csv", b"text,label\n", "is empty: it has no rows"),
+        ("t.csv", b"text,label\n", "it has no rows"),
         ("t.jsonl", b"\n", "is empty"),
         ("t.csv", b"words,kind\na,1\n", r"missing columns text, label; found words, kind"),
         ("t.csv", b"text,kind\na,1\n", r"missing column label; found text, kind"),
@@ -594,22 +594,22 @@ def test_csv_with_byte_order_mark_and_quoted_newlines(tmp_path: Path, caplog: py
         ("t.csv", b"text,label\na,1\nb,1\n", r"every label of 't' is '1'"),
         ("t.csv", b"text,label\na,1\na,0\nb,1\n", r"'t' has 1 positives in 1 distinct rows"),
         ("t.csv", b"text,label\na,\nb,NA\nc\n", r"no row of 't' has a label"),
-        ("t.csv", b"text,label\n  ,1\nb,0\n", r"line 2: text is '  ', expected words"),
-        ("t.jsonl", b'{"text":3,"label":1}', r"line 1: text is 3, expected words"),
-        ("t.jsonl", b'{"text":"a \\ud83d","label":1}', r"line 1: text holds half of a surrogate pair"),
+        ("t.csv", b"text,label\n  ,1\nb,0\n", r"line 2: text is '  ', but must have words"),
+        ("t.jsonl", b'{"text":3,"label":1}', r"line 1: text is 3, but must have words"),
+        ("t.jsonl", b'{"text":"a \\ud83d","label":1}', r"line 1: text has an unpaired surrogate"),
         ("t.csv", b"text,label,start,end\nab,1,0,3\n", r"line 2: span 0 to 3 is outside the text's 2 characters"),
         ("t.csv", b"text,label,start,end\nab,1,2,2\n", r"line 2: span 2 to 2 is outside"),
         ("t.csv", b"text,label,start,end\nab,1,-1,1\n", r"line 2: span -1 to 1 is outside"),
         ("t.csv", b"text,label,start,end\na b,1,1,2\n", r"line 2: the span to probe is whitespace"),
-        ("t.csv", b"text,label,start,end\nab,1,0,x\n", r"line 2: end is 'x', expected a whole number"),
-        ("t.csv", b"text,label,start,end\nab,1,0,\n", r"line 2: end is None, expected a whole number"),
-        ("t.csv", b"text,label,start,end\nab,1,0,inf\n", r"line 2: end is 'inf', expected a whole number"),
+        ("t.csv", b"text,label,start,end\nab,1,0,x\n", r"line 2: end is 'x', but must be a whole number"),
+        ("t.csv", b"text,label,start,end\nab,1,0,\n", r"line 2: end is None, but must be a whole number"),
+        ("t.csv", b"text,label,start,end\nab,1,0,inf\n", r"line 2: end is 'inf', but must be a whole number"),
         ("t.csv", b"text,label\na,1\nb\xff,0\n", r"line 3: not UTF-8 \(byte 0xff\)"),
         ("t.csv", b"text,label\na,1,2\n", r"line 2: more fields than the header names"),
         ("t.csv", b'text,label\n"a"b,1\n', r"line 2: "),
         ("t.csv", b'text,label\na,1\n"b,0\nc,0\n', r"line 3: unexpected end of data"),
         ("t.csv", b"text,label,task\na,1,\n", r"line 2: task is ''"),
-        ("t.csv", b"text,label,task\na,x,t\nb,y,t\nc,z,t\na,0,t_is_x\nb,1,t_is_x\n", r"would be called 't_is_x'"),
+        ("t.csv", b"text,label,task\na,x,t\nb,y,t\nc,z,t\na,0,t_is_x\nb,1,t_is_x\n", r"would have the name 't_is_x'"),
         ("t.jsonl", b'{"text":"a","label":1}\n{"text"', r"line 2: not JSON"),
         ("t.jsonl", b"[1]\n", r"row 1: not a JSON object"),
         ("t.txt", b"text\tlabel\n", r"unknown suffix '\.txt': give \.csv, \.tsv, \.json, \.jsonl, \.parquet"),
@@ -701,7 +701,7 @@ def test_labels_that_look_missing_are_classes(tmp_path: Path) -> None:
 def test_paths_that_are_not_a_dataset_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no such file"):
         own(tmp_path / "absent.csv")
-    with pytest.raises(RequestError, match="not a folder written by datasets"):
+    with pytest.raises(RequestError, match="neither a folder of datasets' save_to_disk"):
         own(tmp_path)
     splits = hf_datasets.DatasetDict({"train": hf_datasets.Dataset.from_list(ROWS)})
     splits.save_to_disk(str(tmp_path / "splits"))

@@ -253,8 +253,8 @@ def test_encode_and_decode_stay_on_the_sae_s_device(gpus, norm):
 def test_saes_with_a_varying_l0_synchronise_only_to_count_latents(gpus, selection, monkeypatch):
     """There is one wait for each chunk of rows: `nonzero`."""
     found = []
-    where = selections._where
-    monkeypatch.setattr(selections, "_where", lambda mask: found.append(mask.device) or where(mask))
+    where = selections._layout_of
+    monkeypatch.setattr(selections, "_layout_of", lambda mask: found.append(mask.device) or where(mask))
     one = sae()
     one = replace(one, coder=replace(one.coder, selection=selection.to(MODEL_GPU)))
     with pytest.raises(GpuWaits, match="nonzero"):
@@ -292,18 +292,18 @@ def test_the_solver_s_steps_stay_on_the_probes_device(gpus, d):
     design = DenseDesign.build(problem)
     index = torch.arange(n).to(PROBE_GPU)
     weight = problem.weight.to(PROBE_GPU)[index % 4].double()
-    exact = design.columns(index, index % 4, Loss.of(problem.labels.to(PROBE_GPU)[index // 4], weight)).times(0.1)
+    exact = design.columns(index, index % 4, Loss.of(problem.labels.to(PROBE_GPU)[index // 4], weight)).scaled(0.1)
     theta = design.start(n)
     gram = design.preconditioners(n)._weighted_gram(exact.loss.curvature(exact.margins(theta)).sum(dim=0).float())
-    columns = [exact, exact.rough()] if d == 64 else [exact]
+    columns = [exact, exact.in_float32()] if d == 64 else [exact]
     assert None not in columns
     for one in columns:
         at = theta.to(one.loss.weight.dtype)
         margins = one.margins(at)
         for preconditioner in (InverseHessian(gram, None), InverseHessian(gram, gram)):
             gradient, newton = one.gradients(at, one.loss.residual(margins), preconditioner)
-            near = one.near(at, margins, gradient)
-            found = [margins, gradient, newton, *one.along(newton), *one.lengths(at, margins, gradient, newton)]
+            near = one.quadratic_at(at, margins, gradient)
+            found = [margins, gradient, newton, *one.line_terms(newton), *one.norms(at, margins, gradient, newton)]
             found += near.gradients(at, near.loss.residual(margins), preconditioner)
             assert {tensor.device for tensor in found} == {PROBE_GPU}
     coef, intercept = exact.select(index[:3]).coefficients(theta[:3])

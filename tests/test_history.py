@@ -16,7 +16,7 @@ COLUMNS, P, MEMORY = 3, 6, 4
 def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "torch":
         monkeypatch.setattr(history, "_step_on_cpu", history._step)
-        monkeypatch.setattr(history, "_remember_on_cpu", history._remember)
+        monkeypatch.setattr(history, "_store_pair_on_cpu", history._store_pair)
 
 
 def positive(generator: torch.Generator, dtype: torch.dtype) -> Tensor:

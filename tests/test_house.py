@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -92,6 +93,15 @@ def test_a_file_opens_with_its_purpose_in_one_sentence(path):
     first = purpose.partition("\n")[0]
     assert first[0].isupper() or first[0] in "`0123456789"
     assert first.endswith((".", "?")), first
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
+def test_fields_are_documented_by_comments(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            for field, after in itertools.pairwise(node.body):
+                is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert not (isinstance(field, ast.AnnAssign) and is_text), ast.unparse(field)
 
 
 def test_no_flag_is_named_outside_the_command_line():

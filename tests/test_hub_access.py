@@ -42,7 +42,7 @@ def test_a_reachable_hub_is_used_normally(hub):
 def test_an_unreachable_hub_fails_at_once_with_one_line(hub, caplog):
     hub(answers=False)
     start = time.monotonic()
-    with pytest.raises(RequestError, match="`model` owner/name: neither a local folder nor in the Hub's cache here"):
+    with pytest.raises(RequestError, match="`model` owner/name: not a local folder, not in the local Hub cache"):
         open_model("owner/name")
     with pytest.raises(RequestError, match="and the Hub does not answer: check the name and the connection"):
         open_sae("owner/name")
@@ -55,7 +55,7 @@ def test_the_hub_is_tried_again_after_a_minute(hub, monkeypatch):
     assert not use_cache_if_unreachable()
     hub(answers=True)
     assert not use_cache_if_unreachable()
-    monkeypatch.setattr(hub_access, "KNOWN_FOR", 0.0)
+    monkeypatch.setattr(hub_access, "VALID_FOR", 0.0)
     assert use_cache_if_unreachable()
     assert not constants.HF_HUB_OFFLINE
 

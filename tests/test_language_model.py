@@ -95,12 +95,12 @@ def test_broken_models_are_rejected_with_one_line(tiny_model, tmp_path):
     odd = shutil.copytree(tiny_model, tmp_path / "odd")
     config = json.loads((odd / "config.json").read_text())
     (odd / "config.json").write_text(json.dumps({**config, "hidden_size": 48}))
-    with pytest.raises(RequestError, match=r"missing or misshapen|cannot be read"):
+    with pytest.raises(RequestError, match=r"missing or have a wrong shape|cannot be read"):
         load(odd, Site(0, "resid_post"))
 
 
 def test_auto_dtype_is_what_was_saved_if_that_is_fast_bfloat16_and_float32_otherwise(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(processor, "fast", lambda: {"bfloat16"})
+    monkeypatch.setattr(processor, "fast_operations", lambda: {"bfloat16"})
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     for saved, chosen in ((torch.bfloat16, "bfloat16"), (torch.float16, "float32"), (torch.float32, "float32")):
         folder = shutil.copytree(tiny_model, tmp_path / chosen / str(saved))
@@ -109,7 +109,7 @@ def test_auto_dtype_is_what_was_saved_if_that_is_fast_bfloat16_and_float32_other
         assert info.choose_dtype("auto", "cpu") == chosen
         assert info.choose_dtype("float32", "cpu") == "float32"
         with monkeypatch.context() as slow:
-            slow.setattr(processor, "fast", set)
+            slow.setattr(processor, "fast_operations", set)
             assert info.choose_dtype("auto", "cpu") == "float32"
             assert info.choose_dtype("bfloat16", "cpu") == "bfloat16"
 

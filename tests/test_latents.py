@@ -190,5 +190,5 @@ def test_latents_of_a_changed_sae_are_rejected(measured):
     results = json.loads(path.read_text())
     for name in ("sae", "model", "data"):
         run = {**results["_run"], "key": {**results["_run"]["key"], name: "another hash"}}
-        with pytest.raises(RequestError, match=f"{name}: not what was measured"):
+        with pytest.raises(RequestError, match=f"{name}: not the one that was measured"):
             find_carriers({**results, "_run": run}, "mine", 1, "mine")

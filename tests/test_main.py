@@ -165,7 +165,7 @@ def test_results_of_other_settings_need_overwrite(ask, tmp_path, capsys):
         (["--datasets", "999"], "999"),
         (["--datasets", "height"], "height"),
         (["--layers", "7"], "layer"),
-        (["--layers", "2-1"], "counts down"),
+        (["--layers", "2-1"], "is descending"),
         (["--layers", "first"], "first"),
         (["--device1", "cuda:17"], "CUDA"),
         (["--device2", "tpu"], "tpu"),
@@ -232,7 +232,7 @@ def test_a_class_with_fewer_people_than_folds_gets_a_reason(ask, tmp_path, caplo
     found = results(tmp_path / "results" / "pythia-tiny_few.json")
     assert found["layer_0"]["enough"]["delta_sel"] is not None
     cell = found["layer_0"]["few"]
-    assert "people" in cell["reason"]
+    assert "1 group" in cell["reason"]
     assert cell["delta_sel"] is None
     assert any("not measured" in line for line in found["_run"]["warnings"])
 

@@ -26,7 +26,7 @@ from transformers import (
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.configs import NO_LIMIT
 from delta_selectivity.models.language_model import ModelInfo, Site, open_model
-from delta_selectivity.run.planning import in_model
+from delta_selectivity.run.planning import resolve_hookpoint
 from delta_selectivity.saes import open_sae
 from delta_selectivity.saes.folders import find_members
 
@@ -182,16 +182,16 @@ def test_a_missing_hookpoint_error_lists_the_available_ones(tiny_model, hookpoin
 
 def test_a_module_without_a_row_for_each_token_is_refused(save):
     info = save("bloom", **TINY, n_layer=3, n_head=4)
-    with pytest.raises(RequestError, match=r"of shape \[2, 4, 11, 11\], not one row for each of 2 x 11 tokens"):
+    with pytest.raises(RequestError, match=r"has shape \[2, 4, 11, 11\], not one row for each of 2 x 11 tokens"):
         info.widths([Site(0, "h.<layer>.self_attention.attention_dropout")])
 
 
 def test_a_module_that_the_model_runs_without_is_refused(save):
     site = Site(0, "h.<layer>.attn.attn_dropout")  # scaled_dot_product_attention replaces it
     info = save("gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=128)
-    with pytest.raises(RequestError, match="the model runs without that module in layer 0"):
+    with pytest.raises(RequestError, match="the model does not run that module in layer 0"):
         info.widths([site])
-    with pytest.raises(RequestError, match="the model runs without that module in layer 0"):
+    with pytest.raises(RequestError, match="the model does not run that module in layer 0"):
         info.load([site], "cpu", "float32")
 
 
@@ -244,7 +244,7 @@ def odd(save) -> Path:
 
 def test_a_repository_s_own_code_runs_on_request_only(odd: Path, ids: Tensor, monkeypatch, tmp_path):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    with pytest.raises(RequestError, match=r"code of its own: .*`trust_remote_code`"):
+    with pytest.raises(RequestError, match=r"Python code that must run: .*`trust_remote_code`"):
         open_model(str(odd))
     info = open_model(str(odd), trust_remote_code=True)
     path = Site(1, "model.layers.<layer>.mlp.up_proj")
@@ -319,10 +319,11 @@ def test_module_names_of_other_libraries_are_translated(save, tmp_path: Path):
     ]:
         (write_sparsify(tmp_path / folder, [0]) / "layers.0").rename(tmp_path / folder / folder)
         source = open_sae(str(tmp_path / folder))
-        assert (in_model(source, gemma).hookpoint, in_model(source, gpt2).hookpoint) == (in_gemma, in_gpt2)
+        assert resolve_hookpoint(source, gemma).hookpoint == in_gemma
+        assert resolve_hookpoint(source, gpt2).hookpoint == in_gpt2
         typed = open_sae(str(tmp_path / folder), "layers.<layer>.mlp")
-        assert in_model(typed, gpt2).hookpoint.endswith("layers.<layer>.mlp")  # a path is used as it is typed
-        assert in_model(open_sae(str(tmp_path / folder), "resid_mid"), gpt2).hookpoint == "resid_mid"
+        assert resolve_hookpoint(typed, gpt2).hookpoint.endswith("layers.<layer>.mlp")  # a path is used as it is typed
+        assert resolve_hookpoint(open_sae(str(tmp_path / folder), "resid_mid"), gpt2).hookpoint == "resid_mid"
 
 
 def test_an_unknown_hook_point_of_an_sae_can_be_given(tmp_path: Path):
@@ -330,7 +331,7 @@ def test_an_unknown_hook_point_of_an_sae_can_be_given(tmp_path: Path):
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     tensors = {"W_enc": torch.ones(4, 8), "W_dec": torch.ones(8, 4), "b_enc": torch.ones(8), "b_dec": torch.ones(4)}
     save_file(tensors, tmp_path / "sae_weights.safetensors")
-    with pytest.raises(RequestError, match=r"hook_pre' is no place that can be measured; .* as `hookpoint`"):
+    with pytest.raises(RequestError, match=r"hook_pre' is not supported; .* give `hookpoint`"):
         open_sae(str(tmp_path))
     source = open_sae(str(tmp_path), "layers.<layer>.mlp.dense_h_to_4h")
     assert (source.layers, source.hookpoint) == ((1,), "layers.<layer>.mlp.dense_h_to_4h")
@@ -338,7 +339,7 @@ def test_an_unknown_hook_point_of_an_sae_can_be_given(tmp_path: Path):
 
 def test_a_layer_of_a_cross_layer_transcoder_is_refused_before_anything_is_fetched():
     pytest.importorskip("sae_lens")
-    with pytest.raises(RequestError, match="cross-layer transcoder, whose decoders for all layers"):
+    with pytest.raises(RequestError, match="cross-layer transcoder cannot be measured"):
         open_sae("mntss-gemma-2-2b-2.5m-clt-as-per-layer/layer_3")
 
 
@@ -375,9 +376,9 @@ def test_swapped_model_and_sae_are_reported(below, tiny_model, tmp_path):
     sae = tmp_path / "sae"
     (sae / below).mkdir(parents=True)
     (sae / below / "cfg.json").write_text("{}")
-    with pytest.raises(RequestError, match=r"`model` .*looks like an SAE.*are `model` and `saes` exchanged"):
+    with pytest.raises(RequestError, match=r"`model` .*looks like an SAE.*did you exchange `model` and `saes`"):
         open_model(str(sae))
-    with pytest.raises(RequestError, match=r"looks like a language model.*are `saes` and `model` exchanged"):
+    with pytest.raises(RequestError, match=r"looks like a language model.*did you exchange `saes` and `model`"):
         find_members(Path(tiny_model), "mine")
 
 
@@ -386,8 +387,8 @@ def test_swapped_model_and_sae_are_reported(below, tiny_model, tmp_path):
     [
         (["cfg.json", "sae.safetensors"], "looks like an SAE"),
         (["layers.3/cfg.json", "layers.3/sae.safetensors", "config.json"], "looks like an SAE"),
-        (["README.md"], "not to be had from the hub"),
-        (["model.safetensors", "sae/cfg.json"], "not to be had from the hub"),
+        (["README.md"], "not available from the Hub"),
+        (["model.safetensors", "sae/cfg.json"], "not available from the Hub"),
     ],
 )
 def test_the_hub_id_of_an_sae_as_the_model_is_reported(files, told, monkeypatch):

@@ -15,7 +15,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.records import result_file
 from delta_selectivity.records.differences import differences
 from delta_selectivity.records.rows_file import load
-from delta_selectivity.saes.names import expand_names, split_given
+from delta_selectivity.saes.names import expand_names, split_alias
 from delta_selectivity.system.comma_lists import join_names, parse_names
 
 FAST = ds.Settings(folds=3, repeats=1)
@@ -57,7 +57,7 @@ def test_another_sae_gets_its_own_folder(ask, tiny_saes, other_saes, tmp_path, c
     for saes in (tiny_saes, other_saes):  # each is resumed in its folder
         before = {path: path.read_bytes() for path in files(out)}
         assert ask(saes) == 0
-        assert caplog.messages[-1] == "everything asked for is on disk already"
+        assert caplog.messages[-1] == "all requested results are on disk already"
         assert {path: path.read_bytes() for path in files(out)} == before
     assert ask(other_saes, flags=["--overwrite"]) == 0
     assert all(path.read_bytes() == content for path, content in first.items()), "not even when told to overwrite"
@@ -221,13 +221,13 @@ def test_given_names_and_commas_in_paths(ask, tiny_model, people_csv, tmp_path):
     assert ask(written) == 0
     found = {path.parent.name: result_file.read(path)["_run"]["config"]["sae"] for path in files(tmp_path / "out")}
     assert found == {"trainer_0": str(odd), "mine": "mine"}
-    assert split_given(str(odd)) == (None, str(odd)), "a path with = is a path"
-    assert split_given("runs/lr=1/x") == (None, "runs/lr=1/x")
+    assert split_alias(str(odd)) == (None, str(odd)), "a path with = is a path"
+    assert split_alias("runs/lr=1/x") == (None, "runs/lr=1/x")
     assert expand_names([f"mine={tmp_path}/trainer_?"]) == [f"mine={other}"]
     assert expand_names([str(other), f"{other}/", f"{tmp_path}/./trainer_0", "a/b", "a/b/"]) == [str(other), "a/b"]
-    with pytest.raises(RequestError, match="stands for 2 SAEs"):
+    with pytest.raises(RequestError, match="matches 2 SAEs"):
         expand_names([f"mine={_two(tmp_path)}/*"])
-    with pytest.raises(RequestError, match="two are called 'mine'"):
+    with pytest.raises(RequestError, match="two have the name 'mine'"):
         ds.evaluate(tiny_model, [f"mine={other}", f"mine={tmp_path}/both/x"], people_csv, layers=1, device="cpu")
 
 

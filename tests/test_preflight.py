@@ -16,7 +16,7 @@ from delta_selectivity.cli.command_line import DEMO_MODEL, DEMO_SAES
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.records import result_file
 from delta_selectivity.run.calibration import SiteSample, principal_axes
-from delta_selectivity.run.preflight import PLACES, Preflight, neighbours
+from delta_selectivity.run.preflight import PLACES, Preflight, alternative_sites
 from delta_selectivity.saes import Sae, open_sae, principal_components
 from delta_selectivity.saes.input_norm import normalise
 from delta_selectivity.tasks import load_probe_texts, tokenise
@@ -34,7 +34,7 @@ def check(info):
     mentions = load_probe_texts(["gender"], shuffle_select_n=200).mentions
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=True, max_length=info.max_length)
     sites = {Site(layer, "resid_post"): info.d_model for layer in LAYERS}
-    model = info.load(neighbours(info.n_layers, sites, info.widths, everywhere=True), "cpu", "float32")
+    model = info.load(alternative_sites(info.n_layers, sites, info.widths, everywhere=True), "cpu", "float32")
     return Preflight.sample(model, info, tokenised, seed=0)
 
 
@@ -65,7 +65,7 @@ def test_matching_codes_are_not_stopped(check):
     for site, sample in check.samples.items():
         for k in (2, 16, 64, 200):
             fit = check.examine(components(sample.counted(False), site, k), site, counts_bos=False)
-            alarms += [fit.problem()] if fit.misfits else []
+            alarms += [fit.problem()] if fit.is_misfit else []
     assert len(check.samples) * 4 == len(LAYERS) * len(PLACES) * 4 == 120
     assert alarms == []
 
@@ -75,14 +75,14 @@ def test_an_sae_of_the_layer_before_or_after_is_named(check, saes, true_layer, c
     sae = replace(saes["tiny-pythia-saes-k32", true_layer], layer=claimed)
     fit = check.examine(sae, Site(claimed, "resid_post"), counts_bos=False)
     assert f"better at layer {true_layer}" in fit.problem()
-    assert fit.misfits == (fit.best.fvu < 0.8 * fit.fvu)
+    assert fit.is_misfit == (fit.best.fvu < 0.8 * fit.fvu)
 
 
 @pytest.mark.parametrize("place", ["mlp_out", "attn_out", "mlp_in"])
 def test_an_sae_of_another_place_is_named(check, place):
     x = check.samples[Site(3, place)].counted(False)
     fit = check.examine(components(x, Site(3, "resid_post"), 64), Site(3, "resid_post"), counts_bos=False)
-    assert fit.misfits
+    assert fit.is_misfit
     assert f"far better at {place}" in fit.problem()
 
 
@@ -91,7 +91,7 @@ def test_a_missing_normalisation_is_named(check, norm):
     site = Site(2, "resid_post")
     x = normalise(check.samples[site].counted(False), norm).x
     fit = check.examine(components(x, site, 64), site, counts_bos=False)
-    assert fit.misfits
+    assert fit.is_misfit
     assert f"normalize_activations: {norm}" in fit.problem()
 
 
@@ -101,7 +101,7 @@ def test_scaled_inputs_are_named_with_the_factor(check, saes, factor):
     site, sae = Site(2, "resid_post"), saes["tiny-pythia-saes-k32", 2]
     scaled = replace(sae.coder, b_enc=sae.coder.b_enc * factor, b_dec=sae.coder.b_dec * factor)
     fit = check.examine(replace(sae, coder=scaled), site, counts_bos=False)
-    assert fit.misfits
+    assert fit.is_misfit
     assert f"inputs multiplied by {factor:.4g}" in fit.problem()
 
 
@@ -112,14 +112,14 @@ def test_a_transposed_square_matrix_is_named(check, name):
     sae = components(x, site, x.shape[1])
     turned = replace(sae.coder, **{name: getattr(sae.coder, name).T.contiguous()})
     fit = check.examine(replace(sae, coder=turned), site, counts_bos=False)
-    assert fit.misfits
+    assert fit.is_misfit
     assert f"with {name} transposed" in fit.problem()
 
 
 def test_bos_that_was_excluded_in_training_is_named(check, saes):
     """The bundled SAEs were trained on texts with BOS, but without the activations at BOS (see their cards)."""
     problems = [check.examine(sae, Site(layer, "resid_post"), counts_bos=True) for (_, layer), sae in saes.items()]
-    caught = [fit for fit in problems if fit.misfits and "`bos` excluded" in fit.problem()]
+    caught = [fit for fit in problems if fit.is_misfit and "`bos` excluded" in fit.problem()]
     assert len(caught) == len(saes)
 
 
@@ -127,7 +127,7 @@ def test_bos_that_was_used_in_training_is_accepted(check):
     site = Site(3, "resid_post")
     x = check.samples[site].counted(True)
     fit = check.examine(components(x, site, 64), site, counts_bos=True)
-    assert not fit.misfits
+    assert not fit.is_misfit
 
 
 @pytest.mark.parametrize(("has_bos", "fix"), [(True, "`bos` none"), (False, "`bos` excluded")])
@@ -141,7 +141,7 @@ def test_texts_with_the_wrong_beginning_are_named(has_bos, fix):
     site, nobody = Site(0, "resid_post"), torch.zeros(300, dtype=torch.bool)
     found = Preflight({site: SiteSample(x, bos, x)}, {site: SiteSample(other, nobody, other)})
     fit = found.examine(components(other, site, 8), site, counts_bos=False)
-    assert fit.misfits
+    assert fit.is_misfit
     assert fix in fit.problem()
 
 
@@ -179,9 +179,9 @@ def test_an_unexpected_l0_is_reported(check, saes, promised, told):
     """As with a BatchTopK SAE whose threshold was lost: every positive latent fires."""
     sae = replace(saes["tiny-pythia-saes-k32", 2], promised_l0=promised)
     fit = check.examine(sae, Site(2, "resid_post"), counts_bos=False)
-    assert not fit.misfits
+    assert not fit.is_misfit
     assert (fit.problem() is not None) == told
-    assert fit.problem() is None or "L0 is 32.0 on average" in fit.problem()
+    assert fit.problem() is None or "mean L0 is 32.0" in fit.problem()
 
 
 def test_too_few_tokens_give_no_result(saes):

@@ -78,11 +78,13 @@ def test_float32_start_ends_at_the_solution_of_scikit_learn(case):
 
 def test_float32_start_changes_no_score(monkeypatch):
     task, singles = problem(**LARGE, targets=2), []
-    rough = torch_dense.DenseColumns.rough
-    monkeypatch.setattr(torch_dense.DenseColumns, "rough", lambda self: singles.append(rough(self)) or singles[-1])
+    original = torch_dense.DenseColumns.in_float32
+    monkeypatch.setattr(
+        torch_dense.DenseColumns, "in_float32", lambda self: singles.append(original(self)) or singles[-1]
+    )
     mixed = TorchLbfgs(tolerance=1e-9).fit(task)
     assert all(columns is not None for columns in singles)
-    monkeypatch.setattr(torch_dense.DenseColumns, "rough", lambda self: None)
+    monkeypatch.setattr(torch_dense.DenseColumns, "in_float32", lambda self: None)
     double = TorchLbfgs(tolerance=1e-9).fit(task)
     scores = [torch.einsum("nd,ctsd->ctsn", task.x.double(), f.coef) + f.intercept[..., None] for f in (mixed, double)]
     assert ((scores[0] - scores[1]).abs().amax(-1) / scores[1].std(-1)).max() < 1e-6
@@ -91,7 +93,8 @@ def test_float32_start_changes_no_score(monkeypatch):
 def test_a_failed_float32_start_is_repeated_in_float64(monkeypatch):
     task = problem(**LARGE)
     expected = TorchLbfgs().fit(task)
-    monkeypatch.setattr(torch_dense.Rough, "backward", lambda self, residual: torch.full_like(self.stretch, torch.nan))
+    not_finite = lambda self, residual: torch.full_like(self.stretch, torch.nan)  # noqa: E731
+    monkeypatch.setattr(torch_dense.Float32Products, "backward", not_finite)
     fits = TorchLbfgs().fit(task)
     assert fits.converged.all()
     assert ((fits.coef - expected.coef).norm(dim=-1) / expected.coef.norm(dim=-1)).max() < 1e-5
@@ -100,9 +103,9 @@ def test_a_failed_float32_start_is_repeated_in_float64(monkeypatch):
 def test_a_short_float32_start_is_continued_in_float64(monkeypatch):
     task = problem(**LARGE, targets=2)
     expected = TorchLbfgs(tolerance=1e-9).fit(task)
-    went, far = [], lbfgs._far
-    monkeypatch.setattr(lbfgs, "_ROUGH", 0.3)
-    monkeypatch.setattr(lbfgs, "_far", lambda *thetas: went.append(far(*thetas)) or went[-1])
+    went, far = [], lbfgs._moved_too_far
+    monkeypatch.setattr(lbfgs, "_FLOAT32_TOLERANCE", 0.3)
+    monkeypatch.setattr(lbfgs, "_moved_too_far", lambda *thetas: went.append(far(*thetas)) or went[-1])
     fits = TorchLbfgs().fit(task)
     assert sum(map(len, went)) > 0, "some columns left the parabola"
     assert fits.converged.all()
@@ -136,7 +139,7 @@ def test_the_preconditioner_is_the_inverse_hessian(inverted):
     penalty[-1] = 0
     hessian = 0.15 * z.double().T @ (z.double() * weight[:, None]) + penalty.diag()
     torch.testing.assert_close(
-        again.times(v).double(), torch.linalg.solve(hessian, v.double().T).T, rtol=1e-3, atol=1e-5
+        again.multiply(v).double(), torch.linalg.solve(hessian, v.double().T).T, rtol=1e-3, atol=1e-5
     )
 
 

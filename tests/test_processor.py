@@ -32,12 +32,12 @@ def cpu(monkeypatch):
         monkeypatch.setattr(Path, "exists", lambda _: True)
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
-        processor.fast.cache_clear()
-        return set(processor.fast())
+        processor.fast_operations.cache_clear()
+        return set(processor.fast_operations())
 
     yield fake
     monkeypatch.undo()
-    processor.fast.cache_clear()
+    processor.fast_operations.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_the_user_can_override(cpu, monkeypatch):
     cpu(AMX, "GenuineIntel")
     for asked, expected in (("none", set()), ("", set()), ("onednn, bytes", {"onednn", "bytes"})):
         monkeypatch.setenv(processor.VARIABLE, asked)
-        processor.fast.cache_clear()
-        assert processor.fast() == expected
+        processor.fast_operations.cache_clear()
+        assert processor.fast_operations() == expected
         assert processor.VARIABLE in processor.describe()
     monkeypatch.setenv(processor.VARIABLE, "avx2")
-    processor.fast.cache_clear()
+    processor.fast_operations.cache_clear()
     with pytest.raises(RequestError, match="'avx2' is not one of bfloat16, onednn, bytes, none"):
-        processor.fast()
+        processor.fast_operations()
 
 
 def test_the_processor_is_described_in_one_line(cpu, monkeypatch):
@@ -110,13 +110,13 @@ def test_a_run_is_resumed_in_the_dtype_of_its_folder(with_cache, tmp_path, monke
         (path,) = request.out.glob("*.json")
         return json.loads(path.read_text())
 
-    monkeypatch.setattr(processor, "fast", lambda: {"bfloat16"})
+    monkeypatch.setattr(processor, "fast_operations", lambda: {"bfloat16"})
     first = run("--layers", "0")
-    monkeypatch.setattr(processor, "fast", set)
+    monkeypatch.setattr(processor, "fast_operations", set)
     again = run("--layers", "0,1")
     assert without_q(again["layer_0"]) == without_q(first["layer_0"]) and "layer_1" in again
     assert first["_run"]["key"]["dtype"] == again["_run"]["key"]["dtype"] == "bfloat16"
-    assert "the model computes in bfloat16, as for the results that are there" in caplog.text
+    assert "the model computes in bfloat16, as in the existing results" in caplog.text
     fresh = run("--layers", "0", "--overwrite")
     assert fresh["_run"]["key"]["dtype"] == "float32"
     assert "float32 by MKL only" in fresh["_run"]["versions"]["processor"]

@@ -218,6 +218,6 @@ def test_a_coder_gives_the_same_codes_with_and_without(encoder, monkeypatch: pyt
 @pytest.mark.parametrize(("d_sae", "k"), [(256, 8), (4096, 200)])
 def test_small_or_dense_codes_use_no_proposal(d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(proposal, "has_fast_bytes", lambda: True)
-    assert not proposal.is_worth_it(torch.zeros(d_sae, 4), k)
-    assert not proposal.is_worth_it(torch.zeros(32768, 4, dtype=torch.float16), k=8)
-    assert proposal.is_worth_it(torch.zeros(32768, 4), k=8)
+    assert not proposal.saves_time(torch.zeros(d_sae, 4), k)
+    assert not proposal.saves_time(torch.zeros(32768, 4, dtype=torch.float16), k=8)
+    assert proposal.saves_time(torch.zeros(32768, 4), k=8)

@@ -15,12 +15,12 @@ from delta_selectivity.run.reconstruction import (
     ReconstructionSums,
     SiteScale,
     TokenFacts,
+    _add_fired,
     _compare,
     _compare_on_cpu,
     _ErrorSums,
     _merge,
     _merge_on_cpu,
-    _note_fired,
 )
 from delta_selectivity.saes import SparseRows
 
@@ -182,11 +182,11 @@ def test_an_invalid_latent_is_an_error(latent: int) -> None:
 def test_firing_latents_are_recorded_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, number = make_codes(ROWS), torch.arange(ROWS) * 2**32
     here, there = torch.zeros(2, 2, D_SAE, dtype=torch.int64)
-    _note_fired(number, codes, here)
+    _add_fired(number, codes, here)
     dense = torch.zeros(ROWS, D_SAE).scatter_add_(1, codes.col.view(ROWS, -1), codes.value.view(ROWS, -1))
     assert torch.equal(here, torch.stack([(dense != 0).sum(0), ((dense != 0) * number[:, None]).sum(0)]))
     monkeypatch.setattr(torch.Tensor, "device", torch.device("meta"))  # only its type is checked
-    _note_fired(number, codes, there)
+    _add_fired(number, codes, there)
     monkeypatch.undo()
     assert torch.equal(here, there)
 

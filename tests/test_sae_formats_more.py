@@ -166,7 +166,7 @@ def test_the_layer_and_hook_point_of_a_dictionary(
 
 def test_a_dictionary_without_a_place(tmp_path: Path) -> None:
     save_dictionary(tmp_path / "attention" / "mine", linear_state(), "AutoEncoder", submodule_name=None)
-    with pytest.raises(RequestError, match="name the place with `hookpoint`"):
+    with pytest.raises(RequestError, match="give `hookpoint`"):
         open_sae(str(tmp_path / "attention"))
     assert open_sae(str(tmp_path / "attention"), hookpoint="mlp_out").hookpoint == "mlp_out"
     for io, place, reads in [("in", "mlp_in", None), ("in_and_out", "mlp_out", "mlp_in")]:
@@ -174,7 +174,7 @@ def test_a_dictionary_without_a_place(tmp_path: Path) -> None:
         source = open_sae(str(folder), hookpoint=place)
         assert (source.hookpoint, source.input_hookpoint) == (place, reads)
     save_dictionary(tmp_path / "resid_post_layer_4", linear_state(), "AutoEncoder", submodule_name=None)
-    with pytest.raises(RequestError, match=r"trainer\.layer is 3, but submodule_name or folder says 4"):
+    with pytest.raises(RequestError, match=r"trainer\.layer is 3, but its submodule_name or folder says 4"):
         open_sae(str(tmp_path / "resid_post_layer_4"))
 
 
@@ -213,7 +213,7 @@ def test_the_k_of_a_dictionary_is_the_one_it_was_trained_with(tmp_path: Path) ->
     state = linear_state()
     state["b_dec"] = state.pop("bias")
     save_dictionary(tmp_path / "ae", state | {"k": torch.tensor(K + 1)}, "AutoEncoderTopK")
-    with pytest.raises(RequestError, match=r"ae\.pt: k is 5 here, but config\.json says 4"):
+    with pytest.raises(RequestError, match=r"ae\.pt: k is 5, but config\.json says 4"):
         open_sae(str(tmp_path))
 
 
@@ -298,7 +298,7 @@ def test_a_missing_bias_must_be_declared(tmp_path: Path) -> None:
     tensors = linear_tensors()
     del tensors["b_dec"]
     write_plain(tmp_path, tensors)
-    with pytest.raises(RequestError, match=r"d_in is missing, and there is no b_dec in weights\.safetensors"):
+    with pytest.raises(RequestError, match=r"d_in is missing, and weights\.safetensors has no b_dec"):
         open_sae(str(tmp_path))
     write_plain(tmp_path, tensors, d_in=D_IN)
     with pytest.raises(RequestError, match="no tensor 'b_dec'"):
@@ -346,24 +346,24 @@ def test_training_settings_of_a_plain_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectur": "topk"}, "unknown key 'architectur'; known are weights, hook_name"),
-        ({"architecture": "relu"}, "architecture 'relu'; known are 'standard', 'topk'"),
+        ({"architectur": "topk"}, "unknown key 'architectur'; the keys are weights, hook_name"),
+        ({"architecture": "relu"}, "architecture is 'relu'; supported: 'standard', 'topk'"),
         ({"architecture": "topk"}, "k is missing"),
-        ({"architecture": "topk", "k": D_SAE + 1}, f"k {D_SAE + 1} is more than d_sae {D_SAE}"),
-        ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input is 'yes', which is no bool"),
-        ({"k": True}, "k is True, which is no int"),
-        ({"normalize_activations": "z-score"}, "normalize_activations 'z-score'; known are 'none'"),
-        ({"scaling_factor": 0}, "scaling_factor 0; a number above 0"),
+        ({"architecture": "topk", "k": D_SAE + 1}, f"k {D_SAE + 1} is greater than d_sae {D_SAE}"),
+        ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input is 'yes', but must be of type bool"),
+        ({"k": True}, "k is True, but must be of type int"),
+        ({"normalize_activations": "z-score"}, "normalize_activations is 'z-score'; supported: 'none'"),
+        ({"scaling_factor": 0}, "scaling_factor is 0, but must be a number above 0"),
         ({"weights": "../weights.safetensors"}, "the name of a file in the same folder"),
-        ({"weights": ""}, "weights ''; the name of a file in the same folder"),
+        ({"weights": ""}, "weights is '', but must be the name of a file in the same folder"),
         ({"weights": "a\0"}, "the name of a file in the same folder"),
-        ({"hook_name": "somewhere"}, "hook_name 'somewhere'; blocks.5.hook_resid_post is one"),
+        ({"hook_name": "somewhere"}, "hook_name is 'somewhere', but must be a name such as blocks.5.hook_resid_post"),
         ({"names": {"W_encoder": "x"}}, "names has 'W_encoder': 'x'"),
         ({"names": {"W_enc": None}}, "names has 'W_enc': None"),
         ({"transposed": {"b_enc": True}}, "transposed has 'b_enc': True"),
         ({"d_sae": D_SAE + 1, "d_in": D_IN}, r"W_enc has shape \[16, 64\], but its config says \[16, 65\]"),
         ({"d_out": 3}, "d_out is for transcoders"),
-        ({"input_hookpoint": "mlp_in", "apply_b_dec_to_input": True}, "apply_b_dec_to_input of a transcoder"),
+        ({"input_hookpoint": "mlp_in", "apply_b_dec_to_input": True}, "apply_b_dec_to_input must be false"),
     ],
 )
 def test_an_invalid_plain_config_is_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

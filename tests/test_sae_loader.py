@@ -377,7 +377,7 @@ def test_chunks_and_dtypes_change_only_rounding(selection: Any, monkeypatch: pyt
     sae, x = linear_sae(W_enc, W_dec, selection), activations()
     whole = sae.encode(x)
     monkeypatch.setitem(CHUNK_BYTES, "cpu", 7 * D_SAE * 4)
-    monkeypatch.setattr("delta_selectivity.saes.sae.LEAST_ROWS", 1)
+    monkeypatch.setattr("delta_selectivity.saes.sae.MIN_ROWS", 1)
     assert sae.chunk_rows() == 7
     parts = sae.encode(x)
     torch.testing.assert_close(dense(parts), dense(whole))
@@ -606,15 +606,15 @@ def set_config(**changes: Any) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    (truncate, r"sae\.safetensors: not a whole safetensors file"),
-    (drop_tensor, r"no tensor 'b_dec'; it holds W_dec"),
+    (truncate, r"sae\.safetensors: not a complete safetensors file"),
+    (drop_tensor, r"no tensor 'b_dec'; it has W_dec"),
     (transpose_decoder, r"W_dec has shape \[16, 64\] \(transposed\?\), but its config says \[64, 16\]"),
     (lambda folder: (folder / "sae.safetensors").unlink(), r"sae\.safetensors: no such file"),
     (lambda folder: (folder / "cfg.json").write_text("{not json"), r"cfg\.json: not a readable JSON file"),
-    (lambda folder: (folder / "cfg.json").write_text("[1]"), "a JSON object was expected"),
+    (lambda folder: (folder / "cfg.json").write_text("[1]"), "it must be a JSON object"),
     (lambda folder: (folder / "cfg.json").write_text("{}"), "neither a sparsify config"),
-    (lambda folder: (folder / "cfg.json").unlink(), "no SAE here"),
-    (lambda folder: folder.rename(folder.with_name("my_sae")), r"rename it to layers\.5"),
+    (lambda folder: (folder / "cfg.json").unlink(), "no SAE in this folder"),
+    (lambda folder: folder.rename(folder.with_name("my_sae")), r"rename it, such as layers\.5"),
     (lambda folder: write_sparsify(folder.with_name("h.5")), "two SAEs for layer 5"),
     (lambda folder: write_sparsify(folder.with_name("layers.6"), d_in=8), "layers.6/sae.safetensors: encoder.weight"),
     (set_config(d_in=None), "d_in is missing"),
@@ -622,7 +622,7 @@ def set_config(**changes: Any) -> Callable[[Path], None]:
     (set_config(k=0), "k is 0"),
     (set_config(k=65), "k 65 does not fit"),
     (set_config(activation="groupmax", k=7), "groupmax with k 7 does not fit num_latents 64"),
-    (set_config(activation="softmax"), "activation 'softmax'"),
+    (set_config(activation="softmax"), "activation is 'softmax'"),
     (set_config(skip_connection=True), "no tensor 'W_skip'"),
 ])  # fmt: skip
 def test_broken_files_are_found_when_opening(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
@@ -635,7 +635,7 @@ def test_broken_files_are_found_when_opening(tmp_path: Path, damage: Callable[[P
 def test_broken_values_are_found_when_loading(tmp_path: Path) -> None:
     write_nan(write_sparsify(tmp_path / "layers.5"))
     source = open_sae(str(tmp_path))
-    with pytest.raises(RequestError, match=r"sae\.safetensors: W_dec holds NaN"):
+    with pytest.raises(RequestError, match=r"sae\.safetensors: W_dec has NaN"):
         source.load(5, "cpu")
     with pytest.raises(RequestError, match=r"layer 4: .* has SAEs for layers 5 only"):
         source.load(4, "cpu")
@@ -643,10 +643,10 @@ def test_broken_values_are_found_when_loading(tmp_path: Path) -> None:
 
 def test_files_and_empty_folders_are_rejected_as_saes(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RequestError, match="no SAE here"):
+    with pytest.raises(RequestError, match="no SAE in this folder"):
         open_sae(str(tmp_path / "empty"))
     write_sparsify(tmp_path / "layers.0")
-    with pytest.raises(RequestError, match="this is a file"):
+    with pytest.raises(RequestError, match="it is a file"):
         open_sae(str(tmp_path / "layers.0" / "sae.safetensors"))
 
 
@@ -658,16 +658,16 @@ def test_missing_settings_have_the_defaults_of_sparsify(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"hook_name": "blocks.5.attn.hook_z", "hook_head_index": 3}, "one attention head"),
-    ({"hook_name": "blocks.5.mlp.hook_pre"}, "hook_name 'blocks.5.mlp.hook_pre' .* as `hookpoint`, such as layers"),
+    ({"hook_name": "blocks.5.mlp.hook_pre"}, "hook_name 'blocks.5.mlp.hook_pre' .* give `hookpoint` .* layers"),
     ({"hook_name": "hook_embed"}, "hook_name 'hook_embed'"),
     ({"normalize_activations": "covariance_whitening"}, r"activation_whitening\.safetensors"),
     ({"normalize_activations": "constant_scalar_rescale"}, "constant_scalar_rescale"),
     ({"normalize_activations": True}, "activation_scaler.json"),
-    ({"hook_name_out": "blocks.5.hook_mlp_out"}, "its architecture must be one of transcoders"),
+    ({"hook_name_out": "blocks.5.hook_mlp_out"}, "architecture is not that of a transcoder"),
     ({"architecture": "temporal"}, "temporal"),
     ({"activation_fn_str": "tanh-relu"}, "tanh-relu"),
     ({"architecture": "gated"}, "no tensor 'b_gate'"),
-    ({"architecture": "topk", "k": 100}, "k 100 is more than d_sae 64"),
+    ({"architecture": "topk", "k": 100}, "k 100 is greater than d_sae 64"),
     ({"d_sae": 32}, r"W_enc has shape \[16, 64\]"),
 ])  # fmt: skip
 def test_unsupported_sae_lens_files_are_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

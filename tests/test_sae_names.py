@@ -72,7 +72,7 @@ def test_home_folders_and_names_that_look_like_globs(shelf: Path, monkeypatch: p
     "name", ["shelf/nothing*", "shelf/logs*", "*/*/*/*/*", "owner/re*", "gemma-scope-*/layer_99/*"]
 )
 def test_a_glob_that_matches_nothing(shelf: Path, name: str) -> None:
-    with pytest.raises(RequestError, match="no folder of SAEs and no SAE of SAE Lens's list matches") as caught:
+    with pytest.raises(RequestError, match="it matches no folder of SAEs and no SAE of SAE Lens's list") as caught:
         expand_names([name])
     assert "\n" not in str(caught.value)
 
@@ -208,10 +208,10 @@ def test_gemma_scope(downloads: Path, name: str, place: str, reads: str | None, 
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("gpt2-small-res-jb", r"2 kinds of SAEs; name one of them, such as gpt2-small-res-jb/blocks\.<layer>"),
+    ("gpt2-small-res-jb", r"2 kinds of SAEs: choose one, such as gpt2-small-res-jb/blocks\.<layer>"),
     ("gpt2-small-res-jb/blocks.99.hook_resid_pre", "no such id; it has blocks.0.hook_resid_pre"),
     (f"{CANONICAL}/layer_<layer>/width_17k/canonical", "no such id"),
-    ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "hook_name 'hook_embed' is no place"),
+    ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "hook_name 'hook_embed' is not supported"),
     ("temporal-sae-gemma-2-2b/blocks.12.hook_resid_post", "could not read its config"),
 ])  # fmt: skip
 def test_unknown_releases_are_rejected(downloads: Path, name: str, message: str) -> None:
@@ -228,5 +228,5 @@ def test_broken_weights_are_reported_before_loading_the_model(downloads: Path) -
     tensors["W_dec"][3, 3] = torch.nan
     save_file(tensors, folder / "sae_weights.safetensors")
     source = open_sae("pythia-70m-deduped-mlp-sm/blocks.2.hook_mlp_out")
-    with pytest.raises(RequestError, match=r"blocks\.2\.hook_mlp_out: W_dec holds NaN"):
+    with pytest.raises(RequestError, match=r"blocks\.2\.hook_mlp_out: W_dec has NaN"):
         source.prepare()

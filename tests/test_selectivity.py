@@ -265,7 +265,7 @@ def test_too_few_people_give_a_reason_in_place_of_numbers():
     labels = np.stack([labels[0], np.isin(groups, [3, 4])])
     measured, skipped = records_of(plan_of(labels, groups), x, damaged(x))
     assert measured["delta_sel"] is not None
-    assert skipped["reason"] == "the positive class has 2 people, fewer than the 5 folds"
+    assert skipped["reason"] == "the positive class has 2 groups, fewer than the 5 folds"
     assert skipped["delta_sel"] is None
     assert set(measured) - set(skipped) == set()
     json.dumps([measured, skipped])
@@ -341,9 +341,9 @@ def test_shapes_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(
     ("sizes", "weights", "reason"),
     [
-        ((290, *[1] * 10), None, "11 people, but of such unequal size that they tell no more than 1.1 of equal size"),
-        ((*[40] * 20, 19, *[1] * 5), None, "one person has most of the positive class"),
-        ((*[10] * 20, *[10] * 20), [1e4] * 10 + [1.0] * 390, "tell no more than 1 of equal size would; 6 are needed"),
+        ((290, *[1] * 10), None, "11 groups of such unequal size that they are equivalent to only 1.1 of equal size"),
+        ((*[40] * 20, 19, *[1] * 5), None, "one group has most rows of the positive class"),
+        ((*[10] * 20, *[10] * 20), [1e4] * 10 + [1.0] * 390, "equivalent to only 1 of equal size; 6 are needed"),
     ],
 )
 def test_too_few_effective_people_are_a_reason_in_place_of_numbers(sizes, weights, reason):

@@ -111,7 +111,7 @@ def test_truncated_texts_are_reported_each_time(tmp_path, info, caplog):
     for _ in range(2):
         caplog.clear()
         assert SetupCache.open(tmp_path, 1).tokens(long, short, prepend_bos=False).n_cut == 1
-        assert "1 of 1 texts have more than the model's 20 tokens" in caplog.text
+        assert "1 of 1 texts are longer than the model's 20 tokens" in caplog.text
 
 
 CHANGES = {

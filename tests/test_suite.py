@@ -18,14 +18,14 @@ from delta_selectivity import tasks as dw
 from delta_selectivity.api.arguments import as_tasks
 from delta_selectivity.cli.command_line import make_tasks
 from delta_selectivity.errors import RequestError
-from delta_selectivity.probing.folds import too_few_people
+from delta_selectivity.probing.folds import reason_to_skip
 from delta_selectivity.system.person_ids import person_ids
 from delta_selectivity.tasks import suite_files
 from delta_selectivity.tasks.assemble import assemble, distinct_rows
 from delta_selectivity.tasks.catalogue import load_task, read_tasks
 from delta_selectivity.tasks.data_wheel import open_data, read_labelled
 from delta_selectivity.tasks.suite import group_key, load_suite_task
-from delta_selectivity.tasks.suite_files import ALL, BESIDE_WIKIDATA, SUITE, find_task
+from delta_selectivity.tasks.suite_files import ALL, OUTSIDE_WIKIDATA, SUITE, find_task
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
 
@@ -93,7 +93,7 @@ def test_the_wikidata_tasks_keep_their_numbers_and_are_the_default():
 
 def test_group_names_select_several_tasks():
     assert dw.parse_dataset_names("gender, sae-probes, 5") == ("gender", *SUITE)
-    assert dw.parse_dataset_names("all") == (*dw.DATASET_NAMES, *BESIDE_WIKIDATA)
+    assert dw.parse_dataset_names("all") == (*dw.DATASET_NAMES, *OUTSIDE_WIKIDATA)
     assert as_tasks("sae-probes") == SUITE
     assert as_tasks(["wikidata", "glue_cola", "gender"]) == (*dw.DATASET_NAMES, "87_glue_cola")
     assert as_tasks("wikidata,117_us_state_FL")[-1] == "117_us_state_FL"
@@ -101,7 +101,7 @@ def test_group_names_select_several_tasks():
 
 def test_all_asks_each_question_once():
     """No file has the rows of another, or those of one class of another, or those of a Wikidata task."""
-    named = set(BESIDE_WIKIDATA)
+    named = set(OUTSIDE_WIKIDATA)
     assert not named & {"56_wikidatasex_or_gender", "108_athlete_sport", "154_athlete_sport_football"}
     assert "13_us_state" in named and not {"117_us_state_FL", "118_us_state_CA", "119_us_state_TX"} & named
     for one, same in (("37_arith_mc", "38_arith_difficulty"), ("111_yelp_data", "112_amzn_rev")):
@@ -121,7 +121,7 @@ def test_regression_tasks_are_rejected(name: str):
 def test_unknown_tasks_are_rejected_with_suggestions():
     with pytest.raises(RequestError, match="did you mean 117_us_state_FL"):
         dw.parse_dataset_names("us_state_F")
-    with pytest.raises(RequestError, match="sae-probes stands for 113 tasks, and one is needed"):
+    with pytest.raises(RequestError, match="sae-probes is a group of 113 tasks: give one task"):
         load_task("sae-probes")
     with pytest.raises(RequestError, match="Wikidata tasks only"):
         make_tasks({"datasets": "glue_cola", "data_dir": "theirs"})
@@ -224,9 +224,9 @@ def test_one_of_several_tasks_without_two_classes_gives_a_reason():
     sources = [toy("good", "01" * 20), toy("flat", "0" * 20)]
     texts = assemble(sources, None, 0, several=True)
     good, flat = (dataset.probes[0] for dataset in texts.datasets)
-    assert too_few_people(good.labels, texts.persons[good.mentions], 5) is None
-    found = too_few_people(flat.labels, texts.persons[flat.mentions], 5)
-    assert found is not None and found.reason == "the positive class has 0 people, fewer than the 5 folds"
+    assert reason_to_skip(good.labels, texts.persons[good.mentions], 5) is None
+    found = reason_to_skip(flat.labels, texts.persons[flat.mentions], 5)
+    assert found is not None and found.reason == "the positive class has 0 groups, fewer than the 5 folds"
     with pytest.raises(RequestError, match="0 positives in 20 distinct rows"):
         assemble(sources[1:], None, 0)
 
@@ -268,7 +268,7 @@ def test_texts_that_are_too_long_keep_their_end(caplog):
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     found = dw.tokenise([_mention(text, "text")], tokenizer, prepend_bos=False, max_length=64)
     assert found.ids[0].tolist() == whole[-64:] and found.last[0] == 63
-    assert "1 of 1 texts have more than the model's 64 tokens" in caplog.text
+    assert "1 of 1 texts are longer than the model's 64 tokens" in caplog.text
 
 
 def test_baselines_of_a_suite_are_fitted_to_texts_of_its_tasks():

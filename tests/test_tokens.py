@@ -151,7 +151,7 @@ def test_the_window_never_cuts_the_name(tokenizer: PreTrainedTokenizerFast, room
 
 
 def test_a_name_longer_than_the_window_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(RequestError, match=r"'Qwzxk Vbnmp' takes \d+ tokens and the model has room for 3"):
+    with pytest.raises(RequestError, match=r"'Qwzxk Vbnmp' has \d+ tokens, but the model accepts 3"):
         dw.tokenise([mention("Qwzxk Vbnmp")], tokenizer, prepend_bos=True, max_length=4)
 
 
@@ -176,8 +176,8 @@ def test_texts_that_begin_with_bos_have_one_or_none_as_asked(tokenizer, caplog, 
     found = dw.tokenise([own, plain], tokenizer, prepend_bos=prepend, max_length=64)
     assert found.ids[0].tolist() == found.ids[1].tolist()
     assert found.first[0] == found.first[1] and found.last[0] == found.last[1]
-    told = "they have one, not two" if prepend else "it is left out"
-    assert (f"1 of 2 texts begin with BOS themselves: {told}" in caplog.text) == (n_own > 0)
+    told = "no second one is added" if prepend else "it is removed"
+    assert (f"1 of 2 texts already begin with BOS: {told}" in caplog.text) == (n_own > 0)
 
 
 def test_a_name_that_begins_with_bos_keeps_it(tokenizer) -> None:
@@ -232,7 +232,7 @@ def test_tokens_of_another_tokenizer_are_refused(tokenizer: PreTrainedTokenizerF
     fits = dw.Mention("a", 0, 1, "a", token_ids=(len(tokenizer) - 1,), token_span=(0, 0))
     dw.tokenise([fits], tokenizer, prepend_bos=True, max_length=8)
     other = dw.Mention("a", 0, 1, "a", token_ids=(1, len(tokenizer)), token_span=(0, 1))
-    with pytest.raises(RequestError, match="made for another tokenizer"):
+    with pytest.raises(RequestError, match="of another tokenizer"):
         dw.tokenise([other], tokenizer, prepend_bos=True, max_length=8)
 
 

@@ -151,7 +151,7 @@ def test_an_sae_that_diverges_does_not_end_its_training(evaluator, caplog):
     assert ds.Callback(evaluator, every=1, log=lambda *found: seen.append(found))(sae, 1) is None
     assert seen == []
     assert "not measured" in caplog.text
-    with pytest.raises(ds.RequestError, match="W_dec holds NaN") as refused:
+    with pytest.raises(ds.RequestError, match="W_dec has NaN") as refused:
         evaluator(sae)
     assert refused.value.field == "sae"
 

@@ -159,9 +159,9 @@ def test_a_place_with_only_a_hugging_face_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("names", "message"), [
-    ({"hook_name_out": None}, "no hook_name_out"),
-    ({"hook_name_out": "blocks.6.hook_mlp_out"}, "it reads layer 5 and writes to layer 6"),
-    ({"hook_name": "blocks.5.hook_mlp_in"}, "hook_name 'blocks.5.hook_mlp_in' is no place"),
+    ({"hook_name_out": None}, "hook_name_out, the hook point"),
+    ({"hook_name_out": "blocks.6.hook_mlp_out"}, "its input is in layer 5 and its output in layer 6"),
+    ({"hook_name": "blocks.5.hook_mlp_in"}, "hook_name 'blocks.5.hook_mlp_in' is not supported"),
     ({"hook_name": "blocks.5.mlp.hook_in", "model_from_pretrained_kwargs": {"fold_ln": True}},
      "fold_ln of TransformerLens"),
     ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "center_writing_weights of TransformerLens"),
@@ -178,7 +178,7 @@ def test_a_decoder_bias_is_never_subtracted_from_the_input(tmp_path: Path) -> No
     make_lens("transcoder").save_model(tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | {"apply_b_dec_to_input": True}))
-    with pytest.raises(RequestError, match="apply_b_dec_to_input of a transcoder"):
+    with pytest.raises(RequestError, match="apply_b_dec_to_input must be false"):
         open_sae(str(tmp_path))
 
 
@@ -188,7 +188,7 @@ def test_a_decoder_bias_is_never_subtracted_from_the_input(tmp_path: Path) -> No
 def test_layers_of_one_source_read_the_same_place(tmp_path: Path) -> None:
     write_sparsify(tmp_path / "layers.3.mlp", transcode=True)
     write_sparsify(tmp_path / "layers.4.mlp")
-    with pytest.raises(RequestError, match=r"have one input_hookpoint, these have mlp_in .* and None"):
+    with pytest.raises(RequestError, match=r"have different values of input_hookpoint: mlp_in .* and None"):
         open_sae(str(tmp_path))
 
 

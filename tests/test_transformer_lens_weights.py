@@ -237,9 +237,9 @@ def test_raw_activations_through_a_centred_sae(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("metadata", "message"), [
-    ({"model_name": None}, "names no model_name"),
+    ({"model_name": None}, "model_name is missing"),
     ({"hook_name": "transformer.h.1.mlp.act"}, "center_writing_weights of TransformerLens"),
-    ({"model_from_pretrained_kwargs": ["center_writing_weights"]}, "which is no dict"),
+    ({"model_from_pretrained_kwargs": ["center_writing_weights"]}, "but must be of type dict"),
 ])  # fmt: skip
 def test_unsupported_rewriting_is_rejected(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
     write(tmp_path, **{"model_from_pretrained_kwargs": CENTRED, **metadata})

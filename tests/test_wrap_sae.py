@@ -167,12 +167,12 @@ def test_the_constant_that_activations_of_sae_lens_are_scaled_by(tmp_path: Path)
 
 def test_an_sae_lens_object_without_a_place() -> None:
     sae = make_lens("topk", hook_name=None)
-    with pytest.raises(RequestError, match="`layer` is missing: the TopKTrainingSAE does not say"):
+    with pytest.raises(RequestError, match="`layer` is missing: TopKTrainingSAE does not name"):
         wrap_sae(sae)
     assert (wrap_sae(sae, layer=2).layers, wrap_sae(sae, layer=2).hookpoint) == ((2,), "resid_post")
     assert wrap_sae(sae, hookpoint="blocks.4.hook_mlp_out").hookpoint == "mlp_out"
     unknown = make_lens("topk", hook_name="my_layer")
-    with pytest.raises(RequestError, match="TopKTrainingSAE: hook_name 'my_layer' is no place"):
+    with pytest.raises(RequestError, match="TopKTrainingSAE: hook_name 'my_layer' is not supported"):
         wrap_sae(unknown)
     assert wrap_sae(unknown, layer=1, hookpoint="attn_out").hookpoint == "attn_out"
 
@@ -237,13 +237,13 @@ def test_a_subclass_of_sae_lens_with_an_encoder_of_its_own() -> None:
     torch.testing.assert_close(dense(sae.encode(x)), codes, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.decode(sae.encode(x)), recon, rtol=1e-5, atol=1e-5)
     assert_unchanged(doubled)
-    with pytest.raises(RequestError, match="`obj` Narrow: encode gives 5 latents, but its cfg says 64"):
+    with pytest.raises(RequestError, match="`obj` Narrow: encode returned 5 latents, but its cfg says 64"):
         wrap_sae(Narrow(config))
     assert isinstance(wrap_sae(Silent(config)).load(1, "cpu").coder, LinearCoder), "its codes are the library's"
 
 
 def test_unsupported_sae_lens_objects_are_rejected() -> None:
-    with pytest.raises(RequestError, match="`obj` TopKTrainingSAE: k 4 is more than d_sae 2"):
+    with pytest.raises(RequestError, match="`obj` TopKTrainingSAE: k 4 is greater than d_sae 2"):
         wrap_sae(changed(make_lens("topk"), lambda sae: setattr(sae.cfg, "d_sae", 2)))
     with pytest.raises(RequestError, match=r"`obj` StandardTrainingSAE: W_dec has shape \[3, 16\]"):
         wrap_sae(changed(make_lens("standard"), lambda sae: setattr(sae, "W_dec", nn.Parameter(torch.ones(3, D_IN)))))
@@ -299,9 +299,9 @@ def test_where_an_object_of_sparsify_belongs() -> None:
     assert wrap_sae(coder, layer=0).hookpoint == "resid_post"
     assert wrap_sae(coder, layer=0).name == "sparsecoder_layer_0"
     assert wrap_sae(coder, hookpoint="layers.2.attention").layers == (2,)
-    with pytest.raises(RequestError, match="`layer` is missing: the SparseCoder does not say"):
+    with pytest.raises(RequestError, match="`layer` is missing: SparseCoder does not name"):
         wrap_sae(coder)
-    with pytest.raises(RequestError, match="`hookpoint` is missing: the SparseCoder does not say which module"):
+    with pytest.raises(RequestError, match="`hookpoint` is missing: SparseCoder does not name the module"):
         wrap_sae(make_sparse_coder(transcode=True), layer=0)
     with pytest.raises(RequestError, match="`input_hookpoint` mlp_in: the object is an autoencoder"):
         wrap_sae(coder, layer=0, hookpoint="mlp_out", input_hookpoint="mlp_in")
@@ -316,7 +316,9 @@ def test_custom_sparsify_objects_use_dense_codes() -> None:
         def encode(self, x: Tensor) -> Any:
             return super().encode(x + 1)
 
-    with pytest.raises(RequestError, match="`obj` Noisy: encode gives a EncoderOutput; a dense tensor"):
+    with pytest.raises(
+        RequestError, match="`obj` Noisy: encode returned a EncoderOutput; it must return a dense tensor"
+    ):
         wrap_sae(Noisy(D_IN, sparsify.SparseCoderConfig(k=K, expansion_factor=4)), layer=0)
 
 
@@ -357,7 +359,7 @@ def test_a_dictionary_that_transcodes(library: Any) -> None:
 def test_the_identity_of_dictionary_learning_has_no_weights(library: Any) -> None:
     from dictionary_learning.dictionary import IdentityDict
 
-    with pytest.raises(RequestError, match="`version` is missing: the IdentityDict has no state_dict of tensors"):
+    with pytest.raises(RequestError, match="`version` is missing: IdentityDict has no state_dict of tensors"):
         wrap_sae(IdentityDict(D_IN), layer=0)
     x = activations()
     sae = wrap_sae(IdentityDict(D_IN), layer=0, version="1").load(0, "cpu")
@@ -384,9 +386,9 @@ def test_our_own_saes_are_returned_unchanged() -> None:
     assert source.fingerprint() != before
     never = linear_sae(W_enc, W_dec, Threshold(torch.full((D_SAE,), torch.inf)))
     assert wrap_sae(never).load(0, "cpu").encode(x).value.numel() == 0
-    with pytest.raises(RequestError, match="`layer` 3: the object says 0"):
+    with pytest.raises(RequestError, match="`layer` is 3, but the object says 0"):
         wrap_sae(sae, layer=3)
-    with pytest.raises(RequestError, match=r"`obj` Sae: .*W_enc holds NaN"):
+    with pytest.raises(RequestError, match=r"`obj` Sae: .*W_enc has NaN"):
         wrap_sae(linear_sae(W_enc * torch.nan, W_dec, TopK(K))).prepare()
 
 
@@ -635,7 +637,7 @@ def test_widths_that_can_be_inferred(sae: nn.Module) -> None:
 def test_a_custom_transcoder() -> None:
     sae = Linear()
     sae.decoder = nn.Linear(D_SAE, 7)
-    with pytest.raises(RequestError, match="`input_hookpoint` is missing: the Linear reads width 16 and writes"):
+    with pytest.raises(RequestError, match="`input_hookpoint` is missing: Linear has input width 16 and output"):
         wrap_sae(sae, layer=1)
     source = wrap_sae(sae, layer=1, hookpoint="mlp_out", input_hookpoint="layers.<layer>.mlp:in")
     assert (source.hookpoint, source.input_hookpoint, source.d_in, source.d_out) == ("mlp_out", "mlp_in", D_IN, 7)
@@ -664,13 +666,13 @@ class Exits(Linear):
 
 @pytest.mark.parametrize("where", ["encode", "decode", "state_dict", "train"])
 def test_an_object_that_exits_is_an_error(where: str) -> None:
-    with pytest.raises(RequestError, match=r"`obj` Exits: .* exits the process \(SystemExit 0\)"):
+    with pytest.raises(RequestError, match=r"`obj` Exits: .* called exit \(SystemExit 0\)"):
         wrap_sae(Exits(where), layer=1, d_in=None)
 
 
 def test_an_object_that_exits_while_measured_is_an_error() -> None:
     sae = wrap_sae(Exits("later"), layer=1).load(1, "cpu")
-    with pytest.raises(RequestError, match="the Exits exits the process"):
+    with pytest.raises(RequestError, match="Exits called exit"):
         sae.encode(activations())
 
 
@@ -712,40 +714,40 @@ MADE = {"layer": 1, "d_in": D_IN}
     (object(), MADE, "`obj` object has no encode and no decode: an SAE has encode"),
     (OnlyForward(), MADE, "`obj` OnlyForward has no encode and no decode"),
     ("EleutherAI/sae", MADE, "`obj` str has no decode.*load_sae opens an SAE by its name"),
-    (Own, MADE, "`obj` Own is a class: give an object of it"),
-    (Gives(lambda codes: (codes, codes)), MADE, "`d_in` 16: Gives: encode gives a tuple; a dense tensor"),
-    (Gives(lambda codes: (codes, codes)), {"layer": 1}, "`obj` Gives: encode gives a tuple"),
-    (Gives(lambda codes: codes[0]), MADE, r"encode gives a tensor of shape \[64\]; a dense tensor \[2, width\]"),
-    (Gives(lambda codes: codes.to_sparse()), MADE, "gives a sparse tensor"),
-    (Gives(raises), MADE, "encode of .* fails: ValueError: one line and another"),
-    (Gives(lambda codes: codes, lambda recon: (recon,)), MADE, "`obj` Gives: decode gives a tuple"),
-    (Gives(lambda codes: codes, raises), MADE, "`obj` Gives: decode of .* fails: ValueError"),
-    (Bare(Own(D_IN)), MADE, "`version` is missing: the Bare has no state_dict of tensors"),
-    (Bare(Own(D_IN)), {"layer": 1, "version": "1"}, "`d_in` is missing: neither an attribute nor the weights"),
+    (Own, MADE, "`obj` Own is a class: give an instance"),
+    (Gives(lambda codes: (codes, codes)), MADE, "`d_in` 16: Gives: encode returned a tuple; it must return"),
+    (Gives(lambda codes: (codes, codes)), {"layer": 1}, "`obj` Gives: encode returned a tuple"),
+    (Gives(lambda codes: codes[0]), MADE, r"encode returned a tensor of shape \[64\]; it must .*\[2, width\]"),
+    (Gives(lambda codes: codes.to_sparse()), MADE, "returned a sparse tensor"),
+    (Gives(raises), MADE, "encode of .* failed: ValueError: one line and another"),
+    (Gives(lambda codes: codes, lambda recon: (recon,)), MADE, "`obj` Gives: decode returned a tuple"),
+    (Gives(lambda codes: codes, raises), MADE, "`obj` Gives: decode of .* failed: ValueError"),
+    (Bare(Own(D_IN)), MADE, "`version` is missing: Bare has no state_dict of tensors"),
+    (Bare(Own(D_IN)), {"layer": 1, "version": "1"}, "`d_in` is missing: it cannot be found"),
     (Anything(), {"layer": 1}, "`d_in` is missing"),
-    (Own(D_IN), {}, "`layer` is missing: the Own does not say"),
-    (Own(D_IN), {"layer": -1}, "`layer` is -1; a whole number from 0 on"),
-    (Own(D_IN), {"layer": True}, "`layer` is True; a whole number"),
-    (Own(D_IN), {"layer": 1.5}, "`layer` is 1.5; a whole number"),
-    (Own(D_IN), {"layer": 1, "d_in": 7}, r"`d_in` 7: Own: encode of \[2, 7\] fails: RuntimeError"),
-    (Own(D_IN), {"layer": 1, "d_in": 0}, "`d_in` is 0; a whole number from 1 on"),
-    (Own(D_IN), {"layer": 1, "d_out": 7}, "`d_out` 7: decode of the Own gives 16 columns"),
+    (Own(D_IN), {}, "`layer` is missing: Own does not name"),
+    (Own(D_IN), {"layer": -1}, "`layer` is -1, but must be a whole number, at least 0"),
+    (Own(D_IN), {"layer": True}, "`layer` is True, but must be a whole number"),
+    (Own(D_IN), {"layer": 1.5}, "`layer` is 1.5, but must be a whole number"),
+    (Own(D_IN), {"layer": 1, "d_in": 7}, r"`d_in` 7: Own: encode of \[2, 7\] failed: RuntimeError"),
+    (Own(D_IN), {"layer": 1, "d_in": 0}, "`d_in` is 0, but must be a whole number, at least 1"),
+    (Own(D_IN), {"layer": 1, "d_out": 7}, "`d_out` is 7, but decode of Own returned 16 columns"),
     (Own(D_IN), {"layer": 1, "k": "many"}, "`k` is 'many'"),
-    (Own(D_IN), {"layer": 1, "hookpoint": ""}, "`hookpoint` is ''; the name of a place"),
-    (Own(D_IN), {"layer": 1, "hookpoint": "blocks.2.hook_mlp_out"}, "`layer` 1: `hookpoint` blocks.2.* is of layer 2"),
-    (Own(D_IN), {"layer": 1, "scaling_factor": 2.0}, "`scaling_factor` 2.0: this object does not ask for one"),
-    (Own(D_IN), {"layer": 1, "scaling_factor": 0}, "`scaling_factor` is 0; a number above 0"),
-    (Own(D_IN), {"layer": 1, "prepend_bos": "yes"}, "`prepend_bos` is 'yes', which is no bool"),
-    (Own(D_IN), {"layer": 1, "model_name": 3}, "`model_name` is 3, which is no str"),
-    (Own(D_IN), {"layer": 1, "version": 2}, "`version` is 2; a string"),
-    (Own(D_IN), {"layer": 1, "name": "a,b"}, "`name` is 'a,b'; letters or digits"),
+    (Own(D_IN), {"layer": 1, "hookpoint": ""}, "`hookpoint` is '', but must be the name"),
+    (Own(D_IN), {"layer": 1, "hookpoint": "blocks.2.hook_mlp_out"}, "`layer` 1: `hookpoint` blocks.2.* names layer 2"),
+    (Own(D_IN), {"layer": 1, "scaling_factor": 2.0}, "`scaling_factor` 2.0: this object does not use one"),
+    (Own(D_IN), {"layer": 1, "scaling_factor": 0}, "`scaling_factor` is 0, but must be a number above 0"),
+    (Own(D_IN), {"layer": 1, "prepend_bos": "yes"}, "`prepend_bos` is 'yes', but must be of type bool"),
+    (Own(D_IN), {"layer": 1, "model_name": 3}, "`model_name` is 3, but must be of type str"),
+    (Own(D_IN), {"layer": 1, "version": 2}, "`version` is 2, but must be a string"),
+    (Own(D_IN), {"layer": 1, "name": "a,b"}, "`name` is 'a,b', but must have a letter"),
     (Own(D_IN), {"layer": 1, "name": ""}, "`name` is ''"),
     (Own(D_IN), {"layer": 1, "name": " a"}, "`name` is ' a'"),
     (Own(D_IN), {"layer": 1, "name": "..."}, "`name` is '...'"),
     (Own(D_IN), {"layer": 1, "name": 3}, "`name` is 3"),
-    (Linear(activation_dim=D_IN), {"layer": 1, "d_in": 7}, "`d_in` 7: the object says 16"),
+    (Linear(activation_dim=D_IN), {"layer": 1, "d_in": 7}, "`d_in` is 7, but the object says 16"),
     (Own(D_IN).to("meta"), {"layer": 1}, "`obj` Own: W_enc is a meta tensor"),
-    (Locked(), {"layer": 1}, "`obj` Locked: to copy it in evaluation mode fails: TypeError"),
+    (Locked(), {"layer": 1}, "`obj` Locked: copying it in evaluation mode failed: TypeError"),
 ])  # fmt: skip
 def test_unsupported_objects_are_rejected(sae: Any, given: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
@@ -755,17 +757,17 @@ def test_unsupported_objects_are_rejected(sae: Any, given: dict[str, Any], messa
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"layer": 4}, "`layer` 4: the object says 5"),
-    ({"hookpoint": "mlp_out"}, "`hookpoint` mlp_out: the object says resid_post"),
-    ({"hookpoint": "blocks.6.hook_resid_post"}, "`layer` 6: the object says 5"),
-    ({"d_in": 7}, "`d_in` 7: the object says 16"),
-    ({"d_out": 7}, "`d_out` 7: the object says 16"),
-    ({"k": 5}, "`k` 5: the object says 4"),
-    ({"architecture": "mine"}, "`architecture` mine: the object says topk"),
-    ({"prepend_bos": False}, "`prepend_bos` False: the object says True"),
-    ({"trained_on_bos": False}, "`trained_on_bos` False: the object says True"),
-    ({"model_name": "gpt2"}, "`model_name` gpt2: the object says pythia-70m-deduped"),
-    ({"context_size": 64}, "`context_size` 64: the object says 128"),
+    ({"layer": 4}, "`layer` is 4, but the object says 5"),
+    ({"hookpoint": "mlp_out"}, "`hookpoint` is mlp_out, but the object says resid_post"),
+    ({"hookpoint": "blocks.6.hook_resid_post"}, "`layer` is 6, but the object says 5"),
+    ({"d_in": 7}, "`d_in` is 7, but the object says 16"),
+    ({"d_out": 7}, "`d_out` is 7, but the object says 16"),
+    ({"k": 5}, "`k` is 5, but the object says 4"),
+    ({"architecture": "mine"}, "`architecture` is mine, but the object says topk"),
+    ({"prepend_bos": False}, "`prepend_bos` is False, but the object says True"),
+    ({"trained_on_bos": False}, "`trained_on_bos` is False, but the object says True"),
+    ({"model_name": "gpt2"}, "`model_name` is gpt2, but the object says pythia-70m-deduped"),
+    ({"context_size": 64}, "`context_size` is 64, but the object says 128"),
     ({"input_hookpoint": "mlp_in"}, "`input_hookpoint` mlp_in: the object is an autoencoder"),
 ])  # fmt: skip
 def test_arguments_that_contradict_the_object_are_rejected(given: dict[str, Any], message: str) -> None:
@@ -774,7 +776,7 @@ def test_arguments_that_contradict_the_object_are_rejected(given: dict[str, Any]
 
 
 def test_latents_of_an_object_without_a_fixed_width() -> None:
-    with pytest.raises(RequestError, match="`k` 5: the object does not fix"):
+    with pytest.raises(RequestError, match="`k` 5: the object does not have a fixed"):
         wrap_sae(make_lens("standard"), k=5)
 
 
@@ -784,9 +786,9 @@ def test_broken_weights_are_found_before_a_model_is_loaded(make: Callable[[], An
     source = wrap_sae(sae, layer=5)
     nudge(sae)
     next(sae.parameters()).data.view(-1)[0] = torch.nan
-    with pytest.raises(RequestError, match="holds NaN or infinity"):
+    with pytest.raises(RequestError, match="has NaN or infinity"):
         source.prepare()
-    with pytest.raises(RequestError, match="holds NaN or infinity"):
+    with pytest.raises(RequestError, match="has NaN or infinity"):
         source.load(5, "cpu")
 
 
@@ -817,12 +819,12 @@ def recon_of_file(name: str, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "layer", "given", "message"), [
-    ("*", 1, {}, r"`name` \* stands for 2 SAEs: one, two"),
+    ("*", 1, {}, r"`name` \* matches 2 SAEs: one, two"),
     ("one", 3, {}, "`layer` 3: one has SAEs for layers 1, 2 only"),
     ("one", 1, {"device": "nowhere"}, "`device` nowhere: "),
     ("one", 1, {"dtype": torch.int8}, "`dtype` is torch.int8"),
     ("one", 1, {"dtype": "float32"}, "`dtype` is 'float32'"),
-    (Own(D_IN), 1, {}, "`name` is a Own; load_sae takes names, wrap_sae takes objects"),
+    (Own(D_IN), 1, {}, "`name` is a Own: load_sae needs a name, wrap_sae an object"),
     ("./nothing", 1, {}, "no such folder"),
 ])  # fmt: skip
 def test_unloadable_names_are_rejected(

@@ -34,7 +34,7 @@ from delta_selectivity.probing.uncertainty import Estimate
 from delta_selectivity.records.sae_level import mean_delta, mean_transfer_r2
 from delta_selectivity.run.activations import Block, Item, LayerRows, Producer, SaeId, plan_blocks
 from delta_selectivity.run.cell_result import ONE_PARTITION, CellResult, warnings_of
-from delta_selectivity.run.planning import Cell, in_model
+from delta_selectivity.run.planning import Cell, resolve_hookpoint
 from delta_selectivity.run.preflight import Preflight
 from delta_selectivity.run.prober import Prober, Work
 from delta_selectivity.run.reconstruction import SiteScale
@@ -188,7 +188,7 @@ class Evaluator:
             fit_model=fit_model,
             sample=TokenSample.draw(self._tokenised, texts, settings.whole_tokens, settings.seed),
         )
-        self._sets = {index: self._work.task_sets(index, keep=True) for index in range(len(texts.datasets))}
+        self._sets = {index: self._work.task_sets(index, keep_fits=True) for index in range(len(texts.datasets))}
         sets = [task_set for of_dataset in self._sets.values() for task_set in of_dataset]
         if not any(task_set.plan.kept for task_set in sets):
             reason = next(iter(sets[0].plan.skipped.values())).reason
@@ -355,7 +355,7 @@ class Evaluator:
                     task_set.fit_model(self._site, store, backend, self._work.device, fit_model)
 
                 probe_cores = probing_cores(cores, self._device, self._work.device)
-                for _ in probe_cores.in_order(sets, fit, "probes"):
+                for _ in probe_cores.map_in_order(sets, fit, "probes"):
                     pass
 
     def _checked_source(self, sae: Any) -> SaeSource:
@@ -371,8 +371,8 @@ class Evaluator:
             self._widths[input_site],
             None if input_site == self._site else input_site.hookpoint,
         )
-        if source.asked is None:
-            source = in_model(source, self._modules)
+        if source.requested_hookpoint is None:
+            source = resolve_hookpoint(source, self._modules)
         if layer not in source.layers or source.hookpoint != hookpoint:
             layers = ", ".join(map(str, source.layers))
             raise RequestError(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.errors import RequestError
-from delta_selectivity.system.interrupts import like_ctrl_c
-from delta_selectivity.system.terminal import NOTE, LineFormatter, tell
+from delta_selectivity.system.interrupts import as_keyboard_interrupt
+from delta_selectivity.system.terminal import NOTE, LineFormatter, show_on_stderr
 
 log = logging.getLogger("delta_selectivity")
 
@@ -48,17 +48,17 @@ def guarded(
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:
-        with like_ctrl_c():
+        with as_keyboard_interrupt():
             job(sys.argv[1:] if argv is None else argv)
     except RequestError as error:
-        tell(with_flags(f"error: {error}"))
+        show_on_stderr(with_flags(f"error: {error}"))
         return 2
     except KeyboardInterrupt:
-        tell(f"interrupted: {left()}")
+        show_on_stderr(f"interrupted: {left()}")
         return 130
     except Exception as error:
         log.log(logging.INFO if _is_self_explanatory(error) else logging.ERROR, "where it failed", exc_info=error)
-        tell(f"failed: {type(error).__name__}: {str(error)[:ERROR_SHOWN]}; {left()}")
+        show_on_stderr(f"failed: {type(error).__name__}: {str(error)[:ERROR_SHOWN]}; {left()}")
         return 1
     return 0
 

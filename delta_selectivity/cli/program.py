@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from delta_selectivity.system import interrupts
-from delta_selectivity.system.startup import hold_collector
+from delta_selectivity.system.startup import pause_garbage_collection
 
 CONSOLE = "delta-selectivity"
 
@@ -38,23 +38,23 @@ COMMANDS = {
 
 def main() -> NoReturn:
     """Run the console command `delta-selectivity` with a subcommand and its arguments, and end the process."""
-    interrupts.leave_at_once()
+    interrupts.exit_on_signals()
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in COMMANDS:
         start(command, arguments, f"{CONSOLE} {command}")
-    from delta_selectivity.system.terminal import show, tell  # after the signal handlers: this import is slow
+    from delta_selectivity.system.terminal import show, show_on_stderr  # after the signal handlers: this import is slow
 
     if command in {"-h", "--help"}:
         lines = (f"  {name:8} {known.help}" for name, known in COMMANDS.items())
         show("\n".join([f"usage: {CONSOLE} COMMAND ...", "", *lines, "", "Each command has its own --help."]))
-        interrupts.leave(0)
+        interrupts.exit_now(0)
     if command == "--version":
         from delta_selectivity.cli.parser import version
 
         show(f"{CONSOLE} {version()}")
-        interrupts.leave(0)
-    tell(f"error: unknown command {command!r}: choose from {', '.join(COMMANDS)}")
-    interrupts.leave(2)
+        interrupts.exit_now(0)
+    show_on_stderr(f"error: unknown command {command!r}: choose from {', '.join(COMMANDS)}")
+    interrupts.exit_now(2)
 
 
 def start(command: str, arguments: Sequence[str] | None = None, prog: str | None = None) -> NoReturn:
@@ -65,15 +65,15 @@ def start(command: str, arguments: Sequence[str] | None = None, prog: str | None
         arguments: Its arguments; None for those of this process.
         prog: The program's name in its help; None for the name of its file in a clone.
     """
-    interrupts.leave_at_once()  # before the imports below, which take 0.1 s
-    hold_collector()
+    interrupts.exit_on_signals()  # before the imports below, which take 0.1 s
+    pause_garbage_collection()
     module = importlib.import_module(f"delta_selectivity.cli.{COMMANDS[command].module}")
     code = module.main(sys.argv[1:] if arguments is None else arguments, prog or COMMANDS[command].file)
     if command == "scale":
         from multiprocessing import util
 
-        util._exit_function()  # type: ignore[attr-defined]  # `leave` skips this; else the tracker warns
-    interrupts.leave(code)
+        util._exit_function()  # type: ignore[attr-defined]  # `exit_now` skips this; else the tracker warns
+    interrupts.exit_now(code)
 
 
 def results_message(output: Path, prog: str) -> str:

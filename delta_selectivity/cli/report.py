@@ -37,7 +37,7 @@ from delta_selectivity.reporting.tables import (
     render,
     resource_table,
 )
-from delta_selectivity.system.terminal import show, show_status, tell
+from delta_selectivity.system.terminal import show, show_on_stderr, show_status
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
         arguments = _parse(argv, prog)
         files, errors = load_all(path for folder in arguments.folder for path in result_files(folder))
         for error in errors:
-            tell(with_flags(f"error: {error}"))
+            show_on_stderr(with_flags(f"error: {error}"))
         if not files:
             return 2
         beside = [read(path) for path in arguments.beside or ()]
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
             _write_csv(files, arguments.csv)
             return 2 if errors else 0
     except RequestError as error:
-        tell(with_flags(f"error: {error}"))
+        show_on_stderr(with_flags(f"error: {error}"))
         return 2
     try:
         if arguments.rows is not None:
@@ -86,10 +86,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "report.py") -> int:
         else:
             _print(files, arguments)
     except RequestError as error:
-        tell(with_flags(f"error: {error}"))
+        show_on_stderr(with_flags(f"error: {error}"))
         return 2
     except OSError as error:
-        tell(f"failed: {error}")
+        show_on_stderr(f"failed: {error}")
         return 1
     return 2 if errors else 0
 

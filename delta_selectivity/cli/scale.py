@@ -89,11 +89,11 @@ def parse(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]
 
 def check(values: Mapping[str, Any], layers_per_unit: int, saes_per_unit: int) -> Job:
     """Plan one request from configs only. Raises `RequestError` if it is wrong."""
-    from delta_selectivity.run.planning import go_on, make_plan
+    from delta_selectivity.run.planning import adopt_existing_choices, make_plan
     from delta_selectivity.scale.spread import Job
     from delta_selectivity.scale.units import plan_units
 
-    plan = go_on(make_plan(make_request(values), fetch=False))
+    plan = adopt_existing_choices(make_plan(make_request(values), fetch=False))
     return Job(plan, plan_units(plan, layers_per_unit, saes_per_unit))
 
 

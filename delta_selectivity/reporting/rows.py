@@ -279,9 +279,9 @@ def _load_public_texts(
     name: str, data_dir: str | None, n: int | None, seed: int, fetch: bool
 ) -> texts.KeptTexts | None:
     from delta_selectivity.tasks import load_probe_texts, name_task  # here, because tasks import torch
-    from delta_selectivity.tasks.data_wheel import is_at_hand
+    from delta_selectivity.tasks.data_wheel import is_local
 
-    if data_dir is None and not fetch and not is_at_hand():
+    if data_dir is None and not fetch and not is_local():
         return None
     try:
         loaded = load_probe_texts([name_task(name, data_dir=data_dir)], shuffle_select_n=n, seed=seed)

@@ -114,4 +114,4 @@ def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatc
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with exclusive(tmp_path / "m_d.json"):
         pass
-    assert "no locks" in caplog.text
+    assert "does not support locks" in caplog.text

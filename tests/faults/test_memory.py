@@ -20,7 +20,7 @@ from delta_selectivity.probing.backends.problem import ProbeProblem
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
 from delta_selectivity.run import row_store
 from delta_selectivity.run.activations import LayerRows
-from delta_selectivity.system.out_of_memory import Room, is_out_of_memory
+from delta_selectivity.system.out_of_memory import MemoryBudget, is_out_of_memory
 
 CPU_ERROR = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -110,16 +110,16 @@ def test_work_in_pieces_covers_everything_once_and_remembers_the_size(caplog, n,
             raise error
         done.extend(range(n)[piece])
 
-    known = Room("rows are scored")
-    known.in_pieces(n, 4, work)
+    known = MemoryBudget("rows are scored")
+    known.run_in_pieces(n, 4, work)
     assert done == list(range(n))
     assert caplog.text.count("out of memory: rows are scored") == (n > room)
     del done[:], tried[:]
-    known.in_pieces(n, 4, work)
+    known.run_in_pieces(n, 4, work)
     assert done == list(range(n))
     assert max(tried) <= room
     largest, tried[:] = max(tried), []
-    known.in_pieces(n, 8, work)
+    known.run_in_pieces(n, 8, work)
     assert max(tried) == (n if n <= room else max(1, largest // 2)), "twice the cells a unit: half as many units"
     assert caplog.text.count("out of memory") == (n > room)
 
@@ -130,10 +130,10 @@ def test_work_in_pieces_raises_other_errors_and_indivisible_work():
 
     for error in (MemoryError(), RuntimeError("expected scalar type Double")):
         with pytest.raises(type(error)):
-            Room("rows are scored").in_pieces(1, 1, fail)
+            MemoryBudget("rows are scored").run_in_pieces(1, 1, fail)
     calls = []
     with pytest.raises(RuntimeError, match="scalar type"):
-        Room("rows are scored").in_pieces(8, 1, lambda piece: calls.append(piece) or fail(piece))
+        MemoryBudget("rows are scored").run_in_pieces(8, 1, lambda piece: calls.append(piece) or fail(piece))
     assert calls == [slice(0, 8)]
 
 
@@ -184,7 +184,7 @@ def test_scoring_targets_in_pieces_changes_no_number(monkeypatch, caplog, step, 
         return work(plan, x, *args)
 
     monkeypatch.setattr(selectivity, step, at_most_two)
-    monkeypatch.setattr(selectivity, "_ROOM", Room("targets are scored"))
+    monkeypatch.setattr(selectivity, "_BUDGET", MemoryBudget("targets are scored"))
     pieces, transfer_in_pieces = scored()
     assert widths[:3] == [5, 2, 2]
     torch.testing.assert_close(pieces.scores, whole.scores, rtol=1e-6, atol=1e-7)
@@ -284,7 +284,7 @@ def test_lack_of_memory_after_the_rows_left_the_gpu_is_an_error(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     PlayedGpu(monkeypatch, room=2)
-    monkeypatch.setattr(row_store.RowStore, "_pick", refuse)
+    monkeypatch.setattr(row_store.RowStore, "_read_rows", refuse)
     with store_of(device=GPU) as store, pytest.raises(torch.OutOfMemoryError):
         store.get(SITE, None, torch.arange(50), torch.device("cpu"))
 

@@ -205,7 +205,7 @@ class ResultJson(Reader):
                 "n_people": 300}  # fmt: skip
         layer = {"mse_pos": 0.5, "fvu_pos": 0.25, "l0": 8.0, "gender": cell, "is_alive": {**cell, "q_value": None}}
         file = result_file.RecordFile.open(self.path, self.key, self.run, overwrite=False)
-        file.warnings.append("layer 0 gender: only 30 people: the interval is rough")
+        file.warnings.append("layer 0 gender: only 30 groups: the interval is unreliable")
         file.seconds, file.resources, file.complete = {"forward": 1.5}, {"peak_ram_gb": 0.5}, True
         parts = {"": 0.02, "_ci_low": 0.01, "_ci_high": 0.03, "_p_value": 0.001, "_detectable": 0.01}
         figures = {f"{score}{part}": value for score in ("delta_sel", "transfer_r2") for part, value in parts.items()}

@@ -14,19 +14,19 @@ Floats = NDArray[np.float32] | NDArray[np.float64]
 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
-def remember(s: Floats, y: Floats, py: Floats, kept: tuple[Floats, ...], gamma: Floats, slot: int) -> None:
+def store_pair(s: Floats, y: Floats, py: Floats, pairs: tuple[Floats, ...], gamma: Floats, slot: int) -> None:
     """Write a step, its change of gradient and the preconditioned change into a slot of the history.
 
     Args:
         s: The step ``[columns, p]``.
         y: The change of gradient ``[columns, p]``.
         py: The preconditioned change of gradient ``[columns, p]``.
-        kept: The history of s, y and py ``[memory, columns, p]``, and 1 / s.y ``[memory, columns]``, which is 0 for
+        pairs: The history of s, y and py ``[memory, columns, p]``, and 1 / s.y ``[memory, columns]``, which is 0 for
             columns without positive curvature.
         gamma: s.y / y.Py ``[columns]``; unchanged for columns without positive curvature.
         slot: Index of the slot to write.
     """
-    all_s, all_y, all_py, rho = kept
+    all_s, all_y, all_py, rho = pairs
     columns, p = s.shape
     for c in range(columns):
         sy = ypy = s.dtype.type(0)
@@ -42,18 +42,18 @@ def remember(s: Floats, y: Floats, py: Floats, kept: tuple[Floats, ...], gamma: 
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
 def two_loops(
-    gradient: Floats, newton: Floats, kept: tuple[Floats, ...], gamma: Floats, slots: NDArray[np.int64]
+    gradient: Floats, newton: Floats, pairs: tuple[Floats, ...], gamma: Floats, slots: NDArray[np.int64]
 ) -> Floats:
     """Return minus the inverse Hessian's estimate times the gradient ``[columns, p]`` (Nocedal 1980).
 
     Args:
         gradient: ``[columns, p]``.
         newton: The preconditioner times the gradient ``[columns, p]``.
-        kept: As in `remember`.
+        pairs: As in `store_pair`.
         gamma: ``[columns]``.
         slots: The slots in use, from the oldest step to the newest.
     """
-    all_s, all_y, all_py, rho = kept
+    all_s, all_y, all_py, rho = pairs
     columns, p = gradient.shape
     step, q, weights = np.empty_like(gradient), np.empty_like(gradient[0]), np.empty_like(rho[:, 0])
     for c in range(columns):

@@ -1,11 +1,11 @@
-"""Strided features for the batched solver: one matrix for all columns, an iteration is two large GEMMs.
+"""Dense features for the batched solver: all columns share one matrix, so an iteration is two large GEMMs.
 
-Held-out rows have weight 0, so the matrix is the same for all columns. It is kept once, in float32, centred and
-scaled; products in float64 read x itself, converted a block of rows at a time, which needs no float64 copy.
+Held-out rows have weight 0, so the matrix is the same for all columns. It is stored once, in float32, centred and
+scaled. Float64 products use x itself, converted a block of rows at a time, so that a large x needs no float64 copy.
 
-The preconditioner is the inverse Hessian at zero (Böhning 1992's bound), averaged over the columns and shrunk to their
-mean curvature. Tried without gain: a new Hessian for each C, or one per split, saved a tenth of the iterations and took
-as long or longer; one eigendecomposition for all C with each column's own curvature saved no iterations.
+The preconditioner is the inverse Hessian at zero (the bound of Böhning 1992), averaged over the columns and scaled to
+their mean curvature. Tried without gain: a new Hessian for each C, or one per split, saved a tenth of the iterations
+and took as long or longer; one eigendecomposition for all C with each column's own curvature saved no iterations.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.probing.backends.history import dot
-from delta_selectivity.probing.backends.lbfgs import Loss, Parabola
+from delta_selectivity.probing.backends.lbfgs import Loss, QuadraticLoss
 from delta_selectivity.probing.backends.problem import ProbeProblem
 from delta_selectivity.system.gemm import linear
 
 _TEMPORARIES = 12  # float64 matrices [columns, rows] alive at once
-_BLOCK_ON_CPU, _BLOCK = 2**18, 2**24  # cells of x converted at a time: what a cache holds; elsewhere, few launches
-_GRAM_BLOCKS = 4  # times more rows: products of narrow panels want long sums
-_PANEL = 128  # columns of the Gram matrix made at a time, from the diagonal on: the other half is the mirror image
-_FEW = 32  # for fewer columns than one in so many features, solving takes less time than an inverse and its products
-_ROUGH_PAYS = 2**17  # cells of x from which on a product takes longer than the calls around it
+_BLOCK_ON_CPU, _BLOCK = 2**18, 2**24  # cells of x converted at a time: to fit a CPU cache; for few GPU launches
+_GRAM_BLOCKS = 4  # factor of the block size: products of narrow panels are faster with more rows
+_PANEL = 128  # columns of the Gram matrix computed at a time, from the diagonal down, since it is symmetric
+_FEATURES_PER_COLUMN = 32  # with more features per column, solving takes less time than inverting and multiplying
+_MIN_FLOAT32_CELLS = 2**17  # cells of x from which float32 is faster: with fewer, call overhead dominates
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DenseDesign:
     unit: Tensor  # float64 [d], between the splits' scales
     centre: Tensor  # float64 [d]
     divisor: Tensor  # float64 [splits, d]
-    block: Tensor  # float64 [rows of a block, d]: all of x less `centre` if it fits, else memory to convert blocks in
+    block: Tensor  # float64 [rows of a block, d], x - centre if all rows fit, else scratch for converting blocks
 
     @classmethod
     def build(cls, problem: ProbeProblem) -> DenseDesign:
@@ -49,10 +49,11 @@ class DenseDesign:
         unit = divisor.log().mean(dim=0).exp()
         centre = _mean(x)
         z = torch.ones(len(x), x.shape[1] + 1, dtype=torch.float32, device=x.device)
-        near, stretch = centre.float(), unit.reciprocal().float()  # x less `near` is exact wherever rounding would tell
-        left = ((near - centre) / unit).float()
+        centre32 = centre.float()  # x - centre32 is exact where rounding matters
+        inverse_unit = unit.reciprocal().float()
+        shift = ((centre32 - centre) / unit).float()
         for rows in _blocks(x):
-            torch.addcmul(left, x[rows] - near, stretch, out=z[rows, :-1])
+            torch.addcmul(shift, x[rows] - centre32, inverse_unit, out=z[rows, :-1])
         longest = max((len(x[rows]) for rows in _blocks(x)), default=0)
         block = centre.new_empty(longest, x.shape[1])
         if longest == len(x):
@@ -73,16 +74,16 @@ class DenseDesign:
         penalty = torch.ones(self.z.shape[1], dtype=torch.float64, device=self.z.device)
         penalty[-1] = 0
         return DenseColumns(
-            index, split, loss, Exact(self.x, self.centre, self.divisor[split], self.block), penalty, self
+            index, split, loss, Float64Products(self.x, self.centre, self.divisor[split], self.block), penalty, self
         )
 
     def preconditioners(self, n_columns: int) -> InverseHessians:
         """Return the preconditioners for each C."""
-        return InverseHessians(self.z, inverted=_FEW * n_columns >= self.z.shape[1])
+        return InverseHessians(self.z, inverted=_FEATURES_PER_COLUMN * n_columns >= self.z.shape[1])
 
 
 class Products(Protocol):
-    """The features of columns, each seen by the scale of its own split, times coefficients and times residuals."""
+    """Products of the features with coefficients and with residuals; each column uses the scale of its split."""
 
     def forward(self, theta: Tensor) -> Tensor:
         """Return the margins [columns, rows] of theta [columns, d + 1]."""
@@ -98,13 +99,13 @@ class Products(Protocol):
 
 
 @dataclass(frozen=True)
-class Exact:
+class Float64Products:
     """Products in float64. They centre x first, so that a constant feature is exactly zero."""
 
     x: Tensor  # [rows, d]
     centre: Tensor  # [d]
     divisor: Tensor  # [columns, d]
-    block: Tensor  # [rows of a block, d]: centred x if it has as many rows, else scratch
+    block: Tensor  # [rows of a block, d], x - centre if it has all rows, else scratch
 
     def forward(self, theta: Tensor) -> Tensor:
         coef = theta[:, :-1] / self.divisor
@@ -119,8 +120,8 @@ class Exact:
             total.addmm_(residual[:, rows], self._centred(rows))
         return torch.cat([total.div_(self.divisor), residual.sum(dim=1, keepdim=True)], dim=1)
 
-    def select(self, chosen: Tensor) -> Exact:
-        return Exact(self.x, self.centre, self.divisor[chosen], self.block)
+    def select(self, chosen: Tensor) -> Float64Products:
+        return Float64Products(self.x, self.centre, self.divisor[chosen], self.block)
 
     def _centred(self, rows: slice) -> Tensor:
         if len(self.block) == len(self.x):
@@ -130,7 +131,7 @@ class Exact:
 
 
 @dataclass(frozen=True)
-class Rough:
+class Float32Products:
     """Products in float32."""
 
     z: Tensor  # [rows, d + 1]
@@ -142,49 +143,49 @@ class Rough:
     def backward(self, residual: Tensor) -> Tensor:
         return linear(residual, self.z.T).mul_(self.stretch)
 
-    def select(self, chosen: Tensor) -> Rough:
-        return Rough(self.z, self.stretch[chosen])
+    def select(self, chosen: Tensor) -> Float32Products:
+        return Float32Products(self.z, self.stretch[chosen])
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The origin of a quadratic model: gradients are the gradient there plus the change since."""
+class ExpansionPoint:
+    """The point around which the loss is quadratic, and the gradient there."""
 
     theta: Tensor  # [columns, d + 1]
     gradient: Tensor  # [columns, d + 1]
 
-    def select(self, chosen: Tensor) -> Origin:
-        return Origin(self.theta[chosen], self.gradient[chosen])
+    def select(self, chosen: Tensor) -> ExpansionPoint:
+        return ExpansionPoint(self.theta[chosen], self.gradient[chosen])
 
 
 @dataclass(frozen=True)
 class DenseColumns:
-    """Theta [columns, d + 1] has the intercept last."""
+    """Logistic regressions on dense features; theta [columns, d + 1] has the intercept last."""
 
     index: Tensor  # int64 [columns]
     split: Tensor  # int64 [columns]
-    loss: Loss | Parabola
+    loss: Loss | QuadraticLoss
     products: Products
-    penalty: Tensor  # [d + 1], 1 but 0 for the intercept
+    penalty: Tensor  # [d + 1], 1; 0 for the intercept
     design: DenseDesign
-    origin: Origin | None = None  # if the loss is a quadratic model
+    origin: ExpansionPoint | None = None  # if the loss is a quadratic model
 
-    def times(self, c: float) -> DenseColumns:
-        assert isinstance(self.loss, Loss), "a parabola is of one C"
-        return replace(self, loss=self.loss.times(c))
+    def scaled(self, c: float) -> DenseColumns:
+        assert isinstance(self.loss, Loss), "a quadratic model is for one C"
+        return replace(self, loss=self.loss.scaled(c))
 
-    def rough(self) -> DenseColumns | None:
-        if self.design.x.numel() < _ROUGH_PAYS:
+    def in_float32(self) -> DenseColumns | None:
+        if self.design.x.numel() < _MIN_FLOAT32_CELLS:
             return None
-        assert isinstance(self.loss, Loss), "a parabola is rough already"
+        assert isinstance(self.loss, Loss), "a quadratic model is in float32 already"
         stretch = torch.ones(len(self.index), self.design.z.shape[1], dtype=torch.float32, device=self.design.z.device)
         stretch[:, :-1] = self.design.unit / self.design.divisor[self.split]
-        products = Rough(self.design.z, stretch)
-        return DenseColumns(self.index, self.split, self.loss.single(), products, self.penalty.float(), self.design)
+        products = Float32Products(self.design.z, stretch)
+        return DenseColumns(self.index, self.split, self.loss.in_float32(), products, self.penalty.float(), self.design)
 
-    def near(self, theta: Tensor, margins: Tensor, gradient: Tensor) -> DenseColumns:
-        loss = Parabola(self.loss.curvature(margins.to(theta.dtype)))
-        return replace(self, loss=loss, origin=Origin(theta, gradient))
+    def quadratic_at(self, theta: Tensor, margins: Tensor, gradient: Tensor) -> DenseColumns:
+        loss = QuadraticLoss(self.loss.curvature(margins.to(theta.dtype)))
+        return replace(self, loss=loss, origin=ExpansionPoint(theta, gradient))
 
     def select(self, chosen: Tensor) -> DenseColumns:
         parts = self.index[chosen], self.split[chosen], self.loss.select(chosen), self.products.select(chosen)
@@ -200,12 +201,12 @@ class DenseColumns:
             gradient += theta * self.penalty
         else:
             gradient += (theta - self.origin.theta) * self.penalty + self.origin.gradient
-        return gradient, preconditioner.times(gradient.float()).to(gradient.dtype)
+        return gradient, preconditioner.multiply(gradient.float()).to(gradient.dtype)
 
-    def along(self, direction: Tensor) -> tuple[Tensor, Tensor]:
+    def line_terms(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         return self.margins(direction), dot(self.penalty * direction, direction)
 
-    def lengths(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
+    def norms(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
         return newton.norm(dim=1), theta[:, :-1].norm(dim=1)
 
     def coefficients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +221,7 @@ class InverseHessian:
     factor: Tensor  # float32 [d + 1, d + 1], the Hessian's lower Cholesky factor
     inverse: Tensor | None  # float32 [d + 1, d + 1]; None: solving for few columns takes less time
 
-    def times(self, v: Tensor) -> Tensor:
+    def multiply(self, v: Tensor) -> Tensor:
         """Multiply by v [columns, d + 1]."""
         if self.inverse is not None:
             return linear(v, self.inverse.T)
@@ -248,8 +249,10 @@ class InverseHessians:
             factor, failed = torch.linalg.cholesky_ex(hessian)
             if not bool(failed):
                 return InverseHessian(factor, torch.cholesky_inverse(factor) if self._inverted else None)
-            if not bool(hessian.isfinite().all()):  # then no rounding is enough
-                raise ArithmeticError("too large for probes: their squares, in deviations of x, are beyond float32")
+            if not bool(hessian.isfinite().all()):  # no added rounding helps
+                raise ArithmeticError(
+                    "too large for probes: their squares, in units of x's deviation, overflow float32"
+                )
             rounding *= 10
 
     def _weighted_gram(self, curvature: Tensor) -> Tensor:
@@ -272,8 +275,8 @@ def _mean(x: Tensor) -> Tensor:
     return total / len(x)
 
 
-def _blocks(x: Tensor, as_large: int = 1) -> Iterator[slice]:
-    """Return slices that cover the rows of x; on a CPU as many times as large as they would be."""
-    cells = as_large * _BLOCK_ON_CPU if x.device.type == "cpu" else _BLOCK
+def _blocks(x: Tensor, factor: int = 1) -> Iterator[slice]:
+    """Return slices that cover the rows of x; on a CPU, `factor` multiplies their size."""
+    cells = factor * _BLOCK_ON_CPU if x.device.type == "cpu" else _BLOCK
     size = max(1, cells // max(x.shape[1], 1))
     return (slice(start, start + size) for start in range(0, len(x), size))
