@@ -102,7 +102,7 @@ def test_a_table_of_an_npz_file_and_its_warnings(tmp_path, capsys, caplog):
     assert "| reconstruction | labels |" in shown
     assert "delta_sel" in shown
     told = "\n".join(caplog.messages)
-    assert all(words in told for words in ("only 50 people", "FVU", "repeats 1"))
+    assert all(words in told for words in ("only 50 groups", "FVU", "repeats 1"))
 
 
 def test_baselines_are_reconstructions_too(flags, tmp_path):

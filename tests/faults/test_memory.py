@@ -258,7 +258,7 @@ def test_a_nearly_full_gpu_is_not_used_for_rows(monkeypatch):
 def test_rows_move_from_a_full_gpu_to_the_host(monkeypatch, caplog, method, max_bytes):
     PlayedGpu(monkeypatch, room=2)
     x, recon = torch.randn(50, 8), torch.randn(50, 8)
-    part = {"put": "_keep", "get": "_pick"}[method]
+    part = {"put": "_write_rows", "get": "_read_rows"}[method]
     work, failed = getattr(row_store.RowStore, part), []
 
     def refuse_once(self, *args):
