@@ -114,8 +114,8 @@ def test_missing_signals_are_not_handled(monkeypatch):
 def test_no_more_threads_than_a_container_may_use(monkeypatch):
     """Torch counts the cores of the machine."""
     monkeypatch.setattr(processor, "cpu_count", lambda: 2)
-    monkeypatch.setattr(cores._torch_threads, "enter", lambda: 64)
-    monkeypatch.setattr(cores._torch_threads, "leave", lambda: None)
+    monkeypatch.setattr(cores._threads, "enter", lambda: 64)
+    monkeypatch.setattr(cores._threads, "leave", lambda: None)
     with cores.sharing_cores("cpu") as shared:
         assert shared.n == 2
 

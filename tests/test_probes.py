@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from benchmarks import bench_probes
 from delta_selectivity.errors import RequestError
-from delta_selectivity.probing.backends import lbfgs, torch_dense
+from delta_selectivity.probing.backends import descent_kernels, lbfgs, torch_dense
 from delta_selectivity.probing.backends.cuml_qn import CumlQn
 from delta_selectivity.probing.backends.problem import balanced
 from delta_selectivity.probing.backends.sklearn_reference import SklearnReference
@@ -82,7 +83,7 @@ def test_float32_start_changes_no_score(monkeypatch):
     monkeypatch.setattr(
         torch_dense.DenseColumns, "in_float32", lambda self: singles.append(original(self)) or singles[-1]
     )
-    mixed = TorchLbfgs(tolerance=1e-9).fit(task)
+    mixed = TorchLbfgs(tolerance=1e-7).fit(task)
     assert all(columns is not None for columns in singles)
     monkeypatch.setattr(torch_dense.DenseColumns, "in_float32", lambda self: None)
     double = TorchLbfgs(tolerance=1e-9).fit(task)
@@ -93,11 +94,58 @@ def test_float32_start_changes_no_score(monkeypatch):
 def test_a_failed_float32_start_is_repeated_in_float64(monkeypatch):
     task = problem(**LARGE)
     expected = TorchLbfgs().fit(task)
-    not_finite = lambda self, residual: torch.full_like(self.stretch, torch.nan)  # noqa: E731
-    monkeypatch.setattr(torch_dense.Float32Products, "backward", not_finite)
+    backward = torch_dense.CentredProducts.backward
+
+    def fail_in_float32(self: torch_dense.CentredProducts, residual: torch.Tensor) -> torch.Tensor:
+        return backward(self, residual) * (torch.nan if residual.dtype == torch.float32 else 1)
+
+    monkeypatch.setattr(torch_dense.CentredProducts, "backward", fail_in_float32)
     fits = TorchLbfgs().fit(task)
     assert fits.converged.all()
     assert ((fits.coef - expected.coef).norm(dim=-1) / expected.coef.norm(dim=-1)).max() < 1e-5
+
+
+@pytest.mark.parametrize("case", [*HARD.values(), {**LARGE, "targets": 2}], ids=[*HARD, "large"])
+def test_the_compiled_loop_does_what_torch_does(case, monkeypatch):
+    task, calls = problem(**case), []
+    for_kernel = torch_dense.DenseColumns.for_kernel
+    monkeypatch.setattr(
+        torch_dense.DenseColumns, "for_kernel", lambda *given: calls.append(for_kernel(*given)) or calls[-1]
+    )
+    compiled = TorchLbfgs().fit(task)
+    assert all(call is not None for call in calls)
+    monkeypatch.setattr(torch_dense.DenseColumns, "for_kernel", lambda *given: None)
+    plain = TorchLbfgs().fit(task)
+    assert compiled.converged.equal(plain.converged)
+    assert (compiled.n_iter - plain.n_iter).abs().max() <= 3 + plain.n_iter.max() // 10
+    assert ((compiled.coef - plain.coef).norm(dim=-1) / plain.coef.norm(dim=-1)).max() < 1e-5
+
+
+def test_the_compiled_loop_stops_at_the_largest_number_of_iterations():
+    fits = TorchLbfgs(max_iter=3).fit(problem(**LARGE, cs=(10.0,)))
+    assert not fits.converged.any()
+    assert fits.n_iter.max() == 3
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype", "error"), [("_sigmoid_float32", "f4", 2e-7), ("_sigmoid_float64", "f8", 1e-13)]
+)
+def test_the_logistic_function_of_the_compiled_loop(function, dtype, error):
+    sigmoid = getattr(descent_kernels, function)
+    margins = np.concatenate([np.linspace(-40, 40, 2001), [-1e30, -800, 800, 1e30]]).astype(dtype)
+    expected = 1 / (1 + np.exp(-np.clip(margins.astype(np.float64), -700, 700)))
+    assert np.abs([sigmoid(margin) for margin in margins] - expected).max() < error
+    assert np.isnan(sigmoid(margins.dtype.type(np.nan)))
+
+
+def test_side_by_side_fits_are_those_of_one_thread():
+    """The compiled loop runs without the GIL: nothing of it is shared between threads."""
+    tasks = [problem(seed=seed) for seed in range(4)]
+    alone = [TorchLbfgs().fit(task) for task in tasks]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(TorchLbfgs().fit, tasks * 4))
+    for i, fits in enumerate(together):
+        assert fits.coef.equal(alone[i % 4].coef)
 
 
 def test_a_short_float32_start_is_continued_in_float64(monkeypatch):

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +84,7 @@ class Cores:
 
 @contextmanager
 def sharing_cores(device: str | torch.device) -> Iterator[Cores]:
-    """Yield cores for work on a device: one for a GPU; all for a CPU, with torch limited to one thread on each.
+    """Yield cores for work on a device: one for a GPU; all for a CPU, with one thread of torch and BLAS on each.
 
     Two threads that both parallelise their matrix products wait for each other at every barrier: on 2 cores, a fit of
     0.3 s took up to 8 s during a forward pass. Batches that run in parallel as a whole need no barriers.
@@ -96,11 +96,11 @@ def sharing_cores(device: str | torch.device) -> Iterator[Cores]:
     if torch.device(device).type != "cpu":
         yield Cores(1)
         return
-    n = _torch_threads.enter()
+    n = _threads.enter()
     try:
         yield Cores(min(n, cpu_count()))  # torch ignores container quotas
     finally:
-        _torch_threads.leave()
+        _threads.leave()
 
 
 def probing_cores(cores: Cores, model_device: str | torch.device, probe_device: str | torch.device) -> Cores:
@@ -111,22 +111,27 @@ def probing_cores(cores: Cores, model_device: str | torch.device, probe_device: 
     return cores if both == {"cpu"} else Cores(1)
 
 
-class _TorchThreads:
-    """Sets torch's number of threads to 1 while any thread is inside, and restores it after the last one.
+class _OneThread:
+    """Sets the number of threads of torch and BLAS to 1 while any thread is inside, and restores it after the last one.
 
     Torch keeps a number per thread, a default for new threads and, with MKL, a global one; setting it sets all three.
+    SciPy's BLAS is what compiled loops multiply with (`probing.backends.descent_kernels`).
     """
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, 1
+        self._blas: Any = None  # the threadpool_limits in force
 
     def enter(self) -> int:
-        """Limit torch to one thread, and return the number before the first entry."""
+        """Limit torch and BLAS to one thread, and return torch's number before the first entry."""
+        import scipy.linalg.cython_blas  # noqa: F401 - loads the library, so that it is found
         import torch
+        from threadpoolctl import threadpool_limits
 
         with self._lock:
             if not self._inside:
                 self._before = torch.get_num_threads()
+                self._blas = threadpool_limits(1, user_api="blas")
             self._inside += 1
             torch.set_num_threads(1)
             return self._before
@@ -137,10 +142,12 @@ class _TorchThreads:
         with self._lock:
             self._inside -= 1
             torch.set_num_threads(self._before)
-            if self._inside:  # restored for this thread; the default for others stays 1
+            if not self._inside:
+                self._blas.restore_original_limits()
+            else:  # restored for this thread; the default for others stays 1
                 other = threading.Thread(target=torch.set_num_threads, args=(1,))
                 other.start()
                 other.join()
 
 
-_torch_threads = _TorchThreads()
+_threads = _OneThread()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -13,7 +15,7 @@ from torch import Tensor
 class History:
     """The last `memory` steps s and changes of gradient y, with the preconditioned changes P y.
 
-    P is linear, so keeping P y saves its product: the two-loop recursion only adds vectors.
+    P is linear, so storing P y saves a product: the two-loop recursion only adds vectors.
     """
 
     memory: int
@@ -38,9 +40,8 @@ class History:
         """
         if not self.n:
             return -newton
-        slots = [step % self.memory for step in range(max(self.n - self.memory, 0), self.n)]
         step = _step_on_cpu if gradient.device.type == "cpu" else _step
-        return step(gradient, newton, self._pairs, self._gamma, slots)
+        return step(gradient, newton, self._pairs, self._gamma, self.n)
 
     def push(self, s: Tensor, y: Tensor, py: Tensor) -> None:
         """Store a step; columns without positive curvature (those that did not move) keep their `_gamma`."""
@@ -52,13 +53,36 @@ class History:
         self.n += 1
 
 
+@dataclass
+class CompiledHistory:
+    """The history for `descent_kernels.descend`. It counts steps by column: columns stop at different iterations."""
+
+    memory: int
+    _arrays: tuple[NDArray[Any], ...] = ()  # what `arrays` returns; empty before the first call
+
+    def arrays(self, theta: Tensor) -> tuple[NDArray[Any], ...]:
+        """Return s, y, P y [memory, columns, p], 1 / s.y [memory, columns], gamma and the numbers of steps [columns].
+
+        The first call takes the shape and dtype of theta [columns, p]. The kernel writes into the arrays.
+        """
+        if not self._arrays:
+            like = theta.numpy()
+            columns, dtype = len(like), like.dtype
+            pairs = tuple(np.zeros((self.memory, *like.shape), dtype) for _ in range(3))
+            rho, gamma = np.zeros((self.memory, columns), dtype), np.ones(columns, dtype)
+            self._arrays = (*pairs, rho, gamma, np.zeros(columns, np.int64))
+        return self._arrays
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return inner products by column, [columns, 1]."""
     return (a * b).sum(dim=1, keepdim=True)
 
 
-def _step(gradient: Tensor, newton: Tensor, pairs: tuple[Tensor, ...], gamma: Tensor, slots: list[int]) -> Tensor:
+def _step(gradient: Tensor, newton: Tensor, pairs: tuple[Tensor, ...], gamma: Tensor, n_steps: int) -> Tensor:
     """Compute `history_kernels.two_loops` in torch."""
+    memory = len(pairs[0])
+    slots = [step % memory for step in range(max(n_steps - memory, 0), n_steps)]
     all_s, all_y, all_py, all_rho = pairs
     q, r, weights = gradient, newton, {}
     for slot in reversed(slots):
@@ -70,13 +94,11 @@ def _step(gradient: Tensor, newton: Tensor, pairs: tuple[Tensor, ...], gamma: Te
     return -r
 
 
-def _step_on_cpu(
-    gradient: Tensor, newton: Tensor, pairs: tuple[Tensor, ...], gamma: Tensor, slots: list[int]
-) -> Tensor:
+def _step_on_cpu(gradient: Tensor, newton: Tensor, pairs: tuple[Tensor, ...], gamma: Tensor, n_steps: int) -> Tensor:
     from delta_selectivity.probing.backends.history_kernels import two_loops  # imported here: Numba is slow to load
 
     vectors = gradient.contiguous().numpy(), newton.contiguous().numpy()
-    return torch.from_numpy(two_loops(*vectors, tuple(t.numpy() for t in pairs), gamma.numpy(), np.array(slots)))
+    return torch.from_numpy(two_loops(*vectors, tuple(t.numpy() for t in pairs), gamma.numpy(), n_steps))
 
 
 def _store_pair(s: Tensor, y: Tensor, py: Tensor, pairs: tuple[Tensor, ...], gamma: Tensor, slot: int) -> None:

@@ -15,12 +15,13 @@ Tried without gain: reusing the rescaled history for the next C saved a tenth of
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from delta_selectivity.probing.backends.history import History, dot
+from delta_selectivity.probing.backends.history import CompiledHistory, History, dot
 
 _SLOPE_FRACTION = 0.5  # accept a step once the slope along the line is reduced to this fraction
 _MAX_TRIALS = 30  # maximum step sizes tried in one line search
@@ -131,6 +132,19 @@ class Columns(Protocol[P]):
         """Return coefficients [columns, d] and intercepts [columns] in units of the raw x."""
         ...
 
+    def for_kernel(self, preconditioner: P) -> KernelInput | None:
+        """Return the input of the compiled loop, or None if the loop does not support these columns."""
+        ...
+
+
+class KernelInput(NamedTuple):
+    """The first arguments of `descent_kernels.descend`."""
+
+    features: tuple[NDArray[Any], ...]  # z, its factors for each column, the preconditioner
+    loss: tuple[NDArray[Any], ...]  # weight and positive_weight, or twice the second derivative
+    logistic: bool  # False: the loss is quadratic
+    origin: tuple[NDArray[Any], ...]  # point of expansion and gradient there, if the loss is quadratic
+
 
 class Float32Columns(Columns[P], Protocol[P]):
     """Logistic regressions in float32."""
@@ -174,7 +188,7 @@ def minimise(
 ) -> Optimum:
     """Find the optimum of each column from theta and its margins; L-BFGS stores `memory` pairs."""
     start = Optimum(theta, margins, *(torch.zeros(len(theta), dtype=kind, device=theta.device) for kind in _COUNTS))
-    columns32, history = columns.in_float32(), History(memory)
+    columns32, history = columns.in_float32(), _Histories.empty(memory)
     if columns32 is None:
         return _minimise_directly(columns, start, preconditioner, limits, history)
     point = _Point.at(columns32, theta.float(), margins.float(), preconditioner)
@@ -182,19 +196,19 @@ def minimise(
     found = _descend(columns32, point, start.n_iter, preconditioner, float32_limits, history)
     if not bool(found.theta.isfinite().all()):
         start = replace(start, margins=columns.margins(theta))  # the final step at the previous C did not update them
-        return _minimise_directly(columns, start, preconditioner, limits, History(memory))
+        return _minimise_directly(columns, start, preconditioner, limits, _Histories.empty(memory))
     theta = found.theta.double()
     start = replace(found, theta=theta, margins=columns.margins(theta))
     found = _refine(columns, columns32, start, preconditioner, limits, history)
     far = _moved_too_far(found.theta, start.theta)
     if not len(far):
         return found
-    exact = _minimise_directly(columns.select(far), start.select(far), preconditioner, limits, History(memory))
+    exact = _minimise_directly(columns.select(far), start.select(far), preconditioner, limits, _Histories.empty(memory))
     return found.with_columns(far, exact)
 
 
 def _minimise_directly(
-    columns: Columns[P], start: Optimum, preconditioner: P, limits: Limits, history: History
+    columns: Columns[P], start: Optimum, preconditioner: P, limits: Limits, history: _Histories
 ) -> Optimum:
     """Minimise entirely in the columns' own precision."""
     point = _Point.at(columns, start.theta, start.margins, preconditioner)
@@ -207,7 +221,7 @@ def _refine(
     start: Optimum,
     preconditioner: P,
     limits: Limits,
-    history: History,
+    history: _Histories,
 ) -> Optimum:
     """Minimise the quadratic model of the objective around `start`, where the gradient is in float64."""
     exact = _Point.at(columns, start.theta, start.margins, preconditioner)
@@ -223,6 +237,18 @@ def _refine(
 def _moved_too_far(theta: Tensor, before: Tensor) -> Tensor:
     """Return the columns that moved too far for the quadratic model: int64."""
     return ((theta - before).norm(dim=1) > _MAX_MOVE * theta.norm(dim=1) + _FLOOR).nonzero()[:, 0]
+
+
+class _Histories(NamedTuple):
+    """The history of a descent, in the forms that torch and the compiled loop use."""
+
+    torch: History
+    compiled: CompiledHistory
+
+    @classmethod
+    def empty(cls, memory: int) -> _Histories:
+        """Return histories without steps that store up to `memory` steps."""
+        return cls(History(memory), CompiledHistory(memory))
 
 
 @dataclass(frozen=True)
@@ -247,9 +273,37 @@ class _Point:
 
 
 def _descend(
-    columns: Columns[P], point: _Point, n_iter: Tensor, preconditioner: P, limits: Limits, history: History
+    columns: Columns[P], point: _Point, n_iter: Tensor, preconditioner: P, limits: Limits, history: _Histories
 ) -> Optimum:
     """Iterate from a point reached after n_iter (int64 [columns]) iterations until the limits are met."""
+    kernel_input = columns.for_kernel(preconditioner)
+    if kernel_input is not None:
+        return _descend_compiled(kernel_input, point, n_iter, limits, history.compiled)
+    return _descend_in_torch(columns, point, n_iter, preconditioner, limits, history.torch)
+
+
+def _descend_compiled(
+    kernel_input: KernelInput, point: _Point, n_iter: Tensor, limits: Limits, history: CompiledHistory
+) -> Optimum:
+    from delta_selectivity.probing.backends.descent_kernels import descend  # imported here: Numba is slow to load
+
+    changed = [getattr(point, name.name).clone(memory_format=torch.contiguous_format) for name in fields(point)]
+    n_iter = n_iter.clone()
+    converged = descend(
+        *kernel_input,
+        tuple(tensor.numpy() for tensor in changed),
+        n_iter.numpy(),
+        history.arrays(point.theta),
+        (limits.tolerance, _FLOOR, limits.max_iter, limits.patience or 0, limits.apply_final_step),
+        (_SLOPE_FRACTION, _MAX_TRIALS),
+    )
+    theta, margins, *_ = changed
+    return Optimum(theta, margins, torch.from_numpy(converged), n_iter)
+
+
+def _descend_in_torch(
+    columns: Columns[P], point: _Point, n_iter: Tensor, preconditioner: P, limits: Limits, history: History
+) -> Optimum:
     shortest, stale = torch.full_like(point.newton[:, 0], torch.inf), torch.zeros_like(n_iter)
     while True:
         step_length, length = columns.norms(point.theta, point.margins, point.gradient, point.newton)
@@ -270,7 +324,9 @@ def _descend(
                 return here
             remaining = active.nonzero()[:, 0]
             rest = columns.select(remaining), point.select(remaining), n_iter[remaining]
-            return here.with_columns(remaining, _descend(*rest, preconditioner, limits, history.select(remaining)))
+            return here.with_columns(
+                remaining, _descend_in_torch(*rest, preconditioner, limits, history.select(remaining))
+            )
         n_iter = n_iter + active
         direction = history.step(point.gradient, point.newton) * active[:, None]
         step, margins, residual = _line_search(columns, point, direction, active)

@@ -1,7 +1,7 @@
 """Dense features for the batched solver: all columns share one matrix, so an iteration is two large GEMMs.
 
 Held-out rows have weight 0, so the matrix is the same for all columns. It is stored once, in float32, centred and
-scaled. Float64 products use x itself, converted a block of rows at a time, so that a large x needs no float64 copy.
+scaled. Float64 products use a float64 copy of x if x is small; a large x is converted a block of rows at a time.
 
 The preconditioner is the inverse Hessian at zero (the bound of Böhning 1992), averaged over the columns and scaled to
 their mean curvature. Tried without gain: a new Hessian for each C, or one per split, saved a tenth of the iterations
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.probing.backends.history import dot
-from delta_selectivity.probing.backends.lbfgs import Loss, QuadraticLoss
+from delta_selectivity.probing.backends.lbfgs import KernelInput, Loss, QuadraticLoss
 from delta_selectivity.probing.backends.problem import ProbeProblem
 from delta_selectivity.system.gemm import linear
 
@@ -27,6 +27,7 @@ _BLOCK_ON_CPU, _BLOCK = 2**18, 2**24  # cells of x converted at a time: to fit a
 _GRAM_BLOCKS = 4  # factor of the block size: products of narrow panels are faster with more rows
 _PANEL = 128  # columns of the Gram matrix computed at a time, from the diagonal down, since it is symmetric
 _FEATURES_PER_COLUMN = 32  # with more features per column, solving takes less time than inverting and multiplying
+_MAX_KERNEL_CELLS = 2**21  # cells of x up to which the compiled loop is faster: with more, products dominate
 _MIN_FLOAT32_CELLS = 2**17  # cells of x from which float32 is faster: with fewer, call overhead dominates
 
 
@@ -39,7 +40,8 @@ class DenseDesign:
     unit: Tensor  # float64 [d], between the splits' scales
     centre: Tensor  # float64 [d]
     divisor: Tensor  # float64 [splits, d]
-    block: Tensor  # float64 [rows of a block, d], x - centre if all rows fit, else scratch for converting blocks
+    block: Tensor  # float64 [rows of a block, d], scratch for converting blocks, which is slower in new memory
+    exact: Tensor | None  # float64 [rows, d + 1], x - centre and a column of ones; None if x is larger than a block
 
     @classmethod
     def build(cls, problem: ProbeProblem) -> DenseDesign:
@@ -55,10 +57,11 @@ class DenseDesign:
         for rows in _blocks(x):
             torch.addcmul(shift, x[rows] - centre32, inverse_unit, out=z[rows, :-1])
         longest = max((len(x[rows]) for rows in _blocks(x)), default=0)
-        block = centre.new_empty(longest, x.shape[1])
-        if longest == len(x):
-            torch.sub(x, centre, out=block)
-        return cls(x, z, unit, centre, divisor, block)
+        if longest < len(x):
+            return cls(x, z, unit, centre, divisor, centre.new_empty(longest, x.shape[1]), None)
+        exact = torch.ones_like(z, dtype=torch.float64)
+        exact[:, :-1] = x - centre
+        return cls(x, z, unit, centre, divisor, centre.new_empty(0, x.shape[1]), exact)
 
     @property
     def column_bytes(self) -> int:
@@ -73,9 +76,12 @@ class DenseDesign:
         """Return regressions with these indices, splits (both int64 [columns]) and losses."""
         penalty = torch.ones(self.z.shape[1], dtype=torch.float64, device=self.z.device)
         penalty[-1] = 0
-        return DenseColumns(
-            index, split, loss, Float64Products(self.x, self.centre, self.divisor[split], self.block), penalty, self
-        )
+        products: Products
+        if self.exact is None:
+            products = BlockwiseProducts(self.x, self.centre, self.divisor[split], self.block)
+        else:
+            products = CentredProducts(self.exact, _with_intercept(self.divisor[split].reciprocal()))
+        return DenseColumns(index, split, loss, products, penalty, self)
 
     def preconditioners(self, n_columns: int) -> InverseHessians:
         """Return the preconditioners for each C."""
@@ -99,13 +105,13 @@ class Products(Protocol):
 
 
 @dataclass(frozen=True)
-class Float64Products:
-    """Products in float64. They centre x first, so that a constant feature is exactly zero."""
+class BlockwiseProducts:
+    """Products in float64, a block of x at a time. They centre x, so that a constant feature is exactly zero."""
 
     x: Tensor  # [rows, d]
     centre: Tensor  # [d]
     divisor: Tensor  # [columns, d]
-    block: Tensor  # [rows of a block, d], x - centre if it has all rows, else scratch
+    block: Tensor  # [rows of a block, d], scratch
 
     def forward(self, theta: Tensor) -> Tensor:
         coef = theta[:, :-1] / self.divisor
@@ -120,21 +126,19 @@ class Float64Products:
             total.addmm_(residual[:, rows], self._centred(rows))
         return torch.cat([total.div_(self.divisor), residual.sum(dim=1, keepdim=True)], dim=1)
 
-    def select(self, chosen: Tensor) -> Float64Products:
-        return Float64Products(self.x, self.centre, self.divisor[chosen], self.block)
+    def select(self, chosen: Tensor) -> BlockwiseProducts:
+        return BlockwiseProducts(self.x, self.centre, self.divisor[chosen], self.block)
 
     def _centred(self, rows: slice) -> Tensor:
-        if len(self.block) == len(self.x):
-            return self.block
         part = self.x[rows]
         return self.block[: len(part)].copy_(part).sub_(self.centre)
 
 
 @dataclass(frozen=True)
-class Float32Products:
-    """Products in float32."""
+class CentredProducts:
+    """Products with a stored, centred matrix, in the precision of that matrix."""
 
-    z: Tensor  # [rows, d + 1]
+    z: Tensor  # [rows, d + 1], the last column is 1
     stretch: Tensor  # [columns, d + 1]; a column's features are z times this
 
     def forward(self, theta: Tensor) -> Tensor:
@@ -143,8 +147,8 @@ class Float32Products:
     def backward(self, residual: Tensor) -> Tensor:
         return linear(residual, self.z.T).mul_(self.stretch)
 
-    def select(self, chosen: Tensor) -> Float32Products:
-        return Float32Products(self.z, self.stretch[chosen])
+    def select(self, chosen: Tensor) -> CentredProducts:
+        return CentredProducts(self.z, self.stretch[chosen])
 
 
 @dataclass(frozen=True)
@@ -178,9 +182,8 @@ class DenseColumns:
         if self.design.x.numel() < _MIN_FLOAT32_CELLS:
             return None
         assert isinstance(self.loss, Loss), "a quadratic model is in float32 already"
-        stretch = torch.ones(len(self.index), self.design.z.shape[1], dtype=torch.float32, device=self.design.z.device)
-        stretch[:, :-1] = self.design.unit / self.design.divisor[self.split]
-        products = Float32Products(self.design.z, stretch)
+        stretch = _with_intercept(self.design.unit / self.design.divisor[self.split])
+        products = CentredProducts(self.design.z, stretch.float())
         return DenseColumns(self.index, self.split, self.loss.in_float32(), products, self.penalty.float(), self.design)
 
     def quadratic_at(self, theta: Tensor, margins: Tensor, gradient: Tensor) -> DenseColumns:
@@ -207,7 +210,24 @@ class DenseColumns:
         return self.margins(direction), dot(self.penalty * direction, direction)
 
     def norms(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
-        return newton.norm(dim=1), theta[:, :-1].norm(dim=1)
+        return torch.linalg.vector_norm(newton, dim=1), torch.linalg.vector_norm(theta[:, :-1], dim=1)
+
+    def for_kernel(self, preconditioner: InverseHessian) -> KernelInput | None:
+        products, inverse = self.products, preconditioner.inverse
+        if inverse is None or inverse.device.type != "cpu":
+            return None
+        if not isinstance(products, CentredProducts) or products.z.numel() > _MAX_KERNEL_CELLS:
+            return None
+        logistic, empty = isinstance(self.loss, Loss), products.stretch[:0]
+        loss = (
+            (self.loss.weight, self.loss.positive_weight)
+            if isinstance(self.loss, Loss)
+            else (self.loss.second_derivative, self.loss.second_derivative)
+        )
+        origin = (empty, empty) if self.origin is None else (self.origin.theta, self.origin.gradient)
+        groups = ((products.z, products.stretch, inverse), loss, origin)
+        features, loss_arrays, origin_arrays = (tuple(t.contiguous().numpy() for t in group) for group in groups)
+        return KernelInput(features, loss_arrays, logistic, origin_arrays)
 
     def coefficients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         coef = theta[:, :-1] / self.design.divisor[self.split]
@@ -265,6 +285,11 @@ class InverseHessians:
                 panel = slice(start, start + _PANEL)
                 gram[start:, panel] += linear(part[start:], weighted[panel])
         return gram
+
+
+def _with_intercept(scale: Tensor) -> Tensor:
+    """Append the scale of the intercept, 1, to each column."""
+    return torch.cat([scale, torch.ones_like(scale[:, :1])], dim=1)
 
 
 def _mean(x: Tensor) -> Tensor:

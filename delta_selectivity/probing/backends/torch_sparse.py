@@ -145,6 +145,9 @@ class SparseColumns:
         kernel = self._kernel(direction[:, :-1])
         return kernel + direction[:, -1:], dot(direction[:, :-1], kernel)
 
+    def for_kernel(self, preconditioner: object) -> None:
+        """Return None: the compiled loop supports only dense features."""
+
     def norms(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
         """Return the step's norm by the Hessian, an upper bound of its own norm, and the coefficients' norm."""
         squares = dot(gradient, newton), dot(theta[:, :-1], margins - theta[:, -1:])
