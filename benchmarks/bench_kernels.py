@@ -6,6 +6,7 @@ python benchmarks/bench_kernels.py        # print the table of the kept results
 - top k: the k largest values of each row (`saes.topk` and `torch.topk`);
 - TopK encoder: codes by a proposal in 8-bit integers (`saes.proposal`), and by a float32 product and top k;
 - attention: texts in bfloat16, heads of width 64 (`models.attention` and transformers' sdpa); a row is a token;
+- GELU after a product in bfloat16 (`models.fused_gelu` and two calls of torch);
 - product: x Wᵀ in float32 (`gemm` and `torch.nn.functional.linear`); equal on Intel CPUs;
 - product, bytes: an exact product of signed 8-bit integers (`gemm`), and the same numbers in float32.
 """
@@ -21,10 +22,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch.nn.functional import linear
+from torch import nn
+from torch.nn.functional import gelu, linear
 
 from benchmarks.timing import Clock, in_turn, parser, show_or_measure
 from delta_selectivity.models.attention import attend
+from delta_selectivity.models.fused_gelu import LinearWithGelu
 from delta_selectivity.reporting import tables
 from delta_selectivity.saes.proposal import Proposal
 from delta_selectivity.saes.topk import exact_topk
@@ -63,6 +66,8 @@ def pairs(quick: bool) -> Iterator[Pair]:
         yield encoder(d_in, d_sae, k)
     for n_heads, n_tokens in ((4, 30),) if quick else ((4, 30), (4, 150), (4, 380), (12, 30), (12, 150), (12, 380)):
         yield attention(n_heads, n_tokens)
+    for d in (32,) if quick else (256, 512, 768):
+        yield product_and_gelu(2048, d, 4 * d)
     products = ((25, 256, 3345), (40, 768, 5000), (2048, 768, 3072), (256, 768, 32768))
     for n, d, width in products[:1] if quick else products:
         yield product(n, d, width)
@@ -100,6 +105,13 @@ def attention(n_heads: int, n_tokens: int) -> Pair:
     module = SimpleNamespace(is_causal=True)
     theirs, ours = (partial(way, module, query, key, value, None) for way in (sdpa_attention_forward, attend))
     return Pair("attention", f"{n_heads} heads, {n_tokens} tokens", n_texts * n_tokens, theirs, ours)
+
+
+def product_and_gelu(n_rows: int, d: int, width: int) -> Pair:
+    layer = nn.Linear(d, width, dtype=torch.bfloat16).requires_grad_(False)
+    fused = LinearWithGelu(d, width, dtype=torch.bfloat16).requires_grad_(False)
+    x = drawn(n_rows, d).bfloat16()
+    return Pair("GELU", f"{n_rows} x {d} x {width}", n_rows, lambda: gelu(layer(x)), lambda: fused(x))
 
 
 def product(n_rows: int, d: int, width: int) -> Pair:

@@ -1,21 +1,23 @@
-"""Shared code of the notebooks: paths, results as one table, and the styles of the reports.
+"""Helpers of the notebooks: paths, results as one table, the page in a notebook, and the style of the plots.
 
-    from shared import RESULTS, results_table
-    results_table(RESULTS)          # pandas: a line for each SAE, dataset, layer and probe
-
-Importing this module makes the project's modules importable from a notebook, wherever Jupyter was started.
+from shared import find_results, results_table
+results_table(find_results(""))          # pandas: a line for each SAE, dataset, layer and probe
 """
 
 from __future__ import annotations
 
+import html
 import os
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from IPython.display import HTML
 from matplotlib.ticker import LogLocator, NullLocator
 
+from delta_selectivity import Results
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting import results as report_files
 from delta_selectivity.reporting.styles import COLOURS, MARKERS, MUTED, RULE, STYLE
@@ -27,24 +29,37 @@ __all__ = [
     "MARKERS",
     "MUTED",
     "PROJECT",
-    "RESULTS",
     "RULE",
+    "find_results",
     "log_scale",
     "open_grid",
     "results_table",
     "short_name",
+    "show_page",
 ]
 
-RESULTS = Path(os.environ.get("RESULTS", PROJECT / "results" / "demo"))
-"""Folder of the results to look at: the kept demo, or the folder in the environment variable RESULTS."""
-
-warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm, about a missing notebook widget
+warnings.filterwarnings("ignore", "IProgress not found")  # of tqdm; no notebook shows its bars
 plt.rcParams.update(STYLE | {"figure.constrained_layout.use": True, "axes.facecolor": "white", "figure.dpi": 90})
 pd.set_option("display.max_columns", 30, "display.width", 160, "display.precision", 3)
 
 
+def find_results(folder: str | os.PathLike[str]) -> Path:
+    """Return a folder of results, relative to the notebook or to the repository; if it is empty, that of the demo."""
+    place = Path(folder or Path("results", "demo"))
+    return place if folder and place.exists() else PROJECT / place
+
+
+def show_page(folder: Path, height: int = 900) -> HTML:
+    """Return the page of all results below a folder, as `Results.report` writes it, in a frame."""
+    with TemporaryDirectory() as place:
+        page = Results.load(folder).report(Path(place) / "report.html").read_text("utf-8")
+    page = page.replace("<head>", '<head><base href="about:srcdoc">', 1)  # without it, its links lead to the notebook
+    frame = f'<iframe srcdoc="{html.escape(page)}" style="width: 100%; height: {height}px; border: 0"></iframe>'
+    return HTML(f"<div>{frame}</div>")
+
+
 def short_name(path: Path) -> str:
-    """Return a path for display: relative to the project if it is inside."""
+    """Return a path for messages, relative to the repository if it is inside."""
     return str(path.resolve().relative_to(PROJECT)) if path.resolve().is_relative_to(PROJECT) else path.name
 
 

@@ -32,7 +32,7 @@ NUMBERS = PROJECT / "docs" / "numbers.md"
 TARGET = PROJECT / "docs" / "results.schema.json"
 LAYER = "^layer_(0|[1-9][0-9]*)$"
 TYPES = {float: "number", int: "integer", bool: "boolean", NoneType: "null"}
-SINCE_0_5 = (
+LATER = (
     "mse_whole_se",
     "fvu_whole_se",
     "fvu_ordinary",
@@ -42,7 +42,7 @@ SINCE_0_5 = (
     "n_people_effective",
     "n_outliers",
 )
-"""Figures that files of earlier versions do not have."""
+"""Figures that files of earlier versions do not have; add new figures here."""
 Q_VALUES = ("q_value", "transfer_q_value")  # present once the run is complete
 REQUIRED_WITHOUT_NUMBERS = (
     "n_rows",
@@ -101,7 +101,7 @@ def definitions(page: str) -> dict[str, str]:
 
 def _layer(definition: dict[str, str]) -> Schema:
     figures = get_type_hints(Reconstruction) | get_type_hints(Downstream)
-    optional = {*SINCE_0_5, *get_type_hints(Downstream)}
+    optional = {*LATER, *get_type_hints(Downstream)}
     return {
         "description": "The reconstruction figures of one layer, and a record for each probe by its name.",
         **_object({name: _figure(name, kind, definition) for name, kind in figures.items()}, optional),
@@ -112,7 +112,7 @@ def _layer(definition: dict[str, str]) -> Schema:
 def _measured(definition: dict[str, str]) -> Schema:
     kinds = get_type_hints(ProbeResult) | {Q_VALUES[0]: float, Q_VALUES[1]: float | None}
     known = {name: _figure(name, kind, definition) for name, kind in kinds.items()}
-    return _object(known, optional=OPTIONAL | set(Q_VALUES) | set(SINCE_0_5))
+    return _object(known, optional=OPTIONAL | set(Q_VALUES) | set(LATER))
 
 
 def _unmeasured(definition: dict[str, str]) -> Schema:
@@ -121,7 +121,7 @@ def _unmeasured(definition: dict[str, str]) -> Schema:
     null = {name: {"type": "null"} for name in kinds if name not in counted.keys() | OPTIONAL}
     reason = {"reason": {"type": "string", "description": definition["reason"]}}
     return _object(
-        {**counted, **reason, **null, **{name: {"type": "null"} for name in Q_VALUES}}, optional=Q_VALUES + SINCE_0_5
+        {**counted, **reason, **null, **{name: {"type": "null"} for name in Q_VALUES}}, optional=Q_VALUES + LATER
     )
 
 
@@ -156,7 +156,7 @@ def _run() -> Schema:
                             "description": "what tables call it; absent for a baseline",
                         },
                         "d_sae": {
-                            "description": "latents of the SAE by layer; absent for a baseline, and before 0.6",
+                            "description": "latents of the SAE by layer; absent for a baseline, and before 1.0",
                             "type": "object",
                             "additionalProperties": {"type": "integer", "minimum": 1},
                         },
@@ -205,10 +205,7 @@ def _run() -> Schema:
                 "resources": {**seconds, "description": "Likewise: peak memory in GB."},
                 "complete": {"type": "boolean", "description": "Whether everything asked for is there."},
             },
-            optional=(
-                "positive_class",
-                "task",
-            ),  # files before 0.5 do not have the first, those before 0.6 neither of the two
+            optional=("positive_class", "task"),  # files before 0.5 lack both, those before 1.0 the second
         ),
     }
 

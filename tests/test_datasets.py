@@ -19,7 +19,7 @@ import pytest
 
 from delta_selectivity import tasks as dw
 from delta_selectivity.errors import RequestError
-from delta_selectivity.tasks import wikidata
+from delta_selectivity.tasks import catalogue, wikidata
 from delta_selectivity.tasks.people import name_span, person_key
 from delta_selectivity.tasks.selection import select_rows
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
@@ -49,6 +49,19 @@ def test_parse_accepts_indices_names_and_all_and_drops_duplicates() -> None:
     assert dw.parse_dataset_names("0,1,politics, 0 ,Gender") == ("gender", "occupation", "politics")
     assert dw.parse_dataset_names("4") == ("is_alive",)
     assert dw.parse_dataset_names("wikidata") == dw.DATASET_NAMES == dw.parse_dataset_names("all", wikidata_only=True)
+
+
+def test_a_loader_is_all_that_a_new_task_takes(monkeypatch):
+    rows = tuple(Row(Mention(f"a text about {who}", 13, 14, who), str(who in "ab")) for who in "abcd")
+    task = Task("jobs", "jobs", (RowSet(rows, (ProbeSpec("is_job", "True"),)),), is_public=True, family="people")
+    monkeypatch.setitem(catalogue.LOADERS, "jobs", lambda: task)
+    assert dw.parse_dataset_names("0,Jobs,5") == ("gender", "jobs", dw.parse_dataset_names("5")[0])
+    assert dw.load_task("jobs") is task
+    assert [line.split()[:4] for line in dw.describe_datasets(["jobs"]).splitlines()[1:2]] == [
+        ["-", "jobs", "people", "is_job"]
+    ]
+    with pytest.raises(RequestError, match=r"4 is_alive, .*jobs, .*wikidata"):
+        dw.parse_dataset_names("nothing_like_it")
 
 
 @pytest.mark.parametrize("spec", ["999", "1000", "-1", "sport", "0,999", "0.5"])

@@ -15,10 +15,12 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib
 import pytest
 from result_sets import DEMO, write_set
 
@@ -186,6 +188,18 @@ def test_plots_in_the_page_have_titles_text_and_links_to_their_numbers(demo):
 
 def test_the_page_is_reproducible(demo, tmp_path):
     assert page_of(DEMO, tmp_path / "again.html")[0] == demo[0]
+
+
+def test_the_plots_are_the_same_whatever_style_the_user_has_set(tmp_path):
+    def drawn():
+        return {name: plot.svg() for name, plot in plots.items()}
+
+    plots = plots_in(write_set(tmp_path / "in"))
+    plain = drawn()
+    styled = {"figure.constrained_layout.use": True, "axes.facecolor": "red", "font.size": 20}
+    with matplotlib.rc_context(styled), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert drawn() == plain
 
 
 def test_a_heatmap_prints_every_value_and_marks_what_is_not_significant():
@@ -659,3 +673,20 @@ def test_many_cells_are_fast_and_the_state_is_in_the_url(browser, tmp_path):
     again.wait_for_selector("dialog dl")
     assert (page.told, again.told) == ([], [])
     assert set(again.asked) == {path.as_uri()} or all(one.startswith(path.as_uri()) for one in again.asked)
+
+
+@pytest.mark.slow
+def test_in_a_frame_of_a_notebook_it_filters_and_its_links_stay_inside(browser, tmp_path):
+    write_set(tmp_path / "in", saes=("a/one", "a/two"), datasets=("gender", "occupation"))
+    path = tmp_path / "notebook.html"
+    code = "import sys; from pathlib import Path; from shared import show_page; "
+    code += "Path(sys.argv[2]).write_text('<h1>notebook</h1>' + show_page(sys.argv[1]).data, 'utf-8')"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "in", path], check=True, cwd=ROOT / "explore")
+    page = opened(browser, path, 1280)
+    (frame,) = page.frames[1:]
+    frame.fill("#search", "singer")
+    assert frame.inner_text("#count") == "6 of 36"
+    frame.click("nav a >> nth=-1")
+    assert frame.url.startswith("about:srcdoc#")
+    frame.wait_for_function("scrollY > 0")
+    assert page.told == []

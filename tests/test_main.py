@@ -243,6 +243,7 @@ def test_a_request_without_measurable_probes_is_invalid(ask, tmp_path, capsys, r
     assert ask(data=("--dataset_file", str(write_csv(tmp_path / "few.csv", rows)))) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "none of the probes can be measured (few: the" in line and "--folds" in line
+    assert "--datasets" not in line, "the task came from --dataset_file"
     assert not (tmp_path / "results").exists()
 
 

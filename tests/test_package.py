@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import email
 import importlib.metadata
 import os
 import re
@@ -73,9 +74,10 @@ def modules(tree: ast.Module) -> Iterator[str]:
 # --- what is declared
 
 
-def test_the_version_is_the_same_everywhere() -> None:
+def test_version_and_keywords_are_the_same_everywhere() -> None:
     version = PROJECT["version"]
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))["version"] == version
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert (citation["version"], citation["keywords"]) == (version, PROJECT["keywords"])
     newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     assert newest is not None and newest.group(1) == version
 
@@ -206,6 +208,23 @@ def test_the_wheel_holds_the_package_and_its_licence_alone(wheel: Path) -> None:
     assert sources <= set(names)
     assert wheel.stat().st_size < 1 << 20
     assert not [name for name in names if name.endswith((".safetensors", ".json", ".csv"))]
+
+
+@pytest.mark.slow
+def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+    folder = f"delta_selectivity-{PROJECT['version']}.dist-info"
+    told = email.message_from_string(zipfile.ZipFile(wheel).read(f"{folder}/METADATA").decode())
+    assert (told["Name"], told["Version"], told["Summary"]) == (
+        "delta-selectivity",
+        PROJECT["version"],
+        PROJECT["description"],
+    )
+    assert (told["License-Expression"], told["Requires-Python"]) == ("MIT", ">=3.11")
+    assert told["Description-Content-Type"] == "text/markdown"
+    assert told.get_payload() == (ROOT / "README.md").read_text("utf-8")
+    assert told["Keywords"].split(",") == sorted(PROJECT["keywords"])
+    assert set(told.get_all("Provides-Extra")) == EXTRAS.keys()
+    assert told.get_all("Classifier") == PROJECT["classifiers"]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from test_sae_loader import D_IN, D_SAE, K, activations, assert_agrees, dense, m
 from torch import Tensor
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.saes import Sae, open_sae
+from delta_selectivity.saes import Sae, folders, hub, open_sae
 from delta_selectivity.saes.dictionary_learning import CLASSES
 
 # --- dictionary_learning ---------------------------------------------------------------------------------------------
@@ -370,3 +370,10 @@ def test_an_invalid_plain_config_is_rejected(tmp_path: Path, changes: dict[str, 
     write_plain(tmp_path, linear_tensors(), **changes)
     with pytest.raises(RequestError, match=message):
         open_sae(str(tmp_path))
+
+
+# --- all formats -----------------------------------------------------------------------------------------------------
+
+
+def test_the_configs_of_all_formats_are_fetched_from_the_hub():
+    assert set(hub.CONFIGS) == set(folders._formats(None))

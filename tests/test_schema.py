@@ -144,7 +144,7 @@ def test_every_required_key_is_required():
         for name in _at(whole, keys):
             if isinstance(_at(whole, keys)[name], dict) and above == "layer_0":
                 continue  # a layer has the probes that it has
-            if name in (*update_schema.SINCE_0_5, "positive_class", "task", "tasks"):
+            if name in (*update_schema.LATER, "positive_class", "task", "tasks"):
                 continue  # files of earlier versions lack it
             content = copy.deepcopy(whole)
             del _at(content, keys)[name]

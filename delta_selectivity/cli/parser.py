@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib.metadata
 import os
 import re
 import textwrap
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.system.provenance import program_version
 from delta_selectivity.system.terminal import show
 
 NOT_A_FLAG_VALUE = "is not the value of a flag: separate several values by commas, and quote values with spaces"
@@ -33,17 +32,9 @@ def unknown_flag_message(flag: str, known: Iterable[str]) -> str:
     return f"unknown flag {flag}{f': did you mean {near[0]}?' if near else ''}"
 
 
-def version() -> str:
-    """Return the version of this program; in a clone, that of the clone rather than of an installed package."""
-    project = Path(__file__).parents[2] / "pyproject.toml"
-    if not project.is_file():
-        return importlib.metadata.version("delta-selectivity")
-    return str(tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"])
-
-
 class _ShowVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_given: Any) -> None:
-        show(f"delta-selectivity {version()}")
+        show(f"delta-selectivity {program_version()}")
         parser.exit()
 
 

@@ -49,9 +49,9 @@ def main() -> NoReturn:
         show("\n".join([f"usage: {CONSOLE} COMMAND ...", "", *lines, "", "Each command has its own --help."]))
         interrupts.exit_now(0)
     if command == "--version":
-        from delta_selectivity.cli.parser import version
+        from delta_selectivity.system.provenance import program_version
 
-        show(f"{CONSOLE} {version()}")
+        show(f"{CONSOLE} {program_version()}")
         interrupts.exit_now(0)
     show_on_stderr(f"error: unknown command {command!r}: choose from {', '.join(COMMANDS)}")
     interrupts.exit_now(2)

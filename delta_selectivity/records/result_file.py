@@ -156,7 +156,7 @@ def _is_run(run: Json) -> bool:
     measured = [*run["seconds"].values(), *run["resources"].values()]
     names = [run["config"].get(name) for name in TEXT_ENTRIES]
     classes = run.get("positive_class", {})  # absent before version 0.5
-    task = run.get("task", {})  # absent before version 0.6
+    task = run.get("task", {})  # absent before version 1.0
     texts = [run.get("commit"), *run.get("versions", {}).values(), *names]
     return (
         isinstance(run["key"], dict)

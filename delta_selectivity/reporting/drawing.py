@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -68,8 +68,8 @@ class Plot:
 
 @contextmanager
 def _style(name: str) -> Iterator[None]:
-    """Apply our style and deterministic ids, and ignore warnings about missing glyphs, which browsers can draw."""
-    with warnings.catch_warnings(), matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+    """Apply our style instead of the user's, with deterministic ids; ignore warnings about missing glyphs."""
+    with warnings.catch_warnings(), matplotlib.style.context(["default", {**STYLE, "svg.hashsalt": name}]):
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         yield
 

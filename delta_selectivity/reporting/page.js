@@ -103,6 +103,7 @@ function remember(more = {}) {
   const found = chosen();
   for (const [name, value] of Object.entries(more)) if (value) found.set(name, value);
   const address = found.toString();
+  if (location.protocol === "about:") return; // a frame in a notebook has no address
   if (address !== location.hash.slice(1)) history.replaceState(null, "", address ? `#${address}` : location.pathname + location.search);
 }
 

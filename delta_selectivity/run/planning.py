@@ -325,7 +325,7 @@ def _refuse_unmeasurable(texts: ProbeTexts, n_folds: int) -> None:
     reasons = [f"{name}: {skipped.reason}" for name, skipped in found.items() if skipped is not None]
     if len(reasons) == len(found):
         raise RequestError(
-            f"`tasks`: none of the probes can be measured ({reasons[0]}): add rows of more groups (people or other "
+            f"none of the probes can be measured ({reasons[0]}): add rows of more groups (people or other "
             "units, column group), or set fewer `folds`"
         )
 

@@ -149,8 +149,8 @@ def _find_configs(root: Path) -> list[Path]:
 
 def _config_in(folder: Path) -> Path | None:
     """Return the path of the SAE config in a folder, valid or not; None if there is none."""
-    for name in ("cfg.json", plain.CONFIG):
-        if os.path.lexists(folder / name):
+    for name in _formats(None):
+        if name != dictionary_learning.CONFIG and os.path.lexists(folder / name):
             return folder / name
     config = folder / dictionary_learning.CONFIG  # config.json is also the name of many unrelated configs
     if os.path.lexists(folder / dictionary_learning.WEIGHTS) or _mentions_dict_class(config):

@@ -14,6 +14,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.system.hub_access import OFFLINE, use_cache_if_unreachable
 
 CONFIGS = ("cfg.json", "sae.json", "config.json")
+"""Names of the config files of all formats."""
 
 _NAME = re.compile(r"(?P<repository>[\w-][\w.-]*(/[\w-][\w.-]*)?)(?P<below>(/[\w-][\w.-]*)*)")
 

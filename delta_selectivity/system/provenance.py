@@ -5,11 +5,21 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import tomllib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).parents[1]
+NAME = "delta-selectivity"
+
+
+def program_version() -> str:
+    """Return the version of this program; in a clone, that of the clone rather than of an installed package."""
+    in_clone = PACKAGE.parent / "pyproject.toml"
+    project: dict[str, Any] = tomllib.loads(in_clone.read_text("utf-8"))["project"] if in_clone.is_file() else {}
+    return str(project["version"]) if project.get("name") == NAME else version(NAME)
 
 
 @functools.cache  # read once: the loaded version stays in use if another one is installed later

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from delta_selectivity.errors import RequestError
@@ -21,6 +22,8 @@ from delta_selectivity.tasks.wikidata import load_wikidata
 DATASET_NAMES = ("gender", "occupation", "politics", "athlete", "is_alive")  # their order defines their index
 TASK_GROUPS = {"wikidata": DATASET_NAMES, "sae-probes": SUITE, "all": (*DATASET_NAMES, *OUTSIDE_WIKIDATA)}
 """Names of groups of tasks; `all` has each question once."""
+LOADERS: dict[str, Callable[[], Task]] = {name: partial(load_wikidata, name) for name in DATASET_NAMES}
+"""Loaders of the built-in tasks other than those of sae-probes, by name in lower case."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class GurneeData:
 
 
 TaskName = str | GurneeData | UserData | Task
-"""A name of `DATASET_NAMES` or `suite_files.ALL`, a Wikidata task in other files, a user's table, or a loaded task."""
+"""A name of `LOADERS` or `suite_files.ALL`, a Wikidata task in other files, a user's table, or a loaded task."""
 
 
 def parse_dataset_names(spec: str, wikidata_only: bool = False) -> tuple[str, ...]:
@@ -70,7 +73,7 @@ def name_task(
         return name if data_dir is None else GurneeData(name, Path(os.path.expanduser(data_dir)))  # noqa: PTH111 - leaves an unknown ~user as it is
     if data_dir is not None:
         raise RequestError(f"`data_dir` {data_dir}: it can have Wikidata tasks only, not {name!r}")
-    path, built_in = Path(name).expanduser(), find_task(name)
+    path, built_in = Path(name).expanduser(), name if name in LOADERS else find_task(name)
     exists = os.path.exists(path)  # noqa: PTH110 - False for a name that is too long
     if built_in is not None and split is None and not columns and (built_in == name or not exists):
         return built_in
@@ -180,7 +183,7 @@ def _load(task: TaskName) -> Task:
     if isinstance(task, GurneeData):
         return load_gurnee(_resolve(task.name), task.data_dir)
     name = _resolve(task)
-    return load_wikidata(name) if name in DATASET_NAMES else load_suite_task(name)
+    return LOADERS[name]() if name in LOADERS else load_suite_task(name)
 
 
 def _shown(task: TaskName) -> str:
@@ -193,7 +196,7 @@ def _resolve(part: str) -> str:
     """Return the task of this number or name."""
     if part.isdecimal() and int(part) < len(DATASET_NAMES):
         return DATASET_NAMES[int(part)]
-    found = part.lower() if part.lower() in DATASET_NAMES else find_task(part)
+    found = part.lower() if part.lower() in LOADERS else find_task(part)
     if found is not None:
         return found
     hint = f"; for your own table use `dataset_file` {part}" if Path(part).suffix or "/" in part else ""
@@ -206,5 +209,6 @@ def _suggestion(part: str) -> str:
 
 
 def _choices() -> str:
-    wikidata = ", ".join(f"{index} {name}" for index, name in enumerate(DATASET_NAMES))
-    return f"{wikidata}, {', '.join(TASK_GROUPS)}, or a number or name of sae-probes"
+    numbered = (f"{index} {name}" for index, name in enumerate(DATASET_NAMES))
+    others = (name for name in LOADERS if name not in DATASET_NAMES)
+    return f"{', '.join([*numbered, *others, *TASK_GROUPS])}, or a number or name of sae-probes"
