@@ -43,11 +43,11 @@ class Rule:
     group: str  # "what", "how" or "where": its heading in `--help`
     if_none: str = ""  # the meaning of None
     choices: tuple[str, ...] = ()  # valid names, for a single one or each in a tuple
-    least: float = -math.inf
+    minimum: float = -math.inf
     above: float = -math.inf
     below: float = math.inf
-    if_alone: str = ""  # the value of the flag when given without one
-    in_key: bool = False  # whether result files with another value are rejected
+    if_alone: str = ""  # the value of the flag if it is given without a value
+    in_key: bool = False  # whether result files with a different value are rejected
 
 
 def _setting(default: Any, group: str, help: str, **rule: Any) -> Any:
@@ -71,32 +71,32 @@ class Settings:
 
     hookpoint: str | None = _setting(
         None, "what", "resid_post, resid_pre, resid_mid, mlp_out, mlp_post, attn_out, mlp_in, attn_in, z, or a module "
-        "path with <layer> (with :in its input), in our or SAE Lens's words", if_none="what the SAE says of itself",
+        "path with <layer> (its input with :in), by our names or SAE Lens's", if_none="as the SAE's config says",
     )  # fmt: skip
     positions: str = _setting(
-        "last", "what", "last token of the name, mean over the name, or all its tokens weighted 1/len",
+        "last", "what", "last token of the name, mean over its tokens, or all its tokens, each weighted 1/len",
         choices=POSITIONS, in_key=True,
     )  # fmt: skip
     bos: str = _setting(
         "auto", "what", "whether texts begin with BOS, and whether it counts in the whole-text figures; auto: as in "
-        "training, and where that is not known, excluded if the model has one", choices=BOS,
+        "training; if that is unknown, excluded if the model has one", choices=BOS,
     )  # fmt: skip
     shuffle_select_n: int | None = _setting(
-        None, "what", "at most this many rows per dataset, drawn by seed, classes balanced", if_none="all", least=1
+        None, "what", "at most this many rows per dataset, drawn by seed, classes balanced", if_none="all", minimum=1
     )
     views: tuple[str, ...] = _setting(
-        ("model", "sae"), "what", "views to probe: model and sae always; error adds what the SAE lost, latents its "
-        "codes, ksparse its 1, 2, 5 and 16 best latents", choices=VIEWS, in_key=True,
+        ("model", "sae"), "what", "views to probe: model and sae always; error adds the reconstruction error, latents "
+        "the SAE's codes, ksparse its 1, 2, 5 and 16 best latents", choices=VIEWS, in_key=True,
     )  # fmt: skip
     baselines: tuple[str, ...] = _setting(
-        (), "what", "measure these beside the SAEs, in the folder baselines; all for all of them", choices=BASELINES
+        (), "what", "baselines to measure too, in the folder baselines; all: every one", choices=BASELINES
     )
     whole_tokens: int | None = _setting(
         65_536, "what", "tokens of each dataset, drawn by seed, for the whole-text figures (mse_whole, fvu_whole, "
-        "dead) and their standard errors; all: every token", if_none="all", least=1,
+        "dead) and their standard errors; all: every token", if_none="all", minimum=1,
     )  # fmt: skip
     downstream: bool = _setting(
-        False, "what", "also run the model on from x̂: cross-entropy and KL, on texts of about whole_tokens tokens; "
+        False, "what", "also run the model with x̂ in place of x: cross-entropy and KL, on about whole_tokens tokens; "
         "needs all of the model's weights, LM head included",
     )  # fmt: skip
     revision: str | None = _setting(
@@ -104,36 +104,43 @@ class Settings:
     )
     trust_remote_code: bool = _setting(False, "what", "run code that comes with the model")
     folds: int = _setting(
-        5, "how", "folds of the cross-validation, never splitting a person", least=3, in_key=True
-    )  # C of a fold is selected on the others, so at least two others are needed
-    repeats: int = _setting(5, "how", "partitions into folds", least=1, in_key=True)
-    seed: int = _setting(0, "how", "of the partitions and of shuffle_select_n", least=0, in_key=True)
+        5,
+        "how",
+        "folds of the cross-validation; all rows of a person (or other group) are in one fold",
+        minimum=3,
+        in_key=True,
+    )  # C of a fold is selected on the other folds, so at least two others are needed
+    repeats: int = _setting(5, "how", "partitions into folds", minimum=1, in_key=True)
+    seed: int = _setting(0, "how", "random seed of the partitions and of shuffle_select_n", minimum=0, in_key=True)
     epsilon: float = _setting(
         0.02, "how", "a delta_sel whose 90 % interval lies within +-this counts as preserved", above=0, below=1,
         in_key=True,
     )  # fmt: skip
     probe: str = _setting("auto", "how", "solver of the probes", choices=PROBE_BACKENDS, in_key=True)
     dtype: str = _setting(
-        "auto", "how", "of the model; auto is bfloat16 for a model saved in it where the device computes in it "
+        "auto", "how", "dtype of the model; auto: bfloat16 if the model was saved in it and the device computes in it "
         "fast, else float32. SAEs compute in float32, probes in float64", choices=DTYPES,
     )  # fmt: skip
     batch_size: int | None = _setting(
-        None, "where", "texts in a forward pass; halved when memory runs out", if_none="by free memory", least=1
+        None, "where", "texts in a forward pass; halved when memory runs out", if_none="by free memory", minimum=1
     )
     queue_gb: float = _setting(
-        2.0, "where", "GB of memory for rows between the threads; collected rows beyond it are kept in temporary files",
+        2.0, "where", "GB of memory for rows between the threads; collected rows beyond it are in temporary files",
         above=0,
     )  # fmt: skip
     cache_gb: float = _setting(
-        50.0, "where", "GB that the cache holds in all, of whatever models; what was read longest ago goes", above=0
+        50.0,
+        "where",
+        "size limit of the cache in GB, for all models together; the least recently used data are removed",
+        above=0,
     )
     keep_texts: str = _setting(
-        "public", "where", "keep texts beside the scores, so that reports can show who was lost: of the tasks that are "
-        "public, of all (your own tables too), or of none", choices=KEPT_TEXTS, if_alone="all",
+        "public", "where", "store texts beside the scores, so that reports can show which rows were lost: for public "
+        "tasks, for all (your own tables too), or for none", choices=KEPT_TEXTS, if_alone="all",
     )  # fmt: skip
     overwrite: bool = _setting(False, "where", "replace result files made with other settings")
     force: bool = _setting(
-        False, "where", "measure an SAE although the check before the run finds that it fits another place, "
+        False, "where", "measure an SAE even if the check before the run finds that it fits another site, "
         "normalisation or BOS setting far better",
     )  # fmt: skip
 
@@ -145,14 +152,14 @@ class Settings:
             object.__setattr__(self, "baselines", BASELINES)
         for field, kind, rule in fields():
             value = getattr(self, field.name)
-            if field.default is not None and rule.if_none and value == rule.if_none:
-                value = None  # the word for None, for fields whose default is another value
+            if isinstance(value, str) and value and value == word_for_none(kind, rule):
+                value = None
                 object.__setattr__(self, field.name, None)
             _check(field.name, value, kind, rule)
             if kind in (int, float) and value is not None:
                 object.__setattr__(self, field.name, _as_python(field.name, value, kind))
-        asked = {"model", "sae", *self.views}
-        object.__setattr__(self, "views", tuple(view for view in VIEWS if view in asked))
+        requested = {"model", "sae", *self.views}
+        object.__setattr__(self, "views", tuple(view for view in VIEWS if view in requested))
 
 
 def fields() -> Iterator[tuple[dataclasses.Field[Any], type, Rule]]:
@@ -164,6 +171,11 @@ def fields() -> Iterator[tuple[dataclasses.Field[Any], type, Rule]]:
         if typing.get_origin(hint) is not types.UnionType:
             kinds = [hint]
         yield field, typing.get_origin(kinds[0]) or kinds[0], field.metadata["rule"]
+
+
+def word_for_none(kind: type, rule: Rule) -> str:
+    """Return the word that a number's flag accepts for None, such as "all"; empty if there is none."""
+    return rule.if_none if kind is int and rule.if_none.isalpha() else ""
 
 
 def default_shown(field: dataclasses.Field[Any], rule: Rule) -> str:
@@ -192,12 +204,12 @@ def _values(kind: type, rule: Rule) -> str:
 
 
 def _range(rule: Rule) -> str:
-    """Return the bounds in words, after a space or comma."""
+    """Return the bounds in words, beginning with a space or comma."""
     if rule.below < math.inf:
         return f" between {rule.above:g} and {rule.below:g}"
     if rule.above > -math.inf:
         return f" above {rule.above:g}"
-    return f", at least {rule.least:g}" if rule.least > -math.inf else ""
+    return f", at least {rule.minimum:g}" if rule.minimum > -math.inf else ""
 
 
 def _check(name: str, value: Any, kind: Any, rule: Rule) -> None:
@@ -208,12 +220,12 @@ def _check(name: str, value: Any, kind: Any, rule: Rule) -> None:
             _check(name, part, str, rule)
         return
     abstract: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real}  # NumPy numbers are instances too
-    is_flag = isinstance(value, bool)
-    if is_flag != (kind is bool) or not isinstance(value, abstract.get(kind, kind)):
+    is_bool = isinstance(value, bool)
+    if is_bool != (kind is bool) or not isinstance(value, abstract.get(kind, kind)):
         raise RequestError(f"`{name}` must be {_IN_WORDS[kind]}, got {value!r}")
     if rule.choices and value not in rule.choices:
         raise RequestError(f"`{name}` {value!r} is not one of {', '.join(rule.choices)}")
-    if kind in (int, float) and not (rule.least <= value < rule.below and value > rule.above):
+    if kind in (int, float) and not (rule.minimum <= value < rule.below and value > rule.above):
         raise RequestError(f"`{name}` must be{_range(rule).removeprefix(',')}, got {value}")
 
 

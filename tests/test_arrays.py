@@ -1,4 +1,4 @@
-"""`probe_selectivity`: against a plain loop over scikit-learn, whatever holds the arrays, and what it refuses."""
+"""`probe_selectivity`: compared with a plain loop over scikit-learn, for all kinds of arrays, and its errors."""
 
 from __future__ import annotations
 
@@ -68,22 +68,22 @@ def test_a_file_of_the_same_rows_gives_the_same_bits(suffix, tmp_path):
     ],
     ids=["numpy", "float64", "gradients", "strides", "lists", "more lists", "torch", "other numbers"],
 )
-def test_whatever_holds_the_arrays_the_bits_are_the_same(other):
+def test_any_array_type_gives_the_same_bits(other):
     assert selectivity(**other) == WHOLE
 
 
-def test_half_precision_is_taken_as_it_is():
+def test_half_precision_is_used_unchanged():
     half = X.bfloat16()
     assert selectivity(x=half) == selectivity(x=half.float())
     assert selectivity(x=X.half().numpy()) == selectivity(x=X.half())
 
 
-def test_strings_are_people_by_their_names():
+def test_string_groups_are_people_by_name():
     names = [f"person {group}" for group in GROUPS]
     assert selectivity(groups=names) == selectivity(groups=np.array(names)) == selectivity(groups=person_ids(names))
 
 
-def test_other_hashables_are_people_if_they_are_equal():
+def test_equal_hashables_are_one_group():
     first = {group: i for i, group in enumerate(dict.fromkeys(GROUPS.tolist()))}
     numbers = np.array([first[group] for group in GROUPS.tolist()])
     assert selectivity(groups=[("person", int(group)) for group in GROUPS]) == selectivity(groups=numbers)
@@ -104,19 +104,19 @@ def test_equal_numbers_are_one_group_and_so_are_the_unicode_forms_of_a_name(grou
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32, list, pd.Series, torch.tensor])
-def test_groups_of_whole_numbers_are_the_same_whatever_their_type(kind):
+def test_integer_groups_do_not_depend_on_their_type(kind):
     assert arrays._group_ids(kind([3.0, -1.0, 3.0]), 3).tolist() == [3, -1, 3]
     assert arrays._group_ids(np.array([3, -1, 3]), 3).tolist() == [3, -1, 3]
 
 
-def test_inputs_are_left_as_they_are():
+def test_inputs_are_not_changed():
     arrays = [X.clone().numpy(), RECON.clone().numpy(), LABELS[0].copy(), GROUPS.copy()]
     for array in arrays:
         array.flags.writeable = False
     assert probe_selectivity(*arrays, settings=SETTINGS) == WHOLE
 
 
-def test_a_reconstruction_that_is_x_loses_nothing():
+def test_an_identical_reconstruction_loses_nothing():
     found = selectivity(recon=X)
     assert (found.delta_sel, found.transfer_delta, found.p_value) == (0, 0, 1)
 
@@ -130,25 +130,25 @@ NAN[7, 3] = float("nan")
     [
         ({"x": NAN}, "x", "row 7"),
         ({"recon": NAN.numpy()}, "reconstruction", "row 7"),
-        ({"x": X.double() * 1e300}, "x", "beyond float32"),
+        ({"x": X.double() * 1e300}, "x", "too large for float32"),
         ({"x": X[0]}, "x", "[rows, d]"),
         ({"x": X[:0]}, "x", "[rows, d]"),
-        ({"x": [[1.0], [1.0, 2.0]]}, "x", "no array"),
+        ({"x": [[1.0], [1.0, 2.0]]}, "x", "not an array"),
         ({"x": X.to_sparse()}, "x", "dense"),
         ({"x": X > 0}, "x", "real"),
         ({"x": X.numpy().astype(complex)}, "x", "real"),
         ({"recon": RECON[:, :-1]}, "reconstruction", "has shape"),
         ({"recon": np.array(["a"])}, "reconstruction", "real"),
-        ({"labels": LABELS[0][:-1]}, "labels", "[300] is needed"),
-        ({"labels": LABELS[0].astype(int) * 2}, "labels", "hold 2"),
+        ({"labels": LABELS[0][:-1]}, "labels", "give shape [300]"),
+        ({"labels": LABELS[0].astype(int) * 2}, "labels", "contain 2"),
         ({"labels": np.array(["yes"] * 300)}, "labels", "0 and 1"),
         ({"labels": np.ones(300, bool)}, "labels", "negative class"),
-        ({"groups": GROUPS[:-1]}, "groups", "[300] is needed"),
+        ({"groups": GROUPS[:-1]}, "groups", "give shape [300]"),
         ({"groups": 5}, "groups", "for each row"),
         ({"groups": [[group] for group in GROUPS]}, "groups", "hashable"),
         ({"groups": [None, *GROUPS[1:]]}, "groups", "row 0"),
         ({"groups": np.where(np.arange(300) == 4, np.nan, GROUPS)}, "groups", "row 4"),
-        ({"groups": np.zeros(300, int)}, "labels", "people"),
+        ({"groups": np.zeros(300, int)}, "labels", "has 1 group"),
         ({"settings": Settings(views="latents")}, "views", "latents"),
         ({"settings": Settings(views="ksparse")}, "views", "ksparse"),
         ({"settings": Settings(downstream=True)}, "downstream", "no model"),
@@ -163,6 +163,6 @@ def test_a_wrong_argument_is_named(other, field, words):
 
 
 @pytest.mark.gpu
-def test_it_computes_where_x_is():
+def test_it_computes_on_the_device_of_x():
     found = selectivity(x=X.cuda())
     assert found.model_sel == pytest.approx(WHOLE.model_sel, abs=0.01)

@@ -1,4 +1,4 @@
-"""Broken SAEs of every format: one line that names the file, exit 2, no model loaded, and nothing left on disk."""
+"""Broken SAEs of every format: one line that names the file, exit code 2, no model loaded, no files left on disk."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from runs import Request
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# --- four whole SAEs of layer 1, one of each format ----------------------------------------------------------------
+# --- four valid SAEs of layer 1, one of each format ----------------------------------------------------------------
 
 
 def linear(names: tuple[str, str, str, str], *, turned: bool) -> dict[str, Tensor]:
-    """Encoder, its bias, decoder, its bias; ``turned`` as ``nn.Linear`` has them."""
+    """Return encoder, its bias, decoder, its bias; ``turned``: transposed, as in ``nn.Linear``."""
     rng = torch.Generator().manual_seed(0)
     shapes = [(D_MODEL, D_SAE), (D_SAE,), (D_SAE, D_MODEL), (D_MODEL,)]
     shapes = [shape[::-1] if turned else shape for shape in shapes]
@@ -69,7 +69,7 @@ PROOF = "code of the file was run"
 
 
 class Malicious:
-    """Unpickled, it leaves a file beside its own: unless nothing is run."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -83,7 +83,7 @@ def half(name: str) -> Damage:
 
 
 def a_pipe(name: str) -> Damage:
-    """Which nobody writes to."""
+    """Create a pipe to which nobody writes."""
 
     def damage(folder: Path) -> None:
         (folder / name).unlink()
@@ -101,7 +101,7 @@ def endless(name: str) -> Damage:
 
 
 def terabytes(name: str) -> Damage:
-    """A sparse file."""
+    """Create a sparse file of terabytes."""
     return lambda folder: os.truncate(folder / name, 2**40)
 
 
@@ -130,7 +130,7 @@ def a_link_to_itself(name: str) -> Damage:
 
 
 def says(name: str, **changes: Any) -> Damage:
-    """Other values in a config; None takes a key out; ``trainer__k`` is k in the object trainer."""
+    """Set values in a config; None removes a key; ``trainer__k`` is k in the object trainer."""
 
     def damage(folder: Path) -> None:
         config = json.loads((folder / name).read_text())
@@ -180,7 +180,7 @@ def code(folder: Path) -> None:
 
 
 def bare_pickle(protocol: int) -> Damage:
-    """Written by ``pickle`` alone."""
+    """Write a file with ``pickle`` directly."""
     return lambda folder: (folder / "mine.pt").write_bytes(pickle.dumps(Malicious(folder.parent / PROOF), protocol))
 
 
@@ -193,12 +193,12 @@ def a_list(folder: Path) -> None:
 
 
 def holds(make: Callable[[], Any]) -> Damage:
-    """Tensors beside something else in one ``ae.pt``."""
+    """Write tensors together with something else in one ``ae.pt``."""
 
     def damage(folder: Path) -> None:
         whole = torch.load(folder / "ae.pt")
         limit = sys.getrecursionlimit()
-        sys.setrecursionlimit(20_000)  # for pickle, which writes them
+        sys.setrecursionlimit(20_000)  # for pickle, which writes it
         try:
             torch.save({**whole, "more": make()}, folder / "ae.pt")
         finally:
@@ -214,7 +214,7 @@ def in_itself() -> dict[str, Any]:
 
 
 def deep() -> dict[str, Any]:
-    """3000 dictionaries in each other."""
+    """Nest 3000 dictionaries."""
     found: dict[str, Any] = {}
     for _ in range(3000):
         found = {"in": found}
@@ -227,7 +227,7 @@ def many_names() -> dict[str, Tensor]:
 
 
 def packed(folder: Path) -> None:
-    """As no ``torch.save`` writes it: 64 MiB of zeros in 64 KiB."""
+    """Compress 64 MiB of zeros to 64 KiB, which ``torch.save`` never does."""
     torch.save({"bias": torch.zeros(2**24)}, folder / "unpacked.pt")
     with (
         zipfile.ZipFile(folder / "unpacked.pt") as whole,
@@ -257,37 +257,35 @@ class Case(NamedTuple):
     name: str
     make: Callable[[Path], Path]
     damage: Damage
-    file: str
-    """Named in the line."""
-    words: str
-    """Said in it."""
+    file: str  # named in the error
+    words: str  # in the error
 
 
 SAFE, LENS = "sae.safetensors", "sae_weights.safetensors"
 CASES = [
     # the weights as a file
-    Case("half a safetensors file", sparsify, half(SAFE), SAFE, "not a whole safetensors file"),
+    Case("half a safetensors file", sparsify, half(SAFE), SAFE, "not a complete safetensors file"),
     Case("half a file of SAE Lens", lens, half(LENS), LENS, "copy or download it again"),
-    Case("half a .pt file", dictionary, half("ae.pt"), "ae.pt", "not a whole file that torch.save wrote"),
+    Case("half a .pt file", dictionary, half("ae.pt"), "ae.pt", "not a complete file of torch.save"),
     Case("an empty safetensors file", sparsify, text(SAFE, ""), SAFE, "the file is empty"),
     Case("an empty .pt file", plain, text("mine.pt", ""), "mine.pt", "the file is empty"),
-    Case("text instead of tensors", plain, text("mine.pt", "hello\n"), "mine.pt", "not a whole file that torch"),
-    Case("a pointer of Git LFS", lens, text(LENS, "version https://git-lfs"), LENS, "not a whole safetensors file"),
+    Case("text instead of tensors", plain, text("mine.pt", "hello\n"), "mine.pt", "not a complete file of torch"),
+    Case("a pointer of Git LFS", lens, text(LENS, "version https://git-lfs"), LENS, "not a complete safetensors file"),
     Case("no weights", sparsify, without(SAFE), SAFE, "no such file"),
     Case("no ae.pt", dictionary, without("ae.pt"), "ae.pt", "no such file"),
-    Case("a folder in place of weights", lens, a_folder(LENS), LENS, "a folder of this name"),
-    Case("a folder in place of ae.pt", dictionary, a_folder("ae.pt"), "ae.pt", "a folder of this name"),
+    Case("a folder in place of weights", lens, a_folder(LENS), LENS, "it is a folder, not a file"),
+    Case("a folder in place of ae.pt", dictionary, a_folder("ae.pt"), "ae.pt", "it is a folder, not a file"),
     Case("weights that link to themselves", sparsify, a_link_to_itself(SAFE), SAFE, "Too many levels"),
     # code in the weights
-    Case("code in a .pt file", dictionary, code, "ae.pt", "mkdir would have to be called"),
-    Case("code in a bare pickle", plain, bare_pickle(protocol=2), "mine.pt", "mkdir would have to be called"),
-    Case("code in a newer pickle", plain, bare_pickle(protocol=4), "mine.pt", "not a whole file that torch"),
-    Case("a pickled module", dictionary, whole_module, "ae.pt", "Linear would have to be called"),
-    Case("a list of tensors", plain, a_list, "mine.pt", "holds a list; named tensors are needed"),
-    # what a .pt file may hold beside them
-    Case("a dict in itself", dictionary, holds(in_itself), "ae.pt", "dictionaries in dictionaries without an end"),
-    Case("3000 dicts deep", dictionary, holds(deep), "ae.pt", "dictionaries in dictionaries without an end"),
-    Case("a meta tensor", dictionary, holds(lambda: torch.empty(3, device="meta")), "ae.pt", "without values"),
+    Case("code in a .pt file", dictionary, code, "ae.pt", "mkdir, which is not allowed"),
+    Case("code in a bare pickle", plain, bare_pickle(protocol=2), "mine.pt", "mkdir, which is not allowed"),
+    Case("code in a newer pickle", plain, bare_pickle(protocol=4), "mine.pt", "not a complete file of torch"),
+    Case("a pickled module", dictionary, whole_module, "ae.pt", "Linear, which is not allowed"),
+    Case("a list of tensors", plain, a_list, "mine.pt", "it contains a list, but must have named tensors"),
+    # other content of a .pt file
+    Case("a dict in itself", dictionary, holds(in_itself), "ae.pt", "its dictionaries are nested too deeply"),
+    Case("3000 dicts deep", dictionary, holds(deep), "ae.pt", "its dictionaries are nested too deeply"),
+    Case("a meta tensor", dictionary, holds(lambda: torch.empty(3, device="meta")), "ae.pt", "meta device"),
     Case(
         "a quantised tensor",
         dictionary,
@@ -300,16 +298,16 @@ CASES = [
         dictionary,
         holds(lambda: torch.zeros(1).expand(2**20, 2**20)),
         "ae.pt",
-        "far more than the file holds",
+        "far more than the file",
     ),
-    Case("many names for one tensor", dictionary, holds(many_names), "ae.pt", "far more than the file holds"),
-    Case("a packed .pt file", dictionary, packed, "ae.pt", "not a whole file that torch.save wrote"),
+    Case("many names for one tensor", dictionary, holds(many_names), "ae.pt", "far more than the file"),
+    Case("a packed .pt file", dictionary, packed, "ae.pt", "not a complete file of torch.save"),
     # tensors
-    Case("a tensor is missing", sparsify, tensors(SAFE, dropped("b_dec")), SAFE, "no tensor 'b_dec'; it holds W_dec"),
+    Case("a tensor is missing", sparsify, tensors(SAFE, dropped("b_dec")), SAFE, "no tensor 'b_dec'; it has W_dec"),
     Case("a bias is missing", dictionary, tensors("ae.pt", dropped("bias")), "ae.pt", "no tensor 'bias'"),
-    Case("NaN", sparsify, tensors(SAFE, value("W_dec", torch.nan)), SAFE, "W_dec holds NaN or infinity"),
-    Case("infinity", lens, tensors(LENS, value("b_enc", torch.inf)), LENS, "b_enc holds NaN or infinity"),
-    Case("NaN in a .pt", dictionary, tensors("ae.pt", value("bias", torch.nan)), "ae.pt", "bias holds NaN"),
+    Case("NaN", sparsify, tensors(SAFE, value("W_dec", torch.nan)), SAFE, "W_dec has NaN or infinity"),
+    Case("infinity", lens, tensors(LENS, value("b_enc", torch.inf)), LENS, "b_enc has NaN or infinity"),
+    Case("NaN in a .pt", dictionary, tensors("ae.pt", value("bias", torch.nan)), "ae.pt", "bias has NaN"),
     Case("a wrong shape", lens, tensors(LENS, narrower("b_enc")), LENS, "shape [95], but its config says [96]"),
     Case("transposed", sparsify, tensors(SAFE, turned("W_dec")), SAFE, "W_dec has shape [32, 96] (transposed?)"),
     Case("transposed .pt", dictionary, tensors("ae.pt", turned("encoder.weight")), "ae.pt", "(transposed?)"),
@@ -317,34 +315,38 @@ CASES = [
     Case("another dict_size", dictionary, says("config.json", trainer__dict_size=7), "ae.pt", "config says [7, 32]"),
     # the config as a file
     Case("no JSON", sparsify, text("cfg.json", "{'k': 8}"), "cfg.json", "not a readable JSON file"),
-    Case("a list", lens, text("cfg.json", "[1, 2]"), "cfg.json", "a JSON object was expected, this is a list"),
+    Case("a list", lens, text("cfg.json", "[1, 2]"), "cfg.json", "it must be a JSON object, but is a list"),
     Case("an empty config", dictionary, text("config.json", ""), "config.json", "the file is empty"),
     Case("no UTF-8", plain, text("sae.json", b'{"weights": "\xff"}'), "sae.json", "can't decode byte 0xff"),
-    Case("a folder in place of the config", lens, a_folder("cfg.json"), "cfg.json", "a folder of this name"),
+    Case("a folder in place of the config", lens, a_folder("cfg.json"), "cfg.json", "it is a folder, not a file"),
     Case("a config that links to itself", plain, a_link_to_itself("sae.json"), "sae.json", "Too many levels"),
     Case("weights without a config", dictionary, without("config.json"), "config.json", "no such file"),
     Case("a pipe in place of the config", sparsify, a_pipe("cfg.json"), "cfg.json", "a pipe or a device"),
     Case("a pipe in place of weights", lens, a_pipe(LENS), LENS, "a pipe or a device"),
     Case("a config without end", plain, endless("sae.json"), "sae.json", "a pipe or a device"),
     Case("weights without end", dictionary, endless("ae.pt"), "ae.pt", "a pipe or a device"),
-    Case("a config of a terabyte", sparsify, terabytes("cfg.json"), "cfg.json", "1048576 MiB are no config"),
-    Case("weights of a terabyte", sparsify, terabytes(SAFE), SAFE, "not a whole safetensors file"),
-    Case("a .pt of a terabyte", dictionary, terabytes("ae.pt"), "ae.pt", "not a whole file that torch.save wrote"),
+    Case(
+        "a config of a terabyte", sparsify, terabytes("cfg.json"), "cfg.json", "1048576 MiB is too large for a config"
+    ),
+    Case("weights of a terabyte", sparsify, terabytes(SAFE), SAFE, "not a complete safetensors file"),
+    Case("a .pt of a terabyte", dictionary, terabytes("ae.pt"), "ae.pt", "not a complete file of torch.save"),
     # what the config says
-    Case("a negative k", sparsify, says("cfg.json", k=-8), "cfg.json", "k is -8; a whole number above 0"),
+    Case("a negative k", sparsify, says("cfg.json", k=-8), "cfg.json", "k is -8, but must be a whole number above 0"),
     Case("k larger than d_sae", sparsify, says("cfg.json", k=97), "cfg.json", "k 97 does not fit num_latents 96"),
-    Case("a text for a number", lens, says("cfg.json", d_in="32"), "cfg.json", "d_in is '32'; a whole number"),
+    Case(
+        "a text for a number", lens, says("cfg.json", d_in="32"), "cfg.json", "d_in is '32', but must be a whole number"
+    ),
     Case("a list for a name", lens, says("cfg.json", architecture=["topk"]), "cfg.json", "architecture is ['topk']"),
-    Case("an unknown activation", sparsify, says("cfg.json", activation="tanh"), "cfg.json", "activation 'tanh'"),
-    Case("an unknown class", dictionary, says("config.json", trainer__dict_class="New"), "config.json", "known are"),
+    Case("an unknown activation", sparsify, says("cfg.json", activation="tanh"), "cfg.json", "activation is 'tanh'"),
+    Case("an unknown class", dictionary, says("config.json", trainer__dict_class="New"), "config.json", "supported: "),
     Case("no trainer", dictionary, says("config.json", trainer=None), "config.json", "no object 'trainer'"),
     Case("a negative layer", dictionary, says("config.json", trainer__layer=-1), "config.json", "trainer.layer is -1"),
     Case("an unknown key", plain, says("sae.json", activation="relu"), "sae.json", "unknown key 'activation'"),
     Case("no weights named", plain, says("sae.json", weights=None), "sae.json", "weights is missing"),
     # the folder
-    Case("a file in place of the folder", plain, a_file_in_its_place, "the-sae", "this is a file; give the folder"),
+    Case("a file in place of the folder", plain, a_file_in_its_place, "the-sae", "it is a file: give its folder"),
     Case("a link to itself in place of the folder", plain, a_loop_in_its_place, "the-sae", "a symbolic link"),
-    Case("an empty folder", plain, an_empty_folder, "the-sae", "no SAE here; a folder is expected that holds cfg.json"),
+    Case("an empty folder", plain, an_empty_folder, "the-sae", "no SAE in this folder; give one with cfg.json"),
 ]
 
 
@@ -355,7 +357,7 @@ def request_for(tiny_model: Path, people_csv: Path, tmp_path: Path) -> Callable[
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Models whose weights were loaded."""
+    """Return the models whose weights were loaded."""
     models: list[Any] = []
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *args, **_: models.append(args))
     return models
@@ -370,7 +372,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.filterwarnings("ignore:torch.quantize")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_broken_sae_is_told_in_one_line(
+def test_a_broken_sae_is_reported_in_one_line(
     case: Case,
     request_for: Callable[[Path], Request],
     loaded: list[Any],
@@ -389,7 +391,7 @@ def test_a_broken_sae_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("make", [sparsify, lens, dictionary, plain])
-def test_whole_ones_are_measured(
+def test_intact_saes_are_measured(
     make: Callable[[Path], Path], request_for: Callable[[Path], Request], tmp_path: Path
 ) -> None:
     make(tmp_path / "the-sae")
@@ -398,7 +400,7 @@ def test_whole_ones_are_measured(
 
 
 @pytest.mark.parametrize("name", ["cfg.json", SAFE, "."])
-def test_what_may_not_be_read(
+def test_unreadable_files_are_rejected(
     name: str,
     request_for: Callable[[Path], Request],
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""SAEs in memory: objects of the libraries against their files and themselves, anybody's modules, and ``load_sae``."""
+"""SAEs in memory: objects of the libraries compared with their files, custom modules, and ``load_sae``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ HEADER = ("format", "layer", "hookpoint", "d_in", "d_sae", "d_out", "k", "archit
 
 
 def assert_same_as_file(source: SaeSource, file: SaeSource) -> None:
-    """Object and file give the same codes and reconstructions, bit for bit, by the same kind of coder."""
+    """Check that object and file give the same codes and reconstructions, bit for bit, by the same kind of coder."""
     (layer,), x = source.layers, activations(rows=300)
     member, stored = source.members[0].header, file.members[0].header
     assert [getattr(member, name) for name in HEADER] == [getattr(stored, name) for name in HEADER]
@@ -60,7 +60,7 @@ def assert_same_as_file(source: SaeSource, file: SaeSource) -> None:
 
 @dataclass
 class Facts:
-    """All of a module that measuring it must leave alone."""
+    """All state of a module that a measurement must not change."""
 
     state: dict[str, Tensor]
     training: list[bool]
@@ -89,7 +89,7 @@ class Facts:
 
 
 def measure(source: SaeSource) -> None:
-    """All that a run does with a source."""
+    """Do all that a run does with a source."""
     (layer,) = source.layers
     source.prepare()
     source.fingerprint()
@@ -165,14 +165,14 @@ def test_the_constant_that_activations_of_sae_lens_are_scaled_by(tmp_path: Path)
         wrap_sae(make_lens("standard", normalize_activations="covariance_whitening"))
 
 
-def test_an_object_of_sae_lens_that_does_not_say_where_it_belongs() -> None:
+def test_an_sae_lens_object_without_a_place() -> None:
     sae = make_lens("topk", hook_name=None)
-    with pytest.raises(RequestError, match="`layer` is missing: the TopKTrainingSAE does not say"):
+    with pytest.raises(RequestError, match="`layer` is missing: TopKTrainingSAE does not name"):
         wrap_sae(sae)
     assert (wrap_sae(sae, layer=2).layers, wrap_sae(sae, layer=2).hookpoint) == ((2,), "resid_post")
     assert wrap_sae(sae, hookpoint="blocks.4.hook_mlp_out").hookpoint == "mlp_out"
     unknown = make_lens("topk", hook_name="my_layer")
-    with pytest.raises(RequestError, match="TopKTrainingSAE: hook_name 'my_layer' is no place"):
+    with pytest.raises(RequestError, match="TopKTrainingSAE: hook_name 'my_layer' is not supported"):
         wrap_sae(unknown)
     assert wrap_sae(unknown, layer=1, hookpoint="attn_out").hookpoint == "attn_out"
 
@@ -199,7 +199,7 @@ def test_a_transcoder_of_sae_lens(tmp_path: Path, architecture: str) -> None:
     assert (source.hookpoint, source.input_hookpoint, source.d_out) == ("mlp_out", "mlp_normalized", 24)
     assert_same_as_file(source, open_sae(str(tmp_path)))
     loaded = source.load(3, "cpu")
-    if architecture != "jumprelu_transcoder":  # the library lets negative latents through where thresholds are
+    if architecture != "jumprelu_transcoder":  # the library keeps negative latents above a threshold
         torch.testing.assert_close(loaded.decode(loaded.encode(x), x), sae(x).detach(), rtol=1e-5, atol=1e-5)
     silent = make_transcoder(architecture)
     with pytest.raises(RequestError, match="`hookpoint` is missing"):
@@ -237,13 +237,13 @@ def test_a_subclass_of_sae_lens_with_an_encoder_of_its_own() -> None:
     torch.testing.assert_close(dense(sae.encode(x)), codes, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sae.decode(sae.encode(x)), recon, rtol=1e-5, atol=1e-5)
     assert_unchanged(doubled)
-    with pytest.raises(RequestError, match="`obj` Narrow: encode gives 5 latents, but its cfg says 64"):
+    with pytest.raises(RequestError, match="`obj` Narrow: encode returned 5 latents, but its cfg says 64"):
         wrap_sae(Narrow(config))
     assert isinstance(wrap_sae(Silent(config)).load(1, "cpu").coder, LinearCoder), "its codes are the library's"
 
 
-def test_what_sae_lens_objects_cannot_give() -> None:
-    with pytest.raises(RequestError, match="`obj` TopKTrainingSAE: k 4 is more than d_sae 2"):
+def test_unsupported_sae_lens_objects_are_rejected() -> None:
+    with pytest.raises(RequestError, match="`obj` TopKTrainingSAE: k 4 is greater than d_sae 2"):
         wrap_sae(changed(make_lens("topk"), lambda sae: setattr(sae.cfg, "d_sae", 2)))
     with pytest.raises(RequestError, match=r"`obj` StandardTrainingSAE: W_dec has shape \[3, 16\]"):
         wrap_sae(changed(make_lens("standard"), lambda sae: setattr(sae, "W_dec", nn.Parameter(torch.ones(3, D_IN)))))
@@ -299,9 +299,9 @@ def test_where_an_object_of_sparsify_belongs() -> None:
     assert wrap_sae(coder, layer=0).hookpoint == "resid_post"
     assert wrap_sae(coder, layer=0).name == "sparsecoder_layer_0"
     assert wrap_sae(coder, hookpoint="layers.2.attention").layers == (2,)
-    with pytest.raises(RequestError, match="`layer` is missing: the SparseCoder does not say"):
+    with pytest.raises(RequestError, match="`layer` is missing: SparseCoder does not name"):
         wrap_sae(coder)
-    with pytest.raises(RequestError, match="`hookpoint` is missing: the SparseCoder does not say which module"):
+    with pytest.raises(RequestError, match="`hookpoint` is missing: SparseCoder does not name the module"):
         wrap_sae(make_sparse_coder(transcode=True), layer=0)
     with pytest.raises(RequestError, match="`input_hookpoint` mlp_in: the object is an autoencoder"):
         wrap_sae(coder, layer=0, hookpoint="mlp_out", input_hookpoint="mlp_in")
@@ -309,14 +309,16 @@ def test_where_an_object_of_sparsify_belongs() -> None:
         wrap_sae(changed(make_sparse_coder(), lambda sae: setattr(sae, "W_dec", None)), layer=0)
 
 
-def test_an_object_of_sparsify_with_methods_of_its_own_is_asked_for_dense_codes() -> None:
+def test_custom_sparsify_objects_use_dense_codes() -> None:
     sparsify = pytest.importorskip("sparsify")
 
     class Noisy(sparsify.SparseCoder):
         def encode(self, x: Tensor) -> Any:
             return super().encode(x + 1)
 
-    with pytest.raises(RequestError, match="`obj` Noisy: encode gives a EncoderOutput; a dense tensor"):
+    with pytest.raises(
+        RequestError, match="`obj` Noisy: encode returned a EncoderOutput; it must return a dense tensor"
+    ):
         wrap_sae(Noisy(D_IN, sparsify.SparseCoderConfig(k=K, expansion_factor=4)), layer=0)
 
 
@@ -338,7 +340,7 @@ def test_an_object_of_dictionary_learning(tmp_path: Path, library: Any, dict_cla
     assert_agrees(wrap_sae(loaded, layer=3).load(3, "cpu"), loaded)
 
 
-def test_settings_of_a_dictionary_that_its_file_cannot_hold(library: Any) -> None:
+def test_settings_of_a_dictionary_that_are_not_in_its_file(library: Any) -> None:
     jumprelu = make_dictionary(library, "JumpReluAutoEncoder", 0.7)
     jumprelu.apply_b_dec_to_input = True
     matryoshka = make_dictionary(library, "MatryoshkaBatchTopKSAE", 0.7)
@@ -357,7 +359,7 @@ def test_a_dictionary_that_transcodes(library: Any) -> None:
 def test_the_identity_of_dictionary_learning_has_no_weights(library: Any) -> None:
     from dictionary_learning.dictionary import IdentityDict
 
-    with pytest.raises(RequestError, match="`version` is missing: the IdentityDict has no state_dict of tensors"):
+    with pytest.raises(RequestError, match="`version` is missing: IdentityDict has no state_dict of tensors"):
         wrap_sae(IdentityDict(D_IN), layer=0)
     x = activations()
     sae = wrap_sae(IdentityDict(D_IN), layer=0, version="1").load(0, "cpu")
@@ -367,7 +369,7 @@ def test_the_identity_of_dictionary_learning_has_no_weights(library: Any) -> Non
 # --- our own ---------------------------------------------------------------------------------------------------------
 
 
-def test_our_own_saes_stay_as_they_are() -> None:
+def test_our_own_saes_are_returned_unchanged() -> None:
     W_enc, W_dec = torch.randn(2, D_SAE, D_IN)
     sae = linear_sae(W_enc, W_dec, TopK(K), k=K)
     source = wrap_sae(sae, model_name="gpt2", prepend_bos=True, trained_on_bos=True)
@@ -384,13 +386,13 @@ def test_our_own_saes_stay_as_they_are() -> None:
     assert source.fingerprint() != before
     never = linear_sae(W_enc, W_dec, Threshold(torch.full((D_SAE,), torch.inf)))
     assert wrap_sae(never).load(0, "cpu").encode(x).value.numel() == 0
-    with pytest.raises(RequestError, match="`layer` 3: the object says 0"):
+    with pytest.raises(RequestError, match="`layer` is 3, but the object says 0"):
         wrap_sae(sae, layer=3)
-    with pytest.raises(RequestError, match=r"`obj` Sae: .*W_enc holds NaN"):
+    with pytest.raises(RequestError, match=r"`obj` Sae: .*W_enc has NaN"):
         wrap_sae(linear_sae(W_enc * torch.nan, W_dec, TopK(K))).prepare()
 
 
-def test_what_was_loaded_can_be_wrapped(tmp_path: Path) -> None:
+def test_loaded_saes_can_be_wrapped(tmp_path: Path) -> None:
     write_sparsify(tmp_path / "layers.3.mlp", transcode=True, activation="groupmax")
     sae, x = load_sae(str(tmp_path), 3), activations()
     source = wrap_sae(sae)
@@ -407,11 +409,11 @@ def test_what_was_loaded_can_be_wrapped(tmp_path: Path) -> None:
         wrap_sae(bare)
 
 
-# --- objects of one's own --------------------------------------------------------------------------------------------
+# --- custom objects --------------------------------------------------------------------------------------------------
 
 
 class Own(nn.Module):
-    """A ReLU SAE as somebody would write it; noisy in training, as some are."""
+    """A ReLU SAE as users write them; noisy in training, as some are."""
 
     def __init__(self, d_in: int, d_sae: int = D_SAE, seed: int = 0) -> None:
         super().__init__()
@@ -432,7 +434,7 @@ class Own(nn.Module):
 
 
 class Bare:
-    """An object that is no module and has no state."""
+    """An object that is not a module and has no state."""
 
     def __init__(self, module: Own) -> None:
         self.module = module.eval()
@@ -445,7 +447,7 @@ class Bare:
 
 
 class WithState(Bare):
-    """One that has."""
+    """An object that has state."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"W": self.module.W_enc, "step": 3}
@@ -455,7 +457,7 @@ class WithState(Bare):
     lambda: Own(D_IN), lambda: Own(D_IN).eval(), lambda: Own(D_IN).double(), lambda: WithState(Own(D_IN)),
     lambda: Bare(Own(D_IN)),
 ], ids=["in training", "in evaluation", "float64", "with state", "bare"])  # fmt: skip
-def test_an_object_gives_its_own_numbers_in_sparse_codes(make: Callable[[], Any]) -> None:
+def test_sparse_codes_equal_those_of_the_object(make: Callable[[], Any]) -> None:
     given = {"version": "1", "d_in": D_IN} if not isinstance(make(), nn.Module) else {}
     source = wrap_sae(make(), layer=5, hookpoint="mlp_out", **given)
     assert (source.layers, source.hookpoint, source.d_in) == ((5,), "mlp_out", D_IN)
@@ -475,18 +477,18 @@ def frozen(module: Own) -> Own:
 
 
 def trained(module: Own) -> Own:
-    """With gradients, and with what the last step computed in an attribute, which cannot be deep-copied."""
+    """Return a module with gradients, and with an attribute from the last step that cannot be deep-copied."""
     module.decode(module.encode(activations())).sum().backward()
     assert not module.last.is_leaf
     return module
 
 
 @pytest.mark.parametrize("change", [trained, frozen, nn.Module.eval, nn.Module.half, nn.Module.double])
-def test_a_module_is_left_as_it_was(change: Callable[[Any], Any]) -> None:
+def test_a_module_is_not_changed(change: Callable[[Any], Any]) -> None:
     assert_unchanged(change(Own(D_IN)), layer=5)
 
 
-def test_a_module_that_draws_gives_the_same_codes_at_every_call() -> None:
+def test_a_random_module_gives_the_same_codes_at_every_call() -> None:
     class Random(Own):
         def encode(self, x: Tensor) -> Tensor:
             return super().encode(x) + torch.rand(len(x), D_SAE)
@@ -498,7 +500,7 @@ def test_a_module_that_draws_gives_the_same_codes_at_every_call() -> None:
     assert_unchanged(Random(D_IN), layer=0)
 
 
-def test_weights_that_fit_are_not_copied() -> None:
+def test_suitable_weights_are_not_copied() -> None:
     module = Own(D_IN)
     coder = wrap_sae(module, layer=5).load(5, "cpu").coder
     assert coder.sae.W_enc is module.W_enc
@@ -544,7 +546,7 @@ def nudge(sae: Any) -> None:
     make_sparse_coder,
 ], ids=["module", "with state", "sae_lens", "sae_lens batchtopk", "sparsify"])  # fmt: skip
 @pytest.mark.parametrize("version", [None, "1"])
-def test_weights_that_were_trained_on_are_another_sae(make: Callable[[], Any], version: str | None) -> None:
+def test_changed_weights_change_the_fingerprint(make: Callable[[], Any], version: str | None) -> None:
     sae = make()
     given = {"layer": 5, "d_in": D_IN, "version": version}
     source = wrap_sae(sae, **given)
@@ -556,7 +558,7 @@ def test_weights_that_were_trained_on_are_another_sae(make: Callable[[], Any], v
     assert source.fingerprint() == wrap_sae(sae, **given).fingerprint() != before
 
 
-def test_what_else_makes_another_sae() -> None:
+def test_settings_that_change_the_fingerprint() -> None:
     made = {"layer": 5, "d_in": D_IN}
     before = wrap_sae(Own(D_IN), **made).fingerprint()
     assert wrap_sae(Own(D_IN).eval(), **made).fingerprint() == before
@@ -576,11 +578,11 @@ def test_what_else_makes_another_sae() -> None:
     assert wrap_sae(coder, layer=1).fingerprint() != widened
 
 
-# --- what can be found, and what is wrong ----------------------------------------------------------------------------
+# --- detection, and errors -------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Module):
-    """With an encoder under a name of the caller's choice."""
+    """An object whose encoder has a name of the caller's choice."""
 
     def __init__(self, d_in: int = D_IN, d_sae: int = D_SAE, **attributes: Any) -> None:
         super().__init__()
@@ -595,7 +597,7 @@ class Linear(nn.Module):
 
 
 class Anything(Linear):
-    """Takes inputs of any width."""
+    """An object that takes inputs of any width."""
 
     def encode(self, x: Tensor) -> Tensor:
         return x.sum(1, keepdim=True).expand(-1, D_SAE)
@@ -613,7 +615,7 @@ def test_a_module_that_is_compiled_or_trained_in_parallel(wrapper: Callable[[nn.
     assert (source.name, source.fingerprint()) == ("sparsecoder_layer_1", wrap_sae(coder, layer=1).fingerprint())
 
 
-def test_libraries_are_not_imported_for_objects_of_ones_own() -> None:
+def test_libraries_are_not_imported_for_custom_objects() -> None:
     program = (
         "import sys, torch; from delta_selectivity.saes import wrap_sae; sae = torch.nn.Linear(4, 8)\n"
         "sae.encode, sae.decode = sae.forward, lambda codes: codes[:, :4]\n"
@@ -626,16 +628,16 @@ def test_libraries_are_not_imported_for_objects_of_ones_own() -> None:
 @pytest.mark.parametrize("sae", [
     Own(D_IN), Linear(), Linear(d_sae=D_IN), Linear(d_in=D_IN), Anything(activation_dim=D_IN), Anything(cfg=Config()),
 ])  # fmt: skip
-def test_widths_that_need_not_be_given(sae: nn.Module) -> None:
+def test_widths_that_can_be_inferred(sae: nn.Module) -> None:
     source = wrap_sae(sae, layer=1)
     assert (source.d_in, source.d_out) == (D_IN, D_IN)
     assert wrap_sae(sae, layer=1, input_hookpoint="resid_post").input_hookpoint is None
 
 
-def test_a_transcoder_of_ones_own() -> None:
+def test_a_custom_transcoder() -> None:
     sae = Linear()
     sae.decoder = nn.Linear(D_SAE, 7)
-    with pytest.raises(RequestError, match="`input_hookpoint` is missing: the Linear reads width 16 and writes"):
+    with pytest.raises(RequestError, match="`input_hookpoint` is missing: Linear has input width 16 and output"):
         wrap_sae(sae, layer=1)
     source = wrap_sae(sae, layer=1, hookpoint="mlp_out", input_hookpoint="layers.<layer>.mlp:in")
     assert (source.hookpoint, source.input_hookpoint, source.d_in, source.d_out) == ("mlp_out", "mlp_in", D_IN, 7)
@@ -643,7 +645,7 @@ def test_a_transcoder_of_ones_own() -> None:
 
 
 class Exits(Linear):
-    """Ends the process, wherever it is told to."""
+    """An object that ends the process at a given place."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -663,14 +665,14 @@ class Exits(Linear):
 
 
 @pytest.mark.parametrize("where", ["encode", "decode", "state_dict", "train"])
-def test_an_object_that_exits_is_a_failure(where: str) -> None:
-    with pytest.raises(RequestError, match=r"`obj` Exits: .* exits the process \(SystemExit 0\)"):
+def test_an_object_that_exits_is_an_error(where: str) -> None:
+    with pytest.raises(RequestError, match=r"`obj` Exits: .* called exit \(SystemExit 0\)"):
         wrap_sae(Exits(where), layer=1, d_in=None)
 
 
-def test_an_object_that_exits_while_it_is_measured_is_a_failure() -> None:
+def test_an_object_that_exits_while_measured_is_an_error() -> None:
     sae = wrap_sae(Exits("later"), layer=1).load(1, "cpu")
-    with pytest.raises(RequestError, match="the Exits exits the process"):
+    with pytest.raises(RequestError, match="Exits called exit"):
         sae.encode(activations())
 
 
@@ -680,7 +682,7 @@ class OnlyForward(nn.Module):
 
 
 class Gives(Linear):
-    """Gives something else."""
+    """An object that returns something else."""
 
     def __init__(self, codes: Callable[[Tensor], Any], recon: Callable[[Tensor], Any] = lambda recon: recon) -> None:
         super().__init__()
@@ -694,7 +696,7 @@ class Gives(Linear):
 
 
 class Locked(Linear):
-    """Holds what cannot be copied."""
+    """An object that holds something that cannot be copied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -712,42 +714,42 @@ MADE = {"layer": 1, "d_in": D_IN}
     (object(), MADE, "`obj` object has no encode and no decode: an SAE has encode"),
     (OnlyForward(), MADE, "`obj` OnlyForward has no encode and no decode"),
     ("EleutherAI/sae", MADE, "`obj` str has no decode.*load_sae opens an SAE by its name"),
-    (Own, MADE, "`obj` Own is a class: give an object of it"),
-    (Gives(lambda codes: (codes, codes)), MADE, "`d_in` 16: Gives: encode gives a tuple; a dense tensor"),
-    (Gives(lambda codes: (codes, codes)), {"layer": 1}, "`obj` Gives: encode gives a tuple"),
-    (Gives(lambda codes: codes[0]), MADE, r"encode gives a tensor of shape \[64\]; a dense tensor \[2, width\]"),
-    (Gives(lambda codes: codes.to_sparse()), MADE, "gives a sparse tensor"),
-    (Gives(raises), MADE, "encode of .* fails: ValueError: one line and another"),
-    (Gives(lambda codes: codes, lambda recon: (recon,)), MADE, "`obj` Gives: decode gives a tuple"),
-    (Gives(lambda codes: codes, raises), MADE, "`obj` Gives: decode of .* fails: ValueError"),
-    (Bare(Own(D_IN)), MADE, "`version` is missing: the Bare has no state_dict of tensors"),
-    (Bare(Own(D_IN)), {"layer": 1, "version": "1"}, "`d_in` is missing: neither an attribute nor the weights"),
+    (Own, MADE, "`obj` Own is a class: give an instance"),
+    (Gives(lambda codes: (codes, codes)), MADE, "`d_in` 16: Gives: encode returned a tuple; it must return"),
+    (Gives(lambda codes: (codes, codes)), {"layer": 1}, "`obj` Gives: encode returned a tuple"),
+    (Gives(lambda codes: codes[0]), MADE, r"encode returned a tensor of shape \[64\]; it must .*\[2, width\]"),
+    (Gives(lambda codes: codes.to_sparse()), MADE, "returned a sparse tensor"),
+    (Gives(raises), MADE, "encode of .* failed: ValueError: one line and another"),
+    (Gives(lambda codes: codes, lambda recon: (recon,)), MADE, "`obj` Gives: decode returned a tuple"),
+    (Gives(lambda codes: codes, raises), MADE, "`obj` Gives: decode of .* failed: ValueError"),
+    (Bare(Own(D_IN)), MADE, "`version` is missing: Bare has no state_dict of tensors"),
+    (Bare(Own(D_IN)), {"layer": 1, "version": "1"}, "`d_in` is missing: it cannot be found"),
     (Anything(), {"layer": 1}, "`d_in` is missing"),
-    (Own(D_IN), {}, "`layer` is missing: the Own does not say"),
-    (Own(D_IN), {"layer": -1}, "`layer` is -1; a whole number from 0 on"),
-    (Own(D_IN), {"layer": True}, "`layer` is True; a whole number"),
-    (Own(D_IN), {"layer": 1.5}, "`layer` is 1.5; a whole number"),
-    (Own(D_IN), {"layer": 1, "d_in": 7}, r"`d_in` 7: Own: encode of \[2, 7\] fails: RuntimeError"),
-    (Own(D_IN), {"layer": 1, "d_in": 0}, "`d_in` is 0; a whole number from 1 on"),
-    (Own(D_IN), {"layer": 1, "d_out": 7}, "`d_out` 7: decode of the Own gives 16 columns"),
+    (Own(D_IN), {}, "`layer` is missing: Own does not name"),
+    (Own(D_IN), {"layer": -1}, "`layer` is -1, but must be a whole number, at least 0"),
+    (Own(D_IN), {"layer": True}, "`layer` is True, but must be a whole number"),
+    (Own(D_IN), {"layer": 1.5}, "`layer` is 1.5, but must be a whole number"),
+    (Own(D_IN), {"layer": 1, "d_in": 7}, r"`d_in` 7: Own: encode of \[2, 7\] failed: RuntimeError"),
+    (Own(D_IN), {"layer": 1, "d_in": 0}, "`d_in` is 0, but must be a whole number, at least 1"),
+    (Own(D_IN), {"layer": 1, "d_out": 7}, "`d_out` is 7, but decode of Own returned 16 columns"),
     (Own(D_IN), {"layer": 1, "k": "many"}, "`k` is 'many'"),
-    (Own(D_IN), {"layer": 1, "hookpoint": ""}, "`hookpoint` is ''; the name of a place"),
-    (Own(D_IN), {"layer": 1, "hookpoint": "blocks.2.hook_mlp_out"}, "`layer` 1: `hookpoint` blocks.2.* is of layer 2"),
-    (Own(D_IN), {"layer": 1, "scaling_factor": 2.0}, "`scaling_factor` 2.0: this object does not ask for one"),
-    (Own(D_IN), {"layer": 1, "scaling_factor": 0}, "`scaling_factor` is 0; a number above 0"),
-    (Own(D_IN), {"layer": 1, "prepend_bos": "yes"}, "`prepend_bos` is 'yes', which is no bool"),
-    (Own(D_IN), {"layer": 1, "model_name": 3}, "`model_name` is 3, which is no str"),
-    (Own(D_IN), {"layer": 1, "version": 2}, "`version` is 2; a string"),
-    (Own(D_IN), {"layer": 1, "name": "a,b"}, "`name` is 'a,b'; letters or digits"),
+    (Own(D_IN), {"layer": 1, "hookpoint": ""}, "`hookpoint` is '', but must be the name"),
+    (Own(D_IN), {"layer": 1, "hookpoint": "blocks.2.hook_mlp_out"}, "`layer` 1: `hookpoint` blocks.2.* names layer 2"),
+    (Own(D_IN), {"layer": 1, "scaling_factor": 2.0}, "`scaling_factor` 2.0: this object does not use one"),
+    (Own(D_IN), {"layer": 1, "scaling_factor": 0}, "`scaling_factor` is 0, but must be a number above 0"),
+    (Own(D_IN), {"layer": 1, "prepend_bos": "yes"}, "`prepend_bos` is 'yes', but must be of type bool"),
+    (Own(D_IN), {"layer": 1, "model_name": 3}, "`model_name` is 3, but must be of type str"),
+    (Own(D_IN), {"layer": 1, "version": 2}, "`version` is 2, but must be a string"),
+    (Own(D_IN), {"layer": 1, "name": "a,b"}, "`name` is 'a,b', but must have a letter"),
     (Own(D_IN), {"layer": 1, "name": ""}, "`name` is ''"),
     (Own(D_IN), {"layer": 1, "name": " a"}, "`name` is ' a'"),
     (Own(D_IN), {"layer": 1, "name": "..."}, "`name` is '...'"),
     (Own(D_IN), {"layer": 1, "name": 3}, "`name` is 3"),
-    (Linear(activation_dim=D_IN), {"layer": 1, "d_in": 7}, "`d_in` 7: the object says 16"),
+    (Linear(activation_dim=D_IN), {"layer": 1, "d_in": 7}, "`d_in` is 7, but the object says 16"),
     (Own(D_IN).to("meta"), {"layer": 1}, "`obj` Own: W_enc is a meta tensor"),
-    (Locked(), {"layer": 1}, "`obj` Locked: to copy it in evaluation mode fails: TypeError"),
+    (Locked(), {"layer": 1}, "`obj` Locked: copying it in evaluation mode failed: TypeError"),
 ])  # fmt: skip
-def test_what_cannot_be_wrapped(sae: Any, given: dict[str, Any], message: str) -> None:
+def test_unsupported_objects_are_rejected(sae: Any, given: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         wrap_sae(sae, **given)
     assert "\n" not in str(caught.value)
@@ -755,26 +757,26 @@ def test_what_cannot_be_wrapped(sae: Any, given: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize(("given", "message"), [
-    ({"layer": 4}, "`layer` 4: the object says 5"),
-    ({"hookpoint": "mlp_out"}, "`hookpoint` mlp_out: the object says resid_post"),
-    ({"hookpoint": "blocks.6.hook_resid_post"}, "`layer` 6: the object says 5"),
-    ({"d_in": 7}, "`d_in` 7: the object says 16"),
-    ({"d_out": 7}, "`d_out` 7: the object says 16"),
-    ({"k": 5}, "`k` 5: the object says 4"),
-    ({"architecture": "mine"}, "`architecture` mine: the object says topk"),
-    ({"prepend_bos": False}, "`prepend_bos` False: the object says True"),
-    ({"trained_on_bos": False}, "`trained_on_bos` False: the object says True"),
-    ({"model_name": "gpt2"}, "`model_name` gpt2: the object says pythia-70m-deduped"),
-    ({"context_size": 64}, "`context_size` 64: the object says 128"),
+    ({"layer": 4}, "`layer` is 4, but the object says 5"),
+    ({"hookpoint": "mlp_out"}, "`hookpoint` is mlp_out, but the object says resid_post"),
+    ({"hookpoint": "blocks.6.hook_resid_post"}, "`layer` is 6, but the object says 5"),
+    ({"d_in": 7}, "`d_in` is 7, but the object says 16"),
+    ({"d_out": 7}, "`d_out` is 7, but the object says 16"),
+    ({"k": 5}, "`k` is 5, but the object says 4"),
+    ({"architecture": "mine"}, "`architecture` is mine, but the object says topk"),
+    ({"prepend_bos": False}, "`prepend_bos` is False, but the object says True"),
+    ({"trained_on_bos": False}, "`trained_on_bos` is False, but the object says True"),
+    ({"model_name": "gpt2"}, "`model_name` is gpt2, but the object says pythia-70m-deduped"),
+    ({"context_size": 64}, "`context_size` is 64, but the object says 128"),
     ({"input_hookpoint": "mlp_in"}, "`input_hookpoint` mlp_in: the object is an autoencoder"),
 ])  # fmt: skip
-def test_what_contradicts_the_object(given: dict[str, Any], message: str) -> None:
+def test_arguments_that_contradict_the_object_are_rejected(given: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         wrap_sae(make_lens("topk"), **given)
 
 
-def test_latents_of_an_object_that_fixes_none() -> None:
-    with pytest.raises(RequestError, match="`k` 5: the object does not fix"):
+def test_latents_of_an_object_without_a_fixed_width() -> None:
+    with pytest.raises(RequestError, match="`k` 5: the object does not have a fixed"):
         wrap_sae(make_lens("standard"), k=5)
 
 
@@ -784,9 +786,9 @@ def test_broken_weights_are_found_before_a_model_is_loaded(make: Callable[[], An
     source = wrap_sae(sae, layer=5)
     nudge(sae)
     next(sae.parameters()).data.view(-1)[0] = torch.nan
-    with pytest.raises(RequestError, match="holds NaN or infinity"):
+    with pytest.raises(RequestError, match="has NaN or infinity"):
         source.prepare()
-    with pytest.raises(RequestError, match="holds NaN or infinity"):
+    with pytest.raises(RequestError, match="has NaN or infinity"):
         source.load(5, "cpu")
 
 
@@ -795,7 +797,7 @@ def test_broken_weights_are_found_before_a_model_is_loaded(make: Callable[[], An
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where ``one`` has layers 1 and 2, and ``two`` has layer 1."""
+    """Create ``one`` with layers 1 and 2, and ``two`` with layer 1."""
     for name in ("one/layers.1", "one/layers.2", "two/layers.1"):
         write_sparsify(tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -817,15 +819,17 @@ def recon_of_file(name: str, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "layer", "given", "message"), [
-    ("*", 1, {}, r"`name` \* stands for 2 SAEs: one, two"),
+    ("*", 1, {}, r"`name` \* matches 2 SAEs: one, two"),
     ("one", 3, {}, "`layer` 3: one has SAEs for layers 1, 2 only"),
     ("one", 1, {"device": "nowhere"}, "`device` nowhere: "),
     ("one", 1, {"dtype": torch.int8}, "`dtype` is torch.int8"),
     ("one", 1, {"dtype": "float32"}, "`dtype` is 'float32'"),
-    (Own(D_IN), 1, {}, "`name` is a Own; load_sae takes names, wrap_sae takes objects"),
+    (Own(D_IN), 1, {}, "`name` is a Own: load_sae needs a name, wrap_sae an object"),
     ("./nothing", 1, {}, "no such folder"),
 ])  # fmt: skip
-def test_what_cannot_be_loaded(folder: Path, name: Any, layer: int, given: dict[str, Any], message: str) -> None:
+def test_unloadable_names_are_rejected(
+    folder: Path, name: Any, layer: int, given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         load_sae(name, layer, **given)
     assert "\n" not in str(caught.value)

@@ -2,7 +2,7 @@
 
     cache = ActivationCache.open(folder, limit_gb=50, model=info.fingerprint(), dtype="float32")
     model = CachedModel(cache, lambda sites: info.load(sites, "cpu", "float32"), sites, torch.device("cpu"))
-    model.token_rows(ids, lengths)             # as of a `LanguageModel`, which is loaded when a text is not on disk
+    model.token_rows(ids, lengths)             # as `LanguageModel.token_rows`; loads the model if a text is not cached
 
 The cache is content-addressed: a folder belongs to one model, revision and dtype, a shard (`shard_folder`) holds the
 texts of one forward pass, and a text is identified by its token ids.
@@ -25,16 +25,16 @@ from delta_selectivity.caches.shard_folder import BROKEN, ShardFolder
 from delta_selectivity.models.language_model import LanguageModel, Site
 
 OPEN_SHARDS = 16
-"""Maximum of memory-mapped shards: pages that were read count as memory of the process until the mapping is closed."""
+"""Maximum number of memory-mapped shards: pages that were read count as memory of the process until unmapped."""
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     """Location of a text's activations in a shard."""
 
-    shard: str  # its name
+    shard: str  # name of the shard
     start: int  # first row
-    stop: int
+    stop: int  # row after the last
 
 
 class ActivationCache:
@@ -43,7 +43,7 @@ class ActivationCache:
     def __init__(self, shards: ShardFolder) -> None:
         self._shards = shards
         self._lock = threading.Lock()
-        self._places: dict[Site, dict[str, _Place]] = {}  # by text
+        self._places: dict[Site, dict[str, _Location]] = {}  # by text
         self._tensors: dict[str, dict[str, Tensor]] = {}  # by shard, memory-mapped; the most recently opened ones
 
     @classmethod
@@ -51,17 +51,17 @@ class ActivationCache:
         """Open the cache of a model (by its fingerprint) below `root`. Raises `RequestError` if it is not writable."""
         cache = cls(ShardFolder.open(root, f"{model[:32]}-{dtype}", limit_gb, "activations"))
         for name in cache._shards.names():
-            cache._enter(name)
+            cache._index_shard(name)
         return cache
 
     def get(self, sites: Collection[Site], texts: Sequence[str]) -> dict[str, dict[Site, Tensor]]:
         """Return the activations `[tokens, d]` of those texts (by `text_key`) that are cached at all of the sites."""
-        asked = [(site, _name(site), self._places.get(site, {})) for site in sites]
+        wanted = [(site, _name(site), self._places.get(site, {})) for site in sites]
         shards: dict[str, dict[str, Tensor]] = {}
         found: dict[str, dict[Site, Tensor]] = {}
         for text in texts:
             rows = found.setdefault(text, {})
-            for site, name, places in asked:
+            for site, name, places in wanted:
                 place = places.get(text)
                 if place is None:
                     continue
@@ -70,7 +70,7 @@ class ActivationCache:
                 x = shards[place.shard].get(name)
                 if x is not None:
                     rows[site] = x[place.start : place.stop]
-        return {text: rows for text, rows in found.items() if len(rows) == len(asked)}
+        return {text: rows for text, rows in found.items() if len(rows) == len(wanted)}
 
     def put(self, texts: Sequence[str], rows: Mapping[Site, Tensor], lengths: Sequence[int]) -> None:
         """Store the concatenated rows `[tokens, d]` of texts, unless the cache is full."""
@@ -80,7 +80,7 @@ class ActivationCache:
         tensors = {_name(site): x.cpu() for site, x in rows.items()}
         name = hashlib.sha256(json.dumps([sorted(tensors), list(texts)]).encode()).hexdigest()[:32]
         if self._shards.write(name, tensors, {"texts": json.dumps(list(texts)), "stops": json.dumps(stops)}):
-            self._enter(name)
+            self._index_shard(name)
 
     def _tensors_of(self, shard: str) -> dict[str, Tensor]:
         """Return a shard's tensors by name; empty if it is broken or was removed."""
@@ -94,7 +94,7 @@ class ActivationCache:
                     self._tensors.pop(next(iter(self._tensors)))
         return tensors
 
-    def _enter(self, shard: str) -> None:
+    def _index_shard(self, shard: str) -> None:
         """Index the content of a shard, read from its header only."""
         found = self._shards.header(shard)
         if found is None:
@@ -102,7 +102,7 @@ class ActivationCache:
         header, names = found
         try:
             texts, stops = json.loads(header["texts"]), json.loads(header["stops"])
-            places = [_Place(shard, a, b) for a, b in zip([0, *stops], stops, strict=False)]
+            places = [_Location(shard, a, b) for a, b in zip([0, *stops], stops, strict=False)]
             entries = dict(zip(texts, places, strict=True))
             sites = [_site(name) for name in names]
         except BROKEN as error:
@@ -148,15 +148,15 @@ class CachedModel:
             parts = {site: x.split([counts[i] for i in missing]) for site, x in fresh.items()}
             for row, i in enumerate(missing):
                 found[texts[i]] = {site: of_text[row] for site, of_text in parts.items()}
-        return {site: self._together([found[text][site][skip:] for text in texts]) for site in self.sites}
+        return {site: self._concatenate([found[text][site][skip:] for text in texts]) for site in self.sites}
 
-    def only(self, sites: Collection[Site]) -> CachedModel:
+    def restricted_to(self, sites: Collection[Site]) -> CachedModel:
         """Return this model restricted to some of its sites."""
-        fewer = CachedModel(self._cache, self._load, sites, self.device, self._purpose)
-        fewer._model = None if self._model is None else self._model.only(sites)
-        return fewer
+        restricted = CachedModel(self._cache, self._load, sites, self.device, self._purpose)
+        restricted._model = None if self._model is None else self._model.restricted_to(sites)
+        return restricted
 
-    def apart(self, purpose: str) -> CachedModel:
+    def with_purpose(self, purpose: str) -> CachedModel:
         """Return this model with a separate cache for another purpose; both share the loaded model."""
         return CachedModel(self._cache, lambda _: self._loaded(), self.sites, self.device, purpose)
 
@@ -166,10 +166,10 @@ class CachedModel:
                 self._model = self._load(self.sites)
             return self._model
 
-    def _together(self, parts: list[Tensor]) -> Tensor:
+    def _concatenate(self, parts: list[Tensor]) -> Tensor:
         """Concatenate the parts on the model's device, with a single transfer."""
-        here = parts if len({part.device for part in parts}) == 1 else [part.cpu() for part in parts]
-        return torch.cat(here).to(self.device, non_blocking=True)
+        on_one_device = parts if len({part.device for part in parts}) == 1 else [part.cpu() for part in parts]
+        return torch.cat(on_one_device).to(self.device, non_blocking=True)
 
 
 def text_key(ids: Tensor, purpose: str) -> str:

@@ -1,7 +1,7 @@
 """On-disk cache of the probes of the model's own activations: a second SAE needs only its own probes.
 
     fits = FitCache.open(folder, limit_gb=50)
-    model = fits.fit_model(plan, x, backend, control)     # as `selectivity.fit_model`, bit for bit
+    model = fits.fit_model(plan, x, backend, control)     # bit-identical to `selectivity.fit_model`
 
 The cache is content-addressed: the name of a shard (`shard_folder`) is a hash of everything that determines the bits of
 a fit: activations, plans, the solver and its settings, library versions, the processor, the number of threads, and the
@@ -54,27 +54,27 @@ class FitCache:
         name = self._name(plan, x, backend, control)
         stored = self._shards.read(name)
         if stored:
-            log.info("probes of %d rows x %d are read from %s", *x.shape, self._shards.folder / name)
-            return _unpacked(stored, x, control)
+            log.info("read probes of %d rows x %d from %s", *x.shape, self._shards.folder / name)
+            return _from_tensors(stored, x, control)
         fit = fit_model(plan, x, backend, control, DEFAULT_CS)
-        self._shards.write(name, _packed(fit), {})
+        self._shards.write(name, _to_tensors(fit), {})
         return fit
 
     def _name(self, plan: FoldPlan, x: Tensor, backend: ProbeBackend, control: FoldPlan | None) -> str:
-        """Return a shard name, 32 hex digits. It ignores people and excluded targets, which do not affect the fit."""
+        """Return the shard name, 32 hex digits. Groups and skipped targets do not affect the fit or the name."""
         facts = {
             "program": self._program,
             "machine": _machine(x.device),
             "solver": repr(backend),
             "cs": repr(DEFAULT_CS),
         }
-        given = {"x": x.cpu()}
+        tensors = {"x": x.cpu()}
         for task, of in (("probes", plan), ("control", control)):
             if of is not None:
                 facts[task] = f"{of.n_folds} folds"
                 arrays = {"labels": of.labels, "weights": of.weights, "folds": of.folds}
-                given |= {f"{task} {part}": torch.from_numpy(array) for part, array in arrays.items()}
-        return digest(facts, given)
+                tensors |= {f"{task} {part}": torch.from_numpy(array) for part, array in arrays.items()}
+        return digest(facts, tensors)
 
 
 def _machine(device: torch.device) -> str:
@@ -85,7 +85,7 @@ def _machine(device: torch.device) -> str:
     return json.dumps([device.type, chip, threads, prefers_onednn(), *map(installed_version, _LIBRARIES)])
 
 
-def _packed(fit: ModelFit) -> dict[str, Tensor]:
+def _to_tensors(fit: ModelFit) -> dict[str, Tensor]:
     """Return all tensors of the fit, except x and the arguments."""
     tensors = {"scale": fit.scale}
     tensors |= {part.name: torch.as_tensor(getattr(fit.fit, part.name)) for part in fields(ViewFit)}
@@ -94,17 +94,17 @@ def _packed(fit: ModelFit) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _unpacked(stored: dict[str, Tensor], x: Tensor, control: FoldPlan | None) -> ModelFit:
+def _from_tensors(stored: dict[str, Tensor], x: Tensor, control: FoldPlan | None) -> ModelFit:
     """Rebuild the fit of x from copies: memory-mapped tensors are unaligned, which changes the rounding of sums."""
     on_host = {name: tensor.clone() for name, tensor in stored.items()}
-    there = {name: tensor.to(x.device) for name, tensor in on_host.items()}
+    on_device = {name: tensor.to(x.device) for name, tensor in on_host.items()}
     view = ViewFit(
-        scores=there["scores"],
+        scores=on_device["scores"],
         chosen_c=on_host["chosen_c"].numpy(),
-        coef=there["coef"],
-        intercept=there["intercept"],
+        coef=on_device["coef"],
+        intercept=on_device["intercept"],
         n_unconverged=on_host["n_unconverged"].numpy(),
         n_iter=on_host["n_iter"].numpy(),
     )
     scores = None if control is None else control_scores(control, on_host["control"].numpy())
-    return ModelFit(x, there["scale"], view, DEFAULT_CS, scores)
+    return ModelFit(x, on_device["scale"], view, DEFAULT_CS, scores)

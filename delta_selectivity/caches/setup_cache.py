@@ -32,7 +32,7 @@ SOURCES = (
     "system/person_ids.py", "system/processor.py", "system/provenance.py", "system/terminal.py", "system/unpacked.py",
     "system/wheel.py", "tasks/*.py",
 )  # fmt: skip
-"""`language_model` and `datasets_wikidata`, everything of this package that they import, and this module."""
+"""The packages `models` and `tasks`, everything of this package that they import, and this module."""
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "gguf")
 
@@ -91,14 +91,14 @@ class SetupCache:
     ) -> TokenisedMentions:
         """Tokenise the texts with the model's tokenizer, up to its maximum length."""
 
-        def fresh() -> TokenisedMentions:
+        def compute() -> TokenisedMentions:
             return tokenise(
                 mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length,
                 n_embeddings=info.n_embeddings, last_only=last_only,
             )  # fmt: skip
 
         if self.shards is None:
-            return fresh()
+            return compute()
         facts = {
             "tokens of": info.fingerprint(),
             "length": f"{info.max_length}, BOS {info.opening_token_id if prepend_bos else None}, last only {last_only}",
@@ -107,9 +107,9 @@ class SetupCache:
         name = _name(facts)
         stored = self.shards.read(name)
         if stored:
-            return _unpacked(stored, prepend_bos, info.max_length)
-        found = fresh()
-        self.shards.write(name, _packed(found), {})
+            return _from_tensors(stored, prepend_bos, info.max_length)
+        found = compute()
+        self.shards.write(name, _to_tensors(found), {})
         return found
 
 
@@ -128,7 +128,7 @@ def _json(stored: Tensor) -> Any:
     return json.loads(stored.numpy().tobytes())
 
 
-def _packed(tokens: TokenisedMentions) -> dict[str, Tensor]:
+def _to_tensors(tokens: TokenisedMentions) -> dict[str, Tensor]:
     """Return the tokens as tensors: concatenated ids with the end of each text, and the other arrays."""
     lengths = np.array([len(ids) for ids in tokens.ids], dtype=np.int64)
     ids = np.concatenate([np.empty(0, dtype=np.int32), *tokens.ids])
@@ -138,7 +138,7 @@ def _packed(tokens: TokenisedMentions) -> dict[str, Tensor]:
     }
 
 
-def _unpacked(stored: Mapping[str, Tensor], has_bos: bool, max_length: int) -> TokenisedMentions:
+def _from_tensors(stored: Mapping[str, Tensor], has_bos: bool, max_length: int) -> TokenisedMentions:
     """Rebuild the tokens from copies of the memory-mapped tensors."""
     arrays = {name: tensor.clone().numpy() for name, tensor in stored.items()}
     ids = tuple(np.split(arrays["ids"], arrays["stops"])[:-1])  # the part after the last stop is empty

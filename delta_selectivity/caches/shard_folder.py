@@ -41,7 +41,7 @@ BROKEN = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 """Exceptions from reading a damaged file."""
 
 _NAME = "[0-9a-f]" * 32  # glob pattern of shard names; no other files below the root are removed
-_LEFT_OVER = 3600.0  # age in seconds from which an unfinished file is considered abandoned
+_ABANDONED = 3600.0  # age in seconds from which an unfinished file is considered abandoned
 _GRANT = 100  # a process rechecks the total size after writing at most limit / this
 
 
@@ -53,9 +53,9 @@ class ShardFolder:
         self.full = False  # whether no more shards are stored
         self._root, self._limit, self._what = root, limit, what
         self._opened = 0.0  # time by the file system's clock
-        self._own: set[Path] = set()  # shards that this run has read or written
+        self._used: set[Path] = set()  # shards that this run has read or written
         self._granted = 0  # bytes that may be written before the next check of the total size
-        self._whole: set[str] = set()  # names of verified shards
+        self._verified: set[str] = set()  # names of verified shards
         self._lock = threading.Lock()
 
     @classmethod
@@ -67,12 +67,12 @@ class ShardFolder:
         shards = cls(root, name, as_bytes(limit_gb), what)
         try:
             shards.folder.mkdir(parents=True, exist_ok=True)
-            sweep(shards.folder, f"*{SUFFIX}", _LEFT_OVER)
+            sweep(shards.folder, f"*{SUFFIX}", _ABANDONED)
             shards._opened = shards._now()
         except OSError as error:
             raise RequestError(f"`cache` {root}: {error.strerror}") from error
         if not os.access(shards.folder, os.W_OK):
-            raise RequestError(f"`cache` {root}: cannot be written to")
+            raise RequestError(f"`cache` {root}: the folder is not writable")
         return shards
 
     def _now(self) -> float:
@@ -87,21 +87,21 @@ class ShardFolder:
     def read(self, name: str) -> dict[str, Tensor]:
         """Memory-map a shard's tensors, verified by checksum on first read; return {} if it is missing or damaged."""
         path = self._path(name)
-        self._own.add(path)
+        self._used.add(path)
         try:
-            if name in self._whole:
+            if name in self._verified:
                 return load_file(path)
             with safe_open(path, framework="pt") as file:
                 header = dict(file.metadata())
             tensors = load_file(path)
             if header.pop(CHECKSUM) != digest({**header, "name": name}, tensors):
-                raise ValueError("its content is not what was written")
+                raise ValueError("the checksum does not match")
         except FileNotFoundError:
             return {}  # not cached, or removed by another process
         except BROKEN as error:
             self.drop(name, error)
             return {}
-        self._whole.add(name)
+        self._verified.add(name)
         with suppress(OSError):  # fails for another user's file, which may still be read
             os.utime(path)  # mark as recently used
         return tensors
@@ -119,7 +119,7 @@ class ShardFolder:
 
     def drop(self, name: str, error: Exception) -> None:
         """Log that a shard is damaged, and remove it."""
-        log.warning("`cache`: %s is broken (%s): its %s are computed again", self._path(name), error, self._what)
+        log.warning("`cache`: %s is damaged (%s): its %s are computed again", self._path(name), error, self._what)
         with suppress(OSError):
             self._path(name).unlink()
 
@@ -128,11 +128,11 @@ class ShardFolder:
         if self.full:
             return False
         content = save(dict(tensors), {**header, CHECKSUM: digest({**header, "name": name}, tensors)})
-        self._own.add(self._path(name))
+        self._used.add(self._path(name))
         try:
-            if not self._has_room(len(content)):
+            if not self._reserve(len(content)):
                 self.full = True
-                log.warning("`cache`: full at %.1f GB: further %s are not kept", self._limit / 1024**3, self._what)
+                log.warning("`cache`: full at %.1f GB: further %s are not cached", self._limit / 1024**3, self._what)
                 return False
             with replacing(
                 self._path(name), "wb", sync=False
@@ -140,14 +140,14 @@ class ShardFolder:
                 file.write(content)
         except OSError as error:
             self.full = True
-            log.warning("`cache`: %s: %s are not kept from here on", error, self._what)
+            log.warning("`cache`: %s: %s are not cached from now on", error, self._what)
             return False
         return True
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
 
-    def _has_room(self, n_bytes: int) -> bool:
+    def _reserve(self, n_bytes: int) -> bool:
         """Return whether this many bytes may be written, after removing the least recently used shards if needed."""
         with self._lock:
             self._granted -= n_bytes
@@ -156,15 +156,15 @@ class ShardFolder:
             with suppress(Locked), exclusive(self._root / "eviction"):  # if locked, another process is freeing space
                 found = [(stat.st_mtime, stat.st_size, path) for path, stat in _stats(self._root)]
                 now = self._now()
-                left = self._limit - n_bytes - sum(size for _, size, _ in found)
-                old = [shard for shard in found if not self._opened <= shard[0] <= now and shard[2] not in self._own]
+                free = self._limit - n_bytes - sum(size for _, size, _ in found)
+                old = [shard for shard in found if not self._opened <= shard[0] <= now and shard[2] not in self._used]
                 for _, size, path in sorted(old, key=lambda shard: (shard[0] <= now, shard[0])):
-                    if left >= 0:
+                    if free >= 0:
                         break
                     path.unlink(missing_ok=True)
-                    left += size
-                self._granted = min(left, self._limit // _GRANT)
-                return left >= 0
+                    free += size
+                self._granted = min(free, self._limit // _GRANT)
+                return free >= 0
             return True
 
 

@@ -10,20 +10,20 @@ from pathlib import Path
 
 from delta_selectivity.cli.flags import with_flags
 from delta_selectivity.errors import RequestError
-from delta_selectivity.system.interrupts import like_ctrl_c
-from delta_selectivity.system.terminal import NOTE, LineFormatter, tell
+from delta_selectivity.system.interrupts import as_keyboard_interrupt
+from delta_selectivity.system.terminal import NOTE, LineFormatter, show_on_stderr
 
 log = logging.getLogger("delta_selectivity")
 
-GOES_ON = "finished layers are on disk; the same command goes on from there"
+RESUMES = "finished layers are on disk; the same command goes on from there"
 NOTHING_WRITTEN = "nothing was written"
 ERROR_SHOWN = 400  # maximum characters of an error message: torch appends its C++ stack
 
 
-def what_is_left(outputs: Sequence[Path]) -> str:
+def describe_saved_results(outputs: Sequence[Path]) -> str:
     """Describe what a failed or interrupted run leaves on disk."""
     gone = [folder for folder in outputs if not folder.is_dir()]
-    return f"the folder {gone[0]} is gone, with all that was in it" if gone else GOES_ON
+    return f"the folder {gone[0]} no longer exists" if gone else RESUMES
 
 
 def guarded(
@@ -48,17 +48,17 @@ def guarded(
     logging.captureWarnings(True)
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     try:
-        with like_ctrl_c():
+        with as_keyboard_interrupt():
             job(sys.argv[1:] if argv is None else argv)
     except RequestError as error:
-        tell(with_flags(f"error: {error}"))
+        show_on_stderr(with_flags(f"error: {error}"))
         return 2
     except KeyboardInterrupt:
-        tell(f"interrupted: {left()}")
+        show_on_stderr(f"interrupted: {left()}")
         return 130
     except Exception as error:
-        log.log(logging.INFO if _foreseen(error) else logging.ERROR, "where it failed", exc_info=error)
-        tell(f"failed: {type(error).__name__}: {str(error)[:ERROR_SHOWN]}; {left()}")
+        log.log(logging.INFO if _is_self_explanatory(error) else logging.ERROR, "where it failed", exc_info=error)
+        show_on_stderr(f"failed: {type(error).__name__}: {str(error)[:ERROR_SHOWN]}; {left()}")
         return 1
     return 0
 
@@ -68,8 +68,8 @@ def set_log_level(verbose: bool) -> None:
     logging.getLogger().setLevel(logging.INFO if verbose else NOTE)
 
 
-def _foreseen(error: Exception) -> bool:
-    """Return whether the error's message is sufficient without a traceback: disk, memory, NaN."""
+def _is_self_explanatory(error: Exception) -> bool:
+    """Return whether the error's message is sufficient without a traceback (disk, memory, NaN)."""
     from delta_selectivity.run.row_store import NonFiniteError
     from delta_selectivity.system.out_of_memory import is_out_of_memory
 

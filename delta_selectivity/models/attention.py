@@ -17,14 +17,14 @@ from delta_selectivity.system.processor import has_fast_bfloat16, prefers_onednn
 
 NAME = "sdpa_or_products"
 """Name of this implementation in transformers' registry of attention functions."""
-SHORT = 384
+MAX_TOKENS = 384
 """Maximum number of tokens for which matrix products are faster."""
-AT_A_TIME = 2**18
+CHUNK = 2**18
 """Scores computed at a time, so that they fit into the CPU cache."""
 
 
 def use_where_faster(model: Any, device: torch.device) -> None:
-    """Set a transformers model to this attention if it uses sdpa and this is faster on the processor."""
+    """Switch a transformers model to this attention if it uses sdpa and the processor runs this faster."""
     fits = device.type == "cpu" and model.dtype == torch.bfloat16 and has_fast_bfloat16()
     if not fits or not prefers_onednn() or getattr(model.config, "_attn_implementation", None) != "sdpa":
         return
@@ -47,25 +47,25 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Return the heads' outputs ``[texts, tokens, heads, d_head]``; query has shape ``[texts, heads, tokens, d_head]``.
 
-    Further options of transformers are passed to its own function; none is set in a plain causal pass.
+    Cases that this implementation does not cover are passed to transformers' own function, with all options.
     """
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
     n_texts, n_heads, n_tokens, d_head = query.shape
     causal = attention_mask is None and options.get("is_causal") in (None, True) and getattr(module, "is_causal", True)
     plain = causal and options.get("position_bias") is None and not options.get("dropout")
-    if not plain or n_tokens > SHORT or key.shape[2] != n_tokens:
+    if not plain or n_tokens > MAX_TOKENS or key.shape[2] != n_tokens:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     groups = n_heads // key.shape[1]
     key, value = repeat_kv(key, groups).transpose(2, 3), repeat_kv(value, groups)
     future = query.new_full((n_tokens, n_tokens), -torch.inf).triu_(1)
     scale = d_head**-0.5 if scaling is None else scaling
     found = query.new_empty(n_texts, n_tokens, n_heads, value.shape[-1])
-    step = max(1, AT_A_TIME // (n_heads * n_tokens**2))
+    step = max(1, CHUNK // (n_heads * n_tokens**2))
     for first in range(0, n_texts, step):
-        some = slice(first, first + step)
-        scores = torch.baddbmm(future, query[some].flatten(0, 1), key[some].flatten(0, 1), alpha=scale)
+        chunk = slice(first, first + step)
+        scores = torch.baddbmm(future, query[chunk].flatten(0, 1), key[chunk].flatten(0, 1), alpha=scale)
         weights = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype)  # slower in bfloat16
-        heads = torch.bmm(weights, value[some].flatten(0, 1))
-        found[some] = heads.unflatten(0, (-1, n_heads)).transpose(1, 2)
+        heads = torch.bmm(weights, value[chunk].flatten(0, 1))
+        found[chunk] = heads.unflatten(0, (-1, n_heads)).transpose(1, 2)
     return found, None

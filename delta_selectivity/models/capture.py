@@ -15,7 +15,7 @@ from delta_selectivity.models.places import Site, Tap
 
 @contextlib.contextmanager
 def capture(taps: Mapping[Site, Tap], n_texts: int, n_tokens: int) -> Iterator[dict[Site, Tensor]]:
-    """Collect `[n_texts, n_tokens, d]` at every tap that the model computes inside the context.
+    """Collect the value `[n_texts, n_tokens, d]` at every tap that the model computes inside the context.
 
     Only passes of the current thread are captured, since several threads may run the model.
 
@@ -46,7 +46,7 @@ def capture(taps: Mapping[Site, Tap], n_texts: int, n_tokens: int) -> Iterator[d
 
 
 def _attach(site: Site, tap: Tap, keep: Any) -> Any:
-    """Register `keep` as a hook at the tap; returns the handle."""
+    """Register `keep` as a hook at the tap, and return its handle."""
     if tap.side == "output":
 
         def after(_module: Any, _args: Any, output: Any) -> None:
@@ -68,7 +68,7 @@ def _received(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def replacing(site: Site, tap: Tap, n_texts: int, n_tokens: int, place: Tensor, rows: Tensor) -> Iterator[None]:
-    """Replace the value at the tap by `rows` [n, d] inside the context, and run the model on from there.
+    """Replace the value at the tap by `rows` [n, d] in forward passes inside the context.
 
     Only passes of the current thread are affected.
 
@@ -118,8 +118,7 @@ def _per_token(site: Site, value: Any, n_texts: int, n_tokens: int) -> Tensor:
         return value.flatten(2)
     if shape is not None and len(shape) == 2 and shape[0] == n_texts * n_tokens:
         return value.unflatten(0, (n_texts, n_tokens))
-    is_what = f"of shape {list(shape)}" if shape is not None else f"a {type(value).__name__}"
+    found = f"shape {list(shape)}" if shape is not None else f"type {type(value).__name__}"
     raise RequestError(
-        f"`hookpoint` {site.hookpoint}: what is there is {is_what}, not one row for each of "
-        f"{n_texts} x {n_tokens} tokens"
+        f"`hookpoint` {site.hookpoint}: its value has {found}, not one row for each of {n_texts} x {n_tokens} tokens"
     )

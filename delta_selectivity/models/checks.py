@@ -1,7 +1,7 @@
-"""Check on a few tokens that the hook points of a loaded model hold what their names say.
+"""Check on a few tokens that the hook points of a loaded model have the values that their names say.
 
-Hook points are found by the module names that model families use. A family may use a name for something else, normalise
-or scale the module's output before the residual stream, or attend to later tokens. Each check is a short forward pass.
+Hook points are found by module names. A model family may use such a name for something else, normalise or scale the
+module's output before adding it to the residual stream, or attend to later tokens. Each check is a short forward pass.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUMS = {"resid_post": ("resid_pre", *ADDED), "resid_mid": ("resid_pre", "attn_ou
 
 
 def check(decoder: Any, taps: Mapping[Site, Tap], device: torch.device) -> None:
-    """Raise `RequestError` if a site is not computed, depends on later tokens, or does not hold what its name says."""
+    """Raise `RequestError` if a site is not computed, depends on later tokens, or differs from what its name says."""
     ids = _two_texts(decoder.get_input_embeddings().num_embeddings).to(device)
     found = _run(decoder, taps, ids)
     refuse_unused(taps, found)
@@ -57,11 +57,11 @@ def _run(decoder: nn.Module, taps: Mapping[Site, Tap], ids: Tensor) -> dict[Site
 def _refuse_lookahead(decoder: nn.Module, site: Site, x: Tensor) -> None:
     """Raise `RequestError` if the activations of a common prefix differ between two texts: the model is not causal."""
     a, b = x[:, : N_TOKENS // 2].float()
-    apart = (a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    if float(apart.max()) > torch.finfo(x.dtype).eps ** 0.5:
+    difference = (a - b).norm(dim=-1) / a.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    if float(difference.max()) > torch.finfo(x.dtype).eps ** 0.5:
         raise RequestError(
-            f"{type(decoder).__name__}: layer {site.layer}'s {site.hookpoint} at a token changes with the tokens "
-            "after it: not a causal decoder, so texts cannot be padded and probed"
+            f"{type(decoder).__name__}: {site.hookpoint} of layer {site.layer} depends on later tokens, so this is "
+            "not a causal decoder, and texts cannot be padded and probed"
         )
 
 
@@ -80,7 +80,7 @@ def _check_sum(decoder: nn.Module, total: Site, ids: Tensor) -> None:
         raise RequestError(
             f"`hookpoint` {named}: in {type(block_of(decoder, total.layer)).__name__} "
             f"{' + '.join(SUMS[total.hookpoint])} is not {total.hookpoint} (off by up to {float(off.max()):.3g}): give "
-            f"the place as a module path with {LAYER}, such as {', '.join(names_of_modules(decoder))}"
+            f"a module path with {LAYER}, such as {', '.join(names_of_modules(decoder))}"
         )
 
 
@@ -92,5 +92,5 @@ def _check_norm(decoder: nn.Module, site: Site, normalised: Tensor, ids: Tensor)
     if not is_affine_of(read, normalised, norm, tolerance=8 * torch.finfo(read.dtype).eps):
         raise RequestError(
             f"`hookpoint` {site.hookpoint}: {type(norm).__name__} is not a norm, a weight and a bias before "
-            f"{part.hookpoint}: give the place as a module path with {LAYER}"
+            f"{part.hookpoint}: give a module path with {LAYER}"
         )

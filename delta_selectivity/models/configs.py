@@ -6,7 +6,7 @@ import copy
 from typing import Any, NamedTuple
 
 MAX_LENGTH_NAMES = ("max_position_embeddings", "max_seq_len", "seq_length")
-NO_LIMIT = 2**31 - 1  # used for relative positions with a tokenizer that sets no maximum
+NO_LIMIT = 2**31 - 1  # for relative positions with a tokenizer that sets no maximum
 
 
 class Sizes(NamedTuple):
@@ -34,8 +34,8 @@ def _max_length(text: Any, tokenizer: Any) -> int:
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         return int(rope["original_max_position_embeddings"])
-    own = [getattr(text, name, None) for name in MAX_LENGTH_NAMES]
-    return min(int(next((n for n in own if n), tokenizer.model_max_length)), NO_LIMIT)
+    limits = [getattr(text, name, None) for name in MAX_LENGTH_NAMES]
+    return min(int(next((n for n in limits if n), tokenizer.model_max_length)), NO_LIMIT)
 
 
 def truncated(config: Any, n_layers: int) -> Any:

@@ -62,17 +62,17 @@ class GgufFile:
         except OSError as error:
             raise RequestError(f"`model` {path}: cannot be read ({error.strerror or error})") from error
         except Exception as error:  # damaged files cause many kinds of errors
-            told = str(error) if isinstance(error, _Refused) else f"damaged ({type(error).__name__}: {error})"
-            raise RequestError(f"`model` {path}: no GGUF file that can be read: {told[:300]}") from error
+            reason = str(error) if isinstance(error, _Unsupported) else f"damaged ({type(error).__name__}: {error})"
+            raise RequestError(f"`model` {path}: not a readable GGUF file: {reason[:300]}") from error
         if (size := path.stat().st_size) < max(ends):
-            raise RequestError(f"`model` {path}: {size} bytes of {max(ends)} are there: copy or download it again")
+            raise RequestError(f"`model` {path}: the file has {size} of {max(ends)} bytes: copy or download it again")
         architecture = str(metadata.get("general.architecture"))
         _refuse_unread_rotary(path, metadata, [tensor.name for tensor in tensors], architecture)
         sizes: Counter[str] = Counter()
         for tensor in tensors:
             sizes[types[tensor.type].name] += prod(tensor.shape)
-        most = sizes.most_common(1)[0][0] if sizes else "no weights"
-        return cls(architecture, most, "tokenizer.ggml.tokens" in metadata)
+        main_type = sizes.most_common(1)[0][0] if sizes else "no weights"
+        return cls(architecture, main_type, "tokenizer.ggml.tokens" in metadata)
 
 
 @contextmanager
@@ -88,8 +88,8 @@ def without_bar() -> Iterator[None]:
         reader.tqdm = bar
 
 
-class _Refused(ValueError):
-    """Error for an intact file that cannot be used."""
+class _Unsupported(ValueError):
+    """Error for an intact file in an unsupported format."""
 
 
 def _refuse_unread_rotary(path: Path, metadata: dict[str, Any], tensors: list[str], architecture: str) -> None:
@@ -101,7 +101,7 @@ def _refuse_unread_rotary(path: Path, metadata: dict[str, Any], tensors: list[st
     if found is not None:
         raise RequestError(
             f"`model` {path}: its rotary positions are scaled ({found}), which transformers does not read from GGUF: "
-            "give the same model in safetensors"
+            "use the same model in safetensors"
         )
 
 
@@ -109,12 +109,12 @@ def _read_header(path: Path) -> tuple[dict[str, Any], list[_Tensor], int]:
     """Return the metadata (for arrays, only the length), the tensors, and the offset of their data."""
     with path.open("rb") as file:
         if (magic := file.read(len(MAGIC))) != MAGIC:
-            raise _Refused(f"it begins with {magic!r}, not with {MAGIC!r}")
+            raise _Unsupported(f"it begins with {magic!r} instead of {MAGIC!r}")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             reader = _Reader(content, len(MAGIC))
             version = reader.number("I")
             if version not in VERSIONS:
-                raise _Refused(f"version {version} of the format, not {' or '.join(map(str, VERSIONS))}")
+                raise _Unsupported(f"its format version is {version}; supported: {' and '.join(map(str, VERSIONS))}")
             n_tensors, n_values = reader.number("Q"), reader.number("Q")
             metadata = {}
             for _ in range(n_values):
@@ -142,7 +142,7 @@ class _Reader:
         return self.content[start : self.at].decode("utf-8")
 
     def skip_text(self) -> int:
-        """Skip a string; returns its offset."""
+        """Skip a string, and return its offset."""
         length = self.number("Q")
         start = self.at
         self.skip(length)
@@ -151,10 +151,10 @@ class _Reader:
     def skip(self, n_bytes: int) -> None:
         self.at += n_bytes
         if self.at > len(self.content):
-            raise struct.error("it ends in its header")
+            raise struct.error("the header is truncated")
 
     def value(self, kind: int) -> Any:
-        """Read one metadata value; for an array, returns its length."""
+        """Read a metadata value; for an array, skip it and return its length."""
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:

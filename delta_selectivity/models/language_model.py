@@ -71,16 +71,16 @@ class ModelInfo:
     n_layers: int
     d_model: int
     max_length: int  # tokens
-    n_embeddings: int | None  # size of the embedding by the config; None: unknown
-    bos_token_id: int | None  # of the token that begins a text; None: the tokenizer has none
+    n_embeddings: int | None  # number of embeddings, from the config; None: unknown
+    bos_token_id: int | None  # None: the tokenizer has no BOS
     eos_token_id: int | None
-    saved_dtype: str  # of the weights on disk, by the config; "None" if unknown
+    saved_dtype: str  # dtype of the weights on disk, from the config; "None" if unknown
     quantisation: str | None  # type of most weights of a GGUF file, "Q4_1"; None: not a GGUF file
 
     @classmethod
     def read(cls, files: Pretrained) -> ModelInfo:
         """Read config and tokenizer. Raises `RequestError` if either is not available, or is not a decoder's."""
-        quantisation = files.quantisation  # first: this detects damage
+        quantisation = files.quantisation  # first, because this detects a damaged file
         config, tokenizer = files.config, files.tokenizer
         try:
             sizes = read_sizes(config, tokenizer)
@@ -115,14 +115,14 @@ class ModelInfo:
         """Return the id of BOS, or of EOS if the tokenizer has no BOS, as TransformerLens does."""
         return self.eos_token_id if self.bos_token_id is None else self.bos_token_id
 
-    def choose_dtype(self, asked: str, device: str) -> str:
+    def choose_dtype(self, requested: str, device: str) -> str:
         """Return the dtype for the weights and activations.
 
         `auto` is bfloat16 if the model was saved in bfloat16 or lower precision and the device supports bfloat16,
         otherwise float32.
         """
-        if asked != "auto":
-            return asked
+        if requested != "auto":
+            return requested
         coarse = self.saved_dtype == "bfloat16" or self.quantisation not in (None, "F32", "F16")
         return "bfloat16" if coarse and has_bfloat16(device) else "float32"
 
@@ -155,7 +155,7 @@ class ModelInfo:
             options = {"dtype": torch.float32, "trust_remote_code": self.files.trust_remote_code}
             with BUILDING:
                 module = _auto_class(config).from_config(config, **options).get_decoder()
-            return _with_weights_of(module, torch.bfloat16)
+            return _cast_weights(module, torch.bfloat16)
 
         return build
 
@@ -167,7 +167,7 @@ class ModelInfo:
         with BUILDING:
             module = self._read_weights(truncated(self.config, layers_needed(sites)), getattr(torch, dtype))
             attention.use_where_faster(module, torch.device(device))
-        module = _in_own_memory(module.get_decoder()).to(device).eval().requires_grad_(False)
+        module = _copy_weights(module.get_decoder()).to(device).eval().requires_grad_(False)
         use_in(module)
         taps = {site: find_tap(module, site) for site in sorted(sites)}
         fuse_gelu(module, taps.values())
@@ -186,7 +186,7 @@ class ModelInfo:
             attention.use_where_faster(module, torch.device(device))
         if module.get_output_embeddings() is None:
             raise RequestError(f"`downstream`: {self.name} has no LM head")
-        module = _in_own_memory(module).to(device).eval().requires_grad_(False)
+        module = _copy_weights(module).to(device).eval().requires_grad_(False)
         use_in(module)
         decoder = module.get_decoder()
         taps = {site: find_tap(decoder, site) for site in sorted(sites)}
@@ -196,12 +196,12 @@ class ModelInfo:
         from transformers.utils import logging as hf_logging
 
         verbosity = hf_logging.get_verbosity()
-        hf_logging.set_verbosity_error()  # it would list the LM head and upper layers, which are left out on purpose
+        hf_logging.set_verbosity_error()  # it would list the LM head and upper layers as unused
         hf_logging.disable_progress_bar()
         try:
-            with self.files.source() as (where, options), _unpacking(self.quantisation) as unpacked:
+            with self.files.source() as (where, options), _dequantising(self.quantisation) as gguf_options:
                 module, report = _auto_class(config, with_head).from_pretrained(
-                    where, config=config, dtype=dtype, output_loading_info=True, **options, **unpacked
+                    where, config=config, dtype=dtype, output_loading_info=True, **options, **gguf_options
                 )
         except (OSError, ValueError, RuntimeError, ImportError, LookupError, SafetensorError, UnpicklingError) as error:
             raise RequestError(f"`model` {self.name}: weights cannot be read: {first_line(error)}") from error
@@ -210,13 +210,15 @@ class ModelInfo:
             hf_logging.enable_progress_bar()
         bad = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if bad:
-            raise RequestError(f"`model` {self.name}: {len(bad)} weights are missing or misshapen: {bad[0]} ...")
+            raise RequestError(
+                f"`model` {self.name}: {len(bad)} weights are missing or have a wrong shape: {bad[0]} ..."
+            )
         return module
 
 
 @contextmanager
-def _unpacking(quantisation: str | None) -> Iterator[dict[str, Any]]:
-    """Yield loading options; for a GGUF file, dequantise the weights, which some kernels would leave packed."""
+def _dequantising(quantisation: str | None) -> Iterator[dict[str, Any]]:
+    """Yield the loading options that dequantise a GGUF file, because some kernels would keep it quantised."""
     if quantisation is None:
         yield {}
         return
@@ -226,7 +228,7 @@ def _unpacking(quantisation: str | None) -> Iterator[dict[str, Any]]:
         yield {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _with_weights_of(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _cast_weights(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Return the module with new parameters, because fake tensors cannot be converted in place."""
     for part in module.modules():
         for name, weight in [*part.named_parameters(recurse=False)]:
@@ -250,7 +252,7 @@ class ActivationSource(Protocol):
         """
         ...
 
-    def only(self, sites: Collection[Site]) -> ActivationSource:
+    def restricted_to(self, sites: Collection[Site]) -> ActivationSource:
         """Return the same source restricted to some of its sites; `self` must not be used afterwards."""
         ...
 
@@ -280,10 +282,10 @@ class LanguageModel:
         found = self.activations(ids)
         position = torch.arange(ids.shape[1])
         real = (position >= skip) & (position < lengths[:, None])
-        place = real.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # found on the CPU: no waiting
+        place = real.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # computed on the CPU: no waiting
         return {site: found.pop(site).flatten(0, 1).index_select(0, place) for site in list(found)}
 
-    def only(self, sites: Collection[Site]) -> LanguageModel:
+    def restricted_to(self, sites: Collection[Site]) -> LanguageModel:
         """Return this model restricted to some sites. Drops higher layers, so `self` must not be used afterwards."""
         drop_layers_above(self.module, layers_needed(sites))
         return LanguageModel(self.module, {site: self.taps[site] for site in sites}, self.device)
@@ -348,12 +350,12 @@ def _auto_class(config: Any, with_head: bool = False) -> Any:
     """Return `AutoModel`, which has no LM head, or the class with one if a repository's own code only supports that."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    own = getattr(config, "auto_map", None) or {}
-    only_whole = "AutoModelForCausalLM" in own and "AutoModel" not in own
+    classes = getattr(config, "auto_map", None) or {}
+    only_whole = "AutoModelForCausalLM" in classes and "AutoModel" not in classes
     return AutoModelForCausalLM if with_head or only_whole else AutoModel
 
 
-def _in_own_memory(module: nn.Module) -> nn.Module:
+def _copy_weights(module: nn.Module) -> nn.Module:
     """Copy the weights out of the memory-mapped file, so that later changes to the file have no effect."""
     for weight in (*module.parameters(), *module.buffers()):
         weight.data = weight.data.clone()

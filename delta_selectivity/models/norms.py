@@ -21,7 +21,7 @@ def bare_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
     """
     epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
     if not isinstance(epsilon, float):
-        raise RequestError(f"{type(norm).__name__} does not say its epsilon: give `hookpoint` as a module path")
+        raise RequestError(f"{type(norm).__name__} has no known epsilon: give `hookpoint` as a module path")
     centred = isinstance(norm, nn.LayerNorm)
 
     def normalise(x: Tensor) -> Tensor:

@@ -37,17 +37,16 @@ SHOWN = 24  # modules listed as alternatives in errors
 
 
 class Site(NamedTuple):
-    """A layer and hook point at which activations are taken."""
-
-    layer: int
-    hookpoint: str
-    """One of `HOOKPOINTS`, or a module path with `<layer>`: its output, or with `:in` appended, its input.
+    """A layer and hook point at which activations are taken.
 
     `resid_pre` and `resid_post` are a block's input and output, `mlp_out` and `attn_out` what its modules add to the
     stream, `mlp_in` and `attn_in` the inputs of those modules, `*_normalized` the same before the norm's weight and
     bias (TransformerLens's `ln2.hook_normalized`), `z` the concatenated head outputs before the output projection,
     `resid_mid` the stream between attention and the MLP, `mlp_post` the input of the MLP's last linear map.
     """
+
+    layer: int
+    hookpoint: str  # one of `HOOKPOINTS`, or a module path with `<layer>`: its output, or with `:in` appended its input
 
     def read_by(self, input_hookpoint: str | None) -> Site:
         """Return the input site of an SAE that reconstructs this site: the same, except for a transcoder."""
@@ -60,7 +59,7 @@ class Tap:
 
     module: nn.Module
     side: Literal["input", "output"] = "output"
-    change: Callable[[Tensor], Tensor] | None = None  # applied to the value; None: identity
+    change: Callable[[Tensor], Tensor] | None = None  # applied to the value; None: unchanged
 
 
 def layers_needed(sites: Collection[Site]) -> int:
@@ -76,7 +75,7 @@ def check_replaceable(site: Site) -> None:
     """
     if site.hookpoint == "resid_mid" or site.hookpoint.endswith("_normalized"):
         raise RequestError(
-            f"`downstream`: what is at {site.hookpoint} cannot be replaced while the model runs: leave it off here"
+            f"`downstream`: the value at {site.hookpoint} cannot be replaced in a forward pass: leave this option off"
         )
 
 

@@ -27,7 +27,7 @@ _WEIGHTS = {".safetensors", ".bin"}
 _FINGERPRINTED = {".json", ".safetensors", ".bin", ".txt", ".model", ".py"}  # files of a local model
 
 ADAPTER = "an adapter without its model: merge the two (`merge_and_unload` of peft), save that and give its folder"
-SAE = "looks like an SAE, not a language model: are `model` and `saes` exchanged?"
+SAE = "looks like an SAE, not a language model: did you exchange `model` and `saes`?"
 SAE_FILES = ("cfg.json", "sae.safetensors", "sae_weights.safetensors", "ae.pt")
 
 
@@ -36,10 +36,10 @@ class Pretrained:
     """A folder or GGUF file on this machine, or a commit of a hub repository."""
 
     name: str  # as typed
-    revision: str | None  # branch, tag or commit of a hub model, as typed; None: its main branch, or a local folder
-    commit: str | None  # resolved from `revision` when the model was found; None: a local folder
+    revision: str | None  # branch, tag or commit of a hub model, as typed; None: its main branch, or a local model
+    commit: str | None  # resolved from `revision`; None: a local model
     trust_remote_code: bool  # whether Python code from the model's repository may run
-    gguf: Path | None = None  # the file, if the model is one; other files beside it are ignored
+    gguf: Path | None = None  # the GGUF file, if the model is one; other files in its folder are ignored
 
     @classmethod
     def find(cls, name: str, revision: str | None = None, trust_remote_code: bool = False) -> Pretrained:
@@ -53,15 +53,15 @@ class Pretrained:
             gguf = packaged_model(name)
         if gguf is not None:
             if revision is not None:
-                raise RequestError(f"`revision` {revision}: {name} is a local file, which has one state only")
+                raise RequestError(f"`revision` {revision}: {name} is a local file, which has no revisions")
             return cls(name, None, None, trust_remote_code, gguf)
         if os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
             if not (folder / "config.json").is_file():
-                raise RequestError(f"`model` {folder}: {_what_else(folder)}")
+                raise RequestError(f"`model` {folder}: {_why_unusable(folder)}")
             if _looks_like_sae(folder) and b'"model_type"' not in (folder / "config.json").read_bytes():
                 raise RequestError(f"`model` {folder}: {SAE}")
             if revision is not None:
-                raise RequestError(f"`revision` {revision}: {folder} is a local folder, which has one state only")
+                raise RequestError(f"`revision` {revision}: {folder} is a local folder, which has no revisions")
             return cls(str(folder), None, None, trust_remote_code)
         if name.lower().endswith(GGUF):
             raise RequestError(f"`model` {name}: no such file")
@@ -73,13 +73,13 @@ class Pretrained:
         except Exception as error:  # the hub client raises many kinds; all mean that the name is unusable
             if not reachable:
                 raise RequestError(
-                    f"`model` {name}: neither a local folder nor in the Hub's cache here{OFFLINE}"
+                    f"`model` {name}: not a local folder, not in the local Hub cache{OFFLINE}"
                 ) from error
             at = f" at revision {revision}" if revision else ""
-            told = f"not a local folder, and not to be had from the hub{at}: {first_line(error)}"
+            reason = f"not a local folder, and not available from the Hub{at}: {first_line(error)}"
             if _is_sae_on_hub(name, revision):
-                told = SAE
-            raise RequestError(f"`model` {name}: {told}") from error
+                reason = SAE
+            raise RequestError(f"`model` {name}: {reason}") from error
         return cls(name, revision, commit, trust_remote_code)
 
     @cached_property
@@ -117,23 +117,23 @@ class Pretrained:
         from transformers import AutoConfig, AutoTokenizer
 
         if self.gguf is not None and not GgufFile.read(self.gguf).has_tokenizer:
-            raise RequestError(f"`model` {self.name}: the file has no tokenizer: give the same model in safetensors")
+            raise RequestError(f"`model` {self.name}: the file has no tokenizer: use the same model in safetensors")
         try:
             with self.source() as (where, options):
                 config = AutoConfig.from_pretrained(where, **options)
                 tokenizer = AutoTokenizer.from_pretrained(where, **options)
         except Exception as error:  # the parsers raise many kinds; all mean that the model is unusable
-            told = f"config or tokenizer cannot be read: {first_line(error)}"
+            reason = f"config or tokenizer cannot be read: {first_line(error)}"
             if "trust_remote_code" in str(error):
-                told = "it comes with Python code of its own: read it, and allow it with `trust_remote_code`"
+                reason = "its repository has Python code that must run: read it, then allow it with `trust_remote_code`"
             elif self.commit is not None and _is_sae_on_hub(self.name, self.commit):
-                told = SAE
-            raise RequestError(f"`model` {self.name}: {told}") from error
+                reason = SAE
+            raise RequestError(f"`model` {self.name}: {reason}") from error
         if self.gguf is None:
             self._refuse_unread_adapter(self.commit or NO_REVISION)
         if not getattr(tokenizer, "is_fast", False):
-            told = "needs a fast tokenizer (tokenizer.json) to place the name's tokens"
-            raise RequestError(f"`model` {self.name}: {told}")
+            reason = "it has no fast tokenizer (tokenizer.json), which is needed to locate the name's tokens"
+            raise RequestError(f"`model` {self.name}: {reason}")
         return config, tokenizer
 
     @contextmanager
@@ -143,20 +143,18 @@ class Pretrained:
             # if `trust_remote_code` were not passed, transformers would prompt on the terminal
             yield self.name, {"revision": self.commit or NO_REVISION, "trust_remote_code": self.trust_remote_code}
             return
-        with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as nothing_beside_it:
-            yield nothing_beside_it, {"gguf_file": str(self.gguf.absolute())}
+        with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as empty_folder:
+            yield empty_folder, {"gguf_file": str(self.gguf.absolute())}
 
     def _refuse_unread_adapter(self, revision: str) -> None:
-        """Raise `RequestError` for an adapter beside the model: without peft, transformers silently ignores it."""
+        """Raise `RequestError` for an adapter in the model's folder: without peft, transformers silently ignores it."""
         from transformers.utils import is_peft_available
         from transformers.utils.peft_utils import find_adapter_config_file
 
         if not is_peft_available() and find_adapter_config_file(self.name, revision=revision) is not None:
-            told = (
-                "an adapter (adapter_config.json) lies beside the model, and peft, which applies it, is not installed"
-            )
+            reason = "its folder has an adapter (adapter_config.json), but peft, which applies it, is not installed"
             raise RequestError(
-                f"`model` {self.name}: {told}: install peft, or move the adapter away to measure without it"
+                f"`model` {self.name}: {reason}: install peft, or remove the adapter to measure without it"
             )
 
 
@@ -165,8 +163,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _what_else(folder: Path) -> str:
-    """Return an error message for a folder without config.json, by what it looks like."""
+def _why_unusable(folder: Path) -> str:
+    """Return an error message for a folder without config.json, depending on its other files."""
     if (folder / "adapter_config.json").is_file():
         return ADAPTER
     return SAE if _looks_like_sae(folder) else "the folder has no config.json"

@@ -20,10 +20,10 @@ N_TEXTS, N_TOKENS = 2, 11  # differ from usual numbers of heads, so that [texts,
 def shape_widths(build: Callable[[], nn.Module], config: Any, sites: Collection[Site]) -> dict[Site, int]:
     """Return the width d of each site. `build` makes the decoder of `config`, with the layers that the sites need.
 
-    No memory is allocated for weights and nothing is computed. If a family's code depends on actual values, the width
-    of a named hook point comes from the config, that of a path from the linear map or, failing that, from d_model.
+    No memory is allocated for weights and nothing is computed. If a family's code needs actual values, the width of a
+    named hook point comes from the config, and that of a path from its linear layer or, without one, from d_model.
 
-    Raises `RequestError` if a hook point does not exist, is not run, or does not hold one row per token.
+    Raises `RequestError` if a hook point does not exist, is not run, or does not have one row per token.
     """
     with FakeTensorMode():
         decoder = build().eval()
@@ -33,8 +33,8 @@ def shape_widths(build: Callable[[], nn.Module], config: Any, sites: Collection[
                 decoder(input_ids=torch.zeros(N_TEXTS, N_TOKENS, dtype=torch.long), use_cache=False)
         except RequestError:
             raise
-        except Exception:  # a family's code may fail in many ways on tensors without values
-            return {site: _said_width(tap.module, tap.side, config, site) for site, tap in taps.items()}
+        except Exception:  # code may fail in many ways on tensors without values
+            return {site: _width_without_values(tap.module, tap.side, config, site) for site, tap in taps.items()}
     refuse_unused(sites, found)
     return {site: int(found[site].shape[-1]) for site in sites}
 
@@ -44,12 +44,12 @@ def refuse_unused(sites: Collection[Site], found: Collection[Site]) -> None:
     for site in sites:
         if site not in found:
             raise RequestError(
-                f"`hookpoint` {site.hookpoint}: the model runs without that module in layer {site.layer}"
+                f"`hookpoint` {site.hookpoint}: the model does not run that module in layer {site.layer}"
             )
 
 
-def _said_width(module: nn.Module, side: str, config: Any, site: Site) -> int:
+def _width_without_values(module: nn.Module, side: str, config: Any, site: Site) -> int:
     if LAYER not in site.hookpoint and site.hookpoint != "mlp_post":
         return configured_width(config, site.hookpoint)
-    told = getattr(module, "in_features" if side == "input" else "out_features", None)
-    return int(told) if told is not None else configured_width(config, site.hookpoint)
+    width = getattr(module, "in_features" if side == "input" else "out_features", None)
+    return int(width) if width is not None else configured_width(config, site.hookpoint)

@@ -60,13 +60,13 @@ def probe_selectivity(
         settings: Only `folds`, `repeats`, `seed`, `epsilon`, `probe` and ``error`` in `views` have an effect here.
 
     Returns:
-        Selectivities, their differences with intervals, and how the probes were fitted. `memorisation` is None, for it
-        needs token types.
+        Selectivities, their differences with intervals, and how the probes were fitted. `memorisation` is None, because
+        it needs token types.
 
     Raises:
         RequestError: A shape does not fit, a value is not finite, labels are not binary, or there are too few groups
             for the folds; the message names the argument.
-        ArithmeticError: `reconstruction` is more than some 1e15 times as large as `x` varies.
+        ArithmeticError: `reconstruction` is larger than the variation of `x` by a factor of about 1e15.
 
     Example:
         >>> import numpy as np
@@ -76,8 +76,8 @@ def probe_selectivity(
         >>> probe_selectivity(x, x, labels, groups=np.arange(400)).delta_sel
         0.0
     """
-    asked = settings or Settings()
-    check_views(asked)
+    settings = settings or Settings()
+    check_views(settings)
     matrix = _matrix(x, "x")
     recon = _matrix(reconstruction, "reconstruction").to(matrix.device)
     if recon.shape != matrix.shape:
@@ -85,8 +85,8 @@ def probe_selectivity(
     n = len(matrix)
     targets = Targets(_binary(labels, n)[None], _group_ids(groups, n))
     with sharing_cores(matrix.device):
-        backend, _ = choose_backend(asked.probe, matrix.device)
-        ((result,),) = measure_rows(matrix, [recon], targets, asked, backend)
+        backend, _ = choose_backend(settings.probe, matrix.device)
+        ((result,),) = measure_rows(matrix, [recon], targets, settings, backend)
     if isinstance(result, Skipped):
         raise RequestError(f"`labels` cannot be measured: {result.reason}")
     return result
@@ -104,17 +104,18 @@ def measure_rows(
         settings: As for `probe_selectivity`.
         backend: Solver of the probes.
     """
-    asked = settings
-    plan = FoldPlan.build(targets.labels, targets.groups, targets.weights, asked.folds, asked.repeats, asked.seed)
-    model = fit_model(plan, x, backend, _control(targets, asked))
+    plan = FoldPlan.build(
+        targets.labels, targets.groups, targets.weights, settings.folds, settings.repeats, settings.seed
+    )
+    model = fit_model(plan, x, backend, _control(targets, settings))
     for recon in recons:
-        yield measure(out_of_fold(plan, model, recon, backend, "error" in asked.views), asked.epsilon)
+        yield measure(out_of_fold(plan, model, recon, backend, "error" in settings.views), settings.epsilon)
 
 
 def check_views(settings: Settings) -> None:
     """Raise `RequestError` for latent views or `downstream`: stored rows have neither latents nor a model."""
     if settings.downstream:
-        raise RequestError("`downstream`: rows have no model that runs on from a reconstruction")
+        raise RequestError("`downstream`: rows have no model to run with a reconstruction")
     for view in LATENT_VIEWS.intersection(settings.views):
         raise RequestError(f"`views` {view}: rows have activations and reconstructions, but no latents")
 
@@ -131,22 +132,24 @@ def _matrix(values: Any, field: str) -> Tensor:
     """Return values as a finite float32 matrix ``[rows, d]``. Raises `RequestError` if they are not one."""
     matrix = values.detach() if isinstance(values, Tensor) else _to_torch(_array(values, field), field)
     if matrix.layout != torch.strided or matrix.is_complex() or matrix.dtype == torch.bool:
-        raise RequestError(f"`{field}` is a {matrix.layout} of {matrix.dtype}: a dense array of real numbers is needed")
+        raise RequestError(
+            f"`{field}` has layout {matrix.layout} and dtype {matrix.dtype}: give a dense array of real numbers"
+        )
     if matrix.ndim != 2 or 0 in matrix.shape:
-        raise RequestError(f"`{field}` has shape {list(matrix.shape)}: [rows, d] is needed, with neither of them 0")
+        raise RequestError(f"`{field}` has shape {list(matrix.shape)}: give [rows, d], with at least 1 of each")
     if matrix.device.type not in {"cpu", "cuda"}:
         matrix = matrix.cpu()  # other devices lack float64
     matrix = matrix.to(torch.float32)
     finite = torch.isfinite(matrix).all(dim=1)
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0, 0])
-        raise RequestError(f"`{field}`: row {row} holds NaN, infinity, or a number beyond float32")
+        raise RequestError(f"`{field}`: row {row} has NaN, infinity, or a number too large for float32")
     return matrix
 
 
 def _to_torch(found: NDArray[Any], field: str) -> Tensor:
     if found.dtype.kind not in "fiu":
-        raise RequestError(f"`{field}` is of {found.dtype}: real numbers are needed")
+        raise RequestError(f"`{field}` has dtype {found.dtype}: give real numbers")
     with np.errstate(over="ignore"):  # `_matrix` rejects infinite values
         single = np.ascontiguousarray(found, dtype=np.float32)
     return torch.from_numpy(single if single.flags.writeable else single.copy())
@@ -159,17 +162,17 @@ def _array(values: Any, field: str) -> NDArray[Any]:
     try:
         return np.asarray(values)
     except (TypeError, ValueError) as error:  # rows of different lengths
-        raise RequestError(f"`{field}` is no array: {error}") from error
+        raise RequestError(f"`{field}` is not an array: {error}") from error
 
 
 def _binary(labels: Any, n: int) -> NDArray[np.bool_]:
     found = _array(labels, "labels")
     _check_length(found.shape, n, "labels")
     if found.dtype.kind not in "biuf":
-        raise RequestError(f"`labels` are of {found.dtype}: bool, or 0 and 1, are needed")
+        raise RequestError(f"`labels` have dtype {found.dtype}: give bool, or 0 and 1")
     others = found[(found != 0) & (found != 1)]
     if len(others):
-        raise RequestError(f"`labels` hold {others[0]}: only 0 and 1, or False and True, are labels")
+        raise RequestError(f"`labels` contain {others[0]}: give 0 and 1, or False and True")
     return found.astype(bool)
 
 
@@ -185,11 +188,11 @@ def _group_ids(groups: Any, n: int) -> NDArray[np.int64]:
     try:
         listed = list(groups)
     except TypeError as error:
-        raise RequestError(f"`groups` is a {type(groups).__name__}: a value for each row is needed") from error
+        raise RequestError(f"`groups` is a {type(groups).__name__}: give a value for each row") from error
     _check_length((len(listed),), n, "groups")
     for row, group in enumerate(listed):
         if _is_missing(group):
-            raise RequestError(f"`groups`: row {row} has {group!r}: say which group it is of")
+            raise RequestError(f"`groups`: row {row} has {group!r}: give its group")
     if all(isinstance(group, numbers.Real) and _is_int64(group) for group in listed):
         return np.array([int(group) for group in listed], dtype=np.int64)
     if all(isinstance(group, str | numbers.Number) for group in listed):
@@ -223,4 +226,4 @@ def _is_missing(group: Any) -> bool:
 
 def _check_length(shape: tuple[int, ...], n: int, field: str) -> None:
     if shape != (n,):
-        raise RequestError(f"`{field}` has shape {list(shape)}, but `x` has {n} rows: [{n}] is needed")
+        raise RequestError(f"`{field}` has shape {list(shape)}, but `x` has {n} rows: give shape [{n}]")

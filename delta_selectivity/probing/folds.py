@@ -3,8 +3,8 @@
     plan = FoldPlan.build(labels, groups, weights=None, n_folds=5, n_repeats=5, seed=0)
     plan.held_out                               # bool [splits, rows]
 
-A split never separates a person's rows, so a label that is random by person scores 1/2 (the control task of
-Hewitt & Liang 2019, arXiv 1909.03368).
+A split never separates a person's rows, so a label that is random by person scores 1/2 (compare the control task of
+Hewitt & Liang 2019, arXiv 1909.03368). A person may be any group of rows, such as a document.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch import Tensor
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.uncertainty import effective_people
 
-LEAST_EFFECTIVE = 6  # people (Kish); the intervals are validated down to here
-LEAST_EFFECTIVE_IN_CLASS = 2
+MIN_EFFECTIVE_GROUPS = 6  # effective number (Kish); the intervals are validated down to this number
+MIN_EFFECTIVE_GROUPS_IN_CLASS = 2
 
-MOST_FOLDS = 127  # fold numbers are stored as int8
+MAX_FOLDS = 127  # fold numbers are stored as int8
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Skipped:
 
     reason: str
     n_rows: int
-    n_people: int
-    n_people_effective: float
-    n_pos: int
+    n_people: int  # or other groups of rows
+    n_people_effective: float  # number of groups of equal size with the same information (Kish)
+    n_pos: int  # rows with a positive label
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class FoldPlan:
 
     labels: NDArray[np.bool_]  # [kept targets, rows]
     kept: tuple[int, ...]  # indices of the kept targets among all targets
-    skipped: Mapping[int, Skipped]
-    groups: NDArray[np.int64]  # [rows], the person
+    skipped: Mapping[int, Skipped]  # by index among all targets
+    groups: NDArray[np.int64]  # [rows], person ids
     weights: NDArray[np.float64]  # [rows]
     folds: NDArray[np.int8]  # [repeats, rows], the fold that holds the row out
     n_folds: int
@@ -71,21 +71,23 @@ class FoldPlan:
             ValueError: The shapes do not fit.
             RequestError: There are fewer than 2 or too many folds, or no repeat.
         """
-        asked = np.asarray(labels, dtype=bool)
+        targets = np.asarray(labels, dtype=bool)
         people = np.asarray(groups, dtype=np.int64)
         weight = np.ones(len(people)) if weights is None else np.asarray(weights, dtype=np.float64)
-        if asked.ndim != 2 or asked.shape[1:] != people.shape or weight.shape != people.shape:
-            raise ValueError(f"labels {asked.shape} do not fit groups {people.shape} and weights {weight.shape}")
-        if not 2 <= n_folds <= MOST_FOLDS or n_repeats < 1:
-            raise RequestError(f"`folds` {n_folds}, `repeats` {n_repeats}: 2 to {MOST_FOLDS} and 1 or more are needed")
-        reasons = {t: too_few_people(row, people, n_folds, weight) for t, row in enumerate(asked)}
+        if targets.ndim != 2 or targets.shape[1:] != people.shape or weight.shape != people.shape:
+            raise ValueError(f"labels {targets.shape} do not fit groups {people.shape} and weights {weight.shape}")
+        if not 2 <= n_folds <= MAX_FOLDS or n_repeats < 1:
+            raise RequestError(
+                f"`folds` {n_folds}, `repeats` {n_repeats}: folds must be 2 to {MAX_FOLDS}, and repeats at least 1"
+            )
+        reasons = {t: reason_to_skip(row, people, n_folds, weight) for t, row in enumerate(targets)}
         skipped = {t: reason for t, reason in reasons.items() if reason is not None}
-        kept = tuple(t for t in range(len(asked)) if t not in skipped)
+        kept = tuple(t for t in range(len(targets)) if t not in skipped)
         folds = np.zeros((n_repeats, len(people)), dtype=np.int8)
         if kept:
             seeds = np.random.SeedSequence(seed).generate_state(n_repeats)
-            folds = np.stack([grouped_stratified_folds(asked[list(kept)], people, n_folds, int(s)) for s in seeds])
-        return cls(asked[list(kept)], kept, skipped, people, weight, folds, n_folds)
+            folds = np.stack([grouped_stratified_folds(targets[list(kept)], people, n_folds, int(s)) for s in seeds])
+        return cls(targets[list(kept)], kept, skipped, people, weight, folds, n_folds)
 
     @property
     def n_repeats(self) -> int:
@@ -101,7 +103,7 @@ class FoldPlan:
         return torch.from_numpy(np.where(self.held_out, 0.0, self.weights)).to(device)
 
 
-def too_few_people(
+def reason_to_skip(
     labels: NDArray[np.bool_], groups: NDArray[np.int64], n_folds: int, weights: NDArray[np.float64] | None = None
 ) -> Skipped | None:
     """Return why a target cannot be measured with this number of folds; None if it can."""
@@ -112,19 +114,20 @@ def too_few_people(
     effective = effective_people(groups, weights) if len(groups) else 0.0
     reason = None
     if people[rarer] < n_folds:
-        reason = f"the {rarer} class has {people[rarer]} people, fewer than the {n_folds} folds"
-    elif effective < LEAST_EFFECTIVE:
+        groups_word = "group" if people[rarer] == 1 else "groups"
+        reason = f"the {rarer} class has {people[rarer]} {groups_word}, fewer than the {n_folds} folds"
+    elif effective < MIN_EFFECTIVE_GROUPS:
         reason = (
-            f"{len(np.unique(groups))} people, but of such unequal size that they tell no more than "
-            f"{effective:.2g} of equal size would; {LEAST_EFFECTIVE} are needed"
+            f"{len(np.unique(groups))} groups of such unequal size that they are equivalent to only "
+            f"{effective:.2g} of equal size; {MIN_EFFECTIVE_GROUPS} are needed"
         )
     else:
         by_class = {name: effective_people(groups[rows], weights[rows]) for name, rows in sides.items()}
         least = min(by_class, key=lambda name: by_class[name])
-        if by_class[least] < LEAST_EFFECTIVE_IN_CLASS:
+        if by_class[least] < MIN_EFFECTIVE_GROUPS_IN_CLASS:
             reason = (
-                f"one person has most of the {least} class: its {people[least]} people tell no more than "
-                f"{by_class[least]:.2g} of equal size would; {LEAST_EFFECTIVE_IN_CLASS} are needed"
+                f"one group has most rows of the {least} class: its {people[least]} groups are equivalent to only "
+                f"{by_class[least]:.2g} of equal size; {MIN_EFFECTIVE_GROUPS_IN_CLASS} are needed"
             )
     if reason is None:
         return None
@@ -134,9 +137,9 @@ def too_few_people(
 def grouped_stratified_folds(labels: ArrayLike, groups: ArrayLike, n_folds: int, seed: int) -> NDArray[np.int8]:
     """Assign rows to folds `[rows]`: no group is in two folds, and folds have similar sizes and class counts.
 
-    labels bool [rows] or [targets, rows]. Groups with the same counts of rows and positives are interchangeable:
-    they are dealt evenly at random. The few left over go one by one, the largest first (in powers of 2, at random
-    within), each to the fold that has least of what the group brings. Deterministic by seed.
+    labels: bool [rows] or [targets, rows]. Groups with the same counts of rows and positives are interchangeable, so
+    they are distributed evenly at random. The few that remain are assigned one by one, the largest first (by powers of
+    2, in random order within each), each to the fold that has least of what the group adds. Deterministic by seed.
     """
     random = np.random.default_rng(seed)
     _, person = np.unique(np.asarray(groups), return_inverse=True)
@@ -148,23 +151,26 @@ def grouped_stratified_folds(labels: ArrayLike, groups: ArrayLike, n_folds: int,
     by_kind = shuffled[np.argsort(kind.ravel()[shuffled], kind="stable")]
     n_of_kind = np.bincount(kind.ravel())
     place = np.arange(len(counts)) - np.repeat(np.cumsum(n_of_kind) - n_of_kind, n_of_kind)
-    dealt = place < np.repeat(n_of_kind - n_of_kind % n_folds, n_of_kind)
+    even = place < np.repeat(n_of_kind - n_of_kind % n_folds, n_of_kind)
     fold = np.empty(len(counts), dtype=np.int8)
-    fold[by_kind[dealt]] = place[dealt] % n_folds
-    left = random.permutation(by_kind[~dealt])
-    left = left[np.argsort(-np.floor(np.log2(counts[left, 0])), kind="stable")]
-    _deal_greedily(fold, left, counts, random.permutation(n_folds))
+    fold[by_kind[even]] = place[even] % n_folds
+    remaining = random.permutation(by_kind[~even])
+    remaining = remaining[np.argsort(-np.floor(np.log2(counts[remaining, 0])), kind="stable")]
+    _assign_greedily(fold, remaining, counts, random.permutation(n_folds))
     return fold[person]
 
 
-def _deal_greedily(
-    fold: NDArray[np.int8], left: NDArray[np.intp], counts: NDArray[np.float64], order: NDArray[np.intp]
+def _assign_greedily(
+    fold: NDArray[np.int8], remaining: NDArray[np.intp], counts: NDArray[np.float64], order: NDArray[np.intp]
 ) -> None:
-    """Give each person of `left` the fold (ties by `order`) where the squared shares of rows and classes grow least."""
+    """Assign each remaining person to the fold where the squared shares of rows and classes grow least.
+
+    Ties are broken by `order` [folds]. The folds are written into `fold` [persons].
+    """
     cells = np.concatenate([counts, counts[:, :1] - counts[:, 1:]], axis=1)  # rows, positives, negatives
     cells /= np.maximum(cells.sum(axis=0), 1)
     filled = np.zeros((len(order), cells.shape[1]))
-    for person in left:
+    for person in remaining:
         least = int(np.argmin(filled @ cells[person]))
         filled[least] += cells[person]
         fold[person] = order[least]
@@ -175,8 +181,8 @@ def control_plan(
 ) -> FoldPlan | None:
     """Return the control task of Hewitt & Liang 2019: a random label for each token type `[rows]`, split by row.
 
-    A probe that does well on it knows its tokens by heart. `rows` int [rows] are the rows' own numbers: whatever order
-    they come in, a row is in the same fold. None if there are too few types or rows for the folds.
+    A probe that scores well on it has memorised the tokens. `rows`, int [rows], identifies the rows, so that the folds
+    do not depend on their order. None if there are too few types or rows for the folds.
     """
     types, kind = np.unique(np.asarray(token_types), return_inverse=True)
     coin = np.random.default_rng(seed).permutation(len(types)) % 2 == 0

@@ -3,11 +3,12 @@
     found = with_k_sparse(out_of_fold(plan, model, recon, backend), latents)
     found.probe(0).views["k5"]                 # [repeats, rows], scores of probes on the five best latents
 
-For each training fold the k latents whose class means differ most, each latent divided by its mean where it fires
-(sae-probes 0.4.2's default; Kantamneni et al. 2025, arXiv 2502.16681; Gurnee et al. 2023, arXiv 2305.01610), and an
-L2 logistic regression on those, unscaled. What differs from sae-probes favours the method: all rows are tested, each by
-the probe of the fold that holds its person out, in place of one test split; C is chosen by the out-of-fold
-loss of all other folds, in place of at most 100 rows; classes weigh the same, since balanced accuracy is asked for.
+For each training fold, the k latents are selected whose class means differ most, each latent divided by its mean where
+it fires (the default of sae-probes 0.4.2; Kantamneni et al. 2025, arXiv 2502.16681; Gurnee et al. 2023, arXiv
+2305.01610). An L2 logistic regression is fitted on them, unscaled. There are three differences from sae-probes, all in
+favour of the method. All rows are tested, each by the probe of the fold that holds its group out, instead of one test
+split. C is chosen by the out-of-fold loss of all other folds, instead of at most 100 rows. Classes have equal weight,
+because the score is balanced accuracy.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ class KSparseFit:
     """Probes on the best latents, for each k, at the C chosen for each fold."""
 
     scores: NDArray[np.float32]  # [ks, targets, repeats, rows]; positive = the label is predicted
-    facts: list[FitFacts]  # one for each k
+    facts: list[FitFacts]  # [ks]
 
 
-class SideBySide(NamedTuple):
+class BatchedFits(NamedTuple):
     """Logistic regressions, one for each C and split."""
 
     theta: Tensor  # float64 [cs, splits, k + 1], intercept last
@@ -50,18 +51,18 @@ class SideBySide(NamedTuple):
     n_iter: list[int]  # for each C, the largest over splits
 
 
-def with_k_sparse(found: OutOfFold, latents: Tensor) -> OutOfFold:
+def with_k_sparse(scores: OutOfFold, latents: Tensor) -> OutOfFold:
     """Return the scores with views `k1` etc. added: k-sparse probes on latents `[rows, d_sae]`, sparse CSR.
 
     Raises ArithmeticError if a code is too large for a probe.
     """
-    fit = k_sparse_fit(found.plan, latents)
+    fit = k_sparse_fit(scores.plan, latents)
     names = tuple(f"k{k}" for k in KS)
     return replace(
-        found,
-        views=(*found.views, *names),
-        scores=np.concatenate([found.scores, quantised(fit.scores)]),
-        fits={**found.fits, **dict(zip(names, fit.facts, strict=True))},
+        scores,
+        views=(*scores.views, *names),
+        scores=np.concatenate([scores.scores, quantised(fit.scores)]),
+        fits={**scores.fits, **dict(zip(names, fit.facts, strict=True))},
     )
 
 
@@ -76,15 +77,15 @@ def k_sparse_fit(plan: FoldPlan, latents: Tensor, ks: Sequence[int] = KS, cs: Se
     splits_of = np.arange(len(plan.held_out)).reshape(plan.n_repeats, plan.n_folds)
     weight, held_out = plan.training_weight(torch.device("cpu")), torch.from_numpy(plan.held_out)
     for t, labels in enumerate(plan.labels):
-        for repeat, splits in enumerate(splits_of):  # no more than one partition's copies of the rows at a time
+        for repeat, splits in enumerate(splits_of):  # one partition at a time, to limit the copies of the rows
             chosen = best_latents(matrix, labels, weight[splits].numpy(), max(ks))
             columns, inverse = np.unique(chosen, return_inverse=True)
             x = torch.from_numpy(matrix[:, columns].toarray())
             place = torch.from_numpy(inverse.reshape(chosen.shape))
             for i, k in enumerate(ks):
                 picked = x[:, place[:, :k]].transpose(0, 1)  # [folds, rows, k]
-                fit = fit_side_by_side(picked, torch.from_numpy(labels), weight[splits], cs)
-                by_fold = decide(picked, fit.theta) * held_out[splits]  # [cs, folds, rows]
+                fit = fit_batched(picked, torch.from_numpy(labels), weight[splits], cs)
+                by_fold = decision_scores(picked, fit.theta) * held_out[splits]  # [cs, folds, rows]
                 scores[i, :, t, repeat] = by_fold.sum(1)
                 n_unconverged[i, t] += int((~fit.converged).sum())
                 n_iter[i, t] = max(n_iter[i, t], *fit.n_iter)
@@ -105,24 +106,25 @@ def best_latents(
     Returns all latents if there are at most k.
     """
     fires = csr_array((latents.data != 0, latents.indices, latents.indptr), latents.shape).astype(np.float64)
-    mean_where_fires = _summed(abs(latents), weight) / (_summed(fires, weight) + 1e-6)
-    means = [_summed(latents, weight * side) / (weight * side).sum(1, keepdims=True) for side in (labels, ~labels)]
+    mean_where_fires = _weighted_sums(abs(latents), weight) / (_weighted_sums(fires, weight) + 1e-6)
+    by_class = [weight * of_class for of_class in (labels, ~labels)]
+    means = [_weighted_sums(latents, w) / w.sum(1, keepdims=True) for w in by_class]
     difference = np.abs(means[0] - means[1]) / (mean_where_fires + 1e-6)
     return np.argsort(-difference, axis=1, kind="stable")[:, :k]
 
 
-def _summed(matrix: csr_array, weight: NDArray[np.float64]) -> NDArray[np.float64]:
+def _weighted_sums(matrix: csr_array, weight: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return weighted sums over the rows of each split [splits, d_sae]."""
     return np.asarray((matrix.T @ weight.T).T)
 
 
-def decide(x: Tensor, theta: Tensor) -> Tensor:
+def decision_scores(x: Tensor, theta: Tensor) -> Tensor:
     """Return the scores [cs, splits, rows] of x [splits, rows, k] by the probes theta [cs, splits, k + 1]."""
     return torch.einsum("srk,csk->csr", x, theta[..., :-1]) + theta[..., -1:]
 
 
-def fit_side_by_side(x: Tensor, labels: Tensor, weight: Tensor, cs: Sequence[float]) -> SideBySide:
-    """Fit a logistic regression of its own for each split and C, by damped Newton.
+def fit_batched(x: Tensor, labels: Tensor, weight: Tensor, cs: Sequence[float]) -> BatchedFits:
+    """Fit a separate logistic regression for each split and C, by damped Newton steps.
 
     x float64 [splits, rows, k], labels bool [rows], weight [splits, rows]. Minimises, as `ProbeProblem` does,
     1/2 |w|^2 + C sum_i v_i log(1 + exp(-y_i f_i)) with v balanced between the classes.
@@ -140,7 +142,7 @@ def fit_side_by_side(x: Tensor, labels: Tensor, weight: Tensor, cs: Sequence[flo
         solutions.append(theta)
         converged.append(done)
         n_iter.append(steps)
-    return SideBySide(torch.stack(solutions), torch.stack(converged), n_iter)
+    return BatchedFits(torch.stack(solutions), torch.stack(converged), n_iter)
 
 
 def _newton(x: Tensor, y: Tensor, v: Tensor, penalty: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -3,9 +3,9 @@
     found = carriers(w, x, recon, codes, directions, fired, labels, weights)
     found.share[0], found.latents[0]             # the largest share of the gap, and its latent
 
-A probe with weights w separates the classes by the gap w · (mean of x over class 1 - mean over class 0). x is the SAE's
-reconstruction and its error, and the reconstruction is a sum over latents, so the gap is a sum too: latent j adds
-(w · W_dec[j]) (mean of z_j over class 1 - over class 0), and the error what no latent carries.
+A probe with weights w separates the classes by the gap w · (mean of x over class 1 - mean over class 0). x is the sum
+of the SAE's reconstruction and its error, and the reconstruction is a sum over latents, so the gap is a sum too: latent
+j contributes (w · W_dec[j]) (mean of z_j over class 1 - over class 0), and the error contributes the rest.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ KEPT = 20  # latents kept from each of three rankings
 class Carriers:
     """Latents of one cell; arrays are [latents], the largest share (of `share` or `dropped`) first."""
 
-    gap: float  # between the classes' mean scores by the model's probe
-    latents: NDArray[np.int64]
-    share: Floats  # of the gap that the latent carries
-    dropped: Floats  # of the gap that lies in the error along the latent's direction: what it would carry if it fired
+    gap: float  # difference between the classes' mean scores by the model's probe
+    latents: NDArray[np.int64]  # their indices
+    share: Floats  # share of the gap that the latent carries
+    dropped: Floats  # share of the gap in the error along the latent's direction: what it would carry if it fired
     alignment: Floats  # w · W_dec[j]
-    difference: Floats  # of the latent's means between the classes
+    difference: Floats  # difference between the latent's class means
     rate: Floats  # [2, latents], share of rows of class 0 and of class 1 in which it fires
-    auc: Floats  # of the latent alone
+    auc: Floats  # AUC of the latent alone
     others: float  # share that all other latents carry together
     error: float  # share that no latent carries
-    rest: float  # share of biases and scales that differ by row; about 0 for most SAEs
+    rest: float  # share of row-dependent biases and scales; about 0 for most SAEs
 
 
 def carriers(
@@ -58,10 +58,10 @@ def carriers(
         recon: Their reconstructions `[rows, d]`.
         codes: Sparse CSR `[rows, d_sae]`.
         directions: Decoder directions of latents, `[latents, d]`.
-        fired: Which latents these are, int64 `[latents]`, ascending: at least all that are not zero somewhere.
+        fired: Indices of those latents, int64 `[latents]`, ascending; must include all that are non-zero in some row.
         labels: `[rows]`.
         weights: `[rows]`.
-        kept: How many by each order.
+        kept: How many latents to keep from each of the three rankings.
     """
     w, directions = w.double().cpu(), directions.double().cpu()
     means = _class_means(labels, weights)  # [2, rows]

@@ -1,4 +1,4 @@
-"""Probes: weighted logistic regressions, many at once, behind one small protocol.
+"""Selection of the solver for probes, which are weighted logistic regressions.
 
     backend, reason = choose_backend("auto", "cpu")
     fits = backend.fit(ProbeProblem(x, labels, weight, scale, cs=(0.01, 0.1)))
@@ -19,28 +19,28 @@ from delta_selectivity.probing.backends.problem import ProbeBackend, ProbeFits, 
 __all__ = ["BACKENDS", "ProbeBackend", "ProbeFits", "ProbeProblem", "check_backend", "choose_backend", "disagreement"]
 
 BACKENDS = ("auto", "torch", "cuml", "sklearn")
-_AGREE = 1e-3  # the largest disagreement that auto accepts of cuML
+_MAX_DIFFERENCE = 1e-3  # largest disagreement with torch at which `auto` chooses cuML
 
 
 def choose_backend(name: str, device: torch.device | str) -> tuple[ProbeBackend, str]:
     """Return the solver for `name` (one of `BACKENDS`) on `device`, and the reason for the choice.
 
-    `auto` is torch, but on a CUDA device cuML where it is installed and solves a small problem as torch does.
-    Call it in the thread that will fit: cuML's settings are per thread.
+    `auto` is torch; on a CUDA device it is cuML if that is installed and solves a small problem like torch.
+    Call this in the thread that will fit, because cuML's settings are per thread.
 
-    Raises RequestError for an unknown name, and for `cuml` where it is not installed or the device is no GPU.
+    Raises RequestError for an unknown name, and for `cuml` if it is not installed or the device is not a GPU.
     """
     from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
 
     device = torch.device(device)
     if name == "torch":
-        return TorchLbfgs(), "asked for"
+        return TorchLbfgs(), "requested"
     if name == "sklearn":
         from delta_selectivity.probing.backends.sklearn_reference import SklearnReference
 
-        return SklearnReference(), "asked for"
+        return SklearnReference(), "requested"
     if name == "cuml":
-        return _cuml(device), "asked for"
+        return _cuml(device), "requested"
     if name != "auto":
         raise RequestError(f"`probe` {name}: choose one of {', '.join(BACKENDS)}")
     if device.type != "cuda":
@@ -49,10 +49,10 @@ def choose_backend(name: str, device: torch.device | str) -> tuple[ProbeBackend,
 
 
 def check_backend(name: str, device: torch.device | str) -> None:
-    """Raise RequestError if `name` cannot be had on `device`; costs nothing, so it can come before all else."""
+    """Raise RequestError if the solver `name` is not available on `device`, without importing it."""
     if name == "cuml" and importlib.util.find_spec("cuml") is None:
         raise RequestError(
-            '`probe` cuml: cuML is missing: pip install "delta-selectivity[gpu]", in a clone pip install -e ".[gpu]"'
+            '`probe` cuml: not installed: pip install "delta-selectivity[gpu]", in a clone pip install -e ".[gpu]"'
         )
     if name == "cuml" and torch.device(device).type != "cuda":
         raise RequestError(f"`probe` cuml: runs on an NVIDIA GPU, not on {device}; use `probe` auto")
@@ -79,7 +79,7 @@ def _best_on_cuda(device: torch.device, torch_backend: ProbeBackend) -> tuple[Pr
         difference = disagreement(cuml, torch_backend, _small_problem(device))
     except Exception as error:  # a broken cuML or driver can raise anything; torch still works
         return torch_backend, f"cuML failed its self-check: {type(error).__name__}: {error}"
-    if difference > _AGREE:
+    if difference > _MAX_DIFFERENCE:
         return torch_backend, f"cuML differs from torch by {difference:.1e} in its self-check"
     return cuml, f"cuML agrees with torch to {difference:.1e}"
 

@@ -3,10 +3,10 @@
     plan = FoldPlan.build(labels, groups, weights=None, n_folds=5, n_repeats=5, seed=0)
     model = fit_model(plan, x, backend)                  # once per layer and task set
     for recon in recons_of_several_saes:
-        results = measure(out_of_fold(plan, model, recon, backend))   # ProbeResult or Skipped, one a target
+        results = measure(out_of_fold(plan, model, recon, backend))   # ProbeResult or Skipped, one per target
 
-Balanced accuracy of out-of-fold predictions, the same folds (`folds`) for every view; delta is the SAE's minus the
-model's.
+Selectivity is the balanced accuracy of out-of-fold predictions, with the same folds (`folds`) for every view. delta is
+the SAE's selectivity minus the model's.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from torch.nn.functional import softplus
 from delta_selectivity.probing.folds import FoldPlan, Skipped
 from delta_selectivity.probing.probe_statistics import EPSILON, K_VIEWS, ProbeScores, Statistics, quantised, statistics
 from delta_selectivity.probing.probes import ProbeBackend, ProbeProblem
-from delta_selectivity.system.out_of_memory import Room
+from delta_selectivity.system.out_of_memory import MemoryBudget
 
 DEFAULT_CS = tuple(10.0**k for k in range(-5, 2))
 VIEWS = ("model", "sae", "transfer", "error", "latents")
 OUTLIER = 10.0
 """Multiple of the median norm above which a row or token is an outlier, usually an attention sink."""
-_ROOM = Room("targets are scored")
+_BUDGET = MemoryBudget("targets are scored")
 OPTIONAL = {f"{view}_{score}" for view in ("error", "latent") for score in ("sel", "auc", "bits")}
 OPTIONAL |= {f"{view}_{score}" for view in K_VIEWS for score in ("sel", "ci_low", "ci_high", "auc")}
-"""Keys that a record has only where the view was asked for."""
+"""Keys that a record has only if the view was requested."""
 
 
 @dataclass(frozen=True)
 class ViewFit:
-    """The probes of one view, at the C chosen for each fold, and their scores on the rows they have not seen."""
+    """The probes of one view, at the C chosen for each fold, and their scores on held-out rows."""
 
-    scores: Tensor  # float32 [targets, repeats, rows]; positive = the label is predicted
+    scores: Tensor  # float32 [targets, repeats, rows]; a positive score predicts the label
     chosen_c: NDArray[np.float64]  # [targets, repeats, folds]
     coef: Tensor  # float64 [targets, splits, d]
     intercept: Tensor  # float64 [targets, splits]
-    n_unconverged: NDArray[np.int64]  # [targets], of its Cs x splits fits
-    n_iter: NDArray[np.int64]  # [targets], the most that a fit took
+    n_unconverged: NDArray[np.int64]  # [targets], of the Cs x splits fits
+    n_iter: NDArray[np.int64]  # [targets], the maximum over its fits
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,11 @@ class ModelFit:
     scale: Tensor  # float64 [splits, d]
     fit: ViewFit
     cs: tuple[float, ...]
-    control: ProbeScores | None  # of the control task, where it was asked for
+    control: ProbeScores | None  # scores of the control task, if requested
 
     @cached_property
     def outliers(self) -> NDArray[np.bool_]:
-        """Rows [rows] whose norm is above `OUTLIER` times the median."""
+        """Mask [rows] of rows whose norm is above `OUTLIER` times the median."""
         norms = torch.linalg.vector_norm(self.x.double(), dim=1)
         return np.asarray((norms > OUTLIER * norms.median()).cpu().numpy())
 
@@ -74,8 +74,8 @@ class OutOfFold:
     views: tuple[str, ...]  # model, sae, transfer (the model's probes on the SAE's view), error, latents, k1 ...
     scores: NDArray[np.float16]  # [views, targets, repeats, rows]
     fits: Mapping[str, FitFacts]  # by view; transfer has no fit of its own
-    outliers: NDArray[np.bool_]  # [rows], those of the model's view
-    control: ProbeScores | None  # of the control task, where it was asked for
+    outliers: NDArray[np.bool_]  # [rows], of the model's view
+    control: ProbeScores | None  # scores of the control task, if requested
 
     @property
     def transfer(self) -> NDArray[np.float16]:
@@ -110,11 +110,11 @@ class FitFacts:
 class ProbeResult(Statistics):
     """One target's statistics, and how its probes were fitted."""
 
-    C: float  # median of the folds' choices for the model's view, and below for the SAE's
-    C_sae: float
-    converged: bool  # all fits of all views
-    n_unconverged: int
-    n_iter: int  # the most that a fit took
+    C: float  # geometric median of the folds' choices for the model's view
+    C_sae: float  # the same for the SAE's view
+    converged: bool  # whether all fits of all views converged
+    n_unconverged: int  # fits that did not converge
+    n_iter: int  # maximum over the fits
 
 
 FitModel = Callable[[FoldPlan, Tensor, ProbeBackend, FoldPlan | None], ModelFit]
@@ -128,15 +128,15 @@ def fit_model(
     control: FoldPlan | None = None,
     cs: Sequence[float] = DEFAULT_CS,
 ) -> ModelFit:
-    """Fit probes on the model's activations x `[rows, d]`, with the scaling for all views of these rows.
+    """Fit probes on the model's activations x `[rows, d]`, and compute the scaling for all views of these rows.
 
-    With a plan of `folds.control_plan` also the probe of the control task.
+    With a plan from `folds.control_plan`, the probe of the control task is fitted too.
     """
     scale = training_scales(plan, x)
     fit, known = fit_view(plan, x, scale, backend, cs), None
     if control is not None:
         of_control = fit_view(control, x, training_scales(control, x), backend, cs)
-        known = control_scores(control, _kept(of_control.scores)[0])
+        known = control_scores(control, _to_float16(of_control.scores)[0])
     return ModelFit(x, scale, fit, tuple(cs), known)
 
 
@@ -153,11 +153,11 @@ def out_of_fold(
     error_view: bool = False,
     latents: Tensor | None = None,
 ) -> OutOfFold:
-    """Score the model's view and an SAE's reconstruction `[rows, d]`, and the reconstruction error if asked.
+    """Score the model's view and an SAE's reconstruction `[rows, d]`, and the reconstruction error if `error_view`.
 
-    A reconstruction equal to x bit by bit shares the model's fit: its delta and transfer are exactly 0. In place of a
-    reconstruction the fit of another view of the rows may be given (`fit_sparse`): then there is no transfer and no
-    error. `latents` float32 `[rows, d_sae]`, sparse CSR, are the SAE's codes for the view of that name.
+    A reconstruction equal to x bit by bit shares the model's fit, so its deltas are exactly 0. Instead of a
+    reconstruction, the fit of another view of the rows may be given (`fit_sparse`); then there are no views transfer
+    and error. `latents`, float32 `[rows, d_sae]` in sparse CSR, are the SAE's codes for the view of that name.
     """
     fits, scores = {"model": model.fit}, {"model": model.fit.scores}
     if isinstance(recon, ViewFit):
@@ -177,19 +177,19 @@ def out_of_fold(
     return OutOfFold(
         plan=plan,
         views=views,
-        scores=np.stack([_kept(scores[view]) for view in views]),
+        scores=np.stack([_to_float16(scores[view]) for view in views]),
         fits={name: FitFacts(fit.chosen_c, fit.n_unconverged, fit.n_iter) for name, fit in fits.items()},
         outliers=model.outliers,
         control=model.control,
     )
 
 
-def _kept(scores: Tensor) -> NDArray[np.float16]:
+def _to_float16(scores: Tensor) -> NDArray[np.float16]:
     return quantised(scores.cpu().numpy())
 
 
 def fit_sparse(plan: FoldPlan, x: Tensor, backend: ProbeBackend, cs: Sequence[float] = DEFAULT_CS) -> ViewFit:
-    """Fit probes on a sparse CSR matrix `[rows, d]` unscaled: unit variance for rare latents ruins their probes."""
+    """Fit probes on a sparse CSR matrix `[rows, d]`, unscaled, because scaling rare latents to unit variance hurts."""
     x = _live_columns(x)
     one = torch.ones(1, 1, dtype=torch.float64, device=x.device)
     return fit_view(plan, x, one.expand(len(plan.held_out), x.shape[1]), backend, cs)
@@ -205,7 +205,7 @@ def _live_columns(x: Tensor) -> Tensor:
 def training_scales(plan: FoldPlan, x: Tensor) -> Tensor:
     """Return the weighted standard deviations of x `[rows, d]` over each split's training rows, float64 [splits, d].
 
-    0 where a feature is constant there, to the precision of the sums, or has less than a normal float32.
+    The value is 0 if a feature is constant to the precision of the sums, or if its deviation is below a normal float32.
     """
     weight = plan.training_weight(x.device)
     centred = x.double() - x.double().mean(dim=0)
@@ -237,7 +237,7 @@ def fit_view(
         by_row = choice[part].gather(2, folds.expand(found.shape[1], -1, -1))  # [targets, repeats, rows]
         scores[part] = found.gather(0, by_row[None])[0].float()
 
-    _ROOM.in_pieces(len(labels), len(cs) * folds.numel(), choose)
+    _BUDGET.run_in_pieces(len(labels), len(cs) * folds.numel(), choose)
     by_split = choice.flatten(1)[None]  # [1, targets, splits]
     wide = by_split[..., None].expand(-1, -1, -1, x.shape[1])
     return ViewFit(
@@ -265,7 +265,7 @@ def transfer_scores(plan: FoldPlan, fit: ViewFit, x: Tensor) -> Tensor:
     def score(part: slice) -> None:
         scores[part] = _held_out_scores(plan, x, fit.coef[None, part], fit.intercept[None, part])[0].float()
 
-    _ROOM.in_pieces(len(scores), plan.folds.size, score)
+    _BUDGET.run_in_pieces(len(scores), plan.folds.size, score)
     return scores
 
 
@@ -307,28 +307,28 @@ def choose_c(plan: FoldPlan, scores: Tensor, targets: slice = slice(None)) -> Te
     return mean.argmin(dim=0)
 
 
-def measure(found: OutOfFold, epsilon: float = EPSILON) -> list[ProbeResult | Skipped]:
+def measure(scores: OutOfFold, epsilon: float = EPSILON) -> list[ProbeResult | Skipped]:
     """Return a result for every target in order; differences within +-epsilon count as preserved."""
-    plan = found.plan
-    measured = {place: _measure_target(found, t, epsilon) for t, place in enumerate(plan.kept)}
+    plan = scores.plan
+    measured = {place: _measure_target(scores, t, epsilon) for t, place in enumerate(plan.kept)}
     everything: dict[int, ProbeResult | Skipped] = {**plan.skipped, **measured}
     return [everything[place] for place in sorted(everything)]
 
 
-def _measure_target(found: OutOfFold, t: int, epsilon: float) -> ProbeResult:
-    known = statistics(found.probe(t), epsilon)
-    n_unconverged = sum(int(fit.n_unconverged[t]) for fit in found.fits.values())
+def _measure_target(scores: OutOfFold, t: int, epsilon: float) -> ProbeResult:
+    known = statistics(scores.probe(t), epsilon)
+    n_unconverged = sum(int(fit.n_unconverged[t]) for fit in scores.fits.values())
     return ProbeResult(
         **{name.name: getattr(known, name.name) for name in fields(known)},
-        C=_typical(found.fits["model"].chosen_c[t]),
-        C_sae=_typical(found.fits["sae"].chosen_c[t]),
+        C=_geometric_median(scores.fits["model"].chosen_c[t]),
+        C_sae=_geometric_median(scores.fits["sae"].chosen_c[t]),
         converged=n_unconverged == 0,
         n_unconverged=n_unconverged,
-        n_iter=max(int(fit.n_iter[t]) for fit in found.fits.values()),
+        n_iter=max(int(fit.n_iter[t]) for fit in scores.fits.values()),
     )
 
 
-def _typical(chosen_c: NDArray[np.float64]) -> float:
+def _geometric_median(chosen_c: NDArray[np.float64]) -> float:
     return float(np.exp(np.median(np.log(chosen_c))))
 
 

@@ -5,9 +5,9 @@
     q = benjamini_hochberg([estimate.p_value, 0.2, None])
 
 The rows of one person are not independent, so a person's rows are summed before they are squared (Liang & Zeger
-1986); tests by row find differences in 10 to 17 % of nulls at 5 to 10 mentions a person, these in 4 to 5 %. Where
-people are few or of unequal size, sums of squares are too small and vary much: `_correction` and `_freedom` make up for
-it (after Bell & McCaffrey 2002, and Imbens & Kolesar 2016).
+1986). With 5 to 10 mentions per person, tests by row reject 10 to 17 % of true nulls, these tests 4 to 5 %. If people
+are few or of unequal size, sums of squares are biased downwards and noisy; `_correction` and `_freedom` account for
+that (after Bell & McCaffrey 2002, and Imbens & Kolesar 2016).
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ Numbers = NDArray[np.floating] | NDArray[np.int8]
 
 
 POWER = 0.8  # of `Estimate.detectable`
-_ALIKE = 0.5  # working correlation of a person's rows: at 0.2 intervals of Zipf-sized people are too narrow
-_PRIOR = 20  # effective people at which a person's own square and the pooled estimate have equal weight
+_CORRELATION = 0.5  # working correlation of a person's rows; with 0.2, intervals of Zipf-sized people are too narrow
+_PRIOR_PEOPLE = 20  # effective people at which a person's own square and the pooled estimate have equal weight
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A difference with its uncertainty: Student's t with `degrees_of_freedom` around `value`.
 
-    A standard error of 0 means that no row changed: the interval is the value itself, p is 1 if that is 0, else 0.
+    A standard error of 0 means that no row changed: both ends of the interval equal the value, and p is 1 if the value
+    is 0, else 0.
     """
 
     value: float
@@ -63,7 +64,7 @@ class Estimate:
 
     @property
     def detectable(self) -> float:
-        """The smallest true difference that data like these would show at p < 0.05 with 80 % power."""
+        """The smallest true difference that is detected at p < 0.05 with 80 % power."""
         return (self._quantile(0.975) + self._quantile(POWER)) * self.standard_error if self.standard_error else 0.0
 
     def within(self, epsilon: float) -> bool:
@@ -79,9 +80,7 @@ class Estimate:
 class Cell:
     """The change between two views, or two SAEs, in one (layer, probe)."""
 
-    change: (
-        NDArray[np.floating] | NDArray[np.int8]
-    )  # [repeats, rows], e.g. correct_sae - correct_model in each partition into folds
+    change: Numbers  # [repeats, rows], such as correct_sae - correct_model, for each partition into folds
     labels: NDArray[np.bool_]  # [rows]
     persons: NDArray[np.int64]  # [rows]; one id means one person in all cells
     weights: Floats | None = None  # [rows]; None: 1 each
@@ -135,7 +134,7 @@ def estimate_mean(cells: Sequence[Cell]) -> Estimate:
     Raises ValueError for no cell, cells of different numbers of repeats or folds, or a class without rows.
     """
     if not cells or len({(len(cell.change), cell.n_folds) for cell in cells}) > 1:
-        raise ValueError("one cell or more, all of the same number of repeats and folds, make a mean")
+        raise ValueError("a mean needs at least one cell, and the same number of repeats and folds in all cells")
     value = np.mean([balanced_mean(cell.change, cell.labels, cell.weights) for cell in cells])
     sums, freedom = _corrected_sums(cells)
     variance = float(np.square(sums.mean(axis=0)).sum()) + partition_variance(sums, cells[0].n_folds)
@@ -146,7 +145,7 @@ def _corrected_sums(cells: Sequence[Cell]) -> tuple[NDArray[np.float64], float]:
     """Return each person's corrected influence on the mean over cells [repeats, persons], and the degrees of freedom.
 
     Row i adds psi_i = 1/2 share_i (c_i - its class's mean of c) to a cell's balanced mean, where the shares of a class
-    add up to 1. The correction depends on the people's sizes alone, so it is computed once for cells of the same rows.
+    add up to 1. The correction depends only on the people's sizes, so it is computed once for cells of the same rows.
     """
     _, person = np.unique(np.concatenate([cell.persons for cell in cells]), return_inverse=True)
     own = np.split(person, np.cumsum([len(cell.persons) for cell in cells])[:-1])
@@ -180,18 +179,18 @@ def _correction(
     distance from it is too small: (1 - 2 h_e) v_e + sum of h^2 v. A person's square, divided by that and multiplied by
     v_e, is unbiased. But where one person has most of the weight, that single square dominates the variance. So it is
     averaged with a pooled estimate, the mean of all people's squares scaled to the weights, which is unbiased too. With
-    many people their own squares prevail, whatever the model.
+    many people, their own squares dominate, whatever the working model.
 
     `factor` multiplies sums of psi; `spread` is the expected size of the result.
     """
     h, n = (np.bincount(people, of, n_persons).astype(np.float64) for of in (rows, weights))
     here = h > 0
     h_here = h[here]
-    v = _ALIKE + (1 - _ALIKE) / np.maximum(n[here], 1)
+    v = _CORRELATION + (1 - _CORRELATION) / np.maximum(n[here], 1)
     total = float(h_here**2 @ v)
     expected = v * (1 - 2 * h_here) + total  # of the squared distance from the mean of the class
     expected = np.where(expected > 1e-12 * v, expected, np.nan)  # the class has one person: the variance is unknown
-    prior = _PRIOR / (_PRIOR + 1 / (h_here @ h_here))
+    prior = _PRIOR_PEOPLE / (_PRIOR_PEOPLE + 1 / (h_here @ h_here))
     per_person = (1 - prior) * v + prior * total / (len(h_here) * h_here**2)
     factor, spread = np.zeros(n_persons), np.zeros(n_persons)
     factor[here] = np.sqrt(per_person / expected)
@@ -220,14 +219,14 @@ def clustered_variance(psi: Floats, persons: NDArray[np.integer]) -> float:
 def partition_variance(sums: Floats, n_folds: int) -> float:
     """Return the squared error due to the choice of folds, from sums [repeats, persons]; 0 for one partition.
 
-    The scores of persons i and j are correlated: i is in training when j is scored, and j when i is. To first order
-    that adds (K - 1) l q to the variance of the mean, where q is the persons' variance over the partitions, summed, and
-    l <= 2 / pi the share of a score's sign that is linear in the training rows; simulations gave 0.3 to 0.65, and 1/2
-    is used.
+    The scores of persons i and j are correlated, because i is in training when j is scored and the reverse. To first
+    order this adds (K - 1) l q to the variance of the mean. Here q is the variance of the persons' sums over the
+    partitions, summed over persons, and l <= 2 / pi is the share of a score's sign that is linear in the training rows.
+    Simulations gave l between 0.3 and 0.65; 1/2 is used.
 
-    The variance of the few partition means, often taken in its place, has R - 1 degrees of freedom: for weak concepts
-    and several mentions a person its intervals covered 0.915 to 0.93 in place of 0.95, these 0.945 to 0.965 (200
-    simulations each; `python scripts/validate.py --full` has more).
+    The usual alternative, the variance of the partition means, has only R - 1 degrees of freedom. For weak concepts and
+    several mentions per person, its nominal 95 % intervals covered 0.915 to 0.93, these 0.945 to 0.965 (200 simulations
+    each; `python scripts/validate.py --full` has more).
     """
     if len(sums) < 2:
         return 0.0
@@ -256,5 +255,5 @@ def _class_shares(labels: NDArray[np.bool_], weights: Floats | None) -> list[NDA
     weights = np.ones(len(labels)) if weights is None else np.asarray(weights, dtype=np.float64)
     shares = [np.where(labels == label, weights, 0.0) for label in (False, True)]
     if any(share.sum() <= 0 for share in shares):
-        raise ValueError("a class has no rows: its recall is undefined")
+        raise ValueError("a class has no rows, so its recall is undefined")
     return [share / share.sum() for share in shares]

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 CPU_TOKENS = 2048  # padded tokens in a forward pass on the CPU
 
-NO_MENTION = torch.iinfo(torch.int64).max  # of `LayerRows.broken`
+NO_MENTION = torch.iinfo(torch.int64).max  # the value of `LayerRows.broken` if no mention is broken
 
 SaeId = int  # index into the run's list of SAEs
 
@@ -54,8 +54,8 @@ class LayerRows:
     row_ids: Tensor  # int64 [rows], on the CPU
     x: Tensor  # float32 [rows, d]
     recons: Mapping[SaeId, Tensor]  # float32 [rows, d] each
-    broken: Mapping[SaeId | None, Tensor]  # int64 []: first mention with NaN or Inf in x (None) or x̂, at any token
-    latents: Mapping[SaeId, SparseRows] = field(default_factory=dict)  # [rows, d_sae], of the SAEs asked for
+    broken: Mapping[SaeId | None, Tensor]  # int64 [], first mention with NaN or Inf in x (None) or x̂, at any token
+    latents: Mapping[SaeId, SparseRows] = field(default_factory=dict)  # [rows, d_sae], of the requested SAEs
 
     @property
     def nbytes(self) -> int:
@@ -66,23 +66,23 @@ class LayerRows:
 
 @dataclass(frozen=True)
 class BlockDone:
-    """Every row of the block has been put; these are its reconstruction sums."""
+    """The reconstruction sums of a block whose rows are all in the queue."""
 
     block: Block
     sums: Mapping[tuple[Site, SaeId], ReconstructionSums]
-    nbytes: int = 0
+    nbytes: int = 0  # negligible in a queue
 
 
 Item = LayerRows | BlockDone  # items of the queue
 
 
-BatchResults: TypeAlias = list[tuple[LayerRows, dict[SaeId, ReconstructionSums]]]  # site by site
+BatchResults: TypeAlias = list[tuple[LayerRows, dict[SaeId, ReconstructionSums]]]  # one entry per site
 
 
 def plan_blocks(texts: ProbeTexts) -> list[Block]:
-    """Return blocks that cover all mentions of the datasets, those of the first dataset first.
+    """Return blocks that cover all mentions of the datasets, beginning with those of the first dataset.
 
-    Blocks do not depend on the results on disk: a resumed run has the same batches and so the same numbers.
+    Blocks do not depend on the results on disk, so a resumed run has the same batches and the same numbers.
     """
     members: dict[int, set[int]] = {}
     for index, dataset in enumerate(texts.datasets):
@@ -96,26 +96,26 @@ def plan_blocks(texts: ProbeTexts) -> list[Block]:
     return [Block(np.array(groups[datasets], dtype=np.int64), datasets) for datasets in order]
 
 
-class _Needed(NamedTuple):
+class _EncodedTokens(NamedTuple):
     """The tokens of a batch that are encoded at a site."""
 
     encoded: Encoded
     x: Tensor  # float32 [encoded, d]
-    mention: Tensor  # int64 [encoded]
+    mention: Tensor  # int64 [encoded], the token's mention
     facts: TokenFacts
 
     @classmethod
-    def of(cls, x: Tensor, tokens: TokenIndex, encoded: Encoded, scale: SiteScale | None) -> _Needed:
-        """Select the encoded tokens of x, which has all real tokens."""
-        x, mention, number = (_picked(rows, encoded.rows) for rows in (x, tokens.mention, tokens.number))
+    def of(cls, x: Tensor, tokens: TokenIndex, encoded: Encoded, scale: SiteScale | None) -> _EncodedTokens:
+        """Select the encoded tokens of x [real tokens, d]."""
+        x, mention, number = (_select_rows(rows, encoded.rows) for rows in (x, tokens.mention, tokens.number))
         return cls(encoded, x, mention, TokenFacts.of(x, number, scale))
 
     def select(self, rows: Tensor) -> Tensor:
-        """Select the encoded tokens from rows of all real tokens."""
-        return _picked(rows, self.encoded.rows)
+        """Select the encoded tokens of rows [real tokens, d]."""
+        return _select_rows(rows, self.encoded.rows)
 
 
-def _picked(rows: Tensor, chosen: Tensor | None) -> Tensor:
+def _select_rows(rows: Tensor, chosen: Tensor | None) -> Tensor:
     return rows if chosen is None else rows.index_select(0, chosen)
 
 
@@ -134,42 +134,42 @@ class Producer:
         clock: Stopwatch,
         sample: TokenSample,  # of the tokens that count in whole-text figures
         scales: Mapping[Site, SiteScale],  # of the activations, where they are known
-        latents_of: Collection[SaeId] = (),  # the SAEs whose codes are put on the queue too
+        latents_of: Collection[SaeId] = (),  # the SAEs whose codes are put into the queue too
         max_tokens: int | None = None,  # padded tokens in a forward pass; None: by free memory, if batch_size is None
     ) -> None:
         self.model, self.saes, self.counts_bos = model, saes, counts_bos
         self.latents_of, self.sample = latents_of, sample
-        self._home = torch.device("cpu") if model.device.type == "mps" else model.device  # of sums: MPS lacks float64
-        self.scales = {site: scale._replace(mean=scale.mean.to(self._home)) for site, scale in scales.items()}
+        self._sums_device = torch.device("cpu") if model.device.type == "mps" else model.device  # MPS lacks float64
+        self.scales = {site: scale._replace(mean=scale.mean.to(self._sums_device)) for site, scale in scales.items()}
         self.tokenised, self.rows, self.clock = tokenised, rows, clock
         if batch_size is None and max_tokens is None:
             max_tokens = tokens_in_memory(model.device, saes)
         self.batch_size, self.max_tokens = batch_size or len(tokenised.ids), max_tokens
         self.cores = cores
         reading = {(site, site.read_by(sae.input_hookpoint)) for site, by_id in saes.items() for sae in by_id.values()}
-        self._also_read = {place for site, place in reading if place != site}  # also read by a transcoder elsewhere
+        self._also_read = {place for site, place in reading if place != site}  # by a transcoder of another site
 
     def run(self, blocks: Sequence[Block], put: Callable[[Item], None], on_texts: Callable[[int], None]) -> None:
-        """Put every block's rows and then its sums; call `on_texts(n)` after every n texts."""
+        """Put the rows and then the sums of each block into the queue; call `on_texts(n)` after every n texts."""
         limits = {id(block): self.sample.limits_of(block.datasets) for block in blocks}
-        every = ((limits[id(block)], batch) for block in blocks for batch in self._batches(block.mentions))
-        with closing(self.cores.in_order(every, self._within_memory, "forward")) as found:
+        work = ((limits[id(block)], batch) for block in blocks for batch in self._batches(block.mentions))
+        with closing(self.cores.map_in_order(work, self._within_memory, "forward")) as done:
             for block in blocks:
                 sums = {
                     (site, i): self._no_sums(sae, limits[id(block)])
                     for site, saes in self.saes.items()
                     for i, sae in saes.items()
                 }
-                left = len(block.mentions)
-                while left:
-                    (_, batch), results = next(found)
+                remaining = len(block.mentions)
+                while remaining:
+                    (_, batch), results = next(done)
                     for layer_rows, batch_sums in results:
                         for sae_id, new in batch_sums.items():
                             sums[layer_rows.site, sae_id] = sums[layer_rows.site, sae_id].merge(new)
                         with self.clock.stage("queue_wait"):
                             put(layer_rows)
                     on_texts(len(batch.mentions))
-                    left -= len(batch.mentions)
+                    remaining -= len(batch.mentions)
                 put(BlockDone(block, {key: value.to("cpu") for key, value in sums.items()}))
 
     def _batches(self, mentions: np.ndarray) -> Iterator[TokenBatch]:
@@ -188,7 +188,7 @@ class Producer:
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.batch_size = min(self.batch_size, (n + 1) // 2)
-            log.warning("out of memory: going on with at most %d texts in a forward pass", self.batch_size)
+            log.warning("out of memory: continuing with at most %d texts in a forward pass", self.batch_size)
         return [result for part in self._batches(batch.mentions) for result in self._within_memory((limits, part))]
 
     @torch.inference_mode()
@@ -196,24 +196,27 @@ class Producer:
         with self.clock.stage("forward"):
             skip = int(batch.has_bos and not any(self.counts_bos.values()))
             activations = self.model.token_rows(batch.ids, batch.lengths, skip)
-        tokens = TokenIndex.build(batch, self.rows, skip, self.sample, limits).to(self._home)
+        tokens = TokenIndex.build(batch, self.rows, skip, self.sample, limits).to(self._sums_device)
         results = []
         for site, saes in self.saes.items():
             with self.clock.stage("sae"):
-                x = (activations[site] if site in self._also_read else activations.pop(site)).float().to(self._home)
+                x = activations[site] if site in self._also_read else activations.pop(site)
+                x = x.float().to(self._sums_device)
                 probed = x.index_select(0, tokens.probed)
                 recons, sums, codes = {}, {}, {}
-                needed: dict[bool, _Needed] = {}  # by whether BOS counts; shared by all SAEs
+                needed: dict[bool, _EncodedTokens] = {}  # by whether BOS counts; shared by all SAEs
                 broken: dict[SaeId | None, Tensor] = {None: _first_broken(x.sum(dim=1), tokens.mention)}
                 for sae_id, sae in saes.items():
                     place = site.read_by(sae.input_hookpoint)
                     with_bos = self.counts_bos[sae_id]
                     if with_bos not in needed:
                         encoded = tokens.with_bos if with_bos else tokens.without_bos
-                        needed[with_bos] = _Needed.of(x, tokens, encoded, self.scales.get(site))
-                    own = needed[with_bos]
-                    read = own.x if place == site else own.select(activations[place].float().to(self._home))
-                    recon, latents, broken[sae_id], sums[sae_id] = self._reconstruct(sae, read, probed, own)
+                        needed[with_bos] = _EncodedTokens.of(x, tokens, encoded, self.scales.get(site))
+                    tokens_of_sae = needed[with_bos]
+                    read = tokens_of_sae.x
+                    if place != site:
+                        read = tokens_of_sae.select(activations[place].float().to(self._sums_device))
+                    recon, latents, broken[sae_id], sums[sae_id] = self._reconstruct(sae, read, probed, tokens_of_sae)
                     recons[sae_id] = tokens.pool(recon)
                     if sae_id in self.latents_of:
                         codes[sae_id] = tokens.pool_codes(latents)
@@ -221,15 +224,16 @@ class Producer:
         return results
 
     def _reconstruct(
-        self, sae: Sae, read: Tensor, probed: Tensor, needed: _Needed
+        self, sae: Sae, read: Tensor, probed: Tensor, needed: _EncodedTokens
     ) -> tuple[Tensor, SparseRows, Tensor, ReconstructionSums]:
-        """Return x̂ and the codes at the name tokens, where x is `probed`, the first broken mention, and the sums.
+        """Return x̂ and the codes at the name tokens, the first broken mention, and the sums.
 
-        Each needed token is encoded once, from the SAE's input, which for a transcoder is not x.
+        Each token in `needed` is encoded once, from the SAE's input `read`, which is not x for a transcoder. `probed`
+        is x at the name tokens.
         """
         encoded, x, mention, facts = needed
         latents = sae.encode(read)
-        recon, latents = sae.decode(latents, read).to(self._home), latents.to(self._home)
+        recon, latents = sae.decode(latents, read).to(self._sums_device), latents.to(self._sums_device)
         sums, errors = self._no_sums(sae, encoded.whole), None
         for limit, rows in encoded.whole.items():
             if rows is None:
@@ -243,13 +247,13 @@ class Producer:
         return recon, latents, broken, sums
 
     def _no_sums(self, sae: Sae, limits: Collection[int]) -> ReconstructionSums:
-        return ReconstructionSums.empty(sae.d_out, sae.d_sae, self._home, limits)
+        return ReconstructionSums.empty(sae.d_out, sae.d_sae, self._sums_device, limits)
 
 
 def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:
     """Return the smallest `mention` [rows] whose row sum [rows] is not finite, else `NO_MENTION`.
 
-    Sums overflow only for activations near the float32 limit, which are unusable too. Does not wait for a GPU.
+    A sum overflows only if activations are near the float32 limit and unusable. Does not wait for a GPU.
     """
     if sums.device.type == "cpu" and math.isfinite(sums.sum()):
         return torch.tensor(NO_MENTION)
@@ -260,13 +264,13 @@ def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:
 def tokens_in_memory(device: torch.device, saes: Mapping[Site, Mapping[SaeId, Sae]]) -> int:
     """Return how many padded tokens of a forward pass fit safely in the free memory.
 
-    A token costs its activations at every site, one layer's inner activations, and the pre-activations and
-    reconstructions of one SAE. On a CPU, more than a few thousand tokens exceed the cache.
+    Each token needs memory for its activations at every site, one layer's inner activations, and the pre-activations
+    and reconstructions of one SAE. On a CPU, more than a few thousand tokens exceed the cache.
     """
-    every = [sae for site in saes.values() for sae in site.values()]
-    if device.type != "cuda" or not every:  # 0: only activations are needed, for a baseline without an SAE
+    all_saes = [sae for site in saes.values() for sae in site.values()]
+    if device.type != "cuda" or not all_saes:  # a baseline without a reconstruction needs activations only
         return CPU_TOKENS
-    d, d_sae = max(max(sae.d_in, sae.d_out) for sae in every), max(sae.d_sae for sae in every)
+    d, d_sae = max(max(sae.d_in, sae.d_out) for sae in all_saes), max(sae.d_sae for sae in all_saes)
     per_token = 4 * (d * (len(saes) + 24) + 2 * d_sae)
     free, _ = torch.cuda.mem_get_info(device)
     return int(min(max(free // 4 // per_token, CPU_TOKENS), 128 * CPU_TOKENS))

@@ -1,19 +1,19 @@
-"""Baselines, which are run, stored and reported like any SAE.
+"""Baselines, which are measured, stored and reported like SAEs.
 
 ========  ==========================================================================================
 identity  x̂ = x: a perfect SAE (delta_sel is exactly 0)
-random    random unit directions, TopK with the SAE's own L0: what an untrained SAE keeps
-pca       the first k principal components, k the SAE's L0: what the best linear code of that rank keeps
-mean      x̂ = the mean: an SAE that keeps nothing (balanced accuracy 1/2)
-shuffled  the SAE's own codes, decoded by rows of the decoder that belong to other latents: the latents are as
-          good as ever, the reconstruction points elsewhere (FVU above 1, transfer_sel near 1/2). A probe that
-          is fitted anew may still read it, as it reads any random mixing of few latents into many dimensions
-names     no reconstruction: a bag of the tokens of the person's name. What a probe knows by the name alone;
+random    random unit directions, TopK with the SAE's L0: an untrained SAE
+pca       the first k principal components, where k is the SAE's L0: the best linear code of that rank
+mean      x̂ = the mean: an SAE that preserves nothing (balanced accuracy 1/2)
+shuffled  the SAE's codes, decoded with permuted decoder rows: the latents are unchanged, the reconstruction is
+          wrong (FVU above 1, transfer_sel near 1/2). A probe that is fitted on it may still score well, because a
+          random mixing of few latents into many dimensions preserves them
+names     no reconstruction: a bag of the tokens of the person's name, to measure what the name alone predicts;
           -delta_sel is what the model knows beyond it
 ========  ==========================================================================================
 
-A random SAE keeps a surprising amount (0.81 of 0.95 in simulation), and names alone give away gender: without these
-rows, `sae_sel` flatters. Means, axes, gain and L0 come from the calibration sample (``calibration``).
+Without baselines, `sae_sel` is easily overrated: in simulation a random SAE kept 0.81 of 0.95, and names alone predict
+gender. Means, axes, gain and L0 come from the calibration sample (``calibration``).
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from delta_selectivity.saes import (
 from delta_selectivity.tasks import TokenisedMentions
 
 KINDS = ("identity", "random", "pca", "mean", "shuffled", "names")
-OF_AN_SAE = ("random", "pca", "shuffled")  # one for each SAE of the run; the others once for each hook point
-CALIBRATED = ("random", "pca", "mean")
+PER_SAE = ("random", "pca", "shuffled")  # one for each SAE; of the others, one for each hook point
+CALIBRATED = ("random", "pca", "mean")  # use the calibration sample
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The properties of an SAE of the run that its baselines depend on."""
+class MeasuredSae:
+    """The properties of a measured SAE that its baselines depend on."""
 
-    slug: str  # its name, made safe
+    slug: str  # its name, safe for a file name
     hookpoint: str
     counts_bos: bool
     layers: tuple[int, ...]
@@ -61,8 +61,8 @@ class Baseline:
     """One baseline of a run."""
 
     kind: str
-    of: int | None  # the SAE's index in the run; None: a baseline of the hook point
-    owner: str  # that SAE, or the hook point
+    sae_id: int | None  # index of its SAE in the run; None: a baseline of the hook point
+    owner: str  # slug of that SAE, or the hook point
     hookpoint: str
     counts_bos: bool  # whether its whole-text figures, mean and axes include BOS
     layers: tuple[int, ...]
@@ -79,7 +79,7 @@ class Baseline:
 
     @property
     def reconstructs(self) -> bool:
-        """Whether it has a reconstruction; `names` has none."""
+        """Whether it has a reconstruction; `names` does not."""
         return self.kind != "names"
 
     @property
@@ -88,7 +88,10 @@ class Baseline:
         return self.kind in {"random", "shuffled"}
 
     def key(self, sae: str | None, calibration: str) -> dict[str, Any]:
-        """Return what its numbers depend on besides the settings: fingerprints of its SAE and the calibration texts."""
+        """Return the baseline's entries of the key of its result files.
+
+        sae: fingerprint of its SAE, None for a baseline of the hook point. calibration: fingerprint of the texts.
+        """
         key: dict[str, Any] = {"baseline": self.kind, "hookpoint": self.hookpoint, "sae": sae}
         if self.reconstructs:
             key["counts_bos"] = self.counts_bos
@@ -97,14 +100,14 @@ class Baseline:
         return key
 
 
-def plan_baselines(kinds: Collection[str], saes: Sequence[Measured]) -> list[Baseline]:
+def plan_baselines(kinds: Collection[str], saes: Sequence[MeasuredSae]) -> list[Baseline]:
     """Return the baselines of these kinds for these SAEs, in the order of `KINDS`."""
     places: dict[tuple[str, bool], set[int]] = {}  # (hook point, counts BOS) -> layers
     for sae in saes:
         places.setdefault((sae.hookpoint, sae.counts_bos), set()).update(sae.layers)
     planned = []
     for kind in (kind for kind in KINDS if kind in kinds):
-        if kind in OF_AN_SAE:
+        if kind in PER_SAE:
             planned += [
                 Baseline(kind, i, sae.slug, sae.hookpoint, sae.counts_bos, sae.layers) for i, sae in enumerate(saes)
             ]
@@ -123,19 +126,19 @@ class SiteBuilder:
         self, site: Site, d: int, device: torch.device | str, samples: Mapping[Site, SiteSample], seed: int
     ) -> None:
         self.site, self.d, self.device, self.seed = site, d, torch.device(device), seed
-        self._samples = samples  # samples of this site and of its SAEs' inputs; only the `CALIBRATED` kinds need them
+        self._samples = samples  # of this site and of its SAEs' inputs; used by the `CALIBRATED` kinds only
         self._axes = functools.cache(lambda counts_bos: principal_axes(self._x(counts_bos)))
 
     def build(self, baseline: Baseline, sae: Sae | None) -> Sae:
-        """Build the baseline from the SAE of this site that it belongs to (None if it belongs to none)."""
+        """Build a baseline; `sae` is its SAE at this site, None for a baseline of the hook point."""
         if baseline.kind == "identity":
             return self._sae(baseline, IdentityCoder(self.d, self.device), self.d)
         if baseline.kind == "mean":
             return self._sae(baseline, constant(self._x(baseline.counts_bos).double().mean(dim=0)), 1)
         assert sae is not None
         if baseline.kind == "shuffled":
-            other = torch.randperm(sae.d_sae, generator=self._generator()).to(self.device)
-            return replace(sae, name=baseline.name, coder=ShuffledDecoder(sae.coder, other))
+            permutation = torch.randperm(sae.d_sae, generator=self._generator()).to(self.device)
+            return replace(sae, name=baseline.name, coder=ShuffledDecoder(sae.coder, permutation))
         k = self._typical_l0(sae)
         if baseline.kind == "pca":
             mean, axes = self._axes(baseline.counts_bos)
@@ -147,8 +150,8 @@ class SiteBuilder:
     def _random(self, baseline: Baseline, d_sae: int, k: int) -> Sae:
         """Return an SAE of random directions, with its decoder scaled by the least-squares factor on the sample.
 
-        The k random directions that fit x best are correlated, so their unscaled sum overshoots: without the factor
-        the FVU of a random SAE would be far above 1. The factor has little effect on probes.
+        The k random directions that fit x best are correlated, so their unscaled sum is too long, and the FVU would be
+        far above 1. The factor has little effect on probes.
         """
         x = self._x(baseline.counts_bos)
         coder = random_topk(x.double().mean(dim=0), d_sae, k, self._generator())

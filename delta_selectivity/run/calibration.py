@@ -25,7 +25,7 @@ from delta_selectivity.tasks import Mention, TokenBatch, TokenisedMentions, batc
 
 N_TEXTS = 256
 N_TOKENS = 4096
-"""Tokens kept of each site, so that all sites of a large model fit in memory: the mean's own error then adds 1/4096
+"""Tokens sampled at each site, so that all sites of a large model fit in memory. The error of the mean then adds 1/4096
 to the FVU of mean ablation."""
 BATCH_TOKENS = 4096  # padded tokens in a forward pass, independent of `batch_size`
 
@@ -34,12 +34,12 @@ BATCH_TOKENS = 4096  # padded tokens in a forward pass, independent of `batch_si
 class SiteSample:
     """Activations of the calibration texts at one site, float32 on the CPU."""
 
-    x: Tensor  # [tokens, d]: tokens drawn uniformly from all of the texts
-    bos: Tensor  # bool [tokens]: which of them begin a text as BOS
-    probed: Tensor  # [probed, d]: every token that these texts are probed at
+    x: Tensor  # [tokens, d], tokens drawn uniformly from all of the texts
+    bos: Tensor  # bool [tokens], which of them are BOS
+    probed: Tensor  # [probed, d], every probed token of these texts
 
     def counted(self, counts_bos: bool) -> Tensor:
-        """Return the x of an SAE's whole-text figures, with BOS only if it was trained on BOS."""
+        """Return x of the tokens that count in whole-text figures, with BOS only if `counts_bos`."""
         return self.x if counts_bos else self.x[~self.bos]
 
 
@@ -50,7 +50,7 @@ def draw_mentions(mentions: Sequence[Mention], seed: int) -> list[Mention]:
 
 
 def fingerprint(mentions: Sequence[Mention]) -> str:
-    """Return a SHA-256 (64 hex digits) of what the sample depends on besides model, tokenizer and seed."""
+    """Return a SHA-256 (64 hex digits) of the texts and constants that determine the sample."""
     digest = hashlib.sha256(json.dumps([N_TOKENS, BATCH_TOKENS]).encode())
     for mention in mentions:
         digest.update(json.dumps(mention.identity).encode())
@@ -62,7 +62,7 @@ def calibrate(
 ) -> dict[Site, SiteSample]:
     """Return a sample of every site with a hook; `positions` is last, mean or all, as for the probes.
 
-    The sites' rows are of the same tokens, at most `n_tokens` of them.
+    All sites have rows of the same tokens, at most `n_tokens`.
 
     Raises ArithmeticError, naming the layer, if an activation is NaN or Inf.
     """
@@ -86,8 +86,8 @@ def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
 class _Tokens:
     """Tokens of texts."""
 
-    text: np.ndarray  # int64 [tokens]
-    place: np.ndarray  # int64 [tokens], counted in the text's ids
+    text: np.ndarray  # int64 [tokens], index of the text
+    place: np.ndarray  # int64 [tokens], index in the text's ids
 
 
 def _draw_tokens(tokenised: TokenisedMentions, seed: int, n_tokens: int) -> _Tokens:

@@ -1,4 +1,4 @@
-"""Attribute a probe of a result file to latents: run the model over its texts again, for one cell.
+"""Attribute a probe of a result file to latents, by running the model over the texts of one cell again.
 
     found = find_carriers(file, layer=4, probe="gender", device="cpu")
     found["latents"][0]["share"]
@@ -41,37 +41,39 @@ NEURONPEDIA = "https://www.neuronpedia.org"
 def find_carriers(
     results: Mapping[str, Any], dataset: str, layer: int, probe: str, sae: Any = None, device: str | None = None
 ) -> Json:
-    """Return the latents that carry the model's probe in one cell, in plain values; `docs/numbers.md` defines them.
+    """Return the latents that carry the model's probe in one cell, as JSON values that `docs/numbers.md` defines.
 
     Args:
         results: The content of the result file.
-        dataset: As the file's name has it.
-        layer: Of the cell.
-        probe: Of the cell.
+        dataset: The name in the name of the result file.
+        layer: Layer of the cell.
+        probe: Name of the cell's probe.
         sae: The SAE, if it was in memory and cannot be found by its name.
-        device: Where model, SAE and probes compute; by default as in a run.
+        device: Device of model, SAE and probes; by default as in a run.
 
     Raises:
-        RequestError: The model, the SAE or the texts are not available, or are not those that were measured.
+        RequestError: The model, the SAE or the texts are not available, or have changed since the run.
     """
     plan = make_plan(_request(results["_run"], dataset, layer, sae, device))
     _check(plan, results["_run"]["key"])
-    names = [found.name for found in plan.texts.datasets[0].probes]
+    names = [known.name for known in plan.texts.datasets[0].probes]
     if probe not in names:
-        raise RequestError(f"`rows` {probe}: there is no such probe: {', '.join(names)}")
+        raise RequestError(f"`rows` {probe}: there is no such probe; there are {', '.join(names)}")
     (site,) = plan.subjects[0].sites
-    device2, asked = torch.device(plan.request.device2), plan.request.settings
+    device2, settings = torch.device(plan.request.device2), plan.request.settings
     with probed_rows(plan, site, device2, whole_tokens=1, latents_of={0}) as (table, store, saes):
-        sets = task_sets(plan.texts, plan.texts.datasets[0], table, asked, {})
-        (task_set,) = (found for found in sets if probe in found.names)
-        return _found(plan, table, task_set, site, probe, saes[0], store)
+        sets = task_sets(plan.texts, plan.texts.datasets[0], table, settings, {})
+        (task_set,) = (one for one in sets if probe in one.names)
+        return _attribute(plan, table, task_set, site, probe, saes[0], store)
 
 
-def _found(plan: Plan, table: RowTable, task_set: TaskSet, site: Site, probe: str, sae: Sae, store: RowStore) -> Json:
+def _attribute(
+    plan: Plan, table: RowTable, task_set: TaskSet, site: Site, probe: str, sae: Sae, store: RowStore
+) -> Json:
     device = torch.device(plan.request.device2)
     place = task_set.names.index(probe)
     if place not in task_set.plan.kept:
-        raise RequestError(f"{probe}: not measured: {task_set.plan.skipped[place].reason}")
+        raise RequestError(f"{probe} was not measured: {task_set.plan.skipped[place].reason}")
     t = list(task_set.plan.kept).index(place)
     backend, _ = choose_backend(plan.request.settings.probe, device)
     model = task_set.fit_model(site, store, backend, device, fit_model)
@@ -88,19 +90,19 @@ def _found(plan: Plan, table: RowTable, task_set: TaskSet, site: Site, probe: st
 
 
 def probe_weights(model: ModelFit, target: int) -> Tensor:
-    """Return the weights on x of a target's mean probe over all splits: float64 [d]."""
+    """Return the weights on x of a target's probe, averaged over all splits: float64 [d]."""
     return model.fit.coef[target].mean(dim=0)
 
 
 def decoder_directions(sae: Sae, latents: Tensor) -> Tensor:
-    """Return the decoder's output for each latent at 1, less that for none: float32 [latents, d_out]."""
+    """Return the decoder's output for each latent at 1 minus that for no latent: float32 [latents, d_out]."""
     found = []
     for part in latents.to(torch.int64).split(CHUNK):
         n = len(part)
         codes = SparseRows(torch.arange(n + 1), part, torch.ones(n), sae.d_sae).to(sae.device)
         empty = SparseRows(torch.zeros(2, dtype=torch.int64), part[:0], torch.ones(0), sae.d_sae).to(sae.device)
-        nothing = torch.zeros(n, sae.d_in, device=sae.device)  # input of a skip connection
-        found.append((sae.decode(codes, nothing) - sae.decode(empty, nothing[:1])).cpu())
+        zeros = torch.zeros(n, sae.d_in, device=sae.device)  # input of a skip connection
+        found.append((sae.decode(codes, zeros) - sae.decode(empty, zeros[:1])).cpu())
     return torch.cat(found)
 
 
@@ -117,7 +119,7 @@ def neuronpedia(plan: Plan, layer: int) -> str | None:
 
 
 def as_json(found: Carriers, codes: Tensor, texts: Sequence[Text], address: str | None) -> Json:
-    """Return plain values: the latents with the texts on which they fire most, and the share of the error."""
+    """Return the attribution as JSON values: the latents with the texts on which they fire most, and other shares."""
     return {
         "gap": found.gap,
         "others": found.others,
@@ -154,13 +156,13 @@ def _request(run: Json, dataset: str, layer: int, sae: Any, device: str | None) 
     """Return the request of the result file, for one dataset and layer."""
     config = run["config"]
     if config.get("baseline"):
-        raise RequestError(f"{config['sae']}: a baseline: its latents are nobody's")
+        raise RequestError(f"{config['sae']} is a baseline, whose latents are not attributed")
     known = {field.name: config[field.name] for field, _, _ in setting_fields() if field.name in config}
     others = {"baselines": (), "views": ("model", "sae"), "overwrite": False, "dtype": run["key"].get("dtype", "auto")}
     device1, device2 = choose_devices(device or config.get("device1"), device or config.get("device2"))
     return Request(
-        model=_found_again(str(config["model_name"])),
-        saes=(sae if isinstance(sae, SaeSource) else _found_again(str(config["sae"])),),
+        model=_resolve_path(str(config["model_name"])),
+        saes=(sae if isinstance(sae, SaeSource) else _resolve_path(str(config["sae"])),),
         tasks=(_task(config, dataset),),
         layers=(layer,),
         settings=Settings(**{**known, **others}),
@@ -175,10 +177,10 @@ def _task(config: Json, dataset: str) -> TaskName:
     if name in (config.get("datasets") or ()):
         return name_task(name, data_dir=config.get("data_dir"))
     columns = tuple((str(ours), str(theirs)) for ours, theirs in config.get("dataset_columns") or ())
-    return UserData(_found_again(str(config.get("dataset_file"))), config.get("dataset_split"), columns)
+    return UserData(_resolve_path(str(config.get("dataset_file"))), config.get("dataset_split"), columns)
 
 
-def _found_again(name: str) -> str:
+def _resolve_path(name: str) -> str:
     """Resolve a path that result files store relative to the repository."""
     return str(PROJECT / name) if not Path(name).exists() and (PROJECT / name).exists() else name
 
@@ -194,4 +196,4 @@ def _check(plan: Plan, key: Json) -> None:
     }
     for name, value in found.items():
         if key.get(name) != value:
-            raise RequestError(f"{name}: not what was measured: it was changed since, or another one has its name")
+            raise RequestError(f"{name}: not the one that was measured; it has changed, or another one has this name")

@@ -20,8 +20,8 @@ from delta_selectivity.system.stopwatch import Stopwatch
 
 log = logging.getLogger(__name__)
 
-ONE_PARTITION = "one partition (repeats 1): the intervals leave out the luck of the folds"
-FEW_PEOPLE = 100  # below this, intervals are wide and unreliable
+ONE_PARTITION = "only one partition (repeats 1): the intervals do not include the variance due to the folds"
+FEW_GROUPS = 100  # below this, intervals are wide and unreliable
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,20 @@ class CellResult:
 
     figures: Reconstruction
     records: Json  # probe -> its record, in the dataset's order
-    scores: dict[str, ProbeScores]  # probe -> its out-of-fold scores, where there was something to measure
+    scores: dict[str, ProbeScores]  # probe -> its out-of-fold scores, if it was measured
 
 
-Keep = Callable[[Cell, CellResult], None]
+OnResult = Callable[[Cell, CellResult], None]
 """A function that handles the result of a cell."""
 
 
-def write_to(files: Files, clock: Stopwatch, texts: Mapping[int, bytes], downstream: Mapping[Cell, Downstream]) -> Keep:
+def result_writer(
+    files: Files, clock: Stopwatch, texts: Mapping[int, bytes], downstream: Mapping[Cell, Downstream]
+) -> OnResult:
     """Return a function that writes each result to its file: first the scores, then the record that marks it as done.
 
-    texts: Content of the file of texts, by dataset, where one is stored. downstream: By cell, where measured.
+    texts: content of the file of texts by dataset, for those that have one.
+    downstream: downstream figures by cell, for those that have them.
     """
 
     def write(cell: Cell, found: CellResult) -> None:
@@ -62,15 +65,15 @@ def write_to(files: Files, clock: Stopwatch, texts: Mapping[int, bytes], downstr
 
 
 def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
-    """Return warnings about these numbers; each is written to follow the name of the layer."""
+    """Return warnings about these numbers, to be appended to the name of the layer."""
     lines = []
     figures = found.figures
     places = (("at the probed positions", figures.fvu_pos), ("over whole texts", figures.fvu_whole))
     poor = [f"{fvu:.2f} {where}" for where, fvu in places if fvu is not None and fvu > 1]
     if poor and not is_baseline:
         lines.append(
-            f": FVU {' and '.join(poor)}{_without_outliers(figures)}: the SAE reconstructs worse than the mean would; "
-            "does it fit this model, layer and hook point?"
+            f": FVU {' and '.join(poor)}{_without_outliers(figures)}: the SAE is worse than predicting the mean; "
+            "does it belong to this model, layer and hook point?"
         )
     for name, result in found.records.items():
         if result.get("reason"):
@@ -80,9 +83,11 @@ def warnings_of(found: CellResult, is_baseline: bool = False) -> list[str]:
             lines.append(f" {name}: {result['n_unconverged']} probe fits did not converge")
         n_people, effective = result["n_people"], result["n_people_effective"]
         if effective < n_people / 2:
-            lines.append(f" {name}: {n_people} people of unequal size tell as much as {effective:.0f} of equal size")
-        elif n_people < FEW_PEOPLE:
-            lines.append(f" {name}: only {n_people} people: the interval is rough")
+            lines.append(
+                f" {name}: {n_people} groups of unequal size are equivalent to {effective:.0f} groups of equal size"
+            )
+        elif n_people < FEW_GROUPS:
+            lines.append(f" {name}: only {n_people} groups: the interval is unreliable")
     return lines
 
 
@@ -97,6 +102,6 @@ def _warn(file: RecordFile, line: str) -> None:
     """Store a warning with the numbers, and log it once."""
     if line not in file.warnings:
         file.warnings.append(line)
-        level = logging.INFO if file.is_baseline else logging.WARNING  # logged for its SAE
+        level = logging.INFO if file.is_baseline else logging.WARNING  # the SAE's own warning is enough
         of = file.run["config"].get("sae_label")
         log.log(level, "%s%s: %s", file.path.name, f" of {of}" if of else "", line)

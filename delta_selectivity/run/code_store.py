@@ -28,10 +28,10 @@ class _View:
     """The codes of one SAE at one site: entry `first[i] + j` is the j-th entry of row i."""
 
     d_sae: int
-    first: NDArray[np.int64]  # [rows], index among the view's entries, or among the file's once stored there
-    count: NDArray[np.int64]  # [rows]; -1: not there yet
-    pieces: list[NDArray[np.void]] = field(default_factory=list)  # of `_ENTRY`, while in memory
-    n_entries: int = 0
+    first: NDArray[np.int64]  # [rows], index among the view's entries in memory, or among the file's entries
+    count: NDArray[np.int64]  # [rows]; -1: not stored yet
+    pieces: list[NDArray[np.void]] = field(default_factory=list)  # arrays of `_ENTRY`, while in memory
+    n_entries: int = 0  # in memory
 
 
 class CodeStore:
@@ -49,7 +49,7 @@ class CodeStore:
         return self._file is not None
 
     def put(self, site: Site, sae_id: SaeId, row_ids: Tensor, codes: SparseRows) -> None:
-        """Store the codes of these rows (int64 [rows]). Raises OSError if the disk has no room for them."""
+        """Store the codes of these rows (int64 [rows]). Raises OSError if the disk is full."""
         view = self._views.get((site, sae_id))
         if view is None:
             rows = np.zeros(self._n_rows, np.int64), np.full(self._n_rows, -1, np.int64)
@@ -66,7 +66,7 @@ class CodeStore:
         """Return the codes of these rows: a sparse CSR tensor, float32 [len(row_ids), d_sae], on `device`."""
         view, places = self._views[site, sae_id], row_ids.cpu().numpy()
         count = view.count[places]
-        assert (count >= 0).all(), "rows are asked for before they came"
+        assert (count >= 0).all(), "rows are read before they are stored"
         crow = np.concatenate([[0], np.cumsum(count)])
         within = np.arange(crow[-1]) - np.repeat(crow[:-1], count)
         entries = self._entries(view)[np.repeat(view.first[places], count) + within]
@@ -80,7 +80,7 @@ class CodeStore:
             self._file.close()
 
     def _append(self, view: _View, entries: NDArray[np.void]) -> int:
-        """Store the entries, and return the index of the first."""
+        """Append the entries, and return the index of the first."""
         self._n_bytes += entries.nbytes
         if self._file is not None:
             first = self._file.tell() // _ENTRY.itemsize
@@ -102,7 +102,7 @@ class CodeStore:
     def _entries(self, view: _View) -> NDArray[np.void]:
         """Return the array that `view.first` indexes."""
         if self._file is None:
-            view.pieces = [np.concatenate(view.pieces)]  # concatenated once: few pieces follow
+            view.pieces = [np.concatenate(view.pieces)]  # so that the next call has few pieces
             return view.pieces[0]
         self._file.flush()
         n_entries = os.fstat(self._file.fileno()).st_size // _ENTRY.itemsize

@@ -3,7 +3,7 @@
 found = measure_downstream(plan, cells, saes, tokenised, sample, cores)
 found[cell].delta_ce
 
-This is a separate pass before the probes. Whole texts are drawn by seed, to about `whole_tokens` tokens per dataset.
+This is a separate pass before the probes. Whole texts are drawn by seed, about `whole_tokens` tokens per dataset.
 x̂ replaces x at every token of the SAE's whole-text figures; BOS is unchanged if the figures exclude it. Mean ablation
 uses the mean over the same tokens of the dataset's drawn texts.
 """
@@ -40,9 +40,9 @@ Ints = NDArray[np.int64]
 T = TypeVar("T")
 
 LOGITS = 2**24
-"""Numbers that the logits of a pass may have on a CPU; each core keeps two such arrays. One text is a pass at least."""
+"""Maximum number of logits in a pass on a CPU; each core holds two such arrays. A pass has at least one text."""
 CHUNK = 2**22
-"""Logits that are made into probabilities at a time."""
+"""Logits to convert to probabilities at a time."""
 
 
 class Ablation(NamedTuple):
@@ -53,36 +53,36 @@ class Ablation(NamedTuple):
     is_mean: bool
 
 
-class Variant(NamedTuple):
+class Substitution(NamedTuple):
     """An SAE's x̂ in place of x."""
 
     site: Site
     subject: SaeId
 
 
-class Untouched(NamedTuple):
+class Unmodified(NamedTuple):
     """The unmodified model."""
 
     with_bos: bool
 
 
-Run = Ablation | Variant | Untouched
+Run = Ablation | Substitution | Unmodified
 
 
 @dataclass(frozen=True)
 class DownstreamPass:
-    """The runs over the drawn texts of one dataset, independent of other datasets."""
+    """The forward passes over the drawn texts of one dataset."""
 
     model: WholeModel
     saes: Mapping[Site, Mapping[SaeId, Sae]]
     counts_bos: Mapping[SaeId, bool]
     tokenised: TokenisedMentions
     positions: str
-    mentions: Ints  # whose texts were drawn, ascending
+    mentions: Ints  # mentions whose texts are drawn, ascending
     cores: Cores
-    limits: list[int] = field(default_factory=list)  # texts in a pass; set once memory ran out
+    limits: list[int] = field(default_factory=list)  # of texts in a pass; one is added whenever memory runs out
 
-    def run(self, on_texts: Callable[[int], None]) -> dict[Variant, Downstream]:
+    def run(self, on_texts: Callable[[int], None]) -> dict[Substitution, Downstream]:
         """Return the figures of each SAE."""
         constants = self._constants()
         found: dict[int, dict[Run, list[float]]] = {}
@@ -91,13 +91,13 @@ class DownstreamPass:
                 for mention, values in zip(batch.mentions.tolist(), by_text.tolist(), strict=True):
                     found.setdefault(mention, {})[run] = values
             on_texts(len(batch.mentions))
-        variants = [Variant(site, subject) for site, by_id in self.saes.items() for subject in by_id]
-        return {variant: self._figures(variant, found) for variant in variants}
+        substitutions = [Substitution(site, subject) for site, by_id in self.saes.items() for subject in by_id]
+        return {substitution: self._figures(substitution, found) for substitution in substitutions}
 
-    def _figures(self, variant: Variant, found: Mapping[int, Mapping[Run, list[float]]]) -> Downstream:
-        mentions, with_bos = self.mentions.tolist(), self.counts_bos[variant.subject]
-        ablations = [Ablation(variant.site, with_bos, is_mean) for is_mean in (True, False)]
-        runs: list[Run] = [Untouched(with_bos), variant, *ablations]
+    def _figures(self, substitution: Substitution, found: Mapping[int, Mapping[Run, list[float]]]) -> Downstream:
+        mentions, with_bos = self.mentions.tolist(), self.counts_bos[substitution.subject]
+        ablations = [Ablation(substitution.site, with_bos, is_mean) for is_mean in (True, False)]
+        runs: list[Run] = [Unmodified(with_bos), substitution, *ablations]
         width = len(TextSums._fields)
         columns = (np.array([found[m][run] for m in mentions]).reshape(-1, width) for run in runs)
         model, sae, mean, zero = (TextSums(*of_run.T) for of_run in columns)
@@ -110,7 +110,7 @@ class DownstreamPass:
         """Return the ablation vectors [d]: the mean of x over the counted tokens, and zeros."""
         kinds = sorted({(site, self.counts_bos[i]) for site, by_id in self.saes.items() for i in by_id})
 
-        def add_up(batch: TokenBatch) -> list[tuple[Tensor, int]]:
+        def sum_activations(batch: TokenBatch) -> list[tuple[Tensor, int]]:
             x, found = self.model.activations(batch.ids), []
             for site, with_bos in kinds:
                 place = _places(_counted(batch, with_bos), self.model.device)
@@ -118,7 +118,7 @@ class DownstreamPass:
                 found.append((_on_cpu(rows.sum(0, dtype=torch.float32)), len(place)))
             return found
 
-        batched = [sums for _, sums in self._in_batches(add_up)]
+        batched = [sums for _, sums in self._in_batches(sum_activations)]
         constants = {}
         for (site, with_bos), sums in zip(kinds, zip(*batched, strict=True), strict=False):
             total, n = torch.stack([part for part, _ in sums]).sum(0), sum(n for _, n in sums)
@@ -129,12 +129,12 @@ class DownstreamPass:
 
     @torch.inference_mode()
     def _process(self, batch: TokenBatch, constants: Mapping[Ablation, Tensor]) -> dict[Run, NDArray[np.float64]]:
-        """Return sums by text, float64 [texts, columns of `TextSums`], of every run."""
-        untouched, x = self.model.logits(batch.ids)
+        """Return the sums of every run: float64 [texts, columns of `TextSums`]."""
+        unmodified, x = self.model.logits(batch.ids)
         places = {with_bos: _places(_counted(batch, with_bos), self.model.device) for with_bos in (False, True)}
         kinds = {self.counts_bos[i] for by_id in self.saes.values() for i in by_id}
         found: dict[Run, NDArray[np.float64]] = {
-            Untouched(with_bos): self._sums(batch, untouched, untouched, with_bos) for with_bos in kinds
+            Unmodified(with_bos): self._sums(batch, unmodified, unmodified, with_bos) for with_bos in kinds
         }
         for site, saes in self.saes.items():
             for subject, sae in saes.items():
@@ -143,14 +143,14 @@ class DownstreamPass:
                 read = x[site.read_by(sae.input_hookpoint)].flatten(0, 1).index_select(0, place).float()
                 recon = sae.decode(sae.encode(read), read)
                 logits = self.model.logits_with(batch.ids, site, place, recon)
-                found[Variant(site, subject)] = self._sums(batch, untouched, logits, with_bos)
+                found[Substitution(site, subject)] = self._sums(batch, unmodified, logits, with_bos)
         for ablation, value in constants.items():
             place = places[ablation.with_bos]
             logits = self.model.logits_with(batch.ids, ablation.site, place, value.expand(len(place), -1))
-            found[ablation] = self._sums(batch, untouched, logits, ablation.with_bos)
+            found[ablation] = self._sums(batch, unmodified, logits, ablation.with_bos)
         return found
 
-    def _sums(self, batch: TokenBatch, untouched: Tensor, logits: Tensor, with_bos: bool) -> NDArray[np.float64]:
+    def _sums(self, batch: TokenBatch, unmodified: Tensor, logits: Tensor, with_bos: bool) -> NDArray[np.float64]:
         counted = _counted(batch, with_bos)
         position = torch.arange(batch.ids.shape[1])
         follows = position < batch.lengths[:, None] - 1
@@ -159,7 +159,7 @@ class DownstreamPass:
         home = _places(counted | probed, torch.device("cpu"))
         next_ids = torch.roll(batch.ids, -1, dims=1).flatten().index_select(0, home).to(self.model.device)
         place, size = home.to(self.model.device), max(1, CHUNK // logits.shape[-1])
-        before, after = untouched.flatten(0, 1), logits.flatten(0, 1)
+        before, after = unmodified.flatten(0, 1), logits.flatten(0, 1)
         parts = [
             _kl_and_ce(before.index_select(0, some), after.index_select(0, some), ids)
             for some, ids in zip(place.split(size), next_ids.split(size), strict=True)
@@ -175,7 +175,7 @@ class DownstreamPass:
 
     def _in_batches(self, work: Callable[[TokenBatch], T]) -> Iterator[tuple[TokenBatch, T]]:
         """Yield batches of the drawn texts with their results; if memory runs out, use smaller batches from then on."""
-        size, max_tokens = max(len(self.mentions), 1), self._room() // self.model.n_vocabulary
+        size, max_tokens = max(len(self.mentions), 1), self._max_logits() // self.model.n_vocabulary
         batched = batches(self.tokenised, self.mentions, batch_size=size, max_tokens=max_tokens)
 
         def within_memory(batch: TokenBatch) -> list[tuple[TokenBatch, T]]:
@@ -188,16 +188,16 @@ class DownstreamPass:
                         raise
                 release()
                 self.limits.append((n + 1) // 2)
-                log.warning("out of memory: going on with at most %d texts in a downstream pass", min(self.limits))
+                log.warning("out of memory: continuing with at most %d texts in a downstream pass", min(self.limits))
             parts = batches(self.tokenised, batch.mentions, batch_size=min(self.limits))
             return [result for part in parts for result in within_memory(part)]
 
-        with closing(self.cores.in_order(batched, within_memory, "downstream")) as done:
+        with closing(self.cores.map_in_order(batched, within_memory, "downstream")) as done:
             for _, results in done:
                 yield from results
 
-    def _room(self) -> int:
-        """Return how many numbers the logits of a pass may have."""
+    def _max_logits(self) -> int:
+        """Return the maximum number of logits in a pass."""
         if self.model.device.type != "cuda":
             return LOGITS
         free, _ = torch.cuda.mem_get_info(self.model.device)
@@ -211,9 +211,9 @@ def measure_downstream(
     tokenised: TokenisedMentions,
     sample: TokenSample,
     cores: Cores,
-    quiet: bool = True,  # no bar
+    quiet: bool = True,  # without a progress bar
 ) -> dict[Cell, Downstream]:
-    """Return the figures of each cell whose subject reconstructs something. Raises `RequestError` as `load_whole`."""
+    """Return the figures of each cell whose subject has a reconstruction. Raises `RequestError` as `load_whole`."""
     reads = {site.read_by(sae.input_hookpoint) for site, by_id in saes.items() for sae in by_id.values()}
     model = plan.info.load_whole({*saes, *reads}, plan.request.device1, plan.dtype)
     counts_bos = {i: subject.counts_bos for i, subject in enumerate(plan.subjects)}
@@ -222,12 +222,12 @@ def measure_downstream(
     positions, found = plan.request.settings.positions, dict[Cell, Downstream]()
     with open_bar(sum(map(len, drawn.values())), "downstream", "text", quiet=quiet) as bar:
         for index, mentions in drawn.items():
-            here = by_site(cell for cell in wanted if cell.dataset == index)
-            own = {site: {i: saes[site][i] for i in subjects} for site, subjects in here.items()}
-            figures = DownstreamPass(model, own, counts_bos, tokenised, positions, mentions, cores).run(bar.update)
-            for variant, of_variant in figures.items():
-                _refuse_broken(of_variant, variant.site, plan.subjects[variant.subject].name)
-                found[Cell(index, *variant)] = of_variant
+            subjects_at = by_site(cell for cell in wanted if cell.dataset == index)
+            chosen = {site: {i: saes[site][i] for i in subjects} for site, subjects in subjects_at.items()}
+            figures = DownstreamPass(model, chosen, counts_bos, tokenised, positions, mentions, cores).run(bar.update)
+            for substitution, of_one in figures.items():
+                _refuse_broken(of_one, substitution.site, plan.subjects[substitution.subject].name)
+                found[Cell(index, *substitution)] = of_one
     return found
 
 
@@ -235,8 +235,8 @@ def _refuse_broken(figures: Downstream, site: Site, name: str) -> None:
     """Raise ArithmeticError for figures that are not finite: the model or x̂ is broken."""
     if all(value is None or math.isfinite(value) for value in vars(figures).values()):
         return
-    what = "as it is" if not math.isfinite(figures.ce_model or 0.0) else f"run on from the reconstruction by {name}"
-    raise ArithmeticError(f"layer {site.layer}: {NOT_FINITE} in what the model says next, {what}")
+    what = "" if not math.isfinite(figures.ce_model or 0.0) else f" with the reconstruction by {name}"
+    raise ArithmeticError(f"layer {site.layer}: {NOT_FINITE} in the model's predictions{what}")
 
 
 def _drawn_texts(plan: Plan, index: int, sample: TokenSample) -> Ints:
@@ -246,7 +246,7 @@ def _drawn_texts(plan: Plan, index: int, sample: TokenSample) -> Ints:
 
 
 def _counted(batch: TokenBatch, with_bos: bool) -> Tensor:
-    """Return which tokens count, bool [texts, tokens]: the real ones, with BOS only if it counts."""
+    """Return the mask of counted tokens, bool [texts, tokens]: the real ones, with BOS only if `with_bos`."""
     position = torch.arange(batch.ids.shape[1])
     return (position < batch.lengths[:, None]) & (position >= int(batch.has_bos and not with_bos))
 
@@ -256,13 +256,13 @@ def _places(mask: Tensor, device: torch.device) -> Tensor:
     return mask.flatten().nonzero()[:, 0].to(device)
 
 
-def _kl_and_ce(untouched: Tensor, logits: Tensor, next_ids: Tensor) -> Tensor:
-    """Return KL of the first distribution from the second, and the second's next-token cross-entropy: [2, rows]."""
-    before, after = untouched.float().log_softmax(-1), logits.float().log_softmax(-1)
+def _kl_and_ce(unmodified: Tensor, logits: Tensor, next_ids: Tensor) -> Tensor:
+    """Return KL(unmodified || modified), and the next-token cross-entropy of the modified logits: [2, rows]."""
+    before, after = unmodified.float().log_softmax(-1), logits.float().log_softmax(-1)
     kl = (before.exp() * (before - after)).sum(-1)
     return torch.stack([kl, -after.gather(1, next_ids[:, None])[:, 0]])
 
 
 def _on_cpu(sums: Tensor) -> Tensor:
-    """Move to the CPU in float64; the only place that waits for a GPU."""
+    """Move to the CPU in float64; only this waits for a GPU."""
     return sums.cpu().double()

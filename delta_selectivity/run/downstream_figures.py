@@ -3,7 +3,8 @@
     found = downstream_figures(untouched, with_sae, with_mean, with_zeros, texts)
     found.delta_ce, found.ce_recovered
 
-All in nats. Intervals take texts as drawn: the sums of a text go together, and a ratio of sums is linearised.
+All in nats. Intervals treat texts as sampled: the sums of each text are one observation, and ratios of sums are
+linearised.
 """
 
 from __future__ import annotations
@@ -22,69 +23,51 @@ Floats = NDArray[np.float64]
 class TextSums(NamedTuple):
     """Sums over the tokens of each text, float64 ``[texts]``."""
 
-    n: Floats
-    """Tokens that count."""
-    kl: Floats
-    """KL of what the model as it is says next, from what it says here."""
-    n_next: Floats
-    """Those of the tokens that another follows."""
-    ce: Floats
-    """Cross-entropy of the token that follows."""
-    n_pos: Floats
-    """Probed tokens."""
-    kl_pos: Floats
+    n: Floats  # counted tokens
+    kl: Floats  # KL divergence of the unmodified model's next-token distribution from that of this run
+    n_next: Floats  # counted tokens that are followed by a token
+    ce: Floats  # cross-entropy of the next token
+    n_pos: Floats  # probed tokens
+    kl_pos: Floats  # the same three over the probed tokens
     n_next_pos: Floats
     ce_pos: Floats
 
 
 @dataclass(frozen=True)
 class Downstream:
-    """The model run on from x̂ in place of x, in nats. None: nothing to divide by."""
+    """Figures of the model with x̂ in place of x, in nats. None: nothing to divide by."""
 
-    ce_model: float | None
-    """Cross-entropy of the next token: the model as it is."""
-    ce_sae: float | None
-    """The same with x̂ in place of x."""
-    ce_mean: float | None
-    """The same with the mean of x in place of x."""
-    ce_zero: float | None
-    """The same with zeros in place of x."""
-    delta_ce: float | None
-    """``ce_sae - ce_model``."""
+    ce_model: float | None  # cross-entropy of the next token for the unmodified model
+    ce_sae: float | None  # the same with x̂ in place of x
+    ce_mean: float | None  # the same with the mean of x in place of x
+    ce_zero: float | None  # the same with zeros in place of x
+    delta_ce: float | None  # `ce_sae - ce_model`
     delta_ce_ci_low: float | None
     delta_ce_ci_high: float | None
-    ce_recovered: float | None
-    """``(ce_mean - ce_sae) / (ce_mean - ce_model)``: 1 as the model is, 0 as with the mean. None: it does no harm."""
+    ce_recovered: float | None  # `(ce_mean - ce_sae) / (ce_mean - ce_model)`; None if mean ablation does no harm
     ce_recovered_ci_low: float | None
     ce_recovered_ci_high: float | None
-    kl_sae: float | None
-    """KL of what the model says next, from what it says with x̂ in place of x: mean over tokens."""
+    kl_sae: float | None  # KL of the model's next-token distribution from that with x̂ in place of x, mean over tokens
     kl_sae_ci_low: float | None
     kl_sae_ci_high: float | None
-    kl_mean: float | None
-    """The same with the mean of x in place of x."""
-    kl_zero: float | None
-    """The same with zeros in place of x."""
-    kl_pos: float | None
-    """``kl_sae`` at the probed positions alone, while x̂ stands at all tokens: mean over texts."""
+    kl_mean: float | None  # the same with the mean of x in place of x
+    kl_zero: float | None  # the same with zeros in place of x
+    kl_pos: float | None  # `kl_sae` at the probed positions only, with x̂ at all tokens; mean over texts
     kl_pos_ci_low: float | None
     kl_pos_ci_high: float | None
-    delta_ce_pos: float | None
-    """``delta_ce`` at the probed positions that a token follows."""
+    delta_ce_pos: float | None  # `delta_ce` at the probed positions that are followed by a token
     delta_ce_pos_ci_low: float | None
     delta_ce_pos_ci_high: float | None
-    n_texts_run: int
-    """Texts that were run on."""
-    n_tokens_run: int
-    """Their tokens."""
+    n_texts_run: int  # texts used
+    n_tokens_run: int  # their tokens
 
 
 def downstream_figures(
     model: TextSums, sae: TextSums, mean: TextSums, zero: TextSums, texts: NDArray[np.int64]
 ) -> Downstream:
-    """Return the figures of sums by mention; texts int64 [mentions]: those of one text have one number."""
+    """Return the figures from sums by mention; texts, int64 [mentions], is equal for mentions of the same text."""
     _, text = np.unique(texts, return_inverse=True)
-    model, sae, mean, zero = (_added_up(sums, text) for sums in (model, sae, mean, zero))
+    model, sae, mean, zero = (_sum_by_text(sums, text) for sums in (model, sae, mean, zero))
     by_text = np.divide(sae.kl_pos, sae.n_pos, out=np.zeros_like(sae.n_pos), where=sae.n_pos > 0)
     harm = _ratio(mean.ce - model.ce, model.n_next)
     recovered = None if harm is None or harm.low <= 0 else _ratio(mean.ce - sae.ce, mean.ce - model.ce)
@@ -105,13 +88,13 @@ def downstream_figures(
     )
 
 
-def _added_up(sums: TextSums, text: NDArray[np.intp]) -> TextSums:
+def _sum_by_text(sums: TextSums, text: NDArray[np.intp]) -> TextSums:
     """Add up sums by mention to sums by text."""
     return TextSums(*(np.bincount(text, column).astype(np.float64) for column in sums))
 
 
 def _ratio(above: Floats, below: Floats) -> Estimate | None:
-    """Return the ratio of the sums over texts, with its standard error over draws of texts."""
+    """Return the ratio of the sums over texts, with its standard error over samples of texts."""
     total, n = below.sum(), len(below)
     if total == 0:
         return None

@@ -24,8 +24,8 @@ def compare(x: Floats, recon: Floats, rows: NDArray[np.int64]) -> tuple[Floats, 
         rows: Indices of the rows to compare ``[n]``.
 
     Returns:
-        The squared error of each row ``[all]``, NaN or Inf where one of the two holds that, 0 if it is not compared;
-        the mean of x ``[d]``; and ``[2]``: the sum of the squared errors, and that of the squared deviations of x from
+        The squared error of each row ``[all]``, 0 for rows that are not compared, NaN or Inf if x or the reconstruction
+        is; the mean of x ``[d]``; and ``[2]``, the sums of the squared errors and of the squared deviations of x from
         its mean.
     """
     n, d = len(rows), x.shape[1]
@@ -75,33 +75,33 @@ def merge(
     share = other_n / (n + other_n)
     squares = 0.0
     for i in range(len(mean)):
-        apart = other_mean[i] - mean[i]
-        new_mean[i] = mean[i] + apart * share
-        squares += apart * apart
+        difference = other_mean[i] - mean[i]
+        new_mean[i] = mean[i] + difference * share
+        squares += difference * difference
     new_sums[1] += squares * n * share
     return new_mean, new_sums
 
 
 @compiled()
-def note_fired(
+def add_fired(
     number: NDArray[np.int64], crow: NDArray[np.int64], col: Latents, value: Floats, fired: NDArray[np.int64]
 ) -> None:
-    """Add to each latent's count, and to its sum of the numbers of rows, the rows in which it is not zero.
+    """Add the rows in which a latent is not zero to its count and to its sum of row numbers.
 
     Args:
-        number: The number of each row ``[n]``.
+        number: A unique number for each row ``[n]``.
         crow: The start of each row's latents, and the end of the last ``[n + 1]``.
         col: Latent indices ``[nnz]``.
         value: Latent activations ``[nnz]``.
         fired: Counts and sums ``[2, d_sae]``, updated in place.
 
     Raises:
-        IndexError: A latent does not exist.
+        IndexError: A latent index is out of range.
     """
     for r in range(len(number)):
         for q in range(crow[r], crow[r + 1]):
             if not 0 <= col[q] < fired.shape[1]:
-                raise IndexError("a code names a latent that the SAE does not have")
+                raise IndexError("a code has a latent index outside d_sae")
             if value[q] != 0:
                 fired[0, col[q]] += 1
                 fired[1, col[q]] += number[r]

@@ -1,4 +1,4 @@
-"""Describe SAEs, and how well they fit each hook point of a model.
+"""Describe SAEs and how well they fit each hook point of a model.
 
 for part in inspect(request):
     show(part)
@@ -13,7 +13,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site
 from delta_selectivity.reporting.tables import aligned
 from delta_selectivity.run.calibration import draw_mentions
-from delta_selectivity.run.loading import load_with_neighbours
+from delta_selectivity.run.loading import load_with_alternatives
 from delta_selectivity.run.planning import make_plan
 from delta_selectivity.run.preflight import Fit, Preflight
 from delta_selectivity.run.request import Request
@@ -27,12 +27,12 @@ def inspect(request: Request) -> Iterator[str]:
     """Describe each SAE of a request and how well it fits each hook point of the model. Raises `RequestError`."""
     plan = make_plan(request)
     info, seed = plan.info, request.settings.seed
-    model = load_with_neighbours(plan, plan.widths, everywhere=True)
+    model = load_with_alternatives(plan, plan.widths, everywhere=True)
     mentions = draw_mentions(plan.texts.mentions, seed)
     check = Preflight.sample(model, info, plan.tokenise(mentions), seed)
     bos = "that begin with BOS" if plan.prepend_bos else "without BOS"
     kind = "" if info.quantisation is None else f" (GGUF, {info.quantisation})"
-    yield f"{info.name}{kind} in {plan.dtype}, on some of {len(mentions)} texts {bos}"
+    yield f"{info.name}{kind} in {plan.dtype}, on a sample of {len(mentions)} texts {bos}"
     yield f"processor: {processor.describe()}"
     for subject in plan.saes:
         assert subject.source is not None
@@ -44,7 +44,7 @@ def inspect(request: Request) -> Iterator[str]:
 def describe(source: SaeSource, layers: Sequence[int] | None = None) -> str:
     """Return the description of an SAE from its files, without weights or a model.
 
-    layers: those to describe; by default all. Raises `RequestError` if it has none for one of them.
+    layers: the layers to describe; by default all. Raises `RequestError` if there is no SAE for one of them.
     """
     by_layer = {member.header.layer: member.header for member in source.members}
     for layer in layers or ():
@@ -62,34 +62,32 @@ def describe(source: SaeSource, layers: Sequence[int] | None = None) -> str:
         f"  {source.members[0].header.format}",
         *_place(source),
         f"  {_bos(source)}",
-        *_trained(source),
+        *_training_model(source),
     ]
     return "\n".join(lines) + f"\n\n{aligned(rows)}"
 
 
 def render(source: SaeSource, saes: Mapping[Site, Sae], fits: Sequence[Fit], check: Preflight) -> str:
-    """Return lines of text: its description, its fit at its own site, and the FVU at every examined site."""
-    parts = [_header(source, next(iter(saes.values()))), _own_place(fits)]
+    """Return a text: the description of an SAE, its fit at its own site, and the FVU at every examined site."""
+    parts = [_header(source, next(iter(saes.values()))), _fit_table(fits)]
     parts += [line for fit in fits if (line := fit.problem()) is not None]
     for place in sorted({site.hookpoint for site in check.samples}):
-        table = _everywhere(saes, place, check)
+        table = _fvu_table(saes, place, check)
         if table is not None:
-            parts.append(
-                f"FVU of ordinary tokens at {place}, by layer of the model (*: the place that it claims)\n\n{table}"
-            )
+            parts.append(f"FVU of ordinary tokens at {place}, by layer of the model (*: the SAE's own site)\n\n{table}")
     return "\n\n".join(parts)
 
 
 def _header(source: SaeSource, first: Sae) -> str:
     k = "" if first.k is None else f", k {first.k}"
     widths = f"{first.d_in} -> {first.d_sae} latents -> {first.d_out}"
-    inputs = first.input_norm if first.input_norm != "none" else "as they are"
+    inputs = first.input_norm if first.input_norm != "none" else "not normalised"
     lines = [
         source.name,
         f"  {source.members[0].header.format}, {first.architecture}{k}, {widths}",
         *_place(source),
         f"  inputs: {inputs}; {_bos(source)}",
-        *_trained(source),
+        *_training_model(source),
     ]
     return "\n".join(lines)
 
@@ -100,15 +98,15 @@ def _place(source: SaeSource) -> list[str]:
 
 
 def _bos(source: SaeSource) -> str:
-    told = {True: "texts began with BOS", False: "texts had no BOS", None: "its files do not say whether texts had BOS"}
-    return told[source.prepend_bos]
+    texts = {True: "texts began with BOS", False: "texts had no BOS", None: "unknown whether texts began with BOS"}
+    return texts[source.prepend_bos]
 
 
-def _trained(source: SaeSource) -> list[str]:
+def _training_model(source: SaeSource) -> list[str]:
     return [] if source.model_name is None else [f"  trained on {source.model_name}"]
 
 
-def _own_place(fits: Sequence[Fit]) -> str:
+def _fit_table(fits: Sequence[Fit]) -> str:
     rows: list[Cells] = [
         ("layer", "hook point", "tokens", "norm", "FVU, ordinary tokens", "L0", "promised", "fits better")
     ]
@@ -120,8 +118,8 @@ def _own_place(fits: Sequence[Fit]) -> str:
     return aligned(rows)
 
 
-def _everywhere(saes: Mapping[Site, Sae], place: str, check: Preflight) -> str | None:
-    """Return a row for each SAE and a column for each layer; None where no SAE has the site's width."""
+def _fvu_table(saes: Mapping[Site, Sae], place: str, check: Preflight) -> str | None:
+    """Return a row for each SAE and a column for each layer; None if no SAE has the site's width."""
     columns = sorted(site for site in check.samples if site.hookpoint == place)
     rows: list[Cells] = [("SAE of layer", *(str(site.layer) for site in columns))]
     for own, sae in saes.items():

@@ -18,7 +18,7 @@ from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.baselines import SiteBuilder, bag_of_names
 from delta_selectivity.run.calibration import SiteSample, calibrate
 from delta_selectivity.run.planning import Cell, Files, Plan, by_site
-from delta_selectivity.run.preflight import Preflight, neighbours
+from delta_selectivity.run.preflight import Preflight, alternative_sites
 from delta_selectivity.run.reconstruction import SiteScale
 from delta_selectivity.run.request import Request
 from delta_selectivity.saes import Sae, SaeSource, SparseRows
@@ -32,22 +32,22 @@ log = logging.getLogger(__name__)
 class Loaded(NamedTuple):
     """The loaded model, SAEs and baselines, on device1."""
 
-    model: ActivationSource  # up to the last layer wanted
-    saes: dict[Site, dict[SaeId, Sae]]  # SAEs and baselines that have something to measure
-    scales: dict[Site, SiteScale]  # of the activations; none if some are broken
+    model: ActivationSource  # up to the last measured layer
+    saes: dict[Site, dict[SaeId, Sae]]  # SAEs and baselines to measure
+    scales: dict[Site, SiteScale]  # of the activations; empty if some are not finite
 
 
 def load_weights(plan: Plan, cells: Sequence[Cell], files: Files, tokenised: TokenisedMentions) -> Loaded:
-    """Load what the cells need.
+    """Load the model, SAEs and baselines of the cells.
 
-    Raises `RequestError` if an SAE fits something else far better than its site.
+    Raises `RequestError` if an SAE fits another site or setting far better.
     """
     device, wanted = plan.request.device1, by_site(cells)
     loaded: dict[Site, dict[str, Sae]] = {}
     for site, ids in wanted.items():
         sources = {source.name: source for i in ids if (source := plan.subjects[i].source) is not None}
         loaded[site] = {name: source.load(site.layer, device) for name, source in sources.items()}
-    model, scales = _load_fitting(plan, loaded, files, tokenised)
+    model, scales = _load_checked(plan, loaded, files, tokenised)
     saes: dict[Site, dict[SaeId, Sae]] = {}
     with sharing_cores(device):  # one thread, so that baselines do not depend on the number of cores
         samples = _calibrate(plan, model)
@@ -56,13 +56,13 @@ def load_weights(plan: Plan, cells: Sequence[Cell], files: Files, tokenised: Tok
             saes[site] = {}
             for i in ids:
                 subject = plan.subjects[i]
-                own = None if subject.source is None else loaded[site][subject.source.name]
+                sae = None if subject.source is None else loaded[site][subject.source.name]
                 if subject.baseline is None:
-                    assert own is not None
-                    saes[site][i] = own
+                    assert sae is not None
+                    saes[site][i] = sae
                 elif subject.reconstructs:
-                    saes[site][i] = builder.build(subject.baseline, own)
-    return Loaded(_apart(model, "run"), saes, scales)
+                    saes[site][i] = builder.build(subject.baseline, sae)
+    return Loaded(_with_purpose(model, "run"), saes, scales)
 
 
 def codes_of_names(plan: Plan, tokenised: TokenisedMentions) -> dict[SaeId, SparseRows]:
@@ -72,7 +72,7 @@ def codes_of_names(plan: Plan, tokenised: TokenisedMentions) -> dict[SaeId, Spar
 
 
 def model_loader(plan: Plan) -> Callable[[Collection[Site]], ActivationSource]:
-    """Return a loader of the model with hooks at given sites; with a cache, it loads only if a text is missing."""
+    """Return a function that loads the model with hooks at given sites; with a cache, only once a text is missing."""
     request, dtype = plan.request, plan.dtype
 
     def load(sites: Collection[Site]) -> LanguageModel:
@@ -84,44 +84,44 @@ def model_loader(plan: Plan) -> Callable[[Collection[Site]], ActivationSource]:
     return lambda sites: CachedModel(cache, load, sites, torch.device(request.device1))
 
 
-def load_with_neighbours(plan: Plan, widths: Mapping[Site, int], everywhere: bool = False) -> ActivationSource:
-    """Load the model with hooks at these sites, and at alternative sites of their SAEs where the model has them."""
+def load_with_alternatives(plan: Plan, widths: Mapping[Site, int], everywhere: bool = False) -> ActivationSource:
+    """Load the model with hooks at these sites, and at the alternative sites of their SAEs that the model has."""
     load, n_layers, find = model_loader(plan), plan.info.n_layers, plan.find_widths
     for sums in (True, False):
         try:
-            return load(neighbours(n_layers, widths, find, everywhere, plan.modules, sums))
-        except RequestError as error:  # some models lack the sites of these names
-            log.info("other places are not tried: %s", error)
+            return load(alternative_sites(n_layers, widths, find, everywhere, plan.modules, sums))
+        except RequestError as error:  # some models do not have these sites
+            log.info("other sites are not tried: %s", error)
     return load(widths)
 
 
 def model_fitter(request: Request) -> FitModel:
-    """Return a fitter of the probes on the model's activations; with a cache, it fits only those missing."""
+    """Return the function that fits the probes on the model's activations, or reads them from the cache."""
     return fit_model if request.cache is None else FitCache.open(request.cache, request.settings.cache_gb).fit_model
 
 
-def _load_fitting(
+def _load_checked(
     plan: Plan, loaded: Mapping[Site, Mapping[str, Sae]], files: Files, tokenised: TokenisedMentions
 ) -> tuple[ActivationSource, dict[Site, SiteScale]]:
-    """Load the model and check that the SAEs fit it; return it with the norm limits of its sites.
+    """Load the model and check that the SAEs fit it; return the model and the scales of its sites.
 
     Warnings about the SAEs are written to their files.
 
-    Raises `RequestError` if one fits something else far better, unless that is to be measured by force.
+    Raises `RequestError` if one fits another site or setting far better, unless `force` is set.
     """
     seed, force = plan.request.settings.seed, plan.request.settings.force
     reads = {site.read_by(sae.input_hookpoint) for site, by_name in loaded.items() for sae in by_name.values()}
     needed = {site: plan.widths[site] for site in loaded.keys() | reads}
     load = model_loader(plan)
     try:
-        model = load_with_neighbours(plan, needed)
+        model = load_with_alternatives(plan, needed)
         check = Preflight.sample(model, plan.info, tokenised, seed)
     except (ArithmeticError, *ERRORS) as error:
         if not (isinstance(error, ArithmeticError) or is_out_of_memory(error)):
             raise
-        log.info("no look at how the SAEs fit: %s", error)  # the run will name the text, or use smaller batches
+        log.info("the SAEs' fit is not checked: %s", error)  # the run will report the text, or use smaller batches
         return load(needed), {}
-    except RequestError:  # some models lack the alternative sites
+    except RequestError:  # some models do not have the alternative sites
         model = load(needed)
         check = Preflight.sample(model, plan.info, tokenised, seed)
     ids = {subject.name: i for i, subject in enumerate(plan.subjects) if subject.baseline is None}
@@ -130,40 +130,41 @@ def _load_fitting(
         for site, by_name in loaded.items()
         for name, sae in by_name.items()
     }
-    misfits = [fit for fit in fits.values() if fit.misfits]
+    misfits = [fit for fit in fits.values() if fit.is_misfit]
     if misfits and not force:
-        more = f" (and {len(misfits) - 1} more of {len(fits)} SAEs misfit)" if len(misfits) > 1 else ""
+        more = f" (and so do {len(misfits) - 1} more of {len(fits)} SAEs)" if len(misfits) > 1 else ""
         tried = max(site.layer for site in needed) + 1
         raise RequestError(
             f"{misfits[0].problem()}{more}; layers up to {tried} were tried, inspect tries all; "
-            "`force` measures it as it is"
+            "`force` measures it anyway"
         )
-    told = [(sae_id, fit.problem()) for (_, sae_id), fit in fits.items()]
-    told += [(sae_id, _of_another_model(plan, subject.source)) for sae_id, subject in enumerate(plan.saes)]
-    for sae_id, problem in told:
+    problems = [(sae_id, fit.problem()) for (_, sae_id), fit in fits.items()]
+    problems += [(sae_id, _other_model_warning(plan, subject.source)) for sae_id, subject in enumerate(plan.saes)]
+    for sae_id, problem in problems:
         if problem is not None:
             log.warning("%s", problem)
             for file in (file for (i, _), file in files.items() if i == sae_id and problem not in file.warnings):
                 file.warnings.append(problem)
-    return model.only(needed), check.scales()
+    return model.restricted_to(needed), check.scales()
 
 
-def _of_another_model(plan: Plan, source: SaeSource | None) -> str | None:
-    """Return a warning if an SAE's config names another model; folders and owners are ignored."""
+def _other_model_warning(plan: Plan, source: SaeSource | None) -> str | None:
+    """Return a warning if an SAE's config names another model; folder and owner in the names are ignored."""
     assert source is not None
     trained_on, measured = (Path(name or "").name.lower() for name in (source.model_name, plan.info.name))
     if not trained_on or trained_on == measured:
         return None
-    return f"{source.name} was trained on {source.model_name}, and is measured on {plan.info.name}"
+    return f"{source.name} was trained on {source.model_name}, but is measured on {plan.info.name}"
 
 
-def _apart(model: ActivationSource, purpose: str) -> ActivationSource:
-    """Return the model with a separate part of its cache, if it has one, for this purpose."""
-    return model.apart(purpose) if isinstance(model, CachedModel) else model
+def _with_purpose(model: ActivationSource, purpose: str) -> ActivationSource:
+    """Return the model; if it has a cache, with a separate part of it for this purpose."""
+    return model.with_purpose(purpose) if isinstance(model, CachedModel) else model
 
 
 def _calibrate(plan: Plan, model: ActivationSource) -> dict[Site, SiteSample]:
     if not plan.calibration:
         return {}
-    asked = plan.request.settings
-    return calibrate(_apart(model, "baselines"), plan.tokenise(plan.calibration), asked.positions, asked.seed)
+    settings = plan.request.settings
+    source, tokenised = _with_purpose(model, "baselines"), plan.tokenise(plan.calibration)
+    return calibrate(source, tokenised, settings.positions, settings.seed)

@@ -10,7 +10,7 @@ import torch
 
 from delta_selectivity.run.activations import Item, Producer, plan_blocks
 from delta_selectivity.run.bounded_queue import BoundedQueue
-from delta_selectivity.run.cell_result import write_to
+from delta_selectivity.run.cell_result import result_writer
 from delta_selectivity.run.downstream import measure_downstream
 from delta_selectivity.run.kept_texts import kept_texts
 from delta_selectivity.run.loading import codes_of_names, load_weights, model_fitter
@@ -24,7 +24,7 @@ from delta_selectivity.settings import LATENT_VIEWS
 from delta_selectivity.system import processor
 from delta_selectivity.system.cores import probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
-from delta_selectivity.system.startup import release_collector
+from delta_selectivity.system.startup import resume_garbage_collection
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.system.terminal import NOTE
 
@@ -34,12 +34,12 @@ log = logging.getLogger(__name__)
 def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = False) -> None:
     """Measure these cells in two threads, and write each layer when it is done.
 
-    Raises whatever stops it; finished layers are on disk by then.
+    Raises any error that stops it; finished layers stay on disk.
     """
     if not cells:
-        log.log(NOTE, "everything asked for is on disk already")
+        log.log(NOTE, "all requested results are on disk already")
         return
-    request, asked = plan.request, plan.request.settings
+    request, settings = plan.request, plan.request.settings
     clock, stop = Stopwatch(), threading.Event()
     log.info("processor: %s", processor.describe())
     fit_model = model_fitter(request)
@@ -47,21 +47,21 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
         tokenised = plan.tokenise(plan.texts.mentions)
     with clock.stage("load"):
         loaded = load_weights(plan, cells, files, tokenised)
-    release_collector()
-    rows = RowTable.build(tokenised, asked.positions)
+    resume_garbage_collection()
+    rows = RowTable.build(tokenised, settings.positions)
     datasets = {cell.dataset for cell in cells}
-    texts = kept_texts(plan.texts, rows, datasets, asked.keep_texts)
+    texts = kept_texts(plan.texts, rows, datasets, settings.keep_texts)
     blocks = [block for block in plan_blocks(plan.texts) if block.datasets & datasets]
-    queue_bytes = as_bytes(asked.queue_gb)
+    queue_bytes = as_bytes(settings.queue_gb)
     queue: BoundedQueue[Item] = BoundedQueue(queue_bytes, lambda item: item.nbytes)
-    has_view = not LATENT_VIEWS.isdisjoint(asked.views)
+    has_view = not LATENT_VIEWS.isdisjoint(settings.views)
     latents_of = {i for i, subject in enumerate(plan.subjects) if subject.has_latents and has_view}
     names, codes = [subject.name for subject in plan.subjects], codes_of_names(plan, tokenised)
     device2 = torch.device(request.device2)
-    sample = TokenSample.draw(tokenised, plan.texts, plan.whole_tokens, asked.seed)
-    work = Work(plan.texts, rows, plan.widths, cells, names, codes, latents_of, asked, device2, fit_model, sample)
+    sample = TokenSample.draw(tokenised, plan.texts, plan.whole_tokens, settings.seed)
+    work = Work(plan.texts, rows, plan.widths, cells, names, codes, latents_of, settings, device2, fit_model, sample)
     downstream = {}
-    if asked.downstream:
+    if settings.downstream:
         with clock.stage("downstream"), sharing_cores(request.device1) as cores:
             downstream = measure_downstream(plan, cells, loaded.saes, tokenised, sample, cores, not progress)
     n_texts = sum(len(block.mentions) for block in blocks)
@@ -73,15 +73,22 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
             counts_bos,
             tokenised,
             rows,
-            asked.batch_size,
+            settings.batch_size,
             cores,
             clock,
             sample,
             loaded.scales,
             latents_of,
         )
-        own = probing_cores(cores, request.device1, request.device2)
+        probe_cores = probing_cores(cores, request.device1, request.device2)
         prober = Prober(
-            work, blocks, queue_bytes, own, clock, write_to(files, clock, texts, downstream), bars.probes, stop
+            work,
+            blocks,
+            queue_bytes,
+            probe_cores,
+            clock,
+            result_writer(files, clock, texts, downstream),
+            bars.probes,
+            stop,
         )
         run(producer, prober, blocks, queue, bars.texts, stop)

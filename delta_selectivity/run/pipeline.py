@@ -34,9 +34,9 @@ def run(
 ) -> None:
     """Run both threads to their end.
 
-    Raises the error of whichever thread failed, or `KeyboardInterrupt` after Ctrl-C, SIGTERM or SIGHUP, once the layer
-    in work is written. At a second one it is raised at once, and what the threads still do is lost; one of our programs
-    ends then. Files are replaced whole, so none is harmed.
+    Raises the error of the thread that failed, or `KeyboardInterrupt` after Ctrl-C, SIGTERM or SIGHUP, once the current
+    layer is written. After a second signal it is raised at once and the work in progress is lost; the package's
+    programs end then. Files are written atomically, so none is damaged.
     """
     workers = [
         _Worker("producer", lambda: _produce(producer, blocks, queue, on_texts)),
@@ -46,13 +46,13 @@ def run(
         for worker in workers:
             worker.start()
         for worker in workers:
-            # In short waits, so that signals are handled; an interrupted `join` would count the thread as ended.
+            # Wait in short intervals to handle signals; an interrupted `join` would mark the thread as ended.
             while not worker.ended.wait(timeout=0.1):
                 continue
             worker.join()
     for worker in workers:
-        if isinstance(worker.error, SystemExit):  # raised by other code: do not mistake it for the end of our run
-            raise RuntimeError(f"the code of a model or an SAE exits the process ({worker.error!r})") from worker.error
+        if isinstance(worker.error, SystemExit):  # raised by foreign code; it must not end this program silently
+            raise RuntimeError(f"code of a model or an SAE called exit ({worker.error!r})") from worker.error
         if worker.error is not None:
             raise worker.error
     if stop.is_set():
@@ -65,18 +65,18 @@ def _interruptible(stop: threading.Event, queue: BoundedQueue[Item], prober: Pro
 
     def on_signal(_number: int, _frame: object) -> None:
         if stop.is_set():
-            if interrupts.leaves_at_once():
+            if interrupts.exits_on_signals():
                 os._exit(130)
             prober.abandon()
             raise KeyboardInterrupt
-        log.log(NOTE, "interrupted: finishing the layer in work; once more to stop now")
+        log.log(NOTE, "interrupted: finishing the current layer; interrupt again to stop now")
         stop.set()
         queue.cancel()
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, on_signal) for number in interrupts.watched()}
+    before = {number: signal.signal(number, on_signal) for number in interrupts.handled_signals()}
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """Check and plan a request: open data, model, SAEs and result files without loading weights.
 
-plan = go_on(make_plan(request))
-files = open_files(plan, held)
+plan = adopt_existing_choices(make_plan(request))
+files = open_files(plan, locks)
 missing_cells(plan, files)
 """
 
@@ -18,7 +18,7 @@ from delta_selectivity.caches.setup_cache import SetupCache
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
 from delta_selectivity.models.places import BLOCKS, check_replaceable, without_wrappers
-from delta_selectivity.probing.folds import MOST_FOLDS, too_few_people
+from delta_selectivity.probing.folds import MAX_FOLDS, reason_to_skip
 from delta_selectivity.probing.probes import check_backend
 from delta_selectivity.records import scores
 from delta_selectivity.records.result_file import (
@@ -35,7 +35,7 @@ from delta_selectivity.records.result_file import (
 )
 from delta_selectivity.records.result_folder import choose_folder
 from delta_selectivity.run.activations import SaeId
-from delta_selectivity.run.baselines import CALIBRATED, Baseline, Measured, plan_baselines
+from delta_selectivity.run.baselines import CALIBRATED, Baseline, MeasuredSae, plan_baselines
 from delta_selectivity.run.calibration import draw_mentions, fingerprint
 from delta_selectivity.run.downstream_figures import Downstream
 from delta_selectivity.run.reconstruction import Reconstruction
@@ -74,15 +74,15 @@ class Subject:
 
     name: str
     label: str  # its name in tables, folders and files of rows; unique in the run
-    folder: Path  # of its result files, unless another SAE's lie there
+    folder: Path  # for its result files, unless it has those of another SAE
     sites: tuple[Site, ...]  # in order of layers
     counts_bos: bool  # whether its whole-text figures include BOS
-    source: SaeSource | None  # itself; of a baseline, the SAE it is made from, if it is made from one
+    source: SaeSource | None  # the SAE, or the SAE that a baseline is derived from; None: it is derived from none
     baseline: Baseline | None = None
 
     @property
     def reconstructs(self) -> bool:
-        """Whether it has a reconstruction; `names` has none."""
+        """Whether it has a reconstruction; `names` does not."""
         return self.baseline is None or self.baseline.reconstructs
 
     @property
@@ -99,10 +99,10 @@ class Plan:
     texts: ProbeTexts
     info: ModelInfo
     subjects: tuple[Subject, ...]  # by `SaeId`: first the SAEs, then the baselines
-    widths: dict[Site, int]  # of the activations, also where transcoders read
+    widths: dict[Site, int]  # of the activations, also at the inputs of transcoders
     prepend_bos: bool
-    modules: dict[str, str]  # paths of parts of the model, and the hook points that they are
-    calibration: list[Mention]  # texts that baselines are fitted to; none if none is
+    modules: dict[str, str]  # module path -> hook point, from `ModelInfo.names_of_modules`
+    calibration: list[Mention]  # texts that baselines are fitted to; empty if none needs them
     setup: SetupCache
     dtype: str  # of the model's activations
     whole_tokens: int | None  # of each dataset, for whole-text figures; None: all
@@ -125,64 +125,65 @@ class Plan:
 def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | None = None) -> Plan:
     """Open everything in the request. Raises `RequestError`, before weights are loaded, if that fails.
 
-    fetch: also have the SAEs' weights on this machine, and check them; else their configs only.
-    labels: of the SAEs, by their names, where this is a part of a request that has more; else by `distinct_slugs`.
+    fetch: whether to download and check the SAEs' weights; otherwise only their configs.
+    labels: SAE name -> label, if this is a part of a larger request; by default from `distinct_slugs`.
     """
-    asked = request.settings
+    settings = request.settings
     check_proc()
-    check_backend(asked.probe, request.device2)
-    texts = load_probe_texts(request.tasks, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed)
-    files = Pretrained.find(request.model, asked.revision, asked.trust_remote_code)
-    setup = SetupCache() if request.cache is None else SetupCache.open(request.cache, asked.cache_gb)
+    check_backend(settings.probe, request.device2)
+    texts = load_probe_texts(request.tasks, shuffle_select_n=settings.shuffle_select_n, seed=settings.seed)
+    files = Pretrained.find(request.model, settings.revision, settings.trust_remote_code)
+    setup = SetupCache() if request.cache is None else SetupCache.open(request.cache, settings.cache_gb)
     info = setup.model(files)
     _refuse_reserved_names(texts)
     sources = open_sources(request)
     modules = setup.names_of_modules(info)
-    sources = [in_model(source, modules) for source in sources]
+    sources = [resolve_hookpoint(source, modules) for source in sources]
     sites = [_sites(request, info, source) for source in sources]
     widths = _check_widths(info, setup, sources, sites)
-    for site in (site for own in sites if asked.downstream for site in own):
+    for site in (site for of_source in sites if settings.downstream for site in of_source):
         check_replaceable(site)
-    for source, own in zip(sources if fetch else (), sites, strict=False):
-        source.prepare([site.layer for site in own])
-    prepend_bos, counts_bos = _decide_bos(asked.bos, info, sources)
+    for source, of_source in zip(sources if fetch else (), sites, strict=False):
+        source.prepare([site.layer for site in of_source])
+    prepend_bos, counts_bos = _decide_bos(settings.bos, info, sources)
     names = [source.name for source in sources]
     labels = labels or dict(zip(names, distinct_slugs(names), strict=True))
     subjects = _plan_subjects(request, sources, [labels[name] for name in names], sites, counts_bos)
     calibration: list[Mention] = []
     if any(subject.baseline is not None and subject.baseline.kind in CALIBRATED for subject in subjects):
-        calibration = draw_mentions(load_all_mentions(request.tasks), asked.seed)
-    dtype = info.choose_dtype(asked.dtype, request.device1)
+        calibration = draw_mentions(load_all_mentions(request.tasks), settings.seed)
+    dtype = info.choose_dtype(settings.dtype, request.device1)
     return Plan(
-        request, texts, info, subjects, widths, prepend_bos, modules, calibration, setup, dtype, asked.whole_tokens
+        request, texts, info, subjects, widths, prepend_bos, modules, calibration, setup, dtype, settings.whole_tokens
     )
 
 
-def go_on(plan: Plan) -> Plan:
-    """Return the plan with the choices of the results that already exist.
+def adopt_existing_choices(plan: Plan) -> Plan:
+    """Return the plan with the dtype and the token sample of the results that already exist.
 
     `auto` can resolve differently on another machine, and existing figures may be exact where new ones would be
     sampled. All numbers in a folder use the same choices.
     """
-    asked = plan.request.settings
-    found = (read_key(path) for path in (() if asked.overwrite else _paths(plan)))
+    settings = plan.request.settings
+    found = (read_key(path) for path in (() if settings.overwrite else _paths(plan)))
     keys = [key for key in found if key is not None and key["model"] == plan.info.fingerprint()]
     dtypes, samples = {key["dtype"] for key in keys}, {key.get("whole_tokens") for key in keys}
-    if asked.dtype == "auto" and len(dtypes) == 1 and dtypes != {plan.dtype}:
+    if settings.dtype == "auto" and len(dtypes) == 1 and dtypes != {plan.dtype}:
         (dtype,) = dtypes
-        log.log(NOTE, "the model computes in %s, as for the results that are there; `auto` is %s", dtype, plan.dtype)
+        log.log(NOTE, "the model computes in %s, as in the existing results; `auto` would be %s", dtype, plan.dtype)
         plan = replace(plan, dtype=dtype)
-    if len(samples) == 1 and asked.whole_tokens is not None:
+    if len(samples) == 1 and settings.whole_tokens is not None:
         (whole_tokens,) = samples
-        if whole_tokens is None or whole_tokens > asked.whole_tokens:
-            told = "all" if whole_tokens is None else whole_tokens
-            log.info("`whole_tokens` is %s, as for the results that are there", told)
+        if whole_tokens is None or whole_tokens > settings.whole_tokens:
+            log.info(
+                "`whole_tokens` is %s, as in the existing results", "all" if whole_tokens is None else whole_tokens
+            )
             plan = replace(plan, whole_tokens=whole_tokens)
     return plan
 
 
 def _paths(plan: Plan) -> Iterator[Path]:
-    """Return the paths of the result files of a plan, whether or not they exist."""
+    """Yield the paths of the result files of a plan, whether or not they exist."""
     out = plan.request.output
     usual = [subject.folder for subject in plan.subjects]
     for folder in dict.fromkeys([*usual, out, *(out / subject.label for subject in plan.saes)]):
@@ -191,7 +192,7 @@ def _paths(plan: Plan) -> Iterator[Path]:
 
 
 def open_sources(request: Request) -> list[SaeSource]:
-    """Open the SAEs that the request names or holds. Raises `RequestError` if one is not available."""
+    """Open the SAEs of a request, by name or in memory. Raises `RequestError` if one is not available."""
     found: dict[str, SaeSource] = {}
     seen: set[str] = set()
     for sae in request.saes:
@@ -201,23 +202,29 @@ def open_sources(request: Request) -> list[SaeSource]:
             seen.update([same_path(name)] if isinstance(name, str) else [])
             source = name if isinstance(name, SaeSource) else open_sae(name, request.settings.hookpoint)
             if found.setdefault(source.name, source) is not source:
-                how = "by wrap_sae" if isinstance(sae, SaeSource) else "such as my_name=folder"
-                raise RequestError(f"`saes`: two are called {source.name!r}: give each a name of its own {how}")
+                how = "with wrap_sae" if isinstance(sae, SaeSource) else "such as my_name=folder"
+                raise RequestError(f"`saes`: two have the name {source.name!r}: give each its own name, {how}")
     return list(found.values())
 
 
-def in_model(source: SaeSource, modules: Mapping[str, str]) -> SaeSource:
-    """Return the source with the model's name of its site: an MLP's output is `mlp_out` only if added unchanged.
+def resolve_hookpoint(source: SaeSource, modules: Mapping[str, str]) -> SaeSource:
+    """Return the source with this model's name of its hook point, such as `mlp_out` for an MLP that is added unchanged.
 
-    modules: of `ModelInfo.names_of_modules`. `layers` and `attention` stand for the model's own names of these.
+    modules: from `ModelInfo.names_of_modules`. Its paths may differ from the SAE's in the names of the list of blocks
+    and of the attention module.
     """
-    own = source.own_hookpoint
-    if source.asked is None:
-        of_model = without_wrappers(own).split(".")[0] in BLOCKS
-        names = (name for path, name in modules.items() if of_model and same_place(path, own) and is_module_path(own))
-        return source.at(next(names, own))
-    if not same_place(source.asked, own):
-        log.warning("%s says that it is of %s; it is measured at %s, as asked", source.name, own, source.asked)
+    found = source.config_hookpoint
+    if source.requested_hookpoint is None:
+        in_block = without_wrappers(found).split(".")[0] in BLOCKS and is_module_path(found)
+        names = (name for path, name in modules.items() if in_block and same_place(path, found))
+        return source.with_hookpoint(next(names, found))
+    if not same_place(source.requested_hookpoint, found):
+        log.warning(
+            "%s: its config says %s, but it is measured at `hookpoint` %s",
+            source.name,
+            found,
+            source.requested_hookpoint,
+        )
     return source
 
 
@@ -236,36 +243,39 @@ def _check_widths(
     info: ModelInfo, setup: SetupCache, sources: Sequence[SaeSource], sites: Sequence[Sequence[Site]]
 ) -> dict[Site, int]:
     """Return the width of every site. Raises `RequestError` if a hook point is missing or an SAE's width differs."""
-    reads = [[site.read_by(source.input_hookpoint) for site in own] for source, own in zip(sources, sites, strict=True)]
+    reads = [
+        [site.read_by(source.input_hookpoint) for site in of_source]
+        for source, of_source in zip(sources, sites, strict=True)
+    ]
     widths = setup.widths(info, {site for places in (*sites, *reads) for site in places})
     for source, written, read in zip(sources, sites, reads, strict=True):
         for what, width, places in (("d_in", source.d_in, read), ("d_out", source.d_out, written)):
             for site in places:
                 if widths[site] != width:
                     raise RequestError(
-                        f"`saes` {source.name}: its {what} is {width}, but {site.hookpoint} of {info.name} "
+                        f"`saes` {source.name}: {what} is {width}, but {site.hookpoint} of {info.name} "
                         f"has width {widths[site]}"
                     )
     return widths
 
 
-def _decide_bos(asked: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tuple[bool, list[bool]]:
+def _decide_bos(requested: str, info: ModelInfo, sources: Sequence[SaeSource]) -> tuple[bool, list[bool]]:
     """Decide whether texts begin with BOS, and for each SAE whether it counts in the whole-text figures.
 
-    Follows the SAEs' training unless the request says otherwise. Formats that do not say: BOS if the model has it.
+    Without a request, this follows the SAEs' training; if that is unknown, texts begin with BOS if the model has one.
     """
-    if asked != "auto":
-        if asked != "none" and info.opening_token_id is None:
-            raise RequestError(f"`bos` {asked}: {info.name} has no token that begins a text")
-        return asked != "none", [asked == "counted"] * len(sources)
-    wishes = {source.prepend_bos for source in sources} - {None}
-    if len(wishes) > 1:
+    if requested != "auto":
+        if requested != "none" and info.opening_token_id is None:
+            raise RequestError(f"`bos` {requested}: {info.name} has neither a BOS nor an EOS token")
+        return requested != "none", [requested == "counted"] * len(sources)
+    in_training = {source.prepend_bos for source in sources} - {None}
+    if len(in_training) > 1:
         raise RequestError(
-            "these SAEs were trained partly with and partly without BOS: measure them in two runs, or decide by `bos`"
+            "some of these SAEs were trained with BOS and some without: measure them in two runs, or set `bos`"
         )
-    prepend = bool(wishes.pop()) if wishes else info.has_bos
+    prepend = bool(in_training.pop()) if in_training else info.has_bos
     if prepend and not info.has_bos:
-        log.warning("%s has no BOS token: texts begin with EOS, as those of TransformerLens do", info.name)
+        log.warning("%s has no BOS token: texts begin with EOS, as in TransformerLens", info.name)
     return prepend, [source.counts_bos for source in sources]
 
 
@@ -280,51 +290,53 @@ def _plan_subjects(
     out = request.output
     folders = [out / label if len(sources) > 1 else out for label in labels]
     subjects = [
-        Subject(source.name, label, folder, own, counts, source)
-        for source, label, folder, own, counts in zip(sources, labels, folders, sites, counts_bos, strict=True)
+        Subject(source.name, label, folder, of_source, counts, source)
+        for source, label, folder, of_source, counts in zip(sources, labels, folders, sites, counts_bos, strict=True)
     ]
     measured = [
-        Measured(subject.label, source.hookpoint, subject.counts_bos, tuple(site.layer for site in subject.sites))
+        MeasuredSae(subject.label, source.hookpoint, subject.counts_bos, tuple(site.layer for site in subject.sites))
         for subject, source in zip(subjects, sources, strict=True)
     ]
     for baseline in plan_baselines(request.settings.baselines, measured):
         folder = out / "baselines" / slug(baseline.slug)
-        own = tuple(Site(layer, baseline.hookpoint) for layer in baseline.layers)
-        made_from = None if baseline.of is None else sources[baseline.of]
+        of_baseline = tuple(Site(layer, baseline.hookpoint) for layer in baseline.layers)
+        source = None if baseline.sae_id is None else sources[baseline.sae_id]
         name = baseline.name
-        subjects.append(Subject(name, name, folder, own, baseline.counts_bos, made_from, baseline))
+        subjects.append(Subject(name, name, folder, of_baseline, baseline.counts_bos, source, baseline))
     return tuple(subjects)
 
 
 def _refuse_reserved_names(texts: ProbeTexts) -> None:
-    """Raise `RequestError` if a probe has the name of a figure: both are keys of the layer's record."""
+    """Raise `RequestError` if a probe has the name of a figure, since both are keys of the layer's record."""
     reserved = {field.name for field in (*fields(Reconstruction), *fields(Downstream))}
     for probe in (probe for dataset in texts.datasets for probe in dataset.probes):
         if probe.name in reserved:
-            raise RequestError(f"a task may not be called {probe.name!r}: that is a figure of the record; rename it")
+            raise RequestError(
+                f"a task may not have the name {probe.name!r}, which is a figure of the record: rename it"
+            )
 
 
-def _refuse_too_few_people(texts: ProbeTexts, n_folds: int) -> None:
-    """Raise `RequestError` if none of the probes can be measured; where some can, the others say why not."""
-    if n_folds > MOST_FOLDS:
-        raise RequestError(f"`folds` {n_folds}: {MOST_FOLDS} at most")
+def _refuse_unmeasurable(texts: ProbeTexts, n_folds: int) -> None:
+    """Raise `RequestError` if no probe can be measured; if some can, the results of the others have a reason."""
+    if n_folds > MAX_FOLDS:
+        raise RequestError(f"`folds` must be at most {MAX_FOLDS}, got {n_folds}")
     probes = [probe for dataset in texts.datasets for probe in dataset.probes]
-    found = {p.name: too_few_people(p.labels, texts.persons[p.mentions], n_folds) for p in probes}
+    found = {p.name: reason_to_skip(p.labels, texts.persons[p.mentions], n_folds) for p in probes}
     reasons = [f"{name}: {skipped.reason}" for name, skipped in found.items() if skipped is not None]
     if len(reasons) == len(found):
         raise RequestError(
-            f"none of the probes can be measured ({reasons[0]}): give rows of more people (column group), "
-            "or set fewer `folds`"
+            f"none of the probes can be measured ({reasons[0]}): add rows of more groups (people or other "
+            "units, column group), or set fewer `folds`"
         )
 
 
-def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFile]:
-    """Open a result file for each subject and dataset, locked until `held` is closed.
+def open_files(plan: Plan, locks: ExitStack) -> dict[tuple[SaeId, int], RecordFile]:
+    """Open a result file for each subject and dataset, locked until `locks` is closed.
 
-    Raises `RequestError` if one on disk was made by something else, or is being written by another run.
+    Raises `RequestError` if an existing file has another key, or another run is writing it.
     """
     request = plan.request
-    _refuse_too_few_people(plan.texts, request.settings.folds)
+    _refuse_unmeasurable(plan.texts, request.settings.folds)
     data = [dataset_fingerprint(plan.texts, dataset) for dataset in plan.texts.datasets]
     shared = {
         "schema": SCHEMA_VERSION,
@@ -343,17 +355,17 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
         config["quantisation"] = plan.info.quantisation
     files: dict[tuple[SaeId, int], RecordFile] = {}
     for sae_id, subject in enumerate(plan.subjects):
-        own_key, told = _what_is_its_own(plan, subject, hashes)
-        run = describe_run({**config, **told})
+        subject_key, subject_config = _subject_key_and_config(plan, subject, hashes)
+        run = describe_run({**config, **subject_config})
         names = [result_path(Path(), request.model, dataset.slug).name for dataset in plan.texts.datasets]
-        keys = [{**shared, **own_key, "data": of_dataset} for of_dataset in data]
+        keys = [{**shared, **subject_key, "data": of_dataset} for of_dataset in data]
         folder = choose_folder(request.output, subject.folder, run, dict(zip(names, keys, strict=True)))
         prepare_folder(folder)
         for index, (name, key) in enumerate(zip(names, keys, strict=True)):
             path = folder / name
             if any(file.path == path for file in files.values()):
-                raise RequestError(f"`tasks`: two would be written to {path}: rename one, or measure them in two runs")
-            held.enter_context(reserve(path))
+                raise RequestError(f"`tasks`: two have the result file {path}: rename one, or measure them in two runs")
+            locks.enter_context(reserve(path))
             refuse_link(scores.folder_of(path))
             dataset = plan.texts.datasets[index]
             about = {
@@ -364,17 +376,17 @@ def open_files(plan: Plan, held: ExitStack) -> dict[tuple[SaeId, int], RecordFil
     return files
 
 
-def _what_is_its_own(plan: Plan, subject: Subject, hashes: Mapping[str, str]) -> tuple[Json, Json]:
-    """Return the key entries of this subject alone, and its entries of `_run.config`."""
+def _subject_key_and_config(plan: Plan, subject: Subject, hashes: Mapping[str, str]) -> tuple[Json, Json]:
+    """Return the subject's own entries of the key and of `_run.config`."""
     source, baseline = subject.source, subject.baseline
-    own_hash = None if source is None else hashes[source.name]
+    sae_hash = None if source is None else hashes[source.name]
     if baseline is not None:
-        told = {"sae": baseline.name, "baseline": baseline.kind, "baseline_of": baseline.owner}
+        config = {"sae": baseline.name, "baseline": baseline.kind, "baseline_of": baseline.owner}
         if source is not None:
-            told["baseline_of_sae"] = source.name
-        return baseline.key(own_hash, fingerprint(plan.calibration)), told
+            config["baseline_of_sae"] = source.name
+        return baseline.key(sae_hash, fingerprint(plan.calibration)), config
     assert source is not None
-    key: Json = {"sae": own_hash, "hookpoint": source.hookpoint}
+    key: Json = {"sae": sae_hash, "hookpoint": source.hookpoint}
     if subject.counts_bos != source.counts_bos:
         key["counts_bos"] = subject.counts_bos
     widths = {str(site.layer): source.d_sae[site.layer] for site in subject.sites}
@@ -392,7 +404,7 @@ def missing_cells(plan: Plan, files: Files) -> list[Cell]:
 
 
 def by_site(cells: Iterable[Cell]) -> dict[Site, list[SaeId]]:
-    """Return sites in order of layers -> the subjects that have something to measure there, each once."""
+    """Return site -> the subjects of its cells, each once; sites are in order of layers."""
     found: dict[Site, set[SaeId]] = {}
     for cell in cells:
         found.setdefault(cell.site, set()).add(cell.subject)

@@ -1,14 +1,14 @@
 """Check on a few hundred tokens whether an SAE fits the hook point where it is used.
 
-    model = info.load(neighbours(info.n_layers, widths, info.widths), device, dtype)
+    model = info.load(alternative_sites(info.n_layers, widths, info.widths), device, dtype)
     check = Preflight.sample(model, info, tokenised, seed=0)
     check.examine(sae, site, counts_bos=False).problem()        # one line, or None
 
-A wrong layer or hook point, a forgotten normalisation, scaled inputs, a transposed decoder, texts without the BOS of
-the training: each gives numbers that look plausible and are wrong. So the preflight also evaluates the SAE at other
-sites and with other settings. If it explains far more variance there than as configured, it was probably trained there.
-The measure is the fraction of variance unexplained (FVU) on the same tokens, without BOS and attention sinks: a few
-tokens with a hundred times the usual norm would dominate the variance, and they differ from text to text.
+A wrong layer or hook point, a missing normalisation, scaled inputs, a transposed decoder, or texts without the BOS of
+the training give plausible but wrong numbers. The preflight therefore also evaluates the SAE at other sites and with
+other settings. If it explains far more variance there than as configured, it was probably trained there. The measure is
+the fraction of variance unexplained (FVU) on the same tokens, without BOS and attention sinks: a few tokens with a
+hundred times the usual norm would dominate the variance, and they differ from text to text.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ log = logging.getLogger(__name__)
 
 N_TEXTS = 64
 N_TOKENS = 512
-FEW_TOKENS = 100
-"""Minimum sample: with fewer, there is no verdict, since a few short texts have too little variance."""
+MIN_TOKENS = 100
+"""Minimum sample for a verdict: a few short texts have too little variance."""
 
-FAR_BETTER = 0.8
+STOP_RATIO = 0.8
 """Stop the run if an alternative has less than this share of the FVU."""
-BETTER = 0.95
+WARN_RATIO = 0.95
 """Warn if an alternative has less than this share of the FVU."""
-MOST = 0.5
-"""Upper limit of an alternative's FVU: an SAE that fits nowhere still fits some sites slightly better than others."""
-GOOD = 0.01
+MAX_FVU = 0.5
+"""Maximum FVU of an alternative: an SAE that fits nowhere still fits some sites slightly better than others."""
+GOOD_FVU = 0.01
 """Do not try alternatives if the FVU is below this."""
 L0_FACTOR = 2
 """Warn if the mean L0 differs from the config's by more than this."""
-SAME = 1.02
-"""Normalisations whose FVUs differ by less than this factor are named together."""
+SAME_FVU = 1.02
+"""Normalisations whose FVUs differ by less than this factor are reported together."""
 BOS_ERROR = 3.0
 """BOS has the same vector in every text, so an SAE trained on it reconstructs it well. If its squared error there is
 more than this many times that of an ordinary token, the SAE was trained without BOS."""
@@ -66,28 +66,28 @@ SETTINGS = {
     "none": "normalize_activations: none",
     "centre": "model_from_pretrained_kwargs: {center_writing_weights: true}",
 }
-"""SAE Lens config entries for input norms, where they are not `normalize_activations` and the norm's name."""
+"""SAE Lens config entry of an input norm, if it is not `normalize_activations: <norm>`."""
 SCALES = (1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 2.0, 4.0, 8.0, 16.0, 64.0)
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A setting other than that of the SAE's files and the command line."""
+    """The fit with a setting that differs from the SAE's config and the command line."""
 
     what: str  # "at layer 4", "with layer_norm inputs", ...
     fix: str  # the recommended action
     fvu: float
-    instead_of: float  # the FVU as configured, on the same tokens
+    configured_fvu: float  # FVU as configured, on the same tokens
 
     @property
     def ratio(self) -> float:
-        """FVU relative to that as configured; below 1, the alternative fits better."""
-        return self.fvu / self.instead_of if self.instead_of > 0 else float("inf")
+        """The alternative's FVU relative to the configured one; below 1, the alternative fits better."""
+        return self.fvu / self.configured_fvu if self.configured_fvu > 0 else float("inf")
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How one SAE fits its site."""
+    """How well an SAE fits its site."""
 
     name: str
     site: Site
@@ -95,35 +95,35 @@ class Fit:
     fvu: float
     l0: float  # mean latents per token
     promised_l0: float | None  # from its config, if given
-    norm: float  # mean Euclidean norm of what it reads
-    alternatives: tuple[Alternative, ...]  # the best first; empty if it fits as configured
+    norm: float  # mean Euclidean norm of its input
+    alternatives: tuple[Alternative, ...]  # best first; empty if it fits as configured
 
     @property
     def best(self) -> Alternative | None:
-        """The setting that fits best, if it is better than the one in use and good."""
+        """The best alternative, if it is better than the configuration and has a low FVU."""
         first = self.alternatives[0] if self.alternatives else None
-        return first if first is not None and first.ratio < BETTER and first.fvu < MOST else None
+        return first if first is not None and first.ratio < WARN_RATIO and first.fvu < MAX_FVU else None
 
     @property
-    def misfits(self) -> bool:
+    def is_misfit(self) -> bool:
         """Whether an alternative fits so much better that the run must stop."""
-        return self.n_tokens >= FEW_TOKENS and self.best is not None and self.best.ratio < FAR_BETTER
+        return self.n_tokens >= MIN_TOKENS and self.best is not None and self.best.ratio < STOP_RATIO
 
     def problem(self) -> str | None:
-        """Return a one-line warning for the user, or None; the run itself reports a high FVU."""
-        if self.n_tokens < FEW_TOKENS:
+        """Return a one-line warning for the user, or None. The run itself warns of a high FVU."""
+        if self.n_tokens < MIN_TOKENS:
             return None
         where = f"{self.name}, layer {self.site.layer}, {self.site.hookpoint}"
         if self.best is not None:
-            far = " far" if self.misfits else ""
-            here = f"FVU {self.best.fvu:.3g} against {self.best.instead_of:.3g}"
-            return f"{where}: fits{far} better {self.best.what} ({here}): {self.best.fix}"
+            far = " far" if self.is_misfit else ""
+            fvus = f"FVU {self.best.fvu:.3g} instead of {self.best.configured_fvu:.3g}"
+            return f"{where}: fits{far} better {self.best.what} ({fvus}): {self.best.fix}"
         if self.promised_l0 is not None and not 1 / L0_FACTOR < self.l0 / self.promised_l0 < L0_FACTOR:
-            return f"{where}: L0 is {self.l0:.1f} on average, its config promises {self.promised_l0:g}"
+            return f"{where}: mean L0 is {self.l0:.1f}, but its config says {self.promised_l0:g}"
         return None
 
 
-def neighbours(
+def alternative_sites(
     n_layers: int,
     widths: Mapping[Site, int],
     find_widths: Callable[[Collection[Site]], Mapping[Site, int]],
@@ -131,25 +131,25 @@ def neighbours(
     modules: Mapping[str, str] | None = None,
     sums: bool = True,
 ) -> set[Site]:
-    """Return these sites (with their widths) and the alternative sites of their SAEs.
+    """Return the sites in `widths` and alternative sites of their SAEs.
 
-    Alternatives are the same site in other layers, up to one beyond the last, and other sites in the same layers;
-    optionally all sites of all layers. Only the sites themselves are returned if the model lacks an alternative.
+    Alternatives are the same hook point in other layers, up to one beyond the last, and other hook points in the same
+    layers; with `everywhere`, all hook points of all layers. If the model lacks one of them, there are no alternatives.
 
-    modules: of `ModelInfo.names_of_modules`; what an MLP gives and what it adds are two places in some models.
-    sums: also what MLP and attention add to the stream, which a model that scales it does not have.
+    modules: from `ModelInfo.names_of_modules`. In some models, the output of an MLP is not what it adds to the stream.
+    sums: whether to include `mlp_out` and `attn_out`, which models that scale them do not have.
     """
     places = [place for place in PLACES if sums or place not in ADDED]
     places += [path for path, name in (modules or {}).items() if path == name]
-    reach = n_layers if everywhere else min(max(site.layer for site in widths) + 2, n_layers)
-    tried = {Site(layer, site.hookpoint) for site in widths for layer in range(reach)}
-    own_layers = range(reach) if everywhere else {site.layer for site in widths}
+    n_tried = n_layers if everywhere else min(max(site.layer for site in widths) + 2, n_layers)
+    tried = {Site(layer, site.hookpoint) for site in widths for layer in range(n_tried)}
+    own_layers = range(n_tried) if everywhere else {site.layer for site in widths}
     tried |= {Site(layer, place) for layer in own_layers for place in places}
     tried |= {Site(site.layer, NORMALIZED[site.hookpoint]) for site in widths if site.hookpoint in NORMALIZED}
     try:
         found = find_widths(tried)
     except RequestError as error:
-        log.info("other places are not tried: %s", error)
+        log.info("other sites are not tried: %s", error)
         return set(widths)
     return {site for site in tried if found[site] in set(widths.values())} | widths.keys()
 
@@ -158,8 +158,8 @@ def neighbours(
 class Preflight:
     """Activations of a few texts, for checking SAEs on them."""
 
-    samples: Mapping[Site, SiteSample]  # of the same tokens at every site
-    other_bos: Mapping[Site, SiteSample]  # of the same texts with the opposite choice of BOS
+    samples: Mapping[Site, SiteSample]  # the same tokens at every site
+    other_bos: Mapping[Site, SiteSample]  # the same texts, with BOS if `samples` are without, and the reverse
 
     @classmethod
     def sample(
@@ -170,12 +170,12 @@ class Preflight:
         seed: int,
     ) -> Preflight:
         """Sample activations of texts drawn by seed. Raises ArithmeticError if an activation is NaN or Inf."""
-        few = tokenised.take(_draw(tokenised, seed))
-        samples = calibrate(model, few, "last", seed, N_TOKENS)
+        drawn = tokenised.select(_draw(tokenised, seed))
+        samples = calibrate(model, drawn, "last", seed, N_TOKENS)
         bos = info.opening_token_id
         if bos is None or (info.n_embeddings is not None and bos >= info.n_embeddings):
             return cls(samples, {})
-        other = few.with_other_bos(bos, info.max_length)
+        other = drawn.with_other_bos(bos, info.max_length)
         return cls(samples, calibrate(model, other, "last", seed, N_TOKENS))
 
     def scales(self) -> dict[Site, SiteScale]:
@@ -184,14 +184,17 @@ class Preflight:
         return {site: SiteScale.of(x) for site, x in rows.items() if len(x)}
 
     def examine(self, sae: Sae, site: Site, counts_bos: bool) -> Fit:
-        """Try an SAE at its site and at the others, as it is and otherwise; counts_bos: whether BOS is to count."""
-        read, x = _ordinary(sae, site, self.samples)
+        """Evaluate an SAE at its site, at other sites and with other settings.
+
+        counts_bos: whether BOS counts in its whole-text figures.
+        """
+        read, x = _ordinary_tokens(sae, site, self.samples)
         codes = sae.encode(read)
         fvu = _fvu(x, sae.decode(codes, read))
         found: list[Alternative] = []
-        if fvu > GOOD:
-            found += _elsewhere(sae, site, self.samples, fvu)
-            found += _otherwise(sae, read, x, fvu)
+        if fvu > GOOD_FVU:
+            found += _at_other_sites(sae, site, self.samples, fvu)
+            found += _with_other_settings(sae, read, x, fvu)
             found += _with_other_bos(sae, site, self, fvu)
         if counts_bos:
             found += _without_bos(sae, site, self.samples)
@@ -200,12 +203,12 @@ class Preflight:
         return Fit(sae.name, site, len(x), fvu, l0, sae.promised_l0, norm, best_first)
 
     def fvu(self, sae: Sae, site: Site) -> float | None:
-        """Return an SAE's FVU at any site, without BOS; None if widths differ or the site was not sampled."""
+        """Return an SAE's FVU at any site, without BOS; None if the widths differ or the site was not sampled."""
         return _fvu_at(sae, site, self.samples)
 
 
 def _draw(tokenised: TokenisedMentions, seed: int) -> npt.NDArray[np.int64]:
-    """Draw texts by the hash of seed and ids; after texts are added, most draws stay the same and are cached."""
+    """Draw texts by the hash of seed and ids; if texts are added, most draws stay the same, so the cache applies."""
     drawn = [blake2b(ids.tobytes(), key=seed_key(seed)).digest() for ids in tokenised.ids]
     return np.array(sorted(range(len(drawn)), key=drawn.__getitem__)[:N_TEXTS], dtype=np.int64)
 
@@ -216,12 +219,12 @@ def _fvu_at(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> float |
         return None
     if samples[read_at].x.shape[1] != sae.d_in or samples[site].x.shape[1] != sae.d_out:
         return None
-    read, x = _ordinary(sae, site, samples)
+    read, x = _ordinary_tokens(sae, site, samples)
     return _fvu(x, _reconstruct(sae, read))
 
 
-def _elsewhere(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fvu: float) -> Iterator[Alternative]:
-    """Yield fits at the same site in other layers and at other sites; for a transcoder, other sites of its input."""
+def _at_other_sites(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fvu: float) -> Iterator[Alternative]:
+    """Yield fits in other layers and at other hook points; for a transcoder, with other hook points of its input."""
     for other in samples:
         if other.hookpoint == site.hookpoint and other != site:
             what, tried, at = f"layer {other.layer}", sae, other
@@ -233,11 +236,11 @@ def _elsewhere(sae: Sae, site: Site, samples: Mapping[Site, SiteSample], fvu: fl
             continue
         found = _fvu_at(tried, at, samples)
         if found is not None:
-            yield Alternative(f"at {what}", f"is that where it belongs, {what}?", found, fvu)
+            yield Alternative(f"at {what}", f"does it belong to {what}?", found, fvu)
 
 
-def _otherwise(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Alternative]:
-    """Yield fits with other treatments of the same activations."""
+def _with_other_settings(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Alternative]:
+    """Yield fits with other settings at the same site: input norms, input scales, transposed weights."""
     transcodes = sae.input_hookpoint is not None
     by_norm = {
         kind: _fvu(x, _reconstruct(replace(sae, input_norm=kind), read))
@@ -245,10 +248,10 @@ def _otherwise(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Altern
         if kind != sae.input_norm
     }
     best = min(by_norm.values())
-    alike = [kind for kind, found in by_norm.items() if found <= SAME * best]
-    plainest = [kind for kind in alike if "," not in kind] or alike  # else combinations of two
-    says = " or ".join(" and ".join(map(_setting, kind.split(", "))) for kind in plainest)
-    yield Alternative("with other treatment of its inputs", f"its config should say {says}", best, fvu)
+    equal = [kind for kind, found in by_norm.items() if found <= SAME_FVU * best]
+    simplest = [kind for kind in equal if "," not in kind] or equal  # without combinations, if possible
+    entries = " or ".join(" and ".join(map(_config_entry, kind.split(", "))) for kind in simplest)
+    yield Alternative("with another input normalisation", f"its config should say {entries}", best, fvu)
     if sae.input_norm in ("none", "centre") and not transcodes:
         for scale in (*SCALES, sae.d_in**0.5 / float(read.norm(dim=1).mean())):
             what = f"with inputs multiplied by {scale:.4g}"
@@ -256,23 +259,23 @@ def _otherwise(sae: Sae, read: Tensor, x: Tensor, fvu: float) -> Iterator[Altern
             yield Alternative(what, fix, _fvu(x, _reconstruct(sae, read * scale) / scale), fvu)
     if isinstance(sae.coder, LinearCoder) and sae.d_in == sae.d_sae and not transcodes:
         for name in ("W_dec", "W_enc"):
-            turned = replace(sae.coder, **{name: getattr(sae.coder, name).T.contiguous()})
-            what, fix = f"with {name} transposed", f"write {name} the other way round"
-            yield Alternative(what, fix, _fvu(x, _reconstruct(replace(sae, coder=turned), read)), fvu)
+            transposed = replace(sae.coder, **{name: getattr(sae.coder, name).T.contiguous()})
+            what, fix = f"with {name} transposed", f"store {name} transposed"
+            yield Alternative(what, fix, _fvu(x, _reconstruct(replace(sae, coder=transposed), read)), fvu)
 
 
-def _setting(norm: str) -> str:
+def _config_entry(norm: str) -> str:
     return SETTINGS.get(norm, f"normalize_activations: {norm}")
 
 
-def _with_other_bos(sae: Sae, site: Site, both: Preflight, fvu: float) -> Iterator[Alternative]:
-    found = _fvu_at(sae, site, both.other_bos)
+def _with_other_bos(sae: Sae, site: Site, check: Preflight, fvu: float) -> Iterator[Alternative]:
+    found = _fvu_at(sae, site, check.other_bos)
     if found is None:
         return
-    if bool(both.samples[site].bos.any()):
-        yield Alternative("on texts without BOS", "`bos` none", found, fvu)
+    if bool(check.samples[site].bos.any()):
+        yield Alternative("on texts without BOS", "set `bos` none", found, fvu)
     else:
-        yield Alternative("on texts that begin with BOS", "`bos` excluded", found, fvu)
+        yield Alternative("on texts that begin with BOS", "set `bos` excluded", found, fvu)
 
 
 def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> Iterator[Alternative]:
@@ -286,11 +289,11 @@ def _without_bos(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> It
     variance = (ordinary - ordinary.mean(dim=0)).square().sum(dim=1).mean()
     at_bos, elsewhere = (float(error[which].mean() / variance) for which in (sample.bos, ~sample.bos))
     if at_bos > BOS_ERROR * elsewhere:
-        yield Alternative("if BOS does not count, as in its training", "`bos` excluded", elsewhere, at_bos)
+        yield Alternative("without BOS, on which it was not trained", "set `bos` excluded", elsewhere, at_bos)
 
 
-def _ordinary(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> tuple[Tensor, Tensor]:
-    """Return the SAE's input and target at tokens other than BOS and sinks: `[tokens, d]` on its device.
+def _ordinary_tokens(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> tuple[Tensor, Tensor]:
+    """Return the SAE's input and target at ordinary tokens, not BOS or attention sinks: `[tokens, d]` on its device.
 
     A sink's norm is above `OUTLIER` times the median, at the SAE's input or at the site.
     """

@@ -1,9 +1,9 @@
 """The consumer: stores rows and probes each dataset, layer by layer, once all its rows have arrived.
 
     prober = Prober(work, blocks, settings, ...)
-    prober.run(queue)            # in the thread that `pipeline` gives it
+    prober.run(queue)            # in the consumer thread of `pipeline`
 
-Each layer's results are passed on as soon as they are measured.
+The results of each layer are passed on as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from delta_selectivity.probing.probes import ProbeBackend, choose_backend
 from delta_selectivity.probing.selectivity import FitModel, OutOfFold, as_record, measure
 from delta_selectivity.records.result_file import Json
 from delta_selectivity.run.activations import Block, BlockDone, Item, LayerRows, SaeId
-from delta_selectivity.run.cell_result import CellResult, Keep
+from delta_selectivity.run.cell_result import CellResult, OnResult
 from delta_selectivity.run.planning import Cell, by_site
 from delta_selectivity.run.reconstruction import Reconstruction, ReconstructionSums
 from delta_selectivity.run.row_store import NOT_FINITE, NonFiniteError, RowStore
@@ -52,10 +52,10 @@ class Work:
     cells: Sequence[Cell]
     names: Sequence[str]  # of the subjects
     codes: Mapping[SaeId, SparseRows]  # features of each mention, of baselines without a reconstruction
-    latents_of: Set[SaeId]  # whose latents are a view
+    latents_of: Set[SaeId]  # subjects whose latents are a view
     settings: Settings
     device: torch.device  # of the probes
-    fit_model: FitModel  # fits the model's own view, or has its fit from an earlier run
+    fit_model: FitModel  # fits the model's view, or reads the fit of an earlier run
     sample: TokenSample  # of the tokens that count in whole-text figures
 
     @property
@@ -71,9 +71,9 @@ class Work:
         """The number of results to measure: (probe, layer, subject)."""
         return sum(len(self.texts.datasets[cell.dataset].probes) for cell in self.cells)
 
-    def task_sets(self, index: int, keep: bool = False) -> list[TaskSet]:
+    def task_sets(self, index: int, keep_fits: bool = False) -> list[TaskSet]:
         """Return the task sets of a dataset."""
-        return task_sets(self.texts, self.texts.datasets[index], self.rows, self.settings, self.codes, keep)
+        return task_sets(self.texts, self.texts.datasets[index], self.rows, self.settings, self.codes, keep_fits)
 
 
 class Prober:
@@ -84,19 +84,19 @@ class Prober:
         work: Work,
         blocks: Sequence[Block],
         store_bytes: int,
-        cores: Cores,  # one layer on each; one on a GPU
+        cores: Cores,  # each probes one layer; 1 on a GPU
         clock: Stopwatch,
-        keep: Keep,
+        on_result: OnResult,
         on_probes: Callable[[int], None],
         stop: threading.Event,
-        sets: Mapping[int, Sequence[TaskSet]] | None = None,  # by dataset, if made earlier
+        sets: Mapping[int, Sequence[TaskSet]] | None = None,  # by dataset; None: built when needed
     ) -> None:
-        self.work, self.blocks, self.keep = work, blocks, keep
+        self.work, self.blocks, self.on_result = work, blocks, on_result
         self.store_bytes, self.cores, self.clock = store_bytes, cores, clock
         self.on_probes, self.stop, self.sets = on_probes, stop, sets
         self._datasets = work.datasets
-        self._done: list[BlockDone] = []  # blocks with a dataset that is still to be probed
-        self._left = set(self._datasets)
+        self._done: list[BlockDone] = []  # complete blocks with a dataset that is not probed yet
+        self._pending = set(self._datasets)
 
     def run(self, queue: Iterable[Item]) -> None:
         """Process the queue to its end; return early, between two layers, once `stop` is set."""
@@ -113,31 +113,31 @@ class Prober:
                     continue
                 self._done.append(item)
                 for index in sorted(item.block.datasets & self._datasets.keys()):
-                    if self._is_whole(index):
+                    if self._is_complete(index):
                         self._probe_dataset(index, store, backend)
-                        self._left.discard(index)
+                        self._pending.discard(index)
                         return_free_memory()
-                self._done = [done for done in self._done if done.block.datasets & self._left]
+                self._done = [done for done in self._done if done.block.datasets & self._pending]
                 if self.stop.is_set():
                     return
 
     def abandon(self) -> None:
-        """Drop all further results: the run has ended, and another run may have taken over its files."""
-        self.keep = _discard
+        """Drop all further results: the run has ended, and another run may already write its files."""
+        self.on_result = _discard
 
     def _store(self, rows: LayerRows, store: RowStore) -> None:
-        with self._telling_where():
+        with self._locating_errors():
             store.put(rows)
 
     @contextmanager
-    def _telling_where(self) -> Iterator[None]:
-        """Name the text, the layer and the subject of a number that is not finite."""
+    def _locating_errors(self) -> Iterator[None]:
+        """Turn a `NonFiniteError` into an ArithmeticError that names text, layer and subject."""
         try:
             yield
         except NonFiniteError as error:
-            raise ArithmeticError(where_broken(error, self.work.texts, self.work.names)) from error
+            raise ArithmeticError(describe_non_finite(error, self.work.texts, self.work.names)) from error
 
-    def _is_whole(self, index: int) -> bool:
+    def _is_complete(self, index: int) -> bool:
         done = [item.block for item in self._done]
         return all(any(b is block for b in done) for block in self.blocks if index in block.datasets)
 
@@ -146,9 +146,9 @@ class Prober:
         sets = self.work.task_sets(index) if self.sets is None else self.sets[index]
 
         def probe(site: Site) -> dict[SaeId, CellResult]:
-            found = {subject: self._nothing(index, site, subject) for subject in sites[site]}
+            found = {subject: self._empty_result(index, site, subject) for subject in sites[site]}
             for task_set in sets:
-                with self.clock.stage("probes"), self._telling_where():
+                with self.clock.stage("probes"), self._locating_errors():
                     by_subject = self._scores(task_set, site, sites[site], store, backend)
                 with self.clock.stage("statistics"):
                     for subject, scores in by_subject.items():
@@ -156,10 +156,10 @@ class Prober:
             return found
 
         until_stopped = takewhile(lambda _: not self.stop.is_set(), sites)
-        with closing(self.cores.in_order(until_stopped, probe, "probes")) as probed:
+        with closing(self.cores.map_in_order(until_stopped, probe, "probes")) as probed:
             for site, found in probed:
                 for subject, result in found.items():
-                    self.keep(Cell(index, site, subject), _in_order(result, dataset))
+                    self.on_result(Cell(index, site, subject), _in_order(result, dataset))
                 self.on_probes(len(dataset.probes) * len(found))
 
     def _scores(
@@ -167,10 +167,10 @@ class Prober:
     ) -> dict[SaeId, OutOfFold]:
         """Return scores by subject; the model's view and the control task are fitted once."""
         model = task_set.fit_model(site, store, backend, self.work.device, self.work.fit_model)
-        asked = self.work.settings.views
+        requested = self.work.settings.views
         found = {}
         for subject in subjects:
-            views = [view for view in asked if view not in LATENT_VIEWS or subject in self.work.latents_of]
+            views = [view for view in requested if view not in LATENT_VIEWS or subject in self.work.latents_of]
             try:
                 found[subject] = task_set.out_of_fold(site, subject, model, store, backend, views)
             except ArithmeticError as error:
@@ -178,20 +178,20 @@ class Prober:
                 raise ArithmeticError(f"layer {site.layer}: codes or reconstructions by {name}: {error}") from error
         return found
 
-    def _nothing(self, index: int, site: Site, subject: SaeId) -> CellResult:
-        """Return a result with its reconstruction figures and no probes."""
+    def _empty_result(self, index: int, site: Site, subject: SaeId) -> CellResult:
+        """Return a result with reconstruction figures and no probes yet."""
         return CellResult(self._figures(index, site, subject), {}, {})
 
     def _figures(self, index: int, site: Site, subject: SaeId) -> Reconstruction:
         if subject in self.work.codes:
-            return ReconstructionSums.empty(d=0, d_sae=0, device="cpu").figures()  # no rows: no reconstruction
+            return ReconstructionSums.empty(d=0, d_sae=0, device="cpu").figures()  # it has no reconstruction
         limit = self.work.sample.limits[index]
-        parts = (item.sums[site, subject].only(limit) for item in self._done if index in item.block.datasets)
+        parts = (item.sums[site, subject].restricted_to(limit) for item in self._done if index in item.block.datasets)
         return reduce(ReconstructionSums.merge, parts).figures(limit)
 
 
-def where_broken(error: NonFiniteError, texts: ProbeTexts, names: Sequence[str]) -> str:
-    """Return in which text, layer and subject (by their names) a number, or the square of one, is not finite."""
+def describe_non_finite(error: NonFiniteError, texts: ProbeTexts, names: Sequence[str]) -> str:
+    """Return a message that names the text, layer and subject of a non-finite number."""
     text = texts.mentions[error.mention].text
     shown = text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}..."
     what = "the model's activations"
@@ -204,10 +204,10 @@ def _discard(_cell: Cell, _found: CellResult) -> None:
     pass
 
 
-def _add(result: CellResult, names: Sequence[str], found: OutOfFold, epsilon: float) -> None:
+def _add(result: CellResult, names: Sequence[str], scores: OutOfFold, epsilon: float) -> None:
     """Add the probes of one task set."""
-    result.records.update(zip(names, map(as_record, measure(found, epsilon)), strict=True))
-    result.scores.update({names[place]: found.probe(t) for t, place in enumerate(found.plan.kept)})
+    result.records.update(zip(names, map(as_record, measure(scores, epsilon)), strict=True))
+    result.scores.update({names[place]: scores.probe(t) for t, place in enumerate(scores.plan.kept)})
 
 
 def _in_order(result: CellResult, dataset: Dataset) -> CellResult:

@@ -19,21 +19,21 @@ class ProgressBars:
         self._queue = queue
         self._texts = self._probes = None
         if quiet:
-            return  # a bar that is not drawn has a thread all the same
+            return  # tqdm would start a thread even for a bar that is not drawn
         self._texts, self._probes = (
             open_bar(total, f"{unit + 's':6}", unit, position=place)
             for place, (total, unit) in enumerate(((n_texts, "text"), (n_probes, "probe")))
         )
 
     def texts(self, n: int) -> None:
-        """Count `n` more texts as processed by the model."""
+        """Count `n` more texts that the model has processed."""
         if self._texts is None:
             return
         self._texts.set_postfix_str(f"queue {self._queue.nbytes / 1024**2:.0f} MB", refresh=False)
         self._texts.update(n)
 
     def probes(self, n: int) -> None:
-        """Count `n` more (probe, layer, SAE) results as stored."""
+        """Count `n` more stored results (probe, layer, SAE)."""
         if self._probes is not None:
             self._probes.update(n)
 

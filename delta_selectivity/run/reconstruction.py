@@ -5,7 +5,7 @@
     sums.whole[limit].add(x, recon, latents, tokens, n_counted)    # tokens of whole texts, batch by batch
     sums.figures(limit).fvu_whole
 
-Adding never waits for the device. `docs/numbers.md` defines every figure.
+Adding does not wait for the device. `docs/numbers.md` defines every figure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALL = 2**64
 
 
 class Latents(Protocol):
-    """The part of sparse codes used here; implemented by ``saes.SparseRows``."""
+    """The part of `saes.SparseRows` that is used here."""
 
     @property
     def crow(self) -> Tensor:
@@ -36,22 +36,20 @@ class Latents(Protocol):
 
     @property
     def col(self) -> Tensor:
-        """Latent numbers ``[nnz]``."""
+        """Latent indices ``[nnz]``."""
         ...
 
     @property
     def value(self) -> Tensor:
-        """Latent activations ``[nnz]``, some may be zero."""
+        """Latent activations ``[nnz]``; some may be zero."""
         ...
 
 
 class SiteScale(NamedTuple):
     """Location and scale of a site's activations, from a few hundred tokens."""
 
-    mean: Tensor
-    """float32 ``[d]``."""
-    norm_limit: float
-    """`OUTLIER` times the median of their Euclidean norms."""
+    mean: Tensor  # float32 [d]
+    norm_limit: float  # `OUTLIER` times the median of their Euclidean norms
 
     @classmethod
     def of(cls, x: Tensor) -> SiteScale:
@@ -62,23 +60,23 @@ class SiteScale(NamedTuple):
 class TokenFacts(NamedTuple):
     """Facts about tokens that do not depend on an SAE, on the device of the activations."""
 
-    number: Tensor
-    """Unique number of the token. int64 ``[tokens]``."""
-    distance: Tensor
-    """Squared distance of x from the approximate mean. float32 ``[tokens]``."""
-    outlying: Tensor | None = None
-    """Whether the norm of x exceeds the limit. bool ``[tokens]``; None: for no token."""
+    number: Tensor  # int64 [tokens], unique number of the token
+    distance: Tensor  # float32 [tokens], squared distance of x from the approximate mean
+    outlying: Tensor | None = None  # bool [tokens], whether the norm of x exceeds the limit; None: for no token
 
     @classmethod
     def of(cls, x: Tensor, number: Tensor, scale: SiteScale | None) -> TokenFacts:
-        """Compute the facts of x ``[tokens, d]``; without a scale, by its own mean, with no outliers. Never waits."""
+        """Compute the facts of x ``[tokens, d]`` without waiting for the device.
+
+        Without a scale, distances are from the mean of x, and there are no outliers.
+        """
         centre = x.mean(dim=0) if scale is None else scale.mean
         distance = torch.linalg.vector_norm(x - centre, dim=1).square()
         if scale is None:
             return cls(number, distance)
         outlying = torch.linalg.vector_norm(x, dim=1) > scale.norm_limit
-        none = x.device.type == "cpu" and not bool(outlying.any())
-        return cls(number, distance, None if none else outlying)
+        has_none = x.device.type == "cpu" and not bool(outlying.any())
+        return cls(number, distance, None if has_none else outlying)
 
     def select(self, rows: Tensor) -> TokenFacts:
         """Return the facts of some of the tokens, int64 ``[n]``."""
@@ -88,39 +86,24 @@ class TokenFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The figures of one SAE on one set of texts. None: no rows, or no variance to divide by."""
+    """The reconstruction figures of one SAE on one set of texts. None: no rows, or no variance to divide by."""
 
-    mse_pos: float | None
-    """Mean over probed rows and coordinates of the squared error."""
-    mse_whole: float | None
-    """The same over the tokens of whole texts."""
-    mse_whole_se: float | None
-    """Its standard error as an estimate for all tokens of the texts; 0 where all were taken."""
-    fvu_pos: float | None
-    """Squared error over squared deviation from the mean of all probed rows."""
-    fvu_whole: float | None
-    """The same over the tokens of whole texts."""
-    fvu_whole_se: float | None
-    """Its standard error, as of ``mse_whole``."""
-    fvu_ordinary: float | None
-    """``fvu_whole`` without the tokens whose norm is above 10 times the median."""
-    outliers: float | None
-    """Share of those tokens."""
-    cosine: float | None
-    """Mean cosine of x and its reconstruction at probed positions."""
-    l0: float | None
-    """Mean number of non-zero latents at probed positions."""
-    l1: float | None
-    """Mean sum of absolute latents at probed positions."""
-    dead: float | None
-    """Share of latents that fired on none of the ``n_tokens``."""
-    dead_se: float | None
-    """Its standard error from one sample of so many tokens to the next; 0 where all were taken."""
-    n_probed: int
-    n_tokens: int
-    """Tokens that the whole-text figures are of."""
-    n_tokens_all: int
-    """Tokens that they were drawn from."""
+    mse_pos: float | None  # mean over probed rows and coordinates of the squared error
+    mse_whole: float | None  # the same over the tokens of whole texts
+    mse_whole_se: float | None  # its standard error as an estimate for all tokens of the texts; 0 where all were taken
+    fvu_pos: float | None  # squared error over squared deviation from the mean of all probed rows
+    fvu_whole: float | None  # the same over the tokens of whole texts
+    fvu_whole_se: float | None  # its standard error, as for `mse_whole`
+    fvu_ordinary: float | None  # `fvu_whole` without the tokens whose norm is above 10 times the median
+    outliers: float | None  # share of those tokens
+    cosine: float | None  # mean cosine of x and its reconstruction at probed positions
+    l0: float | None  # mean number of non-zero latents at probed positions
+    l1: float | None  # mean sum of absolute latents at probed positions
+    dead: float | None  # share of latents that fired on none of the `n_tokens`
+    dead_se: float | None  # its standard error over samples of `n_tokens` tokens; 0 where all were taken
+    n_probed: int  # probed rows
+    n_tokens: int  # tokens in the whole-text figures
+    n_tokens_all: int  # tokens from which those were drawn
 
 
 @dataclass(frozen=True)
@@ -128,8 +111,7 @@ class ReconstructionSums:
     """Numerators and denominators of `Reconstruction`, on one device, in float64."""
 
     probed: ProbedSums
-    whole: Mapping[int, WholeSums]
-    """By the limit of the token sample that they are of."""
+    whole: Mapping[int, WholeSums]  # by the limit of their token sample
 
     @classmethod
     def empty(
@@ -143,8 +125,8 @@ class ReconstructionSums:
         whole = {limit: sums.merge(other.whole[limit]) for limit, sums in self.whole.items()}
         return ReconstructionSums(self.probed.merge(other.probed), whole)
 
-    def only(self, limit: int) -> ReconstructionSums:
-        """Return the sums without the other limits."""
+    def restricted_to(self, limit: int) -> ReconstructionSums:
+        """Return the sums for one of the limits."""
         return ReconstructionSums(self.probed, {limit: self.whole[limit]})
 
     def to(self, device: torch.device | str) -> ReconstructionSums:
@@ -154,7 +136,7 @@ class ReconstructionSums:
         )
 
     def figures(self, limit: int = ALL) -> Reconstruction:
-        """Divide the sums to get the figures. This waits for the device."""
+        """Return the figures, as ratios of the sums. Waits for the device."""
         probed, whole = self.probed.to("cpu"), self.whole[limit].to("cpu")
         errors = whole.ordinary.merge(whole.outliers)
         n_probed, n_tokens = int(probed.errors.n), int(errors.n)
@@ -186,8 +168,7 @@ class ProbedSums:
     """Sums over the probed positions."""
 
     errors: _ErrorSums
-    others: Tensor
-    """The cosines, the latents that are not zero, and the absolute latents, summed. float64 ``[3]``."""
+    others: Tensor  # float64 [3], sums of the cosines, the non-zero latents and the absolute latents
 
     @classmethod
     def empty(cls, d: int, device: torch.device | str) -> ProbedSums:
@@ -214,20 +195,16 @@ class ProbedSums:
 
 @dataclass
 class WholeSums:
-    """Sums over tokens of whole texts."""
+    """Sums over tokens of whole texts.
+
+    For a latent that fired once, `fired[1]` is the number of that token.
+    """
 
     ordinary: _ErrorSums
-    outliers: _ErrorSums
-    """Tokens beyond the norm limit."""
-    products: Tensor
-    """Of tokens' squared errors e and distances s: the sums of s, ee, es and ss. float64 ``[4]``."""
-    fired: Tensor
-    """For each latent the tokens on which it fired: how many, and the sum of their numbers. int64 ``[2, d_sae]``.
-
-    Of a latent that fired once the sum is that token's number.
-    """
-    n_all: int
-    """Tokens that these were drawn from."""
+    outliers: _ErrorSums  # tokens beyond the norm limit
+    products: Tensor  # float64 [4], sums of s, ee, es and ss over tokens with squared error e and squared distance s
+    fired: Tensor  # int64 [2, d_sae], per latent: the count of tokens on which it fired, and the sum of their numbers
+    n_all: int  # tokens from which these were drawn
 
     @classmethod
     def empty(cls, d: int, d_sae: int, device: torch.device | str) -> WholeSums:
@@ -238,7 +215,7 @@ class WholeSums:
     def add(self, x: Tensor, recon: Tensor, latents: Latents, tokens: TokenFacts, n_counted: int) -> Tensor:
         """Add x and recon ``[tokens, d]`` with their latents, drawn from ``n_counted`` tokens.
 
-        Returns the squared error of each token, float32 ``[tokens]``: not finite where one of the two is not.
+        Returns the squared error of each token, float32 ``[tokens]``, which is not finite if x or recon is not.
         """
         if tokens.outlying is None:
             new, errors = _ErrorSums.of(x, recon)
@@ -249,7 +226,7 @@ class WholeSums:
         self.ordinary = self.ordinary.merge(new)
         e, s = errors.double(), tokens.distance.double()
         self.products = self.products + torch.stack([s.sum(), e @ e, e @ s, s @ s])
-        _note_fired(tokens.number, latents, self.fired)
+        _add_fired(tokens.number, latents, self.fired)
         self.n_all += n_counted
         return errors
 
@@ -265,7 +242,7 @@ class WholeSums:
         )
 
     def to(self, device: torch.device | str) -> WholeSums:
-        """Return the sums on another device; itself if it is already there."""
+        """Return the sums on a device; `self` if they already are."""
         if self.fired.device == torch.device(device):
             return self
         return WholeSums(
@@ -276,14 +253,11 @@ class WholeSums:
 
 @dataclass(frozen=True)
 class _ErrorSums:
-    """Squared error and squared deviation of n rows; sets of rows merge as in Chan, Golub & LeVeque (1983)."""
+    """Squared error and squared deviation of n rows; merged as in Chan, Golub & LeVeque (1983)."""
 
-    n: Tensor
-    """float64 ``[]``."""
-    mean: Tensor
-    """Of x. float64 ``[d]``."""
-    sums: Tensor
-    """Squared errors, and squared distances of x from ``mean``, over rows and coordinates. float64 ``[2]``."""
+    n: Tensor  # float64 []
+    mean: Tensor  # float64 [d], of x
+    sums: Tensor  # float64 [2], squared errors, and squared distances of x from `mean`, over rows and coordinates
 
     @classmethod
     def empty(cls, d: int, device: torch.device | str) -> _ErrorSums:
@@ -297,8 +271,8 @@ class _ErrorSums:
 
         Also returns the squared error of each row, float32 ``[rows]``: 0 for rows that were not chosen.
 
-        Residual streams have dimensions whose mean is 1e3 times their spread, so deviations are taken from the
-        float32 mean, which is near enough for the differences to be exact, and corrected for its rounding.
+        Residual streams have dimensions whose mean is 1e3 times their spread. Deviations are therefore computed from
+        the float32 mean, which is close enough for the differences to be exact, and then corrected for its rounding.
         """
         x, recon = x.float(), recon.float()
         if len(x) == 0:
@@ -326,7 +300,7 @@ class _ErrorSums:
 
 
 def _compare(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Tensor, ...]:
-    """Compute `_compare_on_cpu` in torch: float32 along each row, float64 over the rows, without a float64 copy."""
+    """Compute `_compare_on_cpu` in torch: sums along rows in float32, over rows in float64, with no float64 copy."""
     weight = x.new_ones(len(x)) if chosen is None else chosen.to(x.dtype)
     n = weight.sum(dtype=torch.float64)
     divisor = n.clamp(min=1)
@@ -351,9 +325,9 @@ def _compare_on_cpu(x: Tensor, recon: Tensor, chosen: Tensor | None) -> tuple[Te
 
 def _merge(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]:
     """Compute `error_kernels.merge` in torch."""
-    apart, share = theirs.mean - ours.mean, theirs.n / (ours.n + theirs.n).clamp(min=1)
-    between = apart.square().sum() * (ours.n * share)
-    return ours.mean + apart * share, ours.sums + theirs.sums + torch.stack([torch.zeros_like(between), between])
+    difference, share = theirs.mean - ours.mean, theirs.n / (ours.n + theirs.n).clamp(min=1)
+    between = difference.square().sum() * (ours.n * share)
+    return ours.mean + difference * share, ours.sums + theirs.sums + torch.stack([torch.zeros_like(between), between])
 
 
 def _merge_on_cpu(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]:
@@ -366,13 +340,13 @@ def _merge_on_cpu(ours: _ErrorSums, theirs: _ErrorSums) -> tuple[Tensor, Tensor]
     return mean, sums
 
 
-def _note_fired(number: Tensor, latents: Latents, fired: Tensor) -> None:
-    """Add tokens to those on which latents fired."""
+def _add_fired(number: Tensor, latents: Latents, fired: Tensor) -> None:
+    """Add tokens to the counts and sums of the latents that fired on them."""
     if fired.device.type == "cpu":
-        from delta_selectivity.run.error_kernels import note_fired
+        from delta_selectivity.run.error_kernels import add_fired
 
         given = (number, latents.crow, latents.col, latents.value)
-        note_fired(*(part.contiguous().numpy() for part in given), fired.numpy())
+        add_fired(*(part.contiguous().numpy() for part in given), fired.numpy())
         return
     of_entry = number.repeat_interleave(latents.crow.diff(), output_size=len(latents.col))
     fires = (latents.value != 0).long()
@@ -384,29 +358,31 @@ def _standard_errors(
 ) -> tuple[float | None, float | None, float | None]:
     """Return standard errors of mse, fvu and the share of dead latents as estimates for all tokens.
 
-    Ratios by linearisation, the tokens being drawn one by one, with the share that was taken as the finite-population
-    correction (Cochran 1977, 2.11 and 6.4). Dead latents by the jackknife: those that fired on one token alone are dead
-    without it. It is too large rather than too small (Efron & Stein 1981).
+    Tokens are sampled independently. The ratios are linearised, with the finite-population correction for the sampled
+    share (Cochran 1977, 2.11 and 6.4). For dead latents it is the jackknife: a latent that fired on one token only is
+    dead without that token. The jackknife is rather too large than too small (Efron & Stein 1981).
     """
-    n, taken = float(errors.n), 1.0 if not whole.n_all else float(errors.n) / whole.n_all
+    n, sampled = float(errors.n), 1.0 if not whole.n_all else float(errors.n) / whole.n_all
     if n < 2:
         return None, None, None
-    left = 1 - taken
+    correction = 1 - sampled
     distances, ee, es, ss = whole.products.tolist()
 
     def of_ratio(ratio: float | None, squares: float, denominator: float) -> float | None:
         """Return a ratio's standard error; squares: sum over tokens of (numerator - ratio x denominator)^2."""
-        return None if ratio is None else math.sqrt(left * n / (n - 1) * max(squares, 0.0)) / denominator
+        return None if ratio is None else math.sqrt(correction * n / (n - 1) * max(squares, 0.0)) / denominator
 
     width = errors.mean.numel()
     variance = float(errors.sums[1])
-    scale = variance / distances if distances else 0.0  # distances are from about the mean
+    scale = variance / distances if distances else 0.0  # distances are from an approximate mean
     mse_se = of_ratio(mse, ee - n * ((mse or 0) * width) ** 2, n * width)
     slope = (fvu or 0) * scale
     fvu_se = of_ratio(fvu, ee - 2 * slope * es + slope**2 * ss, variance)
     once = whole.fired[1][whole.fired[0] == 1].numpy()
     by_token = np.unique_counts(once).counts
-    dead_se = math.sqrt(left * max(np.square(by_token).sum() - len(once) ** 2 / n, 0.0)) / max(whole.fired.shape[1], 1)
+    dead_se = math.sqrt(correction * max(np.square(by_token).sum() - len(once) ** 2 / n, 0.0)) / max(
+        whole.fired.shape[1], 1
+    )
     return mse_se, fvu_se, dead_se
 
 

@@ -1,4 +1,4 @@
-"""Activations of the same texts, computed once and kept in memory."""
+"""An in-memory cache of activations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from delta_selectivity.models.language_model import ActivationSource, Site
 
 
 class ResidentModel:
-    """A model whose activations stay in memory, batch by batch, as far as there is room.
+    """A model whose activations are cached in memory, batch by batch, up to a limit.
 
-    Batches that do not fit are computed again at each request.
+    Batches beyond the limit are computed again at each request.
     """
 
     def __init__(self, model: ActivationSource, limit_bytes: int) -> None:
-        """Take a model with hooks at the sites that will be asked for; limit_bytes: room for its activations."""
-        self._model, self._room = model, limit_bytes
-        self._kept: dict[tuple[bytes, int], dict[Site, Tensor]] = {}
+        """Wrap a model with hooks at the sites to read; limit_bytes: memory for its activations."""
+        self._model, self._free_bytes = model, limit_bytes
+        self._stored: dict[tuple[bytes, int], dict[Site, Tensor]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -29,20 +29,20 @@ class ResidentModel:
         return self._model.device
 
     def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
-        """Return the rows of real tokens, as of a `LanguageModel`: site -> [rows, d]."""
-        name = (ids.numpy().tobytes(), skip)
+        """Return the rows of real tokens, as `LanguageModel.token_rows`: site -> [rows, d]."""
+        key = (ids.numpy().tobytes(), skip)
         with self._lock:
-            kept = self._kept.get(name)
-        if kept is not None:
-            return dict(kept)  # a copy, since the caller removes sites
+            stored = self._stored.get(key)
+        if stored is not None:
+            return dict(stored)  # a copy, since the caller removes sites
         rows = self._model.token_rows(ids, lengths, skip)
         size = sum(x.nbytes for x in rows.values())
         with self._lock:
-            if name not in self._kept and size <= self._room:
-                self._room -= size
-                self._kept[name] = dict(rows)
+            if key not in self._stored and size <= self._free_bytes:
+                self._free_bytes -= size
+                self._stored[key] = dict(rows)
         return rows
 
-    def only(self, sites: Collection[Site]) -> ResidentModel:
-        """Return this model with some of its sites, and nothing kept yet."""
-        return ResidentModel(self._model.only(sites), self._room)
+    def restricted_to(self, sites: Collection[Site]) -> ResidentModel:
+        """Return this model restricted to some of its sites, with an empty cache."""
+        return ResidentModel(self._model.restricted_to(sites), self._free_bytes)

@@ -1,8 +1,9 @@
 """Store rows of activations and reconstructions until their datasets are probed.
 
-Rows are on the probes' GPU while they fit, else in memory; beyond the limit they are in memory-mapped temporary files,
-which are slower. The files are unnamed, so that the kernel removes them however the process ends, and are allocated in
-full, so that a full disk is an error here and not a signal at a later write. Codes are in a `CodeStore`.
+Rows are on the probes' GPU if they fit there, else in memory; beyond the limit they are in memory-mapped temporary
+files, which are slower. The files are unnamed, so that the kernel removes them however the process ends. They are
+allocated in full, so that a full disk raises an error here instead of a signal at a later write. Codes are in a
+`CodeStore`.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class NonFiniteError(ValueError):
 
 
 class RowStore:
-    """float32 matrices [n_rows, d], one for each site's x and for each SAE's reconstruction of it.
+    """float32 matrices [n_rows, d], one for x of each site and one for each SAE's reconstruction of it.
 
-    widths: the d of each.
+    widths: d of each matrix.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class RowStore:
         self._codes = CodeStore(n_rows, max_bytes)
         self._broken: dict[tuple[Site, SaeId | None], Tensor] = {}  # first mention with NaN or Inf, by view; int64 []
         shapes = {view: (n_rows, d) for view, d in widths.items()}
-        self._in_files = sum(n * d * 4 for n, d in shapes.values()) > max_bytes  # None while the rows are on the GPU
+        self._in_files = sum(n * d * 4 for n, d in shapes.values()) > max_bytes  # when they are not on the GPU
         rows = _allocate_on_gpu(list(shapes.values()), device) if device.type == "cuda" else None
         self._on_gpu = rows is not None
         self._rows = dict(zip(shapes, rows or [self._on_host(shape) for shape in shapes.values()], strict=True))
@@ -64,16 +65,16 @@ class RowStore:
         return "gpu" if self._on_gpu else "files" if self._in_files else "memory"
 
     def put(self, rows: LayerRows) -> None:
-        """Store a batch's rows, without waiting for a GPU that computes them.
+        """Store a batch's rows, without waiting for the GPU that computes them.
 
-        Raises `NonFiniteError` if one of its texts is broken; of rows from a GPU, `get` does.
+        Raises `NonFiniteError` if a value is not finite; for rows on a GPU, `get` raises it.
         """
         for sae_id, values in ((None, rows.x), *rows.recons.items()):
             view, broken = (rows.site, sae_id), rows.broken[sae_id]
             self._broken[view] = torch.minimum(broken, self._broken.get(view, broken))
             if broken.device.type == "cpu":
                 self._check(*view)
-            self._within_memory(partial(self._keep, rows.site, sae_id, rows.row_ids, values))
+            self._within_memory(partial(self._write_rows, rows.site, sae_id, rows.row_ids, values))
         for sae_id, latents in rows.latents.items():
             self._codes.put(rows.site, sae_id, rows.row_ids, latents)
 
@@ -82,7 +83,7 @@ class RowStore:
         if broken is not None and int(broken) != NO_MENTION:
             raise NonFiniteError(site, sae_id, int(broken))
 
-    def _keep(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, values: Tensor) -> None:
+    def _write_rows(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, values: Tensor) -> None:
         target = self._rows[site, sae_id]
         target.index_copy_(0, row_ids.to(target.device), values.to(target.device))
 
@@ -92,16 +93,16 @@ class RowStore:
         Raises `NonFiniteError` as `put`.
         """
         self._check(site, sae_id)
-        return self._within_memory(partial(self._pick, site, sae_id, row_ids, device))
+        return self._within_memory(partial(self._read_rows, site, sae_id, row_ids, device))
 
     def get_latents(self, site: Site, sae_id: SaeId, row_ids: Tensor, device: torch.device) -> Tensor:
         """Return an SAE's codes of these rows: a sparse CSR tensor, float32 [len(row_ids), d_sae], on `device`.
 
-        Entries of a row are neither sorted nor distinct: a latent's values there are meant to be added.
+        Entries of a row are neither sorted nor distinct: repeated entries of a latent have to be added.
         """
         return self._within_memory(partial(self._codes.get, site, sae_id, row_ids, device))
 
-    def _pick(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
+    def _read_rows(self, site: Site, sae_id: SaeId | None, row_ids: Tensor, device: torch.device) -> Tensor:
         source = self._rows[site, sae_id]
         return source.index_select(0, row_ids.to(source.device)).to(device)
 
@@ -112,16 +113,16 @@ class RowStore:
         except ERRORS as error:
             if not self._on_gpu or not is_out_of_memory(error):
                 raise
-        self._leave_gpu()
+        self._move_to_host()
         return work()
 
-    def _leave_gpu(self) -> None:
+    def _move_to_host(self) -> None:
         """Move all rows to host memory; nothing else on the GPU can move."""
         for view, rows in self._rows.items():
             self._rows[view] = self._on_host(rows.shape).copy_(rows)
         self._on_gpu = False
         release()
-        log.warning("out of memory: the rows collected so far leave the GPU for %s; no number changes", self.place)
+        log.warning("out of memory: moved the collected rows from the GPU to %s; results do not change", self.place)
 
     def _on_host(self, shape: tuple[int, ...]) -> Tensor:
         return _in_file(*shape) if self._in_files else torch.empty(shape, dtype=torch.float32)
@@ -154,7 +155,7 @@ def _allocate_on_gpu(shapes: Sequence[tuple[int, int]], device: torch.device) ->
 
 
 def _in_file(n_rows: int, d: int) -> Tensor:
-    """Create a matrix [n_rows, d] in a temporary file. Raises OSError if the disk lacks room for it."""
+    """Create a matrix [n_rows, d] in a temporary file. Raises OSError if the disk is full."""
     n_bytes = max(n_rows * d * 4, 1)
     descriptor, path = tempfile.mkstemp(prefix="delta-selectivity-")
     try:
@@ -169,7 +170,7 @@ def _in_file(n_rows: int, d: int) -> Tensor:
 
 
 def _allocate(descriptor: int, n_bytes: int) -> None:
-    """Allocate the full size of a new file. Raises OSError if the disk lacks room."""
+    """Allocate the full size of a new file. Raises OSError if the disk is full."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, n_bytes)
         return

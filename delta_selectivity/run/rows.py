@@ -16,8 +16,8 @@ class RowTable:
     positions: str  # last, mean, all
     start: np.ndarray  # int64 [mentions + 1]; mention m has rows start[m] .. start[m + 1] - 1
     mention: np.ndarray  # int64 [rows]
-    weight: np.ndarray  # float32 [rows]; a mention's rows weigh 1 together
-    token: np.ndarray  # int64 [rows], the token type at the row's position; of a mean, the name's last
+    weight: np.ndarray  # float32 [rows], sums to 1 over a mention's rows
+    token: np.ndarray  # int64 [rows], the token type at the row's position; for `mean`, that of the name's last token
 
     @classmethod
     def build(cls, tokenised: TokenisedMentions, positions: str) -> RowTable:
@@ -37,7 +37,7 @@ class RowTable:
         """Return the number of rows of each mention: int64 [mentions]."""
         return self.start[mentions + 1] - self.start[mentions]
 
-    def of(self, mentions: np.ndarray) -> np.ndarray:
+    def ids_of(self, mentions: np.ndarray) -> np.ndarray:
         """Return the row ids of the mentions, mention by mention: int64."""
         if self.positions != "all":
             return mentions

@@ -25,16 +25,16 @@ from delta_selectivity.tasks import Dataset, Probe, ProbeTexts
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Probes on the same rows, which share their folds and fits."""
+    """Probes on the same rows, with shared folds and fits."""
 
     names: tuple[str, ...]  # of the probes
     row_ids: Tensor  # int64 [rows]
     plan: FoldPlan
     control: FoldPlan | None  # of the control task; None: too few token types
-    codes: Mapping[SaeId, SparseRows]  # [rows, any], of baselines that reconstruct nothing
-    kept: dict[Site, ModelFit] | None = None  # fits of the model view, reused when SAEs are measured one after another
+    codes: Mapping[SaeId, SparseRows]  # [rows, features], of baselines without a reconstruction
+    model_fits: dict[Site, ModelFit] | None = None  # reused when SAEs are measured one after another; None: not stored
     _code_fits: dict[SaeId, ViewFit] = field(default_factory=dict)  # the same in every layer
-    _fitting: threading.Lock = field(default_factory=threading.Lock)  # one layer fits them, the others wait for it
+    _code_lock: threading.Lock = field(default_factory=threading.Lock)  # one layer fits them, the others wait for it
 
     def out_of_fold(
         self,
@@ -43,9 +43,9 @@ class TaskSet:
         model: ModelFit,
         store: RowStore,
         backend: ProbeBackend,
-        views: Sequence[str],  # those that are wanted of this subject
+        views: Sequence[str],  # the views to measure of this subject
     ) -> OutOfFold:
-        """Return the scores of one subject beside those of the model view."""
+        """Return the scores of one subject and of the model view."""
         if subject in self.codes:
             return out_of_fold(self.plan, model, self._fit_codes(subject, backend, model.x.device), backend)
         recon = store.get(site, subject, self.row_ids, model.x.device)
@@ -59,16 +59,16 @@ class TaskSet:
     def fit_model(
         self, site: Site, store: RowStore, backend: ProbeBackend, device: torch.device, fit: FitModel
     ) -> ModelFit:
-        """Fit the model view and the control task at a site, or return the fit that is kept of it."""
-        if self.kept is not None and site in self.kept:
-            return self.kept[site]
+        """Fit the model view and the control task at a site, or return the stored fit."""
+        if self.model_fits is not None and site in self.model_fits:
+            return self.model_fits[site]
         found = fit(self.plan, store.get(site, None, self.row_ids, device), backend, self.control)
-        if self.kept is not None:
-            self.kept[site] = found
+        if self.model_fits is not None:
+            self.model_fits[site] = found
         return found
 
     def _fit_codes(self, subject: SaeId, backend: ProbeBackend, device: torch.device) -> ViewFit:
-        with self._fitting:
+        with self._code_lock:
             if subject not in self._code_fits:
                 codes = self.codes[subject].to_csr().to(device)
                 self._code_fits[subject] = fit_sparse(self.plan, codes, backend)
@@ -81,13 +81,13 @@ def task_sets(
     rows: RowTable,
     settings: Settings,
     codes: Mapping[SaeId, SparseRows],
-    keep: bool = False,
+    keep_fits: bool = False,
 ) -> list[TaskSet]:
-    """Return the task sets of a dataset; keep: its fits of the model view stay in memory."""
+    """Return the task sets of a dataset; keep_fits: its fits of the model view stay in memory."""
     groups: dict[bytes, list[Probe]] = {}
     for probe in dataset.probes:
         groups.setdefault(probe.mentions.tobytes(), []).append(probe)
-    return [_task_set(texts, probes, rows, settings, codes, keep) for probes in groups.values()]
+    return [_task_set(texts, probes, rows, settings, codes, keep_fits) for probes in groups.values()]
 
 
 def _task_set(
@@ -96,10 +96,10 @@ def _task_set(
     rows: RowTable,
     settings: Settings,
     codes: Mapping[SaeId, SparseRows],
-    keep: bool,
+    keep_fits: bool,
 ) -> TaskSet:
     mentions = probes[0].mentions
-    row_ids = rows.of(mentions)
+    row_ids = rows.ids_of(mentions)
     weights = rows.weight[row_ids]
     plan = FoldPlan.build(
         labels=np.stack([np.repeat(probe.labels, rows.count(mentions)) for probe in probes]),
@@ -109,16 +109,16 @@ def _task_set(
         n_repeats=settings.repeats,
         seed=settings.seed,
     )
-    order = in_order_of_text(texts, rows, row_ids)
+    order = text_ranks(texts, rows, row_ids)
     control = control_plan(rows.token[row_ids], order, weights, settings.folds, settings.seed)
     of_row = torch.from_numpy(rows.mention[row_ids])
     own_codes = {subject: seen.select(of_row) for subject, seen in codes.items()}
     names = tuple(probe.name for probe in probes)
-    return TaskSet(names, torch.from_numpy(row_ids), plan, control, own_codes, {} if keep else None)
+    return TaskSet(names, torch.from_numpy(row_ids), plan, control, own_codes, {} if keep_fits else None)
 
 
-def in_order_of_text(texts: ProbeTexts, rows: RowTable, row_ids: np.ndarray) -> np.ndarray:
-    """Return a number for each row, int64 [rows], that does not depend on the order in which its texts were given."""
+def text_ranks(texts: ProbeTexts, rows: RowTable, row_ids: np.ndarray) -> np.ndarray:
+    """Return the rank of each row by text and span, int64 [rows], independent of the order of the texts."""
     mentions = [texts.mentions[m] for m in rows.mention[row_ids]]
     names = [(m.text, m.start, m.end, int(row)) for m, row in zip(mentions, row_ids, strict=True)]
     rank = np.empty(len(names), dtype=np.int64)

@@ -17,37 +17,43 @@ from delta_selectivity.run.token_sample import TokenSample
 from delta_selectivity.saes import SparseRows
 from delta_selectivity.tasks import TokenBatch
 
-MOST_TOKENS = 2**32
-"""No text has more."""
+MAX_TOKENS = 2**32
+"""Upper limit of the number of tokens in a text, to number the tokens of all texts."""
 
 
 @dataclass(frozen=True)
 class Encoded:
     """The real tokens of a batch that an SAE encodes."""
 
-    rows: Tensor | None  # int64 [encoded], among the real tokens; None: all of them
-    probed: Tensor  # int64 [probed]: the name tokens among the encoded ones
-    whole: Mapping[int, Tensor | None]  # limit of a sample -> int64: its tokens among them; None: all of them
-    n_counted: int  # tokens that the samples are drawn from
+    rows: Tensor | None  # int64 [encoded], their indices among the real tokens; None: all of them
+    probed: Tensor  # int64 [probed], indices of the name tokens among the encoded ones
+    whole: Mapping[
+        int, Tensor | None
+    ]  # limit -> int64, indices of the sample among the encoded ones; None: all of them
+    n_counted: int  # tokens from which the samples are drawn
 
 
 @dataclass(frozen=True)
 class TokenIndex:
     """Positions of a batch's tokens, built on the CPU so that nothing waits for the device."""
 
-    mention: Tensor  # int64 [real]: whose token it is
-    number: Tensor  # int64 [real]: of the token, among those of all texts
-    probed: Tensor  # int64 [probed]: the name tokens among the real ones
-    with_bos: Encoded  # for SAEs in whose figures BOS counts
+    mention: Tensor  # int64 [real], the token's mention
+    number: Tensor  # int64 [real], unique among the tokens of all texts
+    probed: Tensor  # int64 [probed], indices of the name tokens among the real ones
+    with_bos: Encoded  # for SAEs whose figures include BOS
     without_bos: Encoded  # for the others
-    offsets: Tensor | None  # int64 [rows]: first name token of each row; None: each name token is a row
+    offsets: Tensor | None  # int64 [rows], first name token of each row; None: each name token is a row
     row_ids: Tensor  # int64 [rows], stays on the CPU
 
     @classmethod
     def build(
         cls, batch: TokenBatch, rows: RowTable, skip: int, sample: TokenSample, limits: Sequence[int]
     ) -> TokenIndex:
-        """Build the index. skip: tokens removed from each text's start (an uncounted BOS); limits: of the sample."""
+        """Build the index.
+
+        skip: number of tokens removed from each text's start (1 for a BOS that does not count).
+        limits: limits of the token sample to draw.
+        """
         n_texts, kept = len(batch.lengths), batch.lengths - skip
         kept_before = torch.cumsum(kept, 0) - kept  # real tokens of earlier texts
         first = batch.last if rows.positions == "last" else batch.first
@@ -69,12 +75,12 @@ class TokenIndex:
             counted[kept_before] = False
         return cls(
             mention=mention,
-            number=place + mention * MOST_TOKENS,
+            number=place + mention * MAX_TOKENS,
             probed=probed,
             with_bos=with_bos,
             without_bos=_encoded(counted, drawn, probed),
             offsets=starts if rows.positions == "mean" else None,
-            row_ids=torch.from_numpy(rows.of(batch.mentions)),
+            row_ids=torch.from_numpy(rows.ids_of(batch.mentions)),
         )
 
     def to(self, device: torch.device) -> TokenIndex:
@@ -82,12 +88,14 @@ class TokenIndex:
         if device.type == "cpu":
             return self
         moved = {
-            field.name: _moved(getattr(self, field.name), device) for field in fields(self) if field.name != "row_ids"
+            field.name: _to_device(getattr(self, field.name), device)
+            for field in fields(self)
+            if field.name != "row_ids"
         }
         return replace(self, **moved)
 
     def pool(self, probed: Tensor) -> Tensor:
-        """Average the rows of each name, if each name is a row: ``[rows, d]``."""
+        """Return the rows of the name tokens, or their mean over each name: ``[rows, d]``."""
         if self.offsets is None:
             return probed
         return embedding_bag(torch.arange(len(probed), device=probed.device), probed, self.offsets, mode="mean")
@@ -95,16 +103,16 @@ class TokenIndex:
     def pool_codes(self, latents: SparseRows) -> SparseRows:
         """Return the SAE's codes of the name tokens, or their mean over each name.
 
-        Codes exclude the scale and shift with which the decoder undoes an input normalisation.
+        The codes are without the scale and shift that invert the input normalisation in the decoder.
         """
         latents = replace(latents, scale=None, shift=None)
         return latents if self.offsets is None else latents.means(self.offsets)
 
 
 def _encoded(counted: Tensor, drawn: Mapping[int, Tensor | None], probed: Tensor) -> Encoded:
-    """Return the counted tokens that any limit draws, and the probed ones.
+    """Return the tokens to encode: counted tokens in the sample of any limit, and probed tokens.
 
-    counted: bool [real]; drawn: limit -> bool [real], None where it takes all.
+    counted: bool [real]; drawn: limit -> bool [real], None if it draws all.
     """
     n_counted = int(counted.sum())
     if n_counted == len(counted) and None in drawn.values():
@@ -121,10 +129,10 @@ def _places(some: Tensor | None) -> Tensor | None:
     return None if some is None else some.nonzero()[:, 0]
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _to_device(value: Any, device: torch.device) -> Any:
     """Move a tensor, or an object that holds tensors, to a device."""
     if isinstance(value, Encoded):
-        return Encoded(*(_moved(getattr(value, field.name), device) for field in fields(value)))
+        return Encoded(*(_to_device(getattr(value, field.name), device) for field in fields(value)))
     if isinstance(value, Mapping):
-        return {name: _moved(part, device) for name, part in value.items()}
+        return {name: _to_device(part, device) for name, part in value.items()}
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

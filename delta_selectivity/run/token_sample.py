@@ -1,11 +1,11 @@
 """A seeded sample of the tokens that count in the whole-text figures.
 
     sample = TokenSample.draw(tokenised, texts, n_tokens=65_536, seed=0)
-    sample.limits[dataset]             # tokens whose number is below it are the dataset's
-    sample.numbers(batch, skip=1)      # of each real token of the batch
+    sample.limits[dataset]             # the dataset's sample: tokens whose number is below this limit
+    sample.numbers(batch, skip=1)      # the number of each real token of the batch
 
-In a wide SAE most arithmetic goes into the tokens that only the whole-text figures need. A token's number is a hash of
-its text, its place and the seed: the sample of a dataset is the same for every SAE, whatever is measured beside it.
+In a wide SAE, most arithmetic is for tokens that only the whole-text figures need. A token's number is a hash of its
+text, its position and the seed, so the sample of a dataset is the same for every SAE and every combination of datasets.
 """
 
 from __future__ import annotations
@@ -25,17 +25,15 @@ _GOLDEN, _MIX1, _MIX2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1C
 
 @dataclass(frozen=True)
 class TokenSample:
-    """The drawn tokens."""
+    """A sample of the tokens of each dataset."""
 
-    hashes: npt.NDArray[np.uint64]
-    """Of each mention's text and the seed."""
-    limits: tuple[int, ...]
-    """Of each dataset: its tokens are those with numbers below it. `ALL`: every token."""
+    hashes: npt.NDArray[np.uint64]  # [mentions], of the mention's text and the seed
+    limits: tuple[int, ...]  # for each dataset: its tokens are those with numbers below the limit; `ALL`: every token
 
     @classmethod
     def draw(cls, tokenised: TokenisedMentions, texts: ProbeTexts, n_tokens: int | None, seed: int) -> TokenSample:
-        """Draw about `n_tokens` of each dataset's tokens; all if a dataset has no more, or if None."""
-        length = np.array([len(ids) - tokenised.has_bos for ids in tokenised.ids], dtype=np.int64)  # BOS may not count
+        """Draw about `n_tokens` of each dataset's tokens; all if it has no more, or if `n_tokens` is None."""
+        length = np.array([len(ids) - tokenised.has_bos for ids in tokenised.ids], dtype=np.int64)  # without BOS
         limits = []
         for dataset in texts.datasets:
             mentions = np.unique(np.concatenate([probe.mentions for probe in dataset.probes]))
@@ -51,24 +49,24 @@ class TokenSample:
         return tuple(sorted({self.limits[index] for index in datasets}))
 
     def texts(self, mentions: npt.NDArray[np.int64], dataset: int) -> npt.NDArray[np.int64]:
-        """Return the mentions of a dataset whose whole texts are drawn: about as many tokens, by the same seed."""
+        """Return the mentions of a dataset whose whole texts are drawn, about `n_tokens` tokens in all."""
         limit = self.limits[dataset]
         return mentions if limit == ALL else mentions[self.hashes[mentions] < np.uint64(limit)]
 
     def numbers(self, batch: TokenBatch, skip: int) -> npt.NDArray[np.uint64]:
-        """Return the number of each real token of a batch, text by text; skip: tokens removed at each start."""
+        """Return the number of each real token of a batch, text by text; skip: tokens removed at each text's start."""
         kept = (batch.lengths - skip).numpy()
         start = np.repeat(np.cumsum(kept) - kept, kept)
         place = (np.arange(len(start)) - start + skip).astype(np.uint64)
-        return _mixed(np.repeat(self.hashes[batch.mentions], kept) + place * _GOLDEN)
+        return _mix_bits(np.repeat(self.hashes[batch.mentions], kept) + place * _GOLDEN)
 
 
 def seed_key(seed: int) -> bytes:
-    """Return a seed as a key of blake2b, which takes 64 bytes: its last digits."""
+    """Return a key for blake2b, which is at most 64 bytes: the last digits of the seed."""
     return str(seed).encode()[-64:]
 
 
-def _mixed(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def _mix_bits(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Return uniform 64-bit numbers by the finaliser of SplitMix64 (Steele, Lea & Flood 2014)."""
     x = (x ^ (x >> np.uint64(30))) * _MIX1
     x = (x ^ (x >> np.uint64(27))) * _MIX2

@@ -36,7 +36,7 @@ from delta_selectivity.saes.names import (
     expand_names,
     ids_of,
     same_path,
-    split_given,
+    split_alias,
     split_release,
 )
 from delta_selectivity.saes.sae import Sae
@@ -99,10 +99,10 @@ def load_sae(
         True
     """
     if not isinstance(name, str):
-        raise RequestError(f"`name` is a {type(name).__name__}; load_sae takes names, wrap_sae takes objects")
+        raise RequestError(f"`name` is a {type(name).__name__}: load_sae needs a name, wrap_sae an object")
     names = expand_names([name])
     if len(names) > 1:
-        raise RequestError(f"`name` {name} stands for {len(names)} SAEs: {', '.join(names[:3])}, ...; name one of them")
+        raise RequestError(f"`name` {name} matches {len(names)} SAEs: {', '.join(names[:3])}, ...: give one of them")
     source = open_sae(names[0], hookpoint)
     if layer not in source.layers:
         has = ", ".join(map(str, source.layers))
@@ -113,7 +113,7 @@ def load_sae(
 
 def _check_target(device: str | torch.device, dtype: torch.dtype) -> None:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise RequestError(f"`dtype` is {dtype!r}; torch.float32, torch.bfloat16 or torch.float16 is needed")
+        raise RequestError(f"`dtype` is {dtype!r}, but must be torch.float32, torch.bfloat16 or torch.float16")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch built without CUDA
@@ -137,24 +137,24 @@ def open_sae(name: str, hookpoint: str | None = None, cache_dir: Path | None = N
     Raises:
         RequestError: the name matches nothing, or what it matches cannot be measured. The message says which and why.
     """
-    given, opened = split_given(name)
-    if given is not None:
-        return replace(open_sae(opened, hookpoint, cache_dir), name=given, typed=name)
+    alias, opened = split_alias(name)
+    if alias is not None:
+        return replace(open_sae(opened, hookpoint, cache_dir), name=alias, opened_as=name)
     folder = Path(os.path.abspath(os.path.expanduser(name)))  # noqa: PTH100, PTH111 - leaves an unknown ~user as it is
     if name.strip() and os.path.isdir(folder):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return assemble(name, find_members(folder, name, hookpoint=hookpoint), hookpoint)
     if folder.suffix.lower() == ".gguf":
         raise RequestError(f"`saes` {name}: {GGUF}")
     if os.path.isfile(folder):  # noqa: PTH113 - likewise
-        raise RequestError(f"`saes` {name}: this is a file; give the folder that holds it")
+        raise RequestError(f"`saes` {name}: it is a file: give its folder")
     if os.path.islink(folder):  # noqa: PTH114 - likewise
-        raise RequestError(f"`saes` {name}: a symbolic link that leads nowhere")
+        raise RequestError(f"`saes` {name}: a symbolic link to a missing folder")
     if (release := split_release(name)) is not None:
         return _open_release(*release, hookpoint)
     _refuse_misspelt(name, folder)
     hub_name = split_name(name)
     if hub_name is None:
-        raise RequestError(f"`saes` {name!r}: no such folder (seen from {Path.cwd()}), and no name on the Hub")
+        raise RequestError(f"`saes` {name!r}: no such folder (relative to {Path.cwd()}), and not a valid Hub name")
     repository_name, below = hub_name
     repository = HubRepository.open(repository_name, cache_dir, below)
     whole_name = name.rstrip("/")
@@ -169,15 +169,15 @@ def _refuse_misspelt(name: str, folder: Path) -> None:
     """
     if not name.strip():
         return
-    there = folder.parent
-    while not there.is_dir() and there != there.parent:
-        there = there.parent
-    part = folder.relative_to(there).parts[0]
-    near = difflib.get_close_matches(part, sorted(path.name for path in there.iterdir() if path.is_dir()), n=1)
-    inside = there not in Path.cwd().parents and there != Path.cwd()
-    if inside or (near and "/" not in name):
-        meant = f": did you mean {there / near[0]}?" if near else ""
-        raise RequestError(f"`saes` {name}: there is no {part} in {there}{meant}")
+    parent = folder.parent
+    while not parent.is_dir() and parent != parent.parent:
+        parent = parent.parent
+    part = folder.relative_to(parent).parts[0]
+    similar = difflib.get_close_matches(part, sorted(path.name for path in parent.iterdir() if path.is_dir()), n=1)
+    inside = parent not in Path.cwd().parents and parent != Path.cwd()
+    if inside or (similar and "/" not in name):
+        hint = f": did you mean {parent / similar[0]}?" if similar else ""
+        raise RequestError(f"`saes` {name}: there is no {part} in {parent}{hint}")
 
 
 def _open_release(release: str, sae_id: str, hookpoint: str | None) -> SaeSource:

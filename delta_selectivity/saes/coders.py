@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from delta_selectivity.saes.proposal import Proposal, is_worth_it
+from delta_selectivity.saes.proposal import Proposal, saves_time
 from delta_selectivity.saes.selection import Selection, TopK, fixed_width
 from delta_selectivity.saes.sparse_rows import SparseRows
 from delta_selectivity.system.gemm import linear
@@ -46,14 +46,10 @@ class Coder(Protocol):
 class LinearCoder:
     """Linear encoder and decoder: z = selection(x W_encᵀ + b_enc), x̂ = Σ_j z_j W_dec[j] + b_dec."""
 
-    W_enc: Tensor
-    """``[d_sae, d_in]``."""
-    b_enc: Tensor
-    """``[d_sae]``; includes the decoder bias if the format subtracts it from the input (``fold_b_dec``)."""
-    W_dec: Tensor
-    """``[d_sae, d_out]``."""
-    b_dec: Tensor
-    """``[d_out]``."""
+    W_enc: Tensor  # [d_sae, d_in]
+    b_enc: Tensor  # [d_sae]; includes the decoder bias if the format subtracts it from the input (`fold_b_dec`)
+    W_dec: Tensor  # [d_sae, d_out]
+    b_dec: Tensor  # [d_out]
     selection: Selection
 
     @property
@@ -73,10 +69,10 @@ class LinearCoder:
     @cached_property
     def _proposal(self) -> Proposal | None:
         """A faster encoder that returns the same codes, where one exists."""
-        if not isinstance(self.selection, TopK) or not is_worth_it(self.W_enc, self.selection.k):
+        if not isinstance(self.selection, TopK) or not saves_time(self.W_enc, self.selection.k):
             return None
-        reads_what_it_writes = self.b_dec.shape[0] == self.W_enc.shape[1]
-        centre = self.b_dec if reads_what_it_writes else self.b_dec.new_zeros(self.W_enc.shape[1])
+        same_width = self.b_dec.shape[0] == self.W_enc.shape[1]
+        centre = self.b_dec if same_width else self.b_dec.new_zeros(self.W_enc.shape[1])
         return Proposal.of(self.W_enc, self.b_enc, centre, self.selection.k)
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
@@ -101,8 +97,8 @@ class LinearCoder:
 
 
 @dataclass(frozen=True)
-class OtherDecoder:
-    """Base class of coders that keep another coder's codes and decode them differently."""
+class DecoderWrapper:
+    """Base class of coders with the encoder of another coder and a different decoder."""
 
     coder: Coder
 
@@ -119,11 +115,10 @@ class OtherDecoder:
 
 
 @dataclass(frozen=True)
-class SkipCoder(OtherDecoder):
+class SkipCoder(DecoderWrapper):
     """A coder with a skip connection: x̂ = coder.decode(codes) + x W_skipᵀ (arXiv 2501.18823)."""
 
-    W_skip: Tensor
-    """``[d_out, d_in]``."""
+    W_skip: Tensor  # [d_out, d_in]
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
         assert x is not None, "a skip connection needs the encoder's input: decode(codes, x)"

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from delta_selectivity.saes.coders import Coder
-from delta_selectivity.saes.given import Given
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.source import SaeHeader
+from delta_selectivity.saes.wrap_arguments import WrapArguments
 
 
 class Contents(Protocol):
@@ -20,7 +20,7 @@ class Contents(Protocol):
         """Name of the object in messages: its class."""
         ...
 
-    def header(self, given: Given) -> SaeHeader:
+    def header(self, given: WrapArguments) -> SaeHeader:
         """Return the object's own metadata, completed with the caller's. Raises `RequestError`."""
         ...
 

@@ -1,4 +1,4 @@
-"""Untrained coders for comparison: identity, constant, random TopK, principal components, shuffled decoder.
+"""Coders for baselines: identity, constant, random TopK, principal components, shuffled decoder.
 
 They share the interface of SAE coders. The caller computes the means and axes that they use.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from delta_selectivity.saes.coders import LinearCoder, OtherDecoder, fold_b_dec
+from delta_selectivity.saes.coders import DecoderWrapper, LinearCoder, fold_b_dec
 from delta_selectivity.saes.selection import Dense, Threshold, TopK
 from delta_selectivity.saes.sparse_rows import SparseRows
 
@@ -34,28 +34,27 @@ class IdentityCoder:
 
 
 @dataclass(frozen=True)
-class ShuffledDecoder(OtherDecoder):
-    """A coder whose codes are decoded by permuted decoder rows; the biases are kept.
+class ShuffledDecoder(DecoderWrapper):
+    """A coder that decodes the codes with permuted decoder rows; the biases are unchanged.
 
-    Latent j is decoded as latent ``other[j]``. This equals permuting the decoder's rows, works for every architecture,
-    and shares the weights with the original coder.
+    Latent j is decoded as latent ``permutation[j]``. This equals permuting the decoder's rows, works for every
+    architecture, and shares the weights with the original coder.
     """
 
-    other: Tensor
-    """A permutation of the latents, int64 ``[d_sae]``."""
+    permutation: Tensor  # int64 [d_sae], of the latents
 
     def decode(self, codes: SparseRows, x: Tensor | None = None) -> Tensor:
-        return self.coder.decode(replace(codes, col=self.other[codes.col.long()]), x)
+        return self.coder.decode(replace(codes, col=self.permutation[codes.col.long()]), x)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> ShuffledDecoder:
-        return ShuffledDecoder(self.coder.to(device, dtype), self.other.to(device))
+        return ShuffledDecoder(self.coder.to(device, dtype), self.permutation.to(device))
 
 
 def constant(mean: Tensor) -> LinearCoder:
     """Return a coder that reconstructs every x as ``mean [d_in]``, with one latent that never fires."""
-    silent = torch.zeros(1, len(mean), dtype=torch.float32, device=mean.device)
-    never = Threshold(torch.full((1,), torch.inf, dtype=torch.float32, device=mean.device))
-    return LinearCoder(silent, silent[:, 0], silent, mean.float(), never)
+    zeros = torch.zeros(1, len(mean), dtype=torch.float32, device=mean.device)
+    never_fires = Threshold(torch.full((1,), torch.inf, dtype=torch.float32, device=mean.device))
+    return LinearCoder(zeros, zeros[:, 0], zeros, mean.float(), never_fires)
 
 
 def principal_components(axes: Tensor, mean: Tensor) -> LinearCoder:

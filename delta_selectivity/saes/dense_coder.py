@@ -41,14 +41,10 @@ class DenseCoder:
 
     sae: EncodesDensely
     d_out: int
-    d_sae: int | None
-    """Columns of its codes; None if not known yet."""
-    compute_device: torch.device
-    """Device on which the object computes."""
-    device: torch.device
-    """Device of the returned codes and reconstructions."""
-    dtype: torch.dtype
-    """Dtype in which the object computes."""
+    d_sae: int | None  # columns of its codes; None if not known yet
+    compute_device: torch.device  # device on which the object computes
+    device: torch.device  # device of the returned codes and reconstructions
+    dtype: torch.dtype  # dtype in which the object computes
 
     @classmethod
     def of(cls, sae: EncodesDensely, d_out: int, d_sae: int | None = None) -> DenseCoder:
@@ -59,7 +55,7 @@ class DenseCoder:
         return cls(sae, d_out, d_sae, weight.device, weight.device, weight.dtype)
 
     def encode(self, x: Tensor) -> SparseRows:
-        with isolated(self.sae, self.compute_device):  # a copy: encode may compute in place, and x is shared
+        with isolated(self.sae, self.compute_device):  # with a copy, because encode may modify x, which is shared
             codes = self.sae.encode(x.to(self.compute_device, copy=True))
         return nonzero_codes(self._checked(codes, "encode", len(x), self.d_sae).to(self.device))
 
@@ -74,13 +70,13 @@ class DenseCoder:
             with isolated(self.sae, self.compute_device):
                 found = self.sae.decode(dense.to(self.compute_device))
             recon[start:stop] = self._checked(found, "decode", stop - start, self.d_out)
-        recon[rows[codes.value.isfinite().logical_not_()]] = torch.nan  # even if decode ignores those latents
+        recon[rows[codes.value.isfinite().logical_not_()]] = torch.nan  # decode may ignore latents that are not finite
         return recon
 
     def _checked(self, found: Any, method: str, rows: int, width: int | None) -> Tensor:
         """Return a method's result. Raises `RequestError` if it is not a dense real matrix of the expected shape."""
         if problem := misshapen(found, rows, width):
-            raise RequestError(f"`saes` {type(self.sae).__name__}: {method} of {rows} rows gives {problem}")
+            raise RequestError(f"`saes` {type(self.sae).__name__}: {method} of {rows} rows returned {problem}")
         return found
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> DenseCoder:
@@ -95,7 +91,7 @@ class DenseCoder:
 
 def misshapen(found: Any, rows: int, width: int | None = None) -> str | None:
     """Describe a result that is not a dense real tensor ``[rows, width]``; return None if it is one."""
-    needed = f"a dense tensor [{rows}, {'width' if width is None else width}] of real numbers is needed"
+    needed = f"it must return a dense tensor [{rows}, {'width' if width is None else width}] of real numbers"
     if not isinstance(found, Tensor):
         return f"a {type(found).__name__}; {needed}"
     if found.layout != torch.strided:
@@ -151,6 +147,6 @@ def isolated(sae: EncodesDensely, device: torch.device) -> Iterator[None]:
         yield
     except SystemExit as error:
         name = type(sae).__name__
-        raise RequestError(f"`saes`: the {name} exits the process (SystemExit {error.code})") from error
+        raise RequestError(f"`saes`: {name} called exit (SystemExit {error.code})") from error
     finally:
         _generators.leave()

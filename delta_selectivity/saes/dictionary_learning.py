@@ -45,14 +45,11 @@ CONFIG, WEIGHTS = "config.json", "ae.pt"
 class DictClass(NamedTuple):
     """The computation and the tensor names of one of the library's classes."""
 
-    architecture: str
-    """This project's name of the architecture."""
-    b_enc: str
+    architecture: str  # this project's name of the architecture
+    b_enc: str  # name of the tensor, as for the next
     b_dec: str
-    linear: bool
-    """Whether encoder and decoder are ``nn.Linear``, with ``weight`` of shape ``[out, in]``."""
-    subtracts_b_dec: bool
-    """Whether the encoder's input is x - b_dec."""
+    linear: bool  # whether encoder and decoder are `nn.Linear`, with `weight` of shape [out, in]
+    subtracts_b_dec: bool  # whether the encoder's input is x - b_dec
 
     @property
     def W_enc(self) -> str:
@@ -97,8 +94,7 @@ CLASSES = {
 class DictionaryLearning:
     """The dictionary_learning format."""
 
-    asked: str | None = None
-    """The user's ``hookpoint``, for a config and folder that do not name one."""
+    hookpoint: str | None = None  # the user's, for a config and folder that do not name one
 
     def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the config, then the weights."""
@@ -112,7 +108,7 @@ class DictionaryLearning:
         """Check the config found at ``path`` and return its header."""
         trainer = _trainer(config, path)
         _dict_class(trainer, path)  # report an unknown class before anything else
-        hook, reads = find_places(trainer, _buffer(config), path, self.asked)
+        hook, reads = find_places(trainer, _buffer(config), path, self.hookpoint)
         return make_header(config, path, hook, reads, model_name)
 
     def check(self, folder: Path, header: SaeHeader) -> None:
@@ -120,7 +116,7 @@ class DictionaryLearning:
         kind = _dict_class(header.config["trainer"], folder / CONFIG)
         check_shapes(folder / WEIGHTS, kind.shapes(header.d_in, header.d_sae))
         if header.k is not None and (stored := read_torch_file(folder / WEIGHTS)["k"].item()) != header.k:
-            raise RequestError(f"{folder / WEIGHTS}: k is {stored} here, but {CONFIG} says {header.k}")
+            raise RequestError(f"{folder / WEIGHTS}: k is {stored}, but {CONFIG} says {header.k}")
 
     def build(self, folder: Path, header: SaeHeader) -> tuple[LinearCoder, InputNorm]:
         """Load the weights."""
@@ -147,7 +143,7 @@ def make_header(
     d_in, d_sae = positive_int(trainer, "activation_dim", path), positive_int(trainer, "dict_size", path)
     k = positive_int(trainer, "k", path) if kind.architecture == "topk" else None
     if k is not None and k > d_sae:
-        raise RequestError(f"{path}: k {k} is more than dict_size {d_sae}")
+        raise RequestError(f"{path}: k {k} is greater than dict_size {d_sae}")
     name, length = trainer.get("lm_name"), _buffer(config).get("ctx_len")
     return SaeHeader(
         format="dictionary_learning",
@@ -182,7 +178,7 @@ def make_coder(header: SaeHeader, tensors: Mapping[str, Tensor]) -> LinearCoder:
 def _trainer(config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
     trainer = config.get("trainer")
     if not isinstance(trainer, Mapping):
-        raise RequestError(f"{path}: no object 'trainer', which dictionary_learning writes and ae.pt beside it needs")
+        raise RequestError(f"{path}: it has no object 'trainer', which dictionary_learning writes for ae.pt")
     return trainer
 
 
@@ -195,7 +191,7 @@ def _buffer(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _dict_class(trainer: Mapping[str, Any], path: Path) -> DictClass:
     name = trainer.get("dict_class")
     if not isinstance(name, str) or name not in CLASSES:
-        raise RequestError(f"{path}: trainer.dict_class {name!r}; known are {', '.join(CLASSES)}")
+        raise RequestError(f"{path}: trainer.dict_class is {name!r}; supported: {', '.join(CLASSES)}")
     return CLASSES[name]
 
 

@@ -11,7 +11,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.hookpoints import HookPoint, canonical, input_of, parse
 
 MLP, ATTENTION = "layers.<layer>.mlp", "layers.<layer>.attention"
-"""The library records module outputs, before anything that the model applies on the way to the residual stream."""
+"""The library records module outputs before the model normalises or scales them for the residual stream."""
 _PLACES = {
     "resid": "resid_post", "resid_out": "resid_post", "resid_post": "resid_post", "resid_pre": "resid_pre",
     "mlp": MLP, "mlp_out": MLP, "mlp_in": "mlp_in",
@@ -25,7 +25,7 @@ _NAMED = re.compile(r"(?P<place>[a-z_]+?)(?:_?layer_?(?P<layer>\d+))?", re.IGNOR
 
 
 def find_places(
-    trainer: Mapping[str, Any], buffer: Mapping[str, Any], path: Path, asked: str | None
+    trainer: Mapping[str, Any], buffer: Mapping[str, Any], path: Path, hookpoint: str | None
 ) -> tuple[HookPoint, str | None]:
     """Return the hook point that an SAE reconstructs, and the one it reads if they differ.
 
@@ -33,30 +33,30 @@ def find_places(
         trainer: the ``trainer`` object in the config at ``path``.
         buffer: its ``buffer`` object, whose ``io`` says whether it holds the submodule's input, output, or both.
         path: path of the config; without ``submodule_name``, the last folders of the path are searched for a name.
-        asked: the user's ``hookpoint``, used if neither names a place.
+        hookpoint: the user's hook point, used if neither names one.
 
     Raises:
-        RequestError: nothing names the place, or two sources contradict each other.
+        RequestError: nothing names the hook point, or two sources contradict each other.
     """
     layer = trainer.get("layer")
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 0):
-        raise RequestError(f"{path}: trainer.layer is {layer!r}; a number of a layer is needed")
+        raise RequestError(f"{path}: trainer.layer is {layer!r}, but must be the index of a layer")
     hook = _read_name(str(trainer.get("submodule_name")), layer)
     for folder in reversed(path.parent.parts[-4:]):
         hook = hook or _read_name(folder, None)
-    if hook is None and asked is not None and layer is not None:
-        hook = HookPoint(layer, canonical(asked))
-        if buffer.get("io") == "in":  # the SAE reconstructs its own input, and `asked` names that
+    if hook is None and hookpoint is not None and layer is not None:
+        hook = HookPoint(layer, canonical(hookpoint))
+        if buffer.get("io") == "in":  # the SAE reconstructs its own input, and `hookpoint` names that
             return hook, None
     if hook is None:
         raise RequestError(
-            f"{path}: it does not say where in the model the SAE belongs: "
-            + ("name the place with `hookpoint`" if layer is not None else "put layer and submodule_name into trainer")
-            + ", or call its folder resid_post_layer_5, say"
+            f"{path}: it does not name the SAE's hook point: "
+            + ("give `hookpoint`" if layer is not None else "add layer and submodule_name to trainer")
+            + ", or rename the folder, such as resid_post_layer_5"
         )
     if layer is not None and layer != hook.layer:
-        raise RequestError(f"{path}: trainer.layer is {layer}, but submodule_name or folder says {hook.layer}")
-    return _by_io(hook, buffer, path)
+        raise RequestError(f"{path}: trainer.layer is {layer}, but its submodule_name or folder says {hook.layer}")
+    return _apply_io(hook, buffer, path)
 
 
 def _read_name(name: str, layer: int | None) -> HookPoint | None:
@@ -68,7 +68,7 @@ def _read_name(name: str, layer: int | None) -> HookPoint | None:
     return parse(name)
 
 
-def _by_io(hook: HookPoint, buffer: Mapping[str, Any], path: Path) -> tuple[HookPoint, str | None]:
+def _apply_io(hook: HookPoint, buffer: Mapping[str, Any], path: Path) -> tuple[HookPoint, str | None]:
     io = buffer.get("io", "out")
     names_input = hook.place in _INPUTS
     if io == "out" or (io == "in" and names_input):
@@ -77,4 +77,4 @@ def _by_io(hook: HookPoint, buffer: Mapping[str, Any], path: Path) -> tuple[Hook
         return HookPoint(hook.layer, input_of(hook.place)), None
     if io == "in_and_out" and not names_input:
         return hook, input_of(hook.place)
-    raise RequestError(f"{path}: buffer.io is {io!r} at {hook.place}; in, out and in_and_out of a submodule are known")
+    raise RequestError(f"{path}: buffer.io is {io!r} at {hook.place}; supported: in, out and in_and_out of a submodule")

@@ -19,7 +19,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.torch_file import SUFFIXES, read_torch_file
 from delta_selectivity.system.unpacked import is_special
 
-LARGEST_CONFIG = 64 * 2**20  # bytes
+MAX_CONFIG_BYTES = 64 * 2**20  # bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Tensor names and their shapes."""
@@ -28,14 +28,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises `RequestError` if the file is missing or holds something else."""
     _check_file(path, "a folder with weights needs its config")
-    if (size := path.stat().st_size) > LARGEST_CONFIG:
-        raise RequestError(f"{path}: {size / 2**20:.0f} MiB are no config")
+    if (size := path.stat().st_size) > MAX_CONFIG_BYTES:
+        raise RequestError(f"{path}: {size / 2**20:.0f} MiB is too large for a config")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: not a readable JSON file ({error})") from error
     if not isinstance(config, dict):
-        raise RequestError(f"{path}: a JSON object was expected, this is a {type(config).__name__}")
+        raise RequestError(f"{path}: it must be a JSON object, but is a {type(config).__name__}")
     return config
 
 
@@ -44,20 +44,20 @@ def positive_int(config: Mapping[str, Any], key: str, path: Path) -> int:
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         found = "is missing" if value is None else f"is {value!r}"
-        raise RequestError(f"{path}: {key} {found}; a whole number above 0 is needed")
+        raise RequestError(f"{path}: {key} {found}, but must be a whole number above 0")
     return value
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the tensors in a weights file, read from its header only."""
-    _check_file(path, "the config beside it needs these weights")
+    _check_file(path, "its config needs these weights")
     if path.suffix in SUFFIXES:
         return {name: tuple(tensor.shape) for name, tensor in read_torch_file(path).items()}
     try:
         with safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise _truncated(path, error) from error
+        raise _incomplete(path, error) from error
 
 
 def check_shapes(path: Path, expected: Shapes) -> None:
@@ -72,7 +72,7 @@ def compare_shapes(where: object, found: Shapes, expected: Shapes) -> None:
     """
     for name, shape in expected.items():
         if name not in found:
-            raise RequestError(f"{where}: no tensor {name!r}; it holds {', '.join(sorted(found)) or 'nothing'}")
+            raise RequestError(f"{where}: no tensor {name!r}; it has {', '.join(sorted(found)) or 'none'}")
         if found[name] != shape:
             transposed = " (transposed?)" if len(shape) > 1 and found[name] == shape[::-1] else ""
             raise RequestError(
@@ -83,7 +83,7 @@ def compare_shapes(where: object, found: Shapes, expected: Shapes) -> None:
 def check_finite(where: object, name: str, tensor: Tensor) -> None:
     """Raise `RequestError` if a tensor holds NaN or infinity; ``where`` is its origin, for messages."""
     if not torch.isfinite(tensor).all():
-        raise RequestError(f"{where}: {name} holds NaN or infinity; the file is broken, or its training diverged")
+        raise RequestError(f"{where}: {name} has NaN or infinity: the file is damaged, or the training diverged")
 
 
 def check_values(path: Path) -> None:
@@ -133,26 +133,26 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             for name in file.keys():  # noqa: SIM118
                 yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
-        raise _truncated(path, error) from error
+        raise _incomplete(path, error) from error
 
 
 def _check_file(path: Path, why: str) -> None:
     """Raise `RequestError` unless the path is a readable, non-empty regular file; ``why`` is added if it is missing."""
     try:
         if is_special(path):
-            raise RequestError(f"{path}: a pipe or a device stands where a file is expected")
+            raise RequestError(f"{path}: it is a pipe or a device, not a file")
         with path.open("rb") as file:
             empty = not file.read(1)
     except IsADirectoryError as error:
-        raise RequestError(f"{path}: a folder of this name stands where a file is expected") from error
+        raise RequestError(f"{path}: it is a folder, not a file") from error
     except FileNotFoundError as error:
-        dangling = "a symbolic link to a file that is not there" if path.is_symlink() else "no such file"
-        raise RequestError(f"{path}: {dangling}; {why}") from error
-    except OSError as error:  # no permission, a link to itself, a disk that fails
+        reason = "a symbolic link to a missing file" if path.is_symlink() else "no such file"
+        raise RequestError(f"{path}: {reason}; {why}") from error
+    except OSError as error:  # such as no permission, a link to itself, or a disk failure
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
     if empty:
-        raise RequestError(f"{path}: the file is empty; copy or download it again")
+        raise RequestError(f"{path}: the file is empty: copy or download it again")
 
 
-def _truncated(path: Path, error: Exception) -> RequestError:
-    return RequestError(f"{path}: not a whole safetensors file ({error}); copy or download it again")
+def _incomplete(path: Path, error: Exception) -> RequestError:
+    return RequestError(f"{path}: not a complete safetensors file ({error}): copy or download it again")

@@ -24,8 +24,8 @@ from delta_selectivity.saes.sae_lens.folder import SaeLens
 from delta_selectivity.saes.source import SaeHeader
 from delta_selectivity.saes.sparsify import Sparsify
 
-GGUF = "a GGUF file holds a language model, not an SAE: are `saes` and `model` exchanged?"
-DEEPEST = 3
+GGUF = "a GGUF file is a language model, not an SAE: did you exchange `saes` and `model`?"
+MAX_DEPTH = 3
 """Levels of subfolders to search for SAEs, for example ``TopK/resid_post_layer_5/trainer_0``."""
 
 
@@ -100,7 +100,7 @@ def find_members(
     """
     configs = _find_configs(root)
     if not configs:
-        raise RequestError(f"{name}: {_what_else(root)}")
+        raise RequestError(f"{name}: {_why_unusable(root)}")
     model_name = _model_name(root)
     members = [_read_member(path, model_name, repository, hookpoint) for path in configs]
     if repository is None:
@@ -114,16 +114,16 @@ def holds_saes(folder: Path) -> bool:
     return bool(_find_configs(folder))
 
 
-def _what_else(root: Path) -> str:
+def _why_unusable(root: Path) -> str:
     """Describe a folder without SAEs, for a message."""
     if any(path.suffix.lower() == ".gguf" for path in root.iterdir()):
         return GGUF
     config = root / "config.json"
     if config.is_file() and "model_type" in read_config(config):
-        return "looks like a language model, not an SAE: are `saes` and `model` exchanged?"
+        return "looks like a language model, not an SAE: did you exchange `saes` and `model`?"
     return (
-        f"no SAE here; a folder is expected that holds {', '.join(_formats(None))} and weights, or folders such as"
-        " layers.5 that do"
+        f"no SAE in this folder; give one with {', '.join(_formats(None))} and weights, or with such folders inside,"
+        " such as layers.5"
     )
 
 
@@ -139,7 +139,7 @@ def _formats(hookpoint: str | None) -> dict[str, tuple[SaeFormat, ...]]:
 def _find_configs(root: Path) -> list[Path]:
     """Return the configs in the folder itself, else those at the first level of subfolders that has any."""
     level = [root]
-    for _ in range(DEEPEST + 1):
+    for _ in range(MAX_DEPTH + 1):
         configs = [config for folder in level if (config := _config_in(folder)) is not None]
         if configs:
             return configs
@@ -181,7 +181,9 @@ def _read_member(
             header = _read_header(sae_format, config, path, model_name)
             return FolderMember(path.parent, header, sae_format, repository)
     keys = ", ".join(sorted(config)) or "nothing"
-    raise RequestError(f"{path}: neither a sparsify config (num_latents, k) nor one of SAE Lens (d_sae); it has {keys}")
+    raise RequestError(
+        f"{path}: neither a sparsify config (num_latents, k) nor an SAE Lens config (d_sae); it has {keys}"
+    )
 
 
 def _read_header(sae_format: SaeFormat, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:

@@ -16,14 +16,15 @@ ours                 what it is, of one layer            module paths (sparsify,
 ``attn_in``          what attention receives             ``layers.5.attention:in``    ``blocks.5.attn.hook_in``
 ``attn_normalized``  the same, before the norm's         none                         ``blocks.5.ln1.hook_normalized``
                      weight and bias
-``z``                the heads' outputs side by side     ``...attention.dense:in``    ``blocks.5.attn.hook_z``
+``z``                the concatenated head outputs       ``...attention.dense:in``    ``blocks.5.attn.hook_z``
 a path               a module's output, or with ``:in``  ``layers.5.mlp.act``         none
                      its input
 ===================  ==================================  ===========================  ==============================
 
-Paths contain ``<layer>`` instead of the number. ``layers.5.mlp`` and ``layers.5.attention`` are module outputs. In
-most models they are added to the stream as they are (``mlp_out``, ``attn_out``); Gemma 2 normalises them first. The
-model decides (``names_of_modules``), so they stay paths here.
+Paths contain ``<layer>`` instead of the number. ``layers.5.mlp`` and ``layers.5.attention`` are module outputs. Most
+models add them to the stream unchanged (``mlp_out``, ``attn_out``); Gemma 2 normalises them first. This depends on the
+model (``names_of_modules``), so they remain paths here.
+
 In older versions of TransformerLens, ``hook_normalized`` of a LayerNorm came after its weight and bias; that of an
 RMSNorm never did. Gemma Scope's transcoders, which SAE Lens lists there, were trained on inputs without the gain
 (arXiv 2408.05147, "Language model technical details"). For Gemma Scope 2 transcoders SAE Lens says ``hook_mlp_in``,
@@ -75,8 +76,7 @@ class HookPoint(NamedTuple):
     """A layer and a place in it."""
 
     layer: int
-    place: str
-    """A name of the table above, or a module path with ``<layer>``."""
+    place: str  # a name of the table above, or a module path with `<layer>`
 
 
 def parse(name: str) -> HookPoint | None:
@@ -94,13 +94,13 @@ def canonical(place: str) -> str:
     return place if after is None else _AFTER_LAYER.get(after, place)
 
 
-def same_place(asked: str, found: str) -> bool:
-    """Return whether the user's place may be the one in an SAE's config.
+def same_place(requested: str, found: str) -> bool:
+    """Return whether the requested place may be the one in an SAE's config.
 
     Prefixes of the list of layers are ignored, and a module's output matches what it adds to the residual stream:
     ``gpt_neox.layers.<layer>.mlp``, ``layers.<layer>.mlp`` and ``mlp_out`` are the same.
     """
-    return _loosely(asked) == _loosely(found)
+    return _comparison_key(requested) == _comparison_key(found)
 
 
 def input_of(place: str) -> str:
@@ -113,7 +113,7 @@ def is_module_path(place: str) -> bool:
     return "<layer>" in place
 
 
-def _loosely(place: str) -> str:
+def _comparison_key(place: str) -> str:
     place = canonical(place)
     after = _after_layer(place)
     return place if after is None else _OUTPUT_OF.get(after, after)

@@ -24,8 +24,7 @@ class HubRepository:
     """A repository whose configs have been downloaded, either all of them or those below one folder."""
 
     name: str
-    folder: Path
-    """Snapshot folder in the cache, named after the commit."""
+    folder: Path  # snapshot folder in the cache, named after the commit
     cache_dir: Path | None
 
     @classmethod
@@ -45,7 +44,7 @@ class HubRepository:
         below = folder.relative_to(self.folder)
         found = _download(self.name, [(below / file).as_posix() for file in files], self.cache_dir, partly=False)
         if found != self.folder:
-            raise RequestError(f"{self.name}: it was changed on the Hub in this very minute; run again")
+            raise RequestError(f"{self.name}: it has just been changed on the Hub: run again")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -60,8 +59,8 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def _download(name: str, patterns: list[str], cache_dir: Path | None, *, partly: bool) -> Path:
-    """Return the snapshot folder with these files; with ``partly``, an incomplete cache is enough when offline."""
-    from huggingface_hub import snapshot_download  # lazily: importing it takes 0.1 s
+    """Return the snapshot folder with these files; with ``partly``, an incomplete cache is accepted when offline."""
+    from huggingface_hub import snapshot_download  # imported here: it takes 0.1 s
 
     reachable = use_cache_if_unreachable()
     try:
@@ -71,8 +70,8 @@ def _download(name: str, patterns: list[str], cache_dir: Path | None, *, partly:
         if partial is not None and partly:
             return Path(partial)
         if not reachable:
-            raise RequestError(f"`saes` {name}: neither a local folder nor in the Hub's cache here{OFFLINE}") from error
+            raise RequestError(f"`saes` {name}: not a local folder, not in the local Hub cache{OFFLINE}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RequestError(
-            f"{name}: no such local folder, and it could not be had from the Hugging Face Hub ({reason})"
+            f"{name}: no such local folder, and not available from the Hugging Face Hub ({reason})"
         ) from error

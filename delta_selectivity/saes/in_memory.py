@@ -17,12 +17,12 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import Coder
 from delta_selectivity.saes.contents import Contents
 from delta_selectivity.saes.files import digest_tensors
-from delta_selectivity.saes.given import Given
 from delta_selectivity.saes.input_norm import InputNorm
-from delta_selectivity.saes.library_objects import of_a_library
-from delta_selectivity.saes.own_objects import DenseObject, OwnSae, check_methods
+from delta_selectivity.saes.library_objects import wrap_library_object
+from delta_selectivity.saes.other_objects import DenseObject, WrappedSae, check_methods
 from delta_selectivity.saes.sae import Sae
 from delta_selectivity.saes.source import SaeHeader, SaeSource
+from delta_selectivity.saes.wrap_arguments import WrapArguments
 
 SEPARATORS = frozenset(",*?[]<>")
 """Characters with a special meaning in a list of SAEs."""
@@ -34,12 +34,10 @@ _WRAPPERS = {"OptimizedModule": "_orig_mod", "DistributedDataParallel": "module"
 class ObjectMember:
     """One object and its name."""
 
-    where: str
-    """The name."""
+    where: str  # its name in the results
     header: SaeHeader
     contents: Contents
-    version: str | None
-    """The caller's identifier of the weights, used in addition to the tensors or in place of them."""
+    version: str | None  # the caller's identifier of the weights, used in addition to the tensors or in place of them
 
     def prepare(self) -> None:
         """Do nothing: there are no files to download."""
@@ -53,7 +51,7 @@ class ObjectMember:
     def digest(self) -> str:
         """Return the digest of the current weights and metadata; training the object changes it."""
         header = self.header
-        said = {
+        facts = {
             "places": [header.hookpoint, header.input_hookpoint],
             "widths": [header.d_in, header.d_sae, header.d_out],
             "bos": [header.prepend_bos, header.counts_bos],
@@ -62,7 +60,7 @@ class ObjectMember:
             "version": self.version,
             "weights": digest_tensors(self.contents.tensors()),
         }
-        return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def wrap_sae(
@@ -131,7 +129,7 @@ def wrap_sae(
         >>> source.name, source.layers, source.d_in
         ('linear_layer_3', (3,), 16)
     """
-    given = Given(
+    given = WrapArguments(
         layer=layer,
         hookpoint=hookpoint,
         d_in=d_in,
@@ -153,7 +151,7 @@ def wrap_sae(
     except RequestError as error:  # the libraries' readers do not name the argument
         raise error if error.field else RequestError(f"`obj` {error}") from error
     member = ObjectMember(_choose_name(name, obj, contents, header), header, contents, version)
-    return SaeSource(member.where, (member,), asked=None if hookpoint is None else header.hookpoint)
+    return SaeSource(member.where, (member,), requested_hookpoint=None if hookpoint is None else header.hookpoint)
 
 
 def _unwrapped(obj: Any) -> Any:
@@ -165,28 +163,32 @@ def _unwrapped(obj: Any) -> Any:
 
 def _contents(obj: Any) -> Contents:
     if isinstance(obj, Sae):
-        return OwnSae(obj)
+        return WrappedSae(obj)
     check_methods(obj)
-    return of_a_library(obj) or DenseObject(obj)
+    return wrap_library_object(obj) or DenseObject(obj)
 
 
 def _check_version(contents: Contents, version: Any) -> None:
     if version is not None and (not isinstance(version, str) or not version):
-        raise RequestError(f"`version` is {version!r}; a string is needed")
+        raise RequestError(f"`version` is {version!r}, but must be a string")
     if version is None and contents.needs_version:
         raise RequestError(
-            f"`version` is missing: the {contents.label} has no state_dict of tensors, so a string has to stand for its"
-            " weights: change it when they change"
+            f"`version` is missing: {contents.label} has no state_dict of tensors, so give a string that identifies its"
+            " weights, and change it when they change"
         )
 
 
 def _choose_name(name: Any, obj: Any, contents: Contents, header: SaeHeader) -> str:
     if name is None:
-        own = obj.name if isinstance(obj, Sae) else None
-        return own if own is not None and _is_usable(own) else f"{contents.label.lower()}_layer_{header.layer}"
+        sae_name = obj.name if isinstance(obj, Sae) else None
+        return (
+            sae_name
+            if sae_name is not None and _is_usable(sae_name)
+            else f"{contents.label.lower()}_layer_{header.layer}"
+        )
     if not isinstance(name, str) or not _is_usable(name):
         raise RequestError(
-            f"`name` is {name!r}; letters or digits are needed, without any of {' '.join(sorted(SEPARATORS))}"
+            f"`name` is {name!r}, but must have a letter or digit, and none of {' '.join(sorted(SEPARATORS))}"
         )
     return name
 

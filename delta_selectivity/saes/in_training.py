@@ -26,7 +26,9 @@ def scaled(sae: Any, activation_scaler: Any) -> Any:
         return sae
     label = type(sae).__name__
     if not isinstance(sae, nn.Module) or not hasattr(sae, "fold_activation_norm_scaling_factor"):
-        raise RequestError(f"`sae` {label}: its trainer scales activations, and it has no method to fold that in")
+        raise RequestError(
+            f"`sae` {label}: its trainer scales activations, but it has no method to fold in the scaling"
+        )
     folded: Any = runnable_copy(sae, label, share=False)
     if factor is not None:
         attempt(

@@ -23,12 +23,9 @@ InputNorm = Literal[RunTimeNorm, "centre", "centre, constant_norm_rescale"]
 class Normalised(NamedTuple):
     """A normalised input, and how to invert it: ``recon * scale + shift``."""
 
-    x: Tensor
-    """``[rows, d_in]``."""
-    scale: Tensor | None
-    """``[rows]``, or None for 1."""
-    shift: Tensor | None
-    """``[rows]``, or None for 0."""
+    x: Tensor  # [rows, d_in]
+    scale: Tensor | None  # [rows], or None for 1
+    shift: Tensor | None  # [rows], or None for 0
 
 
 def centred(norm: RunTimeNorm) -> InputNorm:

@@ -23,7 +23,6 @@ from delta_selectivity.saes import dictionary_learning, sparsify
 from delta_selectivity.saes.coders import Coder
 from delta_selectivity.saes.contents import Contents
 from delta_selectivity.saes.files import compare_shapes
-from delta_selectivity.saes.given import Given
 from delta_selectivity.saes.hookpoints import parse
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.object_state import as_float32, attempt, runnable_copy, settings_of, tensors_of
@@ -33,12 +32,13 @@ from delta_selectivity.saes.sae_lens.places import Places
 from delta_selectivity.saes.sae_lens.scaling import InputScaling
 from delta_selectivity.saes.sae_lens.weights import build_native, expected_shapes
 from delta_selectivity.saes.source import SaeHeader
+from delta_selectivity.saes.wrap_arguments import WrapArguments
 
 _COMPUTE_CODES = ("encode", "decode", "encode_with_hidden_pre", "process_sae_in", "get_activation_fn")
 """Methods whose override makes the library's reader inapplicable."""
 
 
-def of_a_library(obj: Any) -> Contents | None:
+def wrap_library_object(obj: Any) -> Contents | None:
     """Wrap an object of one of the three libraries; return None for any other."""
     if (lens := _class_in(obj, "sae_lens")) is not None and hasattr(getattr(obj, "cfg", None), "to_dict"):
         return SaeLensObject(obj, unchanged=_is_unchanged(obj, lens))
@@ -48,7 +48,7 @@ def of_a_library(obj: Any) -> Contents | None:
     dictionary = _class_in(obj, "dictionary_learning")
     if dictionary is None or dictionary.__name__ not in dictionary_learning.CLASSES:
         return None
-    as_in_files = _is_unchanged(obj, dictionary) and not _leaves_its_file_format(obj)
+    as_in_files = _is_unchanged(obj, dictionary) and not _exceeds_file_format(obj)
     return DictionaryObject(obj, dictionary.__name__) if as_in_files else None
 
 
@@ -77,7 +77,7 @@ class _LibraryObject:
 class SparsifyObject(_LibraryObject):
     """A ``SparseCoder``."""
 
-    def header(self, given: Given) -> SaeHeader:
+    def header(self, given: WrapArguments) -> SaeHeader:
         config = _as_json(asdict(self.obj.cfg) | {"d_in": self.obj.d_in})
         transcodes = bool(config.get("transcode"))
         hook = given.hook(self.label, default=None if transcodes else "resid_post")
@@ -96,7 +96,7 @@ class DictionaryObject(_LibraryObject):
 
     dict_class: str
 
-    def header(self, given: Given) -> SaeHeader:
+    def header(self, given: WrapArguments) -> SaeHeader:
         trainer = {"dict_class": self.dict_class, "activation_dim": self.obj.activation_dim}
         trainer |= {"dict_size": self.obj.dict_size}
         kind = dictionary_learning.CLASSES[self.dict_class]
@@ -115,17 +115,18 @@ class DictionaryObject(_LibraryObject):
 class SaeLensObject(_LibraryObject):
     """A ``sae_lens.SAE``, of the inference or the training kind."""
 
-    unchanged: bool
-    """Whether the library's own methods compute its codes."""
+    unchanged: bool  # whether the library's own methods compute its codes
 
-    def header(self, given: Given) -> SaeHeader:
+    def header(self, given: WrapArguments) -> SaeHeader:
         config = self._config()
         lens = self._parse(config, self._places(config, given))
         config["scaling_factor"] = factor = _scaling_factor(lens, given)
         if factor != 1 and not self.unchanged:
-            raise RequestError(f"`scaling_factor` {factor}: the {self.label} has methods of its own; it has to scale")
+            raise RequestError(
+                f"`scaling_factor` {factor}: {self.label} overrides encode or decode, so it has to scale by itself"
+            )
         if not self.unchanged:
-            self._try_out(lens)
+            self._check_own_methods(lens)
         elif lens.architecture in NATIVE:
             _check_shapes(self, expected_shapes(lens, set(self.tensors())))
         return given.complete(lens.header(config), says_bos=lens.prepend_bos is not None)
@@ -158,7 +159,7 @@ class SaeLensObject(_LibraryObject):
         config.pop("device", None)
         return config
 
-    def _try_out(self, lens: LensConfig) -> None:
+    def _check_own_methods(self, lens: LensConfig) -> None:
         """Encode and decode two rows with the object's own methods. Raises `RequestError` if that fails."""
         what = f"`obj` {self.label}: "
         coder = replace(as_dense_coder(runnable_copy(self.obj, self.label), lens), d_sae=None)
@@ -166,10 +167,10 @@ class SaeLensObject(_LibraryObject):
         with torch.no_grad():
             codes = attempt(f"{what}encode of {list(rows.shape)}", coder.encode, rows)
             if codes.n_cols != lens.d_sae:
-                raise RequestError(f"{what}encode gives {codes.n_cols} latents, but its cfg says {lens.d_sae}")
+                raise RequestError(f"{what}encode returned {codes.n_cols} latents, but its cfg says {lens.d_sae}")
             attempt(f"{what}decode", coder.decode, codes)
 
-    def _places(self, config: Mapping[str, Any], given: Given) -> Places | None:
+    def _places(self, config: Mapping[str, Any], given: WrapArguments) -> Places | None:
         """Return the caller's hook points; None if the object names them itself."""
         metadata = {**config, **(config.get("metadata") or {})}
         transcodes = config.get("architecture") in TRANSCODERS
@@ -181,7 +182,7 @@ class SaeLensObject(_LibraryObject):
             return None
         hook = given.hook(self.label, default=None if transcodes else "resid_post")
         if transcodes and given.input_hookpoint is None:
-            raise RequestError(f"`input_hookpoint` is missing: the {self.label} does not say where it reads")
+            raise RequestError(f"`input_hookpoint` is missing: {self.label} does not name its input")
         return Places(hook.layer, hook.place, given.input_hookpoint if transcodes else None)
 
     def _parse(self, config: Mapping[str, Any], places: Places | None) -> LensConfig:
@@ -191,19 +192,19 @@ class SaeLensObject(_LibraryObject):
             raise RequestError(f"`obj` {self.label}: a value of its cfg has the wrong type ({error})") from error
 
 
-def _scaling_factor(lens: LensConfig, given: Given) -> float:
+def _scaling_factor(lens: LensConfig, given: WrapArguments) -> float:
     """Return the factor applied to activations before encoding. Raises `RequestError` if it is unknown."""
     norm = lens.normalize_activations
     if norm == "covariance_whitening":
         raise RequestError(
-            f"`obj` {lens.path}: normalize_activations is 'covariance_whitening', whose matrices are not in the object:"
-            " call fold_activation_whitening on a copy and give that"
+            f"`obj` {lens.path}: normalize_activations is 'covariance_whitening', but the object does not have its"
+            " matrices: call fold_activation_whitening on a copy and wrap that"
         )
     if norm == "expected_average_only_in":
         if given.scaling_factor is None:
             raise RequestError(
-                f"`scaling_factor` is missing: the {lens.path} was trained on activations times one number"
-                " (normalize_activations 'expected_average_only_in'), which is not in the object"
+                f"`scaling_factor` is missing: {lens.path} was trained on scaled activations"
+                " (normalize_activations 'expected_average_only_in'), but the object does not have the factor"
             )
         return given.scaling_factor
     given.refuse_scaling()
@@ -227,7 +228,7 @@ def _is_unchanged(obj: Any, library_class: type) -> bool:
     return not own.intersection(_COMPUTE_CODES)
 
 
-def _leaves_its_file_format(dictionary: Any) -> bool:
+def _exceeds_file_format(dictionary: Any) -> bool:
     """Return whether a dictionary has a non-default setting that its file format cannot store."""
     groups, active = getattr(dictionary, "group_sizes", None), getattr(dictionary, "active_groups", None)
     return bool(getattr(dictionary, "apply_b_dec_to_input", False)) or (groups is not None and active != len(groups))

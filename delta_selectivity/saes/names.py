@@ -29,17 +29,17 @@ _LAYER = re.compile(r"(?<![a-z])((?:layer[._]?|blocks\.|^l))\d+")
 """The layer in an id: ``layer_12/width_16k``, ``blocks.5.hook_resid_pre``, ``layer0``, ``l15r_8x``."""
 
 
-def split_given(name: str) -> tuple[str | None, str]:
-    """Split ``mine=folder`` into the given name and what to open; the given name is None if there is none.
+def split_alias(name: str) -> tuple[str | None, str]:
+    """Split ``mine=folder`` into an alias and the name to open; the alias is None if there is none.
 
     An existing folder is never split, even if its path contains ``=``.
     """
-    given, equals, opened = name.partition("=")
-    given, opened = given.strip(), opened.strip()
-    named = bool(equals and given and opened) and not _WILD.search(given) and not set(given) & set("/\\~,")
+    alias, equals, opened = name.partition("=")
+    alias, opened = alias.strip(), opened.strip()
+    named = bool(equals and alias and opened) and not _WILD.search(alias) and not set(alias) & set("/\\~,")
     if not named or os.path.exists(os.path.expanduser(name)):  # noqa: PTH110, PTH111 - False for a name too long
         return None, name
-    return given, opened
+    return alias, opened
 
 
 def expand_names(names: Sequence[str]) -> list[str]:
@@ -87,19 +87,19 @@ def ids_of(release: str, name: str) -> list[str]:
         return known
     if not name:
         some = ", ".join(f"{release}/{found}" for found in list(groups)[:3])
-        raise RequestError(f"{release}: {len(groups)} kinds of SAEs; name one of them, such as {some}, or {release}/*")
+        raise RequestError(f"{release}: {len(groups)} kinds of SAEs: choose one, such as {some}, or {release}/*")
     if name in groups:
         return groups[name]
     return [name]
 
 
 def _expand(name: str) -> list[str]:
-    given, opened = split_given(name)
-    if given is not None:
+    alias, opened = split_alias(name)
+    if alias is not None:
         found = _expand(opened)
         if len(found) > 1:
-            raise RequestError(f"`saes` {name}: {opened} stands for {len(found)} SAEs, which cannot have one name")
-        return [f"{given}={found[0]}"]
+            raise RequestError(f"`saes` {name}: {opened} matches {len(found)} SAEs, which cannot have the same name")
+        return [f"{alias}={found[0]}"]
     local = os.path.expanduser(name)  # noqa: PTH111 - leaves an unknown ~user as it is
     if os.path.isdir(local):  # noqa: PTH112 - False, not an error, for a name too long to be a path
         return [name]
@@ -121,7 +121,7 @@ def _match_releases(name: str) -> list[str]:
     if found:
         return found
     example = f"; its ids look like {sae_ids(releases[0])[0]}" if releases else ""
-    raise RequestError(f"`saes` {name}: no folder of SAEs and no SAE of SAE Lens's list matches{example}")
+    raise RequestError(f"`saes` {name}: it matches no folder of SAEs and no SAE of SAE Lens's list{example}")
 
 
 def _templates(release: str, matched: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from delta_selectivity.saes.files import check_finite
 Result = TypeVar("Result")
 
 _SCALARS = (bool, int, float, str)
-_DEEPEST = 4
+_MAX_DEPTH = 4
 """Nesting depth to which settings are collected; containers may contain themselves."""
 
 
@@ -27,9 +27,9 @@ def attempt(what: str, function: Callable[..., Result], *arguments: Any) -> Resu
     except RequestError:
         raise
     except SystemExit as error:
-        raise RequestError(f"{what} exits the process (SystemExit {error.code})") from error
+        raise RequestError(f"{what} called exit (SystemExit {error.code})") from error
     except Exception as error:
-        raise RequestError(f"{what} fails: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise RequestError(f"{what} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def tensors_of(obj: Any, label: str) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def settings_of(obj: Any) -> list[Any]:
     all its submodules are included; training mode is ignored.
     """
     parts = obj.named_modules() if isinstance(obj, nn.Module) else [("", obj)]
-    return [[name, type(part).__name__, _plain(getattr(part, "__dict__", {}))] for name, part in parts]
+    return [[name, type(part).__name__, _to_json(getattr(part, "__dict__", {}))] for name, part in parts]
 
 
 def runnable_copy(module: nn.Module, label: str, share: bool = True) -> nn.Module:
@@ -83,12 +83,12 @@ def runnable_copy(module: nn.Module, label: str, share: bool = True) -> nn.Modul
     """
     tensors = [*module.parameters(), *module.buffers()]
     if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
-        raise RequestError(f"`obj` {label}: it has no weights yet: call it once, as its lazy modules need")
+        raise RequestError(f"`obj` {label}: its lazy modules have no weights yet: call it once")
     fits = all(tensor.dtype == torch.float32 for tensor in tensors if tensor.is_floating_point())
     memo: dict[int, Any] = {id(tensor): tensor.detach() for tensor in _with_history(module)}
     if fits and share:
         memo |= {id(parameter): parameter for parameter in module.parameters()}
-    copied = attempt(f"`obj` {label}: to copy it in evaluation mode", lambda: copy.deepcopy(module, memo).eval())
+    copied = attempt(f"`obj` {label}: copying it in evaluation mode", lambda: copy.deepcopy(module, memo).eval())
     return copied if fits else copied.to(torch.float32)
 
 
@@ -112,17 +112,17 @@ def _with_history(module: nn.Module) -> Iterator[Tensor]:
             yield from (tensor for tensor in inner if isinstance(tensor, Tensor) and not tensor.is_leaf)
 
 
-def _plain(value: Any, depth: int = 0) -> Any:
+def _to_json(value: Any, depth: int = 0) -> Any:
     """Return scalars and containers of them; None for anything else."""
     if isinstance(value, _SCALARS):
         return value
-    if depth > _DEEPEST:
+    if depth > _MAX_DEPTH:
         return None
     if is_dataclass(value) and not isinstance(value, type):
-        return _plain(vars(value), depth)
+        return _to_json(vars(value), depth)
     if isinstance(value, list | tuple):
-        return [_plain(item, depth + 1) for item in value]
+        return [_to_json(item, depth + 1) for item in value]
     if isinstance(value, dict):
-        public = {str(key): _plain(item, depth + 1) for key, item in value.items() if not str(key).startswith("_")}
+        public = {str(key): _to_json(item, depth + 1) for key, item in value.items() if not str(key).startswith("_")}
         return {key: item for key, item in public.items() if item is not None and key != "training"}
     return None

@@ -41,7 +41,7 @@ class Plain:
         plain = PlainConfig.parse(config, path)
         d_in, d_sae = _widths(plain)
         if plain.k is not None and plain.k > d_sae:
-            raise RequestError(f"{path}: k {plain.k} is more than d_sae {d_sae}")
+            raise RequestError(f"{path}: k {plain.k} is greater than d_sae {d_sae}")
         return SaeHeader(
             format="plain",
             layer=plain.hook.layer,
@@ -68,12 +68,12 @@ class Plain:
         """Load the weights."""
         plain = PlainConfig.parse(header.config, folder / CONFIG)
         lens = _as_lens(plain, header)
-        turned, stored = _find_transposed(plain, lens), read_tensors(plain.weights)
+        transposed, stored = _find_transposed(plain, lens), read_tensors(plain.weights)
         widths = {"b_dec": header.d_out, "b_enc": header.d_sae}
         tensors = {name: torch.zeros(n, dtype=torch.float32) for name, n in widths.items()}  # for biases that are null
         for ours, theirs in plain.names.items():
             if theirs in stored:
-                tensors[ours] = stored[theirs].T if ours in turned else stored[theirs]
+                tensors[ours] = stored[theirs].T if ours in transposed else stored[theirs]
         return build_native(lens, tensors, InputScaling(factor=plain.scaling_factor)), plain.input_norm
 
 
@@ -87,7 +87,7 @@ def _widths(plain: PlainConfig) -> tuple[int, int]:
         shape = shapes.get(plain.names[bias] or "", ())
         if len(shape) != 1:
             raise RequestError(
-                f"{plain.path}: {key} is missing, and there is no {bias} in {plain.weights.name} to tell it"
+                f"{plain.path}: {key} is missing, and {plain.weights.name} has no {bias} to find it from"
             )
         return shape[0]
 
@@ -120,17 +120,17 @@ def _find_transposed(plain: PlainConfig, lens: LensConfig) -> set[str]:
     """Return the matrices that the file holds transposed. Raises `RequestError` if a tensor does not fit the config."""
     found = read_shapes(plain.weights)
     shapes = dict(expected_shapes(lens, {ours for ours, theirs in plain.names.items() if theirs in found}))
-    turned = set()
+    transposed = set()
     for matrix in MATRICES:
         shape = shapes[matrix]
         if shape[0] == shape[1] and matrix not in plain.transposed:
             usual = "[d_in, d_sae]" if matrix == "W_enc" else "[d_sae, d_in]"
             raise RequestError(
-                f'{plain.path}: {matrix} is square, and its shape cannot tell which way round it is: add "transposed":'
+                f'{plain.path}: {matrix} is square, so its shape does not show its orientation: add "transposed":'
                 f' {{"{matrix}": false}} if it is {usual}, else true'
             )
         if plain.transposed.get(matrix, found.get(plain.names[matrix] or "") == shape[::-1]):
-            turned.add(matrix)
+            transposed.add(matrix)
             shapes[matrix] = shape[::-1]
     check_shapes(plain.weights, {name: shapes[ours] for ours in shapes if (name := plain.names[ours]) is not None})
-    return turned
+    return transposed

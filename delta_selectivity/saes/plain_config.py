@@ -4,23 +4,23 @@
      "weights": "sae.safetensors", "names": {"W_enc": "encoder.weight", "b_enc": "encoder.bias"}}
 
 ================================  =====================================================================================
-``weights``                       the file beside it: ``.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt``
-``hook_name``                     where it belongs: ``blocks.5.hook_resid_post`` or ``gpt_neox.layers.5.mlp``; or else
+``weights``                       file in the same folder: ``.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt``
+``hook_name``                     hook point: ``blocks.5.hook_resid_post`` or ``gpt_neox.layers.5.mlp``; or instead
 ``layer``, ``hookpoint``          5 and a name of ``hookpoints``, such as ``resid_post``, or a path with ``<layer>``
 ``architecture``                  ``standard`` (ReLU), ``topk``, ``jumprelu``, ``gated``, ``batchtopk`` (one threshold)
 ``k``                             for ``topk``: latents per activation
-``apply_b_dec_to_input``          whether the encoder sees x - b_dec; true or false
+``apply_b_dec_to_input``          whether the encoder's input is x - b_dec; true or false
 ``rescale_acts_by_decoder_norm``  whether TopK and BatchTopK select by pre-activation times decoder norm; false
-``normalize_activations``         what is done to each x at run time: a name of ``input_norm``; ``none``
+``normalize_activations``         normalisation of each x at run time: a name of ``input_norm``; ``none``
 ``scaling_factor``                a number that multiplies x before encoding and divides the reconstruction; 1
 ``prepend_bos``                   whether training texts began with BOS; unknown
 ``trained_on_bos``                whether activations of BOS were in the training data; false
 ``model_name``                    the model it was trained on; unknown
-``d_in``, ``d_sae``               found from the biases; needed where the file has none, and on the Hub
+``d_in``, ``d_sae``               found from the biases; needed if the file has none, and on the Hub
 ``context_size``                  tokens in a training text; unknown
-``input_hookpoint``               where a transcoder reads, by the same names; ``hookpoint`` is what it imitates
-``d_out``                         width of a transcoder's output; as ``d_in``, which is needed beside it
-``names``                         what the file calls each tensor, where not as below; null for a bias it does not have
+``input_hookpoint``               hook point of a transcoder's input, by the same names
+``d_out``                         width of a transcoder's output; ``d_in`` by default; needs ``d_in``
+``names``                         names of the tensors in the file, if not as below; null for a missing bias
 ``transposed``                    ``{"W_enc": true}``; found from the shape, needed for a square matrix
 ================================  =====================================================================================
 
@@ -68,13 +68,11 @@ TENSORS = (*MATRICES, *BIASES, "threshold", "log_threshold", "topk_threshold", "
 class PlainConfig:
     """A validated ``sae.json``. Missing widths are found from the weights later."""
 
-    path: Path
-    """Path of the config."""
+    path: Path  # path of the config
     weights: Path
     hook: HookPoint
     architecture: str
-    k: int | None
-    """For ``topk`` only."""
+    k: int | None  # for `topk` only
     apply_b_dec_to_input: bool
     rescale_acts_by_decoder_norm: bool
     input_norm: InputNorm
@@ -84,14 +82,11 @@ class PlainConfig:
     model_name: str | None
     d_in: int | None
     d_sae: int | None
-    d_out: int | None
-    """Width of a transcoder's output, if given."""
+    d_out: int | None  # width of a transcoder's output, if given
     input_hookpoint: str | None
     context_size: int | None
-    names: Mapping[str, str | None]
-    """This project's name of each tensor -> the file's; None for a bias that is zero."""
-    transposed: Mapping[str, bool]
-    """Matrices whose orientation is given."""
+    names: Mapping[str, str | None]  # this project's name of each tensor -> the file's; None for a bias that is zero
+    transposed: Mapping[str, bool]  # matrices whose orientation is given
 
     @classmethod
     def parse(cls, config: Mapping[str, Any], path: Path) -> PlainConfig:
@@ -125,20 +120,22 @@ class PlainConfig:
 def _check_keys(config: Mapping[str, Any], path: Path) -> None:
     for key, value in config.items():
         if key not in KINDS:
-            raise RequestError(f"{path}: unknown key {key!r}; known are {', '.join(KINDS)}")
+            raise RequestError(f"{path}: unknown key {key!r}; the keys are {', '.join(KINDS)}")
         kinds = KINDS[key]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise RequestError(f"{path}: {key} is {value!r}, which is no {kinds[-1].__name__}")
+            raise RequestError(f"{path}: {key} is {value!r}, but must be of type {kinds[-1].__name__}")
     for key in NEEDED:
         if key not in config:
-            raise RequestError(f"{path}: {key} is missing; needed are hook_name, {', '.join(NEEDED)}")
+            raise RequestError(f"{path}: {key} is missing; required: hook_name, {', '.join(NEEDED)}")
 
 
 def _check_transcoder(config: Mapping[str, Any], path: Path) -> None:
     if "d_out" in config and not {"input_hookpoint", "d_in"} <= config.keys():
-        raise RequestError(f"{path}: d_out is for transcoders: it needs input_hookpoint and d_in beside it")
+        raise RequestError(f"{path}: d_out is for transcoders, and needs input_hookpoint and d_in too")
     if "input_hookpoint" in config and config["apply_b_dec_to_input"]:
-        raise RequestError(f"{path}: apply_b_dec_to_input of a transcoder: b_dec belongs to what it writes")
+        raise RequestError(
+            f"{path}: apply_b_dec_to_input must be false for a transcoder, whose b_dec belongs to its output"
+        )
 
 
 def _size(config: Mapping[str, Any], key: str, path: Path) -> int | None:
@@ -149,18 +146,18 @@ def _one_of(known: tuple[Choice, ...], config: Mapping[str, Any], key: str, path
     for value in known:
         if value == config[key]:
             return value
-    raise RequestError(f"{path}: {key} {config[key]!r}; known are {', '.join(map(repr, known))}")
+    raise RequestError(f"{path}: {key} is {config[key]!r}; supported: {', '.join(map(repr, known))}")
 
 
 def _file_name(name: str, path: Path) -> str:
     if not name or not name.isprintable() or Path(name).name != name:
-        raise RequestError(f"{path}: weights {name!r}; the name of a file in the same folder is needed")
+        raise RequestError(f"{path}: weights is {name!r}, but must be the name of a file in the same folder")
     return name
 
 
 def _factor(factor: float, path: Path) -> float:
     if not 0 < factor < torch.finfo(torch.float32).max:
-        raise RequestError(f"{path}: scaling_factor {factor!r}; a number above 0 is needed")
+        raise RequestError(f"{path}: scaling_factor is {factor!r}, but must be a number above 0")
     return float(factor)
 
 
@@ -168,10 +165,12 @@ def _hook(config: Mapping[str, Any], path: Path) -> HookPoint:
     if "hook_name" in config:
         hook = parse(config["hook_name"])
         if hook is None or hook.place.startswith("blocks.<layer>"):
-            raise RequestError(f"{path}: hook_name {config['hook_name']!r}; blocks.5.hook_resid_post is one, say")
+            raise RequestError(
+                f"{path}: hook_name is {config['hook_name']!r}, but must be a name such as blocks.5.hook_resid_post"
+            )
         return hook
     if config.get("layer", -1) < 0 or "hookpoint" not in config:
-        raise RequestError(f"{path}: hook_name is missing, and so are layer (from 0) and hookpoint in its place")
+        raise RequestError(f"{path}: hook_name is missing; give it, or layer (from 0) and hookpoint")
     return HookPoint(config["layer"], canonical(config["hookpoint"]))
 
 
@@ -179,14 +178,14 @@ def _names(renamed: Mapping[str, Any], path: Path) -> dict[str, str | None]:
     for ours, theirs in renamed.items():
         if ours not in TENSORS or not (isinstance(theirs, str) or (theirs is None and ours in BIASES)):
             raise RequestError(
-                f"{path}: names has {ours!r}: {theirs!r}; a tensor's name in the file is needed for one of"
+                f"{path}: names has {ours!r}: {theirs!r}; give the name in the file of one of"
                 f" {', '.join(TENSORS)}, or null for {' and '.join(BIASES)}"
             )
     return dict(zip(TENSORS, TENSORS, strict=True)) | dict(renamed)
 
 
-def _transposed(said: Mapping[str, Any], path: Path) -> Mapping[str, bool]:
-    for matrix, turned in said.items():
-        if matrix not in MATRICES or not isinstance(turned, bool):
-            raise RequestError(f"{path}: transposed has {matrix!r}: {turned!r}; true or false for W_enc or W_dec")
-    return said
+def _transposed(given: Mapping[str, Any], path: Path) -> Mapping[str, bool]:
+    for matrix, value in given.items():
+        if matrix not in MATRICES or not isinstance(value, bool):
+            raise RequestError(f"{path}: transposed has {matrix!r}: {value!r}; give true or false for W_enc or W_dec")
+    return given

@@ -1,4 +1,4 @@
-"""Fast TopK encoding on a CPU: int8 products propose candidate latents, float32 products decide.
+"""Fast TopK encoding on a CPU: int8 products propose candidate latents, float32 products select among them.
 
 On CPUs with int8 instructions an int8 product takes a fraction of the time of a float32 one (`python
 benchmarks/bench_kernels.py`) and is itself exact; only the quantisation of its factors loses precision. For an input y
@@ -22,11 +22,11 @@ from delta_selectivity.system.processor import has_fast_bytes
 LARGEST_STEP = 127
 LARGEST_D_IN = 2**16  # int32 holds the sum of this many int8 products
 PRODUCT_BYTES = 2 * 2**20  # size of a core's cache
-LEAST_ROWS = 256  # with fewer rows, reading the weights dominates the product
+MIN_ROWS = 256  # with fewer rows, reading the weights dominates the product
 BLOCK = 4096  # latents at a time, to limit the memory of copies
 
 
-def is_worth_it(W_enc: Tensor, k: int) -> bool:
+def saves_time(W_enc: Tensor, k: int) -> bool:
     """Return whether a proposal saves time: many latents, a small k, and a CPU with int8 instructions.
 
     Timings: `python benchmarks/bench_kernels.py`.
@@ -39,20 +39,13 @@ def is_worth_it(W_enc: Tensor, k: int) -> bool:
 class Proposal:
     """The quantised encoder of a TopK SAE, with what is needed to bound its error."""
 
-    W_enc: Tensor
-    """float32 ``[d_sae, d_in]``."""
-    b_enc: Tensor
-    """float32 ``[d_sae]``."""
-    centre: Tensor
-    """Subtracted from inputs before quantisation; close to their mean it makes the bound tight. ``[d_in]``."""
-    column: Tensor
-    """Norms of the weights' columns: inputs are multiplied and weights divided by them before rounding. ``[d_in]``."""
-    steps: Tensor
-    """Quantised weights, int8 ``[d_sae, d_in]``."""
-    facts: Tensor
-    """Per latent: step, pre-activation of ``centre``, norm, norm of the rounding error. float32 ``[4, d_sae]``."""
-    norm: float
-    """Largest ‖w‖ of any latent."""
+    W_enc: Tensor  # float32 [d_sae, d_in]
+    b_enc: Tensor  # float32 [d_sae]
+    centre: Tensor  # [d_in], subtracted from inputs before quantisation; close to their mean, it makes the bound tight
+    column: Tensor  # [d_in], column norms of W_enc: before rounding, inputs are multiplied and weights divided by them
+    steps: Tensor  # int8 [d_sae, d_in], the quantised weights
+    facts: Tensor  # float32 [4, d_sae], per latent: step, pre-activation of `centre`, norm, norm of the rounding error
+    norm: float  # largest ‖w‖ of any latent
     k: int
 
     @classmethod
@@ -88,15 +81,15 @@ class Proposal:
         n, k = len(rows), self.k
         values, latents = np.empty(n * k + 1, np.float32), np.empty(n * k + 1, np.int64)
         for start in range(0, n, self.rows_at_once):
-            some = slice(start, start + self.rows_at_once)
-            taken = slice(start * k, min(start + self.rows_at_once, n) * k + 1)
-            proposed = byte_products(torch.from_numpy(steps[some]), self.steps)
+            chunk = slice(start, start + self.rows_at_once)
+            outputs = slice(start * k, min(start + self.rows_at_once, n) * k + 1)
+            proposed = byte_products(torch.from_numpy(steps[chunk]), self.steps)
             k_largest_of_proposed(
-                proposed, inputs[some], facts, rows[some], W_enc, b_enc, k, values[taken], latents[taken]
+                proposed, inputs[chunk], facts, rows[chunk], W_enc, b_enc, k, values[outputs], latents[outputs]
             )
         return torch.from_numpy(values[:-1].reshape(n, k)), torch.from_numpy(latents[:-1].reshape(n, k))
 
     @property
     def rows_at_once(self) -> int:
-        """Rows per product: few enough for the products to stay in the cache, enough for a fast product."""
-        return max(LEAST_ROWS, PRODUCT_BYTES // (4 * len(self.W_enc)))
+        """Rows per product: few enough for the products to stay in the cache, enough for fast products."""
+        return max(MIN_ROWS, PRODUCT_BYTES // (4 * len(self.W_enc)))

@@ -184,10 +184,10 @@ def k_largest_of_proposed(
                 where[q], found[q] = first_where[stops[g] + q], first_found[stops[g] + q]
             kth = _kth_key(found_bits, count, found_keys, k)
             least_bits[0] = kth ^ ((kth >> np.int32(31)) & np.int32(0x7FFFFFFF))
-            asked = np.int16(np.int32(np.floor(least[0] * units[g])))
-            if asked < sure[g]:
+            needed = np.int16(np.int32(np.floor(least[0] * units[g])))
+            if needed < sure[g]:
                 below = np.int16(sure[g] - np.int16(1))
-                more = _between(keys, g, asked, below, reached, words, eights, where, count)
+                more = _between(keys, g, needed, below, reached, words, eights, where, count)
                 _products(x, start + g, weight, bias, where, count, count + more, found)
                 count += more
             n_nan = np.int32(0)

@@ -13,7 +13,7 @@ from delta_selectivity.saes.sparse_rows import SparseRows
 
 CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 512 * 2**20}
 """Memory limit for the ``[rows, d_sae]`` pre-activations of one chunk; other devices use the limit of cuda."""
-LEAST_ROWS = 256
+MIN_ROWS = 256
 """Minimum rows per chunk: with 32 rows and 32768 latents, reading the weights takes longer than multiplying."""
 
 
@@ -21,26 +21,18 @@ LEAST_ROWS = 256
 class Sae:
     """An SAE for one hook point of one layer; a transcoder encodes one hook point and reconstructs another."""
 
-    name: str
-    """The name that the user typed, and the folder below it."""
+    name: str  # the name that the user typed, and the subfolder
     layer: int
-    hookpoint: str
-    """The hook point that it reconstructs, by a name of ``hookpoints``."""
-    d_in: int
-    """Width of its input."""
+    hookpoint: str  # the hook point that it reconstructs, by a name of `hookpoints`
+    d_in: int  # width of its input
     d_sae: int
-    k: int | None
-    """Latents per activation, if the architecture fixes their number."""
-    architecture: str
-    """``topk``, ``groupmax``, ``standard``, ``jumprelu``, ``gated``, or SAE Lens's name; ``topk transcoder``."""
+    k: int | None  # latents per activation, if the architecture fixes their number
+    architecture: str  # `topk`, `groupmax`, `standard`, `jumprelu`, `gated`, or SAE Lens's name; `topk transcoder`
     coder: Coder
     input_norm: InputNorm = "none"
-    input_hookpoint: str | None = None
-    """The hook point that a transcoder reads; None for an autoencoder."""
-    width_out: int | None = None
-    """Width of its output, if not ``d_in``."""
-    promised_l0: float | None = None
-    """Latents per activation according to its config; a mean if ``k`` does not fix the number."""
+    input_hookpoint: str | None = None  # the hook point that a transcoder reads; None for an autoencoder
+    width_out: int | None = None  # width of its output, if not `d_in`
+    promised_l0: float | None = None  # latents per activation according to its config: `k`, or a mean
 
     def __repr__(self) -> str:
         place = f"{self.hookpoint} of layer {self.layer}"
@@ -102,4 +94,4 @@ class Sae:
     def chunk_rows(self) -> int:
         """Return how many rows ``encode`` processes at a time."""
         budget = CHUNK_BYTES.get(self.device.type, CHUNK_BYTES["cuda"])
-        return max(LEAST_ROWS, budget // (self.d_sae * self.dtype.itemsize))
+        return max(MIN_ROWS, budget // (self.d_sae * self.dtype.itemsize))

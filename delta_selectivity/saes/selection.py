@@ -58,11 +58,10 @@ class GroupMax:
 class Threshold:
     """Every pre-activation above its latent's threshold: JumpReLU (arXiv 2407.14435), or ReLU with zeros."""
 
-    threshold: Tensor
-    """Not negative. ``[d_sae]``."""
+    threshold: Tensor  # [d_sae], not negative
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
-        crow, row, col = _where(_not_at_most(pre_acts, self.threshold))
+        crow, row, col = _layout_of(_above_or_nan(pre_acts, self.threshold))
         return SparseRows(crow, col, pre_acts[row, col].float(), n_cols=pre_acts.shape[1])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Threshold:
@@ -76,13 +75,11 @@ class Gated:
     Pre-activations are those of the gate; the magnitude is ``relu(gain * pre_act + offset)``.
     """
 
-    gain: Tensor
-    """``[d_sae]``."""
-    offset: Tensor
-    """``[d_sae]``."""
+    gain: Tensor  # [d_sae]
+    offset: Tensor  # [d_sae]
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
-        crow, row, col = _where(_not_at_most(pre_acts, 0.0))
+        crow, row, col = _layout_of(_above_or_nan(pre_acts, 0.0))
         magnitude = (pre_acts[row, col] * self.gain[col] + self.offset[col]).relu()
         return SparseRows(crow, col, magnitude.float(), n_cols=pre_acts.shape[1])
 
@@ -96,8 +93,8 @@ class Dense:
 
     def __call__(self, pre_acts: Tensor) -> SparseRows:
         rows, d_sae = pre_acts.shape
-        every = torch.arange(d_sae, device=pre_acts.device).expand(rows, -1)
-        return SparseRows.of_width(every, pre_acts.float(), n_cols=d_sae)
+        columns = torch.arange(d_sae, device=pre_acts.device).expand(rows, -1)
+        return SparseRows.of_width(columns, pre_acts.float(), n_cols=d_sae)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dense:
         return self
@@ -105,7 +102,7 @@ class Dense:
 
 def nonzero_codes(dense: Tensor) -> SparseRows:
     """Return the non-zero entries of a small dense matrix ``[rows, d_sae]`` as codes."""
-    crow, row, col = _where(dense != 0)
+    crow, row, col = _layout_of(dense != 0)
     return SparseRows(crow, col, dense[row, col].float(), n_cols=dense.shape[1])
 
 
@@ -114,12 +111,12 @@ def fixed_width(values: Tensor, indices: Tensor, n_cols: int) -> SparseRows:
     return SparseRows.of_width(indices, values.relu().float(), n_cols)
 
 
-def _not_at_most(pre_acts: Tensor, threshold: Tensor | float) -> Tensor:
-    """Return where pre-activations are above the threshold or NaN; a dropped NaN would look like an inactive latent."""
+def _above_or_nan(pre_acts: Tensor, threshold: Tensor | float) -> Tensor:
+    """Return a mask: above the threshold, or NaN, which would otherwise look like an inactive latent."""
     return (pre_acts <= threshold).logical_not_()
 
 
-def _where(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _layout_of(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return row starts ``[rows + 1]``, rows and columns ``[nnz]`` of the true entries of ``[rows, d_sae]``."""
     # Bisection finds the row starts: summing the mask takes five times as long as finding its entries.
     row, col = (place.contiguous() for place in mask.nonzero(as_tuple=True))

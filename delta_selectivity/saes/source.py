@@ -21,30 +21,20 @@ from delta_selectivity.saes.sae import Sae
 class SaeHeader:
     """The content of one SAE's config."""
 
-    format: str
-    """``sparsify``, ``sae_lens``, ``dictionary_learning`` or ``plain``; ``object`` for other in-memory objects."""
+    format: str  # `sparsify`, `sae_lens`, `dictionary_learning` or `plain`; `object` for other in-memory objects
     layer: int
-    hookpoint: str
-    """The hook point that it reconstructs, at which it is measured."""
-    d_in: int
-    """Width of its input."""
+    hookpoint: str  # the hook point that it reconstructs, at which it is measured
+    d_in: int  # width of its input
     d_sae: int
     k: int | None
     architecture: str
-    config: dict[str, Any]
-    """The unmodified content of the config file."""
-    prepend_bos: bool | None = None
-    """Whether training texts began with BOS; None if the format does not say."""
-    counts_bos: bool = False
-    """Whether BOS activations were in the training data."""
-    model_name: str | None = None
-    """The model that it was trained on, if given."""
-    input_hookpoint: str | None = None
-    """The hook point that a transcoder reads; None for an autoencoder."""
-    width_out: int | None = None
-    """Width of its output, if not ``d_in``."""
-    context_size: int | None = None
-    """Tokens per training text, if given."""
+    config: dict[str, Any]  # the unmodified content of the config file
+    prepend_bos: bool | None = None  # whether training texts began with BOS; None if the format does not say
+    counts_bos: bool = False  # whether BOS activations were in the training data
+    model_name: str | None = None  # the model that it was trained on, if given
+    input_hookpoint: str | None = None  # the hook point that a transcoder reads; None for an autoencoder
+    width_out: int | None = None  # width of its output, if not `d_in`
+    context_size: int | None = None  # tokens per training text, if given
 
     @property
     def d_out(self) -> int:
@@ -96,16 +86,11 @@ class Member(Protocol):
 class SaeSource:
     """The SAEs of one hook point behind one name."""
 
-    name: str
-    """The name as typed, or the user's own name in ``mine=NAME``."""
-    members: tuple[Member, ...]
-    """The SAEs ordered by layer, at most one per layer."""
-    revision: str | None = None
-    """Identifies the files if not all of them are on this machine, by repository and commit for example."""
-    typed: str | None = None
-    """The name that ``open_sae`` finds it by, if not ``name``."""
-    asked: str | None = None
-    """The user's hook point; None for that of the SAE."""
+    name: str  # the name as typed, or the user's own name in `mine=NAME`
+    members: tuple[Member, ...]  # the SAEs ordered by layer, at most one per layer
+    revision: str | None = None  # identifies files that are not all on this machine, such as by repository and commit
+    opened_as: str | None = None  # the argument of `open_sae`, if it differs from `name`
+    requested_hookpoint: str | None = None  # the user's; None: that of the SAE's config
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -115,16 +100,16 @@ class SaeSource:
     @property
     def hookpoint(self) -> str:
         """The hook point that the SAEs reconstruct, by a name of ``hookpoints``."""
-        return self._first.hookpoint if self.asked is None else self.asked
+        return self._first.hookpoint if self.requested_hookpoint is None else self.requested_hookpoint
 
     @property
-    def own_hookpoint(self) -> str:
-        """The same, as the SAE's config names it."""
+    def config_hookpoint(self) -> str:
+        """The hook point in the SAE's config."""
         return self._first.hookpoint
 
-    def at(self, hookpoint: str) -> SaeSource:
-        """Return the same SAEs under the name that their hook point has in a certain model."""
-        return replace(self, asked=hookpoint)
+    def with_hookpoint(self, hookpoint: str) -> SaeSource:
+        """Return the same SAEs with another name of their hook point, such as the model's name of it."""
+        return replace(self, requested_hookpoint=hookpoint)
 
     @property
     def input_hookpoint(self) -> str | None:
@@ -192,7 +177,7 @@ class SaeSource:
             dtype: dtype of the weights.
 
         Returns:
-            The SAE. Its codes and reconstructions are float32, whatever the dtype.
+            The SAE. Its codes and reconstructions are float32 for every dtype.
 
         Raises:
             RequestError: there is no SAE for the layer, or its files are missing or broken.
@@ -221,8 +206,7 @@ class SaeSource:
 
         Args:
             layers: the layers to hash, whose files are downloaded if needed. None for all layers; then files on the Hub
-            are
-                not downloaded, and repository and commit identify them.
+                are not downloaded, and repository and commit identify them.
 
         Returns:
             64 hexadecimal digits of SHA-256.
@@ -256,34 +240,34 @@ def assemble(name: str, members: Sequence[Member], hookpoint: str | None, revisi
     several, if one has to be chosen, if two SAEs have the same layer, or if their inputs differ in hook point or width.
     """
     place = _choose_place(name, [member.header.hookpoint for member in members], hookpoint)
-    measured = None if hookpoint is None else _as_asked(hookpoint, place)
+    measured = None if hookpoint is None else _canonical_request(hookpoint, place)
     chosen = sorted((m for m in members if m.header.hookpoint == place), key=lambda member: member.header.layer)
     for before, after in itertools.pairwise(chosen):
         if before.header.layer == after.header.layer:
             both = f"{before.where} and {after.where}"
-            raise RequestError(f"{name}: two SAEs for layer {before.header.layer}, {both}; name one of them")
+            raise RequestError(f"{name}: it has two SAEs for layer {before.header.layer}, {both}: give one of them")
         for what in ("d_in", "d_out", "input_hookpoint"):
             one, other = getattr(before.header, what), getattr(after.header, what)
             if one != other:
                 both = f"{one} ({before.where}) and {other} ({after.where})"
-                raise RequestError(f"{name}: SAEs of one hook point have one {what}, these have {both}")
-    return SaeSource(name, tuple(chosen), revision, asked=measured)
+                raise RequestError(f"{name}: its SAEs have different values of {what}: {both}")
+    return SaeSource(name, tuple(chosen), revision, requested_hookpoint=measured)
 
 
-def _choose_place(name: str, found: Sequence[str], asked: str | None) -> str:
+def _choose_place(name: str, found: Sequence[str], requested: str | None) -> str:
     places = sorted(set(found))
-    if asked is not None:
-        matching = [place for place in places if same_place(asked, place)] or (places if len(places) == 1 else [])
+    if requested is not None:
+        matching = [place for place in places if same_place(requested, place)] or (places if len(places) == 1 else [])
         if not matching:
-            raise RequestError(f"`hookpoint` {asked}: {name} has SAEs for {', '.join(places)}")
+            raise RequestError(f"`hookpoint` {requested}: {name} has SAEs for {', '.join(places)}")
         return matching[0]
     if "resid_post" in places or len(places) == 1:
         return "resid_post" if "resid_post" in places else places[0]
-    raise RequestError(f"{name}: SAEs for {', '.join(places)}; choose one with `hookpoint`")
+    raise RequestError(f"{name}: it has SAEs for {', '.join(places)}: choose one with `hookpoint`")
 
 
-def _as_asked(asked: str, found: str) -> str:
+def _canonical_request(requested: str, found: str) -> str:
     """Return the user's hook point, spelled as in the SAE's config if both are paths of the same module."""
-    asked = canonical(asked)
-    both_paths = is_module_path(asked) and is_module_path(found)
-    return found if both_paths and same_place(asked, found) else asked
+    requested = canonical(requested)
+    both_paths = is_module_path(requested) and is_module_path(found)
+    return found if both_paths and same_place(requested, found) else requested

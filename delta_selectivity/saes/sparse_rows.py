@@ -21,20 +21,13 @@ class SparseRows:
     code of a row with fewer than k positive pre-activations); ``l0`` does not count it.
     """
 
-    crow: Tensor
-    """Start of each row, and the end of the last. int64 ``[rows + 1]``."""
-    col: Tensor
-    """Latent indices. int64 or int32 ``[nnz]``."""
-    value: Tensor
-    """Latent activations. float32 ``[nnz]``."""
-    n_cols: int
-    """Number of latents, d_sae."""
-    scale: Tensor | None = None
-    """Factor of each reconstructed row, if the SAE normalises its input at run time. ``[rows]``."""
-    shift: Tensor | None = None
-    """Added to every coordinate of the row after scaling. ``[rows]``."""
-    width: int | None = None
-    """Entries per row, if all rows are known to have the same number; this avoids waiting for the device."""
+    crow: Tensor  # int64 [rows + 1], start of each row, and the end of the last
+    col: Tensor  # int64 or int32 [nnz], latent indices
+    value: Tensor  # float32 [nnz], latent activations
+    n_cols: int  # number of latents, d_sae
+    scale: Tensor | None = None  # [rows], factor of each reconstructed row, if the SAE normalises its input at run time
+    shift: Tensor | None = None  # [rows], added to every coordinate of the reconstructed row after scaling
+    width: int | None = None  # entries per row, if known to be the same for all; avoids waiting for the device
 
     @property
     def n_rows(self) -> int:
@@ -64,7 +57,7 @@ class SparseRows:
         shift = None if self.shift is None else self.shift[rows]
         if self.width is not None:
             col, value = (entries.view(-1, self.width).index_select(0, rows) for entries in (self.col, self.value))
-            return SparseRows(*_even(col, value), self.n_cols, scale, shift, self.width)
+            return SparseRows(*_fixed_width_layout(col, value), self.n_cols, scale, shift, self.width)
         counts = self.crow.diff()[rows]
         crow = F.pad(counts.cumsum(0), (1, 0))
         within = torch.arange(int(crow[-1]), device=crow.device) - crow[:-1].repeat_interleave(counts)
@@ -74,8 +67,8 @@ class SparseRows:
     def means(self, first: Tensor) -> SparseRows:
         """Average each run of rows, where run ``i`` begins at row ``first[i]`` (int ``[runs]``, ascending).
 
-        A latent that fires in several rows of a run has several entries in the mean's row; users have to add them up.
-        ``scale`` and ``shift`` are dropped, because their means have no use.
+        A latent that fires in several rows of a run has several entries in the mean's row, to be added by the caller.
+        ``scale`` and ``shift`` are dropped, because their means are not meaningful.
         """
         crow = F.pad(self.crow[first], (0, 1), value=self.value.numel())
         lengths = F.pad(first, (0, 1), value=self.n_rows).diff()
@@ -100,7 +93,7 @@ class SparseRows:
     @classmethod
     def of_width(cls, col: Tensor, value: Tensor, n_cols: int) -> SparseRows:
         """Return codes with the same number of entries in every row, from latents and activations ``[rows, width]``."""
-        return cls(*_even(col, value), n_cols, width=col.shape[1])
+        return cls(*_fixed_width_layout(col, value), n_cols, width=col.shape[1])
 
     @staticmethod
     def concat(parts: Sequence[SparseRows]) -> SparseRows:
@@ -123,7 +116,7 @@ class SparseRows:
         return torch.segment_reduce(entries, "sum", offsets=self.crow, unsafe=True)
 
 
-def _even(col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fixed_width_layout(col: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return row starts, columns and values of rows of the same width, ``[rows, width]``."""
     rows, width = col.shape
     crow = torch.arange(0, rows * width + 1, width, device=col.device)

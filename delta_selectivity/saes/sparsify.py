@@ -45,8 +45,8 @@ class Sparsify:
         hook = parse(path.parent.name)
         if hook is None:
             raise RequestError(
-                f"{path.parent}: the folder's name says where in the model the SAE belongs;"
-                " rename it to layers.5 or layers.5.mlp, say"
+                f"{path.parent}: the folder's name must be the SAE's hook point: rename it, such as layers.5 or"
+                " layers.5.mlp"
             )
         return make_header(config, path, hook, model_name)
 
@@ -79,7 +79,7 @@ def make_header(
     d_sae = settings["num_latents"] or d_in * positive_int(settings, "expansion_factor", path)
     activation = settings["activation"]
     if activation not in SELECTIONS:
-        raise RequestError(f"{path}: activation {activation!r}; {' and '.join(SELECTIONS)} are known")
+        raise RequestError(f"{path}: activation is {activation!r}; supported: {' and '.join(SELECTIONS)}")
     if not isinstance(d_sae, int) or k > d_sae or (activation == "groupmax" and d_sae % k):
         raise RequestError(f"{path}: {activation} with k {k} does not fit num_latents {d_sae!r}")
     transcodes = bool(config.get("transcode"))

@@ -25,7 +25,7 @@ def exact_topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if pre_acts.device.type != "cpu" or pre_acts.dtype != torch.float32 or pre_acts.shape[1] < WIDE:
         values, indices = pre_acts.topk(k, dim=1, sorted=False)
         return values, indices
-    from delta_selectivity.saes.row_kernels import k_largest  # lazily: loading takes a second
+    from delta_selectivity.saes.row_kernels import k_largest  # imported here: loading takes a second
 
     values, indices = map(torch.from_numpy, k_largest(pre_acts.numpy(), k))
     return values, indices

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.system.unpacked import ALWAYS
+from delta_selectivity.system.unpacked import ALWAYS_ALLOWED
 
 SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt"})
 
-SHARED = 4  # tensors may take this many times the file's size, since some share memory
-MOST_ENTRIES, MOST_LEVELS = 100_000, 100  # limits on nested dictionaries
+MAX_EXPANSION = 4  # ratio of the tensors' size to the file's, above 1 because tensors may share memory
+MAX_ENTRIES, MAX_LEVELS = 100_000, 100  # of nested dictionaries
 
 _CALLED = re.compile(r"GLOBAL (\S+)")
 
@@ -37,16 +37,20 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     content = _unpickle(path)
     if not isinstance(content, Mapping):
         kind = type(content).__name__
-        raise RequestError(f"{path}: holds a {kind}; named tensors are needed: torch.save(sae.state_dict(), path)")
+        raise RequestError(
+            f"{path}: it contains a {kind}, but must have named tensors: torch.save(sae.state_dict(), path)"
+        )
     tensors = dict(_flatten(path, content))
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_meta:
             raise RequestError(
-                f"{path}: {name} is sparse, complex, quantized or without values; save dense real numbers"
+                f"{path}: {name} is sparse, complex, quantized or on the meta device: save dense real numbers"
             )
     claimed = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-    if claimed > max(ALWAYS, SHARED * path.stat().st_size):  # stride 0, or many names for the same memory
-        raise RequestError(f"{path}: its tensors take {claimed / 2**20:.0f} MiB, far more than the file holds")
+    if claimed > max(
+        ALWAYS_ALLOWED, MAX_EXPANSION * path.stat().st_size
+    ):  # stride 0, or many names for the same memory
+        raise RequestError(f"{path}: its tensors have {claimed / 2**20:.0f} MiB, far more than the file")
     return tensors
 
 
@@ -63,10 +67,10 @@ def _unpickle(path: Path) -> Any:
         called = _CALLED.search(str(error)) if isinstance(error, UnpicklingError) else None
         if called:
             raise RequestError(
-                f"{path}: to read it, {called[1]} would have to be called, and a file may call anything; nothing was"
-                " run. Save the tensors alone: torch.save(sae.state_dict(), path)"
+                f"{path}: reading it would call {called[1]}, which is not allowed, because a file could run any code:"
+                " save only the tensors: torch.save(sae.state_dict(), path)"
             ) from error
-        raise RequestError(f"{path}: not a whole file that torch.save wrote; copy or download it again") from error
+        raise RequestError(f"{path}: not a complete file of torch.save: copy or download it again") from error
 
 
 def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -76,8 +80,8 @@ def _flatten(path: Path, content: Mapping[Any, Any]) -> Iterator[tuple[str, Tens
         prefix, inner = levels.pop()
         for key, value in inner.items():
             seen += 1
-            if seen > MOST_ENTRIES or prefix.count(".") > MOST_LEVELS:  # a dictionary may contain itself
-                raise RequestError(f"{path}: dictionaries in dictionaries without an end; save named tensors alone")
+            if seen > MAX_ENTRIES or prefix.count(".") > MAX_LEVELS:  # a dictionary may contain itself
+                raise RequestError(f"{path}: its dictionaries are nested too deeply: save named tensors only")
             if isinstance(value, Tensor):
                 yield f"{prefix}{key}", value
             elif isinstance(value, Mapping):

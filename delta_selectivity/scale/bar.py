@@ -13,15 +13,15 @@ class UnitsBar:
     """One bar for the probes of all workers, with the number of finished units; silent if `quiet`."""
 
     def __init__(self, units: Sequence[Unit], quiet: bool) -> None:
-        self._n_units, self._ended = len(units), 0
+        self._n_units, self._n_done = len(units), 0
         total = sum(unit.n_probes for unit in units)
         self._bar = open_bar(total, "probes", "probe", quiet=quiet)
         self._bar.set_postfix_str(f"0 of {self._n_units} units")
 
-    def ended(self, unit: Unit) -> None:
+    def add(self, unit: Unit) -> None:
         """Count a unit that finished or failed."""
-        self._ended += 1
-        self._bar.set_postfix_str(f"{self._ended} of {self._n_units} units", refresh=False)
+        self._n_done += 1
+        self._bar.set_postfix_str(f"{self._n_done} of {self._n_units} units", refresh=False)
         self._bar.update(unit.n_probes)
 
     def __enter__(self) -> UnitsBar:

@@ -35,11 +35,12 @@ from delta_selectivity.system.terminal import NOTE
 log = logging.getLogger(__name__)
 
 WAIT_FOR_WORKERS = 120  # s
-SILENT = 120  # s without a heartbeat after which a worker counts as lost. Heartbeats come from a separate thread
-# every half second, also while a unit computes; a call that holds the GIL delays them by seconds only
-LOSSES = 3  # lost workers per unit; after one more, the unit is considered the cause (such as memory) and fails
+WORKER_TIMEOUT = 120
+"""Seconds without a heartbeat after which a worker counts as lost. Heartbeats come from a separate thread every half
+second, also while a unit computes; a call that holds the GIL delays them by seconds only."""
+ALLOWED_LOSSES = 3  # lost workers per unit; after one more, the unit is assumed to be the cause and fails
 
-INSTALL = 'many workers need Dask: pip install "delta-selectivity[scale]", in a clone pip install -e ".[scale]"'
+INSTALL = 'several workers need Dask: pip install "delta-selectivity[scale]", in a clone pip install -e ".[scale]"'
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Remote:
     """A running Dask scheduler, and the TLS files for connecting to it."""
 
     address: str  # such as tls://10.0.0.7:8786
-    tls_ca_file: Path | None = None  # PEM; None: as Dask's own configuration says
+    tls_ca_file: Path | None = None  # PEM; None: from Dask's configuration, as for the next two
     tls_cert: Path | None = None
     tls_key: Path | None = None
 
@@ -59,12 +60,12 @@ class Remote:
         if not self.address.startswith("tls://"):
             if given:
                 raise RequestError(
-                    f"`{next(iter(given))}`: `scheduler` {self.address} is not encrypted; give tls://..."
+                    f"`{next(iter(given))}`: `scheduler` {self.address} does not use TLS: give tls://..."
                 )
-            if self._is_elsewhere():
+            if self._is_remote():
                 log.warning(
-                    "`scheduler` %s is not encrypted: whoever reaches it can run code on its workers, and in this "
-                    "process; give tls://... unless you trust everybody on that network",
+                    "`scheduler` %s is not encrypted: everyone who can connect to it can run code on its workers and "
+                    "in this process; give tls://... unless you trust everyone on that network",
                     self.address,
                 )
             return None
@@ -77,10 +78,10 @@ class Remote:
             security.get_connection_args("client")
         except (OSError, ssl.SSLError) as error:
             files = ", ".join(str(getattr(security, name)) for name in names.values() if getattr(security, name))
-            raise RequestError(f"`scheduler` {self.address}: no certificate and key in {files} ({error})") from error
+            raise RequestError(f"`scheduler` {self.address}: cannot use the TLS files {files} ({error})") from error
         return security
 
-    def _is_elsewhere(self) -> bool:
+    def _is_remote(self) -> bool:
         host = urlsplit(self.address if "://" in self.address else f"tcp://{self.address}").hostname or ""
         try:
             return not ipaddress.ip_address(host).is_loopback
@@ -94,7 +95,7 @@ def open_cluster(n_workers: int, gpus: int, scheduler: Remote | None) -> Iterato
 
     Args:
         n_workers: processes on this machine, if no scheduler is given.
-        gpus: how many of them have a GPU of their own; 0: they share the CPU cores.
+        gpus: how many of them have their own GPU; 0: they share the CPU cores.
         scheduler: a running scheduler, used in place of processes on this machine.
 
     Raises:
@@ -105,27 +106,27 @@ def open_cluster(n_workers: int, gpus: int, scheduler: Remote | None) -> Iterato
     import dask
     from distributed import Client
 
-    quiet = {
-        "distributed.scheduler.allowed-failures": LOSSES,
+    config = {
+        "distributed.scheduler.allowed-failures": ALLOWED_LOSSES,
         "distributed.nanny.pre-spawn-environ": _threads(n_workers if not gpus else 1),
         "distributed.admin.tick.limit": "1h",  # a unit may hold the GIL for long; do not warn
         "distributed.worker.profile.enabled": False,
         "distributed.comm.timeouts.connect": f"{WAIT_FOR_WORKERS}s",
-        "distributed.scheduler.worker-ttl": f"{SILENT}s",
+        "distributed.scheduler.worker-ttl": f"{WORKER_TIMEOUT}s",
         "distributed.scheduler.worker-saturation": 1.0,  # a worker queues no further units
         "distributed.scheduler.http.routes": [],  # no dashboard, metrics or proxy, since their pages have no password
         "distributed.worker.http.routes": [],
     }
-    with dask.config.set(quiet), _restore_environment():
+    with dask.config.set(config), _restore_environment():
         logging.getLogger("distributed").setLevel(logging.CRITICAL)  # the outcomes report what users need
         if scheduler is not None:
-            with _reach(scheduler) as client:
+            with _connect(scheduler) as client:
                 client.subscribe_topic("scheduler", _log_lost_workers)
                 yield client
             return
         with (
-            tempfile.TemporaryDirectory(prefix="delta-selectivity-workers-") as own,
-            dask.config.set({"temporary-directory": own}),  # not a shared one that another user may have created
+            tempfile.TemporaryDirectory(prefix="delta-selectivity-workers-") as folder,
+            dask.config.set({"temporary-directory": folder}),  # not a shared one that another user may have created
             _local(n_workers, gpus) as cluster,
             Client(cluster, set_as_default=False) as client,
         ):
@@ -135,7 +136,7 @@ def open_cluster(n_workers: int, gpus: int, scheduler: Remote | None) -> Iterato
 
 
 @contextmanager
-def _reach(scheduler: Remote) -> Iterator[Any]:
+def _connect(scheduler: Remote) -> Iterator[Any]:
     """Open a client of a scheduler, after checking that it answers and runs the same program."""
     from distributed import Client
 
@@ -156,7 +157,7 @@ def _log_lost_workers(event: tuple[float, Any]) -> None:
     _, what = event
     if isinstance(what, dict) and what.get("action") == "worker-ttl-timed-out":
         for address in what["workers"]:
-            log.warning("worker %s has been silent for %.0f s: its unit goes to another", address, what["ttl"])
+            log.warning("worker %s did not respond for %.0f s: another worker gets its unit", address, what["ttl"])
 
 
 def _local(n_workers: int, gpus: int) -> Any:
@@ -177,13 +178,13 @@ def _local(n_workers: int, gpus: int) -> Any:
             security=security,
         )
     if gpus:
-        log.warning("dask-cuda is not installed: each worker is pinned to its GPU by CUDA_VISIBLE_DEVICES alone")
-    here = {"host": host, "protocol": "tls://", "dashboard_address": f"{host}:0", "security": security}
-    fixed = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL, **here}
+        log.warning("dask-cuda is not installed: each worker is pinned to its GPU only by CUDA_VISIBLE_DEVICES")
+    common = {"host": host, "protocol": "tls://", "dashboard_address": f"{host}:0", "security": security}
+    fixed = {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.CRITICAL, **common}
     workers = {
         name: {"cls": Nanny, "options": fixed | {"env": _pinned(name) if gpus else {}}} for name in range(n_workers)
     }
-    scheduler = {"cls": Scheduler, "options": {"port": 0, "dashboard": False, **here}}
+    scheduler = {"cls": Scheduler, "options": {"port": 0, "dashboard": False, **common}}
     return SpecCluster(workers=workers, scheduler=scheduler, security=security, silence_logs=logging.CRITICAL)
 
 

@@ -2,8 +2,8 @@
 
     show(render(plan, units))
 
-The estimates are good to a factor of about two on a machine like the one measured: enough to tell minutes from days and
-whether a unit fits into memory. Seconds are for one CPU core, whatever the machine has.
+The estimates are accurate to a factor of about two on a machine like the measured one. That is enough to distinguish
+minutes from days, and to decide whether a unit fits into memory. Seconds are always for one CPU core.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Rates:
 
     forward: float  # FLOP of the model
     sae: float  # FLOP of encoding
-    probe: float  # row x dimension x probe x fold, of one view of one site
-    start: float  # seconds before a unit's first text: texts, tokens, configs, weights
+    probe: float  # row x dimension x probe x fold, for one view of one site
+    start: float  # seconds before a unit's first text: to load texts, tokens, configs and weights
 
 
 CPU_CORE = Rates(forward=2.3e11, sae=2.2e11, probe=1.1e08, start=2.6)
@@ -78,26 +78,26 @@ def cost(shape: Shape, rates: Rates) -> Cost:
 
 def shape_of(plan: Plan, unit: Unit) -> Shape:
     """Return a unit's quantities, without loading anything; a baseline counts as the SAE that it is derived from."""
-    asked = plan.request.settings
+    settings = plan.request.settings
     sizes = {
         (sae_id, member.header.layer): (member.header.d_in, member.header.d_sae, member.header.d_out)
         for sae_id, subject in enumerate(plan.saes)
         for member in (subject.source.members if subject.source is not None else ())
     }
-    own, widest = [], max(sizes.values())
+    of_unit, widest = [], max(sizes.values())
     for i, layer in sorted(unit.subjects):
         baseline = plan.subjects[i].baseline
-        sae_id = i if baseline is None else baseline.of
-        own.append((widest[2], 1, widest[2]) if sae_id is None else sizes[sae_id, layer])
+        sae_id = i if baseline is None else baseline.sae_id
+        of_unit.append((widest[2], 1, widest[2]) if sae_id is None else sizes[sae_id, layer])
     rows = sum(len(probe.mentions) for dataset in plan.texts.datasets for probe in dataset.probes)
     return Shape(
         tokens=round(TOKENS_PER_CHARACTER * sum(len(mention.text) for mention in plan.texts.mentions)),
         rows=len(plan.texts.mentions),
-        cells=rows * asked.folds * asked.repeats,
+        cells=rows * settings.folds * settings.repeats,
         d_model=plan.info.d_model,
         n_layers=max(unit.layers) + 1,
         n_sites=len(unit.layers),
-        sae_sizes=tuple(own),
+        sae_sizes=tuple(of_unit),
         dtype_bytes=4 if plan.dtype == "float32" else 2,
         vocabulary=len(plan.info.tokenizer),
     )
@@ -118,7 +118,7 @@ def render(plan: Plan, units: Sequence[Unit]) -> str:
     largest = max(each.total_bytes for each in costs)
     return (
         f"{aligned(rows)}\n\n{len(units)} units, {seconds / 3600:.2f} hours of one CPU core; a worker needs about "
-        f"{megabytes(largest)} at most. Estimates (docs/scale.md): a factor of two either way."
+        f"{megabytes(largest)} at most. These are estimates, to a factor of two (docs/scale.md)."
     )
 
 

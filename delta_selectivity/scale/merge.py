@@ -23,36 +23,36 @@ from delta_selectivity.system.whole_file import refuse_link
 def merge(unit_folder: Path, files: Files) -> None:
     """Merge a unit's results into the request's files, which are open and locked.
 
-    Raises `RequestError` if the unit measured something else, because an SAE, the model or the data changed on disk
-    since the request was checked.
+    Raises `RequestError` if the key of a result differs, because an SAE, the model or the data changed on disk since
+    the request was checked.
     """
     names = {file.path.name for file in files.values()}
     for path in sorted(unit_folder.glob("**/*.json")):
         if path.name not in names:
             continue  # not a result file of this request
-        final = _final(path, files)
-        found = RecordFile.open(path, final.key, final.run, overwrite=False)
-        new = {layer: record for layer, record in found.layers.items() if layer not in final.layers}
+        target = _result_file(path, files)
+        found = RecordFile.open(path, target.key, target.run, overwrite=False)
+        new = {layer: record for layer, record in found.layers.items() if layer not in target.layers}
         if not new:
             continue
-        layers = {**without_q_values(final.layers), **new}
-        prune(final.path, layers)
+        layers = {**without_q_values(target.layers), **new}
+        prune(target.path, layers)
         for layer in new:
-            _move(path_of(path, layer), path_of(final.path, layer))
+            _move(path_of(path, layer), path_of(target.path, layer))
         if texts.path_of(path).is_file():
-            texts.keep(final.path, texts.path_of(path).read_bytes())
-        final.warnings += [line for line in found.warnings if line not in final.warnings]
-        final.seconds = _add(final.seconds, found.seconds)
-        final.resources = _larger(final.resources, found.resources)
-        final.complete = False
-        final.write(layers)
+            texts.keep(target.path, texts.path_of(path).read_bytes())
+        target.warnings += [line for line in found.warnings if line not in target.warnings]
+        target.seconds = _sums(target.seconds, found.seconds)
+        target.resources = _maxima(target.resources, found.resources)
+        target.complete = False
+        target.write(layers)
 
 
-def _final(path: Path, files: Files) -> RecordFile:
+def _result_file(path: Path, files: Files) -> RecordFile:
     """Return the file into which a unit's file is merged: the one for the same SAE or baseline and dataset."""
     sae = read(path)["_run"]["config"]["sae"]
-    (final,) = (file for file in files.values() if file.path.name == path.name and file.run["config"]["sae"] == sae)
-    return final
+    (target,) = (file for file in files.values() if file.path.name == path.name and file.run["config"]["sae"] == sae)
+    return target
 
 
 def _move(source: Path, target: Path) -> None:
@@ -63,10 +63,10 @@ def _move(source: Path, target: Path) -> None:
         os.replace(source, target)  # noqa: PTH105
 
 
-def _add(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+def _sums(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     """Sum seconds per stage over units; the sum is work, not elapsed time."""
     return {name: round(a.get(name, 0.0) + b.get(name, 0.0), 3) for name in {**a, **b}}
 
 
-def _larger(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+def _maxima(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
     return {name: max(a.get(name, 0.0), b.get(name, 0.0)) for name in {**a, **b}}

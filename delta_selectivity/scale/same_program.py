@@ -2,8 +2,8 @@
 
     check(client)
 
-First the package versions are compared, which Dask reads even from a package too old for the second step; then the
-digests of the source. Workers that join later compare the digest before each unit (`scale.worker`).
+First the package versions are compared, which works even if a package is too old for the second step; then the digests
+of the source. Workers that join later compare the digest before each unit (`scale.worker`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def check(client: Any) -> None:
     others = {"the scheduler": found["scheduler"], **{f"worker {name}": v for name, v in found["workers"].items()}}
     for who, versions in others.items():
         if (there := _version(versions)) != here:
-            raise RequestError(f"`scheduler`: {who} has {_called(there)}, this process {_called(here)}: {_REMEDY}")
+            raise RequestError(
+                f"`scheduler`: {who} has {_describe(there)}, this process has {_describe(here)}: {_REMEDY}"
+            )
     try:
         digests: Mapping[str, str] = {
             "the scheduler": client.run_on_scheduler(own_digest),
@@ -44,15 +46,15 @@ def check(client: Any) -> None:
 
 def other_source(who: str) -> str:
     """Return the message about a process whose digest differs."""
-    return f"{who} runs other source code of {PACKAGE} than this process: {_REMEDY}"
+    return f"{who} runs different source code of {PACKAGE} than this process: {_REMEDY}"
 
 
 def _version(versions: Mapping[str, Any] | None) -> str | None:
     return (versions or {}).get("packages", {}).get(PACKAGE)
 
 
-def _called(version: str | None) -> str:
+def _describe(version: str | None) -> str:
     return f"no {PACKAGE}" if version is None else f"{PACKAGE} {version}"
 
 
-_REMEDY = "install the same for the scheduler, the workers and here"
+_REMEDY = "install the same version for the scheduler, the workers and this process"

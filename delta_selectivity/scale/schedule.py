@@ -22,7 +22,7 @@ class UnitsFailed(RuntimeError):
 def outcomes(client: Any, units: Sequence[Unit], cwd: Path, own_device: bool) -> Iterator[tuple[Unit, Outcome]]:
     """Yield each unit with its outcome as it finishes on a worker of `client` (a `distributed.Client`).
 
-    own_device: each worker uses its own GPU if it has one; otherwise the devices of the request.
+    own_device: whether each worker uses its own GPU if it has one; otherwise the devices of the request.
     """
     from distributed import as_completed
 
@@ -34,7 +34,7 @@ def outcomes(client: Any, units: Sequence[Unit], cwd: Path, own_device: bool) ->
         unit = waiting.pop(future)
         try:
             outcome = future.result()
-        except Exception as error:  # several workers were lost with it, or could not start it
+        except Exception as error:  # its workers were lost too often, or could not start it
             outcome = Outcome("failed", f"{type(error).__name__}: {str(error)[:ERROR_SHOWN]}")
         yield unit, outcome
 
@@ -47,7 +47,7 @@ class OutcomeLog:
         self.failed: list[str] = []
 
     def record(self, unit: Unit, outcome: Outcome) -> None:
-        """Log a unit's warnings and its failure. Raises `RequestError` if the unit found the request wrong."""
+        """Log a unit's warnings and its failure. Raises `RequestError` if the unit was refused."""
         for line in outcome.warnings:
             if line not in self._logged:
                 self._logged.add(line)
@@ -57,7 +57,7 @@ class OutcomeLog:
         if outcome.status == "failed":
             self.failed.append(outcome.line)
             log.warning("unit %s failed: %s", unit.id, outcome.line)
-            log.info("where it failed: %s", outcome.trace)
+            log.info("traceback: %s", outcome.trace)
 
     def conclude(self, n_units: int) -> None:
         """Raise `UnitsFailed` if any unit failed."""

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class Job:
     """A validated request and its units."""
 
-    plan: Plan
+    plan: Plan  # of the request
     units: list[Unit]
 
 
@@ -38,16 +38,16 @@ class Job:
 class Workers:
     """The workers to use."""
 
-    number: int | None  # processes on this machine; None: one per GPU, or without GPUs one per core
+    number: int | None  # of processes on this machine; None: one per GPU, or without GPUs one per core
     scheduler: Remote | None  # a running Dask scheduler; None: processes on this machine
-    own_devices: bool  # each takes its own GPU if it has one; else the devices of the request
-    quiet: bool
+    own_devices: bool  # whether each uses its own GPU if it has one; else the devices of the request
+    quiet: bool  # no progress bar
 
 
 def measure(jobs: Sequence[Job], workers: Workers) -> list[list[Path]]:
-    """Measure what is missing of all jobs and complete their results; return the result files of each job."""
-    with ExitStack() as held:
-        opened = [(job, open_files(job.plan, held)) for job in jobs]
+    """Measure the missing results of all jobs and complete their files; return the result files of each job."""
+    with ExitStack() as locks:
+        opened = [(job, open_files(job.plan, locks)) for job in jobs]
         todo: list[tuple[Unit, Files]] = []
         for job, files in opened:
             refuse_link(job.plan.request.output / FOLDER)
@@ -56,16 +56,16 @@ def measure(jobs: Sequence[Job], workers: Workers) -> list[list[Path]]:
             missing = {(cell.subject, cell.site.layer) for cell in missing_cells(job.plan, files)}
             todo += [(unit, files) for unit in job.units if missing & unit.subjects]
         if todo:
-            spread(todo, workers, jobs[0].plan.request.device1)
+            run_units(todo, workers, jobs[0].plan.request.device1)
         else:
-            log.log(NOTE, "everything asked for is on disk already")
+            log.log(NOTE, "all requested results are on disk already")
         for job, files in opened:
             settle(files)
             clear(job.units)
     return [list(dict.fromkeys(file.path for file in files.values())) for _, files in opened]
 
 
-def spread(todo: Sequence[tuple[Unit, Files]], workers: Workers, device: str) -> None:
+def run_units(todo: Sequence[tuple[Unit, Files]], workers: Workers, device: str) -> None:
     """Measure units on workers, and merge each one as it finishes."""
     n_workers, gpus = count_workers(workers.number, device, len(todo))
     files_of = {unit.folder: files for unit, files in todo}
@@ -79,16 +79,16 @@ def spread(todo: Sequence[tuple[Unit, Files]], workers: Workers, device: str) ->
             if outcome.status == "done":
                 merge(unit.folder, files_of[unit.folder])
                 clear([unit])
-            bar.ended(unit)
+            bar.add(unit)
     outcome_log.conclude(len(units))
 
 
-def count_workers(asked: int | None, device: str, n_units: int) -> tuple[int, int]:
+def count_workers(requested: int | None, device: str, n_units: int) -> tuple[int, int]:
     """Return the number of processes on this machine, and how many of them have their own GPU: all or none."""
     gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    if gpus and asked is not None and asked > gpus:
-        raise RequestError(f"`workers` {asked}: this machine has {gpus} GPUs, for one worker each")
-    n_workers = min(asked or gpus or cpu_count(), n_units)
+    if gpus and requested is not None and requested > gpus:
+        raise RequestError(f"`workers` {requested}: this machine has {gpus} GPUs, and each worker needs one")
+    n_workers = min(requested or gpus or cpu_count(), n_units)
     return n_workers, n_workers if gpus else 0
 
 

@@ -28,7 +28,7 @@ FOLDER = ".units"  # in the output directory, until all units are merged
 
 T = TypeVar("T")
 _HOW = ("output_directory", "device1", "device2", "batch_size", "queue_gb", "cache_dir", "cache_gb", "overwrite")
-"""Options that affect how to run and not what to measure."""
+"""Options that do not affect the results."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Unit:
     """A part of a request."""
 
     request: Request  # restricted to its SAEs and layers, with its own folder
-    places: frozenset[tuple[str, Site]]  # (name of an SAE or baseline, site), measured on all datasets
+    places: frozenset[tuple[str, Site]]  # (name of an SAE or baseline, site) to measure, on all datasets
     prepend_bos: bool  # decided for all SAEs of the request
     dtype: str  # of the model's activations; decided once, since workers' processors may differ
     labels: dict[str, str]  # of its SAEs, unique in the whole request
-    whole_tokens: int | None  # decided by existing results
+    whole_tokens: int | None  # as in existing results, if there are any
     subjects: frozenset[tuple[SaeId, int]]  # `places` as (subject of the whole request, layer)
     n_probes: int  # number of results: (probe, layer, SAE or baseline)
 
     @property
     def id(self) -> str:
-        """The layers, and 16 hexadecimal digits of a hash of what the unit measures."""
+        """The unit's layers, and 16 hexadecimal digits of a hash of what it measures."""
         what = {name: value for name, value in self.request.described().items() if name not in _HOW}
         what |= {
             "places": sorted(self.places),
@@ -71,25 +71,25 @@ class Unit:
 
 def plan_units(plan: Plan, layers_per_unit: int, saes_per_unit: int) -> list[Unit]:
     """Return units that together measure the whole request, each part once, sorted by layers."""
-    return sorted(_cut(plan, layers_per_unit, saes_per_unit), key=lambda unit: unit.layers)
+    return sorted(_split(plan, layers_per_unit, saes_per_unit), key=lambda unit: unit.layers)
 
 
-def _cut(plan: Plan, layers_per_unit: int, saes_per_unit: int) -> Iterator[Unit]:
+def _split(plan: Plan, layers_per_unit: int, saes_per_unit: int) -> Iterator[Unit]:
     layers_of = [{site.layer for site in subject.sites} for subject in plan.saes]
-    alike: dict[tuple[str, bool], list[SaeId]] = {}  # SAEs that share baselines: (hook point, counts BOS) -> SAEs
+    groups: dict[tuple[str, bool], list[SaeId]] = {}  # (hook point, counts BOS) -> SAEs, which share baselines
     for sae_id, subject in enumerate(plan.saes):
-        alike.setdefault(_place(subject), []).append(sae_id)
-    for sae_ids in alike.values():
+        groups.setdefault(_place(subject), []).append(sae_id)
+    for sae_ids in groups.values():
         for layers in _chunks(sorted({layer for sae_id in sae_ids for layer in layers_of[sae_id]}), layers_per_unit):
             without_baselines = set(layers)
             by_layers: dict[tuple[int, ...], list[SaeId]] = {}
             for sae_id in sae_ids:
                 by_layers.setdefault(tuple(layer for layer in layers if layer in layers_of[sae_id]), []).append(sae_id)
-            for own, same in by_layers.items():
-                for group in _chunks(same, saes_per_unit) if own else ():
-                    shared = without_baselines.intersection(own)
+            for unit_layers, members in by_layers.items():
+                for group in _chunks(members, saes_per_unit) if unit_layers else ():
+                    shared = without_baselines.intersection(unit_layers)
                     without_baselines -= shared
-                    yield _unit(plan, own, group, shared)
+                    yield _unit(plan, unit_layers, group, shared)
 
 
 def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared: set[int]) -> Unit:
@@ -98,19 +98,19 @@ def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared:
     for i, subject in enumerate(plan.subjects):
         if subject.baseline is None:
             continue
-        if subject.baseline.of in sae_ids:
+        if subject.baseline.sae_id in sae_ids:
             subjects |= {(i, layer) for layer in layers}
-        elif subject.baseline.of is None and _place(subject) == _place(plan.subjects[sae_ids[0]]):
+        elif subject.baseline.sae_id is None and _place(subject) == _place(plan.subjects[sae_ids[0]]):
             subjects |= {(i, layer) for layer in shared}
     sites = {(i, site.layer): site for i, subject in enumerate(plan.subjects) for site in subject.sites}
-    narrow = replace(
+    request = replace(
         plan.request,
-        saes=tuple(_typed(plan.subjects[sae_id]) for sae_id in sae_ids),
+        saes=tuple(_reopen_name(plan.subjects[sae_id]) for sae_id in sae_ids),
         layers=layers,
         settings=replace(plan.request.settings, overwrite=False),
     )
     unit = Unit(
-        request=narrow,
+        request=request,
         places=frozenset((plan.subjects[i].name, sites[i, layer]) for i, layer in subjects),
         prepend_bos=plan.prepend_bos,
         dtype=plan.dtype,
@@ -119,13 +119,13 @@ def _unit(plan: Plan, layers: tuple[int, ...], sae_ids: Sequence[SaeId], shared:
         subjects=frozenset(subjects),
         n_probes=len(subjects) * sum(len(dataset.probes) for dataset in plan.texts.datasets),
     )
-    return replace(unit, request=replace(narrow, output=plan.request.output / FOLDER / unit.id))
+    return replace(unit, request=replace(request, output=plan.request.output / FOLDER / unit.id))
 
 
-def _typed(subject: Subject) -> str:
-    """Return the name that finds the SAE again."""
+def _reopen_name(subject: Subject) -> str:
+    """Return the name by which `open_sae` finds the SAE."""
     assert subject.source is not None
-    return subject.source.typed or subject.name
+    return subject.source.opened_as or subject.name
 
 
 def _place(subject: Subject) -> tuple[str, bool]:

@@ -30,8 +30,8 @@ from delta_selectivity.scale.units import Unit
 from delta_selectivity.system.file_lock import Locked, exclusive
 
 ERROR_SHOWN = 400  # maximum characters of an error message: torch appends its C++ stack
-LOOK_AGAIN = 1.0  # s
-LOOKS = 600  # attempts to lock a unit before it fails: its other process may hang
+LOCK_RETRY = 1.0  # seconds between attempts to lock a unit
+LOCK_ATTEMPTS = 600  # before the unit fails, because the other process may hang
 
 _one_at_a_time = threading.Lock()  # for workers with several threads: torch's thread count is per process
 
@@ -41,20 +41,20 @@ class Outcome:
     """The result of running a unit."""
 
     status: Literal["done", "refused", "failed"]  # refused: the request is wrong
-    line: str = ""  # what went wrong
-    trace: str = ""  # traceback
-    warnings: tuple[str, ...] = ()  # warnings logged while it ran
+    line: str = ""  # the error message
+    trace: str = ""  # the traceback
+    warnings: tuple[str, ...] = ()  # logged while the unit ran
     process: int = 0  # id of the worker's process; 0 if it was lost
     seconds: float = 0.0  # duration
 
 
 def run_unit(unit: Unit, cwd: Path, own_device: bool, program: str) -> Outcome:
-    """Measure what is missing of a unit.
+    """Measure the missing results of a unit.
 
     Args:
         unit: what to measure.
         cwd: the folder that relative paths refer to.
-        own_device: use this worker's GPU if it has one, else the CPU; otherwise the devices of the request.
+        own_device: whether to use this worker's GPU, or the CPU if it has none; otherwise the devices of the request.
         program: `own_digest` of the submitting process; a worker that joined late may run other code.
     """
     if program != own_digest():
@@ -65,12 +65,12 @@ def run_unit(unit: Unit, cwd: Path, own_device: bool, program: str) -> Outcome:
         unit = replace(unit, request=replace(unit.request, device1=device, device2=device))
     with _one_at_a_time, _collect_warnings() as warnings:
         start = time.perf_counter()
-        outcome = _end_of(unit)
+        outcome = _outcome_of(unit)
         seconds = time.perf_counter() - start
         return replace(outcome, warnings=tuple(warnings), process=os.getpid(), seconds=seconds)
 
 
-def _end_of(unit: Unit) -> Outcome:
+def _outcome_of(unit: Unit) -> Outcome:
     try:
         _measure(unit)
     except RequestError as error:
@@ -82,28 +82,28 @@ def _end_of(unit: Unit) -> Outcome:
 
 def _measure(unit: Unit) -> None:
     unit.folder.mkdir(parents=True, exist_ok=True)
-    with _unit_lock(unit.folder), ExitStack() as held:
+    with _unit_lock(unit.folder), ExitStack() as locks:
         decided = {name: getattr(unit, name) for name in ("prepend_bos", "dtype", "whole_tokens")}
         plan = replace(make_plan(unit.request, labels=unit.labels), **decided)
-        files = open_files(plan, held)
+        files = open_files(plan, locks)
         cells = missing_cells(plan, files)
-        own = [cell for cell in cells if (plan.subjects[cell.subject].name, cell.site) in unit.places]
-        if own:
-            measure(plan, files, own)
+        of_unit = [cell for cell in cells if (plan.subjects[cell.subject].name, cell.site) in unit.places]
+        if of_unit:
+            measure(plan, files, of_unit)
 
 
 @contextmanager
 def _unit_lock(folder: Path) -> Iterator[None]:
-    """Wait until no other process works on the unit: a worker that was considered lost may still run."""
-    with ExitStack() as held:
-        for _ in range(LOOKS):
+    """Lock the unit; wait if another process has it, because a worker that counts as lost may still run."""
+    with ExitStack() as lock:
+        for _ in range(LOCK_ATTEMPTS):
             try:
-                held.enter_context(exclusive(folder / "unit"))
+                lock.enter_context(exclusive(folder / "unit"))
                 break
             except Locked:
-                time.sleep(LOOK_AGAIN)
+                time.sleep(LOCK_RETRY)
         else:
-            raise TimeoutError(f"another process has held {folder} for {LOOKS * LOOK_AGAIN:.0f} s: end it")
+            raise TimeoutError(f"another process has locked {folder} for {LOCK_ATTEMPTS * LOCK_RETRY:.0f} s: end it")
         yield
 
 

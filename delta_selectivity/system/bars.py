@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-QUIET_FOR = 10.0  # minimum seconds between two lines
-SHARE = 0.1  # minimum share of the total between two lines
+MIN_SECONDS = 10.0  # between two lines
+MIN_SHARE = 0.1  # of the total between two lines
 
 
 def open_bar(total: int | None, desc: str, unit: str, position: int = 0, quiet: bool = False) -> tqdm | LineBar:
@@ -44,8 +44,8 @@ class LineBar:
     def update(self, n: int) -> None:
         """Add `n` to the progress."""
         self.n += n
-        late = time.monotonic() - self._written_at >= QUIET_FOR
-        if late and self.n - self._written >= SHARE * (self.total or 0):
+        is_due = time.monotonic() - self._written_at >= MIN_SECONDS
+        if is_due and self.n - self._written >= MIN_SHARE * (self.total or 0):
             self._write_line()
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """Limits the number of threads that compute at the same time to the number of cores.
 
     cores = Cores(2)
-    for batch, activations in cores.in_order(batches, forward, "forward"):    # in one thread
-    for layer, scores in cores.in_order(layers, probe, "probes"):             # in another: still two at a time in all
+    for batch, activations in cores.map_in_order(batches, forward, "forward"):    # in one thread
+    for layer, scores in cores.map_in_order(layers, probe, "probes"):             # in another thread: two in total
 
 More threads than cores would compete for the caches and for the GIL.
 """
@@ -51,7 +51,7 @@ class Cores:
             else:
                 self._free += 1
 
-    def in_order(self, items: Iterable[T], work: Callable[[T], R], name: str) -> Generator[tuple[T, R], None, None]:
+    def map_in_order(self, items: Iterable[T], work: Callable[[T], R], name: str) -> Generator[tuple[T, R], None, None]:
         """Yield each item with `work(item)`, in order, computed by one thread per core with one more item queued.
 
         Items are taken from the iterable only when there is capacity, so no work starts after the generator is closed.
@@ -86,8 +86,8 @@ class Cores:
 def sharing_cores(device: str | torch.device) -> Iterator[Cores]:
     """Yield cores for work on a device: one for a GPU; all for a CPU, with one thread of torch and BLAS on each.
 
-    Two threads that both parallelise their matrix products wait for each other at every barrier: on 2 cores a fit of
-    0.3 s took up to 8 s next to a forward pass. Whole batches in parallel need no barriers.
+    Two threads that both parallelise their matrix products wait for each other at every barrier: on 2 cores, a fit of
+    0.3 s took up to 8 s during a forward pass. Batches that run in parallel as a whole need no barriers.
     """
     import torch  # deferred: a caller with its own `Cores` does not need torch
 

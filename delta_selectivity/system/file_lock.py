@@ -20,7 +20,7 @@ except ImportError:  # Windows
 
 log = logging.getLogger(__name__)
 
-_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of file systems without locks
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # errors of file systems without locks
 
 
 class Locked(Exception):
@@ -30,30 +30,32 @@ class Locked(Exception):
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock of `path`, which need not exist. Raises `Locked` at once if it is held elsewhere."""
-    beside = path.with_name(f".{path.name}.lock")
-    descriptor = _acquire(beside)
+    lock_path = path.with_name(f".{path.name}.lock")
+    descriptor = _acquire(lock_path)
     try:
         yield
     finally:
         with suppress(OSError):  # in a read-only folder it stays, which is harmless
-            beside.unlink()  # while locked, so that a waiting `_acquire` detects the removal
+            lock_path.unlink()  # while locked, so that a waiting `_acquire` detects the removal
         os.close(descriptor)
 
 
-def _acquire(beside: Path) -> int:
+def _acquire(lock_path: Path) -> int:
     """Open and lock the lock file; return its descriptor."""
     while True:
-        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
         try:
             _lock(descriptor)
-            if _is_still(descriptor, beside):
+            if _is_still(descriptor, lock_path):
                 return descriptor
         except BlockingIOError as error:
             os.close(descriptor)
-            raise Locked(str(beside)) from error
+            raise Locked(str(lock_path)) from error
         except OSError as error:
-            if error.errno in _NO_LOCKS_HERE:
-                log.warning("%s: this file system has no locks: do not run the same twice at a time", beside.parent)
+            if error.errno in _NO_LOCKS:
+                log.warning(
+                    "%s: this file system does not support locks: do not start the same run twice", lock_path.parent
+                )
                 return descriptor
             os.close(descriptor)
             raise

@@ -1,4 +1,4 @@
-"""A single quick check whether the Hugging Face Hub answers, in place of a library's five slow retries.
+"""A single quick check whether the Hugging Face Hub answers, instead of a library's five slow retries.
 
 use_cache_if_unreachable()     # before any request to the Hub
 """
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 TIMEOUT = 3.0
 """Seconds to wait for a connection to the Hub."""
-KNOWN_FOR = 60.0
+VALID_FOR = 60.0
 """Seconds for which a result is reused."""
 
 OFFLINE = ", and the Hub does not answer: check the name and the connection"
@@ -37,10 +37,10 @@ def use_cache_if_unreachable() -> bool:
     with _lock:
         if _last_check is None and constants.HF_HUB_OFFLINE:
             return False  # set by the user
-        if _last_check is None or time.monotonic() - _last_check[0] > KNOWN_FOR:
+        if _last_check is None or time.monotonic() - _last_check[0] > VALID_FOR:
             reachable = _behind_proxy() or _answers(constants.ENDPOINT)
             if not reachable:
-                log.info("%s does not answer: only what is in its cache here can be used", constants.ENDPOINT)
+                log.info("%s does not answer: only its local cache is used", constants.ENDPOINT)
             _last_check = time.monotonic(), reachable
             constants.HF_HUB_OFFLINE = not reachable
         return _last_check[1]
@@ -63,7 +63,7 @@ def _answers(address: str) -> bool:
         except OSError:
             found.append(False)
 
-    asking = threading.Thread(target=connect, daemon=True)
-    asking.start()
-    asking.join(TIMEOUT + 1)
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(TIMEOUT + 1)
     return found == [True]

@@ -15,32 +15,35 @@ from typing import NoReturn
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-_leaves = False
+_exits = False
 
 
-def leave_at_once() -> None:
-    """Make the signals end the process with code 130: while the program loads and after `main`."""
-    global _leaves
-    _leaves = True
-    for number in watched():
+def exit_on_signals() -> None:
+    """Make the signals exit the process with code 130, while the program loads and after `main`."""
+    global _exits
+    _exits = True
+    for number in handled_signals():
         signal.signal(number, _on_signal)
 
 
-def leaves_at_once() -> bool:
-    """Return whether this process is one of the package's programs, which may be ended, and not a user's session."""
-    return _leaves
+def exits_on_signals() -> bool:
+    """Return whether this process is one of the package's programs, which may exit, and not a user's session."""
+    return _exits
 
 
 def _on_signal(_number: int, _frame: object) -> None:
     with suppress(OSError):  # stderr may be closed
-        os.write(2, b"interrupted: no run was going on; the same command starts one, or goes on with what is missing\n")
+        os.write(
+            2,
+            b"interrupted: no run was in progress; repeat the command to start or continue one\n",
+        )
     os._exit(130)
 
 
-def leave(code: int) -> NoReturn:
-    """End the process with this exit code, after flushing output.
+def exit_now(code: int) -> NoReturn:
+    """Exit the process with this code, after flushing output.
 
-    Python would take a second to unload torch. A signal in that time would kill the process and turn success into
+    A normal exit takes a second to unload torch. A signal in that time would kill the process and turn success into
     failure.
     """
     for stream in (sys.stdout, sys.stderr):
@@ -50,12 +53,12 @@ def leave(code: int) -> NoReturn:
 
 
 @contextmanager
-def like_ctrl_c() -> Iterator[None]:
+def as_keyboard_interrupt() -> Iterator[None]:
     """Make each of the signals raise `KeyboardInterrupt` inside the context. Has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.default_int_handler) for number in watched()}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in handled_signals()}
     try:
         yield
     finally:
@@ -63,6 +66,6 @@ def like_ctrl_c() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def watched() -> list[signal.Signals]:
+def handled_signals() -> list[signal.Signals]:
     """Return the signals that are not ignored and whose handler Python can restore."""
     return [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]

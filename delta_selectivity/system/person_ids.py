@@ -1,11 +1,11 @@
-"""Numeric ids of people, and the rules by which two spellings are the same person.
+"""Numeric ids of people or other groups, and the rules by which two spellings are the same one.
 
     person_ids(["Ada Lovelace", "1", "1.0", "007"])    # the second and third are one person
 
 Equal numbers are one person in any notation: 1, `1`, `1.0`. Numbers with leading zeros are distinct, since they may be
 codes. Texts are compared in Unicode form NFKC, so that composed and combining accents, and full-width and normal
-letters, are the same; case is significant. NFC would distinguish full-width letters. A person on both sides of a split
-is worse than two people in one fold.
+letters, are the same; case is significant. NFKC rather than NFC, because one person on both sides of a split is worse
+than two people in one fold.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 # Matches 1, -2.50 and 1e+16, as programs write numbers; not 007, 1e3 or 0x1f, which may be codes.
 _NUMBER = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?(e\+[0-9]{1,3})?", re.IGNORECASE)
-_LONGEST = 300  # maximum characters of a number: Python refuses to print integers with thousands of digits
+_MAX_LENGTH = 300  # characters of a number: Python refuses to print integers with thousands of digits
 
 
 def group_key(value: Any) -> str:
@@ -38,7 +38,7 @@ def group_key(value: Any) -> str:
 
 def number_key(text: str) -> str | None:
     """Return the shortest notation of a number, such as '1' for '+1.0'; None if the text is not a plain number."""
-    if len(text) > _LONGEST or not _NUMBER.fullmatch(text):
+    if len(text) > _MAX_LENGTH or not _NUMBER.fullmatch(text):
         return None
     number = Decimal(text)
     exact = format(number.to_integral_value() if number == number.to_integral_value() else number, "f")

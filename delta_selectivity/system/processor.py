@@ -28,7 +28,7 @@ FAST = (BFLOAT16, ONEDNN, BYTES)
 
 def has_fast_bfloat16() -> bool:
     """Return whether this CPU multiplies bfloat16 matrices natively, faster than float32 ones."""
-    return BFLOAT16 in fast()
+    return BFLOAT16 in fast_operations()
 
 
 def prefers_onednn() -> bool:
@@ -36,21 +36,21 @@ def prefers_onednn() -> bool:
 
     MKL does not use AVX-512 on CPUs other than Intel's. With AVX2 only, and on Intel's CPUs, MKL is faster.
     """
-    return ONEDNN in fast()
+    return ONEDNN in fast_operations()
 
 
 def has_fast_bytes() -> bool:
     """Return whether this CPU multiplies int8 matrices faster than float32 ones."""
-    return BYTES in fast()
+    return BYTES in fast_operations()
 
 
 @cache
-def fast() -> frozenset[str]:
+def fast_operations() -> frozenset[str]:
     """Return the members of `FAST` that apply. Raises `RequestError` for an unknown name in the variable."""
-    asked = os.environ.get(VARIABLE)
-    if asked is None:
+    override = os.environ.get(VARIABLE)
+    if override is None:
         return _by_capabilities()
-    names = {name.strip() for name in asked.split(",")} - {"", "none"}
+    names = {name.strip() for name in override.split(",")} - {"", "none"}
     if unknown := sorted(names - set(FAST)):
         raise RequestError(f"{VARIABLE}: {unknown[0]!r} is not one of {', '.join(FAST)}, none")
     return frozenset(names)
@@ -67,7 +67,7 @@ def has_bfloat16(device: str | torch.device) -> bool:
 def check_proc() -> None:
     """Raise `RequestError` on Linux without /proc, where PyTorch would fail later with an error about "cpuinfo"."""
     if sys.platform == "linux" and not Path("/proc/self").is_dir():
-        raise RequestError("/proc is not mounted here, and PyTorch needs it: mount -t proc proc /proc")
+        raise RequestError("/proc is not mounted, but PyTorch needs it: mount -t proc proc /proc")
 
 
 def cpu_count() -> int:
@@ -79,21 +79,21 @@ def cpu_count() -> int:
 
 def describe() -> str:
     """Return a text with the processor, what is fast on it and the number of threads."""
-    names = ", ".join(name for name in FAST if name in fast()) or "float32 by MKL only"
-    overruled = f" (by {VARIABLE})" if VARIABLE in os.environ else ""
+    names = ", ".join(name for name in FAST if name in fast_operations()) or "float32 by MKL only"
+    source = f" (by {VARIABLE})" if VARIABLE in os.environ else ""
     threads = min(torch.get_num_threads(), cpu_count())
-    return f"{_name()}: {names}{overruled}; {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_name()}: {names}{source}; {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _by_capabilities() -> frozenset[str]:
-    found, onednn_there = torch.cpu.get_capabilities(), torch.backends.mkldnn.is_available()
+    found, has_onednn = torch.cpu.get_capabilities(), torch.backends.mkldnn.is_available()
     has = {
-        BFLOAT16: onednn_there and any(found.get(name) for name in ("avx512_bf16", "amx_bf16")),
-        ONEDNN: onednn_there
+        BFLOAT16: has_onednn and any(found.get(name) for name in ("avx512_bf16", "amx_bf16")),
+        ONEDNN: has_onednn
         and torch.backends.mkl.is_available()
         and bool(found.get("avx512_f"))
         and not _made_by_intel(),
-        BYTES: onednn_there and any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")),
+        BYTES: has_onednn and any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")),
     }
     return frozenset(name for name in FAST if has[name])
 

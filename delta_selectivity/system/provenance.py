@@ -22,7 +22,7 @@ def program_version() -> str:
     return str(project["version"]) if project.get("name") == NAME else version(NAME)
 
 
-@functools.cache  # read once: the loaded version runs, whatever is installed later
+@functools.cache  # read once: the loaded version stays in use if another one is installed later
 def installed_version(package: str) -> str | None:
     """Return the version of a package by its name on PyPI; None if it is not installed."""
     try:
@@ -40,11 +40,11 @@ def running_program(sources: tuple[str, ...]) -> str:
 def program_digest(root: Path, sources: Sequence[str]) -> str:
     """Return the SHA-256 (64 hexadecimal digits) of the text of the files below `root`.
 
-    Raises FileNotFoundError for a pattern without a match, because changes to the renamed files would go unnoticed.
+    Raises FileNotFoundError for a pattern without a match, because changes of a renamed file would go unnoticed.
     """
     files = {source: list(root.glob(source)) for source in sources}
-    if nothing := [source for source, paths in files.items() if not paths]:
-        raise FileNotFoundError(f"no file of the program is called {nothing[0]}")
+    if missing := [source for source, paths in files.items() if not paths]:
+        raise FileNotFoundError(f"no source file matches {missing[0]}")
     found = hashlib.sha256()
     for path in sorted({path for paths in files.values() for path in paths}):
         found.update(json.dumps([path.relative_to(root).as_posix(), path.read_text("utf-8")]).encode())

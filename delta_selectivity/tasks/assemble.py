@@ -1,7 +1,7 @@
 """Drop duplicates, sample rows, and index each distinct mention of several tasks once.
 
-A third of the Wikidata rows are exact duplicates, and 4529 of the distinct prompts recur across files. A duplicate on
-both sides of a split inflates every probe's score, and running it twice costs a forward pass.
+A third of the Wikidata rows are exact duplicates, and 4529 of the distinct prompts are in several files. A duplicate on
+both sides of a split inflates the score of every probe, and running it twice wastes a forward pass.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ logger = logging.getLogger(__name__)
 def assemble(sources: Iterable[Task], shuffle_select_n: int | None, seed: int, several: bool = False) -> ProbeTexts:
     """Deduplicate, sample and index `sources`.
 
-    Raises `RequestError` if a probe is left with one class, or `shuffle_select_n` is too small for two. With
-    `several` tasks, such probes are kept; their results have a reason instead of numbers.
+    Raises `RequestError` if a probe is left with one class, or `shuffle_select_n` is too small for two. If there are
+    `several` tasks, such probes are kept, and their results have a reason instead of numbers.
     """
     index = _MentionIndex()
     datasets = []
     for source in sources:
-        forgiving = several and len(source.row_sets) == 1
-        drawn = select_rows(distinct_rows(source, forgiving), shuffle_select_n, seed, forgiving)
+        allow_one_class = several and len(source.row_sets) == 1
+        drawn = select_rows(distinct_rows(source, allow_one_class), shuffle_select_n, seed, allow_one_class)
         probes = tuple(probe for row_set in drawn.row_sets for probe in _probes(row_set, index))
         datasets.append(Dataset(drawn.name, drawn.slug, probes, drawn.is_public, drawn.family, drawn.source))
     return ProbeTexts(tuple(index.mentions), person_ids(mention.person for mention in index.mentions), tuple(datasets))
 
 
-def distinct_rows(source: Task, forgiving: bool = False) -> Task:
-    """Return the task with every mention once per row set; a mention with two labels is dropped as unreliable.
+def distinct_rows(source: Task, allow_one_class: bool = False) -> Task:
+    """Return the task with every mention once per row set; a mention with two labels is dropped.
 
-    Raises `RequestError` if a probe is left with one class, or, if `forgiving`, only if no row is left.
+    Raises `RequestError` if a probe is left with one class or, with `allow_one_class`, if no row is left.
     """
-    row_sets = tuple(_distinct(row_set, source.slug, forgiving) for row_set in source.row_sets)
+    row_sets = tuple(_distinct(row_set, source.slug, allow_one_class) for row_set in source.row_sets)
     return replace(source, row_sets=row_sets)
 
 
-def _distinct(row_set: RowSet, slug: str, forgiving: bool) -> RowSet:
+def _distinct(row_set: RowSet, slug: str, allow_one_class: bool) -> RowSet:
     first, conflicting = first_rows(row_set)
     rows = tuple(row for identity, row in first.items() if identity not in conflicting)
     if conflicting:
         logger.warning("%s, %s: dropped %d texts with two labels", slug, row_set.name, len(conflicting))
-    if not (forgiving and rows):
+    if not (allow_one_class and rows):
         _require_two_classes(rows, row_set, slug)
     return RowSet(rows, row_set.probes)
 

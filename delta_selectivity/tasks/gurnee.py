@@ -61,7 +61,7 @@ def load_gurnee(name: str, data_dir: Path) -> Task:
     folders = _folders(data_dir)
     wanted = _PROPERTIES[name]
     if wanted not in folders:
-        found = ", ".join(path.name for path in folders.values()) or "no folder of theirs"
+        found = ", ".join(path.name for path in folders.values()) or "no such folder"
         raise RequestError(f"`data_dir` {data_dir}: no {_PREFIX}{wanted}.* for {name}; found {found}")
     row_sets = [_row_set(folders[wanted], _PROBES[wanted])]
     if name == "athlete" and "occupation" in folders:
@@ -78,7 +78,9 @@ def _folders(data_dir: Path) -> dict[str, Path]:
     for path in sorted(data_dir.glob(f"{_PREFIX}*")):
         key = path.name.removeprefix(_PREFIX).partition(".")[0]
         if path.is_dir() and folders.setdefault(key, path) != path:
-            raise RequestError(f"`data_dir` {data_dir}: both {folders[key].name} and {path.name} hold {key}: keep one")
+            raise RequestError(
+                f"`data_dir` {data_dir}: both {folders[key].name} and {path.name} have {key}: remove one"
+            )
     return folders
 
 

@@ -1,7 +1,7 @@
-"""Interpretation of labels in a user's table: missing labels, equal spellings, and the positive class.
+"""Classes of the labels in a user's table: missing labels, equal spellings, and the positive class.
 
 classes = read_classes(["Yes", "yes", "no"])
-classes.of["Yes"]                            # 'Yes': the most frequent spelling; ties: the first in order
+classes.class_of["Yes"]                      # 'Yes': the most frequent spelling; ties: the first in order
 classes.values                               # ('no', 'Yes'): the last of two is the positive class
 """
 
@@ -26,13 +26,13 @@ class Classes:
     """The classes of one task."""
 
     values: tuple[str, ...]  # in order: two numbers by size, others alphabetically, ignoring case
-    of: Mapping[str, str]  # label in the table -> its class
+    class_of: Mapping[str, str]  # label in the table -> its class
 
     @property
     def merged(self) -> list[tuple[str, ...]]:
         """Return the spellings that differ only in case or Unicode form: one tuple for each class with several."""
         spellings: dict[str, list[str]] = {}
-        for label, value in sorted(self.of.items()):
+        for label, value in sorted(self.class_of.items()):
             if number_key(label) is None:
                 spellings.setdefault(value, []).append(label)
         return [tuple(found) for found in spellings.values() if len(found) > 1]

@@ -1,8 +1,8 @@
-"""Find a person's name in a text, and the key that identifies the person.
+"""Find a person's name at the end of a text, and the key that identifies the person.
 
-The Wikidata prompts end at the end of a name whose start is not marked. By this package's convention the name
-is the last two words, which groups 'Edward I of England' with 'Eleanor of England'. Folds by person
-then err on the safe side: two people may share a group, but one person is never in two.
+The Wikidata prompts end at the end of a name whose start is not marked. This package takes the last two words as the
+name, which groups 'Edward I of England' with 'Eleanor of England'. This is the safe choice for folds by person: two
+people may share a group, but no person is in two groups.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import regex  # for Unicode word boundaries, which `re` lacks
 
 _UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 _BOUNDARY = regex.compile(r"\b", flags=regex.WORD)
-_END_SEEN = 200  # characters at the end of a text in which to search its last word
+_MAX_SEARCH = 200  # characters at the end of a text in which to search its last word
 
 _INNER_MARKS = ".-'’\u00ad"  # allowed inside a name; the last is the soft hyphen of hyphenated words in books
 
@@ -43,7 +43,7 @@ def last_word(text: str) -> tuple[int, int] | None:
     span = last_words(text, 1)
     if span is None or text.isascii() or not _UNSPACED.search(text, *span):
         return span
-    start = max(span[0], span[1] - _END_SEEN)
+    start = max(span[0], span[1] - _MAX_SEARCH)
     inside = text[start : span[1]]
     borders = [0, *(found.start() for found in _BOUNDARY.finditer(inside)), len(inside)]
     for begin, end in reversed(list(itertools.pairwise(borders))):
@@ -95,13 +95,13 @@ def _name_part(word: str) -> str:
     if word.isalpha():  # the usual case
         return word
     end = len(word)
-    while end and not _in_name(word[end - 1]):
+    while end and not _is_name_character(word[end - 1]):
         end -= 1
     start = end
-    while start and _in_name(word[start - 1]):
+    while start and _is_name_character(word[start - 1]):
         start -= 1
     return _JOINT.split(word[start:end])[-1].lstrip(_INNER_MARKS) or word
 
 
-def _in_name(char: str) -> bool:
+def _is_name_character(char: str) -> bool:
     return unicodedata.category(char)[0] in "LM" or char in _INNER_MARKS

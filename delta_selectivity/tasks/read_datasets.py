@@ -39,7 +39,7 @@ def read_folder(path: Path, config: str | None, data: UserData) -> Table:
     if any(next(path.glob(pattern), None) for pattern in _HUB_FILES):
         with tempfile.TemporaryDirectory(prefix="dataset_") as cache:  # local data needs no permanent copy
             return _load(str(path.absolute()), config, data, cache)
-    raise RequestError(f"{data.flag}: not a folder written by datasets' save_to_disk, nor one in the Hub's layout")
+    raise RequestError(f"{data.flag}: neither a folder of datasets' save_to_disk nor one in the Hub's layout")
 
 
 def read_hub(data: UserData) -> Table:
@@ -77,27 +77,27 @@ def _load(name: str, config: str | None, data: UserData, cache: str | None) -> T
         raise
     except Exception as error:  # file readers, YAML, Hub client and HTTP errors have no common base class
         if not reachable:
-            raise RequestError(f"{data.flag}: no such file, nor in the Hub's cache here{OFFLINE}") from error
-        raise RequestError(f"{data.flag}: {_told(error)}") from error
+            raise RequestError(f"{data.flag}: no such file, and not in the local Hub cache{OFFLINE}") from error
+        raise RequestError(f"{data.flag}: {_reason(error)}") from error
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     """Return the reason in one line; for a failed build that of its cause, since its own message has no details."""
     from datasets.exceptions import DatasetGenerationError
     from datasets.inspect import SplitsNotFoundError
 
     failed_build = isinstance(error, DatasetGenerationError | SplitsNotFoundError)
     reason = one_line((error.__cause__ if failed_build else None) or error)
-    return f"cannot be had as a dataset ({reason})"
+    return f"cannot be loaded as a dataset ({reason})"
 
 
-def _choose_config(found: Sequence[str], asked: str | None, data: UserData) -> str | None:
-    if asked is None and len(found) > 1 and "default" not in found:
-        raise RequestError(f"{data.flag}: has several configs, name one as {data.path_or_name}:{found[0]}: "
+def _choose_config(found: Sequence[str], requested: str | None, data: UserData) -> str | None:
+    if requested is None and len(found) > 1 and "default" not in found:
+        raise RequestError(f"{data.flag}: it has several configs, give one as {data.path_or_name}:{found[0]}: "
                            f"{', '.join(found)}")  # fmt: skip
-    if asked is not None and asked not in found:
-        raise RequestError(f"{data.flag}: there is no config {asked!r}; found {', '.join(found)}")
-    return asked
+    if requested is not None and requested not in found:
+        raise RequestError(f"{data.flag}: there is no config {requested!r}; found {', '.join(found)}")
+    return requested
 
 
 def _choose_split(found: Sequence[str], data: UserData) -> str:
@@ -108,7 +108,7 @@ def _choose_split(found: Sequence[str], data: UserData) -> str:
     if data.split is not None:
         return data.split
     if "train" not in found and len(found) != 1:
-        raise RequestError(f"{data.flag}: has no split train, choose one with `split`: {choices}")
+        raise RequestError(f"{data.flag}: it has no split train, choose one with `split`: {choices}")
     return "train" if "train" in found else found[0]
 
 

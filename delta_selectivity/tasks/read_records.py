@@ -21,7 +21,7 @@ from delta_selectivity.tasks.table import Record, Table, chosen_columns, label_n
 from delta_selectivity.tasks.user_data import REQUIRED, UserData
 
 _BATCH = 1024  # rows of a Parquet file between two checks of its size
-_ROW = 100  # minimum bytes per row, whatever its content
+_ROW_BYTES = 100  # added to the size of each row, for its Python objects
 
 
 def read_table(data: UserData) -> Table:
@@ -32,7 +32,7 @@ def read_table(data: UserData) -> Table:
     """
     table = _read(data)
     if not table.columns:
-        raise RequestError(f"{data.flag}: is empty: it needs the columns text and label")
+        raise RequestError(f"{data.flag}: it is empty, but needs the columns text and label")
     ours = chosen_columns(data, table.columns)
     if all(ours[name] == name for name in ours):
         return table
@@ -90,7 +90,7 @@ def _read_csv(path: Path, data: UserData) -> Table:
                 records.append(Record(f"line {line}", dict(zip(columns, fields, strict=False))))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise RequestError(f"{data.flag}, line {line}: {error}: is a quote missing, or one too many?") from error
+        raise RequestError(f"{data.flag}, line {line}: {error}: check its quotes") from error
     return Table(tuple(columns), tuple(records))
 
 
@@ -115,7 +115,7 @@ def _header(fields: list[str], data: UserData) -> list[str]:
     columns = [field.strip() for field in fields]
     twice = sorted({column for column in columns if columns.count(column) > 1})
     if twice:
-        raise RequestError(f"{data.flag}, line 1: two columns are called {twice[0]!r}: rename one")
+        raise RequestError(f"{data.flag}, line 1: two columns have the name {twice[0]!r}: rename one")
     return columns
 
 
@@ -143,7 +143,7 @@ def _json_lines(text: str, data: UserData) -> Table:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:  # also for huge integers and deep nesting
             raise RequestError(
-                f"{data.flag}, line {number}: not JSON ({one_line(error)}): an object a line is needed, or one array"
+                f"{data.flag}, line {number}: not JSON ({one_line(error)}): give one object per line, or one array"
             ) from error
         if not isinstance(values, dict):
             raise RequestError(f"{data.flag}, line {number}: not a JSON object: {line.strip()[:60]!r}")
@@ -162,7 +162,7 @@ def _read_parquet(path: Path, data: UserData) -> Table:
             rows: list[dict[str, Any]] = []
             size = 0
             for batch in file.iter_batches(_BATCH, columns=wanted):
-                size += batch.nbytes + batch.num_rows * _ROW
+                size += batch.nbytes + batch.num_rows * _ROW_BYTES
                 check_size(size, path)
                 rows += batch.to_pylist()
     except TooLarge as error:
@@ -180,7 +180,7 @@ def _with_class_names(rows: list[dict[str, Any]], schema: Any, data: UserData) -
     try:
         names = label_names(Features.from_arrow_schema(schema))
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # unvalidated JSON
-        raise RequestError(f"{data.flag}: its description of the columns cannot be read ({one_line(error)})") from error
+        raise RequestError(f"{data.flag}: its column metadata cannot be read ({one_line(error)})") from error
     return [{key: names[key](value) if key in names else value for key, value in row.items()} for row in rows]
 
 
@@ -201,9 +201,7 @@ def _read_text(path: Path, data: UserData) -> str:
         ) from error
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
-        raise RequestError(
-            f"{data.flag}, line {line}: a NUL byte, which no text holds: is it UTF-16, or no text at all?"
-        )
+        raise RequestError(f"{data.flag}, line {line}: it has a NUL byte: save it as UTF-8 text")
     return text
 
 

@@ -16,18 +16,18 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.types import Int64Array, RowSet, Task
 
 
-def select_rows(source: Task, n: int | None, seed: int, forgiving: bool = False) -> Task:
+def select_rows(source: Task, n: int | None, seed: int, allow_one_class: bool = False) -> Task:
     """Keep at most `n` rows of `source` over its row sets (None: all), in the original order.
 
-    Raises `RequestError` if `n` leaves a class of some probe without rows, unless `forgiving`.
+    Raises `RequestError` if `n` leaves a class of some probe without rows, unless `allow_one_class`.
     """
     if n is None:
         return source
-    shares = _allot([len(row_set.rows) for row_set in source.row_sets], n)
-    if not (forgiving or _leaves_every_class(source, shares)):
+    shares = _allocate([len(row_set.rows) for row_set in source.row_sets], n)
+    if not (allow_one_class or _keeps_every_class(source, shares)):
         raise RequestError(
             f"`shuffle_select_n` {n} leaves a probe of {source.slug} without one of its classes: "
-            f"ask for at least {_least(source, n)} rows"
+            f"give at least {_min_rows(source, n)} rows"
         )
     kept = tuple(
         _draw(row_set, share, _generator(seed, source.slug, row_set.name))
@@ -51,31 +51,31 @@ def _balanced_order(values: Sequence[str], rng: np.random.Generator) -> Int64Arr
     return np.lexsort((codes, turn)).astype(np.int64)
 
 
-def _allot(available: Sequence[int], n: int) -> list[int]:
+def _allocate(available: Sequence[int], n: int) -> list[int]:
     """Split `n` rows over row sets of these sizes as evenly as possible; the first get the remainder."""
     shares = [0] * len(available)
-    while (left := n - sum(shares)) > 0:
-        wanting = [i for i, size in enumerate(available) if shares[i] < size]
-        if not wanting:
+    while (remaining := n - sum(shares)) > 0:
+        unfilled = [i for i, size in enumerate(available) if shares[i] < size]
+        if not unfilled:
             break
-        if left < len(wanting):
-            step, wanting = 1, wanting[:left]
+        if remaining < len(unfilled):
+            step, unfilled = 1, unfilled[:remaining]
         else:
-            step = min(left // len(wanting), *(available[i] - shares[i] for i in wanting))
-        for i in wanting:
+            step = min(remaining // len(unfilled), *(available[i] - shares[i] for i in unfilled))
+        for i in unfilled:
             shares[i] += step
     return shares
 
 
-def _leaves_every_class(source: Task, shares: Sequence[int]) -> bool:
+def _keeps_every_class(source: Task, shares: Sequence[int]) -> bool:
     # rows alternate between the classes, so the first round has a row of each
     counts = (len({row.value for row in row_set.rows}) for row_set in source.row_sets)
     return all(share >= classes for share, classes in zip(shares, counts, strict=True))
 
 
-def _least(source: Task, n: int) -> int:
+def _min_rows(source: Task, n: int) -> int:
     sizes = [len(row_set.rows) for row_set in source.row_sets]
-    return next(m for m in itertools.count(n + 1) if _leaves_every_class(source, _allot(sizes, m)))
+    return next(m for m in itertools.count(n + 1) if _keeps_every_class(source, _allocate(sizes, m)))
 
 
 def _generator(seed: int, slug: str, row_set: str) -> np.random.Generator:

@@ -1,7 +1,7 @@
 """The tasks of sae-probes, each a data file of its wheel, probed at the last token of the text.
 
-This is the suite of Kantamneni et al. 2025 (arXiv 2502.16681). Its rows repeat, and so do their subjects: rows that
-share a subject form a group, by the rules of `suite_files.GROUPINGS`.
+This is the suite of Kantamneni et al. 2025 (arXiv 2502.16681). Rows are repeated, and different rows have the same
+subject. Rows that share a subject form a group, by the rules in `suite_files.GROUPINGS`.
 
     load_suite_task("117_us_state_FL")
 """
@@ -16,11 +16,11 @@ from collections.abc import Callable
 from delta_selectivity.errors import RequestError
 from delta_selectivity.tasks.data_wheel import WHEEL, read_labelled
 from delta_selectivity.tasks.people import name_span, person_key, plain_key
-from delta_selectivity.tasks.suite_files import STEMS, family_of, grouping_of, holds_numbers, source_of
+from delta_selectivity.tasks.suite_files import STEMS, family_of, grouping_of, is_regression, source_of
 from delta_selectivity.tasks.types import Mention, ProbeSpec, Row, RowSet, Task
 
-LONGEST_SPAN = 64  # characters: a longer span is no name and may not fit into a model's context
-LONGEST_KEY = 80  # characters of a group's key that are kept; a digest represents the rest
+MAX_SPAN = 64  # characters; a longer span is not a name and may not fit into a model's context
+MAX_KEY = 80  # characters of a group's key; a longer key is cut and ends with a digest
 
 _QUALIFIER = re.compile(r"[,(]")
 _AFTER_QUESTION = re.compile(r"\n|\||\[SEP\]|\(A\)")
@@ -33,8 +33,8 @@ def load_suite_task(name: str) -> Task:
 
     Raises `RequestError` if its file is not available, or holds numbers instead of classes.
     """
-    if holds_numbers(name):
-        raise RequestError(f"`tasks` {name}: its labels are numbers, not classes: there is nothing to probe for")
+    if is_regression(name):
+        raise RequestError(f"`tasks` {name}: its labels are numbers, not classes, so it cannot be probed")
     stem, grouping = STEMS[name], grouping_of(name)
     mentions: dict[str, Mention] = {}  # rows repeat, and each text is processed once
     rows = []
@@ -55,8 +55,8 @@ def _mention(text: str, grouping: str) -> Mention:
     """Return a mention of the text's last words up to its very end, so that the last token is always probed."""
     span = name_span(text)
     if span is None:
-        raise RequestError(f"{WHEEL.distribution} holds a prompt without a word, {text!r}: {WHEEL.install_command}")
-    return Mention(text, max(span[0], len(text) - LONGEST_SPAN), len(text), group_key(text, grouping))
+        raise RequestError(f"{WHEEL.distribution} has a prompt without a word, {text!r}: {WHEEL.install_command}")
+    return Mention(text, max(span[0], len(text) - MAX_SPAN), len(text), group_key(text, grouping))
 
 
 def _probes(stem: str, rows: list[Row]) -> tuple[ProbeSpec, ...]:
@@ -81,19 +81,19 @@ def _letters(text: str) -> str:
     else:
         letters = _NO_LETTER.sub("", unicodedata.normalize("NFKD", folded))
     key = " ".join(letters.split()) or plain_key(text)
-    if len(key) <= LONGEST_KEY:
+    if len(key) <= MAX_KEY:
         return key
-    return f"{key[: LONGEST_KEY - 17]} {hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
+    return f"{key[: MAX_KEY - 17]} {hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
 
 
-def _before(separator: re.Pattern[str], text: str) -> str:
+def _part_before(separator: re.Pattern[str], text: str) -> str:
     """Return the part before the first separator, or between separators if that is empty."""
     return next((part for part in separator.split(text) if part.strip()), text)
 
 
 _GROUP_KEYS: dict[str, Callable[[str], str]] = {
     "person": _person,
-    "name": lambda text: _letters(_before(_QUALIFIER, text)),
-    "question": lambda text: _letters(_before(_AFTER_QUESTION, text)),
+    "name": lambda text: _letters(_part_before(_QUALIFIER, text)),
+    "question": lambda text: _letters(_part_before(_AFTER_QUESTION, text)),
     "text": _letters,
 }

@@ -67,17 +67,17 @@ _FAMILIES = {
     ),
     "code": "158_code_C, 159_code_Python, 160_code_HTML",
 }
-_NUMBERS = (
+_REGRESSION = (
     "2_hist_fig_birthyear, 3_hist_fig_deathyear, 4_hist_fig_age, 8_nyc_lat, 9_nyc_long, 11_us_lat, 12_us_long, "
     "15_us_population, 16_us_density, 18_world_latitude, 19_world_longitude, 20_world_pageviews, 28_art_year, "
     "29_art_pageviews, 30_book_length, 39_arith_infix, 40_arith_rpn, 93_glue_stsb, 109_ball_ws"
 )
-_SEVERAL = {10, 13, 14, 17, 25, 27, 37, 38, 43, 45, 46, 55, 86, 88, 97, 98, 99, 101, 102, 103, 108, 111, 112}
+_MULTI_CLASS = {10, 13, 14, 17, 25, 27, 37, 38, 43, 45, 46, 55, 86, 88, 97, 98, 99, 101, 102, 103, 108, 111, 112}
 _IN_WIKIDATA = {*range(56, 65), 108}  # the files of the five Wikidata tasks
-_CUT_FROM_OTHERS = {*range(114, 157)}  # one class of a multi-class file against rows of the others
+_ONE_VS_REST = {*range(114, 157)}  # one class of a multi-class file against rows of the others
 _ONE_SOURCE = ("agnews", "cm", "code", "hate", "headline", "hist_fig", "wikidata_occupation")
-"""Name prefixes of tasks whose texts are from one collection, in addition to `_CUT_FROM_OTHERS`."""
-_SAME_FILE = {38, 112}  # 37 and 111 hold the same rows
+"""Name prefixes of tasks whose texts are from one collection, in addition to `_ONE_VS_REST`."""
+_DUPLICATES = {38, 112}  # 37 and 111 have the same rows
 
 GROUPINGS = {
     "person": "the text's last two words",
@@ -85,7 +85,7 @@ GROUPINGS = {
     "question": "the text up to a line break, `|`, `[SEP]` or `(A)`: the question, passage or first sentence",
     "text": "the text",
 }
-"""Feature that rows of a group share, by letters and digits only; a group never falls on both sides of a split."""
+"""The part of the text that the rows of a group share, compared by letters and digits only."""
 _BY_FAMILY = {
     "people": "person",
     "places": "name",
@@ -115,13 +115,13 @@ def number_of(name: str) -> int:
 
 ALL = tuple(sorted(STEMS, key=number_of))
 """The 136 tasks with classes, ordered by number."""
-SUITE = tuple(name for name in ALL if number_of(name) not in _SEVERAL)
+SUITE = tuple(name for name in ALL if number_of(name) not in _MULTI_CLASS)
 """The 113 binary tasks."""
-BESIDE_WIKIDATA = tuple(
-    name for name in ALL if number_of(name) not in _IN_WIKIDATA | _CUT_FROM_OTHERS | _SAME_FILE
+OUTSIDE_WIKIDATA = tuple(
+    name for name in ALL if number_of(name) not in _IN_WIKIDATA | _ONE_VS_REST | _DUPLICATES
 )  # fmt: skip
-"""The tasks that, with the five Wikidata tasks, ask every question once; multi-class tasks are one-vs-rest."""
-_NOT_CLASSES = tuple(map(name_of, _NUMBERS.split(", ")))
+"""The tasks that, with the five Wikidata tasks, have every question once; multi-class tasks are one-vs-rest."""
+_REGRESSION_TASKS = tuple(map(name_of, _REGRESSION.split(", ")))
 
 
 def _spellings(name: str) -> tuple[str, ...]:
@@ -129,17 +129,17 @@ def _spellings(name: str) -> tuple[str, ...]:
     return number, tag, f"{number}_{tag}"
 
 
-_FOUND = {spelling: name for name in (*ALL, *_NOT_CLASSES) for spelling in _spellings(name)}
+_FOUND = {spelling: name for name in (*ALL, *_REGRESSION_TASKS) for spelling in _spellings(name)}
 
 
 def find_task(spelling: str) -> str | None:
-    """Return the task of this number, name or name without number, ignoring case; None if there is none."""
+    """Return the task with this number, name or name without number, ignoring case; None if there is none."""
     return _FOUND.get(name_of(spelling).casefold())
 
 
-def holds_numbers(name: str) -> bool:
+def is_regression(name: str) -> bool:
     """Return whether the labels of a file are numbers, which classification probes do not support."""
-    return name in _NOT_CLASSES
+    return name in _REGRESSION_TASKS
 
 
 def similar(part: str) -> Iterable[str]:
@@ -156,8 +156,8 @@ def family_of(name: str) -> str:
 def source_of(name: str) -> str:
     """Return the source of a task's texts; scores of tasks with the same source tend to be similar."""
     tag = name.partition("_")[2]
-    several = [other.partition("_")[2] for other in ALL if number_of(other) in _SEVERAL]
-    return next((begin for begin in (*several, *_ONE_SOURCE) if tag == begin or tag.startswith(f"{begin}_")), tag)
+    multi_class = [other.partition("_")[2] for other in ALL if number_of(other) in _MULTI_CLASS]
+    return next((begin for begin in (*multi_class, *_ONE_SOURCE) if tag == begin or tag.startswith(f"{begin}_")), tag)
 
 
 def grouping_of(name: str) -> str:

@@ -36,15 +36,15 @@ def chosen_columns(data: UserData, found: Iterable[str]) -> dict[str, str]:
 
     Raises `RequestError` if `columns` names one that does not.
     """
-    there = tuple(found)
+    columns = tuple(found)
     renamed = dict(data.columns)
     for ours, theirs in data.columns:
-        if theirs not in there:
+        if theirs not in columns:
             raise RequestError(
                 f"{data.flag}: `columns` {ours}={theirs}: there is no column {theirs!r}; "
-                f"found {', '.join(there) or 'none'}"
+                f"found {', '.join(columns) or 'none'}"
             )
-    return {ours: renamed.get(ours, ours) for ours in COLUMNS if renamed.get(ours, ours) in there}
+    return {ours: renamed.get(ours, ours) for ours in COLUMNS if renamed.get(ours, ours) in columns}
 
 
 def label_names(features: Mapping[str, Any]) -> dict[str, Callable[[int], str | None]]:

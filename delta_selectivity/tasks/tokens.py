@@ -30,22 +30,22 @@ class TokenisedMentions:
     first: Int64Array  # [n_mentions] first token of the name, counted in ids (so shifted by BOS)
     last: Int64Array  # [n_mentions] last token of the name, inclusive
     has_bos: bool
-    n_cut: int = 0  # from `tokenise`: texts truncated to the model's length
-    n_own_bos: int = 0  # from `tokenise`: texts that already began with BOS
+    n_cut: int = 0  # texts that `tokenise` truncated to the model's length
+    n_own_bos: int = 0  # texts that already began with BOS before `tokenise`
 
-    def take(self, mentions: Int64Array) -> TokenisedMentions:
+    def select(self, mentions: Int64Array) -> TokenisedMentions:
         """Return only these mentions, in this order."""
         return TokenisedMentions(
             tuple(self.ids[m] for m in mentions), self.first[mentions], self.last[mentions], self.has_bos
         )
 
     def with_other_bos(self, bos: int, max_length: int) -> TokenisedMentions:
-        """Return the same texts without BOS if they have it, else with it; full texts lose their first token for it."""
+        """Return the same texts without BOS if they have it, else with BOS; full texts lose their first token."""
         if self.has_bos:
             return TokenisedMentions(tuple(ids[1:] for ids in self.ids), self.first - 1, self.last - 1, False)
-        kept = tuple(ids[len(ids) + 1 - max_length :] if len(ids) >= max_length else ids for ids in self.ids)
-        shift = np.array([1 + len(now) - len(ids) for now, ids in zip(kept, self.ids, strict=True)])
-        ids = tuple(np.concatenate([np.array([bos], dtype=np.int32), now]) for now in kept)
+        cut = tuple(ids[len(ids) + 1 - max_length :] if len(ids) >= max_length else ids for ids in self.ids)
+        shift = np.array([1 + len(rest) - len(ids) for rest, ids in zip(cut, self.ids, strict=True)])
+        ids = tuple(np.concatenate([np.array([bos], dtype=np.int32), rest]) for rest in cut)
         return TokenisedMentions(ids, np.maximum(self.first + shift, 1), np.maximum(self.last + shift, 1), True)
 
 
@@ -88,7 +88,7 @@ def tokenise(
     """
     own_bos = _opening_token(tokenizer)
     bos = _bos(tokenizer) if prepend_bos else []
-    room = max_length - len(bos)
+    max_tokens = max_length - len(bos)
     rows: list[_Tokens] = []
     n_cut = n_own_bos = 0
     for given, mention in zip(_all_tokens(mentions, tokenizer), mentions, strict=True):
@@ -96,8 +96,8 @@ def tokenise(
         n_own_bos += tokens is not given
         if n_embeddings is not None:
             _refuse_unknown([*bos, *tokens.ids], n_embeddings, tokenizer, mention)
-        rows.append(_window(tokens, room, mention, last_only))
-        n_cut += len(tokens.ids) > room
+        rows.append(_window(tokens, max_tokens, mention, last_only))
+        n_cut += len(tokens.ids) > max_tokens
     tokenised = TokenisedMentions(
         ids=tuple(np.array([*bos, *row.ids], dtype=np.int32) for row in rows),
         first=np.array([row.first + len(bos) for row in rows], dtype=np.int64),
@@ -113,12 +113,12 @@ def tokenise(
 def warn_of_changes(tokenised: TokenisedMentions, max_length: int) -> None:
     """Warn about the number of truncated texts and of texts that already began with BOS, if any."""
     if tokenised.n_own_bos:
-        now = "they have one, not two" if tokenised.has_bos else "it is left out, as texts have none here"
-        logger.warning("%d of %d texts begin with BOS themselves: %s", tokenised.n_own_bos, len(tokenised.ids), now)
+        action = "no second one is added" if tokenised.has_bos else "it is removed, since this run has no BOS"
+        logger.warning("%d of %d texts already begin with BOS: %s", tokenised.n_own_bos, len(tokenised.ids), action)
     if tokenised.n_cut:
         logger.warning(
-            "%d of %d texts have more than the model's %d tokens: they lost their beginning, "
-            "or their end if they begin with the name", tokenised.n_cut, len(tokenised.ids), max_length,
+            "%d of %d texts are longer than the model's %d tokens: their beginning is cut, or their end if they begin "
+            "with the name", tokenised.n_cut, len(tokenised.ids), max_length,
         )  # fmt: skip
 
 
@@ -152,18 +152,18 @@ def _refuse_unknown(
         return
     token = next(token for token in ids if token >= n_embeddings)
     raise RequestError(
-        f"`model`: it has embeddings for {n_embeddings} tokens, and its tokenizer gives token {token} "
+        f"`model`: it has embeddings for {n_embeddings} tokens, but its tokenizer gives token {token} "
         f"({tokenizer.convert_ids_to_tokens(token)!r}) in the text {_shorten(mention.text)!r}: the tokenizer was "
-        "extended and the model was not (resize_token_embeddings)"
+        "extended, but not the model (resize_token_embeddings)"
     )
 
 
 def _all_tokens(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
     for begin in range(0, len(mentions), _CHUNK):
         chunk = mentions[begin : begin + _CHUNK]
-        spelled = _tokenise_texts([mention for mention in chunk if mention.token_ids is None], tokenizer)
+        tokenised = _tokenise_texts([mention for mention in chunk if mention.token_ids is None], tokenizer)
         for mention in chunk:
-            yield next(spelled) if mention.token_ids is None else _own_tokens(mention, tokenizer)
+            yield next(tokenised) if mention.token_ids is None else _given_tokens(mention, tokenizer)
 
 
 def _tokenise_texts(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
@@ -171,8 +171,8 @@ def _tokenise_texts(mentions: Sequence[Mention], tokenizer: PreTrainedTokenizerB
         return
     if not tokenizer.is_fast:
         raise RequestError(
-            f"the tokenizer {tokenizer.name_or_path!r} is a slow one, which does not say where its tokens stand "
-            "in the text: use a model with a fast tokenizer"
+            f"the tokenizer {tokenizer.name_or_path!r} is slow, and does not give the positions of tokens in the text: "
+            "use a model with a fast tokenizer"
         )
     backend: Tokenizer = tokenizer.backend_tokenizer  # gives token positions without listing all tokens
     backend.no_truncation()  # texts longer than the model are truncated in `_window`
@@ -192,10 +192,10 @@ def _locate(mention: Mention, encoding: Encoding) -> _Tokens:
 
     The criterion is overlap, not equal boundaries: a token may include the space before the name, and all tokens of
     one multi-byte character have that character's offsets. A name at the very end of the text ends with the last
-    token, which some tokenizers place nowhere if it is a space.
+    token, which has no position in some tokenizers if it is a space.
     """
-    spells = (encoding.char_to_token(place) for place in range(mention.start, mention.end))  # the first that has it
-    first = next((token for token in spells if token is not None), None)
+    tokens = (encoding.char_to_token(place) for place in range(mention.start, mention.end))
+    first = next((token for token in tokens if token is not None), None)
     if mention.end == len(mention.text) and len(encoding):
         last = len(encoding) - 1
         return _Tokens(encoding.ids, last if first is None else first, last)
@@ -211,28 +211,28 @@ def _locate(mention: Mention, encoding: Encoding) -> _Tokens:
     return _Tokens(encoding.ids, first, last)
 
 
-def _own_tokens(mention: Mention, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+def _given_tokens(mention: Mention, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
     assert mention.token_ids is not None and mention.token_span is not None
     if max(mention.token_ids) >= len(tokenizer):
         raise RequestError(
             f"token {max(mention.token_ids)} of the text {_shorten(mention.text)!r} is not in the vocabulary of "
-            f"{tokenizer.name_or_path!r} ({len(tokenizer)}): its tokens were made for another tokenizer"
+            f"{tokenizer.name_or_path!r} ({len(tokenizer)}): its tokens are of another tokenizer"
         )
     return _Tokens(mention.token_ids, *mention.token_span)
 
 
-def _window(tokens: _Tokens, room: int, mention: Mention, last_only: bool) -> _Tokens:
-    """Return at most `room` of `tokens`: the last ones, or those from the name on if the name would be cut."""
+def _window(tokens: _Tokens, max_tokens: int, mention: Mention, last_only: bool) -> _Tokens:
+    """Return at most `max_tokens` of `tokens`: the last ones, or those from the name on if the name would be cut."""
     length = tokens.last - tokens.first + 1
-    if length > room and last_only and room > 0:
-        first = tokens.last + 1 - room
-        return _Tokens(tokens.ids[first : tokens.last + 1], 0, room - 1)
-    if length > room:
+    if length > max_tokens and last_only and max_tokens > 0:
+        first = tokens.last + 1 - max_tokens
+        return _Tokens(tokens.ids[first : tokens.last + 1], 0, max_tokens - 1)
+    if length > max_tokens:
         raise RequestError(
-            f"the name in the text {_shorten(mention.text)!r} takes {length} tokens and the model has room for {room}"
+            f"the name in the text {_shorten(mention.text)!r} has {length} tokens, but the model accepts {max_tokens}"
         )
-    cut = min(max(len(tokens.ids) - room, 0), tokens.first)
-    return _Tokens(tokens.ids[cut : cut + room], tokens.first - cut, tokens.last - cut)
+    cut = min(max(len(tokens.ids) - max_tokens, 0), tokens.first)
+    return _Tokens(tokens.ids[cut : cut + max_tokens], tokens.first - cut, tokens.last - cut)
 
 
 def _shorten(text: str, limit: int = 80) -> str:

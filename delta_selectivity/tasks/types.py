@@ -18,7 +18,7 @@ class Mention:
     text: str
     start: int
     end: int
-    person: str  # key of the person or other group of rows: a key never falls on both sides of a split
+    person: str  # key of the person or other group of rows, which a split never separates
     token_ids: tuple[int, ...] | None = None  # pre-tokenised data (Gurnee): the real tokens, without BOS
     token_span: tuple[int, int] | None = None  # inclusive positions of the name in token_ids
 
@@ -46,7 +46,7 @@ class Dataset:
     slug: str  # 'wikidata_gender': used in file names
     probes: tuple[Probe, ...]
     is_public: bool = False  # whether its texts are public
-    family: str | None = None  # of tasks with the same kind of question; None: a user's task
+    family: str | None = None  # the tasks with the same kind of question; None: a user's task
     source: str | None = None  # source of its texts, which other tasks may share
 
 
@@ -54,8 +54,8 @@ class Dataset:
 class ProbeTexts:
     """All texts to run through the model, and all probes to fit on them."""
 
-    mentions: tuple[Mention, ...]  # each identity and person once over all datasets
-    persons: Int64Array  # [n_mentions] person id: one key, one id, across datasets and runs
+    mentions: tuple[Mention, ...]  # distinct by identity and person, over all datasets
+    persons: Int64Array  # [n_mentions] person ids, equal for equal keys in all datasets and runs
     datasets: tuple[Dataset, ...]
 
 
@@ -98,7 +98,7 @@ class Task:
     is_public: bool = False  # whether its texts are public; a user's table may be confidential
     family: str | None = None  # of tasks with the same kind of question; None: a user's task
     source: str | None = None  # source of its texts, which other tasks may share
-    grouping: str | None = None  # how `Mention.person` was determined, in a word; None: as in the user's table
+    grouping: str | None = None  # how `Mention.person` was determined; None: from the user's table
 
     def __repr__(self) -> str:
         probes = [probe.name for row_set in self.row_sets for probe in row_set.probes]

@@ -22,10 +22,10 @@ class UserData:
 
     path_or_name: str  # file or folder; else a dataset of the Hub, `owner/name` or `owner/name:config`
     split: str | None = None  # None: train if it exists, else the only one
-    columns: tuple[tuple[str, str], ...] = ()  # (our column name, the user's); columns not listed here have our names
+    columns: tuple[tuple[str, str], ...] = ()  # (our column name, the user's), for columns with another name
 
     def __post_init__(self) -> None:
-        """Expand `~`, which shells leave unchanged after `=`, and which Python callers may pass."""
+        """Expand `~`, which shells do not expand after `=`, and which Python callers may pass."""
         object.__setattr__(self, "path_or_name", os.path.expanduser(self.path_or_name))  # noqa: PTH111
 
     @property
@@ -43,9 +43,9 @@ def parse_columns(spec: str) -> tuple[tuple[str, str], ...]:
     for part in filter(None, (part.strip() for part in spec.split(","))):
         ours, equals, theirs = (side.strip() for side in part.partition("="))
         if not equals or not theirs:
-            raise RequestError(f"`columns` {part!r}: write our name = yours, e.g. text=sentence,label=class")
+            raise RequestError(f"`columns` {part!r}: write ours=yours, such as text=sentence,label=class")
         if ours in pairs:
-            raise RequestError(f"`columns` {part!r}: {ours} is {pairs[ours]!r} already")
+            raise RequestError(f"`columns` {part!r}: {ours} is already mapped to {pairs[ours]!r}")
         pairs[ours] = theirs
     return check_columns(pairs)
 
@@ -54,5 +54,7 @@ def check_columns(pairs: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """Return (our name, the user's) pairs for `UserData`. Raises `RequestError` for an unknown column of ours."""
     for ours, theirs in pairs.items():
         if ours not in COLUMNS:
-            raise RequestError(f"`columns` {ours}={theirs}: there is no column {ours!r}: name {', '.join(COLUMNS)}")
+            raise RequestError(
+                f"`columns` {ours}={theirs}: there is no column {ours!r}; there are {', '.join(COLUMNS)}"
+            )
     return tuple(pairs.items())

@@ -1,8 +1,8 @@
 """Load a user's own task: a table with columns `text` and `label`, and optionally `group`, `start`, `end`, `task`.
 
 text   the model's input
-label  0/1, true/false, or others: the larger of two numbers is 1, the alphabetically later of two words is 1; each of
-       more classes gets a one-vs-rest probe. Rows without a label (empty, nan, NA) are dropped (`labels`)
+label  0/1, true/false, or two other classes, of which the larger number or alphabetically later word is 1; with more
+       classes, each gets a one-vs-rest probe. Rows without a label (empty, nan, NA) are dropped (`labels`)
 group  rows of one group never fall on both sides of a split (`person_ids`); default: the probed characters, casefolded
 start, end  characters [start, end) to probe; default: the text's last word (`people.last_word`)
 task   the probe's name, for several probes in one file; default: the file's name
@@ -40,26 +40,28 @@ def load_user_task(data: UserData) -> Task:
     table = read_table(data)
     _check_columns(table.columns, data)
     if not table.records:
-        raise RequestError(f"{data.flag}: is empty: it has no rows")
+        raise RequestError(f"{data.flag}: it has no rows")
     name = _name(data)
     by_task: dict[str, list[Row]] = {}
-    spelled: dict[str, Any] = {}
-    without: list[str] = []
+    spellings: dict[str, Any] = {}
+    unlabelled: list[str] = []
     for record in table.records:
         where = f"{data.flag}, {record.where}"
         task, typed = _task(record, name, where), record.values.get("task")
-        if spelled.setdefault(task, typed) != typed:
-            raise RequestError(f"{where}: task {typed!r} is {spelled[task]!r} but for spaces: write it one way")
+        if spellings.setdefault(task, typed) != typed:
+            raise RequestError(
+                f"{where}: tasks {typed!r} and {spellings[task]!r} differ in spaces only: use one spelling"
+            )
         rows, mention = by_task.setdefault(task, []), _mention(record.values, where)
         label = record.values.get("label")
         if is_missing(label):
-            without.append(record.where)
+            unlabelled.append(record.where)
         else:
-            rows.append(Row(mention, _spelled(str(label).strip(), "label", where)))
-    if without:
+            rows.append(Row(mention, _encodable(str(label).strip(), "label", where)))
+    if unlabelled:
         logger.warning(
             "%s: %d of %d rows have no label and are left out; the first is %s",
-            data.flag, len(without), len(table.records), without[0],
+            data.flag, len(unlabelled), len(table.records), unlabelled[0],
         )  # fmt: skip
     row_sets = tuple(_row_set(task, rows, data) for task, rows in by_task.items())
     _check_probe_names(row_sets, data)
@@ -78,7 +80,7 @@ def _check_columns(columns: Sequence[str], data: UserData) -> None:
     if missing:
         raise RequestError(
             f"{data.flag}: missing column{'s'[: len(missing) - 1]} {', '.join(missing)}; found {', '.join(columns)}: "
-            f"say which is which with `columns` {missing[0]}=..."
+            f"map your column names with `columns` {missing[0]}=..."
         )
 
 
@@ -86,7 +88,7 @@ def _check_probe_names(row_sets: Sequence[RowSet], data: UserData) -> None:
     names = [probe.name for row_set in row_sets for probe in row_set.probes]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise RequestError(f"{data.flag}: two probes would be called {twice[0]!r}: rename a task")
+        raise RequestError(f"{data.flag}: two probes would have the name {twice[0]!r}: rename a task")
 
 
 def _task(record: Record, default: str, where: str) -> str:
@@ -94,18 +96,18 @@ def _task(record: Record, default: str, where: str) -> str:
         return default
     task = record.values["task"]
     if not isinstance(task, str) or not task.strip():
-        raise RequestError(f"{where}: task is {task!r}, expected the probe's name")
-    return _spelled(task.strip(), "task", where)
+        raise RequestError(f"{where}: task is {task!r}, but must be the probe's name")
+    return _encodable(task.strip(), "task", where)
 
 
 def _mention(values: Mapping[str, Any], where: str) -> Mention:
     text = values.get("text")
     if not isinstance(text, str) or not text.strip():
-        raise RequestError(f"{where}: text is {text!r}, expected words")
-    _spelled(text, "text", where)
+        raise RequestError(f"{where}: text is {text!r}, but must have words")
+    _encodable(text, "text", where)
     start, end = _span(values, text, where)
     group = _missing_as_none(values.get("group"))
-    person = plain_key(text[start:end]) if group is None else _spelled(group_key(group), "group", where)
+    person = plain_key(text[start:end]) if group is None else _encodable(group_key(group), "group", where)
     return Mention(text=text, start=start, end=end, person=person)
 
 
@@ -118,8 +120,8 @@ def _span(values: Mapping[str, Any], text: str, where: str) -> tuple[int, int]:
         if not 0 <= start < end <= len(text):
             raise RequestError(f"{where}: span {start} to {end} is outside the text's {len(text)} characters")
         inside = text[start:end]
-        left = start + len(inside) - len(inside.lstrip())
-        span = (left, left + len(inside.strip())) if inside.strip() else None
+        first = start + len(inside) - len(inside.lstrip())
+        span = (first, first + len(inside.strip())) if inside.strip() else None
     if span is None:
         raise RequestError(f"{where}: the span to probe is whitespace")
     return span
@@ -131,14 +133,14 @@ def _integer(value: Any, key: str, where: str) -> int:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not number.is_integer():
-        raise RequestError(f"{where}: {key} is {value!r}, expected a whole number of characters")
+        raise RequestError(f"{where}: {key} is {value!r}, but must be a whole number of characters")
     return int(number)
 
 
-def _spelled(value: str, column: str, where: str) -> str:
+def _encodable(value: str, column: str, where: str) -> str:
     """Return the value. Raises `RequestError` for an unpaired surrogate, which has no UTF-8 encoding."""
     if not value.isascii() and any("\ud800" <= char <= "\udfff" for char in value):
-        raise RequestError(f"{where}: {column} holds half of a surrogate pair: {value!a:.60}")
+        raise RequestError(f"{where}: {column} has an unpaired surrogate: {value!a:.60}")
     return value
 
 
@@ -164,10 +166,10 @@ def _row_set(task: str, rows: Sequence[Row], data: UserData) -> RowSet:
         raise RequestError(f"{data.flag}: every label of {task!r} is {values[0]!r}: a probe needs rows of two classes")
     if len(values) > MAX_CLASSES:
         raise RequestError(
-            f"{data.flag}: {task!r} has {len(values)} distinct labels, more than {MAX_CLASSES} probes: "
-            f"is label the right column? It holds {values[0]!r}, {values[1]!r}"
+            f"{data.flag}: {task!r} has {len(values)} distinct labels, more than {MAX_CLASSES}: "
+            f"is label the right column? It has {values[0]!r}, {values[1]!r}"
         )
-    return RowSet(tuple(Row(row.mention, classes.of[row.value]) for row in rows), _probe_specs(task, values))
+    return RowSet(tuple(Row(row.mention, classes.class_of[row.value]) for row in rows), _probe_specs(task, values))
 
 
 def _probe_specs(task: str, values: Sequence[str]) -> tuple[ProbeSpec, ...]:

@@ -49,6 +49,6 @@ def _read_rows(stem: str) -> tuple[Row, ...]:
 def _mention(prompt: str) -> Mention:
     span = name_span(prompt)
     if span is None:
-        raise RequestError(f"{WHEEL.distribution} holds a prompt without a word, {prompt!r}: {WHEEL.install_command}")
+        raise RequestError(f"{WHEEL.distribution} has a prompt without a word, {prompt!r}: {WHEEL.install_command}")
     start, end = span
     return Mention(text=prompt, start=start, end=end, person=person_key(prompt[start:end]))

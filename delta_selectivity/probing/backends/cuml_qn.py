@@ -4,9 +4,9 @@ cuML and CuPy are imported at the first fit, in the thread that calls it: their 
 
 Two things differ from scikit-learn (cuML 26.10, cpp/src/glm/qn): the loss is a mean over rows, so `tol` is divided by
 the number of rows; and the weighted loss is divided by the sum of the weights while the penalty is divided by
-the number of rows, so the weights are handed over with mean 1 and C takes their size.
+the number of rows, so the weights are scaled to mean 1 and C is multiplied by their mean.
 
-Sparse features go to torch's solver: `qn` fits one probe at a time and keeps vectors of the length of the latents.
+Sparse features use torch's solver: `qn` fits one probe at a time and stores vectors as long as the number of latents.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Preconditioned L-BFGS of dense problems on a CPU in one compiled loop: `lbfgs._descend` without the GIL.
 
 As separate torch calls, an iteration on a few thousand rows costs more in call overhead and in waiting for the GIL than
-in arithmetic: two threads that fitted probes on 400 rows side by side took longer than one thread for both.
+in arithmetic: two threads that fitted probes on 400 rows at the same time took longer than one thread for both fits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from delta_selectivity.probing.backends.history_kernels import remember_column, two_loops_column
+from delta_selectivity.probing.backends.history_kernels import store_pair_column, two_loops_column
 from delta_selectivity.system.compiled import compiled
 
 Floats = NDArray[np.float32] | NDArray[np.float64]
@@ -20,9 +20,9 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 _FAST = {"reassoc", "contract", "nsz"}
-_LARGEST = 700.0  # its exponential is a float64
+_MAX_EXPONENT = 700.0  # exp of it does not overflow float64
 _HALF = np.float32(0.5)
-_SATURATED = np.float32(7.905)  # |x / 2| from which on tanh is 1 to float32's precision
+_SATURATED = np.float32(7.905)  # |x / 2| from which tanh is 1 in float32
 _A1, _A3, _A5 = np.float32(4.89352455891786e-3), np.float32(6.37261928875436e-4), np.float32(1.48572235717979e-5)
 _A7, _A9 = np.float32(5.12229709037114e-8), np.float32(-8.60467152213735e-11)
 _A11, _A13 = np.float32(2.00018790482477e-13), np.float32(-2.76076847742355e-16)
@@ -45,31 +45,33 @@ def descend(
     """Iterate each column until the limits are met; return whether it has converged, bool ``[columns]``.
 
     Args:
-        features: z ``[rows, p]``, whose last column is 1; what z is multiplied by for each column ``[columns, p]``; the
+        features: z ``[rows, p]``, whose last column is 1; the factors of z for each column ``[columns, p]``; the
             preconditioner ``[p, p]``.
-        loss: Weight and pull of a logistic loss ``[columns, rows]``; of a quadratic model its curvature, twice.
-        logistic: Which of the two.
-        origin: Point and gradient ``[columns, p]`` that a quadratic model is around; both of no columns else.
+        loss: `Loss.weight` and `Loss.positive_weight` ``[columns, rows]``; for a quadratic model twice its
+            `second_derivative`.
+        logistic: Whether the loss is logistic rather than quadratic.
+        origin: The point of expansion of a quadratic model and the gradient there ``[columns, p]``; without columns for
+            a logistic loss.
         point: theta ``[columns, p]``, margins and residual ``[columns, rows]``, gradient and preconditioned gradient
             ``[columns, p]``. Changed in place.
-        n_iter: Iterations before ``[columns]``. Changed in place.
+        n_iter: Iterations so far ``[columns]``. Changed in place.
         history: s, y, P y ``[memory, columns, p]``, 1 / s.y ``[memory, columns]``, gamma and number of steps
             ``[columns]``. Changed in place.
-        limits: Tolerance, absolute tolerance, largest number of iterations, patience (0: none), and whether the last
-            step is applied to theta.
-        search: `_SLOPE_LEFT` and `_MAX_TRIALS` of the line search.
+        limits: Tolerance, absolute tolerance, maximum number of iterations, patience (0: none), and whether to
+            apply the final step to theta.
+        search: `_SLOPE_FRACTION` and `_MAX_TRIALS` of the line search.
     """
     z, scale, inverse = features
     theta, margins, residual, gradient, newton = point
     all_s, all_y, all_py, rho, gamma, n_steps = history
-    tolerance, floor, max_iter, patience, leap = limits
+    tolerance, floor, max_iter, patience, apply_final_step = limits
     columns, p = theta.shape
     rows, memory = len(z), len(all_s)
     converged = np.zeros(columns, np.bool_)
     shortest, stale = np.full(columns, np.inf, theta.dtype), np.zeros(columns, np.int64)
     active = np.arange(columns)
     direction, step, work = np.empty_like(theta), np.empty_like(theta), np.empty_like(theta)
-    single, ahead = np.empty((columns, p), np.float32), np.empty_like(margins)
+    float32_gradient, ahead = np.empty((columns, p), np.float32), np.empty_like(margins)
     curvature, q, weights = np.empty_like(z[:, 0]), np.empty_like(theta[0]), np.empty_like(rho[:, 0])
     while True:
         n_active = 0
@@ -81,7 +83,7 @@ def descend(
                 shortest[c] = min(shortest[c], newest)
             if short or (patience and stale[c] >= patience):
                 converged[c] = True
-                if leap and short:
+                if apply_final_step and short:
                     two_loops_column(
                         c, gradient, newton, all_s, all_y, all_py, rho, gamma, n_steps[c], q, weights, step
                     )
@@ -124,8 +126,8 @@ def descend(
                 for i in range(p):
                     work[k, i] += origin[1][c, i]
             for i in range(p):
-                single[k, i] = work[k, i]
-        preconditioned = np.dot(single[:n_active], inverse)
+                float32_gradient[k, i] = work[k, i]
+        preconditioned = np.dot(float32_gradient[:n_active], inverse)
         for k in range(n_active):
             c = active[k]
             for i in range(p):
@@ -133,7 +135,7 @@ def descend(
                 newton[c, i] = preconditioned[k, i]
                 direction[c, i] = work[k, i] - gradient[c, i]  # y
                 gradient[c, i] = work[k, i]
-            remember_column(c, step, direction, q, all_s, all_y, all_py, rho, gamma, n_steps[c] % memory)
+            store_pair_column(c, step, direction, q, all_s, all_y, all_py, rho, gamma, n_steps[c] % memory)
             n_steps[c] += 1
 
 
@@ -155,22 +157,22 @@ def _search(
     direction: Floats,
     ahead: Floats,
     weight: Floats,
-    pull: Floats,
+    positive_weight: Floats,
     logistic: bool,
     curvature: Floats,
     search: tuple[float, int],
 ) -> float:
     """Return a step size for column c, and move its margins and residual there; see `lbfgs._line_search`."""
-    slope_left, max_trials = search
+    slope_fraction, max_trials = search
     rows, p = margins.shape[1], gradient.shape[1]
     real: Any = margins.dtype.type
-    slope_0, along, level = real(0), real(0), real(0)
+    slope_0, penalty_curvature, loss_slope_0 = real(0), real(0), real(0)
     for i in range(p):
         slope_0 += gradient[c, i] * direction[c, i]
     for i in range(p - 1):
-        along += direction[c, i] * direction[c, i]
+        penalty_curvature += direction[c, i] * direction[c, i]
     for i in range(rows):
-        level += residual[c, i] * ahead[k, i]
+        loss_slope_0 += residual[c, i] * ahead[k, i]
     size, low, high = real(1), real(0), real(np.inf)
     before = real(0)
     for _ in range(max_trials):
@@ -181,30 +183,30 @@ def _search(
         if logistic:
             if margins.itemsize == 4:
                 for i in range(rows):
-                    share = _sigmoid_single(margins[c, i])
-                    residual[c, i] = weight[c, i] * share - pull[c, i]
+                    share = _sigmoid_float32(margins[c, i])
+                    residual[c, i] = weight[c, i] * share - positive_weight[c, i]
                     curvature[i] = weight[c, i] * (share - share * share)
             else:
                 for i in range(rows):
-                    share = _sigmoid_double(margins[c, i])
-                    residual[c, i] = weight[c, i] * share - pull[c, i]
+                    share = _sigmoid_float64(margins[c, i])
+                    residual[c, i] = weight[c, i] * share - positive_weight[c, i]
                     curvature[i] = weight[c, i] * (share - share * share)
         else:
             for i in range(rows):
                 residual[c, i] = weight[c, i] * margins[c, i]
                 curvature[i] = weight[c, i]
-        change, bend = -level, along
+        change, second_derivative = -loss_slope_0, penalty_curvature
         for i in range(rows):
             change += residual[c, i] * ahead[k, i]
-            bend += curvature[i] * ahead[k, i] * ahead[k, i]
-        slope = slope_0 + size * along + change
-        if not abs(slope) > slope_left * abs(slope_0):
+            second_derivative += curvature[i] * ahead[k, i] * ahead[k, i]
+        slope = slope_0 + size * penalty_curvature + change
+        if not abs(slope) > slope_fraction * abs(slope_0):
             break
         if slope < 0:
             low = max(low, size)
         elif slope > 0:
             high = min(high, size)
-        newton = size - slope / bend
+        newton = size - slope / second_derivative
         if low < newton < high:
             size = newton
         elif math.isinf(high):
@@ -215,10 +217,10 @@ def _search(
 
 
 @compiled(fastmath=_FAST)
-def _sigmoid_single(margin: Any) -> Any:
-    """Return the logistic function of a float32 to 2e-7, with no branch or call, so that a loop over it is vectorised.
+def _sigmoid_float32(margin: Any) -> Any:
+    """Return the logistic function of a float32 to 2e-7, without branches or calls, so that loops vectorise.
 
-    By tanh(x / 2), a quotient of polynomials with the coefficients of Eigen 3.4 (`generic_fast_tanh_float`).
+    It uses tanh(x / 2), a quotient of polynomials with the coefficients of Eigen 3.4 (`generic_fast_tanh_float`).
     """
     x = margin * _HALF
     x = -_SATURATED if x < -_SATURATED else x  # in this form NaN stays NaN
@@ -230,14 +232,14 @@ def _sigmoid_single(margin: Any) -> Any:
 
 
 @compiled(fastmath={"contract", "nsz"})
-def _sigmoid_double(margin: Any) -> Any:
-    """Return the logistic function of a float64 to 1e-13, likewise with no branch or call.
+def _sigmoid_float64(margin: Any) -> Any:
+    """Return the logistic function of a float64 to 1e-13, also without branches or calls.
 
-    exp(-x) is the 1024th power of exp(-x / 1024), which is its Taylor polynomial of degree 7.
+    exp(-x) is computed as the 1024th power of exp(-x / 1024), which is computed by its Taylor polynomial.
     """
     x = -margin
-    x = -_LARGEST if x < -_LARGEST else x
-    x = _LARGEST if x > _LARGEST else x
+    x = -_MAX_EXPONENT if x < -_MAX_EXPONENT else x
+    x = _MAX_EXPONENT if x > _MAX_EXPONENT else x
     x *= 1 / 1024
     power = 1 / 720 + x * (1 / 5040)
     power = 1 / 24 + x * (1 / 120 + x * power)

@@ -1,4 +1,4 @@
-"""The L-BFGS history on a CPU, compiled by Numba: a column at a time, and all columns.
+"""The L-BFGS history on a CPU, compiled by Numba, for one column and for all columns.
 
 As separate torch calls, the operations cost more in call overhead and contention for the GIL than in arithmetic.
 """
@@ -17,7 +17,7 @@ _FAST = {"reassoc", "contract", "nsz"}
 
 
 @compiled(fastmath=_FAST)
-def remember_column(
+def store_pair_column(
     c: int,
     s: Floats,
     y: Floats,
@@ -75,7 +75,7 @@ def two_loops_column(
         c: The column.
         gradient: ``[columns, p]``.
         newton: The preconditioner times the gradient ``[columns, p]``.
-        all_s: As in `remember_column`, as are the next four.
+        all_s: As in `store_pair_column`, like the next four.
         all_y: ``[memory, columns, p]``.
         all_py: ``[memory, columns, p]``.
         rho: ``[memory, columns]``.
@@ -114,17 +114,17 @@ def two_loops_column(
 
 
 @compiled(fastmath=_FAST)
-def remember(s: Floats, y: Floats, py: Floats, kept: tuple[Floats, ...], gamma: Floats, slot: int) -> None:
-    """Do `remember_column` for all columns; py is ``[columns, p]``, kept are the four arrays of the history."""
-    all_s, all_y, all_py, rho = kept
+def store_pair(s: Floats, y: Floats, py: Floats, pairs: tuple[Floats, ...], gamma: Floats, slot: int) -> None:
+    """Apply `store_pair_column` to all columns; py is ``[columns, p]``, pairs are the four arrays of the history."""
+    all_s, all_y, all_py, rho = pairs
     for c in range(len(s)):
-        remember_column(c, s, y, py[c], all_s, all_y, all_py, rho, gamma, slot)
+        store_pair_column(c, s, y, py[c], all_s, all_y, all_py, rho, gamma, slot)
 
 
 @compiled(fastmath=_FAST)
-def two_loops(gradient: Floats, newton: Floats, kept: tuple[Floats, ...], gamma: Floats, n_steps: int) -> Floats:
-    """Return `two_loops_column` of all columns ``[columns, p]``; kept are the four arrays of the history."""
-    all_s, all_y, all_py, rho = kept
+def two_loops(gradient: Floats, newton: Floats, pairs: tuple[Floats, ...], gamma: Floats, n_steps: int) -> Floats:
+    """Return `two_loops_column` of all columns ``[columns, p]``; pairs are the four arrays of the history."""
+    all_s, all_y, all_py, rho = pairs
     step, q, weights = np.empty_like(gradient), np.empty_like(gradient[0]), np.empty_like(rho[:, 0])
     for c in range(len(gradient)):
         two_loops_column(c, gradient, newton, all_s, all_y, all_py, rho, gamma, n_steps, q, weights, step)

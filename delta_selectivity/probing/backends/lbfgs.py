@@ -23,13 +23,13 @@ from torch import Tensor
 
 from delta_selectivity.probing.backends.history import CompiledHistory, History, dot
 
-_SLOPE_LEFT = 0.5  # accept a step once the slope along the line is reduced to this fraction
-_MAX_TRIALS = 30  # of one line search
+_SLOPE_FRACTION = 0.5  # accept a step once the slope along the line is reduced to this fraction
+_MAX_TRIALS = 30  # maximum step sizes tried in one line search
 _FLOOR = 1e-12  # absolute step length that always counts as converged
-_ROUGH = 3e-4  # float32 tolerance before the float64 gradient; below 3e-6, float32 steps are mostly rounding error
+_FLOAT32_TOLERANCE = 3e-4  # before the float64 gradient; below 3e-6, float32 steps are mostly rounding error
 _PATIENCE = 4  # stop a float32 column after this many iterations without a shorter step: it is at rounding error
-_LEAP = 2  # accept a final step up to this multiple of the tolerance
-_NEAR = 1e-3  # relative change of the coefficients up to which the quadratic model is as good as the loss
+_FINAL_STEP_FACTOR = 2  # accept a final step up to this multiple of the tolerance
+_MAX_MOVE = 1e-3  # relative change of the coefficients up to which the quadratic model is as good as the loss
 
 _COUNTS = (torch.bool, torch.int64)  # dtypes of Optimum.converged and n_iter
 
@@ -41,28 +41,28 @@ class Loss:
     """The weighted logistic loss of columns side by side."""
 
     weight: Tensor  # [columns, rows], balanced, times C
-    pull: Tensor  # [columns, rows], the weight where the label holds, else 0
+    positive_weight: Tensor  # [columns, rows], the weight where the label holds, else 0
 
     @classmethod
     def of(cls, labels: Tensor, weight: Tensor) -> Loss:
         """Build the loss from labels (bool) and weights (float64), both [columns, rows]."""
         return cls(weight, weight * labels)
 
-    def times(self, c: float) -> Loss:
+    def scaled(self, c: float) -> Loss:
         """Return the loss multiplied by c."""
-        return Loss(self.weight * c, self.pull * c)
+        return Loss(self.weight * c, self.positive_weight * c)
 
-    def single(self) -> Loss:
+    def in_float32(self) -> Loss:
         """Return the loss in float32."""
-        return Loss(self.weight.float(), self.pull.float())
+        return Loss(self.weight.float(), self.positive_weight.float())
 
     def select(self, chosen: Tensor) -> Loss:
         """Return the columns at int64 `chosen`."""
-        return Loss(self.weight[chosen], self.pull[chosen])
+        return Loss(self.weight[chosen], self.positive_weight[chosen])
 
     def residual(self, margins: Tensor) -> Tensor:
         """Return the derivative of the loss by the margins [columns, rows]."""
-        return torch.sigmoid(margins).mul_(self.weight).sub_(self.pull)
+        return torch.sigmoid(margins).mul_(self.weight).sub_(self.positive_weight)
 
     def curvature(self, margins: Tensor) -> Tensor:
         """Return the second derivative of the loss by the margins [columns, rows]."""
@@ -71,22 +71,22 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Parabola:
-    """A quadratic model of the loss around a point; margins and residuals are relative to the point's."""
+class QuadraticLoss:
+    """A quadratic model of the loss around a point; margins and residuals are relative to those at the point."""
 
-    bend: Tensor  # [columns, rows], curvature of the loss at the point
+    second_derivative: Tensor  # [columns, rows], of the loss by the margins at the point
 
-    def select(self, chosen: Tensor) -> Parabola:
+    def select(self, chosen: Tensor) -> QuadraticLoss:
         """Return the columns at int64 `chosen`."""
-        return Parabola(self.bend[chosen])
+        return QuadraticLoss(self.second_derivative[chosen])
 
     def residual(self, margins: Tensor) -> Tensor:
         """Return the derivative by the margins [columns, rows]."""
-        return self.bend * margins
+        return self.second_derivative * margins
 
     def curvature(self, margins: Tensor) -> Tensor:
         """Return the second derivative by the margins [columns, rows]."""
-        return self.bend
+        return self.second_derivative
 
 
 class Columns(Protocol[P]):
@@ -98,13 +98,13 @@ class Columns(Protocol[P]):
         ...
 
     @property
-    def loss(self) -> Loss | Parabola: ...
+    def loss(self) -> Loss | QuadraticLoss: ...
 
-    def times(self, c: float) -> Columns[P]:
+    def scaled(self, c: float) -> Columns[P]:
         """Return the columns with the loss multiplied by c."""
         ...
 
-    def rough(self) -> RoughColumns[P] | None:
+    def in_float32(self) -> Float32Columns[P] | None:
         """Return the columns in float32; None where float32 is not faster."""
         ...
 
@@ -120,11 +120,11 @@ class Columns(Protocol[P]):
         """Return the objective's derivative by theta, and the preconditioner times it: both [columns, p]."""
         ...
 
-    def along(self, direction: Tensor) -> tuple[Tensor, Tensor]:
+    def line_terms(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         """Return a direction's margins [columns, rows] and the penalty's curvature along it [columns, 1]."""
         ...
 
-    def lengths(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
+    def norms(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
         """Return the norms of the next preconditioned step and of the penalised coefficients: both [columns]."""
         ...
 
@@ -133,23 +133,23 @@ class Columns(Protocol[P]):
         ...
 
     def for_kernel(self, preconditioner: P) -> KernelInput | None:
-        """Return what the compiled loop needs; None where it does not apply."""
+        """Return the input of the compiled loop, or None if the loop does not support these columns."""
         ...
 
 
 class KernelInput(NamedTuple):
     """The first arguments of `descent_kernels.descend`."""
 
-    features: tuple[NDArray[Any], ...]
-    loss: tuple[NDArray[Any], ...]
-    logistic: bool
-    origin: tuple[NDArray[Any], ...]
+    features: tuple[NDArray[Any], ...]  # z, its factors for each column, the preconditioner
+    loss: tuple[NDArray[Any], ...]  # weight and positive_weight, or twice the second derivative
+    logistic: bool  # False: the loss is quadratic
+    origin: tuple[NDArray[Any], ...]  # point of expansion and gradient there, if the loss is quadratic
 
 
-class RoughColumns(Columns[P], Protocol[P]):
+class Float32Columns(Columns[P], Protocol[P]):
     """Logistic regressions in float32."""
 
-    def near(self, theta: Tensor, margins: Tensor, gradient: Tensor) -> Columns[P]:
+    def quadratic_at(self, theta: Tensor, margins: Tensor, gradient: Tensor) -> Columns[P]:
         """Return the columns with a quadratic model of the loss at theta, given the margins and gradient there."""
         ...
 
@@ -167,7 +167,7 @@ class Optimum:
         """Return the columns at int64 `chosen`."""
         return Optimum(self.theta[chosen], self.margins[chosen], self.converged[chosen], self.n_iter[chosen])
 
-    def replaced(self, chosen: Tensor, found: Optimum) -> Optimum:
+    def with_columns(self, chosen: Tensor, found: Optimum) -> Optimum:
         """Return a copy with `found` in place of the columns at int64 `chosen`."""
         pairs = ((getattr(self, name.name), getattr(found, name.name)) for name in fields(self))
         return Optimum(*(ours.index_copy(0, chosen, theirs) for ours, theirs in pairs))
@@ -180,7 +180,7 @@ class Limits:
     tolerance: float  # stop when the next preconditioned step is this short, relative to the coefficients
     max_iter: int
     patience: int | None = None  # stop a column after this many iterations without a shorter step; None: never
-    leap: bool = False  # apply the final step to theta too; margins are those before it
+    apply_final_step: bool = False  # apply the final step to theta too; margins are those before it
 
 
 def minimise(
@@ -188,59 +188,66 @@ def minimise(
 ) -> Optimum:
     """Find the optimum of each column from theta and its margins; L-BFGS stores `memory` pairs."""
     start = Optimum(theta, margins, *(torch.zeros(len(theta), dtype=kind, device=theta.device) for kind in _COUNTS))
-    rough, history = columns.rough(), _Memory.of(memory)
-    if rough is None:
-        return _exactly(columns, start, preconditioner, limits, history)
-    point = _Point.at(rough, theta.float(), margins.float(), preconditioner)
-    to_parabola = Limits(_ROUGH, limits.max_iter, _PATIENCE, leap=True)
-    found = _descend(rough, point, start.n_iter, preconditioner, to_parabola, history)
+    columns32, history = columns.in_float32(), _Histories.empty(memory)
+    if columns32 is None:
+        return _minimise_directly(columns, start, preconditioner, limits, history)
+    point = _Point.at(columns32, theta.float(), margins.float(), preconditioner)
+    float32_limits = Limits(_FLOAT32_TOLERANCE, limits.max_iter, _PATIENCE, apply_final_step=True)
+    found = _descend(columns32, point, start.n_iter, preconditioner, float32_limits, history)
     if not bool(found.theta.isfinite().all()):
         start = replace(start, margins=columns.margins(theta))  # the final step at the previous C did not update them
-        return _exactly(columns, start, preconditioner, limits, _Memory.of(memory))
+        return _minimise_directly(columns, start, preconditioner, limits, _Histories.empty(memory))
     theta = found.theta.double()
     start = replace(found, theta=theta, margins=columns.margins(theta))
-    found = _refine(columns, rough, start, preconditioner, limits, history)
-    far = _far(found.theta, start.theta)
+    found = _refine(columns, columns32, start, preconditioner, limits, history)
+    far = _moved_too_far(found.theta, start.theta)
     if not len(far):
         return found
-    exact = _exactly(columns.select(far), start.select(far), preconditioner, limits, _Memory.of(memory))
-    return found.replaced(far, exact)
+    exact = _minimise_directly(columns.select(far), start.select(far), preconditioner, limits, _Histories.empty(memory))
+    return found.with_columns(far, exact)
 
 
-def _exactly(columns: Columns[P], start: Optimum, preconditioner: P, limits: Limits, history: _Memory) -> Optimum:
+def _minimise_directly(
+    columns: Columns[P], start: Optimum, preconditioner: P, limits: Limits, history: _Histories
+) -> Optimum:
     """Minimise entirely in the columns' own precision."""
     point = _Point.at(columns, start.theta, start.margins, preconditioner)
     return _descend(columns, point, start.n_iter, preconditioner, limits, history)
 
 
 def _refine(
-    columns: Columns[P], rough: RoughColumns[P], start: Optimum, preconditioner: P, limits: Limits, history: _Memory
+    columns: Columns[P],
+    columns32: Float32Columns[P],
+    start: Optimum,
+    preconditioner: P,
+    limits: Limits,
+    history: _Histories,
 ) -> Optimum:
     """Minimise the quadratic model of the objective around `start`, where the gradient is in float64."""
     exact = _Point.at(columns, start.theta, start.margins, preconditioner)
     theta, gradient, newton = exact.theta.float(), exact.gradient.float(), exact.newton.float()
-    parabola = rough.near(theta, exact.margins, gradient)
-    nothing = torch.zeros_like(exact.margins, dtype=theta.dtype)
-    last = replace(limits, tolerance=_LEAP * limits.tolerance, leap=True)
-    point = _Point(theta, nothing, nothing, gradient, newton)
-    found = _descend(parabola, point, start.n_iter, preconditioner, last, history)
+    quadratic = columns32.quadratic_at(theta, exact.margins, gradient)
+    zeros = torch.zeros_like(exact.margins, dtype=theta.dtype)
+    last = replace(limits, tolerance=_FINAL_STEP_FACTOR * limits.tolerance, apply_final_step=True)
+    point = _Point(theta, zeros, zeros, gradient, newton)
+    found = _descend(quadratic, point, start.n_iter, preconditioner, last, history)
     return replace(found, theta=exact.theta + (found.theta - theta), margins=exact.margins + found.margins)
 
 
-def _far(theta: Tensor, before: Tensor) -> Tensor:
+def _moved_too_far(theta: Tensor, before: Tensor) -> Tensor:
     """Return the columns that moved too far for the quadratic model: int64."""
-    return ((theta - before).norm(dim=1) > _NEAR * theta.norm(dim=1) + _FLOOR).nonzero()[:, 0]
+    return ((theta - before).norm(dim=1) > _MAX_MOVE * theta.norm(dim=1) + _FLOOR).nonzero()[:, 0]
 
 
-class _Memory(NamedTuple):
-    """What a descent remembers of its steps, in the form that it needs."""
+class _Histories(NamedTuple):
+    """The history of a descent, in the forms that torch and the compiled loop use."""
 
-    steps: History
+    torch: History
     compiled: CompiledHistory
 
     @classmethod
-    def of(cls, memory: int) -> _Memory:
-        """Return an empty one for so many steps."""
+    def empty(cls, memory: int) -> _Histories:
+        """Return histories without steps that store up to `memory` steps."""
         return cls(History(memory), CompiledHistory(memory))
 
 
@@ -266,29 +273,29 @@ class _Point:
 
 
 def _descend(
-    columns: Columns[P], point: _Point, n_iter: Tensor, preconditioner: P, limits: Limits, memory: _Memory
+    columns: Columns[P], point: _Point, n_iter: Tensor, preconditioner: P, limits: Limits, history: _Histories
 ) -> Optimum:
     """Iterate from a point reached after n_iter (int64 [columns]) iterations until the limits are met."""
-    given = columns.for_kernel(preconditioner)
-    if given is not None:
-        return _descend_compiled(given, point, n_iter, limits, memory.compiled)
-    return _descend_in_torch(columns, point, n_iter, preconditioner, limits, memory.steps)
+    kernel_input = columns.for_kernel(preconditioner)
+    if kernel_input is not None:
+        return _descend_compiled(kernel_input, point, n_iter, limits, history.compiled)
+    return _descend_in_torch(columns, point, n_iter, preconditioner, limits, history.torch)
 
 
 def _descend_compiled(
-    given: KernelInput, point: _Point, n_iter: Tensor, limits: Limits, history: CompiledHistory
+    kernel_input: KernelInput, point: _Point, n_iter: Tensor, limits: Limits, history: CompiledHistory
 ) -> Optimum:
-    from delta_selectivity.probing.backends.descent_kernels import descend  # here: Numba takes a while to load
+    from delta_selectivity.probing.backends.descent_kernels import descend  # imported here: Numba is slow to load
 
     changed = [getattr(point, name.name).clone(memory_format=torch.contiguous_format) for name in fields(point)]
     n_iter = n_iter.clone()
     converged = descend(
-        *given,
+        *kernel_input,
         tuple(tensor.numpy() for tensor in changed),
         n_iter.numpy(),
         history.arrays(point.theta),
-        (limits.tolerance, _FLOOR, limits.max_iter, limits.patience or 0, limits.leap),
-        (_SLOPE_LEFT, _MAX_TRIALS),
+        (limits.tolerance, _FLOOR, limits.max_iter, limits.patience or 0, limits.apply_final_step),
+        (_SLOPE_FRACTION, _MAX_TRIALS),
     )
     theta, margins, *_ = changed
     return Optimum(theta, margins, torch.from_numpy(converged), n_iter)
@@ -299,7 +306,7 @@ def _descend_in_torch(
 ) -> Optimum:
     shortest, stale = torch.full_like(point.newton[:, 0], torch.inf), torch.zeros_like(n_iter)
     while True:
-        step_length, length = columns.lengths(point.theta, point.margins, point.gradient, point.newton)
+        step_length, length = columns.norms(point.theta, point.margins, point.gradient, point.newton)
         short = step_length <= limits.tolerance * length + _FLOOR
         active = ~short  # negated, so that NaN does not count as converged
         if limits.patience is not None:
@@ -310,14 +317,16 @@ def _descend_in_torch(
         stopped = not n_active or int(n_iter.max()) >= limits.max_iter
         if stopped or 2 * n_active <= len(active):
             theta = point.theta
-            if limits.leap:
+            if limits.apply_final_step:
                 theta = theta + history.step(point.gradient, point.newton) * short[:, None]
             here = Optimum(theta, point.margins, ~active, n_iter)
             if stopped:
                 return here
-            left = active.nonzero()[:, 0]
-            rest = columns.select(left), point.select(left), n_iter[left]
-            return here.replaced(left, _descend_in_torch(*rest, preconditioner, limits, history.select(left)))
+            remaining = active.nonzero()[:, 0]
+            rest = columns.select(remaining), point.select(remaining), n_iter[remaining]
+            return here.with_columns(
+                remaining, _descend_in_torch(*rest, preconditioner, limits, history.select(remaining))
+            )
         n_iter = n_iter + active
         direction = history.step(point.gradient, point.newton) * active[:, None]
         step, margins, residual = _line_search(columns, point, direction, active)
@@ -330,26 +339,26 @@ def _descend_in_torch(
 def _line_search(
     columns: Columns[P], point: _Point, direction: Tensor, active: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return steps [columns, p] that reduce the slope to `_SLOPE_LEFT`, with the margins and residual there.
+    """Return steps [columns, p] that reduce the slope to `_SLOPE_FRACTION`, with the margins and residual there.
 
-    The objective is convex along the line, so the sign of its slope brackets the minimum. Newton's method on the slope,
-    with bisection where it leaves the bracket. Needs one product, for the margins of the direction.
+    The objective is convex along the line, so the sign of its slope brackets the minimum. The search is Newton's method
+    on the slope, with bisection where it leaves the bracket. It needs one product, for the margins of the direction.
     """
-    ahead, along = columns.along(direction)
-    slope_0, level = dot(point.gradient, direction), dot(point.residual, ahead)
+    ahead, penalty_curvature = columns.line_terms(direction)
+    slope_0, loss_slope_0 = dot(point.gradient, direction), dot(point.residual, ahead)
     size = torch.ones_like(slope_0)
     low, high = torch.zeros_like(size), torch.full_like(size, torch.inf)
     for _ in range(_MAX_TRIALS):
         there = torch.addcmul(point.margins, size, ahead)
         residual = columns.loss.residual(there)
-        slope = slope_0 + size * along + (dot(residual, ahead) - level)
-        steep = (slope.abs() > _SLOPE_LEFT * slope_0.abs()) & active[:, None]
+        slope = slope_0 + size * penalty_curvature + (dot(residual, ahead) - loss_slope_0)
+        steep = (slope.abs() > _SLOPE_FRACTION * slope_0.abs()) & active[:, None]
         if not bool(steep.any()):
             break
         low = torch.where(slope < 0, torch.maximum(low, size), low)
         high = torch.where(slope > 0, torch.minimum(high, size), high)
-        bend = along + dot(columns.loss.curvature(there), ahead * ahead)
-        newton = size - slope / bend
+        curvature = penalty_curvature + dot(columns.loss.curvature(there), ahead * ahead)
+        newton = size - slope / curvature
         middle = torch.where(high.isinf(), 2 * size, (low + high) / 2)
         size = torch.where(steep, torch.where((newton > low) & (newton < high), newton, middle), size)
     return size * direction, there, residual

@@ -13,20 +13,20 @@ from torch import Tensor
 class ProbeProblem:
     """Many weighted L2 logistic regressions on the same rows: one for each C, target and split.
 
-    For every (C, target, split) the minimum over w `[d]` and b of
+    For every (C, target, split), find the minimum over w `[d]` and b of
 
         1/2 |w|^2 + C sum_i v_i log(1 + exp(-y_i f_i)),    f_i = (x_i / scale_split) . w + b,    y_i = +-1
 
-    is to be found, where v is `weight` with each class scaled to half of the split's total (scikit-learn's
-    ``class_weight="balanced"``). The intercept is not penalised, so centring x does not change the fit.
+    where v is `weight` with each class scaled to half of the split's total, as in scikit-learn's
+    ``class_weight="balanced"``. The intercept is not penalised, so centring x does not change the fit.
 
     Raises ValueError for shapes that do not fit, NaN or Inf in x, a negative weight, or C out of order.
     """
 
-    x: Tensor  # float32 [rows, d], raw features, any device; strided, or sparse CSR (a cell's entries are added)
+    x: Tensor  # float32 [rows, d], raw features on any device; dense, or sparse CSR (duplicate entries are added)
     labels: Tensor  # bool [targets, rows]
-    weight: Tensor  # float [splits, rows]; 0 = held out by that split, else the row's weight
-    scale: Tensor  # float [splits, d]; features are divided by it, 0 (a constant feature) counts as 1
+    weight: Tensor  # float [splits, rows], the row's weight; 0: held out by that split
+    scale: Tensor  # float [splits, d], divisor of the features; 0 (a constant feature) counts as 1
     cs: tuple[float, ...]  # inverse strengths of regularisation, positive, ascending
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class ProbeProblem:
 
 @dataclass(frozen=True)
 class ProbeFits:
-    """The fitted probes: score = x . coef + intercept, positive = the label is predicted."""
+    """The fitted probes: score = x . coef + intercept; a positive score predicts the label."""
 
     coef: Tensor  # float64 [cs, targets, splits, d], in units of the raw x
     intercept: Tensor  # float64 [cs, targets, splits]
@@ -103,5 +103,5 @@ def balanced(labels: Tensor, weight: Tensor) -> Tensor:
     positive = (weight * labels).sum(-1, keepdim=True)
     negative = (weight * ~labels).sum(-1, keepdim=True)
     if not bool(((positive > 0) & (negative > 0)).all()):
-        raise ValueError("a class has no rows in a training split: a probe needs both")
+        raise ValueError("a class has no rows in a training split: a probe needs rows of both classes")
     return weight * torch.where(labels, total / (2 * positive), total / (2 * negative))

@@ -16,14 +16,14 @@ from delta_selectivity.probing.backends.problem import ProbeFits, ProbeProblem, 
 
 @dataclass(frozen=True)
 class SklearnReference:
-    """newton-cholesky in float64 on the CPU, slow and quadratic in d for memory; for sparse features newton-cg."""
+    """Solver newton-cholesky in float64 on the CPU: slow, with memory quadratic in d. Sparse features use newton-cg."""
 
     tolerance: float = 1e-9  # of the largest gradient component of the mean loss
     max_iter: int = 1000
     name: str = field(default="sklearn", init=False)
 
     def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """Fit all probes of the problem; if one does not converge, scikit-learn warns and `converged` is False."""
+        """Fit all probes of the problem; scikit-learn warns about those that do not converge."""
         fits = ProbeFits.empty(problem)
         x = _on_cpu(problem.x)
         solver = "newton-cg" if scipy.sparse.issparse(x) else "newton-cholesky"

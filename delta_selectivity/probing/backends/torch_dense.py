@@ -1,12 +1,11 @@
-"""Strided features for the batched solver: one matrix for all columns, an iteration is two large GEMMs.
+"""Dense features for the batched solver: all columns share one matrix, so an iteration is two large GEMMs.
 
-Held-out rows have weight 0, so the matrix is the same for all columns. It is kept once, in float32, centred and
-scaled. Products in float64 read a small x from a float64 copy, and a large one from x itself, converted a block of rows
-at a time.
+Held-out rows have weight 0, so the matrix is the same for all columns. It is stored once, in float32, centred and
+scaled. Float64 products use a float64 copy of x if x is small; a large x is converted a block of rows at a time.
 
-The preconditioner is the inverse Hessian at zero (Böhning 1992's bound), averaged over the columns and shrunk to their
-mean curvature. Tried without gain: a new Hessian for each C, or one per split, saved a tenth of the iterations and took
-as long or longer; one eigendecomposition for all C with each column's own curvature saved no iterations.
+The preconditioner is the inverse Hessian at zero (the bound of Böhning 1992), averaged over the columns and scaled to
+their mean curvature. Tried without gain: a new Hessian for each C, or one per split, saved a tenth of the iterations
+and took as long or longer; one eigendecomposition for all C with each column's own curvature saved no iterations.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.probing.backends.history import dot
-from delta_selectivity.probing.backends.lbfgs import KernelInput, Loss, Parabola
+from delta_selectivity.probing.backends.lbfgs import KernelInput, Loss, QuadraticLoss
 from delta_selectivity.probing.backends.problem import ProbeProblem
 from delta_selectivity.system.gemm import linear
 
 _TEMPORARIES = 12  # float64 matrices [columns, rows] alive at once
-_BLOCK_ON_CPU, _BLOCK = 2**18, 2**24  # cells of x converted at a time: what a cache holds; elsewhere, few launches
-_GRAM_BLOCKS = 4  # times more rows: products of narrow panels want long sums
-_PANEL = 128  # columns of the Gram matrix made at a time, from the diagonal on: the other half is the mirror image
-_FEW = 32  # for fewer columns than one in so many features, solving takes less time than an inverse and its products
-_KERNEL_PAYS = 2**21  # cells of x up to which calls and the GIL cost more than a faster product saves
-_ROUGH_PAYS = 2**17  # cells of x from which on a product takes longer than the calls around it
+_BLOCK_ON_CPU, _BLOCK = 2**18, 2**24  # cells of x converted at a time: to fit a CPU cache; for few GPU launches
+_GRAM_BLOCKS = 4  # factor of the block size: products of narrow panels are faster with more rows
+_PANEL = 128  # columns of the Gram matrix computed at a time, from the diagonal down, since it is symmetric
+_FEATURES_PER_COLUMN = 32  # with more features per column, solving takes less time than inverting and multiplying
+_MAX_KERNEL_CELLS = 2**21  # cells of x up to which the compiled loop is faster: with more, products dominate
+_MIN_FLOAT32_CELLS = 2**17  # cells of x from which float32 is faster: with fewer, call overhead dominates
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ class DenseDesign:
     unit: Tensor  # float64 [d], between the splits' scales
     centre: Tensor  # float64 [d]
     divisor: Tensor  # float64 [splits, d]
-    block: Tensor  # float64 [rows of a block, d], memory to convert blocks in: fresh memory costs more than that
-    exact: Tensor | None  # float64 [rows, d + 1], x - centre; the last column is 1; None if x is larger than a block
+    block: Tensor  # float64 [rows of a block, d], scratch for converting blocks, which is slower in new memory
+    exact: Tensor | None  # float64 [rows, d + 1], x - centre and a column of ones; None if x is larger than a block
 
     @classmethod
     def build(cls, problem: ProbeProblem) -> DenseDesign:
@@ -52,10 +51,11 @@ class DenseDesign:
         unit = divisor.log().mean(dim=0).exp()
         centre = _mean(x)
         z = torch.ones(len(x), x.shape[1] + 1, dtype=torch.float32, device=x.device)
-        near, stretch = centre.float(), unit.reciprocal().float()  # x less `near` is exact wherever rounding would tell
-        left = ((near - centre) / unit).float()
+        centre32 = centre.float()  # x - centre32 is exact where rounding matters
+        inverse_unit = unit.reciprocal().float()
+        shift = ((centre32 - centre) / unit).float()
         for rows in _blocks(x):
-            torch.addcmul(left, x[rows] - near, stretch, out=z[rows, :-1])
+            torch.addcmul(shift, x[rows] - centre32, inverse_unit, out=z[rows, :-1])
         longest = max((len(x[rows]) for rows in _blocks(x)), default=0)
         if longest < len(x):
             return cls(x, z, unit, centre, divisor, centre.new_empty(longest, x.shape[1]), None)
@@ -78,18 +78,18 @@ class DenseDesign:
         penalty[-1] = 0
         products: Products
         if self.exact is None:
-            products = Blockwise(self.x, self.centre, self.divisor[split], self.block)
+            products = BlockwiseProducts(self.x, self.centre, self.divisor[split], self.block)
         else:
-            products = Kept(self.exact, _with_intercept(self.divisor[split].reciprocal()))
+            products = CentredProducts(self.exact, _with_intercept(self.divisor[split].reciprocal()))
         return DenseColumns(index, split, loss, products, penalty, self)
 
     def preconditioners(self, n_columns: int) -> InverseHessians:
         """Return the preconditioners for each C."""
-        return InverseHessians(self.z, inverted=_FEW * n_columns >= self.z.shape[1])
+        return InverseHessians(self.z, inverted=_FEATURES_PER_COLUMN * n_columns >= self.z.shape[1])
 
 
 class Products(Protocol):
-    """The features of columns, each seen by the scale of its own split, times coefficients and times residuals."""
+    """Products of the features with coefficients and with residuals; each column uses the scale of its split."""
 
     def forward(self, theta: Tensor) -> Tensor:
         """Return the margins [columns, rows] of theta [columns, d + 1]."""
@@ -105,7 +105,7 @@ class Products(Protocol):
 
 
 @dataclass(frozen=True)
-class Blockwise:
+class BlockwiseProducts:
     """Products in float64, a block of x at a time. They centre x, so that a constant feature is exactly zero."""
 
     x: Tensor  # [rows, d]
@@ -126,8 +126,8 @@ class Blockwise:
             total.addmm_(residual[:, rows], self._centred(rows))
         return torch.cat([total.div_(self.divisor), residual.sum(dim=1, keepdim=True)], dim=1)
 
-    def select(self, chosen: Tensor) -> Blockwise:
-        return Blockwise(self.x, self.centre, self.divisor[chosen], self.block)
+    def select(self, chosen: Tensor) -> BlockwiseProducts:
+        return BlockwiseProducts(self.x, self.centre, self.divisor[chosen], self.block)
 
     def _centred(self, rows: slice) -> Tensor:
         part = self.x[rows]
@@ -135,8 +135,8 @@ class Blockwise:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Products with a centred matrix that is kept, in its precision."""
+class CentredProducts:
+    """Products with a stored, centred matrix, in the precision of that matrix."""
 
     z: Tensor  # [rows, d + 1], the last column is 1
     stretch: Tensor  # [columns, d + 1]; a column's features are z times this
@@ -147,48 +147,48 @@ class Kept:
     def backward(self, residual: Tensor) -> Tensor:
         return linear(residual, self.z.T).mul_(self.stretch)
 
-    def select(self, chosen: Tensor) -> Kept:
-        return Kept(self.z, self.stretch[chosen])
+    def select(self, chosen: Tensor) -> CentredProducts:
+        return CentredProducts(self.z, self.stretch[chosen])
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The origin of a quadratic model: gradients are the gradient there plus the change since."""
+class ExpansionPoint:
+    """The point around which the loss is quadratic, and the gradient there."""
 
     theta: Tensor  # [columns, d + 1]
     gradient: Tensor  # [columns, d + 1]
 
-    def select(self, chosen: Tensor) -> Origin:
-        return Origin(self.theta[chosen], self.gradient[chosen])
+    def select(self, chosen: Tensor) -> ExpansionPoint:
+        return ExpansionPoint(self.theta[chosen], self.gradient[chosen])
 
 
 @dataclass(frozen=True)
 class DenseColumns:
-    """Theta [columns, d + 1] has the intercept last."""
+    """Logistic regressions on dense features; theta [columns, d + 1] has the intercept last."""
 
     index: Tensor  # int64 [columns]
     split: Tensor  # int64 [columns]
-    loss: Loss | Parabola
+    loss: Loss | QuadraticLoss
     products: Products
-    penalty: Tensor  # [d + 1], 1 but 0 for the intercept
+    penalty: Tensor  # [d + 1], 1; 0 for the intercept
     design: DenseDesign
-    origin: Origin | None = None  # if the loss is a quadratic model
+    origin: ExpansionPoint | None = None  # if the loss is a quadratic model
 
-    def times(self, c: float) -> DenseColumns:
-        assert isinstance(self.loss, Loss), "a parabola is of one C"
-        return replace(self, loss=self.loss.times(c))
+    def scaled(self, c: float) -> DenseColumns:
+        assert isinstance(self.loss, Loss), "a quadratic model is for one C"
+        return replace(self, loss=self.loss.scaled(c))
 
-    def rough(self) -> DenseColumns | None:
-        if self.design.x.numel() < _ROUGH_PAYS:
+    def in_float32(self) -> DenseColumns | None:
+        if self.design.x.numel() < _MIN_FLOAT32_CELLS:
             return None
-        assert isinstance(self.loss, Loss), "a parabola is rough already"
+        assert isinstance(self.loss, Loss), "a quadratic model is in float32 already"
         stretch = _with_intercept(self.design.unit / self.design.divisor[self.split])
-        products = Kept(self.design.z, stretch.float())
-        return DenseColumns(self.index, self.split, self.loss.single(), products, self.penalty.float(), self.design)
+        products = CentredProducts(self.design.z, stretch.float())
+        return DenseColumns(self.index, self.split, self.loss.in_float32(), products, self.penalty.float(), self.design)
 
-    def near(self, theta: Tensor, margins: Tensor, gradient: Tensor) -> DenseColumns:
-        loss = Parabola(self.loss.curvature(margins.to(theta.dtype)))
-        return replace(self, loss=loss, origin=Origin(theta, gradient))
+    def quadratic_at(self, theta: Tensor, margins: Tensor, gradient: Tensor) -> DenseColumns:
+        loss = QuadraticLoss(self.loss.curvature(margins.to(theta.dtype)))
+        return replace(self, loss=loss, origin=ExpansionPoint(theta, gradient))
 
     def select(self, chosen: Tensor) -> DenseColumns:
         parts = self.index[chosen], self.split[chosen], self.loss.select(chosen), self.products.select(chosen)
@@ -204,26 +204,30 @@ class DenseColumns:
             gradient += theta * self.penalty
         else:
             gradient += (theta - self.origin.theta) * self.penalty + self.origin.gradient
-        return gradient, preconditioner.times(gradient.float()).to(gradient.dtype)
+        return gradient, preconditioner.multiply(gradient.float()).to(gradient.dtype)
 
-    def along(self, direction: Tensor) -> tuple[Tensor, Tensor]:
+    def line_terms(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         return self.margins(direction), dot(self.penalty * direction, direction)
 
-    def lengths(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
+    def norms(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.vector_norm(newton, dim=1), torch.linalg.vector_norm(theta[:, :-1], dim=1)
 
     def for_kernel(self, preconditioner: InverseHessian) -> KernelInput | None:
         products, inverse = self.products, preconditioner.inverse
         if inverse is None or inverse.device.type != "cpu":
             return None
-        if not isinstance(products, Kept) or products.z.numel() > _KERNEL_PAYS:
+        if not isinstance(products, CentredProducts) or products.z.numel() > _MAX_KERNEL_CELLS:
             return None
-        logistic, nothing = isinstance(self.loss, Loss), products.stretch[:0]
-        loss = (self.loss.weight, self.loss.pull) if isinstance(self.loss, Loss) else (self.loss.bend, self.loss.bend)
-        origin = (nothing, nothing) if self.origin is None else (self.origin.theta, self.origin.gradient)
+        logistic, empty = isinstance(self.loss, Loss), products.stretch[:0]
+        loss = (
+            (self.loss.weight, self.loss.positive_weight)
+            if isinstance(self.loss, Loss)
+            else (self.loss.second_derivative, self.loss.second_derivative)
+        )
+        origin = (empty, empty) if self.origin is None else (self.origin.theta, self.origin.gradient)
         groups = ((products.z, products.stretch, inverse), loss, origin)
-        features, arrays, around = (tuple(t.contiguous().numpy() for t in group) for group in groups)
-        return KernelInput(features, arrays, logistic, around)
+        features, loss_arrays, origin_arrays = (tuple(t.contiguous().numpy() for t in group) for group in groups)
+        return KernelInput(features, loss_arrays, logistic, origin_arrays)
 
     def coefficients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         coef = theta[:, :-1] / self.design.divisor[self.split]
@@ -237,7 +241,7 @@ class InverseHessian:
     factor: Tensor  # float32 [d + 1, d + 1], the Hessian's lower Cholesky factor
     inverse: Tensor | None  # float32 [d + 1, d + 1]; None: solving for few columns takes less time
 
-    def times(self, v: Tensor) -> Tensor:
+    def multiply(self, v: Tensor) -> Tensor:
         """Multiply by v [columns, d + 1]."""
         if self.inverse is not None:
             return linear(v, self.inverse.T)
@@ -265,8 +269,10 @@ class InverseHessians:
             factor, failed = torch.linalg.cholesky_ex(hessian)
             if not bool(failed):
                 return InverseHessian(factor, torch.cholesky_inverse(factor) if self._inverted else None)
-            if not bool(hessian.isfinite().all()):  # then no rounding is enough
-                raise ArithmeticError("too large for probes: their squares, in deviations of x, are beyond float32")
+            if not bool(hessian.isfinite().all()):  # no added rounding helps
+                raise ArithmeticError(
+                    "too large for probes: their squares, in units of x's deviation, overflow float32"
+                )
             rounding *= 10
 
     def _weighted_gram(self, curvature: Tensor) -> Tensor:
@@ -282,7 +288,7 @@ class InverseHessians:
 
 
 def _with_intercept(scale: Tensor) -> Tensor:
-    """Append a column of ones, the intercept's scale."""
+    """Append the scale of the intercept, 1, to each column."""
     return torch.cat([scale, torch.ones_like(scale[:, :1])], dim=1)
 
 
@@ -294,8 +300,8 @@ def _mean(x: Tensor) -> Tensor:
     return total / len(x)
 
 
-def _blocks(x: Tensor, as_large: int = 1) -> Iterator[slice]:
-    """Return slices that cover the rows of x; on a CPU as many times as large as they would be."""
-    cells = as_large * _BLOCK_ON_CPU if x.device.type == "cpu" else _BLOCK
+def _blocks(x: Tensor, factor: int = 1) -> Iterator[slice]:
+    """Return slices that cover the rows of x; on a CPU, `factor` multiplies their size."""
+    cells = factor * _BLOCK_ON_CPU if x.device.type == "cpu" else _BLOCK
     size = max(1, cells // max(x.shape[1], 1))
     return (slice(start, start + size) for start in range(0, len(x), size))

@@ -1,10 +1,10 @@
-"""The batched solver of probes, on any device, for strided and for sparse CSR features.
+"""The batched solver of probes, on any device, for dense and sparse CSR features.
 
 The columns (target x split) of a problem are solved together by preconditioned L-BFGS (`lbfgs`); along C each column
-starts from its solution at the smaller C. What the columns share, the features and the preconditioner, is a `Design`:
+starts from its solution at the smaller C. The columns share features and preconditioner: a `Design`, which is
 `torch_dense` or `torch_sparse`.
 
-Float32 alone stalls above the tolerance for some C, so every fit of strided features is finished in float64 (`lbfgs`).
+Float32 alone stalls above the tolerance for some C, so every fit of dense features is finished in float64 (`lbfgs`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from delta_selectivity.probing.backends.lbfgs import Columns, Limits, Loss, mini
 from delta_selectivity.probing.backends.problem import ProbeFits, ProbeProblem, balanced
 from delta_selectivity.probing.backends.torch_dense import DenseDesign
 from delta_selectivity.probing.backends.torch_sparse import SparseDesign
-from delta_selectivity.system.out_of_memory import ERRORS, Room, is_out_of_memory
+from delta_selectivity.system.out_of_memory import ERRORS, MemoryBudget, is_out_of_memory
 
 P = TypeVar("P")
 P_co = TypeVar("P_co", covariant=True)
@@ -57,19 +57,19 @@ class Design(Protocol[P]):
 
 @dataclass(frozen=True)
 class TorchLbfgs:
-    """The batched solver. Deterministic for one machine and number of threads on a CPU."""
+    """The batched solver. On a CPU, it is deterministic for a given machine and number of threads."""
 
     tolerance: float = 1e-6  # of the next (preconditioned) step, relative to the coefficients
     max_iter: int = 500  # for each C
     memory: int = 10  # pairs that L-BFGS stores
-    max_bytes: int = 256 * 2**20  # of the columns' temporaries; columns beyond wait for the next chunk
+    max_bytes: int = 256 * 2**20  # memory for the columns' temporaries; further columns are in the next chunk
     name: str = field(default="torch", init=False)
-    _room: Room = field(
-        default_factory=lambda: Room("probes are fitted"), init=False, repr=False, compare=False
-    )  # a column is a unit, of a cell for each byte
+    _budget: MemoryBudget = field(
+        default_factory=lambda: MemoryBudget("probes are fitted"), init=False, repr=False, compare=False
+    )  # a unit is a column, a cell is a byte
 
     def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """Fit all probes of the problem; `converged` is False for columns that `max_iter` stopped."""
+        """Fit all probes of the problem; `converged` is False for columns that reached `max_iter`."""
         if problem.x.layout == torch.sparse_csr:
             return self._fit(problem, SparseDesign.build(problem))
         return self._fit(problem, DenseDesign.build(problem))
@@ -83,18 +83,18 @@ class TorchLbfgs:
         return fits
 
     def _within_memory(self, problem: ProbeProblem, design: Design[P], index: Tensor, fits: ProbeFits) -> None:
-        """Solve these columns together; if memory runs out, halve the parts and keep that size from then on."""
+        """Solve these columns together; if memory runs out, use parts of half the size from then on."""
         while True:
-            size = min(len(index), self._room.units(design.column_bytes))
+            size = min(len(index), self._budget.max_units(design.column_bytes))
             try:
                 self._fit_chunk(problem.cs, _Parts(problem, design, index.split(size)), fits)
             except ERRORS as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
             else:
-                self._room.fitted(size)
+                self._budget.record_success(size)
                 return
-            self._room.halve(size, design.column_bytes)
+            self._budget.halve(size, design.column_bytes)
 
     def _fit_chunk(self, cs: tuple[float, ...], parts: _Parts[P], fits: ProbeFits) -> None:
         """Solve the columns for every C, and write them into `fits` in the units of x."""
@@ -103,8 +103,8 @@ class TorchLbfgs:
             preconditioner = preconditioners.at(c, parts.mean_curvature())
             for columns, theta, margins in parts:
                 limits = Limits(self.tolerance, self.max_iter)
-                best = minimise(columns.times(c), theta, margins, preconditioner, limits, self.memory)
-                parts.keep(best.theta, best.margins)
+                best = minimise(columns.scaled(c), theta, margins, preconditioner, limits, self.memory)
+                parts.store(best.theta, best.margins)
                 coef, intercept = columns.coefficients(best.theta)
                 fits.coef[i].flatten(0, 1)[columns.index] = coef
                 fits.intercept[i].flatten()[columns.index] = intercept
@@ -115,9 +115,9 @@ class TorchLbfgs:
 class _Parts(Generic[P]):
     """Columns that share a preconditioner, in parts that are solved one after the other.
 
-    A single part keeps its margins from one C to the next. Of several only theta is kept, the rest is made anew: its
-    memory is what they are split for. Sharing the preconditioner, each column takes the same steps either way, up to
-    rounding and the tolerance.
+    A single part keeps its margins from one C to the next. If there are several parts, only theta is kept and the rest
+    is computed again, to save memory. Since all parts share the preconditioner, each column takes the same steps in
+    both cases, up to rounding and the tolerance.
     """
 
     def __init__(self, problem: ProbeProblem, design: Design[P], parts: Sequence[Tensor]) -> None:
@@ -125,18 +125,18 @@ class _Parts(Generic[P]):
         self._device = problem.x.device
         self.n_columns = sum(map(len, parts))
         self._theta = [design.start(len(index)) for index in parts]
-        self._go_to(0)
+        self._prepare(0)
 
     def __iter__(self) -> Iterator[tuple[Columns[P], Tensor, Tensor]]:
         """Yield each part's columns, theta [columns, p] and margins [columns, rows]."""
         for place in range(len(self._parts)):
             if place != self._place:
                 del self._columns, self._margins
-                self._go_to(place)
+                self._prepare(place)
             yield self._columns, self._theta[place], self._margins
 
-    def keep(self, theta: Tensor, margins: Tensor) -> None:
-        """Store the solution of the part that the iteration yielded last."""
+    def store(self, theta: Tensor, margins: Tensor) -> None:
+        """Store the solution of the part that was yielded last."""
         self._theta[self._place], self._margins = theta, margins
 
     def mean_curvature(self) -> Tensor:
@@ -146,7 +146,7 @@ class _Parts(Generic[P]):
             total += columns.loss.curvature(margins).sum(dim=0)
         return total / self.n_columns
 
-    def _go_to(self, place: int) -> None:
+    def _prepare(self, place: int) -> None:
         self._place = place
         index = self._parts[place].to(self._device)
         target, split = index // self._problem.n_splits, index % self._problem.n_splits

@@ -1,17 +1,17 @@
-"""Sparse CSR features (SAE latents) for the batched solver, without any dense [rows, d] matrix.
+"""Sparse CSR features (SAE latents) for the batched solver, without a dense [rows, d] matrix.
 
 The optimum lies in the span of the rows, w = X' a (the representer theorem), so each column is solved for its a
-`[rows]` and intercept: a step costs four products with sparse matrices, and L-BFGS remembers vectors of the length
-of the rows, few, and not of the latents, tens of thousands. In a the objective's gradient is K (a + r), r the loss's
-derivative by the margins and K = X X'.
+`[rows]` and intercept. A step takes four products with sparse matrices, and L-BFGS stores vectors as long as the number
+of rows, which is much smaller than the number of latents. The gradient of the objective by a is K (a + r), where r is
+the derivative of the loss by the margins and K = X X'.
 
-Preconditioner: the inverse Hessian K^-1 - (S^-1 + K)^-1, S the mean curvature of the rows, applied to K (a + r) as
-a + r - (S^-1 + K)^-1 K (a + r), so K is never inverted. Within the inverse, K is exact in the latents that carry most
-of it; the others, nearly orthogonal since each fires on few rows, are replaced by a diagonal that bounds them
-(Gershgorin). A bound from above keeps the preconditioner positive. The rest is Woodbury's identity.
+The preconditioner is the inverse Hessian K^-1 - (S^-1 + K)^-1, where S is the mean curvature of the rows. It is applied
+to K (a + r) as a + r - (S^-1 + K)^-1 K (a + r), so K is never inverted. Within the inverse, K is exact for the latents
+that contribute most to it. The others are nearly orthogonal, since each fires on few rows; they are replaced by a
+diagonal upper bound (Gershgorin), which keeps the preconditioner positive. The inverse uses Woodbury's identity.
 
-Of what torch offers, its CSR products took about 1.4 ms for 3000 rows of 32 latents and 25 columns on one core, a
-gather-sum by `embedding_bag` 2.7 ms; SciPy took 1.5 ms and works on a CPU only.
+Torch's CSR products took about 1.4 ms for 3000 rows of 32 latents and 25 columns on one core, a gather-sum by
+`embedding_bag` 2.7 ms; SciPy took 1.5 ms and works on a CPU only.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch import Tensor
 from delta_selectivity.probing.backends.lbfgs import Loss, dot
 from delta_selectivity.probing.backends.problem import ProbeProblem
 
-_LEADING = 1024  # latents that the preconditioner takes exactly
-_TEMPORARIES = 60  # float64 vectors [rows] alive at once for a column, L-BFGS's memory among them
-_BLOCK = 128  # columns of a Gram matrix made at a time
+_LEADING = 1024  # latents that the preconditioner treats exactly
+_TEMPORARIES = 60  # float64 vectors [rows] alive at once for a column, including L-BFGS's history
+_BLOCK = 128  # columns of a Gram matrix computed at a time
 
 
 @dataclass(frozen=True)
 class SparseMatrix:
-    """Float64 CSR with the transposed copy that products from the other side need: torch has none for CSC."""
+    """Float64 CSR matrix with a transposed copy, because torch has no products with CSC."""
 
     row: Tensor  # int64 [nnz], ascending
     col: Tensor  # int64 [nnz]
@@ -65,11 +65,11 @@ class SparseMatrix:
 
 @dataclass(frozen=True)
 class SparseDesign:
-    """The live features of a problem, in units between the splits' scales."""
+    """The live features of a problem, scaled by the geometric mean of the splits' scales."""
 
-    x: SparseMatrix  # [rows, live], the strongest column first
-    live: Tensor  # int64 [live], where they are among the problem's d
-    d: int
+    x: SparseMatrix  # [rows, live], sorted by energy, largest first
+    live: Tensor  # int64 [live], their indices among the problem's d features
+    d: int  # features of the problem
     unit: Tensor  # float64 [live]; x = raw x / unit
     gain: Tensor | None  # float64 [splits, live], (unit / scale)²; None: all ones
 
@@ -99,7 +99,7 @@ class SparseDesign:
     def columns(self, index: Tensor, split: Tensor, loss: Loss) -> SparseColumns:
         """Return regressions with these indices, splits (both int64 [columns]) and losses."""
         gain = None if self.gain is None else self.gain[split].T
-        return SparseColumns(index, Loss(_by_row(loss.weight), _by_row(loss.pull)), self, gain)
+        return SparseColumns(index, Loss(_column_major(loss.weight), _column_major(loss.positive_weight)), self, gain)
 
     def preconditioners(self, n_columns: int) -> SparsePreconditioners:
         """Return the preconditioners for each C."""
@@ -110,24 +110,25 @@ class SparseDesign:
 class SparseColumns:
     """Regressions in dual form: theta [columns, rows + 1] is a and then the intercept.
 
-    Each [columns, n] tensor has its columns side by side in memory, as products with CSR need it.
+    Each [columns, n] tensor is stored column-major, as products with CSR need it.
     """
 
     index: Tensor  # int64 [columns]
     loss: Loss
     design: SparseDesign
-    gain: Tensor | None  # [live, columns]: each column sees x by the scale of its own split
+    gain: Tensor | None  # [live, columns], corrects x to the scale of the column's split; None: all ones
 
-    def times(self, c: float) -> SparseColumns:
-        return replace(self, loss=self.loss.times(c))
+    def scaled(self, c: float) -> SparseColumns:
+        return replace(self, loss=self.loss.scaled(c))
 
-    def rough(self) -> None:
+    def in_float32(self) -> None:
         return None
 
     def select(self, chosen: Tensor) -> SparseColumns:
         loss = self.loss.select(chosen)
         gain = None if self.gain is None else self.gain[:, chosen]
-        return SparseColumns(self.index[chosen], Loss(_by_row(loss.weight), _by_row(loss.pull)), self.design, gain)
+        loss = Loss(_column_major(loss.weight), _column_major(loss.positive_weight))
+        return SparseColumns(self.index[chosen], loss, self.design, gain)
 
     def margins(self, theta: Tensor) -> Tensor:
         return self._kernel(theta[:, :-1]) + theta[:, -1:]
@@ -138,16 +139,16 @@ class SparseColumns:
         slope = residual.sum(dim=1, keepdim=True)  # by the intercept
         solved = preconditioner.solve(gradient)
         shift = (slope - solved.sum(dim=1, keepdim=True)) / preconditioner.ones.sum()
-        return _beside(gradient, slope), _beside(rest - solved - preconditioner.ones * shift, shift)
+        return _append_intercept(gradient, slope), _append_intercept(rest - solved - preconditioner.ones * shift, shift)
 
-    def along(self, direction: Tensor) -> tuple[Tensor, Tensor]:
+    def line_terms(self, direction: Tensor) -> tuple[Tensor, Tensor]:
         kernel = self._kernel(direction[:, :-1])
         return kernel + direction[:, -1:], dot(direction[:, :-1], kernel)
 
     def for_kernel(self, preconditioner: object) -> None:
-        """Return None: the compiled loop is for strided features."""
+        """Return None: the compiled loop supports only dense features."""
 
-    def lengths(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
+    def norms(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
         """Return the step's norm by the Hessian, an upper bound of its own norm, and the coefficients' norm."""
         squares = dot(gradient, newton), dot(theta[:, :-1], margins - theta[:, -1:])
         step, coef = (square[:, 0].clamp(min=0).sqrt() for square in squares)
@@ -161,7 +162,7 @@ class SparseColumns:
 
     def _primal(self, a: Tensor) -> Tensor:
         """Return gain X' a, [live, columns]."""
-        w = self.design.x.transposed @ _by_row(a).T
+        w = self.design.x.transposed @ _column_major(a).T
         return w if self.gain is None else w.mul_(self.gain)
 
     def _kernel(self, a: Tensor) -> Tensor:
@@ -194,11 +195,11 @@ class SparsePreconditioners:
 
     def __init__(self, design: SparseDesign) -> None:
         n = design.x.shape[1]
-        # a column's own K is at most the largest gain times K: so it is bounded, whatever the splits' scales
-        grown = 1.0 if design.gain is None else float(design.gain.max().clamp(min=1)) ** 0.5
-        x = SparseMatrix(design.x.row, design.x.col, design.x.value * grown, design.x.shape)
-        every = torch.arange(n, device=x.col.device)
-        self._leading, rest = x.columns(every[:_LEADING]), x.columns(every[_LEADING:])
+        # the K of any column is at most the largest gain times K, so this bounds all splits
+        gain = 1.0 if design.gain is None else float(design.gain.max().clamp(min=1)) ** 0.5
+        x = SparseMatrix(design.x.row, design.x.col, design.x.value * gain, design.x.shape)
+        indices = torch.arange(n, device=x.col.device)
+        self._leading, rest = x.columns(indices[:_LEADING]), x.columns(indices[_LEADING:])
         column = rest.value.new_zeros(rest.shape[1]).index_add_(0, rest.col, rest.value.abs())
         bound = rest.value.abs() * column[rest.col]
         self._bound = x.value.new_zeros(x.shape[0]).index_add_(0, rest.row, bound)  # row sums of |rest| |rest|'
@@ -230,11 +231,11 @@ def _csr(row: Tensor, col: Tensor, value: Tensor, shape: tuple[int, int]) -> Ten
     return torch.sparse_csr_tensor(crow, col, value, shape, check_invariants=False)
 
 
-def _by_row(v: Tensor) -> Tensor:
-    """Return v [columns, n] with the columns contiguous side by side in memory."""
+def _column_major(v: Tensor) -> Tensor:
+    """Return v [columns, n] in column-major layout."""
     return v.T.contiguous().T
 
 
-def _beside(a: Tensor, intercept: Tensor) -> Tensor:
-    """Concatenate [columns, n] and [columns, 1], with the columns side by side in memory."""
+def _append_intercept(a: Tensor, intercept: Tensor) -> Tensor:
+    """Concatenate [columns, n] and [columns, 1], in column-major layout."""
     return torch.cat([a.T, intercept.T]).T

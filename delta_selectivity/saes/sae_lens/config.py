@@ -41,8 +41,7 @@ class LensConfig:
     """The keys of ``cfg.json``, in any version, that affect the computation or the hook point."""
 
     path: Path
-    architecture: str
-    """The library's name."""
+    architecture: str  # the library's name
     d_in: int
     d_out: int
     d_sae: int
@@ -51,8 +50,7 @@ class LensConfig:
     rescale_acts_by_decoder_norm: bool
     normalize_activations: RunTimeNorm | FoldedNorm
     places: Places
-    centred: bool
-    """Whether it was trained on activations minus their mean over coordinates."""
+    centred: bool  # whether it was trained on activations minus their mean over coordinates
     model_name: str | None
     context_size: int | None
     prepend_bos: bool | None
@@ -60,12 +58,12 @@ class LensConfig:
 
     @classmethod
     def parse(
-        cls, config: Mapping[str, Any], path: Path, places: Places | None = None, asked: str | None = None
+        cls, config: Mapping[str, Any], path: Path, places: Places | None = None, hookpoint: str | None = None
     ) -> LensConfig:
         """Parse the ``cfg.json`` found at ``path``. Raises `RequestError` at a missing, wrong or unsupported value.
 
-        ``places`` gives the hook points if the config does not; ``asked`` is the user's hook point, for a config with
-        an unknown name.
+        ``places`` gives the hook points if the config does not; ``hookpoint`` is the user's, for a config with an
+        unknown name.
         """
         _check_types(config, path)
         flat = _flatten(config)
@@ -74,8 +72,8 @@ class LensConfig:
         d_in, d_sae = positive_int(flat, "d_in", path), positive_int(flat, "d_sae", path)
         prepend_bos, model_name = flat.get("prepend_bos"), flat.get("model_name")
         if prepend_bos is not None and not isinstance(prepend_bos, bool):
-            raise RequestError(f"{path}: prepend_bos is {prepend_bos!r}; true or false is needed")
-        places = places or find_places(flat, path, transcodes=architecture in TRANSCODERS, asked=asked)
+            raise RequestError(f"{path}: prepend_bos is {prepend_bos!r}, but must be true or false")
+        places = places or find_places(flat, path, transcodes=architecture in TRANSCODERS, hookpoint=hookpoint)
         settings = flat.get("model_from_pretrained_kwargs") or {}
         return cls(
             path=path,
@@ -134,7 +132,7 @@ def _check_types(config: Mapping[str, Any], path: Path) -> None:
     ):
         for where in (config, metadata if isinstance(metadata, dict) else {}):
             if where.get(key) is not None and not isinstance(where[key], kind):
-                raise RequestError(f"{path}: {key} is {where[key]!r}, which is no {kind.__name__}")
+                raise RequestError(f"{path}: {key} is {where[key]!r}, but must be of type {kind.__name__}")
 
 
 def _flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +157,7 @@ def _k(flat: Mapping[str, Any], architecture: str, d_sae: int, path: Path) -> in
         return None
     k = positive_int(flat, "k", path)
     if k > d_sae:
-        raise RequestError(f"{path}: k {k} is more than d_sae {d_sae}")
+        raise RequestError(f"{path}: k {k} is greater than d_sae {d_sae}")
     return k
 
 
@@ -176,7 +174,7 @@ def _normalisation(flat: Mapping[str, Any], path: Path) -> RunTimeNorm | FoldedN
     for kind in kinds:
         if found == kind or (found is True and kind == "expected_average_only_in"):
             return kind
-    raise RequestError(f"{path}: normalize_activations {found!r}; {', '.join(kinds)} can be honoured")
+    raise RequestError(f"{path}: normalize_activations is {found!r}; supported: {', '.join(kinds)}")
 
 
 def _excludes_bos(flat: Mapping[str, Any]) -> bool:
@@ -192,15 +190,17 @@ def _excludes_bos(flat: Mapping[str, Any]) -> bool:
 def _refuse(flat: Mapping[str, Any], architecture: str, path: Path) -> None:
     """Raise `RequestError` for settings that would silently be measured wrongly."""
     if architecture == "temporal":
-        raise RequestError(f"{path}: a temporal SAE needs whole texts, activations are encoded one by one here")
+        raise RequestError(f"{path}: a temporal SAE encodes whole texts, but here activations are encoded one by one")
     if architecture in TRANSCODERS and flat.get("apply_b_dec_to_input"):
-        raise RequestError(f"{path}: apply_b_dec_to_input of a {architecture}: b_dec belongs to what it writes")
+        raise RequestError(
+            f"{path}: apply_b_dec_to_input must be false for a {architecture}, whose b_dec belongs to its output"
+        )
     if flat.get("hook_head_index") is not None:
-        raise RequestError(f"{path}: hook_head_index {flat['hook_head_index']}: an SAE of one attention head; give one"
-                           " of all heads (hook_z)")  # fmt: skip
+        raise RequestError(f"{path}: hook_head_index {flat['hook_head_index']}: an SAE of one attention head is not"
+                           " supported; use one of all heads (hook_z)")  # fmt: skip
     activation = flat.get("activation_fn") or "relu"
     if architecture == "standard" and activation != "relu":
         raise RequestError(
-            f"{path}: activation_fn {activation!r}; a standard SAE with relu or topk can be measured (SAE Lens 6 would"
-            " take it for relu without a word)"
+            f"{path}: activation_fn is {activation!r}; a standard SAE must have relu or topk (SAE Lens 6 would silently"
+            " use relu)"
         )

@@ -28,8 +28,7 @@ WEIGHTS = "sae_weights.safetensors"
 class SaeLens:
     """The SAE Lens format."""
 
-    asked: str | None = None
-    """The user's ``hookpoint``, for a config with an unknown name."""
+    hookpoint: str | None = None  # the user's, for a config with an unknown name
 
     def files(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the config, the weights, and the additional files of a training checkpoint."""
@@ -41,7 +40,7 @@ class SaeLens:
 
     def read_header(self, config: dict[str, Any], path: Path, model_name: str | None) -> SaeHeader:
         """Check the config found at ``path`` and return its header."""
-        return LensConfig.parse(config, path, asked=self.asked).header(config)
+        return LensConfig.parse(config, path, hookpoint=self.hookpoint).header(config)
 
     def check(self, folder: Path, header: SaeHeader) -> None:
         """Compare the names and shapes of the weights with the config, and check for required additional files."""

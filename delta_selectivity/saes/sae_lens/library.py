@@ -33,7 +33,7 @@ def fetch(release: str, sae_id: str) -> Any:
     except UNREADABLE as error:
         raise RequestError(f"{release}/{sae_id}: SAE Lens could not load it ({one_line(error)})") from error
     if module.cfg.normalize_activations == "expected_average_only_in":
-        raise RequestError(f"{release}/{sae_id}: SAE Lens lists no norm_scaling_factor, which its input needs")
+        raise RequestError(f"{release}/{sae_id}: SAE Lens's list has no norm_scaling_factor, which its input needs")
     return module
 
 
@@ -76,7 +76,7 @@ def as_coder(module: Any, lens: LensConfig) -> Coder:
 
 def as_dense_coder(module: Any, lens: LensConfig) -> DenseCoder:
     """Wrap a ``sae_lens.SAE``, modifying it: its own run-time normalisation and reshaping are switched off."""
-    module.run_time_activation_norm_fn_in = module.run_time_activation_norm_fn_out = _unchanged
+    module.run_time_activation_norm_fn_in = module.run_time_activation_norm_fn_out = _identity
     module.turn_off_forward_pass_hook_z_reshaping()
     return DenseCoder.of(module, lens.d_out, lens.d_sae)
 
@@ -103,5 +103,5 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _unchanged(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x

@@ -54,7 +54,7 @@ class RegistryMember:
         digest = hashlib.sha256(json.dumps(self.header.config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(fetch(self.release, self.sae_id).state_dict().items()):
             if not tensor.isfinite().all():
-                raise RequestError(f"{self.where}: {name} holds NaN or infinity; SAE Lens's list has a broken file")
+                raise RequestError(f"{self.where}: {name} has NaN or infinity: the file in SAE Lens's list is damaged")
             digest.update(name.encode())
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
@@ -90,17 +90,17 @@ def find_in_registry(release: str, sae_id: str, hookpoint: str | None = None) ->
         raise RequestError(f"{release}/{sae_id}: this SAE Lens release has no such id; it has {some}")
     if _sums_decoders(release, sae_id):
         raise RequestError(
-            f"{release}/{sae_id}: one layer of a cross-layer transcoder, whose decoders for all layers SAE Lens adds "
-            "up: it gives latents and reconstructs no layer, so it cannot be measured"
+            f"{release}/{sae_id}: a layer of a cross-layer transcoder cannot be measured, because SAE Lens adds up its "
+            "decoders for all layers, so it does not reconstruct any layer"
         )
     reachable = use_cache_if_unreachable()
     try:
         config = load_sae_config_from_huggingface(release, sae_id)
     except UNREADABLE as error:
         if not reachable:
-            raise RequestError(f"{release}/{sae_id}: not in the Hub's cache here{OFFLINE}") from error
+            raise RequestError(f"{release}/{sae_id}: not in the local Hub cache{OFFLINE}") from error
         raise RequestError(f"{release}/{sae_id}: SAE Lens could not read its config ({one_line(error)})") from error
-    lens = LensConfig.parse(config, Path(release) / sae_id / "cfg.json", asked=hookpoint)
+    lens = LensConfig.parse(config, Path(release) / sae_id / "cfg.json", hookpoint=hookpoint)
     return RegistryMember(release, sae_id, lens.header(config))
 
 

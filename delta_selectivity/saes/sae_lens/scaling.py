@@ -27,12 +27,9 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 class Whitening:
     """The whitening z = (x - mean) @ matrix and its inverse x = z @ inverse + mean (arXiv 2511.13981)."""
 
-    mean: Tensor
-    """``[d_in]``."""
-    matrix: Tensor
-    """``[d_in, d_in]``."""
-    inverse: Tensor
-    """``[d_in, d_in]``."""
+    mean: Tensor  # [d_in]
+    matrix: Tensor  # [d_in, d_in]
+    inverse: Tensor  # [d_in, d_in]
 
 
 @dataclass(frozen=True)
@@ -66,9 +63,9 @@ def _factor(lens: LensConfig) -> float:
     factor = read_config(path).get("scaling_factor") if path.is_file() else None
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < _FLOAT32_MAX:
         raise RequestError(
-            f"{lens.path}: normalize_activations is 'expected_average_only_in', so activations are scaled by one"
-            f' number, which is not in the file; put it beside it as {SCALER}: {{"scaling_factor": sqrt(d_in) divided'
-            " by the mean norm of the training activations}"
+            f"{lens.path}: normalize_activations is 'expected_average_only_in', but the file has no scaling factor:"
+            f' add a file {SCALER} next to it: {{"scaling_factor": sqrt(d_in) divided by the mean norm of the training'
+            " activations}"
         )
     return float(factor)
 
@@ -77,8 +74,8 @@ def _check_whitening(lens: LensConfig) -> Path:
     path = lens.path.with_name(WHITENING)
     if not path.is_file():
         raise RequestError(
-            f"{lens.path}: normalize_activations is 'covariance_whitening', whose matrices are not in the weights of a"
-            f" training checkpoint; put its {WHITENING} beside it, or save the inference model"
+            f"{lens.path}: normalize_activations is 'covariance_whitening', but a training checkpoint does not have its"
+            f" matrices: add its {WHITENING} next to it, or save the inference model"
         )
     square = (lens.d_in, lens.d_in)
     check_shapes(path, {"mean": (lens.d_in,), "matrix": square, "inverse_matrix": square})

@@ -55,19 +55,19 @@ def is_centred(
     Raises:
         RequestError: the rewritten weights change these activations in a way that cannot be reproduced.
     """
-    asked = {name for name in CHANGES if settings.get(name)}
-    if "center_writing_weights" in asked and model_name is not None and _RMS_NORM.search(model_name):
-        asked.remove("center_writing_weights")
+    options = {name for name in CHANGES if settings.get(name)}
+    if "center_writing_weights" in options and model_name is not None and _RMS_NORM.search(model_name):
+        options.remove("center_writing_weights")
     places = [hookpoint, *([] if input_hookpoint is None else [input_hookpoint])]
-    changed = {name for name in asked for place in places if place in CHANGES[name] or is_module_path(place)}
+    changed = {name for name in options for place in places if place in CHANGES[name] or is_module_path(place)}
     if not changed:
         return False
     if changed == {"center_writing_weights"} and hookpoint in STREAM and input_hookpoint is None:
         if model_name is None:
             raise RequestError(
-                f"{path}: trained with center_writing_weights, but it names no model_name: add it, because that changes"
-                " the activations of models with LayerNorm and not of those with RMSNorm"
+                f"{path}: trained with center_writing_weights, but model_name is missing: add it, because that option"
+                " changes the activations of models with LayerNorm, but not with RMSNorm"
             )
         return True
     what = f"{' and '.join(sorted(changed))} of TransformerLens, which changes activations at {' and '.join(places)}"
-    raise RequestError(f"{path}: trained on weights rewritten by {what}; the model's own weights do not give these")
+    raise RequestError(f"{path}: trained with {what} and cannot be reproduced with the model's own weights")

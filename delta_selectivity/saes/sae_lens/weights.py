@@ -22,14 +22,10 @@ SKIP = ("skip_transcoder", "jumprelu_skip_transcoder")
 class _Linear:
     """The encoder's and decoder's linear maps during construction."""
 
-    W_enc: Tensor
-    """``[d_sae, d_in]``."""
-    b_enc: Tensor
-    """``[d_sae]``; the gate's bias in a gated SAE."""
-    W_dec: Tensor
-    """``[d_sae, d_out]``."""
-    b_dec: Tensor
-    """``[d_out]``."""
+    W_enc: Tensor  # [d_sae, d_in]
+    b_enc: Tensor  # [d_sae]; the gate's bias in a gated SAE
+    W_dec: Tensor  # [d_sae, d_out]
+    b_dec: Tensor  # [d_out]
 
     def scaled(self, factor: float) -> _Linear:
         """Fold in a factor that multiplies inputs and divides outputs."""
@@ -80,7 +76,9 @@ def build_native(lens: LensConfig, tensors: dict[str, Tensor], scaling: InputSca
     """Build a coder from float32 tensors with SAE Lens's names and shapes, with all input scaling folded in."""
     finetuned = tensors.get("scaling_factor")
     if finetuned is not None and not torch.allclose(finetuned, torch.ones_like(finetuned)):
-        raise RequestError(f"{lens.path}: finetuned with a scaling_factor, which SAE Lens 6 cannot apply either")
+        raise RequestError(
+            f"{lens.path}: it was finetuned with a scaling_factor, which neither this program nor SAE Lens 6 supports"
+        )
     scaling = scaling or InputScaling()
     b_enc = tensors["b_gate"] if lens.architecture == "gated" else tensors["b_enc"]
     linear = _Linear(tensors["W_enc"].T, b_enc, tensors["W_dec"], tensors["b_dec"]).scaled(scaling.factor)

@@ -1,4 +1,4 @@
-"""Validation of what a caller states about an SAE in memory."""
+"""The caller's description of an SAE in memory, and its validation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KINDS = {"prepend_bos": bool, "trained_on_bos": bool, "model_name": str, "archi
 
 
 @dataclass(frozen=True)
-class Given:
+class WrapArguments:
     """The arguments of ``wrap_sae`` that describe an SAE; None if not given."""
 
     layer: int | None = None
@@ -34,7 +34,7 @@ class Given:
     input_hookpoint: str | None = None
     scaling_factor: float | None = None
 
-    def checked(self) -> Given:
+    def checked(self) -> WrapArguments:
         """Return a copy with plain numbers and canonical hook points. Raises `RequestError` at an invalid value."""
         for field, kind in _KINDS.items():
             _check_kind(field, getattr(self, field), kind)
@@ -42,7 +42,7 @@ class Given:
         layer = _whole_number("layer", self.layer, at_least=0)
         if place is not None and place.layer is not None:
             if layer not in (None, place.layer):
-                raise RequestError(f"`layer` {layer}: `hookpoint` {self.hookpoint} is of layer {place.layer}")
+                raise RequestError(f"`layer` {layer}: `hookpoint` {self.hookpoint} names layer {place.layer}")
             layer = place.layer
         if reads is not None and same_place(reads.name, DEFAULT_PLACE if place is None else place.name):
             reads = None  # an autoencoder, which reads what it reconstructs
@@ -66,10 +66,10 @@ class Given:
             default: the hook point if none was given; None if it is required.
         """
         if self.layer is None:
-            raise RequestError(f"`layer` is missing: the {label} does not say which layer's activations it encodes")
+            raise RequestError(f"`layer` is missing: {label} does not name its layer")
         place = self.hookpoint or default
         if place is None:
-            raise RequestError(f"`hookpoint` is missing: the {label} does not say which module's output it predicts")
+            raise RequestError(f"`hookpoint` is missing: {label} does not name the module whose output it predicts")
         return HookPoint(self.layer, place)
 
     def complete(self, header: SaeHeader, *, says_bos: bool) -> SaeHeader:
@@ -98,26 +98,28 @@ class Given:
     def refuse_scaling(self) -> None:
         """Raise `RequestError` if a scaling factor was given; for objects that do not use one."""
         if self.scaling_factor is not None:
-            raise RequestError(f"`scaling_factor` {self.scaling_factor}: this object does not ask for one")
+            raise RequestError(f"`scaling_factor` {self.scaling_factor}: this object does not use one")
 
     def _place(self, field: str) -> _Place | None:
         given = getattr(self, field)
         if given is None:
             return None
         if not isinstance(given, str) or not given.strip():
-            raise RequestError(f"`{field}` is {given!r}; the name of a place such as resid_post or mlp_out is needed")
+            raise RequestError(
+                f"`{field}` is {given!r}, but must be the name of a hook point, such as resid_post or mlp_out"
+            )
         hook = parse(given)
         return _Place(canonical(given), None) if hook is None else _Place(hook.place, hook.layer)
 
     def _k(self, header: SaeHeader) -> int | None:
         if self.k is not None and header.k is None:
-            raise RequestError(f"`k` {self.k}: the object does not fix the number of latents of an activation")
+            raise RequestError(f"`k` {self.k}: the object does not have a fixed number of latents per activation")
         return header.k if self.k is None else int(_agree("k", self.k, header.k))
 
     def _reads(self, header: SaeHeader) -> str | None:
         found, given = header.input_hookpoint, self.input_hookpoint
         if given is not None and found is None and not same_place(given, header.hookpoint):
-            raise RequestError(f"`input_hookpoint` {given}: the object is an autoencoder, which reads what it writes")
+            raise RequestError(f"`input_hookpoint` {given}: the object is an autoencoder, not a transcoder")
         return found if found is None else _agree_on_place("input_hookpoint", given, found)
 
     def _model_name(self, header: SaeHeader) -> str | None:
@@ -131,13 +133,12 @@ class Given:
 @dataclass(frozen=True)
 class _Place:
     name: str
-    layer: int | None
-    """None if the place was given without a layer."""
+    layer: int | None  # None if it was given without a layer
 
 
 def _check_kind(field: str, given: Any, kind: type) -> None:
     if given is not None and not isinstance(given, kind):
-        raise RequestError(f"`{field}` is {given!r}, which is no {kind.__name__}")
+        raise RequestError(f"`{field}` is {given!r}, but must be of type {kind.__name__}")
 
 
 def _whole_number(field: str, given: Any, at_least: int = 1) -> int | None:
@@ -148,7 +149,7 @@ def _whole_number(field: str, given: Any, at_least: int = 1) -> int | None:
     except TypeError:
         number = at_least - 1
     if isinstance(given, bool) or number < at_least:
-        raise RequestError(f"`{field}` is {given!r}; a whole number from {at_least} on is needed")
+        raise RequestError(f"`{field}` is {given!r}, but must be a whole number, at least {at_least}")
     return number
 
 
@@ -156,7 +157,7 @@ def _factor(given: Any) -> float | None:
     if given is None:
         return None
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < torch.finfo(torch.float32).max:
-        raise RequestError(f"`scaling_factor` is {given!r}; a number above 0 is needed")
+        raise RequestError(f"`scaling_factor` is {given!r}, but must be a number above 0")
     return float(given)
 
 
@@ -173,4 +174,4 @@ def _agree_on_place(field: str, given: str | None, found: str) -> str:
 
 
 def _contradiction(field: str, given: Any, found: Any) -> RequestError:
-    return RequestError(f"`{field}` {given}: the object says {found}")
+    return RequestError(f"`{field}` is {given}, but the object says {found}")

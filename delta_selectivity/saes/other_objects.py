@@ -13,11 +13,11 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.saes.coders import Coder
 from delta_selectivity.saes.dense_coder import DenseCoder, isolated, misshapen
 from delta_selectivity.saes.files import check_finite
-from delta_selectivity.saes.given import Given
 from delta_selectivity.saes.input_norm import InputNorm
 from delta_selectivity.saes.object_state import attempt, coder_parts, runnable_copy, settings_of, tensors_of
 from delta_selectivity.saes.sae import Sae
 from delta_selectivity.saes.source import SaeHeader
+from delta_selectivity.saes.wrap_arguments import WrapArguments
 
 _WIDTHS = ("d_in", "activation_dim")
 """Attributes of the object or its ``cfg`` that may hold the width of its input."""
@@ -28,7 +28,7 @@ _KNOWN = (Tensor, bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
-class OwnSae:
+class WrappedSae:
     """A wrapped `Sae`."""
 
     sae: Sae
@@ -37,7 +37,7 @@ class OwnSae:
     def label(self) -> str:
         return "Sae"
 
-    def header(self, given: Given) -> SaeHeader:
+    def header(self, given: WrapArguments) -> SaeHeader:
         given.refuse_scaling()
         sae = self.sae
         found = SaeHeader(
@@ -75,7 +75,7 @@ class OwnSae:
     def build(self, header: SaeHeader) -> tuple[Coder, InputNorm]:
         for name, tensor in self.tensors().items():  # infinity is valid: the threshold of a disabled latent
             if tensor.isnan().any():
-                raise RequestError(f"`obj` {self.label}: {name.removeprefix('.')} holds NaN")
+                raise RequestError(f"`obj` {self.label}: {name.removeprefix('.')} has NaN")
         return self.sae.coder, self.sae.input_norm
 
 
@@ -89,7 +89,7 @@ class DenseObject:
     def label(self) -> str:
         return type(self.obj).__name__
 
-    def header(self, given: Given) -> SaeHeader:
+    def header(self, given: WrapArguments) -> SaeHeader:
         given.refuse_scaling()
         hook = given.hook(self.label)
         runs = self._runnable()
@@ -136,13 +136,13 @@ class DenseObject:
         """Return an object to run in place of the original, which must not change."""
         return runnable_copy(self.obj, self.label) if isinstance(self.obj, nn.Module) else self.obj
 
-    def _d_in(self, given: Given, runs: Any) -> int:
+    def _d_in(self, given: WrapArguments, runs: Any) -> int:
         found = _width_attribute(self.obj)
         if given.d_in is not None and found is not None and given.d_in != found:
-            raise RequestError(f"`d_in` {given.d_in}: the object says {found}")
+            raise RequestError(f"`d_in` is {given.d_in}, but the object says {found}")
         d_in = given.d_in or found or self._width_by_trial(runs)
         if d_in is None:
-            raise RequestError(f"`d_in` is missing: neither an attribute nor the weights of the {self.label} show it")
+            raise RequestError(f"`d_in` is missing: it cannot be found from the attributes or weights of {self.label}")
         return d_in
 
     def _width_by_trial(self, runs: Any) -> int | None:
@@ -150,20 +150,20 @@ class DenseObject:
         sides = {
             side for name, t in self.tensors().items() if t.dim() == 2 and "enc" in name.lower() for side in t.shape
         }
-        taken = [side for side in sorted(sides) if _takes(runs, side)]
-        return taken[0] if len(taken) == 1 else None
+        accepted = [side for side in sorted(sides) if _accepts(runs, side)]
+        return accepted[0] if len(accepted) == 1 else None
 
-    def _encode(self, runs: Any, d_in: int, given: Given) -> Tensor:
+    def _encode(self, runs: Any, d_in: int, given: WrapArguments) -> Tensor:
         field = f"`obj` {self.label}" if given.d_in is None else f"`d_in` {d_in}: {self.label}"
         return _run(runs.encode, runs, _two_rows(runs, d_in), f"{field}: encode")
 
-    def _width_out(self, given: Given, d_in: int, found: int) -> int | None:
+    def _width_out(self, given: WrapArguments, d_in: int, found: int) -> int | None:
         if given.d_out is not None and given.d_out != found:
-            raise RequestError(f"`d_out` {given.d_out}: decode of the {self.label} gives {found} columns")
+            raise RequestError(f"`d_out` is {given.d_out}, but decode of {self.label} returned {found} columns")
         if given.input_hookpoint is None and found != d_in:
             raise RequestError(
-                f"`input_hookpoint` is missing: the {self.label} reads width {d_in} and writes width {found}, so it is"
-                " a transcoder, which reads another place than it writes"
+                f"`input_hookpoint` is missing: {self.label} has input width {d_in} and output width {found}, so it is"
+                " a transcoder, whose input has another hook point"
             )
         return None if found == d_in else found
 
@@ -171,7 +171,7 @@ class DenseObject:
 def check_methods(obj: Any) -> None:
     """Raise `RequestError` if an object lacks ``encode`` or ``decode``."""
     if isinstance(obj, type):
-        raise RequestError(f"`obj` {obj.__name__} is a class: give an object of it")
+        raise RequestError(f"`obj` {obj.__name__} is a class: give an instance")
     name = type(obj).__name__
     methods = ("encode", "decode")
     missing = [
@@ -194,7 +194,7 @@ def _width_attribute(obj: Any) -> int | None:
     return None
 
 
-def _takes(runs: Any, width: int) -> bool:
+def _accepts(runs: Any, width: int) -> bool:
     """Return whether ``encode`` accepts rows of this width. Raises `RequestError` if it exits the process."""
     try:
         _call(runs.encode, runs, _two_rows(runs, width), f"`obj` {type(runs).__name__}: encode")
@@ -215,7 +215,7 @@ def _run(method: Callable[[Tensor], Any], runs: Any, rows: Tensor, what: str) ->
     """Call encode or decode on two rows. Raises `RequestError` unless it returns a dense matrix with two rows."""
     found = _call(method, runs, rows, what)
     if problem := misshapen(found, len(rows)):
-        raise RequestError(f"{what} gives {problem}: put the SAE into a class whose encode and decode give that")
+        raise RequestError(f"{what} returned {problem}: wrap the SAE in a class with such methods")
     return found
 
 
