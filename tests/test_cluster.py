@@ -156,10 +156,12 @@ def test_a_different_program_on_a_worker_is_rejected_before_any_unit():
         check(client)
         one, two = client.scheduler_info()["workers"]
         client.run(other_source, workers=[one])
-        with pytest.raises(RequestError, match=f"worker {one} runs other source code of delta-selectivity"):
+        with pytest.raises(RequestError, match=f"worker {one} runs different source code of delta-selectivity"):
             check(client)
         client.run(other_version, workers=[two])
-        with pytest.raises(RequestError, match=rf"worker {two} has delta-selectivity 0.0.9, this process delta-sel"):
+        with pytest.raises(
+            RequestError, match=rf"worker {two} has delta-selectivity 0.0.9, this process has delta-sel"
+        ):
             check(client)
 
 
@@ -191,7 +193,7 @@ def test_tls_files_are_passed_to_dask(files):
         ({"tls_cert": None}, "`tls_cert` is needed"),
         ({"tls_cert": Path("/no/such.pem")}, "cannot use the TLS files .*/no/such.pem"),
         ({"tls_key": Path(__file__)}, "cannot use the TLS files .*test_cluster.py"),
-        ({"address": "tcp://10.0.0.7:8786"}, "`tls_ca_file`: `scheduler` tcp://10.0.0.7:8786 is not encrypted"),
+        ({"address": "tcp://10.0.0.7:8786"}, "`tls_ca_file`: `scheduler` tcp://10.0.0.7:8786 does not use TLS"),
     ],
 )
 def test_wrong_tls_files_are_rejected_with_one_line(files, change, words):

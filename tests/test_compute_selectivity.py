@@ -477,7 +477,7 @@ def test_a_worker_with_another_program_rejects_its_unit(planned):
     _, cut = planned
     outcome = worker.run_unit(cut(1, 1)[0], Path.cwd(), False, "0" * 64)
     assert outcome.status == "refused"
-    assert "runs other source code of delta-selectivity than this process" in outcome.line
+    assert "runs different source code of delta-selectivity than this process" in outcome.line
 
 
 def test_the_bar_counts_probes_and_units(planned, capsys):

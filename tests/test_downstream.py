@@ -197,7 +197,9 @@ def test_non_finite_logits_are_one_line_that_names_the_sae(tiny_model, data, tmp
     weights = load_file(sae / "layers.1" / "sae.safetensors")
     weights["b_dec"][3] = 1e38  # finite, but its norm is not
     save_file(weights, sae / "layers.1" / "sae.safetensors")
-    with pytest.raises(ArithmeticError, match=r"^layer 1: .* next, run on from the reconstruction by .*sae$"):
+    with pytest.raises(
+        ArithmeticError, match=r"^layer 1: .* in the model's predictions with the reconstruction by .*sae$"
+    ):
         measured(planned(tiny_model, sae, data))
 
 
@@ -284,7 +286,7 @@ def test_a_run_needs_the_lm_head_only_for_downstream_figures(tiny_model, tmp_pat
 
 def test_a_place_that_cannot_be_replaced_is_rejected(tiny_model, data, tmp_path):
     sae = write_sparsify(tmp_path / "sae", [1])
-    with pytest.raises(RequestError, match="`downstream`: what is at resid_mid"):
+    with pytest.raises(RequestError, match="`downstream`: the value at resid_mid"):
         planned(tiny_model, sae, data, hookpoint="resid_mid")
 
 

@@ -90,7 +90,7 @@ def test_another_sae_fits_only_its_own_view(with_cache, other_saes, fitted, tmp_
     second = Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "second", with_cache.more)
     assert second.plus("--verbose").run() == 0
     assert fitted == without_cache - of_model
-    assert caplog.text.count("are read from") == N_LAYERS
+    assert caplog.text.count("read probes of") == N_LAYERS
     assert numbers(tmp_path / "second") == numbers(tmp_path / "plain")
     assert scores_of(tmp_path / "second") == scores_of(tmp_path / "plain")
 
@@ -165,7 +165,7 @@ def test_a_full_disk_is_no_error(with_cache, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(shard_folder, "replacing", full)
     assert with_cache.run() == 0
-    assert caplog.text.count("No space left on device: probe fits are not kept") == 1
+    assert caplog.text.count("No space left on device: probe fits are not cached from now on") == 1
     monkeypatch.undo()
     plain = Request(with_cache.model, with_cache.saes, with_cache.data, tmp_path / "plain")
     assert plain.run() == 0
@@ -198,7 +198,7 @@ def test_a_broken_fit_is_reported_removed_and_refitted(with_cache, fitted, tmp_p
     fitted.clear()
     assert with_cache.into(tmp_path / "second").run() == 0
     assert fitted.total() == OF_SAE + OF_MODEL // N_LAYERS
-    assert caplog.text.count("is broken") == 1
+    assert caplog.text.count("is damaged") == 1
     assert numbers(with_cache.out) == numbers(tmp_path / "second")
     assert scores_of(with_cache.out) == scores_of(tmp_path / "second")
     assert {path: path.read_bytes() for path in shards(tmp_path / "cache")} == whole

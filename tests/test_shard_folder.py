@@ -123,7 +123,7 @@ def test_the_checksum_covers_the_header(tmp_path, caplog, part):
     else:
         save_file({"coef": TENSORS["coef"].view(torch.int32)}, path, header)
     assert opened(tmp_path).read(name(1)) == {}
-    assert "is broken" in caplog.text
+    assert "is damaged" in caplog.text
     assert not path.exists()
 
 

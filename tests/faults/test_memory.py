@@ -15,7 +15,7 @@ from runs import Request, assert_close, numbers
 
 from delta_selectivity.models.language_model import LanguageModel, Site
 from delta_selectivity.probing import selectivity
-from delta_selectivity.probing.backends import lbfgs
+from delta_selectivity.probing.backends import lbfgs, torch_dense
 from delta_selectivity.probing.backends.problem import ProbeProblem
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
 from delta_selectivity.run import row_store
@@ -49,6 +49,7 @@ def with_room_for(monkeypatch, columns, error):
             raise error
         return search(*args)
 
+    monkeypatch.setattr(torch_dense.DenseColumns, "for_kernel", lambda *args: None)  # it has its own search
     monkeypatch.setattr(lbfgs, "_line_search", bounded)
     return widths
 
