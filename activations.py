@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write activations, reconstructions, labels and people of the probed rows to one file (docs/rows_file.md).
+"""Write activations, reconstructions, labels and groups of the probed rows to one file (docs/rows_file.md).
 
 python activations.py --layers 3 --datasets gender -o rows.safetensors
 """

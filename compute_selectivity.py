@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The numbers of main.py by many workers; `python compute_selectivity.py --help`."""
+"""Compute the numbers of main.py with many workers (`python compute_selectivity.py --help`)."""
 
 if __name__ == "__main__":
     from delta_selectivity.cli.program import start

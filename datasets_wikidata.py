@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print which tasks there are, with rows, people and class balance; write their rows to a file.
+"""List the tasks with their rows, groups and class balance, or write the rows of tasks to a file.
 
 python datasets_wikidata.py
 python datasets_wikidata.py --datasets gender --export gender.csv      # `--dataset_file gender.csv` reads it

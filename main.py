@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does an SAE keep what a language model knows? All of it in one program; `python main.py --help`."""
+"""Measure whether SAEs preserve what a language model knows: from texts to result files (`python main.py --help`)."""
 
 if __name__ == "__main__":
     from delta_selectivity.cli.program import start

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure a file of rows, whoever wrote it (docs/rows_file.md).
+"""Compute the metric for a file of activations and reconstructions from any source (docs/rows_file.md).
 
 python probes.py rows.safetensors -o results.json
 """

@@ -1,11 +1,11 @@
-"""What a second SAE costs once the first has filled `--cache_dir`: the whole job, cold and warm.
+"""Time a second SAE after the first has filled `--cache_dir`: the whole job with a cold and a warm cache.
 
-python benchmarks/bench_cache.py run    # the bundled SAEs, one after the other and the other way round: ten minutes
-python benchmarks/bench_cache.py        # the table, from what `run` kept
+python benchmarks/bench_cache.py run    # the bundled SAEs, in both orders: ten minutes
+python benchmarks/bench_cache.py        # print the table of the kept results
 
-A pair is two runs of `main.py` on all data with a fresh cache, each timed from its start to its end: the first SAE
-cold, then the second warm. Both pairs are run in turn, as often as `--repeats` says; figures are medians. Last: how
-many times as long the cold run of its pair took, and that of the same SAE.
+A pair is two runs of `main.py` on all data with a fresh cache, each timed from start to end: the first SAE cold, then
+the second warm. Both pairs are run in turn, `--repeats` times; figures are medians. The last columns are the ratios to
+the cold run of the pair and to the cold run of the same SAE.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.timing import answer, parser
+from benchmarks.timing import parser, show_or_measure
 from delta_selectivity.reporting import tables
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -38,12 +38,12 @@ class Run:
 
     sae: str
     warm: bool
-    seconds: float  # from the start of the process to its end
-    stages: dict[str, float]  # seconds of all threads together
+    seconds: float  # seconds from the start to the end of the process
+    stages: dict[str, float]  # stage -> seconds, summed over threads
 
     @classmethod
     def of(cls, sae: str, cache: Path, out: Path, flags: list[str]) -> Run:
-        """Measure all that there is of an SAE with this cache."""
+        """Measure an SAE on all tasks and layers with this cache."""
         warm = cache.exists()
         command = [sys.executable, str(PROJECT / "main.py"), "--sae_name", str(PROJECT / "assets" / sae), "--quiet"]
         command += ["--cache_dir", str(cache), "--output_directory", str(out), *flags]
@@ -55,16 +55,16 @@ class Run:
 
     @classmethod
     def median(cls, runs: Sequence[Run]) -> Run:
-        """Of runs of one SAE, all of them cold or all warm."""
+        """Return the medians of runs of one SAE, all cold or all warm."""
         stages = {name: statistics.median(run.stages[name] for run in runs) for name in STAGES}
         return cls(runs[0].sae, runs[0].warm, statistics.median(run.seconds for run in runs), stages)
 
 
-def measure(asked: argparse.Namespace) -> list[tables.Row]:
-    """Both pairs."""
-    flags = QUICK if asked.quick else []
+def measure(args: argparse.Namespace) -> list[tables.Row]:
+    """Measure both pairs."""
+    flags = QUICK if args.quick else []
     measured: list[list[Run]] = []
-    for _ in range(asked.repeats):
+    for _ in range(args.repeats):
         once = []
         for first, second in (SAES, SAES[::-1]):
             with tempfile.TemporaryDirectory() as folder:
@@ -83,8 +83,8 @@ def measure(asked: argparse.Namespace) -> list[tables.Row]:
 
 
 def main() -> None:
-    asked = parser(__doc__).parse_args()
-    print(answer("bench_cache", asked, lambda: measure(asked)))
+    args = parser(__doc__).parse_args()
+    print(show_or_measure("bench_cache", args, lambda: measure(args)))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What `--dtype auto` costs beside each dtype that could have been asked for: the whole job on the bundled model.
+"""Time `--dtype auto` and each explicit dtype: the whole job on the bundled model.
 
-python benchmarks/bench_dtype.py run    # one task, all layers, two SAEs: minutes, half an hour where bfloat16 is slow
-python benchmarks/bench_dtype.py        # the tables, from what `run` kept
+python benchmarks/bench_dtype.py run    # one task, all layers, two SAEs: minutes; half an hour where bfloat16 is slow
+python benchmarks/bench_dtype.py        # print the tables of the kept results
 
-Runs of `main.py`, each timed from its start to its end, in turn; figures are medians. Last: how many times as long as
-the fastest.
+Each run of `main.py` is timed from start to end. The dtypes are run in turn; figures are medians. The last column is
+the ratio to the fastest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.timing import answer, parser
+from benchmarks.timing import parser, show_or_measure
 from delta_selectivity.records.result_file import read
 from delta_selectivity.reporting import tables
 
@@ -28,7 +28,7 @@ HEADER = ("--dtype", "the model computes in", "whole job, s", "of the fastest")
 
 
 def run(dtype: str, out: Path, quick: bool) -> tuple[float, str]:
-    """Seconds of one run, and the dtype that it took."""
+    """Run once; return the seconds and the dtype that was used."""
     command = [sys.executable, str(PROJECT / "main.py"), "--dtype", dtype, "--datasets", "gender", "--quiet"]
     command += ["--output_directory", str(out), "--device1", "cpu"]
     command += ["--shuffle_select_n", "100", "--layers", "0"] if quick else []
@@ -38,14 +38,14 @@ def run(dtype: str, out: Path, quick: bool) -> tuple[float, str]:
     return seconds, read(next(out.rglob("*.json")))["_run"]["key"]["dtype"]
 
 
-def measure(asked: argparse.Namespace) -> list[tables.Row]:
-    """The table's rows, header first."""
+def measure(args: argparse.Namespace) -> list[tables.Row]:
+    """Return the rows of the table, header first."""
     seconds: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
     taken: dict[str, str] = {}
-    for _ in range(asked.repeats):
+    for _ in range(args.repeats):
         for dtype in DTYPES:
             with tempfile.TemporaryDirectory() as folder:
-                spent, taken[dtype] = run(dtype, Path(folder), asked.quick)
+                spent, taken[dtype] = run(dtype, Path(folder), args.quick)
             seconds[dtype].append(spent)
     medians = {dtype: statistics.median(times) for dtype, times in seconds.items()}
     best = min(medians.values())
@@ -53,8 +53,8 @@ def measure(asked: argparse.Namespace) -> list[tables.Row]:
 
 
 def main() -> None:
-    asked = parser(__doc__).parse_args()
-    print(answer("bench_dtype", asked, lambda: measure(asked)))
+    args = parser(__doc__).parse_args()
+    print(show_or_measure("bench_dtype", args, lambda: measure(args)))
 
 
 if __name__ == "__main__":

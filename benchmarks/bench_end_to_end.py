@@ -1,15 +1,15 @@
-"""The whole job on the bundled model, one SAE a layer and the Wikidata tasks, beside how it is done today.
+"""Time the whole job on the bundled model, with one SAE per layer and the Wikidata tasks, and two other ways to do it.
 
-python benchmarks/bench_end_to_end.py run --environment ~/sae-probes    # makes the environment there if it is not there
-python benchmarks/bench_end_to_end.py                                   # the table, from what `run` kept
+python benchmarks/bench_end_to_end.py run --environment ~/sae-probes    # creates the environment if it is missing
+python benchmarks/bench_end_to_end.py                                   # print the table of the kept results
 
-`main.py` is timed whole, from its start to its last file: nine tasks, and three on athletes' sports that the others do
-not do. `sae-probes` 0.4.2 (in an environment of its own, without a hub) and a serial version (`benchmarks/serial.py`)
-would take an hour, so a part of each is timed and scaled up: one of the nine tasks; of the package's hooks the first
-and the last, between which a pass grows by a layer at a time; of the serial version the last layer and one repeat.
-Forward passes grow as rows do, the package's probes as tasks (each has 1024 training rows), the serial version's fits
-as rows and repeats. With --whole the package runs all tasks and hooks. A round of all sides takes six minutes; the
-table has the medians of --repeats rounds.
+`main.py` is timed as a whole, from its start to its last file, on the nine tasks and on three tasks of athletes' sports
+that the others do not have. `sae-probes` 0.4.2 (in an environment of its own, offline) and a serial version
+(`benchmarks/serial.py`) would take an hour, so a part of each is timed and scaled up. Of `sae-probes`, one of the nine
+tasks is timed at the first and at the last hook; in between, a forward pass grows by one layer at a time. Of the serial
+version, the last layer and one repeat are timed. Forward passes are scaled by rows, the probes of `sae-probes` by tasks
+(each has 1024 training rows), and the fits of the serial version by rows and repeats. With --whole, `sae-probes` runs
+all tasks and hooks. A round of all sides takes six minutes. The table has the medians of --repeats rounds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 
 from benchmarks import serial
 from benchmarks.bundled import MODEL
-from benchmarks.timing import answer, parser
+from benchmarks.timing import parser, show_or_measure
 from delta_selectivity.reporting import tables
 from delta_selectivity.saes import LinearCoder, TopK, open_sae
 from delta_selectivity.tasks.wikidata import load_wikidata
@@ -42,8 +42,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 SAE = MODEL.parent / "tiny-pythia-saes-k32"
 PACKAGE = "sae-probes==0.4.2"
 DRIVER = Path(__file__).resolve().with_name("sae_probes_driver.py")
-ROWS = {  # of the nine tasks that both measure, as they are shipped
-    "64_wikidata_occupation_isresearcher": 1960,  # the one that is timed
+ROWS = {  # the nine tasks that both measure, with rows as shipped
+    "64_wikidata_occupation_isresearcher": 1960,  # the task that is timed
     "56_wikidatasex_or_gender": 5000,
     "57_wikidatais_alive": 5000,
     "58_wikidatapolitical_party": 3000,
@@ -62,7 +62,7 @@ class Cost:
     """Seconds of the whole job on one side."""
 
     side: str
-    timed: str  # what of it was timed
+    timed: str  # the part that was timed
     forward: float | None  # model and SAE; None: main.py, whose stages overlap
     probes: float | None
     whole: float
@@ -73,7 +73,7 @@ class Cost:
 
 
 def measure(environment: Path, whole: bool, cpu_time: bool, repeats: int) -> list[tables.Row]:
-    """The table's rows, header first: medians of all sides, run in turn."""
+    """Return the rows of the table, header first: medians of all sides, run in turn."""
     rounds = [
         [time_ours(cpu_time), *time_package(environment, whole, cpu_time), time_serial(cpu_time)]
         for _ in range(repeats)
@@ -84,20 +84,20 @@ def measure(environment: Path, whole: bool, cpu_time: bool, repeats: int) -> lis
 
 
 def median(costs: Sequence[Cost]) -> Cost:
-    """Of one side in several rounds, part by part."""
+    """Return the medians of one side over several rounds, part by part."""
     first, wholes = costs[0], [cost.whole for cost in costs]
     forward, probes = (_median_of([getattr(cost, part) for cost in costs]) for part in ("forward", "probes"))
     return Cost(first.side, first.timed, forward, probes, statistics.median(wholes))
 
 
 def _median_of(seconds: Sequence[float | None]) -> float | None:
-    """None for a side without such a part."""
+    """Return the median; None if the side does not have this part."""
     found = [value for value in seconds if value is not None]
     return statistics.median(found) if found else None
 
 
 def time_ours(cpu_time: bool) -> Cost:
-    """`main.py`, all layers and tasks, every default."""
+    """Time `main.py` with all layers, tasks and defaults."""
     with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as out:
         command = [
             sys.executable,
@@ -115,13 +115,13 @@ def time_ours(cpu_time: bool) -> Cost:
 
 
 def _cpu_of_children() -> float:
-    """CPU seconds of the processes that this one started and that have ended."""
+    """Return the CPU seconds of the finished child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def time_package(environment: Path, whole: bool, cpu_time: bool) -> list[Cost]:
-    """`sae-probes` as its README runs it, and with the activations of all hooks made in one pass beforehand."""
+    """Time `sae-probes` as its README runs it, and with the activations of all hooks from one earlier pass."""
     driver = [str(make_environment(environment)), str(DRIVER), str(MODEL), str(SAE)]
     n_layers = _n_layers()
     layers = [*range(n_layers)] if whole else [0, n_layers - 1]
@@ -142,9 +142,9 @@ def time_package(environment: Path, whole: bool, cpu_time: bool) -> list[Cost]:
 
 
 def time_serial(cpu_time: bool) -> Cost:
-    """The last layer and one task in one repeat, scaled up to all layers, tasks and repeats."""
+    """Time the last layer and one task with one repeat, and scale up to all layers, tasks and repeats."""
     n_layers = _n_layers()
-    texts, labels, persons = _researchers()
+    texts, labels, persons = _timed_task()
     clock = time.process_time if cpu_time else time.perf_counter
     found = serial.timed(MODEL, _weights(n_layers - 1), n_layers - 1, texts, labels, persons, clock)
     scale = n_layers * sum(ROWS.values()) / len(texts)
@@ -153,7 +153,7 @@ def time_serial(cpu_time: bool) -> Cost:
 
 
 def make_environment(folder: Path) -> Path:
-    """The interpreter of an environment with the package and our version of torch; made if it is not there."""
+    """Return the interpreter of an environment with the package and our version of torch; create it if missing."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
@@ -181,8 +181,8 @@ def _n_layers() -> int:
     return int(json.loads((MODEL / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])
 
 
-def _researchers() -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Texts, labels and people of the task that is timed, rows as shipped."""
+def _timed_task() -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Return texts, labels and people of the timed task, with rows as shipped."""
     row_sets = load_wikidata("occupation").row_sets
     (found,) = [row_set for row_set in row_sets if row_set.probes[0].name == "is_researcher"]
     people = [row.mention.person for row in found.rows]
@@ -197,18 +197,16 @@ def _weights(layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torc
 
 
 def main() -> int:
-    """Compare, or print what was kept."""
+    """Compare, or print the kept results."""
     flags = parser(__doc__)
-    flags.add_argument("--environment", type=Path, help="folder of the package's environment; made if not there")
-    flags.add_argument(
-        "--whole", action="store_true", help="the package on all tasks and hooks: the better part of an hour"
-    )
-    asked = flags.parse_args()
-    if asked.quick or (asked.what == "run" and asked.environment is None):
+    flags.add_argument("--environment", type=Path, help="folder of the package's environment; created if missing")
+    flags.add_argument("--whole", action="store_true", help="run the package on all tasks and hooks: almost an hour")
+    args = flags.parse_args()
+    if args.quick or (args.what == "run" and args.environment is None):
         flags.error("run needs --environment, and has no small size")
     print(
-        answer(
-            "bench_end_to_end", asked, lambda: measure(asked.environment, asked.whole, asked.cpu_time, asked.repeats)
+        show_or_measure(
+            "bench_end_to_end", args, lambda: measure(args.environment, args.whole, args.cpu_time, args.repeats)
         )
     )
     return 0

@@ -1,10 +1,10 @@
-"""What an SAE in a training loop costs: calls of an `Evaluator` beside a cold run of the program on the same rows.
+"""Time an `Evaluator` in a training loop, and a cold run of the program on the same rows.
 
-    python benchmarks/bench_evaluator.py          # the kept table
-    python benchmarks/bench_evaluator.py run      # measure, keep and print: five checkpoints of a TopK SAE in training
+    python benchmarks/bench_evaluator.py          # print the kept table
+    python benchmarks/bench_evaluator.py run      # measure five checkpoints of a TopK SAE in training, and keep them
 
-Both sides measure gender on 1000 rows at layer 3 of the bundled model. The cold run is a process of its own, from its
-start to its last file, with an SAE folder of the same size.
+Both sides measure gender on 1000 rows at layer 3 of the bundled model. The cold run is a process of its own, timed from
+start to end, with an SAE folder of the same size.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ D_IN, D_SAE, K = 256, 1024, 32
 
 
 class TopK(nn.Module):
-    """An SAE as people write them."""
+    """A minimal TopK SAE."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class TopK(nn.Module):
 
 
 def train(sae: TopK, optimizer: torch.optim.Optimizer) -> None:
-    """A few steps on random inputs: only the time of what comes after matters here."""
+    """Train for a few steps on random inputs; the quality does not matter for timing."""
     for _ in range(STEPS):
         x = torch.randn(256, D_IN)
         loss = (sae.decode(sae.encode(x)) - x).square().mean()
@@ -62,8 +62,8 @@ def train(sae: TopK, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-def cold() -> float:
-    """Seconds of one run of `main.py` on the same rows, with nothing kept from before."""
+def time_cold_run() -> float:
+    """Return the seconds of one run of `main.py` on the same rows, without a cache."""
     with tempfile.TemporaryDirectory() as out:
         command = [
             sys.executable, str(PROJECT / "main.py"), "--quiet", "--datasets", "gender", "--layers", str(LAYER),
@@ -76,13 +76,13 @@ def cold() -> float:
 
 
 def processor() -> str:
-    """What multiplies here."""
+    """Return the name of the processor."""
     amx = " with AMX" if torch.cpu._is_amx_tile_supported() else ""
     return f"{torch.get_num_threads()} cores, {torch.backends.cpu.get_cpu_capability()}{amx}"
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """Seconds of each side, in turn: all tokens in the whole-text figures, a sample of them, and a cold run."""
+    """Return the seconds of each side, run in turn: with all tokens, with a sample of the tokens, and as a cold run."""
     torch.manual_seed(0)
     sae = TopK()
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
@@ -100,12 +100,12 @@ def measure(repeats: int) -> dict[str, Any]:
             evaluator(sae)
             calls[name].append(time.perf_counter() - start)
         if len(colds) < repeats:
-            colds.append(cold())
+            colds.append(time_cold_run())
     return {"made": made["all"], "calls": calls, "cold": colds, "processor": processor()}
 
 
 def table(found: dict[str, Any]) -> str:
-    """A line for each side."""
+    """Return a line for each side."""
     cold_run, calls = statistics.median(found["cold"]), found["calls"]
     rows: list[Row] = [("what", "seconds", "of a cold run")]
     for name, seconds in (
@@ -122,9 +122,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
     parser.add_argument("--repeats", type=int, default=3, help="cold runs (%(default)s)")
-    asked = parser.parse_args()
-    if asked.what == "run":
-        result_file.write_json(KEPT, {**measure(asked.repeats), "_run": result_file.describe_run({})})
+    args = parser.parse_args()
+    if args.what == "run":
+        result_file.write_json(KEPT, {**measure(args.repeats), "_run": result_file.describe_run({})})
     print(table(json.loads(KEPT.read_text("utf-8"))))
     return 0
 

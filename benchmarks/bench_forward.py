@@ -1,14 +1,13 @@
-"""The producer beside its floor: the same matrix products on the same cores, with nothing around them, by whichever
-of two libraries is the faster.
+"""Compare the producer with its floor: the same matrix products on the same cores, by the faster of two libraries.
 
 python benchmarks/bench_forward.py run     # Pythia-70M, 160M and 410M with SAEs of 32,768 latents: minutes
-python benchmarks/bench_forward.py run --cpu_time    # one worker, CPU seconds: where others use the machine too
-python benchmarks/bench_forward.py         # the table, from what `run` kept
+python benchmarks/bench_forward.py run --cpu_time    # one worker, CPU seconds: for a machine with other load
+python benchmarks/bench_forward.py         # print the table of the kept results
 
-Model and SAE are timed apart, as `activations.Producer` runs them: whole batches side by side, one thread each. The
-model's floor leaves out attention, norms and activation functions; the SAE's floor is its encoder in float32, so what
-stands above 100 % was saved by doing less than that (`saes.proposal`). The producer's texts/s are those of the
-model and one SAE on every layer.
+Model and SAE are timed separately, as `activations.Producer` runs them: several whole batches at the same time, one
+thread each. The floor of the model excludes attention, norms and activation functions. The floor of the SAE is its
+encoder in float32; a value above 100 % means that the program does less work than that (`saes.proposal`). The
+producer's texts/s are those of the model with one SAE on every layer.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.shapes import SHAPES, TINY, Shape
-from benchmarks.timing import Clock, answer, at_a_time, in_turn, parser
+from benchmarks.timing import Clock, in_threads, in_turn, parser, show_or_measure
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.reporting import tables
 from delta_selectivity.run.activations import Block, Producer
@@ -38,35 +37,35 @@ from delta_selectivity.tasks import TokenisedMentions
 
 PROJECT = Path(__file__).resolve().parent.parent
 
-TOKENS = 128  # of a text, about the median of the Wikidata tasks
-FLOOR_ROWS = 256  # rows of a product in the SAE's floor: the fastest of 32 .. 1024
-Multiply = Callable[[Tensor, Tensor, Tensor], None]  # x, weight, memory that the product may be put into
+TOKENS = 128  # per text, about the median of the Wikidata tasks
+FLOOR_ROWS = 256  # rows per product in the SAE's floor: the fastest of 32 .. 1024
+Multiply = Callable[[Tensor, Tensor, Tensor], None]  # x, weight, output memory
 HEADER = ("shape", "part", "dtype", "texts/s", "GFLOP/s", "floor, GFLOP/s", "of the floor")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How much is run at a time, and where."""
+    """How many batches run at the same time, and on which device."""
 
     device: str
     workers: int  # threads, one batch each
-    texts: int  # of a batch
+    texts: int  # per batch
     repeats: int
     clock: Clock = time.perf_counter
 
     def synchronise(self) -> None:
-        """Wait for what was launched."""
+        """Wait for pending operations of the device."""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
 
     @property
     def tokens(self) -> int:
-        """In work at a time."""
+        """Return the number of tokens that are processed at the same time."""
         return self.workers * self.texts * TOKENS
 
 
 def measure(shapes: Sequence[Shape], setting: Setting, dtypes: Sequence[str]) -> list[tables.Row]:
-    """The table's rows, header first."""
+    """Return the rows of the table, header first."""
     rows: list[tables.Row] = [HEADER]
     for shape in shapes:
         sae = _sae_seconds(shape, setting)
@@ -88,26 +87,26 @@ def _row(name: str, part: str, dtype: str, flops: int, setting: Setting, seconds
 
 
 def _model_seconds(shape: Shape, setting: Setting, dtype: str) -> dict[str, float]:
-    """Seconds of one batch a worker: the model with a hook on every layer, and its matrix products alone."""
+    """Return seconds per batch and worker: of the model with hooks on all layers, and of its matrix products alone."""
     sites = [Site(layer, "resid_post") for layer in range(shape.n_layers)]
     with shape.model_folder() as folder:
         model = open_model(str(folder)).load(sites, setting.device, dtype)
     ids = torch.randint(1, 1000, (setting.texts, TOKENS), generator=torch.Generator().manual_seed(0))
     lengths = torch.full((setting.texts,), TOKENS)
     weights = [module.weight for module in model.module.modules() if isinstance(module, nn.Linear)]
-    n_rows, ours = setting.texts * TOKENS, at_a_time(lambda: model.token_rows(ids, lengths), setting.workers)
+    n_rows, ours = setting.texts * TOKENS, in_threads(lambda: model.token_rows(ids, lengths), setting.workers)
     return _beside_floor(ours, weights, n_rows, n_rows, setting)
 
 
 def _sae_seconds(shape: Shape, setting: Setting) -> dict[str, float]:
-    """Seconds of one batch a worker: all that the producer does with one site, and the encoder's products alone."""
+    """Return seconds per batch and worker: of the producer's work at one site, and of the encoder's products alone."""
     sae, site = shape.sae(0, setting.device), Site(0, "resid_post")
     n_texts = setting.workers * setting.texts
     x = torch.randn(setting.texts * TOKENS, shape.d, generator=torch.Generator().manual_seed(1)).to(setting.device)
     last = np.full(n_texts, TOKENS - 1)
     tokenised = TokenisedMentions((np.ones(TOKENS, dtype=np.int32),) * n_texts, last, last, has_bos=False)
     producer = Producer(
-        model=_AtHand({site: x}, x.device),
+        model=_StoredActivations({site: x}, x.device),
         saes={site: {0: sae}},
         counts_bos={0: True},
         tokenised=tokenised,
@@ -130,7 +129,7 @@ def _sae_seconds(shape: Shape, setting: Setting) -> dict[str, float]:
 
 
 def _products(weights: Sequence[Tensor], n_rows: int, rows_at_a_time: int, multiply: Multiply) -> Callable[[], None]:
-    """x Wᵀ for all weights, on x of so many rows."""
+    """Return a function that computes x Wᵀ for all weights, with this many rows of x."""
     inputs = {w.shape[1]: torch.randn(n_rows, w.shape[1], dtype=w.dtype, device=w.device) for w in weights}
 
     @torch.inference_mode()
@@ -154,42 +153,42 @@ def _by_gemm(x: Tensor, weight: Tensor, _: Tensor) -> None:
 def _beside_floor(
     ours: Callable[[], None], weights: Sequence[Tensor], n_rows: int, rows_at_a_time: int, setting: Setting
 ) -> dict[str, float]:
-    """Seconds of ours, and of the products by whichever library is faster."""
+    """Return the seconds of the program, and those of the faster library for the same products."""
     sides = {"ours": ours}
     for multiply in (_by_torch, _by_gemm):
         floor = _products(weights, n_rows, rows_at_a_time, multiply)
-        sides[multiply.__name__] = at_a_time(floor, setting.workers)
+        sides[multiply.__name__] = in_threads(floor, setting.workers)
     with sharing_cores(setting.device):
         seconds = in_turn(sides, setting.repeats, setting.synchronise, setting.clock)
     return {"ours": seconds.pop("ours"), "floor": min(seconds.values())}
 
 
 @dataclass(frozen=True)
-class _AtHand:
-    """Stands for a model: its activations are there already."""
+class _StoredActivations:
+    """A stand-in for a model that returns stored activations."""
 
-    found: dict[Site, Tensor]
+    activations: dict[Site, Tensor]
     device: torch.device
 
     def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
-        """The same for every batch."""
-        return dict(self.found)
+        """Return the same activations for every batch."""
+        return dict(self.activations)
 
-    def restricted_to(self, sites: Collection[Site]) -> _AtHand:
-        """All of them."""
+    def restricted_to(self, sites: Collection[Site]) -> _StoredActivations:
+        """Return all of them."""
         return self
 
 
 def main() -> int:
-    """Measure on the CPU, or print what was kept."""
-    asked = parser(__doc__).parse_args()
-    texts = 2 if asked.quick else 8
-    if asked.cpu_time:
-        setting = Setting("cpu", 1, texts, asked.repeats, time.process_time)
+    """Measure on the CPU, or print the kept results."""
+    args = parser(__doc__).parse_args()
+    texts = 2 if args.quick else 8
+    if args.cpu_time:
+        setting = Setting("cpu", 1, texts, args.repeats, time.process_time)
     else:
-        setting = Setting("cpu", torch.get_num_threads(), texts, asked.repeats)
-    shapes = (TINY,) if asked.quick else SHAPES
-    print(answer("bench_forward", asked, lambda: measure(shapes, setting, ("float32", "bfloat16"))))
+        setting = Setting("cpu", torch.get_num_threads(), texts, args.repeats)
+    shapes = (TINY,) if args.quick else SHAPES
+    print(show_or_measure("bench_forward", args, lambda: measure(shapes, setting, ("float32", "bfloat16"))))
     return 0
 
 

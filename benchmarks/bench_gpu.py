@@ -1,14 +1,14 @@
-"""What only a machine with GPUs can show: the producer beside its floor, and the whole job on one card and on two.
+"""Measure what needs GPUs: the producer compared with its floor, and the whole job on one GPU and on two.
 
-python benchmarks/bench_gpu.py run      # exit 2 where there is no CUDA device; some ten minutes on a fast card
-python benchmarks/bench_gpu.py          # the tables, from what `run` kept
+python benchmarks/bench_gpu.py run      # about ten minutes on a fast GPU; exit code 2 without a CUDA device
+python benchmarks/bench_gpu.py          # print the tables of the kept results
 
-First the machine: whoever has GPUs sends all that `run` prints, and the two files that it keeps beside this one. Then
-the table of `benchmarks/bench_forward.py`, with batches that fill the card. Then `main.py` on all Wikidata tasks with a
-random model of Pythia-160M's shape and random SAEs of 32,768 latents on every layer: the seconds of its stages as the
-host saw them, with all tokens in the whole-text figures and with a sample, on one card and, where there are two, on
-both; by torch's probes and, where it is installed, by cuML's. Beside them the arithmetic of all tokens' products, which
-the first table's floors are rates of.
+To report results of another machine, send the output of `run` and the two files that it writes next to this one. The
+first table is that of `benchmarks/bench_forward.py`, with batches that fill the GPU. The second has the stages of
+`main.py` on all Wikidata tasks, with a random model of Pythia-160M's shape and random SAEs of 32,768 latents on every
+layer: with all tokens and with a sample in the whole-text figures, on one GPU and, if there are two, on both, with
+torch's probes and, if it is installed, with cuML's. It also has the arithmetic of the products over all tokens, to
+compare with the rates of the first table.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from delta_selectivity.tasks import load_probe_texts, tokenise
 
 PROJECT = Path(__file__).resolve().parent.parent
 
-TEXTS = 256  # in a forward pass
+TEXTS = 256  # per forward pass
 WHOLE_JOB = SHAPES[1]
 
 
 def machine() -> str:
-    """The cards, and what computes on them."""
+    """Describe the GPUs and the CPU."""
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     names = ", ".join(f"{card.name} ({card.total_memory / 2**30:.0f} GiB)" for card in cards)
     versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuML {installed_version('cuml-cu13')}"
@@ -49,7 +49,7 @@ def machine() -> str:
 
 
 def settings() -> dict[str, list[str]]:
-    """The ways to run the job that this machine has, by what they are called in the table."""
+    """Return the flags of each configuration that this machine can run, by its name in the table."""
     one = ["--device1", "cuda:0", "--device2", "cuda:0"]
     ways = {"one card, all tokens": [*one, "--whole_tokens", "all"], "one card": one}
     if torch.cuda.device_count() > 1:
@@ -59,7 +59,7 @@ def settings() -> dict[str, list[str]]:
 
 
 def whole_jobs(shape: Shape, ways: Mapping[str, Sequence[str]]) -> list[tables.Row]:
-    """A row for each stage, a column for each way to run the job."""
+    """Return a row for each stage and a column for each configuration."""
     columns = {name: {row[0]: row[1] for row in whole_job(shape, flags)[1:]} for name, flags in ways.items()}
     products = teraflops(shape)
     stages = list(next(iter(columns.values())))
@@ -68,7 +68,7 @@ def whole_jobs(shape: Shape, ways: Mapping[str, Sequence[str]]) -> list[tables.R
 
 
 def whole_job(shape: Shape, flags: Sequence[str]) -> list[tables.Row]:
-    """Header, the stages of `main.py` with their seconds, and its wall clock."""
+    """Return the header, the stages of `main.py` with their seconds, and the wall-clock time."""
     with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as name, shape.model_folder() as model:
         saes, out = Path(name) / "saes", Path(name) / "out"
         shape.write_saes(saes)
@@ -87,7 +87,7 @@ def whole_job(shape: Shape, flags: Sequence[str]) -> list[tables.Row]:
 
 
 def teraflops(shape: Shape) -> dict[str, str]:
-    """Of the weights' products over every token of the Wikidata texts, by stage."""
+    """Return the teraflops of the weights' products over every token of the Wikidata texts, by stage."""
     info = open_model(str(MODEL))
     mentions = load_probe_texts(None).mentions
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=True, max_length=info.max_length)
@@ -97,24 +97,24 @@ def teraflops(shape: Shape) -> dict[str, str]:
 
 
 def measure(shapes: tuple[Shape, ...], repeats: int) -> list[tables.Row]:
-    """The first table."""
+    """Return the first table."""
     setting = bench_forward.Setting("cuda:0", workers=1, texts=TEXTS, repeats=repeats)
     return bench_forward.measure(shapes, setting, ("float32", "bfloat16"))
 
 
 def main() -> int:
-    """Both tables; 2 where there is no CUDA device to measure."""
-    asked = timing.parser(__doc__).parse_args()
-    if (asked.what == "run" or asked.quick) and not torch.cuda.is_available():
+    """Print or measure both tables; return exit code 2 if there is no CUDA device to measure."""
+    args = timing.parser(__doc__).parse_args()
+    if (args.what == "run" or args.quick) and not torch.cuda.is_available():
         print("bench_gpu: no CUDA device here", file=sys.stderr)
         return 2
-    shapes, job = ((TINY,), TINY) if asked.quick else (SHAPES, WHOLE_JOB)
-    more = ["--shuffle_select_n", "200"] if asked.quick else []
-    if asked.what == "run":
+    shapes, job = ((TINY,), TINY) if args.quick else (SHAPES, WHOLE_JOB)
+    more = ["--shuffle_select_n", "200"] if args.quick else []
+    if args.what == "run":
         print(machine(), end="\n\n")
-    print(timing.answer("bench_gpu", asked, lambda: measure(shapes, asked.repeats)), end="\n\n")
+    print(timing.show_or_measure("bench_gpu", args, lambda: measure(shapes, args.repeats)), end="\n\n")
     ways = {name: [*flags, *more] for name, flags in settings().items()}
-    print(timing.answer("bench_gpu_job", asked, lambda: whole_jobs(job, ways)))
+    print(timing.show_or_measure("bench_gpu_job", args, lambda: whole_jobs(job, ways)))
     return 0
 
 

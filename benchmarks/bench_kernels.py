@@ -1,15 +1,14 @@
-"""What is done on a CPU in another way than torch would, beside torch's way: microseconds a row, one thread.
+"""Compare the CPU kernels of this package with torch's: microseconds per row, one thread.
 
 python benchmarks/bench_kernels.py run    # two minutes
-python benchmarks/bench_kernels.py        # the table, from what `run` kept
+python benchmarks/bench_kernels.py        # print the table of the kept results
 
-- top k: the k largest of each row (`saes.topk`, against `torch.topk`);
-- TopK encoder: codes of inputs by a proposal in bytes (`saes.proposal`, against a float32 product and top k);
-- attention: of texts in bfloat16, heads x 64 wide (`models.attention`, against transformers' sdpa); a row is a
-  token;
-- GELU: after a product in bfloat16 (`models.fused_gelu`, against two calls of torch);
-- product: x Wᵀ in float32 (`gemm`, against `torch.nn.functional.linear`); equal on CPUs made by Intel;
-- product, bytes: the same of signed bytes, exactly (`gemm`, against the same numbers in float32).
+- top k: the k largest values of each row (`saes.topk` and `torch.topk`);
+- TopK encoder: codes by a proposal in 8-bit integers (`saes.proposal`), and by a float32 product and top k;
+- attention: texts in bfloat16, heads of width 64 (`models.attention` and transformers' sdpa); a row is a token;
+- GELU after a product in bfloat16 (`models.fused_gelu` and two calls of torch);
+- product: x Wᵀ in float32 (`gemm` and `torch.nn.functional.linear`); equal on Intel CPUs;
+- product, bytes: an exact product of signed 8-bit integers (`gemm`), and the same numbers in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu, linear
 
-from benchmarks.timing import Clock, answer, in_turn, parser
+from benchmarks.timing import Clock, in_turn, parser, show_or_measure
 from delta_selectivity.models.attention import attend
 from delta_selectivity.models.fused_gelu import LinearWithGelu
 from delta_selectivity.reporting import tables
@@ -38,12 +37,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 HEADER = ("kernel", "size", "torch, us/row", "ours, us/row", "ratio")
 D_HEAD = 64
-ROWS_OF_CELLS = 2**22  # cells of a matrix that is worked on: more rows of narrow ones
+ROWS_OF_CELLS = 2**22  # matrix entries per measurement; narrow matrices have more rows
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One kernel at one size, both ways."""
+    """One kernel of one size, in both implementations."""
 
     kernel: str
     size: str
@@ -52,14 +51,14 @@ class Pair:
     ours: Callable[[], object]
 
     def row(self, repeats: int, clock: Clock) -> tables.Row:
-        """Of the table; medians."""
+        """Return a row of the table, with medians."""
         seconds = in_turn({"torch": self.torchs, "ours": self.ours}, repeats, clock=clock)
         theirs, ours = (seconds[side] / self.n_rows * 1e6 for side in ("torch", "ours"))
         return (self.kernel, self.size, f"{theirs:.2f}", f"{ours:.2f}", f"{theirs / ours:.1f}x")
 
 
 def pairs(quick: bool) -> Iterator[Pair]:
-    """All kernels at their sizes."""
+    """Yield all kernels at all sizes."""
     for d_sae, k in ((1024, 8),) if quick else ((1024, 8), (1024, 32), (1024, 128), (32768, 32), (32768, 256)):
         yield top_k(d_sae, k)
     encoders = ((256, 512, 8), (256, 1024, 8), (256, 1024, 32), (512, 8192, 32), (768, 32768, 32), (768, 32768, 256))
@@ -86,7 +85,7 @@ def top_k(d_sae: int, k: int) -> Pair:
 
 
 def encoder(d_in: int, d_sae: int, k: int) -> Pair:
-    """Of random weights and inputs; 256 rows at a time at least, as `saes.sae` does it."""
+    """Use random weights and inputs, and at least 256 rows at a time, as `saes.sae` does."""
     x, weight, bias = drawn(max(2**20 // d_sae, 256), d_in), drawn(d_sae, d_in), torch.zeros(d_sae)
     proposal = Proposal.of(weight, bias, torch.zeros(d_in), k)
     return Pair(
@@ -129,7 +128,7 @@ def product_of_bytes(n_rows: int, d: int, width: int) -> Pair:
 
 @torch.inference_mode()
 def measure(quick: bool, repeats: int, clock: Clock) -> list[tables.Row]:
-    """The table's rows, header first."""
+    """Return the rows of the table, header first."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -139,12 +138,12 @@ def measure(quick: bool, repeats: int, clock: Clock) -> list[tables.Row]:
 
 
 def main() -> int:
-    """Measure, or print what was kept."""
+    """Measure, or print the kept results."""
     flags = parser(__doc__)
     flags.set_defaults(repeats=9)
-    asked = flags.parse_args()
-    clock = time.process_time if asked.cpu_time else time.perf_counter
-    print(answer("bench_kernels", asked, lambda: measure(asked.quick, asked.repeats, clock)))
+    args = flags.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    print(show_or_measure("bench_kernels", args, lambda: measure(args.quick, args.repeats, clock)))
     return 0
 
 

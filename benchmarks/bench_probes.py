@@ -1,19 +1,19 @@
-"""The batched solver of probes beside scikit-learn: milliseconds a fit, and how far coefficients are from the optimum.
+"""Compare the batched probe solver with scikit-learn: milliseconds per fit, and distance from the optimum.
 
-python benchmarks/bench_probes.py run       # every size, an hour on two cores; keeps the figures beside this file
-python benchmarks/bench_probes.py run --threads 1 --cpu_time   # where others use the machine too: CPU seconds
+python benchmarks/bench_probes.py run       # all sizes, an hour on two cores; keeps the figures beside this file
+python benchmarks/bench_probes.py run --threads 1 --cpu_time   # CPU seconds, for a machine with other load
 python benchmarks/bench_probes.py run --sizes 5000x768 --probes 1,8
-python benchmarks/bench_probes.py           # the table, from what `run` kept
-python benchmarks/bench_probes.py --quick   # one small size, measured and printed, nothing kept: seconds
+python benchmarks/bench_probes.py           # print the table of the kept results
+python benchmarks/bench_probes.py --quick   # measure and print one small size, without keeping it: seconds
 
-All sides solve the same problem, five folds of each probe, with the same number of threads, in turn in one process;
-figures are medians over the rounds. Ours solves all fits at once, its time has everything in it (centring, scaling,
-preconditioner) and is divided by the number of fits, (C x probes x folds). Scikit-learn gets its matrix centred and
-scaled beforehand, and is timed on the first fold of the first and the last probe for every C: the mean over these
-fits. Its lbfgs runs with the loosest tolerance, a power of ten, whose largest error is no worse than ours (or the
-tightest tried, 1e-10), from zero for each C ("cold", as it is commonly used) and from the solution at the smaller C
-("warm", at its best). Errors are relative, |w - w*| / |w*|, the largest over the timed fits, w* by newton-cholesky in
-float64 at tolerance 1e-9.
+All sides solve the same problem, five folds of each probe, with the same number of threads, in turn in one process.
+Figures are medians over the rounds. The batched solver solves all fits at once. Its time includes centring, scaling and
+the preconditioner, and is divided by the number of fits (C x probes x folds). Scikit-learn gets a matrix that is
+already centred and scaled. It is timed on the first fold of the first and the last probe for every C, and the table has
+the mean over these fits. Its lbfgs uses the loosest tolerance (a power of ten) whose largest error is no worse than
+ours, or the tightest one tried, 1e-10. It starts from zero for each C ("cold", the common use) or from the solution at
+the smaller C ("warm", the best case). Errors are |w - w*| / |w*|, the largest over the timed fits; w* is computed by
+newton-cholesky in float64 at tolerance 1e-9.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ PROJECT = Path(__file__).resolve().parent.parent
 KEPT = Path(__file__).resolve().with_suffix(".json")
 SIZES, PROBES, FOLDS = ((2000, 128), (5000, 768), (10_000, 1024)), (1, 8, 16), 5
 PATH, ONE = tuple(10.0**k for k in range(-5, 2)), (0.01,)
-TIGHT = 1e-9  # tolerance of the reference
+TIGHT = 1e-9  # tolerance of the reference solution
 
 
 @dataclass(frozen=True)
 class Line:
-    """One problem, each way. Times are milliseconds a fit, errors relative to newton-cholesky's coefficients."""
+    """One problem, solved by each side. Times are milliseconds per fit; errors are relative to newton-cholesky."""
 
     rows: int
     d: int
@@ -60,31 +60,31 @@ class Line:
     error: float
     cold: float
     cold_error: float
-    warm: float  # of a single C, cold again
+    warm: float  # cold, for a single C
     warm_error: float
     newton: float
 
 
 @dataclass(frozen=True)
 class Single:
-    """One probe on one training fold, as scikit-learn wants it."""
+    """One probe on one training fold, in scikit-learn's form."""
 
     probe: int
     x: NDArray[np.float64]  # [rows, d], standardised
     label: NDArray[np.bool_]
-    weight: NDArray[np.float64]  # balanced
+    weight: NDArray[np.float64]  # balanced class weights
 
     def path(self, cs: Sequence[float], solver: str, tolerance: float, warm: bool) -> NDArray[np.float64]:
-        """Coefficients [cs, d]."""
+        """Fit every C; return the coefficients [cs, d]."""
         model = LogisticRegression(solver=solver, tol=tolerance, max_iter=100_000, warm_start=warm)
         found = [model.set_params(C=c).fit(self.x, self.label, sample_weight=self.weight).coef_[0].copy() for c in cs]
         return np.stack(found)
 
 
 def draw(rows: int, d: int, probes: int, cs: Sequence[float], seed: int = 0) -> ProbeProblem:
-    """Features with a falling spectrum and unequal scales, like activations; labels by one direction each, and noise.
+    """Draw features with a falling spectrum and unequal scales, like activations; labels depend on one direction each.
 
-    The share of positives falls from a half to a fifth over the probes.
+    The share of positives falls from 1/2 to 1/5 over the probes.
     """
     random = torch.Generator().manual_seed(seed)
     turn, _ = torch.linalg.qr(torch.randn(d, d, generator=random))
@@ -99,7 +99,7 @@ def draw(rows: int, d: int, probes: int, cs: Sequence[float], seed: int = 0) -> 
 
 
 def singles(problem: ProbeProblem) -> list[Single]:
-    """The first fold of the first and of the last probe."""
+    """Return the first fold of the first and of the last probe."""
     train = problem.weight[0] > 0
     x = problem.x[train].double()
     x = (x - x.mean(dim=0)) / problem.scale[0]
@@ -119,7 +119,7 @@ def measure(
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Line:
-    """All sides on one problem, timed by a clock of seconds."""
+    """Time all sides on one problem; `clock` returns seconds."""
     problem, backend = draw(rows, d, probes, cs), TorchLbfgs()
     tasks = singles(problem)
     exact = [task.path(cs, "newton-cholesky", TIGHT, warm=False) for task in tasks]
@@ -158,7 +158,7 @@ def _loosest(
     error: Callable[[Sequence[NDArray[np.float64]]], float],
     warm: bool,
 ) -> tuple[float, float]:
-    """The loosest tolerance at which lbfgs is no further from the optimum than wanted, and how far it is."""
+    """Return the loosest tolerance at which lbfgs is at least as close to the optimum as wanted, and its distance."""
     for power in range(4, 11):
         found = error([task.path(cs, "lbfgs", 10.0**-power, warm) for task in tasks])
         if found <= wanted:
@@ -167,7 +167,7 @@ def _loosest(
 
 
 def table(lines: Sequence[Line]) -> str:
-    """A line per problem; ratios are the other side's time over ours."""
+    """Return a line per problem; ratios are the time of the other side divided by ours."""
     rows: list[tables.Row] = [
         ("rows x d", "probes x folds x C", "ours, ms/fit", "error", "lbfgs cold, ms/fit", "error", "ratio",
          "lbfgs warm, ms/fit", "error", "ratio", "newton-cholesky, ms/fit", "ratio")
@@ -199,24 +199,24 @@ def _sizes(text: str) -> list[tuple[int, int]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """As the module says."""
+    """Run the command of the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
-    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="rows x d, comma: 2000x128,5000x768")
+    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="rows x d, separated by commas: 2000x128,5000x768")
     parser.add_argument("--probes", type=lambda text: [int(n) for n in text.split(",")], default=PROBES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2, help="for every side")
     parser.add_argument("--cpu_time", action="store_true", help="on a busy machine, with --threads 1: CPU seconds")
     parser.add_argument("--quick", action="store_true", help="one small size, nothing kept")
-    asked = parser.parse_args(arguments)
-    torch.set_num_threads(asked.threads)
-    clock = time.process_time if asked.cpu_time else time.perf_counter
-    with threadpool_limits(asked.threads):
-        if asked.quick:
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    with threadpool_limits(args.threads):
+        if args.quick:
             print(table([measure(1500, 96, n, cs, 1, clock) for n, cs in product((1, 3), (ONE, PATH))]))
             return
-        if asked.what == "run":
-            run(asked.sizes, asked.probes, asked.rounds, clock)
+        if args.what == "run":
+            run(args.sizes, args.probes, args.rounds, clock)
     print(table([Line(**line) for line in json.loads(KEPT.read_text(encoding="utf-8"))["lines"]]))
 
 

@@ -1,13 +1,13 @@
-"""What a unit costs on this machine, and what a second process gains: the measurements behind docs/scale.md.
+"""Measure the cost of a unit on this machine, and the gain of a second process (docs/scale.md).
 
-python benchmarks/bench_scale.py run          # both measurements, some ten minutes; kept in a file beside this one
-python benchmarks/bench_scale.py run --copies 1 --rounds 1      # fewer pairs, for a look
-python benchmarks/bench_scale.py rates        # the table of rates, from what `run` kept; `scale.estimate` has them too
-python benchmarks/bench_scale.py processes    # the table of processes
+python benchmarks/bench_scale.py run          # both measurements, about ten minutes; kept in a file beside this one
+python benchmarks/bench_scale.py run --copies 1 --rounds 1      # fewer pairs, for a quick look
+python benchmarks/bench_scale.py rates        # print the table of rates; `scale.estimate` uses the same rates
+python benchmarks/bench_scale.py processes    # print the table of processes
 
 *Rates*: the stages of `main.py` on layer 1 of the bundled model, all data, one thread, divided by their arithmetic.
-*Processes*: sixty (SAE, layer) pairs (the bundled SAEs, each under five names, on six layers), a unit each, on
-politics; by one process and by two, in turn. The probe stage is the time in which the busiest process was fitting and
+*Processes*: sixty (SAE, layer) pairs (the bundled SAEs under five names each, on six layers), one unit each, on
+politics, by one process and by two, in turn. The probe stage is the time that the busiest process spends on fitting and
 testing probes.
 """
 
@@ -44,7 +44,7 @@ STAGES = {"model": ("forward",), "SAEs": ("sae",), "probes": ("probes", "statist
 
 
 def measure_rates(folder: Path) -> dict[str, float]:
-    """FLOP and probe-rows a second, and seconds to start, of one core."""
+    """Return FLOP and probe rows per second of one core, and the seconds to start."""
     import torch
 
     torch.set_num_threads(1)
@@ -68,20 +68,20 @@ def measure_rates(folder: Path) -> dict[str, float]:
 
 
 def stage_seconds(unit: Unit) -> Mapping[str, float]:
-    """Seconds of a unit by stage, from the file that it wrote last."""
+    """Return the seconds of a unit by stage, from the last file that it wrote."""
     runs = [read(path)["_run"]["seconds"] for path in unit.folder.glob("**/*.json")]
     return max(runs, key=lambda seconds: seconds["total"])
 
 
 def measure_processes(folder: Path, n_processes: int, copies: int) -> dict[str, float]:
-    """All pairs by so many processes: seconds in all, and in the probes of the busiest process."""
+    """Measure all pairs with this many processes; return total seconds, and those of the busiest process in probes."""
     saes = [folder / f"{sae.name}-{copy}" for sae in DEMO_SAES for copy in range(copies)]
     for sae, copied in zip((sae for sae in DEMO_SAES for _ in range(copies)), saes, strict=True):
         shutil.copytree(sae, copied, dirs_exist_ok=True)
     out = folder / f"out_{n_processes}"
     shutil.rmtree(out, ignore_errors=True)
-    asked = parse([*CPU, *SMALL, "--sae_name", ",".join(map(str, saes)), "--output_directory", str(out)])
-    units = plan_units(make_plan(asked.request, fetch=False), 1, 1)
+    args = parse([*CPU, *SMALL, "--sae_name", ",".join(map(str, saes)), "--output_directory", str(out)])
+    units = plan_units(make_plan(args.request, fetch=False), 1, 1)
     with open_cluster(n_processes, 0, None) as client:
         return _run(client, units)
 
@@ -110,7 +110,7 @@ def run(copies: int, rounds: int) -> None:
 
 
 def rates_table() -> str:
-    """What was measured beside what the estimates use."""
+    """Return the measured rates, and those that the estimates use."""
     found = json.loads(KEPT.read_text())["rates"]
     rows: list[Row] = [("rate of one core", "measured", "in scale/estimate.py")]
     for name, what, unit in (
@@ -123,7 +123,7 @@ def rates_table() -> str:
 
 
 def processes_table() -> str:
-    """Two processes beside one, round by round."""
+    """Compare two processes with one, round by round."""
     rows: list[Row] = [
         ("round", "pairs", "one process, s", "two, s", "ratio", "probes of one, s", "of two, s", "ratio")
     ]
@@ -142,11 +142,11 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "rates", "processes"])
     parser.add_argument("--copies", type=int, default=5, help="of each bundled SAE: 12 pairs each (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="of one process and of two, in turn (%(default)s)")
-    asked = parser.parse_args()
-    if asked.what == "run":
-        run(asked.copies, asked.rounds)
+    args = parser.parse_args()
+    if args.what == "run":
+        run(args.copies, args.rounds)
     else:
-        sys.stdout.write((rates_table() if asked.what == "rates" else processes_table()) + "\n")
+        sys.stdout.write((rates_table() if args.what == "rates" else processes_table()) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How time and memory of `main.py` grow as rows, layers, SAEs and probes double; and a job larger than its memory.
+"""Measure how time and memory of `main.py` grow with rows, layers, SAEs and probes, and run a job larger than memory.
 
 python benchmarks/bench_scaling.py run             # the bundled model on rows of the Wikidata texts: minutes
-python benchmarks/bench_scaling.py                 # the table, from what `run` kept
+python benchmarks/bench_scaling.py                 # print the table of the kept results
 python benchmarks/bench_scaling.py --large         # 200,000 rows x 12 layers x 768: an hour or more, 15 GB of disk
 
-Every cell is a run in a process of its own. Seconds are those of its stages, summed over threads, so start-up and the
-loading of weights are left out; memory is the process's peak. The exponent is fitted to the stages that the quantity
-should move: forward passes and SAEs for layers and SAEs, all stages for rows, probes and statistics for probes.
+Each cell is a run in a process of its own. Seconds are those of its stages, summed over threads, without start-up and
+loading of weights; memory is the process's peak. The exponent is fitted to the stages that depend on the quantity:
+forward passes and SAEs for layers and SAEs, all stages for rows, probes and statistics for probes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks import large_job
 from benchmarks.bundled import MODEL
-from benchmarks.timing import answer, exponent, parser
+from benchmarks.timing import exponent, parser, show_or_measure
 from delta_selectivity.reporting import tables
 from delta_selectivity.tasks import load_probe_texts
 
@@ -42,29 +42,29 @@ class Job:
     rows: int
     layers: int
     saes: int
-    probes: int  # one for each class of the labels, a class against the rest; two classes are one probe
+    probes: int  # one per class of the labels (a class against the rest); two classes make one probe
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a job took."""
+    """Time and memory of a job."""
 
     seconds: dict[str, float]  # by stage, summed over threads
     peak_gb: float
 
     def of(self, stages: Sequence[str]) -> float:
-        """Seconds of these stages."""
+        """Return the seconds of these stages."""
         return sum(self.seconds[stage] for stage in stages)
 
 
 @dataclass(frozen=True)
 class Doubling:
-    """One quantity, doubled while the others stay."""
+    """One quantity that is doubled while the others are constant."""
 
     quantity: str
     base: Job
     sizes: tuple[int, ...]
-    stages: tuple[str, ...]  # that it should move
+    stages: tuple[str, ...]  # stages that depend on the quantity
 
     def jobs(self) -> Iterator[tuple[int, Job]]:
         for size in self.sizes:
@@ -72,7 +72,7 @@ class Doubling:
 
 
 def doublings(quick: bool) -> list[Doubling]:
-    """Sizes that take a few minutes in all; or a few seconds."""
+    """Return sizes that take a few minutes in total; with `quick`, a few seconds."""
     if quick:
         return [Doubling("rows", Job(100, 1, 1, 1), (100, 200), STAGES)]
     return [
@@ -84,7 +84,7 @@ def doublings(quick: bool) -> list[Doubling]:
 
 
 def measure(quick: bool) -> list[tables.Row]:
-    """The table's rows, header first."""
+    """Return the rows of the table, header first."""
     rows: list[tables.Row] = [("", "size", *(f"{stage}, s" for stage in STAGES), "peak memory, GB", "exponent", "of")]
     for doubling in doublings(quick):
         costs = {size: run_job(job) for size, job in doubling.jobs()}
@@ -98,7 +98,7 @@ def measure(quick: bool) -> list[tables.Row]:
 
 
 def run_job(job: Job) -> Cost:
-    """Run it in a process of its own."""
+    """Run a job in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as name:
         folder = Path(name)
         write_rows(folder / "rows.csv", job.rows, job.probes)
@@ -118,7 +118,7 @@ def run_job(job: Job) -> Cost:
 
 
 def write_rows(path: Path, n_rows: int, n_probes: int) -> None:
-    """A task of the user's own: texts of the Wikidata tasks with labels drawn at random."""
+    """Write a user's task: texts of the Wikidata tasks with random labels."""
     mentions = load_probe_texts().mentions
     random = np.random.default_rng(0)
     chosen = random.permutation(len(mentions))[:n_rows]
@@ -132,18 +132,18 @@ def write_rows(path: Path, n_rows: int, n_probes: int) -> None:
 
 
 def main() -> int:
-    """Measure, or print what was kept."""
+    """Measure, or print the kept results."""
     flags = parser(__doc__)
     flags.add_argument("--large", action="store_true", help="rows that do not fit in memory, in a process of their own")
     flags.add_argument("--rows", type=int, default=200_000, help="of --large")
     flags.add_argument("--layers", type=int, default=12, help="of --large")
-    flags.add_argument("--memory_gb", type=float, default=8.0, help="of --large: what it must not exceed")
-    asked = flags.parse_args()
-    if asked.large:
-        found = large_job.run(asked.rows, asked.layers, width=64 if asked.quick else 768)
-        print(tables.aligned(large_job.table(found, asked.memory_gb)))
-        return int(found.peak_gb > asked.memory_gb)
-    print(answer("bench_scaling", asked, lambda: measure(asked.quick)))
+    flags.add_argument("--memory_gb", type=float, default=8.0, help="of --large: memory limit")
+    args = flags.parse_args()
+    if args.large:
+        found = large_job.run(args.rows, args.layers, width=64 if args.quick else 768)
+        print(tables.aligned(large_job.table(found, args.memory_gb)))
+        return int(found.peak_gb > args.memory_gb)
+    print(show_or_measure("bench_scaling", args, lambda: measure(args.quick)))
     return 0
 
 

@@ -1,12 +1,12 @@
-"""The 113 tasks of sae-probes on the bundled model, two SAEs, all layers, beside the package itself on the same rows.
+"""Time the 113 tasks of sae-probes on the bundled model with two SAEs, and that package on the same rows.
 
-python benchmarks/bench_suite.py run --environment ~/sae-probes    # makes the environment there if it is not there
-python benchmarks/bench_suite.py                                   # the table, from what `run` kept
+python benchmarks/bench_suite.py run --environment ~/sae-probes    # creates the environment if it is missing
+python benchmarks/bench_suite.py                                   # print the table of the kept results
 
-`main.py` is timed whole, from its start to its last file: at most 400 rows of each task. `sae-probes` 0.4.2 gets the
-same rows of every twelfth task, hook by hook as its README runs it: its baseline probe, and k-sparse probes with k 1
-and 16 on each SAE. Its forward passes are scaled up by characters, its probes by tasks: take its side as rough. The
-package fits one split; ours fits five times five folds, on activations and on two reconstructions.
+`main.py` is timed as a whole, from its start to its last file, with at most 400 rows of each task. `sae-probes` 0.4.2
+gets the same rows of every twelfth task, hook by hook as its README runs it: its baseline probe, and k-sparse probes
+with k 1 and 16 on each SAE. Its forward passes are scaled up by characters and its probes by tasks, so its figures are
+rough. It fits one split; this program fits five times five folds, on activations and on two reconstructions.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import NamedTuple
 
 from benchmarks.bench_end_to_end import DRIVER, PACKAGE, PROJECT, make_environment, run_driver
 from benchmarks.bundled import MODEL
-from benchmarks.timing import answer, parser
+from benchmarks.timing import parser, show_or_measure
 from delta_selectivity.reporting import tables
 
 SAES = (MODEL.parent / "tiny-pythia-saes-k8", MODEL.parent / "tiny-pythia-saes-k32")
 LAYERS = range(6)
-ROWS = 400  # of a task, at most
-EVERY = 12  # of the tasks one is timed on the package's side
+ROWS = 400  # maximum rows per task
+EVERY = 12  # one of this many tasks is timed with `sae-probes`
 
 
 class Whole(NamedTuple):
@@ -103,13 +103,13 @@ def time_package(python: Path, rows: Path, timed: list[str], drawn: Drawn) -> tu
 
 
 def main() -> int:
-    """Compare, or print what was kept."""
+    """Compare, or print the kept results."""
     flags = parser(__doc__)
-    flags.add_argument("--environment", type=Path, help="folder of the package's environment; made if not there")
-    asked = flags.parse_args()
-    if asked.quick or asked.cpu_time or (asked.what == "run" and asked.environment is None):
+    flags.add_argument("--environment", type=Path, help="folder of the package's environment; created if missing")
+    args = flags.parse_args()
+    if args.quick or args.cpu_time or (args.what == "run" and args.environment is None):
         flags.error("run needs --environment, and has neither a small size nor CPU time")
-    print(answer("bench_suite", asked, lambda: measure(asked.environment, asked.repeats)))
+    print(show_or_measure("bench_suite", args, lambda: measure(args.environment, args.repeats)))
     return 0
 
 

@@ -1,14 +1,14 @@
-"""What a sample of the tokens costs beside all of them, and whether its intervals cover what all tokens give.
+"""Compare whole-text figures of a sample of the tokens with those of all tokens: their time and their coverage.
 
 python benchmarks/bench_whole_tokens.py run               # ten SAEs of 16k latents at one layer, warm cache
-python benchmarks/bench_whole_tokens.py                   # the table, from what `run` kept
+python benchmarks/bench_whole_tokens.py                   # print the table of the kept results
 python benchmarks/bench_whole_tokens.py run --coverage    # the bundled SAEs, twenty samples
-python benchmarks/bench_whole_tokens.py --coverage        # likewise
+python benchmarks/bench_whole_tokens.py --coverage        # print the table of the coverage
 
-Speed: whole runs of `main.py`, each timed from its start to its end, in turn; figures are medians. Coverage: samples by
-seed of a quarter of the default's size, on every dataset, beside the figures of all tokens. A figure is within when it
-is no further from that of all tokens than 1.96 standard errors. `dead` falls with the number of tokens, so it is held
-against the mean of the samples.
+Speed: whole runs of `main.py`, each timed from start to end, in turn; figures are medians. Coverage: samples by seed,
+of a quarter of the default size, on every dataset, compared with the figures of all tokens. A figure is covered if it
+differs from that of all tokens by at most 1.96 standard errors. `dead` falls with the number of tokens, so it is
+compared with the mean of the samples.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import pandas
 
 from benchmarks.bundled import MODEL
 from benchmarks.shapes import Shape
-from benchmarks.timing import answer, parser
+from benchmarks.timing import parser, show_or_measure
 from delta_selectivity import Results, Settings, evaluate
 from delta_selectivity.reporting import tables
 
@@ -39,9 +39,9 @@ SPEED_HEADER = ("tokens", "in whole-text figures", "whole job, s", "ratio", "fig
 COVERAGE_HEADER = ("figure", "samples", "mean standard error", "spread of the samples", "within 1.96 standard errors")
 
 
-def speed(asked: argparse.Namespace) -> list[tables.Row]:
-    """Ten wide SAEs at one layer, with everything about the model cached."""
-    n_saes, d_sae, more = (2, 512, ["--shuffle_select_n", "60"]) if asked.quick else (N_SAES, D_SAE, [])
+def speed(args: argparse.Namespace) -> list[tables.Row]:
+    """Time ten wide SAEs at one layer, with a cache that holds everything about the model."""
+    n_saes, d_sae, more = (2, 512, ["--shuffle_select_n", "60"]) if args.quick else (N_SAES, D_SAE, [])
     shape = Shape("wide", N_LAYERS, 256, 4, d_sae, K)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -58,10 +58,10 @@ def speed(asked: argparse.Namespace) -> list[tables.Row]:
             subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
             return time.perf_counter() - start
 
-        sides = ("all", "500" if asked.quick else "65536")
-        run(sides[1], 0)  # fills the cache
+        sides = ("all", "500" if args.quick else "65536")
+        run(sides[1], 0)  # fill the cache
         seconds: dict[str, list[float]] = {side: [] for side in sides}
-        for turn in range(1, asked.repeats + 1):
+        for turn in range(1, args.repeats + 1):
             for side in sides:
                 seconds[side].append(run(side, turn))
         frames = {side: _frame(place / f"{side}-1") for side in sides}
@@ -84,15 +84,15 @@ def speed(asked: argparse.Namespace) -> list[tables.Row]:
     ]
 
 
-def coverage(asked: argparse.Namespace) -> list[tables.Row]:
-    """The bundled SAEs at one layer, on all datasets."""
-    seeds, sample, rows = (2, 500, 60) if asked.quick else (SEEDS, SAMPLE, None)
+def coverage(args: argparse.Namespace) -> list[tables.Row]:
+    """Measure the bundled SAEs at one layer, on all datasets."""
+    seeds, sample, rows = (2, 500, 60) if args.quick else (SEEDS, SAMPLE, None)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
 
         def figures(seed: int, tokens: int | None) -> dict[str, np.ndarray]:
             settings = Settings(
-                folds=3, repeats=1, seed=seed, whole_tokens=tokens, shuffle_select_n=rows if asked.quick else None
+                folds=3, repeats=1, seed=seed, whole_tokens=tokens, shuffle_select_n=rows if args.quick else None
             )
             out = place / f"{seed}-{tokens}"
             evaluate(MODEL, SAES, layers=[LAYER], settings=settings, output=out, cache=place / "cache", device="cpu")
@@ -119,12 +119,14 @@ def _frame(folder: Path) -> pandas.DataFrame:
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.add_argument("--coverage", action="store_true", help="do the intervals cover what all tokens give?")
-    asked = flags.parse_args()
-    if asked.coverage:
-        print(answer("bench_whole_tokens_coverage", asked, lambda: coverage(asked)))
+    flags.add_argument(
+        "--coverage", action="store_true", help="measure how often the intervals cover the figures of all tokens"
+    )
+    args = flags.parse_args()
+    if args.coverage:
+        print(show_or_measure("bench_whole_tokens_coverage", args, lambda: coverage(args)))
     else:
-        print(answer("bench_whole_tokens", asked, lambda: speed(asked)))
+        print(show_or_measure("bench_whole_tokens", args, lambda: speed(args)))
 
 
 if __name__ == "__main__":

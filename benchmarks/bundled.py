@@ -1,9 +1,9 @@
-"""Activations of a model, the bundled one by default, at the tokens that probes read, for the scripts beside this one.
+"""Compute activations of a model (by default the bundled one) at the probed tokens, for the scripts in this folder.
 
     found = bundled.activations(mentions, layers=[3, 4])    # layer -> float32 [mentions, d]
 
-What `main.py` makes in its producer, without SAEs, queue and threads: the residual stream at the last token of each
-name, BOS first.
+These are the activations of `main.py`'s producer, without SAEs, queue and threads: the residual stream at the last
+token of each name, with BOS first.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"
 def activations(
     mentions: Sequence[Mention], layers: Collection[int], model: Path | str = MODEL, dtype: str = "auto"
 ) -> dict[int, Tensor]:
-    """Outputs of `layers` at the last token of each mention's name: layer -> float32 [mentions, d].
+    """Return the outputs of `layers` at the last token of each mention's name: layer -> float32 [mentions, d].
 
-    Raises `RequestError` for a layer that the model lacks, and for a model that cannot be read.
+    Raises `RequestError` for a layer that the model does not have, and for a model that cannot be read.
     """
     info = open_model(str(model))
     if not all(0 <= layer < info.n_layers for layer in layers):
@@ -37,17 +37,17 @@ def activations(
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=info.has_bos, max_length=info.max_length)
     sites = [Site(layer, "resid_post") for layer in layers]
     language_model = info.load(sites, "cpu", info.choose_dtype(dtype, "cpu"))
-    found = {site: torch.empty(len(mentions), info.d_model) for site in sites}
+    collected = {site: torch.empty(len(mentions), info.d_model) for site in sites}
     for batch in batches(tokenised, np.arange(len(mentions)), batch_size=len(mentions), max_tokens=CPU_TOKENS):
         outputs = language_model.activations(batch.ids)
         rows, text = torch.from_numpy(batch.mentions), torch.arange(len(batch.mentions))
         for site in sites:
-            found[site][rows] = outputs[site][text, batch.last].float()
-    return {site.layer: values for site, values in found.items()}
+            collected[site][rows] = outputs[site][text, batch.last].float()
+    return {site.layer: values for site, values in collected.items()}
 
 
 def reconstructions(x: Tensor, sae: str, layer: int) -> Tensor:
-    """What a bundled SAE, named by its folder, makes of the activations of a layer: float32 [rows, d]."""
+    """Return the reconstruction of a layer's activations by a bundled SAE, named by its folder: float32 [rows, d]."""
     loaded = open_sae(str(MODEL.parent / sae)).load(layer, "cpu")
     with torch.inference_mode():
         return torch.cat([loaded.decode(loaded.encode(part), part) for part in x.split(4096)]).float()

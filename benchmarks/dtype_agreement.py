@@ -1,7 +1,7 @@
-"""What running the bundled model in bfloat16, as it was saved, does to the results: float32 beside it.
+"""Compare the results of the bundled model in bfloat16, in which it was saved, with those in float32.
 
 python benchmarks/dtype_agreement.py run   # the demo in float32 (minutes), into a folder beside this file
-python benchmarks/dtype_agreement.py       # the table, from results/demo/ and what `run` kept
+python benchmarks/dtype_agreement.py       # print the table, from results/demo/ and the results of `run`
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
 
 
 def run() -> None:
-    """The demo in float32."""
+    """Run the demo in float32."""
     flags = ["--dtype", "float32", "--output_directory", str(KEPT), "--overwrite"]
     subprocess.run([sys.executable, str(PROJECT / "main.py"), *flags], check=True)
 
 
 def table() -> str:
-    """Per SAE: how far figures of the two runs are apart, beside half the width of the interval of delta_sel."""
+    """Return, per SAE, the differences between the two runs, and half the width of the interval of delta_sel."""
     rows: list[tables.Row] = [("SAE", "figure", "mean difference", "mean, absolute", "largest, absolute")]
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         pairs = []

@@ -1,11 +1,11 @@
-"""All SAEs of Gemma Scope on paper: units, bytes, hours and money on 8 and on 64 GPUs.
+"""Estimate the evaluation of all SAEs of Gemma Scope: units, bytes, hours and cost on 8 and on 64 GPUs.
 
-    python benchmarks/gemma_scope.py            # the table
-    python benchmarks/gemma_scope.py simulated  # the same by a simulation of units on workers with one storage
+    python benchmarks/gemma_scope.py            # print the table
+    python benchmarks/gemma_scope.py simulated  # the same by a simulation of workers that share one storage
 
-The SAEs are those of SAE Lens's list of releases (`canonical` names are second names and not counted); widths of the
-models from their configs. A unit is one layer of one hook point with as many SAEs as fit into `MEMORY`. What was
-measured and what is assumed is in docs/scale.md.
+The SAEs are those of SAE Lens's list of releases (`canonical` names are aliases and not counted); the widths of the
+models are those of their configs. A unit is one layer of one hook point with as many SAEs as fit into `MEMORY`.
+docs/scale.md says what was measured and what is assumed.
 """
 
 from __future__ import annotations
@@ -30,27 +30,32 @@ RELEASE = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)
 SAE_ID = re.compile(r"(?:layer_(?P<layer>\d+)|embedding)/width_(?P<width>\d+)(?P<unit>[km])/")
 
 GPU = Rates(forward=3.0e14, sae=2.0e13, probe=3.3e9, start=20.0)
-"""Assumed, of an H100: 30 % of its bfloat16 peak for the model, 30 % of its float32 peak for the SAEs; probes at
-some fifty times a core of a CPU; 20 s to read texts and tokens, build the model and start kernels."""
-MEMORY = 60e9  # bytes of a GPU of 80 GB that weights and rows may take
-PRICE = 2.50  # dollars a GPU hour
-STORAGE = 2e9  # bytes a second that all workers read together
-TEXTS, TOKENS_PER_TEXT, CELLS = 12_403, 116, 22_935 * 25  # the five datasets; rows over all probes x folds x partitions
+"""Assumptions for an H100: 30 % of its bfloat16 peak for the model and 30 % of its float32 peak for the SAEs; probes
+about fifty times as fast as on a CPU core; 20 s to read texts and tokens, build the model and start kernels.
+"""
+MEMORY = 60e9  # bytes that weights and rows may use, on a GPU of 80 GB
+PRICE = 2.50  # dollars per GPU hour
+STORAGE = 2e9  # bytes per second, shared by all workers
+TEXTS, TOKENS_PER_TEXT, CELLS = (
+    12_403,
+    116,
+    22_935 * 25,
+)  # the five datasets; number of rows, summed over probes x folds x partitions
 
 
 @dataclass(frozen=True)
 class Model:
-    """A Gemma 2."""
+    """A Gemma 2 model."""
 
     d_model: int
-    d_att: int  # width of what attention's SAEs read: heads x their dimension
+    d_att: int  # width of the input of attention SAEs: heads x head dimension
     d_mlp: int
     n_layers: int
     vocabulary: int = 256_000
 
     @property
     def layer_weights(self) -> int:
-        """Gated MLP and attention with grouped queries."""
+        """Return the number of weights of a layer: gated MLP, and attention with grouped queries."""
         return 3 * self.d_model * self.d_mlp + 3 * self.d_model * self.d_att
 
 
@@ -66,18 +71,18 @@ class Listed:
     """One SAE of the list."""
 
     size: str  # of the model
-    base: str  # pt or it: trained on activations of the pretrained or of the tuned model
+    base: str  # pt or it: trained on activations of the pretrained or of the instruction-tuned model
     place: str  # res, mlp, att, transcoders
     layer: int  # -1: the embedding
     d_sae: int
 
 
 def listed() -> list[Listed]:
-    """Every SAE of Gemma Scope in SAE Lens's list."""
+    """Return every SAE of Gemma Scope in SAE Lens's list."""
     package = find_spec("sae_lens")
     assert package is not None and package.submodule_search_locations is not None
     text = (Path(package.submodule_search_locations[0]) / "pretrained_saes.yaml").read_text(encoding="utf-8")
-    found = []
+    saes = []
     for release, content in yaml.safe_load(text).items():
         name = RELEASE.match(release)
         for entry in content["saes"] if name else ():
@@ -85,12 +90,12 @@ def listed() -> list[Listed]:
             assert name and sae, entry["id"]
             said = int(sae["width"]) * (1e3 if sae["unit"] == "k" else 1e6)
             d_sae = 2 ** round(math.log2(said))  # 131k is 2^17
-            found.append(Listed(name[1], name[2], name[3], int(sae["layer"] or -1), d_sae))
-    return found
+            saes.append(Listed(name[1], name[2], name[3], int(sae["layer"] or -1), d_sae))
+    return saes
 
 
 def work(saes: Sequence[Listed]) -> Iterator[tuple[str, int, int, float]]:
-    """Units: model, SAEs, bytes to read, seconds on one GPU."""
+    """Return the units: model, SAEs, bytes to read, seconds on one GPU."""
     groups: dict[tuple[str, str, str, int], list[Listed]] = {}
     for sae in saes:
         groups.setdefault((sae.size, sae.base, sae.place, sae.layer), []).append(sae)
@@ -98,8 +103,8 @@ def work(saes: Sequence[Listed]) -> Iterator[tuple[str, int, int, float]]:
         model = MODELS[size]
         d = model.d_att if place == "att" else model.d_model
         for part in _that_fit(group, d, model, layer):
-            found = cost(_shape(part, d, model, layer), GPU)
-            yield size, len(part), found.model_bytes + found.sae_bytes, found.seconds
+            estimate = cost(_shape(part, d, model, layer), GPU)
+            yield size, len(part), estimate.model_bytes + estimate.sae_bytes, estimate.seconds
 
 
 def _that_fit(group: Sequence[Listed], d: int, model: Model, layer: int) -> list[list[Listed]]:
@@ -128,7 +133,7 @@ def _shape(saes: Sequence[Listed], d: int, model: Model, layer: int) -> Shape:
 
 
 def on_paper() -> str:
-    """Sums, and what they come to if nothing ever waits."""
+    """Return the totals, and the estimates without any waiting time."""
     units = list(work(listed()))
     rows: list[Row] = [("model", "SAEs", "units", "to read", "GPU hours", "8 GPUs", "64 GPUs", "dollars")]
     for size in (*MODELS, "all"):
@@ -143,7 +148,7 @@ def on_paper() -> str:
 
 
 def simulated() -> str:
-    """All units on workers that share a storage, of three speeds."""
+    """Simulate all units on workers that share a storage, at three speeds."""
     tasks = [Task(nbytes, seconds) for _, _, nbytes, seconds in work(listed())]
     rows: list[Row] = [("GPUs", "storage, GB/s", "hours", "computing", "reading", "idle", "dollars")]
     for n_workers in (8, 64):

@@ -1,10 +1,10 @@
-"""Does delta_sel move with the truth? SAEs from perfect to broken in a world whose features are known.
+"""Test whether delta_sel follows the truth: SAEs from perfect to broken in a world whose features are known.
 
 python benchmarks/ground_truth.py run            # build the world, train, measure (minutes)
-python benchmarks/ground_truth.py run --seed 1   # another world, other SAEs
-python benchmarks/ground_truth.py                # the tables, from what `run` kept
+python benchmarks/ground_truth.py run --seed 1   # another world and other SAEs
+python benchmarks/ground_truth.py                # print the tables of the kept results
 
-Tasks are the presence of a feature in a row; a row is one mention of a person of its own. See docs/ground_truth.md.
+A task is the presence of a feature in a row. Each row is a mention of a different person. See docs/ground_truth.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 log = logging.getLogger(__name__)
 
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
-N_TRAIN, N_TRUTH, N_ROWS, N_TASKS = 2**16, 2**14, 3000, 24  # rows for training, for the truth, for the probes
+N_TRAIN, N_TRUTH, N_ROWS, N_TASKS = 2**16, 2**14, 3000, 24  # rows for training, for the truth, and for the probes
 PREDICTORS = ("delta_sel", "transfer_delta", "mse", "fvu", "l0")
 TRUTHS = ("present", "kept", "kept_tasks", "held", "matched", "mcc")
 
@@ -53,7 +53,11 @@ def run(seed: int) -> None:
     KEPT.mkdir(exist_ok=True)
     content = {
         "saes": [asdict(result) for result in results],
-        "shuffling": {"value": shuffling.value, "low": shuffling.low, "high": shuffling.high},  # shuffled - whole
+        "shuffling": {
+            "value": shuffling.value,
+            "low": shuffling.low,
+            "high": shuffling.high,
+        },  # shuffled minus original
         "_run": result_file.describe_run(config),
     }
     result_file.write_json(kept_file(seed), content)
@@ -64,32 +68,32 @@ def kept_file(seed: int) -> Path:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What `run` kept of one world."""
+class StoredWorld:
+    """The kept results of one world."""
 
     saes: list[Result]
     shuffling: dict[str, float]  # value, low, high: sae_sel with the decoder shuffled minus without, paired
 
     @classmethod
-    def load(cls, seed: int) -> Kept:
-        """Raises FileNotFoundError if that world was not run."""
+    def load(cls, seed: int) -> StoredWorld:
+        """Load the results of a world. Raises FileNotFoundError if that world was not run."""
         kept = json.loads(kept_file(seed).read_text(encoding="utf-8"))
         return cls([Result(**result) for result in kept["saes"]], kept["shuffling"])
 
     @property
-    def honest(self) -> list[Result]:
-        """The SAEs without those built to deceive."""
+    def without_adversarial(self) -> list[Result]:
+        """Return the SAEs without the adversarial ones."""
         return [r for r in self.saes if not r.deceives]
 
 
 def rank_correlation(results: Sequence[Result], predictor: str, truth: str) -> float:
-    """Spearman's, over SAEs."""
-    found = spearmanr([getattr(r, predictor) for r in results], [getattr(r, truth) for r in results])
-    return float(found.statistic)
+    """Return Spearman's rank correlation over SAEs."""
+    correlation = spearmanr([getattr(r, predictor) for r in results], [getattr(r, truth) for r in results])
+    return float(correlation.statistic)
 
 
 def sae_table(results: Sequence[Result]) -> str:
-    """A line per SAE: those that hold most first, those built to deceive last."""
+    """Return a line per SAE: in descending order of what they keep, adversarial ones last."""
     rows: list[Row] = [
         ("SAE", "", "present", "kept", "held", "matched", "MCC", "delta_sel", "95 % interval", "transfer_delta",
          "latent_sel", "MSE", "FVU", "L0")
@@ -112,10 +116,12 @@ def sae_table(results: Sequence[Result]) -> str:
     return aligned(rows)
 
 
-def rank_table(by_seed: Mapping[int, Kept]) -> str:
-    """Spearman's correlation of every score with every truth in every world; last, the deceivers among the SAEs."""
+def rank_table(by_seed: Mapping[int, StoredWorld]) -> str:
+    """Return Spearman's correlation of every score with every truth in every world; last, over the adversarial SAEs."""
     rows: list[Row] = [("true recovery", "world", "SAEs", *PREDICTORS)]
-    rows += [_ranks(truth, f"seed {seed}", kept.honest) for truth in TRUTHS for seed, kept in by_seed.items()]
+    rows += [
+        _ranks(truth, f"seed {seed}", kept.without_adversarial) for truth in TRUTHS for seed, kept in by_seed.items()
+    ]
     for truth in ("present", "kept", "held"):
         rows += [_ranks(truth, f"seed {seed}, deceivers too", kept.saes) for seed, kept in by_seed.items()]
     return aligned(rows)
@@ -126,21 +132,21 @@ def _ranks(truth: str, world: str, results: Sequence[Result]) -> Row:
     return (truth.replace("_", ", "), world, str(len(results)), *found)
 
 
-def verdict(kept: Kept) -> str:
-    """What the tables say in a few sentences."""
+def verdict(kept: StoredWorld) -> str:
+    """Summarise the tables in a few sentences."""
     broken = next(r for r in kept.saes if SHUFFLED in r.name)
     whole = next(r for r in kept.saes if r.name == broken.name.removesuffix(SHUFFLED))
-    ranked = sorted(kept.honest, key=lambda r: -r.delta_sel)
+    ranked = sorted(kept.without_adversarial, key=lambda r: -r.delta_sel)
     lines = [f"{len(ranked)} SAEs that are not built to deceive; first by delta_sel: {ranked[0].name}."]
     for truth, words in (
         ("present", "which features can still be seen"),
         ("kept", "how much of each"),
         ("held", "what is still where it was"),
     ):
-        rho = {predictor: rank_correlation(kept.honest, predictor, truth) for predictor in PREDICTORS}
+        rho = {predictor: rank_correlation(kept.without_adversarial, predictor, truth) for predictor in PREDICTORS}
         best = max(PREDICTORS, key=lambda predictor: abs(rho[predictor]))
-        told = ", ".join(f"{predictor} {rho[predictor]:+.3f}" for predictor in PREDICTORS)
-        lines.append(f"Rank correlation with {words}: {told}. The strongest: {best}.")
+        correlations = ", ".join(f"{predictor} {rho[predictor]:+.3f}" for predictor in PREDICTORS)
+        lines.append(f"Rank correlation with {words}: {correlations}. The strongest: {best}.")
     change = kept.shuffling
     lines.append(
         f"Shuffling the rows of a trained decoder changes sae_sel by {change['value']:+.3f} "
@@ -151,11 +157,11 @@ def verdict(kept: Kept) -> str:
 
 
 def tables() -> str:
-    """Every SAE in the first world, the rank correlations in all worlds that were kept, and the verdict."""
+    """Return every SAE of the first world, the rank correlations of all kept worlds, and the summary."""
     seeds = sorted(int(path.stem.removeprefix("seed_")) for path in KEPT.glob("seed_*.json"))
     if not seeds:
-        raise SystemExit("nothing was measured yet: python benchmarks/ground_truth.py run")
-    by_seed = {seed: Kept.load(seed) for seed in seeds}
+        raise SystemExit("there are no kept results: python benchmarks/ground_truth.py run")
+    by_seed = {seed: StoredWorld.load(seed) for seed in seeds}
     first = by_seed[seeds[0]]
     return "\n\n".join([sae_table(first.saes), rank_table(by_seed), verdict(first)])
 
@@ -164,8 +170,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
     parser.add_argument("--seed", type=int, default=0, help="of the world to run, its rows and its SAEs (%(default)s)")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if asked.what == "run":
-        run(asked.seed)
+    if args.what == "run":
+        run(args.seed)
     print(tables())

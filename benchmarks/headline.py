@@ -1,13 +1,13 @@
-"""Candidates for the figure that ranks SAEs, held against `transfer_r2` on stored out-of-fold scores.
+"""Compare candidate scores for ranking SAEs with `transfer_r2`, on stored out-of-fold scores.
 
 python benchmarks/headline.py results/reliability/layer_3/scores/panel_3000   # of `benchmarks/reliability.py run`
-python benchmarks/headline.py                                                 # the table, from what was kept
-python benchmarks/headline.py --model_name smollm2-135m [FOLDER]              # the same of the study on SmolLM2
-python scripts/update_tables.py docs/reliability.md                           # puts them there
+python benchmarks/headline.py                                                 # print the table of the kept results
+python benchmarks/headline.py --model_name smollm2-135m [FOLDER]              # the same for the study on SmolLM2
+python scripts/update_tables.py docs/reliability.md                           # update the document
 
-What each candidate is, what was expected and by which rule one would have been taken stands in docs/reliability.md,
-written before any was computed. No model, no SAE and no fit is needed: the scores of the model's own probes on its
-activations (view `model`) and on the reconstructions (view `transfer`) say all.
+docs/reliability.md defines each candidate, the expectations, and the rule for choosing one; it was written before any
+candidate was computed. No model, SAE or fit is needed: all candidates use the scores of the model's own probes on its
+activations (view `model`) and on the reconstructions (view `transfer`).
 """
 
 from __future__ import annotations
@@ -33,50 +33,50 @@ from delta_selectivity.system.whole_file import replacing
 
 KEPT = Path(__file__).resolve().with_name("headline")  # one file for each model
 BEST_SO_FAR = "transfer_r2"
-CLEARLY = (11, 10)  # a tenth more pairs ordered surely right
+MIN_GAIN = (11, 10)  # at least a tenth more pairs are ordered correctly and significantly
 
 Floats = NDArray[np.floating]
 Counts = dict[str, dict[str, dict[str, PairCount]]]  # family -> kind of pairs -> candidate -> its count
 
 
-def _scores(found: ProbeScores) -> tuple[Floats, Floats]:
-    """Of the model's probes on x and on x̂: [repeats, rows] each."""
-    return found.views["model"].astype(np.float64), found.views["transfer"].astype(np.float64)
+def _scores(probe: ProbeScores) -> tuple[Floats, Floats]:
+    """Return the scores of the model's probes on x and on x̂: [repeats, rows] each."""
+    return probe.views["model"].astype(np.float64), probe.views["transfer"].astype(np.float64)
 
 
-def _mean(found: ProbeScores, values: Floats) -> Floats:
-    """Classes balanced: [repeats, 1]."""
-    return np.asarray(balanced_mean(values, found.labels, found.weights))[:, None]
+def _mean(probe: ProbeScores, values: Floats) -> Floats:
+    """Return the mean with balanced classes: [repeats, 1]."""
+    return np.asarray(balanced_mean(values, probe.labels, probe.weights))[:, None]
 
 
-def margin_parts(found: ProbeScores, _view: str) -> Floats:
-    """Separation of the classes on x̂ over that on x, linearised: its influence by row is the ratio's."""
-    own, copy = (np.where(found.labels, of_view, -of_view) for of_view in _scores(found))
-    whole = _mean(found, own)
-    share = _mean(found, copy) / whole
+def margin_parts(probe: ProbeScores, _view: str) -> Floats:
+    """Return the influence by row of the separation of the classes on x̂ divided by that on x (a linearised ratio)."""
+    own, copy = (np.where(probe.labels, of_view, -of_view) for of_view in _scores(probe))
+    whole = _mean(probe, own)
+    share = _mean(probe, copy) / whole
     return np.asarray(share + (copy - share * own) / whole)
 
 
-def bits_parts(found: ProbeScores, _view: str) -> Floats:
-    """Information about the label in x̂ minus that in x, in bits, after Platt scaling fitted on the other folds."""
-    own, copy = (_platt_bits(found, of_view) for of_view in _scores(found))
+def bits_parts(probe: ProbeScores, _view: str) -> Floats:
+    """Return the information about the label in x̂ minus that in x, in bits, after Platt scaling on the other folds."""
+    own, copy = (_platt_bits(probe, of_view) for of_view in _scores(probe))
     return copy - own
 
 
-def _platt_bits(found: ProbeScores, of_view: Floats) -> Floats:
-    """1 - log loss / ln 2 of each row: [repeats, rows]."""
+def _platt_bits(probe: ProbeScores, of_view: Floats) -> Floats:
+    """Return 1 - log loss / ln 2 of each row: [repeats, rows]."""
     result = np.empty_like(of_view)
-    for values, folds, out in zip(of_view, found.folds, result, strict=True):
+    for values, folds, out in zip(of_view, probe.folds, result, strict=True):
         for fold in np.unique(folds):
             here = folds == fold
-            slope, offset = fit_platt(values[~here], found.labels[~here], found.weights[~here])
+            slope, offset = fit_platt(values[~here], probe.labels[~here], probe.weights[~here])
             logits = slope * values[here] + offset
-            out[here] = 1 - np.logaddexp(0, np.where(found.labels[here], -logits, logits)) / np.log(2)
+            out[here] = 1 - np.logaddexp(0, np.where(probe.labels[here], -logits, logits)) / np.log(2)
     return result
 
 
 def fit_platt(values: Floats, labels: NDArray[np.bool_], weights: Floats, steps: int = 30) -> tuple[float, float]:
-    """Slope and offset of a logistic regression on one score, classes balanced; by Newton's method."""
+    """Fit slope and offset of a logistic regression on one score, with balanced classes, by Newton's method."""
     weights = np.where(labels, weights / weights[labels].sum(), weights / weights[~labels].sum())
     scale = values.std() or 1.0
     x = np.stack([values / scale, np.ones_like(values)])  # [2, rows]
@@ -98,34 +98,34 @@ def fit_platt(values: Floats, labels: NDArray[np.bool_], weights: Floats, steps:
     return float(beta[0] / scale), float(beta[1])
 
 
-def belief_parts(found: ProbeScores, _view: str) -> Floats:
-    """Minus the divergence of the probe's belief on x̂ from that on x, KL(σ(s) ‖ σ(t)), in bits."""
-    own, copy = _scores(found)
+def belief_parts(probe: ProbeScores, _view: str) -> Floats:
+    """Return minus the divergence of the probe's probabilities on x̂ from those on x, KL(σ(s) ‖ σ(t)), in bits."""
+    own, copy = _scores(probe)
     p = expit(own)
     rise = np.logaddexp(0, -copy) - np.logaddexp(0, -own)
     fall = np.logaddexp(0, copy) - np.logaddexp(0, own)
     return np.asarray(-(p * rise + (1 - p) * fall) / np.log(2))
 
 
-def rank_parts(found: ProbeScores, _view: str) -> Floats:
-    """Squared correlation of the scores on x̂ with those on x, linearised."""
-    own, copy = (_standardised(found, of_view) for of_view in _scores(found))
-    r = _mean(found, own * copy)
+def rank_parts(probe: ProbeScores, _view: str) -> Floats:
+    """Return the squared correlation of the scores on x̂ with those on x, linearised."""
+    own, copy = (_standardised(probe, of_view) for of_view in _scores(probe))
+    r = _mean(probe, own * copy)
     return np.asarray(r**2 + 2 * r * (own * copy - r * (own**2 + copy**2) / 2))
 
 
-def _standardised(found: ProbeScores, of_view: Floats) -> Floats:
-    centred = of_view - _mean(found, of_view)
-    return centred / np.sqrt(np.maximum(_mean(found, centred**2), np.finfo(np.float64).tiny))
+def _standardised(probe: ProbeScores, of_view: Floats) -> Floats:
+    centred = of_view - _mean(probe, of_view)
+    return centred / np.sqrt(np.maximum(_mean(probe, centred**2), np.finfo(np.float64).tiny))
 
 
-def answer_parts(found: ProbeScores, _view: str) -> Floats:
-    """1 where the probe says the same class of x̂ as of x."""
-    own, copy = _scores(found)
+def answer_parts(probe: ProbeScores, _view: str) -> Floats:
+    """Return 1 where the probe predicts the same class on x̂ as on x."""
+    own, copy = _scores(probe)
     return ((own > 0) == (copy > 0)).astype(np.float64)
 
 
-CANDIDATES: dict[str, Parts] = {  # name -> what each row gives to it; higher is better
+CANDIDATES: dict[str, Parts] = {  # name -> contribution of each row; higher is better
     BEST_SO_FAR: lambda found, _view: r2_parts(found, "transfer"),
     "margin kept": margin_parts,
     "bits kept": bits_parts,
@@ -135,19 +135,19 @@ CANDIDATES: dict[str, Parts] = {  # name -> what each row gives to it; higher is
     "transfer_delta": lambda found, _view: correct(found, "transfer") - correct(found, "model"),
     "delta_sel": lambda found, _view: correct(found, "sae") - correct(found, "model"),
 }
-NOT_CHOSEN_FROM = ("transfer_delta", "delta_sel")  # in the results already
+EXCLUDED = ("transfer_delta", "delta_sel")  # already in the results
 
 
 def measure(folder: Path, sets: Sequence[PairSet]) -> Counts:
-    """How each candidate orders the pairs. Raises `RequestError` if scores of one of the SAEs are not in the folder."""
+    """Measure how each candidate orders the pairs. Raises `RequestError` if the scores of an SAE are missing."""
     names = {snapshot.name for each in sets for pair in each.pairs for snapshot in pair}
     probes = {name: list(scores.load(folder / f"{name}.safetensors").probes.values()) for name in sorted(names)}
     gains: dict[tuple[str, str, str], list[tuple[float, float, float]]] = {}
     for candidate, parts in CANDIDATES.items():
         shares = {name: [parts(probe, "") for probe in of_sae] for name, of_sae in probes.items()}
         for each in sets:
-            found = (difference(shares[better], shares[worse], probes[better]) for worse, better in each.names)
-            row = [(gain.value, gain.low, gain.high) for gain in found]
+            estimates = (difference(shares[better], shares[worse], probes[better]) for worse, better in each.names)
+            row = [(gain.value, gain.low, gain.high) for gain in estimates]
             gains.setdefault((each.family, each.kind, candidate), []).extend(row)
     counts: Counts = {}
     for (family, kind, candidate), values in gains.items():
@@ -156,23 +156,23 @@ def measure(folder: Path, sets: Sequence[PairSet]) -> Counts:
 
 
 def total(by_kind: Mapping[str, Mapping[str, PairCount]], candidate: str) -> tuple[int, int]:
-    """Pairs ordered surely right, and surely wrong, over all kinds of pairs."""
+    """Return the pairs ordered correctly, and those ordered wrongly, with significance, over all kinds of pairs."""
     found = [of[candidate] for of in by_kind.values()]
     return sum(count.sure for count in found), sum(count.sure_and_wrong for count in found)
 
 
 def verdict(counts: Counts) -> str:
-    """Which candidate the first family chooses, and whether it beats `transfer_r2` clearly on the second, in a line."""
+    """Say which candidate the first family chooses, and whether it clearly beats `transfer_r2` on the second."""
     first, second = counts
-    rivals = [name for name in CANDIDATES if name not in (BEST_SO_FAR, *NOT_CHOSEN_FROM)]
+    candidates = [name for name in CANDIDATES if name not in (BEST_SO_FAR, *EXCLUDED)]
 
     def merit(name: str) -> tuple[int, int]:
         right, wrong = total(counts[first], name)
         return right, -wrong
 
-    chosen = max(rivals, key=merit)
+    chosen = max(candidates, key=merit)
     (right, wrong), (bar, bar_wrong) = (total(counts[second], name) for name in (chosen, BEST_SO_FAR))
-    more, than = CLEARLY
+    more, than = MIN_GAIN
     beats = than * right >= more * bar and wrong <= bar_wrong
     return (
         f"Chosen on {first}: {chosen}. On {second} it orders {right} pairs surely right and {wrong} surely wrong, "
@@ -181,7 +181,7 @@ def verdict(counts: Counts) -> str:
 
 
 def table(counts: Counts) -> str:
-    """Rows: candidates; columns: kinds of pairs of either family. Surely right / surely wrong."""
+    """Return rows of candidates and columns of kinds of pairs of both families: correct / wrong, with significance."""
 
     def cells(of_candidate: Callable[[Mapping[str, PairCount]], str]) -> Iterable[str]:
         return (of_candidate(by) for by_kind in counts.values() for by in by_kind.values())
@@ -213,7 +213,7 @@ def keep(counts: Counts, model_name: str) -> None:
 
 
 def kept(model_name: str) -> Counts:
-    """What was measured last of a model."""
+    """Return the kept counts of a model."""
     plain = json.loads((KEPT / f"{model_name}.json").read_text(encoding="utf-8"))
     counts: Counts = {}
     for family, by_kind in plain.items():
@@ -224,18 +224,20 @@ def kept(model_name: str) -> Counts:
 
 
 def main() -> int:
-    """Measure where a folder is given; print what is kept."""
+    """Measure if a folder is given, and print the kept results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, help="of stored scores, one file for each SAE of the panel")
-    parser.add_argument("--model_name", choices=STUDIES, default=TINY_PYTHIA.model_name, help="what was studied")
-    asked = parser.parse_args()
-    if asked.folder is not None:
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="folder of stored scores, one file for each SAE of the panel"
+    )
+    parser.add_argument("--model_name", choices=STUDIES, default=TINY_PYTHIA.model_name, help="model of the study")
+    args = parser.parse_args()
+    if args.folder is not None:
         try:
-            keep(measure(asked.folder, pair_sets(STUDIES[asked.model_name])), asked.model_name)
+            keep(measure(args.folder, pair_sets(STUDIES[args.model_name])), args.model_name)
         except RequestError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    counts = kept(asked.model_name)
+    counts = kept(args.model_name)
     print(f"{table(counts)}\n\n{verdict(counts)}")
     return 0
 

@@ -28,7 +28,7 @@ ALLOWED = 0.005
 
 
 class Compared(NamedTuple):
-    """One figure by both."""
+    """One figure, computed by both programs."""
 
     probe: str
     sae: str
@@ -42,7 +42,7 @@ class Compared(NamedTuple):
 
 
 def compare(path: Path, repeats: int) -> list[Compared]:
-    """Every probe of every SAE in the file, on so many partitions into folds."""
+    """Compare every probe of every SAE in the file, on this many partitions into folds."""
     content, found = load_file(path), []
     settings = Settings(repeats=repeats)
     for column in sorted(name for name in content if name.startswith("labels.")):
@@ -65,7 +65,7 @@ def compare(path: Path, repeats: int) -> list[Compared]:
 
 
 def _check_folds(folds: np.ndarray, persons: np.ndarray) -> None:
-    """No person is in two folds of a partition."""
+    """Check that no person is in two folds of a partition."""
     for of_repeat in folds:
         pairs = {(int(person), int(fold)) for person, fold in zip(persons, of_repeat, strict=True)}
         assert len(pairs) == len(np.unique(persons))

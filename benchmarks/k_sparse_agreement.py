@@ -1,11 +1,12 @@
-"""The k-sparse probes of `sae-probes` 0.4.2 beside ours, on the package's own split of ten of its tasks.
+"""Compare the k-sparse probes of `sae-probes` 0.4.2 with ours, on that package's split of ten of its tasks.
 
-python benchmarks/k_sparse_agreement.py run --environment ~/sae-probes  # its side; makes the environment if need be
-python benchmarks/k_sparse_agreement.py                                 # the table, from what `run` kept
+python benchmarks/k_sparse_agreement.py run --environment ~/sae-probes  # run the package; creates the environment
+python benchmarks/k_sparse_agreement.py                                 # print the table of the kept results
 
-Rows as shipped (duplicates too), BOS first (TransformerLens's doing), the last token, layer 3 of the bundled model.
-Ours are the functions for choosing latents and fitting (`delta_selectivity/probing/k_sparse.py`) on the 1024 rows that
-`sae-probes` trains on, at the C that it chose by the last 100 of these. In a run C is chosen on the other folds.
+Rows are used as shipped (with duplicates), with BOS first (as TransformerLens does), the last token, and layer 3 of the
+bundled model. Our side uses the functions that choose latents and fit probes (`delta_selectivity/probing/k_sparse.py`)
+on the 1024 training rows of `sae-probes`, at the C that `sae-probes` chose on the last 100 of them. In a run of this
+program, C is chosen on the other folds.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ TASKS = (
     "123_world_country_United_Kingdom", "126_art_type_book", "127_art_type_song", "130_temp_cat_Frequency",
     "133_context_type_Causality", "154_athlete_sport_football",
 )  # fmt: skip
-SEED, TRAINING, TESTED = 42, 1024, 100  # TESTED: at least so many
+SEED, TRAINING, TESTED = 42, 1024, 100  # at least this many
 
 
 class Line(NamedTuple):
@@ -50,7 +51,7 @@ class Line(NamedTuple):
 
     task: str
     k: int
-    overlap: int  # latents that both chose
+    overlap: int  # number of latents that both chose
     auc: float
     their_auc: float
     accuracy: float
@@ -58,20 +59,20 @@ class Line(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Rows of a task by their places, in the package's order."""
+    """Row indices of a task, in the package's order."""
 
     train: NDArray[np.int64]
     test: NDArray[np.int64]
 
 
 def theirs() -> dict[str, list[dict[str, Any]]]:
-    """What `run` kept: task -> for each k the package's figures."""
-    found: dict[str, list[dict[str, Any]]] = json.loads(KEPT.read_text(encoding="utf-8"))
-    return found
+    """Return the kept figures of the package: task -> figures for each k."""
+    figures: dict[str, list[dict[str, Any]]] = json.loads(KEPT.read_text(encoding="utf-8"))
+    return figures
 
 
 def compared(tasks: Sequence[str]) -> Iterator[Line]:
-    """Ours beside theirs, task by task, k by k."""
+    """Compare both programs, by task and k."""
     kept, sae = theirs(), open_sae(str(SAE)).load(LAYER, "cpu")
     for task in tasks:
         texts, labels = read(task)
@@ -93,7 +94,7 @@ def compared(tasks: Sequence[str]) -> Iterator[Line]:
 
 
 def read(task: str) -> tuple[list[str], NDArray[np.bool_]]:
-    """Texts of a task as shipped, and whether each is of the class that comes last in order."""
+    """Read the texts of a task as shipped, and whether each is of the class that sorts last."""
     import zstandard
 
     with data_wheel.open_data(f"sae_probes/data/cleaned_data/{task}.csv.zst") as file:
@@ -116,35 +117,35 @@ def split_of(labels: NDArray[np.bool_]) -> Split:
 
 
 def last_tokens(texts: Sequence[str]) -> torch.Tensor:
-    """Activations [texts, d] at the last token of each, BOS first."""
+    """Return the activations [texts, d] at the last token of each text, with BOS first."""
     info, site = open_model(str(MODEL)), Site(LAYER, "resid_post")
     model = info.load([site], "cpu", "float32")
     ids = [[info.opening_token_id, *tokens] for tokens in info.tokenizer(list(texts))["input_ids"]]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    found = torch.empty(len(ids), info.d_model)
+    activations = torch.empty(len(ids), info.d_model)
     for start in range(0, len(order), 128):
         some = order[start : start + 128]
         batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in some], batch_first=True)
         last = torch.tensor([len(ids[i]) - 1 for i in some])
-        found[some] = model.activations(batch)[site][torch.arange(len(some)), last]
-    return found
+        activations[some] = model.activations(batch)[site][torch.arange(len(some)), last]
+    return activations
 
 
 def scores_of_test(x: NDArray[np.float64], labels: NDArray[np.bool_], split: Split, c: float) -> NDArray[np.float64]:
-    """Scores of the test rows by a probe on x [rows, k]."""
+    """Return the scores of the test rows by a probe on x [rows, k]."""
     rows, known = torch.from_numpy(x[split.train])[None], torch.from_numpy(labels[split.train])
     fit = fit_batched(rows, known, torch.ones(1, len(split.train), dtype=torch.float64), (c,))
     return decision_scores(torch.from_numpy(x[split.test])[None], fit.theta)[0, 0].numpy()
 
 
 def run(environment: Path) -> None:
-    """Keep what the package says of the ten tasks."""
+    """Run the package on the ten tasks, and keep its figures."""
     command = [str(make_environment(environment)), str(DRIVER), str(MODEL), str(SAE), "--figures"]
     command += ["--hooks", str(LAYER), "--tasks", ",".join(TASKS)]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=offline)
-    found = json.loads(done.stdout)
-    lines = [f"{json.dumps(task)}: [\n{_lines(by_k)}\n]" for task, by_k in found.items()]
+    output = json.loads(done.stdout)
+    lines = [f"{json.dumps(task)}: [\n{_lines(by_k)}\n]" for task, by_k in output.items()]
     KEPT.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
@@ -153,7 +154,7 @@ def _lines(by_k: Sequence[dict[str, Any]]) -> str:
 
 
 def table() -> str:
-    """The largest differences by k, over the tasks."""
+    """Return the largest differences by k, over the tasks."""
     found = list(compared(TASKS))
     rows = [("k", "tasks", "mean AUC", "largest difference of AUC", "of accuracy", "latents in common")]
     for k in sorted({line.k for line in found}):
@@ -171,13 +172,13 @@ def table() -> str:
 def main() -> int:
     """Run the package, or print the table."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("what", nargs="?", choices=("run",), help="run the package again; else the table is printed")
-    flags.add_argument("--environment", type=Path, help="folder of the package's environment; made if not there")
-    asked = flags.parse_args()
-    if asked.what == "run":
-        if asked.environment is None:
+    flags.add_argument("what", nargs="?", choices=("run",), help="run the package again; otherwise print the table")
+    flags.add_argument("--environment", type=Path, help="folder of the package's environment; created if missing")
+    args = flags.parse_args()
+    if args.what == "run":
+        if args.environment is None:
             flags.error("run needs --environment")
-        run(asked.environment)
+        run(args.environment)
     print(table())
     return 0
 

@@ -1,10 +1,10 @@
-"""A job whose rows do not fit in memory: stored layer by layer, spilt to files, then probed layer by layer.
+"""Run a job whose rows do not fit in memory: stored layer by layer, spilled to files, then probed layer by layer.
 
     found = large_job.run(n_rows=200_000, n_layers=12, width=768)
-    found.peak_gb                  # memory of the process that is its own: pages of files can be let go
+    found.peak_gb                  # the process's anonymous memory, without pages of files
 
-Rows are synthetic, x and a noisy copy of it as the reconstruction, and come in batches as the producer's do. They go
-through the program's own `RowStore` and `selectivity`, with one probe, five folds and one repeat.
+Rows are synthetic: x, and a noisy copy of it as the reconstruction. They come in batches like those of the producer,
+and use the program's own `RowStore` and `selectivity`, with one probe, five folds and one repeat.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from delta_selectivity.run.activations import NO_MENTION, LayerRows, SaeId
 from delta_selectivity.run.row_store import RowStore
 
 BATCH = 4096  # rows
-MAX_BYTES = 2**30  # of rows in memory; --queue_gb
-SECOND = 0.05  # between two looks at the memory
+MAX_BYTES = 2**30  # bytes of rows in memory; --queue_gb
+SECOND = 0.05  # interval between two measurements of the memory
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the job took."""
+class JobCost:
+    """Time and memory of the job."""
 
     n_rows: int
     n_layers: int
@@ -46,7 +46,7 @@ class Found:
     peak_gb: float  # anonymous memory
 
 
-def run(n_rows: int, n_layers: int, width: int) -> Found:
+def run(n_rows: int, n_layers: int, width: int) -> JobCost:
     """Store all rows, then probe them."""
     labels, direction = _concept(n_rows, width)
     views: dict[tuple[Site, SaeId | None], int] = {}
@@ -62,19 +62,19 @@ def run(n_rows: int, n_layers: int, width: int) -> Found:
         probed = time.perf_counter()
         gb = len(views) * n_rows * width * 4 / 1024**3
         place = store.place
-    return Found(n_rows, n_layers, width, gb if place == "files" else 0.0, stored - start, probed - stored, max(peak))
+    return JobCost(n_rows, n_layers, width, gb if place == "files" else 0.0, stored - start, probed - stored, max(peak))
 
 
-def table(found: Found, allowed_gb: float) -> list[tables.Row]:
-    """Header and one row."""
+def table(cost: JobCost, allowed_gb: float) -> list[tables.Row]:
+    """Return the header and one row."""
     header = ("rows", "layers", "width", "files, GB", "store, s", "probes, s", "peak memory, GB", "allowed, GB")
-    sizes = (f"{found.n_rows:,}", str(found.n_layers), str(found.width), f"{found.stored_gb:.1f}")
-    seconds = (f"{found.store_seconds:.0f}", f"{found.probe_seconds:.0f}")
-    return [header, (*sizes, *seconds, f"{found.peak_gb:.2f}", f"{allowed_gb:g}")]
+    sizes = (f"{cost.n_rows:,}", str(cost.n_layers), str(cost.width), f"{cost.stored_gb:.1f}")
+    seconds = (f"{cost.store_seconds:.0f}", f"{cost.probe_seconds:.0f}")
+    return [header, (*sizes, *seconds, f"{cost.peak_gb:.2f}", f"{allowed_gb:g}")]
 
 
 def _concept(n_rows: int, width: int) -> tuple[Tensor, Tensor]:
-    """Labels, bool [rows], and the unit direction along which they shift the rows, [width]."""
+    """Draw labels, bool [rows], and the unit direction along which they shift the rows, [width]."""
     random = torch.Generator().manual_seed(0)
     direction = torch.nn.functional.normalize(torch.randn(width, generator=random), dim=0)
     return torch.rand(n_rows, generator=random) < 0.5, direction
@@ -90,7 +90,7 @@ def _batches(site: Site, labels: Tensor, direction: Tensor) -> Iterator[LayerRow
 
 
 def _probe(store: RowStore, n_layers: int, labels: Tensor) -> None:
-    """Both views of every layer, five folds of people with two rows each."""
+    """Probe both views of every layer, with five folds of people who have two rows each."""
     device = torch.device("cpu")
     backend, _ = choose_backend("auto", device)
     groups = np.arange(len(labels)) // 2
@@ -104,7 +104,7 @@ def _probe(store: RowStore, n_layers: int, labels: Tensor) -> None:
 
 @contextmanager
 def _watching_memory() -> Iterator[list[float]]:
-    """The process's anonymous memory in GB, again and again while inside."""
+    """Measure the process's anonymous memory in GB repeatedly inside the context."""
     seen, done = [_anonymous_gb()], threading.Event()
 
     def watch() -> None:
@@ -121,7 +121,7 @@ def _watching_memory() -> Iterator[list[float]]:
 
 
 def _anonymous_gb() -> float:
-    """Linux only."""
+    """Return the anonymous memory in GB (Linux only)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     (kb,) = (line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:"))
     return int(kb) / 1024**2

@@ -1,14 +1,15 @@
-"""What a probe's split into folds is worth: the same probes on rows as shipped, on distinct texts, folded by person.
+"""Measure the effect of the split into folds: rows as shipped, distinct texts, and folds grouped by person.
 
 python benchmarks/leakage.py run              # measure on the bundled model (minutes)
 python benchmarks/leakage.py run --layer 5    # at another layer
-python benchmarks/leakage.py                  # the table, from what `run` kept
+python benchmarks/leakage.py                  # print the table of the kept results
 python benchmarks/leakage.py run --suite      # the 113 tasks of sae-probes, and the two bundled SAEs on each split
 
-The field's recipe splits rows at random. Where texts repeat, and where a person is named in several, part of the
-test rows are then known from training (Kaufman et al. 2012, doi 10.1145/2382577.2382579, call it leakage).
+Common practice splits rows at random. If texts repeat, or a person is named in several texts, part of the test rows is
+then known from training: leakage (Kaufman et al. 2012, doi 10.1145/2382577.2382579).
 
-Of the suite's tasks whole groups are drawn, with all copies of their texts, until there are `TEXTS` distinct ones.
+Of the tasks of sae-probes, whole groups are drawn, with all copies of their texts, until there are `TEXTS` distinct
+texts.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
 DEFAULT_LAYER = 4  # of 0 to 5
 N_FOLDS, N_REPEATS, SEED = 5, 5, 0
-TEXTS = 500  # of each task of the suite
+TEXTS = 500  # distinct texts of each sae-probes task
 SAES = ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32")
 SPLITS = ("shipped", "distinct", "by_person")
 
@@ -60,23 +61,25 @@ class Figure:
 
 @dataclass(frozen=True)
 class Leakage:
-    """One probe's balanced accuracy under three splits."""
+    """The balanced accuracy of one probe under three splits."""
 
     probe: str
-    n_shipped: int  # rows with their duplicates
+    n_shipped: int  # rows, with duplicates
     n_distinct: int
-    n_people: int  # in the distinct rows
+    n_people: int  # people in the distinct rows
     shipped: Figure  # rows as shipped, folds by row
     distinct: Figure  # distinct texts, folds by row
     by_person: Figure  # distinct texts, folds by person
-    persons_share: Figure  # distinct - by_person, paired row by row: what the same people on both sides are worth
-    row_standard_error: float  # of by_person, if its rows are taken for independent: too small
-    person_standard_error: float  # of by_person
+    persons_share: (
+        Figure  # distinct - by_person, paired row by row: the effect of people who are in both training and test rows
+    )
+    row_standard_error: float  # standard error of by_person if rows are treated as independent: too small
+    person_standard_error: float  # standard error of by_person
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with the questions asked about them."""
+    """Rows with the labels of several probes."""
 
     x: Tensor  # [rows, d]
     labels: NDArray[np.bool_]  # [probes, rows]
@@ -84,7 +87,7 @@ class Rows:
 
 
 def correct_by_fold(rows: Rows, groups: NDArray[np.int64], backend: ProbeBackend) -> NDArray[np.bool_]:
-    """Whether each row is told right by probes that have not seen its group: [probes, repeats, rows].
+    """Return whether each row is classified correctly by probes trained without its group: [probes, repeats, rows].
 
     Raises ValueError if a probe has fewer groups of a class than folds.
     """
@@ -95,17 +98,17 @@ def correct_by_fold(rows: Rows, groups: NDArray[np.int64], backend: ProbeBackend
 
 
 def compare(probes: Sequence[str], shipped: Rows, distinct: Rows, backend: ProbeBackend) -> list[Leakage]:
-    """The three splits of each probe. Rows of one person count as one for every interval, whatever the folds."""
+    """Compare the three splits of each probe. All intervals are clustered by person, whatever the folds."""
     each = np.arange
     as_shipped = correct_by_fold(shipped, each(len(shipped.persons)), backend)
     by_row = correct_by_fold(distinct, each(len(distinct.persons)), backend)
     by_person = correct_by_fold(distinct, distinct.persons, backend)
-    found = []
+    leakages = []
     for t, probe in enumerate(probes):
         labels, persons = distinct.labels[t], distinct.persons
         honest = estimate_delta(by_person[t], labels, persons)
         gain = by_row[t].astype(np.float64) - by_person[t]
-        found.append(
+        leakages.append(
             Leakage(
                 probe=probe,
                 n_shipped=len(shipped.persons),
@@ -119,12 +122,12 @@ def compare(probes: Sequence[str], shipped: Rows, distinct: Rows, backend: Probe
                 person_standard_error=honest.standard_error,
             )
         )
-    return found
+    return leakages
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A task's rows as shipped, and its distinct texts."""
+    """The rows of a task as shipped, and its distinct texts."""
 
     task: str
     shipped: RowSet
@@ -132,7 +135,7 @@ class Pair:
 
 
 def read_pairs(tasks: Sequence[str], n_texts: int | None) -> Iterator[Pair]:
-    """The row sets of tasks; n_texts: of each so many distinct texts, in whole groups."""
+    """Read the row sets of tasks; n_texts: number of distinct texts of each, in whole groups."""
     for source in read_tasks(tasks):
         for shipped, distinct in zip(source.row_sets, distinct_rows(source).row_sets, strict=True):
             kept = distinct.rows if n_texts is None else draw_groups(distinct.rows, n_texts)
@@ -142,7 +145,7 @@ def read_pairs(tasks: Sequence[str], n_texts: int | None) -> Iterator[Pair]:
 
 
 def draw_groups(rows: Sequence[Row], n: int) -> list[Row]:
-    """All rows of groups drawn at random, until there are n rows or none is left."""
+    """Return all rows of randomly drawn groups, until there are n rows or no group is left."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.mention.person, []).append(row)
@@ -154,9 +157,9 @@ def draw_groups(rows: Sequence[Row], n: int) -> list[Row]:
 
 
 def places_of(pairs: Sequence[Pair]) -> dict[Mention, int]:
-    """Each distinct mention, which is run once, and its row of activations."""
-    found = {row.mention: 0 for pair in pairs for row in pair.shipped.rows}
-    return {mention: place for place, mention in enumerate(found)}
+    """Return each distinct mention, and the row of its activations."""
+    first_rows = {row.mention: 0 for pair in pairs for row in pair.shipped.rows}
+    return {mention: place for place, mention in enumerate(first_rows)}
 
 
 def rows_of(row_set: RowSet, x: Tensor, places: dict[Mention, int], people: dict[str, int]) -> Rows:
@@ -167,7 +170,7 @@ def rows_of(row_set: RowSet, x: Tensor, places: dict[Mention, int], people: dict
 
 
 def measure(layer: int) -> list[Leakage]:
-    """Every probe of every Wikidata task on the bundled model."""
+    """Measure every probe of every Wikidata task on the bundled model."""
     from benchmarks.bundled import activations
 
     pairs = list(read_pairs(DATASET_NAMES, None))
@@ -188,7 +191,7 @@ def measure(layer: int) -> list[Leakage]:
 
 
 def measure_suite(layer: int, tasks: Sequence[str] = SUITE, n_texts: int = TEXTS) -> list[dict[str, object]]:
-    """The three splits of each task on the model's activations, and the two SAEs beside each other."""
+    """Measure the three splits of each task on the model's activations, and the difference between the two SAEs."""
     from benchmarks.bundled import activations, reconstructions
 
     pairs = list(read_pairs(tasks, n_texts))
@@ -197,7 +200,7 @@ def measure_suite(layer: int, tasks: Sequence[str] = SUITE, n_texts: int = TEXTS
     x = activations(list(places), [layer])[layer]
     recons = {sae: reconstructions(x, sae, layer) for sae in SAES}
     backend, _ = choose_backend("torch", "cpu")
-    found = []
+    lines = []
     for pair in pairs:
         shipped, distinct = (rows_of(rows, x, places, people) for rows in (pair.shipped, pair.distinct))
         about: dict[str, object] = {"task": pair.task, "family": family_of(pair.task)}
@@ -207,26 +210,26 @@ def measure_suite(layer: int, tasks: Sequence[str] = SUITE, n_texts: int = TEXTS
                 [rows_of(rows, recon, places, people) for rows in (pair.shipped, pair.distinct)]
                 for recon in recons.values()
             )
-            found.append({**about, **asdict(leakage), **asdict(rivalry(one, other, backend))})
+            lines.append({**about, **asdict(leakage), **asdict(compare_saes(one, other, backend))})
         except ValueError as error:
-            found.append({**about, "reason": str(error)})
-    return found
+            lines.append({**about, "reason": str(error)})
+    return lines
 
 
 @dataclass(frozen=True)
-class Rivalry:
-    """The second SAE's balanced accuracy minus the first's, as published comparisons have it and by group."""
+class SaeDifference:
+    """The second SAE's balanced accuracy minus the first's, by the published method and by groups."""
 
-    as_published: Figure  # rows as shipped, folds by row, one partition, rows taken for independent
+    as_published: Figure  # rows as shipped, folds by row, one partition, rows treated as independent
     by_group: Figure  # distinct texts, folds by group, all partitions, clustered
 
 
-def rivalry(one: Sequence[Rows], other: Sequence[Rows], backend: ProbeBackend) -> Rivalry:
-    """one, other: the rows of each SAE's reconstruction, as shipped and distinct."""
+def compare_saes(one: Sequence[Rows], other: Sequence[Rows], backend: ProbeBackend) -> SaeDifference:
+    """Compare two SAEs; one, other: the rows of each SAE's reconstruction, as shipped and distinct."""
     each = np.arange(len(one[0].persons))
     shipped = [correct_by_fold(rows[0], each, backend)[0].astype(np.float64) for rows in (one, other)]
     grouped = [correct_by_fold(rows[1], rows[1].persons, backend)[0].astype(np.float64) for rows in (one, other)]
-    return Rivalry(
+    return SaeDifference(
         Figure.of(estimate_delta((shipped[1] - shipped[0])[:1], one[0].labels[0], each)),
         Figure.of(estimate_delta(grouped[1] - grouped[0], one[1].labels[0], one[1].persons)),
     )
@@ -234,11 +237,11 @@ def rivalry(one: Sequence[Rows], other: Sequence[Rows], backend: ProbeBackend) -
 
 def run(layer: int, suite: bool = False) -> None:
     """Measure, and keep the figures."""
-    found = measure_suite(layer) if suite else [asdict(leakage) for leakage in measure(layer)]
+    results = measure_suite(layer) if suite else [asdict(leakage) for leakage in measure(layer)]
     config = {"layer": layer, "folds": N_FOLDS, "repeats": N_REPEATS, "seed": SEED}
     config |= {"texts": TEXTS} if suite else {}
     KEPT.mkdir(exist_ok=True)
-    content = {"tasks" if suite else "probes": found, "_run": result_file.describe_run(config)}
+    content = {"tasks" if suite else "probes": results, "_run": result_file.describe_run(config)}
     result_file.write_json(kept_file(layer, suite), content)
 
 
@@ -247,7 +250,7 @@ def kept_file(layer: int, suite: bool = False) -> Path:
 
 
 def suite_table(layer: int) -> str:
-    """A line per family of tasks, a line for each of the worst tasks, and what they say in a few sentences."""
+    """Return a line per family of tasks, a line for each of the worst tasks, and a summary."""
     kept = json.loads(kept_file(layer, suite=True).read_text(encoding="utf-8"))["tasks"]
     known = [task for task in kept if "reason" not in task]
     head = ("tasks", "rows as shipped", "distinct", "groups", "as shipped, by row", "distinct, by row",
@@ -258,7 +261,7 @@ def suite_table(layer: int) -> str:
         if own:
             counts = (str(sum(task[name] for task in own)) for name in ("n_shipped", "n_distinct", "n_people"))
             families.append((family, str(len(own)), *counts, *_means(own)))
-    worst = sorted(known, key=_flattery, reverse=True)[:WORST]
+    worst = sorted(known, key=_overestimate, reverse=True)[:WORST]
     lines: list[tables.Row] = [("task", *head[1:])]
     for task in worst:
         counts = (str(task[name]) for name in ("n_shipped", "n_distinct", "n_people"))
@@ -268,10 +271,10 @@ def suite_table(layer: int) -> str:
     return "\n\n".join(parts)
 
 
-WORST = 12  # tasks in the table
+WORST = 12  # number of tasks in the table
 
 
-def _flattery(task: result_file.Json) -> float:
+def _overestimate(task: result_file.Json) -> float:
     return float(task["shipped"]["value"] - task["by_person"]["value"])
 
 
@@ -281,7 +284,7 @@ def _means(tasks: Sequence[result_file.Json]) -> list[str]:
 
 
 def _suite_verdict(known: Sequence[result_file.Json]) -> str:
-    flattered = [_flattery(task) for task in known]
+    flattered = [_overestimate(task) for task in known]
     halves = sum(
         task["shipped"]["value"] - 0.5 > 2 * max(task["by_person"]["value"] - 0.5, 0) for task in known
     )  # fmt: skip
@@ -302,7 +305,7 @@ def _agrees(task: result_file.Json) -> bool:
 
 
 def table(layer: int) -> str:
-    """A line per probe, and what the table says in a sentence or two."""
+    """Return a line per probe, and a summary."""
     kept = json.loads(kept_file(layer).read_text(encoding="utf-8"))["probes"]
     rows: list[tables.Row] = [
         ("probe", "people", "rows as shipped", "distinct", "as shipped, by row", "distinct, by row",
@@ -344,7 +347,7 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
     parser.add_argument("--suite", action="store_true", help="the 113 tasks of sae-probes, not the Wikidata tasks")
     parser.add_argument("--layer", type=int, default=DEFAULT_LAYER, help="of the bundled model (%(default)s)")
-    asked = parser.parse_args()
-    if asked.what == "run":
-        run(asked.layer, asked.suite)
-    print(suite_table(asked.layer) if asked.suite else table(asked.layer))
+    args = parser.parse_args()
+    if args.what == "run":
+        run(args.layer, args.suite)
+    print(suite_table(args.layer) if args.suite else table(args.layer))

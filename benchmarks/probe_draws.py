@@ -1,8 +1,8 @@
-"""Draws of probed rows: what one run of a benchmark sees of the people that there are.
+"""Draw probed rows: the sample of people that one run of a benchmark sees.
 
 pool = Pool.load()
-pool.program_draw(3000, seed=1)      # what `--shuffle_select_n 3000 --seed 1` takes, without replacement
-pool.bootstrap(3000, seed=1)         # as many rows of people drawn with replacement, fresh folds
+pool.program_draw(3000, seed=1)      # the rows of `--shuffle_select_n 3000 --seed 1`, without replacement
+pool.bootstrap(3000, seed=1)         # as many rows, of people drawn with replacement, with fresh folds
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from delta_selectivity.probing.folds import FoldPlan
 from delta_selectivity.tasks import Probe, ProbeTexts, load_probe_texts
 
 N_FOLDS, N_REPEATS = 5, 5
-ENOUGH = 5  # draws for each person there is
+ENOUGH = 5  # draws per available person
 
 
 @dataclass(frozen=True)
@@ -25,33 +25,33 @@ class Task:
     """Probes on the same rows, with their folds."""
 
     names: tuple[str, ...]
-    rows: NDArray[np.int64]  # indices into the pool's mentions; a person drawn twice has its rows twice
+    rows: NDArray[np.int64]  # indices into the pool's mentions; a person who is drawn twice has their rows twice
     plan: FoldPlan
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Mentions of the Wikidata tasks: every one, or those of one draw."""
+    """Mentions of the Wikidata tasks: all, or those of one draw."""
 
     texts: ProbeTexts
 
     @classmethod
     def load(cls, rows_per_dataset: int | None = None) -> Pool:
-        """Of all mentions, or of those that `program_draw` takes by seed 0."""
+        """Load all mentions, or those that `program_draw` selects with seed 0."""
         return cls(load_probe_texts(None, shuffle_select_n=rows_per_dataset, seed=0))
 
     def program_draw(self, rows_per_dataset: int, seed: int, fold_seed: int) -> list[Task]:
-        """The rows that `--shuffle_select_n` draws, classes balanced."""
+        """Return the rows that `--shuffle_select_n` draws, with balanced classes."""
         place = {mention.identity: i for i, mention in enumerate(self.texts.mentions)}
         drawn = load_probe_texts(None, shuffle_select_n=rows_per_dataset, seed=seed)
         of_pool = np.array([place[mention.identity] for mention in drawn.mentions])
         return [self._task(names, of_pool[mentions], labels, fold_seed) for names, mentions, labels in _row_sets(drawn)]
 
     def bootstrap(self, rows_per_dataset: int, seed: int) -> list[Task]:
-        """People drawn with replacement, each with all its rows, until there are as many rows as the program draws.
+        """Draw people with replacement, each with all their rows, until there are as many rows as the program draws.
 
-        The pool stands for the population: runs without replacement would share most of their rows, and agree for it.
-        The people are the same in all tasks, as far as they occur in them.
+        The pool stands for the population: runs without replacement would share most of their rows and agree for that
+        reason. The same people are drawn in all tasks in which they occur.
         """
         drawn = load_probe_texts(None, shuffle_select_n=rows_per_dataset, seed=seed)
         sizes = [len(mentions) for _, mentions, _ in _row_sets(drawn)]
@@ -68,15 +68,15 @@ class Pool:
 
 
 def draw_people(persons: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
-    """People drawn with replacement, one after the other; more of them than any number of their rows needs."""
+    """Return people drawn with replacement, one after the other; always more than are needed."""
     people = np.unique(persons)
     return random.choice(people, size=ENOUGH * len(people))
 
 
 def rows_of_people(turns: NDArray[np.int64], persons: NDArray[np.int64], n_rows: int) -> NDArray[np.int64]:
-    """Indices [n_rows] into persons [rows]: all rows of each person in turn, the last one's cut to fit.
+    """Return indices [n_rows] into persons [rows]: all rows of each drawn person in turn; the last are cut to fit.
 
-    Raises ValueError if the turns end before.
+    Raises ValueError if there are too few draws.
     """
     order = np.argsort(persons, kind="stable")
     people, starts = np.unique(persons[order], return_index=True)
@@ -90,7 +90,7 @@ def rows_of_people(turns: NDArray[np.int64], persons: NDArray[np.int64], n_rows:
 
 
 def _row_sets(texts: ProbeTexts) -> Iterator[tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.bool_]]]:
-    """Names, mentions [rows] and labels [probes, rows] of the probes that share their rows."""
+    """Return names, mentions [rows] and labels [probes, rows] of the probes that share their rows."""
     for dataset in texts.datasets:
         shared: dict[bytes, list[Probe]] = {}
         for probe in dataset.probes:

@@ -1,7 +1,7 @@
-"""Does the bundled model know anything? Its model_sel beside that of the same architecture with random weights.
+"""Test whether the bundled model knows anything: compare its model_sel with that of the same model with random weights.
 
 python benchmarks/random_control.py run   # measure the random model (minutes)
-python benchmarks/random_control.py       # the table, from results/demo/ and what `run` kept
+python benchmarks/random_control.py       # print the table, from results/demo/ and the results of `run`
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from delta_selectivity.reporting import tables
 PROJECT = Path(__file__).resolve().parent.parent
 
 MODEL = PROJECT / "assets" / "tiny-pythia"
-SAES = PROJECT / "assets" / "tiny-pythia-saes-k8"  # main.py wants an SAE; model_sel does not depend on it
+SAES = PROJECT / "assets" / "tiny-pythia-saes-k8"  # main.py needs an SAE; model_sel does not depend on it
 TRAINED = PROJECT / "results" / "demo" / SAES.name
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
 MIDDLE_LAYER = 4
 
 
 def run() -> None:
-    """Measure the same architecture with freshly drawn weights."""
+    """Measure the same architecture with random weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -43,7 +43,7 @@ def run() -> None:
 
 
 def selectivities(folder: Path) -> dict[str, dict[int, tuple[float, int]]]:
-    """probe -> layer -> (model_sel, rows)."""
+    """Return probe -> layer -> (model_sel, rows)."""
     found: dict[str, dict[int, tuple[float, int]]] = {}
     for _, results in report_files.load(report_files.result_files(folder)):
         for layer, probe, _, cell in report_files.cells(results):
@@ -52,7 +52,7 @@ def selectivities(folder: Path) -> dict[str, dict[int, tuple[float, int]]]:
 
 
 def table() -> str:
-    """Per probe: mean over layers and one middle layer, trained and random; last, how many probes gain."""
+    """Return, per probe, the mean over layers and one middle layer, trained and random, and how many improve."""
     trained, random = selectivities(TRAINED), selectivities(KEPT)
     rows: list[tables.Row] = [
         ("probe", "rows", "trained, mean", "random, mean", f"trained, layer {MIDDLE_LAYER}", "random")

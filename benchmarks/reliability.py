@@ -1,13 +1,14 @@
-"""How reliable delta_sel is beside k-sparse probing and FVU: its noise over runs, and which SAEs it tells apart.
+"""Compare the reliability of delta_sel, k-sparse probing and FVU: noise over runs, and SAEs that they distinguish.
 
-python benchmarks/reliability.py run --corpus people_text.jsonl.xz   # trains and measures; goes on where it stopped
-python benchmarks/reliability.py                                     # the tables, from what `run` kept
-python scripts/update_tables.py docs/reliability.md                  # puts them there
+python benchmarks/reliability.py run --corpus people_text.jsonl.xz   # train and measure; resumes an earlier run
+python benchmarks/reliability.py                                     # print the tables of the kept results
+python scripts/update_tables.py docs/reliability.md                  # update the document
 python benchmarks/reliability.py run --model_name smollm2-135m --corpus WORK_DIR   # of `scripts/train_saes.py harvest`
 python benchmarks/reliability.py run ... --rows 3000                               # the same SAEs, more rows
 
-Two of the three lenses of "Are Sparse Autoencoder Benchmarks Reliable?" (Chanin 2026, arXiv 2605.18229), on one layer
-of the bundled model and of SmolLM2-135M; the third, correlation with ground truth, is `benchmarks/ground_truth.py`.
+Uses two of the three lenses of "Are Sparse Autoencoder Benchmarks Reliable?" (Chanin 2026, arXiv 2605.18229), on one
+layer of the bundled model and of SmolLM2-135M. The third, correlation with ground truth, is
+`benchmarks/ground_truth.py`.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, b
 from delta_selectivity.probing.selectivity import OUTLIER
 
 PROJECT = Path(__file__).resolve().parent.parent
-FEW_ROWS = 600  # of a dataset: 3000 of all five together
+FEW_ROWS = 600  # per dataset: 3000 in total
 
-METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and what each row gives to it; higher is better
+METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and the contribution of each row; higher is better
     "delta_sel": ("sae", correct),
     "delta_auc": ("sae", auc_parts),
     "delta_bits": ("sae", bits),
@@ -50,14 +51,14 @@ METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and what each row
     **{f"k-sparse, k = {k}, AUC": (f"k{k}", auc_parts) for k in KS},
 }
 NO_SINKS, WITH_SINKS = "sinks left out", "sinks kept"
-"""The FVU without rows whose norm is above 10 times the median; transfer_r2 with them. Where there are such rows."""
+"""FVU without rows whose norm is above 10 times the median, and transfer_r2 with them; only if there are such rows."""
 FVU_PROBED, FVU_HELD_OUT = "FVU, probed positions", "FVU, held-out text"  # lower is better
 
-Runs = dict[str, dict[str, dict[str, list[float]]]]  # what is drawn anew -> metric -> SAE -> its score in each run
+Runs = dict[str, dict[str, dict[str, list[float]]]]  # what is resampled -> metric -> SAE -> its score in each run
 
 
 def levels(probes: Sequence[ProbeScores], metric: str) -> NDArray[np.floating]:
-    """One SAE's score by partition; of the deltas, what is left when the model's own is taken off."""
+    """Return one SAE's score by partition; for differences, minus the model's own score."""
     view, parts = METRICS[metric]
     own = by_partition(probes, view, parts)
     return own - by_partition(probes, "model", parts) if view in ("sae", "transfer") else own
@@ -67,14 +68,14 @@ def levels(probes: Sequence[ProbeScores], metric: str) -> NDArray[np.floating]:
 class Draw:
     """The rows and folds of one run."""
 
-    kind: str  # what is drawn anew from run to run
+    kind: str  # what is resampled from run to run
     name: str
     seed: int
     tasks: list[Task]
 
 
 def repeated_draws(pool: Pool, study: Study) -> Iterator[Draw]:
-    """Some runs of each kind."""
+    """Return several runs of each kind."""
     for run in study.runs:
         yield Draw(RESAMPLED, f"bootstrap_{study.rows}_{run}", run, pool.bootstrap(study.rows, run))
         for kind, rows in {"the program's draw, folds": study.rows, "the same, 3000 rows in all": FEW_ROWS}.items():
@@ -82,7 +83,7 @@ def repeated_draws(pool: Pool, study: Study) -> Iterator[Draw]:
 
 
 def repeated_runs(work: Work, pool: Pool, errors: Mapping[str, Mapping[str, Errors]]) -> Runs:
-    """Lens 1: the same SAEs measured again and again."""
+    """Lens 1: measure the same SAEs repeatedly."""
     x, saes, runs = work.probed_activations(pool), noise_panel(work.study), Runs()
     for draw in repeated_draws(pool, work.study):
         work.probe(draw.name, draw.tasks, saes, x)
@@ -105,7 +106,10 @@ def compare(
     probes: Mapping[str, Mapping[str, list[ProbeScores]]],
     errors: Mapping[str, Mapping[str, Errors]],
 ) -> list[Pairs]:
-    """Lens 3: by how much the better SAE of each pair is better, by every score; probes: score -> SAE -> its probes."""
+    """Lens 3: return the difference of every score between the better and the worse SAE of each pair.
+
+    probes: score -> SAE -> its probes.
+    """
     found = [Pairs(each.kind, each.family, each.change, each.names, {}) for each in sets]
     for metric, by_sae in probes.items():
         view, parts = METRICS[plain(metric)]
@@ -121,12 +125,12 @@ def compare(
 
 
 def plain(metric: str) -> str:
-    """The score, without the rows that it is of."""
+    """Return the score's name, without the suffix for its rows."""
     return metric.removesuffix(f", {WITH_SINKS}")
 
 
 def measure(work: Work) -> Reliability:
-    """All stages."""
+    """Run all stages."""
     study = work.study
     pool, saes = Pool.load(None if study.runs else study.rows), panel(study)
     corpus, x = work.corpus_activations(), work.probed_activations(pool)
@@ -179,21 +183,23 @@ def measure(work: Work) -> Reliability:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="train and measure first")
-    parser.add_argument("--model_name", choices=STUDIES, default=TINY_PYTHIA.model_name, help="what is studied")
+    parser.add_argument("--model_name", choices=STUDIES, default=TINY_PYTHIA.model_name, help="model to study")
     parser.add_argument(
         "--corpus",
         type=Path,
         help="to train the SAEs on: text (JSON lines, xz, with `text` and `source`), or kept activations of the model",
     )
     parser.add_argument("--rows", type=int, help="of a dataset, in place of the study's own")
-    parser.add_argument("--work_dir", type=Path, default=PROJECT / "results" / "reliability", help="for what it makes")
+    parser.add_argument(
+        "--work_dir", type=Path, default=PROJECT / "results" / "reliability", help="folder of intermediate results"
+    )
     args = parser.parse_args()
     study = STUDIES[args.model_name]
     study = replace(study, rows=args.rows or study.rows)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if args.what == "run":
         torch.set_num_threads(1)
-        threadpool_limits(1)  # the same numbers whatever the number of cores
+        threadpool_limits(1)  # makes the numbers independent of the number of cores
         try:
             of_model = "" if study.model_name == TINY_PYTHIA.model_name else study.model_name
             folder = args.work_dir / of_model / f"layer_{study.layer}"

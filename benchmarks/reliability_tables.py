@@ -1,4 +1,4 @@
-"""What `benchmarks/reliability.py` found, as it is kept, and its tables."""
+"""The kept results of `benchmarks/reliability.py`, and their tables."""
 
 from __future__ import annotations
 
@@ -16,60 +16,60 @@ from benchmarks.sae_panel import snapshots_of
 from delta_selectivity.system.whole_file import replacing
 
 KEPT = Path(__file__).resolve().with_name("reliability")  # one file for each model
-DIGITS = 5  # significant, of what is kept
+DIGITS = 5  # significant digits that are kept
 OTHER_SEEDS = "close variants, other seeds"
-RESAMPLED = "people, folds"  # drawn anew in the runs that the noise of a score is taken from
+RESAMPLED = "people, folds"  # what is resampled in the runs from which the noise of a score is computed
 
-Gain = tuple[float, float, float]  # the better one's score less the worse one's, and the ends of its 95 % interval
+Gain = tuple[float, float, float]  # the better one's score minus the worse one's, and the ends of its 95 % interval
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of one kind, and how every score tells them apart."""
+    """Pairs of one kind, and how every score orders them."""
 
     kind: str
     family: str
-    change: str  # what tells the two of a pair apart
+    change: str  # what differs between the two SAEs of a pair
     saes: list[tuple[str, str]]  # the worse one, the better one
-    gains: dict[str, list[Gain]]  # score -> one for each pair; more is better, FVU turned round
+    gains: dict[str, list[Gain]]  # score -> one for each pair; higher is better, FVU with reversed sign
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Everything the tables are made of."""
+    """The data of all tables."""
 
     model_name: str
     layer: int
-    rows_per_dataset: int  # at most
-    n_rows: int  # of the draw that pairs are compared on
+    rows_per_dataset: int  # maximum
+    n_rows: int  # of the draw on which pairs are compared
     n_people: int
     n_probes: int
-    levels: dict[str, dict[str, float]]  # SAE -> score -> its value there
-    fold_noise: dict[str, float]  # score -> SD over seeds of the folds alone, the rows held fixed
-    runs: dict[str, dict[str, dict[str, list[float]]]]  # what is drawn anew -> score -> SAE -> its value in each run
+    levels: dict[str, dict[str, float]]  # SAE -> score -> its value
+    fold_noise: dict[str, float]  # score -> SD over seeds of the folds, with fixed rows
+    runs: dict[str, dict[str, dict[str, list[float]]]]  # what is resampled -> score -> SAE -> its value in each run
     pairs: list[Pairs]
     n_sinks: int = 0  # rows whose norm is above 10 times the median
 
     def noise(self, metric: str) -> float:
-        """SD of one SAE's score over runs with other people and folds."""
+        """Return the SD of one SAE's score over runs with other people and folds."""
         return noise_of_runs(self.runs[RESAMPLED][metric])
 
     def count(self, metric: str, sets: Iterable[Pairs]) -> PairCount:
-        """Over all pairs of the sets. Without runs no pair is beyond their noise."""
+        """Count over all pairs of the sets. Without runs, no pair counts as beyond their noise."""
         noise = self.noise(metric) if self.runs else math.inf
         return PairCount.of([gain for each in sets for gain in each.gains[metric]], noise)
 
 
-def keep(found: Reliability) -> None:
-    """Write what was found into the repository."""
+def keep(study: Reliability) -> None:
+    """Write the results into the repository."""
     KEPT.mkdir(exist_ok=True)
-    with replacing(_path(found.model_name, found.rows_per_dataset), "w", encoding="utf-8") as file:
-        json.dump(_rounded(asdict(found)), file, separators=(",", ":"), allow_nan=False)
+    with replacing(_path(study.model_name, study.rows_per_dataset), "w", encoding="utf-8") as file:
+        json.dump(_rounded(asdict(study)), file, separators=(",", ":"), allow_nan=False)
         file.write("\n")
 
 
 def kept(model_name: str, rows: int) -> Reliability:
-    """Return what was found last of a model with so many rows a dataset."""
+    """Return the kept results of a model with so many rows a dataset."""
     content = json.loads(_path(model_name, rows).read_text(encoding="utf-8"))
     pairs = [
         Pairs(
@@ -96,92 +96,95 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def tables(found: Reliability) -> str:
-    """All tables, in Markdown."""
+def tables(study: Reliability) -> str:
+    """Return all tables, in Markdown."""
     about = (
-        f"{found.model_name}: {len(found.levels)} SAEs at layer {found.layer}, {found.n_probes} probes, "
-        f"{found.n_rows} rows of {found.n_people} people (at most {found.rows_per_dataset} rows a dataset)"
-        f"{f', attention sinks among them: {found.n_sinks}' if found.n_sinks else ''}."
+        f"{study.model_name}: {len(study.levels)} SAEs at layer {study.layer}, {study.n_probes} probes, "
+        f"{study.n_rows} rows of {study.n_people} people (at most {study.rows_per_dataset} rows a dataset)"
+        f"{f', attention sinks among them: {study.n_sinks}' if study.n_sinks else ''}."
     )
     sections = {
         "Noise of a score: 2.77 SD over runs of one SAE; last, 1.96 SD of a difference within runs": (
-            noise_table(found) if found.runs else ""
+            noise_table(study) if study.runs else ""
         ),
         "Pairs ordered right with a 95 % interval that excludes 0 / ordered wrong, likewise": (
-            pair_table(found, lambda count: f"{count.sure} / {count.sure_and_wrong}")
+            pair_table(study, lambda count: f"{count.sure} / {count.sure_and_wrong}")
         ),
         "Pairs ordered right by more than 2.77 SD over single runs (people, folds)": (
-            pair_table(found, lambda count: str(count.beyond_noise)) if found.runs else ""
+            pair_table(study, lambda count: str(count.beyond_noise)) if study.runs else ""
         ),
-        "Pairs with the right sign, sure or not": pair_table(found, lambda count: str(count.right)),
-        "The snapshots, from the least trained to the most": snapshot_table(found),
+        "Pairs with the right sign, sure or not": pair_table(study, lambda count: str(count.right)),
+        "The snapshots, from the least trained to the most": snapshot_table(study),
         "SD of a score over the seeds of training; mean gain of the better one of two close variants": seed_table(
-            found
+            study
         ),
     }
     return "\n\n".join([about, *(f"**{title}**\n\n{table}" for title, table in sections.items() if table)])
 
 
-def noise_table(found: Reliability) -> str:
-    """Rows: scores; columns: what is drawn anew."""
-    kinds = list(found.runs)
+def noise_table(study: Reliability) -> str:
+    """Return a table with rows of scores and a column for each thing that is resampled."""
+    kinds = list(study.runs)
     head = ["score", "2.77 SD: folds", *(f"2.77 SD: {kind}" for kind in kinds), f"1.96 SD of a difference: {RESAMPLED}"]
     rows = [
         [
             metric,
-            f"{RELIABLE * found.fold_noise[metric]:.4f}",
-            *(f"{RELIABLE * noise_of_runs(found.runs[kind][metric]):.4f}" for kind in kinds),
-            f"{1.96 * noise_of_differences(found.runs[RESAMPLED][metric]):.4f}",
+            f"{RELIABLE * study.fold_noise[metric]:.4f}",
+            *(f"{RELIABLE * noise_of_runs(study.runs[kind][metric]):.4f}" for kind in kinds),
+            f"{1.96 * noise_of_differences(study.runs[RESAMPLED][metric]):.4f}",
         ]
-        for metric in _metrics(found)
+        for metric in _metrics(study)
     ]
     return _markdown([head, *rows])
 
 
-def pair_table(found: Reliability, cell: Callable[[PairCount], str]) -> str:
-    """Rows: scores; columns: kinds of pairs, each with its number; `cell` turns a `PairCount` into text."""
+def pair_table(study: Reliability, cell: Callable[[PairCount], str]) -> str:
+    """Return a table with rows of scores and columns of kinds of pairs; `cell` turns a `PairCount` into text."""
     columns = [
-        *((f"{each.kind}, {each.family}", [each]) for each in found.pairs if each.kind == "snapshots"),
-        *((change, _close(found, change)) for change in dict.fromkeys(each.change for each in _close(found))),
-        ("all close variants", _close(found)),
-        (OTHER_SEEDS, [each for each in found.pairs if each.kind == OTHER_SEEDS]),
+        *((f"{each.kind}, {each.family}", [each]) for each in study.pairs if each.kind == "snapshots"),
+        *((change, _close(study, change)) for change in dict.fromkeys(each.change for each in _close(study))),
+        ("all close variants", _close(study)),
+        (OTHER_SEEDS, [each for each in study.pairs if each.kind == OTHER_SEEDS]),
     ]
     head = ["score", *(f"{name} (of {sum(len(each.saes) for each in sets)})" for name, sets in columns)]
-    rows = [[metric, *(cell(found.count(metric, sets)) for _, sets in columns)] for metric in _metrics(found)]
+    rows = [[metric, *(cell(study.count(metric, sets)) for _, sets in columns)] for metric in _metrics(study)]
     return _markdown([head, *rows])
 
 
-def snapshot_table(found: Reliability) -> str:
-    """Rows: snapshots; columns: a choice of scores."""
-    shown = [metric for metric in _metrics(found) if "balanced" not in metric]
+def snapshot_table(study: Reliability) -> str:
+    """Return a table with rows of snapshots and columns of selected scores."""
+    shown = [metric for metric in _metrics(study) if "balanced" not in metric]
     rows = [
-        [family, str(snapshot.step), *(f"{found.levels[snapshot.name][metric]:.4f}" for metric in shown)]
-        for family in dict.fromkeys(each.family for each in found.pairs)
-        for snapshot in snapshots_of(family, STUDIES[found.model_name])
+        [family, str(snapshot.step), *(f"{study.levels[snapshot.name][metric]:.4f}" for metric in shown)]
+        for family in dict.fromkeys(each.family for each in study.pairs)
+        for snapshot in snapshots_of(family, STUDIES[study.model_name])
     ]
     return _markdown([["family", "steps", *shown], *rows])
 
 
-def seed_table(found: Reliability) -> str:
-    """Rows: scores; columns: SD over seeds within recipes, then the mean gain of each change by family."""
-    close = _close(found)
-    recipes = {end for each in close for end in zip(*each.saes, strict=True)}  # the same recipe by all seeds
+def seed_table(study: Reliability) -> str:
+    """Return a table with rows of scores.
+
+    Columns: SD over seeds within recipes, then the mean gain of each change by family.
+    """
+    close = _close(study)
+    recipes = {end for each in close for end in zip(*each.saes, strict=True)}  # the same recipe with all seeds
     head = ["score", "SD over seeds", *(f"{each.change}, {each.family}" for each in close)]
     rows = []
-    for metric in _metrics(found):
-        spread = [statistics.variance([found.levels[sae][metric] for sae in recipe]) for recipe in sorted(recipes)]
+    for metric in _metrics(study):
+        spread = [statistics.variance([study.levels[sae][metric] for sae in recipe]) for recipe in sorted(recipes)]
         gains = [statistics.fmean(value for value, _, _ in each.gains[metric]) for each in close]
         rows.append([metric, f"{statistics.fmean(spread) ** 0.5:.4f}", *(f"{gain:+.4f}" for gain in gains)])
     return _markdown([head, *rows])
 
 
-def _close(found: Reliability, change: str | None = None) -> list[Pairs]:
-    """Close variants of the same seed; of one change, or of all."""
-    return [each for each in found.pairs if each.kind == "close variants" and change in (None, each.change)]
+def _close(study: Reliability, change: str | None = None) -> list[Pairs]:
+    """Return the close variants of the same seed, for one change or all."""
+    return [each for each in study.pairs if each.kind == "close variants" and change in (None, each.change)]
 
 
-def _metrics(found: Reliability) -> list[str]:
-    return list(next(iter(found.levels.values())))
+def _metrics(study: Reliability) -> list[str]:
+    return list(next(iter(study.levels.values())))
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""The stages of `benchmarks/reliability.py`, each kept in a folder: what is there is not made again."""
+"""The stages of `benchmarks/reliability.py`. Each keeps its results in a folder and skips what is already there."""
 
 from __future__ import annotations
 
@@ -34,27 +34,30 @@ KS = (1, 5, 16)  # of the k-sparse probes that are compared
 
 @dataclass(frozen=True)
 class Work:
-    """The folder, and what the first stages need."""
+    """The folder, and the inputs of the first stages."""
 
     folder: Path
     study: Study
-    corpus: Path | None  # text, or a folder that `scripts/train_saes.py harvest` made; None: activations are there
+    corpus: Path | None  # text, or a folder of `scripts/train_saes.py harvest`; None: activations already exist
 
     def corpus_activations(self) -> CorpusActivations:
-        """What SAEs are trained on. Raises `RequestError` if they are not there and there is no corpus."""
+        """Return the activations on which SAEs are trained.
+
+        Raises `RequestError` if there are none and there is no corpus.
+        """
         if self.corpus is not None and (self.corpus / "harvest.json").is_file():
             return harvested(Activations.open(self.corpus), self.study.layer)
         path = self.folder / "corpus.safetensors"
         if not path.exists():
             if self.corpus is None or not self.corpus.is_file():
-                raise RequestError(f"--corpus {self.corpus}: no such file; it is to be text to train SAEs on")
+                raise RequestError(f"--corpus {self.corpus}: no such file: give text to train SAEs on")
             log.info("activations of %s", self.corpus)
             acts = corpus_activations(self.study, self.corpus, seed=0)
             _save(path, {"train": acts.train, "held_out": acts.held_out, "held_out_text": acts.held_out_text})
         return CorpusActivations(**load_file(path))
 
     def probed_activations(self, pool: Pool) -> Tensor:
-        """float32 [mentions, d] at the probed positions."""
+        """Return float32 [mentions, d] at the probed positions."""
         path = self.folder / ("probed.safetensors" if self.study.runs else f"probed_{self.study.rows}.safetensors")
         if not path.exists():
             log.info("activations of %d mentions", len(pool.texts.mentions))
@@ -63,10 +66,10 @@ class Work:
         return load_file(path)["x"]
 
     def train(self, panel: Sequence[Snapshot], acts: Tensor) -> None:
-        """Train what is missing of the panel on acts [tokens, d]."""
+        """Train the missing SAEs of the panel on acts [tokens, d]."""
         recipes = {snapshot.recipe.name: snapshot.recipe for snapshot in panel}
         for recipe in recipes.values():
-            if not self._sae(Snapshot.trained(recipe)).exists():  # the last that a training writes
+            if not self._sae(Snapshot.trained(recipe)).exists():  # the last file that a training writes
                 for step, weights in train(recipe, acts):
                     _save(self._sae(Snapshot(recipe, step)), weights)
 
@@ -74,7 +77,7 @@ class Work:
         return as_sae(snapshot.recipe, load_file(self._sae(snapshot)))
 
     def probe(self, draw: str, tasks: Sequence[Task], saes: Sequence[Snapshot], x: Tensor) -> None:
-        """Out-of-fold scores of the SAEs on a draw of the rows x [mentions, d]; the model's probes are fitted once."""
+        """Compute out-of-fold scores of the SAEs on a draw of the rows x [mentions, d]; fit the model's probes once."""
         missing = [snapshot for snapshot in saes if not self._scores(draw, snapshot).exists()]
         if not missing:
             return
@@ -90,7 +93,7 @@ class Work:
             scores.save(path, scores.LayerScores(self.study.layer, draw, found))
 
     def scores(self, draw: str, snapshot: Snapshot) -> list[ProbeScores]:
-        """What `probe` found, probe by probe."""
+        """Return the results of `probe`, by probe."""
         return list(scores.load(self._scores(draw, snapshot)).probes.values())
 
     def _sae(self, snapshot: Snapshot) -> Path:
@@ -108,7 +111,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def probe_scores(task: Task, fit: ModelFit, sae: Sae, backend: ProbeBackend) -> dict[str, ProbeScores]:
-    """Each probe's scores of the views model, sae and transfer, and of `k1`, `k5` and so on: k-sparse probes."""
+    """Return each probe's scores of the views model, sae and transfer, and of the k-sparse probes `k1`, `k5`, ..."""
     codes = sae.encode(fit.x)
     found = out_of_fold(task.plan, fit, sae.decode(codes), backend)
     sparse = quantised(k_sparse_fit(task.plan, codes.to_csr(), KS).scores)  # [ks, targets, repeats, rows]
@@ -121,7 +124,7 @@ def probe_scores(task: Task, fit: ModelFit, sae: Sae, backend: ProbeBackend) -> 
 
 
 def errors_at(x: Tensor, sae: Sae, clusters: NDArray[np.int64]) -> Errors:
-    """What the SAE leaves of each row of x [rows, d]; clusters [rows]."""
+    """Return the error of the SAE on each row of x [rows, d]; clusters [rows]."""
     x = x.float()
     error = (x - sae.decode(sae.encode(x))).double().square().sum(1)
     deviation = (x.double() - x.double().mean(0)).square().sum(1)

@@ -1,8 +1,8 @@
-"""Families of SAEs whose order is known: snapshots of two trainings, close variants, and copies by other seeds.
+"""Families of SAEs whose order is known: snapshots of two trainings, close variants, and copies with other seeds.
 
-Every SAE of a panel learns from the same stored activations of one layer. Within a seed, all have the same order of
-batches and, where their widths agree, the same start, so two recipes differ by what their names say and by nothing
-else that could be held equal. The training step is the demo's (`scripts/demo_training/sae_training.py`).
+All SAEs of a panel are trained on the same stored activations of one layer. With the same seed they have the same order
+of batches and, if their widths agree, the same initialisation, so two recipes differ only in what their names say. The
+training step is that of the demo (`scripts/demo_training/sae_training.py`).
 
     acts = corpus_activations(TINY_PYTHIA, corpus, seed=0)
     for step, weights in train(recipe, acts.train): ...
@@ -36,25 +36,24 @@ from scripts.sae_training.training import CALIBRATION_ROWS, at_l0
 
 log = logging.getLogger(__name__)
 
-LENGTH = 192  # tokens a row of training text, BOS included
+LENGTH = 192  # tokens per row of training text, BOS included
 TRAIN_ROWS = 4096  # 0.78 M activations
 ROWS_AT_ONCE = 16
-MAX_CHARACTERS = 4_000_000  # read of each source of the corpus
+MAX_CHARACTERS = 4_000_000  # maximum characters that are read of each source of the corpus
 HELD_OUT_TEXTS = 400
 SETTINGS = StepSettings(batch=1024, dead_after=100_000)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one SAE is trained."""
+    """The training settings of one SAE."""
 
     architecture: Literal["topk", "batchtopk"]
     k: int
     d_sae: int
     steps: int
     seed: int
-    snapshots: tuple[int, ...] = ()
-    """Steps after which it is kept; it is kept at the end in any case."""
+    snapshots: tuple[int, ...] = ()  # steps after which a snapshot is kept, besides the last step
 
     @property
     def name(self) -> str:
@@ -66,26 +65,26 @@ class CorpusActivations:
     """One layer's residual stream on a text corpus, without BOS."""
 
     train: Tensor  # [tokens, d_in], in the model's own dtype
-    held_out: Tensor  # [tokens, d_in]: the beginnings of texts that are not trained on
-    held_out_text: Tensor  # int64 [tokens], the text each belongs to
+    held_out: Tensor  # [tokens, d_in], of the beginnings of texts that are not trained on
+    held_out_text: Tensor  # int64 [tokens], the text of each token
 
 
 @dataclass(frozen=True)
 class Study:
-    """A model, a layer, and the families of SAEs that scores are compared on there."""
+    """A model, a layer, and the families of SAEs on which scores are compared."""
 
     model_name: str
-    model: str  # as `open_model` takes it
+    model: str  # as `open_model` accepts it
     layer: int
-    rows: int  # of a dataset: the program's `--shuffle_select_n`
-    runs: tuple[int, ...]  # seeds of repeated measurements on all people; none: of the rows of one draw alone
+    rows: int  # per dataset: the program's `--shuffle_select_n`
+    runs: tuple[int, ...]  # seeds of repeated measurements on all people; empty: only on the rows of one draw
     families: Mapping[str, tuple[Literal["topk", "batchtopk"], int, int]]  # name -> architecture, k, d_sae
     steps: int
-    snapshots: tuple[int, ...]  # evenly spaced in log
+    snapshots: tuple[int, ...]  # evenly spaced on a logarithmic scale
     dtype: str = "auto"  # of the model
 
     def member(self, family: str, seed: int) -> Recipe:
-        """The family's own recipe. Snapshots are kept of seed 0."""
+        """Return the recipe of a family. Seed 0 keeps snapshots."""
         architecture, k, d_sae = self.families[family]
         return Recipe(architecture, k, d_sae, self.steps, seed, self.snapshots if seed == 0 else ())
 
@@ -93,7 +92,7 @@ class Study:
 TINY_PYTHIA = Study(
     model_name="tiny-pythia",
     model=str(Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"),
-    layer=3,  # of 0 to 5; where the demo's SAEs lose most
+    layer=3,  # of 0 to 5; the layer with the largest losses of the demo's SAEs
     rows=3000,
     runs=(1, 2, 3, 4, 5),
     families={"TopK, k 32": ("topk", 32, 1024), "BatchTopK, k 8": ("batchtopk", 8, 1024)},
@@ -115,7 +114,7 @@ STUDIES = {study.model_name: study for study in (TINY_PYTHIA, SMOLLM2)}
 
 
 def close_variants(base: Recipe) -> dict[str, tuple[Recipe, Recipe]]:
-    """What was changed -> (the worse recipe, the better one)."""
+    """Return the change -> (the worse recipe, the better one)."""
     base = replace(base, snapshots=())
     return {
         "k x 7/8": (replace(base, k=base.k * 7 // 8), base),
@@ -125,16 +124,16 @@ def close_variants(base: Recipe) -> dict[str, tuple[Recipe, Recipe]]:
 
 
 def harvested(acts: Activations, layer: int) -> CorpusActivations:
-    """What `scripts/train_saes.py harvest` kept of a layer; a held-out text is a row of tokens there."""
-    found = {part: [acts.read(part, i, layer) for i in range(acts.shards(part))] for part in (TRAIN, HELD_OUT)}
+    """Return the activations of a layer of `scripts/train_saes.py harvest`; held-out texts are rows of tokens."""
+    activations = {part: [acts.read(part, i, layer) for i in range(acts.shards(part))] for part in (TRAIN, HELD_OUT)}
     rows = [acts.text_rows(HELD_OUT, i) for i in range(acts.shards(HELD_OUT))]
-    return CorpusActivations(torch.cat(found[TRAIN]), torch.cat(found[HELD_OUT]), torch.cat(rows))
+    return CorpusActivations(torch.cat(activations[TRAIN]), torch.cat(activations[HELD_OUT]), torch.cat(rows))
 
 
 def corpus_activations(study: Study, corpus: Path, seed: int) -> CorpusActivations:
-    """Run the texts of `corpus` (JSON lines, xz: `text`, and `source` if they are of several kinds).
+    """Run the texts of `corpus` (JSON lines, xz: `text`, and `source` if there are several kinds).
 
-    The kinds have equal shares of the training rows. One document in 100, by hash, is held out.
+    All kinds have equal shares of the training rows. One document in 100, by hash, is held out.
     """
     info = open_model(study.model)
     site = Site(study.layer, "resid_post")
@@ -154,7 +153,7 @@ def corpus_activations(study: Study, corpus: Path, seed: int) -> CorpusActivatio
 
 
 def _texts_by_source(corpus: Path, seed: int) -> tuple[dict[str, list[str]], list[str]]:
-    """Training texts of each source, up to `MAX_CHARACTERS`, and at most `HELD_OUT_TEXTS` others."""
+    """Return training texts of each source, up to `MAX_CHARACTERS`, and at most `HELD_OUT_TEXTS` held-out texts."""
     with lzma.open(corpus, "rt", encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
     random.Random(seed).shuffle(records)
@@ -172,12 +171,12 @@ def _texts_by_source(corpus: Path, seed: int) -> tuple[dict[str, list[str]], lis
 
 
 def _after_bos(model: LanguageModel, site: Site, ids: Tensor) -> Tensor:
-    """[tokens - 1, d_in] for one text's ids [tokens] that begin with BOS."""
+    """Return [tokens - 1, d_in] for one text's ids [tokens], which begin with BOS."""
     return model.activations(ids[None])[site][0, 1:]
 
 
 def train(recipe: Recipe, acts: Tensor) -> Iterator[tuple[int, Weights]]:
-    """Train on acts `[tokens, d_in]`; gives (step, weights for raw activations) at every snapshot and at the end."""
+    """Train on acts `[tokens, d_in]`; yield (step, weights for raw activations) at every snapshot and at the end."""
     torch.set_num_threads(1)
     mean = acts.float().mean(0)
     scale = torch.stack([(part.float() - mean).square().sum() for part in acts.split(65536)]).sum()
@@ -200,14 +199,14 @@ def train(recipe: Recipe, acts: Tensor) -> Iterator[tuple[int, Weights]]:
 
 
 def _batches(n: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Indices of shuffled batches, epoch after epoch."""
+    """Yield indices of shuffled batches, epoch after epoch."""
     order = torch.Generator().manual_seed(seed)
     while True:
         yield from (part for part in torch.randperm(n, generator=order).split(size) if len(part) == size)
 
 
 def as_sae(recipe: Recipe, weights: Weights) -> Sae:
-    """The SAE as the rest of the project knows it."""
+    """Return the SAE as an object of the package."""
     d_sae, d_in = weights["W_enc"].shape
     bias = fold_b_dec(weights["W_enc"], weights["b_enc"], weights["b_dec"])
     selection: TopK | Threshold = TopK(recipe.k)

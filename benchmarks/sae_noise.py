@@ -1,17 +1,17 @@
-"""How far an SAE's own figure, its mean over all layers and probes, moves when it is measured again.
+"""Measure how much an SAE's mean over all layers and probes varies between measurements.
 
 python benchmarks/sae_noise.py run            # the bundled SAEs, five runs of two kinds of draws: a quarter of an hour
-python benchmarks/sae_noise.py                # the table, from what `run` kept
+python benchmarks/sae_noise.py                # print the table of the kept results
 python benchmarks/sae_noise.py run --suite    # the 113 tasks of sae-probes in five runs of `main.py`: half an hour
-python benchmarks/sae_noise.py --suite        # likewise
+python benchmarks/sae_noise.py --suite        # print the table of the suite
 
-A set of SAEs has one for each layer, and `main.py` reports the mean over them (`_run.sae_level`). Here that figure is
-made five times, each time of other rows and folds; 2.77 standard deviations are what two runs must differ by to be
-told apart in 95 of 100 (docs/reliability.md has the same for a single layer, beside k-sparse probing).
+A set of SAEs has one for each layer, and `main.py` reports the mean over them (`_run.sae_level`). Here, that figure is
+measured five times with different rows and folds. Two runs differ by more than 2.77 standard deviations in 5 % of cases
+(docs/reliability.md has the same for a single layer, and for k-sparse probing).
 
-With `--suite` the figure is the mean over the tasks of sae-probes at one layer. Each run has a seed of its own, which
-draws at most 400 rows of each task, and the folds. The last column is 2.77 times the standard error by which a run's
-own interval of the difference is made.
+With `--suite`, the figure is the mean over the tasks of sae-probes at one layer. Each run has a seed of its own, which
+draws the folds and at most 400 rows of each task. The last column is 2.77 times the standard error from which a run
+computes its own interval of the difference.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _sae_level(tasks: list[Task], x: Mapping[int, Tensor], recons: Mapping[tuple
 def run_suite() -> None:
     """Run `main.py` on the suite with five seeds, and keep the figures after each run."""
     runs: list[Level] = []
-    errors: list[dict[str, float]] = []  # of each run: figure -> standard error of the difference by its own interval
+    errors: list[dict[str, float]] = []  # per run: figure -> standard error of the difference
     for seed in RUNS:
         with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as out:
             program = [sys.executable, str(PROJECT / "main.py"), "--quiet", "--output_directory", out]
@@ -113,7 +113,7 @@ def run_suite() -> None:
 
 
 def _stored_level(folder: Path) -> result_file.Json:
-    """Return `_run.sae_level` of a finished run's SAE, which each of its files has."""
+    """Return `_run.sae_level` of an SAE in a finished run; each of its files has it."""
     level: result_file.Json = json.loads(next(folder.glob("*.json")).read_text("utf-8"))["_run"]["sae_level"]
     return level
 
@@ -123,7 +123,7 @@ def _standard_error(level: result_file.Json, figure: str) -> float:
 
 
 def table(levels: Mapping[str, list[Level]], errors: Sequence[Mapping[str, float]] = ()) -> str:
-    """A line per figure and kind of draw; `errors` are standard errors of the difference, figure -> each run's."""
+    """Return a line per figure and kind of draw; `errors`: figure -> standard error of the difference in each run."""
     rows: list[tables.Row] = [
         ("figure", "drawn anew", *(f"{name}, mean" for name in SAES), "SD of one", "2.77 SD", "SD of the difference",
          "2.77 SD", *(["by the runs' own intervals"] if errors else []))
@@ -145,8 +145,8 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
     parser.add_argument("--suite", action="store_true", help="the tasks of sae-probes")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    asked = parser.parse_args()
-    if asked.what == "run":
-        run_suite() if asked.suite else run()
-    kept = json.loads((KEPT_SUITE if asked.suite else KEPT).read_text(encoding="utf-8"))
+    args = parser.parse_args()
+    if args.what == "run":
+        run_suite() if args.suite else run()
+    kept = json.loads((KEPT_SUITE if args.suite else KEPT).read_text(encoding="utf-8"))
     print(table(kept["levels"], kept.get("errors", ())))

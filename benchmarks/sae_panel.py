@@ -1,4 +1,4 @@
-"""Which SAEs are compared with which: pairs whose better one is known by how they were made."""
+"""Pairs of SAEs whose better one is known from how they were made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SEEDS = (0, 1, 2)  # of the SAEs' training
 
 @dataclass(frozen=True)
 class Snapshot:
-    """An SAE after so many steps of its training."""
+    """An SAE after some steps of its training."""
 
     recipe: Recipe
     step: int
@@ -23,7 +23,7 @@ class Snapshot:
 
     @classmethod
     def trained(cls, recipe: Recipe) -> Snapshot:
-        """The end of its training."""
+        """Return the snapshot at the end of the training."""
         return cls(recipe, recipe.steps)
 
 
@@ -36,7 +36,7 @@ class PairSet:
 
     kind: str  # "snapshots", "close variants", or "close variants, other seeds"
     family: str
-    change: str  # what tells the two apart
+    change: str  # what differs between the two SAEs
     pairs: tuple[Pair, ...]
 
     @property
@@ -45,12 +45,12 @@ class PairSet:
 
 
 def snapshots_of(family: str, study: Study = TINY_PYTHIA) -> list[Snapshot]:
-    """From the least trained to the most."""
+    """Return the snapshots, from the least trained to the most."""
     return [Snapshot(study.member(family, 0), step) for step in study.snapshots]
 
 
 def pair_sets(study: Study = TINY_PYTHIA) -> list[PairSet]:
-    """All pairs of a family's snapshots; each close variant beside its original, of the same and of other seeds."""
+    """Return all pairs of a family's snapshots, and of close variants and originals, with equal and other seeds."""
     sets = [
         PairSet("snapshots", family, "training steps", tuple(itertools.combinations(snapshots_of(family, study), 2)))
         for family in study.families
@@ -69,14 +69,14 @@ def pair_sets(study: Study = TINY_PYTHIA) -> list[PairSet]:
 
 
 def panel(study: Study = TINY_PYTHIA) -> list[Snapshot]:
-    """Every SAE of any pair, once."""
+    """Return every SAE of any pair, once."""
     found = {snapshot.name: snapshot for each in pair_sets(study) for pair in each.pairs for snapshot in pair}
-    for family in study.families:  # these say when to keep what; their copies among the variants do not
+    for family in study.families:  # with snapshots; the same recipes among the variants have none
         found |= {snapshot.name: snapshot for snapshot in snapshots_of(family, study)}
     return list(found.values())
 
 
 def noise_panel(study: Study = TINY_PYTHIA) -> list[Snapshot]:
-    """The SAEs that are measured again and again: the last snapshot of either family, and a middle one."""
+    """Return the SAEs that are measured repeatedly: the last snapshot of each family, and a middle one."""
     first, second = (snapshots_of(family, study) for family in study.families)
     return [first[-1], second[-1], first[-4]]

@@ -1,9 +1,10 @@
-"""Units on workers that share one pipe to their storage: a discrete-event simulation of a whole release.
+"""Simulate units on workers that share the bandwidth of one storage (a discrete-event simulation of a whole release).
 
     simulate([Task(nbytes=2e9, seconds=30.0)] * 300, n_workers=8, bytes_per_second=1e9)   # -> Outcome
 
-A worker takes the next unit, reads its weights, computes, and takes the next. Those who read at the same time share
-the pipe equally; nobody reads ahead. That is what `compute_selectivity.py` does: Dask hands a unit to whoever is free.
+Each worker takes the next unit, reads its weights, and computes. Workers that read at the same time share the bandwidth
+equally; there is no prefetching. `compute_selectivity.py` works in this way: Dask assigns a unit to the next free
+worker.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ from dataclasses import dataclass
 class Task:
     """One unit."""
 
-    nbytes: float  # to read before it can compute
+    nbytes: float  # to read before computing
     seconds: float  # of computing
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How long all of it took, and what workers did meanwhile."""
+    """Total time, and how the workers spent it."""
 
-    seconds: float  # from the first unit's beginning to the last one's end
+    seconds: float  # from the start of the first unit to the end of the last one
     computing: float  # share of the workers' time
-    reading: float  # likewise
+    reading: float  # share of the workers' time
 
 
 def simulate(tasks: Sequence[Task], n_workers: int, bytes_per_second: float) -> Outcome:
-    """Run the tasks in their order."""
+    """Run the tasks in order."""
     waiting = list(reversed(tasks))
-    reading: list[list[float]] = []  # [bytes left, seconds of computing to come], one for each reader
-    computing: list[float] = []  # heap of times at which workers are free
+    reading: list[
+        list[float]
+    ] = []  # [bytes left to read, seconds of computing afterwards], one for each worker that reads
+    computing: list[float] = []  # heap of the times at which workers become free
     now = busy_reading = busy_computing = 0.0
     idle = n_workers
     while waiting or reading or computing:

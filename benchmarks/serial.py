@@ -1,10 +1,10 @@
-"""The same measurement written as anybody would first write it: one layer, one task, one batch and one fit at a time.
+"""Compute the same measurement in the most direct way: one layer, one task, one batch and one fit at a time.
 
     timed(model_folder, sae_weights, layer=5, texts=texts, labels=labels, persons=persons).probe_seconds
 
-Rows as they are shipped, in their order, 32 texts a batch; the whole model with its LM head; dense codes;
-scikit-learn's `LogisticRegression` for every view, fold and C. The definitions are the program's (docs/numbers.md). It
-is what `benchmarks/bench_end_to_end.py` compares with, and shares nothing with the program but the SAE's weights.
+Rows are used as shipped, in their order, with 32 texts per batch; the whole model with its LM head; dense codes;
+scikit-learn's `LogisticRegression` for every view, fold and C. The definitions are those of the program
+(docs/numbers.md). `benchmarks/bench_end_to_end.py` compares with it. It shares only the SAE's weights with the program.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CS = tuple(10.0**k for k in range(-5, 2))
 
 @dataclass(frozen=True)
 class Serial:
-    """What one layer and task gave, and its cost."""
+    """Results and cost of one layer and task."""
 
     model_sel: float
     sae_sel: float
@@ -41,26 +41,26 @@ class Serial:
 
 @torch.inference_mode()
 def last_tokens(folder: Path, texts: Sequence[str], layer: int) -> Tensor:
-    """Output of the layer at each text's last token, float32 [texts, d]; texts are cut from the left."""
+    """Return the layer's output at each text's last token, float32 [texts, d]; texts are truncated from the left."""
     tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left", padding_side="right")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     kept: dict[str, Tensor] = {}
     model.gpt_neox.layers[layer].register_forward_hook(
         lambda _module, _args, out: kept.update(x=out if isinstance(out, Tensor) else out[0])
     )
-    found = []
+    outputs = []
     for begin in range(0, len(texts), BATCH):
         batch = [tokenizer.bos_token + text for text in texts[begin : begin + BATCH]]
         longest = model.config.max_position_embeddings
         tokens = tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt")
         model(**tokens)
-        found.append(kept["x"][torch.arange(len(batch)), tokens["attention_mask"].sum(dim=1) - 1])
-    return torch.cat(found)
+        outputs.append(kept["x"][torch.arange(len(batch)), tokens["attention_mask"].sum(dim=1) - 1])
+    return torch.cat(outputs)
 
 
 @torch.inference_mode()
 def reconstructions(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int, x: Tensor) -> Tensor:
-    """Of a TopK SAE, with codes as wide as the dictionary; weights [d_sae, d]."""
+    """Reconstruct with a TopK SAE, with codes as wide as the dictionary; weights [d_sae, d]."""
     values, latents = (x @ W_enc.T + b_enc).relu().topk(k)
     return torch.zeros(len(x), len(W_enc)).scatter(1, latents, values) @ W_dec + b_dec
 
@@ -72,9 +72,9 @@ def selectivity(
     persons: NDArray[np.int64],
     folds: NDArray[np.integer] | None = None,
 ) -> float:
-    """Balanced accuracy of held-out predictions, scaled by the training folds of x; C by the loss of other folds.
+    """Return the balanced accuracy of held-out predictions; C is chosen by the loss on the other folds.
 
-    folds: the fold of each row, in place of scikit-learn's.
+    x is scaled with the statistics of the training folds. folds: the fold of each row; None: scikit-learn's.
     """
     if folds is None:
         splits = list(StratifiedGroupKFold(5, shuffle=True, random_state=0).split(x, labels, persons))
@@ -104,12 +104,12 @@ def timed(
     persons: NDArray[np.int64],
     clock: Callable[[], float] = time.perf_counter,
 ) -> Serial:
-    """One layer and task, one repeat. weights: of the layer's SAE, as `reconstructions` takes them."""
+    """Measure one layer and task with one repeat. weights: the layer's SAE, as `reconstructions` takes them."""
     start = clock()
     x = last_tokens(folder, texts, layer)
     recon = reconstructions(*weights, x)
     forward = clock() - start
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # at 1000 iterations it is as far as people let it go
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 1000 iterations, a common limit
         model_sel, sae_sel = (selectivity(x.numpy(), view.numpy(), labels, persons) for view in (x, recon))
     return Serial(model_sel, sae_sel, forward, clock() - start - forward)

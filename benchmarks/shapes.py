@@ -1,4 +1,4 @@
-"""Models and SAEs of the sizes that people measure, with random weights: speed does not depend on the values.
+"""Models and SAEs of common sizes with random weights, for timing: speed does not depend on the values.
 
 with Shape.of("pythia-160m").model_folder() as folder:
     open_model(str(folder)).load(sites, "cpu", "float32")
@@ -26,7 +26,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Pythia model and of TopK SAEs on its residual stream."""
+    """Sizes of a Pythia model, and of TopK SAEs on its residual stream."""
 
     name: str
     n_layers: int
@@ -37,17 +37,17 @@ class Shape:
 
     @property
     def model_flops(self) -> int:
-        """Floating-point operations of the weight matrices for one token, all layers: 2 x 12 d² each."""
+        """Return the floating-point operations of the weight matrices per token: 2 x 12 d² for each layer."""
         return 24 * self.d**2 * self.n_layers
 
     @property
     def sae_flops(self) -> int:
-        """Of the encoder's matrix product for one token at one site."""
+        """Return the floating-point operations of the encoder's product for one token at one site."""
         return 2 * self.d * self.d_sae
 
     @contextmanager
     def model_folder(self) -> Iterator[Path]:
-        """A folder with such a model, bfloat16, and the bundled tokenizer; gone afterwards."""
+        """Yield a temporary folder with such a model in bfloat16 and the bundled tokenizer."""
         from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
         from transformers.utils import logging as hf_logging
 
@@ -72,13 +72,13 @@ class Shape:
             yield folder
 
     def sae(self, layer: int, device: str = "cpu") -> Sae:
-        """A random TopK SAE for a layer's residual stream."""
+        """Return a random TopK SAE for a layer's residual stream."""
         generator = torch.Generator().manual_seed(layer)
         coder = random_topk(torch.zeros(self.d), self.d_sae, self.k, generator).to(device)
         return Sae(f"random {self.d_sae}", layer, "resid_post", self.d, self.d_sae, self.k, "topk", coder)
 
     def write_saes(self, folder: Path, seed: int = 0) -> None:
-        """One random SAE for each layer in EleutherAI's format."""
+        """Write one random SAE for each layer in EleutherAI's format."""
         config = {"activation": "topk", "num_latents": self.d_sae, "k": self.k, "d_in": self.d}
         for layer in range(self.n_layers):
             generator = torch.Generator().manual_seed(layer + 1000 * seed)
@@ -96,4 +96,4 @@ SHAPES = (
     Shape("pythia-160m", n_layers=12, d=768, n_heads=12, d_sae=32768, k=32),
     Shape("pythia-410m", n_layers=24, d=1024, n_heads=16, d_sae=32768, k=32),
 )
-TINY = Shape("tiny", n_layers=2, d=64, n_heads=4, d_sae=512, k=8)  # for a look at whether a benchmark runs
+TINY = Shape("tiny", n_layers=2, d=64, n_heads=4, d_sae=512, k=8)  # to check that a benchmark runs

@@ -1,8 +1,8 @@
-"""Sides timed in turn, fitted exponents, and tables that a document can show, for the benchmarks beside this file.
+"""Time several sides in turn, fit exponents, and keep tables for documents, for the benchmarks in this folder.
 
 seconds = in_turn({"ours": fit, "theirs": their_fit}, repeats=5)     # medians, in seconds
-python benchmarks/bench_forward.py run                               # measures, prints, keeps
-python benchmarks/bench_forward.py                                   # prints what was kept
+python benchmarks/bench_forward.py run                               # measure, print, keep
+python benchmarks/bench_forward.py                                   # print the kept results
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEPT = Path(__file__).resolve().parent  # a file for each benchmark
 
 
 Clock = Callable[[], float]
-"""`time.perf_counter`, or where others use the machine too `time.process_time`: seconds of all threads on a core."""
+"""`time.perf_counter`, or, on a machine with other load, `time.process_time`: CPU seconds of all threads."""
 
 
 def in_turn(
@@ -35,9 +35,9 @@ def in_turn(
     synchronise: Callable[[], object] = lambda: None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds of each side, all of them run in turn, so that what else the machine does falls on all alike.
+    """Return the median seconds of each side. The sides are run in turn, so that other load affects all alike.
 
-    Each is run once before, untimed. `synchronise` waits for a device that works on its own.
+    Each is run once before, untimed. `synchronise` waits for a device that works asynchronously.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
@@ -51,8 +51,8 @@ def in_turn(
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def at_a_time(work: Callable[[], object], workers: int) -> Callable[[], None]:
-    """`work`, done by so many threads at a time, as the producer does its batches."""
+def in_threads(work: Callable[[], object], workers: int) -> Callable[[], None]:
+    """Run `work` in this many threads at the same time, as the producer does with its batches."""
 
     def run() -> None:
         with ThreadPoolExecutor(workers) as pool:
@@ -63,54 +63,56 @@ def at_a_time(work: Callable[[], object], workers: int) -> Callable[[], None]:
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The least-squares slope of log cost over log size: 1 where cost grows as size does."""
+    """Return the least-squares slope of log cost over log size: 1 if cost is proportional to size."""
     x, y = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
     return statistics.linear_regression(x, y).slope
 
 
 def kept_file(benchmark: str) -> Path:
-    """Where the rows of a benchmark's table are."""
+    """Return the file with the rows of a benchmark's table."""
     return KEPT / f"{benchmark}.json"
 
 
 def machine() -> str:
-    """This processor, what is fast on it, and the instructions that torch is held to, if it has more."""
+    """Describe this processor, which kernels are fast on it, and any limit on the instructions that torch may use."""
     held = torch.backends.cpu.get_cpu_capability()
     limited = held == "AVX2" and bool(torch.cpu.get_capabilities().get("avx512_f"))
     return f"{processor.describe()}{f', held to {held}' if limited else ''}"
 
 
 def keep(benchmark: str, rows: Sequence[tables.Row]) -> None:
-    """Write a table's rows, header first, into the repository: those of this machine anew, of others as they were."""
-    every = kept(benchmark) if kept_file(benchmark).exists() else {}
+    """Write a table's rows, header first, into the repository; replace those of this machine, keep those of others."""
+    content = kept(benchmark) if kept_file(benchmark).exists() else {}
     with replacing(kept_file(benchmark), "w", encoding="utf-8") as file:
-        json.dump({**every, machine(): rows}, file, indent=0, ensure_ascii=False)
+        json.dump({**content, machine(): rows}, file, indent=0, ensure_ascii=False)
         file.write("\n")
 
 
 def kept(benchmark: str) -> dict[str, list[tables.Row]]:
-    """By machine the rows that `keep` wrote last."""
+    """Return the rows that `keep` wrote last, by machine."""
     found = json.loads(kept_file(benchmark).read_text(encoding="utf-8"))
     return {name: [tuple(row) for row in rows] for name, rows in found.items()}
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """`run`, `--quick`, `--repeats` and `--cpu_time`, to which a benchmark adds flags of its own."""
+    """Return a parser with `run`, `--quick`, `--repeats` and `--cpu_time`; benchmarks add their own flags."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("what", nargs="?", choices=["run"], help="measure, print and keep; else print what was kept")
-    made.add_argument("--quick", action="store_true", help="tiny sizes, nothing kept: does it run at all?")
+    made.add_argument(
+        "what", nargs="?", choices=["run"], help="measure, print and keep; otherwise print the kept results"
+    )
+    made.add_argument("--quick", action="store_true", help="tiny sizes, to check that it runs; nothing is kept")
     made.add_argument("--repeats", type=int, default=3, help="timed runs of each side")
-    made.add_argument("--cpu_time", action="store_true", help="seconds of CPU: for a machine that others use too")
+    made.add_argument("--cpu_time", action="store_true", help="CPU seconds, for a machine with other load")
     return made
 
 
-def answer(benchmark: str, asked: argparse.Namespace, measure: Callable[[], list[tables.Row]]) -> str:
-    """The table asked for: measured now, or as it was kept, one for each machine."""
-    if asked.what != "run" and not asked.quick:
+def show_or_measure(benchmark: str, args: argparse.Namespace, measure: Callable[[], list[tables.Row]]) -> str:
+    """Return the requested table: measured now, or as it was kept, one for each machine."""
+    if args.what != "run" and not args.quick:
         if not kept_file(benchmark).exists():
-            raise SystemExit(f"{benchmark}: nothing was kept yet; measure it with `run`")
+            raise SystemExit(f"{benchmark}: there are no kept results: measure them with `run`")
         return "\n\n".join(f"{name}\n\n{tables.aligned(rows)}" for name, rows in kept(benchmark).items())
     rows = measure()
-    if not asked.quick:
+    if not args.quick:
         keep(benchmark, rows)
     return tables.aligned(rows)

@@ -1,7 +1,7 @@
-"""What SAEs lose, concept by concept, and where FVU says nothing of it: the tables of docs/findings.md.
+"""Tables of docs/findings.md: what SAEs lose, by concept, and where FVU does not show it.
 
-python benchmarks/what_is_lost.py results/smollm2 concepts     # the tables, from result files of main.py
-python scripts/update_tables.py docs/findings.md               # puts them there
+python benchmarks/what_is_lost.py results/smollm2 concepts     # print the tables, from result files of main.py
+python scripts/update_tables.py docs/findings.md               # update the document
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ Lines = Sequence[Mapping[str, Any]]  # of `report_files.lines`
 
 
 def short(line: Mapping[str, Any]) -> str:
-    """The SAE's last folder; `untrained` and that of the SAE that it stands beside."""
+    """Return the last folder of an SAE's name; for `untrained`, with that of the SAE that it is compared with."""
     return Path(str(line["sae"])).name
 
 
 def concepts(lines: Lines) -> list[list[str]]:
-    """Rows: probes at a layer, what is lost most first; columns: what survives, by SAE."""
+    """Return rows of probes at a layer, largest losses first, and columns of transfer_r2 by SAE."""
     trained = [line for line in lines if line["baseline"] is None]
     saes = list(dict.fromkeys(short(line) for line in trained))
     by_cell: dict[tuple[int, str], dict[str, Mapping[str, Any]]] = {}
@@ -48,7 +48,7 @@ def concepts(lines: Lines) -> list[list[str]]:
 
 
 def saes(lines: Lines) -> list[list[str]]:
-    """Rows: SAEs at a layer, baselines below, by L0; means over the probes that the model knows."""
+    """Return rows of SAEs at a layer, by L0, with baselines below: means over the probes that the model knows."""
     known = [line for line in lines if line["model_sel"] > KNOWN]
     groups: dict[tuple[int, bool, str], list[Mapping[str, Any]]] = {}
     for line in known:

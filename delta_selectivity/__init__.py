@@ -1,7 +1,7 @@
-"""Does a sparse autoencoder keep what a language model knows?
+"""Measure whether a sparse autoencoder (SAE) preserves what a language model knows.
 
-Trains binary probes on a language model's activations and on an SAE's reconstruction of them, layer by layer, and
-reports the difference with its uncertainty.
+The package trains binary probes on a language model's activations and on an SAE's reconstruction of them, layer by
+layer, and reports the difference with its uncertainty.
 
     import delta_selectivity as ds
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from delta_selectivity.settings import Settings
     from delta_selectivity.tasks import load_task
 
-_WHERE = {
+_MODULES = {
     "WIKIDATA": "api.evaluate",
     "Callback": "api.callback",
     "CsvLogger": "api.loggers",
@@ -69,11 +69,11 @@ def __getattr__(name: str) -> Any:
         from delta_selectivity.system.provenance import program_version
 
         return program_version()
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

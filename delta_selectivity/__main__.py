@@ -1,4 +1,4 @@
-"""`python -m delta_selectivity` does what the console command `delta-selectivity` does."""
+"""Run the console command `delta-selectivity` as `python -m delta_selectivity`."""
 
 from delta_selectivity.cli.program import main
 

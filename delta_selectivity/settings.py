@@ -152,8 +152,8 @@ class Settings:
             object.__setattr__(self, "baselines", BASELINES)
         for field, kind, rule in fields():
             value = getattr(self, field.name)
-            if field.default is not None and rule.if_none and value == rule.if_none:
-                value = None  # the word for None, for fields whose default is another value
+            if isinstance(value, str) and value and value == word_for_none(kind, rule):
+                value = None
                 object.__setattr__(self, field.name, None)
             _check(field.name, value, kind, rule)
             if kind in (int, float) and value is not None:
@@ -171,6 +171,11 @@ def fields() -> Iterator[tuple[dataclasses.Field[Any], type, Rule]]:
         if typing.get_origin(hint) is not types.UnionType:
             kinds = [hint]
         yield field, typing.get_origin(kinds[0]) or kinds[0], field.metadata["rule"]
+
+
+def word_for_none(kind: type, rule: Rule) -> str:
+    """Return the word that a number's flag accepts for None, such as "all"; empty if there is none."""
+    return rule.if_none if kind is int and rule.if_none.isalpha() else ""
 
 
 def default_shown(field: dataclasses.Field[Any], rule: Rule) -> str:

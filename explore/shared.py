@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from delta_selectivity import Results
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting import results as report_files
-from delta_selectivity.reporting.ink import COLOURS, MARKERS, MUTED, RULE, STYLE
+from delta_selectivity.reporting.styles import COLOURS, MARKERS, MUTED, RULE, STYLE
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -67,7 +67,7 @@ def results_table(folder: Path) -> pd.DataFrame:
     """Return a line for each probe at each layer of each result file below the folder, with the figures of its layer.
 
     Columns: `sae`, `baseline` (its kind; None for an SAE), `dataset`, `path`, `layer`, `probe`, and then every key that
-    docs/numbers.md defines. Raises `RequestError` if there are no results, or a file was edited or cut short.
+    docs/numbers.md defines. Raises `RequestError` if there are no results, or a file was edited or truncated.
     """
     lines = report_files.lines(report_files.load(report_files.result_files(folder)))
     return pd.DataFrame([{**line, "sae": result_file.slug(line["sae"])} for line in lines])
@@ -88,7 +88,7 @@ def open_grid(n: int, columns: int = 4, width: float = 3.1, height: float = 2.5)
 
 
 def log_scale(panel: plt.Axes, axes: str) -> None:
-    """Make axes ("x", "y" or "xy") logarithmic, with plain numbers at 1, 2 and 5: the style has no powers of ten."""
+    """Make axes ("x", "y" or "xy") logarithmic, with plain numbers at 1, 2 and 5 instead of powers of ten."""
     for name in axes:
         panel.set(**{f"{name}scale": "log"})
         axis = getattr(panel, f"{name}axis")

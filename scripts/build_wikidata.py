@@ -1,23 +1,23 @@
 #!/usr/bin/env python3
-"""Builds the five Wikidata tasks afresh: people of a Wikidata dump, at their mentions in a folder of texts.
+"""Build the five Wikidata tasks from a Wikidata dump and a folder of texts that mention its people.
 
     python scripts/build_wikidata.py latest-all.json.gz texts/ -o people.parquet
     lbzip2 -dc latest-all.json.bz2 | python scripts/build_wikidata.py - texts/ -o people.parquet   # all cores unpack
     python main.py --dataset_file people.parquet
 
-The dump is https://dumps.wikimedia.org/wikidatawiki/entities/latest-all.json.gz, or a part of one. The one packed by
-bzip2 is smaller, but unpacking it takes ten times as long as all else: leave that to a program that uses all cores.
-The texts are .txt or .jsonl with a field `text`, plain or packed (.gz, .bz2, .xz, .zst), in any folders below the one
-given.
+The dump is https://dumps.wikimedia.org/wikidatawiki/entities/latest-all.json.gz, or a part of it. The bzip2 dump is
+smaller, but decompressing it takes ten times as long as all other work: use a program that decompresses on all cores.
+The texts are .txt files, or .jsonl files with a field `text`, plain or compressed (.gz, .bz2, .xz, .zst), in the given
+folder or below it.
 
 Properties and classes are those of Gurnee et al. 2023 (arXiv 2305.01610). A person counts for a task if exactly one of
-its classes is theirs; namesakes who differ count for none. Of each person found, `--per_name` mentions are drawn by
-`--seed`; of each class, the `--per_class` most prominent people are taken (those with statements for the most
-properties), and of two classes the same number. Every text ends with the name. Label 1 is female, Democratic Party,
-alive.
+their classes belongs to it. People with the same name but different classes do not count. Of each person in the texts,
+`--per_name` mentions are drawn with `--seed`. Of each class, the `--per_class` most prominent people are taken (those
+with statements for the most properties); if there are two classes, both get the same number. Every text ends with the
+name. Label 1 is female, Democratic Party, alive.
 
-Exit codes: 0 the file is written; 1 the work failed, and nothing is written; 2 the request was wrong, or nobody was
-found; 130 interrupted, and nothing is written.
+Exit codes: 0 the file is written; 1 the work failed, and nothing is written; 2 the request was invalid, or no person
+was found; 130 interrupted, and nothing is written.
 """
 
 from __future__ import annotations
@@ -43,21 +43,25 @@ log = logging.getLogger("build_wikidata")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("dump", help="Wikidata's JSON dump: .json, .json.gz, .json.bz2, or - for JSON on stdin")
     made.add_argument("texts", type=Path, help="folder of texts")
     made.add_argument("-o", "--output", type=Path, required=True, help=f"file to write: {', '.join(output.SUFFIXES)}")
-    made.add_argument("--context", type=_natural, default=600, help="characters before the name at most (%(default)s: "
-                      "some 127 tokens)")  # fmt: skip
-    made.add_argument("--per_class", type=_natural, default=3000, help="people of a class at most (%(default)s)")
+    made.add_argument("--context", type=_natural, default=600, help="maximum number of characters before the name "
+                      "(%(default)s: about 127 tokens)")  # fmt: skip
     made.add_argument(
-        "--min_per_class", type=_natural, default=20, help="leave a class out that has fewer (%(default)s)"
+        "--per_class", type=_natural, default=3000, help="maximum number of people of a class (%(default)s)"
     )
-    made.add_argument("--per_name", type=_natural, default=1, help="mentions of a person at most (%(default)s)")
-    made.add_argument("--seed", type=int, default=0, help="of the draw of mentions (%(default)s)")
-    made.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
-    made.add_argument("--quiet", action="store_true", help="no progress bars, no table; warnings stay")
+    made.add_argument(
+        "--min_per_class", type=_natural, default=20, help="exclude classes with fewer people (%(default)s)"
+    )
+    made.add_argument(
+        "--per_name", type=_natural, default=1, help="maximum number of mentions of a person (%(default)s)"
+    )
+    made.add_argument("--seed", type=int, default=0, help="seed of the draw of mentions (%(default)s)")
+    made.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    made.add_argument("--quiet", action="store_true", help="print no progress bars and no table, only warnings")
     return made
 
 
@@ -67,25 +71,28 @@ def _natural(text: str) -> int:
     return int(text)
 
 
-def build(asked: argparse.Namespace) -> None:
-    """Read the dump, then the texts, then write. Raises `RequestError` if the request is wrong or nobody is found."""
-    output.check_output(asked.output, asked.overwrite)
-    dump.check_dump(asked.dump)
-    files = texts.text_files(asked.texts)
-    names = read_people(asked.dump, asked.quiet)
-    finder = mentions.MentionFinder(names, asked.context, asked.per_name, asked.seed)
-    search_texts(files, finder, asked.quiet)
-    rows, counts = selection.select(names, finder.found, asked.min_per_class, asked.per_class)
+def build(args: argparse.Namespace) -> None:
+    """Read the dump and the texts, and write the file.
+
+    Raises `RequestError` if the request is invalid, or no person is found.
+    """
+    output.check_output(args.output, args.overwrite)
+    dump.check_dump(args.dump)
+    files = texts.text_files(args.texts)
+    names = read_people(args.dump, args.quiet)
+    finder = mentions.MentionFinder(names, args.context, args.per_name, args.seed)
+    search_texts(files, finder, args.quiet)
+    rows, counts = selection.select(names, finder.found, args.min_per_class, args.per_class)
     if not rows:
         raise RequestError(
-            f"{asked.texts}: mentions {len(finder.found)} of {len(names.hashes)} names, and of no task "
-            f"{asked.min_per_class} people of two classes: give more texts, or more of the dump"
+            f"{args.texts}: mentions {len(finder.found)} of {len(names.hashes)} names, and of no task "
+            f"{args.min_per_class} people of two classes: give more texts, or more of the dump"
         )
     left_out = [f"{count.task} {count.name} ({count.found} found)" for count in counts if not count.rows]
     if left_out:
-        log.warning("too few people, or of no other class: left out: %s", ", ".join(left_out))
-    output.write(asked.output, rows)
-    if not asked.quiet:
+        log.warning("excluded, because there are too few people or only one class: %s", ", ".join(left_out))
+    output.write(args.output, rows)
+    if not args.quiet:
         show(
             "\n".join(
                 f"{n.task:10}  {n.name:16}  {n.found:7} found  {n.people:6} people  {n.rows:6} rows" for n in counts
@@ -94,7 +101,7 @@ def build(asked: argparse.Namespace) -> None:
 
 
 def read_people(path: str, quiet: bool) -> Names:
-    """All people of the dump whose name can be found. Raises `RequestError` if there are none."""
+    """Return all people of the dump whose name can be searched for. Raises `RequestError` if there are none."""
     table, tally = PeopleTable(), dump.Tally()
     with _bar("dump", [] if path == dump.STDIN else [Path(path)], quiet) as bar:
         for entity in dump.entities(path, tally, bar.update):
@@ -102,7 +109,7 @@ def read_people(path: str, quiet: bool) -> Names:
                 person = entities.person_of(entity)
                 parents = entities.items_of(entity, classes.SUBCLASS_OF)
                 item = entities.item_number(entity) if parents else None
-            except (KeyError, TypeError, ValueError, AttributeError):  # JSON, but no entity
+            except (KeyError, TypeError, ValueError, AttributeError):  # JSON, but not an entity
                 tally.malformed += 1
                 continue
             if person is not None:
@@ -111,52 +118,54 @@ def read_people(path: str, quiet: bool) -> Names:
                 table.add_subclass(item, parents)
             bar.set_postfix_str(f"{len(table)} people", refresh=False)
     if tally.malformed:
-        log.warning("%s: %d of %d lines are no entity: passed over", path, tally.malformed, tally.lines)
+        log.warning("%s: skipped %d of %d lines, which are not entities", path, tally.malformed, tally.lines)
     if tally.ends_early:
-        log.warning("%s: ends early, after %d lines: what there is of it is used", path, tally.lines)
+        log.warning("%s: the file is truncated after %d lines: using these", path, tally.lines)
     if not len(table):
-        raise RequestError(f"{path}: {tally.lines} lines and no person: is it Wikidata's JSON dump, an entity a line?")
+        raise RequestError(
+            f"{path}: {tally.lines} lines and no person: is it Wikidata's JSON dump, with an entity on each line?"
+        )
     if not table.knows_subclasses:
-        log.warning("%s: no class of it is below athlete: those of the five sports are the only athletes", path)
+        log.warning("%s: it has no subclass of athlete: only people of the five sports count as athletes", path)
     return table.names()
 
 
 def search_texts(files: list[Path], finder: mentions.MentionFinder, quiet: bool) -> None:
-    """Feed all texts to the finder."""
+    """Search all texts with the finder."""
     tally = texts.TextTally()
     with _bar("texts", files, quiet) as bar:
         for text in texts.texts(files, tally, bar.update):
             finder.search(text)
             bar.set_postfix_str(f"{len(finder.found)} people", refresh=False)
     if tally.malformed:
-        log.warning("%d lines of the texts are no object with a text: passed over", tally.malformed)
+        log.warning("skipped %d lines of the texts, which are not objects with a text", tally.malformed)
 
 
 @contextmanager
 def _bar(name: str, files: Sequence[Path], quiet: bool) -> Iterator[tqdm]:
-    """By bytes of the files as they are, so that compressed ones end at 100 %."""
+    """Open a progress bar that counts the bytes of the files as they are, so that compressed files end at 100 %."""
     size = sum(path.stat().st_size for path in files) or None
     with tqdm(total=size, desc=name, unit="B", unit_scale=True, disable=quiet, mininterval=1.0) as bar:
         yield bar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build, and say in one line on stderr what went wrong if something did; returns the exit code."""
+    """Build the file, report an error in one line on stderr, and return the exit code."""
     to_stderr = logging.StreamHandler()
     to_stderr.setFormatter(LineFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[to_stderr])
-    asked = parser().parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         with as_keyboard_interrupt():
-            build(asked)
+            build(args)
     except RequestError as error:
         show_on_stderr(f"error: {error}")
         return 2
     except KeyboardInterrupt:
-        show_on_stderr("interrupted: nothing is written")
+        show_on_stderr("interrupted: nothing was written")
         return 130
     except (OSError, MemoryError) as error:
-        show_on_stderr(f"failed: {type(error).__name__}: {error}; nothing is written")
+        show_on_stderr(f"failed: {type(error).__name__}: {error}; nothing was written")
         return 1
     return 0
 

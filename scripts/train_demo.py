@@ -1,12 +1,12 @@
-"""Makes the bundled demo: a tokenizer, a tiny Pythia that knows about people, and SAEs in two formats.
+"""Make the bundled demo: a tokenizer, a tiny Pythia that knows about people, and SAEs in two formats.
 
     python scripts/train_demo.py tokenizer --shared ../shared
     python scripts/train_demo.py model --shared ../shared --minutes 60
     python scripts/train_demo.py saes --shared ../shared --minutes 15
     python scripts/train_demo.py card
 
-The text and the tables of people it learns from are not part of the project (`assets/tiny-pythia/README.md`
-says what they are). Every stage is seeded; how far the timed stages get depends on the machine.
+The text and the tables of people for the training are not part of the project (`assets/tiny-pythia/README.md` describes
+them). Every stage is seeded; how far the timed stages get depends on the machine.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the stages spread their work over threads themselves
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the stages use several threads themselves
 
 import torch
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
@@ -39,14 +39,14 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 MODEL = "tiny-pythia"
 VOCAB_SIZE = 8192
 MAX_LENGTH = 512
-HELD_OUT_ROWS = 160  # for the quality of the SAEs
+HELD_OUT_ROWS = 160  # rows for measuring the quality of the SAEs
 SPARSIFY_K, SAE_LENS_K = 8, 32
 
 log = logging.getLogger("train_demo")
 
 
 def make_tokenizer(args: argparse.Namespace) -> None:
-    """A byte-level BPE. Congress text counts a third: its abbreviations would eat the vocabulary."""
+    """Train a byte-level BPE. Congress text counts a third, because its abbreviations would fill the vocabulary."""
     train, _ = texts_by_source(args.shared, args.seed)
     train["congress-bioguide"] = train["congress-bioguide"][::3]
     train["statements"] = train["statements"][::4]
@@ -55,7 +55,7 @@ def make_tokenizer(args: argparse.Namespace) -> None:
 
 
 def make_model(args: argparse.Namespace) -> None:
-    """The language model, for `--minutes` of wall clock."""
+    """Train the language model, for `--minutes` of wall-clock time."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.assets / MODEL)
     mix = load_mix(args.shared, tokenizer, SHARES, args.seed)
     log.info("training tokens by source: %s", {name: source.tokens for name, source in mix.sources.items()})
@@ -65,7 +65,7 @@ def make_model(args: argparse.Namespace) -> None:
 
 
 def make_saes(args: argparse.Namespace) -> None:
-    """All SAEs of the model, for `--minutes`; then each folder is read back by its own library."""
+    """Train all SAEs of the model, for `--minutes`, and read each folder back with its own library."""
     folder = args.model or args.assets / MODEL
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     mix = load_mix(args.shared, AutoTokenizer.from_pretrained(folder), NATURAL_SHARES, args.seed)
@@ -74,7 +74,7 @@ def make_saes(args: argparse.Namespace) -> None:
     rows = rows[:: max(1, len(rows) // HELD_OUT_ROWS)]
     bos = model.config.bos_token_id
     with residual_stream(model) as residuals:
-        saes, scale, found, tokens = train_saes(residuals, bos, mix, rows, settings)
+        saes, scale, quality, tokens = train_saes(residuals, bos, mix, rows, settings)
         acts = without_bos(residuals(rows[:4]), rows[:4], bos)
     held_out = int((rows != bos).sum())
 
@@ -92,9 +92,9 @@ def make_saes(args: argparse.Namespace) -> None:
             error = error_in_sae_lens(target, weights, sae.k, x)
         log.info("%s: differs from its own library by %.1e of the largest entry", target, error)
     for library, target, k in (("sparsify", sparsify, SPARSIFY_K), ("sae_lens", sae_lens, SAE_LENS_K)):
-        card = sae_card(library, k, settings.d_sae, args.minutes, tokens, held_out, found)
+        card = sae_card(library, k, settings.d_sae, args.minutes, tokens, held_out, quality)
         (target / "README.md").write_text(card)
-    for q in found:
+    for q in quality:
         log.info("layer %d k %d: fvu %.4f  l0 %.2f  dead %.3f", q.layer, q.k, q.fvu, q.l0, q.dead)
 
 
@@ -115,7 +115,7 @@ def sae_lens_metadata(hook: str, settings: SaeSettings, tokens: int) -> dict[str
 
 
 def make_card(args: argparse.Namespace) -> None:
-    """The model's README from its `training.json` (the SAEs' is written with them)."""
+    """Write the model's README from its `training.json` (those of the SAEs are written with them)."""
     folder = args.assets / MODEL
     facts = json.loads((folder / "training.json").read_text())
     (folder / "README.md").write_text(model_card(facts))
@@ -135,12 +135,12 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--shared", type=Path, default=Path("../shared"), help="folder of corpus and people")
         sub.add_argument("--seed", type=int, default=0)
         if name in timed:
-            sub.add_argument("--minutes", type=float, default=timed[name], help="wall clock of the training loop")
+            sub.add_argument("--minutes", type=float, default=timed[name], help="wall-clock time of the training loop")
         if name == "model":
-            sub.add_argument("--tokenizer", type=Path, help="tokenizer folder; the one beside the model")
-            sub.add_argument("--snapshots", type=Path, help="folder that always holds the latest model")
+            sub.add_argument("--tokenizer", type=Path, help="tokenizer folder; default: the one beside the model")
+            sub.add_argument("--snapshots", type=Path, help="folder for snapshots of the model in training")
         if name == "saes":
-            sub.add_argument("--model", type=Path, help="model folder; the bundled one")
+            sub.add_argument("--model", type=Path, help="model folder; default: the bundled one")
     return root
 
 

@@ -1,9 +1,9 @@
-"""docs/results.schema.json, made from the dataclasses that result files are written from and from docs/numbers.md.
+"""Write docs/results.schema.json from the dataclasses of result files and from docs/numbers.md.
 
-    python scripts/update_schema.py           # rewrite it
-    python scripts/update_schema.py --check   # exit 1 if it is not what the code says now
+    python scripts/update_schema.py           # rewrite the schema
+    python scripts/update_schema.py --check   # exit code 1 if it is not up to date
 
-Names and types come from `ProbeResult`, `Reconstruction` and `Downstream`, what they mean from the page's tables. JSON
+Names and types come from `ProbeResult`, `Reconstruction` and `Downstream`, their meaning from the page's tables. JSON
 Schema, draft 2020-12: https://json-schema.org/draft/2020-12. docs/how_to/read_a_result.md shows how to check a file
 against it.
 """
@@ -42,23 +42,28 @@ LATER = (
     "n_people_effective",
     "n_outliers",
 )
-"""Figures that files of earlier versions lack; a new figure comes here."""
-Q_VALUES = ("q_value", "transfer_q_value")  # there once the run is complete
-COUNTED = ("n_rows", "n_people", "n_people_effective", "n_pos")  # what a probe that cannot be measured has all the same
-ONLY_FROM_0 = re.compile(
+"""Figures that files of earlier versions do not have; add new figures here."""
+Q_VALUES = ("q_value", "transfer_q_value")  # present once the run is complete
+REQUIRED_WITHOUT_NUMBERS = (
+    "n_rows",
+    "n_people",
+    "n_people_effective",
+    "n_pos",
+)  # of a probe that cannot be measured
+NON_NEGATIVE = re.compile(
     r"n_\w+|ce_(model|sae|mean|zero)|mse_\w+|fvu_\w+|l0|l1|dead|dead_se|outliers|C|C_sae|(model|sae|transfer|error|latent|k[0-9]+)_(sel|auc)"
 )
-"""Figures that cannot be negative. None has an upper bound: a share is a sum, which rounding may take beyond 1."""
+"""Figures that cannot be negative. None has an upper bound: a share is a sum, and rounding may take it above 1."""
 
 
 def build() -> Schema:
-    """The schema of a result file."""
+    """Return the schema of a result file."""
     definition = definitions(NUMBERS.read_text(encoding="utf-8"))
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "A result file of Delta Selectivity",
         "description": "One SAE, or baseline, on one dataset. docs/numbers.md defines the numbers at length.",
-        **_closed({"_run": {"$ref": "#/$defs/run"}}),
+        **_object({"_run": {"$ref": "#/$defs/run"}}),
         "patternProperties": {LAYER: {"$ref": "#/$defs/layer"}},
         "if": {"properties": {"_run": {"properties": {"complete": {"const": True}}}}},
         "then": {"patternProperties": {LAYER: {"additionalProperties": {"$ref": "#/$defs/settled"}}}},
@@ -84,14 +89,14 @@ def build() -> Schema:
 
 
 def definitions(page: str) -> dict[str, str]:
-    """Key -> what the tables of docs/numbers.md say in the first row that names it, at best in its first cell."""
-    found: dict[str, str] = {}
+    """Return key -> description, from the tables of docs/numbers.md; prefer rows with the key in the first cell."""
+    meanings: dict[str, str] = {}
     rows = re.findall(r"^\| (.+?) \| (.+) \|$", page, re.MULTILINE)
     for place in (0, 1):
         for row in rows:
             for key in re.findall(r"`(\w+)`", row[place]):
-                found.setdefault(key, row[1] if row[0] == f"`{key}`" else f"{row[0]}: {row[1]}")
-    return found
+                meanings.setdefault(key, row[1] if row[0] == f"`{key}`" else f"{row[0]}: {row[1]}")
+    return meanings
 
 
 def _layer(definition: dict[str, str]) -> Schema:
@@ -99,7 +104,7 @@ def _layer(definition: dict[str, str]) -> Schema:
     optional = {*LATER, *get_type_hints(Downstream)}
     return {
         "description": "The reconstruction figures of one layer, and a record for each probe by its name.",
-        **_closed({name: _figure(name, kind, definition) for name, kind in figures.items()}, optional),
+        **_object({name: _figure(name, kind, definition) for name, kind in figures.items()}, optional),
         "additionalProperties": {"$ref": "#/$defs/probe"},
     }
 
@@ -107,24 +112,24 @@ def _layer(definition: dict[str, str]) -> Schema:
 def _measured(definition: dict[str, str]) -> Schema:
     kinds = get_type_hints(ProbeResult) | {Q_VALUES[0]: float, Q_VALUES[1]: float | None}
     known = {name: _figure(name, kind, definition) for name, kind in kinds.items()}
-    return _closed(known, optional=OPTIONAL | set(Q_VALUES) | set(LATER))
+    return _object(known, optional=OPTIONAL | set(Q_VALUES) | set(LATER))
 
 
 def _unmeasured(definition: dict[str, str]) -> Schema:
     kinds = get_type_hints(ProbeResult)
-    counted = {name: _figure(name, kinds[name], definition) for name in COUNTED}
+    counted = {name: _figure(name, kinds[name], definition) for name in REQUIRED_WITHOUT_NUMBERS}
     null = {name: {"type": "null"} for name in kinds if name not in counted.keys() | OPTIONAL}
     reason = {"reason": {"type": "string", "description": definition["reason"]}}
-    return _closed(
+    return _object(
         {**counted, **reason, **null, **{name: {"type": "null"} for name in Q_VALUES}}, optional=Q_VALUES + LATER
     )
 
 
 def _figure(name: str, kind: Any, definition: dict[str, str]) -> Schema:
-    """A number of the record, as its annotation has it."""
+    """Return the schema of a number, from its annotation."""
     known = [TYPES[part] for part in (get_args(kind) or (kind,))]
     schema: Schema = {"type": known[0] if len(known) == 1 else known}
-    if ONLY_FROM_0.fullmatch(name):
+    if NON_NEGATIVE.fullmatch(name):
         schema["minimum"] = 0
     if name.endswith(("p_value", "q_value")):
         schema |= {"minimum": 0, "maximum": 1}
@@ -136,7 +141,7 @@ def _run() -> Schema:
     texts = {"type": "array", "items": {"type": "string"}}
     return {
         "description": "How the results came about.",
-        **_closed(
+        **_object(
             {
                 "schema_version": {"const": SCHEMA_VERSION},
                 "config": {
@@ -182,7 +187,7 @@ def _run() -> Schema:
                 "task": {
                     "description": "What the dataset asks for (null: a task of the user's), and what its texts are "
                     "drawn from: tasks that share it tend to agree.",
-                    **_closed({"family": {"type": ["string", "null"]}, "source": {"type": "string"}}),
+                    **_object({"family": {"type": ["string", "null"]}, "source": {"type": "string"}}),
                 },
                 "key": {
                     "description": "Everything that changes a number: only a run with the same key continues a file.",
@@ -200,25 +205,25 @@ def _run() -> Schema:
                 "resources": {**seconds, "description": "Likewise: peak memory in GB."},
                 "complete": {"type": "boolean", "description": "Whether everything asked for is there."},
             },
-            optional=("positive_class", "task"),  # files of before 0.5 lack both, those of before 1.0 the second
+            optional=("positive_class", "task"),  # files before 0.5 lack both, those before 1.0 the second
         ),
     }
 
 
 def _sae_level() -> Schema:
-    alone = _tested("delta_sel") | _with_interval("transfer_r2")
+    alone = _difference("delta_sel") | _with_interval("transfer_r2")
     alone["n_cells"] = {"type": ["integer", "null"], "minimum": 1}
     compared = {
         "description": "By name of another SAE of the run: this one's figures minus the other's, paired.",
         "type": "object",
-        "additionalProperties": _closed(
-            {**_tested("delta_sel"), **_tested("transfer_r2"), "tasks": _over_tasks(False)}, optional=("tasks",)
+        "additionalProperties": _object(
+            {**_difference("delta_sel"), **_difference("transfer_r2"), "tasks": _over_tasks(False)}, optional=("tasks",)
         ),
     }
     return {
         "description": "Means over the datasets, layers and probes of the run; null where stored scores were gone, "
         "absent before the run is at its end.",
-        **_closed({**alone, "tasks": _over_tasks(), "compared": compared}, optional={*alone, "tasks"}),
+        **_object({**alone, "tasks": _over_tasks(), "compared": compared}, optional={*alone, "tasks"}),
         "dependentRequired": {name: sorted(alone) for name in alone},
     }
 
@@ -227,7 +232,7 @@ def _over_tasks(by_family: bool = True) -> Schema:
     counts = {name: {"type": "integer", "minimum": 1} for name in ("n_tasks", "n_sources")}
     scores = _with_interval("delta_sel") | _with_interval("transfer_r2")
     spreads = {f"{name}_spread": {"type": ["number", "null"], "minimum": 0} for name in ("delta_sel", "transfer_r2")}
-    level = _closed(counts | scores | spreads)
+    level = _object(counts | scores | spreads)
     if not by_family:
         return {"description": "The paired difference's means over tasks, likewise.", **level}
     families = {"description": "The same by family.", "type": "object", "additionalProperties": level}
@@ -240,8 +245,8 @@ def _over_tasks(by_family: bool = True) -> Schema:
     }
 
 
-def _tested(name: str) -> Schema:
-    """A difference with its interval and the test that it is 0."""
+def _difference(name: str) -> Schema:
+    """Return the schema of a difference with its interval and the test that it is 0."""
     p_value = {"type": ["number", "null"], "minimum": 0, "maximum": 1}
     detectable = {"type": ["number", "null"], "minimum": 0}
     return _with_interval(name) | {f"{name}_p_value": p_value, f"{name}_detectable": detectable}
@@ -251,25 +256,25 @@ def _with_interval(name: str) -> Schema:
     return {key: {"type": ["number", "null"]} for key in (name, f"{name}_ci_low", f"{name}_ci_high")}
 
 
-def _closed(properties: Schema, optional: Collection[str] = ()) -> Schema:
-    """An object of these properties and no others; all but the optional ones must be there."""
+def _object(properties: Schema, optional: Collection[str] = ()) -> Schema:
+    """Return the schema of an object with these properties and no others; all but the optional ones are required."""
     required = [name for name in properties if name not in optional]
     return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
 
 
 def as_text(schema: Schema) -> str:
-    """As it lies in docs/."""
+    """Return the schema as text, as stored in docs/."""
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite, or compare with `--check`."""
+    """Rewrite the schema, or compare it with `--check`."""
     parser = argparse.ArgumentParser(description="Keep docs/results.schema.json equal to what the code writes.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the file is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the file is out of date")
     check = parser.parse_args(argv).check
     fresh = as_text(build())
     if check and TARGET.read_text(encoding="utf-8") != fresh:
-        print("docs/results.schema.json is not what the code says: python scripts/update_schema.py")
+        print("docs/results.schema.json is out of date: python scripts/update_schema.py")
         return 1
     if not check:
         TARGET.write_text(fresh, encoding="utf-8")

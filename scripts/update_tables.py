@@ -1,9 +1,9 @@
-"""Tables in documents, kept equal to what the commands beside them print.
+"""Update the tables in documents with the output of the commands above them.
 
 A table stands between `<!-- python report.py results/demo --summary -->` and `<!-- end -->`.
 
-    python scripts/update_tables.py README.md           # run the commands, rewrite the tables
-    python scripts/update_tables.py --check README.md   # exit 1 if a table is not what its command prints
+    python scripts/update_tables.py README.md           # run the commands and rewrite the tables
+    python scripts/update_tables.py --check README.md   # exit code 1 if a table is not up to date
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ PROJECT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- python (?P<command>[^\n]+) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
 
 
-def printed_by(command: str) -> str:
-    """What `python COMMAND` prints when run in the project's folder. Raises `CalledProcessError` if it fails."""
+def command_output(command: str) -> str:
+    """Return what `python COMMAND` prints in the project's folder. Raises `CalledProcessError` if the command fails."""
     done = subprocess.run(
         [sys.executable, *shlex.split(command)], cwd=PROJECT, capture_output=True, text=True, check=True
     )
     return done.stdout.rstrip() + "\n"
 
 
-def renewed(text: str) -> str:
-    """The document with every table as its command prints it now."""
-    return BLOCK.sub(lambda block: f"{block[1]}{printed_by(block['command'])}{block[4]}", text)
+def updated(text: str) -> str:
+    """Return the document with every table as its command prints it now."""
+    return BLOCK.sub(lambda block: f"{block[1]}{command_output(block['command'])}{block[4]}", text)
 
 
 def main() -> int:
-    """Rewrite, or compare with `--check`."""
+    """Rewrite the documents, or compare with `--check`."""
     parser = argparse.ArgumentParser(description="Keep tables in documents equal to what commands print.")
     parser.add_argument("documents", nargs="+", type=Path)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
-    asked = parser.parse_args()
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is out of date")
+    args = parser.parse_args()
     stale = 0
-    for document in asked.documents:
+    for document in args.documents:
         text = document.read_text(encoding="utf-8")
-        fresh = renewed(text)
+        fresh = updated(text)
         stale += fresh != text
-        if asked.check and fresh != text:
-            print(f"{document}: a table is not what its command prints: python scripts/update_tables.py {document}")
+        if args.check and fresh != text:
+            print(f"{document}: a table is out of date: python scripts/update_tables.py {document}")
         elif fresh != text:
             document.write_text(fresh, encoding="utf-8")
-    return int(asked.check and stale > 0)
+    return int(args.check and stale > 0)
 
 
 if __name__ == "__main__":

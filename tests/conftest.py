@@ -1,4 +1,4 @@
-"""A small world on disk in the Hub's layout: a random GPT-NeoX with its tokenizer, SAEs, and a task about people."""
+"""Fixtures: a small random GPT-NeoX in the Hub's layout with its tokenizer, SAEs, and a task about people."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from delta_selectivity.system import hub_access
 
-torch.set_num_threads(1)  # the matrices here are too small to share
+torch.set_num_threads(1)  # the matrices of the tests are too small for several threads
 
 N_LAYERS, D_MODEL, D_SAE = 3, 32, 96
 WOMEN = ["Maria", "Anna", "Ruth", "Clara", "Ingrid"]
@@ -27,7 +27,7 @@ FRAMES = ["The minutes were read by {}", "In 1950 the prize went to {}", "We met
 
 
 def people(n: int, seed: int = 0) -> list[dict[str, str | int]]:
-    """n rows text,label,group,start,end: the first name gives the label away."""
+    """Return n rows text,label,group,start,end; the first name determines the label."""
     rng = random.Random(seed)
     rows = []
     for i in range(n):
@@ -49,13 +49,13 @@ def write_csv(path: Path, rows: list[dict]) -> Path:
 
 @pytest.fixture(autouse=True)
 def _hub_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the Hub answers is known: it does. Tests of what it says bring their own."""
+    """Assume that the Hub is reachable; tests of that check override this fixture."""
     monkeypatch.setattr(hub_access, "_last_check", (math.inf, True))
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in the Hub's layout: EleutherAI/pythia-tiny, 3 layers of width 32, random weights."""
+    """Create a folder in the Hub's layout: EleutherAI/pythia-tiny, 3 layers of width 32, random weights."""
     folder = tmp_path_factory.mktemp("hub") / "EleutherAI" / "pythia-tiny"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -85,7 +85,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_sparsify(
     folder: Path, layers: range | list[int] = range(N_LAYERS), k: int = 8, d_in: int = D_MODEL, suffix: str = ""
 ) -> Path:
-    """Random TopK SAEs with tied directions in EleutherAI/sparsify's layout."""
+    """Write random TopK SAEs with tied directions in EleutherAI/sparsify's layout."""
     for layer in layers:
         generator = torch.Generator().manual_seed(layer)
         directions = torch.nn.functional.normalize(torch.randn(D_SAE, d_in, generator=generator), dim=1)
@@ -94,7 +94,7 @@ def write_sparsify(
 
 
 def write_identity(folder: Path, layers: range | list[int] = range(N_LAYERS), d_in: int = D_MODEL) -> Path:
-    """SAEs that give x back bit for bit: one latent for each sign of each coordinate."""
+    """Write SAEs that return x bit for bit: one latent for each sign of each coordinate."""
     for layer in layers:
         _write_sparsify_layer(folder / f"layers.{layer}", torch.cat([torch.eye(d_in), -torch.eye(d_in)]), k=d_in)
     return folder
@@ -117,23 +117,23 @@ def _write_sparsify_layer(folder: Path, directions: torch.Tensor, k: int) -> Non
 
 @pytest.fixture(scope="session")
 def tiny_saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sparsify-format SAEs for every layer of the tiny model, k = 8."""
+    """Create sparsify-format SAEs for every layer of the tiny model, k = 8."""
     return write_sparsify(tmp_path_factory.mktemp("saes") / "sae-tiny")
 
 
 @pytest.fixture
 def people_csv(tmp_path: Path) -> Path:
-    """240 rows about some 100 people; a probe can learn them from the first name."""
+    """Create a task of 240 rows about some 100 people, which a probe can learn from the first name."""
     return write_csv(tmp_path / "women.csv", people(240))
 
 
 @pytest.fixture
 def with_cache(tiny_model: Path, tiny_saes: Path, people_csv: Path, tmp_path: Path) -> Request:
-    """A run of the tiny SAEs that keeps in `tmp_path / "cache"` what a later one may read."""
+    """Run the tiny SAEs with a cache in `tmp_path / "cache"`, for a later run to read."""
     return Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "out").plus("--cache_dir", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def other_saes(tmp_path: Path) -> Path:
-    """SAEs of the same layers, k = 4."""
+    """Create SAEs of the same layers, k = 4."""
     return write_sparsify(tmp_path / "sae-other", k=4)

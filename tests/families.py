@@ -1,4 +1,4 @@
-"""Tiny random models of many families, saved in the Hub's layout, and where their parts are: written by hand."""
+"""Tiny random models of many families in the Hub's layout, and the places of their parts, written by hand."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _SLIDING = {"sliding_window": 4, "head_dim": 16, **_GROUPED}  # fewer tokens tha
 
 @dataclass(frozen=True)
 class Family:
-    """How to make one, and the module of layer {} that each place is at in the model with its LM head."""
+    """How to make a model, and the module of layer {} for each place, in the model with its LM head."""
 
     name: str  # as in the config's model_type
     settings: dict[str, Any]
     block: str
     attention: str
-    mlp: str  # whose input is mlp_in
+    mlp: str  # the part whose input is mlp_in
     projection: str  # of the attention module
     attention_out: str
     mlp_out: str
-    attention_norm: str  # before the part
+    attention_norm: str  # norms before the part
     mlp_norm: str
     d_z: int = D_MODEL
     per_layer: tuple[str, ...] = ()  # lists of the config with an entry for each layer
 
     def place(self, hookpoint: str, layer: int) -> tuple[str, str]:
-        """Module path and whether its input or its output is the hook point."""
+        """Return the module path, and whether its input or its output is the hook point."""
         own = {
             "resid_pre": ("", "input"),
             "resid_post": ("", "output"),
@@ -56,7 +56,7 @@ class Family:
         return f"{self.block.format(layer)}.{name}".rstrip("."), side
 
     def save(self, folder: Path, tokenizer: Path, adds_bos: bool = False, dtype: torch.dtype = torch.float32) -> Path:
-        """Random weights, norms included, with that folder's tokenizer; `adds_bos`: one that puts BOS itself."""
+        """Save random weights, norms included, with that folder's tokenizer; `adds_bos`: one that adds BOS itself."""
         its_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         if adds_bos:
             bos = (its_tokenizer.bos_token, its_tokenizer.bos_token_id)
@@ -71,7 +71,9 @@ class Family:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for weight in model.parameters():
-                if weight.ndim == 1:  # norms and biases: away from 1 and 0, where places differ that otherwise agree
+                if (
+                    weight.ndim == 1
+                ):  # move norms and biases away from 1 and 0, so that places differ that otherwise agree
                     weight.add_(0.3 * torch.randn_like(weight))
         model.to(dtype).save_pretrained(folder)
         return folder

@@ -1,4 +1,4 @@
-"""Result files of any shape for the report: the demo's, with other names, layers, settings and SAEs."""
+"""Result files of any shape for tests of reports: those of the demo with other names, layers, settings and SAEs."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ DEMO = ROOT / "results" / "demo"
 
 
 def demo_files():
-    """(path, results) of the first SAE of the demo, one for each dataset."""
+    """Return (path, results) of the first SAE of the demo, one for each dataset."""
     return report_files.load(report_files.result_files(DEMO / "tiny-pythia-saes-k32"))
 
 
 def write_set(
     folder, saes=("one",), layers=range(3), datasets=("gender",), baselines=(), edit=lambda cells: cells, **changes
 ):
-    """Result files of these SAEs, run together; returns the folder. `changes` are fields of each `RecordFile`.
+    """Write result files of these SAEs as one run; return the folder. `changes` are fields of each `RecordFile`.
 
-    The numbers differ by SAE and layer in a fixed way. `baselines`: (kind, SAE that owns it or None). `edit` makes
-    the probes of a layer, by name, into others.
+    The numbers differ by SAE and layer in a fixed way. `baselines`: (kind, SAE that owns it or None). `edit` maps the
+    probes of a layer, by name, to others.
     """
     sources = [
         (path, found) for path, found in demo_files() if path.stem.removeprefix("tiny-pythia_wikidata_") in datasets
@@ -77,7 +77,7 @@ def _level(number, saes):
 
 
 def write_changed(source, target, key=None, config=None, level=None):
-    """A result file again, in another place, made by another request: `_run.key` and `_run.config` are changed."""
+    """Write a result file to another path as made by another request, with changed `_run.key` and `_run.config`."""
     found = json.loads(source.read_text("utf-8"))
     run = found.pop("_run")
     run["key"] |= key or {}

@@ -1,4 +1,4 @@
-"""The cache of activations: no forward pass twice, no number changed, nothing lost whatever happens to its files."""
+"""The activation cache: no forward pass is repeated, no number changes, and damaged files are recomputed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDTHS = torch.tensor([7, 5, 3])
 
 @pytest.fixture
 def forward_passes(monkeypatch):
-    """Texts that went through a model, one number a pass."""
+    """Count the texts of each forward pass through a model."""
     counted: list[int] = []
     plain = LanguageModel.activations
 
@@ -44,7 +44,7 @@ def cached(cache: ActivationCache, info) -> CachedModel:
 
 
 def texts(seed: int = 0) -> torch.Tensor:
-    """[3, 7] token ids, right-padded to `WIDTHS`."""
+    """Return [3, 7] token ids, right-padded to `WIDTHS`."""
     ids = torch.randint(1, 300, (3, 7), generator=torch.Generator().manual_seed(seed))
     return ids * (torch.arange(7) < WIDTHS[:, None])
 
@@ -53,10 +53,10 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*/*.safetensors"))
 
 
-# as it is used
+# mark it as used
 
 
-def test_another_sae_needs_no_forward_pass_and_no_number_changes(with_cache, other_saes, forward_passes, tmp_path):
+def test_another_sae_needs_no_forward_pass_and_gets_the_same_numbers(with_cache, other_saes, forward_passes, tmp_path):
     assert with_cache.run() == 0
     assert sum(forward_passes) > 100
     forward_passes.clear()
@@ -69,8 +69,8 @@ def test_another_sae_needs_no_forward_pass_and_no_number_changes(with_cache, oth
     assert scores_of(tmp_path / "second") == scores_of(tmp_path / "plain")
 
 
-def test_cold_and_warm_the_numbers_are_those_of_a_run_without_a_cache(with_cache, tmp_path, monkeypatch):
-    """Though some texts were seen before, in other company, by the look before the run: rounding is another there."""
+def test_a_cold_or_warm_cache_changes_no_number(with_cache, tmp_path, monkeypatch):
+    """The preflight had processed some of the texts in other batches, which round differently."""
     plain = LanguageModel.activations
 
     def rounding(self, ids):
@@ -85,7 +85,7 @@ def test_cold_and_warm_the_numbers_are_those_of_a_run_without_a_cache(with_cache
     assert numbers(with_cache.out) == numbers(tmp_path / "warm") == numbers(tmp_path / "plain")
 
 
-def test_only_texts_that_are_new_are_run(with_cache, forward_passes, tmp_path):
+def test_only_new_texts_are_run(with_cache, forward_passes, tmp_path):
     assert with_cache.run() == 0
     forward_passes.clear()
     rows = people(240)
@@ -99,7 +99,7 @@ def test_only_texts_that_are_new_are_run(with_cache, forward_passes, tmp_path):
     assert new <= sum(forward_passes) <= 3 * new, "in the run, and in the look before it, with BOS and without"
 
 
-def test_a_broken_shard_is_told_and_run_again(with_cache, other_saes, forward_passes, tmp_path, caplog):
+def test_a_broken_shard_is_reported_and_recomputed(with_cache, other_saes, forward_passes, tmp_path, caplog):
     assert with_cache.run() == 0
     broken = max(shards(tmp_path / "cache"), key=lambda path: path.stat().st_size)
     content = bytearray(broken.read_bytes())
@@ -120,16 +120,16 @@ def test_another_dtype_is_another_cache(with_cache, forward_passes, tmp_path):
     assert forward_passes
 
 
-def test_a_folder_that_cannot_be_made_is_refused(with_cache, tmp_path, capsys):
+def test_a_folder_that_cannot_be_created_is_rejected(with_cache, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert with_cache.plus("--cache_dir", str(tmp_path / "file" / "cache")).run() == 2
     assert "--cache_dir" in capsys.readouterr().err
 
 
-# part by part
+# section by section of the file
 
 
-def test_values_come_back_to_the_bit_whatever_the_batch(tmp_path, info, forward_passes):
+def test_values_are_bitwise_identical_for_any_batch(tmp_path, info, forward_passes):
     cache = ActivationCache.open(tmp_path, 1, "m", "float32")
     first = cached(cache, info).token_rows(texts(), WIDTHS)
     again = cached(ActivationCache.open(tmp_path, 1, "m", "float32"), info)
@@ -145,7 +145,7 @@ def test_values_come_back_to_the_bit_whatever_the_batch(tmp_path, info, forward_
         assert torch.equal(shorter[site], torch.cat([rows[1:] for rows in of_text]))
 
 
-def test_the_model_is_loaded_once_whatever_it_is_run_for(tmp_path, info):
+def test_the_model_is_loaded_only_once(tmp_path, info):
     loads = []
 
     def load(sites):
@@ -158,7 +158,7 @@ def test_the_model_is_loaded_once_whatever_it_is_run_for(tmp_path, info):
     assert len(loads) == 1
 
 
-def test_a_text_without_one_of_the_sites_is_run(tmp_path, info, forward_passes):
+def test_a_text_with_a_missing_site_is_run(tmp_path, info, forward_passes):
     cache = ActivationCache.open(tmp_path, 1, "m", "float32")
     cached(cache, info).restricted_to(SITES[:1]).token_rows(texts(), WIDTHS)
     forward_passes.clear()
@@ -166,7 +166,7 @@ def test_a_text_without_one_of_the_sites_is_run(tmp_path, info, forward_passes):
     assert forward_passes == [3]
 
 
-def test_what_was_read_longest_ago_goes_and_what_this_run_wrote_stays(tmp_path, info, monkeypatch):
+def test_the_least_recently_read_shards_are_evicted_but_not_those_of_this_run(tmp_path, info, monkeypatch):
     cache = ActivationCache.open(tmp_path, 1, "m", "float32")
     for seed in range(4):
         cached(cache, info).token_rows(texts(seed), WIDTHS)
@@ -183,7 +183,7 @@ def test_what_was_read_longest_ago_goes_and_what_this_run_wrote_stays(tmp_path, 
     assert len(left - written.keys()) == 1
 
 
-def test_a_full_cache_keeps_no_more_and_says_so(tmp_path, info, caplog):
+def test_a_full_cache_stores_no_more_and_warns(tmp_path, info, caplog):
     cache = ActivationCache.open(tmp_path, 1e-9, "m", "float32")
     found = cached(cache, info).token_rows(texts(), WIDTHS)
     cached(cache, info).token_rows(texts(1), WIDTHS)
@@ -203,8 +203,8 @@ def test_a_full_disk_is_no_error(tmp_path, info, monkeypatch, caplog):
     assert caplog.text.count("No space left") == 1
 
 
-def test_writers_at_the_same_time_leave_whole_shards(tmp_path, info, forward_passes):
-    """Four runs that write the same texts and others."""
+def test_concurrent_writers_leave_whole_shards(tmp_path, info, forward_passes):
+    """Four runs write the same texts and others at the same time."""
     models = [cached(ActivationCache.open(tmp_path, 1, "m", "float32"), info) for _ in range(4)]
 
     def work(model: CachedModel) -> None:
@@ -224,7 +224,7 @@ def test_writers_at_the_same_time_leave_whole_shards(tmp_path, info, forward_pas
     assert len(shards(tmp_path)) == 6
 
 
-def test_a_text_is_its_ids(info):
+def test_a_text_is_identified_by_its_token_ids(info):
     a, b = torch.tensor([1, 2, 3]), torch.tensor([1, 2, 3, 0])
     assert text_key(a, "run") == text_key(a.clone(), "run")
     assert len({text_key(a, "run"), text_key(b, "run"), text_key(a.flip(0), "run"), text_key(a, "preflight")}) == 4

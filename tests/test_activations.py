@@ -1,4 +1,4 @@
-"""The producer: every row from the right token, every token counted once, whatever the batching."""
+"""The producer: every row comes from the right token, and every token counts once, for any batching."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def saes(tiny_saes):
 
 
 def everything(mentions):
-    """One dataset that needs every mention."""
+    """Return one dataset that uses every mention."""
     probe = Probe("p", np.arange(len(mentions)), np.arange(len(mentions)) % 2 == 0)
     return ProbeTexts(tuple(mentions), np.arange(len(mentions)), (Dataset("p", "p", (probe,)),))
 
@@ -72,7 +72,7 @@ def produce(
     keep=lambda item: None,
     whole_tokens=None,
 ):
-    """All rows by site and view [rows, d], and the figures by site; `keep` sees every batch."""
+    """Return all rows by site and view [rows, d], and the figures by site; `keep` is called with every batch."""
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=bos, max_length=info.max_length)
     rows = RowTable.build(tokenised, positions)
     producer = Producer(
@@ -98,7 +98,7 @@ def _figures(sums):
 
 
 def one_by_one(model, saes, tokenised, site):
-    """Activations and reconstructions of every token, text by text: the plain way."""
+    """Compute activations and reconstructions of every token directly, text by text."""
     result = []
     for ids in tokenised.ids:
         x = model.activations(torch.from_numpy(ids).long()[None])[site][0]
@@ -110,7 +110,7 @@ def one_by_one(model, saes, tokenised, site):
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("counts_bos", [True, False])
 @pytest.mark.parametrize("positions", ["last", "mean", "all"])
-def test_rows_and_figures_equal_the_plain_way(model, saes, info, mentions, positions, bos, counts_bos):
+def test_rows_and_figures_equal_a_plain_loop(model, saes, info, mentions, positions, bos, counts_bos):
     found, figures, tokenised, _rows = produce(model, saes, info, mentions, positions, bos, counts_bos)
     for site in SITES:
         plain = one_by_one(model, saes, tokenised, site)
@@ -154,7 +154,7 @@ def test_batching_changes_nothing(model, saes, info, mentions, limits):
 
 
 def plain_codes(saes, plain, tokenised, site, positions):
-    """Codes of the probed rows as a matrix [rows, d_sae], name by name, in NumPy."""
+    """Compute codes of the probed rows as a matrix [rows, d_sae] in NumPy, name by name."""
     rows = []
     for (x, _), first, last in zip(plain, tokenised.first, tokenised.last, strict=True):
         dense = []
@@ -170,12 +170,10 @@ def plain_codes(saes, plain, tokenised, site, positions):
 @pytest.mark.parametrize("max_bytes", [1, 1 << 30], ids=["spilled", "in memory"])
 @pytest.mark.parametrize("counts_bos", [True, False])
 @pytest.mark.parametrize("positions", ["last", "mean", "all"])
-def test_latents_come_through_as_the_sae_gives_them(
-    model, saes, info, mentions, positions, counts_bos, max_bytes, monkeypatch
-):
+def test_latents_are_unchanged(model, saes, info, mentions, positions, counts_bos, max_bytes, monkeypatch):
     encode = Sae.encode
 
-    def normalising(self, x):  # undone by the decoder, and so no part of the code
+    def normalising(self, x):  # the decoder undoes it, so it is not part of the code
         return replace(encode(self, x), scale=torch.full((len(x),), 2.0), shift=torch.ones(len(x)))
 
     monkeypatch.setattr(Sae, "encode", normalising)
@@ -197,7 +195,7 @@ def test_latents_come_through_as_the_sae_gives_them(
             assert torch.equal(store.get(site, 0, order, here), found[site, "recon"][order])
 
 
-def test_latents_are_handed_on_and_counted_only_where_they_are_asked_for(model, saes, info, mentions):
+def test_latents_are_passed_on_and_counted_only_on_request(model, saes, info, mentions):
     with_them, without = [], []
     produce(model, saes, info, mentions, latents_of=[0], keep=with_them.append)
     produce(model, saes, info, mentions, latents_of=[1], keep=without.append)
@@ -206,7 +204,7 @@ def test_latents_are_handed_on_and_counted_only_where_they_are_asked_for(model, 
         assert batch.nbytes == bare.nbytes + batch.latents[0].nbytes
 
 
-def test_row_weights_add_up_to_one_for_each_mention(info, mentions):
+def test_row_weights_sum_to_one_per_mention(info, mentions):
     tokenised = tokenise(mentions, info.tokenizer, prepend_bos=True, max_length=128)
     rows = RowTable.build(tokenised, "all")
     totals = np.bincount(rows.mention, weights=rows.weight)
@@ -231,7 +229,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_number(model, saes, info,
     assert "out of memory" in caplog.text
 
 
-def test_one_text_too_many_for_memory_is_an_error(model, saes, info, mentions, monkeypatch):
+def test_a_single_text_that_does_not_fit_is_an_error(model, saes, info, mentions, monkeypatch):
     def never(self, ids):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -252,12 +250,12 @@ def test_blocks_cover_every_probed_mention_once_and_the_first_dataset_comes_firs
     assert sorted(np.concatenate([block.mentions for block in blocks])) == [0, 1, 2, 3, 4, 5]
 
 
-def test_free_memory_sets_the_batch_on_a_gpu_and_a_constant_on_the_cpu(model, saes):
+def test_the_batch_size_depends_on_free_memory_on_a_gpu_only(model, saes):
     assert activations.tokens_in_memory(model.device, saes) == activations.CPU_TOKENS
 
 
-def test_sink_tokens_are_left_out_of_the_ordinary_figure_and_told(tiny_model, tiny_saes, people_csv, tmp_path, caplog):
-    """One token with an embedding 100 times as long: fvu_whole is its own; a plain loop over the texts agrees."""
+def test_sink_tokens_are_excluded_from_fvu_ordinary_and_counted(tiny_model, tiny_saes, people_csv, tmp_path, caplog):
+    """One token has an embedding 100 times as long, so fvu_whole is its own. A plain loop over the texts agrees."""
     folder = shutil.copytree(tiny_model, tmp_path / "pythia-sinks")
     sinking = AutoModelForCausalLM.from_pretrained(folder)
     texts = [row["text"] for row in csv.DictReader(people_csv.open(encoding="utf-8"))]

@@ -1,4 +1,4 @@
-"""The library: the numbers of the program, from Python; SAEs in memory; one evaluator for many SAEs."""
+"""The Python API: the same numbers as the program, SAEs in memory, and one evaluator for many SAEs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FAST = ds.Settings(folds=3, repeats=2)
 
 
 class TopK(torch.nn.Module):
-    """An SAE as people write them."""
+    """A minimal TopK SAE."""
 
     def __init__(self, seed: int = 0, k: int = 8) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class TopK(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def two_tasks(tmp_path_factory):
-    """Two tasks in one file, with probes on different rows."""
+    """Create two tasks in one file, with probes on different rows."""
     rows = [{**row, "task": task} for task in ("women", "others") for row in people(160, seed=len(task))]
     return write_csv(tmp_path_factory.mktemp("data") / "two.csv", rows)
 
@@ -84,7 +84,7 @@ def without_q(record: dict) -> dict:
 
 
 def test_evaluate_and_the_program_give_the_same_files(results, tiny_model, tiny_saes, sparser, two_tasks, tmp_path):
-    """The same numbers to the bit, and the same keys: either goes on where the other stopped."""
+    """The numbers are bitwise identical and the keys are equal, so either can resume the other."""
     asked = Request(tiny_model, (tiny_saes, sparser), two_tasks, tmp_path / "out", ("--folds", "3", "--repeats", "2"))
     assert asked.run() == 0
     saved = results.save(tmp_path / "saved")
@@ -147,20 +147,20 @@ def test_several_folders_are_loaded_side_by_side(results, tmp_path):
     assert len(ds.Results.load(loaded.save(tmp_path / "together"))) == len(results)
     shutil.copytree(first, tmp_path / "third")
     twice = ds.Results.load(first, tmp_path / "third")
-    with pytest.raises(ds.RequestError, match="save them apart"):
+    with pytest.raises(ds.RequestError, match="save them to different folders"):
         twice.save(tmp_path / "twice")
 
 
-def test_results_of_something_else_are_not_overwritten_by_save(results, tmp_path):
+def test_save_does_not_overwrite_other_results(results, tmp_path):
     folder = results.save(tmp_path / "kept")
     victim = sorted(folder.glob("*/*.json"))[0]
     victim.write_text("{}")
-    with pytest.raises(ds.RequestError, match="with other results"):
+    with pytest.raises(ds.RequestError, match="with different results"):
         results.save(folder)
     assert victim.read_text() == "{}"
 
 
-def test_save_brings_back_lost_scores_and_refuses_a_folder_in_a_file_s_place_in_one_line(results, tmp_path):
+def test_save_restores_missing_scores_and_rejects_a_folder_in_place_of_a_file(results, tmp_path):
     folder = results.save(tmp_path / "kept")
     for scores in folder.glob("*/*.scores"):
         shutil.rmtree(scores)
@@ -175,7 +175,7 @@ def test_save_brings_back_lost_scores_and_refuses_a_folder_in_a_file_s_place_in_
         assert refused.value.field == "folder"
 
 
-def test_the_temporary_folder_goes_with_the_results(tiny_model, tiny_saes, two_tasks):
+def test_the_temporary_folder_is_removed_with_the_results(tiny_model, tiny_saes, two_tasks):
     found = ds.evaluate(tiny_model, str(tiny_saes), str(two_tasks), layers=0, settings=FAST, device="cpu")
     folder = found.files[0][0].parent
     assert folder.is_dir()
@@ -184,7 +184,7 @@ def test_the_temporary_folder_goes_with_the_results(tiny_model, tiny_saes, two_t
 
 
 @pytest.mark.filterwarnings("error")
-def test_the_temporary_folder_goes_without_a_word_also_after_an_error(tiny_model, two_tasks, tmp_path, monkeypatch):
+def test_the_temporary_folder_is_removed_silently_after_an_error(tiny_model, two_tasks, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     class Failing(TopK):
@@ -216,7 +216,7 @@ def test_copies_of_results_keep_the_folder_and_a_pickle_keeps_the_numbers(tiny_m
     assert pickle.loads(pickled).to_frame().equals(frame)
 
 
-def test_a_fork_that_forgets_results_leaves_them_to_their_process(tiny_model, two_tasks):
+def test_a_fork_does_not_remove_the_results_of_its_parent(tiny_model, two_tasks):
     found = ds.evaluate(tiny_model, TopK(), two_tasks, layers=0, settings=FAST, device="cpu")
     folder = found.files[0][0].parent
     child = os.fork()
@@ -230,8 +230,8 @@ def test_a_fork_that_forgets_results_leaves_them_to_their_process(tiny_model, tw
     assert folder.is_dir()
 
 
-def test_an_interrupt_of_a_library_s_caller_ends_neither_its_session_nor_its_wait(tiny_model, two_tasks, tmp_path):
-    """Ctrl-C waits for the layer in work; a second one waits no longer, and nothing is written after it."""
+def test_ctrl_c_in_evaluate_keeps_the_session_and_waits_for_the_layer(tiny_model, two_tasks, tmp_path):
+    """Ctrl-C waits for the current layer; a second one stops at once, and nothing is written afterwards."""
     going_on, handlers = threading.Event(), [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
     class Impatient(TopK):
@@ -258,7 +258,7 @@ def test_an_interrupt_of_a_library_s_caller_ends_neither_its_session_nor_its_wai
     assert len(ds.evaluate(tiny_model, Impatient(), two_tasks, **asked)) == 2
 
 
-def test_nothing_is_left_of_a_call(tiny_model, two_tasks):
+def test_a_call_leaves_no_files(tiny_model, two_tasks):
     before = threading.enumerate()
     ds.evaluate(tiny_model, TopK(), two_tasks, layers=0, settings=FAST, device="cpu")
     assert not [thread.name for thread in threading.enumerate() if thread not in before]
@@ -282,7 +282,7 @@ def test_a_module_is_measured_like_the_same_sae_in_a_file(tiny_model, two_tasks,
         np.testing.assert_allclose(mine[column], file[column], atol=0.02 if column == "delta_sel" else 1e-4)
 
 
-def test_a_module_that_does_not_know_its_layer_takes_the_only_one_asked_for(tiny_model, two_tasks):
+def test_a_module_without_a_layer_takes_the_only_requested_one(tiny_model, two_tasks):
     frame = ds.evaluate(tiny_model, TopK(), two_tasks, layers=2, settings=FAST, device="cpu").to_frame()
     assert set(frame["layer"]) == {2}
     with pytest.raises(ds.RequestError) as refused:
@@ -290,7 +290,7 @@ def test_a_module_that_does_not_know_its_layer_takes_the_only_one_asked_for(tiny
     assert refused.value.field == "layer"
 
 
-def test_an_sae_that_was_trained_on_is_another_sae(tiny_model, two_tasks, tmp_path):
+def test_further_training_makes_another_sae(tiny_model, two_tasks, tmp_path):
     sae = TopK()
     asked = {"layers": 1, "settings": FAST, "device": "cpu", "output": tmp_path / "out"}
     ds.evaluate(tiny_model, sae, two_tasks, **asked)
@@ -408,14 +408,14 @@ def test_a_wrong_setting_is_one_line_that_names_it(changes, field):
 @pytest.mark.parametrize(
     "changes", [{"queue_gb": 1e-12}, {"queue_gb": 1e300, "cache_gb": 1e305}, {"seed": 10**80, "whole_tokens": 50}]
 )
-def test_settings_of_any_size_are_taken(tiny_model, two_tasks, tmp_path, changes):
+def test_settings_of_any_size_are_accepted(tiny_model, two_tasks, tmp_path, changes):
     settings = ds.Settings(folds=3, repeats=1, **changes)
     asked = {"layers": [np.int64(1)], "settings": settings, "device": torch.device("cpu"), "cache": tmp_path}
     assert len(ds.evaluate(tiny_model, (sae for sae in [TopK()]), (t for t in [two_tasks]), **asked)) == 2
     assert ds.Evaluator(tiny_model, np.int64(1), two_tasks, settings=settings, device="cpu")(TopK())
 
 
-def test_a_module_without_weights_yet_is_refused_and_gets_none(evaluator):
+def test_a_lazy_module_is_rejected_and_stays_uninitialised(evaluator):
     class Lazy(torch.nn.Module):
         d_in = D_MODEL
 
@@ -445,7 +445,7 @@ def evaluator(tiny_model, two_tasks):
 
 
 def check_same(found: dict, expected: dict[str, dict]) -> None:
-    """Every number of a call, against the layer of a result file."""
+    """Compare every number of a call with the layer of a result file."""
     figures = {name: value for name, value in expected.items() if not isinstance(value, dict)}
     probes = {name: without_q(value) for name, value in expected.items() if isinstance(value, dict)}
     wanted = {f"two/{name}": value for name, value in flat(figures).items()}
@@ -485,14 +485,14 @@ def test_a_call_runs_no_text_and_fits_the_model_once(tiny_model, two_tasks, monk
     assert len(fits) == 2
 
 
-def test_without_room_for_activations_the_numbers_are_the_same(tiny_model, two_tasks, evaluator):
+def test_an_evaluator_without_memory_gives_the_same_numbers(tiny_model, two_tasks, evaluator):
     small = ds.Evaluator(
         tiny_model, 1, two_tasks, settings=ds.Settings(folds=3, repeats=2, queue_gb=1e-5), device="cpu"
     )
     assert small(TopK()) == evaluator(TopK())
 
 
-def test_a_training_goes_on_as_if_it_had_not_been_measured(tiny_model, two_tasks, evaluator):
+def test_measuring_does_not_change_a_training(tiny_model, two_tasks, evaluator):
     def train(watched: bool) -> tuple[list[torch.Tensor], torch.Tensor, list[dict]]:
         torch.manual_seed(3)
         sae, seen = TopK().train(), []
@@ -518,14 +518,14 @@ def test_a_training_goes_on_as_if_it_had_not_been_measured(tiny_model, two_tasks
 
 
 class Drawing(TopK):
-    """An SAE that draws random numbers while it encodes, in whatever thread."""
+    """An SAE that draws random numbers while it encodes, in any thread."""
 
     def encode(self, x):
         return super().encode(x + 1e-6 * torch.randn_like(x))
 
 
-def test_random_numbers_are_as_before_though_several_threads_draw_some(tiny_model, two_tasks, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # so many batches at a time
+def test_the_random_state_is_restored_although_threads_draw_numbers(tiny_model, two_tasks, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)  # so many batches at the same time
     evaluator = ds.Evaluator(
         tiny_model, 1, two_tasks, settings=ds.Settings(folds=3, repeats=1, batch_size=2), device="cpu"
     )
@@ -551,7 +551,7 @@ def test_autocast_of_the_caller_changes_nothing(evaluator):
         (lambda: torch.nn.Linear(3, 3), "encode"),
     ],
 )
-def test_an_sae_of_another_place_is_refused_in_one_line(evaluator, make, told):
+def test_an_sae_of_another_place_is_rejected_with_one_line(evaluator, make, told):
     with pytest.raises(ds.RequestError) as refused:
         evaluator(make())
     assert told in str(refused.value)
@@ -575,7 +575,7 @@ def test_a_wrong_argument_of_an_evaluator_names_its_field(tiny_model, two_tasks,
     assert refused.value.field == field
 
 
-def test_an_evaluator_that_can_measure_nothing_is_refused_when_it_is_made(tiny_model, tmp_path):
+def test_an_evaluator_that_can_measure_nothing_is_rejected_at_construction(tiny_model, tmp_path):
     few = write_csv(tmp_path / "few.csv", people(8))
     with pytest.raises(ds.RequestError, match="fewer than the 5 folds"):
         ds.Evaluator(tiny_model, 1, few, device="cpu")
@@ -595,17 +595,17 @@ class Unnamed(torch.nn.Module):
         return self.d(codes)
 
 
-def test_the_evaluator_knows_the_width_that_an_object_does_not_show(evaluator):
+def test_the_evaluator_supplies_the_width_of_an_object(evaluator):
     assert "delta_sel" in evaluator(Unnamed())
 
 
-def test_what_is_shown_of_the_objects_is_short_and_says_the_result(results, two_tasks, tiny_saes):
+def test_reprs_are_short_and_show_the_result(results, two_tasks, tiny_saes):
     assert "95 % interval" in repr(results.compare(*results.saes))
     assert len(repr(ds.load_task(two_tasks))) < 200
     assert len(repr(ds.load_sae(str(tiny_saes), 1))) < 300
 
 
-def test_an_evaluator_tells_what_a_reader_must_know(tiny_model, two_tasks):
+def test_an_evaluator_collects_warnings(tiny_model, two_tasks):
     evaluator = ds.Evaluator(tiny_model, 1, two_tasks, rows=60, settings=FAST, device="cpu")
     evaluator(TopK())
     assert any("the interval is unreliable" in line for line in evaluator.warnings)
@@ -614,11 +614,11 @@ def test_an_evaluator_tells_what_a_reader_must_know(tiny_model, two_tasks):
     assert evaluator.warnings == before
 
 
-# --- somebody else's encode and decode
+# --- encode and decode of other authors
 
 
 class InPlace(TopK):
-    """An SAE that centres its input where it lies."""
+    """An SAE that centres its input in place."""
 
     def encode(self, x):
         x -= 0.1
@@ -626,14 +626,14 @@ class InPlace(TopK):
 
 
 class Copying(TopK):
-    """The same with a copy."""
+    """The same SAE with a copy of its input."""
 
     def encode(self, x):
         return super().encode(x - 0.1)
 
 
 @pytest.mark.parametrize("bos", ["counted", "excluded", "none"])
-def test_an_sae_that_changes_its_input_harms_neither_itself_nor_others(tiny_model, two_tasks, bos):
+def test_an_sae_that_changes_its_input_affects_no_result(tiny_model, two_tasks, bos):
     evaluator = ds.Evaluator(tiny_model, 1, two_tasks, settings=ds.Settings(folds=3, repeats=1, bos=bos), device="cpu")
     before = evaluator(TopK())
     assert evaluator(InPlace()) == evaluator(Copying())
@@ -641,7 +641,7 @@ def test_an_sae_that_changes_its_input_harms_neither_itself_nor_others(tiny_mode
 
 
 class Odd(TopK):
-    """An SAE whose methods change what they give of more than two rows, the number that wrap_sae tries."""
+    """An SAE whose methods return other shapes for more than two rows, the number that wrap_sae tries."""
 
     def __init__(self, of_codes=lambda codes: codes, of_recon=lambda recon: recon) -> None:
         super().__init__()
@@ -672,8 +672,8 @@ class Odd(TopK):
         (lambda: Odd(of_recon=lambda recon: recon.to(torch.complex64)), "complex"),
     ],
 )
-def test_a_method_that_gives_other_shapes_of_more_rows_is_refused(evaluator, make, told):
-    """PyTorch would have made rows of a single one, and measured that."""
+def test_a_method_with_wrong_shapes_for_more_rows_is_rejected(evaluator, make, told):
+    """PyTorch would broadcast a single row and measure that."""
     with pytest.raises(ds.RequestError) as refused:
         evaluator(make())
     assert told in str(refused.value)
@@ -681,7 +681,7 @@ def test_a_method_that_gives_other_shapes_of_more_rows_is_refused(evaluator, mak
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_codes_that_are_no_numbers_are_refused_though_the_decoder_ignores_them(tiny_model, two_tasks, evaluator, value):
+def test_nan_codes_are_rejected_even_if_the_decoder_ignores_them(tiny_model, two_tasks, evaluator, value):
     class Padded(TopK):
         def encode(self, x):
             return torch.cat([super().encode(x), x.new_full((len(x), 1), value)], dim=1)
@@ -696,7 +696,7 @@ def test_codes_that_are_no_numbers_are_refused_though_the_decoder_ignores_them(t
 
 
 def in_time(work, seconds: float = 60):
-    """The result or error of work that may hang."""
+    """Return the result or the error of a function that may hang."""
     pool = ThreadPoolExecutor(1)
     try:
         return pool.submit(work).result(seconds)
@@ -705,8 +705,8 @@ def in_time(work, seconds: float = 60):
 
 
 @pytest.mark.parametrize("size", [1e18, 1e25, 1e30])
-def test_a_reconstruction_that_diverged_is_refused_and_does_not_hang(evaluator, size):
-    """Squares beyond float32 had no Cholesky factor, however much was added to them."""
+def test_a_diverged_reconstruction_is_rejected_without_a_hang(evaluator, size):
+    """Squares beyond float32 have no Cholesky factor, even with a large ridge."""
 
     class Diverged(TopK):
         def decode(self, codes):
@@ -720,14 +720,14 @@ def test_a_reconstruction_that_diverged_is_refused_and_does_not_hang(evaluator, 
 
 
 @pytest.mark.parametrize("size", [1e-40, 1e-44])
-def test_activations_below_what_float32_holds_are_constant(size):
+def test_activations_below_float32_count_as_constant(size):
     x = (np.random.default_rng(0).normal(size=(200, 6)) * size).astype(np.float32)
     found = in_time(lambda: ds.probe_selectivity(x, x, x[:, 0] > 0, range(200), settings=FAST))
     assert found.model_sel == found.sae_sel == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_codes_of_another_dtype_are_taken(evaluator, dtype):
+def test_codes_of_another_dtype_are_accepted(evaluator, dtype):
     class Other(TopK):
         def encode(self, x):
             return super().encode(x).to(dtype)
@@ -735,7 +735,7 @@ def test_codes_of_another_dtype_are_taken(evaluator, dtype):
     assert evaluator(Other())["two/fvu_whole"] == pytest.approx(evaluator(TopK())["two/fvu_whole"], rel=1e-2)
 
 
-# --- what the caller has set, and other threads
+# --- settings of the caller, and other threads
 
 
 @contextmanager
@@ -762,8 +762,8 @@ EVERYTHING = ds.Settings(folds=3, repeats=1, views="error,latents", positions="m
     ],
     ids=["float64", "float16", "autocast", "default device", "inference"],
 )
-def test_modes_of_the_caller_change_nothing(tiny_model, two_tasks, mode):
-    """Default dtype float16 also stands for a thread in which transformers makes a model: it sets that for all."""
+def test_torch_modes_of_the_caller_change_nothing(tiny_model, two_tasks, mode):
+    """Default dtype float16 also stands for another thread in which transformers builds a model and changes it."""
     random = np.random.default_rng(0)
     x = random.normal(size=(200, 6)).astype(np.float32)
     recon, labels, sae = np.round(x), x[:, 0] > 0, TopK()
@@ -778,8 +778,8 @@ def test_modes_of_the_caller_change_nothing(tiny_model, two_tasks, mode):
         assert measure() == plain
 
 
-def test_evaluations_in_two_threads_give_the_numbers_of_one_and_leave_torch_its_threads(tiny_model, two_tasks):
-    def measure() -> str:  # an SAE that is made while transformers makes a model has float32 weights all the same
+def test_evaluations_in_two_threads_give_the_same_numbers(tiny_model, two_tasks):
+    def measure() -> str:  # an SAE that is created while transformers builds a model still has float32 weights
         found = ds.evaluate(tiny_model, TopK(), two_tasks, layers=1, settings=EVERYTHING, device="cpu")
         return found.to_frame().to_json(double_precision=15)
 
@@ -798,9 +798,7 @@ def test_evaluations_in_two_threads_give_the_numbers_of_one_and_leave_torch_its_
 # --- a sample of the tokens
 
 
-def test_whole_text_figures_of_a_sample_are_near_those_of_all_tokens_and_the_rest_is_the_same(
-    tiny_model, tiny_saes, two_tasks
-):
+def test_a_token_sample_changes_only_the_whole_text_figures_and_little(tiny_model, tiny_saes, two_tasks):
     asked = {"model": tiny_model, "saes": str(tiny_saes), "tasks": two_tasks, "device": "cpu"}
     whole = ds.evaluate(**asked, settings=FAST).to_frame()
     n_tokens = int(whole["n_tokens"].iloc[0])
@@ -815,8 +813,8 @@ def test_whole_text_figures_of_a_sample_are_near_those_of_all_tokens_and_the_res
         np.testing.assert_allclose(few[name], whole[name], rtol=1e-5)
 
 
-def test_a_sample_of_a_task_is_the_same_in_the_company_of_a_larger_one(tiny_model, tiny_saes, two_tasks, tmp_path):
-    """Their texts overlap: a token may be drawn for one and not for the other."""
+def test_a_token_sample_of_a_task_does_not_depend_on_other_tasks(tiny_model, tiny_saes, two_tasks, tmp_path):
+    """The texts of the tasks overlap: a token may be drawn for one task and not for the other."""
     larger = write_csv(tmp_path / "larger.csv", people(600))
     asked = {"model": tiny_model, "saes": str(tiny_saes), "device": "cpu", "layers": [1]}
     asked["settings"] = ds.Settings(folds=3, repeats=1, whole_tokens=800)
@@ -827,17 +825,17 @@ def test_a_sample_of_a_task_is_the_same_in_the_company_of_a_larger_one(tiny_mode
         return frame.set_index("dataset")[figures]
 
     alone, other, both = of([two_tasks]), of([larger]), of([two_tasks, larger])
-    apart = np.concatenate([alone, other])
-    np.testing.assert_allclose(both.drop(columns="fvu_whole_se"), np.delete(apart, 5, axis=1), rtol=1e-6)
+    separate = np.concatenate([alone, other])
+    np.testing.assert_allclose(both.drop(columns="fvu_whole_se"), np.delete(separate, 5, axis=1), rtol=1e-6)
     np.testing.assert_allclose(
-        both["fvu_whole_se"], apart[:, 5], rtol=0.2
-    )  # about the mean of other texts, of which there are few here
+        both["fvu_whole_se"], separate[:, 5], rtol=0.2
+    )  # of `dead`, about the mean of other texts, of which there are few here
     assert ((both["n_tokens"] > 700) & (both["n_tokens"] < 900)).all()
     assert (both["n_tokens"] < 0.6 * both["n_tokens_all"]).all()
     assert (both[["mse_whole_se", "fvu_whole_se"]] > 0).all(axis=None)
 
 
-def test_a_sample_is_by_seed_the_same_for_every_sae_and_call(tiny_model, tiny_saes, sparser, two_tasks):
+def test_a_token_sample_depends_only_on_the_seed(tiny_model, tiny_saes, sparser, two_tasks):
     settings = ds.Settings(folds=3, repeats=1, whole_tokens=500)
     one, again = (
         ds.Evaluator(tiny_model, 1, two_tasks, settings=settings, device="cpu", whole_tokens=settings.whole_tokens)
@@ -850,8 +848,8 @@ def test_a_sample_is_by_seed_the_same_for_every_sae_and_call(tiny_model, tiny_sa
     assert found["two/mse_whole"] != one(tiny_saes)["two/mse_whole"]
 
 
-def test_a_sample_has_as_many_tokens_as_asked_for_that_count(tiny_model, two_tasks):
-    """BOS does not: it was counted when the share was chosen, a sixth of the tokens of a short text."""
+def test_a_token_sample_has_the_requested_number_of_counted_tokens(tiny_model, two_tasks):
+    """BOS does not count: it was counted when the share was chosen, a sixth of the tokens of a short text."""
     sizes = []
     for seed in range(20):
         settings = ds.Settings(folds=3, repeats=1, seed=seed)
@@ -860,7 +858,7 @@ def test_a_sample_has_as_many_tokens_as_asked_for_that_count(tiny_model, two_tas
     assert 290 < np.mean(sizes) < 320
 
 
-def test_a_sample_of_more_tokens_than_there_are_is_all_of_them(tiny_model, tiny_saes, two_tasks, evaluator):
+def test_a_too_large_token_sample_has_all_tokens(tiny_model, tiny_saes, two_tasks, evaluator):
     settings = ds.Settings(folds=3, repeats=2, whole_tokens=10**9)
     assert ds.Evaluator(tiny_model, 1, two_tasks, settings=settings, device="cpu", whole_tokens=settings.whole_tokens)(
         tiny_saes

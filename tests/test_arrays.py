@@ -1,4 +1,4 @@
-"""`probe_selectivity`: against a plain loop over scikit-learn, whatever holds the arrays, and what it refuses."""
+"""`probe_selectivity`: compared with a plain loop over scikit-learn, for all kinds of arrays, and its errors."""
 
 from __future__ import annotations
 
@@ -68,22 +68,22 @@ def test_a_file_of_the_same_rows_gives_the_same_bits(suffix, tmp_path):
     ],
     ids=["numpy", "float64", "gradients", "strides", "lists", "more lists", "torch", "other numbers"],
 )
-def test_whatever_holds_the_arrays_the_bits_are_the_same(other):
+def test_any_array_type_gives_the_same_bits(other):
     assert selectivity(**other) == WHOLE
 
 
-def test_half_precision_is_taken_as_it_is():
+def test_half_precision_is_used_unchanged():
     half = X.bfloat16()
     assert selectivity(x=half) == selectivity(x=half.float())
     assert selectivity(x=X.half().numpy()) == selectivity(x=X.half())
 
 
-def test_strings_are_people_by_their_names():
+def test_string_groups_are_people_by_name():
     names = [f"person {group}" for group in GROUPS]
     assert selectivity(groups=names) == selectivity(groups=np.array(names)) == selectivity(groups=person_ids(names))
 
 
-def test_other_hashables_are_people_if_they_are_equal():
+def test_equal_hashables_are_one_group():
     first = {group: i for i, group in enumerate(dict.fromkeys(GROUPS.tolist()))}
     numbers = np.array([first[group] for group in GROUPS.tolist()])
     assert selectivity(groups=[("person", int(group)) for group in GROUPS]) == selectivity(groups=numbers)
@@ -104,19 +104,19 @@ def test_equal_numbers_are_one_group_and_so_are_the_unicode_forms_of_a_name(grou
 
 
 @pytest.mark.parametrize("kind", [np.float64, np.float32, list, pd.Series, torch.tensor])
-def test_groups_of_whole_numbers_are_the_same_whatever_their_type(kind):
+def test_integer_groups_do_not_depend_on_their_type(kind):
     assert arrays._group_ids(kind([3.0, -1.0, 3.0]), 3).tolist() == [3, -1, 3]
     assert arrays._group_ids(np.array([3, -1, 3]), 3).tolist() == [3, -1, 3]
 
 
-def test_inputs_are_left_as_they_are():
+def test_inputs_are_not_changed():
     arrays = [X.clone().numpy(), RECON.clone().numpy(), LABELS[0].copy(), GROUPS.copy()]
     for array in arrays:
         array.flags.writeable = False
     assert probe_selectivity(*arrays, settings=SETTINGS) == WHOLE
 
 
-def test_a_reconstruction_that_is_x_loses_nothing():
+def test_an_identical_reconstruction_loses_nothing():
     found = selectivity(recon=X)
     assert (found.delta_sel, found.transfer_delta, found.p_value) == (0, 0, 1)
 
@@ -163,6 +163,6 @@ def test_a_wrong_argument_is_named(other, field, words):
 
 
 @pytest.mark.gpu
-def test_it_computes_where_x_is():
+def test_it_computes_on_the_device_of_x():
     found = selectivity(x=X.cuda())
     assert found.model_sel == pytest.approx(WHOLE.model_sel, abs=0.01)

@@ -1,4 +1,4 @@
-"""Attention by products over short texts: the same heads, rounded no worse, and only where it is meant to be."""
+"""Attention by products over short texts: the same values, no worse rounding, and used only for the intended cases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def heads(n_texts: int, n_tokens: int, n_heads: int = 6, n_key_heads: int = 6, d
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> Tensor:
-    """In float64: [texts, tokens, heads, d]."""
+    """Compute the heads in float64: [texts, tokens, heads, d]."""
     wide = (x.double() for x in (query, key, value))
     found = scaled_dot_product_attention(*wide, is_causal=True, scale=scaling, enable_gqa=True)
     return found.transpose(1, 2)
@@ -45,10 +45,10 @@ def test_heads_are_those_of_float64_to_the_rounding_of_bfloat16(n_texts, n_token
     expected = reference(*given, scaling)
     assert found.dtype == torch.bfloat16 and found.shape == expected.shape and found.is_contiguous()
     torch.testing.assert_close(found.double(), expected, atol=0.05, rtol=0.02)
-    assert float((found.double() - expected).norm() / expected.norm()) < 0.008  # bfloat16's own rounding: 0.002
+    assert float((found.double() - expected).norm() / expected.norm()) < 0.008  # the rounding error of bfloat16: 0.002
 
 
-def test_no_token_sees_a_later_one():
+def test_no_token_attends_to_a_later_one():
     query, key, value = heads(2, 20)
     found, _ = attention.attend(ATTENTION, query, key, value, None)
     key[:, :, 11:], value[:, :, 11:] = 100, 1e4
@@ -56,7 +56,7 @@ def test_no_token_sees_a_later_one():
 
 
 @pytest.mark.parametrize("what", ["long", "mask", "not causal", "module not causal", "more keys", "position bias"])
-def test_everything_else_goes_to_transformers(what: str, monkeypatch: pytest.MonkeyPatch):
+def test_other_cases_use_transformers(what: str, monkeypatch: pytest.MonkeyPatch):
     seen = []
     answer = torch.zeros(1), None
     monkeypatch.setattr(
@@ -77,8 +77,8 @@ def test_everything_else_goes_to_transformers(what: str, monkeypatch: pytest.Mon
     assert passed == {"scaling": 0.25, **options}
 
 
-def test_the_model_is_rounded_about_as_before(monkeypatch: pytest.MonkeyPatch):
-    """Distance from float32 of the bundled model's activations, by products and by sdpa."""
+def test_rounding_of_the_model_is_about_that_of_sdpa(monkeypatch: pytest.MonkeyPatch):
+    """Compare the distances from float32 of the bundled model's activations, by products and by sdpa."""
     ids = torch.randint(1, 8000, (4, 150), generator=torch.Generator().manual_seed(0))
     site = Site(5, "resid_post")
     info = open_model(str(MODEL))

@@ -1,4 +1,4 @@
-"""Baselines: each keeps exactly what it should, and a run takes them for SAEs."""
+"""Baselines: each preserves exactly what it should, and runs treat them like SAEs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DEVICE = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def sample():
-    """Correlated activations far from the origin, 100 of them probed, and some BOS rows that must not count."""
+    """Return correlated activations far from the origin, 100 of them probed, and some BOS rows that must not count."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(600, D_MODEL, generator=generator) * torch.linspace(3, 0.1, D_MODEL)
     x = x @ torch.linalg.qr(torch.randn(D_MODEL, D_MODEL, generator=generator)).Q + 20
@@ -76,7 +76,7 @@ def test_the_config_knows_the_kinds():
     assert settings.BASELINES == KINDS
 
 
-def test_identity_gives_x_back_bit_for_bit(sample):
+def test_identity_returns_x_bit_for_bit(sample):
     identity = built("identity", None, None)
     codes = identity.encode(sample.x)
     assert torch.equal(identity.decode(codes), sample.x)
@@ -84,7 +84,7 @@ def test_identity_gives_x_back_bit_for_bit(sample):
     assert codes.n_cols == identity.d_sae == D_MODEL
 
 
-def test_mean_ablation_gives_the_mean_of_what_counts_and_never_fires(sample):
+def test_mean_ablation_is_the_mean_of_the_counted_tokens(sample):
     mean = built("mean", sample, None)
     codes = mean.encode(sample.probed)
     assert codes.l0().tolist() == [0] * 100
@@ -94,7 +94,7 @@ def test_mean_ablation_gives_the_mean_of_what_counts_and_never_fires(sample):
     assert fvu(x, mean.decode(mean.encode(x))) == pytest.approx(1, abs=1e-5)
 
 
-def test_mean_ablation_lets_nan_through():
+def test_mean_ablation_passes_nan_on():
     broken = torch.full((1, D_MODEL), torch.nan)
     mean = built("mean", SiteSample(torch.zeros(2, D_MODEL), torch.zeros(2, dtype=torch.bool), torch.zeros(1, 2)), None)
     assert mean.encode(broken).value.isnan().any()
@@ -112,7 +112,7 @@ def test_pca_is_that_of_scikit_learn_fitted_to_the_same_sample(sample, sae):
     assert codes.l0().tolist() == [k] * 100
 
 
-def test_pca_of_more_than_all_axes_is_the_identity(sample):
+def test_pca_with_all_axes_is_the_identity(sample):
     dense = replace(built("identity", None, None), name="an SAE with an L0 of d_in")
     pca = built("pca", sample, dense)
     assert pca.d_sae == D_MODEL
@@ -127,7 +127,7 @@ def test_random_fires_as_often_as_its_sae_along_unit_directions(sample, sae):
     torch.testing.assert_close(random.coder.W_enc.norm(dim=1), torch.ones(D_SAE))
 
 
-def test_no_other_gain_of_the_random_decoder_fits_better(sample, sae):
+def test_the_gain_of_the_random_decoder_is_optimal(sample, sae):
     random, x = built("random", sample, sae), sample.counted(False)
     codes = random.encode(x)
     errors = []
@@ -139,7 +139,7 @@ def test_no_other_gain_of_the_random_decoder_fits_better(sample, sae):
     torch.testing.assert_close(cosine, torch.ones(D_SAE), msg="the decoder is the encoder's transpose, scaled")
 
 
-def test_random_differs_by_layer_and_by_seed_alone(sample, sae):
+def test_random_depends_only_on_layer_and_seed(sample, sae):
     def directions(layer, seed):
         builder = SiteBuilder(Site(layer, "resid_post"), D_MODEL, DEVICE, {Site(layer, "resid_post"): sample}, seed)
         return builder.build(planned("random"), sae).coder.W_dec
@@ -171,7 +171,7 @@ def test_the_shuffled_decoder_leaves_run_time_norms_alone(sample, sae):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "names"])
-def test_every_baseline_moves_and_codes_no_rows_at_all(kind, sample, sae):
+def test_every_baseline_accepts_zero_rows(kind, sample, sae):
     baseline = built(kind, sample, sae).to("cpu")
     assert baseline.name == planned(kind).name
     empty = baseline.encode(torch.zeros(0, D_MODEL))
@@ -179,7 +179,7 @@ def test_every_baseline_moves_and_codes_no_rows_at_all(kind, sample, sae):
     assert baseline.decode(baseline.encode(sample.probed)).dtype == torch.float32
 
 
-def test_baselines_of_no_sae_exist_once_for_each_hook_point():
+def test_baselines_without_an_sae_exist_once_per_hook_point():
     saes = [
         MeasuredSae("a", "resid_post", False, (0, 1)),
         MeasuredSae("b", "resid_post", False, (1, 4)),
@@ -204,7 +204,7 @@ def test_baselines_of_no_sae_exist_once_for_each_hook_point():
     assert plan_baselines((), saes) == []
 
 
-def test_a_key_holds_what_changes_the_numbers_and_no_more():
+def test_a_key_has_exactly_what_affects_the_numbers():
     for kind in KINDS:
         key = planned(kind).key("hash", "texts")
         assert key["baseline"] == kind
@@ -220,7 +220,7 @@ def densely(rows):
     return dense
 
 
-def test_the_bag_counts_the_tokens_of_the_name_alone(tiny_model):
+def test_the_bag_of_tokens_counts_only_the_name(tiny_model):
     info = open_model(str(tiny_model))
     texts = load_all_mentions(("gender",))[:50]
     tokenised = tokenise(texts, info.tokenizer, prepend_bos=True, max_length=info.max_length)
@@ -244,14 +244,14 @@ def request_(tiny_model, tiny_saes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(request_, tmp_path_factory):
-    """A folder with every baseline, measured in one run; the tests only read it."""
+    """Measure every baseline in one run; the tests only read the folder."""
     request = request_.into(tmp_path_factory.mktemp("whole")).plus("--baselines")
     assert request.run() == 0
     return request
 
 
 def layers_of(folder, kind):
-    """The records of a baseline in order of layers: (figures and the one probe's result)."""
+    """Return the records of a baseline by layer: (figures and the result of the one probe)."""
     (path,) = (folder / "baselines").glob(f"*_{kind}/*.json")
     found = result_file.read(path)
     assert found["_run"]["complete"]
@@ -265,7 +265,7 @@ def bytes_of(folder):
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files(folder)}
 
 
-def test_every_baseline_has_its_own_file_and_the_sae_keeps_its_place(whole):
+def test_every_baseline_has_its_own_file(whole):
     found = {str(path.relative_to(whole.out)) for path in files(whole.out)}
     name = "pythia-tiny_women.json"
     owners = {kind: "sae-tiny" if kind in PER_SAE else "resid_post" for kind in KINDS}
@@ -304,7 +304,7 @@ def test_the_shuffled_decoder_fires_as_its_sae_and_reconstructs_worse(whole):
         assert figures["fvu_whole"] > layer["fvu_whole"]
 
 
-def test_a_baseline_with_a_large_fvu_is_not_suspected_of_a_wrong_hook_point(whole):
+def test_a_baseline_with_a_large_fvu_gives_no_warning(whole):
     (path,) = (whole.out / "baselines").glob("*_shuffled/*.json")
     found = result_file.read(path)
     assert found["layer_0"]["fvu_pos"] > 1
@@ -317,7 +317,7 @@ def test_all_baselines_share_the_models_own_probe(whole):
         assert [cell["model_sel"] for _, cell in layers_of(whole.out, kind)] == own
 
 
-def test_names_alone_are_what_scikit_learn_makes_of_a_bag_of_their_tokens(whole, tiny_model):
+def test_the_names_baseline_equals_scikit_learn_on_bags_of_tokens(whole, tiny_model):
     texts = load_probe_texts([UserData(str(whole.data))])
     info = open_model(str(tiny_model))
     tokenised = tokenise(texts.mentions, info.tokenizer, prepend_bos=info.has_bos, max_length=info.max_length)
@@ -334,7 +334,7 @@ def test_names_alone_are_what_scikit_learn_makes_of_a_bag_of_their_tokens(whole,
 
 
 def selectivity_by_sklearn(x, labels, persons):
-    """Balanced accuracy of probes on x, C for each fold by the class-balanced loss on the other folds."""
+    """Return the selectivity of probes on x, with C for each fold by the class-balanced loss on the other folds."""
     plan = FoldPlan.build(labels[None], persons, None, n_folds=3, n_repeats=2, seed=0)
     found = []
     for folds in plan.folds:
@@ -355,12 +355,12 @@ def selectivity_by_sklearn(x, labels, persons):
     return np.mean(found)
 
 
-def test_names_have_no_figures_of_reconstruction(whole):
+def test_the_names_baseline_has_no_reconstruction_figures(whole):
     for figures, _ in layers_of(whole.out, "names"):
         assert all(figures[name] is None for name in ("mse_pos", "mse_whole", "fvu_pos", "l0", "l1", "dead", "cosine"))
 
 
-def test_the_summary_lists_baselines_beneath_their_sae(whole, capsys):
+def test_the_summary_lists_baselines_below_their_sae(whole, capsys):
     assert report.main([str(whole.out), "--summary"]) == 0
     summary, _meaning, compared = capsys.readouterr().out.strip().split("\n\n")
     assert [line.split("|")[1].strip() for line in summary.splitlines()[2:]] == [
@@ -374,7 +374,7 @@ def test_the_summary_lists_baselines_beneath_their_sae(whole, capsys):
     assert pairs == [[f"baseline: {kind} of sae-tiny", "sae-tiny"] for kind in ("pca", "random", "shuffled")]
 
 
-def test_tables_in_full_are_those_of_the_sae_unless_there_is_none(whole, capsys):
+def test_full_tables_are_those_of_saes_unless_there_are_none(whole, capsys):
     assert report.main([str(whole.out)]) == 0
     in_full = capsys.readouterr().out
     assert "baselines/" not in in_full
@@ -382,16 +382,14 @@ def test_tables_in_full_are_those_of_the_sae_unless_there_is_none(whole, capsys)
     assert "baselines/resid_post_names/pythia-tiny_women.json" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_not_done_again(whole, monkeypatch):
+def test_a_finished_run_is_not_repeated(whole, monkeypatch):
     before = bytes_of(whole.out)
     monkeypatch.setattr(measure, "load_weights", lambda *_: pytest.fail("the model was loaded"))
     assert whole.run() == 0
     assert bytes_of(whole.out) == before
 
 
-def test_baselines_leave_the_files_of_an_earlier_run_alone_and_are_measured_alone(
-    request_, whole, tmp_path, monkeypatch
-):
+def test_adding_baselines_does_not_change_earlier_files(request_, whole, tmp_path, monkeypatch):
     request = request_.into(tmp_path)
     assert request.run() == 0
     before = bytes_of(tmp_path)
@@ -405,7 +403,7 @@ def test_baselines_leave_the_files_of_an_earlier_run_alone_and_are_measured_alon
     assert numbers(tmp_path) == numbers(whole.out)
 
 
-def test_layers_that_are_added_equal_those_of_one_run(request_, whole, tmp_path):
+def test_added_layers_equal_those_of_one_run(request_, whole, tmp_path):
     request = request_.into(tmp_path).plus("--baselines")
     assert request.plus("--layers", "1").run() == 0
     assert request.run() == 0
@@ -417,7 +415,7 @@ def test_batch_size_changes_no_number(request_, whole, tmp_path):
     assert_close(numbers(tmp_path), numbers(whole.out), relative=1e-4, absolute=1e-4)
 
 
-def test_two_saes_have_two_of_each_baseline_that_depends_on_them(request_, whole, tmp_path):
+def test_each_sae_has_its_own_dependent_baselines(request_, whole, tmp_path):
     other = write_sparsify(tmp_path / "sae-sparser", k=2)
     request = replace(request_, saes=(*request_.saes, other)).into(tmp_path / "out").plus("--baselines")
     assert request.run() == 0
@@ -430,7 +428,7 @@ def test_two_saes_have_two_of_each_baseline_that_depends_on_them(request_, whole
     assert found["baselines/sae-sparser_pca/pythia-tiny_women.json"]["layer_0"]["l0"] == 2
 
 
-def test_other_datasets_may_follow(request_, tmp_path):
+def test_datasets_can_be_added(request_, tmp_path):
     request = replace(request_, data=Path()).into(tmp_path)
     few = request.plus("--shuffle_select_n", "60", "--layers", "1", "--baselines", "mean,pca")
     assert few.plus("--datasets", "gender").run() == 0
@@ -443,7 +441,7 @@ def test_other_datasets_may_follow(request_, tmp_path):
 
 
 @pytest.mark.parametrize("positions", ["mean", "all"])
-def test_other_positions(request_, tmp_path, positions):
+def test_baselines_at_other_positions(request_, tmp_path, positions):
     assert request_.into(tmp_path).plus("--positions", positions, "--baselines", "--layers", "1").run() == 0
     assert only_cell(tmp_path, "identity")["delta_sel"] == 0
     assert only_cell(tmp_path, "mean")["sae_sel"] == pytest.approx(0.5)
@@ -451,7 +449,7 @@ def test_other_positions(request_, tmp_path, positions):
 
 
 def test_baselines_of_saes_of_one_name_are_kept_apart(request_, tmp_path):
-    """Measured on two days, so that neither run knows of the other's name."""
+    """The SAEs are measured on two days, so neither run knows of the other's name."""
     first, second = write_sparsify(tmp_path / "a" / "sae"), write_sparsify(tmp_path / "b" / "sae", k=2)
     request = request_.into(tmp_path / "out").plus("--baselines", "pca", "--layers", "0")
     assert replace(request, saes=(first,)).run() == 0
@@ -461,7 +459,7 @@ def test_baselines_of_saes_of_one_name_are_kept_apart(request_, tmp_path):
     study = study_of(load(result_files(tmp_path / "out")))
     assert [sae.name for sae in study.saes] == [str(first), str(second)]
     assert [[b.belongs_to(sae) for sae in study.saes] for b in study.baselines] == [[True, False], [False, True]]
-    assert len({sae.label for sae in study.everything}) == 4
+    assert len({sae.label for sae in study.saes_and_baselines}) == 4
     assert replace(request, saes=(first,)).run() == 0, "and each goes on where it is"
     assert len(files(tmp_path / "out")) == 4
     path = first / "layers.0" / "cfg.json"
@@ -474,7 +472,7 @@ def test_an_unknown_baseline_is_refused(request_, capsys):
     assert "'zero' is not one of identity" in capsys.readouterr().err
 
 
-def test_further_views_are_those_of_each_baseline(request_, tmp_path):
+def test_further_views_of_baselines(request_, tmp_path):
     asked = ("--layers", "1", "--views", "error,latents", "--baselines")
     assert request_.into(tmp_path).plus(*asked).run() == 0
     cells = {kind: only_cell(tmp_path, kind) for kind in KINDS}

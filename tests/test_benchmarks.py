@@ -1,4 +1,4 @@
-"""The speed benchmarks run, on tiny sizes; what they compare with computes what it says; their arithmetic is right."""
+"""The speed benchmarks run on tiny sizes, their references compute what they claim, and their arithmetic is right."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
         ("bench_scaling.py", ("--large", "--rows", "2000", "--layers", "1")),
     ],
 )
-def test_it_runs_and_prints_a_table(script: str, flags: tuple[str, ...]):
+def test_benchmarks_run_and_print_a_table(script: str, flags: tuple[str, ...]):
     done = run(script, "--quick", *flags)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -87,7 +87,7 @@ def test_the_gpu_benchmark_runs_every_way_that_the_machine_has(monkeypatch: pyte
     assert len(bench_gpu.settings()) == 6
 
 
-def test_sides_are_run_in_turn_after_a_run_that_does_not_count():
+def test_sides_are_run_in_turn_after_a_warm_up():
     calls: list[str] = []
     seconds = timing.in_turn({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=2)
     assert calls == ["a", "b"] * 3
@@ -100,7 +100,7 @@ def test_the_exponent_of_a_power_is_that_power(power: float):
     assert timing.exponent(sizes, [3 * size**power for size in sizes]) == pytest.approx(power)
 
 
-def test_what_is_kept_is_what_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_kept_results_are_loaded_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timing, "KEPT", tmp_path)
     rows = [("what", "seconds"), ("naïve | plain", "1.0")]
     timing.keep("some", rows)
@@ -112,7 +112,7 @@ def test_what_is_kept_is_what_comes_back(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("shape", [TINY, SHAPES[0]])
-def test_the_operations_of_a_shape_are_those_of_its_weights(shape):
+def test_flops_of_a_shape_are_those_of_its_weights(shape):
     with shape.model_folder() as folder:
         sites = [Site(layer, "resid_post") for layer in range(shape.n_layers)]
         module = open_model(str(folder)).load(sites, "cpu", "bfloat16").module
@@ -170,7 +170,7 @@ def test_the_serial_version_finds_a_concept_and_no_other():
     assert serial.selectivity(x, x, labels, persons) > 0.85
 
 
-def test_rows_of_the_tasks_are_those_that_are_shipped():
+def test_rows_of_the_timed_task_are_used_as_shipped():
     shipped = {
         stem: len(row_set.rows)
         for name, files in _FILES.items()
@@ -179,8 +179,8 @@ def test_rows_of_the_tasks_are_those_that_are_shipped():
     assert {stem: shipped[stem] for stem in bench_end_to_end.ROWS} == bench_end_to_end.ROWS
 
 
-def test_what_is_left_of_a_part_is_scaled_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Hooks that take 1 .. 6 s of passes on one task, 10 s of probes each: the whole by hand."""
+def test_parts_are_scaled_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Hooks with 1 .. 6 s of forward passes on one task and 10 s of probes each; the total is computed by hand."""
 
     def drive(command: list[str], layers: list[int], tasks: list[str], *flags: str) -> dict[str, dict[str, float]]:
         if "--at_its_best" in flags:
@@ -199,7 +199,7 @@ def test_what_is_left_of_a_part_is_scaled_up(monkeypatch: pytest.MonkeyPatch, tm
 def test_the_suite_beside_its_package_is_scaled_up_by_characters_and_tasks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    """Of three tasks the first is timed: 12 s of passes on 30 of 90 characters, 6 s of probes."""
+    """The first of three tasks is timed: 12 s of passes on 30 of 90 characters, 6 s of probes."""
     seconds = {"forward": {"0": 4.0, "1": 8.0}, "probes": {"0": 1.0, "1": 5.0}}
     monkeypatch.setattr(bench_suite, "run_driver", lambda *_: seconds)
     drawn = bench_suite.Drawn(["a", "b", "c"], {"a": 30, "b": 50, "c": 10})
@@ -229,7 +229,7 @@ def test_the_table_of_the_whole_job_has_the_medians_of_its_rounds(tmp_path: Path
     ]
 
 
-def test_the_independent_loop_agrees_with_the_program_and_says_where_not(tmp_path, monkeypatch, capsys):
+def test_the_independent_loop_agrees_and_reports_disagreements(tmp_path, monkeypatch, capsys):
     random = np.random.default_rng(0)
     labels = np.repeat(random.random(80) < 0.5, 2)
     x = (random.normal(size=(160, 6)) + labels[:, None]).astype(np.float32)
@@ -253,7 +253,7 @@ def test_the_independent_loop_agrees_with_the_program_and_says_where_not(tmp_pat
     assert "| known | good | model_sel |" in capsys.readouterr().out
 
 
-def test_what_is_lost_is_what_the_files_say():
+def test_tables_of_losses_have_the_numbers_of_the_files():
     lines = report_files.lines(report_files.load(report_files.result_files(ROOT / "results" / "demo")))
     head, *rows = what_is_lost.concepts(lines)
     record = json.loads((ROOT / "results/demo/tiny-pythia-saes-k8/tiny-pythia_wikidata_gender.json").read_text())

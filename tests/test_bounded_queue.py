@@ -1,4 +1,4 @@
-"""The queue between the threads: order, the bound in bytes, and errors that travel both ways without a hang."""
+"""The queue between the threads: order, limit in bytes, and errors in both directions without a hang."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from delta_selectivity.run.bounded_queue import BoundedQueue, ProducerFailed, Qu
 
 
 def in_thread(work):
-    """Run `work` in a thread; returns the thread and the list that will hold its exception."""
+    """Run `work` in a thread; return the thread and the list that will hold its exception."""
     errors: list[BaseException] = []
 
     def body():
@@ -50,7 +50,7 @@ def test_never_holds_more_bytes_than_its_bound():
     assert max(seen) <= 10
 
 
-def test_an_item_above_the_bound_goes_through_alone():
+def test_an_item_above_the_bound_passes_alone():
     queue = BoundedQueue[int](max_bytes=10, size_of=lambda item: item)
     thread, errors = in_thread(lambda: ([queue.put(size) for size in (3, 50, 3)], queue.close()))
     assert list(queue) == [3, 50, 3]
@@ -58,7 +58,7 @@ def test_an_item_above_the_bound_goes_through_alone():
     assert not errors
 
 
-def test_a_dead_producer_is_told_to_the_consumer_after_what_it_made():
+def test_the_consumer_gets_all_items_before_the_producers_error():
     queue = BoundedQueue[int](max_bytes=10, size_of=lambda item: 1)
     queue.put(1)
     cause = ZeroDivisionError("layer 3")
@@ -70,7 +70,7 @@ def test_a_dead_producer_is_told_to_the_consumer_after_what_it_made():
     assert caught.value.__cause__ is cause
 
 
-def test_a_consumer_that_waits_is_woken_by_the_producers_death():
+def test_a_waiting_consumer_gets_the_producers_error():
     queue = BoundedQueue[int](max_bytes=10, size_of=lambda item: 1)
     thread, errors = in_thread(lambda: list(queue))
     time.sleep(0.05)
@@ -79,7 +79,7 @@ def test_a_consumer_that_waits_is_woken_by_the_producers_death():
     assert isinstance(errors[0], ProducerFailed)
 
 
-def test_a_producer_that_waits_for_room_is_woken_by_the_consumers_death():
+def test_a_waiting_producer_gets_the_consumers_error():
     queue = BoundedQueue[int](max_bytes=1, size_of=lambda item: 1)
     queue.put(0)
     thread, errors = in_thread(lambda: queue.put(1))
@@ -92,6 +92,6 @@ def test_a_producer_that_waits_for_room_is_woken_by_the_consumers_death():
         queue.put(2)
 
 
-def test_a_bound_that_is_no_bound_is_refused():
+def test_an_invalid_bound_is_rejected():
     with pytest.raises(ValueError, match="positive"):
         BoundedQueue[int](max_bytes=0, size_of=lambda item: 1)

@@ -1,4 +1,4 @@
-"""Data that cannot be probed: one line that says what is wrong and where, exit code 2, and nothing left behind."""
+"""Invalid data: one line that says what is wrong and where, exit code 2, and no files left behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADER = ",".join(ROWS[0])
 
 
 def csv_of(rows: list[dict[str, Any]]) -> bytes:
-    """Without quotes: nothing in these rows needs them."""
+    """Return CSV without quotes, which these rows do not need."""
     return "\n".join([HEADER, *(",".join(map(str, row.values())) for row in rows), ""]).encode()
 
 
@@ -28,7 +28,7 @@ def jsonl_of(*rows: Any) -> bytes:
 
 
 def changed(number: int, **values: Any) -> list[dict[str, Any]]:
-    """The rows, with other values in one of them."""
+    """Return the rows with other values in one of them."""
     return [row | values if i == number else row for i, row in enumerate(ROWS)]
 
 
@@ -59,10 +59,10 @@ def card_that_is_no_yaml(path: Path) -> None:
 
 
 class Broken(NamedTuple):
-    """One kind of broken data."""
+    """One kind of invalid data."""
 
     name: str  # of the file or folder
-    content: bytes | Callable[[Path], Any]  # or what makes it
+    content: bytes | Callable[[Path], Any]  # or a function that creates it
     told: str  # in the error, after the file's name
     flags: tuple[str, ...] = ()
 
@@ -135,7 +135,7 @@ KINDS = {
 
 @pytest.fixture
 def ask(tiny_model: Path, tiny_saes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Runs on a folder of its own, with one for temporary files."""
+    """Return a function that runs in a folder of its own, with another for temporary files."""
     (tmp_path / "tmp").mkdir()
     (tmp_path / "work").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))

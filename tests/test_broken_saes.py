@@ -1,4 +1,4 @@
-"""Broken SAEs of every format: one line that names the file, exit 2, no model loaded, and nothing left on disk."""
+"""Broken SAEs of every format: one line that names the file, exit code 2, no model loaded, no files left on disk."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from runs import Request
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# --- four whole SAEs of layer 1, one of each format ----------------------------------------------------------------
+# --- four valid SAEs of layer 1, one of each format ----------------------------------------------------------------
 
 
 def linear(names: tuple[str, str, str, str], *, turned: bool) -> dict[str, Tensor]:
-    """Encoder, its bias, decoder, its bias; ``turned`` as ``nn.Linear`` has them."""
+    """Return encoder, its bias, decoder, its bias; ``turned``: transposed, as in ``nn.Linear``."""
     rng = torch.Generator().manual_seed(0)
     shapes = [(D_MODEL, D_SAE), (D_SAE,), (D_SAE, D_MODEL), (D_MODEL,)]
     shapes = [shape[::-1] if turned else shape for shape in shapes]
@@ -69,7 +69,7 @@ PROOF = "code of the file was run"
 
 
 class Malicious:
-    """Unpickled, it leaves a file beside its own: unless nothing is run."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof
@@ -83,7 +83,7 @@ def half(name: str) -> Damage:
 
 
 def a_pipe(name: str) -> Damage:
-    """Which nobody writes to."""
+    """Create a pipe to which nobody writes."""
 
     def damage(folder: Path) -> None:
         (folder / name).unlink()
@@ -101,7 +101,7 @@ def endless(name: str) -> Damage:
 
 
 def terabytes(name: str) -> Damage:
-    """A sparse file."""
+    """Create a sparse file of terabytes."""
     return lambda folder: os.truncate(folder / name, 2**40)
 
 
@@ -130,7 +130,7 @@ def a_link_to_itself(name: str) -> Damage:
 
 
 def says(name: str, **changes: Any) -> Damage:
-    """Other values in a config; None takes a key out; ``trainer__k`` is k in the object trainer."""
+    """Set values in a config; None removes a key; ``trainer__k`` is k in the object trainer."""
 
     def damage(folder: Path) -> None:
         config = json.loads((folder / name).read_text())
@@ -180,7 +180,7 @@ def code(folder: Path) -> None:
 
 
 def bare_pickle(protocol: int) -> Damage:
-    """Written by ``pickle`` alone."""
+    """Write a file with ``pickle`` directly."""
     return lambda folder: (folder / "mine.pt").write_bytes(pickle.dumps(Malicious(folder.parent / PROOF), protocol))
 
 
@@ -193,12 +193,12 @@ def a_list(folder: Path) -> None:
 
 
 def holds(make: Callable[[], Any]) -> Damage:
-    """Tensors beside something else in one ``ae.pt``."""
+    """Write tensors together with something else in one ``ae.pt``."""
 
     def damage(folder: Path) -> None:
         whole = torch.load(folder / "ae.pt")
         limit = sys.getrecursionlimit()
-        sys.setrecursionlimit(20_000)  # for pickle, which writes them
+        sys.setrecursionlimit(20_000)  # for pickle, which writes it
         try:
             torch.save({**whole, "more": make()}, folder / "ae.pt")
         finally:
@@ -214,7 +214,7 @@ def in_itself() -> dict[str, Any]:
 
 
 def deep() -> dict[str, Any]:
-    """3000 dictionaries in each other."""
+    """Nest 3000 dictionaries."""
     found: dict[str, Any] = {}
     for _ in range(3000):
         found = {"in": found}
@@ -227,7 +227,7 @@ def many_names() -> dict[str, Tensor]:
 
 
 def packed(folder: Path) -> None:
-    """As no ``torch.save`` writes it: 64 MiB of zeros in 64 KiB."""
+    """Compress 64 MiB of zeros to 64 KiB, which ``torch.save`` never does."""
     torch.save({"bias": torch.zeros(2**24)}, folder / "unpacked.pt")
     with (
         zipfile.ZipFile(folder / "unpacked.pt") as whole,
@@ -257,10 +257,8 @@ class Case(NamedTuple):
     name: str
     make: Callable[[Path], Path]
     damage: Damage
-    file: str
-    """Named in the line."""
-    words: str
-    """Said in it."""
+    file: str  # named in the error
+    words: str  # in the error
 
 
 SAFE, LENS = "sae.safetensors", "sae_weights.safetensors"
@@ -284,7 +282,7 @@ CASES = [
     Case("code in a newer pickle", plain, bare_pickle(protocol=4), "mine.pt", "not a complete file of torch"),
     Case("a pickled module", dictionary, whole_module, "ae.pt", "Linear, which is not allowed"),
     Case("a list of tensors", plain, a_list, "mine.pt", "it contains a list, but must have named tensors"),
-    # what a .pt file may hold beside them
+    # other content of a .pt file
     Case("a dict in itself", dictionary, holds(in_itself), "ae.pt", "its dictionaries are nested too deeply"),
     Case("3000 dicts deep", dictionary, holds(deep), "ae.pt", "its dictionaries are nested too deeply"),
     Case("a meta tensor", dictionary, holds(lambda: torch.empty(3, device="meta")), "ae.pt", "meta device"),
@@ -359,7 +357,7 @@ def request_for(tiny_model: Path, people_csv: Path, tmp_path: Path) -> Callable[
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Models whose weights were loaded."""
+    """Return the models whose weights were loaded."""
     models: list[Any] = []
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda *args, **_: models.append(args))
     return models
@@ -374,7 +372,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.filterwarnings("ignore:torch.quantize")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_broken_sae_is_told_in_one_line(
+def test_a_broken_sae_is_reported_in_one_line(
     case: Case,
     request_for: Callable[[Path], Request],
     loaded: list[Any],
@@ -393,7 +391,7 @@ def test_a_broken_sae_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("make", [sparsify, lens, dictionary, plain])
-def test_whole_ones_are_measured(
+def test_intact_saes_are_measured(
     make: Callable[[Path], Path], request_for: Callable[[Path], Request], tmp_path: Path
 ) -> None:
     make(tmp_path / "the-sae")
@@ -402,7 +400,7 @@ def test_whole_ones_are_measured(
 
 
 @pytest.mark.parametrize("name", ["cfg.json", SAFE, "."])
-def test_what_may_not_be_read(
+def test_unreadable_files_are_rejected(
     name: str,
     request_for: Callable[[Path], Request],
     tmp_path: Path,

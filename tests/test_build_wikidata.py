@@ -1,4 +1,4 @@
-"""From a dump in Wikidata's own format and a folder of texts to a file for `--dataset_file`, and to a run on it."""
+"""From a dump in Wikidata's format and a folder of texts to a file for `--dataset_file`, and to a run on it."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ FEMALE, MALE, HUMAN, JOURNALIST, ACTOR, SINGER = 6581072, 6581097, 5, 1930187, 3
 FOOTBALLER, BASKETBALLER, DEMOCRATS, REPUBLICANS = 937857, 3665646, 29552, 29468
 SWIMMER, SPRINTER, RUNNER, PAINTER = 10843402, 4009406, 12803959, 1028181
 
-# --- the true format, as https://www.wikidata.org/wiki/Special:EntityData/Q42.json and the dumps have it
+# --- the format of https://www.wikidata.org/wiki/Special:EntityData/Q42.json and of the dumps
 
 _ids = count(1)
 
 
 def snak(prop: str, value: Any) -> dict[str, Any]:
-    """A value is an item's number or a time; 'somevalue' and 'novalue' are what they are called."""
+    """Return a snak; value: the number of an item, a time, 'somevalue' or 'novalue'."""
     if value in ("somevalue", "novalue"):
         return {"snaktype": value, "property": prop, "hash": "f" * 40,
                 "datatype": "time" if prop in ("P569", "P570") else "wikibase-item"}  # fmt: skip
@@ -59,7 +59,7 @@ def snak(prop: str, value: Any) -> dict[str, Any]:
 
 
 def statement(prop: str, value: Any, rank: str = "normal") -> dict[str, Any]:
-    """With a qualifier and a reference, whose values are none of the statement's own."""
+    """Return a statement with a qualifier and a reference, whose values do not belong to the statement."""
     return {
         "mainsnak": snak(prop, value), "type": "statement",
         "qualifiers": {"P580": [snak("P580", "+1999-00-00T00:00:00Z")], "P106": [snak("P106", SINGER)]},
@@ -69,7 +69,7 @@ def statement(prop: str, value: Any, rank: str = "normal") -> dict[str, Any]:
 
 
 def entity(number: int, label: str | None, claims: dict[str, list[Any]], language: str = "en") -> dict[str, Any]:
-    """claims: property -> values, or (value, rank)."""
+    """Return an entity. claims: property -> values, or (value, rank)."""
     ranked = {p: [v if isinstance(v, tuple) else (v, "normal") for v in values] for p, values in claims.items()}
     return {
         "type": "item", "id": f"Q{number}",
@@ -87,7 +87,7 @@ def human(label: str | None, language: str = "en", **claims: list[Any]) -> dict[
 
 
 def dump_bytes(lines: list[Any]) -> bytes:
-    """`[`, an entity a line with a comma after all but the last, `]`; a string is a line as it is."""
+    """Return `[`, an entity per line with a comma after all but the last, `]`; a string is used as a line unchanged."""
     told = [line if isinstance(line, str) else json.dumps(line, separators=(",", ":")) for line in lines]
     return ("[\n" + ",\n".join(told) + "\n]\n").encode()
 
@@ -104,7 +104,7 @@ CLASSES_OF_ITEMS = [
 
 
 def crowd(n: int, seed: int = 0) -> list[dict[str, Any]]:
-    """n people with names like those of the tiny model's tokenizer, and a class of every task."""
+    """Return n people with names like those of the tiny model's tokenizer, and a class of every task."""
     rng = random.Random(seed)
     names = sorted({f"{first} {last}" for first in WOMEN + MEN for last in SURNAMES if len(f"{first} {last}") >= 8})
     made = []
@@ -128,7 +128,7 @@ def people() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def texts(tmp_path: Path, people: list[dict[str, Any]]) -> Path:
-    """Each person named in two texts, the name within the text and not at its end."""
+    """Mention each person in two texts, with the name within the text and not at its end."""
     folder = tmp_path / "texts"
     folder.mkdir()
     rng = random.Random(1)
@@ -139,7 +139,7 @@ def texts(tmp_path: Path, people: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def build(tmp_path: Path, texts: Path) -> Callable[..., int]:
-    """Build from these lines; returns the exit code. What is written is people.jsonl."""
+    """Build from these lines, write people.jsonl, and return the exit code."""
 
     def call(lines: list[Any], *flags: str, out: str = "people.jsonl") -> int:
         (tmp_path / "dump.json").write_bytes(dump_bytes(lines))
@@ -190,7 +190,7 @@ def person_of(**claims: list[Any]) -> entities.Person:
         ([("novalue", "preferred"), MALE], c.NONE),
     ],
 )
-def test_the_best_rank_counts_and_one_class_alone(values: list[Any], code: int) -> None:
+def test_only_statements_of_the_best_rank_count(values: list[Any], code: int) -> None:
     assert person_of(P21=values).gender == code
 
 
@@ -201,7 +201,7 @@ def test_the_best_rank_counts_and_one_class_alone(values: list[Any], code: int) 
         ([], [], c.NONE),
         (["somevalue"], [], c.NONE),
         ([BIRTH], ["novalue"], 1),
-        ([BIRTH], ["somevalue"], c.NONE),  # dead, nobody knows since when
+        ([BIRTH], ["somevalue"], c.NONE),  # dead, but nobody knows since when
         ([BIRTH], [DEATH], 2),
         ([], [DEATH], 2),
         ([BIRTH], ["+1980-12-31T00:00:00Z"], 2),
@@ -209,29 +209,29 @@ def test_the_best_rank_counts_and_one_class_alone(values: list[Any], code: int) 
         ([BIRTH], [("+2001-01-01T00:00:00Z", "deprecated")], 1),
         ([BIRTH], [DEATH, "+2001-01-01T00:00:00Z"], c.NONE),
         ([BIRTH], ["-0044-03-15T00:00:00Z"], 2),
-        (["+1750-00-00T00:00:00Z"], [], c.NONE),  # long dead, whatever is not written
+        (["+1750-00-00T00:00:00Z"], [], c.NONE),  # died long ago, whatever is missing
         (["+1910-00-00T00:00:00Z"], [], 1),
     ],
 )
-def test_alive_and_dead(born: list[Any], died: list[Any], code: int) -> None:
+def test_is_alive_from_birth_and_death(born: list[Any], died: list[Any], code: int) -> None:
     assert person_of(P569=born, P570=died).is_alive == code
 
 
-def test_a_century_is_no_year() -> None:
+def test_a_century_does_not_count_as_a_year() -> None:
     person = human("Ada Lovelace", P569=["+2000-00-00T00:00:00Z"])
     person["claims"]["P569"][0]["mainsnak"]["datavalue"]["value"]["precision"] = 7
     found = entities.person_of(person)
     assert found is not None and found.is_alive == c.NONE
 
 
-def test_parties_are_asked_of_politicians_alone() -> None:
+def test_parties_count_only_for_politicians() -> None:
     assert person_of(P102=[DEMOCRATS], P106=[c.POLITICIAN, ACTOR]).politics == 1
     assert person_of(P102=[REPUBLICANS, 7320], P106=[c.POLITICIAN]).politics == 2
     assert person_of(P102=[DEMOCRATS, REPUBLICANS], P106=[c.POLITICIAN]).politics == c.SEVERAL
     assert person_of(P102=[DEMOCRATS], P106=[ACTOR]).politics == c.NONE
 
 
-def test_qualifiers_and_references_are_no_values() -> None:
+def test_qualifiers_and_references_do_not_count_as_values() -> None:
     assert person_of(P21=[FEMALE], P106=[ACTOR]).occupations == (ACTOR,)
 
 
@@ -247,7 +247,7 @@ def test_qualifiers_and_references_are_no_values() -> None:
         ("Voltaire the", "Voltaire the"),
         ("Ed Wood", None),  # fewer than eight characters
         ("Montesquieu", None),
-        ("John Smith (actor)", None),  # no text says it so
+        ("John Smith (actor)", None),  # no text spells it like this
         ("a b c d e f g h i", None),
         (None, None),
     ],
@@ -257,13 +257,13 @@ def test_names_that_can_be_found(label: str | None, name: str | None) -> None:
     assert (found.name if found else None) == name
 
 
-def test_the_label_of_all_languages_stands_in_for_the_english_one() -> None:
+def test_the_label_of_all_languages_replaces_a_missing_english_one() -> None:
     found = entities.person_of(human("Ada Lovelace", "mul"))
     assert found is not None and found.name == "Ada Lovelace"
     assert entities.person_of(human("Ada Lovelace", "de")) is None
 
 
-def test_no_human_is_no_person() -> None:
+def test_entities_that_are_not_human_are_skipped() -> None:
     assert entities.person_of(entity(1, "Sherlock Holmes", {"P31": [95074], "P21": [MALE]})) is None
     assert entities.person_of(entity(1, "Sherlock Holmes", {"P31": [(HUMAN, "deprecated"), 95074]})) is None
     assert entities.person_of(entity(1, "Sherlock Holmes", {})) is None
@@ -295,22 +295,24 @@ def code_of(names: Names, name: str, task: c.Task) -> int:
         ([ACTOR, PAINTER], "actor", None),
         ([ACTOR, SINGER], None, None),
         ([SWIMMER], "athlete", None),
-        ([SPRINTER, SWIMMER], "athlete", None),  # both are below athlete, one of them two steps
+        ([SPRINTER, SWIMMER], "athlete", None),  # both are subclasses of athlete, one of them indirectly
         ([FOOTBALLER, BASKETBALLER], "athlete", None),
         ([FOOTBALLER, SPRINTER], "athlete", "soccer"),
         ([BASKETBALLER, ACTOR], None, "basketball"),
-        ([PAINTER], None, None),  # below athlete by a deprecated statement alone
+        ([PAINTER], None, None),  # a subclass of athlete only by a deprecated statement
         ([], None, None),
     ],
 )
-def test_occupations(occupations: list[int], occupation: str | None, sport: str | None) -> None:
+def test_occupations_include_subclasses_of_athlete(
+    occupations: list[int], occupation: str | None, sport: str | None
+) -> None:
     names = table_of(human("Ada Lovelace", P106=occupations, P21=[FEMALE]))
     for task, expected in ((c.OCCUPATIONS, occupation), (c.SPORTS, sport)):
         code = code_of(names, "Ada Lovelace", task)
         assert (task.classes[code - 1] if code else None) == expected
 
 
-def test_namesakes_who_differ_count_for_none() -> None:
+def test_people_with_one_name_and_different_classes_do_not_count() -> None:
     names = table_of(
         human("John Kennedy", P21=[MALE], P106=[ACTOR], P569=[BIRTH]),
         human("John Kennedy", P21=[MALE], P106=[SINGER]),
@@ -322,12 +324,12 @@ def test_namesakes_who_differ_count_for_none() -> None:
     assert code_of(names, "John Kennedy", c.GENDER) == 2
     assert code_of(names, "John Kennedy", c.OCCUPATIONS) == c.NONE
     assert code_of(names, "John Kennedy", c.IS_ALIVE) == c.NONE
-    assert code_of(names, "Mary Johnson", c.OCCUPATIONS) == c.NONE  # one of them is two things
+    assert code_of(names, "Mary Johnson", c.OCCUPATIONS) == c.NONE  # one of them has two occupations
     (row,) = np.flatnonzero(names.hashes == hash("John Kennedy"))
-    assert names.prominence[row] == 5  # properties of the third: P31 and its four
+    assert names.prominence[row] == 5  # properties of the third person: P31 and four others
 
 
-def test_who_says_nothing_is_not_kept() -> None:
+def test_people_without_any_class_are_not_stored() -> None:
     names = table_of(human("Ada Lovelace", P106=[PAINTER]), human("Ada Byron", P21=[FEMALE]))
     assert names.hashes.tolist() == [hash("Ada Byron")]
     assert names.prefixes.tolist() == [hash("Ada Byron")]
@@ -357,7 +359,7 @@ def names_found(finder: MentionFinder) -> Counter[str]:
         ("Ada Lovelace Ada Lovelace King", ["Ada Lovelace", "Ada Lovelace King"]),
         ("Ada Ada Lovelace", ["Ada Lovelace"]),
         ("J. K. Rowling. José Saramago! Shaquille O'Neal's", ["J. K. Rowling", "José Saramago", "Shaquille O'Neal"]),
-        ("Ada \ufffdda Lovelace. \ufffd Ada Lovelace", []),  # what was no UTF-8 is no context
+        ("Ada \ufffdda Lovelace. \ufffd Ada Lovelace", []),  # invalid UTF-8 is not part of a context
         ("", []),
         ("Ada", []),
     ],
@@ -368,7 +370,7 @@ def test_whole_names_are_found(text: str, found: list[str]) -> None:
     assert sorted(names_found(finder)) == sorted(found)
 
 
-def test_the_same_mentions_as_by_trying_every_name_everywhere() -> None:
+def test_mentions_equal_those_of_a_brute_force_search() -> None:
     rng = random.Random(0)
     syllables = ["Anna", "Berta", "Clara", "O'Neal", "de", "Jean-Paul", "K.", "Ruth"]
     names = sorted({" ".join(rng.choices(syllables, k=rng.randint(2, 4))) for _ in range(60)})
@@ -399,7 +401,7 @@ def test_a_context_ends_with_the_name_and_begins_with_a_word(room: int, before: 
     assert context.text[context.start :] == "Ada Lovelace"
 
 
-def test_of_many_mentions_a_fair_draw_is_kept() -> None:
+def test_mentions_are_sampled_uniformly() -> None:
     drawn: Counter[str] = Counter()
     for seed in range(400):
         finder = finder_of("Ada Lovelace", per_name=2, seed=seed)
@@ -411,7 +413,7 @@ def test_of_many_mentions_a_fair_draw_is_kept() -> None:
     assert all(70 < drawn[str(i)] < 130 for i in range(8)), drawn  # 100 expected, standard deviation 9
 
 
-def test_a_text_that_comes_twice_counts_once() -> None:
+def test_repeated_texts_count_once() -> None:
     finder = finder_of("Ada Lovelace")
     for _ in range(3):
         finder.search("we met Ada Lovelace")
@@ -482,9 +484,7 @@ def test_a_run_on_what_is_built(
         assert 0 < layer[probe]["model_sel"] <= 1
 
 
-def test_every_packing_of_dump_and_texts_gives_the_same(
-    tmp_path: Path, people: list[dict[str, Any]], texts: Path
-) -> None:
+def test_every_compression_gives_the_same_result(tmp_path: Path, people: list[dict[str, Any]], texts: Path) -> None:
     plain, text = dump_bytes([*CLASSES_OF_ITEMS, *people]), (texts / "all.txt").read_bytes()
     lines = b"".join(json.dumps({"text": t}).encode() + b"\n" for t in text.decode().split("\n\n"))
     pack = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress,
@@ -522,7 +522,7 @@ def test_the_same_request_gives_the_same_file_in_every_process(tmp_path: Path, p
     assert built("2", "-", "--seed", "5") != first
 
 
-def test_lines_that_are_no_entity_are_counted_and_passed_over(
+def test_lines_that_are_not_entities_are_counted_and_skipped(
     build: Callable[..., int], people: list[dict[str, Any]], tmp_path: Path, caplog: Any
 ) -> None:
     assert build([*CLASSES_OF_ITEMS, *people]) == 0
@@ -535,13 +535,11 @@ def test_lines_that_are_no_entity_are_counted_and_passed_over(
            "\x00\x01", "{\ud800}".encode("utf-8", "replace").decode()]  # fmt: skip
     assert build([*CLASSES_OF_ITEMS, *bad, *people], "--overwrite") == 0
     assert (tmp_path / "people.jsonl").read_bytes() == whole
-    (warning,) = [line for line in caplog.messages if "entity" in line]
-    assert re.search(r"dump\.json: 9 of \d+ lines are no entity: passed over", warning), warning
+    (warning,) = [line for line in caplog.messages if "entities" in line]
+    assert re.search(r"dump\.json: skipped 9 of \d+ lines, which are not entities", warning), warning
 
 
-def test_a_line_without_end_is_passed_over(
-    build: Callable[..., int], people: list, tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_an_endless_line_is_skipped(build: Callable[..., int], people: list, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(dump, "LONGEST_LINE", 20_000)
     tally = dump.Tally()
     (tmp_path / "dump.json").write_bytes(dump_bytes(['{"id":"Q5' + "x" * 90_000 + '"}', *people]))
@@ -550,7 +548,7 @@ def test_a_line_without_end_is_passed_over(
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
-def test_of_a_dump_cut_short_what_came_is_used(
+def test_a_truncated_dump_is_used_up_to_its_end(
     tmp_path: Path, people: list[dict[str, Any]], texts: Path, caplog: Any, pack: Callable[[bytes], bytes]
 ) -> None:
     suffix = {gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz"}[pack]
@@ -561,7 +559,7 @@ def test_of_a_dump_cut_short_what_came_is_used(
         build_wikidata.main([str(tmp_path / f"d.json{suffix}"), str(texts), "-o", str(tmp_path / "o.jsonl"), "--quiet"])
         == 0
     )
-    assert "ends early" in caplog.text
+    assert "the file is truncated" in caplog.text
     assert len({row["group"] for row in rows_of(tmp_path / "o.jsonl")}) > 100
 
 
@@ -569,10 +567,10 @@ def test_a_dump_without_classes_says_who_counts_as_an_athlete(
     build: Callable[..., int], people: list, caplog: Any
 ) -> None:
     assert build(people) == 0
-    assert "those of the five sports are the only athletes" in caplog.text
+    assert "only people of the five sports count as athletes" in caplog.text
 
 
-def test_a_task_without_two_classes_is_left_out(
+def test_a_task_with_fewer_than_two_classes_is_excluded(
     build: Callable[..., int], people: list, tmp_path: Path, caplog: Any
 ) -> None:
     republicans = [
@@ -603,14 +601,14 @@ def test_the_most_prominent_of_a_class_are_taken() -> None:
     assert selection.select(names, finder.found, 4, 4)[0] == []
 
 
-def test_of_many_classes_those_with_too_few_people_are_left_out() -> None:
+def test_classes_with_too_few_people_are_excluded() -> None:
     jobs = [ACTOR] * 5 + [SINGER] * 3 + [JOURNALIST] * 2
     persons = [human(f"Anna Known{i}", P106=[job]) for i, job in enumerate(jobs)]
     finder = MentionFinder(table_of(*persons), 600, 1, 0)
     for person in persons:
         finder.search(name_of(person))
     rows, counts = selection.select(table_of(*persons), finder.found, 3, 4)
-    assert Counter(row.label for row in rows) == {"actor": 3, "singer": 3}  # two classes are left: as many of each
+    assert Counter(row.label for row in rows) == {"actor": 3, "singer": 3}  # two classes remain, with equal numbers
     assert [(n.name, n.found, n.people) for n in counts if n.found] == [
         ("journalist", 2, 0), ("actor", 5, 3), ("singer", 3, 3)
     ]  # fmt: skip
@@ -633,15 +631,18 @@ def test_of_many_classes_those_with_too_few_people_are_left_out() -> None:
         (lambda f: [str(f / "d.json"), str(f / "texts")], "d.json: 2 lines and no person"),
         (lambda f: [str(f / "empty.json"), str(f / "texts")], "empty.json: 0 lines and no person"),
         (lambda f: [str(f / "good.json"), str(f / "nowhere")], "nowhere: no such folder"),
-        (lambda f: [str(f / "good.json"), str(f / "hollow")], "hollow: holds no .txt or .jsonl file"),
+        (lambda f: [str(f / "good.json"), str(f / "hollow")], "hollow: there is no .txt or .jsonl file"),
         (lambda f: [str(f / "good.json"), str(f / "others")], "mentions 0 of"),
         (lambda f: [str(f / "good.json"), str(f / "torn")], "b.txt.gz: cannot be read"),
         (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "o.xlsx")], "unknown suffix '.xlsx'"),
-        (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "good.jsonl")], "is there already"),
-        (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "no" / "o.csv")], "there is no folder"),
+        (lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "good.jsonl")], "already exists"),
+        (
+            lambda f: [str(f / "good.json"), str(f / "texts"), "-o", str(f / "no" / "o.csv")],
+            "is missing or not writable",
+        ),
     ],
 )
-def test_what_is_refused_is_one_line_and_leaves_nothing(
+def test_invalid_requests_give_one_line_and_leave_no_file(
     tmp_path: Path, people: list, texts: Path, capsys: Any, make: Callable[[Path], list[str]], told: str
 ) -> None:
     contents = {
@@ -667,7 +668,7 @@ def test_wrong_flags_end_with_2(tmp_path: Path, flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (OSError("disk full"), 1)])
-def test_what_stops_the_writing_leaves_the_old_file(
+def test_a_failed_write_keeps_the_old_file(
     build: Callable[..., int], people: list, tmp_path: Path, monkeypatch: Any, capsys: Any, error: Any, code: int
 ) -> None:
     (tmp_path / "people.jsonl").write_text("old")
@@ -686,7 +687,7 @@ def test_what_stops_the_writing_leaves_the_old_file(
     assert next(calls) == 21
     assert (tmp_path / "people.jsonl").read_text() == "old"
     assert not list(tmp_path.glob(".*"))
-    assert "nothing is written" in capsys.readouterr().err
+    assert "nothing was written" in capsys.readouterr().err
 
 
 def test_an_interrupt_leaves_no_file(tmp_path: Path, texts: Path) -> None:
@@ -694,11 +695,13 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path, texts: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "build_wikidata.py"), "-", str(texts), "-o", str(out), "--quiet"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stderr is not None
-        for line in dump_bytes(crowd(100)).splitlines(keepends=True) * 20:  # more than a pipe holds: it is being read
+        for line in (
+            dump_bytes(crowd(100)).splitlines(keepends=True) * 20
+        ):  # more than a pipe holds, so it is being read
             process.stdin.write(line)
         process.stdin.flush()
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
         assert process.wait(30) == 130
-    assert told.decode() == "interrupted: nothing is written\n"
+    assert told.decode() == "interrupted: nothing was written\n"
     assert not out.exists() and not list(tmp_path.glob(".*"))

@@ -1,4 +1,4 @@
-"""The bundled model, SAEs and results: real, whole, and what the documents say of them."""
+"""The bundled model, SAEs and results are complete, and are what the documents say."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = "The prize went to Marie Curie, who shared it with her husband, the physi
 
 @pytest.fixture(scope="module")
 def activations():
-    """Residual stream of a sentence after layer 3, float32 [tokens, d]."""
+    """Return the residual stream of a sentence after layer 3, float32 [tokens, d]."""
     info = open_model(str(DEMO_MODEL))
     site = Site(3, "resid_post")
     ids = torch.tensor([[info.tokenizer.bos_token_id, *info.tokenizer(TEXT, add_special_tokens=False)["input_ids"]]])
@@ -90,7 +90,7 @@ def test_a_small_real_run(tmp_path):
     assert all(sparser > denser for sparser, denser in zip(fvu[SPARSER], fvu[DENSER], strict=True))
 
 
-def test_in_the_kept_results_the_sparser_sae_loses_more_on_most_probes():
+def test_the_sparser_sae_loses_more_in_the_kept_results():
     loss: dict[str, dict[str, list[float]]] = {}
     for path, results in report_files.load(report_files.result_files(ROOT / "results" / "demo")):
         for _, probe, _, cell in report_files.cells(results):
@@ -100,7 +100,7 @@ def test_in_the_kept_results_the_sparser_sae_loses_more_on_most_probes():
     assert sum(by[SPARSER.name] < by[DENSER.name] for by in mean.values()) > 6
 
 
-def test_the_kept_results_are_of_the_bundled_model_and_saes():
+def test_the_kept_results_belong_to_the_bundled_model_and_saes():
     model = open_model(str(DEMO_MODEL)).fingerprint()
     saes = {folder.name: open_sae(str(folder)).fingerprint() for folder in DEMO_SAES}
     for path, results in report_files.load(report_files.result_files(ROOT / "results" / "demo")):
@@ -108,8 +108,8 @@ def test_the_kept_results_are_of_the_bundled_model_and_saes():
         assert (key["model"], key["sae"]) == (model, saes[path.parent.name]), f"{path} is stale: scripts/demo.sh"
 
 
-def test_results_of_an_earlier_version_load_report_and_are_gone_on_with(tmp_path):
-    """`results/demo` was written before the package was one: nothing in it is refused or measured again."""
+def test_results_of_an_earlier_version_load_report_and_resume(tmp_path):
+    """`results/demo` was written by an earlier version: none of it is rejected or measured again."""
     folder = tmp_path / "demo"
     shutil.copytree(ROOT / "results" / "demo", folder)
     plan = adopt_existing_choices(make_plan(parse(["--output_directory", str(folder), "--device1", "cpu"]).request))
@@ -121,7 +121,7 @@ def test_results_of_an_earlier_version_load_report_and_are_gone_on_with(tmp_path
     assert frame["q_value"].notna().all()
 
 
-def test_tables_in_the_documents_are_what_their_commands_print():
+def test_tables_in_documents_are_up_to_date():
     pages = ("ground_truth", "reliability", "performance", "scale", "settings", "explanation", "how_to/your_data")
     documents = ["README.md", "assets/tiny-pythia/README.md", *(f"docs/{page}.md" for page in pages)]
     for document in documents:

@@ -1,4 +1,4 @@
-"""The calibration sample: the right tokens of the right texts, whatever else the run does."""
+"""The calibration sample: the right tokens of the right texts, independent of the rest of the run."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def tokenised(mentions, info):
 
 
 def every_token(model, tokenised, site):
-    """All activations of each text, run alone: a list of [tokens, d]."""
+    """Return all activations of each text, run separately: a list of [tokens, d]."""
     return [model.activations(torch.from_numpy(ids).long()[None])[site][0] for ids in tokenised.ids]
 
 
-def test_all_tokens_of_few_texts_are_taken_once_and_bos_is_known(model, tokenised):
+def test_few_texts_are_sampled_completely(model, tokenised):
     for site, sample in calibrate(model, tokenised, "last", seed=0).items():
         texts = every_token(model, tokenised, site)
         torch.testing.assert_close(sample.counted(True), torch.cat(texts), rtol=1e-4, atol=1e-5)
@@ -60,7 +60,7 @@ def test_probed_tokens_are_those_of_the_names(model, tokenised, positions):
     torch.testing.assert_close(sample.probed, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
-def test_many_tokens_are_drawn_without_repetition_and_by_seed(model, tokenised):
+def test_tokens_are_drawn_by_seed_without_repetition(model, tokenised):
     samples = [calibrate(model, tokenised, "last", seed, 50)[SITES[0]] for seed in (0, 0, 1)]
     drawn = calibration._draw_tokens(tokenised, 0, 50)
     assert len(set(zip(drawn.text.tolist(), drawn.place.tolist(), strict=True))) == len(samples[0].x) == 50
@@ -71,14 +71,14 @@ def test_many_tokens_are_drawn_without_repetition_and_by_seed(model, tokenised):
     assert not torch.equal(samples[0].x, samples[2].x)
 
 
-def test_every_token_is_as_likely_to_be_drawn_as_any_other(tokenised):
+def test_tokens_are_drawn_uniformly(tokenised):
     n_tokens = sum(map(len, tokenised.ids))
     hits = sum(np.sum(calibration._draw_tokens(tokenised, seed, 200).place == 0) for seed in range(50))
     expected = 50 * 200 * len(tokenised.ids) / n_tokens
     assert abs(hits - expected) < 4 * np.sqrt(expected), "tokens of short texts are no likelier than others"
 
 
-def test_a_site_is_the_same_whichever_other_sites_are_asked_for(info, model, tokenised):
+def test_a_site_does_not_depend_on_other_requested_sites(info, model, tokenised):
     together = calibrate(model, tokenised, "last", seed=0)[SITES[0]]
     alone = calibrate(info.load(SITES[:1], "cpu", "float32"), tokenised, "last", seed=0)
     assert list(alone) == SITES[:1]
@@ -95,7 +95,7 @@ def test_texts_are_drawn_once_each_by_seed(mentions, monkeypatch):
     assert fingerprint(drawn) == fingerprint(list(drawn)) != fingerprint(draw_mentions(mentions, 1))
 
 
-def test_the_texts_to_draw_from_do_not_depend_on_the_datasets_asked_for(people_csv):
+def test_calibration_texts_do_not_depend_on_requested_datasets(people_csv):
     everything = load_all_mentions(("gender",))
     assert everything == load_all_mentions(("is_alive", "politics", UserData(str(people_csv))))
     asked = {mention.identity for mention in load_probe_texts(("gender", "is_alive")).mentions}
@@ -107,7 +107,7 @@ def test_the_texts_to_draw_from_do_not_depend_on_the_datasets_asked_for(people_c
     assert {m.identity for m in own} == {m.identity for m in load_probe_texts([user_data]).mentions}
 
 
-def test_nan_is_told_with_its_layer(info, tokenised):
+def test_nan_is_reported_with_its_layer(info, tokenised):
     broken = info.load(SITES, "cpu", "float32")
     broken.module.layers[1].mlp.dense_h_to_4h.bias.data[0] = torch.nan
     with pytest.raises(ArithmeticError, match="layer 1"):
@@ -124,7 +124,7 @@ def test_principal_axes_are_those_of_scikit_learn():
     torch.testing.assert_close(axes @ axes.T, torch.eye(D_MODEL, dtype=torch.float64))
 
 
-def test_bos_is_left_out_of_what_counts():
+def test_bos_is_excluded_from_counted_tokens():
     sample = SiteSample(torch.arange(6.0).view(3, 2), torch.tensor([True, False, False]), torch.zeros(1, 2))
     assert sample.counted(False).tolist() == [[2, 3], [4, 5]]
     assert len(sample.counted(True)) == 3

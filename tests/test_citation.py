@@ -1,4 +1,4 @@
-"""CITATION.cff is one, of this version, and cites what the README says that this work rests on."""
+"""CITATION.cff is valid, is of this version, and cites the works that the README names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
 
 
-def test_it_has_the_keys_that_the_format_requires_and_this_version():
+def test_it_has_the_required_keys_and_the_current_version():
     assert CITATION.keys() >= {"cff-version", "message", "title", "authors"}
     assert CITATION["cff-version"] == "1.2.0"
     assert CITATION["authors"] == [{"name": "Delta Selectivity contributors"}]

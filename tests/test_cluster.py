@@ -1,4 +1,4 @@
-"""The embedded cluster: nobody else gets in, and a worker that hangs is told and replaced."""
+"""The embedded cluster: no other user gets access, and a hanging worker is reported and replaced."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ with ThreadPoolExecutor(32) as at_once:
 
 
 def listening() -> list[int]:
-    """The TCP ports on which this process and those below it listen."""
+    """Return the TCP ports on which this process and its children listen."""
     family = [psutil.Process(), *psutil.Process().children(recursive=True)]
     found = [c.laddr for process in family for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert {address.ip for address in found} == {"127.0.0.1"}
@@ -83,7 +83,7 @@ def listening() -> list[int]:
 
 
 def strangers_luck(ports: list[int]) -> list[str]:
-    """What another user got who tried every port in every way."""
+    """Return what another user achieves who tries every port in every way."""
     command = [sys.executable, "-c", STRANGER, *map(str, ports)]
     told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.splitlines()
     assert len(told) == 10 * len(ports)
@@ -94,12 +94,12 @@ def test_another_user_of_this_machine_is_refused_at_every_port():
     with cluster.open_cluster(1, 0, None) as client:
         client.wait_for_workers(1)
         ports = listening()
-        assert len(ports) >= 3  # of the scheduler, of the worker and of what starts it again
+        assert len(ports) >= 3  # of the scheduler, of the worker, and of the nanny that restarts it
         assert strangers_luck(ports) == []
         assert client.submit(os.getuid, pure=False).result(timeout=20) == os.getuid(), "we are let in"
 
 
-def test_the_stranger_gets_into_a_cluster_without_keys():
+def test_another_user_gets_into_a_cluster_without_keys():
     from distributed import LocalCluster
 
     with LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None) as open_to_all:
@@ -108,7 +108,7 @@ def test_the_stranger_gets_into_a_cluster_without_keys():
     assert line.startswith("plain: got {'type': 'Scheduler'")
 
 
-def test_what_dask_writes_is_in_a_folder_of_the_run_that_others_may_not_enter(tmp_path, monkeypatch):
+def test_files_of_dask_are_in_a_private_folder_of_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with cluster.open_cluster(1, 0, None) as client:
         client.wait_for_workers(1)
@@ -119,8 +119,8 @@ def test_what_dask_writes_is_in_a_folder_of_the_run_that_others_may_not_enter(tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_worker_that_hangs_is_told_in_one_line_and_its_unit_goes_to_another(monkeypatch, caplog):
-    monkeypatch.setattr(cluster, "WORKER_TIMEOUT", 1)  # Dask waits for ten heartbeats at least: 5 s
+def test_a_hanging_worker_is_reported_and_its_unit_is_reassigned(monkeypatch, caplog):
+    monkeypatch.setattr(cluster, "WORKER_TIMEOUT", 1)  # Dask waits for at least ten heartbeats: 5 s
     with cluster.open_cluster(2, 0, None) as client:
         client.wait_for_workers(2)
         where = client.submit(lambda: (os.getpid(), time.sleep(1))[0], pure=False, key="unit")
@@ -137,20 +137,20 @@ def test_a_worker_that_hangs_is_told_in_one_line_and_its_unit_goes_to_another(mo
 
 
 def other_version() -> None:
-    """In a worker: an older package."""
+    """Pretend, in a worker, that the package is older."""
     from distributed import versions
 
     versions.get_package_info.__globals__["_version_cached"] = {"delta-selectivity": "0.0.9"}.get
 
 
 def other_source() -> None:
-    """In a worker: the same version with a line changed."""
+    """Pretend, in a worker, that a line of the source differs."""
     from delta_selectivity.scale import same_program
 
     same_program.own_digest = lambda: "0" * 64
 
 
-def test_another_program_on_a_worker_is_one_line_before_any_unit_runs():
+def test_a_different_program_on_a_worker_is_rejected_before_any_unit():
     with cluster.open_cluster(2, 0, None) as client:
         client.wait_for_workers(2)
         check(client)
@@ -167,7 +167,7 @@ def test_another_program_on_a_worker_is_one_line_before_any_unit_runs():
 
 @pytest.fixture
 def files(tmp_path):
-    """A certificate and its key, as an administrator hands them out."""
+    """Create a certificate and its key, as an administrator provides them."""
     made = Security.temporary()
     found = {"tls_ca_file": made.tls_ca_file, "tls_cert": made.tls_client_cert, "tls_key": made.tls_client_key}
     for name, content in found.items():
@@ -175,7 +175,7 @@ def files(tmp_path):
     return {name: tmp_path / f"{name}.pem" for name in found}
 
 
-def test_the_files_of_a_remote_scheduler_are_what_dask_is_given(files):
+def test_tls_files_are_passed_to_dask(files):
     security = Remote("tls://10.0.0.7:8786", **files).security()
     assert security.require_encryption
     assert security.get_tls_config_for_role("client") == {
@@ -196,7 +196,7 @@ def test_the_files_of_a_remote_scheduler_are_what_dask_is_given(files):
         ({"address": "tcp://10.0.0.7:8786"}, "`tls_ca_file`: `scheduler` tcp://10.0.0.7:8786 does not use TLS"),
     ],
 )
-def test_wrong_files_are_one_line(files, change, words):
+def test_wrong_tls_files_are_rejected_with_one_line(files, change, words):
     with pytest.raises(RequestError, match=words) as told:
         Remote(**({"address": "tls://10.0.0.7:8786", **files} | change)).security()
     assert "\n" not in str(told.value)
@@ -208,6 +208,6 @@ def test_wrong_files_are_one_line(files, change, words):
      ("tcp://127.0.0.1:8786", False), ("tcp://localhost:8786", False), ("tcp://[::1]:8786", False),
      ("127.0.0.1:8786", False)],
 )  # fmt: skip
-def test_an_open_connection_to_another_machine_is_warned_of(address, warned, caplog):
+def test_an_unencrypted_connection_to_another_machine_is_warned_of(address, warned, caplog):
     assert Remote(address).security() is None
     assert [("not encrypted" in record.getMessage()) for record in caplog.records] == [True] * warned

@@ -1,4 +1,4 @@
-"""Codes as they came, whatever their order, their number and the memory there is for them."""
+"""The code store returns codes unchanged, for any order, number and memory limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENTRY = 8  # bytes
 
 
 def random_codes(n_rows, seed, most=9):
-    """Rows of 0 to `most` latents, some of them twice in a row, and the matrix that they mean."""
+    """Return rows of 0 to `most` latents, some of them twice in a row, and the matrix that they represent."""
     random = np.random.default_rng(seed)
     count = random.integers(0, most + 1, n_rows)
     crow = np.concatenate([[0], np.cumsum(count)])
@@ -30,21 +30,21 @@ def random_codes(n_rows, seed, most=9):
 
 
 def in_columns(codes, chosen=(3, 5, 17, 40_000, D_SAE - 1, 8)):
-    """The chosen columns of a CSR tensor, [rows, chosen]."""
+    """Return the chosen columns of a CSR tensor, [rows, chosen]."""
     return (codes @ torch.nn.functional.one_hot(torch.tensor(chosen), D_SAE).float().T.contiguous()).numpy()
 
 
 @pytest.mark.parametrize(
     ("max_bytes", "in_file"), [(1 << 30, False), (200 * ENTRY, True), (0, True)], ids=["memory", "on the way", "file"]
 )
-def test_codes_come_back_in_any_order(max_bytes, in_file):
+def test_codes_are_returned_for_any_order(max_bytes, in_file):
     store = CodeStore(N_ROWS, max_bytes)
     order = torch.randperm(N_ROWS, generator=torch.Generator().manual_seed(0))
     whole = {sae_id: random_codes(N_ROWS, seed=sae_id) for sae_id in (0, 1)}
     for ids in order.split(13):
         for sae_id, (codes, _) in whole.items():
             store.put(SITE, sae_id, ids, codes.select(ids))
-        some = torch.cat([ids.flip(0), ids[:2]])  # backwards, and two of them again: asked for between two batches
+        some = torch.cat([ids.flip(0), ids[:2]])  # in reverse, two of them again: requested between two batches
         for sae_id, (_, dense) in whole.items():
             np.testing.assert_allclose(
                 in_columns(store.get(SITE, sae_id, some, CPU)),
@@ -60,7 +60,7 @@ def test_codes_come_back_in_any_order(max_bytes, in_file):
     store.close()
 
 
-def test_the_file_has_no_name(tmp_path, monkeypatch):
+def test_the_spill_file_has_no_name(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     store = CodeStore(N_ROWS, 0)
     store.put(SITE, 0, torch.arange(N_ROWS), random_codes(N_ROWS, seed=0)[0])
@@ -77,7 +77,7 @@ def test_rows_in_which_nothing_fires(max_bytes):
     store.close()
 
 
-def test_rows_that_have_not_come_are_not_taken_for_rows_in_which_nothing_fires():
+def test_missing_rows_do_not_count_as_rows_without_latents():
     store = CodeStore(N_ROWS, 100)
     store.put(SITE, 0, torch.arange(5), random_codes(5, seed=0)[0])
     with pytest.raises(AssertionError, match="before they are stored"):

@@ -1,4 +1,4 @@
-"""What the programs have in common: flags, versions, bars, and the lines that a run begins and ends with."""
+"""Common behaviour of the programs: flags, versions, progress bars, and the first and last lines of a run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from conftest import people, write_csv, write_sparsify
 from runs import Request
 
 from delta_selectivity.cli import guard, main, probe, scale
+from delta_selectivity.cli.command_line import make_request, parse_values
 from delta_selectivity.cli.program import COMMANDS
 from delta_selectivity.errors import RequestError
 from delta_selectivity.reporting.csv_file import csv_text
 from delta_selectivity.saes import open_sae
+from delta_selectivity.settings import Settings
 from delta_selectivity.system import bars
 from delta_selectivity.tasks import load_task
 
@@ -34,7 +36,7 @@ def program(command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_program_says_its_version(command, capsys):
+def test_every_program_prints_its_version(command, capsys):
     with pytest.raises(SystemExit) as ended:
         program(command)(["--version"], COMMANDS[command].file)
     assert ended.value.code == 0
@@ -57,29 +59,36 @@ def test_every_program_says_its_version(command, capsys):
 )
 def test_a_wrong_flag_is_one_line_with_the_nearest(command, wrong, meant, capsys):
     assert program(command)([wrong, "x"], COMMANDS[command].file) == 2
-    line = f"error: there is no flag {wrong.partition('=')[0]}: did you mean {meant}? (see --help)"
+    line = f"error: unknown flag {wrong.partition('=')[0]}: did you mean {meant}? (see --help)"
     assert capsys.readouterr().err == f"{line}\n"
 
 
 @pytest.mark.parametrize(
     ("command", "words", "told"),
     [
-        ("run", ["--sae_name", "a", "b"], "'b' follows no flag: several values of one are written with commas"),
-        ("run", ["mine.csv"], "'mine.csv' follows no flag"),
-        ("run", ["--sae_name", "a", "inspect", "c"], "'c' follows no flag"),
+        ("run", ["--sae_name", "a", "b"], "'b' is not the value of a flag: separate several values by commas"),
+        ("run", ["mine.csv"], "'mine.csv' is not the value of a flag"),
+        ("run", ["--sae_name", "a", "inspect", "c"], "'c' is not the value of a flag"),
         ("run", ["--datasets", "mine.csv"], "there is no dataset 'mine.csv'"),
         ("run", ["--datasets", "mine.csv"], "for your own table use --dataset_file mine.csv"),
         ("run", ["--layers"], "argument --layers: expected one argument"),
-        ("run", ["--output_directory="], "argument --output_directory: it is empty: give a path"),
-        ("run", ["--cache_dir", ""], "argument --cache_dir: it is empty"),
-        ("report", ["--csv="], "argument --csv: it is empty"),
+        ("run", ["--output_directory="], "argument --output_directory: the path is empty"),
+        ("run", ["--cache_dir", ""], "argument --cache_dir: the path is empty"),
+        ("report", ["--csv="], "argument --csv: the path is empty"),
         ("run", ["--whole_tokens", "few"], "argument --whole_tokens: 'few' is neither a whole number nor all"),
     ],
 )
-def test_values_without_a_flag_and_flags_without_a_value(command, words, told, capsys):
+def test_errors_for_stray_values_and_missing_values(command, words, told, capsys):
     assert program(command)(words, COMMANDS[command].file) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert told in line
+
+
+@pytest.mark.parametrize("field", ["shuffle_select_n", "whole_tokens"])
+def test_a_number_accepts_the_word_that_the_help_shows_for_none(field):
+    request = make_request(parse_values([f"--{field}", "all"]))
+    assert getattr(request.settings, field) is None
+    assert getattr(Settings(**{field: "all"}), field) is None
 
 
 class Stream(io.StringIO):
@@ -92,7 +101,7 @@ class Stream(io.StringIO):
 
 
 def drawn(monkeypatch, terminal, seconds_a_step, steps=1000):
-    """What a bar of so many steps writes."""
+    """Return the output of a progress bar of this many steps."""
     stream, now = Stream(terminal), [0.0]
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
@@ -121,11 +130,11 @@ def asked(tiny_model, tiny_saes, people_csv, tmp_path):
     return [word for word in request.argv if word != "--quiet"]
 
 
-def test_a_run_on_a_pipe_says_what_it_does_where_the_results_are_and_how_to_see_them(asked, tmp_path, capsys):
+def test_the_last_line_of_a_run_says_how_to_view_the_results(asked, tmp_path, capsys):
     assert main.main(asked) == 0
     told = capsys.readouterr()
     assert told.out.splitlines()[-1] == (
-        f"results in {tmp_path / 'my out'}; as a page: python report.py '{tmp_path / 'my out'}' -o report.html"
+        f"results in {tmp_path / 'my out'}; for an HTML page: python report.py '{tmp_path / 'my out'}' -o report.html"
     )
     lines = [line for line in told.err.splitlines() if not line.startswith("WARNING")]
     assert re.fullmatch(r"\d+ texts, 1 probe, 1 SAE, 1 layer: loading .*pythia-tiny on cpu", lines[0]), lines
@@ -137,14 +146,14 @@ def test_a_run_on_a_pipe_says_what_it_does_where_the_results_are_and_how_to_see_
     assert end.endswith(f"delta-selectivity report '{tmp_path / 'my out'}' -o report.html")
 
 
-def test_on_a_terminal_something_is_said_before_anything_is_loaded(asked, monkeypatch, capsys):
+def test_a_terminal_shows_a_status_before_loading(asked, monkeypatch, capsys):
     stream = Stream(terminal=True)
     monkeypatch.setattr(sys, "stderr", stream)
     assert main.main([*asked, "--hookpoint", "nowhere"]) == 2
     assert stream.getvalue().splitlines()[0] == "loading libraries, texts and configs"
 
 
-def test_a_folder_that_is_gone_is_not_said_to_hold_anything(asked, tmp_path, monkeypatch, capsys):
+def test_a_removed_folder_is_reported_as_missing(asked, tmp_path, monkeypatch, capsys):
     def remove(*_):
         shutil.rmtree(tmp_path / "my out")
         raise OSError("disk on fire")
@@ -152,10 +161,10 @@ def test_a_folder_that_is_gone_is_not_said_to_hold_anything(asked, tmp_path, mon
     monkeypatch.setattr("delta_selectivity.run.evaluation.measure", remove)
     assert main.main([*asked, "--quiet"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"the folder {tmp_path / 'my out'} is gone" in line and guard.GOES_ON not in line
+    assert f"the folder {tmp_path / 'my out'} no longer exists" in line and guard.RESUMES not in line
 
 
-def test_an_end_of_the_process_in_a_thread_is_a_failure(asked, monkeypatch, capsys):
+def test_system_exit_in_a_thread_is_a_failure(asked, monkeypatch, capsys):
     from delta_selectivity.run.activations import Producer
 
     monkeypatch.setattr(Producer, "run", lambda *_: sys.exit(0))
@@ -163,7 +172,7 @@ def test_an_end_of_the_process_in_a_thread_is_a_failure(asked, monkeypatch, caps
     assert "called exit" in capsys.readouterr().err
 
 
-def test_finite_numbers_are_not_called_nan(tiny_model, tmp_path, people_csv, capsys):
+def test_large_finite_numbers_are_not_reported_as_nan(tiny_model, tmp_path, people_csv, capsys):
     from safetensors.torch import load_file, save_file
 
     saes = write_sparsify(tmp_path / "large", [1])
@@ -196,7 +205,7 @@ def test_the_metric_of_a_file_of_rows_as_csv(tmp_path, capsys):
     assert "none of the probes can be measured" in capsys.readouterr().err
 
 
-def test_python_takes_several_tasks_as_the_command_line_writes_them():
+def test_evaluate_accepts_tasks_separated_by_commas():
     from delta_selectivity.api.arguments import as_tasks
 
     assert as_tasks("gender, politics") == ("gender", "politics")
@@ -205,7 +214,7 @@ def test_python_takes_several_tasks_as_the_command_line_writes_them():
         as_tasks("gender,politcs")
 
 
-def test_a_page_that_cannot_be_written_is_told_by_its_own_flag(capsys):
+def test_a_page_that_cannot_be_written_names_its_flag(capsys):
     demo, page = ROOT / "results" / "demo", Path("/proc/nowhere/x.html")
     assert program("report")([str(demo), "-o", str(page)], "report.py") == 2
     assert capsys.readouterr().err.startswith(f"error: --output {page}: cannot be written")
@@ -224,13 +233,13 @@ def test_a_path_with_a_comma_is_one_task(tmp_path):
 
 
 @pytest.mark.parametrize("first", ["=", "+", "-", "@", "＝", "＋", "－", "＠", " =", "  ＝"])
-def test_no_cell_is_taken_for_a_formula(first):
+def test_csv_cells_are_not_read_as_formulas(first):
     ((_,), (cell,)) = csv.reader(io.StringIO(csv_text(["name"], [[f"{first}1+1"]])))
     assert cell == f"'{first}1+1"
     assert csv_text(["n"], [[-1.5]]) == "n\n-1.5\n", "a number stays one"
 
 
-def test_tasks_that_differ_by_spaces_are_not_made_one(tmp_path):
+def test_tasks_that_differ_in_spaces_stay_separate(tmp_path):
     rows = [{"text": f"I saw {name}", "label": i % 2, "task": "=1+1"} for i, name in enumerate(["Paris", "Rome"])]
     assert [p.name for s in load_task(write_csv(tmp_path / "a.csv", rows)).row_sets for p in s.probes] == ["=1+1"]
     for other in (" =1+1", "\t=1+1"):
@@ -238,7 +247,7 @@ def test_tasks_that_differ_by_spaces_are_not_made_one(tmp_path):
             load_task(write_csv(tmp_path / "a.csv", [*rows, {**rows[0], "text": "I saw Bonn", "task": other}]))
 
 
-def test_a_misspelt_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+def test_a_misspelt_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch):
     write_sparsify(tmp_path / "runs" / "topk" / "trainer_0", [1])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("delta_selectivity.saes.HubRepository.open", lambda *_: pytest.fail("the Hub was asked"))
@@ -252,7 +261,7 @@ def test_a_misspelt_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
             open_sae(name)
 
 
-def test_notes_are_no_warnings(asked, caplog):
+def test_notes_are_not_logged_as_warnings(asked, caplog):
     assert main.main([*asked, "--quiet"]) == 0
     caplog.clear()
     assert main.main([*asked, "--quiet"]) == 0

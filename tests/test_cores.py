@@ -1,4 +1,4 @@
-"""Threads that share cores: never more at work than there are, in order, and nothing begun that nobody wants."""
+"""Threads that share cores: never more than there are, results in order, and no work after the consumer stops."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from delta_selectivity.system.cores import Cores, sharing_cores
 
 @pytest.fixture(autouse=True)
 def _many_cores(monkeypatch):
-    """As many as torch has threads, whatever this machine has."""
+    """Set the number of cores to torch's number of threads, whatever this machine has."""
     monkeypatch.setattr(processor, "cpu_count", lambda: 64)
 
 
 class Busy:
-    """Work that knows how many are at it."""
+    """Work that counts how many threads run it."""
 
     def __init__(self, seconds: float = 0.002, meeting: int = 1) -> None:
-        """meeting: so many of the first items wait for each other, however slow the machine is."""
+        """Set up the work; meeting: number of first items that wait for each other, however slow the machine is."""
         self.seconds, self.lock = seconds, threading.Lock()
         self.meeting, self.barrier = meeting, threading.Barrier(meeting)
         self.at_once = self.most = 0
@@ -44,14 +44,14 @@ class Busy:
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("n_items", [0, 1, 2, 20])
-def test_results_come_in_order_whoever_is_done_first(n: int, n_items: int) -> None:
+def test_results_are_in_order(n: int, n_items: int) -> None:
     work = Busy(meeting=max(min(n, n_items), 1))
     found = list(Cores(n).map_in_order(range(n_items), work, "test"))
     assert found == [(i, i * i) for i in range(n_items)]
     assert work.most == min(n, n_items)
 
 
-def test_two_kinds_of_work_share_the_cores_and_both_get_on() -> None:
+def test_two_kinds_of_work_share_the_cores_fairly() -> None:
     cores, work, ended = Cores(2), Busy(), []
 
     def all_of(name: str) -> None:
@@ -66,10 +66,10 @@ def test_two_kinds_of_work_share_the_cores_and_both_get_on() -> None:
     assert work.most == 2
     assert len(ended) == 60
     last = {name: max(i for i, (of, _) in enumerate(ended) if of == name) for name in ("forward", "probes")}
-    assert abs(last["forward"] - last["probes"]) < 15  # taking turns: neither waits for the end of the other
+    assert abs(last["forward"] - last["probes"]) < 15  # they take turns: neither waits for the end of the other
 
 
-def test_first_come_first_served() -> None:
+def test_cores_are_assigned_first_come_first_served() -> None:
     cores, served = Cores(1), []
 
     def take(i: int) -> None:
@@ -89,7 +89,7 @@ def test_first_come_first_served() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_an_error_of_the_work_is_the_callers_and_no_core_is_lost(n: int) -> None:
+def test_errors_of_the_work_are_raised_and_free_the_core(n: int) -> None:
     cores = Cores(n)
 
     def work(item: int) -> int:
@@ -105,7 +105,7 @@ def test_an_error_of_the_work_is_the_callers_and_no_core_is_lost(n: int) -> None
     assert cores._free == n
 
 
-def test_who_wants_no_more_has_no_more_begun() -> None:
+def test_no_work_starts_after_the_consumer_stops() -> None:
     cores, work = Cores(2), Busy()
     taken = []
 
@@ -121,8 +121,8 @@ def test_who_wants_no_more_has_no_more_begun() -> None:
     assert cores._free == 2
 
 
-def test_those_who_share_cores_at_once_keep_torch_at_one_thread_each_until_the_last_leaves():
-    """Two measurements in two threads: whoever ended first gave the other's matrix products several threads again."""
+def test_torch_stays_at_one_thread_until_the_last_user_of_the_cores_leaves():
+    """In an earlier version, the first of two measurements to end gave the other's products several threads again."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     entered, go = threading.Event(), threading.Event()

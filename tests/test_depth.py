@@ -1,4 +1,4 @@
-"""By depth: every number of the plots is that of the files, and two SAEs are told apart where plain sums tell them."""
+"""Plots by layer: every number is that of the files, and significant differences of two SAEs agree with plain sums."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS = range(4)
 
 
 def stored(sae, layer):
-    """Scores of people with a row each; the second SAE is much worse in layers 1 and 2, and equal in the others."""
+    """Return scores of people with one row each; the second SAE is much worse in layers 1 and 2, else equal."""
     random = np.random.default_rng([layer])
     labels = np.arange(N) % 2 == 0
     truth = np.where(labels, 1.0, -1.0)
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     return target
 
 
-def test_every_curve_of_an_sae_has_the_numbers_of_the_file(folder):
+def test_curves_by_layer_have_the_numbers_of_the_file(folder):
     study = study_in(folder)
     found = lines(plots_in(folder)["depth_a_one"])
     assert [int(line["layer"]) for line in found] == list(LAYERS)
@@ -53,7 +53,7 @@ def test_every_curve_of_an_sae_has_the_numbers_of_the_file(folder):
         assert line["verdict"] == cell.verdict
 
 
-def test_two_saes_are_shaded_where_their_paired_difference_is_significant(folder):
+def test_significant_paired_differences_are_shaded(folder):
     plot = plots_in(folder)["by_layer_a_one_b_two"]
     found = {int(line["layer"]): line for line in lines(plot)}
     assert set(found) == {0, 1, 2}, "the layers whose scores are there"
@@ -61,25 +61,25 @@ def test_two_saes_are_shaded_where_their_paired_difference_is_significant(folder
     for layer, line in found.items():
         right = [((stored(sae, layer).views["sae"] > 0) == stored(sae, layer).labels).mean(axis=0) for sae in (0, 1)]
         change = right[0] - right[1]
-        assert float(line["difference"]) == pytest.approx(change.mean(), abs=1e-12)  # classes are of one size
+        assert float(line["difference"]) == pytest.approx(change.mean(), abs=1e-12)  # both classes have the same size
         spread = change.std()
         z = abs(change.mean()) / (spread / np.sqrt(N)) if spread else 0.0
         p_values.append(2 * stats.norm.sf(z))
     q_values = stats.false_discovery_control(p_values)
     assert [float(found[layer]["q_value"]) < 0.05 for layer in found] == [bool(q < 0.05) for q in q_values]
     assert [bool(q < 0.05) for q in q_values] == [False, True, True]
-    assert "in 2 cells" in plot.description
+    assert "The 2 shaded cells" in plot.description
     (axes,) = plot.draw().figure.axes
     assert len(axes.collections) == 3, "a bar at each of the two layers, and the area between them"
 
 
-def test_saes_without_scores_are_not_drawn_over_each_other(tmp_path):
+def test_saes_without_scores_have_no_overlay(tmp_path):
     plots = plots_in(write_set(tmp_path / "in", saes=("a/one", "b/two"), layers=LAYERS))
     assert not [name for name in plots if name.startswith("by_layer")]
     assert {name for name in plots if name.startswith("depth")} == {"depth_a_one", "depth_b_two"}
 
 
-def test_of_many_saes_the_first_have_a_figure(tmp_path):
-    names = [f"org/sae-{number}" for number in range(depth.MOST + 2)]
+def test_only_the_first_of_many_saes_have_a_plot(tmp_path):
+    names = [f"org/sae-{number}" for number in range(depth.MAX_SAES + 2)]
     plots = plots_in(write_set(tmp_path / "in", saes=names, layers=[3]))
-    assert sum(name.startswith("depth") for name in plots) == depth.MOST
+    assert sum(name.startswith("depth") for name in plots) == depth.MAX_SAES

@@ -1,4 +1,4 @@
-"""What the documents say of the code is true of the code."""
+"""Statements of the documents about the code are true."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model says next when it runs on from x̂: against a plain hook on the whole model, and SAE Lens's figures."""
+"""The model's output when it continues from x̂: compared with a plain hook on the whole model, and with SAE Lens."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def measured(plan, cores=1):
 
 
 def topk_recon(folder, x):
-    """x̂ of an SAE of `write_sparsify`, in plain torch."""
+    """Return x̂ of an SAE of `write_sparsify`, in plain torch."""
     weights, k = load_file(folder / "sae.safetensors"), json.loads((folder / "cfg.json").read_text())["k"]
     top = torch.relu(x @ weights["encoder.weight"].T).topk(k, dim=-1)
     return torch.zeros(len(x), len(weights["W_dec"])).scatter_(1, top.indices, top.values) @ weights["W_dec"]
 
 
 def by_plain_hook(model_folder, module_of, recon_of, tokenised, skip, last_only=True):
-    """Figures of each text by itself, with a forward hook on a whole transformers model: sums over tokens."""
+    """Compute figures of each text separately, with a forward hook on a whole transformers model: sums over tokens."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     module, seen, put = module_of(model), [], []
 
@@ -143,13 +143,13 @@ def test_an_identity_changes_nothing_and_small_passes_give_the_same(tiny_model, 
     assert (same.delta_ce, same.kl_sae, same.kl_pos) == (0, 0, 0)
     plan = planned(tiny_model, write_sparsify(tmp_path / "sae", [1]), data)
     _, whole = measured(plan)
-    monkeypatch.setattr(downstream, "LOGITS", 1)  # one text in a pass
+    monkeypatch.setattr(downstream, "LOGITS", 1)  # one text per pass
     monkeypatch.setattr(downstream, "CHUNK", 1)
     _, small = measured(plan, cores=2)
     assert vars(small) == pytest.approx(vars(whole), abs=1e-6)
 
 
-def test_a_dataset_has_the_same_figures_alone_and_beside_another(tiny_model, data, tmp_path):
+def test_downstream_figures_do_not_depend_on_other_datasets(tiny_model, data, tmp_path):
     sae = write_sparsify(tmp_path / "sae", [1])
     plan = planned(tiny_model, sae, data)
     other = write_csv(tmp_path / "other.csv", [*ROWS[:10], *people(30, seed=5)])
@@ -165,7 +165,7 @@ def test_a_dataset_has_the_same_figures_alone_and_beside_another(tiny_model, dat
     assert found[cells[0]] != found[cells[1]]
 
 
-def test_layers_have_the_same_figures_together_and_in_two_runs(tiny_model, data, tmp_path):
+def test_downstream_figures_do_not_depend_on_other_layers(tiny_model, data, tmp_path):
     sae = write_sparsify(tmp_path / "sae", [0, 1])
     plan = planned(tiny_model, sae, data)
     both = make_plan(replace(plan.request, layers=(0, 1)))
@@ -177,7 +177,7 @@ def test_layers_have_the_same_figures_together_and_in_two_runs(tiny_model, data,
     assert found[Cell(0, both.subjects[0].sites[1], 0)] == measured(plan)[1]
 
 
-def test_a_transcoder_reads_elsewhere_and_its_output_stands_where_it_writes(tiny_model, data, tmp_path):
+def test_a_transcoder_is_inserted_at_its_output(tiny_model, data, tmp_path):
     folder = write_sparsify(tmp_path / "sae", [1], suffix=".mlp") / "layers.1.mlp"
     config = json.loads((folder / "cfg.json").read_text())
     (folder / "cfg.json").write_text(json.dumps({**config, "transcode": True}))
@@ -192,10 +192,10 @@ def test_a_transcoder_reads_elsewhere_and_its_output_stands_where_it_writes(tiny
     assert found.ce_sae == pytest.approx(float(torch.cat(ce).mean()), abs=1e-5)
 
 
-def test_what_is_not_finite_is_one_line_and_names_the_sae(tiny_model, data, tmp_path):
+def test_non_finite_logits_are_one_line_that_names_the_sae(tiny_model, data, tmp_path):
     sae = write_sparsify(tmp_path / "sae", [1])
     weights = load_file(sae / "layers.1" / "sae.safetensors")
-    weights["b_dec"][3] = 1e38  # finite, and its norm is not
+    weights["b_dec"][3] = 1e38  # finite, but its norm is not
     save_file(weights, sae / "layers.1" / "sae.safetensors")
     with pytest.raises(
         ArithmeticError, match=r"^layer 1: .* in the model's predictions with the reconstruction by .*sae$"
@@ -256,7 +256,7 @@ def test_intervals_are_those_of_resampling_texts():
     assert downstream_figures(model, sae, model._replace(ce=ce - 1), mean, np.arange(300)).ce_recovered is None
 
 
-def test_a_run_keeps_the_figures_and_only_then_needs_the_lm_head(tiny_model, tmp_path, capsys):
+def test_a_run_needs_the_lm_head_only_for_downstream_figures(tiny_model, tmp_path, capsys):
     headless = tmp_path / "headless"
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     model.save_pretrained(headless)
@@ -284,7 +284,7 @@ def test_a_run_keeps_the_figures_and_only_then_needs_the_lm_head(tiny_model, tmp
     assert "downstream" in capsys.readouterr().err
 
 
-def test_a_place_whose_value_cannot_be_replaced_is_refused(tiny_model, data, tmp_path):
+def test_a_place_that_cannot_be_replaced_is_rejected(tiny_model, data, tmp_path):
     sae = write_sparsify(tmp_path / "sae", [1])
     with pytest.raises(RequestError, match="`downstream`: the value at resid_mid"):
         planned(tiny_model, sae, data, hookpoint="resid_mid")
@@ -292,7 +292,7 @@ def test_a_place_whose_value_cannot_be_replaced_is_refused(tiny_model, data, tmp
 
 @pytest.mark.slow
 def test_figures_are_those_of_sae_lens(tiny_model, data, tmp_path):
-    """The function that `run_evals` calls, on a TransformerLens model; it takes the mean over all tokens, BOS too."""
+    """Compare with the function that `run_evals` calls on a TransformerLens model; it averages over tokens and BOS."""
     from sae_lens import StandardSAE, StandardSAEConfig
     from sae_lens.evals import get_downstream_reconstruction_metrics
     from sae_lens.training.activation_scaler import ActivationScaler

@@ -1,4 +1,4 @@
-"""The examples of the public docstrings run, on a local model and SAEs."""
+"""The examples of the public docstrings run on a local model and SAEs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, tiny_model, tiny_saes):
-    """An empty directory with a task, and the names that examples use."""
+    """Create an empty directory with a task, and the names that the examples use."""
     monkeypatch.chdir(tmp_path)
     write_csv(tmp_path / "people.csv", people(300))
     x = np.random.default_rng(0).normal(size=(200, 5))

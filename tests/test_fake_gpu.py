@@ -1,8 +1,8 @@
-"""The CUDA paths without a GPU: torch's fake tensors, which have a device and a shape and no values.
+"""The CUDA paths without a GPU, with torch's fake tensors, which have a device and a shape but no values.
 
-Model and SAEs are on `cuda:0`, probes on `cuda:1`. An operation on tensors of two devices raises
-`FakeTensorDeviceMismatchError`. One that needs a value on the CPU raises `GpuWaits`: there a real GPU would be waited
-for. The tests run what is between those places.
+The model and SAEs are on `cuda:0`, probes on `cuda:1`. An operation on tensors of two devices raises
+`FakeTensorDeviceMismatchError`. An operation that needs a value on the CPU raises `GpuWaits`: a real GPU would be
+synchronised there. The tests run the code between those places.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ VALUES = {
     Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist, Tensor.numpy,
     Tensor.cpu, Tensor.nonzero, Tensor.unique,
 }  # fmt: skip
-"""What needs a tensor's values, or a number of them that only the device knows."""
+"""Operations that need a tensor's values, or a number that only the device knows."""
 
 
 class GpuWaits(Exception):
-    """The CPU wants a value from a GPU."""
+    """The CPU needs a value from a GPU."""
 
 
 class PretendGpus(TorchFunctionMode):
-    """Tensors that are made on a CUDA device or moved to one are fake; what stays on the CPU is as real as ever."""
+    """Mode in which tensors that are created on or moved to a CUDA device are fake; CPU tensors stay real."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class PretendGpus(TorchFunctionMode):
             to_cpu = func is Tensor.to and any(str(name) == "cpu" for name in named)
             if func in VALUES or to_cpu:
                 raise GpuWaits(func.__name__)
-            if func is Tensor.__getitem__:  # these ask the device itself, in C++
+            if func is Tensor.__getitem__:  # these query the device itself, in C++
                 return picked(*args)
             if func is Tensor.__setitem__:
                 place, value = picked(*args[:2]), args[2]
@@ -86,7 +86,7 @@ class PretendGpus(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def put(self, module: nn.Module, device: torch.device) -> nn.Module:
-        """A module's parameters and buffers, there."""
+        """Move a module's parameters and buffers to a device."""
         for part in module.modules():
             for name, tensor in [*part.named_parameters(recurse=False)]:
                 setattr(part, name, nn.Parameter(tensor.detach().to(device), requires_grad=False))
@@ -96,7 +96,7 @@ class PretendGpus(TorchFunctionMode):
 
 
 def picked(tensor: Tensor, index: object) -> Tensor:
-    """`tensor[index]` by the operations that it stands for: the shortcut in C++ asks the device itself."""
+    """Compute `tensor[index]` by basic operations, because the shortcut in C++ queries the device itself."""
     axis, places = 0, []
     for part in index if isinstance(index, tuple) else (index,):
         if isinstance(part, int):
@@ -120,7 +120,7 @@ def is_cuda(name: object) -> bool:
 @pytest.fixture
 def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (2**36, 2**36))
-    # In inference mode fake tensors know no `to`: gradients alone are switched off.
+    # fake tensors do not support `to` in inference mode, so only gradients are switched off
     monkeypatch.setattr(torch.inference_mode, "__enter__", lambda mode: torch._C._set_grad_enabled(False))
     monkeypatch.setattr(torch.inference_mode, "__exit__", lambda mode, *error: torch._C._set_grad_enabled(True))
     with PretendGpus() as mode:
@@ -165,7 +165,7 @@ def sae(kind: str = "topk", **changes) -> Sae:
 
 
 def produce(model, saes, texts, tokenised, positions, whole_tokens, latents_of=()):
-    """Everything that the producer puts, batch by batch."""
+    """Return everything that the producer outputs, batch by batch."""
     rows = RowTable.build(tokenised, positions)
     sample = TokenSample.draw(tokenised, texts, whole_tokens, seed=0)
     scales = {site: SiteScale(torch.rand(32), 3.0) for site in SITES}
@@ -186,7 +186,7 @@ def tokenised(tiny_model, mentions):
 
 @pytest.fixture
 def sums_stay(monkeypatch):
-    """A block's sums, which the producer takes to the CPU at its end, stay where they are: they have no values."""
+    """Keep a block's sums on the device: the producer would copy them to the CPU, but they have no values."""
     monkeypatch.setattr(ReconstructionSums, "to", lambda self, device: self)
 
 
@@ -200,12 +200,12 @@ def sums_stay(monkeypatch):
         ("skip", "mean", None),
     ],
 )
-def test_the_producer_waits_for_nothing_and_mixes_no_devices(
+def test_the_producer_never_synchronises_and_mixes_no_devices(
     gpus, model, texts, tokenised, sums_stay, kind, positions, whole_tokens
 ):
-    """Forward pass, every SAE's encode and decode, the sums, and the rows: from token ids to what the queue holds."""
+    """Covers forward pass, encode and decode of every SAE, the sums and the rows: from token ids to the queue."""
     saes = {site: {0: sae(kind), 1: sae(kind, input_hookpoint=None)} for site in SITES}
-    latents_of = (0,) if positions == "last" else ()  # a mean's codes are picked by how many there are
+    latents_of = (0,) if positions == "last" else ()  # codes of `mean` are selected by their number
     rows, items = produce(model, saes, texts, tokenised, positions, whole_tokens, latents_of)
     (done,) = (item for item in items if isinstance(item, BlockDone))
     batches = [item for item in items if isinstance(item, LayerRows)]
@@ -221,9 +221,7 @@ def test_the_producer_waits_for_nothing_and_mixes_no_devices(
         assert {tensor.device for tensor in tensors} == {MODEL_GPU}
 
 
-def test_the_model_runs_on_without_mixing_devices_and_waits_for_its_sums_alone(
-    gpus, tiny_model, tokenised, monkeypatch
-):
+def test_downstream_synchronises_only_for_its_sums(gpus, tiny_model, tokenised, monkeypatch):
     whole = open_model(str(tiny_model)).load_whole(SITES, "cpu", "float32")
     module = gpus.put(whole.module, MODEL_GPU)
     model = WholeModel(module, {site: find_tap(module.get_decoder(), site) for site in SITES}, MODEL_GPU)
@@ -252,8 +250,8 @@ def test_encode_and_decode_stay_on_the_sae_s_device(gpus, norm):
 
 
 @pytest.mark.parametrize("selection", [Threshold(torch.zeros(96)), Gated(torch.ones(96), torch.zeros(96))])
-def test_an_sae_of_a_varying_number_of_latents_waits_to_count_them_and_nowhere_before(gpus, selection, monkeypatch):
-    """One wait for each chunk of rows: `nonzero`."""
+def test_saes_with_a_varying_l0_synchronise_only_to_count_latents(gpus, selection, monkeypatch):
+    """There is one wait for each chunk of rows: `nonzero`."""
     found = []
     where = selections._layout_of
     monkeypatch.setattr(selections, "_layout_of", lambda mask: found.append(mask.device) or where(mask))
@@ -264,9 +262,7 @@ def test_an_sae_of_a_varying_number_of_latents_waits_to_count_them_and_nowhere_b
     assert found == [MODEL_GPU]
 
 
-def test_rows_go_to_the_probes_device_and_are_looked_at_when_they_are_asked_for(
-    gpus, model, texts, tokenised, sums_stay
-):
+def test_rows_are_checked_on_the_probes_device_when_they_are_read(gpus, model, texts, tokenised, sums_stay):
     saes = {site: {0: sae()} for site in SITES}
     table, items = produce(model, saes, texts, tokenised, "last", None)
     widths = {(site, view): 32 for site in SITES for view in (None, 0)}
@@ -276,7 +272,7 @@ def test_rows_go_to_the_probes_device_and_are_looked_at_when_they_are_asked_for(
             if isinstance(item, LayerRows):
                 store.put(item)
         ids = torch.arange(10)
-        with pytest.raises(GpuWaits):  # whether a number was broken: once for each view, when its dataset is whole
+        with pytest.raises(GpuWaits):  # whether a number was broken: once for each view, when its dataset is complete
             store.get(SITES[0], 0, ids, PROBE_GPU)
         store._broken.clear()
         assert store.get(SITES[0], 0, ids, PROBE_GPU).device == PROBE_GPU
@@ -284,7 +280,7 @@ def test_rows_go_to_the_probes_device_and_are_looked_at_when_they_are_asked_for(
 
 @pytest.mark.parametrize("d", [16, 64], ids=["float64", "float32 first"])
 def test_the_solver_s_steps_stay_on_the_probes_device(gpus, d):
-    """All of an iteration but the question whether it was the last, and the Cholesky factor's whether it exists."""
+    """Covers an iteration, except for the checks whether it was the last and whether the Cholesky factor exists."""
     rows, n = 3000, 8
     problem = object.__new__(ProbeProblem)  # its checks need values
     fields = {
@@ -314,8 +310,8 @@ def test_the_solver_s_steps_stay_on_the_probes_device(gpus, d):
     assert (coef.device, intercept.shape) == (PROBE_GPU, (3,))
 
 
-def test_tensors_of_two_devices_do_not_mix(gpus):
-    """What the tests above rely on."""
+def test_mixing_devices_is_an_error(gpus):
+    """The tests above rely on this."""
     one, other, here = torch.rand(3).to(MODEL_GPU), torch.rand(3).to(PROBE_GPU), torch.rand(3)
     for pair in ((one, other), (one, here), (here, other)):
         with pytest.raises(FakeTensorDeviceMismatchError):

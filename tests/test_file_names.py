@@ -1,4 +1,4 @@
-"""Names of result files and folders: readable, safe, and different for what is different."""
+"""Names of result files and folders: readable, safe and distinct."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_names_without_a_latin_letter_keep_their_own_letters(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["🙂", "🙃", "---", "*", " ", "\u202e", "\ud800"])
-def test_a_name_of_which_nothing_can_be_kept_has_one_of_its_own(name):
+def test_a_name_without_safe_characters_gets_a_hash(name):
     digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
     assert slug(name) == f"unnamed_{digest[:8]}"
 
@@ -37,7 +37,7 @@ def test_long_names_of_any_script_fit_into_a_file_name():
     assert all(len(f"{text}_{text}.json.12345.tmp".encode()) < 255 for text in found)
 
 
-def test_latin_names_are_as_they_always_were():
+def test_latin_names_are_unchanged():
     rng = random.Random(0)
     for _ in range(2000):
         name = "x" + "".join(rng.choice("ab_.- :9A*") for _ in range(rng.choice([3, 12, 40])))
@@ -57,11 +57,11 @@ def test_latin_names_are_as_they_always_were():
         (["/数据/ae", "/测试/ae"], ["数据_ae", "测试_ae"]),
     ],
 )  # fmt: skip
-def test_paths_that_end_alike_are_told_apart_by_the_parts_that_differ(names, expected):
+def test_paths_with_the_same_end_get_distinct_names(names, expected):
     assert distinct_slugs(names) == expected
 
 
-def test_whatever_the_names_no_two_are_alike():
+def test_names_are_always_distinct():
     rng = random.Random(1)
     for _ in range(500):
         names = {
@@ -74,5 +74,5 @@ def test_whatever_the_names_no_two_are_alike():
         assert all(text and "/" not in text and text[0] not in ".-" for text in found)
 
 
-def test_a_models_folders_tell_nothing_of_where_it_lies():
+def test_a_models_file_name_does_not_contain_its_path():
     assert model_slug("/home/me/models/pythia-160m") == "pythia-160m"

@@ -1,4 +1,4 @@
-"""The cache of fits: no probe of the model's view twice, no bit changed, and nothing read that would be fitted anew."""
+"""The fit cache: no probe of the model's view is fitted twice, no bit changes, and stale fits are not read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OF_MODEL, OF_SAE = 2 * N_LAYERS, N_LAYERS  # fits of a run: the model's view and
 
 @pytest.fixture
 def fitted(monkeypatch):
-    """The features of every call of a backend, by digest: how often each was fitted."""
+    """Count how often each problem was fitted, by the digest of its features."""
     counted: Counter[str] = Counter()
 
     def counting(plain):
@@ -57,7 +57,7 @@ def fitted(monkeypatch):
 
 @pytest.fixture
 def new_process(monkeypatch):
-    """Forget what is taken once a process: the text of the program and the libraries."""
+    """Clear what a process reads once: the text of the program and the libraries."""
 
     def forget() -> None:
         for name in ("running_program", "installed_version"):
@@ -73,17 +73,17 @@ def shards(root: Path) -> list[Path]:
     return sorted(root.glob("probes/*.safetensors"))
 
 
-# as it is used
+# mark it as used
 
 
-def test_another_sae_fits_its_own_view_only_and_no_bit_changes(with_cache, other_saes, fitted, tmp_path, caplog):
+def test_another_sae_fits_only_its_own_view(with_cache, other_saes, fitted, tmp_path, caplog):
     plain = Request(with_cache.model, (other_saes,), with_cache.data, tmp_path / "plain")
     assert plain.run() == 0
     assert fitted.total() == OF_MODEL + OF_SAE
     without_cache = Counter(fitted)
     fitted.clear()
     assert with_cache.run() == 0
-    of_model = fitted & without_cache  # what both SAEs' runs fitted
+    of_model = fitted & without_cache  # the fits of both SAEs' runs
     assert of_model.total() == OF_MODEL
     fitted.clear()
     caplog.set_level(logging.INFO, "fit_cache")
@@ -95,8 +95,8 @@ def test_another_sae_fits_its_own_view_only_and_no_bit_changes(with_cache, other
     assert scores_of(tmp_path / "second") == scores_of(tmp_path / "plain")
 
 
-def test_cold_and_warm_the_bits_are_those_of_a_run_without_a_cache(with_cache, tmp_path):
-    """All views, and baselines, which share the model's fits with the SAE."""
+def test_a_cold_or_warm_fit_cache_changes_no_bit(with_cache, tmp_path):
+    """Covers all views, and baselines, which share the model's fits with the SAE."""
     views = ("--views", "model,sae,error,latents", "--baselines", "identity,mean,names")
     assert with_cache.plus(*views).run() == 0
     assert with_cache.plus(*views).into(tmp_path / "warm").run() == 0
@@ -118,14 +118,14 @@ def test_cold_and_warm_the_bits_are_those_of_a_run_without_a_cache(with_cache, t
     ],
     ids=lambda value: "_".join(value) if isinstance(value, tuple) else None,
 )
-def test_what_decides_on_the_fit_makes_another(with_cache, fitted, tmp_path, flags, n_fits):
+def test_settings_that_affect_a_fit_are_part_of_its_key(with_cache, fitted, tmp_path, flags, n_fits):
     assert with_cache.run() == 0
     fitted.clear()
     assert with_cache.plus(*flags).into(tmp_path / "second").run() == 0
     assert fitted.total() == n_fits
 
 
-def test_other_data_and_a_changed_program_make_another(with_cache, fitted, tmp_path, monkeypatch, new_process):
+def test_data_and_program_are_part_of_the_key(with_cache, fitted, tmp_path, monkeypatch, new_process):
     assert with_cache.run() == 0
     fitted.clear()
     data = write_csv(tmp_path / "more.csv", people(200))
@@ -138,8 +138,8 @@ def test_other_data_and_a_changed_program_make_another(with_cache, fitted, tmp_p
     assert fitted.total() == OF_MODEL + OF_SAE
 
 
-def test_beside_another_task_a_task_reads_the_same_fits(with_cache, fitted, tmp_path):
-    """People get other numbers then, which no fit depends on."""
+def test_fits_do_not_depend_on_other_tasks(with_cache, fitted, tmp_path):
+    """People get other numbers then, on which no fit depends."""
     assert with_cache.run() == 0
     fitted.clear()
     rows = [{**row, "task": "women"} for row in people(240)]
@@ -149,7 +149,7 @@ def test_beside_another_task_a_task_reads_the_same_fits(with_cache, fitted, tmp_
     assert fitted.total() == OF_MODEL + 2 * OF_SAE, "of the other task, and of the SAE in both"
 
 
-def test_units_of_many_workers_read_what_main_has_fitted(with_cache, fitted, tmp_path, monkeypatch):
+def test_units_of_workers_read_the_fits_of_main(with_cache, fitted, tmp_path, monkeypatch):
     assert with_cache.run() == 0
     fitted.clear()
     monkeypatch.chdir(tmp_path)
@@ -191,7 +191,7 @@ def exchanged(path: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [flipped, cut, emptied, exchanged])
-def test_a_broken_fit_is_told_removed_and_fitted_again(with_cache, fitted, tmp_path, caplog, damage):
+def test_a_broken_fit_is_reported_removed_and_refitted(with_cache, fitted, tmp_path, caplog, damage):
     assert with_cache.run() == 0
     whole = {path: path.read_bytes() for path in shards(tmp_path / "cache")}
     damage(*list(whole)[:2])
@@ -204,14 +204,14 @@ def test_a_broken_fit_is_told_removed_and_fitted_again(with_cache, fitted, tmp_p
     assert {path: path.read_bytes() for path in shards(tmp_path / "cache")} == whole
 
 
-# part by part
+# section by section of the file
 
 
 N, D = 120, 6
 
 
 def task(seed: int = 0, **changes) -> dict:
-    """What `fit_model` is given: two targets of 60 people, with the control task of 30 token types."""
+    """Return the arguments of `fit_model`: two targets of 60 people, with the control task of 30 token types."""
     random = np.random.default_rng(seed)
     labels = random.random((2, 60)) < 0.5
     plan = FoldPlan.build(labels.repeat(2, axis=1), np.arange(N) // 2, random.random(N) + 0.5, 3, 2, seed)
@@ -221,7 +221,7 @@ def task(seed: int = 0, **changes) -> dict:
 
 
 def same(one: ModelFit, other: ModelFit) -> bool:
-    """To the bit, with types, shapes and the memory's order."""
+    """Return whether two fits are bitwise identical, with types, shapes and memory order."""
     pairs = [(one.scale, other.scale), *((getattr(one.fit, name), getattr(other.fit, name)) for name in vars(one.fit))]
     if one.control is not None:
         assert one.control.persons is not None
@@ -236,7 +236,7 @@ def same(one: ModelFit, other: ModelFit) -> bool:
 
 
 @pytest.mark.parametrize("control", [True, False])
-def test_what_is_read_is_what_was_fitted(tmp_path, fitted, control):
+def test_cached_fits_are_unchanged(tmp_path, fitted, control):
     given = task() if control else task(control=None)
     FitCache.open(tmp_path, 1).fit_model(**given)
     fitted.clear()
@@ -248,8 +248,8 @@ def test_what_is_read_is_what_was_fitted(tmp_path, fitted, control):
     assert all(tensor.data_ptr() % 64 == 0 for tensor in aligned), "as fresh ones, or products of them round otherwise"
 
 
-def test_of_no_target_there_is_no_fit_to_read(tmp_path):
-    """Too few people: nothing is measured, warm as cold."""
+def test_a_problem_without_targets_has_no_cached_fit(tmp_path):
+    """There are too few people: nothing is measured, with a cold or a warm cache."""
     nobody = FoldPlan.build(np.ones((1, N)), np.arange(N), None, 3, 1, 0)
     for _ in range(2):
         found = FitCache.open(tmp_path, 1).fit_model(**task(plan=nobody))
@@ -291,7 +291,7 @@ def other_first(array: np.ndarray) -> np.ndarray:
         changed("control", folds=lambda plan: (plan.folds + 1) % 3),
     ],
 )
-def test_every_input_of_a_fit_makes_another(tmp_path, fitted, change):
+def test_every_input_of_a_fit_is_part_of_its_key(tmp_path, fitted, change):
     FitCache.open(tmp_path, 1).fit_model(**task())
     fitted.clear()
     given = change(task())
@@ -300,7 +300,7 @@ def test_every_input_of_a_fit_makes_another(tmp_path, fitted, change):
     assert same(found, fit_model(**given))
 
 
-def test_who_the_people_are_makes_no_other_fit(tmp_path, fitted):
+def test_the_identity_of_people_is_not_part_of_the_key(tmp_path, fitted):
     FitCache.open(tmp_path, 1).fit_model(**task())
     fitted.clear()
     FitCache.open(tmp_path, 1).fit_model(**changed("plan", groups=lambda plan: plan.groups + 7)(task()))
@@ -308,8 +308,8 @@ def test_who_the_people_are_makes_no_other_fit(tmp_path, fitted):
 
 
 @pytest.mark.parametrize("what", ["threads", "processor"])
-def test_what_computes_makes_another_within_a_run(tmp_path, fitted, monkeypatch, what):
-    """Sums of two threads round otherwise than those of one."""
+def test_the_number_of_threads_is_part_of_the_key(tmp_path, fitted, monkeypatch, what):
+    """Sums of two threads round differently from those of one."""
     cache = FitCache.open(tmp_path, 1)
     cache.fit_model(**task())
     fitted.clear()
@@ -322,8 +322,8 @@ def test_what_computes_makes_another_within_a_run(tmp_path, fitted, monkeypatch,
 
 
 @pytest.mark.parametrize("what", ["program", "library"])
-def test_what_was_loaded_makes_another_from_the_next_process_on(tmp_path, fitted, monkeypatch, new_process, what):
-    """Files may change below a long run, and again in the same process: what computes is what was loaded."""
+def test_changed_libraries_count_from_the_next_process_on(tmp_path, fitted, monkeypatch, new_process, what):
+    """Files may change during a long run and again in the same process: what was loaded is what computes."""
     cache = FitCache.open(tmp_path, 1)
     cache.fit_model(**task())
     fitted.clear()
@@ -339,7 +339,7 @@ def test_what_was_loaded_makes_another_from_the_next_process_on(tmp_path, fitted
     assert fitted
 
 
-def test_the_values_of_c_make_another(tmp_path, fitted, monkeypatch):
+def test_the_values_of_c_are_part_of_the_key(tmp_path, fitted, monkeypatch):
     FitCache.open(tmp_path, 1).fit_model(**task())
     fitted.clear()
     monkeypatch.setattr(fit_cache, "DEFAULT_CS", (0.1, 1.0))
@@ -349,7 +349,7 @@ def test_the_values_of_c_make_another(tmp_path, fitted, monkeypatch):
         assert same(found, fit_model(**task(), cs=(0.1, 1.0)))
 
 
-def test_without_a_cache_nobody_reads_the_program(monkeypatch):
+def test_the_program_is_not_hashed_without_a_cache(monkeypatch):
     def refuse(self, *_args):
         raise AssertionError(f"{self.name} is read")
 
@@ -357,7 +357,7 @@ def test_without_a_cache_nobody_reads_the_program(monkeypatch):
     runpy.run_path(str(PACKAGE / "caches/fit_cache.py"))
 
 
-def test_the_digest_is_of_selectivity_and_of_all_that_it_imports(tmp_path):
+def test_the_digest_covers_selectivity_and_its_imports(tmp_path):
     seen: set[Path] = set()
     left = [
         PACKAGE / "caches/fit_cache.py",
@@ -383,8 +383,8 @@ def test_the_digest_is_of_selectivity_and_of_all_that_it_imports(tmp_path):
         copy.write_text(text, "utf-8")
 
 
-def test_writers_at_the_same_time_leave_whole_fits(tmp_path, fitted, caplog):
-    """Four runs that fit the same problems, in different orders."""
+def test_concurrent_writers_leave_whole_fits(tmp_path, fitted, caplog):
+    """Four runs fit the same problems in different orders."""
     expected = {seed: fit_model(**task(seed)) for seed in range(6)}
     caches = [FitCache.open(tmp_path, 1) for _ in range(4)]
     wrong = []

@@ -1,4 +1,4 @@
-"""Result files made to do harm: figures that are none, and names that would break what shows them."""
+"""Malicious result files: invalid figures, and names that would break the output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAMES = {
 
 
 def forge(path, change):
-    """The file with what `change` makes of its content, and a checksum that fits."""
+    """Write the file with the content that `change` returns and a matching checksum."""
     content = json.loads(path.read_text(encoding="utf-8"))
     content = change(content) or content
     results = {name: value for name, value in content.items() if name != "_run"}
@@ -45,7 +45,7 @@ def forge(path, change):
 
 
 def at(*keys, value):
-    """Put a value in a place of the content."""
+    """Set a value at a place of the content."""
 
     def change(content):
         for key in keys[:-1]:
@@ -56,7 +56,7 @@ def at(*keys, value):
 
 
 def beside(key, value):
-    """A second layer of this name, with the figures of the first."""
+    """Add a second layer of this name, with the figures of the first."""
 
     def change(content):
         content[key] = copy.deepcopy(content["layer_0"]) if value is None else value
@@ -100,7 +100,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("name", FORGED)
-def test_a_forged_file_is_one_line_and_the_others_are_shown(name, tmp_path, capsys):
+def test_a_forged_file_is_reported_and_the_others_are_shown(name, tmp_path, capsys):
     folder = write_set(tmp_path / "in", saes=("a/one", "b/two"), layers=[0])
     path = folder / "sae-00" / "tiny-pythia_wikidata_gender.json"
     forge(path, FORGED[name])
@@ -116,7 +116,7 @@ def test_a_forged_file_is_one_line_and_the_others_are_shown(name, tmp_path, caps
     assert {line["sae"] for line in csv.DictReader((tmp_path / "all.csv").open(encoding="utf-8"))} == {"b/two"}
 
 
-def test_the_page_of_the_others_is_written_and_one_forged_file_alone_is_refused(tmp_path, capsys):
+def test_a_page_omits_forged_files_and_a_single_forged_file_is_rejected(tmp_path, capsys):
     folder = write_set(tmp_path / "in", saes=("a/one", "b/two"), layers=[0])
     path = folder / "sae-00" / "tiny-pythia_wikidata_gender.json"
     forge(path, FORGED["text for delta_sel"])
@@ -128,15 +128,15 @@ def test_the_page_of_the_others_is_written_and_one_forged_file_alone_is_refused(
     assert (told.out, told.err.count("\n")) == ("", 1)
 
 
-def test_what_is_required_of_a_file_is_what_is_written():
+def test_written_files_have_all_required_figures():
     measured = {name: kind for name, kind in get_type_hints(ProbeResult).items() if name not in OPTIONAL}
-    assert {name for name in figures.OF_A_PROBE if measured[name] in (float, int)} == set(figures.OF_A_PROBE)
-    assert set(figures.OR_NULL) <= measured.keys()
-    assert set(figures.OF_A_LAYER) <= get_type_hints(Reconstruction).keys()
+    assert {name for name in figures.PROBE_FIGURES if measured[name] in (float, int)} == set(figures.PROBE_FIGURES)
+    assert set(figures.NULLABLE_PROBE_FIGURES) <= measured.keys()
+    assert set(figures.LAYER_FIGURES) <= get_type_hints(Reconstruction).keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hostile_names_come_out_of_every_output_harmless(name, tmp_path, monkeypatch, capsys):
+def test_hostile_names_are_harmless_in_every_output(name, tmp_path, monkeypatch, capsys):
     hostile = NAMES[name]
     folder = write_set(
         tmp_path / "in", saes=("a/one", "b/two"), layers=[0], edit=lambda cells: {hostile: cells["gender"]}
@@ -155,7 +155,7 @@ def test_hostile_names_come_out_of_every_output_harmless(name, tmp_path, monkeyp
         assert max(map(len, out.split("\n"))) < 300
     cells = [cell for line in csv.reader((tmp_path / "all.csv").open(encoding="utf-8")) for cell in line]
     assert not any(cell.lstrip().startswith(("=", "@")) for cell in cells)
-    (tmp_path / "in" / "sae-01" / path.name).unlink()  # one SAE is enough for the plots, which take the time
+    (tmp_path / "in" / "sae-01" / path.name).unlink()  # one SAE is enough for the plots, which are slow
     monkeypatch.setattr(drawing, "PNG_DPI", 20)
     assert report.main([str(folder), "-o", str(tmp_path / "r.html"), "--plots", str(tmp_path / "plots")]) == 0
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
@@ -167,7 +167,7 @@ def test_hostile_names_come_out_of_every_output_harmless(name, tmp_path, monkeyp
     assert all(re.fullmatch(r"[\w.-]{1,120}", path.name) for path in (tmp_path / "plots").iterdir())
 
 
-def test_digits_beyond_what_python_reads_are_no_traceback(tmp_path, capsys):
+def test_too_many_digits_are_an_error_without_traceback(tmp_path, capsys):
     folder = write_set(tmp_path / "in", saes=("a/one", "b/two"), layers=[0])
     path = folder / "sae-00" / "tiny-pythia_wikidata_gender.json"
     digits = "9" * (sys.get_int_max_str_digits() + 1)

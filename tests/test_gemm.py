@@ -1,4 +1,4 @@
-"""Products by either library are the same to rounding, whatever the strides; other products stay with torch."""
+"""Products by either library agree to rounding for all strides; other products use torch."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def drawn(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(1,), (40,), (3, 5), (0,)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_a_product_is_that_of_float64(either, shape, with_bias):
+def test_a_product_agrees_with_float64(either, shape, with_bias):
     x, weight, bias = drawn(*shape, 65), drawn(130, 65), drawn(130) if with_bias else None
     expected = linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(gemm.linear(x, weight, bias).double(), expected, atol=3e-5, rtol=0)
 
 
-def test_strides_are_no_matter(either):
+def test_strides_do_not_matter(either):
     x, weight = drawn(65, 400).T, drawn(200, 130)
     for w in (weight[:65].T, weight.T[:, :65], weight[:65, ::2].T, weight[::2, :65]):
         torch.testing.assert_close(gemm.linear(x, w).double(), x.double() @ w.double().T, atol=3e-5, rtol=0)
@@ -45,7 +45,7 @@ def test_strides_are_no_matter(either):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_other_precisions_are_torch_s_own(either, dtype):
+def test_other_precisions_use_torch(either, dtype):
     x, weight = drawn(9, 65).to(dtype), drawn(130, 65).to(dtype)
     assert torch.equal(gemm.linear(x, weight), linear(x, weight))
 
@@ -56,7 +56,7 @@ def test_nan_stays_in_its_row(either):
     assert gemm.linear(x, drawn(130, 65)).isnan().all(dim=1).tolist() == [False, False, False, True, False]
 
 
-def test_a_model_s_linear_maps_multiply_by_it(either):
+def test_the_models_linear_layers_use_gemm(either):
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
@@ -94,7 +94,7 @@ assert failed
 """
 
 
-def test_memory_that_runs_out_in_a_product_is_told_from_other_errors():
+def test_out_of_memory_in_a_product_is_recognised():
     done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
@@ -114,7 +114,7 @@ def test_the_largest_bytes_do_not_overflow():
     ).all()
 
 
-def test_products_of_bytes_are_of_their_own_thread():
+def test_products_of_bytes_use_their_own_thread():
     kinds = [torch.full((4, 8), value, dtype=torch.int8) for value in (1, 2)]
     mine = gemm.byte_products(kinds[0], kinds[0])
     with ThreadPoolExecutor(1) as other:

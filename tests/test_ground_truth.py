@@ -36,7 +36,7 @@ def bench(world):
     return Bench.build(world, n_truth=2000, n_rows=800, n_tasks=4, seed=0)
 
 
-def test_a_world_is_what_its_seed_says(world):
+def test_a_world_depends_only_on_its_seed(world):
     rows, again = world.sample(50, seed=1), World.build(SETTINGS).sample(50, seed=1)
     assert torch.equal(rows.x, again.x)
     assert not torch.equal(rows.x, world.sample(50, seed=2).x)
@@ -51,7 +51,7 @@ def test_children_fire_only_with_their_parents(world):
         assert not (fires[:, list(children)] & ~fires[:, [parent]]).any()
 
 
-def test_tasks_go_evenly_through_the_order_of_frequency(world):
+def test_tasks_are_evenly_spaced_by_frequency(world):
     rows = world.sample(2000, seed=6)
     counts = (rows.activations > 0).sum(dim=0)
     chosen = counts[tasks(rows, 6)]
@@ -61,7 +61,7 @@ def test_tasks_go_evenly_through_the_order_of_frequency(world):
     assert (above >= torch.tensor([2, 12, 20, 30, 38, 48])).all()
 
 
-def test_the_oracle_is_perfect_and_first_and_transfer_finds_a_shuffled_decoder_out(world, bench):
+def test_the_oracle_ranks_first_and_transfer_detects_a_shuffled_decoder(world, bench):
     perfect = oracle(world)
     by_chance = tied_topk("random", random_atoms(world, 0), world.bias, k=4)
     candidates = [perfect, missing(world, 0.5, 0), by_chance, shuffled(perfect, 0)]
@@ -83,7 +83,7 @@ def test_the_oracle_is_perfect_and_first_and_transfer_finds_a_shuffled_decoder_o
     assert rank_correlation(results, "delta_sel", "kept") > 0.5
 
 
-def test_the_deceivers_deceive(world, bench):
+def test_adversarial_saes_have_misleading_scores(world, bench):
     deceivers = rotated(world, 0), only(world, bench.features)
     turned, narrow = (bench.result(candidate, bench.probe(candidate)) for candidate in deceivers)
     assert abs(turned.delta_sel) < 0.02, "a rotation loses nothing"
@@ -94,7 +94,7 @@ def test_the_deceivers_deceive(world, bench):
     assert (narrow.kept_tasks, narrow.kept < 0.5) == (pytest.approx(1), True), "and little else"
 
 
-def test_a_parent_absorbed_by_its_child_is_written_by_the_child(world):
+def test_an_absorbed_parent_is_written_by_its_child(world):
     parent, (child, other, *_) = next(iter(world.children.items()))
     activations = torch.zeros(3, len(world.directions))
     activations[:, parent] = 1
@@ -107,7 +107,7 @@ def test_a_parent_absorbed_by_its_child_is_written_by_the_child(world):
     torch.testing.assert_close(recon[2] - rows.x[2], world.directions[parent])  # two children write it twice
 
 
-def test_kept_forgives_every_invertible_map(world):
+def test_kept_is_invariant_to_invertible_maps(world):
     rows = world.sample(500, seed=10)
     mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(1))
     kept = recovery.kept_by_feature(rows, rows.x @ mixing + 3)
@@ -117,7 +117,7 @@ def test_kept_forgives_every_invertible_map(world):
     assert recovery.kept_by_feature(rows, pure).mean() < 0.02, "adjusted for chance"
 
 
-def test_presence_is_the_weighted_least_squares_of_scikit_learn(world):
+def test_present_equals_weighted_least_squares_of_scikit_learn(world):
     rows = world.sample(2000, seed=10)
     noise = torch.randn(rows.x.shape, generator=torch.Generator().manual_seed(2))
     views = {"noisy": rows.x + noise, "x": rows.x}
@@ -137,7 +137,7 @@ def test_presence_is_the_weighted_least_squares_of_scikit_learn(world):
     assert recovery.present_share(rows, noise) < 0.02
 
 
-def test_held_forgives_scale_and_constant_and_nothing_else(world):
+def test_held_is_invariant_only_to_scale_and_constant(world):
     rows = world.sample(500, seed=7)
     held = recovery.held_by_feature(rows, 0.3 * rows.x + 5, world.directions)
     torch.testing.assert_close(held, torch.ones_like(held), atol=1e-5, rtol=0)
@@ -147,7 +147,7 @@ def test_held_forgives_scale_and_constant_and_nothing_else(world):
     assert recovery.held_by_feature(rows, -rows.x, world.directions).max() == 0
 
 
-def test_matched_wants_direction_and_firing(world):
+def test_matched_depends_on_direction_and_activation(world):
     rows = world.sample(500, seed=8)
     codes, atoms = rows.activations, world.directions
     whole = recovery.matched_by_feature(rows, codes, atoms, atoms)

@@ -1,4 +1,4 @@
-"""Candidates for the headline: each against an independent formula, and its interval against resampling."""
+"""Candidates for the headline score: compared with independent formulas, and their intervals with resampling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ N = 400
 
 
 def made(n: int = N, seed: int = 0) -> ProbeScores:
-    """Scores of a good probe, and of the same probe on a worse copy; 100 people, half the rows of either class."""
+    """Return scores of a good probe and of the same probe on a worse copy; 100 people, half the rows of each class."""
     random = np.random.default_rng(seed)
     labels = np.arange(n) % 2 == 0
     own = np.where(labels, 1.0, -1.0) + random.normal(size=n) * 1.5
@@ -39,7 +39,7 @@ def of_repeats(found: ProbeScores, formula) -> float:
     return float(np.mean([formula(s, t) for s, t in zip(*views, strict=True)]))
 
 
-def test_shares_are_what_plain_formulas_give():
+def test_shares_equal_plain_formulas():
     found = made()
     y = found.labels
     assert value(found, "margin kept") == pytest.approx(
@@ -75,7 +75,7 @@ def test_bits_are_those_of_scikit_learn_fitted_to_the_other_folds():
 
 
 @pytest.mark.parametrize("name", ["margin kept", "rank kept", "transfer_r2"])
-def test_the_interval_of_a_ratio_is_that_of_other_people(name):
+def test_the_interval_of_a_ratio_equals_resampling_of_people(name):
     found = made()
     parts = headline.CANDIDATES[name](found, "")
     told = estimate_delta(parts, found.labels, found.persons, found.weights, 5).standard_error
@@ -83,7 +83,7 @@ def test_the_interval_of_a_ratio_is_that_of_other_people(name):
     assert told == pytest.approx(np.std(drawn), rel=0.35)
 
 
-def test_the_rule_takes_a_candidate_only_if_it_is_clearly_ahead_on_the_other_half():
+def test_the_rule_chooses_only_clearly_better_candidates():
     def counts(first: int, second: int, wrong: int = 0) -> headline.Counts:
         base = {name: PairCount(100, 60, 50, 1, 0) for name in headline.CANDIDATES}
         of = {FIRST: (first, 0), SECOND: (second, wrong)}

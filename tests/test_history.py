@@ -1,4 +1,4 @@
-"""L-BFGS's memory against the matrices that it stands for, on a CPU and by the operations of other devices."""
+"""L-BFGS's memory compared with the matrices that it represents, on a CPU and with the operations of other devices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def positive(generator: torch.Generator, dtype: torch.dtype) -> Tensor:
 
 
 def updated(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """BFGS's update of an inverse Hessian's estimate (Nocedal & Wright 2006, equation 6.17)."""
+    """Update an inverse Hessian's estimate by BFGS (Nocedal & Wright 2006, equation 6.17)."""
     rho, one = 1 / (s @ y), torch.eye(P, dtype=s.dtype)
     turn = one - rho * torch.outer(s, y)
     return turn @ inverse @ turn.T + rho * torch.outer(s, s)
@@ -34,8 +34,8 @@ def updated(inverse: Tensor, s: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n_steps", [0, 1, MEMORY, 2 * MEMORY + 1])
-def test_a_step_is_that_of_the_matrix(n_steps: int, dtype: torch.dtype) -> None:
-    """Columns apart: the second has no positive curvature at its last step, and keeps what it had."""
+def test_a_step_equals_that_of_the_matrix(n_steps: int, dtype: torch.dtype) -> None:
+    """Columns are independent: the second has no positive curvature at its last step and keeps its state."""
     generator = torch.Generator().manual_seed(n_steps)
     preconditioner, hessian = positive(generator, dtype), positive(generator, dtype)
     kept, pairs = History(MEMORY), []

@@ -1,4 +1,4 @@
-"""The layers of the package: a file imports its own room and those below it."""
+"""The layers of the package: a file imports only its own folder and those below it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from delta_selectivity.cli.command_line import known_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "delta_selectivity"
-LAYERS = [  # from bottom to top; rooms on one line do not know each other
+LAYERS = [  # from bottom to top; folders on one line do not import each other
     {"errors"},
     {"settings", "system"},
     {"tasks", "models", "saes", "probing"},
@@ -23,19 +23,19 @@ LAYERS = [  # from bottom to top; rooms on one line do not know each other
     {"scale", "api"},
     {"cli"},
 ]
-STORAGE = {  # holds what it is given to its checksum, and decides no number
+STORAGE = {  # stores bytes, and affects no number
     f"{PACKAGE}.{name}" for name in ("caches.shard_folder", "system.file_lock", "system.whole_file")
 }
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 
 def room(module: str) -> str:
-    """`delta_selectivity.saes.sae` -> `saes`; the package itself -> ``."""
+    """Return the folder of a module: `delta_selectivity.saes.sae` -> `saes`; `` for the package itself."""
     return module.partition(".")[2].partition(".")[0]
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of the package that a file imports, wherever in it."""
+    """Return the modules of the package that a file imports, at any place."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -47,14 +47,14 @@ def imported(path: Path) -> set[str]:
 
 
 def module_file(name: str) -> Path | None:
-    """The file of a module of the package, if there is one."""
+    """Return the file of a module of the package, if there is one."""
     path = ROOT / name.replace(".", "/")
     found = (path.with_suffix(".py"), path / "__init__.py")
     return next((file for file in found if file.is_file()), None)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
-def test_a_file_imports_its_own_room_and_those_below(path):
+def test_a_file_imports_only_its_own_folder_and_those_below(path):
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     floor = {name: number for number, layer in enumerate(LAYERS) for name in layer}
     own = room(module)
@@ -62,7 +62,7 @@ def test_a_file_imports_its_own_room_and_those_below(path):
         assert floor[other] < floor.get(own, len(LAYERS)), f"{module} imports {other}"
 
 
-def test_the_package_imports_nothing_beside_it():
+def test_the_package_imports_no_other_folder():
     for path in FILES:
         text = path.read_text("utf-8")
         assert not re.search(
@@ -76,7 +76,7 @@ def test_there_are_few_files_at_the_top_and_they_are_short():
     assert all(len(path.read_text("utf-8").splitlines()) <= 40 for path in files)
 
 
-def test_the_queue_knows_nothing_of_torch():
+def test_the_queue_does_not_use_torch():
     assert "torch" not in (ROOT / PACKAGE / "run" / "bounded_queue.py").read_text("utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The page and the plots: every number of the files, nothing from outside, whatever the names and however many SAEs."""
+"""The page and the plots: every number of the files, no requests, for any names and any number of SAEs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from result_sets import DEMO, write_set
 
 from delta_selectivity.cli import report
 from delta_selectivity.records.verdicts import MARKS
-from delta_selectivity.reporting import ink, matrix, output, results
+from delta_selectivity.reporting import matrix, output, results, styles
 from delta_selectivity.reporting.cell_table import COLUMNS
 from delta_selectivity.reporting.plots import plots_of
 from delta_selectivity.reporting.study import study_of
@@ -52,7 +52,7 @@ class Node:
 
 
 class Tree(HTMLParser):
-    """Reads a page and takes nothing for granted: every element is closed by its own tag."""
+    """A strict parser of the page: every element must be closed by its own tag."""
 
     def __init__(self, text):
         super().__init__()
@@ -98,7 +98,7 @@ def lines(plot):
 
 
 def cell_rows(root):
-    """By (SAE, dataset, probe, layer): the entries of a line of the big table, by column, as elements."""
+    """Return the lines of the table of all cells by (SAE, dataset, probe, layer); each maps column -> element."""
     (data,) = (node for node in root.all("template") if node.attributes.get("id") == "cell-data")
     names = [column.name for column in COLUMNS]
     rows = [dict(zip(names, map(entry, line), strict=False)) for line in json.loads(data.text)]
@@ -117,7 +117,7 @@ def demo(tmp_path_factory):
     return page_of(DEMO, tmp_path_factory.mktemp("demo") / "report.html")
 
 
-def test_every_cell_of_the_demo_is_in_the_table_in_full_and_rounded(demo):
+def test_the_table_has_every_cell_of_the_demo(demo):
     rows = cell_rows(demo[1])
     assert len(rows) == 144
     for sae in study_in(DEMO).saes:
@@ -141,16 +141,16 @@ def test_the_summary_of_the_demo_has_the_numbers_of_the_files(demo):
                 assert f"{number:.{digits}f}".replace("-", "−") in demo[1].text
 
 
-def test_what_was_run_and_how_is_told(demo):
+def test_the_page_shows_settings_and_versions(demo):
     run = results.load(results.result_files(DEMO))[0][1]["_run"]
     text = demo[1].text
     for told in (run["commit"], run["started"], run["key"]["dtype"], run["versions"]["torch"], "2 SAEs · 5 datasets"):
         assert told in text
-    assert "5 partitions into 5 folds by person, seed 0" in text
+    assert "5 partitions into 5 folds by group, seed 0" in text
     assert "Incomplete" not in text
 
 
-def test_the_page_asks_nothing_of_anybody(demo):
+def test_the_page_makes_no_requests(demo):
     text, root = demo
     addresses = set(re.findall(r"""https?://[^\s"'<>)]+""", text))
     assert addresses == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, "names, not addresses"
@@ -163,7 +163,7 @@ def test_the_page_asks_nothing_of_anybody(demo):
     assert {target[1:] for target in targets if target[0] == "#"} <= set(ids)
 
 
-def test_the_page_allows_no_script_but_its_own(demo):
+def test_the_page_allows_only_its_own_script(demo):
     (script,) = demo[1].all("script")
     digest = base64.b64encode(hashlib.sha256(script.text.encode()).digest()).decode()
     policy = next(node.attributes["content"] for node in demo[1].all("meta") if "http-equiv" in node.attributes)
@@ -186,7 +186,7 @@ def test_plots_in_the_page_have_titles_text_and_links_to_their_numbers(demo):
         assert ElementTree.fromstring(saved[f"{name}.svg"]).tag == "{http://www.w3.org/2000/svg}svg"
 
 
-def test_the_page_is_the_same_every_time(demo, tmp_path):
+def test_the_page_is_reproducible(demo, tmp_path):
     assert page_of(DEMO, tmp_path / "again.html")[0] == demo[0]
 
 
@@ -224,17 +224,16 @@ def test_a_heatmap_prints_every_value_and_marks_what_is_not_significant():
 def test_the_page_opens_with_sentences_made_from_the_numbers(demo, tmp_path):
     (opening,) = (node for node in demo[1].all("ul") if node.attributes.get("class") == "opening")
     ranked, kept, lost, undecided = (line.text for line in opening.all("li"))
-    assert ranked.startswith("Ranked: What the model's own probes read survives best in tiny-pythia-saes-k32 (0.778)")
+    assert ranked.startswith("Ranked: transfer_r2 is highest for tiny-pythia-saes-k32 (0.778)")
     cells = [(sae, cell) for sae in study_in(DEMO).saes for cell in sae.cells]
     n_lost = sum(cell.verdict == "lost" for _, cell in cells)
-    assert kept.startswith("Kept: in none of 144 cells")
+    assert kept.startswith("Preserved: none of 144 cells")
     assert lost.startswith(f"Lost: {n_lost} of 144 cells are lost")
     sae, worst = min(cells, key=lambda placed: placed[1].result["delta_sel"])
-    assert f"most at {worst.probe}, layer {worst.layer} of {sae.label}" in lost
+    assert f"the largest loss is {worst.probe}, layer {worst.layer} of {sae.label}" in lost
     unknown = sum(cell.result["model_ci_low"] <= 0.5 for _, cell in cells)
-    assert undecided.startswith(
-        f"Undecided: these data cannot tell of {144 - n_lost} of 144 cells: in {unknown} the model"
-    )
+    assert undecided.startswith(f"Undecided: {144 - n_lost} of 144 cells are undecided; most often ")
+    assert f"In {unknown} of them the model itself is not shown to know the answer" in undecided
 
     def kept_and_moved(cells):
         well = {"model_ci_low": 0.7, "preserved": True, "q_value": 0.9, "transfer_preserved": True}
@@ -244,14 +243,14 @@ def test_the_page_opens_with_sentences_made_from_the_numbers(demo, tmp_path):
     _, root = page_of(write_set(tmp_path / "in", edit=kept_and_moved), tmp_path / "report.html")
     (opening,) = (node for node in root.all("ul") if node.attributes.get("class") == "opening")
     assert [line.text for line in opening.all("li")] == [
-        "Kept: 3 of 6 cells are preserved.",
+        "Preserved: 3 of 6 cells are preserved.",
         "Lost: no cell is shown to be lost; "
-        "3 moved (a probe fitted anew finds the answer, the model's own probe does not).",
-        "Undecided: these data decide all of 6 cells.",
+        "3 moved (a probe fitted anew finds the answer, but the model's own probe does not).",
+        "Undecided: none of 6 cells.",
     ]
 
 
-def test_numbers_on_cells_stand_out_and_the_scale_is_even():
+def test_cell_numbers_have_contrast_and_the_scale_is_even():
     def luminance(colour):
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
@@ -259,14 +258,14 @@ def test_numbers_on_cells_stand_out_and_the_scale_is_even():
 
     for step in range(-20, 21):
         colour = matrix.colour_of(step / 20, 1.0)
-        light, dark = sorted((luminance(colour), luminance(matrix.ink_on(colour))), reverse=True)
+        light, dark = sorted((luminance(colour), luminance(matrix.text_colour_on(colour))), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= 4.5
     assert luminance(matrix.colour_of(0, 1.0)) > 0.9
     assert [matrix.scale_end(value) for value in (0.0, 0.04, 0.0401, 0.152)] == pytest.approx([0.04, 0.04, 0.08, 0.16])
 
 
-def test_series_differ_in_more_than_colour():
-    looks = [ink.series(index) for index in range(48)]
+def test_series_differ_in_colour_and_marker():
+    looks = [styles.series(index) for index in range(48)]
     assert len(set(looks)) == 48
     assert all(a.colour != b.colour and a.marker != b.marker for a, b in itertools.pairwise(looks))
 
@@ -311,7 +310,7 @@ def test_all_plots_as_files_with_the_numbers_of_the_json(tmp_path, capsys):
     ]
 
 
-def test_one_sae(tmp_path):
+def test_a_page_of_one_sae(tmp_path):
     folder = write_set(tmp_path / "in")
     text, root = page_of(folder, tmp_path / "report.html")
     assert "Against each other" not in text
@@ -319,7 +318,7 @@ def test_one_sae(tmp_path):
     assert not [name for name in plots_in(folder) if name.startswith(("differences", "rivals"))]
 
 
-def test_twelve_saes(tmp_path):
+def test_a_page_of_twelve_saes(tmp_path):
     names = [f"EleutherAI/sae-of-a-model-with-a-long-name-{width}k" for width in range(12)]
     folder = write_set(tmp_path / "in", saes=names)
     _, root = page_of(folder, tmp_path / "report.html")
@@ -334,7 +333,7 @@ def test_twelve_saes(tmp_path):
 
 
 @pytest.mark.parametrize("layers", [[11], range(48)], ids=["one layer", "48 layers"])
-def test_few_and_many_layers(layers, tmp_path):
+def test_a_page_of_few_or_many_layers(layers, tmp_path):
     folder = write_set(tmp_path / "in", layers=layers)
     _, root = page_of(folder, tmp_path / "report.html")
     assert [layer for *_, layer in cell_rows(root)] == list(layers)
@@ -342,7 +341,7 @@ def test_few_and_many_layers(layers, tmp_path):
     assert all(f">{layer}</text>" in svg for layer in layers)
 
 
-def test_baselines_are_lines_beside_the_saes_that_they_belong_to(tmp_path):
+def test_baselines_are_drawn_with_their_saes(tmp_path):
     baselines = [("mean", "resid_post"), ("random", "a_one"), ("random", "a_two")]
     folder = write_set(tmp_path / "in", saes=("a/one", "a/two"), baselines=baselines)
     text, root = page_of(folder, tmp_path / "report.html")
@@ -382,7 +381,7 @@ def test_a_probe_without_numbers_shows_its_reason(tmp_path):
     assert not [name for name in plots if name.startswith("levels") and "rare" in name]
 
 
-def test_nothing_measured_at_all_is_still_a_page(tmp_path):
+def test_a_page_without_any_measured_cell(tmp_path):
     folder = write_set(tmp_path / "in", edit=lambda cells: {"rare": {"reason": "too few"}}, sae_level={"compared": {}})
     _, root = page_of(folder, tmp_path / "report.html")
     assert len(cell_rows(root)) == 3
@@ -405,14 +404,14 @@ def test_an_incomplete_run_is_flagged_and_claims_nothing(tmp_path, capsys):
     assert capsys.readouterr().out.count("0 of 3") == 2, "no loss counts before there are q values"
 
 
-def test_warnings_of_the_run_are_told_once_with_their_files(tmp_path):
+def test_warnings_of_the_run_are_shown_once_with_their_files(tmp_path):
     folder = write_set(tmp_path / "in", saes=("a/one", "a/two"), warnings=["3 fits <of> layer 2 did not converge"])
     _, root = page_of(folder, tmp_path / "report.html")
     (notice,) = (node for node in root.all("div") if "notice" in (node.attributes.get("class") or ""))
     assert notice.text.startswith("Warning: 3 fits <of> layer 2 did not converge2 files")
 
 
-def test_names_from_data_are_text(tmp_path):
+def test_names_from_data_are_escaped(tmp_path):
     folder = write_set(
         tmp_path / "in", saes=(HOSTILE, "b/two"), edit=lambda cells: {HOSTILE: cells["gender"]}, warnings=[HOSTILE]
     )
@@ -428,13 +427,13 @@ def test_names_from_data_are_text(tmp_path):
         assert not any(cell.startswith("=") for line in lines(plot) for cell in line.values())
 
 
-def test_saes_of_one_short_name_are_told_apart(tmp_path):
+def test_saes_with_the_same_short_name_are_distinguished(tmp_path):
     folder = write_set(tmp_path / "in", saes=("/x/sae", "sae"))
     labels = [sae.label for sae in study_in(folder).saes]
     assert len(set(labels)) == 2
 
 
-def test_datasets_of_several_models_are_told_apart(tmp_path):
+def test_datasets_of_several_models_are_distinguished(tmp_path):
     folder = write_set(tmp_path / "in", saes=("a/one", "a/two"))
     path = results.result_files(folder)[0]
     content = json.loads(path.read_text())
@@ -446,7 +445,7 @@ def test_datasets_of_several_models_are_told_apart(tmp_path):
     assert list(datasets) == ["wikidata_gender (org_other)", "wikidata_gender (tiny-pythia)"]
 
 
-def test_a_model_that_was_measured_differently_has_a_curve_of_its_own(tmp_path):
+def test_a_model_measured_differently_has_its_own_curve(tmp_path):
     def other_seed(cells):
         return {name: {**cell, "model_sel": cell["model_sel"] + 0.01} for name, cell in cells.items()}
 
@@ -458,24 +457,24 @@ def test_a_model_that_was_measured_differently_has_a_curve_of_its_own(tmp_path):
     assert max(of_model.values()) - min(of_model.values()) == pytest.approx(0.01)
 
 
-def test_what_goes_to_files_does_not_go_with_tables(tmp_path):
+def test_flags_of_files_and_tables_are_exclusive(tmp_path):
     assert report.main([str(DEMO), "-o", str(tmp_path / "report.html"), "--csv", str(tmp_path / "all.csv")]) == 2
     assert not list(tmp_path.iterdir())
 
 
-def test_a_page_that_would_be_too_large_goes_without_links(tmp_path, monkeypatch, capsys):
+def test_a_too_large_page_omits_download_links(tmp_path, monkeypatch, capsys):
     folder = write_set(tmp_path / "in")
-    monkeypatch.setattr(output, "MOST", len(page_of(folder, tmp_path / "full.html")[0].encode()) - 1)
+    monkeypatch.setattr(output, "MAX_BYTES", len(page_of(folder, tmp_path / "full.html")[0].encode()) - 1)
     capsys.readouterr()
     text, root = page_of(folder, tmp_path / "report.html")
     assert "data:text/csv" not in text
     assert root.all("svg")
     assert not root.all("figcaption")
-    assert "--plots writes them" in capsys.readouterr().out
+    assert "use --plots to write them" in capsys.readouterr().out
 
 
-def test_a_page_that_is_still_too_large_has_its_plots_packed(tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "MOST", 1000)
+def test_a_page_that_is_still_too_large_compresses_its_plots(tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "MAX_BYTES", 1000)
     _, root = page_of(write_set(tmp_path / "in"), tmp_path / "report.html")
     assert not root.all("svg")
     (data,) = (node for node in root.all("template") if node.attributes["id"] == "plot-data")
@@ -488,7 +487,7 @@ def test_a_page_that_is_still_too_large_has_its_plots_packed(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("flags", [("-o", "absent/report.html"), ("-o", "."), ("--plots", "file/plots")])
-def test_what_cannot_be_written_is_a_wrong_request(flags, tmp_path, monkeypatch, capsys):
+def test_unwritable_outputs_are_invalid_requests(flags, tmp_path, monkeypatch, capsys):
     write_set(tmp_path / "in")
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
@@ -500,12 +499,12 @@ def test_what_cannot_be_written_is_a_wrong_request(flags, tmp_path, monkeypatch,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_no_results_are_a_wrong_request_and_a_file_of_another_schema_is_left_out(tmp_path, capsys):
+def test_missing_results_and_other_schemas_are_reported(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert report.main([str(tmp_path / "empty"), "-o", str(tmp_path / "r.html")]) == 2
     assert "empty: no result files: run the program first" in capsys.readouterr().err
     assert report.main([str(tmp_path / "nothing")]) == 2
-    assert "nothing: no such folder" in capsys.readouterr().err
+    assert "nothing: there is no such folder" in capsys.readouterr().err
     folder = write_set(tmp_path / "in", saes=("a/one", "a/two"))
     path = results.result_files(folder)[0]
     content = json.loads(path.read_text())
@@ -521,14 +520,14 @@ def test_no_results_are_a_wrong_request_and_a_file_of_another_schema_is_left_out
     }
 
 
-def test_tables_do_without_matplotlib():
+def test_tables_do_not_import_matplotlib():
     code = "import sys; from delta_selectivity.cli.report import main; main(['results/demo', '--summary']); "
     code += "assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("name", ["html", "numbers", "series"])
-def test_the_examples_in_the_code_are_right(name):
+def test_doctests_of_reporting_pass(name):
     found = doctest.testmod(importlib.import_module(f"delta_selectivity.reporting.{name}"))
     assert found.attempted
     assert not found.failed
@@ -563,7 +562,7 @@ def browser():
 
 
 def opened(browser, path, width, **options):
-    """The page in a window of this width, and what it asked for and complained of."""
+    """Open the page in a window of this width, and record its requests and console messages."""
     page = browser.new_page(viewport={"width": width, "height": 900}, **options)
     page.asked, page.told = [], []
     page.on("request", lambda request: page.asked.append(request.url))
@@ -576,7 +575,7 @@ def opened(browser, path, width, **options):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("name", SETS)
-def test_a_browser_shows_it_without_a_word_or_a_request(name, width, browser, tmp_path):
+def test_a_browser_shows_the_page_without_errors_or_requests(name, width, browser, tmp_path):
     path = tmp_path / "report.html"
     page_of(write_set(tmp_path / "in", **SETS[name]), path)
     page = opened(browser, path, width)
@@ -629,7 +628,7 @@ def test_plots_are_saved_from_the_page(browser, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_is_dark_for_those_who_want_it_and_light_on_paper(browser, tmp_path):
+def test_the_page_has_a_dark_mode_and_prints_light(browser, tmp_path):
     path = tmp_path / "report.html"
     page_of(write_set(tmp_path / "in"), path)
     page = opened(browser, path, 1280, color_scheme="dark")
@@ -642,7 +641,7 @@ def test_it_is_dark_for_those_who_want_it_and_light_on_paper(browser, tmp_path):
 
 
 @pytest.mark.slow
-def test_many_cells_open_fast_scroll_and_keep_their_state_in_the_address(browser, tmp_path):
+def test_many_cells_are_fast_and_the_state_is_in_the_url(browser, tmp_path):
     path = tmp_path / "report.html"
     names = [f"org/sae-{number:02}" for number in range(20)]
     sets = ("gender", "occupation", "politics", "athlete", "is_alive")

@@ -1,4 +1,4 @@
-"""The Hub that does not answer is asked once, and the cache stands in for it."""
+"""An unreachable Hub is tried once, and then the cache is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from delta_selectivity.system.hub_access import use_cache_if_unreachable
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub at an address of this machine: `hub(answers)`."""
+    """Return a function that starts a Hub at a local address: `hub(answers)`."""
     monkeypatch.setattr(hub_access, "_last_check", None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
@@ -33,13 +33,13 @@ def hub(monkeypatch):
         yield at
 
 
-def test_a_hub_that_answers_is_left_to_the_library(hub):
+def test_a_reachable_hub_is_used_normally(hub):
     hub(answers=True)
     assert use_cache_if_unreachable()
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_a_model_and_an_sae_of_a_hub_that_does_not_answer_are_one_line_each_at_once(hub, caplog):
+def test_an_unreachable_hub_fails_at_once_with_one_line(hub, caplog):
     hub(answers=False)
     start = time.monotonic()
     with pytest.raises(RequestError, match="`model` owner/name: not a local folder, not in the local Hub cache"):
@@ -50,7 +50,7 @@ def test_a_model_and_an_sae_of_a_hub_that_does_not_answer_are_one_line_each_at_o
     assert not caplog.records
 
 
-def test_it_is_asked_again_after_a_minute(hub, monkeypatch):
+def test_the_hub_is_tried_again_after_a_minute(hub, monkeypatch):
     hub(answers=False)
     assert not use_cache_if_unreachable()
     hub(answers=True)
@@ -60,14 +60,14 @@ def test_it_is_asked_again_after_a_minute(hub, monkeypatch):
     assert not constants.HF_HUB_OFFLINE
 
 
-def test_who_wants_to_be_offline_stays_so(hub, monkeypatch):
+def test_offline_mode_is_respected(hub, monkeypatch):
     hub(answers=True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert not use_cache_if_unreachable()
     assert constants.HF_HUB_OFFLINE
 
 
-def test_a_proxy_is_not_second_guessed(hub, monkeypatch):
+def test_a_proxy_disables_the_check(hub, monkeypatch):
     hub(answers=False)
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
     assert use_cache_if_unreachable()

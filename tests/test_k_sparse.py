@@ -1,4 +1,4 @@
-"""k-sparse probes: against a plain scikit-learn loop, against sae-probes itself on its own split, and in a run."""
+"""k-sparse probes: compared with a plain scikit-learn loop, with sae-probes on its own split, and in a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from delta_selectivity.records.result_file import read
 
 @pytest.fixture(scope="module")
 def world():
-    """300 rows of 100 people, 40 latents of unequal size and rarity; three tell of the labels."""
+    """Return 300 rows of 100 people and 40 latents of unequal size and rarity, three of which predict the labels."""
     random = np.random.default_rng(0)
     persons = np.repeat(np.arange(100), 3)
     labels = random.random((2, 100))[:, persons] > np.array([[0.5], [0.7]])
@@ -28,7 +28,7 @@ def world():
     dense[random.random(dense.shape) > np.linspace(0.05, 0.6, 40)] = 0
     dense[:, 3] = labels[0] * random.exponential(size=300)
     dense[:, 7] = (labels[1] + 0.2) * (random.random(300) > 0.5)
-    dense[:, 11] = labels[0] * (random.random(300) > 0.8) * 0.01  # rare and small, yet always right
+    dense[:, 11] = labels[0] * (random.random(300) > 0.8) * 0.01  # rare and small, but always right
     dense = dense.astype(np.float32).astype(np.float64)
     return dense, labels, persons, FoldPlan.build(labels, persons, None, 5, 2, 0)
 
@@ -38,7 +38,7 @@ def as_csr(dense):
 
 
 def by_scikit_learn(dense, labels, folds, fold, k, c, weights=None):
-    """(rows held out, their scores): the loop of sae_probes.run_sae_evals on one training fold."""
+    """Return (held-out rows, their scores): the loop of sae_probes.run_sae_evals on one training fold."""
     weights = np.ones(len(labels)) if weights is None else weights
     train_rows, test_rows = folds != fold, folds == fold
     x, y, w = dense[train_rows], labels[train_rows], weights[train_rows, None]
@@ -52,7 +52,7 @@ def by_scikit_learn(dense, labels, folds, fold, k, c, weights=None):
 
 @pytest.mark.parametrize("c", [0.01, 100.0])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_probes_are_what_a_plain_loop_gives(world, c, weighted):
+def test_k_sparse_probes_equal_a_plain_loop(world, c, weighted):
     dense, labels, persons, plan = world
     weights = np.random.default_rng(1).random(300) + 0.2 if weighted else np.ones(300)
     plan = FoldPlan.build(labels, persons, weights, 5, 2, 0)
@@ -66,7 +66,7 @@ def test_probes_are_what_a_plain_loop_gives(world, c, weighted):
                     np.testing.assert_allclose(found.scores[i, t, repeat, rows], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_entries_of_one_place_are_added(world):
+def test_duplicate_entries_are_summed(world):
     dense, _, _, plan = world
     csr = as_csr(dense)
     halves = csr.values().repeat_interleave(2) / 2
@@ -77,8 +77,8 @@ def test_entries_of_one_place_are_added(world):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_persons_are_held_out(world):
-    """A latent for each person says everything about labels that are random by person, if the person was trained on."""
+def test_k_sparse_probes_hold_out_people(world):
+    """One latent per person predicts labels that are random by person, if the person was in the training rows."""
     _, _, persons, _ = world
     labels = (np.random.default_rng(1).random(100) > 0.5)[None, persons]
     plan = FoldPlan.build(labels, persons, None, 5, 5, 0)
@@ -88,7 +88,7 @@ def test_persons_are_held_out(world):
 
 
 @pytest.mark.parametrize("factor", [1e-12, 1e12])
-def test_a_probe_that_does_not_converge_is_told_and_stops_nothing(world, factor):
+def test_a_probe_that_does_not_converge_is_only_a_warning(world, factor):
     dense, _, _, plan = world
     found = k_sparse.k_sparse_fit(plan, as_csr(dense * factor), ks=(1, 16))
     assert np.isfinite(found.scores).all()

@@ -1,4 +1,4 @@
-"""The model as a source of activations: the right modules, the right values under padding, nothing left behind."""
+"""The model as a source of activations: the right modules, the right values under padding, no hooks left behind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def ids():
         ("model.layers.<layer>.attention:in", "gpt_neox.layers.{}.attention", "input"),
     ],
 )
-def test_a_path_is_a_plain_hook_on_the_whole_model(tiny_model, ids, hookpoint, path, side):
+def test_a_module_path_equals_a_plain_hook(tiny_model, ids, hookpoint, path, side):
     whole = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     expected = {}
     for layer in (0, 1):
@@ -80,7 +80,7 @@ def test_fingerprint_follows_the_weights(tiny_model, tmp_path):
     assert open_model(str(copy)).fingerprint() != before
 
 
-def test_broken_models_are_refused_in_one_line(tiny_model, tmp_path):
+def test_broken_models_are_rejected_with_one_line(tiny_model, tmp_path):
     with pytest.raises(RequestError, match="no such folder"):
         open_model(str(tmp_path / "nowhere"))
     empty = tmp_path / "empty"
@@ -114,8 +114,8 @@ def test_auto_dtype_is_what_was_saved_if_that_is_fast_bfloat16_and_float32_other
             assert info.choose_dtype("bfloat16", "cpu") == "bfloat16"
 
 
-def test_threads_that_load_at_once_leave_transformers_as_it_was(tiny_model, monkeypatch):
-    """It swaps `tie_weights` for an empty function as it builds a model: two that overlap would leave it so."""
+def test_concurrent_loading_does_not_change_transformers(tiny_model, monkeypatch):
+    """Building a model replaces `tie_weights` by an empty function for a moment; overlapping builds could keep it."""
     info = open_model(str(tiny_model))
     site = Site(0, "resid_post")
     plain, plain_tie = PreTrainedModel.__dict__["get_init_context"].__func__, PreTrainedModel.tie_weights

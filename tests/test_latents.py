@@ -1,4 +1,4 @@
-"""Latents that carry a probe: as plain NumPy says it, and planted ones are found."""
+"""Latents that carry a probe: compared with plain NumPy, and planted latents are found."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ D, N = 12, 400
 
 
 def world(drop=None, silence=None):
-    """(w, x, recon, codes, directions, labels) of an SAE of orthonormal features: the third tells the classes apart.
+    """Return (w, x, recon, codes, directions, labels) of an SAE of orthonormal features; the third predicts the label.
 
-    drop: a latent that never fires. silence: one whose decoder direction is 0.
+    drop: a latent that never fires. silence: a latent whose decoder direction is 0.
     """
     random = np.random.default_rng(0)
     directions = np.linalg.qr(random.normal(size=(D, D)))[0]
@@ -58,7 +58,7 @@ def found_in(w, x, recon, codes, decoder, labels, kept=20):
     return carriers(*parts, sparse, torch.from_numpy(decoder), fired, labels, np.ones(N), kept)
 
 
-def test_shares_are_those_of_plain_sums_and_add_up_to_all():
+def test_shares_equal_plain_sums_and_add_up_to_one():
     w, x, recon, codes, decoder, labels = world()
     found = found_in(w, x, recon, codes, decoder, labels)
     gap = w @ (x[labels].mean(axis=0) - x[~labels].mean(axis=0))
@@ -77,7 +77,7 @@ def test_shares_are_those_of_plain_sums_and_add_up_to_all():
     assert few.share.sum() + few.others == pytest.approx(1.0)
 
 
-def test_a_planted_sae_that_drops_a_latent_is_found_as_losing_that_one():
+def test_a_planted_dropped_latent_is_found():
     whole, without = found_in(*world()), found_in(*world(drop=3))
     assert without.latents[0] == 3
     assert without.share[0] == 0
@@ -87,7 +87,7 @@ def test_a_planted_sae_that_drops_a_latent_is_found_as_losing_that_one():
     assert np.abs(without.dropped[1:]).max() < 1e-9
 
 
-def test_a_latent_whose_direction_is_gone_still_tells_the_classes_apart_and_carries_nothing():
+def test_a_latent_without_direction_has_auc_but_no_share():
     found = found_in(*world(silence=3))
     place = found.latents.tolist().index(3)
     assert found.share[place] == found.dropped[place] == 0
@@ -95,7 +95,7 @@ def test_a_latent_whose_direction_is_gone_still_tells_the_classes_apart_and_carr
     assert found.error > 0.8
 
 
-def test_entries_of_one_place_are_added_and_ties_count_half():
+def test_duplicate_entries_are_summed_and_ties_count_half():
     codes = torch.sparse_csr_tensor(
         torch.tensor([0, 2, 3]), torch.tensor([1, 1, 0]), torch.tensor([1.0, 2.0, 0.0]), (2, 2)
     )
@@ -116,7 +116,7 @@ def measured(tiny_model, tmp_path_factory):
     return folder, request, sae, data
 
 
-def test_a_run_is_taken_up_again_and_agrees_with_plain_code(measured, tiny_model, capsys, monkeypatch):
+def test_latents_of_a_finished_run_agree_with_plain_code(measured, tiny_model, capsys, monkeypatch):
     folder, request, sae, data = measured
     monkeypatch.setattr("delta_selectivity.run.carriers.carriers", partial(carriers, kept=96))
     frame = Results.load(request.out).latents("mine", layer=1)
@@ -159,7 +159,7 @@ def test_a_run_is_taken_up_again_and_agrees_with_plain_code(measured, tiny_model
     assert [line[0] for line in kept["latents"]] == own.index.tolist()[: len(kept["latents"])]
 
 
-def test_what_was_found_is_kept_for_texts_that_are_kept_and_damage_is_nothing(measured):
+def test_latents_are_stored_with_the_texts_and_recomputed_if_damaged(measured):
     _, request, _, _ = measured
     (path,) = files(request.out)
     key = json.loads(path.read_text())["_run"]["key"]
@@ -184,7 +184,7 @@ def test_latents_of_private_texts_are_not_kept(measured):
     assert not latents.path_of(path, 1).exists()
 
 
-def test_an_sae_that_was_changed_since_is_refused(measured):
+def test_latents_of_a_changed_sae_are_rejected(measured):
     request = measured[1]
     (path,) = files(request.out)
     results = json.loads(path.read_text())

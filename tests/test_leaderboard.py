@@ -1,4 +1,4 @@
-"""The leaderboard: ranks with ties, filters that leave ranks alone, one file that a browser shows without a word."""
+"""The leaderboard: ranks with ties, filters that do not change ranks, and a page without requests or errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ N = 40
 
 
 def made_up(folder, n=N, reach=2.5, layers=(3,), hostile=False):
-    """SAEs whose transfer_r2 falls by 0.01 from one to the next, told apart from the third neighbour on."""
+    """Return SAEs whose transfer_r2 falls by 0.01 each, with significant differences from the third neighbour on."""
     names = [f"org/sae-{number:02}" for number in range(n)]
     if hostile:
         names[0] = '<script>alert(1)</script> & "x" \'y'
@@ -56,7 +56,7 @@ def test_ranks_ties_and_numbers_are_those_of_the_paired_differences(forty):
     assert len(rows) == N
     for number, row in enumerate(rows):
         rank, name, r2, interval, _, _, width, _, n_probes = row.all("td")[:1] + row.all("th") + row.all("td")[1:]
-        first, last = max(number - 1, 1), min(number + 3, N)  # two neighbours on either side are not told apart
+        first, last = max(number - 1, 1), min(number + 3, N)  # two neighbours on each side are ties
         assert rank.all("b")[0].text == f"{first}–{last}"
         assert f"tied with {last - first}: " in rank.text
         assert name.text == (f"org_sae-{number:02}" if number else name.text)
@@ -65,10 +65,10 @@ def test_ranks_ties_and_numbers_are_those_of_the_paired_differences(forty):
         assert interval.text.strip() == f"{value - 0.003:.3f} to {value + 0.003:.3f}"
         assert width.text.replace(",", "") == row.attributes["data-width"] == str(2048 * 4 ** (number % 3))
         assert n_probes.text == "1"
-    assert "These data tell" in forty[1]
+    assert "pairs of SAEs differ significantly" in forty[1]
 
 
-def test_names_are_no_markup_and_the_page_asks_for_nothing(forty):
+def test_the_leaderboard_escapes_names_and_makes_no_requests(forty):
     root = Tree(forty[1]).root
     assert len(root.all("script")) == 1
     assert "alert(1)" not in root.all("script")[0].text
@@ -90,8 +90,8 @@ def test_every_control_has_a_name_and_every_table_a_caption(forty):
     assert {head.attributes["scope"] for head in root.all("th")} == {"col", "row"}
 
 
-def test_each_layer_is_a_board_of_its_own_with_its_own_scores(tiny_model, tmp_path):
-    """Two runs of several layers: the layer's own paired differences decide, not the run's means."""
+def test_each_layer_has_its_own_board(tiny_model, tmp_path):
+    """In two runs of several layers, the paired differences of the layer itself decide, not the run's means."""
     from conftest import people, write_csv, write_sparsify
 
     task = write_csv(tmp_path / "people.csv", people(120))
@@ -109,7 +109,7 @@ def test_each_layer_is_a_board_of_its_own_with_its_own_scores(tiny_model, tmp_pa
     for one in boards[1:]:
         for pair in one.ranking.pairs:
             found = alone.compare(pair.one.label, pair.other.label).transfer_r2
-            assert pair.sure == (found.low > 0 or found.high < 0)
+            assert pair.is_significant == (found.low > 0 or found.high < 0)
             assert found.value >= 0
         for sae in one.study.saes:
             (level,) = [
@@ -123,7 +123,7 @@ def test_each_layer_is_a_board_of_its_own_with_its_own_scores(tiny_model, tmp_pa
             assert sae.files[0][1]["_run"]["config"]["d_sae"] == {"0": 96, "1": 96}
 
 
-def test_without_scores_there_are_means_and_no_ranks(tmp_path):
+def test_a_board_without_scores_has_no_ranks(tmp_path):
     for path in DEMO.rglob("*gender.json"):
         write_changed(path, tmp_path / "in" / path.parent.name / path.name)
     rows = rows_of(board(tmp_path / "in", tmp_path / "board.html"))
@@ -134,18 +134,18 @@ def test_without_scores_there_are_means_and_no_ranks(tmp_path):
     assert shown == {f"{k8[f'layer_{layer}']['gender']['transfer_r2']:.3f}" for layer in range(6)}
 
 
-def test_what_cannot_be_made_is_one_line(tmp_path, capsys):
+def test_impossible_leaderboards_are_one_line(tmp_path, capsys):
     folder = write_set(tmp_path / "in", saes=(), baselines=[("mean", "resid_post")])
     assert report.main([str(folder), "--leaderboard", str(tmp_path / "x.html")]) == 2
-    assert "there are only baselines here" in capsys.readouterr().err
+    assert "the files hold only baselines" in capsys.readouterr().err
     assert report.main([str(DEMO), "--leaderboard", str(tmp_path / "in" / "no" / "x.html")]) in (0, 2)
     assert report.main([str(DEMO), "--leaderboard", "x.html", "--csv", "y.csv"]) == 2
-    assert "--leaderboard goes without other outputs" in capsys.readouterr().err
+    assert "--leaderboard cannot be combined with other outputs" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1400, 400])
-def test_a_browser_shows_forty_saes_without_a_word_or_a_request(width, forty, browser):  # noqa: F811
+def test_a_browser_shows_the_leaderboard_without_errors_or_requests(width, forty, browser):  # noqa: F811
     page = opened(browser, forty[0], width)
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.inner_text("#count") == "40 of 40 SAEs"

@@ -1,4 +1,4 @@
-"""Labels that mean nothing: what duplicates and people on both sides of a split make of them."""
+"""Labels without meaning: the effect of duplicates and of people on both sides of a split."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import bundled
-from benchmarks.leakage import Rows, compare, read_pairs, rivalry
+from benchmarks.leakage import Rows, compare, compare_saes, read_pairs
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.probing.probes import choose_backend
@@ -18,7 +18,7 @@ N_PEOPLE, MENTIONS, COPIES, D = 80, 4, 2, 64
 
 @pytest.fixture(scope="module")
 def found():
-    """A coin for each person as the label, activations that tell the person, every row shipped twice."""
+    """Return random labels of people, activations that identify the person, and every row twice."""
     random = np.random.default_rng(0)
     persons = np.repeat(np.arange(N_PEOPLE), MENTIONS)
     labels = (random.permutation(N_PEOPLE) % 2 == 0)[persons]
@@ -30,13 +30,13 @@ def found():
     return leakage
 
 
-def test_what_cannot_be_known_is_known_by_heart(found):
+def test_random_labels_are_memorised_through_duplicates(found):
     assert found.by_person.value == pytest.approx(0.5, abs=0.1)
     assert found.distinct.value > found.by_person.value + 0.1
     assert found.shipped.value > found.distinct.value + 0.03
 
 
-def test_the_worth_of_the_people_is_the_difference_of_the_splits(found):
+def test_the_effect_of_people_is_the_difference_of_the_splits(found):
     assert found.persons_share.value == pytest.approx(found.distinct.value - found.by_person.value)
     assert 0 < found.persons_share.low < found.persons_share.value < found.persons_share.high
 
@@ -45,8 +45,8 @@ def test_rows_and_people_are_counted(found):
     assert (found.n_shipped, found.n_distinct, found.n_people) == (640, 320, 80)
 
 
-def test_an_error_by_row_is_too_small(found):
-    """Rows of a person are told right or wrong together."""
+def test_the_standard_error_by_row_is_too_small(found):
+    """Rows of a person are right or wrong together."""
     assert found.row_standard_error < 0.9 * found.person_standard_error
 
 
@@ -69,7 +69,7 @@ def test_bundled_activations_are_those_of_the_last_token_of_each_name():
         assert torch.cosine_similarity(row, alone, dim=0) > 0.999
 
 
-def test_a_layer_that_the_bundled_model_lacks_is_refused():
+def test_a_missing_layer_is_rejected():
     with pytest.raises(RequestError, match="layers 0 to 5"):
         bundled.activations([Mention("Otto Hahn", 0, 9, "")], [6])
 
@@ -92,6 +92,6 @@ def test_two_saes_are_compared_as_published_and_by_group():
     noise = torch.from_numpy(random.normal(size=(180, 4))).float()
     worse, better = (Rows(x, labels[None], persons) for x in (noise, told))
     backend, _ = choose_backend("torch", "cpu")
-    found = rivalry([worse, worse], [better, better], backend)
+    found = compare_saes([worse, worse], [better, better], backend)
     assert found.as_published.low > 0 and found.by_group.low > 0
-    assert rivalry([worse, worse], [worse, worse], backend).by_group.value == 0
+    assert compare_saes([worse, worse], [worse, worse], backend).by_group.value == 0

@@ -1,4 +1,4 @@
-"""Reports of more tasks than one reads: by family, folded, the largest losses first."""
+"""Reports of many tasks: by family, collapsed, the largest losses first."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from delta_selectivity.reporting.csv_file import write_csv
 from delta_selectivity.reporting.output import write_page
 from delta_selectivity.reporting.plots import plots_of
 from delta_selectivity.reporting.results import load, result_files
-from delta_selectivity.reporting.study import IN_FULL, MANY, study_of
+from delta_selectivity.reporting.study import MAX_DATASETS, MAX_PANELS, study_of
 
-N = 60  # tasks
+N = 60  # number of tasks
 SAES = {"one": "one", "two": "two"}
 FAMILIES = ("people", "places", "code")
 
 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory):
-    """Two SAEs on `N` tasks of three families; the i-th task loses i thousandths."""
+    """Return two SAEs on `N` tasks of three families; the i-th task loses i thousandths."""
     folder = tmp_path_factory.mktemp("long")
     (source,) = sorted(write_set(folder / "sources", saes={"one": "one"}).glob("**/*gender.json"))
     found = result_file.read(source)
@@ -58,9 +58,9 @@ def long(tmp_path_factory):
 
 def test_a_terminal_shows_the_largest_losses_once_each_the_reasons_and_the_families(long):
     text = tables.render(long)
-    assert f"the {tables.WORST} of {2 * (N - 1)} probes that lose most" in text
+    assert f"the {tables.MAX_CELLS} of {2 * (N - 1)} probes with the largest losses" in text
     worst = [line for line in text.splitlines() if re.match(r"\| (one|two) +\| \d+_task", line)]
-    assert len(worst) == tables.WORST
+    assert len(worst) == tables.MAX_CELLS
     assert [int(re.search(r"(\d+)_task", line)[1]) for line in worst[::2]] == list(range(N - 1, N - 11, -1))
     assert "not measured: 7_task, task_7: too few" in text and text.count("not measured:") == 1
     rows = [line.split("|")[1:4] for line in text.splitlines() if "| one " in line and "task" not in line.split("|")[1]]
@@ -69,23 +69,23 @@ def test_a_terminal_shows_the_largest_losses_once_each_the_reasons_and_the_famil
     assert max(map(len, text.splitlines())) < 250
 
 
-def test_a_few_tasks_are_shown_each_in_full(long):
-    few = [file for file in long if int(re.search(r"_(\d+)_task", file[0].name)[1]) < MANY]
+def test_few_tasks_are_shown_in_full(long):
+    few = [file for file in long if int(re.search(r"_(\d+)_task", file[0].name)[1]) < MAX_DATASETS]
     text = tables.render(few)
-    assert "that lose most" not in text and text.count("| layer |") == 2 * MANY
-    assert len(plots_of(study_of(few)).heatmaps) == MANY
+    assert "largest losses" not in text and text.count("| layer |") == 2 * MAX_DATASETS
+    assert len(plots_of(study_of(few)).heatmaps) == MAX_DATASETS
 
 
-def test_families_hold_their_tasks_worst_first(long):
+def test_families_sort_tasks_by_loss(long):
     study = study_of(long)
-    assert study.is_long and set(study.families) == set(FAMILIES)
+    assert study.has_many_datasets and set(study.families) == set(FAMILIES)
     numbers = [int(name.partition("_")[0]) for name in study.families["people"]]
     assert numbers == sorted(range(0, N, 3), reverse=True)
-    assert study.families["places"][-1] == "7_task"  # nothing was measured of it
-    assert len(study.in_panels) == IN_FULL and study.in_panels[0] == (f"{N - 1}_task", f"task_{N - 1}")
+    assert study.families["places"][-1] == "7_task"  # it was not measured
+    assert len(study.panel_probes) == MAX_PANELS and study.panel_probes[0] == (f"{N - 1}_task", f"task_{N - 1}")
 
 
-def test_plots_grow_as_families_do_and_show_every_cell_once(long):
+def test_the_number_of_plots_grows_with_families(long):
     study = study_of(long)
     plots = plots_of(study)
     assert set(plots.heatmaps) == set(FAMILIES)
@@ -94,14 +94,14 @@ def test_plots_grow_as_families_do_and_show_every_cell_once(long):
     assert len(shown) == len(set(shown)) == 2 * N
 
 
-def test_the_page_folds_families_and_warnings_and_can_be_searched(long, tmp_path):
+def test_the_page_collapses_families_and_warnings(long, tmp_path):
     page = tmp_path / "page.html"
     write_page(study_of(long), page)
     text = page.read_text("utf-8")
     sections = re.findall(r'<section id="dataset-\d+"><h2>([^<]+)</h2><details><summary>([^<]+)</summary>', text)
     assert [title for title, _ in sections] == [f"{family} ({N // 3})" for family in ("places", "code", "people")]
-    assert "most is lost of task_57 −0.057, task_54 −0.054, task_51 −0.051" in sections[2][1]
-    assert text.count('class="notice warning"') == 1 and f"{N} different ones" in text
+    assert "largest losses: task_57 −0.057, task_54 −0.054, task_51 −0.051" in sections[2][1]
+    assert text.count('class="notice warning"') == 1 and f"{N} different warnings" in text
     assert 'id="search"' in text and "By family (6 lines)" in text
     assert page.stat().st_size < 5_500_000
 

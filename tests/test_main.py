@@ -1,4 +1,4 @@
-"""The program as it is used: in process, on a tiny model, its files, its exit codes and its one line of error."""
+"""The program as it is used: in process, on a tiny model, with its files, exit codes and one-line errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUN_KEYS = {"schema_version", "config", "versions", "commit", "started", "second
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, people_csv, tmp_path):
-    """Call the program on the tiny model with a CSV task; further flags replace or follow these."""
+    """Return a function that calls the program on the tiny model with a CSV task; its arguments are further flags."""
 
     def call(*flags, sae=tiny_saes, out=tmp_path / "results", data=("--dataset_file", str(people_csv))):
         fixed = ["--model_name", str(tiny_model), "--sae_name", str(sae), "--output_directory", str(out), "--quiet"]
@@ -37,7 +37,7 @@ def numbers(path):
 
 
 def cell_of(layer):
-    """The only probe of a layer's record."""
+    """Return the only probe of a layer's record."""
     (cell,) = (value for value in layer.values() if isinstance(value, dict))
     return cell
 
@@ -78,7 +78,7 @@ def test_the_command_of_the_contract_writes_the_promised_files_and_keys(tiny_mod
     assert "plays_baseball" in shown
 
 
-def test_numbers_hang_together_and_the_easy_concept_is_found(ask, tmp_path):
+def test_numbers_are_consistent_and_the_easy_concept_is_found(ask, tmp_path):
     assert ask("--positions", "mean") == 0
     found = numbers(tmp_path / "results" / "pythia-tiny_women.json")
     assert list(found) == ["layer_0", "layer_1", "layer_2"]
@@ -103,7 +103,7 @@ def test_identity_sae_loses_exactly_nothing(ask, tmp_path):
 
 
 @pytest.mark.parametrize("positions", ["mean", "all"])
-def test_identity_loses_nothing_at_other_positions_either(ask, tmp_path, positions):
+def test_identity_loses_nothing_at_other_positions(ask, tmp_path, positions):
     assert ask("--positions", positions, sae=write_identity(tmp_path / "identity")) == 0
     for layer in numbers(tmp_path / "results" / "pythia-tiny_women.json").values():
         cell = cell_of(layer)
@@ -132,7 +132,7 @@ def test_batch_size_changes_no_number(ask, tmp_path):
                 assert b[layer][key]["model_sel"] == pytest.approx(value["model_sel"], abs=1e-6)
 
 
-def test_a_finished_run_is_not_done_again(ask, tmp_path):
+def test_a_finished_run_is_not_repeated(ask, tmp_path):
     assert ask() == 0
     path = tmp_path / "results" / "pythia-tiny_women.json"
     before, when = path.read_bytes(), path.stat().st_mtime_ns
@@ -140,7 +140,7 @@ def test_a_finished_run_is_not_done_again(ask, tmp_path):
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (before, when)
 
 
-def test_missing_layers_are_added_and_equal_those_of_one_run(ask, tmp_path):
+def test_missing_layers_are_added(ask, tmp_path):
     assert ask("--layers", "1") == 0
     assert ask() == 0
     assert ask(out=tmp_path / "whole") == 0
@@ -148,7 +148,7 @@ def test_missing_layers_are_added_and_equal_those_of_one_run(ask, tmp_path):
     assert numbers(tmp_path / "results" / name) == numbers(tmp_path / "whole" / name)
 
 
-def test_results_of_other_settings_are_not_touched_without_overwrite(ask, tmp_path, capsys):
+def test_results_of_other_settings_need_overwrite(ask, tmp_path, capsys):
     assert ask() == 0
     path = tmp_path / "results" / "pythia-tiny_women.json"
     before = path.read_bytes()
@@ -186,9 +186,7 @@ def test_results_of_other_settings_are_not_touched_without_overwrite(ask, tmp_pa
         (["--output_directory", "/proc/results"], "/proc/results"),
     ],
 )
-def test_a_wrong_request_is_one_line_and_exit_2_before_anything_is_loaded(
-    ask, tmp_path, capsys, monkeypatch, flags, words
-):
+def test_an_invalid_request_fails_before_loading(ask, tmp_path, capsys, monkeypatch, flags, words):
     from delta_selectivity.models import language_model
 
     monkeypatch.setattr(language_model.ModelInfo, "load", lambda *a: pytest.fail("the model was loaded"))
@@ -215,20 +213,20 @@ def test_an_sae_of_another_width_is_refused(ask, tmp_path, capsys):
     ],
     ids=["one class", "no tokens", "no text column"],
 )
-def test_an_unusable_task_is_refused(ask, tmp_path, capsys, rows, words):
+def test_an_unusable_task_is_rejected(ask, tmp_path, capsys, rows, words):
     path = write_csv(tmp_path / "bad.csv", rows)
     assert ask(data=("--dataset_file", str(path))) == 2
     assert words in capsys.readouterr().err
 
 
 def few_people():
-    """Rows of many men, and of two women."""
+    """Return rows of many men and of two women."""
     return [row for row in people(120) if row["label"] == 0] + [
         {**row, "group": f"only {i % 2}"} for i, row in enumerate(people(40)) if row["label"] == 1
     ]
 
 
-def test_a_class_with_fewer_people_than_folds_gets_a_reason_in_place_of_a_number(ask, tmp_path, caplog):
+def test_a_class_with_fewer_people_than_folds_gets_a_reason(ask, tmp_path, caplog):
     rows = [{**row, "task": "few"} for row in few_people()] + [{**row, "task": "enough"} for row in people(120)]
     assert ask(data=("--dataset_file", str(write_csv(tmp_path / "few.csv", rows)))) == 0
     found = results(tmp_path / "results" / "pythia-tiny_few.json")
@@ -240,8 +238,8 @@ def test_a_class_with_fewer_people_than_folds_gets_a_reason_in_place_of_a_number
 
 
 @pytest.mark.parametrize("rows", [people(4), few_people()], ids=["four rows", "two people"])
-def test_where_no_probe_can_be_measured_the_request_is_wrong(ask, tmp_path, capsys, rows):
-    """Not an empty table and exit code 0."""
+def test_a_request_without_measurable_probes_is_invalid(ask, tmp_path, capsys, rows):
+    """The result must not be an empty table and exit code 0."""
     assert ask(data=("--dataset_file", str(write_csv(tmp_path / "few.csv", rows)))) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "none of the probes can be measured (few: the" in line and "--folds" in line
@@ -293,10 +291,10 @@ def test_a_resumed_run_over_datasets_that_share_texts_equals_an_undisturbed_one(
 )
 def test_a_misspelt_flag_is_named_with_the_one_that_is_meant(capsys, flag, meant):
     assert program.main([flag, "3"]) == 2
-    assert capsys.readouterr().err == f"error: there is no flag {flag}: did you mean {meant}? (see --help)\n"
+    assert capsys.readouterr().err == f"error: unknown flag {flag}: did you mean {meant}? (see --help)\n"
 
 
-def test_whoever_only_reads_a_file_is_not_told_to_overwrite_it(tmp_path, capsys):
+def test_errors_of_readers_do_not_mention_overwrite(tmp_path, capsys):
     (tmp_path / "page.html").write_text("<p>")
     assert report.main([str(tmp_path / "page.html")]) == 2
     told = capsys.readouterr().err

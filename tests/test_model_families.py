@@ -1,4 +1,4 @@
-"""The same job on every family: the places that names mean, against plain hooks and against TransformerLens."""
+"""The same measurement on every family: hook points compared with plain hooks and with TransformerLens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from delta_selectivity.models import attention
 from delta_selectivity.models.language_model import HOOKPOINTS, Site, open_model
 from delta_selectivity.tasks import Mention, tokenise
 
-EVERYWHERE = [name for name in HOOKPOINTS if name not in ("resid_mid", "mlp_post")]  # of parallel blocks too
+EVERYWHERE = [name for name in HOOKPOINTS if name not in ("resid_mid", "mlp_post")]  # also of parallel blocks
 PLAIN = [name for name in EVERYWHERE if not name.endswith("_normalized")]
 LAYERS = (0, 1)
 HAS_BOS_TEMPLATE = {"llama", "gemma", "gemma2", "gemma3_text"}
@@ -27,7 +27,7 @@ Folder = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def folder(tiny_model, tmp_path_factory) -> Folder:
-    """The saved model of a family, made when it is first asked for."""
+    """Return the saved model of a family, created on first use."""
     made: dict[str, Path] = {}
     root = tmp_path_factory.mktemp("families")
 
@@ -41,7 +41,7 @@ def folder(tiny_model, tmp_path_factory) -> Folder:
 
 @pytest.fixture(scope="module")
 def ids() -> Tensor:
-    """[4, 20]: longer than the families' sliding windows."""
+    """Return [4, 20]: longer than the families' sliding windows."""
     return torch.randint(1, 300, (4, 20), generator=torch.Generator().manual_seed(1))
 
 
@@ -50,7 +50,7 @@ def every(hookpoints: list[str] | tuple[str, ...]) -> list[Site]:
 
 
 def plain_hooks(model: nn.Module, ids: Tensor) -> dict[tuple[str, str], Tensor]:
-    """What goes into and comes out of every module of the whole model: (path, input or output) -> tensor."""
+    """Return the input and output of every module of the whole model: (path, input or output) -> tensor."""
     seen: dict[tuple[str, str], Tensor] = {}
     for path, module in model.named_modules():
 
@@ -76,8 +76,8 @@ def test_every_hookpoint_equals_a_plain_hook_on_the_whole_model(family: Family, 
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_the_model_runs_on_from_another_value_as_with_a_plain_hook(family: Family, folder: Folder, ids: Tensor):
-    """At every place, all tokens but the first: logits of the whole model, and untouched ones without a hook."""
+def test_replacing_a_value_equals_a_plain_hook(family: Family, folder: Folder, ids: Tensor):
+    """At every place, all tokens but the first are replaced; the logits are those of the whole model."""
     whole = AutoModelForCausalLM.from_pretrained(folder(family.name), dtype=torch.float32).eval()
     model = open_model(str(folder(family.name))).load_whole(every(PLAIN), "cpu", "float32")
     with torch.inference_mode():
@@ -119,7 +119,7 @@ def test_the_model_runs_on_from_another_value_as_with_a_plain_hook(family: Famil
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_what_the_parts_put_out_is_what_the_residual_stream_gains(family: Family, folder: Folder, ids: Tensor):
+def test_parts_sum_to_the_change_of_the_residual_stream(family: Family, folder: Folder, ids: Tensor):
     found = open_model(str(folder(family.name))).load(every(PLAIN), "cpu", "float32").activations(ids)
     for layer in LAYERS:
         before, attention, mlp, after = (
@@ -130,11 +130,11 @@ def test_what_the_parts_put_out_is_what_the_residual_stream_gains(family: Family
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_a_padded_text_has_the_activations_of_the_text_alone(family: Family, folder: Folder, ids: Tensor):
+def test_padding_does_not_change_activations(family: Family, folder: Folder, ids: Tensor):
     model = open_model(str(folder(family.name))).load(every(EVERYWHERE), "cpu", "float32")
     padded, lengths = ids.clone(), (20, 13, 7, 1)
     for row, length in enumerate(lengths):
-        padded[row, length:] = 0  # the pad token of OPT and Gemma among others
+        padded[row, length:] = 0  # among others, the pad token of OPT and Gemma
     batched = model.activations(padded)
     for row, length in enumerate(lengths):
         for site, alone in model.activations(ids[row : row + 1, :length]).items():
@@ -155,7 +155,7 @@ def test_widths_are_known_before_the_weights(family: Family, folder: Folder, ids
     assert {site: x.shape[-1] for site, x in info.load(sites, "cpu", "float32").activations(ids).items()} == widths
 
 
-def test_widths_of_a_model_that_no_memory_here_would_hold(tiny_model: Path, tmp_path: Path):
+def test_widths_of_a_model_larger_than_memory(tiny_model: Path, tmp_path: Path):
     sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
     LlamaConfig(**sizes, num_hidden_layers=800, vocab_size=128256).save_pretrained(tmp_path)
@@ -164,7 +164,7 @@ def test_widths_of_a_model_that_no_memory_here_would_hold(tiny_model: Path, tmp_
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
-def test_layers_above_are_never_built(family: Family, folder: Folder, monkeypatch):
+def test_later_layers_are_not_built(family: Family, folder: Folder, monkeypatch):
     info = open_model(str(folder(family.name)))
     whole = {name: list(getattr(info.config, name)) for name in family.per_layer}
     asked = {("resid_post", 0): 1, ("resid_pre", 1): 1, ("resid_pre", 2): 2, ("mlp_out", 1): 2}
@@ -182,10 +182,8 @@ def test_layers_above_are_never_built(family: Family, folder: Folder, monkeypatc
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "gemma2", "opt"])
-def test_half_precision_gives_the_whole_model_s_values_in_it(
-    name: str, dtype: str, folder: Folder, ids: Tensor, monkeypatch
-):
-    monkeypatch.setattr(attention, "has_fast_bfloat16", lambda: False)  # products round otherwise: test_attention.py
+def test_half_precision_equals_the_whole_model_in_it(name: str, dtype: str, folder: Folder, ids: Tensor, monkeypatch):
+    monkeypatch.setattr(attention, "has_fast_bfloat16", lambda: False)  # products round differently: test_attention.py
     family = FAMILIES[name]
     whole = AutoModelForCausalLM.from_pretrained(folder(name), dtype=getattr(torch, dtype)).eval()
     seen = plain_hooks(whole, ids)
@@ -197,7 +195,7 @@ def test_half_precision_gives_the_whole_model_s_values_in_it(
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
-def test_a_tokenizer_that_adds_bos_itself_does_not_double_it(name: str, folder: Folder):
+def test_bos_of_the_tokenizer_is_not_doubled(name: str, folder: Folder):
     info = open_model(str(folder(name)))
     text = "We met Maria Lindmann"
     by_itself = info.tokenizer(text)["input_ids"]

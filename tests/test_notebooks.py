@@ -1,4 +1,4 @@
-"""explore/: notebooks that are kept clean, and that run on the kept results and on those of a fresh run."""
+"""explore/: the notebooks are kept without outputs, and run on the kept results and on those of a new run."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ NAMES = {
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-def test_all_are_there_and_the_page_names_each():
+def test_all_notebooks_exist_and_are_listed():
     assert {path.stem for path in NOTEBOOKS} == NAMES
     page = (EXPLORE / "README.md").read_text("utf-8")
     assert set(re.findall(r"`(\w+)\.ipynb`", page)) == NAMES
 
 
 @each
-def test_it_is_kept_without_outputs_and_begins_with_its_purpose(path):
+def test_notebooks_have_no_outputs_and_begin_with_their_purpose(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert notebook.cells[0].cell_type == "markdown"
@@ -50,7 +50,7 @@ def test_it_is_kept_without_outputs_and_begins_with_its_purpose(path):
 
 
 @each
-def test_it_names_no_place_of_one_machine(path):
+def test_notebooks_contain_no_local_paths(path):
     text = path.read_text("utf-8")
     assert not re.search(r"""["'\s](/(home|root|work|tmp|Users|mnt|opt|data)\b|[A-Z]:\\\\)""", text)
 
@@ -148,7 +148,7 @@ def test_the_address_is_that_of_the_package():
 
 
 def executed(path, monkeypatch, tmp_path, results=None):
-    """What a notebook prints and how many plots it draws, run in its own folder; its last cell shows the page."""
+    """Run a notebook, whose last cell shows the page, in its own folder; return its text and its number of plots."""
     from nbclient import NotebookClient
 
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
@@ -170,7 +170,7 @@ def executed(path, monkeypatch, tmp_path, results=None):
 
 @pytest.mark.slow
 @each
-def test_it_runs_on_the_kept_results(path, monkeypatch, tmp_path):
+def test_notebooks_run_on_the_kept_results(path, monkeypatch, tmp_path):
     printed, n_plots = executed(path, monkeypatch, tmp_path)
     assert n_plots > 0
     assert "Warning" not in printed
@@ -193,7 +193,7 @@ def test_without_scores_there_are_no_rows_to_show(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def fresh(tiny_model, tiny_saes, tmp_path_factory):
-    """Results of two SAEs with the scores of their rows."""
+    """Return results of two SAEs with the scores of their rows."""
     folder = tmp_path_factory.mktemp("fresh")
     other = write_sparsify(folder / "sae-other", k=4)
     flags = ("--datasets", "gender,occupation", "--shuffle_select_n", "120", "--repeats", "2", "--baselines", "mean")
@@ -202,7 +202,7 @@ def fresh(tiny_model, tiny_saes, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_statistics_are_made_again_from_the_scores_of_a_fresh_run(fresh, monkeypatch, tmp_path):
+def test_statistics_are_recomputed_from_the_scores_of_a_new_run(fresh, monkeypatch, tmp_path):
     printed, n_plots = executed(EXPLORE / "analyze_results.ipynb", monkeypatch, tmp_path, fresh)
     assert "36 cells made again from their scores" in printed, "2 SAEs x 3 layers x 6 probes; the baseline is left out"
     p, q = map(float, re.search(r"largest difference from the file: p (\S+), q (\S+)", printed).groups())
@@ -211,7 +211,7 @@ def test_statistics_are_made_again_from_the_scores_of_a_fresh_run(fresh, monkeyp
 
 
 @pytest.mark.slow
-def test_who_and_which_latents_were_lost_in_a_fresh_run(fresh, monkeypatch, tmp_path):
+def test_what_was_lost_runs_on_a_new_run(fresh, monkeypatch, tmp_path):
     printed, n_plots = executed(EXPLORE / "what_was_lost.ipynb", monkeypatch, tmp_path, fresh)
     assert re.search(r"rows of \w+, layer \d", printed)
     assert "add up to 1.000" in printed
@@ -219,7 +219,7 @@ def test_who_and_which_latents_were_lost_in_a_fresh_run(fresh, monkeypatch, tmp_
 
 
 @pytest.mark.slow
-def test_two_saes_of_a_fresh_run_are_compared_paired(fresh, monkeypatch, tmp_path):
+def test_two_saes_of_a_new_run_are_compared(fresh, monkeypatch, tmp_path):
     printed, n_plots = executed(EXPLORE / "compare_saes.ipynb", monkeypatch, tmp_path, fresh)
     assert re.search(r"sae-other and sae-tiny, 18 cells", printed)
     assert n_plots == 3
@@ -240,7 +240,7 @@ def test_one_sae_is_compared_with_a_baseline_and_alone_is_refused(fresh, monkeyp
 
 
 @pytest.mark.slow
-def test_the_published_figures_stand_beside_a_run_where_there_is_one(fresh, monkeypatch, tmp_path):
+def test_published_figures_are_compared_with_a_run(fresh, monkeypatch, tmp_path):
     shutil.copytree(fresh / "sae-tiny", tmp_path / "pythia160")
     printed, _ = executed(EXPLORE / "compare_published.ipynb", monkeypatch, tmp_path, tmp_path)
     assert "6 layers of datasets that both have measured" in printed, "gender and occupation, three layers each"

@@ -1,4 +1,4 @@
-"""Models that are no standard decoder: each is measured rightly or refused in one line that says what to do."""
+"""Models that are not standard decoders: each is measured correctly or rejected with one line that says what to do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LLAMA = {**TINY, "intermediate_size": 64, "num_key_value_heads": 2, "max_positio
 
 @pytest.fixture
 def save(tiny_model: Path, tmp_path: Path):
-    """Make a random model of a type, beside the tiny model's tokenizer, and open it."""
+    """Return a function that saves a random model of a type, with the tiny model's tokenizer, and opens it."""
 
     def call(kind: str, auto: Any = AutoModelForCausalLM, **settings: Any) -> ModelInfo:
         tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -59,13 +59,13 @@ def activations(info: ModelInfo, hookpoint: str, ids: Tensor, layer: int = 1) ->
     return x
 
 
-def test_a_model_that_sees_later_tokens_is_refused(save):
+def test_a_bidirectional_model_is_rejected(save):
     info = save("bert", AutoModel, **TINY, intermediate_size=64, max_position_embeddings=128)
     with pytest.raises(RequestError, match="not a causal decoder"):
         info.load([Site(1, "encoder.layer.<layer>")], "cpu", "float32")
 
 
-def test_an_encoder_decoder_is_refused_before_its_weights(tiny_model: Path, tmp_path: Path):
+def test_an_encoder_decoder_is_rejected_before_its_weights(tiny_model: Path, tmp_path: Path):
     shutil.copytree(tiny_model, tmp_path / "t5")
     CONFIG_MAPPING["t5"](d_model=32, num_layers=2).save_pretrained(tmp_path / "t5")
     with pytest.raises(RequestError, match="not a decoder-only language model"):
@@ -81,7 +81,7 @@ def test_an_encoder_decoder_is_refused_before_its_weights(tiny_model: Path, tmp_
                  "max_position_embeddings": 128}, "model.decoder.layers.<layer>.fc2"),  # a norm after the sum
     ],
 )  # fmt: skip
-def test_parts_that_are_not_simply_added_are_refused_by_name_and_had_by_path(save, ids, kind, settings, true_place):
+def test_parts_that_are_not_added_directly_are_available_only_by_path(save, ids, kind, settings, true_place):
     info = save(kind, **settings)
     for hookpoint in ("mlp_out", "attn_out"):
         with pytest.raises(RequestError, match=r"is not resid_post .* module path"):
@@ -95,13 +95,13 @@ def test_parts_that_are_not_simply_added_are_refused_by_name_and_had_by_path(sav
     [
         ("falcon", {**TINY, "new_decoder_architecture": True, "num_kv_heads": 2}),
         ("falcon", {**TINY, "parallel_attn": False, "bias": True}),
-        ("glm4", {**LLAMA, "head_dim": 8, "pad_token_id": 0}),  # norms after both parts, by other names than Gemma's
+        ("glm4", {**LLAMA, "head_dim": 8, "pad_token_id": 0}),  # norms after both parts, with other names than Gemma's
         ("gpt_bigcode", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}),
         ("gpt_neox", {**LLAMA, "use_parallel_residual": False}),
         *((kind, LLAMA) for kind in ("cohere", "olmo", "olmo2", "smollm3", "stablelm", "starcoder2", "qwen3_moe")),
     ],
 )
-def test_more_families_come_for_free(save, ids, kind, settings):
+def test_further_families_are_supported(save, ids, kind, settings):
     info = save(kind, **({"pad_token_id": 0} | settings))
     sites = [Site(layer, name) for layer in (0, 2) for name in ("resid_pre", "attn_out", "mlp_out", "resid_post", "z")]
     model = info.load(sites, "cpu", "float32")
@@ -113,8 +113,8 @@ def test_more_families_come_for_free(save, ids, kind, settings):
         torch.testing.assert_close(after[:1, :5], alone[Site(layer, "resid_post")], atol=1e-5, rtol=1e-5)
 
 
-def test_a_norm_that_is_not_before_its_part_is_refused(save, ids):
-    info = save("olmo2", **LLAMA)  # norms after the parts; what is added is after the norm
+def test_a_norm_that_is_not_before_its_part_is_rejected(save, ids):
+    info = save("olmo2", **LLAMA)  # norms after the parts; the norm's output is added
     before, after = (activations(info, name, ids) for name in ("resid_pre", "resid_post"))
     added = activations(info, "attn_out", ids) + activations(info, "mlp_out", ids)
     torch.testing.assert_close(before + added, after, atol=1e-5, rtol=0)
@@ -122,7 +122,7 @@ def test_a_norm_that_is_not_before_its_part_is_refused(save, ids):
         info.load([Site(1, "mlp_normalized")], "cpu", "float32")
 
 
-def test_a_block_without_parts_of_a_known_name_is_reached_by_path(save, ids):
+def test_blocks_with_unknown_parts_are_available_by_path(save, ids):
     info = save("ctrl", n_embd=32, n_layer=3, n_head=4, dff=64, n_positions=128)
     path = "transformer.h.<layer>.multi_head_attention"
     assert info.widths([Site(1, path)]) == {Site(1, path): 32}
@@ -130,7 +130,7 @@ def test_a_block_without_parts_of_a_known_name_is_reached_by_path(save, ids):
         info.widths([Site(1, "attn_out")])
 
 
-def test_blocks_that_are_not_found_are_told_as_paths(save):
+def test_unknown_blocks_are_reported_with_paths(save):
     info = save("bert", AutoModel, **TINY, intermediate_size=64, max_position_embeddings=128)
     for hookpoint in ("resid_post", "layers.<layer>"):
         with pytest.raises(RequestError, match=r"it has encoder\.layer\.<layer>, encoder\.layer\.<layer>\.attention"):
@@ -144,7 +144,7 @@ def test_experts_have_widths_too(save, ids):
     assert activations(info, "mlp_out", ids).shape == (2, 12, 32)
 
 
-def test_the_text_half_of_a_model_of_images_is_measured(tiny_model: Path, tmp_path: Path, ids: Tensor):
+def test_the_text_part_of_a_multimodal_model_is_measured(tiny_model: Path, tmp_path: Path, ids: Tensor):
     shutil.copytree(tiny_model, tmp_path / "gemma3", ignore=shutil.ignore_patterns("config.json", "*.safetensors"))
     text = {**LLAMA, "head_dim": 16, "sliding_window": 4, "vocab_size": 400}
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -170,11 +170,11 @@ def test_the_text_half_of_a_model_of_images_is_measured(tiny_model: Path, tmp_pa
     [
         ("resid_middle", "use resid_post, resid_pre, mlp_out"),
         ("layers.<layer>.nothing", r"has no such module; it has layers\.<layer>, .*layers\.<layer>\.mlp"),
-        ("vision_tower.layers.<layer>.mlp", "has no such module"),  # what stands before the layers is no ornament
+        ("vision_tower.layers.<layer>.mlp", "has no such module"),  # what comes before the layers matters
         ("layers.<layer>.mlp.dense_h_to_4h:out", "has no such module"),
     ],
 )
-def test_a_hookpoint_that_is_not_there_is_refused_with_those_that_are(tiny_model, hookpoint, told):
+def test_a_missing_hookpoint_error_lists_the_available_ones(tiny_model, hookpoint, told):
     info = open_model(str(tiny_model))
     with pytest.raises(RequestError, match=told):
         info.widths([Site(0, hookpoint)])
@@ -187,7 +187,7 @@ def test_a_module_without_a_row_for_each_token_is_refused(save):
 
 
 def test_a_module_that_the_model_runs_without_is_refused(save):
-    site = Site(0, "h.<layer>.attn.attn_dropout")  # scaled_dot_product_attention has its own
+    site = Site(0, "h.<layer>.attn.attn_dropout")  # scaled_dot_product_attention replaces it
     info = save("gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=128)
     with pytest.raises(RequestError, match="the model does not run that module in layer 0"):
         info.widths([site])
@@ -195,7 +195,7 @@ def test_a_module_that_the_model_runs_without_is_refused(save):
         info.load([site], "cpu", "float32")
 
 
-def test_texts_stay_below_the_length_where_rotary_angles_change_with_the_batch(save, ids):
+def test_texts_stay_below_the_length_of_dynamic_rotary_scaling(save, ids):
     rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
     info = save("phi3", **LLAMA, pad_token_id=0, original_max_position_embeddings=16, rope_parameters=rope)
     assert info.max_length == 16
@@ -203,7 +203,7 @@ def test_texts_stay_below_the_length_where_rotary_angles_change_with_the_batch(s
     assert not torch.allclose(activations(info, "z", longer)[:, :12], activations(info, "z", ids), atol=1e-3)
 
 
-def test_a_model_without_a_limit_has_its_tokenizer_s(save):
+def test_a_model_without_length_limit_uses_the_tokenizers(save):
     info = save("bloom", **TINY, n_layer=3, n_head=4)
     assert info.max_length == NO_LIMIT
     settings = Path(info.name) / "tokenizer_config.json"
@@ -233,7 +233,7 @@ class OddForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def odd(save) -> Path:
-    """A repository with Python code of its own, that knows only how to build the model with its head."""
+    """Return a repository with Python code of its own that can only build the model with its head."""
     folder = Path(save("llama", **LLAMA).name)
     (folder / "modeling_odd.py").write_text(MODELING)
     config = json.loads((folder / "config.json").read_text())
@@ -249,7 +249,7 @@ def test_a_repository_s_own_code_runs_on_request_only(odd: Path, ids: Tensor, mo
     info = open_model(str(odd), trust_remote_code=True)
     path = Site(1, "model.layers.<layer>.mlp.up_proj")
     sites = [Site(1, "resid_post"), Site(1, "z"), path]
-    assert info.widths(sites) == {sites[0]: 32, sites[1]: 32, path: 64}  # from the config: its code needs numbers
+    assert info.widths(sites) == {sites[0]: 32, sites[1]: 32, path: 64}  # from the config; its code needs numbers
     whole = AutoModelForCausalLM.from_pretrained(odd, trust_remote_code=True, dtype=torch.float32).eval()
     seen: list[Tensor] = []
     whole.model.layers[1].register_forward_hook(lambda _m, _i, output: seen.append(output))
@@ -279,7 +279,7 @@ def test_a_revision_is_another_model(tiny_model: Path, tmp_path: Path, monkeypat
     first, second = open_model("owner/tiny"), open_model("owner/tiny", "step1")
     assert (first.fingerprint(), second.fingerprint()) == tuple(commits.values())
     assert (first.files.revision, second.files.revision) == (None, "step1")
-    (repository / "refs" / "step1").write_text(commits["main"])  # the branch moves on after the model was opened
+    (repository / "refs" / "step1").write_text(commits["main"])  # the branch moves after the model was opened
     torch.testing.assert_close(activations(second, "resid_pre", ids, 0), 2 * activations(first, "resid_pre", ids, 0))
     with pytest.raises(RequestError, match="at revision step2"):
         open_model("owner/tiny", "step2")
@@ -288,7 +288,7 @@ def test_a_revision_is_another_model(tiny_model: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "glm4", "granite", "llama"])
-def test_what_a_module_gives_and_what_is_added_are_told_apart_by_the_model(save, ids: Tensor, kind: str):
+def test_module_output_and_added_output_are_distinguished(save, ids: Tensor, kind: str):
     own = {"gemma3_text": {"head_dim": 16}, "glm4": {"head_dim": 8}, "granite": {"residual_multiplier": 0.5}}
     info = save(kind, **LLAMA, pad_token_id=0, **own.get(kind, {}))
     names = info.names_of_modules()
@@ -301,14 +301,14 @@ def test_what_a_module_gives_and_what_is_added_are_told_apart_by_the_model(save,
     torch.testing.assert_close(activations(info, "layers.<layer>.mlp", ids), seen[0], atol=1e-6, rtol=0)
 
 
-def test_the_stream_between_attention_and_the_mlp_is_refused_where_both_read_the_same(save, ids: Tensor):
+def test_resid_mid_of_parallel_blocks_is_rejected(save, ids: Tensor):
     info = save("gpt_neox", **LLAMA)
     with pytest.raises(RequestError, match=r"resid_mid: .* resid_pre \+ attn_out is not resid_mid"):
         activations(info, "resid_mid", ids)
 
 
-def test_an_sae_of_a_module_is_measured_where_the_model_has_that(save, tmp_path: Path):
-    """sparsify's folders say `layers` and dictionary_learning's readers `attention`, whatever the model calls them."""
+def test_module_names_of_other_libraries_are_translated(save, tmp_path: Path):
+    """sparsify's folders use `layers`, and dictionary_learning's readers `attention`, for any model."""
     gemma = save("gemma3_text", **LLAMA, pad_token_id=0, head_dim=16).names_of_modules()
     gpt2 = save("gpt2", n_embd=32, n_layer=3, n_head=4, n_positions=128).names_of_modules()
     for folder, in_gemma, in_gpt2 in [
@@ -322,11 +322,11 @@ def test_an_sae_of_a_module_is_measured_where_the_model_has_that(save, tmp_path:
         assert resolve_hookpoint(source, gemma).hookpoint == in_gemma
         assert resolve_hookpoint(source, gpt2).hookpoint == in_gpt2
         typed = open_sae(str(tmp_path / folder), "layers.<layer>.mlp")
-        assert resolve_hookpoint(typed, gpt2).hookpoint.endswith("layers.<layer>.mlp")  # a path typed is that path
+        assert resolve_hookpoint(typed, gpt2).hookpoint.endswith("layers.<layer>.mlp")  # a path is used as it is typed
         assert resolve_hookpoint(open_sae(str(tmp_path / folder), "resid_mid"), gpt2).hookpoint == "resid_mid"
 
 
-def test_a_place_that_is_not_known_is_the_one_asked_for(tmp_path: Path):
+def test_an_unknown_hook_point_of_an_sae_can_be_given(tmp_path: Path):
     config = {"hook_name": "blocks.1.mlp.hook_pre", "architecture": "standard", "d_in": 4, "d_sae": 8}
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     tensors = {"W_enc": torch.ones(4, 8), "W_dec": torch.ones(8, 4), "b_enc": torch.ones(8), "b_dec": torch.ones(4)}
@@ -347,13 +347,13 @@ def test_a_layer_of_a_cross_layer_transcoder_is_refused_before_anything_is_fetch
     ("file", "told"),
     [("adapter_config.json", "an adapter without its model"), ("cfg.json", "looks like an SAE")],
 )
-def test_a_folder_that_is_no_model_is_called_what_it_looks_like(file, told, tmp_path):
+def test_a_folder_that_is_not_a_model_is_described(file, told, tmp_path):
     (tmp_path / file).write_text("{}")
     with pytest.raises(RequestError, match=told):
         open_model(str(tmp_path))
 
 
-def test_an_adapter_beside_a_model_is_not_left_out_without_a_word(tiny_model, tmp_path, monkeypatch):
+def test_an_adapter_without_peft_is_rejected(tiny_model, tmp_path, monkeypatch):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     (folder / "adapter_config.json").write_text("{}")
     monkeypatch.setattr("transformers.utils.is_peft_available", lambda: False)
@@ -372,7 +372,7 @@ def test_an_sae_with_a_config_is_told_from_a_model_with_a_file_of_that_name(tiny
 
 
 @pytest.mark.parametrize("below", ["", "layers.0"])
-def test_a_model_and_an_sae_that_are_exchanged_are_told_apart(below, tiny_model, tmp_path):
+def test_swapped_model_and_sae_are_reported(below, tiny_model, tmp_path):
     sae = tmp_path / "sae"
     (sae / below).mkdir(parents=True)
     (sae / below / "cfg.json").write_text("{}")
@@ -391,7 +391,7 @@ def test_a_model_and_an_sae_that_are_exchanged_are_told_apart(below, tiny_model,
         (["model.safetensors", "sae/cfg.json"], "not available from the Hub"),
     ],
 )
-def test_the_hub_id_of_an_sae_given_as_the_model_is_said_to_be_one(files, told, monkeypatch):
+def test_the_hub_id_of_an_sae_as_the_model_is_reported(files, told, monkeypatch):
     def absent(*_: object, **__: object) -> str:
         raise EntryNotFoundError("404: no config.json", response=httpx.Response(404, request=httpx.Request("GET", "/")))
 

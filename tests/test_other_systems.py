@@ -1,4 +1,4 @@
-"""What other systems than Linux lack is taken away, and the program does without."""
+"""The program without features of Linux that other systems lack."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ sys.exit(main.main(sys.argv[1:]))
 
 
 def test_a_run_without_any_of_them_gives_the_same_numbers(with_cache, tmp_path):
-    """Rows go to files too, for which room is made in another way."""
+    """Rows are also spilled to files, whose space is reserved differently."""
     here, there = with_cache.into(tmp_path / "here"), with_cache.into(tmp_path / "there").plus("--queue_gb", "1e-6")
     assert here.run() == 0
     command = [sys.executable, "-c", WITHOUT, *there.argv]
@@ -57,7 +57,7 @@ def test_a_run_without_any_of_them_gives_the_same_numbers(with_cache, tmp_path):
     assert "peak_ram_gb" not in path.read_text()
 
 
-def test_a_lock_of_windows_is_held_and_told(tmp_path, monkeypatch):
+def test_locks_on_windows_are_exclusive(tmp_path, monkeypatch):
     held: set[int] = set()
 
     def locking(descriptor: int, mode: int, n: int) -> None:
@@ -75,7 +75,7 @@ def test_a_lock_of_windows_is_held_and_told(tmp_path, monkeypatch):
             pass
 
 
-def test_a_name_in_use_that_windows_keeps_is_no_error(monkeypatch):
+def test_open_files_on_windows_are_not_an_error(monkeypatch):
     def in_use(path: str) -> None:
         raise PermissionError(13, "The process cannot access the file because it is being used by another process")
 
@@ -88,13 +88,13 @@ def test_a_name_in_use_that_windows_keeps_is_no_error(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk_is_an_error_where_room_is_made_by_writing(monkeypatch):
+def test_a_full_disk_is_an_error_without_fallocate(monkeypatch):
     monkeypatch.delattr(row_store.os, "posix_fallocate")
     with Path("/dev/full").open("wb", buffering=0) as full, pytest.raises(OSError, match="No space left"):
         row_store._allocate(full.fileno(), 100)
 
 
-def test_memory_is_told_in_the_unit_of_the_system(monkeypatch):
+def test_peak_memory_uses_the_unit_of_the_system(monkeypatch):
     monkeypatch.setattr(memory.resource, "getrusage", lambda who: types.SimpleNamespace(ru_maxrss=3 * 2**30))
     monkeypatch.setattr(sys, "platform", "darwin")
     assert memory.peak_memory()["peak_ram_gb"] == 3.0
@@ -104,7 +104,7 @@ def test_memory_is_told_in_the_unit_of_the_system(monkeypatch):
     assert "peak_ram_gb" not in memory.peak_memory()
 
 
-def test_signals_that_a_system_lacks_are_not_watched(monkeypatch):
+def test_missing_signals_are_not_handled(monkeypatch):
     with monkeypatch.context() as windows:
         windows.delattr(signal, "SIGHUP")
         assert importlib.reload(interrupts).SIGNALS == (signal.SIGINT, signal.SIGTERM)
@@ -131,8 +131,8 @@ def test_mps_is_a_device_of_models_and_not_of_probes(monkeypatch):
         choose_devices("mps", None)
 
 
-def test_what_an_mps_device_computes_is_summed_on_the_cpu(with_cache, tmp_path, monkeypatch):
-    """The model says that it is on MPS. Nothing else may go there: MPS lacks float64, and this machine lacks MPS."""
+def test_sums_of_mps_activations_are_computed_on_the_cpu(with_cache, tmp_path, monkeypatch):
+    """The model reports MPS. Everything else must avoid MPS, which lacks float64 and does not exist on this machine."""
     plain, there = with_cache.into(tmp_path / "cpu"), with_cache.into(tmp_path / "mps")
     assert plain.run() == 0
     made = Producer.__init__

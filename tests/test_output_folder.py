@@ -1,4 +1,4 @@
-"""Several SAEs and one output folder: today's and tomorrow's, of one name, of other settings."""
+"""Several SAEs in one output folder: from several runs, with equal names, with other settings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL = "EleutherAI_pythia-tiny"
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, people_csv, tmp_path):
-    """A run of the given SAEs, layer 1 alone, into `tmp_path / "out"`."""
+    """Return a function that runs the given SAEs, with layer 1 only, into `tmp_path / "out"`."""
 
     def run(*saes, flags=(), data=people_csv):
         request = Request(tiny_model, saes or (tiny_saes,), data, tmp_path / "out").plus("--layers", "1", *flags)
@@ -39,22 +39,22 @@ def relative(folder):
 
 @pytest.fixture
 def trainers(tmp_path):
-    """Three SAEs whose last folder has one name."""
+    """Create three SAEs whose last folder has the same name."""
     return tuple(write_sparsify(tmp_path / name / "trainer_0", [1], k=k) for name, k in (("a", 4), ("b", 8), ("c", 16)))
 
 
-def test_another_sae_of_another_day_goes_into_a_folder_of_its_own(ask, tiny_saes, other_saes, tmp_path, caplog):
+def test_another_sae_gets_its_own_folder(ask, tiny_saes, other_saes, tmp_path, caplog):
     out = tmp_path / "out"
     assert ask(tiny_saes) == 0
     assert "holds the results" not in caplog.text
     first = {path: path.read_bytes() for path in files(out)}
     assert ask(other_saes) == 0
-    told = [record for record in caplog.records if "holds the results of" in record.getMessage()]
+    told = [record for record in caplog.records if "already holds results of" in record.getMessage()]
     assert len(told) == 1 and str(out / "sae-other") in told[0].getMessage() and told[0].levelname == "NOTE"
     assert relative(out) == ["pythia-tiny_women.json", "sae-other/pythia-tiny_women.json"]
     assert all(path.read_bytes() == content for path, content in first.items()), "nothing of the first is touched"
 
-    for saes in (tiny_saes, other_saes):  # each goes on where it lies
+    for saes in (tiny_saes, other_saes):  # each is resumed in its folder
         before = {path: path.read_bytes() for path in files(out)}
         assert ask(saes) == 0
         assert caplog.messages[-1] == "all requested results are on disk already"
@@ -68,7 +68,7 @@ def test_another_sae_of_another_day_goes_into_a_folder_of_its_own(ask, tiny_saes
     assert compared == [[str(other_saes)], [str(tiny_saes)]]
 
 
-def test_the_folders_are_those_of_a_run_of_both_if_both_are_asked_for_at_first(ask, tiny_saes, other_saes, tmp_path):
+def test_folders_of_a_run_of_two_saes(ask, tiny_saes, other_saes, tmp_path):
     assert ask(tiny_saes, other_saes) == 0
     both = relative(tmp_path / "out")
     assert both == ["sae-other/pythia-tiny_women.json", "sae-tiny/pythia-tiny_women.json"]
@@ -77,7 +77,7 @@ def test_the_folders_are_those_of_a_run_of_both_if_both_are_asked_for_at_first(a
     assert numbers(tmp_path / "out").keys() == before.keys()
 
 
-def test_one_alone_lies_directly_in_the_folder_whatever_other_models_left_there(tmp_path):
+def test_a_single_sae_uses_the_folder_despite_files_of_other_models(tmp_path):
     run = result_file.describe_run({"sae": "/x/a", "sae_label": "a", "model_name": "one"})
     result_file.RecordFile.open(tmp_path / "one_t.json", {"sae": "1"}, run, overwrite=False).write({})
     from delta_selectivity.records.result_folder import choose_folder
@@ -90,7 +90,7 @@ def test_one_alone_lies_directly_in_the_folder_whatever_other_models_left_there(
     assert choose_folder(tmp_path, tmp_path, moved, {"one_t.json": {"sae": "1"}}) == tmp_path, "the same weights"
 
 
-def test_folders_of_one_name_on_three_days(ask, trainers, tmp_path):
+def test_three_saes_with_the_same_folder_name(ask, trainers, tmp_path):
     for sae in trainers:
         assert ask(sae) == 0
     parts = [path.rpartition("/")[0] for path in relative(tmp_path / "out")]
@@ -103,7 +103,9 @@ def test_folders_of_one_name_on_three_days(ask, trainers, tmp_path):
     assert {path: path.read_bytes() for path in files(tmp_path / "out")} == before
 
 
-def test_evaluate_and_many_workers_do_the_same(ask, tiny_model, tiny_saes, other_saes, people_csv, tmp_path):
+def test_evaluate_and_many_workers_choose_the_same_folders(
+    ask, tiny_model, tiny_saes, other_saes, people_csv, tmp_path
+):
     out = tmp_path / "out"
     assert ask(tiny_saes) == 0
     first = {path: path.read_bytes() for path in files(out)}
@@ -129,7 +131,7 @@ def test_evaluate_and_many_workers_do_the_same(ask, tiny_model, tiny_saes, other
         (["--dtype", "bfloat16"], "--dtype auto there, bfloat16 now"),
     ],
 )
-def test_what_is_refused_names_the_difference_by_its_flag(ask, tmp_path, capsys, flags, told):
+def test_errors_name_the_differing_flag(ask, tmp_path, capsys, flags, told):
     assert ask() == 0
     capsys.readouterr()
     assert ask(flags=flags) == 2
@@ -138,7 +140,7 @@ def test_what_is_refused_names_the_difference_by_its_flag(ask, tmp_path, capsys,
     assert not any(len(word) > 11 and set(word) <= set("0123456789abcdef…") for word in line.split()), "a hash"
 
 
-def test_a_changed_file_is_named(ask, people_csv, tiny_model, tmp_path, capsys):
+def test_a_changed_file_is_reported(ask, people_csv, tiny_model, tmp_path, capsys):
     saes = write_sparsify(tmp_path / "mine", [1])
     assert ask(saes) == 0
     write_csv(people_csv, people(200))
@@ -151,8 +153,8 @@ def test_a_changed_file_is_named(ask, people_csv, tiny_model, tmp_path, capsys):
     assert f"weights or config of the SAE {saes} have changed since" in capsys.readouterr().err
 
 
-def test_every_entry_of_a_key_is_told_in_words(ask, tmp_path):
-    """Whatever a key holds: a difference that no setting explains is told without its hash."""
+def test_every_difference_of_a_key_is_described(ask, tmp_path):
+    """Every difference is reported, without hashes, even if no setting explains it."""
     assert ask(flags=["--baselines", "random,mean"]) == 0
     for path in files(tmp_path / "out"):
         run = result_file.read(path)["_run"]
@@ -165,9 +167,7 @@ def test_every_entry_of_a_key_is_told_in_words(ask, tmp_path):
     assert sorted(differences(there, now)) == ["`seed` 0 there, 1 now", "`shuffle_select_n` 300 there, 500 now"]
 
 
-def test_saes_whose_last_folder_has_one_name_have_one_name_each_in_every_program(
-    ask, trainers, tiny_model, people_csv, tmp_path, capsys
-):
+def test_every_program_gives_saes_the_same_distinct_names(ask, trainers, tiny_model, people_csv, tmp_path, capsys):
     out, names = tmp_path / "out", ["a_trainer_0", "b_trainer_0", "c_trainer_0"]
     assert ask(*trainers, flags=["--baselines", "random"]) == 0
     assert sorted(path.parent.name for path in files(out) if "baselines" not in path.parts) == names
@@ -192,10 +192,8 @@ def test_saes_whose_last_folder_has_one_name_have_one_name_each_in_every_program
     assert all(name in table for name in names)
 
 
-def test_every_program_has_the_saes_in_the_order_in_which_they_were_asked_for(
-    ask, trainers, tiny_model, people_csv, tmp_path, capsys
-):
-    """Of folders the order is that of the alphabet: b comes before c there."""
+def test_every_program_keeps_the_requested_order_of_saes(ask, trainers, tiny_model, people_csv, tmp_path, capsys):
+    """The order of folders is alphabetical: b comes before c there."""
     saes = [f"mine={trainers[2]}", str(trainers[1]), str(trainers[0])]
     assert ask(*saes) == 0
     assert ds.Results.load(tmp_path / "out").saes == ["mine", *map(str, trainers[1::-1])]
@@ -205,7 +203,7 @@ def test_every_program_has_the_saes_in_the_order_in_which_they_were_asked_for(
 
 
 def test_workers_know_the_names_of_the_whole_request(ask, trainers, tiny_model, people_csv, tmp_path):
-    """A unit has some of the SAEs only, and would name them, and so their baselines, after those alone."""
+    """A unit has some of the SAEs only, and would name them and their baselines after those alone."""
     assert ask(*trainers, flags=["--baselines", "random"]) == 0
     request = Request(tiny_model, trainers, people_csv, tmp_path / "many").plus(
         "--layers", "1", "--baselines", "random"
@@ -214,7 +212,7 @@ def test_workers_know_the_names_of_the_whole_request(ask, trainers, tiny_model, 
     assert numbers(tmp_path / "many") == numbers(tmp_path / "out")
 
 
-def test_names_that_are_given_and_commas_in_paths(ask, tiny_model, people_csv, tmp_path):
+def test_given_names_and_commas_in_paths(ask, tiny_model, people_csv, tmp_path):
     odd = write_sparsify(tmp_path / "k=4,lr=1" / "trainer_0", [1], k=4)
     other = write_sparsify(tmp_path / "trainer_0", [1])
     written = join_names([str(odd), f"mine={other}"])

@@ -35,7 +35,7 @@ BEHIND = "behind.pth"
 
 
 def requirements(lines: list[str]) -> dict[str, Requirement]:
-    """By normalised name; extras of the project itself left out."""
+    """Return requirements by normalised name, without extras of the project itself."""
     found = {canonicalize_name(parsed.name): parsed for parsed in map(Requirement, lines)}
     return {name: parsed for name, parsed in found.items() if name != PROJECT["name"]}
 
@@ -50,7 +50,7 @@ DEPENDENCIES = requirements(PROJECT["dependencies"])
 
 
 def third_party_imports() -> dict[str, str]:
-    """Top-level module -> a file that imports it, wherever in the file and by whatever means."""
+    """Return top-level module -> a file that imports it in any way."""
     found: dict[str, str] = {}
     for path in PACKAGE.rglob("*.py"):
         for name in modules(ast.parse(path.read_text("utf-8"))):
@@ -101,8 +101,8 @@ def test_every_import_is_declared() -> None:
 
 
 def test_every_dependency_is_imported() -> None:
-    by_others = {"accelerate"}  # by transformers, for GGUF files
-    to_come = {"pandas"}  # `Results.to_frame`
+    by_others = {"accelerate"}  # used by transformers, for GGUF files
+    to_come = {"pandas"}  # used by `Results.to_frame`
     distributions = importlib.metadata.packages_distributions()
     imported = {canonicalize_name(name) for module in third_party_imports() for name in distributions.get(module, [])}
     assert DEPENDENCIES.keys() - to_come - by_others <= imported
@@ -174,7 +174,7 @@ def test_an_unknown_command_is_a_wrong_request() -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The package built as pip builds it, by the hatchling of this environment."""
+    """Build the package as pip does, with this environment's hatchling."""
     pytest.importorskip("hatchling", reason="no hatchling: pip install -r requirements-dev.txt")
     folder = tmp_path_factory.mktemp("wheel")
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir")
@@ -186,7 +186,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment with the wheel, and with this environment's other packages behind it."""
+    """Create an environment with the wheel, which also sees this environment's packages."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)
     options = ("--quiet", "--no-deps", "--no-index")

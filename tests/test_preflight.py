@@ -1,4 +1,4 @@
-"""The look before the run: every planted mismatch is found and named, and nothing that fits is stopped."""
+"""The preflight: every planted mismatch is found and named, and matching SAEs are never stopped."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def check(info):
 
 @pytest.fixture(scope="module")
 def saes():
-    """The bundled ones: (name, layer) -> Sae."""
+    """Return the bundled SAEs: (name, layer) -> Sae."""
     return {(path.name, layer): open_sae(str(path)).load(layer, "cpu") for path in DEMO_SAES for layer in LAYERS}
 
 
 def components(x: torch.Tensor, site: Site, k: int) -> Sae:
-    """A code that fits x and nothing else: its first k principal components."""
+    """Return a code that fits only x: its first k principal components."""
     mean, axes = principal_axes(x)
     d = x.shape[1]
     return Sae("components", site.layer, site.hookpoint, d, k, None, "pca", principal_components(axes[:k], mean))
@@ -59,8 +59,8 @@ def test_the_bundled_saes_fit_where_they_say(check, saes):
         assert fit.l0 == pytest.approx(fit.promised_l0, rel=0.02)
 
 
-def test_whatever_fits_is_not_stopped(check):
-    """Codes fitted to every place of every layer, of few and of many components: 0 false alarms of 120."""
+def test_matching_codes_are_not_stopped(check):
+    """Codes fitted to every place of every layer, with few and many components: 0 false alarms of 120."""
     alarms = []
     for site, sample in check.samples.items():
         for k in (2, 16, 64, 200):
@@ -87,7 +87,7 @@ def test_an_sae_of_another_place_is_named(check, place):
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
-def test_a_forgotten_normalisation_is_named(check, norm):
+def test_a_missing_normalisation_is_named(check, norm):
     site = Site(2, "resid_post")
     x = normalise(check.samples[site].counted(False), norm).x
     fit = check.examine(components(x, site, 64), site, counts_bos=False)
@@ -97,7 +97,7 @@ def test_a_forgotten_normalisation_is_named(check, norm):
 
 @pytest.mark.parametrize("factor", [1 / 16, 8.0])
 def test_scaled_inputs_are_named_with_the_factor(check, saes, factor):
-    """The SAE that wants its inputs multiplied: biases and decoder bias in its own units."""
+    """The SAE expects scaled inputs: its biases have other units."""
     site, sae = Site(2, "resid_post"), saes["tiny-pythia-saes-k32", 2]
     scaled = replace(sae.coder, b_enc=sae.coder.b_enc * factor, b_dec=sae.coder.b_dec * factor)
     fit = check.examine(replace(sae, coder=scaled), site, counts_bos=False)
@@ -116,14 +116,14 @@ def test_a_transposed_square_matrix_is_named(check, name):
     assert f"with {name} transposed" in fit.problem()
 
 
-def test_bos_that_counts_but_was_left_out_of_the_training_is_named(check, saes):
-    """The bundled SAEs were trained on texts with BOS, without the activations at BOS (see their cards)."""
+def test_bos_that_was_excluded_in_training_is_named(check, saes):
+    """The bundled SAEs were trained on texts with BOS, but without the activations at BOS (see their cards)."""
     problems = [check.examine(sae, Site(layer, "resid_post"), counts_bos=True) for (_, layer), sae in saes.items()]
     caught = [fit for fit in problems if fit.is_misfit and "`bos` excluded" in fit.problem()]
     assert len(caught) == len(saes)
 
 
-def test_bos_that_was_trained_on_raises_no_alarm(check):
+def test_bos_that_was_used_in_training_is_accepted(check):
     site = Site(3, "resid_post")
     x = check.samples[site].counted(True)
     fit = check.examine(components(x, site, 64), site, counts_bos=True)
@@ -132,7 +132,7 @@ def test_bos_that_was_trained_on_raises_no_alarm(check):
 
 @pytest.mark.parametrize(("has_bos", "fix"), [(True, "`bos` none"), (False, "`bos` excluded")])
 def test_texts_with_the_wrong_beginning_are_named(has_bos, fix):
-    """Where the first token draws all attention, every later one is elsewhere without it."""
+    """If the first token attracts all attention, all later activations differ without it."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(2, 8, 24, generator=generator)
     x, other = (torch.randn(300, 8, generator=generator) @ rows for rows in directions)
@@ -146,7 +146,7 @@ def test_texts_with_the_wrong_beginning_are_named(has_bos, fix):
 
 
 def test_attention_sinks_do_not_decide_which_texts_fit(check):
-    """SmolLM2 makes the first token of a text without BOS a sink, 140 times as long as others and mostly the same."""
+    """SmolLM2 makes the first token of a text without BOS a sink, 140 times as long as others and almost constant."""
     site = Site(3, "resid_post")
     x = check.samples[site].counted(False)
     axes = principal_axes(x)[1]
@@ -162,7 +162,7 @@ def test_attention_sinks_do_not_decide_which_texts_fit(check):
         assert fit.fvu == pytest.approx(check.fvu(sae, site), rel=1e-4)
     pulled = torch.cat([x, sinks])
     whole = (pulled - sae.decode(sae.encode(pulled), pulled)).square().sum() / (pulled - pulled.mean(0)).square().sum()
-    assert whole < 0.5 * check.fvu(sae, site)  # what the sinks make of it
+    assert whole < 0.5 * check.fvu(sae, site)  # the effect of the sinks
 
 
 def test_an_sae_that_fits_nothing_is_not_stopped(check, saes):
@@ -175,8 +175,8 @@ def test_an_sae_that_fits_nothing_is_not_stopped(check, saes):
 
 
 @pytest.mark.parametrize(("promised", "told"), [(32, False), (10, True), (90, True), (None, False)])
-def test_an_l0_that_is_not_what_the_config_promises_is_told(check, saes, promised, told):
-    """Such as that of a BatchTopK SAE whose threshold was lost: every positive latent fires."""
+def test_an_unexpected_l0_is_reported(check, saes, promised, told):
+    """As with a BatchTopK SAE whose threshold was lost: every positive latent fires."""
     sae = replace(saes["tiny-pythia-saes-k32", 2], promised_l0=promised)
     fit = check.examine(sae, Site(2, "resid_post"), counts_bos=False)
     assert not fit.is_misfit
@@ -184,7 +184,7 @@ def test_an_l0_that_is_not_what_the_config_promises_is_told(check, saes, promise
     assert fit.problem() is None or "mean L0 is 32.0" in fit.problem()
 
 
-def test_too_few_tokens_say_nothing(saes):
+def test_too_few_tokens_give_no_result(saes):
     site = Site(0, "resid_post")
     x = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
     few = Preflight({site: SiteSample(x, torch.zeros(40, dtype=torch.bool), x)}, {})
@@ -196,7 +196,7 @@ def test_too_few_tokens_say_nothing(saes):
 
 @pytest.fixture
 def mislabelled(tmp_path):
-    """The bundled SAE of layer 5 in the folder of layer 4."""
+    """Return the bundled SAE of layer 5 in the folder of layer 4."""
     folder = tmp_path / "sae"
     shutil.copytree(DEMO_SAES[0] / "layers.5", folder / "layers.4")
     return folder
@@ -217,14 +217,14 @@ def test_a_misfit_stops_the_run_in_one_line_and_leaves_nothing(mislabelled, tmp_
     assert files(tmp_path / "out") == []
 
 
-def test_force_measures_it_and_the_file_says_so(mislabelled, tmp_path):
+def test_force_measures_a_misfit_and_records_a_warning(mislabelled, tmp_path):
     assert program.main(command(mislabelled, tmp_path / "out", "--force")) == 0
     (path,) = files(tmp_path / "out")
     assert any("fits far better at layer 5" in line for line in result_file.read(path)["_run"]["warnings"])
 
 
-def test_a_flag_that_counts_bos_is_part_of_what_the_file_is(tmp_path):
-    """--bos counted on SAEs that never saw it: stopped; forced, the key tells that run from the other."""
+def test_counting_bos_is_part_of_the_key(tmp_path):
+    """--bos counted on SAEs that never saw BOS is stopped; if forced, the key differs from that of other runs."""
     sae = tmp_path / "sae"
     shutil.copytree(DEMO_SAES[0] / "layers.1", sae / "layers.1")
     assert program.main(command(sae, tmp_path / "out", "--bos", "counted")) == 2
@@ -234,7 +234,7 @@ def test_a_flag_that_counts_bos_is_part_of_what_the_file_is(tmp_path):
     assert result_file.read(path)["_run"]["key"]["counts_bos"] is True
 
 
-def test_inspect_says_what_it_is_and_where_it_fits(mislabelled, capsys):
+def test_inspect_describes_an_sae_and_where_it_fits(mislabelled, capsys):
     assert program.main(["inspect", "--sae_name", str(mislabelled), "--datasets", "gender", "--device1", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert "sparsify, topk, k 8, 256 -> 1024 latents" in shown
@@ -247,7 +247,7 @@ def test_inspect_says_what_it_is_and_where_it_fits(mislabelled, capsys):
 
 
 def test_missing_normalisation_of_a_file_is_found(tmp_path, capsys):
-    """A bundled SAE whose file was rescaled for inputs of norm sqrt(d), without the config that says so."""
+    """A bundled SAE is rescaled for inputs of norm sqrt(d), and its config does not say so."""
     folder = tmp_path / "sae" / "layers.3"
     shutil.copytree(DEMO_SAES[0] / "layers.3", folder)
     tensors, factor = load_file(folder / "sae.safetensors"), 1 / 8

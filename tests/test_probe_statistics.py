@@ -1,4 +1,4 @@
-"""Every figure of one probe against scikit-learn, NumPy or simulation."""
+"""Every figure of one probe, compared with scikit-learn, NumPy or simulation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from delta_selectivity.probing.uncertainty import balanced_mean, estimate_delta
 
 
 def found_scores(rows=400, repeats=3, damage=1.0, seed=0, people=150, weighted=False) -> ProbeScores:
-    """A model's scores that tell the label, an SAE's that tell it less well; a person's rows have luck in common."""
+    """Return a model's scores, an SAE's worse scores, and labels; rows of a person are correlated."""
     rng = np.random.default_rng(seed)
     persons = rng.integers(0, people, rows)
     labels = rng.random(rows) < 0.4
@@ -77,7 +77,7 @@ def test_transfer_r2_is_scikit_learns_of_the_models_scores_with_the_classes_bala
 
 
 def test_transfer_r2_leaves_outliers_out_as_if_they_were_not_there():
-    """One sink ruins a ratio of variances; without it the share is scikit-learn's of the other rows."""
+    """A single sink would ruin a ratio of variances; without it, the value is scikit-learn's on the other rows."""
     found = found_scores(weighted=True)
     outlier = np.isin(np.arange(len(found.labels)), [7, 100, 101])
     views = {name: scores.copy() for name, scores in found.views.items()}
@@ -111,8 +111,8 @@ def test_transfer_r2_counts_all_rows_where_a_class_has_outliers_only():
     assert result.n_outliers == found.labels.sum()
 
 
-def test_the_interval_of_transfer_r2_covers_its_truth():
-    """The model's scores have variance 1, x̂ adds noise of variance 0.3: R² is 0.7."""
+def test_the_interval_of_transfer_r2_has_the_right_coverage():
+    """The model's scores have variance 1, and x̂ adds noise of variance 0.3: R² is 0.7."""
     rng, covered = np.random.default_rng(3), []
     for _ in range(400):
         labels = np.arange(200) % 2 == 0
@@ -125,8 +125,8 @@ def test_the_interval_of_transfer_r2_covers_its_truth():
     assert 0.92 < np.mean(covered) < 0.98
 
 
-def test_the_auc_varies_as_delong_says():
-    """The structural components of DeLong et al. 1988, one row a person, one partition."""
+def test_the_error_of_the_auc_equals_delong():
+    """Compare with the structural components of DeLong et al. 1988, with one row per person and one partition."""
     found = found_scores(rows=300, repeats=1)
     found = replace(found, persons=np.arange(300))
     x, y = (found.views["model"][0, found.labels == side].astype(float) for side in (True, False))
@@ -137,15 +137,15 @@ def test_the_auc_varies_as_delong_says():
     assert ours.standard_error == pytest.approx(variance**0.5, rel=0.01)
 
 
-def test_a_row_without_evidence_holds_no_bits():
+def test_a_score_of_zero_has_no_bits():
     found = found_scores(rows=20, people=20)
     silent = replace(found, views={**found.views, "sae": np.zeros((3, 20), dtype=np.float16)})
     np.testing.assert_allclose(bits(silent, "sae"), 0, atol=1e-12)
     assert correct(silent, "sae").sum() == 3 * (~found.labels).sum()
 
 
-def test_the_share_retained_covers_its_truth():
-    """Model right in 90 % of the rows, the SAE in 80 %: 0.3 / 0.4 of what is above chance is retained."""
+def test_the_interval_of_the_retained_share_has_the_right_coverage():
+    """The model is right in 90 % of the rows, the SAE in 80 %: 0.3 / 0.4 of what is above chance is retained."""
     rng, covered = np.random.default_rng(5), []
     for _ in range(300):
         labels = np.arange(400) % 2 == 0
@@ -157,26 +157,26 @@ def test_the_share_retained_covers_its_truth():
     assert 0.92 < np.mean(covered) < 0.98
 
 
-def test_of_a_model_that_knows_next_to_nothing_no_share_is_retained():
+def test_a_model_at_chance_has_no_retained_share():
     found = found_scores()
     coin = quantised(np.random.default_rng(0).normal(size=(3, 400)).astype(np.float32))
     assert statistics(replace(found, views={**found.views, "model": coin})).retained is None
     assert statistics(found).retained is not None
 
 
-def test_preserved_means_shown_to_be_near_zero_and_not_merely_not_shown_to_be_lost():
+def test_preserved_requires_an_equivalence_test():
     small, large = found_scores(rows=60, people=60), found_scores(rows=6000, people=6000, damage=0.02)
     assert not statistics(small, epsilon=0.02).preserved
     assert statistics(large, epsilon=0.02).preserved
     assert not statistics(large, epsilon=1e-5).preserved
 
 
-def test_what_is_said_to_be_detectable_is_detected_four_times_in_five():
+def test_detectable_differences_are_found_with_80_percent_power():
     rng = np.random.default_rng(1)
     labels = np.arange(2000) % 2 == 0
 
     def drawn(truth):
-        """Rows that change in both directions, with this mean."""
+        """Return rows that change in both directions, with this mean."""
         changes = rng.choice([-1.0, 0.0, 1.0], (1, 2000), p=[0.1 - truth / 2, 0.8, 0.1 + truth / 2])
         return estimate_delta(changes, labels, np.arange(2000))
 

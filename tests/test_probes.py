@@ -1,4 +1,4 @@
-"""The solvers against scikit-learn, and our side of cuML's contract against a stand-in for it."""
+"""The solvers compared with scikit-learn, and our side of cuML's interface with a stand-in for cuML."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CS = (1e-5, 1e-3, 1e-1, 10.0)
 
 
 def problem(rows=300, d=24, noise=1.0, share=0.5, targets=1, weighted=False, cs=CS, seed=0) -> ProbeProblem:
-    """Correlated features of unequal size with a mean, three overlapping splits, labels by a few directions."""
+    """Return correlated features of unequal size with a mean, three overlapping splits, labels by a few directions."""
     random = torch.Generator().manual_seed(seed)
     mixing = torch.randn(d, d, generator=random) * torch.arange(1, d + 1) ** -0.5
     x = (torch.randn(rows, d, generator=random) @ mixing + torch.randn(d, generator=random)) * 10
@@ -66,18 +66,18 @@ def test_torch_agrees_with_scikit_learn(case):
     assert ((scores - expected).abs().amax(-1) / expected.std(-1)).max() < 1e-4
 
 
-LARGE = {"rows": 1400, "d": 96}  # float32 goes most of the way
+LARGE = {"rows": 1400, "d": 96}  # most iterations in float32
 
 
 @pytest.mark.parametrize("case", [{}, {"noise": 0.05}, {"weighted": True, "share": 0.1}, {"targets": 3}])
-def test_float32_most_of_the_way_ends_where_scikit_learn_does(case):
+def test_float32_start_ends_at_the_solution_of_scikit_learn(case):
     task = problem(**LARGE, **case, cs=(1e-5, 1e-2, 10.0))
     ours, reference = TorchLbfgs().fit(task), SklearnReference().fit(task)
     assert ours.converged.all()
     assert ((ours.coef - reference.coef).norm(dim=-1) / reference.coef.norm(dim=-1)).max() < 1e-4
 
 
-def test_float32_most_of_the_way_changes_no_score(monkeypatch):
+def test_float32_start_changes_no_score(monkeypatch):
     task, singles = problem(**LARGE, targets=2), []
     original = torch_dense.DenseColumns.in_float32
     monkeypatch.setattr(
@@ -91,7 +91,7 @@ def test_float32_most_of_the_way_changes_no_score(monkeypatch):
     assert ((scores[0] - scores[1]).abs().amax(-1) / scores[1].std(-1)).max() < 1e-6
 
 
-def test_float32_that_comes_to_nothing_is_done_again_in_float64(monkeypatch):
+def test_a_failed_float32_start_is_repeated_in_float64(monkeypatch):
     task = problem(**LARGE)
     expected = TorchLbfgs().fit(task)
     backward = torch_dense.CentredProducts.backward
@@ -148,7 +148,7 @@ def test_side_by_side_fits_are_those_of_one_thread():
         assert fits.coef.equal(alone[i % 4].coef)
 
 
-def test_a_rough_way_that_ends_too_early_is_gone_on_in_float64(monkeypatch):
+def test_a_short_float32_start_is_continued_in_float64(monkeypatch):
     task = problem(**LARGE, targets=2)
     expected = TorchLbfgs(tolerance=1e-9).fit(task)
     went, far = [], lbfgs._moved_too_far
@@ -161,7 +161,7 @@ def test_a_rough_way_that_ends_too_early_is_gone_on_in_float64(monkeypatch):
 
 
 @pytest.mark.parametrize("max_iter", [1, 4])
-def test_a_rough_fit_that_was_stopped_says_so(max_iter):
+def test_a_stopped_float32_fit_warns(max_iter):
     fits = TorchLbfgs(max_iter=max_iter).fit(problem(**LARGE, noise=0.05))
     assert not fits.converged[-1].any()
     assert (fits.n_iter[-1] == max_iter).all()
@@ -182,7 +182,7 @@ def test_the_preconditioner_is_the_inverse_hessian(inverted):
     weight, v = torch.rand(700, generator=random).double(), torch.randn(5, z.shape[1], generator=random)
     preconditioners = torch_dense.InverseHessians(z, inverted)
     preconditioners.at(0.1, weight)
-    again = preconditioners.at(0.3, weight / 2)  # the Gram matrix is scaled, not made anew
+    again = preconditioners.at(0.3, weight / 2)  # the Gram matrix is scaled, not recomputed
     penalty = torch.ones(z.shape[1], dtype=torch.float64)
     penalty[-1] = 0
     hessian = 0.15 * z.double().T @ (z.double() * weight[:, None]) + penalty.diag()
@@ -191,7 +191,7 @@ def test_the_preconditioner_is_the_inverse_hessian(inverted):
     )
 
 
-def test_features_far_from_zero_beside_their_spread_lose_no_accuracy():
+def test_features_with_a_large_mean_lose_no_accuracy():
     task = problem(**LARGE, cs=(0.1,))
     x = task.x + 1e4 * task.x.std(dim=0) * torch.linspace(-1, 1, 96)
     task = ProbeProblem(x, task.labels, task.weight, task.scale, task.cs)
@@ -267,22 +267,22 @@ def test_features_without_any_variation_fit_at_once():
     fits = TorchLbfgs().fit(task)
     assert fits.converged.all()
     assert fits.coef.abs().max() < 1e-9
-    assert (fits.coef.sum(-1) * 2 + fits.intercept).abs().max() < 1e-6  # balanced: no class preferred
+    assert (fits.coef.sum(-1) * 2 + fits.intercept).abs().max() < 1e-6  # balanced, so no class is preferred
 
 
-def test_a_fit_that_was_stopped_says_so():
+def test_a_stopped_fit_warns():
     fits = TorchLbfgs(max_iter=2).fit(problem(noise=0.05))
     assert not fits.converged[-1].any()
     assert (fits.n_iter[-1] == 2).all()
 
 
-def test_no_targets_are_no_fits():
+def test_zero_targets_give_zero_fits():
     task = problem()
     none = ProbeProblem(task.x, task.labels[:0], task.weight, task.scale, CS)
     assert TorchLbfgs().fit(none).coef.shape == (4, 0, 3, 24)
 
 
-def test_impossible_problems_are_refused():
+def test_invalid_problems_are_rejected():
     good = problem()
     broken = good.x.clone()
     broken[5, 2] = torch.nan
@@ -300,7 +300,7 @@ def test_impossible_problems_are_refused():
 
 
 class FakeCuml:
-    """cuML's objective by scikit-learn: mean weighted loss + penalty / (C rows); records what it was given."""
+    """A stand-in for cuML with the same objective by scikit-learn; it records its arguments."""
 
     def __init__(self) -> None:
         self.given: list[dict] = []
@@ -336,13 +336,13 @@ def cuml(monkeypatch) -> FakeCuml:
     return fake
 
 
-def test_our_side_of_cumls_contract(cuml):
+def test_the_call_of_cuml(cuml):
     task = problem(weighted=True, share=0.2, cs=(0.01, 1.0))
     backend = CumlQn(torch.device("cpu"))
     assert disagreement(backend, SklearnReference(), task) < 1e-3
     assert cuml.output_types == ["cupy"]
     first = cuml.given[0]
-    assert first["rows"] == 200  # the rows held out do not travel
+    assert first["rows"] == 200  # held-out rows are not transferred
     assert first["weight"].mean() == pytest.approx(1)
     train = task.weight[0] > 0
     assert first["C"] == pytest.approx(0.01 * task.weight[0][train].mean())
@@ -370,7 +370,7 @@ def test_cumls_settings_are_made_once_in_each_thread(cuml):
     assert cuml.output_types == ["cupy", "cupy"]
 
 
-def test_cuml_that_stops_early_says_so(cuml):
+def test_a_stopped_cuml_fit_warns(cuml):
     fits = CumlQn(torch.device("cpu"), max_iter=1).fit(problem(cs=(1.0,)))
     assert not fits.converged.any()
 
@@ -378,7 +378,7 @@ def test_cuml_that_stops_early_says_so(cuml):
 def sparse_problem(
     rows=400, d=2000, k=12, targets=2, cs=(1e-5, 1e-3, 1e-1, 10.0), scale=None, weighted=False, seed=0
 ) -> ProbeProblem:
-    """Codes of k latents a row, some frequent and most rare, as CSR with two entries in some cells; three splits."""
+    """Return CSR codes of k latents per row, a few frequent and most rare, some entries twice; three splits."""
     random = torch.Generator().manual_seed(seed)
     often = torch.arange(1, d + 1).float() ** -0.7
     col = torch.multinomial(often.expand(rows, d), k, generator=random)
@@ -433,13 +433,13 @@ def test_sparse_and_strided_features_give_the_same_probes():
     torch.testing.assert_close(a.intercept, b.intercept, rtol=1e-4, atol=1e-5)
 
 
-def test_latents_that_never_fire_weigh_nothing_and_those_that_fire_once_weigh_little():
+def test_latents_that_never_fire_have_zero_weight():
     task = sparse_problem(rows=200, d=60, k=8, cs=(0.1,))
     crow, col, value = task.x.crow_indices(), task.x.col_indices(), task.x.values()
     n = int(crow[1])
     col, value = col.clone(), value.clone()
-    col[0], value[0] = 77, 2.0  # row 0, and no other: held out by split 0
-    col[n], col[n + 1], value[n], value[n + 1] = 88, 88, 1.5, -1.5  # row 1: nothing in sum
+    col[0], value[0] = 77, 2.0  # only row 0, which split 0 holds out
+    col[n], col[n + 1], value[n], value[n + 1] = 88, 88, 1.5, -1.5  # row 1; the sum is 0
     x = torch.sparse_csr_tensor(crow, col, value, (200, 100))
     task = ProbeProblem(x, task.labels, task.weight, torch.ones(3, 100), task.cs)
     ours, reference = TorchLbfgs().fit(task), SklearnReference().fit(task)
@@ -498,13 +498,13 @@ def test_sparse_codes_on_a_gpu_give_the_same_probes():
 
 
 @pytest.mark.parametrize(("name", "solver"), [("auto", "torch"), ("torch", "torch"), ("sklearn", "sklearn")])
-def test_choice_on_the_cpu(name, solver):
+def test_the_choice_of_a_backend_on_the_cpu(name, solver):
     backend, reason = choose_backend(name, "cpu")
     assert backend.name == solver
     assert reason
 
 
-def test_choices_that_cannot_be_made(monkeypatch):
+def test_impossible_backends_are_rejected(monkeypatch):
     with pytest.raises(RequestError, match="choose one of auto, torch, cuml, sklearn"):
         choose_backend("svm", "cpu")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -523,7 +523,7 @@ def test_cuml_needs_a_gpu(cuml):
 @pytest.mark.parametrize(
     ("difference", "solver", "why"), [(1e-5, "cuml", "agrees"), (0.1, "torch", "differs"), (None, "torch", "failed")]
 )
-def test_auto_takes_cuml_only_if_it_agrees(cuml, monkeypatch, difference, solver, why):
+def test_auto_uses_cuml_only_if_it_agrees(cuml, monkeypatch, difference, solver, why):
     def check(backend, reference, task):
         if difference is None:
             raise RuntimeError("no driver")

@@ -1,4 +1,4 @@
-"""Every choice that depends on the processor, driven by faked capabilities."""
+"""Every choice that depends on the processor, with faked capabilities."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system import processor
 
-# What torch.cpu.get_capabilities() says of real processors, as far as it is asked.
+# torch.cpu.get_capabilities() of real processors, with the entries that are used
 AVX2 = {"avx2": True}
 AVX_VNNI = {**AVX2, "avx_vnni": True}
 AVX512 = {**AVX2, "avx512_f": True}
@@ -23,7 +23,7 @@ AMX = {**ZEN4, "amx_bf16": True, "amx_int8": True}
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """Fake a processor: `cpu(capabilities, vendor)` returns what is fast on it."""
+    """Return a function that fakes a processor: `cpu(capabilities, vendor)` returns what is fast on it."""
 
     def fake(capabilities, vendor, mkl=True, onednn=True):
         monkeypatch.delenv(processor.VARIABLE, raising=False)
@@ -50,10 +50,10 @@ def cpu(monkeypatch):
         (VNNI, "GenuineIntel", {"bytes"}),
         (ZEN4, "AuthenticAMD", {"bfloat16", "onednn", "bytes"}),
         (AMX, "GenuineIntel", {"bfloat16", "bytes"}),
-        ({"neon": True}, "", set()),  # not tried on ARM: what is right everywhere
+        ({"neon": True}, "", set()),  # not tried on ARM; conservative choices
     ],
 )
-def test_each_processor_is_given_what_it_computes_fast(capabilities, vendor, expected, cpu):
+def test_each_processor_gets_its_fast_kernels(capabilities, vendor, expected, cpu):
     assert cpu(capabilities, vendor) == expected
 
 
@@ -62,7 +62,7 @@ def test_nothing_is_fast_without_the_library_for_it(cpu):
     assert cpu(ZEN4, "AuthenticAMD", mkl=False) == {"bfloat16", "bytes"}
 
 
-def test_the_user_overrules(cpu, monkeypatch):
+def test_the_user_can_override(cpu, monkeypatch):
     cpu(AMX, "GenuineIntel")
     for asked, expected in (("none", set()), ("", set()), ("onednn, bytes", {"onednn", "bytes"})):
         monkeypatch.setenv(processor.VARIABLE, asked)
@@ -75,7 +75,7 @@ def test_the_user_overrules(cpu, monkeypatch):
         processor.fast_operations()
 
 
-def test_it_is_told_in_one_line(cpu, monkeypatch):
+def test_the_processor_is_described_in_one_line(cpu, monkeypatch):
     monkeypatch.setattr(processor, "cpu_count", lambda: 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     cpu(ZEN4, "AuthenticAMD")
@@ -86,7 +86,7 @@ def test_it_is_told_in_one_line(cpu, monkeypatch):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_gpu_is_asked_for_bfloat16_of_its_own(native, cpu, monkeypatch):
+def test_a_gpus_bfloat16_support_is_checked(native, cpu, monkeypatch):
     cpu(AMX, "GenuineIntel")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
     assert processor.has_bfloat16("cuda:0") == native
@@ -94,13 +94,13 @@ def test_a_gpu_is_asked_for_bfloat16_of_its_own(native, cpu, monkeypatch):
 
 
 def without_q(layer: dict[str, object]) -> dict[str, object]:
-    """The figures of a layer but for those that depend on how many others were measured."""
+    """Return the figures of a layer that do not depend on the number of measured results."""
     women = {name: value for name, value in layer["women"].items() if not name.endswith("q_value")}
     return {**layer, "women": women}
 
 
-def test_a_run_goes_on_in_the_dtype_of_its_folder(with_cache, tmp_path, monkeypatch, caplog):
-    """Begun where bfloat16 is fast, gone on with where it is not."""
+def test_a_run_is_resumed_in_the_dtype_of_its_folder(with_cache, tmp_path, monkeypatch, caplog):
+    """The run starts where bfloat16 is fast and is resumed where it is not."""
     folder = shutil.copytree(with_cache.model, tmp_path / "pythia-tiny")
     AutoModelForCausalLM.from_pretrained(folder).bfloat16().save_pretrained(folder)
     request = replace(with_cache, model=folder)

@@ -1,4 +1,4 @@
-"""Bars that nobody can see any more: no error, and above all no lock left locked."""
+"""Progress bars on a closed stream: no error, and no lock left locked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from delta_selectivity.system.stopwatch import Stopwatch
 
 
 class Gone:
-    """A stream whose reader has left."""
+    """A stream whose reader has closed it."""
 
     encoding = "utf-8"
 
@@ -32,7 +32,7 @@ class Gone:
 
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "EIO"), ValueError("closed file")])
-def test_a_stream_that_is_gone_stops_neither_bar_from_either_thread(monkeypatch, error, terminal):
+def test_bars_ignore_a_closed_stream(monkeypatch, error, terminal):
     monkeypatch.setattr(sys, "stderr", Gone(error, terminal))
     queue = BoundedQueue[int](max_bytes=1, size_of=lambda item: 1)
     with ProgressBars(1000, 1000, queue, quiet=False) as bars:
@@ -47,13 +47,13 @@ def test_a_stream_that_is_gone_stops_neither_bar_from_either_thread(monkeypatch,
             assert not thread.is_alive(), "waits for a lock that nobody will open"
 
 
-def test_no_stderr_at_all(monkeypatch):
+def test_bars_without_stderr(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     with ProgressBars(1, 1, BoundedQueue[int](max_bytes=1, size_of=lambda item: 1), quiet=False) as bars:
         bars.texts(1)
 
 
-def test_stages_add_up_and_the_wall_clock_comes_last():
+def test_stages_are_summed_and_the_total_is_last():
     clock = Stopwatch()
     for _ in range(2):
         with clock.stage("forward"):

@@ -1,4 +1,4 @@
-"""Codes by proposal in bytes are the codes of float32: which latents, and their values to rounding."""
+"""Codes by the 8-bit proposal agree with float32: the same latents, and values up to rounding."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ D_IN, D_SAE, K = 64, 8192, 8
 
 @pytest.fixture(scope="module")
 def encoder() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weights, biases and the mean of inputs, which is many times their spread."""
+    """Return weights, biases, and the mean of the inputs, which is many times their spread."""
     generator = torch.Generator().manual_seed(0)
     W_enc = torch.randn(D_SAE, D_IN, generator=generator) / 8
     centre = 20 * torch.randn(D_IN, generator=generator)
@@ -37,7 +37,9 @@ def dense(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
 
 def assert_same(found: tuple[torch.Tensor, torch.Tensor], plain: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert torch.equal(found[1].sort(dim=1).values, plain[1].sort(dim=1).values)
-    torch.testing.assert_close(dense(*found), dense(*plain), rtol=0, atol=2e-4)  # what is summed is of the order of 200
+    torch.testing.assert_close(
+        dense(*found), dense(*plain), rtol=0, atol=2e-4
+    )  # the summands have a magnitude of about 200
 
 
 def test_the_latents_and_values_are_those_of_float32(encoder):
@@ -46,17 +48,17 @@ def test_the_latents_and_values_are_those_of_float32(encoder):
     assert_same(Proposal.of(W_enc, b_enc, centre, K).topk(x), exact_topk(linear(x, W_enc, b_enc), K))
 
 
-def test_a_poor_bound_costs_time_and_nothing_else(encoder):
+def test_a_loose_bound_costs_only_time(encoder):
     W_enc, b_enc, centre = encoder
     x = inputs(centre)
     found = Proposal.of(W_enc, b_enc, torch.zeros(D_IN), K).topk(x)  # the mean is rounded too
     assert_same(found, exact_topk(linear(x, W_enc, b_enc), K))
 
 
-def test_what_bytes_take_for_equal_is_told_apart(encoder):
-    """Of latents that differ by less than a step, those at the end of the list among them."""
+def test_latents_with_equal_bytes_are_distinguished(encoder):
+    """Latents that differ by less than a step are distinguished, including those at the end of the list."""
     W_enc, b_enc, centre = encoder
-    kind = torch.arange(D_SAE) // 64 * 1e-3  # 64 latents of each of 128 kinds, a thousandth apart
+    kind = torch.arange(D_SAE) // 64 * 1e-3  # 64 latents of each of 128 kinds, with a difference of a thousandth
     W_enc = W_enc[:64].repeat(D_SAE // 64, 1)
     b_enc = 0.1 * torch.randn(64, generator=torch.Generator().manual_seed(2)).repeat(D_SAE // 64) - W_enc @ centre
     x = inputs(centre, rows=20)
@@ -76,7 +78,7 @@ def test_ties_beyond_k_leave_k_different_latents(encoder):
     assert all(len(set(row)) == K for row in latents.tolist())
 
 
-def test_no_product_is_farther_off_than_is_said(encoder):
+def test_products_are_within_their_bound(encoder):
     W_enc, b_enc, centre = encoder
     x = inputs(centre)
     made = Proposal.of(W_enc, b_enc, centre, K)
@@ -93,11 +95,11 @@ def test_no_product_is_farther_off_than_is_said(encoder):
 def guess(
     exact: np.ndarray, centre: np.ndarray, lost_by: str, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Products, and facts of rows and latents by which these may be as far off as they are."""
+    """Return products, and the row and latent values that bound their error."""
     of_rows, of_latents = generator.uniform(0, 0.5, (len(exact), 4)), generator.uniform(0.1, 1, (4, len(centre)))
     of_rows[:, 0], of_latents[0], of_latents[1] = 1e-3, 1e-3, centre
     if lost_by == "rows":
-        of_latents[2] *= 10  # products of rows and latents without a loss are no larger than their norms allow
+        of_latents[2] *= 10  # without rounding, products are no larger than the norms allow
         of_rows[:, 2], of_latents[3] = np.abs(exact - centre).max() / of_latents[2].max(), 0
         most = np.outer(of_rows[:, 1], of_latents[2])
     else:
@@ -118,7 +120,7 @@ def k_largest(*of_what: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("lost_by", ["rows", "latents"])
 @pytest.mark.parametrize(("d", "k"), [(1, 1), (7, 7), (9, 2), (130, 8), (1000, 32), (1027, 3)])
 @pytest.mark.parametrize("around", [-40.0, 0.0, 40.0])
-def test_a_guess_of_any_sign_and_width_finds_the_largest(d: int, k: int, around: float, lost_by: str):
+def test_estimates_of_any_sign_and_width_find_the_largest(d: int, k: int, around: float, lost_by: str):
     generator = np.random.default_rng([d, k])
     x, weight = (generator.standard_normal(shape).astype(np.float32) for shape in ((50, 5), (d, 5)))
     bias = (around + generator.choice([0.0, 0.25], d)).astype(np.float32)
@@ -128,7 +130,7 @@ def test_a_guess_of_any_sign_and_width_finds_the_largest(d: int, k: int, around:
     np.testing.assert_allclose(values, np.take_along_axis(exact, places, 1), rtol=0, atol=1e-4)
 
 
-def test_of_more_rows_than_are_held_back_each_has_its_own():
+def test_more_rows_than_the_buffer():
     generator = np.random.default_rng(5)
     rows = KEYS // 1000 * 20 + 7
     x, weight = (generator.standard_normal(shape).astype(np.float32) for shape in ((rows, 5), (1000, 5)))
@@ -145,8 +147,8 @@ def test_of_more_rows_than_are_held_back_each_has_its_own():
 
 
 @pytest.mark.parametrize("largest", [0.0, 1e-38, 1.0, 1e30, 3e38, np.inf])
-def test_numbers_of_any_size_are_numbers_like_others(largest: float):
-    """Zeros of either sign, numbers without an inverse, and those whose squares are too large for float32."""
+def test_numbers_of_any_magnitude(largest: float):
+    """Covers zeros of both signs, numbers without an inverse, and numbers whose squares overflow float32."""
     x = torch.ones(3, 4)
     weight = largest * torch.linspace(-1, 1, 600)[:, None].nan_to_num() * torch.tensor([1.0, 0, 0, 0])
     weight = weight.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
@@ -159,7 +161,7 @@ def test_numbers_of_any_size_are_numbers_like_others(largest: float):
             assert torch.equal(values.sort(dim=1, descending=True).values, expected[:k].expand(3, k))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 5, 700])  # 700: more than at once
+@pytest.mark.parametrize("rows", [0, 1, 5, 700])  # 700: more than are processed at once
 def test_any_number_of_rows_and_columns(rows: int):
     generator = torch.Generator().manual_seed(7)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((rows, 7), (1027, 7), (1027,)))
@@ -169,7 +171,7 @@ def test_any_number_of_rows_and_columns(rows: int):
     torch.testing.assert_close(values.sort(dim=1).values, expected[0].sort(dim=1).values)
 
 
-def test_a_column_without_weights_is_no_matter():
+def test_a_zero_column_is_accepted():
     generator = torch.Generator().manual_seed(8)
     x, weight = torch.randn(5, 8, generator=generator), torch.randn(600, 8, generator=generator)
     weight[:, 3], weight[17] = 0, 0
@@ -178,7 +180,7 @@ def test_a_column_without_weights_is_no_matter():
     assert torch.equal(found[1].sort(1).values, (x @ weight.T).topk(4, dim=1).indices.sort(1).values)
 
 
-def test_nan_stays_nan(encoder):
+def test_nan_is_preserved(encoder):
     W_enc, b_enc, centre = encoder
     x = inputs(centre, rows=3)
     x[1, 5] = torch.nan
@@ -187,7 +189,7 @@ def test_nan_stays_nan(encoder):
 
 
 @pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
-def test_a_weight_that_is_no_number_counts_as_in_float32(encoder, broken: float):
+def test_nan_weights_behave_as_in_float32(encoder, broken: float):
     W_enc, b_enc, centre = encoder
     W_enc = W_enc.clone()
     W_enc[77, 5] = broken
@@ -214,7 +216,7 @@ def test_a_coder_gives_the_same_codes_with_and_without(encoder, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("d_sae", "k"), [(256, 8), (4096, 200)])
-def test_small_or_dense_codes_are_not_worth_it(d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch):
+def test_small_or_dense_codes_use_no_proposal(d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(proposal, "has_fast_bytes", lambda: True)
     assert not proposal.saves_time(torch.zeros(d_sae, 4), k)
     assert not proposal.saves_time(torch.zeros(32768, 4, dtype=torch.float16), k=8)

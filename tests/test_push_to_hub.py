@@ -1,6 +1,6 @@
-"""Results on the Hub: one commit with files, page and card; the card changed by our blocks alone; errors in one line.
+"""Results on the Hub: one commit with files, page and card; only our blocks of the card change; one-line errors.
 
-The Hub is a server of this process that speaks the part of its HTTP interface that huggingface_hub uses for this.
+The Hub is a server in this process that implements the part of the HTTP interface that huggingface_hub uses here.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Hub:
         self.files: dict[str, bytes] = {}
         self.commits: list[dict] = []
         self.asked: list[str] = []
-        self.drop: list[str] = []  # of each, the next request whose path holds it is cut off
-        self.fail: dict[str, int] = {}  # status of every request whose path holds it
-        self.lose_answer = False  # the next commit is made, but nobody hears of it
+        self.drop: list[str] = []  # the next request whose path contains each of these is cut off
+        self.fail: dict[str, int] = {}  # status of every request whose path contains the key
+        self.lose_answer = False  # the next commit is made, but its response is lost
 
     @property
     def head(self) -> str:
@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
             )
 
     def _stopped(self) -> bool:
-        """Whether the request was refused or cut off."""
+        """Return whether the request was refused or cut off."""
         hub = self.hub
         hub.asked.append(f"{self.command} {self.path}")
         cut = next((part for part in hub.drop if part in self.path), None)
@@ -147,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """An empty repository, a token for it and no waiting."""
+    """Return an empty repository and a token for it; disable waiting."""
     repository = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Here", (Handler,), {"hub": repository}))
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -161,7 +161,7 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     monkeypatch.setattr(pushing, "PAUSES", (0.0, 0.0))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    # drawing it takes longer than all else
+    # drawing plots takes most of the time
     monkeypatch.setattr(output, "write_page", lambda study, path, with_rows: path.write_text(f"{with_rows}"))
     yield repository
     server.shutdown()
@@ -170,7 +170,7 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The kept demo without scores, however many of them lie beside it here."""
+    """Return the kept demo without scores."""
     folder = tmp_path_factory.mktemp("kept") / K32.name
     return ds.Results.load(shutil.copytree(K32, folder, ignore=shutil.ignore_patterns("*.scores")))
 
@@ -179,7 +179,7 @@ def metadata(card):
     return yaml.safe_load(card.split("---")[1])
 
 
-def test_all_of_it_is_one_commit(hub, monkeypatch, tmp_path):
+def test_a_push_is_one_commit(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(output, "write_page", WRITE_PAGE)
     paths = sorted(write_set(tmp_path, datasets=("gender", "athlete"), layers=[0]).rglob("*.json"))
     hub.files["README.md"] = CARDS["metadata"].encode()
@@ -243,7 +243,7 @@ def test_a_dataset_has_its_own_interval_where_scores_are_there(hub, tiny_model, 
 
 
 @pytest.mark.parametrize("name", CARDS)
-def test_a_card_differs_by_our_blocks_alone_however_often_it_is_pushed(name, hub, results):
+def test_repeated_pushes_change_only_our_blocks_of_the_card(name, hub, results):
     before = CARDS[name]
     if before:
         hub.files["README.md"] = before.encode()
@@ -270,7 +270,7 @@ def test_a_card_differs_by_our_blocks_alone_however_often_it_is_pushed(name, hub
     ModelCard(once)
 
 
-def test_a_new_push_takes_the_place_of_the_old_one(results):
+def test_a_new_push_replaces_the_old_one(results):
     card = with_results(CARDS["others' results"], [entry(0.5)], "old\ntext")
     card = card.replace("Text\n", "Text\n\nMore.\n")
     card += "\nAfter.\n"
@@ -298,7 +298,7 @@ def entry(value):
         ("---\nmodel-index:\n- name: sae\n  results:\n  - source:\n      name: Delta Selectivity\n---\n", "by hand"),
     ],
 )
-def test_a_card_that_cannot_be_added_to_is_left_alone(card, told, hub, results):
+def test_a_card_that_cannot_be_extended_is_not_changed(card, told, hub, results):
     hub.files["README.md"] = card.encode()
     with pytest.raises(ds.RequestError, match=told) as refused:
         results.push_to_hub(REPO)
@@ -308,16 +308,16 @@ def test_a_card_that_cannot_be_added_to_is_left_alone(card, told, hub, results):
 
 @pytest.mark.parametrize(
     ("card", "told"),
-    [(b"\xff\xfe text", "no UTF-8"), (b"---\nlicense: refused-by-the-hub\n---\n", '"license" is wrong')],
+    [(b"\xff\xfe text", "not UTF-8"), (b"---\nlicense: refused-by-the-hub\n---\n", '"license" is wrong')],
 )
-def test_a_card_that_the_hub_would_not_take_is_one_line(card, told, hub, capsys):
+def test_an_invalid_card_is_one_line(card, told, hub, capsys):
     hub.files["README.md"] = card
     assert told in (line := refused(capsys))
     assert line.endswith("; nothing was written")
     assert hub.commits == []
 
 
-def test_a_dry_run_shows_it_and_writes_nothing(hub, monkeypatch, capsys):
+def test_a_dry_run_prints_and_writes_nothing(hub, monkeypatch, capsys):
     hub.files["README.md"] = CARDS["metadata"].encode()
     monkeypatch.delenv("HF_TOKEN")
     assert report.main([str(DEMO), "--push_to_hub", REPO, "--sae", "k32", "--dry_run"]) == 0
@@ -351,14 +351,14 @@ def test_no_token_is_one_line(hub, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("where", "status", "told"),
     [
-        (f"/api/models/{REPO}", 404, "there is no such repository, or this token may not see it"),
-        ("/commit/", 403, "this token may not write there"),
-        ("/commit/", 500, "the Hub answers with status 500"),
-        ("/preupload/", 503, "the Hub answers with status 503"),
-        ("/commit/", 429, "too many requests for now"),
+        (f"/api/models/{REPO}", 404, "there is no such repository, or the token has no access to it"),
+        ("/commit/", 403, "the token has no write access"),
+        ("/commit/", 500, "the Hub responds with status 500"),
+        ("/preupload/", 503, "the Hub responds with status 503"),
+        ("/commit/", 429, "the Hub's rate limit is reached"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line_and_nothing_is_written(where, status, told, hub, capsys):
+def test_errors_of_the_hub_are_one_line(where, status, told, hub, capsys):
     hub.fail[where] = status
     assert told in (line := refused(capsys))
     assert line.startswith(f"error: --push_to_hub {REPO}: ")
@@ -369,26 +369,26 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_written(where, status, 
 
 def test_a_wrong_token_is_one_line(hub, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "the Hub does not know this token" in refused(capsys)
+    assert "the token is invalid" in refused(capsys)
     assert hub.commits == []
 
 
 @pytest.mark.parametrize("where", [f"/api/models/{REPO}", "/resolve/", "/preupload/", "/commit/", "validate-yaml"])
-def test_a_lost_connection_is_tried_again(where, hub, results):
+def test_a_lost_connection_is_retried(where, hub, results):
     hub.drop = [where]
     results.push_to_hub(REPO)
     assert hub.drop == []
     assert len(hub.commits) == 1
 
 
-def test_a_connection_that_is_lost_every_time_is_one_line(hub, capsys):
+def test_a_repeatedly_lost_connection_is_one_line(hub, capsys):
     hub.drop = ["/commit/"] * 50
     assert "the connection was lost" in refused(capsys)
     assert hub.commits == []
     assert sum("/commit/" in asked for asked in hub.asked) == 3
 
 
-def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, results):
+def test_a_commit_with_a_lost_response_is_not_repeated(hub, results):
     hub.lose_answer = True
     results.push_to_hub(REPO)
     once = dict(hub.files)
@@ -396,7 +396,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, results):
     assert once["README.md"].count(b"model-index") == 1
 
 
-def test_what_others_commit_in_between_is_kept(hub, results, monkeypatch):
+def test_concurrent_commits_of_others_are_kept(hub, results, monkeypatch):
     hub.files["README.md"] = CARDS["metadata"].encode()
     read = pushing._read_card
 
@@ -413,11 +413,11 @@ def test_what_others_commit_in_between_is_kept(hub, results, monkeypatch):
     assert b"model-index" in hub.files["README.md"]
 
 
-def test_a_hub_that_does_not_answer_is_one_line(monkeypatch, capsys):
+def test_an_unreachable_hub_is_one_line(monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(hub_access, "_last_check", None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert refused(capsys) == f"error: --push_to_hub {REPO}: the Hub does not answer: check the connection"
+    assert refused(capsys) == f"error: --push_to_hub {REPO}: the Hub does not respond: check the connection"
 
 
 def test_one_sae_is_chosen_and_named(hub, capsys, tmp_path):
@@ -428,10 +428,10 @@ def test_one_sae_is_chosen_and_named(hub, capsys, tmp_path):
         assert "OWNER/NAME is needed" in capsys.readouterr().err
     assert hub.asked == []
     assert report.main([str(K32), "--dry_run"]) == 2
-    assert "--dry_run goes with --push_to_hub" in capsys.readouterr().err
+    assert "--dry_run needs --push_to_hub" in capsys.readouterr().err
 
 
-def test_two_runs_of_other_layers_keep_their_files_apart_and_baselines_stay_home(hub, tmp_path):
+def test_runs_of_different_layers_get_separate_files(hub, tmp_path):
     one = write_set(tmp_path / "one", layers=[0], baselines=[("mean", "resid_post")])
     two = write_set(tmp_path / "two", layers=[1])
     found = ds.Results.load(one, two).push_to_hub(REPO, dry_run=True).files
@@ -442,7 +442,7 @@ def test_two_runs_of_other_layers_keep_their_files_apart_and_baselines_stay_home
 
 
 @pytest.mark.parametrize(("keep_texts", "with_rows"), [("public", b"True"), ("all", b"False")])
-def test_texts_that_were_kept_on_request_are_not_published(keep_texts, with_rows, hub, tmp_path):
+def test_private_texts_are_not_published(keep_texts, with_rows, hub, tmp_path):
     (path,) = write_set(tmp_path / "in").rglob("*.json")
     changed = write_changed(path, tmp_path / "out" / path.name, config={"keep_texts": keep_texts})
     found = ds.Results.load(changed).push_to_hub(REPO, dry_run=True)

@@ -1,4 +1,4 @@
-"""SAEs ranked by what survives, with ties where the data do not tell two apart."""
+"""SAEs ranked by transfer_r2, with ties where they do not differ significantly."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from delta_selectivity.reporting.results import load, result_files
 from delta_selectivity.reporting.study import study_of
 from delta_selectivity.reporting.tables import overview
 
-ABCD = ("a", "b", "c", "d")  # what survives: 0.80, 0.79, 0.78, 0.77, told apart
+ABCD = ("a", "b", "c", "d")  # with transfer_r2 0.80, 0.79, 0.78, 0.77, all different significantly
 
 
 def files_of(folder, ties=(), saes=ABCD, change=lambda level: level, **more):
-    """Result files in which the paired intervals of these pairs hold 0; `change` makes every level another."""
+    """Return result files in which the paired intervals of these pairs include 0; `change` edits every level."""
     write_set(folder / "first", saes=saes, layers=range(1), **more)
     for path in result_files(folder / "first"):
         run = result_file.read(path)["_run"]
@@ -39,21 +39,22 @@ def places(files):
 @pytest.mark.parametrize(
     ("ties", "expected", "told"),
     [
-        ([], ["1", "2", "3", "4"], "These data tell all 6 pairs of SAEs apart."),
-        (["bc"], ["1", "2-3", "2-3", "4"], "These data tell 5 of 6 pairs of SAEs apart; not b and c."),
-        (["ab", "bc"], ["1-2", "1-3", "2-3", "4"], "These data tell 4 of 6 pairs of SAEs apart; not a and b; b and c."),
+        ([], ["1", "2", "3", "4"], "All 6 pairs of SAEs differ significantly."),
+        (["bc"], ["1", "2-3", "2-3", "4"], "5 of 6 pairs of SAEs differ significantly. The others are b and c."),
+        (["ab", "bc"], ["1-2", "1-3", "2-3", "4"],
+         "4 of 6 pairs of SAEs differ significantly. The others are a and b; b and c."),
         (["ab", "ac", "ad", "bc", "bd"], ["1-4", "1-4", "1-3", "2-4"],
-         "1 of 6 pairs of SAEs apart; not a and b; a and c; a and d, and 2"),
-        (["ab", "ac", "ad", "bc", "bd", "cd"], ["1-4"] * 4, "These data cannot tell any of the 6 pairs of SAEs apart"),
+         "1 of 6 pairs of SAEs differ significantly. The others are a and b; a and c; a and d; and 2"),
+        (["ab", "ac", "ad", "bc", "bd", "cd"], ["1-4"] * 4, "None of the 6 pairs of SAEs differs significantly"),
     ],
 )  # fmt: skip
-def test_ranks_are_the_places_that_an_sae_may_have(ties, expected, told, tmp_path):
+def test_ranks_are_the_possible_positions(ties, expected, told, tmp_path):
     found, sentence = places(files_of(tmp_path, ties))
     assert found == list(zip(ABCD, expected, strict=True))
     assert told in sentence
 
 
-def test_order_is_by_what_survives_whatever_delta_sel_says(tmp_path):
+def test_the_order_is_by_transfer_r2(tmp_path):
     def turned(level):
         level["transfer_r2"] = 1 - level["transfer_r2"]
         for other in level["compared"].values():
@@ -66,14 +67,13 @@ def test_order_is_by_what_survives_whatever_delta_sel_says(tmp_path):
     assert found == [("d", "1"), ("c", "2"), ("b", "3"), ("a", "4")]
 
 
-def test_two_and_one(tmp_path):
+def test_ranking_two_saes_and_one(tmp_path):
     assert places(files_of(tmp_path / "two", saes=("a", "b")))[1] == (
-        "What the model's own probes read survives best in a (0.800), least in b (0.790). "
-        "These data tell the two SAEs apart."
+        "transfer_r2 is highest for a (0.800) and lowest for b (0.790). The two SAEs differ significantly."
     )
     tied = places(files_of(tmp_path / "tied", ["ab"], saes=("a", "b")))
     assert tied[0] == [("a", "1-2"), ("b", "1-2")]
-    assert "These data cannot tell these two SAEs apart" in tied[1]
+    assert "The two SAEs do not differ significantly" in tied[1]
     assert places(files_of(tmp_path / "one", saes=("a",))) == ([("a", "-")], None)
 
 
@@ -95,23 +95,23 @@ def test_results_without_the_score_are_not_ranked(tmp_path):
     assert (sorted(found), sentence) == ([(name, "-") for name in ABCD], None)
 
 
-def test_the_summary_and_the_page_lead_with_it(tmp_path):
+def test_the_summary_and_the_page_begin_with_the_ranking(tmp_path):
     files = files_of(tmp_path, ["bc"])
     lines = overview(files).splitlines()
     assert lines[0].replace(" ", "").startswith("|SAE|rank|survives|95%interval|")
     assert [line.split("|")[2].strip() for line in lines[2:6]] == ["1", "2-3", "2-3", "4"]
-    assert any(line.endswith("These data tell 5 of 6 pairs of SAEs apart; not b and c.") for line in lines)
+    assert any(line.endswith("5 of 6 pairs of SAEs differ significantly. The others are b and c.") for line in lines)
     study = study_of(files)
     plots = plots_of(study)
     html = page(study, plots, {plot.name: "<svg></svg>" for plot in plots}, with_links=False)
-    assert "<b>Ranked</b>: What the model&#x27;s own probes read survives best in a (0.800)" in html
-    assert html.index("5 of 6 pairs of SAEs apart; not b and c") < html.index("<table")
+    assert "<b>Ranked</b>: transfer_r2 is highest for a (0.800)" in html
+    assert html.index("5 of 6 pairs of SAEs differ significantly") < html.index("<table")
     assert "2–3" in html.partition('<section id="saes">')[2]
     assert next(plot.name for plot in plots.saes) == "mean_transfer_r2"
 
 
-def test_where_an_sae_has_cells_of_its_own_the_shared_ones_decide(tmp_path):
-    """Its mean is the best, over cells that are easier than those that both have."""
+def test_only_shared_cells_decide_the_rank(tmp_path):
+    """Its mean is the best, but over easier cells than those that both have."""
 
     def turned(level):
         for other in level["compared"].values():
@@ -121,4 +121,4 @@ def test_where_an_sae_has_cells_of_its_own_the_shared_ones_decide(tmp_path):
 
     found, sentence = places(files_of(tmp_path, saes=("a", "b"), change=turned))
     assert found == [("b", "1"), ("a", "2")]
-    assert sentence == "These data tell the two SAEs apart."
+    assert sentence == "The two SAEs differ significantly."

@@ -1,4 +1,4 @@
-"""The streamed figures against NumPy on the whole matrix, however it is cut."""
+"""The streamed figures compared with NumPy on the whole matrix, for any batching."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ D_IN, D_SAE, ROWS = 24, 40, 600
 
 
 def make_codes(rows: int, k: int = 5, seed: int = 1) -> SparseRows:
-    """k entries a row, a third of them zero; latents 30 and above never fire."""
+    """Return k entries per row, a third of them zero; latents 30 and above never fire."""
     rng = torch.Generator().manual_seed(seed)
     col = torch.rand(rows, 30, generator=rng).topk(k).indices.flatten()
     value = (3 * torch.rand(rows * k, generator=rng) - 1).relu()
@@ -38,19 +38,19 @@ def make_codes(rows: int, k: int = 5, seed: int = 1) -> SparseRows:
 def make_rows(mean: float, spread: float = 1.0) -> tuple[Tensor, Tensor]:
     rng = torch.Generator().manual_seed(0)
     x = mean + spread * torch.randn(ROWS, D_IN, generator=rng)
-    x[:, 3] += 50 * mean  # a dimension with a huge norm
+    x[:, 3] += 50 * mean  # a dimension with a large norm
     return x, x + 0.3 * spread * torch.randn(ROWS, D_IN, generator=rng)
 
 
 def facts(x: Tensor, rows: Tensor, outlying: Tensor | None = None) -> TokenFacts:
-    """Of tokens with these numbers."""
+    """Return the token values of tokens with these numbers."""
     return TokenFacts.of(x[rows], rows, None)._replace(outlying=None if outlying is None else outlying[rows])
 
 
 def stream(
     x: Tensor, recon: Tensor, codes: SparseRows, sizes: list[int], outlying: Tensor | None = None
 ) -> Reconstruction:
-    """Every row is a token; every third is probed too."""
+    """Stream every row as a token; every third is probed too."""
     sums = ReconstructionSums.empty(D_IN, D_SAE, "cpu")
     for rows in torch.arange(len(x)).split(sizes):
         sums.whole[ALL].add(x[rows], recon[rows], codes.select(rows), facts(x, rows, outlying), len(rows))
@@ -60,7 +60,7 @@ def stream(
 
 
 def whole_matrix(x: np.ndarray, recon: np.ndarray) -> tuple[float, float, float]:
-    """mse, fvu, cosine in float64."""
+    """Compute mse, fvu and cosine in float64."""
     x, recon = x.astype(np.float64), recon.astype(np.float64)
     error, deviation = (x - recon) ** 2, (x - x.mean(0)) ** 2
     cosine = (x * recon).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(recon, axis=1)
@@ -69,7 +69,7 @@ def whole_matrix(x: np.ndarray, recon: np.ndarray) -> tuple[float, float, float]
 
 @pytest.mark.parametrize(("mean", "spread"), [(0.0, 1.0), (1e3, 1.0), (-1e3, 1.0), (1.0, 1e-3)])
 @pytest.mark.parametrize("sizes", [[ROWS], [1, ROWS - 1], [41] * 14 + [26], [0, 300, 0, 299, 1]])
-def test_equals_numpy_however_it_is_cut(mean: float, spread: float, sizes: list[int]) -> None:
+def test_figures_equal_numpy_for_any_batching(mean: float, spread: float, sizes: list[int]) -> None:
     x, recon = make_rows(mean, spread)
     codes = make_codes(ROWS)
     figures = stream(x, recon, codes, sizes)
@@ -113,12 +113,12 @@ def test_merge_is_the_sum_of_the_parts() -> None:
     before = asdict(parts[0].figures())
     merged = parts[0].merge(parts[1]).merge(parts[2].to("cpu")).merge(ReconstructionSums.empty(D_IN, D_SAE, "cpu"))
     assert asdict(merged.figures()) == pytest.approx(asdict(whole.figures()), rel=1e-12)
-    assert asdict(parts[0].figures()) == before  # a merge makes a new one
+    assert asdict(parts[0].figures()) == before  # merging creates a new one
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3])
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, ROWS])
-def test_on_a_cpu_and_elsewhere_it_is_the_same(mean: float, rows: int) -> None:
+def test_the_cpu_path_equals_the_general_one(mean: float, rows: int) -> None:
     x, recon = (whole[:rows] for whole in make_rows(mean))
     for chosen in (None, torch.arange(rows) % 4 != 1):
         ours, theirs = _compare_on_cpu(x, recon, chosen), _compare(x, recon, chosen)
@@ -146,12 +146,12 @@ def test_a_perfect_reconstruction_has_no_error() -> None:
     assert figures.cosine == pytest.approx(1)
 
 
-def test_the_mean_as_reconstruction_leaves_all_variance() -> None:
+def test_reconstructing_the_mean_has_fvu_one() -> None:
     x, _ = make_rows(10)
     assert stream(x, x.double().mean(0).float().expand_as(x), make_codes(ROWS), [ROWS]).fvu_whole == pytest.approx(1)
 
 
-def test_nothing_seen_is_none_and_never_nan() -> None:
+def test_figures_without_tokens_are_none() -> None:
     figures = ReconstructionSums.empty(D_IN, D_SAE, "cpu").figures()
     assert (figures.n_probed, figures.n_tokens) == (0, 0)
     assert set(asdict(figures).values()) == {0, None}
@@ -171,7 +171,7 @@ def test_half_precision_activations_are_summed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("latent", [-1, D_SAE])
-def test_a_latent_that_there_is_not_is_an_error(latent: int) -> None:
+def test_an_invalid_latent_is_an_error(latent: int) -> None:
     x, recon = make_rows(0.0)
     codes = make_codes(ROWS)
     codes.col[7] = latent
@@ -179,20 +179,20 @@ def test_a_latent_that_there_is_not_is_an_error(latent: int) -> None:
         ReconstructionSums.empty(D_IN, D_SAE, "cpu").whole[ALL].add(x, recon, codes, facts(x, torch.arange(ROWS)), ROWS)
 
 
-def test_firings_are_noted_alike_on_a_cpu_and_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_firing_latents_are_recorded_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, number = make_codes(ROWS), torch.arange(ROWS) * 2**32
     here, there = torch.zeros(2, 2, D_SAE, dtype=torch.int64)
     _add_fired(number, codes, here)
     dense = torch.zeros(ROWS, D_SAE).scatter_add_(1, codes.col.view(ROWS, -1), codes.value.view(ROWS, -1))
     assert torch.equal(here, torch.stack([(dense != 0).sum(0), ((dense != 0) * number[:, None]).sum(0)]))
-    monkeypatch.setattr(torch.Tensor, "device", torch.device("meta"))  # only its type is asked
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("meta"))  # only its type is checked
     _add_fired(number, codes, there)
     monkeypatch.undo()
     assert torch.equal(here, there)
 
 
-def test_outliers_are_left_out_of_the_ordinary_and_counted() -> None:
-    """A fiftieth of the tokens are sinks: 100 times as long, and reconstructed badly."""
+def test_outliers_are_excluded_from_fvu_ordinary_and_counted() -> None:
+    """A fiftieth of the tokens are sinks: 100 times as long, and badly reconstructed."""
     x, recon = make_rows(0.0)
     sink = torch.arange(ROWS) % 50 == 7
     x[sink] = 100 + x[sink]
@@ -212,7 +212,7 @@ def test_outliers_are_left_out_of_the_ordinary_and_counted() -> None:
 def world(
     rng: np.random.Generator, lengths: np.ndarray, d_sae: int = 200
 ) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
-    """Tokens of texts, their errors correlated within a text; a few sinks; latents of all frequencies.
+    """Return tokens of texts with errors correlated within a text, a few sinks, and latents of all frequencies.
 
     x and x̂ [tokens, d], the text of each token, and which latents fire [tokens, d_sae].
     """
@@ -228,7 +228,7 @@ def world(
 
 
 def sampled(x: Tensor, recon: Tensor, text: np.ndarray, fires: np.ndarray, share: float, seed: int) -> Reconstruction:
-    """The figures of a sample, batch by batch of some 500 tokens in whole texts."""
+    """Return the figures of a sample, in batches of some 500 tokens in whole texts."""
     rng = np.random.default_rng(seed)
     drawn = rng.random(len(text)) < share
     sums = ReconstructionSums.empty(D_IN, fires.shape[1], "cpu")
@@ -243,8 +243,8 @@ def sampled(x: Tensor, recon: Tensor, text: np.ndarray, fires: np.ndarray, share
 
 
 @pytest.mark.parametrize(("n_texts", "length", "share"), [(1500, 20, 0.1), (1500, 20, 0.5), (60, 400, 0.1)])
-def test_intervals_of_a_sample_cover_what_all_tokens_give(n_texts: int, length: int, share: float) -> None:
-    """60 samples: coverage of 95 % intervals within what chance allows, and not much too wide."""
+def test_intervals_of_a_sample_cover_the_figures_of_all_tokens(n_texts: int, length: int, share: float) -> None:
+    """60 samples: the coverage of 95 % intervals is within binomial error, and they are not much too wide."""
     rng = np.random.default_rng(n_texts)
     x, recon, text, fires = world(rng, rng.poisson(length, n_texts) + 1)
     exact = sampled(x, recon, text, fires, 1.0, 0)
@@ -253,7 +253,9 @@ def test_intervals_of_a_sample_cover_what_all_tokens_give(n_texts: int, length: 
     for name in ("mse_whole", "fvu_whole"):
         truth = getattr(exact, name)
         value, se = (np.array([getattr(one, part) for one in found]) for part in (name, f"{name}_se"))
-        assert np.mean(np.abs(value - truth) < 1.96 * se) > 0.85  # 51 of 60: of a true 0.95 that is 1 in 1000
+        assert (
+            np.mean(np.abs(value - truth) < 1.96 * se) > 0.85
+        )  # 51 of 60: with a true 0.95, the probability is 1 in 1000
         assert np.mean(se) < 1.3 * np.std(value - truth)
     dead, se = (np.array([getattr(one, part) for one in found]) for part in ("dead", "dead_se"))
     assert np.std(dead) < 1.2 * np.mean(se) < 4 * np.std(dead)

@@ -1,4 +1,4 @@
-"""Result files: whole or not there, continued only by the same request, told apart from everything else."""
+"""Result files are complete or absent, and are resumed only by the same request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def written(path, key=None, layers=(0,), complete=True):
     return file
 
 
-def test_what_is_written_is_the_contracts_json(tmp_path):
+def test_the_written_json_has_the_documented_keys(tmp_path):
     path = tmp_path / "m_d.json"
     written(path, layers=(10, 2))
     found = json.loads(path.read_text())
@@ -35,7 +35,7 @@ def test_what_is_written_is_the_contracts_json(tmp_path):
     assert found["_run"]["versions"]["torch"]
 
 
-def test_the_same_request_goes_on_from_what_is_there(tmp_path):
+def test_the_same_request_resumes(tmp_path):
     path = tmp_path / "m_d.json"
     written(path, layers=(0, 3), complete=False)
     again = RecordFile.open(path, dict(reversed(KEY.items())), RUN, overwrite=False)
@@ -44,7 +44,7 @@ def test_the_same_request_goes_on_from_what_is_there(tmp_path):
     assert not again.complete
 
 
-def test_another_request_is_refused_and_says_what_differs(tmp_path):
+def test_another_request_is_rejected_with_the_difference(tmp_path):
     path = tmp_path / "m_d.json"
     written(path)
     before = path.read_bytes()
@@ -66,7 +66,7 @@ def test_another_request_is_refused_and_says_what_differs(tmp_path):
     ],
     ids=["truncated", "edited", "empty", "list", "no _run", "odd layer"],
 )
-def test_a_damaged_file_is_never_taken_as_done(tmp_path, damage):
+def test_a_damaged_file_is_rejected(tmp_path, damage):
     path = tmp_path / "m_d.json"
     written(path)
     path.write_text(damage(path.read_text()))
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_never_taken_as_done(tmp_path, damage):
         RecordFile.open(path, KEY, RUN, overwrite=False)
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_only_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "m_d.json"
     file = written(path)
     before = path.read_bytes()
@@ -89,7 +89,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == ["m_d.json"]
 
 
-def test_not_a_number_is_never_written(tmp_path):
+def test_nan_is_never_written(tmp_path):
     file = RecordFile.open(tmp_path / "m_d.json", KEY, RUN, overwrite=False)
     with pytest.raises(ValueError, match="JSON"):
         file.write({0: {"mse_pos": float("nan")}})

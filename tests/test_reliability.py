@@ -1,4 +1,4 @@
-"""The reliability benchmark: k-sparse probing against a plain loop, paired differences, draws, and counts of pairs."""
+"""The reliability benchmark: k-sparse probing compared with a plain loop, paired differences, draws, pair counts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def probe_scores(random, labels, persons, strength):
     return ProbeScores(views, labels, persons, np.ones(len(labels)), folds)
 
 
-def test_difference_is_that_of_the_mean_scores():
+def test_the_difference_equals_that_of_the_mean_scores():
     random, persons = np.random.default_rng(0), np.repeat(np.arange(200), 2)
     labels = [random.random(400) > share for share in (0.4, 0.6)]
     strong, weak = ([probe_scores(random, y, persons, s) for y in labels] for s in (2.0, 0.5))
@@ -48,7 +48,7 @@ def test_difference_is_that_of_the_mean_scores():
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
-def test_r2_is_that_of_the_scores_and_its_error_is_what_resampling_people_gives():
+def test_r2_and_its_error_equal_resampling_of_people():
     random, persons = np.random.default_rng(0), np.repeat(np.arange(150), 2)
     labels = np.arange(300) % 2 == 0  # equal classes: the balanced mean is the mean
     found = probe_scores(random, labels, persons, strength=2.0)
@@ -63,11 +63,11 @@ def test_r2_is_that_of_the_scores_and_its_error_is_what_resampling_people_gives(
         rows = np.concatenate([[2 * p, 2 * p + 1] for p in random.integers(150, size=150)])
         model, copy = exact["model"][:, rows], exact["transfer"][:, rows]
         spread.append(np.mean([r2_score(m, c) for m, c in zip(model, copy, strict=True)]))
-    parts = r2_parts(found, "transfer").mean(axis=0, keepdims=True)  # one row of partitions: the people's part alone
+    parts = r2_parts(found, "transfer").mean(axis=0, keepdims=True)  # one partition: only the error due to people
     assert difference([parts], [0 * parts], [found]).standard_error == pytest.approx(np.std(spread), rel=0.1)
 
 
-def test_the_error_of_an_fvu_difference_is_what_resampling_clusters_gives():
+def test_the_error_of_an_fvu_difference_equals_resampling_of_clusters():
     random = np.random.default_rng(0)
     clusters = np.repeat(np.arange(150), random.integers(1, 8, 150))
     deviation = random.exponential(size=len(clusters)) + random.exponential(size=150)[clusters]
@@ -89,7 +89,7 @@ def test_pairs_are_counted_by_sign_interval_and_noise():
     assert PairCount.of(gains, noise=0.011).beyond_noise == 0
 
 
-def test_noise_is_pooled_and_what_two_saes_share_cancels_in_their_difference():
+def test_noise_is_pooled_and_shared_noise_cancels():
     shared = [0.0, 1.0, 2.0, 3.0, 4.0]  # SD 1.58
     runs = {"a": shared, "b": [5 + 2 * value for value in shared]}
     assert noise_of_runs(runs) == pytest.approx(np.sqrt((2.5 + 10) / 2))
@@ -107,7 +107,7 @@ def test_noise_of_folds_is_that_of_a_mean_over_partitions():
 
 def test_people_are_resampled_whole_and_with_replacement():
     persons = np.array([4, 4, 9, 2, 2, 2])
-    drawn = rows_of_people(np.array([9, 4, 7, 4, 2, 9]), persons, 8)  # 7 is in no row here
+    drawn = rows_of_people(np.array([9, 4, 7, 4, 2, 9]), persons, 8)  # person 7 has no row here
     assert drawn.tolist() == [2, 0, 1, 0, 1, 3, 4, 5]
     assert rows_of_people(np.array([2, 2]), persons, 4).tolist() == [3, 4, 5, 3]
     with pytest.raises(ValueError, match="3 of 4 rows"):
@@ -118,11 +118,11 @@ def test_people_are_drawn_evenly():
     turns = draw_people(np.repeat(np.arange(500), 3), np.random.default_rng(0))
     counts = np.bincount(turns, minlength=500)
     assert counts.sum() == 2500
-    assert counts.var() == pytest.approx(5, rel=0.2)  # Poisson but for the fixed sum
+    assert counts.var() == pytest.approx(5, rel=0.2)  # Poisson except for the fixed sum
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
-def test_training_gives_snapshots_that_get_better(architecture):
+def test_snapshots_improve_during_training(architecture):
     random = torch.Generator().manual_seed(0)
     features = torch.randn(48, 16, generator=random)
     acts = (torch.rand(8192, 48, generator=random) * (torch.rand(8192, 48, generator=random) < 0.06)) @ features

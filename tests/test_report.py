@@ -1,4 +1,4 @@
-"""The CSV: every number as the JSON has it, and names that no spreadsheet takes for formulas."""
+"""The CSV: every number of the JSON, and no name that a spreadsheet reads as a formula."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from result_sets import write_changed, write_set
 
 from delta_selectivity.cli import report
 from delta_selectivity.records import result_file
-from delta_selectivity.records.figures import OF_A_PROBE, OR_NULL
+from delta_selectivity.records.figures import NULLABLE_PROBE_FIGURES, PROBE_FIGURES
 from delta_selectivity.records.result_file import RecordFile
 from delta_selectivity.reporting import csv_file, results
 from delta_selectivity.reporting.study import study_of
@@ -32,10 +32,10 @@ def test_every_number_of_every_probe_is_in_the_csv(tmp_path):
         assert float(line["fvu_whole"]) == figures["fvu_whole"]
 
 
-def test_names_from_data_are_no_formulas(tmp_path):
+def test_names_are_not_read_as_formulas(tmp_path):
     path = tmp_path / "m_d.json"
     file = RecordFile.open(path, {}, result_file.describe_run({"sae": "@evil"}), overwrite=False)
-    cell = {**dict.fromkeys([*OF_A_PROBE, *OR_NULL], 0.5), "delta_sel": -0.25, "reason": None}
+    cell = {**dict.fromkeys([*PROBE_FIGURES, *NULLABLE_PROBE_FIGURES], 0.5), "delta_sel": -0.25, "reason": None}
     file.write(
         {0: {"mse_pos": 0.5, "fvu_pos": 0.5, "l0": None, '=HYPERLINK("x")': cell, "a,b\n\x1b[2J": cell, "-1+1": cell}}
     )
@@ -47,7 +47,7 @@ def test_names_from_data_are_no_formulas(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["absent/out.csv", "."])
-def test_a_csv_that_cannot_be_written_is_told_in_one_line(target, tmp_path, monkeypatch, capsys):
+def test_an_unwritable_csv_is_one_line(target, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert report.main([str(DEMO), "--csv", target]) == 2
     told = capsys.readouterr().err
@@ -77,7 +77,7 @@ def summary(*folders):
         ({"new_setting": True}, {}, "new_setting on"),
     ],
 )
-def test_what_changes_a_number_is_never_averaged(key, config, told, tmp_path):
+def test_files_with_different_settings_are_not_averaged(key, config, told, tmp_path):
     write_changed(SAE, tmp_path / "a" / SAE.name)
     write_changed(SAE, tmp_path / "b" / SAE.name, key, config)
     saes = summary(tmp_path).saes
@@ -86,25 +86,25 @@ def test_what_changes_a_number_is_never_averaged(key, config, told, tmp_path):
     assert [len(sae.cells) for sae in saes] == [6, 6]
 
 
-def test_a_model_by_two_names_counts_once(tmp_path, caplog):
+def test_a_model_with_two_names_counts_once(tmp_path, caplog):
     write_changed(SAE, tmp_path / "a" / "org_tiny_wikidata_gender.json", config={"model_name": "org/tiny"})
     write_changed(SAE, tmp_path / "b" / "tiny_wikidata_gender.json", config={"model_name": str(tmp_path / "tiny")})
     study = summary(tmp_path)
     (sae,) = study.saes
     assert len(sae.cells) == 6
     assert list(study.datasets) == ["wikidata_gender"]
-    assert "b/tiny_wikidata_gender.json repeats what" in caplog.text
+    assert "b/tiny_wikidata_gender.json has layers that" in caplog.text
     assert "counted once" in caplog.text
 
 
-def test_layers_of_two_runs_add_up(tmp_path):
+def test_layers_of_two_runs_are_combined(tmp_path):
     for name, layers in (("a", range(2)), ("b", range(1, 4))):
         write_set(tmp_path / name, layers=layers)
     (sae,) = summary(tmp_path / "a", tmp_path / "b").saes
     assert [cell.layer for cell in sae.cells] == [0, 1, 2, 3]
 
 
-def test_what_cannot_be_compared_is_named_with_both_values(tmp_path, capsys):
+def test_incomparable_settings_are_reported_with_both_values(tmp_path, capsys):
     other = {"sae": "another"}
     write_changed(SAE, tmp_path / "a" / SAE.name)
     write_changed(SAE, tmp_path / "b" / SAE.name, {"positions": "mean", "seed": 1, "sae": "x"}, other)
@@ -112,14 +112,14 @@ def test_what_cannot_be_compared_is_named_with_both_values(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "not compared with another: positions last and mean; seed 0 and 1" in told
     write_changed(SAE, tmp_path / "b" / SAE.name, {"sae": "x", "data": "y"}, {**other, "dataset_file": "mine.csv"})
-    (line,) = summary(tmp_path).apart
-    assert line.endswith("dataset_file none and mine.csv; other rows of wikidata_gender")
+    (line,) = summary(tmp_path).not_compared
+    assert line.endswith("dataset_file none and mine.csv; different rows of wikidata_gender")
     write_changed(SAE, tmp_path / "b" / SAE.name, {"sae": "x", "model": "y"}, {**other, "model_name": "org/other"})
-    assert "model assets/tiny-pythia and org/other" in summary(tmp_path).apart[0]
-    assert SAE.stem not in "".join(summary(tmp_path).apart)
+    assert "model assets/tiny-pythia and org/other" in summary(tmp_path).not_compared[0]
+    assert SAE.stem not in "".join(summary(tmp_path).not_compared)
 
 
-def test_lines_of_the_csv_say_what_they_are_of(tmp_path):
+def test_csv_lines_name_model_and_settings(tmp_path):
     write_changed(SAE, tmp_path / "a" / SAE.name, config={"shuffle_select_n": 300})
     write_changed(SAE, tmp_path / "b" / SAE.name, {"positions": "mean", "seed": 7})
     assert report.main([str(tmp_path), "--csv", str(tmp_path / "all.csv")]) == 0
@@ -134,7 +134,7 @@ def test_lines_of_the_csv_say_what_they_are_of(tmp_path):
     assert all(int(line["n_rows"]) > 0 for line in lines)
 
 
-def test_a_folder_above_the_results_names_those_below_it(tmp_path, capsys):
+def test_a_parent_of_results_suggests_its_subfolders(tmp_path, capsys):
     below = write_set(tmp_path / "mine" / "today")
     write_set(tmp_path / ".hidden" / "old")
     assert report.main([str(tmp_path)]) == 2

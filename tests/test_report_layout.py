@@ -1,4 +1,4 @@
-"""What a report shows of views, of one layer, of noise and of long names."""
+"""The layout of reports: views, a single layer, noise and long names."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def with_further(cells):
     }
 
 
-def test_views_that_were_asked_for_are_in_tables_and_page(tmp_path, capsys):
+def test_requested_views_are_in_tables_and_page(tmp_path, capsys):
     folder = write_set(tmp_path / "in", saes=("a/one", "b/two"), layers=[3], edit=with_views)
     assert report.main([str(folder)]) == 0
     per_sae, _, summary = (part for part in capsys.readouterr().out.split("\n\n") if part.startswith("| layer") or
@@ -53,7 +53,7 @@ def test_views_that_were_asked_for_are_in_tables_and_page(tmp_path, capsys):
     assert [line[-2:] for line in json.loads(data.text)] == [[["0.612", 0.612], ["0.587", 0.587]]] * 2
 
 
-def test_few_latents_and_the_model_run_on_have_columns_too(tmp_path, capsys):
+def test_k_sparse_and_downstream_figures_have_columns(tmp_path, capsys):
     folder = write_set(tmp_path / "in", layers=[3], edit=with_further)
     assert report.main([str(folder)]) == 0
     head, _, first, *_ = (line for line in capsys.readouterr().out.splitlines() if line.startswith("|"))
@@ -69,13 +69,13 @@ def test_few_latents_and_the_model_run_on_have_columns_too(tmp_path, capsys):
     ]  # fmt: skip
 
 
-def test_tables_have_no_columns_of_views_that_were_not_asked_for(tmp_path, capsys):
+def test_tables_omit_views_that_were_not_requested(tmp_path, capsys):
     folder = write_set(tmp_path / "in")
     assert report.main([str(folder)]) == 0
     assert "error_sel" not in capsys.readouterr().out
 
 
-def test_one_layer_has_one_whole_tick_and_bars_beside_one_another(tmp_path):
+def test_a_single_layer_has_one_tick_and_offset_bars(tmp_path):
     study = study_in(write_set(tmp_path / "in", saes=("a/one", "b/two"), layers=[3]))
     (plot,) = (plot for plot in plots_of(study) if plot.name.startswith("levels"))
     (axes,) = plot.draw().figure.axes
@@ -91,18 +91,18 @@ def test_few_layers_have_a_tick_each(tmp_path):
     study = study_in(write_set(tmp_path / "in", layers=[2, 5]))
     (plot,) = (plot for plot in plots_of(study) if plot.name.startswith("levels"))
     assert list(plot.draw().figure.axes[0].get_xticks()) == [2, 5]
-    assert levels.FEW == 10
+    assert levels.MAX_LAYER_TICKS == 10
 
 
 @pytest.mark.parametrize("value", [-1.0, -0.5, 0.05, 0.5, 1.0])
-def test_noise_is_pale_and_hatched_without_colour_and_what_is_shown_is_neither(value):
-    """In grey as it would be printed: pixels of a cell at any saturation."""
+def test_cells_that_are_not_significant_are_pale_and_hatched(value):
+    """Rendered in grey: the pixels of a cell at any saturation."""
     found = {}
     for shown in (True, False):
         with matplotlib.rc_context({"savefig.dpi": 200}):
             figure = canvas(116, 22)
             axes = axes_at(figure, 0, 0, 58, 22)
-            matrix.bare(axes, 1, 1)
+            matrix.set_matrix_axes(axes, 1, 1)
             matrix.draw_matrix(axes, [matrix.MatrixCell(0, 0, value, "", shown, "")], 1.0)
             out = io.BytesIO()
             figure.savefig(out, format="png", facecolor="white")
@@ -114,9 +114,9 @@ def test_noise_is_pale_and_hatched_without_colour_and_what_is_shown_is_neither(v
     assert np.ptp(found[False]) > 0.2, "with lines that are darker"
 
 
-def test_long_names_keep_what_tells_them_apart(tmp_path):
+def test_shortened_names_keep_their_differences(tmp_path):
     assert all(
-        short.endswith(f"l0_{number}") for short, number in zip(names.apart(LONG, 16), (32, 64, 128), strict=True)
+        short.endswith(f"l0_{number}") for short, number in zip(names.short_names(LONG, 16), (32, 64, 128), strict=True)
     )
     study = study_in(write_set(tmp_path / "in", saes=LONG))
     drawn = {plot.name: plot.svg() for plot in plots_of(study)}
@@ -129,16 +129,16 @@ def test_long_names_keep_what_tells_them_apart(tmp_path):
 
 
 @pytest.mark.parametrize("room", [3, 4, 8, 12, 30])
-def test_names_stay_different_in_any_room(room):
+def test_shortened_names_are_distinct_at_any_length(room):
     rng = np.random.default_rng(0)
     for _ in range(200):
         texts = list({"".join(rng.choice(list("ab"), rng.integers(1, 40))) for _ in range(6)})
-        short = names.apart(texts, room)
+        short = names.short_names(texts, room)
         assert len(set(short)) == len(texts)
         assert max(map(len, short)) <= room
 
 
-def test_every_figure_of_a_narrow_table_says_what_it_is(tmp_path):
+def test_narrow_tables_label_every_figure(tmp_path):
     _, root = page_of(write_set(tmp_path / "in", saes=("a/one", "b/two")), tmp_path / "r.html")
     for table in (found for found in root.all("table") if found.attributes.get("id") != "cells"):
         heads = [head.text for head in table.all("thead")[0].all("th")]

@@ -1,4 +1,4 @@
-"""From a cell to its rows: who was lost, as plain NumPy says it; texts kept beside the scores, harmless in a page."""
+"""From a cell to its rows: lost rows compared with plain NumPy, stored texts, and untrusted texts in a page."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NAMES = ["Ada Lovelace", "Bo Li", "Maximilian von Hohenstein"]
 
 
 def stored(seed, n=N):
-    """Scores of n rows by probes in two partitions, of persons who occur once, twice or more often."""
+    """Return scores of n rows in two partitions, of persons who occur once, twice or more often."""
     random = np.random.default_rng(seed)
     labels = np.arange(n) % 2 == 0
     truth = np.where(labels, 1.0, -1.0)
@@ -47,7 +47,7 @@ def stored(seed, n=N):
 
 
 def write_rows(folder, text=lambda i: f"It was written by {NAMES[i % 3]}", saes=("a/one", "b/two"), kept=True):
-    """Result files of these SAEs with scores, and texts, of layer 1."""
+    """Write result files of these SAEs with scores, and texts, of layer 1."""
     write_set(folder, saes=saes, layers=range(2))
     for number, path in enumerate(result_files(folder)):
         key = json.loads(path.read_text())["_run"]["key"]
@@ -66,7 +66,7 @@ def write_rows(folder, text=lambda i: f"It was written by {NAMES[i % 3]}", saes=
 
 
 def by_hand(number):
-    """(row, lost, outcome) of every row, from the scores alone."""
+    """Compute (row, lost, outcome) of every row from the scores alone."""
     found = stored(number)
     model, sae = (found.views[view].astype(float).mean(axis=0) for view in ("model", "sae"))
     told = []
@@ -80,7 +80,7 @@ def by_hand(number):
     return sorted(told, key=lambda row: (row[2] != "lost", -row[1]))
 
 
-def test_rows_are_those_that_plain_sums_give_and_what_lost_most_comes_first(tmp_path):
+def test_rows_equal_plain_sums_and_are_sorted_by_loss(tmp_path):
     frame = Results.load(write_rows(tmp_path)).rows("gender", 1, "two")
     expected = by_hand(1)
     assert frame["outcome"].tolist() == [outcome for *_, outcome in expected]
@@ -117,7 +117,7 @@ def test_counts_by_class_and_subgroup_and_the_histogram_add_up_to_the_rows(tmp_p
     assert end > 0
 
 
-def test_the_command_prints_them_and_writes_all_as_csv(tmp_path, capsys):
+def test_the_command_prints_rows_and_writes_csv(tmp_path, capsys):
     folder = write_rows(tmp_path / "in", saes=("a/one", "b/two-k8"))
     assert report.main([str(folder), "--rows", "gender", "--layer", "1", "--sae", "k8"]) == 0
     told = capsys.readouterr().out
@@ -136,25 +136,25 @@ def test_the_command_prints_them_and_writes_all_as_csv(tmp_path, capsys):
     ("flags", "told"),
     [
         (["--rows", "gender", "--layer", "1"], "--sae is missing: name one of a/one, b/two"),
-        (["--rows", "gender", "--layer", "1", "--sae", "three"], "there is no SAE 'three' here: a/one, b/two"),
-        (["--rows", "gender", "--layer", "1", "--sae", "_"], "'_' is not one SAE but several"),
+        (["--rows", "gender", "--layer", "1", "--sae", "three"], "there is no SAE 'three'; there are a/one, b/two"),
+        (["--rows", "gender", "--layer", "1", "--sae", "_"], "'_' matches several SAEs"),
         (["--rows", "gender", "--sae", "one"], "--layer is missing: gender has layers 0, 1"),
         (["--rows", "gender", "--layer", "7", "--sae", "one"], "--layer 7: gender has layers 0, 1"),
-        (["--rows", "age", "--layer", "1", "--sae", "one"], "--rows age: there is no such probe: gender"),
-        (["--rows", "gender", "--layer", "0", "--sae", "one"], "measure it again"),
+        (["--rows", "age", "--layer", "1", "--sae", "one"], "--rows age: there is no such probe; there are gender"),
+        (["--rows", "gender", "--layer", "0", "--sae", "one"], "measure the layer again"),
         (["--rows", "gender", "--layer", "1", "--sae", "one", "--csv", "absent/rows.csv"], "cannot be written"),
-        (["--layer", "1"], "--layer and --sae choose a cell"),
-        (["--rows", "gender", "--summary"], "other outputs go without it"),
+        (["--layer", "1"], "--layer needs --rows or --latents"),
+        (["--rows", "gender", "--summary"], "cannot be combined with other outputs"),
     ],
 )
-def test_what_is_asked_for_wrongly_is_told_in_a_line(flags, told, tmp_path, capsys):
+def test_invalid_cells_are_rejected_with_one_line(flags, told, tmp_path, capsys):
     assert report.main([str(write_rows(tmp_path)), *flags]) == 2
     error = capsys.readouterr().err
     assert told in error
     assert error.startswith("error: ")
 
 
-def test_scores_of_another_run_are_no_rows(tmp_path):
+def test_scores_of_another_run_are_rejected(tmp_path):
     folder = write_rows(tmp_path, saes=("one",))
     (path,) = result_files(folder)
     scores.save(scores.path_of(path, 1), LayerScores(1, "another key", {"gender": stored(0)}))
@@ -162,7 +162,7 @@ def test_scores_of_another_run_are_no_rows(tmp_path):
         Results.load(folder).rows("gender", 1)
 
 
-def test_texts_come_back_as_they_were_and_damage_is_told(tmp_path):
+def test_texts_are_unchanged_and_damage_is_reported(tmp_path):
     result_file = tmp_path / "m_d.json"
     kept = texts.KeptTexts("a hash", [texts.Text(HOSTILE, 0, 8, "né")], {"gender": np.array([0, 0])})
     content = texts.to_bytes(kept)
@@ -193,7 +193,7 @@ def test_texts_of_other_data_are_not_shown(tmp_path):
     assert len(frame) == N
 
 
-def test_only_public_texts_are_kept_unless_asked(tmp_path):
+def test_only_public_texts_are_stored_by_default(tmp_path):
     own = load_probe_texts([UserData(str(write_csv(tmp_path / "mine.csv", people(40))))])
     bundled = load_probe_texts(["politics"], shuffle_select_n=50)
     for found, kept in (
@@ -213,7 +213,7 @@ def test_only_public_texts_are_kept_unless_asked(tmp_path):
     assert shown == [(own.mentions[m].text, own.mentions[m].start) for m in probe.mentions]
 
 
-def test_a_run_keeps_the_texts_that_were_asked_for_and_forgets_them_when_asked(tiny_model, tmp_path):
+def test_a_run_stores_or_removes_texts_as_requested(tiny_model, tmp_path):
     sae = write_sparsify(tmp_path / "sae", layers=[1])
     data = write_csv(tmp_path / "mine.csv", people(120))
     request = Request(tiny_model, (sae,), data, tmp_path / "out").plus("--positions", "all")
@@ -231,7 +231,7 @@ def test_a_run_keeps_the_texts_that_were_asked_for_and_forgets_them_when_asked(t
     assert not texts.path_of(path).exists()
 
 
-def test_texts_of_a_bundled_task_that_were_not_kept_are_looked_up():
+def test_missing_texts_of_a_bundled_task_are_looked_up():
     (file,) = load([DEMO / "tiny-pythia-saes-k8" / "tiny-pythia_wikidata_gender.json"])
     kept = rows.texts_of(file)
     found = load_probe_texts(["gender"])
@@ -257,21 +257,28 @@ def test_the_page_holds_the_rows_of_a_cell_in_hundredths(tmp_path):
     assert all((shown > 0) == (model[row] > 0) for shown, (row, *_) in zip(cell["scores"][0], expected, strict=True))
 
 
-def test_a_page_without_room_keeps_the_rows_that_say_most_and_without_any_none(tmp_path, monkeypatch):
+def test_the_page_reads_the_rows_of_each_cell_once(tmp_path, monkeypatch):
+    read, texts_of = [], rows.texts_of
+    monkeypatch.setattr(rows, "texts_of", lambda file, fetch: read.append(file[0]) or texts_of(file, fetch))
+    page_of(write_rows(tmp_path / "in"), tmp_path / "r.html")
+    assert len(read) == len(set(read)) == 2, "each of the two SAEs has scores of one cell"
+
+
+def test_a_full_page_keeps_the_most_informative_rows(tmp_path, monkeypatch):
     folder = write_rows(tmp_path / "in")
     monkeypatch.setattr(row_data, "TOP", 8)
     monkeypatch.setattr(row_data, "BOTTOM", 2)
     study = study_of(load(result_files(folder)))
-    full = len(row_data.packed(study, 10**6))
-    few = json.loads(gzip.decompress(base64.b64decode(row_data.packed(study, full - 1))))
+    full = len(row_data.packed(study, 10**6, rows.rows_of))
+    few = json.loads(gzip.decompress(base64.b64decode(row_data.packed(study, full - 1, rows.rows_of))))
     order = [row for row, *_ in by_hand(1)]
     chosen = [int(few["texts"][place][0].partition(":")[0]) for place in few["cells"]["3"]["texts"]]
     assert chosen == order[:8] + order[-2:]
     assert few["cells"]["3"]["n"] == N
-    assert row_data.packed(study, 100) is None
+    assert row_data.packed(study, 100, rows.rows_of) is None
 
 
-def test_a_page_with_long_texts_stays_small_and_their_markup_is_text(tmp_path):
+def test_long_texts_are_shortened_and_escaped(tmp_path):
     folder = write_rows(
         tmp_path / "in", text=lambda i: f"{HOSTILE * 1000}{i} {NAMES[i % 3]}{HOSTILE * 200}{NAMES[i % 3]}"
     )
@@ -286,13 +293,13 @@ def test_a_page_with_long_texts_stays_small_and_their_markup_is_text(tmp_path):
     assert any("\\u202e" in before for before, *_ in unpacked(root)["texts"])
 
 
-def test_a_name_of_a_hundred_thousand_characters_is_cut(tmp_path):
+def test_a_very_long_name_is_shortened(tmp_path):
     text = texts.Text("x" * 100_000 + " " + "y" * 100_000 + " z" * 50_000, 100_001, 200_001, "p" * 100_000)
     before, name, after = row_data.excerpt(text, 220, 80, 40)
     assert (len(before), len(name), len(after)) == (222, 80, 42)
 
 
-def test_the_kept_demo_says_who_was_lost_at_layer_4(tmp_path):
+def test_the_kept_demo_has_the_rows_of_layer_4(tmp_path):
     frame = Results.load(DEMO).rows("gender", 4, "k8")
     found = load([DEMO / "tiny-pythia-saes-k8" / "tiny-pythia_wikidata_gender.json"])[0][1]["layer_4"]["gender"]
     assert len(frame) == found["n_rows"]

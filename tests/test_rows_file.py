@@ -1,4 +1,4 @@
-"""Files of rows: what is written is read back in every format, and what cannot be measured is refused in one line."""
+"""Files of rows: every format returns the written rows, and invalid files are rejected with one line."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def made(n=N) -> Rows:
 
 
 def foreign(**changed):
-    """Columns as somebody else writes them; None: left out."""
+    """Return columns as another program writes them; None: omitted."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N, D)).astype(np.float32)
     columns = {"x": x, "recon": x + 0.1, "labels": (x[:, 0] > 0).astype(np.int64), "groups": np.arange(N), **changed}
@@ -66,7 +66,7 @@ def written(path: Path, columns) -> Path:
 
 
 def refused(path: Path, capsys) -> str:
-    """The one line with which the program refuses a file."""
+    """Return the one-line error for a file."""
     capsys.readouterr()
     assert probe.main([str(path)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -75,7 +75,7 @@ def refused(path: Path, capsys) -> str:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_is_written_is_read_back_to_the_bit(suffix, tmp_path):
+def test_written_rows_are_read_back_bitwise(suffix, tmp_path):
     rows, path = made(), tmp_path / f"rows{suffix}"
     save(path, rows)
     first = path.read_bytes()
@@ -95,7 +95,7 @@ def test_what_is_written_is_read_back_to_the_bit(suffix, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_texts_are_there_for_people_to_read(tmp_path):
+def test_texts_are_written_for_readers(tmp_path):
     for suffix in SUFFIXES:
         save(tmp_path / f"rows{suffix}", made())
     with np.load(tmp_path / "rows.npz", allow_pickle=False) as file:
@@ -106,7 +106,7 @@ def test_texts_are_there_for_people_to_read(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_of_somebody_else_is_read(suffix, tmp_path):
+def test_a_file_of_another_program_is_read(suffix, tmp_path):
     found = load(written(tmp_path / f"theirs{suffix}", foreign()))
     assert list(found.recons) == ["reconstruction"]
     assert [probe.name for probe in found.probes] == ["labels"]
@@ -115,7 +115,7 @@ def test_a_file_of_somebody_else_is_read(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-def test_people_may_have_names(suffix, tmp_path):
+def test_groups_may_be_names(suffix, tmp_path):
     names = [f"person {i // 3}" for i in range(N)]
     found = load(written(tmp_path / f"theirs{suffix}", foreign(groups=np.array(names))))
     np.testing.assert_array_equal(found.groups, person_ids(names))
@@ -130,7 +130,7 @@ def test_spellings_of_one_group_are_one_in_files_of_rows(tmp_path, suffix):
     np.testing.assert_array_equal(whole.groups, np.arange(N))
 
 
-def test_other_floats_lists_and_integers_do_as_well(tmp_path):
+def test_other_numeric_types_are_accepted(tmp_path):
     x = np.arange(N * D).reshape(N, D) / 7
     path = written(tmp_path / "a.safetensors", {"groups": np.arange(N)})
     save_file(
@@ -174,7 +174,7 @@ BAD = {
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("what", BAD)
-def test_what_cannot_be_measured_is_refused_in_one_line(what, suffix, tmp_path, capsys):
+def test_unmeasurable_rows_are_rejected_with_one_line(what, suffix, tmp_path, capsys):
     changed, words = BAD[what]
     path = written(tmp_path / f"bad{suffix}", foreign(**changed))
     assert words in refused(path, capsys)
@@ -188,7 +188,7 @@ def test_a_column_of_another_length_is_refused(name, suffix, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_file_that_was_cut_or_changed_is_refused(suffix, tmp_path, capsys):
+def test_a_truncated_or_changed_file_is_rejected(suffix, tmp_path, capsys):
     path = tmp_path / f"rows{suffix}"
     save(path, made())
     whole = path.read_bytes()
@@ -202,7 +202,7 @@ def test_a_file_that_was_cut_or_changed_is_refused(suffix, tmp_path, capsys):
     assert "folds" in refused(path, capsys)
 
 
-def test_another_order_of_magnitude_in_a_value_is_seen(tmp_path, capsys):
+def test_a_changed_exponent_is_detected(tmp_path, capsys):
     path = tmp_path / "rows.safetensors"
     save(path, made())
     content = bytearray(path.read_bytes())
@@ -233,7 +233,7 @@ class Dropper:
         return (Path("dropped").touch, ())
 
 
-def test_no_pickle_is_opened(tmp_path, capsys, monkeypatch):
+def test_pickles_are_not_opened(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez(tmp_path / "a.npz", **foreign(groups=np.array([Dropper()] * N, dtype=object)))
     assert "no Python objects" in refused(tmp_path / "a.npz", capsys)
@@ -250,10 +250,10 @@ def header(shape, descr="<f4") -> bytes:
     ("shape", "descr"),
     [((10**12, 4), "<f4"), ((10**30,), "<f4"), ((-4, 4), "<f4"), ((10**12,), "<U0"), ((0, 4), "<f4")],
 )
-def test_an_array_is_no_larger_than_what_follows_its_header(shape, descr, tmp_path, capsys):
+def test_array_sizes_are_checked_against_the_file(shape, descr, tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("x.npy", header(shape, descr) + bytes(64))
-    assert "promises" in refused(tmp_path / "a.npz", capsys)
+    assert "announces" in refused(tmp_path / "a.npz", capsys)
 
 
 def test_a_file_that_never_ends_is_refused(tmp_path, capsys):
@@ -261,7 +261,7 @@ def test_a_file_that_never_ends_is_refused(tmp_path, capsys):
     assert "a pipe or a device" in refused(tmp_path / "a.npz", capsys)
 
 
-def test_a_bomb_is_refused_before_it_takes_memory(tmp_path, capsys, monkeypatch):
+def test_a_decompression_bomb_is_rejected_before_allocation(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(unpacked, "ALWAYS_ALLOWED", 2**20)
     np.savez_compressed(tmp_path / "a.npz", **foreign(x=np.zeros((2**19, 8), np.float32)))
     assert "decompresses from" in refused(tmp_path / "a.npz", capsys)
@@ -287,7 +287,7 @@ def test_a_parquet_column_of_a_wrong_type_is_refused(column, words, tmp_path, ca
     assert words in refused(written(tmp_path / "a.parquet", foreign(**column)), capsys)
 
 
-def test_it_cannot_be_saved_under_another_suffix(tmp_path):
+def test_saving_needs_a_known_suffix(tmp_path):
     with pytest.raises(RequestError, match="unknown suffix"):
         save(tmp_path / "rows.csv", made())
 

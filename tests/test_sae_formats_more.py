@@ -1,4 +1,4 @@
-"""dictionary_learning against the library that writes it, and plain files against SAE Lens."""
+"""dictionary_learning compared with its own library, and plain files with SAE Lens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from delta_selectivity.saes.dictionary_learning import CLASSES
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[Any]:
-    """``dictionary_learning.utils``, with a stand-in for nnsight, which it imports and which SAEs do not need."""
+    """Import ``dictionary_learning.utils`` with a stand-in for nnsight, which it imports and SAEs do not need."""
     stub = types.ModuleType("nnsight")
     stub.LanguageModel = object  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
@@ -37,7 +37,7 @@ def library() -> Iterator[Any]:
 
 
 def make_dictionary(library: Any, dict_class: str, threshold: float) -> Any:
-    """One of the library's SAEs with random parameters."""
+    """Return one of the library's SAEs with random parameters."""
     cls = getattr(library, dict_class)
     group_sizes = {"group_sizes": [D_SAE // 4, D_SAE - D_SAE // 4]} if dict_class.startswith("Matryoshka") else {}
     torch.manual_seed(0)
@@ -50,7 +50,7 @@ def make_dictionary(library: Any, dict_class: str, threshold: float) -> Any:
 
 
 def save_dictionary(folder: Path, state: dict[str, Tensor], dict_class: str, **trainer: Any) -> Path:
-    """As the library's ``trainSAE`` writes an SAE."""
+    """Write an SAE as the library's ``trainSAE`` does."""
     folder.mkdir(parents=True)
     said = {"dict_class": dict_class, "activation_dim": D_IN, "dict_size": D_SAE, "k": K, "layer": 3,
             "lm_name": "EleutherAI/pythia-160m-deduped", "submodule_name": "resid_post_layer_3"}  # fmt: skip
@@ -94,7 +94,7 @@ TRAINERS: dict[str, dict[str, Any]] = {
 
 
 class Activations:
-    """What ``trainSAE`` takes for a buffer."""
+    """A replacement of the buffer that ``trainSAE`` takes."""
 
     config = {"io": "out", "ctx_len": 128}  # noqa: RUF012
 
@@ -104,7 +104,7 @@ class Activations:
 
 @pytest.fixture(scope="module")
 def trained(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders ``trainer_0``, ``trainer_1``, ..., written by the library's own training loop."""
+    """Return folders ``trainer_0``, ``trainer_1``, ..., written by the library's own training loop."""
     from dictionary_learning import trainers, training
     from dictionary_learning.trainers import matryoshka_batch_top_k, standard
 
@@ -129,7 +129,7 @@ def test_agrees_with_what_dictionary_learning_trained(library: Any, trained: Pat
 
 
 def linear_state(seed: int = 0) -> dict[str, Tensor]:
-    """What ``AutoEncoder`` holds."""
+    """Return the state of an ``AutoEncoder``."""
     rng = torch.Generator().manual_seed(seed)
     shapes = {
         "bias": (D_IN,),
@@ -154,7 +154,9 @@ def linear_state(seed: int = 0) -> dict[str, Tensor]:
         ("mlp_out_layer_3/trainer_0", {"submodule_name": None}, "layers.<layer>.mlp", None),
     ],
 )
-def test_the_place_of_a_dictionary(tmp_path: Path, folder: str, said: Any, hookpoint: str, reads: str | None) -> None:
+def test_the_layer_and_hook_point_of_a_dictionary(
+    tmp_path: Path, folder: str, said: Any, hookpoint: str, reads: str | None
+) -> None:
     save_dictionary(tmp_path / folder, linear_state(), "AutoEncoder", **said)
     source = open_sae(str(tmp_path))
     assert (source.layers, source.hookpoint, source.input_hookpoint) == ((3,), hookpoint, reads)
@@ -162,7 +164,7 @@ def test_the_place_of_a_dictionary(tmp_path: Path, folder: str, said: Any, hookp
     assert sae.architecture == ("standard" if reads is None else "standard transcoder")
 
 
-def test_a_dictionary_that_does_not_say_where_it_belongs(tmp_path: Path) -> None:
+def test_a_dictionary_without_a_place(tmp_path: Path) -> None:
     save_dictionary(tmp_path / "attention" / "mine", linear_state(), "AutoEncoder", submodule_name=None)
     with pytest.raises(RequestError, match="give `hookpoint`"):
         open_sae(str(tmp_path / "attention"))
@@ -249,7 +251,7 @@ def test_plain_files_agree_with_sae_lens(
     reference = SAE.load_from_disk(tmp_path / "lens")
     renamed = {"W_enc": "enc.weight", "W_dec": "dec.weight"}
     state = {renamed.get(name, name): tensor for name, tensor in reference.state_dict().items()}
-    state["enc.weight"], state["dec.weight"] = state["enc.weight"].T, state["dec.weight"].T  # as nn.Linear has them
+    state["enc.weight"], state["dec.weight"] = state["enc.weight"].T, state["dec.weight"].T  # the layout of nn.Linear
     prefix = "" if suffix == ".safetensors" else "state_dict."
     folder = write_plain(
         tmp_path / "plain", state, suffix, architecture=architecture, apply_b_dec_to_input=apply_b_dec,
@@ -281,7 +283,7 @@ def test_plain_batchtopk_has_one_threshold(tmp_path: Path) -> None:
     torch.testing.assert_close(codes, pre_acts * (pre_acts > 2), rtol=1e-5, atol=1e-5)
 
 
-def test_square_matrices_have_to_say_which_way_round_they_are(tmp_path: Path) -> None:
+def test_square_matrices_need_an_orientation(tmp_path: Path) -> None:
     tensors = linear_tensors(d_sae=D_IN)
     write_plain(tmp_path, tensors)
     with pytest.raises(RequestError, match=r"W_enc is square.*\"transposed\""):
@@ -292,7 +294,7 @@ def test_square_matrices_have_to_say_which_way_round_they_are(tmp_path: Path) ->
     torch.testing.assert_close(recon_of(open_sae(str(tmp_path)).load(5, "cpu"), x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_missing_bias_is_zero_only_if_that_is_said(tmp_path: Path) -> None:
+def test_a_missing_bias_must_be_declared(tmp_path: Path) -> None:
     tensors = linear_tensors()
     del tensors["b_dec"]
     write_plain(tmp_path, tensors)
@@ -331,7 +333,7 @@ def test_a_plain_transcoder(tmp_path: Path) -> None:
     torch.testing.assert_close(without, expected - tensors["b_dec"], rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_plain_config_says_of_its_training(tmp_path: Path) -> None:
+def test_training_settings_of_a_plain_config(tmp_path: Path) -> None:
     write_plain(tmp_path, linear_tensors(), prepend_bos=True, trained_on_bos=True, model_name="gpt2", context_size=64)
     source = open_sae(str(tmp_path))
     assert (source.prepend_bos, source.counts_bos, source.model_name, source.context_size) == (True, True, "gpt2", 64)
@@ -364,7 +366,7 @@ def test_what_a_plain_config_says_of_its_training(tmp_path: Path) -> None:
         ({"input_hookpoint": "mlp_in", "apply_b_dec_to_input": True}, "apply_b_dec_to_input must be false"),
     ],
 )
-def test_a_plain_config_that_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_plain_config_is_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_plain(tmp_path, linear_tensors(), **changes)
     with pytest.raises(RequestError, match=message):
         open_sae(str(tmp_path))

@@ -1,4 +1,4 @@
-"""SAEs against the libraries that write them, then what must hold of any SAE, then what users get wrong."""
+"""SAEs compared with the libraries that write them, then properties of any SAE, then errors of users."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ HUB_ID = "EleutherAI/sae-pythia-160m-32k"
 
 
 def dense(codes: SparseRows) -> Tensor:
-    """``[rows, n_cols]``."""
+    """Return ``[rows, n_cols]``."""
     rows = torch.arange(codes.n_rows).repeat_interleave(codes.crow.diff())
     return torch.zeros(codes.n_rows, codes.n_cols).index_put_((rows, codes.col.long()), codes.value)
 
 
 def activations(rows: int = 50, d_in: int = D_IN, seed: int = 0) -> Tensor:
-    """Off centre, as residual streams are."""
+    """Return activations with a large mean, like residual streams."""
     return 2 * torch.randn(rows, d_in, generator=torch.Generator().manual_seed(seed)) + 0.5
 
 
@@ -48,7 +48,7 @@ def linear_sae(W_enc: Tensor, W_dec: Tensor, selection: Any, k: int | None = Non
 
 
 def write_sparsify(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A random SAE in sparsify's format, without sparsify."""
+    """Write a random SAE in sparsify's format, without sparsify."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = torch.Generator().manual_seed(seed)
     config = {"activation": "topk", "expansion_factor": 4, "num_latents": 0, "k": K, "d_in": D_IN} | changes
@@ -69,7 +69,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-# --- against the libraries ---------------------------------------------------------------------------------------
+# --- compared with the libraries ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ["topk", "groupmax"])
@@ -102,11 +102,11 @@ LENS_ARCHITECTURES = [
     *[(architecture, {}) for architecture in ("standard", "jumprelu", "gated", "matching_pursuit")],
     *[(name, {"rescale_acts_by_decoder_norm": rescales}) for name in RESCALING for rescales in (False, True)],
 ]
-"""Every architecture that SAE Lens 6.54 trains, and so can write, with and without its rescaling."""
+"""Every architecture that SAE Lens 6.54 trains, with and without its rescaling."""
 
 
 def make_lens(architecture: str, hook_name: str = "blocks.5.hook_resid_post", **settings: Any) -> Any:
-    """A training SAE of SAE Lens with random parameters."""
+    """Return a training SAE of SAE Lens with random parameters."""
     sae_lens = pytest.importorskip("sae_lens")
     from sae_lens.registry import get_sae_training_class
 
@@ -159,12 +159,14 @@ def test_agrees_with_sae_lens(
     assert source.context_size == 128
     sae = source.load(5, "cpu")
     assert_agrees(sae, reference)
-    selected = sae.decode(sae.encode(activations()).select(torch.tensor([7, 3])))  # carries its rows' own norms
+    selected = sae.decode(
+        sae.encode(activations()).select(torch.tensor([7, 3]))
+    )  # which depends on the norms of the rows
     torch.testing.assert_close(selected, sae.decode(sae.encode(activations()))[[7, 3]])
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu", "gated"])
-def test_a_training_checkpoint_is_what_its_inference_model_will_be(tmp_path: Path, architecture: str) -> None:
+def test_a_training_checkpoint_equals_its_inference_model(tmp_path: Path, architecture: str) -> None:
     trained = make_lens(architecture)
     trained.save_model(tmp_path / "checkpoint")
     trained.save_inference_model(tmp_path / "inference")
@@ -200,7 +202,7 @@ def test_constants_of_the_input_are_folded_from_the_file_beside_it(
     assert_agrees(open_sae(str(tmp_path)).load(5, "cpu"), SAE.load_from_disk(tmp_path / "folded"))
 
 
-def test_whitening_that_the_library_cannot_fold(tmp_path: Path) -> None:
+def test_whitening_that_cannot_be_folded_is_rejected(tmp_path: Path) -> None:
     make_lens("matching_pursuit").save_inference_model(tmp_path)
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | {"normalize_activations": "covariance_whitening"}))
@@ -210,7 +212,7 @@ def test_whitening_that_the_library_cannot_fold(tmp_path: Path) -> None:
 
 
 def fit_scaler(norm: str) -> Any:
-    """The library's own statistics of some activations."""
+    """Compute the library's own statistics of some activations."""
     from sae_lens.training.activation_scaler import ActivationScaler
 
     scaler = ActivationScaler()
@@ -224,7 +226,7 @@ def fit_scaler(norm: str) -> Any:
 
 @pytest.mark.parametrize("norm", ["none", "layer_norm"])
 @pytest.mark.parametrize("architecture", ["standard", "abstopk"])
-def test_heads_of_attention_lie_side_by_side(tmp_path: Path, architecture: str, norm: str) -> None:
+def test_attention_heads_are_concatenated(tmp_path: Path, architecture: str, norm: str) -> None:
     settings = {"normalize_activations": norm, "reshape_activations": "hook_z"}
     make_lens(architecture, "blocks.5.attn.hook_z", **settings).save_inference_model(tmp_path)
     from sae_lens import SAE
@@ -241,7 +243,7 @@ def test_heads_of_attention_lie_side_by_side(tmp_path: Path, architecture: str, 
 
 
 def old_config(**changes: Any) -> dict[str, Any]:
-    """As SAE Lens wrote it before version 6."""
+    """Return a config as SAE Lens before version 6 wrote it."""
     config = {
         "architecture": "standard", "d_in": D_IN, "d_sae": D_SAE, "dtype": "torch.float32", "device": "cpu",
         "model_name": "gpt2-small", "hook_name": "blocks.5.hook_resid_pre", "hook_layer": 5, "prepend_bos": True,
@@ -299,7 +301,7 @@ def test_fetches_a_release_through_sae_lens(tmp_path: Path, monkeypatch: pytest.
         open_sae("pythia-70m-deduped-res-sm/blocks.2.hook_resid_post")
 
 
-# --- what holds of any SAE ---------------------------------------------------------------------------------------
+# --- properties of any SAE ---------------------------------------------------------------------------------------
 
 
 def test_identity_is_exact() -> None:
@@ -314,7 +316,7 @@ def test_identity_is_exact() -> None:
 @pytest.mark.parametrize(
     ("d_sae", "k"), [(1024, 8), (1024, 64), (64, 64), (100, 7), (101, 50), (4096, 32), (8, 1), (1, 1)]
 )
-def test_topk_finds_the_same_sets_as_torch(d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_topk_selects_the_same_latents_as_torch(d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topk, "WIDE", 0)
     pre_acts = torch.randn(200, d_sae)
     values, indices = exact_topk(pre_acts, k)
@@ -338,7 +340,7 @@ def test_topk_survives_ties_and_extremes(pre_acts: Tensor, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("d_sae", [64, 1024])
-def test_nan_is_no_latent_at_rest(d_sae: int) -> None:
+def test_nan_does_not_count_as_inactive(d_sae: int) -> None:
     pre_acts = torch.randn(3, d_sae)
     pre_acts[1, 40] = torch.nan
     values, indices = exact_topk(pre_acts, 4)
@@ -370,7 +372,7 @@ def test_a_row_with_nothing_positive_has_no_latents() -> None:
 
 
 @pytest.mark.parametrize("selection", [TopK(K), GroupMax(K), Threshold(torch.rand(D_SAE))])
-def test_chunks_and_dtypes_change_nothing_that_matters(selection: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_and_dtypes_change_only_rounding(selection: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     W_enc, W_dec = torch.randn(2, D_SAE, D_IN)
     sae, x = linear_sae(W_enc, W_dec, selection), activations()
     whole = sae.encode(x)
@@ -456,7 +458,7 @@ def test_hook_points(name: str, expected: HookPoint | None) -> None:
     ("resid_pre", "resid_post", False),
     ("blocks.<layer>.hook_mlp_in", "mlp_in", False),
 ])  # fmt: skip
-def test_the_same_place_in_two_dialects(asked: str, found: str, same: bool) -> None:
+def test_hook_point_names_of_two_libraries(asked: str, found: str, same: bool) -> None:
     assert same_place(asked, found) is same_place(found, asked) is same
 
 
@@ -477,7 +479,7 @@ def test_one_folder_with_several_hook_points(tmp_path: Path) -> None:
         open_sae(str(tmp_path))
 
 
-def test_ways_to_name_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ways_to_specify_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_sparsify(tmp_path / "EleutherAI" / "sae-x" / "layers.1")
     (tmp_path / "EleutherAI" / "sae-x" / "config.json").write_text('{"model": "EleutherAI/pythia-14m"}')
     monkeypatch.chdir(tmp_path)
@@ -489,7 +491,7 @@ def test_ways_to_name_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert open_sae(".").layers == (1,)
 
 
-def test_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_contents(tmp_path: Path) -> None:
     write_sparsify(tmp_path / "a" / "layers.1")
     write_sparsify(tmp_path / "a" / "layers.2")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -502,7 +504,7 @@ def test_fingerprint_is_of_the_contents(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache in the Hub's layout that holds two layers, and no network."""
+    """Create a cache in the Hub's layout with two layers, without network access."""
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -524,12 +526,12 @@ def test_a_cached_repository_needs_no_network(hub_cache: Path) -> None:
     assert len(source.fingerprint([0])) == 64
     weights = next(hub_cache.rglob("layers.0/sae.safetensors"))
     weights.unlink()
-    assert len(open_sae(HUB_ID, cache_dir=hub_cache).fingerprint()) == 64  # repository and commit stand for the files
+    assert len(open_sae(HUB_ID, cache_dir=hub_cache).fingerprint()) == 64  # repository and commit identify the files
     with pytest.raises(RequestError, match=r"sae\.safetensors: no such file"):
         source.load(0, "cpu")
 
 
-def test_only_the_layers_asked_for_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_requested_layers_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit, asked = tmp_path / "commit", []
     write_sparsify(commit / "layers.0")
     write_sparsify(commit / "layers.1")
@@ -545,7 +547,7 @@ def test_only_the_layers_asked_for_are_downloaded(tmp_path: Path, monkeypatch: p
     assert [pattern for pattern in asked if "safetensors" in pattern] == ["layers.1/sae.safetensors"]
 
 
-def test_offline_the_layers_in_the_cache_are_the_layers(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_only_cached_layers_exist(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import IncompleteSnapshotError
 
     complete = huggingface_hub.snapshot_download
@@ -563,7 +565,7 @@ def test_offline_the_layers_in_the_cache_are_the_layers(hub_cache: Path, monkeyp
 
 
 @pytest.mark.parametrize("name", ["", "no//such/folder", "./nothing", "~nobody/sae", "/absent", "a b", "x" * 5000])
-def test_a_name_that_means_nothing(name: str) -> None:
+def test_an_unknown_name_is_rejected(name: str) -> None:
     with pytest.raises(RequestError, match="no such folder"):
         open_sae(name)
 
@@ -639,7 +641,7 @@ def test_broken_values_are_found_when_loading(tmp_path: Path) -> None:
         source.load(4, "cpu")
 
 
-def test_a_file_or_an_empty_folder_is_no_sae(tmp_path: Path) -> None:
+def test_files_and_empty_folders_are_rejected_as_saes(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(RequestError, match="no SAE in this folder"):
         open_sae(str(tmp_path / "empty"))
@@ -668,14 +670,14 @@ def test_missing_settings_have_the_defaults_of_sparsify(tmp_path: Path) -> None:
     ({"architecture": "topk", "k": 100}, "k 100 is greater than d_sae 64"),
     ({"d_sae": 32}, r"W_enc has shape \[16, 64\]"),
 ])  # fmt: skip
-def test_what_sae_lens_files_cannot_give(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_unsupported_sae_lens_files_are_rejected(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_old_lens(tmp_path, **changes)
     with pytest.raises(RequestError, match=message) as caught:
         open_sae(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-def test_an_architecture_that_nobody_knows(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_rejected(tmp_path: Path) -> None:
     pytest.importorskip("sae_lens")
     source = open_sae(str(write_old_lens(tmp_path, architecture="novel")))
     with pytest.raises(RequestError, match="architecture 'novel'"):

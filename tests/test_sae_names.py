@@ -1,6 +1,6 @@
-"""Several SAEs in one word: globs over folders, whole releases of SAE Lens's list, and what opening them gives.
+"""Several SAEs in one name: globs over folders, whole releases of SAE Lens's list, and the opened sources.
 
-The list is the library's own; its download function is all that is replaced.
+The list is the library's own; only its download function is replaced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CANONICAL = "gemma-scope-2b-pt-res-canonical"
 
 
 def write_lens(folder: Path, hook_name: str = "blocks.0.hook_resid_post", **changes: Any) -> Path:
-    """A random SAE as SAE Lens wrote it before version 6."""
+    """Write a random SAE in the format of SAE Lens before version 6."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"architecture": "standard", "d_in": D_IN, "d_sae": D_SAE, "dtype": "float32", "hook_name": hook_name,
               "model_name": "pythia-70m-deduped", "activation_fn_str": "relu"}  # fmt: skip
@@ -39,7 +39,7 @@ def write_lens(folder: Path, hook_name: str = "blocks.0.hook_resid_post", **chan
 
 @pytest.fixture
 def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three folders of SAEs, one of something else and a file, seen from beside them."""
+    """Create three folders of SAEs, a folder of something else and a file, and change to their parent."""
     for name in ("run_b/layers.0", "run_a/layers.1", "run_a/layers.0", "other"):
         write_lens(tmp_path / "shelf" / name)
     (tmp_path / "shelf" / "logs").mkdir()
@@ -61,7 +61,7 @@ def test_a_glob_over_folders(shelf: Path, typed: list[str], found: list[str]) ->
     assert expand_names(typed) == found
 
 
-def test_home_and_names_that_look_like_globs(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_folders_and_names_that_look_like_globs(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(shelf.parent))
     assert expand_names(["~/shelf/run_*"]) == [str(shelf / "run_a"), str(shelf / "run_b")]
     write_lens(shelf / "run_[a]")
@@ -119,7 +119,7 @@ def test_a_glob_over_releases(lens: Any, typed: str, found: list[str]) -> None:
 
 
 def test_every_release_of_the_list_can_be_named_whole(lens: Any) -> None:
-    """Whatever a template stands for differs in the layer: opening it can never find two SAEs of one layer."""
+    """A template stands for nothing but the layer, so opening it never finds two SAEs of one layer."""
     from delta_selectivity.saes.names import ids_of, split_release
     from delta_selectivity.saes.sae_lens.registry import release_names, sae_ids
 
@@ -134,7 +134,7 @@ def test_every_release_of_the_list_can_be_named_whole(lens: Any) -> None:
 
 @pytest.fixture
 def downloads(lens: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of repositories from which the library's download function serves, and no network."""
+    """Create a folder of repositories for the library's download function, without network access."""
     import sae_lens.loading.pretrained_sae_loaders as loaders
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -167,8 +167,8 @@ def test_a_template_is_one_source_of_many_layers(downloads: Path) -> None:
         torch.testing.assert_close(sae.decode(sae.encode(x)), reference(x), rtol=1e-5, atol=1e-5)
 
 
-def test_the_list_says_that_weights_were_rewritten(downloads: Path) -> None:
-    """``config_overrides`` of the list: the files themselves are silent."""
+def test_rewritten_weights_are_known_from_the_list(downloads: Path) -> None:
+    """Only the list has ``config_overrides``; the files do not mention it."""
     repository = downloads / "jbloom/GPT2-Small-SAEs-Reformatted"
     write_lens(repository / "blocks.3.hook_resid_pre", "blocks.3.hook_resid_pre", model_name="gpt2-small")
     source = open_sae("gpt2-small-res-jb/blocks.3.hook_resid_pre")
@@ -176,8 +176,8 @@ def test_the_list_says_that_weights_were_rewritten(downloads: Path) -> None:
     assert source.load(3, "cpu").input_norm == "centre"
 
 
-def test_the_list_says_how_inputs_are_scaled(downloads: Path) -> None:
-    """``norm_scaling_factor`` of the list, and centring on top of it."""
+def test_input_scaling_is_known_from_the_list(downloads: Path) -> None:
+    """Covers ``norm_scaling_factor`` of the list, and centring in addition."""
     from sae_lens import SAE
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
@@ -200,7 +200,7 @@ def test_the_list_says_how_inputs_are_scaled(downloads: Path) -> None:
     ("gemma-scope-2b-pt-transcoders/layer_3/width_16k/average_l0_54", "mlp_out", "mlp_normalized", 1, 2304),
 ])  # fmt: skip
 def test_gemma_scope(downloads: Path, name: str, place: str, reads: str | None, layers: int, d_in: int) -> None:
-    """Its configs are made by the library from the names alone."""
+    """The library makes its configs from the names alone."""
     source = open_sae(name)
     assert (source.hookpoint, source.input_hookpoint) == (place, reads)
     assert (len(source.layers), source.d_in, source.d_out) == (layers, d_in, 2304 if reads else d_in)
@@ -214,13 +214,13 @@ def test_gemma_scope(downloads: Path, name: str, place: str, reads: str | None, 
     ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", "hook_name 'hook_embed' is not supported"),
     ("temporal-sae-gemma-2-2b/blocks.12.hook_resid_post", "could not read its config"),
 ])  # fmt: skip
-def test_names_that_cannot_be_opened(downloads: Path, name: str, message: str) -> None:
+def test_unknown_releases_are_rejected(downloads: Path, name: str, message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         open_sae(name)
     assert "\n" not in str(caught.value)
 
 
-def test_broken_weights_are_told_before_a_model_is_loaded(downloads: Path) -> None:
+def test_broken_weights_are_reported_before_loading_the_model(downloads: Path) -> None:
     folder = write_lens(downloads / "ctigges/pythia-70m-deduped__mlp-sm_processed/2-mlp-sm", "blocks.2.hook_mlp_out")
     from safetensors.torch import load_file
 

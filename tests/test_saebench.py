@@ -1,4 +1,4 @@
-"""SAEBench's form: ours written as its classes want it, and its files read beside ours.
+"""SAEBench's format: our files are valid for its classes, and its files are compared with ours.
 
 `tests/saebench` has the fields of its classes and a file of each, both made by the classes (`tests/saebench/make.py`).
 """
@@ -19,7 +19,7 @@ from delta_selectivity.cli import report
 from delta_selectivity.errors import RequestError
 from delta_selectivity.records import saebench
 from delta_selectivity.reporting.results import load_all, result_files
-from delta_selectivity.reporting.saebench import caveats, ours
+from delta_selectivity.reporting.saebench import caveats, own_evaluations
 
 HERE = Path(__file__).resolve().parent / "saebench"
 FIELDS = json.loads((HERE / "fields.json").read_text())
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """Little to draw: one layer of an SAE."""
+    """Return little to draw: one layer of an SAE."""
     return write_set(tmp_path_factory.mktemp("small"), layers=[4], edit=measured)
 
 
@@ -56,7 +56,7 @@ def written(folder):
     return {path.relative_to(out): json.loads(path.read_text()) for path in out.rglob("*.json")}
 
 
-def test_what_is_written_has_the_fields_of_saebenchs_classes(written):
+def test_written_files_have_the_fields_of_saebench(written):
     assert len(written) == 2 * 2 * 3, "two evaluations, two layers, two SAEs and a baseline"
     for path, content in written.items():
         faults = [error.message for error in Draft202012Validator(FIELDS[path.parent.name]).iter_errors(content)]
@@ -66,8 +66,8 @@ def test_what_is_written_has_the_fields_of_saebenchs_classes(written):
     assert list(Draft202012Validator(FIELDS["core"]).iter_errors(wrong))
 
 
-def test_saes_that_are_called_alike_have_files_of_their_own(small, tmp_path):
-    """The same SAE measured with another seed is another line of every table."""
+def test_saes_with_the_same_name_have_separate_files(small, tmp_path):
+    """The same SAE with another seed is another line of every table."""
     path = next(small.rglob("*.json"))
     write_changed(path, small.parent / "seed_1" / path.name, key={"seed": 1})
     out = tmp_path / "out"
@@ -108,7 +108,7 @@ def test_sparse_probing_has_a_detail_a_task_with_its_interval(written, folder):
     assert "sae_top_16_test_accuracy" not in content["eval_result_metrics"]["sae"]
 
 
-def test_what_was_written_is_read_as_what_it_is(written):
+def test_written_files_are_read_back(written):
     for path, content in written.items():
         found = saebench.evaluation(content, path.stem)
         assert found.is_ours
@@ -116,7 +116,7 @@ def test_what_was_written_is_read_as_what_it_is(written):
         assert not any(value == -1 for value in found.metrics.values())
 
 
-def test_their_files_are_read():
+def test_files_of_saebench_are_read():
     core, probing = (saebench.read(path) for path in THEIRS)
     assert (core.sae, core.model, core.layer, core.is_ours) == (
         "some_release/blocks.4.hook_resid_post__trainer_0", "pythia-160m-deduped", 4, False
@@ -126,7 +126,7 @@ def test_their_files_are_read():
     assert set(probing.tasks) == {"LabHC/bias_in_bios_class_set1", "gender"}
 
 
-def test_they_stand_beside_ours_in_tables_page_and_plots(folder, small, tmp_path, capsys):
+def test_saebench_results_are_in_tables_page_and_plots(folder, small, tmp_path, capsys):
     asked = [str(folder), "--beside", *map(str, THEIRS)]
     assert report.main(asked) == 0
     out = capsys.readouterr().out
@@ -134,7 +134,7 @@ def test_they_stand_beside_ours_in_tables_page_and_plots(folder, small, tmp_path
     assert [line[1] for line in lines] == ["measured by", "this program", "this program", "SAEBench"] * 2
     assert lines[1][-3:] == ["0.610", "0.620", "0.650"], "layer 4 alone: theirs is of no other"
     assert lines[3][-3:] == ["0.710", "0.760", "0.810"]
-    assert "Other models: " in out
+    assert "The models differ" in out
     drawn = ["--plots", str(tmp_path / "plots"), "-o", str(tmp_path / "r.html")]
     assert report.main([str(small), *asked[1:], *drawn]) == 0
     drawn = (tmp_path / "plots" / "saebench_few_latents.csv").read_text().splitlines()
@@ -142,17 +142,23 @@ def test_they_stand_beside_ours_in_tables_page_and_plots(folder, small, tmp_path
     assert len(drawn) == 1 + 2 * 3
     assert (tmp_path / "plots" / "saebench_core.png").stat().st_size > 1000
     page = (tmp_path / "r.html").read_text()
-    assert page.count("Beside SAEBench") == 2, "a link and a section"
+    assert page.count("Comparison with SAEBench") == 2, "a link and a section"
     page_of(small, tmp_path / "without.html")
     assert "SAEBench" not in (tmp_path / "without.html").read_text()
 
 
-def test_what_cannot_be_compared_is_said(folder):
-    own, theirs = ours(load_all(result_files(folder))[0]), [saebench.read(path) for path in THEIRS]
+def test_caveats_of_the_comparison_are_shown(folder):
+    own, theirs = own_evaluations(load_all(result_files(folder))[0]), [saebench.read(path) for path in THEIRS]
     said = " ".join(caveats(own, theirs))
-    for part in ("Other models", "Tasks of one name in both: gender", "one test split", "OpenWebText", "zeros"):
+    for part in (
+        "The models differ",
+        "Tasks with the same name in both: gender",
+        "one test split",
+        "OpenWebText",
+        "zeros",
+    ):
         assert part in said
-    assert "Other layers" not in said
+    assert "The layers differ" not in said
     assert "OpenWebText" not in " ".join(caveats(own, theirs[1:]))
 
 
@@ -162,7 +168,7 @@ def test_what_cannot_be_compared_is_said(folder):
         ("", "no JSON"),
         ("[" * 100_000, "no JSON"),
         ("[]", "no object"),
-        ('{"eval_type_id": "absorption_first_letter"}', "is not read, only core, sparse_probing"),
+        ('{"eval_type_id": "absorption_first_letter"}', "is not supported; supported: core, sparse_probing"),
         ('{"eval_type_id": ["core"]}', "'eval_type_id' is no text"),
         ('{"eval_type_id": "core", "eval_config": []}', "'eval_config' is no object"),
         ('{"eval_type_id": "core"}', "'eval_result_metrics' is empty"),
@@ -170,7 +176,7 @@ def test_what_cannot_be_compared_is_said(folder):
         ('{"eval_type_id": "core", "eval_result_metrics": {"sparsity": {"l0": 1e999}}}', "'l0' is no number"),
         ('{"eval_type_id": "core", "eval_result_metrics": {"misc": {"frac_alive": 7}}}', "between 0 and 1"),
         ('{"eval_type_id": "sparse_probing", "eval_result_metrics": {"sae": {}}, "eval_result_details": [{}]}',
-         "without a 'dataset_name'"),
+         "has no 'dataset_name'"),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_one_line_and_exit_2(folder, tmp_path, capsys, content, told):
@@ -185,7 +191,7 @@ def test_a_wrong_file_is_one_line_and_exit_2(folder, tmp_path, capsys, content, 
     assert error.count("\n") == 1
 
 
-def test_names_of_theirs_do_not_break_the_terminal_or_the_page(small, tmp_path, capsys):
+def test_names_in_saebench_files_are_escaped(small, tmp_path, capsys):
     content = json.loads(THEIRS[1].read_text())
     content["sae_lens_id"] = "x\x1b[2J|<script>alert(1)</script>" + "y" * 5000
     path = tmp_path / "theirs.json"
@@ -198,7 +204,7 @@ def test_names_of_theirs_do_not_break_the_terminal_or_the_page(small, tmp_path, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hostile_names_of_ours_come_out_harmless(name, tmp_path, capsys):
+def test_hostile_names_in_our_files_are_escaped(name, tmp_path, capsys):
     hostile = NAMES[name]
     folder = write_set(tmp_path / "in", layers=[4], edit=lambda cells: {**measured({hostile: cells["gender"]})})
     (path,) = folder.rglob("*.json")
@@ -218,7 +224,7 @@ def test_hostile_names_of_ours_come_out_harmless(name, tmp_path, capsys):
     ("figures", "code"),
     [({"dead": 5.0}, 2), ({"dead": -1e-9}, 0), ({"ce_zero": 3.0, "ce_model": 3.0}, 0), ({"kl_zero": 0.0}, 0)],
 )
-def test_odd_figures_of_ours_are_no_traceback(figures, code, tmp_path, capsys):
+def test_invalid_figures_in_our_files_are_one_line(figures, code, tmp_path, capsys):
     folder = write_set(tmp_path / "in", layers=[4], edit=lambda cells: {**measured(cells), **figures})
     assert report.main([str(folder), "--beside", str(THEIRS[0])]) == code
     told = capsys.readouterr()
@@ -226,7 +232,7 @@ def test_odd_figures_of_ours_are_no_traceback(figures, code, tmp_path, capsys):
     assert report.main([str(folder), "--saebench", str(tmp_path / "out")]) == 0
 
 
-def test_a_probe_called_as_a_figure_in_an_old_file_is_no_figure(tmp_path, capsys):
+def test_a_probe_named_like_a_figure_is_not_a_figure(tmp_path, capsys):
     folder = write_set(tmp_path / "in", layers=[4], edit=lambda cells: {"ce_zero": cells["gender"]})
     assert report.main([str(folder), "--beside", str(THEIRS[0])]) == 0
     assert report.main([str(folder)]) == 0

@@ -1,4 +1,4 @@
-"""docs/results.schema.json: what the program writes follows it, and what is broken does not."""
+"""docs/results.schema.json: files of the program are valid, and broken ones are not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GENDER = ROOT / "results" / "demo" / "tiny-pythia-saes-k8" / "tiny-pythia_wikida
 
 
 def faults(content):
-    """Where a result file breaks the schema, as `a/b/c`, in order."""
+    """Return the places where a result file breaks the schema, as `a/b/c`, in order."""
     return sorted("/".join(map(str, error.absolute_path)) for error in VALIDATOR.iter_errors(content))
 
 
@@ -33,12 +33,12 @@ def read(path):
     return json.loads(path.read_text("utf-8"))
 
 
-def test_the_schema_is_one_and_is_what_the_code_says_now():
+def test_the_schema_is_valid_and_up_to_date():
     Draft202012Validator.check_schema(SCHEMA)
     assert update_schema.main(["--check"]) == 0
 
 
-def test_a_schema_that_is_out_of_date_is_told_and_made_anew(tmp_path, monkeypatch, capsys):
+def test_an_outdated_schema_is_detected_and_rewritten(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(update_schema, "TARGET", tmp_path / "results.schema.json")
     update_schema.TARGET.write_text("{}\n", "utf-8")
     assert update_schema.main(["--check"]) == 1
@@ -66,7 +66,7 @@ def test_the_kept_results_follow_it(path):
 
 @pytest.fixture(scope="module")
 def fresh(tiny_model, tiny_saes, tmp_path_factory):
-    """Result files of a run with all views and baselines; one of its two probes has too few people."""
+    """Return result files of a run with all views and baselines; one of its two probes has too few people."""
     folder = tmp_path_factory.mktemp("fresh")
     few = [
         {**row, "text": f"{row['text']} again", "group": row["group"] if row["label"] else "all one"}
@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_follows_it_without_q_values_and_one_that_ended_does_
         ("_run/sae_level/n_cells", 0),
     ],
 )
-def test_a_wrong_value_is_found_where_it_stands(where, value):
+def test_a_wrong_value_is_located(where, value):
     content = read(GENDER)
     *above, name = where.split("/")
     place = content
@@ -128,7 +128,7 @@ def test_a_wrong_value_is_found_where_it_stands(where, value):
 
 
 @pytest.mark.parametrize("where", ["", "layer_0/gender", "_run", "_run/sae_level"])
-def test_a_key_that_nobody_knows_is_found(where):
+def test_an_unknown_key_is_found(where):
     content = read(GENDER)
     place = content
     for key in filter(None, where.split("/")):
@@ -137,7 +137,7 @@ def test_a_key_that_nobody_knows_is_found(where):
     assert faults(content) == [where]
 
 
-def test_without_any_one_of_its_keys_a_file_does_not_follow_it():
+def test_every_required_key_is_required():
     whole = read(GENDER)
     for above in ("layer_0", "layer_0/gender", "_run", "_run/sae_level"):
         keys = above.split("/")
@@ -145,7 +145,7 @@ def test_without_any_one_of_its_keys_a_file_does_not_follow_it():
             if isinstance(_at(whole, keys)[name], dict) and above == "layer_0":
                 continue  # a layer has the probes that it has
             if name in (*update_schema.LATER, "positive_class", "task", "tasks"):
-                continue  # files of before lack it
+                continue  # files of earlier versions lack it
             content = copy.deepcopy(whole)
             del _at(content, keys)[name]
             assert faults(content), f"{above}/{name}"

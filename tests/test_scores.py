@@ -1,4 +1,4 @@
-"""Stored scores: what comes back is what was written, and the JSON's statistics can be made from it."""
+"""Stored scores: reading returns what was written, and the statistics in the JSON can be recomputed from them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def stored(tmp_path):
     return path, probes
 
 
-def test_what_comes_back_is_what_was_written(stored):
+def test_scores_are_read_back_unchanged(stored):
     path, probes = stored
     found = load(path)
     assert (found.layer, found.key, list(found.probes)) == (3, "a key", list(probes))
@@ -65,7 +65,7 @@ STRAY = [
 ]  # fmt: skip
 
 
-def test_only_what_this_program_wrote_is_removed(tmp_path):
+def test_only_files_of_this_program_are_removed(tmp_path):
     result, outside = tmp_path / "m_d.json", tmp_path / "outside"
     outside.write_text("mine")
     folder = scores.folder_of(result)
@@ -94,9 +94,7 @@ def test_a_folder_of_scores_that_is_a_link_is_refused(tmp_path):
     assert [path.name for path in elsewhere.iterdir()] == ["layer_0.safetensors"]
 
 
-def test_a_run_refuses_the_link_before_it_measures_and_passes_over_stray_files(
-    tiny_model, tiny_saes, people_csv, tmp_path, capsys
-):
+def test_a_run_rejects_a_linked_folder_before_measuring(tiny_model, tiny_saes, people_csv, tmp_path, capsys):
     asked = Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "out").plus("--layers", "0", "--overwrite")
     assert asked.run() == 0
     (result,) = files(asked.out)
@@ -114,7 +112,7 @@ def test_a_run_refuses_the_link_before_it_measures_and_passes_over_stray_files(
     assert {path: path.stat() for path in moved.iterdir()} == before
 
 
-def test_damage_is_told_in_one_line(stored, tmp_path):
+def test_damaged_scores_are_one_line(stored, tmp_path):
     path, _ = stored
     whole = path.read_bytes()
     for damaged in (b"", whole[:100], whole[:-7], whole.replace(b"0.folds", b"0.foldz"), b"{}" + whole):
@@ -125,8 +123,8 @@ def test_damage_is_told_in_one_line(stored, tmp_path):
         load(tmp_path / "absent")
     good = found_scores(rows=30)
     bad = {
-        "do not fit": replace(good, labels=good.labels[:9]),
-        "other types": replace(good, views={**good.views, "sae": good.views["sae"].astype(np.float32)}),
+        "inconsistent shapes": replace(good, labels=good.labels[:9]),
+        "unexpected types": replace(good, views={**good.views, "sae": good.views["sae"].astype(np.float32)}),
         "finite": replace(good, weights=good.weights * np.nan),
         "0 and 1": replace(good, labels=good.labels | True),
         "only": replace(good, views={"model": good.views["model"]}),
@@ -139,7 +137,7 @@ def test_damage_is_told_in_one_line(stored, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tiny_saes, tmp_path_factory):
-    """Two SAEs, two datasets, all views."""
+    """Run two SAEs on two datasets with all views."""
     folder = tmp_path_factory.mktemp("scores")
     data = write_csv(folder / "women.csv", people(150))
     sparser = write_sparsify(folder / "sae-sparser", k=2)
@@ -149,7 +147,7 @@ def run(tiny_model, tiny_saes, tmp_path_factory):
     return ask
 
 
-def test_every_statistic_of_the_json_comes_again_from_the_scores(run):
+def test_statistics_are_recomputed_from_the_scores(run):
     for path in files(run.out):
         found = result_file.read(path)
         for name in (name for name in found if name.startswith("layer_")):
@@ -163,7 +161,7 @@ def test_every_statistic_of_the_json_comes_again_from_the_scores(run):
 
 
 def cells_in(folder):
-    """The stored cells of the SAE whose files are in the folder, and its files."""
+    """Return the stored cells of the SAE whose files are in the folder, and its files."""
     found = {path: result_file.read(path) for path in files(folder)}
     layers = {path: [int(name[6:]) for name in file if name != "_run"] for path, file in found.items()}
     return read_cells((path, file["_run"]["key"], layers[path]) for path, file in found.items()), found.values()
@@ -197,7 +195,7 @@ def test_the_mean_of_an_sae_and_the_difference_of_two(run):
     assert difference(a, {}) is None
 
 
-def test_scores_of_another_run_are_not_taken_for_this_ones(run, tmp_path):
+def test_scores_of_another_run_are_not_used(run, tmp_path):
     path = files(run.out)[0]
     key = result_file.read(path)["_run"]["key"]
     assert read_cells([(path, key, [0])])
@@ -220,9 +218,9 @@ def test_q_values_are_over_all_that_was_measured_of_an_sae(run):
 
 
 def in_runs_of_their_own(run, folder):
-    """The SAEs of a run as if each had been measured alone: one directly in a folder, the other in a folder below it.
+    """Store the SAEs of a run as if each had been measured alone: one directly in a folder, the other one level below.
 
-    Returns what the run found when it compared them, by the names of both.
+    Returns the comparisons of the original run, by the names of both.
     """
     found = {}
     saes = sorted(path for path in run.out.iterdir() if path.is_dir())
@@ -240,9 +238,9 @@ def test_saes_of_two_runs_are_compared_as_if_they_had_been_measured_together(run
     found = in_runs_of_their_own(run, tmp_path)
     study = study_of(load_files(result_files(tmp_path)))
     (pair,) = study.neighbours
-    assert study.apart == []
-    assert pair.found == found[pair.one.name, pair.other.name]
-    assert study.comparison(pair.other.name, pair.one.name).found == found[pair.other.name, pair.one.name]
+    assert study.not_compared == []
+    assert pair.figures == found[pair.one.name, pair.other.name]
+    assert study.comparison(pair.other.name, pair.one.name).figures == found[pair.other.name, pair.one.name]
 
 
 def test_an_sae_whose_datasets_are_of_two_runs_has_its_mean_over_both(run, tmp_path):
@@ -256,10 +254,10 @@ def test_an_sae_whose_datasets_are_of_two_runs_has_its_mean_over_both(run, tmp_p
     assert sae.overall("delta_sel") == (level["delta_sel"], level["delta_sel_ci_low"], level["delta_sel_ci_high"])
 
 
-def test_scores_that_are_gone_are_named(run, tmp_path):
+def test_missing_scores_are_reported(run, tmp_path):
     in_runs_of_their_own(run, tmp_path)
     shutil.rmtree(scores.folder_of(files(tmp_path / "second")[0]))
     study = study_of(load_files(result_files(tmp_path)))
     assert study.neighbours == []
-    (line,) = study.apart
-    assert "the scores beside the result files of" in line
+    (line,) = study.not_compared
+    assert "the stored scores of" in line

@@ -1,4 +1,4 @@
-"""scripts/: one for each model and task, each a thin call of main.py that works from anywhere."""
+"""scripts/: one for each model and task; each is a short call of main.py that works from any directory."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SELECT = "select_wikidata.sh"
 
 
 def call(script, *flags, cwd=ROOT, **variables):
-    """Run a script of this checkout, or at a path of its own."""
+    """Run a script of this checkout, or at another path."""
     environment = {name: value for name, value in os.environ.items() if name not in {"DEMO", "DRY_RUN"}}
     environment |= {"OMP_NUM_THREADS": "1", **variables}
     return subprocess.run([SCRIPTS / script, *flags], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
 def flags_of(*words, **variables):
-    """What a script would give to main.py."""
+    """Return the flags that a script would pass to main.py."""
     done = call(*words, DRY_RUN="1", **variables)
     assert done.returncode == 0, done.stderr
     python, program_file, *flags = shlex.split(done.stdout)
@@ -52,7 +52,7 @@ def test_there_is_one_for_each_model_and_task_and_no_other():
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
-def test_bash_can_read_it_and_it_stops_at_the_first_error(path):
+def test_scripts_are_valid_bash_and_stop_at_errors(path):
     subprocess.run(["bash", "-n", path], check=True)
     text = path.read_text("utf-8")
     sourced = {"environment.sh", "evaluate.sh"}
@@ -60,7 +60,7 @@ def test_bash_can_read_it_and_it_stops_at_the_first_error(path):
 
 
 @pytest.mark.parametrize("script", ONE_TASK)
-def test_it_asks_for_its_model_and_task(script):
+def test_scripts_request_their_model_and_task(script):
     model, task = ONE_TASK[script]
     request = parsed(flags_of(script))
     assert (request.model, *request.saes, request.settings.hookpoint) == MODELS[model]
@@ -75,7 +75,7 @@ def test_all_tasks_of_a_model_go_into_one_run(model):
     assert (request.tasks, request.output) == (tuple(DATASET_NAMES), ROOT / "results" / model)
 
 
-def test_flags_are_passed_on_as_they_are_and_win():
+def test_flags_are_passed_on_and_take_precedence():
     own = ["--dataset_file", "my people; $(x).csv", "--output_directory", "el sewhere", "--layers", "0-3"]
     request = parsed(flags_of("compute_pythia160_wiki_gender.sh", *own))
     assert (request.tasks[-1].path_or_name, request.layers) == ("my people; $(x).csv", (0, 1, 2, 3))
@@ -90,7 +90,7 @@ def test_a_model_that_has_no_scripts_is_a_wrong_request(words, told):
     assert done.stderr.count("\n") == 1
 
 
-def test_the_demo_asks_for_the_bundled_model_and_keeps_clear_of_the_kept_results():
+def test_the_demo_script_does_not_touch_the_kept_results():
     for script, task in (
         ("compute_pythia410_wiki_gender.sh", "gender"),
         ("compute_pythia70_wiki_politics.sh", "politics"),
@@ -104,7 +104,7 @@ def test_the_demo_asks_for_the_bundled_model_and_keeps_clear_of_the_kept_results
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """A project with a space in its path: the scripts are copies, all else that they need is this checkout's."""
+    """Create a project with a space in its path: the scripts are copies, everything else is this checkout's."""
     project = tmp_path / "a project"
     shutil.copytree(SCRIPTS, project / "scripts", ignore=lambda _, names: [n for n in names if not n.endswith(".sh")])
     for path in (ROOT / "main.py", ROOT / ".venv", ROOT / "pyproject.toml", *ROOT.glob("requirements*.txt")):
@@ -113,7 +113,7 @@ def elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
-def test_the_exit_code_is_that_of_the_program_and_what_it_prints_is_shown_and_logged(elsewhere, tmp_path, code):
+def test_scripts_return_the_exit_code_and_log_the_output(elsewhere, tmp_path, code):
     (elsewhere / ".venv").unlink()
     (elsewhere / "scripts" / "environment.sh").write_text("")
     python = elsewhere / ".venv" / "bin" / "python"
@@ -131,7 +131,7 @@ def test_the_exit_code_is_that_of_the_program_and_what_it_prints_is_shown_and_lo
 
 
 def test_the_demo_runs_from_any_folder_without_a_network(elsewhere, tmp_path):
-    load_wikidata("gender")  # fetches the data files while there is a network, if this test is the first to need them
+    load_wikidata("gender")  # uses the network if this test is the first to need the data files
     script = elsewhere / "scripts" / "compute_pythia160_wiki_gender.sh"
     more = ("--layers", "5", "--shuffle_select_n", "60", "--repeats", "1", "--output_directory", "out here")
     done = call(script, *more, cwd=tmp_path, DEMO="1", HTTPS_PROXY="http://localhost:9")
@@ -145,7 +145,7 @@ def test_the_demo_runs_from_any_folder_without_a_network(elsewhere, tmp_path):
 @pytest.mark.parametrize(
     "words", [["compute_pythia410_wiki_is_alive.sh"], [SELECT, "pythia160"]], ids=lambda words: words[0]
 )
-def test_the_demo_as_it_is_typed(words, elsewhere):
+def test_the_demo_command_of_the_readme(words, elsewhere):
     done = call(elsewhere / "scripts" / words[0], *words[1:], cwd=elsewhere, DEMO="1")
     assert done.returncode == 0, done.stdout
     (out,) = (elsewhere / "results").iterdir()

@@ -1,4 +1,4 @@
-"""Out-of-fold scores against a plain loop over scikit-learn, then what must hold of any selectivity."""
+"""Out-of-fold scores compared with a plain loop over scikit-learn, then properties of any selectivity."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BACKEND = TorchLbfgs()
 
 
 def world(rows=300, d=10, people=120, targets=1, seed=0):
-    """x [rows, d] in which a few directions tell the labels of the person; noise by row."""
+    """Return x [rows, d], a few directions of which determine the labels of a person; noise is by row."""
     rng = np.random.default_rng(seed)
     groups = rng.integers(0, people, rows)
     traits = rng.normal(size=(people, targets))
@@ -56,7 +56,7 @@ def plan_of(labels, groups, n_repeats=2, seed=0, weights=None) -> FoldPlan:
 
 
 def records_of(plan, x, view, **options):
-    """The JSON records of one view beside the model's."""
+    """Return the JSON records of one view and the model."""
     return [
         as_record(result)
         for result in measure(out_of_fold(plan, fit_model(plan, x, BACKEND), view, BACKEND, **options))
@@ -64,7 +64,7 @@ def records_of(plan, x, view, **options):
 
 
 def by_scikit_learn(plan, x, scale_from, repeat):
-    """Slowly: scores [rows] of one partition, the C of each fold, and all probes with their scalers; first target."""
+    """Compute directly: scores [rows] of one partition, the C of each fold, and all probes with their scalers."""
     label, fold = plan.labels[0], plan.folds[repeat]
     scores = {c: np.empty(len(label)) for c in DEFAULT_CS}
     probes = {}
@@ -88,7 +88,7 @@ def by_scikit_learn(plan, x, scale_from, repeat):
     return result, chosen, probes
 
 
-def test_everything_agrees_with_a_plain_loop_over_scikit_learn():
+def test_selectivity_agrees_with_a_plain_loop_over_scikit_learn():
     x, labels, groups = world()
     recon, plan = damaged(x), plan_of(labels, groups)
     found = out_of_fold(plan, fit_model(plan, x, BACKEND), recon, BACKEND, error_view=True)
@@ -97,7 +97,7 @@ def test_everything_agrees_with_a_plain_loop_over_scikit_learn():
         for name, view in {"model": x, "sae": recon, "error": x - recon}.items():
             scores, chosen, probes = by_scikit_learn(plan, view, x, repeat)
             assert list(found.fits[name].chosen_c[0, repeat]) == chosen
-            kept = found.probe(0).views[name][repeat]  # float16: half of 2**-10 is what rounding may cost
+            kept = found.probe(0).views[name][repeat]  # float16 rounding: half of 2**-10
             np.testing.assert_allclose(kept, scores, rtol=6e-4, atol=1e-4 * scores.std())
             accuracies[name].append(balanced_accuracy_score(labels[0], scores > 0))
             if name == "model":
@@ -122,7 +122,7 @@ def _transfer(plan, recon, repeat, chosen, probes):
     return balanced_accuracy_score(plan.labels[0], scores > 0)
 
 
-def test_targets_together_are_targets_alone():
+def test_targets_do_not_depend_on_each_other():
     x, labels, groups = world(targets=3)
     together = plan_of(labels, groups)
     fit = fit_view(together, x, training_scales(together, x), BACKEND)
@@ -133,8 +133,8 @@ def test_targets_together_are_targets_alone():
         torch.testing.assert_close(single.scores[0], fit.scores[t], rtol=1e-3, atol=1e-4)
 
 
-def test_latents_are_probed_as_they_are_and_agree_with_a_plain_loop():
-    """Against unscaled dense codes, two of whose columns are silent; and what cannot be transferred is not."""
+def test_latents_are_probed_unscaled_and_agree_with_a_plain_loop():
+    """Compared with unscaled dense codes, two columns of which are silent; there is no transfer."""
     x, labels, groups = world()
     random = torch.Generator().manual_seed(0)
     dictionary = torch.randn(10, 24, generator=random)
@@ -167,10 +167,10 @@ def test_another_view_of_the_rows_has_no_transfer():
     assert record["delta_sel"] < 0
 
 
-def test_the_control_task_is_learnt_by_heart_where_that_is_possible():
+def test_the_control_task_is_memorised_if_possible():
     x, labels, groups = world(rows=400, d=10)
     types = np.arange(400) % 40
-    told = torch.nn.functional.one_hot(torch.from_numpy(types), 40).float() * 10  # the token is written in x
+    told = torch.nn.functional.one_hot(torch.from_numpy(types), 40).float() * 10  # x contains the token
     plan = plan_of(labels, groups)
     control = control_plan(types, np.arange(400), None, n_folds=5, seed=0)
     by_view = {}
@@ -189,7 +189,7 @@ def test_an_identity_changes_exactly_nothing():
         assert (result["ci_low"], result["ci_high"], result["p_value"]) == (0, 0, 1)
 
 
-def test_a_rotation_is_lossless_but_does_not_transfer():
+def test_a_rotation_loses_nothing_but_does_not_transfer():
     x, labels, groups = world(rows=600, people=400)
     rotation = torch.linalg.qr(torch.randn(10, 10, generator=torch.Generator().manual_seed(3)))[0]
     whitened = (x - x.mean(dim=0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T)).T)
@@ -211,7 +211,7 @@ def test_a_reconstruction_without_the_concept_is_at_chance():
     assert result["error_sel"] > 0.65
 
 
-def test_labels_that_are_random_by_person_score_a_half():
+def test_random_labels_of_people_are_at_chance():
     found = []
     for seed in range(12):
         x, _, groups = world(rows=300, people=60, seed=seed)
@@ -223,8 +223,8 @@ def test_labels_that_are_random_by_person_score_a_half():
     assert abs(np.mean(found) - 0.5) < 0.02
 
 
-def test_row_weights_count_as_repeated_rows():
-    """A row of weight 2 is that row twice, in the fit and in every number but those that count rows."""
+def test_row_weights_equal_repeated_rows():
+    """A row of weight 2 equals two rows, in the fit and in every number except those that count rows."""
     x, labels, groups = world()
     twice = np.concatenate([np.arange(300), np.arange(0, 300, 2)])
     weights = np.where(np.arange(300) % 2 == 0, 2.0, 1.0)
@@ -248,7 +248,7 @@ def test_scales_are_those_of_the_training_rows():
         np.testing.assert_allclose(scale[split], expected, rtol=1e-9)
 
 
-def test_a_feature_that_moves_only_in_one_person_is_constant_for_the_others():
+def test_a_feature_that_varies_in_one_person_is_constant_in_other_folds():
     x, labels, groups = world()
     lone = torch.from_numpy(groups == groups[0])
     x[:, 4] = torch.where(lone, 1000.0, 0.0)
@@ -302,7 +302,7 @@ def test_no_person_is_in_two_folds(people, rows, targets, n_folds, seed):
 
 
 @pytest.mark.parametrize("mentions", [1, 3, 20])
-def test_folds_are_alike_in_size_and_classes(mentions):
+def test_folds_are_balanced_in_size_and_classes(mentions):
     rng = np.random.default_rng(0)
     groups = np.repeat(np.arange(600), rng.geometric(1 / mentions, 600))
     labels = (rng.random(600) < 0.2)[groups]

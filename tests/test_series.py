@@ -1,4 +1,4 @@
-"""Checkpoints of a training as a series: steps in names, paired changes, the last that is surely better, the plot."""
+"""Checkpoints of a training as a series: steps in names, paired changes, the last better one, and the plot."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ FAST = ds.Settings(folds=3, repeats=2, whole_tokens=500)
         ("v2", None),
     ],
 )
-def test_a_name_tells_its_step(name, expected):
+def test_the_step_is_read_from_the_name(name, expected):
     assert step_of(name) == expected
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, tmp_path_factory):
-    """An SAE that gets better until step 300, and is then only stirred."""
+    """Return an SAE that improves until step 300, and is then only perturbed."""
     folder = tmp_path_factory.mktemp("series")
     task = write_csv(folder / "people.csv", people(240))
     generator = torch.Generator().manual_seed(0)
-    directions = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])  # the largest k coordinates come back
+    directions = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])  # keeps the largest k coordinates
     for step, k in ((100, 2), (200, 8), (300, 20), (1000, 20)):
         stirred = directions + 1e-4 * (step == 1000) * torch.randn(directions.shape, generator=generator)
         _write_sparsify_layer(folder / "run" / f"step_{step}" / "layers.1", stirred, k)
@@ -75,28 +75,28 @@ def test_a_series_has_the_paired_differences_of_compare(trained):
     assert frame.attrs["last_better"] == {frame.series[0]: 300}
 
 
-def test_the_page_says_it_and_draws_it(trained, tmp_path):
+def test_the_page_shows_and_draws_the_series(trained, tmp_path):
     path = trained.report(tmp_path / "report.html")
     root = Tree(path.read_text("utf-8")).root
     (section,) = (node for node in root.all("section") if node.attributes["id"] == "series")
     assert "4 checkpoints of " in section.text
-    assert "the last that is surely better than the one before it is step 300 (by 0." in section.text
+    assert "the last one that is surely better than the previous one is step 300 (by 0." in section.text
     (figure,) = section.all("figure")
     told = [title.text for title in figure.all("title")]
-    assert sum("against the one before" in line for line in told) == 3
+    assert sum("minus the previous" in line for line in told) == 3
     frame = trained.series()
     for step, value in zip(frame.step, frame.transfer_r2, strict=True):
         assert any(line.startswith(f"step {step:,}: {value:.4f}".replace("-", "−")) for line in told)
 
 
-def test_no_series_no_section(tmp_path):
+def test_the_page_omits_an_empty_series_section(tmp_path):
     folder = write_set(tmp_path / "in", saes=("a/k8", "a/k32"))
     assert ds.Results.load(folder).series().empty
     assert report.main([str(folder), "-o", str(tmp_path / "report.html")]) == 0
     assert 'id="series"' not in (tmp_path / "report.html").read_text("utf-8")
 
 
-def test_without_scores_a_series_has_no_changes_and_says_so(tmp_path):
+def test_a_series_without_scores_has_no_changes(tmp_path):
     folder = write_set(tmp_path / "in", saes=("a/step_1", "a/step_20"))
     changed = ds.Results.load(folder)
     for _, found in changed.files:

@@ -1,4 +1,4 @@
-"""What a run finds out before its work is found out once, and is what would be found out anew."""
+"""The setup cache: facts that a run computes before its work are computed once and stay the same."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def info(tiny_model) -> ModelInfo:
 
 @pytest.fixture
 def computed(monkeypatch) -> list[str]:
-    """What was found out, not read."""
+    """Count computed facts, not those that are read."""
     calls: list[str] = []
     read, widths, tokens = ModelInfo.read, ModelInfo.widths, setup_cache.tokenise
 
@@ -65,7 +65,7 @@ def same(a, b) -> bool:
     )
 
 
-def test_a_second_run_finds_out_nothing(with_cache, other_saes, computed, tmp_path):
+def test_a_second_run_computes_nothing(with_cache, other_saes, computed, tmp_path):
     assert with_cache.run() == 0
     assert set(computed) == {"model", "widths", "tokens"}
     computed.clear()
@@ -86,14 +86,14 @@ def test_a_second_run_does_not_import_transformers(with_cache, tmp_path):
     assert found.stdout.strip() == "False"
 
 
-def test_a_model_is_what_it_was(tmp_path, info, computed):
+def test_cached_model_facts_are_unchanged(tmp_path, info, computed):
     for _ in range(2):
         assert SetupCache.open(tmp_path, 1).model(Pretrained.find(info.name)) == info
     assert computed == ["model"]
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False])
-def test_what_is_read_is_what_was_found(tmp_path, info, computed, prepend_bos):
+def test_cached_tokens_are_unchanged(tmp_path, info, computed, prepend_bos):
     for _ in range(2):
         setup = SetupCache.open(tmp_path, 1)
         assert setup.widths(info, SITES[::-1]) == info.widths(SITES)
@@ -105,7 +105,7 @@ def test_what_is_read_is_what_was_found(tmp_path, info, computed, prepend_bos):
     assert setup.tokens([], info, prepend_bos=prepend_bos).ids == ()
 
 
-def test_a_text_that_was_cut_is_told_of_each_time(tmp_path, info, caplog):
+def test_truncated_texts_are_reported_each_time(tmp_path, info, caplog):
     short = replace(info, max_length=20)
     long = [Mention("word " * 40 + "Ada Lovelace", 200, 212, "Ada Lovelace")]
     for _ in range(2):
@@ -124,7 +124,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_other_texts_and_other_settings_are_found_out(tmp_path, info, computed, change):
+def test_other_texts_and_settings_are_computed(tmp_path, info, computed, change):
     setup = SetupCache.open(tmp_path, 1)
     setup.tokens(MENTIONS, info, prepend_bos=True)
     computed.clear()
@@ -134,7 +134,7 @@ def test_other_texts_and_other_settings_are_found_out(tmp_path, info, computed, 
     assert same(found, tokenise(mentions, info.tokenizer, prepend_bos=prepend_bos, max_length=info.max_length))
 
 
-def test_who_the_people_are_is_no_matter_of_their_tokens(tmp_path, info, computed):
+def test_people_are_not_part_of_the_token_key(tmp_path, info, computed):
     setup = SetupCache.open(tmp_path, 1)
     setup.tokens(MENTIONS, info, prepend_bos=True)
     computed.clear()
@@ -143,7 +143,7 @@ def test_who_the_people_are_is_no_matter_of_their_tokens(tmp_path, info, compute
 
 
 @pytest.mark.parametrize("what", ["program", "library", "files"])
-def test_what_decides_makes_another(tmp_path, tiny_model, computed, monkeypatch, what):
+def test_inputs_are_part_of_the_setup_key(tmp_path, tiny_model, computed, monkeypatch, what):
     for name in ("running_program", "installed_version"):
         monkeypatch.setattr(setup_cache, name, functools.cache(getattr(provenance, name).__wrapped__))
     model = tmp_path / "model"
@@ -168,7 +168,7 @@ def test_what_decides_makes_another(tmp_path, tiny_model, computed, monkeypatch,
     assert computed == ["model", "widths", "tokens"]
 
 
-def test_a_place_that_does_not_exist_is_refused_each_time(tmp_path, info, computed):
+def test_a_missing_place_is_rejected_each_time(tmp_path, info, computed):
     setup = SetupCache.open(tmp_path, 1)
     for _ in range(2):
         with pytest.raises(RequestError):
@@ -176,14 +176,14 @@ def test_a_place_that_does_not_exist_is_refused_each_time(tmp_path, info, comput
     assert computed == ["widths"] * 2
 
 
-def test_code_of_the_models_own_is_looked_at_each_time(tmp_path, info, computed):
+def test_custom_code_of_a_model_is_not_cached(tmp_path, info, computed):
     setup = SetupCache.open(tmp_path, 1)
     for _ in range(2):
         setup.widths(setup.model(Pretrained.find(info.name, trust_remote_code=True)), SITES)
     assert computed == ["model", "widths"] * 2
 
 
-def test_a_broken_shard_is_told_and_found_out_again(tmp_path, info, computed, caplog):
+def test_a_broken_setup_shard_is_reported_and_recomputed(tmp_path, info, computed, caplog):
     SetupCache.open(tmp_path, 1).tokens(MENTIONS, info, prepend_bos=True)
     (shard,) = tmp_path.glob("setup/*.safetensors")
     shard.write_bytes(shard.read_bytes()[:-4])
@@ -194,7 +194,7 @@ def test_a_broken_shard_is_told_and_found_out_again(tmp_path, info, computed, ca
     assert same(found, tokenise(MENTIONS, info.tokenizer, prepend_bos=True, max_length=info.max_length))
 
 
-def test_the_digest_is_of_all_that_decides():
+def test_the_setup_digest_covers_all_inputs():
     seen: set[Path] = set()
     left = [PACKAGE / "caches/setup_cache.py", *(PACKAGE / "models").glob("*.py"), *(PACKAGE / "tasks").glob("*.py")]
     while left:

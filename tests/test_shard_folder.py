@@ -1,4 +1,4 @@
-"""Folders of shards: one limit for all of them, nobody else's files touched, nothing read that was not written."""
+"""Folders of shards: one size limit for all of them, no files of others touched, and no damaged data read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def opened(root: Path, folder: str = "a", n_bytes: int = 10**6) -> ShardFolder:
 
 
 def written(root: Path, folder: str, *numbers: int) -> int:
-    """Shards of a run that is over, the first one read longest ago; the bytes of each."""
+    """Write the shards of a finished run, the first one read longest ago; return the size of each."""
     for i in numbers:
         assert opened(root, folder).write(name(i), TENSORS, {})
         os.utime(root / folder / f"{name(i)}.safetensors", (1000 + i, 1000 + i))
@@ -38,7 +38,7 @@ def there(root: Path) -> set[tuple[str, int]]:
     return {(path.parent.name, int(path.stem, 16)) for path in root.glob("*/*.safetensors")}
 
 
-def test_one_limit_holds_for_all_folders_and_what_was_read_longest_ago_goes(tmp_path):
+def test_one_size_limit_covers_all_folders(tmp_path):
     size = written(tmp_path, "a", 1, 3)
     written(tmp_path, "b", 2, 4)
     assert opened(tmp_path, "b").read(name(2)), "read just now: the last to go"
@@ -49,7 +49,7 @@ def test_one_limit_holds_for_all_folders_and_what_was_read_longest_ago_goes(tmp_
     assert there(tmp_path) == {("b", 2), ("b", 4), ("c", 5), ("c", 6)}
 
 
-def test_what_others_write_counts_before_a_run_has_written_a_limit_of_its_own(tmp_path):
+def test_files_of_others_count_towards_the_limit(tmp_path):
     size = written(tmp_path, "a", 1)
     ours, others = opened(tmp_path, "a", 6 * size), opened(tmp_path, "b", 10**6)
     for i in range(2, 5):
@@ -59,7 +59,7 @@ def test_what_others_write_counts_before_a_run_has_written_a_limit_of_its_own(tm
     assert len(there(tmp_path)) == 6
 
 
-def test_what_this_run_has_read_stays_and_the_cache_is_full(tmp_path, caplog):
+def test_shards_read_by_this_run_are_not_evicted(tmp_path, caplog):
     size = written(tmp_path, "a", 1, 2)
     shards = opened(tmp_path, "a", 2 * size)
     assert shards.read(name(1))
@@ -70,7 +70,7 @@ def test_what_this_run_has_read_stays_and_the_cache_is_full(tmp_path, caplog):
     assert caplog.text.count("full at") == 1
 
 
-def test_files_dated_in_the_future_are_the_first_to_go(tmp_path):
+def test_files_dated_in_the_future_are_evicted_first(tmp_path):
     """The clock was set back since they were written."""
     size = written(tmp_path, "a", 1, 2, 3)
     ahead = time.time() + 10**6
@@ -80,8 +80,8 @@ def test_files_dated_in_the_future_are_the_first_to_go(tmp_path):
     assert there(tmp_path) == {("a", 1), ("a", 3), ("a", 4)}
 
 
-def test_the_clock_may_be_set_back_during_a_run(tmp_path):
-    """What this run has written stays, whatever its date; what others have left goes."""
+def test_setting_the_clock_back_during_a_run(tmp_path):
+    """Shards of this run stay, whatever their date; those of others are evicted."""
     size = written(tmp_path, "a", 1, 2)
     shards = opened(tmp_path, "a", 3 * size + 10)
     assert shards.write(name(3), TENSORS, {})
@@ -94,7 +94,7 @@ def test_the_clock_may_be_set_back_during_a_run(tmp_path):
     assert there(tmp_path) == {("a", 3), ("a", 4), ("a", 5)}
 
 
-def test_files_of_others_below_the_root_are_left_to_them(tmp_path):
+def test_unknown_files_below_the_root_are_kept(tmp_path):
     strangers = [
         tmp_path / "model" / "model.safetensors",
         tmp_path / f"{name(7)}.safetensors",
@@ -111,8 +111,8 @@ def test_files_of_others_below_the_root_are_left_to_them(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["header", "dtype"])
-def test_the_checksum_is_of_the_header_too(tmp_path, caplog, part):
-    """Whose tensors these are, and how their bytes are meant, are as easily damaged as the bytes."""
+def test_the_checksum_covers_the_header(tmp_path, caplog, part):
+    """The header says which tensors these are and how to read the bytes, and can be damaged as well."""
     shards = opened(tmp_path)
     shards.write(name(1), TENSORS, {"stops": json.dumps([3, 7])})
     path = tmp_path / "a" / f"{name(1)}.safetensors"
@@ -127,14 +127,14 @@ def test_the_checksum_is_of_the_header_too(tmp_path, caplog, part):
     assert not path.exists()
 
 
-def test_a_name_says_what_is_in_the_file(tmp_path):
+def test_a_shard_name_depends_on_its_content(tmp_path):
     written(tmp_path, "a", 1)
     assert opened(tmp_path).read(name(1))
     (tmp_path / "a" / f"{name(1)}.safetensors").rename(tmp_path / "a" / f"{name(2)}.safetensors")
     assert opened(tmp_path).read(name(2)) == {}
 
 
-def test_two_writers_of_one_file_at_the_same_time(tmp_path):
+def test_two_concurrent_writers_of_one_file(tmp_path):
     path = tmp_path / "shard"
     with replacing(path, "wb", sync=False) as one, replacing(path, "wb", sync=False) as other:
         one.write(b"whole")
@@ -143,7 +143,7 @@ def test_two_writers_of_one_file_at_the_same_time(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_run_left_goes_but_not_what_is_being_written(tmp_path):
+def test_files_of_killed_runs_are_removed_but_not_active_ones(tmp_path):
     folder = opened(tmp_path).folder
     with replacing(folder / f"{name(1)}.safetensors", "wb") as file:
         old = folder / f".{name(2)}.safetensors.0123abcd.tmp"
@@ -154,7 +154,7 @@ def test_what_a_killed_run_left_goes_but_not_what_is_being_written(tmp_path):
     assert [path.name for path in folder.iterdir()] == [f"{name(1)}.safetensors"]
 
 
-def test_what_is_written_is_what_is_read(tmp_path):
+def test_shards_are_read_back_unchanged(tmp_path):
     tensors = {"none": torch.empty(0, 3), "half": torch.randn(2, 3).half(), "flags": torch.tensor([True, False])}
     assert opened(tmp_path).write(name(1), tensors, {"of": "these"})
     for _ in range(2):

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^ *```(\w+)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 TESTED_ELSEWHERE = {"docs/rows_file.md": "test_rows_file.py", "docs/numbers.md": "test_scores.py"}
-SHORTER = {  # what the pages ask of a hub or of a long run -> the same of a tiny model
+SHORTER = {  # code on the pages that needs the Hub or a long run -> the same for a tiny model
     '"EleutherAI/pythia-160m"': "model", '"EleutherAI/sae-pythia-160m-32k"': "sae", '"my_folder"': "sae",
     '["gender"]': '["people.csv"]', '"gender"': '"people"', '["gender/fvu_whole"]': '["people/fvu_whole"]',
     "layers=[3]": "layers=[1]", "layer=3": "layer=1", "layer=6": "layer=1",
@@ -79,7 +79,7 @@ PROGRAMS = {"main.py": main, "report.py": report, "activations.py": extract, "pr
 
 
 def commands() -> list[tuple[str, str, list[str]]]:
-    """(page, program, its arguments) of each command line of ours on the pages."""
+    """Return (page, program, its arguments) of each of our command lines on the pages."""
     found = []
     for page in PAGES:
         for code in blocks(page, "bash"):

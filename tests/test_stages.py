@@ -1,4 +1,4 @@
-"""The program of each stage as it is used, and that stages together are the whole."""
+"""The program of each stage as it is used; all stages together equal a run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def two_tasks(tmp_path) -> Path:
-    """Two tasks in one file: the second, of three classes, on rows of the first in another order, and on others."""
+    """Create two tasks in one file: the second has three classes, on reordered rows of the first and on others."""
     rows = people(160)
     names = [{**row, "task": "women"} for row in rows]
     kinds = {"Lind": "lind", "Berg": "berg"}
@@ -37,14 +37,14 @@ def two_tasks(tmp_path) -> Path:
 
 @pytest.fixture
 def flags(tiny_model, tiny_saes, two_tasks, other_saes):
-    """Flags that every stage is given."""
+    """Return the flags that every stage gets."""
     saes = f"{tiny_saes},{other_saes}"
     return ["--model_name", str(tiny_model), "--sae_name", saes, "--dataset_file", str(two_tasks), "--layers", "1",
             "--folds", "3", "--repeats", "2", "--device1", "cpu", "--quiet"]  # fmt: skip
 
 
 def refused(command, argv, capsys) -> str:
-    """The one line with which a command refuses its arguments."""
+    """Return the one-line error of a command."""
     capsys.readouterr()
     assert command.main([str(word) for word in argv]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -54,7 +54,7 @@ def refused(command, argv, capsys) -> str:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
 @pytest.mark.parametrize("positions", ["last", "mean", "all"])
-def test_the_stages_give_every_number_of_a_run(
+def test_the_stages_give_all_numbers_of_a_run(
     positions, suffix, flags, tiny_model, tiny_saes, other_saes, two_tasks, tmp_path
 ):
     more = ("--positions", positions, "--views", "error", "--layers", "1", "--folds", "3", "--repeats", "2")
@@ -82,7 +82,7 @@ def test_the_stages_give_every_number_of_a_run(
                 assert found[name][figure] == pytest.approx(whole["layer_1"][figure], rel=1e-6)
 
 
-def test_settings_are_the_files_and_a_flag_replaces_them(flags, tmp_path):
+def test_settings_come_from_the_file_unless_a_flag_is_given(flags, tmp_path):
     rows = tmp_path / "rows.safetensors"
     assert extract.main([*flags, "-o", str(rows)]) == 0
     assert load(rows).about["settings"]["folds"] == 3
@@ -91,7 +91,7 @@ def test_settings_are_the_files_and_a_flag_replaces_them(flags, tmp_path):
         assert json.loads((tmp_path / "r.json").read_text())["_run"]["config"]["folds"] == folds
 
 
-def test_a_table_of_numpys_rows_and_its_warnings(tmp_path, capsys, caplog):
+def test_a_table_of_an_npz_file_and_its_warnings(tmp_path, capsys, caplog):
     rng = np.random.default_rng(0)
     labels = rng.random(200) < 0.5
     x = (rng.normal(size=(200, 8)) + labels[:, None]).astype(np.float32)
@@ -113,7 +113,7 @@ def test_baselines_are_reconstructions_too(flags, tmp_path):
     assert any(np.array_equal(recon, rows.x) for recon in rows.recons.values())
 
 
-def test_what_a_file_of_rows_cannot_hold_is_refused(flags, tmp_path, capsys):
+def test_unsupported_extractions_are_rejected(flags, tmp_path, capsys):
     target = ["-o", tmp_path / "rows.npz"]
     assert "--layers 0,1" in refused(extract, [*flags, "--layers", "0,1", *target], capsys)
     assert "--layers all" in refused(extract, [*flags, "--layers", "all", *target], capsys)
@@ -149,7 +149,7 @@ def test_exported_rows_are_the_same_task(suffix, tmp_path, capsys):
         assert before.persons[one.mentions].tolist() == texts.persons[other.mentions].tolist()
 
 
-def test_texts_with_everything_in_them_survive_the_export(tmp_path):
+def test_unusual_texts_are_exported_unchanged(tmp_path):
     words = ['a "quoted", Ada', "two\nlines\r\nLovelace", "  spaces  Ada  ", "naïve 日本 Ümit", "=1+2 Ada\tB"]
     rows = [{"text": f"{text} {i}", "label": i % 2, "group": f'g {i // 2}, "x"'} for i, text in enumerate(words * 6)]
     path = write_csv(tmp_path / "odd.csv", rows)
@@ -174,7 +174,7 @@ def test_tasks_prints_what_the_run_lists_and_refuses_in_one_line(tmp_path, capsy
     assert "'gender'" in refused(tasks, argv, capsys)
 
 
-def test_an_sae_says_what_its_files_say_without_a_model(tiny_saes, capsys, monkeypatch, tmp_path):
+def test_inspect_without_a_model_describes_the_files(tiny_saes, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert inspect.main([str(tiny_saes)]) == 0
     shown = capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_an_sae_says_what_its_files_say_without_a_model(tiny_saes, capsys, monke
     assert "NAME" in refused(inspect, [], capsys)
 
 
-def test_with_a_model_it_is_what_main_inspects(tiny_model, tiny_saes, people_csv, capsys, tmp_path, monkeypatch):
+def test_inspect_with_a_model_equals_main_inspect(tiny_model, tiny_saes, people_csv, capsys, tmp_path, monkeypatch):
     from delta_selectivity.cli import main
 
     monkeypatch.chdir(tmp_path)

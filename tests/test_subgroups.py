@@ -1,4 +1,4 @@
-"""Losses by subgroup: as plain sums say, with every look counted."""
+"""Losses by subgroup: compared with plain sums, and corrected for multiple comparisons."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.records.texts import KeptTexts, Text
 from delta_selectivity.reporting.people_table import read_people
 from delta_selectivity.reporting.subgroups import (
-    LEAST,
+    MIN_PEOPLE,
     Grouping,
     grouping_of,
     groupings,
@@ -28,7 +28,7 @@ N = 1200
 
 
 def world(seed, hurt=0.0):
-    """Scores of people with a row each, the first half rare: 10 % of all are lost, and so many more of the rare."""
+    """Return scores of people with one row each, the first half rare: 10 % of all are lost, more of the rare ones."""
     random = np.random.default_rng(seed)
     labels = np.arange(N) % 2 == 0
     model = np.where(labels, 1.0, -1.0) * np.where(random.random(N) < 0.9, 1, -1) * np.ones((2, 1))
@@ -41,12 +41,12 @@ def world(seed, hurt=0.0):
     return found, Grouping("rarity", ("rare", "frequent"), np.where(rare, 0, 1))
 
 
-def test_a_group_s_loss_is_that_of_its_rows_and_is_held_against_all_others():
+def test_a_groups_loss_is_compared_with_all_others():
     found, by = world(0, hurt=0.2)
     frequent, rare = with_q_values(losses(found, [by]))
     right = {view: ((scores > 0) == found.labels).mean(axis=0) for view, scores in found.views.items()}
     change = right["sae"] - right["model"]
-    means = [change[by.group == place].mean() for place in (0, 1)]  # classes are of one size in both
+    means = [change[by.group == place].mean() for place in (0, 1)]  # both classes have the same size in both groups
     assert (rare.delta_sel.value, frequent.delta_sel.value) == pytest.approx(means)
     assert rare.against.value == pytest.approx(means[0] - means[1])
     assert rare.against.value == -frequent.against.value
@@ -56,7 +56,7 @@ def test_a_group_s_loss_is_that_of_its_rows_and_is_held_against_all_others():
     assert (rare.n_rows, rare.n_people) == (N // 2, N // 2)
 
 
-def test_groups_that_lose_alike_are_seldom_told_apart():
+def test_equal_losses_are_rarely_significant():
     p_values = [losses(*_one(world(seed)))[0].against.p_value for seed in range(100)]
     assert 0 <= np.mean(np.array(p_values) < 0.05) <= 0.12
     assert stats.kstest(p_values, "uniform").pvalue > 0.01
@@ -66,7 +66,7 @@ def _one(made):
     return made[0], [made[1]]
 
 
-def test_every_look_counts():
+def test_q_values_correct_for_all_comparisons():
     found, by = world(1, hurt=0.05)
     alone = with_q_values(losses(found, [by]))
     names = tuple(map(str, range(10)))
@@ -80,11 +80,11 @@ def test_every_look_counts():
 
 def test_a_group_with_too_few_people_has_no_loss():
     found, _ = world(2)
-    few = np.where(np.arange(N) < 2 * LEAST - 2, 0, 1)
+    few = np.where(np.arange(N) < 2 * MIN_PEOPLE - 2, 0, 1)
     assert losses(found, [Grouping("few", ("few", "rest"), few)]) == []
 
 
-def test_names_are_counted_in_all_texts_whatever_their_case_and_punctuation():
+def test_names_are_counted_without_case_and_punctuation():
     sentences = ["It was ADA LOVELACE, said Bo", "ada lovelace and Lovelace", "Ada; Lovelace!", "Bo Li", "nobody: Li"]
     names = ["ADA LOVELACE", "ada lovelace", "Ada; Lovelace", "Bo Li", "Li"]
     kept = KeptTexts(
@@ -105,7 +105,7 @@ def test_a_person_is_in_one_group():
     assert set(by_person.group) == {1}
 
 
-def test_groups_of_the_caller_s_own_and_the_data_frame(tmp_path):
+def test_groups_of_the_caller_in_the_data_frame(tmp_path):
     results = Results.load(write_rows(tmp_path))
     decades = {f"person {i}": f"{1900 + 10 * (i // 2 % 2)}s" for i in range(60) if i >= 20}
     frame = results.subgroups("gender", by={"born": decades})
@@ -130,7 +130,7 @@ def test_a_mean_over_cells_counts_a_person_once(tmp_path):
         (((cell.views["sae"] > 0) == cell.labels) * 1.0 - ((cell.views["model"] > 0) == cell.labels)).mean(axis=0)
         for cell in (found, other)
     ]
-    mean = np.mean(changes, axis=0)  # classes are of one size in both groups
+    mean = np.mean(changes, axis=0)  # both classes have the same size in both groups
     assert both.delta_sel.value == pytest.approx(mean[rare].mean())
     assert both.against.value == pytest.approx(mean[rare].mean() - mean[~rare].mean())
     spread = np.sqrt(sum(mean[of].var() / of.sum() for of in (rare, ~rare)))
@@ -172,7 +172,7 @@ def test_a_table_of_people_gives_groups_and_decades(tmp_path):
         ("name,job\n" + "".join(f"Bo {i},job {i}\n" for i in range(61)), "column job has 61 different values"),
     ],
 )
-def test_what_is_no_table_of_people_is_one_line(tmp_path, content, told):
+def test_invalid_tables_of_people_are_one_line(tmp_path, content, told):
     path = people_file(tmp_path, content)
     with pytest.raises(RequestError, match=told) as error:
         read_people(path)
@@ -201,7 +201,7 @@ def test_means_over_cells_from_python_the_command_line_and_the_page(tmp_path, ca
     assert "born: 1900s" in shown
     assert report.main([str(folder), "-o", str(tmp_path / "page.html"), "--people", str(path)]) == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "Who loses more" in page
+    assert "Losses by subgroup" in page
     assert "at least 10 effective people" in page
     for wrong in (["--people", str(path)], ["--subgroups", "--csv", "x.csv"], ["--subgroups", "--people", "none.csv"]):
         assert report.main([str(folder), *wrong]) == 2

@@ -1,4 +1,4 @@
-"""The two threads: whichever fails ends the run with its own error, while the other is busy, waiting, or done."""
+"""The two threads: a failure of either ends the run with its own error, while the other is busy, waiting or done."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FakeProber:
 
 
 def run_both(produce, consume, stop=None):
-    """Run the two in a thread of their own with a time limit; returns the error."""
+    """Run the two in a thread of their own with a time limit; return the error."""
     queue = BoundedQueue[int](max_bytes=2, size_of=lambda item: 1)
     errors = []
 
@@ -63,7 +63,7 @@ def explode_in_probe(queue):
         raise ArithmeticError("probe")
 
 
-def test_both_run_to_their_end():
+def test_both_threads_finish():
     taken = []
     assert run_both(put_many, taken.extend) is None
     assert taken == list(range(50))
@@ -75,7 +75,7 @@ def test_the_producers_error_ends_the_run_while_the_consumer_waits():
     assert "explode_in_forward_pass" in "".join(traceback.format_exception(error))
 
 
-def test_the_producers_error_is_told_though_the_consumer_is_busy():
+def test_the_producers_error_is_raised_while_the_consumer_is_busy():
     def slow(queue):
         for _ in queue:
             time.sleep(0.3)
@@ -89,14 +89,14 @@ def test_the_consumers_error_ends_the_run_while_the_producer_waits_for_room():
     assert "explode_in_probe" in "".join(traceback.format_exception(error))
 
 
-def test_the_consumers_error_before_it_takes_anything():
+def test_the_consumers_error_before_its_first_item():
     def die(queue):
         raise MemoryError("cuML")
 
     assert isinstance(run_both(put_many, die), MemoryError)
 
 
-def test_an_error_after_the_other_has_ended():
+def test_an_error_after_the_other_thread_has_finished():
     def late(queue):
         list(queue)
         raise OSError("No space left on device")
@@ -105,7 +105,7 @@ def test_an_error_after_the_other_has_ended():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_both_and_is_passed_on(number):
+def test_a_signal_stops_both_threads(number):
     stop = threading.Event()
 
     def consume_until_told(queue):

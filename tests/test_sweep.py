@@ -1,4 +1,4 @@
-"""Sweep files: what they stand for, and what is refused before anything begins."""
+"""Sweep files: the requests that they describe, and errors before anything starts."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_a_grid_is_every_combination_with_a_folder_each(read):
     assert len(set(folders)) == 4
 
 
-def test_grids_add_up_and_a_grids_flag_goes_before_that_of_all(read):
+def test_grids_are_combined_and_override_flags(read):
     sweep = read('output_directory = "o"\n[flags]\nseed = 1\n[[grid]]\nlayers = "0"\n[[grid]]\nseed = [2, 3]\n')
     requests = [make_request(values) for values in sweep.requests]
     assert [request.settings.seed for request in requests] == [1, 2, 3]
     assert [str(request.output) for request in requests] == ["o/seed_1__layers_0", "o/seed_2", "o/seed_3"]
 
 
-def test_a_single_request_has_a_folder_too(read):
+def test_a_single_request_has_a_folder(read):
     assert read('output_directory = "o"\n[[grid]]\nseed = 5\n').requests == (
         {"seed": 5, "output_directory": Path("o/all")},
     )
@@ -62,19 +62,19 @@ def test_a_single_request_has_a_folder_too(read):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("output_directory = ", "no TOML"),
+        ("output_directory = ", "not a TOML file"),
         ('[[grid]]\nseed = 1\n', "output_directory must be"),
         ('output_directory = "o"\n', "[[grid]]"),
         ('output_directory = "o"\ngrids = 1\n', "output_directory, page, flags, grid"),
-        ('output_directory = "o"\n[[grid]]\nsaename = "a"\n', "grid.saename is not known: use model_name"),
-        ('output_directory = "o"\n[flags]\noverwrite = true\n[[grid]]\nseed = 1\n', "flags.overwrite is not known"),
+        ('output_directory = "o"\n[[grid]]\nsaename = "a"\n', "unknown key grid.saename: use model_name"),
+        ('output_directory = "o"\n[flags]\noverwrite = true\n[[grid]]\nseed = 1\n', "unknown key flags.overwrite"),
         ('output_directory = "o"\n[[grid]]\nseed = []\n', "grid.seed is an empty list"),
         ('output_directory = "o"\n[[grid]]\nseed = [1, 1]\n', "two requests"),
         ('output_directory = "o"\n[[grid]]\nseed = [{a = 1}]\n', "seed = {'a': 1}"),
         ('output_directory = "o"\nflags = 3\n[[grid]]\nseed = 1\n', "flags must be a table"),
     ],
 )  # fmt: skip
-def test_what_is_no_sweep_is_refused_with_the_reason(read, text, words):
+def test_invalid_sweeps_are_rejected_with_the_reason(read, text, words):
     with pytest.raises(RequestError) as refused:
         read(text)
     assert words in str(refused.value)
@@ -98,7 +98,7 @@ def test_every_request_is_checked_before_the_first_begins(
     assert "--layers 7" in capsys.readouterr().err
 
 
-def test_a_sweep_is_measured_summed_up_and_not_done_again(tiny_model, tiny_saes, people_csv, tmp_path, capsys, caplog):
+def test_a_sweep_is_measured_summarised_and_not_repeated(tiny_model, tiny_saes, people_csv, tmp_path, capsys, caplog):
     sweep = tmp_path / "sweep.toml"
     sweep.write_text(f"""
         output_directory = "{tmp_path / "out"}"

@@ -1,4 +1,4 @@
-"""Means over tasks that are drawn as people are: against Student's t, the people alone, and planted truth."""
+"""Means over tasks as a random sample: compared with Student's t, with people alone, and with planted truth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cell(mean: float, n: int, first_person: int = 0, noise: np.ndarray | None = 
 
 
 def draw(random: np.random.Generator, n_sources: int, spread: float, share: bool = False, tasks_of: int = 1):
-    """Sources whose true values are normal around `TRUTH`; tasks are on their own people, or share."""
+    """Draw sources whose true values are normal around `TRUTH`; tasks have their own people or share them."""
     people = random.normal(size=60) * 0.5
     sources = {}
     for source in range(n_sources):
@@ -38,7 +38,7 @@ def draw(random: np.random.Generator, n_sources: int, spread: float, share: bool
     return sources
 
 
-def test_of_tasks_on_people_of_their_own_it_is_students_t_on_their_means():
+def test_tasks_with_separate_people_use_students_t():
     sources = draw(np.random.default_rng(0), 12, spread=1.0)
     found = over_tasks(sources).estimate
     values = [estimate_mean(cells).value for ((cells),) in sources.values()]
@@ -47,14 +47,14 @@ def test_of_tasks_on_people_of_their_own_it_is_students_t_on_their_means():
     assert found.degrees_of_freedom == pytest.approx(11, rel=1e-2)
 
 
-def test_tasks_that_do_not_differ_leave_the_peoples_error():
+def test_equal_tasks_have_only_the_error_of_people():
     sources = {str(i): [[cell(0.1, 40, 0, np.linspace(-1, 1, 40))]] for i in range(6)}
     found = over_tasks(sources)
     assert found.spread == 0
     assert found.estimate.standard_error == pytest.approx(estimate_mean(sources["0"][0]).standard_error)
 
 
-def test_each_task_counts_alike_whatever_its_layers_and_probes():
+def test_tasks_have_equal_weights():
     sources = {"a": [[cell(0.0, 40)]], "b": [[cell(1.0, 40, 100)] * 5]}
     assert over_tasks(sources).value == pytest.approx(0.5)
     three = {"a": [[cell(0.0, 40)], [cell(0.3, 40)]], "b": [[cell(1.2, 40, 100)]]}
@@ -62,12 +62,12 @@ def test_each_task_counts_alike_whatever_its_layers_and_probes():
     assert (over_tasks(three).n_tasks, over_tasks(three).n_sources) == (3, 2)
 
 
-def test_tasks_of_one_source_say_nothing_of_others():
+def test_a_single_source_has_no_interval():
     found = over_tasks({"a": [[cell(0.0, 40)], [cell(0.3, 40)]]})
     assert found.estimate is None and found.spread is None and found.value == pytest.approx(0.15)
 
 
-def test_the_spread_of_tasks_is_found():
+def test_the_spread_of_tasks_is_estimated():
     random = np.random.default_rng(1)
     found = [over_tasks(draw(random, 30, 0.2)).spread for _ in range(30)]
     assert np.sqrt(np.mean(np.square(found))) == pytest.approx(0.2, rel=0.1)
@@ -89,10 +89,10 @@ def test_intervals_cover_the_mean_of_all_tasks(n_sources, spread, share, tasks_o
     assert 0.92 <= covered / n <= 0.995
     assert covered >= by_people
     if spread and not share:
-        assert by_people / n < 0.9  # people alone: too narrow by what tasks differ
+        assert by_people / n < 0.9  # with people alone, the interval is too narrow because tasks differ
 
 
-# --- in plain numbers
+# --- in result files
 
 
 def test_families_have_means_of_their_own():
@@ -116,7 +116,7 @@ def test_forged_means_over_tasks_are_refused(tasks):
     assert figures.fault({}, {"compared": {}, "tasks": tasks}) is not None
 
 
-def test_a_source_is_what_tasks_are_cut_from():
+def test_tasks_of_one_file_share_a_source():
     assert source_of("117_us_state_FL") == source_of("13_us_state") == "us_state"
     assert source_of("22_headline_isobama") == source_of("21_headline_istrump") != source_of("139_news_class_Politics")
     assert source_of("66_living-room") == "living-room"
@@ -126,7 +126,7 @@ def test_a_source_is_what_tasks_are_cut_from():
 
 @pytest.fixture(scope="module")
 def suite_run(tiny_model, tiny_saes, tmp_path_factory):
-    """Four tasks of three sources on the tiny model; of one of them there are too few rows to measure."""
+    """Run four tasks of three sources on the tiny model; one of them has too few rows to be measured."""
     from pathlib import Path
 
     out = tmp_path_factory.mktemp("suite")
@@ -199,6 +199,6 @@ def test_two_saes_differ_by_the_mean_over_tasks_of_their_paired_differences(suit
     }
     found = sae_level.compare(cells, swapped, tasks)["tasks"]
     alone = sae_level.summarise(cells, tasks)["tasks"]
-    for end in ("", "_ci_low", "_ci_high", "_spread"):  # against the model's own scores it is the delta
+    for end in ("", "_ci_low", "_ci_high", "_spread"):  # minus the model's own scores, it is the delta
         assert found[f"delta_sel{end}"] == pytest.approx(alone[f"delta_sel{end}"])
     assert "families" not in found and found["n_tasks"] == 3

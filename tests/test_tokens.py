@@ -1,4 +1,4 @@
-"""Token positions against a brute-force count of characters, the window, and the batches."""
+"""Token positions compared with a count of characters, the context window, and the batches."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 
 
 def mention(text: str, name: str | None = None) -> dw.Mention:
-    """The mention of `name` in `text`; without one, of the name that ends it."""
+    """Return the mention of `name` in `text`; without a name, of the name that ends it."""
     if name is None:
         span = name_span(text)
         assert span is not None
@@ -75,8 +75,8 @@ def mention(text: str, name: str | None = None) -> dw.Mention:
 
 
 def brute_force_span(mention: dw.Mention, ids: list[int], tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
-    """Count bytes: every byte-level token is a number of bytes, and together they are the text's."""
-    alphabet = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]  # one character stands for a byte
+    """Count bytes: every byte-level token has a number of bytes, and together they are the text's bytes."""
+    alphabet = [len(token) for token in tokenizer.convert_ids_to_tokens(ids)]  # one character per byte
     ends = np.cumsum(alphabet)
     begin = len(mention.text[: mention.start].encode())
     end = len(mention.text[: mention.end].encode())
@@ -105,7 +105,7 @@ def test_positions_equal_a_count_of_bytes(tokenizer: PreTrainedTokenizerFast) ->
 @pytest.mark.skipif(not TINY_PYTHIA.is_file(), reason="the bundled demo model is not here")
 def test_positions_with_the_demo_tokenizer() -> None:
     demo = PreTrainedTokenizerFast(tokenizer_file=str(TINY_PYTHIA), bos_token=BOS, eos_token=BOS)
-    plain = [text for text in NAMES if text.isascii()]  # its normalizer may rewrite the others' bytes
+    plain = [text for text in NAMES if text.isascii()]  # its normalizer may change the bytes of other texts
     check_against_brute_force([mention(text) for text in plain], demo)
 
 
@@ -126,7 +126,7 @@ def test_without_bos_positions_are_one_less(tokenizer: PreTrainedTokenizerFast) 
     assert all(np.array_equal(a[1:], b) for a, b in zip(with_bos.ids, without.ids, strict=True))
 
 
-def test_long_texts_lose_their_left(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_long_texts_are_truncated_from_the_left(tokenizer: PreTrainedTokenizerFast) -> None:
     m = mention("one two three four five six seven eight and then Barack Obama")
     full = dw.tokenise([m], tokenizer, prepend_bos=False, max_length=512)
     cut = dw.tokenise([m], tokenizer, prepend_bos=True, max_length=10)
@@ -150,7 +150,7 @@ def test_the_window_never_cuts_the_name(tokenizer: PreTrainedTokenizerFast, room
     assert ends_with_text or cut.first[0] == 0
 
 
-def test_name_without_room_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_name_longer_than_the_window_is_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RequestError, match=r"'Qwzxk Vbnmp' has \d+ tokens, but the model accepts 3"):
         dw.tokenise([mention("Qwzxk Vbnmp")], tokenizer, prepend_bos=True, max_length=4)
 
@@ -163,14 +163,14 @@ def test_text_without_tokens_is_refused(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def _deaf() -> PreTrainedTokenizerFast:
-    """A tokenizer that knows one letter, has nothing for the unknown, and no BOS."""
+    """Return a tokenizer that knows one letter and has neither an unknown token nor BOS."""
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"h": 0}, [])))
 
 
 @pytest.mark.parametrize("n_own", [0, 1, 2])
 @pytest.mark.parametrize("prepend", [True, False])
 def test_texts_that_begin_with_bos_have_one_or_none_as_asked(tokenizer, caplog, n_own: int, prepend: bool) -> None:
-    """Chat templates and exported texts bring their own; it is no part of the text."""
+    """Chat templates and exported texts may begin with BOS; it is not part of the text."""
     plain = mention("Ada Byron wrote it")
     own = dw.Mention(n_own * BOS + plain.text, plain.start + n_own * len(BOS), plain.end + n_own * len(BOS), "p")
     found = dw.tokenise([own, plain], tokenizer, prepend_bos=prepend, max_length=64)
@@ -180,13 +180,13 @@ def test_texts_that_begin_with_bos_have_one_or_none_as_asked(tokenizer, caplog, 
     assert (f"1 of 2 texts already begin with BOS: {told}" in caplog.text) == (n_own > 0)
 
 
-def test_a_name_at_bos_itself_keeps_it(tokenizer) -> None:
+def test_a_name_that_begins_with_bos_keeps_it(tokenizer) -> None:
     m = dw.Mention(f"{BOS}Ada", 0, len(BOS), "p")
     assert dw.tokenise([m], tokenizer, prepend_bos=True, max_length=64).ids[0][:2].tolist() == [0, 0]
 
 
-def test_eos_stands_in_front_where_there_is_no_bos(tokenizer) -> None:
-    """As TransformerLens has it: the SAEs of Qwen in SAE Lens were trained so."""
+def test_eos_is_prepended_if_there_is_no_bos(tokenizer) -> None:
+    """As in TransformerLens: the SAEs of Qwen in SAE Lens were trained in this way."""
     qwen = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=BOS)
     assert qwen.bos_token_id is None
     found = dw.tokenise([mention("Ada Byron")], qwen, prepend_bos=True, max_length=64)
@@ -196,7 +196,7 @@ def test_eos_stands_in_front_where_there_is_no_bos(tokenizer) -> None:
     )
 
 
-def test_a_token_that_the_model_lacks_is_told_with_its_text(tokenizer) -> None:
+def test_a_token_outside_the_vocabulary_is_reported_with_its_text(tokenizer) -> None:
     m = mention("Ada Byron")
     ids = dw.tokenise([m], tokenizer, prepend_bos=False, max_length=64).ids[0].tolist()
     most = max(ids)
@@ -206,7 +206,7 @@ def test_a_token_that_the_model_lacks_is_told_with_its_text(tokenizer) -> None:
         dw.tokenise([m], tokenizer, prepend_bos=False, max_length=64, n_embeddings=most)
 
 
-def test_bos_that_the_tokenizer_lacks_is_refused() -> None:
+def test_a_missing_bos_token_is_rejected() -> None:
     with pytest.raises(RequestError, match="no BOS token"):
         dw.tokenise([mention("hello")], _deaf(), prepend_bos=True, max_length=8)
 
@@ -279,7 +279,7 @@ def test_batches_run_from_long_to_short_with_ties_by_index_whatever_the_order_as
     assert forward == backward == [8, 1, 6, 5, 2, 3, 9, 7, 0, 4]
 
 
-def test_batches_of_nothing_are_none() -> None:
+def test_no_mentions_give_no_batches() -> None:
     assert list(dw.batches(tokenised([3]), np.array([], dtype=np.int64), batch_size=4)) == []
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         next(dw.batches(tokenised([3]), np.arange(1), batch_size=0))
@@ -298,14 +298,12 @@ def test_an_sae_that_was_trained_with_bos_is_measured_with_eos_where_the_model_h
     assert "has no BOS token: texts begin with EOS" in caplog.text
     with_eos = Request(folder, (tiny_saes,), people_csv, tmp_path / "eos").plus("--bos", "excluded", "--layers", "1")
     with_bos = Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "bos").plus("--layers", "1")
-    assert with_eos.run() == with_bos.run() == 0  # the same token stands for both in this tokenizer
+    assert with_eos.run() == with_bos.run() == 0  # this tokenizer uses one token for both
     (found,), (expected,) = numbers(with_eos.out).values(), numbers(with_bos.out).values()
     assert found == expected
 
 
-def test_tokens_that_were_added_without_the_model_are_found_before_it_runs(
-    tiny_model, tiny_saes, tmp_path, capsys, monkeypatch
-):
+def test_added_tokens_without_embeddings_are_found_before_the_run(tiny_model, tiny_saes, tmp_path, capsys, monkeypatch):
     folder = shutil.copytree(tiny_model, tmp_path / "EleutherAI" / "pythia-extended")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_tokens(["Zebedee"])

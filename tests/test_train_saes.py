@@ -1,4 +1,4 @@
-"""`scripts/train_saes.py`: harvest and training, killed and resumed; what is saved against plain arithmetic."""
+"""`scripts/train_saes.py`: harvest and training, killed and resumed; saved SAEs compared with plain arithmetic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scripts import train_saes
 from scripts.sae_training import harvest as harvesting
 from scripts.sae_training import training
 from scripts.sae_training.harvest import HELD_OUT, TRAIN, Activations, HarvestSettings, harvest
-from scripts.sae_training.kinds import KINDS, JumpReluSae, StepSettings, TopKSae, largest, sae_loss
+from scripts.sae_training.kinds import KINDS, JumpReluSae, StepSettings, TopKSae, largest_indices, sae_loss
 from scripts.sae_training.text import choose_texts, read_documents, text_files, token_rows
 
 LAYERS, K, D_SAE = (0, 2), 4, 48
@@ -28,12 +28,12 @@ SENTENCE = "a river ran by the old town where she wrote and he sang of war law a
 
 
 class Killed(BaseException):
-    """Stands for a signal: nothing catches it."""
+    """Stands for a signal: no code catches it."""
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """600 documents in three formats; some seven are held out."""
+    """Create 600 documents in three formats, some seven of which are held out."""
     folder = tmp_path_factory.mktemp("text")
     random = np.random.default_rng(0)
     documents = [" ".join(random.choice(SENTENCE.split(), size=random.integers(20, 60))) for _ in range(600)]
@@ -49,7 +49,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def acts(tiny_model, text, tmp_path_factory):
-    """A harvest that was killed after its second shard and resumed."""
+    """Return a harvest that was killed after its second shard and resumed."""
     folder, save, saved = tmp_path_factory.mktemp("work"), harvesting._save, []
 
     def save_two_shards(path, tensors):
@@ -66,11 +66,11 @@ def acts(tiny_model, text, tmp_path_factory):
     assert len(list(folder.glob("train_*.safetensors"))) == 2
     before = {path: path.stat().st_mtime_ns for path in folder.glob("train_*.safetensors")}
     found = harvest(info, SETTINGS, text, folder, threads=2, quiet=True)
-    assert all(path.stat().st_mtime_ns == at for path, at in before.items())  # not made again
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())  # not created again
     return found
 
 
-def test_all_formats_are_read_and_what_is_held_out_is_never_trained_on(text):
+def test_all_formats_are_read_and_held_out_text_is_not_trained_on(text):
     files = text_files(text)
     everything = list(read_documents(files))
     assert len(everything) == 600
@@ -84,7 +84,7 @@ def test_all_formats_are_read_and_what_is_held_out_is_never_trained_on(text):
         text_files(text / "nothing")
 
 
-def test_broken_lines_are_named(tmp_path):
+def test_broken_lines_are_reported(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"title": "b"}\n')
     with pytest.raises(RequestError, match=r"bad.jsonl, line 2"):
         list(read_documents(text_files(tmp_path)))
@@ -111,7 +111,7 @@ def test_a_harvest_is_what_plain_transformers_gives_without_bos_and_sinks(acts, 
     bos, last = model.config.bos_token_id, []
     for part in (TRAIN, HELD_OUT):
         found = {layer: torch.cat([acts.read(part, i, layer) for i in range(acts.shards(part))]) for layer in LAYERS}
-        with torch.no_grad():  # its `hidden_states[-1]` is after the final norm, so the last layer has a hook
+        with torch.no_grad():  # its `hidden_states[-1]` is after the final norm, so the last layer needs a hook
             hook = model.base_model.layers[2].register_forward_hook(lambda _m, _a, out: last.append(out))
             states = model(rows[part].long(), output_hidden_states=True).hidden_states
             hook.remove()
@@ -126,7 +126,7 @@ def test_a_harvest_is_what_plain_transformers_gives_without_bos_and_sinks(acts, 
         assert acts.tokens(part) == int(kept.sum())
 
 
-def test_a_folder_is_good_for_one_harvest(acts, tiny_model, text):
+def test_a_work_folder_rejects_other_settings(acts, tiny_model, text):
     other = HarvestSettings(LAYERS, tokens=2000, length=32)
     with pytest.raises(RequestError, match="another settings"):
         harvest(open_model(str(tiny_model)), other, text, acts.folder)
@@ -144,7 +144,7 @@ def plain_codes(kind: str, w: dict[str, np.ndarray], x: np.ndarray) -> np.ndarra
 
 @pytest.fixture(scope="module")
 def trained(acts, tmp_path_factory):
-    """Every kind at both layers, killed after step 3 of 8 and resumed; and the same without a break."""
+    """Train every kind at both layers, killed after step 3 of 8 and resumed; and the same without interruption."""
     step = StepSettings(batch=128, dead_after=200)
     settings = training.TrainSettings(tuple((kind, K) for kind in KINDS), LAYERS, D_SAE, 8 * 128, step=step)
     killed, whole = (tmp_path_factory.mktemp(name) for name in ("killed", "whole"))
@@ -174,7 +174,7 @@ def test_a_resumed_training_gives_the_same_weights_to_the_bit(trained):
         assert all(torch.equal(one.weights[name], other.weights[name]) for name in other.weights)
 
 
-def test_a_checkpoint_is_good_for_one_training(acts, trained, tmp_path):
+def test_a_checkpoint_rejects_other_settings(acts, trained, tmp_path):
     _, _, settings = trained
     training.Checkpoint(tmp_path, settings, acts).save(1, [], [])
     other = training.TrainSettings(settings.saes, settings.layers, settings.d_sae, settings.tokens, seed=1)
@@ -182,7 +182,7 @@ def test_a_checkpoint_is_good_for_one_training(acts, trained, tmp_path):
         training.train(acts, other, tmp_path, quiet=True)
 
 
-def test_the_figures_of_saved_saes_are_what_plain_arithmetic_gives(acts, trained, tmp_path):
+def test_figures_of_saved_saes_equal_plain_arithmetic(acts, trained, tmp_path):
     _, whole, settings = trained
     for sae in whole:
         folder, found = train_saes.save(sae, acts, settings, "tiny", "made-up text.", tmp_path)
@@ -251,19 +251,19 @@ def test_topk_has_the_gradient_of_the_dense_formula():
         torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-5)
 
 
-def test_the_largest_of_many_are_those_that_topk_finds():
+def test_largest_indices_equal_topk():
     values = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
     for n in (1, 500, 40_000, 299_999):
-        assert set(largest(values, n).tolist()) == set(values.topk(n).indices.tolist())
-    flat = torch.zeros(200_000)  # more ties than are wanted
-    assert len(set(largest(flat, 1000).tolist())) == 1000
+        assert set(largest_indices(values, n).tolist()) == set(values.topk(n).indices.tolist())
+    flat = torch.zeros(200_000)  # more ties than requested
+    assert len(set(largest_indices(flat, 1000).tolist())) == 1000
 
 
 def test_thresholds_rise_when_too_many_latents_are_open():
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
     sae = JumpReluSae(0, 2, torch.zeros(8), 32, torch.Generator().manual_seed(1))
     sae.start(x)
-    sae.k = 1  # half as many as are open
+    sae.k = 1  # half as many as are active
     before = sae.log_threshold.detach().clone()
     sae_loss(sae, x, StepSettings()).backward()
     codes = sae.codes(x)

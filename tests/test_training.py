@@ -1,4 +1,4 @@
-"""Evaluators at work in the trainers of SAE Lens and sparsify, and in a plain loop; the loggers of what they find."""
+"""Evaluators in the trainers of SAE Lens and sparsify and in a plain loop, and the loggers of their numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from transformers import AutoModelForCausalLM
 
 import delta_selectivity as ds
-from delta_selectivity.api.budget import FIRST_TRY, fitting_rows
+from delta_selectivity.api.budget import FIRST_ROWS, fitting_rows
 from delta_selectivity.api.training_names import HIGH, LOW, for_training, intervals
 
 MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"
@@ -44,7 +44,7 @@ def evaluator(tiny_model, task):
 
 @pytest.fixture(scope="module")
 def activations(tiny_model):
-    """Activations [rows, d] of the layer, of random tokens."""
+    """Return activations [rows, d] of the layer, of random tokens."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     ids = torch.randint(model.config.vocab_size, (32, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -81,7 +81,7 @@ def lens_trainer(x, kind="topk", steps=6, evaluator=None, every=None):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_sae_lens_trains_the_same_weights_with_an_evaluator_at_work(kind, evaluator, activations):
+def test_an_evaluator_does_not_change_training_in_sae_lens(kind, evaluator, activations):
     plain, watched = lens_trainer(activations, kind), lens_trainer(activations, kind)
     plain.fit()
     states = random_states()
@@ -93,7 +93,7 @@ def test_sae_lens_trains_the_same_weights_with_an_evaluator_at_work(kind, evalua
     def step(batch):
         found = step_of(batch)
         kept = copy.deepcopy(watched.activation_scaler)
-        measured.append(evaluator(watched.sae, watched.data_provider, kept))  # as the trainer calls one
+        measured.append(evaluator(watched.sae, watched.data_provider, kept))  # as the trainer calls it
         assert watched.sae.training
         return found
 
@@ -109,13 +109,13 @@ def test_sae_lens_trains_the_same_weights_with_an_evaluator_at_work(kind, evalua
     values = [numbers[f"{HEAD}/fvu_whole"] for _, numbers in seen]
     assert len(set(values)) == 3
     if kind in ("topk", "scaled", "whitened"):
-        last = evaluator(watched.sae)  # the trainer has folded its scaling in by now
+        last = evaluator(watched.sae)  # by now the trainer has folded its scaling in
         assert last["people/fvu_whole"] == values[-1]
         assert last["transfer_r2"] == seen[-1][1][f"delta/layer_{LAYER}/transfer_r2"]
 
 
 def test_scaled_inputs_give_the_codes_that_the_trainer_computes(evaluator, activations, tiny_model):
-    """FVU against the trainer's own forward pass, in NumPy: a scaling left out would show at once."""
+    """Compared with the trainer's own forward pass in NumPy: a missing scaling would change the FVU."""
     rows = probed_rows(evaluator, tiny_model)
     for kind in ("topk", "scaled", "whitened", "layer_norm"):
         trainer = lens_trainer(activations, kind, steps=30)
@@ -133,7 +133,7 @@ def test_scaled_inputs_give_the_codes_that_the_trainer_computes(evaluator, activ
 
 
 def probed_rows(evaluator, folder):
-    """The model's activations at the probed positions, by plain forward passes."""
+    """Return the model's activations at the probed positions, by plain forward passes."""
     texts, model = evaluator._tokenised, AutoModelForCausalLM.from_pretrained(folder)
     found = []
     for ids, last in zip(texts.ids, texts.last, strict=True):
@@ -189,7 +189,7 @@ def sparsify_trainer(folder, out, optimizer="signum", hookpoints=("layers.1",), 
 @pytest.mark.parametrize(
     ("optimizer", "options"), [("signum", {}), ("adam", {"lr_warmup_steps": 2}), ("muon", {"grad_acc_steps": 2})]
 )
-def test_sparsify_trains_the_same_weights_with_a_callback_at_work(optimizer, options, evaluator, tiny_model, tmp_path):
+def test_a_callback_does_not_change_training_in_sparsify(optimizer, options, evaluator, tiny_model, tmp_path):
     plain, watched = (sparsify_trainer(tiny_model, tmp_path / name, optimizer, **options) for name in ("a", "b"))
     torch.manual_seed(0)
     plain.fit()
@@ -207,7 +207,7 @@ def test_sparsify_trains_the_same_weights_with_a_callback_at_work(optimizer, opt
         assert saved["people/fvu_whole"] == seen[-1][1][f"{HEAD}/fvu_whole"]
 
 
-def test_of_several_saes_of_sparsify_those_of_the_layer_are_measured(evaluator, tiny_model, task, tmp_path):
+def test_only_saes_of_the_layer_are_measured_in_sparsify(evaluator, tiny_model, task, tmp_path):
     trainer = sparsify_trainer(tiny_model, tmp_path, hookpoints=("layers.1", "layers.2"), init_seeds=[1, 2], steps=2)
     seen = []
     ds.Callback(evaluator, every=2, log=lambda numbers, step: seen.append(numbers)).attach(trainer)
@@ -217,7 +217,7 @@ def test_of_several_saes_of_sparsify_those_of_the_layer_are_measured(evaluator, 
     assert one != two
     other = sparsify_trainer(tiny_model, tmp_path, hookpoints=("layers.2",), steps=2)
     with pytest.raises(
-        ds.RequestError, match=r"it trains layers\.2; the evaluator is of layer 1, resid_post"
+        ds.RequestError, match=r"it trains layers\.2, but the evaluator measures layer 1, resid_post"
     ) as refused:
         ds.Callback(evaluator).attach(other)
     assert refused.value.field == "trainer"
@@ -233,7 +233,7 @@ def test_a_transcoder_of_sparsify_is_measured_where_it_reads_and_writes(tiny_mod
     assert seen[0]["delta/people/layer_1_mlp_out/fvu_whole"] > 0
 
 
-# --- a loop of one's own
+# --- a custom loop
 
 
 def test_one_line_in_a_plain_loop(evaluator, activations, tmp_path):
@@ -342,11 +342,11 @@ def test_tensorboard_has_the_numbers_and_draws_intervals_as_bands(tmp_path):
                                                     ("", LOW, HIGH)]  # fmt: skip
 
 
-def test_without_tensorboard_it_says_what_to_install(monkeypatch, tmp_path):
+def test_missing_tensorboard_error_says_what_to_install(monkeypatch, tmp_path):
     import sys
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ds.RequestError, match="need the package tensorboard"):
+    with pytest.raises(ds.RequestError, match="the package tensorboard is not installed"):
         ds.TensorBoardLogger(tmp_path)
 
 
@@ -361,12 +361,12 @@ def wandb_run(tmp_path, monkeypatch):
 
 
 def rows_of(run, folder):
-    """The rows that an offline run has written, each a dict."""
+    """Return the rows that an offline run has written, each a dict."""
     from wandb.proto import wandb_internal_pb2
 
     run.finish()
     (file,) = folder.rglob("run-*.wandb")
-    for _ in range(100):  # W&B's own process writes it, and is not always done yet
+    for _ in range(100):  # W&B's own process writes it and may not be finished yet
         records = [wandb_internal_pb2.Record.FromString(data) for data in records_in(file.read_bytes())]
         if records and records[-1].WhichOneof("record_type") == "exit":
             break
@@ -380,7 +380,7 @@ def rows_of(run, folder):
 
 
 def records_in(data):
-    """The records of a file in LevelDB's log format: blocks of 32 KiB, a record in one piece or several."""
+    """Read the records of a file in LevelDB's log format: blocks of 32 KiB, a record in one piece or several."""
     place, parts = 7, []
     while place + 7 <= len(data):
         left = 32_768 - place % 32_768
@@ -390,7 +390,7 @@ def records_in(data):
         _, length, kind = struct.unpack_from("<IHB", data, place)
         parts.append(data[place + 7 : place + 7 + length])
         place += 7 + length
-        if kind in (1, 4):  # the whole of one, or its last piece
+        if kind in (1, 4):  # a whole record, or its last piece
             yield b"".join(parts)
             parts = []
 
@@ -443,7 +443,7 @@ def test_sae_lens_with_offline_wandb_and_tensorboard(route, wandb_run, evaluator
     [
         (0.1, 0.001, 2.0, 100_000, 1700),  # 0.9 x 2 s
         (0.1, 0.001, 2.0, 900, 900),
-        (0.1, 0.001, 0.2, 100_000, FIRST_TRY),  # it takes 0.6 s whatever one does
+        (0.1, 0.001, 0.2, 100_000, FIRST_ROWS),  # it takes 0.6 s for any number of rows
         (0.0, 0.001, 1e9, 100_000, 32_000),
         (5.0, 0.001, 8.0, 100_000, 2200),
         (0.1, 0.001, 2.0, 80, 80),
@@ -459,12 +459,12 @@ def test_rows_are_chosen_by_the_time_that_calls_take(fixed, each, seconds, most,
     found = fitting_rows(seconds_at, seconds, most)
     assert found == asked[-1] == pytest.approx(expected, rel=0.03)
     assert found <= most
-    assert fixed + each * found <= seconds or found == FIRST_TRY
+    assert fixed + each * found <= seconds or found == FIRST_ROWS
 
 
-def test_a_budget_says_rows_seconds_and_a_precision_that_later_saes_keep(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("delta_selectivity.api.budget.FIRST_TRY", 100)
-    monkeypatch.setattr("delta_selectivity.api.evaluator.FIRST_TRY", 100)
+def test_a_budget_reports_rows_seconds_and_precision(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("delta_selectivity.api.budget.FIRST_ROWS", 100)
+    monkeypatch.setattr("delta_selectivity.api.evaluator.FIRST_ROWS", 100)
     task = write_csv(tmp_path / "people.csv", people(1200))
     evaluator = ds.Evaluator(tiny_model, LAYER, task, seconds=30.0, rows=400, settings=FAST, device="cpu")
     assert evaluator.budget is None
@@ -489,7 +489,7 @@ def test_a_budget_says_rows_seconds_and_a_precision_that_later_saes_keep(tiny_mo
     assert alone.budget.rows == budget.rows
 
 
-def test_a_time_that_cannot_be_kept_is_said(tiny_model, task, caplog):
+def test_an_unattainable_time_is_reported(tiny_model, task, caplog):
     evaluator = ds.Evaluator(tiny_model, LAYER, task, seconds=1e-6, settings=FAST, device="cpu")
     evaluator(TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D_MODEL, d_sae=D_SAE, k=8)))
     assert any("more than `seconds` 1e-06" in line for line in evaluator.warnings)
@@ -498,7 +498,7 @@ def test_a_time_that_cannot_be_kept_is_said(tiny_model, task, caplog):
     assert refused.value.field == "seconds"
 
 
-# --- the bundled model, as people train
+# --- the bundled model in a realistic training
 
 
 def bundled_lens(model, ids):
@@ -524,7 +524,7 @@ def bundled_sparsify(model, ids):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("make", [bundled_lens, bundled_sparsify])
-def test_a_topk_sae_on_the_bundled_model_is_watched_in_a_tenth_of_its_training_time(make, wandb_run, tmp_path):
+def test_measuring_takes_at_most_a_tenth_of_the_training_time(make, wandb_run, tmp_path):
     """500 rows of gender every 100 steps."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -537,7 +537,7 @@ def test_a_topk_sae_on_the_bundled_model_is_watched_in_a_tenth_of_its_training_t
         torch.manual_seed(0)
         trainer, sae = make(model, ids)
         if watched:
-            evaluator(sae)  # what a process does once
+            evaluator(sae)  # one-time costs of a process
             callback.attach(trainer)
         start = time.perf_counter()
         trainer.fit()

@@ -1,4 +1,4 @@
-"""Transcoders against the libraries that write them: they read one place, and what they write is of another."""
+"""Transcoders compared with the libraries that write them: they read at one place and write at another."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ D_IN, D_OUT, D_SAE, K = 16, 12, 64, 4
 
 
 def dense(codes: SparseRows) -> Tensor:
-    """``[rows, n_cols]``."""
+    """Return ``[rows, n_cols]``."""
     rows = torch.arange(codes.n_rows).repeat_interleave(codes.crow.diff())
     return torch.zeros(codes.n_rows, codes.n_cols).index_put_((rows, codes.col.long()), codes.value)
 
@@ -36,7 +36,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 def write_sparsify(folder: Path, **settings: Any) -> Any:
-    """A random coder of the library, saved by it."""
+    """Write a random coder with the library."""
     sparsify = pytest.importorskip("sparsify")
     coder = sparsify.SparseCoder(D_IN, sparsify.SparseCoderConfig(k=K, num_latents=D_SAE, **settings))
     torch.manual_seed(0)
@@ -61,8 +61,8 @@ def test_sparsify_reads_what_the_module_receives(tmp_path: Path, folder: str, re
     assert (sae.input_hookpoint, sae.hookpoint, sae.architecture) == (reads, writes, "topk transcoder")
 
 
-def test_a_module_whose_output_is_normalised_before_it_is_added(tmp_path: Path) -> None:
-    """What Gemma's MLP gives is not ``mlp_out``, which is what goes into the residual stream."""
+def test_the_output_of_a_module_before_its_norm(tmp_path: Path) -> None:
+    """The output of Gemma's MLP is not ``mlp_out``, which is normalised before it is added to the residual stream."""
     write_sparsify(tmp_path / "layers.3.mlp", transcode=True)
     (tmp_path / "config.json").write_text('{"model": "google/gemma-2-2b"}')
     source = open_sae(str(tmp_path), "model.layers.<layer>.mlp")
@@ -97,7 +97,7 @@ KINDS = {
 
 
 def make_lens(kind: str, norm: str = "none", **metadata: Any) -> Any:
-    """A random transcoder of the library."""
+    """Return a random transcoder of the library."""
     sae_lens = pytest.importorskip("sae_lens")
     from sae_lens.registry import get_sae_class
 
@@ -147,7 +147,7 @@ def test_input_scaling_is_folded_as_the_library_folds_it(tmp_path: Path, kind: s
     assert_agrees(open_sae(str(tmp_path)).load(5, "cpu"), reference)
 
 
-def test_a_place_that_only_hugging_face_has_a_name_for(tmp_path: Path) -> None:
+def test_a_place_with_only_a_hugging_face_name(tmp_path: Path) -> None:
     make_lens(
         "jumprelu_skip_transcoder",
         hook_name="blocks.5.hook_mlp_in",
@@ -167,7 +167,7 @@ def test_a_place_that_only_hugging_face_has_a_name_for(tmp_path: Path) -> None:
     ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "center_writing_weights of TransformerLens"),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:(?s).*non-empty model_from_pretrained_kwargs")
-def test_what_cannot_be_measured(tmp_path: Path, names: dict[str, Any], message: str) -> None:
+def test_unsupported_transcoders_are_rejected(tmp_path: Path, names: dict[str, Any], message: str) -> None:
     make_lens("transcoder", **names).save_model(tmp_path)
     with pytest.raises(RequestError, match=message) as caught:
         open_sae(str(tmp_path))
@@ -216,16 +216,16 @@ def test_a_skip_connection_needs_what_was_encoded(tmp_path: Path) -> None:
 
 
 def project_in_sparsify(folder: Path, weight: Tensor, bias: Tensor) -> None:
-    """Attention's output projection as a transcoder of sparsify: all of it in the skip connection."""
+    """Write attention's output projection as a transcoder of sparsify, entirely in the skip connection."""
     sparsify = pytest.importorskip("sparsify")
     config = sparsify.SparseCoderConfig(k=K, num_latents=D_SAE, transcode=True, skip_connection=True)
-    coder = sparsify.SparseCoder(weight.shape[1], config)  # a transcoder's W_dec begins at zero
+    coder = sparsify.SparseCoder(weight.shape[1], config)  # W_dec of a transcoder is initialised with zeros
     coder.W_skip.data, coder.b_dec.data = weight, bias
     coder.save_to_disk(folder / "layers.1.attention.dense")
 
 
 def project_in_sae_lens(folder: Path, weight: Tensor, bias: Tensor) -> None:
-    """The same as one of SAE Lens, which has names for what the projection reads and writes."""
+    """Write the same as one of SAE Lens, which has names for the projection's input and output."""
     sae_lens = pytest.importorskip("sae_lens")
     names = {"hook_name": "blocks.1.attn.hook_z", "hook_name_out": "blocks.1.hook_attn_out"}
     d_out, d_in = weight.shape
@@ -239,10 +239,8 @@ def project_in_sae_lens(folder: Path, weight: Tensor, bias: Tensor) -> None:
 
 
 @pytest.mark.parametrize("write", [project_in_sparsify, project_in_sae_lens])
-def test_a_transcoder_that_is_the_module_loses_nothing(
-    write: Any, tiny_model: Path, people_csv: Path, tmp_path: Path
-) -> None:
-    """It is judged by what the module gives: were it judged by what it reads, nothing would be left."""
+def test_a_perfect_transcoder_loses_nothing(write: Any, tiny_model: Path, people_csv: Path, tmp_path: Path) -> None:
+    """It is compared with the module's output; compared with its input, nothing would be left."""
     from transformers import AutoModel
 
     dense_module = AutoModel.from_pretrained(tiny_model).layers[1].attention.dense

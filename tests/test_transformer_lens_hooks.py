@@ -1,4 +1,4 @@
-"""Hook points against TransformerLens's own hooks, on weights that it converted and did not process."""
+"""Hook points compared with TransformerLens's own hooks, on weights that it converted without processing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOOKS = {
     "mlp_post": "mlp.hook_post",
     "mlp_normalized": "ln2.hook_normalized",
 }
-CONFIG_BY_NAME = {"gemma2": "gemma-2-2b", "gemma3_text": "gemma-3-1b-pt"}  # TransformerLens has these by name only
+CONFIG_BY_NAME = {"gemma2": "gemma-2-2b", "gemma3_text": "gemma-3-1b-pt"}  # TransformerLens knows these by name only
 
 
 @pytest.mark.parametrize(
@@ -46,12 +46,14 @@ def test_hookpoints_equal_the_hooks_of_transformer_lens(name: str, tiny_model: P
 
 
 def transformer_lens_cache(name: str, folder: Path, ids: Tensor) -> Any:
-    """What TransformerLens's hooks hold when it runs the folder's weights."""
+    """Return the values of TransformerLens's hooks when it runs the folder's weights."""
     lens = pytest.importorskip("transformer_lens")
     from transformer_lens import loading_from_pretrained as loading
 
     config_file = folder / "config.json"
-    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "n_ctx": 128}))  # it asks GPT-2 for that
+    config_file.write_text(
+        json.dumps({**json.loads(config_file.read_text()), "n_ctx": 128})
+    )  # it requests GPT-2 for that
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     theirs = CONFIG_BY_NAME.get(name, str(folder))
     config = loading.get_pretrained_model_config(theirs, dtype=torch.float32, device="cpu")
@@ -68,7 +70,7 @@ def transformer_lens_cache(name: str, folder: Path, ids: Tensor) -> Any:
 
 
 def _shrink(theirs: Any, ours: Any) -> None:
-    """TransformerLens's config of a published Gemma, in the sizes of a tiny one."""
+    """Return TransformerLens's config of a published Gemma, with the sizes of a tiny one."""
     theirs.tokenizer_name = None
     theirs.d_model, theirs.n_layers, theirs.d_mlp = ours.hidden_size, ours.num_hidden_layers, ours.intermediate_size
     theirs.n_heads, theirs.n_key_value_heads = ours.num_attention_heads, ours.num_key_value_heads

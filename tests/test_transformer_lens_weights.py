@@ -1,7 +1,8 @@
-"""What is said of rewritten weights, against TransformerLens itself, which rewrites tiny Hugging Face models here.
+"""Handling of rewritten weights, compared with TransformerLens, which rewrites tiny Hugging Face models here.
 
-For each setting and each place one of three things is said: activations are the raw ones, they are the raw ones less
-their mean, or the SAE is refused. In the last case neither may fit, or the refusal would be for nothing.
+For each setting and each place there is one of three outcomes: the activations are the raw ones, they are the raw ones
+minus their mean, or the SAE is rejected. In the last case neither of the first two may hold, or the rejection would be
+unnecessary.
 """
 
 from __future__ import annotations
@@ -37,16 +38,14 @@ ROTARY = {"positional_embedding_type": "rotary", "rotary_adjacent_pairs": False}
 class Family(NamedTuple):
     """One kind of model, in both libraries."""
 
-    name: str
-    """As a config of SAE Lens calls it."""
+    name: str  # in a config of SAE Lens
     config: Callable[[], Any]
     lens_config: dict[str, Any]
     convert: Callable[[Any, Any], dict[str, Tensor]]
     blocks: str
     attention: str
     out_projection: str
-    norms: tuple[str, str]
-    """Before attention and before the MLP."""
+    norms: tuple[str, str]  # before attention and before the MLP
 
 
 FAMILIES = {
@@ -78,7 +77,7 @@ PLACES = ("resid_pre", "resid_post", "mlp_out", "attn_out", "z", *NORMED)
 
 @cache
 def tiny_model(family: str) -> Any:
-    """Random, biases and norms too: rewriting zeros and ones would change nothing."""
+    """Return a random model, including biases and norms: rewriting zeros and ones would change nothing."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family].config(), dtype=torch.float32).eval()
     for parameter in model.parameters():
@@ -88,7 +87,7 @@ def tiny_model(family: str) -> Any:
 
 @cache
 def raw_activations(family: str) -> dict[str, Tensor]:
-    """By plain hooks on the Hugging Face model: place -> ``[texts, tokens, width]``."""
+    """Return the activations by plain hooks on the Hugging Face model: place -> ``[texts, tokens, width]``."""
     model, parts = tiny_model(family), FAMILIES[family]
     block = model.get_submodule(f"{parts.blocks}.{LAYER}")
     modules = {"resid": block, "mlp": block.mlp}
@@ -105,7 +104,7 @@ def raw_activations(family: str) -> dict[str, Tensor]:
 
 
 def bare_norm(x: Tensor, family: str) -> Tensor:
-    """The family's norm without weight and bias."""
+    """Return the family's norm without weight and bias."""
     if family == "rms norm":
         return nn.functional.rms_norm(x, x.shape[-1:], eps=1e-6)
     return nn.functional.layer_norm(x, x.shape[-1:])
@@ -113,7 +112,7 @@ def bare_norm(x: Tensor, family: str) -> Tensor:
 
 @cache
 def lens_activations(family: str, setting: str | None) -> dict[str, Tensor]:
-    """By TransformerLens, with one way of rewriting weights or none: place -> ``[texts, tokens, width]``."""
+    """Return TransformerLens's activations, with rewritten or raw weights: place -> ``[texts, tokens, width]``."""
     lens = rewritten(family, setting)
     block = lens.blocks[LAYER]
     with inputs_and_outputs({"mlp": block.mlp, "attn": block.attn}) as kept:
@@ -126,14 +125,14 @@ def lens_activations(family: str, setting: str | None) -> dict[str, Tensor]:
 
 
 def rewritten(family: str, setting: str | None) -> Any:
-    """A ``HookedTransformer`` as SAE Lens loads it: no rewriting, but for the setting."""
+    """Return a ``HookedTransformer`` as SAE Lens loads it: without rewriting, except for the setting."""
     model, parts = tiny_model(family), FAMILIES[family]
     config = transformer_lens.HookedTransformerConfig(
         **LENS_SIZES, **parts.lens_config, eps=1e-6 if "rms" in family else 1e-5
     )
     lens = transformer_lens.HookedTransformer(config)
     settings = dict.fromkeys((*CHANGES, "center_unembed"), False) | ({} if setting is None else {setting: True})
-    logging.disable(logging.WARNING)  # it says that it does not centre with RMSNorm
+    logging.disable(logging.WARNING)  # it reports that it does not centre with RMSNorm
     try:
         lens.load_and_process_state_dict(parts.convert(model, config), **settings)
     finally:
@@ -143,7 +142,7 @@ def rewritten(family: str, setting: str | None) -> Any:
 
 @contextmanager
 def inputs_and_outputs(modules: dict[str, nn.Module]) -> Iterator[dict[tuple[str, str], Tensor]]:
-    """What modules receive and give while inside: (name, "in" or "out") -> tensor."""
+    """Collect the inputs and outputs of modules inside the context: (name, "in" or "out") -> tensor."""
     kept: dict[tuple[str, str], Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -170,7 +169,7 @@ CASES = [
     for family in FAMILIES
     for setting in (None, *CHANGES)
     for place in PLACES
-    # TransformerLens refuses it too, of rotary embeddings; and Llama, unlike Qwen 2, has no value biases to fold.
+    # TransformerLens also rejects it for rotary embeddings; and Llama, unlike Qwen 2, has no value biases to fold
     if (setting != "refactor_factored_attn_matrices" or "serial" in family)
     and (family, setting, place) != ("rms norm", "fold_value_biases", "z")
 ]
@@ -178,7 +177,7 @@ CASES = [
 
 @pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 @pytest.mark.parametrize(("family", "setting", "place"), CASES)
-def test_what_is_said_is_what_it_does(family: str, setting: str | None, place: str) -> None:
+def test_rewritten_weights_are_handled_correctly(family: str, setting: str | None, place: str) -> None:
     raw, expected = raw_activations(family)[place].flatten(0, 1), lens_activations(family, setting)[place].flatten(0, 1)
     less_mean = normalise(raw, "centre").x
     settings = {} if setting is None else {setting: True}
@@ -203,7 +202,7 @@ def test_centring_goes_before_the_other_norms(norm: Any) -> None:
 
 
 def write(folder: Path, **metadata: Any) -> Path:
-    """An SAE that SAE Lens saves: random weights."""
+    """Write an SAE with random weights, saved by SAE Lens."""
     sae_lens = pytest.importorskip("sae_lens")
     names = {"hook_name": "blocks.1.hook_resid_post", "model_name": "gpt2-small"} | metadata
     config = sae_lens.StandardSAEConfig(d_in=32, d_sae=64, metadata=sae_lens.saes.sae.SAEMetadata(**names))
@@ -221,7 +220,7 @@ CENTRED = {"center_writing_weights": True}
 
 @pytest.mark.filterwarnings("ignore:HookedTransformer is deprecated")
 def test_raw_activations_through_a_centred_sae(tmp_path: Path) -> None:
-    """What the SAE's makers computed on rewritten weights comes out of the model's own weights."""
+    """The model's own weights give the activations that the SAE's authors computed on rewritten weights."""
     from sae_lens import SAE
 
     sae = open_sae(str(write(tmp_path, model_from_pretrained_kwargs=CENTRED))).load(1, "cpu")
@@ -242,7 +241,7 @@ def test_raw_activations_through_a_centred_sae(tmp_path: Path) -> None:
     ({"hook_name": "transformer.h.1.mlp.act"}, "center_writing_weights of TransformerLens"),
     ({"model_from_pretrained_kwargs": ["center_writing_weights"]}, "but must be of type dict"),
 ])  # fmt: skip
-def test_what_cannot_be_followed(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
+def test_unsupported_rewriting_is_rejected(tmp_path: Path, metadata: dict[str, Any], message: str) -> None:
     write(tmp_path, **{"model_from_pretrained_kwargs": CENTRED, **metadata})
     with pytest.raises(RequestError, match=message) as caught:
         open_sae(str(tmp_path))

@@ -1,4 +1,4 @@
-"""Clustered errors against hand computation, coverage by simulation, q values against SciPy."""
+"""Clustered errors compared with hand computation, coverage by simulation, q values compared with SciPy."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from delta_selectivity.probing.uncertainty import (
 from validation.world import one_large, zipf
 
 
-def test_a_small_example_by_hand():
+def test_a_small_example_computed_by_hand():
     labels = np.array([True, True, True, False, False, False])
-    change = np.array([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])  # one positive row won: +1/3 of its class, +1/6 in all
+    change = np.array([[1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])  # one positive row gained: +1/3 of its class, +1/6 in total
     estimate = estimate_delta(change, labels, np.arange(6))
     assert estimate.value == pytest.approx(1 / 6)
-    of_class_mean = 1 / 3 / 3  # the sample variance of 1, 0, 0 by the number of people
+    of_class_mean = 1 / 3 / 3  # the sample variance of 1, 0, 0 divided by the number of people
     assert estimate.standard_error == pytest.approx((of_class_mean / 4) ** 0.5)
     assert estimate.high - estimate.value == pytest.approx(t(4).ppf(0.975) * estimate.standard_error)
     together = estimate_delta(change, labels, np.array([0, 1, 1, 2, 3, 4]))
     assert together.degrees_of_freedom < 3
 
 
-def test_equal_people_have_the_errors_of_welch():
-    """SciPy's unequal-variance test on the people's means: as many people in either class, so many rows each."""
+def test_equal_people_give_welchs_error():
+    """Compare with SciPy's unequal-variance test on the people's means, with equal numbers of people and rows."""
     rng = np.random.default_rng(0)
     persons = np.repeat(np.arange(24), 4)
     labels, change = persons % 2 == 0, rng.normal(size=96) + rng.normal(size=24)[persons]
     estimate = estimate_delta(change[None], labels, persons)
     means = change.reshape(24, 4).mean(axis=1)
-    # our mean of the classes' means is half the difference of one class and the other's negative
+    # our mean of the classes' means is half the difference of one class and the negative of the other
     result = ttest_ind(means[::2], -means[1::2], equal_var=True)
     assert estimate.value / estimate.standard_error == pytest.approx(result.statistic)
     assert estimate.p_value == pytest.approx(result.pvalue)
@@ -84,8 +84,8 @@ def test_agrees_with_a_plain_loop():
     assert (several.standard_error, several.degrees_of_freedom) == pytest.approx((expected**0.5, freedom))
 
 
-def test_many_equal_people_have_the_errors_of_liang_and_zeger():
-    """Sums of people's psi, squared, with no correction: what large samples need."""
+def test_many_equal_people_give_the_liang_zeger_error():
+    """Sums of people's psi, squared, without a correction, which large samples do not need."""
     rng = np.random.default_rng(5)
     persons = np.repeat(np.arange(2000), 3)
     labels, change = persons % 2 == 0, rng.integers(-1, 2, 6000).astype(np.float64)
@@ -96,7 +96,7 @@ def test_many_equal_people_have_the_errors_of_liang_and_zeger():
 
 
 def test_both_parts_of_the_correction_are_unbiased_where_a_person_is_large():
-    """The expected square of the standard error is the variance of the mean, under the working model."""
+    """The expected square of the standard error is the variance of the mean under the working model."""
     rng = np.random.default_rng(6)
     sizes = np.array([40, *[5] * 12, 30, *[2] * 9])
     persons = np.repeat(np.arange(len(sizes)), sizes)
@@ -110,31 +110,31 @@ def test_both_parts_of_the_correction_are_unbiased_where_a_person_is_large():
     assert squares.mean() == pytest.approx(values.var(), rel=0.1)
 
 
-def test_effective_people_are_kishs():
+def test_effective_people_follow_kish():
     assert effective_people(np.repeat(np.arange(11), [290, *[1] * 10])) == pytest.approx(300**2 / (290**2 + 10))
     assert effective_people(np.arange(8) // 2) == 4
     assert effective_people(np.array([0, 0, 1]), np.array([0.5, 0.5, 1.0])) == 2
 
 
-def test_equal_weights_are_no_weights():
+def test_equal_weights_do_not_matter():
     rng = np.random.default_rng(1)
     labels, values = rng.random(50) < 0.5, rng.random((2, 50))
     np.testing.assert_allclose(balanced_mean(values, labels), balanced_mean(values, labels, np.full(50, 0.2)))
 
 
-def test_no_change_at_all_is_certain():
+def test_zero_change_has_zero_error():
     estimate = estimate_delta(np.zeros((5, 40)), np.arange(40) < 20, np.arange(40))
     assert (estimate.value, estimate.standard_error, estimate.low, estimate.high) == (0, 0, 0, 0)
     assert estimate.p_value == 1.0
 
 
-def test_one_class_is_refused():
+def test_a_single_class_is_rejected():
     with pytest.raises(ValueError, match="class"):
         balanced_mean(np.ones(3), np.ones(3, dtype=bool))
 
 
 def _simulate(rng, people, mentions, truth):
-    """Correctness of two views [rows] with a person's luck and a row's, the SAE's worse by `truth` in recall."""
+    """Return correctness of two views [rows] with effects of person and row; the SAE's recall is lower by `truth`."""
     groups = np.repeat(np.arange(people), rng.poisson(mentions - 1, people) + 1)
     labels = (np.arange(people) % 2 == 0)[groups]
     luck = rng.normal(size=people)[groups] + rng.normal(size=len(groups))
@@ -163,7 +163,7 @@ def test_intervals_cover_the_truth(people, mentions):
 
 
 def test_rows_of_one_person_are_not_independent():
-    """A change that is one person's luck: taking rows for persons claims too much."""
+    """The change depends on one person: treating rows as persons would find significance."""
     rng = np.random.default_rng(3)
     groups = np.repeat(np.arange(100), 8)
     labels = groups % 2 == 0
@@ -176,13 +176,13 @@ def test_rows_of_one_person_are_not_independent():
     assert found["row"] / 400 > 0.2
 
 
-def test_benjamini_hochberg_is_scipys():
+def test_benjamini_hochberg_equals_scipy():
     p = np.random.default_rng(4).random(30) ** 3
     p[3] = p[7]
     np.testing.assert_allclose(benjamini_hochberg(list(p)), false_discovery_control(p))
 
 
-def test_what_was_not_measured_is_no_test():
+def test_missing_p_values_are_not_tests():
     q = benjamini_hochberg([0.01, None, 0.04])
     assert q[1] is None
     assert [q[0], q[2]] == pytest.approx([0.02, 0.04])
@@ -190,8 +190,8 @@ def test_what_was_not_measured_is_no_test():
     assert benjamini_hochberg([]) == []
 
 
-def test_the_error_of_a_mean_over_cells_is_that_of_one_resampling_of_people_shared_by_all():
-    """Against 4000 bootstrap draws of people; cells of different rows, classes and people."""
+def test_the_error_of_a_mean_over_cells_equals_joint_resampling_of_people():
+    """Compare with 4000 bootstrap draws of people; cells have different rows, classes and people."""
     rng = np.random.default_rng(7)
     luck = rng.normal(size=400)
     cells = []
@@ -209,7 +209,7 @@ def test_the_error_of_a_mean_over_cells_is_that_of_one_resampling_of_people_shar
     assert estimate.standard_error > 1.15 * np.mean(alone) / 6**0.5, "the cells are not independent"
 
 
-def test_cells_that_do_not_make_a_mean_are_refused():
+def test_inconsistent_cells_are_rejected():
     cell = Cell(np.zeros((2, 4)), np.array([True, True, False, False]), np.arange(4))
     other = Cell(np.zeros((3, 4)), cell.labels, cell.persons)
     for cells in ([], [cell, other]):
@@ -230,13 +230,13 @@ def test_equivalence_is_two_one_sided_tests():
     ids=["12 equal", "12 Zipf", "50 Zipf", "12, one large", "50, one large"],
 )
 def test_few_and_unequal_people_are_covered_and_not_called_different(sizes):
-    """The quick version of `python scripts/validate.py --people`, of scores alone: without fitting a probe."""
+    """The quick version of `python scripts/validate.py --people`, on scores without fitting a probe."""
     rng, persons = np.random.default_rng(8), np.repeat(np.arange(len(sizes)), sizes)
     covered, found = [], []
     for _ in range(500):
         labels = (rng.permutation(len(sizes)) % 2 == 0)[persons]
         drift = 0.6 * rng.normal(size=len(sizes))[persons] + 0.8 * rng.normal(size=len(persons))
-        change = (drift > 1).astype(float) - (drift < -1)  # symmetric: no difference in truth
+        change = (drift > 1).astype(float) - (drift < -1)  # symmetric: there is no true difference
         estimate = estimate_delta(change[None], labels, persons)
         covered.append(estimate.low <= 0 <= estimate.high)
         found.append(estimate.p_value < 0.05)

@@ -1,4 +1,4 @@
-"""The user's own data: the Hub's layout, names of columns and classes, splits, and what a run makes of them."""
+"""A user's own data: the Hub's layout, names of columns and classes, splits, and the results of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ own = test_datasets.own
 def labelled(
     sentences: list[str] = SENTENCES, classes: tuple[str, ...] = ("cold", "warm"), numbers: Any = (1, 0, 1)
 ) -> hf.Dataset:
-    """Columns as a stranger calls them; the label a number with a name, as datasets of the Hub have it."""
+    """Return columns with unusual names, and a label that is a number with a name, as in datasets of the Hub."""
     features = hf.Features(
         {"sentence": hf.Value("string"), "class": hf.ClassLabel(names=list(classes)), "author": hf.Value("string")}
     )
@@ -48,7 +48,7 @@ THEIR_COLUMNS = "text=sentence,label=class,group=author"
 
 
 def write_hub_folder(folder: Path, configs: dict[str, dict[str, hf.Dataset]]) -> Path:
-    """Parquet files and a card as `push_to_hub` makes them: config -> split -> rows."""
+    """Write Parquet files and a card as `push_to_hub` does: config -> split -> rows."""
     (folder / "data").mkdir(parents=True)
     card = ["---", "configs:"]
     for config, splits in configs.items():
@@ -88,7 +88,7 @@ def test_columns_are_parsed(spec: str, pairs: tuple[tuple[str, str], ...]) -> No
         ("text=a,text=b", "text is already mapped to 'a'"),
     ],
 )
-def test_columns_that_are_none_are_refused(spec: str, words: str) -> None:
+def test_invalid_column_names_are_rejected(spec: str, words: str) -> None:
     with pytest.raises(RequestError, match=words) as error:
         dw.parse_columns(spec)
     assert "\n" not in str(error.value)
@@ -99,7 +99,7 @@ RENAMED = ",".join(f"{ours}={theirs}" for ours, theirs in THEIRS.items())
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "folder"])
-def test_every_column_of_every_format_may_be_called_otherwise(tmp_path: Path, kind: str) -> None:
+def test_columns_of_every_format_can_be_renamed(tmp_path: Path, kind: str) -> None:
     ours = [{**row, "task": "is_french"} for row in test_datasets.ROWS]
     theirs = [{THEIRS[name]: value for name, value in row.items()} | {"label": "not this"} for row in ours]
     paths = {}
@@ -117,13 +117,13 @@ def test_every_column_of_every_format_may_be_called_otherwise(tmp_path: Path, ki
     assert [probe.name for probe in found.datasets[0].probes] == ["is_french"]
 
 
-def test_a_column_may_serve_twice(tmp_path: Path) -> None:
+def test_a_column_may_be_used_twice(tmp_path: Path) -> None:
     path = test_datasets.write_csv(tmp_path, [("a Rome", 1), ("a Rome", 1), ("b Rome", 0)])
     texts = own(path, columns="group=text")
     assert [mention.person for mention in texts.mentions] == ["a Rome", "b Rome"]
 
 
-def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) -> None:
+def test_a_missing_column_error_lists_the_columns(tmp_path: Path) -> None:
     path = test_datasets.write_csv(tmp_path, [("a", 1)], ("words", "kind"))
     with pytest.raises(RequestError, match=r"text=sentence: there is no column 'sentence'; found words, kind"):
         own(path, columns="text=sentence,label=kind")
@@ -135,7 +135,7 @@ def test_a_column_that_is_not_there_is_told_with_those_that_are(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved", "hub"])
-def test_classes_have_their_names(tmp_path: Path, kind: str) -> None:
+def test_class_names_are_used(tmp_path: Path, kind: str) -> None:
     rows = labelled([*SENTENCES, "we left Bern", "Graz"], ("cold", "mild", "warm"), (2, 0, 1, 0, 2))
     path = tmp_path / ("task.parquet" if kind == "parquet" else "task")
     if kind == "parquet":
@@ -153,7 +153,7 @@ def test_classes_have_their_names(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["parquet", "hub"])
-def test_a_row_whose_label_the_hub_keeps_to_itself_is_left_out_and_told(
+def test_rows_with_a_hidden_label_are_dropped_with_a_note(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = labelled(numbers=(1, -1, 0))
@@ -175,11 +175,15 @@ def test_a_folder_as_on_the_hub_reads_like_a_file(tmp_path: Path) -> None:
     assert [dataset.slug for dataset in texts.datasets] == ["weather"]
     assert [m.text for m in texts.mentions] == SENTENCES
     assert [m.person for m in texts.mentions] == ["a0", "a1", "a0"]
-    assert texts.datasets[0].probes[0].labels.tolist() == [True, False, True]  # of cold and warm the later is 1
+    assert texts.datasets[0].probes[0].labels.tolist() == [
+        True,
+        False,
+        True,
+    ]  # of a cold and a warm cache, the later is 1
     assert [m.text for m in own(hub, "test", THEIR_COLUMNS).mentions] == ["x", "y", "z"]
 
 
-def test_a_name_on_the_hub_goes_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_on_the_hub_equals_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = write_hub_folder(tmp_path / "weather", TWO_CONFIGS)
     for function in ("get_dataset_config_names", "get_dataset_split_names", "load_dataset"):
         real = getattr(hf, function)
@@ -235,14 +239,14 @@ def test_a_file_has_no_split(tmp_path: Path) -> None:
         own(path, "train")
 
 
-def test_what_is_on_disk_goes_before_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_files_take_precedence_over_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(read_datasets, "read_hub", lambda data: pytest.fail("the Hub was asked"))
     labelled().save_to_disk("owner/name")
     assert len(own(Path("owner/name"), columns=THEIR_COLUMNS).mentions) == 3
 
 
-def test_reading_a_local_folder_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_local_folder_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = write_hub_folder(tmp_path / "weather", {"default": {"train": labelled()}})
     before = sorted(tmp_path.rglob("*"))
     (tmp_path / "tmp").mkdir()
@@ -261,7 +265,7 @@ def test_a_script_that_comes_with_a_dataset_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_dataset_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: Any, **more: Any) -> None:
         logging.getLogger("huggingface_hub").warning("retrying")
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\n(LocalEntryNotFoundError)")
@@ -275,14 +279,14 @@ def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "../x", "/x/y", "~/x", "a/b.csv", "x" * 5000 + "/y", "a\0b/c", "ä/b", ""])
-def test_what_is_no_name_on_the_hub_is_not_looked_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_hub_names_are_not_looked_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf, "get_dataset_config_names", lambda *a, **k: pytest.fail("the Hub was asked"))
     with pytest.raises(RequestError) as error:
         own(name)
     assert "\n" not in str(error.value)
 
 
-# --- what becomes of the rows
+# --- the rows
 
 
 def test_spans_and_groups_hold_for_each_of_several_tasks(tmp_path: Path) -> None:
@@ -317,7 +321,7 @@ def ask(tiny_model: Path, tiny_saes: Path, tmp_path: Path) -> Request:
     return Request(tiny_model, (tiny_saes,), Path(), tmp_path / "out").plus("--layers", "0")
 
 
-def test_a_run_on_a_folder_of_the_hub_is_one_on_its_csv(ask: Request, tmp_path: Path) -> None:
+def test_a_run_on_a_hub_folder_equals_one_on_its_csv(ask: Request, tmp_path: Path) -> None:
     rows = people(80)
     hub = write_hub_folder(tmp_path / "hub" / "women", {"default": {"train": hf.Dataset.from_list(rows)}})
     for data in (hub, write_csv(tmp_path / "women.csv", rows)):
@@ -333,10 +337,12 @@ def test_every_class_of_a_multi_class_task_is_a_probe_of_the_run(ask: Request, t
     (path,) = files(ask.out)
     layer = json.loads(path.read_text())["layer_0"]
     assert {f"three_is_{value}" for value in "abc"} < layer.keys()
-    assert [layer[f"three_is_{value}"]["n_pos"] for value in "abc"] == pytest.approx([30] * 3, abs=9)  # less duplicates
+    assert [layer[f"three_is_{value}"]["n_pos"] for value in "abc"] == pytest.approx(
+        [30] * 3, abs=9
+    )  # minus duplicates
 
 
-def test_texts_that_do_not_fit_into_the_model_are_told(tiny_model: Path, caplog: Any) -> None:
+def test_truncated_texts_are_reported(tiny_model: Path, caplog: Any) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -357,7 +363,7 @@ def test_texts_that_do_not_fit_into_the_model_are_told(tiny_model: Path, caplog:
 
 
 def seen(path: Path, columns: str = "") -> set[tuple[str, str, bool]]:
-    """(text, what is probed of it, label) of the only probe."""
+    """Return (text, probed part of it, label) of the only probe."""
     texts = own(path, columns=columns)
     ((probe,),) = (dataset.probes for dataset in texts.datasets)
     found = ((texts.mentions[m], bool(label)) for m, label in zip(probe.mentions, probe.labels, strict=True))
@@ -374,7 +380,7 @@ def delimited(delimiter: str, names: tuple[str, str] = ("text", "label")) -> str
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_commas_semicolons_and_tabs_are_told_apart(tmp_path: Path, name: str, delimiter: str) -> None:
+def test_the_delimiter_is_detected(tmp_path: Path, name: str, delimiter: str) -> None:
     path = tmp_path / name
     path.write_text(delimited(delimiter), encoding="utf-8-sig", newline="")
     assert seen(path) == PLAIN
@@ -395,13 +401,13 @@ def test_a_json_array_is_a_table(tmp_path: Path, name: str, indent: int | None) 
     assert seen(path) == PLAIN
 
 
-def test_a_cell_may_be_as_long_as_it_likes(tmp_path: Path) -> None:
+def test_cells_may_be_long(tmp_path: Path) -> None:
     long = "word " * 60_000 + "Paris"
     path = write_csv(tmp_path / "a.csv", [{"text": long, "label": 1}, {"text": "I saw Rome", "label": 0}])
     assert seen(path) == {(long, "Paris", True), ("I saw Rome", "Rome", False)}
 
 
-def test_the_tilde_is_the_home_folder_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tilde_is_expanded_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     write_csv(tmp_path / "mine.csv", [{"text": t, "label": int(label)} for t, _, label in PLAIN])
     assert seen(Path("~/mine.csv")) == PLAIN
@@ -429,7 +435,7 @@ def test_the_tilde_is_the_home_folder_everywhere(tmp_path: Path, monkeypatch: py
         ("看" * 5000, "看"),
     ],
 )
-def test_the_last_word_of_a_script_without_spaces_is_a_segment_of_unicode(text: str, word: str) -> None:
+def test_the_last_word_without_spaces_is_a_unicode_segment(text: str, word: str) -> None:
     start, end = last_word(text) or (0, 0)
     assert text[start:end] == word
 
@@ -437,7 +443,7 @@ def test_the_last_word_of_a_script_without_spaces_is_a_segment_of_unicode(text: 
 def test_long_texts_without_spaces_are_measured_at_their_last_token(
     tiny_model: Path, tiny_saes: Path, tmp_path: Path
 ) -> None:
-    """Byte by byte, each has 900 tokens, and the model room for 128."""
+    """Tokenised byte by byte, each has 900 tokens, and the model has room for 128."""
     rows = [
         {"text": f"{chr(0x4E00 + i)}{'我喜欢' * 100}{'好' if i % 2 else '坏'}", "label": i % 2, "group": i}
         for i in range(40)
@@ -450,7 +456,7 @@ def test_long_texts_without_spaces_are_measured_at_their_last_token(
     assert numbers(tmp_path / "out")[file.name]["layer_1"]["电影"]["n_rows"] == 40
 
 
-def test_of_a_name_that_does_not_fit_the_end_is_enough_if_only_that_is_probed(tiny_model: Path) -> None:
+def test_a_too_long_name_is_accepted_if_only_its_end_is_probed(tiny_model: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -463,14 +469,14 @@ def test_of_a_name_that_does_not_fit_the_end_is_enough_if_only_that_is_probed(ti
     assert ids[1:].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"][-63:]
 
 
-# --- files that unpack to far more than they are
+# --- files that decompress to a much larger size
 
 
 @pytest.mark.parametrize("name", ["gz", "bz2", "xz", "zst", "zip"])
-def test_a_packed_file_in_a_folder_is_refused_before_it_fills_the_disk(name, tmp_path, monkeypatch):
+def test_a_compressed_file_is_rejected_before_it_fills_the_disk(name, tmp_path, monkeypatch):
     monkeypatch.setattr(unpacked, "ALWAYS_ALLOWED", 2**20)
     content = b"text,label\n" + b"0,1\n" * 2**20
-    path = tmp_path / "rows.csv"  # what a file is, its first bytes say
+    path = tmp_path / "rows.csv"  # the first bytes determine the file type
     pack = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstandard.compress}
     if name == "zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -482,7 +488,7 @@ def test_a_packed_file_in_a_folder_is_refused_before_it_fills_the_disk(name, tmp
         own(tmp_path)
 
 
-def test_small_and_broken_packed_files_are_left_to_their_reader(tmp_path):
+def test_small_compressed_files_are_passed_to_their_reader(tmp_path):
     for pack in (gzip.compress, bz2.compress, lzma.compress, zstandard.compress):
         for content in (pack(b"rows"), pack(b"rows")[:-4], pack(b"rows")[:5], b"PK\x03\x04", b""):
             (tmp_path / "a").write_bytes(content)
@@ -510,6 +516,6 @@ def test_a_table_that_never_ends_is_refused(tmp_path, suffix, make):
 def test_a_table_of_terabytes_is_refused(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     path.touch()
-    os.truncate(path, 2**40)  # a sparse file: nothing of it is on the disk
+    os.truncate(path, 2**40)  # a sparse file, none of which is on the disk
     with pytest.raises(RequestError, match=r"decompresses from|not a readable Parquet file"):
         own(path)

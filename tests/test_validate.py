@@ -1,4 +1,4 @@
-"""The validation as users run it, and that it finds what is planted in the metric itself: it must be able to fail."""
+"""The validation as users run it, and that it detects planted errors of the metric."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def script():
     return module
 
 
-@pytest.mark.timeout(1200)  # under two minutes on a quiet machine
-def test_the_quick_mode_finds_the_metric_right():
+@pytest.mark.timeout(1200)  # under two minutes on an idle machine
+def test_the_quick_mode_passes():
     done = subprocess.run([sys.executable, "scripts/validate.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAIL" not in done.stdout
@@ -62,7 +62,7 @@ def test_a_right_metric_passes_in_a_small_setting():
     assert failed(coverage.measure_setting(SMALL, 40, seed=1).rows()) == set()
 
 
-def test_intervals_half_as_wide_are_found_out(monkeypatch):
+def test_too_narrow_intervals_fail(monkeypatch):
     whole = uncertainty.Estimate.interval
 
     def half(self, confidence):
@@ -73,7 +73,7 @@ def test_intervals_half_as_wide_are_found_out(monkeypatch):
     assert failed(coverage.measure_setting(SMALL, 40, seed=1).rows()) == {"known truth: 95 % intervals that cover it"}
 
 
-def test_people_on_both_sides_of_a_split_are_found_out(monkeypatch):
+def test_people_in_training_and_test_fail(monkeypatch):
     build = FoldPlan.build
 
     def by_row(labels, groups, weights, n_folds, n_repeats, seed):
@@ -85,8 +85,8 @@ def test_people_on_both_sides_of_a_split_are_found_out(monkeypatch):
     assert "null labels: mean sel" in failed(coverage.measure_setting(CROWDED, 20, seed=0).rows())
 
 
-def test_a_metric_that_looks_at_the_latents_is_found_out(monkeypatch):
-    """What the field does: probe the codes, whatever the decoder makes of them."""
+def test_probing_latents_instead_of_the_reconstruction_fails(monkeypatch):
+    """A common error: the codes are probed, whatever the decoder does with them."""
     ground = _sparse_ground()
     assert failed(plants.shuffled_decoder(ground, suite.MOST_LEFT)) == set()
     found = plants.Bench.found
@@ -99,8 +99,8 @@ def test_a_metric_that_looks_at_the_latents_is_found_out(monkeypatch):
     assert "decoder rows permuted: highest transfer_sel" in failed(plants.shuffled_decoder(ground, suite.MOST_LEFT))
 
 
-def test_a_metric_that_does_not_refit_is_found_out(monkeypatch):
-    """Transfer in place of delta takes a rotation for a loss."""
+def test_a_metric_without_refitting_fails(monkeypatch):
+    """With transfer instead of delta, a rotation would count as a loss."""
     world = GaussianWorld(500, (1, 1), 16, (1.5,))
     rows = world.sample(np.random.default_rng(0))
     ground = plants.Ground("small", [plants.Bench(rows, TorchLbfgs())], {}, {})
@@ -131,7 +131,7 @@ def test_the_closed_form_is_the_balanced_accuracy_of_many_people():
     assert world.balanced_accuracy(coef, np.array(intercept), 1.0) == pytest.approx(counted, abs=0.004)
 
 
-def test_ablating_a_direction_leaves_the_others_alone():
+def test_ablating_a_direction_does_not_change_others():
     world = GaussianWorld(4000, (1, 1), 12, (1.0, 1.5), decay=1.0)
     rows = world.sample(np.random.default_rng(0))
     white = world.without(0, rows.x).double().numpy() @ np.linalg.inv(world.mixing)
@@ -148,26 +148,26 @@ def test_a_persons_rows_share_their_noise():
     assert noise.var() == pytest.approx(1, abs=0.03)
 
 
-def test_repeats_do_not_depend_on_the_processes():
+def test_repeats_do_not_depend_on_the_number_of_processes():
     assert coverage.measure_setting(SMALL, 6, 3, workers=1) == coverage.measure_setting(SMALL, 6, 3, workers=2)
 
 
-def test_fewer_repeats_are_judged_less_sharply():
+def test_fewer_repeats_widen_the_required_range():
     rates = coverage.measure_setting(SMALL, 4, 0)
     required = {n: replace(rates, repeats=n).rows()[1].required for n in (60, 500, 2000)}
     assert required[500] == required[2000] == "0.93 to 0.985"
     assert required[60] != required[500]
 
 
-def test_what_is_nan_or_out_of_range_fails():
+def test_nan_and_values_out_of_range_fail():
     assert table.judged("here", "plant", "figure", float("nan"), low=0).passed is False
     assert table.judged("here", "plant", "figure", 0.1, high=0.1).passed is True
     assert table.judged("here", "plant", "figure", 1e-9, 0, 0).passed is False
-    assert table.told("here", "plant", "figure", 9.0).passed is None
+    assert table.reported("here", "plant", "figure", 9.0).passed is None
 
 
 @pytest.mark.parametrize(("measured", "code"), [(0.0, 0), (0.1, 1)])
-def test_the_exit_code_and_the_document_tell_of_failures(script, monkeypatch, tmp_path, capsys, measured, code):
+def test_failures_set_the_exit_code_and_are_in_the_document(script, monkeypatch, tmp_path, capsys, measured, code):
     row = table.judged("synthetic", "identity", "largest abs(delta_sel)", measured, 0, 0)
     asked = []
     monkeypatch.setattr(suite, "validate", lambda *given: asked.append(given) or [row])
@@ -182,7 +182,7 @@ def test_the_exit_code_and_the_document_tell_of_failures(script, monkeypatch, tm
     assert document.TRUTH in written
 
 
-def test_the_rows_of_some_settings_take_the_place_of_those_the_document_has(tmp_path):
+def test_rows_of_some_settings_replace_those_of_the_document(tmp_path):
     path = tmp_path / "validation.md"
     scale = replace(suite.PEOPLE, settings=(SMALL,))
     old, other = table.judged("small (9 repeats)", "p", "f", 2.0, high=1), table.judged("else", "p", "f", 0.5, high=1)

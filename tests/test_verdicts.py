@@ -1,4 +1,4 @@
-"""One word per cell: planted reconstructions get the word that is true of them."""
+"""Verdicts: planted reconstructions get the correct verdict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from validation.world import GaussianWorld
 
 
 class Measured:
-    """A world, its folds and the model's probes; then the word for each trait of a reconstruction."""
+    """A world, its folds and the model's probes; calling it returns the verdict for each trait of a reconstruction."""
 
     def __init__(self, people, signal, seed=0):
         self.world = GaussianWorld(people=people, mentions=(1, 2), d=16, signal=signal)
@@ -50,14 +50,14 @@ def test_an_erased_trait_is_lost_and_the_other_is_not(large):
     assert large.words(large.world.without(0, large.rows.x)) == ["lost", "preserved"]
 
 
-def test_what_twenty_noise_saes_do_to_few_people_is_undecided():
+def test_noise_with_few_people_is_undecided():
     small = Measured(150, (1.0, 0.8), seed=3)
     for seed in range(20):
         noise = torch.randn(small.rows.x.shape, generator=torch.Generator().manual_seed(seed))
         assert small.words(small.rows.x + 0.2 * noise) == ["undecided", "undecided"], seed
 
 
-def test_what_the_model_does_not_know_is_undecided_even_of_an_identity():
+def test_concepts_at_chance_are_undecided():
     chance = Measured(600, (0.0,))
     assert chance.words(chance.rows.x.clone()) == ["undecided"]
 

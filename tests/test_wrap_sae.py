@@ -1,4 +1,4 @@
-"""SAEs in memory: objects of the libraries against their files and themselves, anybody's modules, and ``load_sae``."""
+"""SAEs in memory: objects of the libraries compared with their files, custom modules, and ``load_sae``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ HEADER = ("format", "layer", "hookpoint", "d_in", "d_sae", "d_out", "k", "archit
 
 
 def assert_same_as_file(source: SaeSource, file: SaeSource) -> None:
-    """Object and file give the same codes and reconstructions, bit for bit, by the same kind of coder."""
+    """Check that object and file give the same codes and reconstructions, bit for bit, by the same kind of coder."""
     (layer,), x = source.layers, activations(rows=300)
     member, stored = source.members[0].header, file.members[0].header
     assert [getattr(member, name) for name in HEADER] == [getattr(stored, name) for name in HEADER]
@@ -60,7 +60,7 @@ def assert_same_as_file(source: SaeSource, file: SaeSource) -> None:
 
 @dataclass
 class Facts:
-    """All of a module that measuring it must leave alone."""
+    """All state of a module that a measurement must not change."""
 
     state: dict[str, Tensor]
     training: list[bool]
@@ -89,7 +89,7 @@ class Facts:
 
 
 def measure(source: SaeSource) -> None:
-    """All that a run does with a source."""
+    """Do all that a run does with a source."""
     (layer,) = source.layers
     source.prepare()
     source.fingerprint()
@@ -165,7 +165,7 @@ def test_the_constant_that_activations_of_sae_lens_are_scaled_by(tmp_path: Path)
         wrap_sae(make_lens("standard", normalize_activations="covariance_whitening"))
 
 
-def test_an_object_of_sae_lens_that_does_not_say_where_it_belongs() -> None:
+def test_an_sae_lens_object_without_a_place() -> None:
     sae = make_lens("topk", hook_name=None)
     with pytest.raises(RequestError, match="`layer` is missing: TopKTrainingSAE does not name"):
         wrap_sae(sae)
@@ -199,7 +199,7 @@ def test_a_transcoder_of_sae_lens(tmp_path: Path, architecture: str) -> None:
     assert (source.hookpoint, source.input_hookpoint, source.d_out) == ("mlp_out", "mlp_normalized", 24)
     assert_same_as_file(source, open_sae(str(tmp_path)))
     loaded = source.load(3, "cpu")
-    if architecture != "jumprelu_transcoder":  # the library lets negative latents through where thresholds are
+    if architecture != "jumprelu_transcoder":  # the library keeps negative latents above a threshold
         torch.testing.assert_close(loaded.decode(loaded.encode(x), x), sae(x).detach(), rtol=1e-5, atol=1e-5)
     silent = make_transcoder(architecture)
     with pytest.raises(RequestError, match="`hookpoint` is missing"):
@@ -242,7 +242,7 @@ def test_a_subclass_of_sae_lens_with_an_encoder_of_its_own() -> None:
     assert isinstance(wrap_sae(Silent(config)).load(1, "cpu").coder, LinearCoder), "its codes are the library's"
 
 
-def test_what_sae_lens_objects_cannot_give() -> None:
+def test_unsupported_sae_lens_objects_are_rejected() -> None:
     with pytest.raises(RequestError, match="`obj` TopKTrainingSAE: k 4 is greater than d_sae 2"):
         wrap_sae(changed(make_lens("topk"), lambda sae: setattr(sae.cfg, "d_sae", 2)))
     with pytest.raises(RequestError, match=r"`obj` StandardTrainingSAE: W_dec has shape \[3, 16\]"):
@@ -309,7 +309,7 @@ def test_where_an_object_of_sparsify_belongs() -> None:
         wrap_sae(changed(make_sparse_coder(), lambda sae: setattr(sae, "W_dec", None)), layer=0)
 
 
-def test_an_object_of_sparsify_with_methods_of_its_own_is_asked_for_dense_codes() -> None:
+def test_custom_sparsify_objects_use_dense_codes() -> None:
     sparsify = pytest.importorskip("sparsify")
 
     class Noisy(sparsify.SparseCoder):
@@ -340,7 +340,7 @@ def test_an_object_of_dictionary_learning(tmp_path: Path, library: Any, dict_cla
     assert_agrees(wrap_sae(loaded, layer=3).load(3, "cpu"), loaded)
 
 
-def test_settings_of_a_dictionary_that_its_file_cannot_hold(library: Any) -> None:
+def test_settings_of_a_dictionary_that_are_not_in_its_file(library: Any) -> None:
     jumprelu = make_dictionary(library, "JumpReluAutoEncoder", 0.7)
     jumprelu.apply_b_dec_to_input = True
     matryoshka = make_dictionary(library, "MatryoshkaBatchTopKSAE", 0.7)
@@ -369,7 +369,7 @@ def test_the_identity_of_dictionary_learning_has_no_weights(library: Any) -> Non
 # --- our own ---------------------------------------------------------------------------------------------------------
 
 
-def test_our_own_saes_stay_as_they_are() -> None:
+def test_our_own_saes_are_returned_unchanged() -> None:
     W_enc, W_dec = torch.randn(2, D_SAE, D_IN)
     sae = linear_sae(W_enc, W_dec, TopK(K), k=K)
     source = wrap_sae(sae, model_name="gpt2", prepend_bos=True, trained_on_bos=True)
@@ -392,7 +392,7 @@ def test_our_own_saes_stay_as_they_are() -> None:
         wrap_sae(linear_sae(W_enc * torch.nan, W_dec, TopK(K))).prepare()
 
 
-def test_what_was_loaded_can_be_wrapped(tmp_path: Path) -> None:
+def test_loaded_saes_can_be_wrapped(tmp_path: Path) -> None:
     write_sparsify(tmp_path / "layers.3.mlp", transcode=True, activation="groupmax")
     sae, x = load_sae(str(tmp_path), 3), activations()
     source = wrap_sae(sae)
@@ -409,11 +409,11 @@ def test_what_was_loaded_can_be_wrapped(tmp_path: Path) -> None:
         wrap_sae(bare)
 
 
-# --- objects of one's own --------------------------------------------------------------------------------------------
+# --- custom objects --------------------------------------------------------------------------------------------------
 
 
 class Own(nn.Module):
-    """A ReLU SAE as somebody would write it; noisy in training, as some are."""
+    """A ReLU SAE as users write them; noisy in training, as some are."""
 
     def __init__(self, d_in: int, d_sae: int = D_SAE, seed: int = 0) -> None:
         super().__init__()
@@ -434,7 +434,7 @@ class Own(nn.Module):
 
 
 class Bare:
-    """An object that is no module and has no state."""
+    """An object that is not a module and has no state."""
 
     def __init__(self, module: Own) -> None:
         self.module = module.eval()
@@ -447,7 +447,7 @@ class Bare:
 
 
 class WithState(Bare):
-    """One that has."""
+    """An object that has state."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"W": self.module.W_enc, "step": 3}
@@ -457,7 +457,7 @@ class WithState(Bare):
     lambda: Own(D_IN), lambda: Own(D_IN).eval(), lambda: Own(D_IN).double(), lambda: WithState(Own(D_IN)),
     lambda: Bare(Own(D_IN)),
 ], ids=["in training", "in evaluation", "float64", "with state", "bare"])  # fmt: skip
-def test_an_object_gives_its_own_numbers_in_sparse_codes(make: Callable[[], Any]) -> None:
+def test_sparse_codes_equal_those_of_the_object(make: Callable[[], Any]) -> None:
     given = {"version": "1", "d_in": D_IN} if not isinstance(make(), nn.Module) else {}
     source = wrap_sae(make(), layer=5, hookpoint="mlp_out", **given)
     assert (source.layers, source.hookpoint, source.d_in) == ((5,), "mlp_out", D_IN)
@@ -477,18 +477,18 @@ def frozen(module: Own) -> Own:
 
 
 def trained(module: Own) -> Own:
-    """With gradients, and with what the last step computed in an attribute, which cannot be deep-copied."""
+    """Return a module with gradients, and with an attribute from the last step that cannot be deep-copied."""
     module.decode(module.encode(activations())).sum().backward()
     assert not module.last.is_leaf
     return module
 
 
 @pytest.mark.parametrize("change", [trained, frozen, nn.Module.eval, nn.Module.half, nn.Module.double])
-def test_a_module_is_left_as_it_was(change: Callable[[Any], Any]) -> None:
+def test_a_module_is_not_changed(change: Callable[[Any], Any]) -> None:
     assert_unchanged(change(Own(D_IN)), layer=5)
 
 
-def test_a_module_that_draws_gives_the_same_codes_at_every_call() -> None:
+def test_a_random_module_gives_the_same_codes_at_every_call() -> None:
     class Random(Own):
         def encode(self, x: Tensor) -> Tensor:
             return super().encode(x) + torch.rand(len(x), D_SAE)
@@ -500,7 +500,7 @@ def test_a_module_that_draws_gives_the_same_codes_at_every_call() -> None:
     assert_unchanged(Random(D_IN), layer=0)
 
 
-def test_weights_that_fit_are_not_copied() -> None:
+def test_suitable_weights_are_not_copied() -> None:
     module = Own(D_IN)
     coder = wrap_sae(module, layer=5).load(5, "cpu").coder
     assert coder.sae.W_enc is module.W_enc
@@ -546,7 +546,7 @@ def nudge(sae: Any) -> None:
     make_sparse_coder,
 ], ids=["module", "with state", "sae_lens", "sae_lens batchtopk", "sparsify"])  # fmt: skip
 @pytest.mark.parametrize("version", [None, "1"])
-def test_weights_that_were_trained_on_are_another_sae(make: Callable[[], Any], version: str | None) -> None:
+def test_changed_weights_change_the_fingerprint(make: Callable[[], Any], version: str | None) -> None:
     sae = make()
     given = {"layer": 5, "d_in": D_IN, "version": version}
     source = wrap_sae(sae, **given)
@@ -558,7 +558,7 @@ def test_weights_that_were_trained_on_are_another_sae(make: Callable[[], Any], v
     assert source.fingerprint() == wrap_sae(sae, **given).fingerprint() != before
 
 
-def test_what_else_makes_another_sae() -> None:
+def test_settings_that_change_the_fingerprint() -> None:
     made = {"layer": 5, "d_in": D_IN}
     before = wrap_sae(Own(D_IN), **made).fingerprint()
     assert wrap_sae(Own(D_IN).eval(), **made).fingerprint() == before
@@ -578,11 +578,11 @@ def test_what_else_makes_another_sae() -> None:
     assert wrap_sae(coder, layer=1).fingerprint() != widened
 
 
-# --- what can be found, and what is wrong ----------------------------------------------------------------------------
+# --- detection, and errors -------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Module):
-    """With an encoder under a name of the caller's choice."""
+    """An object whose encoder has a name of the caller's choice."""
 
     def __init__(self, d_in: int = D_IN, d_sae: int = D_SAE, **attributes: Any) -> None:
         super().__init__()
@@ -597,7 +597,7 @@ class Linear(nn.Module):
 
 
 class Anything(Linear):
-    """Takes inputs of any width."""
+    """An object that takes inputs of any width."""
 
     def encode(self, x: Tensor) -> Tensor:
         return x.sum(1, keepdim=True).expand(-1, D_SAE)
@@ -615,7 +615,7 @@ def test_a_module_that_is_compiled_or_trained_in_parallel(wrapper: Callable[[nn.
     assert (source.name, source.fingerprint()) == ("sparsecoder_layer_1", wrap_sae(coder, layer=1).fingerprint())
 
 
-def test_libraries_are_not_imported_for_objects_of_ones_own() -> None:
+def test_libraries_are_not_imported_for_custom_objects() -> None:
     program = (
         "import sys, torch; from delta_selectivity.saes import wrap_sae; sae = torch.nn.Linear(4, 8)\n"
         "sae.encode, sae.decode = sae.forward, lambda codes: codes[:, :4]\n"
@@ -628,13 +628,13 @@ def test_libraries_are_not_imported_for_objects_of_ones_own() -> None:
 @pytest.mark.parametrize("sae", [
     Own(D_IN), Linear(), Linear(d_sae=D_IN), Linear(d_in=D_IN), Anything(activation_dim=D_IN), Anything(cfg=Config()),
 ])  # fmt: skip
-def test_widths_that_need_not_be_given(sae: nn.Module) -> None:
+def test_widths_that_can_be_inferred(sae: nn.Module) -> None:
     source = wrap_sae(sae, layer=1)
     assert (source.d_in, source.d_out) == (D_IN, D_IN)
     assert wrap_sae(sae, layer=1, input_hookpoint="resid_post").input_hookpoint is None
 
 
-def test_a_transcoder_of_ones_own() -> None:
+def test_a_custom_transcoder() -> None:
     sae = Linear()
     sae.decoder = nn.Linear(D_SAE, 7)
     with pytest.raises(RequestError, match="`input_hookpoint` is missing: Linear has input width 16 and output"):
@@ -645,7 +645,7 @@ def test_a_transcoder_of_ones_own() -> None:
 
 
 class Exits(Linear):
-    """Ends the process, wherever it is told to."""
+    """An object that ends the process at a given place."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -665,12 +665,12 @@ class Exits(Linear):
 
 
 @pytest.mark.parametrize("where", ["encode", "decode", "state_dict", "train"])
-def test_an_object_that_exits_is_a_failure(where: str) -> None:
+def test_an_object_that_exits_is_an_error(where: str) -> None:
     with pytest.raises(RequestError, match=r"`obj` Exits: .* called exit \(SystemExit 0\)"):
         wrap_sae(Exits(where), layer=1, d_in=None)
 
 
-def test_an_object_that_exits_while_it_is_measured_is_a_failure() -> None:
+def test_an_object_that_exits_while_measured_is_an_error() -> None:
     sae = wrap_sae(Exits("later"), layer=1).load(1, "cpu")
     with pytest.raises(RequestError, match="Exits called exit"):
         sae.encode(activations())
@@ -682,7 +682,7 @@ class OnlyForward(nn.Module):
 
 
 class Gives(Linear):
-    """Gives something else."""
+    """An object that returns something else."""
 
     def __init__(self, codes: Callable[[Tensor], Any], recon: Callable[[Tensor], Any] = lambda recon: recon) -> None:
         super().__init__()
@@ -696,7 +696,7 @@ class Gives(Linear):
 
 
 class Locked(Linear):
-    """Holds what cannot be copied."""
+    """An object that holds something that cannot be copied."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -749,7 +749,7 @@ MADE = {"layer": 1, "d_in": D_IN}
     (Own(D_IN).to("meta"), {"layer": 1}, "`obj` Own: W_enc is a meta tensor"),
     (Locked(), {"layer": 1}, "`obj` Locked: copying it in evaluation mode failed: TypeError"),
 ])  # fmt: skip
-def test_what_cannot_be_wrapped(sae: Any, given: dict[str, Any], message: str) -> None:
+def test_unsupported_objects_are_rejected(sae: Any, given: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         wrap_sae(sae, **given)
     assert "\n" not in str(caught.value)
@@ -770,12 +770,12 @@ def test_what_cannot_be_wrapped(sae: Any, given: dict[str, Any], message: str) -
     ({"context_size": 64}, "`context_size` is 64, but the object says 128"),
     ({"input_hookpoint": "mlp_in"}, "`input_hookpoint` mlp_in: the object is an autoencoder"),
 ])  # fmt: skip
-def test_what_contradicts_the_object(given: dict[str, Any], message: str) -> None:
+def test_arguments_that_contradict_the_object_are_rejected(given: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         wrap_sae(make_lens("topk"), **given)
 
 
-def test_latents_of_an_object_that_fixes_none() -> None:
+def test_latents_of_an_object_without_a_fixed_width() -> None:
     with pytest.raises(RequestError, match="`k` 5: the object does not have a fixed"):
         wrap_sae(make_lens("standard"), k=5)
 
@@ -797,7 +797,7 @@ def test_broken_weights_are_found_before_a_model_is_loaded(make: Callable[[], An
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where ``one`` has layers 1 and 2, and ``two`` has layer 1."""
+    """Create ``one`` with layers 1 and 2, and ``two`` with layer 1."""
     for name in ("one/layers.1", "one/layers.2", "two/layers.1"):
         write_sparsify(tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -827,7 +827,9 @@ def recon_of_file(name: str, x: Tensor) -> Tensor:
     (Own(D_IN), 1, {}, "`name` is a Own: load_sae needs a name, wrap_sae an object"),
     ("./nothing", 1, {}, "no such folder"),
 ])  # fmt: skip
-def test_what_cannot_be_loaded(folder: Path, name: Any, layer: int, given: dict[str, Any], message: str) -> None:
+def test_unloadable_names_are_rejected(
+    folder: Path, name: Any, layer: int, given: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         load_sae(name, layer, **given)
     assert "\n" not in str(caught.value)

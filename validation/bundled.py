@@ -1,4 +1,4 @@
-"""The bundled model's activations as a ground for plants, with its own SAEs and people kept apart.
+"""The bundled model's activations as a ground for plants, with its own SAEs and separate people.
 
 ground = bundled_ground(rows=1000, apart=800, backend=backend)
 """
@@ -29,7 +29,7 @@ SAES = {"k8": ASSETS / "tiny-pythia-saes-k8", "k32": ASSETS / "tiny-pythia-saes-
 
 
 def bundled_ground(rows: int, apart: int, backend: ProbeBackend, seed: int = 0) -> Ground:
-    """At most `rows` rows of each task on the benches, and `apart` rows of people who are on none of them."""
+    """Return at most `rows` rows of each task on the benches, and `apart` rows of people who are on none of them."""
     texts = load_probe_texts(DATASETS, seed=seed)
     probes = [probe for dataset in texts.datasets for probe in dataset.probes]
     random = np.random.default_rng(seed)
@@ -51,10 +51,10 @@ def bundled_ground(rows: int, apart: int, backend: ProbeBackend, seed: int = 0) 
 
 
 def with_planted_trait(ground: Ground, backend: ProbeBackend, seed: int = 0) -> Ground:
-    """The ground with one more task on every bench: a trait that is random by person, planted along one direction.
+    """Return the ground with one more task on every bench: a random trait of people, planted along one direction.
 
-    The model's own concepts overlap in the world (of these people three women in four are alive, and one man in
-    three), so erasing one rightly moves the others. The planted one is independent of them.
+    The model's own concepts are correlated (of these people, three women in four are alive, and one man in three), so
+    erasing one also changes the others. The planted trait is independent of them.
     """
     random = np.random.default_rng([seed, 1])
     everyone = [*(bench.rows for bench in ground.benches), *ground.apart.values()]
@@ -80,14 +80,14 @@ def with_planted_trait(ground: Ground, backend: ProbeBackend, seed: int = 0) -> 
 
 
 def joined(task: str, parts: Sequence[Rows], n: int | None = None) -> Rows:
-    """The first n rows (None: all) of the parts put together, with the one task that they share."""
+    """Return the first n rows (None: all) of the parts together, with the one task that they share."""
     labels = np.concatenate([part.labels[part.tasks.index(task)] for part in parts])[:n]
     x, persons = torch.cat([part.x for part in parts])[:n], np.concatenate([part.persons for part in parts])[:n]
     return Rows(x, labels[None], persons, (task,))
 
 
 def _rows(texts: ProbeTexts, chosen: list[tuple[Probe, NDArray[np.int64]]]) -> list[Rows]:
-    """Rows of each (probe, places among its mentions); every distinct text goes through the model once."""
+    """Return the rows of each (probe, indices of its mentions); every distinct text goes through the model once."""
     mentions = np.unique(np.concatenate([probe.mentions[places] for probe, places in chosen]))
     x = bundled.activations([texts.mentions[m] for m in mentions], [LAYER])[LAYER]
     return [

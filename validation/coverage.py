@@ -41,11 +41,11 @@ from delta_selectivity.probing.selectivity import (
     measure,
     out_of_fold,
 )
-from validation.table import Row, judged, told
+from validation.table import Row, judged, reported
 from validation.world import GaussianWorld, one_large, zipf
 
 COVERAGE = (0.93, 0.985)
-FALSE_POSITIVES = 0.069  # of 500, what a test at 0.05 stays below 97.5 % of the time
+FALSE_POSITIVES = 0.069  # of 500; a test at level 0.05 stays below this with 97.5 % probability
 NULL_BIAS = 0.005
 LEVEL = 0.05
 
@@ -56,7 +56,7 @@ class Setting:
 
     name: str
     world: GaussianWorld  # of one trait
-    model_noise: float = 0.25  # variance in every coordinate of what the model's view, and the equal one, add
+    model_noise: float = 0.25  # variance in every coordinate of the noise that the model's view and the equal view add
     worse_noise: float = 2.25
     judges_null_sel: bool = True  # of few people it is told alone
 
@@ -89,12 +89,12 @@ FEW_OR_UNEQUAL = (
 
 @dataclass(frozen=True)
 class Repeat:
-    """What one draw gave."""
+    """Results of one draw."""
 
     delta: float  # of the worse view
     low: float
     high: float
-    own_truth: float  # the true difference of this repeat's probes, mean over its folds and partitions
+    own_truth: float  # the true difference of this repeat's probes, mean over folds and partitions
     p_equal: float  # of model and equal view, on the trait
     p_random: float  # of model and worse view, on the random label
     by_row_equal: float  # p of McNemar's test in the first partition, as if rows were independent
@@ -109,7 +109,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of the repeats of a setting, and means over them."""
+    """Rates over the repeats of a setting, and means over them."""
 
     setting: str
     repeats: int
@@ -122,12 +122,12 @@ class Rates:
     false_positives_random: float
     by_row_equal: float
     by_row_random: float
-    random_sel: float  # of the two views' means the one that is farther from 1/2
+    random_sel: float  # the mean of the two views that is farther from 1/2
     covered_model: float  # shares of the intervals of model_sel that hold its truth
     judges_null_sel: bool = True
 
     def rows(self) -> list[Row]:
-        """As rows of the table. What is required of 500 repeats is wider by the binomial error where they are fewer."""
+        """Return the rows of the table. With fewer than 500 repeats, the binomial error widens the required range."""
         slack = 2 * max(0.0, 1 / np.sqrt(self.repeats) - 1 / np.sqrt(500))
         low, high = (
             edge + sign * slack * np.sqrt(edge * (1 - edge)) for edge, sign in zip(COVERAGE, (-1, 1), strict=True)
@@ -136,7 +136,7 @@ class Rates:
         bias = NULL_BIAS * np.sqrt(max(1.0, 500 / self.repeats))
         where = f"{self.setting} ({self.repeats} repeats)"
         return [
-            told(
+            reported(
                 where,
                 "known truth",
                 f"model_sel; truth {self.truth:+.4f}, mean of estimates {self.mean_delta:+.4f}",
@@ -150,13 +150,13 @@ class Rates:
                 round(low, 3),
                 min(round(high, 3), 1),
             ),
-            told(where, "known truth", "that cover their own probes' truth", self.covered_own),
-            told(where, "known truth", "95 % intervals of model_sel that cover its truth", self.covered_model),
+            reported(where, "known truth", "that cover their own probes' truth", self.covered_own),
+            reported(where, "known truth", "95 % intervals of model_sel that cover its truth", self.covered_model),
             judged(where, "equal views", "false positives", self.false_positives_equal, high=round(most, 3)),
-            told(where, "equal views", "false positives of McNemar's test by row", self.by_row_equal),
+            reported(where, "equal views", "false positives of McNemar's test by row", self.by_row_equal),
             judged(where, "null labels", "false positives", self.false_positives_random, high=round(most, 3)),
-            told(where, "null labels", "false positives of McNemar's test by row", self.by_row_random),
-            told(where, "null labels", "mean sel", self.random_sel, digits=4)
+            reported(where, "null labels", "false positives of McNemar's test by row", self.by_row_random),
+            reported(where, "null labels", "mean sel", self.random_sel, digits=4)
             if not self.judges_null_sel
             else judged(
                 where, "null labels", "mean sel", self.random_sel, round(0.5 - bias, 4), round(0.5 + bias, 4), digits=4
@@ -166,7 +166,7 @@ class Rates:
 
 @dataclass
 class KeepsFits:
-    """A probe backend that remembers its last fits: the metric itself has no use for the SAE's coefficients."""
+    """A probe backend that remembers its last fits, because the metric does not return the SAE's coefficients."""
 
     backend: ProbeBackend
     last: ProbeFits | None = field(default=None, init=False)
@@ -193,7 +193,7 @@ def measure_setting(
 
 
 def measure_once(setting: Setting, seed: int, number: int) -> Repeat:
-    """One repeat: deterministic by `seed` and `number`."""
+    """Do one repeat; deterministic by `seed` and `number`."""
     random = np.random.default_rng([seed, number])
     world, backend = setting.world, KeepsFits(choose_backend("torch", "cpu")[0])
     rows = world.sample(random)
@@ -233,7 +233,7 @@ def measure_once(setting: Setting, seed: int, number: int) -> Repeat:
 
 
 def summarise(setting: Setting, found: list[Repeat]) -> Rates:
-    """Rates over the repeats of a setting."""
+    """Return the rates over the repeats of a setting."""
     each = {f.name: np.array([getattr(repeat, f.name) for repeat in found]) for f in fields(Repeat)}
     truth, model_truth = (float(each[name].mean()) for name in ("own_truth", "own_model_truth"))
 
@@ -265,7 +265,7 @@ def summarise(setting: Setting, found: list[Repeat]) -> Rates:
 
 
 def mcnemar(found: OutOfFold) -> float:
-    """p of McNemar's exact test in the first partition: of the rows that only one of the two views gets right."""
+    """Return p of McNemar's exact test in the first partition, on the rows that only one view gets right."""
     scores = found.probe(0)
     model, sae = (correct(scores, view)[0] > 0 for view in ("model", "sae"))
     only_model, only_sae = int((model & ~sae).sum()), int((sae & ~model).sum())
@@ -273,13 +273,13 @@ def mcnemar(found: OutOfFold) -> float:
 
 
 def _true_model_sel(world: GaussianWorld, model: ModelFit, noise: float) -> float:
-    """The true balanced accuracy of the model's probes for the trait, mean over the splits."""
+    """Return the true balanced accuracy of the model's probes for the trait, mean over the splits."""
     coef, intercept = model.fit.coef[0].numpy(), model.fit.intercept[0].numpy()
     return float(world.balanced_accuracy(coef, intercept, noise).mean())
 
 
 def _true_sel(world: GaussianWorld, backend: KeepsFits, found: OutOfFold, noise: float) -> float:
-    """The same of the SAE view's probes, which `backend` has just fitted, at the C that was chosen for each fold."""
+    """Return the same for the SAE view's probes that `backend` has just fitted, at the C chosen for each fold."""
     fits = backend.last
     assert fits is not None
     chosen = np.searchsorted(DEFAULT_CS, found.fits["sae"].chosen_c[0].ravel())
@@ -300,10 +300,10 @@ def _numbered(task: tuple[Setting, int, int]) -> Repeat:
 
 @contextmanager
 def _mapping(workers: int) -> Iterator[Callable[..., Iterator[Repeat]]]:
-    """`map` in this process, or over several that use one thread each."""
+    """Return `map` in this process, or over several processes that use one thread each."""
     if workers == 1:
         yield map
         return
-    context = get_context("spawn")  # a fork of a process that runs torch's threads may hang
+    context = get_context("spawn")  # a fork of a process with torch threads may hang
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         yield lambda function, tasks: pool.map(function, tasks, chunksize=5)

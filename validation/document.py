@@ -1,4 +1,4 @@
-"""docs/validation.md: what the last full run of `scripts/validate.py` found, and how to read it."""
+"""Write docs/validation.md: the results of the last full run of `scripts/validate.py`, and how to read them."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def write(path: Path, rows: Sequence[table.Row], scale: suite.Scale, seed: int, 
 
 
 def replace_settings(path: Path, rows: Sequence[table.Row], scale: suite.Scale, seed: int, seconds: float) -> None:
-    """Put the rows of some settings in the place of those that the document has of them, and leave the others."""
+    """Replace the rows of some settings in the document, and keep the others."""
     before, _, after = path.read_text(encoding="utf-8").partition("\n## Table\n")
     names = {setting.name for setting in scale.settings}
     kept = [row for row in table.read(after) if row.where.partition(" (")[0] not in names]

@@ -1,9 +1,9 @@
-"""Plants: reconstructions whose effect on a right metric is known before it is measured.
+"""Plants: reconstructions whose effect on a correct metric is known in advance.
 
     ground = Ground("synthetic", [Bench(rows, backend)], apart={...}, saes={...})
     rows = identity(ground) + rotation(ground) + noise_ladder(ground)
 
-Each plant is a function from a ground to rows of the table; what it must give is in its docstring.
+Each plant is a function from a ground to rows of the table; its docstring states the required result.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from delta_selectivity.probing.selectivity import OutOfFold, ProbeResult, fit_mo
 from delta_selectivity.probing.uncertainty import estimate_delta
 from delta_selectivity.run.calibration import principal_axes
 from delta_selectivity.saes import Coder, IdentityCoder, Sae, ShuffledDecoder, principal_components, random_topk
-from validation.table import Row, judged, told
+from validation.table import Row, judged, reported
 from validation.world import Rows
 
 Reconstruct = Callable[[Tensor], Tensor]  # [rows, d] -> [rows, d]
 
 N_FOLDS, N_REPEATS = 5, 5
 NOISE_LEVELS = tuple(0.3 * step for step in range(1, 11))  # standard deviations of each feature
-RANDOM_SAES = 3  # draws for each trained SAE
+RANDOM_SAES = 3  # draws per trained SAE
 SEEDS = 5
 
 
@@ -46,11 +46,11 @@ class Bench:
         self.model = fit_model(self.plan, rows.x, backend)
 
     def found(self, recon: Tensor, latents: Tensor | None = None) -> OutOfFold:
-        """Out-of-fold scores of a reconstruction `[rows, d]`, and of codes (sparse CSR)."""
+        """Return out-of-fold scores of a reconstruction `[rows, d]`, and of codes (sparse CSR)."""
         return out_of_fold(self.plan, self.model, recon, self.backend, latents=latents)
 
     def results(self, recon: Tensor, latents: Tensor | None = None) -> list[tuple[str, ProbeResult]]:
-        """What the metric says of them, task by task."""
+        """Return the statistics of these scores, by task."""
         measured = measure(self.found(recon, latents))
         assert all(isinstance(result, ProbeResult) for result in measured), "a world without enough people"
         return list(zip(self.rows.tasks, measured, strict=True))  # type: ignore[arg-type]
@@ -58,20 +58,20 @@ class Bench:
 
 @dataclass(frozen=True)
 class Ground:
-    """Where plants are set: benches, each with tasks on rows of its own."""
+    """The data on which plants are measured: benches, each with tasks on rows of its own."""
 
     name: str
     benches: Sequence[Bench]
-    apart: Mapping[str, Rows]  # by task: people who are on no bench, for what must not be fitted on the evaluated
-    saes: Mapping[str, Sae]  # trained on this world, or made of its truth
+    apart: Mapping[str, Rows]  # by task: people who are on no bench, for fits that must not use the evaluated rows
+    saes: Mapping[str, Sae]  # trained on this world, or constructed from its true features
 
     def results(self, reconstruct: Reconstruct) -> list[tuple[str, ProbeResult]]:
-        """What the metric says of a reconstruction, task by task, over all benches; one task may be on several."""
+        """Return the statistics of a reconstruction, by task, over all benches; a task may be on several."""
         return [found for bench in self.benches for found in bench.results(reconstruct(bench.rows.x))]
 
 
 def identity(ground: Ground) -> list[Row]:
-    """x̂ = x: delta and transfer are exactly 0."""
+    """x̂ = x: delta and transfer must be exactly 0."""
 
     def same(x: Tensor) -> Tensor:
         coder = IdentityCoder(x.shape[1], x.device)
@@ -87,9 +87,9 @@ def identity(ground: Ground) -> list[Row]:
 
 
 def leace(ground: Ground) -> dict[str, Reconstruct]:
-    """By task, the least-squares eraser of its label, fitted on people who are on no bench.
+    """Return, by task, the least-squares eraser of its label, fitted on people who are on no bench.
 
-    Belrose et al. 2023, arXiv 2306.03819. Fitted on the evaluated rows it would take the sampling error along, and
+    Belrose et al. 2023, arXiv 2306.03819. Fitted on the evaluated rows, it would also remove the sampling error and
     leave probes below chance.
     """
     erasers: dict[str, Reconstruct] = {}
@@ -101,7 +101,7 @@ def leace(ground: Ground) -> dict[str, Reconstruct]:
 
 
 def erased(ground: Ground, method: str, erasers: Mapping[str, Reconstruct], independent: bool = True) -> list[Row]:
-    """One concept erased: its sae_sel is at most 0.60; if it is independent of the others, their delta within 0.005."""
+    """Erase one concept: its sae_sel must be at most 0.60, and the delta of independent concepts within 0.005."""
     left, moved = [], []
     for target, erase in erasers.items():
         results = ground.results(erase)
@@ -114,15 +114,15 @@ def erased(ground: Ground, method: str, erasers: Mapping[str, Reconstruct], inde
         *rows,
         judged(ground.name, plant, figure, other, high=0.005, digits=4)
         if independent
-        else told(ground.name, plant, figure, other, digits=4),
+        else reported(ground.name, plant, figure, other, digits=4),
     ]
 
 
 def rotation(ground: Ground, seed: int = 0) -> list[Row]:
-    """A random rotation of the standardised features loses nothing, and no probe of the model's survives it.
+    """Rotate the standardised features randomly: nothing is lost, but the model's own probes fail.
 
-    Standardised, because the penalty sees features by their scale: then it cannot tell x̂ from x. abs(delta_sel) is at
-    most 0.005 and transfer_delta at most -0.2, for every task.
+    Features are standardised, because the penalty depends on their scale. abs(delta_sel) must be at most 0.005 and
+    transfer_delta at most -0.2, for every task.
     """
 
     def rotate(x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def rotation(ground: Ground, seed: int = 0) -> list[Row]:
 
 
 def noise_ladder(ground: Ground, seed: int = 0) -> list[Row]:
-    """Ten times more and more of one draw of noise: Spearman's correlation with delta at most -0.98 for each task."""
+    """Add growing multiples of one draw of noise: Spearman's correlation with delta must be at most -0.98."""
     ladder = [ground.results(functools.partial(noisy, level=level, seed=seed)) for level in NOISE_LEVELS]
     return [
         judged(
@@ -155,10 +155,10 @@ def noise_ladder(ground: Ground, seed: int = 0) -> list[Row]:
 
 
 def principal_component_ladder(ground: Ground, ranks: Sequence[int]) -> list[Row]:
-    """PCA of rising rank: delta rises to 0.
+    """Use PCA of rising rank: delta must rise to 0.
 
-    A step back counts if the paired difference of the two ranks is below 0 beyond its 95 % interval, shared among all
-    steps of all tasks (Bonferroni). At the last rank, all of d, only rounding is left: abs(delta_sel) at most 0.002.
+    A decrease counts if the paired difference of the two ranks is below 0 beyond its 95 % interval, corrected for all
+    steps of all tasks (Bonferroni). At the last rank, d, only rounding is left: abs(delta_sel) must be at most 0.002.
     """
     back, last, climbs = 0, 0.0, []
     n_steps = (len(ranks) - 1) * sum(len(bench.rows.tasks) for bench in ground.benches)
@@ -186,7 +186,7 @@ def principal_component_ladder(ground: Ground, ranks: Sequence[int]) -> list[Row
 
 
 def random_saes(ground: Ground, seed: int = 0) -> list[Row]:
-    """TopK SAEs of random directions, as wide and as sparse as a trained one, keep less: mean delta over all tasks."""
+    """Use TopK SAEs of random directions, as wide and sparse as a trained one: their mean delta must be lower."""
     rows, margins = [], []
     plant = "random TopK SAE"
     for name, sae in ground.saes.items():
@@ -196,19 +196,19 @@ def random_saes(ground: Ground, seed: int = 0) -> list[Row]:
         trained = _mean_delta(ground, functools.partial(through, sae))
         random = float(np.mean([_mean_delta(ground, functools.partial(through, coder)) for coder in coders]))
         rows += [
-            told(ground.name, plant, f"delta_sel of {name}", trained),
-            told(ground.name, plant, f"delta_sel of random, L0 {k}", random),
+            reported(ground.name, plant, f"delta_sel of {name}", trained),
+            reported(ground.name, plant, f"delta_sel of random, L0 {k}", random),
         ]
         margins.append(trained - random)
     return [*rows, judged(ground.name, plant, "smallest lead of a trained one, delta_sel", min(margins), low=0.001)]
 
 
 def shuffled_decoder(ground: Ground, most_left: float | None, seed: int = 0) -> list[Row]:
-    """Decoder rows permuted: latent_sel does not move at all, sae_sel collapses, and the model's probes are at chance.
+    """Permute the decoder rows: latent_sel must not change, and sae_sel and the model's probes must be at chance.
 
-    At most `most_left` of what sae_sel was above 1/2 is left; None: that is told and not judged. It depends on the
-    world. A permuted decoder is a random projection of the codes, which keeps much of what is linear in them; a probe
-    fitted anew loses only what loud latents drown that kept out of its way before.
+    At most `most_left` of sae_sel - 1/2 may remain; None: it is reported but not judged, because it depends on the
+    world. A permuted decoder is a random projection of the codes, which preserves much linear information. A probe
+    fitted anew loses only what is drowned by large latents that did not interfere before.
     """
     left, moved, transfers = [], [], []
     for sae in ground.saes.values():
@@ -225,7 +225,7 @@ def shuffled_decoder(ground: Ground, most_left: float | None, seed: int = 0) -> 
     plant, share = "decoder rows permuted", "largest share of sae_sel - 1/2 that is left"
     return [
         judged(ground.name, plant, "largest change of latent_sel", max(moved), 0, 0),
-        told(ground.name, plant, share, max(left))
+        reported(ground.name, plant, share, max(left))
         if most_left is None
         else judged(ground.name, plant, share, max(left), high=most_left),
         judged(ground.name, plant, "highest transfer_sel", max(transfers), high=0.55),
@@ -233,7 +233,7 @@ def shuffled_decoder(ground: Ground, most_left: float | None, seed: int = 0) -> 
 
 
 def seeds(where: str, parts: Sequence[Rows], damage: Reconstruct, what: str, backend: ProbeBackend) -> list[Row]:
-    """The same rows folded anew by five seeds: the standard deviation of delta is at most 0.003 for every task."""
+    """Repeat with five seeds of the folds: the standard deviation of delta must be at most 0.003 for every task."""
     spreads = []
     for rows in parts:
         recon = damage(rows.x)
@@ -243,7 +243,7 @@ def seeds(where: str, parts: Sequence[Rows], damage: Reconstruct, what: str, bac
     plant = f"{SEEDS} seeds, {min(len(rows.persons) for rows in parts)} rows, {what}"
     return [
         judged(where, plant, "largest SD of delta_sel", spread, high=0.003, digits=4),
-        told(where, plant, "smallest reliable difference, 2.77 SD", 2.77 * spread, digits=4),
+        reported(where, plant, "smallest reliable difference, 2.77 SD", 2.77 * spread, digits=4),
     ]
 
 
@@ -252,18 +252,18 @@ def _mean_delta(ground: Ground, reconstruct: Reconstruct) -> float:
 
 
 def through(coder: Coder | Sae, x: Tensor) -> Tensor:
-    """The reconstruction of x `[rows, d]`."""
+    """Return the reconstruction of x `[rows, d]`."""
     return coder.decode(coder.encode(x))
 
 
 def _number(value: float | None) -> float:
-    """A figure that was asked for, and so is there."""
+    """Return a figure that must exist."""
     assert value is not None
     return value
 
 
 def noisy(x: Tensor, level: float, seed: int) -> Tensor:
-    """x `[rows, d]` with Gaussian noise of `level` standard deviations of each feature."""
+    """Return x `[rows, d]` with Gaussian noise of `level` standard deviations of each feature."""
     return x + level * x.std(dim=0) * torch.randn(x.shape, generator=_generator(seed))
 
 

@@ -1,4 +1,4 @@
-"""Which plants are set where, in quick and in full: everything that `scripts/validate.py` measures.
+"""All measurements of `scripts/validate.py`: which plants are measured on which data, in quick and in full mode.
 
 rows = validate(QUICK, workers=2)
 """
@@ -25,22 +25,24 @@ SYNTHETIC_RANKS = (1, 4, 8, 16, 32, 48, 64)
 SPARSE = SparseWorld(people=1500, d=32, features=96, active=4, signal=0.4, noise=0.3, n_tasks=2)
 SPARSE_TILTS = {"SAE that knows the features": 0.0, "the same, 5 degrees off": 5.0, "10 degrees off": 10.0}
 BUNDLED_RANKS = (1, 4, 16, 64, 256)
-MOST_LEFT = 0.5  # of sae_sel - 1/2 after decoder rows are permuted, where traits stand in quiet directions
+MOST_LEFT = (
+    0.5  # share of sae_sel - 1/2 that may remain after permuting decoder rows, if traits are in quiet directions
+)
 SEED_ROWS = 3000
 SEED_NOISE = 0.5  # standard deviations of each feature
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured."""
+    """The size of the measurements."""
 
     name: str
     settings: tuple[coverage.Setting, ...]
-    repeats: int  # of each setting
-    bundled_rows: int  # of each task
-    bundled_apart: int | None  # rows of each task to fit erasers on; None: the bundled model's concepts are not erased
+    repeats: int  # per setting
+    bundled_rows: int  # per task
+    bundled_apart: int | None  # rows per task for fitting erasers; None: the bundled model's concepts are not erased
     latent_views: int | None  # tasks and SAEs of the bundled model whose codes are probed; None: all
-    plants: bool = True  # or the settings alone
+    plants: bool = True  # only the settings, no plants
 
 
 QUICK = Scale("quick", (coverage.SETTINGS[0], coverage.SETTINGS[-1]), 40, 800, None, 1)
@@ -49,7 +51,7 @@ PEOPLE = Scale("people", coverage.FEW_OR_UNEQUAL, 200, 0, None, None, plants=Fal
 
 
 def validate(scale: Scale, workers: int, seed: int = 0) -> list[Row]:
-    """All rows of the report: plants by ground, then rates by setting. Deterministic by seed for any `workers`."""
+    """Return all rows of the report: plants by ground, then rates by setting; deterministic for any `workers`."""
     rows: list[Row] = []
     for name, part in _parts(scale, workers, seed):
         start = time.perf_counter()
@@ -70,7 +72,7 @@ def _parts(scale: Scale, workers: int, seed: int) -> Iterator[tuple[str, Callabl
 
 
 def on_synthetic(backend: ProbeBackend, seed: int) -> list[Row]:
-    """Three independent traits across all axes of a Gaussian world."""
+    """Measure three independent traits across all axes of a Gaussian world."""
     random = np.random.default_rng(seed)
     rows, apart = SYNTHETIC.sample(random), SYNTHETIC.sample(random)
     ground = plants.Ground("synthetic", [plants.Bench(rows, backend, seed)], dict.fromkeys(rows.tasks, apart), {})
@@ -88,14 +90,14 @@ def on_synthetic(backend: ProbeBackend, seed: int) -> list[Row]:
 
 
 def on_sparse(backend: ProbeBackend, seed: int) -> list[Row]:
-    """SAEs whose features are known, beside random and permuted ones."""
+    """Measure SAEs whose features are known, and random and permuted ones."""
     rows = SPARSE.sample(np.random.default_rng(seed))
     ground = plants.Ground("sparse", [plants.Bench(rows, backend, seed)], {}, SPARSE.saes(SPARSE_TILTS))
     return [*plants.random_saes(ground, seed), *plants.shuffled_decoder(ground, MOST_LEFT, seed)]
 
 
 def on_bundled(scale: Scale, backend: ProbeBackend, seed: int) -> list[Row]:
-    """The bundled model's activations and its two SAEs."""
+    """Measure the bundled model's activations and its two SAEs."""
     ground = bundled.bundled_ground(scale.bundled_rows, scale.bundled_apart or 0, backend, seed)
     few = slice(scale.latent_views)
     with_latents = plants.Ground(ground.name, ground.benches[few], {}, dict(list(ground.saes.items())[few]))

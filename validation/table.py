@@ -1,4 +1,4 @@
-"""What was measured, what was required, and whether it holds: the rows of the validation report."""
+"""The rows of the validation report: measured and required figures, and whether they agree."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ VERDICTS = {True: "pass", False: "FAIL", None: ""}
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. `passed` is None for one that is told and not judged."""
+    """One figure. `passed` is None for a figure that is reported but not judged."""
 
-    where: str  # the world, or the setting, in which it was measured
+    where: str  # the world or the setting in which it was measured
     plant: str
     figure: str
     measured: str
@@ -33,23 +33,23 @@ def judged(
     high: float = math.inf,
     digits: int = 3,
 ) -> Row:
-    """A figure that must lie in [low, high]; NaN lies nowhere."""
+    """Return a row for a figure that must lie in [low, high]; NaN fails."""
     shown = f"{measured:+.{digits}f}" if "delta" in figure else f"{measured:.{digits}f}"
     return Row(where, plant, figure, shown, _range(low, high), bool(low <= measured <= high))
 
 
-def told(where: str, plant: str, figure: str, measured: float, digits: int = 3) -> Row:
-    """A figure that nothing is required of."""
+def reported(where: str, plant: str, figure: str, measured: float, digits: int = 3) -> Row:
+    """Return a row for a figure without requirement."""
     return Row(where, plant, figure, f"{measured:.{digits}f}")
 
 
 def failures(rows: Sequence[Row]) -> list[Row]:
-    """The rows that do not meet their figure."""
+    """Return the rows that fail."""
     return [row for row in rows if row.passed is False]
 
 
 def as_text(rows: Sequence[Row]) -> str:
-    """The rows as a table that reads well on a terminal and is Markdown."""
+    """Return the rows as a Markdown table that is also readable in a terminal."""
     cells = [(row.where, row.plant, row.figure, row.measured, row.required, VERDICTS[row.passed]) for row in rows]
     return tables.aligned([HEADER, *cells])
 
@@ -65,7 +65,7 @@ def _range(low: float, high: float) -> str:
 
 
 def read(text: str) -> list[Row]:
-    """The rows of a table that `as_text` made, wherever it stands in a text."""
+    """Return the rows of a table of `as_text`, anywhere in a text."""
     lines = [line for line in text.splitlines() if line.startswith("| ")][1:]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     verdicts = {shown: passed for passed, shown in VERDICTS.items()}

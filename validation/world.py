@@ -1,9 +1,9 @@
-"""Worlds whose truth is known: people with traits, their mentions, and activations that tell of the traits.
+"""Worlds whose truth is known: people with traits, their mentions, and activations that depend on the traits.
 
     sample = GaussianWorld(people=400, mentions=(5, 10), d=32, signal=(1.0,)).sample(np.random.default_rng(0))
 
-In `GaussianWorld` the true balanced accuracy of any linear probe has a closed form; in `SparseWorld` the features
-that an SAE ought to find are known. Traits belong to people; rows are mentions of them.
+In `GaussianWorld`, the true balanced accuracy of any linear probe has a closed form. In `SparseWorld`, the features
+that an SAE should find are known. Traits belong to people; rows are mentions of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Activations of mentions, and what is true of the people mentioned."""
+    """Activations of mentions, and the traits of the people mentioned."""
 
     x: Tensor  # float32 [rows, d]
     labels: NDArray[np.bool_]  # [tasks, rows]
@@ -41,7 +41,7 @@ class GaussianWorld:
     """
 
     people: int
-    mentions: tuple[int, int]  # least and most rows of a person; uniform between
+    mentions: tuple[int, int]  # minimum and maximum number of rows of a person; uniform in between
     d: int
     signal: tuple[float, ...]  # by task: half the distance of the class means in standard deviations (Mahalanobis)
     person_share: float = 0.0
@@ -51,16 +51,16 @@ class GaussianWorld:
 
     @property
     def mixing(self) -> Floats:
-        """[d, d]: what white coordinates are multiplied by, from the right."""
+        """Return [d, d], by which white coordinates are multiplied from the right."""
         return np.arange(1, self.d + 1)[:, None] ** (-self.decay / 2) * _orthonormal(self.d, [self.seed, 1])
 
     @property
     def means(self) -> Floats:
-        """[tasks, d]: where people with the trait are, in white coordinates; those without it are opposite."""
+        """Return [tasks, d]: the means of people with the trait, in white coordinates; without it, the opposite."""
         return np.array(self.signal)[:, None] * _orthonormal(self.d, [self.seed, 0])[: len(self.signal)]
 
     def sample(self, random: np.random.Generator) -> Rows:
-        """New people. Half of them have each trait, independently of the others."""
+        """Draw new people. Half of them have each trait, independently of the others."""
         drawn = random.integers(self.mentions[0], self.mentions[1] + 1, self.people)
         persons = np.repeat(np.arange(self.people), drawn if self.sizes is None else self.sizes)
         traits = np.stack([random.permutation(self.people) % 2 == 0 for _ in self.signal])
@@ -70,20 +70,20 @@ class GaussianWorld:
         return Rows(_float32(white @ self.mixing), labels, persons, tasks)
 
     def noise(self, random: np.random.Generator, persons: NDArray[np.int64]) -> Floats:
-        """Unit variance in every coordinate, `person_share` of it by person. [rows, d]"""
+        """Draw noise with unit variance in every coordinate, `person_share` of it by person. [rows, d]"""
         of_person = random.normal(size=(persons.max() + 1, self.d))[persons]
         of_row = random.normal(size=(len(persons), self.d))
         return np.sqrt(self.person_share) * of_person + np.sqrt(1 - self.person_share) * of_row
 
     def without(self, task: int, x: Tensor) -> Tensor:
-        """x `[rows, d]` with the task's own direction ablated: the trait is gone, and nothing else is touched."""
+        """Return x `[rows, d]` with the task's own direction ablated, which removes the trait and nothing else."""
         inverse = np.linalg.inv(self.mixing)
         direction = self.means[task] / np.linalg.norm(self.means[task])
         along = x.double().numpy() @ inverse @ direction
         return _float32(x.double().numpy() - along[:, None] * (direction @ self.mixing))
 
     def balanced_accuracy(self, coef: Floats, intercept: Floats, noise: float) -> Floats:
-        """The true one of linear probes (coef [..., d], intercept [...]) for the first task, the only one.
+        """Return the true balanced accuracy of linear probes (coef [..., d], intercept [...]) for the only task.
 
         `noise` is the variance that a view adds to x's 1 in every coordinate (decay 0). Scores of a class are Gaussian,
         so its recall is the normal distribution's at (+-mean + intercept) over their standard deviation.
@@ -95,11 +95,11 @@ class GaussianWorld:
 
 @dataclass(frozen=True)
 class SparseWorld:
-    """A few loud features at a time, and traits in quiet directions beside them.
+    """A few large features at a time, and traits in quiet directions.
 
-    x = sum_j a_j f_j + sum_t +-signal u_t + noise: `active` of `features` unit vectors f_j, which crowd into the loud
-    d - tasks dimensions, with a_j uniform between 2 and 4; the u_t are orthonormal, and nothing but the noise shares
-    their dimensions. An SAE that puts the loud features into the quiet directions drowns the traits.
+    x = sum_j a_j f_j + sum_t +-signal u_t + noise: `active` of `features` unit vectors f_j, which share the d - tasks
+    loud dimensions, with a_j uniform between 2 and 4. The u_t are orthonormal, and only the noise shares their
+    dimensions. An SAE that writes the loud features into the quiet directions drowns the traits.
     """
 
     people: int
@@ -112,7 +112,7 @@ class SparseWorld:
     seed: int = 0  # of the directions
 
     def sample(self, random: np.random.Generator) -> Rows:
-        """New people, one mention each. Half of them have each trait."""
+        """Draw new people, one mention each. Half of them have each trait."""
         loud, quiet = self._directions()
         fires = random.random((self.people, self.features)).argsort(axis=1) < self.active
         loudness = np.where(fires, random.uniform(2, 4, fires.shape), 0)
@@ -122,9 +122,9 @@ class SparseWorld:
         return Rows(_float32(x), labels, np.arange(self.people), tuple(f"trait {t}" for t in range(self.n_tasks)))
 
     def saes(self, tilts: Mapping[str, float]) -> dict[str, Sae]:
-        """SAEs that know the features: a latent for each f_j, which fires above 1, and two for each quiet direction.
+        """Return SAEs that know the features: a latent for each f_j, active above 1, and two for each quiet direction.
 
-        tilts: name -> by how many degrees the SAE's quiet directions are wrong, towards the loud ones.
+        tilts: name -> angle in degrees by which the SAE's quiet directions deviate towards the loud ones.
         """
         return {name: self._sae(name, tilt) for name, tilt in tilts.items()}
 
@@ -138,7 +138,7 @@ class SparseWorld:
         return Sae(name, 0, "resid_post", self.d, len(rows), None, "jumprelu", coder)
 
     def _directions(self) -> tuple[Floats, Floats]:
-        """Loud [features, d] and quiet [tasks, d], unit vectors."""
+        """Return loud [features, d] and quiet [tasks, d] directions, unit vectors."""
         basis = _orthonormal(self.d, [self.seed, 0])
         crowd = np.random.default_rng([self.seed, 1]).normal(size=(self.features, self.d - self.n_tasks))
         loud = crowd / np.linalg.norm(crowd, axis=1, keepdims=True) @ basis[self.n_tasks :]
@@ -146,19 +146,19 @@ class SparseWorld:
 
 
 def zipf(people: int, rows: int) -> tuple[int, ...]:
-    """Rows of people whose sizes fall like 1 / rank, `rows` in all but for rounding."""
+    """Return rows of people whose sizes fall like 1 / rank, `rows` in total except for rounding."""
     shares = 1 / np.arange(1, people + 1)
     return tuple(np.maximum(1, np.round(rows * shares / shares.sum())).astype(int).tolist())
 
 
 def one_large(people: int, rows: int, share: float) -> tuple[int, ...]:
-    """Rows of people of whom one has this share of all, the others equally many."""
+    """Return rows of people, one of whom has this share of all and the others equally many."""
     others = max(1, round(rows * (1 - share) / (people - 1)))
     return (round(others * (people - 1) * share / (1 - share)), *[others] * (people - 1))
 
 
 def _orthonormal(d: int, seed: list[int]) -> Floats:
-    """A random rotation [d, d]."""
+    """Return a random rotation [d, d]."""
     return np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))[0]
 
 

@@ -1,4 +1,4 @@
-"""The instrument: probes on the rows of a world, and everything that is measured of one SAE with them."""
+"""Probes on the rows of a world, and all figures of one SAE."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ N_FOLDS, N_REPEATS = 5, 2
 
 @dataclass(frozen=True)
 class Bench:
-    """Rows to measure on, their tasks, and the probes of the model's view, shared by all SAEs."""
+    """Rows, tasks, and the probes of the model's view, which all SAEs share."""
 
     world: World
-    truth: Rows  # other rows, on which it is seen what an SAE keeps
-    rows: Rows  # that are probed
-    features: Tensor  # int64 [tasks], whose presence is probed for
+    truth: Rows  # other rows, on which the truth about an SAE is measured
+    rows: Rows  # rows that are probed
+    features: Tensor  # int64 [tasks], the features whose presence is probed
     plan: FoldPlan
     model: ModelFit
     backend: ProbeBackend
@@ -46,13 +46,13 @@ class Bench:
         return cls(world, truth, rows, features, plan, fit_model(plan, rows.x, backend), backend)
 
     def probe(self, candidate: Candidate, latents_view: bool = False) -> OutOfFold:
-        """Probes on one SAE's reconstruction, and on its codes where that is asked for."""
+        """Probe one SAE's reconstruction, and its codes if requested."""
         codes = candidate.codes(self.rows)
         latents = codes.to_sparse_csr() if latents_view else None
         return out_of_fold(self.plan, self.model, candidate.reconstruct(codes), self.backend, latents=latents)
 
     def result(self, candidate: Candidate, found: OutOfFold) -> Result:
-        """Everything about one SAE, from what its probes found."""
+        """Return all figures of one SAE, from the results of its probes."""
         codes = candidate.codes(self.rows)
         recon = candidate.reconstruct(codes)
         delta = mean_change(found, "sae")
@@ -75,25 +75,25 @@ class Bench:
         )
 
     def recovery(self, candidate: Candidate) -> Recovery:
-        """What the SAE truly keeps."""
+        """Return what the SAE keeps of the features."""
         codes = candidate.codes(self.truth)
         recon = candidate.reconstruct(codes)
         return recovery.measure(self.truth, recon, codes, candidate.atoms, self.world.directions, self.features)
 
 
 def mean_change(found: OutOfFold, view: str) -> Estimate:
-    """The view's balanced accuracy minus the model's, averaged over tasks."""
+    """Return the view's balanced accuracy minus the model's, averaged over tasks."""
     probes = [found.probe(t) for t in range(len(found.plan.labels))]
     return estimate_mean([Cell(correct(p, view) - correct(p, "model"), p.labels, p.persons) for p in probes])
 
 
 def difference(a: OutOfFold, b: OutOfFold) -> Estimate:
-    """sae_sel of a minus sae_sel of b, averaged over tasks; paired: the same rows, folds and people."""
+    """Return sae_sel of a minus sae_sel of b, averaged over tasks and paired by row, fold and person."""
     pairs = [(a.probe(t), b.probe(t)) for t in range(len(a.plan.labels))]
     return estimate_mean([Cell(correct(p, "sae") - correct(q, "sae"), p.labels, p.persons) for p, q in pairs])
 
 
 def mean_sel(found: OutOfFold, view: str) -> float:
-    """The view's balanced accuracy, averaged over tasks."""
+    """Return the view's balanced accuracy, averaged over tasks."""
     probes = [found.probe(t) for t in range(len(found.plan.labels))]
     return float(np.mean([balanced_mean(correct(p, view), p.labels) for p in probes]))

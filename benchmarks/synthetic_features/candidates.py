@@ -1,6 +1,6 @@
-"""The SAEs that are to be told apart: perfect, trained well and badly, broken on purpose, and built to deceive.
+"""SAEs to compare: perfect, trained well and badly, broken on purpose, and adversarial.
 
-All of them are one thing here: codes of rows, and atoms that the reconstruction is a sum of.
+Each candidate consists of codes of rows, and of atoms whose weighted sum is the reconstruction.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.synthetic_features.result import SHUFFLED
 from benchmarks.synthetic_features.training import Recipe, train
 from benchmarks.synthetic_features.world import Rows, World
 
-K = 8  # latents a row of the TopK SAEs; about as many features fire
+K = 8  # latents per row of the TopK SAEs; about as many features are active
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,23 @@ class Candidate:
     """An SAE, trained or constructed: x̂ = codes(rows) @ atoms + bias."""
 
     name: str
-    codes: Callable[[Rows], Tensor]  # [rows, d_sae]; only constructions look at the true activations
+    codes: Callable[[Rows], Tensor]  # [rows, d_sae]; only constructed SAEs use the true activations
     atoms: Tensor  # [d_sae, d]
     bias: Tensor  # [d]
-    deceives: bool = False  # built so that delta_sel and feature recovery must disagree
+    deceives: bool = False  # adversarial: built so that delta_sel and feature recovery disagree
 
     def reconstruct(self, codes: Tensor) -> Tensor:
-        """[rows, d]"""
+        """Return the reconstruction [rows, d]."""
         return codes @ self.atoms + self.bias
 
 
 def oracle(world: World) -> Candidate:
-    """The true dictionary with the true codes."""
+    """Return the true dictionary with the true codes."""
     return Candidate("oracle: true dictionary, true codes", lambda rows: rows.activations, world.directions, world.bias)
 
 
 def without(world: World, lost: Tensor, name: str, deceives: bool = False) -> Candidate:
-    """The oracle without the atoms and latents of the features `lost` (int64 [n])."""
+    """Return the oracle without the atoms and latents of the features `lost` (int64 [n])."""
     kept = torch.ones(len(world.directions))
     kept[lost] = 0
     atoms = world.directions * kept[:, None]
@@ -50,20 +50,20 @@ def without(world: World, lost: Tensor, name: str, deceives: bool = False) -> Ca
 
 
 def missing(world: World, share: float, seed: int) -> Candidate:
-    """The oracle without a share of its atoms, drawn at random; with a larger share the same ones and others."""
+    """Return the oracle without a random share of its atoms; larger shares include the smaller ones."""
     order = torch.randperm(len(world.directions), generator=torch.Generator().manual_seed(seed))
     return without(world, order[: round(share * len(order))], f"oracle without {share:.0%} of its atoms")
 
 
 def only(world: World, features: Tensor) -> Candidate:
-    """The oracle with no atoms but those of `features` (int64 [tasks]), which are probed for."""
+    """Return the oracle with only the atoms of the probed `features` (int64 [tasks])."""
     others = torch.ones(len(world.directions), dtype=torch.bool)
     others[features] = False
     return without(world, others.nonzero()[:, 0], "oracle with the tasks' atoms only", deceives=True)
 
 
 def tied_topk(name: str, atoms: Tensor, bias: Tensor, k: int) -> Candidate:
-    """Atoms [d_sae, d] of length 1 that encode and decode alike, the k largest of each row."""
+    """Return an SAE whose atoms [d_sae, d] of length 1 both encode and decode, with the k largest codes of each row."""
 
     def codes(rows: Rows) -> Tensor:
         largest = ((rows.x - bias) @ atoms.T).topk(k, dim=1)
@@ -73,26 +73,26 @@ def tied_topk(name: str, atoms: Tensor, bias: Tensor, k: int) -> Candidate:
 
 
 def random_atoms(world: World, seed: int) -> Tensor:
-    """Directions that have nothing to do with the world's, [features, d]."""
-    random = torch.Generator().manual_seed(_apart(seed))
+    """Return random directions that are independent of the world's features, [features, d]."""
+    random = torch.Generator().manual_seed(_distant_seed(seed))
     return normalize(torch.randn(world.directions.shape, generator=random), dim=1)
 
 
-def _apart(seed: int) -> int:
-    """A seed far from the world's own: from the same one, in the same shape, come the same directions."""
+def _distant_seed(seed: int) -> int:
+    """Return a seed that is far from the world's own, because equal seeds and shapes give equal directions."""
     return seed + 10_000
 
 
 def shuffled(candidate: Candidate, seed: int) -> Candidate:
-    """Decoder rows permuted: every code writes the direction of another."""
+    """Return the SAE with permuted decoder rows: every code writes the direction of another."""
     order = torch.randperm(len(candidate.atoms), generator=torch.Generator().manual_seed(seed))
     return replace(candidate, name=candidate.name + SHUFFLED, atoms=candidate.atoms[order])
 
 
 def rotated(world: World, seed: int) -> Candidate:
-    """x̂ is a rotation of x: nothing is lost, nothing is where it was."""
+    """Return a rotation of x as x̂: nothing is lost, but all directions change."""
     d = world.directions.shape[1]
-    rotation = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(_apart(seed))))[0]
+    rotation = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(_distant_seed(seed))))[0]
     exact = oracle(world)
     return replace(
         exact, name="oracle, rotated", atoms=exact.atoms @ rotation, bias=exact.bias @ rotation, deceives=True
@@ -100,9 +100,9 @@ def rotated(world: World, seed: int) -> Candidate:
 
 
 def absorbed(world: World) -> Candidate:
-    """A child's latent writes its parent's direction too, and the parent's own stays silent beside it.
+    """Return the oracle with absorption: a child's latent also writes the parent's direction and silences the parent.
 
-    What sparsity rewards where one feature implies another (feature absorption, arXiv 2409.14507).
+    Sparsity rewards this if one feature implies another (feature absorption, arXiv 2409.14507).
     """
     atoms = world.directions.clone()
     for parent, children in world.children.items():
@@ -119,10 +119,10 @@ def absorbed(world: World) -> Candidate:
 
 
 def trained(name: str, recipe: Recipe, x: Tensor, seed: int) -> Candidate:
-    """An SAE trained on activations x [rows, d]."""
+    """Return an SAE trained on activations x [rows, d]."""
     sae = train(recipe, x, seed)
     atoms = sae.W_dec.data
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # SAE Lens divides when it decodes
+    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):  # SAE Lens divides in the decoder
         atoms = normalize(atoms, dim=1)
     return Candidate(name, partial(_encode, sae), atoms, sae.b_dec.data)
 
@@ -133,7 +133,7 @@ def _encode(sae: Any, rows: Rows) -> Tensor:
 
 
 def recipes(n_features: int, d: int) -> Sequence[tuple[str, Recipe]]:
-    """Architectures and qualities. Widths are the number of true features unless the name says otherwise."""
+    """Return architectures and qualities. Widths equal the number of true features unless the name says otherwise."""
     topk = {"k": K}
     return (
         ("TopK", Recipe("topk", n_features, 1200, topk)),
@@ -151,7 +151,7 @@ def recipes(n_features: int, d: int) -> Sequence[tuple[str, Recipe]]:
 
 
 def all_candidates(world: World, x: Tensor, features: Tensor, seed: int) -> list[Candidate]:
-    """Every SAE of the table; x [rows, d] to train on, `features` [tasks] that are probed for."""
+    """Return every SAE of the table; x [rows, d]: training rows, `features` [tasks]: probed features."""
     n_features, d = world.directions.shape
     learned = [trained(name, recipe, x, seed) for name, recipe in recipes(n_features, d)]
     broken = [

@@ -1,10 +1,10 @@
-"""What an SAE truly keeps of the known features, by five definitions, none of which is a cross-validated probe's.
+"""Measure how much an SAE keeps of the known features, by five definitions that use no cross-validated probe.
 
-Three are about what the SAE puts out, as the scores under test are. `present` asks whether a feature's presence can be
-read off the reconstruction by the best linear estimate there is, with presence and absence weighing the same, as the
-tasks do; `kept` asks it of the feature's amount in all rows. `held` asks whether the amount can be read along the
-feature's own direction: is it still where the model put it? The field's two, `matched` and `mcc`, are
-about single latents; they are here to show what a score of the output cannot know.
+Three definitions use the SAE's output, as the tested scores do. `present`: how well the best linear estimate from the
+reconstruction predicts a feature's presence, with equal weights for presence and absence, as in the tasks. `kept`: the
+same for the feature's amount in all rows. `held`: how well the amount can be read along the feature's own direction,
+which shows whether it is still where the model put it. The field's two definitions, `matched` and `mcc`, use single
+latents; they show what a score of the output cannot measure.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from benchmarks.synthetic_features.world import Rows
 class Recovery:
     """Means over features; 1 for the oracle, 0 for an SAE that keeps nothing."""
 
-    present: float  # of what the best linear estimate from x tells of which features are there, the share x̂ tells
-    kept: float  # of what the best linear estimate from x tells of each feature, the share that the one from x̂ tells
-    kept_tasks: float  # the same over the features that are probed for
-    held: float  # of what x tells of each feature along its own direction, the share that x̂ tells
+    present: float  # presence: explained variance of the best linear estimate from x̂, as a share of that from x
+    kept: float  # amount: explained variance of the best linear estimate from x̂, as a share of that from x
+    kept_tasks: float  # the same over the probed features
+    held: float  # amount along the feature's own direction: explained variance in x̂, as a share of that in x
     matched: float  # cosine of the nearest atom x correlation of its latent with the feature's activation
-    mcc: float  # cosines of atoms and features matched one to one; the decoder alone
+    mcc: float  # mean cosine of atoms and features matched one to one; uses only the decoder
 
 
 def measure(rows: Rows, recon: Tensor, codes: Tensor, atoms: Tensor, directions: Tensor, features: Tensor) -> Recovery:
-    """recon [rows, d], codes [rows, d_sae], atoms [d_sae, d], directions [features, d], features int64 [tasks].
+    """Measure recon [rows, d], codes [rows, d_sae], atoms [d_sae, d], directions [features, d], features int64 [tasks].
 
-    `features` are those that are probed for. MCC is SAE Lens's; a feature that is left without an atom counts 0.
+    `features` are the probed ones. MCC is SAE Lens's definition; a feature without an atom counts 0.
     """
     kept = kept_by_feature(rows, recon)
     live = atoms[atoms.norm(dim=1) > 0]
@@ -49,20 +49,20 @@ def measure(rows: Rows, recon: Tensor, codes: Tensor, atoms: Tensor, directions:
 
 
 def present_share(rows: Rows, recon: Tensor) -> float:
-    """R² of each feature's presence regressed on x̂, summed over all features, over the same on x; at most 1.
+    """Return R² of the features' presence regressed on x̂, summed over features, divided by the same on x; at most 1.
 
-    Both classes of a feature weigh the same. Summed before it is divided: what x itself does not tell of a feature
-    counts nothing.
+    Both classes of a feature have the same weight. The sums are divided, not the terms, so features that x does not
+    predict do not count.
     """
     there = rows.activations > 0
-    told = [sum(_balanced_explained(view, labels) for labels in there.T) for view in (recon, rows.x)]
-    return min(float(told[0] / told[1]), 1.0)
+    explained = [sum(_balanced_explained(view, labels) for labels in there.T) for view in (recon, rows.x)]
+    return min(float(explained[0] / explained[1]), 1.0)
 
 
 def _balanced_explained(x: Tensor, labels: Tensor) -> float:
-    """R² of regressing labels bool [rows] on x [rows, d], classes weighing the same, adjusted for chance, at least 0.
+    """Return R² of regressing labels bool [rows] on x [rows, d] with balanced classes, adjusted for chance, at least 0.
 
-    0 if a class has no row. Weighted rows count as (sum w)² / (sum w²) rows (Kish).
+    Returns 0 if a class has no row. Weighted rows count as (sum w)² / (sum w²) rows (Kish).
     """
     n_pos = int(labels.sum())
     if n_pos in (0, len(labels)):
@@ -79,16 +79,16 @@ def _balanced_explained(x: Tensor, labels: Tensor) -> float:
 
 
 def kept_by_feature(rows: Rows, recon: Tensor) -> Tensor:
-    """R² of the activation's linear regression on x̂ / that on x, at most 1. [features]
+    """Return R² of the activation's linear regression on x̂ divided by that on x, at most 1. [features]
 
-    Any invertible linear map of x keeps everything.
+    Any invertible linear map of x has the value 1.
     """
-    told = [_explained(view, rows.activations) for view in (recon, rows.x)]
-    return (told[0] / told[1]).clamp(max=1)
+    explained = [_explained(view, rows.activations) for view in (recon, rows.x)]
+    return (explained[0] / explained[1]).clamp(max=1)
 
 
 def _explained(x: Tensor, y: Tensor) -> Tensor:
-    """R² of regressing each column of y [rows, columns] on x [rows, d], adjusted for chance, at least 0. [columns]"""
+    """Return R² [columns] of regressing y [rows, columns] on x [rows, d], adjusted for chance, at least 0."""
     x, y = (values.double() - values.double().mean(dim=0) for values in (x, y))
     inverse = torch.linalg.pinv(x.T @ x, rtol=1e-6, hermitian=True)
     cross = x.T @ y
@@ -98,22 +98,22 @@ def _explained(x: Tensor, y: Tensor) -> Tensor:
 
 
 def held_by_feature(rows: Rows, recon: Tensor, directions: Tensor) -> Tensor:
-    """R²(activation, recon along the direction) / R²(activation, x along it), at most 1. [features]
+    """Return R²(activation, recon along the direction) / R²(activation, x along it), at most 1. [features]
 
-    A constant, a scale (shrinkage) and what goes on in other directions do not count. A negative correlation is 0.
+    Constants, scales (shrinkage) and changes in other directions have no effect. A negative correlation counts as 0.
     """
-    told = [_correlation(view @ directions.T, rows.activations).clamp(min=0).square() for view in (recon, rows.x)]
-    return (told[0] / told[1]).clamp(max=1)
+    explained = [_correlation(view @ directions.T, rows.activations).clamp(min=0).square() for view in (recon, rows.x)]
+    return (explained[0] / explained[1]).clamp(max=1)
 
 
 def matched_by_feature(rows: Rows, codes: Tensor, atoms: Tensor, directions: Tensor) -> Tensor:
-    """The cosine of a feature's nearest atom x the correlation of that atom's code with the activation. [features]"""
+    """Return [features]: cosine of the nearest atom x correlation of that atom's code with the activation."""
     cosine, atom = (normalize(directions, dim=1) @ normalize(atoms, dim=1).T).max(dim=1)
     return (cosine * _correlation(codes[:, atom], rows.activations)).clamp(min=0)
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Of the columns of a and b [rows, columns]; 0 where one is constant. [columns]"""
+    """Return the correlations of the columns of a and b [rows, columns]; 0 if one is constant. [columns]"""
     a, b = (column - column.mean(dim=0) for column in (a.double(), b.double()))
     scale = a.norm(dim=0) * b.norm(dim=0)
     return torch.where(scale > 1e-9, (a * b).sum(dim=0) / scale.clamp(min=1e-9), torch.zeros_like(scale))

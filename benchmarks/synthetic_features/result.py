@@ -1,19 +1,19 @@
-"""What is kept of one SAE; light to import, so that tables can be printed without SAE Lens."""
+"""The kept results of one SAE. This module is light to import, so that tables can be printed without SAE Lens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SHUFFLED = ", decoder rows shuffled"  # ends the name of a broken copy
+SHUFFLED = ", decoder rows shuffled"  # suffix of the name of a copy with shuffled decoder
 
 
 @dataclass(frozen=True)
 class Result:
-    """One SAE: what it truly keeps, and what each score says of it."""
+    """One SAE: what it keeps of the features, and its scores."""
 
     name: str
-    deceives: bool  # built so that delta_sel and recovery must disagree; left out of the rank correlations
-    present: float  # as in `recovery.Recovery`, with the next five
+    deceives: bool  # adversarial: built so that delta_sel and recovery disagree; excluded from the rank correlations
+    present: float  # as in `recovery.Recovery`, like the next five
     kept: float
     kept_tasks: float
     held: float
@@ -23,7 +23,7 @@ class Result:
     ci_low: float
     ci_high: float
     transfer_delta: float  # mean over tasks
-    latent_sel: float | None  # mean over tasks, of probes on the codes; where asked for
+    latent_sel: float | None  # mean over tasks, of probes on the codes, if requested
     mse: float
     fvu: float
     l0: float

@@ -1,4 +1,4 @@
-"""SAEs trained on a world by SAE Lens's own classes and trainer."""
+"""Train SAEs on a world with SAE Lens's own classes and trainer."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ LEARNING_RATE = 2e-3
 
 @dataclass(frozen=True)
 class Recipe:
-    """One training."""
+    """The settings of one training."""
 
-    architecture: str  # as SAE Lens calls it
+    architecture: str  # SAE Lens's name
     d_sae: int
     steps: int
     options: dict[str, Any] = field(default_factory=dict)  # of the architecture: k, l1_coefficient, ...
 
 
 def train(recipe: Recipe, x: Tensor, seed: int) -> Any:
-    """A `sae_lens` TrainingSAE trained on activations x [rows, d], which are gone through as often as it takes."""
+    """Return a `sae_lens` TrainingSAE trained on activations x [rows, d], for several epochs if needed."""
     sae_class, config_class = get_sae_training_class(recipe.architecture)
     samples = recipe.steps * BATCH
     with temporary_seed(seed):
@@ -52,7 +52,7 @@ def train(recipe: Recipe, x: Tensor, seed: int) -> Any:
                 adam_beta2=0.999,
                 dead_feature_window=200,
                 feature_sampling_window=2000,
-                n_batches_for_norm_estimate=1,  # of a normalisation that no recipe asks for
+                n_batches_for_norm_estimate=1,  # of a normalisation that no recipe uses
                 logger=LoggingConfig(log_to_wandb=False),
             ),
             sae=sae,
@@ -63,7 +63,7 @@ def train(recipe: Recipe, x: Tensor, seed: int) -> Any:
 
 
 def _batches(x: Tensor, seed: int) -> Iterator[Tensor]:
-    """Full batches of x in a new order each time through, without end."""
+    """Yield full batches of x endlessly, in a new order each epoch."""
     random = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(x), generator=random)

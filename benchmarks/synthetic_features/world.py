@@ -3,9 +3,9 @@
     world = World.build(WorldSettings(seed=0))
     rows = world.sample(3000, seed=1)        # rows.x [rows, d], rows.activations [rows, features]
 
-More features than dimensions, in random directions (superposition); firing rates by Zipf's law; firing correlated
-through a Gaussian copula; part of the features in trees, where a child fires only if its parent does and some
-siblings exclude each other. An activation is the sum of the features that fire, plus a constant.
+There are more features than dimensions, in random directions (superposition). Firing rates follow Zipf's law and are
+correlated through a Gaussian copula. Part of the features form trees, in which a child is active only if its parent is,
+and some siblings exclude each other. An activation is the sum of the active features plus a constant.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """What a world is drawn from."""
+    """Settings from which a world is drawn."""
 
     seed: int = 0
     n_features: int = 192
     d: int = 64
     trees: int = 24  # of a parent and four children each
-    rarest: float = 0.02  # firing rates that are asked for; children of rare parents fire less
+    rarest: float = 0.02  # requested firing rates; children of rare parents fire less
     commonest: float = 0.3
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Draws from a world."""
+    """Samples of a world."""
 
     x: Tensor  # float32 [rows, d]
-    activations: Tensor  # float32 [rows, features]; 0 where a feature is absent
+    activations: Tensor  # float32 [rows, features]; 0 where a feature is inactive
 
     def __len__(self) -> int:
         return len(self.x)
@@ -57,7 +57,7 @@ class World:
 
     @classmethod
     def build(cls, settings: WorldSettings) -> World:
-        """Deterministic by the seed of the settings."""
+        """Build the world; deterministic by the seed of the settings."""
         config = SyntheticModelConfig(
             num_features=settings.n_features,
             hidden_dim=settings.d,
@@ -85,25 +85,25 @@ class World:
 
     @property
     def directions(self) -> Tensor:
-        """[features, d], of length 1."""
+        """Return [features, d], rows of length 1."""
         return self.model.feature_dict.feature_vectors
 
     @property
     def bias(self) -> Tensor:
-        """[d]"""
+        """Return the constant, [d]."""
         return self.model.feature_dict.bias
 
     def sample(self, n: int, seed: int) -> Rows:
-        """Independent rows. SAE Lens draws from torch's own generator, which is left as it was."""
+        """Draw independent rows. SAE Lens uses torch's global generator, whose state is restored."""
         with temporary_seed(seed):
             activations = self.model.activation_generator.sample(n)
         return Rows(activations @ self.directions + self.bias, activations)
 
 
 def tasks(rows: Rows, count: int) -> Tensor:
-    """Features to probe for: `count` of them evenly through the order of their frequency in `rows`. int64 [count]
+    """Return `count` features to probe, evenly spaced in the order of their frequency in `rows`: int64 [count].
 
-    So they stand for all features alike, the rare with the common.
+    This represents rare and common features alike.
     """
     order = torch.argsort((rows.activations > 0).sum(dim=0), descending=True, stable=True)
     places = (torch.arange(count) + 0.5) * len(order) / count

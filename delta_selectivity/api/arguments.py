@@ -23,15 +23,15 @@ Devices = str | torch.device | tuple[str | torch.device, str | torch.device]
 
 
 @contextmanager
-def naming(**fields: str) -> Iterator[None]:
-    """Rename fields in the errors raised inside: a field of the called function -> the caller's argument."""
+def renaming_fields(**fields: str) -> Iterator[None]:
+    """Rename the fields in errors raised inside; fields: field of the called function -> argument of the caller."""
     try:
         yield
     except RequestError as error:
-        told = FIELD.sub(lambda found: f"`{fields.get(found[1], found[1])}`", str(error))
-        if told == str(error):
+        renamed = FIELD.sub(lambda match: f"`{fields.get(match[1], match[1])}`", str(error))
+        if renamed == str(error):
             raise
-        raise RequestError(told) from error
+        raise RequestError(renamed) from error
 
 
 def as_settings(settings: Any) -> Settings:
@@ -48,27 +48,27 @@ def as_model(model: Any) -> str:
 
 def as_tasks(tasks: Any) -> tuple[TaskName, ...]:
     """Return one task or several in the form that a request takes."""
-    known = GurneeData | Task | UserData
+    task_types = GurneeData | Task | UserData
     if isinstance(tasks, str) and "," in tasks and not os.path.exists(os.path.expanduser(tasks)):  # noqa: PTH110, PTH111
         tasks = [name.strip() for name in tasks.split(",") if name.strip()]  # same syntax as on the command line
-    several = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str | bytes | known) else [tasks]
-    if not several:
-        raise RequestError("`tasks` is empty: name at least one")
-    named = [task if isinstance(task, known) else _checked_path(task, "tasks", "a name, a file") for task in several]
-    words = (TASK_GROUPS.get(task, (task,)) if isinstance(task, str) else (task,) for task in named)
-    found = [name_task(task) if isinstance(task, str) else task for tasks in words for task in tasks]
-    return tuple(task for place, task in enumerate(found) if not (isinstance(task, str) and task in found[:place]))
+    items = list(tasks) if isinstance(tasks, Iterable) and not isinstance(tasks, str | bytes | task_types) else [tasks]
+    if not items:
+        raise RequestError("`tasks` is empty: give at least one task")
+    named = [task if isinstance(task, task_types) else _checked_path(task, "tasks", "a name, a file") for task in items]
+    tasks_of_each = (TASK_GROUPS.get(task, (task,)) if isinstance(task, str) else (task,) for task in named)
+    names = [name_task(task) if isinstance(task, str) else task for tasks in tasks_of_each for task in tasks]
+    return tuple(task for place, task in enumerate(names) if not (isinstance(task, str) and task in names[:place]))
 
 
 def as_layer(layer: Any, field: str = "layer") -> int:
     """Return a layer, counted from 0, as a Python int; integers of NumPy and torch are accepted."""
     try:
-        found = -1 if isinstance(layer, bool) else operator.index(layer)
+        number = -1 if isinstance(layer, bool) else operator.index(layer)
     except TypeError:
-        found = -1
-    if found < 0:
-        raise RequestError(f"`{field}` {layer!r}: give whole numbers from 0")
-    return found
+        number = -1
+    if number < 0:
+        raise RequestError(f"`{field}` {layer!r}: give a whole number of at least 0")
+    return number
 
 
 def as_layers(layers: Layers) -> tuple[int, ...] | None:
@@ -76,19 +76,19 @@ def as_layers(layers: Layers) -> tuple[int, ...] | None:
     if layers is None or isinstance(layers, str):
         return None if layers is None else parse_layers(layers)
     try:
-        several: list[Any] = list(layers)  # type: ignore[arg-type]
+        items: list[Any] = list(layers)  # type: ignore[arg-type]
     except TypeError:  # a single number of Python, NumPy or torch
-        several = [layers]
-    if not several:
-        raise RequestError("`layers` is empty: name at least one; None is every layer that an SAE has")
-    return tuple(sorted({as_layer(layer, "layers") for layer in several}))
+        items = [layers]
+    if not items:
+        raise RequestError("`layers` is empty: give at least one layer, or None for every layer that an SAE has")
+    return tuple(sorted({as_layer(layer, "layers") for layer in items}))
 
 
 def as_saes(saes: Any, layers: tuple[int, ...] | None, hookpoint: str | None) -> tuple[str | SaeSource, ...]:
     """Return one SAE or several, names or objects, in the form that a request takes."""
-    several = list(saes) if isinstance(saes, list | tuple | GeneratorType) else [saes]
+    items = list(saes) if isinstance(saes, list | tuple | GeneratorType) else [saes]
     return tuple(
-        os.fspath(sae) if isinstance(sae, str | os.PathLike) else as_source(sae, layers, hookpoint) for sae in several
+        os.fspath(sae) if isinstance(sae, str | os.PathLike) else as_source(sae, layers, hookpoint) for sae in items
     )
 
 
@@ -116,28 +116,28 @@ def as_source(
     if isinstance(sae, str | os.PathLike):
         return open_sae(os.fspath(sae), hookpoint)
     one = layers[0] if layers is not None and len(layers) == 1 else None
-    unsaid = {"layer": one, "hookpoint": hookpoint, "d_in": d_in, "input_hookpoint": input_hookpoint}
-    known: dict[str, Any] = {}
-    with naming(obj="saes"):
+    defaults = {"layer": one, "hookpoint": hookpoint, "d_in": d_in, "input_hookpoint": input_hookpoint}
+    arguments: dict[str, Any] = {}
+    with renaming_fields(obj="saes"):
         while True:  # add each missing argument when `wrap_sae` needs it
             try:
-                return wrap_sae(sae, **known)
+                return wrap_sae(sae, **arguments)
             except RequestError as error:
                 field = error.field or ""
                 if field == "layer" and one is None:
                     raise RequestError(f"{error}: give one layer, or wrap_sae(sae, layer=...)") from error
-                if unsaid.get(field) is None or field in known:
+                if defaults.get(field) is None or field in arguments:
                     raise
-                known[field] = unsaid[field]
+                arguments[field] = defaults[field]
 
 
 def as_devices(device: Devices) -> tuple[str, str]:
     """Return the devices of model and probes. Raises `RequestError` if one does not exist."""
-    several = list(device) if isinstance(device, tuple | list) else [device]
-    names = [str(name) if isinstance(name, str | torch.device) else "" for name in several]
-    if not all(names) or len(names) > 2 or (len(several) < 2 and isinstance(device, tuple | list)):
-        raise RequestError(f"`device` {device!r}: give one device, or two: of the model and of the probes")
-    with naming(device1="device", device2="device"):
+    devices = list(device) if isinstance(device, tuple | list) else [device]
+    names = [str(name) if isinstance(name, str | torch.device) else "" for name in devices]
+    if not all(names) or len(names) > 2 or (len(devices) < 2 and isinstance(device, tuple | list)):
+        raise RequestError(f"`device` {device!r}: give one device, or two (for the model and for the probes)")
+    with renaming_fields(device1="device", device2="device"):
         return choose_devices(None, None) if names == ["auto"] else choose_devices(names[0], names[-1])
 
 
@@ -149,7 +149,7 @@ def as_path(path: Any, field: str) -> Path:
 def _checked_path(value: Any, field: str, needed: str) -> str:
     """Return a name or path as a string. Raises `RequestError` for other types and for an empty one."""
     if isinstance(value, str | os.PathLike):
-        found = os.fspath(value)
-        if isinstance(found, str) and found and "\0" not in found:
-            return found
+        text = os.fspath(value)
+        if isinstance(text, str) and text and "\0" not in text:
+            return text
     raise RequestError(f"`{field}` {value!r:.60}: {needed} is needed")

@@ -1,4 +1,4 @@
-"""Number of rows an `Evaluator` uses, the time of a call, and the precision of its numbers.
+"""Choose the number of rows of an `Evaluator`, and report the time of a call and the precision of its numbers.
 
 evaluator.budget             # 500 rows of gender (499 people); 0.4 s a call; 95 % intervals: delta_sel +-0.031, ...
 """
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from delta_selectivity.errors import RequestError
 
-FIRST_TRY = 500
+FIRST_ROWS = 500
 """Rows of each task in the first timing of a call."""
-SPARE = 0.9
+PLANNED_SHARE = 0.9
 """Share of the allowed seconds to plan for, because the time of calls varies."""
 
 
@@ -21,7 +21,7 @@ MEANS = ("delta_sel", "transfer_r2")
 
 @dataclass(frozen=True)
 class Budget:
-    """Data behind the numbers of an `Evaluator` and the time of a call, measured with its first SAE."""
+    """Rows of an `Evaluator`, the time of a call, and the precision of its numbers, measured with its first SAE."""
 
     rows: Mapping[str, int]  # by TASK/PROBE
     people: Mapping[str, int]  # by TASK/PROBE
@@ -30,8 +30,8 @@ class Budget:
 
     def __str__(self) -> str:
         rows = ", ".join(f"{n} rows of {name} ({self.people[name]} people)" for name, n in self.rows.items())
-        reach = ", ".join(f"{score} ±{half:.3f}" for score, half in self.precision.items())
-        return f"{rows}; {self.seconds:.2g} s a call; 95 % intervals: {reach}"
+        intervals = ", ".join(f"{score} ±{half:.3f}" for score, half in self.precision.items())
+        return f"{rows}; {self.seconds:.2g} s a call; 95 % intervals: {intervals}"
 
 
 def budget_of(numbers: Mapping[str, float], seconds: float) -> Budget:
@@ -45,30 +45,31 @@ def budget_of(numbers: Mapping[str, float], seconds: float) -> Budget:
     return Budget(counts["n_rows"], counts["n_people"], seconds, precision)
 
 
-def fitting_rows(seconds_at: Callable[[int], float], seconds: float, most: int) -> int:
-    """Return how many rows to use so that a call takes at most `seconds`, but at least `FIRST_TRY` rows.
+def fitting_rows(seconds_at: Callable[[int], float], seconds: float, max_rows: int) -> int:
+    """Return how many rows to use so that a call takes at most `seconds`, but at least `FIRST_ROWS` rows.
 
     Args:
-        seconds_at: Sets a number of rows and returns the time of a call. The last number passed is the one returned.
+        seconds_at: Function that sets a number of rows and returns the time of a call. The last number that it is
+            called with is the one returned.
         seconds: Maximum time of a call.
-        most: Number of available rows.
+        max_rows: Number of available rows.
     """
-    n = min(FIRST_TRY, most)
+    n = min(FIRST_ROWS, max_rows)
     took = seconds_at(n)
-    before = (0, 0.0)
+    previous = (0, 0.0)
     for _ in range(2):
-        slope = max((took - before[1]) / (n - before[0]), 1e-9)
-        wanted = n + (SPARE * seconds - took) / slope
-        better = int(min(max(wanted, min(FIRST_TRY, most)), 8 * n, most))
-        if (took <= seconds and better <= 1.1 * n) or better == n:
+        slope = max((took - previous[1]) / (n - previous[0]), 1e-9)
+        wanted = n + (PLANNED_SHARE * seconds - took) / slope
+        next_n = int(min(max(wanted, min(FIRST_ROWS, max_rows)), 8 * n, max_rows))
+        if (took <= seconds and next_n <= 1.1 * n) or next_n == n:
             break
-        before, n = (n, took), better
+        previous, n = (n, took), next_n
         took = seconds_at(n)
     return n
 
 
 def checked_seconds(seconds: object) -> float | None:
-    """Return the seconds of a call. Raises `RequestError` unless it is a positive number."""
+    """Return the maximum time of a call; None: no limit. Raises `RequestError` unless it is a positive number."""
     if seconds is None:
         return None
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < float("inf"):

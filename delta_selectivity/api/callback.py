@@ -50,7 +50,7 @@ class Callback:
             RequestError: ``every`` is not a positive integer, or a logger is not callable.
         """
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-            raise RequestError(f"`every` {every!r}: a whole number from 1 on is needed")
+            raise RequestError(f"`every` {every!r}: a whole number of at least 1 is needed")
         self.evaluator, self.every = evaluator, every
         self._loggers: list[Logger] = [log] if callable(log) else list(log)
         for logger in self._loggers:
@@ -85,17 +85,17 @@ class Callback:
             A handle, also a context manager, whose ``remove()`` detaches the callback.
 
         Raises:
-            RequestError: The trainer is of another kind, or trains no SAE at the evaluator's layer and hook point.
+            RequestError: The trainer is not supported, or trains no SAE at the evaluator's layer and hook point.
         """
         package = _package_of(trainer)
         if package == "sae_lens" and hasattr(trainer, "activation_scaler"):
             return self._attach(trainer.optimizer, lambda: self._of_sae_lens(trainer))
         if package == "sparsify" and hasattr(trainer, "optimizers"):
-            names = self._own_names(trainer)
+            names = self._matching_saes(trainer)
             return self._attach(trainer.optimizers[-1], lambda: self._of_sparsify(trainer, names))
         raise RequestError(
-            f"`trainer` {type(trainer).__name__}: SAE Lens's SAETrainer or sparsify's Trainer is needed; in any other "
-            "loop call the callback with the SAE and the step"
+            f"`trainer` {type(trainer).__name__}: SAE Lens's SAETrainer or sparsify's Trainer is needed; in a custom "
+            "loop, call the callback with the SAE and the step"
         )
 
     def _of_sae_lens(self, trainer: Any) -> None:
@@ -107,46 +107,48 @@ class Callback:
         step = (trainer.global_step + 1) // trainer.cfg.grad_acc_steps
         if step % self.every:
             return
-        with _averaged(trainer.optimizers):
+        with _averaged_weights(trainer.optimizers):
             self._measure({label: trainer.saes[name] for name, label in names.items()}, step, None)
 
-    def _own_names(self, trainer: Any) -> dict[str, str]:
-        """Return the names of sparsify's SAEs at the evaluator's hook point -> a label for each."""
-        site, found = self.evaluator.site, {}
+    def _matching_saes(self, trainer: Any) -> dict[str, str]:
+        """Return the name of each of sparsify's SAEs at the evaluator's hook point -> its label."""
+        site, labels = self.evaluator.site, {}
         for name in trainer.saes:
             of, _, label = name.partition("/")
             place = parse(of)
             if place is not None and place.layer == site.layer and same_place(place.place, site.hookpoint):
-                found[name] = label
-        if not found:
+                labels[name] = label
+        if not labels:
             trained = ", ".join(trainer.saes)
             raise RequestError(
-                f"`trainer`: it trains {trained}; the evaluator is of layer {site.layer}, {site.hookpoint}"
+                f"`trainer`: it trains {trained}, but the evaluator measures layer {site.layer}, {site.hookpoint}"
             )
-        return found
+        return labels
 
     def _measure(self, saes: Mapping[str, Any], step: int, activation_scaler: Any) -> dict[str, float] | None:
         start = time.perf_counter()
-        found: dict[str, float] = {}
+        all_numbers: dict[str, float] = {}
         for label, sae in saes.items():
             numbers = self.evaluator(sae, (), activation_scaler)
-            found |= {f"{ROOT}/{label}{name.removeprefix(ROOT)}" if label else name: n for name, n in numbers.items()}
-        if found:
-            found[f"{ROOT}/seconds"] = time.perf_counter() - start
+            all_numbers |= {
+                f"{ROOT}/{label}{name.removeprefix(ROOT)}" if label else name: n for name, n in numbers.items()
+            }
+        if all_numbers:
+            all_numbers[f"{ROOT}/seconds"] = time.perf_counter() - start
             for logger in self._loggers:
-                logger(found, step)
+                logger(all_numbers, step)
         self.seconds += time.perf_counter() - start
-        return found or None
+        return all_numbers or None
 
     def _attach(self, optimizer: Any, after: Callable[[], None]) -> Handle:
-        before, handle = optimizer.step, Handle()
+        original, handle = optimizer.step, Handle()
 
-        @functools.wraps(before)
+        @functools.wraps(original)
         def step(*args: Any, **kwargs: Any) -> Any:
-            found = before(*args, **kwargs)
+            result = original(*args, **kwargs)
             if handle.attached:
                 after()
-            return found
+            return result
 
         optimizer.step = step
         return handle
@@ -175,18 +177,18 @@ def _package_of(trainer: Any) -> str | None:
 
 
 @contextmanager
-def _averaged(optimizers: Iterable[Any]) -> Iterator[None]:
+def _averaged_weights(optimizers: Iterable[Any]) -> Iterator[None]:
     """Use the averaged weights of Schedule-Free optimizers inside; the training weights are restored bit for bit."""
-    found = [one for one in optimizers if getattr(one, "train_mode", False) and hasattr(one, "eval")]
-    parameters = [p for one in found for group in one.param_groups for p in group["params"]]
+    schedule_free = [one for one in optimizers if getattr(one, "train_mode", False) and hasattr(one, "eval")]
+    parameters = [p for one in schedule_free for group in one.param_groups for p in group["params"]]
     with torch.no_grad():
-        kept = [p.detach().clone() for p in parameters]
-        for one in found:
+        training_weights = [p.detach().clone() for p in parameters]
+        for one in schedule_free:
             one.eval()
         try:
             yield
         finally:
-            for one in found:
+            for one in schedule_free:
                 one.train()
-            for parameter, value in zip(parameters, kept, strict=True):
+            for parameter, value in zip(parameters, training_weights, strict=True):
                 parameter.copy_(value)

@@ -82,19 +82,19 @@ def evaluate(
         >>> bool(results.to_frame()["delta_sel"].between(-1, 1).all())
         True
     """
-    settings, wanted = as_settings(settings), as_layers(layers)
+    settings, layer_numbers = as_settings(settings), as_layers(layers)
     device1, device2 = as_devices(device)
     folder = TemporaryFolder() if output is None else as_path(output, "output")
     request = Request(
         model=as_model(model),
-        saes=as_saes(saes, wanted, settings.hookpoint),
+        saes=as_saes(saes, layer_numbers, settings.hookpoint),
         tasks=as_tasks(tasks),
-        layers=wanted,
+        layers=layer_numbers,
         settings=settings,
         output=folder if isinstance(folder, Path) else folder.path,
         device1=device1,
         device2=device2,
         cache=None if cache is None else as_path(cache, "cache"),
     )
-    own = None if isinstance(folder, Path) else folder
-    return Results.below(request.output, run_request(request, progress), own)
+    temporary = None if isinstance(folder, Path) else folder
+    return Results.below(request.output, run_request(request, progress), temporary)

@@ -21,9 +21,9 @@ from delta_selectivity.api.arguments import (
     as_settings,
     as_source,
     as_tasks,
-    naming,
+    renaming_fields,
 )
-from delta_selectivity.api.budget import FIRST_TRY, Budget, budget_of, checked_seconds, fitting_rows
+from delta_selectivity.api.budget import FIRST_ROWS, Budget, budget_of, checked_seconds, fitting_rows
 from delta_selectivity.api.evaluate import WIKIDATA
 from delta_selectivity.api.training_names import for_training
 from delta_selectivity.errors import RequestError
@@ -77,7 +77,7 @@ class Evaluator:
     """
 
     settings: Settings
-    warnings: list[str]  # warnings about the numbers, each line once
+    warnings: list[str]  # warnings about the numbers, without duplicates
     budget: Budget | None  # rows, seconds and precision of a call; None before the first
     _site: Site
     _device: str  # of the model and the SAEs
@@ -88,7 +88,7 @@ class Evaluator:
     _scales: dict[Site, SiteScale]  # of the activations
     _model: ResidentModel
     _work: Work
-    _sets: dict[int, list[TaskSet]]  # by dataset, with the fits of the model view
+    _sets: dict[int, list[TaskSet]]  # by dataset, with the probes fitted on the model's activations
 
     @default_modes()
     def __init__(
@@ -129,9 +129,9 @@ class Evaluator:
             RequestError: An argument is invalid or not available; ``error.field`` names it.
         """
         settings = replace(as_settings(settings), whole_tokens=whole_tokens)
-        drawn = "shuffle_select_n" if rows is None else "rows"
+        rows_field = "shuffle_select_n" if rows is None else "rows"
         if rows is not None:
-            with naming(shuffle_select_n=drawn):
+            with renaming_fields(shuffle_select_n=rows_field):
                 settings = replace(settings, shuffle_select_n=rows)
         if not isinstance(input_hookpoint, str | None):
             raise RequestError(f"`input_hookpoint` {input_hookpoint!r}: a name is needed")
@@ -142,7 +142,7 @@ class Evaluator:
         check_backend(settings.probe, device2)
         self._site = Site(layer, canonical(settings.hookpoint or "resid_post"))
         sites = {self._site, self._site.read_by(None if input_hookpoint is None else canonical(input_hookpoint))}
-        self._tasks, self._drawn = as_tasks(tasks), drawn
+        self._tasks, self._rows_field = as_tasks(tasks), rows_field
         texts = self._texts(settings.shuffle_select_n)
         info = open_model(as_model(model), settings.revision, settings.trust_remote_code)
         if layer >= info.n_layers:
@@ -153,12 +153,12 @@ class Evaluator:
         self._widths, self._modules = info.widths(sites), info.names_of_modules()
         self._device, self._device2, self._info = device1, device2, info
         self._loaded = info.load(sites, device1, info.choose_dtype(settings.dtype, device1))
-        most = _most_rows(texts)
-        self._most = most
-        self._set_up(texts if self._seconds is None or most <= FIRST_TRY else self._texts(FIRST_TRY))
+        max_rows = _rows_of_largest_task(texts)
+        self._max_rows = max_rows
+        self._set_up(texts if self._seconds is None or max_rows <= FIRST_ROWS else self._texts(FIRST_ROWS))
 
     def _texts(self, rows: int | None) -> ProbeTexts:
-        with naming(dataset_file="tasks", shuffle_select_n=self._drawn):
+        with renaming_fields(dataset_file="tasks", shuffle_select_n=self._rows_field):
             return load_probe_texts(self._tasks, shuffle_select_n=rows, seed=self.settings.seed)
 
     def _set_up(self, texts: ProbeTexts) -> None:
@@ -214,7 +214,7 @@ class Evaluator:
             True and False become 1.0 and 0.0; missing numbers are absent. `docs/numbers.md` defines every key.
 
         Raises:
-            RequestError: The SAE is for another layer, hook point or width, or for another BOS setting.
+            RequestError: The SAE has another layer, hook point, width or BOS setting.
             ArithmeticError: Codes or reconstructions hold NaN or Inf, or are too large for probes.
         """
         if data_provider is None and activation_scaler is None:
@@ -254,7 +254,7 @@ class Evaluator:
             took = time.perf_counter() - start
             return took
 
-        rows = fitting_rows(seconds_at, seconds, self._most)
+        rows = fitting_rows(seconds_at, seconds, self._max_rows)
         if took > seconds:
             line = f"a call takes {took:.2g} s with {rows} rows, more than `seconds` {seconds:g}"
             self.warnings.append(line)
@@ -262,10 +262,12 @@ class Evaluator:
 
     @default_modes()
     def _numbers(self, sae: Any, in_training: bool) -> dict[str, float]:
-        found = self._measure(sae, in_training)
-        cells = {(name, 0, probe): scores for name, result in found.items() for probe, scores in result.scores.items()}
+        results = self._measure(sae, in_training)
+        cells = {
+            (name, 0, probe): scores for name, result in results.items() for probe, scores in result.scores.items()
+        }
         flat = {**_interval("delta_sel", mean_delta(cells)), **_interval("transfer_r2", mean_transfer_r2(cells))}
-        for name, result in found.items():
+        for name, result in results.items():
             flat |= _plain(name, asdict(result.figures))
             for probe, record in result.records.items():
                 flat |= _plain(name if probe == name else f"{name}/{probe}", record)
@@ -286,33 +288,33 @@ class Evaluator:
         return self._measure(sae, in_training=False)
 
     def _measure(self, sae: Any, in_training: bool) -> dict[str, CellResult]:
-        with naming(obj="sae", saes="sae"):
-            return self._measure_source(self._fitting(sae), in_training)
+        with renaming_fields(obj="sae", saes="sae"):
+            return self._measure_source(self._checked_source(sae), in_training)
 
     def _measure_source(self, source: SaeSource, in_training: bool) -> dict[str, CellResult]:
         loaded = source.load(self._site.layer, self._device)
         counts_bos = source.counts_bos if self.settings.bos == "auto" else self.settings.bos == "counted"
-        found: dict[str, CellResult] = {}
+        results: dict[str, CellResult] = {}
         datasets = self._work.texts.datasets
 
         def keep(cell: Cell, result: CellResult) -> None:
-            found[datasets[cell.dataset].name] = result
+            results[datasets[cell.dataset].name] = result
 
         with sharing_cores(self._device) as cores:
             items = self._produce({self._site: {0: loaded}}, {0: counts_bos}, cores)
-            own = probing_cores(cores, self._device, self._work.device)
+            probe_cores = probing_cores(cores, self._device, self._work.device)
             prober = Prober(
-                replace(self._work, names=[source.name]), self._blocks, self._store_bytes, own, Stopwatch(), keep,
-                lambda _: None, threading.Event(), self._sets,
+                replace(self._work, names=[source.name]), self._blocks, self._store_bytes, probe_cores, Stopwatch(),
+                keep, lambda _: None, threading.Event(), self._sets,
             )  # fmt: skip
             prober.run(items)
-        for name, result in found.items():
+        for name, result in results.items():
             for line in (f"{name}{warning}" for warning in warnings_of(result)):
                 known = map(_without_numbers, self.warnings) if in_training else self.warnings
                 if (_without_numbers(line) if in_training else line) not in known:
                     self.warnings.append(line)
                     log.warning("%s", line)
-        return {dataset.name: found[dataset.name] for dataset in datasets}
+        return {dataset.name: results[dataset.name] for dataset in datasets}
 
     def _find_scales(self, model: LanguageModel, info: ModelInfo) -> dict[Site, SiteScale]:
         try:
@@ -352,46 +354,55 @@ class Evaluator:
                 def fit(task_set: Any) -> None:
                     task_set.fit_model(self._site, store, backend, self._work.device, fit_model)
 
-                own = probing_cores(cores, self._device, self._work.device)
-                for _ in own.map_in_order(sets, fit, "probes"):
+                probe_cores = probing_cores(cores, self._device, self._work.device)
+                for _ in probe_cores.map_in_order(sets, fit, "probes"):
                     pass
 
-    def _fitting(self, sae: Any) -> SaeSource:
+    def _checked_source(self, sae: Any) -> SaeSource:
         """Return the SAE after checking its layer, hook point and width."""
         layer, hookpoint = self._site
-        reads = next((place for place in self._widths if place != self._site), self._site)
+        input_site = next((place for place in self._widths if place != self._site), self._site)
         is_name = isinstance(sae, str | os.PathLike)
-        at = self.settings.hookpoint if is_name else hookpoint
-        source = as_source(sae, (layer,), at, self._widths[reads], None if reads == self._site else reads.hookpoint)
+        default_hookpoint = self.settings.hookpoint if is_name else hookpoint
+        source = as_source(
+            sae,
+            (layer,),
+            default_hookpoint,
+            self._widths[input_site],
+            None if input_site == self._site else input_site.hookpoint,
+        )
         if source.requested_hookpoint is None:
             source = resolve_hookpoint(source, self._modules)
         if layer not in source.layers or source.hookpoint != hookpoint:
             layers = ", ".join(map(str, source.layers))
             raise RequestError(
-                f"`sae` {source.name}: it is of {source.hookpoint}, layer {layers}; this evaluator measures "
+                f"`sae` {source.name}: its place is {source.hookpoint}, layer {layers}; this evaluator measures "
                 f"{hookpoint}, layer {layer}"
             )
-        read = self._site.read_by(source.input_hookpoint)
-        if read not in self._widths:
-            raise RequestError(f"`sae` {source.name}: it reads {read.hookpoint}: give that as `input_hookpoint`")
-        for what, width, place in (("d_in", source.d_in, read), ("d_out", source.d_out, self._site)):
+        source_input = self._site.read_by(source.input_hookpoint)
+        if source_input not in self._widths:
+            raise RequestError(
+                f"`sae` {source.name}: its input is {source_input.hookpoint}: set `input_hookpoint` to it"
+            )
+        for what, width, place in (("d_in", source.d_in, source_input), ("d_out", source.d_out, self._site)):
             if width != self._widths[place]:
                 raise RequestError(
                     f"`sae` {source.name}: its {what} is {width}, but {place.hookpoint} has width {self._widths[place]}"
                 )
         if self.settings.bos == "auto" and source.prepend_bos not in (None, self._has_bos):
             other = "none" if self._has_bos else "excluded"
-            raise RequestError(f"`sae` {source.name}: its training texts had other beginnings: set `bos` to {other!r}")
+            began = "without BOS" if self._has_bos else "with BOS"
+            raise RequestError(f"`sae` {source.name}: it was trained on texts {began}: set `bos` to {other!r}")
         return source
 
 
-def _most_rows(texts: ProbeTexts) -> int:
+def _rows_of_largest_task(texts: ProbeTexts) -> int:
     """Return the number of rows of the largest task."""
     return max(len(set().union(*(probe.mentions.tolist() for probe in task.probes))) for task in texts.datasets)
 
 
 def _without_numbers(line: str) -> str:
-    """Return a warning without its numbers, which differ each time it recurs during training."""
+    """Return a warning without its numbers, because a recurring warning has other numbers each time."""
     return re.sub(r"[\d.]+", "", line)
 
 
@@ -399,7 +410,7 @@ def _plain(prefix: str, record: Mapping[str, Any]) -> dict[str, float]:
     return {f"{prefix}/{name}": float(value) for name, value in record.items() if isinstance(value, bool | int | float)}
 
 
-def _interval(name: str, found: Estimate | None) -> dict[str, float]:
-    if found is None:
+def _interval(name: str, estimate: Estimate | None) -> dict[str, float]:
+    if estimate is None:
         return {}
-    return {name: found.value, f"{name}_ci_low": found.low, f"{name}_ci_high": found.high}
+    return {name: estimate.value, f"{name}_ci_low": estimate.low, f"{name}_ci_high": estimate.high}

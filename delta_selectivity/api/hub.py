@@ -30,7 +30,7 @@ FOLDER = "delta_selectivity"
 CARD = "README.md"
 PAUSES = (1.0, 4.0)
 """Seconds before the second and the third attempt."""
-CHANGED = 412
+CONFLICT = 412
 """HTTP status of a commit to a repository that has changed since it was read."""
 
 Result = TypeVar("Result")
@@ -57,8 +57,9 @@ class Push:
 def push(files: Sequence[File], repo: str, sae: str | None = None, *, dry_run: bool = False) -> Push:
     """Publish the result files of one SAE with their page, and add a summary to the repository's model card.
 
-    Everything is one commit on the state that was read, so no partial update is visible. A lost connection is retried
-    twice. Stored scores are not published, nor are texts that were kept only because the run was set to keep all.
+    Everything is one commit on top of the revision that was read, so no partial update is visible. After a lost
+    connection, the commit is retried twice. Stored scores are not published, nor are texts that were stored only
+    because the run was set to keep all texts.
 
     Args:
         files: Result files, which may include those of other SAEs.
@@ -84,33 +85,33 @@ def push(files: Sequence[File], repo: str, sae: str | None = None, *, dry_run: b
     if token is None and not dry_run:
         raise RequestError("`push_to_hub`: no token of the Hub: set HF_TOKEN, or log in with `hf auth login`")
     if not use_cache_if_unreachable():
-        raise RequestError(f"`push_to_hub` {repo}: the Hub does not answer: check the connection")
-    named = {name: own for name, own in by_sae(files).items() if not is_baseline(own[0][1])}
+        raise RequestError(f"`push_to_hub` {repo}: the Hub does not respond: check the connection")
+    named = {name: files_of_sae for name, files_of_sae in by_sae(files).items() if not is_baseline(files_of_sae[0][1])}
     if not named:
-        raise RequestError("`push_to_hub`: there are only baselines here")
+        raise RequestError("`push_to_hub`: the files hold only baselines, and no SAE")
     study = study_of(named[find_sae(named, sae)])
     api = HfApi(token=token if token is not None else False)
     contents = _contents(study)
-    return _persistent(repo, lambda: _attempt(api, repo, study.saes[0], contents, dry_run))
+    return _with_retries(repo, lambda: _attempt(api, repo, study.saes[0], contents, dry_run))
 
 
 def _contents(study: Study) -> dict[str, bytes]:
     """Return the files to publish, by path in the repository."""
     from delta_selectivity.reporting.output import write_page  # imports matplotlib
 
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     for path, _ in study.files:  # there may be several runs, such as for different layers
         names = (f"{FOLDER}/{path.stem}{'' if n == 1 else f'-{n}'}{path.suffix}" for n in itertools.count(1))
-        found[next(name for name in names if name not in found)] = path.read_bytes()
-    private = any(found["_run"]["config"].get("keep_texts") == "all" for _, found in study.files)
+        contents[next(name for name in names if name not in contents)] = path.read_bytes()
+    private = any(contents["_run"]["config"].get("keep_texts") == "all" for _, contents in study.files)
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / PAGE
         write_page(study, page, with_rows=not private)
-        return {**found, f"{FOLDER}/{PAGE}": page.read_bytes()}
+        return {**contents, f"{FOLDER}/{PAGE}": page.read_bytes()}
 
 
 def _attempt(api: Any, repo: str, sae: Sae, contents: dict[str, bytes], dry_run: bool) -> Push:
-    """Read the card, and commit on the state that was read."""
+    """Read the card, and commit on top of the revision that was read."""
     from huggingface_hub import CommitOperationAdd
 
     head = api.model_info(repo).sha
@@ -118,12 +119,12 @@ def _attempt(api: Any, repo: str, sae: Sae, contents: dict[str, bytes], dry_run:
     url = f"{api.endpoint}/{repo}/blob/main/{FOLDER}/{PAGE}"
     index = model_index(sae, repo.partition("/")[2], url)
     card = with_results(before, index, body_of(sae, FOLDER))
-    found = Push(repo, {**contents, CARD: card.encode()}, before)
+    prepared = Push(repo, {**contents, CARD: card.encode()}, before)
     if dry_run:
-        return found
-    additions = [CommitOperationAdd(path, content) for path, content in found.files.items()]
-    done = api.create_commit(repo, additions, commit_message="Add results of Delta Selectivity", parent_commit=head)
-    return replace(found, url=done.commit_url)
+        return prepared
+    additions = [CommitOperationAdd(path, content) for path, content in prepared.files.items()]
+    commit = api.create_commit(repo, additions, commit_message="Add results of Delta Selectivity", parent_commit=head)
+    return replace(prepared, url=commit.commit_url)
 
 
 def _read_card(api: Any, repo: str, revision: str) -> str:
@@ -140,10 +141,10 @@ def _read_card(api: Any, repo: str, revision: str) -> str:
     try:
         return bytes(response.content).decode()
     except UnicodeDecodeError as error:
-        raise RequestError(f"`push_to_hub` {repo}: its {CARD} is no UTF-8; nothing was written") from error
+        raise RequestError(f"`push_to_hub` {repo}: its {CARD} is not UTF-8; nothing was written") from error
 
 
-def _persistent(repo: str, attempt: Callable[[], Result]) -> Result:
+def _with_retries(repo: str, attempt: Callable[[], Result]) -> Result:
     """Retry after a lost connection or a server error. Raises a one-line `RequestError`."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
@@ -152,25 +153,25 @@ def _persistent(repo: str, attempt: Callable[[], Result]) -> Result:
             return attempt()
         except (HTTPError, ConnectionError) as error:
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            passing = status is None or status >= 500 or status in (CHANGED, 429)
-            if not passing or pause is None:
+            is_temporary = status is None or status >= 500 or status in (CONFLICT, 429)
+            if not is_temporary or pause is None:
                 raise RequestError(f"`push_to_hub` {repo}: {_reason(status, error)}; nothing was written") from error
-            log.info("%s: %s: trying again in %g s", repo, _reason(status, error), pause)
+            log.info("%s: %s: retrying in %g s", repo, _reason(status, error), pause)
             time.sleep(pause)
         except ValueError as error:  # raised by the Hub client's validation of the card
-            told = " ".join(str(error).split())
-            raise RequestError(f"`push_to_hub` {repo}: {told}; nothing was written") from error
+            message = " ".join(str(error).split())
+            raise RequestError(f"`push_to_hub` {repo}: {message}; nothing was written") from error
     raise AssertionError("the last attempt returns or raises")
 
 
 def _reason(status: int | None, error: Exception) -> str:
-    known = {
-        401: "the Hub does not know this token, or there is no such repository",
-        403: "this token may not write there",
-        404: "there is no such repository, or this token may not see it: make it first",
-        CHANGED: "others commit to it at the same time",
-        429: "too many requests for now",
+    messages = {
+        401: "the token is invalid, or there is no such repository",
+        403: "the token has no write access",
+        404: "there is no such repository, or the token has no access to it: create it first",
+        CONFLICT: "the repository was changed at the same time",
+        429: "the Hub's rate limit is reached",
     }
     if status is None:
         return f"the connection was lost ({type(error).__name__})"
-    return known.get(status, f"the Hub answers with status {status}")
+    return messages.get(status, f"the Hub responds with status {status}")

@@ -15,18 +15,18 @@ def latents_of(place: Place, source: Any = None, device: Any = None) -> Json:
 
     Raises `RequestError` if the model, the SAE or the texts have changed since the measurement.
     """
-    (path, found), layer, probe = place
-    key = found["_run"]["key"]
-    kept = latents.load(path, key, layer, probe)
-    if kept is not None:
-        return kept
+    (path, content), layer, probe = place
+    key = content["_run"]["key"]
+    stored = latents.load(path, key, layer, probe)
+    if stored is not None:
+        return stored
     from delta_selectivity.run.carriers import find_carriers  # imports everything that a run does
 
     dataset = dataset_of(place.file)
-    new = find_carriers(found, dataset, layer, probe, source, None if device is None else str(device))
-    config = found["_run"]["config"]
+    computed = find_carriers(content, dataset, layer, probe, source, None if device is None else str(device))
+    config = content["_run"]["config"]
     is_public = dataset.removeprefix("wikidata_") in (config.get("datasets") or ())
     allowed = config.get("keep_texts", "public")
     if allowed == "all" or (allowed == "public" and is_public):
-        latents.keep(path, key, layer, probe, new)
-    return new
+        latents.keep(path, key, layer, probe, computed)
+    return computed

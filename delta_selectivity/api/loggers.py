@@ -64,7 +64,7 @@ class TensorBoardLogger:
             try:
                 from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined, unused-ignore]
             except ImportError as error:
-                raise RequestError("`to`: TensorBoard's files need the package tensorboard: pip install it") from error
+                raise RequestError("`to`: the package tensorboard is not installed: pip install tensorboard") from error
             to = SummaryWriter(str(as_path(to, "to")))
         self.writer = to
         self._banded: list[str] = []
@@ -82,7 +82,7 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """Metrics of a W&B run, plotted over ``delta/step``. W&B has no bands: bounds of intervals are separate curves."""
+    """Metrics of a W&B run, plotted over ``delta/step``. The bounds of intervals are separate curves."""
 
     STEP = f"{ROOT}/step"
 
@@ -93,7 +93,7 @@ class WandbLogger:
             self._begin(run)
 
     def __call__(self, numbers: Mapping[str, float], step: int) -> None:
-        """Log the numbers of a step: in the row of that step, or in the next row if the run is already past it.
+        """Log the numbers of a step, in the row of that step; in the next row if the run is already past the step.
 
         Raises:
             RequestError: There is no run.
@@ -102,7 +102,7 @@ class WandbLogger:
             import wandb
 
             if wandb.run is None:
-                raise RequestError("`log`: W&B has no run: call wandb.init first, or give WandbLogger a run")
+                raise RequestError("`log`: there is no W&B run: call wandb.init first, or pass a run to WandbLogger")
             self._begin(wandb.run)
         of_step = {"step": step} if step >= self._run.step else {}
         self._run.log({**numbers, self.STEP: step}, **of_step)

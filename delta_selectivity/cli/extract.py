@@ -1,4 +1,4 @@
-"""The command `extract`: writes activations, reconstructions, labels and people of one layer's rows to a file.
+"""The command `extract`: writes activations, reconstructions, labels and groups of one layer's rows to a file.
 
     python activations.py --layers 3 --datasets gender -o rows.safetensors
     python probes.py rows.safetensors                                      # the numbers of main.py, bit for bit
@@ -16,17 +16,17 @@ from pathlib import Path
 from delta_selectivity.cli.command_line import add_flags, add_verbose, make_request, parse_values, show_start
 from delta_selectivity.cli.guard import guarded, set_log_level
 from delta_selectivity.cli.parser import Parser, user_path
-from delta_selectivity.cli.program import typed
+from delta_selectivity.cli.program import command_text
 from delta_selectivity.system.terminal import show
 
 EXAMPLES = """\
 examples:
   {extract} --layers 3 --datasets gender -o rows.safetensors
   {probe} rows.safetensors
-      the numbers of this run for layer 3, to the bit:
+      computes the numbers of this run, bitwise identical:
   {run} --layers 3 --datasets gender
 
-docs/rows_file.md says what is in the file.
+docs/rows_file.md documents the file.
 """
 
 WITHOUT = ("list_datasets", "output_directory", "device2", "probe", "overwrite")
@@ -34,18 +34,23 @@ WITHOUT = ("list_datasets", "output_directory", "device2", "probe", "overwrite")
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """Build the parser of this command."""
-    examples = EXAMPLES.format(**{name: typed(name, prog) for name in ("extract", "probe", "run")})
+    examples = EXAMPLES.format(**{name: command_text(name, prog) for name in ("extract", "probe", "run")})
     parser = Parser(
         prog,
-        "Write the activations of one layer at the probed positions, each SAE's reconstruction of them, labels and "
-        "people to a file. Flags mean what they mean in a run.",
+        "Write the activations of one layer at the probed positions, each SAE's reconstruction of them, the labels and "
+        "the groups to a file. All flags have the same meaning as in a run.",
         epilog=examples,
     )
     parser.add_argument(
-        "-o", "--output", type=user_path, required=True, metavar="FILE", help="the file: .safetensors, .npz or .parquet"
+        "-o",
+        "--output",
+        type=user_path,
+        required=True,
+        metavar="FILE",
+        help="the file to write: .safetensors, .npz or .parquet",
     )
-    add_flags(parser, without=WITHOUT)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, no word at the end; warnings stay")
+    add_flags(parser, exclude=WITHOUT)
+    parser.add_argument("--quiet", action="store_true", help="print no progress bar and no summary, only warnings")
     add_verbose(parser)
     return parser
 

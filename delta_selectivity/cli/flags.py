@@ -24,4 +24,4 @@ def flag_of(field: str) -> str:
 
 def with_flags(text: str) -> str:
     """Replace the field names in a message with their flags."""
-    return FIELD.sub(lambda found: flag_of(found.group(1)), text)
+    return FIELD.sub(lambda match: flag_of(match.group(1)), text)

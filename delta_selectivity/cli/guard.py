@@ -15,15 +15,15 @@ from delta_selectivity.system.terminal import NOTE, LineFormatter, show_on_stder
 
 log = logging.getLogger("delta_selectivity")
 
-GOES_ON = "finished layers are on disk; the same command goes on from there"
+RESUMES = "finished layers are on disk; the same command goes on from there"
 NOTHING_WRITTEN = "nothing was written"
 ERROR_SHOWN = 400  # maximum characters of an error message: torch appends its C++ stack
 
 
-def what_is_left(outputs: Sequence[Path]) -> str:
+def describe_saved_results(outputs: Sequence[Path]) -> str:
     """Describe what a failed or interrupted run leaves on disk."""
     gone = [folder for folder in outputs if not folder.is_dir()]
-    return f"the folder {gone[0]} is gone, with all that was in it" if gone else GOES_ON
+    return f"the folder {gone[0]} no longer exists" if gone else RESUMES
 
 
 def guarded(
@@ -57,7 +57,7 @@ def guarded(
         show_on_stderr(f"interrupted: {left()}")
         return 130
     except Exception as error:
-        log.log(logging.INFO if _foreseen(error) else logging.ERROR, "where it failed", exc_info=error)
+        log.log(logging.INFO if _is_self_explanatory(error) else logging.ERROR, "where it failed", exc_info=error)
         show_on_stderr(f"failed: {type(error).__name__}: {str(error)[:ERROR_SHOWN]}; {left()}")
         return 1
     return 0
@@ -68,8 +68,8 @@ def set_log_level(verbose: bool) -> None:
     logging.getLogger().setLevel(logging.INFO if verbose else NOTE)
 
 
-def _foreseen(error: Exception) -> bool:
-    """Return whether the error's message is sufficient without a traceback: disk, memory, NaN."""
+def _is_self_explanatory(error: Exception) -> bool:
+    """Return whether the error's message is sufficient without a traceback (disk, memory, NaN)."""
     from delta_selectivity.run.row_store import NonFiniteError
     from delta_selectivity.system.out_of_memory import is_out_of_memory
 

@@ -1,4 +1,4 @@
-"""The command `inspect`: prints what an SAE is, and how well it fits a model.
+"""The command `inspect`: describes an SAE, and how well it fits a model.
 
 python sae_loader.py EleutherAI/sae-pythia-160m-32k                    # from its files; needs no model
 python sae_loader.py EleutherAI/sae-pythia-160m-32k --model_name EleutherAI/pythia-160m --layers 3,6
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from delta_selectivity.cli.command_line import add_flags, add_verbose, make_request, parse_values
 from delta_selectivity.cli.guard import guarded, set_log_level
 from delta_selectivity.cli.parser import Parser
-from delta_selectivity.cli.program import typed
+from delta_selectivity.cli.program import command_text
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.comma_lists import parse_names
 from delta_selectivity.system.terminal import show
@@ -20,9 +20,9 @@ from delta_selectivity.system.terminal import show
 EXAMPLES = """\
 examples:
   {inspect} EleutherAI/sae-pythia-160m-32k
-      what its files say: format, layers, widths, hook point
+      print what its files say: format, layers, widths, hook point
   {inspect} EleutherAI/sae-pythia-160m-32k --model_name EleutherAI/pythia-160m --layers 3,6
-      the same, and how well it reconstructs each place of the model
+      print also how well it reconstructs each layer and hook point of the model
 """
 
 WITHOUT_MODEL = ("saes", "layers", "hookpoint", "verbose")
@@ -34,11 +34,11 @@ FLAGS = (
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """Build the parser of this command."""
-    description = "Print what an SAE is; with --model_name also how well it fits each layer and hook point of a model."
-    parser = Parser(prog, description, epilog=EXAMPLES.format(inspect=typed("inspect", prog)))
+    description = "Describe an SAE; with --model_name also how well it fits each layer and hook point of a model."
+    parser = Parser(prog, description, epilog=EXAMPLES.format(inspect=command_text("inspect", prog)))
     parser.add_argument(
-        "saes", metavar="NAME", help="one or several, with commas: hub id, local folder, release/sae_id of SAE Lens, a "
-        "release alone, or a pattern (folder/*)",
+        "saes", metavar="NAME", help="one or several SAEs, separated by commas: hub id, local folder, release/sae_id "
+        "of SAE Lens, a whole release, or a pattern (folder/*)",
     )  # fmt: skip
     add_flags(parser, only=FLAGS)
     add_verbose(parser)
@@ -56,7 +56,7 @@ def run(argv: Sequence[str], prog: str) -> None:
             show(part)
         return
     if given := [name for name in values if name not in WITHOUT_MODEL]:
-        raise RequestError(f"`{given[0]}` says how to look at a model: name one with `model`")
+        raise RequestError(f"`{given[0]}` needs a model: give one with `model`")
     from delta_selectivity.run.inspection import describe
     from delta_selectivity.run.request import parse_layers
     from delta_selectivity.saes import expand_names, open_sae

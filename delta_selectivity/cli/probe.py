@@ -17,7 +17,7 @@ from pathlib import Path
 from delta_selectivity.cli.command_line import add_flags, add_verbose, parse_values
 from delta_selectivity.cli.guard import guarded, set_log_level
 from delta_selectivity.cli.parser import Parser, user_path
-from delta_selectivity.cli.program import typed
+from delta_selectivity.cli.program import command_text
 from delta_selectivity.errors import RequestError
 from delta_selectivity.settings import PROBING
 from delta_selectivity.system.terminal import show
@@ -28,25 +28,25 @@ EXAMPLES = """\
 examples:
   {extract} --layers 3 --datasets gender -o rows.safetensors
   {probe} rows.safetensors
-      a row for each SAE and probe
+      print a line for each SAE and probe
   {probe} my_vision_model.npz --views error -o results.json
-      a file of your own, and every number as JSON
+      measure a file of your own, and write every number as JSON
 
-docs/rows_file.md says what must be in the file.
+docs/rows_file.md documents the file.
 """
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """Build the parser of this command."""
-    examples = EXAMPLES.format(**{name: typed(name, prog) for name in ("extract", "probe")})
+    examples = EXAMPLES.format(**{name: command_text(name, prog) for name in ("extract", "probe")})
     description = "Train probes on the activations in a file of rows and on their reconstructions, and compare them."
-    parser = Parser(prog, f"{description} Settings are the file's, where it has some.", epilog=examples)
+    parser = Parser(prog, f"{description} Settings default to those stored in the file.", epilog=examples)
     parser.add_argument("rows", type=user_path, metavar="FILE", help="a .safetensors, .npz or .parquet file of rows")
     parser.add_argument(
         "-o", "--output", type=user_path, metavar="FILE", help="write every number to this .json or .csv file"
     )
     add_flags(parser, only=(*PROBING, "device2"))
-    parser.add_argument("--quiet", action="store_true", help="no table; warnings stay")
+    parser.add_argument("--quiet", action="store_true", help="print no table, only warnings")
     add_verbose(parser)
     return parser
 
@@ -58,7 +58,7 @@ def run(argv: Sequence[str], prog: str) -> None:
     from delta_selectivity.records.result_file import write_json
     from delta_selectivity.records.rows_file import load
     from delta_selectivity.reporting.csv_file import write_rows_csv
-    from delta_selectivity.reporting.tables import NOTE, rows_table
+    from delta_selectivity.reporting.tables import LEGEND, rows_table
     from delta_selectivity.run.probe_rows import probe_rows, settings_of
     from delta_selectivity.run.request import choose_devices
 
@@ -68,10 +68,10 @@ def run(argv: Sequence[str], prog: str) -> None:
     rows = load(values["rows"])
     settings = settings_of(rows, **{name: values[name] for name in PROBING if name in values})
     _, device = choose_devices(None, values.get("device2"))
-    found = probe_rows(rows, settings, device)
-    for line in found.warnings():
+    measured = probe_rows(rows, settings, device)
+    for line in measured.warnings():
         log.warning("%s", line)
-    results = found.to_json()
+    results = measured.to_json()
     if output is not None:
         try:
             if output.suffix.lower() == ".csv":
@@ -81,7 +81,7 @@ def run(argv: Sequence[str], prog: str) -> None:
         except OSError as error:
             raise RequestError(f"{output}: cannot be written: {error.strerror or error}") from error
     if not values.get("quiet"):
-        show(f"{rows_table(results)}\n\n{NOTE}")
+        show(f"{rows_table(results)}\n\n{LEGEND}")
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "probes.py") -> int:

@@ -25,12 +25,14 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "run": Command("main", "main.py", "measure SAEs: everything from texts to result files and tables"),
-    "tasks": Command("tasks", "datasets_wikidata.py", "list the tasks with rows and class balance; export rows"),
-    "inspect": Command("inspect", "sae_loader.py", "say what an SAE is, and where in a model it fits"),
-    "extract": Command("extract", "activations.py", "write activations and reconstructions of probed rows to a file"),
-    "probe": Command("probe", "probes.py", "measure a file of rows, whoever wrote it"),
-    "scale": Command("scale", "compute_selectivity.py", "measure SAEs by many workers, or many requests at once"),
-    "report": Command("report", "report.py", "print tables, write plots and a page from result files"),
+    "tasks": Command("tasks", "datasets_wikidata.py", "list the tasks with rows and class balance; export their rows"),
+    "inspect": Command("inspect", "sae_loader.py", "describe an SAE, and find where in a model it fits"),
+    "extract": Command(
+        "extract", "activations.py", "write activations and reconstructions of the probed rows to a file"
+    ),
+    "probe": Command("probe", "probes.py", "measure a file of activations and reconstructions from any source"),
+    "scale": Command("scale", "compute_selectivity.py", "measure SAEs with many workers, or run many requests"),
+    "report": Command("report", "report.py", "print tables, and write plots and pages, from result files"),
 }
 
 
@@ -51,7 +53,7 @@ def main() -> NoReturn:
 
         show(f"{CONSOLE} {program_version()}")
         interrupts.exit_now(0)
-    show_on_stderr(f"error: there is no command {command!r}: choose from {', '.join(COMMANDS)}")
+    show_on_stderr(f"error: unknown command {command!r}: choose from {', '.join(COMMANDS)}")
     interrupts.exit_now(2)
 
 
@@ -74,11 +76,12 @@ def start(command: str, arguments: Sequence[str] | None = None, prog: str | None
     interrupts.exit_now(code)
 
 
-def where_it_is(output: Path, prog: str) -> str:
+def results_message(output: Path, prog: str) -> str:
     """Return the last line of a run: where its results are and how to view them."""
-    return f"results in {output}; as a page: {typed('report', prog)} {shlex.quote(str(output))} -o report.html"
+    report = f"{command_text('report', prog)} {shlex.quote(str(output))} -o report.html"
+    return f"results in {output}; for an HTML page: {report}"
 
 
-def typed(command: str, prog: str) -> str:
-    """Return how to type a command, in the same form in which the program `prog` was started."""
+def command_text(command: str, prog: str) -> str:
+    """Return the text of a command, in the form (installed or in a clone) in which the program `prog` was started."""
     return f"{CONSOLE} {command}" if prog.startswith(f"{CONSOLE} ") else f"python {COMMANDS[command].file}"

@@ -6,8 +6,8 @@
     python compute_selectivity.py --config sweep.toml               # many requests, in sequence or in parallel
 
 It accepts all flags of main.py, with the same meaning. The request is split into units (a group of layers and a group
-of SAEs, see `scale.units`). A worker measures each unit with the code of main.py, and its results are merged into the
-same files that main.py would write. Either program can continue what the other has begun. Exit codes are the same.
+of SAEs, see `scale.units`). Workers measure the units with the code of main.py. The results are merged into the same
+files that main.py would write. Either program can resume a run of the other. The exit codes are the same.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delta_selectivity.cli.command_line import build_parser, make_request, parse_values, show_start
-from delta_selectivity.cli.guard import guarded, set_log_level, what_is_left
+from delta_selectivity.cli.guard import describe_saved_results, guarded, set_log_level
 from delta_selectivity.cli.parser import user_path
-from delta_selectivity.cli.program import where_it_is
+from delta_selectivity.cli.program import results_message
 from delta_selectivity.cli.sweep import Sweep
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.terminal import show
@@ -31,54 +31,60 @@ if TYPE_CHECKING:
 TLS = ("tls_ca_file", "tls_cert", "tls_key")
 
 
-def flags_of_many_workers() -> argparse.ArgumentParser:
+def scale_parser() -> argparse.ArgumentParser:
     """Build a parser of the flags that main.py does not have."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add = parser.add_argument_group("many workers").add_argument
-    add("--workers", type=int, help="processes on this machine (one a GPU; without GPUs, one a core)")
-    add("--scheduler", metavar="ADDRESS", help="of a running Dask scheduler, such as tls://10.0.0.7:8786, whose "
-        "workers see this folder and the models under the same paths (processes on this machine)")  # fmt: skip
-    add("--tls_ca_file", type=Path, metavar="PEM", help="certificate authority of --scheduler tls://...; without these "
-        "three as Dask's own configuration says")  # fmt: skip
+    add("--workers", type=int, help="processes on this machine (one per GPU; without GPUs, one per core)")
+    add("--scheduler", metavar="ADDRESS", help="address of a running Dask scheduler, such as tls://10.0.0.7:8786. Its "
+        "workers need this folder and the models under the same paths (processes on this machine)")  # fmt: skip
+    add("--tls_ca_file", type=Path, metavar="PEM", help="certificate authority for --scheduler tls://... (the three "
+        "--tls flags: Dask's own configuration)")  # fmt: skip
     add("--tls_cert", type=Path, metavar="PEM", help="certificate that the scheduler accepts")
-    add("--tls_key", type=Path, metavar="PEM", help="its key, where the certificate's file does not hold it")
-    add("--layers_per_unit", type=int, default=1, help="layers that a worker takes at a time (%(default)s)")
-    add("--saes_per_unit", type=int, default=8, help="SAEs that a worker takes at a time: they share the forward pass "
-        "and the probes of the model's own activations (%(default)s)")  # fmt: skip
-    add("--plan", action="store_true", help="print the units with estimated bytes and seconds, and end")
-    add("--config", type=user_path, metavar="SWEEP.toml", help="several requests, as docs/scale.md says; further flags "
-        "hold for all of them")  # fmt: skip
+    add("--tls_key", type=Path, metavar="PEM", help="key of the certificate, if it is in another file")
+    add("--layers_per_unit", type=int, default=1, help="layers per unit of work (%(default)s)")
+    add("--saes_per_unit", type=int, default=8, help="SAEs per unit of work; they share the forward pass and the "
+        "probes of the model's own activations (%(default)s)")  # fmt: skip
+    add("--plan", action="store_true", help="print the units with estimated bytes and seconds, and exit")
+    add("--config", type=user_path, metavar="SWEEP.toml", help="file with several requests (see docs/scale.md); "
+        "further flags apply to all of them")  # fmt: skip
     return parser
 
 
-def own_flags() -> list[str]:
-    """Return the names of these flags."""
-    return list(flags_of_many_workers()._option_string_actions)
+def scale_flags() -> list[str]:
+    """Return the names of the flags that main.py does not have."""
+    return list(scale_parser()._option_string_actions)
 
 
 def parse(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
     """Return the flags of this command, and the remaining arguments for main.py. Raises `RequestError`."""
-    own = flags_of_many_workers()
+    parser = scale_parser()
     if {"-h", "--help"} & set(argv):
         argparse.ArgumentParser(
             prog=prog,
-            description="The numbers of main.py by many workers.",
-            parents=[build_parser(), own],
+            description="Compute the numbers of main.py with many workers.",
+            parents=[build_parser(), parser],
             conflict_handler="resolve",
         ).parse_args(["--help"])
     try:
-        asked, others = own.parse_known_args(argv)
+        scale_arguments, remaining = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise RequestError(f"{error} (see --help)") from error
     for flag in ("workers", "layers_per_unit", "saes_per_unit"):
-        value = getattr(asked, flag)
+        value = getattr(scale_arguments, flag)
         if value is not None and value < 1:
             raise RequestError(f"--{flag} must be at least 1, got {value}")
-    if asked.scheduler is None and (alone := [name for name in TLS if getattr(asked, name) is not None]):
-        raise RequestError(f"--{alone[0]} is for --scheduler tls://...; workers on this machine have keys of their own")
-    if asked.scheduler is not None and asked.workers is not None:
-        raise RequestError(f"--workers {asked.workers}: a cluster of its own (--scheduler) has the workers it has")
-    return asked, others
+    if scale_arguments.scheduler is None and (
+        tls_flags := [name for name in TLS if getattr(scale_arguments, name) is not None]
+    ):
+        raise RequestError(
+            f"--{tls_flags[0]} is for --scheduler tls://...; workers on this machine create their own keys"
+        )
+    if scale_arguments.scheduler is not None and scale_arguments.workers is not None:
+        raise RequestError(
+            f"--workers {scale_arguments.workers}: cannot be combined with --scheduler, which has its own workers"
+        )
+    return scale_arguments, remaining
 
 
 def check(values: Mapping[str, Any], layers_per_unit: int, saes_per_unit: int) -> Job:
@@ -96,18 +102,18 @@ def compute(argv: Sequence[str], prog: str, outputs: list[Path]) -> None:
 
     Raises `RequestError` if a request is wrong, other errors if units failed.
     """
-    asked, others = parse(argv, prog)
+    scale_arguments, remaining = parse(argv, prog)
     parser = build_parser(prog)
-    parser.elsewhere = tuple(own_flags())
-    given = parse_values(others, parser)
+    parser.other_flags = tuple(scale_flags())
+    given = parse_values(remaining, parser)
     for job in {"task", "list_datasets"} & given.keys():
         raise RequestError(f"{given[job] if job == 'task' else job} is not spread over workers: main.py does that")
     set_log_level(bool(given.get("verbose")))
     show_start(given)
-    sweep = None if asked.config is None else Sweep.read(asked.config)
+    sweep = None if scale_arguments.config is None else Sweep.read(scale_arguments.config)
     requests = [given] if sweep is None else [{**request, **given} for request in sweep.requests]
-    jobs = [check(values, asked.layers_per_unit, asked.saes_per_unit) for values in requests]
-    if asked.plan:
+    jobs = [check(values, scale_arguments.layers_per_unit, scale_arguments.saes_per_unit) for values in requests]
+    if scale_arguments.plan:
         from delta_selectivity.scale.estimate import render
 
         show("\n\n".join(render(job.plan, job.units) for job in jobs))
@@ -117,18 +123,22 @@ def compute(argv: Sequence[str], prog: str, outputs: list[Path]) -> None:
 
     quiet = bool(given.get("quiet"))
     outputs += [job.plan.request.output for job in jobs]
-    elsewhere = asked.scheduler is not None and not {"device1", "device2"} & given.keys()
-    remote = None if asked.scheduler is None else Remote(asked.scheduler, *(getattr(asked, name) for name in TLS))
-    paths = measure(jobs, Workers(asked.workers, remote, elsewhere, quiet))
+    default_devices = scale_arguments.scheduler is not None and not {"device1", "device2"} & given.keys()
+    remote = (
+        None
+        if scale_arguments.scheduler is None
+        else Remote(scale_arguments.scheduler, *(getattr(scale_arguments, name) for name in TLS))
+    )
+    paths = measure(jobs, Workers(scale_arguments.workers, remote, default_devices, quiet))
     if sweep is not None:
-        sweep.conclude(paths, quiet)
+        sweep.report_results(paths, quiet)
     elif not quiet:
         from delta_selectivity.reporting import results, tables
 
-        show(f"{tables.render(results.load(paths[0]))}\n\n{where_it_is(outputs[0], prog)}")
+        show(f"{tables.render(results.load(paths[0]))}\n\n{results_message(outputs[0], prog)}")
 
 
 def main(argv: Sequence[str], prog: str = "compute_selectivity.py") -> int:
     """Run the command and return its exit code."""
     outputs: list[Path] = []
-    return guarded(argv, lambda arguments: compute(arguments, prog, outputs), lambda: what_is_left(outputs))
+    return guarded(argv, lambda arguments: compute(arguments, prog, outputs), lambda: describe_saved_results(outputs))

@@ -1,19 +1,19 @@
-"""Sweep files: several requests of one shape in a TOML file, all checked before the first one starts.
+"""Sweep files: several requests in a TOML file, all checked before the first one starts.
 
     output_directory = "results/sweep"         # holds a folder for each request
-    page = "report.html"                       # optional: a page of its results in each of these folders
-    [flags]                                    # for every request: main.py's flags without their dashes
+    page = "report.html"                       # optional: name of an HTML page in each of these folders
+    [flags]                                    # flags of every request, without dashes
     folds = 5
-    datasets = ["gender", "politics"]          # here a list is one value
-    [[grid]]                                   # every combination of these is a request
+    datasets = ["gender", "politics"]          # a list in [flags] is one value
+    [[grid]]                                   # every combination of these values is a request
     model_name = "assets/tiny-pythia"
     sae_name = ["assets/tiny-pythia-saes-k8", "assets/tiny-pythia-saes-k32"]     # two values
     layers = ["0-2", "3-5"]                    # two values, so four requests
     seed = 0
 
 Within a list of `[[grid]]`, a nested list is one value: `sae_name = [["a", "b"], "c"]` measures a and b in one request,
-where they share a forward pass and are compared with each other, and c in another. Several `[[grid]]` tables add up. A
-request's folder is named after the flags in which requests differ.
+where they share a forward pass and are compared with each other, and c in another request. There may be several
+`[[grid]]` tables. A request's folder is named after the flags in which the requests differ.
 
     sweep = Sweep.read(Path("sweep.toml"))
     sweep.requests                             # ({"folds": 5, ..., "output_directory": "results/sweep/..."}, ...)
@@ -37,9 +37,16 @@ from delta_selectivity.system.terminal import show
 
 log = logging.getLogger(__name__)
 
-TOP = ("output_directory", "page", "flags", "grid")
-OWN = ("task", "list_datasets", "output_directory", "overwrite", "quiet", "verbose")  # not allowed in a request
-SHOWN = 40  # maximum characters of a value in a folder's name
+KEYS = ("output_directory", "page", "flags", "grid")
+NOT_IN_REQUESTS = (
+    "task",
+    "list_datasets",
+    "output_directory",
+    "overwrite",
+    "quiet",
+    "verbose",
+)  # not allowed in a request
+MAX_VALUE = 40  # maximum characters of a value in a folder's name
 
 Values = dict[str, Any]  # flag -> its value
 
@@ -56,7 +63,7 @@ class Sweep:
     def read(cls, path: Path) -> Sweep:
         """Read a sweep file. Raises `RequestError` if it cannot be read or has unknown keys."""
         content = _load(path)
-        _refuse_unknown(path, "", content, TOP)
+        _refuse_unknown(path, "", content, KEYS)
         folder, page = content.get("output_directory"), content.get("page")
         grids = content.get("grid", [])
         if not isinstance(folder, str) or not isinstance(page, str | None) or page == "":
@@ -70,11 +77,11 @@ class Sweep:
         for where, table in (("flags", flags), *(("grid", grid) for grid in grids)):
             _refuse_unknown(path, f"{where}.", table, known)
         requests = [flags | combination for grid in grids for combination in _combinations(path, grid)]
-        below = Path(folder).expanduser()
-        folders = [{"output_directory": below / name} for name in _names(path, requests)]
-        return cls(below, page, tuple(_values(path, one) | two for one, two in zip(requests, folders, strict=True)))
+        base = Path(folder).expanduser()
+        folders = [{"output_directory": base / name} for name in _names(path, requests)]
+        return cls(base, page, tuple(_values(path, one) | two for one, two in zip(requests, folders, strict=True)))
 
-    def conclude(self, results: Sequence[Sequence[Path]], quiet: bool) -> None:
+    def report_results(self, results: Sequence[Sequence[Path]], quiet: bool) -> None:
         """Print a summary of each request's result files, and write its page if requested."""
         from delta_selectivity.reporting import tables
         from delta_selectivity.reporting.results import load
@@ -92,7 +99,7 @@ class Sweep:
 
 def flag_names() -> tuple[str, ...]:
     """Return the flags of main.py that a request may set."""
-    return tuple(name for name in known_flags() if name not in OWN)
+    return tuple(name for name in known_flags() if name not in NOT_IN_REQUESTS)
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -101,13 +108,13 @@ def _load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RequestError(f"--config {path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise RequestError(f"--config {path}: no TOML file: {error}") from error
+        raise RequestError(f"--config {path}: not a TOML file: {error}") from error
 
 
 def _refuse_unknown(path: Path, where: str, table: Mapping[str, Any], known: Iterable[str]) -> None:
     for name in table:
         if name not in known:
-            raise RequestError(f"{path}: {where}{name} is not known: use {', '.join(known)}")
+            raise RequestError(f"{path}: unknown key {where}{name}: use {', '.join(known)}")
 
 
 def _combinations(path: Path, grid: Values) -> list[Values]:
@@ -126,25 +133,25 @@ def _names(path: Path, requests: Sequence[Values]) -> list[str]:
         "__".join(f"{name}_{_short(request[name])}" for name in differ if name in request) or "all"
         for request in requests
     ]
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+    if repeated := [name for i, name in enumerate(names) if name in names[:i]]:
         raise RequestError(
-            f"{path}: two requests would be written to {twice[0]}: they differ too little, or are the same"
+            f"{path}: two requests would be written to {repeated[0]}: they are the same, or their names are too similar"
         )
     return names
 
 
 def _short(value: Any) -> str:
     parts = value if isinstance(value, list) else str(value).split(",")
-    return "_".join(slug(str(part)) for part in parts)[:SHOWN]
+    return "_".join(slug(str(part)) for part in parts)[:MAX_VALUE]
 
 
 def _values(path: Path, request: Values) -> Values:
     """Return the values for `make_request`, with lists joined by commas. Raises `RequestError` for other types."""
-    found: Values = {}
+    values: Values = {}
     for name, value in request.items():
         if isinstance(value, list) and all(isinstance(part, str | int) for part in value):
             value = (join_names if name == "sae_name" else ",".join)(map(str, value))
         elif not isinstance(value, bool | str | int | float):
             raise RequestError(f"{path}: {name} = {value!r}: give a string, a number, true, false or a list of those")
-        found[name] = "all" if name == "baselines" and value is True else value
-    return found
+        values[name] = "all" if name == "baselines" and value is True else value
+    return values

@@ -14,33 +14,35 @@ from pathlib import Path
 from delta_selectivity.cli.command_line import TASK_FLAGS, add_flags, add_verbose, make_tasks, parse_values
 from delta_selectivity.cli.guard import guarded, set_log_level
 from delta_selectivity.cli.parser import Parser, user_path
-from delta_selectivity.cli.program import typed
+from delta_selectivity.cli.program import command_text
 from delta_selectivity.errors import RequestError
 from delta_selectivity.system.terminal import show
 
 EXAMPLES = """\
 examples:
   {tasks}
-      rows, people and class balance of every task
+      list rows, groups and class balance of the Wikidata tasks
   {tasks} --datasets sae-probes
-      the 113 tasks of sae-probes
+      list the 113 binary tasks of sae-probes
   {tasks} --datasets gender --export gender.csv
   {run} --dataset_file gender.csv
-      the rows of a task as a table, and a run on that table: the same texts, labels and people
+      write the rows of a task to a table, and run on that table: the texts, labels and groups are the same
 """
 
-DRAWING = ("shuffle_select_n", "seed")
-MORE = "--datasets sae-probes lists the 113 binary tasks of sae-probes, --datasets all those of several classes too"
+DRAW_FLAGS = ("shuffle_select_n", "seed")
+MORE_TASKS = (
+    "--datasets sae-probes lists the 113 binary tasks of sae-probes, --datasets all adds tasks with several classes"
+)
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """Build the parser of this command."""
-    examples = EXAMPLES.format(tasks=typed("tasks", prog), run=typed("run", prog))
-    parser = Parser(prog, "Print which tasks there are, and write their rows to a file.", epilog=examples)
-    add_flags(parser, only=(*TASK_FLAGS, *DRAWING), without=("list_datasets",))
+    examples = EXAMPLES.format(tasks=command_text("tasks", prog), run=command_text("run", prog))
+    parser = Parser(prog, "List the available tasks, or write the rows of tasks to a file.", epilog=examples)
+    add_flags(parser, only=(*TASK_FLAGS, *DRAW_FLAGS), exclude=("list_datasets",))
     parser.add_argument(
         "--export", type=user_path, metavar="FILE", help="write a line per row and probe to this .csv, .jsonl or "
-        ".parquet file, in columns that --dataset_file reads; --shuffle_select_n draws rows for it",
+        ".parquet file, in the columns that --dataset_file reads; --shuffle_select_n limits the number of rows",
     )  # fmt: skip
     add_verbose(parser)
     return parser
@@ -51,8 +53,8 @@ def run(argv: Sequence[str], prog: str) -> None:
     values = parse_values(argv, build_parser(prog))
     set_log_level(bool(values.get("verbose")))
     path: Path | None = values.get("export")
-    if path is None and (given := [name for name in DRAWING if name in values]):
-        raise RequestError(f"`{given[0]}` draws the rows that `export` writes, which is missing")
+    if path is None and (given := [name for name in DRAW_FLAGS if name in values]):
+        raise RequestError(f"`{given[0]}` selects the rows to export, but `export` is missing")
     from delta_selectivity.settings import Settings
     from delta_selectivity.tasks import describe_datasets, load_probe_texts
     from delta_selectivity.tasks.export import export_rows
@@ -61,10 +63,10 @@ def run(argv: Sequence[str], prog: str) -> None:
     if path is None:
         show(describe_datasets(tasks))
         if not any(values.get(name) for name in ("datasets", "dataset_file")):
-            show(MORE)
+            show(MORE_TASKS)
         return
-    asked = Settings(**{name: values[name] for name in DRAWING if name in values})
-    n = export_rows(load_probe_texts(tasks, shuffle_select_n=asked.shuffle_select_n, seed=asked.seed), path)
+    settings = Settings(**{name: values[name] for name in DRAW_FLAGS if name in values})
+    n = export_rows(load_probe_texts(tasks, shuffle_select_n=settings.shuffle_select_n, seed=settings.seed), path)
     show(f"wrote {path}: {n} rows")
 
 

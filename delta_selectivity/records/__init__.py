@@ -1,1 +1,1 @@
-"""Files of a run: results, the scores behind them, and the figures that need all results of an SAE."""
+"""Files of a run: results, stored scores, and figures that are computed from all results of an SAE."""

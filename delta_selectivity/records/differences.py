@@ -16,9 +16,9 @@ from delta_selectivity.settings import fields as setting_fields
 
 Json = dict[str, Any]
 
-_FIELDS = {"model_name": "model", "sae": "saes", "dataset_split": "split", "dataset_columns": "columns"}
-"""Names in `_run.config` -> fields of the request, where they differ."""
-_BEHIND = {
+_REQUEST_FIELDS = {"model_name": "model", "sae": "saes", "dataset_split": "split", "dataset_columns": "columns"}
+"""Name in `_run.config` -> field of the request, if the two have different names."""
+_SETTINGS_OF_ENTRY = {
     "model": ("model_name", "revision", "trust_remote_code"),
     "sae": ("sae", "hookpoint"),
     "data": ("dataset_file", "dataset_split", "dataset_columns", "data_dir", "shuffle_select_n", "seed"),
@@ -28,29 +28,31 @@ _BEHIND = {
     "dtype": ("dtype",),
     "hookpoint": ("hookpoint",),
 }
-"""Entries of `_run.key` -> the settings that they follow from."""
+"""Entry of `_run.key` -> the settings that determine it."""
 
 
-def differences(there: Mapping[str, Json], now: Mapping[str, Json]) -> list[str]:
+def differences(stored: Mapping[str, Json], current: Mapping[str, Json]) -> list[str]:
     """Return the differences in `key` and `config` of two runs; names of request fields are in backticks."""
-    old, new = there["key"], now["key"]
+    old, new = stored["key"], current["key"]
     names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-    return list(dict.fromkeys(line for name in names for line in _lines(name, there, now)))
+    return list(dict.fromkeys(line for name in names for line in _lines(name, stored, current)))
 
 
-def _lines(name: str, there: Mapping[str, Json], now: Mapping[str, Json]) -> Iterator[str]:
-    old, new = there["config"], now["config"]
-    behind = [part for part in _BEHIND.get(name, ()) if part in old and part in new and old[part] != new[part]]
-    for part in behind:
-        yield f"`{_FIELDS.get(part, part)}` {shown(part, old[part])} there, {shown(part, new[part])} now"
-    if not behind:
-        yield _changed(name, there, now)
+def _lines(name: str, stored: Mapping[str, Json], current: Mapping[str, Json]) -> Iterator[str]:
+    old, new = stored["config"], current["config"]
+    changed_settings = [
+        part for part in _SETTINGS_OF_ENTRY.get(name, ()) if part in old and part in new and old[part] != new[part]
+    ]
+    for part in changed_settings:
+        yield f"`{_REQUEST_FIELDS.get(part, part)}` {shown(part, old[part])} there, {shown(part, new[part])} now"
+    if not changed_settings:
+        yield _changed(name, stored, current)
 
 
-def _changed(name: str, there: Mapping[str, Json], now: Mapping[str, Json]) -> str:
+def _changed(name: str, stored: Mapping[str, Json], current: Mapping[str, Json]) -> str:
     """Describe a difference that no setting explains."""
-    old, new = there["key"].get(name), now["key"].get(name)
-    config = now["config"]
+    old, new = stored["key"].get(name), current["key"].get(name)
+    config = current["config"]
     if name == "model":
         return f"the files of the model {config.get('model_name')} have changed since"
     if name == "sae":
@@ -59,11 +61,11 @@ def _changed(name: str, there: Mapping[str, Json], now: Mapping[str, Json]) -> s
         file = config.get("dataset_file")
         return f"the rows of {file or 'the task'} have changed since: texts, labels, groups or spans"
     if name == "calibration":
-        return "the texts that baselines are fitted to have changed since"
+        return "the texts that the baselines are fitted to have changed since"
     if name == "bos":
         return f"texts {_begin(old)} there, {_begin(new)} now"
     if name == "counts_bos":
-        return "BOS counts in the whole-text figures of one and not of the other"
+        return "only one of the two counts BOS in the whole-text figures"
     known = name in {field.name for field, *_ in setting_fields()}
     return f"{f'`{name}`' if known else name} {shown(name, old)} there, {shown(name, new)} now"
 
@@ -73,7 +75,7 @@ def _begin(bos: Any) -> str:
 
 
 def shown(name: str, value: Any) -> str:
-    """Return a value in the syntax of its flag; None as the meaning of an absent flag."""
+    """Return a value in the syntax of its flag; for None, the word in the help for an absent flag."""
     if value is None or value in ([], ()):
         return next(
             (rule.if_none for field, _, rule in setting_fields() if field.name == name and rule.if_none), "none"

@@ -35,7 +35,7 @@ SCHEMA_VERSION = 2
 PACKAGES = ("torch", "transformers", "sae-lens", "gguf", "datasets", "numpy", "scikit-learn", "sae-probes", "cuml-cu13")
 
 Json = dict[str, Any]
-NAMES = ("model_name", "sae_label", "baseline", "baseline_of", "baseline_of_sae")
+TEXT_ENTRIES = ("model_name", "sae_label", "baseline", "baseline_of", "baseline_of_sae")
 """Optional string entries of `_run.config`."""
 
 
@@ -49,10 +49,10 @@ class RecordFile:
     layers: dict[int, Json] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # warnings about the numbers, for their reader
     complete: bool = False
-    seconds: Json = field(default_factory=dict)  # by stage, of the run that wrote the file last
-    resources: Json = field(default_factory=dict)  # likewise
-    q_family: list[str] = field(default_factory=list)  # the files over whose results the q values are
-    sae_level: Json = field(default_factory=lambda: {"compared": {}})  # the SAE's mean over them, and beside other SAEs
+    seconds: Json = field(default_factory=dict)  # by stage, of the last run that wrote the file
+    resources: Json = field(default_factory=dict)  # peak memory and the like, of the same run
+    q_family: list[str] = field(default_factory=list)  # names of the files whose results share one q-value correction
+    sae_level: Json = field(default_factory=lambda: {"compared": {}})  # the SAE's means, and comparisons with others
 
     @classmethod
     def open(cls, path: Path, key: Json, run: Json, overwrite: bool) -> RecordFile:
@@ -60,26 +60,30 @@ class RecordFile:
 
         Raises `RequestError` if the file on disk was made by something else or is no result file.
         """
-        fresh = cls(path, as_json(key), run)
+        record_file = cls(path, as_json(key), run)
         if overwrite or not path.exists():
-            return fresh
+            return record_file
         try:
-            found = read(path)
+            content = read(path)
         except RequestError as error:
             raise RequestError(f"{error}: `overwrite` replaces it") from error
-        if found["_run"]["key"] != fresh.key:
-            differs = "; ".join(differences(found["_run"], {"key": fresh.key, "config": as_json(run["config"])}))
+        if content["_run"]["key"] != record_file.key:
+            differs = "; ".join(
+                differences(content["_run"], {"key": record_file.key, "config": as_json(run["config"])})
+            )
             raise RequestError(f"{path} was made with other settings ({differs}): `overwrite` replaces it")
-        fresh.layers = {int(name.removeprefix("layer_")): value for name, value in found.items() if name != "_run"}
-        run_before = found["_run"]
-        fresh.warnings, fresh.complete = list(run_before["warnings"]), run_before["complete"]
-        fresh.seconds, fresh.resources = run_before["seconds"], run_before["resources"]
-        fresh.q_family, fresh.sae_level = list(run_before["q_family"]), run_before["sae_level"]
-        return fresh
+        record_file.layers = {
+            int(name.removeprefix("layer_")): value for name, value in content.items() if name != "_run"
+        }
+        run_before = content["_run"]
+        record_file.warnings, record_file.complete = list(run_before["warnings"]), run_before["complete"]
+        record_file.seconds, record_file.resources = run_before["seconds"], run_before["resources"]
+        record_file.q_family, record_file.sae_level = list(run_before["q_family"]), run_before["sae_level"]
+        return record_file
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the subject is a baseline and not an SAE of the user's."""
+        """Whether the results are those of a baseline and not of an SAE."""
         return bool(self.run["config"].get("baseline"))
 
     def write(self, layers: Mapping[int, Json]) -> None:
@@ -105,22 +109,24 @@ class RecordFile:
 def reserve(path: Path) -> Iterator[None]:
     """Lock `path` for writing inside the context, and remove temporary files of killed runs.
 
-    Raises `RequestError` if another run has it.
+    Raises `RequestError` if another run holds the lock.
     """
     try:
         with exclusive(path):
             sweep(path.parent, path.name)
             yield
     except Locked as error:
-        raise RequestError(f"{path}: another run is writing it: wait for its end, or give another `output`") from error
+        raise RequestError(
+            f"{path}: another run is writing this file: wait until it ends, or choose another `output`"
+        ) from error
 
 
 def read(path: Path) -> Json:
     """Read and check a result file. Raises `RequestError` if it is not one, is truncated, or was edited by hand."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-        run = found["_run"]
-        results = {name: value for name, value in found.items() if name != "_run"}
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        run = content["_run"]
+        results = {name: value for name, value in content.items() if name != "_run"}
         known = run["schema_version"] == SCHEMA_VERSION and _is_run(run)
         wrong = figures.fault(results, run["sae_level"])
         intact = run["results_sha256"] == _digest(results, run["sae_level"])
@@ -134,7 +140,7 @@ def read(path: Path) -> Json:
         raise RequestError(f"{path} was changed after it was written")
     if wrong is not None:
         raise RequestError(f"{path} is not a result file of this program: {wrong}")
-    return found
+    return content
 
 
 def read_key(path: Path) -> Json | None:
@@ -148,9 +154,9 @@ def read_key(path: Path) -> Json | None:
 def _is_run(run: Json) -> bool:
     """Return whether `_run` has the entries that its readers need."""
     measured = [*run["seconds"].values(), *run["resources"].values()]
-    names = [run["config"].get(name) for name in NAMES]
-    classes = run.get("positive_class", {})  # absent from files of before 0.5
-    task = run.get("task", {})  # likewise, of before 1.0
+    names = [run["config"].get(name) for name in TEXT_ENTRIES]
+    classes = run.get("positive_class", {})  # absent before version 0.5
+    task = run.get("task", {})  # absent before version 1.0
     texts = [run.get("commit"), *run.get("versions", {}).values(), *names]
     return (
         isinstance(run["key"], dict)
@@ -182,7 +188,7 @@ def prepare_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary_name(folder / "writable").touch()
-        sweep(folder, "writable")  # its own, and those of killed runs
+        sweep(folder, "writable")  # the file above, and those of killed runs
     except OSError as error:
         raise RequestError(f"`output` {folder}: cannot write there: {error.strerror}") from error
 
@@ -200,10 +206,9 @@ def model_slug(name: str) -> str:
 def slug(name: str) -> str:
     """Return a name for use in a file name: letters of any script, digits, `.`, `-`, `_`; not empty.
 
-    The result depends on the name alone, not on the current directory. It has at most 100 bytes and cannot be taken for
-    a hidden file or a flag. For a path that is
-    absolute or begins with `~`, `.` or `assets`, only the last part is used. Any other path may be a hub id or release
-    and is used whole.
+    The result depends on the name alone, not on the current directory. It has at most 100 bytes and does not start like
+    a hidden file or a flag. Of a path that is absolute or begins with `~`, `.` or `assets`, only the last part is used.
+    Any other path may be a hub id or a release and is used whole.
     """
     path = PurePath(name)
     if path.is_absolute() or name.startswith(("~", ".")) or path.parts[:1] == ("assets",):
@@ -217,17 +222,19 @@ def distinct_slugs(names: Sequence[str]) -> list[str]:
     Paths with the same last part get the parts in which they differ as a prefix: `x/a/trainer_0` and `x/b/trainer_0`
     become `a_trainer_0` and `b_trainer_0`.
     """
-    found = [slug(name) for name in names]
-    for same in (text for text, n in Counter(found).items() if n > 1):
-        alike = [i for i, text in enumerate(found) if text == same]
-        for i, text in zip(alike, _apart([names[i] for i in alike]), strict=True):
-            found[i] = text
-    seen = Counter(found)
-    return [text if seen[text] == 1 else f"{text}_{_hex(name, 8)}" for name, text in zip(names, found, strict=True)]
+    slugs = [slug(name) for name in names]
+    for same in (text for text, n in Counter(slugs).items() if n > 1):
+        alike = [i for i, text in enumerate(slugs) if text == same]
+        for i, text in zip(alike, _distinct_tails([names[i] for i in alike]), strict=True):
+            slugs[i] = text
+    seen = Counter(slugs)
+    return [
+        text if seen[text] == 1 else f"{text}_{_short_hash(name, 8)}" for name, text in zip(names, slugs, strict=True)
+    ]
 
 
-def _apart(names: Sequence[str]) -> list[str]:
-    """Return the last part of each path, preceded by as many differing parts as make the results distinct."""
+def _distinct_tails(names: Sequence[str]) -> list[str]:
+    """Return the last part of each path, preceded by as few differing parts as make the results distinct."""
     paths = [PurePath(os.path.normpath(name)).parts for name in names]
     longest = max(map(len, paths))
     depth = next((n for n in range(2, longest) if len({path[-n:] for path in paths}) == len(paths)), longest)
@@ -244,12 +251,12 @@ def _safe(name: str) -> str:
     kept = "".join(c if c in ".-" or unicodedata.category(c)[0] in "LMN" else "_" for c in name)
     safe = re.sub("_+", "_", kept).lstrip("._-").rstrip("._")
     if not safe:
-        return f"unnamed_{_hex(name, 8)}"
+        return f"unnamed_{_short_hash(name, 8)}"
     data = safe.encode()
-    return safe if len(data) <= 100 else f"{data[:83].decode(errors='ignore')}_{_hex(safe, 16)}"
+    return safe if len(data) <= 100 else f"{data[:83].decode(errors='ignore')}_{_short_hash(safe, 16)}"
 
 
-def _hex(name: str, digits: int) -> str:
+def _short_hash(name: str, digits: int) -> str:
     return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:digits]
 
 

@@ -70,7 +70,7 @@ class Rows:
     tokens: Ints | None = None  # [rows], token type at the row
     order: Ints | None = None  # [rows], row ids independent of the order of the rows in the file
     texts: Sequence[RowText] | None = None  # [rows]; written, but not read back
-    about: Json = field(default_factory=dict)  # the writer's description: model, layer, hookpoint, saes, settings
+    about: Json = field(default_factory=dict)  # description by the writer: model, layer, hookpoint, saes, settings
 
 
 def check_target(path: Path) -> None:
@@ -144,14 +144,14 @@ def _digest(about: Json, columns: Mapping[str, Column]) -> str:
     """Return the sha256 of the data that determine the metric, the same in every format."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, values in sorted(columns.items()):
-        found = np.ascontiguousarray(values)
-        digest.update(f"{name} {found.dtype} {found.shape} ".encode("utf-8", "surrogatepass"))
-        digest.update(found.data if found.dtype.kind in "fiub" else repr(found.tolist()).encode())
+        array = np.ascontiguousarray(values)
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode("utf-8", "surrogatepass"))
+        digest.update(array.data if array.dtype.kind in "fiub" else repr(array.tolist()).encode())
     return digest.hexdigest()
 
 
 def _read_about(text: str | None) -> Json:
-    """Return the file's description of itself; empty if another program wrote it."""
+    """Return the description in the file; empty if it has none because another program wrote it."""
     if text is None:
         return {}
     try:
@@ -159,8 +159,8 @@ def _read_about(text: str | None) -> Json:
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"its description is no JSON ({error})") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else about
-        raise Unreadable(f"it is of format {found!r:.40}; this program reads format {FORMAT}")
+        version = about.get("format") if isinstance(about, dict) else about
+        raise Unreadable(f"it is of format {version!r:.40}; this program reads format {FORMAT}")
     for name in ("datasets", "saes", "settings"):
         if not isinstance(about.get(name, {}), dict):
             raise Unreadable(f"its description is damaged: {name} is no object")
@@ -172,17 +172,17 @@ def _refuse_constant(name: str) -> None:
 
 
 def _rows(columns: Mapping[str, Column], about: Json, path: Path) -> Rows:
-    recon_of, labels_of = _named(columns, about, *_RECONS), _named(columns, about, *_LABELS)
+    recon_of, labels_of = _columns_by_name(columns, about, *_RECONS), _columns_by_name(columns, about, *_LABELS)
     present = {"x": "x" in columns, "recon": recon_of, "labels": labels_of, "groups": "groups" in columns}
-    if missing := [what for what, found in present.items() if not found]:
+    if missing := [what for what, is_present in present.items() if not is_present]:
         raise Unreadable(f"{missing[0]} is missing; found {', '.join(columns) or 'nothing'}")
     x = _matrix("x", columns["x"])
     n = len(x)
-    known = {*_ALWAYS, *_SOMETIMES, *recon_of.values(), *labels_of.values(), *(f"rows.{name}" for name in labels_of)}
+    known = {*_REQUIRED, *_OPTIONAL, *recon_of.values(), *labels_of.values(), *(f"rows.{name}" for name in labels_of)}
     if others := [name for name in columns if name not in known]:
         log.warning("%s: not used: %s", path, ", ".join(others))
     datasets = about.get("datasets", {})
-    optional = {name: _SOMETIMES[name](name, columns[name], n) for name in _SOMETIMES if name in columns}
+    optional = {name: _OPTIONAL[name](name, columns[name], n) for name in _OPTIONAL if name in columns}
     return Rows(
         x=x,
         recons={name: _matrix(column, columns[column], x.shape) for name, column in recon_of.items()},
@@ -193,33 +193,34 @@ def _rows(columns: Mapping[str, Column], about: Json, path: Path) -> Rows:
     )
 
 
-def _named(
+def _columns_by_name(
     columns: Mapping[str, Column], about: Json, prefix: str, plain: Mapping[str, str], order: str
 ) -> dict[str, str]:
-    """Return name -> column for columns with the prefix or a plain name, in the order of a description entry.
+    """Return name -> column for columns with the prefix or a plain name.
 
-    Folds depend on the order of a dataset's labels, which safetensors does not keep.
+    The order is that of the description's entry `order`, because folds depend on the order of a dataset's labels, which
+    safetensors does not keep.
     """
-    found: dict[str, str] = {}
+    column_of: dict[str, str] = {}
     for column in columns:
         name = column.removeprefix(prefix) if column.startswith(prefix) else plain.get(column)
-        if name is not None and (name in found or not name):
-            raise Unreadable(f"{column} has no name" if not name else f"{found[name]} and {column} are both {name}")
+        if name is not None and (name in column_of or not name):
+            raise Unreadable(f"{column} has no name" if not name else f"{column_of[name]} and {column} are both {name}")
         if name is not None:
-            found[name] = column
-    told = [name for name in about.get(order, {}) if name in found]
-    return {name: found[name] for name in (*told, *(name for name in found if name not in told))}
+            column_of[name] = column
+    listed = [name for name in about.get(order, {}) if name in column_of]
+    return {name: column_of[name] for name in (*listed, *(name for name in column_of if name not in listed))}
 
 
-def _matrix(name: str, found: Column, shape: tuple[int, ...] | None = None) -> Floats:
-    if found.dtype.kind not in "fiu":
-        raise Unreadable(f"{name} is of {found.dtype}: real numbers are needed")
-    if found.ndim != 2 or 0 in found.shape:
-        raise Unreadable(f"{name} has shape {list(found.shape)}: [rows, d] is needed, with neither of them 0")
-    if shape is not None and found.shape != shape:
-        raise Unreadable(f"{name} has shape {list(found.shape)}, but x has {list(shape)}")
+def _matrix(name: str, values: Column, shape: tuple[int, ...] | None = None) -> Floats:
+    if values.dtype.kind not in "fiu":
+        raise Unreadable(f"{name} is of {values.dtype}: real numbers are needed")
+    if values.ndim != 2 or 0 in values.shape:
+        raise Unreadable(f"{name} has shape {list(values.shape)}: [rows, d] is needed, with neither of them 0")
+    if shape is not None and values.shape != shape:
+        raise Unreadable(f"{name} has shape {list(values.shape)}, but x has {list(shape)}")
     with np.errstate(over="ignore"):  # infinite values are rejected later
-        matrix = np.ascontiguousarray(found, dtype=np.float32)
+        matrix = np.ascontiguousarray(values, dtype=np.float32)
     finite = np.isfinite(matrix).all(axis=1)
     if not finite.all():
         raise Unreadable(f"{name}: row {int(np.argmin(finite))} holds NaN, infinity, or a number beyond float32")
@@ -239,16 +240,16 @@ def _probe(name: str, columns: Mapping[str, Column], column: str, n: int, datase
         raise Unreadable(f"{column}: row {row} is {labels[row]}: only 0, 1 and {NOT_PROBED} (not probed) are labels")
     rows = np.flatnonzero(labels != NOT_PROBED)
     if f"rows.{name}" in columns:
-        rows = _in_order(f"rows.{name}", columns[f"rows.{name}"], rows, n)
+        rows = _ordered_rows(f"rows.{name}", columns[f"rows.{name}"], rows, n)
     positive = labels[rows] == 1
     if positive.all() or not positive.any():
         raise Unreadable(f"{column} has {int(positive.sum())} positives in {len(rows)} rows: both classes are needed")
     return RowProbe(name, rows, positive, dataset)
 
 
-def _in_order(name: str, found: Column, rows: Ints, n: int) -> Ints:
+def _ordered_rows(name: str, values: Column, rows: Ints, n: int) -> Ints:
     """Return the rows of a probe in the order of their places."""
-    place = _integers(name, found, n)
+    place = _integers(name, values, n)
     if not np.array_equal(np.sort(place[rows]), np.arange(len(rows))):
         raise Unreadable(f"{name}: not the places 0 to {len(rows) - 1} of the rows that are probed, each once")
     ordered = np.empty_like(rows)
@@ -256,42 +257,42 @@ def _in_order(name: str, found: Column, rows: Ints, n: int) -> Ints:
     return ordered
 
 
-def _groups(found: Column, n: int) -> Ints:
-    _check_length("groups", found, n)
-    if found.dtype.kind == "U":
-        names, of_row = np.unique(found, return_inverse=True)
+def _groups(values: Column, n: int) -> Ints:
+    _check_length("groups", values, n)
+    if values.dtype.kind == "U":
+        names, of_row = np.unique(values, return_inverse=True)
         return person_ids(names.tolist())[of_row]
-    if found.dtype.kind == "f" and (np.abs(found) < 2.0**63).all() and (found == np.round(found)).all():
-        return found.astype(np.int64)
-    if found.dtype.kind not in "biu":
-        raise Unreadable(f"groups are of {found.dtype}: whole numbers or strings are needed")
-    return found.astype(np.int64)  # uint64 keeps its bits, so equal groups stay equal
+    if values.dtype.kind == "f" and (np.abs(values) < 2.0**63).all() and (values == np.round(values)).all():
+        return values.astype(np.int64)
+    if values.dtype.kind not in "biu":
+        raise Unreadable(f"groups are of {values.dtype}: whole numbers or strings are needed")
+    return values.astype(np.int64)  # uint64 keeps its bits, so equal groups stay equal
 
 
-def _weights(name: str, found: Column, n: int) -> NDArray[np.floating[Any]]:
-    _check_length(name, found, n)
+def _weights(name: str, values: Column, n: int) -> NDArray[np.floating[Any]]:
+    _check_length(name, values, n)
     least, most = WEIGHTS
-    if found.dtype.kind not in "fiu" or not ((found >= least) & (found <= most)).all():
+    if values.dtype.kind not in "fiu" or not ((values >= least) & (values <= most)).all():
         raise Unreadable(f"{name} are not all numbers between {least:g} and {most:g}")
-    return found.astype(np.float64)
+    return values.astype(np.float64)
 
 
-def _integers(name: str, found: Column, n: int) -> Ints:
-    _check_length(name, found, n)
-    if found.dtype.kind not in "iu":
-        raise Unreadable(f"{name} is of {found.dtype}: whole numbers are needed")
-    return found.astype(np.int64)
+def _integers(name: str, values: Column, n: int) -> Ints:
+    _check_length(name, values, n)
+    if values.dtype.kind not in "iu":
+        raise Unreadable(f"{name} is of {values.dtype}: whole numbers are needed")
+    return values.astype(np.int64)
 
 
-def _check_length(name: str, found: Column, n: int) -> None:
-    if found.shape != (n,):
-        raise Unreadable(f"{name} has shape {list(found.shape)}, but x has {n} rows: [{n}] is needed")
+def _check_length(name: str, values: Column, n: int) -> None:
+    if values.shape != (n,):
+        raise Unreadable(f"{name} has shape {list(values.shape)}, but x has {n} rows: [{n}] is needed")
 
 
 _RECONS = ("recon.", {"recon": "reconstruction", "reconstruction": "reconstruction"}, "saes")
 _LABELS = ("labels.", {"labels": "labels"}, "datasets")
-_ALWAYS = ("x", "groups")
-_SOMETIMES: dict[str, Callable[[str, Column, int], Any]] = {
+_REQUIRED = ("x", "groups")
+_OPTIONAL: dict[str, Callable[[str, Column, int], Any]] = {
     "weights": _weights,
     "tokens": _integers,
     "order": _integers,

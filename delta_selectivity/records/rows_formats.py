@@ -28,7 +28,7 @@ METADATA = "delta_selectivity"
 BATCH = 256
 """Rows of a Parquet file that are read before its size is checked. The footer has the size, but reading a damaged
 footer makes pyarrow end the process (a ParquetException in `RowGroupMetaData.column`)."""
-TEXTS = ("texts", "text_of_row")  # written for people, and not read back
+TEXTS = ("texts", "text_of_row")  # for human readers; not read back
 
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError, RuntimeError, KeyError)
 """Exceptions that `zipfile` raises for a damaged archive."""
@@ -68,8 +68,8 @@ class Safetensors:
         from safetensors.numpy import save
 
         header = {METADATA: about}  # a single entry: safetensors writes several in random order
-        every = {**columns, **_packed(texts)}
-        file.write(save({name: np.ascontiguousarray(values) for name, values in every.items()}, header))
+        all_columns = {**columns, **_text_columns(texts)}
+        file.write(save({name: np.ascontiguousarray(values) for name, values in all_columns.items()}, header))
 
     def read(self, path: Path) -> Content:
         from safetensors import SafetensorError, safe_open
@@ -78,7 +78,7 @@ class Safetensors:
             with safe_open(path, framework="pt") as file:  # NumPy has no bfloat16
                 about = (file.metadata() or {}).get(METADATA)
                 wanted = [name for name in file.keys() if name not in TEXTS]  # noqa: SIM118 - no mapping
-                return Content({name: _plain(file.get_tensor(name)) for name in wanted}, about)
+                return Content({name: _as_array(file.get_tensor(name)) for name in wanted}, about)
         except (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError, KeyError) as error:
             raise Unreadable(f"not a whole safetensors file ({_first_line(error)})") from error
 
@@ -88,7 +88,7 @@ class Npz:
 
     def write(self, file: IO[bytes], columns: Mapping[str, Column], about: str, texts: Sequence[Text] | None) -> None:
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for name, values in {**columns, **_packed(texts), METADATA: np.array(about)}.items():
+            for name, values in {**columns, **_text_columns(texts), METADATA: np.array(about)}.items():
                 entry = zipfile.ZipInfo(f"{name}.npy")  # with a fixed date, so that the same rows give the same bytes
                 with archive.open(entry, "w", force_zip64=True) as member:
                     npy.write_array(member, np.ascontiguousarray(values).reshape(values.shape), allow_pickle=False)
@@ -99,7 +99,7 @@ class Npz:
                 members = [m for m in archive.infolist() if m.filename.removesuffix(".npy") not in TEXTS]
                 names = [member.filename.removesuffix(".npy") for member in members]
                 if len(set(names)) < len(names):
-                    raise Unreadable("two of its arrays have one name")
+                    raise Unreadable("two of its arrays have the same name")
                 check_size(sum(member.file_size for member in members), path)
                 columns = {name: _member(archive, member) for name, member in zip(names, members, strict=True)}
         except ZIP_ERRORS as error:
@@ -139,8 +139,8 @@ class Parquet:
             with pyarrow.parquet.ParquetFile(path, read_dictionary=named) as file:
                 schema = file.schema_arrow
                 if len(set(schema.names)) < len(schema.names):
-                    raise Unreadable("two of its columns have one name")
-                wanted = [name for name in schema.names if _is_ours(name)]
+                    raise Unreadable("two of its columns have the same name")
+                wanted = [name for name in schema.names if _is_known_column(name)]
                 batches, size = [], 0
                 for batch in file.iter_batches(BATCH, columns=wanted):
                     batches.append(batch)
@@ -161,7 +161,7 @@ class Parquet:
 FORMATS: dict[str, Format] = {".safetensors": Safetensors(), ".npz": Npz(), ".parquet": Parquet()}
 
 
-def _packed(texts: Sequence[Text] | None) -> dict[str, Column]:
+def _text_columns(texts: Sequence[Text] | None) -> dict[str, Column]:
     """Return the distinct texts as JSON, and the index of each row's text."""
     if texts is None:
         return {}
@@ -171,7 +171,7 @@ def _packed(texts: Sequence[Text] | None) -> dict[str, Column]:
     return {"texts": np.frombuffer(content, dtype=np.uint8), "text_of_row": of_row}
 
 
-def _plain(tensor: Any) -> Column:
+def _as_array(tensor: Any) -> Column:
     """Return a copy of a tensor as an array; float32 for dtypes that NumPy lacks."""
     narrow = tensor.is_floating_point() and tensor.itemsize < 4
     return np.array((tensor.float() if narrow else tensor).numpy())
@@ -181,7 +181,7 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Column:
     """Read one array of an archive after checking its size: NumPy would allocate whatever the header says."""
     name = member.filename
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise Unreadable(f"{name} is packed in a way that NumPy does not use")
+        raise Unreadable(f"{name} is compressed by a method that NumPy does not use")
     with archive.open(member) as opened:
         file: Any = opened  # its type stub lacks `readinto`
         try:
@@ -192,10 +192,10 @@ def _member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Column:
             raise Unreadable(f"{name} is of {dtype}: numbers or strings are needed, and no Python objects")
         expected, follow = dtype.itemsize * math.prod(shape), member.file_size - file.tell()
         if expected != follow or expected <= 0:
-            raise Unreadable(f"{name}: its header promises {expected} bytes of values, and {follow} follow")
+            raise Unreadable(f"{name}: its header announces {expected} bytes of values, but {follow} follow")
         content = bytearray(expected)
         if file.readinto(content) != expected:
-            raise Unreadable(f"{name} is cut short")
+            raise Unreadable(f"{name} is truncated")
     return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
 
 
@@ -208,38 +208,38 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     raise ValueError(f"its version is {version[0]}.{version[1]}")
 
 
-def _is_ours(name: str) -> bool:
+def _is_known_column(name: str) -> bool:
     plain = ("x", "recon", "reconstruction", "labels", "groups", "weights", "tokens", "order")
     return name in plain or name.startswith(("recon.", "labels.", "rows."))
 
 
-def _from_arrow(name: str, found: Any) -> Column:
+def _from_arrow(name: str, column: Any) -> Column:
     """Return a column as an array: lists of one length as a matrix, people's names as int64 ids.
 
     Raises `Unreadable` for missing values.
     """
     from pyarrow import types
 
-    whole = found.combine_chunks()
-    if found.null_count:
+    chunk = column.combine_chunks()
+    if column.null_count:
         raise Unreadable(f"{name} has missing values")
-    kind = whole.type
+    kind = chunk.type
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        values = whole.flatten()
-        n, width = len(whole), len(values) // max(len(whole), 1)
+        values = chunk.flatten()
+        n, width = len(chunk), len(values) // max(len(chunk), 1)
         if values.null_count:
             raise Unreadable(f"{name} has missing values")
-        if not types.is_fixed_size_list(kind) and (np.diff(whole.offsets.to_numpy()) != width).any():
+        if not types.is_fixed_size_list(kind) and (np.diff(chunk.offsets.to_numpy()) != width).any():
             raise Unreadable(f"{name} has lists of different lengths")
         return _numbers(name, values).reshape(n, width)
     if types.is_dictionary(kind):
-        names = whole.dictionary
+        names = chunk.dictionary
         if types.is_integer(names.type):
-            return _numbers(name, whole.dictionary_decode())
+            return _numbers(name, chunk.dictionary_decode())
         if not (types.is_string(names.type) or types.is_large_string(names.type)) or names.null_count:
             raise Unreadable(f"{name} is of {names.type}: whole numbers or strings are needed")
-        return person_ids(names.to_pylist())[whole.indices.to_numpy()]
-    return _numbers(name, whole)
+        return person_ids(names.to_pylist())[chunk.indices.to_numpy()]
+    return _numbers(name, chunk)
 
 
 def _numbers(name: str, values: Any) -> Column:

@@ -1,6 +1,6 @@
 """Figures that need all results of an SAE: q values, its mean delta, its difference from another SAE.
 
-    with_q_values(layers_by_dataset)          # Benjamini-Hochberg over everything measured of the SAE
+    with_q_values(layers_by_dataset)          # Benjamini-Hochberg over all results of the SAE
     mean_delta(cells)                         # Estimate over layers and probes: value, 95 % interval, p
     difference(cells_a, cells_b)              # paired: the same rows, folds and people; both also for transfer_r2
     settle(files)                             # writes all of it into the result files of a finished run
@@ -28,7 +28,10 @@ SaeId = int  # index among the datasets of a run
 
 
 def read_cells(files: Iterable[tuple[Path, Mapping[str, Any], Iterable[int]]]) -> dict[Place, ProbeScores] | None:
-    """Read the stored scores of result files, each with its key; None if some are missing or of another file."""
+    """Read the stored scores of result files, each given with its key and layers.
+
+    Returns None if some scores are missing or belong to another run.
+    """
     cells: dict[Place, ProbeScores] = {}
     for path, key, layers in files:
         digest = scores.key_digest(key)
@@ -39,7 +42,7 @@ def read_cells(files: Iterable[tuple[Path, Mapping[str, Any], Iterable[int]]]) -
                 return None
             if stored.key != digest:
                 return None
-            cells |= {(path.name, layer, probe): found for probe, found in stored.probes.items()}
+            cells |= {(path.name, layer, probe): scores_of_probe for probe, scores_of_probe in stored.probes.items()}
     return cells
 
 
@@ -49,7 +52,7 @@ def mean_delta(cells: Mapping[Place, ProbeScores]) -> Estimate | None:
 
 
 def mean_transfer_r2(cells: Mapping[Place, ProbeScores]) -> Estimate | None:
-    """Return transfer_r2 averaged over the cells: the variance share of the model probes' scores that remains."""
+    """Return transfer_r2 averaged over the cells; None if no cell has it."""
     return _mean(list(_parts_of_r2(cells).values()))
 
 
@@ -95,8 +98,8 @@ def _mean(cells: list[Cell]) -> Estimate | None:
     return estimate_mean(cells) if cells else None
 
 
-def _cell(found: ProbeScores, change: np.ndarray) -> Cell:
-    return Cell(change, found.labels, found.persons, found.weights, found.n_folds)
+def _cell(probe: ProbeScores, change: np.ndarray) -> Cell:
+    return Cell(change, probe.labels, probe.persons, probe.weights, probe.n_folds)
 
 
 def _same_rows(a: ProbeScores, b: ProbeScores) -> bool:
@@ -127,39 +130,45 @@ def with_q_values(family: Mapping[int, Mapping[int, Json]]) -> dict[int, dict[in
 def without_q_values(layers: Mapping[int, Json]) -> dict[int, Json]:
     """Return the layers' records without q values, which need all results of an SAE."""
 
-    def bare(value: Any) -> Any:
+    def strip(value: Any) -> Any:
         return {k: v for k, v in value.items() if not k.endswith("q_value")} if isinstance(value, dict) else value
 
-    return {layer: {name: bare(value) for name, value in record.items()} for layer, record in layers.items()}
+    return {layer: {name: strip(value) for name, value in record.items()} for layer, record in layers.items()}
 
 
 def settle(files: Mapping[tuple[SaeId, int], RecordFile]) -> None:
     """Write the figures that depend on all files of an SAE, and mark the files complete.
 
     These are the q values and, in `_run.sae_level`, the SAE's mean delta and its differences from the other SAEs of the
-    run (baselines are compared with SAEs, not SAEs with baselines). Files that are already complete stay unchanged.
+    run. Baselines are compared with SAEs, but SAEs are not compared with baselines. Complete files stay unchanged.
     """
     by_sae: dict[SaeId, dict[int, RecordFile]] = {}
     for (sae_id, index), file in sorted(files.items()):
         by_sae.setdefault(sae_id, {})[index] = file
-    rivals = {sae_id: own for sae_id, own in by_sae.items() if not any(file.is_baseline for file in own.values())}
+    saes = {
+        sae_id: files_of_sae
+        for sae_id, files_of_sae in by_sae.items()
+        if not any(file.is_baseline for file in files_of_sae.values())
+    }
     cells = _StoredCells(by_sae)
-    for sae_id, own in by_sae.items():
-        others = {next(iter(rival.values())).run["config"]["sae"]: i for i, rival in rivals.items() if i != sae_id}
-        family = sorted(file.path.name for file in own.values())
-        with_q = with_q_values({index: file.layers for index, file in own.items()})
-        todo = [i for i, file in own.items() if file.layers != with_q[i] or not _is_settled(file, family, others)]
+    for sae_id, files_of_sae in by_sae.items():
+        others = {next(iter(files_of.values())).run["config"]["sae"]: i for i, files_of in saes.items() if i != sae_id}
+        family = sorted(file.path.name for file in files_of_sae.values())
+        with_q = with_q_values({index: file.layers for index, file in files_of_sae.items()})
+        todo = [
+            i for i, file in files_of_sae.items() if file.layers != with_q[i] or not _is_final(file, family, others)
+        ]
         if not todo:
             continue
-        tasks = {file.path.name: task_of(file.run, file.path.name) for file in own.values()}
+        tasks = {file.path.name: task_of(file.run, file.path.name) for file in files_of_sae.values()}
         level = _sae_level(cells, sae_id, others, tasks)
         for index in todo:
-            file = own[index]
+            file = files_of_sae[index]
             file.q_family, file.sae_level, file.complete = family, level, True
             file.write(with_q[index])
 
 
-def _is_settled(file: RecordFile, family: list[str], others: Mapping[str, SaeId]) -> bool:
+def _is_final(file: RecordFile, family: list[str], others: Mapping[str, SaeId]) -> bool:
     return file.complete and file.q_family == family and file.sae_level["compared"].keys() == others.keys()
 
 
@@ -171,44 +180,50 @@ class _StoredCells:
         self.of = functools.lru_cache(maxsize=2)(self._read)
 
     def _read(self, sae_id: SaeId) -> dict[Place, ProbeScores] | None:
-        own = self._files[sae_id].values()
-        return read_cells((file.path, file.key, sorted(file.layers)) for file in own)
+        files_of_sae = self._files[sae_id].values()
+        return read_cells((file.path, file.key, sorted(file.layers)) for file in files_of_sae)
 
 
 def _sae_level(
     cells: _StoredCells, sae_id: SaeId, others: Mapping[str, SaeId], tasks: Mapping[str, TaskOfFile]
 ) -> Json:
-    own = cells.of(sae_id)
+    cells_of_sae = cells.of(sae_id)
     return {
-        **summarise(own, tasks),
-        "compared": {name: compare(own, cells.of(other), tasks) for name, other in others.items()},
+        **summarise(cells_of_sae, tasks),
+        "compared": {name: compare(cells_of_sae, cells.of(other), tasks) for name, other in others.items()},
     }
 
 
-def summarise(own: Mapping[Place, ProbeScores] | None, tasks: Mapping[str, TaskOfFile]) -> Json:
-    """Return the mean of an SAE's cells in plain numbers; None for each if there are no cells.
+def summarise(cells: Mapping[Place, ProbeScores] | None, tasks: Mapping[str, TaskOfFile]) -> Json:
+    """Return the means of an SAE's cells for `_run.sae_level`; each is None if there are no cells.
 
-    tasks: By the first part of each place. If there are several, `tasks` has the means over them as a random sample.
+    Args:
+        cells: The SAE's stored scores by place.
+        tasks: The task of each file, by the first part of a place. If there are several, the entry `tasks` has the
+            means over them, treated as a random sample.
     """
-    over = levels({"delta_sel": _deltas(own), "transfer_r2": _parts_of_r2(own)}, tasks) if own else None
+    over = levels({"delta_sel": _deltas(cells), "transfer_r2": _parts_of_r2(cells)}, tasks) if cells else None
     return {
         **({} if over is None else {"tasks": over}),
-        **_with_test("delta_sel", mean_delta(own) if own else None),
-        **_with_interval("transfer_r2", mean_transfer_r2(own) if own else None),
-        "n_cells": len(own) if own else None,
+        **_with_test("delta_sel", mean_delta(cells) if cells else None),
+        **_with_interval("transfer_r2", mean_transfer_r2(cells) if cells else None),
+        "n_cells": len(cells) if cells else None,
     }
 
 
 def compare(
-    own: Mapping[Place, ProbeScores] | None,
-    rival: Mapping[Place, ProbeScores] | None,
+    cells: Mapping[Place, ProbeScores] | None,
+    other: Mapping[Place, ProbeScores] | None,
     tasks: Mapping[str, TaskOfFile],
 ) -> Json:
-    """Return the paired difference of two SAEs in plain numbers; None for each if they share no cells.
+    """Return the paired difference of two SAEs for `_run.sae_level`; each number is None if they share no cells.
 
-    tasks: As for `summarise`.
+    Args:
+        cells: The first SAE's stored scores by place.
+        other: The second SAE's.
+        tasks: As for `summarise`.
     """
-    both = (own, rival) if own and rival else None
+    both = (cells, other) if cells and other else None
     scores = {"delta_sel": _differences(*both), "transfer_r2": _differences_of_r2(*both)} if both else {}
     over = levels(scores, tasks, by_family=False)
     return {
@@ -218,14 +233,14 @@ def compare(
     }
 
 
-def _with_interval(name: str, found: Estimate | None) -> Json:
-    """Return the estimate in plain numbers; None for each if scores are missing or nothing was measured."""
-    if found is None:
+def _with_interval(name: str, estimate: Estimate | None) -> Json:
+    """Return an estimate and the bounds of its interval by key; each is None if there is no estimate."""
+    if estimate is None:
         return dict.fromkeys((name, f"{name}_ci_low", f"{name}_ci_high"))
-    return {name: found.value, f"{name}_ci_low": found.low, f"{name}_ci_high": found.high}
+    return {name: estimate.value, f"{name}_ci_low": estimate.low, f"{name}_ci_high": estimate.high}
 
 
-def _with_test(name: str, found: Estimate | None) -> Json:
-    """Return a difference in plain numbers, with the test that it is 0."""
-    test = {f"{name}_p_value": found and found.p_value, f"{name}_detectable": found and found.detectable}
-    return {**_with_interval(name, found), **test}
+def _with_test(name: str, estimate: Estimate | None) -> Json:
+    """Return a difference by key, with its interval and the test that it is 0."""
+    test = {f"{name}_p_value": estimate and estimate.p_value, f"{name}_detectable": estimate and estimate.detectable}
+    return {**_with_interval(name, estimate), **test}

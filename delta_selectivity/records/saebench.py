@@ -3,7 +3,7 @@
 found = read(Path("pythia_blocks.4_eval_results.json"))
 found.eval_type, found.metrics["sae_top_1_test_accuracy"], found.tasks["gender"]
 
-Supports `core`, `sparse_probing` and `sparse_probing_sae_probes`. NaN and SAE Lens's -1 mean: not computed.
+Supports `core`, `sparse_probing` and `sparse_probing_sae_probes`. NaN, and SAE Lens's -1, stand for "not computed".
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Evaluation:
 
     @property
     def is_core(self) -> bool:
-        """Whether it evaluates the reconstruction and the model's output, not probes."""
+        """Whether it evaluates the reconstruction and the model's output, and not probes."""
         return self.eval_type == CORE
 
 
@@ -69,7 +69,7 @@ def evaluation(content: Any, name: str) -> Evaluation:
     if not isinstance(eval_type, str):
         raise ValueError("'eval_type_id' is no text")
     if eval_type not in TYPES:
-        raise ValueError(f"the evaluation {eval_type[:LONGEST_NAME]!r} is not read, only {', '.join(TYPES)}")
+        raise ValueError(f"the evaluation {eval_type[:LONGEST_NAME]!r} is not supported; supported: {', '.join(TYPES)}")
     config, cfg = _object(content, "eval_config"), _object(content, "sae_cfg_dict")
     cfg = {**cfg, **_object(cfg, "metadata")}  # SAE Lens 6 stores the SAE's model and hook here
     release, own_id = _text(content, "sae_lens_release_id"), _text(content, "sae_lens_id")
@@ -92,22 +92,22 @@ def evaluation(content: Any, name: str) -> Evaluation:
 
 
 def _object(content: Json, name: str) -> Json:
-    found = content.get(name)
-    if not isinstance(found, dict | None):
+    value = content.get(name)
+    if not isinstance(value, dict | None):
         raise ValueError(f"'{name[:LONGEST_NAME]}' is no object")
-    return found or {}
+    return value or {}
 
 
 def _text(content: Json, name: str) -> str:
-    found = content.get(name)
-    if not isinstance(found, str | None):
+    value = content.get(name)
+    if not isinstance(value, str | None):
         raise ValueError(f"'{name}' is no text")
-    return printable((found or "")[:LONGEST_NAME])
+    return printable((value or "")[:LONGEST_NAME])
 
 
 def _numbers(content: Json, where: str) -> dict[str, float]:
     """Return the computed numbers. Texts and lists are ignored; other values that are not numbers are rejected."""
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for name, value in content.items():
         if value is None or isinstance(value, str | list | dict) or value == NOT_COMPUTED:
             continue
@@ -115,27 +115,27 @@ def _numbers(content: Json, where: str) -> dict[str, float]:
             raise ValueError(f"{where[:LONGEST_NAME]}: '{name[:LONGEST_NAME]}' is no number")
         if _SHARE.fullmatch(name) and not -ROUNDING <= value <= 1 + ROUNDING:
             raise ValueError(f"{where[:LONGEST_NAME]}: '{name[:LONGEST_NAME]}' is not between 0 and 1")
-        found[name] = float(value)
-    return found
+        numbers[name] = float(value)
+    return numbers
 
 
 def _tasks(details: Any) -> dict[str, dict[str, float]]:
     if not isinstance(details, list | None):
         raise ValueError("'eval_result_details' is no list")
-    found: dict[str, dict[str, float]] = {}
-    for one in details or ():
-        if not isinstance(one, dict) or not isinstance(one.get("dataset_name"), str):
-            raise ValueError("'eval_result_details' holds something without a 'dataset_name'")
-        name = printable(one["dataset_name"][:LONGEST_NAME].removesuffix("_results"))
-        found[name] = _numbers(one, name)
-    return found
+    tasks: dict[str, dict[str, float]] = {}
+    for dataset in details or ():
+        if not isinstance(dataset, dict) or not isinstance(dataset.get("dataset_name"), str):
+            raise ValueError("an entry of 'eval_result_details' has no 'dataset_name'")
+        name = printable(dataset["dataset_name"][:LONGEST_NAME].removesuffix("_results"))
+        tasks[name] = _numbers(dataset, name)
+    return tasks
 
 
 def _layer(cfg: Json, own_id: str) -> int | None:
     """Return the layer from the SAE's config, or from its id."""
-    told = cfg.get("hook_layer")
-    if isinstance(told, int) and not isinstance(told, bool) and 0 <= told < 10_000:
-        return told
+    layer = cfg.get("hook_layer")
+    if isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer < 10_000:
+        return layer
     names = (own_id, cfg.get("hook_name"), cfg.get("hook_point"))
-    found = (_LAYER.search(name) for name in names if isinstance(name, str))
-    return next((int(match[1]) for match in found if match), None)
+    matches = (_LAYER.search(name) for name in names if isinstance(name, str))
+    return next((int(match[1]) for match in matches if match), None)

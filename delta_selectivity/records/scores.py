@@ -7,17 +7,17 @@
 Beside each result file `NAME.json` is a folder `NAME.scores` with one safetensors file per layer. For the i-th probe of
 the header's list it holds
 
-    i.view.NAME       float16 [repeats, rows]   a score each; positive = the label is predicted
+    i.view.NAME       float16 [repeats, rows]   scores; a positive score predicts label 1
     i.labels          uint8   [rows]            0 or 1
-    i.persons         int64   [rows]            one number a person, the same in all files
+    i.persons         int64   [rows]            the number of the person, the same in all files
     i.weights         float64 [rows]
-    i.folds           int8    [repeats, rows]   the fold that held the row out
-    i.outliers        uint8   [rows]            1 for rows that transfer_r2 leaves out, where there are any
-    i.control_scores  float16 [rows]            of the control task, where there is one, with
-    i.control_labels  uint8   [rows]
+    i.folds           int8    [repeats, rows]   the fold in which the row was held out
+    i.outliers        uint8   [rows]            optional: 1 for rows that transfer_r2 excludes
+    i.control_scores  float16 [rows]            optional: scores of the control task
+    i.control_labels  uint8   [rows]            optional: labels of the control task
 
-and in its header's metadata, under `delta_selectivity`, a JSON object with `format`, `layer`, `key` (sha256 of the
-settings in `_run.key` of the result file), `probes` (their names) and `sha256` (of all this and of every tensor, to
+The header's metadata has, under `delta_selectivity`, a JSON object with `format`, `layer`, `key` (sha256 of the
+settings in `_run.key` of the result file), `probes` (their names) and `sha256` (of this header and of every tensor, to
 detect damaged files). Loading runs no code.
 """
 
@@ -43,7 +43,7 @@ from delta_selectivity.system.whole_file import refuse_link, replacing, sweep
 FORMAT = 1
 METADATA = "delta_selectivity"
 
-_OWN_NAME = re.compile(r"layer_(0|[1-9][0-9]{0,5})\.safetensors")
+_FILE_NAME = re.compile(r"layer_(0|[1-9][0-9]{0,5})\.safetensors")
 _DTYPES = {
     "labels": np.uint8,
     "persons": np.int64,
@@ -104,14 +104,14 @@ def save(path: Path, stored: LayerScores) -> None:
 
 
 def prune(result_file: Path, layers: Container[int]) -> None:
-    """Remove the scores of all but these layers, left by an earlier result file that this one replaces.
+    """Remove the scores of all layers but these. They belong to an earlier result file that this one replaces.
 
     Entries with other names, and entries that are not files, are kept. Raises `RequestError` if the folder is a link.
     """
     refuse_link(folder_of(result_file))
     for path in folder_of(result_file).glob("layer_*.safetensors"):
-        own = _OWN_NAME.fullmatch(path.name)
-        if own and int(own[1]) not in layers and path.is_file() and not path.is_symlink():
+        match = _FILE_NAME.fullmatch(path.name)
+        if match and int(match[1]) not in layers and path.is_file() and not path.is_symlink():
             path.unlink(missing_ok=True)
 
 
@@ -148,8 +148,8 @@ def _probe(tensors: Mapping[str, NDArray[Any]], i: int) -> ProbeScores:
     views = {name.removeprefix(prefix): scores for name, scores in tensors.items() if name.startswith(prefix)}
     parts = {name: tensors[f"{i}.{name}"] for name in _DTYPES if f"{i}.{name}" in tensors}
     if not {"model", "sae"} <= views.keys():
-        raise ValueError(f"views {', '.join(views)} only")
-    _check_fit(views, parts)
+        raise ValueError(f"its only views are {', '.join(views)}")
+    _check_arrays(views, parts)
     labels, control_labels = (_two_classes(parts[name]) if name in parts else None for name in _LABELS)
     return ProbeScores(
         views=views,
@@ -163,7 +163,7 @@ def _probe(tensors: Mapping[str, NDArray[Any]], i: int) -> ProbeScores:
     )
 
 
-def _check_fit(views: Mapping[str, NDArray[Any]], parts: Mapping[str, NDArray[Any]]) -> None:
+def _check_arrays(views: Mapping[str, NDArray[Any]], parts: Mapping[str, NDArray[Any]]) -> None:
     """Raise ValueError unless types and shapes are as documented, and every number is finite."""
     if missing := [name for name in _DTYPES if name not in parts and name not in _OPTIONAL]:
         raise ValueError(f"{', '.join(missing)} missing")
@@ -172,11 +172,11 @@ def _check_fit(views: Mapping[str, NDArray[Any]], parts: Mapping[str, NDArray[An
         raise ValueError(f"folds {list(shape)}")
     by_row = {name: part for name, part in parts.items() if name != "folds"}
     if any(view.shape != shape for view in views.values()) or any(p.shape != shape[1:] for p in by_row.values()):
-        raise ValueError("its parts do not fit together")
+        raise ValueError("its tensors have inconsistent shapes")
     if any(view.dtype != np.float16 for view in views.values()) or any(parts[n].dtype != _DTYPES[n] for n in parts):
-        raise ValueError("its parts have other types")
+        raise ValueError("its tensors have unexpected types")
     if not all(np.isfinite(part).all() for part in (*views.values(), *parts.values())) or parts["weights"].min() <= 0:
-        raise ValueError("its numbers are not finite, or weights not positive")
+        raise ValueError("a number is not finite, or a weight is not positive")
 
 
 def _two_classes(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -186,5 +186,5 @@ def _two_classes(labels: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def compute(stored: LayerScores, epsilon: float = EPSILON) -> dict[str, Statistics]:
-    """Recompute every statistic of every probe; differences within +-epsilon count as preserved."""
+    """Recompute every statistic of every probe; epsilon: largest difference that counts as preserved."""
     return {name: statistics(probe, epsilon) for name, probe in stored.probes.items()}

@@ -30,14 +30,14 @@ Place = tuple[str, int, str]  # result file's name, layer, probe
 class TaskOfFile(NamedTuple):
     """The task of a result file."""
 
-    family: str | None  # group of similar tasks; None: a task of the user's
+    family: str | None  # group of similar tasks; None for a user's own task
     source: str  # shared by tasks on the same rows
 
 
 def task_of(run: Mapping[str, Any], name: str) -> TaskOfFile:
     """Return the task in `_run` of a result file; the default source is the file's own name."""
-    told = run.get("task") or {}
-    return TaskOfFile(told.get("family"), told.get("source") or name)
+    task = run.get("task") or {}
+    return TaskOfFile(task.get("family"), task.get("source") or name)
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ def over_tasks(sources: Mapping[str, Sequence[Sequence[Cell]]]) -> OverTasks:
     sources: Source -> its tasks, each a list of one or more measured cells. All cells have the same number of repeats
     and folds.
     """
-    tasks = [cells for own in sources.values() for cells in own]
+    tasks = [cells for tasks_of_source in sources.values() for cells in tasks_of_source]
     people = _mean(tasks)
     if len(sources) < 2:
         return OverTasks(None, people.value, None, len(tasks), len(sources))
-    own = [_mean(cells) for cells in sources.values()]
+    means = [_mean(cells) for cells in sources.values()]
     weight = np.array([len(cells) for cells in sources.values()]) / len(tasks)
-    value, error = (np.array(found) for found in zip(*((e.value, e.standard_error) for e in own), strict=True))
+    value = np.array([mean.value for mean in means])
+    error = np.array([mean.standard_error for mean in means])
     squares = weight**2
     between, between_freedom = _between(value, weight)  # including the part due to people
     shared = people.standard_error**2 - float(squares @ error**2)  # covariance from people shared by sources
@@ -90,7 +91,10 @@ def _between(value: NDArray[np.float64], weight: NDArray[np.float64]) -> tuple[f
 
 
 def _mean(tasks: Sequence[Sequence[Cell]]) -> Estimate:
-    """Return the mean over tasks, with people as the sample; `estimate_mean` weighs cells equally, so scale them."""
+    """Return the mean over tasks, with people as the sample.
+
+    `estimate_mean` gives all cells the same weight, so each cell is scaled by the number of cells of its task.
+    """
     n_cells = sum(map(len, tasks))
     factors = [n_cells / (len(tasks) * len(cells)) for cells in tasks]
     return estimate_mean(
@@ -109,15 +113,19 @@ def levels(
 
     scores: Name of a score -> its cells. tasks: By the first part of each place.
     """
-    found = {name: _by_task(cells) for name, cells in scores.items()}
-    measured = {file for by_task in found.values() for file in by_task}
+    by_score = {name: _by_task(cells) for name, cells in scores.items()}
+    measured = {file for by_task in by_score.values() for file in by_task}
     if len(measured) < 2:
         return None
-    level = _level(found, tasks, measured)
+    level = _level(by_score, tasks, measured)
     named = {tasks[file].family for file in measured}
     families = sorted(family for family in named if family is not None and len(named) > 1)
-    own = {family: {file for file in measured if tasks[file].family == family} for family in families}
-    return {**level, "families": {name: _level(found, tasks, own[name]) for name in families}} if by_family else level
+    files_of = {family: {file for file in measured if tasks[file].family == family} for family in families}
+    return (
+        {**level, "families": {name: _level(by_score, tasks, files_of[name]) for name in families}}
+        if by_family
+        else level
+    )
 
 
 def _level(
@@ -141,7 +149,7 @@ def _level(
 
 
 def _by_task(cells: Mapping[Place, T]) -> dict[str, list[T]]:
-    found: dict[str, list[T]] = {}
+    tasks: dict[str, list[T]] = {}
     for (file, _, _), cell in cells.items():
-        found.setdefault(file, []).append(cell)
-    return found
+        tasks.setdefault(file, []).append(cell)
+    return tasks

@@ -1,10 +1,10 @@
 """The texts behind the rows of a result file, kept beside its scores.
 
     kept = load(Path("results/tiny-pythia_wikidata_gender.scores/texts.json.gz"))
-    kept.texts[kept.rows["gender"][17]]         # of the 18th row of the stored scores of probe `gender`
+    kept.texts[kept.rows["gender"][17]]         # the text of row 17 in the stored scores of probe `gender`
 
-One gzip file of JSON per result file, for all layers. It holds the data hash of `_run.key`, so that texts of other data
-are detected.
+Each result file has one gzip file of JSON for all its layers. The file stores the data hash from `_run.key`, so that a
+reader can detect that it belongs to other data.
 """
 
 from __future__ import annotations
@@ -57,14 +57,20 @@ class KeptTexts:
 
 
 def of_dataset(texts: ProbeTexts, dataset: Dataset, rows_of: Callable[[NDArray[np.int64]], Any]) -> KeptTexts:
-    """Return the texts of a dataset, each once; rows_of: the number of rows that each of these mentions has."""
+    """Return the texts of a dataset, each once.
+
+    Args:
+        texts: All texts.
+        dataset: The dataset, with the mentions of each probe.
+        rows_of: Returns the number of rows of each of the given mentions.
+    """
     from delta_selectivity.tasks import dataset_fingerprint  # imports torch, which reports do not need
 
     used = np.unique(np.concatenate([probe.mentions for probe in dataset.probes]))
-    found = [texts.mentions[m] for m in used]
+    texts_of_rows = [texts.mentions[m] for m in used]
     return KeptTexts(
         dataset_fingerprint(texts, dataset),
-        [Text(m.text, m.start, m.end, m.person) for m in found],
+        [Text(m.text, m.start, m.end, m.person) for m in texts_of_rows],
         {p.name: np.searchsorted(used, np.repeat(p.mentions, rows_of(p.mentions))) for p in dataset.probes},
     )
 
@@ -76,14 +82,14 @@ def path_of(result_file: Path) -> Path:
 
 def to_bytes(kept: KeptTexts) -> bytes:
     """Return the content of the file; the same texts give the same bytes."""
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "data": kept.data,
         "texts": [[text.text, text.start, text.end, text.person] for text in kept.texts],
         "rows": {name: rows.tolist() for name, rows in kept.rows.items()},
     }
-    found["sha256"] = digest(found)
-    return gzip.compress(json.dumps(found).encode(), compresslevel=6, mtime=0)
+    content["sha256"] = digest(content)
+    return gzip.compress(json.dumps(content).encode(), compresslevel=6, mtime=0)
 
 
 def keep(result_file: Path, content: bytes | None) -> None:
@@ -105,16 +111,16 @@ def keep(result_file: Path, content: bytes | None) -> None:
 def load(path: Path) -> KeptTexts:
     """Read a file of `keep`. Raises `RequestError` if it is missing, truncated, changed, or another kind of file."""
     try:
-        found = json.loads(gzip.decompress(path.read_bytes()))
-        if found["format"] != FORMAT:
+        content = json.loads(gzip.decompress(path.read_bytes()))
+        if content["format"] != FORMAT:
             raise ValueError("it is of another format")
-        if found.pop("sha256") != digest(found):
+        if content.pop("sha256") != digest(content):
             raise ValueError("it was changed after it was written")
-        texts = [Text(str(text), int(start), int(end), str(person)) for text, start, end, person in found["texts"]]
-        rows = {str(name): np.array(places, dtype=np.int64) for name, places in found["rows"].items()}
+        texts = [Text(str(text), int(start), int(end), str(person)) for text, start, end, person in content["texts"]]
+        rows = {str(name): np.array(places, dtype=np.int64) for name, places in content["rows"].items()}
         if any(len(places) and not (places.min() >= 0 and places.max() < len(texts)) for places in rows.values()):
-            raise ValueError("its rows are of texts that it does not hold")
-        return KeptTexts(str(found["data"]), texts, rows)
+            raise ValueError("a row refers to a text that the file does not have")
+        return KeptTexts(str(content["data"]), texts, rows)
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (
@@ -130,6 +136,6 @@ def load(path: Path) -> KeptTexts:
         raise RequestError(f"{path} holds no texts of this program, or was damaged: {error}") from error
 
 
-def digest(found: Mapping[str, Any]) -> str:
+def digest(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of everything else in the file."""
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -36,23 +36,24 @@ def verdict(result: Json) -> str:
 
     not measured: The record has a `reason` in place of numbers.
     undecided: The model is not shown to know it (`model_ci_low` is not above 1/2), or there are no q values yet.
-    lost: `q_value` is below 0.05, `delta_sel` negative and not `preserved`: a probe fitted anew finds less.
+    lost: `q_value` is below 0.05, and `delta_sel` is negative and not `preserved`. A probe fitted anew finds less.
     undecided: `delta_sel` is neither shown to be small (`preserved`) nor a significant gain.
-    moved: The same test finds a loss in `transfer_delta`: a probe fitted anew finds it, the model's own does not.
+    moved: The same test finds a loss in `transfer_delta`. A probe fitted anew finds the answer, but the model's own
+        probe does not.
     preserved: Otherwise.
     """
     if result.get("reason"):
         return NOT_MEASURED
     if result.get("q_value") is None or not is_known(result):
         return UNDECIDED
-    if _fell(result, "delta_sel", ""):
+    if _is_significant_loss(result, "delta_sel", ""):
         return LOST
     if not (is_preserved(result) or (is_significant(result) and result["delta_sel"] > 0)):
         return UNDECIDED
-    return MOVED if _fell(result, "transfer_delta", "transfer_") else PRESERVED
+    return MOVED if _is_significant_loss(result, "transfer_delta", "transfer_") else PRESERVED
 
 
-def _fell(result: Json, difference: str, prefix: str) -> bool:
+def _is_significant_loss(result: Json, difference: str, prefix: str) -> bool:
     """Return whether a difference is a significant loss that is not shown to be small."""
     q_value, value = result.get(f"{prefix}q_value"), result.get(difference)
     if q_value is None or value is None:  # a baseline without a reconstruction has no transfer

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from delta_selectivity.records.figures import is_number
 from delta_selectivity.records.verdicts import MARKS
 from delta_selectivity.reporting.html import Markup, element
-from delta_selectivity.reporting.names import apart
+from delta_selectivity.reporting.names import short_names
 from delta_selectivity.reporting.numbers import (
     fvu_whole,
     number,
@@ -25,7 +25,7 @@ from delta_selectivity.reporting.numbers import (
     typeset,
     unsigned_span,
 )
-from delta_selectivity.reporting.results import further_views
+from delta_selectivity.reporting.results import optional_figures
 from delta_selectivity.reporting.study import Cell, Study
 from delta_selectivity.system.terminal import printable
 
@@ -39,12 +39,12 @@ class Column:
     narrow: bool = True  # whether to show it on narrow screens
 
 
-class Shown(NamedTuple):
+class Entry(NamedTuple):
     """One entry of a line."""
 
     text: str
-    key: Any = None  # sort key: a number or a text; None comes last
-    small: str = ""  # smaller text below it
+    sort_key: Any = None  # a number or a text; None comes last
+    detail: str = ""  # smaller text below
 
 
 COLUMNS = (
@@ -61,73 +61,73 @@ COLUMNS = (
     Column("fvu_pos", narrow=False),
     Column("fvu_whole", narrow=False),
     Column("L0", narrow=False),
-    Column("people", "descending", narrow=False),
+    Column("groups", "descending", narrow=False),
 )
-NAME = 26  # characters of the name of an SAE
+MAX_NAME = 26  # characters of the name of an SAE
 FILTERS = {"SAE": 0, "dataset": 1, "probe": 2, "verdict": 5}  # filters, with the index of their column
 
 
 def cell_table(study: Study) -> Markup:
     """Return the controls, an empty table, and the data of its lines."""
-    views = further_views(cell.record for sae in study.everything for cell in sae.cells)
-    labels = [sae.label for sae in study.everything]
-    names = dict(zip(labels, apart(labels, NAME), strict=True))
+    views = optional_figures(cell.record for sae in study.saes_and_baselines for cell in sae.cells)
+    labels = [sae.label for sae in study.saes_and_baselines]
+    names = dict(zip(labels, short_names(labels, MAX_NAME), strict=True))
     rows = [
-        [Shown(names[sae.label], sae.label), *_values(cell), *_views(cell, views)]
-        for sae in study.everything
+        [Entry(names[sae.label], sae.label), *_entries(cell), *_optional_entries(cell, views)]
+        for sae in study.saes_and_baselines
         for cell in sae.cells
     ]
     columns = [*COLUMNS, *(Column(view, "descending", narrow=False) for view in views)]
     head = element("thead", element("tr", *map(_head, columns)))
     table = element("table", head, element("tbody"), id="cells", aria_rowcount=str(len(rows) + 1))
-    script = element("noscript", element("p", "The table is drawn by a script, which this browser does not run."))
-    data = element("template", as_data([list(map(_compact, row)) for row in rows]), id="cell-data")
+    script = element("noscript", element("p", "This table needs JavaScript, which is turned off in this browser."))
+    data = element("template", embedded_json([list(map(_compact, row)) for row in rows]), id="cell-data")
     return element("div", _controls(rows), script, element("div", table, class_="scroll tall", tabindex="0"), data)
 
 
-def as_data(value: Any) -> Markup:
+def embedded_json(value: Any) -> Markup:
     """Return JSON that can be embedded in an element, with all markup escaped."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def _compact(shown: Shown) -> Any:
-    """Return only the text if it is also the sort key, else with the key and the text below."""
-    if shown.small:
-        return list(shown)
-    return shown.text if shown.key == shown.text else [shown.text, shown.key]
+def _compact(entry: Entry) -> Any:
+    """Return the shortest form of an entry: its text alone if that is also its sort key."""
+    if entry.detail:
+        return list(entry)
+    return entry.text if entry.sort_key == entry.text else [entry.text, entry.sort_key]
 
 
-def _values(cell: Cell) -> list[Shown]:
-    where = [Shown(cell.dataset, cell.dataset), Shown(cell.probe, cell.probe), Shown(str(cell.layer), cell.layer)]
-    verdict = Shown(f"{MARKS[cell.verdict]} {cell.verdict}", cell.verdict)
+def _entries(cell: Cell) -> list[Entry]:
+    where = [Entry(cell.dataset, cell.dataset), Entry(cell.probe, cell.probe), Entry(str(cell.layer), cell.layer)]
+    verdict = Entry(f"{MARKS[cell.verdict]} {cell.verdict}", cell.verdict)
     figures = [
-        Shown(number(cell.figures["fvu_pos"], ".3f"), cell.figures["fvu_pos"]),
-        Shown(fvu_whole(cell.figures), cell.figures.get("fvu_whole")),
-        Shown(number(cell.figures["l0"], ".1f"), cell.figures["l0"]),
+        Entry(number(cell.figures["fvu_pos"], ".3f"), cell.figures["fvu_pos"]),
+        Entry(fvu_whole(cell.figures), cell.figures.get("fvu_whole")),
+        Entry(number(cell.figures["l0"], ".1f"), cell.figures["l0"]),
     ]
     if not cell.measured:
-        none = Shown("–")
-        return [*where, Shown(printable(str(cell.result["reason"]))), verdict, none, none, none, none, *figures, none]
-    found = cell.result
+        none = Entry("–")
+        return [*where, Entry(printable(str(cell.result["reason"]))), verdict, none, none, none, none, *figures, none]
+    result = cell.result
     return [
         *where,
-        Shown(signed(found["delta_sel"]), found["delta_sel"], span(found["ci_low"], found["ci_high"])),
+        Entry(signed(result["delta_sel"]), result["delta_sel"], span(result["ci_low"], result["ci_high"])),
         verdict,
-        Shown(number(found["model_sel"], ".3f"), found["model_sel"]),
-        Shown(number(found["sae_sel"], ".3f"), found["sae_sel"]),
-        Shown(probability(found.get("q_value")), found.get("q_value")),
-        Shown(typeset(number(found["transfer_r2"], ".3f")), found["transfer_r2"]),
+        Entry(number(result["model_sel"], ".3f"), result["model_sel"]),
+        Entry(number(result["sae_sel"], ".3f"), result["sae_sel"]),
+        Entry(probability(result.get("q_value")), result.get("q_value")),
+        Entry(typeset(number(result["transfer_r2"], ".3f")), result["transfer_r2"]),
         *figures,
-        Shown(people(found), found["n_people"]),
+        Entry(people(result), result["n_people"]),
     ]
 
 
-def _views(cell: Cell, views: Sequence[str]) -> list[Shown]:
-    return [Shown(number(cell.record.get(view), ".3f"), cell.record.get(view), _ends(cell, view)) for view in views]
+def _optional_entries(cell: Cell, views: Sequence[str]) -> list[Entry]:
+    return [Entry(number(cell.record.get(view), ".3f"), cell.record.get(view), _interval(cell, view)) for view in views]
 
 
-def _ends(cell: Cell, view: str) -> str:
+def _interval(cell: Cell, view: str) -> str:
     """Return the interval of an optional figure; empty if there is none."""
     stem = view.removesuffix("_sel")
     low, high = ({**cell.figures, **cell.result}.get(f"{stem}_ci_{end}") for end in ("low", "high"))
@@ -139,12 +139,12 @@ def _head(column: Column) -> Markup:
     return element("th", button, scope="col", aria_sort="none", class_=None if column.narrow else "wide")
 
 
-def _controls(rows: Sequence[Sequence[Shown]]) -> Markup:
-    values = {name: dict.fromkeys(str(row[index].key) for row in rows) for name, index in FILTERS.items()}
-    chosen = (_choice(name, FILTERS[name], found) for name, found in values.items() if len(found) > 1)
+def _controls(rows: Sequence[Sequence[Entry]]) -> Markup:
+    choices = {name: dict.fromkeys(str(row[index].sort_key) for row in rows) for name, index in FILTERS.items()}
+    selects = (_choice(name, FILTERS[name], values) for name, values in choices.items() if len(values) > 1)
     search = element("label", "search ", element("input", type="search", id="search"))
     count = element("output", f"{len(rows)} of {len(rows)}", id="count", aria_live="polite")
-    return element("form", *chosen, search, count, class_="controls", id="filters")
+    return element("form", *selects, search, count, class_="controls", id="filters")
 
 
 def _choice(name: str, index: int, values: Iterable[str]) -> Markup:

@@ -16,21 +16,21 @@ from delta_selectivity.system.terminal import printable
 from delta_selectivity.system.whole_file import replacing
 
 FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
-"""First characters that make a spreadsheet read a cell as a formula; some also accept full-width signs."""
+"""First characters that make a spreadsheet read a cell as a formula; some spreadsheets also accept full-width signs."""
 
 
 def write_csv(files: Sequence[File], path: Path) -> None:
     """Write one line for each SAE, file, layer and probe: settings, and all figures of the layer and of the probe.
 
-    Names come from data: a name that a spreadsheet would read as a formula gets an apostrophe in front. Raises OSError.
+    A name that a spreadsheet would read as a formula is prefixed with an apostrophe. Raises OSError.
     """
     lines = []
     models = model_names(files)
     for file, results in files:
         about, settings = about_file((file, results), models)
         for layer, probe, figures, result in cells(results):
-            where = {**about, "file": file.stem, "layer": layer, "probe": probe}
-            lines.append({**where, **settings, **_numbers(figures), **result, "verdict": verdict(result)})
+            place = {**about, "file": file.stem, "layer": layer, "probe": probe}
+            lines.append({**place, **settings, **_numbers(figures), **result, "verdict": verdict(result)})
     _write(lines, path)
 
 

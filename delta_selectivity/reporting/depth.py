@@ -17,18 +17,18 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.probe_statistics import ProbeScores
 from delta_selectivity.records import scores
-from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import INK, MUTED, characters, series, shortened
-from delta_selectivity.reporting.names import apart
+from delta_selectivity.reporting.drawing import Drawing, Plot, add_title, axes_at, canvas
+from delta_selectivity.reporting.names import short_names
 from delta_selectivity.reporting.rows import places
 from delta_selectivity.reporting.study import Cell, Sae, Study
+from delta_selectivity.reporting.styles import MUTED, TEXT_COLOUR, characters, series, shortened
 
 WIDTH, COLUMNS_OF_PANELS = 352, 2  # pixels; two panels side by side fit on a phone
 PANEL, HEAD, LEFT = 96, 38, 34  # height of a panel with its title, and margins above the first and to the left
 LEGEND_ROW = 17
-FEW = 7  # maximum number of layers that each have a tick
-MOST = 8  # maximum number of SAEs with a figure of their own
-PAIRS = 3  # number of SAEs overlaid with the next one, from the best on
+MAX_LAYER_TICKS = 7  # maximum number of layers that each have a tick
+MAX_SAES = 8  # maximum number of SAEs that each have a plot
+PAIRS = 3  # number of SAEs that are overlaid with the next one, starting with the best
 LEVEL = 0.05  # of the false discovery rate over the cells of a pair
 DEPTH = ("sae", "dataset", "probe", "layer", "model_sel", "sae_sel", "transfer_sel", "verdict")
 OVERLAY = ("sae", "compared_with", "dataset", "probe", "layer", "sae_sel", "other_sae_sel", "difference", "ci_low",
@@ -40,7 +40,7 @@ class Line:
     """One curve of a panel: selectivity by layer."""
 
     values: Mapping[int, float]
-    look: Mapping[str, Any]
+    style: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Panel:
 
 def depth(study: Study, sae: Sae, name: str) -> Plot | None:
     """Plot, by layer, the model, the refitted probe and the model's own probe; None if nothing was measured."""
-    colour = series(study.in_full.index(sae)).colour
-    looks: dict[str, dict[str, Any]] = {
-        "model_sel": {"color": INK, "linewidth": 1.6},
+    colour = series(study.shown_in_full.index(sae)).colour
+    styles: dict[str, dict[str, Any]] = {
+        "model_sel": {"color": TEXT_COLOUR, "linewidth": 1.6},
         "sae_sel": {"color": colour, "linewidth": 1.6, "marker": "o", "markersize": 2.5},
         "transfer_sel": {"color": colour, "linewidth": 1.3, "dashes": (3, 1.5)},
     }
     panels = [
-        Panel(probe, tuple(Line(_by_layer(cells, key), look) for key, look in looks.items()))
+        Panel(probe, tuple(Line(_by_layer(cells, key), style) for key, style in styles.items()))
         for probe, cells in _probes(study, sae)
     ]
     if not panels:
@@ -71,13 +71,13 @@ def depth(study: Study, sae: Sae, name: str) -> Plot | None:
         for cell in sae.measured
     )
     description = (
-        "For each probe, balanced accuracy by layer: the model's activations in the ink of the text, a probe fitted "
-        f"anew on {sae.label} solid, the model's own probe on it dashed; 0.5, chance, dotted."
+        "For each probe, balanced accuracy by layer. The model's activations have the colour of the text; a probe "
+        f"fitted anew on {sae.label} is solid, the model's own probe on it dashed. Chance (0.5) is dotted."
     )
     names = {"model_sel": "model", "sae_sel": "SAE, probe fitted anew", "transfer_sel": "SAE, the model's probe"}
-    legend = [(names[key], look) for key, look in looks.items()]
+    legend = [(names[key], style) for key, style in styles.items()]
     draw = partial(_draw, sae.label, "balanced accuracy by layer", panels, legend, _limits(study))
-    return Plot(name, f"Where it goes with depth: {sae.label}", description, draw, DEPTH, rows)
+    return Plot(name, f"Accuracy by layer: {sae.label}", description, draw, DEPTH, rows)
 
 
 def overlays(study: Study) -> list[tuple[Sae, Sae]]:
@@ -88,43 +88,46 @@ def overlays(study: Study) -> list[tuple[Sae, Sae]]:
 
 def overlay(study: Study, one: Sae, other: Sae, name: str) -> Plot | None:
     """Plot two SAEs by layer, with significant paired differences shaded; None if no scores can be paired."""
-    tested = _tested(one, other)
+    tested = _paired_tests(one, other)
     if not tested:
         return None
-    found: dict[tuple[str, str], Panel] = {}
-    thin = {"color": INK, "linewidth": 1.0, "alpha": 0.6}
-    looks = {sae.label: {"color": series(study.in_full.index(sae)).colour, "linewidth": 1.6} for sae in (one, other)}
-    for dataset, probe in study.in_panels:
+    panels: dict[tuple[str, str], Panel] = {}
+    thin = {"color": TEXT_COLOUR, "linewidth": 1.0, "alpha": 0.6}
+    styles = {
+        sae.label: {"color": series(study.shown_in_full.index(sae)).colour, "linewidth": 1.6} for sae in (one, other)
+    }
+    for dataset, probe in study.panel_probes:
         cells = [sae.where(dataset, probe) for sae in (one, other)]
         model = Line(_by_layer(cells[0], "model_sel"), thin)
-        own = (Line(_by_layer(c, "sae_sel"), looks[s.label]) for c, s in zip(cells, (one, other), strict=True))
+        curves = (Line(_by_layer(c, "sae_sel"), styles[s.label]) for c, s in zip(cells, (one, other), strict=True))
         shaded = tuple(
             (layer, cells[0][layer].result["sae_sel"], cells[1][layer].result["sae_sel"])
             for (where, of, layer), test in tested.items()
             if (where, of) == (dataset, probe) and test[3] < LEVEL
         )
         if all(cells):
-            found[dataset, probe] = Panel(probe, (model, *own), shaded)
+            panels[dataset, probe] = Panel(probe, (model, *curves), shaded)
     rows = tuple(
         (one.label, other.label, dataset, probe, layer,
          *(sae.where(dataset, probe)[layer].result["sae_sel"] for sae in (one, other)), *test)
         for (dataset, probe, layer), test in tested.items()
     )  # fmt: skip
-    n_shaded = sum(len(panel.shaded) for panel in found.values())
+    n_shaded = sum(len(panel.shaded) for panel in panels.values())
     description = (
-        f"For each probe, balanced accuracy by layer of {one.label} and {other.label}, the model thin. Shaded: the "
-        f"paired difference is significant (q < {LEVEL} over the {len(tested)} cells with scores), in {n_shaded} cells."
+        f"For each probe, balanced accuracy by layer of {one.label} and {other.label}; the model is a thin line. The "
+        f"{n_shaded} shaded cells have a significant paired difference (q < {LEVEL} over the {len(tested)} cells with "
+        "scores)."
     )
-    legend: list[tuple[str, Mapping[str, Any]]] = [("model", thin), *looks.items()]
-    note = f"shaded: they differ (paired, q < {LEVEL})"
-    title = " and ".join(apart([one.label, other.label], characters(WIDTH - 60, 12) // 2))
-    draw = partial(_draw, title, note, list(found.values()), legend, _limits(study))
+    legend: list[tuple[str, Mapping[str, Any]]] = [("model", thin), *styles.items()]
+    note = f"shaded: significant difference (q < {LEVEL})"
+    title = " and ".join(short_names([one.label, other.label], characters(WIDTH - 60, 12) // 2))
+    draw = partial(_draw, title, note, list(panels.values()), legend, _limits(study))
     return Plot(name, f"{one.label} and {other.label} by layer", description, draw, OVERLAY, rows)
 
 
 def _probes(study: Study, sae: Sae) -> list[tuple[str, dict[int, Cell]]]:
-    found = [(probe, sae.where(dataset, probe)) for dataset, probe in study.in_panels]
-    return [(probe, cells) for probe, cells in found if cells]
+    probes = [(probe, sae.where(dataset, probe)) for dataset, probe in study.panel_probes]
+    return [(probe, cells) for probe, cells in probes if cells]
 
 
 def _by_layer(cells: Mapping[int, Cell], key: str) -> dict[int, float]:
@@ -132,37 +135,37 @@ def _by_layer(cells: Mapping[int, Cell], key: str) -> dict[int, float]:
     return {layer: value for layer, value in known.items() if value is not None}
 
 
-def _tested(one: Sae, other: Sae) -> dict[tuple[str, str, int], tuple[float, float, float, float]]:
+def _paired_tests(one: Sae, other: Sae) -> dict[tuple[str, str, int], tuple[float, float, float, float]]:
     """Return (dataset, probe, layer) -> difference of sae_sel, its 95 % interval, q; for cells with stored scores."""
     from delta_selectivity.probing.uncertainty import benjamini_hochberg  # imports scipy, seldom needed
     from delta_selectivity.records.sae_level import difference
 
-    found = {}
-    mine, theirs = _stored(one), _stored(other)
-    for place in [place for place in mine if place in theirs]:
-        estimate = difference({("", 0, ""): mine[place]}, {("", 0, ""): theirs[place]})
+    estimates = {}
+    scores_of_one, scores_of_other = _stored_scores(one), _stored_scores(other)
+    for place in [place for place in scores_of_one if place in scores_of_other]:
+        estimate = difference({("", 0, ""): scores_of_one[place]}, {("", 0, ""): scores_of_other[place]})
         if estimate is not None:
-            found[place] = estimate
-    q_values = benjamini_hochberg([estimate.p_value for estimate in found.values()]) if found else []
+            estimates[place] = estimate
+    q_values = benjamini_hochberg([estimate.p_value for estimate in estimates.values()]) if estimates else []
     return {
         place: (estimate.value, estimate.low, estimate.high, 1.0 if q is None else q)
-        for (place, estimate), q in zip(found.items(), q_values, strict=True)
+        for (place, estimate), q in zip(estimates.items(), q_values, strict=True)
     }
 
 
-def _stored(sae: Sae) -> dict[tuple[str, str, int], ProbeScores]:
+def _stored_scores(sae: Sae) -> dict[tuple[str, str, int], ProbeScores]:
     """Return the stored scores of an SAE's files, by the dataset's name in the report, probe and layer."""
-    found: dict[tuple[str, str, int], ProbeScores] = {}
+    scores_of_cell: dict[tuple[str, str, int], ProbeScores] = {}
     loaded: dict[tuple[Path, int], Mapping[str, ProbeScores]] = {}
     for cell, ((path, content), layer, probe) in zip(sae.cells, places(sae), strict=True):
         if (path, layer) not in loaded:
-            loaded[path, layer] = _of_layer(path, content["_run"]["key"], layer)
+            loaded[path, layer] = _scores_of_layer(path, content["_run"]["key"], layer)
         if probe in loaded[path, layer] and cell.measured:
-            found[cell.dataset, cell.probe, layer] = loaded[path, layer][probe]
-    return found
+            scores_of_cell[cell.dataset, cell.probe, layer] = loaded[path, layer][probe]
+    return scores_of_cell
 
 
-def _of_layer(path: Path, key: Mapping[str, Any], layer: int) -> Mapping[str, ProbeScores]:
+def _scores_of_layer(path: Path, key: Mapping[str, Any], layer: int) -> Mapping[str, ProbeScores]:
     """Return the scores of a layer of a result file; empty if they are missing or from another run."""
     try:
         kept = scores.load(scores.path_of(path, layer))
@@ -174,8 +177,8 @@ def _of_layer(path: Path, key: Mapping[str, Any], layer: int) -> Mapping[str, Pr
 def _limits(study: Study) -> tuple[float, float]:
     """Return the limits of the vertical axis, which all these figures share."""
     keys = ("model_sel", "sae_sel", "transfer_sel")
-    found = (cell.result.get(key) for sae in study.in_full for cell in sae.measured for key in keys)
-    values = [value for value in found if value is not None]
+    values_or_none = (cell.result.get(key) for sae in study.shown_in_full for cell in sae.measured for key in keys)
+    values = [value for value in values_or_none if value is not None]
     return math.floor(min([0.5, *values]) * 20) / 20, math.ceil(max([0.6, *values]) * 20) / 20
 
 
@@ -189,7 +192,7 @@ def _draw(
     n_rows = math.ceil(len(panels) / COLUMNS_OF_PANELS)
     height = HEAD + PANEL * n_rows + LEGEND_ROW * len(legend) + 12
     figure = canvas(WIDTH, height)
-    entitle(figure, title, note)
+    add_title(figure, title, note)
     layers = sorted({layer for panel in panels for line in panel.lines for layer in line.values})
     width = WIDTH / COLUMNS_OF_PANELS
     for place, panel in enumerate(panels):
@@ -207,7 +210,9 @@ def _panel(axes: Axes, panel: Panel, limits: tuple[float, float], layers: Sequen
     axes.grid(axis="y", linewidth=0.5)
     axes.axhline(0.5, color=MUTED, linestyle=":", linewidth=0.8)
     axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
-    axes.xaxis.set_major_locator(FixedLocator(layers) if len(layers) <= FEW else MaxNLocator(integer=True, nbins=5))
+    axes.xaxis.set_major_locator(
+        FixedLocator(layers) if len(layers) <= MAX_LAYER_TICKS else MaxNLocator(integer=True, nbins=5)
+    )
     known = {layer for layer, *_ in panel.shaded}
     for layer, low, high in panel.shaded:
         axes.vlines(layer, low, high, color=MUTED, linewidth=5, alpha=0.45)
@@ -216,12 +221,12 @@ def _panel(axes: Axes, panel: Panel, limits: tuple[float, float], layers: Sequen
             axes.fill_between([a, b], [first[0], second[0]], [first[1], second[1]], color=MUTED, alpha=0.3, linewidth=0)
     for line in panel.lines:
         if line.values:
-            marker = {"marker": "."} if len(line.values) == 1 and "marker" not in line.look else {}
-            axes.plot(list(line.values), list(line.values.values()), **{**line.look, **marker})
+            marker = {"marker": "."} if len(line.values) == 1 and "marker" not in line.style else {}
+            axes.plot(list(line.values), list(line.values.values()), **{**line.style, **marker})
 
 
 def _legend(figure: Figure, legend: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    lines = [Line2D([], [], **look) for _, look in legend]
-    names = apart([name for name, _ in legend], characters(WIDTH - 60, 10))
+    lines = [Line2D([], [], **style) for _, style in legend]
+    names = short_names([name for name, _ in legend], characters(WIDTH - 60, 10))
     figure.legend(lines, names, loc="lower left", bbox_to_anchor=(0, 0), handlelength=2.6, borderaxespad=0,
                   borderpad=0.2, labelspacing=0.35)  # fmt: skip

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from delta_selectivity.reporting.csv_file import csv_text
-from delta_selectivity.reporting.ink import MUTED, STYLE, shortened
+from delta_selectivity.reporting.styles import MUTED, STYLE, shortened
 from delta_selectivity.reporting.svg import accessible
 
 DPI = 72
@@ -46,18 +46,18 @@ class Plot:
 
     def svg(self) -> str:
         """Return a stand-alone SVG document."""
-        drawing, raw = self._saved("svg")
+        drawing, raw = self._render("svg")
         return accessible(raw.decode(), self.name, self.title, self.description, drawing.tips, drawing.cells)
 
     def png(self) -> bytes:
         """Return the plot as PNG on a white background."""
-        return self._saved("png", dpi=PNG_DPI, facecolor="white")[1]
+        return self._render("png", dpi=PNG_DPI, facecolor="white")[1]
 
     def csv(self) -> str:
         """Return the plot's numbers in full precision as CSV."""
         return csv_text(self.columns, self.rows)
 
-    def _saved(self, form: str, **options: Any) -> tuple[Drawing, bytes]:
+    def _render(self, form: str, **options: Any) -> tuple[Drawing, bytes]:
         out = io.BytesIO()
         about = {"Date": None} if form == "svg" else {"Software": None}
         with _style(self.name):
@@ -68,7 +68,7 @@ class Plot:
 
 @contextmanager
 def _style(name: str) -> Iterator[None]:
-    """Apply our style, not the user's, deterministic ids, and no warnings about glyphs, for which pages have fonts."""
+    """Apply our style instead of the user's, with deterministic ids; ignore warnings about missing glyphs."""
     with warnings.catch_warnings(), matplotlib.style.context(["default", {**STYLE, "svg.hashsalt": name}]):
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         yield
@@ -86,8 +86,8 @@ def axes_at(figure: Figure, left: float, top: float, width: float, height: float
     return figure.add_axes((left / full_width, bottom / full_height, width / full_width, height / full_height))
 
 
-def entitle(figure: Figure, title: str, beneath: str = "") -> None:
+def add_title(figure: Figure, title: str, subtitle: str = "") -> None:
     """Add a title in the upper left corner and a muted line below it, both shortened to the figure's width."""
     width, height = figure.get_size_inches() * DPI
     figure.text(0, 1 - 2 / height, shortened(title, width, 12), va="top", fontsize=12, fontweight="bold")
-    figure.text(0, 1 - 19 / height, shortened(beneath, width, 10), va="top", fontsize=10, color=MUTED)
+    figure.text(0, 1 - 19 / height, shortened(subtitle, width, 10), va="top", fontsize=10, color=MUTED)

@@ -1,4 +1,4 @@
-"""Group result files by SAE, and find what prevents the comparison of two SAEs.
+"""Group result files by SAE, and find out whether two SAEs can be compared.
 
 Files of one SAE share everything that affects the numbers, and are averaged. Files that differ in the model's or the
 SAE's weights, in the rows or in any setting count as different SAEs, named by the difference.
@@ -25,8 +25,9 @@ File = tuple[Path, Json]  # path, and content as returned by `result_file.read`
 HASHES = ("model", "sae", "data", "calibration")
 """Hashes in `_run.key`, which are not meaningful to a reader."""
 OF_THE_SAE = ("sae", "hookpoint", "counts_bos", "baseline", "calibration")
-"""Entries in which two compared SAEs may differ; `UNPAIRED` below has those that affect no paired difference."""
+"""Entries that describe the SAE itself, so two compared SAEs may differ in them."""
 UNPAIRED = ("views", "epsilon", "whole_tokens", "downstream")
+"""Entries that do not affect a paired difference, so two compared SAEs may differ in them."""
 
 
 def dataset_of(file: File) -> str:
@@ -38,8 +39,8 @@ def dataset_of(file: File) -> str:
 def settings_of(file: File) -> Json:
     """Return everything that affects the numbers, except for the hash of the rows."""
     run = file[1]["_run"]
-    found = {name: value for name, value in run["key"].items() if name not in ("schema", "data")}
-    return {**found, "shuffle_select_n": run["config"].get("shuffle_select_n")}
+    settings = {name: value for name, value in run["key"].items() if name not in ("schema", "data")}
+    return {**settings, "shuffle_select_n": run["config"].get("shuffle_select_n")}
 
 
 def model_name(files: Sequence[File]) -> str:
@@ -53,7 +54,7 @@ def model_names(files: Sequence[File]) -> dict[Any, str]:
     by_hash: dict[Any, list[File]] = {}
     for file in files:
         by_hash.setdefault(str(file[1]["_run"]["key"].get("model")), []).append(file)
-    names = {digest: model_name(own) for digest, own in by_hash.items()}
+    names = {digest: model_name(files_of_model) for digest, files_of_model in by_hash.items()}
     n_of = Counter(names.values())
     seen: Counter[str] = Counter()
     for digest, name in names.items():
@@ -64,22 +65,24 @@ def model_names(files: Sequence[File]) -> dict[Any, str]:
 
 
 def without_repeats(files: Sequence[File]) -> list[File]:
-    """Drop layers that an earlier file has of the same measurement, with a warning that lists them.
+    """Drop layers that an earlier file of the same measurement also has, with a warning.
 
-    Measurements are the same if model, SAE, rows and settings are, whatever their names: a hub id or a path, for
-    example.
+    Two measurements are the same if their model, SAE, rows and settings are. The model may have different names, such
+    as a hub id and a path.
     """
     seen: dict[str, dict[str, Path]] = {}
     kept = []
-    for path, found in files:
-        run = found["_run"]
-        same = seen.setdefault(repr((run["config"]["sae"], dataset_of((path, found)), sorted(run["key"].items()))), {})
-        again = {name: same[name] for name in found if name in same}
-        same |= {name: path for name in found if name != "_run" and name not in same}
-        if again:
-            log.warning(one_line(f"{path} repeats what {next(iter(again.values()))} holds: counted once"))
-        rest = {name: value for name, value in found.items() if name not in again}
-        if len(rest) > 1 or not again:
+    for path, content in files:
+        run = content["_run"]
+        same = seen.setdefault(
+            repr((run["config"]["sae"], dataset_of((path, content)), sorted(run["key"].items()))), {}
+        )
+        repeated = {name: same[name] for name in content if name in same}
+        same |= {name: path for name in content if name != "_run" and name not in same}
+        if repeated:
+            log.warning(one_line(f"{path} has layers that {next(iter(repeated.values()))} also has: counted once"))
+        rest = {name: value for name, value in content.items() if name not in repeated}
+        if len(rest) > 1 or not repeated:
             kept.append((path, rest))
     return kept
 
@@ -92,7 +95,7 @@ class _Group:
     data: dict[str, Any] = field(default_factory=dict)  # dataset -> hash of its rows
     files: list[File] = field(default_factory=list)
 
-    def takes(self, file: File) -> bool:
+    def accepts(self, file: File) -> bool:
         data = file[1]["_run"]["key"].get("data")
         return self.settings == settings_of(file) and self.data.get(dataset_of(file), data) == data
 
@@ -104,18 +107,18 @@ class _Group:
 def split(by_name: Mapping[str, Sequence[File]]) -> dict[str, list[File]]:
     """Return the files of each SAE; files of one name that differ in more than the dataset get longer names."""
     models = model_names([file for files in by_name.values() for file in files])
-    found: dict[str, list[File]] = {}
+    files_by_sae: dict[str, list[File]] = {}
     for name, files in by_name.items():
         groups: list[_Group] = []
         for file in files:
-            group = next((group for group in groups if group.takes(file)), None)
+            group = next((group for group in groups if group.accepts(file)), None)
             if group is None:
                 group = _Group(settings_of(file))
                 groups.append(group)
             group.add(file)
         for suffix, group in zip(_suffixes(groups, models), groups, strict=True):
-            found[f"{name} ({suffix})" if suffix else name] = group.files
-    return found
+            files_by_sae[f"{name} ({suffix})" if suffix else name] = group.files
+    return files_by_sae
 
 
 def _suffixes(groups: Sequence[_Group], models: Mapping[Any, str]) -> list[str]:
@@ -124,24 +127,24 @@ def _suffixes(groups: Sequence[_Group], models: Mapping[Any, str]) -> list[str]:
         return [""]
     names = dict.fromkeys(name for group in groups for name in group.settings)
     differ = [name for name in names if any(g.settings.get(name) != groups[0].settings.get(name) for g in groups)]
-    told = [", ".join(_told(name, group.settings.get(name), models) for name in differ) for group in groups]
+    suffixes = [", ".join(_setting_text(name, group.settings.get(name), models) for name in differ) for group in groups]
     for more in ([group.files[0][0].parent.name for group in groups], [str(i + 1) for i in range(len(groups))]):
-        seen = Counter(told)
-        told = [
-            ", ".join(filter(None, (text, f"in {own}"))) if seen[text] > 1 else text
-            for text, own in zip(told, more, strict=True)
+        seen = Counter(suffixes)
+        suffixes = [
+            ", ".join(filter(None, (text, f"in {word}"))) if seen[text] > 1 else text
+            for text, word in zip(suffixes, more, strict=True)
         ]
-    return [text.strip(", ") for text in told]
+    return [text.strip(", ") for text in suffixes]
 
 
-def _told(name: str, value: Any, models: Mapping[Any, str]) -> str:
+def _setting_text(name: str, value: Any, models: Mapping[Any, str]) -> str:
     if name == "model":
         return f"model {models.get(value, value)}"
     return "" if name in HASHES else f"{name} {shown(name, value)}"
 
 
-def obstacle(one: Sequence[File], other: Sequence[File]) -> str | None:
-    """Return why two SAEs cannot be compared row by row: the differing settings and their values; None if they can."""
+def why_incomparable(one: Sequence[File], other: Sequence[File]) -> str | None:
+    """Return why two SAEs cannot be compared row by row: the settings that differ; None if they can be compared."""
     models = model_names([*one, *other])
     a, b = (
         {name: value for name, value in settings_of(files[0]).items() if name not in (*OF_THE_SAE, *UNPAIRED)}
@@ -149,17 +152,18 @@ def obstacle(one: Sequence[File], other: Sequence[File]) -> str | None:
     )
     differ = [name for name in {**a, **b} if a.get(name) != b.get(name)]
     if differ:
-        return "; ".join(_both(name, a.get(name), b.get(name), models) for name in differ)
+        return "; ".join(_setting_of_both(name, a.get(name), b.get(name), models) for name in differ)
     data = [{dataset_of(file): file[1]["_run"]["key"].get("data") for file in files} for files in (one, other)]
     common = data[0].keys() & data[1].keys()
     if not common:
         return f"no dataset in common ({', '.join(sorted(data[0]))}; {', '.join(sorted(data[1]))})"
     if all(data[0][name] != data[1][name] for name in common):
-        return "; ".join(filter(None, (_rows_differ(one[0], other[0]), f"other rows of {', '.join(sorted(common))}")))
+        rows = f"different rows of {', '.join(sorted(common))}"
+        return "; ".join(filter(None, (_rows_differ(one[0], other[0]), rows)))
     return None
 
 
-def _both(name: str, one: Any, other: Any, models: Mapping[Any, str]) -> str:
+def _setting_of_both(name: str, one: Any, other: Any, models: Mapping[Any, str]) -> str:
     if name == "model":
         one, other = models[str(one)], models[str(other)]
     return f"{name} {shown(name, one)} and {shown(name, other)}"
@@ -178,11 +182,13 @@ def _rows_differ(one: File, other: File) -> str:
 
 def stored_cells(files: Sequence[File]) -> dict[sae_level.Place, Any] | None:
     """Return the stored scores of an SAE's files, by dataset without the model's name; None if some are missing."""
-    found: dict[sae_level.Place, Any] = {}
+    all_cells: dict[sae_level.Place, Any] = {}
     for path, content in files:
         layers = sorted(int(name.removeprefix("layer_")) for name in content if name != "_run")
         cells = sae_level.read_cells([(path, content["_run"]["key"], layers)])
         if cells is None:
             return None
-        found |= {(dataset_of((path, content)), layer, probe): scores for (_, layer, probe), scores in cells.items()}
-    return found
+        all_cells |= {
+            (dataset_of((path, content)), layer, probe): scores for (_, layer, probe), scores in cells.items()
+        }
+    return all_cells

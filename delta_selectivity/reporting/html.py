@@ -22,12 +22,12 @@ class Markup(str):
 
 def element(tag: str, *children: str, **attributes: str | None) -> Markup:
     """Return an element. In attribute names, a trailing `_` is removed and other `_` become `-`; None omits it."""
-    told = "".join(
+    attribute_text = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{_escaped(value)}"'
         for name, value in attributes.items()
         if value is not None
     )
-    return Markup(f"<{tag}{told}>" if tag in VOID else f"<{tag}{told}>{join(children)}</{tag}>")
+    return Markup(f"<{tag}{attribute_text}>" if tag in VOID else f"<{tag}{attribute_text}>{join(children)}</{tag}>")
 
 
 def join(children: Iterable[str], between: str = "") -> Markup:

@@ -1,5 +1,5 @@
 "use strict";
-// Which board is shown, and which of its SAEs.
+// Show the selected board, and those of its SAEs that the filters accept.
 
 const form = document.getElementById("filters");
 const boards = [...document.querySelectorAll("[data-board]")];

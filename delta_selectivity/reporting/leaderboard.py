@@ -24,9 +24,10 @@ from delta_selectivity.system.whole_file import replacing
 HEAD = ("rank", "SAE", "survives (transfer_r2)", "95 % interval", "delta_sel", "L0", "width", "fvu_pos", "probes")
 BAR, HALF = 180, 8  # width and half height of the drawn interval, pixels
 READING = (
-    "transfer_r2 is the share of what the model's own probes read in its activations that they still read in the SAE's "
-    "reconstruction: 1 is all of it, 0 no more than a constant. Ranks such as 2–4 are ties: the 95 % interval of the "
-    "paired difference from each SAE that is listed as tied holds 0. Filters hide SAEs and leave ranks as they are."
+    "transfer_r2 is the R² between the outputs of the model's own probes on the SAE's reconstruction and on the "
+    "activations. 1: identical; 0 or less: no better than a constant. Ranks such as 2–4 are ties: the 95 % "
+    "interval of the paired difference from each SAE that is listed as tied includes 0. Filters hide SAEs but do not "
+    "change ranks."
 )
 
 
@@ -35,7 +36,7 @@ class Board:
     """The SAEs of one model, hook point and layer."""
 
     model: str
-    place: str
+    hookpoint: str
     layer: int
     study: Study  # restricted to this layer
     ranking: Ranking
@@ -43,36 +44,36 @@ class Board:
     @property
     def title(self) -> str:
         """Return what its SAEs have in common."""
-        return f"{self.model} · {self.place} · layer {self.layer}"
+        return f"{self.model} · {self.hookpoint} · layer {self.layer}"
 
 
 def boards_of(files: Sequence[File]) -> Iterator[Board]:
     """Yield a board for each model, hook point and layer of these files, without baselines."""
     models = model_names(files)
     places: dict[tuple[str, str, int], list[File]] = {}
-    for path, found in files:
-        key, config = found["_run"]["key"], found["_run"]["config"]
-        layers = [int(name.removeprefix("layer_")) for name in found if name != "_run"]
+    for path, content in files:
+        key, config = content["_run"]["key"], content["_run"]["config"]
+        layers = [int(name.removeprefix("layer_")) for name in content if name != "_run"]
         for layer in layers if not config.get("baseline") else ():
-            at = printable(models[str(key.get("model"))]), printable(str(key.get("hookpoint"))), layer
-            places.setdefault(at, []).append((path, _at_layer(found, layer, is_only=len(layers) == 1)))
-    for (model, place, layer), own in sorted(places.items()):
-        study = study_of(own)
+            board = printable(models[str(key.get("model"))]), printable(str(key.get("hookpoint"))), layer
+            places.setdefault(board, []).append((path, _at_layer(content, layer, is_only=len(layers) == 1)))
+    for (model, place, layer), files_of_board in sorted(places.items()):
+        study = study_of(files_of_board)
         yield Board(model, place, layer, study, rank(study))
 
 
-def _at_layer(found: dict[str, object], layer: int, is_only: bool) -> dict[str, object]:
-    """Return one layer of a result file; numbers over all layers are recomputed from the stored scores."""
-    run = found["_run"]
+def _at_layer(content: dict[str, object], layer: int, is_only: bool) -> dict[str, object]:
+    """Return one layer of a result file, without the means over all layers; these are recomputed from the scores."""
+    run = content["_run"]
     assert isinstance(run, dict)
-    return {"_run": run if is_only else {**run, "sae_level": {}}, f"layer_{layer}": found[f"layer_{layer}"]}
+    return {"_run": run if is_only else {**run, "sae_level": {}}, f"layer_{layer}": content[f"layer_{layer}"]}
 
 
 def write_leaderboard(files: Sequence[File], path: Path) -> str:
     """Write the page; returns a message. Raises `RequestError` if there are no SAEs, or the path is not writable."""
     boards = list(boards_of(files))
     if not boards:
-        raise RequestError("`leaderboard`: there are only baselines here")
+        raise RequestError("`leaderboard`: the files hold only baselines, and no SAE")
     try:
         with replacing(path.absolute(), "w", encoding="utf-8") as out:
             out.write(leaderboard(boards))
@@ -84,7 +85,7 @@ def write_leaderboard(files: Sequence[File], path: Path) -> str:
 
 def leaderboard(boards: Sequence[Board]) -> str:
     """Return the whole document."""
-    title = "SAEs by what survives in them"
+    title = "SAEs by transfer_r2"
     header = element("header", element("h1", title), element("p", READING))
     parts = element("main", _controls(boards), *(_section(i, board) for i, board in enumerate(boards)))
     return document(title, [header, parts], ("leaderboard.js",), ("leaderboard.css",))
@@ -111,7 +112,7 @@ def _labelled(name: str, control: Markup) -> Markup:
 
 
 def _section(index: int, board: Board) -> Markup:
-    told = board.ranking.sentence()
+    sentence = board.ranking.sentence()
     ends = [end for sae in board.study.saes for end in sae.overall("transfer_r2") if end is not None]
     low, high = min([0.0, *ends]), max([1.0, *ends])
     rows = [_row(board, sae, low, high) for sae in in_order(board.study, board.ranking) if not sae.is_baseline]
@@ -121,7 +122,7 @@ def _section(index: int, board: Board) -> Markup:
     return element(
         "section",
         element("h2", board.title, id=f"title-{index}"),
-        *([element("p", told)] if told else []),
+        *([element("p", sentence)] if sentence else []),
         element("div", table, class_="scroll lists", tabindex="0", role="region", aria_labelledby=f"title-{index}"),
         data_board=str(index),
     )
@@ -131,7 +132,7 @@ def _row(board: Board, sae: Sae, low: float, high: float) -> Markup:
     r2, delta = sae.overall("transfer_r2"), sae.overall("delta_sel")
     width, l0 = _width(sae), sae.mean_figure("l0")
     cells = [
-        _place(board, sae),
+        _rank_cell(board, sae),
         None,
         element("b", typeset(number(r2[0], ".3f"))),
         _interval(r2, low, high),
@@ -150,13 +151,13 @@ def _row(board: Board, sae: Sae, low: float, high: float) -> Markup:
     )
 
 
-def _place(board: Board, sae: Sae) -> Markup:
-    """Return the rank and the SAEs that share it: the number as text, the names as tooltip and accessible label."""
+def _rank_cell(board: Board, sae: Sae) -> Markup:
+    """Return the rank and the number of SAEs that share it; their names are a tooltip and an accessible label."""
     rank = element("b", board.ranking.place(sae).replace("-", "–"))
     tied = [
         (pair.other if pair.one is sae else pair.one).label
         for pair in board.ranking.pairs
-        if not pair.sure and sae in (pair.one, pair.other)
+        if not pair.is_significant and sae in (pair.one, pair.other)
     ]
     if not tied:
         return rank
@@ -165,22 +166,22 @@ def _place(board: Board, sae: Sae) -> Markup:
     return join([rank, " ", element("small", others, element("span", f": {names}", class_="hidden"), title=names)])
 
 
-def _interval(found: Sequence[float | None], low: float, high: float) -> Markup:
+def _interval(estimate: Sequence[float | None], low: float, high: float) -> Markup:
     """Return the interval in numbers and as a drawing on the board's scale."""
-    value, *ends = found
+    value, *ends = estimate
     if value is None or None in ends:
         return Markup("–")
     x = [round(4 + (BAR - 8) * (one - low) / (high - low), 1) for one in (value, *ends) if one is not None]
     line = element("line", x1=str(x[1]), x2=str(x[2]), y1=str(HALF), y2=str(HALF))
     dot = element("circle", cx=str(x[0]), cy=str(HALF), r="4")
     drawn = element("svg", line, dot, width=str(BAR), height=str(2 * HALF), aria_hidden="true")
-    told = f"{typeset(f'{ends[0]:.3f}')} to {typeset(f'{ends[1]:.3f}')}"
-    return join([drawn, " ", element("small", told)])
+    bounds = f"{typeset(f'{ends[0]:.3f}')} to {typeset(f'{ends[1]:.3f}')}"
+    return join([drawn, " ", element("small", bounds)])
 
 
 def _width(sae: Sae) -> int | None:
-    """Return the number of latents of the SAE; None for files of older versions, which lack it."""
+    """Return the number of latents of the SAE; None for files of older versions, which do not have it."""
     widths = sae.files[0][1]["_run"]["config"].get("d_sae")
     layer = sae.cells[0].layer if sae.cells else None
-    found = widths.get(str(layer)) if isinstance(widths, dict) else None
-    return found if isinstance(found, int) and not isinstance(found, bool) else None
+    width = widths.get(str(layer)) if isinstance(widths, dict) else None
+    return width if isinstance(width, int) and not isinstance(width, bool) else None

@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, to_hex, to_rgb
 from matplotlib.patches import Rectangle
 
-from delta_selectivity.reporting.ink import HATCH, NO_VALUE, UNSHOWN
+from delta_selectivity.reporting.styles import HATCH, NO_VALUE, NOT_SIGNIFICANT
 
 DIVERGING = "RdBu"  # low values, losses, are red
-RIM_X, RIM_Y = 0.06, 0.14  # share of a cell that is not significant that keeps its colour
+RIM_X, RIM_Y = 0.06, 0.14  # coloured rim around the hatching, as shares of a cell's width and height
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MatrixCell:
     column: int
     value: float | None  # None: no number; only `text` is shown
     text: str
-    shown: bool  # whether it differs significantly from 0
+    is_significant: bool  # whether it differs significantly from 0
     tip: str
 
 
@@ -42,7 +42,7 @@ def colour_of(value: float, limit: float) -> str:
     return to_hex(matplotlib.colormaps[DIVERGING](Normalize(-limit, limit)(value)))
 
 
-def ink_on(colour: str) -> str:
+def text_colour_on(colour: str) -> str:
     """Return black or white, whichever has more contrast with the colour (WCAG relative luminance)."""
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
     return "#ffffff" if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179 else "#000000"
@@ -57,26 +57,28 @@ def draw_matrix(axes: Axes, cells: Sequence[MatrixCell], limit: float) -> dict[s
         tips[gid] = cell.tip
         box = Rectangle((cell.column, cell.row), 1, 1, facecolor=colour, edgecolor="white", linewidth=1, gid=gid)
         axes.add_patch(box)
-        if cell.value is not None and not cell.shown:
-            colour = UNSHOWN
-            axes.add_patch(_unshown(cell.row, cell.column, f"{gid}-hatch"))
+        if cell.value is not None and not cell.is_significant:
+            colour = NOT_SIGNIFICANT
+            axes.add_patch(_hatched(cell.row, cell.column, f"{gid}-hatch"))
         axes.text(
             cell.column + 0.5, cell.row + 0.52, cell.text, ha="center", va="center", fontsize=9.5,
-            fontweight="bold" if cell.shown else "normal", color=ink_on(colour), gid=f"{gid}-text",
+            fontweight="bold" if cell.is_significant else "normal", color=text_colour_on(colour), gid=f"{gid}-text",
         )  # fmt: skip
         tips[f"{gid}-text"] = cell.tip
     return tips
 
 
-def _unshown(row: int, column: int, gid: str) -> Rectangle:
-    """Return a pale, hatched rectangle that leaves a coloured rim, so that insignificant values do not stand out."""
+def _hatched(row: int, column: int, gid: str) -> Rectangle:
+    """Return a pale, hatched rectangle for a value that is not significant; it leaves a coloured rim."""
     place = (column + RIM_X, row + RIM_Y)
     width, height = 1 - 2 * RIM_X, 1 - 2 * RIM_Y
-    return Rectangle(place, width, height, facecolor=UNSHOWN, hatch="////", edgecolor=HATCH, linewidth=0, gid=gid)
+    return Rectangle(
+        place, width, height, facecolor=NOT_SIGNIFICANT, hatch="////", edgecolor=HATCH, linewidth=0, gid=gid
+    )
 
 
-def bare(axes: Axes, n_rows: int, n_columns: int) -> None:
-    """Set matrix coordinates, without a frame."""
+def set_matrix_axes(axes: Axes, n_rows: int, n_columns: int) -> None:
+    """Give the axes matrix coordinates, and remove their frame."""
     axes.set(xlim=(0, n_columns), ylim=(n_rows, 0))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

@@ -8,14 +8,14 @@ from functools import partial
 
 from matplotlib.axes import Axes
 
-from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import INK, MUTED, characters, series
-from delta_selectivity.reporting.names import apart
+from delta_selectivity.reporting.drawing import Drawing, Plot, add_title, axes_at, canvas
+from delta_selectivity.reporting.names import short_names
 from delta_selectivity.reporting.numbers import number, probability, signed, span, typeset
 from delta_selectivity.reporting.study import Sae, Study
+from delta_selectivity.reporting.styles import MUTED, TEXT_COLOUR, characters, series
 
 WIDTH = 352  # pixels
-NAMES = 150  # of those, for the names on the left
+NAMES_WIDTH = 150  # of those, for the names on the left
 ROW = 22
 TITLES = {"delta_sel": "Mean delta_sel", "transfer_r2": "Mean transfer_r2"}
 LEVEL_COLUMNS = ("sae", "mean", "ci_low", "ci_high")
@@ -37,13 +37,13 @@ class Estimate:
 
 def means(study: Study, score: str) -> Plot | None:
     """Plot the mean of a score for all SAEs, best first, and the baselines below; None if nothing was measured."""
-    rows = [_mean(study, sae, score) for sae in study.everything]
+    rows = [_mean(study, sae, score) for sae in study.saes_and_baselines]
     known = [row for row in rows if row is not None]
     if not known:
         return None
     n_saes = sum(row is not None for row in rows[: len(study.saes)])
     known = [*sorted(known[:n_saes], key=lambda row: -row.value), *known[n_saes:]]
-    description = "A dot for each SAE, the best on top, with its 95 % interval; baselines are grey, beneath."
+    description = "A dot for each SAE with its 95 % interval, best first. Baselines are grey and below the SAEs."
     data = tuple((row.name, row.value, row.low, row.high) for row in known)
     draw = partial(_draw, TITLES[score], "over all cells, 95 % interval", known, 0.0 if score == "delta_sel" else 1.0)
     return Plot(f"mean_{score}", TITLES[score], description, draw, LEVEL_COLUMNS, data)
@@ -62,41 +62,42 @@ def _mean(study: Study, sae: Sae, score: str) -> Estimate | None:
 
 def differences(study: Study, score: str) -> Plot | None:
     """Plot paired differences: each SAE and the next, each baseline and its SAE; None if no two can be compared."""
-    found = [pair for pair in study.neighbours if pair.found[score] is not None]
-    if not found:
+    pairs = [pair for pair in study.neighbours if pair.figures[score] is not None]
+    if not pairs:
         return None
     title = f"Paired differences of {score}"
-    labels = [sae.label.removeprefix("baseline: ") for sae in study.everything]
-    short = dict(zip(labels, apart(labels, characters((WIDTH - 40) / 2, 10)), strict=True))
+    labels = [sae.label.removeprefix("baseline: ") for sae in study.saes_and_baselines]
+    short = dict(zip(labels, short_names(labels, characters((WIDTH - 40) / 2, 10)), strict=True))
     rows, data = [], []
-    for pair in found:
-        low, high, p = (pair.found[f"{score}_{key}"] for key in ("ci_low", "ci_high", "p_value"))
+    for pair in pairs:
+        low, high, p = (pair.figures[f"{score}_{key}"] for key in ("ci_low", "ci_high", "p_value"))
         names = (pair.one.label.removeprefix("baseline: "), pair.other.label)
         name = " − ".join(short[name] for name in names)
-        value = pair.found[score]
+        value = pair.figures[score]
         tip = f"{' − '.join(names)}: {signed(value, 4)} ({span(low, high, 4)}), p {probability(p)}"
-        rows.append(Estimate(name, value, low, high, MUTED if pair.one.is_baseline else INK, "D", tip))
+        rows.append(Estimate(name, value, low, high, MUTED if pair.one.is_baseline else TEXT_COLOUR, "D", tip))
         data.append((pair.one.label, pair.other.label, value, low, high, p))
     description = (
-        "The first minus the second, on the same rows, folds and people; an interval clear of 0 tells them apart."
+        "The first SAE minus the second, on the same rows, folds and groups. The two differ significantly if the "
+        "interval excludes 0."
     )
-    draw = partial(_draw, title, "same rows, folds and people; 95 % interval", rows, 0.0, above=True)
+    draw = partial(_draw, title, "paired; 95 % interval", rows, 0.0, above=True)
     return Plot(f"differences_{score}", title, description, draw, PAIR_COLUMNS, tuple(data))
 
 
 def _draw(title: str, note: str, rows: Sequence[Estimate], line: float, above: bool = False) -> Drawing:
     """Draw a row for each estimate, with its name to the left, or above it if names are long."""
-    pitch, left = (38, 8) if above else (ROW, NAMES)
+    pitch, left = (38, 8) if above else (ROW, NAMES_WIDTH)
     figure = canvas(WIDTH, 50 + pitch * len(rows) + 30)
-    entitle(figure, title, note)
+    add_title(figure, title, note)
     axes = axes_at(figure, left, 44, WIDTH - left - 12, pitch * len(rows))
     axes.set(ylim=(len(rows) - 0.5, -0.5), yticks=[])
     axes.spines["left"].set_visible(False)
     axes.axvline(line, color=MUTED, linewidth=1, linestyle=":")
     axes.grid(axis="x")
-    axes.locator_params(axis="x", nbins=4 if left == NAMES else 6)
+    axes.locator_params(axis="x", nbins=4 if left == NAMES_WIDTH else 6)
     axes.margins(x=0.08)
-    names = apart([row.name for row in rows], characters(WIDTH - 20 if above else NAMES - 12, 10))
+    names = short_names([row.name for row in rows], characters(WIDTH - 20 if above else NAMES_WIDTH - 12, 10))
     tips: dict[str, str] = {}
     for y, (row, name) in enumerate(zip(rows, names, strict=True)):
         gid = f"row-{y}"

@@ -22,7 +22,10 @@ BODY_MARKS = ("<!-- delta-selectivity: begin -->", "<!-- delta-selectivity: end 
 """Markers around our section in the text."""
 SOURCE = "Delta Selectivity"
 TASK = "feature-extraction"
-SCORES = {"transfer_r2": "share of the model's probe readings that survive", "delta_sel": "change in balanced accuracy"}
+SCORES = {
+    "transfer_r2": "R² between the outputs of the model's probes on the reconstruction and on the activations",
+    "delta_sel": "change in balanced accuracy",
+}
 PAGE = "report.html"
 
 _FRONT = re.compile(r"\A(---[ \t]*\r?\n)(.*?)(^---[ \t]*(?:\r?\n|\Z))", re.DOTALL | re.MULTILINE)
@@ -41,20 +44,20 @@ class Score:
 
 def scores_of(sae: Sae) -> list[Score]:
     """Return the means over all cells, then those of each dataset. Raises `RequestError` if there are none."""
-    found = [(("", name), *sae.overall(name)) for name in SCORES]
+    scores_found = [(("", name), *sae.overall(name)) for name in SCORES]
     cells = stored_cells(sae.files) or {}
     for dataset in dict.fromkeys(cell.dataset for cell in sae.measured):
-        own = {place: scores for place, scores in cells.items() if place[0] == dataset}
+        cells_of_dataset = {place: scores for place, scores in cells.items() if place[0] == dataset}
         results = [cell.result for cell in sae.measured if cell.dataset == dataset]
         for name, over in (("transfer_r2", mean_transfer_r2), ("delta_sel", mean_delta)):
-            known = over(own) if own else None
+            known = over(cells_of_dataset) if cells_of_dataset else None
             if known is None:
-                found.append(((dataset, name), mean(result[name] for result in results), None, None))
+                scores_found.append(((dataset, name), mean(result[name] for result in results), None, None))
             else:
-                found.append(((dataset, name), known.value, known.low, known.high))
-    scores = [Score(*of, value, low, high) for of, value, low, high in found if value is not None]
+                scores_found.append(((dataset, name), known.value, known.low, known.high))
+    scores = [Score(*of, value, low, high) for of, value, low, high in scores_found if value is not None]
     if not scores:
-        raise RequestError(f"{sae.name}: nothing was measured of it")
+        raise RequestError(f"{sae.name}: the files have no measured results for it")
     return scores
 
 
@@ -85,8 +88,8 @@ def model_index(sae: Sae, name: str, url: str) -> list[dict[str, Any]]:
         )
         for score in scores_of(sae)
     ]
-    found: list[dict[str, Any]] = eval_results_to_model_index(name, results)
-    return found
+    metadata: list[dict[str, Any]] = eval_results_to_model_index(name, results)
+    return metadata
 
 
 def body_of(sae: Sae, folder: str) -> str:
@@ -95,8 +98,8 @@ def body_of(sae: Sae, folder: str) -> str:
     for score in scores_of(sae):
         by_dataset.setdefault(score.dataset, {})[score.name] = score
     rows = [
-        f"| {_title(dataset)} | {' | '.join(_shown(own.get(name)) for name in SCORES)} |"
-        for dataset, own in by_dataset.items()
+        f"| {_title(dataset)} | {' | '.join(_score_text(scores.get(name)) for name in SCORES)} |"
+        for dataset, scores in by_dataset.items()
     ]
     layers = ", ".join(map(str, sorted({cell.layer for cell in sae.measured})))
     fvu, l0 = sae.mean_figure("fvu_whole"), sae.mean_figure("l0")
@@ -104,15 +107,16 @@ def body_of(sae: Sae, folder: str) -> str:
     return "\n".join([
         "## What the SAE keeps",
         "",
-        "Probes on the model's activations, read on the SAE's reconstruction. Means over layers and probes, with 95 % "
-        f"intervals; layers {layers}{''.join(f'; {one}' for one in figures)}.",
+        "Probes are trained on the model's activations and evaluated on the SAE's reconstruction. The table has means "
+        f"over layers and probes with 95 % intervals. Layers {layers}{''.join(f'; {one}' for one in figures)}.",
         "",
         f"| dataset | {' | '.join(SCORES)} |",
         f"|---|{'---:|' * len(SCORES)}",
         *rows,
         "",
-        f"`transfer_r2`: {SCORES['transfer_r2']} (1: all). `delta_sel`: {SCORES['delta_sel']} of a probe fitted anew "
-        f"(0: nothing lost). [All numbers]({folder}/{PAGE}).",
+        f"`transfer_r2`: {SCORES['transfer_r2']} (1: identical). "
+        f"`delta_sel`: {SCORES['delta_sel']} of a probe fitted anew on the reconstruction (0: nothing lost). "
+        f"[All numbers]({folder}/{PAGE}).",
     ])  # fmt: skip
 
 
@@ -126,7 +130,7 @@ def _interval(score: Score) -> dict[str, float] | None:
     return {"confidence": 0.95, "low": round(score.low, 6), "high": round(score.high, 6)}
 
 
-def _shown(score: Score | None) -> str:
+def _score_text(score: Score | None) -> str:
     if score is None or score.low is None or score.high is None:
         return "–" if score is None else f"{score.value:.3f}"
     return f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}]"
@@ -146,9 +150,9 @@ def with_results(card: str, index: Sequence[Mapping[str, Any]], body: str) -> st
     else:
         head = f"{front[1]}{_with_entry(front[2], index, end)}{front[3]}"
         rest = card[front.end() :]
-    found = head + _with_section(rest, body, end)
-    _check(before, _parsed(found), index)
-    return found
+    new_card = head + _with_section(rest, body, end)
+    _check(before, _parsed(new_card), index)
+    return new_card
 
 
 def _with_entry(yaml: str, index: Sequence[Mapping[str, Any]], end: str) -> str:
@@ -156,25 +160,25 @@ def _with_entry(yaml: str, index: Sequence[Mapping[str, Any]], end: str) -> str:
 
     lines = yaml.splitlines(keepends=True)
     entry = yaml_dump(list(index), sort_keys=False).splitlines()
-    ours = [i for i, line in enumerate(lines) if line.strip() in MARKS]
+    own_lines = [i for i, line in enumerate(lines) if line.strip() in MARKS]
     key = next((i for i, line in enumerate(lines) if line.startswith("model-index:")), None)
-    if len(ours) == 2:
-        start, stop = ours[0], ours[1] + 1
+    if len(own_lines) == 2:
+        start, stop = own_lines[0], own_lines[1] + 1
         indent = lines[start][: len(lines[start]) - len(lines[start].lstrip())]
     elif key is None:
         start = stop = len(lines) + 1
         lines, indent = [*lines, f"model-index:{end}"], ""
     else:
         if lines[key].split("#")[0].strip() != "model-index:":
-            raise RequestError("the card's model-index stands in one line: write it as a list of lines first")
-        start = stop = _last_of(lines, key) + 1
+            raise RequestError("the card's model-index is written in one line: write it as a YAML block list first")
+        start = stop = _last_line_of(lines, key) + 1
         item = next((line for line in lines[key + 1 : start] if line.lstrip().startswith("-")), "")
         indent = item[: len(item) - len(item.lstrip())]
     block = [f"{indent}{line}{end}" for line in (MARKS[0], *entry, MARKS[1])]
     return "".join([*lines[:start], *block, *lines[stop:]])
 
 
-def _last_of(lines: Sequence[str], key: int) -> int:
+def _last_line_of(lines: Sequence[str], key: int) -> int:
     """Return the last line of the value of a top-level key."""
     last = key
     for i, line in enumerate(lines[key + 1 :], key + 1):
@@ -199,26 +203,26 @@ def _parsed(card: str) -> dict[str, Any]:
 
     front = _FRONT.match(card)
     try:
-        found = yaml.safe_load(front[2]) if front else {}
+        metadata = yaml.safe_load(front[2]) if front else {}
     except yaml.YAMLError as error:
         raise RequestError(f"the card's metadata is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict | None):
+    if not isinstance(metadata, dict | None):
         raise RequestError("the card's metadata is no mapping")
-    return found or {}
+    return metadata or {}
 
 
 def _check(before: dict[str, Any], after: dict[str, Any], index: Sequence[Mapping[str, Any]]) -> None:
     """Raise `RequestError` if anything except our entry has changed in the metadata."""
     theirs = [entry for entry in before.pop("model-index", None) or [] if not _is_ours(entry)]
-    found = after.pop("model-index")
+    entries = after.pop("model-index")
     if (
         before != after
-        or [e for e in found if not _is_ours(e)] != theirs
-        or [e for e in found if _is_ours(e)] != [*index]
+        or [e for e in entries if not _is_ours(e)] != theirs
+        or [e for e in entries if _is_ours(e)] != [*index]
     ):
         raise RequestError(
-            "nothing can be added to the card's metadata: its model-index, or an entry of ours there, was changed by "
-            "hand; take our entry out first"
+            "nothing can be added to the card's metadata: its model-index, or our entry in it, was changed by hand: "
+            "remove our entry first"
         )
 
 

@@ -14,15 +14,15 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def interval(found: result_file.Json, score: str, form: str = "+.4f") -> str:
+def interval(level: result_file.Json, score: str, form: str = "+.4f") -> str:
     """Return the 95 % interval of a score of `_run.sae_level`; a dash if there is none."""
-    if found.get(f"{score}_ci_low") is None:
+    if level.get(f"{score}_ci_low") is None:
         return "-"
-    return f"{found[f'{score}_ci_low']:{form}} .. {found[f'{score}_ci_high']:{form}}"
+    return f"{level[f'{score}_ci_low']:{form}} .. {level[f'{score}_ci_high']:{form}}"
 
 
 def p_value(p: float | None) -> str:
-    """Return a p or q value, which is never shown as exactly 0."""
+    """Return a p or q value as text; tiny values are never shown as 0."""
     return "< 1e-99" if p is not None and p < 1e-99 else number(p, ".1e")
 
 
@@ -61,26 +61,26 @@ def unsigned_span(low: float | None, high: float | None) -> str:
     return "–" if low is None or high is None else f"{typeset(f'{low:.3f}')} to {typeset(f'{high:.3f}')}"
 
 
-def few_effective(found: result_file.Json) -> bool:
-    """Return whether a cell's effective number of people is below half their number, due to unequal numbers of rows."""
-    effective = found.get("n_people_effective")  # absent in files older than version 0.5
-    return effective is not None and effective < found["n_people"] / 2
+def few_effective(record: result_file.Json) -> bool:
+    """Return whether the effective number of people is below half their number because their numbers of rows differ."""
+    effective = record.get("n_people_effective")  # absent in files older than version 0.5
+    return effective is not None and effective < record["n_people"] / 2
 
 
-def people(found: result_file.Json) -> str:
+def people(record: result_file.Json) -> str:
     """Return a cell's number of people, with the effective number if that is below half.
 
     >>> people({"n_people": 54, "n_people_effective": 6.21}), people({"n_people": 54, "n_people_effective": 40.0})
     ('54 (as 6.2)', '54')
     """
-    told = f" (as {found['n_people_effective']:.2g})" if few_effective(found) else ""
-    return f"{found['n_people']}{told}"
+    effective = f" (as {record['n_people_effective']:.2g})" if few_effective(record) else ""
+    return f"{record['n_people']}{effective}"
 
 
 def fvu_whole(figures: result_file.Json) -> str:
-    """Return `fvu_whole` of a layer, with its standard error if tokens were sampled, and without outliers.
+    """Return `fvu_whole` of a layer, with its standard error if tokens were sampled, and its value without outliers.
 
-    Files older than version 0.5 have neither.
+    Files older than version 0.5 have neither of the two.
 
     >>> fvu_whole({"fvu_whole": 1.2312, "fvu_whole_se": 0.0021, "outliers": 0.034, "fvu_ordinary": 0.7604})
     '1.231 ± 0.0021 (0.760 without 3.4 % outliers)'

@@ -1,5 +1,5 @@
 "use strict";
-// The table of cells with sorting and filters, its state in the address, and PNG files drawn from the plots.
+// Sorting and filtering of the table of cells, its state in the URL, and PNG files rendered from the plots.
 
 const table = document.getElementById("cells");
 const filters = document.getElementById("filters");
@@ -8,7 +8,7 @@ const body = table.tBodies[0];
 const box = table.parentElement;
 const search = document.getElementById("search");
 const cells = JSON.parse(document.getElementById("cell-data").content.textContent);
-const FEW = 300; // lines that are drawn all at once; of more, those in view
+const FEW = 300; // maximum number of lines that are all drawn; of longer tables, only the visible lines are drawn
 let order = cells.map((_, number) => number);
 let shown = order;
 let drawn = ""; // which lines are in the table
@@ -28,7 +28,7 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-// Numbers by size, everything else by letter; what is missing comes last in both orders.
+// Compare numbers by value and everything else as text. Missing values come last in both directions.
 function compare(a, b, sign) {
   if (a === null || b === null) return (a === null) - (b === null);
   if (typeof a === "number" && typeof b === "number") return sign * (a - b);
@@ -42,7 +42,7 @@ function line(number, place) {
     const cell = make("td", { className: heads[column].className });
     cell.dataset.v = key(entry) === null ? "" : key(entry);
     if (column === opens) {
-      cell.append(make("button", { type: "button", className: "open", title: "the rows of this cell" }, text(entry)),
+      cell.append(make("button", { type: "button", className: "open", title: "show the rows of this cell" }, text(entry)),
         " ", make("small", {}, small(entry)));
       cell.firstChild.addEventListener("click", () => openCell(number));
     } else {
@@ -55,7 +55,7 @@ function line(number, place) {
 
 const filler = (lines) => make("tr", { ariaHidden: "true" }, make("td", { style: `height: ${lines * height}px`, className: "filler" }));
 
-// The lines in view and some around them; the others are blank space of the same height.
+// Draw the visible lines and some around them; the others are blank space of the same height.
 function draw(all = false) {
   const many = shown.length > FEW && !all;
   const around = 15;
@@ -77,7 +77,7 @@ function sort(column, direction) {
   order.sort((a, b) => compare(key(cells[a][column]), key(cells[b][column]), sign));
 }
 
-let words; // of each line, for the search; made when it is first used
+let words; // searchable text of each line; computed at the first search
 function filter() {
   const wanted = [...filters.querySelectorAll("select")].filter((select) => select.value !== "");
   const asked = search.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -89,7 +89,7 @@ function filter() {
   draw();
 }
 
-// What is chosen stands in the address, so that it can be sent to somebody: #probe=gender&sort=4.descending&cell=...
+// The state is part of the URL, so that it can be shared: #probe=gender&sort=4.descending&cell=...
 function chosen() {
   const found = new URLSearchParams();
   for (const select of filters.querySelectorAll("select")) if (select.value) found.set(heads[select.dataset.column].innerText, select.value);
@@ -123,7 +123,7 @@ function restore() {
   }
 }
 
-// JSON that stands in a template as base64 of gzip.
+// Read JSON from a template that holds base64 of gzip.
 async function unpacked(id) {
   const packed = document.getElementById(id).content.textContent;
   if (!packed) return null;
@@ -131,7 +131,7 @@ async function unpacked(id) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json();
 }
 
-// Of many plots, those that come into view are drawn.
+// Insert compressed plots when they scroll into view.
 async function drawPlots() {
   const places = document.querySelectorAll("[data-plot]");
   if (!places.length) return;

@@ -10,11 +10,11 @@ from functools import partial
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from delta_selectivity.reporting.drawing import DPI, Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import MUTED, characters, series
-from delta_selectivity.reporting.names import apart
+from delta_selectivity.reporting.drawing import DPI, Drawing, Plot, add_title, axes_at, canvas
+from delta_selectivity.reporting.names import short_names
 from delta_selectivity.reporting.numbers import number, signed, span, typeset
 from delta_selectivity.reporting.study import Sae, Study
+from delta_selectivity.reporting.styles import MUTED, characters, series
 
 WIDTH, HEIGHT = 352, 300  # pixels, without the legend
 LEFT = 64  # margin for the numbers of the vertical axis
@@ -39,23 +39,23 @@ class Point:
 
 def pareto(study: Study, key: str) -> Plot | None:
     """Plot mean delta_sel against a reconstruction figure; None if it was not measured."""
-    saes = study.in_full
+    saes = study.shown_in_full
     large = [point for sae in saes if (point := _mean(sae, key))]
     if not large:
         return None
     small = [point for sae in saes for point in _by_layer(sae, key)]
-    marks = _reference(study)
+    references = _reference(study)
     short = FIGURES[key].partition(" ")[0]
     description = (
-        f"Mean delta_sel of each SAE against its mean {short}, with 95 % intervals; small: the mean over the probes of "
-        "each layer; dashed: baselines. The better an SAE, the higher; the cheaper, the further left."
+        f"Mean delta_sel of each SAE against its mean {short}, with 95 % intervals. Small markers: means over the "
+        "probes of one layer. Dashed lines: baselines. Better SAEs are higher; cheaper ones are further left."
     )
     data = tuple((p.sae.label, p.layer, p.x, p.delta, p.low, p.high) for p in [*large, *small])
     reference = tuple(
         (baseline.label, None, None, baseline.overall("delta_sel")[0], None, None) for baseline in study.baselines
     )
     columns = (*COLUMNS[:2], key, *COLUMNS[2:])
-    draw = partial(_draw, study, key, large, small, marks)
+    draw = partial(_draw, study, key, large, small, references)
     return Plot(
         f"delta_against_{short.lower()}", f"delta_sel against {short}", description, draw, columns, data + reference
     )
@@ -72,26 +72,26 @@ def _by_layer(sae: Sae, key: str) -> list[Point]:
         if cell.figures[key] is not None:
             layers[cell.layer].append((cell.figures[key], cell.result["delta_sel"]))
     return [
-        Point(sae, layer, sum(x for x, _ in found) / len(found), sum(delta for _, delta in found) / len(found))
-        for layer, found in sorted(layers.items())
+        Point(sae, layer, sum(x for x, _ in points) / len(points), sum(delta for _, delta in points) / len(points))
+        for layer, points in sorted(layers.items())
     ]
 
 
 def _reference(study: Study) -> dict[str, tuple[float, float]]:
     """Return kind of baseline -> minimum and maximum mean delta_sel; empty if there are no SAEs to compare."""
-    found: dict[str, list[float]] = defaultdict(list)
+    values_of: dict[str, list[float]] = defaultdict(list)
     for baseline in study.baselines if study.saes else ():
         value = baseline.overall("delta_sel")[0]
         if value is not None:
-            found[str(baseline.kind)].append(value)
-    return {kind: (min(values), max(values)) for kind, values in found.items()}
+            values_of[str(baseline.kind)].append(value)
+    return {kind: (min(values), max(values)) for kind, values in values_of.items()}
 
 
 def _draw(
-    study: Study, key: str, large: Sequence[Point], small: Sequence[Point], marks: dict[str, tuple[float, float]]
+    study: Study, key: str, large: Sequence[Point], small: Sequence[Point], references: dict[str, tuple[float, float]]
 ) -> Drawing:
     figure = canvas(WIDTH, HEIGHT + LEGEND_ROW * len(large) + 6)
-    entitle(
+    add_title(
         figure, f"delta_sel against {FIGURES[key].partition(' ')[0]}", "mean and 95 % interval; small: single layers"
     )
     axes = axes_at(figure, LEFT, 44, WIDTH - LEFT - 62, HEIGHT - 90)
@@ -100,13 +100,13 @@ def _draw(
     axes.axhline(0, color=MUTED, linestyle=":", linewidth=1)
     _scale(axes, [point.x for point in [*large, *small]])
     labels = [point.sae.label for point in large]
-    names = dict(zip(labels, apart(labels, characters(WIDTH - 60, 10)), strict=True))
+    names = dict(zip(labels, short_names(labels, characters(WIDTH - 60, 10)), strict=True))
     tips: dict[str, str] = {}
     for index, point in enumerate([*small, *large]):
         tips |= _point(axes, study, point, key, f"point-{index}", names.get(point.sae.label, ""))
     if key == "l0":
         _frontier(axes, large)
-    _lines(axes, marks)
+    _lines(axes, references)
     figure.legend(loc="lower left", bbox_to_anchor=(0, 0), borderaxespad=0, borderpad=0.2, labelspacing=0.35)
     return Drawing(figure, tips)
 
@@ -120,7 +120,7 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 
 def _point(axes: Axes, study: Study, point: Point, key: str, gid: str, name: str) -> dict[str, str]:
-    style = series(study.in_full.index(point.sae))
+    style = series(study.shown_in_full.index(point.sae))
     where = "mean" if point.layer is None else f"layer {point.layer}"
     x = number(point.x, DIGITS[key])
     tip = f"{point.sae.label}, {where}: {signed(point.delta, 4)} at {typeset(x)}"
@@ -138,7 +138,7 @@ def _point(axes: Axes, study: Study, point: Point, key: str, gid: str, name: str
 
 
 def _frontier(axes: Axes, points: Sequence[Point]) -> None:
-    """Draw a line through the SAEs that no other one dominates: fewer latents and a higher delta_sel."""
+    """Draw a line through the SAEs for which no other SAE has both fewer latents and a higher delta_sel."""
     best: list[Point] = []
     for point in sorted(points, key=lambda point: (point.x, -point.delta)):
         if not best or point.delta > best[-1].delta:
@@ -147,15 +147,15 @@ def _frontier(axes: Axes, points: Sequence[Point]) -> None:
         axes.step([p.x for p in best], [p.delta for p in best], where="post", color=MUTED, linewidth=1, zorder=1)
 
 
-def _lines(axes: Axes, marks: dict[str, tuple[float, float]]) -> None:
+def _lines(axes: Axes, references: dict[str, tuple[float, float]]) -> None:
     """Draw a labelled dashed line for each kind of baseline, or a band if there are several of a kind."""
-    for low, high in marks.values():
+    for low, high in references.values():
         axes.axhspan(low, high, facecolor=MUTED, alpha=0.12, linewidth=0)
         axes.axhline((low + high) / 2, color=MUTED, linestyle="--", linewidth=1)
     bottom, top = axes.get_ylim()
     line = 12 * (top - bottom) / (axes.bbox.height * DPI / axes.figure.dpi)  # height of a label, in delta_sel
     below = top + line
-    for kind, (low, high) in sorted(marks.items(), key=lambda mark: -sum(mark[1])):
+    for kind, (low, high) in sorted(references.items(), key=lambda mark: -sum(mark[1])):
         below = min((low + high) / 2, below - line)  # below the previous label, without overlap
         axes.annotate(
             kind, xy=(1, below), xycoords=("axes fraction", "data"), xytext=(4, 0),

@@ -1,7 +1,7 @@
-"""Rank SAEs by how much survives of what the model's own probes read; SAEs without significant differences are tied.
+"""Rank SAEs by transfer_r2; SAEs that do not differ significantly are tied.
 
 ranking = rank(study_of(files))
-ranking.place(sae)                       # "1", or "1-2" if another one may be as good or better
+ranking.place(sae)                       # "1", or "1-2" if it is tied with another SAE
 ranking.sentence()                       # how many pairs differ significantly, and which do not
 
 The score is transfer_r2; docs/reliability.md describes how well it orders SAEs, and where it fails. Two SAEs differ
@@ -14,17 +14,17 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from delta_selectivity.reporting.names import apart
+from delta_selectivity.reporting.names import short_names
 from delta_selectivity.reporting.study import Sae, Study
 
-LONGEST = 40  # characters of a name in the sentence
-NAMED = 3  # pairs, for a readable sentence
+MAX_NAME = 40  # characters of a name in the sentence
+MAX_PAIRS = 3  # pairs, for a readable sentence
 MEANING = (
-    "survives: transfer_r2, the share of what the model's own probes read in its activations that they still read in\n"
-    "the reconstruction; 1 = all of it, 0 or less = no more than a constant\n"
-    "rank: by what survives; 1-2 = not told apart from another (the 95 % interval of the paired difference holds 0)"
+    "survives: transfer_r2, the R2 between the outputs of the model's own probes on the reconstruction and on the\n"
+    "activations; 1 = identical, 0 or less = no better than a constant\n"
+    "rank: by transfer_r2; 1-2 = tied with another SAE (the 95 % interval of the paired difference includes 0)"
 )
-"""Definition of the columns."""
+"""Legend of the columns `survives` and `rank`."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Pair:
 
     one: Sae
     other: Sae
-    sure: bool  # whether the difference is significant
+    is_significant: bool  # whether the difference is significant
 
 
 @dataclass(frozen=True)
@@ -55,28 +55,28 @@ class Ranking:
         if not self.pairs:
             return None
         labels = [sae.label for sae in self.order]
-        names = dict(zip(labels, apart(labels, LONGEST), strict=True))
-        best, worst = (f"{names[sae.label]} ({sae.merit()[0]:.3f})" for sae in (self.order[0], self.order[-1]))
-        whole = f"What the model's own probes read survives best in {best}, least in {worst}. "
-        return f"{whole if self.is_whole else ''}{self._told_apart(names)}"
+        names = dict(zip(labels, short_names(labels, MAX_NAME), strict=True))
+        best, worst = (f"{names[sae.label]} ({sae.rank_key()[0]:.3f})" for sae in (self.order[0], self.order[-1]))
+        extremes = f"transfer_r2 is highest for {best} and lowest for {worst}. "
+        return f"{extremes if self.is_total_order else ''}{self._significant_pairs(names)}"
 
     @property
-    def is_whole(self) -> bool:
+    def is_total_order(self) -> bool:
         """Return whether all pairs of the SAEs are comparable, in the order of their means."""
-        means = [sae.merit() for sae in self.order]
+        means = [sae.rank_key() for sae in self.order]
         return len(self.pairs) == len(means) * (len(means) - 1) / 2 and means == sorted(means, reverse=True)
 
-    def _told_apart(self, names: Mapping[str, str]) -> str:
-        open_ = [pair for pair in self.pairs if not pair.sure]
-        n, of = len(self.pairs) - len(open_), len(self.pairs)
-        if not open_:
-            return f"These data tell {'the two' if of == 1 else f'all {of} pairs of'} SAEs apart."
+    def _significant_pairs(self, names: Mapping[str, str]) -> str:
+        ties = [pair for pair in self.pairs if not pair.is_significant]
+        n, of = len(self.pairs) - len(ties), len(self.pairs)
+        if not ties:
+            return f"{'The two SAEs' if of == 1 else f'All {of} pairs of SAEs'} differ significantly."
         if n == 0:
-            told = "these two SAEs" if of == 1 else f"any of the {of} pairs of SAEs"
-            return f"These data cannot tell {told} apart: which of them ranks higher may be chance."
-        listed = [f"{names[pair.one.label]} and {names[pair.other.label]}" for pair in open_[:NAMED]]
-        more = f", and {len(open_) - NAMED} more" if len(open_) > NAMED else ""
-        return f"These data tell {n} of {of} pairs of SAEs apart; not {'; '.join(listed)}{more}."
+            tied = "The two SAEs do not differ" if of == 1 else f"None of the {of} pairs of SAEs differs"
+            return f"{tied} significantly: the order may be due to chance."
+        listed = [f"{names[pair.one.label]} and {names[pair.other.label]}" for pair in ties[:MAX_PAIRS]]
+        more = f"; and {len(ties) - MAX_PAIRS} more" if len(ties) > MAX_PAIRS else ""
+        return f"{n} of {of} pairs of SAEs differ significantly. The others are {'; '.join(listed)}{more}."
 
 
 def rank(study: Study) -> Ranking:
@@ -84,10 +84,12 @@ def rank(study: Study) -> Ranking:
     pairs: list[Pair] = []
     for one, other in (pair for group in study.comparable for pair in itertools.combinations(group, 2)):
         comparison = study.comparison(one.name, other.name)
-        found = {} if comparison is None else comparison.found
-        low, high = (found.get(f"transfer_r2_ci_{end}") for end in ("low", "high"))
+        figures = {} if comparison is None else comparison.figures
+        low, high = (figures.get(f"transfer_r2_ci_{end}") for end in ("low", "high"))
         if low is not None and high is not None:
-            better, worse = (one, other) if found["transfer_r2"] >= 0 else (other, one)  # over the cells that both have
+            better, worse = (
+                (one, other) if figures["transfer_r2"] >= 0 else (other, one)
+            )  # over the cells that both have
             pairs.append(Pair(better, worse, low > 0 or high < 0))
     order = (sae for group in study.comparable for sae in sorted(group, key=lambda sae: _places(sae, pairs)[0]))
     return Ranking(tuple(order), tuple(pairs))
@@ -95,9 +97,9 @@ def rank(study: Study) -> Ranking:
 
 def _places(sae: Sae, pairs: Sequence[Pair]) -> tuple[int, int]:
     """Return the first and the last possible rank of an SAE."""
-    own = [pair for pair in pairs if sae is pair.one or sae is pair.other]
-    first = 1 + sum(pair.sure and pair.other is sae for pair in own)
-    return first, 1 + len(own) - sum(pair.sure and pair.one is sae for pair in own)
+    pairs_of_sae = [pair for pair in pairs if sae is pair.one or sae is pair.other]
+    first = 1 + sum(pair.is_significant and pair.other is sae for pair in pairs_of_sae)
+    return first, 1 + len(pairs_of_sae) - sum(pair.is_significant and pair.one is sae for pair in pairs_of_sae)
 
 
 def in_order(study: Study, ranking: Ranking) -> Sequence[Sae]:

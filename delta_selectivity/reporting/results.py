@@ -21,46 +21,46 @@ from delta_selectivity.reporting import groups
 from delta_selectivity.reporting.groups import File, dataset_of, model_names
 
 NAMED = ("model", "sae", "baseline", "data", "calibration")
-"""Entries of `_run.key` that a line of results identifies by name."""
+"""Entries of `_run.key` that are hashes, or that a line of results gives in another column."""
 DOWNSTREAM = ("delta_ce", "ce_recovered", "kl_pos")
-"""Downstream figures, from running the model on from x̂, that tables show."""
+"""Downstream figures (of the model's output when it continues from x̂) that tables show."""
 
 
 def result_files(folder: Path) -> list[Path]:
     """Return the result files in a folder and one level below it (one folder per SAE), sorted by name.
 
-    Those of baselines come last. If `folder` is a file, it is the only one. Raises `RequestError` if there are none.
+    Files of baselines come last. A path of a file is returned as it is. Raises `RequestError` if there are no files.
     """
     if folder.is_file():
         return [folder]
-    found = _files_in(folder)
-    if not found:
-        raise RequestError(f"{folder}: {_what_else(folder)}")
-    return found
+    paths = _files_in(folder)
+    if not paths:
+        raise RequestError(f"{folder}: {_no_results_message(folder)}")
+    return paths
 
 
 def _files_in(folder: Path) -> list[Path]:
-    found = [sorted(folder.glob(pattern)) for pattern in ("*.json", "*/*.json", "baselines/*/*.json")]
-    return [path for paths in (sorted(found[0] + found[1]), found[2]) for path in paths if path.name[0] != "."]
+    matches = [sorted(folder.glob(pattern)) for pattern in ("*.json", "*/*.json", "baselines/*/*.json")]
+    return [path for paths in (sorted(matches[0] + matches[1]), matches[2]) for path in paths if path.name[0] != "."]
 
 
 def _holds_results(folder: Path) -> bool:
     return any(result_file.read_key(path) is not None for path in _files_in(folder)[:3])
 
 
-def _what_else(folder: Path) -> str:
+def _no_results_message(folder: Path) -> str:
     """Return the error message for a folder without result files."""
     if not folder.is_dir():
-        return "no such folder: run the program first, or name its `output`"
+        return "there is no such folder: run the program first, or give the folder of its results"
     for pattern in ("[!.]*", "[!.]*/[!.]*"):
         below = [path for path in sorted(folder.glob(pattern)) if path.is_dir() and _holds_results(path)]
         if below:
             return f"no result files; there are some in {', '.join(map(str, below[:3]))}"
-    return "no result files: run the program first, or name its `output`"
+    return "no result files: run the program first, or give the folder of its results"
 
 
 def load(paths: Iterable[Path]) -> list[File]:
-    """Load and check the files; those of a run's SAEs are in the order of the request.
+    """Load and check the files; the SAEs of a run are in the order of its request.
 
     Raises `RequestError` if one is not a result file.
     """
@@ -79,23 +79,25 @@ def load_all(paths: Iterable[Path]) -> tuple[list[File], list[RequestError]]:
         except RequestError as error:
             refused.append(error)
     kept = groups.without_repeats(files)
-    return sorted(kept, key=lambda file: (is_baseline(file[1]), _place(file[1]))), refused
+    return sorted(kept, key=lambda file: (is_baseline(file[1]), _request_position(file[1]))), refused
 
 
 def _checked(path: Path) -> result_file.Json:
-    found = result_file.read(path)
-    absent = missing({name: value for name, value in found.items() if name != "_run"})
-    if absent is not None:
-        raise RequestError(f"{path} is not a result file of this program: {absent}")
-    return found
+    content = result_file.read(path)
+    problem = missing({name: value for name, value in content.items() if name != "_run"})
+    if problem is not None:
+        raise RequestError(f"{path} is not a result file of this program: {problem}")
+    return content
 
 
-def _place(results: result_file.Json) -> int:
+def _request_position(results: result_file.Json) -> int:
     """Return the position of an SAE in its run's request; 0 if it was requested by a pattern."""
     config = results["_run"]["config"]
     names, sae = config.get("sae_names"), config["sae"]
-    typed = names if isinstance(names, list) else []
-    return next((i for i, name in enumerate(typed) if str(name) == sae or str(name).startswith(f"{sae}=")), 0)
+    names_in_request = names if isinstance(names, list) else []
+    return next(
+        (i for i, name in enumerate(names_in_request) if str(name) == sae or str(name).startswith(f"{sae}=")), 0
+    )
 
 
 def cells(results: result_file.Json) -> Iterator[tuple[int, str, result_file.Json, result_file.Json]]:
@@ -112,12 +114,12 @@ def lines(files: Iterable[File]) -> list[dict[str, Any]]:
     rows = []
     files = list(files)
     models = model_names(files)
-    for path, found in files:
-        about, settings = about_file((path, found), models)
-        for layer, probe, figures, result in cells(found):
-            own = {name: value for name, value in figures.items() if not isinstance(value, dict)}
+    for path, content in files:
+        about, settings = about_file((path, content), models)
+        for layer, probe, figures, result in cells(content):
+            layer_figures = {name: value for name, value in figures.items() if not isinstance(value, dict)}
             where = {"path": path, **about, "layer": layer, "probe": probe}
-            rows.append({**where, **settings, **own, **result, "verdict": verdict(result)})
+            rows.append({**where, **settings, **layer_figures, **result, "verdict": verdict(result)})
     return rows
 
 
@@ -125,14 +127,14 @@ def about_file(file: File, models: Mapping[Any, str]) -> tuple[dict[str, Any], d
     """Return the names of SAE and dataset, and the model and settings that affect the numbers, of a file."""
     run = file[1]["_run"]
     settings = {name: value for name, value in groups.settings_of(file).items() if name not in NAMED}
-    told = {name: shown(name, v) if isinstance(v, list) else v for name, v in settings.items()}
+    setting_texts = {name: shown(name, v) if isinstance(v, list) else v for name, v in settings.items()}
     sae = {name: run["config"].get(name) for name in ("sae", "baseline")}
     return (
         {**sae, "dataset": dataset_of(file).removeprefix("wikidata_")},
         {
             "model": models[str(run["key"].get("model"))],
             "family": (run.get("task") or {}).get("family"),
-            **{"probe_solver" if name == "probe" else name: value for name, value in told.items()},
+            **{"probe_solver" if name == "probe" else name: value for name, value in setting_texts.items()},
         },
     )
 
@@ -148,15 +150,15 @@ def with_downstream(figures: result_file.Json, result: result_file.Json) -> resu
     return {**{name: value for name, value in known.items() if name in figures}, **result}
 
 
-def further_views(found: Iterable[result_file.Json]) -> list[str]:
+def optional_figures(records: Iterable[result_file.Json]) -> list[str]:
     """Return the optional figures that any of these records (`with_downstream`) has."""
-    records = list(found)
+    known = {name for record in records for name in record}
     names = ("error_sel", "latent_sel", *(f"k{k}_sel" for k in K_SPARSE), *DOWNSTREAM)
-    return [name for name in names if any(name in record for record in records)]
+    return [name for name in names if name in known]
 
 
 def by_sae(files: Sequence[File]) -> dict[str, list[File]]:
-    """Return the files of each SAE by the name that its user typed, followed by those of each baseline.
+    """Return the files of each SAE by its name in the request, followed by those of each baseline.
 
     Files that differ in more than the dataset count as different SAEs, named by the difference. Baselines of SAEs with
     equal names in two runs have those SAEs' full names.
@@ -164,34 +166,34 @@ def by_sae(files: Sequence[File]) -> dict[str, list[File]]:
     configs = [results["_run"]["config"] for _, results in files]
     owners = {(config["sae"], config["baseline_of_sae"]) for config in configs if "baseline_of_sae" in config}
     shared = {name for name, n in Counter(name for name, _ in owners).items() if n > 1}
-    found: dict[str, list[File]] = {}
+    files_by_name: dict[str, list[File]] = {}
     for path, results in sorted(files, key=lambda file: is_baseline(file[1])):
         config = results["_run"]["config"]
         made_from = config.get("baseline_of_sae")
         name = f"{config['sae']} ({made_from})" if made_from and config["sae"] in shared else config["sae"]
-        found.setdefault(name, []).append((path, results))
-    return groups.split(found)
+        files_by_name.setdefault(name, []).append((path, results))
+    return groups.split(files_by_name)
 
 
 def owner(results: result_file.Json) -> str | None:
-    """Return the SAE that a baseline belongs to, by name or, in older files, by label; or a hook point."""
+    """Return the SAE (in older files, its label) or the hook point that a baseline belongs to."""
     config = results["_run"]["config"]
-    found: str | None = config.get("baseline_of_sae") or config.get("baseline_of")
-    return found
+    owner_name: str | None = config.get("baseline_of_sae") or config.get("baseline_of")
+    return owner_name
 
 
 def label_in_run(name: str, files: Sequence[File]) -> str:
     """Return a short label of the SAE or baseline of these files: its name in the run."""
     if is_baseline(files[0][1]):
         return name
-    found = files[0][1]["_run"]["config"].get("sae_label")
-    return found if isinstance(found, str) and found else result_file.slug(files[0][1]["_run"]["config"]["sae"])
+    label = files[0][1]["_run"]["config"].get("sae_label")
+    return label if isinstance(label, str) and label else result_file.slug(files[0][1]["_run"]["config"]["sae"])
 
 
 def level_of(files: Sequence[File]) -> result_file.Json:
-    """Return the SAE-level numbers that the files agree on; empty if they are from runs with different ones."""
-    found = [results["_run"]["sae_level"] for _, results in files]
-    return found[0] if all(level == found[0] for level in found) else {}
+    """Return the SAE-level numbers of the files; empty if the files disagree because they are from several runs."""
+    levels = [results["_run"]["sae_level"] for _, results in files]
+    return levels[0] if all(level == levels[0] for level in levels) else {}
 
 
 def mean(values: Iterable[float | None]) -> float | None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from delta_selectivity.records.texts import Text
 from delta_selectivity.reporting.csv_file import csv_text
 from delta_selectivity.reporting.groups import dataset_of
-from delta_selectivity.reporting.names import abridged
+from delta_selectivity.reporting.names import elide_middle
 from delta_selectivity.reporting.numbers import number
 from delta_selectivity.reporting.rows import COLUMNS, OUTCOMES, CellRows, Place
 from delta_selectivity.reporting.tables import Row, aligned
 from delta_selectivity.system.terminal import one_line
 from delta_selectivity.system.whole_file import replacing
 
-SHOWN = 25  # rows
+MAX_ROWS = 25  # rows
 BEFORE, NAME = 60, 30  # characters of a text and of a name
 BINS, BAR = 12, 30  # of the histogram, and characters of its longest bar
 
@@ -25,12 +25,12 @@ def rows_text(place: Place, rows: CellRows) -> str:
     counts = (_counts(rows, by, groups) for by, groups in rows.counts())
     parts = [one_line(head), *counts, _histogram(rows), _rows(rows)]
     note = (
-        "scores are means over the partitions; positive: the positive class\n"
-        "lost: how far they moved to the wrong side; lost share: of the rows that the model has right\n"
-        "q: Benjamini-Hochberg over the groups of this cell"
+        "Scores are means over the partitions; a positive score predicts the positive class.\n"
+        "lost: how far the score moved towards the wrong class. lost share: of the rows that the model gets right.\n"
+        "q: Benjamini-Hochberg over the groups of this cell."
     )
     if rows.kept is None:
-        note += "\nthe texts were not kept, and there are no task data to look them up in"
+        note += "\nThe texts were not stored, and there are no task data from which to look them up."
     return "\n\n".join([*parts, note])
 
 
@@ -50,25 +50,27 @@ def excerpt(text: Text, before: int, name: int, after: int = 0) -> tuple[str, st
     tail = one_line(rest)
     tail = f"{tail[:after]}…" if len(tail) > after or text.end + 4 * after < len(text.text) else tail
     lead = " " if rest[:1].isspace() and tail else ""
-    return f"{head}{gap}", abridged(one_line(text.name[: 4 * name]), name), f"{lead}{tail}" if after else ""
+    return f"{head}{gap}", elide_middle(one_line(text.name[: 4 * name]), name), f"{lead}{tail}" if after else ""
 
 
 def _counts(rows: CellRows, by: str, groups: list[tuple[str, list[int]]]) -> str:
-    """Return the rows of each group by outcome; for groups of people also their losses compared with all others."""
-    tested = any((by, name) in rows.losses for name, _ in groups)
-    more = ("delta_sel", "95 % interval", "minus that of all others", "95 % interval", "q") if tested else ()
-    table: list[Row] = [(by, "rows", *OUTCOMES, "lost share", *more)]
+    """Return the number of rows of each group by outcome, and for groups of people their losses and those of others."""
+    has_losses = any((by, name) in rows.losses for name, _ in groups)
+    loss_heads = ("delta_sel", "95 % interval", "minus that of all others", "95 % interval", "q") if has_losses else ()
+    table: list[Row] = [(by, "rows", *OUTCOMES, "lost share", *loss_heads)]
     for name, counts in groups:
-        had, loss = counts[0] + counts[2], rows.losses.get((by, name))
-        told: tuple[str, ...] = ("",) * len(more)
+        n_right, loss = counts[0] + counts[2], rows.losses.get((by, name))
+        loss_columns: tuple[str, ...] = ("",) * len(loss_heads)
         if loss is not None:
-            told = tuple(
+            loss_columns = tuple(
                 text
-                for found in (loss.delta_sel, loss.against)
-                for text in (f"{found.value:+.3f}", f"{found.low:+.3f} .. {found.high:+.3f}")
+                for estimate in (loss.delta_sel, loss.against)
+                for text in (f"{estimate.value:+.3f}", f"{estimate.low:+.3f} .. {estimate.high:+.3f}")
             )
-            told = (*told, number(loss.q_value, ".3f"))
-        table.append((name, str(sum(counts)), *map(str, counts), f"{counts[0] / had:.0%}" if had else "-", *told))
+            loss_columns = (*loss_columns, number(loss.q_value, ".3f"))
+        table.append(
+            (name, str(sum(counts)), *map(str, counts), f"{counts[0] / n_right:.0%}" if n_right else "-", *loss_columns)
+        )
     return aligned(table)
 
 
@@ -89,11 +91,13 @@ def _histogram(rows: CellRows) -> str:
 
 def _rows(rows: CellRows) -> str:
     table: list[Row] = [("outcome", "name", "label", "lost", "model", "SAE", "transfer", "text before it")]
-    for row in rows.order[:SHOWN]:
+    for row in rows.order[:MAX_ROWS]:
         text = rows.text(row)
         before, name, _ = ("", f"person {rows.persons[row]}", "") if text is None else excerpt(text, BEFORE, NAME)
         scores = (rows.lost[row], rows.model[row], rows.sae[row], None if rows.transfer is None else rows.transfer[row])
         shown = (number(score, "+.2f") for score in scores)
         table.append((OUTCOMES[rows.outcome[row]], name, rows.classes[int(rows.labels[row])], *shown, before))
-    told = f"\n({len(rows.labels) - SHOWN} more: as CSV, all)" if len(rows.labels) > SHOWN else ""
-    return aligned(table) + told
+    more = (
+        f"\n({len(rows.labels) - MAX_ROWS} more rows: write a CSV file for all)" if len(rows.labels) > MAX_ROWS else ""
+    )
+    return aligned(table) + more

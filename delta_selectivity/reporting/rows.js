@@ -1,11 +1,11 @@
-// What opens where a cell is chosen: its numbers, who was lost in it, and on which texts.
+// The dialog of a cell: its numbers, its rows with their texts, and the latents that carry the probe.
 
 const panel = document.getElementById("cell");
 const title = document.getElementById("cell-title");
 const content = document.getElementById("cell-content");
 const MARKS = { lost: "▼", gained: "▲", both: "=", neither: "–" };
 const MEANINGS = {
-  lost: "the model's probe is right, the SAE's is wrong", gained: "the other way round",
+  lost: "the model's probe is right and the SAE's is wrong", gained: "the opposite",
   both: "both are right", neither: "neither is right",
 };
 const AT_ONCE = 100; // rows
@@ -20,7 +20,7 @@ const fixed = (hundredths) => (hundredths / 100).toFixed(2).replace("-", "−");
 const thousandths = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(3)}`;
 const signed = (hundredths) => `${hundredths < 0 ? "−" : "+"}${Math.abs(hundredths / 100).toFixed(2)}`;
 
-// A row's place in the list, its text, its scores, and what became of it.
+// Return a row's scores, label, outcome and text.
 function asRow(cell, texts, place) {
   const [model, sae, transfer] = cell.scores.map((scores) => scores[place]);
   const label = cell.labels[place];
@@ -45,7 +45,7 @@ function entry(row) {
 
 function countTable([by, groups], outcomes) {
   const tested = groups.some(([, , loss]) => loss);
-  const more = tested ? ["delta_sel", "minus all others", "q"] : [];
+  const more = tested ? ["delta_sel", "minus that of all others", "q"] : [];
   const head = make("tr", {}, ...[by, "rows", ...outcomes.map((name) => `${MARKS[name]} ${name}`), "lost share", ...more].map((name) => make("th", { scope: "col" }, name)));
   const ends = (value, low, high) => [thousandths(value), " ", make("small", {}, `${thousandths(low)} to ${thousandths(high)}`)];
   const lines = groups.map(([name, counts, loss]) => {
@@ -65,7 +65,7 @@ function svg(tag, attributes, ...children) {
   return element;
 }
 
-// Scores of one class: the model's as a line, the SAE's as an area.
+// Draw the scores of one class: the model's as a line, the SAE's as an area.
 function histogram(name, [model, sae], end, largest) {
   const [width, height, foot] = [330, 110, 34];
   const step = width / model.length;
@@ -77,12 +77,12 @@ function histogram(name, [model, sae], end, largest) {
     svg("path", { d: path(sae), class: "after" }), svg("path", { d: path(model), class: "before" }),
     svg("line", { x1: width / 2, x2: width / 2, y1: 0, y2: height, class: "middle" }),
     label(0, "start", fixed(-100 * end)), label(width / 2, "middle", "0"), label(width, "end", fixed(100 * end)),
-    svg("text", { x: 0, y: height + 30 }, `${name}: line before (model), area after (SAE)`));
+    svg("text", { x: 0, y: height + 30 }, `${name}: line = model, area = SAE`));
 }
 
 const percent = (share) => `${share < 0 ? "−" : "+"}${Math.abs(100 * share).toFixed(1)} %`;
 
-// Shares of the gap between the classes, as bars from 0: of latents, of all others, and of the error.
+// Draw the shares of the difference between the classes as bars: each latent, all other latents, and the error.
 function carriers({ latents, others, error }) {
   const largest = Math.max(0.01, ...latents.flatMap((one) => [Math.abs(one[1]), Math.abs(one[2])]), Math.abs(others), Math.abs(error));
   const bar = (share, kind) => make("span", { className: `bar-of ${kind}${share < 0 ? " negative" : ""}`, style: `width: ${(7 * Math.abs(share)) / largest}rem` });
@@ -98,8 +98,8 @@ function carriers({ latents, others, error }) {
   });
   lines.push(line("other latents", others), line("error: no latent", error));
   return [make("h3", {}, "Which latents carry the probe"),
-    make("p", {}, "Shares of the gap between the classes' mean scores by the model's probe. dropped: what lies in the error along the latent's direction, and would come back if it fired as it should. "
-      + "fires: in so many rows of class 0 / class 1. AUC: of the latent alone."),
+    make("p", {}, "carries: share of the difference between the classes' mean scores by the model's probe. dropped: share that lies in the error along the latent's direction; the reconstruction would include it if the latent had the right activation. "
+      + "fires: share of the rows of class 0 / class 1 in which the latent is active. AUC: of the latent alone."),
     make("ol", { className: "rows carriers" }, ...lines)];
 }
 
@@ -118,7 +118,7 @@ function saveCsv(name, rows) {
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-// The list with its search; what is chosen in it goes to the address with the cell.
+// The searchable list of rows; its state is stored in the URL together with the cell.
 function list(row, cell, texts, words, outcome) {
   const all = cell.texts.map((_, place) => asRow(cell, texts, place));
   const [sae, dataset, probe, layer] = [0, 1, 2, 3].map((column) => key(row[column]));
@@ -144,11 +144,11 @@ function list(row, cell, texts, words, outcome) {
   for (const control of [input, choice]) control.addEventListener("input", () => { limit = AT_ONCE; show(); });
   more.addEventListener("click", () => { limit += AT_ONCE; show(); });
   const rest = all.length < cell.n
-    ? [make("p", {}, `These ${all.length} of ${cell.n} rows lost or gained most. All of them: `,
+    ? [make("p", {}, `These are the ${all.length} of ${cell.n} rows with the largest losses or gains. For all rows: `,
       make("code", {}, `python report.py results --rows ${dataset.replace(/^wikidata_/, "")}/${probe} --layer ${layer} --sae ${sae} --csv rows.csv`))] : [];
   const controls = make("div", { className: "controls" }, make("label", {}, "search ", input), make("label", {}, "outcome ", choice), count, save);
   show();
-  return [make("h3", {}, "Rows, those that lost most first"), controls, entries, more, ...rest];
+  return [make("h3", {}, "Rows, largest losses first"), controls, entries, more, ...rest];
 }
 
 async function openCell(number, words = "", outcome = "") {
@@ -163,18 +163,18 @@ async function openCell(number, words = "", outcome = "") {
   panel.scrollTop = 0;
   title.focus();
   const { cell, texts, latents } = await rowsOf(number);
-  if (!panel.open || numbers.parentElement !== content) return; // closed, or another cell was chosen
+  if (!panel.open || numbers.parentElement !== content) return; // closed, or showing another cell
   const known = latents ? carriers(latents) : [];
   if (!cell) {
     content.append(...known);
-    content.append(make("p", {}, "The scores of this cell's rows are not beside its result file, or the page had no room for them."));
+    content.append(make("p", {}, "The rows of this cell are not in the page: its scores were not stored, or the page would have been too large."));
     return;
   }
   const largest = Math.max(1, ...cell.histogram.flat(2));
   content.append(
-    make("h3", {}, "Who was lost"),
-    make("p", {}, Object.entries(MEANINGS).map(([name, meaning]) => `${MARKS[name]} ${name}: ${meaning}`).join("; ") + ". Scores are means over the partitions; positive: "
-      + `${cell.classes[1]}. lost share: of those that the model has right. q: of the difference from all others, over the groups of this cell.`),
+    make("h3", {}, "Rows by outcome"),
+    make("p", {}, Object.entries(MEANINGS).map(([name, meaning]) => `${MARKS[name]} ${name}: ${meaning}`).join("; ") + ". Scores are means over the partitions; a positive score predicts "
+      + `${cell.classes[1]}. lost share: share of the rows that the model gets right. q: Benjamini-Hochberg over the groups of this cell, for the difference from all others.`),
     make("div", { className: "counts" }, ...cell.counts.map((group) => countTable(group, cell.outcomes))),
     make("div", { className: "plots" }, ...cell.histogram.map((views, label) => histogram(cell.classes[label], views, cell.end, largest))),
     ...known,
@@ -191,4 +191,4 @@ document.addEventListener("click", (event) => {
 });
 window.addEventListener("hashchange", restore);
 restore();
-filter(); // a browser keeps what was chosen before a reload
+filter(); // browsers restore the controls after a reload

@@ -80,7 +80,7 @@ class CellRows:
 
     @cached_property
     def order(self) -> NDArray[np.int64]:
-        """Return the order of rows: lost ones first, then all others, each by descending loss."""
+        """Return the order of the rows: lost rows first, then all others, both in descending order of loss."""
         return np.lexsort((-self.lost, self.outcome != 0))
 
     def text(self, row: int) -> texts.Text | None:
@@ -99,16 +99,16 @@ class CellRows:
 
     def counts(self) -> list[tuple[str, list[tuple[str, list[int]]]]]:
         """Return (name of the grouping, [(group, rows of each of `OUTCOMES`)])."""
-        told = [("class", [(self.classes[i], self._count(self.labels == bool(i))) for i in (0, 1)])]
+        named = [("class", [(self.classes[i], self._count(self.labels == bool(i))) for i in (0, 1)])]
         for by in self.groupings:
             counted = [(name, self._count(by.group == place)) for place, name in enumerate(by.names)]
-            told.append((by.by, [(name, count) for name, count in counted if sum(count)]))
-        return told
+            named.append((by.by, [(name, count) for name, count in counted if sum(count)]))
+        return named
 
     def histogram(self, n_bins: int = 24) -> tuple[float, list[list[list[int]]]]:
-        """Return the end of a symmetric scale, and the rows per bin: of class 0 and 1, by the model and the SAE.
+        """Return the upper end of a symmetric scale, and the rows per bin: [class][model or SAE][bin].
 
-        The scale covers 99 % of the scores; the others are in the outermost bins.
+        The scale covers 99 % of the scores; the outermost bins include the others.
         """
         end = float(np.quantile(np.abs(np.concatenate([self.model, self.sae])), 0.99)) or 1.0
         edges = np.linspace(-end, end, n_bins + 1)
@@ -150,31 +150,46 @@ def rows_of(place: Place, fetch: bool = True) -> CellRows:
     Raises:
         RequestError: The scores are missing or from another run.
     """
-    (path, found), layer, probe = place
+    (path, content), layer, probe = place
     where = scores.path_of(path, layer)
     if not where.is_file():
         raise RequestError(
-            f"{path}: the scores of layer {layer} are not beside it ({where.name} in {where.parent.name}), and rows "
-            "are made from them: measure it again"
+            f"{path}: the stored scores of layer {layer} are missing ({where.parent.name}/{where.name}); rows are "
+            "computed from them: measure the layer again"
         )
     stored = _load_scores(where, where.stat().st_mtime_ns)
-    if stored.key != scores.key_digest(found["_run"]["key"]):
-        raise RequestError(f"{where} holds the scores of another run: measure it again")
+    if stored.key != scores.key_digest(content["_run"]["key"]):
+        raise RequestError(f"{where} holds the scores of another run: measure the layer again")
     if probe not in stored.probes:
-        reason = found[f"layer_{layer}"][probe].get("reason") or "its scores were not kept"
+        reason = content[f"layer_{layer}"][probe].get("reason") or "its scores were not stored"
         raise RequestError(f"{path}: {probe} has no rows in layer {layer}: {reason}")
-    own = stored.probes[probe]
+    stored_probe = stored.probes[probe]
     kept = texts_of(place.file, fetch)
     places = None if kept is None else kept.rows.get(probe)
-    if places is not None and len(places) != len(own.labels):
+    if places is not None and len(places) != len(stored_probe.labels):
         kept = places = None
-    views = {name: view.astype(np.float64) for name, view in own.views.items()}
-    right = {name: ((view > 0) == own.labels).mean(axis=0) for name, view in views.items()}
-    positive = found["_run"].get("positive_class", {}).get(probe, "1")
+    views = {name: view.astype(np.float64) for name, view in stored_probe.views.items()}
+    right = {name: ((view > 0) == stored_probe.labels).mean(axis=0) for name, view in views.items()}
+    positive = content["_run"].get("positive_class", {}).get(probe, "1")
     return CellRows(
-        own, (f"not {positive}", positive), views["model"].mean(axis=0), views["sae"].mean(axis=0),
+        stored_probe, (f"not {positive}", positive), views["model"].mean(axis=0), views["sae"].mean(axis=0),
         views["transfer"].mean(axis=0) if "transfer" in views else None, right["model"], right["sae"], kept, places,
     )  # fmt: skip
+
+
+class RowsReader:
+    """Reader that returns the rows of cells and reads each cell once."""
+
+    def __init__(self, fetch: bool = True) -> None:
+        self._fetch = fetch
+        self._rows: dict[tuple[Path, int, str], CellRows] = {}
+
+    def __call__(self, place: Place) -> CellRows:
+        """Return the rows of a cell. Raises `RequestError` as `rows_of` does."""
+        key = (place.file[0], place.layer, place.probe)
+        if key not in self._rows:
+            self._rows[key] = rows_of(place, self._fetch)
+        return self._rows[key]
 
 
 def places(sae: Sae) -> list[Place]:
@@ -195,52 +210,52 @@ def find_cell(files: Sequence[File], probe: str, layer: int | None = None, sae: 
         RequestError: There is no such cell, or several.
     """
     named = by_sae(files)
-    own = named[find_sae(named, sae)]
+    files_of_sae = named[find_sae(named, sae)]
     places = [
         Place(file, where, name)
-        for file in own
+        for file in files_of_sae
         for where, name, *_ in cells(file[1])
         if probe in (name, f"{dataset_of(file)}/{name}", f"{dataset_of(file).removeprefix('wikidata_')}/{name}")
     ]
     if not places:
-        known = dict.fromkeys(name for file in own for _, name, *_ in cells(file[1]))
-        raise RequestError(f"`rows` {probe}: there is no such probe: {', '.join(known)}")
+        known = dict.fromkeys(name for file in files_of_sae for _, name, *_ in cells(file[1]))
+        raise RequestError(f"`rows` {probe}: there is no such probe; there are {', '.join(known)}")
     datasets = dict.fromkeys(dataset_of(place.file) for place in places)
     if len(datasets) > 1:
-        told = ", ".join(f"{dataset}/{probe}" for dataset in datasets)
-        raise RequestError(f"`rows` {probe}: several datasets have it: say which: {told}")
+        choices = ", ".join(f"{dataset}/{probe}" for dataset in datasets)
+        raise RequestError(f"`rows` {probe}: several datasets have this probe: name one of {choices}")
     layers = [place.layer for place in places]
     if layer is None and len(layers) > 1:
-        raise RequestError(f"`layer` is missing: {probe} has {_told(layers)}")
+        raise RequestError(f"`layer` is missing: {probe} has {_layer_names(layers)}")
     if layer is not None and layer not in layers:
-        raise RequestError(f"`layer` {layer}: {probe} has {_told(layers)}")
+        raise RequestError(f"`layer` {layer}: {probe} has {_layer_names(layers)}")
     return next(place for place in places if layer in (None, place.layer))
 
 
-def find_sae(named: dict[str, list[File]], asked: str | None, field: str = "sae") -> str:
+def find_sae(named: dict[str, list[File]], query: str | None, field: str = "sae") -> str:
     """Return the full name of an SAE given in full, by its name in the run, or by a unique suffix or part."""
-    called = {name: label_in_run(name, files) for name, files in named.items()}
-    if asked is None and len(named) == 1:
+    labels = {name: label_in_run(name, files) for name, files in named.items()}
+    if query is None and len(named) == 1:
         return next(iter(named))
     rules = (
-        lambda name: asked in (name, called[name]),
-        lambda name: f"{called[name]}".endswith(str(asked)),
-        lambda name: str(asked) in called[name],
+        lambda name: query in (name, labels[name]),
+        lambda name: f"{labels[name]}".endswith(str(query)),
+        lambda name: str(query) in labels[name],
     )
-    for rule in rules if asked else ():
-        found = [name for name in named if rule(name)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise RequestError(f"`{field}` {asked!r} is not one SAE but several: {', '.join(found)}")
-    missing = "is missing: name one of" if asked is None else f"there is no SAE {asked!r} here:"
-    raise RequestError(f"`{field}`{' ' if asked is None else ': '}{missing} {', '.join(named)}")
+    for rule in rules if query else ():
+        matches = [name for name in named if rule(name)]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            raise RequestError(f"`{field}` {query!r} matches several SAEs: {', '.join(matches)}")
+    missing = "is missing: name one of" if query is None else f"there is no SAE {query!r}; there are"
+    raise RequestError(f"`{field}`{' ' if query is None else ': '}{missing} {', '.join(named)}")
 
 
 def texts_of(file: File, fetch: bool = True) -> texts.KeptTexts | None:
     """Return the texts of a result file: the stored ones, or those of a public task's data; None if neither exists."""
-    path, found = file
-    data = found["_run"]["key"].get("data")
+    path, content = file
+    data = content["_run"]["key"].get("data")
     where = texts.path_of(path)
     try:
         kept = _load_texts(where, where.stat().st_mtime_ns)
@@ -248,30 +263,32 @@ def texts_of(file: File, fetch: bool = True) -> texts.KeptTexts | None:
             return kept
     except (OSError, RequestError):
         pass
-    config = found["_run"]["config"]
+    config = content["_run"]["config"]
     name = dataset_of(file).removeprefix("wikidata_")
     if name not in (config.get("datasets") or ()) or config.get("positions") == "all":
         return None
-    asked = (config.get("shuffle_select_n"), config.get("seed"))
-    if not all(isinstance(value, int | None) for value in asked):
+    drawn = (config.get("shuffle_select_n"), config.get("seed"))
+    if not all(isinstance(value, int | None) for value in drawn):
         return None
-    known = _looked_up(name, config.get("data_dir"), asked[0], asked[1] or 0, fetch)
+    known = _load_public_texts(name, config.get("data_dir"), drawn[0], drawn[1] or 0, fetch)
     return known if known is not None and known.data == data else None
 
 
 @lru_cache(maxsize=8)
-def _looked_up(name: str, data_dir: str | None, n: int | None, seed: int, fetch: bool) -> texts.KeptTexts | None:
+def _load_public_texts(
+    name: str, data_dir: str | None, n: int | None, seed: int, fetch: bool
+) -> texts.KeptTexts | None:
     from delta_selectivity.tasks import load_probe_texts, name_task  # here, because tasks import torch
     from delta_selectivity.tasks.data_wheel import is_local
 
     if data_dir is None and not fetch and not is_local():
         return None
     try:
-        found = load_probe_texts([name_task(name, data_dir=data_dir)], shuffle_select_n=n, seed=seed)
+        loaded = load_probe_texts([name_task(name, data_dir=data_dir)], shuffle_select_n=n, seed=seed)
     except RequestError:
         return None
-    (dataset,) = found.datasets
-    return texts.of_dataset(found, dataset, rows_of=np.ones_like)
+    (dataset,) = loaded.datasets
+    return texts.of_dataset(loaded, dataset, rows_of=np.ones_like)
 
 
 @lru_cache(maxsize=4)
@@ -284,5 +301,5 @@ def _load_texts(path: Path, _changed: int) -> texts.KeptTexts:
     return texts.load(path)
 
 
-def _told(layers: Sequence[int]) -> str:
+def _layer_names(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"

@@ -1,11 +1,12 @@
-"""Write results in SAEBench's format, and show SAEBench's results beside ours.
+"""Write results in SAEBench's format, and compare SAEBench's results with those of this program.
 
 write(files, Path("results_saebench"))          # core/..._eval_results.json and sparse_probing/...
-beside_text(ours(files), theirs)
+beside_text(own_evaluations(files), theirs)
 
-SAEBench 0.6 has one file per evaluation and SAE, where an SAE has a single layer; our values are therefore means over
-the datasets of a layer. Its classes require every number of `core`; those not measured here are -1. Numbers without a
-field in its classes (intervals, AUC, other k) are added to the details and to `eval_result_unstructured`.
+SAEBench 0.6 has one file per evaluation and SAE, and an SAE has a single layer. Our values are therefore means over the
+datasets of a layer. Its classes require every number of `core`; numbers that this program does not measure are -1.
+Numbers for which its classes have no field (intervals, AUC, other k) are in the details and in
+`eval_result_unstructured`.
 """
 
 from __future__ import annotations
@@ -22,116 +23,118 @@ from delta_selectivity.records import result_file
 from delta_selectivity.records.figures import is_number
 from delta_selectivity.records.saebench import CORE, NOT_COMPUTED, PROBING, Evaluation, evaluation
 from delta_selectivity.reporting.groups import File, dataset_of, model_name
-from delta_selectivity.reporting.names import abridged
+from delta_selectivity.reporting.names import elide_middle
 from delta_selectivity.reporting.numbers import number
 from delta_selectivity.reporting.results import by_sae, cells, is_baseline, mean
-from delta_selectivity.reporting.tables import LONGEST, Row, aligned
+from delta_selectivity.reporting.tables import MAX_NAME, Row, aligned
 from delta_selectivity.system.terminal import one_line
 
 Json = dict[str, Any]
 
 NAMESPACE = uuid.UUID("6f1d2f0a-9d0e-4f0b-8f5e-0a5d1c6f7b11")
-THEIR_KS = (1, 2, 5)  # of our k, those with fields in SAEBench
-SHOWN = 20  # maximum number of common datasets to list
-UNUSED = (
+SAEBENCH_KS = (1, 2, 5)  # of our k, those with fields in SAEBench
+MAX_DATASETS = 20  # maximum number of common datasets to list
+NOT_MEASURED = (
     "l2_norm_in", "l2_norm_out", "l2_ratio", "relative_reconstruction_bias", "freq_over_1_percent",
     "freq_over_10_percent", "normalized_freq_over_1_percent", "normalized_freq_over_10_percent",
     "average_max_encoder_cosine_sim", "average_max_decoder_cosine_sim",
 )  # fmt: skip
 NOTES = (
     "Written by Delta Selectivity, not by SAEBench. -1: not measured.",
-    "core: on the texts of the tasks, not on OpenWebText. kl_div_* and ce_loss_* are in nats, ablation puts zeros in "
-    "place of x at every token that counts; cossim, l0 and l1 are of the probed positions; mse is not given, since it "
-    "is summed over the width there.",
-    "sparse_probing: accuracies are balanced accuracies of out-of-fold predictions, folds by person.",
+    "core: computed on the texts of the tasks, not on OpenWebText. kl_div_* and ce_loss_* are in nats. Ablation "
+    "replaces x with zeros at every token that counts. cossim, l0 and l1 are computed at the probed positions. mse is "
+    "not given, because SAEBench sums it over the width.",
+    "sparse_probing: accuracies are balanced accuracies of out-of-fold predictions, with folds by group.",
 )
 
 
 def outputs(files: Sequence[File]) -> Iterator[tuple[str, Json]]:
     """Yield the file name FOLDER/NAME and the content for each SAE, baseline and layer."""
-    found = by_sae(files)
-    for (name, own), slug in zip(found.items(), result_file.distinct_slugs(list(found)), strict=True):
+    files_of = by_sae(files)
+    for (name, files_of_sae), slug in zip(files_of.items(), result_file.distinct_slugs(list(files_of)), strict=True):
         by_layer: dict[int, list[File]] = {}
-        for file in own:
+        for file in files_of_sae:
             for key in file[1]:
                 if key.startswith("layer_"):
                     by_layer.setdefault(int(key.removeprefix("layer_")), []).append(file)
-        for layer, here in sorted(by_layer.items()):
-            for eval_type, content in ((CORE, _core(here, layer)), (PROBING, _probing(here, layer))):
+        for layer, at_layers_of in sorted(by_layer.items()):
+            for eval_type, content in ((CORE, _core(at_layers_of, layer)), (PROBING, _probing(at_layers_of, layer))):
                 if content is not None:
                     content["sae_lens_release_id"] = name
                     place = result_file.slug(str(content["sae_lens_id"]))
                     yield f"{eval_type}/{slug}_{place}_eval_results.json", content
 
 
-def ours(files: Sequence[File]) -> list[Evaluation]:
-    """Return our evaluations in the form of SAEBench's files; of baselines only if there is nothing else.
+def own_evaluations(files: Sequence[File]) -> list[Evaluation]:
+    """Return our evaluations in the form of SAEBench's files; baselines are included only if there are no SAEs.
 
     Raises `RequestError` for impossible figures, such as more than 100 % of latents alive.
     """
     in_full = [file for file in files if not is_baseline(file[1])] or files
-    found = []
+    evaluations = []
     for name, content in outputs(in_full):
         try:
-            found.append(evaluation(content, name))
+            evaluations.append(evaluation(content, name))
         except ValueError as error:
             raise RequestError(f"{content['sae_lens_release_id']}: {error}") from error
-    return found
+    return evaluations
 
 
-def here(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[Evaluation]:
+def at_layers_of(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[Evaluation]:
     """Return our evaluations at the layers of `theirs`; all if there are none."""
     layers = {one.layer for one in theirs}
     return [one for one in own if one.layer in layers] or list(own)
 
 
 def measured_by(one: Evaluation) -> str:
-    """Return the author of an evaluation."""
+    """Return the name of the program that made an evaluation."""
     return "this program" if one.is_ours else "SAEBench"
 
 
 def _core(files: Sequence[File], layer: int) -> Json | None:
-    found = [results[f"layer_{layer}"] for _, results in files]
-    if not any(is_number(figures.get("fvu_whole")) for figures in found):  # a baseline without reconstruction
+    figures_of_files = [results[f"layer_{layer}"] for _, results in files]
+    if not any(
+        is_number(figures.get("fvu_whole")) for figures in figures_of_files
+    ):  # a baseline without reconstruction
         return None
 
     def over(name: str) -> float | None:
-        return mean(value for figures in found if is_number(value := figures.get(name)))
+        return mean(value for figures in figures_of_files if is_number(value := figures.get(name)))
 
     def total(name: str) -> int:
-        return sum(int(value) for figures in found if is_number(value := figures.get(name)))
+        return sum(int(value) for figures in figures_of_files if is_number(value := figures.get(name)))
 
     ce = {end: over(f"ce_{end}") for end in ("zero", "sae", "model")}
     kl = {end: over(f"kl_{end}") for end in ("zero", "sae")}
-    harm = None if ce["zero"] is None or ce["model"] is None else ce["zero"] - ce["model"]
+    loss_of_ablation = None if ce["zero"] is None or ce["model"] is None else ce["zero"] - ce["model"]
     fvu, dead = over("fvu_whole"), over("dead")
-    unused = dict.fromkeys(UNUSED, NOT_COMPUTED)
+    not_measured = dict.fromkeys(NOT_MEASURED, NOT_COMPUTED)
     metrics = {
         "model_behavior_preservation": {
             "kl_div_score": _score(kl["zero"], kl["zero"], kl["sae"]),
-            "kl_div_with_ablation": _told(kl["zero"]),
-            "kl_div_with_sae": _told(kl["sae"]),
+            "kl_div_with_ablation": _or_not_computed(kl["zero"]),
+            "kl_div_with_sae": _or_not_computed(kl["sae"]),
         },
         "model_performance_preservation": {
-            "ce_loss_score": _score(harm, ce["zero"], ce["sae"]),
-            "ce_loss_with_ablation": _told(ce["zero"]),
-            "ce_loss_with_sae": _told(ce["sae"]),
-            "ce_loss_without_sae": _told(ce["model"]),
+            "ce_loss_score": _score(loss_of_ablation, ce["zero"], ce["sae"]),
+            "ce_loss_with_ablation": _or_not_computed(ce["zero"]),
+            "ce_loss_with_sae": _or_not_computed(ce["sae"]),
+            "ce_loss_without_sae": _or_not_computed(ce["model"]),
         },
         "reconstruction_quality": {
             "explained_variance": NOT_COMPUTED if fvu is None else 1 - fvu,
             "explained_variance_legacy": NOT_COMPUTED,
             "mse": NOT_COMPUTED,
-            "cossim": _told(over("cosine")),
+            "cossim": _or_not_computed(over("cosine")),
         },
-        "shrinkage": {name: unused[name] for name in UNUSED[:4]},
-        "sparsity": {"l0": _told(over("l0")), "l1": _told(over("l1"))},
+        "shrinkage": {name: not_measured[name] for name in NOT_MEASURED[:4]},
+        "sparsity": {"l0": _or_not_computed(over("l0")), "l1": _or_not_computed(over("l1"))},
         "token_stats": {
             "total_tokens_eval_reconstruction": total("n_tokens_run"),
             "total_tokens_eval_sparsity_variance": total("n_tokens"),
         },
         "misc_metrics": {
-            **{name: unused[name] for name in UNUSED[4:]},
+            **{name: not_measured[name] for name in NOT_MEASURED[4:]},
             "frac_alive": NOT_COMPUTED if dead is None else 1 - dead,
         },
     }
@@ -139,7 +142,7 @@ def _core(files: Sequence[File], layer: int) -> Json | None:
     config |= {"dataset": ", ".join(map(_dataset, files))}
     by_dataset = {
         _dataset(file): {name: value for name, value in figures.items() if not isinstance(value, dict)}
-        for file, figures in zip(files, found, strict=True)
+        for file, figures in zip(files, figures_of_files, strict=True)
     }
     return _output(CORE, files, layer, config, metrics, [], by_dataset)
 
@@ -162,7 +165,7 @@ def _probing(files: Sequence[File], layer: int) -> Json | None:
     }
     key = files[0][1]["_run"]["key"]
     config: Json = {"model_name": model_name(files)}
-    config |= {"random_seed": key.get("seed"), "llm_dtype": str(key.get("dtype", "")), "k_values": list(THEIR_KS)}
+    config |= {"random_seed": key.get("seed"), "llm_dtype": str(key.get("dtype", "")), "k_values": list(SAEBENCH_KS)}
     config |= {"dataset_names": [one["dataset_name"] for one in details]}
     return _output(PROBING, files, layer, config, metrics, details, by_task)
 
@@ -173,12 +176,12 @@ def _dataset(file: File) -> str:
 
 def _accuracies(result: Json) -> Json:
     """Return the fields of SAEBench's dataset details, each with its interval."""
-    found: Json = {}
+    fields: Json = {}
     pairs = {"llm_test": "model", "sae_test": "latent", **{f"sae_top_{k}_test": f"k{k}" for k in K_SPARSE}}
-    for theirs, own in pairs.items():
+    for theirs, key in pairs.items():
         known = {"accuracy": "sel", "auc": "auc", "accuracy_ci_low": "ci_low", "accuracy_ci_high": "ci_high"}
-        found |= {f"{theirs}_{a}": result[f"{own}_{b}"] for a, b in known.items() if f"{own}_{b}" in result}
-    return found
+        fields |= {f"{theirs}_{a}": result[f"{key}_{b}"] for a, b in known.items() if f"{key}_{b}" in result}
+    return fields
 
 
 def _output(
@@ -204,13 +207,15 @@ def _output(
     }
 
 
-def _told(value: float | None) -> float:
+def _or_not_computed(value: float | None) -> float:
     return NOT_COMPUTED if value is None else value
 
 
-def _score(harm: float | None, ablated: float | None, sae: float | None) -> float:
+def _score(loss_of_ablation: float | None, ablated: float | None, sae: float | None) -> float:
     """Return the share of the ablation's harm that the SAE avoids."""
-    return NOT_COMPUTED if not harm or ablated is None or sae is None else (ablated - sae) / harm
+    return (
+        NOT_COMPUTED if not loss_of_ablation or ablated is None or sae is None else (ablated - sae) / loss_of_ablation
+    )
 
 
 def _millis(started: str) -> int:
@@ -232,20 +237,20 @@ def table_of(core: bool, own: Sequence[Evaluation], theirs: Sequence[Evaluation]
     columns = _CORE_COLUMNS if core else _PROBING_COLUMNS
     head = ("SAE", "measured by", "model", "layer", *([] if core else ["tasks"]), *columns)
     rows: list[Row] = [tuple(head)]
-    for evaluations in (here(own, theirs), theirs):
+    for evaluations in (at_layers_of(own, theirs), theirs):
         chosen = [one for one in evaluations if one.is_core == core]
         for one in sorted(chosen, key=lambda one: -1 if one.layer is None else one.layer):
             tasks = [] if core else [str(len(one.tasks))]
             figures = (number(one.metrics.get(name), ".3f") for name in columns.values())
             place = "" if one.layer is None else str(one.layer)
-            sae, model = (abridged(name, LONGEST) for name in (one.sae, one.model))
+            sae, model = (elide_middle(name, MAX_NAME) for name in (one.sae, one.model))
             rows.append((sae, measured_by(one), model, place, *tasks, *figures))
     return rows
 
 
 _PROBING_COLUMNS: Mapping[str, str] = {
     "activations": "llm_test_accuracy", "all latents": "sae_test_accuracy",
-    **{f"k = {k}": f"sae_top_{k}_test_accuracy" for k in THEIR_KS},
+    **{f"k = {k}": f"sae_top_{k}_test_accuracy" for k in SAEBENCH_KS},
 }  # fmt: skip
 _CORE_COLUMNS: Mapping[str, str] = {
     "L0": "l0", "explained variance": "explained_variance", "CE score": "ce_loss_score", "KL score": "kl_div_score",
@@ -258,25 +263,28 @@ def caveats(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[str
     lines = []
     models = [{one.model for one in side if one.model} for side in (own, theirs)]
     if models[0] and models[1] and {_last(name) for name in models[0]} != {_last(name) for name in models[1]}:
-        lines.append(f"Other models: {_listed(models[0])} here, {_listed(models[1])} there: nothing can be compared.")
+        lines.append(
+            f"The models differ ({_listed(models[0])} here, {_listed(models[1])} in SAEBench's files): nothing can be "
+            "compared."
+        )
     layers = [{one.layer for one in side if one.layer is not None} for side in (own, theirs)]
     if layers[0] and layers[1] and not layers[0] & layers[1]:
-        lines.append("Other layers: compare rows of the same layer only.")
+        lines.append("The layers differ: compare only lines of the same layer.")
     if any(not one.is_core for one in theirs):
         names = [{_last(name) for one in side for name in one.tasks} for side in (own, theirs)]
         shared = _listed(names[0] & names[1]) if names[0] & names[1] else "none"
         lines.append(
-            f"Tasks of one name in both: {shared}. Means over other tasks cannot be compared, and of the same tasks "
-            "only roughly: SAEBench gives the accuracy on one test split, whose rows may share a person or a text with "
-            "the training rows, without an interval; here it is the balanced accuracy of out-of-fold predictions, "
-            "folds by person, and intervals are in --csv."
+            f"Tasks with the same name in both: {shared}. Means over different tasks cannot be compared, and means "
+            "over the same tasks only roughly. SAEBench gives the accuracy on one test split, without an interval; its "
+            "rows may share a person or a text with the training rows. This program gives the balanced accuracy of "
+            "out-of-fold predictions, with folds by group; the CSV file has the intervals."
         )
     if any(one.is_core for one in theirs):
         lines.append(
-            "Texts and contexts differ: the texts of the tasks here, mostly OpenWebText there, so the loss of the "
-            "model itself differs, and L0 and explained variance with it. Both scores are against zeros in place of x; "
-            "L0 is of the probed positions here, of all tokens there. Explained variance of before SAEBench 0.6 was "
-            "computed otherwise."
+            "The texts differ: this program uses those of the tasks, SAEBench mostly OpenWebText. The model's own loss "
+            "therefore differs, and so do L0 and explained variance. Both scores are relative to zeros in place of x. "
+            "L0 is computed at the probed positions here, and over all tokens in SAEBench. SAEBench before version 0.6 "
+            "defined explained variance differently."
         )
     return lines
 
@@ -287,8 +295,8 @@ def _last(name: str) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     known = sorted(names)
-    more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
-    return ", ".join(known[:SHOWN]) + more
+    more = f" and {len(known) - MAX_DATASETS} more" if len(known) > MAX_DATASETS else ""
+    return ", ".join(known[:MAX_DATASETS]) + more
 
 
 def write(files: Sequence[File], folder: Path) -> int:

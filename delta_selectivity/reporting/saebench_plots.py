@@ -1,4 +1,4 @@
-"""Plot SAEBench's figures beside ours: sparse probing by k, and explained variance by L0."""
+"""Plot the figures of SAEBench and of this program: sparse probing by k, and explained variance by L0."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Sequence
 from functools import partial
 
 from delta_selectivity.records.saebench import Evaluation
-from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import characters, series
-from delta_selectivity.reporting.names import apart
-from delta_selectivity.reporting.saebench import THEIR_KS, here, measured_by
+from delta_selectivity.reporting.drawing import Drawing, Plot, add_title, axes_at, canvas
+from delta_selectivity.reporting.names import short_names
+from delta_selectivity.reporting.saebench import SAEBENCH_KS, at_layers_of, measured_by
+from delta_selectivity.reporting.styles import characters, series
 
 WIDTH, HEIGHT, LEFT = 560, 320, 56  # pixels
 LEGEND_ROW = 16
-MOST = 24  # evaluations in a plot
+MAX_EVALUATIONS = 24  # evaluations in a plot
 ALL = "all"
 """Axis position of a probe on all latents."""
 
 
 def beside_plots(own: Sequence[Evaluation], theirs: Sequence[Evaluation]) -> list[Plot]:
     """Return a plot for each kind of evaluation in `theirs`."""
-    found = []
+    plots = []
     for core in (False, True):
-        chosen = [one for one in (*here(own, theirs), *theirs) if one.is_core == core]
+        chosen = [one for one in (*at_layers_of(own, theirs), *theirs) if one.is_core == core]
         points = [(one, known) for one in chosen if (known := _points(one))]
         if points and any(one.is_core == core for one in theirs):
-            found.append(_plot(core, points[:MOST], len(points)))
-    return found
+            plots.append(_plot(core, points[:MAX_EVALUATIONS], len(points)))
+    return plots
 
 
 def _points(one: Evaluation) -> list[tuple[float, float]]:
@@ -34,20 +34,20 @@ def _points(one: Evaluation) -> list[tuple[float, float]]:
     if one.is_core:
         pair = tuple(one.metrics.get(name) for name in ("l0", "explained_variance"))
         return [(pair[0], pair[1])] if pair[0] is not None and pair[1] is not None else []
-    values = (one.metrics.get(f"sae_top_{k}_test_accuracy") for k in THEIR_KS)
-    return [(float(k), value) for k, value in zip(THEIR_KS, values, strict=True) if value is not None]
+    values = (one.metrics.get(f"sae_top_{k}_test_accuracy") for k in SAEBENCH_KS)
+    return [(float(k), value) for k, value in zip(SAEBENCH_KS, values, strict=True) if value is not None]
 
 
 def _plot(core: bool, points: Sequence[tuple[Evaluation, list[tuple[float, float]]]], n: int) -> Plot:
     what = "Explained variance and L0" if core else "Probes on few latents"
-    title = f"{what}: SAEBench and here"
+    title = f"{what}: SAEBench and this program"
     x, y = ("l0", "explained_variance") if core else ("k", "accuracy")
-    left_out = f" The first {len(points)} of {n}." if n > len(points) else ""
+    left_out = f" Only the first {len(points)} of {n} are shown." if n > len(points) else ""
     description = (
-        "A point for each SAE and layer, its L0 to the right and its explained variance upwards. "
+        "A point for each SAE and layer: explained variance against L0. "
         if core
         else "A line for each SAE and layer: mean accuracy of probes on 1, 2 and 5 latents. "
-    ) + f"Filled: measured here; hollow: by SAEBench, on other tasks, texts and splits.{left_out}"
+    ) + f"Filled: this program. Hollow: SAEBench, on other tasks, texts and splits.{left_out}"
     rows = tuple(
         (one.sae, measured_by(one), one.layer, *point) for one, known in points for point in known
     )  # fmt: skip
@@ -60,7 +60,7 @@ def _plot(core: bool, points: Sequence[tuple[Evaluation, list[tuple[float, float
 
 def _draw(core: bool, title: str, points: Sequence[tuple[Evaluation, list[tuple[float, float]]]]) -> Drawing:
     figure = canvas(WIDTH, HEIGHT + LEGEND_ROW * len(points) + 8)
-    entitle(figure, title, "filled: here; hollow: SAEBench, on other tasks, texts and splits")
+    add_title(figure, title, "filled: this program; hollow: SAEBench, on other tasks, texts and splits")
     axes = axes_at(figure, LEFT, 44, WIDTH - LEFT - 20, HEIGHT - 96)
     axes.grid()
     axes.set(
@@ -69,10 +69,10 @@ def _draw(core: bool, title: str, points: Sequence[tuple[Evaluation, list[tuple[
     )
     if not core:
         axes.set_xscale("log")
-        axes.set_xticks(THEIR_KS, [str(k) for k in THEIR_KS])
+        axes.set_xticks(SAEBENCH_KS, [str(k) for k in SAEBENCH_KS])
         axes.minorticks_off()
     axes.margins(0.08)
-    names = apart([named(one) for one, _ in points], characters(WIDTH - 60, 10))
+    names = short_names([named(one) for one, _ in points], characters(WIDTH - 60, 10))
     saes = list(dict.fromkeys((one.sae, one.is_ours) for one, _ in points))
     tips: dict[str, str] = {}
     for number, ((one, known), name) in enumerate(zip(points, names, strict=True)):

@@ -2,8 +2,8 @@
 
 series_of(study_of(files))       # of runs/a/step_100, runs/a/step_200, ...; or of one model's revisions step1000, ...
 
-A checkpoint is surely better if the 95 % interval of its paired difference of transfer_r2 from the previous one, on the
-same rows, folds and people, lies above 0.
+A checkpoint is surely better than the previous one if the 95 % interval of their paired difference of transfer_r2, on
+the same rows, folds and people, lies above 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting.groups import HASHES, settings_of, stored_cells
-from delta_selectivity.reporting.names import abridged
+from delta_selectivity.reporting.names import elide_middle
 from delta_selectivity.reporting.study import Sae, Study, tasks_of
 from delta_selectivity.system.terminal import printable
 
@@ -26,8 +26,8 @@ _STEP = re.compile(
     re.IGNORECASE,
 )
 """The step in a name: a number after a keyword, or a folder that is a number. `k32` is not a step."""
-LONGEST = 60  # characters of a name in the sentence
-PLACE = "*"
+MAX_NAME = 60  # characters of a name in the sentence
+STEP_MARK = "*"
 """Replaces the step in the name of a series."""
 
 
@@ -61,27 +61,29 @@ class Series:
 
     def sentence(self) -> str:
         """Return a sentence that names the last checkpoint that is surely better than the previous one."""
-        name = abridged(self.name, LONGEST)
+        name = elide_middle(self.name, MAX_NAME)
         steps = f"{len(self.checkpoints)} checkpoints of {name}, steps {self.checkpoints[0].step:,} to "
         steps += f"{self.checkpoints[-1].step:,}: "
         if all(one.change is None for one in self.checkpoints[1:]):
-            return f"{steps}they cannot be compared: the scores beside their result files are gone."
+            return f"{steps}they cannot be compared, because their stored scores are missing."
         last = self.last_better
         if last is None:
-            return f"{steps}none is surely better than the one before it."
+            return f"{steps}none is surely better than the previous one."
         value = (last.change or {})["transfer_r2"]
-        return f"{steps}the last that is surely better than the one before it is step {last.step:,} (by {value:.3f})."
+        return (
+            f"{steps}the last one that is surely better than the previous one is step {last.step:,} (by {value:.3f})."
+        )
 
 
 def series_of(study: Study) -> list[Series]:
     """Return every series of at least two steps, in the order of the SAEs."""
-    found: dict[tuple[str, bool, str], dict[int, Sae]] = {}
+    by_series: dict[tuple[str, bool, str], dict[int, Sae]] = {}
     for sae in study.saes:
         for name, of_model, step in _steps(sae):
-            found.setdefault((name, of_model, _settings(sae)), {}).setdefault(step, sae)
+            by_series.setdefault((name, of_model, _settings(sae)), {}).setdefault(step, sae)
     return [
         Series(printable(name), of_model, tuple(_checkpoints(study, sorted(by_step.items()))))
-        for (name, of_model, _), by_step in found.items()
+        for (name, of_model, _), by_step in by_series.items()
         if len(by_step) > 1
     ]
 
@@ -96,19 +98,19 @@ def step_of(name: str) -> tuple[str, int] | None:
     if not matches:
         return None
     last = matches[-1]
-    return f"{name[: last.start()]}{PLACE}{name[last.end() :]}", int(last["step"] or last["bare"])
+    return f"{name[: last.start()]}{STEP_MARK}{name[last.end() :]}", int(last["step"] or last["bare"])
 
 
 def _steps(sae: Sae) -> Iterator[tuple[str, bool, int]]:
     """Yield the step in the SAE's name, or else in the model's revision."""
     config = sae.files[0][1]["_run"]["config"]
-    typed, revision = str(config["sae"]), config.get("revision")
-    of_sae = step_of(typed)
+    name_in_request, revision = str(config["sae"]), config.get("revision")
+    of_sae = step_of(name_in_request)
     if of_sae is not None:
         yield of_sae[0], False, of_sae[1]
     elif isinstance(revision, str) and (of_model := step_of(revision)) is not None:
         model = str(config.get("model_name", ""))
-        yield f"{typed} at {model}, revision {of_model[0]}", True, of_model[1]
+        yield f"{name_in_request} at {model}, revision {of_model[0]}", True, of_model[1]
 
 
 def _settings(sae: Sae) -> str:
@@ -126,16 +128,16 @@ def _checkpoints(study: Study, by_step: list[tuple[int, Sae]]) -> Iterator[Check
 def _change(study: Study, sae: Sae, before: Sae) -> result_file.Json | None:
     comparison = study.comparison(sae.name, before.name)
     if comparison is not None:
-        return comparison.found
+        return comparison.figures
     if _key(sae, "model") == _key(before, "model"):
         return None
-    own, other = stored_cells(sae.files), stored_cells(before.files)  # another revision, and the same rows
-    if own is None or other is None:
+    cells, cells_before = stored_cells(sae.files), stored_cells(before.files)  # another revision, and the same rows
+    if cells is None or cells_before is None:
         return None
     from delta_selectivity.records.sae_level import compare  # here: imports scipy, seldom needed
 
-    found = compare(own, other, tasks_of(sae.files))
-    return found if found["transfer_r2"] is not None else None
+    difference = compare(cells, cells_before, tasks_of(sae.files))
+    return difference if difference["transfer_r2"] is not None else None
 
 
 def _key(sae: Sae, name: str) -> Any:

@@ -7,10 +7,10 @@ from functools import partial
 
 from matplotlib.ticker import EngFormatter
 
-from delta_selectivity.reporting.drawing import Drawing, Plot, axes_at, canvas, entitle
-from delta_selectivity.reporting.ink import COLOURS
+from delta_selectivity.reporting.drawing import Drawing, Plot, add_title, axes_at, canvas
 from delta_selectivity.reporting.numbers import signed, span, typeset
 from delta_selectivity.reporting.series import COLUMNS, Checkpoint, Series, lines
+from delta_selectivity.reporting.styles import COLOURS
 
 WIDTH, HEIGHT = 352, 240  # pixels
 SPREAD = 50  # ratio of largest to smallest step from which the axis is logarithmic
@@ -22,8 +22,8 @@ def series_plot(series: Series, name: str) -> Plot | None:
     if len(known) < 2:
         return None
     description = (
-        "transfer_r2, the share of what the model's own probes read that survives, at each checkpoint with its 95 % "
-        f"interval. A filled dot is surely better than the one before. {series.sentence()}"
+        "transfer_r2 of each checkpoint with its 95 % interval. A filled dot is surely better than the previous one. "
+        f"{series.sentence()}"
     )
     draw = partial(_draw, series, known)
     return Plot(name, f"transfer_r2 by step of {series.name}", description, draw, COLUMNS, tuple(lines(series)))
@@ -31,7 +31,7 @@ def series_plot(series: Series, name: str) -> Plot | None:
 
 def _draw(series: Series, known: list[Checkpoint]) -> Drawing:
     figure = canvas(WIDTH, HEIGHT)
-    entitle(figure, f"By step: {series.name}", "filled: surely better than the one before; band: 95 % interval")
+    add_title(figure, f"By step: {series.name}", "filled: surely better than the previous; band: 95 % interval")
     axes = axes_at(figure, 46, 42, WIDTH - 60, HEIGHT - 84)
     steps = [one.step for one in known]
     values, lows, highs = (
@@ -49,8 +49,8 @@ def _draw(series: Series, known: list[Checkpoint]) -> Drawing:
     axes.plot(steps, values, color=COLOURS[0], linewidth=1.4)
     tips: dict[str, str] = {}
     for number, (one, value, low, high) in enumerate(zip(known, values, lows, highs, strict=True)):
-        inside = COLOURS[0] if one.surely_better else "white"
-        axes.plot(one.step, value, "o", color=COLOURS[0], markerfacecolor=inside, markersize=7, gid=f"step-{number}")
+        fill = COLOURS[0] if one.surely_better else "white"
+        axes.plot(one.step, value, "o", color=COLOURS[0], markerfacecolor=fill, markersize=7, gid=f"step-{number}")
         interval = "no interval" if math.isnan(low) else f"{typeset(f'{low:.4f}')} to {typeset(f'{high:.4f}')}"
         tips[f"step-{number}"] = f"step {one.step:,}: {typeset(f'{value:.4f}')} ({interval}){_changed(one)}"
     return Drawing(figure, tips)
@@ -60,4 +60,4 @@ def _changed(one: Checkpoint) -> str:
     if one.change is None:
         return ""
     value, low, high = (one.change[f"transfer_r2{end}"] for end in ("", "_ci_low", "_ci_high"))
-    return f"; against the one before {signed(value, 4)} ({span(low, high, 4)})"
+    return f"; minus the previous {signed(value, 4)} ({span(low, high, 4)})"

@@ -9,13 +9,17 @@ import re
 from collections.abc import Mapping
 from xml.etree import ElementTree
 
-from delta_selectivity.reporting.ink import FONT, INK, MUTED, RULE
+from delta_selectivity.reporting.styles import FONT, MUTED, RULE, TEXT_COLOUR
 
 SVG = "http://www.w3.org/2000/svg"
 XLINK = "http://www.w3.org/1999/xlink"
 ElementTree.register_namespace("", SVG)
 ElementTree.register_namespace("xlink", XLINK)
-MODES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)"}  # CSS variables of the page's style sheet
+MODES = {
+    TEXT_COLOUR: "var(--ink)",
+    MUTED: "var(--muted)",
+    RULE: "var(--rule)",
+}  # CSS variables of the page's style sheet
 
 
 def accessible(

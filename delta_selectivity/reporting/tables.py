@@ -9,39 +9,39 @@ from delta_selectivity.records.verdicts import LOST, PRESERVED, is_preserved, is
 from delta_selectivity.reporting.families import MEANING as OVER_TASKS
 from delta_selectivity.reporting.families import family_rows
 from delta_selectivity.reporting.groups import File, dataset_of
-from delta_selectivity.reporting.names import abridged, apart
+from delta_selectivity.reporting.names import elide_middle, short_names
 from delta_selectivity.reporting.numbers import few_effective, fvu_whole, interval, number, p_value, people
 from delta_selectivity.reporting.ranking import MEANING, in_order, rank
 from delta_selectivity.reporting.results import (
     cells,
-    further_views,
     is_baseline,
     label_in_run,
     mean,
+    optional_figures,
     with_downstream,
 )
-from delta_selectivity.reporting.study import MANY, Study, study_of
+from delta_selectivity.reporting.study import MAX_DATASETS, Study, study_of
 from delta_selectivity.system.terminal import one_line, printable
 
 Row = tuple[str, ...]
-LONGEST = 72  # characters of a name
-WORST = 20  # maximum number of cells shown for many datasets
+MAX_NAME = 72  # characters of a name
+MAX_CELLS = 20  # maximum number of cells shown for many datasets
 
-NOTE = (
-    "delta_sel: 0 = preserved, negative = lost; intervals are clustered by person\n"
-    "[people] after a probe: of unequal size, they tell less than half as much as so many of equal size\n"
-    "* after it: q < 0.05 (Benjamini-Hochberg over all that the run measured of the SAE)\n"
-    "= after it: shown to be preserved, the 90 % interval lies within +-epsilon"
+LEGEND = (
+    "delta_sel: 0 = preserved, negative = lost; intervals are clustered by group (person)\n"
+    "[54 (as 6.2) groups] after a probe: their sizes differ so much that they count as 6.2 groups of equal size\n"
+    "* after delta_sel: q < 0.05 (Benjamini-Hochberg over all results of the SAE in the run)\n"
+    "= after delta_sel: shown to be preserved, because the 90 % interval lies within +-epsilon"
 )
-"""Legend of the tables."""
+"""Legend below the tables."""
 
 
 def selectivity_table(results: result_file.Json, worst_first: bool = False) -> str:
     """Return layer, probe, model_sel, sae_sel, delta_sel with its 95 % interval, both FVU and L0."""
-    found = list(cells(results))
+    all_cells = list(cells(results))
     if worst_first:
-        found.sort(key=lambda cell: cell[3].get("delta_sel", 0.0) if cell[3].get("delta_sel") is not None else 0.0)
-    views = further_views(with_downstream(figures, result) for *_, figures, result in found)
+        all_cells.sort(key=lambda cell: cell[3].get("delta_sel", 0.0) if cell[3].get("delta_sel") is not None else 0.0)
+    views = optional_figures(with_downstream(figures, result) for *_, figures, result in all_cells)
     header = (
         "layer",
         "probe",
@@ -56,8 +56,8 @@ def selectivity_table(results: result_file.Json, worst_first: bool = False) -> s
         *views,
     )
     rows = [
-        (*_row(str(layer), probe, figures, result), *_views(with_downstream(figures, result), views))
-        for layer, probe, figures, result in found
+        (*_row(str(layer), probe, figures, result), *_optional_columns(with_downstream(figures, result), views))
+        for layer, probe, figures, result in all_cells
     ]
     return aligned([header, *rows])
 
@@ -65,23 +65,23 @@ def selectivity_table(results: result_file.Json, worst_first: bool = False) -> s
 def rows_table(results: result_file.Json) -> str:
     """Return a line per SAE and probe of a file of rows: SAE -> figures, and probe -> record."""
     header = ("SAE", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer", "fvu_pos")
-    found = (
+    all_cells = (
         (sae, probe, figures, result)
         for sae, figures in results.items()
         if sae != "_run"
         for probe, result in figures.items()
         if isinstance(result, dict)
     )
-    return aligned([header, *(_row(*cell)[: len(header)] for cell in found)])
+    return aligned([header, *(_row(*cell)[: len(header)] for cell in all_cells)])
 
 
 def _row(first: str, probe: str, figures: result_file.Json, result: result_file.Json) -> Row:
-    first, probe = (abridged(printable(name), LONGEST) for name in (first, probe))
+    first, probe = (elide_middle(printable(name), MAX_NAME) for name in (first, probe))
     if result.get("reason"):
         return (first, probe, f"({result['reason']})", *[""] * 7)
     return (
         first,
-        f"{probe} [{people(result)} people]" if few_effective(result) else probe,
+        f"{probe} [{people(result)} groups]" if few_effective(result) else probe,
         f"{result['model_sel']:.3f}",
         f"{result['sae_sel']:.3f}",
         f"{result['delta_sel']:+.3f}{_marks(result)}",
@@ -93,7 +93,7 @@ def _row(first: str, probe: str, figures: result_file.Json, result: result_file.
     )
 
 
-def _views(result: result_file.Json, views: Sequence[str]) -> Row:
+def _optional_columns(result: result_file.Json, views: Sequence[str]) -> Row:
     return tuple("" if result.get("reason") else number(result.get(view), ".3f") for view in views)
 
 
@@ -102,18 +102,18 @@ def _marks(result: result_file.Json) -> str:
 
 
 def summary_table(study: Study) -> str:
-    """Return a line per SAE by rank: means over datasets, layers and probes, with intervals that resample people.
+    """Return a line per SAE by rank: means over datasets, layers and probes, with intervals clustered by group.
 
     Baselines are listed below the SAEs.
     """
     ranking = rank(study)
-    views = further_views(cell.record for sae in study.everything for cell in sae.measured)
+    views = optional_figures(cell.record for sae in study.saes_and_baselines for cell in sae.measured)
     rows: list[Row] = [
         ("SAE", "rank", "survives", "95 % interval", "probes x layers", "model_sel", "sae_sel", "delta_sel",
          "95 % interval", "lost (q < 0.05)", "preserved", "fvu_pos", "fvu_whole", "L0", *views)
     ]  # fmt: skip
     saes = in_order(study, ranking)
-    names = apart([sae.label for sae in saes], LONGEST)
+    names = short_names([sae.label for sae in saes], MAX_NAME)
     for sae, name in zip(saes, names, strict=True):
         n_cells = len(sae.measured)
         rows.append(
@@ -146,16 +146,16 @@ def comparison_table(study: Study) -> str | None:
     scores = ("transfer_r2", "delta_sel")
     columns = [column for score in scores for column in (f"difference of {score}", "95 % interval", "p")]
     rows: list[Row] = [("SAE", "compared with", *columns)]
-    labels = [sae.label for sae in study.everything]
-    names = dict(zip(labels, apart(labels, LONGEST), strict=True))
+    labels = [sae.label for sae in study.saes_and_baselines]
+    names = dict(zip(labels, short_names(labels, MAX_NAME), strict=True))
     for pair in study.neighbours:
-        figures = [figure for score in scores for figure in _difference(pair.found, score)]
+        figures = [figure for score in scores for figure in _difference(pair.figures, score)]
         rows.append((names[pair.one.label], names[pair.other.label], *figures))
     return aligned(rows) if len(rows) > 1 else None
 
 
-def _difference(found: result_file.Json, score: str) -> Row:
-    return (number(found[score], "+.4f"), interval(found, score), p_value(found[f"{score}_p_value"]))
+def _difference(comparison: result_file.Json, score: str) -> Row:
+    return (number(comparison[score], "+.4f"), interval(comparison, score), p_value(comparison[f"{score}_p_value"]))
 
 
 def resource_table(files: Sequence[File]) -> str:
@@ -190,44 +190,44 @@ def aligned(rows: Sequence[Row]) -> str:
 
 
 def render(files: Sequence[File], worst_first: bool = False) -> str:
-    """Return every table of the files, with the summary over several at the end, where a terminal shows it.
+    """Return every table of the files. The summary over several files comes last, so that it is visible in a terminal.
 
     Baselines are only in the summary, unless there are no SAEs.
     """
     in_full = [file for file in files if not is_baseline(file[1])] or files
-    if len({dataset_of(file) for file in in_full}) > MANY:
-        return "\n\n".join([*_in_short(in_full), overview(files)])
+    if len({dataset_of(file) for file in in_full}) > MAX_DATASETS:
+        return "\n\n".join([*_largest_losses(in_full), overview(files)])
     parts = [f"{one_line(str(path))}\n\n{selectivity_table(results, worst_first)}" for path, results in in_full]
-    return "\n\n".join([*parts, NOTE, *([overview(files)] if len(files) > 1 else [])])
+    return "\n\n".join([*parts, LEGEND, *([overview(files)] if len(files) > 1 else [])])
 
 
-def _in_short(files: Sequence[File]) -> list[str]:
-    """Return, for many datasets, the largest losses, each at its worst layer, and what could not be measured."""
+def _largest_losses(files: Sequence[File]) -> list[str]:
+    """Return, for many datasets, the probes with the largest losses, and those that could not be measured."""
     named = [(dataset_of(file), file) for file in files]
-    found = [(label_in_run("", [file]), dataset, *cell) for dataset, file in named for cell in cells(file[1])]
-    measured = [cell for cell in found if not cell[-1].get("reason")]
+    all_cells = [(label_in_run("", [file]), dataset, *cell) for dataset, file in named for cell in cells(file[1])]
+    measured = [cell for cell in all_cells if not cell[-1].get("reason")]
     by_loss = sorted(measured, key=lambda cell: cell[-1]["delta_sel"], reverse=True)
     of_probe = {(sae, dataset, probe): place for place, (sae, dataset, _, probe, *_) in enumerate(by_loss)}
-    worst = [by_loss[place] for place in sorted(of_probe.values(), reverse=True)[:WORST]]
+    worst = [by_loss[place] for place in sorted(of_probe.values(), reverse=True)[:MAX_CELLS]]
     header: Row = ("SAE", "dataset", "layer", "probe", "model_sel", "sae_sel", "delta_sel", "95 % interval", "transfer")
     rows = [
         (
-            abridged(printable(sae), LONGEST),
-            abridged(printable(dataset), LONGEST),
+            elide_middle(printable(sae), MAX_NAME),
+            elide_middle(printable(dataset), MAX_NAME),
             *_row(str(layer), probe, *numbers)[:7],
         )
         for sae, dataset, layer, probe, *numbers in worst
     ]
     reasons: dict[str, None] = {
         f"not measured: {dataset}, {probe}: {result['reason']}": None
-        for _, dataset, _, probe, _, result in found
+        for _, dataset, _, probe, _, result in all_cells
         if result.get("reason")
     }
     head = (
-        f"the {len(rows)} of {len(of_probe)} probes that lose most, each at its worst layer; a result file alone shows "
-        "all of its own, a page and a CSV file those of all"
+        f"the {len(rows)} of {len(of_probe)} probes with the largest losses, each at its worst layer; for all probes, "
+        "print a single result file, or write a page or a CSV file"
     )
-    return [head, aligned([header, *rows]), NOTE, *([one_line_each(reasons)] if reasons else [])]
+    return [head, aligned([header, *rows]), LEGEND, *([one_line_each(reasons)] if reasons else [])]
 
 
 def one_line_each(texts: Iterable[str]) -> str:
@@ -238,10 +238,10 @@ def one_line_each(texts: Iterable[str]) -> str:
 def overview(files: Sequence[File]) -> str:
     """Return the line per SAE, the significant differences between them, and the comparisons."""
     study = study_of(files)  # computed once, because pairs may be compared from their stored scores
-    apart = "\n".join(one_line(line) for line in study.apart)
+    not_compared = "\n".join(one_line(line) for line in study.not_compared)
     sentence = rank(study).sentence()
     families = family_rows(study)
     over_tasks = f"{aligned(families)}\n\n{OVER_TASKS}" if families else None
-    told = sentence and one_line(sentence)
-    parts = (over_tasks, summary_table(study), MEANING, told, comparison_table(study), apart)
+    text = sentence and one_line(sentence)
+    parts = (over_tasks, summary_table(study), MEANING, text, comparison_table(study), not_compared)
     return "\n\n".join(part for part in parts if part)

@@ -23,7 +23,7 @@ DATASET_NAMES = ("gender", "occupation", "politics", "athlete", "is_alive")  # t
 TASK_GROUPS = {"wikidata": DATASET_NAMES, "sae-probes": SUITE, "all": (*DATASET_NAMES, *OUTSIDE_WIKIDATA)}
 """Names of groups of tasks; `all` has each question once."""
 LOADERS: dict[str, Callable[[], Task]] = {name: partial(load_wikidata, name) for name in DATASET_NAMES}
-"""The built-in tasks that are not from sae-probes, by name in lower case."""
+"""Loaders of the built-in tasks other than those of sae-probes, by name in lower case."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def name_task(
     if split is None and not columns and name in DATASET_NAMES:
         return name if data_dir is None else GurneeData(name, Path(os.path.expanduser(data_dir)))  # noqa: PTH111 - leaves an unknown ~user as it is
     if data_dir is not None:
-        raise RequestError(f"`data_dir` {data_dir}: it has Wikidata tasks only, not {name!r}")
+        raise RequestError(f"`data_dir` {data_dir}: it can have Wikidata tasks only, not {name!r}")
     path, built_in = Path(name).expanduser(), name if name in LOADERS else find_task(name)
     exists = os.path.exists(path)  # noqa: PTH110 - False for a name that is too long
     if built_in is not None and split is None and not columns and (built_in == name or not exists):

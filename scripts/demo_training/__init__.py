@@ -1,1 +1,1 @@
-"""How the bundled demo model and its SAEs were made; `scripts/train_demo.py` is the door."""
+"""Training of the bundled demo model and its SAEs; start it with `scripts/train_demo.py`."""

@@ -1,4 +1,4 @@
-"""The README of the bundled model and of each folder of SAEs, written from what the training recorded."""
+"""Write the README of the bundled model and of each folder of SAEs from the records of their training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training text: one document a line, with a held-out share chosen by hash."""
+"""Read the training text: one document per line, with a held-out share chosen by hash."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CORPUS = Path("corpus") / "people_text.jsonl.xz"
-HELD_OUT_IN = 100  # one document in this many is never trained on
+HELD_OUT_IN = 100  # one document in this many is held out
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,26 @@ class Document:
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a document is never trained on, by its hash."""
+    """Return whether a document is held out, by its hash."""
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_IN == 0
 
 
 def detokenised(text: str) -> str:
-    """WikiText as people write: `1 @,@ 000`, ` = Title = ` and ` , ` undone."""
+    """Return WikiText as normal text: undo `1 @,@ 000`, ` = Title = ` and ` , `."""
     text = re.sub(r" @([-,.])@ ", r"\1", text)
     text = re.sub(r" ([,.;:!?)%]|'s\b)", r"\1", text).replace("( ", "(")
     return re.sub(r' " ([^"\n]*?) " ', r' "\1" ', text)
 
 
 def split_wikitext(text: str) -> list[str]:
-    """The articles of a WikiText file, which begin at ` = Title = `."""
+    """Return the articles of a WikiText file; each begins with ` = Title = `."""
     articles = re.split(r"\n(?= = [^=\n]+ = \n)", text)
     return [detokenised(article).strip() for article in articles if len(article) > 200]
 
 
 def read_corpus(shared: Path) -> list[Document]:
-    """Every document; WikiText and Gutenberg, which come as one text, cut into articles."""
+    """Yield every document; WikiText and Gutenberg, which are single texts, are cut into articles."""
     documents: list[Document] = []
     with lzma.open(shared / CORPUS, "rt", encoding="utf-8") as file:
         for line in file:

@@ -1,7 +1,8 @@
-"""Trains the demo's language model: Pythia's architecture in small, in a given number of minutes.
+"""Train the demo's language model, a small Pythia, in a given number of minutes.
 
-Muon for the matrices inside the layers, AdamW for embedding, norms and biases; bfloat16 autocast;
-warm-up, plateau, then decay to zero, all driven by the clock, so that it ends on time at any speed.
+Uses Muon for the matrices inside the layers, AdamW for embedding, norms and biases, and bfloat16 autocast. The learning
+rate has a warm-up, a plateau and a decay to zero, all driven by the clock, so that the training ends on time at any
+speed.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What was chosen for the training; written to `training.json` beside the model's card."""
+    """Settings of the training; written to `training.json` beside the model's card."""
 
     minutes: float
     seed: int = 0
-    rows: int = 16  # a step
-    part: int = 4  # rows that one worker thread takes at a time
+    rows: int = 16  # per step
+    part: int = 4  # rows that a worker thread takes at a time
     workers: int = 2
-    length: int = 192  # tokens a row, BOS included
+    length: int = 192  # tokens per row, BOS included
     muon_lr: float = 0.02
     adamw_lr: float = 3e-3
     weight_decay: float = 0.05
@@ -45,7 +46,7 @@ class ModelSettings:
 
 
 def new_model(vocab_size: int, seed: int) -> GPTNeoXForCausalLM:
-    """Random weights; also the control that the trained model is compared with."""
+    """Return a model with random weights; it is also the control for the trained model."""
     torch.manual_seed(seed)
     config = GPTNeoXConfig(
         vocab_size=vocab_size,
@@ -66,7 +67,7 @@ def new_model(vocab_size: int, seed: int) -> GPTNeoXForCausalLM:
 
 
 def next_token_loss(model: GPTNeoXForCausalLM, ids: Tensor) -> Tensor:
-    """Mean cross-entropy in nats; `ids` is `[rows, length]`; BOS inside a row counts as a token."""
+    """Return the mean cross-entropy in nats; `ids` is `[rows, length]`; BOS inside a row counts as a token."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.gpt_neox(ids, use_cache=False).last_hidden_state
         logits = model.get_output_embeddings()(hidden[:, :-1])  # [rows, length - 1, vocab]
@@ -76,10 +77,10 @@ def next_token_loss(model: GPTNeoXForCausalLM, ids: Tensor) -> Tensor:
 def loss_and_gradient(
     model: GPTNeoXForCausalLM, ids: Tensor, part: int, pool: Executor
 ) -> tuple[float, tuple[Tensor, ...]]:
-    """Mean loss over `ids` `[rows, length]` and its gradient, computed by single-threaded workers.
+    """Return the mean loss over `ids` `[rows, length]` and its gradient, computed by single-threaded workers.
 
-    Each worker takes the next few rows when it is free: on cores shared with other programs this is
-    several times faster than splitting every operation between threads that wait for each other.
+    Each free worker takes the next few rows. On cores that are shared with other programs, this is several times faster
+    than splitting every operation between threads that wait for each other.
     """
     weights = list(model.parameters())
 
@@ -113,12 +114,12 @@ def optimisers(model: GPTNeoXForCausalLM, settings: ModelSettings) -> list[torch
 
 
 def rate_at(progress: float, settings: ModelSettings) -> float:
-    """Share of the full learning rate when `progress` of the time is over."""
+    """Return the share of the full learning rate when `progress` of the time is over."""
     return max(0.0, min(1.0, progress / settings.warmup, (1.0 - progress) / settings.decay))
 
 
 def save(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Model in bfloat16 and tokenizer, laid out as on the Hub; the folder appears complete or not at all."""
+    """Save the model in bfloat16 and the tokenizer, in the Hub's layout; the folder appears complete or not at all."""
     fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for stale in (fresh, old):
         shutil.rmtree(stale, ignore_errors=True)
@@ -139,7 +140,7 @@ def train_model(
     folder: Path,
     snapshots: Path | None,
 ) -> dict[str, object]:
-    """Trains, saves to `folder`, and returns what the model card needs."""
+    """Train, save to `folder`, and return what the model card needs."""
     model = new_model(len(tokenizer), settings.seed)
     steppers = optimisers(model, settings)
     full_rates = [group["lr"] for stepper in steppers for group in stepper.param_groups]

@@ -1,7 +1,7 @@
-"""People and what is known of them, read from tables and from the first sentence of a biography.
+"""Collect facts about people from tables and from the first sentence of a biography.
 
-Pantheon gives gender, occupation, birth year and country; the table of members of Congress gives gender,
-party and state; a biography says the rest itself ("X (born 1950) is an American actor who ...").
+Pantheon gives gender, occupation, birth year and country. The table of members of Congress gives gender, party and
+state. A biography gives the rest ("X (born 1950) is an American actor who ...").
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ OCCUPATIONS = {
     "ACTOR": ("actor", "film actor", "film and television actor"),
     "JOURNALIST": ("journalist", "reporter"),
 }
-STILL_ALIVE_FROM = 1938  # most people in the tables born later are alive; earlier ones mostly are not
+STILL_ALIVE_FROM = 1938  # most people in the tables who were born later are alive; most who were born earlier are not
 PREDICATE = re.compile(
     r"\b(was|is) (an? [^.;,()\n]{3,70}?)(?= who\b| whose\b| that\b| which\b| known\b| best\b| from\b|[.,;(])"
 )
@@ -55,11 +55,11 @@ BORN = re.compile(r"\bborn\b[^()\n]{0,60}?\b(1[5-9]\d\d|20[01]\d)\b")
 
 @dataclass(frozen=True)
 class Person:
-    """What the statements may say about someone; `None` is unknown."""
+    """Known facts about a person; `None` is unknown."""
 
     name: str
-    jobs: tuple[str, ...]  # phrases without article: "American actor"
-    group: str  # people of one group may share a list: "actors"
+    jobs: tuple[str, ...]  # phrases without an article: "American actor"
+    group: str  # people of one group may be listed together: "actors"
     female: bool | None
     alive: bool
     born: int | None = None
@@ -68,7 +68,7 @@ class Person:
 
 
 def gender_of(text: str) -> bool | None:
-    """True if "she" and "her" clearly outnumber "he", "his" and "him", False the other way round."""
+    """Return True if "she" and "her" clearly outnumber "he", "his" and "him", and False in the opposite case."""
     words = re.findall(r"\b(he|his|him|she|her)\b", text.lower())
     her = sum(word.startswith(("sh", "her")) for word in words)
     him = len(words) - her
@@ -76,7 +76,7 @@ def gender_of(text: str) -> bool | None:
 
 
 def from_biography(document: Document) -> Person | None:
-    """The person a biography is about, if its first lines say what they were."""
+    """Return the person whom a biography describes, if its first lines give their occupation."""
     head = document.text[:700]
     predicate = PREDICATE.search(head)
     names = document.title.split()
@@ -95,7 +95,7 @@ def from_biography(document: Document) -> Person | None:
 
 
 def with_gender_by_first_name(people: list[Person]) -> list[Person]:
-    """Fills in a gender that is unknown where nearly all people of that first name share one."""
+    """Set unknown genders where nearly all people with the same first name share one."""
     women: Counter[str] = Counter()
     count: Counter[str] = Counter()
     for person in people:

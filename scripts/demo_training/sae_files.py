@@ -1,4 +1,4 @@
-"""Writes SAEs in the folder formats of EleutherAI/sparsify and SAE Lens, and reads them back with both."""
+"""Write SAEs in the folder formats of EleutherAI/sparsify and SAE Lens, and read them back with both libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def rounded(weights: Weights) -> Weights:
 
 
 def write_sparsify(folder: Path, weights: Weights, k: int) -> None:
-    """`layers.5/cfg.json` and `sae.safetensors`, as `sparsify.SparseCoder.save_to_disk` writes them."""
+    """Write `layers.5/cfg.json` and `sae.safetensors` as `sparsify.SparseCoder.save_to_disk` does."""
     folder.mkdir(parents=True, exist_ok=True)
     d_sae, d_in = weights["W_enc"].shape
     config = {
@@ -37,10 +37,10 @@ def write_sparsify(folder: Path, weights: Weights, k: int) -> None:
 def write_sae_lens(
     folder: Path, weights: Weights, architecture: dict[str, object], metadata: dict[str, object]
 ) -> None:
-    """`cfg.json` and `sae_weights.safetensors`, as SAE Lens writes them; bfloat16 on disk only,
-    save what decides which latents are open.
+    """Write `cfg.json` and `sae_weights.safetensors` as SAE Lens does.
 
-    architecture: its name and settings, such as those of `sae_lens_topk`.
+    Weights are bfloat16 on disk, except those that decide which latents are active. architecture: its name and
+    settings, such as those of `sae_lens_topk`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     d_sae, d_in = weights["W_enc"].shape
@@ -55,12 +55,12 @@ def write_sae_lens(
 
 
 def sae_lens_topk(k: int) -> dict[str, object]:
-    """What the config of a TopK SAE says of its architecture."""
+    """Return the config entries of a TopK SAE's architecture."""
     return {"architecture": "topk", "k": k, "rescale_acts_by_decoder_norm": False}
 
 
 def reconstruct(weights: Weights, k: int, x: Tensor) -> Tensor:
-    """What the saved, rounded weights give in float32; `[rows, d_in]`."""
+    """Return the reconstruction by the saved, rounded weights in float32; `[rows, d_in]`."""
     w = {name: tensor.float() for name, tensor in rounded(weights).items()}
     pre = torch.relu((x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"])
     values, indices = pre.topk(k, dim=-1)
@@ -69,7 +69,7 @@ def reconstruct(weights: Weights, k: int, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def error_in_sparsify(folder: Path, weights: Weights, k: int, x: Tensor) -> float:
-    """Largest difference, relative to the largest entry, from what sparsify makes of the folder."""
+    """Return the largest difference from sparsify's output for the folder, relative to the largest entry."""
     from sparsify import Sae
 
     sae = Sae.load_from_disk(folder).float()
@@ -80,7 +80,7 @@ def error_in_sparsify(folder: Path, weights: Weights, k: int, x: Tensor) -> floa
 
 @torch.no_grad()
 def error_in_sae_lens(folder: Path, weights: Weights, k: int, x: Tensor) -> float:
-    """The same for SAE Lens."""
+    """Return the same for SAE Lens."""
     from sae_lens import SAE
 
     ours = reconstruct(weights, k, x)

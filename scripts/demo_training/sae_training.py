@@ -1,10 +1,9 @@
-"""Trains all the demo's TopK SAEs at once, from one stream of activations, in a given number of minutes.
+"""Train all TopK SAEs of the demo at once, from one stream of activations, in a given number of minutes.
 
-Every layer's residual stream meets one SAE per k. Input is scaled to unit mean square while training and
-the scale folded into the biases at the end, so the saved SAEs take raw activations. BOS is left out:
-its activation is an outlier that would take latents away from words. Dead latents learn from the
-residual (AuxK, Gao et al. 2024, arXiv 2406.04093, appendix A.2).
-Neither library's trainer runs several k over one forward pass on a CPU, hence this loop.
+Each layer has one SAE per k. In training, the input is scaled to unit mean square; the scale is folded into the biases
+at the end, so the saved SAEs take raw activations. BOS is excluded: its activation is an outlier that would take
+latents away from words. Dead latents learn from the residual (AuxK, Gao et al. 2024, arXiv 2406.04093, appendix A.2).
+Neither library's trainer runs several k over one forward pass on a CPU, so this module has its own loop.
 """
 
 from __future__ import annotations
@@ -30,22 +29,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SaeSettings:
-    """What was chosen for the training of the SAEs."""
+    """Settings of the training of the SAEs."""
 
     minutes: float
     step: StepSettings = field(default_factory=StepSettings)
     seed: int = 0
     d_sae: int = 1024
     ks: tuple[int, ...] = (8, 32)
-    length: int = 192  # tokens a row, BOS included
-    rows: int = 16  # in a forward pass
-    buffer_rows: int = 192  # rows shuffled together
+    length: int = 192  # tokens per row, BOS included
+    rows: int = 16  # per forward pass
+    buffer_rows: int = 192  # rows that are shuffled together
     workers: int = 2
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What one SAE does on held-out tokens."""
+    """The quality of one SAE on held-out tokens."""
 
     layer: int
     k: int
@@ -59,9 +58,9 @@ Residuals = Callable[[Tensor], Tensor]  # token ids [rows, length] -> [layers, r
 
 @contextmanager
 def residual_stream(model: GPTNeoXForCausalLM) -> Iterator[Residuals]:
-    """A function that gives the residual stream after every layer, before the final LayerNorm.
+    """Return a function that computes the residual stream after every layer, before the final LayerNorm.
 
-    Several threads may call it at once: the hooks are set once, and each thread keeps its own outputs.
+    Several threads may call it at the same time: the hooks are set once, and each thread keeps its own outputs.
     """
     mine = threading.local()
     hooks = [
@@ -83,14 +82,14 @@ def residual_stream(model: GPTNeoXForCausalLM) -> Iterator[Residuals]:
 
 
 def without_bos(acts: Tensor, ids: Tensor, bos: int) -> Tensor:
-    """`[layers, tokens, d_in]`: every position whose token is not BOS."""
+    """Return `[layers, tokens, d_in]`: every position whose token is not BOS."""
     return acts[:, ids != bos].float()
 
 
 def shuffled_batches(
     residuals: Residuals, bos: int, mix: TextMix, settings: SaeSettings, pool: ThreadPoolExecutor
 ) -> Iterator[Tensor]:
-    """Batches `[layers, batch, d_in]` from a pool of rows, the half of it new each time."""
+    """Yield batches `[layers, batch, d_in]` from a pool of rows, half of which is replaced each time."""
     generator = torch.Generator().manual_seed(settings.seed)
     kept: list[Tensor] = []
     rows, batch = settings.buffer_rows, settings.step.batch
@@ -106,7 +105,7 @@ def shuffled_batches(
 
 @torch.no_grad()
 def quality(sae: TopKSae, acts: Tensor) -> Quality:
-    """`acts` is `[layers, tokens, d_in]`, held out."""
+    """Return the quality of the SAEs; `acts` is `[layers, tokens, d_in]`, held out."""
     x = acts[sae.layer]
     error, l0, fired = 0.0, 0.0, torch.zeros(len(sae.b_enc), dtype=torch.bool)
     for part in x.split(4096):
@@ -121,7 +120,7 @@ def quality(sae: TopKSae, acts: Tensor) -> Quality:
 def train_saes(
     residuals: Residuals, bos: int, mix: TextMix, held_out_rows: Tensor, settings: SaeSettings
 ) -> tuple[list[TopKSae], Tensor, list[Quality], int]:
-    """The SAEs (for scaled input), the scale of each layer, their quality, and the tokens they saw."""
+    """Return the SAEs (for scaled input), the scale of each layer, their quality, and the number of tokens."""
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(settings.workers)
     generator = torch.Generator().manual_seed(settings.seed)

@@ -1,7 +1,7 @@
-"""Short sentences about people, made from templates, so that a name comes to mean something.
+"""Make short sentences about people from templates, so that the model learns facts about names.
 
-Names stand in the middle, at the end and in lists, so that what is known of a person has to be
-worked out at the name itself; `annotated` puts the same remarks into running biographies.
+Names stand in the middle, at the end and in lists, so the model has to compute the facts about a person at the name
+itself. `annotated` puts the same remarks into running biographies.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def article(phrase: str) -> str:
 
 
 def words(person: Person, rng: random.Random) -> dict[str, str]:
-    """What the templates may name. Unknown gender reads as "they" and "person"."""
+    """Return the words that the templates use. Unknown gender reads as "they" and "person"."""
     job, other = rng.choice(person.jobs), rng.choice(person.jobs)
     he, his, sex, kin = {
         True: ("she", "her", "woman", "sister"),
@@ -106,13 +106,13 @@ def together(people: Sequence[Person], rng: random.Random) -> str:
 
 
 def variants(person: Person) -> int:
-    """Web text is mostly about the living and the recently dead."""
+    """Return how many statements a person gets; more for the living and the recently dead, as in web text."""
     born = person.born if person.born is not None else 1940
     return 10 if born >= 1920 else 5 if born >= 1850 else 2
 
 
 def statements(people: Sequence[Person], seed: int) -> Iterator[str]:
-    """Small documents of one to three sentences; each person comes back `variants` times."""
+    """Yield small documents of one to three sentences; each person occurs `variants` times."""
     rng = random.Random(seed)
     groups: defaultdict[tuple[str, str | None, bool], list[Person]] = defaultdict(list)
     for person in people:
@@ -128,7 +128,7 @@ def statements(people: Sequence[Person], seed: int) -> Iterator[str]:
 
 
 def annotated(text: str, person: Person, rng: random.Random, rate: float = 0.2) -> str:
-    """The biography with a remark after some mentions of its person's name."""
+    """Return the biography with a remark after some mentions of its person's name."""
 
     def remark(match: re.Match[str]) -> str:
         if match.start() < 300 or rng.random() > rate:

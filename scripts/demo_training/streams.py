@@ -18,7 +18,7 @@ from .statements import annotated, statements
 
 BOS_ID = 0
 BIOGRAPHIES = "wikipedia-featured-biographies"
-SHARES = {  # of the rows; the featured biographies are seen about twice, telegraphic Congress text about half
+SHARES = {  # of the rows; featured biographies are seen about twice, telegraphic Congress text about half
     BIOGRAPHIES: 0.46, "bold": 0.10, "gap": 0.07, "wikitext": 0.05, "gutenberg": 0.02,
     "congress-bioguide": 0.07, "statements": 0.23,
 }  # fmt: skip
@@ -29,7 +29,7 @@ NATURAL_SHARES = {  # for the SAEs: more running text, fewer templates
 
 
 class Source:
-    """Documents of one kind as token ids, served in shuffled order without end."""
+    """Documents of one kind as token ids, returned endlessly in shuffled order."""
 
     def __init__(self, documents: list[np.ndarray], rng: random.Random) -> None:
         self.documents, self.rng = documents, rng
@@ -45,7 +45,7 @@ class Source:
         self.at, self.epochs = 0, self.epochs + 1
 
     def row(self, length: int) -> np.ndarray:
-        """BOS and the next tokens; inside the row, BOS stands before each new document."""
+        """Return BOS and the next tokens; inside the row, BOS stands before each new document."""
         if self.at + length > len(self.buffer):
             self._refill()
         start = self.at + (self.buffer[self.at] == BOS_ID)
@@ -69,12 +69,12 @@ class TextMix:
         self.held_out = held_out
 
     def batch(self, rows: int, length: int) -> torch.Tensor:
-        """Token ids `[rows, length]`."""
+        """Return token ids `[rows, length]`."""
         names = self.rng.choices(list(self.shares), weights=list(self.shares.values()), k=rows)
         return torch.from_numpy(np.stack([self.sources[name].row(length) for name in names]).astype(np.int64))
 
     def validation(self, length: int, statements_only: bool = False) -> torch.Tensor:
-        """All held-out text cut into rows `[rows, length]`, each beginning with BOS."""
+        """Return all held-out text cut into rows `[rows, length]`, each beginning with BOS."""
         rows = []
         for name, documents in self.held_out.items():
             if (name == "statements") != statements_only:
@@ -88,7 +88,7 @@ class TextMix:
 
 
 def texts_by_source(shared: Path, seed: int) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Training and held-out texts. Held-out biographies give no people to the statements."""
+    """Return training and held-out texts. The statements use no people of held-out biographies."""
     rng = random.Random(seed)
     train: dict[str, list[str]] = defaultdict(list)
     held_out: dict[str, list[str]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""A small byte-level BPE laid out like GPT-NeoX's: NFC, no unknowns, `<|endoftext|>` is id 0."""
+"""Train a small byte-level BPE in the layout of GPT-NeoX's: NFC, no unknown token, `<|endoftext|>` has id 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BOS = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Pythia's tokenizer in small: one special token, which is bos, eos, pad and unk."""
+    """Return a small version of Pythia's tokenizer, with one special token, which is bos, eos, pad and unk."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -38,7 +38,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """`tokenizer.json` and a config that transformers 4 and 5 both read, without traces of this machine."""
+    """Write `tokenizer.json` and a config that transformers 4 and 5 both read, without paths of this machine."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}

@@ -1,1 +1,1 @@
-"""Trains SAEs of any model on any folder of text (`scripts/train_saes.py`)."""
+"""Training of SAEs of any model on any folder of text; start it with `scripts/train_saes.py`."""

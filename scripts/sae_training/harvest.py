@@ -1,11 +1,12 @@
-"""Runs a model over text once and keeps the residual stream of some layers on disk, in shards.
+"""Run a model over text once and store the residual stream of some layers on disk, in shards.
 
-    harvest(info, settings, text_folder, work_folder)       # goes on where it stopped
+    harvest(info, settings, text_folder, work_folder)       # resumes an interrupted run
     acts = Activations.open(work_folder)
     acts.read("train", 3, layer=15)                         # [tokens, d_in], bfloat16
 
-BOS and attention sinks (a norm above 10 times the median) are left out: their activations are outliers that would take
-latents away from words. A token that is a sink at one layer is left out at all, so the layers have the same tokens.
+BOS and attention sinks (with a norm above 10 times the median) are excluded: their activations are outliers that would
+take latents away from words. A token that is a sink at one layer is excluded at all layers, so all layers have the same
+tokens.
 """
 
 from __future__ import annotations
@@ -33,36 +34,36 @@ from scripts.sae_training.text import choose_texts, token_rows
 log = logging.getLogger(__name__)
 
 TRAIN, HELD_OUT = "train", "held_out"
-ROW = "row"  # in a shard, beside its layers
+ROW = "row"  # entry of a shard, besides its layers
 
 
 @dataclass(frozen=True)
 class HarvestSettings:
-    """What is harvested; kept beside the shards, which are good for no other."""
+    """Settings of a harvest; stored beside its shards, which cannot be used with other settings."""
 
     layers: tuple[int, ...]
     tokens: int
     held_out_tokens: int = 65_536
-    length: int = 128  # tokens a row, BOS included
+    length: int = 128  # tokens per row, BOS included
     dtype: str = "auto"
     seed: int = 0
-    rows: int = 16  # in a forward pass
+    rows: int = 16  # per forward pass
     shard_rows: int = 256
     hookpoint: str = "resid_post"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Where one layer's activations lie, by those of the first shard."""
+    """Mean and scale of one layer's activations, from the first shard."""
 
     mean: Tensor  # float32 [d_in]
     deviation: float  # root mean square of x - mean, over tokens and coordinates
-    norm_limit: float  # of a token that is no sink
+    norm_limit: float  # maximum norm of a token that is not a sink
 
 
 @dataclass(frozen=True)
 class Activations:
-    """The shards of a harvest."""
+    """The shards of a complete harvest."""
 
     folder: Path
     facts: Mapping[str, Any]  # of the model, the text and the settings
@@ -70,14 +71,14 @@ class Activations:
 
     @classmethod
     def open(cls, folder: Path) -> Activations:
-        """Of a complete harvest."""
+        """Open a complete harvest."""
         facts = json.loads((folder / "harvest.json").read_text(encoding="utf-8"))
         layers = facts["settings"]["layers"]
         return cls(folder, facts, {layer: _read_scale(folder, layer) for layer in layers})
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Fields of `HarvestSettings`."""
+        """Return the fields of `HarvestSettings`."""
         return dict(self.facts["settings"])
 
     @property
@@ -85,25 +86,25 @@ class Activations:
         return list(self.scales)
 
     def shards(self, part: str) -> int:
-        """Number of shards of `TRAIN` or `HELD_OUT`."""
+        """Return the number of shards of `TRAIN` or `HELD_OUT`."""
         return len(list(self.folder.glob(f"{part}_*.safetensors")))
 
     def tokens(self, part: str) -> int:
-        """Of all shards of a part."""
+        """Return the number of tokens in all shards of a part."""
         return sum(self.rows_of(shard, part) for shard in range(self.shards(part)))
 
     def read(self, part: str, shard: int, layer: int) -> Tensor:
-        """[tokens, d_in], as the model computed them."""
+        """Return [tokens, d_in], as the model computed them."""
         with safe_open(_shard(self.folder, part, shard), framework="pt") as file:
             return file.get_tensor(str(layer))
 
     def text_rows(self, part: str, shard: int) -> Tensor:
-        """int64 [tokens]: the row of text that each token of a shard is of."""
+        """Return int64 [tokens]: the row of text of each token in a shard."""
         with safe_open(_shard(self.folder, part, shard), framework="pt") as file:
             return file.get_tensor(ROW).long()
 
     def rows_of(self, shard: int, part: str = TRAIN) -> int:
-        """Tokens of a shard, by its header."""
+        """Return the number of tokens of a shard, from its header."""
         with safe_open(_shard(self.folder, part, shard), framework="pt") as file:
             return int(file.get_slice(str(self.layers[0])).get_shape()[0])
 
@@ -111,7 +112,7 @@ class Activations:
 def harvest(
     info: ModelInfo, settings: HarvestSettings, text: Path, folder: Path, threads: int = 1, quiet: bool = False
 ) -> Activations:
-    """Make what is missing. Raises `RequestError` if the folder holds a harvest with other settings, or text lacks."""
+    """Create the missing shards. Raises `RequestError` if the folder has other settings or the text is too short."""
     folder.mkdir(parents=True, exist_ok=True)
     _begin(info, settings, text, folder)
     sites = [Site(layer, settings.hookpoint) for layer in settings.layers]
@@ -127,13 +128,13 @@ def harvest(
         bos = info.bos_token_id
         if not _scale(folder).exists():
             rows = parts[TRAIN][: settings.shard_rows].split(settings.rows)
-            first = [_ordinary(model, ids, bos, None) for ids in rows]
+            first = [_without_outliers(model, ids, bos, None) for ids in rows]
             _write_scales(folder, {site.layer: torch.cat([acts[site] for _, acts in first]) for site in sites})
         limits = {site: _read_scale(folder, site.layer).norm_limit for site in sites}
 
         def make(job: tuple[str, int, Tensor]) -> int:
             part, number, rows = job
-            found = [_ordinary(model, ids, bos, limits) for ids in rows.split(settings.rows)]
+            found = [_without_outliers(model, ids, bos, limits) for ids in rows.split(settings.rows)]
             shard = {str(site.layer): torch.cat([acts[site] for _, acts in found]) for site in sites}
             n_kept = torch.cat([kept.sum(1) for kept, _ in found])
             first_row = number * settings.shard_rows
@@ -157,7 +158,7 @@ def _begin(info: ModelInfo, settings: HarvestSettings, text: Path, folder: Path)
         before = json.loads(path.read_text(encoding="utf-8"))
         other = [key for key in about if before[key] != about[key]]
         if other:
-            raise RequestError(f"`work_dir` {folder}: activations of another {other[0]} are there; choose a new folder")
+            raise RequestError(f"`work_dir` {folder}: it has activations of another {other[0]}: choose a new folder")
         return
     texts = choose_texts(text, settings.tokens, settings.held_out_tokens, settings.seed)
     rows = {}
@@ -166,16 +167,16 @@ def _begin(info: ModelInfo, settings: HarvestSettings, text: Path, folder: Path)
         rows[part] = token_rows(documents, info.tokenizer, info.bos_token_id, settings.length, tokens)
         log.info("%s: %d rows of %d tokens from %d documents", part, *rows[part].shape, len(documents))
         if rows[part].numel() < tokens:
-            log.warning("%s: the text has no more; %d tokens were asked for", part, tokens)
+            log.warning("%s: the text is shorter than the requested %d tokens", part, tokens)
     _save(folder / "rows.safetensors", rows)
     with replacing(path, "w", encoding="utf-8") as file:
         json.dump(about, file, indent=2)
 
 
-def _ordinary(
+def _without_outliers(
     model: LanguageModel, ids: Tensor, bos: int | None, limits: Mapping[Site, float] | None
 ) -> tuple[Tensor, dict[Site, Tensor]]:
-    """Tokens but BOS and, given limits of the norm, sinks: which of ids [rows, length], and [tokens, d_in] by site."""
+    """Return a mask of ids [rows, length], and [tokens, d_in] by site, without BOS and, given norm limits, sinks."""
     found = model.activations(ids.long())
     kept = ids != bos if bos is not None else torch.ones_like(ids, dtype=torch.bool)
     for site, limit in (limits or {}).items():
@@ -210,7 +211,7 @@ def _shard(folder: Path, part: str, number: int) -> Path:
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Whole or not at all."""
+    """Save a shard completely or not at all."""
     unfinished = path.with_suffix(".unfinished")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
     unfinished.replace(path)

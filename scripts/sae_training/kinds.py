@@ -1,12 +1,12 @@
 """The kinds of SAE that can be trained: TopK, BatchTopK, matryoshka, JumpReLU and gated.
 
     sae = KINDS["jumprelu"](layer=15, k=32, mean=mean, d_sae=4096, generator=generator)
-    sae.start(x)                                # x [rows, d_in], once: thresholds at which L0 is about k
+    sae.start(x)                                # x [rows, d_in], once: sets thresholds at which L0 is about k
     loss = sae_loss(sae, x, StepSettings())
     config, weights = sae.saved(mean, deviation, x)
 
-All learn from one loss: the fraction of variance unexplained, a penalty of their kind, and what latents that never
-fire leave of the error (AuxK, Gao et al. 2024, arXiv 2406.04093, appendix A.2).
+All use the same loss: the fraction of variance unexplained, a penalty of their kind, and the part of the error that
+dead latents explain (AuxK, Gao et al. 2024, arXiv 2406.04093, appendix A.2).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Weights = dict[str, Tensor]  # W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae,
 
 @dataclass(frozen=True)
 class StepSettings:
-    """How SAEs are trained, step by step."""
+    """Settings of the training steps."""
 
-    batch: int = 2048  # activations a step
+    batch: int = 2048  # activations per step
     lr: float = 2e-3
     warmup: float = 0.03  # share of the steps
     decay: float = 0.7  # share of the steps
@@ -33,7 +33,7 @@ class StepSettings:
     aux_weight: float = 1 / 32
 
     def rate(self, progress: float, step: float = 0.0) -> float:
-        """The share of the learning rate when `progress` of the training is over: warm-up, plateau, decay to zero.
+        """Return the share of the learning rate at `progress` of the training: warm-up, plateau, decay to zero.
 
         step: the share of the training that one step is.
         """
@@ -41,11 +41,11 @@ class StepSettings:
 
 
 class Codes(NamedTuple):
-    """What an encoder makes of a batch."""
+    """The output of an encoder for a batch."""
 
-    pre: Tensor  # [rows, d_sae]: what latents that never fire are revived by
+    pre: Tensor  # [rows, d_sae]: pre-activations, by which dead latents are revived
     z: Tensor  # [rows, d_sae]
-    l0: Tensor | None = None  # mean number of latents, where it has a gradient
+    l0: Tensor | None = None  # mean number of active latents, if it has a gradient
 
 
 class TopKSae(nn.Module):
@@ -64,23 +64,23 @@ class TopKSae(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(directions.clone())  # [d_sae, d_in]
         self.b_dec = nn.Parameter(mean.clone())
-        self.register_buffer("silent_for", torch.zeros(d_sae))  # tokens since each latent last fired
+        self.register_buffer("silent_for", torch.zeros(d_sae))  # tokens since each latent was last active
 
     def start(self, x: Tensor) -> None:
-        """Look at some activations [rows, d_in] before the first step."""
+        """Initialise from some activations [rows, d_in] before the first step."""
 
     def pre_acts(self, x: Tensor) -> Tensor:
         """`[rows, d_in] -> [rows, d_sae]`, before the ReLU."""
         return nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
 
     def latents(self, pre: Tensor, k: int) -> Tensor:
-        """The k largest of each row where they are positive, the rest zero; `[rows, d_sae]`."""
+        """Return the k largest pre-activations of each row if they are positive, the rest zero; `[rows, d_sae]`."""
         places = pre.detach().topk(k, dim=-1, sorted=False).indices
         first = torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
-        return _Keep.apply(pre, (first + places).flatten())
+        return _KeepPositive.apply(pre, (first + places).flatten())
 
     def codes(self, x: Tensor) -> Codes:
-        """The latents of x [rows, d_in]."""
+        """Return the latents of x [rows, d_in]."""
         pre = self.pre_acts(x)
         return Codes(pre, self.latents(pre, self.k))
 
@@ -92,7 +92,7 @@ class TopKSae(nn.Module):
         return self.decode(self.codes(x).z)
 
     def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
-        """What the kind's loss has besides the error; variance: the squared deviation of x, summed."""
+        """Return the kind's loss besides the error; variance: the squared deviation of x, summed."""
         return 0.0
 
     @torch.no_grad()
@@ -101,7 +101,7 @@ class TopKSae(nn.Module):
 
     @torch.no_grad()
     def unscaled(self, scale: float) -> Weights:
-        """The weights of the same SAE for inputs `scale` times as large."""
+        """Return the weights of the same SAE for inputs that are `scale` times as large."""
         return {
             "W_enc": self.W_enc.clone(),
             "b_enc": self.b_enc * scale,
@@ -111,19 +111,19 @@ class TopKSae(nn.Module):
 
 
 class BatchTopKSae(TopKSae):
-    """Keeps the k x batch largest pre-activations of a batch (Bussmann et al. 2024, arXiv 2412.06410)."""
+    """SAE that keeps the k x batch largest pre-activations of a batch (Bussmann et al. 2024, arXiv 2412.06410)."""
 
     kind = "batchtopk"
 
     def latents(self, pre: Tensor, k: int) -> Tensor:
-        return _Keep.apply(pre, largest(pre.detach().flatten(), k * len(pre)))
+        return _KeepPositive.apply(pre, largest_indices(pre.detach().flatten(), k * len(pre)))
 
 
 class MatryoshkaSae(BatchTopKSae):
-    """A BatchTopK SAE whose first latents are to do without the others (Bussmann et al. 2025, arXiv 2503.17547)."""
+    """BatchTopK SAE whose first latents also reconstruct on their own (Bussmann et al. 2025, arXiv 2503.17547)."""
 
     kind = "matryoshka"
-    SHARES = (1 / 8, 1 / 4, 1 / 2)  # of the latents, besides all of them
+    SHARES = (1 / 8, 1 / 4, 1 / 2)  # prefixes of the latents, besides all of them
 
     def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
         total, begin = torch.zeros(()), 0
@@ -136,11 +136,11 @@ class MatryoshkaSae(BatchTopKSae):
 
 
 class JumpReluSae(TopKSae):
-    """z = pre where pre > threshold (Rajamanoharan et al. 2024, arXiv 2407.14435), held at an L0 of about k."""
+    """SAE with z = pre where pre > threshold (Rajamanoharan et al. 2024, arXiv 2407.14435); L0 is kept at about k."""
 
     kind = "jumprelu"
-    WIDTH = 0.5  # of the kernel that thresholds get gradients through, in units of the first threshold
-    WEIGHT = 0.5  # of (L0 / k - 1)^2
+    WIDTH = 0.5  # width of the kernel for the gradients of thresholds, in units of the first threshold
+    WEIGHT = 0.5  # weight of (L0 / k - 1)^2
 
     def __init__(self, layer: int, k: int, mean: Tensor, d_sae: int, generator: torch.Generator) -> None:
         super().__init__(layer, k, mean, d_sae, generator)
@@ -167,14 +167,14 @@ class JumpReluSae(TopKSae):
 
 
 class GatedSae(TopKSae):
-    """Latents of one product, gates of another with the same directions (Rajamanoharan et al. 2024, arXiv 2404.16014).
+    """SAE with magnitudes and gates from the same directions (Rajamanoharan et al. 2024, arXiv 2404.16014).
 
-    The weight of the sparsity penalty follows L0, which is to be k.
+    The weight of the sparsity penalty follows L0, whose target is k.
     """
 
     kind = "gated"
-    COUNTED = 256  # rows of a batch that L0 is taken of
-    PATIENCE = 0.03  # the change of the penalty's logarithm a step, of L0's distance in logs
+    COUNTED = 256  # rows of a batch on which L0 is computed
+    PATIENCE = 0.03  # change of the penalty's logarithm per step, per unit of log(L0 / k)
 
     def __init__(self, layer: int, k: int, mean: Tensor, d_sae: int, generator: torch.Generator) -> None:
         super().__init__(layer, k, mean, d_sae, generator)
@@ -217,28 +217,28 @@ KINDS: dict[str, type[TopKSae]] = {
 }
 
 
-class _Keep(torch.autograd.Function):
-    """The positive ones among some entries of a matrix, the rest zero. Faster than `scatter` along rows and a ReLU."""
+class _KeepPositive(torch.autograd.Function):
+    """Keep the positive ones among some entries of a matrix, and zero the rest; faster than `scatter` and a ReLU."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, places: Tensor) -> Tensor:
         places = places[values.view(-1)[places] > 0]
         ctx.save_for_backward(places)
-        return _only(values, places)
+        return _keep_positive(values, places)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _only(gradients[0], *ctx.saved_tensors), None
+        return _keep_positive(gradients[0], *ctx.saved_tensors), None
 
 
-def _only(values: Tensor, places: Tensor) -> Tensor:
+def _keep_positive(values: Tensor, places: Tensor) -> Tensor:
     kept = torch.zeros_like(values, memory_format=torch.contiguous_format)
     kept.view(-1)[places] = values.contiguous().view(-1)[places]
     return kept
 
 
 class _AboveThreshold(torch.autograd.Function):
-    """z = pre where pre [rows, d] > threshold [d], and mean L0; the threshold's gradients by a rectangular kernel."""
+    """z = pre where pre [rows, d] > threshold [d], and mean L0; thresholds get gradients by a rectangular kernel."""
 
     @staticmethod
     def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,8 +256,8 @@ class _AboveThreshold(torch.autograd.Function):
         return of_z * open_, -of_threshold.sum(0, dtype=torch.float32) / width, None
 
 
-def largest(flat: Tensor, n: int) -> Tensor:
-    """Places of the n largest of many values. Most are ruled out by a sample, which is faster than `topk` of all."""
+def largest_indices(flat: Tensor, n: int) -> Tensor:
+    """Return the indices of the n largest of many values; a sample excludes most, which is faster than `topk`."""
     sample = flat[:: max(1, len(flat) // 2**16)]
     rank = 2 * n * len(sample) // len(flat) + 64
     if rank < len(sample):
@@ -269,13 +269,13 @@ def largest(flat: Tensor, n: int) -> Tensor:
 
 
 def k_th_largest(pre: Tensor, k: int) -> Tensor:
-    """The value that k entries a row of pre [rows, d_sae] exceed on average."""
+    """Return the value that k entries per row of pre [rows, d_sae] exceed on average."""
     flat = pre.flatten()
-    return flat[largest(flat, k * len(pre))].min()
+    return flat[largest_indices(flat, k * len(pre))].min()
 
 
 def sae_loss(sae: TopKSae, x: Tensor, settings: StepSettings) -> Tensor:
-    """Fraction of variance unexplained on the batch, the kind's penalty, and AuxK."""
+    """Return the fraction of variance unexplained on the batch, plus the kind's penalty and AuxK."""
     variance = (x - x.mean(0)).square().sum()
     with torch.autocast("cpu", torch.bfloat16):
         codes = sae.codes(x)
@@ -294,7 +294,7 @@ def sae_loss(sae: TopKSae, x: Tensor, settings: StepSettings) -> Tensor:
 
 
 def train_step(sae: TopKSae, optimiser: torch.optim.Optimizer, x: Tensor, settings: StepSettings) -> float:
-    """One step on x [rows, d_in]; returns its loss."""
+    """Do one step on x [rows, d_in]; return its loss."""
     optimiser.zero_grad(set_to_none=True)
     loss = sae_loss(sae, x, settings)
     loss.backward()

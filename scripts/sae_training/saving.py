@@ -1,4 +1,4 @@
-"""Saves trained SAEs in SAE Lens's folder format, measures what was saved, and writes its card."""
+"""Save trained SAEs in SAE Lens's folder format, measure the saved files, and write their card."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Quality:
-    """What a saved SAE does on held-out tokens, BOS and sinks left out."""
+    """The quality of a saved SAE on held-out tokens, without BOS and sinks."""
 
     fvu: float
     l0: float
@@ -34,9 +34,9 @@ class Quality:
 def save(
     trained: Trained, acts: Activations, settings: TrainSettings, model: str, about: str, output: Path
 ) -> tuple[Path, Quality]:
-    """Write one SAE below `output`, measured by what is on disk, and the card of the folder of its kind and k.
+    """Write one SAE below `output`, measured from the files on disk, and the card of the folder of its kind and k.
 
-    model: its name; about: the text, in a sentence.
+    model: its name; about: a sentence about the text.
     """
     folder = output / f"{trained.kind}-k{trained.k}"
     hook = f"blocks.{trained.layer}.hook_resid_post"
@@ -59,15 +59,15 @@ def save(
         "l0": trained.k,
     }
     write_sae_lens(folder / hook, trained.weights, architecture, metadata)
-    found = quality(load_sae(str(folder), trained.layer), acts, trained.layer)
-    write_sae_lens(folder / hook, trained.weights, architecture, metadata | {"held_out": asdict(found)})
+    measured = quality(load_sae(str(folder), trained.layer), acts, trained.layer)
+    write_sae_lens(folder / hook, trained.weights, architecture, metadata | {"held_out": asdict(measured)})
     text = card(trained.kind, trained.k, folder, acts, settings, model, about)
     (folder / "README.md").write_text(text, encoding="utf-8")
-    return folder, found
+    return folder, measured
 
 
 def quality(sae: Sae, acts: Activations, layer: int) -> Quality:
-    """FVU, L0 and dead latents on the held-out tokens."""
+    """Return FVU, L0 and dead latents on the held-out tokens."""
     error, l0, n = 0.0, 0, 0
     fired = torch.zeros(sae.d_sae, dtype=torch.bool)
     total, squares = torch.zeros(sae.d_in, dtype=torch.float64), 0.0
@@ -117,7 +117,7 @@ MATCHED = " Thresholds were set so that L0 is as said on training tokens; on oth
 
 
 def card(kind: str, k: int, folder: Path, acts: Activations, settings: TrainSettings, model: str, about: str) -> str:
-    """The README of a folder, with what the config of each SAE in it says."""
+    """Return the README of a folder, from the config of each SAE in it."""
     rows = []
     for path in folder.glob("*/cfg.json"):
         said = json.loads(path.read_text(encoding="utf-8"))["metadata"]

@@ -1,4 +1,4 @@
-"""Reads a folder of text and cuts it into rows of tokens: some to train on, and held-out ones."""
+"""Read a folder of text and cut it into rows of tokens: some to train on, and held-out ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from scripts.demo_training.corpus import is_held_out
 from scripts.demo_training.streams import encode
 
 KINDS = (".txt", ".jsonl", ".jsonl.xz")
-CHARACTERS = 6  # read for each token asked for; a token of English has about 4
+CHARACTERS = 6  # characters to read per requested token; an English token has about 4
 
 
 @dataclass(frozen=True)
@@ -31,16 +31,16 @@ class Texts:
 
 
 def text_files(folder: Path) -> list[Path]:
-    """The files that are read. Raises `RequestError` if there are none."""
+    """Return the files to read. Raises `RequestError` if there are none."""
     files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
-    found = [path for path in files if path.is_file() and path.name.endswith(KINDS)]
-    if not found:
+    paths = [path for path in files if path.is_file() and path.name.endswith(KINDS)]
+    if not paths:
         raise RequestError(f"`text` {folder}: no {', '.join(KINDS)} there")
-    return found
+    return paths
 
 
 def read_documents(files: Sequence[Path]) -> Iterator[str]:
-    """Each .txt file is one document; of JSON lines, each line's `text`."""
+    """Yield documents: each .txt file is one; in JSON lines, each line's `text`."""
     for path in files:
         if path.suffix == ".txt":
             yield path.read_text(encoding="utf-8")
@@ -54,9 +54,10 @@ def read_documents(files: Sequence[Path]) -> Iterator[str]:
 
 
 def choose_texts(folder: Path, tokens: int, held_out_tokens: int, seed: int) -> Texts:
-    """About as much text as is needed, in documents drawn from all files alike.
+    """Choose about as much text as is needed, in documents drawn uniformly from all files.
 
-    Read twice, so that no more is in memory than is needed. One document in 100, by hash, is held out.
+    The files are read twice, so that no more than the needed text is in memory. One document in 100, by hash, is held
+    out.
     """
     files = text_files(folder)
     size = {False: 0, True: 0}
@@ -82,9 +83,9 @@ def choose_texts(folder: Path, tokens: int, held_out_tokens: int, seed: int) -> 
 def token_rows(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, bos: int | None, length: int, tokens: int
 ) -> Tensor:
-    """int32 [rows, length]: BOS and the next tokens; inside a row, BOS stands before each new document.
+    """Return int32 [rows, length]: BOS and the next tokens; inside a row, BOS stands before each new document.
 
-    As many rows as have at least so many tokens besides their first, or what the texts are enough for.
+    Returns as many rows as have the requested number of tokens besides their first, or as the texts suffice for.
     """
     opening = [] if bos is None else [bos]
     step, wanted = length - len(opening), -(-tokens // (length - len(opening)))

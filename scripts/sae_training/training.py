@@ -1,4 +1,4 @@
-"""Trains many SAEs side by side from the same shuffled batches of a harvest; goes on where it was killed.
+"""Train many SAEs side by side on the same shuffled batches of a harvest; resumes an interrupted training.
 
 trained = train(acts, settings, checkpoints_folder)     # [Trained], weights for raw activations
 """
@@ -23,18 +23,18 @@ from scripts.sae_training.kinds import KINDS, StepSettings, TopKSae, Weights, k_
 
 log = logging.getLogger(__name__)
 
-BUFFER_SHARDS = 8  # in memory at a time, and shuffled together
-CALIBRATION_ROWS = 16_384  # activations that set the one threshold of an SAE that keeps k x batch
+BUFFER_SHARDS = 8  # shards that are in memory at a time and shuffled together
+CALIBRATION_ROWS = 16_384  # activations that set the single threshold of an SAE that keeps k x batch
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What is trained. Checkpoints are good for no other."""
+    """Settings of a training. Its checkpoints cannot be used with other settings."""
 
     saes: tuple[tuple[str, int], ...]  # (kind, k): one of each at every layer
     layers: tuple[int, ...]
     d_sae: int = 4096
-    tokens: int = 4_000_000  # that each SAE sees; with fewer in the harvest, several times
+    tokens: int = 4_000_000  # per SAE; if the harvest has fewer, they are repeated
     seed: int = 0
     step: StepSettings = field(default_factory=lambda: StepSettings(batch=1024))
 
@@ -61,9 +61,9 @@ def train(
     minutes_between_checkpoints: float = 10.0,
     quiet: bool = False,
 ) -> list[Trained]:
-    """Train every SAE at every layer. The result is the same to the bit whether or not it was interrupted.
+    """Train every SAE at every layer. The result is bitwise identical whether or not the training was interrupted.
 
-    folder: for checkpoints. Raises `RequestError` if those of other settings are there.
+    folder: for checkpoints. Raises `RequestError` if it has checkpoints of other settings.
     """
     missing = sorted(set(settings.layers) - set(acts.layers))
     if missing:
@@ -90,7 +90,7 @@ def train(
 
 
 def _new_saes(acts: Activations, settings: TrainSettings, first: dict[int, Tensor]) -> list[TopKSae]:
-    """With the same random start at all layers and for all kinds, so that they differ by nothing else."""
+    """Return SAEs with the same random initialisation at all layers and for all kinds."""
     saes = []
     for layer in settings.layers:
         for kind, k in settings.saes:
@@ -103,17 +103,17 @@ def _new_saes(acts: Activations, settings: TrainSettings, first: dict[int, Tenso
 
 @dataclass(frozen=True)
 class Batches:
-    """Shuffled batches: layer -> float32 [batch, d_in], centred and scaled; the same tokens at every layer."""
+    """Shuffled batches: layer -> float32 [batch, d_in], centred and scaled; with the same tokens at every layer."""
 
     acts: Activations
     settings: TrainSettings
 
     def first(self) -> dict[int, Tensor]:
-        """The first batch."""
+        """Return the first batch."""
         return next(self.after(0))
 
     def after(self, done: int) -> Iterator[dict[int, Tensor]]:
-        """Those from step `done` on to the end of the training. What comes before is not read."""
+        """Yield the batches from step `done` to the end of the training, without reading earlier ones."""
         size, left = self.settings.step.batch, self.settings.steps - done
         for group, order in self._groups():
             n = sum(map(self.acts.rows_of, group)) // size
@@ -130,7 +130,7 @@ class Batches:
                 return
 
     def _groups(self) -> Iterator[tuple[list[int], torch.Generator]]:
-        """Shards that are shuffled together, and by what, epoch after epoch."""
+        """Yield the shards that are shuffled together, and the seed, epoch after epoch."""
         order = torch.Generator().manual_seed(self.settings.seed)
         while True:
             for shards in torch.randperm(self.acts.shards(TRAIN), generator=order).split(BUFFER_SHARDS):
@@ -154,12 +154,14 @@ class Checkpoint:
     acts: Activations
 
     def load(self, saes: Sequence[TopKSae], optimisers: Sequence[torch.optim.Optimizer]) -> int:
-        """Steps that were done; the SAEs and optimisers are set to what they were then."""
+        """Return the number of finished steps, and set the SAEs and optimisers to their state."""
         if not self._path.exists():
             return 0
         state = torch.load(self._path, weights_only=True)
         if state["about"] != self._about():
-            raise RequestError(f"`output_directory` {self.folder}: a training with other settings stopped there")
+            raise RequestError(
+                f"`output_directory` {self.folder}: it has checkpoints of a training with other settings"
+            )
         for sae, of_sae in zip(saes, state["saes"], strict=True):
             sae.load_state_dict(of_sae)
         for optimiser, of_optimiser in zip(optimisers, state["optimisers"], strict=True):
@@ -191,7 +193,7 @@ class Checkpoint:
 
 @torch.no_grad()
 def raw_weights(sae: TopKSae, scale: Scale, acts: Activations) -> Weights:
-    """Of a trained SAE for activations as the model gives them; matrices rounded to bfloat16, as they are saved."""
+    """Return a trained SAE's weights for raw activations; matrices are rounded to bfloat16, as they are saved."""
     weights = sae.unscaled(scale.deviation)
     weights["b_dec"] += scale.mean
     weights = {name: tensor.to(torch.bfloat16).float() for name, tensor in weights.items()}
@@ -201,10 +203,10 @@ def raw_weights(sae: TopKSae, scale: Scale, acts: Activations) -> Weights:
 
 
 def at_l0(weights: Weights, kind: str, k: int, x: Tensor) -> Weights:
-    """Thresholds by which k latents a row of x [rows, d_in] are open on average.
+    """Return thresholds at which k latents per row of x [rows, d_in] are active on average.
 
-    One threshold for an SAE that kept k x batch in its training and is used one row at a time. Where thresholds were
-    learnt, all of them times one factor; biases of gates, all less one number.
+    An SAE that kept k x batch in training and is used one row at a time gets a single threshold. Learned thresholds are
+    multiplied by one factor; biases of gates are reduced by one number.
     """
     product = (x - weights["b_dec"]) @ weights["W_enc"].T
     if kind == "gated":

@@ -1,1 +1,1 @@
-"""How a Wikidata dump and a folder of texts become a dataset of people; `scripts/build_wikidata.py` is the door."""
+"""Building of a dataset of people from a Wikidata dump and texts; start it with `scripts/build_wikidata.py`."""

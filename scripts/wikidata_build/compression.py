@@ -1,4 +1,4 @@
-"""Files as they are or compressed, told by their suffix."""
+"""Open files that may be compressed, as their suffix says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import zstandard
 
-READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # EOFError: cut short
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)  # EOFError: truncated
 
 _READERS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
@@ -24,7 +24,7 @@ SUFFIXES = tuple(_READERS)
 
 
 def unpacked(raw: IO[bytes], suffix: str) -> IO[bytes]:
-    """The bytes of an open file, packed as its suffix says: not at all if it is none of `SUFFIXES`."""
+    """Return the bytes of an open file, decompressed as its suffix says; unchanged if it is not in `SUFFIXES`."""
     reader = _READERS.get(suffix)
     stream: IO[bytes] = reader(raw) if reader else raw
     return stream

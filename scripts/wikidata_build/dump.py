@@ -1,6 +1,6 @@
-"""The dump: one JSON array with an entity on each line, of any size, read a line at a time.
+"""Read a dump: one JSON array of any size with an entity on each line.
 
-Most of its hundred million lines are neither human nor class. They are told apart before they are parsed.
+Most of its hundred million lines are neither human nor class. They are skipped before they are parsed.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import IO, Any
 from delta_selectivity.errors import RequestError
 from scripts.wikidata_build.compression import READ_ERRORS, SUFFIXES, unpacked
 
-LONGEST_LINE = 64 * 2**20  # bytes; the longest in real dumps have some 5 MB
+LONGEST_LINE = 64 * 2**20  # bytes; the longest lines in real dumps have about 5 MB
 STDIN = "-"
 
 
 @dataclass
 class Tally:
-    """What went by."""
+    """Numbers of lines that were read."""
 
     lines: int = 0
     malformed: int = 0
-    ends_early: bool = False  # a download that broke off; what came is of use
+    ends_early: bool = False  # the file is truncated, such as an interrupted download; the lines before are used
 
 
 def check_dump(path: str) -> None:
-    """Raises `RequestError` if there is nothing at `path`, or nothing that we could read."""
+    """Check that there is a file at `path` that can be read. Raises `RequestError` if not."""
     if path == STDIN:
         return
     if not Path(path).is_file():
@@ -40,11 +40,10 @@ def check_dump(path: str) -> None:
 
 
 def entities(path: str, tally: Tally, advance: Callable[[int], object]) -> Iterator[dict[str, Any]]:
-    """Entities that may be human or class; `-` reads JSON from stdin (`lbzip2 -dc dump.json.bz2 | ...`).
+    """Yield entities that may be human or class; `-` reads JSON from stdin (`lbzip2 -dc dump.json.bz2 | ...`).
 
-    advance: told the bytes of the file, as it has them, that have gone by since the last call.
-    Lines that are no JSON object are counted and passed over. Raises `RequestError` if the file is not compressed as
-    its suffix says.
+    advance: called with the number of bytes of the file that were read since the last call. Lines that are no JSON
+    object are counted and skipped. Raises `RequestError` if the file is not compressed as its suffix says.
     """
     with _opened(path) as (stream, position):
         seen = 0
@@ -66,7 +65,7 @@ def entities(path: str, tally: Tally, advance: Callable[[int], object]) -> Itera
 
 @contextmanager
 def _opened(path: str) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """The bytes, and how many of the file have gone by."""
+    """Return the bytes, and a function that returns how many bytes of the file were read."""
     if path == STDIN:
         yield sys.stdin.buffer, lambda: 0
         return
@@ -75,7 +74,7 @@ def _opened(path: str) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
 
 
 def _lines(path: str, stream: IO[bytes], tally: Tally) -> Iterator[bytes]:
-    """Lines without the array's brackets and commas; of one that never ends the first part."""
+    """Yield lines without the array's brackets and commas; of a line without end, only the first part."""
     try:
         while line := stream.readline(LONGEST_LINE):
             whole = len(line) < LONGEST_LINE or line.endswith(b"\n")

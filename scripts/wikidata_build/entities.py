@@ -1,7 +1,7 @@
-"""One entity of the dump, as its JSON has it, to what the tasks ask of it.
+"""Extract what the tasks need from an entity of the dump.
 
-The format: doc.wikimedia.org/Wikibase/master/php/docs_topics_json.html. Of a property's statements those of the best
-rank count: the preferred ones if there are any, else the normal ones; deprecated ones never. An empty map is `[]`.
+The format: doc.wikimedia.org/Wikibase/master/php/docs_topics_json.html. Of a property's statements, those of the best
+rank count: the preferred ones if there are any, else the normal ones, but never deprecated ones. An empty map is `[]`.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 
 from scripts.wikidata_build import classes as c
 
-LANGUAGES = ("en", "mul")  # `mul` holds what is the same in most languages; an item may have it in place of `en`
-MIN_NAME_LENGTH = 8  # characters; theirs
+LANGUAGES = ("en", "mul")  # `mul` has labels that are the same in most languages; an item may have it instead of `en`
+MIN_NAME_LENGTH = 8  # minimum characters, as in the paper
 MAX_WORDS = 8
 _WORD = re.compile(r"\w+")
 _TIME = re.compile(r"[+-]\d+")
-_DECADE = 8  # precision of a time: 8 a decade, 9 a year, 11 a day
+_DECADE = 8  # precision of a time: 8 is a decade, 9 a year, 11 a day
 
 Entity = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Person:
-    """What is kept of a human."""
+    """What is stored of a human."""
 
     name: str
-    prominence: int  # number of properties with statements: who has many is known to many
+    prominence: int  # number of properties with statements, which is high for well-known people
     gender: int  # codes of the classes
     politics: int
     is_alive: int
@@ -36,12 +36,12 @@ class Person:
 
 
 def item_number(entity: Entity) -> int:
-    """42 of the entity Q42. Raises `ValueError` if it is no item (a property, a lexeme)."""
+    """Return 42 for the entity Q42. Raises `ValueError` if it is not an item (but a property or a lexeme)."""
     return int(str(entity["id"]).removeprefix("Q"))
 
 
 def person_of(entity: Entity) -> Person | None:
-    """None for what is no human, and for one without a name that can be found: two to eight words."""
+    """Return None for entities that are not human, or whose name cannot be searched for (two to eight words)."""
     if c.HUMAN not in items_of(entity, c.INSTANCE_OF):
         return None
     name = _name(entity)
@@ -60,21 +60,21 @@ def person_of(entity: Entity) -> Person | None:
 
 
 def one_code(items: tuple[int, ...], codes: Mapping[int, int]) -> int:
-    """The one class among `items`; items that are no class do not count."""
-    found = {codes[item] for item in items if item in codes}
-    return c.SEVERAL if len(found) > 1 else found.pop() if found else c.NONE
+    """Return the one class among `items`; items that are not a class do not count."""
+    known = {codes[item] for item in items if item in codes}
+    return c.SEVERAL if len(known) > 1 else known.pop() if known else c.NONE
 
 
 def items_of(entity: Entity, prop: str) -> tuple[int, ...]:
-    """Items that the property has as values, each once."""
-    values = (snak["datavalue"]["value"] for snak in _best(entity, prop) if snak["snaktype"] == "value")
+    """Return the items that the property has as values, without duplicates."""
+    values = (snak["datavalue"]["value"] for snak in _best_statements(entity, prop) if snak["snaktype"] == "value")
     return tuple(dict.fromkeys(value.get("numeric-id") or int(value["id"][1:]) for value in values))
 
 
 def _is_alive(entity: Entity) -> int:
-    """True: born, not long ago, and no death. False: a death, not lately. A death at an unknown time is neither."""
-    deaths, births = _best(entity, c.DIED), _best(entity, c.BORN)
-    died = [snak for snak in deaths if snak["snaktype"] != "novalue"]  # no value: known to be alive
+    """Return True for a recent birth without a death, False for a death that is not too recent, else None."""
+    deaths, births = _best_statements(entity, c.DIED), _best_statements(entity, c.BORN)
+    died = [snak for snak in deaths if snak["snaktype"] != "novalue"]  # "no value": known to be alive
     if died:
         years = [_year(snak) for snak in died]
         return 2 if all(year is not None and year <= c.LAST_DEATH for year in years) else c.NONE
@@ -83,7 +83,7 @@ def _is_alive(entity: Entity) -> int:
 
 
 def _year(snak: Mapping[str, Any]) -> int | None:
-    """The year of a time that is known to the decade at least."""
+    """Return the year of a time that is known at least to the decade."""
     if snak["snaktype"] != "value":
         return None
     value = snak["datavalue"]["value"]
@@ -91,8 +91,8 @@ def _year(snak: Mapping[str, Any]) -> int | None:
     return int(year[0]) if year and value.get("precision", _DECADE) >= _DECADE else None
 
 
-def _best(entity: Entity, prop: str) -> list[Mapping[str, Any]]:
-    """Main snaks of the statements of the best rank."""
+def _best_statements(entity: Entity, prop: str) -> list[Mapping[str, Any]]:
+    """Return the main snaks of the statements of the best rank."""
     statements = _map(entity.get("claims")).get(prop, ())
     ranked = {rank: [s["mainsnak"] for s in statements if s["rank"] == rank] for rank in ("preferred", "normal")}
     return ranked["preferred"] or ranked["normal"]

@@ -1,4 +1,4 @@
-"""The file: JSON lines, CSV or Parquet by its suffix; written whole or not at all."""
+"""Write the file as JSON lines, CSV or Parquet, chosen by its suffix; atomically."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raises `RequestError`, before the long work, if the file could not be written or may not be replaced."""
+    """Check, before the long work, that the file can be written and may be replaced. Raises `RequestError` if not."""
     if path.suffix not in SUFFIXES:
         raise RequestError(f"-o {path}: unknown suffix {path.suffix!r}: give {', '.join(SUFFIXES)}")
     if path.is_dir() or (path.exists() and not overwrite):
-        raise RequestError(f"-o {path}: is there already: give another name, or --overwrite")
+        raise RequestError(f"-o {path}: already exists: choose another name, or use --overwrite")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise RequestError(f"-o {path}: there is no folder {path.parent} that can be written to")
+        raise RequestError(f"-o {path}: the folder {path.parent} is missing or not writable")
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """Replace `path`."""
+    """Replace the file at `path`."""
     records = as_records(rows)
     if path.suffix == ".parquet":
         import pyarrow

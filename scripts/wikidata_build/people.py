@@ -1,7 +1,7 @@
-"""All humans of a dump in a few columns, then one row for each name.
+"""Store all humans of a dump in a few columns, and merge them to one row for each name.
 
-A name is its 64-bit hash: ten million people take 300 MB, and a name of a text is looked up by bisection. In a billion
-lookups among ten million names, one is answered wrongly with probability 5e-4.
+A name is stored as its 64-bit hash: ten million people take 300 MB, and a name is looked up by bisection. In a billion
+lookups among ten million names, the probability of one wrong match is 5e-4.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _TWO_WORDS = re.compile(r"\w+\W+\w+")
 
 @dataclass(frozen=True, eq=False)
 class Names:
-    """One row for each name that says something, in order of hash."""
+    """One row for each name with a known class, sorted by hash."""
 
     hashes: Int64Array  # [n] hash() of the name, in this process
-    prefixes: Int64Array  # [m] hash() of the first two words of every name, ascending, each once
-    codes: dict[str, ByteArray]  # task -> [n] the class on which all of that name agree; NONE if they do not
-    prominence: Int64Array  # [n] of the most prominent one
+    prefixes: Int64Array  # [m] hash() of the first two words of every name, ascending, without duplicates
+    codes: dict[str, ByteArray]  # task -> [n] the class of all people with that name; NONE if they differ
+    prominence: Int64Array  # [n] of the most prominent person with the name
 
 
 class PeopleTable:
-    """Fill it with `add` and `add_subclass`, then ask for `names`."""
+    """Table of people: fill it with `add` and `add_subclass`, then call `names`."""
 
     def __init__(self) -> None:
         self._hashes, self._prefixes = array("q"), array("q")
-        self._prominence, self._counts = array("q"), array("q")  # counts: occupations of each
+        self._prominence, self._counts = array("q"), array("q")  # number of occupations of each
         self._codes = {task.name: array("B") for task in (c.GENDER, c.POLITICS, c.IS_ALIVE)}
         self._occupations = array("q")
         self._children, self._parents = array("q"), array("q")
@@ -46,9 +46,9 @@ class PeopleTable:
         return len(self._hashes)
 
     def add(self, person: Person) -> None:
-        """One human."""
+        """Add one human."""
         two_words = _TWO_WORDS.match(person.name)
-        assert two_words is not None, person.name  # `entities` keeps names of two words or more
+        assert two_words is not None, person.name  # `entities` keeps names of two or more words
         self._hashes.append(hash(person.name))
         self._prefixes.append(hash(two_words[0]))
         self._prominence.append(person.prominence)
@@ -58,18 +58,18 @@ class PeopleTable:
         self._occupations.extend(person.occupations)
 
     def add_subclass(self, child: int, parents: tuple[int, ...]) -> None:
-        """Items that are a class of others: P279."""
+        """Add items that are a subclass of others (P279)."""
         for parent in parents:
             self._children.append(child)
             self._parents.append(parent)
 
     @property
     def knows_subclasses(self) -> bool:
-        """Whether any class is below athlete, other than the five sports: else it is a small part of a dump."""
+        """Return whether any class besides the five sports is below athlete; if not, the dump is a small part."""
         return len(self.athletes()) > len(c.SPORT_ITEMS) + 1
 
     def athletes(self) -> set[int]:
-        """Athlete and all below it, however deep; what the sports ask about is among them in any dump."""
+        """Return athlete and all its subclasses at any depth; the sports of the tasks are always included."""
         children, parents = np.array(self._children, np.int64), np.array(self._parents, np.int64)
         found = np.array(sorted({c.ATHLETE, *c.SPORT_ITEMS}), np.int64)
         while True:
@@ -79,7 +79,7 @@ class PeopleTable:
             found = wider
 
     def names(self) -> Names:
-        """Namesakes made one. A name is worth nothing to a task if two who bear it differ."""
+        """Merge people with the same name. A name has no class in a task if two of its people differ."""
         codes = {name: np.array(column, np.uint8) for name, column in self._codes.items()}
         athletes = dict.fromkeys(self.athletes(), c.OCCUPATIONS.classes.index("athlete") + 1)
         codes[c.OCCUPATIONS.name] = self._by_occupation(athletes | c.OCCUPATION_ITEMS)
@@ -98,7 +98,7 @@ class PeopleTable:
         )
 
     def _by_occupation(self, items: dict[int, int]) -> ByteArray:
-        """The class of each person [n]: SEVERAL with occupations of two."""
+        """Return the class of each person [n]; SEVERAL if they have occupations of two classes."""
         kinds, kind = np.unique(np.array(self._occupations, np.int64), return_inverse=True)
         codes = np.array([one_code((int(item),), items) for item in kinds], np.uint8)[kind]
         owner = np.repeat(np.arange(len(self)), np.array(self._counts, np.int64))
@@ -106,7 +106,7 @@ class PeopleTable:
 
 
 def _one_each(codes: ByteArray, owner: Int64Array, n: int) -> ByteArray:
-    """For each owner the one code among its own: NONE if it has none, SEVERAL if they differ."""
+    """Return, for each owner, the one code among its codes: NONE if it has none, SEVERAL if they differ."""
     least, most = np.full(n, c.SEVERAL, np.uint8), np.full(n, c.NONE, np.uint8)
     known = codes != c.NONE
     np.minimum.at(least, owner[known], codes[known])
@@ -115,6 +115,6 @@ def _one_each(codes: ByteArray, owner: Int64Array, n: int) -> ByteArray:
 
 
 def _agreed(codes: ByteArray, owner: Int64Array, n: int) -> ByteArray:
-    """For each name the class of all who bear it, as far as it is known; NONE if there are several."""
+    """Return, for each name, the class of all its people, as far as it is known; NONE if there are several."""
     one = _one_each(codes, owner, n)
     return np.where(one == c.SEVERAL, c.NONE, one).astype(np.uint8)

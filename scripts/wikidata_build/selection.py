@@ -1,4 +1,4 @@
-"""Which of the names found are asked about: the most prominent of each class, as Gurnee et al. took them."""
+"""Select the names for the tasks: the most prominent people of each class, as Gurnee et al. do."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from scripts.wikidata_build.people import Names
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the file that `--dataset_file` reads."""
+    """A row of the file that `--dataset_file` reads."""
 
     text: str
     label: str
-    group: str  # the name: all who bear it are one to the folds
-    start: int  # characters of the name
+    group: str  # the name: folds treat all people with the name as one
+    start: int  # first character of the name
     end: int
     task: str
 
@@ -27,20 +27,20 @@ COLUMNS = tuple(Row.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class ClassCount:
-    """What became of one class of a task."""
+    """Counts of one class of a task."""
 
     task: str
     name: str
-    found: int  # people of the class whom the texts name
-    people: int  # of them in the file; 0 if the class is left out
+    found: int  # people of the class whom the texts mention
+    people: int  # of them in the file; 0 if the class is excluded
     rows: int
 
 
 def select(names: Names, found: Mapping[int, Found], least: int, most: int) -> tuple[list[Row], list[ClassCount]]:
-    """Rows, task by task, and what became of every class.
+    """Return rows, task by task, and the counts of every class.
 
-    A class of fewer than `least` people is left out, and so is a task with fewer than two classes. Of a class at most
-    `most` people are taken; of two classes, and no more, the same number.
+    A class of fewer than `least` people is excluded, and so is a task with fewer than two classes. At most `most`
+    people of a class are taken; if there are exactly two classes, both get the same number.
     """
     rows: list[Row] = []
     counts: list[ClassCount] = []
@@ -57,7 +57,7 @@ def select(names: Names, found: Mapping[int, Found], least: int, most: int) -> t
 
 
 def _ranked(names: Names, found: Mapping[int, Found], task: c.Task, code: int) -> list[int]:
-    """Names of that class, the most prominent first; those who are equally so in order of name."""
+    """Return the names of that class, the most prominent first; ties are sorted by name."""
     of_class = [row for row in found if names.codes[task.name][row] == code]
     return sorted(of_class, key=lambda row: (-int(names.prominence[row]), found[row].contexts[0].name))
 
@@ -70,5 +70,5 @@ def _rows(found: Found, task: c.Task, code: int) -> list[Row]:
 
 
 def as_records(rows: list[Row]) -> list[dict[str, str | int]]:
-    """For JSON and Parquet."""
+    """Return the rows as dicts, for JSON and Parquet."""
     return [asdict(row) for row in rows]

@@ -1,4 +1,4 @@
-"""A folder of texts: `.txt` and `.jsonl` (with a field `text`), plain or compressed (.gz, .xz, .zst, .bz2)."""
+"""Read a folder of texts: `.txt` and `.jsonl` (with a field `text`), plain or compressed (.gz, .xz, .zst, .bz2)."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from typing import IO
 from delta_selectivity.errors import RequestError
 from scripts.wikidata_build.compression import READ_ERRORS, SUFFIXES, unpacked
 
-PIECE = 2**20  # characters of a .txt that are one text at most: a file may be of any size
+PIECE = 2**20  # maximum characters of a text; longer .txt files are split
 KINDS = (".txt", ".jsonl")
 
 
 @dataclass
 class TextTally:
-    """What went by."""
+    """Numbers of texts that were read."""
 
     texts: int = 0
     characters: int = 0
-    malformed: int = 0  # lines of .jsonl that are no object with a text
+    malformed: int = 0  # lines of .jsonl that are not an object with a text
 
 
 def text_files(folder: Path) -> list[Path]:
-    """All files of the known kinds, in order of path. Raises `RequestError` if there is none."""
+    """Return all files of the supported kinds, in order of path. Raises `RequestError` if there are none."""
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder: give one with {' or '.join(KINDS)} files")
-    found = [path for path in sorted(folder.rglob("*")) if _kind(path) in KINDS and path.is_file()]
-    if not found:
-        raise RequestError(f"{folder}: holds no {' or '.join(KINDS)} file, plain or as {', '.join(SUFFIXES)}")
-    return found
+    files = [path for path in sorted(folder.rglob("*")) if _kind(path) in KINDS and path.is_file()]
+    if not files:
+        raise RequestError(f"{folder}: there is no {' or '.join(KINDS)} file, plain or as {', '.join(SUFFIXES)}")
+    return files
 
 
 def texts(files: list[Path], tally: TextTally, advance: Callable[[int], object]) -> Iterator[str]:
-    """Every text of every file. advance: told the bytes of the files, as they are, that have gone by.
+    """Yield every text of every file. advance: called with the number of bytes that were read since the last call.
 
-    Raises `RequestError` if a file is not compressed as its suffix says, or cut short.
+    Raises `RequestError` if a file is not compressed as its suffix says, or is truncated.
     """
     for path in files:
         with path.open("rb") as raw:
@@ -62,7 +62,7 @@ def _texts_of(path: Path, raw: IO[bytes], tally: TextTally) -> Iterator[str]:
     stream = io.TextIOWrapper(unpacked(raw, path.suffix), encoding="utf-8-sig", errors="replace", newline="")
     if _kind(path) == ".txt":
         while piece := stream.read(PIECE):
-            yield piece + stream.readline(PIECE)  # to the line's end: no name is torn
+            yield piece + stream.readline(PIECE)  # continue to the end of the line, so that no name is split
         return
     for line in stream:
         if not line.strip():

@@ -1,4 +1,4 @@
-"""Makes the n-th call of one kind of function fail, from outside: the program knows nothing of it."""
+"""Make the n-th call of one kind of function fail, without any support in the program."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ POINTS: dict[str, tuple[Any, str, Callable[[], Exception]]] = {  # kind -> (owne
 }
 
 
-IN_THE_LOOK_BEFORE = {"forward", "encode", "decode"}  # called there too, dozens of times, which one of them would tell
+IN_THE_LOOK_BEFORE = {"forward", "encode", "decode"}  # other parts of a run also call it, dozens of times
 
 
 @dataclass
 class Injector:
-    """Counts the calls of one kind, in whatever thread, and makes the n-th fail."""
+    """A counter of the calls of one kind, in any thread, which makes the n-th call fail."""
 
     error: Callable[[], Exception]
     n: int | None  # None: count only
@@ -87,7 +87,7 @@ class Injector:
 
 @contextmanager
 def fault(kind: str, injector: Injector) -> Iterator[None]:
-    """The injector at work on this kind of call."""
+    """Install the injector for this kind of call."""
     owner, name, _ = POINTS[kind]
     original = getattr(owner, name)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""NaN and Inf: the error says where, and what was finished before stays."""
+"""NaN and Inf: the error says where, and finished results are kept."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from delta_selectivity.run.row_store import RowStore
 from delta_selectivity.saes import Sae
 from delta_selectivity.saes.selection import Gated, Threshold
 
-MARK = "Zebedee"  # the texts with this name break
+MARK = "Zebedee"  # the texts with this name produce broken numbers
 
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, tmp_path):
-    """A task of its own in a file, whose texts have one that will break the numbers."""
+    """Return a request on a task in a file, one of whose texts will produce broken numbers."""
     rows = people(60)
     rows[30] = {**rows[30], "text": f"{MARK} {'very ' * 30}long {rows[30]['group']}", "start": "", "end": ""}
     data = write_csv(tmp_path / "women.csv", rows)
@@ -27,18 +27,18 @@ def ask(tiny_model, tiny_saes, tmp_path):
 
 
 def breaking(method, where, value):
-    """`method` with `value` put at its result's row or text `where`, in the batch that holds the long text."""
+    """Return `method` with `value` written to its result at row or text `where`, in the batch with the long text."""
 
     def broken(self, given, *more):
         found = method(self, given, *more)
-        with torch.inference_mode():  # where the activations were made
+        with torch.inference_mode():  # the place where the activations were computed
             return where(self, given, found, value)
 
     return broken
 
 
 def break_layer_1(self, ids, found, value):
-    """The last token of the longest text, at layer 1."""
+    """Break the last token of the longest text, at layer 1."""
     site = next(site for site in found if site.layer == 1)
     found[site][0, ids.shape[1] - 1, 3] = value
     return found
@@ -72,8 +72,8 @@ def test_a_code_or_reconstruction_is_named_with_layer_sae_and_text(ask, monkeypa
     assert MARK in told
 
 
-def test_it_is_seen_at_any_token_of_the_text(ask, monkeypatch, capsys):
-    """Not only where a probe looks: the figures over whole texts would be NaN."""
+def test_broken_values_are_detected_at_any_token(ask, monkeypatch, capsys):
+    """Check tokens that no probe reads: the figures over whole texts would be NaN."""
 
     def early_token(self, ids, found, value):
         for values in found.values():
@@ -86,8 +86,8 @@ def test_it_is_seen_at_any_token_of_the_text(ask, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("part", ["activations", "reconstruction"])
-def test_of_rows_from_a_gpu_it_is_seen_when_they_are_probed(ask, monkeypatch, capsys, part):
-    """Nothing waits for the GPU as rows come in, so nothing looks at them either."""
+def test_broken_rows_from_a_gpu_are_detected_when_probed(ask, monkeypatch, capsys, part):
+    """Rows are not checked when they arrive, because that would wait for the GPU."""
     put = RowStore.put
 
     def as_from_a_gpu(self, rows):
@@ -113,13 +113,13 @@ def test_of_rows_from_a_gpu_it_is_seen_when_they_are_probed(ask, monkeypatch, ca
     assert all("layer_1" not in layers for layers in numbers(ask.out).values())
 
 
-def test_datasets_that_were_finished_before_are_kept(ask, monkeypatch, capsys, tmp_path):
+def test_datasets_finished_before_the_error_are_kept(ask, monkeypatch, capsys, tmp_path):
     """The bundled task comes first, the file with the broken text after it."""
     both = ask.plus("--datasets", "gender", "--shuffle_select_n", "60", "--layers", "1")
     seen = []
 
     def second_dataset(self, ids, found, value):
-        if len(found) > 1:  # the look before the run: more sites than the one asked for
+        if len(found) > 1:  # the preflight, which uses more sites than the requested one
             return found
         seen.append(len(ids))
         return break_layer_1(self, ids, found, value) if sum(seen) > 60 else found
@@ -133,7 +133,7 @@ def test_datasets_that_were_finished_before_are_kept(ask, monkeypatch, capsys, t
     assert numbers(ask.out) == numbers(tmp_path / "whole")
 
 
-def test_weights_that_are_not_finite_are_refused(ask, tiny_saes, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_rejected(ask, tiny_saes, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
     broken = shutil.copytree(tiny_saes, tmp_path / "broken")
@@ -151,15 +151,13 @@ def test_weights_that_are_not_finite_are_refused(ask, tiny_saes, tmp_path, capsy
 @pytest.mark.parametrize(
     "selection", [Threshold(torch.zeros(4)), Gated(torch.ones(4), torch.zeros(4))], ids=["threshold", "gated"]
 )
-def test_a_pre_activation_that_is_nan_is_no_silent_zero(selection):
+def test_a_nan_pre_activation_does_not_become_zero(selection):
     codes = selection(torch.tensor([[1.0, torch.nan, -1.0, 0.0]]))
     assert codes.col.tolist() == [0, 1]
     assert codes.value.isnan().tolist() == [False, True]
 
 
-def test_an_unforeseen_error_comes_with_its_threads_traceback_and_a_foreseen_one_only_with_verbose(
-    ask, monkeypatch, capsys, caplog
-):
+def test_unexpected_errors_show_the_traceback_and_expected_ones_only_with_verbose(ask, monkeypatch, capsys, caplog):
     failure: Exception = OSError(28, "No space left on device")
 
     def explode(self, ids):

@@ -1,4 +1,4 @@
-"""A disk that fills, a folder that cannot be written, an input that vanishes: exit 1 or 2, one line, results intact."""
+"""Full disks, read-only folders and missing inputs: exit code 1 or 2, one line, intact results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ask(tiny_model, tiny_saes, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts a disk of so many KB in memory; unmounted afterwards."""
+    """Mount a disk of a given number of KB in memory; unmount it afterwards."""
     mounted: list[Path] = []
 
     def mount(kilobytes: int) -> Path:
@@ -47,7 +47,7 @@ def one_line(text: str) -> str:
     return lines[0]
 
 
-def test_a_disk_that_fills_keeps_what_was_finished_and_the_run_goes_on_with_room(ask, small_disk, tmp_path, capsys):
+def test_a_full_disk_keeps_finished_layers_and_the_run_resumes(ask, small_disk, tmp_path, capsys):
     assert ask.run() == 0
     undisturbed = substance(ask.out)
     disk = small_disk(200)
@@ -66,8 +66,8 @@ def test_a_disk_that_fills_keeps_what_was_finished_and_the_run_goes_on_with_room
     assert substance(full.out).keys() == undisturbed.keys()
 
 
-def test_a_disk_that_fills_at_any_byte_of_a_run(ask, small_disk, capsys):
-    """Room for one page more each time, until it is enough: what was finished is whole, and the next run goes on."""
+def test_a_disk_may_become_full_at_any_byte_of_a_run(ask, small_disk, capsys):
+    """Allow one page more each time, until it is enough: finished results are whole, and a rerun completes them."""
     assert ask.run() == 0
     whole = numbers(ask.out)["pythia-tiny_women.json"]
     disk = small_disk(512)
@@ -88,14 +88,14 @@ def test_a_disk_that_fills_at_any_byte_of_a_run(ask, small_disk, capsys):
         assert without_q(found) == {layer: figures for layer, figures in without_q(whole).items() if layer in found}
         finished.append(len(found))
         ballast.unlink()
-        if len(found) > max(finished[:-1], default=0):  # at each new layer once: the run takes a second
+        if len(found) > max(finished[:-1], default=0):  # at each new layer only, because a run takes a second
             assert full.run() == 0
             assert substance(full.out) == substance(ask.out)
         shutil.rmtree(full.out, ignore_errors=True)
     assert {0, 1, 2} <= set(finished), "it filled before, between and after layers"
 
 
-def test_a_disk_too_small_for_the_rows_that_memory_has_no_room_for(ask, small_disk, monkeypatch, capsys):
+def test_a_disk_too_small_for_spilled_rows(ask, small_disk, monkeypatch, capsys):
     assert ask.plus("--layers", "0").run() == 0
     before = (ask.out / "pythia-tiny_women.json").read_bytes()
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk(16)))
@@ -107,8 +107,8 @@ def test_a_disk_too_small_for_the_rows_that_memory_has_no_room_for(ask, small_di
     assert short.run() == 0
 
 
-def test_a_quota_on_the_size_of_files(ask, tmp_path):
-    """The kernel refuses to let a file grow: the write fails in the middle."""
+def test_a_limit_on_the_size_of_files(ask, tmp_path):
+    """The kernel refuses to let a file grow, so a write fails in the middle."""
     assert ask.run() == 0
     size = (ask.out / "pythia-tiny_women.json").stat().st_size
 
@@ -126,7 +126,7 @@ def test_a_quota_on_the_size_of_files(ask, tmp_path):
     assert substance(limited.out) == substance(ask.out)
 
 
-def test_a_folder_that_is_read_only_is_refused_before_anything_is_loaded(ask, small_disk, monkeypatch, capsys):
+def test_a_read_only_folder_is_rejected_before_loading(ask, small_disk, monkeypatch, capsys):
     disk = small_disk(64)
     if subprocess.run(["mount", "-o", "remount,ro", str(disk)], capture_output=True, check=False).returncode:
         pytest.skip("remounting is not allowed here")
@@ -136,7 +136,7 @@ def test_a_folder_that_is_read_only_is_refused_before_anything_is_loaded(ask, sm
     assert ask.into(disk).run() == 2
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(ask, tmp_path, capsys):
+def test_a_file_in_place_of_the_folder_is_rejected(ask, tmp_path, capsys):
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         assert ask.into(out).run() == 2
@@ -144,7 +144,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(ask, tmp_path, capsys):
 
 
 def test_a_folder_that_becomes_read_only_during_the_run(ask, monkeypatch, capsys):
-    """The kernel remounts no disk that has a file open, so its answers are played."""
+    """The error is simulated, because the kernel does not remount a disk with open files."""
     load, remove = ModelInfo.load, Path.unlink
 
     def read_only(path, *args, **kwargs):
@@ -170,7 +170,7 @@ VANISHING = ["weights of the SAE", "config of the SAE", "folder of the SAE", "we
 
 
 @pytest.mark.parametrize("what", VANISHING)
-def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch, capsys, what):
+def test_an_input_removed_between_plan_and_run(ask, tmp_path, monkeypatch, capsys, what):
     model = shutil.copytree(ask.model, tmp_path / "gone" / "pythia-tiny")
     sae = shutil.copytree(ask.saes[0], tmp_path / "gone" / "sae-tiny")
     data = Path(shutil.copy(ask.data, tmp_path / "gone"))
@@ -206,8 +206,8 @@ def test_an_input_that_vanishes_between_plan_and_run(ask, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("damage", [b"", None], ids=["cut off", "overwritten"])
-def test_weights_that_are_written_to_during_the_run_change_nothing(ask, tmp_path, monkeypatch, damage):
-    """They are mapped into memory while they are read: later that would change numbers, or kill the process."""
+def test_overwriting_weights_during_the_run_changes_nothing(ask, tmp_path, monkeypatch, damage):
+    """Weights are memory-mapped: a later write must neither change numbers nor kill the process."""
     assert ask.run() == 0
     model = shutil.copytree(ask.model, tmp_path / "copy" / "pythia-tiny")
     sae = shutil.copytree(ask.saes[0], tmp_path / "copy" / "sae-tiny")

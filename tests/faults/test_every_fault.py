@@ -1,4 +1,4 @@
-"""A fault at every point of a run: it ends, says so, keeps what was finished, and the next run makes up for it."""
+"""A fault at every point of a run: it ends with a message, keeps finished results, and the next run completes them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from conftest import people, write_csv, write_sparsify
 from injector import POINTS, Injector, fault
 from runs import Request, assert_close, files, left_over, numbers, scores_of, substance
 
-MAX_CALLS = 200  # of one kind in one run: beyond it the walk would not end
+MAX_CALLS = 200  # maximum number of calls of one kind in one run
 
 
 @pytest.fixture(scope="module")
 def request_(tiny_model, tiny_saes, tmp_path_factory):
-    """Two layers, two SAEs, two batches of texts."""
+    """Return a request with two layers, two SAEs and two batches of texts."""
     folder = tmp_path_factory.mktemp("faults")
     data = write_csv(folder / "women.csv", people(60))
     other = write_sparsify(folder / "sae-sparser", layers=[0, 1], k=2)
@@ -30,14 +30,14 @@ def undisturbed(request_):
 
 
 def layers_on_disk(folder: Path) -> dict[tuple[str, str], float]:
-    """(file, layer) -> a number of it."""
+    """Return (file, layer) -> one of its numbers."""
     return {
         (path, name): layer["mse_whole"] for path, found in numbers(folder).items() for name, layer in found.items()
     }
 
 
 def walk(kind, error, request_, undisturbed, tmp_path, capsys):
-    """Let the n-th call fail for n = 1, 2, ...; returns, and prints, how many points there were."""
+    """Let the n-th call fail for n = 1, 2, ...; return and print the number of calls."""
     for n in range(1, MAX_CALLS):
         ask = request_.into(tmp_path / str(n))
         finished: dict[tuple[str, str], float] = {}
@@ -58,7 +58,9 @@ def walk(kind, error, request_, undisturbed, tmp_path, capsys):
             for line in capsys.readouterr().err.splitlines()
             if line.startswith(("failed: ", "error: ", "interrupted: "))
         ]
-        if code == 0:  # it went on with less memory, say: then nothing may be missing, and no number be another
+        if (
+            code == 0
+        ):  # the run continued, for example with less memory: nothing may be missing, and no number may differ
             assert_close(numbers(ask.out), numbers(request_.out), where=where)
         else:
             assert code in {1, 2, 130}, where
@@ -80,13 +82,12 @@ def test_a_run_survives_a_fault_at_every_call(kind, request_, undisturbed, tmp_p
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, OSError, ValueError])
 @pytest.mark.parametrize("kind", POINTS)
-def test_whatever_the_error(kind, error, request_, undisturbed, tmp_path, capsys):
+def test_other_errors_are_survived_too(kind, error, request_, undisturbed, tmp_path, capsys):
     assert walk(kind, error, request_, undisturbed, tmp_path, capsys) >= 1
 
 
-def test_the_walk_sees_every_write(request_, tmp_path):
-    """The injector counts what the program does: of two SAEs x two layers the scores and the results, and two files
-    settled at the end."""
+def test_the_injector_counts_every_write(request_, tmp_path):
+    """The injector counts the scores and results of two SAEs x two layers, and two files at the end."""
     injector = Injector(RuntimeError, n=None)
     with fault("replace", injector):
         assert request_.into(tmp_path / "out").run() == 0

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: what is on disk is whole, and the same command ends with the undisturbed run's results."""
+"""SIGKILL at random moments: files on disk are whole, and the same command produces the undisturbed run's results."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from runs import ROOT, Request, files, left_over, numbers, scores_of, substance
 
 DEMO = ROOT / "assets" / "tiny-pythia"
 DEMO_SAES = (ROOT / "assets" / "tiny-pythia-saes-k8", ROOT / "assets" / "tiny-pythia-saes-k32")
-EXIT_SECONDS = 0.2  # about as long as a process lives on after its last result
+EXIT_SECONDS = 0.2  # about the time between the last result and the end of the process
 needs_demo = pytest.mark.skipif(not (DEMO / "config.json").is_file(), reason="the bundled model is not there")
 
 
 @pytest.fixture
 def tiny_request(tiny_model, tiny_saes, tmp_path):
-    """Two SAEs, three layers, two datasets: twelve writes."""
+    """Return a request with two SAEs, three layers and two datasets: twelve writes."""
     data = write_csv(tmp_path / "women.csv", people(400))
     other = write_sparsify(tmp_path / "sae-sparser", k=2)
     flags = ("--datasets", "politics", "--shuffle_select_n", "200", "--repeats", "10")
@@ -27,24 +27,24 @@ def tiny_request(tiny_model, tiny_saes, tmp_path):
 
 @pytest.fixture
 def demo_request(tmp_path):
-    """The bundled model, both of its SAEs and all datasets: two layers of them, on some rows. Twenty writes."""
+    """Return a request with the bundled model, both SAEs, all datasets and two layers, on some rows: twenty writes."""
     flags = ("--layers", "1,3", "--shuffle_select_n", "100", "--folds", "3", "--repeats", "2")
     return Request(DEMO, DEMO_SAES, Path(), tmp_path / "undisturbed", flags)
 
 
 def n_results(folder):
-    """Layers on disk. Reads every file: each is whole, or this is an error."""
+    """Return the number of layers on disk. Reads every file, which must be whole."""
     return sum(map(len, numbers(folder).values()))
 
 
 def wait_for(ask, process, n):
-    """Wait for so many results, or the end of the process."""
+    """Wait for this many results, or for the end of the process."""
     while process.poll() is None and n_results(ask.out) < n:
         time.sleep(0.005)
 
 
 def kill_at(ask, n, seconds):
-    """Start, and kill so long after the n-th result (0: after the start); whether it was killed."""
+    """Start a run, kill it some time after the n-th result (0: after the start), and return whether it was killed."""
     with ask.start() as process:
         wait_for(ask, process, n)
         time.sleep(seconds)
@@ -53,7 +53,7 @@ def kill_at(ask, n, seconds):
 
 
 def timed(ask):
-    """Seconds from the start to the first result, and from there to the last."""
+    """Return the seconds from the start to the first result, and from there to the last."""
     start = time.time()
     with ask.start() as process:
         wait_for(ask, process, 1)
@@ -63,7 +63,7 @@ def timed(ask):
 
 
 def check_kills(ask, folder, n, capsys):
-    """Kill and rerun n times. Of six kills two come at any time, three after the first result, one after the last."""
+    """Kill and rerun n times. Of six kills, two come at any time, three after the first result, one after the last."""
     before, writing = timed(ask.into(folder / "timed"))
     assert ask.run(600) == 0
     undisturbed, everything = (substance(ask.out), scores_of(ask.out)), n_results(ask.out)

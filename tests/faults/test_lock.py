@@ -1,4 +1,4 @@
-"""One run at a time writes a file; whatever a killed one left behind is no obstacle."""
+"""Only one run at a time writes a file, and files of a killed run do not block the next."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ with exclusive(Path(sys.argv[1])):
 
 
 def holder(path):
-    """A process that holds the lock of `path`."""
+    """Start a process that holds the lock of `path`."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
 
 
-def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path):
+def test_a_lock_is_exclusive_until_released(tmp_path):
     path = tmp_path / "m_d.json"
     with exclusive(path):
         with pytest.raises(Locked), exclusive(path):
@@ -43,18 +43,18 @@ def test_a_second_holder_is_refused_until_the_first_is_gone(tmp_path):
         with exclusive(tmp_path / "other.json"):
             pass
         with pytest.raises(RequestError, match="no result files"):
-            result_files(tmp_path)  # a lock is none
+            result_files(tmp_path)  # an unlocked lock file does not count
     with exclusive(path):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_kernel_frees_the_lock_of_a_killed_run_and_the_next_one_cleans_up(tmp_path):
+def test_the_lock_of_a_killed_run_is_released_and_its_files_removed(tmp_path):
     path = tmp_path / "m_d.json"
     with holder(path) as process:
         (tmp_path / f".m_d.json.{process.pid:08x}.tmp").write_text("half a fi")
         (tmp_path / f".writable.{process.pid:08x}.tmp").touch()
-        with pytest.raises(RequestError, match="another run is writing it"), reserve(path):
+        with pytest.raises(RequestError, match="another run is writing this file"), reserve(path):
             pass
         process.send_signal(signal.SIGKILL)
     assert len(left_over(tmp_path)) == 3
@@ -64,7 +64,7 @@ def test_the_kernel_frees_the_lock_of_a_killed_run_and_the_next_one_cleans_up(tm
     assert left_over(tmp_path) == []
 
 
-def test_many_at_once_never_hold_it_together(tmp_path):
+def test_many_processes_never_hold_the_lock_together(tmp_path):
     path = tmp_path / "m_d.json"
     inside, most, entered = [0], [0], [0]
 
@@ -89,7 +89,7 @@ def test_many_at_once_never_hold_it_together(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_run_of_the_same_file_refuses_in_one_line(tiny_model, tiny_saes, tmp_path, capsys):
+def test_a_second_run_of_the_same_file_fails_with_one_line(tiny_model, tiny_saes, tmp_path, capsys):
     data = write_csv(tmp_path / "women.csv", people(60))
     ask = Request(tiny_model, (tiny_saes,), data, tmp_path / "out").plus("--layers", "0")
     (tmp_path / "out").mkdir()
@@ -97,7 +97,7 @@ def test_a_second_run_of_the_same_file_refuses_in_one_line(tiny_model, tiny_saes
         assert ask.run() == 2
         told = capsys.readouterr().err.strip().splitlines()
         assert len(told) == 1
-        assert "another run is writing it" in told[0]
+        assert "another run is writing this file" in told[0]
         assert ask.into(tmp_path / "elsewhere").run() == 0
         process.kill()
     assert ask.run() == 0
@@ -105,7 +105,7 @@ def test_a_second_run_of_the_same_file_refuses_in_one_line(tiny_model, tiny_saes
     assert left_over(tmp_path) == []
 
 
-def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
     import fcntl
 
     def no_locks(descriptor, operation):

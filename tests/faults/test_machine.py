@@ -1,4 +1,4 @@
-"""What a machine or another program does to a run: folders that vanish, kills, another user, no /proc."""
+"""Effects of the machine and other programs: vanishing folders, kills, another user, no /proc."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from delta_selectivity.tasks.tokens import tokenise
 
 
 @pytest.mark.parametrize("when", [1, 2, 5])
-def test_a_cache_that_is_deleted_in_the_middle_changes_no_number(with_cache, tmp_path, monkeypatch, caplog, when):
+def test_deleting_the_cache_during_a_run_changes_no_number(with_cache, tmp_path, monkeypatch, caplog, when):
     assert with_cache.into(tmp_path / "before").run() == 0
     shutil.rmtree(tmp_path / "cache")
     calls, lock, write, read = [0], threading.Lock(), ShardFolder.write, ShardFolder.read
@@ -55,8 +55,8 @@ def test_a_cache_that_is_deleted_in_the_middle_changes_no_number(with_cache, tmp
     assert len(told) <= 3, "once for each kind of what is kept"
 
 
-def test_a_writer_that_is_killed_in_a_cache_write_is_no_obstacle_to_the_next(tmp_path, monkeypatch):
-    """It holds the lock of evictions and has written half a file."""
+def test_a_killed_cache_writer_does_not_block_the_next(tmp_path, monkeypatch):
+    """The killed process holds the lock of evictions and has written half a file."""
     name, tensors = "a" * 32, {"x": torch.arange(1000.0)}
     pid = os.fork()
     if pid == 0:
@@ -78,18 +78,18 @@ def test_a_writer_that_is_killed_in_a_cache_write_is_no_obstacle_to_the_next(tmp
     assert torch.equal(again.read(name)["x"], tensors["x"])
 
 
-def test_many_workers_refuse_a_folder_that_main_is_writing(tiny_model, tiny_saes, people_csv, tmp_path, capsys):
+def test_workers_reject_a_folder_that_main_is_writing(tiny_model, tiny_saes, people_csv, tmp_path, capsys):
     asked = Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "out").plus("--layers", "0")
     (tmp_path / "out").mkdir()
     with holder(tmp_path / "out" / "pythia-tiny_women.json") as process:
         assert scale.main([*asked.argv, "--workers", "1"]) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert "another run is writing it" in line
+        assert "another run is writing this file" in line
         process.kill()
     assert files(asked.out) == []
 
 
-def test_without_proc_it_is_one_line(tiny_model, tiny_saes, people_csv, tmp_path, capsys, monkeypatch):
+def test_a_missing_proc_is_one_line(tiny_model, tiny_saes, people_csv, tmp_path, capsys, monkeypatch):
     is_dir = Path.is_dir
     monkeypatch.setattr(Path, "is_dir", lambda self: not str(self).startswith("/proc") and is_dir(self))
     assert Request(tiny_model, (tiny_saes,), people_csv, tmp_path / "out").run() == 2
@@ -97,7 +97,7 @@ def test_without_proc_it_is_one_line(tiny_model, tiny_saes, people_csv, tmp_path
     assert "/proc is not mounted" in line
 
 
-def test_a_tokenizer_whose_regex_runs_away_is_refused(tiny_model):
+def test_a_tokenizer_with_a_runaway_regex_is_rejected(tiny_model):
     content = json.loads((tiny_model / "tokenizer.json").read_text("utf-8"))
     pattern = {"Regex": "(.*a){20}$"}
     content["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
@@ -111,7 +111,7 @@ ODD = ["../../x", "__proto__", "<b>", "a\u202eb", "\u0000", "CON", "x" * 300, "=
 
 
 @pytest.mark.parametrize("value", ODD)
-def test_folders_of_a_sweep_have_plain_names_inside_its_own(tmp_path, value):
+def test_folders_of_a_sweep_have_safe_names_inside_its_folder(tmp_path, value):
     path = tmp_path / "sweep.toml"
     path.write_text(f'output_directory = "out"\n[[grid]]\nsae_name = [{json.dumps(value)}, "plain"]\n', "utf-8")
     folders = [Path(request["output_directory"]) for request in Sweep.read(path).requests]
@@ -138,7 +138,7 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups "$@"
 
 @pytest.fixture
 def in_the_open(with_cache):
-    """The request on copies in a folder that every user may read."""
+    """Return the request on copies in a folder that every user can read."""
     folder = Path(tempfile.mkdtemp())
     shutil.copytree(with_cache.model, folder / "model")
     shutil.copytree(with_cache.saes[0], folder / "saes")
@@ -156,7 +156,7 @@ def in_the_open(with_cache):
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("program", ["main.py", "compute_selectivity.py"])
 def test_another_user_with_umask_077_and_a_megabyte_of_shared_memory(in_the_open, program):
-    """Where it may write, it runs; where it may not, that is one line."""
+    """The run succeeds where it may write; elsewhere it fails with one line."""
     folder, asked = in_the_open
     python = Path(sys.base_prefix)
     hidden = [parent for parent in python.parents if not parent.stat().st_mode & 0o001]

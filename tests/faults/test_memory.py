@@ -1,4 +1,4 @@
-"""Memory that runs out, in either thread: smaller pieces, the same numbers; spilled rows leave nothing behind."""
+"""Lack of memory in either thread: smaller pieces and the same numbers; spilled rows leave no files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def problem(rows=200, d=12, targets=3, splits=5):
 
 
 def with_room_for(monkeypatch, columns, error):
-    """The line search, which holds most temporaries, fails for more columns at a time."""
+    """Let the line search, which holds most temporaries, fail for more columns at a time."""
     search = lbfgs._line_search
     widths = []
 
@@ -56,7 +56,7 @@ def with_room_for(monkeypatch, columns, error):
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "python", "cpu"])
 @pytest.mark.parametrize("room", [1, 4, 14])
-def test_fits_are_split_into_columns_that_fit_and_no_number_changes(monkeypatch, caplog, room, error):
+def test_splitting_fits_by_columns_changes_no_number(monkeypatch, caplog, room, error):
     whole = TorchLbfgs().fit(problem())
     widths = with_room_for(monkeypatch, room, error)
     backend = TorchLbfgs()
@@ -71,7 +71,7 @@ def test_fits_are_split_into_columns_that_fit_and_no_number_changes(monkeypatch,
     assert caplog.text.count("out of memory") == 1
 
 
-def test_fits_on_sparse_codes_are_split_too(monkeypatch, caplog):
+def test_splitting_sparse_fits_changes_no_number(monkeypatch, caplog):
     dense = problem()
     task = replace(dense, x=(dense.x * (dense.x.abs() > dense.x.std(dim=0) / 2)).to_sparse_csr())
     whole = TorchLbfgs().fit(task)
@@ -82,19 +82,19 @@ def test_fits_on_sparse_codes_are_split_too(monkeypatch, caplog):
     assert "out of memory" in caplog.text
 
 
-def test_one_column_too_many_is_an_error(monkeypatch):
+def test_a_single_column_that_does_not_fit_is_an_error(monkeypatch):
     with_room_for(monkeypatch, 0, MemoryError())
     with pytest.raises(MemoryError):
         TorchLbfgs().fit(problem())
 
 
-def test_other_errors_are_not_taken_for_memory(monkeypatch):
+def test_other_errors_do_not_count_as_out_of_memory(monkeypatch):
     with_room_for(monkeypatch, 4, RuntimeError("expected scalar type Double"))
     with pytest.raises(RuntimeError, match="scalar type"):
         TorchLbfgs().fit(problem())
 
 
-def test_a_real_allocation_that_fails_is_recognised():
+def test_a_real_allocation_failure_is_recognised():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60)
     assert is_out_of_memory(caught.value)
@@ -102,7 +102,7 @@ def test_a_real_allocation_that_fails_is_recognised():
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "python", "cpu"])
 @pytest.mark.parametrize(("n", "room"), [(1, 1), (7, 1), (8, 3), (13, 5), (100, 100), (100, 33)])
-def test_work_in_pieces_covers_everything_once_and_remembers_what_fitted(caplog, n, room, error):
+def test_work_in_pieces_covers_everything_once_and_remembers_the_size(caplog, n, room, error):
     done, tried = [], []
 
     def work(piece):
@@ -125,7 +125,7 @@ def test_work_in_pieces_covers_everything_once_and_remembers_what_fitted(caplog,
     assert caplog.text.count("out of memory") == (n > room)
 
 
-def test_work_in_pieces_passes_on_what_is_no_lack_of_memory_or_cannot_be_made_smaller():
+def test_work_in_pieces_raises_other_errors_and_indivisible_work():
     def fail(piece):
         raise error
 
@@ -138,9 +138,7 @@ def test_work_in_pieces_passes_on_what_is_no_lack_of_memory_or_cannot_be_made_sm
     assert calls == [slice(0, 8)]
 
 
-def test_a_run_short_of_memory_in_both_threads_gives_the_same_numbers(
-    tiny_model, tiny_saes, tmp_path, monkeypatch, caplog
-):
+def test_lack_of_memory_in_both_threads_changes_no_number(tiny_model, tiny_saes, tmp_path, monkeypatch, caplog):
     data = write_csv(tmp_path / "women.csv", people(80))
     ask = Request(tiny_model, (tiny_saes,), data, tmp_path / "plenty")
     assert ask.run() == 0
@@ -164,7 +162,7 @@ def test_a_run_short_of_memory_in_both_threads_gives_the_same_numbers(
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "python", "cpu"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("step", ["_held_out_scores", "choose_c"])
-def test_targets_are_scored_in_pieces_that_fit_and_no_number_changes(monkeypatch, caplog, step, sparse, error):
+def test_scoring_targets_in_pieces_changes_no_number(monkeypatch, caplog, step, sparse, error):
     random = np.random.default_rng(0)
     labels = random.normal(size=(5, 120)) > 0
     plan = selectivity.FoldPlan.build(labels, np.arange(120) // 2, None, n_folds=3, n_repeats=2, seed=0)
@@ -210,7 +208,7 @@ def batch_of(x, recon):
     return LayerRows(SITE, torch.arange(len(x)), x, {0: recon}, {None: none, 0: none})
 
 
-def test_spilled_rows_come_back_and_their_files_have_no_names(tmp_path, monkeypatch):
+def test_spilled_rows_are_read_back_from_unnamed_files(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with store_of(max_bytes=1) as store:
         assert store.place == "files"
@@ -221,7 +219,7 @@ def test_spilled_rows_come_back_and_their_files_have_no_names(tmp_path, monkeypa
 
 
 class PlayedGpu:
-    """A GPU in this machine's memory: it takes so many matrices, and later refuses where it is told to."""
+    """A simulated GPU in main memory that accepts a number of matrices and later fails on request."""
 
     def __init__(self, monkeypatch, room):
         self.room, self.asked = room, []
@@ -249,7 +247,7 @@ def test_rows_live_on_the_gpu_if_it_takes_all_of_them(monkeypatch, room, max_byt
     assert gpu.asked
 
 
-def test_a_gpu_with_little_left_is_not_asked_for_room(monkeypatch):
+def test_a_nearly_full_gpu_is_not_used_for_rows(monkeypatch):
     gpu = PlayedGpu(monkeypatch, room=2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 2 * 50 * 8 * 4, 1 << 40))
     assert store_of(device=GPU).place == "memory"
@@ -258,7 +256,7 @@ def test_a_gpu_with_little_left_is_not_asked_for_room(monkeypatch):
 
 @pytest.mark.parametrize("method", ["put", "get"])
 @pytest.mark.parametrize("max_bytes", [1, 1 << 20], ids=["files", "memory"])
-def test_rows_leave_a_gpu_whose_memory_runs_out_and_nothing_is_lost(monkeypatch, caplog, method, max_bytes):
+def test_rows_move_from_a_full_gpu_to_the_host(monkeypatch, caplog, method, max_bytes):
     PlayedGpu(monkeypatch, room=2)
     x, recon = torch.randn(50, 8), torch.randn(50, 8)
     part = {"put": "_write_rows", "get": "_read_rows"}[method]
@@ -282,7 +280,7 @@ def test_rows_leave_a_gpu_whose_memory_runs_out_and_nothing_is_lost(monkeypatch,
     assert caplog.text.count("out of memory") == 1
 
 
-def test_rows_that_have_left_the_gpu_have_nowhere_else_to_go(monkeypatch):
+def test_lack_of_memory_after_the_rows_left_the_gpu_is_an_error(monkeypatch):
     def refuse(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -301,7 +299,7 @@ def test_a_disk_too_small_for_the_rows_is_an_error_at_once(monkeypatch):
         store_of(max_bytes=1)
 
 
-def test_a_run_that_spills_gives_the_same_numbers(tiny_model, tiny_saes, tmp_path):
+def test_spilling_changes_no_number(tiny_model, tiny_saes, tmp_path):
     data = write_csv(tmp_path / "women.csv", people(80))
     ask = Request(tiny_model, (tiny_saes,), data, tmp_path / "memory")
     before = set(Path(tempfile.gettempdir()).glob("delta-selectivity-*"))

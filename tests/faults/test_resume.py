@@ -1,4 +1,4 @@
-"""An interrupted run and its resumption leave what an undisturbed run leaves, byte for byte but for the timings."""
+"""An interrupted and resumed run leaves the same bytes as an undisturbed one, except for the timings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from delta_selectivity.records import result_file
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, tmp_path):
-    """Two SAEs, the second without the last layer, and two datasets that share no text."""
+    """Return a request with two SAEs, the second without the last layer, and two datasets without common texts."""
     data = write_csv(tmp_path / "women.csv", people(80))
     sparser = write_sparsify(tmp_path / "sae-sparser", layers=[0, 1], k=2)
     flags = ("--folds", "3", "--repeats", "1", "--datasets", "politics", "--shuffle_select_n", "60")
@@ -31,15 +31,13 @@ def stop_at_write(request, n):
         assert request.run() == 1
 
 
-def test_interrupted_at_any_write_and_resumed_it_is_the_same_to_the_byte(ask, tmp_path, monkeypatch):
+def test_interruption_at_any_write_and_resumption_give_the_same_bytes(ask, tmp_path, monkeypatch):
     written = []
     replace = Path.replace
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", lambda self, target: written.append(Path(target).name) or replace(self, target))
         assert ask.run() == 0
-    layers = [name.endswith(".json") for name in written][
-        :-4
-    ]  # 2 datasets x (3 + 2) layers; 4 files settled at the end
+    layers = [name.endswith(".json") for name in written][:-4]  # 2 datasets x (3 + 2) layers, and 4 files at the end
     assert sum(layers) == 10
     undisturbed = substance(ask.out)
     assert len(undisturbed) == 4
@@ -59,7 +57,7 @@ def test_interrupted_at_any_write_and_resumed_it_is_the_same_to_the_byte(ask, tm
         assert left_over(again.out) == []
 
 
-def test_it_may_be_interrupted_again_and_again(ask, tmp_path):
+def test_a_run_may_be_interrupted_repeatedly(ask, tmp_path):
     assert ask.run() == 0
     again = ask.into(tmp_path / "again")
     for _ in range(2):
@@ -68,7 +66,7 @@ def test_it_may_be_interrupted_again_and_again(ask, tmp_path):
     assert substance(again.out) == substance(ask.out)
 
 
-def test_other_layers_are_added_and_nothing_else_is_done(ask, tmp_path):
+def test_only_missing_layers_are_measured(ask, tmp_path):
     one = Request(ask.model, ask.saes, ask.data, tmp_path / "one", ("--folds", "3", "--repeats", "1"))
     assert one.plus("--layers", "1").run() == 0
     first = numbers(one.out)
@@ -82,13 +80,13 @@ def test_other_layers_are_added_and_nothing_else_is_done(ask, tmp_path):
         assert without_q(layers) == without_q({"layer_1": numbers(one.out)[path]["layer_1"]})
 
 
-def test_every_file_is_complete_though_one_sae_has_fewer_layers(ask):
+def test_every_file_is_complete_if_one_sae_has_fewer_layers(ask):
     assert ask.run() == 0
     for path in files(ask.out):
         assert result_file.read(path)["_run"]["complete"] is True
 
 
-def test_a_run_that_asks_for_less_than_an_interrupted_one_is_complete(ask, tmp_path):
+def test_a_smaller_request_than_the_interrupted_one_is_complete(ask, tmp_path):
     one = Request(ask.model, ask.saes[:1], ask.data, tmp_path / "one", ("--folds", "3", "--repeats", "1"))
     stop_at_write(one, 3)  # scores and results of layer 0 are there
     (path,) = files(one.out)
@@ -141,7 +139,7 @@ def change_tokenizer(request, folder):
     ],
     ids=["csv", "model", "tokenizer", "seed", "folds", "positions", "rows"],
 )
-def test_what_changes_a_number_is_noticed(ask, tmp_path, capsys, change, word):
+def test_changes_that_affect_numbers_are_detected(ask, tmp_path, capsys, change, word):
     assert ask.plus("--layers", "0").run() == 0
     before = {path: path.read_bytes() for path in files(ask.out)}
     (tmp_path / "changed").mkdir()
@@ -154,7 +152,7 @@ def test_what_changes_a_number_is_noticed(ask, tmp_path, capsys, change, word):
 
 
 @pytest.mark.parametrize("part", ["weights", "config"])
-def test_an_sae_whose_files_change_is_noticed(ask, tmp_path, capsys, part):
+def test_changed_files_of_an_sae_are_detected(ask, tmp_path, capsys, part):
     sae = shutil.copytree(ask.saes[0], tmp_path / "mine")
     asked = Request(ask.model, (sae, ask.saes[1]), ask.data, ask.out, ask.more).plus("--layers", "0")
     assert asked.run() == 0
@@ -173,6 +171,6 @@ def test_an_sae_whose_files_change_is_noticed(ask, tmp_path, capsys, part):
 
 
 @pytest.mark.parametrize("flags", [("--batch_size", "5"), ("--queue_gb", "0.5"), ("--verbose",)], ids=lambda f: f[0])
-def test_what_changes_no_number_resumes(ask, flags):
+def test_changes_that_affect_no_number_resume(ask, flags):
     stop_at_write(ask, 3)
     assert ask.plus(*flags).run() == 0

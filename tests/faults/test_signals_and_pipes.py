@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment, a terminal that closes, a reader who has enough: one line, the right exit code, no hang."""
+"""Ctrl-C at any moment, a closed terminal, a closed pipe: one line, the right exit code, no hang."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from runs import ROOT, Request, left_over, numbers
 from delta_selectivity.run.bounded_queue import BoundedQueue
 from delta_selectivity.run.progress import ProgressBars
 
-PYTHON_STARTS = 1.0  # seconds that a busy machine may need to come to our first line
+PYTHON_STARTS = 1.0  # seconds until our first line on a busy machine
 EVERY_SIGNAL = pytest.mark.parametrize(
     "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name
 )
@@ -27,7 +27,7 @@ EVERY_SIGNAL = pytest.mark.parametrize(
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, tmp_path):
-    """Three layers; `shown` has bars and tables."""
+    """Return a request with three layers; `shown`: with bars and tables."""
     data = write_csv(tmp_path / "women.csv", people(80))
     return Request(tiny_model, (tiny_saes,), data, tmp_path / "out")
 
@@ -45,7 +45,7 @@ def loud(ask):
     return Loud(ask.model, ask.saes, ask.data, ask.out, ask.more)
 
 
-def test_a_reader_who_takes_one_line_changes_nothing(loud):
+def test_a_pipe_closed_after_one_line_changes_nothing(loud):
     with loud.start() as process:
         assert "pythia-tiny_women.json" in process.stdout.readline()
         process.stdout.close()
@@ -56,7 +56,7 @@ def test_a_reader_who_takes_one_line_changes_nothing(loud):
     assert len(numbers(loud.out)["pythia-tiny_women.json"]) == 3
 
 
-def test_nobody_listens_to_either_stream(loud):
+def test_both_streams_may_be_closed(loud):
     read, write = os.pipe()
     os.close(read)
     with loud.start(stdout=write, stderr=write) as process:
@@ -65,7 +65,7 @@ def test_nobody_listens_to_either_stream(loud):
     assert len(numbers(loud.out)["pythia-tiny_women.json"]) == 3
 
 
-def test_the_tables_again_for_a_reader_who_takes_one_line_and_for_a_full_disk(ask):
+def test_report_with_a_closed_pipe_and_with_a_full_disk(ask):
     assert ask.run() == 0
     command = [sys.executable, "report.py", str(ask.out)]
     options = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
@@ -84,7 +84,7 @@ def test_the_tables_again_for_a_reader_who_takes_one_line_and_for_a_full_disk(as
 
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", [[1], [2], [0, 1, 2]], ids=str)
-def test_streams_that_were_never_open(loud, closed):
+def test_streams_may_be_missing_from_the_start(loud, closed):
     def close():
         for number in closed:
             os.close(number)
@@ -95,7 +95,7 @@ def test_streams_that_were_never_open(loud, closed):
 
 
 @pytest.mark.slow
-def test_a_table_that_cannot_be_stored_is_a_failure_but_the_results_stay(loud):
+def test_a_table_that_cannot_be_written_fails_but_keeps_results(loud):
     with open("/dev/full", "w") as full, loud.start(stdout=full) as process:  # noqa: PTH123
         told = process.stderr.read()
         assert process.wait(300) == 1
@@ -103,7 +103,7 @@ def test_a_table_that_cannot_be_stored_is_a_failure_but_the_results_stay(loud):
     assert len(numbers(loud.out)["pythia-tiny_women.json"]) == 3
 
 
-def test_bars_on_a_terminal_that_closes_end_without_a_word(monkeypatch):
+def test_bars_on_a_closing_terminal_end_silently(monkeypatch):
     read, write = os.pipe()
     with os.fdopen(write, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
@@ -119,7 +119,7 @@ def test_bars_on_a_terminal_that_closes_end_without_a_word(monkeypatch):
             stream.close()
 
 
-def test_no_bars_where_there_is_no_stderr(monkeypatch):
+def test_no_bars_without_stderr(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     with ProgressBars(10, 10, BoundedQueue(1, lambda item: 1), quiet=False) as bars:
         bars.texts(1)
@@ -127,7 +127,7 @@ def test_no_bars_where_there_is_no_stderr(monkeypatch):
 
 
 def interrupt(ask, seconds, number=signal.SIGINT):
-    """Start, wait, send the signal; returns the exit code and what was told."""
+    """Start a run, wait, send the signal; return the exit code and the output."""
     with ask.start() as process:
         time.sleep(seconds)
         process.send_signal(number)
@@ -143,7 +143,7 @@ def check_interrupted(ask, seconds, number, undisturbed):
     code, told = interrupt(ask, seconds, number)
     where = f"{signal.Signals(number).name} at {seconds:.2f} s: {told}"
     if code == -number or ("Traceback" in told and "main.py" not in told):
-        assert seconds < PYTHON_STARTS, where  # it was not yet reading our first line
+        assert seconds < PYTHON_STARTS, where  # it had not yet reached our first line
         return
     assert code in {0, 130}, where
     assert "Traceback" not in told, where
@@ -163,7 +163,7 @@ def how_long(ask, folder):
     return time.perf_counter() - start, numbers(folder)["pythia-tiny_women.json"]
 
 
-def test_ctrl_c_during_start_up_and_after(ask, tmp_path):
+def test_ctrl_c_during_and_after_start_up(ask, tmp_path):
     whole, undisturbed = how_long(ask, tmp_path / "whole")
     for i, share in enumerate([0.3, 0.6]):
         check_interrupted(ask.into(tmp_path / str(i)), share * whole, signal.SIGINT, undisturbed)
@@ -193,8 +193,8 @@ runpy.run_path("main.py", run_name="__main__")
 
 @EVERY_SIGNAL
 @pytest.mark.parametrize("moment", ["logging", "delta_selectivity.cli.command_line", "leave"])
-def test_a_signal_before_and_after_main_is_one_line_too(number, moment):
-    """While the program is being loaded, and after `main` has said how it went."""
+def test_a_signal_before_or_after_main_is_one_line(number, moment):
+    """Check signals while the program is loading, and after `main` has reported."""
     command = [sys.executable, "-c", OUTSIDE_MAIN, str(int(number)), moment]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 130, done.stderr
@@ -204,8 +204,8 @@ def test_a_signal_before_and_after_main_is_one_line_too(number, moment):
 
 
 @EVERY_SIGNAL
-def test_a_signal_that_is_ignored_stays_ignored(number):
-    """As under `nohup`, or for a job in the background."""
+def test_ignored_signals_stay_ignored(number):
+    """As under `nohup`, or in a background job."""
 
     def ignore():
         signal.signal(number, signal.SIG_IGN)
@@ -227,8 +227,8 @@ def test_a_signal_at_any_moment(ask, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_the_terminal_closes(loud):
-    """The shell is gone: SIGHUP arrives, and every write to the terminal is an error."""
+def test_a_closed_terminal_ends_the_run(loud):
+    """The shell is gone: SIGHUP arrives, and every write to the terminal fails."""
     ours, theirs = pty.openpty()
 
     def on_this_terminal():

@@ -1,4 +1,4 @@
-"""What came from data cannot break the terminal or a table: names with escapes, line ends, bars, turned letters."""
+"""Names from data cannot break the terminal or a table: escapes, newlines, bars, bidirectional controls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOSTILE = "a\x1b[2J\x1b]0;title\x07|b\n\nlayer_9\r\u202eturned\u2028\x9b1mé"
 
 
 def harmless(text):
-    """Nothing in it but letters and line ends."""
+    """Return whether a text has only printable characters and newlines."""
     return all(char == "\n" or unicodedata.category(char)[0] not in "CZ" or char == " " for char in text)
 
 
@@ -30,7 +30,7 @@ def test_every_character_prints_or_is_escaped():
             assert char in shown or not char.isprintable()
 
 
-def test_a_table_keeps_its_columns_whatever_the_names():
+def test_a_table_keeps_its_columns_for_any_names():
     table = tables.aligned([("layer", "probe"), ("0", HOSTILE), ("1", "women ")])
     head, rule, *rows = table.split("\n")
     assert harmless(table)
@@ -43,14 +43,14 @@ def test_a_table_keeps_its_columns_whatever_the_names():
 
 @pytest.fixture
 def ask(tiny_model, tiny_saes, tmp_path):
-    """A task of this name, and one that has too few people, so that its reason is in the table."""
+    """Return a request on a task of this name, and one with too few people, whose reason is in the table."""
     few = [{**row, "label": i == 0} for i, row in enumerate(people(12, seed=3))]
     rows = [{**row, "task": HOSTILE} for row in people(60)] + [{**row, "task": f"few{HOSTILE}"} for row in few]
     request = Request(tiny_model, (tiny_saes,), write_csv(tmp_path / "women.csv", rows), tmp_path / "out")
     return request.plus("--layers", "0")
 
 
-def test_a_run_of_a_task_of_a_hostile_name(ask):
+def test_a_run_on_a_task_with_a_hostile_name(ask):
     with ask.start() as quiet:
         _, warned = quiet.communicate(timeout=120)
     assert quiet.returncode == 0

@@ -1,4 +1,4 @@
-"""What a stranger made: files run no code, and names lead nowhere but into the folder of the results."""
+"""Untrusted files run no code, and untrusted names stay inside the results folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ask(tiny_model, tiny_saes, tmp_path):
 
 
 class Payload:
-    """Leaves a mark when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -44,7 +44,7 @@ def one_error(capsys):
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
-def test_weights_that_are_a_pickle_run_no_code(ask, tmp_path, capsys, write):
+def test_pickled_weights_run_no_code(ask, tmp_path, capsys, write):
     model, stranger = copy_of(ask, tmp_path)
     (model / "model.safetensors").unlink()
     mark = tmp_path / "executed"
@@ -54,13 +54,13 @@ def test_weights_that_are_a_pickle_run_no_code(ask, tmp_path, capsys, write):
     assert not mark.exists()
 
 
-def test_the_payload_would_leave_its_mark(tmp_path):
+def test_the_payload_works_when_unpickled(tmp_path):
     pickle.loads(pickle.dumps(Payload(tmp_path / "executed")))
     assert (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("what", ["config", "tokenizer"])
-def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(ask, tmp_path, what):
+def test_code_of_a_model_is_neither_run_nor_prompted_for(ask, tmp_path, what):
     model, stranger = copy_of(ask, tmp_path)
     mark = tmp_path / "executed"
     (model / "theirs.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\nclass Theirs: pass\n")
@@ -75,7 +75,7 @@ def test_code_that_comes_with_a_model_is_not_run_nor_asked_about(ask, tmp_path, 
         shown, told = process.communicate("y\n" * 9, timeout=120)
     assert not mark.exists()
     assert "[y/N]" not in shown + told
-    if process.returncode != 0:  # with classes of its own in place of theirs it may do without
+    if process.returncode != 0:  # with a class of its own instead of the standard one, which is not needed
         assert process.returncode == 2
         assert told.startswith("error: --model_name")
 
@@ -107,7 +107,7 @@ def test_names_of_folders_and_files_stay_inside_the_results_folder(ask, tmp_path
     "name", ["../../etc/passwd", "..", "/", "/etc", "a/../../b", "x" * 5000, "\u202e/x", "a\x00b", "~"]
 )
 @pytest.mark.parametrize("flag", ["--model_name", "--sae_name", "--dataset_file"])
-def test_a_name_that_leads_elsewhere_is_refused_in_one_line(ask, capsys, flag, name):
+def test_a_name_that_leads_outside_is_rejected_with_one_line(ask, capsys, flag, name):
     assert ask.plus(flag, name).run() == 2
     told = one_error(capsys)
     assert told.startswith("error: ")

@@ -1,4 +1,4 @@
-"""Damage to files: bytes that flip, ends that are missing, JSON with a wrong thing in a right place."""
+"""Damage files: flipped bytes, truncation, wrong values in JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import random
 from typing import Any
 
-HUGE_NUMBER, DEEP_LIST = "@huge@", "@deep@"  # what `json.dumps` cannot write, put in afterwards
+HUGE_NUMBER, DEEP_LIST = "@huge@", "@deep@"  # values that `json.dumps` cannot write, inserted afterwards
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 10**9, 10**30, -(10**19), 0.5, -0.0, 1e308, float("nan"), float("inf"),
     "", " ", "x", "0", "1", "resid_post", "topk", "jumprelu", "gated", "groupmax", "layers.5", "blocks.1.hook_z",
@@ -20,7 +20,7 @@ ODD_BYTES = (b"\x00", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b'"', b",", b"\
 
 
 def damaged_bytes(content: bytes, random: random.Random, times: int | None = None) -> bytes:
-    """One to four of: a flipped byte, a cut, a piece left out or doubled, an odd piece put in."""
+    """Apply one to four damages: a flipped byte, a cut, a piece removed or repeated, or an unusual piece inserted."""
     data = bytearray(content)
     for _ in range(times or random.randint(1, 4)):
         start = random.randrange(len(data) + 1)
@@ -42,7 +42,7 @@ def damaged_bytes(content: bytes, random: random.Random, times: int | None = Non
 
 
 def damaged_json(content: Any, random: random.Random) -> bytes:
-    """The JSON with one to three values, keys or entries replaced, removed or added."""
+    """Return the JSON with one to three values, keys or entries replaced, removed or added."""
     tree = json.loads(json.dumps(content))
     for _ in range(random.randint(1, 3)):
         if tree:
@@ -53,7 +53,7 @@ def damaged_json(content: Any, random: random.Random) -> bytes:
 
 
 def damaged_safetensors(content: bytes, random: random.Random) -> bytes:
-    """A safetensors file whose header or data is damaged, with a length of the header that fits it, or not."""
+    """Return a safetensors file with damaged header or data, and a header length that matches it or not."""
     size = int.from_bytes(content[:8], "little")
     header, data = content[8 : 8 + size], content[8 + size :]
     kind = random.random()
@@ -84,7 +84,7 @@ def _damage(content: Any, random: random.Random) -> None:
 
 
 def _places(content: Any) -> Any:
-    """Every (container, key) of a tree."""
+    """Return every (container, key) of a tree."""
     for key in content if isinstance(content, dict) else range(len(content)):
         yield content, key
         if isinstance(content[key], dict | list) and content[key]:

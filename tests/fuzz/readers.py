@@ -1,4 +1,4 @@
-"""Every reader of the program with a valid file to damage: it gives a valid result or a `RequestError`, nothing else.
+"""Fuzz every reader of the program: a damaged file must give a valid result or a `RequestError`.
 
 python tests/fuzz/readers.py --minutes 10            # each reader for ten minutes
 python tests/fuzz/readers.py --count 100000 --only csv
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # pytest puts it there
+if __name__ == "__main__":  # pytest adds this folder itself
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
@@ -45,7 +45,7 @@ from delta_selectivity.saes import open_sae
 from delta_selectivity.saes.torch_file import read_torch_file
 from delta_selectivity.tasks import UserData, dataset_fingerprint, load_probe_texts
 
-SLOW = 10.0  # seconds: an input that takes longer is a finding too
+SLOW = 10.0  # seconds; a slower input is also a finding
 
 
 class Reader(ABC):
@@ -60,11 +60,11 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self) -> None:
-        """Read it; RequestError if it is refused, AssertionError if it should have been."""
+        """Read it. Raises RequestError if the file is rejected, AssertionError if it should have been."""
 
 
 class SaeReader(Reader):
-    """A folder of one SAE: the config or the weights are damaged."""
+    """A folder of one SAE, whose config or weights are damaged."""
 
     config: dict[str, Any]
     weights: bytes
@@ -87,7 +87,7 @@ class SaeReader(Reader):
 
 
 class SparsifyConfig(SaeReader):
-    """sparsify's cfg.json."""
+    """The cfg.json of sparsify."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -102,7 +102,7 @@ class SparsifyConfig(SaeReader):
 
 
 class LensConfig(SaeReader):
-    """SAE Lens's cfg.json, of several architectures and two versions."""
+    """The cfg.json of SAE Lens, of several architectures and two versions."""
 
     name = "blocks.1.hook_resid_post"
     weights_name = "sae_weights.safetensors"
@@ -143,14 +143,14 @@ class LensConfig(SaeReader):
 
 
 class SafetensorsHeader(SparsifyConfig):
-    """The header of the weights, with a length that fits it or not."""
+    """The header of the weights, with a length that matches it or not."""
 
     def damage(self, rng: random.Random) -> None:
         (self.restore() / self.weights_name).write_bytes(damaged_safetensors(self.weights, rng))
 
 
 class Csv(Reader):
-    """The user's task as CSV."""
+    """A user's task as CSV."""
 
     suffix = "csv"
 
@@ -175,7 +175,7 @@ class Csv(Reader):
 
 
 class Jsonl(Csv):
-    """The user's task as JSON lines."""
+    """A user's task as JSON lines."""
 
     suffix = "jsonl"
 
@@ -191,7 +191,7 @@ class Jsonl(Csv):
 
 
 class ResultJson(Reader):
-    """A result file: what is accepted has the numbers that were written."""
+    """A result file: an accepted file has the written numbers."""
 
     key: result_file.Json = {"schema": result_file.SCHEMA_VERSION, "model": "abc", "seed": 0, "views": ["model", "sae"]}  # noqa: RUF012
 
@@ -232,7 +232,7 @@ class ResultJson(Reader):
 
 
 class SaeBench(Reader):
-    """Files of SAEBench, as its own classes write them: what is accepted can be put beside ours."""
+    """Files of SAEBench, as its own classes write them: an accepted file can be compared with ours."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -259,7 +259,7 @@ class SaeBench(Reader):
 
 
 class Scores(Reader):
-    """Stored out-of-fold scores: what is accepted is what was written, and statistics can be made from it."""
+    """Stored out-of-fold scores: an accepted file has the written scores, and statistics can be computed from it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -272,7 +272,7 @@ class Scores(Reader):
 
     @staticmethod
     def probe(rows: int, control: bool) -> ProbeScores:
-        """Scores of so many rows, two of a person, in two partitions into three folds."""
+        """Return scores of some rows, two of each person, in two partitions into three folds."""
         random = np.random.default_rng(rows)
         labels = np.arange(rows) // 2 % 2 == 0
         views = {
@@ -294,7 +294,7 @@ class Scores(Reader):
 
     @staticmethod
     def forge(probe: ProbeScores, rng: random.Random) -> ProbeScores:
-        """One number of it is odd, and the file's digest right."""
+        """Return a file with one invalid number and a correct digest."""
         part = rng.choice([*sorted(vars(probe).keys() - {"views"}), "model", "sae"])
         values = np.array(probe.views[part] if part in probe.views else getattr(probe, part))
         odd = [0, 1, -1, 127, -128] if values.dtype.kind in "bi" else [0, -1, 1e-30, 6e4, math.nan, math.inf, -math.inf]
@@ -321,7 +321,7 @@ class Scores(Reader):
 
 
 class KeptTexts(Reader):
-    """The texts beside a result file: what is accepted as it was written is what was written."""
+    """Stored texts: an accepted file has the written texts."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -338,7 +338,7 @@ class KeptTexts(Reader):
             self.path.write_bytes(damaged_bytes(self.whole, rng))
             return
         content = damaged_json(self.content, rng)
-        try:  # with the digest of what it holds now
+        try:  # with the digest of the damaged content
             found = json.loads(content)
             found["sha256"] = texts.digest({name: part for name, part in found.items() if name != "sha256"})
             content = json.dumps(found).encode()
@@ -354,7 +354,7 @@ class KeptTexts(Reader):
 
 
 class RowsFile(Reader):
-    """A file of rows by this program: what is accepted is what was written."""
+    """A file of rows of this program: an accepted file has the written rows."""
 
     suffix = "safetensors"
 
@@ -381,7 +381,7 @@ class RowsFile(Reader):
 
 
 class TorchFile(Reader):
-    """A file of torch.save: zip or the older form, damaged in its bytes or in its pickle."""
+    """A file of torch.save, zip or older, with damaged bytes or a damaged pickle."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -409,7 +409,7 @@ class TorchFile(Reader):
 
 
 class RowsNpz(RowsFile):
-    """The same as .npz."""
+    """A file of rows as .npz."""
 
     suffix = "npz"
 
@@ -418,7 +418,7 @@ class RowsNpz(RowsFile):
 
 
 class RowsParquet(RowsNpz):
-    """The same as Parquet."""
+    """A file of rows as Parquet."""
 
     suffix = "parquet"
 
@@ -442,12 +442,12 @@ READERS: dict[str, type[Reader]] = {
 
 @dataclass
 class Tally:
-    """What came of a number of damaged files."""
+    """Counts of the outcomes of damaged files."""
 
     accepted: int = 0
     refused: int = 0
     slowest: float = 0.0
-    bugs: dict[str, str] = field(default_factory=dict)  # where -> seed and traceback of the first
+    bugs: dict[str, str] = field(default_factory=dict)  # place -> seed and traceback of the first
 
     @property
     def count(self) -> int:
@@ -459,7 +459,7 @@ class Tally:
 
 
 def fuzz(kind: str, folder: Path, count: int | None = None, seconds: float | None = None, first_seed: int = 0) -> Tally:
-    """Damage and read `count` files, or as many as go into the seconds of this process, however busy the machine."""
+    """Damage and read `count` files, or as many as fit into the CPU seconds of this process."""
     reader, tally, begin = READERS[kind](folder), Tally(), time.process_time()
     seed = first_seed
     while (count is None or seed < first_seed + count) and (seconds is None or time.process_time() < begin + seconds):

@@ -1,4 +1,4 @@
-"""A few hundred damaged files for every reader; `python tests/fuzz/readers.py` tries as many as there is time for."""
+"""A few hundred damaged files for every reader; `python tests/fuzz/readers.py` runs for longer."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def check(kind, tally):
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_a_damaged_file_is_read_rightly_or_refused_in_one_line(kind, tmp_path):
+def test_a_damaged_file_is_read_correctly_or_rejected(kind, tmp_path):
     check(kind, fuzz(kind, tmp_path, count=300))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("kind", READERS)
-def test_for_ten_minutes(kind, tmp_path, capsys):
+def test_fuzzing_for_ten_minutes(kind, tmp_path, capsys):
     tally = fuzz(kind, tmp_path, count=100_000, seconds=600, first_seed=300)
     with capsys.disabled():
         print(f" [{kind}: {tally}]", end="")

@@ -1,9 +1,9 @@
-"""What may not change a number does not: batch size, order of texts, padding, layer subsets, devices, company.
+"""Invariance of the numbers to batch size, order of texts, padding, subsets of layers, devices, and other tasks.
 
-Selectivities and everything made from them agree to 1e-6 absolutely; reconstruction figures, which are float32 sums
-of squares in another order, to 1e-5 relatively. A score within rounding of 0 could fall on the other side and move a
-selectivity by one row; in these examples none does. Devices are what the machine has: on one without a GPU the CPU,
-by both of its names, with one to three forward passes side by side.
+Selectivities and everything computed from them agree to 1e-6 absolutely; reconstruction figures, which are float32 sums
+of squares in another order, to 1e-5 relatively. A score within rounding of 0 could change sign and move a selectivity
+by one row; in these examples none does. Devices are those of the machine: without a GPU, the CPU by both of its names,
+with one to three forward passes side by side.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ PADDINGS = ["", "Much later, and after a very long and tedious war, ", "word " *
 
 @dataclass(frozen=True)
 class Guise:
-    """Another way to ask for the same numbers."""
+    """A variant of a request that must give the same numbers."""
 
     batch_size: int | None
-    order: int | None  # of the rows, by this seed; None: as they were
-    padding: str  # begins the texts of another task in the file, and so fills up the batches; "": no such task
+    order: int | None  # seed of the order of the rows; None: unchanged
+    padding: str  # first words of another task's texts in the file, which fill up the batches; "": no such task
     layers: frozenset[int]
     devices: tuple[str, str]  # of the model and of the probes
     threads: int  # on a CPU: forward passes side by side
-    queue_gb: float  # little: rows are kept in files
+    queue_gb: float  # small, so that rows are spilled to files
 
 
 guises = st.builds(
@@ -54,7 +54,7 @@ guises = st.builds(
 
 @pytest.fixture(scope="module")
 def ask(tiny_model, tiny_saes, tmp_path_factory):
-    """80 rows of a task of the user's; people are given, so that no order and no padding changes them."""
+    """Return a request on 80 rows of a user's task; groups are given, so that order and padding do not change them."""
     folder = tmp_path_factory.mktemp("same")
     return Request(tiny_model, (tiny_saes,), write_csv(folder / "women.csv", people(80)), folder / "out")
 
@@ -69,7 +69,7 @@ def request_for(guise, ask, folder):
     rows = people(80)
     if guise.order is not None:
         random.Random(guise.order).shuffle(rows)
-    if guise.padding:  # a longer text in the batch pads the others
+    if guise.padding:  # a longer text in the batch, which pads the others
         extra = [{**row, "text": f"{guise.padding}{row['text']}", "start": "", "end": ""} for row in people(8, seed=9)]
         rows = [{**row, "task": "women"} for row in rows] + [{**row, "task": "other"} for row in extra]
     flags = ["--layers", ",".join(map(str, sorted(guise.layers))), "--queue_gb", f"{guise.queue_gb:f}"]
@@ -91,7 +91,7 @@ def check(guise, ask, expected, tmp_path_factory):
         cell, before = dict(record["women"]), dict(without_q(expected)[layer]["women"])
         assert abs(cell.pop("n_iter") - before.pop("n_iter")) <= 2, "rounding may cost or save the last step"
         assert_close(cell, before, relative=0, absolute=1e-6, where=f"{layer}/women")
-        if not guise.padding:  # the figures are over all texts of the file
+        if not guise.padding:  # the figures cover all texts of the file
             figures = {name: value for name, value in record.items() if name != "women"}
             wanted = {name: value for name, value in expected[layer].items() if name != "women"}
             assert_close(figures, wanted, relative=1e-5, absolute=0, where=layer)
@@ -105,7 +105,7 @@ def test_the_same_numbers(ask, expected, tmp_path_factory, guise):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_same_numbers_in_a_hundred_guises(ask, expected, tmp_path_factory, capsys):
+def test_the_same_numbers_in_a_hundred_variants(ask, expected, tmp_path_factory, capsys):
     tried = []
 
     @MANY
@@ -126,8 +126,8 @@ def test_the_same_numbers_in_a_hundred_guises(ask, expected, tmp_path_factory, c
     assert (seen["threads"], seen["queue_gb"]) == (3, 2)
 
 
-def test_a_dataset_has_the_same_numbers_in_company(ask, expected, tmp_path):
-    """Its folds may not depend on who else is loaded, or a file resumed with other --datasets would be a mixture."""
+def test_a_dataset_has_the_same_numbers_beside_others(ask, expected, tmp_path):
+    """Folds must not depend on other loaded tasks, or resuming with other --datasets would mix folds in a file."""
     company = Request(ask.model, ask.saes, ask.data, tmp_path, ask.more)
     assert company.plus("--datasets", "politics", "--shuffle_select_n", "80").run() == 0
     found = numbers(tmp_path)["pythia-tiny_women.json"]

@@ -1,8 +1,8 @@
-"""Writes what the tests know of SAEBench 0.6: the fields of its classes, and a file of each as the classes write it.
+"""Write the reference data on SAEBench 0.6: the fields of its classes, and an example file of each.
 
     python -m venv ENV && ENV/bin/pip install pydantic && ENV/bin/pip install --no-deps sae-bench==0.6.0
-    ENV/bin/python tests/saebench/make.py             # rewrites the files beside it
-    ENV/bin/python tests/saebench/make.py check DIR   # loads what `report.py --saebench DIR` wrote with the classes
+    ENV/bin/python tests/saebench/make.py             # rewrite the files beside it
+    ENV/bin/python tests/saebench/make.py check DIR   # load the output of `report.py --saebench DIR` with the classes
 
 The figures in the files are made up. Nothing of this project is imported.
 """
@@ -32,7 +32,7 @@ ABOUT = {
 
 
 def bare(schema: Any, is_names: bool = False) -> Any:
-    """A JSON schema without words: names, types and what is required."""
+    """Return a JSON schema without descriptions: names, types and required entries."""
     if isinstance(schema, dict):
         kept = schema if is_names else {name: value for name, value in schema.items() if name not in WORDS}
         return {name: bare(value, name in ("properties", "$defs") and not is_names) for name, value in kept.items()}
@@ -40,7 +40,7 @@ def bare(schema: Any, is_names: bool = False) -> Any:
 
 
 def examples() -> dict[str, Any]:
-    """An output of each class."""
+    """Return an example of each class."""
     accuracies = {"llm_test_accuracy": 0.91, "sae_test_accuracy": 0.89, "sae_top_1_test_accuracy": 0.71,
                   "sae_top_2_test_accuracy": 0.76, "sae_top_5_test_accuracy": 0.81}  # fmt: skip
     by_part = {
@@ -80,7 +80,7 @@ def _core() -> Any:
 
 
 def main() -> None:
-    """Write, or check a folder."""
+    """Write the files, or check a folder."""
     if sys.argv[1:2] == ["check"]:
         for path in sorted(Path(sys.argv[2]).rglob("*.json")):
             TypeAdapter(CLASSES[path.parent.name]).validate_python(json.loads(path.read_text(encoding="utf-8")))

@@ -9,25 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from delta_selectivity.reporting.names import abridged
+from delta_selectivity.reporting.names import elide_middle
 
-INK = "#1b1f24"  # text and the model's own curve; these three colours follow the page's light or dark mode
+TEXT_COLOUR = "#1b1f24"  # text and the model's own curve; these three colours follow the page's light or dark mode
 MUTED = "#616975"  # axes, notes, baselines
 RULE = "#d6dae0"  # grid lines
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = "osD^vPX*"
 HATCH = "#4a505880"  # the same in both modes, because cells are pale in both
-UNSHOWN = "#f7f7f7"  # a cell whose value is not significant: the pale centre of the scale, whatever the value
-NO_VALUE = "#c9ced6"  # a cell without a number
-FONT = ("DejaVu Sans", "Verdana", "sans-serif")  # text is measured in the first, the widest
+NOT_SIGNIFICANT = "#f7f7f7"  # cells whose value is not significant: the pale centre of the colour scale
+NO_VALUE = "#c9ced6"  # cells without a number
+FONT = ("DejaVu Sans", "Verdana", "sans-serif")  # the first is the widest, so text is measured with it
 
 STYLE: dict[Any, Any] = {
     "font.family": FONT[0],
     "font.size": 11,
-    "text.color": INK,
+    "text.color": TEXT_COLOUR,
     "text.parse_math": False,  # names come from data and may contain a dollar sign
     "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
+    "axes.labelcolor": TEXT_COLOUR,
     "axes.labelsize": 11,
     "axes.linewidth": 0.8,
     "axes.spines.top": False,
@@ -36,8 +36,8 @@ STYLE: dict[Any, Any] = {
     "axes.unicode_minus": True,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
+    "xtick.labelcolor": TEXT_COLOUR,
+    "ytick.labelcolor": TEXT_COLOUR,
     "grid.color": RULE,
     "grid.linewidth": 0.8,
     "hatch.linewidth": 0.8,
@@ -56,7 +56,7 @@ class Series:
 
 
 def series(index: int) -> Series:
-    """Return the style of the SAE with this index: the first 48 differ; neighbours differ in colour and marker."""
+    """Return the style of the SAE with this index. The first 48 differ; successive ones differ in colour and marker."""
     turn = index // len(COLOURS)
     return Series(COLOURS[index % len(COLOURS)], MARKERS[(index + turn) % len(MARKERS)])
 
@@ -68,7 +68,7 @@ def text_width(text: str, size: float = 11) -> float:
 
 def shortened(text: str, width: float, size: float = 11) -> str:
     """Return the text, with its middle omitted if it is wider than this many pixels."""
-    return abridged(text, characters(width, size))
+    return elide_middle(text, characters(width, size))
 
 
 def characters(width: float, size: float = 11) -> int:
