@@ -91,7 +91,8 @@ def replace_rows(rows: Path, work: Path) -> None:
         table.to_csv(folder / "cleaned_data" / f"{name}.csv.zst", index=False, compression="zstd")
         for module in (generate_sae_activations, run_baselines, evals):
             module.DATASET_SIZES[name] = len(own)  # the package reads it once, at its import
-    utils_data.read_dataset_df.cache_clear()
+    # The package looks datasets up by tag, and some of its own tags differ from its file names.
+    utils_data.read_numbered_dataset_df = lambda name: pd.read_csv(folder / "cleaned_data" / f"{name}.csv.zst")
     for module in (utils_data, generate_model_activations):
         module.DATA_PATH = folder
 
