@@ -7,6 +7,7 @@ python benchmarks/bench_kernels.py        # print the table of the kept results
 - TopK encoder: codes by a proposal in 8-bit integers (`saes.proposal`), and by a float32 product and top k;
 - attention: texts in bfloat16, heads of width 64 (`models.attention` and transformers' sdpa); a row is a token;
 - GELU after a product in bfloat16 (`models.fused_gelu` and two calls of torch);
+- probes: fits at every C by two threads (`probing.backends.descent_kernels`, against the same loop in torch);
 - product: x Wᵀ in float32 (`gemm` and `torch.nn.functional.linear`); equal on Intel CPUs;
 - product, bytes: an exact product of signed 8-bit integers (`gemm`), and the same numbers in float32.
 """
@@ -20,18 +21,24 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
 from torch.nn.functional import gelu, linear
 
-from benchmarks.timing import Clock, in_turn, parser, show_or_measure
+from benchmarks import bench_probes
+from benchmarks.timing import Clock, in_threads, in_turn, parser, show_or_measure
 from delta_selectivity.models.attention import attend
 from delta_selectivity.models.fused_gelu import LinearWithGelu
+from delta_selectivity.probing.backends.torch_dense import DenseColumns
+from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
+from delta_selectivity.probing.selectivity import DEFAULT_CS
 from delta_selectivity.reporting import tables
 from delta_selectivity.saes.proposal import Proposal
 from delta_selectivity.saes.topk import exact_topk
 from delta_selectivity.system import gemm
+from delta_selectivity.system.cores import sharing_cores
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +75,8 @@ def pairs(quick: bool) -> Iterator[Pair]:
         yield attention(n_heads, n_tokens)
     for d in (32,) if quick else (256, 512, 768):
         yield product_and_gelu(2048, d, 4 * d)
+    for n_rows, d in ((60, 16),) if quick else ((400, 256), (1500, 256), (3345, 256)):
+        yield probes(n_rows, d)
     products = ((25, 256, 3345), (40, 768, 5000), (2048, 768, 3072), (256, 768, 32768))
     for n, d, width in products[:1] if quick else products:
         yield product(n, d, width)
@@ -114,6 +123,17 @@ def product_and_gelu(n_rows: int, d: int, width: int) -> Pair:
     return Pair("GELU", f"{n_rows} x {d} x {width}", n_rows, lambda: gelu(layer(x)), lambda: fused(x))
 
 
+def probes(n_rows: int, d: int) -> Pair:
+    problem, solver = bench_probes.draw(n_rows, d, 5, DEFAULT_CS), TorchLbfgs()  # 25 columns, as one probe in a run
+    side_by_side = in_threads(lambda: solver.fit(problem), 2)
+
+    def in_torch() -> None:
+        with mock.patch.object(DenseColumns, "for_kernel", lambda *_: None):
+            side_by_side()
+
+    return Pair("probes, 2 threads", f"{n_rows} x {d}", 2 * n_rows, in_torch, side_by_side)
+
+
 def product(n_rows: int, d: int, width: int) -> Pair:
     x, weight = drawn(n_rows, d), drawn(width, d)
     theirs, ours = (partial(way, x, weight) for way in (linear, gemm.linear))
@@ -129,12 +149,8 @@ def product_of_bytes(n_rows: int, d: int, width: int) -> Pair:
 @torch.inference_mode()
 def measure(quick: bool, repeats: int, clock: Clock) -> list[tables.Row]:
     """Return the rows of the table, header first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with sharing_cores("cpu"):
         return [HEADER, *(pair.row(repeats, clock) for pair in pairs(quick))]
-    finally:
-        torch.set_num_threads(threads)
 
 
 def main() -> int:

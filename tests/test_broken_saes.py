@@ -83,7 +83,7 @@ def half(name: str) -> Damage:
 
 
 def a_pipe(name: str) -> Damage:
-    """Create a pipe to which nobody writes."""
+    """Create a pipe without a writer."""
 
     def damage(folder: Path) -> None:
         (folder / name).unlink()

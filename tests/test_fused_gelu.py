@@ -1,4 +1,4 @@
-"""GELU inside the product before it: as near to float32 as torch's own, and only where nobody reads in between."""
+"""GELU fused into the product before it: as close to float32 as torch's own, and not where a tap reads in between."""
 
 from __future__ import annotations
 
