@@ -11,17 +11,20 @@ from torch import Tensor
 from delta_selectivity.models import fused_gelu
 from delta_selectivity.models.fused_gelu import LinearWithGelu
 from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.system import gemm
 
 IDS = torch.arange(60).reshape(2, 30) + 5
 UP, ACT = "layers.<layer>.mlp.dense_h_to_4h", "layers.<layer>.mlp.act"
 
 
-@pytest.fixture(params=[True, False], ids=["fast bfloat16", "no fast bfloat16"])
+@pytest.fixture(params=["Intel", "AMD", "no fast bfloat16"])
 def is_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    if request.param and not torch.backends.mkldnn.is_available():
+    fast = request.param != "no fast bfloat16"
+    if fast and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(fused_gelu, "has_fast_bfloat16", lambda: request.param)
-    return bool(request.param)
+    monkeypatch.setattr(fused_gelu, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: request.param == "AMD")
+    return fast
 
 
 def activations(model: Path, hookpoint: str, dtype: str) -> tuple[Tensor, int]:

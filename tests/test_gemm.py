@@ -44,7 +44,15 @@ def test_strides_do_not_matter(either):
         torch.testing.assert_close(gemm.linear(x[::3], w).double(), x[::3].double() @ w.double().T, atol=3e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_bfloat16_product_agrees_with_torch(either):
+    x, weight, bias = (drawn(*shape).bfloat16() for shape in ((2, 9, 65), (130, 65), (130,)))
+    expected = linear(x.double(), weight.double(), bias.double())
+    for found in (gemm.linear(x, weight, bias), linear(x, weight, bias)):
+        assert found.dtype == torch.bfloat16
+        assert ((found - expected).abs() <= 2**-8 * expected.abs() + 1e-5).all(), "the sum, rounded once"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_other_precisions_use_torch(either, dtype):
     x, weight = drawn(9, 65).to(dtype), drawn(130, 65).to(dtype)
     assert torch.equal(gemm.linear(x, weight), linear(x, weight))

@@ -168,9 +168,9 @@ class ModelInfo:
             module = self._read_weights(truncated(self.config, layers_needed(sites)), getattr(torch, dtype))
             attention.use_where_faster(module, torch.device(device))
         module = _copy_weights(module.get_decoder()).to(device).eval().requires_grad_(False)
-        use_in(module)
         taps = {site: find_tap(module, site) for site in sorted(sites)}
         fuse_gelu(module, taps.values())
+        use_in(module)
         check(module, taps, torch.device(device))
         return LanguageModel(module, taps, torch.device(device))
 

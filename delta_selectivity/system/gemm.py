@@ -1,4 +1,4 @@
-"""Matrix products: float32 by the fastest library for this CPU, and exact int8.
+"""Matrix products: floating-point ones by the fastest library for this CPU, and exact int8.
 
     gemm.linear(x, weight, bias)      # x weightᵀ + bias, as torch.nn.functional.linear
     gemm.use_in(module)               # the same for all linear layers of a model
@@ -6,7 +6,8 @@
 
 Torch computes float32 products with MKL, which does not use AVX-512 on CPUs other than Intel's. oneDNN, which torch
 uses for bfloat16, does: on an AMD EPYC with AVX-512 it takes half the time (`python benchmarks/bench_kernels.py`). Both
-sum in float32, in different orders. `processor` selects the library.
+sum in float32, in different orders. `processor` selects the library. In bfloat16, torch first copies the bias into the
+result; called directly, oneDNN adds it to the sums.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 
 from delta_selectivity.system.processor import prefers_onednn
 
+_BY_ONEDNN = (torch.float32, torch.bfloat16)
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weightᵀ + bias ``[..., n]`` for x ``[..., d]``, weight ``[n, d]`` and bias ``[n]``."""
-    if x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() and prefers_onednn():
+    if x.dtype == weight.dtype in _BY_ONEDNN and x.device.type == "cpu" and x.numel() and prefers_onednn():
         if not (weight.is_contiguous() or weight.T.is_contiguous()):
             weight = weight.contiguous()  # for other strides oneDNN is slow
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
