@@ -4,9 +4,9 @@ python benchmarks/bench_suite.py run --environment ~/sae-probes    # creates the
 python benchmarks/bench_suite.py                                   # print the table of the kept results
 
 `main.py` is timed as a whole, from its start to its last file, with at most 400 rows of each task. `sae-probes` 0.4.2
-gets the same rows of every twelfth task, hook by hook as its README runs it: its baseline probe, and k-sparse probes
-with k 1 and 16 on each SAE. Its forward passes are scaled up by characters and its probes by tasks, so its figures are
-rough. It fits one split; this program fits five times five folds, on activations and on two reconstructions.
+gets the same rows of one task in 24, hook by hook as its README runs it: its baseline probe, and k-sparse probes with k
+1 and 16 on each SAE. Its forward passes are scaled up by characters and its probes by tasks, so its figures are rough.
+It fits one split; this program fits five times five folds, on activations and on two reconstructions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from delta_selectivity.reporting import tables
 SAES = (MODEL.parent / "tiny-pythia-saes-k8", MODEL.parent / "tiny-pythia-saes-k32")
 LAYERS = range(6)
 ROWS = 400  # maximum rows per task
-EVERY = 12  # one of this many tasks is timed with `sae-probes`
+EVERY = 24  # one of this many tasks is timed with `sae-probes`
 
 
 class Whole(NamedTuple):

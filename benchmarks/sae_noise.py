@@ -2,16 +2,16 @@
 
 python benchmarks/sae_noise.py run            # the bundled SAEs, five runs of two kinds of draws: a quarter of an hour
 python benchmarks/sae_noise.py                # print the table of the kept results
-python benchmarks/sae_noise.py run --suite    # the 113 tasks of sae-probes in five runs of `main.py`: half an hour
+python benchmarks/sae_noise.py run --suite    # the 113 tasks of sae-probes in five runs of `main.py`: an hour
 python benchmarks/sae_noise.py --suite        # print the table of the suite
 
 A set of SAEs has one for each layer, and `main.py` reports the mean over them (`_run.sae_level`). Here, that figure is
 measured five times with different rows and folds. Two runs differ by more than 2.77 standard deviations in 5 % of cases
 (docs/reliability.md has the same for a single layer, and for k-sparse probing).
 
-With `--suite`, the figure is the mean over the tasks of sae-probes at one layer. Each run has a seed of its own, which
-draws the folds and at most 400 rows of each task. The last column is 2.77 times the standard error from which a run
-computes its own interval of the difference.
+With `--suite`, the figure is the mean over the tasks of sae-probes and all layers. Each run has a seed of its own,
+which draws the folds and at most 1000 rows of each task. The last column is 2.77 times the standard error from which a
+run computes its own interval of the difference. Whole-text figures are of few tokens, because they are not used.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SAES = ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32")
 RUNS, ROWS = range(1, 6), 3000
 FIGURES = ("delta_sel", "transfer_delta", "transfer_r2")
 SUITE_FIGURES = ("delta_sel", "transfer_r2")
-SUITE_ROWS, SUITE_LAYER = 400, 4
+SUITE_ROWS, SUITE_LAYERS = 1000, range(6)
 Level = dict[str, dict[str, float]]  # SAE -> figure -> its mean over layers and probes
 
 
@@ -98,8 +98,9 @@ def run_suite() -> None:
     for seed in RUNS:
         with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as out:
             program = [sys.executable, str(PROJECT / "main.py"), "--quiet", "--output_directory", out]
-            flags = ["--datasets", "sae-probes", "--shuffle_select_n", str(SUITE_ROWS), "--layers", str(SUITE_LAYER)]
-            subprocess.run([*program, *flags, "--seed", str(seed)], check=True, stdout=subprocess.DEVNULL)
+            flags = ["--datasets", "sae-probes", "--shuffle_select_n", str(SUITE_ROWS), "--seed", str(seed)]
+            flags += ["--layers", ",".join(map(str, SUITE_LAYERS)), "--whole_tokens", "1000"]
+            subprocess.run([*program, *flags], check=True, stdout=subprocess.DEVNULL)
             levels = {name: _stored_level(Path(out) / name) for name in SAES}
         runs.append(
             {name: {figure: level["tasks"][figure] for figure in SUITE_FIGURES} for name, level in levels.items()}
@@ -107,7 +108,7 @@ def run_suite() -> None:
         (compared,) = levels[SAES[0]]["compared"].values()
         errors.append({figure: _standard_error(compared, figure) for figure in SUITE_FIGURES})
         log.info("seed %d: %s %s", seed, runs[-1], errors[-1])
-        config = {"rows": SUITE_ROWS, "layers": [SUITE_LAYER], "runs": len(runs)}
+        config = {"rows": SUITE_ROWS, "layers": [*SUITE_LAYERS], "runs": len(runs)}
         stored = {"levels": {f"--shuffle_select_n {SUITE_ROWS}, folds": runs}, "errors": errors}
         result_file.write_json(KEPT_SUITE, {**stored, "_run": result_file.describe_run(config)})
 

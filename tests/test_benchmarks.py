@@ -48,6 +48,7 @@ def run(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
         ("bench_kernels.py", ("--repeats", "1")),
         pytest.param("bench_scaling.py", (), marks=pytest.mark.slow),
         pytest.param("bench_cache.py", (), marks=pytest.mark.slow),
+        pytest.param("bench_demo.py", ("--repeats", "1"), marks=pytest.mark.slow),
         pytest.param("bench_dtype.py", ("--repeats", "1"), marks=pytest.mark.slow),
         pytest.param("bench_whole_tokens.py", ("--repeats", "1"), marks=pytest.mark.slow),
         pytest.param("bench_whole_tokens.py", ("--coverage",), marks=pytest.mark.slow),

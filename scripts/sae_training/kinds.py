@@ -17,6 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from delta_selectivity.system.processor import has_fast_bfloat16
+
 Weights = dict[str, Tensor]  # W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], and others
 
 
@@ -274,10 +276,15 @@ def k_th_largest(pre: Tensor, k: int) -> Tensor:
     return flat[largest_indices(flat, k * len(pre))].min()
 
 
+def _products_in_bfloat16() -> torch.autocast:
+    """Return a context with products in bfloat16 where the CPU computes in it, and in float32 elsewhere."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16())
+
+
 def sae_loss(sae: TopKSae, x: Tensor, settings: StepSettings) -> Tensor:
     """Return the fraction of variance unexplained on the batch, plus the kind's penalty and AuxK."""
     variance = (x - x.mean(0)).square().sum()
-    with torch.autocast("cpu", torch.bfloat16):
+    with _products_in_bfloat16():
         codes = sae.codes(x)
         error = (x - sae.decode(codes.z)).float()
         penalty = sae.penalty(x, codes, variance)
@@ -288,7 +295,7 @@ def sae_loss(sae: TopKSae, x: Tensor, settings: StepSettings) -> Tensor:
     loss = error.square().sum() / variance + penalty
     if len(dead) == 0:
         return loss
-    with torch.autocast("cpu", torch.bfloat16):
+    with _products_in_bfloat16():
         revived = TopKSae.latents(sae, codes.pre[:, dead], min(settings.k_aux, len(dead))) @ sae.W_dec[dead]
     return loss + settings.aux_weight * (error.detach() - revived).float().square().sum() / variance
 
