@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from delta_selectivity.models.language_model import ActivationSource, Site
+from delta_selectivity.models.language_model import CPU_TOKENS, ActivationSource, Site
 from delta_selectivity.run.reconstruction import ReconstructionSums, SiteScale, TokenFacts
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_index import Encoded, TokenIndex
@@ -31,7 +31,8 @@ from delta_selectivity.tasks import ProbeTexts, TokenBatch, TokenisedMentions, b
 
 log = logging.getLogger(__name__)
 
-CPU_TOKENS = 2048  # padded tokens in a forward pass on the CPU
+CPU_BATCH = 4 * CPU_TOKENS  # padded tokens of a batch on a CPU: several forward passes, so that SAEs get many rows
+CPU_BATCH_BYTES = 2**27  # maximum size of its activations in float32, where that allows more than one forward pass
 
 NO_MENTION = torch.iinfo(torch.int64).max  # the value of `LayerRows.broken` if no mention is broken
 
@@ -106,13 +107,14 @@ class _EncodedTokens(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, tokens: TokenIndex, encoded: Encoded, scale: SiteScale | None) -> _EncodedTokens:
-        """Select the encoded tokens of x [real tokens, d]."""
+        """Select the encoded tokens of x [real tokens, d], of any precision."""
         x, mention, number = (_select_rows(rows, encoded.rows) for rows in (x, tokens.mention, tokens.number))
+        x = x.float()
         return cls(encoded, x, mention, TokenFacts.of(x, number, scale))
 
     def select(self, rows: Tensor) -> Tensor:
-        """Select the encoded tokens of rows [real tokens, d]."""
-        return _select_rows(rows, self.encoded.rows)
+        """Select the encoded tokens of rows [real tokens, d] in float32."""
+        return _select_rows(rows, self.encoded.rows).float()
 
 
 def _select_rows(rows: Tensor, chosen: Tensor | None) -> Tensor:
@@ -201,11 +203,11 @@ class Producer:
         for site, saes in self.saes.items():
             with self.clock.stage("sae"):
                 x = activations[site] if site in self._also_read else activations.pop(site)
-                x = x.float().to(self._sums_device)
-                probed = x.index_select(0, tokens.probed)
+                x = x.to(self._sums_device)  # in the model's precision: float32 only for the rows that are needed
+                probed = x.index_select(0, tokens.probed).float()
                 recons, sums, codes = {}, {}, {}
                 needed: dict[bool, _EncodedTokens] = {}  # by whether BOS counts; shared by all SAEs
-                broken: dict[SaeId | None, Tensor] = {None: _first_broken(x.sum(dim=1), tokens.mention)}
+                broken: dict[SaeId | None, Tensor] = {None: _first_broken(_row_sums(x), tokens.mention)}
                 for sae_id, sae in saes.items():
                     place = site.read_by(sae.input_hookpoint)
                     with_bos = self.counts_bos[sae_id]
@@ -215,7 +217,7 @@ class Producer:
                     tokens_of_sae = needed[with_bos]
                     read = tokens_of_sae.x
                     if place != site:
-                        read = tokens_of_sae.select(activations[place].float().to(self._sums_device))
+                        read = tokens_of_sae.select(activations[place].to(self._sums_device))
                     recon, latents, broken[sae_id], sums[sae_id] = self._reconstruct(sae, read, probed, tokens_of_sae)
                     recons[sae_id] = tokens.pool(recon)
                     if sae_id in self.latents_of:
@@ -250,6 +252,11 @@ class Producer:
         return ReconstructionSums.empty(sae.d_out, sae.d_sae, self._sums_device, limits)
 
 
+def _row_sums(x: Tensor) -> Tensor:
+    """Return sums of the rows of x [rows, d], which are finite unless x is not. Those of float16 exceed its range."""
+    return (x.float() if x.dtype == torch.float16 else x).sum(dim=1)
+
+
 def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:
     """Return the smallest `mention` [rows] whose row sum [rows] is not finite, else `NO_MENTION`.
 
@@ -265,12 +272,14 @@ def tokens_in_memory(device: torch.device, saes: Mapping[Site, Mapping[SaeId, Sa
     """Return how many padded tokens of a forward pass fit safely in the free memory.
 
     Each token needs memory for its activations at every site, one layer's inner activations, and the pre-activations
-    and reconstructions of one SAE. On a CPU, more than a few thousand tokens exceed the cache.
+    and reconstructions of one SAE. On a CPU, a batch has tokens for a few forward passes.
     """
     all_saes = [sae for site in saes.values() for sae in site.values()]
-    if device.type != "cuda" or not all_saes:  # a baseline without a reconstruction needs activations only
+    if not all_saes:  # a baseline without a reconstruction needs activations only
         return CPU_TOKENS
     d, d_sae = max(max(sae.d_in, sae.d_out) for sae in all_saes), max(sae.d_sae for sae in all_saes)
+    if device.type != "cuda":
+        return min(max(CPU_BATCH_BYTES // (4 * d * len(saes)), CPU_TOKENS), CPU_BATCH)
     per_token = 4 * (d * (len(saes) + 24) + 2 * d_sae)
     free, _ = torch.cuda.mem_get_info(device)
     return int(min(max(free // 4 // per_token, CPU_TOKENS), 128 * CPU_TOKENS))
