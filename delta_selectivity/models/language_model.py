@@ -308,7 +308,7 @@ class LanguageModel:
 
 
 def _within(n_tokens: int, lengths: Sequence[int]) -> Iterator[slice]:
-    """Split texts of these lengths, in order, so that the padded tokens of a part are at most `n_tokens`, or one text."""
+    """Split texts of these lengths, in order, so that a part has at most `n_tokens` padded tokens, or one text."""
     begin, longest = 0, 0
     for i, length in enumerate(lengths):
         longest = max(longest, length)
