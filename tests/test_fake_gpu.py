@@ -300,7 +300,8 @@ def test_the_solver_s_steps_stay_on_the_probes_device(gpus, d):
     for one in columns:
         at = theta.to(one.loss.weight.dtype)
         margins = one.margins(at)
-        for preconditioner in (InverseHessian(gram, None), InverseHessian(gram, gram)):
+        each = gram.expand(n, *gram.shape)
+        for preconditioner in (InverseHessian(gram, None), InverseHessian(gram, gram), InverseHessian(each, each)):
             gradient, newton = one.gradients(at, one.loss.residual(margins), preconditioner)
             near = one.quadratic_at(at, margins, gradient)
             found = [margins, gradient, newton, *one.line_terms(newton), *one.norms(at, margins, gradient, newton)]

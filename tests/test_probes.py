@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 from benchmarks import bench_probes
 from delta_selectivity.errors import RequestError
-from delta_selectivity.probing.backends import descent_kernels, lbfgs, torch_dense
+from delta_selectivity.probing.backends import descent_kernels, lbfgs, torch_dense, torch_lbfgs
 from delta_selectivity.probing.backends.cuml_qn import CumlQn
 from delta_selectivity.probing.backends.problem import balanced
 from delta_selectivity.probing.backends.sklearn_reference import SklearnReference
@@ -118,7 +118,64 @@ def test_the_compiled_loop_does_what_torch_does(case, monkeypatch):
     plain = TorchLbfgs().fit(task)
     assert compiled.converged.equal(plain.converged)
     assert (compiled.n_iter - plain.n_iter).abs().max() <= 3 + plain.n_iter.max() // 10
-    assert ((compiled.coef - plain.coef).norm(dim=-1) / plain.coef.norm(dim=-1)).max() < 1e-5
+    assert ((compiled.coef - plain.coef).norm(dim=-1) / plain.coef.norm(dim=-1)).max() < 3e-5
+
+
+SEPARABLE = {"noise": 0.0, "cs": (1e-3, 1e-2, 1e-1, 1.0, 10.0)}  # at large C the curvature of most rows vanishes
+SLOW = {
+    "in float64": {"rows": 400, "d": 150, **SEPARABLE},
+    "from float32": {"rows": 1400, "d": 150, **SEPARABLE},
+    "two targets": {"rows": 1400, "d": 150, "targets": 2, **SEPARABLE},
+}
+
+
+@pytest.mark.parametrize("is_compiled", [True, False], ids=["compiled", "torch"])
+@pytest.mark.parametrize("case", SLOW.values(), ids=SLOW.keys())
+def test_separable_rows_get_a_preconditioner_for_each_column(case, is_compiled, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(torch_dense.DenseColumns, "for_kernel", lambda *_: None)
+    task = problem(**case)
+    monkeypatch.setattr(torch_lbfgs, "SLOW", np.inf)
+    shared = TorchLbfgs(max_iter=3000).fit(task)
+    monkeypatch.setattr(torch_lbfgs, "SLOW", 10)
+    found = TorchLbfgs().fit(task)
+    assert found.converged.all()
+    assert 2 * found.n_iter[-1].max() < shared.n_iter[-1].min()
+    reference = SklearnReference().fit(task)
+    assert ((found.coef - reference.coef).norm(dim=-1) / reference.coef.norm(dim=-1)).max() < 1e-4
+
+
+def test_own_preconditioners_are_the_columns_inverse_hessians():
+    task = problem(rows=200, d=30, targets=2, weighted=True)
+    design = torch_dense.DenseDesign.build(task)
+    index = torch.arange(6)
+    labels = task.labels[index // 3]
+    loss = lbfgs.Loss.of(labels, balanced(labels, task.weight[index % 3])).scaled(0.3)
+    columns, random = design.columns(index, index % 3, loss), torch.Generator().manual_seed(0)
+    margins = 3 * torch.randn(6, 200, generator=random, dtype=torch.float64)
+    own, v = columns.own_preconditioner(margins), torch.randn(6, 31, generator=random)
+    for c, split in enumerate(columns.split):
+        z = torch.cat([(task.x - design.centre) / design.divisor[split], torch.ones(200, 1)], dim=1).double()
+        hessian = z.T @ (z * loss.curvature(margins)[c][:, None]) + torch.eye(31)
+        hessian[-1, -1] -= 1
+        expected = torch.linalg.solve(hessian, v[c].double())
+        torch.testing.assert_close(own.multiply(v)[c].double(), expected, rtol=1e-3, atol=1e-4)
+    some = torch.tensor([4, 1])
+    assert own.select(some).multiply(v[some]).equal(own.multiply(v)[some])
+
+
+def test_own_preconditioners_larger_than_memory_allows_are_not_made(monkeypatch):
+    task, made = problem(**SLOW["in float64"]), []
+    own = torch_dense.DenseColumns.own_preconditioner
+    monkeypatch.setattr(
+        torch_dense.DenseColumns, "own_preconditioner", lambda *given: made.append(own(*given)) or made[-1]
+    )
+    monkeypatch.setattr(torch_lbfgs, "SLOW", 10)
+    for cells, expected in ((3 * 151**2, True), (3 * 151**2 - 1, False)):
+        made.clear()
+        monkeypatch.setattr(torch_dense, "_MAX_OWN_CELLS", cells)
+        assert TorchLbfgs().fit(task).converged.all()
+        assert made and all((one is not None) == expected for one in made)
 
 
 def test_the_compiled_loop_stops_at_the_largest_number_of_iterations():

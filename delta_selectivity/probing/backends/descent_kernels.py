@@ -46,7 +46,7 @@ def descend(
 
     Args:
         features: z ``[rows, p]``, whose last column is 1; the factors of z for each column ``[columns, p]``; the
-            preconditioner ``[p, p]``.
+            preconditioner of all columns ``[1, p, p]``, or of each ``[columns, p, p]``.
         loss: `Loss.weight` and `Loss.positive_weight` ``[columns, rows]``; for a quadratic model twice its
             `second_derivative`.
         logistic: Whether the loss is logistic rather than quadratic.
@@ -71,7 +71,8 @@ def descend(
     shortest, stale = np.full(columns, np.inf, theta.dtype), np.zeros(columns, np.int64)
     active = np.arange(columns)
     direction, step, work = np.empty_like(theta), np.empty_like(theta), np.empty_like(theta)
-    float32_gradient, ahead = np.empty((columns, p), np.float32), np.empty_like(margins)
+    float32_gradient, preconditioned = np.empty((columns, p), np.float32), np.empty((columns, p), np.float32)
+    ahead = np.empty_like(margins)
     curvature, q, weights = np.empty_like(z[:, 0]), np.empty_like(theta[0]), np.empty_like(rho[:, 0])
     while True:
         n_active = 0
@@ -127,7 +128,11 @@ def descend(
                     work[k, i] += origin[1][c, i]
             for i in range(p):
                 float32_gradient[k, i] = work[k, i]
-        preconditioned = np.dot(float32_gradient[:n_active], inverse)
+        if len(inverse) == 1:
+            np.dot(float32_gradient[:n_active], inverse[0], preconditioned[:n_active])
+        else:
+            for k in range(n_active):
+                np.dot(inverse[active[k]], float32_gradient[k], preconditioned[k])
         for k in range(n_active):
             c = active[k]
             for i in range(p):

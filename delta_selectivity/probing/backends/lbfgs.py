@@ -15,7 +15,7 @@ Tried without gain: reusing the rescaled history for the next C saved a tenth of
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from numpy.typing import NDArray
@@ -33,7 +33,16 @@ _MAX_MOVE = 1e-3  # relative change of the coefficients up to which the quadrati
 
 _COUNTS = (torch.bool, torch.int64)  # dtypes of Optimum.converged and n_iter
 
-P = TypeVar("P", contravariant=True)  # type of the columns' preconditioner
+
+class Selectable(Protocol):
+    """A preconditioner of some columns."""
+
+    def select(self, chosen: Tensor) -> Self:
+        """Return the preconditioner of the columns at int64 `chosen`."""
+        ...
+
+
+P = TypeVar("P", bound=Selectable)  # type of the columns' preconditioner
 
 
 @dataclass(frozen=True)
@@ -132,6 +141,10 @@ class Columns(Protocol[P]):
         """Return coefficients [columns, d] and intercepts [columns] in units of the raw x."""
         ...
 
+    def own_preconditioner(self, margins: Tensor) -> P | None:
+        """Return the inverse Hessian of each column at its margins [columns, rows]; None if that is not possible."""
+        ...
+
     def for_kernel(self, preconditioner: P) -> KernelInput | None:
         """Return the input of the compiled loop, or None if the loop does not support these columns."""
         ...
@@ -203,8 +216,8 @@ def minimise(
     far = _moved_too_far(found.theta, start.theta)
     if not len(far):
         return found
-    exact = _minimise_directly(columns.select(far), start.select(far), preconditioner, limits, _Histories.empty(memory))
-    return found.with_columns(far, exact)
+    rest = columns.select(far), start.select(far), preconditioner.select(far)
+    return found.with_columns(far, _minimise_directly(*rest, limits, _Histories.empty(memory)))
 
 
 def _minimise_directly(
@@ -324,9 +337,8 @@ def _descend_in_torch(
                 return here
             remaining = active.nonzero()[:, 0]
             rest = columns.select(remaining), point.select(remaining), n_iter[remaining]
-            return here.with_columns(
-                remaining, _descend_in_torch(*rest, preconditioner, limits, history.select(remaining))
-            )
+            found = _descend_in_torch(*rest, preconditioner.select(remaining), limits, history.select(remaining))
+            return here.with_columns(remaining, found)
         n_iter = n_iter + active
         direction = history.step(point.gradient, point.newton) * active[:, None]
         step, margins, residual = _line_search(columns, point, direction, active)

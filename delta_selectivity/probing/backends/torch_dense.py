@@ -5,7 +5,9 @@ scaled. Float64 products use a float64 copy of x if x is small; a large x is con
 
 The preconditioner is the inverse Hessian at zero (the bound of Böhning 1992), averaged over the columns and scaled to
 their mean curvature. Tried without gain: a new Hessian for each C, or one per split, saved a tenth of the iterations
-and took as long or longer; one eigendecomposition for all C with each column's own curvature saved no iterations.
+and took as long or longer; one eigendecomposition for all C with each column's own curvature saved no iterations. On
+rows that are nearly separable, the curvature of most of them vanishes, and hundreds of iterations are not enough; there
+each column gets its own inverse Hessian.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ _GRAM_BLOCKS = 4  # factor of the block size: products of narrow panels are fast
 _PANEL = 128  # columns of the Gram matrix computed at a time, from the diagonal down, since it is symmetric
 _FEATURES_PER_COLUMN = 32  # with more features per column, solving takes less time than inverting and multiplying
 _MAX_KERNEL_CELLS = 2**21  # cells of x up to which the compiled loop is faster: with more, products dominate
+_MAX_OWN_CELLS = 2**26  # cells of all columns' own inverse Hessians: 256 MB
 _MIN_FLOAT32_CELLS = 2**17  # cells of x from which float32 is faster: with fewer, call overhead dominates
 
 
@@ -212,6 +215,20 @@ class DenseColumns:
     def norms(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.vector_norm(newton, dim=1), torch.linalg.vector_norm(theta[:, :-1], dim=1)
 
+    def own_preconditioner(self, margins: Tensor) -> InverseHessian | None:
+        z = self.design.z
+        if len(self.index) * z.shape[1] ** 2 > _MAX_OWN_CELLS:
+            return None
+        stretch = _with_intercept(self.design.unit / self.design.divisor[self.split]).float()
+        curvature = self.loss.curvature(margins).float()
+        hessians = torch.stack([linear(z.T * weight, z.T) for weight in curvature])
+        hessians *= stretch[:, :, None] * stretch[:, None, :]
+        diagonals = hessians.diagonal(dim1=1, dim2=2)  # a view
+        diagonals += self.penalty.float()
+        diagonals += _rounding(diagonals.mean(dim=1, keepdim=True), z.shape[1])
+        factors, failed = torch.linalg.cholesky_ex(hessians)
+        return None if bool(failed.any()) else InverseHessian(factors, torch.cholesky_inverse(factors))
+
     def for_kernel(self, preconditioner: InverseHessian) -> KernelInput | None:
         products, inverse = self.products, preconditioner.inverse
         if inverse is None or inverse.device.type != "cpu":
@@ -225,7 +242,7 @@ class DenseColumns:
             else (self.loss.second_derivative, self.loss.second_derivative)
         )
         origin = (empty, empty) if self.origin is None else (self.origin.theta, self.origin.gradient)
-        groups = ((products.z, products.stretch, inverse), loss, origin)
+        groups = ((products.z, products.stretch, inverse if inverse.dim() == 3 else inverse[None]), loss, origin)
         features, loss_arrays, origin_arrays = (tuple(t.contiguous().numpy() for t in group) for group in groups)
         return KernelInput(features, loss_arrays, logistic, origin_arrays)
 
@@ -236,17 +253,25 @@ class DenseColumns:
 
 @dataclass(frozen=True)
 class InverseHessian:
-    """The inverse Hessian of the objective for stretch 1."""
+    """The inverse Hessian of the objective: of all columns for stretch 1, or of each."""
 
-    factor: Tensor  # float32 [d + 1, d + 1], the Hessian's lower Cholesky factor
-    inverse: Tensor | None  # float32 [d + 1, d + 1]; None: solving for few columns takes less time
+    factor: Tensor  # float32 [d + 1, d + 1] or [columns, d + 1, d + 1], the Hessian's lower Cholesky factor
+    inverse: Tensor | None  # float32, of the same shape; None: solving for few columns takes less time
 
     def multiply(self, v: Tensor) -> Tensor:
         """Multiply by v [columns, d + 1]."""
+        if self.inverse is not None and self.inverse.dim() == 3:
+            return torch.bmm(self.inverse, v[:, :, None])[:, :, 0]
         if self.inverse is not None:
             return linear(v, self.inverse.T)
         half = torch.linalg.solve_triangular(self.factor, v.T, upper=False)  # `cholesky_solve` copies the factor
         return torch.linalg.solve_triangular(self.factor.T, half, upper=True).T
+
+    def select(self, chosen: Tensor) -> InverseHessian:
+        """Return that of the columns at int64 `chosen`."""
+        if self.inverse is None or self.inverse.dim() == 2:
+            return self
+        return InverseHessian(self.factor[chosen], self.inverse[chosen])
 
 
 class InverseHessians:
@@ -263,7 +288,7 @@ class InverseHessians:
             self._gram, self._sum = self._weighted_gram(curvature.float()), curvature.sum()
         hessian = self._gram * (c * curvature.sum() / self._sum).float()
         hessian.diagonal()[:-1] += 1  # the penalty
-        rounding = 4 * torch.finfo(torch.float32).eps * len(hessian) ** 0.5 * hessian.diagonal().mean()
+        rounding = _rounding(hessian.diagonal().mean(), len(hessian))
         while True:
             hessian.diagonal().add_(rounding)
             factor, failed = torch.linalg.cholesky_ex(hessian)
@@ -285,6 +310,11 @@ class InverseHessians:
                 panel = slice(start, start + _PANEL)
                 gram[start:, panel] += linear(part[start:], weighted[panel])
         return gram
+
+
+def _rounding(diagonal: Tensor, p: int) -> Tensor:
+    """Return the rounding error of a Hessian [p, p] in float32, relative to the mean of its diagonal."""
+    return 4 * torch.finfo(torch.float32).eps * p**0.5 * diagonal
 
 
 def _with_intercept(scale: Tensor) -> Tensor:

@@ -16,13 +16,16 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from delta_selectivity.probing.backends.lbfgs import Columns, Limits, Loss, minimise
+from delta_selectivity.probing.backends.lbfgs import Columns, Limits, Loss, Selectable, minimise
 from delta_selectivity.probing.backends.problem import ProbeFits, ProbeProblem, balanced
 from delta_selectivity.probing.backends.torch_dense import DenseDesign
 from delta_selectivity.probing.backends.torch_sparse import SparseDesign
 from delta_selectivity.system.out_of_memory import ERRORS, MemoryBudget, is_out_of_memory
 
-P = TypeVar("P")
+SLOW = 40
+"""Mean number of iterations from which on, for larger C, each column gets a preconditioner of its own."""
+
+P = TypeVar("P", bound=Selectable)
 P_co = TypeVar("P_co", covariant=True)
 
 
@@ -99,17 +102,21 @@ class TorchLbfgs:
     def _fit_chunk(self, cs: tuple[float, ...], parts: _Parts[P], fits: ProbeFits) -> None:
         """Solve the columns for every C, and write them into `fits` in the units of x."""
         preconditioners = parts.design.preconditioners(parts.n_columns)
+        limits, is_slow = Limits(self.tolerance, self.max_iter), False
         for i, c in enumerate(cs):
-            preconditioner = preconditioners.at(c, parts.mean_curvature())
+            shared, n_iter = preconditioners.at(c, parts.mean_curvature()), 0
             for columns, theta, margins in parts:
-                limits = Limits(self.tolerance, self.max_iter)
-                best = minimise(columns.scaled(c), theta, margins, preconditioner, limits, self.memory)
+                scaled = columns.scaled(c)
+                own = scaled.own_preconditioner(margins) if is_slow else None
+                best = minimise(scaled, theta, margins, shared if own is None else own, limits, self.memory)
                 parts.store(best.theta, best.margins)
+                n_iter += int(best.n_iter.sum())
                 coef, intercept = columns.coefficients(best.theta)
                 fits.coef[i].flatten(0, 1)[columns.index] = coef
                 fits.intercept[i].flatten()[columns.index] = intercept
                 fits.converged[i].flatten()[columns.index] = best.converged
                 fits.n_iter[i].flatten()[columns.index] = best.n_iter
+            is_slow |= n_iter > SLOW * parts.n_columns
 
 
 class _Parts(Generic[P]):

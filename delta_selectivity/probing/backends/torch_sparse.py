@@ -145,6 +145,9 @@ class SparseColumns:
         kernel = self._kernel(direction[:, :-1])
         return kernel + direction[:, -1:], dot(direction[:, :-1], kernel)
 
+    def own_preconditioner(self, margins: Tensor) -> None:
+        return None
+
     def for_kernel(self, preconditioner: object) -> None:
         """Return None: the compiled loop supports only dense features."""
 
@@ -177,6 +180,10 @@ class Preconditioner:
     base: Tensor  # [rows]
     leading: SparseMatrix  # F, [rows, leading]
     inverse: Tensor  # (1 + F' base F)^-1, [leading, leading]
+
+    def select(self, chosen: Tensor) -> Preconditioner:
+        """Return it for some of the columns: the same, because all share it."""
+        return self
 
     def solve(self, v: Tensor) -> Tensor:
         """Multiply by v [columns, rows]."""
