@@ -2,7 +2,7 @@
 
 python benchmarks/sae_noise.py run            # the bundled SAEs, five runs of two kinds of draws: a quarter of an hour
 python benchmarks/sae_noise.py                # print the table of the kept results
-python benchmarks/sae_noise.py run --suite    # the 113 tasks of sae-probes in five runs of `main.py`: an hour
+python benchmarks/sae_noise.py run --suite    # the 113 tasks of sae-probes in three runs of `main.py`: half an hour
 python benchmarks/sae_noise.py --suite        # print the table of the suite
 
 A set of SAEs has one for each layer, and `main.py` reports the mean over them (`_run.sae_level`). Here, that figure is
@@ -48,7 +48,7 @@ SAES = ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32")
 RUNS, ROWS = range(1, 6), 3000
 FIGURES = ("delta_sel", "transfer_delta", "transfer_r2")
 SUITE_FIGURES = ("delta_sel", "transfer_r2")
-SUITE_ROWS, SUITE_LAYERS = 1000, range(6)
+SUITE_RUNS, SUITE_ROWS, SUITE_LAYERS = range(1, 4), 1000, range(6)
 Level = dict[str, dict[str, float]]  # SAE -> figure -> its mean over layers and probes
 
 
@@ -92,10 +92,10 @@ def _sae_level(tasks: list[Task], x: Mapping[int, Tensor], recons: Mapping[tuple
 
 
 def run_suite() -> None:
-    """Run `main.py` on the suite with five seeds, and keep the figures after each run."""
+    """Run `main.py` on the suite with three seeds, and keep the figures after each run."""
     runs: list[Level] = []
     errors: list[dict[str, float]] = []  # per run: figure -> standard error of the difference
-    for seed in RUNS:
+    for seed in SUITE_RUNS:
         with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as out:
             program = [sys.executable, str(PROJECT / "main.py"), "--quiet", "--output_directory", out]
             flags = ["--datasets", "sae-probes", "--shuffle_select_n", str(SUITE_ROWS), "--seed", str(seed)]

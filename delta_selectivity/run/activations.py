@@ -32,7 +32,7 @@ from delta_selectivity.tasks import ProbeTexts, TokenBatch, TokenisedMentions, b
 log = logging.getLogger(__name__)
 
 CPU_BATCH = 4 * CPU_TOKENS  # padded tokens of a batch on a CPU: several forward passes, so that SAEs get many rows
-CPU_BATCH_BYTES = 2**27  # maximum size of its activations in float32, where that allows more than one forward pass
+CPU_BATCH_BYTES = 2**28  # maximum size of its activations in float32, where that allows more than one forward pass
 
 NO_MENTION = torch.iinfo(torch.int64).max  # the value of `LayerRows.broken` if no mention is broken
 
@@ -275,11 +275,12 @@ def tokens_in_memory(device: torch.device, saes: Mapping[Site, Mapping[SaeId, Sa
     and reconstructions of one SAE. On a CPU, a batch has tokens for a few forward passes.
     """
     all_saes = [sae for site in saes.values() for sae in site.values()]
-    if not all_saes:  # a baseline without a reconstruction needs activations only
-        return CPU_TOKENS
-    d, d_sae = max(max(sae.d_in, sae.d_out) for sae in all_saes), max(sae.d_sae for sae in all_saes)
+    d = max((max(sae.d_in, sae.d_out) for sae in all_saes), default=1)
     if device.type != "cuda":
         return min(max(CPU_BATCH_BYTES // (4 * d * len(saes)), CPU_TOKENS), CPU_BATCH)
+    if not all_saes:  # a baseline without a reconstruction needs activations only
+        return CPU_TOKENS
+    d_sae = max(sae.d_sae for sae in all_saes)
     per_token = 4 * (d * (len(saes) + 24) + 2 * d_sae)
     free, _ = torch.cuda.mem_get_info(device)
     return int(min(max(free // 4 // per_token, CPU_TOKENS), 128 * CPU_TOKENS))

@@ -27,7 +27,7 @@ def ask(tiny_model, tiny_saes, tmp_path):
 
 
 def breaking(method, where, value):
-    """Return `method` with `value` written to its result at row or text `where`, in the batch with the long text."""
+    """Return `method` with `value` written to its result at row or text `where`."""
 
     def broken(self, given, *more):
         found = method(self, given, *more)
@@ -39,8 +39,9 @@ def breaking(method, where, value):
 
 def break_layer_1(self, ids, found, value):
     """Break the last token of the longest text, at layer 1."""
-    site = next(site for site in found if site.layer == 1)
-    found[site][0, ids.shape[1] - 1, 3] = value
+    if ids.shape[1] > 30:  # a forward pass with that text
+        site = next(site for site in found if site.layer == 1)
+        found[site][0, ids.shape[1] - 1, 3] = value
     return found
 
 
@@ -76,7 +77,7 @@ def test_broken_values_are_detected_at_any_token(ask, monkeypatch, capsys):
     """Check tokens that no probe reads: the figures over whole texts would be NaN."""
 
     def early_token(self, ids, found, value):
-        for values in found.values():
+        for values in found.values() if ids.shape[1] > 30 else ():
             values[0, 1, 0] = value
         return found
 
