@@ -4,7 +4,6 @@ python benchmarks/leakage.py run              # measure on the bundled model (mi
 python benchmarks/leakage.py run --layer 5    # at another layer
 python benchmarks/leakage.py                  # print the table of the kept results
 python benchmarks/leakage.py run --suite      # the 113 tasks of sae-probes, and the two bundled SAEs on each split
-python benchmarks/leakage.py run --suite --model_name smollm2-135m    # every ninth of them on a real model and its SAEs
 
 Common practice splits rows at random. If texts repeat, or a person is named in several texts, part of the test rows is
 then known from training: leakage (Kaufman et al. 2012, doi 10.1145/2382577.2382579).
@@ -25,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.bundled import MODEL, activations, reconstructions
 from delta_selectivity.probing.folds import FoldPlan
 from delta_selectivity.probing.probes import ProbeBackend, choose_backend
 from delta_selectivity.probing.selectivity import fit_model
@@ -41,24 +39,11 @@ from delta_selectivity.tasks.types import Mention, Row, RowSet
 PROJECT = Path(__file__).resolve().parent.parent
 
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
+DEFAULT_LAYER = 4  # of 0 to 5
 N_FOLDS, N_REPEATS, SEED = 5, 5, 0
 TEXTS = 500  # distinct texts of each sae-probes task
+SAES = ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32")
 SPLITS = ("shipped", "distinct", "by_person")
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model, two of its SAEs, and the tasks of the suite that it is measured on."""
-
-    model: str
-    saes: tuple[str, str]  # folders in assets
-    layer: int
-    tasks: Sequence[str]
-
-
-BUNDLED = Subject(str(MODEL), ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32"), 4, SUITE)
-SMOLLM2 = Subject("smollm2-135m", ("smollm2-saes/topk-k32", "smollm2-saes/topk-k128"), 15, SUITE[::9])
-SUBJECTS = {"tiny-pythia": BUNDLED, SMOLLM2.model: SMOLLM2}
 
 
 @dataclass(frozen=True)
@@ -186,6 +171,8 @@ def rows_of(row_set: RowSet, x: Tensor, places: dict[Mention, int], people: dict
 
 def measure(layer: int) -> list[Leakage]:
     """Measure every probe of every Wikidata task on the bundled model."""
+    from benchmarks.bundled import activations
+
     pairs = list(read_pairs(DATASET_NAMES, None))
     places = places_of(pairs)
     people = {key: i for i, key in enumerate(sorted({mention.person for mention in places}))}
@@ -203,13 +190,15 @@ def measure(layer: int) -> list[Leakage]:
     ]
 
 
-def measure_suite(subject: Subject, layer: int, n_texts: int = TEXTS) -> list[dict[str, object]]:
+def measure_suite(layer: int, tasks: Sequence[str] = SUITE, n_texts: int = TEXTS) -> list[dict[str, object]]:
     """Measure the three splits of each task on the model's activations, and the difference between the two SAEs."""
-    pairs = list(read_pairs(subject.tasks, n_texts))
+    from benchmarks.bundled import activations, reconstructions
+
+    pairs = list(read_pairs(tasks, n_texts))
     places = places_of(pairs)
     people = {key: i for i, key in enumerate(sorted({mention.person for mention in places}))}
-    x = activations(list(places), [layer], subject.model)[layer]
-    recons = {sae: reconstructions(x, sae, layer) for sae in subject.saes}
+    x = activations(list(places), [layer])[layer]
+    recons = {sae: reconstructions(x, sae, layer) for sae in SAES}
     backend, _ = choose_backend("torch", "cpu")
     lines = []
     for pair in pairs:
@@ -246,34 +235,23 @@ def compare_saes(one: Sequence[Rows], other: Sequence[Rows], backend: ProbeBacke
     )
 
 
-def run(layer: int) -> None:
-    """Measure the Wikidata tasks, and keep the figures."""
-    _keep(kept_file(layer), "probes", [asdict(leakage) for leakage in measure(layer)], {"layer": layer})
-
-
-def run_suite(subject: Subject, layer: int) -> None:
-    """Measure the tasks of the suite, and keep the figures."""
-    about = {"model": Path(subject.model).name, "saes": subject.saes, "layer": layer, "texts": TEXTS}
-    _keep(kept_suite(subject, layer), "tasks", measure_suite(subject, layer), about)
-
-
-def _keep(path: Path, name: str, results: list[dict[str, object]], about: dict[str, object]) -> None:
+def run(layer: int, suite: bool = False) -> None:
+    """Measure, and keep the figures."""
+    results = measure_suite(layer) if suite else [asdict(leakage) for leakage in measure(layer)]
+    config = {"layer": layer, "folds": N_FOLDS, "repeats": N_REPEATS, "seed": SEED}
+    config |= {"texts": TEXTS} if suite else {}
     KEPT.mkdir(exist_ok=True)
-    config = about | {"folds": N_FOLDS, "repeats": N_REPEATS, "seed": SEED}
-    result_file.write_json(path, {name: results, "_run": result_file.describe_run(config)})
+    content = {"tasks" if suite else "probes": results, "_run": result_file.describe_run(config)}
+    result_file.write_json(kept_file(layer, suite), content)
 
 
-def kept_file(layer: int) -> Path:
-    return KEPT / f"layer_{layer}.json"
+def kept_file(layer: int, suite: bool = False) -> Path:
+    return KEPT / f"{'suite_' if suite else ''}layer_{layer}.json"
 
 
-def kept_suite(subject: Subject, layer: int) -> Path:
-    return KEPT / f"suite_{'' if subject is BUNDLED else f'{subject.model}_'}layer_{layer}.json"
-
-
-def suite_table(subject: Subject, layer: int) -> str:
+def suite_table(layer: int) -> str:
     """Return a line per family of tasks, a line for each of the worst tasks, and a summary."""
-    kept = json.loads(kept_suite(subject, layer).read_text(encoding="utf-8"))["tasks"]
+    kept = json.loads(kept_file(layer, suite=True).read_text(encoding="utf-8"))["tasks"]
     known = [task for task in kept if "reason" not in task]
     head = ("tasks", "rows as shipped", "distinct", "groups", "as shipped, by row", "distinct, by row",
             "distinct, by group", "flattery")  # fmt: skip
@@ -368,13 +346,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
     parser.add_argument("--suite", action="store_true", help="the 113 tasks of sae-probes, not the Wikidata tasks")
-    parser.add_argument("--model_name", choices=SUBJECTS, default="tiny-pythia", help="for --suite (%(default)s)")
-    parser.add_argument("--layer", type=int, help="of the model (4 of tiny-pythia, 15 of smollm2-135m)")
+    parser.add_argument("--layer", type=int, default=DEFAULT_LAYER, help="of the bundled model (%(default)s)")
     args = parser.parse_args()
-    subject = SUBJECTS[args.model_name]
-    if subject is not BUNDLED and not args.suite:
-        parser.error("--model_name: only with --suite")
-    layer = subject.layer if args.layer is None else args.layer
     if args.what == "run":
-        run_suite(subject, layer) if args.suite else run(layer)
-    print(suite_table(subject, layer) if args.suite else table(layer))
+        run(args.layer, args.suite)
+    print(suite_table(args.layer) if args.suite else table(args.layer))

@@ -255,10 +255,10 @@ def test_a_batch_on_a_cpu_is_limited_by_its_own_size(model, saes):
     assert activations.tokens_in_memory(model.device, saes) == activations.CPU_BATCH
     wide = {Site(layer, "resid_post"): {0: SimpleNamespace(d_in=4096, d_out=4096, d_sae=8)} for layer in range(32)}
     assert activations.tokens_in_memory(model.device, wide) == CPU_TOKENS
-    narrower = {site: {0: SimpleNamespace(d_in=1024, d_out=1024, d_sae=8)} for site in list(wide)[:12]}
+    narrower = {site: {0: SimpleNamespace(d_in=1024, d_out=1024, d_sae=8)} for site in list(wide)[:24]}
     tokens = activations.tokens_in_memory(model.device, narrower)
     assert CPU_TOKENS < tokens < activations.CPU_BATCH
-    assert tokens * 12 * 1024 * 4 <= activations.CPU_BATCH_BYTES
+    assert tokens * 24 * 1024 * 4 <= activations.CPU_BATCH_BYTES
 
 
 def test_sink_tokens_are_excluded_from_fvu_ordinary_and_counted(tiny_model, tiny_saes, people_csv, tmp_path, caplog):

@@ -31,7 +31,7 @@ from delta_selectivity.tasks import ProbeTexts, TokenBatch, TokenisedMentions, b
 
 log = logging.getLogger(__name__)
 
-CPU_BATCH = 4 * CPU_TOKENS  # padded tokens of a batch on a CPU: several forward passes, so that SAEs get many rows
+CPU_BATCH = 2 * CPU_TOKENS  # padded tokens of a batch on a CPU: two forward passes, so that SAEs get more rows
 CPU_BATCH_BYTES = 2**28  # maximum size of its activations in float32, where that allows more than one forward pass
 
 NO_MENTION = torch.iinfo(torch.int64).max  # the value of `LayerRows.broken` if no mention is broken
