@@ -152,3 +152,22 @@ def test_torch_stays_at_one_thread_until_the_last_user_of_the_cores_leaves():
         assert seen[-1] == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_that_start_while_another_user_leaves_have_one_thread_too():
+    """For a moment the default is what the leaving user had before; an SAE's figures then differed in the last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with sharing_cores("cpu") as cores:
+            leaving = threading.Thread(target=torch.set_num_threads, args=(3,))
+            leaving.start()
+            leaving.join()
+            assert [n for _, n in Cores(2).map_in_order("abcd", seen_by_torch, "test")] == [3] * 4, "as it was"
+            assert [n for _, n in Cores(2, cores._start_thread).map_in_order("abcd", seen_by_torch, "test")] == [1] * 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def seen_by_torch(_: str) -> int:
+    return int(torch.get_num_threads())

@@ -26,8 +26,9 @@ R = TypeVar("R")
 class Cores:
     """A pool of n cores, granted in the order of requests."""
 
-    def __init__(self, n: int) -> None:
-        self.n = n
+    def __init__(self, n: int, start_thread: Callable[[], None] = lambda: None) -> None:
+        """Create a pool. start_thread: run first in each thread that `map_in_order` creates."""
+        self.n, self._start_thread = n, start_thread
         self._free = n
         self._lock = threading.Lock()
         self._turns: deque[threading.Lock] = deque()  # of waiting threads; released when it is their turn
@@ -67,7 +68,7 @@ class Cores:
                 yield item, on_a_core(item)
             return
         waiting: deque[tuple[T, Future[R]]] = deque()
-        with ThreadPoolExecutor(self.n, thread_name_prefix=name) as pool:
+        with ThreadPoolExecutor(self.n, thread_name_prefix=name, initializer=self._start_thread) as pool:
             try:
                 for item in items:
                     waiting.append((item, pool.submit(on_a_core, item)))
@@ -98,7 +99,7 @@ def sharing_cores(device: str | torch.device) -> Iterator[Cores]:
         return
     n = _threads.enter()
     try:
-        yield Cores(min(n, cpu_count()))  # torch ignores container quotas
+        yield Cores(min(n, cpu_count()), _threads.start)  # torch ignores container quotas
     finally:
         _threads.leave()
 
@@ -135,6 +136,13 @@ class _OneThread:
             self._inside += 1
             torch.set_num_threads(1)
             return self._before
+
+    def start(self) -> None:
+        """Limit a new thread, whose default may be that of a thread that is leaving."""
+        import torch
+
+        with self._lock:
+            torch.set_num_threads(1)
 
     def leave(self) -> None:
         import torch
