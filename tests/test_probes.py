@@ -118,10 +118,10 @@ def test_the_compiled_loop_does_what_torch_does(case, monkeypatch):
     plain = TorchLbfgs().fit(task)
     assert compiled.converged.equal(plain.converged)
     assert (compiled.n_iter - plain.n_iter).abs().max() <= 3 + plain.n_iter.max() // 10
-    assert ((compiled.coef - plain.coef).norm(dim=-1) / plain.coef.norm(dim=-1)).max() < 3e-5
+    assert ((compiled.coef - plain.coef).norm(dim=-1) / plain.coef.norm(dim=-1)).max() < 1e-5
 
 
-SEPARABLE = {"noise": 0.0, "cs": (1e-3, 1e-2, 1e-1, 1.0, 10.0)}  # at large C the curvature of most rows vanishes
+SEPARABLE = {"noise": 0.0, "cs": (1e-3, 1e-1, 1.0, 10.0, 100.0)}  # at large C the curvature of most rows vanishes
 SLOW = {
     "in float64": {"rows": 400, "d": 150, **SEPARABLE},
     "from float32": {"rows": 1400, "d": 150, **SEPARABLE},
@@ -137,10 +137,10 @@ def test_separable_rows_get_a_preconditioner_for_each_column(case, is_compiled, 
     task = problem(**case)
     monkeypatch.setattr(torch_lbfgs, "SLOW", np.inf)
     shared = TorchLbfgs(max_iter=3000).fit(task)
-    monkeypatch.setattr(torch_lbfgs, "SLOW", 10)
+    monkeypatch.setattr(torch_lbfgs, "SLOW", 30)
     found = TorchLbfgs().fit(task)
     assert found.converged.all()
-    assert 2 * found.n_iter[-1].max() < shared.n_iter[-1].min()
+    assert 2 * found.n_iter[-1].sum() < shared.n_iter[-1].sum()
     reference = SklearnReference().fit(task)
     assert ((found.coef - reference.coef).norm(dim=-1) / reference.coef.norm(dim=-1)).max() < 1e-4
 
@@ -170,12 +170,12 @@ def test_own_preconditioners_larger_than_memory_allows_are_not_made(monkeypatch)
     monkeypatch.setattr(
         torch_dense.DenseColumns, "own_preconditioner", lambda *given: made.append(own(*given)) or made[-1]
     )
-    monkeypatch.setattr(torch_lbfgs, "SLOW", 10)
-    for cells, expected in ((3 * 151**2, True), (3 * 151**2 - 1, False)):
+    monkeypatch.setattr(torch_lbfgs, "SLOW", 30)
+    for most, expected in ((3, True), (2, False)):
         made.clear()
-        monkeypatch.setattr(torch_dense, "_MAX_OWN_CELLS", cells)
+        monkeypatch.setattr(torch_dense.DenseDesign, "max_own", most)
         assert TorchLbfgs().fit(task).converged.all()
-        assert made and all((one is not None) == expected for one in made)
+        assert bool(made) == expected
 
 
 def test_the_compiled_loop_stops_at_the_largest_number_of_iterations():

@@ -141,8 +141,8 @@ class Columns(Protocol[P]):
         """Return coefficients [columns, d] and intercepts [columns] in units of the raw x."""
         ...
 
-    def own_preconditioner(self, margins: Tensor) -> P | None:
-        """Return the inverse Hessian of each column at its margins [columns, rows]; None if that is not possible."""
+    def own_preconditioner(self, margins: Tensor) -> P:
+        """Return the inverse Hessian of each column at its margins [columns, rows]."""
         ...
 
     def for_kernel(self, preconditioner: P) -> KernelInput | None:

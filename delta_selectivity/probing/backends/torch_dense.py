@@ -30,7 +30,6 @@ _GRAM_BLOCKS = 4  # factor of the block size: products of narrow panels are fast
 _PANEL = 128  # columns of the Gram matrix computed at a time, from the diagonal down, since it is symmetric
 _FEATURES_PER_COLUMN = 32  # with more features per column, solving takes less time than inverting and multiplying
 _MAX_KERNEL_CELLS = 2**21  # cells of x up to which the compiled loop is faster: with more, products dominate
-_MAX_OWN_CELLS = 2**26  # cells of all columns' own inverse Hessians: 256 MB
 _MIN_FLOAT32_CELLS = 2**17  # cells of x from which float32 is faster: with fewer, call overhead dominates
 
 
@@ -70,6 +69,11 @@ class DenseDesign:
     def column_bytes(self) -> int:
         """Return the size of a column's temporaries."""
         return 8 * _TEMPORARIES * max(len(self.z), 1)
+
+    @property
+    def max_own(self) -> int:
+        """Return the number of columns whose own inverse Hessians fit into 256 MB."""
+        return 2**26 // self.z.shape[1] ** 2
 
     def start(self, n_columns: int) -> Tensor:
         """Return the initial theta [columns, d + 1] for the smallest C: zeros."""
@@ -215,19 +219,14 @@ class DenseColumns:
     def norms(self, theta: Tensor, margins: Tensor, gradient: Tensor, newton: Tensor) -> tuple[Tensor, Tensor]:
         return torch.linalg.vector_norm(newton, dim=1), torch.linalg.vector_norm(theta[:, :-1], dim=1)
 
-    def own_preconditioner(self, margins: Tensor) -> InverseHessian | None:
+    def own_preconditioner(self, margins: Tensor) -> InverseHessian:
         z = self.design.z
-        if len(self.index) * z.shape[1] ** 2 > _MAX_OWN_CELLS:
-            return None
         stretch = _with_intercept(self.design.unit / self.design.divisor[self.split]).float()
         curvature = self.loss.curvature(margins).float()
         hessians = torch.stack([linear(z.T * weight, z.T) for weight in curvature])
         hessians *= stretch[:, :, None] * stretch[:, None, :]
-        diagonals = hessians.diagonal(dim1=1, dim2=2)  # a view
-        diagonals += self.penalty.float()
-        diagonals += _rounding(diagonals.mean(dim=1, keepdim=True), z.shape[1])
-        factors, failed = torch.linalg.cholesky_ex(hessians)
-        return None if bool(failed.any()) else InverseHessian(factors, torch.cholesky_inverse(factors))
+        factors = _factored(hessians)
+        return InverseHessian(factors, torch.cholesky_inverse(factors))
 
     def for_kernel(self, preconditioner: InverseHessian) -> KernelInput | None:
         products, inverse = self.products, preconditioner.inverse
@@ -286,19 +285,8 @@ class InverseHessians:
         """Return the inverse Hessian for C = c; `curvature` [rows] is the mean over columns for C = 1."""
         if self._gram is None:
             self._gram, self._sum = self._weighted_gram(curvature.float()), curvature.sum()
-        hessian = self._gram * (c * curvature.sum() / self._sum).float()
-        hessian.diagonal()[:-1] += 1  # the penalty
-        rounding = _rounding(hessian.diagonal().mean(), len(hessian))
-        while True:
-            hessian.diagonal().add_(rounding)
-            factor, failed = torch.linalg.cholesky_ex(hessian)
-            if not bool(failed):
-                return InverseHessian(factor, torch.cholesky_inverse(factor) if self._inverted else None)
-            if not bool(hessian.isfinite().all()):  # no added rounding helps
-                raise ArithmeticError(
-                    "too large for probes: their squares, in units of x's deviation, overflow float32"
-                )
-            rounding *= 10
+        factor = _factored(self._gram * (c * curvature.sum() / self._sum).float())
+        return InverseHessian(factor, torch.cholesky_inverse(factor) if self._inverted else None)
 
     def _weighted_gram(self, curvature: Tensor) -> Tensor:
         """Return z' diag(curvature) z: the lower triangle and some entries above it."""
@@ -312,9 +300,19 @@ class InverseHessians:
         return gram
 
 
-def _rounding(diagonal: Tensor, p: int) -> Tensor:
-    """Return the rounding error of a Hessian [p, p] in float32, relative to the mean of its diagonal."""
-    return 4 * torch.finfo(torch.float32).eps * p**0.5 * diagonal
+def _factored(loss: Tensor) -> Tensor:
+    """Return the lower Cholesky factors of Hessians, given the loss's part, float32 [..., d + 1, d + 1]; changes it."""
+    diagonal = loss.diagonal(dim1=-2, dim2=-1)  # a view
+    diagonal[..., :-1] += 1  # the penalty
+    rounding = 4 * torch.finfo(torch.float32).eps * loss.shape[-1] ** 0.5 * diagonal.mean(dim=-1, keepdim=True)
+    while True:
+        diagonal += rounding
+        factor, failed = torch.linalg.cholesky_ex(loss)
+        if not bool(failed.any()):
+            return factor
+        if not bool(loss.isfinite().all()):  # no added rounding helps
+            raise ArithmeticError("too large for probes: their squares, in units of x's deviation, overflow float32")
+        rounding *= 10
 
 
 def _with_intercept(scale: Tensor) -> Tensor:

@@ -10,20 +10,22 @@ Float32 alone stalls above the tolerance for some C, so every fit of dense featu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from delta_selectivity.probing.backends.lbfgs import Columns, Limits, Loss, Selectable, minimise
+from delta_selectivity.probing.backends.lbfgs import Columns, Limits, Loss, Optimum, Selectable, minimise
 from delta_selectivity.probing.backends.problem import ProbeFits, ProbeProblem, balanced
 from delta_selectivity.probing.backends.torch_dense import DenseDesign
 from delta_selectivity.probing.backends.torch_sparse import SparseDesign
 from delta_selectivity.system.out_of_memory import ERRORS, MemoryBudget, is_out_of_memory
 
-SLOW = 40
-"""Mean number of iterations from which on, for larger C, each column gets a preconditioner of its own."""
+SLOW = 125
+"""Expected iterations from which on each column gets a preconditioner of its own; they grow as the root of C."""
+
+_ROUGH = 1e-1  # tolerance before columns get their own preconditioners
 
 P = TypeVar("P", bound=Selectable)
 P_co = TypeVar("P_co", covariant=True)
@@ -43,6 +45,11 @@ class Design(Protocol[P]):
     @property
     def column_bytes(self) -> int:
         """Return the size of a column's temporaries."""
+        ...
+
+    @property
+    def max_own(self) -> int:
+        """Return the largest number of columns that can each have a preconditioner of their own; 0: none can."""
         ...
 
     def start(self, n_columns: int) -> Tensor:
@@ -102,13 +109,17 @@ class TorchLbfgs:
     def _fit_chunk(self, cs: tuple[float, ...], parts: _Parts[P], fits: ProbeFits) -> None:
         """Solve the columns for every C, and write them into `fits` in the units of x."""
         preconditioners = parts.design.preconditioners(parts.n_columns)
-        limits, is_slow = Limits(self.tolerance, self.max_iter), False
+        limits, has_own, n_iter = Limits(self.tolerance, self.max_iter), False, 0
         for i, c in enumerate(cs):
+            if parts.width <= parts.design.max_own and i > 0:
+                has_own |= n_iter * (c / cs[i - 1]) ** 0.5 > SLOW * parts.n_columns
             shared, n_iter = preconditioners.at(c, parts.mean_curvature()), 0
             for columns, theta, margins in parts:
                 scaled = columns.scaled(c)
-                own = scaled.own_preconditioner(margins) if is_slow else None
-                best = minimise(scaled, theta, margins, shared if own is None else own, limits, self.memory)
+                if has_own:
+                    best = self._minimise_with_own(scaled, theta, margins, shared)
+                else:
+                    best = minimise(scaled, theta, margins, shared, limits, self.memory)
                 parts.store(best.theta, best.margins)
                 n_iter += int(best.n_iter.sum())
                 coef, intercept = columns.coefficients(best.theta)
@@ -116,7 +127,18 @@ class TorchLbfgs:
                 fits.intercept[i].flatten()[columns.index] = intercept
                 fits.converged[i].flatten()[columns.index] = best.converged
                 fits.n_iter[i].flatten()[columns.index] = best.n_iter
-            is_slow |= n_iter > SLOW * parts.n_columns
+
+    def _minimise_with_own(self, columns: Columns[P], theta: Tensor, margins: Tensor, shared: P) -> Optimum:
+        """Minimise with the shared preconditioner roughly, then with each column's own inverse Hessian from there on.
+
+        Near the optimum, the inverse Hessian also says how far it is.
+        """
+        rough = Limits(max(_ROUGH, self.tolerance), self.max_iter // 2)
+        near = minimise(columns, theta, margins, shared, rough, self.memory)
+        last = Limits(self.tolerance, self.max_iter - self.max_iter // 2)
+        own = columns.own_preconditioner(near.margins)
+        best = minimise(columns, near.theta, near.margins, own, last, self.memory)
+        return replace(best, n_iter=near.n_iter + best.n_iter)
 
 
 class _Parts(Generic[P]):
@@ -130,7 +152,7 @@ class _Parts(Generic[P]):
     def __init__(self, problem: ProbeProblem, design: Design[P], parts: Sequence[Tensor]) -> None:
         self._problem, self.design, self._parts = problem, design, parts
         self._device = problem.x.device
-        self.n_columns = sum(map(len, parts))
+        self.n_columns, self.width = sum(map(len, parts)), max(map(len, parts))
         self._theta = [design.start(len(index)) for index in parts]
         self._prepare(0)
 

@@ -101,6 +101,8 @@ class SparseDesign:
         gain = None if self.gain is None else self.gain[split].T
         return SparseColumns(index, Loss(_column_major(loss.weight), _column_major(loss.positive_weight)), self, gain)
 
+    max_own = 0  # columns that can each have a preconditioner of their own
+
     def preconditioners(self, n_columns: int) -> SparsePreconditioners:
         """Return the preconditioners for each C."""
         return SparsePreconditioners(self)
@@ -145,8 +147,8 @@ class SparseColumns:
         kernel = self._kernel(direction[:, :-1])
         return kernel + direction[:, -1:], dot(direction[:, :-1], kernel)
 
-    def own_preconditioner(self, margins: Tensor) -> None:
-        return None
+    def own_preconditioner(self, margins: Tensor) -> Preconditioner:
+        raise NotImplementedError("`SparseDesign.max_own` is 0")
 
     def for_kernel(self, preconditioner: object) -> None:
         """Return None: the compiled loop supports only dense features."""
