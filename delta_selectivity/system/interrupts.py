@@ -5,6 +5,7 @@ A signal that is ignored (`nohup`, a background job) stays ignored.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -60,10 +61,29 @@ def as_keyboard_interrupt() -> Iterator[None]:
         return
     before = {number: signal.signal(number, signal.default_int_handler) for number in handled_signals()}
     try:
-        yield
+        with _ignored_interrupts_repeated():
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _ignored_interrupts_repeated() -> Iterator[None]:
+    """Repeat a Ctrl-C inside the context where Python would ignore it, as it does in `__del__` and during imports."""
+    before = sys.unraisablehook
+
+    def hook(ignored: sys.UnraisableHookArgs) -> None:
+        if issubclass(ignored.exc_type, KeyboardInterrupt):
+            threading.Timer(0.01, _thread.interrupt_main).start()  # once this hook has returned
+        else:
+            before(ignored)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def handled_signals() -> list[signal.Signals]:

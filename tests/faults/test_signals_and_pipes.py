@@ -18,6 +18,7 @@ from runs import ROOT, Request, left_over, numbers
 
 from delta_selectivity.run.bounded_queue import BoundedQueue
 from delta_selectivity.run.progress import ProgressBars
+from delta_selectivity.system.interrupts import as_keyboard_interrupt
 
 PYTHON_STARTS = 1.0  # seconds until our first line on a busy machine
 EVERY_SIGNAL = pytest.mark.parametrize(
@@ -167,6 +168,20 @@ def test_ctrl_c_during_and_after_start_up(ask, tmp_path):
     whole, undisturbed = how_long(ask, tmp_path / "whole")
     for i, share in enumerate([0.3, 0.6]):
         check_interrupted(ask.into(tmp_path / str(i)), share * whole, signal.SIGINT, undisturbed)
+
+
+def test_ctrl_c_is_not_lost_where_python_ignores_exceptions():
+    """Check a signal during `__del__`; while modules load, a callback of Python's import ignores them too."""
+
+    class Interrupted:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    hook = sys.unraisablehook
+    with pytest.raises(KeyboardInterrupt), as_keyboard_interrupt():
+        Interrupted()
+        time.sleep(60)
+    assert sys.unraisablehook is hook
 
 
 OUTSIDE_MAIN = """
