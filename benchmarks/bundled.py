@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.models.language_model import CPU_TOKENS, Site, open_model
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.run.activations import CPU_TOKENS
 from delta_selectivity.saes import open_sae
 from delta_selectivity.tasks import Mention, batches, tokenise
 

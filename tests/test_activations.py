@@ -15,7 +15,7 @@ from conftest import D_SAE, N_LAYERS, people
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import delta_selectivity as ds
-from delta_selectivity.models.language_model import CPU_TOKENS, Site, open_model
+from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.run import activations
 from delta_selectivity.run.activations import BlockDone, LayerRows, Producer, plan_blocks
 from delta_selectivity.run.row_store import RowStore
@@ -254,10 +254,10 @@ def test_blocks_cover_every_probed_mention_once_and_the_first_dataset_comes_firs
 def test_a_batch_on_a_cpu_is_limited_by_its_own_size(model, saes):
     assert activations.tokens_in_memory(model.device, saes) == activations.CPU_BATCH
     wide = {Site(layer, "resid_post"): {0: SimpleNamespace(d_in=4096, d_out=4096, d_sae=8)} for layer in range(32)}
-    assert activations.tokens_in_memory(model.device, wide) == CPU_TOKENS
+    assert activations.tokens_in_memory(model.device, wide) == activations.CPU_TOKENS
     narrower = {site: {0: SimpleNamespace(d_in=1024, d_out=1024, d_sae=8)} for site in list(wide)[:24]}
     tokens = activations.tokens_in_memory(model.device, narrower)
-    assert CPU_TOKENS < tokens < activations.CPU_BATCH
+    assert activations.CPU_TOKENS < tokens < activations.CPU_BATCH
     assert tokens * 24 * 1024 * 4 <= activations.CPU_BATCH_BYTES
 
 

@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from delta_selectivity.errors import RequestError
-from delta_selectivity.models import language_model
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.system import processor
 
@@ -60,29 +59,6 @@ def test_last_layer_is_taken_before_the_final_layer_norm(tiny_model, ids):
         found = load(tiny_model, site).activations(ids)[site]
         torch.testing.assert_close(whole.gpt_neox.final_layer_norm(found), normed, atol=1e-5, rtol=0)
     assert not torch.allclose(found, normed, atol=1e-2)
-
-
-@pytest.mark.parametrize("skip", [0, 1])
-def test_a_large_batch_takes_several_forward_passes_and_gives_the_same_rows(tiny_model, monkeypatch, skip):
-    """Lengths are not in order; one text alone is longer than a pass."""
-    site = Site(1, "resid_post")
-    model = open_model(str(tiny_model)).load([site], "cpu", "float32")
-    lengths = torch.tensor([9, 3, 30, 1, 1, 14, 20, 20])
-    ids = torch.randint(5, 100, (len(lengths), 30), generator=torch.Generator().manual_seed(0))
-    expected = torch.cat(
-        [model.activations(row[None, :n])[site][0, skip:] for row, n in zip(ids, lengths, strict=True)]
-    )
-    passes = []
-    forward = model.module.register_forward_pre_hook(
-        lambda _, __, given: passes.append(tuple(given["input_ids"].shape)), with_kwargs=True
-    )
-    for most, shapes in ((24, [(2, 9), (1, 30), (2, 1)]), (10**6, [(8, 30)])):
-        passes.clear()
-        monkeypatch.setattr(language_model, "CPU_TOKENS", most)
-        torch.testing.assert_close(model.token_rows(ids, lengths, skip)[site], expected, atol=1e-5, rtol=1e-5)
-        assert passes[:3] == shapes and all(n == 1 or n * width <= most for n, width in passes)
-        assert sum(n for n, _ in passes) == len(lengths)
-    forward.remove()
 
 
 def test_hooks_are_removed_also_when_the_forward_pass_fails(tiny_model, ids):

@@ -5,7 +5,7 @@
     model.token_rows(ids, lengths)             # as `LanguageModel.token_rows`; loads the model if a text is not cached
 
 The cache is content-addressed: a folder belongs to one model, revision and dtype, a shard (`shard_folder`) holds the
-texts of one batch, and a text is identified by its token ids.
+texts of one forward pass, and a text is identified by its token ids.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from delta_selectivity.caches.shard_folder import BROKEN, ShardFolder
 from delta_selectivity.models.language_model import LanguageModel, Site
 
-OPEN_SHARDS = 8
+OPEN_SHARDS = 16
 """Maximum number of memory-mapped shards: pages that were read count as memory of the process until unmapped."""
 
 

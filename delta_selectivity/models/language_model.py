@@ -14,7 +14,7 @@ the others. Values are those of the raw weights, like TransformerLens's hooks wi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pickle import UnpicklingError
@@ -257,10 +257,6 @@ class ActivationSource(Protocol):
         ...
 
 
-CPU_TOKENS = 2048
-"""Maximum number of tokens of a forward pass on a CPU, padding included."""
-
-
 @dataclass(frozen=True)
 class LanguageModel:
     """A loaded model and the sites whose activations it returns."""
@@ -280,21 +276,9 @@ class LanguageModel:
             self.module(input_ids=ids.to(self.device, non_blocking=True), use_cache=False)
         return found
 
-    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
-        """Return the activations of real tokens only (see `ActivationSource`).
-
-        On a CPU, a forward pass has at most `CPU_TOKENS` tokens, or one text: more would not fit into its cache.
-        """
-        if self.device.type != "cpu" or ids.numel() <= CPU_TOKENS:
-            return self._pass(ids, lengths, skip)
-        passes = [
-            self._pass(ids[texts, : int(lengths[texts].max())], lengths[texts], skip)
-            for texts in _within(CPU_TOKENS, lengths.tolist())
-        ]
-        return {site: torch.cat([found.pop(site) for found in passes]) for site in self.taps}
-
     @torch.inference_mode()
-    def _pass(self, ids: Tensor, lengths: Tensor, skip: int) -> dict[Site, Tensor]:
+    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
+        """Return the activations of real tokens only (see `ActivationSource`)."""
         found = self.activations(ids)
         position = torch.arange(ids.shape[1])
         real = (position >= skip) & (position < lengths[:, None])
@@ -305,17 +289,6 @@ class LanguageModel:
         """Return this model restricted to some sites. Drops higher layers, so `self` must not be used afterwards."""
         drop_layers_above(self.module, layers_needed(sites))
         return LanguageModel(self.module, {site: self.taps[site] for site in sites}, self.device)
-
-
-def _within(n_tokens: int, lengths: Sequence[int]) -> Iterator[slice]:
-    """Split texts of these lengths, in order, so that a part has at most `n_tokens` padded tokens, or one text."""
-    begin, longest = 0, 0
-    for i, length in enumerate(lengths):
-        longest = max(longest, length)
-        if i > begin and longest * (i + 1 - begin) > n_tokens:
-            yield slice(begin, i)
-            begin, longest = i, length
-    yield slice(begin, len(lengths))
 
 
 @dataclass(frozen=True)

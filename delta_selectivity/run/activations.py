@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from delta_selectivity.models.language_model import CPU_TOKENS, ActivationSource, Site
+from delta_selectivity.models.language_model import ActivationSource, Site
 from delta_selectivity.run.reconstruction import ReconstructionSums, SiteScale, TokenFacts
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_index import Encoded, TokenIndex
@@ -31,6 +31,7 @@ from delta_selectivity.tasks import ProbeTexts, TokenBatch, TokenisedMentions, b
 
 log = logging.getLogger(__name__)
 
+CPU_TOKENS = 2048  # padded tokens in a forward pass on the CPU
 CPU_BATCH = 2 * CPU_TOKENS  # padded tokens of a batch on a CPU: two forward passes, so that SAEs get more rows
 CPU_BATCH_BYTES = 2**28  # maximum size of its activations in float32, where that allows more than one forward pass
 
@@ -137,7 +138,7 @@ class Producer:
         sample: TokenSample,  # of the tokens that count in whole-text figures
         scales: Mapping[Site, SiteScale],  # of the activations, where they are known
         latents_of: Collection[SaeId] = (),  # the SAEs whose codes are put into the queue too
-        max_tokens: int | None = None,  # padded tokens in a forward pass; None: by free memory, if batch_size is None
+        max_tokens: int | None = None,  # padded tokens in a batch; None: by free memory, if batch_size is None
     ) -> None:
         self.model, self.saes, self.counts_bos = model, saes, counts_bos
         self.latents_of, self.sample = latents_of, sample
@@ -197,7 +198,7 @@ class Producer:
     def _process(self, batch: TokenBatch, limits: tuple[int, ...]) -> BatchResults:
         with self.clock.stage("forward"):
             skip = int(batch.has_bos and not any(self.counts_bos.values()))
-            activations = self.model.token_rows(batch.ids, batch.lengths, skip)
+            activations = self._token_rows(batch, skip)
         tokens = TokenIndex.build(batch, self.rows, skip, self.sample, limits).to(self._sums_device)
         results = []
         for site, saes in self.saes.items():
@@ -224,6 +225,15 @@ class Producer:
                         codes[sae_id] = tokens.pool_codes(latents)
                 results.append((LayerRows(site, tokens.row_ids, tokens.pool(probed), recons, broken, codes), sums))
         return results
+
+    def _token_rows(self, batch: TokenBatch, skip: int) -> dict[Site, Tensor]:
+        """Return the batch's activations; on a CPU by several forward passes, since more tokens exceed its cache."""
+        if self.model.device.type != "cpu" or batch.ids.numel() <= CPU_TOKENS:
+            return self.model.token_rows(batch.ids, batch.lengths, skip)
+        n = len(batch.mentions)
+        passes = batches(self.tokenised, batch.mentions, batch_size=n, max_tokens=CPU_TOKENS)  # in the same order
+        found = [self.model.token_rows(part.ids, part.lengths, skip) for part in passes]
+        return {site: torch.cat([rows.pop(site) for rows in found]) for site in list(found[0])}
 
     def _reconstruct(
         self, sae: Sae, read: Tensor, probed: Tensor, needed: _EncodedTokens
@@ -269,10 +279,10 @@ def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:
 
 
 def tokens_in_memory(device: torch.device, saes: Mapping[Site, Mapping[SaeId, Sae]]) -> int:
-    """Return how many padded tokens of a forward pass fit safely in the free memory.
+    """Return how many padded tokens of a batch fit safely in the free memory.
 
     Each token needs memory for its activations at every site, one layer's inner activations, and the pre-activations
-    and reconstructions of one SAE. On a CPU, a batch has tokens for a few forward passes.
+    and reconstructions of one SAE. On a CPU, a batch has tokens for two forward passes.
     """
     all_saes = [sae for site in saes.values() for sae in site.values()]
     d = max((max(sae.d_in, sae.d_out) for sae in all_saes), default=1)
