@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -78,12 +77,7 @@ def machine() -> str:
     """Describe this processor, which kernels are fast on it, and any limit on the instructions that torch may use."""
     held = torch.backends.cpu.get_cpu_capability()
     limited = held == "AVX2" and bool(torch.cpu.get_capabilities().get("avx512_f"))
-    name, _, fast = processor.describe().partition(":")
-    cpu = Path("/proc/cpuinfo")
-    family = re.search(r"^cpu family\s*:\s*(\d+)", cpu.read_text("utf-8"), re.MULTILINE) if cpu.exists() else None
-    if name == "AMD EPYC" and family:  # on a rented machine the name lacks the number of the model
-        name += f" (family {family[1]})"
-    return f"{name}:{fast}{f', held to {held}' if limited else ''}"
+    return f"{processor.describe()}{f', held to {held}' if limited else ''}"
 
 
 def keep(benchmark: str, rows: Sequence[tables.Row]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -99,9 +100,17 @@ def _by_capabilities() -> frozenset[str]:
 
 
 def _made_by_intel() -> bool:
-    cpu = Path("/proc/cpuinfo")
-    return "GenuineIntel" in (cpu.read_text(encoding="utf-8") if cpu.exists() else platform.processor())
+    return "GenuineIntel" in _cpuinfo()
 
 
 def _name() -> str:
-    return str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
+    name = str(torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine())
+    family = re.search(r"^cpu family\s*:\s*(\d+)", _cpuinfo(), re.MULTILINE)
+    if name.endswith("EPYC") and family:  # virtual machines hide the number of the model
+        return f"{name} (family {family[1]})"
+    return name
+
+
+def _cpuinfo() -> str:
+    cpu = Path("/proc/cpuinfo")
+    return cpu.read_text(encoding="utf-8") if cpu.exists() else platform.processor()
