@@ -48,7 +48,7 @@ SAES = ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32")
 RUNS, ROWS = range(1, 6), 3000
 FIGURES = ("delta_sel", "transfer_delta", "transfer_r2")
 SUITE_FIGURES = ("delta_sel", "transfer_r2")
-SUITE_RUNS, SUITE_ROWS, SUITE_LAYERS = range(1, 4), 1000, range(6)
+SUITE_RUNS, SUITE_ROWS = range(1, 4), 1000
 Level = dict[str, dict[str, float]]  # SAE -> figure -> its mean over layers and probes
 
 
@@ -98,9 +98,8 @@ def run_suite() -> None:
     for seed in SUITE_RUNS:
         with tempfile.TemporaryDirectory(prefix="delta-selectivity-") as out:
             program = [sys.executable, str(PROJECT / "main.py"), "--quiet", "--output_directory", out]
-            flags = ["--datasets", "sae-probes", "--shuffle_select_n", str(SUITE_ROWS), "--seed", str(seed)]
-            flags += ["--layers", ",".join(map(str, SUITE_LAYERS)), "--whole_tokens", "1000"]
-            subprocess.run([*program, *flags], check=True, stdout=subprocess.DEVNULL)
+            flags = ["--datasets", "sae-probes", "--shuffle_select_n", str(SUITE_ROWS), "--whole_tokens", "1000"]
+            subprocess.run([*program, *flags, "--seed", str(seed)], check=True, stdout=subprocess.DEVNULL)
             levels = {name: _stored_level(Path(out) / name) for name in SAES}
         runs.append(
             {name: {figure: level["tasks"][figure] for figure in SUITE_FIGURES} for name, level in levels.items()}
@@ -108,7 +107,7 @@ def run_suite() -> None:
         (compared,) = levels[SAES[0]]["compared"].values()
         errors.append({figure: _standard_error(compared, figure) for figure in SUITE_FIGURES})
         log.info("seed %d: %s %s", seed, runs[-1], errors[-1])
-        config = {"rows": SUITE_ROWS, "layers": [*SUITE_LAYERS], "runs": len(runs)}
+        config = {"rows": SUITE_ROWS, "runs": len(runs)}
         stored = {"levels": {f"--shuffle_select_n {SUITE_ROWS}, folds": runs}, "errors": errors}
         result_file.write_json(KEPT_SUITE, {**stored, "_run": result_file.describe_run(config)})
 
