@@ -25,16 +25,26 @@ MODEL = Path(__file__).resolve().parent.parent / "assets" / "tiny-pythia"
 
 
 def activations(
-    mentions: Sequence[Mention], layers: Collection[int], model: Path | str = MODEL, dtype: str = "auto"
+    mentions: Sequence[Mention],
+    layers: Collection[int],
+    model: Path | str = MODEL,
+    dtype: str = "auto",
+    max_length: int | None = None,
 ) -> dict[int, Tensor]:
     """Return the outputs of `layers` at the last token of each mention's name: layer -> float32 [mentions, d].
 
+    max_length: tokens that are kept of each text, if the model accepts as many; None: as many as it accepts.
     Raises `RequestError` for a layer that the model does not have, and for a model that cannot be read.
     """
     info = open_model(str(model))
     if not all(0 <= layer < info.n_layers for layer in layers):
         raise RequestError(f"layers {sorted(layers)}: {info.name} has layers 0 to {info.n_layers - 1}")
-    tokenised = tokenise(mentions, info.tokenizer, prepend_bos=info.has_bos, max_length=info.max_length)
+    tokenised = tokenise(
+        mentions,
+        info.tokenizer,
+        prepend_bos=info.has_bos,
+        max_length=min(max_length or info.max_length, info.max_length),
+    )
     sites = [Site(layer, "resid_post") for layer in layers]
     language_model = info.load(sites, "cpu", info.choose_dtype(dtype, "cpu"))
     collected = {site: torch.empty(len(mentions), info.d_model) for site in sites}

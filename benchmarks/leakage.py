@@ -4,12 +4,13 @@ python benchmarks/leakage.py run              # measure on the bundled model (mi
 python benchmarks/leakage.py run --layer 5    # at another layer
 python benchmarks/leakage.py                  # print the table of the kept results
 python benchmarks/leakage.py run --suite      # the 113 tasks of sae-probes, and the two bundled SAEs on each split
+python benchmarks/leakage.py run --suite --model_name smollm2-135m    # a third of them on a real model: an hour
 
 Common practice splits rows at random. If texts repeat, or a person is named in several texts, part of the test rows is
 then known from training: leakage (Kaufman et al. 2012, doi 10.1145/2382577.2382579).
 
 Of the tasks of sae-probes, whole groups are drawn, with all copies of their texts, until there are `TEXTS` distinct
-texts.
+texts. Longer ones than `MAX_TOKENS`, the context of the bundled model, keep their end on either model.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks import bundled
 from delta_selectivity.probing.folds import FoldPlan
 from delta_selectivity.probing.probes import ProbeBackend, choose_backend
 from delta_selectivity.probing.selectivity import fit_model
@@ -39,11 +41,29 @@ from delta_selectivity.tasks.types import Mention, Row, RowSet
 PROJECT = Path(__file__).resolve().parent.parent
 
 KEPT = Path(__file__).resolve().with_suffix("")  # folder beside this file
-DEFAULT_LAYER = 4  # of 0 to 5
 N_FOLDS, N_REPEATS, SEED = 5, 5, 0
 TEXTS = 500  # distinct texts of each sae-probes task
-SAES = ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32")
+MAX_TOKENS = 512
 SPLITS = ("shipped", "distinct", "by_person")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model, two of its SAEs, and the tasks of sae-probes to measure them on."""
+
+    model: Path | str
+    layer: int  # if none is asked for
+    saes: tuple[str, str]  # folders of bundled SAEs
+    tasks: Sequence[str]
+    prefix: str  # of the names of kept files
+
+
+MODELS = {
+    "tiny-pythia": Measured(bundled.MODEL, 4, ("tiny-pythia-saes-k8", "tiny-pythia-saes-k32"), SUITE, ""),
+    "smollm2-135m": Measured(
+        "smollm2-135m", 15, ("smollm2-saes/topk-k32", "smollm2-saes/topk-k128"), SUITE[::3], "smollm2-135m_"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -171,12 +191,10 @@ def rows_of(row_set: RowSet, x: Tensor, places: dict[Mention, int], people: dict
 
 def measure(layer: int) -> list[Leakage]:
     """Measure every probe of every Wikidata task on the bundled model."""
-    from benchmarks.bundled import activations
-
     pairs = list(read_pairs(DATASET_NAMES, None))
     places = places_of(pairs)
     people = {key: i for i, key in enumerate(sorted({mention.person for mention in places}))}
-    x = activations(list(places), [layer])[layer]
+    x = bundled.activations(list(places), [layer])[layer]
     backend, _ = choose_backend("torch", "cpu")
     return [
         leakage
@@ -190,15 +208,13 @@ def measure(layer: int) -> list[Leakage]:
     ]
 
 
-def measure_suite(layer: int, tasks: Sequence[str] = SUITE, n_texts: int = TEXTS) -> list[dict[str, object]]:
+def measure_suite(measured: Measured, layer: int, n_texts: int = TEXTS) -> list[dict[str, object]]:
     """Measure the three splits of each task on the model's activations, and the difference between the two SAEs."""
-    from benchmarks.bundled import activations, reconstructions
-
-    pairs = list(read_pairs(tasks, n_texts))
+    pairs = list(read_pairs(measured.tasks, n_texts))
     places = places_of(pairs)
     people = {key: i for i, key in enumerate(sorted({mention.person for mention in places}))}
-    x = activations(list(places), [layer])[layer]
-    recons = {sae: reconstructions(x, sae, layer) for sae in SAES}
+    x = bundled.activations(list(places), [layer], measured.model, max_length=MAX_TOKENS)[layer]
+    recons = {sae: bundled.reconstructions(x, sae, layer) for sae in measured.saes}
     backend, _ = choose_backend("torch", "cpu")
     lines = []
     for pair in pairs:
@@ -235,23 +251,22 @@ def compare_saes(one: Sequence[Rows], other: Sequence[Rows], backend: ProbeBacke
     )
 
 
-def run(layer: int, suite: bool = False) -> None:
+def run(measured: Measured, layer: int, suite: bool = False) -> None:
     """Measure, and keep the figures."""
-    results = measure_suite(layer) if suite else [asdict(leakage) for leakage in measure(layer)]
+    results = measure_suite(measured, layer) if suite else [asdict(leakage) for leakage in measure(layer)]
     config = {"layer": layer, "folds": N_FOLDS, "repeats": N_REPEATS, "seed": SEED}
     config |= {"texts": TEXTS} if suite else {}
     KEPT.mkdir(exist_ok=True)
     content = {"tasks" if suite else "probes": results, "_run": result_file.describe_run(config)}
-    result_file.write_json(kept_file(layer, suite), content)
+    result_file.write_json(kept_file(measured, layer, suite), content)
 
 
-def kept_file(layer: int, suite: bool = False) -> Path:
-    return KEPT / f"{'suite_' if suite else ''}layer_{layer}.json"
+def kept_file(measured: Measured, layer: int, suite: bool = False) -> Path:
+    return KEPT / f"{measured.prefix}{'suite_' if suite else ''}layer_{layer}.json"
 
 
-def suite_table(layer: int) -> str:
+def suite_table(kept: Sequence[result_file.Json]) -> str:
     """Return a line per family of tasks, a line for each of the worst tasks, and a summary."""
-    kept = json.loads(kept_file(layer, suite=True).read_text(encoding="utf-8"))["tasks"]
     known = [task for task in kept if "reason" not in task]
     head = ("tasks", "rows as shipped", "distinct", "groups", "as shipped, by row", "distinct, by row",
             "distinct, by group", "flattery")  # fmt: skip
@@ -304,9 +319,8 @@ def _agrees(task: result_file.Json) -> bool:
     return bool(task["as_published"]["value"] * task["by_group"]["value"] > 0)
 
 
-def table(layer: int) -> str:
+def table(kept: Sequence[result_file.Json]) -> str:
     """Return a line per probe, and a summary."""
-    kept = json.loads(kept_file(layer).read_text(encoding="utf-8"))["probes"]
     rows: list[tables.Row] = [
         ("probe", "people", "rows as shipped", "distinct", "as shipped, by row", "distinct, by row",
          "distinct, by person", "95 % interval", "by row - by person", "95 % interval")
@@ -345,9 +359,15 @@ def _verdict(kept: Sequence[result_file.Json]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run"], help="measure first")
-    parser.add_argument("--suite", action="store_true", help="the 113 tasks of sae-probes, not the Wikidata tasks")
-    parser.add_argument("--layer", type=int, default=DEFAULT_LAYER, help="of the bundled model (%(default)s)")
+    parser.add_argument("--suite", action="store_true", help="the tasks of sae-probes, not the Wikidata tasks")
+    parser.add_argument("--model_name", choices=MODELS, default="tiny-pythia", help="with --suite (%(default)s)")
+    parser.add_argument("--layer", type=int, help="of the model (4 of tiny-pythia, 15 of smollm2-135m)")
     args = parser.parse_args()
+    measured = MODELS[args.model_name]
+    if not args.suite and measured.prefix:
+        parser.error("--model_name needs --suite")
+    layer = measured.layer if args.layer is None else args.layer
     if args.what == "run":
-        run(args.layer, args.suite)
-    print(suite_table(args.layer) if args.suite else table(args.layer))
+        run(measured, layer, args.suite)
+    kept = json.loads(kept_file(measured, layer, args.suite).read_text(encoding="utf-8"))
+    print(suite_table(kept["tasks"]) if args.suite else table(kept["probes"]))

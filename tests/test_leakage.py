@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import bundled
-from benchmarks.leakage import Rows, compare, compare_saes, read_pairs
+from benchmarks.leakage import MODELS, Rows, compare, compare_saes, measure_suite, read_pairs
 from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.probing.probes import choose_backend
@@ -95,3 +97,20 @@ def test_two_saes_are_compared_as_published_and_by_group():
     found = compare_saes([worse, worse], [better, better], backend)
     assert found.as_published.low > 0 and found.by_group.low > 0
     assert compare_saes([worse, worse], [worse, worse], backend).by_group.value == 0
+
+
+def test_texts_beyond_the_limit_keep_their_end():
+    end = f" {TEXTS[0]}"
+    mentions = [Mention(start + end, len(start), len(start + end), "") for start in ("", "He lives near Kiel. We met")]
+    n_tokens = len(open_model(str(bundled.MODEL)).tokenizer(end)["input_ids"]) + 1
+    cut, whole = bundled.activations(mentions, [3], max_length=n_tokens)[3]
+    assert torch.cosine_similarity(cut, whole, dim=0) > 0.999
+    assert torch.cosine_similarity(*bundled.activations(mentions, [3])[3], dim=0) < 0.999
+
+
+@pytest.mark.slow
+def test_the_suite_is_measured_on_the_bundled_model():
+    measured = replace(MODELS["tiny-pythia"], tasks=["42_temp_sense", "117_us_state_FL"])
+    lines = measure_suite(measured, 4, n_texts=80)
+    assert [line["task"] for line in lines] == list(measured.tasks)
+    assert all(line["n_distinct"] >= 80 and "as_published" in line for line in lines)
