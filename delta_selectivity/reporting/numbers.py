@@ -1,7 +1,7 @@
 """Format numbers with as many digits as their intervals support.
 
 >>> number(-0.0472, "+.3f"), number(None, ".3f"), p_value(0.0)
-('-0.047', '-', '< 1e-99')
+('-0.047', '-', '< 1e-15')
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def interval(level: result_file.Json, score: str, form: str = "+.4f") -> str:
 
 
 def p_value(p: float | None) -> str:
-    """Return a p or q value as text; tiny values are never shown as 0."""
-    return "< 1e-99" if p is not None and p < 1e-99 else number(p, ".1e")
+    """Return a p or q value as text. Values below 1e-15 say no more: they are of a normal distribution's far tail."""
+    return "< 1e-15" if p is not None and p < 1e-15 else number(p, ".1e")
 
 
 def typeset(text: str) -> str:

@@ -1,8 +1,8 @@
 """Train the demo's language model, a small Pythia, in a given number of minutes.
 
-Uses Muon for the matrices inside the layers, AdamW for embedding, norms and biases, and bfloat16 autocast. The learning
-rate has a warm-up, a plateau and a decay to zero, all driven by the clock, so that the training ends on time at any
-speed.
+Uses Muon for the matrices inside the layers, AdamW for embedding, norms and biases, and bfloat16 where it is fast. The
+learning rate has a warm-up, a plateau and a decay to zero, all driven by the clock, so that the training ends on time
+at any speed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from delta_selectivity.system.processor import has_fast_bfloat16
 
 from .streams import BOS_ID, TextMix
 from .tokenizer import save_tokenizer
@@ -68,7 +70,7 @@ def new_model(vocab_size: int, seed: int) -> GPTNeoXForCausalLM:
 
 def next_token_loss(model: GPTNeoXForCausalLM, ids: Tensor) -> Tensor:
     """Return the mean cross-entropy in nats; `ids` is `[rows, length]`; BOS inside a row counts as a token."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16()):
         hidden = model.gpt_neox(ids, use_cache=False).last_hidden_state
         logits = model.get_output_embeddings()(hidden[:, :-1])  # [rows, length - 1, vocab]
     return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
