@@ -19,7 +19,7 @@ from scripts import train_saes
 from scripts.sae_training import harvest as harvesting
 from scripts.sae_training import training
 from scripts.sae_training.harvest import HELD_OUT, TRAIN, Activations, HarvestSettings, harvest
-from scripts.sae_training.kinds import KINDS, JumpReluSae, StepSettings, TopKSae, largest_indices, sae_loss
+from scripts.sae_training.kinds import KINDS, JumpReluSae, StepSettings, TopKSae, largest_indices
 from scripts.sae_training.text import choose_texts, read_documents, text_files, token_rows
 
 LAYERS, K, D_SAE = (0, 2), 4, 48
@@ -233,22 +233,36 @@ def test_training_lowers_the_loss_of_every_kind(acts):
         assert fvu[-1] < 0.7 * fvu[0], kind.kind
 
 
-def test_topk_has_the_gradient_of_the_dense_formula():
-    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    sae = TopKSae(0, 3, torch.ones(5), 9, torch.Generator().manual_seed(1))
-    gradients = []
+def plain_recons(sae: TopKSae, x: torch.Tensor) -> list[torch.Tensor]:
+    """Return the reconstruction by dense products, after those of a matryoshka SAE's prefixes."""
+    pre = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
+    if sae.kind == "topk":
+        least = pre.topk(sae.k, dim=1).values[:, -1:]
+    else:
+        least = pre.flatten().topk(sae.k * len(x)).values[-1]
+    z = pre * (pre >= least)
+    ends = [int(share * len(sae.b_enc)) for share in getattr(sae, "SHARES", ())]
+    return [z[:, :end] @ sae.W_dec[:end] + sae.b_dec for end in (*ends, None)]
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
+def test_sparse_products_have_the_gradients_of_dense_ones(kind):
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    sae = KINDS[kind](0, 3, torch.ones(5), 16, torch.Generator().manual_seed(1))
+    one, gradients = torch.ones(()), []
     for formula in ("ours", "plain"):
         sae.zero_grad()
         if formula == "ours":
-            recon = sae(x)
+            recon, fired, penalty = sae.fit(x, one)
+            loss = (x - recon).square().sum() + penalty
         else:
-            pre = torch.relu((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc)
-            mask = pre >= pre.topk(3, dim=1).values[:, -1:]
-            recon = (pre * mask) @ sae.W_dec + sae.b_dec
-        (x - recon).square().sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in sae.named_parameters()})
+            loss = sum((x - recon).square().sum() for recon in plain_recons(sae, x))
+        loss.backward()
+        gradients.append({"loss": loss.detach()} | {name: p.grad.clone() for name, p in sae.named_parameters()})
     for name in gradients[0]:
         torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sae(x), plain_recons(sae, x)[-1], rtol=1e-5, atol=1e-6)
+    assert fired.equal(gradients[1]["b_enc"] != 0)
 
 
 def test_largest_indices_equal_topk():
@@ -265,10 +279,7 @@ def test_thresholds_rise_when_too_many_latents_are_open():
     sae.start(x)
     sae.k = 1  # half as many as are active
     before = sae.log_threshold.detach().clone()
-    sae_loss(sae, x, StepSettings()).backward()
-    codes = sae.codes(x)
-    sae.log_threshold.grad = None
-    sae.penalty(x, codes, torch.ones(())).backward()
+    sae.fit(x, torch.ones(())).penalty.backward()
     assert float((before - 0.1 * sae.log_threshold.grad).mean()) > float(before.mean())
 
 

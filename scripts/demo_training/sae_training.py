@@ -109,10 +109,10 @@ def quality(sae: TopKSae, acts: Tensor) -> Quality:
     x = acts[sae.layer]
     error, l0, fired = 0.0, 0.0, torch.zeros(len(sae.b_enc), dtype=torch.bool)
     for part in x.split(4096):
-        z = sae.codes(part).z
-        error += (part - sae.decode(z)).square().sum().item()
-        l0 += (z > 0).sum().item()
-        fired |= (z > 0).any(0)
+        codes = sae.codes(part)
+        error += (part - sae.decode(codes)).square().sum().item()
+        l0 += len(codes.value)
+        fired[codes.pattern.column] = True
     variance = (x - x.mean(0)).square().sum().item()
     return Quality(sae.layer, sae.k, error / variance, l0 / len(x), 1 - fired.float().mean().item())
 

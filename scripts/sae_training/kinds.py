@@ -17,7 +17,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from delta_selectivity.saes.topk import exact_topk
 from delta_selectivity.system.processor import has_fast_bfloat16
+from scripts.sae_training.active import Codes, Pattern, active_values, decoded
 
 Weights = dict[str, Tensor]  # W_enc [d_sae, d_in], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in], and others
 
@@ -42,12 +44,12 @@ class StepSettings:
         return min(1.0, (progress + step) / self.warmup, (1 - progress) / self.decay)
 
 
-class Codes(NamedTuple):
-    """The output of an encoder for a batch."""
+class Fit(NamedTuple):
+    """What a step needs to know of an SAE's output for a batch."""
 
-    pre: Tensor  # [rows, d_sae]: pre-activations, by which dead latents are revived
-    z: Tensor  # [rows, d_sae]
-    l0: Tensor | None = None  # mean number of active latents, if it has a gradient
+    recon: Tensor  # [rows, d_in]
+    fired: Tensor  # bool [d_sae]: latents that are active in some row
+    penalty: Tensor | float  # the kind's loss besides the error
 
 
 class TopKSae(nn.Module):
@@ -71,31 +73,53 @@ class TopKSae(nn.Module):
     def start(self, x: Tensor) -> None:
         """Initialise from some activations [rows, d_in] before the first step."""
 
+    def bias(self) -> Tensor:
+        """Return b_enc - b_dec W_enc^T [d_sae]. With x - b_dec instead, a gradient would take a product over rows."""
+        with torch.autocast("cpu", enabled=False):
+            return self.b_enc - self.W_enc @ self.b_dec
+
     def pre_acts(self, x: Tensor) -> Tensor:
         """`[rows, d_in] -> [rows, d_sae]`, before the ReLU."""
-        return nn.functional.linear(x - self.b_dec, self.W_enc, self.b_enc)
-
-    def latents(self, pre: Tensor, k: int) -> Tensor:
-        """Return the k largest pre-activations of each row if they are positive, the rest zero; `[rows, d_sae]`."""
-        places = pre.detach().topk(k, dim=-1, sorted=False).indices
-        first = torch.arange(len(pre), device=pre.device)[:, None] * pre.shape[1]
-        return _KeepPositive.apply(pre, (first + places).flatten())
+        return nn.functional.linear(x, self.W_enc, self.bias())
 
     def codes(self, x: Tensor) -> Codes:
-        """Return the latents of x [rows, d_in]."""
-        pre = self.pre_acts(x)
-        return Codes(pre, self.latents(pre, self.k))
+        """Return the active latents of x [rows, d_in]; only they have gradients."""
+        bias = self.bias()
+        with torch.no_grad():
+            pre = nn.functional.linear(x, self.W_enc, bias).float()
+            pattern = self.choose(pre)
+        return Codes(pattern, active_values(pre, x, self.W_enc, bias, pattern))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """`[rows, d_sae] -> [rows, d_in]`"""
-        return z @ self.W_dec + self.b_dec
+    def choose(self, pre: Tensor) -> Pattern:
+        """Return the k largest pre-activations of each row if they are positive."""
+        values, columns = exact_topk(pre, self.k)
+        row, place = (values > 0).nonzero().unbind(1)
+        return Pattern(row, columns[row, place], (len(pre), pre.shape[1]))
+
+    def decode(self, codes: Codes) -> Tensor:
+        """Return the reconstruction [rows, d_in]."""
+        return decoded(codes, self.W_dec) + self.b_dec
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decode(self.codes(x).z)
+        return self.decode(self.codes(x))
+
+    def fit(self, x: Tensor, variance: Tensor) -> Fit:
+        """Return the output for x [rows, d_in]; variance: the squared deviation of x, summed."""
+        codes = self.codes(x)
+        fired = torch.zeros(len(self.b_enc), dtype=torch.bool)
+        fired[codes.pattern.column] = True
+        return Fit(self.decode(codes), fired, self.penalty(x, codes, variance))
 
     def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
-        """Return the kind's loss besides the error; variance: the squared deviation of x, summed."""
+        """Return the kind's loss besides the error."""
         return 0.0
+
+    def revived(self, x: Tensor, latents: Tensor, k: int) -> Tensor:
+        """Return what the k largest of some latents [n] would add to the reconstruction, `[rows, d_in]`."""
+        pre = nn.functional.linear(x, self.W_enc[latents], self.bias()[latents])
+        largest = pre.topk(min(k, len(latents)), dim=-1, sorted=False)
+        z = torch.zeros_like(pre).scatter(-1, largest.indices, torch.relu(largest.values))
+        return z @ self.W_dec[latents]
 
     @torch.no_grad()
     def unit_decoder(self) -> None:
@@ -117,8 +141,12 @@ class BatchTopKSae(TopKSae):
 
     kind = "batchtopk"
 
-    def latents(self, pre: Tensor, k: int) -> Tensor:
-        return _KeepPositive.apply(pre, largest_indices(pre.detach().flatten(), k * len(pre)))
+    def choose(self, pre: Tensor) -> Pattern:
+        flat = pre.flatten()
+        places = largest_indices(flat, self.k * len(pre))
+        places = places[flat[places] > 0].sort().values
+        rows, d_sae = pre.shape
+        return Pattern(places // d_sae, places % d_sae, (rows, d_sae))
 
 
 class MatryoshkaSae(BatchTopKSae):
@@ -130,10 +158,12 @@ class MatryoshkaSae(BatchTopKSae):
     def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
         total, begin = torch.zeros(()), 0
         recon: Tensor = self.b_dec
+        column = codes.pattern.column
         for share in self.SHARES:
-            end = int(share * codes.z.shape[1])
-            recon = recon + codes.z[:, begin:end] @ self.W_dec[begin:end]
-            total, begin = total + (x - recon).float().square().sum() / variance, end
+            end = int(share * len(self.b_enc))
+            part = ((column >= begin) & (column < end)).nonzero().flatten()
+            recon = recon + decoded(codes.select(part), self.W_dec)
+            total, begin = total + (x - recon).square().sum() / variance, end
         return total
 
 
@@ -155,13 +185,17 @@ class JumpReluSae(TopKSae):
         self.log_threshold.fill_(first.log())
         self.get_buffer("width").fill_(self.WIDTH * first)
 
-    def codes(self, x: Tensor) -> Codes:
-        pre = self.pre_acts(x)
-        return Codes(pre, *_AboveThreshold.apply(pre, self.log_threshold.exp(), self.get_buffer("width")))
+    def latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the latents of x [rows, d_sae] and their mean number per row; thresholds have gradients too."""
+        z, l0 = _AboveThreshold.apply(self.pre_acts(x), self.log_threshold.exp(), self.get_buffer("width"))
+        return z, l0
 
-    def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
-        assert codes.l0 is not None
-        return self.WEIGHT * (codes.l0 / self.k - 1).square()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.latents(x)[0] @ self.W_dec + self.b_dec
+
+    def fit(self, x: Tensor, variance: Tensor) -> Fit:
+        z, l0 = self.latents(x)
+        return Fit(z @ self.W_dec + self.b_dec, _fired(z), self.WEIGHT * (l0 / self.k - 1).square())
 
     @torch.no_grad()
     def unscaled(self, scale: float) -> Weights:
@@ -188,21 +222,27 @@ class GatedSae(TopKSae):
     def start(self, x: Tensor) -> None:
         self.b_enc.fill_(-k_th_largest(self.pre_acts(x), self.k))  # the bias of the gates
 
-    def codes(self, x: Tensor) -> Codes:
-        product = nn.functional.linear(x - self.b_dec, self.W_enc)
+    def gate_and_latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gates, after their ReLU, and the latents, both [rows, d_sae]."""
+        product = nn.functional.linear(x, self.W_enc, self.bias() - self.b_enc)
         gate = product + self.b_enc.to(product.dtype)
         magnitude = torch.relu(product * self.r_mag.exp().to(product.dtype) + self.b_mag.to(product.dtype))
-        return Codes(torch.relu(gate), magnitude * (gate > 0))
+        return torch.relu(gate), magnitude * (gate > 0)
 
-    def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
-        weight, gate = self.get_buffer("weight"), codes.pre
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate_and_latents(x)[1] @ self.W_dec + self.b_dec
+
+    def fit(self, x: Tensor, variance: Tensor) -> Fit:
+        gate, z = self.gate_and_latents(x)
+        weight = self.get_buffer("weight")
         with torch.no_grad():
             some = gate[: self.COUNTED]
             too_many = ((some > 0).sum() / len(some) / self.k).clamp(min=1e-3).log()
             weight.mul_((self.PATIENCE * too_many.clamp(-1, 1)).exp())
         l1 = gate.mean(0, dtype=torch.float32).sum() / x.shape[1] ** 0.5
         recon = gate @ self.W_dec.detach() + self.b_dec.detach()
-        return weight.clone() * l1 + (x - recon).float().square().sum() / variance
+        penalty = weight.clone() * l1 + (x - recon).float().square().sum() / variance
+        return Fit(z @ self.W_dec + self.b_dec, _fired(z), penalty)
 
     @torch.no_grad()
     def unscaled(self, scale: float) -> Weights:
@@ -217,26 +257,6 @@ class GatedSae(TopKSae):
 KINDS: dict[str, type[TopKSae]] = {
     kind.kind: kind for kind in (TopKSae, BatchTopKSae, MatryoshkaSae, JumpReluSae, GatedSae)
 }
-
-
-class _KeepPositive(torch.autograd.Function):
-    """Keep the positive ones among some entries of a matrix, and zero the rest; faster than `scatter` and a ReLU."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, places: Tensor) -> Tensor:
-        places = places[values.view(-1)[places] > 0]
-        ctx.save_for_backward(places)
-        return _keep_positive(values, places)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return _keep_positive(gradients[0], *ctx.saved_tensors), None
-
-
-def _keep_positive(values: Tensor, places: Tensor) -> Tensor:
-    kept = torch.zeros_like(values, memory_format=torch.contiguous_format)
-    kept.view(-1)[places] = values.contiguous().view(-1)[places]
-    return kept
 
 
 class _AboveThreshold(torch.autograd.Function):
@@ -256,6 +276,11 @@ class _AboveThreshold(torch.autograd.Function):
         near = (pre - threshold).abs_() < width / 2
         of_threshold = near * (of_z * pre + (of_l0 / len(pre)).to(pre.dtype))
         return of_z * open_, -of_threshold.sum(0, dtype=torch.float32) / width, None
+
+
+def _fired(z: Tensor) -> Tensor:
+    """Return which latents of z [rows, d_sae] are active in some row."""
+    return z.detach().amax(0) > 0
 
 
 def largest_indices(flat: Tensor, n: int) -> Tensor:
@@ -285,18 +310,16 @@ def sae_loss(sae: TopKSae, x: Tensor, settings: StepSettings) -> Tensor:
     """Return the fraction of variance unexplained on the batch, plus the kind's penalty and AuxK."""
     variance = (x - x.mean(0)).square().sum()
     with _products_in_bfloat16():
-        codes = sae.codes(x)
-        error = (x - sae.decode(codes.z)).float()
-        penalty = sae.penalty(x, codes, variance)
-    with torch.no_grad():
-        sae.silent_for += len(x)
-        sae.silent_for[codes.z.amax(0) > 0] = 0
-        dead = (sae.silent_for > settings.dead_after).nonzero().flatten()
+        recon, fired, penalty = sae.fit(x, variance)
+    error = (x - recon).float()
+    sae.silent_for += len(x)
+    sae.silent_for[fired] = 0
+    dead = (sae.silent_for > settings.dead_after).nonzero().flatten()
     loss = error.square().sum() / variance + penalty
     if len(dead) == 0:
         return loss
     with _products_in_bfloat16():
-        revived = TopKSae.latents(sae, codes.pre[:, dead], min(settings.k_aux, len(dead))) @ sae.W_dec[dead]
+        revived = sae.revived(x, dead, settings.k_aux)
     return loss + settings.aux_weight * (error.detach() - revived).float().square().sum() / variance
 
 
