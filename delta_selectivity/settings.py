@@ -122,7 +122,7 @@ class Settings:
         "fast, else float32. SAEs compute in float32, probes in float64", choices=DTYPES,
     )  # fmt: skip
     batch_size: int | None = _setting(
-        None, "where", "texts in a forward pass; halved when memory runs out", if_none="by free memory", minimum=1
+        None, "where", "most texts in a batch; halved when memory runs out", if_none="by their tokens", minimum=1
     )
     queue_gb: float = _setting(
         2.0, "where", "GB of memory for rows between the threads; collected rows beyond it are in temporary files",

@@ -154,6 +154,29 @@ def test_batching_changes_nothing(model, saes, info, mentions, limits):
         assert again[site].l0 == figures[site].l0
 
 
+@pytest.mark.parametrize("counts_bos", [True, False])
+@pytest.mark.parametrize("most", [1, 60, 10_000])
+def test_a_batch_that_takes_several_forward_passes_changes_nothing(
+    model, saes, info, mentions, most, counts_bos, monkeypatch
+):
+    expected, figures, *_ = produce(model, saes, info, mentions, counts_bos=counts_bos)
+    shapes = []
+    counting = model.module.register_forward_pre_hook(
+        lambda _, __, given: shapes.append(given["input_ids"].shape), with_kwargs=True
+    )
+    monkeypatch.setattr(activations, "CPU_TOKENS", most)
+    found, again, tokenised, _ = produce(model, saes, info, mentions, counts_bos=counts_bos, max_tokens=10_000)
+    counting.remove()
+    assert sum(n for n, _ in shapes) == len(tokenised.ids)
+    assert all(n == 1 or n * width <= most for n, width in shapes)
+    assert (len(shapes) == 1) == (most == 10_000)
+    for key, rows in expected.items():
+        torch.testing.assert_close(found[key], rows, atol=1e-5, rtol=0)
+    for site in SITES:
+        assert again[site].mse_whole == pytest.approx(figures[site].mse_whole, rel=1e-6)
+        assert again[site].n_tokens == figures[site].n_tokens
+
+
 def plain_codes(saes, plain, tokenised, site, positions):
     """Compute codes of the probed rows as a matrix [rows, d_sae] in NumPy, name by name."""
     rows = []

@@ -161,7 +161,17 @@ def test_a_removed_folder_is_reported_as_missing(asked, tmp_path, monkeypatch, c
     monkeypatch.setattr("delta_selectivity.run.evaluation.measure", remove)
     assert main.main([*asked, "--quiet"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"the folder {tmp_path / 'my out'} no longer exists" in line and guard.RESUMES not in line
+    assert f"the folder {tmp_path / 'my out'} does not exist" in line and guard.RESUMES not in line
+
+
+@pytest.mark.parametrize("job", [["inspect"], ["--list_datasets"]])
+def test_a_command_without_results_promises_none_when_interrupted(job, asked, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("delta_selectivity.cli.main.show", interrupted)
+    assert main.main([*job, *asked]) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == f"interrupted: {guard.NOTHING_WRITTEN}"
 
 
 def test_system_exit_in_a_thread_is_a_failure(asked, monkeypatch, capsys):

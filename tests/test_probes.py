@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 
 import numpy as np
@@ -164,18 +165,68 @@ def test_own_preconditioners_are_the_columns_inverse_hessians():
     assert own.select(some).multiply(v[some]).equal(own.multiply(v)[some])
 
 
-def test_own_preconditioners_larger_than_memory_allows_are_not_made(monkeypatch):
+def test_own_preconditioners_are_made_for_as_many_columns_as_fit_into_memory(monkeypatch):
     task, made = problem(**SLOW["in float64"]), []
     own = torch_dense.DenseColumns.own_preconditioner
     monkeypatch.setattr(
         torch_dense.DenseColumns, "own_preconditioner", lambda *given: made.append(own(*given)) or made[-1]
     )
     monkeypatch.setattr(torch_lbfgs, "SLOW", 30)
-    for most, expected in ((3, True), (2, False)):
+    expected = SklearnReference().fit(task)
+    for most, sizes in ((3, [3]), (2, [2, 1]), (0, [])):
         made.clear()
         monkeypatch.setattr(torch_dense.DenseDesign, "max_own", most)
-        assert TorchLbfgs().fit(task).converged.all()
-        assert bool(made) == expected
+        found = TorchLbfgs().fit(task)
+        assert found.converged.all()
+        assert ((found.coef - expected.coef).norm(dim=-1) / expected.coef.norm(dim=-1)).max() < 1e-4
+        assert [len(each.factor) for each in made[: len(sizes)]] == sizes and bool(made) == bool(sizes)
+
+
+@pytest.mark.parametrize("fault", ["not finite", "useless"])
+def test_columns_that_fail_with_their_own_preconditioner_begin_again(fault, monkeypatch):
+    task, minimise = problem(**SLOW["in float64"]), torch_lbfgs.minimise
+
+    def spoiled(columns, theta, margins, preconditioner, limits, memory):
+        found = minimise(columns, theta, margins, preconditioner, limits, memory)
+        if fault == "not finite" and limits.tolerance == torch_lbfgs._ROUGH:
+            return replace(found, theta=found.theta * np.inf, margins=found.margins * np.nan)
+        if fault == "useless" and preconditioner.factor.dim() == 3:
+            return replace(found, theta=found.theta * 0, converged=found.converged & False)
+        return found
+
+    monkeypatch.setattr(torch_lbfgs, "SLOW", 30)
+    monkeypatch.setattr(torch_lbfgs, "minimise", spoiled)
+    found, expected = TorchLbfgs().fit(task), SklearnReference().fit(task)
+    assert found.converged.all()
+    assert ((found.coef - expected.coef).norm(dim=-1) / expected.coef.norm(dim=-1)).max() < 1e-4
+
+
+@pytest.mark.parametrize("rows", [600, 3000])
+@pytest.mark.parametrize("deviation", [1e-7, 1e-9, 1e-12])
+def test_a_feature_that_the_model_hardly_varies_spoils_no_probe(deviation, rows):
+    """Its reconstruction is off by many of the model's deviations; in units of them it is far larger than the rest."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, 65, generator=random)
+    labels = x[:, :5].sum(dim=1) + torch.randn(rows, generator=random) > 0
+    scale = torch.ones(1, 65)
+    scale[0, -1] = deviation
+    found = TorchLbfgs().fit(ProbeProblem(x, labels[None], torch.ones(1, rows).double(), scale, CS))
+    assert found.converged.all()
+    for i, c in enumerate(CS):
+        expected = newton(x.double().numpy(), labels.numpy(), scale[0].double().numpy(), c)
+        assert np.linalg.norm(found.coef[i, 0, 0].numpy() - expected[:-1]) < 1e-4 * np.linalg.norm(expected[:-1])
+
+
+def newton(x, labels, scale, c):
+    """Return coefficients and intercept: balanced classes, penalty |scale x coefficients|^2 / 2, loss times c."""
+    z, theta = np.column_stack([x, np.ones(len(x))]), np.zeros(x.shape[1] + 1)
+    weight = c * len(x) / (2 * np.where(labels, labels.sum(), (~labels).sum()))
+    penalty = np.append(scale**2, 0)
+    for _ in range(30):
+        p = 1 / (1 + np.exp(-z @ theta))
+        hessian = (z.T * (weight * p * (1 - p))) @ z + np.diag(penalty)
+        theta -= np.linalg.solve(hessian, z.T @ (weight * (p - labels)) + penalty * theta)
+    return theta
 
 
 def test_the_compiled_loop_stops_at_the_largest_number_of_iterations():

@@ -21,9 +21,11 @@ ERROR_SHOWN = 400  # maximum characters of an error message: torch appends its C
 
 
 def describe_saved_results(outputs: Sequence[Path]) -> str:
-    """Describe what a failed or interrupted run leaves on disk."""
-    gone = [folder for folder in outputs if not folder.is_dir()]
-    return f"the folder {gone[0]} no longer exists" if gone else RESUMES
+    """Describe what a failed or interrupted run leaves on disk. outputs: its folders; none if it writes no results."""
+    missing = [folder for folder in outputs if not folder.is_dir()]
+    if missing:
+        return f"there are no results: the folder {missing[0]} does not exist"
+    return RESUMES if outputs else NOTHING_WRITTEN
 
 
 def guarded(

@@ -66,7 +66,7 @@ def probe_selectivity(
     Raises:
         RequestError: A shape does not fit, a value is not finite, labels are not binary, or there are too few groups
             for the folds; the message names the argument.
-        ArithmeticError: `reconstruction` is larger than the variation of `x` by a factor of about 1e15.
+        ArithmeticError: `reconstruction` is larger than the variation of `x` by a factor of about 1e18.
 
     Example:
         >>> import numpy as np

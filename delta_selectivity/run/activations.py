@@ -132,13 +132,13 @@ class Producer:
         counts_bos: Mapping[SaeId, bool],  # whether an SAE's whole-text figures include BOS tokens
         tokenised: TokenisedMentions,
         rows: RowTable,
-        batch_size: int | None,  # texts in a forward pass; None: limited by tokens alone
+        batch_size: int | None,  # most texts in a batch; None: limited by tokens alone
         cores: Cores,  # each runs one forward pass; 1 on a GPU
         clock: Stopwatch,
         sample: TokenSample,  # of the tokens that count in whole-text figures
         scales: Mapping[Site, SiteScale],  # of the activations, where they are known
         latents_of: Collection[SaeId] = (),  # the SAEs whose codes are put into the queue too
-        max_tokens: int | None = None,  # padded tokens in a batch; None: by free memory, if batch_size is None
+        max_tokens: int | None = None,  # padded tokens in a batch; None: `tokens_in_memory`, if batch_size is None
     ) -> None:
         self.model, self.saes, self.counts_bos = model, saes, counts_bos
         self.latents_of, self.sample = latents_of, sample
@@ -191,7 +191,7 @@ class Producer:
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.batch_size = min(self.batch_size, (n + 1) // 2)
-            log.warning("out of memory: continuing with at most %d texts in a forward pass", self.batch_size)
+            log.warning("out of memory: continuing with at most %d texts in a batch", self.batch_size)
         return [result for part in self._batches(batch.mentions) for result in self._within_memory((limits, part))]
 
     @torch.inference_mode()

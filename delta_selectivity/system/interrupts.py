@@ -55,35 +55,34 @@ def exit_now(code: int) -> NoReturn:
 
 @contextmanager
 def as_keyboard_interrupt() -> Iterator[None]:
-    """Make each of the signals raise `KeyboardInterrupt` inside the context. Has no effect outside the main thread."""
+    """Make each of the signals raise `KeyboardInterrupt` inside the context. Has no effect outside the main thread.
+
+    Where Python ignores it, as in `__del__` and in a callback of an import, the signal is repeated.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.default_int_handler) for number in handled_signals()}
-    try:
-        with _ignored_interrupts_repeated():
-            yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    last = signal.SIGINT
 
+    def on_signal(number: int, _frame: object) -> NoReturn:
+        nonlocal last
+        last = signal.Signals(number)
+        raise KeyboardInterrupt
 
-@contextmanager
-def _ignored_interrupts_repeated() -> Iterator[None]:
-    """Repeat a Ctrl-C inside the context where Python would ignore it, as it does in `__del__` and during imports."""
-    before = sys.unraisablehook
-
-    def hook(ignored: sys.UnraisableHookArgs) -> None:
+    def on_ignored(ignored: sys.UnraisableHookArgs) -> None:
         if issubclass(ignored.exc_type, KeyboardInterrupt):
-            threading.Timer(0.01, _thread.interrupt_main).start()  # once this hook has returned
+            threading.Timer(0.01, _thread.interrupt_main, [last]).start()  # once this hook has returned
         else:
-            before(ignored)
+            hook(ignored)
 
-    sys.unraisablehook = hook
+    before = {number: signal.signal(number, on_signal) for number in handled_signals()}
+    hook, sys.unraisablehook = sys.unraisablehook, on_ignored
     try:
         yield
     finally:
-        sys.unraisablehook = before
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def handled_signals() -> list[signal.Signals]:

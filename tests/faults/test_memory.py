@@ -154,7 +154,7 @@ def test_lack_of_memory_in_both_threads_changes_no_number(tiny_model, tiny_saes,
     assert ask.into(tmp_path / "short").run() == 0
     short, plenty = numbers(tmp_path / "short"), numbers(tmp_path / "plenty")
     assert_close(short, plenty)
-    assert "texts in a forward pass" in caplog.text
+    assert "texts in a batch" in caplog.text
     assert sum("at most" in line for line in caplog.text.splitlines()) < 10, "the size that worked is remembered"
     assert "probes are fitted" in caplog.text
 

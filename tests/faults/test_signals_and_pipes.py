@@ -170,18 +170,27 @@ def test_ctrl_c_during_and_after_start_up(ask, tmp_path):
         check_interrupted(ask.into(tmp_path / str(i)), share * whole, signal.SIGINT, undisturbed)
 
 
-def test_ctrl_c_is_not_lost_where_python_ignores_exceptions():
-    """Check a signal during `__del__`; while modules load, a callback of Python's import ignores them too."""
+@EVERY_SIGNAL
+def test_no_signal_is_lost_where_python_ignores_exceptions(number):
+    """Check a signal during `__del__`; while modules load, a callback of Python's import ignores them too.
 
-    class Interrupted:
+    A job in the background of a shell ignores Ctrl-C, but not the others.
+    """
+
+    class Signalled:
         def __del__(self):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     hook = sys.unraisablehook
-    with pytest.raises(KeyboardInterrupt), as_keyboard_interrupt():
-        Interrupted()
-        time.sleep(60)
-    assert sys.unraisablehook is hook
+    before = None if number == signal.SIGINT else signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), as_keyboard_interrupt():
+            Signalled()
+            time.sleep(60)
+        assert sys.unraisablehook is hook
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 OUTSIDE_MAIN = """

@@ -205,7 +205,8 @@ def minimise(
     if columns32 is None:
         return _minimise_directly(columns, start, preconditioner, limits, history)
     point = _Point.at(columns32, theta.float(), margins.float(), preconditioner)
-    float32_limits = Limits(_FLOAT32_TOLERANCE, limits.max_iter, _PATIENCE, apply_final_step=True)
+    tolerance = max(_FLOAT32_TOLERANCE, limits.tolerance)
+    float32_limits = Limits(tolerance, limits.max_iter, _PATIENCE, apply_final_step=True)
     found = _descend(columns32, point, start.n_iter, preconditioner, float32_limits, history)
     if not bool(found.theta.isfinite().all()):
         start = replace(start, margins=columns.margins(theta))  # the final step at the previous C did not update them

@@ -72,8 +72,8 @@ class DenseDesign:
 
     @property
     def max_own(self) -> int:
-        """Return the number of columns whose own inverse Hessians fit into 256 MB."""
-        return 2**26 // self.z.shape[1] ** 2
+        """Return the number of columns whose own Hessians, in each of three copies, fit into 64 MB."""
+        return 2**24 // self.z.shape[1] ** 2
 
     def start(self, n_columns: int) -> Tensor:
         """Return the initial theta [columns, d + 1] for the smallest C: zeros."""
@@ -301,10 +301,14 @@ class InverseHessians:
 
 
 def _factored(loss: Tensor) -> Tensor:
-    """Return the lower Cholesky factors of Hessians, given the loss's part, float32 [..., d + 1, d + 1]; changes it."""
+    """Return the lower Cholesky factors of Hessians, given the loss's part, float32 [..., d + 1, d + 1]; changes it.
+
+    Rounding is added to each feature in proportion to its own curvature, as it arises: in proportion to the mean, it
+    would outweigh all ordinary features where one is many orders larger than they are.
+    """
     diagonal = loss.diagonal(dim1=-2, dim2=-1)  # a view
     diagonal[..., :-1] += 1  # the penalty
-    rounding = 4 * torch.finfo(torch.float32).eps * loss.shape[-1] ** 0.5 * diagonal.mean(dim=-1, keepdim=True)
+    rounding = 4 * torch.finfo(torch.float32).eps * loss.shape[-1] ** 0.5 * diagonal.clamp(min=1)  # the intercept's: 0
     while True:
         diagonal += rounding
         factor, failed = torch.linalg.cholesky_ex(loss)

@@ -49,7 +49,7 @@ class Design(Protocol[P]):
 
     @property
     def max_own(self) -> int:
-        """Return the largest number of columns that can each have a preconditioner of their own; 0: none can."""
+        """Return how many columns can each have a preconditioner of their own at a time; 0: none can."""
         ...
 
     def start(self, n_columns: int) -> Tensor:
@@ -111,13 +111,13 @@ class TorchLbfgs:
         preconditioners = parts.design.preconditioners(parts.n_columns)
         limits, has_own, n_iter = Limits(self.tolerance, self.max_iter), False, 0
         for i, c in enumerate(cs):
-            if parts.width <= parts.design.max_own and i > 0:
+            if i > 0:
                 has_own |= n_iter * (c / cs[i - 1]) ** 0.5 > SLOW * parts.n_columns
             shared, n_iter = preconditioners.at(c, parts.mean_curvature()), 0
             for columns, theta, margins in parts:
                 scaled = columns.scaled(c)
-                if has_own:
-                    best = self._minimise_with_own(scaled, theta, margins, shared)
+                if has_own and parts.design.max_own:
+                    best = self._minimise_with_own(scaled, theta, margins, shared, parts.design.max_own)
                 else:
                     best = minimise(scaled, theta, margins, shared, limits, self.memory)
                 parts.store(best.theta, best.margins)
@@ -128,17 +128,32 @@ class TorchLbfgs:
                 fits.converged[i].flatten()[columns.index] = best.converged
                 fits.n_iter[i].flatten()[columns.index] = best.n_iter
 
-    def _minimise_with_own(self, columns: Columns[P], theta: Tensor, margins: Tensor, shared: P) -> Optimum:
+    def _minimise_with_own(
+        self, columns: Columns[P], theta: Tensor, margins: Tensor, shared: P, max_own: int
+    ) -> Optimum:
         """Minimise with the shared preconditioner roughly, then with each column's own inverse Hessian from there on.
 
-        Near the optimum, the inverse Hessian also says how far it is.
+        Near the optimum, the inverse Hessian also says how far it is. Columns that fail so, because rounding spoils the
+        rough point, begin again with the shared preconditioner alone.
         """
         rough = Limits(max(_ROUGH, self.tolerance), self.max_iter // 2)
         near = minimise(columns, theta, margins, shared, rough, self.memory)
-        last = Limits(self.tolerance, self.max_iter - self.max_iter // 2)
-        own = columns.own_preconditioner(near.margins)
-        best = minimise(columns, near.theta, near.margins, own, last, self.memory)
-        return replace(best, n_iter=near.n_iter + best.n_iter)
+        usable = (near.theta.isfinite().all(dim=1) & near.margins.isfinite().all(dim=1))[:, None]
+        near = replace(
+            near, theta=torch.where(usable, near.theta, theta), margins=torch.where(usable, near.margins, margins)
+        )
+        best, last = near, Limits(self.tolerance, self.max_iter - self.max_iter // 2)
+        for part in torch.arange(len(theta), device=theta.device).split(max_own):
+            some, start = columns.select(part), near.select(part)
+            own = some.own_preconditioner(start.margins)
+            best = best.with_columns(part, minimise(some, start.theta, start.margins, own, last, self.memory))
+        best = replace(best, n_iter=near.n_iter + best.n_iter)
+        failed = (~best.converged).nonzero()[:, 0]
+        if not len(failed):
+            return best
+        limits, rest = Limits(self.tolerance, self.max_iter), columns.select(failed)
+        found = minimise(rest, theta[failed], margins[failed], shared.select(failed), limits, self.memory)
+        return best.with_columns(failed, found)
 
 
 class _Parts(Generic[P]):
@@ -152,7 +167,7 @@ class _Parts(Generic[P]):
     def __init__(self, problem: ProbeProblem, design: Design[P], parts: Sequence[Tensor]) -> None:
         self._problem, self.design, self._parts = problem, design, parts
         self._device = problem.x.device
-        self.n_columns, self.width = sum(map(len, parts)), max(map(len, parts))
+        self.n_columns = sum(map(len, parts))
         self._theta = [design.start(len(index)) for index in parts]
         self._prepare(0)
 

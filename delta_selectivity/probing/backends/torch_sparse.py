@@ -101,7 +101,7 @@ class SparseDesign:
         gain = None if self.gain is None else self.gain[split].T
         return SparseColumns(index, Loss(_column_major(loss.weight), _column_major(loss.positive_weight)), self, gain)
 
-    max_own = 0  # columns that can each have a preconditioner of their own
+    max_own = 0  # columns that can each have a preconditioner of their own at a time
 
     def preconditioners(self, n_columns: int) -> SparsePreconditioners:
         """Return the preconditioners for each C."""
