@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the stages use several threads themselves
@@ -147,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     torch.set_num_threads(1)
     args.stage(args)
 

@@ -14,6 +14,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the stages use several threads themselves
@@ -110,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
 def main() -> int:
     args = parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
     torch.set_num_threads(1)
     try:
         args.stage(args)
