@@ -298,5 +298,12 @@ def test_wrong_requests_end_with_2(acts, tmp_path, monkeypatch, capsys, argument
     assert what in capsys.readouterr().err
 
 
+def test_training_without_activations_ends_with_2(tmp_path, monkeypatch, capsys):
+    flags = ["--work_dir", str(tmp_path), "--output_directory", str(tmp_path), "--saes", "topk-3"]
+    monkeypatch.setattr(sys, "argv", ["train_saes", "train", *flags])
+    assert train_saes.main() == 2
+    assert "no activations" in capsys.readouterr().err
+
+
 def test_activations_know_their_settings(acts):
     assert Activations.open(acts.folder).settings["tokens"] == SETTINGS.tokens

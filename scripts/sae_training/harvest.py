@@ -71,7 +71,9 @@ class Activations:
 
     @classmethod
     def open(cls, folder: Path) -> Activations:
-        """Open a complete harvest."""
+        """Open a complete harvest. Raises `RequestError` if there is none."""
+        if not (folder / "harvest.json").exists():
+            raise RequestError(f"`work_dir` {folder}: it has no activations: `harvest` comes first")
         facts = json.loads((folder / "harvest.json").read_text(encoding="utf-8"))
         layers = facts["settings"]["layers"]
         return cls(folder, facts, {layer: _read_scale(folder, layer) for layer in layers})
