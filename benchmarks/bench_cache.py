@@ -1,7 +1,7 @@
 """Time a second SAE after the first has filled `--cache_dir`: the whole job with a cold and a warm cache.
 
-python benchmarks/bench_cache.py run    # the bundled SAEs, in both orders: ten minutes
-python benchmarks/bench_cache.py        # print the table of the kept results
+python -m benchmarks.bench_cache run    # the bundled SAEs, in both orders: ten minutes
+python -m benchmarks.bench_cache        # print the table of the kept results
 
 A pair is two runs of `main.py` on all data with a fresh cache, each timed from start to end: the first SAE cold, then
 the second warm. Both pairs are run in turn, `--repeats` times; figures are medians. The last columns are the ratios to

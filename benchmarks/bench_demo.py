@@ -1,7 +1,7 @@
 """Time the main job on the bundled model, SAEs and tasks, stage by stage: what `scripts/demo.sh` runs.
 
-python benchmarks/bench_demo.py run    # a few minutes
-python benchmarks/bench_demo.py        # print the tables of the kept results
+python -m benchmarks.bench_demo run    # a few minutes
+python -m benchmarks.bench_demo        # print the tables of the kept results
 
 `whole` is a run of `main.py` from its start to its end. The other rows are what `report.py --resources` says of it:
 stages are summed over threads that run side by side, memory is in GB. Figures are medians of `--repeats` runs after one

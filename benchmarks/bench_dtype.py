@@ -1,7 +1,7 @@
 """Time `--dtype auto` and each explicit dtype: the whole job on the bundled model.
 
-python benchmarks/bench_dtype.py run    # one task, all layers, two SAEs: minutes; half an hour where bfloat16 is slow
-python benchmarks/bench_dtype.py        # print the tables of the kept results
+python -m benchmarks.bench_dtype run    # one task, all layers, two SAEs: minutes; half an hour where bfloat16 is slow
+python -m benchmarks.bench_dtype        # print the tables of the kept results
 
 Each run of `main.py` is timed from start to end. The dtypes are run in turn; figures are medians. The last column is
 the ratio to the fastest.

@@ -1,7 +1,7 @@
 """Time the whole job on the bundled model, with one SAE per layer and the Wikidata tasks, and two other ways to do it.
 
-python benchmarks/bench_end_to_end.py run --environment ~/sae-probes    # creates the environment if it is missing
-python benchmarks/bench_end_to_end.py                                   # print the table of the kept results
+python -m benchmarks.bench_end_to_end run --environment ~/sae-probes    # creates the environment if it is missing
+python -m benchmarks.bench_end_to_end                                   # print the table of the kept results
 
 `main.py` is timed as a whole, from its start to its last file, on the nine tasks and on three tasks of athletes' sports
 that the others do not have. `sae-probes` 0.4.2 (in an environment of its own, offline) and a serial version

@@ -1,7 +1,7 @@
 """Time an `Evaluator` in a training loop, and a cold run of the program on the same rows.
 
-    python benchmarks/bench_evaluator.py          # print the kept table
-    python benchmarks/bench_evaluator.py run      # measure five checkpoints of a TopK SAE in training, and keep them
+    python -m benchmarks.bench_evaluator          # print the kept table
+    python -m benchmarks.bench_evaluator run      # measure five checkpoints of a TopK SAE in training, and keep them
 
 Both sides measure gender on 1000 rows at layer 3 of the bundled model. The cold run is a process of its own, timed from
 start to end, with an SAE folder of the same size.

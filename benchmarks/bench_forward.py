@@ -1,8 +1,8 @@
 """Compare the producer with its floor: the same matrix products on the same cores, by the faster of two libraries.
 
-python benchmarks/bench_forward.py run     # Pythia-70M, 160M and 410M with SAEs of 32,768 latents: minutes
-python benchmarks/bench_forward.py run --cpu_time    # one worker, CPU seconds: for a machine with other load
-python benchmarks/bench_forward.py         # print the table of the kept results
+python -m benchmarks.bench_forward run     # Pythia-70M, 160M and 410M with SAEs of 32,768 latents: minutes
+python -m benchmarks.bench_forward run --cpu_time    # one worker, CPU seconds: for a machine with other load
+python -m benchmarks.bench_forward         # print the table of the kept results
 
 Model and SAE are timed separately, as `activations.Producer` runs them: several whole batches at the same time, one
 thread each. The floor of the model excludes attention, norms and activation functions. The floor of the SAE is its

@@ -1,7 +1,7 @@
 """Measure what needs GPUs: the producer compared with its floor, and the whole job on one GPU and on two.
 
-python benchmarks/bench_gpu.py run      # about ten minutes on a fast GPU; exit code 2 without a CUDA device
-python benchmarks/bench_gpu.py          # print the tables of the kept results
+python -m benchmarks.bench_gpu run      # about ten minutes on a fast GPU; exit code 2 without a CUDA device
+python -m benchmarks.bench_gpu          # print the tables of the kept results
 
 To report results of another machine, send the output of `run` and the two files that it writes next to this one. The
 first table is that of `benchmarks/bench_forward.py`, with batches that fill the GPU. The second has the stages of

@@ -1,7 +1,7 @@
 """Compare the CPU kernels of this package with torch's: microseconds per row, one thread.
 
-python benchmarks/bench_kernels.py run    # two minutes
-python benchmarks/bench_kernels.py        # print the table of the kept results
+python -m benchmarks.bench_kernels run    # two minutes
+python -m benchmarks.bench_kernels        # print the table of the kept results
 
 - top k: the k largest values of each row (`saes.topk` and `torch.topk`);
 - TopK encoder: codes by a proposal in 8-bit integers (`saes.proposal`), and by a float32 product and top k;

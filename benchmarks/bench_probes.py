@@ -1,10 +1,10 @@
 """Compare the batched probe solver with scikit-learn: milliseconds per fit, and distance from the optimum.
 
-python benchmarks/bench_probes.py run       # all sizes, an hour on two cores; keeps the figures beside this file
-python benchmarks/bench_probes.py run --threads 1 --cpu_time   # CPU seconds, for a machine with other load
-python benchmarks/bench_probes.py run --sizes 5000x768 --probes 1,8
-python benchmarks/bench_probes.py           # print the table of the kept results
-python benchmarks/bench_probes.py --quick   # measure and print one small size, without keeping it: seconds
+python -m benchmarks.bench_probes run       # all sizes, an hour on two cores; keeps the figures beside this file
+python -m benchmarks.bench_probes run --threads 1 --cpu_time   # CPU seconds, for a machine with other load
+python -m benchmarks.bench_probes run --sizes 5000x768 --probes 1,8
+python -m benchmarks.bench_probes           # print the table of the kept results
+python -m benchmarks.bench_probes --quick   # measure and print one small size, without keeping it: seconds
 
 All sides solve the same problem, five folds of each probe, with the same number of threads, in turn in one process.
 Figures are medians over the rounds. The batched solver solves all fits at once. Its time includes centring, scaling and

@@ -1,9 +1,9 @@
 """Measure the cost of a unit on this machine, and the gain of a second process (docs/scale.md).
 
-python benchmarks/bench_scale.py run          # both measurements, about ten minutes; kept in a file beside this one
-python benchmarks/bench_scale.py run --copies 1 --rounds 1      # fewer pairs, for a quick look
-python benchmarks/bench_scale.py rates        # print the table of rates; `scale.estimate` uses the same rates
-python benchmarks/bench_scale.py processes    # print the table of processes
+python -m benchmarks.bench_scale run          # both measurements, about ten minutes; kept in a file beside this one
+python -m benchmarks.bench_scale run --copies 1 --rounds 1      # fewer pairs, for a quick look
+python -m benchmarks.bench_scale rates        # print the table of rates; `scale.estimate` uses the same rates
+python -m benchmarks.bench_scale processes    # print the table of processes
 
 *Rates*: the stages of `main.py` on layer 1 of the bundled model, all data, one thread, divided by their arithmetic.
 *Processes*: sixty (SAE, layer) pairs (the bundled SAEs under five names each, on six layers), one unit each, on

@@ -1,8 +1,8 @@
 """Measure how time and memory of `main.py` grow with rows, layers, SAEs and probes, and run a job larger than memory.
 
-python benchmarks/bench_scaling.py run             # the bundled model on rows of the Wikidata texts: minutes
-python benchmarks/bench_scaling.py                 # print the table of the kept results
-python benchmarks/bench_scaling.py --large         # 200,000 rows x 12 layers x 768: an hour or more, 15 GB of disk
+python -m benchmarks.bench_scaling run             # the bundled model on rows of the Wikidata texts: minutes
+python -m benchmarks.bench_scaling                 # print the table of the kept results
+python -m benchmarks.bench_scaling --large         # 200,000 rows x 12 layers x 768: an hour or more, 15 GB of disk
 
 Each cell is a run in a process of its own. Seconds are those of its stages, summed over threads, without start-up and
 loading of weights; memory is the process's peak. The exponent is fitted to the stages that depend on the quantity:

@@ -1,7 +1,7 @@
 """Time the 113 tasks of sae-probes on the bundled model with two SAEs, and that package on the same rows.
 
-python benchmarks/bench_suite.py run --environment ~/sae-probes    # creates the environment if it is missing
-python benchmarks/bench_suite.py                                   # print the table of the kept results
+python -m benchmarks.bench_suite run --environment ~/sae-probes    # creates the environment if it is missing
+python -m benchmarks.bench_suite                                   # print the table of the kept results
 
 `main.py` is timed as a whole, from its start to its last file, with at most 400 rows of each task. `sae-probes` 0.4.2
 gets the same rows of one task in 24, hook by hook as its README runs it: its baseline probe, and k-sparse probes with k

@@ -1,9 +1,9 @@
 """Compare whole-text figures of a sample of the tokens with those of all tokens: their time and their coverage.
 
-python benchmarks/bench_whole_tokens.py run               # ten SAEs of 16k latents at one layer, warm cache
-python benchmarks/bench_whole_tokens.py                   # print the table of the kept results
-python benchmarks/bench_whole_tokens.py run --coverage    # the bundled SAEs, twenty samples
-python benchmarks/bench_whole_tokens.py --coverage        # print the table of the coverage
+python -m benchmarks.bench_whole_tokens run               # ten SAEs of 16k latents at one layer, warm cache
+python -m benchmarks.bench_whole_tokens                   # print the table of the kept results
+python -m benchmarks.bench_whole_tokens run --coverage    # the bundled SAEs, twenty samples
+python -m benchmarks.bench_whole_tokens --coverage        # print the table of the coverage
 
 Speed: whole runs of `main.py`, each timed from start to end, in turn; figures are medians. Coverage: samples by seed,
 of a quarter of the default size, on every dataset, compared with the figures of all tokens. A figure is covered if it

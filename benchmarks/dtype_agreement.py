@@ -1,7 +1,7 @@
 """Compare the results of the bundled model in bfloat16, in which it was saved, with those in float32.
 
-python benchmarks/dtype_agreement.py run   # the demo in float32 (minutes), into a folder beside this file
-python benchmarks/dtype_agreement.py       # print the table, from results/demo/ and the results of `run`
+python -m benchmarks.dtype_agreement run   # the demo in float32 (minutes), into a folder beside this file
+python -m benchmarks.dtype_agreement       # print the table, from results/demo/ and the results of `run`
 """
 
 from __future__ import annotations

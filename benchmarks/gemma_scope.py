@@ -1,7 +1,7 @@
 """Estimate the evaluation of all SAEs of Gemma Scope: units, bytes, hours and cost on 8 and on 64 GPUs.
 
-    python benchmarks/gemma_scope.py            # print the table
-    python benchmarks/gemma_scope.py simulated  # the same by a simulation of workers that share one storage
+    python -m benchmarks.gemma_scope            # print the table
+    python -m benchmarks.gemma_scope simulated  # the same by a simulation of workers that share one storage
 
 The SAEs are those of SAE Lens's list of releases (`canonical` names are aliases and not counted); the widths of the
 models are those of their configs. A unit is one layer of one hook point with as many SAEs as fit into `MEMORY`.

@@ -1,8 +1,8 @@
 """Test whether delta_sel follows the truth: SAEs from perfect to broken in a world whose features are known.
 
-python benchmarks/ground_truth.py run            # build the world, train, measure (minutes)
-python benchmarks/ground_truth.py run --seed 1   # another world and other SAEs
-python benchmarks/ground_truth.py                # print the tables of the kept results
+python -m benchmarks.ground_truth run            # build the world, train, measure (minutes)
+python -m benchmarks.ground_truth run --seed 1   # another world and other SAEs
+python -m benchmarks.ground_truth                # print the tables of the kept results
 
 A task is the presence of a feature in a row. Each row is a mention of a different person. See docs/ground_truth.md.
 """
@@ -160,7 +160,7 @@ def tables() -> str:
     """Return every SAE of the first world, the rank correlations of all kept worlds, and the summary."""
     seeds = sorted(int(path.stem.removeprefix("seed_")) for path in KEPT.glob("seed_*.json"))
     if not seeds:
-        raise SystemExit("there are no kept results: python benchmarks/ground_truth.py run")
+        raise SystemExit("there are no kept results: python -m benchmarks.ground_truth run")
     by_seed = {seed: StoredWorld.load(seed) for seed in seeds}
     first = by_seed[seeds[0]]
     return "\n\n".join([sae_table(first.saes), rank_table(by_seed), verdict(first)])

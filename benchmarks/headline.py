@@ -1,9 +1,9 @@
 """Compare candidate scores for ranking SAEs with `transfer_r2`, on stored out-of-fold scores.
 
-python benchmarks/headline.py results/reliability/layer_3/scores/panel_3000   # of `benchmarks/reliability.py run`
-python benchmarks/headline.py                                                 # print the table of the kept results
-python benchmarks/headline.py --model_name smollm2-135m [FOLDER]              # the same for the study on SmolLM2
-python scripts/update_tables.py docs/reliability.md                           # update the document
+python -m benchmarks.headline results/reliability/layer_3/scores/panel_3000   # of `benchmarks/reliability.py run`
+python -m benchmarks.headline                                                 # print the table of the kept results
+python -m benchmarks.headline --model_name smollm2-135m [FOLDER]              # the same for the study on SmolLM2
+python -m scripts.update_tables docs/reliability.md                           # update the document
 
 docs/reliability.md defines each candidate, the expectations, and the rule for choosing one; it was written before any
 candidate was computed. No model, SAE or fit is needed: all candidates use the scores of the model's own probes on its

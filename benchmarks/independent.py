@@ -2,7 +2,7 @@
 
 python activations.py --model_name smollm2-135m --sae_name assets/smollm2-saes/topk-k32 --layers 15 \\
     --datasets gender,is_alive,politics --shuffle_select_n 1000 -o rows.safetensors
-python benchmarks/independent.py rows.safetensors       # exit 1 if a figure differs by more than 0.005
+python -m benchmarks.independent rows.safetensors       # exit 1 if a figure differs by more than 0.005
 
 The file is read by safetensors alone, and the probes are `benchmarks/serial.py`'s: one `LogisticRegression` for each
 fold, view and C. Shared with the program are the definitions (docs/numbers.md) and the folds, which are checked here.

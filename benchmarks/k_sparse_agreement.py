@@ -1,7 +1,7 @@
 """Compare the k-sparse probes of `sae-probes` 0.4.2 with ours, on that package's split of ten of its tasks.
 
-python benchmarks/k_sparse_agreement.py run --environment ~/sae-probes  # run the package; creates the environment
-python benchmarks/k_sparse_agreement.py                                 # print the table of the kept results
+python -m benchmarks.k_sparse_agreement run --environment ~/sae-probes  # run the package; creates the environment
+python -m benchmarks.k_sparse_agreement                                 # print the table of the kept results
 
 Rows are used as shipped (with duplicates), with BOS first (as TransformerLens does), the last token, and layer 3 of the
 bundled model. Our side uses the functions that choose latents and fit probes (`delta_selectivity/probing/k_sparse.py`)

@@ -1,10 +1,10 @@
 """Measure the effect of the split into folds: rows as shipped, distinct texts, and folds grouped by person.
 
-python benchmarks/leakage.py run              # measure on the bundled model (minutes)
-python benchmarks/leakage.py run --layer 5    # at another layer
-python benchmarks/leakage.py                  # print the table of the kept results
-python benchmarks/leakage.py run --suite      # the 113 tasks of sae-probes, and the two bundled SAEs on each split
-python benchmarks/leakage.py run --suite --model_name smollm2-135m    # a third of them on a real model: an hour
+python -m benchmarks.leakage run              # measure on the bundled model (minutes)
+python -m benchmarks.leakage run --layer 5    # at another layer
+python -m benchmarks.leakage                  # print the table of the kept results
+python -m benchmarks.leakage run --suite      # the 113 tasks of sae-probes, and the two bundled SAEs on each split
+python -m benchmarks.leakage run --suite --model_name smollm2-135m    # a third of them on a real model: an hour
 
 Common practice splits rows at random. If texts repeat, or a person is named in several texts, part of the test rows is
 then known from training: leakage (Kaufman et al. 2012, doi 10.1145/2382577.2382579).

@@ -1,7 +1,7 @@
 """Test whether the bundled model knows anything: compare its model_sel with that of the same model with random weights.
 
-python benchmarks/random_control.py run   # measure the random model (minutes)
-python benchmarks/random_control.py       # print the table, from results/demo/ and the results of `run`
+python -m benchmarks.random_control run   # measure the random model (minutes)
+python -m benchmarks.random_control       # print the table, from results/demo/ and the results of `run`
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Compare the reliability of delta_sel, k-sparse probing and FVU: noise over runs, and SAEs that they distinguish.
 
-python benchmarks/reliability.py run --corpus people_text.jsonl.xz   # train and measure; resumes an earlier run
-python benchmarks/reliability.py                                     # print the tables of the kept results
-python scripts/update_tables.py docs/reliability.md                  # update the document
-python benchmarks/reliability.py run --model_name smollm2-135m --corpus WORK_DIR   # of `scripts/train_saes.py harvest`
-python benchmarks/reliability.py run ... --rows 3000                               # the same SAEs, more rows
+python -m benchmarks.reliability run --corpus people_text.jsonl.xz   # train and measure; resumes an earlier run
+python -m benchmarks.reliability                                     # print the tables of the kept results
+python -m scripts.update_tables docs/reliability.md                  # update the document
+python -m benchmarks.reliability run --model_name smollm2-135m --corpus WORK_DIR   # of `scripts.train_saes harvest`
+python -m benchmarks.reliability run ... --rows 3000                               # the same SAEs, more rows
 
 Uses two of the three lenses of "Are Sparse Autoencoder Benchmarks Reliable?" (Chanin 2026, arXiv 2605.18229), on one
 layer of the bundled model and of SmolLM2-135M. The third, correlation with ground truth, is

@@ -1,9 +1,9 @@
 """Measure how much an SAE's mean over all layers and probes varies between measurements.
 
-python benchmarks/sae_noise.py run            # the bundled SAEs, five runs of two kinds of draws: a quarter of an hour
-python benchmarks/sae_noise.py                # print the table of the kept results
-python benchmarks/sae_noise.py run --suite    # the 113 tasks of sae-probes in three runs of `main.py`: half an hour
-python benchmarks/sae_noise.py --suite        # print the table of the suite
+python -m benchmarks.sae_noise run            # the bundled SAEs, five runs of two kinds of draws: a quarter of an hour
+python -m benchmarks.sae_noise                # print the table of the kept results
+python -m benchmarks.sae_noise run --suite    # the 113 tasks of sae-probes in three runs of `main.py`: half an hour
+python -m benchmarks.sae_noise --suite        # print the table of the suite
 
 A set of SAEs has one for each layer, and `main.py` reports the mean over them (`_run.sae_level`). Here, that figure is
 measured five times with different rows and folds. Two runs differ by more than 2.77 standard deviations in 5 % of cases

@@ -1,6 +1,6 @@
 """Run `sae-probes` 0.4.2 on a local model and SAE, in an environment of its own, and print its seconds as JSON.
 
-    python benchmarks/sae_probes_driver.py MODEL SAE --hooks 0,5 --tasks 64_wikidata_occupation_isresearcher
+    python -m benchmarks.sae_probes_driver MODEL SAE --hooks 0,5 --tasks 64_wikidata_occupation_isresearcher
 
 With `--figures`, print the package's figures of k-sparse probes (L2) instead. With `--rows FILE` (CSV with the columns
 dataset, text, label), the package uses those rows of a dataset instead of its own.

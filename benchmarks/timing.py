@@ -1,8 +1,8 @@
 """Time several sides in turn, fit exponents, and keep tables for documents, for the benchmarks in this folder.
 
 seconds = in_turn({"ours": fit, "theirs": their_fit}, repeats=5)     # medians, in seconds
-python benchmarks/bench_forward.py run                               # measure, print, keep
-python benchmarks/bench_forward.py                                   # print the kept results
+python -m benchmarks.bench_forward run                               # measure, print, keep
+python -m benchmarks.bench_forward                                   # print the kept results
 """
 
 from __future__ import annotations

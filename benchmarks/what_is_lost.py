@@ -1,7 +1,7 @@
 """Tables of docs/findings.md: what SAEs lose, by concept, and where FVU does not show it.
 
-python benchmarks/what_is_lost.py results/smollm2 concepts     # print the tables, from result files of main.py
-python scripts/update_tables.py docs/findings.md               # update the document
+python -m benchmarks.what_is_lost results/smollm2 concepts     # print the tables, from result files of main.py
+python -m scripts.update_tables docs/findings.md               # update the document
 """
 
 from __future__ import annotations

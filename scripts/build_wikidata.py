@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build the five Wikidata tasks from a Wikidata dump and a folder of texts that mention its people.
 
-    python scripts/build_wikidata.py latest-all.json.gz texts/ -o people.parquet
-    lbzip2 -dc latest-all.json.bz2 | python scripts/build_wikidata.py - texts/ -o people.parquet   # all cores unpack
+    python -m scripts.build_wikidata latest-all.json.gz texts/ -o people.parquet
+    lbzip2 -dc latest-all.json.bz2 | python -m scripts.build_wikidata - texts/ -o people.parquet   # all cores unpack
     python main.py --dataset_file people.parquet
 
 The dump is https://dumps.wikimedia.org/wikidatawiki/entities/latest-all.json.gz, or a part of it. The bzip2 dump is

@@ -1,9 +1,9 @@
 """Make the bundled demo: a tokenizer, a tiny Pythia that knows about people, and SAEs in two formats.
 
-    python scripts/train_demo.py tokenizer --shared ../shared
-    python scripts/train_demo.py model --shared ../shared --minutes 60
-    python scripts/train_demo.py saes --shared ../shared --minutes 15
-    python scripts/train_demo.py card
+    python -m scripts.train_demo tokenizer --shared ../shared
+    python -m scripts.train_demo model --shared ../shared --minutes 60
+    python -m scripts.train_demo saes --shared ../shared --minutes 15
+    python -m scripts.train_demo card
 
 The text and the tables of people for the training are not part of the project (`assets/tiny-pythia/README.md` describes
 them). Every stage is seeded; how far the timed stages get depends on the machine.

@@ -1,7 +1,7 @@
 """Train SAEs of any language model on any folder of text: store activations once, then train many SAEs on them.
 
-python scripts/train_saes.py harvest --model_name MODEL --text FOLDER --layers 5,15,25 --work_dir work
-python scripts/train_saes.py train --work_dir work --saes topk-32,topk-64,gated-32 --output_directory saes
+python -m scripts.train_saes harvest --model_name MODEL --text FOLDER --layers 5,15,25 --work_dir work
+python -m scripts.train_saes train --work_dir work --saes topk-32,topk-64,gated-32 --output_directory saes
 
 Text is a folder of .txt, .jsonl or .jsonl.xz files (JSON lines with `text`). Both stages resume an interrupted run. A
 training can use any of the harvested layers and the kinds topk, batchtopk, matryoshka, jumprelu and gated. `KIND-K` has

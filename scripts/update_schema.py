@@ -1,7 +1,7 @@
 """Write docs/results.schema.json from the dataclasses of result files and from docs/numbers.md.
 
-    python scripts/update_schema.py           # rewrite the schema
-    python scripts/update_schema.py --check   # exit code 1 if it is not up to date
+    python -m scripts.update_schema           # rewrite the schema
+    python -m scripts.update_schema --check   # exit code 1 if it is not up to date
 
 Names and types come from `ProbeResult`, `Reconstruction` and `Downstream`, their meaning from the page's tables. JSON
 Schema, draft 2020-12: https://json-schema.org/draft/2020-12. docs/how_to/read_a_result.md shows how to check a file
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = parser.parse_args(argv).check
     fresh = as_text(build())
     if check and TARGET.read_text(encoding="utf-8") != fresh:
-        print("docs/results.schema.json is out of date: python scripts/update_schema.py")
+        print("docs/results.schema.json is out of date: python -m scripts.update_schema")
         return 1
     if not check:
         TARGET.write_text(fresh, encoding="utf-8")

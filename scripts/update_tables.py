@@ -2,8 +2,8 @@
 
 A table stands between `<!-- python report.py results/demo --summary -->` and `<!-- end -->`.
 
-    python scripts/update_tables.py README.md           # run the commands and rewrite the tables
-    python scripts/update_tables.py --check README.md   # exit code 1 if a table is not up to date
+    python -m scripts.update_tables README.md           # run the commands and rewrite the tables
+    python -m scripts.update_tables --check README.md   # exit code 1 if a table is not up to date
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> int:
         fresh = updated(text)
         stale += fresh != text
         if args.check and fresh != text:
-            print(f"{document}: a table is out of date: python scripts/update_tables.py {document}")
+            print(f"{document}: a table is out of date: python -m scripts.update_tables {document}")
         elif fresh != text:
             document.write_text(fresh, encoding="utf-8")
     return int(args.check and stale > 0)

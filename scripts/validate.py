@@ -1,8 +1,8 @@
 """Validate the metric: reconstructions with known effects, coverage of the intervals, and false positives.
 
-    python scripts/validate.py                  # quick: minutes
-    python scripts/validate.py --full --write   # 500 repeats in all settings; writes the table to docs/validation.md
-    python scripts/validate.py --people --write # only coverage, with few people and people of unequal size
+    python -m scripts.validate                  # quick: minutes
+    python -m scripts.validate --full --write   # 500 repeats in all settings; writes the table to docs/validation.md
+    python -m scripts.validate --people --write # only coverage, with few people and people of unequal size
 
 Prints each row as measured, required, pass or FAIL. The exit code is 1 if a row fails.
 """

@@ -127,6 +127,6 @@ def test_tables_in_documents_are_up_to_date():
     for document in documents:
         text = (ROOT / document).read_text("utf-8")
         assert text.count("<!-- python ") == text.count("<!-- end -->") > 0, document
-    command = [sys.executable, "scripts/update_tables.py", "--check", *documents]
+    command = [sys.executable, "-m", "scripts.update_tables", "--check", *documents]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,28 @@ def test_the_real_model_is_measured_on_all_tasks_and_reported(folders, named, el
         ["report.py", "results/real_model", "--resources"],
         ["report.py", "results/real_model", "-o", "results/real_model/report.html"],
     ]
+
+
+def test_the_documents_name_modules_that_exist():
+    """`python benchmarks/x.py` finds neither the package nor its neighbours in a clone that is not installed."""
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("assets/**/*.md"), *ROOT.glob("docs/**/*.md")]
+    code = [
+        path for folder in ("benchmarks", "delta_selectivity", "scripts") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]
+    modules = set()
+    for path in {*texts, *code} - {ROOT / "CHANGELOG.md"}:
+        text = path.read_text("utf-8")
+        assert not re.search(r"python (scripts|benchmarks)/", text), path
+        modules |= set(re.findall(r"python -m ((?:scripts|benchmarks)\.\w+)", text))
+    assert len(modules) > 30
+    for module in modules:
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+
+
+@pytest.mark.parametrize("module", ["scripts.train_saes", "benchmarks.bench_demo"])
+def test_a_module_starts_in_a_clone_that_is_not_installed(module):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-m", module, "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")

@@ -230,7 +230,7 @@ def test_equivalence_is_two_one_sided_tests():
     ids=["12 equal", "12 Zipf", "50 Zipf", "12, one large", "50, one large"],
 )
 def test_few_and_unequal_people_are_covered_and_not_called_different(sizes):
-    """The quick version of `python scripts/validate.py --people`, on scores without fitting a probe."""
+    """The quick version of `python -m scripts.validate --people`, on scores without fitting a probe."""
     rng, persons = np.random.default_rng(8), np.repeat(np.arange(len(sizes)), sizes)
     covered, found = [], []
     for _ in range(500):

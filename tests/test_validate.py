@@ -47,7 +47,7 @@ def script():
 
 @pytest.mark.timeout(1200)  # under two minutes on an idle machine
 def test_the_quick_mode_passes():
-    done = subprocess.run([sys.executable, "scripts/validate.py"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "scripts.validate"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "FAIL" not in done.stdout
     for plant in PLANTS:

@@ -80,7 +80,7 @@ def write(path: Path, rows: Sequence[table.Row], scale: suite.Scale, seed: int, 
     failed, judged = len(table.failures(rows)), sum(row.passed is not None for row in rows)
     verdict = f"**{judged - failed} of {judged} required figures are met.**"
     command = (
-        "python scripts/validate.py --full --write" if scale.name == "full" else "python scripts/validate.py --write"
+        "python -m scripts.validate --full --write" if scale.name == "full" else "python -m scripts.validate --write"
     )
     text = TEMPLATE.format(
         command=command,

@@ -2,7 +2,7 @@
 
 Torch's fused kernel is designed for long texts: it never stores the scores of all pairs of tokens. For a hundred tokens
 these are few. Without the fused kernel's overhead, attention takes half the time on AMD CPUs, but twice as long on
-Intel CPUs (`python benchmarks/bench_kernels.py`). Scores are rounded to bfloat16, as in transformers' own eager
+Intel CPUs (`python -m benchmarks.bench_kernels`). Scores are rounded to bfloat16, as in transformers' own eager
 attention. All other cases, including longer texts, use transformers' `sdpa`.
 """
 

@@ -1,7 +1,7 @@
 """GELU inside the matrix product before it, for GPT-NeoX models (Pythia) in bfloat16 on a CPU.
 
 oneDNN applies it to the product's float32 sums before they are rounded and stored. As a call of its own, it
-reads and writes a tensor four times as wide as the residual stream (`python benchmarks/bench_kernels.py`).
+reads and writes a tensor four times as wide as the residual stream (`python -m benchmarks.bench_kernels`).
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ def partition_variance(sums: Floats, n_folds: int) -> float:
 
     The usual alternative, the variance of the partition means, has only R - 1 degrees of freedom. For weak concepts and
     several mentions per person, its nominal 95 % intervals covered 0.915 to 0.93, these 0.945 to 0.965 (200 simulations
-    each; `python scripts/validate.py --full` has more).
+    each; `python -m scripts.validate --full` has more).
     """
     if len(sums) < 2:
         return 0.0

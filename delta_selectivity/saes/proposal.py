@@ -29,7 +29,7 @@ BLOCK = 4096  # latents at a time, to limit the memory of copies
 def saves_time(W_enc: Tensor, k: int) -> bool:
     """Return whether a proposal saves time: many latents, a small k, and a CPU with int8 instructions.
 
-    Timings: `python benchmarks/bench_kernels.py`.
+    Timings: `python -m benchmarks.bench_kernels`.
     """
     wide = len(W_enc) >= max(512, 32 * k) and W_enc.shape[1] <= LARGEST_D_IN
     return wide and W_enc.device.type == "cpu" and W_enc.dtype == torch.float32 and has_fast_bytes()

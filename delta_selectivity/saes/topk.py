@@ -12,7 +12,7 @@ WIDE = 512
 def exact_topk(pre_acts: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return the k largest entries of each row, unordered.
 
-    Compared with ``torch.topk`` in `python benchmarks/bench_kernels.py`.
+    Compared with ``torch.topk`` in `python -m benchmarks.bench_kernels`.
 
     Args:
         pre_acts: ``[rows, d_sae]``, contiguous.

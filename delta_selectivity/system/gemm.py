@@ -5,7 +5,7 @@
     gemm.byte_products(x, weight)     # x weightᵀ of int8, exact
 
 Torch computes float32 products with MKL, which does not use AVX-512 on CPUs other than Intel's. oneDNN, which torch
-uses for bfloat16, does: on an AMD EPYC with AVX-512 it takes half the time (`python benchmarks/bench_kernels.py`). Both
+uses for bfloat16, does: on an AMD EPYC with AVX-512 it takes half the time (`python -m benchmarks.bench_kernels`). Both
 sum in float32, in different orders. `processor` selects the library. In bfloat16, torch first copies the bias into the
 result; called directly, oneDNN adds it to the sums.
 """

@@ -6,7 +6,7 @@
     describe()                 # "AMD EPYC 9354: bfloat16, onednn, bytes; 8 threads"
 
 The environment variable DELTA_SELECTIVITY_CPU overrides the detection: `none`, or a comma-separated
-list of fast operations. Timings: `python benchmarks/bench_kernels.py`.
+list of fast operations. Timings: `python -m benchmarks.bench_kernels`.
 """
 
 from __future__ import annotations

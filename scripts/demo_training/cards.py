@@ -56,7 +56,7 @@ Passes over each source:
 Balanced accuracy of probes on its activations, folded by person (1/2: nothing), beside the same architecture with
 random weights; means over all layers, and one layer:
 
-<!-- python benchmarks/random_control.py -->
+<!-- python -m benchmarks.random_control -->
 <!-- end -->
 
 `scripts/train_demo.py` made it; `training.json` has the settings.
