@@ -19,7 +19,7 @@ from scripts import train_saes
 from scripts.sae_training import harvest as harvesting
 from scripts.sae_training import training
 from scripts.sae_training.harvest import HELD_OUT, TRAIN, Activations, HarvestSettings, harvest
-from scripts.sae_training.kinds import KINDS, JumpReluSae, StepSettings, TopKSae, largest_indices
+from scripts.sae_training.kinds import KINDS, GatedSae, JumpReluSae, StepSettings, TopKSae, largest_indices
 from scripts.sae_training.text import choose_texts, read_documents, text_files, token_rows
 
 LAYERS, K, D_SAE = (0, 2), 4, 48
@@ -263,6 +263,33 @@ def test_sparse_products_have_the_gradients_of_dense_ones(kind):
         torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(sae(x), plain_recons(sae, x)[-1], rtol=1e-5, atol=1e-6)
     assert fired.equal(gradients[1]["b_enc"] != 0)
+
+
+def test_sparse_products_of_gated_saes_have_the_gradients_of_dense_ones():
+    """The loss of Rajamanoharan et al. 2024 (arXiv 2404.16014), equation 8, with the decoder shared."""
+    x = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    sae = GatedSae(0, 3, torch.ones(5), 16, torch.Generator().manual_seed(1))
+    sae.start(x)
+    with torch.no_grad():
+        sae.r_mag += torch.linspace(-0.5, 0.5, 16)
+        sae.b_mag += torch.linspace(-4.0, 0.5, 16)  # some latents are zero behind open gates
+    recon, fired, penalty = sae.fit(x, torch.ones(()))
+    ((x - recon).square().sum() + penalty).backward()
+    ours = {name: p.grad.clone() for name, p in sae.named_parameters()}
+
+    sae.zero_grad()
+    product = (x - sae.b_dec) @ sae.W_enc.T
+    gate = torch.relu(product + sae.b_enc)
+    z = torch.relu(product * sae.r_mag.exp() + sae.b_mag) * (gate > 0)
+    plain = z @ sae.W_dec + sae.b_dec
+    of_gates = gate @ sae.W_dec.detach() + sae.b_dec.detach()
+    loss = (x - plain).square().sum() + (x - of_gates).square().sum()
+    (loss + sae.weight * gate.sum(1).mean() / 5**0.5).backward()
+    torch.testing.assert_close(recon, plain, rtol=1e-5, atol=1e-6)
+    assert fired.equal((z > 0).any(0))
+    assert 0 < int((z > 0).sum()) < int((gate > 0).sum())
+    for name, p in sae.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_largest_indices_equal_topk():

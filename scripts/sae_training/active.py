@@ -98,4 +98,5 @@ class _Decoded(torch.autograd.Function):
         (of_product,), (value, w_dec), pattern = gradients, ctx.saved_tensors, ctx.pattern
         sparse = pattern.matrix(value)
         of_value = torch.sparse.sampled_addmm(sparse, of_product, w_dec.T, beta=0).values()
-        return of_value, pattern.transposed(value) @ of_product, None
+        of_w_dec = pattern.transposed(value) @ of_product if ctx.needs_input_grad[1] else None
+        return of_value, of_w_dec, None

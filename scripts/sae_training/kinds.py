@@ -11,6 +11,7 @@ dead latents explain (AuxK, Gao et al. 2024, arXiv 2406.04093, appendix A.2).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -106,9 +107,13 @@ class TopKSae(nn.Module):
     def fit(self, x: Tensor, variance: Tensor) -> Fit:
         """Return the output for x [rows, d_in]; variance: the squared deviation of x, summed."""
         codes = self.codes(x)
+        return Fit(self.decode(codes), self.fired(codes), self.penalty(x, codes, variance))
+
+    def fired(self, codes: Codes) -> Tensor:
+        """Return which latents are active in some row, bool [d_sae]."""
         fired = torch.zeros(len(self.b_enc), dtype=torch.bool)
-        fired[codes.pattern.column] = True
-        return Fit(self.decode(codes), fired, self.penalty(x, codes, variance))
+        fired[codes.pattern.column[codes.value > 0]] = True
+        return fired
 
     def penalty(self, x: Tensor, codes: Codes, variance: Tensor) -> Tensor | float:
         """Return the kind's loss besides the error."""
@@ -195,7 +200,8 @@ class JumpReluSae(TopKSae):
 
     def fit(self, x: Tensor, variance: Tensor) -> Fit:
         z, l0 = self.latents(x)
-        return Fit(z @ self.W_dec + self.b_dec, _fired(z), self.WEIGHT * (l0 / self.k - 1).square())
+        fired = z.detach().amax(0) > 0
+        return Fit(z @ self.W_dec + self.b_dec, fired, self.WEIGHT * (l0 / self.k - 1).square())
 
     @torch.no_grad()
     def unscaled(self, scale: float) -> Weights:
@@ -209,7 +215,6 @@ class GatedSae(TopKSae):
     """
 
     kind = "gated"
-    COUNTED = 256  # rows of a batch on which L0 is computed
     PATIENCE = 0.03  # change of the penalty's logarithm per step, per unit of log(L0 / k)
 
     def __init__(self, layer: int, k: int, mean: Tensor, d_sae: int, generator: torch.Generator) -> None:
@@ -222,27 +227,29 @@ class GatedSae(TopKSae):
     def start(self, x: Tensor) -> None:
         self.b_enc.fill_(-k_th_largest(self.pre_acts(x), self.k))  # the bias of the gates
 
-    def gate_and_latents(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the gates, after their ReLU, and the latents, both [rows, d_sae]."""
-        product = nn.functional.linear(x, self.W_enc, self.bias() - self.b_enc)
-        gate = product + self.b_enc.to(product.dtype)
-        magnitude = torch.relu(product * self.r_mag.exp().to(product.dtype) + self.b_mag.to(product.dtype))
-        return torch.relu(gate), magnitude * (gate > 0)
+    def gates_and_latents(self, x: Tensor) -> tuple[Codes, Codes]:
+        """Return the open gates of x [rows, d_in], and the latents in the same places; only they have gradients."""
+        bias = self.bias() - self.b_enc
+        with torch.no_grad():
+            product = nn.functional.linear(x, self.W_enc, bias).float()
+            row, column = (product + self.b_enc > 0).nonzero().unbind(1)
+        pattern = Pattern(row, column, (len(product), product.shape[1]))
+        value = active_values(product, x, self.W_enc, bias, pattern)
+        gate, scale, shift = (p.index_select(0, column) for p in (self.b_enc, self.r_mag.exp(), self.b_mag))
+        return Codes(pattern, value + gate), Codes(pattern, torch.relu(value * scale + shift))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.gate_and_latents(x)[1] @ self.W_dec + self.b_dec
+    def codes(self, x: Tensor) -> Codes:
+        return self.gates_and_latents(x)[1]
 
     def fit(self, x: Tensor, variance: Tensor) -> Fit:
-        gate, z = self.gate_and_latents(x)
-        weight = self.get_buffer("weight")
-        with torch.no_grad():
-            some = gate[: self.COUNTED]
-            too_many = ((some > 0).sum() / len(some) / self.k).clamp(min=1e-3).log()
-            weight.mul_((self.PATIENCE * too_many.clamp(-1, 1)).exp())
-        l1 = gate.mean(0, dtype=torch.float32).sum() / x.shape[1] ** 0.5
-        recon = gate @ self.W_dec.detach() + self.b_dec.detach()
-        penalty = weight.clone() * l1 + (x - recon).float().square().sum() / variance
-        return Fit(z @ self.W_dec + self.b_dec, _fired(z), penalty)
+        gates, latents = self.gates_and_latents(x)
+        weight, l0 = self.get_buffer("weight"), len(gates.value) / len(x)
+        too_many = math.log(max(l0 / self.k, 1e-3))
+        weight.mul_(math.exp(self.PATIENCE * min(max(too_many, -1.0), 1.0)))
+        l1 = gates.value.sum() / len(x) / x.shape[1] ** 0.5
+        recon = decoded(gates, self.W_dec.detach()) + self.b_dec.detach()
+        penalty = weight.clone() * l1 + (x - recon).square().sum() / variance
+        return Fit(self.decode(latents), self.fired(latents), penalty)
 
     @torch.no_grad()
     def unscaled(self, scale: float) -> Weights:
@@ -276,11 +283,6 @@ class _AboveThreshold(torch.autograd.Function):
         near = (pre - threshold).abs_() < width / 2
         of_threshold = near * (of_z * pre + (of_l0 / len(pre)).to(pre.dtype))
         return of_z * open_, -of_threshold.sum(0, dtype=torch.float32) / width, None
-
-
-def _fired(z: Tensor) -> Tensor:
-    """Return which latents of z [rows, d_sae] are active in some row."""
-    return z.detach().amax(0) > 0
 
 
 def largest_indices(flat: Tensor, n: int) -> Tensor:
