@@ -6,7 +6,7 @@ python -m benchmarks.bench_kernels        # print the table of the kept results
 - top k: the k largest values of each row (`saes.topk` and `torch.topk`);
 - TopK encoder: codes by a proposal in 8-bit integers (`saes.proposal`), and by a float32 product and top k;
 - attention: texts in bfloat16, heads of width 64 (`models.attention` and transformers' sdpa); a row is a token;
-- GELU after a product in bfloat16 (`models.fused_gelu` and two calls of torch);
+- block: one of Pythia's in bfloat16 (`models.fused_neox` and transformers' own); a row is a token;
 - probes: fits at every C by two threads (`probing.backends.descent_kernels`, against the same loop in torch);
 - product: x Wᵀ in float32 (`gemm` and `torch.nn.functional.linear`); equal on Intel CPUs;
 - product, bytes: an exact product of signed 8-bit integers (`gemm`), and the same numbers in float32.
@@ -24,13 +24,13 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
-from torch import nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import linear
+from transformers import GPTNeoXConfig, GPTNeoXModel
 
 from benchmarks import bench_probes
 from benchmarks.timing import Clock, in_threads, in_turn, parser, show_or_measure
 from delta_selectivity.models.attention import attend
-from delta_selectivity.models.fused_gelu import LinearWithGelu
+from delta_selectivity.models.fused_neox import fuse
 from delta_selectivity.probing.backends.torch_dense import DenseColumns
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
 from delta_selectivity.probing.selectivity import DEFAULT_CS
@@ -73,8 +73,8 @@ def pairs(quick: bool) -> Iterator[Pair]:
         yield encoder(d_in, d_sae, k)
     for n_heads, n_tokens in ((4, 30),) if quick else ((4, 30), (4, 150), (4, 380), (12, 30), (12, 150), (12, 380)):
         yield attention(n_heads, n_tokens)
-    for d in (32,) if quick else (256, 512, 768):
-        yield product_and_gelu(2048, d, 4 * d)
+    for d, n_tokens in ((64, 30),) if quick else ((256, 100), (256, 300), (512, 300), (768, 300)):
+        yield block(d, n_tokens)
     for n_rows, d in ((60, 16),) if quick else ((400, 256), (1500, 256), (3345, 256)):
         yield probes(n_rows, d)
     products = ((25, 256, 3345), (40, 768, 5000), (2048, 768, 3072), (256, 768, 32768))
@@ -116,11 +116,17 @@ def attention(n_heads: int, n_tokens: int) -> Pair:
     return Pair("attention", f"{n_heads} heads, {n_tokens} tokens", n_texts * n_tokens, theirs, ours)
 
 
-def product_and_gelu(n_rows: int, d: int, width: int) -> Pair:
-    layer = nn.Linear(d, width, dtype=torch.bfloat16).requires_grad_(False)
-    fused = LinearWithGelu(d, width, dtype=torch.bfloat16).requires_grad_(False)
-    x = drawn(n_rows, d).bfloat16()
-    return Pair("GELU", f"{n_rows} x {d} x {width}", n_rows, lambda: gelu(layer(x)), lambda: fused(x))
+def block(d: int, n_tokens: int) -> Pair:
+    n_texts = max(2048 // n_tokens, 1)
+    config = GPTNeoXConfig(hidden_size=d, intermediate_size=4 * d, num_attention_heads=d // D_HEAD, num_hidden_layers=1)
+    x = drawn(n_texts, n_tokens, d).bfloat16()
+    sides = []
+    for make in (lambda _: None, lambda decoder: fuse(decoder, [])):
+        decoder = GPTNeoXModel(config).bfloat16().eval().requires_grad_(False)
+        make(decoder)
+        embeddings = decoder.rotary_emb(x, position_ids=torch.arange(n_tokens)[None])
+        sides.append(partial(decoder.layers[0], x, position_embeddings=embeddings))
+    return Pair("block", f"{n_tokens} tokens, width {d}", n_texts * n_tokens, *sides)
 
 
 def probes(n_rows: int, d: int) -> Pair:

@@ -13,7 +13,7 @@ from runs import Request, files, numbers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from delta_selectivity.models import attention, fused_gelu
+from delta_selectivity.models import attention, fused_neox
 from delta_selectivity.models.language_model import HOOKPOINTS, Site, open_model
 from delta_selectivity.tasks import Mention, tokenise
 
@@ -183,7 +183,7 @@ def test_later_layers_are_not_built(family: Family, folder: Folder, monkeypatch)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", ["gpt_neox", "gpt2", "gemma2", "opt"])
 def test_half_precision_equals_the_whole_model_in_it(name: str, dtype: str, folder: Folder, ids: Tensor, monkeypatch):
-    for module in (attention, fused_gelu):  # they round differently: test_attention.py, test_fused_gelu.py
+    for module in (attention, fused_neox):  # they round differently: test_attention.py, test_fused_neox.py
         monkeypatch.setattr(module, "has_fast_bfloat16", lambda: False)
     family = FAMILIES[name]
     whole = AutoModelForCausalLM.from_pretrained(folder(name), dtype=getattr(torch, dtype)).eval()

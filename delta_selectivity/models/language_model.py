@@ -30,7 +30,7 @@ from delta_selectivity.models import attention
 from delta_selectivity.models.capture import capture, replacing
 from delta_selectivity.models.checks import check
 from delta_selectivity.models.configs import read_sizes, truncated
-from delta_selectivity.models.fused_gelu import fuse_gelu
+from delta_selectivity.models.fused_neox import fuse
 from delta_selectivity.models.gguf_file import without_bar
 from delta_selectivity.models.places import (
     HOOKPOINTS,
@@ -169,7 +169,7 @@ class ModelInfo:
             attention.use_where_faster(module, torch.device(device))
         module = _copy_weights(module.get_decoder()).to(device).eval().requires_grad_(False)
         taps = {site: find_tap(module, site) for site in sorted(sites)}
-        fuse_gelu(module, taps.values())
+        fuse(module, taps.values())
         use_in(module)
         check(module, taps, torch.device(device))
         return LanguageModel(module, taps, torch.device(device))

@@ -1,0 +1,109 @@
+"""Fused GPT-NeoX blocks: as close to float32 as transformers' own, and not where a tap reads inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPTNeoXConfig, GPTNeoXModel
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
+
+from delta_selectivity.models import fused_neox
+from delta_selectivity.models.fused_neox import LinearWithGelu, fuse, is_fused, rotate
+from delta_selectivity.models.language_model import Site, open_model
+from delta_selectivity.system import gemm
+
+IDS = torch.arange(60).reshape(2, 30) + 5
+UP, ACT = "layers.<layer>.mlp.dense_h_to_4h", "layers.<layer>.mlp.act"
+
+
+@pytest.fixture(params=["Intel", "AMD", "no fast bfloat16"])
+def is_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    fast = request.param != "no fast bfloat16"
+    if fast and not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(fused_neox, "has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: request.param == "AMD")
+    return fast
+
+
+def activations(model: Path, hookpoint: str, dtype: str) -> tuple[Tensor, tuple[int, int]]:
+    """Return the values of layer 1, float32, and how many products with GELU and how many blocks are fused."""
+    site = Site(1, hookpoint)
+    loaded = open_model(str(model)).load([site], "cpu", dtype)
+    parts = list(loaded.module.modules())
+    n_fused = sum(isinstance(part, LinearWithGelu) for part in parts), sum(map(is_fused, parts))
+    return loaded.activations(IDS)[site].float(), n_fused
+
+
+@pytest.mark.parametrize(
+    ("hookpoint", "blocks"),
+    [("resid_post", 2), ("mlp_post", 1), ("mlp_out", 1), ("mlp_in", 1), ("z", 1), ("attn_out", 1)],
+)
+def test_values_are_those_of_the_model(tiny_model, is_fast, monkeypatch, hookpoint, blocks):
+    expected, _ = activations(tiny_model, hookpoint, "float32")
+    found, n_fused = activations(tiny_model, hookpoint, "bfloat16")
+    assert n_fused == ((2, blocks) if is_fast else (0, 0))
+    monkeypatch.setattr(fused_neox, "has_fast_bfloat16", lambda: False)
+    plain, _ = activations(tiny_model, hookpoint, "bfloat16")
+    assert (found - expected).norm() <= 1.1 * (plain - expected).norm()
+
+
+@pytest.mark.parametrize("hookpoint", [UP, ACT])
+def test_what_is_read_between_the_two_stays(tiny_model, is_fast, hookpoint):
+    expected, _ = activations(tiny_model, hookpoint, "float32")
+    found, n_fused = activations(tiny_model, hookpoint, "bfloat16")
+    assert n_fused == ((1, 1) if is_fast else (0, 0)), "the other layer's"
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    assert (found < -0.2).any() == (hookpoint == UP), "GELU is never below -0.17"
+
+
+def test_float32_is_left_alone(tiny_model, is_fast):
+    assert activations(tiny_model, "resid_post", "float32")[1] == (0, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_parallel_residual": False}, {"attention_bias": False}])
+def test_blocks_of_all_kinds_are_as_exact_as_those_of_transformers(is_fast, options):
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 96}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    config = GPTNeoXConfig(vocab_size=99, rope_parameters=rope, initializer_range=0.2, **sizes, **options)
+    torch.manual_seed(0)
+    weights = GPTNeoXModel(config).bfloat16().state_dict()  # the same in all three models
+    values = []
+    for dtype, is_ours in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        model = GPTNeoXModel(config).eval().requires_grad_(False).to(dtype)
+        model.load_state_dict(weights)
+        if is_ours:
+            fuse(model, [])
+            assert sum(map(is_fused, model.modules())) == (3 if is_fast else 0)
+        values.append(model(IDS, use_cache=False).last_hidden_state.float())
+    exact, plain, ours = values
+    assert (plain - exact).norm() > 0
+    assert (ours - exact).norm() <= 1.1 * (plain - exact).norm()
+
+
+def test_a_call_with_a_cache_is_left_to_transformers(is_fast):
+    config = GPTNeoXConfig(vocab_size=99, hidden_size=32, num_attention_heads=2, num_hidden_layers=2, hidden_act="relu")
+    model = GPTNeoXModel(config).bfloat16().eval().requires_grad_(False)
+    expected = model(IDS, use_cache=True).last_hidden_state
+    fuse(model, [])
+    found = model(IDS, use_cache=True)
+    assert found.last_hidden_state.equal(expected)
+    assert found.past_key_values.get_seq_length() == IDS.shape[1]
+
+
+def test_rotation_equals_transformers():
+    """In float32 on the same bits, and rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, 7, 2 * 3 * 8, generator=generator).bfloat16()
+    qkv[0, 0, 0], qkv[1, 1, 9], qkv[2, 2, 1] = torch.inf, torch.nan, 0.0
+    angle = torch.rand(7, 2, generator=generator).repeat(1, 2)
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    q, k, v = qkv.float().unflatten(-1, (2, 24)).transpose(1, 2).chunk(3, dim=-1)
+    expected = torch.cat([*apply_rotary_pos_emb(q, k, cos[None].float(), sin[None].float()), v], dim=-1)
+    rotate(qkv, cos, sin, d_head=8)
+    torch.testing.assert_close(
+        qkv.unflatten(-1, (2, 24)), expected.transpose(1, 2).bfloat16(), atol=0, rtol=2**-8, equal_nan=True
+    )
