@@ -146,7 +146,10 @@ def measure(folder: Path, sets: Sequence[PairSet]) -> Counts:
     for candidate, parts in CANDIDATES.items():
         shares = {name: [parts(probe, "") for probe in of_sae] for name, of_sae in probes.items()}
         for each in sets:
-            estimates = (difference(shares[better], shares[worse], probes[better]) for worse, better in each.names)
+            estimates = (
+                difference(shares[better], shares[worse], probes[better], level_varies=candidate not in EXCLUDED)
+                for worse, better in each.names
+            )
             row = [(gain.value, gain.low, gain.high) for gain in estimates]
             gains.setdefault((each.family, each.kind, candidate), []).extend(row)
     counts: Counts = {}

@@ -71,14 +71,17 @@ def by_partition(probes: Sequence[ProbeScores], view: str, parts: Parts) -> Floa
     return np.mean([balanced_mean(parts(probe, view), probe.labels, probe.weights) for probe in probes], axis=0)
 
 
-def difference(a: Sequence[Floats], b: Sequence[Floats], rows: Sequence[ProbeScores]) -> Estimate:
+def difference(
+    a: Sequence[Floats], b: Sequence[Floats], rows: Sequence[ProbeScores], level_varies: bool = False
+) -> Estimate:
     """Return the mean over probes of a's score minus b's, paired row by row and clustered by person over all probes.
 
-    a, b: the result of `Parts` for each probe, [repeats, rows] each; rows: the probes themselves, of either SAE.
+    a, b: the result of `Parts` for each probe, [repeats, rows] each; rows: the probes themselves, of either SAE;
+    level_varies: as in `Cell`.
     """
     return estimate_mean(
         [
-            Cell(of_a - of_b, probe.labels, probe.persons, probe.weights)
+            Cell(of_a - of_b, probe.labels, probe.persons, probe.weights, level_varies=level_varies)
             for of_a, of_b, probe in zip(a, b, rows, strict=True)
         ]
     )

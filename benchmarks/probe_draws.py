@@ -3,6 +3,7 @@
 pool = Pool.load()
 pool.program_draw(3000, seed=1)      # the rows of `--shuffle_select_n 3000 --seed 1`, without replacement
 pool.bootstrap(3000, seed=1)         # as many rows, of people drawn with replacement, with fresh folds
+pool.halves(800, seed=1)             # at most 800 rows a task, twice: of either half of the people
 """
 
 from __future__ import annotations
@@ -60,6 +61,22 @@ class Pool:
         for size, (names, mentions, labels) in zip(sizes, _row_sets(self.texts), strict=True):
             chosen = rows_of_people(turns, self.texts.persons[mentions], size)
             tasks.append(self._task(names, mentions[chosen], labels[:, chosen], seed))
+        return tasks
+
+    def halves(self, rows_per_task: int, seed: int) -> tuple[list[Task], list[Task]]:
+        """Split the people into two halves at random; each task has at most so many rows of each half's people."""
+        people = np.random.default_rng(seed).permutation(np.unique(self.texts.persons))
+        middle = len(people) // 2
+        first, second = (self._tasks_of(part, rows_per_task, seed) for part in (people[:middle], people[middle:]))
+        return first, second
+
+    def _tasks_of(self, people: NDArray[np.int64], rows_per_task: int, fold_seed: int) -> list[Task]:
+        tasks = []
+        for names, mentions, labels in _row_sets(self.texts):
+            persons = self.texts.persons[mentions]
+            n_rows = min(rows_per_task, int(np.isin(persons, people).sum()))
+            chosen = rows_of_people(people, persons, n_rows)
+            tasks.append(self._task(names, mentions[chosen], labels[:, chosen], fold_seed))
         return tasks
 
     def _task(self, names: tuple[str, ...], rows: NDArray[np.int64], labels: NDArray[np.bool_], fold_seed: int) -> Task:

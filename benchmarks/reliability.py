@@ -115,7 +115,10 @@ def compare(
         view, parts = METRICS[plain(metric)]
         shares = {name: [parts(probe, view) for probe in of_sae] for name, of_sae in by_sae.items()}
         for each in found:
-            gains = [difference(shares[better], shares[worse], by_sae[better]) for worse, better in each.saes]
+            gains = [
+                difference(shares[better], shares[worse], by_sae[better], level_varies=parts is r2_parts)
+                for worse, better in each.saes
+            ]
             each.gains[metric] = [(gain.value, gain.low, gain.high) for gain in gains]
     for metric, errors_of in errors.items():
         for each in found:

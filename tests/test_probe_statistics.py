@@ -6,11 +6,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import norm
 from sklearn.metrics import balanced_accuracy_score, log_loss, r2_score, roc_auc_score
 from sklearn.utils.class_weight import compute_sample_weight
 
-from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, bits, correct, quantised, statistics
+from delta_selectivity.probing.folds import FoldPlan
+from delta_selectivity.probing.probe_statistics import (
+    ProbeScores,
+    auc_parts,
+    bits,
+    correct,
+    quantised,
+    r2_parts,
+    statistics,
+)
+from delta_selectivity.probing.probes import choose_backend
+from delta_selectivity.probing.selectivity import fit_model, out_of_fold
 from delta_selectivity.probing.uncertainty import balanced_mean, estimate_delta
 
 
@@ -212,3 +224,39 @@ def test_memorisation_is_the_balanced_accuracy_of_the_control_task_above_chance(
     found = replace(found_scores(), control_scores=scores, control_labels=labels)
     assert statistics(found).memorisation == pytest.approx(balanced_mean((scores > 0) == labels, labels) - 0.5)
     assert 0.2 < statistics(found).memorisation < 0.4
+
+
+def test_the_error_of_transfer_r2_includes_the_choice_of_c():
+    """A weak concept: C varies from sample to sample, and with it how much of the probe's reading survives."""
+    fixed, backend = np.random.default_rng(0), choose_backend("torch", "cpu")[0]
+    strong, direction = 3 * fixed.normal(size=(6, 40)) / 6**0.5, fixed.normal(size=40) / 40**0.5
+    found = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        labels = np.arange(300) % 2 == 0
+        sign = np.where(labels, 1, -1)[:, None]
+        common, own = (rng.normal(size=(300, 6)) @ strong + 0.2 * sign * strong[0], rng.normal(size=(300, 40)))
+        x, copy = map(torch.from_numpy, (common + own + 0.6 * sign * direction, common + 0.3 * own))
+        plan = FoldPlan.build(labels[None], np.arange(300), None, 5, 5, seed)
+        probe = out_of_fold(plan, fit_model(plan, x.float(), backend), copy.float(), backend).probe(0)
+        of_people = estimate_delta(r2_parts(probe, "transfer"), probe.labels, probe.persons)
+        told = statistics(probe)
+        found.append(
+            (told.transfer_r2, (told.transfer_r2_ci_high - told.transfer_r2_ci_low) / 4, of_people.standard_error)
+        )
+    values, with_level, without = np.array(found).T
+    sd = values.std(ddof=1)
+    assert np.sqrt(np.mean(np.square(without))) < 0.5 * sd
+    assert 0.75 * sd < np.sqrt(np.mean(np.square(with_level))) < 1.5 * sd
+
+
+def test_the_variance_of_a_level_is_that_of_the_partitions():
+    labels = np.arange(200) % 2 == 0
+    levels = np.array([0.1, 0.4, 0.3, 0.6, 0.2])
+    change = np.repeat(levels[:, None], 200, axis=1)  # no row differs from another
+    assert estimate_delta(change, labels, np.arange(200)).standard_error == pytest.approx(0, abs=1e-9)
+    found = estimate_delta(change, labels, np.arange(200), level_varies=True)
+    assert found.value == pytest.approx(levels.mean())
+    assert found.standard_error == pytest.approx((2 * levels.var(ddof=1)) ** 0.5)
+    assert found.degrees_of_freedom == pytest.approx(4)
+    assert estimate_delta(change[:1], labels, np.arange(200), level_varies=True).standard_error == pytest.approx(0)

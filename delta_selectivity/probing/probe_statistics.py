@@ -204,8 +204,8 @@ def _auc_parts(scores: Floats, labels: NDArray[np.bool_], weights: NDArray[np.fl
 def statistics(probe: ProbeScores, epsilon: float = EPSILON) -> Statistics:
     """Return all statistics of the scores; differences within +-epsilon count as preserved."""
 
-    def estimate(values: Floats) -> Estimate:
-        return estimate_delta(values, probe.labels, probe.persons, probe.weights, probe.n_folds)
+    def estimate(values: Floats, level_varies: bool = False) -> Estimate:
+        return estimate_delta(values, probe.labels, probe.persons, probe.weights, probe.n_folds, level_varies)
 
     dense = [view for view in probe.views if view not in K_VIEWS]
     right = {view: correct(probe, view) for view in dense}
@@ -255,7 +255,8 @@ def _transfer(probe: ProbeScores, right: Mapping[str, Floats], estimate: Any, ep
     """Return the statistics of the model's probes on x̂; empty if the view was not measured."""
     if "transfer" not in right:
         return {}
-    delta, share = estimate(right["transfer"] - right["model"]), estimate(r2_parts(probe, "transfer"))
+    delta = estimate(right["transfer"] - right["model"])
+    share = estimate(r2_parts(probe, "transfer"), level_varies=True)
     return {
         "transfer_sel": _mean(probe, right["transfer"]),
         **_difference("transfer_delta", "transfer_", delta, epsilon),

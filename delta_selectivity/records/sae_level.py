@@ -61,7 +61,11 @@ def _deltas(cells: Mapping[Place, ProbeScores]) -> dict[Place, Cell]:
 
 
 def _parts_of_r2(cells: Mapping[Place, ProbeScores]) -> dict[Place, Cell]:
-    return {place: _cell(p, r2_parts(p, "transfer")) for place, p in cells.items() if "transfer" in p.views}
+    return {
+        place: _cell(p, r2_parts(p, "transfer"), level_varies=True)
+        for place, p in cells.items()
+        if "transfer" in p.views
+    }
 
 
 def difference(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> Estimate | None:
@@ -82,7 +86,7 @@ def _differences(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores])
 
 def _differences_of_r2(a: Mapping[Place, ProbeScores], b: Mapping[Place, ProbeScores]) -> dict[Place, Cell]:
     return {
-        place: _cell(one, r2_parts(one, "transfer") - r2_parts(other, "transfer"))
+        place: _cell(one, r2_parts(one, "transfer") - r2_parts(other, "transfer"), level_varies=True)
         for place, (one, other) in _shared(a, b).items()
         if "transfer" in one.views and "transfer" in other.views
     }
@@ -98,8 +102,8 @@ def _mean(cells: list[Cell]) -> Estimate | None:
     return estimate_mean(cells) if cells else None
 
 
-def _cell(probe: ProbeScores, change: np.ndarray) -> Cell:
-    return Cell(change, probe.labels, probe.persons, probe.weights, probe.n_folds)
+def _cell(probe: ProbeScores, change: np.ndarray, level_varies: bool = False) -> Cell:
+    return Cell(change, probe.labels, probe.persons, probe.weights, probe.n_folds, level_varies)
 
 
 def _same_rows(a: ProbeScores, b: ProbeScores) -> bool:
