@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks import bundled
 from benchmarks.probe_draws import Pool, Task
-from delta_selectivity.probing.probe_statistics import ProbeScores, correct, r2_parts
+from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, bits, correct, r2_parts
 from delta_selectivity.probing.probes import choose_backend
 from delta_selectivity.probing.selectivity import fit_model, out_of_fold
 from delta_selectivity.probing.uncertainty import Cell, Estimate, estimate_mean
@@ -79,9 +79,8 @@ def _differences(pool: Pool, x: Tensor, layer: int, split: int) -> Iterator[tupl
         pairs = [(cell, halves[1][figure][probe]) for probe, cell in cells.items() if probe in halves[1][figure]]
         variants = {"": pairs}
         if figure.startswith("transfer_r2"):
-            variants[", level fixed"] = [
-                (replace(a, level_varies=False), replace(b, level_varies=False)) for a, b in pairs
-            ]
+            fixed = [(replace(a, level_varies=False), replace(b, level_varies=False)) for a, b in pairs]
+            variants[", without the level's part"] = fixed
         for variant, chosen in variants.items():
             for a, b in chosen:
                 yield f"{figure}{variant}", Difference.of(estimate_mean([a]), estimate_mean([b]))
@@ -107,10 +106,12 @@ def _cells(tasks: list[Task], x: Tensor, recons: Mapping[str, Tensor]) -> dict[s
 
 def _figures(probes: Mapping[str, ProbeScores]) -> dict[str, Cell]:
     """Return the cells of one probe: of each SAE, and of their difference."""
+    of_view = {"delta_sel": correct, "delta_auc": auc_parts, "delta_bits": bits}
     parts = {
-        "delta_sel": {name: correct(p, "sae") - correct(p, "model") for name, p in probes.items()},
-        "transfer_r2": {name: r2_parts(p, "transfer") for name, p in probes.items()},
+        figure: {name: part(p, "sae") - part(p, "model") for name, p in probes.items()}
+        for figure, part in of_view.items()
     }
+    parts["transfer_r2"] = {name: r2_parts(p, "transfer") for name, p in probes.items()}
     rows = next(iter(probes.values()))
     found = {}
     for figure, by_sae in parts.items():

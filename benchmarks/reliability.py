@@ -5,6 +5,7 @@ python -m benchmarks.reliability                                     # print the
 python -m scripts.update_tables docs/reliability.md                  # update the document
 python -m benchmarks.reliability run --model_name smollm2-135m --corpus WORK_DIR   # of `scripts.train_saes harvest`
 python -m benchmarks.reliability run ... --rows 3000                               # the same SAEs, more rows
+python -m benchmarks.reliability run ... --transfer_only             # only scores of the model's own probes: minutes
 
 Uses two of the three lenses of "Are Sparse Autoencoder Benchmarks Reliable?" (Chanin 2026, arXiv 2605.18229), on one
 layer of the bundled model and of SmolLM2-135M. The third, correlation with ground truth, is
@@ -39,6 +40,8 @@ from delta_selectivity.probing.selectivity import OUTLIER
 PROJECT = Path(__file__).resolve().parent.parent
 FEW_ROWS = 600  # per dataset: 3000 in total
 
+GIVEN_C = "transfer_r2, C as given"
+"""transfer_r2 with intervals that leave out what the choice of C adds, as before version 1.0."""
 METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and the contribution of each row; higher is better
     "delta_sel": ("sae", correct),
     "delta_auc": ("sae", auc_parts),
@@ -47,6 +50,7 @@ METRICS: dict[str, tuple[str, Parts]] = {  # name -> its view, and the contribut
     "transfer_delta in AUC": ("transfer", auc_parts),
     "transfer_delta in bits": ("transfer", bits),
     "transfer_r2": ("transfer", r2_parts),
+    GIVEN_C: ("transfer", r2_parts),
     **{f"k-sparse, k = {k}, balanced accuracy": (f"k{k}", correct) for k in KS},
     **{f"k-sparse, k = {k}, AUC": (f"k{k}", auc_parts) for k in KS},
 }
@@ -116,7 +120,9 @@ def compare(
         shares = {name: [parts(probe, view) for probe in of_sae] for name, of_sae in by_sae.items()}
         for each in found:
             gains = [
-                difference(shares[better], shares[worse], by_sae[better], level_varies=parts is r2_parts)
+                difference(
+                    shares[better], shares[worse], by_sae[better], level_varies=parts is r2_parts and metric != GIVEN_C
+                )
                 for worse, better in each.saes
             ]
             each.gains[metric] = [(gain.value, gain.low, gain.high) for gain in gains]
@@ -146,11 +152,12 @@ def measure(work: Work) -> Reliability:
         FVU_PROBED: {s.name: errors_at(x, work.sae(s), persons) for s in saes},
         FVU_HELD_OUT: {s.name: errors_at(corpus.held_out, work.sae(s), texts) for s in saes},
     }
-    runs = repeated_runs(work, pool, errors)
+    runs = {} if work.transfer_only else repeated_runs(work, pool, errors)
     rows = np.concatenate([task.rows for task in tasks])
     on_panel = {**errors, FVU_PROBED: {name: found.of(rows) for name, found in errors[FVU_PROBED].items()}}
     all_rows = {snapshot.name: work.scores(panel_draw, snapshot) for snapshot in saes}
-    probes = dict.fromkeys(METRICS, all_rows)
+    metrics = [name for name, (view, _) in METRICS.items() if view == "transfer" or not work.transfer_only]
+    probes = dict.fromkeys(metrics, all_rows)
     norm = torch.linalg.vector_norm(x, dim=1)
     sink = (norm > OUTLIER * norm.median()).numpy()
     if sink[rows].any():
@@ -194,6 +201,9 @@ def main() -> int:
     )
     parser.add_argument("--rows", type=int, help="of a dataset, in place of the study's own")
     parser.add_argument(
+        "--transfer_only", action="store_true", help="only scores of the model's own probes: minutes, not hours"
+    )
+    parser.add_argument(
         "--work_dir", type=Path, default=PROJECT / "results" / "reliability", help="folder of intermediate results"
     )
     args = parser.parse_args()
@@ -206,11 +216,11 @@ def main() -> int:
         try:
             of_model = "" if study.model_name == TINY_PYTHIA.model_name else study.model_name
             folder = args.work_dir / of_model / f"layer_{study.layer}"
-            reliability_tables.keep(measure(Work(folder, study, args.corpus)))
+            reliability_tables.keep(measure(Work(folder, study, args.corpus, args.transfer_only)), args.transfer_only)
         except RequestError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    print(reliability_tables.tables(reliability_tables.kept(study.model_name, study.rows)))
+    print(reliability_tables.tables(reliability_tables.kept(study.model_name, study.rows, args.transfer_only)))
     return 0
 
 

@@ -60,17 +60,17 @@ class Reliability:
         return PairCount.of([gain for each in sets for gain in each.gains[metric]], noise)
 
 
-def keep(study: Reliability) -> None:
+def keep(study: Reliability, transfer_only: bool) -> None:
     """Write the results into the repository."""
     KEPT.mkdir(exist_ok=True)
-    with replacing(_path(study.model_name, study.rows_per_dataset), "w", encoding="utf-8") as file:
+    with replacing(_path(study.model_name, study.rows_per_dataset, transfer_only), "w", encoding="utf-8") as file:
         json.dump(_rounded(asdict(study)), file, separators=(",", ":"), allow_nan=False)
         file.write("\n")
 
 
-def kept(model_name: str, rows: int) -> Reliability:
+def kept(model_name: str, rows: int, transfer_only: bool) -> Reliability:
     """Return the kept results of a model with so many rows a dataset."""
-    content = json.loads(_path(model_name, rows).read_text(encoding="utf-8"))
+    content = json.loads(_path(model_name, rows, transfer_only).read_text(encoding="utf-8"))
     pairs = [
         Pairs(
             each["kind"],
@@ -84,8 +84,8 @@ def kept(model_name: str, rows: int) -> Reliability:
     return Reliability(**content, pairs=pairs)
 
 
-def _path(model_name: str, rows: int) -> Path:
-    return KEPT / f"{model_name}_{rows}.json"
+def _path(model_name: str, rows: int, transfer_only: bool) -> Path:
+    return KEPT / f"{model_name}_{rows}{'_transfer' if transfer_only else ''}.json"
 
 
 def _rounded(value: Any) -> Any:

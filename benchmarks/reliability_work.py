@@ -22,7 +22,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.probing.k_sparse import k_sparse_fit
 from delta_selectivity.probing.probe_statistics import ProbeScores, quantised
 from delta_selectivity.probing.probes import ProbeBackend, choose_backend
-from delta_selectivity.probing.selectivity import ModelFit, fit_model, out_of_fold
+from delta_selectivity.probing.selectivity import ModelFit, fit_model, out_of_fold, transfer_scores
 from delta_selectivity.records import scores
 from delta_selectivity.saes import Sae
 from scripts.sae_training.harvest import Activations
@@ -39,6 +39,7 @@ class Work:
     folder: Path
     study: Study
     corpus: Path | None  # text, or a folder of `scripts/train_saes.py harvest`; None: activations already exist
+    transfer_only: bool = False  # whether to leave out all views that have probes of their own
 
     def corpus_activations(self) -> CorpusActivations:
         """Return the activations on which SAEs are trained.
@@ -87,7 +88,7 @@ class Work:
         for snapshot in missing:
             sae, found = self.sae(snapshot), dict[str, ProbeScores]()
             for task, fit in zip(tasks, fits, strict=True):
-                found |= probe_scores(task, fit, sae, backend)
+                found |= transfer(task, fit, sae) if self.transfer_only else probe_scores(task, fit, sae, backend)
             path = self._scores(draw, snapshot)
             path.parent.parent.mkdir(parents=True, exist_ok=True)
             scores.save(path, scores.LayerScores(self.study.layer, draw, found))
@@ -100,7 +101,8 @@ class Work:
         return self.folder / "saes" / f"{snapshot.name}.safetensors"
 
     def _scores(self, draw: str, snapshot: Snapshot) -> Path:
-        return self.folder / "scores" / draw / f"{snapshot.name}.safetensors"
+        views = "transfer" if self.transfer_only else "scores"
+        return self.folder / views / draw / f"{snapshot.name}.safetensors"
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -108,6 +110,19 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
     unfinished = path.with_suffix(".tmp")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
     unfinished.replace(path)
+
+
+def transfer(task: Task, fit: ModelFit, sae: Sae) -> dict[str, ProbeScores]:
+    """Return each probe's scores of the views model and transfer, which need no further fit."""
+    on_recon = quantised(transfer_scores(task.plan, fit.fit, sae.decode(sae.encode(fit.x))).cpu().numpy())
+    on_x, outliers = quantised(fit.fit.scores.cpu().numpy()), fit.outliers if fit.outliers.any() else None
+    plan = task.plan
+    return {
+        task.names[place]: ProbeScores(
+            {"model": on_x[t], "transfer": on_recon[t]}, plan.labels[t], plan.groups, plan.weights, plan.folds, outliers
+        )
+        for t, place in enumerate(plan.kept)
+    }
 
 
 def probe_scores(task: Task, fit: ModelFit, sae: Sae, backend: ProbeBackend) -> dict[str, ProbeScores]:
