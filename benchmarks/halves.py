@@ -64,10 +64,10 @@ def run() -> None:
     found: dict[str, list[Difference]] = {}
     jobs = [(layer, split) for layer in LAYERS for split in SPLITS]
     with ThreadPoolExecutor(cpu_count()) as threads:
-        for done in threads.map(lambda job: list(_differences(pool, x[job[0]], *job)), jobs):
+        for number, done in enumerate(threads.map(lambda job: list(_differences(pool, x[job[0]], *job)), jobs), 1):
             for figure, difference in done:
                 found.setdefault(figure, []).append(difference)
-            log.info("%d of %d", len(found[next(iter(found))]), len(jobs))
+            log.info("%d of %d", number, len(jobs))
     config = {"layers": list(LAYERS), "splits": len(SPLITS), "rows": MOST_ROWS}
     result_file.write_json(KEPT, {"differences": found, "_run": result_file.describe_run(config)})
 
