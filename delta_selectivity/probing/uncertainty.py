@@ -245,12 +245,12 @@ def level_variance(levels: Floats, n_folds: int) -> float:
 
     Where a concept is weak, losses hardly depend on C, and chance chooses it. A share of variance (R²) depends on it
     much: a probe with a small C reads the directions of largest variance, of which more survives. All rows move
-    together, which `partition_variance` does not see, since sums are taken around the mean. (K - 1) / 2 is its factor:
-    another sample of people differs from this one by more than another partition does. On disjoint halves of seven
-    tasks, the intervals of transfer_r2 covered the other half's value in 67 % of cases without this part, and in 92 %
-    with it (`python -m benchmarks.halves`).
+    together, which `partition_variance` does not see, since sums are taken around the mean. K - 1 is the factor of a
+    jackknife that leaves out a K-th at a time: without a K-th of the people, probes vary by 1 / (K - 1) of what they do
+    from sample to sample. On halves of the people of the Wikidata tasks, intervals of transfer_r2 without this part
+    covered the other half in two cases of three (`python -m benchmarks.halves`).
     """
-    return float((n_folds - 1) / 2 * np.var(levels, ddof=1)) if len(levels) > 1 else 0.0
+    return float((n_folds - 1) * np.var(levels, ddof=1)) if len(levels) > 1 else 0.0
 
 
 def benjamini_hochberg(p_values: Sequence[float | None]) -> list[float | None]:
