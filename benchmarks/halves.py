@@ -123,12 +123,17 @@ def _figures(probes: Mapping[str, ProbeScores]) -> dict[str, Cell]:
 
 
 def table(found: Mapping[str, list[list[float]]]) -> str:
-    """Return a line per figure: how often intervals covered, and the size of differences in standard errors."""
-    rows: list[tables.Row] = [("figure", "pairs of halves", "covered", "differences, in standard errors")]
-    for figure, differences in sorted(found.items()):
-        values, errors, covered = np.array(differences).T
-        size = np.sqrt(np.mean(np.square(values / errors)))
-        rows.append((figure, str(len(values)), f"{covered.mean():.1%}", f"{size:.2f}"))
+    """Return a line per figure: how often intervals covered, and the mean square size of differences in errors."""
+    columns = (*SAES, "difference")
+    rows: list[tables.Row] = [("figure", "pairs of halves", *columns)]
+    for kind in dict.fromkeys(key.replace(f", {SAES[0]}", "") for key in found if f", {SAES[0]}" in key):
+        figure, _, rest = kind.partition(", ")
+        shown, n = [], 0
+        for column in columns:
+            values, errors, covered = np.array(found[", ".join(filter(None, (figure, column, rest)))]).T
+            size, n = np.sqrt(np.mean(np.square(values / errors))), len(values)
+            shown.append(f"{covered.mean():.1%} ({size:.2f})")
+        rows.append((kind, str(n), *shown))
     return tables.aligned(rows)
 
 
