@@ -123,8 +123,8 @@ def test_results_of_an_earlier_version_load_report_and_resume(tmp_path):
 
 def test_tables_in_documents_are_up_to_date():
     pages = (
-        "ground_truth", "reliability", "performance", "scale", "settings", "explanation", "how_to/your_data", "findings",
-        "suite",
+        "ground_truth", "reliability", "performance", "scale", "settings", "explanation", "findings", "suite",
+        "how_to/your_data",
     )  # fmt: skip
     documents = ["README.md", "assets/tiny-pythia/README.md", *(f"docs/{page}.md" for page in pages)]
     for document in documents:
