@@ -42,7 +42,7 @@ def test_an_outdated_schema_is_detected_and_rewritten(tmp_path, monkeypatch, cap
     monkeypatch.setattr(update_schema, "TARGET", tmp_path / "results.schema.json")
     update_schema.TARGET.write_text("{}\n", "utf-8")
     assert update_schema.main(["--check"]) == 1
-    assert "update_schema.py" in capsys.readouterr().out
+    assert "scripts.update_schema" in capsys.readouterr().out
     assert update_schema.TARGET.read_text("utf-8") == "{}\n"
     assert update_schema.main([]) == 0
     assert json.loads(update_schema.TARGET.read_text("utf-8")) == SCHEMA

@@ -16,7 +16,7 @@ from delta_selectivity.cli import report
 from delta_selectivity.reporting.series import series_of, step_of
 from delta_selectivity.reporting.study import study_of
 
-FAST = ds.Settings(folds=3, repeats=2, whole_tokens=500)
+FAST = ds.Settings(folds=3, repeats=5, whole_tokens=500)
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,10 @@ def test_the_step_is_read_from_the_name(name, expected):
 def trained(tiny_model, tmp_path_factory):
     """Return an SAE that improves until step 300, and is then only perturbed."""
     folder = tmp_path_factory.mktemp("series")
-    task = write_csv(folder / "people.csv", people(240))
+    task = write_csv(folder / "people.csv", people(900))
     generator = torch.Generator().manual_seed(0)
     directions = torch.cat([torch.eye(D_MODEL), -torch.eye(D_MODEL)])  # keeps the largest k coordinates
-    for step, k in ((100, 2), (200, 8), (300, 20), (1000, 20)):
+    for step, k in ((100, 8), (200, 14), (300, 24), (1000, 24)):
         stirred = directions + 1e-4 * (step == 1000) * torch.randn(directions.shape, generator=generator)
         _write_sparsify_layer(folder / "run" / f"step_{step}" / "layers.1", stirred, k)
     names = [str(folder / "run" / f"step_{step}") for step in (1000, 100, 300, 200)]
@@ -112,7 +112,7 @@ def test_revisions_of_one_model_are_a_series_compared_on_the_same_rows(tiny_mode
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     repository = tmp_path / "hub" / "models--owner--tiny"
     (repository / "refs").mkdir(parents=True)
-    task = write_csv(tmp_path / "people.csv", people(160))
+    task = write_csv(tmp_path / "people.csv", people(900))
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     for number, revision in enumerate(("step1", "step10")):
         commit = f"{number}" * 40
