@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from benchmarks.probe_draws import Pool, Task
 from delta_selectivity.probing.probe_statistics import ProbeScores, auc_parts, bits, correct, r2_parts
 from delta_selectivity.probing.probes import choose_backend
 from delta_selectivity.probing.selectivity import fit_model, out_of_fold
-from delta_selectivity.probing.uncertainty import Cell, Estimate, estimate_mean
+from delta_selectivity.probing.uncertainty import Cell, Estimate, estimate_mean, sum_freedom
 from delta_selectivity.records import result_file
 from delta_selectivity.reporting import tables
 from delta_selectivity.system.processor import cpu_count
@@ -49,11 +49,9 @@ class Difference(NamedTuple):
 
     @classmethod
     def of(cls, a: Estimate, b: Estimate) -> Difference:
-        """Subtract two independent estimates, with Welch's degrees of freedom."""
-        squares = np.square([a.standard_error, b.standard_error])
-        total = float(squares.sum())
-        freedom = total**2 / float(squares**2 @ [1 / a.degrees_of_freedom, 1 / b.degrees_of_freedom])
-        both = Estimate(a.value - b.value, total**0.5, freedom)
+        """Subtract two independent estimates."""
+        parts = [(each.standard_error**2, each.degrees_of_freedom) for each in (a, b)]
+        both = Estimate(a.value - b.value, sum(square for square, _ in parts) ** 0.5, sum_freedom(parts))
         return cls(both.value, both.standard_error, both.low <= 0 <= both.high)
 
 
@@ -61,10 +59,16 @@ def run() -> None:
     """Measure, and keep each difference of two halves by figure."""
     pool = Pool.load()
     x = bundled.activations(pool.texts.mentions, LAYERS)
+    recons = {layer: {name: bundled.reconstructions(x[layer], name, layer) for name in SAES} for layer in LAYERS}
     found: dict[str, list[Difference]] = {}
     jobs = [(layer, split) for layer in LAYERS for split in SPLITS]
+
+    def differences(job: tuple[int, int]) -> list[tuple[str, Difference]]:
+        layer, split = job
+        return list(_differences(pool.halves(MOST_ROWS, split), x[layer], recons[layer]))
+
     with ThreadPoolExecutor(cpu_count()) as threads:
-        for number, done in enumerate(threads.map(lambda job: list(_differences(pool, x[job[0]], *job)), jobs), 1):
+        for number, done in enumerate(threads.map(differences, jobs), 1):
             for figure, difference in done:
                 found.setdefault(figure, []).append(difference)
             log.info("%d of %d", number, len(jobs))
@@ -72,9 +76,10 @@ def run() -> None:
     result_file.write_json(KEPT, {"differences": found, "_run": result_file.describe_run(config)})
 
 
-def _differences(pool: Pool, x: Tensor, layer: int, split: int) -> Iterator[tuple[str, Difference]]:
-    recons = {name: bundled.reconstructions(x, name, layer) for name in SAES}
-    halves = [_cells(tasks, x, recons) for tasks in pool.halves(MOST_ROWS, split)]
+def _differences(
+    tasks: Sequence[list[Task]], x: Tensor, recons: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Difference]]:
+    halves = [_cells(of_half, x, recons) for of_half in tasks]
     for figure, cells in halves[0].items():
         pairs = [(cell, halves[1][figure][probe]) for probe, cell in cells.items() if probe in halves[1][figure]]
         variants = {"": pairs}
@@ -123,7 +128,7 @@ def _figures(probes: Mapping[str, ProbeScores]) -> dict[str, Cell]:
 
 
 def table(found: Mapping[str, list[list[float]]]) -> str:
-    """Return a line per figure: how often intervals covered, and the mean square size of differences in errors."""
+    """Return a line per figure: how often intervals covered; in brackets, differences in standard errors."""
     columns = (*SAES, "difference")
     rows: list[tables.Row] = [("figure", "pairs of halves", *columns)]
     for kind in dict.fromkeys(key.replace(f", {SAES[0]}", "") for key in found if f", {SAES[0]}" in key):

@@ -28,9 +28,9 @@ from delta_selectivity.tasks import Mention, TokenisedMentions, tokenise, warn_o
 
 FOLDER = "setup"  # below the root, next to the models' folders
 SOURCES = (
-    "caches/setup_cache.py", "errors.py", "models/*.py", "system/gemm.py", "system/hub_access.py",
-    "system/person_ids.py", "system/processor.py", "system/provenance.py", "system/terminal.py", "system/unpacked.py",
-    "system/wheel.py", "tasks/*.py",
+    "caches/setup_cache.py", "errors.py", "models/*.py", "system/compiled.py", "system/gemm.py",
+    "system/hub_access.py", "system/person_ids.py", "system/processor.py", "system/provenance.py",
+    "system/terminal.py", "system/unpacked.py", "system/wheel.py", "tasks/*.py",
 )  # fmt: skip
 """The packages `models` and `tasks`, everything of this package that they import, and this module."""
 

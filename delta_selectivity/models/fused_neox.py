@@ -78,7 +78,7 @@ def _in_bfloat16(block: nn.Module) -> bool:
 
 
 def _forward(block: Any, plain: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
-    """Return what the block adds to the residual stream `[texts, tokens, d]`, and the stream."""
+    """Return the residual stream after the block, `[texts, tokens, d]`; plain: the block's own forward pass."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     attention, mlp = block.attention, block.mlp

@@ -143,8 +143,8 @@ def estimate_mean(cells: Sequence[Cell]) -> Estimate:
     of_people = float(np.square(sums.mean(axis=0)).sum()) + partition_variance(sums, n_folds)
     of_level = level_variance(by_cell[varying].sum(axis=0) / len(cells), n_folds)
     variance = of_people + of_level
-    if of_level > 0:  # Satterthwaite: the level's part has one degree of freedom less than there are partitions
-        freedom = max(1.0, variance**2 / (of_people**2 / freedom + of_level**2 / (by_cell.shape[1] - 1)))
+    if of_level > 0:
+        freedom = sum_freedom([(of_people, freedom), (of_level, by_cell.shape[1] - 1)])
     return Estimate(float(by_cell.mean()), float(np.sqrt(variance)), freedom)
 
 
@@ -213,6 +213,11 @@ def _freedom(share: Floats, spread: Floats) -> float:
     """
     squares = spread**2
     return float(max(1.0, min(squares.sum() ** 2 / (squares @ squares), 1 / (share @ share)) - 2))
+
+
+def sum_freedom(parts: Sequence[tuple[float, float]]) -> float:
+    """Return the degrees of freedom of a sum of independent variances, each with its own, 1 at least (Welch 1947)."""
+    return float(max(1.0, sum(v for v, _ in parts) ** 2 / sum(v**2 / freedom for v, freedom in parts)))
 
 
 def clustered_variance(psi: Floats, persons: NDArray[np.integer]) -> float:
