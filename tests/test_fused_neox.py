@@ -51,6 +51,19 @@ def test_values_are_those_of_the_model(tiny_model, is_fast, monkeypatch, hookpoi
     assert (found - expected).norm() <= 1.1 * (plain - expected).norm()
 
 
+def test_a_model_restricted_to_some_sites_is_that_of_these_sites(tiny_model, is_fast):
+    """A run first loads its sites and their neighbours, to check the SAEs' fit, and then keeps its own."""
+    inside, after = [Site(layer, "mlp_out") for layer in (0, 1)], [Site(layer, "resid_post") for layer in (0, 1)]
+    info = open_model(str(tiny_model))
+    loaded = info.load([*inside, *after], "cpu", "bfloat16")
+    assert not any(map(is_fused, loaded.module.modules()))
+    restricted = loaded.restricted_to(after).restricted_to(after)
+    assert sum(map(is_fused, restricted.module.modules())) == (2 if is_fast else 0)
+    expected = info.load(after, "cpu", "bfloat16").activations(IDS)
+    found = restricted.activations(IDS)
+    assert all(found[site].equal(expected[site]) for site in after)
+
+
 @pytest.mark.parametrize("hookpoint", [UP, ACT])
 def test_what_is_read_between_the_two_stays(tiny_model, is_fast, hookpoint):
     expected, _ = activations(tiny_model, hookpoint, "float32")

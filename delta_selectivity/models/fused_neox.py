@@ -25,7 +25,10 @@ NAN = np.uint16(0x7FC0)
 
 
 def fuse(decoder: nn.Module, taps: Collection[Tap]) -> None:
-    """Speed up the blocks in place. What taps read inside a block is still computed as a value of its own."""
+    """Speed up the blocks in place. What taps read inside a block is still computed as a value of its own.
+
+    Can be called again with fewer taps: blocks that are already fused stay as they are.
+    """
     if not has_fast_bfloat16():
         return
     tapped = {id(tap.module) for tap in taps}
@@ -38,7 +41,7 @@ def fuse(decoder: nn.Module, taps: Collection[Tap]) -> None:
             mlp.dense_h_to_4h.__class__ = LinearWithGelu
             mlp.act = nn.Identity()
         inside = {id(part) for part in block.modules()} - {id(block)}
-        if not tapped & inside:
+        if not tapped & inside and not is_fused(block):
             block.forward = partial(_forward, block, block.forward)
 
 

@@ -288,7 +288,9 @@ class LanguageModel:
     def restricted_to(self, sites: Collection[Site]) -> LanguageModel:
         """Return this model restricted to some sites. Drops higher layers, so `self` must not be used afterwards."""
         drop_layers_above(self.module, layers_needed(sites))
-        return LanguageModel(self.module, {site: self.taps[site] for site in sites}, self.device)
+        taps = {site: self.taps[site] for site in sites}
+        fuse(self.module, taps.values())  # more blocks than before: taps inside them are gone
+        return LanguageModel(self.module, taps, self.device)
 
 
 @dataclass(frozen=True)
