@@ -170,8 +170,8 @@ class _StoredActivations:
     activations: dict[Site, Tensor]
     device: torch.device
 
-    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
-        """Return the same activations for every batch."""
+    def token_rows(self, ids: Tensor, lengths: Tensor, wanted: Tensor | None = None) -> dict[Site, Tensor]:
+        """Return the same activations for every batch, of which all tokens are wanted."""
         return dict(self.activations)
 
     def restricted_to(self, sites: Collection[Site]) -> _StoredActivations:

@@ -13,7 +13,7 @@ from runs import Request, numbers, scores_of
 
 from delta_selectivity.caches import shard_folder
 from delta_selectivity.caches.activation_cache import ActivationCache, CachedModel, text_key
-from delta_selectivity.models.language_model import LanguageModel, Site, open_model
+from delta_selectivity.models.language_model import LanguageModel, Site, open_model, real_tokens
 
 SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
 CPU = torch.device("cpu")
@@ -136,13 +136,42 @@ def test_values_are_bitwise_identical_for_any_batch(tmp_path, info, forward_pass
     forward_passes.clear()
     alone = again.token_rows(texts()[1:2, :5], WIDTHS[1:2])
     turned = again.token_rows(texts()[[2, 0, 1]], WIDTHS[[2, 0, 1]])
-    shorter = again.token_rows(texts(), WIDTHS, skip=1)
+    some = real_tokens(texts(), WIDTHS) & (torch.arange(7) % 2 == 1)
+    fewer = again.token_rows(texts(), WIDTHS, some)
     assert forward_passes == []
     for site in SITES:
         of_text = first[site].split(WIDTHS.tolist())
         assert torch.equal(alone[site], of_text[1])
         assert torch.equal(turned[site], torch.cat([of_text[2], of_text[0], of_text[1]]))
-        assert torch.equal(shorter[site], torch.cat([rows[1:] for rows in of_text]))
+        assert torch.equal(fewer[site], torch.cat([rows[1::2] for rows in of_text]))
+
+
+def test_only_the_wanted_tokens_are_stored_and_others_are_computed_when_they_are_asked_for(
+    tmp_path, info, forward_passes
+):
+    few, other = torch.zeros(2, 3, 7, dtype=torch.bool)
+    few[:, [0, 2]], other[:, [1, 2]] = True, True
+    model = cached(ActivationCache.open(tmp_path, 1, "m", "float32"), info)
+    first = model.token_rows(texts(), WIDTHS, few)
+    assert all(len(rows) == 6 for rows in first.values())
+    model = cached(ActivationCache.open(tmp_path, 1, "m", "float32"), info)
+    assert all(rows.equal(first[site]) for site, rows in model.token_rows(texts(), WIDTHS, few).items())
+    assert forward_passes == [3]
+    second = model.token_rows(texts(), WIDTHS, other)
+    whole = info.load(SITES, "cpu", "float32").token_rows(texts(), WIDTHS)
+    assert forward_passes == [3, 3, 3]
+    for site in SITES:
+        assert torch.equal(first[site], whole[site][_among_real(few)])
+        assert torch.equal(second[site], whole[site][_among_real(other)])
+    forward_passes.clear()
+    model = cached(ActivationCache.open(tmp_path, 1, "m", "float32"), info)
+    model.token_rows(texts(), WIDTHS, few), model.token_rows(texts(), WIDTHS, other)
+    assert forward_passes == [], "each is found in its own shard"
+
+
+def _among_real(wanted: torch.Tensor) -> torch.Tensor:
+    """Return which real tokens are wanted, bool [real]."""
+    return wanted[real_tokens(texts(), WIDTHS)]
 
 
 def test_the_model_is_loaded_only_once(tmp_path, info):

@@ -1,4 +1,4 @@
-"""Fused GPT-NeoX blocks: as close to float32 as transformers' own, and not where a tap reads inside."""
+"""Fused GPT-NeoX blocks: as exact as transformers' own, not where a tap reads inside, and only for what is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import GPTNeoXConfig, GPTNeoXModel
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from delta_selectivity.models import fused_neox
-from delta_selectivity.models.fused_neox import LinearWithGelu, fuse, is_fused, rotate
+from delta_selectivity.models.fused_neox import LinearWithGelu, fuse, is_fused, reading, rotate
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.system import gemm
 
@@ -73,15 +73,49 @@ def test_what_is_read_between_the_two_stays(tiny_model, is_fast, hookpoint):
     assert (found < -0.2).any() == (hookpoint == UP), "GELU is never below -0.17"
 
 
-def test_float32_is_left_alone(tiny_model, is_fast):
-    assert activations(tiny_model, "resid_post", "float32")[1] == (0, 0)
-
-
-@pytest.mark.parametrize("options", [{}, {"use_parallel_residual": False}, {"attention_bias": False}])
-def test_blocks_of_all_kinds_are_as_exact_as_those_of_transformers(is_fast, options):
+@pytest.fixture(params=[{}, {"use_parallel_residual": False}, {"attention_bias": False}], ids=str)
+def config(request: pytest.FixtureRequest) -> GPTNeoXConfig:
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3, "intermediate_size": 96}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    config = GPTNeoXConfig(vocab_size=99, rope_parameters=rope, initializer_range=0.2, **sizes, **options)
+    return GPTNeoXConfig(vocab_size=99, rope_parameters=rope, initializer_range=0.2, **sizes, **request.param)
+
+
+def test_float32_gives_the_bits_of_transformers(config, is_fast):
+    torch.manual_seed(0)
+    model = GPTNeoXModel(config).eval().requires_grad_(False)
+    expected = model(IDS, use_cache=False).last_hidden_state
+    fuse(model, [])
+    assert sum(map(is_fused, model.modules())) == 3
+    assert model(IDS, use_cache=False).last_hidden_state.equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_block_computes_only_what_is_read(config, is_fast, dtype):
+    torch.manual_seed(0)
+    model = GPTNeoXModel(config).to(dtype).eval().requires_grad_(False)
+    fuse(model, [])
+    blocks: list[Tensor] = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _module, _args, output: blocks.append(output))
+    wanted = torch.zeros(IDS.shape, dtype=torch.bool)
+    wanted[0, [3, 7, 29]], wanted[1, 0] = True, True
+    model(IDS, use_cache=False)
+    with reading(wanted):
+        model(IDS, use_cache=False)
+    with reading(torch.ones_like(wanted)):
+        model(IDS, use_cache=False)
+    *whole, last = blocks[:3]
+    *same, few = blocks[3:6]
+    assert all(a.equal(b) for a, b in zip(whole, same, strict=True)), "other tokens read these"
+    assert blocks[8].equal(last), "nearly all are read"
+    pruned = dtype == torch.float32 or is_fast
+    torch.testing.assert_close(few[wanted], last[wanted], atol=1e-5 if dtype == torch.float32 else 0.05, rtol=0.02)
+    assert bool((few == 0).all(dim=-1).sum() == (~wanted).sum() - 2) == pruned, "the second text's two more are computed"
+    with reading(wanted[:1]):  # of another batch
+        assert model(IDS, use_cache=False).last_hidden_state.shape == (2, 30, 64)
+
+
+def test_blocks_of_all_kinds_are_as_exact_as_those_of_transformers(config, is_fast):
     torch.manual_seed(0)
     weights = GPTNeoXModel(config).bfloat16().state_dict()  # the same in all three models
     values = []

@@ -5,7 +5,8 @@
     model.token_rows(ids, lengths)             # as `LanguageModel.token_rows`; loads the model if a text is not cached
 
 The cache is content-addressed: a folder belongs to one model, revision and dtype, a shard (`shard_folder`) holds the
-texts of one forward pass, and a text is identified by its token ids.
+texts of one forward pass, and a text is identified by its token ids. Of each text only the tokens that a run needed are
+stored: those of the name, and those of the sample for whole-text figures.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from delta_selectivity.caches.shard_folder import BROKEN, ShardFolder
-from delta_selectivity.models.language_model import LanguageModel, Site
+from delta_selectivity.models.language_model import LanguageModel, Site, real_tokens
 
 OPEN_SHARDS = 16
 """Maximum number of memory-mapped shards: pages that were read count as memory of the process until unmapped."""
+TOKENS = "tokens"
+"""Name of a shard's tensor of positions: the tokens of the texts that its rows belong to, int64 ``[rows]``."""
 
 
 @dataclass(frozen=True)
@@ -43,43 +47,48 @@ class ActivationCache:
     def __init__(self, shards: ShardFolder) -> None:
         self._shards = shards
         self._lock = threading.Lock()
-        self._places: dict[Site, dict[str, _Location]] = {}  # by text
+        self._places: dict[Site, dict[str, list[_Location]]] = {}  # by text, the latest last
         self._tensors: dict[str, dict[str, Tensor]] = {}  # by shard, memory-mapped; the most recently opened ones
 
     @classmethod
     def open(cls, root: Path, limit_gb: float, model: str, dtype: str) -> ActivationCache:
         """Open the cache of a model (by its fingerprint) below `root`. Raises `RequestError` if it is not writable."""
-        cache = cls(ShardFolder.open(root, f"{model[:32]}-{dtype}", limit_gb, "activations"))
+        cache = cls(ShardFolder.open(root, f"{model[:32]}-{dtype}-rows", limit_gb, "activations"))
         for name in cache._shards.names():
             cache._index_shard(name)
         return cache
 
-    def get(self, sites: Collection[Site], texts: Sequence[str]) -> dict[str, dict[Site, Tensor]]:
-        """Return the activations `[tokens, d]` of those texts (by `text_key`) that are cached at all of the sites."""
-        wanted = [(site, _name(site), self._places.get(site, {})) for site in sites]
-        shards: dict[str, dict[str, Tensor]] = {}
-        found: dict[str, dict[Site, Tensor]] = {}
-        for text in texts:
-            rows = found.setdefault(text, {})
-            for site, name, places in wanted:
-                place = places.get(text)
-                if place is None:
-                    continue
-                if place.shard not in shards:
-                    shards[place.shard] = self._tensors_of(place.shard)
-                x = shards[place.shard].get(name)
-                if x is not None:
-                    rows[site] = x[place.start : place.stop]
-        return {text: rows for text, rows in found.items() if len(rows) == len(wanted)}
+    def get(self, sites: Collection[Site], text: str, tokens: NDArray[np.int64]) -> dict[Site, Tensor] | None:
+        """Return the activations `[tokens, d]` of a text (by `text_key`), None unless all are cached at all sites.
 
-    def put(self, texts: Sequence[str], rows: Mapping[Site, Tensor], lengths: Sequence[int]) -> None:
-        """Store the concatenated rows `[tokens, d]` of texts, unless the cache is full."""
+        tokens: the wanted positions in the text, ascending.
+        """
+        rows: dict[Site, Tensor] = {}
+        index: dict[_Location, Tensor | None] = {}  # of the wanted rows in the shard; shared by sites
+        for site in sites:
+            for place in reversed(self._places.get(site, {}).get(text, [])):
+                shard = self._tensors_of(place.shard)
+                if place not in index:
+                    index[place] = _index(shard, place, tokens)
+                found, x = index[place], shard.get(_name(site))
+                if found is not None and x is not None:
+                    rows[site] = x.index_select(0, found)
+                    break
+            else:
+                return None
+        return rows
+
+    def put(self, texts: Sequence[str], rows: Mapping[Site, Tensor], tokens: Sequence[NDArray[np.int64]]) -> None:
+        """Store the concatenated rows `[tokens, d]` of texts, with the tokens' positions, unless the cache is full."""
         if self._shards.full:
             return
-        stops = np.cumsum(lengths).tolist()
+        stops = np.cumsum([len(of_text) for of_text in tokens]).tolist()
+        places = np.concatenate(tokens)
         tensors = {_name(site): x.cpu() for site, x in rows.items()}
-        name = hashlib.sha256(json.dumps([sorted(tensors), list(texts)]).encode()).hexdigest()[:32]
-        if self._shards.write(name, tensors, {"texts": json.dumps(list(texts)), "stops": json.dumps(stops)}):
+        content = json.dumps([sorted(tensors), list(texts), stops]).encode() + places.tobytes()
+        name = hashlib.sha256(content).hexdigest()[:32]
+        header = {"texts": json.dumps(list(texts)), "stops": json.dumps(stops)}
+        if self._shards.write(name, {**tensors, TOKENS: torch.from_numpy(places)}, header):
             self._index_shard(name)
 
     def _tensors_of(self, shard: str) -> dict[str, Tensor]:
@@ -103,14 +112,16 @@ class ActivationCache:
         try:
             texts, stops = json.loads(header["texts"]), json.loads(header["stops"])
             places = [_Location(shard, a, b) for a, b in zip([0, *stops], stops, strict=False)]
-            entries = dict(zip(texts, places, strict=True))
-            sites = [_site(name) for name in names]
+            entries = list(zip(texts, places, strict=True))
+            sites = [_site(name) for name in names if name != TOKENS]
         except BROKEN as error:
             self._shards.drop(shard, error)
             return
         with self._lock:
             for site in sites:
-                self._places.setdefault(site, {}).update(entries)
+                by_text = self._places.setdefault(site, {})
+                for text, place in entries:
+                    by_text.setdefault(text, []).append(place)
 
 
 class CachedModel:
@@ -133,22 +144,25 @@ class CachedModel:
         self._model: LanguageModel | None = None
         self._lock = threading.Lock()
 
-    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
+    def token_rows(self, ids: Tensor, lengths: Tensor, wanted: Tensor | None = None) -> dict[Site, Tensor]:
         """Return activations as `LanguageModel.token_rows` does: site -> [rows, d]."""
+        wanted = real_tokens(ids, lengths) if wanted is None else wanted
         counts = lengths.tolist()
         texts = [text_key(row[:n], self._purpose) for row, n in zip(ids, counts, strict=True)]
-        found = self._cache.get(self.sites, texts)
-        missing = [i for i, text in enumerate(texts) if text not in found]
+        tokens = [np.flatnonzero(row) for row in wanted.numpy()]
+        found = [self._cache.get(self.sites, text, at) for text, at in zip(texts, tokens, strict=True)]
+        missing = [i for i, rows in enumerate(found) if rows is None]
         if missing:
             width = max(counts[i] for i in missing)
-            fresh = self._loaded().token_rows(ids[missing, :width], lengths[missing])
-            self._cache.put([texts[i] for i in missing], fresh, [counts[i] for i in missing])
-            if len(missing) == len(texts) and not skip:
+            fresh = self._loaded().token_rows(ids[missing, :width], lengths[missing], wanted[missing, :width])
+            self._cache.put([texts[i] for i in missing], fresh, [tokens[i] for i in missing])
+            if len(missing) == len(texts):
                 return fresh
-            parts = {site: x.split([counts[i] for i in missing]) for site, x in fresh.items()}
+            parts = {site: x.split([len(tokens[i]) for i in missing]) for site, x in fresh.items()}
             for row, i in enumerate(missing):
-                found[texts[i]] = {site: of_text[row] for site, of_text in parts.items()}
-        return {site: self._concatenate([found[text][site][skip:] for text in texts]) for site in self.sites}
+                found[i] = {site: of_text[row] for site, of_text in parts.items()}
+        whole = [rows for rows in found if rows is not None]  # all of them
+        return {site: self._concatenate([rows[site] for rows in whole]) for site in self.sites}
 
     def restricted_to(self, sites: Collection[Site]) -> CachedModel:
         """Return this model restricted to some of its sites."""
@@ -170,6 +184,17 @@ class CachedModel:
         """Concatenate the parts on the model's device, with a single transfer."""
         on_one_device = parts if len({part.device for part in parts}) == 1 else [part.cpu() for part in parts]
         return torch.cat(on_one_device).to(self.device, non_blocking=True)
+
+
+def _index(shard: Mapping[str, Tensor], place: _Location, tokens: NDArray[np.int64]) -> Tensor | None:
+    """Return the rows of some positions of a text in its shard; None unless all are there."""
+    if TOKENS not in shard:  # broken or removed
+        return None
+    stored = shard[TOKENS].numpy()[place.start : place.stop]
+    found = np.searchsorted(stored, tokens)
+    if len(tokens) and (found[-1] >= len(stored) or not np.array_equal(stored[found], tokens)):
+        return None
+    return torch.from_numpy(found + place.start)
 
 
 def text_key(ids: Tensor, purpose: str) -> str:

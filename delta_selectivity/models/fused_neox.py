@@ -1,14 +1,22 @@
-"""GPT-NeoX blocks (Pythia) in bfloat16 on a CPU that read and write memory less often.
+"""GPT-NeoX blocks (Pythia) on a CPU that read and write memory less often, and compute only what is read.
 
 Transformers calls a function for each sum, each GELU and each part of the rotary embedding, and each call reads and
-writes whole tensors. Here oneDNN applies GELU, and adds to the residual stream, inside the matrix product before it, on
-float32 sums that are rounded once; queries and keys are rotated where they are. Timings: `python -m
-benchmarks.bench_kernels`.
+writes whole tensors. Here queries and keys are rotated where they are, and in bfloat16 oneDNN applies GELU, and adds to
+the residual stream, inside the matrix product before it, on float32 sums that are rounded once. In float32 the values
+are those of transformers, bit by bit. Timings: `python -m benchmarks.bench_kernels`.
+
+No token needs another one's output of the last block, so that block has queries, an MLP and sums only for the tokens
+that are read:
+
+    with reading(wanted):        # bool [texts, tokens]
+        decoder(input_ids=ids)   # the last block's output is 0 at other tokens
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -16,10 +24,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from delta_selectivity.models.places import Tap
 from delta_selectivity.system.compiled import compiled
 from delta_selectivity.system.processor import has_fast_bfloat16
+
+FEW = 0.5  # share of the tokens up to which computing only those is faster: the rest is gathered and scattered
+
+_wanted: ContextVar[Tensor | None] = ContextVar("tokens that are read", default=None)
 
 NAN = np.uint16(0x7FC0)
 
@@ -29,25 +42,37 @@ def fuse(decoder: nn.Module, taps: Collection[Tap]) -> None:
 
     Can be called again with fewer taps: blocks that are already fused stay as they are.
     """
-    if not has_fast_bfloat16():
-        return
     tapped = {id(tap.module) for tap in taps}
-    for block in decoder.modules():
-        if type(block).__name__ != "GPTNeoXLayer" or not _in_bfloat16(block):
+    blocks: list[Any] = [block for block in decoder.modules() if type(block).__name__ == "GPTNeoXLayer"]
+    for block in blocks:
+        coarse = _is_on_cpu(block, torch.bfloat16) and has_fast_bfloat16()
+        if not coarse and not _is_on_cpu(block, torch.float32):
             continue
-        mlp: Any = block.mlp
-        is_gelu = type(mlp.act).__name__ == "GELUActivation"
-        if is_gelu and type(mlp.dense_h_to_4h) is nn.Linear and not tapped & {id(mlp.dense_h_to_4h), id(mlp.act)}:
+        mlp = block.mlp
+        is_gelu = type(mlp.act).__name__ == "GELUActivation" and type(mlp.dense_h_to_4h) is nn.Linear
+        if coarse and is_gelu and not tapped & {id(mlp.dense_h_to_4h), id(mlp.act)}:
             mlp.dense_h_to_4h.__class__ = LinearWithGelu
             mlp.act = nn.Identity()
         inside = {id(part) for part in block.modules()} - {id(block)}
-        if not tapped & inside and not is_fused(block):
-            block.forward = partial(_forward, block, block.forward)
+        if not tapped & inside:
+            block.is_last = block is blocks[-1]
+            if not is_fused(block):
+                block.forward = partial(_forward, block, block.forward)
 
 
 def is_fused(block: nn.Module) -> bool:
     """Return whether `fuse` replaced the whole block's forward pass."""
     return "forward" in vars(block)
+
+
+@contextmanager
+def reading(wanted: Tensor) -> Iterator[None]:
+    """Compute the last block's output only for some tokens inside the context: bool ``[texts, tokens]``."""
+    token = _wanted.set(wanted)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
 
 
 class LinearWithGelu(nn.Linear):
@@ -67,38 +92,77 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, d_head: int) -> None:
     """Apply the rotary embedding (Su et al. 2021, arXiv 2104.09864) to queries and keys, in place.
 
     Args:
-        qkv: bfloat16 ``[texts, tokens, heads x 3 x d_head]``, contiguous: query, key and value of each head.
-        cos: bfloat16 ``[tokens, n]``: the first n dimensions are rotated, i together with i + n / 2.
+        qkv: bfloat16 or float32 ``[texts, tokens, heads x 3 x d_head]``, contiguous: query, key and value of each head.
+        cos: ``[tokens, n]``: the first n dimensions are rotated, i together with i + n / 2.
         sin: The same.
         d_head: Width of a head.
     """
     half = cos.shape[1] // 2
-    _rotate(qkv.view(torch.uint16).numpy(), cos[:, :half].float().numpy(), sin[:, :half].float().numpy(), d_head)
+    tables = cos[:, :half].float().numpy(), sin[:, :half].float().numpy()
+    if qkv.dtype == torch.bfloat16:
+        _rotate(qkv.view(torch.uint16).numpy(), *tables, d_head)
+    else:
+        _rotate_float32(qkv.numpy(), *tables, d_head)
 
 
-def _in_bfloat16(block: nn.Module) -> bool:
-    return all(p.dtype == torch.bfloat16 and p.device.type == "cpu" for p in block.parameters())
+def _is_on_cpu(block: nn.Module, dtype: torch.dtype) -> bool:
+    return all(p.dtype == dtype and p.device.type == "cpu" for p in block.parameters())
 
 
 def _forward(block: Any, plain: Any, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
     """Return the residual stream after the block, `[texts, tokens, d]`; plain: the block's own forward pass."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    attention, mlp = block.attention, block.mlp
+    attention = block.attention
     embeddings: tuple[Tensor, Tensor] | None = options.get("position_embeddings")
     attend = ALL_ATTENTION_FUNCTIONS.get(attention.config._attn_implementation)
-    if args or attend is None or embeddings is None or len(embeddings[0]) != 1 or options.get("layer_past") is not None:
+    simple = not args and options.get("layer_past") is None and hidden_states.device.type == "cpu"
+    if not simple or attend is None or embeddings is None or len(embeddings[0]) != 1:
         whole: Tensor = plain(hidden_states, *args, **options)
         return whole
     cos, sin = embeddings
+    mask = options.get("attention_mask")
     qkv = attention.query_key_value(block.input_layernorm(hidden_states))
     rotate(qkv, cos[0], sin[0], attention.head_size)
-    heads = qkv.unflatten(-1, (-1, 3 * attention.head_size)).transpose(1, 2).chunk(3, dim=-1)
-    found, _ = attend(attention, *heads, options.get("attention_mask"), scaling=attention.scaling)
-    after = linear_and_add(attention.dense, found.flatten(2), hidden_states)
-    read = hidden_states if block.use_parallel_residual else after
-    inner = mlp.act(mlp.dense_h_to_4h(block.post_attention_layernorm(read)))
-    return linear_and_add(mlp.dense_4h_to_h, inner, after)
+    query, key, value = qkv.unflatten(-1, (-1, 3 * attention.head_size)).transpose(1, 2).chunk(3, dim=-1)
+    read = _wanted_tokens(hidden_states) if block.is_last and mask is None else None
+    if read is None:
+        found, _ = attend(attention, query, key, value, mask, scaling=attention.scaling)
+        return _add_attention_and_mlp(block, hidden_states, found.flatten(2))
+    some = read[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    past = torch.arange(key.shape[2]) <= read[..., None]
+    found = scaled_dot_product_attention(
+        query.gather(2, some), key, value, attn_mask=past[:, None], scale=attention.scaling
+    )
+    place = read[..., None].expand(-1, -1, hidden_states.shape[2])
+    values = _add_attention_and_mlp(block, hidden_states.gather(1, place), found.transpose(1, 2).flatten(2))
+    return torch.zeros_like(hidden_states).scatter_(1, place, values)
+
+
+def _wanted_tokens(x: Tensor) -> Tensor | None:
+    """Return positions int64 `[texts, n]` with all wanted ones of each text of x `[texts, tokens, d]`; None: all.
+
+    Texts with fewer wanted tokens than others have others too.
+    """
+    wanted = _wanted.get()
+    if wanted is None or wanted.shape != x.shape[:2]:
+        return None
+    most = int(wanted.sum(dim=1).max())
+    return wanted.sort(dim=1, descending=True, stable=True)[1][:, :most] if most <= FEW * wanted.shape[1] else None
+
+
+def _add_attention_and_mlp(block: Any, x: Tensor, found: Tensor) -> Tensor:
+    """Return the residual stream after the block for that before it; found: the heads' outputs; all `[..., d]`."""
+    dense, mlp = block.attention.dense, block.mlp
+    if x.dtype == torch.bfloat16:
+        after = linear_and_add(dense, found, x)
+        read = x if block.use_parallel_residual else after
+        inner = mlp.act(mlp.dense_h_to_4h(block.post_attention_layernorm(read)))
+        return linear_and_add(mlp.dense_4h_to_h, inner, after)
+    if block.use_parallel_residual:
+        return mlp(block.post_attention_layernorm(x)) + dense(found) + x  # type: ignore[no-any-return]
+    after = dense(found) + x
+    return mlp(block.post_attention_layernorm(after)) + after  # type: ignore[no-any-return]
 
 
 @compiled()
@@ -125,3 +189,20 @@ def _rotate(qkv: NDArray[np.uint16], cos: NDArray[np.float32], sin: NDArray[np.f
                     odd = (bits[i] >> np.uint32(16)) & np.uint32(1)  # round to nearest, ties to even
                     rounded = np.uint16((bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
                     part[i] = rounded if values[i] == values[i] else NAN
+
+
+@compiled()
+def _rotate_float32(qkv: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.float32], d_head: int) -> None:
+    n_texts, n_tokens, width = qkv.shape
+    half = cos.shape[1]
+    for text in range(n_texts):
+        for token in range(n_tokens):
+            row = qkv[text, token]
+            for head in range(width // d_head):
+                if head % 3 == 2:  # a value
+                    continue
+                part = row[head * d_head : head * d_head + 2 * half]
+                for i in range(half):
+                    a, b, c, s = part[i], part[half + i], cos[token, i], sin[token, i]
+                    part[i] = a * c - b * s
+                    part[half + i] = b * c + a * s

@@ -30,7 +30,7 @@ from delta_selectivity.models import attention
 from delta_selectivity.models.capture import capture, replacing
 from delta_selectivity.models.checks import check
 from delta_selectivity.models.configs import read_sizes, truncated
-from delta_selectivity.models.fused_neox import fuse
+from delta_selectivity.models.fused_neox import fuse, reading
 from delta_selectivity.models.gguf_file import without_bar
 from delta_selectivity.models.places import (
     HOOKPOINTS,
@@ -245,10 +245,13 @@ class ActivationSource(Protocol):
         """Return the device of the activations."""
         ...
 
-    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
-        """Return activations for right-padded token ids [texts, tokens] with `lengths` [texts] real tokens.
+    def token_rows(self, ids: Tensor, lengths: Tensor, wanted: Tensor | None = None) -> dict[Site, Tensor]:
+        """Return activations of some tokens, text by text: site -> [rows, d of the site].
 
-        Rows are concatenated text by text, without the first `skip` tokens of each: site -> [rows, d of the site].
+        Args:
+            ids: Right-padded token ids [texts, tokens].
+            lengths: Real tokens of each text [texts].
+            wanted: Which tokens, bool [texts, tokens] on the CPU; None: all real ones.
         """
         ...
 
@@ -277,12 +280,12 @@ class LanguageModel:
         return found
 
     @torch.inference_mode()
-    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
-        """Return the activations of real tokens only (see `ActivationSource`)."""
-        found = self.activations(ids)
-        position = torch.arange(ids.shape[1])
-        real = (position >= skip) & (position < lengths[:, None])
-        place = real.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # computed on the CPU: no waiting
+    def token_rows(self, ids: Tensor, lengths: Tensor, wanted: Tensor | None = None) -> dict[Site, Tensor]:
+        """Return the activations of some tokens only (see `ActivationSource`)."""
+        chosen = real_tokens(ids, lengths) if wanted is None else wanted
+        place = chosen.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # computed on the CPU: no waiting
+        with reading(chosen):
+            found = self.activations(ids)
         return {site: found.pop(site).flatten(0, 1).index_select(0, place) for site in list(found)}
 
     def restricted_to(self, sites: Collection[Site]) -> LanguageModel:
@@ -291,6 +294,11 @@ class LanguageModel:
         taps = {site: self.taps[site] for site in sites}
         fuse(self.module, taps.values())  # more blocks than before: taps inside them are gone
         return LanguageModel(self.module, taps, self.device)
+
+
+def real_tokens(ids: Tensor, lengths: Tensor) -> Tensor:
+    """Return which of the right-padded token ids [texts, tokens] are real: bool [texts, tokens]."""
+    return torch.arange(ids.shape[1]) < lengths[:, None]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.models.language_model import ActivationSource, Site
-from delta_selectivity.run.reconstruction import ReconstructionSums, SiteScale, TokenFacts
+from delta_selectivity.run.reconstruction import ALL, ReconstructionSums, SiteScale, TokenFacts
 from delta_selectivity.run.rows import RowTable
 from delta_selectivity.run.token_index import Encoded, TokenIndex
 from delta_selectivity.run.token_sample import TokenSample
@@ -32,8 +32,9 @@ from delta_selectivity.tasks import ProbeTexts, TokenBatch, TokenisedMentions, b
 log = logging.getLogger(__name__)
 
 CPU_TOKENS = 2048  # padded tokens in a forward pass on the CPU
-CPU_BATCH = 2 * CPU_TOKENS  # padded tokens of a batch on a CPU: two forward passes, so that SAEs get more rows
+CPU_BATCH = 4 * CPU_TOKENS  # padded tokens of a batch on a CPU: four forward passes, so that SAEs get more rows
 CPU_BATCH_BYTES = 2**28  # maximum size of its activations in float32, where that allows more than one forward pass
+MIN_SHARE = 1 / 16  # least share of tokens that is assumed to be needed, for `tokens_in_memory`
 
 NO_MENTION = torch.iinfo(torch.int64).max  # the value of `LayerRows.broken` if no mention is broken
 
@@ -56,7 +57,7 @@ class LayerRows:
     row_ids: Tensor  # int64 [rows], on the CPU
     x: Tensor  # float32 [rows, d]
     recons: Mapping[SaeId, Tensor]  # float32 [rows, d] each
-    broken: Mapping[SaeId | None, Tensor]  # int64 [], first mention with NaN or Inf in x (None) or x̂, at any token
+    broken: Mapping[SaeId | None, Tensor]  # int64 [], first mention with NaN or Inf in x (None) or x̂, at needed tokens
     latents: Mapping[SaeId, SparseRows] = field(default_factory=dict)  # [rows, d_sae], of the requested SAEs
 
     @property
@@ -108,13 +109,13 @@ class _EncodedTokens(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, tokens: TokenIndex, encoded: Encoded, scale: SiteScale | None) -> _EncodedTokens:
-        """Select the encoded tokens of x [real tokens, d], of any precision."""
+        """Select the encoded tokens of x [needed tokens, d], of any precision."""
         x, mention, number = (_select_rows(rows, encoded.rows) for rows in (x, tokens.mention, tokens.number))
         x = x.float()
         return cls(encoded, x, mention, TokenFacts.of(x, number, scale))
 
     def select(self, rows: Tensor) -> Tensor:
-        """Select the encoded tokens of rows [real tokens, d] in float32."""
+        """Select the encoded tokens of rows [needed tokens, d] in float32."""
         return _select_rows(rows, self.encoded.rows).float()
 
 
@@ -146,7 +147,7 @@ class Producer:
         self.scales = {site: scale._replace(mean=scale.mean.to(self._sums_device)) for site, scale in scales.items()}
         self.tokenised, self.rows, self.clock = tokenised, rows, clock
         if batch_size is None and max_tokens is None:
-            max_tokens = tokens_in_memory(model.device, saes)
+            max_tokens = tokens_in_memory(model.device, saes, max(sample.limits) / ALL)
         self.batch_size, self.max_tokens = batch_size or len(tokenised.ids), max_tokens
         self.cores = cores
         reading = {(site, site.read_by(sae.input_hookpoint)) for site, by_id in saes.items() for sae in by_id.values()}
@@ -196,10 +197,10 @@ class Producer:
 
     @torch.inference_mode()
     def _process(self, batch: TokenBatch, limits: tuple[int, ...]) -> BatchResults:
+        counts_bos = set(self.counts_bos.values()) or {False}  # without an SAE, what the next one will need
+        tokens = TokenIndex.build(batch, self.rows, counts_bos, self.sample, limits).to(self._sums_device)
         with self.clock.stage("forward"):
-            skip = int(batch.has_bos and not any(self.counts_bos.values()))
-            activations = self._token_rows(batch, skip)
-        tokens = TokenIndex.build(batch, self.rows, skip, self.sample, limits).to(self._sums_device)
+            activations = self._token_rows(batch, tokens.wanted)
         results = []
         for site, saes in self.saes.items():
             with self.clock.stage("sae"):
@@ -213,8 +214,7 @@ class Producer:
                     place = site.read_by(sae.input_hookpoint)
                     with_bos = self.counts_bos[sae_id]
                     if with_bos not in needed:
-                        encoded = tokens.with_bos if with_bos else tokens.without_bos
-                        needed[with_bos] = _EncodedTokens.of(x, tokens, encoded, self.scales.get(site))
+                        needed[with_bos] = _EncodedTokens.of(x, tokens, tokens.encoded[with_bos], self.scales.get(site))
                     tokens_of_sae = needed[with_bos]
                     read = tokens_of_sae.x
                     if place != site:
@@ -226,13 +226,19 @@ class Producer:
                 results.append((LayerRows(site, tokens.row_ids, tokens.pool(probed), recons, broken, codes), sums))
         return results
 
-    def _token_rows(self, batch: TokenBatch, skip: int) -> dict[Site, Tensor]:
-        """Return the batch's activations; on a CPU by several forward passes, since more tokens exceed its cache."""
+    def _token_rows(self, batch: TokenBatch, wanted: Tensor) -> dict[Site, Tensor]:
+        """Return the wanted rows of the batch; on a CPU by several forward passes, since more tokens exceed its cache.
+
+        wanted: bool [texts, tokens].
+        """
         if self.model.device.type != "cpu" or batch.ids.numel() <= CPU_TOKENS:
-            return self.model.token_rows(batch.ids, batch.lengths, skip)
+            return self.model.token_rows(batch.ids, batch.lengths, wanted)
         n = len(batch.mentions)
-        passes = batches(self.tokenised, batch.mentions, batch_size=n, max_tokens=CPU_TOKENS)  # in the same order
-        found = [self.model.token_rows(part.ids, part.lengths, skip) for part in passes]
+        found, begin = [], 0
+        for part in batches(self.tokenised, batch.mentions, batch_size=n, max_tokens=CPU_TOKENS):  # in the same order
+            end = begin + len(part.mentions)
+            found.append(self.model.token_rows(part.ids, part.lengths, wanted[begin:end, : part.ids.shape[1]]))
+            begin = end
         return {site: torch.cat([rows.pop(site) for rows in found]) for site in list(found[0])}
 
     def _reconstruct(
@@ -278,16 +284,17 @@ def _first_broken(sums: Tensor, mention: Tensor) -> Tensor:
     return torch.where(sums.isfinite(), none, mention).amin()
 
 
-def tokens_in_memory(device: torch.device, saes: Mapping[Site, Mapping[SaeId, Sae]]) -> int:
-    """Return how many padded tokens of a batch fit safely in the free memory.
+def tokens_in_memory(device: torch.device, saes: Mapping[Site, Mapping[SaeId, Sae]], share: float = 1) -> int:
+    """Return how many padded tokens of a batch fit safely in the free memory; share: of tokens that are needed.
 
-    Each token needs memory for its activations at every site, one layer's inner activations, and the pre-activations
-    and reconstructions of one SAE. On a CPU, a batch has tokens for two forward passes.
+    Each needed token needs memory for its activations at every site, one layer's inner activations, and the
+    pre-activations and reconstructions of one SAE. On a CPU, a batch has tokens for several forward passes.
     """
     all_saes = [sae for site in saes.values() for sae in site.values()]
     d = max((max(sae.d_in, sae.d_out) for sae in all_saes), default=1)
     if device.type != "cuda":
-        return min(max(CPU_BATCH_BYTES // (4 * d * len(saes)), CPU_TOKENS), CPU_BATCH)
+        rows = CPU_BATCH_BYTES // (4 * d * len(saes))
+        return min(max(int(rows / max(share, MIN_SHARE)), CPU_TOKENS), CPU_BATCH)
     if not all_saes:  # a baseline without a reconstruction needs activations only
         return CPU_TOKENS
     d_sae = max(sae.d_sae for sae in all_saes)

@@ -20,7 +20,7 @@ class ResidentModel:
     def __init__(self, model: ActivationSource, limit_bytes: int) -> None:
         """Wrap a model with hooks at the sites to read; limit_bytes: memory for its activations."""
         self._model, self._free_bytes = model, limit_bytes
-        self._stored: dict[tuple[bytes, int], dict[Site, Tensor]] = {}
+        self._stored: dict[tuple[bytes, bytes | None], dict[Site, Tensor]] = {}
         self._lock = threading.Lock()
 
     @property
@@ -28,14 +28,14 @@ class ResidentModel:
         """Device of the activations."""
         return self._model.device
 
-    def token_rows(self, ids: Tensor, lengths: Tensor, skip: int = 0) -> dict[Site, Tensor]:
-        """Return the rows of real tokens, as `LanguageModel.token_rows`: site -> [rows, d]."""
-        key = (ids.numpy().tobytes(), skip)
+    def token_rows(self, ids: Tensor, lengths: Tensor, wanted: Tensor | None = None) -> dict[Site, Tensor]:
+        """Return rows of tokens, as `LanguageModel.token_rows`: site -> [rows, d]."""
+        key = (ids.numpy().tobytes(), None if wanted is None else wanted.numpy().tobytes())
         with self._lock:
             stored = self._stored.get(key)
         if stored is not None:
             return dict(stored)  # a copy, since the caller removes sites
-        rows = self._model.token_rows(ids, lengths, skip)
+        rows = self._model.token_rows(ids, lengths, wanted)
         size = sum(x.nbytes for x in rows.values())
         with self._lock:
             if key not in self._stored and size <= self._free_bytes:

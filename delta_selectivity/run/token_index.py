@@ -1,8 +1,8 @@
-"""Positions of the probed tokens of a batch, and the tokens that an SAE encodes."""
+"""The tokens of a batch whose activations are needed: those of names, and those of the sample that SAEs encode."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -23,9 +23,9 @@ MAX_TOKENS = 2**32
 
 @dataclass(frozen=True)
 class Encoded:
-    """The real tokens of a batch that an SAE encodes."""
+    """The needed tokens of a batch that an SAE encodes."""
 
-    rows: Tensor | None  # int64 [encoded], their indices among the real tokens; None: all of them
+    rows: Tensor | None  # int64 [encoded], their indices among the needed tokens; None: all of them
     probed: Tensor  # int64 [probed], indices of the name tokens among the encoded ones
     whole: Mapping[
         int, Tensor | None
@@ -35,62 +35,82 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TokenIndex:
-    """Positions of a batch's tokens, built on the CPU so that nothing waits for the device."""
+    """Positions of the tokens of a batch that are needed, built on the CPU so that nothing waits for the device."""
 
-    mention: Tensor  # int64 [real], the token's mention
-    number: Tensor  # int64 [real], unique among the tokens of all texts
-    probed: Tensor  # int64 [probed], indices of the name tokens among the real ones
-    with_bos: Encoded  # for SAEs whose figures include BOS
-    without_bos: Encoded  # for the others
+    wanted: Tensor  # bool [texts, tokens], whether a token is needed; stays on the CPU
+    mention: Tensor  # int64 [needed], the token's mention
+    number: Tensor  # int64 [needed], unique among the tokens of all texts
+    probed: Tensor  # int64 [probed], indices of the name tokens among the needed ones
+    encoded: Mapping[bool, Encoded]  # for SAEs whose figures include BOS, for the others; only those of the run
     offsets: Tensor | None  # int64 [rows], first name token of each row; None: each name token is a row
     row_ids: Tensor  # int64 [rows], stays on the CPU
 
     @classmethod
     def build(
-        cls, batch: TokenBatch, rows: RowTable, skip: int, sample: TokenSample, limits: Sequence[int]
+        cls,
+        batch: TokenBatch,
+        rows: RowTable,
+        counts_bos: Collection[bool],
+        sample: TokenSample,
+        limits: Sequence[int],
     ) -> TokenIndex:
         """Build the index.
 
-        skip: number of tokens removed from each text's start (1 for a BOS that does not count).
+        counts_bos: whether the figures of the run's SAEs include BOS.
         limits: limits of the token sample to draw.
         """
-        n_texts, kept = len(batch.lengths), batch.lengths - skip
-        kept_before = torch.cumsum(kept, 0) - kept  # real tokens of earlier texts
+        lengths = batch.lengths
+        starts = torch.cumsum(lengths, 0) - lengths  # real tokens of earlier texts
+        text = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # [real], as all masks below
+        place = torch.arange(len(text)) - starts[text]
         first = batch.last if rows.positions == "last" else batch.first
         n_probed = batch.last - first + 1
-        starts = torch.cumsum(n_probed, 0) - n_probed
-        text = torch.repeat_interleave(torch.arange(n_texts), n_probed)
-        in_text = first[text] + torch.arange(len(text)) - starts[text]
-        probed = kept_before[text] + in_text - skip
-        mention = torch.from_numpy(batch.mentions).repeat_interleave(kept)
-        place = torch.arange(len(mention)) - kept_before.repeat_interleave(kept) + skip
-        counted = torch.ones(int(kept.sum()), dtype=torch.bool)
-        numbers = None if list(limits) == [ALL] else sample.numbers(batch, skip)
-        drawn = {
-            limit: None if limit == ALL or numbers is None else torch.from_numpy(numbers < np.uint64(limit))
-            for limit in limits
+        name_starts = torch.cumsum(n_probed, 0) - n_probed
+        of_name = torch.repeat_interleave(torch.arange(len(lengths)), n_probed)
+        probed = (starts + first - name_starts)[of_name] + torch.arange(len(of_name))
+        ordinary = place >= int(batch.has_bos)
+        every = torch.ones_like(ordinary)
+        drawn = {}
+        if list(limits) != [ALL]:
+            numbers = sample.numbers(batch)
+            drawn = {limit: torch.from_numpy(numbers < np.uint64(limit)) for limit in limits if limit != ALL}
+        taken = {
+            with_bos: {limit: drawn.get(limit, every) & (every if with_bos else ordinary) for limit in limits}
+            for with_bos in counts_bos
         }
-        with_bos = _encoded(counted, drawn, probed)
-        if batch.has_bos and not skip:
-            counted[kept_before] = False
+        needed = torch.stack([mask for masks in taken.values() for mask in masks.values()]).any(dim=0)
+        needed[probed] = True
+        probed = (needed.cumsum(0) - 1)[probed]
+        text, place, ordinary = text[needed], place[needed], ordinary[needed]
+        wanted = torch.zeros(batch.ids.shape, dtype=torch.bool)
+        wanted[text, place] = True
+        mention = torch.from_numpy(batch.mentions)[text]
+        n_real = int(lengths.sum())
         return cls(
+            wanted=wanted,
             mention=mention,
             number=place + mention * MAX_TOKENS,
             probed=probed,
-            with_bos=with_bos,
-            without_bos=_encoded(counted, drawn, probed),
-            offsets=starts if rows.positions == "mean" else None,
+            encoded={
+                with_bos: _encoded(
+                    {limit: mask[needed] for limit, mask in masks.items()},
+                    probed,
+                    n_real - (0 if with_bos or not batch.has_bos else len(lengths)),
+                )
+                for with_bos, masks in taken.items()
+            },
+            offsets=name_starts if rows.positions == "mean" else None,
             row_ids=torch.from_numpy(rows.ids_of(batch.mentions)),
         )
 
     def to(self, device: torch.device) -> TokenIndex:
-        """Move the index to a device, except the row ids."""
+        """Move the index to a device, except what stays on the CPU."""
         if device.type == "cpu":
             return self
         moved = {
             field.name: _to_device(getattr(self, field.name), device)
             for field in fields(self)
-            if field.name != "row_ids"
+            if field.name not in ("wanted", "row_ids")
         }
         return replace(self, **moved)
 
@@ -109,24 +129,17 @@ class TokenIndex:
         return latents if self.offsets is None else latents.means(self.offsets)
 
 
-def _encoded(counted: Tensor, drawn: Mapping[int, Tensor | None], probed: Tensor) -> Encoded:
-    """Return the tokens to encode: counted tokens in the sample of any limit, and probed tokens.
+def _encoded(taken: Mapping[int, Tensor], probed: Tensor, n_counted: int) -> Encoded:
+    """Return the tokens to encode: those in the sample of any limit, and probed tokens.
 
-    counted: bool [real]; drawn: limit -> bool [real], None if it draws all.
+    taken: limit -> bool [needed]; probed: indices among the needed tokens; n_counted: as in `Encoded`.
     """
-    n_counted = int(counted.sum())
-    if n_counted == len(counted) and None in drawn.values():
-        return Encoded(None, probed, {limit: _places(some) for limit, some in drawn.items()}, n_counted)
-    taken = {limit: counted if some is None else counted & some for limit, some in drawn.items()}
-    needed = torch.stack([*taken.values()]).any(dim=0)
-    needed[probed] = True
-    place = needed.cumsum(0) - 1
-    places = {limit: None if bool((some == needed).all()) else place[some] for limit, some in taken.items()}
-    return Encoded(needed.nonzero()[:, 0], place[probed], places, n_counted)
-
-
-def _places(some: Tensor | None) -> Tensor | None:
-    return None if some is None else some.nonzero()[:, 0]
+    encoded = torch.stack([*taken.values()]).any(dim=0)
+    encoded[probed] = True
+    place = encoded.cumsum(0) - 1
+    whole = {limit: None if bool((some == encoded).all()) else place[some] for limit, some in taken.items()}
+    rows = None if bool(encoded.all()) else encoded.nonzero()[:, 0]
+    return Encoded(rows, place[probed], whole, n_counted)
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -2,7 +2,7 @@
 
     sample = TokenSample.draw(tokenised, texts, n_tokens=65_536, seed=0)
     sample.limits[dataset]             # the dataset's sample: tokens whose number is below this limit
-    sample.numbers(batch, skip=1)      # the number of each real token of the batch
+    sample.numbers(batch)              # the number of each real token of the batch
 
 In a wide SAE, most arithmetic is for tokens that only the whole-text figures need. A token's number is a hash of its
 text, its position and the seed, so the sample of a dataset is the same for every SAE and every combination of datasets.
@@ -53,12 +53,11 @@ class TokenSample:
         limit = self.limits[dataset]
         return mentions if limit == ALL else mentions[self.hashes[mentions] < np.uint64(limit)]
 
-    def numbers(self, batch: TokenBatch, skip: int) -> npt.NDArray[np.uint64]:
-        """Return the number of each real token of a batch, text by text; skip: tokens removed at each text's start."""
-        kept = (batch.lengths - skip).numpy()
-        start = np.repeat(np.cumsum(kept) - kept, kept)
-        place = (np.arange(len(start)) - start + skip).astype(np.uint64)
-        return _mix_bits(np.repeat(self.hashes[batch.mentions], kept) + place * _GOLDEN)
+    def numbers(self, batch: TokenBatch) -> npt.NDArray[np.uint64]:
+        """Return the number of each real token of a batch, text by text."""
+        n = batch.lengths.numpy()
+        place = (np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)).astype(np.uint64)
+        return _mix_bits(np.repeat(self.hashes[batch.mentions], n) + place * _GOLDEN)
 
 
 def seed_key(seed: int) -> bytes:
