@@ -71,7 +71,7 @@ def as_keyboard_interrupt() -> Iterator[None]:
 
     def on_ignored(ignored: sys.UnraisableHookArgs) -> None:
         if issubclass(ignored.exc_type, KeyboardInterrupt):
-            threading.Timer(0.01, _thread.interrupt_main, [last]).start()  # once this hook has returned
+            threading.Timer(0.01, _repeat, [last]).start()  # once this hook has returned
         else:
             hook(ignored)
 
@@ -83,6 +83,15 @@ def as_keyboard_interrupt() -> Iterator[None]:
         sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _repeat(number: signal.Signals) -> None:
+    """Send a signal to the main thread, and wake it if it waits."""
+    main = threading.main_thread().ident
+    if main is None or not hasattr(signal, "pthread_kill"):  # Windows
+        _thread.interrupt_main(number)
+    else:
+        signal.pthread_kill(main, number)
 
 
 def handled_signals() -> list[signal.Signals]:

@@ -183,11 +183,13 @@ def test_no_signal_is_lost_where_python_ignores_exceptions(number):
 
     hook = sys.unraisablehook
     before = None if number == signal.SIGINT else signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt), as_keyboard_interrupt():
             Signalled()
             time.sleep(60)
         assert sys.unraisablehook is hook
+        assert time.monotonic() - start < 30, "it wakes a thread that waits"
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
