@@ -160,9 +160,9 @@ def _add_attention_and_mlp(block: Any, x: Tensor, found: Tensor) -> Tensor:
         inner = mlp.act(mlp.dense_h_to_4h(block.post_attention_layernorm(read)))
         return linear_and_add(mlp.dense_4h_to_h, inner, after)
     if block.use_parallel_residual:
-        return mlp(block.post_attention_layernorm(x)) + dense(found) + x  # type: ignore[no-any-return]
+        return mlp(block.post_attention_layernorm(x)) + dense(found) + x
     after = dense(found) + x
-    return mlp(block.post_attention_layernorm(after)) + after  # type: ignore[no-any-return]
+    return mlp(block.post_attention_layernorm(after)) + after
 
 
 @compiled()
