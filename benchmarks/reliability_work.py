@@ -95,7 +95,8 @@ class Work:
 
     def scores(self, draw: str, snapshot: Snapshot) -> list[ProbeScores]:
         """Return the results of `probe`, by probe."""
-        return list(scores.load(self._scores(draw, snapshot)).probes.values())
+        needed = ("model", "transfer") if self.transfer_only else ("model", "sae", "transfer")
+        return list(scores.load(self._scores(draw, snapshot), needed).probes.values())
 
     def _sae(self, snapshot: Snapshot) -> Path:
         return self.folder / "saes" / f"{snapshot.name}.safetensors"

@@ -26,7 +26,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,11 @@ def prune(result_file: Path, layers: Container[int]) -> None:
             path.unlink(missing_ok=True)
 
 
-def load(path: Path) -> LayerScores:
-    """Read a file of `save`. Raises `RequestError` if it is not one, is truncated, or is inconsistent."""
+def load(path: Path, needed: Collection[str] = ("model", "sae")) -> LayerScores:
+    """Read a file of `save`; needed: the views that each probe has at least.
+
+    Raises `RequestError` if it is not one, is truncated, or is inconsistent.
+    """
     try:
         with safe_open(path, framework="np") as file:
             about = json.loads((file.metadata() or {})[METADATA])
@@ -126,7 +129,7 @@ def load(path: Path) -> LayerScores:
         if about.pop("sha256") != _digest(about, tensors):
             raise ValueError("it was changed after it was written")
         return LayerScores(
-            about["layer"], about["key"], {str(n): _probe(tensors, i) for i, n in enumerate(about["probes"])}
+            about["layer"], about["key"], {str(n): _probe(tensors, i, needed) for i, n in enumerate(about["probes"])}
         )
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -143,11 +146,11 @@ def _digest(about: Mapping[str, Any], tensors: Mapping[str, NDArray[Any]]) -> st
     return digest.hexdigest()
 
 
-def _probe(tensors: Mapping[str, NDArray[Any]], i: int) -> ProbeScores:
+def _probe(tensors: Mapping[str, NDArray[Any]], i: int, needed: Collection[str]) -> ProbeScores:
     prefix = f"{i}.view."
     views = {name.removeprefix(prefix): scores for name, scores in tensors.items() if name.startswith(prefix)}
     parts = {name: tensors[f"{i}.{name}"] for name in _DTYPES if f"{i}.{name}" in tensors}
-    if not {"model", "sae"} <= views.keys():
+    if not set(needed) <= views.keys():
         raise ValueError(f"its only views are {', '.join(views)}")
     _check_arrays(views, parts)
     labels, control_labels = (_two_classes(parts[name]) if name in parts else None for name in _LABELS)
