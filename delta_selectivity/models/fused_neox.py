@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from delta_selectivity.system.compiled import compiled
 from delta_selectivity.system.processor import has_fast_bfloat16
 
 FEW = 0.5  # share of the tokens up to which computing only those is faster: the rest is gathered and scattered
+ROWS = 128  # their number is a multiple of this: oneDNN compiles products for each number of rows, and keeps them
 
 _wanted: ContextVar[Tensor | None] = ContextVar("tokens that are read", default=None)
 
@@ -129,26 +130,37 @@ def _forward(block: Any, plain: Any, hidden_states: Tensor, *args: Any, **option
     if read is None:
         found, _ = attend(attention, query, key, value, mask, scaling=attention.scaling)
         return _add_attention_and_mlp(block, hidden_states, found.flatten(2))
-    some = read[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
-    past = torch.arange(key.shape[2]) <= read[..., None]
+    some = read.tokens[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    past = torch.arange(key.shape[2]) <= read.tokens[..., None]
     found = scaled_dot_product_attention(
         query.gather(2, some), key, value, attn_mask=past[:, None], scale=attention.scaling
     )
-    place = read[..., None].expand(-1, -1, hidden_states.shape[2])
-    values = _add_attention_and_mlp(block, hidden_states.gather(1, place), found.transpose(1, 2).flatten(2))
-    return torch.zeros_like(hidden_states).scatter_(1, place, values)
+    rows = found.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, read.rows)
+    values = _add_attention_and_mlp(block, hidden_states.flatten(0, 1).index_select(0, read.place), rows)
+    return torch.zeros_like(hidden_states).flatten(0, 1).index_copy_(0, read.place, values).view_as(hidden_states)
 
 
-def _wanted_tokens(x: Tensor) -> Tensor | None:
-    """Return positions int64 `[texts, n]` with all wanted ones of each text of x `[texts, tokens, d]`; None: all.
+class _Read(NamedTuple):
+    """The tokens of a batch that are read."""
 
-    Texts with fewer wanted tokens than others have others too.
-    """
+    tokens: Tensor  # int64 [texts, n], positions in each text; texts with fewer than others have others too
+    rows: Tensor  # int64 [read], which of the texts x n are read; some twice, to a multiple of `ROWS`
+    place: Tensor  # int64 [read], text x tokens + position of each
+
+
+def _wanted_tokens(x: Tensor) -> _Read | None:
+    """Return the wanted tokens of x `[texts, tokens, d]`; None: all."""
     wanted = _wanted.get()
-    if wanted is None or wanted.shape != x.shape[:2]:
+    if wanted is None or wanted.shape != x.shape[:2] or not wanted.any():
         return None
     most = int(wanted.sum(dim=1).max())
-    return wanted.sort(dim=1, descending=True, stable=True)[1][:, :most] if most <= FEW * wanted.shape[1] else None
+    if most > FEW * wanted.shape[1]:
+        return None
+    is_read, tokens = (part[:, :most] for part in wanted.sort(dim=1, descending=True, stable=True))
+    rows = is_read.flatten().nonzero()[:, 0]
+    rows = torch.cat([rows, rows[:1].expand(-len(rows) % ROWS)])
+    place = torch.arange(len(wanted))[:, None] * wanted.shape[1] + tokens
+    return _Read(tokens, rows, place.flatten().index_select(0, rows))
 
 
 def _add_attention_and_mlp(block: Any, x: Tensor, found: Tensor) -> Tensor:
