@@ -16,7 +16,9 @@ import json
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +43,13 @@ class _Location:
     stop: int  # row after the last
 
 
+class _Rows(NamedTuple):
+    """Some rows of a tensor."""
+
+    x: Tensor  # [rows, d]
+    rows: NDArray[np.int64]
+
+
 class ActivationCache:
     """The cached activations of one model, revision and dtype."""
 
@@ -58,13 +67,13 @@ class ActivationCache:
             cache._index_shard(name)
         return cache
 
-    def get(self, sites: Collection[Site], text: str, tokens: NDArray[np.int64]) -> dict[Site, Tensor] | None:
-        """Return the activations `[tokens, d]` of a text (by `text_key`), None unless all are cached at all sites.
+    def get(self, sites: Collection[Site], text: str, tokens: NDArray[np.int64]) -> dict[Site, _Rows] | None:
+        """Return where the activations of a text (by `text_key`) are, None unless all are cached at all sites.
 
         tokens: the wanted positions in the text, ascending.
         """
-        rows: dict[Site, Tensor] = {}
-        index: dict[_Location, Tensor | None] = {}  # of the wanted rows in the shard; shared by sites
+        rows: dict[Site, _Rows] = {}
+        index: dict[_Location, NDArray[np.int64] | None] = {}  # of the wanted rows in the shard; shared by sites
         for site in sites:
             for place in reversed(self._places.get(site, {}).get(text, [])):
                 shard = self._tensors_of(place.shard)
@@ -72,7 +81,7 @@ class ActivationCache:
                     index[place] = _index(shard, place, tokens)
                 found, x = index[place], shard.get(_name(site))
                 if found is not None and x is not None:
-                    rows[site] = x.index_select(0, found)
+                    rows[site] = _Rows(x, found)
                     break
             else:
                 return None
@@ -158,9 +167,11 @@ class CachedModel:
             self._cache.put([texts[i] for i in missing], fresh, [tokens[i] for i in missing])
             if len(missing) == len(texts):
                 return fresh
-            parts = {site: x.split([len(tokens[i]) for i in missing]) for site, x in fresh.items()}
-            for row, i in enumerate(missing):
-                found[i] = {site: of_text[row] for site, of_text in parts.items()}
+            begin = 0
+            for i in missing:
+                end = begin + len(tokens[i])
+                found[i] = {site: _Rows(x, np.arange(begin, end)) for site, x in fresh.items()}
+                begin = end
         whole = [rows for rows in found if rows is not None]  # all of them
         return {site: self._concatenate([rows[site] for rows in whole]) for site in self.sites}
 
@@ -180,13 +191,19 @@ class CachedModel:
                 self._model = self._load(self.sites)
             return self._model
 
-    def _concatenate(self, parts: list[Tensor]) -> Tensor:
-        """Concatenate the parts on the model's device, with a single transfer."""
-        on_one_device = parts if len({part.device for part in parts}) == 1 else [part.cpu() for part in parts]
+    def _concatenate(self, parts: list[_Rows]) -> Tensor:
+        """Return all rows on the model's device, with a single transfer; those of one tensor are selected at once."""
+        found = []
+        for _, same in groupby(parts, key=lambda part: id(part.x)):
+            of_tensor = list(same)
+            index = torch.from_numpy(np.concatenate([part.rows for part in of_tensor]))
+            x = of_tensor[0].x
+            found.append(x.index_select(0, index.to(x.device)))
+        on_one_device = found if len({part.device for part in found}) == 1 else [part.cpu() for part in found]
         return torch.cat(on_one_device).to(self.device, non_blocking=True)
 
 
-def _index(shard: Mapping[str, Tensor], place: _Location, tokens: NDArray[np.int64]) -> Tensor | None:
+def _index(shard: Mapping[str, Tensor], place: _Location, tokens: NDArray[np.int64]) -> NDArray[np.int64] | None:
     """Return the rows of some positions of a text in its shard; None unless all are there."""
     if TOKENS not in shard:  # broken or removed
         return None
@@ -194,7 +211,7 @@ def _index(shard: Mapping[str, Tensor], place: _Location, tokens: NDArray[np.int
     found = np.searchsorted(stored, tokens)
     if len(tokens) and (found[-1] >= len(stored) or not np.array_equal(stored[found], tokens)):
         return None
-    return torch.from_numpy(found + place.start)
+    return np.asarray(found + place.start)
 
 
 def text_key(ids: Tensor, purpose: str) -> str:
