@@ -220,7 +220,8 @@ def main() -> int:
         except RequestError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    print(reliability_tables.tables(reliability_tables.kept(study.model_name, study.rows, args.transfer_only)))
+    kept = reliability_tables.kept(study.model_name, study.rows, args.transfer_only)
+    print(reliability_tables.tables(kept, only_sure=args.transfer_only))
     return 0
 
 

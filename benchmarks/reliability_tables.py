@@ -96,20 +96,23 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
-def tables(study: Reliability) -> str:
-    """Return all tables, in Markdown."""
+def tables(study: Reliability, only_sure: bool = False) -> str:
+    """Return all tables, or only that of the pairs that are ordered surely, in Markdown."""
     about = (
         f"{study.model_name}: {len(study.levels)} SAEs at layer {study.layer}, {study.n_probes} probes, "
         f"{study.n_rows} rows of {study.n_people} people (at most {study.rows_per_dataset} rows a dataset)"
         f"{f', attention sinks among them: {study.n_sinks}' if study.n_sinks else ''}."
     )
-    sections = {
+    sure = {
+        "Pairs ordered right with a 95 % interval that excludes 0 / ordered wrong, likewise": (
+            pair_table(study, lambda count: f"{count.sure} / {count.sure_and_wrong}")
+        )
+    }
+    everything = {
         "Noise of a score: 2.77 SD over runs of one SAE; last, 1.96 SD of a difference within runs": (
             noise_table(study) if study.runs else ""
         ),
-        "Pairs ordered right with a 95 % interval that excludes 0 / ordered wrong, likewise": (
-            pair_table(study, lambda count: f"{count.sure} / {count.sure_and_wrong}")
-        ),
+        **sure,
         "Pairs ordered right by more than 2.77 SD over single runs (people, folds)": (
             pair_table(study, lambda count: str(count.beyond_noise)) if study.runs else ""
         ),
@@ -119,6 +122,7 @@ def tables(study: Reliability) -> str:
             study
         ),
     }
+    sections = sure if only_sure else everything
     return "\n\n".join([about, *(f"**{title}**\n\n{table}" for title, table in sections.items() if table)])
 
 
