@@ -54,6 +54,21 @@ def _hub_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def onednn_bfloat16() -> None:
+    """Skip a test whose products in bfloat16 oneDNN does not compute on this processor (AVX2 alone)."""
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        pytest.skip("oneDNN has no bfloat16 on this processor")
+
+
+@pytest.fixture(scope="session")
+def exact_bytes() -> None:
+    """Skip a test of products of bytes where they overflow (AVX2 alone): the program does not use them there."""
+    most = torch.full((32, 64), 127, dtype=torch.int8)
+    if not (torch._int_mm(most, most.T) == 127**2 * 64).all():
+        pytest.skip("products of bytes overflow on this processor")
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a folder in the Hub's layout: EleutherAI/pythia-tiny, 3 layers of width 32, random weights."""
     folder = tmp_path_factory.mktemp("hub") / "EleutherAI" / "pythia-tiny"

@@ -44,6 +44,7 @@ def test_strides_do_not_matter(either):
         torch.testing.assert_close(gemm.linear(x[::3], w).double(), x[::3].double() @ w.double().T, atol=3e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("onednn_bfloat16")
 def test_a_bfloat16_product_agrees_with_torch(either):
     x, weight, bias = (drawn(*shape).bfloat16() for shape in ((2, 9, 65), (130, 65), (130,)))
     expected = linear(x.double(), weight.double(), bias.double())
@@ -107,6 +108,7 @@ def test_out_of_memory_in_a_product_is_recognised():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("exact_bytes")
 @pytest.mark.parametrize("shape", [(1, 7, 3), (5, 64, 1027), (300, 256, 512), (0, 8, 8)])
 def test_products_of_bytes_are_exact(shape):
     n, d, m = shape
@@ -115,6 +117,7 @@ def test_products_of_bytes_are_exact(shape):
     assert (found == (x @ weight.T).numpy()).all()
 
 
+@pytest.mark.usefixtures("exact_bytes")
 def test_the_largest_bytes_do_not_overflow():
     ones = torch.full((2, 2**16), 127, dtype=torch.int8)
     assert (

@@ -99,6 +99,7 @@ def without_q(layer: dict[str, object]) -> dict[str, object]:
     return {**layer, "women": women}
 
 
+@pytest.mark.usefixtures("onednn_bfloat16")
 def test_a_run_is_resumed_in_the_dtype_of_its_folder(with_cache, tmp_path, monkeypatch, caplog):
     """The run starts where bfloat16 is fast and is resumed where it is not."""
     folder = shutil.copytree(with_cache.model, tmp_path / "pythia-tiny")

@@ -14,6 +14,8 @@ from delta_selectivity.saes.row_kernels import KEYS, k_largest_of_proposed, quan
 from delta_selectivity.saes.selection import TopK
 from delta_selectivity.saes.topk import exact_topk
 
+pytestmark = pytest.mark.usefixtures("exact_bytes")
+
 D_IN, D_SAE, K = 64, 8192, 8
 
 
