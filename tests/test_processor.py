@@ -75,6 +75,16 @@ def test_the_user_can_override(cpu, monkeypatch):
         processor.fast_operations()
 
 
+@pytest.mark.parametrize("asked", ["bytes", "bfloat16"])
+def test_what_the_processor_cannot_do_is_refused(cpu, monkeypatch, asked):
+    """Without the instructions, products of bytes overflow: the numbers would be wrong."""
+    cpu(AVX2, "AuthenticAMD")
+    monkeypatch.setenv(processor.VARIABLE, asked)
+    processor.fast_operations.cache_clear()
+    with pytest.raises(RequestError, match=f"no fast products of {asked}"):
+        processor.fast_operations()
+
+
 def test_the_processor_is_described_in_one_line(cpu, monkeypatch):
     monkeypatch.setattr(processor, "cpu_count", lambda: 64)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

@@ -47,13 +47,19 @@ def has_fast_bytes() -> bool:
 
 @cache
 def fast_operations() -> frozenset[str]:
-    """Return the members of `FAST` that apply. Raises `RequestError` for an unknown name in the variable."""
+    """Return the members of `FAST` that apply.
+
+    Raises `RequestError` for a name in the variable that is unknown, or that this processor cannot do: without its
+    instructions, products of bytes overflow and those of bfloat16 fail.
+    """
     override = os.environ.get(VARIABLE)
     if override is None:
         return _by_capabilities()
     names = {name.strip() for name in override.split(",")} - {"", "none"}
     if unknown := sorted(names - set(FAST)):
         raise RequestError(f"{VARIABLE}: {unknown[0]!r} is not one of {', '.join(FAST)}, none")
+    if impossible := sorted(names - {ONEDNN} - _by_capabilities()):
+        raise RequestError(f"{VARIABLE}: this processor has no fast products of {impossible[0]}")
     return frozenset(names)
 
 
