@@ -20,22 +20,17 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from delta_selectivity.models.places import Tap
-from delta_selectivity.system.compiled import compiled
 from delta_selectivity.system.processor import has_fast_bfloat16
 
 FEW = 0.5  # share of the tokens up to which computing only those is faster: the rest is gathered and scattered
 ROWS = 128  # their number is a multiple of this: oneDNN compiles products for each number of rows, and keeps them
 
 _wanted: ContextVar[Tensor | None] = ContextVar("tokens that are read", default=None)
-
-NAN = np.uint16(0x7FC0)
 
 
 def fuse(decoder: nn.Module, taps: Collection[Tap]) -> None:
@@ -98,12 +93,19 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, d_head: int) -> None:
         sin: The same.
         d_head: Width of a head.
     """
+    from delta_selectivity.models.rotary_kernel import rotate_heads  # lazily: loading compiled kernels is slow
+
     half = cos.shape[1] // 2
-    tables = cos[:, :half].float().numpy(), sin[:, :half].float().numpy()
-    if qkv.dtype == torch.bfloat16:
-        _rotate(qkv.view(torch.uint16).numpy(), *tables, d_head)
-    else:
-        _rotate_float32(qkv.numpy(), *tables, d_head)
+    is_coarse = qkv.dtype == torch.bfloat16
+    values = torch.empty(2 * half)
+    rotate_heads(
+        (qkv.view(torch.uint16) if is_coarse else qkv).numpy(),
+        cos[:, :half].float().numpy(),
+        sin[:, :half].float().numpy(),
+        d_head,
+        values.numpy(),
+        values.view(torch.uint32).numpy() if is_coarse else None,
+    )
 
 
 def _is_on_cpu(block: nn.Module, dtype: torch.dtype) -> bool:
@@ -175,46 +177,3 @@ def _add_attention_and_mlp(block: Any, x: Tensor, found: Tensor) -> Tensor:
         return mlp(block.post_attention_layernorm(x)) + dense(found) + x
     after = dense(found) + x
     return mlp(block.post_attention_layernorm(after)) + after
-
-
-@compiled()
-def _rotate(qkv: NDArray[np.uint16], cos: NDArray[np.float32], sin: NDArray[np.float32], d_head: int) -> None:
-    """Rotate the bits of bfloat16 numbers, which are the upper halves of float32 numbers."""
-    n_texts, n_tokens, width = qkv.shape
-    half = cos.shape[1]
-    bits = np.empty(2 * half, np.uint32)
-    values = bits.view(np.float32)
-    for text in range(n_texts):
-        for token in range(n_tokens):
-            row = qkv[text, token]
-            for head in range(width // d_head):
-                if head % 3 == 2:  # a value
-                    continue
-                part = row[head * d_head : head * d_head + 2 * half]
-                for i in range(2 * half):
-                    bits[i] = np.uint32(part[i]) << np.uint32(16)
-                for i in range(half):
-                    a, b, c, s = values[i], values[half + i], cos[token, i], sin[token, i]
-                    values[i] = a * c - b * s
-                    values[half + i] = b * c + a * s
-                for i in range(2 * half):
-                    odd = (bits[i] >> np.uint32(16)) & np.uint32(1)  # round to nearest, ties to even
-                    rounded = np.uint16((bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
-                    part[i] = rounded if values[i] == values[i] else NAN
-
-
-@compiled()
-def _rotate_float32(qkv: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.float32], d_head: int) -> None:
-    n_texts, n_tokens, width = qkv.shape
-    half = cos.shape[1]
-    for text in range(n_texts):
-        for token in range(n_tokens):
-            row = qkv[text, token]
-            for head in range(width // d_head):
-                if head % 3 == 2:  # a value
-                    continue
-                part = row[head * d_head : head * d_head + 2 * half]
-                for i in range(half):
-                    a, b, c, s = part[i], part[half + i], cos[token, i], sin[token, i]
-                    part[i] = a * c - b * s
-                    part[half + i] = b * c + a * s

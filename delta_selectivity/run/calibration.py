@@ -110,21 +110,27 @@ def _probed_tokens(tokenised: TokenisedMentions, positions: str) -> _Tokens:
 def _activations(model: ActivationSource, tokenised: TokenisedMentions, wanted: _Tokens) -> dict[Site, Tensor]:
     """Return site -> float32 `[tokens, d]` on the CPU."""
     rows: dict[Site, Tensor] = {}
-    for batch, chosen, in_batch in _by_batch(tokenised, wanted):
-        for site, found in model.token_rows(batch.ids, batch.lengths).items():
-            x = found.index_select(0, in_batch.to(found.device)).float().cpu()
+    for batch, in_batch, chosen, place in _by_batch(tokenised, wanted):
+        for site, found in model.token_rows(batch.ids, batch.lengths, in_batch).items():
+            x = found.index_select(0, place.to(found.device)).float().cpu()
             if not bool(torch.isfinite(x).all()):
                 raise ArithmeticError(f"layer {site.layer}: NaN or Inf in the model's activations")
             rows.setdefault(site, x.new_empty(len(wanted.text), x.shape[1]))[chosen] = x
     return rows
 
 
-def _by_batch(tokenised: TokenisedMentions, wanted: _Tokens) -> Iterator[tuple[TokenBatch, Tensor, Tensor]]:
-    """Yield batches with the indices of their wanted tokens, among all wanted tokens and within the batch."""
+def _by_batch(tokenised: TokenisedMentions, wanted: _Tokens) -> Iterator[tuple[TokenBatch, Tensor, Tensor, Tensor]]:
+    """Yield batches with their wanted tokens: bool [texts, tokens], and the indices of each among all and in the batch.
+
+    A token that is wanted twice is in the batch once.
+    """
     n = len(tokenised.ids)
     for batch in batches(tokenised, np.arange(n), batch_size=n, max_tokens=BATCH_TOKENS):
-        start = np.full(n, -1)
-        start[batch.mentions] = (batch.lengths.cumsum(0) - batch.lengths).numpy()
-        chosen = np.flatnonzero(start[wanted.text] >= 0)
-        in_batch = start[wanted.text[chosen]] + wanted.place[chosen]
-        yield batch, torch.from_numpy(chosen), torch.from_numpy(in_batch)
+        row = np.full(n, -1)
+        row[batch.mentions] = np.arange(len(batch.mentions))
+        chosen = np.flatnonzero(row[wanted.text] >= 0)
+        text, token = row[wanted.text[chosen]], wanted.place[chosen]
+        in_batch = np.zeros(tuple(batch.ids.shape), dtype=bool)
+        in_batch[text, token] = True
+        place = (np.cumsum(in_batch) - 1).reshape(in_batch.shape)[text, token]
+        yield batch, torch.from_numpy(in_batch), torch.from_numpy(chosen), torch.from_numpy(place)
