@@ -96,6 +96,10 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
+SURE = "Pairs ordered right with a 95 % interval that excludes 0 / ordered wrong, likewise"
+"""Title of the only table of a study of the model's own probes alone."""
+
+
 def tables(study: Reliability, only_sure: bool = False) -> str:
     """Return all tables, or only that of the pairs that are ordered surely, in Markdown."""
     about = (
@@ -103,16 +107,11 @@ def tables(study: Reliability, only_sure: bool = False) -> str:
         f"{study.n_rows} rows of {study.n_people} people (at most {study.rows_per_dataset} rows a dataset)"
         f"{f', attention sinks among them: {study.n_sinks}' if study.n_sinks else ''}."
     )
-    sure = {
-        "Pairs ordered right with a 95 % interval that excludes 0 / ordered wrong, likewise": (
-            pair_table(study, lambda count: f"{count.sure} / {count.sure_and_wrong}")
-        )
-    }
-    everything = {
+    sections = {
         "Noise of a score: 2.77 SD over runs of one SAE; last, 1.96 SD of a difference within runs": (
             noise_table(study) if study.runs else ""
         ),
-        **sure,
+        SURE: pair_table(study, lambda count: f"{count.sure} / {count.sure_and_wrong}"),
         "Pairs ordered right by more than 2.77 SD over single runs (people, folds)": (
             pair_table(study, lambda count: str(count.beyond_noise)) if study.runs else ""
         ),
@@ -122,8 +121,8 @@ def tables(study: Reliability, only_sure: bool = False) -> str:
             study
         ),
     }
-    sections = sure if only_sure else everything
-    return "\n\n".join([about, *(f"**{title}**\n\n{table}" for title, table in sections.items() if table)])
+    shown = {title: table for title, table in sections.items() if table and (title == SURE or not only_sure)}
+    return "\n\n".join([about, *(f"**{title}**\n\n{table}" for title, table in shown.items())])
 
 
 def noise_table(study: Reliability) -> str:
