@@ -97,7 +97,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, d_head: int) -> None:
 
     half = cos.shape[1] // 2
     is_coarse = qkv.dtype == torch.bfloat16
-    values = torch.empty(2 * half)
+    values = torch.empty(2 * half, dtype=torch.float32)  # whatever the caller's default
     rotate_heads(
         (qkv.view(torch.uint16) if is_coarse else qkv).numpy(),
         cos[:, :half].float().numpy(),
