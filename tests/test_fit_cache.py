@@ -44,9 +44,9 @@ def fitted(monkeypatch):
     counted: Counter[str] = Counter()
 
     def counting(plain):
-        def fit(self, problem: ProbeProblem):
+        def fit(self, problem: ProbeProblem, path):
             counted[hashlib.sha256(problem.x.numpy().tobytes()).hexdigest()] += 1
-            return plain(self, problem)
+            return plain(self, problem, path)
 
         return fit
 

@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 
+from delta_selectivity.probing.backends.problem import Path
 from delta_selectivity.probing.folds import FoldPlan, Skipped
 from delta_selectivity.probing.probe_statistics import correct
 from delta_selectivity.probing.probes import ProbeBackend, ProbeFits, ProbeProblem, choose_backend
@@ -175,8 +176,8 @@ class KeepsFits:
     def name(self) -> str:
         return self.backend.name
 
-    def fit(self, problem: ProbeProblem) -> ProbeFits:
-        self.last = self.backend.fit(problem)
+    def fit(self, problem: ProbeProblem, path: Path | None = None) -> ProbeFits:
+        self.last = self.backend.fit(problem, path)
         return self.last
 
 

@@ -29,8 +29,9 @@ log = logging.getLogger(__name__)
 
 FOLDER = "probes"  # below the root, next to the models' folders
 SOURCES = (
-    "caches/fit_cache.py", "errors.py", "probing/__init__.py", "probing/backends/*.py", "probing/folds.py",
-    "probing/probe_statistics.py", "probing/probes.py", "probing/selectivity.py", "probing/uncertainty.py",
+    "caches/fit_cache.py", "errors.py", "probing/__init__.py", "probing/backends/*.py", "probing/c_path.py",
+    "probing/folds.py", "probing/probe_statistics.py", "probing/probes.py", "probing/selectivity.py",
+    "probing/uncertainty.py",
     "system/compiled.py", "system/gemm.py", "system/out_of_memory.py", "system/processor.py", "system/provenance.py",
 )  # fmt: skip
 """`selectivity` and everything of this package that it imports, the solvers, and this module."""

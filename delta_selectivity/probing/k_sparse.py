@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from delta_selectivity.probing.backends.problem import balanced
+from delta_selectivity.probing.c_path import out_of_fold_losses
 from delta_selectivity.probing.folds import FoldPlan
 from delta_selectivity.probing.probe_statistics import K_SPARSE, quantised
-from delta_selectivity.probing.selectivity import FitFacts, OutOfFold, choose_c
+from delta_selectivity.probing.selectivity import FitFacts, OutOfFold
 
 KS = K_SPARSE
 CS = (1e-4, 1e-2, 1.0, 1e2, 1e4)
@@ -89,7 +90,7 @@ def k_sparse_fit(plan: FoldPlan, latents: Tensor, ks: Sequence[int] = KS, cs: Se
                 scores[i, :, t, repeat] = by_fold.sum(1)
                 n_unconverged[i, t] += int((~fit.converged).sum())
                 n_iter[i, t] = max(n_iter[i, t], *fit.n_iter)
-    choice = [choose_c(plan, of_k) for of_k in scores]  # int64 [targets, repeats, folds] each
+    choice = [out_of_fold_losses(plan, of_k).argmin(dim=0) for of_k in scores]  # int64 [targets, repeats, folds] each
     folds = torch.from_numpy(plan.folds.astype(np.int64)).expand(len(plan.labels), -1, -1)
     kept = [of_k.gather(0, c.gather(2, folds)[None])[0] for of_k, c in zip(scores, choice, strict=True)]
     chosen_c = [np.array(cs)[c.numpy()] for c in choice]

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import softplus
 
+from delta_selectivity.probing.c_path import CPath
 from delta_selectivity.probing.folds import FoldPlan, Skipped
 from delta_selectivity.probing.probe_statistics import EPSILON, K_VIEWS, ProbeScores, Statistics, quantised, statistics
 from delta_selectivity.probing.probes import ProbeBackend, ProbeProblem
@@ -45,7 +45,7 @@ class ViewFit:
     chosen_c: NDArray[np.float64]  # [targets, repeats, folds]
     coef: Tensor  # float64 [targets, splits, d]
     intercept: Tensor  # float64 [targets, splits]
-    n_unconverged: NDArray[np.int64]  # [targets], of the Cs x splits fits
+    n_unconverged: NDArray[np.int64]  # [targets], of the fits
     n_iter: NDArray[np.int64]  # [targets], the maximum over its fits
 
 
@@ -226,26 +226,16 @@ def fit_view(
     if not plan.kept:
         return _no_fit(plan, x)
     labels = torch.from_numpy(plan.labels).to(x.device)
-    fits = backend.fit(ProbeProblem(x, labels, plan.training_weight(x.device), scale, tuple(cs)))
-    folds = torch.from_numpy(plan.folds.astype(np.int64)).to(x.device)
-    scores = torch.empty(len(labels), *folds.shape, dtype=torch.float32, device=x.device)
-    choice = torch.empty(len(labels), plan.n_repeats, plan.n_folds, dtype=torch.int64, device=x.device)
-
-    def choose(part: slice) -> None:
-        found = _held_out_scores(plan, x, fits.coef[:, part], fits.intercept[:, part])
-        choice[part] = choose_c(plan, found, part)
-        by_row = choice[part].gather(2, folds.expand(found.shape[1], -1, -1))  # [targets, repeats, rows]
-        scores[part] = found.gather(0, by_row[None])[0].float()
-
-    _BUDGET.run_in_pieces(len(labels), len(cs) * folds.numel(), choose)
-    by_split = choice.flatten(1)[None]  # [1, targets, splits]
+    path = CPath(plan, x.device)
+    fits = backend.fit(ProbeProblem(x, labels, plan.training_weight(x.device), scale, tuple(cs)), path)
+    by_split = path.choice.flatten(1)[None]  # [1, targets, splits]
     wide = by_split[..., None].expand(-1, -1, -1, x.shape[1])
     return ViewFit(
-        scores=scores,
-        chosen_c=np.array(cs)[choice.cpu().numpy()],
+        scores=path.scores,
+        chosen_c=np.array(cs)[path.choice.cpu().numpy()],
         coef=fits.coef.gather(0, wide)[0],
         intercept=fits.intercept.gather(0, by_split)[0],
-        n_unconverged=(~fits.converged).sum(dim=(0, 2)).cpu().numpy(),
+        n_unconverged=(~fits.converged & fits.fitted[..., None]).sum(dim=(0, 2)).cpu().numpy(),
         n_iter=fits.n_iter.amax(dim=(0, 2)).cpu().numpy(),
     )
 
@@ -263,48 +253,23 @@ def transfer_scores(plan: FoldPlan, fit: ViewFit, x: Tensor) -> Tensor:
     scores = torch.empty(len(fit.coef), *plan.folds.shape, dtype=torch.float32, device=x.device)
 
     def score(part: slice) -> None:
-        scores[part] = _held_out_scores(plan, x, fit.coef[None, part], fit.intercept[None, part])[0].float()
+        scores[part] = _held_out_scores(plan, x, fit.coef[part], fit.intercept[part]).float()
 
     _BUDGET.run_in_pieces(len(scores), plan.folds.size, score)
     return scores
 
 
 def _held_out_scores(plan: FoldPlan, x: Tensor, coef: Tensor, intercept: Tensor) -> Tensor:
-    """Return scores float64 [cs, targets, repeats, rows], each row scored by the split that holds it out.
+    """Return scores float64 [targets, repeats, rows], each row scored by the split that holds it out.
 
-    coef [cs, targets, splits, d], intercept [cs, targets, splits].
+    coef [targets, splits, d], intercept [targets, splits].
     """
-    scores = torch.empty(*coef.shape[:2], *plan.folds.shape, dtype=torch.float64, device=x.device)
-    sparse = x.layout == torch.sparse_csr
-    if sparse:
-        x = x.double()
+    scores = torch.empty(len(coef), *plan.folds.shape, dtype=torch.float64, device=x.device)
     for split, held_out in enumerate(torch.from_numpy(plan.held_out).to(x.device)):
         rows = torch.nonzero(held_out)[:, 0]
-        if sparse:  # [rows, cs * targets]: picking rows of a CSR matrix costs more than scoring all of them
-            found = (x @ coef[:, :, split].flatten(0, 1).T)[rows].T.unflatten(0, coef.shape[:2])
-        else:
-            found = coef[:, :, split] @ x[rows].double().T
-        scores[:, :, split // plan.n_folds, rows] = found + intercept[:, :, split, None]
+        found = coef[:, split] @ x[rows].double().T
+        scores[:, split // plan.n_folds, rows] = found + intercept[:, split, None]
     return scores
-
-
-def choose_c(plan: FoldPlan, scores: Tensor, targets: slice = slice(None)) -> Tensor:
-    """Return the index of C for each fold, int64 [targets, repeats, folds], from scores [cs, targets, repeats, rows].
-
-    C minimises the class-balanced log loss of the out-of-fold scores of the other folds; the fold's own rows are not
-    used. Ties go to the smallest C. `targets` are those of the plan that the scores are of.
-    """
-    labels = torch.from_numpy(plan.labels[targets]).to(scores.device)
-    weights = torch.from_numpy(plan.weights).to(scores.device)
-    member = torch.from_numpy(plan.held_out).to(scores.device).double().unflatten(0, (plan.n_repeats, plan.n_folds))
-    loss = softplus(torch.where(labels[:, None], -scores, scores))
-    mean = torch.zeros(1, dtype=torch.float64, device=scores.device)
-    for label in (False, True):
-        weight = weights * (labels == label)  # [targets, rows]
-        summed = torch.einsum("ctri,ti,rki->ctrk", loss, weight, member)
-        count = torch.einsum("ti,rki->trk", weight, member)
-        mean = mean + (summed.sum(-1, keepdim=True) - summed) / (count.sum(-1, keepdim=True) - count)
-    return mean.argmin(dim=0)
 
 
 def measure(scores: OutOfFold, epsilon: float = EPSILON) -> list[ProbeResult | Skipped]:

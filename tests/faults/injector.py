@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from delta_selectivity.models.language_model import LanguageModel, ModelInfo
-from delta_selectivity.probing import selectivity
+from delta_selectivity.probing import c_path, selectivity
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
 from delta_selectivity.records import scores
 from delta_selectivity.run import cell_result, evaluation, progress
@@ -51,7 +51,7 @@ POINTS: dict[str, tuple[Any, str, Callable[[], Exception]]] = {  # kind -> (owne
     "rows": (RowStore, "get", FAULT),
     "fit": (TorchLbfgs, "fit", FAULT),
     "score": (selectivity, "_held_out_scores", FAULT),
-    "choose": (selectivity, "choose_c", FAULT),
+    "choose": (c_path, "out_of_fold_losses", FAULT),
     "statistics": (selectivity, "statistics", FAULT),
     "save": (cell_result, "save", FULL_DISK),
     "load": (scores, "load", FAULT),

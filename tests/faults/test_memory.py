@@ -14,7 +14,7 @@ from conftest import people, write_csv
 from runs import Request, assert_close, numbers
 
 from delta_selectivity.models.language_model import LanguageModel, Site
-from delta_selectivity.probing import selectivity
+from delta_selectivity.probing import c_path, selectivity
 from delta_selectivity.probing.backends import lbfgs, torch_dense
 from delta_selectivity.probing.backends.problem import ProbeProblem
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
@@ -161,31 +161,31 @@ def test_lack_of_memory_in_both_threads_changes_no_number(tiny_model, tiny_saes,
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "python", "cpu"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("step", ["_held_out_scores", "choose_c"])
+@pytest.mark.parametrize("step", ["transfer", "losses"])
 def test_scoring_targets_in_pieces_changes_no_number(monkeypatch, caplog, step, sparse, error):
     random = np.random.default_rng(0)
     labels = random.normal(size=(5, 120)) > 0
     plan = selectivity.FoldPlan.build(labels, np.arange(120) // 2, None, n_folds=3, n_repeats=2, seed=0)
     x = torch.from_numpy(random.normal(size=(120, 7)).astype(np.float32)).relu()
     one = torch.ones(len(plan.held_out), 7, dtype=torch.float64)
-    view = x.to_sparse_csr() if sparse else x
     backend = TorchLbfgs()
 
     def scored():
-        fit = selectivity.fit_view(plan, view, one, backend)
-        return fit, selectivity.transfer_scores(plan, fit, view)
+        fit = selectivity.fit_view(plan, x.to_sparse_csr() if sparse else x, one, backend)
+        return fit, selectivity.transfer_scores(plan, fit, x)
 
     whole, transfer = scored()
-    work, widths = getattr(selectivity, step), []
+    module, name = (selectivity, "_held_out_scores") if step == "transfer" else (c_path, "out_of_fold_losses")
+    work, widths = getattr(module, name), []
 
-    def at_most_two(plan, x, *args):
-        widths.append(args[0].shape[1] if step == "_held_out_scores" else x.shape[1])
+    def at_most_two(plan, given, *args):
+        widths.append(args[0].shape[0] if step == "transfer" else given.shape[1])
         if widths[-1] > 2:
             raise error
-        return work(plan, x, *args)
+        return work(plan, given, *args)
 
-    monkeypatch.setattr(selectivity, step, at_most_two)
-    monkeypatch.setattr(selectivity, "_BUDGET", MemoryBudget("targets are scored"))
+    monkeypatch.setattr(module, name, at_most_two)
+    monkeypatch.setattr(module, "_BUDGET", MemoryBudget("targets are scored"))
     pieces, transfer_in_pieces = scored()
     assert widths[:3] == [5, 2, 2]
     torch.testing.assert_close(pieces.scores, whole.scores, rtol=1e-6, atol=1e-7)

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import importlib
 import threading
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from delta_selectivity.probing.backends.problem import ProbeFits, ProbeProblem, balanced
+from delta_selectivity.probing.backends.problem import Path, ProbeFits, ProbeProblem, WholePath, balanced
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
 
 
@@ -46,49 +45,50 @@ class CumlQn:
             self._thread.modules = (importlib.import_module("cuml.linear_model"), cupy)
         return self._thread.modules
 
-    def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """Fit all probes of the problem on its device; the GPU has finished on return."""
+    def fit(self, problem: ProbeProblem, path: Path | None = None) -> ProbeFits:
+        """Fit the probes (see `ProbeBackend`) on this device; the GPU has finished on return."""
         if problem.x.is_sparse_csr:
-            return self._sparse.fit(problem)
-        linear_model, cupy = self.setup()
-        fits = ProbeFits.empty(problem)
-        x = problem.x.to(self.device, torch.float64)
-        weights, all_labels = problem.weight.to(self.device), problem.labels.to(self.device)
-        divisor = problem.divisor.to(self.device)
-        for t, s in product(range(problem.n_targets), range(problem.n_splits)):
-            train = weights[s] > 0
-            label = all_labels[t][train]
-            weight = balanced(label, weights[s][train])
-            centre, size = x[train].mean(dim=0), float(weight.mean())
-            given = [((x[train] - centre) / divisor[s]).contiguous(), label.double(), weight / size]
-            self._synchronise(cupy)  # torch and CuPy work on different streams
-            shared = [cupy.from_dlpack(tensor) for tensor in given]
-            for i, c in enumerate(problem.cs):
-                self._fit_one(linear_model, shared, c * size, fits, (i, t, s), centre, divisor[s])
-        self._synchronise(cupy)
+            return self._sparse.fit(problem, path)
+        fits, path = ProbeFits.empty(problem), path or WholePath()
+        on_device = replace(
+            problem,
+            x=problem.x.to(self.device, torch.float64),
+            labels=problem.labels.to(self.device),
+            weight=problem.weight.to(self.device),
+            scale=problem.scale.to(self.device),
+        )
+        for t in range(problem.n_targets):
+            path.begin(slice(t, t + 1))
+            index = torch.arange(problem.n_splits, device=fits.coef.device) + t * problem.n_splits
+            for i in range(len(problem.cs)):
+                margins = [self._fit_one(on_device, fits, (i, t, s)) for s in range(problem.n_splits)]
+                fits.fitted[i, t] = True
+                path.record(index, torch.stack(margins))
+                if not bool(path.advance()):
+                    break
         return fits
 
-    def _fit_one(
-        self,
-        linear_model: Any,
-        shared: list[Any],  # features, labels, weights of the training rows, as CuPy arrays
-        c: float,
-        fits: ProbeFits,
-        place: tuple[int, int, int],
-        centre: Tensor,
-        divisor: Tensor,
-    ) -> None:
-        """Fit one probe and write it into `fits` in the units of x."""
-        features, labels, weights = shared
+    def _fit_one(self, problem: ProbeProblem, fits: ProbeFits, place: tuple[int, int, int]) -> Tensor:
+        """Fit one probe, write it into `fits` in the units of x, and return its scores of all rows: float64 [rows]."""
+        linear_model, cupy = self.setup()
+        i, t, s = place
+        train, divisor = problem.weight[s] > 0, problem.divisor[s]
+        rows, label = problem.x[train], problem.labels[t][train]
+        weight = balanced(label, problem.weight[s][train])
+        centre, size = rows.mean(dim=0), float(weight.mean())
+        given = [((rows - centre) / divisor).contiguous(), label.double(), weight / size]
+        self._synchronise(cupy)  # torch and CuPy work on different streams
+        features, labels, weights = (cupy.from_dlpack(tensor) for tensor in given)
         probe = linear_model.LogisticRegression(
             penalty="l2",
-            C=c,
+            C=problem.cs[i] * size,
             fit_intercept=True,
             class_weight=None,
             max_iter=self.max_iter,
-            tol=self.tolerance / len(features),
+            tol=self.tolerance / len(rows),
             solver="qn",
         ).fit(features, labels, sample_weight=weights)
+        self._synchronise(cupy)
         coef = torch.as_tensor(probe.coef_, device=self.device).flatten() / divisor
         intercept = torch.as_tensor(probe.intercept_, device=self.device).flatten()[0] - coef @ centre
         n_iter = int(torch.as_tensor(probe.n_iter_).max())
@@ -96,6 +96,7 @@ class CumlQn:
         fits.intercept[place] = intercept.to(fits.intercept.device)
         fits.n_iter[place] = n_iter
         fits.converged[place] = n_iter < self.max_iter
+        return (problem.x @ coef + intercept).to(fits.coef.device)
 
     def _synchronise(self, cupy: Any) -> None:
         if self.device.type == "cuda":

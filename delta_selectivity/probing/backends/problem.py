@@ -68,6 +68,7 @@ class ProbeFits:
     intercept: Tensor  # float64 [cs, targets, splits]
     converged: Tensor  # bool [cs, targets, splits]
     n_iter: Tensor  # int64 [cs, targets, splits]
+    fitted: Tensor  # bool [cs, targets]; the other arrays are 0 where not fitted, because the target's path had ended
 
     @classmethod
     def empty(cls, problem: ProbeProblem) -> ProbeFits:
@@ -78,7 +79,39 @@ class ProbeFits:
             intercept=torch.zeros(shape, dtype=torch.float64, device=device),
             converged=torch.zeros(shape, dtype=torch.bool, device=device),
             n_iter=torch.zeros(shape, dtype=torch.int64, device=device),
+            fitted=torch.zeros(shape[:2], dtype=torch.bool, device=device),
         )
+
+
+class Path(Protocol):
+    """Follows fits from the smallest C upwards, and says which targets need no larger C (`c_path.CPath`)."""
+
+    def begin(self, targets: slice) -> None:
+        """Begin, or begin again, the paths of some targets."""
+        ...
+
+    def record(self, index: Tensor, margins: Tensor) -> None:
+        """Record the margins [columns, rows] at the current C; index: int64 [columns], target * splits + split."""
+        ...
+
+    def advance(self) -> Tensor:
+        """Go on to the next C, once each column is recorded; return which targets need it: bool [targets]."""
+        ...
+
+
+class WholePath:
+    """A path to the largest C, for all targets."""
+
+    def begin(self, targets: slice) -> None:
+        """Begin the paths of some targets."""
+        self._needed = torch.ones(targets.stop - targets.start, dtype=torch.bool)
+
+    def record(self, index: Tensor, margins: Tensor) -> None:
+        """Do nothing."""
+
+    def advance(self) -> Tensor:
+        """Return ones."""
+        return self._needed
 
 
 class ProbeBackend(Protocol):
@@ -87,8 +120,11 @@ class ProbeBackend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """Fit all probes of the problem. `converged` is False for fits that did not converge."""
+    def fit(self, problem: ProbeProblem, path: Path | None = None) -> ProbeFits:
+        """Fit the probes of the problem up to the C at which `path` ends; None: at every C.
+
+        `converged` is False for fits that did not converge.
+        """
         ...
 
 

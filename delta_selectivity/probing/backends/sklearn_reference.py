@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import scipy.sparse
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from delta_selectivity.probing.backends.problem import ProbeFits, ProbeProblem, balanced
+from delta_selectivity.probing.backends.problem import Path, ProbeFits, ProbeProblem, WholePath, balanced
 
 
 @dataclass(frozen=True)
@@ -22,29 +21,43 @@ class SklearnReference:
     max_iter: int = 1000
     name: str = field(default="sklearn", init=False)
 
-    def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """Fit all probes of the problem; scikit-learn warns about those that do not converge."""
-        fits = ProbeFits.empty(problem)
+    def fit(self, problem: ProbeProblem, path: Path | None = None) -> ProbeFits:
+        """Fit the probes (see `ProbeBackend`); scikit-learn warns about those that do not converge."""
+        fits, path = ProbeFits.empty(problem), path or WholePath()
         x = _on_cpu(problem.x)
-        solver = "newton-cg" if scipy.sparse.issparse(x) else "newton-cholesky"
-        for t, s in product(range(problem.n_targets), range(problem.n_splits)):
-            train = (problem.weight[s] > 0).cpu()
-            label = problem.labels[t].cpu()[train]
-            weight = balanced(label, problem.weight[s].cpu()[train])
-            scale = problem.divisor[s].cpu().numpy()
-            rows = x[train.numpy()]
-            centre = np.zeros(len(scale)) if scipy.sparse.issparse(x) else rows.mean(axis=0)
-            scaled = rows.multiply(1 / scale).tocsr() if scipy.sparse.issparse(x) else (rows - centre) / scale
+        for t in range(problem.n_targets):
+            path.begin(slice(t, t + 1))
+            index = torch.arange(problem.n_splits, device=fits.coef.device) + t * problem.n_splits
             for i, c in enumerate(problem.cs):
-                probe = LogisticRegression(C=c, solver=solver, tol=self.tolerance, max_iter=self.max_iter).fit(
-                    scaled, label.numpy(), sample_weight=weight.numpy()
-                )
-                coef = probe.coef_[0] / scale
-                fits.coef[i, t, s] = torch.from_numpy(coef).to(fits.coef.device)
-                fits.intercept[i, t, s] = float(probe.intercept_[0]) - float(coef @ centre)
-                fits.n_iter[i, t, s] = int(probe.n_iter_[0])
-                fits.converged[i, t, s] = int(probe.n_iter_[0]) < self.max_iter
+                margins = [self._fit_one(problem, x, c, fits, (i, t, s)) for s in range(problem.n_splits)]
+                fits.fitted[i, t] = True
+                path.record(index, torch.stack(margins))
+                if not bool(path.advance()):
+                    break
         return fits
+
+    def _fit_one(
+        self, problem: ProbeProblem, x: Any, c: float, fits: ProbeFits, place: tuple[int, int, int]
+    ) -> torch.Tensor:
+        """Fit one probe, write it into `fits` in the units of x, and return its scores of all rows: float64 [rows]."""
+        _, t, s = place
+        train = (problem.weight[s] > 0).cpu()
+        label = problem.labels[t].cpu()[train]
+        weight = balanced(label, problem.weight[s].cpu()[train])
+        scale = problem.divisor[s].cpu().numpy()
+        is_sparse = scipy.sparse.issparse(x)
+        rows = x[train.numpy()]
+        centre = np.zeros(len(scale)) if is_sparse else rows.mean(axis=0)
+        scaled = rows.multiply(1 / scale).tocsr() if is_sparse else (rows - centre) / scale
+        probe = LogisticRegression(
+            C=c, solver="newton-cg" if is_sparse else "newton-cholesky", tol=self.tolerance, max_iter=self.max_iter
+        ).fit(scaled, label.numpy(), sample_weight=weight.numpy())
+        coef = probe.coef_[0] / scale
+        fits.coef[place] = torch.from_numpy(coef).to(fits.coef.device)
+        fits.intercept[place] = float(probe.intercept_[0]) - float(coef @ centre)
+        fits.n_iter[place] = int(probe.n_iter_[0])
+        fits.converged[place] = int(probe.n_iter_[0]) < self.max_iter
+        return torch.from_numpy(x @ coef).to(fits.coef.device) + fits.intercept[place]
 
 
 def _on_cpu(x: torch.Tensor) -> Any:

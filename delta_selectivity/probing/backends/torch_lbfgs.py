@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from delta_selectivity.probing.backends.lbfgs import Columns, Limits, Loss, Optimum, Selectable, minimise
-from delta_selectivity.probing.backends.problem import ProbeFits, ProbeProblem, balanced
+from delta_selectivity.probing.backends.problem import Path, ProbeFits, ProbeProblem, WholePath, balanced
 from delta_selectivity.probing.backends.torch_dense import DenseDesign
 from delta_selectivity.probing.backends.torch_sparse import SparseDesign
 from delta_selectivity.system.out_of_memory import ERRORS, MemoryBudget, is_out_of_memory
@@ -72,32 +72,38 @@ class TorchLbfgs:
     tolerance: float = 1e-6  # of the next (preconditioned) step, relative to the coefficients
     max_iter: int = 500  # for each C
     memory: int = 10  # pairs that L-BFGS stores
-    max_bytes: int = 256 * 2**20  # memory for the columns' temporaries; further columns are in the next chunk
+    max_bytes: int = 256 * 2**20  # memory for the temporaries of the columns that are solved side by side
     name: str = field(default="torch", init=False)
     _budget: MemoryBudget = field(
         default_factory=lambda: MemoryBudget("probes are fitted"), init=False, repr=False, compare=False
     )  # a unit is a column, a cell is a byte
 
-    def fit(self, problem: ProbeProblem) -> ProbeFits:
-        """Fit all probes of the problem; `converged` is False for columns that reached `max_iter`."""
+    def fit(self, problem: ProbeProblem, path: Path | None = None) -> ProbeFits:
+        """Fit the probes (see `ProbeBackend`); `converged` is False for columns that reached `max_iter`."""
+        path = path or WholePath()
         if problem.x.layout == torch.sparse_csr:
-            return self._fit(problem, SparseDesign.build(problem))
-        return self._fit(problem, DenseDesign.build(problem))
+            return self._fit(problem, SparseDesign.build(problem), path)
+        return self._fit(problem, DenseDesign.build(problem), path)
 
-    def _fit(self, problem: ProbeProblem, design: Design[P]) -> ProbeFits:
+    def _fit(self, problem: ProbeProblem, design: Design[P], path: Path) -> ProbeFits:
         fits = ProbeFits.empty(problem)
         width = max(1, self.max_bytes // design.column_bytes)
-        for index in torch.arange(problem.n_targets * problem.n_splits).split(width):
-            if len(index):
-                self._within_memory(problem, design, index, fits)
+        together = max(1, width // problem.n_splits)  # targets: all columns of one go along C side by side
+        for first in range(0, problem.n_targets, together):
+            targets = slice(first, min(first + together, problem.n_targets))
+            self._within_memory(problem, design, targets, width, fits, path)
         return fits
 
-    def _within_memory(self, problem: ProbeProblem, design: Design[P], index: Tensor, fits: ProbeFits) -> None:
-        """Solve these columns together; if memory runs out, use parts of half the size from then on."""
+    def _within_memory(
+        self, problem: ProbeProblem, design: Design[P], targets: slice, width: int, fits: ProbeFits, path: Path
+    ) -> None:
+        """Solve the columns of these targets side by side, at most `width` at a time; fewer if memory runs out."""
+        index = torch.arange(targets.start * problem.n_splits, targets.stop * problem.n_splits)
         while True:
-            size = min(len(index), self._budget.max_units(design.column_bytes))
+            size = min(len(index), width, self._budget.max_units(design.column_bytes))
             try:
-                self._fit_chunk(problem.cs, _Parts(problem, design, index.split(size)), fits)
+                path.begin(targets)
+                self._fit_chunk(targets, _Parts(problem, design, index.split(size)), fits, path)
             except ERRORS as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
@@ -106,13 +112,15 @@ class TorchLbfgs:
                 return
             self._budget.halve(size, design.column_bytes)
 
-    def _fit_chunk(self, cs: tuple[float, ...], parts: _Parts[P], fits: ProbeFits) -> None:
-        """Solve the columns for every C, and write them into `fits` in the units of x."""
+    def _fit_chunk(self, targets: slice, parts: _Parts[P], fits: ProbeFits, path: Path) -> None:
+        """Solve the columns along C, and write them into `fits` in the units of x."""
+        cs, fits.fitted[:, targets] = parts.problem.cs, False
+        needed = torch.ones(targets.stop - targets.start, dtype=torch.bool, device=parts.device)
         preconditioners = parts.design.preconditioners(parts.n_columns)
-        limits, has_own, n_iter = Limits(self.tolerance, self.max_iter), False, 0
+        limits, has_own, mean_n_iter = Limits(self.tolerance, self.max_iter), False, 0.0
         for i, c in enumerate(cs):
             if i > 0:
-                has_own |= n_iter * (c / cs[i - 1]) ** 0.5 > SLOW * parts.n_columns
+                has_own |= mean_n_iter * (c / cs[i - 1]) ** 0.5 > SLOW
             shared, n_iter = preconditioners.at(c, parts.mean_curvature()), 0
             for columns, theta, margins in parts:
                 scaled = columns.scaled(c)
@@ -127,6 +135,12 @@ class TorchLbfgs:
                 fits.intercept[i].flatten()[columns.index] = intercept
                 fits.converged[i].flatten()[columns.index] = best.converged
                 fits.n_iter[i].flatten()[columns.index] = best.n_iter
+                path.record(columns.index, best.margins)
+            fits.fitted[i, targets] = needed
+            mean_n_iter, needed = n_iter / parts.n_columns, path.advance().to(parts.device)
+            parts.keep(needed, targets.start)
+            if not parts.n_columns:
+                return
 
     def _minimise_with_own(
         self, columns: Columns[P], theta: Tensor, margins: Tensor, shared: P, max_own: int
@@ -165,15 +179,22 @@ class _Parts(Generic[P]):
     """
 
     def __init__(self, problem: ProbeProblem, design: Design[P], parts: Sequence[Tensor]) -> None:
-        self._problem, self.design, self._parts = problem, design, parts
-        self._device = problem.x.device
-        self.n_columns = sum(map(len, parts))
+        self.problem, self.design, self._parts = problem, design, [*parts]
+        self.device = problem.x.device
         self._theta = [design.start(len(index)) for index in parts]
+        self._columns: Columns[P]
         self._prepare(0)
+
+    @property
+    def n_columns(self) -> int:
+        """Number of columns that are still fitted."""
+        return sum(map(len, self._parts))
 
     def __iter__(self) -> Iterator[tuple[Columns[P], Tensor, Tensor]]:
         """Yield each part's columns, theta [columns, p] and margins [columns, rows]."""
-        for place in range(len(self._parts)):
+        for place, index in enumerate(self._parts):
+            if not len(index):
+                continue
             if place != self._place:
                 del self._columns, self._margins
                 self._prepare(place)
@@ -183,19 +204,29 @@ class _Parts(Generic[P]):
         """Store the solution of the part that was yielded last."""
         self._theta[self._place], self._margins = theta, margins
 
+    def keep(self, needed: Tensor, first: int) -> None:
+        """Keep only the columns of some targets: bool [targets], from the target `first` on."""
+        if bool(needed.all()):
+            return
+        kept = [needed[index.to(self.device) // self.problem.n_splits - first].nonzero()[:, 0] for index in self._parts]
+        some = kept[self._place]
+        self._columns, self._margins = self._columns.select(some), self._margins[some]
+        self._parts = [index[some.cpu()] for index, some in zip(self._parts, kept, strict=True)]
+        self._theta = [theta[some] for theta, some in zip(self._theta, kept, strict=True)]
+
     def mean_curvature(self) -> Tensor:
         """Return the loss's second derivative by the margins for C = 1, averaged over all columns: [rows]."""
-        total = torch.zeros(self._problem.x.shape[0], dtype=torch.float64, device=self._device)
+        total = torch.zeros(self.problem.x.shape[0], dtype=torch.float64, device=self.device)
         for columns, _, margins in self:
             total += columns.loss.curvature(margins).sum(dim=0)
         return total / self.n_columns
 
     def _prepare(self, place: int) -> None:
         self._place = place
-        index = self._parts[place].to(self._device)
-        target, split = index // self._problem.n_splits, index % self._problem.n_splits
-        labels = self._problem.labels.to(self._device)[target]
-        loss = Loss.of(labels, balanced(labels, self._problem.weight.to(self._device)[split]))
+        index = self._parts[place].to(self.device)
+        target, split = index // self.problem.n_splits, index % self.problem.n_splits
+        labels = self.problem.labels.to(self.device)[target]
+        loss = Loss.of(labels, balanced(labels, self.problem.weight.to(self.device)[split]))
         self._columns = self.design.columns(index, split, loss)
         theta = self._theta[place]
         self._margins = self._columns.margins(theta) if bool(theta.any()) else torch.zeros_like(loss.weight)
