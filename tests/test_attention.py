@@ -55,6 +55,18 @@ def test_no_token_attends_to_a_later_one():
     assert torch.equal(attention.attend(ATTENTION, query, key, value, None)[0][:, :11], found[:, :11])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e4])
+def test_scores_that_are_not_finite_spread_as_in_torch(value):
+    """To the tokens that read them, and to no other."""
+    query, key, value_rows = heads(2, 20)
+    query[1, 2, 7, 0] = value
+    found, _ = attention.attend(ATTENTION, query, key, value_rows, None)
+    expected = reference(query, key, value_rows)
+    assert found.isnan().equal(expected.isnan())
+    finite = expected.isfinite()
+    torch.testing.assert_close(found.double()[finite], expected[finite], atol=0.05, rtol=0.02)
+
+
 @pytest.mark.parametrize("what", ["long", "mask", "not causal", "module not causal", "more keys", "position bias"])
 def test_other_cases_use_transformers(what: str, monkeypatch: pytest.MonkeyPatch):
     seen = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import GPTNeoXConfig, GPTNeoXModel
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from delta_selectivity.models import fused_neox
-from delta_selectivity.models.fused_neox import LinearWithGelu, fuse, is_fused, reading, rotate
+from delta_selectivity.models.fused_neox import LinearWithGelu, fuse, is_fused, reading, rotate, running
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.system import gemm
 
@@ -115,6 +116,81 @@ def test_the_last_block_computes_only_what_is_read(config, is_fast, dtype):
         assert model(IDS, use_cache=False).last_hidden_state.shape == (2, 30, 64)
 
 
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def with_table(request: pytest.FixtureRequest, is_fast: bool) -> GPTNeoXModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
+    config = GPTNeoXConfig(vocab_size=99, initializer_range=0.2, **sizes)
+    model = GPTNeoXModel(config).to(request.param).eval().requires_grad_(False)
+    fuse(model, [])
+    if not is_fused(model.layers[0]):
+        pytest.skip("not fused")
+    assert model.layers[0].table is not None and model.layers[1].table is None
+    return model
+
+
+def layers_of(model: GPTNeoXModel, ids: Tensor) -> list[Tensor]:
+    return [x.float() for x in model(ids, use_cache=False, output_hidden_states=True).hidden_states]
+
+
+def test_the_first_block_multiplies_once_for_each_token(with_table, monkeypatch):
+    model, n_rows = with_table, []
+    expected = layers_of(model, IDS)
+    forward = model.layers[0].attention.query_key_value.forward
+    monkeypatch.setattr(
+        model.layers[0].attention.query_key_value, "forward", lambda x: n_rows.append(len(x)) or forward(x)
+    )
+    for ids in (IDS[:, :20], IDS, IDS):
+        with running(ids):
+            found = layers_of(model, ids)
+        for before, after in zip(expected, found, strict=True):
+            close = {"rtol": 1e-5, "atol": 1e-5} if model.dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
+            torch.testing.assert_close(after, before[:, : ids.shape[1]], **close)
+    assert len(n_rows) == 2, "the third run needs no product"
+    wanted = torch.zeros(IDS.shape, dtype=torch.bool)
+    wanted[:, 5] = True
+    with running(IDS), reading(wanted):
+        few = layers_of(model, IDS)
+    torch.testing.assert_close(few[-1][:, 5], expected[-1][:, 5], rtol=0.05, atol=0.05)
+
+
+def test_ids_of_another_batch_are_not_used(with_table):
+    expected = layers_of(with_table, IDS)
+    with running(IDS[:1] + 1):
+        found = layers_of(with_table, IDS)
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+
+
+def test_threads_fill_the_table_together(with_table):
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(0, 99, (2, 30), generator=generator) for _ in range(40)]
+    expected = [layers_of(with_table, ids)[-1] for ids in batches]
+
+    def run(ids: Tensor) -> Tensor:
+        with running(ids):
+            return layers_of(with_table, ids)[-1]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, batches))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("reason", ["the MLP reads what attention adds", "too large"])
+def test_no_table(reason, is_fast, monkeypatch):
+    parallel = reason == "too large"
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = (
+        GPTNeoXModel(GPTNeoXConfig(vocab_size=99, use_parallel_residual=parallel, **sizes)).eval().requires_grad_(False)
+    )
+    monkeypatch.setattr(fused_neox, "MAX_TABLE_BYTES", 99 * 32 * 4 * 4 - parallel)
+    fuse(model, [])
+    assert model.layers[0].table is None
+    expected = layers_of(model, IDS)
+    with running(IDS):
+        assert all(a.equal(b) for a, b in zip(layers_of(model, IDS), expected, strict=True))
+
+
 def test_blocks_of_all_kinds_are_as_exact_as_those_of_transformers(config, is_fast):
     torch.manual_seed(0)
     weights = GPTNeoXModel(config).bfloat16().state_dict()  # the same in all three models
@@ -149,8 +225,7 @@ def test_rotation_equals_transformers():
     angle = torch.rand(7, 2, generator=generator).repeat(1, 2)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
     q, k, v = qkv.float().unflatten(-1, (2, 24)).transpose(1, 2).chunk(3, dim=-1)
-    expected = torch.cat([*apply_rotary_pos_emb(q, k, cos[None].float(), sin[None].float()), v], dim=-1)
-    rotate(qkv, cos, sin, d_head=8)
-    torch.testing.assert_close(
-        qkv.unflatten(-1, (2, 24)), expected.transpose(1, 2).bfloat16(), atol=0, rtol=2**-8, equal_nan=True
-    )
+    rotated = *apply_rotary_pos_emb(q, k, cos[None].float(), sin[None].float()), v
+    for found, expected in zip(rotate(qkv, cos, sin, d_head=8), rotated, strict=True):
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected.bfloat16(), atol=0, rtol=2**-8, equal_nan=True)

@@ -10,16 +10,24 @@ that are read:
 
     with reading(wanted):        # bool [texts, tokens]
         decoder(input_ids=ids)   # the last block's output is 0 at other tokens
+
+What the first block computes before attention depends on the token alone, and its MLP too where it reads the block's
+input (`use_parallel_residual`). So these products are computed once for each token of the vocabulary that occurs:
+
+    with running(ids):           # int64 [texts, tokens]
+        decoder(input_ids=ids)
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -30,7 +38,11 @@ from delta_selectivity.system.processor import has_fast_bfloat16
 FEW = 0.5  # share of the tokens up to which computing only those is faster: the rest is gathered and scattered
 ROWS = 128  # their number is a multiple of this: oneDNN compiles products for each number of rows, and keeps them
 
+FEW_ROWS = 32  # the same for tokens that are new in a batch
+MAX_TABLE_BYTES = 2**29  # of a whole vocabulary's rows; memory is taken only for tokens that occur
+
 _wanted: ContextVar[Tensor | None] = ContextVar("tokens that are read", default=None)
+_ids: ContextVar[Tensor | None] = ContextVar("ids of the tokens that run", default=None)
 
 
 def fuse(decoder: nn.Module, taps: Collection[Tap]) -> None:
@@ -53,6 +65,7 @@ def fuse(decoder: nn.Module, taps: Collection[Tap]) -> None:
         if not tapped & inside:
             block.is_last = block is blocks[-1]
             if not is_fused(block):
+                block.table = TokenTable.of(block, decoder) if block is blocks[0] else None
                 block.forward = partial(_forward, block, block.forward)
 
 
@@ -71,6 +84,55 @@ def reading(wanted: Tensor) -> Iterator[None]:
         _wanted.reset(token)
 
 
+@contextmanager
+def running(ids: Tensor) -> Iterator[None]:
+    """Let the first block know the ids of its tokens inside the context: int64 ``[texts, tokens]`` on the CPU."""
+    token = _ids.set(ids)
+    try:
+        yield
+    finally:
+        _ids.reset(token)
+
+
+class TokenTable:
+    """What the first block computes from a token alone, for each token of the vocabulary that has occurred."""
+
+    def __init__(self, block: Any, n_tokens: int, like: Tensor) -> None:
+        """Allocate the table for n_tokens ids; like: a weight of the dtype of the values."""
+        d = block.attention.query_key_value.in_features
+        self._block, self._filling = block, threading.Lock()
+        self._is_known = torch.zeros(n_tokens, dtype=torch.bool)
+        self.qkv = like.new_empty(n_tokens, 3 * d)  # queries, keys and values before rotation
+        self.mlp = like.new_empty(n_tokens, d)  # the MLP's output, in bfloat16 added to the block's input
+
+    @classmethod
+    def of(cls, block: Any, decoder: Any) -> TokenTable | None:
+        """Return the table of a decoder's first block; None if its MLP reads more, or if the table is too large."""
+        weight = block.attention.query_key_value.weight
+        n_tokens = decoder.get_input_embeddings().num_embeddings
+        if not block.use_parallel_residual or 4 * n_tokens * weight.shape[1] * weight.itemsize > MAX_TABLE_BYTES:
+            return None
+        return cls(block, n_tokens, weight)
+
+    def fill(self, ids: Tensor, x: Tensor) -> None:
+        """Make the rows of these tokens known: ids int64 `[tokens]`, x `[tokens, d]` the block's input there."""
+        if self._is_known[ids].all():
+            return
+        with self._filling:
+            new, place = np.unique(ids.numpy(), return_index=True)
+            unknown = ~self._is_known.numpy()[new]
+            new, place = new[unknown], place[unknown]
+            if not len(new):
+                return
+            padded = torch.from_numpy(np.concatenate([place, np.repeat(place[:1], -len(new) % FEW_ROWS)]))
+            read, kept = x.index_select(0, padded), torch.from_numpy(new)
+            qkv = self._block.attention.query_key_value(self._block.input_layernorm(read))
+            mlp = _mlp(self._block, read, read)
+            self.qkv.index_copy_(0, kept, qkv[: len(new)])
+            self.mlp.index_copy_(0, kept, mlp[: len(new)])
+            self._is_known[kept] = True
+
+
 class LinearWithGelu(nn.Linear):
     """A linear layer followed by the exact GELU."""
 
@@ -84,14 +146,18 @@ def linear_and_add(layer: nn.Linear, x: Tensor, other: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.binary(x.contiguous(), other, layer.weight, layer.bias, "add")
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, d_head: int) -> None:
-    """Apply the rotary embedding (Su et al. 2021, arXiv 2104.09864) to queries and keys, in place.
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, d_head: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries and keys with the rotary embedding (Su et al. 2021, arXiv 2104.09864), and values.
 
     Args:
         qkv: bfloat16 or float32 ``[texts, tokens, heads x 3 x d_head]``, contiguous: query, key and value of each head.
+            Changed in place.
         cos: ``[tokens, n]``: the first n dimensions are rotated, i together with i + n / 2.
         sin: The same.
         d_head: Width of a head.
+
+    Returns:
+        Contiguous tensors of the same dtype ``[texts, heads, tokens, d_head]``.
     """
     from delta_selectivity.models.rotary_kernel import rotate_heads  # lazily: loading compiled kernels is slow
 
@@ -106,6 +172,8 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, d_head: int) -> None:
         values.numpy(),
         values.view(torch.uint32).numpy() if is_coarse else None,
     )
+    query, key, value = qkv.unflatten(-1, (-1, 3, d_head)).permute(3, 0, 2, 1, 4).contiguous()
+    return query, key, value
 
 
 def _is_on_cpu(block: nn.Module, dtype: torch.dtype) -> bool:
@@ -125,21 +193,30 @@ def _forward(block: Any, plain: Any, hidden_states: Tensor, *args: Any, **option
         return whole
     cos, sin = embeddings
     mask = options.get("attention_mask")
-    qkv = attention.query_key_value(block.input_layernorm(hidden_states))
-    rotate(qkv, cos[0], sin[0], attention.head_size)
-    query, key, value = qkv.unflatten(-1, (-1, 3 * attention.head_size)).transpose(1, 2).chunk(3, dim=-1)
+    ids, table = _ids.get(), block.table
+    if table is None or ids is None or ids.shape != hidden_states.shape[:2]:
+        ids = table = None
+        qkv = attention.query_key_value(block.input_layernorm(hidden_states))
+    else:
+        ids = ids.flatten()
+        table.fill(ids, hidden_states.flatten(0, 1))
+        qkv = table.qkv.index_select(0, ids).unflatten(0, hidden_states.shape[:2])
+    query, key, value = rotate(qkv, cos[0], sin[0], attention.head_size)
+    x = hidden_states.flatten(0, 1)
     read = _wanted_tokens(hidden_states) if block.is_last and mask is None else None
     if read is None:
         found, _ = attend(attention, query, key, value, mask, scaling=attention.scaling)
-        return _add_attention_and_mlp(block, hidden_states, found.flatten(2))
+        mlp = None if ids is None else table.mlp.index_select(0, ids)
+        return _add_attention_and_mlp(block, x, found.flatten(2).flatten(0, 1), mlp).view_as(hidden_states)
     some = read.tokens[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     past = torch.arange(key.shape[2]) <= read.tokens[..., None]
     found = scaled_dot_product_attention(
         query.gather(2, some), key, value, attn_mask=past[:, None], scale=attention.scaling
     )
     rows = found.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, read.rows)
-    values = _add_attention_and_mlp(block, hidden_states.flatten(0, 1).index_select(0, read.place), rows)
-    return torch.zeros_like(hidden_states).flatten(0, 1).index_copy_(0, read.place, values).view_as(hidden_states)
+    mlp = None if ids is None else table.mlp.index_select(0, ids.index_select(0, read.place))
+    values = _add_attention_and_mlp(block, x.index_select(0, read.place), rows, mlp)
+    return torch.zeros_like(x).index_copy_(0, read.place, values).view_as(hidden_states)
 
 
 class _Read(NamedTuple):
@@ -165,15 +242,26 @@ def _wanted_tokens(x: Tensor) -> _Read | None:
     return _Read(tokens, rows, place.flatten().index_select(0, rows))
 
 
-def _add_attention_and_mlp(block: Any, x: Tensor, found: Tensor) -> Tensor:
-    """Return the residual stream after the block for that before it; found: the heads' outputs; all `[..., d]`."""
-    dense, mlp = block.attention.dense, block.mlp
+def _add_attention_and_mlp(block: Any, x: Tensor, found: Tensor, mlp: Tensor | None) -> Tensor:
+    """Return the residual stream after the block for that before it.
+
+    found: the heads' outputs; mlp: `TokenTable.mlp`, None: to be computed; all `[tokens, d]`.
+    """
+    dense = block.attention.dense
     if x.dtype == torch.bfloat16:
+        if mlp is not None:
+            return linear_and_add(dense, found, mlp)
         after = linear_and_add(dense, found, x)
-        read = x if block.use_parallel_residual else after
-        inner = mlp.act(mlp.dense_h_to_4h(block.post_attention_layernorm(read)))
-        return linear_and_add(mlp.dense_4h_to_h, inner, after)
+        return _mlp(block, x if block.use_parallel_residual else after, after)
     if block.use_parallel_residual:
-        return mlp(block.post_attention_layernorm(x)) + dense(found) + x
+        return (_mlp(block, x, x) if mlp is None else mlp) + dense(found) + x
     after = dense(found) + x
-    return mlp(block.post_attention_layernorm(after)) + after
+    return _mlp(block, after, after) + after
+
+
+def _mlp(block: Any, x: Tensor, other: Tensor) -> Tensor:
+    """Return the MLP's output for the residual stream x, in bfloat16 plus `other`; all `[tokens, d]`."""
+    mlp, read = block.mlp, block.post_attention_layernorm(x)
+    if x.dtype == torch.bfloat16:
+        return linear_and_add(mlp.dense_4h_to_h, mlp.act(mlp.dense_h_to_4h(read)), other)
+    return mlp(read)

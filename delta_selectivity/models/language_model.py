@@ -30,7 +30,7 @@ from delta_selectivity.models import attention
 from delta_selectivity.models.capture import capture, replacing
 from delta_selectivity.models.checks import check
 from delta_selectivity.models.configs import read_sizes, truncated
-from delta_selectivity.models.fused_neox import fuse, reading
+from delta_selectivity.models.fused_neox import fuse, reading, running
 from delta_selectivity.models.gguf_file import without_bar
 from delta_selectivity.models.places import (
     HOOKPOINTS,
@@ -275,7 +275,7 @@ class LanguageModel:
         There is no attention mask: attention is causal and padding is last, so real tokens are unaffected by it. Values
         at padded positions are meaningless.
         """
-        with capture(self.taps, *ids.shape) as found:
+        with capture(self.taps, *ids.shape) as found, running(ids):
             self.module(input_ids=ids.to(self.device, non_blocking=True), use_cache=False)
         return found
 
