@@ -38,11 +38,11 @@ OnResult = Callable[[Cell, CellResult], None]
 
 
 def result_writer(
-    files: Files, clock: Stopwatch, texts: Mapping[int, bytes], downstream: Mapping[Cell, Downstream]
+    files: Files, clock: Stopwatch, texts: Callable[[int], bytes | None], downstream: Mapping[Cell, Downstream]
 ) -> OnResult:
     """Return a function that writes each result to its file: first the scores, then the record that marks it as done.
 
-    texts: content of the file of texts by dataset, for those that have one.
+    texts: from `kept_texts`.
     downstream: downstream figures by cell, for those that have them.
     """
 
@@ -57,7 +57,7 @@ def result_writer(
         with clock.stage("write"):
             prune(file.path, layers)
             save(path_of(file.path, layer), LayerScores(layer, key_digest(file.key), found.scores))
-            keep_texts(file.path, texts.get(cell.dataset))
+            keep_texts(file.path, texts(cell.dataset))
             file.seconds, file.resources, file.complete = clock.seconds(), peak_memory(), False
             file.write(layers)
 

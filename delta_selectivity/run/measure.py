@@ -50,7 +50,7 @@ def measure(plan: Plan, files: Files, cells: Sequence[Cell], progress: bool = Fa
     resume_garbage_collection()
     rows = RowTable.build(tokenised, settings.positions)
     datasets = {cell.dataset for cell in cells}
-    texts = kept_texts(plan.texts, rows, datasets, settings.keep_texts)
+    texts = kept_texts(plan.texts, rows, settings.keep_texts)
     blocks = [block for block in plan_blocks(plan.texts) if block.datasets & datasets]
     queue_bytes = as_bytes(settings.queue_gb)
     queue: BoundedQueue[Item] = BoundedQueue(queue_bytes, lambda item: item.nbytes)
