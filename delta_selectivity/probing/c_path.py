@@ -74,6 +74,17 @@ class CPath:
         self._step += 1
         return self._is_open
 
+    def chosen(self, i: int) -> Tensor:
+        """Return the index of each column, among the targets begun last, for which the i-th C is chosen."""
+        first = self._targets.start * len(self._held_out)
+        return (self.choice[self._targets].flatten() == i).nonzero()[:, 0] + first
+
+    def finish(self, index: Tensor, margins: Tensor) -> None:
+        """Put the margins `[columns, rows]` at the chosen C in place of those recorded; `index` is as in `record`."""
+        target, split = index // len(self._held_out), index % len(self._held_out)
+        column, row = self._held_out[split].nonzero(as_tuple=True)
+        self.scores[target[column], split[column] // self._plan.n_folds, row] = margins[column, row].float()
+
 
 def out_of_fold_losses(plan: FoldPlan, scores: Tensor, targets: slice = slice(None)) -> Tensor:
     """Return the class-balanced log loss by which C is chosen for each fold: float64 [cs, targets, repeats, folds].

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delta_selectivity.probing.backends.problem import Path, ProbeFits, ProbeProblem, WholePath, balanced
+from delta_selectivity.probing.backends.problem import Path, ProbeFits, ProbeProblem, balanced
 from delta_selectivity.probing.backends.torch_lbfgs import TorchLbfgs
 
 
@@ -49,7 +49,7 @@ class CumlQn:
         """Fit the probes (see `ProbeBackend`) on this device; the GPU has finished on return."""
         if problem.x.is_sparse_csr:
             return self._sparse.fit(problem, path)
-        fits, path = ProbeFits.empty(problem), path or WholePath()
+        fits = ProbeFits.empty(problem)
         on_device = replace(
             problem,
             x=problem.x.to(self.device, torch.float64),
@@ -58,14 +58,16 @@ class CumlQn:
             scale=problem.scale.to(self.device),
         )
         for t in range(problem.n_targets):
-            path.begin(slice(t, t + 1))
+            if path is not None:
+                path.begin(slice(t, t + 1))
             index = torch.arange(problem.n_splits, device=fits.coef.device) + t * problem.n_splits
             for i in range(len(problem.cs)):
                 margins = [self._fit_one(on_device, fits, (i, t, s)) for s in range(problem.n_splits)]
                 fits.fitted[i, t] = True
-                path.record(index, torch.stack(margins))
-                if not bool(path.advance()):
-                    break
+                if path is not None:
+                    path.record(index, torch.stack(margins))
+                    if not bool(path.advance()):
+                        break
         return fits
 
     def _fit_one(self, problem: ProbeProblem, fits: ProbeFits, place: tuple[int, int, int]) -> Tensor:

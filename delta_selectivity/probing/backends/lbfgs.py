@@ -6,8 +6,11 @@ only one product with the features.
 
 Where float32 is faster, most iterations use it. Then the gradient is computed once in float64, and float32 minimises
 a quadratic model of the loss around that point. The accuracy of the solution depends on that gradient; the steps only
-affect how fast it is found (iterative refinement, Wilkinson 1963). The final step, below the tolerance, needs no
-product and is applied too: on the benchmark's problems this reduced the error to a third.
+affect how fast it is found (iterative refinement, Wilkinson 1963). Where C is still to be chosen, only the solution in
+float32 is needed (`approach`), and the rest for the C that is chosen (`finish`).
+
+The final step, below the tolerance, needs no product and is applied too: on the benchmark's problems this reduced the
+error to a third.
 
 Tried without gain: reusing the rescaled history for the next C saved a tenth of the iterations and no time.
 """
@@ -200,25 +203,70 @@ def minimise(
     columns: Columns[P], theta: Tensor, margins: Tensor, preconditioner: P, limits: Limits, memory: int
 ) -> Optimum:
     """Find the optimum of each column from theta and its margins; L-BFGS stores `memory` pairs."""
-    start = Optimum(theta, margins, *(torch.zeros(len(theta), dtype=kind, device=theta.device) for kind in _COUNTS))
-    columns32, history = columns.in_float32(), _Histories.empty(memory)
+    history = _Histories.empty(memory)
+    near, columns32 = _approach(columns, theta, margins, preconditioner, limits, history)
     if columns32 is None:
-        return _minimise_directly(columns, start, preconditioner, limits, history)
+        return near
+    near = replace(near, margins=columns.margins(near.theta))
+    return _finish(columns, columns32, near, preconditioner, limits, history)
+
+
+def approach(
+    columns: Columns[P], theta: Tensor, margins: Tensor, preconditioner: P, limits: Limits, memory: int
+) -> tuple[Optimum, bool]:
+    """Find the optimum by float32 alone, to `_FLOAT32_TOLERANCE`, and return whether it is that of `minimise`.
+
+    It is where float32 is not faster, or fails. Otherwise `finish` makes it so.
+    """
+    near, columns32 = _approach(columns, theta, margins, preconditioner, limits, _Histories.empty(memory))
+    if columns32 is None:
+        return near, True
+    return replace(near, margins=columns32.margins(near.theta.float()).double()), False
+
+
+def finish(columns: Columns[P], near: Optimum, preconditioner: P, limits: Limits, memory: int) -> Optimum:
+    """Find the optimum from what `approach` returned; the margins must be those of theta in float64."""
+    columns32 = columns.in_float32()
+    assert columns32 is not None, "`approach` was exact"
+    return _finish(columns, columns32, near, preconditioner, limits, _Histories.empty(memory))
+
+
+def _approach(
+    columns: Columns[P], theta: Tensor, margins: Tensor, preconditioner: P, limits: Limits, history: _Histories
+) -> tuple[Optimum, Float32Columns[P] | None]:
+    """Return the optimum in float32, whose margins are those before the final step, and the columns in float32.
+
+    Where float32 is not faster, or fails: the exact optimum and None.
+    """
+    start = Optimum(theta, margins, *(torch.zeros(len(theta), dtype=kind, device=theta.device) for kind in _COUNTS))
+    columns32 = columns.in_float32()
+    if columns32 is None:
+        return _minimise_directly(columns, start, preconditioner, limits, history), None
     point = _Point.at(columns32, theta.float(), margins.float(), preconditioner)
     tolerance = max(_FLOAT32_TOLERANCE, limits.tolerance)
     float32_limits = Limits(tolerance, limits.max_iter, _PATIENCE, apply_final_step=True)
     found = _descend(columns32, point, start.n_iter, preconditioner, float32_limits, history)
-    if not bool(found.theta.isfinite().all()):
-        start = replace(start, margins=columns.margins(theta))  # the final step at the previous C did not update them
-        return _minimise_directly(columns, start, preconditioner, limits, _Histories.empty(memory))
-    theta = found.theta.double()
-    start = replace(found, theta=theta, margins=columns.margins(theta))
+    if bool(found.theta.isfinite().all()):
+        return replace(found, theta=found.theta.double()), columns32
+    start = replace(start, margins=columns.margins(theta))  # the final step at the previous C did not update them
+    return _minimise_directly(columns, start, preconditioner, limits, _Histories.empty(history.torch.memory)), None
+
+
+def _finish(
+    columns: Columns[P],
+    columns32: Float32Columns[P],
+    start: Optimum,
+    preconditioner: P,
+    limits: Limits,
+    history: _Histories,
+) -> Optimum:
+    """Return the exact optimum from that in float32, with its margins in float64."""
     found = _refine(columns, columns32, start, preconditioner, limits, history)
     far = _moved_too_far(found.theta, start.theta)
     if not len(far):
         return found
     rest = columns.select(far), start.select(far), preconditioner.select(far)
-    return found.with_columns(far, _minimise_directly(*rest, limits, _Histories.empty(memory)))
+    return found.with_columns(far, _minimise_directly(*rest, limits, _Histories.empty(history.torch.memory)))
 
 
 def _minimise_directly(

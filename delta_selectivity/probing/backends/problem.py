@@ -84,34 +84,31 @@ class ProbeFits:
 
 
 class Path(Protocol):
-    """Follows fits from the smallest C upwards, and says which targets need no larger C (`c_path.CPath`)."""
+    """Follows fits from the smallest C upwards, ends, and chooses a C for each column (`c_path.CPath`).
+
+    A column's index is target * splits + split. A backend may record fits that are good enough to choose by, then
+    finish those that are chosen, and record them again.
+    """
 
     def begin(self, targets: slice) -> None:
         """Begin, or begin again, the paths of some targets."""
         ...
 
     def record(self, index: Tensor, margins: Tensor) -> None:
-        """Record the margins [columns, rows] at the current C; index: int64 [columns], target * splits + split."""
+        """Record the margins [columns, rows] of some columns at the current C; index: int64 [columns]."""
         ...
 
     def advance(self) -> Tensor:
         """Go on to the next C, once each column is recorded; return which targets need it: bool [targets]."""
         ...
 
+    def chosen(self, i: int) -> Tensor:
+        """Return the index of each column, among the targets begun last, for which the i-th C is chosen."""
+        ...
 
-class WholePath:
-    """A path to the largest C, for all targets."""
-
-    def begin(self, targets: slice) -> None:
-        """Begin the paths of some targets."""
-        self._needed = torch.ones(targets.stop - targets.start, dtype=torch.bool)
-
-    def record(self, index: Tensor, margins: Tensor) -> None:
-        """Do nothing."""
-
-    def advance(self) -> Tensor:
-        """Return ones."""
-        return self._needed
+    def finish(self, index: Tensor, margins: Tensor) -> None:
+        """Record the margins [columns, rows] of some columns at the chosen C."""
+        ...
 
 
 class ProbeBackend(Protocol):
@@ -121,9 +118,9 @@ class ProbeBackend(Protocol):
     def name(self) -> str: ...
 
     def fit(self, problem: ProbeProblem, path: Path | None = None) -> ProbeFits:
-        """Fit the probes of the problem up to the C at which `path` ends; None: at every C.
+        """Fit the probes of the problem at every C, or, with a path, up to the C at which it ends.
 
-        `converged` is False for fits that did not converge.
+        With a path, only the fits that it chooses need be exact. `converged` is False for fits that did not converge.
         """
         ...
 

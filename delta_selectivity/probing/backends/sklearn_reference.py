@@ -10,7 +10,7 @@ import scipy.sparse
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from delta_selectivity.probing.backends.problem import Path, ProbeFits, ProbeProblem, WholePath, balanced
+from delta_selectivity.probing.backends.problem import Path, ProbeFits, ProbeProblem, balanced
 
 
 @dataclass(frozen=True)
@@ -23,17 +23,19 @@ class SklearnReference:
 
     def fit(self, problem: ProbeProblem, path: Path | None = None) -> ProbeFits:
         """Fit the probes (see `ProbeBackend`); scikit-learn warns about those that do not converge."""
-        fits, path = ProbeFits.empty(problem), path or WholePath()
+        fits = ProbeFits.empty(problem)
         x = _on_cpu(problem.x)
         for t in range(problem.n_targets):
-            path.begin(slice(t, t + 1))
+            if path is not None:
+                path.begin(slice(t, t + 1))
             index = torch.arange(problem.n_splits, device=fits.coef.device) + t * problem.n_splits
             for i, c in enumerate(problem.cs):
                 margins = [self._fit_one(problem, x, c, fits, (i, t, s)) for s in range(problem.n_splits)]
                 fits.fitted[i, t] = True
-                path.record(index, torch.stack(margins))
-                if not bool(path.advance()):
-                    break
+                if path is not None:
+                    path.record(index, torch.stack(margins))
+                    if not bool(path.advance()):
+                        break
         return fits
 
     def _fit_one(

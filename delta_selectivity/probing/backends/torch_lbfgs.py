@@ -11,13 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from delta_selectivity.probing.backends.lbfgs import Columns, Limits, Loss, Optimum, Selectable, minimise
-from delta_selectivity.probing.backends.problem import Path, ProbeFits, ProbeProblem, WholePath, balanced
+from delta_selectivity.probing.backends.lbfgs import (
+    Columns,
+    Limits,
+    Loss,
+    Optimum,
+    Selectable,
+    approach,
+    finish,
+    minimise,
+)
+from delta_selectivity.probing.backends.problem import Path, ProbeFits, ProbeProblem, balanced
 from delta_selectivity.probing.backends.torch_dense import DenseDesign
 from delta_selectivity.probing.backends.torch_sparse import SparseDesign
 from delta_selectivity.system.out_of_memory import ERRORS, MemoryBudget, is_out_of_memory
@@ -80,12 +89,11 @@ class TorchLbfgs:
 
     def fit(self, problem: ProbeProblem, path: Path | None = None) -> ProbeFits:
         """Fit the probes (see `ProbeBackend`); `converged` is False for columns that reached `max_iter`."""
-        path = path or WholePath()
         if problem.x.layout == torch.sparse_csr:
             return self._fit(problem, SparseDesign.build(problem), path)
         return self._fit(problem, DenseDesign.build(problem), path)
 
-    def _fit(self, problem: ProbeProblem, design: Design[P], path: Path) -> ProbeFits:
+    def _fit(self, problem: ProbeProblem, design: Design[P], path: Path | None) -> ProbeFits:
         fits = ProbeFits.empty(problem)
         width = max(1, self.max_bytes // design.column_bytes)
         together = max(1, width // problem.n_splits)  # targets: all columns of one go along C side by side
@@ -95,14 +103,13 @@ class TorchLbfgs:
         return fits
 
     def _within_memory(
-        self, problem: ProbeProblem, design: Design[P], targets: slice, width: int, fits: ProbeFits, path: Path
+        self, problem: ProbeProblem, design: Design[P], targets: slice, width: int, fits: ProbeFits, path: Path | None
     ) -> None:
         """Solve the columns of these targets side by side, at most `width` at a time; fewer if memory runs out."""
         index = torch.arange(targets.start * problem.n_splits, targets.stop * problem.n_splits)
         while True:
             size = min(len(index), width, self._budget.max_units(design.column_bytes))
             try:
-                path.begin(targets)
                 self._fit_chunk(targets, _Parts(problem, design, index.split(size)), fits, path)
             except ERRORS as error:
                 if not is_out_of_memory(error) or size == 1:
@@ -112,35 +119,62 @@ class TorchLbfgs:
                 return
             self._budget.halve(size, design.column_bytes)
 
-    def _fit_chunk(self, targets: slice, parts: _Parts[P], fits: ProbeFits, path: Path) -> None:
+    def _fit_chunk(self, targets: slice, parts: _Parts[P], fits: ProbeFits, path: Path | None) -> None:
         """Solve the columns along C, and write them into `fits` in the units of x."""
         cs, fits.fitted[:, targets] = parts.problem.cs, False
         needed = torch.ones(targets.stop - targets.start, dtype=torch.bool, device=parts.device)
-        preconditioners = parts.design.preconditioners(parts.n_columns)
-        limits, has_own, mean_n_iter = Limits(self.tolerance, self.max_iter), False, 0.0
+        preconditioners, size, near = parts.design.preconditioners(parts.n_columns), parts.size, {}
+        has_own, mean_n_iter = False, 0.0
+        if path is not None:
+            path.begin(targets)
         for i, c in enumerate(cs):
             if i > 0:
                 has_own |= mean_n_iter * (c / cs[i - 1]) ** 0.5 > SLOW
-            shared, n_iter = preconditioners.at(c, parts.mean_curvature()), 0
+            curvature = parts.mean_curvature()
+            shared, n_iter, rough = preconditioners.at(c, curvature), 0, []
             for columns, theta, margins in parts:
-                scaled = columns.scaled(c)
+                given = columns.scaled(c), theta, margins, shared
                 if has_own and parts.design.max_own:
-                    best = self._minimise_with_own(scaled, theta, margins, shared, parts.design.max_own)
+                    best, is_exact = self._minimise_with_own(*given, parts.design.max_own), True
+                elif path is None:
+                    best, is_exact = minimise(*given, self._limits, self.memory), True
                 else:
-                    best = minimise(scaled, theta, margins, shared, limits, self.memory)
+                    best, is_exact = approach(*given, self._limits, self.memory)
                 parts.store(best.theta, best.margins)
                 n_iter += int(best.n_iter.sum())
-                coef, intercept = columns.coefficients(best.theta)
-                fits.coef[i].flatten(0, 1)[columns.index] = coef
-                fits.intercept[i].flatten()[columns.index] = intercept
-                fits.converged[i].flatten()[columns.index] = best.converged
-                fits.n_iter[i].flatten()[columns.index] = best.n_iter
-                path.record(columns.index, best.margins)
+                _write(fits, i, columns, best)
+                if not is_exact:
+                    rough.append((columns.index, best.theta.float()))
+                if path is not None:
+                    path.record(columns.index, best.margins)
+            if rough:
+                near[i] = _Rough(curvature, *map(torch.cat, zip(*rough, strict=True)))
             fits.fitted[i, targets] = needed
-            mean_n_iter, needed = n_iter / parts.n_columns, path.advance().to(parts.device)
-            parts.keep(needed, targets.start)
+            mean_n_iter = n_iter / parts.n_columns
+            if path is not None:
+                needed = path.advance().to(parts.device)
+                parts.keep(needed, targets.start)
             if not parts.n_columns:
-                return
+                break
+        if path is not None:
+            for i, found in near.items():
+                some = found.select(path.chosen(i))
+                if len(some.which):
+                    chosen = _Parts(parts.problem, parts.design, some.which.cpu().split(size), some.theta.split(size))
+                    self._finish(i, chosen, preconditioners.at(cs[i], some.curvature), fits, path)
+
+    def _finish(self, i: int, parts: _Parts[P], shared: P, fits: ProbeFits, path: Path) -> None:
+        """Finish columns for which the i-th C is chosen."""
+        for columns, theta, margins in parts:
+            done = (values[i].flatten()[columns.index] for values in (fits.converged, fits.n_iter))
+            near = Optimum(theta, margins, *done)
+            best = finish(columns.scaled(parts.problem.cs[i]), near, shared, self._limits, self.memory)
+            _write(fits, i, columns, best)
+            path.finish(columns.index, best.margins)
+
+    @property
+    def _limits(self) -> Limits:
+        return Limits(self.tolerance, self.max_iter)
 
     def _minimise_with_own(
         self, columns: Columns[P], theta: Tensor, margins: Tensor, shared: P, max_own: int
@@ -165,9 +199,31 @@ class TorchLbfgs:
         failed = (~best.converged).nonzero()[:, 0]
         if not len(failed):
             return best
-        limits, rest = Limits(self.tolerance, self.max_iter), columns.select(failed)
-        found = minimise(rest, theta[failed], margins[failed], shared.select(failed), limits, self.memory)
+        rest = columns.select(failed)
+        found = minimise(rest, theta[failed], margins[failed], shared.select(failed), self._limits, self.memory)
         return best.with_columns(failed, found)
+
+
+def _write(fits: ProbeFits, i: int, columns: Columns[P], best: Optimum) -> None:
+    """Write the fits of these columns at the i-th C."""
+    coef, intercept = columns.coefficients(best.theta)
+    fits.coef[i].flatten(0, 1)[columns.index] = coef
+    fits.intercept[i].flatten()[columns.index] = intercept
+    fits.converged[i].flatten()[columns.index] = best.converged
+    fits.n_iter[i].flatten()[columns.index] = best.n_iter
+
+
+class _Rough(NamedTuple):
+    """Solutions in float32 at one C."""
+
+    curvature: Tensor  # [rows], the mean over columns for C = 1
+    which: Tensor  # int64 [columns], their index
+    theta: Tensor  # float32 [columns, p]
+
+    def select(self, index: Tensor) -> _Rough:
+        """Return those of these columns that are in `index`, in float64."""
+        chosen = torch.isin(self.which, index)
+        return _Rough(self.curvature, self.which[chosen], self.theta[chosen].double())
 
 
 class _Parts(Generic[P]):
@@ -178,10 +234,13 @@ class _Parts(Generic[P]):
     both cases, up to rounding and the tolerance.
     """
 
-    def __init__(self, problem: ProbeProblem, design: Design[P], parts: Sequence[Tensor]) -> None:
+    def __init__(
+        self, problem: ProbeProblem, design: Design[P], parts: Sequence[Tensor], theta: Sequence[Tensor] | None = None
+    ) -> None:
+        """Begin at theta [columns, p] of each part; None: at zero. parts: int64 [columns], target * splits + split."""
         self.problem, self.design, self._parts = problem, design, [*parts]
-        self.device = problem.x.device
-        self._theta = [design.start(len(index)) for index in parts]
+        self.device, self.size = problem.x.device, len(parts[0])
+        self._theta = [design.start(len(index)) for index in parts] if theta is None else [*theta]
         self._columns: Columns[P]
         self._prepare(0)
 
