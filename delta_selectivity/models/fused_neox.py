@@ -37,7 +37,6 @@ from delta_selectivity.system.processor import has_fast_bfloat16
 
 FEW = 0.5  # share of the tokens up to which computing only those is faster: the rest is gathered and scattered
 ROWS = 128  # their number is a multiple of this: oneDNN compiles products for each number of rows, and keeps them
-
 FEW_ROWS = 32  # the same for tokens that are new in a batch
 MAX_TABLE_BYTES = 2**29  # of a whole vocabulary's rows; memory is taken only for tokens that occur
 
@@ -193,20 +192,20 @@ def _forward(block: Any, plain: Any, hidden_states: Tensor, *args: Any, **option
         return whole
     cos, sin = embeddings
     mask = options.get("attention_mask")
-    ids, table = _ids.get(), block.table
-    if table is None or ids is None or ids.shape != hidden_states.shape[:2]:
-        ids = table = None
+    ids = None if block.table is None else _ids.get()
+    if ids is None or ids.shape != hidden_states.shape[:2]:
+        ids = None
         qkv = attention.query_key_value(block.input_layernorm(hidden_states))
     else:
         ids = ids.flatten()
-        table.fill(ids, hidden_states.flatten(0, 1))
-        qkv = table.qkv.index_select(0, ids).unflatten(0, hidden_states.shape[:2])
+        block.table.fill(ids, hidden_states.flatten(0, 1))
+        qkv = block.table.qkv.index_select(0, ids).unflatten(0, hidden_states.shape[:2])
     query, key, value = rotate(qkv, cos[0], sin[0], attention.head_size)
     x = hidden_states.flatten(0, 1)
     read = _wanted_tokens(hidden_states) if block.is_last and mask is None else None
     if read is None:
         found, _ = attend(attention, query, key, value, mask, scaling=attention.scaling)
-        mlp = None if ids is None else table.mlp.index_select(0, ids)
+        mlp = None if ids is None else block.table.mlp.index_select(0, ids)
         return _add_attention_and_mlp(block, x, found.flatten(2).flatten(0, 1), mlp).view_as(hidden_states)
     some = read.tokens[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
     past = torch.arange(key.shape[2]) <= read.tokens[..., None]
@@ -214,7 +213,7 @@ def _forward(block: Any, plain: Any, hidden_states: Tensor, *args: Any, **option
         query.gather(2, some), key, value, attn_mask=past[:, None], scale=attention.scaling
     )
     rows = found.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, read.rows)
-    mlp = None if ids is None else table.mlp.index_select(0, ids.index_select(0, read.place))
+    mlp = None if ids is None else block.table.mlp.index_select(0, ids.index_select(0, read.place))
     values = _add_attention_and_mlp(block, x.index_select(0, read.place), rows, mlp)
     return torch.zeros_like(x).index_copy_(0, read.place, values).view_as(hidden_states)
 

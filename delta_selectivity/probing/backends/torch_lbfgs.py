@@ -157,7 +157,7 @@ class TorchLbfgs:
             if not parts.n_columns:
                 break
         if path is not None:
-            for i, found in near.items():
+            for i, found in near.items():  # preconditioners are computed again: all of them would take more memory
                 some = found.select(path.chosen(i))
                 if len(some.which):
                     chosen = _Parts(parts.problem, parts.design, some.which.cpu().split(size), some.theta.split(size))
