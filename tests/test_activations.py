@@ -240,10 +240,10 @@ def test_out_of_memory_halves_the_batch_and_changes_no_number(model, saes, info,
     expected, figures, *_ = produce(model, saes, info, mentions)
     forward = type(model).activations
 
-    def at_most_five(self, ids):
+    def at_most_five(self, ids, tokens):
         if len(ids) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, ids)
+        return forward(self, ids, tokens)
 
     monkeypatch.setattr(type(model), "activations", at_most_five)
     found, again, *_ = produce(model, saes, info, mentions)
@@ -254,7 +254,7 @@ def test_out_of_memory_halves_the_batch_and_changes_no_number(model, saes, info,
 
 
 def test_a_single_text_that_does_not_fit_is_an_error(model, saes, info, mentions, monkeypatch):
-    def never(self, ids):
+    def never(self, ids, tokens):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(type(model), "activations", never)

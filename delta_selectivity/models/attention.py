@@ -20,7 +20,7 @@ NAME = "sdpa_or_products"
 """Name of this implementation in transformers' registry of attention functions."""
 MAX_TOKENS = 384
 """Maximum number of tokens for which matrix products are faster."""
-CHUNK = 2**18
+CHUNK = 2**20
 """Scores computed at a time, so that they fit into the CPU cache."""
 
 

@@ -14,7 +14,9 @@ from delta_selectivity.models.places import Site, Tap
 
 
 @contextlib.contextmanager
-def capture(taps: Mapping[Site, Tap], n_texts: int, n_tokens: int) -> Iterator[dict[Site, Tensor]]:
+def capture(
+    taps: Mapping[Site, Tap], n_texts: int, n_tokens: int, tokens: Tensor | None = None
+) -> Iterator[dict[Site, Tensor]]:
     """Collect the value `[n_texts, n_tokens, d]` at every tap that the model computes inside the context.
 
     Only passes of the current thread are captured, since several threads may run the model.
@@ -23,6 +25,7 @@ def capture(taps: Mapping[Site, Tap], n_texts: int, n_tokens: int) -> Iterator[d
         taps: Tap of each site.
         n_texts: Number of texts per forward pass.
         n_tokens: Number of tokens per text, including padding.
+        tokens: Keep only the value `[n, d]` at these tokens: int64 [n], text x n_tokens + position.
 
     Raises:
         RequestError: From inside the forward pass, if a module's value does not have one row per token.
@@ -33,7 +36,11 @@ def capture(taps: Mapping[Site, Tap], n_texts: int, n_tokens: int) -> Iterator[d
     def keep(site: Site, tap: Tap, value: Any) -> None:
         if threading.get_ident() == owner:
             x = _per_token(site, value, n_texts, n_tokens)
-            found[site] = x.clone() if tap.change is None else tap.change(x)  # Falcon adds to its MLP's output in place
+            x = x if tap.change is None else tap.change(x)
+            if tokens is not None:
+                found[site] = x.flatten(0, 1).index_select(0, tokens)
+            else:
+                found[site] = x.clone() if tap.change is None else x  # Falcon adds to its MLP's output in place
 
     handles = []
     try:

@@ -1,9 +1,9 @@
 """GPT-NeoX blocks (Pythia) on a CPU that read and write memory less often, and compute only what is read.
 
 Transformers calls a function for each sum, each GELU and each part of the rotary embedding, and each call reads and
-writes whole tensors. Here queries and keys are rotated where they are, and in bfloat16 oneDNN applies GELU, and adds to
-the residual stream, inside the matrix product before it, on float32 sums that are rounded once. In float32 the values
-are those of transformers, bit by bit. Timings: `python -m benchmarks.bench_kernels`.
+writes whole tensors. Here one loop separates the heads and rotates queries and keys, and in bfloat16 oneDNN applies
+GELU, and adds to the residual stream, inside the matrix product before it, on float32 sums that are rounded once. In
+float32 the values are those of transformers, bit by bit. Timings: `python -m benchmarks.bench_kernels`.
 
 No token needs another one's output of the last block, so that block has queries, an MLP and sums only for the tokens
 that are read:
@@ -150,7 +150,6 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, d_head: int) -> tuple[Tensor, 
 
     Args:
         qkv: bfloat16 or float32 ``[texts, tokens, heads x 3 x d_head]``, contiguous: query, key and value of each head.
-            Changed in place.
         cos: ``[tokens, n]``: the first n dimensions are rotated, i together with i + n / 2.
         sin: The same.
         d_head: Width of a head.
@@ -160,18 +159,15 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, d_head: int) -> tuple[Tensor, 
     """
     from delta_selectivity.models.rotary_kernel import rotate_heads  # lazily: loading compiled kernels is slow
 
+    n_texts, n_tokens, width = qkv.shape
     half = cos.shape[1] // 2
+    query, key, value = qkv.new_empty(3, n_texts, width // (3 * d_head), n_tokens, d_head).unbind()
+    numbers = torch.empty(2 * half, dtype=torch.float32)  # whatever the caller's default
     is_coarse = qkv.dtype == torch.bfloat16
-    values = torch.empty(2 * half, dtype=torch.float32)  # whatever the caller's default
-    rotate_heads(
-        (qkv.view(torch.uint16) if is_coarse else qkv).numpy(),
-        cos[:, :half].float().numpy(),
-        sin[:, :half].float().numpy(),
-        d_head,
-        values.numpy(),
-        values.view(torch.uint32).numpy() if is_coarse else None,
-    )
-    query, key, value = qkv.unflatten(-1, (-1, 3, d_head)).permute(3, 0, 2, 1, 4).contiguous()
+    given, *results = ((x.view(torch.uint16) if is_coarse else x).numpy() for x in (qkv, query, key, value))
+    factors = (part[:, :half].float().numpy() for part in (cos, sin))
+    bits = numbers.view(torch.uint32).numpy() if is_coarse else None
+    rotate_heads(given, *factors, *results, numbers.numpy(), bits)
     return query, key, value
 
 

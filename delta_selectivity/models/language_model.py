@@ -269,13 +269,15 @@ class LanguageModel:
     device: torch.device
 
     @torch.inference_mode()
-    def activations(self, ids: Tensor) -> dict[Site, Tensor]:
+    def activations(self, ids: Tensor, tokens: Tensor | None = None) -> dict[Site, Tensor]:
         """Return activations for right-padded token ids [texts, tokens]: site -> [texts, tokens, d of the site].
+
+        tokens: return only those at these tokens: int64 [n], text x tokens + position; site -> [n, d of the site].
 
         There is no attention mask: attention is causal and padding is last, so real tokens are unaffected by it. Values
         at padded positions are meaningless.
         """
-        with capture(self.taps, *ids.shape) as found, running(ids):
+        with capture(self.taps, *ids.shape, tokens) as found, running(ids):
             self.module(input_ids=ids.to(self.device, non_blocking=True), use_cache=False)
         return found
 
@@ -285,8 +287,7 @@ class LanguageModel:
         chosen = real_tokens(ids, lengths) if wanted is None else wanted
         place = chosen.flatten().nonzero()[:, 0].to(self.device, non_blocking=True)  # computed on the CPU: no waiting
         with reading(chosen):
-            found = self.activations(ids)
-        return {site: found.pop(site).flatten(0, 1).index_select(0, place) for site in list(found)}
+            return self.activations(ids, place)
 
     def restricted_to(self, sites: Collection[Site]) -> LanguageModel:
         """Return this model restricted to some sites. Drops higher layers, so `self` must not be used afterwards."""
