@@ -152,27 +152,28 @@ def _corrected_sums(cells: Sequence[Cell]) -> tuple[NDArray[np.float64], float]:
     """Return each person's corrected influence on the mean over cells [repeats, persons], and the degrees of freedom.
 
     Row i adds psi_i = 1/2 share_i (c_i - its class's mean of c) to a cell's balanced mean, where the shares of a class
-    add up to 1. The correction depends only on the people's sizes, so it is computed once for cells of the same rows.
+    add up to 1. Cells of the same rows have the same shares and corrections, so their changes are summed first.
     """
-    _, person = np.unique(np.concatenate([cell.persons for cell in cells]), return_inverse=True)
-    own = np.split(person, np.cumsum([len(cell.persons) for cell in cells])[:-1])
+    by_design: dict[tuple[bytes | None, ...], list[Cell]] = {}
+    for cell in cells:
+        weights = None if cell.weights is None else cell.weights.tobytes()
+        by_design.setdefault((cell.labels.tobytes(), cell.persons.tobytes(), weights), []).append(cell)
+    designs = list(by_design.values())
+    _, person = np.unique(np.concatenate([same[0].persons for same in designs]), return_inverse=True)
+    own = np.split(person, np.cumsum([len(same[0].persons) for same in designs])[:-1])
     n_persons = int(person.max()) + 1
     sums = np.zeros((len(cells[0].change), n_persons))
     share_of, spread_of = np.zeros(n_persons), np.zeros(n_persons)  # in the mean over cells
-    known: dict[tuple[bytes | None, ...], list[tuple[Floats, Floats, Floats, Floats]]] = {}
-    for cell, people in zip(cells, own, strict=True):
-        weights = None if cell.weights is None else cell.weights.tobytes()
-        design = (cell.labels.tobytes(), cell.persons.tobytes(), weights)
-        if design not in known:
-            shares = _class_shares(cell.labels, cell.weights)
-            ones = np.ones(len(people)) if cell.weights is None else cell.weights
-            known[design] = [(rows, *_correction(rows, ones * (rows > 0), people, n_persons)) for rows in shares]
-        for rows, factor, share, spread in known[design]:
-            for repeat, change in enumerate(cell.change.astype(np.float64)):
-                psi = rows * (change - change @ rows)
+    for same, people in zip(designs, own, strict=True):
+        cell, change = same[0], np.stack([cell.change for cell in same]).sum(axis=0, dtype=np.float64)
+        ones = np.ones(len(people)) if cell.weights is None else cell.weights
+        for rows in _class_shares(cell.labels, cell.weights):
+            factor, share, spread = _correction(rows, ones * (rows > 0), people, n_persons)
+            for repeat, of_rows in enumerate(change):
+                psi = rows * (of_rows - of_rows @ rows)
                 sums[repeat] += 0.5 * factor * np.bincount(people, psi, n_persons)
-            share_of += 0.5 * share
-            spread_of += 0.5 * spread
+            share_of += 0.5 * len(same) * share
+            spread_of += 0.5 * len(same) * spread
     return sums / len(cells), _freedom(share_of / len(cells), spread_of / len(cells))
 
 
