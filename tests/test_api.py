@@ -473,7 +473,7 @@ def test_a_call_runs_no_text_and_fits_the_model_once(tiny_model, two_tasks, monk
     from delta_selectivity.api import evaluator as module
 
     forward, calls, fit, fits = LanguageModel.activations, [], module.fit_model, []
-    monkeypatch.setattr(LanguageModel, "activations", lambda self, ids: calls.append(1) or forward(self, ids))
+    monkeypatch.setattr(LanguageModel, "activations", lambda *given: calls.append(1) or forward(*given))
     monkeypatch.setattr(module, "fit_model", lambda *asked: fits.append(1) or fit(*asked))
     evaluator = ds.Evaluator(tiny_model, 1, two_tasks, settings=FAST, device="cpu")
     assert calls

@@ -157,7 +157,8 @@ class CachedModel:
         """Return activations as `LanguageModel.token_rows` does: site -> [rows, d]."""
         wanted = real_tokens(ids, lengths) if wanted is None else wanted
         counts = lengths.tolist()
-        texts = [text_key(row[:n], self._purpose) for row, n in zip(ids, counts, strict=True)]
+        numbers = ids.to(torch.int32).numpy()
+        texts = [text_key(row[:n], self._purpose) for row, n in zip(numbers, counts, strict=True)]
         tokens = [np.flatnonzero(row) for row in wanted.numpy()]
         found = [self._cache.get(self.sites, text, at) for text, at in zip(texts, tokens, strict=True)]
         missing = [i for i, rows in enumerate(found) if rows is None]
@@ -214,9 +215,9 @@ def _index(shard: Mapping[str, Tensor], place: _Location, tokens: NDArray[np.int
     return np.asarray(found + place.start)
 
 
-def text_key(ids: Tensor, purpose: str) -> str:
+def text_key(ids: NDArray[np.int32], purpose: str) -> str:
     """Return the key of a text's token ids [tokens], including BOS, and its purpose: 32 hex digits."""
-    return hashlib.blake2b(ids.to(torch.int32).numpy().tobytes(), digest_size=16, person=purpose.encode()).hexdigest()
+    return hashlib.blake2b(ids.tobytes(), digest_size=16, person=purpose.encode()).hexdigest()
 
 
 def _name(site: Site) -> str:

@@ -277,7 +277,8 @@ class LanguageModel:
         There is no attention mask: attention is causal and padding is last, so real tokens are unaffected by it. Values
         at padded positions are meaningless.
         """
-        with capture(self.taps, *ids.shape, tokens) as found, running(ids):
+        n_texts, n_tokens = ids.shape
+        with capture(self.taps, n_texts, n_tokens, tokens) as found, running(ids):
             self.module(input_ids=ids.to(self.device, non_blocking=True), use_cache=False)
         return found
 

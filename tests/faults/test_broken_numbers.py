@@ -37,6 +37,17 @@ def breaking(method, where, value):
     return broken
 
 
+def breaking_activations(where, value):
+    """Return `LanguageModel.activations` with `value` written to its result at text `where`."""
+    broken = breaking(LanguageModel.activations, where, value)
+
+    def of_tokens(self, ids, tokens=None):
+        found = broken(self, ids)
+        return found if tokens is None else {site: x.flatten(0, 1)[tokens] for site, x in found.items()}
+
+    return of_tokens
+
+
 def break_layer_1(self, ids, found, value):
     """Break the last token of the longest text, at layer 1."""
     if ids.shape[1] > 30:  # a forward pass with that text
@@ -47,7 +58,7 @@ def break_layer_1(self, ids, found, value):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_an_activation_is_named_with_layer_and_text(ask, monkeypatch, capsys, value):
-    monkeypatch.setattr(LanguageModel, "activations", breaking(LanguageModel.activations, break_layer_1, value))
+    monkeypatch.setattr(LanguageModel, "activations", breaking_activations(break_layer_1, value))
     assert ask.run() == 1
     (told,) = capsys.readouterr().err.strip().splitlines()
     assert "layer 1" in told
@@ -81,7 +92,7 @@ def test_broken_values_are_detected_at_any_token(ask, monkeypatch, capsys):
             values[0, 1, 0] = value
         return found
 
-    monkeypatch.setattr(LanguageModel, "activations", breaking(LanguageModel.activations, early_token, float("nan")))
+    monkeypatch.setattr(LanguageModel, "activations", breaking_activations(early_token, float("nan")))
     assert ask.run() == 1
     assert MARK in capsys.readouterr().err
 
@@ -98,7 +109,7 @@ def test_broken_rows_from_a_gpu_are_detected_when_probed(ask, monkeypatch, capsy
 
     monkeypatch.setattr(RowStore, "put", as_from_a_gpu)
     if part == "activations":
-        broken = breaking(LanguageModel.activations, break_layer_1, float("nan"))
+        broken = breaking_activations(break_layer_1, float("nan"))
         monkeypatch.setattr(LanguageModel, "activations", broken)
     else:
 
@@ -126,7 +137,7 @@ def test_datasets_finished_before_the_error_are_kept(ask, monkeypatch, capsys, t
         return break_layer_1(self, ids, found, value) if sum(seen) > 60 else found
 
     with monkeypatch.context() as patch:
-        patch.setattr(LanguageModel, "activations", breaking(LanguageModel.activations, second_dataset, float("nan")))
+        patch.setattr(LanguageModel, "activations", breaking_activations(second_dataset, float("nan")))
         assert both.run() == 1
     assert list(numbers(ask.out)) == ["pythia-tiny_wikidata_gender.json"]
     assert both.run() == 0
@@ -161,7 +172,7 @@ def test_a_nan_pre_activation_does_not_become_zero(selection):
 def test_unexpected_errors_show_the_traceback_and_expected_ones_only_with_verbose(ask, monkeypatch, capsys, caplog):
     failure: Exception = OSError(28, "No space left on device")
 
-    def explode(self, ids):
+    def explode(self, ids, tokens):
         raise failure
 
     monkeypatch.setattr(LanguageModel, "activations", explode)

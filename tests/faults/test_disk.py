@@ -213,12 +213,12 @@ def test_overwriting_weights_during_the_run_changes_nothing(ask, tmp_path, monke
     sae = shutil.copytree(ask.saes[0], tmp_path / "copy" / "sae-tiny")
     forward, calls = LanguageModel.activations, []
 
-    def write_then_run(self, ids):
+    def write_then_run(self, ids, *tokens):
         if not calls:
             for path in (model / "model.safetensors", *sae.glob("*/sae.safetensors")):
                 path.write_bytes(b"\x3f" * path.stat().st_size if damage is None else damage)
         calls.append(len(ids))
-        return forward(self, ids)
+        return forward(self, ids, *tokens)
 
     monkeypatch.setattr(LanguageModel, "activations", write_then_run)
     again = Request(model, (sae,), ask.data, tmp_path / "again", ask.more)

@@ -144,10 +144,10 @@ def test_lack_of_memory_in_both_threads_changes_no_number(tiny_model, tiny_saes,
     assert ask.run() == 0
     forward = LanguageModel.activations
 
-    def at_most_nine(self, ids):
+    def at_most_nine(self, ids, *tokens):
         if len(ids) > 9:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, ids)
+        return forward(self, ids, *tokens)
 
     monkeypatch.setattr(LanguageModel, "activations", at_most_nine)
     with_room_for(monkeypatch, 2, CPU_ERROR)
