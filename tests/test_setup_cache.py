@@ -21,7 +21,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site, open_model
 from delta_selectivity.system import provenance
 from delta_selectivity.system.provenance import PACKAGE
-from delta_selectivity.tasks import Mention, tokenise, warn_of_changes
+from delta_selectivity.tasks import Mention, tokenise
 
 SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
 MENTIONS = [Mention(f"The story of {name}", 13, 13 + len(name), name) for name in ("Ada Lovelace", "Émile Zola", "Bo")]
@@ -110,9 +110,7 @@ def test_truncated_texts_are_reported_each_time(tmp_path, info, caplog):
     long = [Mention("word " * 40 + "Ada Lovelace", 200, 212, "Ada Lovelace")]
     for _ in range(2):
         caplog.clear()
-        found = SetupCache.open(tmp_path, 1).tokens(long, short, prepend_bos=False)
-        assert found.n_cut == 1
-        warn_of_changes(found, short.max_length)
+        assert SetupCache.open(tmp_path, 1).tokens(long, short, prepend_bos=False).n_cut == 1
         assert "1 of 1 texts are longer than the model's 20 tokens" in caplog.text
 
 

@@ -25,7 +25,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.system import unpacked
 from delta_selectivity.tasks import read_datasets
 from delta_selectivity.tasks.people import last_word
-from delta_selectivity.tasks.tokens import tokenise, warn_of_changes
+from delta_selectivity.tasks.tokens import tokenise
 from delta_selectivity.tasks.user_data import COLUMNS
 
 SENTENCES = ["I saw Paris ", "I saw Rome", "Lyon is big"]
@@ -352,11 +352,10 @@ def test_truncated_texts_are_reported(tiny_model: Path, caplog: Any) -> None:
     assert [len(ids) for ids in found.ids][1:] == [64, 64]
     for ids, first, last in zip(found.ids, found.first, found.last, strict=True):
         assert tokenizer.decode(ids[first : last + 1]).strip() == "Ann"
-    warn_of_changes(found, 64)
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning.startswith("2 of 3 texts are longer than the model's 64 tokens")
     caplog.clear()
-    warn_of_changes(tokenise(mentions[:1], tokenizer, prepend_bos=True, max_length=64), 64)
+    tokenise(mentions[:1], tokenizer, prepend_bos=True, max_length=64)
     assert not caplog.records
 
 

@@ -51,7 +51,7 @@ from delta_selectivity.system.cores import Cores, probing_cores, sharing_cores
 from delta_selectivity.system.memory import as_bytes
 from delta_selectivity.system.stopwatch import Stopwatch
 from delta_selectivity.system.torch_modes import default_modes
-from delta_selectivity.tasks import ProbeTexts, TokenisedMentions, load_probe_texts, tokenise, warn_of_changes
+from delta_selectivity.tasks import ProbeTexts, TokenisedMentions, load_probe_texts, tokenise
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,6 @@ class Evaluator:
             n_embeddings=info.n_embeddings,
             last_only=settings.positions == "last",
         )
-        warn_of_changes(self._tokenised, info.max_length)
         self._blocks = plan_blocks(texts)
         self._scales = self._find_scales(self._loaded, info)
         self._model = ResidentModel(self._loaded, self._store_bytes)

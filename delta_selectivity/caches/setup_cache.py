@@ -3,7 +3,7 @@
     setup = SetupCache.open(folder, limit_gb=50)
     info = setup.model(Pretrained.find(name))          # as `open_model`, without importing transformers
     setup.widths(info, sites)                          # as `info.widths`
-    setup.tokens(mentions, info, prepend_bos=True)     # as `tokenise`
+    setup.tokens(mentions, info, prepend_bos=True)     # as `tokenise`, with its warning
 
 The cache is content-addressed: the name of a shard (`shard_folder`) is a hash of everything that determines its
 content: the model's files, the texts, library versions and the program's source.
@@ -24,7 +24,7 @@ from torch import Tensor
 from delta_selectivity.caches.shard_folder import ShardFolder, digest
 from delta_selectivity.models.language_model import ModelInfo, Pretrained, Site
 from delta_selectivity.system.provenance import installed_version, running_program
-from delta_selectivity.tasks import Mention, TokenisedMentions, tokenise
+from delta_selectivity.tasks import Mention, TokenisedMentions, tokenise, warn_of_changes
 
 FOLDER = "setup"  # below the root, next to the models' folders
 SOURCES = (
@@ -107,7 +107,7 @@ class SetupCache:
         name = _name(facts)
         stored = self.shards.read(name)
         if stored:
-            return _from_tensors(stored, prepend_bos)
+            return _from_tensors(stored, prepend_bos, info.max_length)
         found = compute()
         self.shards.write(name, _to_tensors(found), {})
         return found
@@ -138,8 +138,10 @@ def _to_tensors(tokens: TokenisedMentions) -> dict[str, Tensor]:
     }
 
 
-def _from_tensors(stored: Mapping[str, Tensor], has_bos: bool) -> TokenisedMentions:
+def _from_tensors(stored: Mapping[str, Tensor], has_bos: bool, max_length: int) -> TokenisedMentions:
     """Rebuild the tokens from copies of the memory-mapped tensors."""
     arrays = {name: tensor.clone().numpy() for name, tensor in stored.items()}
     ids = tuple(np.split(arrays["ids"], arrays["stops"])[:-1])  # the part after the last stop is empty
-    return TokenisedMentions(ids, arrays["first"], arrays["last"], has_bos, *arrays["changed"].tolist())
+    tokens = TokenisedMentions(ids, arrays["first"], arrays["last"], has_bos, *arrays["changed"].tolist())
+    warn_of_changes(tokens, max_length)
+    return tokens

@@ -207,12 +207,13 @@ def training_scales(plan: FoldPlan, x: Tensor) -> Tensor:
 
     The value is 0 if a feature is constant to the precision of the sums, or if its deviation is below a normal float32.
     """
-    weight = plan.training_weight(x.device)
-    centred = x.double() - x.double().mean(dim=0)
+    weight, x = plan.training_weight(x.device), x.double()
+    middle = x.mean(dim=0)
+    centred = x - middle
     total = weight.sum(dim=1, keepdim=True)
     mean, square = weight @ centred / total, weight @ centred.square() / total
     variance = square - mean.square()
-    rounding = 1e-13 * square + (1e-12 * x.double().mean(dim=0)).square() + torch.finfo(torch.float32).tiny ** 2
+    rounding = 1e-13 * square + (1e-12 * middle).square() + torch.finfo(torch.float32).tiny ** 2
     return torch.where(variance > rounding, variance, torch.zeros_like(variance)).sqrt()
 
 

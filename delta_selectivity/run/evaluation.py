@@ -18,7 +18,7 @@ def run_request(request: Request, progress: bool = False) -> list[Path]:
 
     Raises `RequestError` if the request is wrong, and any other error that stops the run; finished layers stay on disk.
     """
-    plan = adopt_existing_choices(make_plan(request, ahead=True))
+    plan = adopt_existing_choices(make_plan(request))
     with ExitStack() as locks:
         files = open_files(plan, locks)
         cells = missing_cells(plan, files)

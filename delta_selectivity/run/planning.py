@@ -8,7 +8,6 @@ missing_cells(plan, files)
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -44,7 +43,6 @@ from delta_selectivity.run.request import Request
 from delta_selectivity.saes import SaeSource, expand_names, open_sae, same_path
 from delta_selectivity.saes.hookpoints import is_module_path, same_place
 from delta_selectivity.settings import fields as setting_fields
-from delta_selectivity.system.ahead import Ahead
 from delta_selectivity.system.processor import check_proc
 from delta_selectivity.system.terminal import NOTE
 from delta_selectivity.system.whole_file import refuse_link
@@ -55,7 +53,6 @@ from delta_selectivity.tasks import (
     dataset_fingerprint,
     load_all_mentions,
     load_probe_texts,
-    warn_of_changes,
 )
 
 log = logging.getLogger(__name__)
@@ -109,7 +106,6 @@ class Plan:
     setup: SetupCache
     dtype: str  # of the model's activations
     whole_tokens: int | None  # of each dataset, for whole-text figures; None: all
-    ahead: Ahead[TokenisedMentions] | None  # the tokens of all texts, if they are computed in the meantime
 
     @property
     def saes(self) -> list[Subject]:
@@ -122,22 +118,15 @@ class Plan:
 
     def tokenise(self, mentions: Sequence[Mention]) -> TokenisedMentions:
         """Tokenise texts for the model. Raises `RequestError` for a name that has no token or does not fit."""
-        if self.ahead is not None and mentions is self.texts.mentions:
-            found = self.ahead.result()
-        else:
-            found = _tokenise(self.request, self.setup, self.info, mentions, self.prepend_bos)
-        warn_of_changes(found, self.info.max_length)
-        return found
+        last_only = self.request.settings.positions == "last"
+        return self.setup.tokens(mentions, self.info, prepend_bos=self.prepend_bos, last_only=last_only)
 
 
-def make_plan(
-    request: Request, fetch: bool = True, labels: Mapping[str, str] | None = None, ahead: bool = False
-) -> Plan:
+def make_plan(request: Request, fetch: bool = True, labels: Mapping[str, str] | None = None) -> Plan:
     """Open everything in the request. Raises `RequestError`, before weights are loaded, if that fails.
 
     fetch: whether to download and check the SAEs' weights; otherwise only their configs.
     labels: SAE name -> label, if this is a part of a larger request; by default from `distinct_slugs`.
-    ahead: whether a thread tokenises the texts in the meantime, unless there are results, perhaps all, already.
     """
     settings = request.settings
     check_proc()
@@ -148,12 +137,6 @@ def make_plan(
     info = setup.model(files)
     _refuse_reserved_names(texts)
     sources = open_sources(request)
-    prepend_bos, counts_bos = _decide_bos(settings.bos, info, sources)
-    names = [source.name for source in sources]
-    labels = labels or dict(zip(names, distinct_slugs(names), strict=True))
-    tokens, paths = None, _paths(request, texts, [request.output / label for label in labels.values()])
-    if ahead and not any(os.path.exists(path) for path in paths):  # noqa: PTH110 - False for a name too long
-        tokens = Ahead(lambda: _tokenise(request, setup, info, texts.mentions, prepend_bos), "tokens")
     modules = setup.names_of_modules(info)
     sources = [resolve_hookpoint(source, modules) for source in sources]
     sites = [_sites(request, info, source) for source in sources]
@@ -162,21 +145,17 @@ def make_plan(
         check_replaceable(site)
     for source, of_source in zip(sources if fetch else (), sites, strict=False):
         source.prepare([site.layer for site in of_source])
+    prepend_bos, counts_bos = _decide_bos(settings.bos, info, sources)
+    names = [source.name for source in sources]
+    labels = labels or dict(zip(names, distinct_slugs(names), strict=True))
     subjects = _plan_subjects(request, sources, [labels[name] for name in names], sites, counts_bos)
     calibration: list[Mention] = []
     if any(subject.baseline is not None and subject.baseline.kind in CALIBRATED for subject in subjects):
         calibration = draw_mentions(load_all_mentions(request.tasks), settings.seed)
     dtype = info.choose_dtype(settings.dtype, request.device1)
     return Plan(
-        request, texts, info, subjects, widths, prepend_bos, modules, calibration, setup, dtype, settings.whole_tokens,
-        tokens,
-    )  # fmt: skip
-
-
-def _tokenise(
-    request: Request, setup: SetupCache, info: ModelInfo, mentions: Sequence[Mention], prepend_bos: bool
-) -> TokenisedMentions:
-    return setup.tokens(mentions, info, prepend_bos=prepend_bos, last_only=request.settings.positions == "last")
+        request, texts, info, subjects, widths, prepend_bos, modules, calibration, setup, dtype, settings.whole_tokens
+    )
 
 
 def adopt_existing_choices(plan: Plan) -> Plan:
@@ -185,9 +164,8 @@ def adopt_existing_choices(plan: Plan) -> Plan:
     `auto` can resolve differently on another machine, and existing figures may be exact where new ones would be
     sampled. All numbers in a folder use the same choices.
     """
-    request, settings = plan.request, plan.request.settings
-    folders = [*(subject.folder for subject in plan.subjects), *(request.output / sae.label for sae in plan.saes)]
-    found = (read_key(path) for path in (() if settings.overwrite else _paths(request, plan.texts, folders)))
+    settings = plan.request.settings
+    found = (read_key(path) for path in (() if settings.overwrite else _paths(plan)))
     keys = [key for key in found if key is not None and key["model"] == plan.info.fingerprint()]
     dtypes, samples = {key["dtype"] for key in keys}, {key.get("whole_tokens") for key in keys}
     if settings.dtype == "auto" and len(dtypes) == 1 and dtypes != {plan.dtype}:
@@ -204,11 +182,13 @@ def adopt_existing_choices(plan: Plan) -> Plan:
     return plan
 
 
-def _paths(request: Request, texts: ProbeTexts, folders: Collection[Path]) -> Iterator[Path]:
-    """Yield the paths of a request's result files in these folders and in its own, whether or not they exist."""
-    for folder in dict.fromkeys([*folders, request.output]):
-        for dataset in texts.datasets:
-            yield result_path(folder, request.model, dataset.slug)
+def _paths(plan: Plan) -> Iterator[Path]:
+    """Yield the paths of the result files of a plan, whether or not they exist."""
+    out = plan.request.output
+    usual = [subject.folder for subject in plan.subjects]
+    for folder in dict.fromkeys([*usual, out, *(out / subject.label for subject in plan.saes)]):
+        for dataset in plan.texts.datasets:
+            yield result_path(folder, plan.request.model, dataset.slug)
 
 
 def open_sources(request: Request) -> list[SaeSource]:

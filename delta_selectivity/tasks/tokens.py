@@ -69,7 +69,7 @@ def tokenise(
 ) -> TokenisedMentions:
     """Tokenise `mentions` to at most `max_length` tokens each, including BOS.
 
-    Longer texts are truncated on the left, or before the name if its start would be cut (see `warn_of_changes`).
+    Longer texts are truncated on the left, or before the name if its start would be cut. A warning says how many.
     Tokens after the name are kept if they fit: in a causal model they do not affect the name, but they count in
     mse_whole. The tokenizer adds no special tokens; BOS is prepended here. If a text already begins with BOS, as
     with chat templates, that one is removed, so that only `prepend_bos` decides. Pre-tokenised mentions keep their ids.
@@ -98,7 +98,7 @@ def tokenise(
             _refuse_unknown([*bos, *tokens.ids], n_embeddings, tokenizer, mention)
         rows.append(_window(tokens, max_tokens, mention, last_only))
         n_cut += len(tokens.ids) > max_tokens
-    return TokenisedMentions(
+    tokenised = TokenisedMentions(
         ids=tuple(np.array([*bos, *row.ids], dtype=np.int32) for row in rows),
         first=np.array([row.first + len(bos) for row in rows], dtype=np.int64),
         last=np.array([row.last + len(bos) for row in rows], dtype=np.int64),
@@ -106,6 +106,8 @@ def tokenise(
         n_cut=n_cut,
         n_own_bos=n_own_bos,
     )
+    warn_of_changes(tokenised, max_length)
+    return tokenised
 
 
 def warn_of_changes(tokenised: TokenisedMentions, max_length: int) -> None:
