@@ -14,16 +14,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from delta_selectivity.models.language_model import ActivationSource, Site
-from delta_selectivity.system.cores import sharing_cores
 from delta_selectivity.tasks import Mention, TokenBatch, TokenisedMentions, batches
 
 N_TEXTS = 256
@@ -113,33 +110,20 @@ def _probed_tokens(tokenised: TokenisedMentions, positions: str) -> _Tokens:
 def _activations(model: ActivationSource, tokenised: TokenisedMentions, wanted: _Tokens) -> dict[Site, Tensor]:
     """Return site -> float32 `[tokens, d]` on the CPU."""
     rows: dict[Site, Tensor] = {}
-    with sharing_cores(model.device) as cores:
-        parts = _by_batch(tokenised, wanted)
-        with closing(cores.map_in_order(parts, lambda part: _run(model, part), "calibration")) as done:
-            for part, found in done:
-                for site, x in found.items():
-                    if not bool(torch.isfinite(x).all()):
-                        raise ArithmeticError(f"layer {site.layer}: NaN or Inf in the model's activations")
-                    rows.setdefault(site, x.new_empty(len(wanted.text), x.shape[1]))[part.chosen] = x
+    for batch, in_batch, chosen, place in _by_batch(tokenised, wanted):
+        for site, found in model.token_rows(batch.ids, batch.lengths, in_batch).items():
+            x = found.index_select(0, place.to(found.device)).float().cpu()
+            if not bool(torch.isfinite(x).all()):
+                raise ArithmeticError(f"layer {site.layer}: NaN or Inf in the model's activations")
+            rows.setdefault(site, x.new_empty(len(wanted.text), x.shape[1]))[chosen] = x
     return rows
 
 
-class _Part(NamedTuple):
-    """A batch and its wanted tokens. A token that is wanted twice is in the batch once."""
+def _by_batch(tokenised: TokenisedMentions, wanted: _Tokens) -> Iterator[tuple[TokenBatch, Tensor, Tensor, Tensor]]:
+    """Yield batches with their wanted tokens: bool [texts, tokens], and the indices of each among all and in the batch.
 
-    batch: TokenBatch
-    in_batch: Tensor  # bool [texts, tokens], whether a token is wanted
-    chosen: Tensor  # int64 [n], indices among all wanted tokens
-    place: Tensor  # int64 [n], their indices among those of the batch
-
-
-def _run(model: ActivationSource, part: _Part) -> dict[Site, Tensor]:
-    """Return the wanted rows of a batch, float32 `[n, d]` on the CPU."""
-    found = model.token_rows(part.batch.ids, part.batch.lengths, part.in_batch)
-    return {site: x.index_select(0, part.place.to(x.device)).float().cpu() for site, x in found.items()}
-
-
-def _by_batch(tokenised: TokenisedMentions, wanted: _Tokens) -> Iterator[_Part]:
+    A token that is wanted twice is in the batch once.
+    """
     n = len(tokenised.ids)
     for batch in batches(tokenised, np.arange(n), batch_size=n, max_tokens=BATCH_TOKENS):
         row = np.full(n, -1)
@@ -149,4 +133,4 @@ def _by_batch(tokenised: TokenisedMentions, wanted: _Tokens) -> Iterator[_Part]:
         in_batch = np.zeros(tuple(batch.ids.shape), dtype=bool)
         in_batch[text, token] = True
         place = (np.cumsum(in_batch) - 1).reshape(in_batch.shape)[text, token]
-        yield _Part(batch, *map(torch.from_numpy, (in_batch, chosen, place)))
+        yield batch, torch.from_numpy(in_batch), torch.from_numpy(chosen), torch.from_numpy(place)

@@ -125,12 +125,11 @@ def _load_checked(
         model = load(needed)
         check = Preflight.sample(model, plan.info, tokenised, seed)
     ids = {subject.name: i for i, subject in enumerate(plan.subjects) if subject.baseline is None}
-    saes = [(site, ids[name], sae) for site, by_name in loaded.items() for name, sae in by_name.items()]
-    with sharing_cores(plan.request.device1) as cores:
-        examined = cores.map_in_order(
-            saes, lambda one: check.examine(one[2], one[0], plan.subjects[one[1]].counts_bos), "fit"
-        )
-        fits = {(site, sae_id): fit for (site, sae_id, _), fit in examined}
+    fits = {
+        (site, ids[name]): check.examine(sae, site, plan.subjects[ids[name]].counts_bos)
+        for site, by_name in loaded.items()
+        for name, sae in by_name.items()
+    }
     misfits = [fit for fit in fits.values() if fit.is_misfit]
     if misfits and not force:
         more = f" (and so do {len(misfits) - 1} more of {len(fits)} SAEs)" if len(misfits) > 1 else ""
