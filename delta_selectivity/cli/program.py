@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from delta_selectivity.system import interrupts
-from delta_selectivity.system.startup import limit_primitive_cache, pause_garbage_collection, switch_threads_sooner
+from delta_selectivity.system.startup import limit_primitive_cache, pause_garbage_collection
 
 CONSOLE = "delta-selectivity"
 
@@ -68,7 +68,6 @@ def start(command: str, arguments: Sequence[str] | None = None, prog: str | None
     interrupts.exit_on_signals()  # before the imports below, which take 0.1 s
     pause_garbage_collection()
     limit_primitive_cache()
-    switch_threads_sooner()
     module = importlib.import_module(f"delta_selectivity.cli.{COMMANDS[command].module}")
     code = module.main(sys.argv[1:] if arguments is None else arguments, prog or COMMANDS[command].file)
     if command == "scale":

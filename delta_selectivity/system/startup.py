@@ -2,29 +2,21 @@
 
 No garbage collection while a program loads, and none of the objects loaded by then: scanning these long-lived objects
 takes a fifth of the start time. A smaller cache of oneDNN's compiled products: there is one for each shape of a batch,
-and its default of 1024 takes most of a gigabyte in a run over many texts. Threads take turns in Python after a
-millisecond, not five: a thread whose compiled loop is done waits for its turn, and its core idles.
+and its default of 1024 takes most of a gigabyte in a run over many texts.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import sys
 
 _PRIMITIVES = 256
-_SWITCH_SECONDS = 0.001
 _paused = False
 
 
 def limit_primitive_cache() -> None:
     """Limit the number of compiled products that oneDNN keeps, unless the user has; before torch is imported."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_PRIMITIVES))
-
-
-def switch_threads_sooner() -> None:
-    """Let a thread that waits for the interpreter have it after a millisecond."""
-    sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 def pause_garbage_collection() -> None:
