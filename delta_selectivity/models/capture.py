@@ -36,11 +36,11 @@ def capture(
     def keep(site: Site, tap: Tap, value: Any) -> None:
         if threading.get_ident() == owner:
             x = _per_token(site, value, n_texts, n_tokens)
-            x = x if tap.change is None else tap.change(x)
-            if tokens is not None:
-                found[site] = x.flatten(0, 1).index_select(0, tokens)
-            else:
-                found[site] = x.clone() if tap.change is None else x  # Falcon adds to its MLP's output in place
+            if tap.change is not None:
+                x = tap.change(x)
+            elif tokens is None:
+                x = x.clone()  # Falcon adds to its MLP's output in place
+            found[site] = x if tokens is None else x.flatten(0, 1).index_select(0, tokens)
 
     handles = []
     try:
