@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -25,7 +26,9 @@ AMX = {**ZEN4, "amx_bf16": True, "amx_int8": True}
 def cpu(monkeypatch):
     """Return a function that fakes a processor: `cpu(capabilities, vendor)` returns what is fast on it."""
 
-    def fake(capabilities, vendor, mkl=True, onednn=True):
+    def fake(capabilities, vendor, mkl=True, onednn=True, blas="scipy-openblas"):
+        libraries = {"Build Dependencies": {"blas": {"name": blas}}}
+        monkeypatch.setattr(np, "show_config", lambda _: libraries)
         monkeypatch.delenv(processor.VARIABLE, raising=False)
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "A chip", **capabilities})
         monkeypatch.setattr(Path, "read_text", lambda *_, **__: f"processor\t: 0\nvendor_id\t: {vendor}\n")
@@ -43,7 +46,7 @@ def cpu(monkeypatch):
 @pytest.mark.parametrize(
     ("capabilities", "vendor", "expected"),
     [
-        (AVX2, "AuthenticAMD", set()),
+        (AVX2, "AuthenticAMD", {"openblas"}),
         (AVX2, "GenuineIntel", set()),
         (AVX_VNNI, "GenuineIntel", {"bytes"}),
         (AVX512, "GenuineIntel", set()),
@@ -60,18 +63,19 @@ def test_each_processor_gets_its_fast_kernels(capabilities, vendor, expected, cp
 def test_nothing_is_fast_without_the_library_for_it(cpu):
     assert cpu(ZEN4, "AuthenticAMD", onednn=False) == set()
     assert cpu(ZEN4, "AuthenticAMD", mkl=False) == {"bfloat16", "bytes"}
+    assert cpu(AVX2, "AuthenticAMD", mkl=False) == cpu(AVX2, "AuthenticAMD", blas="mkl-sdl") == set()
 
 
 def test_the_user_can_override(cpu, monkeypatch):
     cpu(AMX, "GenuineIntel")
-    for asked, expected in (("none", set()), ("", set()), ("onednn, bytes", {"onednn", "bytes"})):
+    for asked, expected in (("none", set()), ("", set()), ("onednn, bytes", {"onednn", "bytes"}), ("openblas", {"openblas"})):
         monkeypatch.setenv(processor.VARIABLE, asked)
         processor.fast_operations.cache_clear()
         assert processor.fast_operations() == expected
         assert processor.VARIABLE in processor.describe()
     monkeypatch.setenv(processor.VARIABLE, "avx2")
     processor.fast_operations.cache_clear()
-    with pytest.raises(RequestError, match="'avx2' is not one of bfloat16, onednn, bytes, none"):
+    with pytest.raises(RequestError, match="'avx2' is not one of bfloat16, onednn, openblas, bytes, none"):
         processor.fast_operations()
 
 
@@ -92,6 +96,8 @@ def test_the_processor_is_described_in_one_line(cpu, monkeypatch):
     assert processor.describe() == "A chip: bfloat16, onednn, bytes; 1 thread"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     cpu(AVX2, "AuthenticAMD")
+    assert processor.describe() == "A chip: openblas; 8 threads"
+    cpu(AVX2, "GenuineIntel")
     assert processor.describe() == "A chip: float32 by MKL only; 8 threads"
 
 

@@ -57,9 +57,10 @@ def fuse(decoder: nn.Module, taps: Collection[Tap]) -> None:
             continue
         mlp = block.mlp
         is_gelu = type(mlp.act).__name__ == "GELUActivation" and type(mlp.dense_h_to_4h) is nn.Linear
-        if coarse and is_gelu and not tapped & {id(mlp.dense_h_to_4h), id(mlp.act)}:
-            mlp.dense_h_to_4h.__class__ = LinearWithGelu
-            mlp.act = nn.Identity()
+        if is_gelu and not tapped & {id(mlp.dense_h_to_4h), id(mlp.act)}:
+            if coarse:
+                mlp.dense_h_to_4h.__class__ = LinearWithGelu
+            mlp.act = nn.Identity() if coarse else GeluInPlace()
         inside = {id(part) for part in block.modules()} - {id(block)}
         if not tapped & inside:
             block.is_last = block is blocks[-1]
@@ -138,6 +139,14 @@ class LinearWithGelu(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Return GELU(x weightᵀ + bias) `[..., n]` for x `[..., d]`."""
         return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self.weight, self.bias, "gelu", [], "none")
+
+
+class GeluInPlace(nn.Module):
+    """The exact GELU, in its argument's memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x of any shape, overwritten by GELU(x)."""
+        return torch.ops.aten.gelu_(x)
 
 
 def linear_and_add(layer: nn.Linear, x: Tensor, other: Tensor) -> Tensor:

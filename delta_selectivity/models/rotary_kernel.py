@@ -33,21 +33,23 @@ def rotate_heads(
     half = cos.shape[1]
     for text in range(n_texts):
         for token in range(n_tokens):
-            row = qkv[text, token]
+            row, cosine, sine = qkv[text, token], cos[token], sin[token]
             for head in range(n_heads):
                 start = 3 * d_head * head
                 for is_key in range(2):
                     part = row[start + is_key * d_head : start + (is_key + 1) * d_head]
                     out = key[text, head, token] if is_key else query[text, head, token]
+                    for i in range(d_head):  # a loop: assigning slices takes twice as long
+                        out[i] = part[i]
                     for i in range(2 * half):
                         if bits is None:
                             numbers[i] = part[i]
                         else:
                             bits[i] = np.uint32(part[i]) << np.uint32(16)
                     for i in range(half):
-                        a, b, c, s = numbers[i], numbers[half + i], cos[token, i], sin[token, i]
-                        numbers[i] = a * c - b * s
-                        numbers[half + i] = b * c + a * s
+                        a, b = numbers[i], numbers[half + i]
+                        numbers[i] = a * cosine[i] - b * sine[i]
+                        numbers[half + i] = b * cosine[i] + a * sine[i]
                     for i in range(2 * half):
                         if bits is None:
                             out[i] = numbers[i]
@@ -55,5 +57,6 @@ def rotate_heads(
                             odd = (bits[i] >> np.uint32(16)) & np.uint32(1)  # round to nearest, ties to even
                             rounded = np.uint16((bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
                             out[i] = rounded if numbers[i] == numbers[i] else NAN
-                    out[2 * half :] = part[2 * half :]
-                value[text, head, token] = row[start + 2 * d_head : start + 3 * d_head]
+                part, out = row[start + 2 * d_head : start + 3 * d_head], value[text, head, token]
+                for i in range(d_head):
+                    out[i] = part[i]
