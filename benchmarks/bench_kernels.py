@@ -1,4 +1,4 @@
-"""Compare the CPU kernels of this package with torch's: microseconds per row, one thread.
+"""Compare the CPU kernels that this processor gets with torch's: microseconds per row, one thread.
 
 python -m benchmarks.bench_kernels run    # two minutes
 python -m benchmarks.bench_kernels        # print the table of the kept results
@@ -6,10 +6,12 @@ python -m benchmarks.bench_kernels        # print the table of the kept results
 - top k: the k largest values of each row (`saes.topk` and `torch.topk`);
 - TopK encoder: codes by a proposal in 8-bit integers (`saes.proposal`), and by a float32 product and top k;
 - attention: texts in bfloat16, heads of width 64 (`models.attention` and transformers' sdpa); a row is a token;
-- block: one of Pythia's in bfloat16 (`models.fused_neox` and transformers' own); a row is a token;
+- block: one of Pythia's, in bfloat16 if that is fast (`models.fused_neox` and transformers' own); a row is a token;
 - probes: fits at every C by two threads (`probing.backends.descent_kernels`, against the same loop in torch);
 - product: x Wᵀ in float32 (`gemm` and `torch.nn.functional.linear`); equal on Intel CPUs;
 - product, bytes: an exact product of signed 8-bit integers (`gemm`), and the same numbers in float32.
+
+Attention is measured where it replaces sdpa, and what multiplies bytes where their products are fast (`processor`).
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from delta_selectivity.probing.selectivity import DEFAULT_CS
 from delta_selectivity.reporting import tables
 from delta_selectivity.saes.proposal import Proposal
 from delta_selectivity.saes.topk import exact_topk
-from delta_selectivity.system import gemm
+from delta_selectivity.system import gemm, processor
 from delta_selectivity.system.cores import sharing_cores
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -68,10 +70,12 @@ def pairs(quick: bool) -> Iterator[Pair]:
     """Yield all kernels at all sizes."""
     for d_sae, k in ((1024, 8),) if quick else ((1024, 8), (1024, 32), (1024, 128), (32768, 32), (32768, 256)):
         yield top_k(d_sae, k)
+    bytes_are_fast = processor.has_fast_bytes()
     encoders = ((256, 512, 8), (256, 1024, 8), (256, 1024, 32), (512, 8192, 32), (768, 32768, 32), (768, 32768, 256))
-    for d_in, d_sae, k in encoders[:1] if quick else encoders:
+    for d_in, d_sae, k in (encoders[:1] if quick else encoders) if bytes_are_fast else ():
         yield encoder(d_in, d_sae, k)
-    for n_heads, n_tokens in ((4, 30),) if quick else ((4, 30), (4, 150), (4, 380), (12, 30), (12, 150), (12, 380)):
+    texts = ((4, 30), (4, 150), (4, 380), (12, 30), (12, 150), (12, 380))
+    for n_heads, n_tokens in (texts[:1] if quick else texts) if processor.has_fast_attention() else ():
         yield attention(n_heads, n_tokens)
     for d, n_tokens in ((64, 30),) if quick else ((256, 100), (256, 300), (512, 300), (768, 300)):
         yield block(d, n_tokens)
@@ -80,7 +84,8 @@ def pairs(quick: bool) -> Iterator[Pair]:
     products = ((25, 256, 3345), (40, 768, 5000), (2048, 768, 3072), (256, 768, 32768))
     for n, d, width in products[:1] if quick else products:
         yield product(n, d, width)
-        yield product_of_bytes(n, d, width)
+        if bytes_are_fast:
+            yield product_of_bytes(n, d, width)
 
 
 def drawn(*shape: int) -> torch.Tensor:
@@ -119,11 +124,14 @@ def attention(n_heads: int, n_tokens: int) -> Pair:
 def block(d: int, n_tokens: int) -> Pair:
     n_texts = max(2048 // n_tokens, 1)
     config = GPTNeoXConfig(hidden_size=d, intermediate_size=4 * d, num_attention_heads=d // D_HEAD, num_hidden_layers=1)
-    x = drawn(n_texts, n_tokens, d).bfloat16()
+    dtype = torch.bfloat16 if processor.has_fast_bfloat16() else torch.float32
+    x = drawn(n_texts, n_tokens, d).to(dtype)
     sides = []
-    for make in (lambda _: None, lambda decoder: fuse(decoder, [])):
-        decoder = GPTNeoXModel(config).bfloat16().eval().requires_grad_(False)
-        make(decoder)
+    for is_ours in (False, True):
+        decoder = GPTNeoXModel(config).to(dtype).eval().requires_grad_(False)
+        if is_ours:
+            fuse(decoder, [])
+            gemm.use_in(decoder)
         embeddings = decoder.rotary_emb(x, position_ids=torch.arange(n_tokens)[None])
         sides.append(partial(decoder.layers[0], x, position_embeddings=embeddings))
     return Pair("block", f"{n_tokens} tokens, width {d}", n_texts * n_tokens, *sides)

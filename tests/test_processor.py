@@ -60,6 +60,15 @@ def test_each_processor_gets_its_fast_kernels(capabilities, vendor, expected, cp
     assert cpu(capabilities, vendor) == expected
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "vendor", "expected"),
+    [(ZEN4, "AuthenticAMD", True), (AMX, "GenuineIntel", False), (AVX2, "AuthenticAMD", False)],
+)
+def test_attention_by_products_is_for_amd_with_bfloat16(capabilities, vendor, expected, cpu):
+    cpu(capabilities, vendor)
+    assert processor.has_fast_attention() == expected
+
+
 def test_nothing_is_fast_without_the_library_for_it(cpu):
     assert cpu(ZEN4, "AuthenticAMD", onednn=False) == set()
     assert cpu(ZEN4, "AuthenticAMD", mkl=False) == {"bfloat16", "bytes"}

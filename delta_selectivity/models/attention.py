@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from delta_selectivity.system.processor import has_fast_bfloat16, prefers_onednn
+from delta_selectivity.system.processor import has_fast_attention
 
 NAME = "sdpa_or_products"
 """Name of this implementation in transformers' registry of attention functions."""
@@ -26,8 +26,8 @@ CHUNK = 2**20
 
 def use_where_faster(model: Any, device: torch.device) -> None:
     """Switch a transformers model to this attention if it uses sdpa and the processor runs this faster."""
-    fits = device.type == "cpu" and model.dtype == torch.bfloat16 and has_fast_bfloat16()
-    if not fits or not prefers_onednn() or getattr(model.config, "_attn_implementation", None) != "sdpa":
+    fits = device.type == "cpu" and model.dtype == torch.bfloat16 and has_fast_attention()
+    if not fits or getattr(model.config, "_attn_implementation", None) != "sdpa":
         return
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
