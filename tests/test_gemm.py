@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,17 +14,19 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from delta_selectivity.system import gemm
+from delta_selectivity.system.cores import sharing_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(params=["oneDNN", "OpenBLAS", "MKL"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
     monkeypatch.setattr(gemm, "prefers_onednn", lambda: request.param == "oneDNN")
     monkeypatch.setattr(gemm, "prefers_openblas", lambda: request.param == "OpenBLAS")
-    return str(request.param)
+    with sharing_cores("cpu"):  # one thread: OpenBLAS's own threads would compete with torch's
+        yield request.param
 
 
 def drawn(*shape: int) -> Tensor:
@@ -67,6 +70,24 @@ def test_nan_and_infinity_stay_in_their_rows(library):
     found = gemm.linear(x, drawn(130, 65))
     assert found.isfinite().all(dim=1).logical_not().nonzero()[:, 0].tolist() == [3, 5]
     assert found[3].isnan().all()
+
+
+def test_openblas_multiplies_only_beside_one_thread_of_torch(monkeypatch):
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: False)
+    monkeypatch.setattr(gemm, "prefers_openblas", lambda: True)
+    n_calls = []
+    monkeypatch.setattr(gemm, "_by_openblas", lambda x, weight, bias: n_calls.append(1) or linear(x, weight, bias))
+    x, weight, before = drawn(40, 65), drawn(130, 65), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        gemm.linear(x, weight)
+        assert not n_calls
+        with sharing_cores("cpu"):
+            gemm.linear(x, weight)
+            gemm.linear(x[:31], weight)
+        assert len(n_calls) == 1, "few rows are torch's"
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_weights_that_could_be_trained_are_only_read(library):

@@ -77,7 +77,8 @@ def test_nothing_is_fast_without_the_library_for_it(cpu):
 
 def test_the_user_can_override(cpu, monkeypatch):
     cpu(AMX, "GenuineIntel")
-    for asked, expected in (("none", set()), ("", set()), ("onednn, bytes", {"onednn", "bytes"}), ("openblas", {"openblas"})):
+    for asked in ("none", "", "onednn, bytes", "openblas"):
+        expected = set(asked.split(", ")) - {"none", ""}
         monkeypatch.setenv(processor.VARIABLE, asked)
         processor.fast_operations.cache_clear()
         assert processor.fast_operations() == expected

@@ -257,7 +257,7 @@ def _add_attention_and_mlp(block: Any, x: Tensor, found: Tensor, mlp: Tensor | N
             return linear_and_add(dense, found, mlp)
         after = linear_and_add(dense, found, x)
         return _mlp(block, x if block.use_parallel_residual else after, after)
-    after: Tensor = dense(found)  # in memory of its own
+    after = dense(found)  # in memory of its own
     if block.use_parallel_residual:
         return after.add_(_mlp(block, x, x) if mlp is None else mlp).add_(x)
     after.add_(x)

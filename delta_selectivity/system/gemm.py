@@ -7,7 +7,8 @@
 Torch computes float32 products with MKL, which is slow on CPUs other than Intel's. With AVX-512, which MKL does not use
 there, oneDNN, torch's library for bfloat16, takes half the time on an AMD EPYC; with AVX2 alone, NumPy's OpenBLAS takes
 three quarters (`python -m benchmarks.bench_kernels`). All sum in float32, in different orders. `processor` selects the
-library. In bfloat16, torch first copies the bias into the result; called directly, oneDNN adds it to the sums.
+library. In bfloat16, torch first copies the bias into the result; called directly, oneDNN adds it to the sums. OpenBLAS
+multiplies only where torch has one thread (`cores.sharing_cores`): its own threads would compete with torch's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dtype == weight.dtype and x.device.type == "cpu" and x.numel():
         if x.dtype in (torch.float32, torch.bfloat16) and prefers_onednn():
             return torch.ops.mkldnn._linear_pointwise(x.contiguous(), _with_unit_stride(weight), bias, "none", [], "")
-        if x.dtype == torch.float32 and x.numel() >= _MANY * x.shape[-1] and prefers_openblas():
+        has_many_rows = x.numel() >= _MANY * x.shape[-1]
+        if x.dtype == torch.float32 and has_many_rows and torch.get_num_threads() == 1 and prefers_openblas():
             return _by_openblas(x.contiguous(), _with_unit_stride(weight), bias)
     return F.linear(x, weight, bias)
 
@@ -57,7 +59,7 @@ def byte_products(x: Tensor, weight: Tensor) -> NDArray[np.int32]:
 
 
 def _with_unit_stride(weight: Tensor) -> Tensor:
-    """Return the weight, copied if it is neither contiguous nor transposed: both libraries are slow with such strides."""
+    """Return the weight, copied if it is neither contiguous nor transposed: both libraries are slow then."""
     return weight if weight.is_contiguous() or weight.T.is_contiguous() else weight.contiguous()
 
 

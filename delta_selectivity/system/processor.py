@@ -128,7 +128,7 @@ def _made_by_intel() -> bool:
 
 
 def _numpy_has_openblas() -> bool:
-    libraries = np.show_config("dicts")["Build Dependencies"]  # type: ignore[func-returns-value, index]
+    libraries = np.show_config("dicts")["Build Dependencies"]
     return "openblas" in libraries["blas"].get("name", "")
 
 
