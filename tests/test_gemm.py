@@ -1,10 +1,9 @@
-"""Products by every library agree to rounding for all strides; other products use torch."""
+"""Products by either library agree to rounding for all strides; other products use torch."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,34 +13,31 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from delta_selectivity.system import gemm
-from delta_selectivity.system.cores import sharing_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(params=["oneDNN", "OpenBLAS", "MKL"])
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
+@pytest.fixture(params=[True, False], ids=["oneDNN", "MKL"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param and not torch.backends.mkldnn.is_available():
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda: request.param == "oneDNN")
-    monkeypatch.setattr(gemm, "prefers_openblas", lambda: request.param == "OpenBLAS")
-    with sharing_cores("cpu"):  # one thread: OpenBLAS's own threads would compete with torch's
-        yield request.param
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: request.param)
+    return bool(request.param)
 
 
 def drawn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize("shape", [(1,), (40,), (3, 5), (4, 2, 6), (0,)])
+@pytest.mark.parametrize("shape", [(1,), (40,), (3, 5), (0,)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_a_product_agrees_with_float64(library, shape, with_bias):
+def test_a_product_agrees_with_float64(either, shape, with_bias):
     x, weight, bias = drawn(*shape, 65), drawn(130, 65), drawn(130) if with_bias else None
     expected = linear(x.double(), weight.double(), None if bias is None else bias.double())
     torch.testing.assert_close(gemm.linear(x, weight, bias).double(), expected, atol=3e-5, rtol=0)
 
 
-def test_strides_do_not_matter(library):
+def test_strides_do_not_matter(either):
     x, weight = drawn(65, 400).T, drawn(200, 130)
     for w in (weight[:65].T, weight.T[:, :65], weight[:65, ::2].T, weight[::2, :65]):
         torch.testing.assert_close(gemm.linear(x, w).double(), x.double() @ w.double().T, atol=3e-5, rtol=0)
@@ -49,7 +45,7 @@ def test_strides_do_not_matter(library):
 
 
 @pytest.mark.usefixtures("onednn_bfloat16")
-def test_a_bfloat16_product_agrees_with_torch(library):
+def test_a_bfloat16_product_agrees_with_torch(either):
     x, weight, bias = (drawn(*shape).bfloat16() for shape in ((2, 9, 65), (130, 65), (130,)))
     expected = linear(x.double(), weight.double(), bias.double())
     for found in (gemm.linear(x, weight, bias), linear(x, weight, bias)):
@@ -58,56 +54,35 @@ def test_a_bfloat16_product_agrees_with_torch(library):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_other_precisions_use_torch(library, dtype):
+def test_other_precisions_use_torch(either, dtype):
     x, weight = drawn(9, 65).to(dtype), drawn(130, 65).to(dtype)
     assert torch.equal(gemm.linear(x, weight), linear(x, weight))
 
 
-@pytest.mark.filterwarnings("error")
-def test_nan_and_infinity_stay_in_their_rows(library):
-    x = drawn(40, 65)
-    x[3, 7], x[5] = torch.nan, torch.inf
-    found = gemm.linear(x, drawn(130, 65))
-    assert found.isfinite().all(dim=1).logical_not().nonzero()[:, 0].tolist() == [3, 5]
-    assert found[3].isnan().all()
+def test_the_bits_of_a_row_do_not_depend_on_its_place(either):
+    """Otherwise a cache, or a run that is resumed, would change numbers: OpenBLAS rounds by the place."""
+    x, weight = drawn(1, 65).expand(50, -1), drawn(130, 65)
+    found = gemm.linear(x, weight)
+    assert (found == found[0]).all() and found[:20].equal(gemm.linear(x[:20], weight))
 
 
-def test_openblas_multiplies_only_beside_one_thread_of_torch(monkeypatch):
-    monkeypatch.setattr(gemm, "prefers_onednn", lambda: False)
-    monkeypatch.setattr(gemm, "prefers_openblas", lambda: True)
-    n_calls = []
-    monkeypatch.setattr(gemm, "_by_openblas", lambda x, weight, bias: n_calls.append(1) or linear(x, weight, bias))
-    x, weight, before = drawn(40, 65), drawn(130, 65), torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        gemm.linear(x, weight)
-        assert not n_calls
-        with sharing_cores("cpu"):
-            gemm.linear(x, weight)
-            gemm.linear(x[:31], weight)
-        assert len(n_calls) == 1, "few rows are torch's"
-    finally:
-        torch.set_num_threads(before)
+def test_nan_stays_in_its_row(either):
+    x = drawn(5, 65)
+    x[3, 7] = torch.nan
+    assert gemm.linear(x, drawn(130, 65)).isnan().all(dim=1).tolist() == [False, False, False, True, False]
 
 
-def test_weights_that_could_be_trained_are_only_read(library):
-    x, weight = drawn(40, 65), drawn(130, 65).requires_grad_()
-    with torch.inference_mode():
-        found = gemm.linear(x, weight)
-    torch.testing.assert_close(found, x @ weight.detach().T, atol=3e-5, rtol=0)
-
-
-def test_the_models_linear_layers_use_gemm(library):
+def test_the_models_linear_layers_use_gemm(either):
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
 
     model = nn.Sequential(nn.Linear(65, 130), nn.Tanh(), Own(130, 20), nn.Linear(20, 20, bias=False))
-    x, parts = drawn(70, 65), list(model)
+    x, parts = drawn(7, 65), list(model)
     expected = model(x)
     gemm.use_in(model)
     assert list(model) == parts and type(model[2]) is Own
-    assert isinstance(model[0], nn.Linear) and (type(model[0]) is not nn.Linear) == (library != "MKL")
+    assert isinstance(model[0], nn.Linear) and (type(model[0]) is not nn.Linear) == either
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=0)
     assert {name for name, _ in model.named_parameters()} == {"0.weight", "0.bias", "2.weight", "2.bias", "3.weight"}
 
@@ -116,7 +91,7 @@ SHORT_OF_MEMORY = """
 import resource, torch
 from delta_selectivity.system import gemm
 from delta_selectivity.system.out_of_memory import is_out_of_memory
-gemm.prefers_onednn, gemm.prefers_openblas = lambda: LIBRARY == "oneDNN", lambda: LIBRARY == "OpenBLAS"
+gemm.prefers_onednn = lambda: True
 torch.set_num_threads(1)
 x = torch.randn(3000, 3000)
 gemm.linear(x[:64, :64], x[:64, :64])
@@ -135,9 +110,8 @@ assert failed
 """
 
 
-def test_out_of_memory_in_a_product_is_recognised(library):
-    program = SHORT_OF_MEMORY.replace("LIBRARY", repr(library))
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+def test_out_of_memory_in_a_product_is_recognised():
+    done = subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 

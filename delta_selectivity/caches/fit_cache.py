@@ -22,7 +22,7 @@ from delta_selectivity.caches.shard_folder import ShardFolder, digest
 from delta_selectivity.probing.folds import FoldPlan
 from delta_selectivity.probing.probes import ProbeBackend
 from delta_selectivity.probing.selectivity import DEFAULT_CS, ModelFit, ViewFit, control_scores, fit_model
-from delta_selectivity.system.processor import fast_operations
+from delta_selectivity.system.processor import prefers_onednn
 from delta_selectivity.system.provenance import installed_version, running_program
 
 log = logging.getLogger(__name__)
@@ -80,11 +80,10 @@ class FitCache:
 
 def _machine(device: torch.device) -> str:
     """Return a description of what determines rounding: device, processor, number of threads, libraries."""
-    fast = sorted(fast_operations())
     cpu = torch.backends.cpu.get_cpu_capability()
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     threads = torch.get_num_threads()
-    return json.dumps([device.type, chip, threads, fast, *map(installed_version, _LIBRARIES)])
+    return json.dumps([device.type, chip, threads, prefers_onednn(), *map(installed_version, _LIBRARIES)])
 
 
 def _to_tensors(fit: ModelFit) -> dict[str, Tensor]:

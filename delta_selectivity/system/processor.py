@@ -2,7 +2,6 @@
 
     has_fast_bfloat16()        # bfloat16 products are faster than float32 ones
     prefers_onednn()           # float32 products are faster with oneDNN than with MKL
-    prefers_openblas()         # float32 products are faster with NumPy's OpenBLAS than with MKL
     has_fast_bytes()           # int8 products are faster than float32 ones
     has_fast_attention()       # short texts attend faster by products than by torch's sdpa
     describe()                 # "AMD EPYC 9354: bfloat16, onednn, bytes; 8 threads"
@@ -20,14 +19,13 @@ import sys
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from delta_selectivity.errors import RequestError
 
 VARIABLE = "DELTA_SELECTIVITY_CPU"
-BFLOAT16, ONEDNN, OPENBLAS, BYTES = "bfloat16", "onednn", "openblas", "bytes"
-FAST = (BFLOAT16, ONEDNN, OPENBLAS, BYTES)
+BFLOAT16, ONEDNN, BYTES = "bfloat16", "onednn", "bytes"
+FAST = (BFLOAT16, ONEDNN, BYTES)
 
 
 def has_fast_bfloat16() -> bool:
@@ -38,17 +36,9 @@ def has_fast_bfloat16() -> bool:
 def prefers_onednn() -> bool:
     """Return whether oneDNN multiplies float32 matrices faster than MKL, torch's default.
 
-    MKL does not use AVX-512 on CPUs other than Intel's.
+    MKL does not use AVX-512 on CPUs other than Intel's. With AVX2 only, and on Intel's CPUs, MKL is faster.
     """
     return ONEDNN in fast_operations()
-
-
-def prefers_openblas() -> bool:
-    """Return whether NumPy's OpenBLAS multiplies float32 matrices faster than MKL, torch's default.
-
-    It does on AMD's CPUs with AVX2 alone. On Intel's MKL is faster.
-    """
-    return OPENBLAS in fast_operations()
 
 
 def has_fast_bytes() -> bool:
@@ -77,7 +67,7 @@ def fast_operations() -> frozenset[str]:
     names = {name.strip() for name in override.split(",")} - {"", "none"}
     if unknown := sorted(names - set(FAST)):
         raise RequestError(f"{VARIABLE}: {unknown[0]!r} is not one of {', '.join(FAST)}, none")
-    if impossible := sorted(names - {ONEDNN, OPENBLAS} - _by_capabilities()):
+    if impossible := sorted(names - {ONEDNN} - _by_capabilities()):
         raise RequestError(f"{VARIABLE}: this processor has no fast products of {impossible[0]}")
     return frozenset(names)
 
@@ -113,11 +103,12 @@ def describe() -> str:
 
 def _by_capabilities() -> frozenset[str]:
     found, has_onednn = torch.cpu.get_capabilities(), torch.backends.mkldnn.is_available()
-    mkl_is_slow = torch.backends.mkl.is_available() and not _made_by_intel()
     has = {
         BFLOAT16: has_onednn and any(found.get(name) for name in ("avx512_bf16", "amx_bf16")),
-        ONEDNN: has_onednn and mkl_is_slow and bool(found.get("avx512_f")),
-        OPENBLAS: mkl_is_slow and found.get("avx2") and not found.get("avx512_f") and _numpy_has_openblas(),
+        ONEDNN: has_onednn
+        and torch.backends.mkl.is_available()
+        and bool(found.get("avx512_f"))
+        and not _made_by_intel(),
         BYTES: has_onednn and any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8")),
     }
     return frozenset(name for name in FAST if has[name])
@@ -125,11 +116,6 @@ def _by_capabilities() -> frozenset[str]:
 
 def _made_by_intel() -> bool:
     return "GenuineIntel" in _cpuinfo()
-
-
-def _numpy_has_openblas() -> bool:
-    libraries = np.show_config("dicts")["Build Dependencies"]
-    return "openblas" in libraries["blas"].get("name", "")
 
 
 def _name() -> str:
