@@ -59,7 +59,12 @@ def test_each_processor_gets_its_fast_kernels(capabilities, vendor, expected, cp
 
 @pytest.mark.parametrize(
     ("capabilities", "vendor", "expected"),
-    [(ZEN4, "AuthenticAMD", True), (AMX, "GenuineIntel", False), (AVX2, "AuthenticAMD", False)],
+    [
+        (ZEN4, "AuthenticAMD", True),
+        (AMX, "GenuineIntel", False),
+        (VNNI, "AuthenticAMD", False),
+        (AVX2, "AuthenticAMD", False),
+    ],
 )
 def test_attention_by_products_is_for_amd_with_bfloat16(capabilities, vendor, expected, cpu):
     cpu(capabilities, vendor)

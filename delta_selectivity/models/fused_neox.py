@@ -59,8 +59,9 @@ def fuse(decoder: nn.Module, taps: Collection[Tap]) -> None:
         is_gelu = type(mlp.act).__name__ == "GELUActivation" and type(mlp.dense_h_to_4h) is nn.Linear
         if is_gelu and not tapped & {id(mlp.dense_h_to_4h), id(mlp.act)}:
             if coarse:
-                mlp.dense_h_to_4h.__class__ = LinearWithGelu
-            mlp.act = nn.Identity() if coarse else GeluInPlace()
+                mlp.dense_h_to_4h.__class__, mlp.act = LinearWithGelu, nn.Identity()
+            else:
+                mlp.act = GeluInPlace()
         inside = {id(part) for part in block.modules()} - {id(block)}
         if not tapped & inside:
             block.is_last = block is blocks[-1]
