@@ -14,9 +14,10 @@ the others. Values are those of the raw weights, like TransformerLens's hooks wi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pickle import UnpicklingError
 from typing import Any, Protocol
 
@@ -135,29 +136,19 @@ class ModelInfo:
 
         Raises `RequestError`, with the alternatives, if a hook point does not exist or does not hold one row per token.
         """
-        config = truncated(self.config, layers_needed(sites))
-        return shape_widths(self._builder(config), config, sites)
+        found = _widths(self._decoder(layers_needed(sites)), tuple(sorted(sites)))
+        return {site: found[site] for site in sites}
 
     def names_of_modules(self) -> dict[str, str]:
         """Return the paths of MLP and attention modules -> the hook point of each one's output in this model.
 
         `layers.<layer>.mlp` is `mlp_out` if it is added to the residual stream unchanged, otherwise the path itself.
         """
-        with FakeTensorMode():
-            return names_of_modules(self._builder(truncated(self.config, 1))())
+        return dict(_names_of_modules(self._decoder(1)))
 
-    def _builder(self, config: Any) -> Callable[[], nn.Module]:
-        """Return a function that builds the decoder of a config; inside `FakeTensorMode`, without weights."""
-
-        def build() -> nn.Module:
-            # Build in float32, because transformers changes the default dtype of the process and other threads create
-            # tensors. Then convert to bfloat16: some mixture-of-experts kernels have no shape inference in float32.
-            options = {"dtype": torch.float32, "trust_remote_code": self.files.trust_remote_code}
-            with BUILDING:
-                module = _auto_class(config).from_config(config, **options).get_decoder()
-            return _cast_weights(module, torch.bfloat16)
-
-        return build
+    def _decoder(self, n_layers: int) -> _Decoder:
+        config, has_own_code = truncated(self.config, n_layers), self.files.trust_remote_code
+        return _Decoder(object() if has_own_code else config.to_json_string(use_diff=False), config, has_own_code)
 
     def load(self, sites: Collection[Site], device: str, dtype: str) -> LanguageModel:
         """Read the weights up to the last layer among `sites`, and check the sites.
@@ -214,6 +205,34 @@ class ModelInfo:
                 f"`model` {self.name}: {len(bad)} weights are missing or have a wrong shape: {bad[0]} ..."
             )
         return module
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """A decoder that is built inside `FakeTensorMode`, without weights."""
+
+    identity: object  # the config as JSON; a new object if the repository's own code decides more than the config
+    config: Any = field(compare=False)
+    has_own_code: bool = field(compare=False)
+
+    def build(self) -> nn.Module:
+        # Build in float32, because transformers changes the default dtype of the process and other threads create
+        # tensors. Then convert to bfloat16: some mixture-of-experts kernels have no shape inference in float32.
+        options = {"dtype": torch.float32, "trust_remote_code": self.has_own_code}
+        with BUILDING:
+            module = _auto_class(self.config).from_config(self.config, **options).get_decoder()
+        return _cast_weights(module, torch.bfloat16)
+
+
+@lru_cache(maxsize=256)  # building takes longer than all else in a small run; notebooks and sweeps do many
+def _widths(decoder: _Decoder, sites: tuple[Site, ...]) -> Mapping[Site, int]:
+    return shape_widths(decoder.build, decoder.config, sites)
+
+
+@lru_cache(maxsize=256)
+def _names_of_modules(decoder: _Decoder) -> Mapping[str, str]:
+    with FakeTensorMode():
+        return names_of_modules(decoder.build())
 
 
 @contextmanager
