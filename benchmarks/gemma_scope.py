@@ -83,7 +83,7 @@ def listed() -> list[Listed]:
     assert package is not None and package.submodule_search_locations is not None
     text = (Path(package.submodule_search_locations[0]) / "pretrained_saes.yaml").read_text(encoding="utf-8")
     saes = []
-    for release, content in yaml.safe_load(text).items():
+    for release, content in yaml.load(text, yaml.CSafeLoader).items():  # ten times as fast as without C
         name = RELEASE.match(release)
         for entry in content["saes"] if name else ():
             sae = SAE_ID.match(entry["id"])

@@ -11,5 +11,4 @@ data=$("$python" -c 'from delta_selectivity.tasks import data_wheel; print(data_
 export DELTA_SELECTIVITY_DATA="$data"
 "$python" -m ruff check --quiet .
 "$python" -m ruff format --check --quiet .
-"$python" -m mypy --no-error-summary
 exec "$python" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"  # one worker a core; -n 0 for none

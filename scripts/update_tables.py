@@ -9,7 +9,10 @@ A table stands between `<!-- python report.py results/demo --summary -->` and `<
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -20,11 +23,29 @@ BLOCK = re.compile(r"(<!-- python (?P<command>[^\n]+) -->\n)(?P<table>.*?)(<!-- 
 
 
 def command_output(command: str) -> str:
-    """Return what `python COMMAND` prints in the project's folder. Raises `CalledProcessError` if the command fails."""
-    done = subprocess.run(
-        [sys.executable, *shlex.split(command)], cwd=PROJECT, capture_output=True, text=True, check=True
-    )
+    """Return what `python COMMAND` prints in the project's folder. Raises `CalledProcessError` if the command fails.
+
+    Modules run in this process, which imports torch only once.
+    """
+    first, *rest = shlex.split(command)
+    if first == "-m":
+        return _printed_by(*rest).rstrip() + "\n"
+    done = subprocess.run([sys.executable, first, *rest], cwd=PROJECT, capture_output=True, text=True, check=True)
     return done.stdout.rstrip() + "\n"
+
+
+def _printed_by(module: str, *arguments: str) -> str:
+    argv, printed = sys.argv, io.StringIO()
+    sys.argv = [module, *arguments]
+    try:
+        with contextlib.chdir(PROJECT), contextlib.redirect_stdout(printed):
+            runpy.run_path(f"{module.replace('.', '/')}.py", run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise subprocess.CalledProcessError(1, f"python -m {module}", printed.getvalue(), str(end.code)) from end
+    finally:
+        sys.argv = argv
+    return printed.getvalue()
 
 
 def updated(text: str) -> str:

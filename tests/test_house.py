@@ -1,10 +1,12 @@
-"""The layers of the package: a file imports only its own folder and those below it."""
+"""The layers of the package: a file imports only its own folder and those below it. Types fit."""
 
 from __future__ import annotations
 
 import ast
 import itertools
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,14 @@ def module_file(name: str) -> Path | None:
     path = ROOT / name.replace(".", "/")
     found = (path.with_suffix(".py"), path / "__init__.py")
     return next((file for file in found if file.is_file()), None)
+
+
+def test_types_fit():
+    """Here, and not before the tests, so that it runs beside them: it keeps a core busy for most of a minute."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--no-error-summary"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
