@@ -44,15 +44,17 @@ def activations(
         info.tokenizer,
         prepend_bos=info.has_bos,
         max_length=min(max_length or info.max_length, info.max_length),
+        last_only=True,
     )
     sites = [Site(layer, "resid_post") for layer in layers]
     language_model = info.load(sites, "cpu", info.choose_dtype(dtype, "cpu"))
     collected = {site: torch.empty(len(mentions), info.d_model) for site in sites}
     for batch in batches(tokenised, np.arange(len(mentions)), batch_size=len(mentions), max_tokens=CPU_TOKENS):
-        outputs = language_model.activations(batch.ids)
-        rows, text = torch.from_numpy(batch.mentions), torch.arange(len(batch.mentions))
+        wanted = torch.zeros_like(batch.ids, dtype=torch.bool)
+        wanted[torch.arange(len(wanted)), batch.last] = True
+        outputs = language_model.token_rows(batch.ids, batch.lengths, wanted)
         for site in sites:
-            collected[site][rows] = outputs[site][text, batch.last].float()
+            collected[site][torch.from_numpy(batch.mentions)] = outputs[site].float()
     return {site.layer: values for site, values in collected.items()}
 
 
