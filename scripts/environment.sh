@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes .venv beside the project, installs what is missing into it, sets $python.
-# A second call finds that what is required has not changed and installs nothing.
+# Sourced by the other scripts: makes .venv beside the project, installs into it what is missing, sets $python.
+# Argument: `run` for what a run needs, `dev` for the tests too. A second call finds that nothing is missing.
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python="$project/.venv/bin/python"
@@ -25,9 +25,18 @@ install() {
     state=$(cat "$project"/requirements*.txt "$project"/pyproject.toml; "$python" --version)
     [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ] && return
     say "installing: pip install $*"
-    (cd "$project" && "$python" -m pip install --disable-pip-version-check -q "$@")
+    (cd "$project" && "$python" -m pip install --disable-pip-version-check -q --no-compile "$@")
+    installed=yes
     printf '%s\n' "$state" >"$stamp"
 }
 
+installed=
 "$python" -c '' 2>/dev/null || make_venv
 install run -r requirements.txt
+if [ "$1" = dev ]; then
+    install dev -r requirements-dev.txt
+    install package --no-deps --no-build-isolation -e .
+    install reference --no-deps --require-hashes -r requirements-reference.txt
+fi
+# Bytecode of what has been installed just now, with all cores, where pip would use one, and of this project.
+"$python" -m compileall -qq -j 0 "$project/delta_selectivity" ${installed:+"$project/.venv/lib"} || true

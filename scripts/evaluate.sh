@@ -32,7 +32,7 @@ evaluate() {
         printf '\n'
         return
     fi
-    source "$project/scripts/environment.sh"
+    source "$project/scripts/environment.sh" run
     logged "$project/logs/$(basename "$0" .sh).log" "$@"
 }
 

