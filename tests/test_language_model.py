@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from delta_selectivity.errors import RequestError
+from delta_selectivity.models import language_model
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.system import processor
 
@@ -114,10 +115,29 @@ def test_auto_dtype_is_what_was_saved_if_that_is_fast_bfloat16_and_float32_other
             assert info.choose_dtype("bfloat16", "cpu") == "bfloat16"
 
 
+def test_a_model_is_built_without_weights_once_unless_its_own_code_decides(tiny_model, tmp_path, monkeypatch):
+    built = []
+    plain = language_model.shape_widths
+    monkeypatch.setattr(language_model, "shape_widths", lambda *args: built.append(args) or plain(*args))
+    language_model._widths.cache_clear()
+    sites = [Site(1, "z"), Site(0, "resid_post")]
+    for _ in range(2):  # another object for the same model; the answer is the caller's own
+        found = open_model(str(tiny_model)).widths(sites)
+        assert list(found) == sites and found.pop(sites[0]) == 32
+    assert len(built) == 1
+    folder = shutil.copytree(tiny_model, tmp_path / "wider")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    assert open_model(str(folder)).widths(sites) == dict.fromkeys(sites, 64)
+    for _ in range(2):
+        open_model(str(tiny_model), trust_remote_code=True).widths(sites)
+    assert len(built) == 4
+
+
 def test_concurrent_loading_does_not_change_transformers(tiny_model, monkeypatch):
     """Building a model replaces `tie_weights` by an empty function for a moment; overlapping builds could keep it."""
     info = open_model(str(tiny_model))
-    site = Site(0, "resid_post")
+    sites = [Site(layer, place) for layer in range(3) for place in ("resid_pre", "resid_post")]  # each asked once
     plain, plain_tie = PreTrainedModel.__dict__["get_init_context"].__func__, PreTrainedModel.tie_weights
     seen = []
 
@@ -128,7 +148,12 @@ def test_concurrent_loading_does_not_change_transformers(tiny_model, monkeypatch
 
     monkeypatch.setattr(PreTrainedModel, "get_init_context", classmethod(slow))
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda i: info.load([site], "cpu", "float32") if i % 2 else info.widths([site]), range(12)))
+        list(
+            threads.map(
+                lambda i: info.load([sites[i // 2]], "cpu", "float32") if i % 2 else info.widths([sites[i // 2]]),
+                range(12),
+            )
+        )
     assert seen == [plain_tie] * len(seen)
     assert len(seen) >= 6
     assert PreTrainedModel.tie_weights is plain_tie
