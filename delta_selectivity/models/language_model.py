@@ -224,7 +224,7 @@ class _Decoder:
         return _cast_weights(module, torch.bfloat16)
 
 
-@lru_cache(maxsize=256)  # building takes longer than all else in a small run; notebooks and sweeps do many
+@lru_cache(maxsize=256)  # building a tiny model takes half of a run, as in the tests; a real one some per cent
 def _widths(decoder: _Decoder, sites: tuple[Site, ...]) -> Mapping[Site, int]:
     return shape_widths(decoder.build, decoder.config, sites)
 
