@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     from sae_probes import generate_model_activations, run_baseline_evals, run_sae_evals
     from transformer_lens import HookedTransformer
 
-    HookedTransformer.from_pretrained_no_processing = loader(args.model)
+    HookedTransformer.from_pretrained_no_processing = loader(args.model)  # type: ignore[method-assign]
     hooks = {layer: f"blocks.{layer}.hook_resid_post" for layer in args.hooks.split(",")}
     tasks = args.tasks.split(",")
     passes = {"all": list(hooks.values())} if args.at_its_best else {layer: [hook] for layer, hook in hooks.items()}
@@ -103,7 +103,7 @@ def figures(args: argparse.Namespace, work: Path) -> dict[str, list[dict[str, An
     from sae_probes import run_sae_evals
     from transformer_lens import HookedTransformer
 
-    HookedTransformer.from_pretrained_no_processing = loader(args.model)
+    HookedTransformer.from_pretrained_no_processing = loader(args.model)  # type: ignore[method-assign]
     hook, found, chosen = f"blocks.{args.hooks}.hook_resid_post", {}, []
     module: Any = sys.modules["sae_probes.run_sae_evals"]  # the package's own name for it is the name of the function
     find = module.find_best_reg
