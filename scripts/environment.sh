@@ -31,12 +31,18 @@ install() {
 }
 
 installed=
+unset PYTHONDONTWRITEBYTECODE  # compiling all 20,000 files that pip installs takes a minute; imports compile what they use
 "$python" -c '' 2>/dev/null || make_venv
-install run -r requirements.txt
 if [ "$1" = dev ]; then
-    install dev -r requirements-dev.txt
+    install dev -r requirements.txt -r requirements-dev.txt
+else
+    install run -r requirements.txt
+fi
+# Describing a bundled SAE imports what a run imports.
+[ -z "$installed" ] || "$python" "$project/sae_loader.py" "$project/assets/tiny-pythia-saes-k8" \
+    --model_name "$project/assets/tiny-pythia" --layers 3 >/dev/null &
+if [ "$1" = dev ]; then
     install package --no-deps --no-build-isolation -e .
     install reference --no-deps --require-hashes -r requirements-reference.txt
 fi
-# Bytecode of what has been installed just now, with all cores, where pip would use one, and of this project.
-"$python" -m compileall -qq -j 0 "$project/delta_selectivity" ${installed:+"$project/.venv/lib"} || true
+wait
