@@ -30,17 +30,25 @@ install() {
     printf '%s\n' "$state" >"$stamp"
 }
 
+# A small run, which makes Python compile what a run imports, and Numba its loops. Compiling all 20,000 files that pip
+# installs would take a minute.
+compile() {
+    local results
+    results=$(mktemp -d)
+    say "compiling: main.py on 60 rows"
+    "$python" "$project/main.py" --datasets gender --shuffle_select_n 60 --layers 3 --repeats 1 --quiet --output_directory "$results"
+    rm -rf "$results"
+}
+
 installed=
-unset PYTHONDONTWRITEBYTECODE  # compiling all 20,000 files that pip installs takes a minute; imports compile what they use
+unset PYTHONDONTWRITEBYTECODE
 "$python" -c '' 2>/dev/null || make_venv
 if [ "$1" = dev ]; then
     install dev -r requirements.txt -r requirements-dev.txt
 else
     install run -r requirements.txt
 fi
-# Describing a bundled SAE imports what a run imports.
-[ -z "$installed" ] || "$python" "$project/sae_loader.py" "$project/assets/tiny-pythia-saes-k8" \
-    --model_name "$project/assets/tiny-pythia" --layers 3 >/dev/null &
+[ -z "$installed" ] || compile &
 if [ "$1" = dev ]; then
     install package --no-deps --no-build-isolation -e .
     install reference --no-deps --require-hashes -r requirements-reference.txt

@@ -1,4 +1,7 @@
-"""Fixtures: a small random GPT-NeoX in the Hub's layout with its tokenizer, SAEs, and a task about people."""
+"""Fixtures: a small random GPT-NeoX in the Hub's layout with its tokenizer, SAEs, and a task about people.
+
+Slow imports are inside: pytest reads this file once more before it starts its workers.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,15 @@ import json
 import math
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 from runs import Request
-from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from delta_selectivity.system import hub_access
 
-torch.set_num_threads(1)  # the matrices of the tests are too small for several threads
+if TYPE_CHECKING:
+    import torch
 
 N_LAYERS, D_MODEL, D_SAE = 3, 32, 96
 WOMEN = ["Maria", "Anna", "Ruth", "Clara", "Ingrid"]
@@ -47,6 +48,14 @@ def write_csv(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Compute with one thread: the matrices of the tests are too small for several."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _hub_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Assume that the Hub is reachable; tests of that check override this fixture."""
@@ -56,6 +65,8 @@ def _hub_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def onednn_bfloat16() -> None:
     """Skip a test whose products in bfloat16 oneDNN does not compute on this processor (AVX2 alone)."""
+    import torch
+
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         pytest.skip("oneDNN has no bfloat16 on this processor")
 
@@ -63,6 +74,8 @@ def onednn_bfloat16() -> None:
 @pytest.fixture(scope="session")
 def exact_bytes() -> None:
     """Skip a test of products of bytes where they overflow (AVX2 alone): the program does not use them there."""
+    import torch
+
     most = torch.full((32, 64), 127, dtype=torch.int8)
     if not (torch._int_mm(most, most.T) == 127**2 * 64).all():
         pytest.skip("products of bytes overflow on this processor")
@@ -71,6 +84,10 @@ def exact_bytes() -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Create a folder in the Hub's layout: EleutherAI/pythia-tiny, 3 layers of width 32, random weights."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
     folder = tmp_path_factory.mktemp("hub") / "EleutherAI" / "pythia-tiny"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -101,6 +118,8 @@ def write_sparsify(
     folder: Path, layers: range | list[int] = range(N_LAYERS), k: int = 8, d_in: int = D_MODEL, suffix: str = ""
 ) -> Path:
     """Write random TopK SAEs with tied directions in EleutherAI/sparsify's layout."""
+    import torch
+
     for layer in layers:
         generator = torch.Generator().manual_seed(layer)
         directions = torch.nn.functional.normalize(torch.randn(D_SAE, d_in, generator=generator), dim=1)
@@ -110,12 +129,17 @@ def write_sparsify(
 
 def write_identity(folder: Path, layers: range | list[int] = range(N_LAYERS), d_in: int = D_MODEL) -> Path:
     """Write SAEs that return x bit for bit: one latent for each sign of each coordinate."""
+    import torch
+
     for layer in layers:
         _write_sparsify_layer(folder / f"layers.{layer}", torch.cat([torch.eye(d_in), -torch.eye(d_in)]), k=d_in)
     return folder
 
 
 def _write_sparsify_layer(folder: Path, directions: torch.Tensor, k: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
     d_sae, d_in = directions.shape
     folder.mkdir(parents=True)
     weights = {

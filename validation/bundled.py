@@ -28,8 +28,13 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SAES = {"k8": ASSETS / "tiny-pythia-saes-k8", "k32": ASSETS / "tiny-pythia-saes-k32"}
 
 
-def bundled_ground(rows: int, apart: int, backend: ProbeBackend, seed: int = 0) -> Ground:
-    """Return at most `rows` rows of each task on the benches, and `apart` rows of people who are on none of them."""
+def bundled_ground(
+    rows: int, apart: int, backend: ProbeBackend, seed: int = 0, max_length: int | None = None
+) -> Ground:
+    """Return at most `rows` rows of each task on the benches, and `apart` rows of people who are on none of them.
+
+    max_length: last tokens of each text that the model reads; None: all.
+    """
     texts = load_probe_texts(DATASETS, seed=seed)
     probes = [probe for dataset in texts.datasets for probe in dataset.probes]
     random = np.random.default_rng(seed)
@@ -41,7 +46,7 @@ def bundled_ground(rows: int, apart: int, backend: ProbeBackend, seed: int = 0) 
         left = order[probe.name][rows:]
         others[probe.name] = left[~np.isin(texts.persons[probe.mentions[left]], taken)][:apart]
     chosen = [(probe, part[probe.name]) for part in (benched, others) for probe in probes]
-    found = _rows(texts, chosen)
+    found = _rows(texts, chosen, max_length)
     return Ground(
         name=f"bundled, layer {LAYER}",
         benches=[Bench(each, backend) for each in found[: len(probes)]],
@@ -86,10 +91,10 @@ def joined(task: str, parts: Sequence[Rows], n: int | None = None) -> Rows:
     return Rows(x, labels[None], persons, (task,))
 
 
-def _rows(texts: ProbeTexts, chosen: list[tuple[Probe, NDArray[np.int64]]]) -> list[Rows]:
+def _rows(texts: ProbeTexts, chosen: list[tuple[Probe, NDArray[np.int64]]], max_length: int | None) -> list[Rows]:
     """Return the rows of each (probe, indices of its mentions); every distinct text goes through the model once."""
     mentions = np.unique(np.concatenate([probe.mentions[places] for probe, places in chosen]))
-    x = bundled.activations([texts.mentions[m] for m in mentions], [LAYER])[LAYER]
+    x = bundled.activations([texts.mentions[m] for m in mentions], [LAYER], max_length=max_length)[LAYER]
     return [
         Rows(
             x=x[torch.from_numpy(np.searchsorted(mentions, probe.mentions[places]))],

@@ -42,12 +42,13 @@ class Scale:
     bundled_rows: int  # per task
     bundled_apart: int | None  # rows per task for fitting erasers; None: the bundled model's concepts are not erased
     latent_views: int | None  # tasks and SAEs of the bundled model whose codes are probed; None: all
+    max_length: int | None  # last tokens of each text that the bundled model reads; None: all
     plants: bool = True  # only the settings, no plants
 
 
-QUICK = Scale("quick", (coverage.SETTINGS[0], coverage.SETTINGS[-1]), 40, 800, None, 1)
-FULL = Scale("full", (*coverage.SETTINGS, *coverage.FEW_OR_UNEQUAL), 500, 1200, 2400, None)
-PEOPLE = Scale("people", coverage.FEW_OR_UNEQUAL, 200, 0, None, None, plants=False)
+QUICK = Scale("quick", (coverage.SETTINGS[0], coverage.SETTINGS[-1]), 40, 800, None, 1, 32)
+FULL = Scale("full", (*coverage.SETTINGS, *coverage.FEW_OR_UNEQUAL), 500, 1200, 2400, None, None)
+PEOPLE = Scale("people", coverage.FEW_OR_UNEQUAL, 200, 0, None, None, None, plants=False)
 
 
 def validate(scale: Scale, workers: int, seed: int = 0) -> list[Row]:
@@ -98,7 +99,7 @@ def on_sparse(backend: ProbeBackend, seed: int) -> list[Row]:
 
 def on_bundled(scale: Scale, backend: ProbeBackend, seed: int) -> list[Row]:
     """Measure the bundled model's activations and its two SAEs."""
-    ground = bundled.bundled_ground(scale.bundled_rows, scale.bundled_apart or 0, backend, seed)
+    ground = bundled.bundled_ground(scale.bundled_rows, scale.bundled_apart or 0, backend, seed, scale.max_length)
     few = slice(scale.latent_views)
     with_latents = plants.Ground(ground.name, ground.benches[few], {}, dict(list(ground.saes.items())[few]))
     rows = plants.identity(ground)
