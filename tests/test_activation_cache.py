@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -231,6 +233,21 @@ def test_a_full_disk_is_no_error(tmp_path, info, monkeypatch, caplog):
     for seed in range(2):
         cached(cache, info).token_rows(texts(seed), WIDTHS)
     assert caplog.text.count("No space left") == 1
+
+
+def test_threads_that_find_a_disk_full_at_the_same_time_say_so_once(tmp_path, monkeypatch, caplog):
+    both = threading.Barrier(2)
+
+    def full(*_args, **_kwargs):
+        both.wait(60)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shard_folder, "replacing", full)
+    folder = shard_folder.ShardFolder.open(tmp_path, "fits", 1, "probe fits")
+    write = partial(folder.write, tensors={"x": torch.zeros(1)}, header={})
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(write, ("0" * 32, "1" * 32))) == [False, False]
+    assert caplog.text.count("probe fits are not cached from now on") == 1
 
 
 def test_concurrent_writers_leave_whole_shards(tmp_path, info, forward_passes):

@@ -131,18 +131,23 @@ class ShardFolder:
         self._used.add(self._path(name))
         try:
             if not self._reserve(len(content)):
-                self.full = True
-                log.warning("`cache`: full at %.1f GB: further %s are not cached", self._limit / 1024**3, self._what)
+                self._stop("`cache`: full at %.1f GB: further %s are not cached", self._limit / 1024**3)
                 return False
             with replacing(
                 self._path(name), "wb", sync=False
             ) as file:  # the checksum detects damage by a power failure
                 file.write(content)
         except OSError as error:
-            self.full = True
-            log.warning("`cache`: %s: %s are not cached from now on", error, self._what)
+            self._stop("`cache`: %s: %s are not cached from now on", error)
             return False
         return True
+
+    def _stop(self, message: str, reason: object) -> None:
+        """Store nothing from now on; the first thread that finds out logs the message, of the reason and the content."""
+        with self._lock:
+            is_first, self.full = not self.full, True
+        if is_first:
+            log.warning(message, reason, self._what)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}{SUFFIX}"
