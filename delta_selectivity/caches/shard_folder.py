@@ -143,7 +143,7 @@ class ShardFolder:
         return True
 
     def _stop(self, message: str, reason: object) -> None:
-        """Store nothing from now on; the first thread that finds out logs the message, of the reason and the content."""
+        """Store nothing from now on; the first thread to find out logs the message, of the reason and the content."""
         with self._lock:
             is_first, self.full = not self.full, True
         if is_first:
