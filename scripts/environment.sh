@@ -30,14 +30,13 @@ install() {
     printf '%s\n' "$state" >"$stamp"
 }
 
-# A small run, which makes Python compile what a run imports, and Numba its loops. Compiling all 20,000 files that pip
-# installs would take a minute.
+# A small run makes Python compile what a run imports, and Numba its loops: all 20,000 files that pip installs would take
+# a minute.
 compile() {
-    local results
-    results=$(mktemp -d)
-    say "compiling: main.py on 60 rows"
-    "$python" "$project/main.py" --datasets gender --shuffle_select_n 60 --layers 3 --repeats 1 --quiet --output_directory "$results"
-    rm -rf "$results"
+    local results="$project/.venv/small_run"
+    say "compiling: main.py on 120 rows"
+    "$python" "$project/main.py" --datasets gender --shuffle_select_n 120 --layers 3 --repeats 2 --quiet --output_directory "$results"
+    rm -r "$results"
 }
 
 installed=
@@ -45,12 +44,9 @@ unset PYTHONDONTWRITEBYTECODE
 "$python" -c '' 2>/dev/null || make_venv
 if [ "$1" = dev ]; then
     install dev -r requirements.txt -r requirements-dev.txt
+    install package --no-deps --no-build-isolation -e .
+    install reference --no-deps --require-hashes -r requirements-reference.txt
 else
     install run -r requirements.txt
 fi
-[ -z "$installed" ] || compile &
-if [ "$1" = dev ]; then
-    install package --no-deps --no-build-isolation -e .
-    install reference --no-deps --require-hashes -r requirements-reference.txt
-fi
-wait
+[ -z "$installed" ] || compile
