@@ -40,7 +40,7 @@ compile() {
 }
 
 installed=
-unset PYTHONDONTWRITEBYTECODE
+unset PYTHONDONTWRITEBYTECODE  # what is compiled stays in .venv
 "$python" -c '' 2>/dev/null || make_venv
 if [ "$1" = dev ]; then
     install dev -r requirements.txt -r requirements-dev.txt

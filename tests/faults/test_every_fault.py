@@ -11,9 +11,6 @@ from injector import POINTS, Injector, fault
 from runs import Request, assert_close, files, left_over, numbers, scores_of, substance
 
 MAX_CALLS = 200  # maximum number of calls of one kind in one run
-STEP = {
-    "choose": 4
-}  # of its 45 calls, one for each C of each fit, every fourth fails here; in the slow tests each does
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +36,9 @@ def layers_on_disk(folder: Path) -> dict[tuple[str, str], float]:
     }
 
 
-def walk(kind, error, request_, undisturbed, tmp_path, capsys, step=1):
-    """Let the n-th call fail for n = 1, 1 + step, ...; return and print how many did."""
-    for n in range(1, MAX_CALLS, step):
+def walk(kind, error, request_, undisturbed, tmp_path, capsys):
+    """Let the n-th call fail for n = 1, 2, ...; return and print the number of calls."""
+    for n in range(1, MAX_CALLS):
         ask = request_.into(tmp_path / str(n))
         finished: dict[tuple[str, str], float] = {}
         injector = Injector(
@@ -53,8 +50,8 @@ def walk(kind, error, request_, undisturbed, tmp_path, capsys, step=1):
             assert code == 0
             assert (substance(ask.out), scores_of(ask.out)) == undisturbed
             with capsys.disabled():
-                print(f" [{kind}: {n // step} points]", end="")
-            return n // step
+                print(f" [{kind}: {n - 1} points]", end="")
+            return n - 1
         where = f"{kind}, call {n}"
         told = [
             line
@@ -78,7 +75,7 @@ def walk(kind, error, request_, undisturbed, tmp_path, capsys, step=1):
 
 @pytest.mark.parametrize("kind", POINTS)
 def test_a_run_survives_a_fault_at_every_call(kind, request_, undisturbed, tmp_path, capsys):
-    assert walk(kind, POINTS[kind][2], request_, undisturbed, tmp_path, capsys, STEP.get(kind, 1)) >= 1
+    assert walk(kind, POINTS[kind][2], request_, undisturbed, tmp_path, capsys) >= 1
 
 
 @pytest.mark.slow
