@@ -10,7 +10,14 @@ from sklearn.decomposition import PCA
 
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.run import calibration
-from delta_selectivity.run.calibration import SiteSample, calibrate, draw_mentions, fingerprint, principal_axes
+from delta_selectivity.run.calibration import (
+    SiteSample,
+    calibrate,
+    draw_mentions,
+    draw_tokens,
+    fingerprint,
+    principal_axes,
+)
 from delta_selectivity.tasks import Mention, UserData, load_all_mentions, load_probe_texts, tokenise
 
 SITES = [Site(layer, "resid_post") for layer in range(N_LAYERS)]
@@ -44,7 +51,7 @@ def every_token(model, tokenised, site):
 
 
 def test_few_texts_are_sampled_completely(model, tokenised):
-    for site, sample in calibrate(model, tokenised, "last", seed=0).items():
+    for site, sample in calibrate(model, tokenised, "last", draw_tokens(tokenised, 0)).items():
         texts = every_token(model, tokenised, site)
         torch.testing.assert_close(sample.counted(True), torch.cat(texts), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(sample.counted(False), torch.cat([text[1:] for text in texts]), rtol=1e-4, atol=1e-5)
@@ -53,7 +60,7 @@ def test_few_texts_are_sampled_completely(model, tokenised):
 
 @pytest.mark.parametrize("positions", ["last", "mean", "all"])
 def test_probed_tokens_are_those_of_the_names(model, tokenised, positions):
-    sample = calibrate(model, tokenised, positions, seed=0)[SITES[1]]
+    sample = calibrate(model, tokenised, positions, draw_tokens(tokenised, 0))[SITES[1]]
     texts = every_token(model, tokenised, SITES[1])
     first = tokenised.last if positions == "last" else tokenised.first
     expected = [text[a : b + 1] for text, a, b in zip(texts, first, tokenised.last, strict=True)]
@@ -61,8 +68,8 @@ def test_probed_tokens_are_those_of_the_names(model, tokenised, positions):
 
 
 def test_tokens_are_drawn_by_seed_without_repetition(model, tokenised):
-    samples = [calibrate(model, tokenised, "last", seed, 50)[SITES[0]] for seed in (0, 0, 1)]
-    drawn = calibration._draw_tokens(tokenised, 0, 50)
+    samples = [calibrate(model, tokenised, "last", draw_tokens(tokenised, seed, 50))[SITES[0]] for seed in (0, 0, 1)]
+    drawn = draw_tokens(tokenised, 0, 50)
     assert len(set(zip(drawn.text.tolist(), drawn.place.tolist(), strict=True))) == len(samples[0].x) == 50
     texts = every_token(model, tokenised, SITES[0])
     expected = torch.stack([texts[t][p] for t, p in zip(drawn.text, drawn.place, strict=True)])
@@ -73,14 +80,14 @@ def test_tokens_are_drawn_by_seed_without_repetition(model, tokenised):
 
 def test_tokens_are_drawn_uniformly(tokenised):
     n_tokens = sum(map(len, tokenised.ids))
-    hits = sum(np.sum(calibration._draw_tokens(tokenised, seed, 200).place == 0) for seed in range(50))
+    hits = sum(np.sum(draw_tokens(tokenised, seed, 200).place == 0) for seed in range(50))
     expected = 50 * 200 * len(tokenised.ids) / n_tokens
     assert abs(hits - expected) < 4 * np.sqrt(expected), "tokens of short texts are no likelier than others"
 
 
 def test_a_site_does_not_depend_on_other_requested_sites(info, model, tokenised):
-    together = calibrate(model, tokenised, "last", seed=0)[SITES[0]]
-    alone = calibrate(info.load(SITES[:1], "cpu", "float32"), tokenised, "last", seed=0)
+    together = calibrate(model, tokenised, "last", draw_tokens(tokenised, 0))[SITES[0]]
+    alone = calibrate(info.load(SITES[:1], "cpu", "float32"), tokenised, "last", draw_tokens(tokenised, 0))
     assert list(alone) == SITES[:1]
     assert torch.equal(alone[SITES[0]].x, together.x)
     assert torch.equal(alone[SITES[0]].probed, together.probed)
@@ -111,7 +118,7 @@ def test_nan_is_reported_with_its_layer(info, tokenised):
     broken = info.load(SITES, "cpu", "float32")
     broken.module.layers[1].mlp.dense_h_to_4h.bias.data[0] = torch.nan
     with pytest.raises(ArithmeticError, match="layer 1"):
-        calibrate(broken, tokenised, "last", seed=0)
+        calibrate(broken, tokenised, "last", draw_tokens(tokenised, 0))
 
 
 def test_principal_axes_are_those_of_scikit_learn():

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from runs import files
@@ -15,7 +16,8 @@ from delta_selectivity.cli import main as program
 from delta_selectivity.cli.command_line import DEMO_MODEL, DEMO_SAES
 from delta_selectivity.models.language_model import Site, open_model
 from delta_selectivity.records import result_file
-from delta_selectivity.run.calibration import SiteSample, principal_axes
+from delta_selectivity.run import preflight
+from delta_selectivity.run.calibration import SiteSample, draw_tokens, principal_axes
 from delta_selectivity.run.preflight import PLACES, Preflight, alternative_sites
 from delta_selectivity.saes import Sae, open_sae, principal_components
 from delta_selectivity.saes.input_norm import normalise
@@ -146,6 +148,30 @@ def test_texts_with_the_wrong_beginning_are_named(has_bos, fix):
     fit = found.examine(components(other, site, 8), site, counts_bos=False)
     assert fit.is_misfit
     assert fix in fit.problem()
+
+
+@pytest.mark.parametrize("has_bos", [True, False])
+def test_both_beginnings_are_compared_on_the_same_tokens(info, has_bos):
+    mentions = load_probe_texts(["gender"], shuffle_select_n=30).mentions
+    texts = tokenise(mentions, info.tokenizer, prepend_bos=has_bos, max_length=info.max_length)
+    longest = max(map(len, texts.ids))
+    other = texts.with_other_bos(info.opening_token_id, longest)
+    drawn = draw_tokens(texts, seed=0)
+    same = preflight._same_tokens(drawn, texts, other)
+    index = {(text, len(ids) - place): ids[place] for text, ids in enumerate(texts.ids) for place in range(len(ids))}
+    found = [(text, len(other.ids[text]) - place) for text, place in zip(same.text, same.place, strict=True)]
+    assert [index[token] for token in found] == [other.ids[t][p] for t, p in zip(same.text, same.place, strict=True)]
+    dropped = len(drawn.text) - len(same.text)
+    assert dropped == (np.sum(drawn.place == 0) if has_bos else sum(len(ids) == longest for ids in texts.ids)) > 0
+
+
+def test_few_long_texts_are_read_or_many_short_ones(info):
+    mentions = load_probe_texts(["gender"], shuffle_select_n=200).mentions
+    texts = tokenise(mentions, info.tokenizer, prepend_bos=True, max_length=150)
+    few = [len(texts.ids[i]) for i in preflight._draw(texts, seed=0)]
+    assert sum(few[:-1]) < preflight.READ_TOKENS <= sum(few)
+    short = replace(texts, ids=tuple(ids[:4] for ids in texts.ids))
+    assert len(preflight._draw(short, seed=0)) == preflight.N_TEXTS
 
 
 def test_attention_sinks_do_not_decide_which_texts_fit(check):

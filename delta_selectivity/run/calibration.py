@@ -2,7 +2,8 @@
 
     mentions = draw_mentions(all_mentions, seed)                # 256 texts
     tokenised = tokenise(mentions, tokenizer, ...)
-    samples = calibrate(model, tokenised, "last", seed)         # site -> SiteSample
+    drawn = draw_tokens(tokenised, seed)
+    samples = calibrate(model, tokenised, "last", drawn)        # site -> SiteSample
     mean, axes = principal_axes(samples[site].counted(False))
 
 The sample does not depend on the batch size, the results on disk or the layers still missing. So baselines made from
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ BATCH_TOKENS = 4096  # padded tokens in a forward pass, independent of `batch_si
 class SiteSample:
     """Activations of the calibration texts at one site, float32 on the CPU."""
 
-    x: Tensor  # [tokens, d], tokens drawn uniformly from all of the texts
+    x: Tensor  # [tokens, d], of the drawn tokens
     bos: Tensor  # bool [tokens], which of them are BOS
     probed: Tensor  # [probed, d], every probed token of these texts
 
@@ -57,17 +59,34 @@ def fingerprint(mentions: Sequence[Mention]) -> str:
     return digest.hexdigest()
 
 
-def calibrate(
-    model: ActivationSource, tokenised: TokenisedMentions, positions: str, seed: int, n_tokens: int = N_TOKENS
-) -> dict[Site, SiteSample]:
-    """Return a sample of every site with a hook; `positions` is last, mean or all, as for the probes.
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of texts."""
 
-    All sites have rows of the same tokens, at most `n_tokens`.
+    text: npt.NDArray[np.int64]  # [tokens], index of the text
+    place: npt.NDArray[np.int64]  # [tokens], index in the text's ids
+
+
+def draw_tokens(tokenised: TokenisedMentions, seed: int, n_tokens: int = N_TOKENS) -> Tokens:
+    """Draw at most `n_tokens` of all tokens, BOS included."""
+    length = np.array([len(ids) for ids in tokenised.ids])
+    start = np.cumsum(length) - length
+    chosen = np.sort(np.random.default_rng([seed, len(length)]).permutation(length.sum())[:n_tokens])
+    text = np.searchsorted(start, chosen, side="right") - 1
+    return Tokens(text, chosen - start[text])
+
+
+def calibrate(
+    model: ActivationSource, tokenised: TokenisedMentions, positions: str, drawn: Tokens
+) -> dict[Site, SiteSample]:
+    """Return a sample of every site with a hook: the same tokens at each.
+
+    positions: last, mean or all, as for the probes.
 
     Raises ArithmeticError, naming the layer, if an activation is NaN or Inf.
     """
-    drawn, probed = _draw_tokens(tokenised, seed, n_tokens), _probed_tokens(tokenised, positions)
-    wanted = _Tokens(np.concatenate([drawn.text, probed.text]), np.concatenate([drawn.place, probed.place]))
+    probed = _probed_tokens(tokenised, positions)
+    wanted = Tokens(np.concatenate([drawn.text, probed.text]), np.concatenate([drawn.place, probed.place]))
     rows = _activations(model, tokenised, wanted)
     bos = torch.from_numpy((drawn.place == 0) & tokenised.has_bos)
     n = len(drawn.text)
@@ -82,32 +101,15 @@ def principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, vectors.T.flip(0)
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """Tokens of texts."""
-
-    text: np.ndarray  # int64 [tokens], index of the text
-    place: np.ndarray  # int64 [tokens], index in the text's ids
-
-
-def _draw_tokens(tokenised: TokenisedMentions, seed: int, n_tokens: int) -> _Tokens:
-    """Draw at most `n_tokens` of all tokens, BOS included."""
-    length = np.array([len(ids) for ids in tokenised.ids])
-    start = np.cumsum(length) - length
-    chosen = np.sort(np.random.default_rng([seed, len(length)]).permutation(length.sum())[:n_tokens])
-    text = np.searchsorted(start, chosen, side="right") - 1
-    return _Tokens(text, chosen - start[text])
-
-
-def _probed_tokens(tokenised: TokenisedMentions, positions: str) -> _Tokens:
+def _probed_tokens(tokenised: TokenisedMentions, positions: str) -> Tokens:
     """Return the name's tokens, or only its last."""
     first = tokenised.last if positions == "last" else tokenised.first
     spans = [np.arange(a, b + 1) for a, b in zip(first, tokenised.last, strict=True)]
     text = np.repeat(np.arange(len(spans)), [len(span) for span in spans])
-    return _Tokens(text, np.concatenate(spans))
+    return Tokens(text, np.concatenate(spans))
 
 
-def _activations(model: ActivationSource, tokenised: TokenisedMentions, wanted: _Tokens) -> dict[Site, Tensor]:
+def _activations(model: ActivationSource, tokenised: TokenisedMentions, wanted: Tokens) -> dict[Site, Tensor]:
     """Return site -> float32 `[tokens, d]` on the CPU."""
     rows: dict[Site, Tensor] = {}
     for batch, in_batch, chosen, place in _by_batch(tokenised, wanted):
@@ -119,7 +121,7 @@ def _activations(model: ActivationSource, tokenised: TokenisedMentions, wanted: 
     return rows
 
 
-def _by_batch(tokenised: TokenisedMentions, wanted: _Tokens) -> Iterator[tuple[TokenBatch, Tensor, Tensor, Tensor]]:
+def _by_batch(tokenised: TokenisedMentions, wanted: Tokens) -> Iterator[tuple[TokenBatch, Tensor, Tensor, Tensor]]:
     """Yield batches with their wanted tokens: bool [texts, tokens], and the indices of each among all and in the batch.
 
     A token that is wanted twice is in the batch once.

@@ -16,7 +16,7 @@ from delta_selectivity.models.language_model import ActivationSource, LanguageMo
 from delta_selectivity.probing.selectivity import FitModel, fit_model
 from delta_selectivity.run.activations import SaeId
 from delta_selectivity.run.baselines import SiteBuilder, bag_of_names
-from delta_selectivity.run.calibration import SiteSample, calibrate
+from delta_selectivity.run.calibration import SiteSample, calibrate, draw_tokens
 from delta_selectivity.run.planning import Cell, Files, Plan, by_site
 from delta_selectivity.run.preflight import Preflight, alternative_sites
 from delta_selectivity.run.reconstruction import SiteScale
@@ -167,4 +167,4 @@ def _calibrate(plan: Plan, model: ActivationSource) -> dict[Site, SiteSample]:
         return {}
     settings = plan.request.settings
     source, tokenised = _with_purpose(model, "baselines"), plan.tokenise(plan.calibration)
-    return calibrate(source, tokenised, settings.positions, settings.seed)
+    return calibrate(source, tokenised, settings.positions, draw_tokens(tokenised, settings.seed))

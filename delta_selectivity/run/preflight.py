@@ -28,7 +28,7 @@ from delta_selectivity.errors import RequestError
 from delta_selectivity.models.checks import ADDED
 from delta_selectivity.models.language_model import ActivationSource, ModelInfo, Site
 from delta_selectivity.probing.selectivity import OUTLIER
-from delta_selectivity.run.calibration import SiteSample, calibrate
+from delta_selectivity.run.calibration import SiteSample, Tokens, calibrate, draw_tokens
 from delta_selectivity.run.reconstruction import SiteScale
 from delta_selectivity.run.token_sample import seed_key
 from delta_selectivity.saes import InputNorm, LinearCoder, Sae
@@ -36,8 +36,10 @@ from delta_selectivity.tasks import TokenisedMentions
 
 log = logging.getLogger(__name__)
 
-N_TEXTS = 64
 N_TOKENS = 512
+N_TEXTS = 64
+"""Texts from which the tokens are drawn; fewer if they are long: as many as have `READ_TOKENS` tokens."""
+READ_TOKENS = 4 * N_TOKENS
 MIN_TOKENS = 100
 """Minimum sample for a verdict: a few short texts have too little variance."""
 
@@ -159,7 +161,7 @@ class Preflight:
     """Activations of a few texts, for checking SAEs on them."""
 
     samples: Mapping[Site, SiteSample]  # the same tokens at every site
-    other_bos: Mapping[Site, SiteSample]  # the same texts, with BOS if `samples` are without, and the reverse
+    other_bos: Mapping[Site, SiteSample]  # the same tokens in texts with BOS if `samples` are without, and the reverse
 
     @classmethod
     def sample(
@@ -170,13 +172,14 @@ class Preflight:
         seed: int,
     ) -> Preflight:
         """Sample activations of texts drawn by seed. Raises ArithmeticError if an activation is NaN or Inf."""
-        drawn = tokenised.select(_draw(tokenised, seed))
-        samples = calibrate(model, drawn, "last", seed, N_TOKENS)
+        texts = tokenised.select(_draw(tokenised, seed))
+        drawn = draw_tokens(texts, seed, N_TOKENS)
+        samples = calibrate(model, texts, "last", drawn)
         bos = info.opening_token_id
         if bos is None or (info.n_embeddings is not None and bos >= info.n_embeddings):
             return cls(samples, {})
-        other = drawn.with_other_bos(bos, info.max_length)
-        return cls(samples, calibrate(model, other, "last", seed, N_TOKENS))
+        other = texts.with_other_bos(bos, info.max_length)
+        return cls(samples, calibrate(model, other, "last", _same_tokens(drawn, texts, other)))
 
     def scales(self) -> dict[Site, SiteScale]:
         """Return the scale of the activations at each site."""
@@ -209,8 +212,18 @@ class Preflight:
 
 def _draw(tokenised: TokenisedMentions, seed: int) -> npt.NDArray[np.int64]:
     """Draw texts by the hash of seed and ids; if texts are added, most draws stay the same, so the cache applies."""
-    drawn = [blake2b(ids.tobytes(), key=seed_key(seed)).digest() for ids in tokenised.ids]
-    return np.array(sorted(range(len(drawn)), key=drawn.__getitem__)[:N_TEXTS], dtype=np.int64)
+    hashes = [blake2b(ids.tobytes(), key=seed_key(seed)).digest() for ids in tokenised.ids]
+    drawn = sorted(range(len(hashes)), key=hashes.__getitem__)[:N_TEXTS]
+    n_tokens = np.cumsum([len(tokenised.ids[i]) for i in drawn])
+    return np.array(drawn[: np.searchsorted(n_tokens, READ_TOKENS) + 1], dtype=np.int64)
+
+
+def _same_tokens(drawn: Tokens, texts: TokenisedMentions, other: TokenisedMentions) -> Tokens:
+    """Return the drawn tokens in `other`, the same texts with another beginning; without BOS and what it lacks."""
+    shift = np.array([len(after) - len(before) for before, after in zip(texts.ids, other.ids, strict=True)])
+    place = drawn.place + shift[drawn.text]
+    there = place >= int(other.has_bos)
+    return Tokens(drawn.text[there], place[there])
 
 
 def _fvu_at(sae: Sae, site: Site, samples: Mapping[Site, SiteSample]) -> float | None:
